@@ -157,7 +157,8 @@ def step_seconds(plan: MemoryPlan, machines: int, link: float) -> float:
     """A step of `distil`, its windows shared out, and what it sends over the link, which it waits for."""
     phase = next(p for p in plan.phases if p.name == "distil")
     steps = max(plan.job.iters, 1)
-    work = phase.flops / plan.rates.training_flops_per_s / machines + phase.update_seconds(plan.rates)
+    update = estimates.UPDATE_TRAFFIC * phase.updated / plan.rates.memory_bytes_per_s if plan.rates.gpu else 0.0
+    work = phase.flops / plan.rates.training_flops_per_s / machines + update
     return max(work, phase.read_bytes / plan.rates.read_bytes_per_s) / steps + gradient_bytes(plan.job, machines) / link
 
 

@@ -116,7 +116,7 @@ def packed_pair(big: Path, small: Path, temp: Path) -> dict[str, Path]:
 
 def agreement(_: Path, s: Settings) -> dict[str, Any]:
     """Tokens per second of the same model by several clocks in turn, the order changing from round to round."""
-    subject, count = rounds.opened(Path(s.student), "student"), s.agreement_tokens
+    subject, count = rounds.opened(Path(s.student)), s.agreement_tokens
     subject.tokenizer._eos_token_ids = {}  # as mlx_lm.benchmark does
     generate, r = load.mlx_lm("generate"), Request(32, count)
     ids = mx.array(rounds.prompt(subject.tokenizer, r.prompt, (0, 1)))
@@ -207,14 +207,14 @@ def profile(big: Path, s: Settings) -> dict[str, Any]:
         kinds = {"dense": {"teacher": big, "student": Path(s.student)}}
         kinds["4-bit"] = packed_pair(big, Path(s.student), Path(temp))
         return {
-            kind: {name: one_token(folder, name, s.prompt_tokens) for name, folder in folders.items()}
+            kind: {name: one_token(folder, s.prompt_tokens) for name, folder in folders.items()}
             for kind, folders in kinds.items()
         }
 
 
-def one_token(folder: Path, name: str, depth: int, turns: int = 24) -> dict[str, dict[str, float]]:
+def one_token(folder: Path, depth: int, turns: int = 24) -> dict[str, dict[str, float]]:
     """{part: {"ms": median over `turns`, "mb": of its weights and cache}}, `depth` tokens in the cache."""
-    s = rounds.opened(folder, name)
+    s = rounds.opened(folder)
     kept, inner = mlx_generate.filled_cache(s.model, depth), s.model.model
     times: dict[str, list[float]] = {}
     taken: dict[str, float] = {}

@@ -15,9 +15,9 @@ at each, and a picture.
 from __future__ import annotations
 
 import tempfile
+import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +64,16 @@ def row(
     rounds the student was the quicker one."""
     r = Request(length, 2)
     every: dict[str, list[Measurement]] = {name: [] for name in subjects}
-    openers = {name: partial(subjects.__getitem__, name) for name in subjects}
-    warm_up = Request(min(length, WARM_UP), 2)
-    for subject, done in rounds.rounds(openers, True, s.num_trials, r, delay=s.delay, warm_up=warm_up):
-        every[subject.name].append(done)
+    for model in subjects.values():
+        rounds.trial(model, Request(min(length, WARM_UP), 2), (0, 0))
+    for number in range(1, s.num_trials + 1):
+        for name, model in subjects.items():
+            time.sleep(s.delay)
+            every[name].append(rounds.trial(model, r, (0, number)))
     found: dict[str, Any] = {"prompt_tokens": length}
     for name, model in subjects.items():
         figures = rounds.figures(every[name], r)
-        best = 1000 * at.seconds(*rounds.first_token(models[name], model.loaded.read_bytes, r))
+        best = 1000 * at.seconds(*rounds.first_token(models[name], model.read_bytes, r))
         found[name] = {"cold_ms": figures["ttft_ms"], "cached_ms": figures["ttft_cached_ms"], "best_ms": best}
     kinds = ("cold_ms", "cached_ms")
     found["speed_up"] = {k: found["teacher"][k]["median"] / found["student"][k]["median"] for k in kinds}
@@ -97,7 +99,7 @@ def main(s: Settings) -> None:
         if s.four_bit and todo:
             temp = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             folders = {n: laboratory.packed(f, temp / n) for n, f in folders.items()}
-        subjects = {n: rounds.opened(f, n) for n, f in folders.items()} if todo else {}
+        subjects = {n: rounds.opened(f) for n, f in folders.items()} if todo else {}
         models = {n: load.open_checkpoint(f) for n, f in folders.items()}
         at = Roof(**before["roof"]) if "roof" in before else rates.measure_roof()
         for length in todo:

@@ -4,9 +4,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,14 +45,13 @@ class Settings(cli.Budgeted, policy.Computing, run_monitor.ThermalFlags):
 
 
 def measure(
-    folders: Sequence[Path], names: Sequence[str], prompt_tokens: int, tokens: int, count: int, limit_bytes: int = 0
+    folders: Mapping[str, Path], prompt_tokens: int, tokens: int, count: int, limit_bytes: int = 0
 ) -> list[Row]:
     """Rows `ttft_ms` and `decode_tps` of each model, medians of `count` trials; in turn if all fit in `limit_bytes`."""
     r, trials = rounds.Request(prompt_tokens, max(tokens, 2)), dict[str, list[rounds.Measurement]]()
-    openers = {name: partial(rounds.opened, folder, name) for folder, name in zip(folders, names, strict=True)}
-    together = sum(rounds.need_bytes(load.open_checkpoint(f), r) for f in folders) <= limit_bytes
-    for subject, done in cli.counted("trial", rounds.rounds(openers, together, count, r), count * len(folders)):
-        trials.setdefault(subject.name, []).append(done)
+    together = sum(rounds.need_bytes(load.open_checkpoint(f), r) for f in folders.values()) <= limit_bytes
+    for name, done in cli.counted("trial", rounds.rounds(folders, together, count, r), count * len(folders)):
+        trials.setdefault(name, []).append(done)
     rows = []
     for name, every in trials.items():
         figures = rounds.figures(every, r)
@@ -83,21 +81,19 @@ class Bench:
         if not self.together and len(self.models) > 1:
             cli.say("the models do not fit in memory together: one after the other, so drift does not hit all alike")
         self.done: dict[str, list[rounds.Measurement]] = {}
-        self.loaded: dict[str, rounds.Loaded] = {}
         self.stopped = False
 
     def go(self, monitor: thermal_monitor.Monitor | None) -> None:
         """All trials. Ctrl-C ends them; those that are finished stay."""
         s, total = self.s, self.s.num_trials * len(self.models)
-        openers = {name: partial(rounds.opened, m.path, name) for name, m in self.models.items()}
-        every = rounds.rounds(openers, self.together, s.num_trials, self.r, s.seed, s.delay, monitor, peaks=True)
+        folders = {name: m.path for name, m in self.models.items()}
+        every = rounds.rounds(folders, self.together, s.num_trials, self.r, s.seed, s.delay, monitor, peaks=True)
         try:
             with progress.bar("trials", total) as show:
-                for at, (subject, done) in enumerate(every, 1):
-                    self.done.setdefault(subject.name, []).append(done)
-                    self.loaded[subject.name] = subject
+                for at, (name, done) in enumerate(every, 1):
+                    self.done.setdefault(name, []).append(done)
                     self.write()
-                    show(at, f"{subject.name}: {1 / done.tpot_s:.1f} tokens/s")
+                    show(at, f"{name}: {1 / done.tpot_s:.1f} tokens/s")
         except KeyboardInterrupt:
             if not self.done:
                 raise
@@ -131,9 +127,9 @@ class Bench:
         """{model: {metric: summary}} of what was timed, and beside it the roof: `*_best_*`, `reached`, `moved_mb`."""
         figures: dict[str, dict[str, Any]] = {}
         for name, done in self.done.items():
-            known, values = self.loaded[name], rounds.figures(done, self.r, idle_w)
-            beside = rounds.beside(self.models[name], known.read_bytes, self.r, at, values["decode_tps"]["median"])
-            figures[name] = {"load_s": known.load_s, **values, **beside}
+            values, read_bytes = rounds.figures(done, self.r, idle_w), done[0].read_bytes
+            beside = rounds.beside(self.models[name], read_bytes, self.r, at, values["decode_tps"]["median"])
+            figures[name] = {"load_s": done[0].load_s, **values, **beside}
         return figures
 
 
@@ -161,7 +157,7 @@ def run(settings: Settings) -> dict[str, Any]:
     hot = [f"{when}: {why}" for when, why in unfit.items() if why]
     hot += [why for name, done in bench.done.items() if (why := rounds.slowed(name, done))]
     fixed, measured = bench.fixed(), bench.measured(at, idle_w)
-    print(text.table(rounds.rows(fixed["models"], measured), list(measured), rounds.METRICS))
+    print(text.table(rounds.rows(fixed["models"], measured), list(measured), text.TABLES["bench"]))
     for flag in hot:
         cli.say(f"these times measure more than the model ({flag}): let it cool, close other programs, use --delay 30")
     result = {**fixed, "machine": rates.about(), "hot": hot, "stopped": bench.stopped}

@@ -133,7 +133,7 @@ def _sizes(s: Settings, c: pipeline.Run, models: dict[str, Checkpoint]) -> list[
     fit = {n: m.path for n, m in models.items() if phases.timed_bytes(arch.params(m.config)) <= c.plan.budget_bytes}
     if s.bench_tokens:
         cli.say(f"measure: speed of {', '.join(fit) or 'none: no model fits the budget whole'}")
-        sizes += bench.measure(list(fit.values()), list(fit), 2 * s.bench_tokens, s.bench_tokens, 2, c.plan.peak_bytes)
+        sizes += bench.measure(fit, 2 * s.bench_tokens, s.bench_tokens, 2, c.plan.peak_bytes)
         lines = [json.dumps(one, ensure_ascii=False) for one in mlx_generate.samples(fit, 2 * s.bench_tokens)]
         c.files.replace_text(c.folder / run_folder.SAMPLES, "\n".join([*lines, ""]))
     return sizes
@@ -257,7 +257,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if not made.fits:
         raise MisError(phases.remedy(made))
     if folder is None:
-        cli.say(progress.promise(made.seconds))
+        cli.say(progress.promise(sum(made.planned.values())))
     with progress.run("distill", made.planned):
         table, result = _begin(replace(s, iters=made.job.iters), folder, teacher, rows, made, budget)
     if table:

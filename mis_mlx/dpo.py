@@ -13,8 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.alignment import alignment_plan, alignment_run, sequence_packing
-from mis_mlx.alignment.sequence_packing import OfStep
+from mis_mlx.alignment import alignment_run, sequence_packing
 from mis_mlx.data.examples import Sequenced
 from mis_mlx.distillation import live_teacher
 from mis_mlx.maths import losses, policy
@@ -31,7 +30,7 @@ Pair = Sequence[Sequenced]  # (chosen, rejected), prompts included
 
 
 @dataclass(frozen=True)
-class Settings(alignment_plan.Alignment):
+class Settings(alignment_run.Alignment):
     """One run. Rows: {"prompt", "chosen", "rejected"}."""
 
     learning_rate: Rate = 5e-6
@@ -89,13 +88,11 @@ def reference(model: nn.Module, pairs: Sequence[Pair], batch_size: int) -> np.nd
 
 def stored_reference(folder: Path, fingerprint: str, files: Files, make: Callable[[], np.ndarray]) -> np.ndarray:
     """What `make()` gave, (N, 2): from the run folder, hashes checked, where it lies there; else made and put there."""
-    saved = protocol.newest(folder / REFERENCE, files)
-    if saved is not None and saved.state["fingerprint"] == fingerprint:
+    if saved := protocol.newest(folder / REFERENCE, files):  # of the same data: a run is not resumed with others
         return np.array(protocol.load_arrays(saved, "logps")["chosen_rejected"])
     values = make()
-    number = saved.number + 1 if saved else 0
     arrays = {"logps": {"chosen_rejected": mx.array(values)}}
-    protocol.save_step(folder / REFERENCE, number, arrays, {"fingerprint": fingerprint}, files)
+    protocol.save_step(folder / REFERENCE, 0, arrays, {"fingerprint": fingerprint}, files)
     return values
 
 
@@ -104,15 +101,11 @@ def longest(pair: Pair) -> int:
     return max(len(ids) for ids, _ in pair)
 
 
-def micro_batches(pairs: Sequence[Pair], logps: np.ndarray, batch_size: int, parts: int, seed: int) -> OfStep:
-    """Those of any step: tokens, learn (2 B, T) and the reference's log-probabilities (2 B,)."""
-    lengths = [longest(pair) for pair in pairs]
-
-    def of_step(step: int) -> list[tuple[mx.array, ...]]:
-        at = sequence_packing.drawn(lengths, batch_size, parts, step, seed, distributed.shard)
-        return [(*rectangle([pairs[i] for i in part]), mx.array(logps[part].T.reshape(-1))) for part in at]
-
-    return of_step
+def micro_batches(s: Settings, pairs: Sequence[Pair], logps: np.ndarray, step: int) -> list[tuple[mx.array, ...]]:
+    """Those of a step: tokens, learn (2 B, T) and the reference's log-probabilities (2 B,)."""
+    lengths = list(map(longest, pairs))
+    at = sequence_packing.drawn(lengths, s.batch_size, s.grad_accumulation_steps, step, s.seed)
+    return [(*rectangle([pairs[i] for i in part]), mx.array(logps[part].T.reshape(-1))) for part in at]
 
 
 def measure(model: nn.Module, s: Settings, pairs: Sequence[Pair], logps: np.ndarray, batch: int) -> dict[str, float]:
@@ -137,22 +130,23 @@ def measure(model: nn.Module, s: Settings, pairs: Sequence[Pair], logps: np.ndar
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, read and check the data, plan, ask the reference, train, write the best student."""
-    s, folder, checkpoint = alignment_plan.opened(settings)
+    s, folder, checkpoint = alignment_run.opened(settings)
     train, valid, card = alignment_run.data(s, checkpoint, ("pair",), ANSWERS)
 
     def training(parts: Settings) -> estimates.StageCost:
         length = max(map(longest, [*train, *valid]))
-        return alignment_plan.training(parts, checkpoint, 2 * parts.batch_size, length, "dpo")
+        return alignment_run.training(parts, checkpoint, 2 * parts.batch_size, length, "dpo")
 
-    parts = alignment_plan.cut(s, folder, training)
+    parts = alignment_run.cut(s, folder, training)
     seen = live_teacher.visited(len(train), parts)  # who needs the reference
     compared = [*(train[i] for i in seen), *valid]
     tokens, phase = sum(2 * longest(pair) for pair in compared), training(parts)
-    asking = estimates.forward_flops(alignment_plan.sizes(s, checkpoint), tokens, s.max_seq_length)
-    plan = alignment_plan.plan(parts, replace(phase, flops=phase.flops + asking))
+    asking = estimates.forward_flops(alignment_run.sizes(s, checkpoint), tokens, s.max_seq_length)
+    phases = [replace(phase, flops=phase.flops + asking)]
+    planned = alignment_run.planned(s, phases)
     if s.dry_run:
-        return {"model": str(checkpoint.path), "pairs": len(train), **plan.result}
-    with alignment_run.running(s, folder, checkpoint, plan, card, "dpo") as r:
+        return {"model": str(checkpoint.path), "pairs": len(train), **planned}
+    with alignment_run.running(s, folder, checkpoint, parts.batch_size, phases, card, "dpo") as r:
         logps = np.zeros((len(compared), 2), np.float32)
         if distributed.is_main():
             ask = partial(reference, r.model, compared, parts.batch_size)
@@ -160,7 +154,7 @@ def run(settings: Settings) -> dict[str, Any]:
         logps = np.array(distributed.broadcast_array(mx.array(logps)))
         of_train = np.full((len(train), 2), np.nan, np.float32)
         of_train[seen] = logps[: len(seen)]
-        each = micro_batches(train, of_train, parts.batch_size, parts.grad_accumulation_steps, s.seed)
+        each = partial(micro_batches, parts, train, of_train)
         loss = partial(s.loss, frozen_head=s.lora is not None)
         held_out = partial(measure, r.model, s, valid, logps[len(seen) :], parts.batch_size)
         judge = OF_MEANS if s.loss_type == "dpop" else "loss"

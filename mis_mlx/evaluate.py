@@ -78,7 +78,7 @@ def _kld(models: Models, held_out: token_windows.Windows, title: str, opened: co
             if error is not None:
                 result[f"{metric}_se_{name}"] = error
     _print(f"\n{title}: the {tokens} tokens of their second halves, ± one standard error\n")
-    _print(f"{text.table(rows, names, comparison.KLD_METRICS)}\n\nsha256 of the tokens: {sha256}")
+    _print(f"{text.table(rows, names, text.TABLES['kld'])}\n\nsha256 of the tokens: {sha256}")
     return result
 
 
@@ -109,7 +109,7 @@ def _held_out(s: Settings, models: Models, seen: Checkpoint, limit: Budget) -> t
             own = token_windows.reread(chosen, tokenizer, load.tokenizer(teacher.path))
             rows = comparison.across(rows, comparison.together({"teacher": teacher}, own, opened), own)
             title = f"{title}. {comparison.ACROSS}"
-        parts.append(f"{title}\n\n{text.table(rows, list(models), comparison.METRICS)}")
+        parts.append(f"{title}\n\n{text.table(rows, list(models), text.TABLES['held-out'])}")
         said[name] = {f"{r.metric}_{r.model}": r.value for r in rows}
     return "\n\n".join(parts), said
 

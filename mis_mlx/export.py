@@ -11,7 +11,7 @@ import mlx.core as mx
 import tyro
 
 from mis_mlx import cli
-from mis_mlx.gguf_export import gguf_writer, model_card, tensors, vocab
+from mis_mlx.gguf_export import model_card, tensors, vocab
 from mis_mlx.hardware import memory, programs
 from mis_mlx.models import arch, families, load, model_writer, policy, resolve, tokenizer_check
 from mis_mlx.models.config import shape_of
@@ -85,7 +85,7 @@ def _check_upload(s: Settings, checkpoint: Checkpoint) -> None:
         raise MisError(f"--upload-repo sends a Hugging Face folder, --format is {s.format}: add --format hf")
     if not resolve.REPO_ID.fullmatch(s.upload_repo or ""):
         raise MisError(f"--upload-repo {s.upload_repo!r} is no repository of the hub: write NAME/MODEL")
-    if not (s.license or model_card.licence_of(s.base_model or model_card.base_of(checkpoint.path))):
+    if not s.license and (s.base_model or model_card.base_of(checkpoint.path)) != resolve.DEFAULT:
         raise MisError("--upload-repo publishes weights, and their licence is not known: say it with --license")
 
 
@@ -101,8 +101,8 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
     tensors.describe(writer, config, name, wanted)
     notes = vocab.add(writer, checkpoint.path, shape_of(config).vocab)
     facts = {key: value.value for key, value in writer.kv_data[0].items()}
-    head, file = gguf_writer.head(writer, staged), f"{name}-{wanted.upper()}.gguf"
-    nbytes, tally = len(head) + gguf_writer.padded_bytes(parts), Counter[str]()
+    head, file = tensors.head(writer, staged), f"{name}-{wanted.upper()}.gguf"
+    nbytes, tally = len(head) + tensors.padded_bytes(parts), Counter[str]()
     result = {"file": file, "nbytes": nbytes, "tensors": len(parts), "rewrapped": sum(p.exact for p in parts)}
     if s.dry_run:
         return {**result, "notes": [*_facts(parts, checkpoint)[:1], *notes]}
@@ -111,7 +111,7 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
 
     def fill(folder: Path) -> None:
         rows = (tensors.rows(checkpoint, part, tally) for part in cli.counted("tensor", staged, len(staged)))
-        gguf_writer.write(folder / (STAGED if k_quant else file), head, staged, rows, DISK)
+        tensors.write(folder / (STAGED if k_quant else file), head, staged, rows, DISK)
         final = parts
         if k_quant:
             programs.quantize(folder / STAGED, folder / file, wanted.upper())
@@ -123,7 +123,7 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
         DISK.write(folder / "Modelfile", f"{html.document('Modelfile', words)}\n".encode())
         DISK.write(folder / "README.md", model_card.readme(checkpoint, base, file, notes, s.license or "").encode())
 
-    room = nbytes + PAPERS_BYTES + (gguf_writer.padded_bytes(staged) if k_quant else 0)
+    room = nbytes + PAPERS_BYTES + (tensors.padded_bytes(staged) if k_quant else 0)
     protocol.commit_folder(Path(s.out), fill, DISK, room, "the GGUF")
     result["nbytes"] = (Path(s.out) / file).stat().st_size
     return {**result, "inexact_scales": tally["inexact"], "notes": notes}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.alignment import alignment_plan, alignment_run, grpo_rollout
+from mis_mlx.alignment import alignment_run, grpo_rollout
 from mis_mlx.alignment.grpo_rollout import Settings
 from mis_mlx.data import examples, rows
 from mis_mlx.evaluation import rewards
@@ -38,10 +38,10 @@ def _questions(s: Settings, checkpoint: Checkpoint, functions: Sequence[rewards.
 
 def _phases(s: Settings, checkpoint: Checkpoint, longest: int) -> tuple[estimates.StageCost, estimates.StageCost]:
     """(sampling, training), where `longest` is of the prompts."""
-    m, most = alignment_plan.sizes(s, checkpoint), s.max_completion_length
+    m, most = alignment_run.sizes(s, checkpoint), s.max_completion_length
     answers, length = s.grad_accumulation_steps * s.group_size, longest + most
     branched = replace(s, grad_accumulation_steps=s.grad_accumulation_steps * -(-s.group_size // s.batch_size))
-    learn = alignment_plan.training(branched, checkpoint, 1, longest + s.batch_size * most, "learn")
+    learn = alignment_run.training(branched, checkpoint, 1, longest + s.batch_size * most, "learn")
     state = learn.peak_bytes - training_size.activation_bytes(m.config, 1, longest + s.batch_size * most)
     # Twice: the cache grows, and gets rid of finished answers, by being copied.
     cache = estimates.keys_bytes(m, 2 * s.at_once * (longest + CACHE_STEP * -(-most // CACHE_STEP)))
@@ -53,7 +53,7 @@ def _phases(s: Settings, checkpoint: Checkpoint, longest: int) -> tuple[estimate
     flops = estimates.forward_flops(m, tokens, length)
     play = estimates.StageCost("sample", 0, 0, state + cache + work, flops, touched_bytes=touched)
     if s.beta:
-        beside = 3 * alignment_plan.weight_bytes(m)  # moments too
+        beside = 3 * alignment_run.weight_bytes(m)  # moments too
         size = answers * length
         one = estimates.streamed_pass("", m, size, size, length, spool=False, beside_bytes=beside)
         read, peak = s.iters * one.read_bytes, max(one.peak_bytes, play.peak_bytes + m.slots_bytes)
@@ -64,23 +64,24 @@ def _phases(s: Settings, checkpoint: Checkpoint, longest: int) -> tuple[estimate
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, read and check the data and the reward functions, plan, sample and learn, write the best."""
-    s, folder, checkpoint = alignment_plan.opened(settings)
+    s, folder, checkpoint = alignment_run.opened(settings)
     most = s.max_completion_length
     if most >= s.max_seq_length:
         why = f"--max-completion-length {most} leaves no room for a prompt in --max-seq-length {s.max_seq_length}"
         raise MisError(f"{why}: lower the one or raise the other")
     functions = rewards.functions(s.reward_functions, s.reward_functions_file, s.reward_timeout)
     train, prompts, valid, valid_prompts, card = _questions(s, checkpoint, functions)
-    plan = alignment_plan.plan(s, *_phases(s, checkpoint, max(map(len, [*prompts, *valid_prompts]))))
+    phases = _phases(s, checkpoint, max(map(len, [*prompts, *valid_prompts])))
+    planned = alignment_run.planned(s, phases)
     if (n := distributed.size()) > 1 and (s.num_iterations > 1 or n > s.grad_accumulation_steps):
         what = f"{n} machines share {s.grad_accumulation_steps} questions, and --num-iterations is {s.num_iterations}"
         remedy = f"give --grad-accumulation-steps {n} or more and --num-iterations 1, or use fewer machines"
         raise MisError(f"{what}: {remedy}")
     if s.dry_run:
-        return {"model": str(checkpoint.path), "questions": len(train), **plan.result}
-    with alignment_run.running(s, folder, checkpoint, plan, card, "grpo") as r:
-        dtype = alignment_plan.dtype_of(s, checkpoint)
-        direct = checkpoint.nbytes > plan.budget.limit_bytes
+        return {"model": str(checkpoint.path), "questions": len(train), **planned}
+    with alignment_run.running(s, folder, checkpoint, s.batch_size, phases, card, "grpo") as r:
+        dtype = alignment_run.dtype_of(s, checkpoint)
+        direct = checkpoint.nbytes > r.budget.limit_bytes
         reference = stream.Stream(checkpoint, dtype, 0, direct) if s.beta else None
         log = partial(r.files.append, r.folder / grpo_rollout.SAMPLES)
         tokenizer = load.tokenizer(checkpoint.path)

@@ -8,8 +8,7 @@ from typing import Any, Literal
 from mis_mlx import cli
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
-from mis_mlx.models import arch, load
-from mis_mlx.models import resolve as teachers
+from mis_mlx.models import arch, load, resolve
 from mis_mlx.models.config import MOST_EXPERTS, read_config, shape_of
 from mis_mlx.planner import compression_size, estimates, phases, training_size
 from mis_mlx.planner.recipe import PLAIN, DistillationConfig, QuantizationConfig, spec_of
@@ -27,13 +26,13 @@ def table(plan: phases.MemoryPlan) -> str:
     """For people: what is made, time and memory of each phase, how; or what would fit. With -v every byte of it."""
     job, names = plan.job, [p.name for p in plan.phases]
     whole, hot = job.shown or job.teacher, sum(p.seconds(plan.rates, hot=True) for p in plan.phases)
-    hours = duration(plan.seconds) + (f" ({duration(hot)} once hot)" if plan.rates.hot < 1 else "")
+    hours = duration(sum(plan.planned.values())) + (f" ({duration(hot)} once hot)" if plan.rates.hot < 1 else "")
     return html.document("plan.md", {
         "plan": plan, "before": arch.params(whole.config), "after": arch.params(job.student.config), "gib": gib,
         "words": shape_search.words(job.student.shape, whole.shape), "hours": hours, "duration": duration,
         "packed": compression_size.packed_bytes(job.student, job.rounding) if "quantize" in names else 0,
-        "one": estimates.token(job.teacher, job.length, plan.budget_bytes), "verbose": cli.DETAILS in os.environ,
-        "remedy": phases.remedy(plan), "disk": disk_bytes(plan),
+        "one": estimates.token(job.teacher, job.max_seq_length, plan.budget_bytes), "remedy": phases.remedy(plan),
+        "disk": disk_bytes(plan), "verbose": cli.DETAILS in os.environ,
         "visit": phases.steps_per_shard(job, plan.shard_layers or job.student.shape.layers), "life": LIFE_BYTES,
         "spooled": max(p.spooled_bytes for p in plan.phases), "written": sum(p.written_bytes for p in plan.phases),
     })  # fmt: skip
@@ -49,7 +48,7 @@ def outcome(plan: phases.MemoryPlan, teacher: str) -> dict[str, Any]:
         "mode": plan.mode,
         "peak_bytes": plan.peak_bytes,
         "budget_bytes": plan.budget_bytes,
-        "seconds": round(plan.seconds),
+        "seconds": round(sum(plan.planned.values())),
         "check_failed": not plan.fits,
     }
 
@@ -91,7 +90,7 @@ def _open(name: str | None) -> tuple[Checkpoint | Mapping[str, Any], str]:
     """(model or config, path or name) of a folder, with or without weights, of a hub model, or the paper's teacher."""
     if name in arch.PUBLISHED:
         return arch.PUBLISHED[name], name
-    folder = teachers.resolve_model(name).path
+    folder = resolve.resolve_model(name).path
     bare = not any(folder.glob("*.safetensors"))
     return read_config(folder) if bare else load.open_checkpoint(folder), str(folder)
 

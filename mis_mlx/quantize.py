@@ -52,8 +52,8 @@ def _planned(
     stages = [compression_size.quantize(m, s, count, s.max_seq_length, limit.limit_bytes)]
     remedies = [", or --q-method round without --target-bpw" if count else "", ", or --q-iters 0"]
     if steps:
-        job = DistillationSpec(estimates.model_of(other), m, steps, s.batch_size, 1, s.max_seq_length, count, 0, 0,
-                               steps, rounding=s)  # fmt: skip
+        job = DistillationSpec(teacher=estimates.model_of(other), student=m, iters=steps, batch_size=s.batch_size,
+                               max_seq_length=s.max_seq_length, save_every=steps, rounding=s)  # fmt: skip
         stages.append(phases.tune(job, s.batch_size, limit.limit_bytes, steps))
     for planned, remedy in zip(stages, remedies, strict=False):
         estimates.fit(limit, planned, remedy=f"give --budget {estimates.flag(planned.peak_bytes)} or more{remedy}")

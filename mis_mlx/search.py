@@ -16,11 +16,12 @@ from mis_mlx.distillation.candidates import Candidates
 from mis_mlx.distillation.pipeline import Run
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
+from mis_mlx.models import arch
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.families import family
 from mis_mlx.models.policy import Computing
-from mis_mlx.planner import estimates, phases, search_size
-from mis_mlx.planner.recipe import DistillationConfig
+from mis_mlx.planner import compression_size, estimates, phases
+from mis_mlx.planner.recipe import DistillationConfig, spec_of
 from mis_mlx.pruning import limits as limiting
 from mis_mlx.pruning import shape_search, vocabulary
 from mis_mlx.pruning.limits import Limit, Timing
@@ -115,7 +116,7 @@ def _speeds(s: Settings, teacher: Checkpoint, folder: Path | None, budget: Budge
         return {flag: finalists.timed(teacher.path, *at) for flag, at in s.timed_at.items()}
 
 
-def sizes_of(s: Settings, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
+def pairof(s: Settings, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Sizes of every axis that are tried, and what cannot be cut said."""
     if family(teacher.config).experts:
         raise MisError("a mixture of experts is cut by --experts of prune and distill: search chooses of dense models")
@@ -203,7 +204,9 @@ def planned(
     how = shape_search.rounding_of(Choice(most, shape_search.USUAL_BPW))
     probes = sum(len(shape_search.probed(sizes[axis])) for axis in shape_search.CUTS[:-1])
     fewer = sum(rows != shape_of(teacher.config).vocab for rows in sizes["vocab"])
-    work, made = search_size.work(s, teacher, most, how, probes + fewer, fewer > 0, limit)
+    whole, small = (estimates.model_of(m) for m in (teacher, arch.student_config(teacher.config, most)))
+    made = phases.make(spec_of(whole, small, s, how), limit.limit_bytes, estimates.machine_rates())
+    work = compression_size.search(s, made.job, made.phases, probes + fewer, fewer > 0, limit.limit_bytes)
     stages = [stage for part in work.values() for stage in part]
     seconds = {name: sum(stage.seconds(made.rates) for stage in part) for name, part in work.items() if part}
     outcome = estimates.told(stages, limit.limit_bytes, made.rates)
@@ -221,7 +224,7 @@ def run(settings: Settings) -> dict[str, Any]:
     s.check()
     teacher = run_loop.opened(s, s.teacher, "teacher", UNDER)
     limit = memory.budget(s.budget_bytes)
-    sizes = sizes_of(s, teacher)
+    sizes = pairof(s, teacher)
     limits, speeds = limits_of(s, teacher, folder, limit)
     within = shape_search.choices(teacher.config, sizes, limits, "bits" in s.axes)
     flags = [each.flag for each in limits]

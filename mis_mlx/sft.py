@@ -1,10 +1,11 @@
 """Supervised fine-tuning: a model learns the answers of conversations, whole or with LoRA, perhaps beside a teacher."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from mis_mlx import cli
-from mis_mlx.alignment import alignment_plan, alignment_run, sequence_packing
+from mis_mlx.alignment import alignment_run, sequence_packing
 from mis_mlx.distillation import live_teacher
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
@@ -16,7 +17,7 @@ SHAPES = ("messages", "completion")
 
 
 @dataclass(frozen=True)
-class Settings(alignment_plan.Alignment):
+class Settings(alignment_run.Alignment):
     """One run. Rows: {"messages": [...]} or {"prompt", "completion"}."""
 
     learning_rate: Rate = 1e-4
@@ -33,7 +34,7 @@ class Settings(alignment_plan.Alignment):
 
 def _phase(s: Settings, checkpoint: Checkpoint, beside: Checkpoint | None, length: int) -> estimates.StageCost:
     """The training, with as much of its teacher in memory as the budget leaves."""
-    alone = alignment_plan.training(s, checkpoint, s.batch_size, length, "sft")
+    alone = alignment_run.training(s, checkpoint, s.batch_size, length, "sft")
     if beside is None:
         return alone
     t, tokens = estimates.model_of(beside), s.batch_size * s.grad_accumulation_steps * length
@@ -46,7 +47,7 @@ def _phase(s: Settings, checkpoint: Checkpoint, beside: Checkpoint | None, lengt
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, read and check the data, plan, train, write the best student."""
-    s, folder, checkpoint = alignment_plan.opened(settings)
+    s, folder, checkpoint = alignment_run.opened(settings)
     beside = None
     if s.teacher is not None:
         beside = comparison.same_vocabulary(checkpoint, load.open_checkpoint(resolve.resolve_model(s.teacher).path))
@@ -55,19 +56,19 @@ def run(settings: Settings) -> dict[str, Any]:
     train, valid = (sequence_packing.PackedDataset([row[0] for row in rows], room) for rows in splits)
     length = max(train.lengths)
     cli.say(f"{len(splits[0])} rows in {len(train.windows)} windows of at most {length} tokens")
-    parts = alignment_plan.cut(s, folder, lambda parts: _phase(parts, checkpoint, beside, length))
+    parts = alignment_run.cut(s, folder, lambda parts: _phase(parts, checkpoint, beside, length))
     phase = _phase(parts, checkpoint, beside, length)
-    plan = alignment_plan.plan(parts, phase)
+    planned = alignment_run.planned(s, [phase])
     if s.dry_run:
-        return {"model": str(checkpoint.path), "windows": len(train.windows), **plan.result}
-    with alignment_run.running(s, folder, checkpoint, plan, card, "sft") as r:
+        return {"model": str(checkpoint.path), "windows": len(train.windows), **planned}
+    with alignment_run.running(s, folder, checkpoint, parts.batch_size, [phase], card, "sft") as r:
         source: live_teacher.TargetSource = live_teacher.TextTargets()
         if beside is not None:
-            t, direct = estimates.model_of(beside), beside.nbytes > plan.budget.limit_bytes
+            t, direct = estimates.model_of(beside), beside.nbytes > r.budget.limit_bytes
             room = phase.pinned * t.block_work + t.head_work
             source = live_teacher.StreamedTeacher(beside, room, direct, cross_entropy=1.0 - s.distill_weight)
-        each = train.micro_batches(source, parts.batch_size, parts.grad_accumulation_steps, s.seed)
-        loss = train.loss_of(source, frozen_head=s.lora is not None)
+        each = partial(train.micro_batches, source, parts.batch_size, parts.grad_accumulation_steps, s.seed)
+        loss = partial(train.loss, source, s.lora is not None)
         return r.train(each, loss, lambda: valid.measure(r.model, parts.batch_size))
 
 

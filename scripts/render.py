@@ -74,7 +74,8 @@ def throughput(found: Found) -> str:
     given = found["given"]
     sizes = f"prompts of {given['prompt_tokens']} tokens, {given['generation_tokens']} generated, "
     sizes += f"{given['num_trials']} trials ({given['four_bit_trials']} in 4 bits) in turn, ± one standard deviation"
-    lines = [words.table(rows, names, [m for m in rounds.METRICS if m[0] in SHOWN]), "", where(found, sizes), ""]
+    shown = {name: how for name, how in words.TABLES["bench"].items() if name in SHOWN}
+    lines = [words.table(rows, names, shown), "", where(found, sizes), ""]
     if found["student"]:
         lines += [f"The student: {found['student']}.", ""]
     lines += goals(found["verdict"])

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -105,10 +106,8 @@ def tuned(student: Checkpoint) -> dict[str, np.ndarray]:
     model, optimizer, rows, text = (
         load.resident(student, mx.float32), GuardedAdamW(), lesson(), live_teacher.TextTargets(),
     )  # fmt: skip
-    batches = rows.micro_batches(text, 5, 1, 0)
-    return _learned(
-        model, list(train_loop.train(model, batches, rows.loss_of(text, False), optimizer, RECIPE.schedule))
-    )
+    batches = partial(rows.micro_batches, text, 5, 1, 0)
+    return _learned(model, list(train_loop.train(model, batches, partial(rows.loss, text, False), optimizer, RECIPE)))
 
 
 def _learned(model: object, steps: Sequence[object]) -> dict[str, np.ndarray]:

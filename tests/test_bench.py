@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -140,16 +141,17 @@ def test_measure_interleaves_what_fits_and_not_what_does_not(
     llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A B A B within the limit, A A B B beyond it; the warm-up of each before."""
-    order: list[str] = []
+    order, opened, count = list[str](), rounds.opened, itertools.count()
 
     def noted(subject: Any, *_: Any) -> Measurement:
-        order.append(subject.loaded.name)
+        order.append("ab"[subject.nbytes % 2])
         return stamped(1.0, 2.0)
 
+    monkeypatch.setattr(rounds, "opened", lambda folder: opened(folder)._replace(nbytes=next(count)))
     monkeypatch.setattr(rounds, "trial", noted)
     for limit, wanted in ((10**9, "abababab"), (0, "aaaabbbb")):
         order.clear()
-        rows = bench.measure([llama.path] * 2, ["a", "b"], 4, 2, 3, limit)
+        rows = bench.measure({"a": llama.path, "b": llama.path}, 4, 2, 3, limit)
         assert "".join(order) == wanted
         assert [(r.model, r.metric, r.value) for r in rows[:2]] == [("a", "ttft_ms", 1000.0), ("a", "decode_tps", 1.0)]
 
@@ -158,14 +160,14 @@ def test_one_by_one_there_is_one_model_in_memory(llama: Checkpoint, monkeypatch:
     """While the next one loads, the one before is gone, though the caller still has the last trial in its hands."""
     alive, opened = list[Any](), rounds.opened
 
-    def noted(folder: Path, name: str) -> rounds.BenchmarkModel:
-        assert not [name for kept in alive if kept() is not None]
-        found = opened(folder, name)
+    def noted(folder: Path) -> rounds.BenchmarkModel:
+        assert all(kept() is None for kept in alive)
+        found = opened(folder)
         alive.append(weakref.ref(found.model))
         return found
 
     monkeypatch.setattr(rounds, "opened", noted)
-    bench.measure([llama.path] * 3, ["a", "b", "c"], 4, 2, 2)
+    bench.measure(dict.fromkeys("abc", llama.path), 4, 2, 2)
     run = bench.Bench(settings(llama.path))
     run.together, run.models = False, {name: next(iter(run.models.values())) for name in "abc"}
     run.go(None)

@@ -220,7 +220,7 @@ def test_stop_is_asked_once_and_forced_twice() -> None:
 def test_table_by_pencil() -> None:
     """One line a metric, one column a model; half the interval after ±; a metric nobody has is left out."""
     rows = [Row("a", "nll", 2.5, 2.4, 2.6, 9), Row("b", "nll", 3.0), Row("b", "kl", 0.25)]
-    assert text.table(rows, ["a", "b"], (("nll", "loss", ".2f"), ("kl", "KL", ".1f"), ("x", "X", ".0f"))) == (
+    assert text.table(rows, ["a", "b"], {"nll": ("loss", ".2f"), "kl": ("KL", ".1f"), "x": ("X", ".0f")}) == (
         "| | a | b |\n|---|---:|---:|\n| loss | 2.50 ± 0.10 | 3.00 |\n| KL | – | 0.2 |"
     )
 

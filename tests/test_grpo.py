@@ -16,15 +16,14 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx import dpo, grpo
-from mis_mlx.alignment import alignment_plan, alignment_run
+from mis_mlx.alignment import alignment_run
 from mis_mlx.alignment import grpo_rollout as training
 from mis_mlx.distillation import train_loop
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load, mlx_generate, policy, stream
-from mis_mlx.planner.recipe import Schedule
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
-from tests import forks
+from tests import forks, tiny
 from tests.conftest import Done, last_line, losses, settings_of
 
 # A reward that a model of random weights gets now and then: the share of letters that are small vowels.
@@ -150,10 +149,9 @@ def test_the_reference_is_the_model_as_it_was(llama: Checkpoint, folder: Path) -
     for b, _, old, reference in sampled:
         assert (mx.abs(old - reference) * b.mask).max() < 1e-4
     plain = [(b, advantage, old, None) for b, advantage, old, _ in sampled]
+    still = tiny.schedule(1, 0.0, 0)
     found = [
-        next(
-            train_loop.train(made.model, lambda _, p=parts: p, made.settings.loss, GuardedAdamW(), Schedule(1, 0.0, 0))
-        )
+        next(train_loop.train(made.model, lambda _, p=parts: p, made.settings.loss, GuardedAdamW(), still))
         for parts in (sampled, plain)
     ]
     assert found[0].loss == pytest.approx(found[1].loss, abs=1e-6)
@@ -254,5 +252,5 @@ def test_the_reference_is_planned_in_the_type_of_training(
     same: in DPO's plan and in GRPO's."""
     monkeypatch.setenv(policy.POLICY, "metal")
     for settings in (dpo.Settings(fine_tune_type=kind), grpo.Settings(fine_tune_type=kind)):
-        assert alignment_plan.sizes(settings, llama).item == item
-        assert alignment_plan.dtype_of(settings, llama).size == item
+        assert alignment_run.sizes(settings, llama).item == item
+        assert alignment_run.dtype_of(settings, llama).size == item

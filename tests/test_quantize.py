@@ -184,7 +184,9 @@ def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m", dtype="F32", **sizes))
     m, how = estimates.model_of(checkpoint), QuantizationConfig(q_method="round", target_bpw=4.6, q_iters=2)
     batches = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
-    job = DistillationSpec(m, m, 2, 1, 1, 64, 6, 0, 0, 2, rounding=how)
+    job = DistillationSpec(
+        teacher=m, student=m, iters=2, batch_size=1, max_seq_length=64, num_samples=6, save_every=2, rounding=how
+    )
     planned = compression_size.quantize(m, how, 6, 64, GIB), phases.tune(job, 1, GIB, 2)
     text = Windows(np.concatenate([np.array(b) for b in batches]), np.ones((6, 64), np.float32))
 

@@ -34,6 +34,7 @@ from mis_mlx.pruning import calibrate, limits, select, shape_search, slicing
 from mis_mlx.pruning.limits import Timing
 from mis_mlx.pruning.shape_search import Choice, Losses
 from mis_mlx.quantization import bit_allocation, packed_format
+from mis_mlx.reporting import text
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
@@ -101,7 +102,7 @@ def test_the_table_says_what_the_log_holds(done: tuple[Path, Done], llama: Check
     out, run = done
     records = run_folder.records(out / finalists.FINALISTS)
     lines = {cells[1].strip(): cells[2:-1] for line in run.stdout.splitlines() if len(cells := line.split("|")) > 3}
-    for metric, label, form in finalists.METRICS:
+    for metric, (label, form) in text.TABLES["search"].items():
         if isinstance(records[0].get(metric), list):
             assert [c.split("±")[0].strip() for c in lines[label]] == [
                 format(np.mean(r[metric]), form) for r in records

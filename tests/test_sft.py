@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from mis_mlx import quantize, sft
-from mis_mlx.alignment import alignment_plan, alignment_run, sequence_packing
+from mis_mlx.alignment import alignment_run, sequence_packing
 from mis_mlx.alignment.sequence_packing import PackedDataset
 from mis_mlx.data.examples import Sequenced
 from mis_mlx.distillation import live_teacher
@@ -72,9 +73,9 @@ def rows_of(found: dict[str, np.ndarray]) -> list[Sequenced]:
 def step(lesson: PackedDataset, model: nn.Module, batch_size: int, parts: int) -> tuple[float, float, Any]:
     """(sum, count, gradients of the sum) of the first step, micro-batches added as the loop adds them."""
     source = live_teacher.TextTargets()
-    loss = lesson.loss_of(source, frozen_head=False)
+    loss = partial(lesson.loss, source, False)
     total, count, gradients = 0.0, 0.0, None
-    for arguments in lesson.micro_batches(source, batch_size, parts, 0)(0):
+    for arguments in lesson.micro_batches(source, batch_size, parts, 0, 0):
         (part, n, _), made = nn.value_and_grad(model, loss)(model, *arguments)
         total, count = total + float(part), count + float(n)
         gradients = made if gradients is None else tree_map(mx.add, gradients, made)
@@ -241,8 +242,8 @@ def test_packed_weights_in_memory_take_adapters(tmp_path: Path, monkeypatch: pyt
     lora.insert(model, lora.Lora(-1, 4, 2.0), 0)
     rows = [(np.arange(3, 9, dtype=np.int32), np.ones(6, np.float32))]
     lesson, source = PackedDataset(rows), live_teacher.TextTargets()
-    (arguments,) = lesson.micro_batches(source, 1, 1, 0)(0)
-    _, gradients = nn.value_and_grad(model, lesson.loss_of(source, True))(model, *arguments)
+    (arguments,) = lesson.micro_batches(source, 1, 1, 0, 0)
+    _, gradients = nn.value_and_grad(model, partial(lesson.loss, source, True))(model, *arguments)
     flat = dict(tree_flatten(gradients))
     assert flat and all(name.endswith(("lora_a", "lora_b")) for name in flat)
     assert any(float(mx.abs(g).max()) > 0 for name, g in flat.items() if name.endswith("lora_b"))
@@ -276,7 +277,7 @@ def test_a_dry_run_writes_nothing_and_says_what_it_takes(
 def test_steps_are_cut_where_memory_is_short_and_stay_so(small: Any, tmp_path: Path) -> None:
     """A budget for half a batch: the same step to rounding, in two parts; resumed under a big budget, still in two."""
     wide = settings_of(sft, small, tmp_path / "wide", packing=False, iters=2)
-    *_, checkpoint = alignment_plan.opened(wide)
+    *_, checkpoint = alignment_run.opened(wide)
 
     def phase(s: sft.Settings) -> estimates.StageCost:
         return sft._phase(s, checkpoint, None, 32)
@@ -285,22 +286,22 @@ def test_steps_are_cut_where_memory_is_short_and_stay_so(small: Any, tmp_path: P
     limit = next(n for n in range(2**23, 2**26, 2**12) if peaks[0] + memory.process_bytes(n) <= n)
     assert peaks[1] + memory.process_bytes(limit) > limit
     tight = replace(wide, out=str(tmp_path / "tight"), budget=f"{limit}")
-    cut = alignment_plan.cut(tight, None, phase)
-    assert (cut.batch_size, cut.grad_accumulation_steps) == (1, 2) and alignment_plan.cut(wide, None, phase) == wide
+    cut = alignment_run.cut(tight, None, phase)
+    assert (cut.batch_size, cut.grad_accumulation_steps) == (1, 2) and alignment_run.cut(wide, None, phase) == wide
     sft.run(wide)
     sft.run(tight)
     one, other = (run_folder.metrics(tmp_path / name) for name in ("wide", "tight"))
     assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in other], rel=1e-5)
     assert run_folder.stored_plan(tmp_path / "tight")["micro"] == 1
     again = replace(tight, budget=None, resume=True)
-    assert alignment_plan.cut(again, tmp_path / "tight", phase).batch_size == 1
+    assert alignment_run.cut(again, tmp_path / "tight", phase).batch_size == 1
 
 
 def test_the_plan_holds(undisturbed: tuple[Path, Done], small: Any) -> None:
     """MLX never held more than was planned, over all steps."""
     s = settings_of(sft, small, Path("unused"))
     checkpoint = load.open_checkpoint(str(s.model))
-    planned = alignment_plan.training(s, checkpoint, s.batch_size, 96).peak_bytes
+    planned = alignment_run.training(s, checkpoint, s.batch_size, 96).peak_bytes
     held = max(r["peak_bytes"] for r in run_folder.metrics(undisturbed[0]))
     assert held <= planned < 3 * held
 

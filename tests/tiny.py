@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mis_mlx.models import arch
 from mis_mlx.models.families import family
+from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.safetensors import write_tensors
 from mis_mlx.types import Checkpoint
@@ -232,3 +233,8 @@ def joined(folder: Path) -> Path:
             weights[stem] = mx.concatenate(rows)
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     return folder
+
+
+def schedule(iters: int, peak: float, warmup: int) -> TrainingConfig:
+    """So many steps, with this learning rate at the end of the warm-up."""
+    return TrainingConfig(iters=iters, learning_rate=peak, warmup=warmup)

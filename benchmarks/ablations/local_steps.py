@@ -163,6 +163,6 @@ def _steps(
 
     optimizer = GuardedAdamW(weight_decay=recipe.weight_decay)
     cut = partial(streams.micro_batches, recipe, own_share)
-    for step in train_loop.train(block, lambda n: cut(first + n), partial(error, args), optimizer, recipe.schedule):
+    for step in train_loop.train(block, lambda n: cut(first + n), partial(error, args), optimizer, recipe):
         notes = "; ".join(filter(None, (note, step.note)))
         yield replace(step, number=first + step.number, peak_bytes=max(before, step.peak_bytes), note=notes)

@@ -1,4 +1,4 @@
-"""What the alignment commands share: a student opened, whole or with LoRA; its run, checkpoints, best one, result.
+"""What the alignment commands share: flags, what a run with them takes, its checkpoints, its best student, its result.
 
 A run that was killed and resumed ends bit-equal to one that was not."""
 
@@ -6,34 +6,148 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mis_mlx import cli
-from mis_mlx.alignment.alignment_plan import Alignment, AlignmentPlan, dtype_of
 from mis_mlx.data import examples
-from mis_mlx.distillation import train_loop
-from mis_mlx.distillation.run_loop import CheckpointedTraining, OpenRun, open_run
+from mis_mlx.distillation import run_loop, train_loop
 from mis_mlx.gguf_export.model_card import name_of
+from mis_mlx.hardware import memory
+from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import distributed, load, lora, model_writer, stream
-from mis_mlx.planner import estimates
+from mis_mlx.models import arch, distributed, load, lora, model_writer, policy, stream
+from mis_mlx.planner import estimates, recipe, training_size
+from mis_mlx.planner.phases import SAVED_BYTES
 from mis_mlx.reporting import progress
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
-from mis_mlx.types import Checkpoint, MisError, Step
+from mis_mlx.types import Budget, Checkpoint, Count, MisError, Positive, Step, Tokens, Within, gib
 
 BEST, MODEL, ADAPTERS = "best", "model", "adapters"
 HELD_OUT = "held_out.jsonl"
+# Settings that may differ when a run is resumed: none of them changes a weight. `save_every` does: by it the best
+# checkpoint is looked for.
+FREE = frozenset({"out", "resume", "dry_run", "config", "budget", "governor", "thermal_replay"})
+S = TypeVar("S", bound="Alignment")
+
+
+@dataclass(frozen=True)
+class Alignment(cli.Resumable, policy.Computing, ThermalFlags, recipe.TrainingConfig):
+    """The flags that sft, dpo and grpo share."""
+
+    batch_size: Count = 4
+    """rows, pairs or answers in a micro-batch; cut into smaller ones, which change nothing, where memory is short"""
+    max_seq_length: Tokens = 512
+    """most tokens of a row; what does not fit is cut off its end, and counted"""
+    save_every: Count = 20
+    """steps between checkpoints, at each of which the held-out rows are measured"""
+    model: str | None = None
+    """folder or hub id of the model to align; default: SmolLM2-135M-Instruct"""
+    data: str | None = None
+    """folder with train.jsonl and perhaps valid.jsonl; default: generated tasks"""
+    data_licence: str | None = None
+    """licence of the data, or the consent it was given with; default: what a LICENSE file beside it says"""
+    scrub_pii: bool = False
+    """replace e-mail addresses, telephone numbers, PESEL and NIP in the data before training, and count them"""
+    eval_rows: Count = 64
+    """held-out rows measured at every checkpoint; the best checkpoint becomes the result"""
+    fine_tune_type: Literal["full", "lora"] = "full"
+    """all weights, or mlx-lm's low-rank adapters beside frozen ones"""
+    num_layers: Annotated[int, Within(-1, 10**4)] = -1
+    """blocks that get adapters, counted from the last; -1: all"""
+    rank: Count = 8
+    """of the adapters"""
+    scale: Positive = 20.0
+    """factor on the adapters"""
+    fuse: bool = True
+    """add the adapters to the weights in the end; otherwise they are left beside the model, for --adapter-path"""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """type of the result's weights on disk"""
+
+    @property
+    def lora(self) -> lora.Lora | None:
+        """The adapters asked for, if any."""
+        return lora.Lora(self.num_layers, self.rank, self.scale) if self.fine_tune_type == "lora" else None
+
+
+def opened(settings: S) -> tuple[S, Path | None, Checkpoint]:
+    """(settings and folder of the run, which may be one that goes on; the model to align, through the gate). MisError
+    where it cannot be trained as asked for."""
+    s, folder = run_loop.resumed(settings, FREE)
+    checkpoint = run_loop.opened(s, s.model)
+    if s.lora:
+        s.lora.check(int(checkpoint.config["num_hidden_layers"]))
+    elif arch.is_quantized(checkpoint.tensors):
+        raise MisError(f"{checkpoint.path} is quantized and cannot be trained whole: use --fine-tune-type lora")
+    if s.max_seq_length > (most := int(checkpoint.config.get("max_position_embeddings") or s.max_seq_length)):
+        raise MisError(f"--max-seq-length is {s.max_seq_length}, the model's window {most}: give {most} or less")
+    return s, folder, checkpoint
+
+
+def dtype_of(s: Alignment, checkpoint: Checkpoint) -> mx.Dtype:
+    """What the model, and the reference beside it, compute in: float32 where the model is trained whole."""
+    return policy.compute_dtype(checkpoint) if s.lora else mx.float32
+
+
+def sizes(s: Alignment, checkpoint: Checkpoint) -> estimates.ModelSize:
+    """The model in bytes, as it computes here."""
+    return estimates.model_of(checkpoint, dtype=dtype_of(s, checkpoint))
+
+
+def weight_bytes(m: estimates.ModelSize) -> int:
+    """The model in memory, before anything is done with it."""
+    return m.nbytes if m.packed and m.as_stored else m.params * m.item
+
+
+def training(s: Alignment, checkpoint: Checkpoint, rows: int, length: int, name: str = "align") -> estimates.StageCost:
+    """What training takes with `rows` sequences of `length` tokens in a micro-batch."""
+    m = sizes(s, checkpoint)
+    trained, peak = m.params, training_size.training_bytes(m.config, rows, length)
+    if s.lora:
+        trained = s.lora.params(m.config)
+        peak = weight_bytes(m) + training_size.STATE_BYTES * trained
+        peak += training_size.activation_bytes(m.config, rows, length)
+        peak += training_size.logit_bytes(m.shape.vocab, rows * length)
+    written = (s.iters // s.save_every + 2) * (SAVED_BYTES + 4) * trained + policy.DTYPES[s.dtype].size * m.params
+    flops = s.iters * 3 * estimates.forward_flops(m, s.grad_accumulation_steps * rows * length, length)
+    return estimates.StageCost(name, m.nbytes, written, peak, flops, updated=s.iters * trained)
+
+
+def planned(s: Alignment, phases: Sequence[estimates.StageCost]) -> dict[str, Any]:
+    """What a --dry-run says of these phases under the budget asked for, told in a line each."""
+    limit = memory.budget(s.budget_bytes).limit_bytes
+    result = estimates.told(phases, limit, estimates.machine_rates(), memory.process_bytes(limit))
+    fits = "does not fit" if result["check_failed"] else "fits"
+    cli.say(f"peak {gib(result['peak_bytes'])} {fits} the budget of {gib(limit)}")
+    return result
+
+
+def cut(s: S, folder: Path | None, phase: Callable[[S], estimates.StageCost]) -> S:
+    """`s` with its steps in the largest micro-batches with which `phase(s)` fits; of a run in `folder`, in its own. A
+    micro-batch divides the one asked for, and a step stays what it was."""
+    limit = memory.budget(s.budget_bytes).limit_bytes
+
+    def in_parts(size: int) -> S:
+        return replace(s, batch_size=size, grad_accumulation_steps=s.grad_accumulation_steps * s.batch_size // size)
+
+    def fitting() -> int:
+        if folder:
+            return int(run_folder.stored_plan(folder).get("micro", s.batch_size))
+        room = limit - memory.process_bytes(limit)
+        divisors = [n for n in range(s.batch_size, 0, -1) if s.batch_size % n == 0]
+        return next((n for n in divisors if phase(in_parts(n)).peak_bytes <= room), 1)
+
+    return in_parts(distributed.broadcast_json(fitting))
 
 
 @dataclass
-class AlignmentRun(OpenRun):
+class AlignmentRun(run_loop.OpenRun):
     """A student in memory and the folder of its run. Made by `running`."""
 
     name: str  # of the command
@@ -41,7 +155,7 @@ class AlignmentRun(OpenRun):
     checkpoint: Checkpoint
     model: nn.Module
     optimizer: GuardedAdamW
-    plan: AlignmentPlan
+    budget: Budget
     card: Mapping[str, Any]  # of the data: what it is, its licence
     best: tuple[int, float] | None = None  # (step, its held-out figure)
 
@@ -64,13 +178,13 @@ class AlignmentRun(OpenRun):
         def recall(state: dict[str, Any]) -> None:
             self.best = state["best"][0], state["best"][1]
 
-        training = CheckpointedTraining(
+        training = run_loop.CheckpointedTraining(
             self, partial(train_loop.arrays_of, *mine), self.optimizer.memory, partial(train_loop.restore, *mine),
-            remember, recall, label=self.name, budget_bytes=self.plan.budget.limit_bytes,
+            remember, recall, label=self.name, budget_bytes=self.budget.limit_bytes,
         )  # fmt: skip
         start = training.start(lambda: None)
         self.model.train()
-        steps = partial(train, self.model, micro_batches, loss, self.optimizer, s.schedule)
+        steps = partial(train, self.model, micro_batches, loss, self.optimizer, s)
         training.finish(steps, start, s.iters, s.save_every, self.optimizer)
         return self._finish() if distributed.is_main() else {}
 
@@ -119,7 +233,7 @@ class AlignmentRun(OpenRun):
             "held_out_best": by_step.get(best.number),
             "tokens": tokens,
             "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
-            **self.account(self.plan.budget.limit_bytes),
+            **self.account(self.budget.limit_bytes),
         }
         self.files.replace_text(self.folder / run_folder.RESULT, json.dumps(result, indent=2))
         return result
@@ -140,19 +254,24 @@ def data(
 
 @contextmanager
 def running(
-    s: Alignment, folder: Path | None, checkpoint: Checkpoint, plan: AlignmentPlan, card: Mapping[str, Any], name: str
-) -> Iterator[AlignmentRun]:
-    """The run, new or continued (`folder`), with its student in memory. `card`: of the data, with its "fingerprint".
-    MisError with both numbers where the plan does not fit the budget."""
-    remedy = f"give --budget {estimates.flag(plan.peak_bytes)} or more, lower --batch-size or --max-seq-length, "
+    s: Alignment, folder: Path | None, checkpoint: Checkpoint, micro: int, phases: Sequence[estimates.StageCost],
+    card: Mapping[str, Any], name: str,
+) -> Iterator[AlignmentRun]:  # fmt: skip
+    """The run, new or continued (`folder`), with its student in memory. micro: rows, pairs or answers in a micro-batch.
+    card: of the data, with its "fingerprint". MisError with both numbers where a phase does not fit the budget."""
+    budget, rates = memory.budget(s.budget_bytes), estimates.machine_rates()
+    seconds, largest = sum(p.seconds(rates) for p in phases), max(phases, key=lambda p: p.peak_bytes)
+    peak = largest.peak_bytes + memory.process_bytes(budget.limit_bytes)
+    remedy = f"give --budget {estimates.flag(peak)} or more, lower --batch-size or --max-seq-length, "
     remedy += "or use --fine-tune-type lora; alignment trains whole models in memory"
-    plan.budget.need(plan.peak_bytes, plan.largest, remedy)
+    budget.need(peak, largest.name, remedy)
     if folder is None:
-        cli.say(progress.promise(plan.seconds))
-    way, origin = {"mode": "resident", "micro": plan.micro_batch}, run_folder.origin(checkpoint, card["fingerprint"])
+        cli.say(progress.promise(seconds))
+    way, origin = {"mode": "resident", "micro": micro}, run_folder.origin(checkpoint, card["fingerprint"])
+    title = f"{name_of(checkpoint.path)}-{name}"
     with (
-        progress.run(name, {name: plan.seconds}),
-        open_run(s, folder, f"{name_of(checkpoint.path)}-{name}", origin, way, plan.budget, plan.peak_bytes) as place,
+        progress.run(name, {name: seconds}),
+        run_loop.open_run(s, folder, title, origin, way, budget, peak) as place,
     ):
         if not (place.folder / run_folder.DATA).exists():
             about = json.dumps(dict(card), indent=2, ensure_ascii=False)
@@ -164,6 +283,6 @@ def running(
             mx.eval(model.parameters())
         optimizer = GuardedAdamW(weight_decay=s.weight_decay)
         yield AlignmentRun(
-            **vars(place), name=name, settings=s, checkpoint=checkpoint, model=model, optimizer=optimizer, plan=plan,
-            card=card,
+            **vars(place), name=name, settings=s, checkpoint=checkpoint, model=model, optimizer=optimizer,
+            budget=budget, card=card,
         )  # fmt: skip

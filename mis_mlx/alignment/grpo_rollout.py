@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.alignment import alignment_plan
+from mis_mlx.alignment import alignment_run
 from mis_mlx.data.rows import Row
 from mis_mlx.data.token_windows import order
 from mis_mlx.distillation import train_loop
@@ -22,7 +22,7 @@ from mis_mlx.maths import policy
 from mis_mlx.maths.losses import token_logps
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import attention_masks, distributed, load, mlx_generate, stream
-from mis_mlx.planner.recipe import Schedule
+from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.types import MOST, Count, MisError, Positive, Rate, Step, Within
 
 Rollout = tuple[list[tuple[Any, ...]], dict[str, float]]  # micro-batches of a step, for `Settings.loss`; facts of it
@@ -34,7 +34,7 @@ TABLE = (("reward", ".3f"), ("answer_tokens", ".1f"), ("kept", ".0f"), ("groups"
 
 
 @dataclass(frozen=True)
-class Settings(alignment_plan.Alignment):
+class Settings(alignment_run.Alignment):
     """One run. Rows: {"prompt", "answer"}."""
 
     learning_rate: Rate = 1e-6
@@ -209,20 +209,20 @@ def _joined(facts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def train(
     model: nn.Module, rollouts: Callable[[int], Rollout], loss: train_loop.Loss, optimizer: GuardedAdamW,
-    schedule: Schedule, start: int = 0, updates: int = 1,
+    recipe: TrainingConfig, start: int = 0, updates: int = 1,
 ) -> Iterator[Step]:  # fmt: skip
     """Steps as `train_loop.train` gives them; each samples, then takes `updates` updates on what it sampled. A step of
     which every group has equal rewards leaves weights and moments as they are. One line of the table a step."""
     cli.say("  step  " + "  ".join(f"{name:>13}" for name, _ in TABLE))
-    for step in range(start, schedule.iters):
+    for step in range(start, recipe.iters):
         began = train_loop.CLOCK.monotonic()
         mx.reset_peak_memory()
         parts, facts = rollouts(step)
         peak = mx.get_peak_memory()
 
-        done = Step(step + 1, 0.0, 0.0, schedule.rate(step), 0, 0.0, peak, "no group teaches anything: no update")
+        done = Step(step + 1, 0.0, 0.0, recipe.rate(step), 0, 0.0, peak, "no group teaches anything: no update")
         for _ in range(updates if distributed.any_rank(parts) else 0):
-            done = next(train_loop.train(model, {step: parts}.__getitem__, loss, optimizer, schedule, step))
+            done = next(train_loop.train(model, {step: parts}.__getitem__, loss, optimizer, recipe, step))
         facts = {**done.more, **facts}
         seconds, peak = train_loop.CLOCK.monotonic() - began, max(peak, done.peak_bytes)
         cells = "  ".join(f"{facts[n]:>13{form}}" if n in facts else " " * 13 for n, form in TABLE)

@@ -3,8 +3,7 @@
 Padding is never learned and never seen by a real token, so it changes nothing."""
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,13 +11,12 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.data import examples, token_windows
-from mis_mlx.distillation import live_teacher, train_loop
+from mis_mlx.distillation import live_teacher
 from mis_mlx.maths.losses import token_logps
 from mis_mlx.models import attention_masks, distributed, load
 
 MULTIPLE = 8  # that a padded length is of: fewer different shapes, for which memory is kept
 PADDING = -1  # the row that padding is of
-OfStep = Callable[[int], list[live_teacher.MicroBatch]]
 
 
 def packed(lengths: Sequence[int], room: int) -> list[list[int]]:
@@ -50,14 +48,11 @@ def rectangle(windows: Sequence[Sequence[examples.Sequenced]]) -> tuple[mx.array
     return mx.array(tokens), mx.array(learn), mx.array(rows)
 
 
-def drawn(
-    lengths: Sequence[int], batch_size: int, parts: int, step: int, seed: int,
-    share: Callable[[Any], Any] = lambda at: at,
-) -> list[np.ndarray]:  # fmt: skip
-    """The indices of a step's `parts` micro-batches: a pure function of its arguments. Those of like length come
-    together, which saves padding and changes nothing: a step is one sum. share: picks those that are wanted here."""
+def drawn(lengths: Sequence[int], batch_size: int, parts: int, step: int, seed: int) -> list[np.ndarray]:
+    """This machine's part of the indices of a step's `parts` micro-batches: a pure function of its arguments. Those of
+    like length come together, which saves padding and changes nothing: a step is one sum."""
     at = token_windows.order(len(lengths), batch_size * parts, step, seed)
-    at = share(at[np.argsort([lengths[i] for i in at], kind="stable")])
+    at = distributed.shard(at[np.argsort([lengths[i] for i in at], kind="stable")])
     return [at[i : i + batch_size] for i in range(0, len(at), batch_size)]
 
 
@@ -79,28 +74,23 @@ class PackedDataset:
         self.windows = [[rows[i] for i in window] for window in shared]
         self.lengths = [sum(lengths[i] for i in window) for window in shared]
 
-    def micro_batches(self, source: live_teacher.TargetSource, batch_size: int, parts: int, seed: int) -> OfStep:
-        """Those of any step: tokens and rows (B, T), then learn (B * T,) and the source's targets."""
+    def micro_batches(
+        self, source: live_teacher.TargetSource, batch_size: int, parts: int, seed: int, step: int
+    ) -> list[live_teacher.MicroBatch]:
+        """Those of a step: tokens and rows (B, T), then learn (B * T,) and the source's targets."""
+        at = drawn(self.lengths, batch_size, parts, step, seed)
+        cut = [rectangle([self.windows[i] for i in part]) for part in at]
+        signal = source.micro_batches([(tokens, learn) for tokens, learn, _ in cut], at)
+        return [(tokens, rows, *rest) for (_, _, rows), (tokens, *rest) in zip(cut, signal, strict=True)]
 
-        def of_step(step: int) -> list[live_teacher.MicroBatch]:
-            at = drawn(self.lengths, batch_size, parts, step, seed, distributed.shard)
-            cut = [rectangle([self.windows[i] for i in part]) for part in at]
-            signal = source.micro_batches([(tokens, learn) for tokens, learn, _ in cut], at)
-            return [(tokens, rows, *rest) for (_, _, rows), (tokens, *rest) in zip(cut, signal, strict=True)]
-
-        return of_step
-
-    def loss_of(self, source: live_teacher.TargetSource, frozen_head: bool) -> train_loop.Loss:
-        """`loss(student, tokens, rows, learn, *target)` -> (sum in nats, tokens that count, {"tokens": all})."""
-
-        def loss(
-            student: nn.Module, tokens: mx.array, rows: mx.array, learn: mx.array, *target: mx.array
-        ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
-            hidden = self.hidden(student, tokens, rows)
-            total = source.kl_sum(hidden, load.head_weight(student), learn, *target, frozen_head=frozen_head)
-            return total, learn.sum(), {"tokens": (rows != PADDING).sum()}
-
-        return loss
+    def loss(
+        self, source: live_teacher.TargetSource, frozen_head: bool, student: nn.Module, tokens: mx.array,
+        rows: mx.array, learn: mx.array, *target: mx.array,
+    ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:  # fmt: skip
+        """(sum in nats, tokens that count, {"tokens": all}) of a micro-batch."""
+        hidden = self.hidden(student, tokens, rows)
+        total = source.kl_sum(hidden, load.head_weight(student), learn, *target, frozen_head=frozen_head)
+        return total, learn.sum(), {"tokens": (rows != PADDING).sum()}
 
     def hidden(self, student: nn.Module, tokens: mx.array, rows: mx.array) -> mx.array:
         """Final hidden states (B * T, D). A row alone in its window needs no mask: padding comes after it."""

@@ -97,7 +97,8 @@ def _trained(model: nn.Module) -> tuple[list[float], dict[str, np.ndarray]]:
     """([loss, gradient's norm, fall of the loss in two steps], weights and moments after three). AdamW does not see how
     long a gradient is, so the norm stands for that; moments keep its last bits."""
     optimizer = GuardedAdamW()
-    steps = list(train(model, lambda step: [(TOKENS,)], _loss, optimizer, recipe.Schedule(3, 1e-3, 0)))
+    how = recipe.TrainingConfig(iters=3, learning_rate=1e-3, warmup=0)
+    steps = list(train(model, lambda step: [(TOKENS,)], _loss, optimizer, how))
     after = dict(tree_flatten(model.trainable_parameters())) | optimizer.arrays()
     first, fall = steps[0], steps[0].loss - steps[-1].loss
     return [first.loss, first.grad_norm, fall], {name: wide(array) for name, array in after.items()}

@@ -28,7 +28,7 @@ from mis_mlx.maths.importance import Statistics
 from mis_mlx.models import arch, load, model_writer, policy
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.stream import Batches, Hidden
-from mis_mlx.planner import estimates, search_size
+from mis_mlx.planner import compression_size, estimates
 from mis_mlx.pruning import calibrate, rotate, select, shape_search, vocabulary
 from mis_mlx.pruning.shape_search import Choice, Losses
 from mis_mlx.quantization import bit_allocation, packed_format
@@ -112,9 +112,9 @@ class Candidates:
         """{module path: {bits: nats a token}} of the teacher; from the run's folder where it stands there."""
         run, path = self.run, self.run.folder / packed_format.SENSITIVITY
         if not path.exists():
-            shape, some = shape_of(run.teacher.config), self.samples[: search_size.SENSED]
+            shape, some = shape_of(run.teacher.config), self.samples[: compression_size.SENSED]
             size, length = estimates.model_of(run.teacher), some[0].size
-            held = search_size.sensitivity(size, length, run.plan.budget_bytes).held_tokens // length
+            held = compression_size.sensitivity(size, length, run.plan.budget_bytes).held_tokens // length
             states = None if held >= len(some) else Spool(run.folder, held * shape.layers, run.files)
             how = shape_search.group_of(shape), rounding.BITS, run.recipe.seed, states
             nats = bit_allocation.costs(run.teacher, some, *how)

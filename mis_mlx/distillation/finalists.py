@@ -31,7 +31,6 @@ from mis_mlx.types import Checkpoint, MisError, Row
 
 FINALISTS = "finalists.jsonl"
 OFTEN = 0.1  # share of steps that the guard skips or clips, above which a training is not stable
-METRICS = text.metrics("search")
 TOKENS = 16  # decoded for one timing
 ROUNDS = 3  # of timings, the quickest counts
 
@@ -167,10 +166,10 @@ def table(records: Sequence[Mapping[str, Any]], names: Sequence[str], speeds: Ma
         plain |= {"params": record["params"] / 1e6, "meddled": record["skipped"] + record["clipped"]}
         plain |= {"bytes": record["bytes"] / 1e6} if "bytes" in record else {}
         rows += [Row(name, metric, value) for metric, value in plain.items()]
-        for metric, _, _ in METRICS:
+        for metric in text.TABLES["search"]:
             if isinstance(values := record.get(metric), list) and None not in values:
                 rows.append(Row(name, metric, *interval(np.array(values)), len(values)))
-    return text.table(rows, names, METRICS)
+    return text.table(rows, names, text.TABLES["search"])
 
 
 def advice(found: Verdict, records: Sequence[Mapping[str, Any]], names: Sequence[str], lines: Sequence[str]) -> str:

@@ -173,7 +173,7 @@ def steps(
     """Optimizer steps `start` to `recipe.iters`, as `train_loop.train`."""
     micro_batches, loss = step_micro_batches(source, data, recipe), loss_of(source)
     quicker = source.gradient_of(student) if isinstance(source, StreamedTeacher) else None
-    return train(student, micro_batches, loss, optimizer, recipe.schedule, start, factor, gradient_of=quicker)
+    return train(student, micro_batches, loss, optimizer, recipe, start, factor, gradient_of=quicker)
 
 
 def visited(n_windows: int, recipe: TrainingConfig) -> np.ndarray:

@@ -22,7 +22,7 @@ from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, load, lora, model_writer, stream
 from mis_mlx.planner.phases import MemoryPlan, steps_per_shard
-from mis_mlx.planner.recipe import ADAPTERS, DistillationConfig
+from mis_mlx.planner.recipe import ADAPTERS, DistillationConfig, TrainingConfig
 from mis_mlx.pruning import reconstruct, vocabulary
 from mis_mlx.quantization import packed_format
 from mis_mlx.reporting import progress, text
@@ -121,8 +121,8 @@ def source_of(c: Run) -> live_teacher.TargetSource:
         return live_teacher.StreamedTeacher(c.teacher, room_bytes, c.direct, r.temperature, r.cross_entropy, c.shares)
 
     if r.targets == "live":
-        return teacher(None if c.plan.teacher_resident else c.plan.pinned * m.block_work + m.head_work)
-    longest = max(r.schedule.iters, c.plan.tuned)  # of training and tuning
+        return teacher(None if c.plan.pinned == m.shape.layers else c.plan.pinned * m.block_work + m.head_work)
+    longest = max(c.plan.job.iters, c.plan.tuned)  # of training and tuning
     at = live_teacher.visited(len(c.data.tokens), replace(r, iters=longest))
     data = token_windows.Windows(c.data.tokens[at], c.data.learn[at])
     cli.say(f"logit store: {len(at)} windows")
@@ -141,11 +141,11 @@ def source_of(c: Run) -> live_teacher.TargetSource:
 def _mended(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict[str, mx.array]:
     """What the closed-form repair changes, by name. parts: the student's folder, where these go at once; then hidden
     states are on disk as far as memory does not hold them."""
-    if not (c.plan.job.repair and (keep := model_writer.read_keep(pruned.path))):
+    if not (c.plan.job.reconstruct_samples and (keep := model_writer.read_keep(pruned.path))):
         return {}
     name = reconstruct.mended_name(pruned)
     cli.say(f"reconstruct: refit every block's {name.removesuffix('.weight')} to the teacher's stream")
-    planned, windows = next(p for p in c.plan.phases if p.name == "repair"), c.pick(c.plan.job.repair, 2)
+    planned, windows = next(p for p in c.plan.phases if p.name == "repair"), c.pick(c.plan.job.reconstruct_samples, 2)
     c.files.require_space(c.folder, planned.spooled_bytes, "the spool of hidden states")
     with c.phase("repair"):
         if parts is None:
@@ -175,7 +175,7 @@ def train_whole(
     steps = partial(live_teacher.steps, student, source, c.data, c.recipe, optimizer)
     steps = steps if tuned else partial(steps, factor=c.factor)
     with c.phase(training.label):
-        training.finish(steps, start, c.recipe.schedule.iters, c.recipe.save_every, optimizer)
+        training.finish(steps, start, c.plan.tuned if tuned else c.plan.job.iters, c.recipe.save_every, optimizer)
 
 
 def _beside_the_plan(c: Run) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def _beside_the_plan(c: Run) -> dict[str, Any]:
 def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) -> Callable[[str], mx.array]:
     r, job, whole = c.recipe, c.plan.job, c.plan.mode != "sharded"
     begun = pruned if whole else model_writer.by_block(pruned, c.folder / "parts", c.files)
-    visit = r.schedule.iters if whole else steps_per_shard(job, c.plan.shard_layers)
+    visit = job.iters if whole else steps_per_shard(job, c.plan.shard_layers)
     room = 4 * job.student.head_params  # the head stays, the blocks stream past
     shard = job.student.shape.layers if whole else c.plan.shard_layers
     adapters = partial(lora.insert, lora=ADAPTERS, seed=r.seed) if c.plan.mode == "lora" else None
@@ -198,10 +198,10 @@ def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) ->
     micro_batches = live_teacher.step_micro_batches(source, c.data, r)
     loss = partial(source.kl_sum, frozen_head=True)
     slopes = source.frozen_slopes() if isinstance(source, live_teacher.StreamedTeacher) else None
-    steps = partial(student.steps, micro_batches, loss, r.schedule, factor=c.factor, slopes=slopes)
+    steps = partial(student.steps, micro_batches, loss, r, factor=c.factor, slopes=slopes)
     every = r.save_every if whole else min(r.save_every, max(1, visit // 2))  # two of every visit: see Sharded
     with c.phase("distil"):
-        training.finish(steps, start, r.schedule.iters, every, student)
+        training.finish(steps, start, job.iters, every, student)
     return student.take
 
 
@@ -212,12 +212,12 @@ def tuning_recipe(asked: DistillationConfig, iters: int, learning_rate: float) -
 
 
 def tuned(
-    rounded: Checkpoint, source: live_teacher.TargetSource, data: token_windows.Windows, recipe: DistillationConfig
+    rounded: Checkpoint, source: live_teacher.TargetSource, data: token_windows.Windows, recipe: TrainingConfig
 ) -> nn.Module:
     """The packed model in memory after its steps, in one go: scales, biases and norms learn, integers stay."""
     model = packed_format.resident(rounded)
     model.train()
-    with progress.bar("tune", recipe.schedule.iters) as show:
+    with progress.bar("tune", recipe.iters) as show:
         for step in live_teacher.steps(model, source, data, recipe, GuardedAdamW(weight_decay=recipe.weight_decay)):
             show(step.number, text.step_text(step))
     return model

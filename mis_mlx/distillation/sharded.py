@@ -20,7 +20,7 @@ from mis_mlx.distillation import train_loop
 from mis_mlx.hardware import lanes
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
 from mis_mlx.models import arch, distributed, host_losses, load, model_writer, policy, stream
-from mis_mlx.planner.recipe import Schedule
+from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.storage.checkpoint import sweep
 from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint, MisError, Step
@@ -140,18 +140,18 @@ class Sharded:
                 o.bad, o.passed, o.calm = before.bad, before.passed, before.calm
 
     def steps(
-        self, micro_batches: Callable[[int], Sequence[MicroBatch]], loss: Loss, schedule: Schedule, start: int = 0,
+        self, micro_batches: Callable[[int], Sequence[MicroBatch]], loss: Loss, recipe: TrainingConfig, start: int = 0,
         factor: Callable[[int], float] = lambda step: 1.0, slopes: Slopes | None = None,
     ) -> Iterator[Step]:  # fmt: skip
-        """Run steps `start` to `schedule.iters` as `train_loop.train` does; after the last one the student is
+        """Run steps `start` to `recipe.iters` as `train_loop.train` does; after the last one the student is
         trained."""
 
         def forth(step: int) -> tuple[Any, Any]:
             return (made := self.gradients(micro_batches(step), loss, slopes)), next(made)
 
-        for step in range(start, schedule.iters):
+        for step in range(start, recipe.iters):
             began, note, (back, (value, tokens)) = train_loop.awake(partial(forth, step))
-            wind, rate, norms, notes = factor(step), schedule.rate(step), list[float](), dict[str, None]()
+            wind, rate, norms, notes = factor(step), recipe.rate(step), list[float](), dict[str, None]()
             for i, gradients in back:
                 block, optimizer = self.shard.layers[j := i - self.blocks.start], self.optimizers[j]
                 distributed.all_reduce_gradients(gradients)
@@ -166,7 +166,7 @@ class Sharded:
             seconds, peak = train_loop.CLOCK.monotonic() - began, mx.get_peak_memory()
             note, norm = (note + "; ".join(notes)).strip(), math.hypot(*norms)
             done = Step(step + 1, value, norm, rate * self.calm, int(tokens), seconds, peak, note)
-            self._end_step(done.number, done.number == schedule.iters)
+            self._end_step(done.number, done.number == recipe.iters)
             yield done
 
     def gradients(

@@ -78,8 +78,8 @@ def page(models: Mapping[str, Checkpoint], sizes: list[Row], quality: Mapping[st
     """Markdown: sizes and speeds, then one table a text; `length` is the tokens of a held-out window."""
     names, texts = list(models), _texts(quality, LOSSES)
     for each in texts:
-        each["table"] = text.table(quality[each["name"]], names, comparison.METRICS)
-    values = {"sizes": text.table(sizes, names, text.metrics("sizes")), "texts": texts, "length": length}
+        each["table"] = text.table(quality[each["name"]], names, text.TABLES["held-out"])
+    values = {"sizes": text.table(sizes, names, text.TABLES["sizes"]), "texts": texts, "length": length}
     values |= {"across": comparison.ACROSS, "dequantized": not policy.keeps_packed() and "4-bit" in models}
     return html.document("table.md", {**values, "won": won(models, sizes, quality)})
 

@@ -15,7 +15,7 @@ from mis_mlx.hardware import lanes
 from mis_mlx.hardware.clock import Clock
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
 from mis_mlx.models import distributed
-from mis_mlx.planner.recipe import Schedule
+from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.types import Step
 
 CLOCK = Clock()
@@ -26,10 +26,10 @@ Loss = Callable[..., tuple[Any, ...]]
 
 def train(
     model: nn.Module, micro_batches: Callable[[int], Sequence[tuple[Any, ...]]], loss: Loss, optimizer: GuardedAdamW,
-    schedule: Schedule, start: int = 0, factor: Callable[[int], float] = lambda step: 1.0,
+    recipe: TrainingConfig, start: int = 0, factor: Callable[[int], float] = lambda step: 1.0,
     gradient_of: Callable[..., Any] | None = None,
 ) -> Iterator[Step]:  # fmt: skip
-    """Run steps `start` to `schedule.iters`, yielding each as it is done (`Step.number` counts from 1).
+    """Run steps `start` to `recipe.iters`, yielding each as it is done (`Step.number` counts from 1).
 
     micro_batches(step): what makes up a step, as argument tuples for `loss`. factor(step): eq. (2)'s (1 + eps_halny);
     it scales the gradient, while the loss reported is the plain one. A step during which the machine slept (the lid was
@@ -40,9 +40,9 @@ def train(
     def gradients(step: int) -> tuple[Any, ...]:
         return _gradients(model, gradient_of, micro_batches(step))
 
-    for step in range(start, schedule.iters):
+    for step in range(start, recipe.iters):
         began, note, (value, tokens, summed, means) = awake(partial(gradients, step))
-        scale, rate = factor(step) / tokens, schedule.rate(step)
+        scale, rate = factor(step) / tokens, recipe.rate(step)
         # From the first machine: whoever is led by the norm is led alike.
         norm = scale * distributed.broadcast_json(partial(float, global_norm(summed, lanes.lane)))
         note += optimizer.update(model, summed, value, norm, rate, step + 1, scale, lanes.lane)

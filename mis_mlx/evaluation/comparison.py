@@ -14,14 +14,12 @@ from mis_mlx import cli
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.maths import losses, stats
 from mis_mlx.models import config, distributed, host_losses, load, policy, stream
-from mis_mlx.reporting import text
 from mis_mlx.types import Checkpoint, MisError, Row
 
 Models = Mapping[str, Checkpoint]  # by name
 Opened = Callable[[Checkpoint], stream.Stream]  # for one pass
 Means = Mapping[tuple[str, str], np.ndarray]  # (model, metric): of each window
 Passed = tuple[Checkpoint, stream.Hidden]  # a model, and its final states [(1, T, D)] of every window
-METRICS, KLD_METRICS = text.metrics("held-out"), text.metrics("kld")
 ACROSS = (
     "The teacher reads its own tokens, the others fewer kinds of them. KL and same top token: against a teacher that "
     "reads theirs, over the rows that it shares with them."

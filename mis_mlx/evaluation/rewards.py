@@ -81,14 +81,11 @@ def accuracy(completion: str, answer: str, language: answer_parsing.Language | N
     return float(read is not None and answer_parsing.same(read, right))
 
 
-def well_formed(completion: str, answer: str, language: answer_parsing.Language | None = None) -> float | None:
+def well_formed(completion: str, answer: str, language: answer_parsing.Language | None = None) -> float:
     """1.0 when the last line is marked as the answer and reads as the kind of value that `answer` is, if also wrong."""
-    right = _right(answer, language)
-    if right is None:
-        return None
     last = completion[-CHARACTERS:].strip().splitlines()[-1:]
     said = answer_in(completion) if last and _said(last[0]) is not None else None
-    return float(answer_parsing.value(said or "", language, right) is not None)
+    return float(answer_parsing.value(said or "", language, _right(answer, language)) is not None)
 
 
 Texts = Sequence[str]
@@ -103,8 +100,7 @@ def correct(prompts: Texts, completions: Texts, answer: Texts, language: Languag
 
 def formatted(prompts: Texts, completions: Texts, answer: Texts, language: Languages = ()) -> Values:
     """`well_formed` of every completion, times 0.1: never worth more than being right."""
-    scores = map(well_formed, completions, answer, language or repeat(None))
-    return [score and FORMAT_REWARD * score for score in scores]
+    return [FORMAT_REWARD * score for score in map(well_formed, completions, answer, language or repeat(None))]
 
 
 OURS = {"correct": correct.__name__, "format": formatted.__name__}

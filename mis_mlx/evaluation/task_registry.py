@@ -1,7 +1,6 @@
 """What students are examined in: names and folders become tasks; what is not here is fetched."""
 
 import difflib
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,9 +18,8 @@ from mis_mlx.types import MisError
 
 TEXT, CONTINUE, HARNESS = "text", "continue", "lm_eval/"
 BUILT_IN = Path(__file__).parent / "sets" / "built_in"  # of our own making: benchmarks/task_files.py
-_SETS = json.loads((Path(__file__).parent / "sets" / "about.json").read_text("utf-8"))
-ABOUT: dict[str, str] = _SETS["built-in"]  # -written: the model writes, instead of choosing
-PRESETS: dict[str, list[str]] = _SETS["presets"]
+ABOUT: dict[str, str] = polish.ABOUT["built-in"]  # -written: the model writes, instead of choosing
+PRESETS: dict[str, list[str]] = polish.ABOUT["presets"]
 
 
 class EvaluationSet(NamedTuple):

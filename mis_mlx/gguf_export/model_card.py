@@ -42,15 +42,11 @@ def base_of(folder: Path) -> str | None:
     return resolve.DEFAULT if named is None else named if resolve.REPO_ID.fullmatch(named) else None
 
 
-def licence_of(base: str | None) -> str:
-    """The hub's word for the licence of a model that we know; empty of any other."""
-    return "apache-2.0" if base == resolve.DEFAULT else ""
-
-
 def readme(checkpoint: Checkpoint, base: str | None, file: str, facts: Sequence[str], licence: str = "") -> str:
     """README.md: base, recipe, the run's table, use, licence. file: the GGUF's name, if there is one."""
     run, library = run_of(checkpoint.path), "gguf" if file else "transformers"
-    front = {"base_model": base, "license": licence or licence_of(base), "library_name": library, "tags": ["mis_mlx"],
+    known = licence or ("apache-2.0" if base == resolve.DEFAULT else "")
+    front = {"base_model": base, "license": known, "library_name": library, "tags": ["mis_mlx"],
              "pipeline_tag": "text-generation"}  # fmt: skip
     data, table = checkpoint.path / run_folder.DATA, run / "table.md" if run else None
     stored = run_folder.stored_settings(run) if run else {}

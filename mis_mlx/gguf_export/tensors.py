@@ -1,12 +1,13 @@
-"""A model's tensors and facts as llama.cpp has them: names, types, order of rows, what its loader asks for.
+"""A model's tensors and facts as llama.cpp has them: names, types, order of rows, what its loader asks for; their file.
 
 What MLX packed is not rounded again where llama.cpp has the same format: affine groups of up to 4 bits are Q4_1 blocks
 and those of 5 bits Q5_1 (scale · q + bias, repeated in a group's blocks of 32), mxfp4 and nvfp4 MXFP4 and NVFP4."""
 
+import io
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,18 @@ from typing import Any
 import gguf
 import mlx.core as mx
 import numpy as np
+from gguf.gguf_writer import WriterState
 
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, expert_names, families, load, wheel_model
 from mis_mlx.models.config import normalised, shape_of
 from mis_mlx.storage import safetensors
+from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint, MisError
 
 BLOCK = 32  # weights of a Q4_1 or Q5_1 block
-EXACT_TYPES = ("q4_1", "mxfp4", "nvfp4")  # a packed model asked for as one of these is re-wrapped where that is exact
 SLAB_BYTES = 16 * 2**20  # float32 rows converted at once
-F16_MAX = 65504.0
+ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT  # bytes, at a multiple of which every tensor begins
 # rewrapped: MLX's mode and bits, and ggml's type of the same numbers. freqs: what frequencies are divided by. yarn:
 # keys of stretched positions; own: a family's own ones; with the `GGUFWriter`'s word for each. file_types: those that
 # are not MOSTLY_ and their name.
@@ -45,14 +47,9 @@ class Part:
     exact: bool = False
 
     @property
-    def byte_shape(self) -> tuple[int, ...]:
-        """(rows, bytes of a row). ValueError when a row cannot be cut into the type's blocks."""
-        return gguf.quant_shape_to_byte_shape(self.shape, gguf.GGMLQuantizationType[self.kind])
-
-    @property
     def nbytes(self) -> int:
-        """Bytes in the file, without padding."""
-        return math.prod(self.byte_shape)
+        """Bytes in the file, without padding. ValueError when a row cannot be cut into the type's blocks."""
+        return math.prod(gguf.quant_shape_to_byte_shape(self.shape, gguf.GGMLQuantizationType[self.kind]))
 
 
 def out_type(checkpoint: Checkpoint) -> str:
@@ -98,7 +95,7 @@ def _kind(checkpoint: Checkpoint, name: str, wanted: str, columns: int) -> tuple
         return wanted.upper(), False
     own, common = load.packing(checkpoint, name), checkpoint.config.get("quantization") or {}
     bits, group, mode = (own.get(key, 0) for key in ("bits", "group_size", "mode"))
-    if wanted in EXACT_TYPES and arch.is_quantized(checkpoint.tensors):
+    if wanted in ("q4_1", "mxfp4", "nvfp4") and arch.is_quantized(checkpoint.tensors):
         whole = group % BLOCK == 0 if mode == "affine" else columns % (64 if mode == "nvfp4" else BLOCK) == 0
         exact = REWRAPPED.get(f"{mode} {bits}") if whole else None
         return exact or "Q8_0", exact is not None
@@ -150,8 +147,8 @@ def _converted(checkpoint: Checkpoint, part: Part, slab: load.Raw, _: Counter[st
     if "norm" in part.source:
         values = (values + families.family(checkpoint.config).gain_offset) * _query_gain(checkpoint.config, part.name)
     _finite(part, values)
-    if part.kind == "F16" and values.size and np.abs(values).max() > F16_MAX:
-        raise MisError(f"{part.source} has {np.abs(values).max():.4g}, float16 ends at {F16_MAX:.0f}: use bf16")
+    if part.kind == "F16" and values.size and (most := np.abs(values).max()) > np.finfo(np.float16).max:
+        raise MisError(f"{part.source} has {most:.4g}, float16 ends at 65504: use bf16")
     return gguf.quantize(values, gguf.GGMLQuantizationType[part.kind])
 
 
@@ -268,3 +265,36 @@ def describe(writer: Any, config: Mapping[str, Any], name: str, wanted: str) -> 
         words["sliding_window"] = load.model_args(config).sliding_window
     for word, value in words.items():
         getattr(writer, f"add_{word}")(value)
+
+
+def padded_bytes(parts: Iterable[Part]) -> int:
+    """Bytes of all tensors in the file, padding included."""
+    return sum(part.nbytes + -part.nbytes % ALIGNMENT for part in parts)
+
+
+def head(writer: Any, parts: Iterable[Part]) -> bytes:
+    """Everything in front of the first tensor: the facts given to the `GGUFWriter` so far, the table of tensors.
+    The writer gets a buffer in place of its file, so that every byte goes through `Files`."""
+    for part in parts:
+        type_ = gguf.GGMLQuantizationType[part.kind]
+        shape = gguf.quant_shape_to_byte_shape(part.shape, type_)
+        writer.add_tensor_info(part.name, shape, np.dtype(np.uint8), part.nbytes, raw_dtype=type_)
+    writer.fout, writer.state = [buffer := io.BytesIO()], WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return buffer.getvalue() + bytes(-buffer.tell() % ALIGNMENT)
+
+
+def write(path: Path, head: bytes, parts: Sequence[Part], rows: Iterable[Iterator[np.ndarray]], files: Files) -> None:
+    """Write the new file `path`; `rows` gives, for each part in turn, its bytes slab by slab.
+    ValueError when a tensor has other than its due bytes. Use it inside `checkpoint.commit_folder`."""
+    files.write(path, head)
+    for part, slabs in zip(parts, rows, strict=True):
+        count = 0
+        for slab in slabs:
+            files.extend(path, slab.data.cast("B"))
+            count += slab.nbytes
+        if count != part.nbytes:
+            raise ValueError(f"{part.name}: {count} bytes came, {part.nbytes} were due")
+        files.extend(path, bytes(-count % ALIGNMENT))

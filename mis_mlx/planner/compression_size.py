@@ -3,9 +3,11 @@
 Arithmetic on sizes. Does not know how it is done (pruning, quantization), nor the training between (planner/phases)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.maths.rounding import BITS, HELD_BYTES, SLAB
 from mis_mlx.planner import estimates, training_size
 from mis_mlx.planner.estimates import ModelSize, StageCost, streamed_pass
@@ -13,6 +15,8 @@ from mis_mlx.planner.recipe import VOCABULARY_WINDOWS, DistillationSpec, Quantiz
 
 ROUTER_BYTES = 2**28  # of outputs of all experts of a block (pruning/router)
 BIAS_BITS = 32  # scale and bias of a group
+SENSED = 8  # windows that say what bits cost
+NOT_OURS = ("prune", "measure")  # phases of a distillation that a finalist does not go through
 
 
 def vocabulary(teacher: ModelSize, length: int, limit: int) -> StageCost:
@@ -22,8 +26,8 @@ def vocabulary(teacher: ModelSize, length: int, limit: int) -> StageCost:
 
 def prune(job: DistillationSpec, limit: int) -> StageCost:
     """Choose the tokens, calibrate, then copy what is kept, tensor by tensor."""
-    t, length = job.teacher, job.length
-    p = streamed_pass("prune", t, job.calibration * length, length, length, limit, head=False)
+    t, length = job.teacher, job.max_seq_length
+    p = streamed_pass("prune", t, job.num_samples * length, length, length, limit, head=False)
     peak, read, written, flops = p.peak_bytes, p.read_bytes, p.written_bytes, p.flops
     copied = estimates.tensor_bytes(job.shown or t)
     if job.shown and job.shown.shape != t.shape:
@@ -32,7 +36,7 @@ def prune(job: DistillationSpec, limit: int) -> StageCost:
     if job.rotation:  # two passes, D x D sums and their eigenvectors in float64; tensors turned in float32
         square, wide = t.shape.hidden**2, 4 * max(t.shape.vocab, t.shape.ffn) * t.shape.hidden
         peak, copied = max(peak, p.peak_bytes + 5 * 8 * square), copied + 2 * wide
-        turn = 4.0 * square * (t.shape.layers + 1) * job.calibration * length
+        turn = 4.0 * square * (t.shape.layers + 1) * job.num_samples * length
         read, written, flops = read + 2 * p.read_bytes, written + 2 * p.written_bytes, flops + 2 * p.flops + turn
     peak, read, written = max(peak, copied), read + t.nbytes, written + job.student.nbytes
     return replace(p, peak_bytes=peak, read_bytes=read, written_bytes=written, flops=flops)
@@ -42,7 +46,7 @@ def repair(job: DistillationSpec) -> StageCost:
     """Both models side by side, every down_proj refitted (pruning/reconstruct), whose inputs are kept meanwhile; the
     new ones wait in memory. Of a mixture the routers (pruning/router): every expert says something to all tokens that
     there is room for, in training and held-out ones each, of which a step gathers some more; then a pass goes on."""
-    m, length, tokens = job.student, job.length, job.repair * job.length
+    m, length, tokens = job.student, job.max_seq_length, job.reconstruct_samples * job.max_seq_length
     small = streamed_pass("", m, tokens, length, length, head=False, spool=False)
     beside, read = small.peak_bytes, m.nbytes
     if m.shape.experts:
@@ -61,7 +65,7 @@ def repair(job: DistillationSpec) -> StageCost:
 def repair_parts(job: DistillationSpec, limit: int) -> StageCost:
     """The same for a student in parts, each of which is written: a window at a time, hidden states on disk as far as
     they find no room, and a block's output computed once more."""
-    t, m, length, tokens = job.teacher, job.student, job.length, job.repair * job.length
+    t, m, length, tokens = job.teacher, job.student, job.max_seq_length, job.reconstruct_samples * job.max_seq_length
     fit_bytes, fit_flops = estimates.refit(m, tokens)
     body = max(each.body_bytes(estimates.workspace_bytes(each, length, length)) for each in (t, m))
     peak = t.slots_bytes + m.slots_bytes + body + max(fit_bytes, 4 * m.block_params) + estimates.SMALL_BYTES
@@ -139,11 +143,37 @@ def _sensed(then: StageCost, m: ModelSize, windows: int, length: int, limit: int
     )
 
 
-def cheaper(job: DistillationSpec) -> Iterator[tuple[str, DistillationSpec]]:
-    """(flags, the job with them) of what takes less memory."""
-    how = job.rounding
-    if how.looks:
-        flags = "--q-method round" + (" without --target-bpw" if how.target_bpw is not None else "")
-        yield flags, replace(job, rounding=replace(how, q_method="round", target_bpw=None))
-    if how.steps(True):
-        yield "--q-iters 0", replace(job, rounding=replace(how, q_iters=0))
+def sensitivity(teacher: ModelSize, length: int, limit: int) -> StageCost:
+    """To see on SENSED windows what every matrix of the teacher costs in fewer bits."""
+    return quantize(teacher, QuantizationConfig(q_method="round"), SENSED, length, limit)
+
+
+def search(
+    s: Any, job: DistillationSpec, planned: Sequence[StageCost], probes: int, rows: bool, limit: int
+) -> dict[str, list[StageCost]]:
+    """What a search with these settings takes to rank, and to train, round and judge finalists, each student counted as
+    `job`'s, whose phases are `planned`. probes: axes measured alone. rows: whether some students have fewer tokens."""
+    t, m, length = job.teacher, job.student, job.max_seq_length
+    known = estimates.TENSOR_BYTES * t.tensors
+    own = known + process_bytes(max(0, limit - known))  # as in a plan, whose phases have it
+
+    def times(p: StageCost, n: int, name: str, written: int, beside: int = own) -> StageCost:
+        return replace(p, name=name, read_bytes=n * p.read_bytes, written_bytes=n * written, flops=n * p.flops,
+                       peak_bytes=p.peak_bytes + beside)  # fmt: skip
+
+    cut = next(p for p in planned if p.name == "prune")
+    windows, judging = (-(-4 * n // 3) for n in (s.rank_windows, s.eval_windows))  # of two texts
+    one = estimates.compared([t, m], windows, length)
+    passed = estimates.forward_flops(t, windows * length, length, False)  # the teacher's pass, which is done once
+    one = replace(one, peak_bytes=max(one.peak_bytes, estimates.tensor_bytes(t)), flops=one.flops - passed)
+    rank = [times(cut, 1, "calibrate", cut.written_bytes - m.nbytes, 0)]
+    rank += [times(sensitivity(t, length, limit), 1, "sensitivity", 0)] if s.mixed else []
+    rank.append(times(one, probes, f"{probes} axes alone", m.nbytes))
+    rank.append(times(one, s.evaluations, f"rank {s.evaluations}", 2 * m.nbytes))
+    if rows:
+        rank.append(times(vocabulary(t, length, limit), 1, "choose tokens", 0))
+    ours = [p for p in planned if p.name not in NOT_OURS]
+    trained = [times(p, s.finalists, f"{p.name}, {s.finalists} finalists", p.written_bytes, 0) for p in ours]
+    judged = estimates.compared([t, m, m, m], judging, length)
+    trained.append(times(judged, s.finalists, "judge them", 2 * m.nbytes))
+    return {"rank": rank, "finalists": trained if s.finalists else []}

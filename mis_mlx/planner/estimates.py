@@ -25,7 +25,6 @@ SMALL_BYTES = 2**20  # norms, masks, whole pages: what is not worth a formula
 SLOT_BYTES = 16 * 2**10  # that a buffer for a block is larger than the block: whole pages
 TENSOR_BYTES = 3 * 1024  # that Python and MLX take to know of a tensor: its name and place (measured on 24,302)
 UPDATE_TRAFFIC = 28  # bytes of a parameter that one update moves: these four read, three written, in one kernel
-SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -80,13 +79,11 @@ class ModelSize:
 def model_of(source: Checkpoint | Mapping[str, Any], gpu: bool | None = None, dtype: Any = None) -> ModelSize:
     """The sizes of a checkpoint; or of a config alone, stored as its dtype or its quantization says.
     gpu: whether it is to compute on Metal; default: as this process does. dtype: what it is to compute in here."""
-    here, gpu = gpu is None, policy.keeps_packed() if gpu is None else gpu
     config = source.config if isinstance(source, Checkpoint) else source
-    s, work = shape_of(config), "float16" if gpu else "float32"
-    if here:
-        if dtype is None:
-            dtype = policy.compute_dtype(source) if isinstance(source, Checkpoint) else policy.usual_dtype()
-        work = str(dtype).removeprefix("mlx.core.")
+    if gpu is None:
+        gpu = policy.keeps_packed()
+        dtype = dtype or (policy.compute_dtype(source) if isinstance(source, Checkpoint) else policy.usual_dtype())
+    s, dtype = shape_of(config), dtype or policy.DTYPES["float16" if gpu else "float32"]
     block, params = sum(map(math.prod, arch.layer_tensors(config, True).values())), arch.params(config)
     if isinstance(source, Checkpoint):
         blocks, floats = [0] * s.layers, set()
@@ -98,13 +95,13 @@ def model_of(source: Checkpoint | Mapping[str, Any], gpu: bool | None = None, dt
         packed, nbytes, block_bytes, count = "U32" in floats, source.nbytes, max(blocks), len(source.tensors)
     else:
         settings, kind = config.get("quantization") or {}, config.get("torch_dtype") or config.get("dtype")
-        packed, floats = "bits" in settings, {kind if kind in SIZES else "bfloat16"}
-        per = settings["bits"] / 8 + 4 / settings["group_size"] if packed else SIZES[min(floats)]
+        packed, floats = "bits" in settings, {kind if kind in policy.DTYPES else "bfloat16"}
+        per = settings["bits"] / 8 + 4 / settings["group_size"] if packed else policy.DTYPES[min(floats)].size
         shapes = arch.tensors_of(config).values()
         count = sum(3 if packed and len(shape) == 2 else 1 for shape in shapes)  # with scales and biases
         head, nbytes, block_bytes = (int(per * n) for n in (s.vocab * s.hidden, params, block))
-    as_stored = gpu if packed else floats == {work}
-    known = SIZES[work], packed, as_stored, count, gpu, *arch.shares(config)
+    as_stored = gpu if packed else floats == {str(dtype).removeprefix("mlx.core.")}
+    known = dtype.size, packed, as_stored, count, gpu, *arch.shares(config)
     return ModelSize(config, s, params, block, block_bytes, head, nbytes, *known)
 
 
@@ -117,7 +114,6 @@ class StageCost:
     written_bytes: int
     peak_bytes: int
     flops: float
-    training: bool = False
     touched_bytes: int = 0  # weights fetched from memory; counts where there is little to do with each
     pinned: int = 0
     spooled_bytes: int = 0
@@ -128,13 +124,11 @@ class StageCost:
         """What takes longest: the disk, the arithmetic, or fetching weights from memory; they overlap. The
         optimizer's updates come on top of the arithmetic, which ends before one begins."""
         disk = self.read_bytes / at.read_bytes_per_s + self.written_bytes / at.write_bytes_per_s
-        flops_per_s = at.training_flops_per_s if self.training else at.forward_flops_per_s
-        work = self.flops / (flops_per_s * (at.hot if hot else 1.0)) + self.update_seconds(at)
+        flops_per_s = at.training_flops_per_s if self.updated else at.forward_flops_per_s
+        work = self.flops / (flops_per_s * (at.hot if hot else 1.0))
+        if at.gpu:  # a CPU's training rate has the updates in it (rates.ELEMENTWISE)
+            work += UPDATE_TRAFFIC * self.updated / at.memory_bytes_per_s
         return max(disk, work, self.touched_bytes / at.memory_bytes_per_s)
-
-    def update_seconds(self, at: rates.Rates) -> float:
-        """Of all the optimizer's updates; a CPU's training rate has them in it (rates.ELEMENTWISE)."""
-        return UPDATE_TRAFFIC * self.updated / at.memory_bytes_per_s if at.gpu else 0.0
 
 
 def tensor_bytes(m: ModelSize) -> int:
@@ -161,12 +155,6 @@ def workspace_bytes(m: ModelSize, tokens: int, length: int) -> int:
     s = m.shape
     per_token = 8 * s.hidden + 3 * arch.met(m.config) + 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length
     return 4 * together(m) * tokens * per_token + (2 * GROUP_BYTES if s.experts else 0)
-
-
-def groups(m: ModelSize, tokens: int) -> int:
-    """How often a block's experts are read in a pass over so many tokens (`stream.Stream.mixed`)."""
-    each = m.shape.hidden * m.item * m.config.get("num_experts_per_tok", 0)
-    return max(1, math.ceil(tokens * each / GROUP_BYTES))
 
 
 def keys_bytes(m: ModelSize, tokens: int) -> int:
@@ -205,10 +193,11 @@ def streamed_pass(
     if again and kept_head + held + process_bytes(limit_bytes, m.gpu) <= limit_bytes:
         keeps, head_read = pins(m, room(limit_bytes, kept_head + held, m.gpu)), 0
         peak = kept_head + held + keeps * m.block_work
-    parts = 1 + (groups(m, tokens) - 1) * (1 - m.here)
+    # A block's experts are read once a group of tokens (stream.Stream.mixed).
+    parts = 1 + max(0, math.ceil(hidden * m.config.get("num_experts_per_tok", 0) / GROUP_BYTES) - 1) * (1 - m.here)
     read = int((s.layers - keeps) * m.block_bytes * parts) + head_read + moved
     flops = forward_flops(m, tokens, length, head)
-    return StageCost(name, read, moved, peak, flops, False, 0, keeps, hidden - held, held // (s.hidden * m.item))
+    return StageCost(name, read, moved, peak, flops, 0, keeps, hidden - held, held // (s.hidden * m.item))
 
 
 def token(m: ModelSize, length: int, limit_bytes: int) -> StageCost:

@@ -27,8 +27,7 @@ def shares(made: phases.MemoryPlan) -> tuple[int, ...]:
     if distributed.size() == 1:
         return ()
     job = made.job
-    cost = distributed.broadcast_json(lambda: reading(job.teacher, job.step, job.length, made.rates))
-    counts = pipeline_parallel.shared(job.teacher.shape.layers, distributed.all_gather(made.pinned), cost)
+    counts = _shared(job.teacher, made.pinned, job.step, job.max_seq_length, made.rates)
     cli.say(f"teacher blocks by machine: {', '.join(map(str, counts))}")
     return tuple(counts)
 
@@ -40,12 +39,15 @@ def opened(checkpoint: Checkpoint, limit: Budget, room_bytes: int, tokens: int, 
     if distributed.size() == 1 or not layers:
         return Stream(*where)
     m = estimates.model_of(checkpoint)
-    keeps = distributed.all_gather(estimates.pins(m, max(0, room_bytes - m.head_work)))
-    cost = distributed.broadcast_json(lambda: reading(m, tokens, length, estimates.machine_rates()))
-    return pipeline_parallel.Relay(*where, pipeline_parallel.shared(m.shape.layers, keeps, cost))
+    keeps = estimates.pins(m, max(0, room_bytes - m.head_work))
+    return pipeline_parallel.Relay(*where, _shared(m, keeps, tokens, length, estimates.machine_rates()))
 
 
-def reading(m: estimates.ModelSize, tokens: int, length: int, at: Rates) -> float:
-    """What reading a block takes, where passing `tokens` through it takes 1."""
+def _shared(m: estimates.ModelSize, keeps: int, tokens: int, length: int, at: Rates) -> list[int]:
+    """How many blocks each machine has in passes of `tokens`, by the first one's rates. keeps: for how many this one
+    has room."""
     work = estimates.forward_flops(m, tokens, length, False) / m.shape.layers / at.forward_flops_per_s
-    return m.block_bytes / at.read_bytes_per_s / work
+    reading = distributed.broadcast_json(
+        lambda: m.block_bytes / at.read_bytes_per_s / work
+    )  # of a block, where work: 1
+    return pipeline_parallel.shared(m.shape.layers, distributed.all_gather(keeps), reading)

@@ -24,8 +24,8 @@ TEXTS = 2  # held-out texts that models are measured on
 
 def store(job: DistillationSpec, limit: int) -> StageCost:
     """The teacher's sampled logits for all training tokens: one pass for as many windows as memory takes."""
-    t, length, steps = job.teacher, job.length, max(job.iters, job.rounding.steps(True))
-    windows = steps * job.batch * job.accumulate
+    t, length, steps = job.teacher, job.max_seq_length, max(job.iters, job.rounding.steps(True))
+    windows = steps * job.batch_size * job.grad_accumulation_steps
     one = streamed_pass("", t, length, length, length, spool=False)
     at_once = 1 + min(room(limit, one.peak_bytes, t.gpu) // (length * t.shape.hidden * t.item), windows - 1)
     read, written = math.ceil(windows / at_once) * one.read_bytes, windows * length * job.target_bytes
@@ -36,9 +36,9 @@ def store(job: DistillationSpec, limit: int) -> StageCost:
 def resident(job: DistillationSpec, micro: int, limit: int) -> StageCost:
     """The student whole in memory; beside it as much of the teacher as there is room for, or its store."""
     m = job.student
-    nbytes = training_size.training_bytes(m.config, micro, job.length, job.host_lanes)
-    work, trained = training_size.activation_bytes(m.config, micro, job.length), m.params
-    plain = StageCost("distil", m.nbytes, m.nbytes, nbytes, 3 * forward_flops(m, job.step, job.length), True)
+    nbytes = training_size.training_bytes(m.config, micro, job.max_seq_length, job.host_lanes)
+    work, trained = training_size.activation_bytes(m.config, micro, job.max_seq_length), m.params
+    plain = StageCost("distil", m.nbytes, m.nbytes, nbytes, 3 * forward_flops(m, job.step, job.max_seq_length))
     return _taught(job, plain, micro, limit, job.iters, trained, SAVED_BYTES * trained, work)
 
 
@@ -51,15 +51,16 @@ def blocks(job: DistillationSpec, micro: int, limit: int, lora: bool = False) ->
     if lora:
         trained = ADAPTERS.params(m.config) // layers
         state = layers * (m.block_params * m.item + STATE_BYTES * trained)
-    flops = 4 * forward_flops(m, job.step, job.length, False) + 4.0 * job.step * m.head_params
-    plain = StageCost("distil", m.nbytes, m.nbytes, state + work, flops, True)
+    flops = 4 * forward_flops(m, job.step, job.max_seq_length, False) + 4.0 * job.step * m.head_params
+    plain = StageCost("distil", m.nbytes, m.nbytes, state + work, flops)
     work -= 4 * m.head_params
     return _taught(job, plain, micro, limit, job.iters, layers * trained, state, work)
 
 
 def _way_back(job: DistillationSpec, micro: int, rank: int = 0) -> int:
-    how = job.batch * job.accumulate // micro, job.length, estimates.together(job.student), bool(job.host_lanes)
-    return estimates.SMALL_BYTES + training_size.way_back_bytes(job.student.config, micro, *how, rank)
+    parts, lanes = job.batch_size * job.grad_accumulation_steps // micro, estimates.together(job.student)
+    how = micro, parts, job.max_seq_length, lanes, bool(job.host_lanes), rank
+    return estimates.SMALL_BYTES + training_size.way_back_bytes(job.student.config, *how)
 
 
 def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
@@ -68,10 +69,10 @@ def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost
     trained = 2 * s.layers * m.block_params // job.rounding.q_group_size
     nbytes = compression_size.packed_bytes(m, job.rounding)
     head = m.head_params * 4 * (1 if s.tied else 2)
-    head += training_size.logit_bytes(s.vocab, micro * job.length, bool(job.host_lanes))
-    work = training_size.activation_bytes(m.config, micro, job.length)
+    head += training_size.logit_bytes(s.vocab, micro * job.max_seq_length, bool(job.host_lanes))
+    work = training_size.activation_bytes(m.config, micro, job.max_seq_length)
     peak = ((1 + 2 * 4 * max(1, job.host_lanes)) * s.layers + 4) * m.block_params + STATE_BYTES * trained + head + work
-    plain = StageCost("tune", nbytes, nbytes, peak, 3 * forward_flops(m, job.step, job.length), True)
+    plain = StageCost("tune", nbytes, nbytes, peak, 3 * forward_flops(m, job.step, job.max_seq_length))
     return _taught(job, plain, micro, limit, iters, trained, SAVED_BYTES * trained, work)
 
 
@@ -80,7 +81,7 @@ def _taught(
 ) -> StageCost:
     """`plain`, a student whole in memory and one step of it, with all its steps that train so many parameters, its
     checkpoints of `saved` bytes, its teacher. work: of its bytes those held only after the teacher's pass."""
-    t, length, peak, flops = job.teacher, job.length, plain.peak_bytes, plain.flops
+    t, length, peak, flops = job.teacher, job.max_seq_length, plain.peak_bytes, plain.flops
     keeps, read = 0, iters * job.step * job.target_bytes
     if job.targets == "live":
         # The teacher's workspace and the student's activations do not meet, its head and hidden states do.
@@ -97,7 +98,7 @@ def _taught(
 
 def sharded(job: DistillationSpec, micro: int, shard: int) -> StageCost:
     """The student streamed from float32 files, `shard` blocks in memory and trained (distillation/sharded)."""
-    t, m, length = job.teacher, job.student, job.length
+    t, m, length = job.teacher, job.student, job.max_seq_length
     s, b, shards = m.shape, m.block_params, math.ceil(m.shape.layers / shard)
     visits = math.ceil(job.iters / steps_per_shard(job, shard))
     over = [s.layers - min(s.layers, (i + 1) * shard) for i in range(shards)]  # blocks above each shard
@@ -117,7 +118,7 @@ def sharded(job: DistillationSpec, micro: int, shard: int) -> StageCost:
     trained = 4 * b * min(s.layers, visits * shard)
     read = job.iters * read + visits * 4 * m.head_params + trained
     written, updated = trained + state * saves, job.iters * b * shard
-    return StageCost("distil", int(read), written, peak, job.iters * flops, True, updated=updated)
+    return StageCost("distil", int(read), written, peak, job.iters * flops, updated=updated)
 
 
 def steps_per_shard(job: DistillationSpec, shard: int) -> int:
@@ -130,7 +131,7 @@ def measure(job: DistillationSpec, most_bytes: int, limit: int) -> StageCost:
     side where the phases before, which took `most_bytes`, leave room for all of them, else one by one."""
     four = replace(job.student, nbytes=compression_size.packed_bytes(job.student, job.rounding), packed=True)
     models = [job.shown or job.teacher, job.student, job.student, four]
-    one = estimates.compared(models, job.held_out, job.length)
+    one = estimates.compared(models, job.eval_windows, job.max_seq_length)
     whole = [m.nbytes if m.packed else m.params * m.item for m in models]
     alone = [n for m, n in zip(models, whole, strict=True) if timed_bytes(m.params) <= limit]
     timed = sum(whole) if sum(timed_bytes(m.params) for m in models) <= most_bytes else max(alone, default=0)
@@ -168,12 +169,12 @@ class MemoryPlan:
 
     def recipe(self, asked: DistillationConfig) -> DistillationConfig:
         """The recipe that was asked for, with micro-batches as planned."""
-        parts = asked.grad_accumulation_steps * self.job.batch // self.micro_batch
+        parts = asked.grad_accumulation_steps * self.job.batch_size // self.micro_batch
         return replace(asked, batch_size=self.micro_batch, grad_accumulation_steps=parts)
 
     def held_windows(self, name: str) -> int:
         """How many windows of hidden states the phase of this name keeps in memory."""
-        return next(p.held_tokens for p in self.phases if p.name == name) // self.job.length
+        return next(p.held_tokens for p in self.phases if p.name == name) // self.job.max_seq_length
 
     @property
     def tuned(self) -> int:
@@ -186,13 +187,8 @@ class MemoryPlan:
         return self.peak_bytes <= self.budget_bytes
 
     @property
-    def seconds(self) -> float:
-        """Of all phases, the machine cool."""
-        return sum(self.planned.values())
-
-    @property
     def planned(self) -> dict[str, float]:
-        """Seconds by phase, in their order."""
+        """Seconds by phase, in their order, the machine cool."""
         return {p.name: p.seconds(self.rates) for p in self.phases}
 
     @property
@@ -200,16 +196,11 @@ class MemoryPlan:
         """Teacher blocks that stay in memory during training."""
         return next((p.pinned for p in self.phases if p.name == "distil"), 0)
 
-    @property
-    def teacher_resident(self) -> bool:
-        """Whether all of them do."""
-        return self.pinned == self.job.teacher.shape.layers
-
 
 def ways(job: DistillationSpec) -> Iterator[tuple[Mode, int, int]]:
     """(mode, micro-batch, shard) of all that could be tried; a micro-batch divides the one asked for."""
-    small = [n for n in range(1, math.isqrt(job.batch) + 1) if job.batch % n == 0]
-    for micro in sorted({*small, *(job.batch // n for n in small)}, reverse=True):
+    small = [n for n in range(1, math.isqrt(job.batch_size) + 1) if job.batch_size % n == 0]
+    for micro in sorted({*small, *(job.batch_size // n for n in small)}, reverse=True):
         for mode in job.modes:
             for shard in range(max(1, job.student.shape.layers - 1), 0, -1) if mode == "sharded" else (0,):
                 yield mode, micro, shard
@@ -224,14 +215,14 @@ def one(
     own = known + process_bytes(left, job.teacher.gpu)
     phases = [prune(job, left), *([store(job, left)] if job.targets == "cached" else [])]
     whole = mode in TRAINED_WHOLE
-    if job.repair:
+    if job.reconstruct_samples:
         parts = mode == "sharded" and not job.student.shape.experts
         phases.append(repair_parts(job, left) if parts else repair(job))
     if mode == "resident":
         phases.append(resident(job, micro, left))
     elif mode != "none":
         phases.append(blocks(job, micro, left, mode == "lora") if whole else sharded(job, micro, shard))
-    phases.append(compression_size.quantize(job.student, job.rounding, job.calibration, job.length, left))
+    phases.append(compression_size.quantize(job.student, job.rounding, job.num_samples, job.max_seq_length, left))
     steps = job.rounding.steps(whole) if tuned is None else tuned
     extra = [tune(job, micro, left, steps)] if steps else []
     optional = tuned is None and job.rounding.q_iters is None
@@ -267,9 +258,14 @@ def remedy(plan: MemoryPlan) -> str:
     job, worst = plan.job, max(plan.phases, key=lambda p: p.peak_bytes)
     least = estimates.flag(least_bytes(job, plan.rates))
     text = f"{worst.name} needs {gib(worst.peak_bytes)}, the budget is {gib(plan.budget_bytes)}: give --budget {least}"
-    tries = [("--reconstruct-samples 0", replace(job, repair=0))] if job.repair else []
-    tries += compression_size.cheaper(job)
-    shorter = [n for n in (job.length >> k for k in range(1, 8)) if n >= 16]
-    tries += [(f"--max-seq-length {n} instead of {job.length}", replace(job, length=n)) for n in shorter]
+    tries = [("--reconstruct-samples 0", replace(job, reconstruct_samples=0))] if job.reconstruct_samples else []
+    if job.rounding.looks:
+        flags = "--q-method round" + (" without --target-bpw" if job.rounding.target_bpw is not None else "")
+        tries.append((flags, replace(job, rounding=replace(job.rounding, q_method="round", target_bpw=None))))
+    if job.rounding.steps(True):
+        tries.append(("--q-iters 0", replace(job, rounding=replace(job.rounding, q_iters=0))))
+    length = job.max_seq_length
+    shorter = [n for n in (length >> k for k in range(1, 8)) if n >= 16]
+    tries += [(f"--max-seq-length {n} instead of {length}", replace(job, max_seq_length=n)) for n in shorter]
     fitting = [name for name, other in tries if make(other, plan.budget_bytes, plan.rates).fits]
     return f"{text}, or {fitting[0]}" if fitting else f"{text}; smaller batches or shorter windows do not help"

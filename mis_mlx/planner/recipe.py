@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
 from mis_mlx import cli
@@ -12,23 +12,6 @@ from mis_mlx.models.lora import Lora
 from mis_mlx.planner import estimates
 from mis_mlx.planner.estimates import ModelSize
 from mis_mlx.types import FILE_ONLY, Bits, Count, MisError, Positive, Rate, Seed, Share, Tokens, Whole
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How many steps, and the learning rate of each: linear warm-up, then cosine to `floor` of the peak."""
-
-    iters: int
-    peak: float
-    warmup: int
-    floor: float = 0.1
-
-    def rate(self, step: int) -> float:
-        """Learning rate of 0-based `step`."""
-        if step < self.warmup:
-            return self.peak * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.iters - 1 - self.warmup)
-        return self.peak * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
 @dataclass(frozen=True)
@@ -54,10 +37,13 @@ class TrainingConfig:
     seed: Seed = 0
     """of batch order, calibration windows and eps_halny"""
 
-    @property
-    def schedule(self) -> Schedule:
-        """The learning rate of every step."""
-        return Schedule(self.iters, self.learning_rate, min(self.warmup, self.iters))
+    def rate(self, step: int) -> float:
+        """Learning rate of 0-based `step`: linear warm-up, then a cosine to a tenth of the peak."""
+        warmup = min(self.warmup, self.iters)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        done = (step - warmup) / max(1, self.iters - 1 - warmup)
+        return self.learning_rate * (0.1 + (1 - 0.1) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
 @dataclass(frozen=True)
@@ -144,36 +130,27 @@ Mode = Literal["resident", "blocks", "lora", "sharded", "none"]
 MODES: tuple[Mode, ...] = "resident", "blocks", "sharded"  # the best first; adapters only for who asks
 
 
-@dataclass(frozen=True)
-class DistillationSpec:
-    """A distillation as asked for. `batch` windows of `length` tokens are a micro-batch; counts are of windows."""
+@dataclass(frozen=True, kw_only=True)
+class DistillationSpec(DistillationConfig):
+    """A distillation as asked for, of models of these sizes; what depends on them is decided."""
 
     teacher: ModelSize
     student: ModelSize  # as pruned, before training
     iters: int
-    batch: int
-    accumulate: int
-    length: int
-    calibration: int
-    repair: int  # 0: no closed-form fit
-    held_out: int
-    save_every: int
-    targets: Literal["live", "cached"] = "live"
     modes: tuple[Mode, ...] = MODES
     rotation: bool = False  # the hidden size is cut along principal directions
     rounding: QuantizationConfig = PLAIN  # of the trained student
-    mixed: bool = False  # the loss has cross-entropy in it
     shown: ModelSize | None = None  # the teacher with its own vocabulary, where the student has another
 
     @property
     def step(self) -> int:
         """Tokens of one optimizer step."""
-        return self.batch * self.accumulate * self.length
+        return self.batch_size * self.grad_accumulation_steps * self.max_seq_length
 
     @property
     def host_lanes(self) -> int:
         """How many windows go side by side where numpy computes the losses (models/host_losses); else 0."""
-        here = self.targets == "live" and not self.teacher.gpu and not self.mixed
+        here = self.targets == "live" and not self.teacher.gpu and not self.cross_entropy
         return estimates.together(self.student) if here else 0
 
     @property
@@ -187,12 +164,12 @@ def spec_of(
     rotates: bool = True, shown: ModelSize | None = None,
 ) -> DistillationSpec:  # fmt: skip
     """The distillation that a command's settings ask for. rotates: a smaller hidden size is cut along directions."""
-    repair = 0 if family(student.config).sandwich else asked.reconstruct_samples
+    known = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
+    known["reconstruct_samples"] = repair = 0 if family(student.config).sandwich else asked.reconstruct_samples
+    known["iters"] = asked.iters or (ITERS if repair else 2 * ITERS)
     modes: tuple[Mode, ...] = (*MODES, "none") if family(student.config).experts else MODES
+    rotation = rotates and student.shape.hidden < teacher.shape.hidden
     return DistillationSpec(
-        teacher, student, asked.iters or (ITERS if repair else 2 * ITERS), asked.batch_size,
-        asked.grad_accumulation_steps, asked.max_seq_length, asked.num_samples, repair, asked.eval_windows,
-        asked.save_every, asked.targets, modes if asked.train == "auto" else (asked.train,),
-        rotates and student.shape.hidden < teacher.shape.hidden, rounding,
-        asked.cross_entropy > 0, shown,
+        **known, teacher=teacher, student=student, modes=modes if asked.train == "auto" else (asked.train,),
+        rotation=rotation, rounding=rounding, shown=shown,
     )  # fmt: skip

@@ -33,11 +33,6 @@ class Level:
     moved_s: float = 0.0
     text: str = ""
 
-    @property
-    def name(self) -> str:
-        """'distil 3/60'."""
-        return f"{self.label} {self.done}/{self.total}" if self.total else self.label
-
     def rate(self, now_s: float) -> float:
         """Turns a second so far."""
         return (self.done - (self.first or 0)) / max(now_s - self.began_s, 1e-9)
@@ -96,7 +91,7 @@ class Display:
                 shown.pop()  # the phase, of which this is the loop
             shown.append(level)
         own = next((x for x in shown if x.total), shown[-1])
-        head, text = ", ".join(x.name for x in shown), own.text
+        head, text = ", ".join(f"{x.label} {x.done}/{x.total}" if x.total else x.label for x in shown), own.text
         if not text:
             rate = shown[-1].rate(now)
             turns = f"{rate:.{int(rate < 10)}f}/s" if rate else duration(now - shown[-1].began_s)

@@ -113,7 +113,8 @@ def _number(value: Any) -> float | None:
 class RunRecord(NamedTuple):
     """A run; `result` is empty until its end. Where there was nothing to read, `missing` has a sentence."""
 
-    folder: Path
+    name: str  # of its folder
+    began_s: float  # since 1970, at which time begins on pictures
     config: Mapping[str, Any]
     origin: Mapping[str, Any]
     result: Mapping[str, Any]
@@ -125,17 +126,6 @@ class RunRecord(NamedTuple):
     steps: History
     air: History
     missing: Sequence[str]
-
-    @property
-    def name(self) -> str:
-        """The folder's own name."""
-        return self.folder.resolve().name
-
-    @property
-    def began_s(self) -> float:
-        """Seconds since 1970 at which time begins on pictures."""
-        first = (_number(self.begun.get("wall_s")), self.steps.first_s, self.air.first_s)
-        return min((s for s in first if s is not None), default=0.0)
 
 
 def _text(path: Path) -> str | None:
@@ -180,5 +170,7 @@ def read(folder: Path) -> RunRecord:
     begun: Mapping[str, Any] = next((r for r in phases if isinstance(r.get("planned"), list)), {})
     phases = [r for r in phases if isinstance(r.get("phase"), str)]
     samples = [r for r in samples if "text" in r]
+    first = (_number(begun.get("wall_s")), steps.first_s, air.first_s)
+    place = folder.resolve().name, min((s for s in first if s is not None), default=0.0)
     config, origin, result, kept = (m or {} for m in mappings)
-    return RunRecord(folder, config, origin, result, kept, begun, phases, samples, table or "", steps, air, missing)
+    return RunRecord(*place, config, origin, result, kept, begun, phases, samples, table or "", steps, air, missing)

@@ -2,19 +2,14 @@
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
 from mis_mlx.types import Row, Step, gib
 
-TABLES = json.loads((Path(__file__).parent / "templates" / "tables.json").read_text("utf-8"))
-Metrics = Sequence[tuple[str, str, str]]  # of a table's lines: name in rows, label, number format
-
-
-def metrics(name: str) -> Metrics:
-    """Those of the table of this name in templates/tables.json."""
-    return [(metric, label, form) for metric, (label, form) in TABLES[name].items()]
+Metrics = Mapping[str, Sequence[str]]  # of a table's lines: {name in rows: (label, number format)}
+TABLES: dict[str, Metrics] = json.loads((Path(__file__).parent / "templates" / "tables.json").read_text("utf-8"))
 
 
 def step_text(step: Step, budget_bytes: int | None = None, planned_tps: float | None = None) -> str:
@@ -57,7 +52,7 @@ def table(rows: Sequence[Row], models: Sequence[str], metrics: Metrics) -> str:
     """Markdown: one line a metric, one column a model."""
     cells = {(r.model, r.metric): r for r in rows}
     lines = []
-    for name, label, form in metrics:
+    for name, (label, form) in metrics.items():
         line = []
         for model in models:
             row = cells.get((model, name))

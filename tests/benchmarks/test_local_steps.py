@@ -96,7 +96,7 @@ def by_hand(
                 into = own[b] if pick(number, k) else narrow(given)[b]
                 _, grads = nn.value_and_grad(block, loss)(block, into, narrow(target)[b])
                 total = grads if total is None else tree_map(mx.add, total, grads)
-            adam.learning_rate = RECIPE.schedule.rate(step)
+            adam.learning_rate = RECIPE.rate(step)
             adam.update(block, tree_map(lambda g: (1 / 64) * g, total))  # 2 batches of 2 windows of 16 tokens
             mx.eval(block.parameters(), adam.state)
         if loss(block, *judge).item() > begun:

@@ -19,7 +19,6 @@ from mis_mlx.hardware.clock import Clock
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
 from mis_mlx.models import host_losses, load, model_writer, stream
-from mis_mlx.planner.recipe import Schedule
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import DISK, Files
 from mis_mlx.types import Checkpoint, MisError, Step
@@ -68,8 +67,8 @@ def kl(hidden: mx.array, head: mx.array, learn: mx.array, target: mx.array) -> m
     return losses.kl_sum(hidden, head, target, lambda h: h @ teacher_head.T, learn, 1.0, None, True)
 
 
-def schedule(iters: int) -> Schedule:
-    return Schedule(iters, 1e-2, 2)
+def schedule(iters: int) -> Any:
+    return tiny.schedule(iters, 1e-2, 2)
 
 
 def resident(student: Checkpoint, each: int, iters: int) -> tuple[nn.Module, list[Step], list[Arrays]]:

@@ -12,8 +12,9 @@ from mlx.utils import tree_flatten
 
 from mis_mlx.distillation import train_loop
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.planner.recipe import Schedule, TrainingConfig
+from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.types import Step
+from tests import tiny
 
 
 def net() -> nn.Module:
@@ -51,7 +52,7 @@ def weights(model: nn.Module) -> dict[str, Any]:
 
 
 def run(model: nn.Module, optimizer: GuardedAdamW, micro_batches: Any, start: int = 0, **more: Any) -> list[Step]:
-    return list(train_loop.train(model, micro_batches, squares, optimizer, Schedule(6, 1e-2, 2), start, **more))
+    return list(train_loop.train(model, micro_batches, squares, optimizer, tiny.schedule(6, 1e-2, 2), start, **more))
 
 
 @pytest.mark.parametrize("sizes", [[6, 6], [1, 11], [5, 1, 6], [1] * 12])
@@ -76,7 +77,7 @@ def test_further_sums_come_as_means_and_tokens_as_a_number() -> None:
         total, count = squares(model, x, y, learn)
         return total, count, {"target": (y * learn).sum(), "tokens": mx.array(float(len(y)))}
 
-    schedule = Schedule(2, 1e-2, 2)
+    schedule = tiny.schedule(2, 1e-2, 2)
     whole, parts = (
         list(train_loop.train(net(), cut(sizes), telling, GuardedAdamW(), schedule)) for sizes in ([12], [5, 1, 6])
     )
@@ -92,7 +93,7 @@ def test_a_step_by_pencil() -> None:
     model = nn.Linear(1, 1, bias=False)
     model.weight = mx.array([[2.0]])
     batch = (mx.array([[1.0], [3.0]]), mx.array([0.0, 0.0]), mx.array([1.0, 0.0]))
-    schedule = Schedule(1, 0.5, 1)
+    schedule = tiny.schedule(1, 0.5, 1)
     (step,) = train_loop.train(model, lambda _: [batch], squares, GuardedAdamW(weight_decay=0.0), schedule)
     assert (step.number, step.loss, step.grad_norm, step.learning_rate, step.tokens) == (1, 4.0, 4.0, 0.5, 1)
     assert model.weight.item() == pytest.approx(1.5, abs=1e-6)  # Adam's first step is the learning rate
@@ -102,7 +103,7 @@ def test_all_masked_is_not_a_division_by_zero() -> None:
     """No token counts: loss 0, gradient 0, and only weight decay moves the weights."""
     model = net()
     x, y, learn = rows(0)
-    schedule = Schedule(1, 1e-2, 1)
+    schedule = tiny.schedule(1, 1e-2, 1)
     (step,) = train_loop.train(model, lambda _: [(x, y, 0 * learn)], squares, GuardedAdamW(weight_decay=0.0), schedule)
     assert (step.loss, step.grad_norm) == (0.0, 0.0)
     assert weights(model) == weights(net())
@@ -127,7 +128,7 @@ def test_stopping_and_going_on_is_bit_equal(stop: int) -> None:
     whole, optimizer = net(), GuardedAdamW()
     steps = run(whole, optimizer, cut([6, 6]))
     first, before = net(), GuardedAdamW()
-    for step in train_loop.train(first, cut([6, 6]), squares, before, Schedule(6, 1e-2, 2)):
+    for step in train_loop.train(first, cut([6, 6]), squares, before, tiny.schedule(6, 1e-2, 2)):
         if step.number == stop:
             break
     second, after = net(), GuardedAdamW()
@@ -147,7 +148,7 @@ def test_a_batch_of_nan_is_skipped_and_noted() -> None:
         x, y, learn = rows(step)
         return [(x * math.nan if step == 2 else x, y, learn)]
 
-    for step in train_loop.train(model, micro_batches, squares, GuardedAdamW(), Schedule(4, 1e-2, 1)):
+    for step in train_loop.train(model, micro_batches, squares, GuardedAdamW(), tiny.schedule(4, 1e-2, 1)):
         seen.append((step.note, weights(model)))
     assert [note for note, _ in seen] == ["", "", "skipped: not a number", ""]
     assert seen[1][1] == seen[2][1] != seen[3][1]
@@ -155,6 +156,6 @@ def test_a_batch_of_nan_is_skipped_and_noted() -> None:
 
 def test_recipe_schedule() -> None:
     """Peak and floor of the flags; a warm-up longer than the run is cut to it."""
-    schedule = TrainingConfig(iters=3, learning_rate=1e-3, warmup=10).schedule
+    schedule = TrainingConfig(iters=3, learning_rate=1e-3, warmup=10)
     assert [schedule.rate(i) for i in range(3)] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])
-    assert TrainingConfig(iters=10, warmup=0).schedule.rate(9) == pytest.approx(3e-5)
+    assert TrainingConfig(iters=10, warmup=0).rate(9) == pytest.approx(3e-5)

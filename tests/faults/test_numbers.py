@@ -94,7 +94,7 @@ def test_three_in_a_row_go_back_and_on_without_them(
     assert "batches 6, 7, 8 gave no numbers: back to step 4, and on without them, at half the learning rate" in said
     assert notes(str(s.out)) == dict.fromkeys((6, 7, 8), "skipped: not a number before")
     rates = {r["number"]: r["learning_rate"] for r in run_folder.metrics(Path(str(s.out)))}
-    assert rates[5] == pytest.approx(s.schedule.rate(4) / 2) and rates[4] == pytest.approx(s.schedule.rate(3))
+    assert rates[5] == pytest.approx(s.rate(4) / 2) and rates[4] == pytest.approx(s.rate(3))
     assert all_numbers(Path(str(s.out)) / "model")
     note("B2 three in a row", "distill", {"back to step 4": 1, "the end": 1}, 0,
          "batches 6, 7, 8 gave no numbers: back to step 4, and on without them, at half the learning rate")  # fmt: skip
@@ -117,7 +117,7 @@ def test_a_sharded_run_goes_back_too(
     noted = notes(str(s.out))
     assert set(noted) == bad and noted[first + 2] == "skipped: not a number before"
     rates = {r["number"]: r["learning_rate"] for r in run_folder.metrics(Path(str(s.out)))}
-    assert rates[ITERS] == pytest.approx(s.schedule.rate(ITERS - 1) / 2)
+    assert rates[ITERS] == pytest.approx(s.rate(ITERS - 1) / 2)
     assert all_numbers(Path(str(s.out)) / "model")
     _stopped_at(9, cut)
     distill.run(distill.Settings(out=cut.out, resume=True))
@@ -177,23 +177,18 @@ def test_a_tuning_run_goes_back_too(
 ) -> None:
     """`sft` with batches 4 to 6 of no number: back to its checkpoint at step 3, and the best model has numbers only."""
     model, text = all_jobs["sft"].made
-    each, loss_of = PackedDataset.micro_batches, PackedDataset.loss_of
+    each, loss = PackedDataset.micro_batches, PackedDataset.loss
 
-    def poisoned(*arguments: Any) -> Callable[[int], list[Any]]:
-        made = each(*arguments)
-        return lambda step: [(*p, mx.array(math.nan if step + 1 in (4, 5, 6) else 1.0)) for p in made(step)]
+    def poisoned(*arguments: Any) -> list[Any]:
+        factor = mx.array(math.nan if arguments[-1] + 1 in (4, 5, 6) else 1.0)
+        return [(*part, factor) for part in each(*arguments)]
 
-    def bitter(*arguments: Any, **more: Any) -> Callable[..., Any]:
-        loss = loss_of(*arguments, **more)
-
-        def with_poison(student: Any, *parts: mx.array) -> Any:
-            total, *rest = loss(student, *parts[:-1])
-            return (total * parts[-1], *rest)
-
-        return with_poison
+    def bitter(*arguments: Any) -> Any:
+        total, *rest = loss(*arguments[:-1])
+        return (total * arguments[-1], *rest)
 
     monkeypatch.setattr(PackedDataset, "micro_batches", poisoned)
-    monkeypatch.setattr(PackedDataset, "loss_of", bitter)
+    monkeypatch.setattr(PackedDataset, "loss", bitter)
     out = tmp_path / "sft"
     lessons = str(text.parent / "lessons")
     sft.run(

@@ -13,8 +13,8 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from mis_mlx.maths.optimizer import PATIENCE, WAKE, GuardedAdamW, global_norm, group_of
-from mis_mlx.planner.recipe import Schedule
 from mis_mlx.types import MisError
+from tests import tiny
 
 
 def net() -> nn.Module:
@@ -51,7 +51,7 @@ def walk(optimizer: GuardedAdamW, model: nn.Module, steps: range, scale: float =
     said = []
     for step in steps:
         g = gradients(model, step, scale)
-        said.append(optimizer.update(model, g, 1.0, float(global_norm(g)), Schedule(40, 1e-2, 3).rate(step)))
+        said.append(optimizer.update(model, g, 1.0, float(global_norm(g)), tiny.schedule(40, 1e-2, 3).rate(step)))
         mx.eval(model.parameters(), optimizer.adamw.state)
     return said
 
@@ -67,7 +67,7 @@ def test_asleep_it_is_adamw(kind: mx.Dtype) -> None:
     adamw = optim.AdamW(1e-2, betas=[0.9, 0.95], weight_decay=0.1, bias_correction=True)
     for step in range(5):
         g = tree_map(lambda a: a.astype(kind), gradients(net(), step, 50.0))
-        adamw.learning_rate = rate = Schedule(40, 1e-2, 3).rate(step)
+        adamw.learning_rate = rate = tiny.schedule(40, 1e-2, 3).rate(step)
         goral.update(ours, g, 1.0, 50.0, rate)
         adamw.update(theirs, g)
         mx.eval(ours.parameters(), goral.adamw.state, theirs.parameters(), adamw.state)
@@ -192,7 +192,7 @@ def test_eight_bits_take_two_bytes() -> None:
 
 def test_cosine_by_pencil() -> None:
     """Warm-up 2: half, full; then down a cosine over 8 steps: halfway 0.55, at the end a tenth of the peak."""
-    rates = [Schedule(11, 1.0, 2).rate(step) for step in range(11)]
+    rates = [tiny.schedule(11, 1.0, 2).rate(step) for step in range(11)]
     assert rates[:3] == pytest.approx([0.5, 1.0, 1.0])
     assert rates[6] == pytest.approx(0.1 + 0.9 * 0.5)
     assert rates[10] == pytest.approx(0.1)

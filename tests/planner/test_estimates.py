@@ -129,13 +129,13 @@ def test_time_is_the_slowest_of_three() -> None:
     """Disk 100 and 50 bytes/s, 10 operations/s (5 in training, half of it when hot), memory 1000 bytes/s."""
     p = estimates.StageCost("p", 200, 100, 0, 30.0)
     assert p.seconds(PLAIN) == 2 + 2 and replace(p, flops=50.0).seconds(PLAIN) == 5
-    assert replace(p, flops=30.0, training=True).seconds(PLAIN) == 6
+    assert replace(p, flops=30.0, updated=1).seconds(PLAIN) == 6
     assert p.seconds(PLAIN, hot=True) == 6 and replace(p, touched_bytes=9000).seconds(PLAIN) == 9
 
 
 def test_updates_come_on_top_of_the_arithmetic() -> None:
     """28 bytes of each parameter through 1000 bytes/s of memory, on Metal, cool or hot; a CPU's rate has them in it."""
-    p, metal = estimates.StageCost("p", 0, 0, 0, 30.0, True, updated=1000), replace(PLAIN, gpu=True)
+    p, metal = estimates.StageCost("p", 0, 0, 0, 30.0, updated=1000), replace(PLAIN, gpu=True)
     assert p.seconds(metal) == 6 + 28 and p.seconds(metal, hot=True) == 12 + 28
     assert p.seconds(PLAIN) == 6
 

@@ -32,7 +32,6 @@ from mis_mlx.planner.recipe import (
     DistillationConfig,
     DistillationSpec,
     QuantizationConfig,
-    Schedule,
     TrainingConfig,
     spec_of,
 )
@@ -45,8 +44,8 @@ from tests import tiny
 MIB = 2**20
 BIG = model_of({**tiny.CONFIG, "num_hidden_layers": 6}, gpu=False)
 SMALL = model_of({**tiny.CONFIG, "num_hidden_layers": 4, "intermediate_size": 512}, gpu=False)
-JOB = DistillationSpec(BIG, SMALL, iters=10, batch=4, accumulate=3, length=32, calibration=4, repair=0,
-          held_out=5, save_every=5)  # fmt: skip
+JOB = DistillationSpec(teacher=BIG, student=SMALL, iters=10, batch_size=4, grad_accumulation_steps=3, max_seq_length=32,
+          num_samples=4, reconstruct_samples=0, eval_windows=5, save_every=5)  # fmt: skip
 # Blocks that outweigh activations and vocabulary, so that some of them at a time take less than all.
 BLOCKY = replace(
     JOB,
@@ -63,12 +62,12 @@ def test_resident_by_pencil() -> None:
     """10 steps of 384 tokens: forward and twice back for the student, forward for the teacher; four checkpoints."""
     plan = phases.make(JOB, GIB, M1_AIR)
     p = named(plan)["distil"]
-    assert (plan.mode, plan.micro_batch, plan.pinned, plan.teacher_resident) == ("resident", 4, 6, True)
+    assert (plan.mode, plan.micro_batch, plan.pinned) == ("resident", 4, 6)
     assert p.flops == 10 * (3 * forward_flops(SMALL, 384, 32) + forward_flops(BIG, 384, 32))
     assert p.read_bytes == SMALL.nbytes + BIG.head_bytes + 6 * BIG.block_bytes
     assert p.written_bytes == 4 * 12 * arch.params(SMALL.config) + SMALL.nbytes
     assert list(named(plan)) == ["prune", "distil", "quantize", "measure"]
-    assert list(named(phases.make(replace(JOB, repair=2), GIB, M1_AIR)))[1] == "repair"
+    assert list(named(phases.make(replace(JOB, reconstruct_samples=2), GIB, M1_AIR)))[1] == "repair"
 
 
 def test_blocks_by_pencil() -> None:
@@ -143,7 +142,7 @@ def test_sharded_by_pencil() -> None:
 
 def test_the_repair_of_parts_by_pencil() -> None:
     """The teacher once, the student's blocks written twice; streams of 128 tokens in memory, or all on disk."""
-    job, b = replace(JOB, repair=4), SMALL.block_params
+    job, b = replace(JOB, reconstruct_samples=4), SMALL.block_params
     p, poor = (compression_size.repair_parts(job, limit) for limit in (GIB, 0))
     assert p.read_bytes == 6 * BIG.block_bytes + SMALL.nbytes
     assert p.written_bytes == 4 * (arch.params(SMALL.config) + 4 * b)
@@ -160,7 +159,7 @@ def test_budgets_choose() -> None:
     seen = []
     for budget in range(1, 100):
         plan = phases.make(BLOCKY, budget * MIB, M1_AIR)
-        seen.append((plan.fits, plan.mode, plan.teacher_resident))
+        seen.append((plan.fits, plan.mode, plan.pinned == BIG.shape.layers))
         assert plan.peak_bytes <= budget * MIB or not plan.fits
     order = list(dict.fromkeys(seen))
     assert order[0] == (False, "sharded", False) and order[-1] == (True, "resident", True) and len(order) > 3
@@ -192,7 +191,7 @@ def test_usual_steps(tmp_path: Path, family: str, asked: dict[str, Any], steps: 
 def test_more_budget_never_reads_more(targets: Any) -> None:
     """With the micro-batch and the way fixed: blocks stay, shards grow, passes merge, spools shrink."""
     deep = model_of({**BLOCKY.student.config, "num_hidden_layers": 8}, gpu=False)
-    job = replace(BLOCKY, student=deep, batch=1, accumulate=8, targets=targets, calibration=64)
+    job = replace(BLOCKY, student=deep, batch_size=1, grad_accumulation_steps=8, targets=targets, num_samples=64)
     plans = [phases.make(job, n * MIB // 8, M1_AIR) for n in range(40, 8 * 120, 2)]
     plans = [p for p in plans if p.fits]
     for mode in MODES:
@@ -217,7 +216,7 @@ def test_steps_after_rounding_go_where_nobody_asked_for_them() -> None:
 
 def test_micro_batches_divide_the_step() -> None:
     """Six windows are cut into 3, 2 or 1, never 4; the recipe then has as many more of them a step."""
-    job = replace(JOB, batch=6)
+    job = replace(JOB, batch_size=6)
     assert {micro for _, micro, _ in phases.ways(job)} == {6, 3, 2, 1}
     plan = phases.one(job, GIB, M1_AIR, "resident", 2, 0)
     recipe = plan.recipe(DistillationConfig(batch_size=6, grad_accumulation_steps=3))
@@ -225,7 +224,9 @@ def test_micro_batches_divide_the_step() -> None:
     assert phases.one(job, GIB, M1_AIR, **plan.way) == plan
 
 
-@pytest.mark.parametrize("change", [{}, {"repair": 64}, {"length": 256, "held_out": 64}, {"targets": "cached"}])
+@pytest.mark.parametrize(
+    "change", [{}, {"reconstruct_samples": 64}, {"max_seq_length": 256, "eval_windows": 64}, {"targets": "cached"}]
+)
 def test_the_least_budget_is_enough_and_one_byte_less_is_not(change: dict[str, Any]) -> None:
     """And the sentence of a refusal names it, rounded up, with the need and the budget."""
     job = replace(JOB, **change)
@@ -242,15 +243,18 @@ def test_the_least_budget_is_enough_and_one_byte_less_is_not(change: dict[str, A
 def test_the_remedy_is_one_that_helps() -> None:
     """A repair too big is left out; windows too long are cut; where nothing helps it says so."""
     repair = replace(
-        JOB, repair=1, modes=("resident",), student=model_of({**SMALL.config, "intermediate_size": 2048}, False)
+        JOB,
+        reconstruct_samples=1,
+        modes=("resident",),
+        student=model_of({**SMALL.config, "intermediate_size": 2048}, False),
     )
-    plain = phases.make(replace(repair, repair=0), GIB, M1_AIR)
+    plain = phases.make(replace(repair, reconstruct_samples=0), GIB, M1_AIR)
     assert "--reconstruct-samples 0" in phases.remedy(phases.make(repair, plain.peak_bytes + MIB, M1_AIR))
-    long = replace(JOB, length=512, batch=1)
-    budget = phases.least_bytes(replace(long, length=128), M1_AIR)
+    long = replace(JOB, max_seq_length=512, batch_size=1)
+    budget = phases.least_bytes(replace(long, max_seq_length=128), M1_AIR)
     said = phases.remedy(phases.make(long, budget, M1_AIR))
     assert "--max-seq-length 128 instead of 512" in said
-    assert phases.make(replace(long, length=128), budget, M1_AIR).fits
+    assert phases.make(replace(long, max_seq_length=128), budget, M1_AIR).fits
     assert "do not help" in phases.remedy(phases.make(long, MIB, M1_AIR))
 
 
@@ -270,7 +274,14 @@ def test_resident_training_stays_under_the_plan(
     recipe = TrainingConfig(iters=2, batch_size=batch, max_seq_length=length)
     mx.clear_cache()
     before = mx.get_active_memory()
-    job = replace(JOB, teacher=model_of(teacher), student=model_of(student), batch=batch, accumulate=1, length=length)
+    job = replace(
+        JOB,
+        teacher=model_of(teacher),
+        student=model_of(student),
+        batch_size=batch,
+        grad_accumulation_steps=1,
+        max_seq_length=length,
+    )
     planned = phases.resident(job, batch, GIB if resident else 0)
     with memory.limited(Budget(before + planned.peak_bytes)):
         model, source = (
@@ -318,7 +329,9 @@ def test_training_by_blocks_stays_under_the_plan(
     data = Windows(tokens, np.ones((12, length), np.float32))
     recipe = TrainingConfig(iters=2, batch_size=batch, grad_accumulation_steps=accumulate, max_seq_length=length)
     teacher, small = map(model_of, models)
-    job = replace(JOB, teacher=teacher, student=small, batch=batch, accumulate=accumulate, length=length)
+    job = replace(
+        JOB, teacher=teacher, student=small, batch_size=batch, grad_accumulation_steps=accumulate, max_seq_length=length
+    )
     planned = phases.blocks(job, batch, GIB if resident else 0, lora)
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -328,7 +341,7 @@ def test_training_by_blocks_stays_under_the_plan(
         student = sharded.Sharded(models[1], 4, 2, 0.01, DISK, 4 * small.head_params, adapters=adapters)
         student.begin()
         micro_batches = live_teacher.step_micro_batches(source, data, recipe)
-        how = partial(source.kl_sum, frozen_head=True), recipe.schedule
+        how = partial(source.kl_sum, frozen_head=True), recipe
         steps = list(student.steps(micro_batches, *how, slopes=source.frozen_slopes()))
     peak = max(s.peak_bytes for s in steps) - before
     assert planned.pinned == (5 if resident else 0)
@@ -343,7 +356,14 @@ def test_sharded_training_stays_under_the_plan(tmp_path: Path, wide: tuple[Check
     """Two steps of every shard with MLX's limit at the plan: it waits there, so one array more is all it takes."""
     _, student = wide
     files = model_writer.by_block(student, tmp_path / "parts", DISK)
-    job = replace(JOB, teacher=model_of(wide[0]), student=model_of(student), batch=1, accumulate=2, targets="cached")
+    job = replace(
+        JOB,
+        teacher=model_of(wide[0]),
+        student=model_of(student),
+        batch_size=1,
+        grad_accumulation_steps=2,
+        targets="cached",
+    )
     planned = phases.sharded(job, 1, shard).peak_bytes
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -357,7 +377,7 @@ def test_sharded_training_stays_under_the_plan(tmp_path: Path, wide: tuple[Check
             return [(t, mx.ones(32), mx.random.normal((32, 256), key=k)) for t, k in zip(tokens, keys, strict=True)]
 
         loss = partial(_against_itself, head=load.head(wide[0], mx.float32))
-        steps = list(made.steps(micro_batches, loss, Schedule(6, 1e-3, 1)))
+        steps = list(made.steps(micro_batches, loss, tiny.schedule(6, 1e-3, 1)))
         del made
     peak, array = max(s.peak_bytes for s in steps) - before, 4 * 256 * 1536
     assert planned / 2 < peak < planned + array, (peak / MIB, planned / MIB)

@@ -136,7 +136,7 @@ def test_training_with_cross_entropy_stays_under_the_plan(tmp_path: Path, models
     model, source = load.resident(student, mx.float32), StreamedTeacher(teacher, 0, False, 2.0, 0.5)
     steps = list(live_teacher.steps(model, source, data, recipe, GuardedAdamW()))
     peak = max(s.peak_bytes for s in steps) - before
-    sizes = {"batch": 2, "accumulate": 2, "length": length}
-    job = replace(JOB, teacher=model_of(teacher), student=model_of(student), mixed=True, **sizes)
+    sizes = {"batch_size": 2, "grad_accumulation_steps": 2, "max_seq_length": length}
+    job = replace(JOB, teacher=model_of(teacher), student=model_of(student), cross_entropy=0.5, **sizes)
     planned = phases.resident(job, 2, 0).peak_bytes
     assert planned / 4 < peak < planned, (peak / 2**20, planned / 2**20)

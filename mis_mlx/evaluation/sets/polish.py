@@ -18,9 +18,9 @@ from mis_mlx.data import rows
 from mis_mlx.evaluation import questions
 from mis_mlx.types import MisError
 
-_ABOUT = json.loads((Path(__file__).parent / "about.json").read_text("utf-8"))
+ABOUT = json.loads((Path(__file__).parent / "about.json").read_text("utf-8"))
 # Slot: what it is called after "po" (adverb-like), and as a language (locative), in Polish.
-SLOTS: dict[str, list[str]] = _ABOUT["slots"]
+SLOTS: dict[str, list[str]] = ABOUT["slots"]
 PAIRS = "pairs.jsonl"
 ROW = 'one {"polish": ..., "dialect": ...} a line'
 PACKS = ("langpack-pl", "langpack-szl")  # how the names of Firefox's language packs begin
@@ -141,7 +141,7 @@ def unpack_exams(wheel: Path, into: Path) -> None:
 def exam(name: str, folder: Path) -> questions.Task:
     """One of the four sets that `unpack` wrote."""
     by_character = name in ("polish-exams", "polish-lexicon")
-    about = f"{EVALS} {VERSION}: {_ABOUT['polish'][name]}"
+    about = f"{EVALS} {VERSION}: {ABOUT['polish'][name]}"
     return replace(questions.file(folder / f"{name}.jsonl"), about=about, per_character=by_character)
 
 

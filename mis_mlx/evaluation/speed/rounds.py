@@ -9,7 +9,7 @@ Definitions (those of vLLM and AIPerf; none has the tokenizer or the text in it)
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,13 +25,11 @@ from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.maths.stats import summary
 from mis_mlx.models import load, mlx_generate, stream
 from mis_mlx.planner import estimates, phases
-from mis_mlx.reporting import text
 from mis_mlx.types import Checkpoint, Row
 
 WARM_UP = 4  # tokens after the whole prompt, timed by nobody
 PREFILL = 2048  # mlx-lm's prefill_step_size
 SLOWED = 0.9  # the last trial's speed over the first's, below which something throttles
-METRICS = text.metrics("bench")
 Facts = Mapping[str, Mapping[str, Any]]  # by model
 
 
@@ -42,26 +40,20 @@ class Request(NamedTuple):
     answer: int
 
 
-class Loaded(NamedTuple):
-    """Of a model, also once it is gone. nbytes: its weights in memory; read_bytes: without an untied embedding."""
+class BenchmarkModel(NamedTuple):
+    """A model in memory. nbytes: its weights there; read_bytes: without an untied embedding."""
 
-    name: str
+    model: nn.Module
+    tokenizer: Any
     load_s: float
     nbytes: int
     read_bytes: int
 
 
-class BenchmarkModel(NamedTuple):
-    """A model in memory."""
-
-    loaded: Loaded
-    model: nn.Module
-    tokenizer: Any
-
-
 class Measurement(NamedTuple):
     """One request. stamps_s: when each token was there, from the start. cached_s: TTFT of the same prompt, all but its
-    last token in the cache. watts: from first token to last. peak_bytes: its model's weights, cache and workspace."""
+    last token in the cache. watts: from first token to last. peak_bytes: its model's weights, cache and workspace.
+    load_s, read_bytes: of its model, which may be gone."""
 
     asked: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -69,6 +61,8 @@ class Measurement(NamedTuple):
     cached_s: float | None = None
     watts: float | None = None
     peak_bytes: int | None = None
+    load_s: float = 0.0
+    read_bytes: int = 0
 
     @property
     def tpot_s(self) -> float:
@@ -86,7 +80,7 @@ def mean_watts(monitor: Monitor, seconds: float) -> float | None:
     return float(np.trapezoid(powers, times) / (times[-1] - times[0]))
 
 
-def opened(folder: Path, name: str) -> BenchmarkModel:
+def opened(folder: Path) -> BenchmarkModel:
     """A model whole in memory, with the time that took: from files that the system may have in its page cache."""
     began = time.perf_counter()
     model, tokenizer = mlx_generate.open_model(folder)
@@ -96,7 +90,7 @@ def opened(folder: Path, name: str) -> BenchmarkModel:
     nbytes = sum(a.nbytes for a in arrays.values())
     read_bytes = sum(a.nbytes for n, a in arrays.items() if not n.startswith(unread))
     stream.load_checked(model, f"{folder}: ")
-    return BenchmarkModel(Loaded(name, seconds, nbytes, read_bytes), model, tokenizer)
+    return BenchmarkModel(model, tokenizer, seconds, nbytes, read_bytes)
 
 
 def prompt(tokenizer: Any, count: int, seed: Sequence[int]) -> list[int]:
@@ -118,10 +112,10 @@ def trial(
     stamps, tokens = clocked(mlx_generate.greedy(s.model, asked, r.answer, kept))
     watts = mean_watts(monitor, stamps[-1] - stamps[0]) if monitor else None
     stream.evaluate_now([c.state for c in kept])  # mlx-lm has begun one more token: not to run into the next trial
-    peak = mx.get_peak_memory() - before + s.loaded.nbytes if peaks else None
+    peak = mx.get_peak_memory() - before + s.nbytes if peaks else None
     cached = _again(s.model, asked, kept)
     mx.clear_cache()
-    return Measurement(tuple(asked), tuple(tokens), tuple(stamps), cached, watts, peak)
+    return Measurement(tuple(asked), tuple(tokens), tuple(stamps), cached, watts, peak, s.load_s, s.read_bytes)
 
 
 def clocked(coming: Iterable[int]) -> tuple[list[float], list[int]]:
@@ -153,20 +147,20 @@ def need_bytes(checkpoint: Checkpoint, r: Request) -> int:
 
 
 def rounds(
-    openers: Mapping[str, Callable[[], BenchmarkModel]], together: bool, count: int, r: Request, seed: int = 0,
-    delay: float = 0.0, monitor: Monitor | None = None, peaks: bool = False, warm_up: Request | None = None,
-) -> Iterator[tuple[Loaded, Measurement]]:  # fmt: skip
-    """Every trial as it ends, but the warm-up, a whole prompt: all models in turn, A B A B; or, where they do not fit
-    in memory together, model after model. No model is handed on: whoever took one would keep it in memory."""
-    first = warm_up or r._replace(answer=min(r.answer, WARM_UP))
-    for group in [list(openers)] if together else [[name] for name in openers]:
-        subjects = [openers[name]() for name in group]
-        for s in subjects:
+    folders: Mapping[str, Path], together: bool, count: int, r: Request, seed: int = 0, delay: float = 0.0,
+    monitor: Monitor | None = None, peaks: bool = False,
+) -> Iterator[tuple[str, Measurement]]:  # fmt: skip
+    """Every trial as it ends, by model, but the warm-up, a whole prompt: all models in turn, A B A B; or, where they do
+    not fit in memory together, model after model. No model is handed on: whoever took one would keep it in memory."""
+    first = r._replace(answer=min(r.answer, WARM_UP))
+    for group in [list(folders)] if together else [[name] for name in folders]:
+        subjects = {name: opened(folders[name]) for name in group}
+        for s in subjects.values():
             trial(s, first, (seed, 0))
         for number in range(1, count + 1):
-            for s in subjects:
+            for name, s in subjects.items():
                 time.sleep(delay)
-                yield s.loaded, trial(s, r, (seed, number), monitor, peaks)
+                yield name, trial(s, r, (seed, number), monitor, peaks)
         del s, subjects  # the next one's memory
         mx.clear_cache()
 

@@ -22,8 +22,8 @@ from mis_mlx.hardware.thermal.governor import Mode
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor, battery
 from mis_mlx.maths.losses import HALNY_CLIP
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.planner.recipe import Schedule
 from mis_mlx.types import GIB, Budget, MisError, Reading, Step
+from tests import tiny
 from tests.hardware.plant import LidClock
 
 HALNY = Path(__file__).parents[2] / "data" / "halny.jsonl"
@@ -97,7 +97,7 @@ def trained(clock: VirtualClock, close: bool) -> tuple[dict[str, mx.array], list
         return mx.square(layer(x)).sum(), mx.array(2.0)
 
     with mock.patch.object(train_loop, "CLOCK", clock):
-        steps = list(train_loop.train(model, micro_batches, loss, GuardedAdamW(), Schedule(3, 1e-2, 1)))
+        steps = list(train_loop.train(model, micro_batches, loss, GuardedAdamW(), tiny.schedule(3, 1e-2, 1)))
     return dict(tree_flatten(model.parameters())), steps
 
 

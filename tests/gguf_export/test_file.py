@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter, quants
 
-from mis_mlx.gguf_export import gguf_writer
+from mis_mlx.gguf_export import tensors
 from mis_mlx.gguf_export.tensors import Part
 from mis_mlx.storage.files import DISK
 
@@ -28,28 +28,28 @@ def test_the_reader_finds_what_was_written(tmp_path: Path) -> None:
     slabs = [iter([arrays["a.weight"][i : i + 2] for i in (0, 2, 4)])]  # of 2, 2 and 1 rows
     slabs += [iter([arrays[name]]) for name in ("b.weight", "c.weight")]
     path = tmp_path / "x.gguf"
-    gguf_writer.write(path, gguf_writer.head(writer, PARTS), PARTS, slabs, DISK)
+    tensors.write(path, tensors.head(writer, PARTS), PARTS, slabs, DISK)
     reader = GGUFReader(path)
     assert reader.fields["llama.context_length"].contents() == 77
     assert [Part(t.name, "", tuple(reversed(t.shape.tolist())), t.tensor_type.name) for t in reader.tensors] == PARTS
     for tensor in reader.tensors:
         assert tensor.data_offset % 32 == 0
         assert tensor.data.tobytes() == arrays[tensor.name].tobytes()
-    assert path.stat().st_size == reader.data_offset + gguf_writer.padded_bytes(PARTS)
+    assert path.stat().st_size == reader.data_offset + tensors.padded_bytes(PARTS)
 
 
 def test_bytes_by_hand() -> None:
     """Q8_0: 34 bytes a block of 32; Q4_1: 20; padding to 32. A row of 48 weights has no whole blocks."""
     assert PARTS[0].nbytes == 5 * 2 * 34
     small = Part("x", "", (3, 32), "Q4_1")
-    assert small.nbytes == 60 and gguf_writer.padded_bytes([small, Part("y", "", (8,), "F32")]) == 64 + 32
+    assert small.nbytes == 60 and tensors.padded_bytes([small, Part("y", "", (8,), "F32")]) == 64 + 32
     with pytest.raises(ValueError, match="row size \\(48\\)"):
         _ = Part("x", "", (3, 48), "Q4_1").nbytes
 
 
 def test_a_tensor_of_the_wrong_size_is_a_bug(tmp_path: Path) -> None:
     """A file whose table and bytes disagree would be read as garbage; it never gets to its end."""
-    head = gguf_writer.head(GGUFWriter(None, "llama"), PARTS)
+    head = tensors.head(GGUFWriter(None, "llama"), PARTS)
     short = [iter([np.zeros((4, 68), np.uint8)]), iter(()), iter(())]
     with pytest.raises(ValueError, match="a.weight: 272 bytes came, 340 were due"):
-        gguf_writer.write(tmp_path / "x.gguf", head, PARTS, short, DISK)
+        tensors.write(tmp_path / "x.gguf", head, PARTS, short, DISK)
