@@ -116,8 +116,8 @@ def row(s: Settings, run: Path, folders: dict[str, Path]) -> dict[str, Any]:
     distill.run(distill.Settings(teacher=s.teacher, out=str(run), seed=s.seed, iters=s.iters, **more))  # type: ignore[arg-type]
     found: dict[str, Any] = {"cpu_seconds": round(time.process_time() - began, 1)}
     for name, folder in {**folders, BUILT_IN: None}.items():
-        asked = evaluate.Settings(teacher=s.teacher, students=(str(run / "model"),), data=folder and str(folder),
-                                  eval_windows=s.eval_windows)  # fmt: skip
+        asked = evaluate.Settings(teacher=s.teacher, students=(str(run / "model"),), eval_windows=s.eval_windows,
+                                  data=str(folder) if folder else None)  # fmt: skip
         for text, judged in evaluate.run(asked).items():
             if isinstance(judged, dict) and "bpb_model" in judged:
                 label = name if folder else f"{name}, {text}"

@@ -109,7 +109,7 @@ def ours(way: str, teacher: Path, student: Path, data: token_windows.Windows, wi
         trained.begin()
         micro = live_teacher.step_micro_batches(source, data, recipe)
         loss, slopes = partial(source.kl_sum, frozen_head=True), source.frozen_slopes()
-        yield from ((s.seconds, s.peak_bytes) for s in trained.steps(micro, loss, recipe.schedule, slopes=slopes))
+        yield from ((s.seconds, s.peak_bytes) for s in trained.steps(micro, loss, recipe, slopes=slopes))
 
 
 def cell(work: str, steps: int) -> dict[str, Any]:
