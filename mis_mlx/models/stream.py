@@ -17,12 +17,11 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.hardware import lanes
-from mis_mlx.models import arch, expert_names, experts, load, policy, slots
+from mis_mlx.models import arch, expert_names, experts, load, policy
 from mis_mlx.models.config import shape_of
 from mis_mlx.models.experts import Expert, Visit
 from mis_mlx.models.families import family
-from mis_mlx.models.slots import Slot, Slots
-from mis_mlx.storage.block_reader import PAGE, Reader
+from mis_mlx.storage.block_reader import PAGE, Reader, Slot, Slots
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 
 evaluate_now = mx.eval  # what these were made of may be freed, or changed, after this line
@@ -188,7 +187,7 @@ class Stream:
         scale = load.embedding_scale(self.checkpoint.config, self.dtype)
         for tokens in batches:
             ids, inverse = np.unique(np.array(tokens), return_inverse=True)
-            rows = {name: slots.rows(self._reader, t, ids) for name, t in tensors.items()}
+            rows = {name: self._reader.rows(t, ids) for name, t in tensors.items()}
             table = load.embedding(self.checkpoint, self.dtype, rows)
             load_checked(table, f"{self.checkpoint.path}: {load.EMBEDDING}")
             out = table(mx.array(inverse.reshape(tokens.shape).astype(np.int32)))
@@ -200,7 +199,7 @@ class Stream:
     def _stored(self, prefix: str) -> dict[str, mx.array]:
         """All tensors of this prefix as stored, in memory of their own."""
         tensors = {n: t for n, t in self.checkpoint.tensors.items() if n.startswith(prefix)}
-        return {name: slots.rows(self._reader, t, np.arange(t.shape[0])) for name, t in tensors.items()}
+        return {name: self._reader.rows(t, np.arange(t.shape[0])) for name, t in tensors.items()}
 
     def norm(self, hidden: Hidden) -> Hidden:
         """Every batch after the last RMSNorm, in place."""

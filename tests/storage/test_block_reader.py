@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.models import slots, stream
+from mis_mlx.models import stream
 from mis_mlx.storage import block_reader
 from mis_mlx.storage.block_reader import GAP, PAGE, PIECE, Extent, Layout, Reader
 from mis_mlx.storage.files import DISK
@@ -90,8 +90,8 @@ def test_a_pass_uses_two_buffers_however_often_it_is_made(
     llama: Checkpoint, batches: list[mx.array], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that computes, one that fills: three passes over three blocks make no more, and the same numbers."""
-    made, new = [], slots.Slot
-    monkeypatch.setattr(slots, "Slot", lambda nbytes: made.append(new(nbytes)) or made[-1])
+    made, new = [], block_reader.Slot
+    monkeypatch.setattr(block_reader, "Slot", lambda nbytes: made.append(new(nbytes)) or made[-1])
     source = stream.Stream(llama, mx.float32)
     first = source.forward(batches)
     for _ in range(2):
