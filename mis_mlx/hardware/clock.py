@@ -37,7 +37,7 @@ class Clock:
 
 
 class VirtualClock(Clock):
-    """A clock that moves only when told to: for replays and tests. `sleep` returns at once."""
+    """A clock that moves only when told to, for replays and tests: `sleep` returns at once. Uptime is the machine's."""
 
     def __init__(self) -> None:
         self._awake = self._wall = 0.0
@@ -58,11 +58,3 @@ class VirtualClock(Clock):
     def set_wall(self, wall_s: float) -> None:
         """The wall clock jumps, as when NTP or a user sets it; nobody slept."""
         self._wall = wall_s
-
-    def uptime(self) -> float:
-        """Virtual seconds since boot, which was long ago."""
-        return 1e6 + self._awake
-
-    def asleep(self) -> float:
-        """Virtual seconds asleep: none."""
-        return 0.0

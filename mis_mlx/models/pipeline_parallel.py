@@ -53,10 +53,7 @@ class Relay(stream.Stream):
         self._counts: list[int] = []  # batches of each machine, in the pass that is under way
         self._hidden: stream.Hidden = []
         super().__init__(checkpoint, dtype, room_bytes, direct)
-
-    def stays(self, i: int) -> bool:
-        """Whether block i is one of the first of this machine's own, for which there is room."""
-        return i - self.mine.start < self.keeps
+        self.first = self.mine.start
 
     def embed(self, batches: stream.Batches, hidden: stream.Hidden | None = None) -> stream.Hidden:
         """Hidden states of all machines' batches, those of one machine after those of another.

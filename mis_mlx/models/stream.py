@@ -90,6 +90,7 @@ class Stream:
         self._head: nn.Module | None = None
         self._checked: set[str] = set()
         self._at = 0  # block that was given out last
+        self.first = 0  # of the blocks that may stay
         self._keep_head, self.keeps, self.keeps_experts = self._plan(room_bytes)
 
     @property
@@ -116,10 +117,6 @@ class Stream:
         keeps = min(self.layers, room // sizes[0])
         return True, keeps, (room - keeps * sizes[0]) // sizes[1] if s.experts else 0
 
-    def stays(self, i: int) -> bool:
-        """Whether block i is kept once it has been used."""
-        return i < self.keeps
-
     def blocks(self, order: Sequence[int] | None = None) -> Iterator[tuple[int, nn.Module]]:
         """(i, block i with evaluated weights) in `order`, each at most once; all of them by default.
 
@@ -137,7 +134,7 @@ class Stream:
                 made = load.block(self.checkpoint, i, self.args, self.dtype, self._own(raw), each)
                 block = self._checked_once(made, f"model.layers.{i}.", slot, self._blocks)
                 yield i, block
-                if self.stays(i):
+                if i - self.first < self.keeps:
                     self._kept[i] = block
                     continue
                 block.clear()  # the caller's loop variable still names the module: let go of its weights now
