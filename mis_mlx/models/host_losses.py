@@ -87,12 +87,12 @@ def kl_gradients(
 
 def compared(teacher: mx.array, student: mx.array, targets: mx.array) -> np.ndarray:
     """What `losses.compared` says of logits (n, V) float32, which are made over."""
+
+    def of_rows(z_t: np.ndarray, z: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        at = np.arange(len(z)), targets
+        right_t, right, same = z_t[at], z[at], z_t.argmax(axis=1) == z.argmax(axis=1)
+        kl, lse_t, lse, _ = _divergence(z, z_t)
+        return np.stack([lse_t - right_t, lse - right, kl, same], axis=1)
+
     stream.evaluate_now(teacher, student)
-    return by_rows(_compare, view(teacher), view(student), np.array(targets))
-
-
-def _compare(z_t: np.ndarray, z: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    at = np.arange(len(z)), targets
-    right_t, right, same = z_t[at], z[at], z_t.argmax(axis=1) == z.argmax(axis=1)
-    kl, lse_t, lse, _ = _divergence(z, z_t)
-    return np.stack([lse_t - right_t, lse - right, kl, same], axis=1)
+    return by_rows(of_rows, view(teacher), view(student), np.array(targets))

@@ -107,20 +107,19 @@ def upload(folder: Path, repo_id: str) -> str:
         raise MisError(f"{why}: {folder} is whole: `hf auth login`, then `hf upload {repo_id} {folder}`") from None
 
 
-def adopt(snapshot: Path, into: Path) -> None:
-    """Fill `into` with a snapshot's files, which stay when the Hugging Face cache is emptied: hard links, or copies."""
-    for file in snapshot.iterdir():
-        blob = file.resolve()
-        try:
-            os.link(blob, into / file.name)
-        except OSError:  # another disk, or one that has no hard links
-            shutil.copyfile(blob, into / file.name)
+def adopt(snapshot: Path, folder: Path, origin: dict[str, Any]) -> None:
+    """`install` a snapshot's files, which stay when the Hugging Face cache is emptied: hard links, or copies."""
+    blobs = {file.name: file.resolve() for file in snapshot.iterdir()}
 
+    def fill(into: Path) -> None:
+        for name, blob in blobs.items():
+            try:
+                os.link(blob, into / name)
+            except OSError:  # another disk, or one that has no hard links
+                shutil.copyfile(blob, into / name)
 
-def adopted_bytes(snapshot: Path, root: Path) -> int:
-    """Bytes that `adopt` will write under `root`: none when it can link."""
-    blobs = [file.resolve().stat() for file in snapshot.iterdir()]
-    return sum(blob.st_size for blob in blobs if blob.st_dev != root.stat().st_dev)
+    apart = [s for s in map(Path.stat, blobs.values()) if s.st_dev != folder.parent.stat().st_dev]
+    install(folder, fill, sum(s.st_size for s in apart), origin)
 
 
 def sha256(path: Path) -> str:

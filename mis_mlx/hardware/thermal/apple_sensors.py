@@ -55,20 +55,13 @@ class Hid:
     """One client of the HID event system, matched to thermometers. Raises OSError when there is none."""
 
     def __init__(self, library: Path | None = None):
-        self._c = functions("Hid", library)
-        self._client = self._c.IOHIDEventSystemClientCreate(None)
+        self._c = c = functions("Hid", library)
+        self._client = c.IOHIDEventSystemClientCreate(None)
         if not self._client:
             raise OSError("IOHIDEventSystemClientCreate gave nothing")
-        self._product = self._string(b"Product")
-        self._match_thermometers()
-
-    def _string(self, text: bytes) -> Any:
-        return self._c.CFStringCreateWithCString(None, text, UTF8)
-
-    def _match_thermometers(self) -> None:
-        """Ask for {"PrimaryUsagePage": 0xff00, "PrimaryUsage": 5} only."""
-        c = self._c
-        keys = (c_void_p * 2)(*map(self._string, (b"PrimaryUsagePage", b"PrimaryUsage")))
+        names = (b"Product", b"PrimaryUsagePage", b"PrimaryUsage")
+        self._product, *asked = (c.CFStringCreateWithCString(None, name, UTF8) for name in names)
+        keys = (c_void_p * 2)(*asked)  # of {"PrimaryUsagePage": 0xff00, "PrimaryUsage": 5}: thermometers only
         numbers = (c_int32(APPLE_VENDOR_PAGE), c_int32(TEMPERATURE_USAGE))
         values = (c_void_p * 2)(*(c.CFNumberCreate(None, SINT32, byref(n)) for n in numbers))
         callbacks = byref(c.kCFTypeDictionaryKeyCallBacks), byref(c.kCFTypeDictionaryValueCallBacks)
