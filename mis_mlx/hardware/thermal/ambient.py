@@ -5,6 +5,7 @@ witness is no estimate, never a silent 20 °C. The priors are for a fanless M1 A
 
 import math
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from mis_mlx.hardware.thermal.recording import Header
-from mis_mlx.hardware.thermal.sensor_rules import Values
 from mis_mlx.types import MisError, Reading
 
 GIVEN_SIGMA_C = 0.7
@@ -51,9 +51,9 @@ class Ambient:
         self._node = BatteryNode()
         self._anchors: dict[str, tuple[Estimate, float, float | None]] = {}  # by source; value, time, TVA0 then
 
-    def update(self, values: Values, now_s: float, rested: bool) -> Estimate | None:
-        """The estimate after one more look; `None`: no witness. rested: just booted, or woken from a long sleep."""
-        virtual = values.virtual_ambient_c
+    def update(self, values: Mapping[str, Any], now_s: float, rested: bool) -> Estimate | None:
+        """The estimate after one more look, judged; `None`: no witness. rested: just booted, or woken from a long sleep."""
+        virtual = values.get("virtual_ambient_c")
         new = [cold_soak(values) if rested else None, self._node.update(values, now_s)]
         if self._given_c is not None and "given" not in self._anchors:
             new.append(Estimate(self._given_c, GIVEN_SIGMA_C, "given"))
@@ -88,9 +88,9 @@ def t_env_kind(reading: Reading) -> str:
     return "none" if source is None else "given" if "given" in source.split(" + ") else "measured"
 
 
-def cold_soak(values: Values) -> Estimate | None:
+def cold_soak(values: Mapping[str, Any]) -> Estimate | None:
     """The best free method: after a long rest all parts have the air's temperature, if they agree."""
-    parts = [values.battery_c, values.nand_c, values.virtual_ambient_c, values.soc_c]
+    parts = map(values.get, ("battery_c", "nand_c", "virtual_ambient_c", "soc_c"))
     known = [part for part in parts if part is not None]
     if len(known) < 3 or max(known) - min(known) > SOAK_SPREAD_C:
         return None
@@ -121,11 +121,12 @@ class BatteryNode:
         self._state: np.ndarray | None = None  # (T_air, r)
         self._covariance = np.diag([self.START_SIGMA_C**2, self.START_SIGMA_R**2])
 
-    def update(self, values: Values, now_s: float) -> Estimate | None:
+    def update(self, values: Mapping[str, Any], now_s: float) -> Estimate | None:
         """A new estimate at the end of each usable window of 10 minutes, else `None`."""
-        if values.battery_c is None or values.power_w is None:
+        battery_c, power_w = values.get("battery_c"), values.get("power_w")
+        if battery_c is None or power_w is None:
             return None
-        look = now_s, values.battery_c, values.power_w, values.battery_percent or 0.0
+        look = now_s, battery_c, power_w, values.get("battery_percent") or 0.0
         self._window = [seen for seen in self._window if now_s - seen[0] <= self.WINDOW_S] + [look]
         if now_s - self._window[0][0] < 0.9 * self.WINDOW_S or len(self._window) < 10:
             return None

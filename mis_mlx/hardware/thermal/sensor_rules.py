@@ -2,9 +2,9 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from statistics import mean, median
+from typing import NamedTuple
 
 from mis_mlx.hardware.thermal.apple_sensors import decode
 from mis_mlx.hardware.thermal.recording import Raw
@@ -15,23 +15,16 @@ LINUX_BATTERY = re.compile(r"\S+ BAT\w*\b")
 PARKED_C = 30.0  # what a GPU's sensors say while it has no power; public dumps are rounded
 
 
-@dataclass(frozen=True)
-class Values:
-    """What one look is believed to say. `None` = not measured, with its reason in `reasons`."""
+class Fact(NamedTuple):
+    """What is believed, where it came from, and why it is None if it was not measured."""
 
-    die_c: float | None = None  # hottest spot
-    soc_c: float | None = None
-    battery_c: float | None = None
-    nand_c: float | None = None
-    virtual_ambient_c: float | None = None  # SMC TVA0, the firmware's own guess
-    power_w: float | None = None
-    battery_percent: float | None = None
-    sources: Mapping[str, str] = field(default_factory=dict)
-    reasons: Mapping[str, str] = field(default_factory=dict)
+    value: float | int | bool | None
+    source: str
+    reason: str
 
 
-def judge(raw: Raw) -> Values:
-    """All values of one look, each with its source or the reason why it is missing."""
+def judge(raw: Raw) -> dict[str, Fact]:
+    """All values of one look by name. die_c: the hottest spot; virtual_ambient_c: the firmware's own guess."""
     hid = believable_hid(raw.hid)
     smc = {key: decode(text) for key, text in raw.smc.items()}
     judged: dict[str, tuple[float | None, str]] = {
@@ -47,11 +40,7 @@ def judge(raw: Raw) -> Values:
     looked_at = len(raw.hid) + len(raw.smc) + len(raw.linux)
     reason = f"none of {looked_at} sensors gives a believable value" if looked_at else "no sensor answered"
     reason += f" ({providers})" if providers else ""
-    return Values(
-        **{name: value for name, (value, _) in judged.items()},
-        sources={name: source for name, (value, source) in judged.items() if value is not None},
-        reasons={name: reason for name, (value, _) in judged.items() if value is None},
-    )
+    return {name: Fact(*found, reason) for name, found in judged.items()}
 
 
 def believable_hid(rows: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
