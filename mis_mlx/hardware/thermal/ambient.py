@@ -52,7 +52,7 @@ class Ambient:
         self._anchors: dict[str, tuple[Estimate, float, float | None]] = {}  # by source; value, time, TVA0 then
 
     def update(self, values: Mapping[str, Any], now_s: float, rested: bool) -> Estimate | None:
-        """The estimate after one more look, judged; `None`: no witness. rested: just booted, or woken from a long sleep."""
+        """The estimate after one more look; `None`: no witness. rested: just booted, or woken from a long sleep."""
         virtual = values.get("virtual_ambient_c")
         new = [cold_soak(values) if rested else None, self._node.update(values, now_s)]
         if self._given_c is not None and "given" not in self._anchors:
