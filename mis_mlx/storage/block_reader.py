@@ -9,7 +9,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +25,24 @@ GAP = 1 << 16  # bytes between two tensors of a block that are read along rather
 F_NOCACHE = 48  # macOS; Python's fcntl has no name for it
 
 
-@dataclass
-class Extent:
-    """Bytes [begin, end) of a file that go to `at` in the destination; begin and at are multiples of PAGE."""
-
-    file: Path
-    begin: int
-    end: int
-    at: int
-
-
 class Layout:
     """Where a group of tensors goes in one buffer of `nbytes`: each keeps its offset's remainder by PAGE. Neighbours in
-    a file are merged into few extents, and those laid out page by page."""
+    a file are merged into few extents, and those laid out page by page: (file, begin, end, at), of bytes [begin, end)
+    of the file, which go to `at`; begin and at are multiples of PAGE."""
 
     def __init__(self, tensors: Mapping[str, TensorAt]):
-        self.tensors, self.extents, self.at, self.nbytes = tensors, list[Extent](), dict[str, int](), 0
+        self.tensors, self.at, self.nbytes = tensors, dict[str, int](), 0
+        self.extents = list[tuple[Path, int, int, int]]()
         for name, t in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
-            last = self.extents[-1] if self.extents else None
-            if last and last.file == t.file and last.begin <= t.offset <= last.end + GAP:
-                last.end = max(last.end, t.offset + t.nbytes)
+            file, begin, end, at = self.extents[-1] if self.extents else (None, 0, 0, 0)
+            if file == t.file and begin <= t.offset <= end + GAP:
+                self.extents.pop()
+                end = max(end, t.offset + t.nbytes)
             else:
-                last = Extent(t.file, t.offset // PAGE * PAGE, t.offset + t.nbytes, self.nbytes)
-                self.extents.append(last)
-            self.at[name] = last.at + t.offset - last.begin
-            self.nbytes = last.at + _pages(last.end - last.begin)
+                begin, end, at = t.offset // PAGE * PAGE, t.offset + t.nbytes, self.nbytes
+            self.extents.append((t.file, begin, end, at))
+            self.at[name] = at + t.offset - begin
+            self.nbytes = at + _pages(end - begin)
 
 
 def _pages(nbytes: int) -> int:
@@ -190,5 +182,5 @@ class Slots:
     def _begin(self, key: Any) -> tuple[Any, Slot, Callable[[], None]]:
         slot = self.free.pop() if self.free else Slot(self.nbytes)
         extents = self._layouts[key].extents
-        parts = [(e.file, e.begin, e.end, slot.view[e.at : e.at + _pages(e.end - e.begin)]) for e in extents]
+        parts = [(file, a, b, slot.view[at : at + _pages(b - a)]) for file, a, b, at in extents]
         return key, slot, self._reader.begin(parts)

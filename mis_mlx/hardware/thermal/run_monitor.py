@@ -117,7 +117,7 @@ class ThermalMonitor:
 
     def reading(self) -> Reading:
         """The latest reading; of a recording the next one, and its last one again when it has ended."""
-        return (self.last() if self.monitor.ended else None) or self.monitor.reading()
+        return (self.last() if self.monitor.source.ended else None) or self.monitor.reading()
 
     def last(self) -> Reading | None:
         """The reading that was given last, without asking for a new one."""
@@ -136,7 +136,7 @@ class ThermalMonitor:
 
     def after(self, step: Step) -> Iterator[Decision]:
         """Ask the governor after a step, wait as it says, log each decision. The last one is run or stop."""
-        if self.monitor.replayed and self.monitor.ended:
+        if self.monitor.source.ended:
             return
         if self._governor is None:
             first = self.reading()

@@ -30,7 +30,7 @@ VIRTUAL_SIGMA_C, VIRTUAL_SIGMA_LATER_C = 2.5, 4.0  # of TVA0: M1 and M2, later c
 class Live:
     """This machine's thermometers: Apple's where there are any, else psutil's; psutil for the battery."""
 
-    ended = False
+    ended = False  # as a recording is
 
     def __init__(self, clock: Clock, apple_library: Path | None = None):
         self.clock = clock
@@ -106,11 +106,6 @@ class Monitor:
         """Whether this is a live Mac, and no virtual one: there a run without a die temperature is not safe."""
         mac = sys.platform == "darwin" or getattr(self.source, "apple", None) is not None
         return mac and not self.replayed and not getattr(self.source, "virtual", False)
-
-    @property
-    def ended(self) -> bool:
-        """Whether a recording has given its last record; never for a live machine."""
-        return self.source.ended
 
     def __enter__(self) -> Self:
         if not self.replayed:
