@@ -104,18 +104,13 @@ class Hid:
             self._c.CFRelease(owned)
 
 
-class KeyInfo(ctypes.Structure):
-    """How a key's bytes are to be read."""
-
-    _fields_ = (("size", c_uint32), ("type", c_uint32), ("attributes", c_uint8))
-
-
 class KeyData(ctypes.Structure):
     """The 80 bytes of every call. Another size is a 'bad argument', which looks like a privilege wall and is none."""
 
     _fields_ = (
-        ("key", c_uint32), ("version_and_limits", c_uint8 * 24), ("info", KeyInfo), ("result", c_uint8),
-        ("status", c_uint8), ("command", c_uint8), ("index", c_uint32), ("bytes", c_uint8 * 32),
+        ("key", c_uint32), ("version_and_limits", c_uint8 * 24), ("size", c_uint32), ("type", c_uint32),
+        ("attributes", c_uint8 * 4), ("result", c_uint8), ("status", c_uint8), ("command", c_uint8),
+        ("index", c_uint32), ("bytes", c_uint8 * 32),
     )  # fmt: skip
 
 
@@ -171,12 +166,11 @@ class Smc:
     def value(self, key: str) -> str | None:
         """ "type:bytes in hex" of a key such as "TCMz"; `None` when the machine has no such key."""
         number = int.from_bytes(key.encode("ascii"), "big")
-        known = self._ask(KeyData(key=number, command=KEY_INFO)).info
+        known = self._ask(KeyData(key=number, command=KEY_INFO))
         if not (0 < known.size <= 32 and known.type):
             return None
-        question = KeyData(key=number, command=READ_BYTES)  # a fresh struct: leftovers are refused
-        question.info.size, question.info.type = known.size, known.type
-        answer = self._ask(question)
+        # A fresh struct: leftovers are refused.
+        answer = self._ask(KeyData(key=number, command=READ_BYTES, size=known.size, type=known.type))
         if answer.result:
             return None
         kind = known.type.to_bytes(4, "big").decode("ascii", "replace")
