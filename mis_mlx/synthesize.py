@@ -172,12 +172,9 @@ def run(settings: Settings) -> dict[str, Any]:
     built_in = preparation.load(preparation.MIS).train if s.data is None else []
     other = _pieces([*given.train, *built_in], sum(map(len, texts)) * s.mix / max(1e-9, 1 - s.mix), s.seed)
     train = [{"text": text} for text in texts] + other
-
-    def fill(folder: Path) -> None:
+    with protocol.commit_folder(out, DISK, PLACE_BYTES, "the text") as folder:
         for name, split in (("train", train), ("valid", given.valid), ("test", given.test)):
             DISK.write(folder / f"{name}.jsonl", "".join(f"{json.dumps(row)}\n" for row in split).encode())
-
-    protocol.commit_folder(out, fill, DISK, PLACE_BYTES, "the text")
     DISK.remove_tree(part)
     return {"out": str(out), "written": len(texts), "mixed_in": len(other), **planned}
 

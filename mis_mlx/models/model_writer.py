@@ -85,15 +85,12 @@ def write_folder(
     """Commit the new folder `out`: `tensors` as `specs` foretell them, config.json, the tokenizer files of `source`.
 
     extra: more files by name: bytes as they are, all else as JSON. shards: as of `write_tensors`."""
-
-    def fill(folder: Path) -> None:
+    with protocol.commit_folder(out, files, sum(map(spec_bytes, specs.values()))) as folder:
         write_tensors(folder, specs, tensors, files, shards)
         files.write(folder / "config.json", json.dumps(dict(config), indent=2).encode())
         for name, value in (extra or {}).items():
             files.write(folder / name, value if isinstance(value, bytes) else json.dumps(value).encode())
         copy_tokenizer(source, folder, files)
-
-    protocol.commit_folder(out, fill, files, sum(map(spec_bytes, specs.values())))
 
 
 def write_model(

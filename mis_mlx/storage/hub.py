@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,13 @@ def locked(root: Path) -> Iterator[None]:
         yield
 
 
-def install(folder: Path, fill: Callable[[Path], None], nbytes: int, origin: dict[str, Any]) -> None:
-    """Commit the folder that `fill` makes, with `origin` and the time in its source.json."""
-
-    def fill_and_sign(temp: Path) -> None:
-        fill(temp)
+@contextlib.contextmanager
+def install(folder: Path, nbytes: int, origin: dict[str, Any]) -> Iterator[Path]:
+    """`commit_folder`, with `origin` and the time in its source.json."""
+    with commit_folder(folder, DISK, nbytes) as temp:
+        yield temp
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         (temp / PROVENANCE).write_text(json.dumps({**origin, "date": now}, indent=2) + "\n")
-
-    commit_folder(folder, fill_and_sign, DISK, nbytes)
 
 
 def provenance(folder: Path) -> dict[str, Any]:
@@ -110,16 +108,13 @@ def upload(folder: Path, repo_id: str) -> str:
 def adopt(snapshot: Path, folder: Path, origin: dict[str, Any]) -> None:
     """`install` a snapshot's files, which stay when the Hugging Face cache is emptied: hard links, or copies."""
     blobs = {file.name: file.resolve() for file in snapshot.iterdir()}
-
-    def fill(into: Path) -> None:
+    apart = [s for s in map(Path.stat, blobs.values()) if s.st_dev != folder.parent.stat().st_dev]
+    with install(folder, sum(s.st_size for s in apart), origin) as into:
         for name, blob in blobs.items():
             try:
                 os.link(blob, into / name)
             except OSError:  # another disk, or one that has no hard links
                 shutil.copyfile(blob, into / name)
-
-    apart = [s for s in map(Path.stat, blobs.values()) if s.st_dev != folder.parent.stat().st_dev]
-    install(folder, fill, sum(s.st_size for s in apart), origin)
 
 
 def sha256(path: Path) -> str:
