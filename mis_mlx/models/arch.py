@@ -172,13 +172,6 @@ def is_quantized(tensors: Mapping[str, TensorAt]) -> bool:
     return any(name.endswith(".scales") for name in tensors)
 
 
-def _nearest(value: float, multiple: int, most: int) -> int:
-    """The multiple nearest to `value` in [multiple, most]; `most` itself where no multiple fits."""
-    if most < multiple:
-        return most
-    return min(max(round(value / multiple), 1), most // multiple) * multiple
-
-
 def count(flag: str, asked: str | None, of: int, what: str) -> int | None:
     """What `flag` leaves of so many: a number, or a share of them such as 0.5x, rounded down. None: not given."""
     if asked is None:
@@ -208,7 +201,8 @@ def target_shape(config: Mapping[str, Any], ratios: Mapping[str, float], **exact
                 raise MisError(f"--{axis} {wanted} is outside 1 to {before}, which the teacher has: choose within")
             sizes[axis] = wanted
         elif axis in ratios:
-            sizes[axis] = _nearest(before * ratios[axis], step[axis], before)
+            most, unit = before // step[axis], step[axis]  # the nearest multiple; of what is smaller than one, all
+            sizes[axis] = min(max(round(before * ratios[axis] / unit), 1), most) * unit or before
     kv, each = sizes["kv_heads"], s.heads // s.kv_heads
     if exact.get("heads") is None and "heads" not in ratios:
         sizes["heads"] = each * kv
