@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Literal
+from typing import Literal, get_args
 
 from mis_mlx.types import MisError, Reading
 
@@ -128,6 +128,8 @@ class Governor:
     has never been a die thermometer (a virtual machine), so only the battery is watched."""
 
     def __init__(self, mode: Mode = "steady", *, blind: bool = False):
+        if mode not in SET_POINT_C:
+            raise MisError(f"governor mode {mode!r} is not one of {', '.join(get_args(Mode))}: choose one")
         self.mode = mode
         self.blind = blind
         self._filter, self._duty = DieFilter(), Duty()
