@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.models import expert_names
+from mis_mlx.models import experts
 from mis_mlx.models.config import Shape, inside_names, keys_of, normalised, shape_of
 from mis_mlx.models.families import ALL, family
 from mis_mlx.types import Checkpoint, MisError, TensorAt
@@ -64,7 +64,7 @@ def layer_tensors(config: Mapping[str, Any], stacked: bool = False) -> dict[str,
     if of.sandwich:
         tensors |= {f"{when}_feedforward_layernorm.weight": (s.hidden,) for when in ("pre", "post")}
     if of.experts:
-        return tensors | expert_names.tensors_of(config, stacked)
+        return tensors | experts.tensors_of(config, stacked)
     wide = (("gate_up_proj", 2 * s.ffn),) if of.joined else (("gate_proj", s.ffn), ("up_proj", s.ffn))
     for name, out, into in (*((name, out, s.hidden) for name, out in wide), ("down_proj", s.hidden, s.ffn)):
         tensors[f"mlp.{name}.weight"] = (out, into)
@@ -128,8 +128,8 @@ def inside(tensors: Mapping[str, TensorAt], config: Mapping[str, Any]) -> dict[s
     for name, at in tensors.items():
         if name.endswith("_proj_blocks"):
             raise MisError(f"{at.file}: experts lie as openai packs them: run mlx_lm.convert on the model first")
-        if stacked := expert_names.STACKED.fullmatch(name):
-            found |= dict(expert_names.apart(stacked, name, at, config))
+        if stacked := experts.STACKED.fullmatch(name):
+            found |= dict(experts.apart(stacked, name, at, config))
             continue
         if len(names := [name] if family(config).joined else inside_names(name)) == 1:
             found[names[0]] = at if names == [name] else replace(at, stored=(name, at))

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.models import arch, expert_names, load, policy, tokenizer_check
+from mis_mlx.models import arch, experts, load, policy, tokenizer_check
 from mis_mlx.models.families import family
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import Files, reported
@@ -103,7 +103,7 @@ def write_model(
     names = cli.counted("tensor", specs, len(specs))
 
     def whole(name: str) -> mx.array:
-        parts = [take(one).astype(policy.DTYPES[dtype]) for one in expert_names.one_by_one(name, config)]
+        parts = [take(one).astype(policy.DTYPES[dtype]) for one in experts.one_by_one(name, config)]
         return mx.stack(parts) if len(parts) > 1 else parts[0]
 
     tensors = ((name, whole(name)) for name in names)

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.hardware import lanes
-from mis_mlx.models import arch, expert_names, experts, load, policy
+from mis_mlx.models import arch, experts, load, policy
 from mis_mlx.models.config import shape_of
 from mis_mlx.models.experts import Expert, Visit
 from mis_mlx.models.families import family
@@ -73,7 +73,7 @@ class Stream:
         apart = defaultdict[tuple[int, int], dict[str, TensorAt]](dict)
         for name, t in checkpoint.tensors.items():
             if (i := arch.block_of(name)) is not None:
-                e = expert_names.expert_of(name)
+                e = experts.expert_of(name)
                 (blocks[i] if e is None else apart[i, e])[name] = t
         self._blocks = Slots(self._reader, blocks)
         self._experts = Slots(self._reader, apart) if apart else None
@@ -110,7 +110,7 @@ class Stream:
             return False, 0, 0
         sizes = [0, 0]  # of a block without its experts, of an expert
         for name, shape in arch.layer_tensors(self.checkpoint.config).items():
-            if (e := expert_names.expert_of(name)) in (None, 0):
+            if (e := experts.expert_of(name)) in (None, 0):
                 sizes[e is not None] += math.prod(shape) * self.dtype.size
         if not self._copies:
             sizes = [slots.nbytes + PAGE for slots in (self._blocks, self._experts) if slots]

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import distill, prune, quantize
 from mis_mlx.distillation import live_teacher
-from mis_mlx.models import arch, expert_names, load, policy, stream, streamed_decode
+from mis_mlx.models import arch, experts, load, policy, stream, streamed_decode
 from mis_mlx.models.config import _opened_as, check_config, normalised, read_config, shape_of
 from mis_mlx.models.families import ALL, FAMILIES, OPENED_AS, family
 from mis_mlx.types import Checkpoint, MisError
@@ -45,7 +45,7 @@ def one_by_one(named: Mapping[str, mx.array], config: Mapping[str, Any]) -> dict
     """Experts that mlx_lm has stacked, by their own names."""
     found, of = dict[str, mx.array](), family(config)
     for name, array in named.items():
-        if stacked := expert_names.STACKED.fullmatch(name):
+        if stacked := experts.STACKED.fullmatch(name):
             matrix = of.matrices[("gate_proj", "up_proj", "down_proj").index(stacked[2])]
             found |= {f"{stacked[1]}experts.{e}.{matrix}.{stacked[3]}": one for e, one in enumerate(array)}
         else:
