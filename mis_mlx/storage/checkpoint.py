@@ -54,7 +54,12 @@ def commit_folder(
     with reported(final.parent, what, nbytes, remedy):
         files.make_folder(final.parent)
         files.require_space(final.parent, nbytes, what, remedy)
-        _sweep_for(stem, tmp, files)
+        for left in tmp.parent.glob(f".tmp-{glob.escape(stem)}-*"):  # by processes that are gone, or had our number
+            number = left.name.rpartition("-")[2]
+            if left == tmp:
+                files.remove_tree(left)
+            elif number.isdigit() and not psutil.pid_exists(int(number)):
+                files.discard(left)  # it may be another user's
         try:
             files.mkdir(tmp)
             yield tmp
@@ -153,16 +158,6 @@ def lock(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
-
-
-def _sweep_for(name: str, tmp: Path, files: Files) -> None:
-    """Delete what processes that are gone left of their `commit_folder` of `name`; also of our own number, `tmp`."""
-    for left in tmp.parent.glob(f".tmp-{glob.escape(name)}-*"):
-        number = left.name.rpartition("-")[2]
-        if left == tmp:
-            files.remove_tree(left)
-        elif number.isdigit() and not psutil.pid_exists(int(number)):
-            files.discard(left)  # it may be another user's
 
 
 def _numbers(steps_dir: Path) -> list[int]:

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Iterable
 from statistics import mean, median
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ class Fact(NamedTuple):
 
 def judge(raw: Raw) -> dict[str, Fact]:
     """All values of one look by name. die_c: the hottest spot; virtual_ambient_c: the firmware's own guess."""
-    hid = believable_hid(raw.hid)
+    hid = [(name, value) for name, value in raw.hid if _believed(name, value)]
     smc = {key: decode(text) for key, text in raw.smc.items()}
     judged: dict[str, tuple[float | None, str]] = {
         "die_c": _die(hid, smc, raw),
@@ -43,17 +42,13 @@ def judge(raw: Raw) -> dict[str, Fact]:
     return {name: Fact(*found, reason) for name, found in judged.items()}
 
 
-def believable_hid(rows: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
-    """The rows that can be temperatures of a named part. Left out: calibration constants (`tcal`, `TR0Z`, always near
-    51.85), `tdev` (−21.7, −9202.86 seen), parts without a name, and a parked GPU."""
-
-    def believed(name: str, value: float) -> bool:
-        if DIE.fullmatch(name):
-            parked = name.startswith("GPU") and abs(value - PARKED_C) < 0.05
-            return 5 < value < 130 and not parked
-        return name.startswith(("gas gauge battery", "NAND")) and _within(value, -20, 90) is not None
-
-    return [(name, value) for name, value in rows if believed(name, value)]
+def _believed(name: str, value: float) -> bool:
+    """Whether this can be the temperature of a named part. It cannot: calibration constants (`tcal`, `TR0Z`, always
+    near 51.85), `tdev` (−21.7, −9202.86 seen), parts without a name, and a parked GPU."""
+    if DIE.fullmatch(name):
+        parked = name.startswith("GPU") and abs(value - PARKED_C) < 0.05
+        return 5 < value < 130 and not parked
+    return name.startswith(("gas gauge battery", "NAND")) and _within(value, -20, 90) is not None
 
 
 def _die(hid: list[tuple[str, float]], smc: dict[str, float | None], raw: Raw) -> tuple[float | None, str]:
