@@ -78,11 +78,6 @@ class Duty:
         self.value = self._clip(wanted)
         return self.value
 
-    def hold(self, ceiling: float) -> float:
-        """The duty when there is no temperature to go by: no higher than it was, nor than `ceiling`."""
-        self.value = self._clip(min(self.value, ceiling))
-        return self.value
-
     def _clip(self, duty: float) -> float:
         return min(1.0, max(self.LOW, duty))
 
@@ -227,7 +222,7 @@ class Governor:
         if self.blind:
             duty, cause, reason = 1.0, "blind", "no die thermometer: only the battery is governed"
         elif self._lost.samples:
-            duty = self._duty.hold(LOST_DUTY)
+            duty = self._duty.value = min(self._duty.value, LOST_DUTY)
             cause, reason = "sensor lost", f"no die temperature for {LOST_S:.0f} s: duty {LOST_DUTY} at most"
         else:
             heavy = (reading.pressure_level or 0) >= HEAVY_PRESSURE
