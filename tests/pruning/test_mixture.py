@@ -30,7 +30,7 @@ def cut(model: Path, out: Path, text: Path, **how: Any) -> dict[str, Any]:
 
 def test_scores_by_pencil() -> None:
     """Two tokens choose expert 0 by halves, outputs of norm 5 and 1; one chooses expert 2 wholly; 1 is left alone."""
-    sums = importance.ExpertSums.zeros(3)
+    sums = importance.ExpertSums(*np.zeros((3, 3)))
     sums.add(0, np.array([0.5, 0.5]), mx.array([[3.0, 4.0], [1.0, 0.0]]), 2.0)
     sums.add(2, np.array([1.0]), mx.array([[0.0, 2.0]]), 4.0)
     scores = sums.scores()

@@ -84,6 +84,10 @@ class Monitor:
             raise MisError(f"ambient temperature {given_ambient_c} °C is not within −60 and 60: give it in °C")
         self.source: Live | Replay
         self.source = Replay(replay, VirtualClock()) if replay else Live(clock or Clock(), apple_library)
+        self.replayed = isinstance(self.source, Replay)
+        # A live Mac, and no virtual one: there a run without a die temperature is not safe.
+        mac = sys.platform == "darwin" or getattr(self.source, "apple", None) is not None
+        self.apple = mac and not self.replayed and not getattr(self.source, "virtual", False)
         self.clock: Clock = self.source.clock
         self.reasons: Mapping[str, str] = {}  # field of Reading -> why it is None
         early = (self.source.header.chip or "").startswith(("Apple M1", "Apple M2"))
@@ -95,17 +99,6 @@ class Monitor:
         self._lock = threading.Lock()  # never held during a look, which may hang
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
-
-    @property
-    def replayed(self) -> bool:
-        """Whether this is a recording."""
-        return isinstance(self.source, Replay)
-
-    @property
-    def apple(self) -> bool:
-        """Whether this is a live Mac, and no virtual one: there a run without a die temperature is not safe."""
-        mac = sys.platform == "darwin" or getattr(self.source, "apple", None) is not None
-        return mac and not self.replayed and not getattr(self.source, "virtual", False)
 
     def __enter__(self) -> Self:
         if not self.replayed:
