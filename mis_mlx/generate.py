@@ -67,7 +67,7 @@ def run(settings: Settings) -> dict[str, Any]:
             if not whole.endswith("\ufffd"):  # half of a letter waits for its other half
                 print(whole[len(text) :], end="", flush=True)
                 text = whole
-            per_token = gib(big.read_bytes / max(1, len(tokens)))
+            per_token = gib(big.reader.nbytes / max(1, len(tokens)))
             show(len(tokens), f"{len(tokens) / passes:.1f} tokens/pass  {per_token}/token")
     seconds, whole = time.monotonic() - began, tokenizer.decode(tokens)
     print(whole[len(text) :])
@@ -76,7 +76,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "tokens": len(tokens),
         "passes": passes,
         "tokens_per_pass": round(len(tokens) / max(passes, 1), 3),
-        "read_bytes": big.read_bytes,
+        "read_bytes": big.reader.nbytes,
         "peak_bytes": peak.nbytes,
         "budget_bytes": limit.limit_bytes,
         "seconds": round(seconds, 2),

@@ -68,15 +68,15 @@ class Stream:
         self.checkpoint, self.dtype = checkpoint, dtype
         self.args = load.model_args(checkpoint.config)
         self.layers = int(checkpoint.config["num_hidden_layers"])
-        self._reader = Reader(checkpoint.tensors, direct)
+        self.reader = Reader(checkpoint.tensors, direct)
         blocks: dict[int, dict[str, TensorAt]] = {i: {} for i in range(self.layers)}
         apart = defaultdict[tuple[int, int], dict[str, TensorAt]](dict)
         for name, t in checkpoint.tensors.items():
             if (i := arch.block_of(name)) is not None:
                 e = experts.expert_of(name)
                 (blocks[i] if e is None else apart[i, e])[name] = t
-        self._blocks = Slots(self._reader, blocks)
-        self._experts = Slots(self._reader, apart) if apart else None
+        self._blocks = Slots(self.reader, blocks)
+        self._experts = Slots(self.reader, apart) if apart else None
         self._hot = OrderedDict[tuple[int, int], tuple[Expert, Slot]]()  # those in memory, the last used at the end
         kind = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
         stored = {t.dtype for n, t in checkpoint.tensors.items() if arch.block_of(n) is not None}
@@ -92,11 +92,6 @@ class Stream:
         self._at = 0  # block that was given out last
         self.first = 0  # of the blocks that may stay
         self._keep_head, self.keeps, self.keeps_experts = self._plan(room_bytes)
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes of weights asked from the disk so far."""
-        return self._reader.nbytes
 
     def _plan(self, room_bytes: int | None) -> tuple[bool, int, int]:
         """(whether the head stays, how many blocks stay, how many experts besides)."""
@@ -184,7 +179,7 @@ class Stream:
         scale = load.embedding_scale(self.checkpoint.config, self.dtype)
         for tokens in batches:
             ids, inverse = np.unique(np.array(tokens), return_inverse=True)
-            rows = {name: self._reader.rows(t, ids) for name, t in tensors.items()}
+            rows = {name: self.reader.rows(t, ids) for name, t in tensors.items()}
             table = load.embedding(self.checkpoint, self.dtype, rows)
             load_checked(table, f"{self.checkpoint.path}: {load.EMBEDDING}")
             out = table(mx.array(inverse.reshape(tokens.shape).astype(np.int32)))
@@ -196,7 +191,7 @@ class Stream:
     def _stored(self, prefix: str) -> dict[str, mx.array]:
         """All tensors of this prefix as stored, in memory of their own."""
         tensors = {n: t for n, t in self.checkpoint.tensors.items() if n.startswith(prefix)}
-        return {name: self._reader.rows(t, np.arange(t.shape[0])) for name, t in tensors.items()}
+        return {name: self.reader.rows(t, np.arange(t.shape[0])) for name, t in tensors.items()}
 
     def norm(self, hidden: Hidden) -> Hidden:
         """Every batch after the last RMSNorm, in place."""

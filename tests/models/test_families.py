@@ -112,7 +112,7 @@ def test_a_mixture_writes_what_stock_writes(models: Models, kind: str) -> None:
         source = stream.Stream(checkpoint, mx.float32, room)
         got = [token for new in streamed_decode.decode(source, prompt, 8) for token in new]
         assert got == want
-        read.append(source.read_bytes)
+        read.append(source.reader.nbytes)
     assert read[0] > 1.5 * read[1] > 1.5 * read[2]
 
 
@@ -152,19 +152,19 @@ def test_experts_are_read_once_for_many_batches(models: Models, kind: str, monke
         monkeypatch.setattr(stream, "GROUP_BYTES", windows * 3 * 2 * 4 * s.hidden)
         source = stream.Stream(checkpoint, mx.float32)
         hidden = source.embed(tokens)
-        before = source.read_bytes
+        before = source.reader.nbytes
         for _, block in source.blocks():
             source.through(block, hidden)
-        read[windows] = source.read_bytes - before
+        read[windows] = source.reader.nbytes - before
         assert all(mx.array_equal(a, b) for a, b in zip(source.norm(hidden), whole, strict=True))
     assert dense < read[4] < read[2] < read[1] and read[4] <= sum(sizes) + 4096 * len(sizes)
     assert read[1] <= dense + 4 * s.layers * 6 * (expert + 3 * 8192) + 4096 * len(sizes)  # 3 tokens x 2 experts each
     source = stream.Stream(checkpoint, mx.float32, None)
     source.forward(tokens)
-    before = source.read_bytes
+    before = source.reader.nbytes
     source.forward(tokens)
     rows = 4 * s.hidden * len({int(t) for b in tokens for t in np.array(b).reshape(-1)})
-    assert source.read_bytes - before <= 4 * rows
+    assert source.reader.nbytes - before <= 4 * rows
 
 
 @pytest.mark.usefixtures("cpu_policy")

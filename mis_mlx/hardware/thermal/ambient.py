@@ -139,21 +139,16 @@ class BatteryNode:
             return None
         noise = self.NOISE_C**2 * (1 / len(times) + self.TAU_S**2 / spread)
         variance = noise + (self.TAU_ERROR * self.TAU_S * slope) ** 2 + self.MODEL_ERROR_C**2
-        air_c, sigma_c = self._correct(float(temperatures.mean()) + self.TAU_S * slope, variance, power_w)
-        floor = self.LOAD_FLOOR_C if power_w > self.IDLE_W else self.IDLE_FLOOR_C
-        return Estimate(air_c, max(sigma_c, floor), "battery model")
-
-    def _correct(self, measured: float, variance: float, power_w: float) -> tuple[float, float]:
-        """One Kalman step with measurement = T_air + power · r; `(T_air in °C, its σ)`."""
-        weights = np.array([1.0, power_w])
+        measured, weights = float(temperatures.mean()) + self.TAU_S * slope, np.array([1.0, power_w])
         if self._state is None:
             self._state = np.array([measured - self.START_R * power_w, self.START_R])
         self._covariance += self.WINDOW_S * np.diag([DRIFT_C2_PER_S, self.R_DRIFT**2])
-        shared = self._covariance @ weights
+        shared = self._covariance @ weights  # one Kalman step with measurement = T_air + power · r
         gain = shared / (weights @ shared + variance)
         self._state += gain * (measured - weights @ self._state)
         self._covariance -= np.outer(gain, shared)
-        return float(self._state[0]), math.sqrt(self._covariance[0, 0])
+        floor = self.LOAD_FLOOR_C if power_w > self.IDLE_W else self.IDLE_FLOOR_C
+        return Estimate(float(self._state[0]), max(math.sqrt(self._covariance[0, 0]), floor), "battery model")
 
 
 def find_altitude(given_m: float | None, header: Header, config: Path | None = None) -> tuple[float | None, str]:

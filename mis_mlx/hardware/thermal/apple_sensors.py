@@ -128,14 +128,9 @@ class Smc:
     """One connection to the controller. Raises OSError when it cannot be opened."""
 
     def __init__(self, library: Path | None = None):
-        self._c = functions("Smc", library)
-        self._connection = self._connect()
-        # On some machines KEY_INFO finds nothing until one call by index was made on the connection.
-        self._ask(KeyData(command=KEY_BY_INDEX, index=0))
-
-    def _connect(self) -> int:
-        """A connection to the keys endpoint if there is one, else to the first AppleSMC service that opens."""
-        c, iterator, connection = self._c, c_uint32(0), c_uint32(0)
+        self._c = c = functions("Smc", library)
+        # To the keys endpoint if there is one, else to the first AppleSMC service that opens.
+        iterator, connection = c_uint32(0), c_uint32(0)
         if c.IOServiceGetMatchingServices(0, c.IOServiceMatching(b"AppleSMC"), byref(iterator)):  # eats the dictionary
             raise OSError("IOServiceGetMatchingServices failed")
         buffer, services = ctypes.create_string_buffer(128), []
@@ -149,7 +144,9 @@ class Smc:
             c.IOObjectRelease(service)
         if not opened:
             raise OSError(f"none of {len(services)} AppleSMC services could be opened")
-        return connection.value
+        self._connection = connection.value
+        # On some machines KEY_INFO finds nothing until one call by index was made on the connection.
+        self._ask(KeyData(command=KEY_BY_INDEX, index=0))
 
     def _ask(self, question: KeyData) -> KeyData:
         answer, size = KeyData(), c_size_t(ctypes.sizeof(KeyData))
