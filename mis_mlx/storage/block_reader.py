@@ -9,6 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ PAGE = 4096  # what reading past the page cache wants offsets, lengths and addre
 PIECE = 8 << 20  # bytes per read: big enough for the disk, small enough that two threads share a block
 GAP = 1 << 16  # bytes between two tensors of a block that are read along rather than skipped
 F_NOCACHE = 48  # macOS; Python's fcntl has no name for it
+_signature = attrgetter("st_ino", "st_size", "st_mtime_ns")  # of a file's stat
 
 
 class Layout:
@@ -122,10 +124,6 @@ class Reader:
                 if not got:
                     raise MisError(f"{path} ends {needed - done} bytes early: download the model again")
                 done += got
-
-
-def _signature(stat: os.stat_result) -> tuple[int, int, int]:
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 class Slot:

@@ -33,14 +33,6 @@ class Estimate:
     source: str
 
 
-def _aged(estimate: Estimate, at_s: float, virtual_c: float | None, now_s: float, now_c: float | None) -> Estimate:
-    """A value that was good at `at_s`, when TVA0 said `virtual_c`: less sure with time, and by as much as TVA0 has
-    moved since, so that a value from before the halny came cannot outvote the sensors that feel it."""
-    moved = now_c - virtual_c if now_c is not None and virtual_c is not None else 0.0
-    variance = estimate.sigma_c**2 + DRIFT_C2_PER_S * (now_s - at_s) + moved**2
-    return replace(estimate, sigma_c=math.sqrt(variance))
-
-
 class Ambient:
     """The estimate over time. `given_c`: what the user's thermometer says at the first look;
     `virtual_sigma_c`: how far TVA0 may be off, 2.5 °C on M1 and M2, 4 on later chips."""
@@ -58,7 +50,13 @@ class Ambient:
         if self._given_c is not None and "given" not in self._anchors:
             new.append(Estimate(self._given_c, GIVEN_SIGMA_C, "given"))
         self._anchors |= {estimate.source: (estimate, now_s, virtual) for estimate in new if estimate is not None}
-        witnesses = [_aged(*anchor, now_s, virtual) for anchor in self._anchors.values()]
+        witnesses = []
+        for estimate, at_s, then in self._anchors.values():
+            # Less sure with time, and by as much as TVA0 has moved since, so that a value from before the halny came
+            # cannot outvote the sensors that feel it.
+            moved = virtual - then if virtual is not None and then is not None else 0.0
+            variance = estimate.sigma_c**2 + DRIFT_C2_PER_S * (now_s - at_s) + moved**2
+            witnesses.append(replace(estimate, sigma_c=math.sqrt(variance)))
         if virtual is not None:
             witnesses.append(Estimate(virtual + VIRTUAL_OFFSET_C, self._virtual_sigma_c, "SMC TVA0"))
         return fuse(witnesses)

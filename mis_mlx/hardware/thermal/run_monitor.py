@@ -16,7 +16,6 @@ from mis_mlx.maths.losses import HALNY_CLIP
 from mis_mlx.storage.files import DISK, Files
 from mis_mlx.types import Celsius, Metres, MisError, Reading, Step
 
-HOUR_S = 3600.0
 HALNY_REFERENCE_C = 15.0  # of spread, which is the full HALNY_CLIP
 VIRTUAL_STEP_S = 1.0  # in a replay every step takes this long, so that a replay gives the same run everywhere
 
@@ -130,7 +129,7 @@ class ThermalMonitor:
 
     def sigma(self) -> float:
         """Spread of eps_halny from the last hour's measured T_env (design: 0.15 * std / 15 °C); 0 if unmeasured."""
-        air = [r.ambient_c for r in self.monitor.history(HOUR_S) if r.ambient_c is not None]
+        air = [r.ambient_c for r in self.monitor.history() if r.ambient_c is not None]
         measured = air and ambient.t_env_kind(self.monitor.history()[-1]) == "measured"
         return HALNY_CLIP * statistics.pstdev(air) / HALNY_REFERENCE_C if measured else 0.0
 
