@@ -29,26 +29,22 @@ _signature = attrgetter("st_ino", "st_size", "st_mtime_ns")  # of a file's stat
 
 class Layout:
     """Where a group of tensors goes in one buffer of `nbytes`: each keeps its offset's remainder by PAGE. Neighbours in
-    a file are merged into few extents, and those laid out page by page: (file, begin, end, at), of bytes [begin, end)
-    of the file, which go to `at`; begin and at are multiples of PAGE."""
+    a file are merged into few extents, and those laid out page by page: (file, begin, end, at, until), of bytes
+    [begin, end) of the file, which go to [at, until); all but end are multiples of PAGE."""
 
     def __init__(self, tensors: Mapping[str, TensorAt]):
         self.tensors, self.at, self.nbytes = tensors, dict[str, int](), 0
-        self.extents = list[tuple[Path, int, int, int]]()
+        self.extents = list[tuple[Path, int, int, int, int]]()
         for name, t in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
-            file, begin, end, at = self.extents[-1] if self.extents else (None, 0, 0, 0)
+            file, begin, end, at, _ = self.extents[-1] if self.extents else (None, 0, 0, 0, 0)
             if file == t.file and begin <= t.offset <= end + GAP:
                 self.extents.pop()
                 end = max(end, t.offset + t.nbytes)
             else:
                 begin, end, at = t.offset // PAGE * PAGE, t.offset + t.nbytes, self.nbytes
-            self.extents.append((t.file, begin, end, at))
             self.at[name] = at + t.offset - begin
-            self.nbytes = at + _pages(end - begin)
-
-
-def _pages(nbytes: int) -> int:
-    return -(-nbytes // PAGE) * PAGE
+            self.nbytes = at + -(-(end - begin) // PAGE) * PAGE
+            self.extents.append((t.file, begin, end, at, self.nbytes))
 
 
 class Reader:
@@ -180,5 +176,5 @@ class Slots:
     def _begin(self, key: Any) -> tuple[Any, Slot, Callable[[], None]]:
         slot = self.free.pop() if self.free else Slot(self.nbytes)
         extents = self._layouts[key].extents
-        parts = [(file, a, b, slot.view[at : at + _pages(b - a)]) for file, a, b, at in extents]
+        parts = [(file, begin, end, slot.view[at:until]) for file, begin, end, at, until in extents]
         return key, slot, self._reader.begin(parts)

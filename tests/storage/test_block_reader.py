@@ -39,7 +39,7 @@ def load(source: Reader, tensors: Mapping[str, TensorAt], into: memoryview | Non
     """All tensors through one buffer that begins at a page, as a block of a model is read."""
     where = Layout(tensors)
     view = memoryview(mmap.mmap(-1, where.nbytes or PAGE)) if into is None else into
-    wanted = [(file, a, b, view[at : at + -(-(b - a) // PAGE) * PAGE]) for file, a, b, at in where.extents]
+    wanted = [(file, begin, end, view[at:until]) for file, begin, end, at, until in where.extents]
     source.begin(wanted)()
     return {name: bytes(view[where.at[name] : where.at[name] + t.nbytes]) for name, t in tensors.items()}
 
@@ -57,7 +57,7 @@ def test_any_layout_gives_the_bytes_of_the_files(tmp_path: Path, seed: int, dire
     some = {str(n): tensors[str(n)] for n in chosen}
     source = Reader(tensors, direct)
     assert load(source, some) == {name: on_disk(t) for name, t in some.items()}
-    assert source.nbytes == sum(end - begin for _, begin, end, _ in Layout(some).extents)
+    assert source.nbytes == sum(end - begin for _, begin, end, *_ in Layout(some).extents)
 
 
 def test_neighbours_are_read_at_once_and_far_ones_apart() -> None:
@@ -70,9 +70,9 @@ def test_neighbours_are_read_at_once_and_far_ones_apart() -> None:
     near, far = 4200 + GAP, 4200 + 10 + GAP + GAP + 1
     found = Layout({"x": at(a, 4100, 100), "z": at(a, far, 5000), "y": at(a, near, 10), "w": at(b, 7, 1)})
     assert found.extents == [
-        (a, 4096, near + 10, 0),
-        (a, far // PAGE * PAGE, far + 5000, 17 * PAGE),
-        (b, 0, 8, 19 * PAGE),
+        (a, 4096, near + 10, 0, 17 * PAGE),
+        (a, far // PAGE * PAGE, far + 5000, 17 * PAGE, 19 * PAGE),
+        (b, 0, 8, 19 * PAGE, 20 * PAGE),
     ]
     assert found.at == {"x": 4, "y": near - 4096, "z": 17 * PAGE + far % PAGE, "w": 19 * PAGE + 7}
     assert found.nbytes == 20 * PAGE

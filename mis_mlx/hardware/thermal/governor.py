@@ -73,13 +73,10 @@ class Duty:
         wanted = self._integral + self.KP * room_k
         winds_up = (wanted >= 1.0 and room_k > 0) or (wanted <= self.LOW and room_k < 0)
         if not winds_up:
-            self._integral = self._clip(self._integral + self.KI * room_k * elapsed_s)
+            self._integral = min(1.0, max(self.LOW, self._integral + self.KI * room_k * elapsed_s))
         wanted = min(self._integral + self.KP * room_k, ceiling, self.value + self.RISE_PER_S * elapsed_s)
-        self.value = self._clip(wanted)
+        self.value = min(1.0, max(self.LOW, wanted))
         return self.value
-
-    def _clip(self, duty: float) -> float:
-        return min(1.0, max(self.LOW, duty))
 
 
 class Held:
