@@ -18,7 +18,7 @@ from mis_mlx.models.families import GATED, Family, family
 from mis_mlx.types import MisError, TensorAt
 
 STACKED = re.compile(r"(.*\.)(?:switch_mlp|experts)\.(gate_proj|up_proj|down_proj)\.(\w+)")
-Visit = Callable[[int, int, np.ndarray, mx.array, mx.array], None]  # see `Experts.outputs`
+Visit = Callable[[int, int, np.ndarray, mx.array, mx.array], None]  # see `Stream.mixed`
 
 
 class Expert(nn.Module):
@@ -70,11 +70,12 @@ class Experts(list[Expert]):
         return asked[0]
 
     def outputs(
-        self, inputs: Sequence[mx.array], chosen: Sequence[mx.array], visit: Visit | None = None
-    ) -> list[mx.array]:
+        self, inputs: Sequence[mx.array], chosen: Sequence[mx.array], visit: Visit | None = None,
+        gates: Sequence[np.ndarray] = (), first: int = 0,
+    ) -> list[mx.array]:  # fmt: skip
         """[(..., k, D)] of several batches' inputs [(..., D)] and experts [(..., k)]: each expert is asked for once.
 
-        visit(batch, expert, places (n,) in the flat choice, neurons (n, F), outputs (n, D)): looks at what was made."""
+        visit: as of `Stream.mixed`. gates: of every batch's choice, flat. first: the number of the first batch."""
         flat = [np.array(c).reshape(-1) for c in chosen]
         places, pieces = [list[np.ndarray]() for _ in flat], [list[mx.array]() for _ in flat]
         for e, expert in self._each(np.unique(np.concatenate(flat)).tolist()):
@@ -84,7 +85,7 @@ class Experts(list[Expert]):
                 neurons = expert.neurons(x.reshape(-1, x.shape[-1])[mx.array(where // c.shape[-1])])
                 made = expert[expert.names[2]](neurons)
                 if visit:
-                    visit(b, e, where, neurons, made)
+                    visit(first + b, e, gates[b][where], neurons, made)
                 expert.settle(made)
                 places[b].append(where)
                 pieces[b].append(made)

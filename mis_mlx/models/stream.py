@@ -243,14 +243,7 @@ class Stream:
                     odds = part[of.router](inputs[-1]).astype(mx.float32).reshape(*chosen[-1].shape[:-1], -1)
                     odds = mx.take_along_axis(odds, chosen[-1], axis=-1)
                     gates.append(np.array(mx.softmax(odds, axis=-1)).reshape(-1))
-
-            def seen(
-                b: int, e: int, places: np.ndarray, *made: mx.array, gates: Any = gates, first: int = first
-            ) -> None:
-                assert visit
-                visit(first + b, e, gates[b][places], *made)
-
-            inside.ready = inside.outputs(inputs, chosen, seen if visit else None)
+            inside.ready = inside.outputs(inputs, chosen, visit, gates, first)
             for h, x in zip(beside, inputs, strict=True):
                 out = h + part(x)
                 mx.eval(out)
