@@ -99,7 +99,7 @@ class Context:
         self.length = 0  # columns of text
         self._at: dict[Node, int] = {}  # columns of nodes
         self._positions = np.zeros(0, np.int32)
-        new = load.mlx_lm("models.cache").ConcatenateKVCache  # positions come from `Positioned`, not from its offset
+        new = load.mlx_lm("models.cache").ConcatenateKVCache  # positions come from `positioned`, not from its offset
         self._keys = [new() for _ in range(stream.layers)]
 
     def read(self, text: Sequence[int], nodes: Sequence[Node] = ()) -> mx.array:
