@@ -85,7 +85,7 @@ def main(s: Settings) -> None:
         row = {
             "rows": size,
             "tokens_per_pass": round(count / made, 3),
-            "bytes_per_token": round(big.read_bytes / count),
+            "bytes_per_token": round(big.reader.nbytes / count),
             "seconds_per_token": round((time.perf_counter() - began) / count, 3),
             "same_text": same,
             "each": [round(e, 2) for e in each],

@@ -31,7 +31,8 @@ import mlx.core as mx
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from mis_mlx.models import arch, load, slots, stream
+from mis_mlx.models import arch, load, stream
+from mis_mlx.storage import block_reader
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.safetensors import write_tensors
 from mis_mlx.types import Checkpoint
@@ -90,7 +91,7 @@ def synthetic(folder: Path, sizes: dict[str, int], bits: int = 0) -> Path:
     return folder
 
 
-class Filled(slots.Slots):
+class Filled(block_reader.Slots):
     """Slots that are filled once."""
 
     filled = 0

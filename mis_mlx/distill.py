@@ -183,7 +183,8 @@ def _plan(
     rounding, at = s if s.quantize else PLAIN, estimates.machine_rates()
     job = spec_of(seen, estimates.model_of(small), s, rounding, s.hidden_by == "pca", whole)
     if folder and distributed.is_main():
-        return machines.agreed(phases.one(job, budget.limit_bytes, at, **run_folder.stored_plan(folder)))
+        stored = run_folder.stored_settings(folder, run_folder.PLAN)
+        return machines.agreed(phases.one(job, budget.limit_bytes, at, **stored))
     return machines.agreed(phases.make(job, budget.limit_bytes, at))
 
 

@@ -108,8 +108,8 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
         return {**result, "notes": [*_facts(parts, checkpoint)[:1], *notes]}
     end, base = facts.get("tokenizer.ggml.eos_token_id"), s.base_model or model_card.base_of(checkpoint.path)
     stop = None if end is None else facts["tokenizer.ggml.tokens"][end]
-
-    def fill(folder: Path) -> None:
+    room = nbytes + PAPERS_BYTES + (tensors.padded_bytes(staged) if k_quant else 0)
+    with protocol.commit_folder(Path(s.out), DISK, room, "the GGUF") as folder:
         rows = (tensors.rows(checkpoint, part, tally) for part in cli.counted("tensor", staged, len(staged)))
         tensors.write(folder / (STAGED if k_quant else file), head, staged, rows, DISK)
         final = parts
@@ -122,9 +122,6 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
         words = {"file": file, "template": facts.get("tokenizer.chat_template", ""), "stop": stop}
         DISK.write(folder / "Modelfile", f"{html.document('Modelfile', words)}\n".encode())
         DISK.write(folder / "README.md", model_card.readme(checkpoint, base, file, notes, s.license or "").encode())
-
-    room = nbytes + PAPERS_BYTES + (tensors.padded_bytes(staged) if k_quant else 0)
-    protocol.commit_folder(Path(s.out), fill, DISK, room, "the GGUF")
     result["nbytes"] = (Path(s.out) / file).stat().st_size
     return {**result, "inexact_scales": tally["inexact"], "notes": notes}
 

@@ -51,7 +51,9 @@ def _streamed(
     """Read from disk as far as there is no room, with the guesses of a draft."""
     big = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), room, direct)
     guesser = stream.Stream(small, policy.compute_dtype(small), None) if small else None
-    return streamed_decode.decode(big, ids, s.max_tokens, ends, guesser, s.num_draft_tokens + 1), lambda: big.read_bytes
+    return streamed_decode.decode(
+        big, ids, s.max_tokens, ends, guesser, s.num_draft_tokens + 1
+    ), lambda: big.reader.nbytes
 
 
 def _whole(s: Settings, checkpoint: Checkpoint, ids: Sequence[int]) -> Settled:

@@ -106,7 +106,7 @@ def limits_of(
 
 def _speeds(s: Settings, teacher: Checkpoint, folder: Path | None, budget: Budget) -> dict[str, Timing]:
     if folder:
-        return {flag: Timing(**timed) for flag, timed in run_folder.stored_plan(folder).items()}
+        return {flag: Timing(**timed) for flag, timed in run_folder.stored_settings(folder, run_folder.PLAN).items()}
     for flag in s.timed_at:
         limiting.speed(f"--{flag}", getattr(s, flag))
     need = phases.timed_bytes(estimates.model_of(teacher).params)

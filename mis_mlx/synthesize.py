@@ -240,15 +240,11 @@ def run(settings: Settings) -> dict[str, Any]:
         texts = _texts(s, checkpoint.path, part, way)
     built_in = preparation.load(preparation.MIS).train if s.data is None else []
     other = _drawn([*given.train, *built_in], sum(map(_length, texts)) * s.mix / max(1e-9, 1 - s.mix), s.seed)
-    train = texts + other
-
-    def fill(folder: Path) -> None:
-        for name, split in (("train", train), ("valid", given.valid), ("test", given.test)):
+    source = {**asdict(s), "model": str(checkpoint.path), "written": len(texts)}
+    with protocol.commit_folder(out, DISK, PLACE_BYTES, "the text") as folder:
+        for name, split in (("train", texts + other), ("valid", given.valid), ("test", given.test)):
             DISK.write(folder / f"{name}.jsonl", "".join(f"{json.dumps(row)}\n" for row in split).encode())
-        source = {**asdict(s), "model": str(checkpoint.path), "written": len(texts)}
         DISK.write(folder / preparation.SOURCE, json.dumps(source, indent=1).encode())
-
-    protocol.commit_folder(out, fill, DISK, PLACE_BYTES, "the text")
     DISK.remove_tree(part)
     return {"out": str(out), "written": len(texts), "mixed_in": len(other), **planned}
 

@@ -87,7 +87,7 @@ def replay_decisions(settings: Replay) -> dict[str, Any]:
         governor = governor_for(settings.mode, monitor.reading(), monitor.reasons, apple=False)
         if governor.blind:
             cli.say(f"no die temperature in the first look ({monitor.reasons['die_c']}): only power is governed")
-        while not monitor.ended and action != "stop":
+        while not monitor.source.ended and action != "stop":
             monitor.clock.sleep(settings.step_s)
             steps += 1
             for decision in run_monitor.after_step(monitor, governor, breaks, settings.step_s):

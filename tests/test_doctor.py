@@ -131,7 +131,7 @@ ENGINE_FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "states, mxfp4, beside the CPU": (load, "mask", lambda f: lambda *a: f(*a) if policy._used else None),
     "training steps, beside the CPU": (losses, "softmax_lse", bent_softmax),
     "calibration, beside the CPU": (importance, "square_sample", wrong),
-    "generate, 4-bit, beside mlx_lm": (streamed_decode.Positioned, "__call__", lambda f: lambda self, x, offset=0: x),
+    "generate, 4-bit, beside mlx_lm": (streamed_decode, "positioned", lambda f: lambda block, at: f(block, at * 0)),
     "peak of a streamed pass / plan": (stream.Stream, "embed", greedy_for_memory),
 }
 

@@ -73,7 +73,7 @@ def test_every_way_ends_in_an_ordinary_model(whole: Callable[[str], tuple[Path, 
     assert (
         result["mode"]
         == ("resident" if way not in WAYS or "--train" not in WAYS[way] else WAYS[way][1])
-        == run_folder.stored_plan(out)["mode"]
+        == run_folder.stored_settings(out, run_folder.PLAN)["mode"]
     )
     assert [r["number"] for r in run_folder.metrics(out)] == list(range(1, 7))
     assert (out / "targets").exists() == ("cached" in WAYS[way])

@@ -320,7 +320,7 @@ def test_times_are_measured_on_the_teacher_and_on_finalists(
     s = replace(s, decode="1.2x", ttft="1.2x", max_kv_size=64, prompt_tokens=64, evaluations=2, finalists=1, iters=2,
                 out=str(tmp_path / "run"))  # fmt: skip
     result = search.run(s)
-    stored = run_folder.stored_plan(tmp_path / "run")
+    stored = run_folder.stored_settings(tmp_path / "run", run_folder.PLAN)
     work = {"decode": partial(limits.decode_work, tokens=64), "ttft": partial(limits.prompt_work, tokens=64)}
     for flag, of in work.items():
         limit = limits.time_limit(deep.config, f"--{flag}", "1.2x", Timing(**stored[flag]), of)

@@ -101,13 +101,13 @@ def test_rows_in_one_window_do_not_see_each_other(kind: str, models: Callable[[s
     model, rng = load.resident(models(kind), mx.float32), np.random.default_rng(0)
     rows = [(rng.integers(1, 500, n).astype(np.int32), np.ones(n, np.float32)) for n in (9, 14, 5)]
     tokens, _, own = sequence_packing.rectangle([rows])
-    packed, begin = attention_masks.forward_rows(model, tokens, own), 0
+    packed, begin = attention_masks.forward(model, tokens, own), 0
     for ids, _ in rows:
         alone = model.model(mx.array(ids[None]))[0]
         assert mx.allclose(packed[0, begin : begin + len(ids)], alone, rtol=1e-4, atol=1e-5)
         begin += len(ids)
     other = mx.concatenate([(tokens[:, :9] + 7) % 500, tokens[:, 9:]], axis=1)
-    assert mx.array_equal(attention_masks.forward_rows(model, other, own)[:, 9:28], packed[:, 9:28])
+    assert mx.array_equal(attention_masks.forward(model, other, own)[:, 9:28], packed[:, 9:28])
     assert not mx.allclose(model.model(tokens)[0, 9:14], packed[0, 9:14], atol=1e-3)  # without the mask they would
 
 
@@ -118,7 +118,7 @@ def test_a_sliding_window_holds_inside_a_row(tmp_path: Path) -> None:
     model = load.resident(load.open_checkpoint(folder), mx.float32)
     rows = [(np.arange(start, start + 12, dtype=np.int32), np.ones(12, np.float32)) for start in (5, 90)]
     tokens, _, own = sequence_packing.rectangle([rows])
-    packed = attention_masks.forward_rows(model, tokens, own)
+    packed = attention_masks.forward(model, tokens, own)
     for at, (ids, _) in enumerate(rows):
         assert mx.allclose(packed[0, 12 * at : 12 * at + 12], model.model(mx.array(ids[None]))[0], rtol=1e-4, atol=1e-5)
 
@@ -292,7 +292,7 @@ def test_steps_are_cut_where_memory_is_short_and_stay_so(small: Any, tmp_path: P
     sft.run(tight)
     one, other = (run_folder.metrics(tmp_path / name) for name in ("wide", "tight"))
     assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in other], rel=1e-5)
-    assert run_folder.stored_plan(tmp_path / "tight")["micro"] == 1
+    assert run_folder.stored_settings(tmp_path / "tight", run_folder.PLAN)["micro"] == 1
     again = replace(tight, budget=None, resume=True)
     assert alignment_run.cut(again, tmp_path / "tight", phase).batch_size == 1
 

@@ -77,7 +77,7 @@ class Settings(alignment_run.Alignment):
 
     def logps(self, model: nn.Module, b: attention_masks.Branches, frozen_head: bool) -> mx.array:
         """(B, T) log-probabilities of the answers' tokens at the sampling temperature."""
-        hidden = attention_masks.forward(model, b.tokens, b.branch, b.positions)[b.at.reshape(-1)]
+        hidden = attention_masks.forward(model, b.tokens, b.branch, b.positions)[0, b.at.reshape(-1)]
         head, targets = load.head_weight(model), b.targets.reshape(-1)
         return token_logps(hidden, head, targets, self.temperature, frozen_head).reshape(b.targets.shape)
 

@@ -34,13 +34,13 @@ def packed(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 def rectangle(windows: Sequence[Sequence[examples.Sequenced]]) -> tuple[mx.array, mx.array, mx.array]:
     """(tokens, learn, rows), (B, T) each: one window a line, its sequences one after the other, then padding. learn is
-    1 where the prediction made there, of the next token, counts. rows numbers the sequences of a window."""
+    1 where the prediction made there, of the next token, counts. rows numbers the sequences of a window from 1."""
     longest = max(sum(len(ids) for ids, _ in window) for window in windows)
     shape = len(windows), -(-longest // MULTIPLE) * MULTIPLE
     tokens, learn, rows = np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.full(shape, PADDING, np.int32)
     for line, window in enumerate(windows):
         begin = 0
-        for number, (ids, marks) in enumerate(window):
+        for number, (ids, marks) in enumerate(window, 1):
             end = begin + len(ids)
             tokens[line, begin:end], rows[line, begin:end] = ids, number
             learn[line, begin : end - 1] = marks[1:]
@@ -94,7 +94,7 @@ class PackedDataset:
 
     def hidden(self, student: nn.Module, tokens: mx.array, rows: mx.array) -> mx.array:
         """Final hidden states (B * T, D). A row alone in its window needs no mask: padding comes after it."""
-        hidden = attention_masks.forward_rows(student, tokens, rows) if self.shared else student.model(tokens)
+        hidden = attention_masks.forward(student, tokens, rows) if self.shared else student.model(tokens)
         return hidden.reshape(-1, hidden.shape[-1])
 
     def measure(self, student: nn.Module, batch_size: int) -> dict[str, float]:

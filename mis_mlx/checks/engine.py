@@ -104,13 +104,9 @@ def _trained(model: nn.Module) -> tuple[list[float], dict[str, np.ndarray]]:
     return [first.loss, first.grad_norm, fall], {name: wide(array) for name, array in after.items()}
 
 
-def _whole(models: Models) -> tuple[list[float], dict[str, np.ndarray]]:
-    return _trained(load.resident(models["bf16"], mx.float32))
-
-
 def repeated(models: Models) -> Found:
     """How many tensors differ after the same training steps, done twice; tokens occur several times in a batch."""
-    (_, one), (_, two) = _whole(models), _whole(models)
+    (_, one), (_, two) = (_trained(load.resident(models["bf16"], mx.float32)) for _ in range(2))
     return float(sum(not np.array_equal(one[name], two[name]) for name in one)), 0.0
 
 
@@ -132,6 +128,11 @@ def peak(models: Models) -> Found:
     return (mx.get_peak_memory() - before) / phase.peak_bytes, 1.0
 
 
+def steps(models: Models) -> list[float]:
+    """What is measured of training steps, on the whole model; in float32 on all devices."""
+    return _trained(load.resident(models["bf16"], mx.float32))[0]
+
+
 def lora_steps(models: Models) -> list[float]:
     """The same of adapters on the 4-bit model."""
     model = load.resident(models["4-bit"], policy.compute_dtype(models["4-bit"]))
@@ -139,15 +140,13 @@ def lora_steps(models: Models) -> list[float]:
     return _trained(model)[0]
 
 
-# (what, its bound in float32, in half precision)
-BESIDE_CPU: dict[str, tuple[Callable[[Models], Any], float, float]] = {
-    **{f"states, {kind}": (partial(states, kind), 2e-4, 0.02) for kind in ("bf16", *MODES)},
-    "training steps": (lambda models: _whole(models)[0], 1e-3, 1e-3),  # float32 on all devices
-    "LoRA steps, 4-bit": (lora_steps, 1e-3, 0.05), "calibration": (statistics, 2e-4, 0.02),
-}  # fmt: skip
 CHECKS: dict[str, Callable[[Models], Found]] = {
     **{f"streamed = resident = again, {kind}": partial(passes, kind) for kind in ("bf16", *MODES)},
-    **{f"{name}, beside the CPU": partial(beside_cpu, *how) for name, how in BESIDE_CPU.items()},
+    **{f"states, {kind}, beside the CPU": partial(beside_cpu, partial(states, kind), 2e-4, 0.02)
+       for kind in ("bf16", *MODES)},
+    "training steps, beside the CPU": partial(beside_cpu, steps, 1e-3, 1e-3),
+    "LoRA steps, 4-bit, beside the CPU": partial(beside_cpu, lora_steps, 1e-3, 0.05),
+    "calibration, beside the CPU": partial(beside_cpu, statistics, 2e-4, 0.02),
     "generate, 4-bit, beside mlx_lm": greedy, "training again, tensors unlike": repeated,
     "peak of a streamed pass / plan": peak,
 }  # fmt: skip

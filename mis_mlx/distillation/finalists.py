@@ -56,7 +56,7 @@ def _measured(c: Candidates, choice: Choice, sub: Path) -> dict[str, Any]:
     if not (sub / run_folder.PLAN).exists():
         way = phases.make(job, run.plan.budget_bytes, run.plan.rates).way
         run.files.replace_text(sub / run_folder.PLAN, json.dumps(way))
-    plan = phases.one(job, run.plan.budget_bytes, run.plan.rates, **run_folder.stored_plan(sub))
+    plan = phases.one(job, run.plan.budget_bytes, run.plan.rates, **run_folder.stored_settings(sub, run_folder.PLAN))
     own = replace(run, recipe=plan.recipe(run.recipe), folder=sub, plan=plan, teacher=reader.teacher, data=reader.train)
     trained = _train(own, pruned, c.run.folder)
     record: dict[str, Any] = {"params": arch.params(pruned.config), **guarded(run_folder.metrics(sub), trained)}

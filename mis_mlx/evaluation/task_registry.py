@@ -112,7 +112,8 @@ def _fetched(folder: Path, nbytes: int, fetch: Callable[[Path], tuple[Callable[[
     with hub.locked(folder.parent), tempfile.TemporaryDirectory(prefix=".tmp-fetched-", dir=folder.parent) as name:
         if not folder.is_dir():
             fill, origin = fetch(Path(name))
-            hub.install(folder, fill, nbytes, origin)
+            with hub.install(folder, nbytes, origin) as into:
+                fill(into)
     return folder
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from gguf.gguf_writer import WriterState
 
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, expert_names, families, load, wheel_model
+from mis_mlx.models import arch, experts, families, load, wheel_model
 from mis_mlx.models.config import normalised, shape_of
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import Files
@@ -71,8 +71,8 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
     heads = {"q_proj": s.heads, "k_proj": s.kv_heads} if of.interleaved else {}
     every = []
     for name, shape in arch.tensors_of(config, True).items():
-        one = expert_names.one_by_one(name, config)[0]
-        plain = len(shape) == 1 or name.endswith(".bias") or expert_names.is_router(name)
+        one = experts.one_by_one(name, config)[0]
+        plain = len(shape) == 1 or name.endswith(".bias") or experts.is_router(name)
         kind, exact = ("F32", False) if plain else _kind(checkpoint, one, wanted, shape[-1])
         block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
         if shape[-1] % block:
@@ -126,7 +126,7 @@ def rows(checkpoint: Checkpoint, part: Part, tally: Counter[str]) -> Iterator[np
     convert, shape = _rewrapped if part.exact else _converted, part.shape[-2:]
     step = max(1, SLAB_BYTES // (4 * math.prod(shape[1:])))
     order = wheel_model.row_order(shape[0], part.heads) if part.heads else np.arange(shape[0])
-    for source in expert_names.one_by_one(part.source, checkpoint.config):  # one, or several that are stacked
+    for source in experts.one_by_one(part.source, checkpoint.config):  # one, or several that are stacked
         one, stem = replace(part, source=source, shape=shape), source.removesuffix(".weight")
         stored = [n for n in (source, f"{stem}.scales", f"{stem}.biases") if n in checkpoint.tensors]
         raw = safetensors.lazy(checkpoint.tensors, stored)

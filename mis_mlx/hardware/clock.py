@@ -37,10 +37,11 @@ class Clock:
 
 
 class VirtualClock(Clock):
-    """A clock that moves only when told to: for replays and tests. `sleep` returns at once."""
+    """A clock that moves only when told to, for replays and tests: `sleep` returns at once. Uptime is the machine's."""
 
     def __init__(self) -> None:
-        self._awake = self._wall = 0.0
+        self._awake = 0.0
+        self.wall_s = 0.0  # may be set, as NTP or a user sets it; nobody slept
 
     def monotonic(self) -> float:
         """Virtual seconds awake."""
@@ -48,21 +49,9 @@ class VirtualClock(Clock):
 
     def wall(self) -> float:
         """Virtual seconds since 1970."""
-        return self._wall
+        return self.wall_s
 
     def sleep(self, seconds: float) -> None:
         """Move on by `seconds`."""
         self._awake += max(seconds, 0.0)
-        self._wall += max(seconds, 0.0)
-
-    def set_wall(self, wall_s: float) -> None:
-        """The wall clock jumps, as when NTP or a user sets it; nobody slept."""
-        self._wall = wall_s
-
-    def uptime(self) -> float:
-        """Virtual seconds since boot, which was long ago."""
-        return 1e6 + self._awake
-
-    def asleep(self) -> float:
-        """Virtual seconds asleep: none."""
-        return 0.0
+        self.wall_s += max(seconds, 0.0)

@@ -109,11 +109,18 @@ def limited(limit: Budget, wired_bytes: int = 0, device: Any = mx) -> Iterator[N
     """MLX throttles itself at the budget, less what the process grows by, and keeps little freed memory; its own limits
     come back after. wired_bytes: what a job is planned to take that trains a model whole in memory: on Metal that much
     is wired, so that macOS does not page it out between two passes. device: `mlx.core`, or what a test takes for it."""
-    _open_more_files()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # macOS has a limit of its own on this limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     gpu = device.default_device() == device.gpu
     memory = device.set_memory_limit(limit.limit_bytes - _grown(limit.limit_bytes, gpu))
     cache = device.set_cache_limit(cache_bytes(limit.limit_bytes, gpu))
-    wired = _wire(wired_bytes, device)
+    most, wired = _recommended(device), None
+    # Never more than Metal recommends, that would be fatal. MIS_MLX_WIRE=0: kernel panics, mlx issue 3186.
+    if wired_bytes and most and os.environ.get("MIS_MLX_WIRE") != "0" and hasattr(device, "set_wired_limit"):
+        wired = device.set_wired_limit(min(most, wired_bytes + WIRED_MARGIN_BYTES))
     try:
         yield
     finally:
@@ -121,21 +128,3 @@ def limited(limit: Budget, wired_bytes: int = 0, device: Any = mx) -> Iterator[N
         device.set_cache_limit(cache)
         if wired is not None:
             device.set_wired_limit(wired)
-
-
-def _open_more_files() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(OSError, ValueError):  # macOS has a limit of its own on this limit
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _wire(need_bytes: int, device: Any) -> int | None:
-    """Let Metal wire what is needed, never more than it recommends (that would be fatal). Returns the limit
-    that held before; None where there is none to set, and with MIS_MLX_WIRE=0 (kernel panics: mlx issue 3186)."""
-    most = _recommended(device)
-    off = not need_bytes or os.environ.get("MIS_MLX_WIRE") == "0"
-    if off or most is None or not hasattr(device, "set_wired_limit"):
-        return None
-    return device.set_wired_limit(min(most, need_bytes + WIRED_MARGIN_BYTES))

@@ -134,7 +134,15 @@ def disk_bytes(folder: Path, nbytes: int) -> tuple[float, float]:
     path = folder / f".tmp-rates-{os.getpid()}"
     try:
         written, seconds = _write(path, os.urandom(piece), min(nbytes, free // 4) // piece)
-        return _read(path, written), written / seconds
+        # Read by two threads, as passes over a model do.
+        reader, room = block_reader.Reader({}, direct=True, also=[path]), memoryview(mmap.mmap(-1, PIECE))
+        room[:] = bytes(PIECE)  # pages that exist: their first touch is no part of the disk's time
+        began, done = time.perf_counter(), 0
+        while done < written and time.perf_counter() - began < PATIENCE_S:
+            end = min(done + PIECE, written)
+            reader.begin([(path, done, end, room[: end - done])])()
+            done = end
+        return done / (time.perf_counter() - began), written / seconds
     finally:
         path.unlink(missing_ok=True)
 
@@ -149,18 +157,6 @@ def _write(path: Path, piece: bytes, count: int) -> tuple[int, float]:
             written += file.write(piece)
     files.DISK.fsync(path)
     return written, time.perf_counter() - began
-
-
-def _read(path: Path, nbytes: int) -> float:
-    """Bytes per second, read past the page cache by two threads, as passes over a model do."""
-    reader, room = block_reader.Reader({}, direct=True, also=[path]), memoryview(mmap.mmap(-1, PIECE))
-    room[:] = bytes(PIECE)  # pages that exist: their first touch is no part of the disk's time
-    began, done = time.perf_counter(), 0
-    while done < nbytes and time.perf_counter() - began < PATIENCE_S:
-        end = min(done + PIECE, nbytes)
-        reader.begin([(path, done, end, room[: end - done])])()
-        done = end
-    return done / (time.perf_counter() - began)
 
 
 def device_name() -> str:

@@ -69,11 +69,6 @@ class Sums:
     square: np.ndarray
     warm: np.ndarray
 
-    @classmethod
-    def zeros(cls, size: int) -> Sums:
-        """No batch seen yet."""
-        return cls(*np.zeros((3, size)))
-
     def add(self, mean: np.ndarray, square: np.ndarray, weight: float) -> None:
         """One batch's means over tokens of |a| and of a^2, both (units,), measured at T_env = weight."""
         self.mean += np.asarray(mean, np.float64) ** 2
@@ -89,11 +84,6 @@ class ExpertSums:
     routed: np.ndarray
     gated: np.ndarray
     warm: np.ndarray  # `gated`, every batch times T_b
-
-    @classmethod
-    def zeros(cls, experts: int) -> ExpertSums:
-        """No token seen yet."""
-        return cls(*np.zeros((3, experts)))
 
     def add(self, expert: int, gates: np.ndarray, outputs: mx.array, weight: float) -> None:
         """One batch's gates (n,) and outputs (n, D) of an expert, at T_env = weight."""

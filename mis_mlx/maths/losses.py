@@ -11,7 +11,6 @@ import numpy as np
 from mis_mlx.types import MisError
 
 HALNY_CLIP = 0.15
-HALNY_REFERENCE_C = 15.0
 TINY = 1e-37  # stands for 0 under a logarithm; a normal float32
 Formula = Callable[..., tuple[mx.array, mx.array]]  # z (n, V), *targets -> loss (n,), its gradient in z (n, V)
 Logits = Callable[[mx.array], mx.array]  # hidden (n, D) -> logits (n, V)
@@ -192,11 +191,6 @@ def compared(teacher: mx.array, student: mx.array, targets: mx.array) -> mx.arra
 
 def _at(z: mx.array, index: mx.array) -> mx.array:
     return mx.take_along_axis(z, index[:, None], axis=-1)[:, 0]
-
-
-def halny_sigma(ambient_std_c: float | None) -> float:
-    """Spread of eps_halny from the spread of measured T_env over the last hour; 0 when nothing is measured."""
-    return 0.0 if ambient_std_c is None else HALNY_CLIP * ambient_std_c / HALNY_REFERENCE_C
 
 
 def loss_noise_factor(sigma: float, seed: int, step: int) -> float:

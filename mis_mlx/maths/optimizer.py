@@ -150,16 +150,16 @@ class _Packed(_Fused):
 
 
 class GuardedAdamW:
-    """mlx.optimizers.AdamW behind a gradient-norm guard; with `guard=False` it is AdamW, but for how sums are rounded.
+    """mlx.optimizers.AdamW behind a gradient-norm guard; while that has nothing to do it is AdamW, but for how
+    sums are rounded.
 
     The guard looks before the update: a loss or norm that is not finite skips the step (three in a row raise
     `Diverged`); a norm above mean + 5 sigma of the last 50 is clipped to that bound. eight_bit: matrices' moments take
     2.06 bytes a parameter in place of 8."""
 
-    def __init__(self, *, weight_decay: float = 0.01, guard: bool = True, eight_bit: bool = False):
+    def __init__(self, *, weight_decay: float = 0.01, eight_bit: bool = False):
         kind = _Packed if eight_bit else _Fused
         self.adamw = kind(0.0, betas=[0.9, 0.95], weight_decay=weight_decay, bias_correction=True)
-        self.guard = guard
         self.norms: list[float] = []
         self.bad: list[int] = []  # batches, in a row
         self.passed: list[int] = []  # batches that are left out
@@ -167,7 +167,7 @@ class GuardedAdamW:
 
     def bound(self) -> float:
         """The largest gradient norm that passes unclipped now."""
-        if not self.guard or len(self.norms) < WAKE:
+        if len(self.norms) < WAKE:
             return math.inf
         mean = sum(self.norms) / len(self.norms)
         variance = sum((n - mean) ** 2 for n in self.norms) / len(self.norms)
@@ -187,18 +187,16 @@ class GuardedAdamW:
         note = ""
         if batch in self.passed:
             return "skipped: not a number before"
-        if self.guard:
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                self.bad = [*self.bad, batch]
-                if len(self.bad) >= PATIENCE:
-                    raise Diverged(self.bad, loss)
-                return "skipped: not a number"
-            self.bad = []
-            bound = self.bound()
-            if norm > bound:
-                scale *= bound / norm
-                note = f"clipped {norm:.1f} to {bound:.1f}"
-            self.norms = [*self.norms, min(norm, bound)][-WINDOW:]
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.bad = [*self.bad, batch]
+            if len(self.bad) >= PATIENCE:
+                raise Diverged(self.bad, loss)
+            return "skipped: not a number"
+        self.bad, bound = [], self.bound()
+        if norm > bound:
+            scale *= bound / norm
+            note = f"clipped {norm:.1f} to {bound:.1f}"
+        self.norms = [*self.norms, min(norm, bound)][-WINDOW:]
         self.adamw.learning_rate = learning_rate * self.calm
         self.adamw.scale, self.adamw.lane = scale, lane
         self.adamw.update(model, gradients)

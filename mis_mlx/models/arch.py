@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.models import expert_names
+from mis_mlx.models import experts
 from mis_mlx.models.config import Shape, inside_names, keys_of, normalised, shape_of
 from mis_mlx.models.families import ALL, family
 from mis_mlx.types import Checkpoint, MisError, TensorAt
@@ -64,7 +64,7 @@ def layer_tensors(config: Mapping[str, Any], stacked: bool = False) -> dict[str,
     if of.sandwich:
         tensors |= {f"{when}_feedforward_layernorm.weight": (s.hidden,) for when in ("pre", "post")}
     if of.experts:
-        return tensors | expert_names.tensors_of(config, stacked)
+        return tensors | experts.tensors_of(config, stacked)
     wide = (("gate_up_proj", 2 * s.ffn),) if of.joined else (("gate_proj", s.ffn), ("up_proj", s.ffn))
     for name, out, into in (*((name, out, s.hidden) for name, out in wide), ("down_proj", s.hidden, s.ffn)):
         tensors[f"mlp.{name}.weight"] = (out, into)
@@ -128,8 +128,8 @@ def inside(tensors: Mapping[str, TensorAt], config: Mapping[str, Any]) -> dict[s
     for name, at in tensors.items():
         if name.endswith("_proj_blocks"):
             raise MisError(f"{at.file}: experts lie as openai packs them: run mlx_lm.convert on the model first")
-        if stacked := expert_names.STACKED.fullmatch(name):
-            found |= dict(expert_names.apart(stacked, name, at, config))
+        if stacked := experts.STACKED.fullmatch(name):
+            found |= dict(experts.apart(stacked, name, at, config))
             continue
         if len(names := [name] if family(config).joined else inside_names(name)) == 1:
             found[names[0]] = at if names == [name] else replace(at, stored=(name, at))
@@ -172,13 +172,6 @@ def is_quantized(tensors: Mapping[str, TensorAt]) -> bool:
     return any(name.endswith(".scales") for name in tensors)
 
 
-def _nearest(value: float, multiple: int, most: int) -> int:
-    """The multiple nearest to `value` in [multiple, most]; `most` itself where no multiple fits."""
-    if most < multiple:
-        return most
-    return min(max(round(value / multiple), 1), most // multiple) * multiple
-
-
 def count(flag: str, asked: str | None, of: int, what: str) -> int | None:
     """What `flag` leaves of so many: a number, or a share of them such as 0.5x, rounded down. None: not given."""
     if asked is None:
@@ -208,7 +201,8 @@ def target_shape(config: Mapping[str, Any], ratios: Mapping[str, float], **exact
                 raise MisError(f"--{axis} {wanted} is outside 1 to {before}, which the teacher has: choose within")
             sizes[axis] = wanted
         elif axis in ratios:
-            sizes[axis] = _nearest(before * ratios[axis], step[axis], before)
+            most, unit = before // step[axis], step[axis]  # the nearest multiple; of what is smaller than one, all
+            sizes[axis] = min(max(round(before * ratios[axis] / unit), 1), most) * unit or before
     kv, each = sizes["kv_heads"], s.heads // s.kv_heads
     if exact.get("heads") is None and "heads" not in ratios:
         sizes["heads"] = each * kv

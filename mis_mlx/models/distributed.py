@@ -6,7 +6,7 @@ a folder that goes with them. Alone, all of this gives back what it was given.""
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -144,14 +144,18 @@ def broadcast_array(array: mx.array, root: int = 0) -> mx.array:
     return array if rank() == root else mx.array(raw).view(array.dtype).reshape(array.shape)
 
 
-def passed_on(array: mx.array) -> None:
-    """To the next machine, which says `received` now or later; this one waits until most of it has left."""
-    _settled(mx.distributed.send(array, rank() + 1, stream=mx.cpu))
+def pass_on(arrays: Sequence[mx.array], i: int) -> None:
+    """arrays[i] to the next machine, if there is one, which says `receive` now or later; this one waits until most of
+    it has left."""
+    if rank() + 1 < size():
+        _settled(mx.distributed.send(arrays[i], rank() + 1, stream=mx.cpu))
 
 
-def received(like: mx.array) -> mx.array:
-    """What the machine before this one `passed_on`; of the shape and dtype of `like`."""
-    return _settled(mx.distributed.recv(like.shape, like.dtype, rank() - 1, stream=mx.cpu))
+def receive(arrays: MutableSequence[mx.array], i: int) -> None:
+    """What the machine before this one, if there is one, passes on becomes arrays[i], of the same shape and dtype."""
+    if not is_main():
+        like = arrays[i]
+        arrays[i] = _settled(mx.distributed.recv(like.shape, like.dtype, rank() - 1, stream=mx.cpu))
 
 
 def broadcast_arrays(arrays: Callable[[], Arrays]) -> dict[str, dict[str, mx.array]]:

@@ -1,18 +1,24 @@
-"""A block's experts one after the other, instead of stacked as in mlx-lm's SwitchGLU, whose place this takes.
+"""A block's experts one after the other, instead of stacked as in mlx-lm's SwitchGLU, whose place this takes; and what
+their tensors are called: one by one, as on the hub and here, or stacked.
 
 So each can be read from disk when it is needed, has its own name as on disk, and gives the same bits wherever its
 weights come from: in memory or read, a batch at a time or many."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.models.families import Family
+from mis_mlx.models.config import shape_of
+from mis_mlx.models.families import GATED, Family, family
+from mis_mlx.types import MisError, TensorAt
 
-Visit = Callable[[int, int, np.ndarray, mx.array, mx.array], None]  # see `Experts.outputs`
+STACKED = re.compile(r"(.*\.)(?:switch_mlp|experts)\.(gate_proj|up_proj|down_proj)\.(\w+)")
+Visit = Callable[[int, int, np.ndarray, mx.array, mx.array], None]  # see `Stream.mixed`
 
 
 class Expert(nn.Module):
@@ -64,11 +70,12 @@ class Experts(list[Expert]):
         return asked[0]
 
     def outputs(
-        self, inputs: Sequence[mx.array], chosen: Sequence[mx.array], visit: Visit | None = None
-    ) -> list[mx.array]:
+        self, inputs: Sequence[mx.array], chosen: Sequence[mx.array], visit: Visit | None = None,
+        gates: Sequence[np.ndarray] = (), first: int = 0,
+    ) -> list[mx.array]:  # fmt: skip
         """[(..., k, D)] of several batches' inputs [(..., D)] and experts [(..., k)]: each expert is asked for once.
 
-        visit(batch, expert, places (n,) in the flat choice, neurons (n, F), outputs (n, D)): looks at what was made."""
+        visit: as of `Stream.mixed`. gates: of every batch's choice, flat. first: the number of the first batch."""
         flat = [np.array(c).reshape(-1) for c in chosen]
         places, pieces = [list[np.ndarray]() for _ in flat], [list[mx.array]() for _ in flat]
         for e, expert in self._each(np.unique(np.concatenate(flat)).tolist()):
@@ -78,7 +85,7 @@ class Experts(list[Expert]):
                 neurons = expert.neurons(x.reshape(-1, x.shape[-1])[mx.array(where // c.shape[-1])])
                 made = expert[expert.names[2]](neurons)
                 if visit:
-                    visit(b, e, where, neurons, made)
+                    visit(first + b, e, gates[b][where], neurons, made)
                 expert.settle(made)
                 places[b].append(where)
                 pieces[b].append(made)
@@ -92,3 +99,64 @@ def before(block: nn.Module, x: mx.array, mask: Any) -> tuple[mx.array, mx.array
     experts make of the second. Lazy."""
     h = x + block.self_attn(block.input_layernorm(x), mask, None)
     return h, block.post_attention_layernorm(h)
+
+
+def tensors_of(config: Mapping[str, Any], together: bool) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what a block of a mixture has in the place of an MLP: a router, experts one by one or
+    `together`, perhaps one that every token meets."""
+    s, of = shape_of(config), family(config)
+
+    def biased(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": shape} | ({f"{name}.bias": shape[:-1]} if of.expert_bias else {})
+
+    inside, wide = biased(of.router, s.experts, s.hidden), int(config.get(of.shared_expert) or 0)
+    each = [(f"experts.{e}", of.matrices, tuple[int, ...]()) for e in range(s.experts)]
+    for place, names, stacked in [(of.switch, GATED, (s.experts,))] if together else each:
+        for name in names:
+            inside |= biased(
+                f"{place}.{name}", *stacked, *((s.hidden, s.ffn) if name == names[2] else (s.ffn, s.hidden))
+            )
+    for name in GATED if wide else ():
+        inside[f"shared_expert.{name}.weight"] = (s.hidden, wide) if name == "down_proj" else (wide, s.hidden)
+    if wide:
+        inside["shared_expert_gate.weight"] = (1, s.hidden)
+    return {f"{of.mlp}.{name}": shape for name, shape in inside.items()}
+
+
+def expert_of(name: str) -> int | None:
+    """The number of the expert in its block that a tensor or module belongs to; None outside of experts."""
+    found = re.search(r"\bexperts\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def one_by_one(path: str, config: Mapping[str, Any]) -> list[str]:
+    """What the parts of a matrix that `stacked` names are called; another path alone."""
+    of = family(config)
+    stem, _, name = path.partition(f"{of.switch}.")
+    if (kind := name.split(".")[0]) not in GATED:
+        return [path]
+    own = name.replace(kind, of.matrices[GATED.index(kind)])
+    return [f"{stem}experts.{e}.{own}" for e in range(shape_of(config).experts)]
+
+
+def stacked(path: str, config: Mapping[str, Any]) -> str:
+    """What mlx-lm calls the matrix, of all experts, that an expert's is part of; another path as it is."""
+    found = re.fullmatch(r"(.*\.)experts\.\d+\.(\w+)", path)
+    of = family(config)
+    return f"{found[1]}{of.switch}.{GATED[of.matrices.index(found[2])]}" if found else path
+
+
+def is_router(name: str) -> bool:
+    """Whether this matrix decides which experts a token meets, or how much of the shared one: it is never quantized."""
+    return re.search(r"\.(mlp|block_sparse_moe)\.(gate|router|shared_expert_gate)(\.weight|\.bias)?$", name) is not None
+
+
+def apart(stacked: re.Match[str], name: str, at: TensorAt, config: Mapping[str, Any]) -> Iterator[tuple[str, TensorAt]]:
+    """Of experts that mlx_lm.convert has stacked, (E, out, in): each expert's part, by its own name."""
+    of, count = family(config), shape_of(config).experts
+    if at.shape[0] != count:
+        raise MisError(f"{at.file}: {name} has {at.shape[0]} experts, config.json makes it {count}: download it again")
+    matrix, size = of.matrices[GATED.index(stacked[2])], at.nbytes // count
+    for e in range(count):
+        part = replace(at, shape=at.shape[1:], offset=at.offset + e * size, nbytes=size)
+        yield f"{stacked[1]}experts.{e}.{matrix}.{stacked[3]}", replace(part, stored=(name, at))

@@ -3,7 +3,6 @@ long as numpy's there. maths/losses has the formulas, which a GPU computes with.
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -54,24 +53,23 @@ def _divergence(z: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return np.einsum("ij,ij->i", p, target) - lse_t + lse, lse_t, lse, p
 
 
-def _kl(temperature: float, z: np.ndarray, target: np.ndarray, learn: np.ndarray) -> np.ndarray:
-    """KL(softmax(target / T) || softmax(z / T)) of rows (n, V), (n,) nats; z becomes its gradient times `learn`."""
-    if temperature != 1.0:
-        z *= 1.0 / temperature
-        target *= 1.0 / temperature
-    each, _, _, p = _divergence(z, target)
-    z -= p
-    z *= (learn / temperature)[:, None]
-    return each
-
-
 def kl_gradients(
     student: mx.array, head: mx.array, teacher: mx.array, teacher_logits: Logits, learn: mx.array,
     temperature: float = 1.0, frozen_head: bool = False,
 ) -> tuple[float, mx.array, mx.array | None]:  # fmt: skip
     """`losses.kl_sum` without labels: (the sum, its gradients in student (n, D) and in a head (V, D) not frozen)."""
+
+    def kl(z: np.ndarray, target: np.ndarray, learn: np.ndarray) -> np.ndarray:  # z becomes its gradient times `learn`
+        if temperature != 1.0:
+            z *= 1.0 / temperature
+            target *= 1.0 / temperature
+        each, _, _, p = _divergence(z, target)
+        z -= p
+        z *= (learn / temperature)[:, None]
+        return each
+
     loss, dh, dw = 0.0, list[mx.array](), None if frozen_head else mx.zeros_like(head)
-    weights, kl = np.array(learn, np.float32), partial(_kl, temperature)
+    weights = np.array(learn, np.float32)
     for start in range(0, len(student), rows := chunk_rows(head.shape[0])):
         at = slice(start, start + rows)
         z, target = ((student[at] @ head.T).astype(mx.float32), teacher_logits(teacher[at]).astype(mx.float32))
@@ -87,12 +85,12 @@ def kl_gradients(
 
 def compared(teacher: mx.array, student: mx.array, targets: mx.array) -> np.ndarray:
     """What `losses.compared` says of logits (n, V) float32, which are made over."""
+
+    def of_rows(z_t: np.ndarray, z: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        at = np.arange(len(z)), targets
+        right_t, right, same = z_t[at], z[at], z_t.argmax(axis=1) == z.argmax(axis=1)
+        kl, lse_t, lse, _ = _divergence(z, z_t)
+        return np.stack([lse_t - right_t, lse - right, kl, same], axis=1)
+
     stream.evaluate_now(teacher, student)
-    return by_rows(_compare, view(teacher), view(student), np.array(targets))
-
-
-def _compare(z_t: np.ndarray, z: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    at = np.arange(len(z)), targets
-    right_t, right, same = z_t[at], z[at], z_t.argmax(axis=1) == z.argmax(axis=1)
-    kl, lse_t, lse, _ = _divergence(z, z_t)
-    return np.stack([lse_t - right_t, lse - right, kl, same], axis=1)
+    return by_rows(of_rows, view(teacher), view(student), np.array(targets))

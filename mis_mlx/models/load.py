@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, expert_names, lookup, policy, tokenizer_check
+from mis_mlx.models import arch, experts, lookup, policy, tokenizer_check
 from mis_mlx.models.config import normalised, read_config, say_once, shape_of
 from mis_mlx.models.experts import Each, Expert, Experts
 from mis_mlx.models.families import Family, family
@@ -65,7 +65,7 @@ def packing(checkpoint: Checkpoint, path: str) -> dict[str, Any]:
             f"{checkpoint.path}: the weights are quantized in a format other than MLX's: use the unquantized model, "
             "or convert it with mlx_lm.convert"
         )
-    own = common.get(path) or common.get(expert_names.stacked(path, checkpoint.config))
+    own = common.get(path) or common.get(experts.stacked(path, checkpoint.config))
     return {"mode": "affine"} | {k: v for k, v in (own if isinstance(own, dict) else common).items() if k in SETTINGS}
 
 

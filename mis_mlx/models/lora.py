@@ -54,12 +54,9 @@ def insert(model: nn.Module, lora: Lora, seed: int) -> None:
 def write(adapters: Mapping[str, mx.array], lora: Lora, out: Path, files: Files) -> None:
     """Commit the new folder `out`, which mlx_lm takes as --adapter-path."""
     config = {"fine_tune_type": "lora", "num_layers": lora.num_layers, "lora_parameters": lora.settings}
-
-    def fill(folder: Path) -> None:
+    with protocol.commit_folder(out, files, sum(a.nbytes for a in adapters.values()), "the adapters") as folder:
         write_arrays(folder / FILE, adapters, files)
         files.write(folder / CONFIG, json.dumps(config, indent=2).encode())
-
-    protocol.commit_folder(out, fill, files, sum(a.nbytes for a in adapters.values()), "the adapters")
 
 
 def fused(checkpoint: Checkpoint, adapters: Mapping[str, mx.array], lora: Lora) -> Callable[[str], mx.array]:

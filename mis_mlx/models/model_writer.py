@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.models import arch, expert_names, load, policy, tokenizer_check
+from mis_mlx.models import arch, experts, load, policy, tokenizer_check
 from mis_mlx.models.families import family
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import Files, reported
@@ -85,15 +85,12 @@ def write_folder(
     """Commit the new folder `out`: `tensors` as `specs` foretell them, config.json, the tokenizer files of `source`.
 
     extra: more files by name: bytes as they are, all else as JSON. shards: as of `write_tensors`."""
-
-    def fill(folder: Path) -> None:
+    with protocol.commit_folder(out, files, sum(map(spec_bytes, specs.values()))) as folder:
         write_tensors(folder, specs, tensors, files, shards)
         files.write(folder / "config.json", json.dumps(dict(config), indent=2).encode())
         for name, value in (extra or {}).items():
             files.write(folder / name, value if isinstance(value, bytes) else json.dumps(value).encode())
         copy_tokenizer(source, folder, files)
-
-    protocol.commit_folder(out, fill, files, sum(map(spec_bytes, specs.values())))
 
 
 def write_model(
@@ -106,7 +103,7 @@ def write_model(
     names = cli.counted("tensor", specs, len(specs))
 
     def whole(name: str) -> mx.array:
-        parts = [take(one).astype(policy.DTYPES[dtype]) for one in expert_names.one_by_one(name, config)]
+        parts = [take(one).astype(policy.DTYPES[dtype]) for one in experts.one_by_one(name, config)]
         return mx.stack(parts) if len(parts) > 1 else parts[0]
 
     tensors = ((name, whole(name)) for name in names)

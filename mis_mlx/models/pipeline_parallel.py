@@ -53,10 +53,7 @@ class Relay(stream.Stream):
         self._counts: list[int] = []  # batches of each machine, in the pass that is under way
         self._hidden: stream.Hidden = []
         super().__init__(checkpoint, dtype, room_bytes, direct)
-
-    def stays(self, i: int) -> bool:
-        """Whether block i is one of the first of this machine's own, for which there is room."""
-        return i - self.mine.start < self.keeps
+        self.first = self.mine.start
 
     def embed(self, batches: stream.Batches, hidden: stream.Hidden | None = None) -> stream.Hidden:
         """Hidden states of all machines' batches, those of one machine after those of another.
@@ -68,8 +65,7 @@ class Relay(stream.Stream):
         hidden = [] if hidden is None else hidden
         if distributed.is_main():
             hidden = super().embed([mx.array(b) for b in whole], hidden)
-        kind = hidden[0].dtype if distributed.is_main() and whole else self.dtype
-        name = distributed.broadcast_json(lambda: str(kind).removeprefix("mlx.core."))
+        name = distributed.broadcast_json(lambda: str((hidden[0] if whole else self).dtype).removeprefix("mlx.core."))
         if not distributed.is_main():
             for b in whole:
                 hidden.append(mx.zeros((*b.shape, shape_of(self.checkpoint.config).hidden), getattr(mx, name)))
@@ -81,18 +77,10 @@ class Relay(stream.Stream):
         if order is not None:
             raise ValueError("a relay has one order")
         for b in range(len(self._hidden)):
-            self._take(b)
+            distributed.receive(self._hidden, b)
         yield from super().blocks(self.mine)
         for b in range(len(self._hidden)):
-            self._give(b)
-
-    def _take(self, b: int) -> None:
-        if not distributed.is_main():
-            self._hidden[b] = distributed.received(self._hidden[b])
-
-    def _give(self, b: int) -> None:
-        if distributed.rank() + 1 < distributed.size():
-            distributed.passed_on(self._hidden[b])
+            distributed.pass_on(self._hidden, b)
 
     def forward(self, batches: stream.Batches, hidden: stream.Hidden | None = None) -> stream.Hidden:
         """One pass, as of a `Stream`. Where all of a machine's blocks are in memory it passes every batch on at once,
@@ -102,11 +90,11 @@ class Relay(stream.Stream):
         kept = [block for _, block in super().blocks(self.mine)]
         hidden = self.embed(batches, hidden)
         for b in range(len(hidden)):
-            self._take(b)
+            distributed.receive(self._hidden, b)
             for block in kept:
                 hidden[b] = block(hidden[b], load.mask(self.args, block, hidden[b]))
                 stream.evaluate_now(hidden[b])
-            self._give(b)
+            distributed.pass_on(self._hidden, b)
         return self.norm(hidden)
 
     def norm(self, hidden: stream.Hidden) -> stream.Hidden:

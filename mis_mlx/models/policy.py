@@ -63,24 +63,21 @@ def usual_dtype() -> mx.Dtype:
 
 
 def compute_dtype(model: Checkpoint) -> mx.Dtype:
-    """What this model computes in: the usual type, or bfloat16 where float16 does not hold its activations."""
-    usual = usual_dtype()
-    if _used or usual != mx.float16:
-        return usual
-    return usual if family(model.config).float16 and not overflows(model) else mx.bfloat16
-
-
-def overflows(model: Checkpoint) -> bool:
-    """Whether this model's activations come within a factor of two of float16's end: one short pass, once a process.
+    """What this model computes in: the usual type, or bfloat16 where its activations come within a factor of two of
+    float16's end: one short pass, once a process.
 
     Qwen2 and Gemma pass it in a few channels of a few tokens (the first, line ends, full stops); then all is NaN."""
-    key = (model.path, model.nbytes)
+    usual, key = usual_dtype(), (model.path, model.nbytes)
+    if _used or usual != mx.float16:
+        return usual
+    if not family(model.config).float16:
+        return mx.bfloat16
     if key not in _overflows:
         reach = largest(model)
         _overflows[key] = reach > MOST
         if _overflows[key]:
             cli.say(f"{model.path}: activations reach {reach:,.0f}, float16 ends at 65,504: computing in bfloat16")
-    return _overflows[key]
+    return mx.bfloat16 if _overflows[key] else usual
 
 
 def largest(model: Checkpoint) -> float:

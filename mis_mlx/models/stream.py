@@ -17,12 +17,11 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.hardware import lanes
-from mis_mlx.models import arch, expert_names, experts, load, policy, slots
+from mis_mlx.models import arch, experts, load, policy
 from mis_mlx.models.config import shape_of
 from mis_mlx.models.experts import Expert, Visit
 from mis_mlx.models.families import family
-from mis_mlx.models.slots import Slot, Slots
-from mis_mlx.storage.block_reader import PAGE, Reader
+from mis_mlx.storage.block_reader import PAGE, Reader, Slot, Slots
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 
 evaluate_now = mx.eval  # what these were made of may be freed, or changed, after this line
@@ -69,15 +68,15 @@ class Stream:
         self.checkpoint, self.dtype = checkpoint, dtype
         self.args = load.model_args(checkpoint.config)
         self.layers = int(checkpoint.config["num_hidden_layers"])
-        self._reader = Reader(checkpoint.tensors, direct)
+        self.reader = Reader(checkpoint.tensors, direct)
         blocks: dict[int, dict[str, TensorAt]] = {i: {} for i in range(self.layers)}
         apart = defaultdict[tuple[int, int], dict[str, TensorAt]](dict)
         for name, t in checkpoint.tensors.items():
             if (i := arch.block_of(name)) is not None:
-                e = expert_names.expert_of(name)
+                e = experts.expert_of(name)
                 (blocks[i] if e is None else apart[i, e])[name] = t
-        self._blocks = Slots(self._reader, blocks)
-        self._experts = Slots(self._reader, apart) if apart else None
+        self._blocks = Slots(self.reader, blocks)
+        self._experts = Slots(self.reader, apart) if apart else None
         self._hot = OrderedDict[tuple[int, int], tuple[Expert, Slot]]()  # those in memory, the last used at the end
         kind = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
         stored = {t.dtype for n, t in checkpoint.tensors.items() if arch.block_of(n) is not None}
@@ -91,12 +90,8 @@ class Stream:
         self._head: nn.Module | None = None
         self._checked: set[str] = set()
         self._at = 0  # block that was given out last
+        self.first = 0  # of the blocks that may stay
         self._keep_head, self.keeps, self.keeps_experts = self._plan(room_bytes)
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes of weights asked from the disk so far."""
-        return self._reader.nbytes
 
     def _plan(self, room_bytes: int | None) -> tuple[bool, int, int]:
         """(whether the head stays, how many blocks stay, how many experts besides)."""
@@ -110,16 +105,12 @@ class Stream:
             return False, 0, 0
         sizes = [0, 0]  # of a block without its experts, of an expert
         for name, shape in arch.layer_tensors(self.checkpoint.config).items():
-            if (e := expert_names.expert_of(name)) in (None, 0):
+            if (e := experts.expert_of(name)) in (None, 0):
                 sizes[e is not None] += math.prod(shape) * self.dtype.size
         if not self._copies:
             sizes = [slots.nbytes + PAGE for slots in (self._blocks, self._experts) if slots]
         keeps = min(self.layers, room // sizes[0])
         return True, keeps, (room - keeps * sizes[0]) // sizes[1] if s.experts else 0
-
-    def stays(self, i: int) -> bool:
-        """Whether block i is kept once it has been used."""
-        return i < self.keeps
 
     def blocks(self, order: Sequence[int] | None = None) -> Iterator[tuple[int, nn.Module]]:
         """(i, block i with evaluated weights) in `order`, each at most once; all of them by default.
@@ -138,7 +129,7 @@ class Stream:
                 made = load.block(self.checkpoint, i, self.args, self.dtype, self._own(raw), each)
                 block = self._checked_once(made, f"model.layers.{i}.", slot, self._blocks)
                 yield i, block
-                if self.stays(i):
+                if i - self.first < self.keeps:
                     self._kept[i] = block
                     continue
                 block.clear()  # the caller's loop variable still names the module: let go of its weights now
@@ -188,7 +179,7 @@ class Stream:
         scale = load.embedding_scale(self.checkpoint.config, self.dtype)
         for tokens in batches:
             ids, inverse = np.unique(np.array(tokens), return_inverse=True)
-            rows = {name: slots.rows(self._reader, t, ids) for name, t in tensors.items()}
+            rows = {name: self.reader.rows(t, ids) for name, t in tensors.items()}
             table = load.embedding(self.checkpoint, self.dtype, rows)
             load_checked(table, f"{self.checkpoint.path}: {load.EMBEDDING}")
             out = table(mx.array(inverse.reshape(tokens.shape).astype(np.int32)))
@@ -200,7 +191,7 @@ class Stream:
     def _stored(self, prefix: str) -> dict[str, mx.array]:
         """All tensors of this prefix as stored, in memory of their own."""
         tensors = {n: t for n, t in self.checkpoint.tensors.items() if n.startswith(prefix)}
-        return {name: slots.rows(self._reader, t, np.arange(t.shape[0])) for name, t in tensors.items()}
+        return {name: self.reader.rows(t, np.arange(t.shape[0])) for name, t in tensors.items()}
 
     def norm(self, hidden: Hidden) -> Hidden:
         """Every batch after the last RMSNorm, in place."""
@@ -252,14 +243,7 @@ class Stream:
                     odds = part[of.router](inputs[-1]).astype(mx.float32).reshape(*chosen[-1].shape[:-1], -1)
                     odds = mx.take_along_axis(odds, chosen[-1], axis=-1)
                     gates.append(np.array(mx.softmax(odds, axis=-1)).reshape(-1))
-
-            def seen(
-                b: int, e: int, places: np.ndarray, *made: mx.array, gates: Any = gates, first: int = first
-            ) -> None:
-                assert visit
-                visit(first + b, e, gates[b][places], *made)
-
-            inside.ready = inside.outputs(inputs, chosen, seen if visit else None)
+            inside.ready = inside.outputs(inputs, chosen, visit, gates, first)
             for h, x in zip(beside, inputs, strict=True):
                 out = h + part(x)
                 mx.eval(out)

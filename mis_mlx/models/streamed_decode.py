@@ -77,24 +77,15 @@ def accepted(nodes: Sequence[Node], choice: Sequence[int]) -> tuple[list[Node], 
     return branch, choice[row[node]]
 
 
-class Positioned(nn.Module):
-    """Stands where a block's `rope` stood and turns every row of (1, H, n, d) by its own position."""
-
-    def __init__(self, inner: nn.Module, positions: np.ndarray):
-        super().__init__()
-        self.inner = inner
-        self._positions = mx.array(positions)
-
-    def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
-        """(1, H, n, d) -> (1, H, n, d). offset: not used, it would be the same for all."""
-        return self.inner(x.transpose(2, 1, 0, 3), offset=self._positions).transpose(2, 1, 0, 3)
-
-
 @contextmanager
 def positioned(block: nn.Module, positions: np.ndarray) -> Iterator[None]:
     """A block that turns row i by positions[i] for a while. It may stay in memory, and others use it."""
-    rope = block.self_attn.rope
-    block.self_attn.rope = Positioned(rope, positions)
+    rope, each = block.self_attn.rope, mx.array(positions)
+
+    def turned(x: mx.array, offset: int = 0) -> mx.array:  # (1, H, n, d); the offset would be the same for all
+        return rope(x.transpose(2, 1, 0, 3), offset=each).transpose(2, 1, 0, 3)
+
+    block.self_attn.rope = turned
     try:
         yield
     finally:
@@ -110,7 +101,7 @@ class Context:
         self.length = 0  # columns of text
         self._at: dict[Node, int] = {}  # columns of nodes
         self._positions = np.zeros(0, np.int32)
-        new = load.mlx_lm("models.cache").ConcatenateKVCache  # positions come from `Positioned`, not from its offset
+        new = load.mlx_lm("models.cache").ConcatenateKVCache  # positions come from `positioned`, not from its offset
         self._keys = [new() for _ in range(stream.layers)]
 
     def read(self, text: Sequence[int], nodes: Sequence[Node] = ()) -> mx.array:

@@ -76,8 +76,9 @@ class Vocabulary:
             rows |= {i for text, i in self.ids.items() if BYTE.fullmatch(text)}
         else:
             rows |= {self.ids[letter] for letter in ByteLevel.alphabet() if letter in self.ids}
-        named_ids = chain(_ids(config), _ids(read_json(self.folder / "generation_config.json")))
-        rows |= {i for i in (unknown, *named_ids) if i is not None and i in self.texts}
+        named_ids = chain(config.items(), read_json(self.folder / "generation_config.json").items())
+        ids = _ids([unknown, *(value for key, value in named_ids if ID_KEYS.search(key))])
+        rows |= {i for i in ids if i in self.texts}
         return set().union(*map(self.parts, rows))
 
     def chosen(self, needed: Collection[int], counts: np.ndarray, size: int) -> list[int]:
@@ -147,15 +148,12 @@ def _moved(part: Any, new: Mapping[int, int], ids: bool = False) -> Any:
     return new.get(part, part) if ids and type(part) is int else part
 
 
-def _ids(settings: Mapping[str, Any]) -> Iterator[int]:
-    """Every id in a config.json or generation_config.json."""
-    todo = [value for key, value in settings.items() if ID_KEYS.search(key)]
-    while todo:
-        value = todo.pop()
-        if isinstance(value, list):
-            todo += value
-        elif type(value) is int:
-            yield value
+def _ids(part: Any) -> Iterator[int]:
+    """Every number in lists of numbers, at any depth."""
+    if isinstance(part, list):
+        yield from chain.from_iterable(map(_ids, part))
+    elif type(part) is int:
+        yield part
 
 
 def _text(token: Any) -> Any:

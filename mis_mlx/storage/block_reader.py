@@ -1,54 +1,50 @@
-"""Tensors from safetensors files into memory views: in parallel, in the background, past the page cache if asked."""
+"""Tensors from safetensors files into buffers that are used again and again: in parallel, in the background, past the
+page cache if asked."""
 
 import errno
 import fcntl
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
+import numpy as np
+
+from mis_mlx.storage.header_check import DTYPES
 from mis_mlx.storage.safetensors import files_of, unchanged
-from mis_mlx.types import MisError, TensorAt
+from mis_mlx.types import MisError, TensorAt, gib
 
 PAGE = 4096  # what reading past the page cache wants offsets, lengths and addresses to be multiples of
 PIECE = 8 << 20  # bytes per read: big enough for the disk, small enough that two threads share a block
 GAP = 1 << 16  # bytes between two tensors of a block that are read along rather than skipped
 F_NOCACHE = 48  # macOS; Python's fcntl has no name for it
-
-
-@dataclass
-class Extent:
-    """Bytes [begin, end) of a file that go to `at` in the destination; begin and at are multiples of PAGE."""
-
-    file: Path
-    begin: int
-    end: int
-    at: int
+_signature = attrgetter("st_ino", "st_size", "st_mtime_ns")  # of a file's stat
 
 
 class Layout:
     """Where a group of tensors goes in one buffer of `nbytes`: each keeps its offset's remainder by PAGE. Neighbours in
-    a file are merged into few extents, and those laid out page by page."""
+    a file are merged into few extents, and those laid out page by page: (file, begin, end, at, until), of bytes
+    [begin, end) of the file, which go to [at, until); all but end are multiples of PAGE."""
 
     def __init__(self, tensors: Mapping[str, TensorAt]):
-        self.extents, self.at, self.nbytes = list[Extent](), dict[str, int](), 0
+        self.tensors, self.at, self.nbytes = tensors, dict[str, int](), 0
+        self.extents = list[tuple[Path, int, int, int, int]]()
         for name, t in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
-            last = self.extents[-1] if self.extents else None
-            if last and last.file == t.file and last.begin <= t.offset <= last.end + GAP:
-                last.end = max(last.end, t.offset + t.nbytes)
+            file, begin, end, at, _ = self.extents[-1] if self.extents else (None, 0, 0, 0, 0)
+            if file == t.file and begin <= t.offset <= end + GAP:
+                self.extents.pop()
+                end = max(end, t.offset + t.nbytes)
             else:
-                last = Extent(t.file, t.offset // PAGE * PAGE, t.offset + t.nbytes, self.nbytes)
-                self.extents.append(last)
-            self.at[name] = last.at + t.offset - last.begin
-            self.nbytes = last.at + pages(last.end - last.begin)
-
-
-def pages(nbytes: int) -> int:
-    """`nbytes`, up to a whole page."""
-    return -(-nbytes // PAGE) * PAGE
+                begin, end, at = t.offset // PAGE * PAGE, t.offset + t.nbytes, self.nbytes
+            self.at[name] = at + t.offset - begin
+            self.nbytes = at + -(-(end - begin) // PAGE) * PAGE
+            self.extents.append((t.file, begin, end, at, self.nbytes))
 
 
 class Reader:
@@ -86,6 +82,19 @@ class Reader:
 
         return wait
 
+    def rows(self, t: TensorAt, ids: np.ndarray) -> mx.array:
+        """Rows `ids` (rising) of a stored matrix, or elements of a vector, in one new array."""
+        size = t.nbytes // t.shape[0]
+        found: Any = mx.zeros((len(ids) * size,), mx.uint8)
+        mx.eval(found)
+        view, wanted = memoryview(found), []
+        starts = np.flatnonzero(np.diff(ids, prepend=-2) != 1)  # of runs of neighbours
+        for a, b in zip(starts, [*starts[1:], len(ids)], strict=True):
+            at = t.offset + int(ids[a]) * size
+            wanted.append((t.file, at, at + int(b - a) * size, view[a * size : b * size]))
+        self.begin(wanted)()
+        return found.view(getattr(mx, DTYPES[t.dtype][0])).reshape(len(ids), *t.shape[1:])
+
     def _read(self, path: Path, offset: int, needed: int, view: memoryview) -> None:
         try:
             if self._direct and not (offset % PAGE or len(view) % PAGE):
@@ -113,5 +122,59 @@ class Reader:
                 done += got
 
 
-def _signature(stat: os.stat_result) -> tuple[int, int, int]:
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+class Slot:
+    """A buffer that blocks are read into again and again; new memory for each would cost 4x the time."""
+
+    def __init__(self, nbytes: int):
+        if nbytes + PAGE >= 2**31:
+            raise MisError(f"One block takes {gib(nbytes)} on disk, the most is 2 GiB: quantize the model first")
+        self._whole = mx.zeros((nbytes + PAGE,), mx.uint8)
+        mx.eval(self._whole)
+        whole: Any = self._whole
+        view = memoryview(whole)
+        self._first = -np.frombuffer(view, np.uint8).ctypes.data % PAGE
+        self.view = view[self._first : self._first + nbytes]
+
+    def arrays(self, where: Layout) -> dict[str, mx.array]:
+        """The tensors as stored. They share this buffer: all that reads them is evaluated before a refill."""
+        arrays = {}
+        for name, t in where.tensors.items():
+            begin = self._first + where.at[name]
+            raw = self._whole[begin : begin + t.nbytes]
+            attribute, size = DTYPES[t.dtype]
+            if t.offset % size:  # Metal and vector units want whole elements at whole addresses: copy
+                raw = raw * 1
+            arrays[name] = raw.view(getattr(mx, attribute)).reshape(t.shape)
+        mx.eval(arrays)
+        return arrays
+
+
+class Slots:
+    """Groups of tensors read from disk one after the other, the next while one is used."""
+
+    def __init__(self, reader: Reader, groups: Mapping[Any, dict[str, TensorAt]]):
+        self._reader, self._layouts = reader, {key: Layout(tensors) for key, tensors in groups.items()}
+        self.nbytes = max(at.nbytes for at in self._layouts.values())
+        self.free: list[Slot] = []
+
+    def each(self, keys: Iterable[Any]) -> Generator[tuple[Any, Slot, dict[str, mx.array]]]:
+        """(key, slot, its tensors as stored) in turn. Whoever is done with a slot puts it among those `free`."""
+        todo = deque(keys)
+        coming = self._begin(todo.popleft()) if todo else None
+        try:
+            while coming:
+                key, slot, wait = coming
+                coming = None
+                wait()
+                coming = self._begin(todo.popleft()) if todo else None
+                yield key, slot, slot.arrays(self._layouts[key])
+        finally:
+            if coming:  # left in the middle: nobody may still be writing into a slot that is free
+                coming[2]()
+                self.free.append(coming[1])
+
+    def _begin(self, key: Any) -> tuple[Any, Slot, Callable[[], None]]:
+        slot = self.free.pop() if self.free else Slot(self.nbytes)
+        extents = self._layouts[key].extents
+        parts = [(file, begin, end, slot.view[at:until]) for file, begin, end, at, until in extents]
+        return key, slot, self._reader.begin(parts)

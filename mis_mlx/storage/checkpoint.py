@@ -11,7 +11,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,12 @@ class Saved:
     notes: tuple[str, ...]
 
 
+@contextlib.contextmanager
 def commit_folder(
-    final: Path, fill: Callable[[Path], None], files: Files, nbytes: int, what: str = "the model", remedy: str = AGAIN
-) -> None:
-    """Make the folder `final` of what `fill(tmp)` writes, about `nbytes`: all of it, durable, or nothing. MisError when
-    it exists, when space is short (before `fill` is called) or when the disk refuses a write."""
+    final: Path, files: Files, nbytes: int, what: str = "the model", remedy: str = AGAIN
+) -> Iterator[Path]:
+    """Make the folder `final` of what the block writes into another, about `nbytes`: all of it, durable, or nothing.
+    MisError when it exists, when space is short (before the block begins) or when the disk refuses a write."""
     if final.exists() or final.is_symlink():
         raise MisError(f"{final} exists already: choose another name or move it away")
     stem = final.name.removeprefix(".tmp-")  # of a folder that is itself a step on the way to another
@@ -53,10 +54,15 @@ def commit_folder(
     with reported(final.parent, what, nbytes, remedy):
         files.make_folder(final.parent)
         files.require_space(final.parent, nbytes, what, remedy)
-        _sweep_for(stem, tmp, files)
+        for left in tmp.parent.glob(f".tmp-{glob.escape(stem)}-*"):  # by processes that are gone, or had our number
+            number = left.name.rpartition("-")[2]
+            if left == tmp:
+                files.remove_tree(left)
+            elif number.isdigit() and not psutil.pid_exists(int(number)):
+                files.discard(left)  # it may be another user's
         try:
             files.mkdir(tmp)
-            fill(tmp)
+            yield tmp
             for path in sorted(tmp.rglob("*")):
                 if not path.is_symlink():
                     files.fsync(path)
@@ -77,10 +83,12 @@ def save_step(
     as JSON reads it: tuples as lists, keys as text."""
     if keep < 2:
         raise ValueError(f"keep={keep}: with fewer than 2 steps one damaged file loses the run")
-    final = steps_dir / f"step-{number:08d}"
-
-    def fill(tmp: Path) -> None:
-        listed = {}
+    final, listed = steps_dir / f"step-{number:08d}", dict[str, Any]()
+    older = [n for n in _numbers(steps_dir) if n < number]
+    last = f"the last good step is {older[-1]}" if older else "no step is saved yet"
+    nbytes = sum(array.nbytes for named in arrays.values() for array in named.values())
+    remedy = f"free some and start again with --resume; {last}"
+    with commit_folder(final, files, nbytes, "the checkpoint", remedy) as tmp:
         for key, named in arrays.items():
             size, sha256 = write_arrays(tmp / f"{key}.safetensors", named, files)
             listed[f"{key}.safetensors"] = {"bytes": size, "sha256": sha256}
@@ -90,12 +98,6 @@ def save_step(
         manifest = {"step": number, "files": listed}
         manifest["sha256"] = _own_hash(manifest)
         files.write(tmp / MANIFEST, json.dumps(manifest, indent=2).encode())
-
-    older = [n for n in _numbers(steps_dir) if n < number]
-    last = f"the last good step is {older[-1]}" if older else "no step is saved yet"
-    nbytes = sum(array.nbytes for named in arrays.values() for array in named.values())
-    remedy = f"free some and start again with --resume; {last}"
-    commit_folder(final, fill, files, nbytes, "the checkpoint", remedy)
     for old in [*older, number][:-keep]:
         with contextlib.suppress(OSError):  # an old step too many harms nobody
             trash = steps_dir / f".trash-{old:08d}-{os.getpid()}"
@@ -156,16 +158,6 @@ def lock(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
-
-
-def _sweep_for(name: str, tmp: Path, files: Files) -> None:
-    """Delete what processes that are gone left of their `commit_folder` of `name`; also of our own number, `tmp`."""
-    for left in tmp.parent.glob(f".tmp-{glob.escape(name)}-*"):
-        number = left.name.rpartition("-")[2]
-        if left == tmp:
-            files.remove_tree(left)
-        elif number.isdigit() and not psutil.pid_exists(int(number)):
-            files.discard(left)  # it may be another user's
 
 
 def _numbers(steps_dir: Path) -> list[int]:

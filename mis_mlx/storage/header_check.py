@@ -9,7 +9,6 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +45,11 @@ def check(path: Path) -> tuple[dict[str, TensorAt], dict[str, str]]:
             metadata = {}
         if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
             raise Refused("__metadata__ does not map text to text")
-        start = 8 + len(text)
-        tensors = _tensors(path, header, start)
-        end = start + _contiguous_bytes(tensors, start)
+        tensors, end = _tensors(path, header, 8 + len(text)), 8 + len(text)
+        for name, at in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+            if at.offset != end:
+                raise Refused(f"{name[:60]!r} overlaps another tensor or leaves a hole")
+            end += at.nbytes
         if end > size:
             raise Refused(f"it is incomplete, {size} of {end} bytes ({gib(size)} of {gib(end)})")
         if end < size:
@@ -141,13 +142,3 @@ def _tensors(path: Path, header: dict[str, Any], start: int) -> dict[str, Tensor
 
 def _whole_numbers(value: Any, most: int) -> bool:
     return isinstance(value, list) and all(type(x) is int and 0 <= x <= most for x in value)
-
-
-def _contiguous_bytes(tensors: Mapping[str, TensorAt], start: int) -> int:
-    """Bytes of all tensors, which must follow each other from `start` without hole or overlap."""
-    end = start
-    for name, at in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if at.offset != end:
-            raise Refused(f"{name[:60]!r} overlaps another tensor or leaves a hole")
-        end += at.nbytes
-    return end - start

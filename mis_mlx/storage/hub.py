@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,13 @@ def locked(root: Path) -> Iterator[None]:
         yield
 
 
-def install(folder: Path, fill: Callable[[Path], None], nbytes: int, origin: dict[str, Any]) -> None:
-    """Commit the folder that `fill` makes, with `origin` and the time in its source.json."""
-
-    def fill_and_sign(temp: Path) -> None:
-        fill(temp)
+@contextlib.contextmanager
+def install(folder: Path, nbytes: int, origin: dict[str, Any]) -> Iterator[Path]:
+    """`commit_folder`, with `origin` and the time in its source.json."""
+    with commit_folder(folder, DISK, nbytes) as temp:
+        yield temp
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         (temp / PROVENANCE).write_text(json.dumps({**origin, "date": now}, indent=2) + "\n")
-
-    commit_folder(folder, fill_and_sign, DISK, nbytes)
 
 
 def provenance(folder: Path) -> dict[str, Any]:
@@ -107,20 +105,16 @@ def upload(folder: Path, repo_id: str) -> str:
         raise MisError(f"{why}: {folder} is whole: `hf auth login`, then `hf upload {repo_id} {folder}`") from None
 
 
-def adopt(snapshot: Path, into: Path) -> None:
-    """Fill `into` with a snapshot's files, which stay when the Hugging Face cache is emptied: hard links, or copies."""
-    for file in snapshot.iterdir():
-        blob = file.resolve()
-        try:
-            os.link(blob, into / file.name)
-        except OSError:  # another disk, or one that has no hard links
-            shutil.copyfile(blob, into / file.name)
-
-
-def adopted_bytes(snapshot: Path, root: Path) -> int:
-    """Bytes that `adopt` will write under `root`: none when it can link."""
-    blobs = [file.resolve().stat() for file in snapshot.iterdir()]
-    return sum(blob.st_size for blob in blobs if blob.st_dev != root.stat().st_dev)
+def adopt(snapshot: Path, folder: Path, origin: dict[str, Any]) -> None:
+    """`install` a snapshot's files, which stay when the Hugging Face cache is emptied: hard links, or copies."""
+    blobs = {file.name: file.resolve() for file in snapshot.iterdir()}
+    apart = [s for s in map(Path.stat, blobs.values()) if s.st_dev != folder.parent.stat().st_dev]
+    with install(folder, sum(s.st_size for s in apart), origin) as into:
+        for name, blob in blobs.items():
+            try:
+                os.link(blob, into / name)
+            except OSError:  # another disk, or one that has no hard links
+                shutil.copyfile(blob, into / name)
 
 
 def sha256(path: Path) -> str:

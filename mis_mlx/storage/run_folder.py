@@ -74,11 +74,6 @@ def stored_settings(folder: Path, file: str = CONFIG) -> dict[str, Any]:
     return values
 
 
-def stored_plan(folder: Path) -> dict[str, Any]:
-    """How the run trains."""
-    return stored_settings(folder, PLAN)
-
-
 def merged(
     given: Mapping[str, Any], defaults: Mapping[str, Any], stored: Mapping[str, Any], free: frozenset[str]
 ) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def write_tensors(
 ) -> None:
     """Write a model's tensors into `folder`, as `specs` foretell them, one in memory at a time. Use it inside
     `checkpoint.commit_folder`. shards: the same specs in parts; more than one make an index file. Default: `cut`."""
-    shards, coming = shards or cut(specs), _freed(tensors)
+    shards, coming = shards or cut(specs), iter(tensors)
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     by_file = dict(zip(names, shards, strict=True)) if len(shards) > 1 else {"model.safetensors": specs}
     for name, part in by_file.items():
@@ -152,14 +152,6 @@ def write_tensors(
         content = {"metadata": metadata, "weight_map": dict(sorted(where.items()))}
         files.write(folder / INDEX, json.dumps(content, indent=2).encode())
         files.fsync(folder / INDEX)
-
-
-def _freed(tensors: Named) -> Iterator[tuple[str, mx.array]]:
-    """The tensors; the memory of each goes back to the system before the next is made."""
-    for name, array in tensors:
-        yield name, array
-        del array
-        mx.clear_cache()
 
 
 def write_arrays(path: Path, arrays: Mapping[str, mx.array], files: Files) -> tuple[int, str]:
@@ -191,6 +183,7 @@ def _write_file(path: Path, specs: Specs, coming: Iterator[tuple[str, mx.array]]
             files.extend(path, data)
             del whole, data
         del array
+        mx.clear_cache()  # goes back to the system before the next is made
     files.fsync(path)  # shard by shard, so that unwritten pages do not pile up in memory
     return len(head) + end, sha256.hexdigest()
 

@@ -182,8 +182,10 @@ def acknowledged(say: Callable[[Said], None], now: Callable[[], int] = lambda: 0
         say(Said(path, number, contents(path), now()))
         return path
 
-    def committing(final: Path, *arguments: Any, **more: Any) -> None:
-        commit_folder(final, *arguments, **more)
+    @contextmanager
+    def committing(final: Path, *arguments: Any, **more: Any) -> Iterator[Path]:
+        with commit_folder(final, *arguments, **more) as tmp:
+            yield tmp
         passing = final.name == "parts" or final.name.startswith(".tmp-")  # replaced, or deleted, on purpose
         if not (passing or protocol.STEP.fullmatch(final.name)):
             say(Said(final, None, contents(final), now()))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ast
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,11 @@ def test_the_end_of_the_process_at_every_operation(name: str, bench: Benches, no
     assert not b.bad and b.ends["killed"] == b.operations
 
 
-def in_place(final: Path, fill: Callable[[Path], None], files: Files, *_: Any) -> None:
+@contextmanager
+def in_place(final: Path, files: Files, *_: Any) -> Iterator[Path]:
     """What a program without a protocol does: it writes where the model will be."""
     files.make_folder(final)
-    fill(final)
+    yield final
 
 
 def test_without_the_protocol_it_is_found_out(bench: Benches, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,11 +88,13 @@ def test_a_step_overwritten_is_found_out(bench: Benches, monkeypatch: pytest.Mon
     """A test of the test: with the old step gone before the new one is there, an acknowledged step is lost."""
     b, commit = bench("distill"), protocol.commit_folder
 
-    def greedy(final: Path, *arguments: Any, **more: Any) -> None:
+    @contextmanager
+    def greedy(final: Path, *arguments: Any, **more: Any) -> Iterator[Path]:
         if protocol.STEP.fullmatch(final.name):
             for old in final.parent.glob("step-*"):
                 shutil.rmtree(old)
-        commit(final, *arguments, **more)
+        with commit(final, *arguments, **more) as tmp:
+            yield tmp
 
     monkeypatch.setattr(protocol, "commit_folder", greedy)
     for at in range(b.operations // 3, 2 * b.operations // 3, 10):

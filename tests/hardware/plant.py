@@ -90,10 +90,10 @@ class LidClock(VirtualClock):
     def suspend(self, seconds: float) -> None:
         """Close the lid for `seconds`: the wall clock goes on, `monotonic` does not."""
         self._asleep += seconds
-        self._wall += seconds
+        self.wall_s += seconds
 
     def uptime(self) -> float:
-        return super().uptime() + self._asleep
+        return 1e6 + self._awake + self._asleep  # booted long ago
 
     def asleep(self) -> float:
         return self._asleep

@@ -13,7 +13,7 @@ from mis_mlx.types import MisError, Reading
 
 def sums_of(samples: np.ndarray, weights: list[float]) -> Sums:
     """Statistics of samples (batches, channels) of one token each, one weight a batch."""
-    out = Sums.zeros(samples.shape[1])
+    out = Sums(*np.zeros((3, samples.shape[1])))
     for sample, weight in zip(samples, weights, strict=True):
         out.add(sample, sample**2, weight)
     return out
@@ -57,7 +57,7 @@ def test_a_warm_batch_changes_who_is_kept() -> None:
 def test_a_neuron_that_seldom_fires_loud() -> None:
     """3 at one token of ten against 0.5 at all: by means (0.3, 0.5) it goes, by squares (0.9, 0.25) it stays."""
     x = mx.zeros((1, 10, 2)).at[0, 0, 0].add(3.0).at[..., 1].add(0.5)
-    sums = Sums.zeros(2)
+    sums = Sums(*np.zeros((3, 2)))
     sums.add(np.array(importance.channel_sample(x)), np.array(importance.square_sample(x)) / 10, 1.0)
     assert importance.activation(sums).tolist() == pytest.approx([0.3, 0.5])
     assert importance.rms(sums).tolist() == pytest.approx([0.9**0.5, 0.5])

@@ -58,12 +58,12 @@ def walk(optimizer: GuardedAdamW, model: nn.Module, steps: range, scale: float =
 
 @pytest.mark.parametrize("kind", [mx.float32, mx.float16])
 def test_asleep_it_is_adamw(kind: mx.Dtype) -> None:
-    """Guard off, 5 steps with a changing rate: weights and moments equal mlx.optimizers.AdamW's to 1e-6 in float32, to
-    four roundings in float16; the step count exactly."""
+    """Where the guard has nothing to do, 5 steps with a changing rate: weights and moments equal mlx.optimizers.AdamW's
+    to 1e-6 in float32, to four roundings in float16; the step count exactly."""
     ours, theirs = net(), net()
     for model in (ours, theirs):
         model.set_dtype(kind)
-    goral = GuardedAdamW(weight_decay=0.1, guard=False)
+    goral = GuardedAdamW(weight_decay=0.1)
     adamw = optim.AdamW(1e-2, betas=[0.9, 0.95], weight_decay=0.1, bias_correction=True)
     for step in range(5):
         g = tree_map(lambda a: a.astype(kind), gradients(net(), step, 50.0))
@@ -121,7 +121,7 @@ def test_three_bad_steps_in_a_row_stop_the_run() -> None:
 def test_a_spike_is_clipped_to_mean_plus_five_sigma() -> None:
     """Norms 1 and 2 in turn: mean 1.5, sigma 0.5, so a 100x spike counts as 4; the moments say so too."""
     model, twin = net(), net()
-    dog, sleepy = GuardedAdamW(), GuardedAdamW(guard=False)
+    dog, sleepy = GuardedAdamW(), GuardedAdamW()
     for step in range(WAKE):
         for optimizer, own in ((dog, model), (sleepy, twin)):
             walk(optimizer, own, range(step, step + 1), 1.0 + step % 2)

@@ -20,7 +20,7 @@ PROMPT, ANSWERS = [5, 6, 7, 8, 9], [[11, 12, 13, 14], [21], [31, 32, 33]]
 def check(model: nn.Module) -> None:
     """Hidden states of every answer's predictions are those of prompt + answer on their own; so are gradients."""
     b = attention_masks.join(PROMPT, ANSWERS)
-    hidden = attention_masks.forward(model, b.tokens, b.branch, b.positions)
+    hidden = attention_masks.forward(model, b.tokens, b.branch, b.positions)[0]
     assert len(hidden) == len(PROMPT) + 3 + 0 + 2
     for row, answer in enumerate(ANSWERS):
         alone = model.model(mx.array([[*PROMPT, *answer]]))[0, len(PROMPT) - 1 : -1]
@@ -55,7 +55,7 @@ def test_the_gradient_is_that_of_answers_alone(llama: Checkpoint) -> None:
         return (mx.take_along_axis(z, targets[:, None], axis=-1)[:, 0] - mx.logsumexp(z, axis=-1)).sum()
 
     def together(m: nn.Module) -> mx.array:
-        hidden = attention_masks.forward(m, b.tokens, b.branch, b.positions)
+        hidden = attention_masks.forward(m, b.tokens, b.branch, b.positions)[0]
         flat = np.flatnonzero(np.array(b.mask).reshape(-1))
         return picked(hidden[b.at.reshape(-1)[mx.array(flat)]], b.targets.reshape(-1)[mx.array(flat)])
 

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import distill, prune, quantize
 from mis_mlx.distillation import live_teacher
-from mis_mlx.models import arch, expert_names, load, policy, stream, streamed_decode
+from mis_mlx.models import arch, experts, load, policy, stream, streamed_decode
 from mis_mlx.models.config import _opened_as, check_config, normalised, read_config, shape_of
 from mis_mlx.models.families import ALL, FAMILIES, OPENED_AS, family
 from mis_mlx.types import Checkpoint, MisError
@@ -45,7 +45,7 @@ def one_by_one(named: Mapping[str, mx.array], config: Mapping[str, Any]) -> dict
     """Experts that mlx_lm has stacked, by their own names."""
     found, of = dict[str, mx.array](), family(config)
     for name, array in named.items():
-        if stacked := expert_names.STACKED.fullmatch(name):
+        if stacked := experts.STACKED.fullmatch(name):
             matrix = of.matrices[("gate_proj", "up_proj", "down_proj").index(stacked[2])]
             found |= {f"{stacked[1]}experts.{e}.{matrix}.{stacked[3]}": one for e, one in enumerate(array)}
         else:
@@ -112,7 +112,7 @@ def test_a_mixture_writes_what_stock_writes(models: Models, kind: str) -> None:
         source = stream.Stream(checkpoint, mx.float32, room)
         got = [token for new in streamed_decode.decode(source, prompt, 8) for token in new]
         assert got == want
-        read.append(source.read_bytes)
+        read.append(source.reader.nbytes)
     assert read[0] > 1.5 * read[1] > 1.5 * read[2]
 
 
@@ -152,19 +152,19 @@ def test_experts_are_read_once_for_many_batches(models: Models, kind: str, monke
         monkeypatch.setattr(stream, "GROUP_BYTES", windows * 3 * 2 * 4 * s.hidden)
         source = stream.Stream(checkpoint, mx.float32)
         hidden = source.embed(tokens)
-        before = source.read_bytes
+        before = source.reader.nbytes
         for _, block in source.blocks():
             source.through(block, hidden)
-        read[windows] = source.read_bytes - before
+        read[windows] = source.reader.nbytes - before
         assert all(mx.array_equal(a, b) for a, b in zip(source.norm(hidden), whole, strict=True))
     assert dense < read[4] < read[2] < read[1] and read[4] <= sum(sizes) + 4096 * len(sizes)
     assert read[1] <= dense + 4 * s.layers * 6 * (expert + 3 * 8192) + 4096 * len(sizes)  # 3 tokens x 2 experts each
     source = stream.Stream(checkpoint, mx.float32, None)
     source.forward(tokens)
-    before = source.read_bytes
+    before = source.reader.nbytes
     source.forward(tokens)
     rows = 4 * s.hidden * len({int(t) for b in tokens for t in np.array(b).reshape(-1)})
-    assert source.read_bytes - before <= 4 * rows
+    assert source.reader.nbytes - before <= 4 * rows
 
 
 @pytest.mark.usefixtures("cpu_policy")

@@ -54,11 +54,8 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(name: str, cache: Path) ->
 def test_the_default_is_taken_from_the_cache(cache: Path) -> None:
     """A whole folder in the cache is enough, and the line says where it once came from."""
     folder = cache / "SmolLM2-135M-Instruct"
-
-    def fill(temp: Path) -> None:
+    with hub.install(folder, 2, {"source": "a wheel"}) as temp:
         (temp / "config.json").write_text("{}")
-
-    hub.install(folder, fill, 2, {"source": "a wheel"})
     assert (
         resolve.resolve_model()
         == resolve.resolve_model(resolve.DEFAULT)

@@ -96,7 +96,7 @@ def test_what_has_room_is_read_once(models: Callable[[str], Checkpoint], batches
     """The head first, then blocks from the first on; the second pass reads only the rest, and gives the same bits."""
     checkpoint = models(kind)
     plain = stream.Stream(checkpoint, mx.float32)
-    want, embedded = plain.forward(batches), plain.read_bytes
+    want, embedded = plain.forward(batches), plain.reader.nbytes
     embedded -= sum(t.nbytes for n, t in checkpoint.tensors.items() if ".layers." in n)
     block = sum(t.nbytes for n, t in checkpoint.tensors.items() if ".layers.0." in n)
     head = 512 * 64 * 4
@@ -105,10 +105,10 @@ def test_what_has_room_is_read_once(models: Callable[[str], Checkpoint], batches
         assert source.keeps == keeps
         passes = []
         for _ in range(2):
-            before = source.read_bytes
+            before = source.reader.nbytes
             got = source.forward(batches)
             source.head()
-            passes.append(source.read_bytes - before)
+            passes.append(source.reader.nbytes - before)
             assert all(mx.array_equal(a, b) for a, b in zip(want, got, strict=True))
         kept_head = head if room is None or room >= head else 0
         assert passes[0] == pytest.approx(embedded + 3 * block + head, abs=3 * 65536)  # gaps are read along

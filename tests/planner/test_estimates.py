@@ -201,14 +201,14 @@ def test_a_real_pass_stays_under_the_plan(
     mx.reset_peak_memory()
     source = stream.Stream(checkpoint, dtype)
     hidden = source.embed(batches)
-    embedded = source.read_bytes
+    embedded = source.reader.nbytes
     for _, block in source.blocks():
         source.through(block, hidden)
     source.norm(hidden)
     peak = mx.get_peak_memory() - before
     mx.set_cache_limit(cache)
     p = estimates.streamed_pass("pass", m, windows * length, length, length, GIB, head=False)
-    assert source.read_bytes - embedded == pytest.approx(p.read_bytes, rel=0.01)  # extents: whole pages at the ends
+    assert source.reader.nbytes - embedded == pytest.approx(p.read_bytes, rel=0.01)  # extents: whole pages at the ends
     most = 1.5 if word == "cpu" else 2.5
     assert p.peak_bytes - estimates.SMALL_BYTES < most * peak and peak < p.peak_bytes, (peak, p.peak_bytes)
 
@@ -255,13 +255,13 @@ def test_the_engine_keeps_as_many_blocks_as_planned(
     batches = [mx.array([[1, 2, 3]])]
     source.forward(batches)
     source.head()
-    first = source.read_bytes
+    first = source.reader.nbytes
     hidden = source.embed(batches)
-    first, embedded = source.read_bytes, source.read_bytes - first
+    first, embedded = source.reader.nbytes, source.reader.nbytes - first
     for _, block in source.blocks():
         source.through(block, hidden)
     source.head()
-    assert embedded > 0 and source.read_bytes - first == pytest.approx((6 - blocks) * m.block_bytes, rel=0.01)
+    assert embedded > 0 and source.reader.nbytes - first == pytest.approx((6 - blocks) * m.block_bytes, rel=0.01)
 
 
 def test_a_token_keeps_what_fits() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from mis_mlx import distill, plan, prune
 from mis_mlx.maths import importance
-from mis_mlx.models import arch, expert_names, load, model_writer
+from mis_mlx.models import arch, experts, load, model_writer
 from mis_mlx.models.config import check_config, shape_of
 from mis_mlx.pruning import calibrate, reconstruct, router
 from mis_mlx.types import MisError
@@ -30,7 +30,7 @@ def cut(model: Path, out: Path, text: Path, **how: Any) -> dict[str, Any]:
 
 def test_scores_by_pencil() -> None:
     """Two tokens choose expert 0 by halves, outputs of norm 5 and 1; one chooses expert 2 wholly; 1 is left alone."""
-    sums = importance.ExpertSums.zeros(3)
+    sums = importance.ExpertSums(*np.zeros((3, 3)))
     sums.add(0, np.array([0.5, 0.5]), mx.array([[3.0, 4.0], [1.0, 0.0]]), 2.0)
     sums.add(2, np.array([1.0]), mx.array([[0.0, 2.0]]), 4.0)
     scores = sums.scores()
@@ -88,9 +88,9 @@ def test_what_stays_is_the_teachers(tmp_path: Path, text_folder: Path, by: str) 
     for name in arch.tensors_of(student.config):
         own, i = load.dense(student, name), arch.block_of(name)
         chosen = keep.kept[i, "experts"] if i is not None else ()
-        if (e := expert_names.expert_of(name)) is not None:
+        if (e := experts.expert_of(name)) is not None:
             assert mx.array_equal(own, load.dense(teacher, name.replace(f"experts.{e}.", f"experts.{chosen[e]}.")))
-        elif expert_names.is_router(name):
+        elif experts.is_router(name):
             assert mx.array_equal(own, load.dense(teacher, name)[mx.array(chosen)])
         else:
             assert mx.array_equal(own, load.dense(teacher, name))
@@ -233,5 +233,5 @@ def test_trained_in_other_ways(tmp_path: Path, text_folder: Path, kind: str, way
         eval_windows=2, reconstruct_samples=4, bench_tokens=0, q_group_size=32, experts="0.5x", train=way,
     ))  # fmt: skip
     students = [load.open_checkpoint(tmp_path / "run" / name) for name in ("pruned", "distilled")]
-    name = next(n for n in students[0].tensors if expert_names.expert_of(n) is not None)
+    name = next(n for n in students[0].tensors if experts.expert_of(n) is not None)
     assert result["mode"] == way and not mx.array_equal(*(load.dense(student, name) for student in students))

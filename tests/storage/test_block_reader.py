@@ -13,9 +13,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.models import slots, stream
+from mis_mlx.models import stream
 from mis_mlx.storage import block_reader
-from mis_mlx.storage.block_reader import GAP, PAGE, PIECE, Extent, Layout, Reader
+from mis_mlx.storage.block_reader import GAP, PAGE, PIECE, Layout, Reader
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.header_check import check
 from mis_mlx.storage.safetensors import write_arrays
@@ -39,7 +39,7 @@ def load(source: Reader, tensors: Mapping[str, TensorAt], into: memoryview | Non
     """All tensors through one buffer that begins at a page, as a block of a model is read."""
     where = Layout(tensors)
     view = memoryview(mmap.mmap(-1, where.nbytes or PAGE)) if into is None else into
-    wanted = [(e.file, e.begin, e.end, view[e.at : e.at + -(-(e.end - e.begin) // PAGE) * PAGE]) for e in where.extents]
+    wanted = [(file, begin, end, view[at:until]) for file, begin, end, at, until in where.extents]
     source.begin(wanted)()
     return {name: bytes(view[where.at[name] : where.at[name] + t.nbytes]) for name, t in tensors.items()}
 
@@ -57,7 +57,7 @@ def test_any_layout_gives_the_bytes_of_the_files(tmp_path: Path, seed: int, dire
     some = {str(n): tensors[str(n)] for n in chosen}
     source = Reader(tensors, direct)
     assert load(source, some) == {name: on_disk(t) for name, t in some.items()}
-    assert source.nbytes == sum(e.end - e.begin for e in Layout(some).extents)
+    assert source.nbytes == sum(end - begin for _, begin, end, *_ in Layout(some).extents)
 
 
 def test_neighbours_are_read_at_once_and_far_ones_apart() -> None:
@@ -70,9 +70,9 @@ def test_neighbours_are_read_at_once_and_far_ones_apart() -> None:
     near, far = 4200 + GAP, 4200 + 10 + GAP + GAP + 1
     found = Layout({"x": at(a, 4100, 100), "z": at(a, far, 5000), "y": at(a, near, 10), "w": at(b, 7, 1)})
     assert found.extents == [
-        Extent(a, 4096, near + 10, 0),
-        Extent(a, far // PAGE * PAGE, far + 5000, 17 * PAGE),
-        Extent(b, 0, 8, 19 * PAGE),
+        (a, 4096, near + 10, 0, 17 * PAGE),
+        (a, far // PAGE * PAGE, far + 5000, 17 * PAGE, 19 * PAGE),
+        (b, 0, 8, 19 * PAGE, 20 * PAGE),
     ]
     assert found.at == {"x": 4, "y": near - 4096, "z": 17 * PAGE + far % PAGE, "w": 19 * PAGE + 7}
     assert found.nbytes == 20 * PAGE
@@ -90,8 +90,8 @@ def test_a_pass_uses_two_buffers_however_often_it_is_made(
     llama: Checkpoint, batches: list[mx.array], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that computes, one that fills: three passes over three blocks make no more, and the same numbers."""
-    made, new = [], slots.Slot
-    monkeypatch.setattr(slots, "Slot", lambda nbytes: made.append(new(nbytes)) or made[-1])
+    made, new = [], block_reader.Slot
+    monkeypatch.setattr(block_reader, "Slot", lambda nbytes: made.append(new(nbytes)) or made[-1])
     source = stream.Stream(llama, mx.float32)
     first = source.forward(batches)
     for _ in range(2):

@@ -123,8 +123,8 @@ def test_a_folder_that_exists_is_refused_and_untouched(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("model", "link"):
-        with pytest.raises(MisError, match="exists already"):
-            commit_folder(tmp_path / name, lambda tmp: (tmp / "x").touch(), DISK, 0)
+        with pytest.raises(MisError, match="exists already"), commit_folder(tmp_path / name, DISK, 0) as tmp:
+            (tmp / "x").touch()
     assert names(tmp_path) == ["link", "model"] and names(tmp_path / "model") == []
     save(tmp_path / "steps", 3)
     with pytest.raises(MisError, match="step-00000003 exists already"):
@@ -133,14 +133,10 @@ def test_a_folder_that_exists_is_refused_and_untouched(tmp_path: Path) -> None:
 
 def test_a_fill_that_fails_or_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
     """A bug keeps its own exception, Ctrl-C too; neither leaves half a folder."""
-
-    def fill(tmp: Path) -> None:
-        (tmp / "half").write_text("x")
-        raise error
-
     for error in (ZeroDivisionError(), KeyboardInterrupt()):
-        with pytest.raises(type(error)):
-            commit_folder(tmp_path / "model", fill, DISK, 0)
+        with pytest.raises(type(error)), commit_folder(tmp_path / "model", DISK, 0) as tmp:
+            (tmp / "half").write_text("x")
+            raise error
         assert names(tmp_path) == []
 
 
@@ -156,12 +152,10 @@ def test_commit_syncs_every_file_and_folder_before_the_rename(tmp_path: Path) ->
             done.append("rename")
             super().rename(source, target)
 
-    def fill(tmp: Path) -> None:
+    with commit_folder(tmp_path / "model", Listening(), 0) as tmp:
         (tmp / "config.json").write_text("{}")
         (tmp / "inner").mkdir()
         (tmp / "inner" / "file").write_text("x")
-
-    commit_folder(tmp_path / "model", fill, Listening(), 0)
     assert done == ["config.json", "inner", "file", f".tmp-model-{os.getpid()}", "rename", "parent"]
 
 
@@ -241,6 +235,7 @@ def test_what_a_dead_process_left_is_swept(name: str, tmp_path: Path) -> None:
     for path in (left, living, other):
         path.mkdir()
         (path / "half").write_bytes(b"x")
-    commit_folder(tmp_path / "m", lambda tmp: DISK.write(tmp / "whole", b"y"), DISK, 1)
+    with commit_folder(tmp_path / "m", DISK, 1) as tmp:
+        DISK.write(tmp / "whole", b"y")
     assert not left.exists() and living.exists() and other.exists()
     assert [p.name for p in (tmp_path / "m").iterdir()] == ["whole"]

@@ -106,11 +106,11 @@ def test_another_teacher_or_text_is_refused_another_version_is_said() -> None:
 def test_damage_is_a_sentence(content: bytes | None) -> None:
     """config.yaml, origin.json or plan.json gone, empty or garbled."""
     folder = run_folder.create(None, "r", SETTINGS, ORIGIN, PLAN, DISK)
-    assert run_folder.stored_plan(folder) == PLAN
+    assert run_folder.stored_settings(folder, run_folder.PLAN) == PLAN
     for name, read in (
         (run_folder.CONFIG, run_folder.stored_settings),
         (run_folder.ORIGIN, lambda f: run_folder.same_origin(f, ORIGIN)),
-        (run_folder.PLAN, run_folder.stored_plan),
+        (run_folder.PLAN, lambda f: run_folder.stored_settings(f, run_folder.PLAN)),
     ):
         (folder / name).unlink()
         if content is not None:

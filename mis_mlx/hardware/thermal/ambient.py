@@ -5,6 +5,7 @@ witness is no estimate, never a silent 20 °C. The priors are for a fanless M1 A
 
 import math
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from mis_mlx.hardware.thermal.recording import Header
-from mis_mlx.hardware.thermal.sensor_rules import Values
 from mis_mlx.types import MisError, Reading
 
 GIVEN_SIGMA_C = 0.7
@@ -33,14 +33,6 @@ class Estimate:
     source: str
 
 
-def _aged(estimate: Estimate, at_s: float, virtual_c: float | None, now_s: float, now_c: float | None) -> Estimate:
-    """A value that was good at `at_s`, when TVA0 said `virtual_c`: less sure with time, and by as much as TVA0 has
-    moved since, so that a value from before the halny came cannot outvote the sensors that feel it."""
-    moved = now_c - virtual_c if now_c is not None and virtual_c is not None else 0.0
-    variance = estimate.sigma_c**2 + DRIFT_C2_PER_S * (now_s - at_s) + moved**2
-    return replace(estimate, sigma_c=math.sqrt(variance))
-
-
 class Ambient:
     """The estimate over time. `given_c`: what the user's thermometer says at the first look;
     `virtual_sigma_c`: how far TVA0 may be off, 2.5 °C on M1 and M2, 4 on later chips."""
@@ -51,14 +43,20 @@ class Ambient:
         self._node = BatteryNode()
         self._anchors: dict[str, tuple[Estimate, float, float | None]] = {}  # by source; value, time, TVA0 then
 
-    def update(self, values: Values, now_s: float, rested: bool) -> Estimate | None:
+    def update(self, values: Mapping[str, Any], now_s: float, rested: bool) -> Estimate | None:
         """The estimate after one more look; `None`: no witness. rested: just booted, or woken from a long sleep."""
-        virtual = values.virtual_ambient_c
+        virtual = values.get("virtual_ambient_c")
         new = [cold_soak(values) if rested else None, self._node.update(values, now_s)]
         if self._given_c is not None and "given" not in self._anchors:
             new.append(Estimate(self._given_c, GIVEN_SIGMA_C, "given"))
         self._anchors |= {estimate.source: (estimate, now_s, virtual) for estimate in new if estimate is not None}
-        witnesses = [_aged(*anchor, now_s, virtual) for anchor in self._anchors.values()]
+        witnesses = []
+        for estimate, at_s, then in self._anchors.values():
+            # Less sure with time, and by as much as TVA0 has moved since, so that a value from before the halny came
+            # cannot outvote the sensors that feel it.
+            moved = virtual - then if virtual is not None and then is not None else 0.0
+            variance = estimate.sigma_c**2 + DRIFT_C2_PER_S * (now_s - at_s) + moved**2
+            witnesses.append(replace(estimate, sigma_c=math.sqrt(variance)))
         if virtual is not None:
             witnesses.append(Estimate(virtual + VIRTUAL_OFFSET_C, self._virtual_sigma_c, "SMC TVA0"))
         return fuse(witnesses)
@@ -88,9 +86,9 @@ def t_env_kind(reading: Reading) -> str:
     return "none" if source is None else "given" if "given" in source.split(" + ") else "measured"
 
 
-def cold_soak(values: Values) -> Estimate | None:
+def cold_soak(values: Mapping[str, Any]) -> Estimate | None:
     """The best free method: after a long rest all parts have the air's temperature, if they agree."""
-    parts = [values.battery_c, values.nand_c, values.virtual_ambient_c, values.soc_c]
+    parts = map(values.get, ("battery_c", "nand_c", "virtual_ambient_c", "soc_c"))
     known = [part for part in parts if part is not None]
     if len(known) < 3 or max(known) - min(known) > SOAK_SPREAD_C:
         return None
@@ -121,11 +119,12 @@ class BatteryNode:
         self._state: np.ndarray | None = None  # (T_air, r)
         self._covariance = np.diag([self.START_SIGMA_C**2, self.START_SIGMA_R**2])
 
-    def update(self, values: Values, now_s: float) -> Estimate | None:
+    def update(self, values: Mapping[str, Any], now_s: float) -> Estimate | None:
         """A new estimate at the end of each usable window of 10 minutes, else `None`."""
-        if values.battery_c is None or values.power_w is None:
+        battery_c, power_w = values.get("battery_c"), values.get("power_w")
+        if battery_c is None or power_w is None:
             return None
-        look = now_s, values.battery_c, values.power_w, values.battery_percent or 0.0
+        look = now_s, battery_c, power_w, values.get("battery_percent") or 0.0
         self._window = [seen for seen in self._window if now_s - seen[0] <= self.WINDOW_S] + [look]
         if now_s - self._window[0][0] < 0.9 * self.WINDOW_S or len(self._window) < 10:
             return None
@@ -138,21 +137,16 @@ class BatteryNode:
             return None
         noise = self.NOISE_C**2 * (1 / len(times) + self.TAU_S**2 / spread)
         variance = noise + (self.TAU_ERROR * self.TAU_S * slope) ** 2 + self.MODEL_ERROR_C**2
-        air_c, sigma_c = self._correct(float(temperatures.mean()) + self.TAU_S * slope, variance, power_w)
-        floor = self.LOAD_FLOOR_C if power_w > self.IDLE_W else self.IDLE_FLOOR_C
-        return Estimate(air_c, max(sigma_c, floor), "battery model")
-
-    def _correct(self, measured: float, variance: float, power_w: float) -> tuple[float, float]:
-        """One Kalman step with measurement = T_air + power · r; `(T_air in °C, its σ)`."""
-        weights = np.array([1.0, power_w])
+        measured, weights = float(temperatures.mean()) + self.TAU_S * slope, np.array([1.0, power_w])
         if self._state is None:
             self._state = np.array([measured - self.START_R * power_w, self.START_R])
         self._covariance += self.WINDOW_S * np.diag([DRIFT_C2_PER_S, self.R_DRIFT**2])
-        shared = self._covariance @ weights
+        shared = self._covariance @ weights  # one Kalman step with measurement = T_air + power · r
         gain = shared / (weights @ shared + variance)
         self._state += gain * (measured - weights @ self._state)
         self._covariance -= np.outer(gain, shared)
-        return float(self._state[0]), math.sqrt(self._covariance[0, 0])
+        floor = self.LOAD_FLOOR_C if power_w > self.IDLE_W else self.IDLE_FLOOR_C
+        return Estimate(float(self._state[0]), max(math.sqrt(self._covariance[0, 0]), floor), "battery model")
 
 
 def find_altitude(given_m: float | None, header: Header, config: Path | None = None) -> tuple[float | None, str]:

@@ -55,20 +55,13 @@ class Hid:
     """One client of the HID event system, matched to thermometers. Raises OSError when there is none."""
 
     def __init__(self, library: Path | None = None):
-        self._c = functions("Hid", library)
-        self._client = self._c.IOHIDEventSystemClientCreate(None)
+        self._c = c = functions("Hid", library)
+        self._client = c.IOHIDEventSystemClientCreate(None)
         if not self._client:
             raise OSError("IOHIDEventSystemClientCreate gave nothing")
-        self._product = self._string(b"Product")
-        self._match_thermometers()
-
-    def _string(self, text: bytes) -> Any:
-        return self._c.CFStringCreateWithCString(None, text, UTF8)
-
-    def _match_thermometers(self) -> None:
-        """Ask for {"PrimaryUsagePage": 0xff00, "PrimaryUsage": 5} only."""
-        c = self._c
-        keys = (c_void_p * 2)(*map(self._string, (b"PrimaryUsagePage", b"PrimaryUsage")))
+        names = (b"Product", b"PrimaryUsagePage", b"PrimaryUsage")
+        self._product, *asked = (c.CFStringCreateWithCString(None, name, UTF8) for name in names)
+        keys = (c_void_p * 2)(*asked)  # of {"PrimaryUsagePage": 0xff00, "PrimaryUsage": 5}: thermometers only
         numbers = (c_int32(APPLE_VENDOR_PAGE), c_int32(TEMPERATURE_USAGE))
         values = (c_void_p * 2)(*(c.CFNumberCreate(None, SINT32, byref(n)) for n in numbers))
         callbacks = byref(c.kCFTypeDictionaryKeyCallBacks), byref(c.kCFTypeDictionaryValueCallBacks)
@@ -111,18 +104,13 @@ class Hid:
             self._c.CFRelease(owned)
 
 
-class KeyInfo(ctypes.Structure):
-    """How a key's bytes are to be read."""
-
-    _fields_ = (("size", c_uint32), ("type", c_uint32), ("attributes", c_uint8))
-
-
 class KeyData(ctypes.Structure):
     """The 80 bytes of every call. Another size is a 'bad argument', which looks like a privilege wall and is none."""
 
     _fields_ = (
-        ("key", c_uint32), ("version_and_limits", c_uint8 * 24), ("info", KeyInfo), ("result", c_uint8),
-        ("status", c_uint8), ("command", c_uint8), ("index", c_uint32), ("bytes", c_uint8 * 32),
+        ("key", c_uint32), ("version_and_limits", c_uint8 * 24), ("size", c_uint32), ("type", c_uint32),
+        ("attributes", c_uint8 * 4), ("result", c_uint8), ("status", c_uint8), ("command", c_uint8),
+        ("index", c_uint32), ("bytes", c_uint8 * 32),
     )  # fmt: skip
 
 
@@ -140,14 +128,9 @@ class Smc:
     """One connection to the controller. Raises OSError when it cannot be opened."""
 
     def __init__(self, library: Path | None = None):
-        self._c = functions("Smc", library)
-        self._connection = self._connect()
-        # On some machines KEY_INFO finds nothing until one call by index was made on the connection.
-        self._ask(KeyData(command=KEY_BY_INDEX, index=0))
-
-    def _connect(self) -> int:
-        """A connection to the keys endpoint if there is one, else to the first AppleSMC service that opens."""
-        c, iterator, connection = self._c, c_uint32(0), c_uint32(0)
+        self._c = c = functions("Smc", library)
+        # To the keys endpoint if there is one, else to the first AppleSMC service that opens.
+        iterator, connection = c_uint32(0), c_uint32(0)
         if c.IOServiceGetMatchingServices(0, c.IOServiceMatching(b"AppleSMC"), byref(iterator)):  # eats the dictionary
             raise OSError("IOServiceGetMatchingServices failed")
         buffer, services = ctypes.create_string_buffer(128), []
@@ -161,7 +144,9 @@ class Smc:
             c.IOObjectRelease(service)
         if not opened:
             raise OSError(f"none of {len(services)} AppleSMC services could be opened")
-        return connection.value
+        self._connection = connection.value
+        # On some machines KEY_INFO finds nothing until one call by index was made on the connection.
+        self._ask(KeyData(command=KEY_BY_INDEX, index=0))
 
     def _ask(self, question: KeyData) -> KeyData:
         answer, size = KeyData(), c_size_t(ctypes.sizeof(KeyData))
@@ -178,12 +163,11 @@ class Smc:
     def value(self, key: str) -> str | None:
         """ "type:bytes in hex" of a key such as "TCMz"; `None` when the machine has no such key."""
         number = int.from_bytes(key.encode("ascii"), "big")
-        known = self._ask(KeyData(key=number, command=KEY_INFO)).info
+        known = self._ask(KeyData(key=number, command=KEY_INFO))
         if not (0 < known.size <= 32 and known.type):
             return None
-        question = KeyData(key=number, command=READ_BYTES)  # a fresh struct: leftovers are refused
-        question.info.size, question.info.type = known.size, known.type
-        answer = self._ask(question)
+        # A fresh struct: leftovers are refused.
+        answer = self._ask(KeyData(key=number, command=READ_BYTES, size=known.size, type=known.type))
         if answer.result:
             return None
         kind = known.type.to_bytes(4, "big").decode("ascii", "replace")

@@ -73,18 +73,10 @@ class Duty:
         wanted = self._integral + self.KP * room_k
         winds_up = (wanted >= 1.0 and room_k > 0) or (wanted <= self.LOW and room_k < 0)
         if not winds_up:
-            self._integral = self._clip(self._integral + self.KI * room_k * elapsed_s)
+            self._integral = min(1.0, max(self.LOW, self._integral + self.KI * room_k * elapsed_s))
         wanted = min(self._integral + self.KP * room_k, ceiling, self.value + self.RISE_PER_S * elapsed_s)
-        self.value = self._clip(wanted)
+        self.value = min(1.0, max(self.LOW, wanted))
         return self.value
-
-    def hold(self, ceiling: float) -> float:
-        """The duty when there is no temperature to go by: no higher than it was, nor than `ceiling`."""
-        self.value = self._clip(min(self.value, ceiling))
-        return self.value
-
-    def _clip(self, duty: float) -> float:
-        return min(1.0, max(self.LOW, duty))
 
 
 class Held:
@@ -227,7 +219,7 @@ class Governor:
         if self.blind:
             duty, cause, reason = 1.0, "blind", "no die thermometer: only the battery is governed"
         elif self._lost.samples:
-            duty = self._duty.hold(LOST_DUTY)
+            duty = self._duty.value = min(self._duty.value, LOST_DUTY)
             cause, reason = "sensor lost", f"no die temperature for {LOST_S:.0f} s: duty {LOST_DUTY} at most"
         else:
             heavy = (reading.pressure_level or 0) >= HEAVY_PRESSURE

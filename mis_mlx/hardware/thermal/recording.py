@@ -116,12 +116,9 @@ class Replay:
         self._last: Raw = next(self._records)
         self._next: Raw | None = self._last
         self._offset_s = clock.monotonic() - self._last.mono_s
-        clock.set_wall(self._last.wall_s)
-
-    @property
-    def ended(self) -> bool:
-        """Whether the last record has been given."""
-        return self._next is None
+        clock.wall_s = self._last.wall_s
+        self.ended = False  # whether the last record has been given
+        self.close = self._records.close
 
     def look(self) -> Raw:
         """The next record, its `mono_s` counted by the replay's clock."""
@@ -129,15 +126,11 @@ class Replay:
         while self._next is not None and (fresh is None or self._wait_s(self._next) <= 0):
             fresh, self._next = self._next, next(self._records, None)
         self.clock.sleep(AFTER_THE_END_S if fresh is None else self._wait_s(fresh))
-        self._last = fresh or self._last
+        self._last, self.ended = fresh or self._last, self._next is None
         return replace(self._last, mono_s=self.clock.monotonic())
 
     def _wait_s(self, raw: Raw) -> float:
         return raw.mono_s + self._offset_s - self.clock.monotonic()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._records.close()
 
 
 def _lines(path: Path) -> Generator[Any, None, None]:

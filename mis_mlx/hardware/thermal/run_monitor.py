@@ -12,11 +12,11 @@ from mis_mlx import cli
 from mis_mlx.hardware.thermal import ambient, governor
 from mis_mlx.hardware.thermal.governor import Decision, Governor, Mode
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor, battery_charge
-from mis_mlx.maths.losses import halny_sigma
+from mis_mlx.maths.losses import HALNY_CLIP
 from mis_mlx.storage.files import DISK, Files
 from mis_mlx.types import Celsius, Metres, MisError, Reading, Step
 
-HOUR_S = 3600.0
+HALNY_REFERENCE_C = 15.0  # of spread, which is the full HALNY_CLIP
 VIRTUAL_STEP_S = 1.0  # in a replay every step takes this long, so that a replay gives the same run everywhere
 
 
@@ -116,7 +116,7 @@ class ThermalMonitor:
 
     def reading(self) -> Reading:
         """The latest reading; of a recording the next one, and its last one again when it has ended."""
-        return (self.last() if self.monitor.ended else None) or self.monitor.reading()
+        return (self.last() if self.monitor.source.ended else None) or self.monitor.reading()
 
     def last(self) -> Reading | None:
         """The reading that was given last, without asking for a new one."""
@@ -129,13 +129,13 @@ class ThermalMonitor:
 
     def sigma(self) -> float:
         """Spread of eps_halny from the last hour's measured T_env (design: 0.15 * std / 15 °C); 0 if unmeasured."""
-        air = [r.ambient_c for r in self.monitor.history(HOUR_S) if r.ambient_c is not None]
+        air = [r.ambient_c for r in self.monitor.history() if r.ambient_c is not None]
         measured = air and ambient.t_env_kind(self.monitor.history()[-1]) == "measured"
-        return halny_sigma(statistics.pstdev(air) if measured else None)
+        return HALNY_CLIP * statistics.pstdev(air) / HALNY_REFERENCE_C if measured else 0.0
 
     def after(self, step: Step) -> Iterator[Decision]:
         """Ask the governor after a step, wait as it says, log each decision. The last one is run or stop."""
-        if self.monitor.replayed and self.monitor.ended:
+        if self.monitor.source.ended:
             return
         if self._governor is None:
             first = self.reading()

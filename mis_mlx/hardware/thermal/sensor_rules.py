@@ -2,9 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from statistics import mean, median
+from typing import NamedTuple
 
 from mis_mlx.hardware.thermal.apple_sensors import decode
 from mis_mlx.hardware.thermal.recording import Raw
@@ -15,24 +14,17 @@ LINUX_BATTERY = re.compile(r"\S+ BAT\w*\b")
 PARKED_C = 30.0  # what a GPU's sensors say while it has no power; public dumps are rounded
 
 
-@dataclass(frozen=True)
-class Values:
-    """What one look is believed to say. `None` = not measured, with its reason in `reasons`."""
+class Fact(NamedTuple):
+    """What is believed, where it came from, and why it is None if it was not measured."""
 
-    die_c: float | None = None  # hottest spot
-    soc_c: float | None = None
-    battery_c: float | None = None
-    nand_c: float | None = None
-    virtual_ambient_c: float | None = None  # SMC TVA0, the firmware's own guess
-    power_w: float | None = None
-    battery_percent: float | None = None
-    sources: Mapping[str, str] = field(default_factory=dict)
-    reasons: Mapping[str, str] = field(default_factory=dict)
+    value: float | int | bool | None
+    source: str
+    reason: str
 
 
-def judge(raw: Raw) -> Values:
-    """All values of one look, each with its source or the reason why it is missing."""
-    hid = believable_hid(raw.hid)
+def judge(raw: Raw) -> dict[str, Fact]:
+    """All values of one look by name. die_c: the hottest spot; virtual_ambient_c: the firmware's own guess."""
+    hid = [(name, value) for name, value in raw.hid if _believed(name, value)]
     smc = {key: decode(text) for key, text in raw.smc.items()}
     judged: dict[str, tuple[float | None, str]] = {
         "die_c": _die(hid, smc, raw),
@@ -47,24 +39,16 @@ def judge(raw: Raw) -> Values:
     looked_at = len(raw.hid) + len(raw.smc) + len(raw.linux)
     reason = f"none of {looked_at} sensors gives a believable value" if looked_at else "no sensor answered"
     reason += f" ({providers})" if providers else ""
-    return Values(
-        **{name: value for name, (value, _) in judged.items()},
-        sources={name: source for name, (value, source) in judged.items() if value is not None},
-        reasons={name: reason for name, (value, _) in judged.items() if value is None},
-    )
+    return {name: Fact(*found, reason) for name, found in judged.items()}
 
 
-def believable_hid(rows: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
-    """The rows that can be temperatures of a named part. Left out: calibration constants (`tcal`, `TR0Z`, always near
-    51.85), `tdev` (−21.7, −9202.86 seen), parts without a name, and a parked GPU."""
-
-    def believed(name: str, value: float) -> bool:
-        if DIE.fullmatch(name):
-            parked = name.startswith("GPU") and abs(value - PARKED_C) < 0.05
-            return 5 < value < 130 and not parked
-        return name.startswith(("gas gauge battery", "NAND")) and _within(value, -20, 90) is not None
-
-    return [(name, value) for name, value in rows if believed(name, value)]
+def _believed(name: str, value: float) -> bool:
+    """Whether this can be the temperature of a named part. It cannot: calibration constants (`tcal`, `TR0Z`, always
+    near 51.85), `tdev` (−21.7, −9202.86 seen), parts without a name, and a parked GPU."""
+    if DIE.fullmatch(name):
+        parked = name.startswith("GPU") and abs(value - PARKED_C) < 0.05
+        return 5 < value < 130 and not parked
+    return name.startswith(("gas gauge battery", "NAND")) and _within(value, -20, 90) is not None
 
 
 def _die(hid: list[tuple[str, float]], smc: dict[str, float | None], raw: Raw) -> tuple[float | None, str]:

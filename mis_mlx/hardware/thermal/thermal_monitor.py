@@ -17,7 +17,7 @@ from mis_mlx.hardware.clock import Clock, VirtualClock
 from mis_mlx.hardware.thermal.ambient import Ambient, Estimate, find_altitude, t_env_kind
 from mis_mlx.hardware.thermal.apple_sensors import Apple
 from mis_mlx.hardware.thermal.recording import Header, Raw, Replay, Rows
-from mis_mlx.hardware.thermal.sensor_rules import Frozen, Values, judge
+from mis_mlx.hardware.thermal.sensor_rules import Fact, Frozen, judge
 from mis_mlx.types import MisError, Reading
 
 PERIOD_S = 1.0
@@ -25,13 +25,12 @@ HISTORY_S = 3600.0
 LONG_SLEEP_S = 5400.0  # after which everything in the case has the air's temperature
 JUST_BOOTED_S = 600.0
 VIRTUAL_SIGMA_C, VIRTUAL_SIGMA_LATER_C = 2.5, 4.0  # of TVA0: M1 and M2, later chips
-Fact = tuple[float | int | bool | None, str, str]  # value, source, the reason where it is None
 
 
 class Live:
     """This machine's thermometers: Apple's where there are any, else psutil's; psutil for the battery."""
 
-    ended = False
+    ended = False  # as a recording is
 
     def __init__(self, clock: Clock, apple_library: Path | None = None):
         self.clock = clock
@@ -85,6 +84,10 @@ class Monitor:
             raise MisError(f"ambient temperature {given_ambient_c} °C is not within −60 and 60: give it in °C")
         self.source: Live | Replay
         self.source = Replay(replay, VirtualClock()) if replay else Live(clock or Clock(), apple_library)
+        self.replayed = isinstance(self.source, Replay)
+        # A live Mac, and no virtual one: there a run without a die temperature is not safe.
+        mac = sys.platform == "darwin" or getattr(self.source, "apple", None) is not None
+        self.apple = mac and not self.replayed and not getattr(self.source, "virtual", False)
         self.clock: Clock = self.source.clock
         self.reasons: Mapping[str, str] = {}  # field of Reading -> why it is None
         early = (self.source.header.chip or "").startswith(("Apple M1", "Apple M2"))
@@ -96,22 +99,6 @@ class Monitor:
         self._lock = threading.Lock()  # never held during a look, which may hang
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
-
-    @property
-    def replayed(self) -> bool:
-        """Whether this is a recording."""
-        return isinstance(self.source, Replay)
-
-    @property
-    def apple(self) -> bool:
-        """Whether this is a live Mac, and no virtual one: there a run without a die temperature is not safe."""
-        mac = sys.platform == "darwin" or getattr(self.source, "apple", None) is not None
-        return mac and not self.replayed and not getattr(self.source, "virtual", False)
-
-    @property
-    def ended(self) -> bool:
-        """Whether a recording has given its last record; never for a live machine."""
-        return self.source.ended
 
     def __enter__(self) -> Self:
         if not self.replayed:
@@ -148,9 +135,10 @@ class Monitor:
         """Look now: read, judge, estimate the air, remember."""
         with self._looking:
             raw = self.source.look()
-            values = judge(raw)
-            estimate = self._ambient.update(values, raw.mono_s, raw.rested)
-            facts = self._facts(raw, values, estimate, self._frozen.stuck(raw.mono_s, values.die_c, values.power_w))
+            judged = judge(raw)
+            seen = {name: fact.value for name, fact in judged.items()}
+            estimate = self._ambient.update(seen, raw.mono_s, raw.rested)
+            facts = self._facts(raw, judged, estimate, self._frozen.stuck(raw.mono_s, seen["die_c"], seen["power_w"]))
             sources = {name: source for name, (value, source, _) in facts.items() if value is not None}
             reading = Reading(
                 raw.mono_s, ambient_sigma_c=estimate.sigma_c if estimate else None, sources=sources,
@@ -163,23 +151,20 @@ class Monitor:
                     self._history.popleft()
         return reading
 
-    def _facts(self, raw: Raw, values: Values, air: Estimate | None, stuck: bool) -> dict[str, Fact]:
+    def _facts(self, raw: Raw, judged: dict[str, Fact], air: Estimate | None, stuck: bool) -> dict[str, Fact]:
         no_air = "no --temperature-c, no start after a long rest, no SMC TVA0, no calm battery to tell it from"
-        facts: dict[str, Fact] = {
-            name: (getattr(values, name), values.sources.get(name, ""), values.reasons.get(name, ""))
-            for name in ("die_c", "battery_c", "power_w")
-        }
+        facts = {name: judged[name] for name in ("die_c", "battery_c", "power_w")}
         if stuck:
-            facts["die_c"] = (None, "", f"stuck at {values.die_c} °C for {Frozen.HOLD_S:.0f} s")
-        facts["ambient_c"] = (air.celsius, air.source, "") if air else (None, "", no_air)
-        facts["pressure_level"] = (raw.pressure, "notify(3)", raw.missing.get("pressure", "not a Mac"))
-        facts["battery_percent"] = (raw.battery_percent, "psutil", "no battery")
-        facts["plugged"] = (raw.plugged, "psutil", "no battery")
+            facts["die_c"] = Fact(None, "", f"stuck at {judged['die_c'].value} °C for {Frozen.HOLD_S:.0f} s")
+        facts["ambient_c"] = Fact(air.celsius, air.source, "") if air else Fact(None, "", no_air)
+        facts["pressure_level"] = Fact(raw.pressure, "notify(3)", raw.missing.get("pressure", "not a Mac"))
+        facts["battery_percent"] = Fact(raw.battery_percent, "psutil", "no battery")
+        facts["plugged"] = Fact(raw.plugged, "psutil", "no battery")
         if self.replayed:  # every witness but the user
             for name, (value, source, reason) in facts.items():
                 parts = [part if part == "given" else f"replay {part}" for part in source.split(" + ")]
-                facts[name] = value, " + ".join(parts), reason
-        return facts | {"altitude_m": (*self._altitude, "no --altitude-m and none in the configuration file")}
+                facts[name] = Fact(value, " + ".join(parts), reason)
+        return facts | {"altitude_m": Fact(*self._altitude, "no --altitude-m and none in the configuration file")}
 
 
 def temperatures() -> Rows:

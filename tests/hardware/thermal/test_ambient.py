@@ -8,12 +8,11 @@ import random
 import pytest
 
 from mis_mlx.hardware.thermal.ambient import Ambient, BatteryNode, Estimate, cold_soak, fuse
-from mis_mlx.hardware.thermal.sensor_rules import Values
 
 
 def test_no_witness_is_none():
     """Never a silent 20 °C."""
-    assert Ambient().update(Values(die_c=60.0, battery_c=30.0), 0.0, rested=False) is None
+    assert Ambient().update(dict(die_c=60.0, battery_c=30.0), 0.0, rested=False) is None
 
 
 def test_inverse_variance_by_pencil():
@@ -34,23 +33,23 @@ def test_three_sigma_outliers_are_not_heard():
 def test_given_is_labelled_given_and_ages():
     """σ² = 0.7² + 1 °C² an hour; alone it is called 'given'."""
     air = Ambient(given_c=-3.0)
-    assert air.update(Values(), 0.0, rested=False) == Estimate(-3.0, 0.7, "given")
-    later = air.update(Values(), 4 * 3600.0, rested=False)
+    assert air.update(dict(), 0.0, rested=False) == Estimate(-3.0, 0.7, "given")
+    later = air.update(dict(), 4 * 3600.0, rested=False)
     assert later.celsius == -3.0
     assert later.sigma_c == pytest.approx(math.sqrt(0.49 + 4))
 
 
 def test_virtual_ambient():
     """TVA0 reads 1 °C low; ± 2.5 on M1, ± 4 on later chips."""
-    assert Ambient().update(Values(virtual_ambient_c=7.0), 0.0, False) == Estimate(8.0, 2.5, "SMC TVA0")
-    assert Ambient(virtual_sigma_c=4.0).update(Values(virtual_ambient_c=7.0), 0.0, False).sigma_c == 4.0
+    assert Ambient().update(dict(virtual_ambient_c=7.0), 0.0, False) == Estimate(8.0, 2.5, "SMC TVA0")
+    assert Ambient(virtual_sigma_c=4.0).update(dict(virtual_ambient_c=7.0), 0.0, False).sigma_c == 4.0
 
 
 def test_halny_overrules_what_was_true_before():
     """The user said 8 °C, then TVA0 climbs by 25 °C: the old value loses its say, the estimate follows."""
     air = Ambient(given_c=8.0)
     for second in range(0, 301, 10):
-        estimate = air.update(Values(virtual_ambient_c=7.0 + 25 * second / 300), float(second), rested=False)
+        estimate = air.update(dict(virtual_ambient_c=7.0 + 25 * second / 300), float(second), rested=False)
         if second == 0:
             assert estimate.celsius == pytest.approx(8.0)
     assert estimate.celsius == pytest.approx(33.0, abs=0.5)
@@ -58,10 +57,10 @@ def test_halny_overrules_what_was_true_before():
 
 def test_cold_soak():
     """After a long rest, three sensors within 1.5 °C give their coolest minus 0.3; else they do not."""
-    rested = Values(battery_c=8.3, nand_c=8.9, soc_c=9.1, virtual_ambient_c=8.6)
+    rested = dict(battery_c=8.3, nand_c=8.9, soc_c=9.1, virtual_ambient_c=8.6)
     assert cold_soak(rested) == Estimate(pytest.approx(8.0), 0.8, "cold soak")
-    assert cold_soak(Values(battery_c=8.3, nand_c=8.9, soc_c=12.0)) is None
-    assert cold_soak(Values(battery_c=8.3, nand_c=8.9)) is None
+    assert cold_soak(dict(battery_c=8.3, nand_c=8.9, soc_c=12.0)) is None
+    assert cold_soak(dict(battery_c=8.3, nand_c=8.9)) is None
     assert "cold soak" in Ambient().update(rested, 0.0, rested=True).source
     assert "cold soak" not in Ambient().update(rested, 0.0, rested=False).source
 
@@ -74,7 +73,7 @@ def simulated_error(tau_s: float, seed: int) -> list[tuple[float, float]]:
         power_w = noise.gauss(3.0, 0.3) if now_s % 7200 < 2400 else noise.gauss(13.0, 0.5)
         battery_c += 5.0 / tau_s * (-(battery_c - 23.0) + 0.8 * power_w)
         seen = round(battery_c + noise.gauss(0, 0.1), 1)
-        estimate = node.update(Values(battery_c=seen, power_w=power_w), now_s)
+        estimate = node.update(dict(battery_c=seen, power_w=power_w), now_s)
         if estimate is not None:
             out.append((estimate.celsius - 23.0, estimate.sigma_c))
     return out
@@ -93,15 +92,15 @@ def test_battery_model_is_silent_while_charging_or_without_power():
     """Charging heats the battery from inside; without the power there is nothing to correct by."""
     charging, blind = BatteryNode(), BatteryNode()
     for look in range(300):
-        values = Values(battery_c=30.0, power_w=5.0, battery_percent=50.0 + look // 100)
+        values = dict(battery_c=30.0, power_w=5.0, battery_percent=50.0 + look // 100)
         assert charging.update(values, look * 5.0) is None
-        assert blind.update(Values(battery_c=30.0), look * 5.0) is None
+        assert blind.update(dict(battery_c=30.0), look * 5.0) is None
 
 
 def test_battery_model_settles_on_a_steady_machine():
     """Battery at 30.0 °C with 5 W: the first window says 30 − 0.7 · 5 = 26.5 °C."""
     node = BatteryNode()
-    estimates = [node.update(Values(battery_c=30.0, power_w=5.0), look * 5.0) for look in range(121)]
+    estimates = [node.update(dict(battery_c=30.0, power_w=5.0), look * 5.0) for look in range(121)]
     found = [estimate for estimate in estimates if estimate is not None]
     assert found[0].celsius == pytest.approx(26.5, abs=1e-6)
     assert found[0].source == "battery model"

@@ -15,7 +15,7 @@ from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 
 def test_struct_has_the_kernel_s_layout():
     """80 bytes, every field where the kernel looks for it."""
-    places = {"info": 28, "result": 40, "status": 41, "command": 42, "index": 44, "bytes": 48}
+    places = {"size": 28, "result": 40, "status": 41, "command": 42, "index": 44, "bytes": 48}
     assert ctypes.sizeof(KeyData) == 80
     assert {name: getattr(KeyData, name).offset for name in places} == places
 

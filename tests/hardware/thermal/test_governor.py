@@ -223,7 +223,7 @@ def test_halny_makes_tea_breaks_in_virtual_time():
     for _ in range(2):
         with Monitor(replay=DATA / "halny.jsonl") as monitor:
             governor, breaks, log = Governor("steady"), PauseCounter(), []
-            while not monitor.ended:
+            while not monitor.source.ended:
                 log += after_step(monitor, governor, breaks, step_s=0.1)
         courses.append((breaks, log))
     assert courses[0] == courses[1]

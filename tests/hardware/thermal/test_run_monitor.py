@@ -155,7 +155,8 @@ def test_a_pause_is_said_when_it_begins(monkeypatch: pytest.MonkeyPatch, capsys:
         weather = ThermalMonitor(ThermalFlags())
         air = Unplugged(40)
         monkeypatch.setattr(weather, "monitor", SimpleNamespace(**vars(air), reading=air.reading, replayed=False,
-                            ended=False, reasons={}, apple=True, history=lambda *_: []))  # fmt: skip
+                            source=SimpleNamespace(ended=False), reasons={}, apple=True,
+                            history=lambda *_: []))  # fmt: skip
         actions = [d.action for d in weather.after(step(7))]
         said = capsys.readouterr().err.splitlines()
         assert actions[-1] == "run" and len(said) == lines

@@ -22,10 +22,10 @@ def look(**parts) -> Raw:
 def test_idle_m1_air():
     """The dump of an idle M1 Air: die 43.6 °C, battery 32.5."""
     values = judge(Replay(DATA / "m1-air-idle.jsonl", VirtualClock()).look())
-    assert values.die_c == 43.6
-    assert values.sources["die_c"] == "IOHID PMU2 tdie1"
-    assert values.soc_c == pytest.approx(36.9)
-    assert (values.battery_c, values.nand_c) == (32.5, 35.0)
+    assert values["die_c"].value == 43.6
+    assert values["die_c"].source == "IOHID PMU2 tdie1"
+    assert values["soc_c"].value == pytest.approx(36.9)
+    assert (values["battery_c"].value, values["nand_c"].value) == (32.5, 35.0)
 
 
 def test_smc_of_a_13_inch_m1():
@@ -35,10 +35,10 @@ def test_smc_of_a_13_inch_m1():
         **{"Tg1b": 0.0, "PSTR": 4.1},
     }
     values = judge(look(smc={key: smc_float(value) for key, value in dump.items()}))
-    assert values.die_c == pytest.approx(58.47, abs=1e-3)
-    assert values.virtual_ambient_c == pytest.approx(27.386, abs=1e-3)
-    assert values.battery_c == pytest.approx(30.2, abs=1e-3)
-    assert values.power_w == pytest.approx(4.1, abs=1e-3)
+    assert values["die_c"].value == pytest.approx(58.47, abs=1e-3)
+    assert values["virtual_ambient_c"].value == pytest.approx(27.386, abs=1e-3)
+    assert values["battery_c"].value == pytest.approx(30.2, abs=1e-3)
+    assert values["power_w"].value == pytest.approx(4.1, abs=1e-3)
 
 
 def test_only_garbage_gives_none_with_a_reason():
@@ -55,22 +55,21 @@ def test_only_garbage_gives_none_with_a_reason():
         )
     )
     measured = ("die_c", "soc_c", "battery_c", "nand_c", "virtual_ambient_c", "power_w")
-    assert [getattr(values, name) for name in measured] == [None] * 6
-    assert values.reasons["die_c"] == "none of 16 sensors gives a believable value"
-    assert not values.sources
+    assert [values[name].value for name in measured] == [None] * 6
+    assert values["die_c"].reason == "none of 16 sensors gives a believable value"
 
 
 def test_a_parked_gpu_is_not_the_hottest_spot():
     """In the cold its 30.0 °C would be; 31 °C is a temperature."""
     cold = ("pACC MTR Temp Sensor2", 12.0)
-    assert judge(look(hid=(cold, ("GPU MTR Temp Sensor1", 30.02)))).die_c == 12.0
-    assert judge(look(hid=(cold, ("GPU MTR Temp Sensor1", 31.0)))).die_c == 31.0
+    assert judge(look(hid=(cold, ("GPU MTR Temp Sensor1", 30.02))))["die_c"].value == 12.0
+    assert judge(look(hid=(cold, ("GPU MTR Temp Sensor1", 31.0))))["die_c"].value == 31.0
 
 
 def test_winter_outdoors():
     """Below zero the battery and TVA0 are believed; only die sensors have a floor."""
     values = judge(look(hid=(("gas gauge battery", -3.5),), smc={"TVA0": smc_float(-8.0)}))
-    assert (values.battery_c, values.virtual_ambient_c) == (-3.5, -8.0)
+    assert (values["battery_c"].value, values["virtual_ambient_c"].value) == (-3.5, -8.0)
 
 
 def test_duplicates():
@@ -78,16 +77,16 @@ def test_duplicates():
     gauges = tuple(("gas gauge battery", value) for value in (45.0, 32.0, 32.5, 32.5, 32.0, 89.0))
     dies = (("pACC MTR Temp Sensor2", 88.0), ("pACC MTR Temp Sensor3", 95.0), ("PMU tdie1", 90.0))
     values = judge(look(hid=(*gauges, *dies)))
-    assert values.battery_c == 32.5
-    assert values.die_c == 95.0
+    assert values["battery_c"].value == 32.5
+    assert values["die_c"].value == 95.0
 
 
 def test_linux_names():
     """Die sensors are told from the board's and the disk's by chip name."""
     rows = (("psutil coretemp Package id 0", 61.0), ("psutil nvme Composite", 70.0), ("psutil acpitz", 99.0))
-    assert judge(look(linux=rows)).die_c == 61.0
-    assert judge(look(linux=(("thermal_zone cpu-thermal", 48.2),))).die_c == 48.2
-    assert judge(look(linux=(("psutil nvme Composite", 70.0),))).die_c is None
+    assert judge(look(linux=rows))["die_c"].value == 61.0
+    assert judge(look(linux=(("thermal_zone cpu-thermal", 48.2),)))["die_c"].value == 48.2
+    assert judge(look(linux=(("psutil nvme Composite", 70.0),)))["die_c"].value is None
 
 
 def test_a_stuck_sensor_is_noticed_when_the_power_changes():

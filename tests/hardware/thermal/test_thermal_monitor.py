@@ -163,7 +163,7 @@ def test_history_keeps_an_hour(tmp_path):
         for minute in range(121):
             add(Raw(60.0 * minute, 60.0 * minute, hid=(("PMU tdie1", 40.0),)))
     monitor = Monitor(replay=path, config=NOWHERE)
-    while not monitor.ended:
+    while not monitor.source.ended:
         monitor.reading()
     assert [r.time_s for r in monitor.history()] == [60.0 * minute for minute in range(60, 121)]
     assert [r.time_s for r in monitor.history(120)] == [7080.0, 7140.0, 7200.0]
@@ -174,7 +174,7 @@ def test_rest_is_boot_or_a_long_sleep(no_sensors):
     clock = LidClock()
     live = thermal_monitor.Live(clock)
     rested = [live.look().rested]
-    for act in (lambda: clock.suspend(5400), lambda: clock.suspend(60), lambda: clock.set_wall(1e9)):
+    for act in (lambda: clock.suspend(5400), lambda: clock.suspend(60), lambda: setattr(clock, "wall_s", 1e9)):
         act()
         rested += [live.look().rested, live.look().rested]
     assert rested == [False, True, False, False, False, False, False]
