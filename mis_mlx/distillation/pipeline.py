@@ -150,13 +150,15 @@ def _mended(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict
     with c.phase("repair"):
         if parts is None:
             return reconstruct.reconstruct(c.teacher, pruned, keep, windows, c.direct)[0]
+
+        def put(name: str, weight: mx.array) -> None:
+            *_, number, inside = name.split(".", 3)
+            block = load.block(parts, int(number), load.model_args(parts.config), mx.float32)
+            block.load_weights([(inside, weight)], strict=False)
+            model_writer.replace_block(parts, int(number), dict(tree_flatten(block.parameters())), c.files)
+
         spool = partial(Spool, c.folder, c.plan.held_windows("repair"), c.files)
-        for j, weight, error in reconstruct.by_block(c.teacher, pruned, keep, windows, spool, c.direct):
-            if error < 1.0:
-                block = load.block(parts, j, load.model_args(parts.config), mx.float32)
-                block.load_weights([(name, weight)], strict=False)
-                model_writer.replace_block(parts, j, dict(tree_flatten(block.parameters())), c.files)
-    return {}
+        return reconstruct.reconstruct(c.teacher, pruned, keep, windows, c.direct, spool, put)[0]
 
 
 def train_whole(

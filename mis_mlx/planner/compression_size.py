@@ -13,7 +13,7 @@ from mis_mlx.planner import estimates, training_size
 from mis_mlx.planner.estimates import ModelSize, StageCost, streamed_pass
 from mis_mlx.planner.recipe import VOCABULARY_WINDOWS, DistillationSpec, QuantizationConfig
 
-ROUTER_BYTES = 2**28  # of outputs of all experts of a block (pruning/router)
+ROUTER_BYTES = 2**28  # of outputs of all experts of a block (pruning/reconstruct)
 BIAS_BITS = 32  # scale and bias of a group
 SENSED = 8  # windows that say what bits cost
 NOT_OURS = ("prune", "measure")  # phases of a distillation that a finalist does not go through
@@ -44,7 +44,7 @@ def prune(job: DistillationSpec, limit: int) -> StageCost:
 
 def repair(job: DistillationSpec) -> StageCost:
     """Both models side by side, every down_proj refitted (pruning/reconstruct), whose inputs are kept meanwhile; the
-    new ones wait in memory. Of a mixture the routers (pruning/router): every expert says something to all tokens that
+    new ones wait in memory. Of a mixture the routers: every expert says something to all tokens that
     there is room for, in training and held-out ones each, of which a step gathers some more; then a pass goes on."""
     m, length, tokens = job.student, job.max_seq_length, job.reconstruct_samples * job.max_seq_length
     small = streamed_pass("", m, tokens, length, length, head=False, spool=False)

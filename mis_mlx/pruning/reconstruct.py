@@ -2,37 +2,59 @@
 
 Teacher and student march side by side, one block of each in memory. Student block j (teacher layer k, next kept layer
 k') learns to deliver what the teacher has at the entrance of k'. Each block sees the mended stream of those before it.
-Related: FLAP and ReplaceMe (arXiv 2505.02819); here the fit is per block, ridge-regularised and weighted per token."""
+Related: FLAP and ReplaceMe (arXiv 2505.02819); here the fit is per block, ridge-regularised and weighted per token.
+
+Of a mixture the routers learn to choose among the experts that are left: a block's experts are asked once, each for all
+tokens; then its router alone is trained on what they said, towards the same goal (asked for in CerebrasResearch/reap,
+issue 3)."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 
 from mis_mlx.hardware import lanes
 from mis_mlx.maths.reconstruction import NormalEquations
-from mis_mlx.models import load, policy, stream
+from mis_mlx.models import experts, load, policy, stream
 from mis_mlx.models.families import family
 from mis_mlx.models.stream import Batches, Hidden
-from mis_mlx.pruning import router
+from mis_mlx.planner.compression_size import ROUTER_BYTES
 from mis_mlx.types import Checkpoint, KeptUnits
 
 HELD_OUT = 4
+STEPS, LOOK = 60, 5  # of Adam on all tokens at once, and between looks at those held out
+RATE = 5e-4  # of Adam, times the root mean square of the router's weights: ten times as much unlearns what is rare
 
 
 def reconstruct(
-    teacher: Checkpoint, student: Checkpoint, keep: KeptUnits, batches: Batches, direct: bool = False
-) -> tuple[dict[str, mx.array], list[float]]:
-    """({weight name: new matrix (out, in) float32, if it changes}, share of error left per block), of ids [(B, T)]."""
-    mended: dict[str, mx.array] = {}
-    left: list[float] = []
-    name = mended_name(student)
-    for j, weight, error in by_block(teacher, student, keep, batches, direct=direct):
+    teacher: Checkpoint, student: Checkpoint, keep: KeptUnits, batches: Batches, direct: bool = False,
+    spool: Callable[[], Hidden] | None = None, put: Callable[[str, mx.array], None] | None = None,
+) -> tuple[dict[str, mx.array], list[float]]:  # fmt: skip
+    """({weight name: new matrix (out, in) float32, if it changes}, share of error left per block), of ids [(B, T)].
+
+    direct: read past the page cache. spool(): a place other than memory for hidden states; then a block's output is
+    computed anew, and its inputs are not kept meanwhile. put(name, matrix): takes what changes, block by block, which
+    is then not returned."""
+    columns, place = kept_columns(keep), spool or list[mx.array]
+    big, small = (stream.Stream(model, policy.compute_dtype(model), direct=direct) for model in (teacher, student))
+    target, own = big.embed(batches, place()), small.embed(batches, place())
+    marching, mixed = groups(big, keep, target), bool(family(student.config).experts)
+    mended, left = dict[str, mx.array](), list[float]()
+    for j, block in small.blocks():
+        next(marching)
+        if mixed:
+            weight, error = heal(small, block, own, target, judges(len(target)))
+        else:
+            weight, error = refit(block, small.args, own, target, columns, onwards=not spool)
+        if spool or mixed:
+            small.through(block, own)
+        small.finite(own[0])
         if error < 1.0:
-            mended[f"model.layers.{j}.{name}"] = weight
+            (put or mended.__setitem__)(f"model.layers.{j}.{mended_name(student)}", weight)
         left.append(error)
     return mended, left
 
@@ -41,29 +63,6 @@ def mended_name(student: Checkpoint) -> str:
     """Of what changes in a block: the last matrix of its MLP, or the router of its experts."""
     of = family(student.config)
     return f"{of.mlp}.{of.router if of.experts else 'down_proj'}.weight"
-
-
-def by_block(
-    teacher: Checkpoint, student: Checkpoint, keep: KeptUnits, batches: Batches,
-    spool: Callable[[], Hidden] | None = None, direct: bool = False,
-) -> Iterator[tuple[int, mx.array, float]]:  # fmt: skip
-    """(number of a block, its `mended_name` (out, in) float32, share of error left) of every block, in turn. spool(): a
-    place other than memory for hidden states; then a block's output is computed anew, and its inputs are not kept
-    meanwhile. direct: read past the page cache."""
-    columns, place = kept_columns(keep), spool or list[mx.array]
-    big, small = (stream.Stream(model, policy.compute_dtype(model), direct=direct) for model in (teacher, student))
-    target, own = big.embed(batches, place()), small.embed(batches, place())
-    marching, mixed = groups(big, keep, target), bool(family(student.config).experts)
-    for j, block in small.blocks():
-        next(marching)
-        if mixed:
-            weight, error = router.heal(small, block, own, target, judges(len(target)))
-        else:
-            weight, error = refit(block, small.args, own, target, columns, onwards=not spool)
-        if spool or mixed:
-            small.through(block, own)
-        small.finite(own[0])
-        yield j, weight, error
 
 
 def groups(teacher: stream.Stream, keep: KeptUnits, hidden: Hidden) -> Iterator[int]:
@@ -143,3 +142,58 @@ def refit(
     for b, out in enumerate(moved):
         hidden[b] = out
     return weight, error
+
+
+def heal(
+    source: stream.Stream, block: nn.Module, hidden: Hidden, goals: Hidden, held_out: Sequence[int]
+) -> tuple[mx.array, float]:
+    """Give the block the router that best takes `hidden` to `goals`, both [(B, T, D)]: (its rows (E, D) float32, the
+    share of the error that they leave on batches `held_out`). It stays as it is, and 1 is left, where none does better
+    there. Tokens are weighted by 1 / rms of the goal, as in `refit`. Unused batches are not fetched."""
+    of = family(source.checkpoint.config)
+    part = block[of.mlp]
+    router = part[of.router]
+    old, kind = router.weight, hidden[0].dtype
+    most = max(2, ROUTER_BYTES // (hidden[0].nbytes * len(old)))
+    sets = [[b for b in range(len(hidden)) if (b in held_out) == held][:most] for held in (False, True)]
+    parts = [_Asked(source, block, [hidden[b] for b in of_set], [goals[b] for b in of_set]) for of_set in sets]
+
+    def error(weight: mx.array, at: _Asked) -> mx.array:
+        router.weight = weight.astype(kind)
+        part.experts.said = at.said
+        out = at.beside + part(at.inputs).reshape(at.beside.shape).astype(mx.float32)
+        return mx.square((at.goal - out) * at.weight).sum()
+
+    best = weight = old.astype(mx.float32)
+    least = first = float(error(weight, parts[1]))
+    adam = optim.Adam(RATE * float(mx.sqrt(mx.square(weight).mean())))
+    for step in range(1, STEPS + 1):
+        slope = mx.grad(error)(weight, parts[0])
+        weight = adam.apply_gradients({"gate": slope}, {"gate": weight})["gate"]
+        stream.evaluate_now(weight, adam.state)
+        if step % LOOK == 0 and (now := float(error(weight, parts[1]))) < least:
+            best, least = weight, now
+    part.experts.said, router.weight = None, best.astype(old.dtype) if least < first else old
+    return best, least / first if first else 1.0
+
+
+class _Asked:
+    """What all experts of a block say to some batches' tokens, and what would be right. Rows (n, ...)."""
+
+    def __init__(self, source: stream.Stream, block: nn.Module, hidden: Hidden, goals: Hidden):
+        of = family(source.checkpoint.config)
+        part = block[of.mlp]
+        beside, inputs = list[mx.array](), list[mx.array]()
+        for x in hidden:
+            h, n = experts.before(block, x, load.mask(source.args, block, x))
+            stream.evaluate_now(h, n)
+            beside.append(h)
+            inputs.append(n)
+        self.inputs = mx.concatenate([n.reshape(1, -1, n.shape[-1]) for n in inputs], axis=1)
+        self.beside = mx.concatenate([h.reshape(-1, h.shape[-1]) for h in beside]).astype(mx.float32)
+        self.goal = mx.concatenate([g.reshape(-1, g.shape[-1]) for g in goals]).astype(mx.float32)
+        self.weight = 1.0 / mx.maximum(mx.sqrt(mx.square(self.goal).mean(axis=-1, keepdims=True)), 1e-6)
+        count = len(part[of.router].weight)
+        every = mx.array(np.broadcast_to(np.arange(count), (1, len(self.goal), count)))
+        self.said = part.experts.outputs([self.inputs], [every])[0]
+        stream.evaluate_now(self.inputs, self.beside, self.goal, self.weight, self.said)

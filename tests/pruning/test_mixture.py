@@ -13,7 +13,7 @@ from mis_mlx import distill, plan, prune
 from mis_mlx.maths import importance
 from mis_mlx.models import arch, experts, load, model_writer
 from mis_mlx.models.config import check_config, shape_of
-from mis_mlx.pruning import calibrate, reconstruct, router
+from mis_mlx.pruning import calibrate, reconstruct
 from mis_mlx.types import MisError
 from tests import tiny
 
@@ -117,14 +117,14 @@ def test_routers_are_healed(tmp_path: Path, text_folder: Path, batches: list[mx.
 
 def test_few_tokens_fit_the_memory(tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where outputs of all experts are many, fewer windows are asked: of those to learn from and of those to judge."""
-    asked, old = list[int](), router._Asked.__init__
+    asked, old = list[int](), reconstruct._Asked.__init__
 
     def counted(self: Any, source: Any, block: Any, hidden: Any, goals: Any) -> None:
         asked.append(len(hidden))
         old(self, source, block, hidden, goals)
 
-    monkeypatch.setattr(router._Asked, "__init__", counted)
-    monkeypatch.setattr(router, "ROUTER_BYTES", 1)
+    monkeypatch.setattr(reconstruct._Asked, "__init__", counted)
+    monkeypatch.setattr(reconstruct, "ROUTER_BYTES", 1)
     teacher = load.open_checkpoint(tiny.make(tmp_path / "m", **MIXTURE))
     cut(teacher.path, tmp_path / "cut", text_folder, experts="6")
     student, keep = load.open_checkpoint(tmp_path / "cut"), model_writer.read_keep(tmp_path / "cut")
@@ -151,7 +151,7 @@ def test_stopped_and_resumed_to_the_same_bits(
     tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of the healing; the run goes on from the pruned folder."""
-    model, old, calls = tiny.make(tmp_path / "m", **MIXTURE), router.heal, list[int]()
+    model, old, calls = tiny.make(tmp_path / "m", **MIXTURE), reconstruct.heal, list[int]()
     how: dict[str, Any] = {
         "teacher": str(model), "data": str(text_folder), "num_samples": 2, "max_seq_length": 24, "eval_windows": 2,
         "reconstruct_samples": 4, "bench_tokens": 0, "q_group_size": 32, "experts": "0.5x", "train": "none",
@@ -165,7 +165,7 @@ def test_stopped_and_resumed_to_the_same_bits(
 
     whole = distill.run(distill.Settings(out=str(tmp_path / "whole"), **how))
     assert whole["mode"] == "none" and "nll_student" in whole
-    monkeypatch.setattr(router, "heal", stopped)
+    monkeypatch.setattr(reconstruct, "heal", stopped)
     with pytest.raises(KeyboardInterrupt):
         distill.run(distill.Settings(out=str(tmp_path / "run"), **how))
     distill.run(distill.Settings(out=str(tmp_path / "run"), resume=True))
