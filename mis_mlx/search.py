@@ -250,7 +250,7 @@ def run(settings: Settings) -> dict[str, Any]:
                     cli.say(f"finalist {choice.name}")
                     records.append(finalists.final(c, choice))
         result |= report(c, flags, speeds, ranked, records)
-        result |= {"run": str(course.folder), **course.account(limit.limit_bytes)}
+        result |= {"run": str(course.folder), **course.account()}
         course.files.replace_text(course.folder / run_folder.RESULT, json.dumps(result, indent=2))
         for rows in course.folder.glob(f"{vocabulary.FOLDER}-*"):  # nobody needs them once a search is done
             course.files.remove_tree(rows)

@@ -64,7 +64,7 @@ def run(settings: Settings) -> dict[str, Any]:
     with alignment_run.running(s, folder, checkpoint, parts.batch_size, [phase], card, "sft") as r:
         source: live_teacher.TargetSource = live_teacher.TextTargets()
         if beside is not None:
-            t, direct = estimates.model_of(beside), beside.nbytes > r.budget.limit_bytes
+            t, direct = estimates.model_of(beside), beside.nbytes > r.budget_bytes
             room = phase.pinned * t.block_work + t.head_work
             source = live_teacher.StreamedTeacher(beside, room, direct, cross_entropy=1.0 - s.distill_weight)
         each = partial(train.micro_batches, source, parts.batch_size, parts.grad_accumulation_steps, s.seed)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.data import examples
@@ -27,7 +28,7 @@ from mis_mlx.planner.phases import SAVED_BYTES
 from mis_mlx.reporting import progress
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
-from mis_mlx.types import Budget, Checkpoint, Count, MisError, Positive, Step, Tokens, Within, gib
+from mis_mlx.types import Checkpoint, Count, MisError, Positive, Step, Tokens, Within, gib
 
 BEST, MODEL, ADAPTERS = "best", "model", "adapters"
 HELD_OUT = "held_out.jsonl"
@@ -155,7 +156,6 @@ class AlignmentRun(run_loop.OpenRun):
     checkpoint: Checkpoint
     model: nn.Module
     optimizer: GuardedAdamW
-    budget: Budget
     card: Mapping[str, Any]  # of the data: what it is, its licence
     best: tuple[int, float] | None = None  # (step, its held-out figure)
 
@@ -167,7 +167,7 @@ class AlignmentRun(run_loop.OpenRun):
         micro_batches, loss: as of `train_loop.train`; pure functions of the step and of the model. held_out(): what is
         measured of `model` at every checkpoint; the one with the lowest `judge` is kept. train: called as
         `train_loop.train`, yields the steps; what `micro_batches` gives is between these two."""
-        s, mine = self.settings, (self.model, self.optimizer)
+        s = self.settings
 
         def remember(number: int) -> dict[str, Any]:
             # Measured only where every run of these settings is: a stop does not change the best.
@@ -179,13 +179,12 @@ class AlignmentRun(run_loop.OpenRun):
             self.best = state["best"][0], state["best"][1]
 
         training = run_loop.CheckpointedTraining(
-            self, partial(train_loop.arrays_of, *mine), self.optimizer.memory, partial(train_loop.restore, *mine),
-            remember, recall, label=self.name, budget_bytes=self.budget.limit_bytes,
-        )  # fmt: skip
+            self, train_loop.Whole(self.model, self.optimizer), remember, recall, label=self.name
+        )
         start = training.start(lambda: None)
         self.model.train()
         steps = partial(train, self.model, micro_batches, loss, self.optimizer, s)
-        training.finish(steps, start, s.iters, s.save_every, self.optimizer)
+        training.finish(steps, start, s.iters, s.save_every)
         return self._finish() if distributed.is_main() else {}
 
     def _measure(self, number: int, held_out: Callable[[], Mapping[str, float]], judge: str) -> None:
@@ -202,7 +201,7 @@ class AlignmentRun(run_loop.OpenRun):
             # 3 of them: as many checkpoints may be damaged or undone as the steps can lose. A run that was set
             # back comes here again with the same bits.
             if not (self.folder / BEST / f"step-{number:08d}").exists():
-                best = {"model": train_loop.arrays_of(self.model, self.optimizer)["model"]}
+                best = {"model": dict(tree_flatten(self.model.trainable_parameters()))}
                 protocol.save_step(self.folder / BEST, number, best, measured, self.files, keep=3)
 
     def _finish(self) -> dict[str, Any]:
@@ -233,7 +232,7 @@ class AlignmentRun(run_loop.OpenRun):
             "held_out_best": by_step.get(best.number),
             "tokens": tokens,
             "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
-            **self.account(self.budget.limit_bytes),
+            **self.account(),
         }
         self.files.replace_text(self.folder / run_folder.RESULT, json.dumps(result, indent=2))
         return result
@@ -283,6 +282,5 @@ def running(
             mx.eval(model.parameters())
         optimizer = GuardedAdamW(weight_decay=s.weight_decay)
         yield AlignmentRun(
-            **vars(place), name=name, settings=s, checkpoint=checkpoint, model=model, optimizer=optimizer,
-            budget=budget, card=card,
-        )  # fmt: skip
+            **vars(place), name=name, settings=s, checkpoint=checkpoint, model=model, optimizer=optimizer, card=card
+        )

@@ -167,23 +167,20 @@ def train_whole(
     """All of `c.recipe`'s steps of a student in memory, from wherever they stand. begin: before the first of them.
     tuned: of a packed student, whose checkpoints and log are its own."""
     optimizer = GuardedAdamW(weight_decay=c.recipe.weight_decay)
-    mine, how = (student, optimizer), {} if tuned else _beside_the_plan(c)
-    if tuned:
-        how = {"steps": TUNE_STEPS, "log": TUNE_LOG, "label": "tune", "budget_bytes": c.plan.budget_bytes}
-    arrays, restore = partial(train_loop.arrays_of, *mine), partial(train_loop.restore, *mine)
-    training = CheckpointedTraining(c, arrays, optimizer.memory, restore, c.remember, c.recall, **how)
+    how = {"steps": TUNE_STEPS, "log": TUNE_LOG, "label": "tune"} if tuned else _beside_the_plan(c)
+    training = CheckpointedTraining(c, train_loop.Whole(student, optimizer), c.remember, c.recall, **how)
     start = training.start(begin)
     student.train()
     steps = partial(live_teacher.steps, student, source, c.data, c.recipe, optimizer)
     steps = steps if tuned else partial(steps, factor=c.factor)
     with c.phase(training.label):
-        training.finish(steps, start, c.plan.tuned if tuned else c.plan.job.iters, c.recipe.save_every, optimizer)
+        training.finish(steps, start, c.plan.tuned if tuned else c.plan.job.iters, c.recipe.save_every)
 
 
 def _beside_the_plan(c: Run) -> dict[str, Any]:
     """What a distillation's steps are shown beside, for `CheckpointedTraining`."""
     tps = c.plan.job.step * c.plan.job.iters / max(c.plan.planned["distil"], 1e-9)
-    return {"budget_bytes": c.plan.budget_bytes, "planned_tps": tps, "report": c.report}
+    return {"planned_tps": tps, "report": c.report}
 
 
 def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) -> Callable[[str], mx.array]:
@@ -194,8 +191,7 @@ def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) ->
     shard = job.student.shape.layers if whole else c.plan.shard_layers
     adapters = partial(lora.insert, lora=ADAPTERS, seed=r.seed) if c.plan.mode == "lora" else None
     student = sharded.Sharded(begun, shard, visit, r.weight_decay, c.files, room, c.direct, adapters)
-    mine = student.arrays, student.memory, student.restore
-    training = CheckpointedTraining(c, *mine, c.remember, c.recall, **_beside_the_plan(c))
+    training = CheckpointedTraining(c, student, c.remember, c.recall, **_beside_the_plan(c))
     start = training.start(lambda: student.begin(_mended(c, pruned, None if whole else begun)))
     micro_batches = live_teacher.step_micro_batches(source, c.data, r)
     loss = partial(source.kl_sum, frozen_head=True)
@@ -203,7 +199,7 @@ def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) ->
     steps = partial(student.steps, micro_batches, loss, r, factor=c.factor, slopes=slopes)
     every = r.save_every if whole else min(r.save_every, max(1, visit // 2))  # two of every visit: see Sharded
     with c.phase("distil"):
-        training.finish(steps, start, job.iters, every, student)
+        training.finish(steps, start, job.iters, every)
     return student.take
 
 

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import mlx.core as mx
-
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.hardware import memory
@@ -26,7 +24,6 @@ from mis_mlx.storage.files import Files, need_place, reported
 from mis_mlx.types import Budget, Checkpoint, MisError, Step
 
 S = TypeVar("S", bound=Any)  # a command's Settings
-Arrays = dict[str, dict[str, mx.array]]
 
 
 def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tuple[S, Path | None]:
@@ -73,10 +70,11 @@ class OpenRun:
     files: Files
     peak: memory.Peak
     began_s: float
+    budget_bytes: int
 
-    def account(self, budget_bytes: int) -> dict[str, Any]:
+    def account(self) -> dict[str, Any]:
         """For the run's result: memory, weather, time."""
-        sizes = {"peak_bytes": self.peak.nbytes, "budget_bytes": budget_bytes}
+        sizes = {"peak_bytes": self.peak.nbytes, "budget_bytes": self.budget_bytes}
         return {**sizes, **self.weather.account(), "seconds": round(time.monotonic() - self.began_s, 1)}
 
 
@@ -105,7 +103,7 @@ def open_run(
             protocol.sweep(place, files)
             if note := battery(s):
                 cli.say(note)
-            yield OpenRun(place, weather, files, memory.Peak(), time.monotonic())
+            yield OpenRun(place, weather, files, memory.Peak(), time.monotonic(), limit.limit_bytes)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(folder) from None  # which the closing sentence of the first machine names
 
@@ -124,21 +122,17 @@ def _breaks(weather: ThermalMonitor, step: Step, show: Callable[[int, str], None
 
 @dataclass(frozen=True)
 class CheckpointedTraining:
-    """arrays(): weights and moments, by checkpoint file and name. memory(): what else the optimizer needs, as JSON.
-    restore(arrays, memory) puts both back. remember(number): what a checkpoint keeps beside them, asked for on every
-    machine; recall(state) gets that again. budget_bytes, planned_tps: shown beside the memory and the speed there are.
-    report: told of every step."""
+    """trained: a train_loop.Whole or sharded.Sharded. remember(number): what a checkpoint keeps beside it, asked for on
+    every machine; recall(state) gets that again. planned_tps: shown beside the speed there is. report: told of every
+    step."""
 
     run: OpenRun
-    arrays: Callable[[], Arrays]
-    memory: Callable[[], dict[str, Any]]
-    restore: Callable[[Arrays, dict[str, Any]], None]
+    trained: Any
     remember: Callable[[int], dict[str, Any]]
     recall: Callable[[dict[str, Any]], None]
     steps: str = "steps"  # the folder of its checkpoints
     log: str = run_folder.METRICS
     label: str = "distil"
-    budget_bytes: int | None = None
     planned_tps: float | None = None
     report: Callable[[Step], None] | None = None
 
@@ -157,9 +151,10 @@ class CheckpointedTraining:
     def _alike(self) -> None:
         """Every machine gets the weights, moments and memory of the first one."""
         if distributed.size() > 1:
-            sent, remembered = distributed.broadcast_arrays(self.arrays), distributed.broadcast_json(self.memory)
+            sent = distributed.broadcast_arrays(self.trained.arrays)
+            remembered = distributed.broadcast_json(self.trained.memory)
             if not distributed.is_main():
-                self.restore({"optimizer": {}, **sent}, remembered)
+                self.trained.restore({"optimizer": {}, **sent}, remembered)
 
     def back(self) -> int | None:
         """Put the newest checkpoint back on every machine: its number; None when there is none."""
@@ -167,7 +162,7 @@ class CheckpointedTraining:
         if saved:
             cli.say(*saved.notes, f"continuing from step {saved.number}")
             arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
-            self.restore({"optimizer": {}, **arrays}, saved.state["optimizer"])
+            self.trained.restore({"optimizer": {}, **arrays}, saved.state["optimizer"])
             self.run.weather.breaks = PauseCounter(**saved.state["tea"])
         newest: Any = distributed.broadcast_json(lambda: [saved.number, saved.state] if saved else None)
         if newest is None:
@@ -180,8 +175,9 @@ class CheckpointedTraining:
         """One checkpoint: all that a resumed run needs."""
         more = self.remember(number)
         if distributed.is_main():
-            arrays = {key: named for key, named in self.arrays().items() if named}
-            state = {"arrays": list(arrays), "optimizer": self.memory(), "tea": asdict(self.run.weather.breaks), **more}
+            arrays = {key: named for key, named in self.trained.arrays().items() if named}
+            own = {"arrays": list(arrays), "optimizer": self.trained.memory()}
+            state = {**own, "tea": asdict(self.run.weather.breaks), **more}
             protocol.save_step(self.run.folder / self.steps, number, arrays, state, self.run.files)
 
     def _run(self, steps: Iterator[Step], iters: int, save_every: int) -> None:
@@ -197,7 +193,7 @@ class CheckpointedTraining:
                     facts = {k: v for k, v in asdict(step).items() if k not in ("reading", "more")}
                     run.files.append(run.folder / self.log, json.dumps({**weather.now(), **facts, **step.more}))
                     seen = replace(step, reading=weather.last())
-                    show(step.number, text.step_text(seen, self.budget_bytes, self.planned_tps))
+                    show(step.number, text.step_text(seen, run.budget_bytes, self.planned_tps))
                     if self.report:
                         self.report(step)
                     unsaved, due = step.number, step.number % save_every == 0 or step.number == iters
@@ -220,20 +216,18 @@ class CheckpointedTraining:
                     self.save(unsaved)
                 raise MisError(f"{lost}; all steps that were done are saved, {where}") from None
 
-    def finish(
-        self, steps: Callable[[int], Iterator[Step]], start: int, iters: int, save_every: int, optimizer: Any
-    ) -> None:
-        """Run steps(start) to their end. optimizer: a GuardedAdamW, or what else has `calm` and `pass_over`. Three bad
-        batches in a row go back to the last checkpoint, once. On the second way these batches are left out and the
-        learning rate is half of what it was; what is bad then raises `Diverged`. A run killed before the second way has
-        a checkpoint takes both ways again, with the same bits."""
+    def finish(self, steps: Callable[[int], Iterator[Step]], start: int, iters: int, save_every: int) -> None:
+        """Run steps(start) to their end. Three bad batches in a row go back to the last checkpoint, once. On the second
+        way these batches are left out and the learning rate is half of what it was; what is bad then raises `Diverged`.
+        A run killed before the second way has a checkpoint takes both ways again, with the same bits."""
         try:
             self._run(steps(start), iters, save_every)
         except Diverged as error:
-            number = None if optimizer.calm < 1 else self.back()
+            number = None if self.trained.optimizers[0].calm < 1 else self.back()
             if number is None:
                 raise
-            optimizer.pass_over(error.batches)
+            for optimizer in self.trained.optimizers:
+                optimizer.pass_over(error.batches)
             cli.say(
                 f"batches {', '.join(map(str, error.batches))} gave no numbers: back to step {number}, and on without "
                 "them, at half the learning rate"

@@ -82,16 +82,6 @@ class Sharded:
             optimizer.restore(mine, remembered)
             mx.eval(optimizer.adamw.state)
 
-    @property
-    def calm(self) -> float:
-        """Factor on every learning rate."""
-        return self.optimizers[0].calm
-
-    def pass_over(self, batches: Sequence[int]) -> None:
-        """As `GuardedAdamW.pass_over`, of every block."""
-        for optimizer in self.optimizers:
-            optimizer.pass_over(batches)
-
     def take(self, name: str) -> mx.array:
         """A weight of the whole model, once it is trained."""
         i = arch.block_of(name)
@@ -165,7 +155,7 @@ class Sharded:
                 notes |= {f"block {i}: {said}" if said.startswith("clipped") else said: None} if said else {}
             seconds, peak = train_loop.CLOCK.monotonic() - began, mx.get_peak_memory()
             note, norm = (note + "; ".join(notes)).strip(), math.hypot(*norms)
-            done = Step(step + 1, value, norm, rate * self.calm, int(tokens), seconds, peak, note)
+            done = Step(step + 1, value, norm, rate * self.optimizers[0].calm, int(tokens), seconds, peak, note)
             self._end_step(done.number, done.number == recipe.iters)
             yield done
 

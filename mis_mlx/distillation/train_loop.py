@@ -93,15 +93,23 @@ def _gradients(
     return loss, tokens, gradients, means
 
 
-def arrays_of(model: nn.Module, optimizer: GuardedAdamW) -> dict[str, dict[str, mx.array]]:
-    """Everything a resumed run needs that is an array, by checkpoint file."""
-    return {"model": dict(tree_flatten(model.trainable_parameters())), "optimizer": optimizer.arrays()}
+class Whole:
+    """A model that `train` trains, as `run_loop.CheckpointedTraining` saves it and puts it back."""
 
+    def __init__(self, model: nn.Module, optimizer: GuardedAdamW):
+        self.model, self.optimizers = model, [optimizer]
 
-def restore(
-    model: nn.Module, optimizer: GuardedAdamW, arrays: dict[str, dict[str, mx.array]], memory: dict[str, Any]
-) -> None:
-    """Put a checkpoint's arrays back, evaluated: a file may go once this returns."""
-    model.update(tree_unflatten(list(arrays["model"].items())))
-    optimizer.restore(arrays["optimizer"], memory)
-    mx.eval(model.parameters(), optimizer.adamw.state)
+    def arrays(self) -> dict[str, dict[str, mx.array]]:
+        """Everything a resumed run needs that is an array, by checkpoint file."""
+        trained = dict(tree_flatten(self.model.trainable_parameters()))
+        return {"model": trained, "optimizer": self.optimizers[0].arrays()}
+
+    def memory(self) -> dict[str, Any]:
+        """What else the optimizer needs, as JSON."""
+        return self.optimizers[0].memory()
+
+    def restore(self, arrays: dict[str, dict[str, mx.array]], memory: dict[str, Any]) -> None:
+        """Put a checkpoint's arrays back, evaluated: a file may go once this returns."""
+        self.model.update(tree_unflatten(list(arrays["model"].items())))
+        self.optimizers[0].restore(arrays["optimizer"], memory)
+        mx.eval(self.model.parameters(), self.optimizers[0].adamw.state)

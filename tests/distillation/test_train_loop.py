@@ -124,7 +124,7 @@ def test_the_factor_scales_the_gradient_not_the_loss() -> None:
 
 @pytest.mark.parametrize("stop", [1, 3, 5])
 def test_stopping_and_going_on_is_bit_equal(stop: int) -> None:
-    """Weights and moments through arrays_of and restore: the end is that of the run that never stopped."""
+    """Weights and moments through arrays and restore: the end is that of the run that never stopped."""
     whole, optimizer = net(), GuardedAdamW()
     steps = run(whole, optimizer, cut([6, 6]))
     first, before = net(), GuardedAdamW()
@@ -132,7 +132,7 @@ def test_stopping_and_going_on_is_bit_equal(stop: int) -> None:
         if step.number == stop:
             break
     second, after = net(), GuardedAdamW()
-    train_loop.restore(second, after, train_loop.arrays_of(first, before), before.memory())
+    train_loop.Whole(second, after).restore(train_loop.Whole(first, before).arrays(), before.memory())
     rest = run(second, after, cut([6, 6]), start=stop)
     assert [s.number for s in rest] == list(range(stop + 1, 7))
     assert [s.loss for s in rest] == [s.loss for s in steps[stop:]]
