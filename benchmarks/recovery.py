@@ -202,7 +202,7 @@ class Bench(Laboratory):
         whole, tensor = self.checkpoint, None
         if arm.graft:
             whole, tensor = GRAFTS[arm.graft](whole, keep, self.measured(seed)[0])
-        slicing.write_student(whole, shape, keep, out, "bfloat16", DISK, tensor)
+        slicing.write_student(whole, shape, keep, out, "bfloat16", DISK, tensor=tensor)
         return load.open_checkpoint(out)
 
     def begun(

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -167,21 +166,19 @@ def _stages(s: Settings, c: pipeline.Run, data: preparation.Data, teacher: Check
     return table, result
 
 
-def _student(s: Settings, teacher: Checkpoint) -> Mapping[str, Any]:
-    """The config of the student to come of a teacher with its vocabulary."""
-    if s.student:
-        return load.open_checkpoint(s.student).config
-    return arch.student_config(teacher.config, select.wanted_shape(teacher.config, s), dtype=pipeline.DTYPE)
-
-
-def _plan(
-    s: Settings, teacher: Checkpoint, rows: int, small: Mapping[str, Any], budget: Budget, folder: Path | None
-) -> phases.MemoryPlan:
+def _plan(s: Settings, teacher: Checkpoint, rows: int, budget: Budget, folder: Path | None) -> phases.MemoryPlan:
     """The plan of a new run; or of one that has begun, which goes on in its own way whatever the budget is now."""
-    whole, kind = estimates.model_of(teacher), policy.compute_dtype(teacher)
-    seen = estimates.model_of(vocabulary.first_rows(teacher, rows), dtype=kind)
+    seen = vocabulary.first_rows(teacher, rows)
+    if s.student:
+        small = load.open_checkpoint(s.student).config
+    else:
+        small = arch.student_config(seen.config, select.wanted_shape(seen.config, s), dtype=pipeline.DTYPE)
+    if s.quantize:
+        stage.check(small, s)
     rounding, at = s if s.quantize else PLAIN, estimates.machine_rates()
-    job = spec_of(seen, estimates.model_of(small), s, rounding, s.hidden_by == "pca", whole)
+    own = estimates.model_of(seen, dtype=policy.compute_dtype(teacher))
+    student, whole = (estimates.model_of(model) for model in (small, teacher))
+    job = spec_of(own, student, s, rounding, s.hidden_by == "pca", whole)
     if folder and distributed.is_main():
         stored = run_folder.stored_settings(folder, run_folder.PLAN)
         return machines.agreed(phases.one(job, budget.limit_bytes, at, **stored))
@@ -244,11 +241,8 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.student is None:
         s = replace(s, **vocabulary.defaults(s.scenario, s.vocab, teacher.config, teacher.path))
     rows = vocabulary.rows_left(teacher, s, s.student)
-    small = _student(s, vocabulary.first_rows(teacher, rows))
-    if s.quantize:
-        stage.check(small, s)
     budget = memory.budget(s.budget_bytes)
-    made = _plan(s, teacher, rows, small, budget, folder)
+    made = _plan(s, teacher, rows, budget, folder)
     cli.say(text.aligned(plan.table(made)))
     if s.dry_run:
         _text(s, teacher)

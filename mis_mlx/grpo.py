@@ -33,7 +33,7 @@ def _questions(s: Settings, checkpoint: Checkpoint, functions: Sequence[rewards.
         splits += [questions, [[int(t) for t in ids[: int(np.argmax(learn))]] for ((ids, learn),) in sequences]]
         encoded += sequences
     cli.say(*data.notes)
-    return (*splits, data.card(examples.fingerprint(encoded)))
+    return (*splits, {**data.card, "fingerprint": examples.fingerprint(encoded)})
 
 
 def _phases(s: Settings, checkpoint: Checkpoint, longest: int) -> tuple[estimates.StageCost, estimates.StageCost]:

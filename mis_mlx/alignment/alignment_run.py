@@ -248,7 +248,7 @@ def data(
     valid, _ = examples.encode(rows.valid, tokenizer, s.max_seq_length, answers, mask_prompt)
     what = "answers" if answers else "rows"
     cli.say(*rows.notes, *([f"{cut} {what} are cut at {s.max_seq_length} tokens"] if cut else []))
-    return train, valid[: s.eval_rows], rows.card(examples.fingerprint([*train, *valid]))
+    return train, valid[: s.eval_rows], {**rows.card, "fingerprint": examples.fingerprint([*train, *valid])}
 
 
 @contextmanager

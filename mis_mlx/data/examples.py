@@ -35,19 +35,12 @@ Sequenced = tuple[np.ndarray, np.ndarray]  # token ids (T,) int32, learn (T,) fl
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows to train on and held-out ones, what they are, and what was done, in words."""
+    """Rows to train on and held-out ones; for the run and the model card what they are; and what was done, in words."""
 
     train: Sequence[Placed]
     valid: Sequence[Placed]
-    source: str
-    licence: str
-    removed: Mapping[str, int]  # personal data replaced, by kind
+    card: Mapping[str, Any]
     notes: Sequence[str]
-
-    def card(self, fingerprint: str) -> dict[str, Any]:
-        """For the run and the model card: source, licence, counts, and the fingerprint of what was learned."""
-        said = {"source": self.source, "licence": self.licence, "pii_removed": dict(self.removed)}
-        return {**said, "train_rows": len(self.train), "valid_rows": len(self.valid), "fingerprint": fingerprint}
 
 
 def load(
@@ -82,7 +75,8 @@ def load(
         licence = "not stated"
         notes.append("no licence or consent is stated for the data: name it with --data-licence")
     notes.insert(0, f"{source}: {len(train)} rows to train on, {len(valid)} held out")
-    return Examples(train, valid, source, licence, removed, notes)
+    card = {"source": source, "licence": licence, "pii_removed": dict(removed)}
+    return Examples(train, valid, {**card, "train_rows": len(train), "valid_rows": len(valid)}, notes)
 
 
 def _read(path: Path, shapes: Sequence[str]) -> tuple[list[Placed], list[str]]:

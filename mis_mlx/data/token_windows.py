@@ -15,17 +15,12 @@ from mis_mlx.types import MisError
 @dataclass(frozen=True)
 class Windows:
     """Token ids (N, T) int32, and learn (N, T) float32: 1 where the prediction made there, of the next token, counts;
-    so its last column is always 0. text_bytes (N,): of the text of these predictions, where that was counted."""
+    so its last column is always 0. text_bytes (N,): of the text of these predictions; None where that was not
+    counted."""
 
     tokens: np.ndarray
     learn: np.ndarray
-    text_bytes: np.ndarray | None = None
-
-    @property
-    def counted_bytes(self) -> np.ndarray:
-        """`text_bytes`, where they were counted."""
-        assert self.text_bytes is not None
-        return self.text_bytes
+    text_bytes: Any = None
 
     def pick(self, at: Any) -> "Windows":
         """Some of the windows: indices or a slice."""

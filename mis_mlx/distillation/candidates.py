@@ -29,7 +29,7 @@ from mis_mlx.models import arch, load, model_writer, policy
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.planner import compression_size, estimates
-from mis_mlx.pruning import calibrate, rotate, select, shape_search, vocabulary
+from mis_mlx.pruning import calibrate, rotate, select, shape_search, slicing, vocabulary
 from mis_mlx.pruning.shape_search import Choice, Losses
 from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.storage import run_folder
@@ -197,7 +197,7 @@ class Candidates:
         cut = select.PruningConfig(scenario="none", importance="rms", **sizes)
         teacher = self.reader(shape.vocab).teacher
         made, keep = select.select_units(teacher.config, self.statistics, cut)
-        select.write(teacher, made, keep, out, pipeline.DTYPE, self.run.files, lambda: self._directions)
+        slicing.write_student(teacher, made, keep, out, pipeline.DTYPE, self.run.files, lambda: self._directions)
         return load.open_checkpoint(out)
 
     def _allocated(self, choice: Choice, layers: Sequence[int]) -> dict[str, int]:

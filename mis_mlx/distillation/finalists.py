@@ -70,7 +70,7 @@ def _measured(c: Candidates, choice: Choice, sub: Path) -> dict[str, Any]:
         record["bytes"] = models["rounded"].nbytes
     for (model, metric), values in comparison.compare(models, reader.judging).items():
         if metric in ("nll", "kl"):
-            bits = comparison.nats_of(values, reader.judging) / reader.judging.counted_bytes / math.log(2)
+            bits = comparison.nats_of(values, reader.judging) / reader.judging.text_bytes / math.log(2)
             record[f"{metric}_{model}"] = [finite(v) for v in bits]
     if c.settings.timed_at and trained:
         times = {name: timed(trained.path, *at) for name, at in c.settings.timed_at.items()}

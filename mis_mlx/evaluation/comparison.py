@@ -97,7 +97,7 @@ def nats_of(values: np.ndarray, windows: Windows) -> np.ndarray:
 
 def per_byte(values: np.ndarray, windows: Windows) -> float:
     """Nats a byte of the text of all windows together, from means over each one's tokens."""
-    return float(nats_of(values, windows).sum() / windows.counted_bytes.sum())
+    return float(nats_of(values, windows).sum() / windows.text_bytes.sum())
 
 
 def rows_of(figures: Means, held_out: Windows | None = None) -> list[Row]:

@@ -99,7 +99,7 @@ def quantize(m: ModelSize, how: QuantizationConfig, windows: int, length: int, l
 
 
 def _compensated(plain: StageCost, m: ModelSize, tokens: int, length: int, limit_bytes: int) -> StageCost:
-    """`plain`, rounding tensor by tensor, with a pass beside it that makes up for the errors (quantization/gptq). In
+    """`plain`, rounding tensor by tensor, with a pass beside it that makes up for the errors (quantization/stage). In
     numpy: a block's gram matrices, five of the largest to take its factor, and 28 bytes for each weight of the largest
     set of matrices with the same inputs."""
     s = m.shape

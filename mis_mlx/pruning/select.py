@@ -139,7 +139,9 @@ def select_units(config: Mapping[str, Any], statistics: Statistics, cut: Pruning
         "altitude_m": statistics.altitude_m,
         "block_importance": {str(i): round(v, 6) for i, v in statistics.block.items()},
     }
-    return shape, KeptUnits(layers, kept, used, report)
+    keep = KeptUnits(layers, kept, used, report)
+    report["profile"] = profile(statistics, keep, scores)
+    return shape, keep
 
 
 def profile(statistics: Statistics, keep: KeptUnits, scores: Ranking) -> dict[str, Any]:
@@ -168,20 +170,6 @@ def wanted_shape(config: Mapping[str, Any], cut: PruningConfig) -> Shape:
     return shape
 
 
-def write(
-    teacher: Checkpoint, shape: Shape, keep: KeptUnits, out: Path, dtype: str, files: Files,
-    directions: Callable[[], rotate.Directions],
-) -> KeptUnits:  # fmt: skip
-    """Commit the pruned model to the new folder `out`: what is kept. directions(): asked for where hidden is cut, but
-    `keep` does not say by which channels; then it is by the rotation that they give."""
-    tensor = None
-    if shape.hidden < shape_of(teacher.config).hidden and (-1, "hidden") not in keep.kept:
-        rotation = directions()(shape.hidden)
-        keep, tensor = rotate.by(keep, rotation), rotate.rotated(teacher, rotation)
-    slicing.write_student(teacher, shape, keep, out, dtype, files, tensor)
-    return keep
-
-
 def prune(
     checkpoint: Checkpoint, batches: Batches, held_out: Windows, out: Path, cut: PruningConfig, *, dtype: str,
     reading: Callable[[], Reading | None], files: Files, held: int | None = None, shares: Sequence[int] = (),
@@ -200,8 +188,6 @@ def prune(
     if not distributed.is_main():  # who has brought its part; the student is the first one's to make
         return {}
     shape, keep = select_units(checkpoint.config, statistics, cut)
-    scores, _ = ranking(statistics, cut)
-    keep = replace(keep, report={**keep.report, "profile": profile(statistics, keep, scores)})
     directions = cache(lambda: rotate.measured(checkpoint, batches, kind, states))
     if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
         sizes: dict[str, Any] = {axis: getattr(shape, axis) for axis in families.ALL}
@@ -212,12 +198,12 @@ def prune(
         with tempfile.TemporaryDirectory(mark, f".tmp-{out.name}-", out.absolute().parent) as temp:
             both = {}
             for name, kept in (("aais", keep), ("plain", plain)):
-                write(checkpoint, shape, kept, Path(temp) / name, dtype, files, directions)
+                slicing.write_student(checkpoint, shape, kept, Path(temp) / name, dtype, files, directions)
                 both[name] = load.open_checkpoint(Path(temp) / name)
             measured = comparison.compare(both, held_out)
         losses = {f"nll_{name}": float(measured[name, "nll"].mean()) for name in both}
         keep = replace(keep, report={**keep.report, **losses})
-    keep = write(checkpoint, shape, keep, out, dtype, files, directions)
+    keep = slicing.write_student(checkpoint, shape, keep, out, dtype, files, directions)
     config = arch.student_config(checkpoint.config, shape, keep.layers, dtype)
     return {
         "params_before": arch.params(checkpoint.config),

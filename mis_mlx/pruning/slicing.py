@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from mis_mlx.models import arch, experts, load, model_writer
 from mis_mlx.models.config import Shape, shape_of
+from mis_mlx.pruning import rotate
 from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint, KeptUnits
 
@@ -56,12 +57,16 @@ def _mixed_cut(name: str, layer: int, before: Shape, keep: KeptUnits, weight: mx
 
 def write_student(
     teacher: Checkpoint, shape: Shape, keep: KeptUnits, out: Path, dtype: str, files: Files,
-    tensor: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Commit the pruned model to the new folder `out`. tensor(name): the teacher's tensor that is cut, where it is not
-    the one on disk (rotated, merged). Memory: the largest tensor, twice."""
-    config = arch.student_config(teacher.config, shape, keep.layers, dtype)
+    directions: Callable[[], rotate.Directions] | None = None, tensor: Tensor | None = None,
+) -> KeptUnits:  # fmt: skip
+    """Commit the pruned model to the new folder `out`: what is kept. directions(): asked for where hidden is cut, but
+    `keep` does not say by which channels; then it is by the rotation that they give. tensor(name): the teacher's tensor
+    that is cut, where it is not the one on disk. Memory: the largest tensor, twice."""
     before = shape_of(teacher.config)
+    if directions and shape.hidden < before.hidden and (-1, "hidden") not in keep.kept:
+        rotation = directions()(shape.hidden)
+        keep, tensor = rotate.by(keep, rotation), rotate.rotated(teacher, rotation)
+    config = arch.student_config(teacher.config, shape, keep.layers, dtype)
     whole = tensor or partial(load.dense, teacher)
 
     def take(name: str) -> mx.array:
@@ -74,3 +79,4 @@ def write_student(
         return _cut(source, layer, before, keep, whole(source))
 
     model_writer.write_model(config, take, teacher.path, out, dtype, files, model_writer.keep_files(keep))
+    return keep

@@ -108,7 +108,7 @@ def write_quantized(
     """Commit the new folder `out`: packed weights, float16 scales and biases, config that stock mlx-lm reads.
 
     plan: of every matrix; or a group size, for 4 bits and `blocks_after_removed` in 8. rounded: the blocks' matrices,
-    from quantization/gptq; default: the nearest values. extra: more files for the folder, by name."""
+    from quantization/stage; default: the nearest values. extra: more files for the folder, by name."""
     check_dense(checkpoint)
     if isinstance(plan, int):
         plan = layout(checkpoint.config, plan, blocks_after_removed(checkpoint))

@@ -1,18 +1,31 @@
-"""The quantize stage: a dense model folder in, a packed one out, each matrix in the bits that cost least on text."""
+"""The quantize stage: a dense model folder in, a packed one out, each matrix in the bits that cost least on text.
+
+Blocks are rounded one by one, each on what the rounded blocks before it deliver. Streamed. GPTQ (arXiv 2210.17323):
+every matrix is rounded so that its output changes least on the inputs that calibration sees (maths/rounding); those are
+gathered once a block, with its own weights as they were."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
 from mis_mlx import cli
-from mis_mlx.models import load
-from mis_mlx.models.stream import Batches
+from mis_mlx.hardware import lanes
+from mis_mlx.maths import rounding
+from mis_mlx.models import arch, load, policy, stream
+from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.planner.recipe import QuantizationConfig
-from mis_mlx.quantization import bit_allocation, gptq, packed_format
+from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
+from mis_mlx.types import Checkpoint, MisError
+
+ENOUGH_BITS = 8  # rounding costs nothing there: such matrices get their nearest values
 
 
 def check(config: Mapping[str, Any], how: QuantizationConfig) -> None:
@@ -43,5 +56,73 @@ def quantize(
         plan, found = bit_allocation.mixed(checkpoint, batches, how, seed, hidden(layers))
         extra[packed_format.SENSITIVITY] = json.dumps(found).encode()
 
-    rounded = partial(gptq.rounded_blocks, checkpoint, batches, hidden=hidden(1)) if how.q_method == "gptq" else None
+    rounded = partial(rounded_blocks, checkpoint, batches, hidden=hidden(1)) if how.q_method == "gptq" else None
     return packed_format.write_quantized(checkpoint, out, plan, files, rounded, extra)
+
+
+def rounded_blocks(
+    checkpoint: Checkpoint, batches: Batches, plan: packed_format.Layout, hidden: Hidden | None = None
+) -> Iterator[dict[str, rounding.Packed]]:
+    """Per block, in order, {module path: packed matrix}, calibrated on token ids [(B, T)].
+
+    plan: affine formats only. hidden: a place for the hidden states other than memory."""
+    source = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), direct=hidden is not None)
+    hidden = source.embed(batches, hidden)
+    for i, block in source.blocks():
+        prefix = f"model.layers.{i}."
+        readers = arch.readers(block)
+        paths = {axis: [f"{prefix}{part}.{name}" for name in names] for axis, (part, names) in readers.items()}
+        tapped = [axis for axis in readers if any(plan[path].bits < ENOUGH_BITS for path in paths[axis])]
+        grams = _grams(block, source.args, hidden, tapped, f"{checkpoint.path}: {prefix}")
+        done: dict[str, rounding.Packed] = {}
+        for axis, (part, names) in readers.items():
+            linears = {path: block[part][name] for path, name in zip(paths[axis], names, strict=True)}
+            gram = grams.pop(axis, None)
+            for kind in {plan[path]: None for path in linears}:  # all of one format in one go
+                same = [path for path in linears if plan[path] == kind]
+                whole = [load.dense_weight(linears[path]) for path in same]
+                if gram is None or kind.bits >= ENOUGH_BITS:
+                    rounded = [rounding.nearest(w, kind.group, kind.bits) for w in whole]
+                else:
+                    rounded = _together(whole, gram, kind.group, kind.bits)
+                for path, packed in zip(same, rounded, strict=True):
+                    linear = linears[path]
+                    linear.weight = rounding.values(packed, kind.group, kind.bits).astype(linear.weight.dtype)
+                    stream.evaluate_now(packed, linear.weight)
+                    done[path] = packed
+        yield done
+        if i + 1 < source.layers:
+            source.through(block, hidden)
+
+
+def _grams(block: nn.Module, args: Any, hidden: Hidden, axes: Sequence[str], where: str = "") -> dict[str, np.ndarray]:
+    """{axis: sum of a a^T (in, in) float64 over all tokens} of what goes into the matrices that read it.
+
+    Products of one batch are float32, sums over batches float64. MisError, with `where`, when a product overflows."""
+    taps, places = {}, {axis: (part, names[0]) for axis, (part, names) in arch.readers(block).items()}
+    for axis in axes:
+        part, name = places[axis]
+        block[part][name] = taps[axis] = stream.InputRecorder(block[part][name])
+    sums = {axis: np.zeros((tap.inner.weight.shape[1],) * 2) for axis, tap in taps.items()}
+
+    def work(into: mx.array) -> dict[str, mx.array]:
+        block(into, load.mask(args, block, into))
+        seen = {axis: tap.take().astype(mx.float32) for axis, tap in taps.items()}
+        return {axis: (flat := a.reshape(-1, a.shape[-1])).T @ flat for axis, a in seen.items()}
+
+    for products in lanes.each(work, hidden):
+        for axis, product in products.items():
+            if not mx.isfinite(product).all().item():
+                raise MisError(f"{where}{'.'.join(places[axis])} meets values that are not finite: use plain rounding")
+            sums[axis] += np.array(product)
+    for axis, tap in taps.items():
+        part, name = places[axis]
+        block[part][name] = tap.inner
+    return sums
+
+
+def _together(weights: Sequence[mx.array], gram: np.ndarray, group: int, bits: int) -> list[rounding.Packed]:
+    """Matrices [(out, in)] with the same inputs, rounded in one go: rows do not know of each other."""
+    parts = rounding.compensated(np.concatenate([np.array(w) for w in weights]), gram, group, bits)
+    ends = np.cumsum([len(w) for w in weights])[:-1].tolist()
+    return list(zip(*(mx.split(part, ends) for part in parts), strict=True))  # type: ignore[arg-type]

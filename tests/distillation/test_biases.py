@@ -18,7 +18,7 @@ from mis_mlx.gguf_export import tensors
 from mis_mlx.models import arch, load, lora, model_writer
 from mis_mlx.models.config import shape_of
 from mis_mlx.pruning import reconstruct, rotate, slicing
-from mis_mlx.quantization import bit_allocation, gptq, packed_format
+from mis_mlx.quantization import bit_allocation, packed_format, stage
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits
 from tests import tiny
@@ -70,7 +70,7 @@ def test_gptq(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
     """The folder's logits are those of the plain model with the matrices that were chosen; so is the stream that the
     last block was fitted to; biases keep their bytes."""
     hidden: list[mx.array] = []
-    rounded = partial(gptq.rounded_blocks, model, WINDOWS, hidden=hidden)
+    rounded = partial(stage.rounded_blocks, model, WINDOWS, hidden=hidden)
     packed_format.write_quantized(model, tmp_path / "q", 64, DISK, rounded)
     made = load.open_checkpoint(tmp_path / "q")
     names = arch.tensors_of(model.config)

@@ -50,7 +50,7 @@ def student_of(teacher: Checkpoint, rotation: rotate.Rotation, out: Path, dtype:
     """The teacher cut by nothing but `rotation`."""
     shape = replace(shape_of(teacher.config), hidden=rotation.basis.shape[1])
     keep = rotate.by(KeptUnits(ALL, {}, ""), rotation)
-    slicing.write_student(teacher, shape, keep, out, dtype, DISK, rotate.rotated(teacher, rotation))
+    slicing.write_student(teacher, shape, keep, out, dtype, DISK, tensor=rotate.rotated(teacher, rotation))
     return load.open_checkpoint(out)
 
 

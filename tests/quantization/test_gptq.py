@@ -16,7 +16,7 @@ from mis_mlx.maths import rounding
 from mis_mlx.models import arch, load, stream
 from mis_mlx.models.config import shape_of
 from mis_mlx.pruning import slicing
-from mis_mlx.quantization import gptq, packed_format
+from mis_mlx.quantization import packed_format, stage
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.storage.safetensors import write_tensors
@@ -26,7 +26,7 @@ from tests import tiny
 
 def write(checkpoint: Checkpoint, out: Path, batches: list[mx.array], group: int = 64) -> Checkpoint:
     """The model rounded on `batches`, opened."""
-    packed_format.write_quantized(checkpoint, out, group, DISK, partial(gptq.rounded_blocks, checkpoint, batches))
+    packed_format.write_quantized(checkpoint, out, group, DISK, partial(stage.rounded_blocks, checkpoint, batches))
     return load.open_checkpoint(out)
 
 
@@ -56,7 +56,7 @@ def test_each_block_is_fitted_to_the_stream_of_the_rounded_ones(
     folder = write(llama, tmp_path / "q4", batches)
     rounded, source = stream.Stream(folder, mx.float32), stream.Stream(llama, mx.float32)
     hidden = rounded.embed(batches)  # 8 bits, as in the folder
-    chosen = list(gptq.rounded_blocks(llama, batches, packed_format.layout(llama.config, 64)))
+    chosen = list(stage.rounded_blocks(llama, batches, packed_format.layout(llama.config, 64)))
     for path, packed in ((p, m) for block in chosen for p, m in block.items()):
         assert (load.dense(folder, f"{path}.weight") == rounding.values(packed, 64, 4)).all()
     hidden = source.embed(batches)
@@ -64,7 +64,7 @@ def test_each_block_is_fitted_to_the_stream_of_the_rounded_ones(
         assert i < 2
         rounded.through(block, hidden)
     for _, block in source.blocks([2]):
-        grams = gptq._grams(block, source.args, hidden, ["ffn"])
+        grams = stage._grams(block, source.args, hidden, ["ffn"])
         down = np.array(block.mlp.down_proj.weight)
     wanted = rounding.compensated(down, grams["ffn"], 64, 4)
     for a, b in zip(chosen[2]["model.layers.2.mlp.down_proj"], wanted, strict=True):
@@ -77,7 +77,7 @@ def test_the_gram_matrices(llama: Checkpoint, batches: list[mx.array]) -> None:
     hidden = source.embed(batches)
     for _, block in source.blocks([0]):
         linear = block.mlp.down_proj
-        grams = gptq._grams(block, source.args, hidden, list(arch.READERS))
+        grams = stage._grams(block, source.args, hidden, list(arch.READERS))
         assert block.mlp.down_proj is linear
         seen = {axis: np.zeros_like(g) for axis, g in grams.items()}
         for h in hidden:
@@ -133,8 +133,8 @@ def test_bridges_keep_their_eight_bits(tmp_path: Path, batches: list[mx.array]) 
 def test_hidden_states_on_disk_change_nothing(tmp_path: Path, llama: Checkpoint, batches: list[mx.array]) -> None:
     """One window in memory, the other spooled: the same bits."""
     plan = packed_format.layout(llama.config, 32)
-    spooled = gptq.rounded_blocks(llama, batches, plan, Spool(tmp_path, 1, DISK))
-    for a, b in zip(gptq.rounded_blocks(llama, batches, plan), spooled, strict=True):
+    spooled = stage.rounded_blocks(llama, batches, plan, Spool(tmp_path, 1, DISK))
+    for a, b in zip(stage.rounded_blocks(llama, batches, plan), spooled, strict=True):
         assert all((x == y).all() for path in a for x, y in zip(a[path], b[path], strict=True))
 
 
@@ -155,7 +155,7 @@ def spoilt(folder: Path, name: str, value: float) -> Checkpoint:
 def test_not_a_number_is_refused(tmp_path: Path, batches: list[mx.array], name: str, method: str) -> None:
     """By name, and nothing is left of the folder that was begun."""
     bad = spoilt(tmp_path, name, float("nan"))
-    rounded = partial(gptq.rounded_blocks, bad, batches) if method == "gptq" else None
+    rounded = partial(stage.rounded_blocks, bad, batches) if method == "gptq" else None
     with pytest.raises(MisError, match=f"{name} holds 1 values that are not numbers"):
         packed_format.write_quantized(bad, tmp_path / "q4", 64, DISK, rounded)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "whole"]
