@@ -159,8 +159,7 @@ def _stages(s: Settings, c: pipeline.Run, data: preparation.Data, teacher: Check
         return "", {}
     table = summary.page(models, sizes, quality, s.max_seq_length)
     c.files.replace_text(folder / "table.md", table + "\n")
-    result = {**summary.result(folder, models, sizes, quality), "mode": c.plan.mode, **c.account()}
-    c.files.replace_text(folder / run_folder.RESULT, json.dumps(result, indent=2))
+    result = c.done({**summary.result(folder, models, sizes, quality), "mode": c.plan.mode})
     for name in () if s.keep_steps else pipeline.LEFT:
         c.files.discard(folder / name)
     return table, result

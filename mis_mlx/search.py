@@ -1,7 +1,6 @@
 """Search for the student that loses least within limits on bytes, memory and time: layers, neurons, heads, vocabulary
 and bits chosen together."""
 
-import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -157,13 +156,6 @@ def flags_of(choice: Choice, before: Shape) -> dict[str, Any]:
     return {"scenario": "none", **cut, "target_bpw": choice.bpw, **({"q_group_size": group} if group != 64 else {})}
 
 
-def _command_line(s: Settings, choice: Choice, before: Shape) -> str:
-    """The `distill` that makes this student."""
-    given = {"teacher": s.teacher, "data": s.data, **flags_of(choice, before)}
-    flags = [f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in given.items() if v is not None]
-    return " ".join(["scripts/mis distill", *flags])
-
-
 def report(
     c: Candidates, flags: Sequence[str], speeds: Mapping[str, Timing], ranked: Sequence[Choice],
     records: Sequence[Mapping[str, Any]],
@@ -172,7 +164,10 @@ def report(
     run, s, before = c.run, c.settings, shape_of(c.run.teacher.config)
     measured = run_folder.records(run.folder / candidates.CANDIDATES)
     names = [f"{shape_search.words(x.shape, before)}, {x.bpw:.2f} bits" for x in ranked]
-    lines = [_command_line(s, x, before) for x in ranked]
+    lines = list[str]()  # each a `distill` that makes the student
+    for given in ({"teacher": s.teacher, "data": s.data, **flags_of(x, before)} for x in ranked):
+        set_to = [f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in given.items() if v is not None]
+        lines.append(" ".join(["scripts/mis distill", *set_to]))
     verdict = finalists.best_candidate(records)
     best, told = verdict.best if records else 0, f"{len(measured)} students measured, {' '.join(flags)}"
     sentence = f"The best as pruned and rounded: {names[0]}: {lines[0]}"
@@ -250,8 +245,7 @@ def run(settings: Settings) -> dict[str, Any]:
                     cli.say(f"finalist {choice.name}")
                     records.append(finalists.final(c, choice))
         result |= report(c, flags, speeds, ranked, records)
-        result |= {"run": str(course.folder), **course.account()}
-        course.files.replace_text(course.folder / run_folder.RESULT, json.dumps(result, indent=2))
+        result = course.done({**result, "run": str(course.folder)})
         for rows in course.folder.glob(f"{vocabulary.FOLDER}-*"):  # nobody needs them once a search is done
             course.files.remove_tree(rows)
     return result

@@ -211,13 +211,9 @@ def _length(row: Row) -> int:
 def _drawn(rows: Sequence[Row], most: float, seed: int) -> list[Row]:
     """Passages of other text, about `most` characters of them, drawn by chance."""
     passages = [passage for row in rows for passage in _passages(row)]
-    drawn, length = list[Row](), 0
-    for i in np.random.default_rng(seed).permutation(len(passages)):
-        if length >= most:
-            break
-        drawn.append(passages[i])
-        length += _length(passages[i])
-    return drawn
+    order = np.random.default_rng(seed).permutation(len(passages))
+    sizes = np.array([_length(passages[i]) for i in order])
+    return [passages[i] for i in order[np.cumsum(sizes) - sizes < most]]
 
 
 def run(settings: Settings) -> dict[str, Any]:

@@ -222,20 +222,19 @@ class AlignmentRun(run_loop.OpenRun):
         steps = run_folder.metrics(self.folder)
         by_step = {record["number"]: record for record in run_folder.records(self.folder / HELD_OUT)}
         tokens, seconds = (sum(r[key] for r in steps) for key in ("tokens", "seconds"))
-        result = {
-            "model": str(c.path),
-            "student": str(out),
-            "run": str(self.folder),
-            "params_trained": sum(math.prod(a.shape) for a in arrays.values()),
-            "best_step": best.number,
-            "held_out_start": by_step.get(0),
-            "held_out_best": by_step.get(best.number),
-            "tokens": tokens,
-            "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
-            **self.account(),
-        }
-        self.files.replace_text(self.folder / run_folder.RESULT, json.dumps(result, indent=2))
-        return result
+        return self.done(
+            {
+                "model": str(c.path),
+                "student": str(out),
+                "run": str(self.folder),
+                "params_trained": sum(math.prod(a.shape) for a in arrays.values()),
+                "best_step": best.number,
+                "held_out_start": by_step.get(0),
+                "held_out_best": by_step.get(best.number),
+                "tokens": tokens,
+                "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
+            }
+        )
 
 
 def data(

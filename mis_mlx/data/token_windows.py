@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from mis_mlx.data.rows import Row
 from mis_mlx.types import MisError
@@ -202,22 +203,17 @@ def order(n_windows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
 
 def overlap(train: Windows, held_out: Windows, span: int = 32) -> np.ndarray:
     """Sorted indices of the held-out windows that share any run of `span` tokens (or all, of a shorter one) with the
-    training text. By 64-bit hashes: a window may go without need, once in 10^9 times."""
+    training text. By 64-bit polynomial hashes: a window may go without need, once in 10^9 times."""
     span = min(span, held_out.tokens.shape[1])
-    hashes = np.stack([_span_hashes(window, span) for window in held_out.tokens])
+    powers = np.uint64(0x9E3779B97F4A7C15) ** np.arange(span, dtype=np.uint64)
+
+    def hashes(tokens: np.ndarray) -> np.ndarray:
+        return sliding_window_view(tokens.astype(np.uint64), span, axis=-1) @ powers
+
     text = train.tokens
     if len(text) > 1 and (text[:, 0] == text[0, 0]).all():  # a start token that the windows got, not the text
         text = text[:, 1:]
-    return np.flatnonzero(np.isin(hashes, _span_hashes(text.reshape(-1), span)).any(axis=1))
-
-
-def _span_hashes(tokens: np.ndarray, span: int) -> np.ndarray:
-    """64-bit polynomial hash of every run of `span` tokens, (len(tokens) - span + 1,) uint64."""
-    count = max(0, len(tokens) - span + 1)
-    hashes = np.zeros(count, np.uint64)
-    for offset in range(span):
-        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + tokens[offset : offset + count].astype(np.uint64)
-    return hashes
+    return np.flatnonzero(np.isin(hashes(held_out.tokens), hashes(text.reshape(-1))).any(axis=1))
 
 
 def without_overlap(held_out: Windows, train: Windows, span: int = 32) -> tuple[Windows, int]:

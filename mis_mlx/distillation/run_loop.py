@@ -72,10 +72,13 @@ class OpenRun:
     began_s: float
     budget_bytes: int
 
-    def account(self) -> dict[str, Any]:
-        """For the run's result: memory, weather, time."""
+    def done(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """The run's result, with memory, weather and time, as it now stands in the folder."""
         sizes = {"peak_bytes": self.peak.nbytes, "budget_bytes": self.budget_bytes}
-        return {**sizes, **self.weather.account(), "seconds": round(time.monotonic() - self.began_s, 1)}
+        seconds = round(time.monotonic() - self.began_s, 1)
+        whole = {**result, **sizes, **self.weather.account(), "seconds": seconds}
+        self.files.replace_text(self.folder / run_folder.RESULT, json.dumps(whole, indent=2))
+        return whole
 
 
 @contextmanager

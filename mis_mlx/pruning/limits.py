@@ -71,9 +71,8 @@ def _file_bytes(config: Mapping[str, Any], shape: Shape, bpw: float) -> float:
 
 def bytes_limit(config: Mapping[str, Any], text: str) -> Limit:
     """At most so many bytes of weights on disk."""
-    most = cli.parse_bytes(text, "--bytes")
-    return Limit(f"--bytes {text}", most, partial(_file_bytes, config),
-                 lambda cost: f"{cost / 1e6:.4g} MB", in_bytes=True)  # fmt: skip
+    most, cost = cli.parse_bytes(text, "--bytes"), partial(_file_bytes, config)
+    return Limit(f"--bytes {text}", most, cost, lambda nbytes: f"{nbytes / 1e6:.4g} MB", in_bytes=True)
 
 
 def memory_limit(config: Mapping[str, Any], text: str, cached: int) -> Limit:

@@ -40,7 +40,6 @@ def quantize(
     """Write the quantized model `out` from the dense model `folder`. Returns bits per weight and the groups used.
     batches: token ids [(B, T)] to look at, hidden states of the first `held` in memory, others in a file beside it."""
     checkpoint, how = load.open_checkpoint(folder), how.affine
-    packed_format.check_dense(checkpoint)
     files.make_folder(out.absolute().parent)
     layers = checkpoint.config["num_hidden_layers"]
 
