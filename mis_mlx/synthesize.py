@@ -25,7 +25,7 @@ from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import DISK, reported
-from mis_mlx.types import Budget, Count, MisError, Positive, Seed, Share, Tokens, duration, gib
+from mis_mlx.types import Budget, Checkpoint, Count, MisError, Positive, Seed, Share, Tokens, duration, gib
 
 PLACE_BYTES = 2**26  # of a folder of text, generously
 PIECE = 1200  # characters of a passage of a long text, at least
@@ -101,15 +101,6 @@ class Way(NamedTuple):
     room_bytes: int | None  # of a streamed one
     direct: bool = False
 
-    def opened(self, folder: Path) -> tuple[Any, Any]:
-        """(model, tokenizer)."""
-        if self.room_bytes is None:
-            return mlx_generate.open_model(folder)
-        checkpoint = load.open_checkpoint(folder)
-        return Stream(checkpoint, policy.compute_dtype(checkpoint), self.room_bytes, self.direct), load.tokenizer(
-            folder
-        )
-
 
 def way_of(s: Settings, m: estimates.ModelSize, limit: Budget) -> Way:
     """The first that fits, the most texts at once first; whole before streamed. MisError where none does."""
@@ -155,31 +146,36 @@ def write(s: Settings, model: Any, tokenizer: Any, batch: int, at_once: int) -> 
     return rows
 
 
-def _written(s: Settings, folder: Path, part: Path, way: Way, batches: int) -> Iterator[Row]:
+def _written(s: Settings, checkpoint: Checkpoint, part: Path, way: Way, batches: int) -> Iterator[Row]:
     """Texts of a run that was stopped, all but its last batch; then new ones, each kept in the file `part`."""
-    head = json.dumps(
-        {**asdict(s), "model": str(folder), "budget": 0, "out": "", "at_once": way.at_once}, sort_keys=True
-    )
+    how = {**asdict(s), "model": str(checkpoint.path), "budget": 0, "out": "", "at_once": way.at_once}
+    head = json.dumps(how, sort_keys=True)
     lines = part.read_text("utf-8").splitlines() if part.is_file() else []
     found = [json.loads(line) for line in lines[1:-1]] if lines[:1] == [head] else []  # the last one may be torn
     first = found[-1][1] if found else 0
     kept = [one for one in found if one[1] < first]
     DISK.replace_text(part, "".join(f"{line}\n" for line in (head, *map(json.dumps, kept))))
     yield from (row for row, _ in kept)
-    opened, count = way.opened(folder), len(kept)
+    model: Any
+    if way.room_bytes is None:
+        model, tokenizer = mlx_generate.open_model(checkpoint.path)
+    else:
+        model = Stream(checkpoint, policy.compute_dtype(checkpoint), way.room_bytes, way.direct)
+        tokenizer = load.tokenizer(checkpoint.path)
+    count = len(kept)
     for batch in range(first, batches):
         size = min(way.at_once, SPARE + max(0, s.num_samples - count))  # the last one: what is missing
-        for row in write(s, *opened, batch, size):
+        for row in write(s, model, tokenizer, batch, size):
             DISK.append(part, json.dumps([row, batch]))
             count += 1
             yield row
 
 
-def _texts(s: Settings, folder: Path, part: Path, way: Way) -> list[Row]:
+def _texts(s: Settings, checkpoint: Checkpoint, part: Path, way: Way) -> list[Row]:
     """As many different ones as are asked for. MisError where hardly any is usable."""
     texts, most = dict[str, Row](), TRIES * (1 + s.num_samples // way.at_once)
     with progress.bar("text", s.num_samples) as show:
-        for row in _written(s, folder, part, way, most):
+        for row in _written(s, checkpoint, part, way, most):
             texts[json.dumps(row)] = row
             show(len(texts))
             if len(texts) == s.num_samples:
@@ -233,7 +229,7 @@ def run(settings: Settings) -> dict[str, Any]:
     with reported(part.parent, "the text"):
         DISK.make_folder(part.parent)
     with progress.run("synthesize", {"text": way.seconds}), progress.phase("text"), memory.limited(limit):
-        texts = _texts(s, checkpoint.path, part, way)
+        texts = _texts(s, checkpoint, part, way)
     built_in = preparation.load(preparation.MIS).train if s.data is None else []
     other = _drawn([*given.train, *built_in], sum(map(_length, texts)) * s.mix / max(1e-9, 1 - s.mix), s.seed)
     source = {**asdict(s), "model": str(checkpoint.path), "written": len(texts)}

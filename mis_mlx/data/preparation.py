@@ -100,8 +100,8 @@ def _from_hub(name: str) -> Texts:
     except Exception as error:  # the package raises dozens of kinds, all of them "could not get it"
         raise MisError(f"the hub did not give the dataset '{name}' ({error}): check its name") from error
     readings = {}
-    for split, spellings in {"train": ["train"], "valid": ["valid", "validation"], "test": ["test"]}.items():
-        for spelling in [s for s in spellings if s in found][:1]:
+    for spelling, split in {"train": "train", "validation": "valid", "valid": "valid", "test": "test"}.items():
+        if spelling in found:
             parsed = ((i, dict(row), None) for i, row in enumerate(found[spelling], 1))
             readings[split] = collect(f"{name}[{spelling}]", "row", parsed)
     if "train" not in readings:

@@ -35,23 +35,19 @@ MicroBatch = tuple[mx.array, ...]  # tokens (B, T), learn (B * T,), then the tar
 
 class StreamedTeacher:
     """Final hidden states of the teacher for any batch, and its vocabulary head. room_bytes, direct: as of
-    `stream.Stream`. temperature: T of eq. (2). cross_entropy: as of `losses.kl_sum`."""
+    `stream.Stream`. temperature: T of eq. (2). cross_entropy: as of `losses.kl_sum`.
+
+    hidden(token ids [(B, T)]) -> [(B, T, D)]: a streamed teacher is read once for all of them. logits(hidden (n, D)) ->
+    (n, V)."""
 
     def __init__(
         self, checkpoint: Checkpoint, room_bytes: int | None = 0, direct: bool = False, temperature: float = 1.0,
         cross_entropy: float = 0.0, shares: Sequence[int] = (),
     ):  # fmt: skip
         where = checkpoint, policy.compute_dtype(checkpoint), room_bytes, direct
-        self._source = Relay(*where, shares) if shares else stream.Stream(*where)
-        self._head, self.temperature, self._cross_entropy = self._source.head(), temperature, cross_entropy
-
-    def hidden(self, batches: stream.Batches) -> stream.Hidden:
-        """Token ids [(B, T)] -> [(B, T, D)]; a streamed teacher is read once for all of them."""
-        return self._source.forward(batches)
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        """hidden (n, D) -> (n, V)."""
-        return load.logits(self._head, hidden)
+        source = Relay(*where, shares) if shares else stream.Stream(*where)
+        self.hidden, self.logits = source.forward, partial(load.logits, source.head())
+        self.temperature, self._cross_entropy = temperature, cross_entropy
 
     def micro_batches(self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()) -> list[MicroBatch]:
         """Tokens (B, T), learn (B * T,), the teacher's hidden states (B * T, D); for cross-entropy labels (B * T,)."""
