@@ -29,7 +29,7 @@ from mis_mlx.models import arch, load, model_writer, policy
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.planner import compression_size, estimates
-from mis_mlx.pruning import calibrate, rotate, select, shape_search, slicing, vocabulary
+from mis_mlx.pruning import calibrate, select, shape_search, slicing, vocabulary
 from mis_mlx.pruning.shape_search import Choice, Losses
 from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.storage import run_folder
@@ -126,10 +126,10 @@ class Candidates:
         return {name: {int(bits): cost for bits, cost in costs.items()} for name, costs in stored.items()}
 
     @cached_property
-    def _directions(self) -> rotate.Directions:
+    def _directions(self) -> slicing.Directions:
         """Of the stream, measured when the first candidate is narrower than the teacher."""
         teacher = self.run.teacher
-        return rotate.measured(teacher, self.samples, policy.compute_dtype(teacher), self._states)
+        return slicing.directions(teacher, self.samples, policy.compute_dtype(teacher), self._states)
 
     def reader(self, rows: int) -> Reader:
         """The teacher of so many rows, made once."""

@@ -183,12 +183,11 @@ class _Asked:
     def __init__(self, source: stream.Stream, block: nn.Module, hidden: Hidden, goals: Hidden):
         of = family(source.checkpoint.config)
         part = block[of.mlp]
-        beside, inputs = list[mx.array](), list[mx.array]()
+        pairs = list[tuple[mx.array, mx.array]]()
         for x in hidden:
-            h, n = experts.before(block, x, load.mask(source.args, block, x))
-            stream.evaluate_now(h, n)
-            beside.append(h)
-            inputs.append(n)
+            pairs.append(experts.before(block, x, load.mask(source.args, block, x)))
+            stream.evaluate_now(*pairs[-1])
+        beside, inputs = zip(*pairs, strict=True)
         self.inputs = mx.concatenate([n.reshape(1, -1, n.shape[-1]) for n in inputs], axis=1)
         self.beside = mx.concatenate([h.reshape(-1, h.shape[-1]) for h in beside]).astype(mx.float32)
         self.goal = mx.concatenate([g.reshape(-1, g.shape[-1]) for g in goals]).astype(mx.float32)

@@ -20,7 +20,7 @@ from mis_mlx.models import arch, distributed, families, load, policy
 from mis_mlx.models.config import MOST_EXPERTS, Shape, shape_of
 from mis_mlx.models.pipeline_parallel import Relay
 from mis_mlx.models.stream import Batches, Hidden
-from mis_mlx.pruning import calibrate, rotate, slicing
+from mis_mlx.pruning import calibrate, slicing
 from mis_mlx.pruning.vocabulary import VocabularyConfig
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
@@ -188,7 +188,7 @@ def prune(
     if not distributed.is_main():  # who has brought its part; the student is the first one's to make
         return {}
     shape, keep = select_units(checkpoint.config, statistics, cut)
-    directions = cache(lambda: rotate.measured(checkpoint, batches, kind, states))
+    directions = cache(lambda: slicing.directions(checkpoint, batches, kind, states))
     if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
         sizes: dict[str, Any] = {axis: getattr(shape, axis) for axis in families.ALL}
         sizes["experts"] = str(shape.experts) if shape.experts else None

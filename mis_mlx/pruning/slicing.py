@@ -1,14 +1,20 @@
-"""The pruned folder: of every tensor of the teacher the rows and columns that are kept."""
+"""The pruned folder: of every tensor of the teacher the rows and columns that are kept; of the residual stream ranked
+channels, or the directions in which it moves, after a rotation.
 
-from collections.abc import Callable
+The rotated model is an ordinary one: RMSNorm does not notice a rotation once its gain is folded into the matrices that
+read behind it (SliceGPT, arXiv 2401.15024, has a basis and skip matrices for each block; here all share one)."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
-from mis_mlx.models import arch, experts, load, model_writer
+from mis_mlx.models import arch, experts, load, model_writer, stream
 from mis_mlx.models.config import Shape, shape_of
-from mis_mlx.pruning import rotate
+from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint, KeptUnits
 
@@ -21,6 +27,123 @@ CUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "hidden": (("o_proj", "down_proj", "norm", "input_layernorm", "post_attention_layernorm"),
                (*arch.READERS["norm1"][1], *arch.READERS["norm2"][1], "embed_tokens", "lm_head")),
 }  # fmt: skip
+FINAL, HEAD = f"{load.NORM}weight", "lm_head.weight"
+# What reads the stream behind which norm of its block, and what writes into the stream.
+READS = {
+    **{f"self_attn.{n}_proj.weight": "input_layernorm.weight" for n in "qkv"},
+    **{f"mlp.{n}_proj.weight": "post_attention_layernorm.weight" for n in ("gate", "up")},
+}
+WRITES = ("self_attn.o_proj.weight", "mlp.down_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.bias")
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Directions of the residual stream that stay, and what calibration saw of them. float64.
+
+    basis (D, d): orthonormal columns, by falling share of the stream. energy: {name of a norm's weight: the
+    share of the stream's square that the d columns hold there}."""
+
+    basis: np.ndarray
+    energy: Mapping[str, float]
+
+
+Directions = Callable[[int], Rotation]  # for a cut to so many channels
+
+
+def _entering(
+    checkpoint: Checkpoint, batches: Batches, dtype: mx.Dtype, hidden: Hidden
+) -> Iterator[tuple[str, mx.array]]:
+    """Norm by norm, in one streamed pass: (its weight's name, float32 tokens (n, D) that enter it, over their rms)."""
+    source = stream.Stream(checkpoint, dtype, direct=not isinstance(hidden, list))
+    names = ("input_layernorm", "post_attention_layernorm")
+    hidden = source.embed(batches, hidden)
+    for i, block in source.blocks():
+        for name in names:
+            block[name] = stream.InputRecorder(block[name])
+        for b, into in enumerate(hidden):
+            out = block(into, load.mask(source.args, block, into))
+            seen = [_even(block[name].take()) for name in names]
+            stream.evaluate_now(out, seen)
+            hidden[b] = source.finite(out) if b == 0 else out
+            for name, tokens in zip(names, seen, strict=True):
+                yield f"model.layers.{i}.{name}.weight", tokens
+    for h in hidden:
+        yield FINAL, _even(h)
+
+
+def _even(x: mx.array) -> mx.array:
+    """(B, T, D) -> (B T, D) float32, mean square 1 each; a token of zeros stays zeros."""
+    x = x.reshape(-1, x.shape[-1]).astype(mx.float32)
+    return x * mx.rsqrt(mx.maximum(mx.square(x).mean(axis=-1, keepdims=True), 1e-30))
+
+
+def principal(moments: np.ndarray, size: int) -> np.ndarray:
+    """The `size` leading eigenvectors (D, size) of symmetric `moments` (D, D), by falling eigenvalue."""
+    _, vectors = np.linalg.eigh(moments)
+    return np.ascontiguousarray(vectors[:, ::-1][:, :size])
+
+
+def turned(basis: np.ndarray, gain: np.ndarray) -> np.ndarray:
+    """The same subspace (D, d) in the coordinates in which diag(`gain`), within it, is diagonal again."""
+    _, turn = np.linalg.eigh(basis.T @ (gain[:, None] * basis))
+    return basis @ turn
+
+
+def directions(
+    teacher: Checkpoint, batches: Batches, dtype: mx.Dtype, hidden: Callable[[], Hidden] = list
+) -> Directions:
+    """The principal directions of what enters all norms over token ids [(B, T)], all norms alike; for a tied head
+    `turned` for the last norm's gain.
+
+    Two streamed passes: the second sees how much of each norm's input they hold. Products of one batch are float32,
+    sums over batches float64. hidden: makes a place for the hidden states of a pass."""
+    moments = np.zeros((shape_of(teacher.config).hidden,) * 2)
+    for _, x in _entering(teacher, batches, dtype, hidden()):
+        moments += np.array(x.T @ x)
+    basis = principal(moments, len(moments))
+    turn = mx.array(basis.astype(np.float32))
+    held: dict[str, np.ndarray] = {}
+    for name, x in _entering(teacher, batches, dtype, hidden()):
+        held[name] = held.get(name, 0.0) + np.array(mx.square(x @ turn).sum(axis=0), np.float64)
+
+    def kept(size: int) -> Rotation:
+        some = basis[:, :size]
+        if shape_of(teacher.config).tied:
+            some = turned(some, np.array(load.dense(teacher, FINAL).astype(mx.float32), np.float64))
+            some = some[:, np.argsort(-np.einsum("ij,ij->j", some, moments @ some), kind="stable")]
+        energy = {name: float((square / square.sum())[:size].sum()) for name, square in held.items()}
+        return Rotation(some, energy)
+
+    return kept
+
+
+def rotated(teacher: Checkpoint, rotation: Rotation) -> Callable[[str], mx.array]:
+    """name -> the teacher's tensor, float32, in the d coordinates of `rotation` instead of its D channels.
+
+    Norms get one gain for all coordinates, sqrt(D energy / d): the rms of a cut stream is over d numbers instead of D.
+    Gains go into what reads behind the norm; with d = D and an untied head the function is the teacher's, to rounding.
+    A tied head cannot take the last gain, for the embedding also writes the stream: there the last norm keeps
+    diag(Q^T diag(gain) Q), all of the gain that stays within the subspace when the basis is `turned` for it."""
+    inner, size = rotation.basis.shape
+    q = mx.array(rotation.basis.astype(np.float32))
+    tied = shape_of(teacher.config).tied
+
+    def whole(name: str) -> mx.array:
+        return load.dense(teacher, name).astype(mx.float32)
+
+    def tensor(name: str) -> mx.array:
+        block, rest = name.rsplit(".", 3)[0], ".".join(name.split(".")[3:])
+        if name in rotation.energy:
+            factor = (inner * rotation.energy[name] / size) ** 0.5
+            gain = whole(name) @ mx.square(q) if tied and name == FINAL else mx.ones((size,))
+            return factor * gain
+        if rest in READS or name == HEAD:
+            return (whole(name) * whole(f"{block}.{READS[rest]}" if rest in READS else FINAL)) @ q
+        if rest in WRITES:
+            return q.T @ whole(name)
+        return whole(name) @ q if name == f"{load.EMBEDDING}weight" else whole(name)
+
+    return tensor
 
 
 def _cut(name: str, layer: int, before: Shape, keep: KeptUnits, weight: mx.array) -> mx.array:
@@ -57,7 +180,7 @@ def _mixed_cut(name: str, layer: int, before: Shape, keep: KeptUnits, weight: mx
 
 def write_student(
     teacher: Checkpoint, shape: Shape, keep: KeptUnits, out: Path, dtype: str, files: Files,
-    directions: Callable[[], rotate.Directions] | None = None, tensor: Tensor | None = None,
+    directions: Callable[[], Directions] | None = None, tensor: Tensor | None = None,
 ) -> KeptUnits:  # fmt: skip
     """Commit the pruned model to the new folder `out`: what is kept. directions(): asked for where hidden is cut, but
     `keep` does not say by which channels; then it is by the rotation that they give. tensor(name): the teacher's tensor
@@ -65,7 +188,10 @@ def write_student(
     before = shape_of(teacher.config)
     if directions and shape.hidden < before.hidden and (-1, "hidden") not in keep.kept:
         rotation = directions()(shape.hidden)
-        keep, tensor = rotate.by(keep, rotation), rotate.rotated(teacher, rotation)
+        share = round(float(np.mean(list(rotation.energy.values()))), 4)
+        kept, basis = {**keep.kept, (-1, "hidden"): tuple(range(shape.hidden))}, rotation.basis.astype(np.float32)
+        report = {**keep.report, "hidden_by": "pca", "hidden_energy": share}
+        keep, tensor = replace(keep, kept=kept, report=report, basis=basis), rotated(teacher, rotation)
     config = arch.student_config(teacher.config, shape, keep.layers, dtype)
     whole = tensor or partial(load.dense, teacher)
 

@@ -17,7 +17,7 @@ from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import arch, load, model_writer, stream
 from mis_mlx.models.config import shape_of
-from mis_mlx.pruning import reconstruct, rotate, select, slicing
+from mis_mlx.pruning import reconstruct, select, slicing
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits, MisError, Reading
 from tests import tiny
@@ -41,16 +41,17 @@ def orthogonal(size: int, seed: int = 0) -> np.ndarray:
     return q
 
 
-def whole(basis: np.ndarray) -> rotate.Rotation:
+def whole(basis: np.ndarray) -> slicing.Rotation:
     """A rotation that cuts nothing: every norm sees everything."""
-    return rotate.Rotation(basis, dict.fromkeys(NORMS, 1.0))
+    return slicing.Rotation(basis, dict.fromkeys(NORMS, 1.0))
 
 
-def student_of(teacher: Checkpoint, rotation: rotate.Rotation, out: Path, dtype: str = "float32") -> Checkpoint:
+def student_of(teacher: Checkpoint, rotation: slicing.Rotation, out: Path, dtype: str = "float32") -> Checkpoint:
     """The teacher cut by nothing but `rotation`."""
     shape = replace(shape_of(teacher.config), hidden=rotation.basis.shape[1])
-    keep = rotate.by(KeptUnits(ALL, {}, ""), rotation)
-    slicing.write_student(teacher, shape, keep, out, dtype, DISK, tensor=rotate.rotated(teacher, rotation))
+    kept = {(-1, "hidden"): tuple(range(shape.hidden))}
+    keep = KeptUnits(ALL, kept, "", basis=rotation.basis.astype(np.float32))
+    slicing.write_student(teacher, shape, keep, out, dtype, DISK, tensor=slicing.rotated(teacher, rotation))
     return load.open_checkpoint(out)
 
 
@@ -81,7 +82,7 @@ def entering(checkpoint: Checkpoint, windows: list[mx.array]) -> dict[str, np.nd
 
 def test_principal_directions_by_pencil() -> None:
     """Eigenvalues 3 along (1, 1) and 1 along (1, -1)."""
-    basis = rotate.principal(np.array([[2.0, 1.0], [1.0, 2.0]]), 1)
+    basis = slicing.principal(np.array([[2.0, 1.0], [1.0, 2.0]]), 1)
     np.testing.assert_allclose(np.abs(basis), np.full((2, 1), 0.5**0.5))
     np.testing.assert_allclose(basis[0], basis[1])
 
@@ -95,7 +96,7 @@ def test_what_is_measured_is_what_enters_the_norms(
     1e-4: the stream itself is float32. With a tied head the columns are turned, the subspace is the same.
     """
     teacher = models(kind)
-    found = rotate.measured(teacher, windows, mx.float32)(48)
+    found = slicing.directions(teacher, windows, mx.float32)(48)
     seen = entering(teacher, windows)
     np.testing.assert_allclose(found.basis.T @ found.basis, np.eye(48), atol=1e-12)
     values, vectors = np.linalg.eigh(sum(x.T @ x for x in seen.values()))
@@ -136,7 +137,7 @@ def test_a_tied_head_deviates_by_its_last_gain_and_by_nothing_else(
     The deviation is bounded by the spread of the gains (here 10 %). Turned for g, nothing is cut and nothing is lost.
     """
     basis = orthogonal(64)
-    gain = np.array(load.dense(llama, rotate.FINAL), np.float64)
+    gain = np.array(load.dense(llama, slicing.FINAL), np.float64)
     table = np.array(load.dense(llama, "model.embed_tokens.weight"), np.float64)
     (normed,) = stream.Stream(llama, mx.float32).forward([windows[0]])
     even = np.array(normed[0], np.float64) / gain
@@ -147,7 +148,7 @@ def test_a_tied_head_deviates_by_its_last_gain_and_by_nothing_else(
     assert np.abs(after - even @ nearest @ table.T).max() <= rounding
     off = np.linalg.norm(after - before) / np.linalg.norm(before)
     assert 0.03 < off < 2 * gain.std() / gain.mean()
-    turned = stock(student_of(llama, whole(rotate.turned(basis, gain)), tmp_path / "turned"), windows[0])
+    turned = stock(student_of(llama, whole(slicing.turned(basis, gain)), tmp_path / "turned"), windows[0])
     assert np.abs(turned - before).max() <= rounding
 
 
@@ -155,10 +156,10 @@ def test_turned_for_a_tied_head_the_cut_costs_less(tmp_path: Path, windows: list
     """The same 60 directions, gains of the last norm far apart: the turned basis ends nearer to the teacher."""
     teacher = load.open_checkpoint(tiny.make(tmp_path / "t"))
     arrays = {name: load.dense(teacher, name) for name in teacher.tensors}
-    arrays[rotate.FINAL] = 1 + 0.5 * mx.random.normal((64,), key=mx.random.key(9))
+    arrays[slicing.FINAL] = 1 + 0.5 * mx.random.normal((64,), key=mx.random.key(9))
     model_writer.write_model(teacher.config, arrays.__getitem__, teacher.path, tmp_path / "g", "float32", DISK)
     teacher = load.open_checkpoint(tmp_path / "g")
-    found = rotate.measured(teacher, windows, mx.float32)(60)
+    found = slicing.directions(teacher, windows, mx.float32)(60)
     plain = replace(found, basis=found.basis @ orthogonal(60))  # the same subspace, turned anyhow
     before = stock(teacher, windows[0])
     off = [
@@ -171,7 +172,7 @@ def test_turned_for_a_tied_head_the_cut_costs_less(tmp_path: Path, windows: list
 def test_the_rms_gain_by_pencil(tmp_path: Path, models: Callable[[str], Checkpoint]) -> None:
     """48 of 64 numbers with 3/4 of the energy have the same rms: gain 1; with all of it sqrt(64 / 48)."""
     energy = dict.fromkeys(NORMS, 0.75) | {NORMS[1]: 1.0}
-    tensor = rotate.rotated(models("untied"), rotate.Rotation(orthogonal(64)[:, :48], energy))
+    tensor = slicing.rotated(models("untied"), slicing.Rotation(orthogonal(64)[:, :48], energy))
     for name in NORMS:
         want = (64 / 48) ** 0.5 if name == NORMS[1] else 1.0
         np.testing.assert_allclose(np.array(tensor(name)), np.full(48, want), rtol=1e-6)
@@ -268,7 +269,7 @@ def test_repair_brings_every_block_nearer_to_the_rotated_stream(
     tmp_path: Path, llama: Checkpoint, windows: list[mx.array]
 ) -> None:
     """On a bfloat16 student read back from disk; measured apart, in float64, against Q^T times the teacher's stream."""
-    rotation = rotate.measured(llama, windows, mx.float32)(32)
+    rotation = slicing.directions(llama, windows, mx.float32)(32)
     student = student_of(llama, rotation, tmp_path / "s", "bfloat16")
     keep = model_writer.read_keep(student.path)
     assert keep is not None
@@ -279,7 +280,7 @@ def test_repair_brings_every_block_nearer_to_the_rotated_stream(
 
 def test_a_rotation_that_does_not_fit_is_a_sentence(tmp_path: Path, llama: Checkpoint) -> None:
     """Missing, cut short, of another model, of another kind of file: one sentence each, with the path."""
-    student = student_of(llama, rotate.Rotation(orthogonal(64)[:, :48], dict.fromkeys(NORMS, 0.75)), tmp_path / "s")
+    student = student_of(llama, slicing.Rotation(orthogonal(64)[:, :48], dict.fromkeys(NORMS, 0.75)), tmp_path / "s")
     path = student.path / "rotation.npy"
     whole_file = path.read_bytes()
     for content in (whole_file[:-8], b"", b"PK", b"\x80\x04N.", None):

@@ -109,7 +109,7 @@ def test_logits_of_the_rows_that_stay_are_the_teachers(tmp_path: Path, text_fold
     probabilities but for the softmax's denominator; in memory and streamed."""
     teacher = make(tmp_path / "teacher", **{**tiny.KINDS, **tiny.FAMILIES, "packed": {}}[kind])
     if kind == "packed":
-        packed_format.write_quantized(teacher, tmp_path / "packed", 64, DISK)
+        packed_format.write_quantized(teacher, tmp_path / "packed", packed_format.layout(teacher.config, 64), DISK)
         teacher = load.open_checkpoint(tmp_path / "packed")
     text = windows(teacher, text_folder).tokens
     tokens = Vocabulary(teacher.path)
