@@ -127,7 +127,9 @@ class Rows:
         teacher = load.open_checkpoint(self.teacher)
         scenario = vocabulary.defaults(None, None, teacher.config, self.teacher)
         prune.run(prune.Settings(model=self.s.teacher, mlx_path=str(out.with_name("pruned")), **scenario))
-        packed_format.write_quantized(load.open_checkpoint(out.with_name("pruned")), out, 64, DISK)
+        student = load.open_checkpoint(out.with_name("pruned"))
+        plan = packed_format.layout(student.config, 64, packed_format.blocks_after_removed(student))
+        packed_format.write_quantized(student, out, plan, DISK)
         return out, scenario
 
     def ours(self, nbytes: int, seed: int) -> Any:

@@ -4,7 +4,7 @@ model whole in memory, whose scales, biases and norms can learn; integers, embed
 mlx-lm leaves a matrix that the group does not divide unquantized without a word; here that is an error and a remedy."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +57,7 @@ class Format(NamedTuple):
 
 GROUPS = {"mxfp4": 32, "nvfp4": 16}  # of the formats that have but one
 Layout = Mapping[str, Format]  # by module path
-Rounded = Callable[[Layout], Iterator[Mapping[str, rounding.Packed]]]  # block by block, {module path: its matrix}
+Rounded = Iterator[Mapping[str, rounding.Packed]]  # block by block, {module path: its matrix}
 
 
 def blocks_after_removed(checkpoint: Checkpoint) -> tuple[int, ...]:
@@ -102,16 +102,14 @@ def layout(
 
 
 def write_quantized(
-    checkpoint: Checkpoint, out: Path, plan: Layout | int, files: Files, rounded: Rounded | None = None,
+    checkpoint: Checkpoint, out: Path, plan: Layout, files: Files, rounded: Rounded | None = None,
     extra: Mapping[str, bytes] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Commit the new folder `out`: packed weights, float16 scales and biases, config that stock mlx-lm reads.
 
-    plan: of every matrix; or a group size, for 4 bits and `blocks_after_removed` in 8. rounded: the blocks' matrices,
-    from quantization/stage; default: the nearest values. extra: more files for the folder, by name."""
+    rounded: the blocks' matrices, from quantization/stage; default: the nearest values. extra: more files for the
+    folder, by name."""
     check_dense(checkpoint)
-    if isinstance(plan, int):
-        plan = layout(checkpoint.config, plan, blocks_after_removed(checkpoint))
     inner = [kind for path, kind in plan.items() if arch.block_of(path) is not None]
     common = max(set(inner), key=lambda kind: (inner.count(kind), kind))
     settings: dict[str, Any] = common.settings
@@ -135,7 +133,7 @@ def write_quantized(
 
 def _packed(checkpoint: Checkpoint, plan: Layout, rounded: Rounded | None) -> Iterator[tuple[str, mx.array]]:
     """(name, tensor) of everything in the folder to be written."""
-    names, coming, block = arch.tensors_of(checkpoint.config, True), None, dict[str, rounding.Packed]()
+    names, block = arch.tensors_of(checkpoint.config, True), dict[str, rounding.Packed]()
     for name in cli.counted("tensor", names, len(names)):
         path = name.removesuffix(".weight")
         if path not in plan:
@@ -143,8 +141,7 @@ def _packed(checkpoint: Checkpoint, plan: Layout, rounded: Rounded | None) -> It
             yield name, mx.stack(plain) if len(plain) > 1 else plain[0]
             continue
         while rounded and arch.block_of(name) is not None and path not in block:
-            coming = coming or rounded(plan)
-            block = dict(next(coming))
+            block = dict(next(rounded))
         parts = block.pop(path, None) or _nearest(checkpoint, plan[path], name)
         for part, array in zip((f"{path}.{part}" for part in PARTS), parts, strict=False):
             if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():

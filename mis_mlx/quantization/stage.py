@@ -6,7 +6,6 @@ gathered once a block, with its own weights as they were."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +43,7 @@ def quantize(
     layers = checkpoint.config["num_hidden_layers"]
 
     def hidden(passes: int) -> Spool | None:
-        count = held * passes
-        return Spool(out.absolute().parent, count, files) if held < len(batches) else None
+        return Spool(out.absolute().parent, held * passes, files) if held < len(batches) else None
 
     wide = packed_format.blocks_after_removed(checkpoint) if how.q_mode == "affine" else ()
     plan: packed_format.Layout = packed_format.layout(checkpoint.config, how.q_group_size, wide, how.q_mode)
@@ -55,7 +53,7 @@ def quantize(
         plan, found = bit_allocation.mixed(checkpoint, batches, how, seed, hidden(layers))
         extra[packed_format.SENSITIVITY] = json.dumps(found).encode()
 
-    rounded = partial(rounded_blocks, checkpoint, batches, hidden=hidden(1)) if how.q_method == "gptq" else None
+    rounded = rounded_blocks(checkpoint, batches, plan, hidden(1)) if how.q_method == "gptq" else None
     return packed_format.write_quantized(checkpoint, out, plan, files, rounded, extra)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,7 +16,7 @@ from mis_mlx.distillation import sharded
 from mis_mlx.gguf_export import tensors
 from mis_mlx.models import arch, load, lora, model_writer
 from mis_mlx.models.config import shape_of
-from mis_mlx.pruning import reconstruct, rotate, slicing
+from mis_mlx.pruning import reconstruct, slicing
 from mis_mlx.quantization import bit_allocation, packed_format, stage
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits
@@ -70,8 +69,9 @@ def test_gptq(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
     """The folder's logits are those of the plain model with the matrices that were chosen; so is the stream that the
     last block was fitted to; biases keep their bytes."""
     hidden: list[mx.array] = []
-    rounded = partial(stage.rounded_blocks, model, WINDOWS, hidden=hidden)
-    packed_format.write_quantized(model, tmp_path / "q", 64, DISK, rounded)
+    plan = packed_format.layout(model.config, 64)
+    rounded = stage.rounded_blocks(model, WINDOWS, plan, hidden)
+    packed_format.write_quantized(model, tmp_path / "q", plan, DISK, rounded)
     made = load.open_checkpoint(tmp_path / "q")
     names = arch.tensors_of(model.config)
     inside = [(n, load.dense(made, n)) for n in names if arch.block_of(n) is not None and len(names[n]) == 2]
@@ -180,8 +180,8 @@ def test_rotation(model: Checkpoint, tmp_path: Path) -> None:
     model_writer.write_model(config, take, model.path, tmp_path / "untied", "float32", DISK)
     untied = load.open_checkpoint(tmp_path / "untied")
     basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(64, 64)))
-    rotation = rotate.Rotation(basis, {n: 1.0 for n in untied.tensors if "norm" in n})
-    turned = rotate.rotated(untied, rotation)
+    rotation = slicing.Rotation(basis, {n: 1.0 for n in untied.tensors if "norm" in n})
+    turned = slicing.rotated(untied, rotation)
     model_writer.write_model(config, turned, model.path, tmp_path / "turned", "float32", DISK)
     one, other = (load.mlx_lm("utils").load(str(tmp_path / n))[0] for n in ("untied", "turned"))
     assert same(one(TOKENS), other(TOKENS), 1e-4)
@@ -193,7 +193,7 @@ def test_gguf(model: Checkpoint, tmp_path: Path, wanted: str) -> None:
     packed model or not."""
     source = model
     if wanted == "q4_1":
-        packed_format.write_quantized(model, tmp_path / "q", 64, DISK)
+        packed_format.write_quantized(model, tmp_path / "q", packed_format.layout(model.config, 64), DISK)
         source = load.open_checkpoint(tmp_path / "q")
     found = tensors.parts(source, wanted)
     assert [p.source for p in found] == list(arch.tensors_of(model.config))
@@ -211,6 +211,6 @@ def test_gguf(model: Checkpoint, tmp_path: Path, wanted: str) -> None:
 
 def test_tune(model: Checkpoint, tmp_path: Path) -> None:
     """Before its first step the packed model that learns answers what the packed model does."""
-    packed_format.write_quantized(model, tmp_path / "q", 64, DISK)
+    packed_format.write_quantized(model, tmp_path / "q", packed_format.layout(model.config, 64), DISK)
     packed = load.open_checkpoint(tmp_path / "q")
     assert same(packed_format.resident(packed)(TOKENS), load.resident(packed, mx.float32)(TOKENS))

@@ -83,7 +83,7 @@ def test_encode_splits_where_lm_eval_splits(llama: Checkpoint) -> None:
 
 def test_packed_weights_are_scored_as_they_are(tmp_path: Path, llama: Checkpoint) -> None:
     """A 4-bit student's numbers are those of its own rounded weights."""
-    packed_format.write_quantized(llama, tmp_path / "4bit", 64, DISK)
+    packed_format.write_quantized(llama, tmp_path / "4bit", packed_format.layout(llama.config, 64), DISK)
     student = load.open_checkpoint(tmp_path / "4bit")
     encoded = asked(load.tokenizer(student.path), 8)
     found = option_likelihood.score(Stream(student, mx.float32), encoded)

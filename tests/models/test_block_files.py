@@ -117,7 +117,7 @@ def test_whichever_operation_fails_a_block_is_old_or_new(tmp_path: Path, llama: 
 
 def test_a_quantized_source_is_unpacked(tmp_path: Path, llama: Checkpoint) -> None:
     """Packed weights come back dense, in a folder that stock mlx_lm opens."""
-    packed_format.write_quantized(llama, tmp_path / "q4", 64, DISK)
+    packed_format.write_quantized(llama, tmp_path / "q4", packed_format.layout(llama.config, 64), DISK)
     packed = load.open_checkpoint(tmp_path / "q4")
     made = model_writer.by_block(packed, tmp_path / "s", DISK)
     assert all(mx.array_equal(load.dense(made, n), load.dense(packed, n)) for n in made.tensors)

@@ -81,7 +81,7 @@ def test_floats_come_in_the_type_asked_for(tmp_path: Path) -> None:
 
 def test_foreign_quantization_is_refused(tmp_path: Path, llama: Checkpoint) -> None:
     """Packed weights without MLX's settings in config.json: a sentence, not garbage."""
-    packed_format.write_quantized(llama, tmp_path / "q4", 64, DISK)
+    packed_format.write_quantized(llama, tmp_path / "q4", packed_format.layout(llama.config, 64), DISK)
     packed = load.open_checkpoint(tmp_path / "q4")
     foreign = Checkpoint(packed.path, {**packed.config, "quantization": {"quant_method": "gptq"}}, packed.tensors)
     with pytest.raises(MisError, match="format other than MLX's"):

@@ -46,7 +46,7 @@ def test_floats_run_in_the_quick_type(tmp_path_factory: pytest.TempPathFactory, 
     root, quick = tmp_path_factory.mktemp("speak"), policy.usual_dtype()
     model, _ = mlx_generate.open_model(tiny.make(root / "bf16", dtype="BF16"))
     assert {p.dtype for _, p in tree_flatten(model.parameters())} == {quick}
-    packed_format.write_quantized(llama, root / "q4", 64, DISK)
+    packed_format.write_quantized(llama, root / "q4", packed_format.layout(llama.config, 64), DISK)
     model, tokenizer = mlx_generate.open_model(root / "q4")
     assert {p.dtype for _, p in tree_flatten(model.parameters())} == {quick, mx.uint32}
     assert isinstance(mlx_generate.continuation(model, tokenizer, "The if statement", 4), str)

@@ -46,7 +46,7 @@ def test_a_quantized_folder_streams(
 
     The kernels de-quantize to the same numbers but with float16 scales and add up in another order.
     """
-    packed_format.write_quantized(models(kind), tmp_path / "q4", 64, DISK)
+    packed_format.write_quantized(models(kind), tmp_path / "q4", packed_format.layout(models(kind).config, 64), DISK)
     packed = load.open_checkpoint(tmp_path / "q4")
     plain = load.resident(models(kind), mx.float32)
     plain.load_weights([(n, load.dense(packed, n)) for n in models(kind).tensors])

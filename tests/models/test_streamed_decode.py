@@ -90,7 +90,7 @@ def test_the_real_teacher_says_the_same() -> None:
 def test_a_packed_model_whose_best_draft_is_itself(tmp_path: Path, llama: Checkpoint) -> None:
     """With some blocks kept between passes; a pass settles the depth of the tree and one more token. Nothing comes
     after the end token, and never more than asked for, however much a pass settles."""
-    packed_format.write_quantized(llama, tmp_path / "q4", 64, DISK)
+    packed_format.write_quantized(llama, tmp_path / "q4", packed_format.layout(llama.config, 64), DISK)
     packed = load.open_checkpoint(tmp_path / "q4")
     want, draft = stock(packed, IDS), Stream(packed, mx.float32, None)
     rooms = (Stream(packed, mx.float32, kib << 10) for kib in itertools.count(64, 16))

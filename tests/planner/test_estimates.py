@@ -36,7 +36,9 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoi
     def get(kind: str) -> Checkpoint:
         if kind not in made:
             if kind == "4-bit":
-                packed_format.write_quantized(get("F32"), root / kind, 64, DISK)
+                packed_format.write_quantized(
+                    get("F32"), root / kind, packed_format.layout(get("F32").config, 64), DISK
+                )
             else:
                 tiny.make(root / kind, dtype=kind, **sizes)
             made[kind] = load.open_checkpoint(root / kind)

@@ -412,7 +412,7 @@ def test_pruning_stays_under_the_plan(tmp_path: Path, wide: tuple[Checkpoint, Ch
 def test_comparing_stays_under_the_plan(tmp_path: Path, wide: tuple[Checkpoint, Checkpoint]) -> None:
     """Teacher, student and its 4-bit form on three windows: blocks in turn, then two heads and chunks of logits."""
     teacher, student = wide
-    packed_format.write_quantized(student, tmp_path / "4-bit", 64, DISK)
+    packed_format.write_quantized(student, tmp_path / "4-bit", packed_format.layout(student.config, 64), DISK)
     models = {"teacher": teacher, "student": student, "4-bit": load.open_checkpoint(tmp_path / "4-bit")}
     tokens = np.random.default_rng(0).integers(0, 512, (3, 64)).astype(np.int32)
     planned = estimates.compared([model_of(m) for m in models.values()], 3, 64).peak_bytes

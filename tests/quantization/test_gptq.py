@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -26,7 +25,8 @@ from tests import tiny
 
 def write(checkpoint: Checkpoint, out: Path, batches: list[mx.array], group: int = 64) -> Checkpoint:
     """The model rounded on `batches`, opened."""
-    packed_format.write_quantized(checkpoint, out, group, DISK, partial(stage.rounded_blocks, checkpoint, batches))
+    plan = packed_format.layout(checkpoint.config, group, packed_format.blocks_after_removed(checkpoint))
+    packed_format.write_quantized(checkpoint, out, plan, DISK, stage.rounded_blocks(checkpoint, batches, plan))
     return load.open_checkpoint(out)
 
 
@@ -36,7 +36,7 @@ def test_every_kind_opens_in_stock_mlx_lm(
 ) -> None:
     """Same config, names, types and sizes as plain rounding; embedding, head and norms the same bytes."""
     made = write(models(kind), tmp_path / "gptq", batches)
-    packed_format.write_quantized(models(kind), tmp_path / "round", 64, DISK)
+    packed_format.write_quantized(models(kind), tmp_path / "round", packed_format.layout(models(kind).config, 64), DISK)
     plain = load.open_checkpoint(tmp_path / "round")
     assert made.config == plain.config and made.tensors.keys() == plain.tensors.keys()
     same = {n for n in made.tensors if (load.dense(made, n) == load.dense(plain, n)).all() and not n.endswith("ases")}
@@ -104,7 +104,7 @@ def test_the_model_stays_nearer_to_itself(tmp_path: Path) -> None:
     llama = load.open_checkpoint(tiny.make(tmp_path / "narrow", intermediate_size=128))
     windows = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(24)]
     made = write(llama, tmp_path / "gptq", windows[:20])
-    packed_format.write_quantized(llama, tmp_path / "round", 64, DISK)
+    packed_format.write_quantized(llama, tmp_path / "round", packed_format.layout(llama.config, 64), DISK)
     want, *others = (
         stream.Stream(m, mx.float32).forward(windows[20:])
         for m in (llama, made, load.open_checkpoint(tmp_path / "round"))
@@ -155,9 +155,10 @@ def spoilt(folder: Path, name: str, value: float) -> Checkpoint:
 def test_not_a_number_is_refused(tmp_path: Path, batches: list[mx.array], name: str, method: str) -> None:
     """By name, and nothing is left of the folder that was begun."""
     bad = spoilt(tmp_path, name, float("nan"))
-    rounded = partial(stage.rounded_blocks, bad, batches) if method == "gptq" else None
+    plan = packed_format.layout(bad.config, 64)
+    rounded = stage.rounded_blocks(bad, batches, plan) if method == "gptq" else None
     with pytest.raises(MisError, match=f"{name} holds 1 values that are not numbers"):
-        packed_format.write_quantized(bad, tmp_path / "q4", 64, DISK, rounded)
+        packed_format.write_quantized(bad, tmp_path / "q4", plan, DISK, rounded)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "whole"]
 
 

@@ -41,7 +41,7 @@ def test_computes_what_the_folder_says(packed: Checkpoint) -> None:
 @pytest.mark.parametrize("kind", ["qwen2", "biased"])
 def test_biases_stay_and_learn(models: Callable[[str], Checkpoint], tmp_path: Path, kind: str) -> None:
     """With biases the logits are the dense model's too, every bias has its gradient, and what is learned is written."""
-    packed_format.write_quantized(models(kind), tmp_path / "q", 64, DISK)
+    packed_format.write_quantized(models(kind), tmp_path / "q", packed_format.layout(models(kind).config, 64), DISK)
     packed = load.open_checkpoint(tmp_path / "q")
     model, dense = packed_format.resident(packed), load.resident(packed, mx.float32)
     assert mx.allclose(model(TOKENS), dense(TOKENS), atol=1e-5)

@@ -24,7 +24,8 @@ def test_every_matrix_is_packed(
     tmp_path: Path, models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
 ) -> None:
     """All 2-D weights are U32 with scales and biases, the rest is as it was; stock mlx_lm.load opens it."""
-    done = packed_format.write_quantized(models(kind), tmp_path / "q4", 64, DISK)
+    plan = packed_format.layout(models(kind).config, 64)
+    done = packed_format.write_quantized(models(kind), tmp_path / "q4", plan, DISK)
     packed = load.open_checkpoint(tmp_path / "q4")
     for name, shape in arch.tensors_of(models(kind).config).items():
         stem = name.removesuffix(".weight")
@@ -44,7 +45,7 @@ def test_every_matrix_is_packed(
 
 def test_rounding_is_as_good_as_the_bits_allow(tmp_path: Path, llama: Checkpoint) -> None:
     """No number is further from its original than half a step of its group, plus float16 scales' rounding."""
-    packed_format.write_quantized(llama, tmp_path / "q4", 64, DISK)
+    packed_format.write_quantized(llama, tmp_path / "q4", packed_format.layout(llama.config, 64), DISK)
     packed = load.open_checkpoint(tmp_path / "q4")
     for name, levels in (("model.layers.0.mlp.up_proj.weight", 15), ("model.embed_tokens.weight", 255)):
         groups = load.dense(llama, name).reshape(-1, 64)
@@ -63,7 +64,9 @@ def test_bridges_get_eight_bits(tmp_path: Path, layers: tuple[int, ...], wide: t
     teacher = load.open_checkpoint(tiny.make(tmp_path / "t", num_hidden_layers=6))
     shape = replace(shape_of(teacher.config), layers=len(layers))
     slicing.write_student(teacher, shape, KeptUnits(layers, {}, ""), tmp_path / "s", "float32", DISK)
-    packed_format.write_quantized(load.open_checkpoint(tmp_path / "s"), tmp_path / "q4", 64, DISK)
+    student = load.open_checkpoint(tmp_path / "s")
+    plan = packed_format.layout(student.config, 64, packed_format.blocks_after_removed(student))
+    packed_format.write_quantized(student, tmp_path / "q4", plan, DISK)
     settings = json.loads((tmp_path / "q4" / "config.json").read_text())["quantization"]
     paths = {f"model.layers.{i}.mlp.down_proj" for i in wide} | {"model.embed_tokens"}
     assert {path for path, own in settings.items() if isinstance(own, dict) and own["bits"] == 8} == paths
@@ -79,16 +82,17 @@ def test_group_32_when_asked(tmp_path: Path, batches: list[mx.array]) -> None:
         packed_format.layout({**tiny.CONFIG, "intermediate_size": 760}, 64)
     teacher = load.open_checkpoint(tiny.make(tmp_path / "t", hidden_size=96, head_dim=24))
     with pytest.raises(MisError, match="rows of 96 weights, which 64 does not divide: use --q-group-size 32"):
-        packed_format.write_quantized(teacher, tmp_path / "q4", 64, DISK)
+        packed_format.write_quantized(teacher, tmp_path / "q4", packed_format.layout(teacher.config, 64), DISK)
     assert not (tmp_path / "q4").exists()
-    packed_format.write_quantized(teacher, tmp_path / "q4", 32, DISK)
+    packed_format.write_quantized(teacher, tmp_path / "q4", packed_format.layout(teacher.config, 32), DISK)
     model, _ = load.mlx_lm("utils").load(str(tmp_path / "q4"))
     assert mx.isfinite(model(batches[0])).all()
 
 
 def test_a_quantized_model_is_refused(tmp_path: Path, llama: Checkpoint) -> None:
     """Twice rounded is twice wrong."""
-    packed_format.write_quantized(llama, tmp_path / "q4", 64, DISK)
+    plan = packed_format.layout(llama.config, 64)
+    packed_format.write_quantized(llama, tmp_path / "q4", plan, DISK)
     with pytest.raises(MisError, match="quantized already"):
-        packed_format.write_quantized(load.open_checkpoint(tmp_path / "q4"), tmp_path / "q44", 64, DISK)
+        packed_format.write_quantized(load.open_checkpoint(tmp_path / "q4"), tmp_path / "q44", plan, DISK)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["q4"]
