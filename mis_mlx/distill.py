@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mis_mlx import bench, cli, plan, search, synthesize
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.distillation import pipeline, run_loop, summary, trackers
+from mis_mlx.distillation import pipeline, run_loop, summary
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import battery
@@ -200,8 +200,9 @@ def _text(s: Settings, teacher: Checkpoint) -> str | None:
     return str(out)
 
 
-def _search(s: Settings) -> search.Settings:
-    """The search for what --bytes asks for. MisError where a flag has chosen already."""
+def _searched(s: Settings, teacher: Checkpoint) -> dict[str, Any]:
+    """What a search for --bytes chooses, or with --dry-run what it says; one with the same settings that was stopped
+    goes on. MisError where a flag has chosen already."""
     given = {name: getattr(s, name) for name in ("student", "scenario", *families.ALL, "target_bpw", "q_mode")}
     defaults = asdict(Settings())
     if taken := [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value != defaults[name]]:
@@ -212,11 +213,9 @@ def _search(s: Settings) -> search.Settings:
         raise MisError(f"--bytes {s.bytes} is searched for on one machine: run `search` there, then the line it prints")
     shared = {f.name for f in fields(search.Settings)} & {f.name for f in fields(s)}
     own = {"out", "resume", "iters", "eval_windows"}  # other things to a search
-    return search.Settings(**{name: getattr(s, name) for name in shared - own}, finalists=0)
-
-
-def _searched(asked: search.Settings, teacher: Checkpoint) -> dict[str, Any]:
-    """What the search chooses; one with the same settings that was stopped goes on."""
+    asked = search.Settings(**{name: getattr(s, name) for name in shared - own}, finalists=0)
+    if s.dry_run:
+        return search.run(asked)
     same = {name: value for name, value in asdict(asked).items() if name not in search.FREE}
     digest = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:8]
     out = search.UNDER / f"{teacher.path.name}-{digest}"
@@ -228,14 +227,14 @@ def run(settings: Settings) -> dict[str, Any]:
     """The command: open, plan, prune, repair, distil, quantize, measure."""
     s, folder = run_loop.resumed(settings, FREE)
     s.check()
-    trackers.check(s.report_to)
+    summary.trackers(s.report_to)
     teacher = run_loop.opened(s, s.teacher, "teacher")
     if s.bytes and folder is None:
         cli.say(f"--bytes {s.bytes}: a search chooses sizes and bits first; the plan of the rest follows when it has")
-        data = _text(s, teacher)
+        chosen = _searched(replace(s, data=_text(s, teacher)), teacher)
         if s.dry_run:
-            return search.run(_search(s))
-        s = replace(s, **_searched(_search(replace(s, data=data)), teacher))
+            return chosen
+        s = replace(s, **chosen)
     s = replace(s, **packed_format.of_mixture(teacher.config, s))
     if s.student is None:
         s = replace(s, **vocabulary.defaults(s.scenario, s.vocab, teacher.config, teacher.path))
@@ -274,7 +273,7 @@ def _begin(
         flags = {k: v for k, v in given.items() if k not in run_folder.NOT_STORED and v != defaults[k]}
         begun = json.dumps({**place.weather.now(), **summary.begun(made, flags)})
         place.files.append(place.folder / run_folder.PHASES, begun)
-        told = trackers.reporter(s.report_to if distributed.is_main() else None, place.folder, given)
+        told = summary.reporter(s.report_to if distributed.is_main() else None, place.folder, given)
         seen, data = vocabulary.of_run(teacher, s.student, rows, data, s, folder_of_text, place.folder, place.files)
         c = pipeline.Run(**vars(place), recipe=made.recipe(s), teacher=seen, data=data.train, plan=made, report=told,
                 shares=shares)  # fmt: skip

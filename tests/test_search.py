@@ -211,11 +211,11 @@ def test_sensitivity_keeps_to_the_plan_of_its_own(
     assert seen[0] is None and isinstance(seen[1], Spool)
 
 
-def test_distill_in_so_many_bytes_is_for_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distill_in_so_many_bytes_is_for_one_machine(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """The search measures on one machine; several would each say what they found."""
     monkeypatch.setattr(distill.distributed, "size", lambda: 2)
     with pytest.raises(MisError, match="--bytes 50MB is searched for on one machine"):
-        distill._search(distill.Settings(bytes="50MB"))
+        distill._searched(distill.Settings(bytes="50MB"), llama)
 
 
 def kill_at(out: Path, flags: list[object], env: dict[str, str], reached: Callable[[], bool]) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +28,7 @@ from mis_mlx.reporting import html, text
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import reported
-from mis_mlx.types import Checkpoint, MisError, Row
+from mis_mlx.types import MisError, Row
 
 FINALISTS = "finalists.jsonl"
 OFTEN = 0.1  # share of steps that the guard skips or clips, above which a training is not stable
@@ -58,7 +59,13 @@ def _measured(c: Candidates, choice: Choice, sub: Path) -> dict[str, Any]:
         run.files.replace_text(sub / run_folder.PLAN, json.dumps(way))
     plan = phases.one(job, run.plan.budget_bytes, run.plan.rates, **run_folder.stored_settings(sub, run_folder.PLAN))
     own = replace(run, recipe=plan.recipe(run.recipe), folder=sub, plan=plan, teacher=reader.teacher, data=reader.train)
-    trained = _train(own, pruned, c.run.folder)
+    out, trained = sub / "distilled", None  # where three steps in a row were no numbers
+    try:
+        with suppress(Diverged):
+            pipeline.distil(own, pruned, out)
+            trained = load.open_checkpoint(out)
+    except MisError as error:  # what can be resumed is the search, not the finalist's own folder
+        raise MisError(str(error).replace(str(sub), str(run.folder))) from error.__cause__
     record: dict[str, Any] = {"params": arch.params(pruned.config), **guarded(run_folder.metrics(sub), trained)}
     models = {"teacher": reader.teacher, "pruned": pruned}
     if trained:
@@ -76,18 +83,6 @@ def _measured(c: Candidates, choice: Choice, sub: Path) -> dict[str, Any]:
         times = {name: timed(trained.path, *at) for name, at in c.settings.timed_at.items()}
         record["seconds"] = {name: each.seconds(choice.shape.layers) for name, each in times.items()}
     return record
-
-
-def _train(run: pipeline.Run, pruned: Checkpoint, whole: Path) -> Checkpoint | None:
-    """The distilled student; None where three steps in a row were no numbers. whole: folder of the search."""
-    out = run.folder / "distilled"
-    try:
-        pipeline.distil(run, pruned, out)
-    except Diverged:
-        return None
-    except MisError as error:  # what can be resumed is the search, not the finalist's own folder
-        raise MisError(str(error).replace(str(run.folder), str(whole))) from error.__cause__
-    return load.open_checkpoint(out)
 
 
 def guarded(steps: Sequence[Mapping[str, Any]], trained: object) -> dict[str, Any]:

@@ -1,23 +1,74 @@
-"""What came out of a run: one dictionary for machines, one page of tables for people."""
+"""What a run tells: of every step, by mlx-lm's keys, to TensorBoard (by tensorboardX), Weights & Biases or SwanLab; in
+the end one dictionary for machines, one page of tables for people."""
 
+import atexit
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import arch, model_writer, policy
+from mis_mlx.models import arch, load, model_writer, policy
 from mis_mlx.planner.phases import MemoryPlan
 from mis_mlx.pruning import select
 from mis_mlx.reporting import html, text
 from mis_mlx.storage import run_folder
-from mis_mlx.types import Checkpoint, Row
+from mis_mlx.types import Checkpoint, MisError, Row, Step
 
 LOSSES = (("nll", "nats/token"), ("bpb", "bits per byte"))  # the second where models read different tokens
 
 NAMES = {"teacher": "teacher", "pruned": "pruned", "student": "distilled", "quantized": "4-bit"}  # in the JSON: a model
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "swanlab": "swanlab"}
+
+
+def trackers(report_to: str | None) -> list[str]:
+    """The names in `report_to`. MisError when one is unknown or its package is not installed."""
+    names = [name.strip().lower() for name in (report_to or "").split(",") if name.strip()]
+    for name in names:
+        if name not in PACKAGES:
+            raise MisError(f"--report-to {name} is not known: give {', '.join(PACKAGES)}, or several with commas")
+        if find_spec(PACKAGES[name]) is None:
+            raise MisError(f"--report-to {name} needs a package that is not installed: pip install {PACKAGES[name]}")
+    return names
+
+
+def reporter(report_to: str | None, folder: Path, config: Mapping[str, Any]) -> Callable[[Step], None] | None:
+    """`tell(step)` for the services in `report_to`, of the run in `folder`; None when there are none."""
+    if not (names := trackers(report_to)):
+        return None
+    others = ",".join(name for name in names if name != "tensorboard")
+    callbacks = load.mlx_lm("tuner.callbacks").get_reporting_callbacks
+    service = callbacks(others, project_name=folder.name, log_dir=str(folder), config=dict(config))
+    writer = None
+    if "tensorboard" in names:
+        from tensorboardX import SummaryWriter
+
+        writer = SummaryWriter(str(folder / "tensorboard"), flush_secs=2)
+        atexit.register(writer.close)  # a thread of its own writes; what it has not yet written is not to be lost
+    trained = sum(int(step["tokens"]) for step in run_folder.metrics(folder))  # before it was resumed
+
+    def tell(step: Step) -> None:
+        nonlocal trained
+        trained += step.tokens
+        info = {
+            "iteration": step.number,
+            "train_loss": step.loss,
+            "learning_rate": step.learning_rate,
+            "iterations_per_second": 1 / max(step.seconds, 1e-9),
+            "tokens_per_second": step.tokens / max(step.seconds, 1e-9),
+            "trained_tokens": trained,
+            "peak_memory": step.peak_bytes / 1e9,  # GB, as mlx-lm has it
+        }
+        if service:
+            service.on_train_loss_report(info)
+        if writer:
+            for name, value in info.items():
+                writer.add_scalar(name, value, step.number)
+
+    return tell
 
 
 def result(

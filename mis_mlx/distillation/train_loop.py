@@ -97,16 +97,12 @@ class Whole:
     """A model that `train` trains, as `run_loop.CheckpointedTraining` saves it and puts it back."""
 
     def __init__(self, model: nn.Module, optimizer: GuardedAdamW):
-        self.model, self.optimizers = model, [optimizer]
+        self.model, self.optimizers, self.memory = model, [optimizer], optimizer.memory
 
     def arrays(self) -> dict[str, dict[str, mx.array]]:
         """Everything a resumed run needs that is an array, by checkpoint file."""
         trained = dict(tree_flatten(self.model.trainable_parameters()))
         return {"model": trained, "optimizer": self.optimizers[0].arrays()}
-
-    def memory(self) -> dict[str, Any]:
-        """What else the optimizer needs, as JSON."""
-        return self.optimizers[0].memory()
 
     def restore(self, arrays: dict[str, dict[str, mx.array]], memory: dict[str, Any]) -> None:
         """Put a checkpoint's arrays back, evaluated: a file may go once this returns."""

@@ -8,24 +8,24 @@ from pathlib import Path
 
 import pytest
 
-from mis_mlx.distillation import trackers
+from mis_mlx.distillation import summary
 from mis_mlx.types import MisError, Step
 from tests.conftest import Done, sentence
 
 
 def test_nobody_to_tell(tmp_path: Path) -> None:
     """No name, no reporter, and mlx-lm is not even imported."""
-    trackers.check(None)
-    assert trackers.reporter(None, tmp_path, {}) is None and trackers.reporter("", tmp_path, {}) is None
+    summary.trackers(None)
+    assert summary.reporter(None, tmp_path, {}) is None and summary.reporter("", tmp_path, {}) is None
 
 
 def test_unknown_and_missing_are_sentences(monkeypatch: pytest.MonkeyPatch, command: Callable[..., Done]) -> None:
     """Before any work: a name that is not known, a package that is not installed."""
     refused = sentence(command("distill", "--report-to", "graph"))
     assert "--report-to graph is not known: give tensorboard, wandb, swanlab" in refused
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    monkeypatch.setattr(summary, "find_spec", lambda name: None)
     with pytest.raises(MisError, match="--report-to tensorboard needs a package .* pip install tensorboardX"):
-        trackers.check("tensorboard")
+        summary.trackers("tensorboard")
 
 
 def test_tensorboard_gets_mlx_lms_keys(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_tensorboard_gets_mlx_lms_keys(tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
     from tensorboardX.proto.event_pb2 import Event
 
-    tell = trackers.reporter("tensorboard", tmp_path, {"iters": 2})
+    tell = summary.reporter("tensorboard", tmp_path, {"iters": 2})
     assert tell
     for number, loss in ((1, 2.5), (2, 2.25)):
         tell(Step(number, loss, 1.0, 1e-3, 500, 2.0, 3 * 10**9))
