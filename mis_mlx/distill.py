@@ -271,8 +271,11 @@ def _begin(
     with run_loop.open_run(s, folder, name, origin, made.way, budget, wired) as place:
         given, defaults = asdict(s), asdict(Settings())
         flags = {k: v for k, v in given.items() if k not in run_folder.NOT_STORED and v != defaults[k]}
-        begun = json.dumps({**place.weather.now(), **summary.begun(made, flags)})
-        place.files.append(place.folder / run_folder.PHASES, begun)
+        planned = [{"phase": p.name, "seconds": round(p.seconds(made.rates), 3), "peak_bytes": p.peak_bytes}
+                   for p in made.phases]  # fmt: skip
+        sizes = {"budget_bytes": made.budget_bytes, "step_tokens": made.job.step, "iters": made.job.iters}
+        begun = {**place.weather.now(), "flags": flags, "planned": planned, "mode": made.mode, **sizes}
+        place.files.append(place.folder / run_folder.PHASES, json.dumps({**begun, "rates": asdict(made.rates)}))
         told = summary.reporter(s.report_to if distributed.is_main() else None, place.folder, given)
         seen, data = vocabulary.of_run(teacher, s.student, rows, data, s, folder_of_text, place.folder, place.files)
         c = pipeline.Run(**vars(place), recipe=made.recipe(s), teacher=seen, data=data.train, plan=made, report=told,

@@ -193,11 +193,9 @@ class Candidates:
 
     def prune(self, shape: Shape, out: Path) -> Checkpoint:
         """The teacher cut to `shape` by plain importance, as the new folder `out`."""
-        sizes = {axis: getattr(shape, axis) for axis in shape_search.CUTS[:-1]}
-        cut = select.PruningConfig(scenario="none", importance="rms", **sizes)
-        teacher = self.reader(shape.vocab).teacher
-        made, keep = select.select_units(teacher.config, self.statistics, cut)
-        slicing.write_student(teacher, made, keep, out, pipeline.DTYPE, self.run.files, lambda: self._directions)
+        teacher, cut = self.reader(shape.vocab).teacher, select.PruningConfig(scenario="none", importance="rms")
+        _, keep = select.select_units(teacher.config, self.statistics, cut, shape)
+        slicing.write_student(teacher, shape, keep, out, pipeline.DTYPE, self.run.files, lambda: self._directions)
         return load.open_checkpoint(out)
 
     def _allocated(self, choice: Choice, layers: Sequence[int]) -> dict[str, int]:

@@ -5,14 +5,12 @@ import atexit
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import arch, load, model_writer, policy
-from mis_mlx.planner.phases import MemoryPlan
 from mis_mlx.pruning import select
 from mis_mlx.reporting import html, text
 from mis_mlx.storage import run_folder
@@ -98,20 +96,6 @@ def result(
         "tokens": tokens,
         "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
         **report,
-    }
-
-
-def begun(plan: MemoryPlan, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run promises at its start: bytes and seconds of every phase, this machine's rates, and what was asked."""
-    seconds = {p.name: round(p.seconds(plan.rates), 3) for p in plan.phases}
-    return {
-        "flags": dict(flags),
-        "planned": [{"phase": p.name, "seconds": seconds[p.name], "peak_bytes": p.peak_bytes} for p in plan.phases],
-        "mode": plan.mode,
-        "budget_bytes": plan.budget_bytes,
-        "step_tokens": plan.job.step,
-        "iters": plan.job.iters,
-        "rates": asdict(plan.rates),
     }
 
 

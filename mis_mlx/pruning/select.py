@@ -88,9 +88,11 @@ def ranking(statistics: Statistics, cut: PruningConfig) -> tuple[Ranking, str]:
     return scores, cut.importance if cut.importance != "aais" or weather else "rms (no T_env or altitude known)"
 
 
-def select_units(config: Mapping[str, Any], statistics: Statistics, cut: PruningConfig) -> tuple[Shape, KeptUnits]:
-    """The student's shape and who stays, with a report of how AAIS and plain importance differ."""
-    shape, before = wanted_shape(config, cut), shape_of(config)
+def select_units(
+    config: Mapping[str, Any], statistics: Statistics, cut: PruningConfig, shape: Shape | None = None
+) -> tuple[Shape, KeptUnits]:
+    """The student's shape, if it is not given, and who stays; with a report of how AAIS and plain importance differ."""
+    shape, before = shape or wanted_shape(config, cut), shape_of(config)
     layers = importance.lowest_blocks(statistics.block, shape.layers, arch.places(config))
     scores, used = ranking(statistics, cut)
     if cut.target == "conditions":
@@ -190,10 +192,8 @@ def prune(
     shape, keep = select_units(checkpoint.config, statistics, cut)
     directions = cache(lambda: slicing.directions(checkpoint, batches, kind, states))
     if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
-        sizes: dict[str, Any] = {axis: getattr(shape, axis) for axis in families.ALL}
-        sizes["experts"] = str(shape.experts) if shape.experts else None
-        as_plain = replace(cut, importance="rms", target="fixed", scenario="none", **sizes)
-        _, plain = select_units(checkpoint.config, statistics, as_plain)
+        as_plain = replace(cut, importance="rms", target="fixed")
+        _, plain = select_units(checkpoint.config, statistics, as_plain, shape)
         mark = f"-{os.getpid()}"  # so that it is swept where we are killed
         with tempfile.TemporaryDirectory(mark, f".tmp-{out.name}-", out.absolute().parent) as temp:
             both = {}

@@ -18,7 +18,6 @@ from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint, KeptUnits
 
-Tensor = Callable[[str], mx.array]  # a model's, by name
 # axis -> modules whose weights have a row for each unit of it (and biases a number), and those with a column for each
 CUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ffn": (arch.READERS["norm2"][1], arch.READERS["ffn"][1]),
@@ -77,12 +76,6 @@ def _even(x: mx.array) -> mx.array:
     return x * mx.rsqrt(mx.maximum(mx.square(x).mean(axis=-1, keepdims=True), 1e-30))
 
 
-def principal(moments: np.ndarray, size: int) -> np.ndarray:
-    """The `size` leading eigenvectors (D, size) of symmetric `moments` (D, D), by falling eigenvalue."""
-    _, vectors = np.linalg.eigh(moments)
-    return np.ascontiguousarray(vectors[:, ::-1][:, :size])
-
-
 def turned(basis: np.ndarray, gain: np.ndarray) -> np.ndarray:
     """The same subspace (D, d) in the coordinates in which diag(`gain`), within it, is diagonal again."""
     _, turn = np.linalg.eigh(basis.T @ (gain[:, None] * basis))
@@ -100,7 +93,7 @@ def directions(
     moments = np.zeros((shape_of(teacher.config).hidden,) * 2)
     for _, x in _entering(teacher, batches, dtype, hidden()):
         moments += np.array(x.T @ x)
-    basis = principal(moments, len(moments))
+    basis = np.ascontiguousarray(np.linalg.eigh(moments)[1][:, ::-1])  # by falling eigenvalue
     turn = mx.array(basis.astype(np.float32))
     held: dict[str, np.ndarray] = {}
     for name, x in _entering(teacher, batches, dtype, hidden()):
@@ -180,7 +173,7 @@ def _mixed_cut(name: str, layer: int, before: Shape, keep: KeptUnits, weight: mx
 
 def write_student(
     teacher: Checkpoint, shape: Shape, keep: KeptUnits, out: Path, dtype: str, files: Files,
-    directions: Callable[[], Directions] | None = None, tensor: Tensor | None = None,
+    directions: Callable[[], Directions] | None = None, tensor: Callable[[str], mx.array] | None = None,
 ) -> KeptUnits:  # fmt: skip
     """Commit the pruned model to the new folder `out`: what is kept. directions(): asked for where hidden is cut, but
     `keep` does not say by which channels; then it is by the rotation that they give. tensor(name): the teacher's tensor

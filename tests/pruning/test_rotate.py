@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -80,11 +81,16 @@ def entering(checkpoint: Checkpoint, windows: list[mx.array]) -> dict[str, np.nd
     return {name: np.concatenate(rows) for name, rows in seen.items()}
 
 
-def test_principal_directions_by_pencil() -> None:
-    """Eigenvalues 3 along (1, 1) and 1 along (1, -1)."""
-    basis = slicing.principal(np.array([[2.0, 1.0], [1.0, 2.0]]), 1)
-    np.testing.assert_allclose(np.abs(basis), np.full((2, 1), 0.5**0.5))
-    np.testing.assert_allclose(basis[0], basis[1])
+def test_principal_directions_by_pencil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens (2, 1) and (1, 2), whose products have eigenvalues 9 along (1, 1) and 1 along (1, -1)."""
+    teacher = load.open_checkpoint(tiny.make(tmp_path / "m", tie_word_embeddings=False))
+    entering = [("a norm", mx.array([[2.0, 1.0], [1.0, 2.0]]))]
+    monkeypatch.setattr(slicing, "_entering", lambda *_: entering)
+    monkeypatch.setattr(slicing, "shape_of", lambda _: SimpleNamespace(hidden=2, tied=False))
+    found = slicing.directions(teacher, [], mx.float32)(1)
+    np.testing.assert_allclose(np.abs(found.basis), np.full((2, 1), 0.5**0.5))
+    np.testing.assert_allclose(found.basis[0], found.basis[1])
+    assert found.energy == {"a norm": pytest.approx(0.9)}
 
 
 @pytest.mark.parametrize("kind", ["untied", "llama"])
