@@ -75,7 +75,7 @@ def done(
 
 def sizes(record: dict[str, Any]) -> dict[str, Any]:
     """Of a line of a log."""
-    return {axis: record[axis] for axis in shape_search.AXES}
+    return {axis: record[axis] for axis in (*shape_search.CUTS, "bits")}
 
 
 def test_end_to_end(done: tuple[Path, Done], llama: Checkpoint) -> None:

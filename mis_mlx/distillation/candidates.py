@@ -152,7 +152,7 @@ class Candidates:
     def losses(self, sizes: Mapping[str, Sequence[int]]) -> Losses:
         """What every axis costs by itself, measured; from the log where it stands there."""
         before = shape_of(self.run.teacher.config)
-        points = {axis: list[tuple[float, float]]() for axis in shape_search.AXES}
+        points = {axis: list[tuple[float, float]]() for axis in shape_search.CUTS}
         wanted = [(axis, size) for axis in shape_search.CUTS[:-1] for size in shape_search.probed(sizes[axis])]
         wanted += [("vocab", rows) for rows in sizes["vocab"] if rows != before.vocab]
         for axis, size in cli.counted("axis alone", wanted, len(wanted)):

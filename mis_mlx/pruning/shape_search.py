@@ -19,7 +19,6 @@ from mis_mlx.pruning.limits import Limit
 from mis_mlx.types import MisError
 
 CUTS = ("layers", "ffn", "heads", "hidden", "vocab")
-AXES = (*CUTS, "bits")
 GROUPS = (64, 32)  # weights that share a scale; one of them has to divide every row
 SIZES = 12  # of an axis, tried at the most
 USUAL_BPW = 4.5  # where no limit is one of bytes
