@@ -194,6 +194,8 @@ def reread(windows: Windows, tokenizer: Any, other: Any) -> Windows:
 def order(n_windows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
     """Indices (batch_size,) of the windows of optimizer step `step`, counted from 0: a pure function of its arguments.
     Each epoch is a fresh permutation, less a rest too small for a batch; a batch bigger than the data goes round it."""
+    if n_windows < 1 or batch_size < 1:
+        raise MisError(f"{n_windows} windows in batches of {batch_size}: both must be at least 1")
     epoch, within = divmod(step, max(1, n_windows // batch_size))
     permutation = np.random.default_rng([seed, epoch]).permutation(n_windows)
     return np.resize(permutation[within * batch_size :], batch_size)

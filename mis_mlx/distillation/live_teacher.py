@@ -34,11 +34,9 @@ MicroBatch = tuple[mx.array, ...]  # tokens (B, T), learn (B * T,), then the tar
 
 
 class StreamedTeacher:
-    """Final hidden states of the teacher for any batch, and its vocabulary head. room_bytes, direct: as of
-    `stream.Stream`. temperature: T of eq. (2). cross_entropy: as of `losses.kl_sum`.
-
-    hidden(token ids [(B, T)]) -> [(B, T, D)]: a streamed teacher is read once for all of them. logits(hidden (n, D)) ->
-    (n, V)."""
+    """Final hidden states of the teacher for any batches, and its vocabulary head: hidden(token ids [(B, T)]) ->
+    [(B, T, D)], a streamed teacher read once for all of them; logits(hidden (n, D)) -> (n, V). room_bytes, direct: as
+    of `stream.Stream`. temperature: T of eq. (2). cross_entropy: as of `losses.kl_sum`."""
 
     def __init__(
         self, checkpoint: Checkpoint, room_bytes: int | None = 0, direct: bool = False, temperature: float = 1.0,
