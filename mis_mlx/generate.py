@@ -59,7 +59,8 @@ def _streamed(
 def _whole(s: Settings, checkpoint: Checkpoint, ids: Sequence[int]) -> Settled:
     """By mlx-lm."""
     model, _ = mlx_generate.open_model(checkpoint.path)
-    return ([token] for token in mlx_generate.greedy(model, ids, s.max_tokens)), lambda: checkpoint.nbytes
+    where = str(checkpoint.path)
+    return mlx_generate.checked(model, ids, s.max_tokens, where), lambda: checkpoint.nbytes
 
 
 def run(settings: Settings) -> dict[str, Any]:

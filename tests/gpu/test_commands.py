@@ -181,6 +181,14 @@ def test_a_model_beyond_float16(
     assert {n: found[n] for n in names} == pytest.approx({n: want[n] for n in names}, abs=0.03)
 
 
+@pytest.mark.parametrize("overflowing", ["activations"], indirect=True)
+def test_generate_beyond_float16(overflowing: Checkpoint) -> None:  # noqa: F811
+    """Asked to compute in float16 all the same, mlx-lm's loop would write whatever comes of no numbers."""
+    flags: dict[str, Any] = dict(model=str(overflowing.path), prompt="if x", max_tokens=3, ignore_chat_template=True)
+    with pytest.raises(MisError, match=r"not numbers in float16: give --compute-dtype bfloat16"):
+        generate.run(generate.Settings(**flags, compute_dtype="float16"))
+
+
 @pytest.mark.parametrize("overflowing", ["weights"], indirect=True)
 @pytest.mark.parametrize(("method", "word"), [("round", "cpu"), ("round", "metal"), ("gptq", "metal")])
 def test_weights_beyond_the_scales(
@@ -358,16 +366,18 @@ def stock(folder: Path, prompt: str, count: int) -> str:
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "affine", "mxfp4", "nvfp4"])
-def test_generate(kind: str, teachers: Callable[[str], Path]) -> None:
-    """The tokens of mlx_lm.generate in float16: resident, streamed under a small budget, and with a draft."""
+def test_generate(kind: str, teachers: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens of mlx_lm.generate in float16: whole, streamed under a small budget, and with a draft."""
     folder = teachers(kind)
     # In mxfp4 the first prompt's first two tokens have the same float16 logit: whoever takes either is right.
     for prompt in ("if x",) if kind == "mxfp4" else (PROMPT, "if x"):
         flags: dict[str, Any] = dict(model=str(folder), prompt=prompt, max_tokens=10, ignore_chat_template=True)
         want = stock(folder, prompt, 10)
         whole = generate.run(generate.Settings(**flags))
-        least = generate.run(generate.Settings(**flags, dry_run=True))["peak_bytes"]
-        poor = generate.run(generate.Settings(**flags, budget=f"{math.ceil(least / 2**20)}MiB"))
+        with monkeypatch.context() as patch:  # so small a model fits whole wherever it can be streamed
+            patch.setattr(generate, "_whole_bytes", lambda *_: 0)
+            least = generate.run(generate.Settings(**flags, dry_run=True))["peak_bytes"]
+            poor = generate.run(generate.Settings(**flags, budget=f"{math.ceil(least / 2**20)}MiB"))
         guessed = generate.run(generate.Settings(**flags, draft_model=str(folder), num_draft_tokens=3))
         assert whole["text"] == poor["text"] == guessed["text"] == want != ""
         assert poor["read_bytes"] > 2 * whole["read_bytes"] and guessed["passes"] < whole["passes"] == whole["tokens"]
