@@ -1,12 +1,13 @@
 """Speed and memory of a training step: ours, beside what one would write with mlx and mlx-lm alone.
 
-    scripts/mis benchmarks/training.py            # 20 minutes on 2 cores; nothing else may run
+    scripts/mis benchmarks/training.py            # half an hour on 2 cores; nothing else may run
     scripts/mis benchmarks/training.py --table
 
 The default student (redyk) and its teacher in the same vocabulary, both of `prune`. A step is of 2 x 256, 1 x 1,024 or
-4 x 512 tokens. `naive`: both models whole in float32, full logits, KL, mlx's AdamW. `mlx_lm.lora`: mlx-lm's own command
-with --fine-tune-type full on the same student, whose target is the text, so no teacher takes part: the floor. Ours: the
-four ways of `--train`; sharded trains half of the blocks at a time, the others stay on disk, and so does the teacher.
+4 x 512 tokens. `naive`: both models whole in float32, full logits, KL, mlx's AdamW. `mlx_lm.lora`: the trainer of
+mlx-lm's command, as with --fine-tune-type full, on the same student, whose target is the text, so no teacher takes
+part: the floor. Ours: the four ways of `--train`; sharded trains half of the blocks at a time, the others stay on disk,
+and so does the teacher.
 
 Every cell is a process of its own, and all ways take turns in `--rounds`. Seconds are the median step without the
 first; peaks are MLX's and the process's (its highest resident set, so libraries and pages of files are in it).
@@ -17,13 +18,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,26 @@ def naive(teacher: Path, student: Path, batches: list[mx.array]) -> Timed:
         yield Clock().monotonic() - began, mx.get_peak_memory()
 
 
+def mlx_lm_lora(student: Path, data: token_windows.Windows, windows: int, steps: int, adapters: Path) -> Timed:
+    """mlx-lm's own trainer, all weights learning."""
+    trainer, timed = load.mlx_lm("tuner.trainer"), list[tuple[float, int]]()
+
+    class Callback(load.mlx_lm("tuner.callbacks").TrainingCallback):  # type: ignore[misc]
+        """Keeps what it is told."""
+
+        def on_train_loss_report(self, info: dict[str, float]) -> None:
+            """After every step."""
+            timed.append((1 / info["iterations_per_second"], int(info["peak_memory"] * 1e9)))
+
+    model = load.mlx_lm("utils").load_model(student)[0]
+    rows = [(window.tolist(), 0) for window in data.tokens]
+    args = trainer.TrainingArgs(windows, steps, steps_per_report=1, max_seq_length=data.tokens.shape[1],
+                                adapter_file=str(adapters))  # fmt: skip
+    with redirect_stdout(sys.stderr):
+        trainer.train(model, optim.AdamW(learning_rate=1e-5), rows, args=args, training_callback=Callback())
+    return iter(timed)
+
+
 def ours(way: str, teacher: Path, student: Path, data: token_windows.Windows, windows: int, steps: int) -> Timed:
     """A way of `--train`, without what a run does beside: no checkpoint, no repair."""
     big, small = load.open_checkpoint(teacher), load.open_checkpoint(student)
@@ -119,26 +140,17 @@ def cell(work: str, steps: int) -> dict[str, Any]:
     data = preparation.prepare(None, load.tokenizer(teacher), length).train
     if way == "naive":
         timed = naive(teacher, student, [mx.array(data.tokens[i * windows :][:windows]) for i in range(steps)])
+    elif way == "mlx_lm.lora":
+        timed = mlx_lm_lora(student, data, windows, steps, Path(place) / "adapters.safetensors")
     else:
         timed = ours(way, teacher, student, data, windows, steps)
     seconds, peaks = zip(*timed, strict=True)
     return {"seconds": seconds, "peak_bytes": max(peaks)}
 
 
-def mlx_lm_lora(place: Path, windows: int, length: int, steps: int) -> list[str]:
-    """The command of mlx-lm; its report has a line a step."""
-    flags = {"model": place / "student", "data": place / "data", "fine-tune-type": "full", "num-layers": -1,
-             "batch-size": windows, "iters": steps, "max-seq-length": length, "steps-per-report": 1, "val-batches": 0,
-             "adapter-path": place / "adapters", "save-every": 1000, "optimizer": "adamw"}  # fmt: skip
-    return ["-m", "mlx_lm", "lora", "--train", *(f"--{name}={value}" for name, value in flags.items())]
-
-
 def measured(s: Settings, place: Path, way: str, windows: int, length: int) -> dict[str, Any]:
     """A cell: {"seconds", "peak_bytes", "process_bytes"}."""
-    if way == "mlx_lm.lora":
-        command = mlx_lm_lora(place, windows, length, s.steps + 1)
-    else:
-        command = [__file__, f"--steps={s.steps + 1}", f"--work={json.dumps([way, windows, length, str(place)])}"]
+    command = [__file__, f"--steps={s.steps + 1}", f"--work={json.dumps([way, windows, length, str(place)])}"]
     with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         output = process.stdout.read()
@@ -146,34 +158,22 @@ def measured(s: Settings, place: Path, way: str, windows: int, length: int) -> d
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{way}, {windows} x {length}: its process ended with {process.returncode}")
-    if way == "mlx_lm.lora":
-        found = re.findall(r"It/sec ([\d.]+),.*Peak mem ([\d.]+) GB", output)
-        seconds, peak = [1 / float(rate) for rate, _ in found], max(float(size) for _, size in found) * 1e9
-    else:
-        one = json.loads(output.splitlines()[-1])
-        seconds, peak = one["seconds"], one["peak_bytes"]
+    one = json.loads(output.splitlines()[-1])
     unit = 1 if sys.platform == "darwin" else 1024
-    return {"seconds": round(statistics.median(seconds[1:]), 3), "peak_bytes": int(peak),
+    return {"seconds": round(statistics.median(one["seconds"][1:]), 3), "peak_bytes": one["peak_bytes"],
             "process_bytes": used.ru_maxrss * unit}  # fmt: skip
 
 
 def models(place: Path) -> None:
-    """The teacher of the default student's vocabulary, that student, and text for mlx-lm, whose rows fill a window."""
-    common = {"num_samples": 16, "eval_windows": 3}
-    name = str(resolve.resolve_model(None).path)
-    prune.run(prune.Settings(model=name, mlx_path=str(place / "teacher"), scenario="none", vocab="0.5x", **common))  # type: ignore[arg-type]
-    sizes = {"layers": "29", "ffn": "1024"}
-    prune.run(prune.Settings(model=str(place / "teacher"), mlx_path=str(place / "student"), scenario="none",
-                             **sizes, **common))  # type: ignore[arg-type]  # fmt: skip
+    """The teacher of the default student's vocabulary, and that student."""
+    name, teacher = str(resolve.resolve_model(None).path), str(place / "teacher")
+    prune.run(prune.Settings(model=name, mlx_path=teacher, scenario="none", vocab="0.5x", num_samples=16))
+    student = prune.Settings(model=teacher, mlx_path=str(place / "student"), scenario="none", layers=29, ffn=1024)
+    prune.run(replace(student, num_samples=16))
     for model in (place / "teacher", place / "student"):  # mlx-lm computes in what is written, half of it emulated here
         load.mlx_lm("convert").convert(str(model), str(place / "float32"), dtype="float32")
         DISK.remove_tree(model)
         (place / "float32").rename(model)
-    text = "\n\n".join(str(row["text"]) for row in preparation.load(None).train)
-    (place / "data").mkdir()
-    rows = "".join(json.dumps({"text": text[i : i + 8000]}) + "\n" for i in range(0, len(text) - 8000, 8000))
-    for split in ("train", "valid"):
-        (place / "data" / f"{split}.jsonl").write_text(rows)
 
 
 def table(cells: dict[str, dict[str, Any]]) -> str:
