@@ -7,9 +7,10 @@ from typing import Any
 
 from mis_mlx import cli
 from mis_mlx.evaluation import comparison
+from mis_mlx.evaluation.speed import rounds
 from mis_mlx.hardware import memory
-from mis_mlx.models import arch, load, mlx_generate, policy, resolve, stream, streamed_decode
-from mis_mlx.planner import estimates, phases
+from mis_mlx.models import load, mlx_generate, policy, resolve, stream, streamed_decode
+from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
 from mis_mlx.types import Budget, Checkpoint, Count, Whole, gib
 
@@ -35,11 +36,11 @@ class Settings(cli.Budgeted, policy.Computing):
 Settled = tuple[Iterator[list[int]], Callable[[], int]]  # tokens, pass by pass; bytes read so far
 
 
-def _whole_bytes(m: estimates.ModelSize, checkpoint: Checkpoint, length: int, limit: Budget) -> int:
+def _whole_bytes(checkpoint: Checkpoint, request: rounds.Request, limit: Budget) -> int:
     """Memory of the model whole in mlx-lm, whose step takes a fraction of a streamed one's time; 0 where it does not
     fit, or where mlx-lm's kernels of packed weights are slower than this program's copies."""
-    need = memory.process_bytes(limit.limit_bytes) + phases.timed_bytes(arch.params(checkpoint.config))
-    need += estimates.keys_bytes(m, 256 * -(-length // 256))  # mlx-lm's cache grows by 256
+    m, need = estimates.model_of(checkpoint), rounds.need_bytes(checkpoint, request)
+    need += memory.process_bytes(limit.limit_bytes)
     slow = m.shape.experts or (m.packed and not policy.keeps_packed())
     return 0 if slow or need > limit.limit_bytes else need
 
@@ -51,16 +52,14 @@ def _streamed(
     """Read from disk as far as there is no room, with the guesses of a draft."""
     big = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), room, direct)
     guesser = stream.Stream(small, policy.compute_dtype(small), None) if small else None
-    return streamed_decode.decode(
-        big, ids, s.max_tokens, ends, guesser, s.num_draft_tokens + 1
-    ), lambda: big.reader.nbytes
+    coming = streamed_decode.decode(big, ids, s.max_tokens, ends, guesser, s.num_draft_tokens + 1)
+    return coming, lambda: big.reader.nbytes
 
 
 def _whole(s: Settings, checkpoint: Checkpoint, ids: Sequence[int]) -> Settled:
     """By mlx-lm."""
     model, _ = mlx_generate.open_model(checkpoint.path)
-    where = str(checkpoint.path)
-    return mlx_generate.checked(model, ids, s.max_tokens, where), lambda: checkpoint.nbytes
+    return mlx_generate.checked(model, ids, s.max_tokens, str(checkpoint.path)), lambda: checkpoint.nbytes
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -82,7 +81,7 @@ def run(settings: Settings) -> dict[str, Any]:
     rows = max(min(len(ids), streamed_decode.ROWS), s.num_draft_tokens + 1)
     plan = estimates.streamed_pass("one pass", m, max(len(ids), rows), rows, length, spool=False, beside_bytes=beside)
     room = estimates.room(limit.limit_bytes, plan.peak_bytes)
-    if whole_bytes := 0 if small else _whole_bytes(m, checkpoint, length, limit):
+    if whole_bytes := 0 if small else _whole_bytes(checkpoint, rounds.Request(len(ids), s.max_tokens), limit):
         plan = replace(plan, read_bytes=0, peak_bytes=whole_bytes)
         cli.say(f"the model is whole in memory, {gib(whole_bytes)} of {gib(limit.limit_bytes)}")
     else:
