@@ -1,6 +1,6 @@
 """Built-in text with and without what a teacher wrote: students distilled alike on either.
 
-    scripts/mis benchmarks/teacher_text.py --seed 0    # 25 minutes on 2 cores; then 1 and 2
+    scripts/mis benchmarks/teacher_text.py --seed 0    # then 1 and 2
 
 The default student of SmolLM2-135M-Instruct, or of another teacher, with two thirds of the default's steps and half of
 its windows for the repair. `before`: Python's manual and one part in eight of Polish Miś texts, which was the built-in

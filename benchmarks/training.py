@@ -1,6 +1,6 @@
 """Speed and memory of a training step: ours, beside what one would write with mlx and mlx-lm alone.
 
-    scripts/mis benchmarks/training.py            # half an hour on 2 cores; nothing else may run
+    scripts/mis benchmarks/training.py            # nothing else may run
     scripts/mis benchmarks/training.py --table
 
 The default student (redyk) and its teacher in the same vocabulary, both of `prune`. A step is of 2 x 256, 1 x 1,024 or

@@ -242,17 +242,17 @@ def run(settings: Settings) -> dict[str, Any]:
     budget = memory.budget(s.budget_bytes)
     made = _plan(s, teacher, rows, budget, folder)
     cli.say(text.aligned(plan.table(made)))
+    if not (s.dry_run or made.fits):
+        raise MisError(phases.remedy(made))
+    data = _text(s, teacher)
     if s.dry_run:
-        _text(s, teacher)
         if note := battery(s):  # a run says it when it begins
             cli.say(note)
         return plan.outcome(made, str(teacher.path))
-    if not made.fits:
-        raise MisError(phases.remedy(made))
     if folder is None:
         cli.say(progress.promise(sum(made.planned.values())))
     with progress.run("distill", made.planned):
-        table, result = _begin(replace(s, iters=made.job.iters), folder, teacher, rows, made, budget)
+        table, result = _begin(replace(s, iters=made.job.iters), data, folder, teacher, rows, made, budget)
     if table:
         print(text.aligned(table))
         cli.say(summary.next_steps(Path(result["run"])))
@@ -260,12 +260,12 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def _begin(
-    s: Settings, folder: Path | None, teacher: Checkpoint, rows: int, made: phases.MemoryPlan, budget: Budget
-) -> tuple[str, dict[str, Any]]:
-    """Read the data, enter the run folder, go through all stages."""
+    s: Settings, text_of: str | None, folder: Path | None, teacher: Checkpoint, rows: int, made: phases.MemoryPlan,
+    budget: Budget,
+) -> tuple[str, dict[str, Any]]:  # fmt: skip
+    """Read the data, of --data or written by the teacher, enter the run folder, go through all stages."""
     shares = machines.shares(made) if s.spread == "layers" else ()
-    folder_of_text = _text(s, teacher)
-    data, origin = run_loop.prepared(replace(s, data=folder_of_text), teacher)
+    data, origin = run_loop.prepared(replace(s, data=text_of), teacher)
     name = f"{teacher.path.name}-{s.scenario or 'student'}"
     wired = made.peak_bytes if made.mode != "sharded" else 0
     with run_loop.open_run(s, folder, name, origin, made.way, budget, wired) as place:
@@ -277,7 +277,7 @@ def _begin(
         begun = {**place.weather.now(), "flags": flags, "planned": planned, "mode": made.mode, **sizes}
         place.files.append(place.folder / run_folder.PHASES, json.dumps({**begun, "rates": asdict(made.rates)}))
         told = summary.reporter(s.report_to if distributed.is_main() else None, place.folder, given)
-        seen, data = vocabulary.of_run(teacher, s.student, rows, data, s, folder_of_text, place.folder, place.files)
+        seen, data = vocabulary.of_run(teacher, s.student, rows, data, s, text_of, place.folder, place.files)
         c = pipeline.Run(**vars(place), recipe=made.recipe(s), teacher=seen, data=data.train, plan=made, report=told,
                 shares=shares)  # fmt: skip
         return _stages(s, c, data, teacher)

@@ -33,7 +33,7 @@ OPENINGS = Path(__file__).parent / "data" / "openings"
 DOCUMENT = "<|endoftext|>"  # what stands between documents, where a vocabulary has it
 AT_ONCE = 48, 16, 4, 1  # texts, as many as fit; a token of all of them reads the weights once
 SPARE = 4  # more than are missing, for some are not usable
-TRIES = 4  # batches for each one that would do if every text were usable
+TRIES = 4  # texts for each one that would do if every one were usable
 SHORT, LEAST, WORDLIKE = 120, 0.28, 0.6  # characters; share left by compression; share of letters and blanks
 
 
@@ -110,7 +110,8 @@ def way_of(s: Settings, m: estimates.ModelSize, limit: Budget) -> Way:
             flops = estimates.forward_flops(m, s.num_samples * s.max_tokens, s.max_tokens)
             return Way(n, need, flops / rates.forward_flops_per_s, None)
     for n in AT_ONCE:
-        beside, passes = n * estimates.keys_bytes(m, s.max_tokens), s.max_tokens * -(-s.num_samples // n)
+        places = 256 * (1 + -(-s.max_tokens // 256))  # mlx-lm's caches grow by 256, and a prompt stands in them too
+        beside, passes = n * estimates.keys_bytes(m, places), s.max_tokens * -(-s.num_samples // n)
         one = estimates.streamed_pass("a token", m, n, n, s.max_tokens, spool=False, beside_bytes=beside)
         if (need := own + one.peak_bytes) <= limit.limit_bytes:
             room = estimates.room(limit.limit_bytes, one.peak_bytes)
@@ -146,8 +147,9 @@ def write(s: Settings, model: Any, tokenizer: Any, batch: int, at_once: int) -> 
     return rows
 
 
-def _written(s: Settings, checkpoint: Checkpoint, part: Path, way: Way, batches: int) -> Iterator[Row]:
-    """Texts of a run that was stopped, all but its last batch; then new ones, each kept in the file `part`."""
+def _written(s: Settings, checkpoint: Checkpoint, part: Path, way: Way, most: int) -> Iterator[Row]:
+    """Texts of a run that was stopped, all but its last batch; then what is usable of `most` new ones, each kept in the
+    file `part`."""
     how = {**asdict(s), "model": str(checkpoint.path), "budget": 0, "out": "", "at_once": way.at_once}
     head = json.dumps(how, sort_keys=True)
     lines = part.read_text("utf-8").splitlines() if part.is_file() else []
@@ -162,25 +164,26 @@ def _written(s: Settings, checkpoint: Checkpoint, part: Path, way: Way, batches:
     else:
         model = Stream(checkpoint, policy.compute_dtype(checkpoint), way.room_bytes, way.direct)
         tokenizer = load.tokenizer(checkpoint.path)
-    count = len(kept)
-    for batch in range(first, batches):
-        size = min(way.at_once, SPARE + max(0, s.num_samples - count))  # the last one: what is missing
+    count, batch = len(kept), first
+    while most > 0:
+        size = min(way.at_once, SPARE + max(0, s.num_samples - count), most)  # of the last one: what is missing
         for row in write(s, model, tokenizer, batch, size):
             DISK.append(part, json.dumps([row, batch]))
             count += 1
             yield row
+        most, batch = most - size, batch + 1
 
 
 def _texts(s: Settings, checkpoint: Checkpoint, part: Path, way: Way) -> list[Row]:
     """As many different ones as are asked for. MisError where hardly any is usable."""
-    texts, most = dict[str, Row](), TRIES * (1 + s.num_samples // way.at_once)
+    texts, most = dict[str, Row](), TRIES * (s.num_samples + SPARE)
     with progress.bar("text", s.num_samples) as show:
         for row in _written(s, checkpoint, part, way, most):
             texts[json.dumps(row)] = row
             show(len(texts))
             if len(texts) == s.num_samples:
                 return list(texts.values())
-    why = f"of {most * way.at_once} texts of this model only {len(texts)} are usable, {s.num_samples} were asked for"
+    why = f"of {most} texts of this model only {len(texts)} are usable, {s.num_samples} were asked for"
     raise MisError(f"{why}: ask for fewer with --num-samples, or try another --temp or --openings")
 
 

@@ -145,7 +145,7 @@ def _written(tokenizer: Any) -> list[Row]:
     """What the default teacher wrote; its answers are plain text where there is no chat template that takes them."""
     rows = list(read(WRITTEN).rows)
     try:
-        token_windows.tokenize([row for row in rows if "prompt" in row], tokenizer)
+        token_windows.tokenize([next(row for row in rows if "prompt" in row)], tokenizer)
     except MisError:
         rows = [{"text": row.get("text") or "\n".join(row.values())} for row in rows]
     return rows
@@ -179,16 +179,14 @@ def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
         f"{len(train.tokens)} training windows of {length} tokens, {len(test.tokens)} held out; "
         f"{removed} more held-out windows shared 32 tokens in a row with training and were removed",
     ]
-    if data is not None and not _beside_ours(Path(data) / SOURCE):
+    if data is not None and not _beside_ours(Path(data).expanduser() / SOURCE):
         return Data(train, {"held-out": counted(test)}, tuple(notes))
     polish = load(MIS)
     if data is None:
         whole = len(train.tokens) / (1 - MIS_SHARE - WRITTEN_SHARE)
         notes += polish.notes
-        for what, rows, share in (
-            ("Polish", polish.train, MIS_SHARE),
-            ("written by a model", _written(tokenizer), WRITTEN_SHARE),
-        ):
+        parts = ("Polish", polish.train, MIS_SHARE), ("written by a model", _written(tokenizer), WRITTEN_SHARE)
+        for what, rows, share in parts:
             extra = windows(rows)
             count = min(len(extra.tokens), round(whole * share))
             train = token_windows.joined([train, extra.pick(slice(count))])
