@@ -1,4 +1,4 @@
-"""What 4 bits cost: ours beside mlx_lm's convert, gptq, awq and dwq and llama.cpp's Q4_K_M, in one run.
+"""What 4 bits cost: ours beside mlx_lm's convert, gptq, awq, dwq and dynamic_quant and llama.cpp's Q4_K_M, in one run.
 
     scripts/mis benchmarks/quality_4bit.py --model RUN/distilled --name student   # about an hour on 2 cores
     scripts/mis benchmarks/quality_4bit.py                                        # the default teacher
@@ -143,6 +143,21 @@ class Bench:
                              self.s.max_seq_length, 0, mx.float32)  # fmt: skip
         self.save(out, small, tokenizer, config)
 
+    def dynamic_quant(self, out: Path) -> None:
+        """mlx_lm.dynamic_quant's functions and defaults, but for the bits, which are those of our default."""
+        program, utils = load.mlx_lm("quant.dynamic_quant"), load.mlx_lm("utils")
+        model, tokenizer, config = self.opened()
+        low, high = (4, 64), (5, 64)
+        costs = dict(program.estimate_sensitivities(model, mx.concatenate(self.batches), *low, *high))
+        threshold = program.estimate_threshold(model, costs, MIXED.target_bpw, *low, *high)
+        better = {"bits": high[0], "group_size": high[1]}
+
+        def choose(name: str, part: Any) -> Any:
+            return hasattr(part, "to_quantized") and (costs[name] <= threshold or better)
+
+        model, config = utils.quantize_model(model, config, 64, 4, quant_predicate=choose)
+        self.save(out, model, tokenizer, config)
+
     def q4_k_m(self, out: Path) -> None:
         """llama.cpp's own program by way of `export`; read back by gguf-py into a dense folder."""
         made = export.run(export.Settings(model=str(self.path), out=str(out.parent / "gguf"), out_type="q4_k_m"))
@@ -167,6 +182,7 @@ ROWS: dict[str, Callable[[Bench, Path], None]] = {
     "mlx_lm gptq": Bench.gptq,
     "mlx_lm awq": Bench.awq,
     "mlx_lm dwq": Bench.dwq,
+    "mlx_lm dynamic_quant": Bench.dynamic_quant,
     "Q4_K_M": Bench.q4_k_m,
     "ours, rounded": lambda b, out: b.ours(out, replace(FOUR, q_method="round")),
     "ours, mxfp4": lambda b, out: b.ours(out, replace(FOUR, q_mode="mxfp4")),

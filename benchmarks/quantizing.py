@@ -1,0 +1,108 @@
+"""Quantizing a model that is large for its machine: time and memory of ours beside mlx_lm's programs.
+
+    scripts/mis benchmarks/quantizing.py           # half an hour on 2 cores, 6 GB of disk
+    scripts/mis benchmarks/quantizing.py --table
+
+A model of the shape of a 0.5 B one with 152 thousand tokens and of random weights, so there is nothing to say of its
+quality (benchmarks/quality_4bit.py has that, of a real one). Whoever calibrates sees the same windows, whoever trains
+makes as many steps; mlx_lm's functions are called as its commands call them, in float32, ours are `mis_mlx.quantize`.
+Every row is a process of its own, whose largest resident set is counted from when the text is ready (Linux); what the
+process held then is not in it. Writes benchmarks/results/<machine>/quantizing.json after every row.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import laboratory
+import psutil
+import quality_4bit
+import streaming
+from planned import HALF, largest
+
+from mis_mlx import cli, quantize
+from mis_mlx.distillation import train_loop
+from mis_mlx.models import load
+from mis_mlx.reporting.text import markdown_table
+
+GIVEN: dict[str, Any] = {"num_samples": 4, "max_seq_length": 128, "q_iters": 4}
+OURS: dict[str, dict[str, Any]] = {
+    "ours, rounded": {"q_method": "round", "target_bpw": None, "q_iters": 0},
+    "ours, gptq": {"target_bpw": None, "q_iters": 0},
+    "ours, mixed gptq": {"q_iters": 0},
+    "ours, mixed gptq tuned": {},
+}
+SMALL = "2GiB"
+THEIRS = {label: make for label, make in quality_4bit.ROWS.items() if label.startswith("mlx_lm")}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of it."""
+
+    table: bool = False
+    """print what there is, and make nothing"""
+    work: str | None = None
+    """one row, set by the program itself: its name and the model's folder"""
+
+
+def maker(name: str, model: str) -> Callable[[Path], Any]:
+    """What writes the row's folder, its text made ready."""
+    if name in THEIRS:
+        bench = quality_4bit.Bench(quality_4bit.Settings(model=model, eval_windows=1, **GIVEN))
+        return lambda out: THEIRS[name](bench, out)
+    label, _, budget = name.partition(" under ")
+    how = {**GIVEN, **OURS[label], **({"budget": budget} if budget else {})}
+    return lambda out: quantize.run(quantize.Settings(model=model, mlx_path=str(out), **how))
+
+
+def row(name: str, model: str) -> dict[str, Any]:
+    """{"seconds", "peak_bytes", "nbytes"}."""
+    with tempfile.TemporaryDirectory() as temp, redirect_stdout(sys.stderr):
+        make, out = maker(name, model), Path(temp) / "out"
+        held, began = psutil.Process().memory_info().rss, train_loop.CLOCK.monotonic()
+        Path("/proc/self/clear_refs").write_text("5")
+        make(out)
+        seconds, peak = train_loop.CLOCK.monotonic() - began, largest() - held
+        return {"seconds": round(seconds, 1), "peak_bytes": peak, "nbytes": load.open_checkpoint(out).nbytes}
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [[name, f"{one['seconds']:.0f}", f"{one['peak_bytes'] / 1e6:,.0f}", f"{one['nbytes'] / 1e6:.0f}"]
+             for name, one in rows.items()]  # fmt: skip
+    return markdown_table(["", "s", "peak, MB", "file, MB"], lines)
+
+
+def main(s: Settings) -> None:
+    """All rows that are not there yet."""
+    if s.work:
+        print(json.dumps(row(*json.loads(s.work))))
+        return
+    names = [*OURS, *(f"{name} under {SMALL}" for name in OURS), *THEIRS]
+    rows = laboratory.resumed("quantizing", GIVEN, ["rows"]).get("rows", {})
+    with tempfile.TemporaryDirectory() as temp:
+        missing = [name for name in names if name not in rows and not s.table]
+        model = str(streaming.synthetic(Path(temp) / "half", HALF)) if missing else ""
+        for name in missing:
+            hot, line = laboratory.busy(name), [sys.executable, __file__, f"--work={json.dumps([name, model])}"]
+            done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=False)
+            if done.returncode:
+                cli.say(f"{name}: its process ended with {done.returncode}")
+                continue
+            rows[name] = {**json.loads(done.stdout.splitlines()[-1]), "hot": hot}
+            cli.say(f"{name}: {rows[name]}")
+            laboratory.write("quantizing", "scripts/mis benchmarks/quantizing.py", {"given": GIVEN, "rows": rows})
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    laboratory.start(Settings, main)
