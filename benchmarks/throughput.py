@@ -207,15 +207,15 @@ def profile(big: Path, s: Settings) -> dict[str, Any]:
         kinds = {"dense": {"teacher": big, "student": Path(s.student)}}
         kinds["4-bit"] = packed_pair(big, Path(s.student), Path(temp))
         return {
-            kind: {name: one_token(folder, s.prompt_tokens) for name, folder in folders.items()}
+            kind: {name: by_part(rounds.opened(folder), s.prompt_tokens) for name, folder in folders.items()}
             for kind, folders in kinds.items()
         }
 
 
-def one_token(folder: Path, depth: int, turns: int = 24) -> dict[str, dict[str, float]]:
-    """{part: {"ms": median over `turns`, "mb": of its weights and cache}}, `depth` tokens in the cache."""
-    s = rounds.opened(folder)
+def by_part(s: BenchmarkModel, depth: int, tokens: int = 1, turns: int = 24) -> dict[str, dict[str, float]]:
+    """{part: {"ms": median over `turns`, "mb": of its weights and cache}} of so many tokens, `depth` in the cache."""
     kept, inner = mlx_generate.filled_cache(s.model, depth), s.model.model
+    mask = "causal" if tokens > 1 else None
     times: dict[str, list[float]] = {}
     taken: dict[str, float] = {}
 
@@ -227,20 +227,22 @@ def one_token(folder: Path, depth: int, turns: int = 24) -> dict[str, dict[str, 
 
     for _ in range(turns):
         taken.clear()
-        h = part("embedding", lambda: inner.embed_tokens(mx.array([[7]])))
+        h = part("embedding", lambda: inner.embed_tokens(mx.array([[7] * tokens])))
         for block, cache in zip(inner.layers, kept, strict=True):
             n, f = block.input_layernorm, block.self_attn
-            h = part("attention", lambda h=h, n=n, f=f, c=cache: h + f(n(h), None, c))
+            h = part("attention", lambda h=h, n=n, f=f, c=cache: h + f(n(h), mask, c))
             n, f = block.post_attention_layernorm, block.mlp
             h = part("FFN", lambda h=h, n=n, f=f: h + f(n(h)))
-            cache.trim(1)
+            cache.trim(tokens)
         h = part("last norm", lambda h=h: inner.norm(h))
         logits = part("vocabulary head", lambda h=h: head(s, h))
         part("choice", lambda y=logits: mx.argmax(y - mx.logsumexp(y, axis=-1, keepdims=True), axis=-1))
         for label, value in taken.items():
             times.setdefault(label, []).append(value)
     found = {label: {"ms": statistics.median(values)} for label, values in times.items()}
-    keys = sum(a.nbytes // a.shape[2] * (depth + 1) for c in kept for a in c.state[:2])  # the array has room for more
+    keys = sum(
+        a.nbytes // a.shape[2] * (depth + tokens) for c in kept for a in c.state[:2]
+    )  # the array has room for more
     for label, nbytes in (
         ("attention", keys + sum(_nbytes(b.self_attn) for b in inner.layers)),
         ("FFN", sum(_nbytes(b.mlp) for b in inner.layers)),

@@ -5,11 +5,11 @@
 
 Cold: a text of its own in every trial, nothing in the cache. Cached: the same prompt again, all of it but the last
 token in the cache. Models take turns; both as they are computed (float32 on a CPU, float16 on Metal), or both in 4 bits
-as `mlx_lm.convert -q` packs them. Best: operations over the matrix rate measured here, or weights over bandwidth,
-whichever is longer. Warm-up: a prompt of that length, of 512 tokens at most. A length that is there, of the same
-weights, is not measured again, however many trials it had (delete the file for that): long ones can have fewer. Writes
-benchmarks/results/<machine>/ttft.json (ttft-4bit.json) after every length, with whether the student is the quicker one
-at each, and a picture.
+as `mlx_lm.convert -q` packs them. Parts: a prompt once more, evaluated after every part of every block. Best:
+operations over the matrix rate measured here, or weights over bandwidth, whichever is longer. Warm-up: a prompt of that
+length, of 512 tokens at most. A length that is there, of the same weights, is not measured again, however many trials
+it had (delete the file for that): long ones can have fewer. Writes benchmarks/results/<machine>/ttft.json
+(ttft-4bit.json) after every length, with whether the student is the quicker one at each, and a picture.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 import laboratory
 import psutil
+import throughput
 
 from mis_mlx import cli
 from mis_mlx.evaluation.speed import rounds
@@ -75,6 +76,7 @@ def row(
         figures = rounds.figures(every[name], r)
         best = 1000 * at.seconds(*rounds.first_token(models[name], model.read_bytes, r))
         found[name] = {"cold_ms": figures["ttft_ms"], "cached_ms": figures["ttft_cached_ms"], "best_ms": best}
+        found[name]["parts"] = throughput.by_part(model, 0, length, 1)
     kinds = ("cold_ms", "cached_ms")
     found["speed_up"] = {k: found["teacher"][k]["median"] / found["student"][k]["median"] for k in kinds}
     pairs = zip(every["teacher"], every["student"], strict=True)
