@@ -1,0 +1,167 @@
+"""What it costs to let some blocks see the last tokens only, and how much earlier the first token comes for that.
+
+    scripts/mis benchmarks/windows.py --model RUN/distilled      # half an hour on 2 cores, all of it computed
+    scripts/mis benchmarks/windows.py --table
+
+`layer_types` and `sliding_window` in a llama's config.json are all that it takes: stock mlx_lm reads them and keeps
+only the last tokens of such a block (transformers' and llama.cpp's llama do not know them). Nothing is trained. Blocks
+are ranked by KL(the model as it is || with this block alone windowed) on `--rank-windows` windows of `--length` tokens,
+then the cheapest so many of them are windowed together; judged on held-out English and Polish, in bits per byte.
+Seconds to the first token are mlx-lm's, the prompt in parts of 512 tokens, models in turn.
+Writes benchmarks/results/<machine>/windows.json after every step.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import laboratory
+import mlx.core as mx
+import numpy as np
+
+from mis_mlx import cli
+from mis_mlx.data import preparation, token_windows
+from mis_mlx.evaluation import comparison
+from mis_mlx.models import load, resolve
+from mis_mlx.reporting.text import markdown_table
+
+ROWS = 256  # of logits at a time
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much."""
+
+    model: str | None = None
+    """folder; default: the default teacher"""
+    name: str = "windows"
+    """of the results file"""
+    window: int = 512
+    """tokens that such a block sees"""
+    length: int = 2048
+    """tokens of a text"""
+    rank_windows: int = 1
+    """training texts that rank blocks"""
+    eval_windows: int = 2
+    """held-out texts of each language"""
+    shares: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9)
+    """of all blocks"""
+    prompts: tuple[int, ...] = (512, 4096)
+    """tokens before the first token"""
+    rounds: int = 2
+    """of each, the least counts; 0: time nothing"""
+    table: bool = False
+    """print what there is, and make nothing"""
+
+
+class Bench:
+    """The model as it is, its text, and the same with windows."""
+
+    def __init__(self, s: Settings):
+        self.s, self.path = s, resolve.resolve_model(s.model).path
+        tokenizer = load.tokenizer(self.path)
+        data = preparation.prepare(None, tokenizer, s.length)
+        self.layers = int(load.open_checkpoint(self.path).config["num_hidden_layers"])
+        self.rank = comparison.chosen(data.train, s.rank_windows)
+        self.held_out = {name: comparison.chosen(text, s.eval_windows) for name, text in data.held_out.items()}
+        self.base = self.windowed(())
+        self.states = {name: self.hidden(self.base, text) for name, text in self.texts.items()}
+
+    @property
+    def texts(self) -> dict[str, token_windows.Windows]:
+        """All of them, that of the ranking first."""
+        return {"rank": self.rank, **self.held_out}
+
+    def windowed(self, blocks: tuple[int, ...]) -> Any:
+        """mlx-lm's model in float32."""
+        kinds = ["sliding_attention" if i in blocks else "full_attention" for i in range(self.layers)]
+        how = {"layer_types": kinds, "sliding_window": self.s.window}
+        model = load.mlx_lm("utils").load_model(self.path, model_config=how)[0]
+        model.set_dtype(mx.float32)
+        return model
+
+    def hidden(self, model: Any, text: token_windows.Windows) -> list[mx.array]:
+        """Final states of every text."""
+        states = [model.model(mx.array(tokens[None]))[0] for tokens in text.tokens]
+        mx.eval(states)
+        return states
+
+    def judge(self, model: Any, name: str) -> dict[str, float]:
+        """Mean KL from the model as it is in nats a token; bits per byte where bytes are known."""
+        text, kl, bits = self.texts[name], list[float](), 0.0
+        head = model.model.embed_tokens if not hasattr(model, "lm_head") else None
+        for tokens, learn, mine, theirs in zip(
+            text.tokens, text.learn, self.hidden(model, text), self.states[name], strict=True
+        ):
+            for at in range(0, len(tokens) - 1, ROWS):
+                rows = slice(at, min(at + ROWS, len(tokens) - 1))
+                new, old = ((head.as_linear(h[rows]) if head else model.lm_head(h[rows])) for h in (mine, theirs))
+                new, old = (z - mx.logsumexp(z, axis=-1, keepdims=True) for z in (new, old))
+                counts = mx.array(learn[rows] > 0)
+                kl.extend(np.array((mx.exp(old) * (old - new)).sum(axis=-1))[learn[rows] > 0])
+                right = mx.take_along_axis(new, mx.array(tokens[1:][rows])[:, None], axis=-1)[:, 0]
+                bits -= (right * counts).sum().item() / np.log(2)
+        known = text.text_bytes.any() if text.text_bytes is not None else False
+        return {"kl": float(np.mean(kl)), **({"bits_per_byte": bits / float(text.text_bytes.sum())} if known else {})}
+
+    def first_token(self, model: Any, tokens: int) -> float:
+        """Seconds."""
+        ids = mx.array(np.resize(self.rank.tokens[0], tokens))
+        began = time.perf_counter()
+        next(load.mlx_lm("generate").generate_step(ids, model, max_tokens=1, prefill_step_size=512))
+        return time.perf_counter() - began
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    names = [name for name in rows[0] if name not in ("windowed", "first_s")]
+    prompts = list(rows[0].get("first_s", ()))
+    lines = []
+    for row in rows:
+        texts = [f"{row[name]['bits_per_byte']:.3f} (KL {row[name]['kl']:.3f})" for name in names]
+        sooner = [f"{rows[0]['first_s'][p] / row['first_s'][p]:.2f}x" for p in prompts]
+        lines.append([str(row["windowed"]), *texts, *sooner])
+    head = [*(f"bits per byte, {n}" for n in names), *(f"first token at {p} tokens" for p in prompts)]
+    return markdown_table(["blocks windowed", *head], lines)
+
+
+def main(s: Settings) -> None:
+    """Rank, then window more and more."""
+    given = {k: v for k, v in asdict(s).items() if k not in ("model", "table", "name", "rounds", "prompts")}
+    given |= {k: list(v) for k, v in given.items() if isinstance(v, tuple)}
+    found = laboratory.resumed(s.name, given, ["costs", "rows"])
+    costs, rows = found.get("costs", {}), found.get("rows", [])
+    command = "scripts/mis benchmarks/windows.py" + " --model RUN/distilled" * bool(s.model)
+    if not s.table:
+        bench = Bench(s)
+
+        def keep() -> None:
+            laboratory.write(s.name, command, {"given": given, "costs": costs, "rows": rows})
+
+        for block in [i for i in range(bench.layers) if str(i) not in costs]:
+            costs[str(block)] = bench.judge(bench.windowed((block,)), "rank")["kl"]
+            cli.say(f"block {block}: {costs[str(block)]:.5f} nats")
+            keep()
+        order = sorted(costs, key=lambda name: costs[name])
+        counts = [0, *(round(share * bench.layers) for share in s.shares)]
+        models = {n: bench.windowed(tuple(map(int, order[:n]))) for n in counts}
+        if not rows:
+            rows += [
+                {"windowed": n, **{name: bench.judge(m, name) for name in bench.held_out}} for n, m in models.items()
+            ]
+            keep()
+        taken: dict[tuple[int, int], list[float]] = {}
+        for _ in range(s.rounds):
+            for prompt in s.prompts:
+                for n, model in models.items():
+                    taken.setdefault((n, prompt), []).append(bench.first_token(model, prompt))
+        for row in rows if taken else ():
+            row["first_s"] = {str(p): min(taken[row["windowed"], p]) for p in s.prompts}
+        keep()
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    laboratory.start(Settings, main)
