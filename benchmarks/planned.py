@@ -5,7 +5,8 @@
 Three distillations of a few steps with the default's sizes in all else: the default teacher; one of the shape of a
 0.5 B model with 152 thousand tokens and random weights, under 2 GiB, which trains it in parts; and a 4-bit teacher.
 Before each phase the system is told to count the process's largest resident set anew (Linux), so that numpy's share and
-MLX's both count. Planned and measured are of the process, less what it held before the run.
+MLX's both count; the choice of tokens, which comes before the first phase, belongs to it, as in the plan. Planned and
+measured are of the process, less what it held before the run.
 
 Writes benchmarks/results/<machine>/planned.json.
 """
@@ -29,6 +30,7 @@ import streaming
 from mis_mlx import cli, distill
 from mis_mlx.distillation.pipeline import Run
 from mis_mlx.models import resolve
+from mis_mlx.pruning import vocabulary
 from mis_mlx.storage import run_folder
 
 HALF = {"num_hidden_layers": 24, "hidden_size": 896, "intermediate_size": 4864, "vocab_size": 151_936,
@@ -38,6 +40,9 @@ BRIEF: dict[str, Any] = {"iters": 2, "save_every": 1, "num_samples": 4, "reconst
 CASES: dict[str, dict[str, Any]] = {
     "default": {}, "0.5 B shape, 2 GiB": {"budget": "2GiB", "q_iters": None}, "4-bit teacher": {},
 }  # fmt: skip
+
+
+COUNT_ANEW = "/proc/self/clear_refs"
 
 
 @dataclass(frozen=True)
@@ -60,19 +65,25 @@ def largest() -> int:
 
 def stretch(name: str, teacher: str, out: Path) -> None:
     """Begin the run, or go on with it, until a phase is done and the next begins; print {phase: bytes it took}."""
-    taken, plain = dict[str, int](), Run.phase
+    taken, plain, chosen = dict[str, int](), Run.phase, vocabulary.of_run
+
+    def of_run(*of: Any) -> Any:
+        Path(COUNT_ANEW).write_text("5")
+        return chosen(*of)
 
     @contextmanager
     def phase(course: Run, label: str) -> Iterator[None]:
         if set(taken) - {"repair"}:  # after which nothing is on disk before the first step
             print(json.dumps(taken), file=sys.__stdout__, flush=True)
             os._exit(0)  # as a killed run does
-        Path("/proc/self/clear_refs").write_text("5")
+        if label != "prune":
+            Path(COUNT_ANEW).write_text("5")
         with plain(course, label):
             yield
         taken[label] = largest() - course.peak.before_bytes
 
     Run.phase = phase  # type: ignore[method-assign,assignment]
+    vocabulary.of_run = of_run  # type: ignore[assignment]
     s = replace(distill.Settings(teacher=teacher, out=str(out), **BRIEF), **CASES[name], resume=out.exists())
     with redirect_stdout(sys.stderr):
         distill.run(s)
