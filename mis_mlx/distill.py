@@ -75,7 +75,7 @@ def _prune(s: Settings, c: pipeline.Run, data: preparation.Data, before: int) ->
         held_out = comparison.chosen(next(iter(data.held_out.values())), s.eval_windows)
         with c.phase("prune"):
             report = select.prune(
-                c.teacher, c.pick(s.num_samples, 1), held_out, out, s, dtype=pipeline.DTYPE, reading=c.weather.reading,
+                c.teacher, c.pick(s.num_samples, 1), held_out, out, s, dtype=pipeline.DTYPE, reading=c.weather.latest,
                 files=c.files, held=c.plan.held_windows("prune"), shares=c.shares,
             )  # fmt: skip
         if distributed.is_main():
