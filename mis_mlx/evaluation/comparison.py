@@ -51,9 +51,13 @@ def own(held_out: Windows) -> Windows:
 
 def together(models: Models, held_out: Windows, opened: Opened) -> Means:
     """What `compare` gives, every machine having compared its own windows."""
-    mine = compare(models, own(held_out), opened=opened)
-    keys = [(name, metric) for name, metric in distributed.broadcast_json(lambda: list(mine))]
-    return {key: np.array(distributed.all_gather_items(mine.get(key, np.zeros(0)).tolist())) for key in keys}
+    mine, whole = compare(models, own(held_out), opened=opened), dict[tuple[str, str], np.ndarray]()
+    for name, metric in distributed.broadcast_json(lambda: list(mine)):
+        parts = distributed.all_gather(mine.get((name, metric), np.zeros(0)).tolist())
+        values = whole[name, metric] = np.zeros(len(held_out.tokens))
+        for rank, part in enumerate(parts):
+            values[rank :: len(parts)] = part
+    return whole
 
 
 def compare(models: Models, held_out: Windows, hidden: stream.Hidden | None = None, opened: Opened = alone) -> Means:

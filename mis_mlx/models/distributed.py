@@ -133,15 +133,6 @@ def all_gather(value: Any) -> list[Any]:
     return [json.loads(row[:length].tobytes()) for row, length in zip(everyone, lengths, strict=True)]
 
 
-def all_gather_items(mine: Sequence[Any]) -> list[Any]:
-    """The whole of which every machine has what `share` gave it; JSON holds the items."""
-    parts = all_gather(list(mine))
-    whole = [None] * sum(map(len, parts))
-    for number, part in enumerate(parts):
-        whole[number :: len(parts)] = part
-    return whole
-
-
 def any_rank(flag: object) -> bool:
     """Whether `flag` is true on any machine."""
     return any(all_gather(bool(flag)))
@@ -152,18 +143,13 @@ def broadcast_json(make: Callable[[], T]) -> T:
     return make() if size() == 1 else all_gather(make() if is_main() else None)[0]
 
 
-def broadcast_bytes(data: np.ndarray, root: int = 0) -> np.ndarray:
-    """The bytes (n,) uint8 that `root` has; n is the same everywhere, what others have does not count."""
-    if size() == 1:
-        return data
-    mine = mx.array(data) if rank() == root else mx.zeros(data.shape, mx.uint8)
-    return np.array(_settled(mx.distributed.all_sum(mine)))
-
-
 def broadcast_array(array: mx.array, root: int = 0) -> mx.array:
-    """The array that `root` has, bit for bit; its shape and dtype are the same everywhere."""
-    raw = broadcast_bytes(np.array(array.reshape(-1).view(mx.uint8)), root)
-    return array if rank() == root else mx.array(raw).view(array.dtype).reshape(array.shape)
+    """The array that `root` has, bit for bit; shape and dtype are the same everywhere, what others have is not."""
+    if size() == 1:
+        return array
+    raw = array.reshape(-1).view(mx.uint8)
+    whole = _settled(mx.distributed.all_sum(raw if rank() == root else mx.zeros_like(raw)))
+    return whole.view(array.dtype).reshape(array.shape)
 
 
 def pass_on(arrays: Sequence[mx.array], i: int) -> None:
@@ -197,12 +183,13 @@ def broadcast_file(path: Path, files: Files, root: int = 0) -> None:
     starts = range(0, nbytes, CHUNK_BYTES)
     if rank() == root:
         for at in starts:
-            broadcast_bytes(np.fromfile(path, np.uint8, CHUNK_BYTES, offset=at), root)
+            broadcast_array(mx.array(np.fromfile(path, np.uint8, CHUNK_BYTES, offset=at)), root)
         return
     with reported(path.parent, path.name, nbytes), files.replacing(path) as temp:
         files.write(temp, b"")
         for at in starts:
-            files.extend(temp, broadcast_bytes(np.zeros(min(CHUNK_BYTES, nbytes - at), np.uint8), root).tobytes())
+            piece = broadcast_array(mx.zeros((min(CHUNK_BYTES, nbytes - at),), mx.uint8), root)
+            files.extend(temp, np.array(piece).tobytes())
         files.fsync(temp)
 
 
