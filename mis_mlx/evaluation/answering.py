@@ -20,7 +20,7 @@ from mis_mlx.models.stream import Stream, load_checked
 from mis_mlx.planner import estimates, machines
 from mis_mlx.reporting import progress
 from mis_mlx.storage import hub, run_folder
-from mis_mlx.storage.files import DISK
+from mis_mlx.storage.files import DISK, file_sha256
 from mis_mlx.types import Budget, Checkpoint, MisError
 
 VERSION = 2  # of how marks come about: kept ones of another version are not used
@@ -35,7 +35,7 @@ def sha256(checkpoint: Checkpoint) -> str:
     """Of config, tokenizer and weights, the type they compute in, and `VERSION`, in hex."""
     files = {t.file for t in checkpoint.tensors.values()} | {checkpoint.path / "config.json"}
     files |= {p for p in checkpoint.path.glob("tokenizer*") if p.is_file()} | set(checkpoint.path.glob("*.jinja"))
-    known = sorted((f.name, hub.sha256(f)) for f in cli.counted("hash: file", files, len(files)))
+    known = sorted((f.name, file_sha256(f)) for f in cli.counted("hash: file", files, len(files)))
     return hashlib.sha256(json.dumps([VERSION, str(policy.compute_dtype(checkpoint)), known]).encode()).hexdigest()
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 import psutil
 
-from mis_mlx.storage.files import AGAIN, DISK, Files, reported
+from mis_mlx.storage.files import AGAIN, DISK, Files, file_sha256, reported
 from mis_mlx.storage.header_check import check
 from mis_mlx.storage.safetensors import lazy, write_arrays
 from mis_mlx.types import MisError
@@ -90,8 +90,7 @@ def save_step(
     remedy = f"free some and start again with --resume; {last}"
     with commit_folder(final, files, nbytes, "the checkpoint", remedy) as tmp:
         for key, named in arrays.items():
-            size, sha256 = write_arrays(tmp / f"{key}.safetensors", named, files)
-            listed[f"{key}.safetensors"] = {"bytes": size, "sha256": sha256}
+            listed[f"{key}.safetensors"] = write_arrays(tmp / f"{key}.safetensors", named, files)
         text = json.dumps(state, indent=2).encode()
         files.write(tmp / STATE, text)
         listed[STATE] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
@@ -175,11 +174,8 @@ def _damage(path: Path, number: int) -> str:
         if claimed != _own_hash(manifest) or manifest["step"] != number or STATE not in manifest["files"]:
             return MANIFEST
         for name, facts in manifest["files"].items():
-            with open(path / name, "rb") as file:
-                if os.fstat(file.fileno()).st_size != facts["bytes"]:
-                    return name
-                if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
-                    return name
+            if (path / name).stat().st_size != facts["bytes"] or file_sha256(path / name) != facts["sha256"]:
+                return name
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:

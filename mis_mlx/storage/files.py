@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import sys
@@ -147,6 +148,12 @@ class Files:
 
 
 DISK = Files()
+
+
+def file_sha256(path: Path) -> str:
+    """The file's sha256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def need_place(flag: str, path: str | Path, kind: Literal["folder", "new", "file"] = "folder") -> None:

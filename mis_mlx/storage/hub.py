@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -115,9 +114,3 @@ def adopt(snapshot: Path, folder: Path, origin: dict[str, Any]) -> None:
                 os.link(blob, into / name)
             except OSError:  # another disk, or one that has no hard links
                 shutil.copyfile(blob, into / name)
-
-
-def sha256(path: Path) -> str:
-    """The file's sha256 in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

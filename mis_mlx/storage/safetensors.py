@@ -154,12 +154,12 @@ def write_tensors(
         files.fsync(folder / INDEX)
 
 
-def write_arrays(path: Path, arrays: Mapping[str, mx.array], files: Files) -> tuple[int, str]:
-    """Write one safetensors file and fsync it: (its size in bytes, its sha256 in hex)."""
+def write_arrays(path: Path, arrays: Mapping[str, mx.array], files: Files) -> dict[str, Any]:
+    """Write one safetensors file and fsync it: {"bytes": its size, "sha256": in hex}."""
     return _write_file(path, {name: spec_of(array) for name, array in arrays.items()}, iter(arrays.items()), files)
 
 
-def _write_file(path: Path, specs: Specs, coming: Iterator[tuple[str, mx.array]], files: Files) -> tuple[int, str]:
+def _write_file(path: Path, specs: Specs, coming: Iterator[tuple[str, mx.array]], files: Files) -> dict[str, Any]:
     """Write the file front to back of the next that come. ValueError where one is not what is due, or missing."""
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     end = 0
@@ -185,7 +185,7 @@ def _write_file(path: Path, specs: Specs, coming: Iterator[tuple[str, mx.array]]
         del array
         mx.clear_cache()  # goes back to the system before the next is made
     files.fsync(path)  # shard by shard, so that unwritten pages do not pile up in memory
-    return len(head) + end, sha256.hexdigest()
+    return {"bytes": len(head) + end, "sha256": sha256.hexdigest()}
 
 
 def spec_of(array: mx.array) -> Spec:
