@@ -29,14 +29,6 @@ def need_tokenizer(folder: Path) -> None:
         raise MisError(f"{folder} has no tokenizer: copy the tokenizer files of the model it was made from")
 
 
-def copy_tokenizer(source: Path, folder: Path, files: Files) -> None:
-    """The tokenizer, chat template and generation settings of `source`, into `folder`.
-
-    A link that leads out of `source` is refused: what it points to might be published with the model."""
-    for path in list(tokenizer_check.present(source)):  # judges all before one is copied
-        files.write(folder / path.name, path.read_bytes())
-
-
 def keep_files(keep: KeptUnits | None) -> dict[str, Any]:
     """The files that hold kept units, for `write_model`: keep.json, and rotation.npy where the stream was rotated.
 
@@ -90,7 +82,8 @@ def write_folder(
         files.write(folder / "config.json", json.dumps(dict(config), indent=2).encode())
         for name, value in (extra or {}).items():
             files.write(folder / name, value if isinstance(value, bytes) else json.dumps(value).encode())
-        copy_tokenizer(source, folder, files)
+        for path in list(tokenizer_check.present(source)):  # judges all before one is copied
+            files.write(folder / path.name, path.read_bytes())
 
 
 def write_model(
