@@ -121,10 +121,8 @@ def check_config(config: Mapping[str, Any], where: Path) -> None:
     known = isinstance(kind, str) and kind in FAMILIES
     for key in ("model_file", *(() if known else ("auto_map",))):  # nobody needs the code of a known type
         if config.get(key):
-            raise MisError(
-                f"{where}: {key} wants to run the model's own program code; mis_mlx never does that: "
-                f"use a model of type {', '.join(FAMILIES)}"
-            )
+            why = f"{key} wants to run the model's own program code; mis_mlx never does that"
+            raise MisError(f"{where}: {why}: use a model of type {', '.join(FAMILIES)}")
     if not known:
         why = f"model_type {kind!r} is not supported{_nearest(kind, config, where) if isinstance(kind, str) else ''}"
         raise MisError(f"{where}: {why}; supported are {', '.join(FAMILIES)}")
@@ -269,14 +267,13 @@ def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
     c = spelled_out(config)
     rope = c.get("rope_parameters") or {}
     rope = rope.get("full_attention", rope)
-    if c.get("rope_theta") is None:
-        c["rope_theta"] = rope.get("rope_theta", family(c).rope_theta)
-    if c.get("rope_scaling") is None and rope.get("rope_type", "default") != "default":
-        c["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
-    if c.get("num_key_value_heads") is None:
-        c["num_key_value_heads"] = c["num_attention_heads"]
-    if c.get("head_dim") is None:
-        c["head_dim"] = c["hidden_size"] // c["num_attention_heads"]
+    plain = rope.get("rope_type", "default") == "default"
+    usual = {
+        "rope_theta": rope.get("rope_theta", family(c).rope_theta),
+        "rope_scaling": None if plain else {k: v for k, v in rope.items() if k != "rope_theta"},
+        "num_key_value_heads": c["num_attention_heads"], "head_dim": c["hidden_size"] // c["num_attention_heads"],
+    }  # fmt: skip
+    c |= {key: value for key, value in usual.items() if value is not None and c.get(key) is None}
     if family(c).own_positions:
         c["partial_rotary_factor"] = c.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
         c["original_max_position_embeddings"] = c.get("original_max_position_embeddings") or 4096

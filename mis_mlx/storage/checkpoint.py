@@ -137,21 +137,23 @@ def sweep(folder: Path, files: Files = DISK) -> None:
 
 
 @contextlib.contextmanager
-def lock(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder for this process; MisError names the process that holds it already.
+def lock(
+    folder: Path, what: str = "the lock of the run", remedy: str = "mend that and start again", wait: bool = False
+) -> Iterator[None]:
+    """Hold a run's folder for this process; MisError names the process that holds it already, if not to `wait` for it.
 
     The kernel lets go when the holder ends, however it ends. The file .lock stays: after a deletion two processes could
     lock two different files. A fork of the holder holds the lock too, a subprocess does not."""
-    with reported(run_dir, "the lock of the run"):
-        DISK.make_folder(run_dir)
-        fd = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    with reported(folder, what, remedy=remedy):
+        DISK.make_folder(folder)
+        fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             holder = os.pread(fd, 100, 0).decode(errors="replace").strip() or "another process"
-            raise MisError(f"Run {run_dir} is already in use by {holder}: wait for it or stop it") from None
-        with reported(run_dir, "the lock of the run"):
+            raise MisError(f"Run {folder} is already in use by {holder}: wait for it or stop it") from None
+        with reported(folder, what, remedy=remedy):
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M')}".encode(), 0)
         yield
@@ -174,7 +176,7 @@ def _damage(path: Path, number: int) -> str:
         if claimed != _own_hash(manifest) or manifest["step"] != number or STATE not in manifest["files"]:
             return MANIFEST
         for name, facts in manifest["files"].items():
-            if (path / name).stat().st_size != facts["bytes"] or file_sha256(path / name) != facts["sha256"]:
+            if file_sha256(path / name) != facts["sha256"]:
                 return name
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"

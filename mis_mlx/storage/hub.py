@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import fcntl
 import json
 import logging
 import os
@@ -12,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.storage.checkpoint import commit_folder, sweep
-from mis_mlx.storage.files import DISK, reported
+from mis_mlx.storage.checkpoint import commit_folder, lock, sweep
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import MisError
 
 # Weights that mlx-lm would read, what describes them, the tokenizer. Nothing that can hold code.
@@ -34,11 +33,7 @@ def cache_root() -> Path:
 @contextlib.contextmanager
 def locked(root: Path) -> Iterator[None]:
     """Hold the cache alone, after other processes; what an earlier holder left half-made is swept away."""
-    with reported(root, "the model cache", remedy="set MIS_MLX_CACHE to a folder that can be written"):
-        DISK.make_folder(root)
-        handle = (root / ".lock").open("a")
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with lock(root, "the model cache", "set MIS_MLX_CACHE to a folder that can be written", wait=True):
         sweep(root)
         yield
 
