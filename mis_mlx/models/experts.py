@@ -54,7 +54,6 @@ class Experts(list[Expert]):
         self._asked: list[mx.array] | None = None  # what the calls of `chosen` were made with
 
     def __call__(self, x: mx.array, chosen: mx.array) -> mx.array:
-        """See the class."""
         if self._asked is not None:
             self._asked.append(chosen)
             return mx.zeros((*chosen.shape, x.shape[-1]), x.dtype)

@@ -49,7 +49,6 @@ class InputRecorder(nn.Module):
         self._seen: list[mx.array] = []  # underscore: not a parameter
 
     def __call__(self, x: mx.array) -> mx.array:
-        """`inner(x)`, with x kept until `take`."""
         self._seen.append(x)
         return self.inner(x)
 
@@ -208,10 +207,9 @@ class Stream:
         if self._head is not None:
             return self._head
         prefix = load.head_prefix(self.checkpoint)
-        head = load.head(self.checkpoint, self.dtype, self._stored(prefix))
-        load_checked(head, f"{self.checkpoint.path}: {prefix}")
-        if self._keep_head:
-            self._head = head
+        made = load.head(self.checkpoint, self.dtype, self._stored(prefix))
+        head = load_checked(made, f"{self.checkpoint.path}: {prefix}")
+        self._head = head if self._keep_head else None
         return head
 
     def through(self, block: nn.Module, hidden: Hidden) -> Hidden:
@@ -258,7 +256,6 @@ class Stream:
 
     def forward(self, batches: Batches, hidden: Hidden | None = None) -> Hidden:
         """One pass: token ids [(B, T)] -> final hidden states [(B, T, D)], those of the resident model to the bit.
-
         hidden: as in `embed`."""
         hidden = self.embed(batches, hidden)
         for _, block in self.blocks():

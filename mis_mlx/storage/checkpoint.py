@@ -163,9 +163,7 @@ def lock(
 
 def _numbers(steps_dir: Path) -> list[int]:
     """Numbers of the steps present, rising; damaged ones included."""
-    if not steps_dir.is_dir():
-        return []
-    return sorted(int(m[1]) for p in steps_dir.iterdir() if (m := STEP.fullmatch(p.name)))
+    return sorted(int(m[1]) for p in steps_dir.glob("step-*") if (m := STEP.fullmatch(p.name)))
 
 
 def _damage(path: Path, number: int) -> str:
