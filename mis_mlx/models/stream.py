@@ -58,13 +58,15 @@ class InputRecorder(nn.Module):
 
 
 class Stream:
-    """One model on disk, gone through in blocks.
+    """One model on disk, gone through in blocks. dtype: of its computations; default: as the policy has it.
 
     room_bytes: memory for what may stay between passes: the head first, then blocks 0, 1, 2 ...; None: everything.
     direct: read past the page cache; for a model that the budget does not hold."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, room_bytes: int | None = 0, direct: bool = False):
-        self.checkpoint, self.dtype = checkpoint, dtype
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: mx.Dtype | None = None, room_bytes: int | None = 0, direct: bool = False
+    ):
+        self.checkpoint, self.dtype = checkpoint, dtype or policy.compute_dtype(checkpoint)
         self.args = load.model_args(checkpoint.config)
         self.layers = int(checkpoint.config["num_hidden_layers"])
         self.reader = Reader(checkpoint.tensors, direct)
@@ -82,7 +84,7 @@ class Stream:
         packed = "U32" in stored
         # Weights stored as they are computed with are used where they were read; others are converted. Packed ones that
         # stay packed need their slot as long as the block lives, whatever type its norms have.
-        others = any(kind.get(d, dtype) != dtype for d in stored)
+        others = any(kind.get(d, self.dtype) != self.dtype for d in stored)
         self._copies = not policy.keeps_packed() if packed else others
         self._kept: dict[int, nn.Module] = {}
         self._norm: nn.Module | None = None

@@ -122,7 +122,6 @@ def gguf_names(config: Mapping[str, Any]) -> dict[str, str | None]:
 
     of = family(config)
     matrices = dict(zip(GATED, of.matrices, strict=True))
-
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(known[of.gguf], config["num_hidden_layers"])
     found = dict[str, str | None]()
