@@ -23,7 +23,7 @@ from mis_mlx import cli
 from mis_mlx.models import stream
 from mis_mlx.storage.checkpoint import Arrays
 from mis_mlx.storage.files import Files, reported
-from mis_mlx.types import MisError
+from mis_mlx.types import MisError, grouped
 
 CHUNK_BYTES = 1 << 26  # of a file, sent in one go
 GROUP_BYTES = 1 << 25  # of gradients, added up in one go
@@ -102,13 +102,10 @@ def _settled(arrays: Any) -> Any:
 def all_reduce_gradients(named: dict[str, mx.array]) -> None:
     """Arrays become their sums over the machines, in place, the same bits on each: a few at a time, so that nobody
     holds all of them twice."""
-    n, waiting = size(), list(named)
-    while waiting and n > 1:
-        names: list[str] = []
-        while waiting and sum(named[name].nbytes for name in names) < GROUP_BYTES:
-            names.append(waiting.pop())
+    n = size()
+    for names in grouped(list(named), lambda name: named[name].nbytes, GROUP_BYTES) if n > 1 else ():
         means = nn.average_gradients([named[name] for name in names])
-        named |= _settled({name: mean * n for name, mean in zip(names, means, strict=True)})
+        named.update(_settled({name: mean * n for name, mean in zip(names, means, strict=True)}))
 
 
 def all_reduce_sums(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 import psutil
 
-from mis_mlx.storage.files import AGAIN, DISK, Files, file_sha256, reported
+from mis_mlx.storage.files import AGAIN, DISK, Files, file_sha256, json_sha256, reported
 from mis_mlx.storage.header_check import check
 from mis_mlx.storage.safetensors import lazy, write_arrays
 from mis_mlx.types import MisError
@@ -95,7 +95,7 @@ def save_step(
         files.write(tmp / STATE, text)
         listed[STATE] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
         manifest = {"step": number, "files": listed}
-        manifest["sha256"] = _own_hash(manifest)
+        manifest["sha256"] = json_sha256(manifest)
         files.write(tmp / MANIFEST, json.dumps(manifest, indent=2).encode())
     for old in [*older, number][:-keep]:
         with contextlib.suppress(OSError):  # an old step too many harms nobody
@@ -171,7 +171,7 @@ def _damage(path: Path, number: int) -> str:
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         claimed = manifest.pop("sha256")
-        if claimed != _own_hash(manifest) or manifest["step"] != number or STATE not in manifest["files"]:
+        if claimed != json_sha256(manifest) or manifest["step"] != number or STATE not in manifest["files"]:
             return MANIFEST
         for name, facts in manifest["files"].items():
             if file_sha256(path / name) != facts["sha256"]:
@@ -183,7 +183,3 @@ def _damage(path: Path, number: int) -> str:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return MANIFEST
     return ""
-
-
-def _own_hash(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

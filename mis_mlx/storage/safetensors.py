@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.header_check import DTYPES, MAX_HEADER_BYTES, Refused, check, json_object
-from mis_mlx.types import GIB, MisError, TensorAt
+from mis_mlx.types import GIB, MisError, TensorAt, grouped
 
 UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".npz", ".pkl")
 INDEX = "model.safetensors.index.json"
@@ -202,12 +202,4 @@ def spec_bytes(spec: Spec) -> int:
 
 def cut(specs: Specs, shard_bytes: int = 5 * GIB) -> list[dict[str, Spec]]:
     """Consecutive tensors, as many as fit `shard_bytes`; a bigger one is alone."""
-    shards: list[dict[str, Spec]] = [{}]
-    room = shard_bytes
-    for name, spec in specs.items():
-        if spec_bytes(spec) > room and shards[-1]:
-            shards.append({})
-            room = shard_bytes
-        shards[-1][name] = spec
-        room -= spec_bytes(spec)
-    return shards
+    return [dict(group) for group in grouped(specs.items(), lambda item: spec_bytes(item[1]), shard_bytes)] or [{}]
