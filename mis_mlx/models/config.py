@@ -86,9 +86,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         say_once(f"{where}: names program code of the model's own, which is not run: it is a {config['model_type']}")
     for _, rope in _ropes(config):
         if family(config).own_positions and rope.get("short_factor") != rope.get("long_factor"):
-            say_once(
-                f"{where}: LongRoPE's long factors count at every length, as in mlx-lm, not its short ones at first"
-            )
+            say_once(f"{where}: LongRoPE's long factors count at every length, as in mlx-lm, never its short ones")
             rope["short_factor"] = rope["long_factor"]  # so that whoever opens what is made of it computes the same
     return config
 
@@ -219,9 +217,9 @@ def _check_kinds(config: Mapping[str, Any], where: Path) -> None:
     layers, of = config["num_hidden_layers"], family(config)
     for key, allowed in ((of.kinds, {"0", "1"}), ("layer_types", ATTENTION)):
         kinds = config.get(key)
-        if kinds is not None and (
-            not isinstance(kinds, list) or len(kinds) != layers or set(map(str, kinds)) - allowed
-        ):
+        if kinds is None:
+            continue
+        if not isinstance(kinds, list) or len(kinds) != layers or set(map(str, kinds)) - allowed:
             raise MisError(f"{where}: {key} must be a list of {layers}, each of {' or '.join(sorted(allowed))}")
     if of.period:
         _whole(spelled_out(config), of.period, 1000, where)

@@ -112,9 +112,8 @@ def tensors_of(config: Mapping[str, Any], together: bool) -> dict[str, tuple[int
     each = [(f"experts.{e}", of.matrices, tuple[int, ...]()) for e in range(s.experts)]
     for place, names, stacked in [(of.switch, GATED, (s.experts,))] if together else each:
         for name in names:
-            inside |= biased(
-                f"{place}.{name}", *stacked, *((s.hidden, s.ffn) if name == names[2] else (s.ffn, s.hidden))
-            )
+            sizes = (s.hidden, s.ffn) if name == names[2] else (s.ffn, s.hidden)
+            inside |= biased(f"{place}.{name}", *stacked, *sizes)
     for name in GATED if wide else ():
         inside[f"shared_expert.{name}.weight"] = (s.hidden, wide) if name == "down_proj" else (wide, s.hidden)
     if wide:

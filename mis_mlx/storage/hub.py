@@ -24,10 +24,8 @@ PROVENANCE = "source.json"
 
 def cache_root() -> Path:
     """The folder for downloaded models: $MIS_MLX_CACHE, else mis_mlx in the user's cache folder."""
-    if own := os.environ.get("MIS_MLX_CACHE"):
-        return Path(own).expanduser().absolute()
-    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(shared).expanduser().absolute() / "mis_mlx"
+    own = os.environ.get("MIS_MLX_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mis_mlx")
+    return Path(own).expanduser().absolute()
 
 
 @contextlib.contextmanager
