@@ -129,7 +129,8 @@ class Monitor:
 
     def last(self) -> Reading | None:
         """The reading that was given last, without asking for a new one."""
-        return next(reversed(self.history()), None)
+        with self._lock:
+            return self._history[-1] if self._history else None
 
     def look(self) -> Reading:
         """Look now: read, judge, estimate the air, remember."""
