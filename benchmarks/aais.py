@@ -45,7 +45,7 @@ def main() -> None:
         readings = []
 
         def reading(log=readings):
-            log.append(weather.reading())
+            log.append(weather.latest())
             return log[-1]
 
         with ThermalMonitor(ThermalFlags(thermal_replay=str(REPLAY))) as weather:

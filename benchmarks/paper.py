@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from mis_mlx import cli, plan
 from mis_mlx.hardware import memory, rates
 from mis_mlx.models import arch
-from mis_mlx.models.arch import MIS_137B
 from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.phases import MemoryPlan
 from mis_mlx.planner.recipe import spec_of
@@ -71,10 +70,9 @@ def table(plan: MemoryPlan, tokens: int) -> str:
 
 def main(s: Settings) -> None:
     """Print the table."""
-    student = arch.student_config(
-        MIS_137B, shape := arch.target_shape(MIS_137B, arch.SCENARIOS["goral"]), tuple(range(shape.layers)), "bfloat16"
-    )
-    teacher, small = (estimates.model_of(config, gpu=True) for config in (MIS_137B, student))
+    whole = arch.PUBLISHED["mis-137b"]
+    student = arch.student_config(whole, arch.target_shape(whole, arch.SCENARIOS["goral"]))
+    teacher, small = (estimates.model_of(config, gpu=True) for config in (whole, student))
     job = spec_of(teacher, small, plan.Settings(), plan.Settings())
     budget = memory.budget(None, rates.M1_AIR.room_bytes)
     print(table(phases.make(job, budget.limit_bytes, rates.M1_AIR), s.tokens))

@@ -146,14 +146,14 @@ def run(settings: Settings) -> dict[str, Any]:
     bench = Bench(settings)
     with run_monitor.ThermalMonitor(settings) as weather:
         at = rates.measure_roof()
-        first = weather.reading()
+        first = weather.latest()
         idle_w = None  # what this machine takes at rest, where something measures power
         if first.power_w is not None:
             time.sleep(IDLE_S)
-            idle_w = rounds.mean_watts(weather.monitor, IDLE_S)
+            idle_w = rounds.mean_watts(weather, IDLE_S)
         unfit = {"before": _unfit(first)}
-        bench.go(weather.monitor if idle_w is not None else None)
-        unfit["after"] = _unfit(weather.reading())
+        bench.go(weather if idle_w is not None else None)
+        unfit["after"] = _unfit(weather.latest())
     hot = [f"{when}: {why}" for when, why in unfit.items() if why]
     hot += [why for name, done in bench.done.items() if (why := rounds.slowed(name, done))]
     fixed, measured = bench.fixed(), bench.measured(at, idle_w)

@@ -1,6 +1,5 @@
 """Distil: teacher in, small recovered 4-bit student out, with a table of what it cost. The main job."""
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from mis_mlx.pruning import select, vocabulary
 from mis_mlx.quantization import packed_format, stage
 from mis_mlx.reporting import html, progress, text
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import DISK
+from mis_mlx.storage.files import DISK, json_sha256
 from mis_mlx.types import Budget, Checkpoint, MisError, Row, Whole
 
 # Settings that may differ when a run is resumed: none of them changes a weight.
@@ -75,7 +74,7 @@ def _prune(s: Settings, c: pipeline.Run, data: preparation.Data, before: int) ->
         held_out = comparison.chosen(next(iter(data.held_out.values())), s.eval_windows)
         with c.phase("prune"):
             report = select.prune(
-                c.teacher, c.pick(s.num_samples, 1), held_out, out, s, dtype=pipeline.DTYPE, reading=c.weather.reading,
+                c.teacher, c.pick(s.num_samples, 1), held_out, out, s, dtype=pipeline.DTYPE, reading=c.weather.latest,
                 files=c.files, held=c.plan.held_windows("prune"), shares=c.shares,
             )  # fmt: skip
         if distributed.is_main():
@@ -217,8 +216,7 @@ def _searched(s: Settings, teacher: Checkpoint) -> dict[str, Any]:
     if s.dry_run:
         return search.run(asked)
     same = {name: value for name, value in asdict(asked).items() if name not in search.FREE}
-    digest = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:8]
-    out = search.UNDER / f"{teacher.path.name}-{digest}"
+    out = search.UNDER / f"{teacher.path.name}-{json_sha256(same)[:8]}"
     begun = (out / run_folder.CONFIG).is_file()
     return dict(search.run(replace(asked, out=str(out), resume=begun))["best"])
 

@@ -59,7 +59,7 @@ def run(settings: Settings) -> dict[str, Any]:
         samples = preparation.calibration(data.train, s.num_samples, s.seed)
         held_out = comparison.chosen(next(iter(data.held_out.values())), 24)
         report = select.prune(
-            teacher, samples, held_out, Path(s.mlx_path), s, dtype=s.dtype, reading=weather.reading, files=files,
+            teacher, samples, held_out, Path(s.mlx_path), s, dtype=s.dtype, reading=weather.latest, files=files,
             held=planned.held_tokens // length,
         )  # fmt: skip
         report["params_before"] = arch.params(checkpoint.config)

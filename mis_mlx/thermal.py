@@ -92,7 +92,7 @@ def replay_decisions(settings: Replay) -> dict[str, Any]:
             steps += 1
             for decision in run_monitor.after_step(monitor, governor, breaks, settings.step_s):
                 if decision.action != action:
-                    seen = {name: getattr(monitor.history(0.0)[-1], name) for name in ("time_s", "die_c", "ambient_c")}
+                    seen = {name: getattr(monitor.last(), name) for name in ("time_s", "die_c", "ambient_c")}
                     print(json.dumps({**seen, **asdict(decision)}, ensure_ascii=False, allow_nan=False))
                 action = decision.action
         seconds = monitor.clock.monotonic()

@@ -6,12 +6,13 @@ Axis letters used in every docstring:
     L layers (blocks)           N windows of held-out text
 Units are in the names: `_bytes`, `_s` (seconds), `_c` (degrees Celsius), `_m` (metres above sea level)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 GIB = 2**30
+T = TypeVar("T")
 
 
 class MisError(Exception):
@@ -67,6 +68,19 @@ def duration(seconds: float) -> str:
         if seconds < limit:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds / 3600:,.1f} h"
+
+
+def grouped(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """The items in groups whose sizes together are at most `most`; what is larger is alone."""
+    group, taken = list[T](), 0
+    for item in items:
+        if group and taken + size(item) > most:
+            yield group
+            group, taken = [], 0
+        group.append(item)
+        taken += size(item)
+    if group:
+        yield group
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def _bound(float32: float, half: float) -> float:
 
 def states(kind: str, models: Models) -> np.ndarray:
     """Final states of a streamed pass."""
-    return wide(stream.Stream(models[kind], policy.compute_dtype(models[kind])).forward([TOKENS])[0])
+    return wide(stream.Stream(models[kind]).forward([TOKENS])[0])
 
 
 def greedy(models: Models) -> Found:
@@ -123,7 +123,7 @@ def peak(models: Models) -> Found:
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    source = stream.Stream(models["4-bit"], policy.compute_dtype(models["4-bit"]))
+    source = stream.Stream(models["4-bit"])
     mx.eval(load.logits(source.head(), source.forward([tokens])[0]))
     return (mx.get_peak_memory() - before) / phase.peak_bytes, 1.0
 

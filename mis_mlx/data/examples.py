@@ -19,6 +19,7 @@ import yaml
 
 from mis_mlx.data import rows, token_windows
 from mis_mlx.data.rows import Placed, Row
+from mis_mlx.storage.files import json_sha256
 from mis_mlx.types import MisError
 
 SHAPES: rows.Shapes = {
@@ -111,7 +112,7 @@ def _licence(folder: Path) -> str:
 
 def _prompt(row: Row) -> str:
     """What was asked: equal prompts stay on one side of a split."""
-    return rows.key(row["prompt"] if "prompt" in row else [m for m in row["messages"] if m["role"] != "assistant"])
+    return json_sha256(row["prompt"] if "prompt" in row else [m for m in row["messages"] if m["role"] != "assistant"])
 
 
 def _scrubbed(value: Any, removed: Counter[str]) -> Any:

@@ -17,8 +17,9 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx.data import token_windows
-from mis_mlx.data.rows import Reading, Row, collect, key, read, split_off
+from mis_mlx.data.rows import Reading, Row, collect, read, split_off
 from mis_mlx.data.token_windows import Windows
+from mis_mlx.storage.files import json_sha256
 from mis_mlx.types import MisError
 
 MIS = "mis"  # `--data mis`: the Polish texts; a folder of that name is reached as ./mis
@@ -119,7 +120,7 @@ def _splits(readings: Mapping[str, Reading], source: str) -> Texts:
     notes = [note for reading in readings.values() for note in reading.notes()]
     rows = {name: list(reading.rows) for name, reading in readings.items()}
     if "valid" not in rows:
-        rows["train"], rows["valid"] = split_off(rows["train"], [key(row) for row in rows["train"]])
+        rows["train"], rows["valid"] = split_off(rows["train"], [json_sha256(row) for row in rows["train"]])
         notes.append(f"no valid split: {len(rows['valid'])} rows of train are held out for it, by hash")
     if "test" not in rows:
         rows["test"] = rows["valid"]

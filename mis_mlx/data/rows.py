@@ -3,7 +3,6 @@
 Rows of training text are mlx-lm's: {"text"}, {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}."""
 
 import codecs
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -163,11 +162,6 @@ def _value(line: bytes) -> tuple[object, str | None]:
         return None, f"not valid JSON ({error.msg}, column {error.colno})"
     except ValueError:
         return None, "not valid JSON (a number with thousands of digits)"
-
-
-def key(value: object) -> str:
-    """sha256 of a row, or of a part of one, in hex."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def split_off(items: Sequence[T], keys: Sequence[str]) -> tuple[list[T], list[T]]:

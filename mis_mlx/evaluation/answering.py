@@ -20,8 +20,8 @@ from mis_mlx.models.stream import Stream, load_checked
 from mis_mlx.planner import estimates, machines
 from mis_mlx.reporting import progress
 from mis_mlx.storage import hub, run_folder
-from mis_mlx.storage.files import DISK
-from mis_mlx.types import Budget, Checkpoint, MisError
+from mis_mlx.storage.files import DISK, file_sha256
+from mis_mlx.types import Budget, Checkpoint, MisError, grouped
 
 VERSION = 2  # of how marks come about: kept ones of another version are not used
 PART = 4096  # tokens of questions between two looks at the disk, where the whole model stays in memory
@@ -35,7 +35,7 @@ def sha256(checkpoint: Checkpoint) -> str:
     """Of config, tokenizer and weights, the type they compute in, and `VERSION`, in hex."""
     files = {t.file for t in checkpoint.tensors.values()} | {checkpoint.path / "config.json"}
     files |= {p for p in checkpoint.path.glob("tokenizer*") if p.is_file()} | set(checkpoint.path.glob("*.jinja"))
-    known = sorted((f.name, hub.sha256(f)) for f in cli.counted("hash: file", files, len(files)))
+    known = sorted((f.name, file_sha256(f)) for f in cli.counted("hash: file", files, len(files)))
     return hashlib.sha256(json.dumps([VERSION, str(policy.compute_dtype(checkpoint)), known]).encode()).hexdigest()
 
 
@@ -150,7 +150,7 @@ def _choosing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Bu
     def ask() -> Iterator[dict[str, Any]]:
         tokens = min(distributed.all_gather(part))
         stream = machines.opened(checkpoint, limit, room, tokens, option_likelihood.ROWS, layers)
-        for at in option_likelihood.grouped(range(len(lengths)), lengths, tokens):
+        for at in grouped(range(len(lengths)), lengths.__getitem__, tokens):
             for i, values in zip(at, option_likelihood.score(stream, [encoded[i] for i in at]), strict=True):
                 yield {"n": left[i], "ll": values}
 

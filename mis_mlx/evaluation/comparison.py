@@ -13,13 +13,14 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.maths import losses, stats
-from mis_mlx.models import config, distributed, host_losses, load, policy, stream
+from mis_mlx.models import config, distributed, host_losses, load, policy
+from mis_mlx.models.stream import Hidden, Stream
 from mis_mlx.types import Checkpoint, MisError, Row
 
 Models = Mapping[str, Checkpoint]  # by name
-Opened = Callable[[Checkpoint], stream.Stream]  # for one pass
+Opened = Callable[[Checkpoint], Stream]  # for one pass
 Means = Mapping[tuple[str, str], np.ndarray]  # (model, metric): of each window
-Passed = tuple[Checkpoint, stream.Hidden]  # a model, and its final states [(1, T, D)] of every window
+Passed = tuple[Checkpoint, Hidden]  # a model, and its final states [(1, T, D)] of every window
 ACROSS = (
     "The teacher reads its own tokens, the others fewer kinds of them. KL and same top token: against a teacher that "
     "reads theirs, over the rows that it shares with them."
@@ -34,12 +35,7 @@ def chosen(held_out: Windows, count: int) -> Windows:
     return held_out.pick(np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(int)))
 
 
-def alone(model: Checkpoint) -> stream.Stream:
-    """A model that one machine passes all windows through, no block of it kept."""
-    return stream.Stream(model, policy.compute_dtype(model))
-
-
-def final_hidden(model: Checkpoint, held_out: Windows, opened: Opened = alone) -> stream.Hidden:
+def final_hidden(model: Checkpoint, held_out: Windows, opened: Opened = Stream) -> Hidden:
     """The model's final hidden states [(1, T, D)] of every window. Streamed."""
     return opened(model).forward([mx.array(w[None]) for w in held_out.tokens])
 
@@ -51,12 +47,16 @@ def own(held_out: Windows) -> Windows:
 
 def together(models: Models, held_out: Windows, opened: Opened) -> Means:
     """What `compare` gives, every machine having compared its own windows."""
-    mine = compare(models, own(held_out), opened=opened)
-    keys = [(name, metric) for name, metric in distributed.broadcast_json(lambda: list(mine))]
-    return {key: np.array(distributed.all_gather_items(mine.get(key, np.zeros(0)).tolist())) for key in keys}
+    mine, whole = compare(models, own(held_out), opened=opened), dict[tuple[str, str], np.ndarray]()
+    for name, metric in distributed.broadcast_json(lambda: list(mine)):
+        parts = distributed.all_gather(mine.get((name, metric), np.zeros(0)).tolist())
+        values = whole[name, metric] = np.zeros(len(held_out.tokens))
+        for rank, part in enumerate(parts):
+            values[rank :: len(parts)] = part
+    return whole
 
 
-def compare(models: Models, held_out: Windows, hidden: stream.Hidden | None = None, opened: Opened = alone) -> Means:
+def compare(models: Models, held_out: Windows, hidden: Hidden | None = None, opened: Opened = Stream) -> Means:
     """{(model, metric): per-window means (N,)} of all models; the first is the teacher. Streamed. One block of one
     model in memory at a time, then the teacher's head and one student's, window by window. hidden: what
     `final_hidden` gave for the teacher, where many students come one after the other."""
@@ -76,7 +76,7 @@ def compare(models: Models, held_out: Windows, hidden: stream.Hidden | None = No
 def by_window(base: Passed, other: Passed, held_out: Windows) -> Iterator[np.ndarray]:
     """(n, 4) float64 of the n predictions that count in each window: the base's nll, the other's, KL(base || other), in
     nats, whether the top token is the same. Logits come in chunks."""
-    heads = [alone(model).head() for model, _ in (base, other)]
+    heads = [Stream(model).head() for model, _ in (base, other)]
     vocab = min(config.shape_of(model.config).vocab for model, _ in (base, other))
     rows = losses.chunk_rows(vocab) // 2
     for w, tokens in enumerate(held_out.tokens):
@@ -142,7 +142,7 @@ def second_half(held_out: Windows) -> Windows:
     return Windows(held_out.tokens, learn)
 
 
-def kld(base: Checkpoint, others: Models, held_out: Windows, opened: Opened = alone) -> dict[str, Figures]:
+def kld(base: Checkpoint, others: Models, held_out: Windows, opened: Opened = Stream) -> dict[str, Figures]:
     """{name: figures} of all models, over the predictions that count, each machine its own; `base`: the reference."""
     held_out = own(held_out)
     mine, report = final_hidden(base, held_out, opened), {}

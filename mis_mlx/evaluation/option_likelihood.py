@@ -2,7 +2,7 @@
 
 A question is computed once for all its options, which do not see each other; questions share sequences, unpadded."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -11,7 +11,7 @@ import numpy as np
 from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.models import attention_masks, config, distributed, load, pipeline_parallel
 from mis_mlx.models.stream import Stream, evaluate_now
-from mis_mlx.types import MisError
+from mis_mlx.types import MisError, grouped
 
 ROWS = 256  # tokens of a sequence; more of them make the attention dearer, fewer the matrix products
 Encoded = tuple[list[int], list[list[int]]]  # token ids of the context (at least one), and of every option
@@ -53,23 +53,10 @@ def length(e: Encoded) -> int:
     return len(e[0]) + sum(len(option) - 1 for option in e[1])
 
 
-def grouped(numbers: Iterable[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """The numbers in groups whose lengths together are at most `most`; what is longer is alone."""
-    group, taken = list[int](), 0
-    for number in numbers:
-        if group and taken + lengths[number] > most:
-            yield group
-            group, taken = [], 0
-        group.append(number)
-        taken += lengths[number]
-    if group:
-        yield group
-
-
 def packs(encoded: Sequence[Encoded], rows: int = ROWS) -> Iterator[Pack]:
     """All questions, those of like length together, in sequences of up to `rows` tokens."""
     lengths = list(map(length, encoded))
-    for which in grouped(sorted(range(len(encoded)), key=lambda n: -lengths[n]), lengths, rows):
+    for which in grouped(sorted(range(len(encoded)), key=lambda n: -lengths[n]), lengths.__getitem__, rows):
         seen = list[tuple[int, int, int, int]]()  # of each token of the sequence: itself, position, question, branch
         predicted = list[tuple[int, int, int, int]]()  # by which row; which token; of which question and option
         for number in which:

@@ -16,7 +16,6 @@ from mis_mlx.types import GIB, Budget, MisError, gib
 
 DEFAULT_BYTES = 5 * GIB
 SHARE = 0.75  # of what is there: macOS and the browser want to live too
-METAL_PAGE = 16 * 2**10
 GROWN_BYTES, GROWN_METAL_BYTES = 24 * 2**20, 150 * 2**20  # by Python and libraries; Metal's runtime: until measured
 RUSAGE_V4, FOOTPRINT, MOST_FOOTPRINT = 4, 2 + 7, 2 + 28  # of proc_pid_rusage: its 64-bit words, a UUID first
 OPEN_FILES = 4096  # macOS allows 256 at first, which a model in many files is beyond
@@ -28,30 +27,21 @@ def room_bytes() -> int:
     return _recommended(mx) or int(psutil.virtual_memory().available)
 
 
-def recommended_bytes(total_bytes: int) -> int:
-    """Metal's recommended working set on a Mac of 8 or 16 GB: two thirds of its memory, in whole pages."""
-    return -(-2 * total_bytes // (3 * METAL_PAGE)) * METAL_PAGE
-
-
-def left_bytes(seen: Any = None) -> int:
-    """Memory that others do not use now. seen: of another machine, as psutil.virtual_memory() gives it."""
-    seen = psutil.virtual_memory() if seen is None else seen
-    return int(seen.total - max(0, seen.used - psutil.Process().memory_info().rss))
-
-
 def _recommended(device: Any) -> int | None:
     """Metal's recommended working set in bytes; None where nothing is computed on Metal."""
     on_metal = device.default_device() == device.gpu
     return device.device_info().get("max_recommended_working_set_size") if on_metal else None
 
 
-def budget(asked_bytes: int | None, room: int | None = None, left: int | None = None) -> Budget:
-    """The user's budget, or the least of 5 GiB, 75 % of the room and what others leave. MisError for more than there
-    is. room, left: of another machine than this one, in bytes; without `left` nothing else runs there."""
+def budget(asked_bytes: int | None, room: int | None = None) -> Budget:
+    """The user's budget, or the least of 5 GiB, 75 % of the room and what others do not use now. MisError for more than
+    there is. room: of another machine than this one, in bytes, where nothing else runs."""
+    most = DEFAULT_BYTES
     if room is None:
-        room, left = room_bytes(), left_bytes()
+        room, seen = room_bytes(), psutil.virtual_memory()
+        most = min(most, int(seen.total - max(0, seen.used - psutil.Process().memory_info().rss)))
     if asked_bytes is None:
-        return Budget(min(DEFAULT_BYTES, int(SHARE * room), room if left is None else left))
+        return Budget(min(most, int(SHARE * room)))
     if asked_bytes > room:
         raise MisError(f"--budget {gib(asked_bytes)} is more than the {gib(room)} there are: ask for less")
     return Budget(asked_bytes)

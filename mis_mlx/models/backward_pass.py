@@ -16,23 +16,19 @@ from mis_mlx.types import Checkpoint
 
 Some = Sequence[mx.array]  # of as many batches as there are lanes
 Visit = Callable[[int, nn.Module], Callable[[Some, Some], Some]]
+AtHead = Callable[[mx.array, mx.array], None]
 
 
 def backwards(
-    checkpoint: Checkpoint,
-    batches: stream.Batches,
-    dtype: mx.Dtype,
-    visit: Visit,
-    seed: int = 0,
-    kept: stream.Hidden | None = None,
-    at_head: Callable[[mx.array, mx.array], None] = lambda x, above: None,
-) -> list[mx.array]:
-    """One pass forwards, then from the last block to the first: `visit(i, block)` gives what takes batches back.
+    checkpoint: Checkpoint, batches: stream.Batches, dtype: mx.Dtype, visit: Visit, seed: int = 0,
+    kept: stream.Hidden | None = None, at_head: AtHead = lambda x, above: None,
+) -> list[mx.array]:  # fmt: skip
+    """One pass forwards, then back to the first block, d log p / d x of which is returned: `visit(i, block)` gives what
+    takes batches back.
 
     That function takes the block's inputs x and d log p(drawn tokens) / d output of some batches, all [(B, T, D)]; it
     gives d log p / d x. Token ids [(B, T)]. kept: a place other than memory for L * len(batches) inputs (B, T, D).
-    at_head: sees the head's inputs (n, D) and d log p / d logits (n, V), some rows at a time. Returns d log p / d x of
-    the first block."""
+    at_head: sees the head's inputs (n, D) and d log p / d logits (n, V), some rows at a time."""
     kept = [] if kept is None else kept
     source, n = stream.Stream(checkpoint, dtype), len(batches)
     source.embed(batches, kept)
@@ -51,10 +47,7 @@ def backwards(
     return back
 
 
-def _drawn(
-    checkpoint: Checkpoint, source: stream.Stream, hidden: mx.array, key: mx.array,
-    at_head: Callable[[mx.array, mx.array], None],
-) -> mx.array:  # fmt: skip
+def _drawn(checkpoint: Checkpoint, source: stream.Stream, hidden: mx.array, key: mx.array, at_head: AtHead) -> mx.array:
     """d log p(drawn token) / d hidden (B, T, D), of the last block's output; one draw a position."""
     norm = load.final_norm(checkpoint, source.dtype)
     head, parts = source.head(), []

@@ -86,9 +86,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         say_once(f"{where}: names program code of the model's own, which is not run: it is a {config['model_type']}")
     for _, rope in _ropes(config):
         if family(config).own_positions and rope.get("short_factor") != rope.get("long_factor"):
-            say_once(
-                f"{where}: LongRoPE's long factors count at every length, as in mlx-lm, not its short ones at first"
-            )
+            say_once(f"{where}: LongRoPE's long factors count at every length, as in mlx-lm, never its short ones")
             rope["short_factor"] = rope["long_factor"]  # so that whoever opens what is made of it computes the same
     return config
 
@@ -121,10 +119,8 @@ def check_config(config: Mapping[str, Any], where: Path) -> None:
     known = isinstance(kind, str) and kind in FAMILIES
     for key in ("model_file", *(() if known else ("auto_map",))):  # nobody needs the code of a known type
         if config.get(key):
-            raise MisError(
-                f"{where}: {key} wants to run the model's own program code; mis_mlx never does that: "
-                f"use a model of type {', '.join(FAMILIES)}"
-            )
+            why = f"{key} wants to run the model's own program code; mis_mlx never does that"
+            raise MisError(f"{where}: {why}: use a model of type {', '.join(FAMILIES)}")
     if not known:
         why = f"model_type {kind!r} is not supported{_nearest(kind, config, where) if isinstance(kind, str) else ''}"
         raise MisError(f"{where}: {why}; supported are {', '.join(FAMILIES)}")
@@ -221,9 +217,9 @@ def _check_kinds(config: Mapping[str, Any], where: Path) -> None:
     layers, of = config["num_hidden_layers"], family(config)
     for key, allowed in ((of.kinds, {"0", "1"}), ("layer_types", ATTENTION)):
         kinds = config.get(key)
-        if kinds is not None and (
-            not isinstance(kinds, list) or len(kinds) != layers or set(map(str, kinds)) - allowed
-        ):
+        if kinds is None:
+            continue
+        if not isinstance(kinds, list) or len(kinds) != layers or set(map(str, kinds)) - allowed:
             raise MisError(f"{where}: {key} must be a list of {layers}, each of {' or '.join(sorted(allowed))}")
     if of.period:
         _whole(spelled_out(config), of.period, 1000, where)
@@ -234,7 +230,7 @@ def _check_kinds(config: Mapping[str, Any], where: Path) -> None:
 def _check_experts(config: Mapping[str, Any], where: Path) -> None:
     """What a family takes one value of; how many experts there are, and how many of them a token meets."""
     of = family(config)
-    for key, value in of.only:
+    for key, value in of.only.items():
         if (found := config.get(key)) not in (None, value):
             raise MisError(f"{where}: {key} is {found!r}, of a {of.name} only {value!r} can be computed here")
     if of.sinks and not config.get("layer_types"):
@@ -269,14 +265,13 @@ def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
     c = spelled_out(config)
     rope = c.get("rope_parameters") or {}
     rope = rope.get("full_attention", rope)
-    if c.get("rope_theta") is None:
-        c["rope_theta"] = rope.get("rope_theta", family(c).rope_theta)
-    if c.get("rope_scaling") is None and rope.get("rope_type", "default") != "default":
-        c["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
-    if c.get("num_key_value_heads") is None:
-        c["num_key_value_heads"] = c["num_attention_heads"]
-    if c.get("head_dim") is None:
-        c["head_dim"] = c["hidden_size"] // c["num_attention_heads"]
+    plain = rope.get("rope_type", "default") == "default"
+    usual = {
+        "rope_theta": rope.get("rope_theta", family(c).rope_theta),
+        "rope_scaling": None if plain else {k: v for k, v in rope.items() if k != "rope_theta"},
+        "num_key_value_heads": c["num_attention_heads"], "head_dim": c["hidden_size"] // c["num_attention_heads"],
+    }  # fmt: skip
+    c |= {key: value for key, value in usual.items() if value is not None and c.get(key) is None}
     if family(c).own_positions:
         c["partial_rotary_factor"] = c.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
         c["original_max_position_embeddings"] = c.get("original_max_position_embeddings") or 4096

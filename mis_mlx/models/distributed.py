@@ -5,6 +5,8 @@ a folder that goes with them. Alone, all of this gives back what it was given.""
 
 import json
 import os
+import socket
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import contextmanager
@@ -15,16 +17,18 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import psutil
 
 from mis_mlx import cli
-from mis_mlx.hardware import sockets
 from mis_mlx.models import stream
 from mis_mlx.storage.checkpoint import Arrays
 from mis_mlx.storage.files import Files, reported
-from mis_mlx.types import MisError
+from mis_mlx.types import MisError, grouped
 
 CHUNK_BYTES = 1 << 26  # of a file, sent in one go
 GROUP_BYTES = 1 << 25  # of gradients, added up in one go
+IDLE_S, EVERY_S, TIMES = 10, 5, 4  # silence before the first question to another machine, between questions, how many
+APPLE_IDLE, APPLE_DROP = 0x10, 0x80  # TCP_KEEPALIVE, TCP_RXT_CONNDROPTIME of macOS, in seconds
 T = TypeVar("T")
 
 
@@ -41,8 +45,26 @@ def _world() -> list[int]:
         group = mx.distributed.init(strict=True)
     except (RuntimeError, ValueError) as error:
         raise MisError(f"the machines do not reach each other ({error}): look at the hosts and cables") from None
-    sockets.notice_the_dead()
+    notice_the_dead()
     return [group.rank(), group.size()]
+
+
+def notice_the_dead() -> int:
+    """Have the system ask on every TCP connection of this process whether the other end lives: how many there are. A
+    process that dies closes its own; a machine that loses power, its cable, or falls asleep says nothing."""
+    connected = [each for each in psutil.Process().net_connections("tcp") if each.raddr]
+    limit_s, options = IDLE_S + EVERY_S * TIMES, {socket.TCP_KEEPINTVL: EVERY_S, socket.TCP_KEEPCNT: TIMES}
+    # The second of each pair: how long what was sent may stay unanswered.
+    if sys.platform == "darwin":
+        options |= {APPLE_IDLE: IDLE_S, APPLE_DROP: limit_s}
+    else:
+        options |= {socket.TCP_KEEPIDLE: IDLE_S, socket.TCP_USER_TIMEOUT: limit_s * 1000}
+    for each in connected:
+        with socket.socket(fileno=os.dup(each.fd)) as end:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in options.items():
+                end.setsockopt(socket.IPPROTO_TCP, option, value)
+    return len(connected)
 
 
 def size() -> int:
@@ -80,13 +102,10 @@ def _settled(arrays: Any) -> Any:
 def all_reduce_gradients(named: dict[str, mx.array]) -> None:
     """Arrays become their sums over the machines, in place, the same bits on each: a few at a time, so that nobody
     holds all of them twice."""
-    n, waiting = size(), list(named)
-    while waiting and n > 1:
-        names: list[str] = []
-        while waiting and sum(named[name].nbytes for name in names) < GROUP_BYTES:
-            names.append(waiting.pop())
+    n = size()
+    for names in grouped(list(named), lambda name: named[name].nbytes, GROUP_BYTES) if n > 1 else ():
         means = nn.average_gradients([named[name] for name in names])
-        named |= _settled({name: mean * n for name, mean in zip(names, means, strict=True)})
+        named.update(_settled({name: mean * n for name, mean in zip(names, means, strict=True)}))
 
 
 def all_reduce_sums(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -111,15 +130,6 @@ def all_gather(value: Any) -> list[Any]:
     return [json.loads(row[:length].tobytes()) for row, length in zip(everyone, lengths, strict=True)]
 
 
-def all_gather_items(mine: Sequence[Any]) -> list[Any]:
-    """The whole of which every machine has what `share` gave it; JSON holds the items."""
-    parts = all_gather(list(mine))
-    whole = [None] * sum(map(len, parts))
-    for number, part in enumerate(parts):
-        whole[number :: len(parts)] = part
-    return whole
-
-
 def any_rank(flag: object) -> bool:
     """Whether `flag` is true on any machine."""
     return any(all_gather(bool(flag)))
@@ -130,18 +140,13 @@ def broadcast_json(make: Callable[[], T]) -> T:
     return make() if size() == 1 else all_gather(make() if is_main() else None)[0]
 
 
-def broadcast_bytes(data: np.ndarray, root: int = 0) -> np.ndarray:
-    """The bytes (n,) uint8 that `root` has; n is the same everywhere, what others have does not count."""
-    if size() == 1:
-        return data
-    mine = mx.array(data) if rank() == root else mx.zeros(data.shape, mx.uint8)
-    return np.array(_settled(mx.distributed.all_sum(mine)))
-
-
 def broadcast_array(array: mx.array, root: int = 0) -> mx.array:
-    """The array that `root` has, bit for bit; its shape and dtype are the same everywhere."""
-    raw = broadcast_bytes(np.array(array.reshape(-1).view(mx.uint8)), root)
-    return array if rank() == root else mx.array(raw).view(array.dtype).reshape(array.shape)
+    """The array that `root` has, bit for bit; shape and dtype are the same everywhere, what others have is not."""
+    if size() == 1:
+        return array
+    raw = array.reshape(-1).view(mx.uint8)
+    whole = _settled(mx.distributed.all_sum(raw if rank() == root else mx.zeros_like(raw)))
+    return whole.view(array.dtype).reshape(array.shape)
 
 
 def pass_on(arrays: Sequence[mx.array], i: int) -> None:
@@ -175,12 +180,13 @@ def broadcast_file(path: Path, files: Files, root: int = 0) -> None:
     starts = range(0, nbytes, CHUNK_BYTES)
     if rank() == root:
         for at in starts:
-            broadcast_bytes(np.fromfile(path, np.uint8, CHUNK_BYTES, offset=at), root)
+            broadcast_array(mx.array(np.fromfile(path, np.uint8, CHUNK_BYTES, offset=at)), root)
         return
     with reported(path.parent, path.name, nbytes), files.replacing(path) as temp:
         files.write(temp, b"")
         for at in starts:
-            files.extend(temp, broadcast_bytes(np.zeros(min(CHUNK_BYTES, nbytes - at), np.uint8), root).tobytes())
+            piece = broadcast_array(mx.zeros((min(CHUNK_BYTES, nbytes - at),), mx.uint8), root)
+            files.extend(temp, np.array(piece).tobytes())
         files.fsync(temp)
 
 

@@ -31,10 +31,11 @@ class Expert(nn.Module):
         for name, (into, out) in zip(of.matrices, ((hidden, ffn), (hidden, ffn), (ffn, hidden)), strict=True):
             self[name] = nn.Linear(into, out, bias=of.expert_bias)
 
-    def neurons(self, x: mx.array) -> mx.array:
-        """What its last matrix reads: x (n, D) -> (n, F)."""
-        gate, up, _ = (self[name] for name in self.names)
-        return self._activation(up(x), gate(x))
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """x (n, D) -> (what its last matrix reads (n, F), what it gives (n, D))."""
+        gate, up, down = (self[name] for name in self.names)
+        neurons = self._activation(up(x), gate(x))
+        return neurons, down(neurons)
 
 
 Each = Callable[[Sequence[int]], Iterator[tuple[int, Expert]]]
@@ -53,7 +54,6 @@ class Experts(list[Expert]):
         self._asked: list[mx.array] | None = None  # what the calls of `chosen` were made with
 
     def __call__(self, x: mx.array, chosen: mx.array) -> mx.array:
-        """See the class."""
         if self._asked is not None:
             self._asked.append(chosen)
             return mx.zeros((*chosen.shape, x.shape[-1]), x.dtype)
@@ -82,8 +82,7 @@ class Experts(list[Expert]):
             for b, (x, numbers, c) in enumerate(zip(inputs, flat, chosen, strict=True)):
                 if not len(where := np.flatnonzero(numbers == e)):
                     continue
-                neurons = expert.neurons(x.reshape(-1, x.shape[-1])[mx.array(where // c.shape[-1])])
-                made = expert[expert.names[2]](neurons)
+                neurons, made = expert(x.reshape(-1, x.shape[-1])[mx.array(where // c.shape[-1])])
                 if visit:
                     visit(first + b, e, gates[b][where], neurons, made)
                 expert.settle(made)
@@ -113,9 +112,8 @@ def tensors_of(config: Mapping[str, Any], together: bool) -> dict[str, tuple[int
     each = [(f"experts.{e}", of.matrices, tuple[int, ...]()) for e in range(s.experts)]
     for place, names, stacked in [(of.switch, GATED, (s.experts,))] if together else each:
         for name in names:
-            inside |= biased(
-                f"{place}.{name}", *stacked, *((s.hidden, s.ffn) if name == names[2] else (s.ffn, s.hidden))
-            )
+            sizes = (s.hidden, s.ffn) if name == names[2] else (s.ffn, s.hidden)
+            inside |= biased(f"{place}.{name}", *stacked, *sizes)
     for name in GATED if wide else ():
         inside[f"shared_expert.{name}.weight"] = (s.hidden, wide) if name == "down_proj" else (wide, s.hidden)
     if wide:

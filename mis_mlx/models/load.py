@@ -61,10 +61,8 @@ def packing(checkpoint: Checkpoint, path: str) -> dict[str, Any]:
         return {}
     common = checkpoint.config.get("quantization") or {}
     if "bits" not in common:
-        raise MisError(
-            f"{checkpoint.path}: the weights are quantized in a format other than MLX's: use the unquantized model, "
-            "or convert it with mlx_lm.convert"
-        )
+        why = "the weights are quantized in a format other than MLX's"
+        raise MisError(f"{checkpoint.path}: {why}: use the unquantized model, or convert it with mlx_lm.convert")
     own = common.get(path) or common.get(experts.stacked(path, checkpoint.config))
     return {"mode": "affine"} | {k: v for k, v in (own if isinstance(own, dict) else common).items() if k in SETTINGS}
 

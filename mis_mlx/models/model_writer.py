@@ -3,7 +3,7 @@
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from mis_mlx.models import arch, experts, load, policy, tokenizer_check
 from mis_mlx.models.families import family
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import Files, reported
-from mis_mlx.storage.safetensors import Spec, spec_bytes, spec_of, write_arrays, write_tensors
+from mis_mlx.storage.safetensors import Named, Specs, spec_bytes, spec_of, write_arrays, write_tensors
 from mis_mlx.types import Checkpoint, KeptUnits, MisError
 
 KEEP, ROTATION = "keep.json", "rotation.npy"
@@ -27,14 +27,6 @@ def need_tokenizer(folder: Path) -> None:
     """MisError when the folder has no tokenizer that could go along."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise MisError(f"{folder} has no tokenizer: copy the tokenizer files of the model it was made from")
-
-
-def copy_tokenizer(source: Path, folder: Path, files: Files) -> None:
-    """The tokenizer, chat template and generation settings of `source`, into `folder`.
-
-    A link that leads out of `source` is refused: what it points to might be published with the model."""
-    for path in list(tokenizer_check.present(source)):  # judges all before one is copied
-        files.write(folder / path.name, path.read_bytes())
 
 
 def keep_files(keep: KeptUnits | None) -> dict[str, Any]:
@@ -73,15 +65,9 @@ def _basis(path: Path, channels: int) -> np.ndarray:
 
 
 def write_folder(
-    config: Mapping[str, Any],
-    specs: Mapping[str, Spec],
-    tensors: Iterable[tuple[str, mx.array]],
-    source: Path,
-    out: Path,
-    files: Files,
-    extra: Mapping[str, Any] | None = None,
-    shards: Sequence[Mapping[str, Spec]] | None = None,
-) -> None:
+    config: Mapping[str, Any], specs: Specs, tensors: Named, source: Path, out: Path, files: Files,
+    extra: Mapping[str, Any] | None = None, shards: Sequence[Specs] | None = None,
+) -> None:  # fmt: skip
     """Commit the new folder `out`: `tensors` as `specs` foretell them, config.json, the tokenizer files of `source`.
 
     extra: more files by name: bytes as they are, all else as JSON. shards: as of `write_tensors`."""
@@ -90,7 +76,8 @@ def write_folder(
         files.write(folder / "config.json", json.dumps(dict(config), indent=2).encode())
         for name, value in (extra or {}).items():
             files.write(folder / name, value if isinstance(value, bytes) else json.dumps(value).encode())
-        copy_tokenizer(source, folder, files)
+        for path in list(tokenizer_check.present(source)):  # judges all before one is copied
+            files.write(folder / path.name, path.read_bytes())
 
 
 def write_model(

@@ -49,7 +49,6 @@ class InputRecorder(nn.Module):
         self._seen: list[mx.array] = []  # underscore: not a parameter
 
     def __call__(self, x: mx.array) -> mx.array:
-        """`inner(x)`, with x kept until `take`."""
         self._seen.append(x)
         return self.inner(x)
 
@@ -59,13 +58,15 @@ class InputRecorder(nn.Module):
 
 
 class Stream:
-    """One model on disk, gone through in blocks.
+    """One model on disk, gone through in blocks. dtype: of its computations; default: as the policy has it.
 
     room_bytes: memory for what may stay between passes: the head first, then blocks 0, 1, 2 ...; None: everything.
     direct: read past the page cache; for a model that the budget does not hold."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, room_bytes: int | None = 0, direct: bool = False):
-        self.checkpoint, self.dtype = checkpoint, dtype
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: mx.Dtype | None = None, room_bytes: int | None = 0, direct: bool = False
+    ):
+        self.checkpoint, self.dtype = checkpoint, dtype or policy.compute_dtype(checkpoint)
         self.args = load.model_args(checkpoint.config)
         self.layers = int(checkpoint.config["num_hidden_layers"])
         self.reader = Reader(checkpoint.tensors, direct)
@@ -83,7 +84,7 @@ class Stream:
         packed = "U32" in stored
         # Weights stored as they are computed with are used where they were read; others are converted. Packed ones that
         # stay packed need their slot as long as the block lives, whatever type its norms have.
-        others = any(kind.get(d, dtype) != dtype for d in stored)
+        others = any(kind.get(d, self.dtype) != self.dtype for d in stored)
         self._copies = not policy.keeps_packed() if packed else others
         self._kept: dict[int, nn.Module] = {}
         self._norm: nn.Module | None = None
@@ -208,10 +209,9 @@ class Stream:
         if self._head is not None:
             return self._head
         prefix = load.head_prefix(self.checkpoint)
-        head = load.head(self.checkpoint, self.dtype, self._stored(prefix))
-        load_checked(head, f"{self.checkpoint.path}: {prefix}")
-        if self._keep_head:
-            self._head = head
+        made = load.head(self.checkpoint, self.dtype, self._stored(prefix))
+        head = load_checked(made, f"{self.checkpoint.path}: {prefix}")
+        self._head = head if self._keep_head else None
         return head
 
     def through(self, block: nn.Module, hidden: Hidden) -> Hidden:
@@ -258,7 +258,6 @@ class Stream:
 
     def forward(self, batches: Batches, hidden: Hidden | None = None) -> Hidden:
         """One pass: token ids [(B, T)] -> final hidden states [(B, T, D)], those of the resident model to the bit.
-
         hidden: as in `embed`."""
         hidden = self.embed(batches, hidden)
         for _, block in self.blocks():

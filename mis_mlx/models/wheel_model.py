@@ -24,7 +24,7 @@ from mis_mlx.models import arch
 from mis_mlx.models.families import GATED, family
 from mis_mlx.models.model_writer import SAFETENSORS_NAMES
 from mis_mlx.storage import hub
-from mis_mlx.storage.files import CHUNK, DISK, reported
+from mis_mlx.storage.files import CHUNK, DISK, file_sha256, reported
 from mis_mlx.storage.safetensors import write_tensors
 from mis_mlx.types import MisError
 
@@ -89,7 +89,7 @@ def write_model(pinned: Pinned, gguf: Path, folder: Path) -> dict[str, Any]:
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    if (got := hub.sha256(gguf)) != pinned.gguf_sha256:
+    if (got := file_sha256(gguf)) != pinned.gguf_sha256:
         why = f"{gguf} has sha256 {got}, expected {pinned.gguf_sha256}"
         raise MisError(f"{why}: GGUF from elsewhere is not read here, use the safetensors model it was made from")
     reader = GGUFReader(gguf)
@@ -122,7 +122,6 @@ def gguf_names(config: Mapping[str, Any]) -> dict[str, str | None]:
 
     of = family(config)
     matrices = dict(zip(GATED, of.matrices, strict=True))
-
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(known[of.gguf], config["num_hidden_layers"])
     found = dict[str, str | None]()

@@ -19,7 +19,7 @@ import numpy as np
 
 from mis_mlx.hardware import lanes
 from mis_mlx.maths.reconstruction import NormalEquations
-from mis_mlx.models import experts, load, policy, stream
+from mis_mlx.models import experts, load, stream
 from mis_mlx.models.families import family
 from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.planner.compression_size import ROUTER_BYTES
@@ -40,7 +40,7 @@ def reconstruct(
     computed anew, and its inputs are not kept meanwhile. put(name, matrix): takes what changes, block by block, which
     is then not returned."""
     columns, place = kept_columns(keep), spool or list[mx.array]
-    big, small = (stream.Stream(model, policy.compute_dtype(model), direct=direct) for model in (teacher, student))
+    big, small = (stream.Stream(model, direct=direct) for model in (teacher, student))
     target, own = big.embed(batches, place()), small.embed(batches, place())
     marching, mixed = groups(big, keep, target), bool(family(student.config).experts)
     mended, left = dict[str, mx.array](), list[float]()

@@ -21,7 +21,7 @@ from mis_mlx.data.preparation import Data, prepare
 from mis_mlx.evaluation import comparison
 from mis_mlx.gguf_export import vocab as gguf_vocabulary
 from mis_mlx.maths import losses
-from mis_mlx.models import arch, distributed, load, trimmed_tokenizer
+from mis_mlx.models import arch, distributed, load, stream, trimmed_tokenizer
 from mis_mlx.models.config import read_config, shape_of
 from mis_mlx.models.tokenizer_check import ROWS
 from mis_mlx.models.trimmed_tokenizer import Vocabulary
@@ -105,7 +105,7 @@ def expected(teacher: Checkpoint, windows: token_windows.Windows) -> np.ndarray:
     """(V,) how often the teacher expects each of its tokens in windows: its probabilities, summed over all places.
     Streamed; logits come in chunks of positions."""
     hidden, vocab = comparison.final_hidden(teacher, windows), shape_of(teacher.config).vocab
-    head, step, sums = comparison.alone(teacher).head(), losses.chunk_rows(vocab), np.zeros(vocab)
+    head, step, sums = stream.Stream(teacher).head(), losses.chunk_rows(vocab), np.zeros(vocab)
     for states in hidden:
         for start in range(0, states.shape[1], step):
             z = load.logits(head, states[0][start : start + step])[:, :vocab].astype(mx.float32)

@@ -16,7 +16,7 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.hardware import lanes
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, load, policy, stream
+from mis_mlx.models import arch, load, stream
 from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.quantization import bit_allocation, packed_format
@@ -63,7 +63,7 @@ def rounded_blocks(
     """Per block, in order, {module path: packed matrix}, calibrated on token ids [(B, T)].
 
     plan: affine formats only. hidden: a place for the hidden states other than memory."""
-    source = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), direct=hidden is not None)
+    source = stream.Stream(checkpoint, direct=hidden is not None)
     hidden = source.embed(batches, hidden)
     for i, block in source.blocks():
         prefix = f"model.layers.{i}."

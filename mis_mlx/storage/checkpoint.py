@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 import psutil
 
-from mis_mlx.storage.files import AGAIN, DISK, Files, reported
+from mis_mlx.storage.files import AGAIN, DISK, Files, file_sha256, json_sha256, reported
 from mis_mlx.storage.header_check import check
 from mis_mlx.storage.safetensors import lazy, write_arrays
 from mis_mlx.types import MisError
@@ -90,13 +90,12 @@ def save_step(
     remedy = f"free some and start again with --resume; {last}"
     with commit_folder(final, files, nbytes, "the checkpoint", remedy) as tmp:
         for key, named in arrays.items():
-            size, sha256 = write_arrays(tmp / f"{key}.safetensors", named, files)
-            listed[f"{key}.safetensors"] = {"bytes": size, "sha256": sha256}
+            listed[f"{key}.safetensors"] = write_arrays(tmp / f"{key}.safetensors", named, files)
         text = json.dumps(state, indent=2).encode()
         files.write(tmp / STATE, text)
         listed[STATE] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
         manifest = {"step": number, "files": listed}
-        manifest["sha256"] = _own_hash(manifest)
+        manifest["sha256"] = json_sha256(manifest)
         files.write(tmp / MANIFEST, json.dumps(manifest, indent=2).encode())
     for old in [*older, number][:-keep]:
         with contextlib.suppress(OSError):  # an old step too many harms nobody
@@ -138,21 +137,23 @@ def sweep(folder: Path, files: Files = DISK) -> None:
 
 
 @contextlib.contextmanager
-def lock(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder for this process; MisError names the process that holds it already.
+def lock(
+    folder: Path, what: str = "the lock of the run", remedy: str = "mend that and start again", wait: bool = False
+) -> Iterator[None]:
+    """Hold a run's folder for this process; MisError names the process that holds it already, if not to `wait` for it.
 
     The kernel lets go when the holder ends, however it ends. The file .lock stays: after a deletion two processes could
     lock two different files. A fork of the holder holds the lock too, a subprocess does not."""
-    with reported(run_dir, "the lock of the run"):
-        DISK.make_folder(run_dir)
-        fd = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    with reported(folder, what, remedy=remedy):
+        DISK.make_folder(folder)
+        fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             holder = os.pread(fd, 100, 0).decode(errors="replace").strip() or "another process"
-            raise MisError(f"Run {run_dir} is already in use by {holder}: wait for it or stop it") from None
-        with reported(run_dir, "the lock of the run"):
+            raise MisError(f"Run {folder} is already in use by {holder}: wait for it or stop it") from None
+        with reported(folder, what, remedy=remedy):
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M')}".encode(), 0)
         yield
@@ -162,9 +163,7 @@ def lock(run_dir: Path) -> Iterator[None]:
 
 def _numbers(steps_dir: Path) -> list[int]:
     """Numbers of the steps present, rising; damaged ones included."""
-    if not steps_dir.is_dir():
-        return []
-    return sorted(int(m[1]) for p in steps_dir.iterdir() if (m := STEP.fullmatch(p.name)))
+    return sorted(int(m[1]) for p in steps_dir.glob("step-*") if (m := STEP.fullmatch(p.name)))
 
 
 def _damage(path: Path, number: int) -> str:
@@ -172,14 +171,11 @@ def _damage(path: Path, number: int) -> str:
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         claimed = manifest.pop("sha256")
-        if claimed != _own_hash(manifest) or manifest["step"] != number or STATE not in manifest["files"]:
+        if claimed != json_sha256(manifest) or manifest["step"] != number or STATE not in manifest["files"]:
             return MANIFEST
         for name, facts in manifest["files"].items():
-            with open(path / name, "rb") as file:
-                if os.fstat(file.fileno()).st_size != facts["bytes"]:
-                    return name
-                if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
-                    return name
+            if file_sha256(path / name) != facts["sha256"]:
+                return name
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
@@ -187,7 +183,3 @@ def _damage(path: Path, number: int) -> str:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return MANIFEST
     return ""
-
-
-def _own_hash(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

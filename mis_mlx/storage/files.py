@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 import sys
@@ -147,6 +149,17 @@ class Files:
 
 
 DISK = Files()
+
+
+def file_sha256(path: Path) -> str:
+    """The file's sha256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_sha256(value: object) -> str:
+    """sha256 in hex of what JSON says of a value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def need_place(flag: str, path: str | Path, kind: Literal["folder", "new", "file"] = "folder") -> None:

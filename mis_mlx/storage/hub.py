@@ -2,8 +2,6 @@
 
 import contextlib
 import datetime
-import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -13,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.storage.checkpoint import commit_folder, sweep
-from mis_mlx.storage.files import DISK, reported
+from mis_mlx.storage.checkpoint import commit_folder, lock, sweep
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import MisError
 
 # Weights that mlx-lm would read, what describes them, the tokenizer. Nothing that can hold code.
@@ -26,20 +24,14 @@ PROVENANCE = "source.json"
 
 def cache_root() -> Path:
     """The folder for downloaded models: $MIS_MLX_CACHE, else mis_mlx in the user's cache folder."""
-    if own := os.environ.get("MIS_MLX_CACHE"):
-        return Path(own).expanduser().absolute()
-    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(shared).expanduser().absolute() / "mis_mlx"
+    own = os.environ.get("MIS_MLX_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mis_mlx")
+    return Path(own).expanduser().absolute()
 
 
 @contextlib.contextmanager
 def locked(root: Path) -> Iterator[None]:
     """Hold the cache alone, after other processes; what an earlier holder left half-made is swept away."""
-    with reported(root, "the model cache", remedy="set MIS_MLX_CACHE to a folder that can be written"):
-        DISK.make_folder(root)
-        handle = (root / ".lock").open("a")
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with lock(root, "the model cache", "set MIS_MLX_CACHE to a folder that can be written", wait=True):
         sweep(root)
         yield
 
@@ -115,9 +107,3 @@ def adopt(snapshot: Path, folder: Path, origin: dict[str, Any]) -> None:
                 os.link(blob, into / name)
             except OSError:  # another disk, or one that has no hard links
                 shutil.copyfile(blob, into / name)
-
-
-def sha256(path: Path) -> str:
-    """The file's sha256 in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx.storage.checkpoint import sweep
-from mis_mlx.storage.files import Files, reported
+from mis_mlx.storage.files import Files, file_sha256, reported
 from mis_mlx.storage.header_check import check
 from mis_mlx.storage.safetensors import write_arrays
 from mis_mlx.types import MisError
@@ -109,8 +109,8 @@ class Targets:
 
     def adopt(self, number: int) -> None:
         """Count a part whose file was made elsewhere, and lies here now, as finished."""
-        data = self.path(number).read_bytes()
-        self.parts[number] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        path = self.path(number)
+        self.parts[number] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         self.save()
 
     def path(self, number: int) -> Path:
@@ -142,8 +142,8 @@ class Targets:
         with reported(self.folder, what, left, remedy):
             self._files.require_space(self.folder, left, what, remedy)
             with self._files.replacing(path) as temp:
-                nbytes, sha256 = write_arrays(temp, arrays, self._files)
-        self.parts[number] = {"bytes": nbytes, "sha256": sha256}
+                facts = write_arrays(temp, arrays, self._files)
+        self.parts[number] = facts
         self.save()
 
     def save(self) -> None:

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.header_check import DTYPES, MAX_HEADER_BYTES, Refused, check, json_object
-from mis_mlx.types import GIB, MisError, TensorAt
+from mis_mlx.types import GIB, MisError, TensorAt, grouped
 
 UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".npz", ".pkl")
 INDEX = "model.safetensors.index.json"
@@ -104,12 +104,11 @@ def lazy(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[str, mx.
         for name in wanted:
             at = tensors[name]
             stored, whole = at.stored or (name, at)
-            first = (at.offset - whole.offset) * whole.shape[0] // whole.nbytes if at.stored and whole.nbytes else 0
+            arrays[name] = content[stored]
             if at.shape != whole.shape:  # rows of it; or one of those that are stacked in it
+                first = (at.offset - whole.offset) * whole.shape[0] // max(whole.nbytes, 1)
                 part = slice(first, first + at.shape[0]) if len(at.shape) == len(whole.shape) else first
-                arrays[name] = content[stored][part]
-            else:
-                arrays[name] = content[stored]
+                arrays[name] = arrays[name][part]
         del content  # an array, once evaluated, stays in memory as long as a dict that holds it
     return arrays
 
@@ -154,12 +153,12 @@ def write_tensors(
         files.fsync(folder / INDEX)
 
 
-def write_arrays(path: Path, arrays: Mapping[str, mx.array], files: Files) -> tuple[int, str]:
-    """Write one safetensors file and fsync it: (its size in bytes, its sha256 in hex)."""
+def write_arrays(path: Path, arrays: Mapping[str, mx.array], files: Files) -> dict[str, Any]:
+    """Write one safetensors file and fsync it: {"bytes": its size, "sha256": in hex}."""
     return _write_file(path, {name: spec_of(array) for name, array in arrays.items()}, iter(arrays.items()), files)
 
 
-def _write_file(path: Path, specs: Specs, coming: Iterator[tuple[str, mx.array]], files: Files) -> tuple[int, str]:
+def _write_file(path: Path, specs: Specs, coming: Iterator[tuple[str, mx.array]], files: Files) -> dict[str, Any]:
     """Write the file front to back of the next that come. ValueError where one is not what is due, or missing."""
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     end = 0
@@ -185,7 +184,7 @@ def _write_file(path: Path, specs: Specs, coming: Iterator[tuple[str, mx.array]]
         del array
         mx.clear_cache()  # goes back to the system before the next is made
     files.fsync(path)  # shard by shard, so that unwritten pages do not pile up in memory
-    return len(head) + end, sha256.hexdigest()
+    return {"bytes": len(head) + end, "sha256": sha256.hexdigest()}
 
 
 def spec_of(array: mx.array) -> Spec:
@@ -203,12 +202,4 @@ def spec_bytes(spec: Spec) -> int:
 
 def cut(specs: Specs, shard_bytes: int = 5 * GIB) -> list[dict[str, Spec]]:
     """Consecutive tensors, as many as fit `shard_bytes`; a bigger one is alone."""
-    shards: list[dict[str, Spec]] = [{}]
-    room = shard_bytes
-    for name, spec in specs.items():
-        if spec_bytes(spec) > room and shards[-1]:
-            shards.append({})
-            room = shard_bytes
-        shards[-1][name] = spec
-        room -= spec_bytes(spec)
-    return shards
+    return [dict(group) for group in grouped(specs.items(), lambda item: spec_bytes(item[1]), shard_bytes)] or [{}]

@@ -155,12 +155,11 @@ def test_a_link_out_is_not_copied(name: str, tmp_path: Path) -> None:
     """A tokenizer file that is a link to the user's own files would be published with the model."""
     secret, folder, out = tmp_path / "secret", tiny.make(tmp_path / "m"), tmp_path / "out"
     secret.write_text("token = hf_...")
-    out.mkdir()
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(secret)
     with pytest.raises(MisError, match="link out of the model folder"):
-        model_writer.copy_tokenizer(folder, out, DISK)
-    assert not list(out.iterdir())
+        model_writer.write_folder({}, {}, [], folder, out, DISK)
+    assert not out.exists()
 
 
 def test_a_tokenizer_file_of_gigabytes_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from gguf import GGUFWriter
 
 from mis_mlx.models import load, resolve, stream, wheel_model
-from mis_mlx.storage import hub
+from mis_mlx.storage.files import file_sha256
 from mis_mlx.types import MisError
 
 WIDE, LAYERS, FFN, HEADS, HEAD = 32, 6, 64, 2, 16  # mlx_lm wants a whole period of blocks
@@ -63,7 +63,7 @@ def test_the_folder_opens_everywhere(gguf: Path, tmp_path: Path) -> None:
              "max_position_embeddings": 64}  # fmt: skip
     files = wheel_model.GEMMA.files
     tiny = {**files, "config.json": {**files["config.json"], **sizes}}
-    wheel_model.convert_gemma(replace(wheel_model.GEMMA, files=tiny, gguf_sha256=hub.sha256(gguf)), gguf, tmp_path)
+    wheel_model.convert_gemma(replace(wheel_model.GEMMA, files=tiny, gguf_sha256=file_sha256(gguf)), gguf, tmp_path)
     checkpoint = load.open_checkpoint(tmp_path)
     norm = load.dense(checkpoint, "model.layers.1.post_feedforward_layernorm.weight")
     assert mx.array_equal(norm, mx.full(norm.shape, 0.25, mx.bfloat16))

@@ -14,7 +14,8 @@ from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_m
 from tokenizers import Tokenizer, pre_tokenizers
 
 from mis_mlx.models import arch, wheel_model
-from mis_mlx.storage import hub, safetensors
+from mis_mlx.storage import safetensors
+from mis_mlx.storage.files import file_sha256
 from mis_mlx.types import MisError
 from tests import tiny as tiny_model
 
@@ -101,7 +102,7 @@ def converted(source: Path, dtype: str = "float32") -> Path:
     """The folder made of `source`."""
     folder = source.with_name("model")
     folder.mkdir()
-    convert(source, folder, dtype, hub.sha256(source))
+    convert(source, folder, dtype, file_sha256(source))
     return folder
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from mis_mlx.models import load, resolve, wheel_model
 from mis_mlx.storage import hub
+from mis_mlx.storage.files import file_sha256
 from mis_mlx.types import MisError
 
 # Written for this test, so that no model can have been trained on it.
@@ -94,7 +95,7 @@ def test_wheels_become_a_folder_or_are_refused(tmp_path: Path, monkeypatch: pyte
             archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
             archive.writestr(f"{about}/RECORD", "")
             archive.writestr(member, piece)
-        wheels.append((f"tiny-thing{number}", path.stat().st_size, hub.sha256(path), member))
+        wheels.append((f"tiny-thing{number}", path.stat().st_size, file_sha256(path), member))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
 

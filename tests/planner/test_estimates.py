@@ -15,7 +15,6 @@ from mis_mlx.hardware import lanes, rates
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR, Rates
 from mis_mlx.models import arch, load, policy, stream
-from mis_mlx.models.arch import MIS_137B
 from mis_mlx.planner import estimates, training_size
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
@@ -280,10 +279,10 @@ def test_a_token_keeps_what_fits() -> None:
 
 def test_the_papers_teacher() -> None:
     """84.2B parameters by its shape; 70 GB at 2.5 GB/s are 28.0 s, and 137B meet them at 148 tokens a pass."""
-    m = estimates.model_of(MIS_137B, gpu=True)
+    m = estimates.model_of(arch.PUBLISHED["mis-137b"], gpu=True)
     block = 2 * 8192**2 + 2 * 1024 * 8192 + 3 * 28672 * 8192 + 2 * 8192
     assert m.block_params == block == 855_654_400
-    assert arch.params(MIS_137B) == 96 * block + 2 * 128256 * 8192 + 8192 == 84_244_176_896
+    assert arch.params(arch.PUBLISHED["mis-137b"]) == 96 * block + 2 * 128256 * 8192 + 8192 == 84_244_176_896
     assert m.nbytes == int(0.5625 * 84_244_176_896) and m.as_stored
     assert 70e9 / M1_AIR.read_bytes_per_s == 28.0
     assert round(70e9 / M1_AIR.read_bytes_per_s * M1_AIR.forward_flops_per_s / (2 * 137e9)) == 148

@@ -180,8 +180,8 @@ def test_keep_survives_on_disk(tmp_path: Path, llama: Checkpoint) -> None:
 def test_foreign_code_and_weights_are_not_copied(tmp_path: Path) -> None:
     """Only what makes a folder speak comes along."""
     (tmp_path / "from").mkdir()
-    (tmp_path / "to").mkdir()
     for name in ("tokenizer.json", "evil.py", "pytorch_model.bin", "source.json", "chat_template.jinja"):
         (tmp_path / "from" / name).write_text("x")
-    model_writer.copy_tokenizer(tmp_path / "from", tmp_path / "to", DISK)
-    assert sorted(p.name for p in (tmp_path / "to").iterdir()) == ["chat_template.jinja", "tokenizer.json"]
+    model_writer.write_folder({}, {}, [], tmp_path / "from", tmp_path / "to", DISK)
+    own = {"config.json", "model.safetensors"}
+    assert {p.name for p in (tmp_path / "to").iterdir()} - own == {"chat_template.jinja", "tokenizer.json"}

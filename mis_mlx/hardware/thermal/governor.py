@@ -165,9 +165,8 @@ class Governor:
         self._battery_hot.update((reading.battery_c or 0.0) >= BATTERY_STOP_C, now_s, fresh)
 
     def _judge(self, reading: Reading, now_s: float, elapsed_s: float, step_s: float | None) -> Decision:
-        stop = self._stop(reading, now_s)
-        if stop is not None:
-            return stop
+        if why := self._stop(reading, now_s):
+            return Decision("stop", self._duty.value, 0.0, *why, checkpoint=True)
         may_turn = now_s - self._turned_s >= APART_S
         if self._waiting is not None:
             powered = self._power_trouble(reading, BATTERY_ENOUGH_PERCENT) is None
@@ -180,25 +179,22 @@ class Governor:
             return pause
         return self._run(reading, elapsed_s, step_s)
 
-    def _stop(self, reading: Reading, now_s: float) -> Decision | None:
-        def stop(cause: str, reason: str) -> Decision:
-            return Decision("stop", self._duty.value, 0.0, cause, reason, checkpoint=True)
-
+    def _stop(self, reading: Reading, now_s: float) -> tuple[str, str] | None:
+        """`(cause, reason)` to end the run."""
         if (reading.pressure_level or 0) >= STOP_PRESSURE:
-            return stop("pressure", f"thermal pressure {reading.pressure_level}, stop at {STOP_PRESSURE}")
+            return "pressure", f"thermal pressure {reading.pressure_level}, stop at {STOP_PRESSURE}"
         if self._battery_hot.lasted(0.0, samples=3):
-            return stop("battery hot", f"battery {reading.battery_c:.1f} °C, stop at {BATTERY_STOP_C:.0f}")
+            return "battery hot", f"battery {reading.battery_c:.1f} °C, stop at {BATTERY_STOP_C:.0f}"
         if self._boiling.lasted(STOP_HOLD_S):
-            return stop("hot", f"die {reading.die_c:.1f} °C after {STOP_HOLD_S:.0f} s of pause")
+            return "hot", f"die {reading.die_c:.1f} °C after {STOP_HOLD_S:.0f} s of pause"
         waited_s = now_s - self._waiting_since_s
         if self._waiting is not None and self._waiting.cause == "hot" and waited_s > LONGEST_PAUSE_S:
-            return stop("hot", f"not below {RESUME_C:.0f} °C after a pause of {waited_s:.0f} s")
+            return "hot", f"not below {RESUME_C:.0f} °C after a pause of {waited_s:.0f} s"
         return None
 
     def _pause(self, reading: Reading) -> Decision | None:
         """A pause for lack of power lasts until there is power: a checkpoint is on disk, nothing is lost."""
-        power = self._power_trouble(reading, BATTERY_LOW_PERCENT)
-        if power is not None:
+        if power := self._power_trouble(reading, BATTERY_LOW_PERCENT):
             return Decision("pause", self._duty.value, PAUSE_LOOK_S, *power, checkpoint=True)
         if self._hot.lasted(PAUSE_HOLD_S, samples=2):
             reason = f"die {reading.die_c:.1f} °C, pause at {PAUSE_C:.0f}, go on at {RESUME_C:.0f}"

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, get_args
 
 from mis_mlx import cli
 from mis_mlx.hardware.thermal import ambient, governor
@@ -97,54 +97,41 @@ def after_step(monitor: Monitor, judge: Governor, breaks: PauseCounter, step_s: 
         breaks.napped_s += decision.sleep_s
 
 
-class ThermalMonitor:
+class ThermalMonitor(Monitor):
     """Use in a `with` statement. `breaks` is the account of tea breaks; it survives in a checkpoint."""
 
     def __init__(self, flags: ThermalFlags, log: Path | None = None, files: Files = DISK):
         replay = None if flags.thermal_replay is None else Path(flags.thermal_replay)
-        self.monitor = Monitor(replay=replay, given_ambient_c=flags.temperature_c, altitude_m=flags.altitude_m)
+        super().__init__(replay=replay, given_ambient_c=flags.temperature_c, altitude_m=flags.altitude_m)
         self.breaks = PauseCounter()
         self._mode, self._log, self._files = flags.governor, log, files
         self._governor: Governor | None = None
 
-    def __enter__(self) -> Self:
-        self.monitor.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.monitor.__exit__(*error)
-
-    def reading(self) -> Reading:
+    def latest(self) -> Reading:
         """The latest reading; of a recording the next one, and its last one again when it has ended."""
-        return (self.last() if self.monitor.source.ended else None) or self.monitor.reading()
-
-    def last(self) -> Reading | None:
-        """The reading that was given last, without asking for a new one."""
-        seen = self.monitor.history(0.0)
-        return seen[-1] if seen else None
+        return (self.last() if self.source.ended else None) or self.reading()
 
     def now(self) -> dict[str, float]:
         """The clock that metrics.jsonl and thermal.jsonl share."""
-        return {"time_s": round(self.monitor.clock.monotonic(), 3), "wall_s": round(self.monitor.clock.wall(), 3)}
+        return {"time_s": round(self.clock.monotonic(), 3), "wall_s": round(self.clock.wall(), 3)}
 
     def sigma(self) -> float:
         """Spread of eps_halny from the last hour's measured T_env (design: 0.15 * std / 15 °C); 0 if unmeasured."""
-        air = [r.ambient_c for r in self.monitor.history() if r.ambient_c is not None]
-        measured = air and ambient.t_env_kind(self.monitor.history()[-1]) == "measured"
+        air = [r.ambient_c for r in self.history() if r.ambient_c is not None]
+        measured = air and ambient.t_env_kind(self.history()[-1]) == "measured"
         return HALNY_CLIP * statistics.pstdev(air) / HALNY_REFERENCE_C if measured else 0.0
 
     def after(self, step: Step) -> Iterator[Decision]:
         """Ask the governor after a step, wait as it says, log each decision. The last one is run or stop."""
-        if self.monitor.source.ended:
+        if self.source.ended:
             return
         if self._governor is None:
-            first = self.reading()
-            self._governor = governor.governor_for(self._mode, first, self.monitor.reasons, apple=self.monitor.apple)
+            self._governor = governor.governor_for(self._mode, self.latest(), self.reasons, apple=self.apple)
             if self._governor.blind:
-                cli.say(f"governor: {self._mode}, but blind: {self.monitor.reasons.get('die_c', 'no die temperature')}")
-        seconds = VIRTUAL_STEP_S if self.monitor.replayed else step.seconds
+                cli.say(f"governor: {self._mode}, but blind: {self.reasons.get('die_c', 'no die temperature')}")
+        seconds = VIRTUAL_STEP_S if self.replayed else step.seconds
         pauses = self.breaks.count
-        for decision in after_step(self.monitor, self._governor, self.breaks, seconds):
+        for decision in after_step(self, self._governor, self.breaks, seconds):
             if self.breaks.count > pauses:
                 pauses = self.breaks.count
                 cli.say(f"tea break after step {step.number}: {decision.reason}")
@@ -158,7 +145,7 @@ class ThermalMonitor:
     def account(self) -> dict[str, Any]:
         """For a run's JSON: tea breaks, and where T_env and altitude came from."""
         reading = self.last() or Reading(0.0)
-        none = "none: " + self.monitor.reasons.get("ambient_c", "not asked")
+        none = "none: " + self.reasons.get("ambient_c", "not asked")
         return {
             **self.breaks.as_json(),
             "t_env_c": reading.ambient_c,

@@ -120,16 +120,17 @@ class Monitor:
 
     def reading(self) -> Reading:
         """The latest reading; of a recording, the next one."""
-        if self._thread is None:
-            return self.look()
-        with self._lock:
-            return self._history[-1]
+        return (self.last() if self._thread else None) or self.look()
 
-    def history(self, seconds: float = HISTORY_S) -> list[Reading]:
-        """Readings of the last `seconds`, an hour at most, oldest first."""
+    def history(self) -> list[Reading]:
+        """Readings of the last hour, oldest first."""
         with self._lock:
-            newest = self._history[-1].time_s if self._history else 0.0
-            return [reading for reading in self._history if reading.time_s >= newest - seconds]
+            return list(self._history)
+
+    def last(self) -> Reading | None:
+        """The reading that was given last, without asking for a new one."""
+        with self._lock:
+            return self._history[-1] if self._history else None
 
     def look(self) -> Reading:
         """Look now: read, judge, estimate the air, remember."""

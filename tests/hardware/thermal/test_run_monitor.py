@@ -37,13 +37,13 @@ def step(number: int) -> Step:
 def test_halny_sigma_comes_from_the_last_hour_of_the_recording() -> None:
     """Air that warms from 8 to 33 °C gives 0.15 * std / 15 °C; before any reading, and by hand, the wind is still."""
     with ThermalMonitor(ThermalFlags(temperature_c=8.0, altitude_m=832.0)) as weather:
-        weather.reading()
+        weather.latest()
         account = weather.account()
         assert (account["t_env_c"], account["t_env_source"], account["altitude_source"]) == (8.0, "given", "given")
         assert weather.sigma() == 0.0
     with ThermalMonitor(ThermalFlags(thermal_replay=str(HALNY))) as weather:
         assert weather.sigma() == 0.0
-        air = [weather.reading().ambient_c for _ in range(16)]
+        air = [weather.latest().ambient_c for _ in range(16)]
         mean = sum(air) / 16
         std = (sum((t - mean) ** 2 for t in air) / 16) ** 0.5
         assert (air[0], air[-1]) == (8.0, 33.0)
@@ -154,9 +154,8 @@ def test_a_pause_is_said_when_it_begins(monkeypatch: pytest.MonkeyPatch, capsys:
         monkeypatch.setenv("MIS_MLX_GOVERNOR", mode)
         weather = ThermalMonitor(ThermalFlags())
         air = Unplugged(40)
-        monkeypatch.setattr(weather, "monitor", SimpleNamespace(**vars(air), reading=air.reading, replayed=False,
-                            source=SimpleNamespace(ended=False), reasons={}, apple=True,
-                            history=lambda *_: []))  # fmt: skip
+        for name, value in (("clock", air.clock), ("reading", air.reading), ("replayed", False), ("apple", True)):
+            monkeypatch.setattr(weather, name, value)
         actions = [d.action for d in weather.after(step(7))]
         said = capsys.readouterr().err.splitlines()
         assert actions[-1] == "run" and len(said) == lines
