@@ -207,18 +207,14 @@ def rows(fixed: Facts, measured: Facts) -> list[Row]:
     return found
 
 
-def decoding(checkpoint: Checkpoint, weight_bytes: int, r: Request) -> tuple[float, float]:
-    """(bytes to move, float operations) of one token, half-way through the answer: all weights, the keys and values."""
+def moved(checkpoint: Checkpoint, weight_bytes: int, r: Request) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(bytes to move, float operations) of one token, half-way through the answer: all weights, the keys and values;
+    and of the first one: the prompt through all blocks, then its last row through the head."""
     m, seen = estimates.model_of(checkpoint), r.prompt + r.answer // 2
-    flops = estimates.forward_flops(m, 1, 2 * seen)  # 2: it sees all, not the half
-    return weight_bytes + estimates.keys_bytes(m, seen), flops
-
-
-def first_token(checkpoint: Checkpoint, weight_bytes: int, r: Request) -> tuple[float, float]:
-    """(bytes to move, float operations) of the prompt through all blocks, then its last row through the head."""
-    m = estimates.model_of(checkpoint)
-    blocks = estimates.forward_flops(m, r.prompt, r.prompt, head=False)
-    return weight_bytes + estimates.keys_bytes(m, r.prompt), blocks + 2.0 * m.head_params
+    token = estimates.forward_flops(m, 1, 2 * seen)  # 2: it sees all, not the half
+    first = estimates.forward_flops(m, r.prompt, r.prompt, head=False) + 2.0 * m.head_params
+    keys, read = estimates.keys_bytes(m, seen), estimates.keys_bytes(m, r.prompt)
+    return (weight_bytes + keys, token), (weight_bytes + read, first)
 
 
 def m1_tokens_per_s(checkpoint: Checkpoint, r: Request) -> float:
@@ -232,7 +228,7 @@ def m1_tokens_per_s(checkpoint: Checkpoint, r: Request) -> float:
 
 def beside(checkpoint: Checkpoint, weight_bytes: int, r: Request, at: rates.Roof, tps: float) -> dict[str, Any]:
     """MB a token moves, the best times there could be, the share reached, and what the limit is. weight_bytes: read."""
-    token, first = (f(checkpoint, weight_bytes, r) for f in (decoding, first_token))
+    token, first = moved(checkpoint, weight_bytes, r)
     best = {"decode_best_tps": 1 / at.seconds(*token), "ttft_best_ms": 1000 * at.seconds(*first)}
     reached, moving_s = tps * at.seconds(*token), token[0] / at.memory_bytes_per_s
     bound = "memory bandwidth" if moving_s >= at.seconds(*token) else "arithmetic"
