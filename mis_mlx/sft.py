@@ -67,7 +67,7 @@ def run(settings: Settings) -> dict[str, Any]:
             t, direct = estimates.model_of(beside), beside.nbytes > r.budget_bytes
             room = phase.pinned * t.block_work + t.head_work
             source = live_teacher.StreamedTeacher(beside, room, direct, cross_entropy=1.0 - s.distill_weight)
-        each = partial(train.micro_batches, source, parts.batch_size, parts.grad_accumulation_steps, s.seed)
+        each = partial(train.micro_batches, source, parts)
         loss = partial(train.loss, source, s.lora is not None)
         return r.train(each, loss, lambda: valid.measure(r.model, parts.batch_size))
 
