@@ -24,6 +24,7 @@ from mis_mlx.models.stream import Stream
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
 from mis_mlx.storage import checkpoint as protocol
+from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, reported
 from mis_mlx.types import Budget, Checkpoint, Count, MisError, Positive, Seed, Share, Tokens, duration, gib
 
@@ -239,7 +240,7 @@ def run(settings: Settings) -> dict[str, Any]:
     with protocol.commit_folder(out, DISK, PLACE_BYTES, "the text") as folder:
         for name, split in (("train", texts + other), ("valid", given.valid), ("test", given.test)):
             DISK.write(folder / f"{name}.jsonl", "".join(f"{json.dumps(row)}\n" for row in split).encode())
-        DISK.write(folder / preparation.SOURCE, json.dumps(source, indent=1).encode())
+        DISK.write(folder / hub.PROVENANCE, json.dumps(source, indent=1).encode())
     DISK.remove_tree(part)
     return {"out": str(out), "written": len(texts), "mixed_in": len(other), **planned}
 

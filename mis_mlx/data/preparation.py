@@ -5,7 +5,6 @@ Polish Miś texts (benchmarks/polish_text), and what the default teacher wrote. 
 notes say what was dropped."""
 
 import hashlib
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,11 +18,11 @@ import numpy as np
 from mis_mlx.data import token_windows
 from mis_mlx.data.rows import Reading, Row, collect, key, read, split_off
 from mis_mlx.data.token_windows import Windows
+from mis_mlx.storage import hub
 from mis_mlx.types import MisError
 
 MIS = "mis"  # `--data mis`: the Polish texts; a folder of that name is reached as ./mis
 TEACHER = "teacher"  # `--data teacher` of distill, which has the teacher write first
-SOURCE = "source.json"  # in a folder that `synthesize` wrote: of what --data its held-out splits are
 MIS_FOLDER = Path(__file__).parent / "polish" / MIS
 SPLITS = ("train", "valid", "test")
 WRITTEN = Path(__file__).parent / "written" / "train.jsonl"  # ABOUT says by whom
@@ -151,14 +150,6 @@ def _written(tokenizer: Any) -> list[Row]:
     return rows
 
 
-def _beside_ours(source: Path) -> bool:
-    """Whether a teacher's own text was mixed with the built-in one, by the file `synthesize` leaves."""
-    try:
-        return json.loads(source.read_text("utf-8"))["data"] is None
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
     """Windows of `length` tokens; held-out ones that overlap training are removed. data None: Python's manual (English)
     with one part in eight of Polish Miś texts, whose splits share sentence templates by design: there overlap stays;
@@ -179,7 +170,8 @@ def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
         f"{len(train.tokens)} training windows of {length} tokens, {len(test.tokens)} held out; "
         f"{removed} more held-out windows shared 32 tokens in a row with training and were removed",
     ]
-    if data is not None and not _beside_ours(Path(data).expanduser() / SOURCE):
+    # A folder that `synthesize` wrote says of what --data its held-out splits are: None, the built-in text.
+    if data is not None and hub.provenance(Path(data).expanduser()).get("data", data) is not None:
         return Data(train, {"held-out": counted(test)}, tuple(notes))
     polish = load(MIS)
     if data is None:
