@@ -145,7 +145,8 @@ def _silesian(into: Path) -> tuple[Callable[[Path], None], dict[str, Any]]:
         remedy = f"put Firefox's language packs for pl and szl (.xpi) into {_slot('silesian')}"
         raise MisError(f"{error}: {remedy}") from None
     source = f"Firefox's translations, MPL-2.0, from {' and '.join(versions)}"
-    return partial(polish.write_pairs, polish.from_firefox(into)), {"source": source}
+    pairs = polish.from_firefox(into)
+    return lambda folder: polish.write(pairs, folder / polish.PAIRS), {"source": source}
 
 
 def _dialects() -> list[questions.Task]:
