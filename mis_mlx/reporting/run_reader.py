@@ -2,7 +2,6 @@
 
 Nothing in here is safe as HTML. Logs are thinned line by line: a million take a thousand's memory, no spike is lost."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -135,12 +134,10 @@ def _text(path: Path) -> str | None:
     return None
 
 
-def _mapping(path: Path) -> dict[str, Any] | None:
+def _mapping(folder: Path, name: str) -> dict[str, Any] | None:
     """Of a YAML or JSON file; None where it holds none."""
-    with suppress(ValueError, RecursionError, yaml.YAMLError):
-        text = _text(path) or ""
-        value = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-        return {str(k): v for k, v in value.items()} if isinstance(value, dict) else None
+    with suppress(MisError):
+        return run_folder.stored_settings(folder, name)
     return None
 
 
@@ -149,7 +146,7 @@ def read(folder: Path) -> RunRecord:
     keep = next((name for name in KEEPS if (folder / name).is_file()), KEEPS[0])
     files: dict[str, Any] = {
         run_folder.PHASES: run_folder.records(folder / run_folder.PHASES),
-        **{name: _mapping(folder / name) for name in (*MAPPINGS, keep)},
+        **{name: _mapping(folder, name) for name in (*MAPPINGS, keep)},
         run_folder.SAMPLES: run_folder.records(folder / run_folder.SAMPLES),
         "table.md": _text(folder / "table.md"),
         run_folder.METRICS: history_of(folder / run_folder.METRICS, STEPS),
