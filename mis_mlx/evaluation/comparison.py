@@ -142,11 +142,12 @@ def second_half(held_out: Windows) -> Windows:
     return Windows(held_out.tokens, learn)
 
 
-def kld(base: Checkpoint, others: Models, held_out: Windows, opened: Opened = alone) -> dict[str, Figures]:
-    """{name: figures} of all models, over the predictions that count, each machine its own; `base`: the reference."""
+def kld(models: Models, held_out: Windows, opened: Opened = alone) -> dict[str, Figures]:
+    """{name: figures} of all models but the first, the reference: of the predictions that count, each machine's own."""
+    (_, base), *others = models.items()
     held_out = own(held_out)
     mine, report = final_hidden(base, held_out, opened), {}
-    for name, other in cli.counted("model", others.items(), len(others)):
+    for name, other in cli.counted("model", others, len(others)):
         values = by_window((base, mine), (other, final_hidden(other, held_out, opened)), held_out)
         each = distributed.all_gather([row for window in values for row in window.tolist()])
         report[name] = figures(*np.array([row for part in each for row in part]).T)
