@@ -48,13 +48,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file = tmp_path / "task" / "generated.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in made))
     (tmp_path / "task" / "generated.yaml").write_text(YAML.format(file=file))
+    own = pytest.importorskip("lm_eval.tasks").TaskManager(include_path=str(tmp_path / "task"))
+    monkeypatch.setattr(answering, "_manager", lambda: own)
     return tmp_path / "task"
 
 
 @here
 def test_log_likelihoods_are_lm_evals(folder: Path, llama: Checkpoint) -> None:
     """Every option of every question to 1e-4 nats; both accuracies question by question."""
-    witness = sorted(answering.samples(llama.path, "generated", COUNT, folder)["generated"], key=lambda s: s["doc_id"])
+    witness = sorted(answering.samples(llama.path, "generated", COUNT)["generated"], key=lambda s: s["doc_id"])
     task, limit = questions.file(folder / "generated.jsonl"), memory.budget(None)
     marks = answering.scores(llama, "0" * 64, task, limit)
     kept = answering.read(answering.kept("0" * 64, task.sha256))
@@ -71,7 +73,7 @@ def test_log_likelihoods_are_lm_evals(folder: Path, llama: Checkpoint) -> None:
 @here
 def test_its_marks_come_in_order_with_their_chance(folder: Path, llama: Checkpoint) -> None:
     """What `evaluate` takes from lm-eval is what we count ourselves."""
-    found = answering.marks("generated", answering.samples(llama.path, "generated", 30, folder)["generated"])
+    found = answering.marks("generated", answering.samples(llama.path, "generated", 30)["generated"])
     task = questions.file(folder / "generated.jsonl")
     ours = answering.scores(llama, "0" * 64, task, memory.budget(None))[:30]
     assert found["metric"] == "acc" and found["marks"] == ours.tolist()

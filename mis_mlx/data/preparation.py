@@ -156,9 +156,6 @@ def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
     and two in eight of what a small model wrote, which shows more kinds of text. What a teacher wrote beside manual and
     Miś texts is held against the same texts."""
 
-    def counted(held_out: Windows) -> Windows:
-        return replace(held_out, text_bytes=token_windows.text_bytes(held_out, tokenizer))
-
     def windows(rows: Sequence[Row]) -> Windows:
         return token_windows.windows(token_windows.tokenize(rows, tokenizer), length, token_windows.start_of(tokenizer))
 
@@ -170,10 +167,10 @@ def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
         f"{len(train.tokens)} training windows of {length} tokens, {len(test.tokens)} held out; "
         f"{removed} more held-out windows shared 32 tokens in a row with training and were removed",
     ]
+    held_out, polish = {"held-out": test}, load(MIS)
     # A folder that `synthesize` wrote says of what --data its held-out splits are: None, the built-in text.
-    if data is not None and hub.provenance(Path(data).expanduser()).get("data", data) is not None:
-        return Data(train, {"held-out": counted(test)}, tuple(notes))
-    polish = load(MIS)
+    if data is None or hub.provenance(Path(data).expanduser()).get("data", data) is None:
+        held_out = {"English": test, "Polish": windows(polish.test)}
     if data is None:
         whole = len(train.tokens) / (1 - MIS_SHARE - WRITTEN_SHARE)
         notes += polish.notes
@@ -183,4 +180,5 @@ def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
             count = min(len(extra.tokens), round(whole * share))
             train = token_windows.joined([train, extra.pick(slice(count))])
             notes.append(f"{count} of the training windows are {what}")
-    return Data(train, {"English": counted(test), "Polish": counted(windows(polish.test))}, tuple(notes))
+    sized = {name: replace(w, text_bytes=token_windows.text_bytes(w, tokenizer)) for name, w in held_out.items()}
+    return Data(train, sized, tuple(notes))

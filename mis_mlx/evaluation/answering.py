@@ -103,11 +103,11 @@ def _hushed() -> Iterator[None]:
 
 
 @cache
-def _manager(tasks_folder: Path | None) -> Any:
+def _manager() -> Any:
     """lm-eval's list of tasks, whose 14,000 files take 10 s to read."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=None if tasks_folder is None else str(tasks_folder))
+    return TaskManager()
 
 
 def check_harness(ids: Sequence[str]) -> None:
@@ -115,16 +115,16 @@ def check_harness(ids: Sequence[str]) -> None:
     if find_spec("lm_eval") is None:
         raise MisError("lm-eval's tasks need lm-eval, which is not here: pip install 'mis-mlx[evaluate]'")
     with _hushed():
-        known = _manager(None).all_tasks
+        known = _manager().all_tasks
     for name in ids:
         if name not in known:
             near = difflib.get_close_matches(name, known, 3, 0.5) or known[:3]
             raise MisError(f"lm-eval has no task {name}: did you mean {' or '.join(near)}?")
 
 
-def samples(folder: Path, name: str, count: int, tasks_folder: Path | None = None) -> dict[str, list[Sample]]:
-    """{task: lm-eval's own records} of the first `count` questions; a group gives its tasks. Greedy.
-    tasks_folder: of tasks beside lm-eval's own, described in its YAML. MisError where a data set does not come."""
+def samples(folder: Path, name: str, count: int) -> dict[str, list[Sample]]:
+    """{task: lm-eval's own records} of the first `count` questions; a group gives its tasks. Greedy. MisError where a
+    data set does not come."""
     with _hushed():
         import lm_eval
 
@@ -133,7 +133,7 @@ def samples(folder: Path, name: str, count: int, tasks_folder: Path | None = Non
         how: dict[str, Any] = {"limit": count, "log_samples": True, "bootstrap_iters": 0}
         how |= {f"{kind}_seed": 0 for kind in ("random", "numpy_random", "torch_random", "fewshot_random")}
         try:
-            found = lm_eval.simple_evaluate(adapter, tasks=[name], task_manager=_manager(tasks_folder), **how)
+            found = lm_eval.simple_evaluate(adapter, tasks=[name], task_manager=_manager(), **how)
         except (OSError, ValueError, RuntimeError) as error:  # as hub, datasets and requests say that nothing comes
             why = f"{name} ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
             remedy = "check the network, for the hub's data, or take --tasks polish-offline"

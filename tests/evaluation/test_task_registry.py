@@ -91,7 +91,7 @@ def test_a_slot_is_filled_by_a_folder(tmp_path: Path, cache: Path) -> None:
         task_registry.find(["kashubian"], 10)
     for folder in (cache / "dialects" / "kashubian", tmp_path / "mine" / "kashubian"):
         folder.mkdir(parents=True)
-        polish.write(pairs, folder / polish.PAIRS)
+        (folder / polish.PAIRS).write_text("\n".join(map(json.dumps, pairs)))
     kept, brought = (task_registry.find([n], 10) for n in ("kashubian", str(tmp_path / "mine" / "kashubian")))
     assert [task.name for task in kept.tasks] == ["kashubian-label", "kashubian-text"]
     assert [task.sha256 for task in kept.tasks] == [task.sha256 for task in brought.tasks]

@@ -84,11 +84,6 @@ def from_firefox(folder: Path) -> list[rows.Row]:
     return [{"polish": one, "dialect": other} for other, one in pairs.items()]
 
 
-def write(lines: Sequence[rows.Row], path: Path) -> None:
-    """A file of JSON lines."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines), encoding="utf-8")
-
-
 def _messages(folder: Path, start: str) -> dict[tuple[str, str], str]:
     """{(file, key): message} of all Fluent and properties files of the language pack whose name begins so."""
     messages, packs = dict[tuple[str, str], str](), sorted(folder.rglob(f"{start}*.xpi"))
@@ -125,14 +120,16 @@ def _plain(message: str) -> str:
     return " ".join(re.sub(r"\{+[^}]*\}+|%\d?\$?S", "X", message).split())
 
 
-def unpack_exams(wheel: Path, into: Path) -> None:
-    """Write the four sets as JSONL files of questions into a folder."""
+def exams_in(wheel: Path) -> dict[str, list[rows.Row]]:
+    """The rows of the four sets' questions, by file."""
+    files = {}
     with zipfile.ZipFile(wheel) as archive:
         for name, (member, convert) in SETS.items():
             samples = [json.loads(line) for line in archive.read(MEMBER.format(member)).decode().splitlines()]
             pairs = [(row["input"][-1]["content"].strip(), row["ideal"].strip()) for row in samples]
-            asked = [{**row, "language": "pl"} for row in convert(pairs) if questions.fault(row) is None]
-            write(asked, into / f"{name}.jsonl")
+            asked = (row for row in convert(pairs) if questions.fault(row) is None)
+            files[f"{name}.jsonl"] = [{**row, "language": "pl"} for row in asked]
+    return files
 
 
 def exam(name: str, folder: Path) -> questions.Task:
