@@ -59,7 +59,10 @@ def load(
         problems += more
     rows.refuse(problems)
     if data is None and kinds:
-        train, valid = _of_kinds(train, kinds), _of_kinds(valid, kinds)
+        known = sorted({row["task"] for row, _ in train})
+        if unknown := sorted(set(kinds).difference(known)):
+            raise MisError(f"there are no tasks called {unknown[0]}: known are {', '.join(known)}")
+        train, valid = ([one for one in part if one[0]["task"] in kinds] for part in (train, valid))
     if not valid:
         keys = [_prompt(row) for row, _ in train]
         train, valid = rows.split_off(train, keys)
@@ -94,13 +97,6 @@ def _read(path: Path, shapes: Sequence[str]) -> tuple[list[Placed], list[str]]:
 
     good, problems = rows.judged(rows.parsed(path), f"{path.name} line", fault)
     return good, problems if good or problems else [f"{path.name}: it has no rows"]
-
-
-def _of_kinds(placed: Sequence[Placed], kinds: Sequence[str]) -> list[Placed]:
-    known = sorted({row["task"] for row, _ in placed})
-    if unknown := sorted(set(kinds) - set(known)):
-        raise MisError(f"there are no tasks called {unknown[0]}: known are {', '.join(known)}")
-    return [(row, at) for row, at in placed if row["task"] in kinds]
 
 
 def _licence(folder: Path) -> str:
