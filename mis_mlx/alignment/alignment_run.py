@@ -78,8 +78,7 @@ class Alignment(cli.Resumable, policy.Computing, ThermalFlags, recipe.TrainingCo
 
 
 def opened(settings: S) -> tuple[S, Path | None, Checkpoint]:
-    """(settings and folder of the run, which may be one that goes on; the model to align, through the gate). MisError
-    where it cannot be trained as asked for."""
+    """(settings; folder, of a run that goes on; the model to align). MisError where it cannot be trained as asked."""
     s, folder = run_loop.resumed(settings, FREE)
     checkpoint = run_loop.opened(s, s.model)
     if s.lora:

@@ -123,8 +123,7 @@ def check_harness(ids: Sequence[str]) -> None:
 
 
 def samples(folder: Path, name: str, count: int) -> dict[str, list[Sample]]:
-    """{task: lm-eval's own records} of the first `count` questions; a group gives its tasks. Greedy. MisError where a
-    data set does not come."""
+    """{task: lm-eval's own records} of `count` questions, greedy; a group gives its tasks. MisError: no data came."""
     with _hushed():
         import lm_eval
 
