@@ -13,8 +13,6 @@ from mis_mlx.models import load, resolve
 from mis_mlx.planner import estimates
 from mis_mlx.types import Checkpoint, Rate
 
-SHAPES = ("messages", "completion")
-
 
 @dataclass(frozen=True)
 class Settings(alignment_run.Alignment):
@@ -51,7 +49,7 @@ def run(settings: Settings) -> dict[str, Any]:
     beside = None
     if s.teacher is not None:
         beside = comparison.same_vocabulary(checkpoint, load.open_checkpoint(resolve.resolve_model(s.teacher).path))
-    *splits, card = alignment_run.data(s, checkpoint, SHAPES, mask_prompt=s.mask_prompt)
+    *splits, card = alignment_run.data(s, checkpoint, ("messages", "completion"), mask_prompt=s.mask_prompt)
     room = s.max_seq_length if s.packing and not s.teacher else 0
     train, valid = (sequence_packing.PackedDataset([row[0] for row in rows], room) for rows in splits)
     length = max(train.lengths)

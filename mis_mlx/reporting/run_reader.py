@@ -15,9 +15,7 @@ from mis_mlx.storage import run_folder
 from mis_mlx.types import MisError
 
 STEPS = ("number", "loss", "tokens", "seconds", "peak_bytes")
-AIR = ("die_c", "ambient_c")
 KEEPS = ("pruned/keep.json", "distilled/keep.json", "model/keep.json")  # the first that is there
-MAPPINGS = run_folder.CONFIG, run_folder.ORIGIN, run_folder.RESULT
 LOST: dict[str, str] = yaml.safe_load((Path(__file__).parent / "templates" / "lost.yaml").read_text("utf-8"))
 MOST_POINTS = 2400  # that a series keeps: when it has more, its runs become twice as long
 LINE_BYTES = 1 << 16  # what is longer is no record of ours
@@ -146,11 +144,11 @@ def read(folder: Path) -> RunRecord:
     keep = next((name for name in KEEPS if (folder / name).is_file()), KEEPS[0])
     files: dict[str, Any] = {
         run_folder.PHASES: run_folder.records(folder / run_folder.PHASES),
-        **{name: _mapping(folder, name) for name in (*MAPPINGS, keep)},
+        **{name: _mapping(folder, name) for name in (run_folder.CONFIG, run_folder.ORIGIN, run_folder.RESULT, keep)},
         run_folder.SAMPLES: run_folder.records(folder / run_folder.SAMPLES),
         "table.md": _text(folder / "table.md"),
         run_folder.METRICS: history_of(folder / run_folder.METRICS, STEPS),
-        "thermal.jsonl": history_of(folder / "thermal.jsonl", AIR),
+        "thermal.jsonl": history_of(folder / "thermal.jsonl", ("die_c", "ambient_c")),
     }
     missing = list[str]()
     for name, held in files.items():
