@@ -1,8 +1,7 @@
 """Text from where it is, in three splits; token windows of it: train, and held-out sets that share nothing with it.
 
-From folders in mlx-lm's format, the hub, or built in, for work offline: Python's manual in English (`pydoc_data`), the
-Polish Miś texts (benchmarks/polish_text), and what the default teacher wrote. Every row is judged before any is used;
-notes say what was dropped."""
+From folders in mlx-lm's format, the hub, or built in: Python's manual in English (`pydoc_data`), the Polish Miś texts
+(benchmarks/polish_text), what the default teacher wrote. Every row is judged first; notes say what was dropped."""
 
 import hashlib
 import re
@@ -153,8 +152,7 @@ def _written(tokenizer: Any) -> list[Row]:
 def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
     """Windows of `length` tokens; held-out ones that overlap training are removed. data None: Python's manual (English)
     with one part in eight of Polish Miś texts, whose splits share sentence templates by design: there overlap stays;
-    and two in eight of what a small model wrote, which shows more kinds of text. What a teacher wrote beside manual and
-    Miś texts is held against the same texts."""
+    and two in eight that a model wrote, of more kinds. What a teacher wrote beside these is held against the same."""
 
     def windows(rows: Sequence[Row]) -> Windows:
         return token_windows.windows(token_windows.tokenize(rows, tokenizer), length, token_windows.start_of(tokenizer))
