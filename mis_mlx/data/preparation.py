@@ -39,12 +39,13 @@ class Texts(NamedTuple):
 
 def load(data: str | None = None) -> Texts:
     """The rows of `data`: None = the English text built in, "mis" = the Polish one, a folder, or a hub id."""
-    if data is None:
-        return _manual()
-    if data == MIS:
-        splits = {name: read(MIS_FOLDER / f"{name}.jsonl").rows for name in SPLITS}
-        shared = "its splits share sentence templates, not values: a run of 32 tokens known from train is common"
-        return Texts(**splits, notes=[f"built-in Polish text: the Miś dataset, {_counts(splits)} documents; {shared}"])
+    if data in (None, MIS):
+        splits = _manual() if data is None else {name: read(MIS_FOLDER / f"{name}.jsonl").rows for name in SPLITS}
+        counts, version = (f"{len(splits[name])} {name}" for name in SPLITS), ".".join(map(str, sys.version_info[:3]))
+        what = f"English text: the manual of Python {version}" if data is None else "Polish text: the Miś dataset"
+        shared = "; its splits share sentence templates, not values: a run of 32 tokens known from train is common"
+        note = f"built-in {what}, {', '.join(counts)} documents{shared if data == MIS else ''}"
+        return Texts(**splits, notes=[note])
     if data == TEACHER:
         raise MisError("--data teacher is for distill: let `synthesize` write, and give its folder here")
     folder = Path(data).expanduser()
@@ -60,7 +61,7 @@ def load(data: str | None = None) -> Texts:
     return _from_hub(data)
 
 
-def _manual() -> Texts:
+def _manual() -> Mapping[str, Sequence[Row]]:
     """One document per help topic of Python's manual; the split depends on the topic's name alone."""
     from pydoc_data.topics import topics
 
@@ -68,9 +69,7 @@ def _manual() -> Texts:
     for name in _without_repeats(topics):
         bucket = int(hashlib.sha256(f"GÓRAL-{name}".encode()).hexdigest()[:8], 16) % 100
         splits["train" if bucket < 80 else "valid" if bucket < 85 else "test"].append({"text": topics[name]})
-    version = ".".join(map(str, sys.version_info[:3]))
-    note = f"built-in English text: the manual of Python {version}, {_counts(splits)} documents"
-    return Texts(**splits, notes=[note])
+    return splits
 
 
 def _without_repeats(topics: Mapping[str, str]) -> list[str]:
@@ -82,10 +81,6 @@ def _without_repeats(topics: Mapping[str, str]) -> list[str]:
             kept.append(name)
         seen.update(paragraphs)
     return sorted(kept)
-
-
-def _counts(splits: Mapping[str, Sequence[Row]]) -> str:
-    return ", ".join(f"{len(splits[name])} {name}" for name in SPLITS)
 
 
 def _from_hub(name: str) -> Texts:
