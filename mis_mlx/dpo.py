@@ -42,11 +42,11 @@ class Settings(alignment_run.Alignment):
     chosen answers and prefers nothing (measured)"""
 
     def loss(
-        self, student: nn.Module, tokens: mx.array, learn: mx.array, reference: mx.array, frozen_head: bool = False
+        self, student: nn.Module, tokens: mx.array, learn: mx.array, reference: mx.array
     ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
         """(sum over pairs, pairs, further sums) of 2 B rows (2 B, T), the chosen first; reference: (2 B,). margin: r_w
         - r_l in nats, without beta; chosen, rejected: log pi(y|x)."""
-        sums, counts = _sums(student, tokens, learn, frozen_head)
+        sums, counts = _sums(student, tokens, learn, self.lora is not None)
         r_w, r_l = mx.split(sums - reference, 2)
         n_w, n_l = mx.split(counts, 2)
         each = policy.pair_losses(r_w, r_l, self.beta, self.loss_type, self.dpop_lambda, n_w, n_l)
@@ -103,7 +103,7 @@ def measure(model: nn.Module, s: Settings, pairs: Sequence[Pair], logps: np.ndar
     sums = dict[str, float]()
     for at in sequence_packing.by_length("held out: batch", list(map(longest, pairs)), batch):
         tokens, learn = rectangle([pairs[i] for i in at])
-        total, _, more = s.loss(model, tokens, learn, mx.array(logps[at].T.reshape(-1)), frozen_head=True)
+        total, _, more = s.loss(model, tokens, learn, mx.array(logps[at].T.reshape(-1)))
         for name, value in {"loss": total, **more}.items():
             sums[name] = sums.get(name, 0.0) + float(value)
     sums.pop("tokens")
@@ -146,10 +146,9 @@ def run(settings: Settings) -> dict[str, Any]:
         of_train = np.full((len(train), 2), np.nan, np.float32)
         of_train[seen] = logps[: len(seen)]
         each = partial(micro_batches, parts, train, of_train)
-        loss = partial(s.loss, frozen_head=s.lora is not None)
         held_out = partial(measure, r.model, s, valid, logps[len(seen) :], parts.batch_size)
         judge = OF_MEANS if s.loss_type == "dpop" else "loss"
-        return r.train(each, loss, held_out, judge=judge)
+        return r.train(each, s.loss, held_out, judge=judge)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from mis_mlx.maths import policy
 from mis_mlx.maths.losses import token_logps
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import attention_masks, distributed, load, mlx_generate, stream
-from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.types import MOST, Count, MisError, Positive, Rate, Step, Within
 
 Rollout = tuple[list[tuple[Any, ...]], dict[str, float]]  # micro-batches of a step, for `Settings.loss`; facts of it
@@ -83,10 +82,10 @@ class Settings(alignment_run.Alignment):
 
     def loss(
         self, model: nn.Module, b: attention_masks.Branches, advantage: mx.array, old: mx.array | None = None,
-        reference: mx.array | None = None, frozen_head: bool = False,
+        reference: mx.array | None = None,
     ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:  # fmt: skip
         """(sum, count, further sums) over the answers of one micro-batch; old None: the model as it is now."""
-        new = self.logps(model, b, frozen_head)
+        new = self.logps(model, b, self.lora is not None)
         before = mx.stop_gradient(new) if old is None else old
         bounds = self.epsilon, self.epsilon_high
         losses, held = policy.token_losses(new, before, advantage, *bounds, reference, self.beta)
@@ -205,19 +204,19 @@ def _joined(facts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def train(
     model: nn.Module, rollouts: Callable[[int], Rollout], loss: train_loop.Loss, optimizer: GuardedAdamW,
-    recipe: TrainingConfig, start: int = 0, updates: int = 1,
+    s: Settings, start: int = 0,
 ) -> Iterator[Step]:  # fmt: skip
-    """Steps as `train_loop.train` gives them; each samples, then takes `updates` updates on what it sampled. A step of
-    which every group has equal rewards leaves weights and moments as they are. One line of the table a step."""
+    """Steps as `train_loop.train` gives them; each samples, then takes its updates on what it sampled. A step of which
+    every group has equal rewards leaves weights and moments as they are. One line of the table a step."""
     cli.say("  step  " + "  ".join(f"{name:>13}" for name, _ in TABLE))
-    for step in range(start, recipe.iters):
+    for step in range(start, s.iters):
         began = train_loop.CLOCK.monotonic()
         mx.reset_peak_memory()
         parts, facts = rollouts(step)
         peak = mx.get_peak_memory()
-        done = Step(step + 1, 0.0, 0.0, recipe.rate(step), 0, 0.0, peak, "no group teaches anything: no update")
-        for _ in range(updates if distributed.any_rank(parts) else 0):
-            done = next(train_loop.train(model, {step: parts}.__getitem__, loss, optimizer, recipe, step))
+        done = Step(step + 1, 0.0, 0.0, s.rate(step), 0, 0.0, peak, "no group teaches anything: no update")
+        for _ in range(s.num_iterations if distributed.any_rank(parts) else 0):
+            done = next(train_loop.train(model, {step: parts}.__getitem__, loss, optimizer, s, step))
         facts = {**done.more, **facts}
         seconds, peak = train_loop.CLOCK.monotonic() - began, max(peak, done.peak_bytes)
         cells = "  ".join(f"{facts[n]:>13{form}}" if n in facts else " " * 13 for n, form in TABLE)

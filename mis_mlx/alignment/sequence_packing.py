@@ -11,8 +11,7 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.data import examples, token_windows
-from mis_mlx.distillation import live_teacher
-from mis_mlx.distillation.live_teacher import TargetSource
+from mis_mlx.distillation.live_teacher import MicroBatch, TargetSource, labels
 from mis_mlx.maths.losses import token_logps
 from mis_mlx.models import attention_masks, distributed, load
 from mis_mlx.planner.recipe import TrainingConfig
@@ -76,7 +75,7 @@ class PackedDataset:
         self.windows = [[rows[i] for i in window] for window in shared]
         self.lengths = [sum(lengths[i] for i in window) for window in shared]
 
-    def micro_batches(self, source: TargetSource, s: TrainingConfig, step: int) -> list[live_teacher.MicroBatch]:
+    def micro_batches(self, source: TargetSource, s: TrainingConfig, step: int) -> list[MicroBatch]:
         """Those of a step: tokens and rows (B, T), then learn (B * T,) and the source's targets."""
         at = drawn(self.lengths, s, step)
         cut = [rectangle([self.windows[i] for i in part]) for part in at]
@@ -102,7 +101,7 @@ class PackedDataset:
         total, count = 0.0, 0.0
         for at in by_length("held out: batch", self.lengths, batch_size):
             tokens, learn, rows = rectangle([self.windows[i] for i in at])
-            hidden, targets = self.hidden(student, tokens, rows), live_teacher.labels(tokens)
+            hidden, targets = self.hidden(student, tokens, rows), labels(tokens)
             logps = token_logps(hidden, load.head_weight(student), targets)
             total -= float((logps * learn.reshape(-1)).sum())
             count += float(learn.sum())

@@ -16,7 +16,6 @@ import numpy as np
 
 from mis_mlx.data import token_windows
 from mis_mlx.data.rows import Reading, Row, collect, key, read, split_off
-from mis_mlx.data.token_windows import Windows
 from mis_mlx.storage import hub
 from mis_mlx.types import MisError
 
@@ -123,12 +122,12 @@ def _splits(readings: Mapping[str, Reading], source: str) -> Texts:
 class Data(NamedTuple):
     """Windows to train on, held-out windows by name (the first is the main one), and what was done, in words."""
 
-    train: Windows
-    held_out: dict[str, Windows]
+    train: token_windows.Windows
+    held_out: dict[str, token_windows.Windows]
     notes: tuple[str, ...]
 
 
-def calibration(data: Windows, count: int, seed: int, use: int = 1) -> list[mx.array]:
+def calibration(data: token_windows.Windows, count: int, seed: int, use: int = 1) -> list[mx.array]:
     """Up to `count` windows (1, T) of the training text, the same ones in every command; another `use` gets others."""
     at = np.random.default_rng([seed, use, 1]).permutation(len(data.tokens))[:count]
     return [mx.array(data.tokens[i][None]) for i in at]
@@ -149,7 +148,7 @@ def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
     with one part in eight of Polish Miś texts, whose splits share sentence templates by design: there overlap stays;
     and two in eight that a model wrote, of more kinds. What a teacher wrote beside these is held against the same."""
 
-    def windows(rows: Sequence[Row]) -> Windows:
+    def windows(rows: Sequence[Row]) -> token_windows.Windows:
         return token_windows.windows(token_windows.tokenize(rows, tokenizer), length, token_windows.start_of(tokenizer))
 
     texts = load(data)
