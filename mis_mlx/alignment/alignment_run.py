@@ -32,8 +32,7 @@ from mis_mlx.types import Checkpoint, Count, MisError, Positive, Step, Tokens, W
 
 BEST, MODEL, ADAPTERS = "best", "model", "adapters"
 HELD_OUT = "held_out.jsonl"
-# Settings that may differ when a run is resumed: none of them changes a weight. `save_every` does: by it the best
-# checkpoint is looked for.
+# Settings that may differ in a run that goes on: none changes a weight. By `save_every` the best is looked for.
 FREE = frozenset({"out", "resume", "dry_run", "config", "budget", "governor", "thermal_replay"})
 S = TypeVar("S", bound="Alignment")
 

@@ -18,7 +18,6 @@ import numpy as np
 import yaml
 
 from mis_mlx.data import rows, token_windows
-from mis_mlx.data.rows import Placed, Row
 from mis_mlx.types import MisError
 
 SHAPES: rows.Shapes = {
@@ -37,8 +36,8 @@ Sequenced = tuple[np.ndarray, np.ndarray]  # token ids (T,) int32, learn (T,) fl
 class Examples:
     """Rows to train on and held-out ones; for the run and the model card what they are; and what was done, in words."""
 
-    train: Sequence[Placed]
-    valid: Sequence[Placed]
+    train: Sequence[rows.Placed]
+    valid: Sequence[rows.Placed]
     card: Mapping[str, Any]
     notes: Sequence[str]
 
@@ -53,7 +52,7 @@ def load(
         raise MisError(f"{folder} has no train.jsonl: --data takes a folder with one JSON object per line in it")
     source = "generated tasks" if data is None else folder.resolve().name  # not the path: it goes into model cards
     train, problems = _read(folder / "train.jsonl", shapes)
-    valid, notes = list[Placed](), list[str]()
+    valid, notes = list[rows.Placed](), list[str]()
     if (folder / "valid.jsonl").exists():
         valid, more = _read(folder / "valid.jsonl", shapes)
         problems += more
@@ -82,7 +81,7 @@ def load(
     return Examples(train, valid, {**card, "train_rows": len(train), "valid_rows": len(valid)}, notes)
 
 
-def _read(path: Path, shapes: Sequence[str]) -> tuple[list[Placed], list[str]]:
+def _read(path: Path, shapes: Sequence[str]) -> tuple[list[rows.Placed], list[str]]:
     """(good rows, what is wrong with the others) of one file; a number as an answer is text."""
 
     def fault(row: object) -> str | None:
@@ -105,7 +104,7 @@ def _licence(folder: Path) -> str:
     return " ".join(files[0].read_text("utf-8", errors="replace").split())[:LICENCE_CHARACTERS] if files else ""
 
 
-def _prompt(row: Row) -> str:
+def _prompt(row: rows.Row) -> str:
     """What was asked: equal prompts stay on one side of a split."""
     return rows.key(row["prompt"] if "prompt" in row else [m for m in row["messages"] if m["role"] != "assistant"])
 
@@ -142,7 +141,7 @@ def scrub(text: str, removed: Counter[str]) -> str:
 
 
 def encode(
-    placed: Sequence[Placed], tokenizer: Any, length: int, answers: Sequence[str] = (), mask_prompt: bool = True
+    placed: Sequence[rows.Placed], tokenizer: Any, length: int, answers: Sequence[str] = (), mask_prompt: bool = True
 ) -> tuple[list[list[Sequenced]], int]:
     """(token sequences of every row, how many of these were cut at `length`). answers: keys of the row that are each an
     answer to its prompt, and make a sequence each; none: the row is a conversation, all of whose assistant's turns are

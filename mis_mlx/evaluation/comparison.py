@@ -52,8 +52,7 @@ def own(held_out: Windows) -> Windows:
 def together(models: Models, held_out: Windows, opened: Opened) -> Means:
     """What `compare` gives, every machine having compared its own windows."""
     mine = compare(models, own(held_out), opened=opened)
-    keys = [(name, metric) for name, metric in distributed.broadcast_json(lambda: list(mine))]
-    return {key: np.array(distributed.all_gather_items(mine.get(key, np.zeros(0)).tolist())) for key in keys}
+    return {key: np.array(distributed.all_gather_items(values.tolist())) for key, values in mine.items()}
 
 
 def compare(models: Models, held_out: Windows, hidden: stream.Hidden | None = None, opened: Opened = alone) -> Means:

@@ -52,8 +52,8 @@ class BenchmarkModel(NamedTuple):
 
 class Measurement(NamedTuple):
     """One request. stamps_s: when each token was there, from the start. cached_s: TTFT of the same prompt, all but its
-    last token in the cache. watts: from first token to last. peak_bytes: its model's weights, cache and workspace.
-    load_s, read_bytes: of its model, which may be gone."""
+    last token in the cache, if it can be trimmed. watts: from first token to last. peak_bytes: its model's weights,
+    cache and workspace. load_s, read_bytes: of its model, which may be gone."""
 
     asked: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -113,7 +113,11 @@ def trial(
     watts = mean_watts(monitor, stamps[-1] - stamps[0]) if monitor else None
     stream.evaluate_now([c.state for c in kept])  # mlx-lm has begun one more token: not to run into the next trial
     peak = mx.get_peak_memory() - before + s.nbytes if peaks else None
-    cached = _again(s.model, asked, kept)
+    caches, cached = load.mlx_lm("models.cache"), None
+    if caches.can_trim_prompt_cache(kept):
+        caches.trim_prompt_cache(kept, kept[0].offset - (len(asked) - 1))
+        (cached,), _ = clocked(mlx_generate.greedy(s.model, asked[-1:], 1, kept))
+        stream.evaluate_now([c.state for c in kept])
     mx.clear_cache()
     return Measurement(tuple(asked), tuple(tokens), tuple(stamps), cached, watts, peak, s.load_s, s.read_bytes)
 
@@ -126,17 +130,6 @@ def clocked(coming: Iterable[int]) -> tuple[list[float], list[int]]:
         stamps.append(time.perf_counter() - began)
         tokens.append(token)
     return stamps, tokens
-
-
-def _again(model: nn.Module, ids: list[int], kept: list[Any]) -> float | None:
-    """Seconds to the first token when all of the prompt but one token is cached; None where that cannot be trimmed."""
-    caches = load.mlx_lm("models.cache")
-    if not caches.can_trim_prompt_cache(kept):
-        return None
-    caches.trim_prompt_cache(kept, kept[0].offset - (len(ids) - 1))
-    (first_s,), _ = clocked(mlx_generate.greedy(model, ids[-1:], 1, kept))
-    stream.evaluate_now([c.state for c in kept])
-    return first_s
 
 
 def need_bytes(checkpoint: Checkpoint, r: Request) -> int:
