@@ -134,12 +134,14 @@ class Sampler:
         over answers that were scored. MisError when none could be."""
         s, ends, most = self.settings, self.tokenizer.eos_token_ids, self.settings.max_completion_length
         answers = mlx_generate.groups(self.model, prompts, count, most, ends, draw, s.at_once)
-        bare = [[[t for t in answer if t not in ends] for answer in group] for group in answers]
-        texts = [list(map(self.tokenizer.decode, group)) for group in bare]
+        texts = list[list[str]]()
+        for group in answers:
+            bare = ([token for token in answer if token not in ends] for answer in group)
+            texts.append(list(map(self.tokenizer.decode, bare)))
         scores = rewards.score(self.functions, rows, texts)
         totals = np.array([score.totals for score in scores], np.float64)
         if np.isnan(totals).all():
-            why = next((note for score in scores for note in score.notes), "every function returned None")
+            why = next(chain.from_iterable(score.notes for score in scores), "every function returned None")
             raise MisError(f"none of {totals.size} answers could be scored ({why}): fix reward functions or data")
         facts = {"reward": float(np.nanmean(totals))}
         for name in scores[0].parts:
