@@ -10,6 +10,7 @@ ours, lm-eval, lm-eval, ours; the faster one counts. Writes benchmarks/results/<
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ import numpy as np
 from laboratory import write
 from polish_text import problems
 
-from mis_mlx.evaluation import answering, lm_eval_tasks, questions
+from mis_mlx.evaluation import answering, questions
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, policy, resolve
 from mis_mlx.types import Checkpoint
@@ -89,7 +90,7 @@ def theirs(adapter: Any, name: str, folder: Path) -> tuple[float, float, list[li
 
 def main(model: str | None) -> None:
     """Compare, print and store."""
-    lm_eval_tasks.check(())
+    answering.check_harness(())
     checkpoint = load.open_checkpoint(resolve.resolve_model(model).path)
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as name:
@@ -112,7 +113,7 @@ def main(model: str | None) -> None:
         "model": checkpoint.path.name,
         "dtype": str(dtype),
         "questions": len(right),
-        "lm_eval": lm_eval_tasks.version(),
+        "lm_eval": importlib.metadata.version("lm_eval"),
         "accuracy": float((mine.argmax(1) == right).mean()),
         "accuracy_lm_eval": runs_theirs[0][3],
         "choices_that_differ": int((mine.argmax(1) != witness.argmax(1)).sum()),

@@ -74,7 +74,7 @@ def row(
     found: dict[str, Any] = {"prompt_tokens": length}
     for name, model in subjects.items():
         figures = rounds.figures(every[name], r)
-        best = 1000 * at.seconds(*rounds.first_token(models[name], model.read_bytes, r))
+        best = 1000 * at.seconds(*rounds.moved(models[name], model.read_bytes, r)[1])
         found[name] = {"cold_ms": figures["ttft_ms"], "cached_ms": figures["ttft_cached_ms"], "best_ms": best}
         found[name]["parts"] = throughput.by_part(model, 0, length, 1)
     kinds = ("cold_ms", "cached_ms")

@@ -2,10 +2,9 @@
 
 The reference is the model before it is trained: two floats a pair, kept in the run folder with their hashes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import mlx.core as mx
@@ -20,7 +19,6 @@ from mis_mlx.maths import losses, policy
 from mis_mlx.models import distributed, load
 from mis_mlx.planner import estimates
 from mis_mlx.storage import checkpoint as protocol
-from mis_mlx.storage.files import Files
 from mis_mlx.types import Positive, Rate, Within
 
 ANSWERS = ("chosen", "rejected")
@@ -44,11 +42,11 @@ class Settings(alignment_run.Alignment):
     chosen answers and prefers nothing (measured)"""
 
     def loss(
-        self, student: nn.Module, tokens: mx.array, learn: mx.array, reference: mx.array, frozen_head: bool = False
+        self, student: nn.Module, tokens: mx.array, learn: mx.array, reference: mx.array
     ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
         """(sum over pairs, pairs, further sums) of 2 B rows (2 B, T), the chosen first; reference: (2 B,). margin: r_w
         - r_l in nats, without beta; chosen, rejected: log pi(y|x)."""
-        sums, counts = _sums(student, tokens, learn, frozen_head)
+        sums, counts = _sums(student, tokens, learn, self.lora is not None)
         r_w, r_l = mx.split(sums - reference, 2)
         n_w, n_l = mx.split(counts, 2)
         each = policy.pair_losses(r_w, r_l, self.beta, self.loss_type, self.dpop_lambda, n_w, n_l)
@@ -86,16 +84,6 @@ def reference(model: nn.Module, pairs: Sequence[Pair], batch_size: int) -> np.nd
     return logps
 
 
-def stored_reference(folder: Path, fingerprint: str, files: Files, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """What `make()` gave, (N, 2): from the run folder, hashes checked, where it lies there; else made and put there."""
-    if saved := protocol.newest(folder / REFERENCE, files):  # of the same data: a run is not resumed with others
-        return np.array(protocol.load_arrays(saved, "logps")["chosen_rejected"])
-    values = make()
-    arrays = {"logps": {"chosen_rejected": mx.array(values)}}
-    protocol.save_step(folder / REFERENCE, 0, arrays, {"fingerprint": fingerprint}, files)
-    return values
-
-
 def longest(pair: Pair) -> int:
     """Tokens of the longer answer of a pair, its prompt included."""
     return max(len(ids) for ids, _ in pair)
@@ -103,8 +91,7 @@ def longest(pair: Pair) -> int:
 
 def micro_batches(s: Settings, pairs: Sequence[Pair], logps: np.ndarray, step: int) -> list[tuple[mx.array, ...]]:
     """Those of a step: tokens, learn (2 B, T) and the reference's log-probabilities (2 B,)."""
-    lengths = list(map(longest, pairs))
-    at = sequence_packing.drawn(lengths, s.batch_size, s.grad_accumulation_steps, step, s.seed)
+    at = sequence_packing.drawn(list(map(longest, pairs)), s, step)
     return [(*rectangle([pairs[i] for i in part]), mx.array(logps[part].T.reshape(-1))) for part in at]
 
 
@@ -116,7 +103,7 @@ def measure(model: nn.Module, s: Settings, pairs: Sequence[Pair], logps: np.ndar
     sums = dict[str, float]()
     for at in sequence_packing.by_length("held out: batch", list(map(longest, pairs)), batch):
         tokens, learn = rectangle([pairs[i] for i in at])
-        total, _, more = s.loss(model, tokens, learn, mx.array(logps[at].T.reshape(-1)), frozen_head=True)
+        total, _, more = s.loss(model, tokens, learn, mx.array(logps[at].T.reshape(-1)))
         for name, value in {"loss": total, **more}.items():
             sums[name] = sums.get(name, 0.0) + float(value)
     sums.pop("tokens")
@@ -147,18 +134,21 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.dry_run:
         return {"model": str(checkpoint.path), "pairs": len(train), **planned}
     with alignment_run.running(s, folder, checkpoint, parts.batch_size, phases, card, "dpo") as r:
-        logps = np.zeros((len(compared), 2), np.float32)
+        logps, kept = np.zeros((len(compared), 2), np.float32), r.folder / REFERENCE
         if distributed.is_main():
-            ask = partial(reference, r.model, compared, parts.batch_size)
-            logps = stored_reference(r.folder, card["fingerprint"], r.files, ask)
+            if saved := protocol.newest(kept, r.files):  # of the same data: a run is not resumed with others
+                logps = np.array(protocol.load_arrays(saved, "logps")["chosen_rejected"])
+            else:
+                logps = reference(r.model, compared, parts.batch_size)
+                arrays = {"logps": {"chosen_rejected": mx.array(logps)}}
+                protocol.save_step(kept, 0, arrays, {"fingerprint": card["fingerprint"]}, r.files)
         logps = np.array(distributed.broadcast_array(mx.array(logps)))
         of_train = np.full((len(train), 2), np.nan, np.float32)
         of_train[seen] = logps[: len(seen)]
         each = partial(micro_batches, parts, train, of_train)
-        loss = partial(s.loss, frozen_head=s.lora is not None)
         held_out = partial(measure, r.model, s, valid, logps[len(seen) :], parts.batch_size)
         judge = OF_MEANS if s.loss_type == "dpop" else "loss"
-        return r.train(each, loss, held_out, judge=judge)
+        return r.train(each, s.loss, held_out, judge=judge)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Evaluate students against their teacher: the recovery table on tasks, or held-out loss, KL and agreement."""
 
+import importlib.metadata
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.evaluation import answering, comparison, lm_eval_tasks, questions, recovery_table, task_registry
+from mis_mlx.evaluation import answering, comparison, questions, recovery_table, task_registry
 from mis_mlx.evaluation.comparison import Models
 from mis_mlx.evaluation.recovery_table import Outcome
 from mis_mlx.evaluation.task_registry import EvaluationSet
@@ -66,8 +67,7 @@ def _print(words: str) -> None:
 def _kld(models: Models, held_out: token_windows.Windows, title: str, opened: comparison.Opened) -> dict[str, Any]:
     """Print the report on all models but the first, the reference; the same for the JSON line."""
     held_out = comparison.second_half(held_out)
-    base, *names = models
-    report = comparison.kld(models[base], {name: models[name] for name in names}, held_out, opened)
+    report = comparison.kld(models, held_out, opened)
     tokens, sha256 = int((held_out.learn > 0).sum()), token_windows.fingerprint(held_out)
     rows, result = [], dict[str, Any]({"tokens": tokens, "sha256_tokens": sha256})
     for name, of in report.items():
@@ -78,7 +78,7 @@ def _kld(models: Models, held_out: token_windows.Windows, title: str, opened: co
             if error is not None:
                 result[f"{metric}_se_{name}"] = error
     _print(f"\n{title}: the {tokens} tokens of their second halves, ± one standard error\n")
-    _print(f"{text.table(rows, names, text.TABLES['kld'])}\n\nsha256 of the tokens: {sha256}")
+    _print(f"{text.table(rows, list(report), text.TABLES['kld'])}\n\nsha256 of the tokens: {sha256}")
     return result
 
 
@@ -145,7 +145,7 @@ def _outcomes(s: Settings, wanted: EvaluationSet, models: Models, hashes: Hashes
     if wanted.harness:
         theirs = [answering.by_harness(m, hashes[name], wanted.harness, s.num_questions) for name, m in models.items()]
         for rows in zip(*theirs, strict=True):
-            about = f"lm-eval {lm_eval_tasks.version()}, {rows[0]['metric']}"
+            about = f"lm-eval {importlib.metadata.version('lm_eval')}, {rows[0]['metric']}"
             by_model = {name: np.array(row["marks"]) for name, row in zip(models, rows, strict=True)}
             yield Outcome(rows[0]["task"], about, by_model, np.array(rows[0]["chance"]))
 
@@ -154,7 +154,7 @@ def _examine(s: Settings, models: Models, seen: Checkpoint, hashes: Hashes, limi
     began = time.monotonic()
     wanted = task_registry.find(s.tasks, s.num_questions, s.data)
     if wanted.harness:
-        lm_eval_tasks.check(wanted.harness)
+        answering.check_harness(wanted.harness)
     for task in wanted.tasks:
         cli.say(f"{task.name}: {len(task.questions)} questions; {task.about}")
     distributed.check_same({task.name: task.sha256 for task in wanted.tasks})

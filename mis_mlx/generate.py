@@ -33,9 +33,6 @@ class Settings(cli.Budgeted, policy.Computing):
     """print bytes and memory, and stop"""
 
 
-Settled = tuple[Iterator[list[int]], Callable[[], int]]  # tokens, pass by pass; bytes read so far
-
-
 def _whole_bytes(checkpoint: Checkpoint, request: rounds.Request, limit: Budget) -> int:
     """Memory of the model whole in mlx-lm, whose step takes a fraction of a streamed one's time; 0 where it does not
     fit, or where mlx-lm's kernels of packed weights are slower than this program's copies."""
@@ -45,21 +42,19 @@ def _whole_bytes(checkpoint: Checkpoint, request: rounds.Request, limit: Budget)
     return 0 if slow or need > limit.limit_bytes else need
 
 
-def _streamed(
-    s: Settings, checkpoint: Checkpoint, small: Checkpoint | None, ids: Sequence[int], room: int, direct: bool,
-    ends: set[int],
-) -> Settled:  # fmt: skip
-    """Read from disk as far as there is no room, with the guesses of a draft."""
+def _settled(
+    s: Settings, checkpoint: Checkpoint, small: Checkpoint | None, ids: Sequence[int], ends: set[int],
+    room: int | None, direct: bool,
+) -> tuple[Iterator[list[int]], Callable[[], int]]:  # fmt: skip
+    """(tokens, pass by pass; bytes read so far): of mlx-lm where room is None; else of a model read from disk as far as
+    there is no room, with the guesses of a draft."""
+    if room is None:
+        model, _ = mlx_generate.open_model(checkpoint.path)
+        return mlx_generate.checked(model, ids, s.max_tokens, str(checkpoint.path)), lambda: checkpoint.nbytes
     big = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), room, direct)
     guesser = stream.Stream(small, policy.compute_dtype(small), None) if small else None
     coming = streamed_decode.decode(big, ids, s.max_tokens, ends, guesser, s.num_draft_tokens + 1)
     return coming, lambda: big.reader.nbytes
-
-
-def _whole(s: Settings, checkpoint: Checkpoint, ids: Sequence[int]) -> Settled:
-    """By mlx-lm."""
-    model, _ = mlx_generate.open_model(checkpoint.path)
-    return mlx_generate.checked(model, ids, s.max_tokens, str(checkpoint.path)), lambda: checkpoint.nbytes
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -93,10 +88,7 @@ def run(settings: Settings) -> dict[str, Any]:
     began, peak, tokens, passes, text = time.monotonic(), memory.Peak(), list[int](), 0, ""
     with memory.limited(limit), progress.bar("generate", s.max_tokens) as show:
         ends, direct = set(tokenizer.eos_token_ids), checkpoint.nbytes > limit.limit_bytes
-        if whole_bytes:
-            settled, read = _whole(s, checkpoint, ids)
-        else:
-            settled, read = _streamed(s, checkpoint, small, ids, room, direct, ends)
+        settled, read = _settled(s, checkpoint, small, ids, ends, None if whole_bytes else room, direct)
         for new in settled:
             tokens += [t for t in new if t not in ends]
             passes += 1

@@ -86,9 +86,8 @@ def run(settings: Settings) -> dict[str, Any]:
         log = partial(r.files.append, r.folder / grpo_rollout.SAMPLES)
         tokenizer = load.tokenizer(checkpoint.path)
         sampler = grpo_rollout.Sampler(s, r.model, train, prompts, tokenizer, functions, reference, log)
-        loss = partial(s.loss, frozen_head=s.lora is not None)
         held_out = partial(grpo_rollout.measure, sampler, valid, valid_prompts)
-        return r.train(sampler, loss, held_out, partial(grpo_rollout.train, updates=s.num_iterations))
+        return r.train(sampler, s.loss, held_out, grpo_rollout.train)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,23 @@
-"""Report: one self-contained HTML page of a run, or of several side by side; --watch renders it while a run goes on."""
+"""Report: one self-contained HTML page of a run, or of several side by side; --watch renders it while a run goes on.
 
+Each part of it takes the story and a key, with which the ids of its pictures begin; what nothing is known of is left
+out. KeyError, TypeError or ValueError where values are not this version's."""
+
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any
 
 import tyro
 
 from mis_mlx import cli
-from mis_mlx.reporting import figures, html, run_reader, sections
+from mis_mlx.reporting import figures, html, run_reader
+from mis_mlx.reporting.run_reader import RunRecord, Series
 from mis_mlx.storage import files, run_folder
-from mis_mlx.types import Count, MisError
+from mis_mlx.types import GIB, Count, MisError, duration, gib
 
 
 @dataclass(frozen=True)
@@ -31,17 +36,152 @@ class Settings:
     """YAML file with any of these flags"""
 
 
-def render(stories: Sequence[run_reader.RunRecord], every_s: int | None = None) -> str:
+def _since(story: RunRecord, series: Series, scale: float = 1.0) -> list[tuple[float, float]]:
+    return [(x - story.began_s, y * scale) for x, y in series.points()]
+
+
+def summary(story: RunRecord, key: str) -> str:
+    """Two sentences: what was done, and what came of it; or how far it is."""
+    teacher = PurePath(str(story.result.get("teacher") or story.config.get("teacher") or "the default teacher")).name
+    step, loss = (story.steps.series[name].points()[-1:] for name in ("number", "loss"))
+    return html.part("summary", s=story, teacher=teacher, step=step, loss=loss, duration=duration, gib=gib)
+
+
+def recovery(story: RunRecord, key: str) -> str:
+    """The table of the four models."""
+    return html.part("recovery", table=html.markdown(story.table))
+
+
+def course(story: RunRecord, key: str) -> str:
+    """Loss with temperature and tea breaks, speed, memory: over time, in one picture."""
+    steps, air = story.steps, story.air
+    loss = _since(story, steps.series["loss"])
+    if not loss:
+        return ""
+    panels: dict[str, figures.Lines] = {"loss, nats a token": {"loss": loss}}
+    warm = {n: _since(story, air.series[c]) for n, c in (("die", "die_c"), ("air", "ambient_c"))}
+    if any(warm.values()):
+        panels["°C"] = warm
+    breaks = [(start - story.began_s, end - story.began_s) for start, end, _ in air.pauses]
+    if speed := _since(story, steps.series["tokens_per_s"]):
+        panels["tokens/s"] = {"speed": speed}
+    planned_s = {p["phase"]: p["seconds"] for p in story.begun.get("planned", [])}.get("distil")
+    planned = story.begun["step_tokens"] * story.begun["iters"] / planned_s if planned_s else None
+    if memory := _since(story, steps.series["peak_bytes"], 1 / GIB):
+        panels["GiB"] = {"memory": memory}
+    budget = story.begun.get("budget_bytes") or story.result.get("budget_bytes")
+    values = {"loss": loss, "count": steps.series["loss"].count, "warm": warm, "breaks": breaks, "speed": speed,
+              "causes": sorted({cause for _, _, cause in air.pauses}), "planned": _known("{:.0f}".format, planned),
+              "memory": memory, "budget": _known(gib, budget)}  # fmt: skip
+    words = " ".join(html.document("course.md", values).split())
+    caption = f"{key}course", "Loss, temperature, tea breaks, speed, memory", words
+    return html.part("course", pictures=[figures.over_time(caption, panels, shaded=breaks)])
+
+
+def cost(story: RunRecord, key: str) -> str:
+    """Time and memory of every phase beside what was planned."""
+    took, peak = dict[str, float](), dict[str, float]()
+    for p in story.phases:  # a phase that was killed and taken up again has two lines
+        took[p["phase"]] = took.get(p["phase"], 0.0) + p["seconds"]
+        peak[p["phase"]] = max(peak.get(p["phase"], 0.0), p["peak_bytes"])
+    if "distil" in took:
+        peak["distil"] = max([peak["distil"], *(nbytes for _, nbytes in story.steps.series["peak_bytes"].points())])
+    planned = {p["phase"]: p for p in story.begun.get("planned", [])}
+    rows = []
+    for name in dict.fromkeys([*planned, *took]):
+        plan = planned.get(name, {})
+        times = [_known(duration, took.get(name)), _known(duration, plan.get("seconds"))]
+        rows.append([name, *times, _known(gib, peak.get(name)), _known(gib, plan.get("peak_bytes"))])
+    return html.part("cost", phases=rows)
+
+
+def _known(form: Callable[[float], str], value: float | None) -> str:
+    return "–" if value is None else form(value)
+
+
+def pruning(story: RunRecord, key: str) -> str:
+    """Which blocks, heads and neurons were kept, and how important they are."""
+    report, layers = story.keep.get("report") or {}, set(story.keep.get("layers", []))
+    pictures = []
+    if blocks := {int(i): float(v) for i, v in (report.get("block_importance") or {}).items()}:
+        removed = {i: v for i, v in blocks.items() if i not in layers}
+        groups = {"kept": {i: v for i, v in blocks.items() if i in layers}, "removed": removed}
+        text = f"1 − cosine of each of the {len(blocks)} blocks: how far it turns the stream. "
+        text += f"Removed: {', '.join(map(str, removed)) or 'none'}."
+        pictures.append(figures.columns((f"{key}blocks", "Blocks", text), ("block", "1 − cosine"), groups))
+    shares = {}
+    for axis in ("ffn", "heads"):
+        rows = {k.split("/")[0]: v for k, v in (report.get("profile") or {}).items() if k.endswith(f"/{axis}")}
+        kept = [rows[i]["kept"] for i in rows if int(i) in layers]
+        if kept and min(kept) < 1:
+            shares[axis] = f"{min(kept):.0%} to {max(kept):.0%}"
+    return html.part("pruning", report=report, pictures=pictures, shares=shares)
+
+
+def samples(story: RunRecord, key: str) -> str:
+    """What the models write after the same words, side by side."""
+    texts: dict[str, dict[str, str]] = {}
+    for sample in story.samples:
+        prompt = f"{sample['language']}: “{sample['prompt']} …”"
+        texts.setdefault(prompt, {})[str(sample["model"])] = str(sample["text"])
+    return html.part("samples", texts=texts)
+
+
+def origins(story: RunRecord, key: str) -> str:
+    """The command, versions, hashes, settings."""
+    words = ["python", "-m", "mis_mlx.distill"]
+    for name, value in (story.begun.get("flags") or {}).items():
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words += map(str, value if isinstance(value, list) else [value])
+    rates = story.begun.get("rates") or {}
+    facts = {**story.origin, **({"machine": rates["device"]} if "device" in rates else {})}
+    return html.part("origins", command=shlex.join(words) if story.begun else "", facts=facts, config=story.config)
+
+
+def comparison(stories: Sequence[RunRecord], names: list[str]) -> str:
+    """Several runs side by side: losses on one picture, numbers and their difference to the first run's, settings."""
+    losses = {n: _since(s, s.steps.series["loss"]) for n, s in zip(names, stories, strict=True)}
+    picture = ""
+    if ends := "; ".join(f"{n} ends at {points[-1][1]:.3f}" for n, points in losses.items() if points):
+        text = f"Training loss of {len(losses)} runs: {ends}."
+        picture = figures.over_time(("all-loss", "Loss of all runs", text), {"loss, nats a token": losses})
+    numbers = []
+    for name in dict.fromkeys(k for s in stories for k, v in s.result.items() if type(v) in (int, float)):
+        values = [s.result.get(name) for s in stories]
+        numbers.append([name, *(_cell(value, values[0]) for value in values)])
+    settings = []
+    for name in dict.fromkeys(k for s in stories for k in s.config):
+        values = [str(s.config.get(name, "–")) for s in stories]
+        if len(set(values)) > 1:
+            settings.append([name, *values])
+    return html.part("comparison", picture=picture, names=names, numbers=numbers, settings=settings)
+
+
+def _cell(value: Any, first: Any) -> str:
+    """A number, and by how much it differs from the first run's; a dash for anything else."""
+    if type(value) not in (int, float):
+        return "–"
+    form = "," if type(value) is int else ",.4g"
+    if type(first) not in (int, float) or value == first:
+        return format(value, form)
+    return f"{value:{form}} ({value - first:+{form}})"
+
+
+OF_RUN = (summary, recovery, course, cost, pruning, samples, origins)  # in the page's order
+
+
+def render(stories: Sequence[RunRecord], every_s: int | None = None) -> str:
     """The page. every_s: how often a browser is to open it anew."""
     names = [s.name for s in stories]
     names = [n if names.count(n) == 1 else f"{n} ({i + 1})" for i, n in enumerate(names)]  # no two alike
     parts = [html.part("heading", text=" and ".join(names))]
     if len(stories) > 1:
-        parts.append(_part("comparison", partial(sections.comparison, stories, names)))
+        parts.append(_part("comparison", partial(comparison, stories, names)))
     for number, (name, story) in enumerate(zip(names, stories, strict=True)):
         if len(stories) > 1:
             parts.append(html.part("heading", text=name))
-        parts += [_part(make.__name__, partial(make, story, f"r{number}-")) for make in sections.OF_RUN]
+        parts += [_part(make.__name__, partial(make, story, f"r{number}-")) for make in OF_RUN]
         parts.append(html.part("missing", lines=story.missing))
     return html.page(f"{', '.join(names)}: mis_mlx", "".join(parts), every_s)
 

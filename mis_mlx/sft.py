@@ -13,8 +13,6 @@ from mis_mlx.models import load, resolve
 from mis_mlx.planner import estimates
 from mis_mlx.types import Checkpoint, Rate
 
-SHAPES = ("messages", "completion")
-
 
 @dataclass(frozen=True)
 class Settings(alignment_run.Alignment):
@@ -51,7 +49,7 @@ def run(settings: Settings) -> dict[str, Any]:
     beside = None
     if s.teacher is not None:
         beside = comparison.same_vocabulary(checkpoint, load.open_checkpoint(resolve.resolve_model(s.teacher).path))
-    *splits, card = alignment_run.data(s, checkpoint, SHAPES, mask_prompt=s.mask_prompt)
+    *splits, card = alignment_run.data(s, checkpoint, ("messages", "completion"), mask_prompt=s.mask_prompt)
     room = s.max_seq_length if s.packing and not s.teacher else 0
     train, valid = (sequence_packing.PackedDataset([row[0] for row in rows], room) for rows in splits)
     length = max(train.lengths)
@@ -67,7 +65,7 @@ def run(settings: Settings) -> dict[str, Any]:
             t, direct = estimates.model_of(beside), beside.nbytes > r.budget_bytes
             room = phase.pinned * t.block_work + t.head_work
             source = live_teacher.StreamedTeacher(beside, room, direct, cross_entropy=1.0 - s.distill_weight)
-        each = partial(train.micro_batches, source, parts.batch_size, parts.grad_accumulation_steps, s.seed)
+        each = partial(train.micro_batches, source, parts)
         loss = partial(train.loss, source, s.lora is not None)
         return r.train(each, loss, lambda: valid.measure(r.model, parts.batch_size))
 

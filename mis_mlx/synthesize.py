@@ -24,6 +24,7 @@ from mis_mlx.models.stream import Stream
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
 from mis_mlx.storage import checkpoint as protocol
+from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, reported
 from mis_mlx.types import Budget, Checkpoint, Count, MisError, Positive, Seed, Share, Tokens, duration, gib
 
@@ -147,42 +148,35 @@ def write(s: Settings, model: Any, tokenizer: Any, batch: int, at_once: int) -> 
     return rows
 
 
-def _written(s: Settings, checkpoint: Checkpoint, part: Path, way: Way, most: int) -> Iterator[Row]:
-    """Texts of a run that was stopped, all but its last batch; then what is usable of `most` new ones, each kept in the
-    file `part`."""
+def _texts(s: Settings, checkpoint: Checkpoint, part: Path, way: Way) -> list[Row]:
+    """As many different ones as are asked for, each kept in the file `part`: of a run that was stopped, all but its
+    last batch; then new ones. MisError where hardly any is usable."""
     how = {**asdict(s), "model": str(checkpoint.path), "budget": 0, "out": "", "at_once": way.at_once}
     head = json.dumps(how, sort_keys=True)
     lines = part.read_text("utf-8").splitlines() if part.is_file() else []
     found = [json.loads(line) for line in lines[1:-1]] if lines[:1] == [head] else []  # the last one may be torn
-    first = found[-1][1] if found else 0
-    kept = [one for one in found if one[1] < first]
+    batch = found[-1][1] if found else 0
+    kept = [one for one in found if one[1] < batch]
     DISK.replace_text(part, "".join(f"{line}\n" for line in (head, *map(json.dumps, kept))))
-    yield from (row for row, _ in kept)
     model: Any
     if way.room_bytes is None:
         model, tokenizer = mlx_generate.open_model(checkpoint.path)
     else:
         model = Stream(checkpoint, policy.compute_dtype(checkpoint), way.room_bytes, way.direct)
         tokenizer = load.tokenizer(checkpoint.path)
-    count, batch = len(kept), first
-    while most > 0:
-        size = min(way.at_once, SPARE + max(0, s.num_samples - count), most)  # of the last one: what is missing
-        for row in write(s, model, tokenizer, batch, size):
-            DISK.append(part, json.dumps([row, batch]))
-            count += 1
-            yield row
-        most, batch = most - size, batch + 1
-
-
-def _texts(s: Settings, checkpoint: Checkpoint, part: Path, way: Way) -> list[Row]:
-    """As many different ones as are asked for. MisError where hardly any is usable."""
-    texts, most = dict[str, Row](), TRIES * (s.num_samples + SPARE)
+    texts, count = {json.dumps(row): row for row, _ in kept}, len(kept)
+    most = left = TRIES * (s.num_samples + SPARE)
     with progress.bar("text", s.num_samples) as show:
-        for row in _written(s, checkpoint, part, way, most):
-            texts[json.dumps(row)] = row
-            show(len(texts))
-            if len(texts) == s.num_samples:
-                return list(texts.values())
+        while left > 0:
+            size = min(way.at_once, SPARE + max(0, s.num_samples - count), left)  # of the last one: what is missing
+            for row in write(s, model, tokenizer, batch, size):
+                DISK.append(part, json.dumps([row, batch]))
+                texts[json.dumps(row)] = row
+                count += 1
+                show(len(texts))
+                if len(texts) == s.num_samples:
+                    return list(texts.values())
+            left, batch = left - size, batch + 1
     why = f"of {most} texts of this model only {len(texts)} are usable, {s.num_samples} were asked for"
     raise MisError(f"{why}: ask for fewer with --num-samples, or try another --temp or --openings")
 
@@ -239,7 +233,7 @@ def run(settings: Settings) -> dict[str, Any]:
     with protocol.commit_folder(out, DISK, PLACE_BYTES, "the text") as folder:
         for name, split in (("train", texts + other), ("valid", given.valid), ("test", given.test)):
             DISK.write(folder / f"{name}.jsonl", "".join(f"{json.dumps(row)}\n" for row in split).encode())
-        DISK.write(folder / preparation.SOURCE, json.dumps(source, indent=1).encode())
+        DISK.write(folder / hub.PROVENANCE, json.dumps(source, indent=1).encode())
     DISK.remove_tree(part)
     return {"out": str(out), "written": len(texts), "mixed_in": len(other), **planned}
 

@@ -97,7 +97,7 @@ def test_who_slows_down_is_named() -> None:
 def test_the_roof_by_pencil(llama: Checkpoint) -> None:
     """1 MB of weights and the keys of 10 tokens (3 blocks x 2 x 32 numbers x 4 bytes) a token, at 1 GB/s."""
     r, at = Request(8, 4), Roof("d", "", 1e9, 1e15, "given")
-    nbytes, _ = rounds.decoding(llama, 1_000_000, r)
+    (nbytes, _), _ = rounds.moved(llama, 1_000_000, r)
     assert nbytes == 1_000_000 + 10 * 3 * 2 * 32 * 4
     found = rounds.beside(llama, 1_000_000, r, at, 500.0)
     assert found["bound"] == "memory bandwidth"
@@ -106,7 +106,7 @@ def test_the_roof_by_pencil(llama: Checkpoint) -> None:
     slow = Roof("d", "", 1e15, 1e6, "given")  # arithmetic is the limit: 2 operations a parameter of blocks and head
     assert rounds.beside(llama, 1_000_000, r, slow, 1.0)["bound"] == "arithmetic"
     params = sum(t.nbytes for t in llama.tensors.values()) // 4
-    assert rounds.decoding(llama, 0, r)[1] == pytest.approx(2 * params, rel=0.02)
+    assert rounds.moved(llama, 0, r)[0][1] == pytest.approx(2 * params, rel=0.02)
     # An M1 is computed: floats in float16, two bytes a parameter, and the keys of 10 tokens, over 68 GB/s.
     assert rounds.m1_tokens_per_s(llama, r) == pytest.approx(68e9 / (2 * params + 10 * 3 * 2 * 32 * 2))
 

@@ -99,7 +99,7 @@ def test_the_page_of_a_run(finished: tuple[Path, Done], copy: Path) -> None:
     assert json.loads((copy / run_folder.ORIGIN).read_text())["data"] in page
     cost = page[page.index("<h2>What it cost") : page.index("<h2>What was kept")]
     phase = run_reader.read(copy).phases[0]
-    assert f"<td>prune</td><td>{report.sections.duration(phase['seconds'])}</td><td>" in cost
+    assert f"<td>prune</td><td>{report.duration(phase['seconds'])}</td><td>" in cost
 
 
 def test_what_a_run_writes_down_for_it(finished: tuple[Path, Done], llama: Checkpoint) -> None:

@@ -26,6 +26,7 @@ from mis_mlx.gguf_export import model_card as model_card
 from mis_mlx.hardware import memory
 from mis_mlx.models import attention_masks, load, lora, mlx_generate
 from mis_mlx.planner import estimates
+from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny, trl_model
@@ -75,7 +76,8 @@ def step(lesson: PackedDataset, model: nn.Module, batch_size: int, parts: int) -
     source = live_teacher.TextTargets()
     loss = partial(lesson.loss, source, False)
     total, count, gradients = 0.0, 0.0, None
-    for arguments in lesson.micro_batches(source, batch_size, parts, 0, 0):
+    recipe = TrainingConfig(batch_size=batch_size, grad_accumulation_steps=parts)
+    for arguments in lesson.micro_batches(source, recipe, 0):
         (part, n, _), made = nn.value_and_grad(model, loss)(model, *arguments)
         total, count = total + float(part), count + float(n)
         gradients = made if gradients is None else tree_map(mx.add, gradients, made)
@@ -136,7 +138,8 @@ def test_a_step_draws_the_same_rows_however_it_is_cut() -> None:
     """One batch of 8 or four of 2: the same indices, those of like length together."""
     lengths = np.random.default_rng(2).integers(1, 60, 30).tolist()
     for number in range(5):
-        whole, parts = (np.concatenate(sequence_packing.drawn(lengths, b, p, number, 7)) for b, p in ((8, 1), (2, 4)))
+        cuts = [TrainingConfig(batch_size=b, grad_accumulation_steps=p, seed=7) for b, p in ((8, 1), (2, 4))]
+        whole, parts = (np.concatenate(sequence_packing.drawn(lengths, cut, number)) for cut in cuts)
         assert np.array_equal(whole, parts) and sorted(lengths[i] for i in whole) == [lengths[i] for i in whole]
 
 
@@ -169,10 +172,10 @@ def test_a_stopped_run_ends_with_the_same_bits(
     """SIGTERM between checkpoints saves one more, which is not measured: the best is looked for where it always is."""
     settings, drawn = settings_of(sft, small, tmp_path / "run"), sequence_packing.drawn
 
-    def stopping(lengths: Sequence[int], batch_size: int, parts: int, step: int, *more: Any) -> list[np.ndarray]:
+    def stopping(lengths: Sequence[int], recipe: TrainingConfig, step: int) -> list[np.ndarray]:
         if step == 2 and not settings.resume:
             os.kill(os.getpid(), signal.SIGTERM)
-        return drawn(lengths, batch_size, parts, step, *more)
+        return drawn(lengths, recipe, step)
 
     monkeypatch.setattr(sequence_packing, "drawn", stopping)
     with pytest.raises(MisError, match="stopped at step 3 of 6, all of it saved"):
@@ -242,7 +245,7 @@ def test_packed_weights_in_memory_take_adapters(tmp_path: Path, monkeypatch: pyt
     lora.insert(model, lora.Lora(-1, 4, 2.0), 0)
     rows = [(np.arange(3, 9, dtype=np.int32), np.ones(6, np.float32))]
     lesson, source = PackedDataset(rows), live_teacher.TextTargets()
-    (arguments,) = lesson.micro_batches(source, 1, 1, 0, 0)
+    (arguments,) = lesson.micro_batches(source, TrainingConfig(batch_size=1), 0)
     _, gradients = nn.value_and_grad(model, partial(lesson.loss, source, True))(model, *arguments)
     flat = dict(tree_flatten(gradients))
     assert flat and all(name.endswith(("lora_a", "lora_b")) for name in flat)

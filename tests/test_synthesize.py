@@ -18,6 +18,7 @@ from mis_mlx.data import preparation
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate, policy, stream, streamed_decode
 from mis_mlx.planner import estimates
+from mis_mlx.storage import hub
 from mis_mlx.types import Budget, Checkpoint, MisError
 from tests import tiny
 from tests.conftest import Done, last_line
@@ -148,7 +149,7 @@ def test_distill_has_its_teacher_write(
     assert distill.run(replace(s, dry_run=True)) and not Path("runs/text").exists()
     result = distill.run(s)
     (folder,) = Path("runs/text").iterdir()
-    source = json.loads((folder / preparation.SOURCE).read_text())
+    source = json.loads((folder / hub.PROVENANCE).read_text())
     assert source["written"] == 6 and source["data"] is None and source["model"] == str(llama.path)
     table = Path("run/table.md").read_text()
     assert "English, " in table and "Polish, " in table

@@ -32,8 +32,7 @@ from mis_mlx.types import Checkpoint, Count, MisError, Positive, Step, Tokens, W
 
 BEST, MODEL, ADAPTERS = "best", "model", "adapters"
 HELD_OUT = "held_out.jsonl"
-# Settings that may differ when a run is resumed: none of them changes a weight. `save_every` does: by it the best
-# checkpoint is looked for.
+# Settings that may differ in a run that goes on: none changes a weight. By `save_every` the best is looked for.
 FREE = frozenset({"out", "resume", "dry_run", "config", "budget", "governor", "thermal_replay"})
 S = TypeVar("S", bound="Alignment")
 
@@ -78,8 +77,7 @@ class Alignment(cli.Resumable, policy.Computing, ThermalFlags, recipe.TrainingCo
 
 
 def opened(settings: S) -> tuple[S, Path | None, Checkpoint]:
-    """(settings and folder of the run, which may be one that goes on; the model to align, through the gate). MisError
-    where it cannot be trained as asked for."""
+    """(settings; folder, of a run that goes on; the model to align). MisError where it cannot be trained as asked."""
     s, folder = run_loop.resumed(settings, FREE)
     checkpoint = run_loop.opened(s, s.model)
     if s.lora:

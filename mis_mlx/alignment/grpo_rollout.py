@@ -22,7 +22,6 @@ from mis_mlx.maths import policy
 from mis_mlx.maths.losses import token_logps
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import attention_masks, distributed, load, mlx_generate, stream
-from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.types import MOST, Count, MisError, Positive, Rate, Step, Within
 
 Rollout = tuple[list[tuple[Any, ...]], dict[str, float]]  # micro-batches of a step, for `Settings.loss`; facts of it
@@ -83,10 +82,10 @@ class Settings(alignment_run.Alignment):
 
     def loss(
         self, model: nn.Module, b: attention_masks.Branches, advantage: mx.array, old: mx.array | None = None,
-        reference: mx.array | None = None, frozen_head: bool = False,
+        reference: mx.array | None = None,
     ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:  # fmt: skip
         """(sum, count, further sums) over the answers of one micro-batch; old None: the model as it is now."""
-        new = self.logps(model, b, frozen_head)
+        new = self.logps(model, b, self.lora is not None)
         before = mx.stop_gradient(new) if old is None else old
         bounds = self.epsilon, self.epsilon_high
         losses, held = policy.token_losses(new, before, advantage, *bounds, reference, self.beta)
@@ -115,29 +114,48 @@ class Sampler:
         at = distributed.shard(order(len(self.rows), s.grad_accumulation_steps, step, s.seed))
         own = [s.seed, step, *([distributed.rank()] if distributed.size() > 1 else [])]
         draw = mlx_generate.sampler(s.temperature, int(np.random.SeedSequence(own).generate_state(1)[0]))
-        answers = mlx_generate.groups(
-            self.model, [self.prompts[i] for i in at], s.group_size, s.max_completion_length,
-            self.tokenizer.eos_token_ids, draw, s.at_once,
-        )  # fmt: skip
-        texts = [[self.text(answer) for answer in group] for group in answers]
-        scores = rewards.score(self.functions, [self.rows[i] for i in at], texts)
-        totals, notes = _totals(scores), [note for score in scores for note in score.notes]
-        if np.isnan(totals).all():
-            why = f"none of {totals.size} answers could be scored ({(notes or ['every function returned None'])[0]})"
-            raise MisError(f"step {step + 1}: {why}: fix the reward functions or the answers")
+        rows = [self.rows[i] for i in at]
+        answers, texts, scores, totals, mine = self.scored(rows, [self.prompts[i] for i in at], s.group_size, draw)
         kept = policy.teaches(totals)
-        judged = zip(at, texts, scores, kept, strict=True)
-        lines = [_record(step, self.rows[i], group, score, bool(keeps)) for i, group, score, keeps in judged]
+        judged = zip(rows, texts, scores, kept, strict=True)
+        lines = [_record(step, row, group, score, bool(keeps)) for row, group, score, keeps in judged]
         for line in chain.from_iterable(distributed.all_gather(lines)):
             self.log(line)
         advantage = policy.advantages(totals, scaled=s.loss_type != "dr_grpo")
         chosen = [(at[n], answers[n], advantage[n]) for n in np.flatnonzero(kept)]
-        facts = distributed.all_gather(_facts(scores, answers, kept, s.max_completion_length))
+        facts = distributed.all_gather(mine)
         return self._parts(chosen), facts[0] if len(facts) == 1 else _joined(facts)
 
-    def text(self, answer: Sequence[int]) -> str:
-        """An answer as the reward functions read it, without its stop token."""
-        return str(self.tokenizer.decode([t for t in answer if t not in self.tokenizer.eos_token_ids]))
+    def scored(
+        self, rows: Sequence[Row], prompts: Sequence[list[int]], count: int, draw: mlx_generate.Sampler
+    ) -> tuple[list[Group], list[list[str]], list[rewards.Scores], np.ndarray, dict[str, float]]:
+        """`count` answers to each of these prompts, as token ids and, without stop tokens, as text; their scores; total
+        rewards (prompts, answers), NaN where an answer is not scored; and what metrics hold beside the loss: means are
+        over answers that were scored. MisError when none could be."""
+        s, ends, most = self.settings, self.tokenizer.eos_token_ids, self.settings.max_completion_length
+        answers = mlx_generate.groups(self.model, prompts, count, most, ends, draw, s.at_once)
+        texts = list[list[str]]()
+        for group in answers:
+            bare = ([token for token in answer if token not in ends] for answer in group)
+            texts.append(list(map(self.tokenizer.decode, bare)))
+        scores = rewards.score(self.functions, rows, texts)
+        totals = np.array([score.totals for score in scores], np.float64)
+        if np.isnan(totals).all():
+            why = next(chain.from_iterable(score.notes for score in scores), "every function returned None")
+            raise MisError(f"none of {totals.size} answers could be scored ({why}): fix reward functions or data")
+        facts = {"reward": float(np.nanmean(totals))}
+        for name in scores[0].parts:
+            if values := [v for score in scores for v in score.parts[name] if v is not None]:
+                facts[f"reward_{name}"] = float(np.mean(values))
+        lengths = np.array([len(answer) for group in answers for answer in group])
+        facts |= {
+            "unscored": int(np.isnan(totals).sum()),
+            "answer_tokens": float(lengths.mean()),
+            "truncated": float((lengths >= most).mean()),
+            "kept": int(policy.teaches(totals).sum()),
+            "groups": len(totals),
+        }
+        return answers, texts, scores, totals, facts
 
     def _parts(self, chosen: Sequence[tuple[int, Group, np.ndarray]]) -> list[tuple[Any, ...]]:
         s, parts = self.settings, list[tuple[Any, ...]]()
@@ -177,27 +195,6 @@ def _record(step: int, row: Row, texts: Sequence[str], score: rewards.Scores, ke
     return json.dumps({"number": step + 1, **about, "kept": kept, **notes, "answers": answers}, ensure_ascii=False)
 
 
-def _totals(scores: Sequence[rewards.Scores]) -> np.ndarray:
-    """(prompts, answers) float64; NaN where an answer is not scored."""
-    return np.array([s.totals for s in scores], np.float64)
-
-
-def _facts(scores: Sequence[rewards.Scores], answers: list[Group], kept: np.ndarray, most: int) -> dict[str, float]:
-    """What a step's metrics hold beside its loss. Means are over answers that were scored."""
-    totals, lengths = _totals(scores), np.array([len(answer) for group in answers for answer in group])
-    facts = {"reward": float(np.nanmean(totals))}
-    for name in scores[0].parts:
-        if values := [v for s in scores for v in s.parts[name] if v is not None]:
-            facts[f"reward_{name}"] = float(np.mean(values))
-    return facts | {
-        "unscored": int(np.isnan(totals).sum()),
-        "answer_tokens": float(lengths.mean()),
-        "truncated": float((lengths >= most).mean()),
-        "kept": int(kept.sum()),
-        "groups": len(kept),
-    }
-
-
 def _joined(facts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Those of all machines: counts added, means weighed by groups."""
     joined = {}
@@ -209,20 +206,19 @@ def _joined(facts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def train(
     model: nn.Module, rollouts: Callable[[int], Rollout], loss: train_loop.Loss, optimizer: GuardedAdamW,
-    recipe: TrainingConfig, start: int = 0, updates: int = 1,
+    s: Settings, start: int = 0,
 ) -> Iterator[Step]:  # fmt: skip
-    """Steps as `train_loop.train` gives them; each samples, then takes `updates` updates on what it sampled. A step of
-    which every group has equal rewards leaves weights and moments as they are. One line of the table a step."""
+    """Steps as `train_loop.train` gives them; each samples, then takes its updates on what it sampled. A step of which
+    every group has equal rewards leaves weights and moments as they are. One line of the table a step."""
     cli.say("  step  " + "  ".join(f"{name:>13}" for name, _ in TABLE))
-    for step in range(start, recipe.iters):
+    for step in range(start, s.iters):
         began = train_loop.CLOCK.monotonic()
         mx.reset_peak_memory()
         parts, facts = rollouts(step)
         peak = mx.get_peak_memory()
-
-        done = Step(step + 1, 0.0, 0.0, recipe.rate(step), 0, 0.0, peak, "no group teaches anything: no update")
-        for _ in range(updates if distributed.any_rank(parts) else 0):
-            done = next(train_loop.train(model, {step: parts}.__getitem__, loss, optimizer, recipe, step))
+        done = Step(step + 1, 0.0, 0.0, s.rate(step), 0, 0.0, peak, "no group teaches anything: no update")
+        for _ in range(s.num_iterations if distributed.any_rank(parts) else 0):
+            done = next(train_loop.train(model, {step: parts}.__getitem__, loss, optimizer, s, step))
         facts = {**done.more, **facts}
         seconds, peak = train_loop.CLOCK.monotonic() - began, max(peak, done.peak_bytes)
         cells = "  ".join(f"{facts[n]:>13{form}}" if n in facts else " " * 13 for n, form in TABLE)
@@ -232,12 +228,6 @@ def train(
 
 def measure(sampler: Sampler, rows: Sequence[Row], prompts: Sequence[list[int]], samples: int = 0) -> dict[str, float]:
     """Means over answers to held-out rows, greedy or `samples` drawn for each; "loss", minus the reward, judges."""
-    s, ends, most = sampler.settings, sampler.tokenizer.eos_token_ids, sampler.settings.max_completion_length
-    draw = mlx_generate.sampler(s.temperature if samples else 0.0, s.seed)
-    answers = mlx_generate.groups(sampler.model, prompts, samples or 1, most, ends, draw, s.at_once)
-    scores = rewards.score(sampler.functions, rows, [[sampler.text(a) for a in group] for group in answers])
-    totals = _totals(scores)
-    if np.isnan(totals).all():
-        raise MisError(f"none of {len(rows)} held-out answers could be scored: fix the reward functions or the answers")
-    facts = _facts(scores, answers, policy.teaches(totals), most)
+    draw = mlx_generate.sampler(sampler.settings.temperature if samples else 0.0, sampler.settings.seed)
+    *_, facts = sampler.scored(rows, prompts, samples or 1, draw)
     return {"loss": 0.0 - facts["reward"], **{k: v for k, v in facts.items() if k not in ("kept", "groups")}}

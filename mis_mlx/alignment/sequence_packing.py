@@ -11,9 +11,10 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.data import examples, token_windows
-from mis_mlx.distillation import live_teacher
+from mis_mlx.distillation.live_teacher import MicroBatch, TargetSource, labels
 from mis_mlx.maths.losses import token_logps
 from mis_mlx.models import attention_masks, distributed, load
+from mis_mlx.planner.recipe import TrainingConfig
 
 MULTIPLE = 8  # that a padded length is of: fewer different shapes, for which memory is kept
 PADDING = -1  # the row that padding is of
@@ -48,12 +49,12 @@ def rectangle(windows: Sequence[Sequence[examples.Sequenced]]) -> tuple[mx.array
     return mx.array(tokens), mx.array(learn), mx.array(rows)
 
 
-def drawn(lengths: Sequence[int], batch_size: int, parts: int, step: int, seed: int) -> list[np.ndarray]:
-    """This machine's part of the indices of a step's `parts` micro-batches: a pure function of its arguments. Those of
-    like length come together, which saves padding and changes nothing: a step is one sum."""
-    at = token_windows.order(len(lengths), batch_size * parts, step, seed)
+def drawn(lengths: Sequence[int], s: TrainingConfig, step: int) -> list[np.ndarray]:
+    """This machine's part of the indices of a step's micro-batches: a pure function of its arguments. Those of like
+    length come together, which saves padding and changes nothing: a step is one sum."""
+    at = token_windows.order(len(lengths), s.batch_size * s.grad_accumulation_steps, step, s.seed)
     at = distributed.shard(at[np.argsort([lengths[i] for i in at], kind="stable")])
-    return [at[i : i + batch_size] for i in range(0, len(at), batch_size)]
+    return [at[i : i + s.batch_size] for i in range(0, len(at), s.batch_size)]
 
 
 def by_length(label: str, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
@@ -74,18 +75,16 @@ class PackedDataset:
         self.windows = [[rows[i] for i in window] for window in shared]
         self.lengths = [sum(lengths[i] for i in window) for window in shared]
 
-    def micro_batches(
-        self, source: live_teacher.TargetSource, batch_size: int, parts: int, seed: int, step: int
-    ) -> list[live_teacher.MicroBatch]:
+    def micro_batches(self, source: TargetSource, s: TrainingConfig, step: int) -> list[MicroBatch]:
         """Those of a step: tokens and rows (B, T), then learn (B * T,) and the source's targets."""
-        at = drawn(self.lengths, batch_size, parts, step, seed)
+        at = drawn(self.lengths, s, step)
         cut = [rectangle([self.windows[i] for i in part]) for part in at]
         signal = source.micro_batches([(tokens, learn) for tokens, learn, _ in cut], at)
         return [(tokens, rows, *rest) for (_, _, rows), (tokens, *rest) in zip(cut, signal, strict=True)]
 
     def loss(
-        self, source: live_teacher.TargetSource, frozen_head: bool, student: nn.Module, tokens: mx.array,
-        rows: mx.array, learn: mx.array, *target: mx.array,
+        self, source: TargetSource, frozen_head: bool, student: nn.Module, tokens: mx.array, rows: mx.array,
+        learn: mx.array, *target: mx.array,
     ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:  # fmt: skip
         """(sum in nats, tokens that count, {"tokens": all}) of a micro-batch."""
         hidden = self.hidden(student, tokens, rows)
@@ -102,7 +101,7 @@ class PackedDataset:
         total, count = 0.0, 0.0
         for at in by_length("held out: batch", self.lengths, batch_size):
             tokens, learn, rows = rectangle([self.windows[i] for i in at])
-            hidden, targets = self.hidden(student, tokens, rows), live_teacher.labels(tokens)
+            hidden, targets = self.hidden(student, tokens, rows), labels(tokens)
             logps = token_logps(hidden, load.head_weight(student), targets)
             total -= float((logps * learn.reshape(-1)).sum())
             count += float(learn.sum())

@@ -18,7 +18,6 @@ import numpy as np
 import yaml
 
 from mis_mlx.data import rows, token_windows
-from mis_mlx.data.rows import Placed, Row
 from mis_mlx.storage.files import json_sha256
 from mis_mlx.types import MisError
 
@@ -38,8 +37,8 @@ Sequenced = tuple[np.ndarray, np.ndarray]  # token ids (T,) int32, learn (T,) fl
 class Examples:
     """Rows to train on and held-out ones; for the run and the model card what they are; and what was done, in words."""
 
-    train: Sequence[Placed]
-    valid: Sequence[Placed]
+    train: Sequence[rows.Placed]
+    valid: Sequence[rows.Placed]
     card: Mapping[str, Any]
     notes: Sequence[str]
 
@@ -54,13 +53,16 @@ def load(
         raise MisError(f"{folder} has no train.jsonl: --data takes a folder with one JSON object per line in it")
     source = "generated tasks" if data is None else folder.resolve().name  # not the path: it goes into model cards
     train, problems = _read(folder / "train.jsonl", shapes)
-    valid, notes = list[Placed](), list[str]()
+    valid, notes = list[rows.Placed](), list[str]()
     if (folder / "valid.jsonl").exists():
         valid, more = _read(folder / "valid.jsonl", shapes)
         problems += more
     rows.refuse(problems)
     if data is None and kinds:
-        train, valid = _of_kinds(train, kinds), _of_kinds(valid, kinds)
+        known = sorted({row["task"] for row, _ in train})
+        if unknown := sorted(set(kinds).difference(known)):
+            raise MisError(f"there are no tasks called {unknown[0]}: known are {', '.join(known)}")
+        train, valid = ([one for one in part if one[0]["task"] in kinds] for part in (train, valid))
     if not valid:
         keys = [_prompt(row) for row, _ in train]
         train, valid = rows.split_off(train, keys)
@@ -80,7 +82,7 @@ def load(
     return Examples(train, valid, {**card, "train_rows": len(train), "valid_rows": len(valid)}, notes)
 
 
-def _read(path: Path, shapes: Sequence[str]) -> tuple[list[Placed], list[str]]:
+def _read(path: Path, shapes: Sequence[str]) -> tuple[list[rows.Placed], list[str]]:
     """(good rows, what is wrong with the others) of one file; a number as an answer is text."""
 
     def fault(row: object) -> str | None:
@@ -97,20 +99,13 @@ def _read(path: Path, shapes: Sequence[str]) -> tuple[list[Placed], list[str]]:
     return good, problems if good or problems else [f"{path.name}: it has no rows"]
 
 
-def _of_kinds(placed: Sequence[Placed], kinds: Sequence[str]) -> list[Placed]:
-    known = sorted({row["task"] for row, _ in placed})
-    if unknown := sorted(set(kinds) - set(known)):
-        raise MisError(f"there are no tasks called {unknown[0]}: known are {', '.join(known)}")
-    return [(row, at) for row, at in placed if row["task"] in kinds]
-
-
 def _licence(folder: Path) -> str:
     """The beginning of a licence file beside the data; empty where there is none."""
     files = sorted(p for p in folder.iterdir() if re.fullmatch(r"(?i)licen[cs]e(\.\w+)?", p.name) and p.is_file())
     return " ".join(files[0].read_text("utf-8", errors="replace").split())[:LICENCE_CHARACTERS] if files else ""
 
 
-def _prompt(row: Row) -> str:
+def _prompt(row: rows.Row) -> str:
     """What was asked: equal prompts stay on one side of a split."""
     return json_sha256(row["prompt"] if "prompt" in row else [m for m in row["messages"] if m["role"] != "assistant"])
 
@@ -147,7 +142,7 @@ def scrub(text: str, removed: Counter[str]) -> str:
 
 
 def encode(
-    placed: Sequence[Placed], tokenizer: Any, length: int, answers: Sequence[str] = (), mask_prompt: bool = True
+    placed: Sequence[rows.Placed], tokenizer: Any, length: int, answers: Sequence[str] = (), mask_prompt: bool = True
 ) -> tuple[list[list[Sequenced]], int]:
     """(token sequences of every row, how many of these were cut at `length`). answers: keys of the row that are each an
     answer to its prompt, and make a sequence each; none: the row is a conversation, all of whose assistant's turns are

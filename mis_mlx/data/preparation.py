@@ -1,11 +1,9 @@
 """Text from where it is, in three splits; token windows of it: train, and held-out sets that share nothing with it.
 
-From folders in mlx-lm's format, the hub, or built in, for work offline: Python's manual in English (`pydoc_data`), the
-Polish Miś texts (benchmarks/polish_text), and what the default teacher wrote. Every row is judged before any is used;
-notes say what was dropped."""
+From folders in mlx-lm's format, the hub, or built in: Python's manual in English (`pydoc_data`), the Polish Miś texts
+(benchmarks/polish_text), what the default teacher wrote. Every row is judged first; notes say what was dropped."""
 
 import hashlib
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,13 +16,12 @@ import numpy as np
 
 from mis_mlx.data import token_windows
 from mis_mlx.data.rows import Reading, Row, collect, read, split_off
-from mis_mlx.data.token_windows import Windows
+from mis_mlx.storage import hub
 from mis_mlx.storage.files import json_sha256
 from mis_mlx.types import MisError
 
 MIS = "mis"  # `--data mis`: the Polish texts; a folder of that name is reached as ./mis
 TEACHER = "teacher"  # `--data teacher` of distill, which has the teacher write first
-SOURCE = "source.json"  # in a folder that `synthesize` wrote: of what --data its held-out splits are
 MIS_FOLDER = Path(__file__).parent / "polish" / MIS
 SPLITS = ("train", "valid", "test")
 WRITTEN = Path(__file__).parent / "written" / "train.jsonl"  # ABOUT says by whom
@@ -42,12 +39,13 @@ class Texts(NamedTuple):
 
 def load(data: str | None = None) -> Texts:
     """The rows of `data`: None = the English text built in, "mis" = the Polish one, a folder, or a hub id."""
-    if data is None:
-        return _manual()
-    if data == MIS:
-        splits = {name: read(MIS_FOLDER / f"{name}.jsonl").rows for name in SPLITS}
-        shared = "its splits share sentence templates, not values: a run of 32 tokens known from train is common"
-        return Texts(**splits, notes=[f"built-in Polish text: the Miś dataset, {_counts(splits)} documents; {shared}"])
+    if data in (None, MIS):
+        splits = _manual() if data is None else {name: read(MIS_FOLDER / f"{name}.jsonl").rows for name in SPLITS}
+        counts, version = (f"{len(splits[name])} {name}" for name in SPLITS), ".".join(map(str, sys.version_info[:3]))
+        what = f"English text: the manual of Python {version}" if data is None else "Polish text: the Miś dataset"
+        shared = "; its splits share sentence templates, not values: a run of 32 tokens known from train is common"
+        note = f"built-in {what}, {', '.join(counts)} documents{shared if data == MIS else ''}"
+        return Texts(**splits, notes=[note])
     if data == TEACHER:
         raise MisError("--data teacher is for distill: let `synthesize` write, and give its folder here")
     folder = Path(data).expanduser()
@@ -63,7 +61,7 @@ def load(data: str | None = None) -> Texts:
     return _from_hub(data)
 
 
-def _manual() -> Texts:
+def _manual() -> Mapping[str, Sequence[Row]]:
     """One document per help topic of Python's manual; the split depends on the topic's name alone."""
     from pydoc_data.topics import topics
 
@@ -71,9 +69,7 @@ def _manual() -> Texts:
     for name in _without_repeats(topics):
         bucket = int(hashlib.sha256(f"GÓRAL-{name}".encode()).hexdigest()[:8], 16) % 100
         splits["train" if bucket < 80 else "valid" if bucket < 85 else "test"].append({"text": topics[name]})
-    version = ".".join(map(str, sys.version_info[:3]))
-    note = f"built-in English text: the manual of Python {version}, {_counts(splits)} documents"
-    return Texts(**splits, notes=[note])
+    return splits
 
 
 def _without_repeats(topics: Mapping[str, str]) -> list[str]:
@@ -85,10 +81,6 @@ def _without_repeats(topics: Mapping[str, str]) -> list[str]:
             kept.append(name)
         seen.update(paragraphs)
     return sorted(kept)
-
-
-def _counts(splits: Mapping[str, Sequence[Row]]) -> str:
-    return ", ".join(f"{len(splits[name])} {name}" for name in SPLITS)
 
 
 def _from_hub(name: str) -> Texts:
@@ -131,12 +123,12 @@ def _splits(readings: Mapping[str, Reading], source: str) -> Texts:
 class Data(NamedTuple):
     """Windows to train on, held-out windows by name (the first is the main one), and what was done, in words."""
 
-    train: Windows
-    held_out: dict[str, Windows]
+    train: token_windows.Windows
+    held_out: dict[str, token_windows.Windows]
     notes: tuple[str, ...]
 
 
-def calibration(data: Windows, count: int, seed: int, use: int = 1) -> list[mx.array]:
+def calibration(data: token_windows.Windows, count: int, seed: int, use: int = 1) -> list[mx.array]:
     """Up to `count` windows (1, T) of the training text, the same ones in every command; another `use` gets others."""
     at = np.random.default_rng([seed, use, 1]).permutation(len(data.tokens))[:count]
     return [mx.array(data.tokens[i][None]) for i in at]
@@ -152,24 +144,12 @@ def _written(tokenizer: Any) -> list[Row]:
     return rows
 
 
-def _beside_ours(source: Path) -> bool:
-    """Whether a teacher's own text was mixed with the built-in one, by the file `synthesize` leaves."""
-    try:
-        return json.loads(source.read_text("utf-8"))["data"] is None
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
     """Windows of `length` tokens; held-out ones that overlap training are removed. data None: Python's manual (English)
     with one part in eight of Polish Miś texts, whose splits share sentence templates by design: there overlap stays;
-    and two in eight of what a small model wrote, which shows more kinds of text. What a teacher wrote beside manual and
-    Miś texts is held against the same texts."""
+    and two in eight that a model wrote, of more kinds. What a teacher wrote beside these is held against the same."""
 
-    def counted(held_out: Windows) -> Windows:
-        return replace(held_out, text_bytes=token_windows.text_bytes(held_out, tokenizer))
-
-    def windows(rows: Sequence[Row]) -> Windows:
+    def windows(rows: Sequence[Row]) -> token_windows.Windows:
         return token_windows.windows(token_windows.tokenize(rows, tokenizer), length, token_windows.start_of(tokenizer))
 
     texts = load(data)
@@ -180,9 +160,10 @@ def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
         f"{len(train.tokens)} training windows of {length} tokens, {len(test.tokens)} held out; "
         f"{removed} more held-out windows shared 32 tokens in a row with training and were removed",
     ]
-    if data is not None and not _beside_ours(Path(data).expanduser() / SOURCE):
-        return Data(train, {"held-out": counted(test)}, tuple(notes))
-    polish = load(MIS)
+    held_out, polish = {"held-out": test}, load(MIS)
+    # A folder that `synthesize` wrote says of what --data its held-out splits are: None, the built-in text.
+    if data is None or hub.provenance(Path(data).expanduser()).get("data", data) is None:
+        held_out = {"English": test, "Polish": windows(polish.test)}
     if data is None:
         whole = len(train.tokens) / (1 - MIS_SHARE - WRITTEN_SHARE)
         notes += polish.notes
@@ -192,4 +173,5 @@ def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
             count = min(len(extra.tokens), round(whole * share))
             train = token_windows.joined([train, extra.pick(slice(count))])
             notes.append(f"{count} of the training windows are {what}")
-    return Data(train, {"English": counted(test), "Polish": counted(windows(polish.test))}, tuple(notes))
+    sized = {name: replace(w, text_bytes=token_windows.text_bytes(w, tokenizer)) for name, w in held_out.items()}
+    return Data(train, sized, tuple(notes))

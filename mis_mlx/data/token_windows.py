@@ -16,8 +16,7 @@ from mis_mlx.types import MisError
 @dataclass(frozen=True)
 class Windows:
     """Token ids (N, T) int32, and learn (N, T) float32: 1 where the prediction made there, of the next token, counts;
-    so its last column is always 0. text_bytes (N,): of the text of these predictions; None where that was not
-    counted."""
+    so its last column is 0. text_bytes (N,): of the text of these predictions; None where that was not counted."""
 
     tokens: np.ndarray
     learn: np.ndarray

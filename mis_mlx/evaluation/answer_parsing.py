@@ -140,19 +140,15 @@ def names(text: str) -> tuple[str, ...] | None:
 
 def value(text: str, language: Language | None, like: Value | None = None) -> Value | None:
     """A right answer's value as a data set writes it; or an answer's, read as what `like` is. None where it is none."""
-    line = _plain(clean(text) or "")
+    line = clean(text) or ""
+    line = line[:-1].rstrip() if line.endswith(".") and not line.endswith("..") else line  # a closing full stop
+    line = _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("\u2044", "/"), line).strip()
     if like is None:
         is_time = re.fullmatch(r"[0-9]{1,2}:[0-9]{2}", line)
         return clock(line) if is_time else quantity(line, language) or names(line)
     if isinstance(like, tuple):
         return names(line)
     return clock(line) if like.kind == "clock" else quantity(line, language)
-
-
-def _plain(line: str) -> str:
-    """Without a closing full stop, and with ½ as a fraction."""
-    line = line[:-1].rstrip() if line.endswith(".") and not line.endswith("..") else line
-    return _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("\u2044", "/"), line).strip()
 
 
 def same(answer: Value, right: Value) -> bool:

@@ -1,10 +1,18 @@
-"""One model, one task: the mark of every question, kept by (model, task), so that nothing is asked twice."""
+"""One model, one task: the mark of every question, kept by (model, task), so that nothing is asked twice.
 
+lm-eval's own tasks go through mlx-lm's adapter (mlx_lm.evaluate). These need the extra `evaluate`, data sets from the
+hub, and the whole model in memory."""
+
+import difflib
 import hashlib
+import importlib.metadata
 import json
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.evaluation import lm_eval_tasks, option_likelihood, rewards
+from mis_mlx.evaluation import option_likelihood, rewards
 from mis_mlx.evaluation.questions import Task
 from mis_mlx.hardware import memory
 from mis_mlx.models import distributed, load, mlx_generate, policy, streamed_decode
@@ -26,6 +34,8 @@ from mis_mlx.types import Budget, Checkpoint, MisError, grouped
 VERSION = 2  # of how marks come about: kept ones of another version are not used
 PART = 4096  # tokens of questions between two looks at the disk, where the whole model stays in memory
 AT_ONCE = 16  # answers written together
+METRICS = ("acc", "exact_match", "f1")  # of lm-eval; the first one that a task has is its mark
+Sample = Mapping[str, Any]  # lm-eval's record of one question: "doc_id", "filtered_resps", and its metrics by name
 Writer = Callable[[Sequence[list[int]]], list[list[int]]]  # prompts to their continuations
 Asked = dict[int, dict[str, Any]]  # question number: {"ll": [...]} or {"text", "mark"}
 Asking = tuple[estimates.StageCost, Callable[[], Iterator[dict[str, Any]]]]  # what it takes; what does it, in a budget
@@ -81,16 +91,76 @@ def scores(checkpoint: Checkpoint, model_sha256: str, task: Task, limit: Budget,
     return np.array([float(at == q.right) for at, q in zip(chosen, task.questions, strict=True)])
 
 
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """lm-eval's and datasets' log off the user's screen; their errors still come."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@cache
+def _manager() -> Any:
+    """lm-eval's list of tasks, whose 14,000 files take 10 s to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def check_harness(ids: Sequence[str]) -> None:
+    """MisError where lm-eval is not installed; and for ids that it does not have, with the nearest ones."""
+    if find_spec("lm_eval") is None:
+        raise MisError("lm-eval's tasks need lm-eval, which is not here: pip install 'mis-mlx[evaluate]'")
+    with _hushed():
+        known = _manager().all_tasks
+    for name in ids:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 3, 0.5) or known[:3]
+            raise MisError(f"lm-eval has no task {name}: did you mean {' or '.join(near)}?")
+
+
+def samples(folder: Path, name: str, count: int) -> dict[str, list[Sample]]:
+    """{task: lm-eval's own records} of `count` questions, greedy; a group gives its tasks. MisError: no data came."""
+    with _hushed():
+        import lm_eval
+
+        adapter = load.mlx_lm("evaluate").MLXLM(str(folder), use_chat_template=False, trust_remote_code=False)
+        adapter._model.set_dtype(policy.compute_dtype(load.open_checkpoint(folder)))
+        how: dict[str, Any] = {"limit": count, "log_samples": True, "bootstrap_iters": 0}
+        how |= {f"{kind}_seed": 0 for kind in ("random", "numpy_random", "torch_random", "fewshot_random")}
+        try:
+            found = lm_eval.simple_evaluate(adapter, tasks=[name], task_manager=_manager(), **how)
+        except (OSError, ValueError, RuntimeError) as error:  # as hub, datasets and requests say that nothing comes
+            why = f"{name} ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+            remedy = "check the network, for the hub's data, or take --tasks polish-offline"
+            raise MisError(f"lm-eval could not run {why}: {remedy}") from None
+    return found["samples"]
+
+
+def marks(name: str, found: Sequence[Sample]) -> dict[str, Any]:
+    """Of a task, for JSON: its name; marks, 0 to 1, and chance of all questions; metric. Of one filter of several."""
+    ordered = sorted((s for s in found if s.get("filter") == found[0].get("filter")), key=lambda s: s["doc_id"])
+    metric = next((m for m in METRICS if m in ordered[0]), None)
+    if metric is None:
+        raise MisError(f"{name} is scored by none of {', '.join(METRICS)}: take a task that is")
+    choice = ordered[0].get("resps") and metric == "acc"
+    chance = [1 / len(s["resps"]) if choice and len(s["resps"]) > 1 else 0.0 for s in ordered]
+    return {"task": name, "marks": [float(np.mean(s[metric])) for s in ordered], "chance": chance, "metric": metric}
+
+
 def by_harness(checkpoint: Checkpoint, model_sha256: str, ids: Sequence[str], count: int) -> list[dict[str, Any]]:
-    """`lm_eval_tasks.marks` of the first `count` questions of each; a group gives several. One machine asks."""
+    """`marks` of the first `count` questions of each; a group gives several. One machine asks."""
 
     def rows_of(name: str) -> list[dict[str, Any]]:
-        key = f"lm_eval {lm_eval_tasks.version()} {name} {count}"
+        key = f"lm_eval {importlib.metadata.version('lm_eval')} {name} {count}"
         path = kept(model_sha256, hashlib.sha256(key.encode()).hexdigest())
         if not path.is_file():
-            by_task = lm_eval_tasks.samples(checkpoint.path, [name], count)
+            by_task = samples(checkpoint.path, name, count)
             DISK.make_folder(path.parent)
-            lines = [json.dumps(lm_eval_tasks.marks(t, found)) + "\n" for t, found in by_task.items()]
+            lines = [json.dumps(marks(t, found)) + "\n" for t, found in by_task.items()]
             DISK.replace_text(path, "".join(lines))
         return run_folder.records(path)
 

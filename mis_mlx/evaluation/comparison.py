@@ -48,11 +48,11 @@ def own(held_out: Windows) -> Windows:
 def together(models: Models, held_out: Windows, opened: Opened) -> Means:
     """What `compare` gives, every machine having compared its own windows."""
     mine, whole = compare(models, own(held_out), opened=opened), dict[tuple[str, str], np.ndarray]()
-    for name, metric in distributed.broadcast_json(lambda: list(mine)):
-        parts = distributed.all_gather(mine.get((name, metric), np.zeros(0)).tolist())
-        values = whole[name, metric] = np.zeros(len(held_out.tokens))
+    for key, values in mine.items():
+        parts = distributed.all_gather(values.tolist())
+        whole[key] = np.zeros(len(held_out.tokens))
         for rank, part in enumerate(parts):
-            values[rank :: len(parts)] = part
+            whole[key][rank :: len(parts)] = part
     return whole
 
 
@@ -142,11 +142,12 @@ def second_half(held_out: Windows) -> Windows:
     return Windows(held_out.tokens, learn)
 
 
-def kld(base: Checkpoint, others: Models, held_out: Windows, opened: Opened = Stream) -> dict[str, Figures]:
-    """{name: figures} of all models, over the predictions that count, each machine its own; `base`: the reference."""
+def kld(models: Models, held_out: Windows, opened: Opened = Stream) -> dict[str, Figures]:
+    """{name: figures} of all models but the first, the reference: of the predictions that count, each machine's own."""
+    (_, base), *others = models.items()
     held_out = own(held_out)
     mine, report = final_hidden(base, held_out, opened), {}
-    for name, other in cli.counted("model", others.items(), len(others)):
+    for name, other in cli.counted("model", others, len(others)):
         values = by_window((base, mine), (other, final_hidden(other, held_out, opened)), held_out)
         each = distributed.all_gather([row for window in values for row in window.tolist()])
         report[name] = figures(*np.array([row for part in each for row in part]).T)

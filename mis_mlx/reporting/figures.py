@@ -52,8 +52,7 @@ def _html(figure: Any, caption: Caption) -> str:
     svg = re.sub(r'(href="|url\()#', rf"\1#{key}-", svg)
     svg = re.sub(r"font: (?:[a-z0-9]+ )*?([0-9.]+px) [^;\"]*", r"font-size: \1", svg)
     width, height = (round(72 * inches) for inches in figure.get_size_inches())
-    words = {"key": key, "title": title, "description": description}
-    return html.part("picture", **words, width=width, height=height, inside=svg)
+    return html.part("picture", key=key, title=title, description=description, width=width, height=height, inside=svg)
 
 
 def over_time(caption: Caption, panels: Mapping[str, Lines], shaded: Sequence[tuple[float, float]] = ()) -> str:

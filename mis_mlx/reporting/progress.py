@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,8 +132,9 @@ class Display:
                 del self.levels[self.levels.index(level) :]
 
     @contextmanager
-    def beating(self) -> Iterator[None]:
-        """Draw all that happens in the block, on a terminal every second at least."""
+    def drawing(self) -> Iterator[None]:
+        """Draw all that happens in the block: every second at least, with rich's bar, where stderr is a terminal and
+        this process the one that speaks."""
         over = threading.Event()
 
         def beat() -> None:
@@ -141,29 +142,21 @@ class Display:
                 with suppress(OSError, ValueError, IndexError):  # a closed pipe is the main thread's to notice
                     self.draw()
 
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
-        try:
+        with ExitStack() as stack:
+            if not cli.rank() and sys.stderr.isatty():
+                from rich.console import Console
+                from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+                columns = SpinnerColumn(), BarColumn(20), TextColumn("{task.fields[text]}")
+                # What is printed meanwhile goes above the bar; but into a file that stdout is, and not to the terminal.
+                bar = Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty())
+                self.bar = stack.enter_context(bar)
+                self.bar.add_task("", total=None, text="")
+            thread = threading.Thread(target=beat, daemon=True)
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(over.set)  # the last one is called first
             yield
-        finally:
-            over.set()
-            thread.join()
-
-
-@contextmanager
-def _terminal() -> Iterator[Any]:
-    """rich's bar, where stderr is a terminal and this process the one that speaks; else None."""
-    if cli.rank() or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-
-    columns = SpinnerColumn(), BarColumn(20), TextColumn("{task.fields[text]}")
-    # What is printed meanwhile goes above the bar; but into a file that stdout is, and not to the terminal.
-    with Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty()) as bar:
-        bar.add_task("", total=None, text="")
-        yield bar
 
 
 @contextmanager
@@ -175,7 +168,7 @@ def run(label: str, planned: Mapping[str, float] | None = None) -> Iterator[Disp
         return
     cli.SHOWN.append(display := Display(planned or {}))
     try:
-        with display.level(label), _terminal() as display.bar, display.beating():
+        with display.level(label), display.drawing():
             yield display
     finally:
         cli.SHOWN.pop()

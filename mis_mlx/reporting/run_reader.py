@@ -2,9 +2,8 @@
 
 Nothing in here is safe as HTML. Logs are thinned line by line: a million take a thousand's memory, no spike is lost."""
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,6 @@ from mis_mlx.storage import run_folder
 from mis_mlx.types import MisError
 
 STEPS = ("number", "loss", "tokens", "seconds", "peak_bytes")
-AIR = ("die_c", "ambient_c")
 KEEPS = ("pruned/keep.json", "distilled/keep.json", "model/keep.json")  # the first that is there
 MAPPINGS = run_folder.CONFIG, run_folder.ORIGIN, run_folder.RESULT
 LOST: dict[str, str] = yaml.safe_load((Path(__file__).parent / "templates" / "lost.yaml").read_text("utf-8"))
@@ -128,19 +126,10 @@ class RunRecord(NamedTuple):
     missing: Sequence[str]
 
 
-def _text(path: Path) -> str | None:
-    """None where the file is not there, or cannot be read."""
-    with suppress(OSError):
-        return path.read_text(encoding="utf-8", errors="replace")
-    return None
-
-
-def _mapping(path: Path) -> dict[str, Any] | None:
-    """Of a YAML or JSON file; None where it holds none."""
-    with suppress(ValueError, RecursionError, yaml.YAMLError):
-        text = _text(path) or ""
-        value = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-        return {str(k): v for k, v in value.items()} if isinstance(value, dict) else None
+def _held(read: Callable[..., Any], *where: Any) -> Any:
+    """What a file holds; None where it is not there, cannot be read, or holds something else."""
+    with suppress(OSError, MisError):
+        return read(*where)
     return None
 
 
@@ -149,11 +138,11 @@ def read(folder: Path) -> RunRecord:
     keep = next((name for name in KEEPS if (folder / name).is_file()), KEEPS[0])
     files: dict[str, Any] = {
         run_folder.PHASES: run_folder.records(folder / run_folder.PHASES),
-        **{name: _mapping(folder / name) for name in (*MAPPINGS, keep)},
+        **{name: _held(run_folder.stored_settings, folder, name) for name in (*MAPPINGS, keep)},
         run_folder.SAMPLES: run_folder.records(folder / run_folder.SAMPLES),
-        "table.md": _text(folder / "table.md"),
+        "table.md": _held((folder / "table.md").read_text, "utf-8", "replace"),
         run_folder.METRICS: history_of(folder / run_folder.METRICS, STEPS),
-        "thermal.jsonl": history_of(folder / "thermal.jsonl", AIR),
+        "thermal.jsonl": history_of(folder / "thermal.jsonl", ("die_c", "ambient_c")),
     }
     missing = list[str]()
     for name, held in files.items():

@@ -67,7 +67,7 @@ def stored_settings(folder: Path, file: str = CONFIG) -> dict[str, Any]:
     parse = yaml.safe_load if path.suffix == ".yaml" else json.loads
     try:
         values = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         values = None
     if not isinstance(values, dict):
         raise MisError(f"{path} is missing or damaged: start a new run")

@@ -102,7 +102,7 @@ def test_kld_by_pencil() -> None:
 
 def test_logits_come_in_chunks(monkeypatch: pytest.MonkeyPatch, llama: Checkpoint, halves: Windows) -> None:
     """Never more rows of the vocabulary at a time than a chunk has; the figures do not depend on it (1e-5)."""
-    whole, seen = comparison.kld(llama, {"m": llama}, halves)["m"], []
+    whole, seen = comparison.kld({"base": llama, "m": llama}, halves)["m"], []
     logits = load.logits
 
     def watched(head: nn.Module, hidden: mx.array) -> mx.array:
@@ -111,7 +111,7 @@ def test_logits_come_in_chunks(monkeypatch: pytest.MonkeyPatch, llama: Checkpoin
 
     monkeypatch.setattr(comparison.load, "logits", watched)
     monkeypatch.setattr(comparison.losses, "chunk_rows", lambda vocab: 16)
-    small = comparison.kld(llama, {"m": llama}, halves)["m"]
+    small = comparison.kld({"base": llama, "m": llama}, halves)["m"]
     assert max(seen) == 8 and sum(seen) == 2 * halves.learn.sum()
     assert small["ppl"][0] == pytest.approx(whole["ppl"][0], rel=1e-5)
 
@@ -120,7 +120,7 @@ def test_logits_come_in_chunks(monkeypatch: pytest.MonkeyPatch, llama: Checkpoin
 def test_the_teacher_against_itself(models: Callable[[str], Checkpoint], halves: Windows, kind: str) -> None:
     """No divergence, no difference, always the same token: exactly."""
     teacher = models(kind)
-    found = comparison.kld(teacher, {"copy": teacher}, halves)["copy"]
+    found = comparison.kld({"base": teacher, "copy": teacher}, halves)["copy"]
     for name in ("mean_kld", "mean_dp", "rms_dp"):
         assert found[name] == (0, 0)
     assert found["max_kld"] == found["p99_kld"] == found["median_kld"] == (0, None)

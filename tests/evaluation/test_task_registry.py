@@ -86,12 +86,12 @@ def test_an_answer_that_nobody_can_check_is_refused(tmp_path: Path) -> None:
 
 def test_a_slot_is_filled_by_a_folder(tmp_path: Path, cache: Path) -> None:
     """In the cache, or anywhere under the slot's name; the empty ones say what to bring."""
-    pairs = [(f"Idę do domu {n}", f"Jidã dodóm {n}") for n in range(6)]
+    pairs = [{"polish": f"Idę do domu {n}", "dialect": f"Jidã dodóm {n}"} for n in range(6)]
     with pytest.raises(MisError, match="the slot kashubian is empty: put attested pairs into"):
         task_registry.find(["kashubian"], 10)
     for folder in (cache / "dialects" / "kashubian", tmp_path / "mine" / "kashubian"):
         folder.mkdir(parents=True)
-        polish.write_pairs(pairs, folder)
+        (folder / polish.PAIRS).write_text("\n".join(map(json.dumps, pairs)))
     kept, brought = (task_registry.find([n], 10) for n in ("kashubian", str(tmp_path / "mine" / "kashubian")))
     assert [task.name for task in kept.tasks] == ["kashubian-label", "kashubian-text"]
     assert [task.sha256 for task in kept.tasks] == [task.sha256 for task in brought.tasks]

@@ -35,8 +35,8 @@ MEMBER = "evals/registry/data/{}/samples.jsonl"
 Asked = list[tuple[str, str]]  # (question, right answer)
 
 
-def read_pairs(slot: str, folder: Path) -> list[tuple[str, str]]:
-    """(Polish, dialect) pairs of a slot. MisError says what to bring where it is empty, and which rows are none."""
+def read_pairs(slot: str, folder: Path) -> list[rows.Row]:
+    """The rows of a slot. MisError says what to bring where it is empty, and which rows are none."""
     path = folder / PAIRS
     if not path.is_file():
         raise MisError(f"the slot {slot} is empty: put attested pairs into {path}, {ROW}")
@@ -44,7 +44,7 @@ def read_pairs(slot: str, folder: Path) -> list[tuple[str, str]]:
     rows.refuse(problems)
     if not good:
         raise MisError(f"{path} is empty: put attested pairs there, {ROW}")
-    return [(row["polish"], row["dialect"]) for row, _ in good]
+    return [row for row, _ in good]
 
 
 def _fault(row: Any) -> str | None:
@@ -53,11 +53,12 @@ def _fault(row: Any) -> str | None:
     return "both sentences are the same" if row["polish"].strip() == row["dialect"].strip() else None
 
 
-def dialect(slot: str, pairs: list[tuple[str, str]], origin: str) -> list[questions.Task]:
+def dialect(slot: str, pairs: Sequence[rows.Row], origin: str) -> list[questions.Task]:
     """Two tasks: whether a text is Polish or dialect, half of each; and which of two texts is in the dialect."""
     adverb, language = SLOTS[slot]
     labels, texts = [], []
-    for number, (polish, dialect) in enumerate(pairs):
+    for number, row in enumerate(pairs):
+        polish, dialect = row["polish"], row["dialect"]
         shown, label = (polish, "polskim") if number % 2 else (dialect, language)
         text = f"Tekst: {shown}\nTo jest tekst w języku {questions.BLANK}"
         labels.append({"text": text, "options": ["polskim", language], "answer": label})
@@ -70,8 +71,8 @@ def dialect(slot: str, pairs: list[tuple[str, str]], origin: str) -> list[questi
     ]
 
 
-def from_firefox(folder: Path) -> list[tuple[str, str]]:
-    """(Polish, Silesian) sentences that Firefox's two language packs in a folder have under one name. Left out: fewer
+def from_firefox(folder: Path) -> list[rows.Row]:
+    """Rows of what Firefox's two language packs in a folder, Polish and Silesian, have under one name. Left out: fewer
     than four words, the same in both, no letter that English lacks (never translated), cases to choose from."""
     polish, silesian = (_messages(folder, start) for start in PACKS)
     pairs = dict[str, str]()
@@ -80,16 +81,7 @@ def from_firefox(folder: Path) -> list[tuple[str, str]]:
         translated = any(c.isalpha() and not c.isascii() for c in other)
         if one and len(other.split()) >= LEAST_WORDS and one != other and translated:
             pairs.setdefault(other, one)
-    return [(one, other) for other, one in pairs.items()]
-
-
-def write_pairs(pairs: list[tuple[str, str]], folder: Path) -> None:
-    """pairs.jsonl of a slot."""
-    _write(folder / PAIRS, [{"polish": polish, "dialect": dialect} for polish, dialect in pairs])
-
-
-def _write(path: Path, lines: Sequence[dict]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines), encoding="utf-8")
+    return [{"polish": one, "dialect": other} for other, one in pairs.items()]
 
 
 def _messages(folder: Path, start: str) -> dict[tuple[str, str], str]:
@@ -128,14 +120,16 @@ def _plain(message: str) -> str:
     return " ".join(re.sub(r"\{+[^}]*\}+|%\d?\$?S", "X", message).split())
 
 
-def unpack_exams(wheel: Path, into: Path) -> None:
-    """Write the four sets as JSONL files of questions into a folder."""
+def exams_in(wheel: Path) -> dict[str, list[rows.Row]]:
+    """The rows of the four sets' questions, by file."""
+    files = {}
     with zipfile.ZipFile(wheel) as archive:
         for name, (member, convert) in SETS.items():
             samples = [json.loads(line) for line in archive.read(MEMBER.format(member)).decode().splitlines()]
             pairs = [(row["input"][-1]["content"].strip(), row["ideal"].strip()) for row in samples]
-            asked = [{**row, "language": "pl"} for row in convert(pairs) if questions.fault(row) is None]
-            _write(into / f"{name}.jsonl", asked)
+            asked = (row for row in convert(pairs) if questions.fault(row) is None)
+            files[f"{name}.jsonl"] = [{**row, "language": "pl"} for row in asked]
+    return files
 
 
 def exam(name: str, folder: Path) -> questions.Task:

@@ -52,8 +52,8 @@ class BenchmarkModel(NamedTuple):
 
 class Measurement(NamedTuple):
     """One request. stamps_s: when each token was there, from the start. cached_s: TTFT of the same prompt, all but its
-    last token in the cache. watts: from first token to last. peak_bytes: its model's weights, cache and workspace.
-    load_s, read_bytes: of its model, which may be gone."""
+    last token in the cache, if it can be trimmed. watts: from first token to last. peak_bytes: its model's weights,
+    cache and workspace. load_s, read_bytes: of its model, which may be gone."""
 
     asked: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -113,7 +113,11 @@ def trial(
     watts = mean_watts(monitor, stamps[-1] - stamps[0]) if monitor else None
     stream.evaluate_now([c.state for c in kept])  # mlx-lm has begun one more token: not to run into the next trial
     peak = mx.get_peak_memory() - before + s.nbytes if peaks else None
-    cached = _again(s.model, asked, kept)
+    caches, cached = load.mlx_lm("models.cache"), None
+    if caches.can_trim_prompt_cache(kept):
+        caches.trim_prompt_cache(kept, kept[0].offset - (len(asked) - 1))
+        (cached,), _ = clocked(mlx_generate.greedy(s.model, asked[-1:], 1, kept))
+        stream.evaluate_now([c.state for c in kept])
     mx.clear_cache()
     return Measurement(tuple(asked), tuple(tokens), tuple(stamps), cached, watts, peak, s.load_s, s.read_bytes)
 
@@ -126,17 +130,6 @@ def clocked(coming: Iterable[int]) -> tuple[list[float], list[int]]:
         stamps.append(time.perf_counter() - began)
         tokens.append(token)
     return stamps, tokens
-
-
-def _again(model: nn.Module, ids: list[int], kept: list[Any]) -> float | None:
-    """Seconds to the first token when all of the prompt but one token is cached; None where that cannot be trimmed."""
-    caches = load.mlx_lm("models.cache")
-    if not caches.can_trim_prompt_cache(kept):
-        return None
-    caches.trim_prompt_cache(kept, kept[0].offset - (len(ids) - 1))
-    (first_s,), _ = clocked(mlx_generate.greedy(model, ids[-1:], 1, kept))
-    stream.evaluate_now([c.state for c in kept])
-    return first_s
 
 
 def need_bytes(checkpoint: Checkpoint, r: Request) -> int:
@@ -207,18 +200,14 @@ def rows(fixed: Facts, measured: Facts) -> list[Row]:
     return found
 
 
-def decoding(checkpoint: Checkpoint, weight_bytes: int, r: Request) -> tuple[float, float]:
-    """(bytes to move, float operations) of one token, half-way through the answer: all weights, the keys and values."""
+def moved(checkpoint: Checkpoint, weight_bytes: int, r: Request) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(bytes to move, float operations) of one token, half-way through the answer: all weights, the keys and values;
+    and of the first one: the prompt through all blocks, then its last row through the head."""
     m, seen = estimates.model_of(checkpoint), r.prompt + r.answer // 2
-    flops = estimates.forward_flops(m, 1, 2 * seen)  # 2: it sees all, not the half
-    return weight_bytes + estimates.keys_bytes(m, seen), flops
-
-
-def first_token(checkpoint: Checkpoint, weight_bytes: int, r: Request) -> tuple[float, float]:
-    """(bytes to move, float operations) of the prompt through all blocks, then its last row through the head."""
-    m = estimates.model_of(checkpoint)
-    blocks = estimates.forward_flops(m, r.prompt, r.prompt, head=False)
-    return weight_bytes + estimates.keys_bytes(m, r.prompt), blocks + 2.0 * m.head_params
+    token = estimates.forward_flops(m, 1, 2 * seen)  # 2: it sees all, not the half
+    first = estimates.forward_flops(m, r.prompt, r.prompt, head=False) + 2.0 * m.head_params
+    keys, read = estimates.keys_bytes(m, seen), estimates.keys_bytes(m, r.prompt)
+    return (weight_bytes + keys, token), (weight_bytes + read, first)
 
 
 def m1_tokens_per_s(checkpoint: Checkpoint, r: Request) -> float:
@@ -232,7 +221,7 @@ def m1_tokens_per_s(checkpoint: Checkpoint, r: Request) -> float:
 
 def beside(checkpoint: Checkpoint, weight_bytes: int, r: Request, at: rates.Roof, tps: float) -> dict[str, Any]:
     """MB a token moves, the best times there could be, the share reached, and what the limit is. weight_bytes: read."""
-    token, first = (f(checkpoint, weight_bytes, r) for f in (decoding, first_token))
+    token, first = moved(checkpoint, weight_bytes, r)
     best = {"decode_best_tps": 1 / at.seconds(*token), "ttft_best_ms": 1000 * at.seconds(*first)}
     reached, moving_s = tps * at.seconds(*token), token[0] / at.memory_bytes_per_s
     bound = "memory bandwidth" if moving_s >= at.seconds(*token) else "arithmetic"

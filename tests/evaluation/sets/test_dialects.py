@@ -57,7 +57,7 @@ def test_pairs_out_of_language_packs(tmp_path: Path) -> None:
     """What has one name in both and was translated; not what is short, the same, English, or has cases."""
     pack(tmp_path / "pl", "pl", POLISH, "# no\nquit=Czy na pewno zamknąć %S?\n")
     pack(tmp_path / "szl", "szl", SILESIAN, "quit=Na zicher zawrzić %S już?\n")
-    assert polish.from_firefox(tmp_path) == [
+    assert [(row["polish"], row["dialect"]) for row in polish.from_firefox(tmp_path)] == [
         ("Otwórz tę stronę w nowej karcie", "Ôtwōrz ta strōna we nowyj karcie"),
         ("Otwórz kartę obok", "Ôtwōrz karta wedle tego"),
         (
@@ -70,10 +70,9 @@ def test_pairs_out_of_language_packs(tmp_path: Path) -> None:
 
 
 def test_pairs_survive_their_file(tmp_path: Path) -> None:
-    """Written and read back; blank lines are fine."""
-    pairs = [("Dzień dobry", "Dobry dziyń"), ("Idę do domu", "Ida do dōm")]
-    polish.write_pairs(pairs, tmp_path)
-    (tmp_path / polish.PAIRS).write_text((tmp_path / polish.PAIRS).read_text() + "\n \n")
+    """Read as they are written; blank lines are fine."""
+    pairs = [{"polish": "Dzień dobry", "dialect": "Dobry dziyń"}, {"polish": "Idę do domu", "dialect": "Ida do dōm"}]
+    (tmp_path / polish.PAIRS).write_text("\n".join(map(json.dumps, pairs)) + "\n\n \n")
     assert polish.read_pairs("silesian", tmp_path) == pairs
 
 
@@ -98,7 +97,7 @@ def test_an_empty_slot_says_what_to_bring(tmp_path: Path) -> None:
 
 def test_two_tasks_of_the_pairs() -> None:
     """Half Polish, half dialect, each from its own pair; the dialect's place among the two says nothing."""
-    pairs = [(f"Po polsku {n}", f"Po śląsku {n}") for n in range(100)]
+    pairs = [{"polish": f"Po polsku {n}", "dialect": f"Po śląsku {n}"} for n in range(100)]
     label, text = polish.dialect("silesian", pairs, "made for this test")
     assert (label.name, text.name) == ("silesian-label", "silesian-text")
     assert Counter(q.answer for q in label.questions) == {"śląskim": 50, "polskim": 50}

