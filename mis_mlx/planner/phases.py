@@ -10,15 +10,16 @@ from typing import Any
 
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import Rates
-from mis_mlx.planner import compression_size, estimates, training_size
-from mis_mlx.planner.compression_size import prune, repair, repair_parts
+from mis_mlx.models import arch
+from mis_mlx.planner import compression_size, estimates
+from mis_mlx.planner.compression_size import STATE_BYTES, block_state_bytes, prune, repair, repair_parts
 from mis_mlx.planner.estimates import TENSOR_BYTES, StageCost, forward_flops, room, streamed_pass
 from mis_mlx.planner.recipe import ADAPTERS, DistillationConfig, DistillationSpec, Mode
-from mis_mlx.planner.training_size import STATE_BYTES
 from mis_mlx.types import gib
 
 TRAINED_WHOLE = "resident", "blocks", "lora"  # the student, in memory
 SAVED_BYTES = 12  # of a trained parameter in a checkpoint: weight and two moments
+PACKED_UPDATE_ARRAYS = 4  # opened moments, a new weight, and codes (measured)
 TEXTS = 2  # held-out texts that models are measured on
 
 
@@ -36,8 +37,8 @@ def store(job: DistillationSpec, limit: int) -> StageCost:
 def resident(job: DistillationSpec, micro: int, limit: int) -> StageCost:
     """The student whole in memory; beside it as much of the teacher as there is room for, or its store."""
     m = job.student
-    nbytes = training_size.training_bytes(m.config, micro, job.max_seq_length, job.host_lanes)
-    work, trained = training_size.activation_bytes(m.config, micro, job.max_seq_length), m.params
+    nbytes = compression_size.training_bytes(m.config, micro, job.max_seq_length, job.host_lanes)
+    work, trained = estimates.activation_bytes(m.config, micro, job.max_seq_length), m.params
     plain = StageCost("distil", m.nbytes, m.nbytes, nbytes, 3 * forward_flops(m, job.step, job.max_seq_length))
     return _taught(job, plain, micro, limit, job.iters, trained, SAVED_BYTES * trained, work)
 
@@ -46,8 +47,8 @@ def blocks(job: DistillationSpec, micro: int, limit: int, lora: bool = False) ->
     """The student's blocks in memory, updated one after the other (distillation/sharded); the teacher as in
     `resident`. lora: only their adapters, beside weights in the type that the policy gives."""
     m, layers = job.student, job.student.shape.layers
-    state, trained = layers * training_size.block_state_bytes(m.config), m.block_params
-    work = _way_back(job, micro, ADAPTERS.rank * lora)
+    state, trained = layers * block_state_bytes(m.config), m.block_params
+    work = way_back_bytes(job, micro, ADAPTERS.rank * lora)
     if lora:
         trained = ADAPTERS.params(m.config) // layers
         state = layers * (m.block_params * m.item + STATE_BYTES * trained)
@@ -57,10 +58,19 @@ def blocks(job: DistillationSpec, micro: int, limit: int, lora: bool = False) ->
     return _taught(job, plain, micro, limit, job.iters, layers * trained, state, work)
 
 
-def _way_back(job: DistillationSpec, micro: int, rank: int = 0) -> int:
-    parts, lanes = job.batch_size * job.grad_accumulation_steps // micro, estimates.together(job.student)
-    how = micro, parts, job.max_seq_length, lanes, bool(job.host_lanes), rank
-    return estimates.SMALL_BYTES + training_size.way_back_bytes(job.student.config, *how)
+def way_back_bytes(job: DistillationSpec, micro: int, rank: int = 0) -> int:
+    """What a step in micro-batches of `micro` windows holds while a student is trained block by block
+    (distillation/sharded), beside its weights and moments: what entered each block, the head, and the largest of: the
+    loss, the way back of a block, its update. Windows side by side have a gradient each. rank: of adapters."""
+    m, length, lanes, host = job.student, job.max_seq_length, estimates.together(job.student), bool(job.host_lanes)
+    s, more = m.shape, job.step > micro * length  # micro-batches than one, whose gradients add up
+    sizes = [rank * sum(shape) if rank else math.prod(shape) for shape in arch.layer_tensors(m.config).values()]
+    gradient = 4 * sum(sizes)
+    back = estimates.backward_bytes(m.config, micro, length) + (min(lanes, micro) + more) * gradient
+    loss = estimates.logit_bytes(s.vocab, micro * length, host)
+    loss += estimates.activation_bytes(m.config, micro, length) // s.layers + more * gradient if host else back
+    update = gradient + lanes * PACKED_UPDATE_ARRAYS * 4 * max(sizes)
+    return estimates.SMALL_BYTES + 4 * (s.layers * job.step + s.vocab) * s.hidden + max(loss, back, update)
 
 
 def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
@@ -69,8 +79,8 @@ def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost
     trained = 2 * s.layers * m.block_params // job.rounding.q_group_size
     nbytes = compression_size.packed_bytes(m, job.rounding)
     head = m.head_params * 4 * (1 if s.tied else 2)
-    head += training_size.logit_bytes(s.vocab, micro * job.max_seq_length, bool(job.host_lanes))
-    work = training_size.activation_bytes(m.config, micro, job.max_seq_length)
+    head += estimates.logit_bytes(s.vocab, micro * job.max_seq_length, bool(job.host_lanes))
+    work = estimates.activation_bytes(m.config, micro, job.max_seq_length)
     peak = ((1 + 2 * 4 * max(1, job.host_lanes)) * s.layers + 4) * m.block_params + STATE_BYTES * trained + head + work
     plain = StageCost("tune", nbytes, nbytes, peak, 3 * forward_flops(m, job.step, job.max_seq_length))
     return _taught(job, plain, micro, limit, iters, trained, SAVED_BYTES * trained, work)
@@ -103,8 +113,8 @@ def sharded(job: DistillationSpec, micro: int, shard: int) -> StageCost:
     visits = math.ceil(job.iters / steps_per_shard(job, shard))
     over = [s.layers - min(s.layers, (i + 1) * shard) for i in range(shards)]  # blocks above each shard
     above, again = (sum(n) / shards for n in (over, [max(0, n - 1) for n in over]))  # the last one turns in memory
-    state = shard * training_size.block_state_bytes(m.config)
-    peak = 2 * 4 * b + state + _way_back(job, micro)
+    state = shard * block_state_bytes(m.config)
+    peak = 2 * 4 * b + state + way_back_bytes(job, micro)
     read = 4.0 * b * (s.layers - shard + again)
     forward = forward_flops(m, job.step, length, False) / s.layers  # of a block
     flops = forward * (s.layers - 1 + 2 * above + 3 * shard) + 4.0 * job.step * m.head_params
