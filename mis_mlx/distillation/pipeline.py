@@ -193,7 +193,7 @@ def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) ->
     student = sharded.Sharded(begun, shard, visit, r.weight_decay, c.files, room, c.direct, adapters)
     training = CheckpointedTraining(c, student, c.remember, c.recall, **_beside_the_plan(c))
     start = training.start(lambda: student.begin(_mended(c, pruned, None if whole else begun)))
-    micro_batches = live_teacher.step_micro_batches(source, c.data, r)
+    micro_batches = partial(live_teacher.step_micro_batches, source, c.data, r)
     loss = partial(source.kl_sum, frozen_head=True)
     slopes = source.frozen_slopes() if isinstance(source, live_teacher.StreamedTeacher) else None
     steps = partial(student.steps, micro_batches, loss, r, factor=c.factor, slopes=slopes)

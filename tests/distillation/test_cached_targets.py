@@ -159,4 +159,4 @@ def test_what_a_store_cannot_do_is_said(whole: Path, student: Checkpoint) -> Non
     model.model.embed_tokens.weight = model.model.embed_tokens.weight[:500]
     arguments = source.micro_batches([(mx.zeros((1, 16), mx.int32), mx.ones((1, 16)))], [np.array([0])])[0]
     with pytest.raises(MisError, match="for 512 tokens, the student has 500"):
-        live_teacher.loss_of(source)(model, *arguments)
+        live_teacher.student_loss(source, model, *arguments)

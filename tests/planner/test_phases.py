@@ -343,7 +343,7 @@ def test_training_by_blocks_stays_under_the_plan(
         adapters = partial(insert, lora=ADAPTERS, seed=0) if lora else None
         student = sharded.Sharded(models[1], 4, 2, 0.01, DISK, 4 * small.head_params, adapters=adapters)
         student.begin()
-        micro_batches = live_teacher.step_micro_batches(source, data, recipe)
+        micro_batches = partial(live_teacher.step_micro_batches, source, data, recipe)
         how = partial(source.kl_sum, frozen_head=True), recipe
         steps = list(student.steps(micro_batches, *how, slopes=source.frozen_slopes()))
     peak = max(s.peak_bytes for s in steps) - before
