@@ -128,8 +128,7 @@ class Candidates:
     @cached_property
     def _directions(self) -> slicing.Directions:
         """Of the stream, measured when the first candidate is narrower than the teacher."""
-        teacher = self.run.teacher
-        return slicing.directions(teacher, self.samples, policy.compute_dtype(teacher), self._states)
+        return slicing.directions(self.run.teacher, self.samples, self._states)
 
     def reader(self, rows: int) -> Reader:
         """The teacher of so many rows, made once."""
@@ -158,18 +157,12 @@ class Candidates:
         for axis, size in cli.counted("axis alone", wanted, len(wanted)):
             points[axis].append((size, self._probe(axis, size)))
         if self.settings.mixed:
-            points["bits"] = self._bits(before)
+            tokens_a_byte, points["bits"] = comparison.per_byte(np.ones(len(self.ranking.tokens)), self.ranking), []
+            for bpw in np.arange(*shape_search.bpw_range(shape_search.group_of(before)), 0.125):
+                bits = self._allocated(Choice(before, float(bpw)), tuple(range(before.layers)))
+                nats = sum(self.sensitivity[path][each] for path, each in bits.items())
+                points["bits"].append((float(bpw), nats * tokens_a_byte))
         return Losses(before, points)
-
-    def _bits(self, before: Shape) -> list[tuple[float, float]]:
-        """(bits a weight, nats a byte) of the teacher rounded to so many."""
-        tokens_a_byte = comparison.per_byte(np.ones(len(self.ranking.tokens)), self.ranking)
-        points = list[tuple[float, float]]()
-        for bpw in np.arange(*shape_search.bpw_range(shape_search.group_of(before)), 0.125):
-            bits = self._allocated(Choice(before, float(bpw)), tuple(range(before.layers)))
-            nats = sum(self.sensitivity[path][each] for path, each in bits.items())
-            points.append((float(bpw), nats * tokens_a_byte))
-        return points
 
     def _probe(self, axis: str, size: int) -> float:
         sizes: dict[str, Any] = {axis: size}

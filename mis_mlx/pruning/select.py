@@ -110,7 +110,7 @@ def select_units(
     experts = max(1, before.experts)  # of which equally many neurons stay of each
     picks: dict[str, Callable[[np.ndarray], tuple[int, ...]]] = {
         "experts": partial(importance.top, keep=shape.experts),
-        "ffn": partial(importance.top_in_groups, groups=experts, keep=experts * shape.ffn),
+        "ffn": lambda s: importance.top_in_groups(s, experts, experts * shape.ffn, range(experts)),
         "heads": lambda s: importance.top_in_groups(s, before.kv_heads, shape.heads, groups(s)),
         "hidden": partial(importance.top, keep=shape.hidden),
     }
@@ -190,7 +190,7 @@ def prune(
     if not distributed.is_main():  # who has brought its part; the student is the first one's to make
         return {}
     shape, keep = select_units(checkpoint.config, statistics, cut)
-    directions = cache(lambda: slicing.directions(checkpoint, batches, kind, states))
+    directions = cache(lambda: slicing.directions(checkpoint, batches, states))
     if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
         as_plain = replace(cut, importance="rms", target="fixed")
         _, plain = select_units(checkpoint.config, statistics, as_plain, shape)

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.models import arch, experts, load, model_writer, stream
+from mis_mlx.models import arch, experts, load, model_writer, policy, stream
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.storage.files import Files
@@ -49,11 +49,9 @@ class Rotation:
 Directions = Callable[[int], Rotation]  # for a cut to so many channels
 
 
-def _entering(
-    checkpoint: Checkpoint, batches: Batches, dtype: mx.Dtype, hidden: Hidden
-) -> Iterator[tuple[str, mx.array]]:
+def _entering(checkpoint: Checkpoint, batches: Batches, hidden: Hidden) -> Iterator[tuple[str, mx.array]]:
     """Norm by norm, in one streamed pass: (its weight's name, float32 tokens (n, D) that enter it, over their rms)."""
-    source = stream.Stream(checkpoint, dtype, direct=not isinstance(hidden, list))
+    source = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), direct=not isinstance(hidden, list))
     names = ("input_layernorm", "post_attention_layernorm")
     hidden = source.embed(batches, hidden)
     for i, block in source.blocks():
@@ -82,21 +80,19 @@ def turned(basis: np.ndarray, gain: np.ndarray) -> np.ndarray:
     return basis @ turn
 
 
-def directions(
-    teacher: Checkpoint, batches: Batches, dtype: mx.Dtype, hidden: Callable[[], Hidden] = list
-) -> Directions:
+def directions(teacher: Checkpoint, batches: Batches, hidden: Callable[[], Hidden] = list) -> Directions:
     """The principal directions of what enters all norms over token ids [(B, T)], all norms alike; for a tied head
     `turned` for the last norm's gain.
 
     Two streamed passes: the second sees how much of each norm's input they hold. Products of one batch are float32,
     sums over batches float64. hidden: makes a place for the hidden states of a pass."""
     moments = np.zeros((shape_of(teacher.config).hidden,) * 2)
-    for _, x in _entering(teacher, batches, dtype, hidden()):
+    for _, x in _entering(teacher, batches, hidden()):
         moments += np.array(x.T @ x)
     basis = np.ascontiguousarray(np.linalg.eigh(moments)[1][:, ::-1])  # by falling eigenvalue
     turn = mx.array(basis.astype(np.float32))
     held: dict[str, np.ndarray] = {}
-    for name, x in _entering(teacher, batches, dtype, hidden()):
+    for name, x in _entering(teacher, batches, hidden()):
         held[name] = held.get(name, 0.0) + np.array(mx.square(x @ turn).sum(axis=0), np.float64)
 
     def kept(size: int) -> Rotation:

@@ -97,9 +97,9 @@ def test_ties_keep_the_lower_index() -> None:
 def test_heads_are_kept_group_by_group() -> None:
     """The three best heads of four are in one group; still each group keeps its share."""
     scores = np.array([9.0, 8.0, 7.0, 6.0, 0.3, 0.1, 0.2, 0.4])
-    assert importance.top_in_groups(scores, 2, 4) == (0, 1, 4, 7)
+    assert importance.top_in_groups(scores, 2, 4, range(2)) == (0, 1, 4, 7)
     for keep in (2, 4, 6, 8):
-        kept = importance.top_in_groups(scores, 2, keep)
+        kept = importance.top_in_groups(scores, 2, keep, range(2))
         assert sum(i < 4 for i in kept) == sum(i >= 4 for i in kept) == keep // 2
 
 
