@@ -5,7 +5,6 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,7 +31,6 @@ from mis_mlx.types import MOST, Budget, Checkpoint, Count, MisError, Whole, With
 # Settings that may differ when a search is resumed: none of them changes what is measured.
 FREE = frozenset({"out", "resume", "dry_run", "config", "budget", "save_every", "governor", "thermal_replay"})
 UNDER = Path("runs") / "search"  # apart from distillations, so that --resume of one never finds the other
-WORK = {"decode": limiting.decode_work, "ttft": limiting.prompt_work}  # of a block, that its time grows with
 Axis = Literal["layers", "ffn", "heads", "hidden", "vocab", "bits"]
 
 
@@ -98,8 +96,7 @@ def limits_of(
         limits.append(limiting.params_limit(config, s.params or "0.667x"))
     speeds = _speeds(s, teacher, folder, budget) if s.timed_at else {}
     for flag, timed in speeds.items():
-        work = partial(WORK[flag], tokens=sum(s.timed_at[flag]))
-        limits.append(limiting.time_limit(config, f"--{flag}", getattr(s, flag), timed, work))
+        limits.append(limiting.time_limit(config, f"--{flag}", getattr(s, flag), timed, sum(s.timed_at[flag])))
     return limits, speeds
 
 
