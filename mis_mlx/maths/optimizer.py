@@ -126,7 +126,6 @@ class _Packed(_Fused):
     """`_Fused` with moments of 8 bits, opened and closed again one weight at a time."""
 
     def init_single(self, parameter: mx.array, state: dict[str, mx.array]) -> None:
-        """Moments of 0."""
         if not (group := group_of(parameter.shape)):
             return super().init_single(parameter, state)
         shape = parameter.size // group, group
@@ -213,5 +212,4 @@ class GuardedAdamW:
     def restore(self, arrays: dict[str, mx.array], memory: dict[str, Any]) -> None:
         """Put back what `arrays` and `memory` gave."""
         self.adamw.state = tree_unflatten(list(arrays.items()))
-        self.norms, self.bad = list(memory["norms"]), list(memory["bad"])
-        self.passed, self.calm = list(memory["passed"]), float(memory["calm"])
+        self.norms, self.bad, self.passed, self.calm = (memory[k] for k in ("norms", "bad", "passed", "calm"))

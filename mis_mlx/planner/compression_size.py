@@ -22,7 +22,6 @@ BIAS_BITS = 32  # scale and bias of a group
 SENSED = 8  # windows that say what bits cost
 UPDATE_ARRAYS = 2  # a clipped gradient; what else an update makes is written over what it was made of (measured)
 STATE_BYTES, GRADIENT_BYTES = 16, 4  # of a trained parameter: weight, gradient and two moments, float32
-NOT_OURS = ("prune", "measure")  # phases of a distillation that a finalist does not go through
 
 
 def vocabulary(teacher: ModelSize, length: int, limit: int) -> StageCost:
@@ -206,7 +205,7 @@ def search(
     rank.append(times(one, s.evaluations, f"rank {s.evaluations}", 2 * m.nbytes))
     if rows:
         rank.append(times(vocabulary(t, length, limit), 1, "choose tokens", 0))
-    ours = [p for p in planned if p.name not in NOT_OURS]
+    ours = [p for p in planned if p.name not in ("prune", "measure")]  # which a finalist does not go through
     trained = [times(p, s.finalists, f"{p.name}, {s.finalists} finalists", p.written_bytes, 0) for p in ours]
     judged = estimates.compared([t, m, m, m], judging, length)
     trained.append(times(judged, s.finalists, "judge them", 2 * m.nbytes))

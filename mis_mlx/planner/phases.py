@@ -36,11 +36,11 @@ def store(job: DistillationSpec, limit: int) -> StageCost:
 
 def resident(job: DistillationSpec, micro: int, limit: int) -> StageCost:
     """The student whole in memory; beside it as much of the teacher as there is room for, or its store."""
-    m = job.student
-    nbytes = compression_size.training_bytes(m.config, micro, job.max_seq_length, job.host_lanes)
-    work, trained = estimates.activation_bytes(m.config, micro, job.max_seq_length), m.params
-    plain = StageCost("distil", m.nbytes, m.nbytes, nbytes, 3 * forward_flops(m, job.step, job.max_seq_length))
-    return _taught(job, plain, micro, limit, job.iters, trained, SAVED_BYTES * trained, work)
+    m, length = job.student, job.max_seq_length
+    nbytes = compression_size.training_bytes(m.config, micro, length, job.host_lanes)
+    plain = StageCost("distil", m.nbytes, m.nbytes, nbytes, 3 * forward_flops(m, job.step, length), updated=m.params)
+    work = estimates.activation_bytes(m.config, micro, length)
+    return _taught(job, plain, micro, limit, SAVED_BYTES * m.params, work)
 
 
 def blocks(job: DistillationSpec, micro: int, limit: int, lora: bool = False) -> StageCost:
@@ -53,9 +53,8 @@ def blocks(job: DistillationSpec, micro: int, limit: int, lora: bool = False) ->
         trained = ADAPTERS.params(m.config) // layers
         state = layers * (m.block_params * m.item + STATE_BYTES * trained)
     flops = 4 * forward_flops(m, job.step, job.max_seq_length, False) + 4.0 * job.step * m.head_params
-    plain = StageCost("distil", m.nbytes, m.nbytes, state + work, flops)
-    work -= 4 * m.head_params
-    return _taught(job, plain, micro, limit, job.iters, layers * trained, state, work)
+    plain = StageCost("distil", m.nbytes, m.nbytes, state + work, flops, updated=layers * trained)
+    return _taught(job, plain, micro, limit, state, work - 4 * m.head_params)
 
 
 def way_back_bytes(job: DistillationSpec, micro: int, rank: int = 0) -> int:
@@ -82,16 +81,15 @@ def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost
     head += estimates.logit_bytes(s.vocab, micro * job.max_seq_length, bool(job.host_lanes))
     work = estimates.activation_bytes(m.config, micro, job.max_seq_length)
     peak = ((1 + 2 * 4 * max(1, job.host_lanes)) * s.layers + 4) * m.block_params + STATE_BYTES * trained + head + work
-    plain = StageCost("tune", nbytes, nbytes, peak, 3 * forward_flops(m, job.step, job.max_seq_length))
-    return _taught(job, plain, micro, limit, iters, trained, SAVED_BYTES * trained, work)
+    flops = 3 * forward_flops(m, job.step, job.max_seq_length)
+    plain = StageCost("tune", nbytes, nbytes, peak, flops, updated=trained)
+    return _taught(replace(job, iters=iters), plain, micro, limit, SAVED_BYTES * trained, work)
 
 
-def _taught(
-    job: DistillationSpec, plain: StageCost, micro: int, limit: int, iters: int, trained: int, saved: int, work: int
-) -> StageCost:
-    """`plain`, a student whole in memory and one step of it, with all its steps that train so many parameters, its
-    checkpoints of `saved` bytes, its teacher. work: of its bytes those held only after the teacher's pass."""
-    t, length, peak, flops = job.teacher, job.max_seq_length, plain.peak_bytes, plain.flops
+def _taught(job: DistillationSpec, plain: StageCost, micro: int, limit: int, saved: int, work: int) -> StageCost:
+    """`plain`, a student whole in memory and one step of it, with all its steps, its checkpoints of `saved` bytes, its
+    teacher. work: of its bytes those held only after the teacher's pass."""
+    t, length, iters, peak, flops = job.teacher, job.max_seq_length, job.iters, plain.peak_bytes, plain.flops
     keeps, read = 0, iters * job.step * job.target_bytes
     if job.targets == "live":
         # The teacher's workspace and the student's activations do not meet, its head and hidden states do.
@@ -103,7 +101,7 @@ def _taught(
     written = plain.written_bytes + (iters // job.save_every + 2) * saved
     peak, read = peak + keeps * t.block_work, plain.read_bytes + read
     return replace(plain, read_bytes=read, written_bytes=written, peak_bytes=peak, flops=iters * flops, pinned=keeps,
-                   updated=iters * trained)  # fmt: skip
+                   updated=iters * plain.updated)  # fmt: skip
 
 
 def sharded(job: DistillationSpec, micro: int, shard: int) -> StageCost:
