@@ -27,12 +27,7 @@ CUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
                (*arch.READERS["norm1"][1], *arch.READERS["norm2"][1], "embed_tokens", "lm_head")),
 }  # fmt: skip
 FINAL, HEAD = f"{load.NORM}weight", "lm_head.weight"
-# What reads the stream behind which norm of its block, and what writes into the stream.
-READS = {
-    **{f"self_attn.{n}_proj.weight": "input_layernorm.weight" for n in "qkv"},
-    **{f"mlp.{n}_proj.weight": "post_attention_layernorm.weight" for n in ("gate", "up")},
-}
-WRITES = ("self_attn.o_proj.weight", "mlp.down_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.bias")
+NORMS = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}  # behind which READERS read the stream
 
 
 @dataclass(frozen=True)
@@ -52,17 +47,16 @@ Directions = Callable[[int], Rotation]  # for a cut to so many channels
 def _entering(checkpoint: Checkpoint, batches: Batches, hidden: Hidden) -> Iterator[tuple[str, mx.array]]:
     """Norm by norm, in one streamed pass: (its weight's name, float32 tokens (n, D) that enter it, over their rms)."""
     source = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), direct=not isinstance(hidden, list))
-    names = ("input_layernorm", "post_attention_layernorm")
     hidden = source.embed(batches, hidden)
     for i, block in source.blocks():
-        for name in names:
+        for name in NORMS.values():
             block[name] = stream.InputRecorder(block[name])
         for b, into in enumerate(hidden):
             out = block(into, load.mask(source.args, block, into))
-            seen = [_even(block[name].take()) for name in names]
+            seen = [_even(block[name].take()) for name in NORMS.values()]
             stream.evaluate_now(out, seen)
             hidden[b] = source.finite(out) if b == 0 else out
-            for name, tokens in zip(names, seen, strict=True):
+            for name, tokens in zip(NORMS.values(), seen, strict=True):
                 yield f"model.layers.{i}.{name}.weight", tokens
     for h in hidden:
         yield FINAL, _even(h)
@@ -121,14 +115,15 @@ def rotated(teacher: Checkpoint, rotation: Rotation) -> Callable[[str], mx.array
         return load.dense(teacher, name).astype(mx.float32)
 
     def tensor(name: str) -> mx.array:
-        block, rest = name.rsplit(".", 3)[0], ".".join(name.split(".")[3:])
+        block, (module, kind) = name.rsplit(".", 3)[0], name.split(".")[-2:]
+        before = next((f"{block}.{n}.weight" for axis, n in NORMS.items() if module in arch.READERS[axis][1]), FINAL)
         if name in rotation.energy:
             factor = (inner * rotation.energy[name] / size) ** 0.5
             gain = whole(name) @ mx.square(q) if tied and name == FINAL else mx.ones((size,))
             return factor * gain
-        if rest in READS or name == HEAD:
-            return (whole(name) * whole(f"{block}.{READS[rest]}" if rest in READS else FINAL)) @ q
-        if rest in WRITES:
+        if kind == "weight" and (before != FINAL or name == HEAD):
+            return (whole(name) * whole(before)) @ q
+        if module in ("o_proj", "down_proj"):  # what writes into the stream
             return q.T @ whole(name)
         return whole(name) @ q if name == f"{load.EMBEDDING}weight" else whole(name)
 
