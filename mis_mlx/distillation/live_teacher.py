@@ -225,11 +225,10 @@ def _drawn(teacher: StreamedTeacher, hidden: mx.array, spec: logit_store.Spec, f
 
 class Cached:
     """A store in the place of a teacher: `steps` trains against it, with none in memory. windows: which windows of the
-    training data the store's are, rising (`visited`); default: all of them."""
+    training data the store's are, rising (`visited`)."""
 
-    def __init__(self, store: logit_store.Targets, windows: np.ndarray | None = None):
-        self._store = store
-        self._windows = np.arange(store.spec.windows) if windows is None else windows
+    def __init__(self, store: logit_store.Targets, windows: np.ndarray):
+        self._store, self._windows = store, windows
         if len(self._windows) != store.spec.windows:
             raise ValueError(f"{len(self._windows)} windows for a store of {store.spec.windows}")
 

@@ -204,8 +204,7 @@ def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) ->
 
 
 def tuning_recipe(asked: DistillationConfig, iters: int, learning_rate: float) -> DistillationConfig:
-    """Steps and learning rate of scales, no decay, for a scale has no reason to be small; batches, windows and seed as
-    asked for."""
+    """`asked` with the steps and learning rate of scales, and no decay, for a scale has no reason to be small."""
     return replace(asked, iters=iters, learning_rate=learning_rate, warmup=min(3, iters), weight_decay=0.0)
 
 

@@ -57,8 +57,7 @@ class Sharded:
         self._norm = stream.load_checked(norm, f"{student.path}: model.norm.")
 
     def begin(self, mended: Named | None = None) -> None:
-        """Enter the first visit of a new run. mended: weights by name, in place of stored ones. MisError when the
-        folder has been trained already."""
+        """Enter the first visit of a new run. mended: in place of stored weights. MisError in a folder once trained."""
         self._check(-1)
         self._enter(0, mended)
 
@@ -133,8 +132,7 @@ class Sharded:
         self, micro_batches: Callable[[int], Sequence[MicroBatch]], loss: Loss, recipe: TrainingConfig, start: int = 0,
         factor: Callable[[int], float] = lambda step: 1.0, slopes: Slopes | None = None,
     ) -> Iterator[Step]:  # fmt: skip
-        """Run steps `start` to `recipe.iters` as `train_loop.train` does; after the last one the student is
-        trained."""
+        """Run steps `start` to `recipe.iters` as `train_loop.train` does."""
 
         def forth(step: int) -> tuple[Any, Any]:
             return (made := self.gradients(micro_batches(step), loss, slopes)), next(made)

@@ -1,7 +1,6 @@
 """GóralW: AdamW with a sheepdog. One bad batch must not poison the moments.
 
-AdamW's rules are mlx.optimizers', in three kernels a weight, with the dog (a guard on loss and gradient norm). Moments
-are float32, or 8 bits each."""
+AdamW's rules are mlx.optimizers', in three kernels a weight, with the dog: a guard on loss and gradient norm."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -70,14 +69,9 @@ class _Fused(optim.AdamW):
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
         """The new weights, lazy; what all of them share is made once."""
-        after, (b1, b2) = self.step + 1, self.betas
-        rate = self.learning_rate
-        self._shared = (
-            mx.array(self.scale),
-            rate / (1 - b1**after),
-            mx.rsqrt(1 - b2**after),
-            1 - rate * self.weight_decay,
-        )
+        after, (b1, b2), rate = self.step + 1, self.betas, self.learning_rate
+        kept = 1 - rate * self.weight_decay
+        self._shared = mx.array(self.scale), rate / (1 - b1**after), mx.rsqrt(1 - b2**after), kept
         self._loads = [0, 0]
         return super().apply_gradients(gradients, parameters)
 
@@ -133,7 +127,6 @@ class _Packed(_Fused):
         state |= {f"{name}_top": mx.zeros((shape[0], 1)) for name in "mv"}
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
-        """The new weight; the moments in `state` with it."""
         if "m_top" not in state:
             return super().apply_single(gradient, parameter, state)
         with self.lane(_lightest(self._loads, parameter.size)):
@@ -149,8 +142,7 @@ class _Packed(_Fused):
 
 
 class GuardedAdamW:
-    """mlx.optimizers.AdamW behind a gradient-norm guard; while that has nothing to do it is AdamW, but for how
-    sums are rounded.
+    """mlx.optimizers.AdamW behind a gradient-norm guard; while that has nothing to do, AdamW but for rounding of sums.
 
     The guard looks before the update: a loss or norm that is not finite skips the step (three in a row raise
     `Diverged`); a norm above mean + 5 sigma of the last 50 is clipped to that bound. eight_bit: matrices' moments take

@@ -32,8 +32,7 @@ def opened(checkpoint: Checkpoint, limit: Budget, room_bytes: int, tokens: int, 
 
 
 def _shared(m: estimates.ModelSize, keeps: int, tokens: int, length: int, at: Rates) -> list[int]:
-    """How many blocks each machine has in passes of `tokens`, by the first one's rates. keeps: for how many this one
-    has room."""
+    """How many blocks each machine has in passes of `tokens`, by the first one's rates. keeps: those with room here."""
     work = estimates.forward_flops(m, tokens, length, False) / m.shape.layers / at.forward_flops_per_s
     reading = distributed.broadcast_json(lambda: m.block_bytes / at.read_bytes_per_s / work)  # of a block; work: 1
     return pipeline_parallel.shared(m.shape.layers, distributed.all_gather(keeps), reading)

@@ -5,8 +5,7 @@ k') learns to deliver what the teacher has at the entrance of k'. Each block see
 Related: FLAP and ReplaceMe (arXiv 2505.02819); here the fit is per block, ridge-regularised and weighted per token.
 
 Of a mixture the routers learn to choose among the experts that are left: a block's experts are asked once, each for all
-tokens; then its router alone is trained on what they said, towards the same goal (asked for in CerebrasResearch/reap,
-issue 3)."""
+tokens; then its router alone is trained on what they said, towards the same goal (CerebrasResearch/reap, issue 3)."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -37,8 +36,7 @@ def reconstruct(
     """({weight name: new matrix (out, in) float32, if it changes}, share of error left per block), of ids [(B, T)].
 
     direct: read past the page cache. spool(): a place other than memory for hidden states; then a block's output is
-    computed anew, and its inputs are not kept meanwhile. put(name, matrix): takes what changes, block by block, which
-    is then not returned."""
+    computed anew, and its inputs are not kept meanwhile. put(name, matrix): takes what changes, which is not returned."""
     columns, place = kept_columns(keep), spool or list[mx.array]
     big, small = (stream.Stream(model, policy.compute_dtype(model), direct=direct) for model in (teacher, student))
     target, own = big.embed(batches, place()), small.embed(batches, place())

@@ -107,8 +107,7 @@ def write_quantized(
 ) -> dict[str, Any]:  # fmt: skip
     """Commit the new folder `out`: packed weights, float16 scales and biases, config that stock mlx-lm reads.
 
-    rounded: the blocks' matrices, from quantization/stage; default: the nearest values. extra: more files for the
-    folder, by name."""
+    rounded: the blocks' matrices, from quantization/stage; default: the nearest values. extra: more files, by name."""
     check_dense(checkpoint)
     inner = [kind for path, kind in plan.items() if arch.block_of(path) is not None]
     common = max(set(inner), key=lambda kind: (inner.count(kind), kind))
