@@ -160,7 +160,7 @@ class Bench(Laboratory):
     @cache  # noqa: B019 one object, as long as the program
     def statistics(self, seed: int) -> Statistics:
         """Of 32 windows."""
-        found, _ = calibrate.calibrate(self.checkpoint, self.pick(32, seed, 1), policy.usual_dtype())
+        found, _ = calibrate.calibrate(self.checkpoint, self.pick(32, seed, 1))
         return found
 
     @cache  # noqa: B019

@@ -130,7 +130,7 @@ def pairof(s: Settings, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
     return sizes
 
 
-def rank(s: Settings, c: Candidates, within: Sequence[Choice], sizes: Mapping[str, Sequence[int]]) -> list[Choice]:
+def rank(s: Settings, c: Candidates, within: Sequence[Choice], sizes: shape_search.Sizes) -> list[Choice]:
     """The students that were measured, the best first; those whose loss is no number are left out."""
     with progress.phase("rank"):
         losses = c.losses(sizes)
@@ -189,7 +189,7 @@ def report(
 
 
 def planned(
-    s: Settings, teacher: Checkpoint, within: Sequence[Choice], sizes: Mapping[str, Sequence[int]], limit: Budget
+    s: Settings, teacher: Checkpoint, within: Sequence[Choice], sizes: shape_search.Sizes, limit: Budget
 ) -> tuple[phases.MemoryPlan, dict[str, float], dict[str, Any]]:
     """(plan of the largest finalist; seconds by phase of the run; what a --dry-run says), told in a line a stage."""
     most = max(within, key=lambda x: sum(limiting.weights_of(teacher.config, x.shape))).shape

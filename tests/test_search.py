@@ -27,7 +27,7 @@ from mis_mlx.distillation import candidates, finalists
 from mis_mlx.distillation.candidates import Candidates
 from mis_mlx.evaluation import comparison
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, load, policy
+from mis_mlx.models import arch, load
 from mis_mlx.models.config import shape_of
 from mis_mlx.pruning import calibrate, limits, select, shape_search, slicing
 from mis_mlx.pruning.limits import Timing
@@ -137,7 +137,7 @@ def test_the_score_is_that_of_a_student_by_hand(
     at = np.random.default_rng([0, 1, 1]).permutation(len(data.train.tokens))[:4]
     windows = [mx.array(data.train.tokens[i][None]) for i in at]
     cut = {axis: record[axis] for axis in shape_search.CUTS[:-1]}
-    statistics, _ = calibrate.calibrate(teacher, windows, policy.usual_dtype())
+    statistics, _ = calibrate.calibrate(teacher, windows)
     how = select.PruningConfig(scenario="none", importance="rms", **cut)
     shape, keep = select.select_units(dict(teacher.config), statistics, how)
     slicing.write_student(teacher, shape, keep, tmp_path / "s", "bfloat16", DISK)

@@ -25,7 +25,7 @@ from mis_mlx.distillation.run_loop import OpenRun
 from mis_mlx.evaluation import comparison
 from mis_mlx.maths import rounding
 from mis_mlx.maths.importance import Statistics
-from mis_mlx.models import arch, load, model_writer, policy
+from mis_mlx.models import arch, load, model_writer
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.planner import compression_size, estimates
@@ -104,8 +104,7 @@ class Candidates:
     @cached_property
     def statistics(self) -> Statistics:
         """One streamed calibration, for all candidates. Without the weather: shapes must not depend on the wind."""
-        teacher = self.run.teacher
-        return calibrate.calibrate(teacher, self.samples, policy.compute_dtype(teacher), hidden=self._states())[0]
+        return calibrate.calibrate(self.run.teacher, self.samples, hidden=self._states())[0]
 
     @cached_property
     def sensitivity(self) -> dict[str, dict[int, float]]:
@@ -148,7 +147,7 @@ class Candidates:
         self._readers[rows] = Reader(seen, train, ranking, judging, hidden, nats, lost)
         return self._readers[rows]
 
-    def losses(self, sizes: Mapping[str, Sequence[int]]) -> Losses:
+    def losses(self, sizes: shape_search.Sizes) -> Losses:
         """What every axis costs by itself, measured; from the log where it stands there."""
         before = shape_of(self.run.teacher.config)
         points = {axis: list[tuple[float, float]]() for axis in shape_search.CUTS}

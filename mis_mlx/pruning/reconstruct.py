@@ -36,7 +36,7 @@ def reconstruct(
     """({weight name: new matrix (out, in) float32, if it changes}, share of error left per block), of ids [(B, T)].
 
     direct: read past the page cache. spool(): a place other than memory for hidden states; then a block's output is
-    computed anew, and its inputs are not kept meanwhile. put(name, matrix): takes what changes, which is not returned."""
+    computed anew, and its inputs are not kept. put(name, matrix): takes what changes, which then is not returned."""
     columns, place = kept_columns(keep), spool or list[mx.array]
     big, small = (stream.Stream(model, policy.compute_dtype(model), direct=direct) for model in (teacher, student))
     target, own = big.embed(batches, place()), small.embed(batches, place())

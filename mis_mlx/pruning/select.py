@@ -103,15 +103,11 @@ def select_units(
         shape = replace(shape, ffn=importance.conditions_size([statistics.ffn[i] for i in layers], *how))
     kept: dict[Key, tuple[int, ...]] = {}
     differ: dict[Key, int] = {}
-
-    def groups(s: np.ndarray) -> tuple[int, ...]:
-        return importance.top(importance.group_scores(s, before.kv_heads), shape.kv_heads)
-
     experts = max(1, before.experts)  # of which equally many neurons stay of each
     picks: dict[str, Callable[[np.ndarray], tuple[int, ...]]] = {
         "experts": partial(importance.top, keep=shape.experts),
-        "ffn": lambda s: importance.top_in_groups(s, experts, experts * shape.ffn, range(experts)),
-        "heads": lambda s: importance.top_in_groups(s, before.kv_heads, shape.heads, groups(s)),
+        "ffn": lambda s: importance.top_in_groups(s, experts, experts * shape.ffn, experts),
+        "heads": lambda s: importance.top_in_groups(s, before.kv_heads, shape.heads, shape.kv_heads),
         "hidden": partial(importance.top, keep=shape.hidden),
     }
 
@@ -183,10 +179,10 @@ def prune(
     held: batches whose hidden states stay in memory (default: all)."""
     wanted_shape(checkpoint.config, cut)  # refuses before the pass, not after
     files.make_folder(out.absolute().parent)
-    short, kind = held is not None and held < len(batches), policy.compute_dtype(checkpoint)
+    short, mine = held is not None and held < len(batches), distributed.shard(batches)
     states: Callable[[], Hidden] = partial(Spool, out.absolute().parent, held or 0, files) if short else list
-    relay, mine = Relay(checkpoint, kind, 0, short, shares) if shares else None, distributed.shard(batches)
-    statistics, _ = calibrate.calibrate(checkpoint, mine, kind, reading, cut.temperature_unit, states(), relay)
+    relay = Relay(checkpoint, policy.compute_dtype(checkpoint), 0, short, shares) if shares else None
+    statistics, _ = calibrate.calibrate(checkpoint, mine, reading, cut.temperature_unit, states(), relay)
     if not distributed.is_main():  # who has brought its part; the student is the first one's to make
         return {}
     shape, keep = select_units(checkpoint.config, statistics, cut)
