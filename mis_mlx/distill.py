@@ -99,9 +99,7 @@ def _quantize(s: Settings, c: pipeline.Run, dense: Path) -> None:
         pipeline.tune(c, rounded, out, pipeline.tuning_recipe(c.recipe, steps, s.q_learning_rate))
 
 
-def _quality(
-    s: Settings, c: pipeline.Run, data: preparation.Data, models: dict[str, Checkpoint]
-) -> dict[str, list[Row]]:
+def _quality(s: Settings, c: pipeline.Run, data: preparation.Data, models: comparison.Models) -> summary.Quality:
     """Rows by held-out text, on the first machine; where machines share the teacher's blocks, all help."""
     quality, teacher = {}, models["teacher"]
     tokenizers = [load.tokenizer(m.path) for m in (c.teacher, teacher)] if teacher is not c.teacher else []
@@ -125,7 +123,7 @@ def _quality(
     return quality
 
 
-def _sizes(s: Settings, c: pipeline.Run, models: dict[str, Checkpoint]) -> list[Row]:
+def _sizes(s: Settings, c: pipeline.Run, models: comparison.Models) -> list[Row]:
     """Rows of size and speed. The models that are timed also write something, for the report."""
     sizes = [Row(n, "params", arch.params(m.config) / 1e6) for n, m in models.items()]
     sizes += [Row(n, "bytes", m.nbytes / 1e6) for n, m in models.items()]

@@ -131,16 +131,12 @@ def unstable(record: Mapping[str, Any]) -> str:
 @dataclass(frozen=True)
 class Verdict:
     """best: the stable finalist of fewest bits a byte once rounded. gap: of the next one above it, (mean, low, high)
-    over the same windows. None where there is none."""
+    over the same windows. None where there is none. clear: the best is better by more than the noise, or alone."""
 
     best: int | None
     second: int | None
     gap: tuple[float, float, float] | None
-
-    @property
-    def clear(self) -> bool:
-        """Whether the best is better by more than the noise, or alone."""
-        return self.best is not None and (self.gap is None or self.gap[1] > 0)
+    clear: bool
 
 
 def best_candidate(records: Sequence[Mapping[str, Any]]) -> Verdict:
@@ -150,7 +146,8 @@ def best_candidate(records: Sequence[Mapping[str, Any]]) -> Verdict:
     best = min(bits, key=lambda i: bits[i].mean(), default=None)
     gaps = {i: interval(bits[i] - bits[best]) for i in bits if i != best}
     second = min(gaps, key=lambda i: gaps[i][1], default=None)
-    return Verdict(best, second, gaps.get(second))
+    gap = gaps.get(second)
+    return Verdict(best, second, gap, best is not None and (gap is None or gap[1] > 0))
 
 
 def table(records: Sequence[Mapping[str, Any]], names: Sequence[str], speeds: Mapping[str, float]) -> str:

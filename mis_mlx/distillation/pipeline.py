@@ -132,8 +132,7 @@ def source_of(c: Run) -> live_teacher.TargetSource:
             c.teacher, partial(teacher, 0), data, c.folder / "targets", c.files, seed=r.seed, windows_per_pass=at_once,
             show=show, together=bool(c.shares),
         )  # fmt: skip
-    cost = f"logit store: {store.bytes_per_token:.0f} bytes a token; losses are of sampled targets"
-    cli.say(*store.notes, cost)
+    cli.say(*store.notes, f"logit store: {store.bytes_per_token:.0f} bytes a token; losses are of sampled targets")
     mx.clear_cache()
     return live_teacher.Cached(store, at)
 

@@ -53,8 +53,7 @@ class Sharded:
         self._student, self._files, self._adapters = student, files, adapters
         self._shard_layers, self._steps_per_shard, self._weight_decay = shard_layers, steps_per_shard, weight_decay
         self._stream = partial(stream.Stream, student, mx.float32, room_bytes, direct)
-        norm = load.final_norm(student, mx.float32)
-        self._norm = stream.load_checked(norm, f"{student.path}: model.norm.")
+        self._norm = stream.load_checked(load.final_norm(student, mx.float32), f"{student.path}: model.norm.")
 
     def begin(self, mended: Named | None = None) -> None:
         """Enter the first visit of a new run. mended: in place of stored weights. MisError in a folder once trained."""

@@ -81,12 +81,10 @@ def _gradients(
     tokens = max(whole.pop("tokens that count"), 1.0)
     loss = whole.pop("loss, summed") / tokens
     means = {name: value / (1.0 if name == "tokens" else tokens) for name, value in whole.items()}
-    if distributed.size() > 1:
-        named = dict(tree_flatten(gradients))
-        del gradients
-        distributed.all_reduce_gradients(named)
-        gradients = tree_unflatten(list(named.items()))
-    return loss, tokens, gradients, means
+    named = dict(tree_flatten(gradients))
+    del gradients
+    distributed.all_reduce_gradients(named)
+    return loss, tokens, tree_unflatten(list(named.items())), means
 
 
 class Whole:

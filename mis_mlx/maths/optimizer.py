@@ -45,8 +45,7 @@ def _lightest(loads: list[int], size: int) -> int:
 def global_norm(gradients: Any, lane: Lane = nullcontext) -> mx.array:
     """Euclidean norm over all gradients, a scalar. Sums each tensor's last axis first: float32 sums drift."""
     squares, loads = list[mx.array](), [0, 0]
-    named: dict[str, mx.array] = tree_flatten(gradients, destination={})  # type: ignore[assignment]
-    for g in named.values():
+    for g in dict[str, mx.array](tree_flatten(gradients)).values():
         with lane(_lightest(loads, g.size)):
             squares.append(mx.square(g.astype(mx.float32)).sum(axis=-1).sum())
     return mx.sqrt(sum(squares, mx.array(0.0)))
@@ -175,7 +174,6 @@ class GuardedAdamW:
         """One step on `model`'s trainable parameters, lazily. Returns what the dog did ('' = it slept).
 
         scale: of the gradients; `norm` is theirs once scaled. lane: where MLX computes the i-th of several weights."""
-        note = ""
         if batch in self.passed:
             return "skipped: not a number before"
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -184,14 +182,13 @@ class GuardedAdamW:
                 raise Diverged(self.bad, loss)
             return "skipped: not a number"
         self.bad, bound = [], self.bound()
-        if norm > bound:
-            scale *= bound / norm
-            note = f"clipped {norm:.1f} to {bound:.1f}"
+        clipped = norm > bound
+        scale *= bound / norm if clipped else 1.0
         self.norms = [*self.norms, min(norm, bound)][-WINDOW:]
         self.adamw.learning_rate = learning_rate * self.calm
         self.adamw.scale, self.adamw.lane = scale, lane
         self.adamw.update(model, gradients)
-        return note
+        return f"clipped {norm:.1f} to {bound:.1f}" if clipped else ""
 
     def arrays(self) -> dict[str, mx.array]:
         """Moments and step count by name, for a checkpoint."""
