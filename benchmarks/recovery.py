@@ -171,7 +171,7 @@ class Bench(Laboratory):
     @cache  # noqa: B019
     def fisher(self, seed: int) -> dict[Key, np.ndarray]:
         """Of the first 8 of them."""
-        return fisher_importance.fisher(self.checkpoint, self.pick(32, seed, 1)[:8], policy.usual_dtype(), seed)
+        return fisher_importance.fisher(self.checkpoint, self.pick(32, seed, 1)[:8], seed)
 
     def ranked(self, arm: Arm, seed: int) -> Statistics:
         """Statistics by which the arm's choices are the highest ones."""

@@ -22,7 +22,6 @@ from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.recipe import spec_of
 from mis_mlx.pruning import shape_search
 from mis_mlx.pruning.limits import Timing
-from mis_mlx.pruning.shape_search import Choice
 from mis_mlx.quantization import stage
 from mis_mlx.reporting import html, text
 from mis_mlx.storage import checkpoint as protocol
@@ -36,7 +35,7 @@ TOKENS = 16  # decoded for one timing
 ROUNDS = 3  # of timings, the quickest counts
 
 
-def final(c: Candidates, choice: Choice) -> dict[str, Any]:
+def final(c: Candidates, choice: shape_search.Choice) -> dict[str, Any]:
     """The record of a finalist: distilled for a few steps and rounded, judged all along; from the log if there."""
     sub = c.run.folder / "finalists" / choice.name
     record = once(c.run, FINALISTS, choice.sizes, lambda: _measured(c, choice, sub))
@@ -44,7 +43,7 @@ def final(c: Candidates, choice: Choice) -> dict[str, Any]:
     return record
 
 
-def _measured(c: Candidates, choice: Choice, sub: Path) -> dict[str, Any]:
+def _measured(c: Candidates, choice: shape_search.Choice, sub: Path) -> dict[str, Any]:
     """Distil and round a finalist in the folder `sub`; a training that has begun there goes on in its own way."""
     run, reader = c.run, c.reader(choice.shape.vocab)
     with reported(run.folder, "the folder of a finalist"):

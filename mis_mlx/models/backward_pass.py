@@ -21,7 +21,6 @@ Visit = Callable[[int, nn.Module], Callable[[Some, Some], Some]]
 def backwards(
     checkpoint: Checkpoint,
     batches: stream.Batches,
-    dtype: mx.Dtype,
     visit: Visit,
     seed: int = 0,
     kept: stream.Hidden | None = None,
@@ -34,7 +33,7 @@ def backwards(
     at_head: sees the head's inputs (n, D) and d log p / d logits (n, V), some rows at a time. Returns d log p / d x of
     the first block."""
     kept = [] if kept is None else kept
-    source, n = stream.Stream(checkpoint, dtype), len(batches)
+    source, n = stream.Stream(checkpoint, policy.compute_dtype(checkpoint)), len(batches)
     source.embed(batches, kept)
     for _, block in source.blocks(range(source.layers - 1)):
         kept.extend(source.through(block, kept[-n:]))

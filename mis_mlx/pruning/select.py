@@ -136,20 +136,18 @@ def select_units(
         "ambient_c": [min(air), max(air)] if air else None,
         "altitude_m": statistics.altitude_m,
         "block_importance": {str(i): round(v, 6) for i, v in statistics.block.items()},
+        "profile": profile(statistics, layers, kept, scores),
     }
-    keep = KeptUnits(layers, kept, used, report)
-    report["profile"] = profile(statistics, keep, scores)
-    return shape, keep
+    return shape, KeptUnits(layers, kept, used, report)
 
 
-def profile(statistics: Statistics, keep: KeptUnits, scores: Ranking) -> dict[str, Any]:
+def profile(statistics: Statistics, layers: Sequence[int], kept: Mapping[Key, Any], scores: Ranking) -> dict[str, Any]:
     """{"layer/axis": {"kept": the share of its importance that stays}} of all of the teacher's layers."""
     shares = {}
     for axis in ("ffn", "heads", "experts"):
-        layers: dict[int, importance.Sums] = getattr(statistics, axis)
-        for i in sorted(layers):
+        for i in sorted(getattr(statistics, axis)):
             all_of = np.abs(scores((i, axis)))
-            stays = all_of[list(keep.kept.get((i, axis), range(len(all_of))))].sum() * (i in keep.layers)
+            stays = all_of[list(kept.get((i, axis), range(len(all_of))))].sum() * (i in layers)
             shares[f"{i}/{axis}"] = {"kept": round(float(stays / max(all_of.sum(), 1e-30)), 4)}
     return shares
 

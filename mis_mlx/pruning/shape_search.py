@@ -15,7 +15,6 @@ from mis_mlx.models import arch
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.pruning import limits
-from mis_mlx.pruning.limits import Limit
 from mis_mlx.types import MisError
 
 CUTS = ("layers", "ffn", "heads", "hidden", "vocab")
@@ -143,7 +142,7 @@ class Losses:
         return sum(LEFT[axis] * value for axis, value in self.by_axis(choice).items())
 
 
-def choices(config: Mapping[str, Any], sizes: Sizes, within: Sequence[Limit], bits: bool) -> list[Choice]:
+def choices(config: Mapping[str, Any], sizes: Sizes, within: Sequence[limits.Limit], bits: bool) -> list[Choice]:
     """Every student within the limits, in the most bits that they allow; in the usual ones where `bits` are not to be
     chosen, or none of the limits is in bytes. MisError where there is none: the smallest number within reach, and which
     axes are not open."""

@@ -14,7 +14,6 @@ import numpy as np
 
 from mis_mlx.models import arch, experts, load, model_writer, policy, stream
 from mis_mlx.models.config import Shape, shape_of
-from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint, KeptUnits
 
@@ -44,7 +43,7 @@ class Rotation:
 Directions = Callable[[int], Rotation]  # for a cut to so many channels
 
 
-def _entering(checkpoint: Checkpoint, batches: Batches, hidden: Hidden) -> Iterator[tuple[str, mx.array]]:
+def _entering(checkpoint: Checkpoint, batches: stream.Batches, hidden: stream.Hidden) -> Iterator[tuple[str, mx.array]]:
     """Norm by norm, in one streamed pass: (its weight's name, float32 tokens (n, D) that enter it, over their rms)."""
     source = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), direct=not isinstance(hidden, list))
     hidden = source.embed(batches, hidden)
@@ -74,7 +73,7 @@ def turned(basis: np.ndarray, gain: np.ndarray) -> np.ndarray:
     return basis @ turn
 
 
-def directions(teacher: Checkpoint, batches: Batches, hidden: Callable[[], Hidden] = list) -> Directions:
+def directions(teacher: Checkpoint, batches: stream.Batches, hidden: Callable[[], stream.Hidden] = list) -> Directions:
     """The principal directions of what enters all norms over token ids [(B, T)], all norms alike; for a tied head
     `turned` for the last norm's gain.
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from mis_mlx.hardware import lanes
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, backward_pass, load, policy, stream
+from mis_mlx.models import arch, backward_pass, load, stream
 from mis_mlx.models.backward_pass import Some
 from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.planner.recipe import QuantizationConfig
@@ -146,8 +146,7 @@ def costs(
 
         return through
 
-    dtype = policy.compute_dtype(checkpoint)
-    back = backward_pass.backwards(checkpoint, batches, dtype, visit, seed, kept, ends.at_head)
+    back = backward_pass.backwards(checkpoint, batches, visit, seed, kept, ends.at_head)
     for ids, below in zip(batches, back, strict=True):
         ends.at_rows(ids, below)
     return nats | {path: {b: of / (2 * tokens) / (2**b - 1) ** 2 for b in bits} for path, of in ends.squares.items()}
