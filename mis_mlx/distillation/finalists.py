@@ -173,6 +173,5 @@ def advice(found: Verdict, records: Sequence[Mapping[str, Any]], names: Sequence
 
 def means(record: Mapping[str, Any]) -> dict[str, Any]:
     """A finalist for a run's JSON: means in place of windows."""
-    lists = {k: v for k, v in record.items() if isinstance(v, list)}
-    means = {k: None if None in v else float(np.mean(v)) for k, v in lists.items()}
-    return {**record, **means, "unstable": unstable(record)}
+    each = {k: None if None in v else float(np.mean(v)) for k, v in record.items() if isinstance(v, list)}
+    return {**record, **each, "unstable": unstable(record)}

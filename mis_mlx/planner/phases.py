@@ -251,9 +251,8 @@ def make(job: DistillationSpec, budget_bytes: int, rates: Rates) -> MemoryPlan:
 
 def least_bytes(job: DistillationSpec, rates: Rates) -> int:
     """The smallest budget in which some way of doing the job fits."""
-    arrays = min(one(job, 0, rates, *way).peak_bytes for way in ways(job))
+    least = arrays = min(one(job, 0, rates, *way).peak_bytes for way in ways(job))
     known = TENSOR_BYTES * job.teacher.tensors
-    least = arrays
     for _ in range(20):  # its own share grows, but slower
         least = arrays + process_bytes(least - known, job.teacher.gpu)
     return least
