@@ -23,7 +23,7 @@ from mis_mlx.data import preparation
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor
 from mis_mlx.maths import importance
-from mis_mlx.models import arch, load, policy, resolve
+from mis_mlx.models import arch, load, resolve
 from mis_mlx.pruning import calibrate, select, slicing
 from mis_mlx.storage.files import DISK
 
@@ -49,11 +49,9 @@ def main() -> None:
             return log[-1]
 
         with ThermalMonitor(ThermalFlags(thermal_replay=str(REPLAY))) as weather:
-            kelvin, _ = calibrate.calibrate(checkpoint, batches, policy.compute_dtype(checkpoint), reading)
+            kelvin, _ = calibrate.calibrate(checkpoint, batches, reading)
         replayed = iter(readings)
-        celsius, _ = calibrate.calibrate(
-            checkpoint, batches, policy.compute_dtype(checkpoint), lambda r=replayed: next(r), "celsius"
-        )
+        celsius, _ = calibrate.calibrate(checkpoint, batches, lambda r=replayed: next(r), "celsius")
         if seed == SEEDS[0]:
             sums = [kelvin.ffn[i] for i in importance.lowest_blocks(kelvin.block, 20)]
             for metres in (100.0, 832.0, 2500.0):

@@ -160,7 +160,7 @@ class Bench(Laboratory):
     @cache  # noqa: B019 one object, as long as the program
     def statistics(self, seed: int) -> Statistics:
         """Of 32 windows."""
-        found, _ = calibrate.calibrate(self.checkpoint, self.pick(32, seed, 1), policy.usual_dtype())
+        found, _ = calibrate.calibrate(self.checkpoint, self.pick(32, seed, 1))
         return found
 
     @cache  # noqa: B019
@@ -171,7 +171,7 @@ class Bench(Laboratory):
     @cache  # noqa: B019
     def fisher(self, seed: int) -> dict[Key, np.ndarray]:
         """Of the first 8 of them."""
-        return fisher_importance.fisher(self.checkpoint, self.pick(32, seed, 1)[:8], policy.usual_dtype(), seed)
+        return fisher_importance.fisher(self.checkpoint, self.pick(32, seed, 1)[:8], seed)
 
     def ranked(self, arm: Arm, seed: int) -> Statistics:
         """Statistics by which the arm's choices are the highest ones."""

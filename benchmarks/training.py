@@ -129,7 +129,7 @@ def ours(way: str, teacher: Path, student: Path, data: token_windows.Windows, wi
         adapters = partial(lora.insert, lora=ADAPTERS, seed=0) if way == "lora" else None
         trained = sharded.Sharded(small, layers, steps, 0.01, DISK, adapters=adapters)
         trained.begin()
-        micro = live_teacher.step_micro_batches(source, data, recipe)
+        micro = partial(live_teacher.step_micro_batches, source, data, recipe)
         loss, slopes = partial(source.kl_sum, frozen_head=True), source.frozen_slopes()
         yield from ((s.seconds, s.peak_bytes) for s in trained.steps(micro, loss, recipe, slopes=slopes))
 

@@ -21,7 +21,7 @@ from mis_mlx.quantization import packed_format, stage
 from mis_mlx.reporting import html, progress, text
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, json_sha256
-from mis_mlx.types import Budget, Checkpoint, MisError, Row, Whole
+from mis_mlx.types import Budget, Checkpoint, MisError, Row, Whole, gib
 
 # Settings that may differ when a run is resumed: none of them changes a weight.
 FREE = frozenset({
@@ -98,9 +98,7 @@ def _quantize(s: Settings, c: pipeline.Run, dense: Path) -> None:
         pipeline.tune(c, rounded, out, pipeline.tuning_recipe(c.recipe, steps, s.q_learning_rate))
 
 
-def _quality(
-    s: Settings, c: pipeline.Run, data: preparation.Data, models: dict[str, Checkpoint]
-) -> dict[str, list[Row]]:
+def _quality(s: Settings, c: pipeline.Run, data: preparation.Data, models: comparison.Models) -> summary.Quality:
     """Rows by held-out text, on the first machine; where machines share the teacher's blocks, all help."""
     quality, teacher = {}, models["teacher"]
     tokenizers = [load.tokenizer(m.path) for m in (c.teacher, teacher)] if teacher is not c.teacher else []
@@ -124,7 +122,7 @@ def _quality(
     return quality
 
 
-def _sizes(s: Settings, c: pipeline.Run, models: dict[str, Checkpoint]) -> list[Row]:
+def _sizes(s: Settings, c: pipeline.Run, models: comparison.Models) -> list[Row]:
     """Rows of size and speed. The models that are timed also write something, for the report."""
     sizes = [Row(n, "params", arch.params(m.config) / 1e6) for n, m in models.items()]
     sizes += [Row(n, "bytes", m.nbytes / 1e6) for n, m in models.items()]
@@ -164,8 +162,9 @@ def _stages(s: Settings, c: pipeline.Run, data: preparation.Data, teacher: Check
     return table, result
 
 
-def _plan(s: Settings, teacher: Checkpoint, rows: int, budget: Budget, folder: Path | None) -> phases.MemoryPlan:
-    """The plan of a new run; or of one that has begun, which goes on in its own way whatever the budget is now."""
+def _plan(s: Settings, teacher: Checkpoint, rows: int, folder: Path | None) -> phases.MemoryPlan:
+    """The plan of a new run; or of one that has begun, which goes on in its own way whatever the budget is now. Several
+    machines go the first one's way, each with its own budget; MisError where the student is not whole there."""
     seen = vocabulary.first_rows(teacher, rows)
     if s.student:
         small = load.open_checkpoint(s.student).config
@@ -177,10 +176,16 @@ def _plan(s: Settings, teacher: Checkpoint, rows: int, budget: Budget, folder: P
     own = estimates.model_of(seen, dtype=policy.compute_dtype(teacher))
     student, whole = (estimates.model_of(model) for model in (small, teacher))
     job = spec_of(own, student, s, rounding, s.hidden_by == "pca", whole)
-    if folder and distributed.is_main():
-        stored = run_folder.stored_settings(folder, run_folder.PLAN)
-        return machines.agreed(phases.one(job, budget.limit_bytes, at, **stored))
-    return machines.agreed(phases.make(job, budget.limit_bytes, at))
+    limit = memory.budget(s.budget_bytes).limit_bytes
+
+    def way() -> dict[str, Any]:
+        return run_folder.stored_settings(folder, run_folder.PLAN) if folder else phases.make(job, limit, at).way
+
+    made = phases.one(job, limit, at, **distributed.broadcast_json(way))
+    if distributed.size() > 1 and made.mode == "sharded":
+        why = f"{distributed.size()} machines train a student whole, {gib(limit)} hold a part of this one"
+        raise MisError(f"{why}: give more --budget, leave out --train, or use one machine")
+    return made
 
 
 def _text(s: Settings, teacher: Checkpoint) -> str | None:
@@ -237,8 +242,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.student is None:
         s = replace(s, **vocabulary.defaults(s.scenario, s.vocab, teacher.config, teacher.path))
     rows = vocabulary.rows_left(teacher, s, s.student)
-    budget = memory.budget(s.budget_bytes)
-    made = _plan(s, teacher, rows, budget, folder)
+    made = _plan(s, teacher, rows, folder)
     cli.say(text.aligned(plan.table(made)))
     if not (s.dry_run or made.fits):
         raise MisError(phases.remedy(made))
@@ -250,7 +254,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if folder is None:
         cli.say(progress.promise(sum(made.planned.values())))
     with progress.run("distill", made.planned):
-        table, result = _begin(replace(s, iters=made.job.iters), data, folder, teacher, rows, made, budget)
+        table, result = _begin(replace(s, iters=made.job.iters), data, folder, teacher, rows, made)
     if table:
         print(text.aligned(table))
         cli.say(summary.next_steps(Path(result["run"])))
@@ -259,14 +263,13 @@ def run(settings: Settings) -> dict[str, Any]:
 
 def _begin(
     s: Settings, text_of: str | None, folder: Path | None, teacher: Checkpoint, rows: int, made: phases.MemoryPlan,
-    budget: Budget,
 ) -> tuple[str, dict[str, Any]]:  # fmt: skip
     """Read the data, of --data or written by the teacher, enter the run folder, go through all stages."""
     shares = machines.shares(made) if s.spread == "layers" else ()
     data, origin = run_loop.prepared(replace(s, data=text_of), teacher)
     name = f"{teacher.path.name}-{s.scenario or 'student'}"
     wired = made.peak_bytes if made.mode != "sharded" else 0
-    with run_loop.open_run(s, folder, name, origin, made.way, budget, wired) as place:
+    with run_loop.open_run(s, folder, name, origin, made.way, Budget(made.budget_bytes), wired) as place:
         given, defaults = asdict(s), asdict(Settings())
         flags = {k: v for k, v in given.items() if k not in run_folder.NOT_STORED and v != defaults[k]}
         planned = [{"phase": p.name, "seconds": round(p.seconds(made.rates), 3), "peak_bytes": p.peak_bytes}

@@ -13,7 +13,7 @@ from mis_mlx.alignment.grpo_rollout import Settings
 from mis_mlx.data import examples, rows
 from mis_mlx.evaluation import rewards
 from mis_mlx.models import distributed, load, stream
-from mis_mlx.planner import estimates, training_size
+from mis_mlx.planner import estimates
 from mis_mlx.types import Checkpoint, MisError
 
 CACHE_STEP = 256  # tokens by which mlx-lm's cache grows
@@ -42,7 +42,7 @@ def _phases(s: Settings, checkpoint: Checkpoint, longest: int) -> tuple[estimate
     answers, length = s.grad_accumulation_steps * s.group_size, longest + most
     branched = replace(s, grad_accumulation_steps=s.grad_accumulation_steps * -(-s.group_size // s.batch_size))
     learn = alignment_run.training(branched, checkpoint, 1, longest + s.batch_size * most, "learn")
-    state = learn.peak_bytes - training_size.activation_bytes(m.config, 1, longest + s.batch_size * most)
+    state = learn.peak_bytes - estimates.activation_bytes(m.config, 1, longest + s.batch_size * most)
     # Twice: the cache grows, and gets rid of finished answers, by being copied.
     cache = estimates.keys_bytes(m, 2 * s.at_once * (longest + CACHE_STEP * -(-most // CACHE_STEP)))
     work = estimates.workspace_bytes(m, max(longest, s.at_once), length) + 8 * s.at_once * m.shape.vocab * 4

@@ -10,7 +10,7 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
 from mis_mlx.models import arch, load, resolve
 from mis_mlx.models.config import MOST_EXPERTS, read_config, shape_of
-from mis_mlx.planner import compression_size, estimates, phases, training_size
+from mis_mlx.planner import compression_size, estimates, phases
 from mis_mlx.planner.recipe import PLAIN, DistillationConfig, QuantizationConfig, spec_of
 from mis_mlx.pruning import shape_search, vocabulary
 from mis_mlx.pruning.select import Scenario
@@ -57,7 +57,7 @@ def disk_bytes(plan: phases.MemoryPlan) -> int:
     """Files there may be at once, the teacher's not among them: models, two checkpoints, scratch."""
     m = plan.job.student
     params, blocks = arch.params(m.config), plan.shard_layers or m.shape.layers
-    saved = blocks * training_size.block_state_bytes(m.config)
+    saved = blocks * compression_size.block_state_bytes(m.config)
     saved = phases.SAVED_BYTES * params if plan.mode == "resident" else saved
     run = 2 * saved * (plan.mode != "none") + (4 * params if plan.shard_layers else 0)
     kept = sum(p.written_bytes for p in plan.phases if p.name in ("quantize", "logit store"))

@@ -5,7 +5,6 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,7 +31,6 @@ from mis_mlx.types import MOST, Budget, Checkpoint, Count, MisError, Whole, With
 # Settings that may differ when a search is resumed: none of them changes what is measured.
 FREE = frozenset({"out", "resume", "dry_run", "config", "budget", "save_every", "governor", "thermal_replay"})
 UNDER = Path("runs") / "search"  # apart from distillations, so that --resume of one never finds the other
-WORK = {"decode": limiting.decode_work, "ttft": limiting.prompt_work}  # of a block, that its time grows with
 Axis = Literal["layers", "ffn", "heads", "hidden", "vocab", "bits"]
 
 
@@ -98,8 +96,7 @@ def limits_of(
         limits.append(limiting.params_limit(config, s.params or "0.667x"))
     speeds = _speeds(s, teacher, folder, budget) if s.timed_at else {}
     for flag, timed in speeds.items():
-        work = partial(WORK[flag], tokens=sum(s.timed_at[flag]))
-        limits.append(limiting.time_limit(config, f"--{flag}", getattr(s, flag), timed, work))
+        limits.append(limiting.time_limit(config, f"--{flag}", getattr(s, flag), timed, sum(s.timed_at[flag])))
     return limits, speeds
 
 
@@ -133,7 +130,7 @@ def pairof(s: Settings, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
     return sizes
 
 
-def rank(s: Settings, c: Candidates, within: Sequence[Choice], sizes: Mapping[str, Sequence[int]]) -> list[Choice]:
+def rank(s: Settings, c: Candidates, within: Sequence[Choice], sizes: shape_search.Sizes) -> list[Choice]:
     """The students that were measured, the best first; those whose loss is no number are left out."""
     with progress.phase("rank"):
         losses = c.losses(sizes)
@@ -151,8 +148,8 @@ def rank(s: Settings, c: Candidates, within: Sequence[Choice], sizes: Mapping[st
 def flags_of(choice: Choice, before: Shape) -> dict[str, Any]:
     """Settings of `distill` that make this student."""
     group = shape_search.group_of(choice.shape)
-    sizes = {axis: getattr(choice.shape, axis) for axis in shape_search.CUTS}
-    cut = {a: str(n) if a == "vocab" else n for a, n in sizes.items() if n != getattr(before, a)}
+    sizes = {a: n for a in shape_search.CUTS if (n := getattr(choice.shape, a)) != getattr(before, a)}
+    cut = {a: str(n) if a == "vocab" else n for a, n in sizes.items()}
     return {"scenario": "none", **cut, "target_bpw": choice.bpw, **({"q_group_size": group} if group != 64 else {})}
 
 
@@ -192,7 +189,7 @@ def report(
 
 
 def planned(
-    s: Settings, teacher: Checkpoint, within: Sequence[Choice], sizes: Mapping[str, Sequence[int]], limit: Budget
+    s: Settings, teacher: Checkpoint, within: Sequence[Choice], sizes: shape_search.Sizes, limit: Budget
 ) -> tuple[phases.MemoryPlan, dict[str, float], dict[str, Any]]:
     """(plan of the largest finalist; seconds by phase of the run; what a --dry-run says), told in a line a stage."""
     most = max(within, key=lambda x: sum(limiting.weights_of(teacher.config, x.shape))).shape

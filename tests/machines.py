@@ -134,7 +134,7 @@ def calibrated(teacher: Checkpoint, shares: Sequence[int] = ()) -> dict[str, np.
     n = distributed.size()
     air = iter([r for rank in range(n) for r in readings[rank::n]] if shares else distributed.shard(readings))
     own = pipeline_parallel.Relay(teacher, mx.float32, 0, False, shares) if shares else None
-    s, _ = calibrate.calibrate(teacher, distributed.shard(whole), mx.float32, lambda: next(air), relay=own)
+    s, _ = calibrate.calibrate(teacher, distributed.shard(whole), lambda: next(air), relay=own)
     found = {f"{axis} {i} {key}": np.asarray(getattr(sums, key), np.float64)
              for axis, of in (("ffn", s.ffn), ("heads", s.heads), ("hidden", s.hidden))
              for i, sums in of.items() for key in ("mean", "square", "warm")}  # fmt: skip

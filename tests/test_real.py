@@ -16,7 +16,7 @@ import pytest
 
 from mis_mlx import generate
 from mis_mlx.models import arch, load, mlx_generate, policy, resolve, stream
-from mis_mlx.planner import training_size
+from mis_mlx.planner import compression_size
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint
 
@@ -88,7 +88,7 @@ def test_the_planned_peak_holds(run: tuple[Path, dict[str, Any]], real: Checkpoi
     """MLX's peak in training is under the plan's for that phase, and not by more than a factor of three."""
     out, _ = run
     small = load.open_checkpoint(out / "distilled").config
-    planned = training_size.training_bytes(small, 2, 128) + 4 * arch.params(real.config)
+    planned = compression_size.training_bytes(small, 2, 128) + 4 * arch.params(real.config)
     peak = max(r["peak_bytes"] for r in run_folder.metrics(out))
     assert planned / 3 < peak < planned
 

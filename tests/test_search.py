@@ -11,7 +11,6 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +27,7 @@ from mis_mlx.distillation import candidates, finalists
 from mis_mlx.distillation.candidates import Candidates
 from mis_mlx.evaluation import comparison
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, load, policy
+from mis_mlx.models import arch, load
 from mis_mlx.models.config import shape_of
 from mis_mlx.pruning import calibrate, limits, select, shape_search, slicing
 from mis_mlx.pruning.limits import Timing
@@ -138,7 +137,7 @@ def test_the_score_is_that_of_a_student_by_hand(
     at = np.random.default_rng([0, 1, 1]).permutation(len(data.train.tokens))[:4]
     windows = [mx.array(data.train.tokens[i][None]) for i in at]
     cut = {axis: record[axis] for axis in shape_search.CUTS[:-1]}
-    statistics, _ = calibrate.calibrate(teacher, windows, policy.usual_dtype())
+    statistics, _ = calibrate.calibrate(teacher, windows)
     how = select.PruningConfig(scenario="none", importance="rms", **cut)
     shape, keep = select.select_units(dict(teacher.config), statistics, how)
     slicing.write_student(teacher, shape, keep, tmp_path / "s", "bfloat16", DISK)
@@ -321,9 +320,8 @@ def test_times_are_measured_on_the_teacher_and_on_finalists(
                 out=str(tmp_path / "run"))  # fmt: skip
     result = search.run(s)
     stored = run_folder.stored_settings(tmp_path / "run", run_folder.PLAN)
-    work = {"decode": partial(limits.decode_work, tokens=64), "ttft": partial(limits.prompt_work, tokens=64)}
-    for flag, of in work.items():
-        limit = limits.time_limit(deep.config, f"--{flag}", "1.2x", Timing(**stored[flag]), of)
+    for flag in ("decode", "ttft"):
+        limit = limits.time_limit(deep.config, f"--{flag}", "1.2x", Timing(**stored[flag]), 64)
         for record in result["candidates"]:
             assert (
                 limit.cost(replace(shape_of(deep.config), **{a: record[a] for a in shape_search.CUTS}), 0) <= limit.most
@@ -377,10 +375,9 @@ def test_times_by_pencil() -> None:
     """Half of the layers of a teacher that spends all of its time in blocks: twice as quick. A narrower stream
     shortens what is not a block; keys and values weigh as much as weights; a prompt's products grow with its square."""
     before, block = shape_of(SMOLLM2), 3_540_096
-    short = partial(limits.decode_work, tokens=0)
-    limit = limits.time_limit(SMOLLM2, "--decode", "2x", Timing(0.001, 0.0), short)
+    limit = limits.time_limit(SMOLLM2, "--decode", "2x", Timing(0.001, 0.0), 0)
     assert limit.most == pytest.approx(0.015) == limit.cost(replace(before, layers=15), 0)
-    rest = limits.time_limit(SMOLLM2, "--decode", "2x", Timing(0.0, 0.006), short)
+    rest = limits.time_limit(SMOLLM2, "--decode", "2x", Timing(0.0, 0.006), 0)
     assert rest.cost(replace(before, hidden=288), 0) == pytest.approx(0.003)
     narrow, cut = arch.student_config(SMOLLM2, replace(before, ffn=512)), 3 * 1024 * 576
     long = [limits.decode_work(config, 4096) for config in (narrow, SMOLLM2)]

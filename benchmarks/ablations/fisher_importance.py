@@ -48,7 +48,6 @@ class _Gated(nn.Module):
 def fisher(
     checkpoint: Checkpoint,
     batches: Sequence[mx.array],
-    dtype: mx.Dtype,
     seed: int = 0,
     kept: stream.Hidden | None = None,
 ) -> dict[Key, np.ndarray]:
@@ -74,7 +73,7 @@ def fisher(
 
         return lambda x, above: [each(*of) for of in zip(x, above, strict=True)]
 
-    backwards(checkpoint, batches, dtype, visit, seed, kept)
+    backwards(checkpoint, batches, visit, seed, kept)
     return found
 
 

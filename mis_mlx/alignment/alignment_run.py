@@ -23,7 +23,7 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, distributed, load, lora, model_writer, policy, stream
-from mis_mlx.planner import estimates, recipe, training_size
+from mis_mlx.planner import compression_size, estimates, recipe
 from mis_mlx.planner.phases import SAVED_BYTES
 from mis_mlx.reporting import progress
 from mis_mlx.storage import checkpoint as protocol
@@ -107,12 +107,12 @@ def weight_bytes(m: estimates.ModelSize) -> int:
 def training(s: Alignment, checkpoint: Checkpoint, rows: int, length: int, name: str = "align") -> estimates.StageCost:
     """What training takes with `rows` sequences of `length` tokens in a micro-batch."""
     m = sizes(s, checkpoint)
-    trained, peak = m.params, training_size.training_bytes(m.config, rows, length)
+    trained, peak = m.params, compression_size.training_bytes(m.config, rows, length)
     if s.lora:
         trained = s.lora.params(m.config)
-        peak = weight_bytes(m) + training_size.STATE_BYTES * trained
-        peak += training_size.activation_bytes(m.config, rows, length)
-        peak += training_size.logit_bytes(m.shape.vocab, rows * length)
+        peak = weight_bytes(m) + compression_size.STATE_BYTES * trained
+        peak += estimates.activation_bytes(m.config, rows, length)
+        peak += estimates.logit_bytes(m.shape.vocab, rows * length)
     written = (s.iters // s.save_every + 2) * (SAVED_BYTES + 4) * trained + policy.DTYPES[s.dtype].size * m.params
     flops = s.iters * 3 * estimates.forward_flops(m, s.grad_accumulation_steps * rows * length, length)
     return estimates.StageCost(name, m.nbytes, written, peak, flops, updated=s.iters * trained)

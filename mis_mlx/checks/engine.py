@@ -112,7 +112,7 @@ def repeated(models: Models) -> Found:
 
 def statistics(models: Models) -> list[np.ndarray]:
     """Calibration's sums over neurons and heads, and its block distances."""
-    found, _ = calibrate(models["bf16"], [TOKENS], policy.compute_dtype(models["bf16"]))
+    found, _ = calibrate(models["bf16"], [TOKENS])
     return [*(of[i].square for of in (found.ffn, found.heads) for i in of), np.array([*found.block.values()])]
 
 

@@ -25,7 +25,7 @@ from mis_mlx.distillation.run_loop import OpenRun
 from mis_mlx.evaluation import comparison
 from mis_mlx.maths import rounding
 from mis_mlx.maths.importance import Statistics
-from mis_mlx.models import arch, load, model_writer, policy
+from mis_mlx.models import arch, load, model_writer
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.planner import compression_size, estimates
@@ -104,8 +104,7 @@ class Candidates:
     @cached_property
     def statistics(self) -> Statistics:
         """One streamed calibration, for all candidates. Without the weather: shapes must not depend on the wind."""
-        teacher = self.run.teacher
-        return calibrate.calibrate(teacher, self.samples, policy.compute_dtype(teacher), hidden=self._states())[0]
+        return calibrate.calibrate(self.run.teacher, self.samples, hidden=self._states())[0]
 
     @cached_property
     def sensitivity(self) -> dict[str, dict[int, float]]:
@@ -128,8 +127,7 @@ class Candidates:
     @cached_property
     def _directions(self) -> slicing.Directions:
         """Of the stream, measured when the first candidate is narrower than the teacher."""
-        teacher = self.run.teacher
-        return slicing.directions(teacher, self.samples, policy.compute_dtype(teacher), self._states)
+        return slicing.directions(self.run.teacher, self.samples, self._states)
 
     def reader(self, rows: int) -> Reader:
         """The teacher of so many rows, made once."""
@@ -149,7 +147,7 @@ class Candidates:
         self._readers[rows] = Reader(seen, train, ranking, judging, hidden, nats, lost)
         return self._readers[rows]
 
-    def losses(self, sizes: Mapping[str, Sequence[int]]) -> Losses:
+    def losses(self, sizes: shape_search.Sizes) -> Losses:
         """What every axis costs by itself, measured; from the log where it stands there."""
         before = shape_of(self.run.teacher.config)
         points = {axis: list[tuple[float, float]]() for axis in shape_search.CUTS}
@@ -158,18 +156,12 @@ class Candidates:
         for axis, size in cli.counted("axis alone", wanted, len(wanted)):
             points[axis].append((size, self._probe(axis, size)))
         if self.settings.mixed:
-            points["bits"] = self._bits(before)
+            tokens_a_byte, points["bits"] = comparison.per_byte(np.ones(len(self.ranking.tokens)), self.ranking), []
+            for bpw in np.arange(*shape_search.bpw_range(shape_search.group_of(before)), 0.125):
+                bits = self._allocated(Choice(before, float(bpw)), tuple(range(before.layers)))
+                nats = sum(self.sensitivity[path][each] for path, each in bits.items())
+                points["bits"].append((float(bpw), nats * tokens_a_byte))
         return Losses(before, points)
-
-    def _bits(self, before: Shape) -> list[tuple[float, float]]:
-        """(bits a weight, nats a byte) of the teacher rounded to so many."""
-        tokens_a_byte = comparison.per_byte(np.ones(len(self.ranking.tokens)), self.ranking)
-        points = list[tuple[float, float]]()
-        for bpw in np.arange(*shape_search.bpw_range(shape_search.group_of(before)), 0.125):
-            bits = self._allocated(Choice(before, float(bpw)), tuple(range(before.layers)))
-            nats = sum(self.sensitivity[path][each] for path, each in bits.items())
-            points.append((float(bpw), nats * tokens_a_byte))
-        return points
 
     def _probe(self, axis: str, size: int) -> float:
         sizes: dict[str, Any] = {axis: size}

@@ -22,7 +22,6 @@ from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.recipe import spec_of
 from mis_mlx.pruning import shape_search
 from mis_mlx.pruning.limits import Timing
-from mis_mlx.pruning.shape_search import Choice
 from mis_mlx.quantization import stage
 from mis_mlx.reporting import html, text
 from mis_mlx.storage import checkpoint as protocol
@@ -36,7 +35,7 @@ TOKENS = 16  # decoded for one timing
 ROUNDS = 3  # of timings, the quickest counts
 
 
-def final(c: Candidates, choice: Choice) -> dict[str, Any]:
+def final(c: Candidates, choice: shape_search.Choice) -> dict[str, Any]:
     """The record of a finalist: distilled for a few steps and rounded, judged all along; from the log if there."""
     sub = c.run.folder / "finalists" / choice.name
     record = once(c.run, FINALISTS, choice.sizes, lambda: _measured(c, choice, sub))
@@ -44,7 +43,7 @@ def final(c: Candidates, choice: Choice) -> dict[str, Any]:
     return record
 
 
-def _measured(c: Candidates, choice: Choice, sub: Path) -> dict[str, Any]:
+def _measured(c: Candidates, choice: shape_search.Choice, sub: Path) -> dict[str, Any]:
     """Distil and round a finalist in the folder `sub`; a training that has begun there goes on in its own way."""
     run, reader = c.run, c.reader(choice.shape.vocab)
     with reported(run.folder, "the folder of a finalist"):
@@ -131,16 +130,12 @@ def unstable(record: Mapping[str, Any]) -> str:
 @dataclass(frozen=True)
 class Verdict:
     """best: the stable finalist of fewest bits a byte once rounded. gap: of the next one above it, (mean, low, high)
-    over the same windows. None where there is none."""
+    over the same windows. None where there is none. clear: the best is better by more than the noise, or alone."""
 
     best: int | None
     second: int | None
     gap: tuple[float, float, float] | None
-
-    @property
-    def clear(self) -> bool:
-        """Whether the best is better by more than the noise, or alone."""
-        return self.best is not None and (self.gap is None or self.gap[1] > 0)
+    clear: bool
 
 
 def best_candidate(records: Sequence[Mapping[str, Any]]) -> Verdict:
@@ -150,7 +145,8 @@ def best_candidate(records: Sequence[Mapping[str, Any]]) -> Verdict:
     best = min(bits, key=lambda i: bits[i].mean(), default=None)
     gaps = {i: interval(bits[i] - bits[best]) for i in bits if i != best}
     second = min(gaps, key=lambda i: gaps[i][1], default=None)
-    return Verdict(best, second, gaps.get(second))
+    gap = gaps.get(second)
+    return Verdict(best, second, gap, best is not None and (gap is None or gap[1] > 0))
 
 
 def table(records: Sequence[Mapping[str, Any]], names: Sequence[str], speeds: Mapping[str, float]) -> str:
@@ -177,6 +173,5 @@ def advice(found: Verdict, records: Sequence[Mapping[str, Any]], names: Sequence
 
 def means(record: Mapping[str, Any]) -> dict[str, Any]:
     """A finalist for a run's JSON: means in place of windows."""
-    lists = {k: v for k, v in record.items() if isinstance(v, list)}
-    means = {k: None if None in v else float(np.mean(v)) for k, v in lists.items()}
-    return {**record, **means, "unstable": unstable(record)}
+    each = {k: None if None in v else float(np.mean(v)) for k, v in record.items() if isinstance(v, list)}
+    return {**record, **each, "unstable": unstable(record)}

@@ -17,7 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mis_mlx.data.token_windows import Windows, fingerprint, order
-from mis_mlx.distillation.train_loop import Loss, train
+from mis_mlx.distillation.train_loop import train
 from mis_mlx.hardware import lanes
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
@@ -83,18 +83,13 @@ class StreamedTeacher:
 
 
 class TextTargets:
-    """The text itself as the source: what is then summed is plain cross-entropy."""
+    """The text itself as the source: KL to a target that has all its mass on one token, which is cross-entropy."""
+
+    kl_sum = staticmethod(losses.sampled_kl_sum)
 
     def micro_batches(self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()) -> list[MicroBatch]:
-        """Tokens (B, T), learn and labels (B * T,)."""
-        return [(tokens, learn.reshape(-1), labels(tokens)) for tokens, learn in batches]
-
-    def kl_sum(
-        self, hidden: mx.array, head: mx.array, learn: mx.array, *target: mx.array, frozen_head: bool = False
-    ) -> mx.array:
-        """KL to a target that has all its mass on one token, which is the cross-entropy, in nats."""
-        ids = target[0][:, None]
-        return losses.sampled_kl_sum(hidden, head, ids, mx.ones(ids.shape), learn, frozen_head=frozen_head)
+        """Tokens (B, T), learn (B * T,), the next tokens as ids and their weights (B * T, 1)."""
+        return [(t, learn.reshape(-1), labels(t)[:, None], mx.ones((t.size, 1))) for t, learn in batches]
 
 
 def labels(tokens: mx.array) -> mx.array:
@@ -105,7 +100,7 @@ def labels(tokens: mx.array) -> mx.array:
 def _on_host(
     source: StreamedTeacher, student: nn.Module, tokens: mx.array, learn: mx.array, target: mx.array
 ) -> tuple[tuple[mx.array, mx.array], Any]:
-    """What `nn.value_and_grad` gives of `loss_of(source)`, evaluated; the vocabulary by numpy, windows side by side.
+    """What `nn.value_and_grad` gives of `student_loss`, evaluated; the vocabulary by numpy, windows side by side.
     The way back is laid out before the way forth is gone, so that only what it needs is kept: from a cotangent of
     zeros, whose memory numpy then fills."""
     trained = dict(tree_flatten(student.trainable_parameters()))
@@ -135,29 +130,21 @@ def _on_host(
     return (mx.array(loss), learn.sum()), tree_unflatten(list(found.items()))
 
 
-def loss_of(source: TargetSource) -> Loss:
-    """`loss(student, tokens, learn, *target)` -> (sum of KL in nats, tokens that count), of a resident student."""
-
-    def loss(student: nn.Module, tokens: mx.array, learn: mx.array, *target: mx.array) -> tuple[mx.array, mx.array]:
-        hidden = student.model(tokens)
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        return source.kl_sum(hidden, load.head_weight(student), learn, *target), learn.sum()
-
-    return loss
+def student_loss(
+    source: TargetSource, student: nn.Module, tokens: mx.array, learn: mx.array, *target: mx.array
+) -> tuple[mx.array, mx.array]:
+    """(sum of KL in nats, tokens that count) of a micro-batch, of a resident student."""
+    hidden = student.model(tokens)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    return source.kl_sum(hidden, load.head_weight(student), learn, *target), learn.sum()
 
 
-def step_micro_batches(
-    source: TargetSource, data: Windows, recipe: TrainingConfig
-) -> Callable[[int], list[MicroBatch]]:
-    """The micro-batches of any step, this machine's of several: a pure function of its number."""
-    each = recipe.batch_size * recipe.grad_accumulation_steps
-
-    def micro_batches(step: int) -> list[MicroBatch]:
-        at = distributed.shard(order(len(data.tokens), each, step, recipe.seed))
-        parts = [at[i : i + recipe.batch_size] for i in range(0, len(at), recipe.batch_size)]
-        return source.micro_batches([(mx.array(data.tokens[p]), mx.array(data.learn[p])) for p in parts], parts)
-
-    return micro_batches
+def step_micro_batches(source: TargetSource, data: Windows, recipe: TrainingConfig, step: int) -> list[MicroBatch]:
+    """The micro-batches of a step, this machine's of several: a pure function of its number."""
+    at = order(len(data.tokens), recipe.batch_size * recipe.grad_accumulation_steps, step, recipe.seed)
+    at = distributed.shard(at)
+    parts = [at[i : i + recipe.batch_size] for i in range(0, len(at), recipe.batch_size)]
+    return source.micro_batches([(mx.array(data.tokens[p]), mx.array(data.learn[p])) for p in parts], parts)
 
 
 def steps(
@@ -165,7 +152,7 @@ def steps(
     start: int = 0, factor: Callable[[int], float] = lambda step: 1.0,
 ) -> Iterator[Step]:  # fmt: skip
     """Optimizer steps `start` to `recipe.iters`, as `train_loop.train`."""
-    micro_batches, loss = step_micro_batches(source, data, recipe), loss_of(source)
+    micro_batches, loss = partial(step_micro_batches, source, data, recipe), partial(student_loss, source)
     quicker = source.gradient_of(student) if isinstance(source, StreamedTeacher) else None
     return train(student, micro_batches, loss, optimizer, recipe, start, factor, gradient_of=quicker)
 
@@ -238,11 +225,10 @@ def _drawn(teacher: StreamedTeacher, hidden: mx.array, spec: logit_store.Spec, f
 
 class Cached:
     """A store in the place of a teacher: `steps` trains against it, with none in memory. windows: which windows of the
-    training data the store's are, rising (`visited`); default: all of them."""
+    training data the store's are, rising (`visited`)."""
 
-    def __init__(self, store: logit_store.Targets, windows: np.ndarray | None = None):
-        self._store = store
-        self._windows = np.arange(store.spec.windows) if windows is None else windows
+    def __init__(self, store: logit_store.Targets, windows: np.ndarray):
+        self._store, self._windows = store, windows
         if len(self._windows) != store.spec.windows:
             raise ValueError(f"{len(self._windows)} windows for a store of {store.spec.windows}")
 
@@ -263,8 +249,7 @@ class Cached:
         """Sum of the KL in nats of a student's hidden states (n, D) and head (V, D) against stored targets."""
         if head.shape[0] != (vocab := self._store.spec.vocab):
             raise MisError(f"the targets are for {vocab} tokens, the student has {head.shape[0]}: use its teacher")
-        ids, weights = target
-        return losses.sampled_kl_sum(hidden, head, ids, weights, learn, frozen_head=frozen_head)
+        return losses.sampled_kl_sum(hidden, head, learn, *target, frozen_head=frozen_head)
 
 
 TargetSource = StreamedTeacher | TextTargets | Cached  # where a step's targets come from

@@ -132,8 +132,7 @@ def source_of(c: Run) -> live_teacher.TargetSource:
             c.teacher, partial(teacher, 0), data, c.folder / "targets", c.files, seed=r.seed, windows_per_pass=at_once,
             show=show, together=bool(c.shares),
         )  # fmt: skip
-    cost = f"logit store: {store.bytes_per_token:.0f} bytes a token; losses are of sampled targets"
-    cli.say(*store.notes, cost)
+    cli.say(*store.notes, f"logit store: {store.bytes_per_token:.0f} bytes a token; losses are of sampled targets")
     mx.clear_cache()
     return live_teacher.Cached(store, at)
 
@@ -193,7 +192,7 @@ def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) ->
     student = sharded.Sharded(begun, shard, visit, r.weight_decay, c.files, room, c.direct, adapters)
     training = CheckpointedTraining(c, student, c.remember, c.recall, **_beside_the_plan(c))
     start = training.start(lambda: student.begin(_mended(c, pruned, None if whole else begun)))
-    micro_batches = live_teacher.step_micro_batches(source, c.data, r)
+    micro_batches = partial(live_teacher.step_micro_batches, source, c.data, r)
     loss = partial(source.kl_sum, frozen_head=True)
     slopes = source.frozen_slopes() if isinstance(source, live_teacher.StreamedTeacher) else None
     steps = partial(student.steps, micro_batches, loss, r, factor=c.factor, slopes=slopes)
@@ -204,8 +203,7 @@ def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) ->
 
 
 def tuning_recipe(asked: DistillationConfig, iters: int, learning_rate: float) -> DistillationConfig:
-    """Steps and learning rate of scales, no decay, for a scale has no reason to be small; batches, windows and seed as
-    asked for."""
+    """`asked` with the steps and learning rate of scales, and no decay, for a scale has no reason to be small."""
     return replace(asked, iters=iters, learning_rate=learning_rate, warmup=min(3, iters), weight_decay=0.0)
 
 

@@ -53,12 +53,10 @@ class Sharded:
         self._student, self._files, self._adapters = student, files, adapters
         self._shard_layers, self._steps_per_shard, self._weight_decay = shard_layers, steps_per_shard, weight_decay
         self._stream = partial(stream.Stream, student, mx.float32, room_bytes, direct)
-        norm = load.final_norm(student, mx.float32)
-        self._norm = stream.load_checked(norm, f"{student.path}: model.norm.")
+        self._norm = stream.load_checked(load.final_norm(student, mx.float32), f"{student.path}: model.norm.")
 
     def begin(self, mended: Named | None = None) -> None:
-        """Enter the first visit of a new run. mended: weights by name, in place of stored ones. MisError when the
-        folder has been trained already."""
+        """Enter the first visit of a new run. mended: in place of stored weights. MisError in a folder once trained."""
         self._check(-1)
         self._enter(0, mended)
 
@@ -133,8 +131,7 @@ class Sharded:
         self, micro_batches: Callable[[int], Sequence[MicroBatch]], loss: Loss, recipe: TrainingConfig, start: int = 0,
         factor: Callable[[int], float] = lambda step: 1.0, slopes: Slopes | None = None,
     ) -> Iterator[Step]:  # fmt: skip
-        """Run steps `start` to `recipe.iters` as `train_loop.train` does; after the last one the student is
-        trained."""
+        """Run steps `start` to `recipe.iters` as `train_loop.train` does."""
 
         def forth(step: int) -> tuple[Any, Any]:
             return (made := self.gradients(micro_batches(step), loss, slopes)), next(made)

@@ -14,10 +14,11 @@ from mis_mlx.models import arch, load, model_writer, policy
 from mis_mlx.pruning import select
 from mis_mlx.reporting import html, text
 from mis_mlx.storage import run_folder
-from mis_mlx.types import Checkpoint, MisError, Row, Step
+from mis_mlx.types import MisError, Row, Step
 
 LOSSES = (("nll", "nats/token"), ("bpb", "bits per byte"))  # the second where models read different tokens
 
+Quality = Mapping[str, list[Row]]  # rows of every held-out text
 NAMES = {"teacher": "teacher", "pruned": "pruned", "student": "distilled", "quantized": "4-bit"}  # in the JSON: a model
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "swanlab": "swanlab"}
 
@@ -69,9 +70,7 @@ def reporter(report_to: str | None, folder: Path, config: Mapping[str, Any]) -> 
     return tell
 
 
-def result(
-    folder: Path, models: Mapping[str, Checkpoint], sizes: list[Row], quality: Mapping[str, list[Row]]
-) -> dict[str, Any]:
+def result(folder: Path, models: comparison.Models, sizes: list[Row], quality: Quality) -> dict[str, Any]:
     """The run's JSON. `models`: teacher, pruned, distilled and perhaps 4-bit; the first text of `quality` counts."""
     main = {(r.model, r.metric): r.value for r in next(iter(quality.values()))}
     loss = "nll" if ("teacher", "nll") in main else "bpb"  # which is the same share of the gap
@@ -99,7 +98,7 @@ def result(
     }
 
 
-def _texts(quality: Mapping[str, list[Row]], losses: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+def _texts(quality: Quality, losses: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
     """For templates: every text, with each model's loss by the first measure that it has."""
     texts = []
     for name, rows in quality.items():
@@ -109,7 +108,7 @@ def _texts(quality: Mapping[str, list[Row]], losses: Sequence[tuple[str, str]]) 
     return texts
 
 
-def page(models: Mapping[str, Checkpoint], sizes: list[Row], quality: Mapping[str, list[Row]], length: int) -> str:
+def page(models: comparison.Models, sizes: list[Row], quality: Quality, length: int) -> str:
     """Markdown: sizes and speeds, then one table a text; `length` is the tokens of a held-out window."""
     names, texts = list(models), _texts(quality, LOSSES)
     for each in texts:
@@ -119,7 +118,7 @@ def page(models: Mapping[str, Checkpoint], sizes: list[Row], quality: Mapping[st
     return html.document("table.md", {**values, "won": won(models, sizes, quality)})
 
 
-def won(models: Mapping[str, Checkpoint], sizes: list[Row], quality: Mapping[str, list[Row]]) -> str:
+def won(models: comparison.Models, sizes: list[Row], quality: Quality) -> str:
     """A sentence: what the student gained over the teacher, and what it costs."""
     teacher, *_, student = ({r.metric: r.value for r in sizes if r.model == name} for name in models)
     fast = {r.model: r.value for r in sizes if r.metric == "decode_tps"}

@@ -22,24 +22,20 @@ CLOCK = Clock()
 # (model, *micro-batch) -> (sum in nats, token count); and, if a loss wants, further sums {name: scalar}, whose means
 # come with the step. "tokens" among these is no mean: how many tokens went through, where the count is of other things.
 Loss = Callable[..., tuple[Any, ...]]
+MicroBatches = Callable[[int], Sequence[tuple[Any, ...]]]  # of a step, counted from 0: what makes it up
 
 
 def train(
-    model: nn.Module, micro_batches: Callable[[int], Sequence[tuple[Any, ...]]], loss: Loss, optimizer: GuardedAdamW,
-    recipe: TrainingConfig, start: int = 0, factor: Callable[[int], float] = lambda step: 1.0,
-    gradient_of: Callable[..., Any] | None = None,
+    model: nn.Module, micro_batches: MicroBatches, loss: Loss, optimizer: GuardedAdamW, recipe: TrainingConfig,
+    start: int = 0, factor: Callable[[int], float] = lambda step: 1.0, gradient_of: Callable[..., Any] | None = None,
 ) -> Iterator[Step]:  # fmt: skip
     """Run steps `start` to `recipe.iters`, yielding each as it is done (`Step.number` counts from 1).
 
-    micro_batches(step): what makes up a step, as argument tuples for `loss`. factor(step): eq. (2)'s (1 + eps_halny);
-    it scales the gradient, while the loss reported is the plain one. A step during which the machine slept (the lid was
-    closed) is discarded before it touches the weights, and done again. gradient_of: what `nn.value_and_grad` gives for
-    a micro-batch, where somebody has a quicker way there."""
-    gradient_of = gradient_of or partial(nn.value_and_grad(model, loss), model)
-
-    def gradients(step: int) -> tuple[Any, ...]:
-        return _gradients(model, gradient_of, micro_batches(step))
-
+    micro_batches: argument tuples for `loss`. factor(step): eq. (2)'s (1 + eps_halny); it scales the gradient, while
+    the loss reported is the plain one. A step during which the machine slept (the lid was closed) is discarded before
+    it touches the weights, and done again. gradient_of: what `nn.value_and_grad` gives for a micro-batch, where
+    somebody has a quicker way there."""
+    gradients = partial(_gradients, model, gradient_of or partial(nn.value_and_grad(model, loss), model), micro_batches)
     for step in range(start, recipe.iters):
         began, note, (value, tokens, summed, means) = awake(partial(gradients, step))
         scale, rate = factor(step) / tokens, recipe.rate(step)
@@ -65,11 +61,11 @@ def awake(work: Callable[[], Any]) -> tuple[float, str, Any]:
 
 
 def _gradients(
-    model: nn.Module, gradient_of: Callable[..., Any], parts: Sequence[tuple[Any, ...]]
+    model: nn.Module, gradient_of: Callable[..., Any], micro_batches: MicroBatches, step: int
 ) -> tuple[float, float, Any, dict[str, float]]:
     """(loss per token in nats, tokens, gradients of the *sum* over tokens, further means) of one step, evaluated."""
     gradients, sums = None, {"loss, summed": mx.array(0.0), "tokens that count": mx.array(0.0)}
-    for arguments in parts:
+    for arguments in micro_batches(step):
         (part, n, *more), grads = gradient_of(*arguments)
         gradients = grads if gradients is None else tree_map(mx.add, gradients, grads)
         found = {"loss, summed": part, "tokens that count": n, **(more[0] if more else {})}
@@ -85,12 +81,10 @@ def _gradients(
     tokens = max(whole.pop("tokens that count"), 1.0)
     loss = whole.pop("loss, summed") / tokens
     means = {name: value / (1.0 if name == "tokens" else tokens) for name, value in whole.items()}
-    if distributed.size() > 1:
-        named = dict(tree_flatten(gradients))
-        del gradients
-        distributed.all_reduce_gradients(named)
-        gradients = tree_unflatten(list(named.items()))
-    return loss, tokens, gradients, means
+    named = dict(tree_flatten(gradients))
+    del gradients
+    distributed.all_reduce_gradients(named)
+    return loss, tokens, tree_unflatten(list(named.items())), means
 
 
 class Whole:

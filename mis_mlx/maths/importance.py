@@ -138,14 +138,11 @@ def top(scores: np.ndarray, keep: int) -> tuple[int, ...]:
     return tuple(sorted(int(i) for i in order))
 
 
-def top_in_groups(
-    scores: np.ndarray, groups: int, keep: int, kept_groups: Sequence[int] | None = None
-) -> tuple[int, ...]:
-    """Query heads to keep: the best, equally many of each kept key-value group (default: all are kept)."""
-    kept_groups = range(groups) if kept_groups is None else kept_groups
+def top_in_groups(scores: np.ndarray, groups: int, keep: int, kept_groups: int) -> tuple[int, ...]:
+    """Query heads to keep: the best, equally many of each of the best `kept_groups` key-value groups."""
     each, kept = len(scores) // groups, list[int]()
-    for g in kept_groups:
-        kept += [g * each + i for i in top(scores[g * each : (g + 1) * each], keep // len(kept_groups))]
+    for g in top(group_scores(scores, groups), kept_groups):
+        kept += [g * each + i for i in top(scores[g * each : (g + 1) * each], keep // kept_groups)]
     return tuple(kept)
 
 

@@ -39,8 +39,7 @@ def kl_sum(
 
     student: hidden states (n, D) and head: (V, D), z_s = student @ head.T.  teacher: (n, D_t), constant.
     learn: (n,), 0 leaves a position out. Equation (2) has no T^2 factor, so there is none here.
-    The gradient, (p_s - p_t) / T per logit, is formed in the same pass as the loss and carried to the backward pass as
-    (n, D) and (V, D) arrays, so logits are never recomputed nor kept. frozen_head: of a constant head none is formed.
+    The gradient is (p_s - p_t) / T per logit. frozen_head: of a constant head none is formed.
     labels: (n,), the text's own next tokens: the loss is (1 - c) KL + c CE, c = `cross_entropy`, CE at T = 1."""
 
     def formula(z: mx.array, target: mx.array, *label: mx.array) -> tuple[mx.array, mx.array]:
@@ -118,7 +117,7 @@ def sample(logits: mx.array, count: int, seed: int, first: int) -> tuple[np.ndar
 
 
 def sampled_kl_sum(
-    student: mx.array, head: mx.array, ids: mx.array, weights: mx.array, learn: mx.array, rows: int | None = None,
+    student: mx.array, head: mx.array, learn: mx.array, ids: mx.array, weights: mx.array, *, rows: int | None = None,
     frozen_head: bool = False,
 ) -> mx.array:  # fmt: skip
     """Sum over positions of KL(w || softmax(z_s)) in nats, differentiable in student and head.

@@ -1,7 +1,6 @@
 """GóralW: AdamW with a sheepdog. One bad batch must not poison the moments.
 
-AdamW's rules are mlx.optimizers', in three kernels a weight, with the dog (a guard on loss and gradient norm). Moments
-are float32, or 8 bits each."""
+AdamW's rules are mlx.optimizers', in three kernels a weight, with the dog: a guard on loss and gradient norm."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -46,8 +45,7 @@ def _lightest(loads: list[int], size: int) -> int:
 def global_norm(gradients: Any, lane: Lane = nullcontext) -> mx.array:
     """Euclidean norm over all gradients, a scalar. Sums each tensor's last axis first: float32 sums drift."""
     squares, loads = list[mx.array](), [0, 0]
-    named: dict[str, mx.array] = tree_flatten(gradients, destination={})  # type: ignore[assignment]
-    for g in named.values():
+    for g in dict[str, mx.array](tree_flatten(gradients)).values():
         with lane(_lightest(loads, g.size)):
             squares.append(mx.square(g.astype(mx.float32)).sum(axis=-1).sum())
     return mx.sqrt(sum(squares, mx.array(0.0)))
@@ -70,14 +68,9 @@ class _Fused(optim.AdamW):
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
         """The new weights, lazy; what all of them share is made once."""
-        after, (b1, b2) = self.step + 1, self.betas
-        rate = self.learning_rate
-        self._shared = (
-            mx.array(self.scale),
-            rate / (1 - b1**after),
-            mx.rsqrt(1 - b2**after),
-            1 - rate * self.weight_decay,
-        )
+        after, (b1, b2), rate = self.step + 1, self.betas, self.learning_rate
+        kept = 1 - rate * self.weight_decay
+        self._shared = mx.array(self.scale), rate / (1 - b1**after), mx.rsqrt(1 - b2**after), kept
         self._loads = [0, 0]
         return super().apply_gradients(gradients, parameters)
 
@@ -126,7 +119,6 @@ class _Packed(_Fused):
     """`_Fused` with moments of 8 bits, opened and closed again one weight at a time."""
 
     def init_single(self, parameter: mx.array, state: dict[str, mx.array]) -> None:
-        """Moments of 0."""
         if not (group := group_of(parameter.shape)):
             return super().init_single(parameter, state)
         shape = parameter.size // group, group
@@ -134,7 +126,6 @@ class _Packed(_Fused):
         state |= {f"{name}_top": mx.zeros((shape[0], 1)) for name in "mv"}
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
-        """The new weight; the moments in `state` with it."""
         if "m_top" not in state:
             return super().apply_single(gradient, parameter, state)
         with self.lane(_lightest(self._loads, parameter.size)):
@@ -150,8 +141,7 @@ class _Packed(_Fused):
 
 
 class GuardedAdamW:
-    """mlx.optimizers.AdamW behind a gradient-norm guard; while that has nothing to do it is AdamW, but for how
-    sums are rounded.
+    """mlx.optimizers.AdamW behind a gradient-norm guard; while that has nothing to do, AdamW but for rounding of sums.
 
     The guard looks before the update: a loss or norm that is not finite skips the step (three in a row raise
     `Diverged`); a norm above mean + 5 sigma of the last 50 is clipped to that bound. eight_bit: matrices' moments take
@@ -184,7 +174,6 @@ class GuardedAdamW:
         """One step on `model`'s trainable parameters, lazily. Returns what the dog did ('' = it slept).
 
         scale: of the gradients; `norm` is theirs once scaled. lane: where MLX computes the i-th of several weights."""
-        note = ""
         if batch in self.passed:
             return "skipped: not a number before"
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -193,14 +182,13 @@ class GuardedAdamW:
                 raise Diverged(self.bad, loss)
             return "skipped: not a number"
         self.bad, bound = [], self.bound()
-        if norm > bound:
-            scale *= bound / norm
-            note = f"clipped {norm:.1f} to {bound:.1f}"
+        clipped = norm > bound
+        scale *= bound / norm if clipped else 1.0
         self.norms = [*self.norms, min(norm, bound)][-WINDOW:]
         self.adamw.learning_rate = learning_rate * self.calm
         self.adamw.scale, self.adamw.lane = scale, lane
         self.adamw.update(model, gradients)
-        return note
+        return f"clipped {norm:.1f} to {bound:.1f}" if clipped else ""
 
     def arrays(self) -> dict[str, mx.array]:
         """Moments and step count by name, for a checkpoint."""
@@ -213,5 +201,4 @@ class GuardedAdamW:
     def restore(self, arrays: dict[str, mx.array], memory: dict[str, Any]) -> None:
         """Put back what `arrays` and `memory` gave."""
         self.adamw.state = tree_unflatten(list(arrays.items()))
-        self.norms, self.bad = list(memory["norms"]), list(memory["bad"])
-        self.passed, self.calm = list(memory["passed"]), float(memory["calm"])
+        self.norms, self.bad, self.passed, self.calm = (memory[k] for k in ("norms", "bad", "passed", "calm"))

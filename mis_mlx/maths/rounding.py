@@ -28,10 +28,9 @@ def nearest(weight: mx.array, group: int, bits: int, mode: Mode = "affine") -> P
 
 def values(packed: Packed, group: int, bits: int, mode: Mode = "affine") -> mx.array:
     """The matrix (out, in) float32 that a packed one stands for. Lazy."""
-    scales, biases = packed[1], packed[2] if len(packed) > 2 else None
-    if mode == "affine":
-        scales, biases = scales.astype(mx.float32), None if biases is None else biases.astype(mx.float32)
-    return mx.dequantize(packed[0], scales, biases, group, bits, mode).astype(mx.float32)
+    scales = [s.astype(mx.float32) if mode == "affine" else s for s in packed[1:]]
+    biases = scales[1] if mode == "affine" else None
+    return mx.dequantize(packed[0], scales[0], biases, group, bits, mode).astype(mx.float32)
 
 
 def integers(packed: mx.array, group: int, bits: int) -> mx.array:

@@ -20,8 +20,8 @@ AtHead = Callable[[mx.array, mx.array], None]
 
 
 def backwards(
-    checkpoint: Checkpoint, batches: stream.Batches, dtype: mx.Dtype, visit: Visit, seed: int = 0,
-    kept: stream.Hidden | None = None, at_head: AtHead = lambda x, above: None,
+    checkpoint: Checkpoint, batches: stream.Batches, visit: Visit, seed: int = 0, kept: stream.Hidden | None = None,
+    at_head: AtHead = lambda x, above: None,
 ) -> list[mx.array]:  # fmt: skip
     """One pass forwards, then back to the first block, d log p / d x of which is returned: `visit(i, block)` gives what
     takes batches back.
@@ -30,7 +30,7 @@ def backwards(
     gives d log p / d x. Token ids [(B, T)]. kept: a place other than memory for L * len(batches) inputs (B, T, D).
     at_head: sees the head's inputs (n, D) and d log p / d logits (n, V), some rows at a time."""
     kept = [] if kept is None else kept
-    source, n = stream.Stream(checkpoint, dtype), len(batches)
+    source, n = stream.Stream(checkpoint), len(batches)
     source.embed(batches, kept)
     for _, block in source.blocks(range(source.layers - 1)):
         kept.extend(source.through(block, kept[-n:]))

@@ -43,7 +43,7 @@ class NotNumbers(MisError):
 class InputRecorder(nn.Module):
     """Stands where `inner` stood and remembers what went into it: (B, T, in)."""
 
-    def __init__(self, inner: nn.Module):
+    def __init__(self, inner: Any):
         super().__init__()
         self.inner = inner
         self._seen: list[mx.array] = []  # underscore: not a parameter

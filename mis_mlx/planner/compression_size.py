@@ -1,22 +1,27 @@
-"""What calibrating, cutting, repairing and quantizing a model take: bytes, memory, operations; its size afterwards.
+"""What calibrating, cutting, repairing and quantizing a model take: bytes, memory, operations; its size afterwards, and
+what training it takes in memory.
 
-Arithmetic on sizes. Does not know how it is done (pruning, quantization), nor the training between (planner/phases)."""
+Arithmetic on sizes. Does not know how it is done (pruning, quantization), nor the steps between (planner/phases)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from mis_mlx.hardware.memory import process_bytes
+from mis_mlx.maths.optimizer import group_of
 from mis_mlx.maths.rounding import BITS, HELD_BYTES, SLAB
-from mis_mlx.planner import estimates, training_size
+from mis_mlx.models import arch
+from mis_mlx.models.config import shape_of
+from mis_mlx.planner import estimates
 from mis_mlx.planner.estimates import ModelSize, StageCost, streamed_pass
 from mis_mlx.planner.recipe import VOCABULARY_WINDOWS, DistillationSpec, QuantizationConfig
 
 ROUTER_BYTES = 2**28  # of outputs of all experts of a block (pruning/reconstruct)
 BIAS_BITS = 32  # scale and bias of a group
 SENSED = 8  # windows that say what bits cost
-NOT_OURS = ("prune", "measure")  # phases of a distillation that a finalist does not go through
+UPDATE_ARRAYS = 2  # a clipped gradient; what else an update makes is written over what it was made of (measured)
+STATE_BYTES, GRADIENT_BYTES = 16, 4  # of a trained parameter: weight, gradient and two moments, float32
 
 
 def vocabulary(teacher: ModelSize, length: int, limit: int) -> StageCost:
@@ -82,9 +87,37 @@ def repair_parts(job: DistillationSpec, limit: int) -> StageCost:
     )  # fmt: skip
 
 
-def packed_bytes(m: ModelSize, how: QuantizationConfig | None = None) -> int:
+def training_bytes(config: Mapping[str, Any], batch: int, length: int, host_lanes: int = 0) -> int:
+    """A student whole in memory: weights and moments, and the largest of: activations and the vocabulary's part of the
+    loss; the way back; the update. host_lanes: of the way where numpy computes the loss between the passes
+    (live_teacher), each with gradients; 0: all in one graph, of which the least that can be promised is the sum."""
+    s, params = shape_of(config), arch.params(config)
+    kept, head = estimates.activation_bytes(config, batch, length), 4 * s.vocab * s.hidden
+    block = estimates.backward_bytes(config, batch, length) - kept // s.layers
+    loss = 2 * head + estimates.logit_bytes(s.vocab, batch * length, bool(host_lanes))
+    gradients = GRADIENT_BYTES * params
+    forth, back = kept + loss, gradients + block
+    if host_lanes:
+        back = max(kept + head, host_lanes * (gradients - head) + 3 * head) + block
+    else:
+        forth += gradients
+    largest = max(map(math.prod, arch.tensors_of(config, True).values()))
+    update = gradients + UPDATE_ARRAYS * 4 * largest
+    return (STATE_BYTES - GRADIENT_BYTES) * params + max(forth, back, update)
+
+
+def block_state_bytes(config: Mapping[str, Any]) -> int:
+    """A block that is trained block by block, in memory or in a checkpoint: float32 weights, and moments of 8 bits."""
+    nbytes = 0
+    for shape in arch.layer_tensors(config).values():
+        size, group = math.prod(shape), group_of(shape)
+        nbytes += 4 * size + (2 * size + 8 * size // group if group else 8 * size)
+    return nbytes
+
+
+def packed_bytes(m: ModelSize, how: QuantizationConfig) -> int:
     """Of a model in the mean bits asked for; or in 4 bits, the embedding and the head in 8."""
-    how = (how or QuantizationConfig()).affine
+    how = how.affine
     head = 0 if how.target_bpw else m.head_params * (1 if m.shape.tied else 2)
     return int(((how.target_bpw or 4 + BIAS_BITS / how.q_group_size) * m.params + 4 * head) / 8)
 
@@ -121,8 +154,8 @@ def _sensed(then: StageCost, m: ModelSize, windows: int, length: int, limit: int
     some windows, and a slab of gradients and errors. Traffic and operations are those of its docstring."""
     window = length * m.shape.hidden * m.item
     one = streamed_pass("", m, length, length, length, head=False, spool=False)
-    head = m.head_work + 2 * training_size.logit_bytes(m.shape.vocab, length, not m.gpu)
-    back = 2 * estimates.together(m) * training_size.backward_bytes(m.config, 1, length)
+    head = m.head_work + 2 * estimates.logit_bytes(m.shape.vocab, length, not m.gpu)
+    back = 2 * estimates.together(m) * estimates.backward_bytes(m.config, 1, length)
     s, formats = m.shape, len(BITS)
     seen = 4 * length * (4 * s.hidden + 2 * (s.heads + s.kv_heads) * s.head_dim + 3 * s.ffn)
     batch = min(windows, max(1, max(HELD_BYTES, 4 * m.block_params) // seen))
@@ -172,7 +205,7 @@ def search(
     rank.append(times(one, s.evaluations, f"rank {s.evaluations}", 2 * m.nbytes))
     if rows:
         rank.append(times(vocabulary(t, length, limit), 1, "choose tokens", 0))
-    ours = [p for p in planned if p.name not in NOT_OURS]
+    ours = [p for p in planned if p.name not in ("prune", "measure")]  # which a finalist does not go through
     trained = [times(p, s.finalists, f"{p.name}, {s.finalists} finalists", p.written_bytes, 0) for p in ours]
     judged = estimates.compared([t, m, m, m], judging, length)
     trained.append(times(judged, s.finalists, "judge them", 2 * m.nbytes))

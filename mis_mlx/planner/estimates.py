@@ -16,7 +16,6 @@ from mis_mlx.maths.reconstruction import RIDGES
 from mis_mlx.models import arch, load, policy
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.stream import GROUP_BYTES
-from mis_mlx.planner import training_size
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, reported
 from mis_mlx.types import Budget, Checkpoint, MisError, duration, gib
@@ -24,6 +23,7 @@ from mis_mlx.types import Budget, Checkpoint, MisError, duration, gib
 SMALL_BYTES = 2**20  # norms, masks, whole pages: what is not worth a formula
 SLOT_BYTES = 16 * 2**10  # that a buffer for a block is larger than the block: whole pages
 TENSOR_BYTES = 3 * 1024  # that Python and MLX take to know of a tensor: its name and place (measured on 24,302)
+CHUNKS_AHEAD = 3  # of `losses.kl_sum`, whose memory MLX takes before the first of them is done (measured)
 UPDATE_TRAFFIC = 28  # bytes of a parameter that one update moves: these four read, three written, in one kernel
 KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -157,6 +157,26 @@ def workspace_bytes(m: ModelSize, tokens: int, length: int) -> int:
     return 4 * together(m) * tokens * per_token + (2 * GROUP_BYTES if s.experts else 0)
 
 
+def activation_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
+    """What one micro-batch (B, T) keeps for the backward pass: float32, all blocks. Measured within 3 %."""
+    s = shape_of(config)
+    per_token = 6 * s.hidden + 5 * arch.met(config) + 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length
+    return 4 * s.layers * batch * length * per_token
+
+
+def backward_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
+    """The most that the way back through one block holds, its gradients not among it; what it kept is. Measured."""
+    return 11 * activation_bytes(config, batch, length) // (5 * shape_of(config).layers)
+
+
+def logit_bytes(vocab: int, tokens: int, host: bool = False) -> int:
+    """Logits under way: chunks of five float32 arrays (maths/losses); on the host two, of one chunk (host_losses)."""
+    rows = chunk_rows(vocab)
+    if host:
+        return 2 * min(tokens, rows) * vocab * 4
+    return 5 * min(CHUNKS_AHEAD, math.ceil(tokens / rows)) * rows * vocab * 4
+
+
 def keys_bytes(m: ModelSize, tokens: int) -> int:
     """Keys and values of `tokens` tokens, in all blocks."""
     return 2 * m.shape.layers * tokens * m.shape.kv_heads * m.shape.head_dim * m.item
@@ -181,7 +201,7 @@ def streamed_pass(
     alike: what the budget leaves holds the head, then blocks 0, 1 ... of the last. beside_bytes: held by others."""
     s, head_work = m.shape, m.head_work if head else 0
     body = m.body_bytes(workspace_bytes(m, micro_tokens, length))
-    logits = training_size.logit_bytes(s.vocab, micro_tokens) if head else 0
+    logits = logit_bytes(s.vocab, micro_tokens) if head else 0
     if head and m.packed and not m.as_stored:
         logits = max(logits, head_work * 3 // 2)  # de-quantizing it, MLX runs ahead here too
     fixed = beside_bytes + m.slots_bytes + SMALL_BYTES

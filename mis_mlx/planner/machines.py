@@ -1,4 +1,4 @@
-"""Several machines on one job: the plan they agree on, and which of a model's blocks are whose.
+"""Several machines on one job: which of a model's blocks are whose.
 
 Not how they find each other (models/distributed), nor how blocks are passed through (models/pipeline_parallel)."""
 
@@ -7,19 +7,7 @@ from mis_mlx.hardware.rates import Rates
 from mis_mlx.models import distributed, pipeline_parallel, policy
 from mis_mlx.models.stream import Stream
 from mis_mlx.planner import estimates, phases
-from mis_mlx.types import Budget, Checkpoint, MisError, gib
-
-
-def agreed(made: phases.MemoryPlan) -> phases.MemoryPlan:
-    """The way of the first machine's plan, for each with its own budget; MisError where the student is not whole."""
-    if distributed.size() == 1:
-        return made
-    job = made.job
-    made = phases.one(job, made.budget_bytes, made.rates, **distributed.broadcast_json(lambda: made.way))
-    if made.mode == "sharded":
-        why = f"{distributed.size()} machines train a student whole, {gib(made.budget_bytes)} hold a part of this one"
-        raise MisError(f"{why}: give more --budget, leave out --train, or use one machine")
-    return made
+from mis_mlx.types import Budget, Checkpoint
 
 
 def shares(made: phases.MemoryPlan) -> tuple[int, ...]:
@@ -44,10 +32,7 @@ def opened(checkpoint: Checkpoint, limit: Budget, room_bytes: int, tokens: int, 
 
 
 def _shared(m: estimates.ModelSize, keeps: int, tokens: int, length: int, at: Rates) -> list[int]:
-    """How many blocks each machine has in passes of `tokens`, by the first one's rates. keeps: for how many this one
-    has room."""
+    """How many blocks each machine has in passes of `tokens`, by the first one's rates. keeps: those with room here."""
     work = estimates.forward_flops(m, tokens, length, False) / m.shape.layers / at.forward_flops_per_s
-    reading = distributed.broadcast_json(
-        lambda: m.block_bytes / at.read_bytes_per_s / work
-    )  # of a block, where work: 1
+    reading = distributed.broadcast_json(lambda: m.block_bytes / at.read_bytes_per_s / work)  # of a block; work: 1
     return pipeline_parallel.shared(m.shape.layers, distributed.all_gather(keeps), reading)

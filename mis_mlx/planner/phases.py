@@ -10,15 +10,16 @@ from typing import Any
 
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import Rates
-from mis_mlx.planner import compression_size, estimates, training_size
-from mis_mlx.planner.compression_size import prune, repair, repair_parts
+from mis_mlx.models import arch
+from mis_mlx.planner import compression_size, estimates
+from mis_mlx.planner.compression_size import STATE_BYTES, block_state_bytes, prune, repair, repair_parts
 from mis_mlx.planner.estimates import TENSOR_BYTES, StageCost, forward_flops, room, streamed_pass
 from mis_mlx.planner.recipe import ADAPTERS, DistillationConfig, DistillationSpec, Mode
-from mis_mlx.planner.training_size import STATE_BYTES
 from mis_mlx.types import gib
 
 TRAINED_WHOLE = "resident", "blocks", "lora"  # the student, in memory
 SAVED_BYTES = 12  # of a trained parameter in a checkpoint: weight and two moments
+PACKED_UPDATE_ARRAYS = 4  # opened moments, a new weight, and codes (measured)
 TEXTS = 2  # held-out texts that models are measured on
 
 
@@ -35,32 +36,40 @@ def store(job: DistillationSpec, limit: int) -> StageCost:
 
 def resident(job: DistillationSpec, micro: int, limit: int) -> StageCost:
     """The student whole in memory; beside it as much of the teacher as there is room for, or its store."""
-    m = job.student
-    nbytes = training_size.training_bytes(m.config, micro, job.max_seq_length, job.host_lanes)
-    work, trained = training_size.activation_bytes(m.config, micro, job.max_seq_length), m.params
-    plain = StageCost("distil", m.nbytes, m.nbytes, nbytes, 3 * forward_flops(m, job.step, job.max_seq_length))
-    return _taught(job, plain, micro, limit, job.iters, trained, SAVED_BYTES * trained, work)
+    m, length = job.student, job.max_seq_length
+    nbytes = compression_size.training_bytes(m.config, micro, length, job.host_lanes)
+    plain = StageCost("distil", m.nbytes, m.nbytes, nbytes, 3 * forward_flops(m, job.step, length), updated=m.params)
+    work = estimates.activation_bytes(m.config, micro, length)
+    return _taught(job, plain, micro, limit, SAVED_BYTES * m.params, work)
 
 
 def blocks(job: DistillationSpec, micro: int, limit: int, lora: bool = False) -> StageCost:
     """The student's blocks in memory, updated one after the other (distillation/sharded); the teacher as in
     `resident`. lora: only their adapters, beside weights in the type that the policy gives."""
     m, layers = job.student, job.student.shape.layers
-    state, trained = layers * training_size.block_state_bytes(m.config), m.block_params
-    work = _way_back(job, micro, ADAPTERS.rank * lora)
+    state, trained = layers * block_state_bytes(m.config), m.block_params
+    work = way_back_bytes(job, micro, ADAPTERS.rank * lora)
     if lora:
         trained = ADAPTERS.params(m.config) // layers
         state = layers * (m.block_params * m.item + STATE_BYTES * trained)
     flops = 4 * forward_flops(m, job.step, job.max_seq_length, False) + 4.0 * job.step * m.head_params
-    plain = StageCost("distil", m.nbytes, m.nbytes, state + work, flops)
-    work -= 4 * m.head_params
-    return _taught(job, plain, micro, limit, job.iters, layers * trained, state, work)
+    plain = StageCost("distil", m.nbytes, m.nbytes, state + work, flops, updated=layers * trained)
+    return _taught(job, plain, micro, limit, state, work - 4 * m.head_params)
 
 
-def _way_back(job: DistillationSpec, micro: int, rank: int = 0) -> int:
-    parts, lanes = job.batch_size * job.grad_accumulation_steps // micro, estimates.together(job.student)
-    how = micro, parts, job.max_seq_length, lanes, bool(job.host_lanes), rank
-    return estimates.SMALL_BYTES + training_size.way_back_bytes(job.student.config, *how)
+def way_back_bytes(job: DistillationSpec, micro: int, rank: int = 0) -> int:
+    """What a step in micro-batches of `micro` windows holds while a student is trained block by block
+    (distillation/sharded), beside its weights and moments: what entered each block, the head, and the largest of: the
+    loss, the way back of a block, its update. Windows side by side have a gradient each. rank: of adapters."""
+    m, length, lanes, host = job.student, job.max_seq_length, estimates.together(job.student), bool(job.host_lanes)
+    s, more = m.shape, job.step > micro * length  # micro-batches than one, whose gradients add up
+    sizes = [rank * sum(shape) if rank else math.prod(shape) for shape in arch.layer_tensors(m.config).values()]
+    gradient = 4 * sum(sizes)
+    back = estimates.backward_bytes(m.config, micro, length) + (min(lanes, micro) + more) * gradient
+    loss = estimates.logit_bytes(s.vocab, micro * length, host)
+    loss += estimates.activation_bytes(m.config, micro, length) // s.layers + more * gradient if host else back
+    update = gradient + lanes * PACKED_UPDATE_ARRAYS * 4 * max(sizes)
+    return estimates.SMALL_BYTES + 4 * (s.layers * job.step + s.vocab) * s.hidden + max(loss, back, update)
 
 
 def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
@@ -69,19 +78,18 @@ def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost
     trained = 2 * s.layers * m.block_params // job.rounding.q_group_size
     nbytes = compression_size.packed_bytes(m, job.rounding)
     head = m.head_params * 4 * (1 if s.tied else 2)
-    head += training_size.logit_bytes(s.vocab, micro * job.max_seq_length, bool(job.host_lanes))
-    work = training_size.activation_bytes(m.config, micro, job.max_seq_length)
+    head += estimates.logit_bytes(s.vocab, micro * job.max_seq_length, bool(job.host_lanes))
+    work = estimates.activation_bytes(m.config, micro, job.max_seq_length)
     peak = ((1 + 2 * 4 * max(1, job.host_lanes)) * s.layers + 4) * m.block_params + STATE_BYTES * trained + head + work
-    plain = StageCost("tune", nbytes, nbytes, peak, 3 * forward_flops(m, job.step, job.max_seq_length))
-    return _taught(job, plain, micro, limit, iters, trained, SAVED_BYTES * trained, work)
+    flops = 3 * forward_flops(m, job.step, job.max_seq_length)
+    plain = StageCost("tune", nbytes, nbytes, peak, flops, updated=trained)
+    return _taught(replace(job, iters=iters), plain, micro, limit, SAVED_BYTES * trained, work)
 
 
-def _taught(
-    job: DistillationSpec, plain: StageCost, micro: int, limit: int, iters: int, trained: int, saved: int, work: int
-) -> StageCost:
-    """`plain`, a student whole in memory and one step of it, with all its steps that train so many parameters, its
-    checkpoints of `saved` bytes, its teacher. work: of its bytes those held only after the teacher's pass."""
-    t, length, peak, flops = job.teacher, job.max_seq_length, plain.peak_bytes, plain.flops
+def _taught(job: DistillationSpec, plain: StageCost, micro: int, limit: int, saved: int, work: int) -> StageCost:
+    """`plain`, a student whole in memory and one step of it, with all its steps, its checkpoints of `saved` bytes, its
+    teacher. work: of its bytes those held only after the teacher's pass."""
+    t, length, iters, peak, flops = job.teacher, job.max_seq_length, job.iters, plain.peak_bytes, plain.flops
     keeps, read = 0, iters * job.step * job.target_bytes
     if job.targets == "live":
         # The teacher's workspace and the student's activations do not meet, its head and hidden states do.
@@ -93,7 +101,7 @@ def _taught(
     written = plain.written_bytes + (iters // job.save_every + 2) * saved
     peak, read = peak + keeps * t.block_work, plain.read_bytes + read
     return replace(plain, read_bytes=read, written_bytes=written, peak_bytes=peak, flops=iters * flops, pinned=keeps,
-                   updated=iters * trained)  # fmt: skip
+                   updated=iters * plain.updated)  # fmt: skip
 
 
 def sharded(job: DistillationSpec, micro: int, shard: int) -> StageCost:
@@ -103,8 +111,8 @@ def sharded(job: DistillationSpec, micro: int, shard: int) -> StageCost:
     visits = math.ceil(job.iters / steps_per_shard(job, shard))
     over = [s.layers - min(s.layers, (i + 1) * shard) for i in range(shards)]  # blocks above each shard
     above, again = (sum(n) / shards for n in (over, [max(0, n - 1) for n in over]))  # the last one turns in memory
-    state = shard * training_size.block_state_bytes(m.config)
-    peak = 2 * 4 * b + state + _way_back(job, micro)
+    state = shard * block_state_bytes(m.config)
+    peak = 2 * 4 * b + state + way_back_bytes(job, micro)
     read = 4.0 * b * (s.layers - shard + again)
     forward = forward_flops(m, job.step, length, False) / s.layers  # of a block
     flops = forward * (s.layers - 1 + 2 * above + 3 * shard) + 4.0 * job.step * m.head_params
@@ -243,9 +251,8 @@ def make(job: DistillationSpec, budget_bytes: int, rates: Rates) -> MemoryPlan:
 
 def least_bytes(job: DistillationSpec, rates: Rates) -> int:
     """The smallest budget in which some way of doing the job fits."""
-    arrays = min(one(job, 0, rates, *way).peak_bytes for way in ways(job))
+    least = arrays = min(one(job, 0, rates, *way).peak_bytes for way in ways(job))
     known = TENSOR_BYTES * job.teacher.tensors
-    least = arrays
     for _ in range(20):  # its own share grows, but slower
         least = arrays + process_bytes(least - known, job.teacher.gpu)
     return least

@@ -110,8 +110,7 @@ class QuantizationConfig:
     @property
     def looks(self) -> bool:
         """Whether rounding looks at text."""
-        how = self.affine
-        return how.q_method == "gptq" or how.target_bpw is not None
+        return self.affine.q_method == "gptq" or self.affine.target_bpw is not None
 
     def steps(self, whole: bool) -> int:
         """Steps after rounding, of a student that is in memory whole or not."""
@@ -168,8 +167,7 @@ def spec_of(
     known["reconstruct_samples"] = repair = 0 if family(student.config).sandwich else asked.reconstruct_samples
     known["iters"] = asked.iters or (ITERS if repair else 2 * ITERS)
     modes: tuple[Mode, ...] = (*MODES, "none") if family(student.config).experts else MODES
-    rotation = rotates and student.shape.hidden < teacher.shape.hidden
     return DistillationSpec(
         **known, teacher=teacher, student=student, modes=modes if asked.train == "auto" else (asked.train,),
-        rotation=rotation, rounding=rounding, shown=shown,
+        rotation=rotates and student.shape.hidden < teacher.shape.hidden, rounding=rounding, shown=shown,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 from mis_mlx.hardware import lanes
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import ExpertSums, Statistics, Sums
-from mis_mlx.models import arch, distributed, load, stream
+from mis_mlx.models import arch, distributed, load, policy, stream
 from mis_mlx.models.config import shape_of
 from mis_mlx.models.pipeline_parallel import Relay
 from mis_mlx.types import Checkpoint, Reading
@@ -76,9 +76,8 @@ def _mixed(
 
 
 def calibrate(
-    checkpoint: Checkpoint, batches: stream.Batches, dtype: mx.Dtype,
-    reading: Callable[[], Reading | None] = lambda: None, unit: str = "kelvin", hidden: stream.Hidden | None = None,
-    relay: Relay | None = None,
+    checkpoint: Checkpoint, batches: stream.Batches, reading: Callable[[], Reading | None] = lambda: None,
+    unit: str = "kelvin", hidden: stream.Hidden | None = None, relay: Relay | None = None,
 ) -> tuple[Statistics, stream.Hidden]:  # fmt: skip
     """Statistics of all layers over token ids [(B, T)], and the teacher's final hidden states [(B, T, D)].
 
@@ -87,7 +86,8 @@ def calibrate(
     machines each bring their own batches and get the statistics of all; of a `relay` each looks at its own blocks."""
     s = shape_of(checkpoint.config)
     out = Statistics(hidden={-1: (norms := Sums(*np.zeros((3, s.hidden))))})
-    source = relay or stream.Stream(checkpoint, dtype, direct=not isinstance(hidden, list | None))
+    direct = not isinstance(hidden, list | None)
+    source = relay or stream.Stream(checkpoint, policy.compute_dtype(checkpoint), direct=direct)
     hidden, experts, readings = source.embed(batches, hidden), dict[int, ExpertSums](), list[Reading | None]()
 
     def weight(batch: int) -> float:  # its T_env, measured once, as it enters the model; 1 where nothing is known

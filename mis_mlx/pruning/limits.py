@@ -105,16 +105,14 @@ def speed(flag: str, text: str) -> float:
     return value
 
 
-def time_limit(
-    config: Mapping[str, Any], flag: str, text: str, timed: Timing, work: Callable[[Mapping[str, Any]], float]
-) -> Limit:
-    """'1.5x' the teacher's speed or more. A block's seconds grow with its `work` (decode_work, prompt_work), the rest
-    with the width of the stream and the vocabulary."""
-    before = shape_of(config)
-    whole = work(config)
+def time_limit(config: Mapping[str, Any], flag: str, text: str, timed: Timing, tokens: int) -> Limit:
+    """'1.5x' the teacher's speed or more. A block's seconds grow with its WORK for so many tokens, the rest with the
+    width of the stream and the vocabulary."""
+    before, work = shape_of(config), WORK[flag]
+    whole = work(config, tokens)
 
     def cost(shape: Shape, _: float) -> float:
-        blocks = shape.layers * timed.block_s * work(arch.student_config(config, shape)) / whole
+        blocks = shape.layers * timed.block_s * work(arch.student_config(config, shape), tokens) / whole
         return blocks + timed.rest_s * shape.hidden * shape.vocab / (before.hidden * before.vocab)
 
     teacher = cost(before, 0.0)
@@ -131,3 +129,6 @@ def prompt_work(config: Mapping[str, Any], tokens: int) -> float:
     """Products of a block for a prompt of so many tokens, each of which looks back on half of them."""
     s = shape_of(config)
     return tokens * (sum(map(math.prod, arch.layer_tensors(config).values())) + tokens * s.heads * s.head_dim)
+
+
+WORK = {"--decode": decode_work, "--ttft": prompt_work}  # of a block, that its time grows with

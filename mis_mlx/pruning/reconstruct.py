@@ -5,11 +5,10 @@ k') learns to deliver what the teacher has at the entrance of k'. Each block see
 Related: FLAP and ReplaceMe (arXiv 2505.02819); here the fit is per block, ridge-regularised and weighted per token.
 
 Of a mixture the routers learn to choose among the experts that are left: a block's experts are asked once, each for all
-tokens; then its router alone is trained on what they said, towards the same goal (asked for in CerebrasResearch/reap,
-issue 3)."""
+tokens; then its router alone is trained on what they said, towards the same goal (CerebrasResearch/reap, issue 3)."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -37,8 +36,7 @@ def reconstruct(
     """({weight name: new matrix (out, in) float32, if it changes}, share of error left per block), of ids [(B, T)].
 
     direct: read past the page cache. spool(): a place other than memory for hidden states; then a block's output is
-    computed anew, and its inputs are not kept meanwhile. put(name, matrix): takes what changes, block by block, which
-    is then not returned."""
+    computed anew, and its inputs are not kept. put(name, matrix): takes what changes, which then is not returned."""
     columns, place = kept_columns(keep), spool or list[mx.array]
     big, small = (stream.Stream(model, direct=direct) for model in (teacher, student))
     target, own = big.embed(batches, place()), small.embed(batches, place())
@@ -47,7 +45,7 @@ def reconstruct(
     for j, block in small.blocks():
         next(marching)
         if mixed:
-            weight, error = heal(small, block, own, target, judges(len(target)))
+            weight, error = heal(small, block, own, target)
         else:
             weight, error = refit(block, small.args, own, target, columns, onwards=not spool)
         if spool or mixed:
@@ -144,17 +142,16 @@ def refit(
     return weight, error
 
 
-def heal(
-    source: stream.Stream, block: nn.Module, hidden: Hidden, goals: Hidden, held_out: Sequence[int]
-) -> tuple[mx.array, float]:
+def heal(source: stream.Stream, block: nn.Module, hidden: Hidden, goals: Hidden) -> tuple[mx.array, float]:
     """Give the block the router that best takes `hidden` to `goals`, both [(B, T, D)]: (its rows (E, D) float32, the
-    share of the error that they leave on batches `held_out`). It stays as it is, and 1 is left, where none does better
+    share of the error that they leave on batches held out). It stays as it is, and 1 is left, where none does better
     there. Tokens are weighted by 1 / rms of the goal, as in `refit`. Unused batches are not fetched."""
     of = family(source.checkpoint.config)
     part = block[of.mlp]
     router = part[of.router]
     old, kind = router.weight, hidden[0].dtype
     most = max(2, ROUTER_BYTES // (hidden[0].nbytes * len(old)))
+    held_out = judges(len(hidden))
     sets = [[b for b in range(len(hidden)) if (b in held_out) == held][:most] for held in (False, True)]
     parts = [_Asked(source, block, [hidden[b] for b in of_set], [goals[b] for b in of_set]) for of_set in sets]
 

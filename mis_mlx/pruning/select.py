@@ -103,15 +103,11 @@ def select_units(
         shape = replace(shape, ffn=importance.conditions_size([statistics.ffn[i] for i in layers], *how))
     kept: dict[Key, tuple[int, ...]] = {}
     differ: dict[Key, int] = {}
-
-    def groups(s: np.ndarray) -> tuple[int, ...]:
-        return importance.top(importance.group_scores(s, before.kv_heads), shape.kv_heads)
-
     experts = max(1, before.experts)  # of which equally many neurons stay of each
     picks: dict[str, Callable[[np.ndarray], tuple[int, ...]]] = {
         "experts": partial(importance.top, keep=shape.experts),
-        "ffn": partial(importance.top_in_groups, groups=experts, keep=experts * shape.ffn),
-        "heads": lambda s: importance.top_in_groups(s, before.kv_heads, shape.heads, groups(s)),
+        "ffn": lambda s: importance.top_in_groups(s, experts, experts * shape.ffn, experts),
+        "heads": lambda s: importance.top_in_groups(s, before.kv_heads, shape.heads, shape.kv_heads),
         "hidden": partial(importance.top, keep=shape.hidden),
     }
 
@@ -140,20 +136,18 @@ def select_units(
         "ambient_c": [min(air), max(air)] if air else None,
         "altitude_m": statistics.altitude_m,
         "block_importance": {str(i): round(v, 6) for i, v in statistics.block.items()},
+        "profile": profile(statistics, layers, kept, scores),
     }
-    keep = KeptUnits(layers, kept, used, report)
-    report["profile"] = profile(statistics, keep, scores)
-    return shape, keep
+    return shape, KeptUnits(layers, kept, used, report)
 
 
-def profile(statistics: Statistics, keep: KeptUnits, scores: Ranking) -> dict[str, Any]:
+def profile(statistics: Statistics, layers: Sequence[int], kept: Mapping[Key, Any], scores: Ranking) -> dict[str, Any]:
     """{"layer/axis": {"kept": the share of its importance that stays}} of all of the teacher's layers."""
     shares = {}
     for axis in ("ffn", "heads", "experts"):
-        layers: dict[int, importance.Sums] = getattr(statistics, axis)
-        for i in sorted(layers):
+        for i in sorted(getattr(statistics, axis)):
             all_of = np.abs(scores((i, axis)))
-            stays = all_of[list(keep.kept.get((i, axis), range(len(all_of))))].sum() * (i in keep.layers)
+            stays = all_of[list(kept.get((i, axis), range(len(all_of))))].sum() * (i in layers)
             shares[f"{i}/{axis}"] = {"kept": round(float(stays / max(all_of.sum(), 1e-30)), 4)}
     return shares
 
@@ -183,14 +177,14 @@ def prune(
     held: batches whose hidden states stay in memory (default: all)."""
     wanted_shape(checkpoint.config, cut)  # refuses before the pass, not after
     files.make_folder(out.absolute().parent)
-    short, kind = held is not None and held < len(batches), policy.compute_dtype(checkpoint)
+    short, mine = held is not None and held < len(batches), distributed.shard(batches)
     states: Callable[[], Hidden] = partial(Spool, out.absolute().parent, held or 0, files) if short else list
-    relay, mine = Relay(checkpoint, kind, 0, short, shares) if shares else None, distributed.shard(batches)
-    statistics, _ = calibrate.calibrate(checkpoint, mine, kind, reading, cut.temperature_unit, states(), relay)
+    relay = Relay(checkpoint, policy.compute_dtype(checkpoint), 0, short, shares) if shares else None
+    statistics, _ = calibrate.calibrate(checkpoint, mine, reading, cut.temperature_unit, states(), relay)
     if not distributed.is_main():  # who has brought its part; the student is the first one's to make
         return {}
     shape, keep = select_units(checkpoint.config, statistics, cut)
-    directions = cache(lambda: slicing.directions(checkpoint, batches, kind, states))
+    directions = cache(lambda: slicing.directions(checkpoint, batches, states))
     if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
         as_plain = replace(cut, importance="rms", target="fixed")
         _, plain = select_units(checkpoint.config, statistics, as_plain, shape)

@@ -15,7 +15,6 @@ from mis_mlx.models import arch
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.pruning import limits
-from mis_mlx.pruning.limits import Limit
 from mis_mlx.types import MisError
 
 CUTS = ("layers", "ffn", "heads", "hidden", "vocab")
@@ -31,6 +30,7 @@ FORMS = {
     "hidden": "hidden {}",
     "vocab": "{:,} tokens",
 }
+Sizes = Mapping[str, Sequence[int]]  # of every axis, rising, the teacher's last
 # What learning leaves of a loss, by the axis that it comes from. ffn, bits: finalists of `--bytes 50MB` (distilled, 20
 # steps, rounded by gptq); layers, heads, hidden: less a third of each, from pruned to distilled (benchmarks/README.md).
 # vocab: that loss is told on text like that which chose the tokens; five texts of other kinds lose 5 times as much
@@ -74,8 +74,8 @@ def bpw_range(group: int) -> tuple[float, float]:
 
 
 def axis_sizes(config: Mapping[str, Any], axes: Sequence[str], vocab: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Sizes of every axis, rising, the teacher's last: its own alone where the axis is not one of `axes`; evenly spread
-    ones that a student can have and bits can pack. vocab: numbers of rows."""
+    """Of every axis the teacher's size alone where the axis is not one of `axes`; else evenly spread ones before it
+    that a student can have and bits can pack. vocab: numbers of rows."""
     s, group = shape_of(config), GROUPS[-1]
     steps = {"layers": 1, "ffn": arch.FFN_MULTIPLE, "heads": s.kv_heads, "hidden": group}
     sizes = dict[str, tuple[int, ...]]()
@@ -142,9 +142,7 @@ class Losses:
         return sum(LEFT[axis] * value for axis, value in self.by_axis(choice).items())
 
 
-def choices(
-    config: Mapping[str, Any], sizes: Mapping[str, Sequence[int]], within: Sequence[Limit], bits: bool
-) -> list[Choice]:
+def choices(config: Mapping[str, Any], sizes: Sizes, within: Sequence[limits.Limit], bits: bool) -> list[Choice]:
     """Every student within the limits, in the most bits that they allow; in the usual ones where `bits` are not to be
     chosen, or none of the limits is in bytes. MisError where there is none: the smallest number within reach, and which
     axes are not open."""
@@ -173,7 +171,7 @@ def choices(
     raise MisError(f"{flags}: each can be met, no student meets all of them: {remedy}")
 
 
-def shapes(config: Mapping[str, Any], sizes: Mapping[str, Sequence[int]]) -> Iterator[Shape]:
+def shapes(config: Mapping[str, Any], sizes: Sizes) -> Iterator[Shape]:
     """All combinations that a loader accepts."""
     for layers, ffn, heads, hidden in itertools.product(*(sizes[axis] for axis in CUTS[:-1])):
         if shape := _shape(config, {"layers": layers, "ffn": ffn, "heads": heads, "hidden": hidden}):
@@ -181,7 +179,7 @@ def shapes(config: Mapping[str, Any], sizes: Mapping[str, Sequence[int]]) -> Ite
                 yield replace(shape, vocab=vocab)
 
 
-def best(candidates: Iterable[Choice], sizes: Mapping[str, Sequence[int]], losses: Losses, count: int) -> list[Choice]:
+def best(candidates: Iterable[Choice], sizes: Sizes, losses: Losses, count: int) -> list[Choice]:
     """The `count` of which least is expected to be lost, the best first; no two are a step along one axis apart."""
     chosen = dict[Choice, np.ndarray]()  # and where each stands among the sizes
     for choice in sorted(candidates, key=losses.expected):

@@ -12,9 +12,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.models import arch, experts, load, model_writer, stream
+from mis_mlx.models import arch, experts, load, model_writer, policy, stream
 from mis_mlx.models.config import Shape, shape_of
-from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint, KeptUnits
 
@@ -27,12 +26,7 @@ CUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
                (*arch.READERS["norm1"][1], *arch.READERS["norm2"][1], "embed_tokens", "lm_head")),
 }  # fmt: skip
 FINAL, HEAD = f"{load.NORM}weight", "lm_head.weight"
-# What reads the stream behind which norm of its block, and what writes into the stream.
-READS = {
-    **{f"self_attn.{n}_proj.weight": "input_layernorm.weight" for n in "qkv"},
-    **{f"mlp.{n}_proj.weight": "post_attention_layernorm.weight" for n in ("gate", "up")},
-}
-WRITES = ("self_attn.o_proj.weight", "mlp.down_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.bias")
+NORMS = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}  # behind which READERS read the stream
 
 
 @dataclass(frozen=True)
@@ -49,22 +43,19 @@ class Rotation:
 Directions = Callable[[int], Rotation]  # for a cut to so many channels
 
 
-def _entering(
-    checkpoint: Checkpoint, batches: Batches, dtype: mx.Dtype, hidden: Hidden
-) -> Iterator[tuple[str, mx.array]]:
+def _entering(checkpoint: Checkpoint, batches: stream.Batches, hidden: stream.Hidden) -> Iterator[tuple[str, mx.array]]:
     """Norm by norm, in one streamed pass: (its weight's name, float32 tokens (n, D) that enter it, over their rms)."""
-    source = stream.Stream(checkpoint, dtype, direct=not isinstance(hidden, list))
-    names = ("input_layernorm", "post_attention_layernorm")
+    source = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), direct=not isinstance(hidden, list))
     hidden = source.embed(batches, hidden)
     for i, block in source.blocks():
-        for name in names:
+        for name in NORMS.values():
             block[name] = stream.InputRecorder(block[name])
         for b, into in enumerate(hidden):
             out = block(into, load.mask(source.args, block, into))
-            seen = [_even(block[name].take()) for name in names]
+            seen = [_even(block[name].take()) for name in NORMS.values()]
             stream.evaluate_now(out, seen)
             hidden[b] = source.finite(out) if b == 0 else out
-            for name, tokens in zip(names, seen, strict=True):
+            for name, tokens in zip(NORMS.values(), seen, strict=True):
                 yield f"model.layers.{i}.{name}.weight", tokens
     for h in hidden:
         yield FINAL, _even(h)
@@ -82,21 +73,19 @@ def turned(basis: np.ndarray, gain: np.ndarray) -> np.ndarray:
     return basis @ turn
 
 
-def directions(
-    teacher: Checkpoint, batches: Batches, dtype: mx.Dtype, hidden: Callable[[], Hidden] = list
-) -> Directions:
+def directions(teacher: Checkpoint, batches: stream.Batches, hidden: Callable[[], stream.Hidden] = list) -> Directions:
     """The principal directions of what enters all norms over token ids [(B, T)], all norms alike; for a tied head
     `turned` for the last norm's gain.
 
     Two streamed passes: the second sees how much of each norm's input they hold. Products of one batch are float32,
     sums over batches float64. hidden: makes a place for the hidden states of a pass."""
     moments = np.zeros((shape_of(teacher.config).hidden,) * 2)
-    for _, x in _entering(teacher, batches, dtype, hidden()):
+    for _, x in _entering(teacher, batches, hidden()):
         moments += np.array(x.T @ x)
     basis = np.ascontiguousarray(np.linalg.eigh(moments)[1][:, ::-1])  # by falling eigenvalue
     turn = mx.array(basis.astype(np.float32))
     held: dict[str, np.ndarray] = {}
-    for name, x in _entering(teacher, batches, dtype, hidden()):
+    for name, x in _entering(teacher, batches, hidden()):
         held[name] = held.get(name, 0.0) + np.array(mx.square(x @ turn).sum(axis=0), np.float64)
 
     def kept(size: int) -> Rotation:
@@ -125,14 +114,15 @@ def rotated(teacher: Checkpoint, rotation: Rotation) -> Callable[[str], mx.array
         return load.dense(teacher, name).astype(mx.float32)
 
     def tensor(name: str) -> mx.array:
-        block, rest = name.rsplit(".", 3)[0], ".".join(name.split(".")[3:])
+        block, (module, kind) = name.rsplit(".", 3)[0], name.split(".")[-2:]
+        before = next((f"{block}.{n}.weight" for axis, n in NORMS.items() if module in arch.READERS[axis][1]), FINAL)
         if name in rotation.energy:
             factor = (inner * rotation.energy[name] / size) ** 0.5
             gain = whole(name) @ mx.square(q) if tied and name == FINAL else mx.ones((size,))
             return factor * gain
-        if rest in READS or name == HEAD:
-            return (whole(name) * whole(f"{block}.{READS[rest]}" if rest in READS else FINAL)) @ q
-        if rest in WRITES:
+        if kind == "weight" and (before != FINAL or name == HEAD):
+            return (whole(name) * whole(before)) @ q
+        if module in ("o_proj", "down_proj"):  # what writes into the stream
             return q.T @ whole(name)
         return whole(name) @ q if name == f"{load.EMBEDDING}weight" else whole(name)
 

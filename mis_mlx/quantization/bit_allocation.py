@@ -19,7 +19,7 @@ import numpy as np
 
 from mis_mlx.hardware import lanes
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, backward_pass, load, policy, stream
+from mis_mlx.models import arch, backward_pass, load, stream
 from mis_mlx.models.backward_pass import Some
 from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.planner.recipe import QuantizationConfig
@@ -64,10 +64,9 @@ def _greedy(costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], 
     room = sum((mean_bits - start[name]) * size for name, size in sizes.items())
     if room < 0:
         return {}
-    steps = [
-        (saved / added, name, bits) for name, cost in costs.items() for saved, added, bits in _hull(cost, sizes[name])
-    ]
-    chosen, stuck = dict(start), set[str]()
+    chosen, stuck, steps = dict(start), set[str](), list[tuple[float, str, int]]()
+    for name, cost in costs.items():
+        steps += [(saved, name, bits) for saved, bits in _hull(cost, sizes[name])]
     for _, name, bits in sorted(steps, key=lambda s: -s[0]):  # a hull's steps save less and less: in their order
         added = (bits - chosen[name]) * sizes[name]
         if name in stuck or added > room:
@@ -77,15 +76,14 @@ def _greedy(costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], 
     return chosen
 
 
-def _hull(cost: Mapping[int, float], size: int) -> list[tuple[float, int, int]]:
-    """[(cost saved, weights times bits added, bits then)] from the fewest bits on, steepest first."""
-    bits, steps = sorted(cost), []
-    at = 0
+def _hull(cost: Mapping[int, float], size: int) -> list[tuple[float, int]]:
+    """[(cost saved by a bit of a weight, bits then)] from the fewest bits on, steepest first."""
+    bits, steps, at = sorted(cost), [], 0
     while at + 1 < len(bits):
         steepest = max(range(at + 1, len(bits)), key=lambda j: (cost[bits[at]] - cost[bits[j]]) / (bits[j] - bits[at]))
         if (saved := cost[bits[at]] - cost[bits[steepest]]) <= 0:
             break
-        steps.append((saved, (bits[steepest] - bits[at]) * size, bits[steepest]))
+        steps.append((saved / ((bits[steepest] - bits[at]) * size), bits[steepest]))
         at = steepest
     return steps
 
@@ -148,8 +146,7 @@ def costs(
 
         return through
 
-    dtype = policy.compute_dtype(checkpoint)
-    back = backward_pass.backwards(checkpoint, batches, dtype, visit, seed, kept, ends.at_head)
+    back = backward_pass.backwards(checkpoint, batches, visit, seed, kept, ends.at_head)
     for ids, below in zip(batches, back, strict=True):
         ends.at_rows(ids, below)
     return nats | {path: {b: of / (2 * tokens) / (2**b - 1) ** 2 for b in bits} for path, of in ends.squares.items()}
@@ -188,17 +185,6 @@ class _Ends:
         self.squares[self.table] += float((along * np.array(self.variances[self.table][mx.array(rows)])).sum())
 
 
-class _Shifted(stream.InputRecorder):
-    """`inner` with `shift` (B, T, out) added to what comes out: its gradient is the cotangent there."""
-
-    def __init__(self, inner: nn.Module, shift: mx.array):
-        super().__init__(inner)
-        self.shift = shift
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return super().__call__(x) + self.shift
-
-
 def _back(
     args: object, block: nn.Module, matrices: Sequence[tuple[str, str, str]], x: mx.array, above: mx.array
 ) -> tuple[mx.array, Seen]:
@@ -208,7 +194,8 @@ def _back(
 
     def run(x: mx.array, *shifts: mx.array) -> list[mx.array]:
         for (part, name, _), linear, shift in zip(matrices, linears, shifts, strict=True):
-            block[part][name] = _Shifted(linear, shift)
+            # The gradient of what is added to an output (B, T, out) is the cotangent there.
+            block[part][name] = stream.InputRecorder(lambda x, of=linear, shift=shift: of(x) + shift)
         out = block(x, mask)
         return [out, *(mx.stop_gradient(block[part][name].take()) for part, name, _ in matrices)]
 

@@ -89,8 +89,7 @@ def layout(
     MisError when a matrix cannot be cut into groups."""
     eight = {f"model.layers.{i}.mlp.down_proj" for i in wide} | {"model.embed_tokens", "lm_head"}
     every = ((n, d) for n, d in arch.tensors_of(config, True).items() if len(d) > 1 and not n.endswith(".bias"))
-    matrices = {name: shape for name, shape in every if not experts.is_router(name)}
-    shapes = {n.removesuffix(".weight"): d for n, d in matrices.items()}
+    shapes = {n.removesuffix(".weight"): d for n, d in every if not experts.is_router(n)}
     four = Format(BITS, GROUPS.get(mode, group_size), mode)
     plan = {path: Format(WIDE_BITS, group_size) if path in eight else four for path in shapes}
     for path, (*_, columns) in shapes.items():
@@ -107,13 +106,11 @@ def write_quantized(
 ) -> dict[str, Any]:  # fmt: skip
     """Commit the new folder `out`: packed weights, float16 scales and biases, config that stock mlx-lm reads.
 
-    rounded: the blocks' matrices, from quantization/stage; default: the nearest values. extra: more files for the
-    folder, by name."""
+    rounded: the blocks' matrices, from quantization/stage; default: the nearest values. extra: more files, by name."""
     check_dense(checkpoint)
     inner = [kind for path, kind in plan.items() if arch.block_of(path) is not None]
     common = max(set(inner), key=lambda kind: (inner.count(kind), kind))
-    settings: dict[str, Any] = common.settings
-    settings |= {path: kind.settings for path, kind in plan.items() if kind != common}
+    settings = common.settings | {path: kind.settings for path, kind in plan.items() if kind != common}
     config = {**checkpoint.config, "quantization": settings, "quantization_config": settings}
     specs: dict[str, Spec] = {}
     for name, shape in arch.tensors_of(checkpoint.config, True).items():

@@ -37,7 +37,7 @@ def test_streamed_gradients_are_resident_ones(
     models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
 ) -> None:
     """Every layer's neurons and heads, over two batches: half the mean square of autodiff's gradients."""
-    found = fisher_importance.fisher(models(kind), batches, mx.float32, seed=3)
+    found = fisher_importance.fisher(models(kind), batches, seed=3)
     for layer in range(3):
         neurons, heads = np.zeros(768), np.zeros(4)
         for b, tokens in enumerate(batches):
@@ -59,7 +59,7 @@ def test_it_is_the_kl_of_a_gate_half_closed(llama: Checkpoint, batches: list[mx.
     of 48: their mean scatters by some 5 %.
     """
     eps = 0.02
-    drawn = [fisher_importance.fisher(llama, batches, mx.float32, seed)[2, "layers"][0] for seed in range(60)]
+    drawn = [fisher_importance.fisher(llama, batches, seed)[2, "layers"][0] for seed in range(60)]
     source = stream.Stream(llama, mx.float32)
     hidden = source.embed(batches)
     for _, block in source.blocks():
@@ -75,6 +75,6 @@ def test_it_is_the_kl_of_a_gate_half_closed(llama: Checkpoint, batches: list[mx.
 
 def test_draws_are_by_seed(llama: Checkpoint, batches: list[mx.array]) -> None:
     """The same seed gives the same bits, another one others."""
-    first, again, other = (fisher_importance.fisher(llama, batches, mx.float32, seed) for seed in (0, 0, 1))
+    first, again, other = (fisher_importance.fisher(llama, batches, seed) for seed in (0, 0, 1))
     assert all((first[key] == again[key]).all() for key in first)
     assert (first[0, "ffn"] != other[0, "ffn"]).any()

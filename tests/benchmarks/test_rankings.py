@@ -25,7 +25,7 @@ def test_what_moves_by_pencil() -> None:
 def test_moments_and_lengths_are_those_of_the_resident_model(llama: Checkpoint, batches: list[mx.array]) -> None:
     """Squares of what down_proj reads are calibration's, to float32; lengths are of the weights as they are stored."""
     moments, lengths = rankings.measured(llama, batches, mx.float32)
-    found, _ = calibrate.calibrate(llama, batches, mx.float32)
+    found, _ = calibrate.calibrate(llama, batches)
     tokens = batches[0].size
     names = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.o_proj")
     w = {n: np.array(load.dense(llama, f"model.layers.1.{n}.weight"), np.float64) ** 2 for n in names}
@@ -43,7 +43,7 @@ def test_moments_and_lengths_are_those_of_the_resident_model(llama: Checkpoint, 
 
 def test_pruning_goes_by_the_scores_it_is_given(llama: Checkpoint, batches: list[mx.array]) -> None:
     """Neurons, heads and blocks that stay are those of the highest scores; random ones are by seed."""
-    found, _ = calibrate.calibrate(llama, batches, mx.float32)
+    found, _ = calibrate.calibrate(llama, batches)
     cut = select.PruningConfig(scenario="none", layers=2, ffn=256, importance="activation")
     rising = rankings.keeping(rankings.by(found, lambda key: np.arange(4.0 if key[1] == "heads" else 768.0)), (0, 1))
     _, keep = select.select_units(dict(llama.config), rising, cut)

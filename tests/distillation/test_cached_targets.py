@@ -134,7 +134,7 @@ def test_a_damaged_part_is_made_again_from_the_teacher(tmp_path: Path, llama: Ch
     """One bit flipped: training refuses it, writing mends it and says so."""
     folder = shutil.copytree(whole, tmp_path / "t")
     flip(folder / "part-00001.safetensors")
-    source = live_teacher.Cached(opened(folder))
+    source = live_teacher.Cached(opened(folder), np.arange(len(some().tokens)))
     with pytest.raises(MisError, match=r"part-00001.safetensors is damaged"):
         source.micro_batches([(mx.zeros((1, 16)), mx.zeros((1, 16)))], [np.array([40])])
     store = write(llama, some(), folder, count=20)
@@ -154,9 +154,9 @@ def test_a_finished_store_does_not_open_its_teacher(llama: Checkpoint, whole: Pa
 
 def test_what_a_store_cannot_do_is_said(whole: Path, student: Checkpoint) -> None:
     """A student of another vocabulary needs its own."""
-    source = live_teacher.Cached(opened(whole))
+    source = live_teacher.Cached(opened(whole), np.arange(len(some().tokens)))
     model = load.resident(student, mx.float32)
     model.model.embed_tokens.weight = model.model.embed_tokens.weight[:500]
     arguments = source.micro_batches([(mx.zeros((1, 16), mx.int32), mx.ones((1, 16)))], [np.array([0])])[0]
     with pytest.raises(MisError, match="for 512 tokens, the student has 500"):
-        live_teacher.loss_of(source)(model, *arguments)
+        live_teacher.student_loss(source, model, *arguments)

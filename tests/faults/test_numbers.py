@@ -45,15 +45,9 @@ def bad(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """Numbers of batches, from 1, to which the teacher's answer is NaN. Fill it."""
     numbers, cut = set[int](), live_teacher.step_micro_batches
 
-    def poisoned(*arguments: Any) -> Callable[[int], Any]:
-        each = cut(*arguments)
-
-        def micro_batches(step: int) -> list[Any]:
-            parts = each(step)
-            bad = step + 1 in numbers
-            return [(*p[:2], p[2] * math.nan, *p[3:]) for p in parts] if bad else parts
-
-        return micro_batches
+    def poisoned(*arguments: Any) -> list[Any]:
+        parts, bad = cut(*arguments), arguments[-1] + 1 in numbers
+        return [(*p[:2], p[2] * math.nan, *p[3:]) for p in parts] if bad else parts
 
     monkeypatch.setattr(live_teacher, "step_micro_batches", poisoned)
     return numbers

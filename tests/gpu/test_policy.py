@@ -79,7 +79,7 @@ HEAD = mx.random.normal((20, 8), key=mx.random.key(1))
 IDS = mx.arange(1, 7)
 LOSSES: dict[str, Callable[..., mx.array]] = {
     "sampled_kl_sum": lambda h, w, frozen: losses.sampled_kl_sum(
-        h, w, IDS[:, None], mx.ones((6, 1)), mx.ones(6), frozen_head=frozen
+        h, w, mx.ones(6), IDS[:, None], mx.ones((6, 1)), frozen_head=frozen
     ),
     "token_logps": lambda h, w, frozen: -token_logps(h, w, IDS, frozen_head=frozen).sum(),
 }

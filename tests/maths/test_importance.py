@@ -65,9 +65,9 @@ def test_a_neuron_that_seldom_fires_loud() -> None:
 
 def test_groups_are_judged_by_all_their_heads() -> None:
     """Two groups of two: 3-4-5; and the heads of a group that goes cannot stay."""
-    scores = np.array([3.0, 4.0, 0.0, 1.0])
-    np.testing.assert_allclose(importance.group_scores(scores, 2), [5, 1])
-    assert importance.top_in_groups(scores, 2, 1, (1,)) == (3,)
+    scores = np.array([3.0, 4.0, 0.0, 4.5])
+    np.testing.assert_allclose(importance.group_scores(scores, 2), [5, 4.5])
+    assert importance.top_in_groups(scores, 2, 1, 1) == (1,)
 
 
 def test_weight_is_kelvin_unless_asked() -> None:
@@ -97,9 +97,9 @@ def test_ties_keep_the_lower_index() -> None:
 def test_heads_are_kept_group_by_group() -> None:
     """The three best heads of four are in one group; still each group keeps its share."""
     scores = np.array([9.0, 8.0, 7.0, 6.0, 0.3, 0.1, 0.2, 0.4])
-    assert importance.top_in_groups(scores, 2, 4) == (0, 1, 4, 7)
+    assert importance.top_in_groups(scores, 2, 4, 2) == (0, 1, 4, 7)
     for keep in (2, 4, 6, 8):
-        kept = importance.top_in_groups(scores, 2, keep)
+        kept = importance.top_in_groups(scores, 2, keep, 2)
         assert sum(i < 4 for i in kept) == sum(i >= 4 for i in kept) == keep // 2
 
 

@@ -84,7 +84,7 @@ def ours(p: dict[str, mx.array], rows: int | None) -> Gradients:
     ids, weights = targets(p)
 
     def loss(student: mx.array, head: mx.array) -> mx.array:
-        return losses.sampled_kl_sum(student, head, ids, weights, p["learn"], rows)
+        return losses.sampled_kl_sum(student, head, p["learn"], ids, weights, rows=rows)
 
     return mx.value_and_grad(loss, argnums=(0, 1))(p["student"], p["head"])
 
@@ -116,7 +116,7 @@ def test_the_loss_by_pencil() -> None:
     """Student 1/2, 1/4, 1/4. Target 1/2, 1/2, -: KL = ln 2 / 2."""
     student, head = mx.array([[1.0]]), mx.log(mx.array([[2.0], [1.0], [1.0]]))
     learn, two = mx.ones(1), mx.array([[0, 1, 0]])
-    kl = losses.sampled_kl_sum(student, head, two, mx.array([[0.5, 0.5, 0.0]]), learn)
+    kl = losses.sampled_kl_sum(student, head, learn, two, mx.array([[0.5, 0.5, 0.0]]))
     assert kl.item() == pytest.approx(np.log(2) / 2, abs=1e-6)
 
 
@@ -148,7 +148,7 @@ def test_sampled_gradients_are_unbiased() -> None:
 
     def sampled(seed: int) -> Callable[[mx.array], mx.array]:
         ids, weights = padded(*losses.sample(z, count, seed, 0), count)
-        return lambda h: losses.sampled_kl_sum(h, p["head"], ids, weights, p["learn"])
+        return lambda h: losses.sampled_kl_sum(h, p["head"], p["learn"], ids, weights)
 
     ids = mx.argpartition(z, -6, axis=-1)[:, -6:]
     probs = mx.softmax(mx.take_along_axis(z, ids, axis=-1), axis=-1)
@@ -157,5 +157,5 @@ def test_sampled_gradients_are_unbiased() -> None:
     share, w = softmax(np.array(z)), np.array(p["head"], np.float64)
     variance = (share @ w**2 - (share @ w) ** 2) / (count * stores)
     assert np.abs((mean - wanted) / np.sqrt(variance)).max() < 5
-    biased = gradient(lambda h: losses.sampled_kl_sum(h, p["head"], ids, probs, p["learn"]))
+    biased = gradient(lambda h: losses.sampled_kl_sum(h, p["head"], p["learn"], ids, probs))
     assert np.abs((biased - wanted) / np.sqrt(variance)).max() > 10

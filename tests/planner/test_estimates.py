@@ -15,7 +15,7 @@ from mis_mlx.hardware import lanes, rates
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR, Rates
 from mis_mlx.models import arch, load, policy, stream
-from mis_mlx.planner import estimates, training_size
+from mis_mlx.planner import compression_size, estimates
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget, Checkpoint, MisError
@@ -109,7 +109,7 @@ def test_a_pass_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
     assert with_head.read_bytes == p.read_bytes + 4 * 512 * 64
     assert with_head.flops == p.flops + 2 * 128 * 512 * 64
     logits = 5 * 1 * 256 * 512 * 4  # one chunk of 256 positions
-    assert training_size.logit_bytes(512, 64) == logits and training_size.logit_bytes(512, 10_000) == 3 * logits
+    assert estimates.logit_bytes(512, 64) == logits and estimates.logit_bytes(512, 10_000) == 3 * logits
     assert with_head.peak_bytes == m.slots_bytes + MIB + 4 * 512 * 64 + logits + 128 * 64 * 4
 
 
@@ -158,16 +158,16 @@ def test_training_by_pencil() -> None:
     back, the update. On the host there are no gradients yet where the logits are, and then some in every lane."""
     params, head = arch_params(), 2 * 512 * 64 * 4 + 5 * 256 * 512 * 4
     per_token = 6 * 64 + 5 * 768 + 2 * 6 * 16 + 4 * 32
-    assert training_size.activation_bytes(tiny.CONFIG, 2, 32) == 4 * 3 * 64 * per_token
-    assert training_size.training_bytes(tiny.CONFIG, 2, 32) == 16 * params + 4 * 3 * 64 * per_token + head
+    assert estimates.activation_bytes(tiny.CONFIG, 2, 32) == 4 * 3 * 64 * per_token
+    assert compression_size.training_bytes(tiny.CONFIG, 2, 32) == 16 * params + 4 * 3 * 64 * per_token + head
     wide = {**tiny.CONFIG, "intermediate_size": 30_000}
-    assert training_size.training_bytes(wide, 1, 2) == 16 * arch.params(wide) + 2 * 4 * 64 * 30_000
+    assert compression_size.training_bytes(wide, 1, 2) == 16 * arch.params(wide) + 2 * 4 * 64 * 30_000
     kept, block = 4 * 3 * 64 * per_token, 4 * 64 * per_token
-    assert training_size.backward_bytes(tiny.CONFIG, 2, 32) == 11 * block // 5
+    assert estimates.backward_bytes(tiny.CONFIG, 2, 32) == 11 * block // 5
     logits, head = 2 * 64 * 512 * 4, 512 * 64 * 4
     for side_by_side in (1, 2):
         back = max(kept + head, side_by_side * (4 * params - head) + 3 * head) + 11 * block // 5 - block
-        found = training_size.training_bytes(tiny.CONFIG, 2, 32, side_by_side)
+        found = compression_size.training_bytes(tiny.CONFIG, 2, 32, side_by_side)
         assert found == 12 * params + max(kept + 2 * head + logits, back, 4 * params + 2 * 4 * 64 * 768)
 
 

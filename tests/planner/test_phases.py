@@ -24,7 +24,7 @@ from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, load, model_writer
 from mis_mlx.models.lora import insert
-from mis_mlx.planner import compression_size, estimates, phases, training_size
+from mis_mlx.planner import compression_size, estimates, phases
 from mis_mlx.planner.estimates import forward_flops, model_of
 from mis_mlx.planner.recipe import (
     ADAPTERS,
@@ -70,19 +70,22 @@ def test_resident_by_pencil() -> None:
     assert list(named(phases.make(replace(JOB, reconstruct_samples=2), GIB, M1_AIR)))[1] == "repair"
 
 
-def test_blocks_by_pencil() -> None:
+def test_blocks_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step forth, forth again and twice back; the head forth and back once; beside weights and moments of 8 bits the
     head, 12 windows at 4 entrances, and one block's gradient with its way back or its update."""
     p, b = phases.blocks(replace(JOB, targets="cached"), 4, GIB), SMALL.block_params
-    state = 4 * training_size.block_state_bytes(SMALL.config)
+    state = 4 * compression_size.block_state_bytes(SMALL.config)
     assert p.flops == 10 * (4 * forward_flops(SMALL, 384, 32, False) + 4 * 384 * 512 * 64) and p.updated == 10 * 4 * b
     assert p.written_bytes == SMALL.nbytes + 4 * state
-    kept = 4 * (4 * 384 + 512) * 64
-    ways = {lanes: training_size.way_back_bytes(SMALL.config, 4, 3, 32, lanes, True) - kept for lanes in (1, 2)}
-    assert ways[1] == training_size.backward_bytes(SMALL.config, 4, 32) + 2 * 4 * b and ways[2] == ways[1] + 4 * b
-    once = training_size.way_back_bytes({**SMALL.config, "intermediate_size": 90_000}, 1, 1, 1, 1, True)
+    kept, ways = MIB + 4 * (4 * 384 + 512) * 64, dict[int, int]()
+    for count in (2, 1):
+        monkeypatch.setattr(estimates.lanes, "count", lambda n=count: n)
+        ways[count] = phases.way_back_bytes(JOB, 4) - kept
+    assert ways[1] == estimates.backward_bytes(SMALL.config, 4, 32) + 2 * 4 * b and ways[2] == ways[1] + 4 * b
     wide = model_of({**SMALL.config, "intermediate_size": 90_000}, gpu=False)
-    assert once == 4 * (4 + 512) * 64 + 4 * wide.block_params + 4 * 4 * 64 * 90_000
+    single = replace(JOB, student=wide, batch_size=1, grad_accumulation_steps=1, max_seq_length=1)
+    once = phases.way_back_bytes(single, 1)
+    assert once == MIB + 4 * (4 + 512) * 64 + 4 * wide.block_params + 4 * 4 * 64 * 90_000
 
 
 def test_a_streamed_teacher_is_read_at_every_step_but_for_what_stays() -> None:
@@ -128,7 +131,7 @@ def test_sharded_by_pencil() -> None:
     # Each visit reads head and shard once.
     steps = 10 * (int(2.5 * 4 * b) + 384 * 151)
     assert p.read_bytes == steps + 2 * 4 * 512 * 64 + 4 * 4 * b
-    state = training_size.block_state_bytes(SMALL.config)
+    state = compression_size.block_state_bytes(SMALL.config)
     assert p.written_bytes == 4 * 4 * b + 2 * state * 4 and state == pytest.approx((4 + 2 + 8 / 128) * b, rel=0.01)
     one = phases.sharded(job, 4, 1)  # three forth; 3, 2, 1 and 0 are above, so 2, 1, 0 and 0 are read back
     assert one.read_bytes == 10 * (int(3.75 * 4 * b) + 384 * 151) + 4 * 4 * 512 * 64 + 4 * 4 * b
@@ -340,7 +343,7 @@ def test_training_by_blocks_stays_under_the_plan(
         adapters = partial(insert, lora=ADAPTERS, seed=0) if lora else None
         student = sharded.Sharded(models[1], 4, 2, 0.01, DISK, 4 * small.head_params, adapters=adapters)
         student.begin()
-        micro_batches = live_teacher.step_micro_batches(source, data, recipe)
+        micro_batches = partial(live_teacher.step_micro_batches, source, data, recipe)
         how = partial(source.kl_sum, frozen_head=True), recipe
         steps = list(student.steps(micro_batches, *how, slopes=source.frozen_slopes()))
     peak = max(s.peak_bytes for s in steps) - before

@@ -74,7 +74,7 @@ def test_the_gradient_is_that_of_the_formula(
 ) -> None:
     """L = (1 - c) KL + c CE: written out on whole logits and differentiated by MLX."""
     source = StreamedTeacher(llama, None, True, 1.0, c)
-    cut = live_teacher.step_micro_batches(source, data, replace(RECIPE, grad_accumulation_steps=1))(0)
+    cut = live_teacher.step_micro_batches(source, data, replace(RECIPE, grad_accumulation_steps=1), 0)
     student, teacher = (load.resident(m, mx.float32) for m in (students[name], llama))
     tokens, learn, *_ = cut[0]
     logs = teacher(tokens).reshape(32, -1)
@@ -88,7 +88,7 @@ def test_the_gradient_is_that_of_the_formula(
         return (each * learn).sum()
 
     loss, wanted = nn.value_and_grad(student, naive)()
-    (value, _), got = nn.value_and_grad(student, lambda *b: live_teacher.loss_of(source)(student, *b))(*cut[0])
+    (value, _), got = nn.value_and_grad(student, lambda *b: live_teacher.student_loss(source, student, *b))(*cut[0])
     assert value.item() == pytest.approx(loss.item(), rel=1e-5)
     largest = max(mx.abs(g).max().item() for _, g in tree_flatten(wanted))
     for (n, a), (_, b) in zip(tree_flatten(got), tree_flatten(wanted), strict=True):

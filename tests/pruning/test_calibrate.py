@@ -20,7 +20,7 @@ def test_streamed_statistics_are_resident_ones(
     models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
 ) -> None:
     """FFN, heads, blocks and hidden, gathered inside mlx-lm's whole model by hand: equal to the last bit."""
-    statistics, hidden = calibrate.calibrate(models(kind), batches, mx.float32)
+    statistics, hidden = calibrate.calibrate(models(kind), batches)
     model = load.resident(models(kind), mx.float32)
     norms = np.zeros(64)
     for layer in model.model.layers:
@@ -47,7 +47,7 @@ def test_streamed_statistics_are_resident_ones(
 
 def test_block_importance_by_hand(llama: Checkpoint, batches: list[mx.array]) -> None:
     """1 - cosine of what goes into and comes out of each block, mean over batches."""
-    statistics, _ = calibrate.calibrate(llama, batches, mx.float32)
+    statistics, _ = calibrate.calibrate(llama, batches)
     source = stream.Stream(llama, mx.float32)
     hidden = source.embed(batches)
     for i, block in source.blocks():
@@ -68,9 +68,9 @@ def readings(*celsius: float | None) -> Callable[[], Reading]:
 
 def test_each_batch_is_weighed_by_its_own_air(llama: Checkpoint, batches: list[mx.array]) -> None:
     """Asked once a batch, not once a block; T_b in kelvin weighs batch b in every layer."""
-    both, _ = calibrate.calibrate(llama, batches, mx.float32, readings(10.0, 30.0))
-    first, _ = calibrate.calibrate(llama, batches[:1], mx.float32)
-    second, _ = calibrate.calibrate(llama, batches[1:], mx.float32)
+    both, _ = calibrate.calibrate(llama, batches, readings(10.0, 30.0))
+    first, _ = calibrate.calibrate(llama, batches[:1])
+    second, _ = calibrate.calibrate(llama, batches[1:])
     assert both.measured and both.ambient_c == [10.0, 30.0] and both.altitude_m == 832.0
     for i in range(3):
         for got, a, b in (
@@ -83,7 +83,7 @@ def test_each_batch_is_weighed_by_its_own_air(llama: Checkpoint, batches: list[m
 
 def test_a_gap_in_the_weather_means_plain_importance(llama: Checkpoint, batches: list[mx.array]) -> None:
     """One batch without T_env: all weigh 1 and `measured` is False, so nobody is favoured by a broken sensor."""
-    statistics, _ = calibrate.calibrate(llama, batches, mx.float32, readings(10.0, None))
+    statistics, _ = calibrate.calibrate(llama, batches, readings(10.0, None))
     assert not statistics.measured and statistics.ambient_c == [10.0]
     assert (statistics.ffn[0].warm == statistics.ffn[0].square).all()
 
@@ -91,4 +91,4 @@ def test_a_gap_in_the_weather_means_plain_importance(llama: Checkpoint, batches:
 def test_frost_in_celsius_stops_the_pass(llama: Checkpoint, batches: list[mx.array]) -> None:
     """-3 °C with --temperature-unit celsius is a sentence."""
     with pytest.raises(MisError, match="--temperature-unit kelvin"):
-        calibrate.calibrate(llama, batches, mx.float32, readings(5.0, -3.0), "celsius")
+        calibrate.calibrate(llama, batches, readings(5.0, -3.0), "celsius")

@@ -42,7 +42,7 @@ def test_scores_by_pencil() -> None:
 def test_scores_are_those_of_plain_mlx(tmp_path: Path, batches: list[mx.array]) -> None:
     """Gate times norm by mlx_lm's own experts, and a neuron's activations under its gate."""
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m", **MIXTURE))
-    found, _ = calibrate.calibrate(checkpoint, batches, mx.float32)
+    found, _ = calibrate.calibrate(checkpoint, batches)
     stock = load.mlx_lm("utils").load(str(checkpoint.path))[0]
     s, k = shape_of(checkpoint.config), MIXTURE["num_experts_per_tok"]
     gated, routed, neurons = np.zeros(s.experts), np.zeros(s.experts), np.zeros((s.experts, s.ffn))

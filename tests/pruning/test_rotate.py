@@ -87,7 +87,7 @@ def test_principal_directions_by_pencil(tmp_path: Path, monkeypatch: pytest.Monk
     entering = [("a norm", mx.array([[2.0, 1.0], [1.0, 2.0]]))]
     monkeypatch.setattr(slicing, "_entering", lambda *_: entering)
     monkeypatch.setattr(slicing, "shape_of", lambda _: SimpleNamespace(hidden=2, tied=False))
-    found = slicing.directions(teacher, [], mx.float32)(1)
+    found = slicing.directions(teacher, [])(1)
     np.testing.assert_allclose(np.abs(found.basis), np.full((2, 1), 0.5**0.5))
     np.testing.assert_allclose(found.basis[0], found.basis[1])
     assert found.energy == {"a norm": pytest.approx(0.9)}
@@ -102,7 +102,7 @@ def test_what_is_measured_is_what_enters_the_norms(
     1e-4: the stream itself is float32. With a tied head the columns are turned, the subspace is the same.
     """
     teacher = models(kind)
-    found = slicing.directions(teacher, windows, mx.float32)(48)
+    found = slicing.directions(teacher, windows)(48)
     seen = entering(teacher, windows)
     np.testing.assert_allclose(found.basis.T @ found.basis, np.eye(48), atol=1e-12)
     values, vectors = np.linalg.eigh(sum(x.T @ x for x in seen.values()))
@@ -165,7 +165,7 @@ def test_turned_for_a_tied_head_the_cut_costs_less(tmp_path: Path, windows: list
     arrays[slicing.FINAL] = 1 + 0.5 * mx.random.normal((64,), key=mx.random.key(9))
     model_writer.write_model(teacher.config, arrays.__getitem__, teacher.path, tmp_path / "g", "float32", DISK)
     teacher = load.open_checkpoint(tmp_path / "g")
-    found = slicing.directions(teacher, windows, mx.float32)(60)
+    found = slicing.directions(teacher, windows)(60)
     plain = replace(found, basis=found.basis @ orthogonal(60))  # the same subspace, turned anyhow
     before = stock(teacher, windows[0])
     off = [
@@ -275,7 +275,7 @@ def test_repair_brings_every_block_nearer_to_the_rotated_stream(
     tmp_path: Path, llama: Checkpoint, windows: list[mx.array]
 ) -> None:
     """On a bfloat16 student read back from disk; measured apart, in float64, against Q^T times the teacher's stream."""
-    rotation = slicing.directions(llama, windows, mx.float32)(32)
+    rotation = slicing.directions(llama, windows)(32)
     student = student_of(llama, rotation, tmp_path / "s", "bfloat16")
     keep = model_writer.read_keep(student.path)
     assert keep is not None

@@ -82,7 +82,7 @@ def test_it_is_the_gradient_of_weights_along_the_errors(
 
         return lambda x, above: [each(*of) for of in zip(x, above, strict=True)]
 
-    backward_pass.backwards(checkpoint, batches, mx.float32, visit, 3)
+    backward_pass.backwards(checkpoint, batches, visit, 3)
     found = bit_allocation.costs(checkpoint, batches, 64, (3, 5), 3)
     assert found.keys() - wanted.keys() == {"model.embed_tokens"}
     for path, cost in wanted.items():
