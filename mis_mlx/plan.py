@@ -34,6 +34,8 @@ def table(plan: phases.MemoryPlan) -> str:
         "one": estimates.token(job.teacher, job.max_seq_length, plan.budget_bytes), "remedy": phases.remedy(plan),
         "disk": disk_bytes(plan), "verbose": cli.DETAILS in os.environ,
         "visit": phases.steps_per_shard(job, plan.shard_layers or job.student.shape.layers), "life": LIFE_BYTES,
+        "flag": estimates.flag,
+        "trains": phases.least_bytes(replace(job, modes=job.modes[:-1]), plan.rates) if job.modes[1:] else 0,
         "spooled": max(p.spooled_bytes for p in plan.phases), "written": sum(p.written_bytes for p in plan.phases),
     })  # fmt: skip
 
@@ -59,7 +61,8 @@ def disk_bytes(plan: phases.MemoryPlan) -> int:
     params, blocks = arch.params(m.config), plan.shard_layers or m.shape.layers
     saved = blocks * compression_size.block_state_bytes(m.config)
     saved = phases.SAVED_BYTES * params if plan.mode == "resident" else saved
-    run = 2 * saved * (plan.mode != "none") + (4 * params if plan.shard_layers else 0)
+    parts = plan.mode in ("sharded", "none") and not m.shape.experts
+    run = 2 * saved * (plan.mode != "none") + 4 * params * parts
     kept = sum(p.written_bytes for p in plan.phases if p.name in ("quantize", "logit store"))
     return 2 * m.nbytes + run + kept + max(p.spooled_bytes for p in plan.phases)
 

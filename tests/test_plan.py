@@ -6,6 +6,7 @@ import json
 import runpy
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,21 @@ def test_the_decision_in_words(
     assert not result["check_failed"] and result["mode"] == mode and named in text, text
     assert "once hot) in all, " in text and "of an SSD's life of 150 TB" in text
     assert ("logit store" in rows(text)) == (settings.targets == "cached")
+
+
+def test_eight_billion_parameters_on_an_air(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The default student of a Llama of 8 B, by its config, in the Air's default budget: repaired, not trained, and
+    what training would take. In less it is refused."""
+    shape = {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14_336, "vocab_size": 128_256}
+    shape |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps({**tiny.CONFIG, **shape, "torch_dtype": "bfloat16"}))
+    asked = plan.Settings(teacher=str(tmp_path), machine="m1-air")
+    found = plan.run(asked)
+    text = capsys.readouterr().out
+    assert found["mode"] == "none" and not found["check_failed"] and found["peak_bytes"] < 4.295e9
+    assert "no training: the repair alone, for training has no room below --budget 7224MiB" in text
+    assert "for training" not in (plan.run(replace(asked, train="none")), capsys.readouterr().out)[1]
+    assert plan.run(replace(asked, budget="3.5GiB"))["check_failed"]
 
 
 def test_the_papers_teacher_on_an_air(command: Callable[..., Done]) -> None:

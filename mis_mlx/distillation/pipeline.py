@@ -98,8 +98,9 @@ def distil(c: Run, pruned: Checkpoint, out: Path) -> None:
 def train(c: Run, pruned: Checkpoint) -> Callable[[str], mx.array]:
     """The trained weights, by name, once they are."""
     if c.plan.mode == "none":
-        mended = _mended(c, pruned)
-        return lambda name: mended[name] if name in mended else load.dense(pruned, name)
+        parts = c.plan.job.student.shape.experts == 0 and model_writer.by_block(pruned, c.folder / "parts", c.files)
+        mended = _mended(c, pruned, parts or None)
+        return lambda name: mended[name] if name in mended else load.dense(parts or pruned, name)
     source = source_of(c)
     if c.plan.mode != "resident":
         return _by_blocks(c, pruned, source)

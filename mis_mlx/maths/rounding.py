@@ -5,6 +5,7 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
+from mis_mlx.maths.reconstruction import inverse_root
 from mis_mlx.types import MisError
 
 Mode = Literal["affine", "mxfp4", "nvfp4"]
@@ -16,6 +17,7 @@ BITS = (3, 4, 5, 6, 8)  # 2 are never worth it at these sizes; 7 MLX does not ha
 # Of quantization/bit_allocation, whose memory is planned:
 HELD_BYTES = 128 * 2**20  # of what matrices see of windows; a block in float32, if more; a window at least
 SLAB = 2**18  # weights whose gradients and errors exist at once
+PART = 2**25  # weights of a matrix that are rounded at a time
 DAMPING = 0.01  # of the gram matrix's mean diagonal, added to it: the paper's
 
 
@@ -43,13 +45,19 @@ def integers(packed: mx.array, group: int, bits: int) -> mx.array:
 def compensated(weight: np.ndarray, gram: np.ndarray, group: int, bits: int) -> Packed:
     """A matrix W (out, in) rounded column by column, each error made up for by the columns still to come.
 
-    gram: G (in, in) float64, the sum of a a^T over inputs a; what is made small is the output's squared error,
+    gram: G (in, in), the sum of a a^T over inputs a; what is made small is the output's squared error,
     trace((W - Q) G (W - Q)^T). GPTQ (arXiv 2210.17323, algorithm 1), with columns in their own order, so that the
     groups are MLX's: scale and bias of a group are what MLX gives to its weights as compensated until then. Where
-    inputs do not correlate, the result is `nearest`'s, bit for bit."""
+    inputs do not correlate, the result is `nearest`'s, bit for bit. Rows do not know of each other: a large matrix is
+    rounded some of them at a time."""
+    u, rows = inverse_factor(gram), max(1, PART // weight.shape[1])
+    parts = [_by_columns(weight[at : at + rows], u, group, bits) for at in range(0, len(weight), rows)]
+    return tuple(mx.concatenate(list(part)) for part in zip(*parts, strict=True)) if parts[1:] else parts[0]
+
+
+def _by_columns(weight: np.ndarray, u: np.ndarray, group: int, bits: int) -> Packed:
     if np.abs(weight).max() > 65504:
         raise MisError(BEYOND)
-    u = inverse_factor(gram)
     w = np.array(weight.T, np.float64, order="C")  # (in, out): a column of the matrix lies in one piece
     chosen = np.empty(w.shape, np.uint32)
     grids = []
@@ -73,8 +81,10 @@ def compensated(weight: np.ndarray, gram: np.ndarray, group: int, bits: int) -> 
 
 
 def inverse_factor(gram: np.ndarray) -> np.ndarray:
-    """The upper triangular U (in, in), float64, of U^T U = (G + damping)^-1."""
+    """The upper triangular U (in, in), in the gram's precision, of U^T U = (G + damping)^-1."""
     turned = gram[::-1, ::-1].copy()  # the lower factor of this, turned back, is the upper one of G
     turned.flat[:: len(gram) + 1] += DAMPING * np.trace(gram) / len(gram) or 1.0
+    if turned.dtype == np.float32:
+        return np.array(inverse_root(turned))[::-1, ::-1]
     turned = np.linalg.cholesky(turned)
     return np.linalg.inv(turned[::-1, ::-1])

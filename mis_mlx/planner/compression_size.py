@@ -8,9 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.maths.optimizer import group_of
-from mis_mlx.maths.rounding import BITS, HELD_BYTES, SLAB
+from mis_mlx.maths.reconstruction import precision
+from mis_mlx.maths.rounding import BITS, HELD_BYTES, PART, SLAB
 from mis_mlx.models import arch
 from mis_mlx.models.config import shape_of
 from mis_mlx.planner import estimates
@@ -71,9 +74,9 @@ def repair_parts(job: DistillationSpec, limit: int) -> StageCost:
     """The same for a student in parts, each of which is written: a window at a time, hidden states on disk as far as
     they find no room, and a block's output computed once more."""
     t, m, length, tokens = job.teacher, job.student, job.max_seq_length, job.reconstruct_samples * job.max_seq_length
-    fit_bytes, fit_flops = estimates.refit(m, tokens)
     body = max(each.body_bytes(estimates.workspace_bytes(each, length, length)) for each in (t, m))
-    peak = t.slots_bytes + m.slots_bytes + body + max(fit_bytes, 4 * m.block_params) + estimates.SMALL_BYTES
+    fit_bytes, fit_flops = estimates.refit(m, tokens, body)
+    peak = t.slots_bytes + m.slots_bytes + max(fit_bytes, body + 4 * m.block_params) + estimates.SMALL_BYTES
     peak += 4 * m.shape.ffn * m.shape.hidden
     theirs, ours = t.shape.hidden * t.item, m.shape.hidden * m.item  # of a token
     held = min(tokens, estimates.room(limit, peak, t.gpu) // (length * (theirs + ours)) * length)
@@ -133,16 +136,18 @@ def quantize(m: ModelSize, how: QuantizationConfig, windows: int, length: int, l
 
 def _compensated(plain: StageCost, m: ModelSize, tokens: int, length: int, limit_bytes: int) -> StageCost:
     """`plain`, rounding tensor by tensor, with a pass beside it that makes up for the errors (quantization/stage). In
-    numpy: a block's gram matrices, five of the largest to take its factor, and 28 bytes for each weight of the largest
-    set of matrices with the same inputs."""
+    numpy: a block's gram matrices, 8 bytes for each weight of the largest set of matrices with the same inputs; then
+    what the factor of the largest gram takes, four of it, or the factor and 20 bytes for each weight that is rounded at
+    a time."""
     s = m.shape
     queries, keys = s.heads * s.head_dim, s.kv_heads * s.head_dim
     sides = [(s.hidden, queries + 2 * keys), (queries, s.hidden), (s.hidden, 2 * s.ffn), (s.ffn, s.hidden)]  # in, out
-    grams = 8 * (2 * s.hidden**2 + queries**2 + s.ffn**2)
-    beside = grams + 40 * max(sides)[0] ** 2 + 28 * max(n * out for n, out in sides)
+    square = {n: np.dtype(precision(n)).itemsize * n**2 for n, _ in sides}
+    grams, weights = sum(square[n] for n, _ in sides), max(n * out for n, out in sides)
+    beside = grams + 8 * weights + max(square.values()) + max(3 * max(square.values()), 20 * min(weights, PART))
     p = streamed_pass("", m, tokens, length, length, limit_bytes, head=False, beside_bytes=beside)
     held = p.held_tokens * s.hidden * m.item + m.slots_bytes
-    each = tokens * grams / 4 + sum(n * n * (3 * n + out) for n, out in sides)
+    each = 2 * tokens * sum(n * n for n, _ in sides) + sum(n * n * (3 * n + out) for n, out in sides)
     read, written = plain.read_bytes + 2 * p.written_bytes, plain.written_bytes + p.written_bytes
     peak, flops = max(p.peak_bytes, plain.peak_bytes + held), 2 * p.flops + s.layers * each
     return replace(p, name=plain.name, read_bytes=read, written_bytes=written, peak_bytes=peak, flops=flops)

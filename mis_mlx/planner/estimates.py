@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from mis_mlx import cli
 from mis_mlx.hardware import lanes, rates
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.maths.reconstruction import RIDGES
+from mis_mlx.maths.reconstruction import RIDGES, precision
 from mis_mlx.models import arch, load, policy
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.stream import GROUP_BYTES
@@ -241,11 +243,13 @@ def compared(models: Sequence[ModelSize], windows: int, length: int) -> StageCos
     return StageCost("measure", sum(m.nbytes for m in models), 0, peak, flops)
 
 
-def refit(m: ModelSize, tokens: int) -> tuple[int, float]:
-    """(bytes, operations) of a closed-form fit: float64 normal equations, held-out ones, float32 batches, ridges."""
-    f, d = m.shape.ffn, m.shape.hidden
+def refit(m: ModelSize, tokens: int, workspace: int = 0) -> tuple[int, float]:
+    """(bytes, operations) of a closed-form fit: normal equations and held-out ones; beside them what a block's pass
+    takes and float32 batches of products, then what solving makes of the sums."""
+    f, d, batch, item = m.shape.ffn, m.shape.hidden, 4 * together(m), np.dtype(precision(m.shape.ffn)).itemsize
+    nbytes = max(batch * f * (f + d) + workspace, f * (item * f + max(2 * item, 16) * d))
     solved = (len(RIDGES) + 1) * f * f * (2 / 3 * f + 4 * d)
-    return (40 + 4 * together(m)) * f * (f + d), 2.0 * tokens * f * (f + d) + solved
+    return 2 * item * f * (f + d) + nbytes, 2.0 * tokens * f * (f + d) + solved
 
 
 def flag(nbytes: int) -> str:

@@ -224,7 +224,7 @@ def one(
     phases = [prune(job, left), *([store(job, left)] if job.targets == "cached" else [])]
     whole = mode in TRAINED_WHOLE
     if job.reconstruct_samples:
-        parts = mode == "sharded" and not job.student.shape.experts
+        parts = mode in ("sharded", "none") and not job.student.shape.experts
         phases.append(repair_parts(job, left) if parts else repair(job))
     if mode == "resident":
         phases.append(resident(job, micro, left))

@@ -61,7 +61,7 @@ class DistillationConfig(TrainingConfig):
     train: Literal["auto", "resident", "blocks", "lora", "sharded", "none"] = "auto"
     """the student whole in memory; so, but block by block, with 8-bit moments, embedding and head as they are; so, but
     only mlx-lm's low-rank adapters, which are added in the end; some blocks of it at a time; or repaired and no more
-    (none). Default: the first that fits, of those that train weights; of a mixture of experts none is the last"""
+    (none). Default: the first that fits, adapters left out"""
     targets: Literal["live", "cached"] = "live"
     """the teacher at every step; or its sampled logits, written down once, and no teacher in memory"""
     reconstruct_samples: Whole = 64
@@ -166,7 +166,7 @@ def spec_of(
     known = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
     known["reconstruct_samples"] = repair = 0 if family(student.config).sandwich else asked.reconstruct_samples
     known["iters"] = asked.iters or (ITERS if repair else 2 * ITERS)
-    modes: tuple[Mode, ...] = (*MODES, "none") if family(student.config).experts else MODES
+    modes: tuple[Mode, ...] = (*MODES, "none") if repair or family(student.config).experts else MODES
     return DistillationSpec(
         **known, teacher=teacher, student=student, modes=modes if asked.train == "auto" else (asked.train,),
         rotation=rotates and student.shape.hidden < teacher.shape.hidden, rounding=rounding, shown=shown,

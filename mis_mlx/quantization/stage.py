@@ -15,7 +15,7 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.hardware import lanes
-from mis_mlx.maths import rounding
+from mis_mlx.maths import reconstruction, rounding
 from mis_mlx.models import arch, load, stream
 from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.planner.recipe import QuantizationConfig
@@ -93,14 +93,16 @@ def rounded_blocks(
 
 
 def _grams(block: nn.Module, args: Any, hidden: Hidden, axes: Sequence[str], where: str = "") -> dict[str, np.ndarray]:
-    """{axis: sum of a a^T (in, in) float64 over all tokens} of what goes into the matrices that read it.
+    """{axis: sum of a a^T (in, in) over all tokens} of what goes into the matrices that read it.
 
-    Products of one batch are float32, sums over batches float64. MisError, with `where`, when a product overflows."""
+    Products of one batch are float32, sums over batches in `reconstruction.precision`. MisError, with `where`, when a
+    product overflows."""
     taps, places = {}, {axis: (part, names[0]) for axis, (part, names) in arch.readers(block).items()}
     for axis in axes:
         part, name = places[axis]
         block[part][name] = taps[axis] = stream.InputRecorder(block[part][name])
-    sums = {axis: np.zeros((tap.inner.weight.shape[1],) * 2) for axis, tap in taps.items()}
+    sizes = {axis: tap.inner.weight.shape[1] for axis, tap in taps.items()}
+    sums = {axis: np.zeros((n, n), reconstruction.precision(n)) for axis, n in sizes.items()}
 
     def work(into: mx.array) -> dict[str, mx.array]:
         block(into, load.mask(args, block, into))

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mis_mlx.maths import reconstruction
 from mis_mlx.maths.reconstruction import NormalEquations
 
 F, D, N = 7, 4, 90
@@ -46,6 +47,17 @@ def test_the_ridge_is_the_documented_one() -> None:
     extra = np.sqrt(0.3 * np.trace(gram) / F) * np.eye(F)
     want, *_ = np.linalg.lstsq(np.vstack([a * wide, extra]), np.vstack([r * wide, np.zeros((F, D))]), rcond=None)
     np.testing.assert_allclose(sums(a, r, w).update(0.3), want.T, atol=1e-5)
+
+
+def test_wide_layers_are_solved_in_half_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 beyond `WIDE` inputs: the update of float64 to its precision, and the same share of the error."""
+    fit = sums(*draw())
+    monkeypatch.setattr(reconstruction, "WIDE", F - 1)
+    wide = sums(*draw())
+    update = wide.update(0.1)
+    assert {a.dtype for a in (wide.gram, wide.cross, update)} == {np.dtype(np.float32)} != {fit.gram.dtype}
+    np.testing.assert_allclose(update, want := fit.update(0.1), atol=1e-5)
+    assert wide.left(update) == pytest.approx(fit.left(want), abs=1e-5)
 
 
 def test_parts_merge_in_any_order() -> None:
