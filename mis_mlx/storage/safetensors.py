@@ -105,11 +105,10 @@ def lazy(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[str, mx.
             at = tensors[name]
             stored, whole = at.stored or (name, at)
             first = (at.offset - whole.offset) * whole.shape[0] // whole.nbytes if at.stored and whole.nbytes else 0
+            arrays[name] = content[stored]
             if at.shape != whole.shape:  # rows of it; or one of those that are stacked in it
                 part = slice(first, first + at.shape[0]) if len(at.shape) == len(whole.shape) else first
-                arrays[name] = content[stored][part]
-            else:
-                arrays[name] = content[stored]
+                arrays[name] = arrays[name][part]
         del content  # an array, once evaluated, stays in memory as long as a dict that holds it
     return arrays
 
