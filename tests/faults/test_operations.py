@@ -17,6 +17,7 @@ import pytest
 
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import Files
+from tests.conftest import mostly_slow
 from tests.faults.conftest import Note
 from tests.faults.verdicts import FATES, Bench
 
@@ -37,7 +38,7 @@ def test_whichever_operation_fails_nothing_is_lost(name: str, bench: Benches) ->
     assert b.ends["said so"] > 0 and b.ends["killed"] > 0
 
 
-@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("name", mostly_slow(LONG, *(set(LONG) - {"distill, targets on disk"})))
 def test_a_run_goes_on_after_any_operation(name: str, bench: Benches) -> None:
     """A few operations all over a run."""
     b, fates = bench(name), list(FATES.values())

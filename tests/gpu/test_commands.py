@@ -78,7 +78,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Cal
 
     def made(kind: str) -> Path:
         if kind == "bfloat16" and not (root / kind).exists():
-            tiny.make(root / kind, dtype="BF16", torch_dtype="bfloat16", intermediate_size=192)
+            tiny.make(root / kind, dtype="BF16", torch_dtype="bfloat16", intermediate_size=192, num_hidden_layers=2)
         elif not (root / kind).exists():
             how: dict[str, Any] = dict(q_iters=0, q_method="round", target_bpw=None)
             if kind != "affine":
