@@ -224,9 +224,12 @@ def files_up_to(nbytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def mostly_slow(cases: Iterable[Any], *quick: Any) -> list[Any]:
-    """The cases of a parametrization, slow but for the quick ones."""
-    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+def mostly_slow(cases: Iterable[Any], *quick: Any, of_several: bool = False) -> list[Any]:
+    """The cases of a parametrization, slow but for the quick ones. of_several: a case has a value for each name."""
+    return [
+        case if case in quick else pytest.param(*(case if of_several else (case,)), marks=pytest.mark.slow)
+        for case in cases
+    ]
 
 
 def weights(run: Path) -> dict[str, bytes]:

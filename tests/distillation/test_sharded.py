@@ -127,7 +127,7 @@ def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
 KINDS = [("llama", 1), ("llama", 2), ("llama", 3), ("llama", 4), ("untied", 2), ("qwen2", 2), ("qwen3", 1)]
 
 
-@pytest.mark.parametrize(("kind", "each"), mostly_slow(KINDS, *KINDS[2:]))
+@pytest.mark.parametrize(("kind", "each"), mostly_slow(KINDS, *KINDS[2:], of_several=True))
 def test_sharded_is_resident_bit_for_bit(
     tmp_path: Path, source: Callable[[str], Checkpoint], kind: str, each: int
 ) -> None:

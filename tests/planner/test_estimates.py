@@ -21,6 +21,7 @@ from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget, Checkpoint, MisError
 from tests import tiny
+from tests.conftest import mostly_slow
 
 MIB = 2**20
 BLOCK = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 768 * 64 + 2 * 64  # q and o, k and v, the FFN, two norms of tiny.CONFIG
@@ -178,7 +179,13 @@ CASES = [(word, kind, *p) for word in ("cpu", "metal") for kind in ("F32", "BF16
 
 # Emulated float16 with packed weights is slow here: not with many tokens.
 @pytest.mark.usefixtures("brief_look")
-@pytest.mark.parametrize(("word", "kind", "windows", "length"), [*CASES[:-3], ("metal", "4-bit", 1, 16)])
+@pytest.mark.parametrize(
+    ("word", "kind", "windows", "length"),
+    [
+        *mostly_slow(CASES[:-3], *CASES[:9], ("metal", "F32", 2, 256), *CASES[12:-3], of_several=True),
+        ("metal", "4-bit", 1, 16),
+    ],
+)
 def test_a_real_pass_stays_under_the_plan(
     stored: Callable[[str], Checkpoint],
     kind: str,
