@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import resource
@@ -30,10 +31,16 @@ Done = subprocess.CompletedProcess[str]
 Once = Callable[[str, Callable[[Path], object]], Path]
 # For this process and all that it starts: a laptop on battery would wait for its plug, and bits are stated for a CPU.
 os.environ["MIS_MLX_GOVERNOR"], os.environ["MIS_MLX_DEVICE"] = "observe", "cpu"
-ITERS, EVERY = 30, 7
+os.fsync = forks.not_synced
+ITERS, EVERY = 18, 4
 SMALL = ("--max-seq-length", 32, "--num-samples", 4, "--reconstruct-samples", 4, "--eval-windows", 3)
 SMALL += ("--scenario", "goral", "--iters", ITERS, "--save-every", EVERY, "--bench-tokens", 0)
-SMALL += ("--learning-rate", "1e-2")
+SMALL += ("--learning-rate", "1e-2", "--q-iters", 6)
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay to the end: the garbage collector need not look at them again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -62,10 +69,10 @@ def known_rates() -> Iterator[Callable[[], Rates]]:
 
 @pytest.fixture
 def brief_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether float16 holds a model's activations is looked at on 16 tokens, not 256: half precision is emulated here,
+    """Whether float16 holds a model's activations is looked at on 4 tokens, not 256: half precision is emulated here,
     and that pass takes longer than what most tests are about."""
-    monkeypatch.setattr(policy, "FREQUENT", 8)
-    monkeypatch.setattr(policy, "SPREAD", 8)
+    monkeypatch.setattr(policy, "FREQUENT", 2)
+    monkeypatch.setattr(policy, "SPREAD", 2)
 
 
 @pytest.fixture
@@ -217,9 +224,12 @@ def files_up_to(nbytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def mostly_slow(cases: Iterable[Any], *quick: Any) -> list[Any]:
-    """The cases of a parametrization, slow but for the quick ones."""
-    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+def mostly_slow(cases: Iterable[Any], *quick: Any, of_several: bool = False) -> list[Any]:
+    """The cases of a parametrization, slow but for the quick ones. of_several: a case has a value for each name."""
+    return [
+        case if case in quick else pytest.param(*(case if of_several else (case,)), marks=pytest.mark.slow)
+        for case in cases
+    ]
 
 
 def weights(run: Path) -> dict[str, bytes]:

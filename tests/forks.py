@@ -38,6 +38,11 @@ LATER = ("MLX_HOSTFILE", "MLX_RANK")  # but these when the processes first meet
 SERVERS = dict[tuple[tuple[str, str], ...], "Server"]()
 
 
+def not_synced(_: int) -> None:
+    """In place of os.fsync: what tests write need not survive a power cut of this machine, and a drive makes them wait.
+    Power cuts under test (`tests/faults/power.py`) count the calls of `Files.fsync`, which stay."""
+
+
 class Server:
     """A process to fork from. It ends, and its forks with it, when its door is closed or we end."""
 
@@ -192,6 +197,7 @@ def serve() -> None:
     importlib.import_module("tests.faults.preloaded")
     assert len(os.listdir("/proc/self/task")) == 1, "an import has started a thread, which no fork would have"
     gc.freeze()
+    os.fsync = not_synced
     log = os.memfd_create("tokenizers that forks have tried")  # all forks write at the end of it
     request = _forked(door)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -22,7 +22,7 @@ from tests import forks
 from tests.conftest import last_line, scratch_folder
 
 ROOT = Path(__file__).parents[1]
-# The command on a smaller model, where the look at whether float16 holds it takes 16 tokens, not 256: half precision
+# The command on a smaller model, where the look at whether float16 holds it takes 4 tokens, not 256: half precision
 # is emulated here. HOME is set late: for another one at its start a fork needs a server of its own.
 BRIEF = """
 import os, runpy
@@ -30,7 +30,7 @@ os.environ["HOME"] = os.environ["TMPDIR"]
 from mis_mlx.checks import engine
 from mis_mlx.models import policy
 engine.CONFIG |= {"num_hidden_layers": 2, "intermediate_size": 128}
-policy.FREQUENT = policy.SPREAD = 8
+policy.FREQUENT = policy.SPREAD = 2
 runpy.run_module("mis_mlx.doctor", run_name="__main__", alter_sys=True)
 """
 

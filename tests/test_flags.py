@@ -202,7 +202,7 @@ def test_a_place_that_takes_nothing_is_refused_first(
 def test_a_parent_that_is_missing_is_made(tmp_path: Path, llama: Checkpoint, batches: list[mx.array]) -> None:
     """`quantize` spools beside its result, in a folder that is not there yet."""
     out = tmp_path / "new" / "deep" / "four"
-    stage.quantize(llama.path, out, QuantizationConfig(), DISK, batches, 0)
+    stage.quantize(llama.path, out, QuantizationConfig(target_bpw=None), DISK, batches, 0)
     assert [p.name for p in out.parent.iterdir()] == ["four"]
 
 

@@ -73,7 +73,7 @@ def warm(
     """A run on a recorded hot afternoon: tea breaks, air that warms, neurons and heads cut by AAIS."""
     out = tmp_path_factory.mktemp("warm") / "run"
     cut = ("--scenario", "none", "--layers", 2, "--ffn", 512, "--heads", 2, "--q-group-size", 32, "--q-iters", 1)
-    flags = ("--teacher", llama.path, "--data", text_folder, *SMALL, *cut, "--num-samples", 24, "--iters", 40)
+    flags = ("--teacher", llama.path, "--data", text_folder, *SMALL, *cut, "--num-samples", 24, "--iters", 20)
     (weather := out.with_name("air.yaml")).write_text(f"thermal_replay: {DATA / 'halny.jsonl'}\n")
     air = ("-c", weather, "--altitude-m", 832, "--governor", "steady")
     done = command("distill", *flags, *air, "--out", out)
@@ -228,7 +228,7 @@ def test_watch_ends_with_the_run(copy: Path, own_home: dict[str, str]) -> None:
     with the result it is written once more."""
     done = (copy / run_folder.RESULT).rename(copy / "later")
     lines = (copy / run_folder.METRICS).read_text().splitlines()
-    (copy / run_folder.METRICS).write_text("\n".join(lines[:20]) + "\n" + lines[20][:30])
+    (copy / run_folder.METRICS).write_text("\n".join(lines[:10]) + "\n" + lines[10][:30])
     command = ["-m", "mis_mlx.report", copy, "--watch", "--every-s", 1]
     with forks.start(command, own_home, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
         page = copy / "report.html"
@@ -237,8 +237,8 @@ def test_watch_ends_with_the_run(copy: Path, own_home: dict[str, str]) -> None:
         going = page.read_text()
         done.rename(copy / run_folder.RESULT)
         out, _ = child.communicate(timeout=60)
-    assert 'http-equiv="refresh" content="1"' in going and "is being made" in going and "step 20 of 30" in going
-    assert "1 of 21 lines that are no records" in going
+    assert 'http-equiv="refresh" content="1"' in going and "is being made" in going and "step 10 of 18" in going
+    assert "1 of 11 lines that are no records" in going
     assert child.returncode == 0 and json.loads(out.splitlines()[-1])["runs"] == 1
     assert "refresh" not in page.read_text() and "of the gap is closed" in page.read_text()
     assert not list(copy.glob(".tmp-*"))

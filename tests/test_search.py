@@ -312,10 +312,10 @@ def test_a_training_that_diverges_is_unstable_and_not_the_end(
 def test_times_are_measured_on_the_teacher_and_on_finalists(
     tmp_path: Path, text_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """--decode and --ttft on twelve layers, with bytes: limits by the stored timings, a speed for each finalist, and a
+    """--decode and --ttft on six layers, with bytes: limits by the stored timings, a speed for each finalist, and a
     resume that does not time again."""
-    deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=12))
-    s = search.Settings(teacher=str(deep.path), data=str(text_folder), **{**SMALL, "bytes": "900KB"})
+    deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=6))
+    s = search.Settings(teacher=str(deep.path), data=str(text_folder), **{**SMALL, "bytes": "450KB"})
     s = replace(s, decode="1.2x", ttft="1.2x", max_kv_size=64, prompt_tokens=64, evaluations=2, finalists=1, iters=2,
                 out=str(tmp_path / "run"))  # fmt: skip
     result = search.run(s)

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import stat
-import struct
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,7 @@ def check(path: Path) -> tuple[dict[str, TensorAt], dict[str, str]]:
     its offsets give, and the tensors fill the file without hole, overlap or remainder. Values are not checked."""
     try:
         text, size = _read_header(path)
-        header = json_object(text)
-        if (metadata := header.pop("__metadata__", None)) is None:  # mx.save_safetensors writes null for none
-            metadata = {}
-        if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
-            raise Refused("__metadata__ does not map text to text")
-        tensors, end = _tensors(path, header, 8 + len(text)), 8 + len(text)
+        (tensors, metadata), end = _judged(path, text), 8 + len(text)
         for name, at in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
             if at.offset != end:
                 raise Refused(f"{name[:60]!r} overlaps another tensor or leaves a hole")
@@ -70,7 +65,7 @@ def _read_header(path: Path) -> tuple[bytes, int]:
             size = before.st_size
             if size < 8:
                 raise Refused(f"it is only {size} bytes long, an incomplete download")
-            (nbytes,) = struct.unpack("<Q", file.read(8))
+            nbytes = int.from_bytes(file.read(8), "little")
             if nbytes > MAX_HEADER_BYTES:
                 raise Refused(f"it claims a header of {nbytes} bytes, {MAX_HEADER_BYTES} are allowed")
             if 8 + nbytes > size:
@@ -115,8 +110,14 @@ def _no_constant(text: str) -> None:
     raise Refused(f"it holds {text}, which is no number")
 
 
-def _tensors(path: Path, header: dict[str, Any], start: int) -> dict[str, TensorAt]:
-    """The entries of a parsed header, each judged alone. `start`: where tensor data begins in the file."""
+@lru_cache(4)  # of thousands of tensors read one by one, each asks for the same header
+def _judged(path: Path, text: bytes) -> tuple[dict[str, TensorAt], dict[str, str]]:
+    """The entries of a header, each judged alone, and its metadata. Not to be changed."""
+    header = json_object(text)
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # mx.save_safetensors writes null for none
+    if not (isinstance(metadata, dict) and {*map(type, metadata.values())} <= {str}):
+        raise Refused("__metadata__ does not map text to text")
     if len(header) > MAX_TENSORS:
         raise Refused(f"it names {len(header)} tensors, {MAX_TENSORS} are allowed")
     tensors = {}
@@ -136,8 +137,8 @@ def _tensors(path: Path, header: dict[str, Any], start: int) -> dict[str, Tensor
         nbytes = math.prod(shape) * DTYPES[dtype][1]  # Python's integers do not wrap
         if nbytes != span[1] - span[0]:
             raise Refused(f"{short} needs {nbytes} bytes by its shape, its data_offsets give {span[1] - span[0]}")
-        tensors[name] = TensorAt(path, dtype, tuple(shape), start + span[0], nbytes)
-    return tensors
+        tensors[name] = TensorAt(path, dtype, tuple(shape), 8 + len(text) + span[0], nbytes)
+    return tensors, metadata
 
 
 def _whole_numbers(value: Any, most: int) -> bool:

@@ -23,6 +23,7 @@ from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import DISK, Files
 from mis_mlx.types import Checkpoint, MisError, Step
 from tests import tiny
+from tests.conftest import mostly_slow
 
 LAYERS, VISIT = 4, 2
 Arrays = dict[str, dict[str, mx.array]]
@@ -123,10 +124,10 @@ def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
     return a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize(
-    ("kind", "each"),
-    [("llama", 1), ("llama", 2), ("llama", 3), ("llama", 4), ("untied", 2), ("qwen2", 2), ("qwen3", 1)],
-)
+KINDS = [("llama", 1), ("llama", 2), ("llama", 3), ("llama", 4), ("untied", 2), ("qwen2", 2), ("qwen3", 1)]
+
+
+@pytest.mark.parametrize(("kind", "each"), mostly_slow(KINDS, *KINDS[2:], of_several=True))
 def test_sharded_is_resident_bit_for_bit(
     tmp_path: Path, source: Callable[[str], Checkpoint], kind: str, each: int
 ) -> None:

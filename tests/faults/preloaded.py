@@ -3,11 +3,17 @@
 Nothing is computed here: threads do not survive a fork, and MLX computes in threads.
 """
 
-from mis_mlx import cli, prune
+import importlib
+
+from mis_mlx import __main__, cli, prune
 from mis_mlx.models import load
 from tests.faults import verdicts
 
 __all__ = ["verdicts"]
 
 load.mlx_lm("utils")
+# What commands and libraries import once they have a model, which takes every fork a seventh of a second.
+for name in (*(f"mis_mlx.{each}" for each in __main__.commands()), "mlx_lm.models.llama", "numpy.ma", "numpy.random",
+             "transformers.models.llama.configuration_llama", "transformers.video_utils"):  # fmt: skip
+    importlib.import_module(name)
 cli.parse(prune.Settings, [])  # tyro imports half of itself when it is first used

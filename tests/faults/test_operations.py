@@ -17,6 +17,7 @@ import pytest
 
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import Files
+from tests.conftest import mostly_slow
 from tests.faults.conftest import Note
 from tests.faults.verdicts import FATES, Bench
 
@@ -29,15 +30,15 @@ Benches = Callable[[str], Bench]
 
 @pytest.mark.parametrize("name", SHORT)
 def test_whichever_operation_fails_nothing_is_lost(name: str, bench: Benches) -> None:
-    """Every operation, one after the other (of tuning every fourth); the fate changes from one to the next."""
+    """Every operation, one after the other (of tuning every eighth); the fate changes from one to the next."""
     b, fates = bench(name), list(FATES.values())
-    for at in range(1, b.operations + 1, 4 if b.operations > 100 else 1):
+    for at in range(1, b.operations + 1, 8 if b.operations > 100 else 1):
         b.operation(at, fates[at % 3])
     assert not b.bad
     assert b.ends["said so"] > 0 and b.ends["killed"] > 0
 
 
-@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("name", mostly_slow(LONG, *(set(LONG) - {"distill, targets on disk"})))
 def test_a_run_goes_on_after_any_operation(name: str, bench: Benches) -> None:
     """A few operations all over a run."""
     b, fates = bench(name), list(FATES.values())

@@ -10,7 +10,7 @@ import yaml
 from mis_mlx.gguf_export import model_card
 from mis_mlx.reporting import html
 from mis_mlx.types import Checkpoint
-from tests.conftest import Done
+from tests.conftest import ITERS, Done
 
 
 def test_the_card_of_a_run(finished: tuple[Path, Done]) -> None:
@@ -22,7 +22,7 @@ def test_the_card_of_a_run(finished: tuple[Path, Done]) -> None:
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == "owner/teacher" and front["library_name"] == "gguf" and "license" not in front
     assert (run / "table.md").read_text().strip() in text
-    assert "teacher's blocks kept: " in text and "iters 30" in text and "- a fact" in text
+    assert "teacher's blocks kept: " in text and f"iters {ITERS}" in text and "- a fact" in text
     assert "ollama create run -f Modelfile" in text and "licence of owner/teacher" in text
 
 

@@ -27,7 +27,7 @@ from mis_mlx.planner import estimates
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
-from tests.conftest import Done, last_line
+from tests.conftest import Done, last_line, mostly_slow
 from tests.gpu.test_policy import overflowing  # noqa: F401  a fixture
 from tests.test_sft import answers  # noqa: F401  a fixture
 
@@ -78,7 +78,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Cal
 
     def made(kind: str) -> Path:
         if kind == "bfloat16" and not (root / kind).exists():
-            tiny.make(root / kind, dtype="BF16", torch_dtype="bfloat16", intermediate_size=192)
+            tiny.make(root / kind, dtype="BF16", torch_dtype="bfloat16", intermediate_size=192, num_hidden_layers=2)
         elif not (root / kind).exists():
             how: dict[str, Any] = dict(q_iters=0, q_method="round", target_bpw=None)
             if kind != "affine":
@@ -127,7 +127,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", [slow_where(EMULATED, name, way) for name, way in WAYS.items()])
+@pytest.mark.parametrize("way", [slow_where((*EMULATED, "to mxfp4"), name, way) for name, way in WAYS.items()])
 def test_distill(
     way: Way, teachers: Callable[[str], Path], text_folder: Path, tmp_path: Path, in_float32: Callable[..., Any]
 ) -> None:
@@ -365,7 +365,7 @@ def stock(folder: Path, prompt: str, count: int) -> str:
     return text
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "affine", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("kind", mostly_slow(["bfloat16", "affine", "mxfp4", "nvfp4"], "bfloat16", "affine", "mxfp4"))
 def test_generate(kind: str, teachers: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokens of mlx_lm.generate in float16: whole, streamed under a small budget, and with a draft."""
     folder = teachers(kind)

@@ -310,8 +310,8 @@ WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1536, "head_dim
 BY_BLOCKS: list[tuple[dict[str, Any], int, int, int, bool]] = [
     (WIDE, 2, 1, 32, True),
     (WIDE, 2, 2, 32, False),
-    ({"vocab_size": 152_000}, 2, 1, 64, False),
-    ({"vocab_size": 152_000, "tie_word_embeddings": False}, 2, 1, 64, True),
+    ({"vocab_size": 76_000}, 2, 1, 64, False),
+    ({"vocab_size": 76_000, "tie_word_embeddings": False}, 2, 1, 64, True),
     (WIDE | {"tie_word_embeddings": False}, 1, 1, 32, True),
     ({}, 4, 1, 128, False),
 ]

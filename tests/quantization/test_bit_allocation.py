@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,6 +20,7 @@ from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint, MisError
+from tests.conftest import mostly_slow
 
 
 @pytest.fixture
@@ -46,8 +47,13 @@ def kl(checkpoint: Checkpoint, name: str, error: mx.array, batches: list[mx.arra
 
 
 @pytest.mark.usefixtures("cpu_policy")  # 1e-4 is float32's; squares of sums that cancel are some % off in float16
-@pytest.mark.parametrize("held_bytes", [1, rounding.HELD_BYTES])
-@pytest.mark.parametrize("kind", ["qwen2", "biased", "phi3"])
+@pytest.mark.parametrize(
+    ("kind", "held_bytes"),
+    mostly_slow(
+        product(("qwen2", "biased", "phi3"), (1, rounding.HELD_BYTES)),
+        ("qwen2", 1), ("biased", rounding.HELD_BYTES), ("phi3", rounding.HELD_BYTES), of_several=True,
+    ),
+)  # fmt: skip
 def test_it_is_the_gradient_of_weights_along_the_errors(
     models, batches: list[mx.array], kind: str, held_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
