@@ -241,7 +241,7 @@ def casts(module: Module) -> list[str]:
 
 
 def families(module: Module) -> list[str]:
-    """What a config's model_type means stands in models/families.json; models/config.py judges it."""
+    """What a config's model_type means stands in models/families.py; models/config.py judges it."""
     if module.name in ("models.families", "models.config"):
         return []
     reads = [n.slice for n in module.nodes if isinstance(n, ast.Subscript)]

@@ -230,7 +230,7 @@ def _check_kinds(config: Mapping[str, Any], where: Path) -> None:
 def _check_experts(config: Mapping[str, Any], where: Path) -> None:
     """What a family takes one value of; how many experts there are, and how many of them a token meets."""
     of = family(config)
-    for key, value in of.only.items():
+    for key, value in of.only:
         if (found := config.get(key)) not in (None, value):
             raise MisError(f"{where}: {key} is {found!r}, of a {of.name} only {value!r} can be computed here")
     if of.sinks and not config.get("layer_types"):

@@ -1,16 +1,12 @@
 """Which model families there are: a row says what a block of one holds and how it may be cut.
 
-A new family is a new row of families.json; nothing else asks for a model's type. Does not read configs (models/config)
-or weights."""
+A new family is a new row; nothing else asks for a model's type. Does not read configs (models/config) or weights."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 ALL = ("layers", "ffn", "experts", "heads", "kv_heads", "hidden")
-TABLE = json.loads((Path(__file__).parent / "families.json").read_text("utf-8"))
 DENSE = tuple(axis for axis in ALL if axis != "experts")
 GATED = ("gate_proj", "up_proj", "down_proj")
 
@@ -53,7 +49,9 @@ class Family:
     sinks: bool = False  # a number for each head, in the softmax over positions; kinds of attention by layer_types
     gates_sum_to_1: bool = False  # over the experts that a token meets, in llama.cpp
     shared_expert: str = ""  # the config's key of the width of one more, which every token meets
-    only: Mapping[str, Any] = field(default_factory=dict, hash=False)  # keys of which mlx-lm computes this value alone
+    only: tuple[tuple[str, Any], ...] = field(
+        default=(), hash=False
+    )  # keys whose other values mlx-lm does not compute: what it takes
     axes: tuple[str, ...] = DENSE
     why: str = "it has none"  # the others are not offered
 
@@ -64,14 +62,73 @@ class Family:
         return {*keys, *self.numbers} - {"", "sqrt"}
 
 
-def _row(name: str, facts: Mapping[str, Any]) -> Family:
-    given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in facts.items()}
-    return Family(name, **given)
-
-
-FAMILIES = {name: _row(name, facts) for name, facts in TABLE["families"].items()}
-# Other types that hold one of these: which, and what they may leave out. phi3: joined, but turning as a llama does.
-OPENED_AS: dict[str, dict[str, Any]] = TABLE["opened_as"]
+MIXED = ("layers", "ffn", "experts")
+MIXED_WHY = "in a mixture of experts that is not built"
+ROWS = (
+    Family("llama", "llama", "llama", interleaved=True),
+    Family("mistral", "llama", "llama", interleaved=True),
+    Family("qwen2", "qwen2", "qwen2", qkv_bias=True, other_biases=False, rope_theta=1e6, head_dim_follows=True),
+    Family("qwen3", "qwen3", "qwen3", qkv_bias=False, other_biases=False, head_norms="each", heads_fill_hidden=False),
+    # Every fourth block has no rotary positions; llama.cpp counts them by place.
+    Family("smollm3", "smollm3", "smollm3", block="llama", kinds="no_rope_layers", tied=True, interleaved=True),
+    # Queries grow with the logarithm of the position.
+    Family(
+        "ministral3", "ministral3", "mistral3", scaled_queries=True, qkv_bias=False, other_biases=False, rope_theta=1e6,
+        heads_fill_hidden=False, interleaved=True,
+    ),
+    Family(
+        "granite", "granite", "granite", embedding_scale="embedding_multiplier", logit_divisor="logits_scaling",
+        head_dim_follows=True, numbers=("residual_multiplier", "attention_multiplier"), interleaved=True,
+    ),
+    Family(
+        "phi3", "phi3", "phi3", qkv_bias=False, other_biases=False, joined=True, own_positions=True,
+        head_dim_follows=True, axes=("layers", "ffn"), why="its heads are rows of one matrix, of which none is cut out",
+    ),
+    Family(
+        "gemma3_text", "gemma3_text", "gemma3", qkv_bias=False, other_biases=False, head_norms="each", sandwich=True,
+        gain_offset=1.0, tied=True, rope_theta=1e6, heads_fill_hidden=False, float16=False,
+        period="sliding_window_pattern", embedding_scale="sqrt",
+        numbers=("rope_local_base_freq", "query_pre_attn_scalar"), axes=("layers", "ffn", "heads", "kv_heads"),
+        why="its blocks have norms behind attention and MLP, through which channels cannot be ranked or rotated",
+    ),
+    Family(
+        "qwen3_moe", "qwen3_moe", "qwen3moe", qkv_bias=False, other_biases=False, head_norms="each", rope_theta=1e6,
+        heads_fill_hidden=False, experts="num_experts", ffn="moe_intermediate_size", numbers=("num_experts_per_tok",),
+        gates_sum_to_1=True, only=(("mlp_only_layers", []), ("decoder_sparse_step", 1)), axes=MIXED, why=MIXED_WHY,
+    ),
+    Family(
+        "qwen2_moe", "qwen2_moe", "qwen2moe", qkv_bias=True, other_biases=False, rope_theta=1e6, head_dim_follows=True,
+        experts="num_experts", ffn="moe_intermediate_size", shared_expert="shared_expert_intermediate_size",
+        numbers=("num_experts_per_tok",), only=(("norm_topk_prob", False), ("mlp_only_layers", []),
+        ("decoder_sparse_step", 1), ("tie_word_embeddings", False)), axes=MIXED, why=MIXED_WHY,
+    ),
+    Family(
+        "mixtral", "mixtral", "llama", qkv_bias=False, other_biases=False, rope_theta=1e6, head_dim_follows=True,
+        mlp="block_sparse_moe", experts="num_local_experts", matrices=("w1", "w3", "w2"),
+        gates_sum_to_1=True, interleaved=True,
+        numbers=("num_experts_per_tok",), only=(("sliding_window", None),), axes=MIXED, why=MIXED_WHY,
+    ),
+    Family(
+        "gpt_oss", "gpt_oss", "gpt-oss", rope_theta=150_000.0, heads_fill_hidden=False, experts="num_local_experts",
+        gates_sum_to_1=True, router="router", switch="experts", stacked=True, expert_bias=True, sinks=True,
+        float16=False, numbers=("num_experts_per_tok",), only=(("attention_bias", True), ("swiglu_limit", 7.0),
+        ("tie_word_embeddings", False)), axes=("ffn", "experts"), why=MIXED_WHY,
+    ),
+    Family(
+        "olmoe", "olmoe", "olmoe", other_biases=False, head_norms="all", head_dim_follows=True, experts="num_experts",
+        numbers=("num_experts_per_tok",), only=(("clip_qkv", None), ("attention_bias", False)), axes=MIXED,
+        why=MIXED_WHY,
+    ),
+)  # fmt: skip
+FAMILIES = {row.name: row for row in ROWS}
+OPENED_AS: dict[str, dict[str, Any]] = {  # other types that hold one of these: which, and what they may leave out
+    "phi3": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},  # joined, but turning as a llama does
+    "gemma3": {
+        "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 256, "rms_norm_eps": 1e-6, "vocab_size": 262_208, "rope_theta": 1e6,
+        "query_pre_attn_scalar": 256, "max_position_embeddings": 131_072,
+    },
+}  # fmt: skip
 
 
 def family(config: Mapping[str, Any]) -> Family:
