@@ -110,7 +110,7 @@ def _no_constant(text: str) -> None:
     raise Refused(f"it holds {text}, which is no number")
 
 
-@lru_cache(4)  # of thousands of tensors read one by one, each asks for the same header
+@lru_cache(1)  # of thousands of tensors read one by one, each asks for the same header
 def _judged(path: Path, text: bytes) -> tuple[dict[str, TensorAt], dict[str, str]]:
     """The entries of a header, each judged alone, and its metadata. Not to be changed."""
     header = json_object(text)
