@@ -11,7 +11,7 @@ and so does the teacher.
 
 Every cell is a process of its own, and all ways take turns in `--rounds`. Seconds are the median step without the
 first; peaks are MLX's and the process's (its highest resident set, so libraries and pages of files are in it).
-Writes benchmarks/results/<machine>/training.json.
+Writes benchmarks/results/<machine>/training.json after every cell.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from laboratory import busy, resumed, start, write
+from laboratory import busy, resumed, start, stored, write
 
 from mis_mlx import cli, prune
 from mis_mlx.data import preparation, token_windows
@@ -167,6 +168,7 @@ def measured(s: Settings, place: Path, way: str, windows: int, length: int) -> d
 
 def models(place: Path) -> None:
     """The teacher of the default student's vocabulary, and that student."""
+    place.mkdir()
     name, teacher = str(resolve.resolve_model(None).path), str(place / "teacher")
     prune.run(prune.Settings(model=name, mlx_path=teacher, scenario="none", vocab="0.5x", num_samples=16))
     student = prune.Settings(model=teacher, mlx_path=str(place / "student"), scenario="none", layers=29, ffn=1024)
@@ -196,23 +198,24 @@ def main(s: Settings) -> None:
         print(json.dumps(cell(s.work, s.steps)))
         return
     given = {"steps": s.steps, "rounds": s.rounds}
-    before = resumed("training", given, ["cells", "busy"])
+    before = stored("training") if s.table else resumed("training", given, ["cells", "busy"])
     cells, noted = before.get("cells", {}), before.get("busy", [])
-    missing = [(way, *shape) for shape in SHAPES for way in s.ways if f"{way}, {shape[0]} x {shape[1]}" not in cells]
-    if missing and not s.table:
-        with tempfile.TemporaryDirectory() as temp:
-            models(place := Path(temp))
-            rounds = list[dict[str, Any]]()
-            for number in range(s.rounds):
-                noted += busy(f"round {number + 1}")
-                rounds.append({})
-                for way, windows, length in missing:
-                    one = measured(s, place, way, windows, length)
-                    cli.say(f"{way}, {windows} x {length}: {one}")
-                    rounds[-1][f"{way}, {windows} x {length}"] = one
-        for name in rounds[0]:
-            cells[name] = {key: min(found[name][key] for found in rounds) for key in rounds[0][name]}
-        write("training", "scripts/mis benchmarks/training.py", {"given": given, "busy": noted, "cells": cells})
+    with tempfile.TemporaryDirectory() as temp:
+        for number, (windows, length), way in product(range(s.rounds * (not s.table)), SHAPES, s.ways):
+            name = f"{way}, {windows} x {length}"
+            known = cells.get(name, {})
+            if known.get("turns", s.rounds if known else 0) > number:
+                continue
+            if not (place := Path(temp) / "models").exists():
+                models(place)
+            noted += busy(f"{name}, round {number + 1}")
+            one = measured(s, place, way, windows, length)
+            cli.say(f"{name}: {one}")
+            cells[name] = {
+                **{key: min(value, known.get(key, value)) for key, value in one.items()},
+                "turns": number + 1,
+            }
+            write("training", "scripts/mis benchmarks/training.py", {"given": given, "busy": noted, "cells": cells})
     print(table(cells))
 
 
