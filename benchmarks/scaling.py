@@ -48,10 +48,9 @@ SHARED: dict[str, Any] = {"budget": "2GiB", "max_seq_length": 128, "iters": 2, "
                           "reconstruct_samples": 4, "eval_windows": 3, "bench_tokens": 0, "q_iters": 0}  # fmt: skip
 UNTRAINED = {"train": "none", "reconstruct_samples": 0, "q_method": "round"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "135M": ("135M", {}), "0.5B": ("0.5B", {}), "1.5B": ("1.5B", {"reconstruct_samples": 0}),
-    "7B, untrained": ("7B", UNTRAINED),
-    **{f"135M, {size}": ("135M", {"budget": size}) for size in ("600MiB", "1GiB", "5GiB")},
+    "135M": ("135M", {}), **{f"135M, {size}": ("135M", {"budget": size}) for size in ("600MiB", "1GiB", "5GiB")},
     **{f"135M, windows of {n}": ("135M", {"max_seq_length": n}) for n in (64, 256, 512)},
+    "0.5B": ("0.5B", {}), "1.5B": ("1.5B", {"reconstruct_samples": 0}), "7B, untrained": ("7B", UNTRAINED),
 }  # fmt: skip
 AXES: dict[str, dict[str, float]] = {
     "parameters": {"135M": 135e6, "0.5B": 494e6, "1.5B": 1.54e9, "7B, untrained": 7.1e9},

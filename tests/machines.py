@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -106,7 +107,8 @@ def tuned(student: Checkpoint) -> dict[str, np.ndarray]:
     model, optimizer, rows, text = (
         load.resident(student, mx.float32), GuardedAdamW(), lesson(), live_teacher.TextTargets(),
     )  # fmt: skip
-    batches = partial(rows.micro_batches, text, 5, 1, 0)
+    five = replace(RECIPE, batch_size=5, grad_accumulation_steps=1, seed=0)
+    batches = partial(rows.micro_batches, text, five)
     return _learned(model, list(train_loop.train(model, batches, partial(rows.loss, text, False), optimizer, RECIPE)))
 
 

@@ -112,7 +112,7 @@ def _on_host(
         hidden.append(lanes.rows(student.model, tokens).reshape(cotangent.shape))
         return hidden[0]
 
-    with lanes.together():
+    with lanes.together(len(tokens)):
         _, slopes = mx.vjp(forth, list(trained.values()), [cotangent])
         student.update(tree_unflatten(list(trained.items())))
         mx.eval(hidden, cotangent)
@@ -125,7 +125,7 @@ def _on_host(
     del slopes
     if of_head is not None:
         found[name] = found[name] + of_head
-    with lanes.together():
+    with lanes.together(len(tokens)):
         mx.eval(found)
     return (mx.array(loss), learn.sum()), tree_unflatten(list(found.items()))
 

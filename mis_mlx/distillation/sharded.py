@@ -179,7 +179,7 @@ class Sharded:
                     yield i, gradients
                 continue
             for b in range(n):
-                with lanes.together():
+                with lanes.together(len(kept[0])):
                     mx.eval(out := self._through(block, kept[b if i < first else -n]))
                 if i < first:
                     kept[b] = out
@@ -233,7 +233,7 @@ class Sharded:
                 above = mx.zeros((kept[at].shape[0] * kept[at].shape[1], kept[at].shape[2]))
             (out,), (below, *made) = mx.vjp(partial(run, end), [kept[at], *weights.values()], [above])
             if slopes:
-                with lanes.together():
+                with lanes.together(len(kept[at])):
                     mx.eval(out, above)
                 value, slope = slopes(b, out)
                 host_losses.view(above)[:] = host_losses.view(slope)
@@ -241,7 +241,7 @@ class Sharded:
             gradients = [g + m for g, m in zip(gradients, made, strict=True)] if b else made
             total = total + out if end else total
             asked = [below] if i > self.blocks.start else []  # below the shard nobody asks
-            with lanes.together():
+            with lanes.together(len(kept[at])):
                 mx.eval(total, gradients, asked)
             kept[at : at + len(asked)] = asked
             del out, below, made, above

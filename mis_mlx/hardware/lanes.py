@@ -47,10 +47,10 @@ def lane(i: int) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """What was made in lanes is evaluated in here, each matrix product in one thread."""
+def together(things: int) -> Iterator[None]:
+    """What was made in lanes is evaluated in here, each matrix product in one thread, unless a thing is alone."""
     library, threads = _blas()
-    if count() == 1:
+    if min(things, count()) == 1:
         yield
         return
     library.openblas_set_num_threads(1)
@@ -80,7 +80,7 @@ def each(work: Callable[..., Any], *items: Iterable[Any]) -> Iterator[Any]:
     coming = zip(*items, strict=True)
     while some := list(islice(coming, count())):
         results = []
-        with together():
+        with together(len(some)):
             for i, arguments in enumerate(some):
                 with lane(i):
                     results.append(work(*arguments))

@@ -17,7 +17,7 @@ BITS = (3, 4, 5, 6, 8)  # 2 are never worth it at these sizes; 7 MLX does not ha
 # Of quantization/bit_allocation, whose memory is planned:
 HELD_BYTES = 128 * 2**20  # of what matrices see of windows; a block in float32, if more; a window at least
 SLAB = 2**18  # weights whose gradients and errors exist at once
-PART = 2**25  # weights of a matrix that are rounded at a time
+PART = 2**24  # weights of a matrix that are rounded at a time
 DAMPING = 0.01  # of the gram matrix's mean diagonal, added to it: the paper's
 
 

@@ -136,15 +136,17 @@ def quantize(m: ModelSize, how: QuantizationConfig, windows: int, length: int, l
 
 def _compensated(plain: StageCost, m: ModelSize, tokens: int, length: int, limit_bytes: int) -> StageCost:
     """`plain`, rounding tensor by tensor, with a pass beside it that makes up for the errors (quantization/stage). In
-    numpy: a block's gram matrices, 8 bytes for each weight of the largest set of matrices with the same inputs; then
-    what the factor of the largest gram takes, four of it, or the factor and 20 bytes for each weight that is rounded at
-    a time."""
+    numpy: a block's gram matrices, five of the largest to take its factor, 8 bytes for each weight of the largest set
+    of matrices with the same inputs, and 20 more for those that are rounded at a time. In float32 MLX takes the factor,
+    with three of it."""
     s = m.shape
     queries, keys = s.heads * s.head_dim, s.kv_heads * s.head_dim
     sides = [(s.hidden, queries + 2 * keys), (queries, s.hidden), (s.hidden, 2 * s.ffn), (s.ffn, s.hidden)]  # in, out
     square = {n: np.dtype(precision(n)).itemsize * n**2 for n, _ in sides}
     grams, weights = sum(square[n] for n, _ in sides), max(n * out for n, out in sides)
-    beside = grams + 8 * weights + max(square.values()) + max(3 * max(square.values()), 20 * min(weights, PART))
+    widest = max(sides)[0]
+    factor = (3 if precision(widest) is np.float32 else 5) * square[widest]
+    beside = grams + factor + 8 * weights + 20 * min(weights, PART)
     p = streamed_pass("", m, tokens, length, length, limit_bytes, head=False, beside_bytes=beside)
     held = p.held_tokens * s.hidden * m.item + m.slots_bytes
     each = 2 * tokens * sum(n * n for n, _ in sides) + sum(n * n * (3 * n + out) for n, out in sides)

@@ -115,7 +115,7 @@ WITHOUT = {
     "storage/checkpoint.py": "the text in the lock file, which is for people",
     "storage/hub.py": "a download, whole or absent: half of it lies in a folder of another name",
     "models/wheel_model.py": "the same, its conversion",
-    "evaluation/sets/polish.py": "the same",
+    "evaluation/task_registry.py": "the same",
     "hardware/blas.py": "a library under other names, whole or absent; it runs before anything of ours is imported",
     "checks/engine.py": "a model made on the spot, in a temporary folder of its own",
     "hardware/programs.py": "the same, a wheel of a wrong hash is deleted",
