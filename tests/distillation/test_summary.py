@@ -36,6 +36,8 @@ def test_what_was_won_and_lost_is_one_sentence(llama: Checkpoint) -> None:
         "The student against its teacher: 33% fewer parameters, 300.0 -> 60.0 MB, decodes 1.5x as fast unquantized; "
         "English +0.100 bits per byte, 4 bits add 0.040."
     )
+    large = [row for row in sizes if (row.model, row.metric) != ("teacher", "decode_tps")]  # whole it fits no budget
+    assert "decodes" not in summary.won(models, large, rows)
     dense = dict.fromkeys(("teacher", "pruned", "distilled"), llama)
     assert summary.won(dense, [Row(n, "params", 1.0) for n in dense], rows) == (
         "The student against its teacher: 0% fewer parameters; English +0.100 bits per byte, 4 bits add 0.040."
