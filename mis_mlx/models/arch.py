@@ -154,6 +154,9 @@ def check_tensors(checkpoint: Checkpoint) -> None:
         if at.shape != shape and not (packed and len(shape) == 2 and at.shape[0] == shape[0]):
             why = f"{name} is {list(at.shape)}, config.json makes it {list(shape)}"
             raise MisError(f"{at.file}: {why}: files and config belong to different models")
+        if not packed and at.dtype not in ("F32", "F16", "BF16"):
+            why = f"{name} is stored as {at.dtype}, weights are F32, F16 or BF16"
+            raise MisError(f"{at.file}: {why}: download the model again, or convert it with mlx_lm.convert")
     for name, at in stored.items():
         packing = name.endswith((".scales", ".biases")) and name.rsplit(".", 1)[0] + ".weight" in expected
         if name in expected or name == "lm_head.weight" or "rotary_emb" in name or packing:

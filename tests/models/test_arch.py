@@ -128,3 +128,7 @@ def test_files_and_config_must_agree() -> None:
     with pytest.raises(MisError, match=r"q_proj\.bias"):
         arch.check_tensors(checkpoint({**good, q.replace("weight", "bias"): (64,)}))
     arch.check_tensors(checkpoint({**good, "lm_head.weight": (512, 64)}))  # tied models often carry a copy
+    whole = checkpoint(good)
+    norm = replace(whole.tensors["model.norm.weight"], dtype="I32")
+    with pytest.raises(MisError, match=r"model\.norm\.weight is stored as I32, weights are F32, F16 or BF16"):
+        arch.check_tensors(replace(whole, tensors={**whole.tensors, "model.norm.weight": norm}))
