@@ -5,8 +5,6 @@ a folder that goes with them. Alone, all of this gives back what it was given.""
 
 import json
 import os
-import socket
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import contextmanager
@@ -17,9 +15,9 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import psutil
 
 from mis_mlx import cli
+from mis_mlx.hardware import sockets
 from mis_mlx.models import stream
 from mis_mlx.storage.checkpoint import Arrays
 from mis_mlx.storage.files import Files, reported
@@ -27,8 +25,6 @@ from mis_mlx.types import MisError, grouped
 
 CHUNK_BYTES = 1 << 26  # of a file, sent in one go
 GROUP_BYTES = 1 << 25  # of gradients, added up in one go
-IDLE_S, EVERY_S, TIMES = 10, 5, 4  # silence before the first question to another machine, between questions, how many
-APPLE_IDLE, APPLE_DROP = 0x10, 0x80  # TCP_KEEPALIVE, TCP_RXT_CONNDROPTIME of macOS, in seconds
 T = TypeVar("T")
 
 
@@ -45,26 +41,8 @@ def _world() -> list[int]:
         group = mx.distributed.init(strict=True)
     except (RuntimeError, ValueError) as error:
         raise MisError(f"the machines do not reach each other ({error}): look at the hosts and cables") from None
-    notice_the_dead()
+    sockets.notice_the_dead()
     return [group.rank(), group.size()]
-
-
-def notice_the_dead() -> int:
-    """Have the system ask on every TCP connection of this process whether the other end lives: how many there are. A
-    process that dies closes its own; a machine that loses power, its cable, or falls asleep says nothing."""
-    connected = [each for each in psutil.Process().net_connections("tcp") if each.raddr]
-    limit_s, options = IDLE_S + EVERY_S * TIMES, {socket.TCP_KEEPINTVL: EVERY_S, socket.TCP_KEEPCNT: TIMES}
-    # The second of each pair: how long what was sent may stay unanswered.
-    if sys.platform == "darwin":
-        options |= {APPLE_IDLE: IDLE_S, APPLE_DROP: limit_s}
-    else:
-        options |= {socket.TCP_KEEPIDLE: IDLE_S, socket.TCP_USER_TIMEOUT: limit_s * 1000}
-    for each in connected:
-        with socket.socket(fileno=os.dup(each.fd)) as end:
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in options.items():
-                end.setsockopt(socket.IPPROTO_TCP, option, value)
-    return len(connected)
 
 
 def size() -> int:

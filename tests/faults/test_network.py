@@ -24,7 +24,7 @@ MAY = {
     "storage/hub.py": "a model from the Hugging Face hub",
     "data/preparation.py": "a data set from the hub",
     "evaluation/questions.py": "a data set from the hub",
-    "models/distributed.py": "asks of connections that mlx.launch made whether the other end lives; opens none",
+    "hardware/sockets.py": "asks of connections that mlx.launch made whether the other end lives; opens none",
 }
 WATCH = """
 import os, sys

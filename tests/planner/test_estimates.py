@@ -223,26 +223,20 @@ def test_a_real_pass_stays_under_the_plan(
 
 @pytest.mark.usefixtures("brief_look")
 @pytest.mark.parametrize(
-    ("word", "kind", "kept", "tokens", "most"),
+    ("word", "kind", "kept"),
     [
-        *[(word, kind, kept, 64, 3) for word in ("cpu", "metal") for kind in ("BF16", "4-bit") for kept in (2, 6)][:-2],
-        *[pytest.param("metal", "4-bit", kept, 64, 3, marks=pytest.mark.slow) for kept in (2, 6)],
-        ("metal", "4-bit", 6, 8, 4),  # of so few, room for the logits of 256 is more of the plan
+        *[(word, kind, kept) for word in ("cpu", "metal") for kind in ("BF16", "4-bit") for kept in (2, 6)][:-2],
+        pytest.param("metal", "4-bit", 2, marks=pytest.mark.slow),
+        ("metal", "4-bit", 6),
     ],
 )
 def test_blocks_that_stay_are_within_the_plan(
-    stored: Callable[[str], Checkpoint],
-    word: str,
-    kind: str,
-    kept: int,
-    tokens: int,
-    most: int,
-    monkeypatch: pytest.MonkeyPatch,
+    stored: Callable[[str], Checkpoint], word: str, kind: str, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A first and a second pass that keep the head and so many blocks: packed ones with the buffers they lie in."""
     monkeypatch.setenv(policy.POLICY, word)
     checkpoint = stored(kind)
-    m, dtype, batches = estimates.model_of(checkpoint), policy.compute_dtype(checkpoint), [mx.array([[*range(tokens)]])]
+    m, dtype, batches = estimates.model_of(checkpoint), policy.compute_dtype(checkpoint), [mx.array([[*range(64)]])]
     mx.eval(batches)
     cache = mx.set_cache_limit(0)
     before = mx.get_active_memory()
@@ -253,8 +247,8 @@ def test_blocks_that_stay_are_within_the_plan(
         mx.eval(load.logits(source.head(), source.forward(batches)[0]))
     peak = mx.get_peak_memory() - before
     mx.set_cache_limit(cache)
-    once = estimates.streamed_pass("pass", m, tokens, tokens, tokens, spool=False)
-    assert peak < once.peak_bytes + kept * m.block_work < most * peak, (peak, once.peak_bytes, m.block_work)
+    once = estimates.streamed_pass("pass", m, 64, 64, 64, spool=False)
+    assert peak < once.peak_bytes + kept * m.block_work < 3 * peak, (peak, once.peak_bytes, m.block_work)
 
 
 @pytest.mark.parametrize("kind", ["F32", "BF16"])
