@@ -26,6 +26,7 @@ def table(plan: phases.MemoryPlan) -> str:
     """For people: what is made, time and memory of each phase, how; or what would fit. With -v every byte of it."""
     job, names = plan.job, [p.name for p in plan.phases]
     whole, hot = job.shown or job.teacher, sum(p.seconds(plan.rates, hot=True) for p in plan.phases)
+    others = job.modes[:-1] if plan.mode == "none" else ()  # which train, and do not fit
     hours = duration(sum(plan.planned.values())) + (f" ({duration(hot)} once hot)" if plan.rates.hot < 1 else "")
     return html.document("plan.md", {
         "plan": plan, "before": arch.params(whole.config), "after": arch.params(job.student.config), "gib": gib,
@@ -35,7 +36,7 @@ def table(plan: phases.MemoryPlan) -> str:
         "disk": disk_bytes(plan), "verbose": cli.DETAILS in os.environ,
         "visit": phases.steps_per_shard(job, plan.shard_layers or job.student.shape.layers), "life": LIFE_BYTES,
         "flag": estimates.flag,
-        "trains": phases.least_bytes(replace(job, modes=job.modes[:-1]), plan.rates) if job.modes[1:] else 0,
+        "trains": phases.least_bytes(replace(job, modes=others), plan.rates) if others else 0,
         "spooled": max(p.spooled_bytes for p in plan.phases), "written": sum(p.written_bytes for p in plan.phases),
     })  # fmt: skip
 
@@ -61,8 +62,7 @@ def disk_bytes(plan: phases.MemoryPlan) -> int:
     params, blocks = arch.params(m.config), plan.shard_layers or m.shape.layers
     saved = blocks * compression_size.block_state_bytes(m.config)
     saved = phases.SAVED_BYTES * params if plan.mode == "resident" else saved
-    parts = plan.mode in ("sharded", "none") and not m.shape.experts
-    run = 2 * saved * (plan.mode != "none") + 4 * params * parts
+    run = 2 * saved * (plan.mode != "none") + 4 * params * phases.in_parts(plan.job, plan.mode)
     kept = sum(p.written_bytes for p in plan.phases if p.name in ("quantize", "logit store"))
     return 2 * m.nbytes + run + kept + max(p.spooled_bytes for p in plan.phases)
 

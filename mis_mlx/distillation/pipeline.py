@@ -21,7 +21,7 @@ from mis_mlx.distillation.run_loop import CheckpointedTraining, OpenRun
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, load, lora, model_writer, stream
-from mis_mlx.planner.phases import MemoryPlan, steps_per_shard
+from mis_mlx.planner.phases import MemoryPlan, in_parts, steps_per_shard
 from mis_mlx.planner.recipe import ADAPTERS, DistillationConfig, TrainingConfig
 from mis_mlx.pruning import reconstruct, vocabulary
 from mis_mlx.quantization import packed_format
@@ -98,8 +98,9 @@ def distil(c: Run, pruned: Checkpoint, out: Path) -> None:
 def train(c: Run, pruned: Checkpoint) -> Callable[[str], mx.array]:
     """The trained weights, by name, once they are."""
     if c.plan.mode == "none":
-        parts = c.plan.job.student.shape.experts == 0 and model_writer.by_block(pruned, c.folder / "parts", c.files)
-        mended = _mended(c, pruned, parts or None)
+        cut = in_parts(c.plan.job, "none")
+        parts = model_writer.by_block(pruned, c.folder / "parts", c.files) if cut else None
+        mended = _mended(c, pruned, parts)
         return lambda name: mended[name] if name in mended else load.dense(parts or pruned, name)
     source = source_of(c)
     if c.plan.mode != "resident":

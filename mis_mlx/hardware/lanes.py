@@ -50,7 +50,7 @@ def lane(i: int) -> AbstractContextManager[Any]:
 def together(things: int) -> Iterator[None]:
     """What was made in lanes is evaluated in here, each matrix product in one thread, unless a thing is alone."""
     library, threads = _blas()
-    if min(things, count()) == 1:
+    if min(things, count()) < 2:
         yield
         return
     library.openblas_set_num_threads(1)

@@ -205,6 +205,11 @@ class MemoryPlan:
         return next((p.pinned for p in self.phases if p.name == "distil"), 0)
 
 
+def in_parts(job: DistillationSpec, mode: Mode) -> bool:
+    """Whether the student is repaired block by block in float32 files. A mixture's routers find room in memory."""
+    return mode in ("sharded", "none") and not job.student.shape.experts
+
+
 def ways(job: DistillationSpec) -> Iterator[tuple[Mode, int, int]]:
     """(mode, micro-batch, shard) of all that could be tried; a micro-batch divides the one asked for."""
     small = [n for n in range(1, math.isqrt(job.batch_size) + 1) if job.batch_size % n == 0]
@@ -224,8 +229,7 @@ def one(
     phases = [prune(job, left), *([store(job, left)] if job.targets == "cached" else [])]
     whole = mode in TRAINED_WHOLE
     if job.reconstruct_samples:
-        parts = mode in ("sharded", "none") and not job.student.shape.experts
-        phases.append(repair_parts(job, left) if parts else repair(job))
+        phases.append(repair_parts(job, left) if in_parts(job, mode) else repair(job))
     if mode == "resident":
         phases.append(resident(job, micro, left))
     elif mode != "none":
