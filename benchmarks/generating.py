@@ -1,6 +1,6 @@
 """Is `mis_mlx.generate` as quick as `mlx_lm.generate` where the model fits? Both commands, whole, in turn.
 
-    scripts/mis benchmarks/generating.py        # five minutes on a quiet machine
+    scripts/mis benchmarks/generating.py        # nothing else may run
 
 The default teacher in float32 (half precision is emulated on this CPU, and mlx-lm computes in what is stored), greedy,
 one prompt. Seconds are of the processes from start to end, so imports and reading the model are in them; those of one

@@ -42,9 +42,6 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-COUNT_ANEW = "/proc/self/clear_refs"
-
-
 @dataclass(frozen=True)
 class Settings:
     """Which of them."""
@@ -55,6 +52,11 @@ class Settings:
     """of one stretch alone, in a process of its own"""
     out: str | None = None
     """its run folder"""
+
+
+def count_anew() -> None:
+    """Have the system forget the largest resident set of this process."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def largest() -> int:
@@ -68,7 +70,7 @@ def stretch(name: str, teacher: str, out: Path) -> None:
     taken, plain, chosen = dict[str, int](), Run.phase, vocabulary.of_run
 
     def of_run(*of: Any) -> Any:
-        Path(COUNT_ANEW).write_text("5")
+        count_anew()
         return chosen(*of)
 
     @contextmanager
@@ -77,7 +79,7 @@ def stretch(name: str, teacher: str, out: Path) -> None:
             print(json.dumps(taken), file=sys.__stdout__, flush=True)
             os._exit(0)  # as a killed run does
         if label != "prune":
-            Path(COUNT_ANEW).write_text("5")
+            count_anew()
         with plain(course, label):
             yield
         taken[label] = largest() - course.peak.before_bytes

@@ -1,6 +1,6 @@
 """Quantizing a model that is large for its machine: time and memory of ours beside mlx_lm's programs.
 
-    scripts/mis benchmarks/quantizing.py           # half an hour on 2 cores, 6 GB of disk
+    scripts/mis benchmarks/quantizing.py
     scripts/mis benchmarks/quantizing.py --table
 
 A model of the shape of a 0.5 B one with 152 thousand tokens and of random weights, so there is nothing to say of its
@@ -26,7 +26,7 @@ import laboratory
 import psutil
 import quality_4bit
 import streaming
-from planned import HALF, largest
+from planned import HALF, count_anew, largest
 
 from mis_mlx import cli, quantize
 from mis_mlx.distillation import train_loop
@@ -69,7 +69,7 @@ def row(name: str, model: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temp, redirect_stdout(sys.stderr):
         make, out = maker(name, model), Path(temp) / "out"
         held, began = psutil.Process().memory_info().rss, train_loop.CLOCK.monotonic()
-        Path("/proc/self/clear_refs").write_text("5")
+        count_anew()
         make(out)
         seconds, peak = train_loop.CLOCK.monotonic() - began, largest() - held
         return {"seconds": round(seconds, 1), "peak_bytes": peak, "nbytes": load.open_checkpoint(out).nbytes}

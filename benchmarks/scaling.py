@@ -1,6 +1,6 @@
 """How cost grows: seconds, memory, and bytes read and written of every phase, and what the plan said of them.
 
-    scripts/mis benchmarks/scaling.py          # half an hour on 2 cores, 25 GB of disk
+    scripts/mis benchmarks/scaling.py
     scripts/mis benchmarks/scaling.py --table
 
 Models of random weights, of SmolLM2-135M's shape but for `parameters`, where the shapes are of 0.5 and 1.5 B models
@@ -30,7 +30,7 @@ import laboratory
 import numpy as np
 import psutil
 import streaming
-from planned import HALF, largest
+from planned import HALF, count_anew, largest
 
 from mis_mlx import cli, distill
 from mis_mlx.distillation import train_loop
@@ -77,7 +77,7 @@ def cell(name: str, teacher: str, out: str) -> None:
 
     @contextmanager
     def phase(course: Run, label: str) -> Iterator[None]:
-        Path("/proc/self/clear_refs").write_text("5")
+        count_anew()
         began, before = train_loop.CLOCK.monotonic(), me.io_counters()
         with plain(course, label):
             yield

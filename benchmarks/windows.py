@@ -1,6 +1,6 @@
 """What it costs to let some blocks see the last tokens only, and how much earlier the first token comes for that.
 
-    scripts/mis benchmarks/windows.py --model RUN/distilled      # half an hour on 2 cores, all of it computed
+    scripts/mis benchmarks/windows.py --model RUN/distilled
     scripts/mis benchmarks/windows.py --table
 
 `layer_types` and `sliding_window` in a llama's config.json are all that it takes: stock mlx_lm reads them and keeps
@@ -13,6 +13,7 @@ Writes benchmarks/results/<machine>/windows.json after every step.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,8 +27,6 @@ from mis_mlx.data import preparation, token_windows
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import load, resolve
 from mis_mlx.reporting.text import markdown_table
-
-ROWS = 256  # of logits at a time
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,8 @@ class Bench:
         self.s, self.path = s, resolve.resolve_model(s.model).path
         tokenizer = load.tokenizer(self.path)
         data = preparation.prepare(None, tokenizer, s.length)
-        self.layers = int(load.open_checkpoint(self.path).config["num_hidden_layers"])
+        self.checkpoint = load.open_checkpoint(self.path)
+        self.layers = int(self.checkpoint.config["num_hidden_layers"])
         self.rank = comparison.chosen(data.train, s.rank_windows)
         self.held_out = {name: comparison.chosen(text, s.eval_windows) for name, text in data.held_out.items()}
         self.base = self.windowed(())
@@ -83,28 +83,19 @@ class Bench:
         return model
 
     def hidden(self, model: Any, text: token_windows.Windows) -> list[mx.array]:
-        """Final states of every text."""
-        states = [model.model(mx.array(tokens[None]))[0] for tokens in text.tokens]
+        """Final states (1, T, D) of every text."""
+        states = [model.model(mx.array(tokens[None])) for tokens in text.tokens]
         mx.eval(states)
         return states
 
     def judge(self, model: Any, name: str) -> dict[str, float]:
-        """Mean KL from the model as it is in nats a token; bits per byte where bytes are known."""
-        text, kl, bits = self.texts[name], list[float](), 0.0
-        head = model.model.embed_tokens if not hasattr(model, "lm_head") else None
-        for tokens, learn, mine, theirs in zip(
-            text.tokens, text.learn, self.hidden(model, text), self.states[name], strict=True
-        ):
-            for at in range(0, len(tokens) - 1, ROWS):
-                rows = slice(at, min(at + ROWS, len(tokens) - 1))
-                new, old = ((head.as_linear(h[rows]) if head else model.lm_head(h[rows])) for h in (mine, theirs))
-                new, old = (z - mx.logsumexp(z, axis=-1, keepdims=True) for z in (new, old))
-                counts = mx.array(learn[rows] > 0)
-                kl.extend(np.array((mx.exp(old) * (old - new)).sum(axis=-1))[learn[rows] > 0])
-                right = mx.take_along_axis(new, mx.array(tokens[1:][rows])[:, None], axis=-1)[:, 0]
-                bits -= (right * counts).sum().item() / np.log(2)
-        known = text.text_bytes.any() if text.text_bytes is not None else False
-        return {"kl": float(np.mean(kl)), **({"bits_per_byte": bits / float(text.text_bytes.sum())} if known else {})}
+        """Mean KL from the model as it is in nats a token, of windows; bits per byte where bytes are known."""
+        text, before = self.texts[name], (self.checkpoint, self.states[name])
+        each = comparison.by_window(before, (self.checkpoint, self.hidden(model, text)), text)
+        _, nll, kl, _ = np.array([values.mean(axis=0) for values in each]).T
+        known = text.text_bytes is not None and text.text_bytes.any()
+        bits = {"bits_per_byte": comparison.per_byte(nll, text) / math.log(2)} if known else {}
+        return {"kl": float(kl.mean()), **bits}
 
     def first_token(self, model: Any, tokens: int) -> float:
         """Seconds."""
