@@ -59,8 +59,7 @@ class Settings(cli.Resumable, policy.Computing, select.PruningConfig, Quantizati
     report_to: str | None = None
     """tensorboard, wandb or swanlab, which must be installed: told of every step"""
     spread: Literal["whole", "layers"] = "whole"
-    """whole: each of several machines passes its own windows through all of the teacher; layers: all windows through
-    its own blocks"""
+    """whole: each of several machines passes its windows through all of the teacher; layers: all through its blocks"""
     keep_steps: bool = False
     """keep what --resume would need once the run is done: checkpoints, the rounded student, stored targets"""
 

@@ -147,8 +147,7 @@ def run(settings: Settings) -> dict[str, Any]:
         of_train[seen] = logps[: len(seen)]
         each = partial(micro_batches, parts, train, of_train)
         held_out = partial(measure, r.model, s, valid, logps[len(seen) :], parts.batch_size)
-        judge = OF_MEANS if s.loss_type == "dpop" else "loss"
-        return r.train(each, s.loss, held_out, judge=judge)
+        return r.train(each, s.loss, held_out, judge=OF_MEANS if s.loss_type == "dpop" else "loss")
 
 
 if __name__ == "__main__":

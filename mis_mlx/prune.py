@@ -48,7 +48,7 @@ def run(settings: Settings) -> dict[str, Any]:
     length, tokens = s.max_seq_length, s.num_samples * s.max_seq_length
     m = estimates.model_of(checkpoint)
     planned = estimates.streamed_pass("calibration", m, tokens, length, length, limit.limit_bytes, head=False)
-    chosen = [compression_size.vocabulary(m, length, limit.limit_bytes)] if rows < m.shape.vocab else []
+    chosen = [compression_size.vocabulary(m, length)] if rows < m.shape.vocab else []
     estimates.fit(limit, planned, *chosen)
     data = preparation.prepare(s.data, load.tokenizer(checkpoint.path), length)
     with (

@@ -1,8 +1,7 @@
 """Synthesize text: a model writes what it knows, mixed with other text; a folder for --data of distill and the rest.
 
 Half of the texts begin with nothing, half with an opening; a chat model gets every second one as a question. They are
-drawn from the model's own probabilities, so they are the text that it expects; loops, repeats and what is hardly words
-are left out."""
+drawn from the model's probabilities: text that it expects. Loops, repeats and what is hardly words are left out."""
 
 import json
 import zlib

@@ -160,8 +160,7 @@ def steps(
 def visited(n_windows: int, recipe: TrainingConfig) -> np.ndarray:
     """The windows of the data that a run's steps train on, rising: those that need targets."""
     each = recipe.batch_size * recipe.grad_accumulation_steps
-    steps = [order(n_windows, each, step, recipe.seed) for step in range(recipe.iters)]
-    return np.unique(np.concatenate(steps))
+    return np.unique(np.concatenate([order(n_windows, each, step, recipe.seed) for step in range(recipe.iters)]))
 
 
 def write_store(

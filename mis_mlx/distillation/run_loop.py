@@ -126,8 +126,7 @@ def _breaks(weather: ThermalMonitor, step: Step, show: Callable[[int, str], None
 @dataclass(frozen=True)
 class CheckpointedTraining:
     """trained: a train_loop.Whole or sharded.Sharded. remember(number): what a checkpoint keeps beside it, asked for on
-    every machine; recall(state) gets that again. planned_tps: shown beside the speed there is. report: told of every
-    step."""
+    every machine; recall(state) gets that again. planned_tps: shown beside the speed. report: told of every step."""
 
     run: OpenRun
     trained: Any

@@ -134,8 +134,7 @@ def aais(sums: Sums, altitude_m: float) -> np.ndarray:
 
 def top(scores: np.ndarray, keep: int) -> tuple[int, ...]:
     """Sorted indices of the `keep` largest scores; of equal scores the lower index stays."""
-    order = np.argsort(-scores, kind="stable")[:keep]
-    return tuple(sorted(int(i) for i in order))
+    return tuple(sorted(int(i) for i in np.argsort(-scores, kind="stable")[:keep]))
 
 
 def top_in_groups(scores: np.ndarray, groups: int, keep: int, kept_groups: int) -> tuple[int, ...]:

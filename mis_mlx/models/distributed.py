@@ -78,8 +78,7 @@ def _settled(arrays: Any) -> Any:
 
 
 def all_reduce_gradients(named: dict[str, mx.array]) -> None:
-    """Arrays become their sums over the machines, in place, the same bits on each: a few at a time, so that nobody
-    holds all of them twice."""
+    """Arrays become their sums over the machines, in place, the same bits on each: a few at a time, not all twice."""
     n = size()
     for names in grouped(list(named), lambda name: named[name].nbytes, GROUP_BYTES) if n > 1 else ():
         means = nn.average_gradients([named[name] for name in names])
@@ -128,8 +127,7 @@ def broadcast_array(array: mx.array, root: int = 0) -> mx.array:
 
 
 def pass_on(arrays: Sequence[mx.array], i: int) -> None:
-    """arrays[i] to the next machine, if there is one, which says `receive` now or later; this one waits until most of
-    it has left."""
+    """arrays[i] to the next machine, which says `receive` now or later; waits until most of it has left."""
     if rank() + 1 < size():
         _settled(mx.distributed.send(arrays[i], rank() + 1, stream=mx.cpu))
 

@@ -92,8 +92,7 @@ def dense(checkpoint: Checkpoint, name: str, raw: Raw | None = None) -> mx.array
     arrays = safetensors.lazy(checkpoint.tensors, packed) if raw is None else raw
     if not (settings := packing(checkpoint, stem)):
         return arrays[name]
-    parts = tuple(arrays[n] for n in packed)
-    return rounding.values(parts, *(settings[key] for key in SETTINGS))
+    return rounding.values(tuple(arrays[n] for n in packed), *(settings[key] for key in SETTINGS))
 
 
 def model_args(config: Mapping[str, Any]) -> Any:

@@ -63,8 +63,7 @@ def _cached(folder: Path) -> Found | None:
     """The folder, if it is there; half-made ones never are, because they appear by a rename."""
     if not (folder / "config.json").is_file():
         return None
-    origin = hub.provenance(folder).get("source", "put there by hand")
-    return Found(folder, f"cache {folder} ({origin})")
+    return Found(folder, f"cache {folder} ({hub.provenance(folder).get('source', 'put there by hand')})")
 
 
 def labels(folders: Sequence[str | Path], taken: tuple[str, ...] = ()) -> list[str]:

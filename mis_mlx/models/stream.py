@@ -257,8 +257,7 @@ class Stream:
         return out
 
     def forward(self, batches: Batches, hidden: Hidden | None = None) -> Hidden:
-        """One pass: token ids [(B, T)] -> final hidden states [(B, T, D)], those of the resident model to the bit.
-        hidden: as in `embed`."""
+        """One pass: token ids [(B, T)] -> final hidden states [(B, T, D)], the resident model's bits; as `embed`."""
         hidden = self.embed(batches, hidden)
         for _, block in self.blocks():
             self.through(block, hidden)

@@ -116,8 +116,7 @@ def write_model(pinned: Pinned, gguf: Path, folder: Path) -> dict[str, Any]:
 
 
 def gguf_names(config: Mapping[str, Any]) -> dict[str, str | None]:
-    """{name of a tensor: llama.cpp's, "blk.3.attn_q.weight", None where it has no place} of all that the config has,
-    experts stacked."""
+    """{name of a tensor: llama.cpp's, "blk.3.attn_q.weight", or None} of all that the config has, experts stacked."""
     import gguf
 
     of = family(config)

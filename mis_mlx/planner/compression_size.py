@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mis_mlx.hardware.memory import process_bytes
+from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.maths.optimizer import group_of
 from mis_mlx.maths.reconstruction import precision
 from mis_mlx.maths.rounding import BITS, HELD_BYTES, PART, SLAB
@@ -27,9 +28,15 @@ UPDATE_ARRAYS = 2  # a clipped gradient; what else an update makes is written ov
 STATE_BYTES, GRADIENT_BYTES = 16, 4  # of a trained parameter: weight, gradient and two moments, float32
 
 
-def vocabulary(teacher: ModelSize, length: int, limit: int) -> StageCost:
-    """Ask a teacher with all of its tokens which it expects."""
-    return streamed_pass("vocabulary", teacher, VOCABULARY_WINDOWS * length, length, length, limit, spool=False)
+def vocabulary(teacher: ModelSize, length: int) -> StageCost:
+    """Ask a teacher with all of its tokens which it expects: final states of all windows, then logits and their
+    probabilities, a chunk at a time. The head is made from as much again at most."""
+    tokens, vocab = VOCABULARY_WINDOWS * length, teacher.shape.vocab
+    p = streamed_pass("vocabulary", teacher, tokens, length, length, head=False, spool=False)
+    made = max(teacher.head_work, 2 * 4 * chunk_rows(vocab) * vocab)
+    head = teacher.head_work + made + tokens * teacher.shape.hidden * teacher.item
+    flops = estimates.forward_flops(teacher, tokens, length)
+    return replace(p, peak_bytes=max(p.peak_bytes, head), read_bytes=p.read_bytes + teacher.head_bytes, flops=flops)
 
 
 def prune(job: DistillationSpec, limit: int) -> StageCost:
@@ -37,10 +44,11 @@ def prune(job: DistillationSpec, limit: int) -> StageCost:
     t, length = job.teacher, job.max_seq_length
     p = streamed_pass("prune", t, job.num_samples * length, length, length, limit, head=False)
     peak, read, written, flops = p.peak_bytes, p.read_bytes, p.written_bytes, p.flops
-    copied = estimates.tensor_bytes(job.shown or t)
-    if job.shown and job.shown.shape != t.shape:
-        asked = vocabulary(job.shown, length, limit)
-        peak, read, flops = max(peak, asked.peak_bytes), read + asked.read_bytes, flops + asked.flops
+    copied = estimates.tensor_bytes(t)
+    if (shown := job.shown) and shown.shape != t.shape:
+        asked, item = vocabulary(shown, length), math.ceil(shown.nbytes / shown.params)
+        rows = item * (shown.shape.vocab + t.shape.vocab) * t.shape.hidden
+        peak, read, flops = max(peak, asked.peak_bytes, rows), read + asked.read_bytes, flops + asked.flops
     if job.rotation:  # two passes, D x D sums and their eigenvectors in float64; tensors turned in float32
         square, wide = t.shape.hidden**2, 4 * max(t.shape.vocab, t.shape.ffn) * t.shape.hidden
         peak, copied = max(peak, p.peak_bytes + 5 * 8 * square), copied + 2 * wide
@@ -137,8 +145,7 @@ def quantize(m: ModelSize, how: QuantizationConfig, windows: int, length: int, l
 def _compensated(plain: StageCost, m: ModelSize, tokens: int, length: int, limit_bytes: int) -> StageCost:
     """`plain`, rounding tensor by tensor, with a pass beside it that makes up for the errors (quantization/stage). In
     numpy: a block's gram matrices, five of the largest to take its factor, 8 bytes for each weight of the largest set
-    of matrices with the same inputs, and 20 more for those that are rounded at a time. In float32 MLX takes the factor,
-    with three of it."""
+    of matrices with the same inputs, and 20 more for those rounded at a time. In float32 MLX takes it, with three."""
     s = m.shape
     queries, keys = s.heads * s.head_dim, s.kv_heads * s.head_dim
     sides = [(s.hidden, queries + 2 * keys), (queries, s.hidden), (s.hidden, 2 * s.ffn), (s.ffn, s.hidden)]  # in, out
@@ -211,7 +218,7 @@ def search(
     rank.append(times(one, probes, f"{probes} axes alone", m.nbytes))
     rank.append(times(one, s.evaluations, f"rank {s.evaluations}", 2 * m.nbytes))
     if rows:
-        rank.append(times(vocabulary(t, length, limit), 1, "choose tokens", 0))
+        rank.append(times(vocabulary(t, length), 1, "choose tokens", 0))
     ours = [p for p in planned if p.name not in ("prune", "measure")]  # which a finalist does not go through
     trained = [times(p, s.finalists, f"{p.name}, {s.finalists} finalists", p.written_bytes, 0) for p in ours]
     judged = estimates.compared([t, m, m, m], judging, length)

@@ -93,8 +93,7 @@ def directions(teacher: Checkpoint, batches: stream.Batches, hidden: Callable[[]
         if shape_of(teacher.config).tied:
             some = turned(some, np.array(load.dense(teacher, FINAL).astype(mx.float32), np.float64))
             some = some[:, np.argsort(-np.einsum("ij,ij->j", some, moments @ some), kind="stable")]
-        energy = {name: float((square / square.sum())[:size].sum()) for name, square in held.items()}
-        return Rotation(some, energy)
+        return Rotation(some, {name: float((square / square.sum())[:size].sum()) for name, square in held.items()})
 
     return kept
 

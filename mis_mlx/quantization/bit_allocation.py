@@ -176,8 +176,7 @@ class _Ends:
         self.squares[self.head] += float((chance * (1 - chance) * (squares @ self.variances[self.head].T)).sum())
 
     def at_rows(self, ids: mx.array, below: mx.array) -> None:
-        """A batch's token ids (B, T) and cotangents at the first block (B, T, D). A row's error is the same wherever
-        its token stands."""
+        """A batch's ids (B, T) and cotangents at the first block (B, T, D). A row errs alike wherever it is used."""
         rows, place = np.unique(np.array(ids), return_inverse=True)
         slopes = np.zeros((len(rows), below.shape[-1]))
         np.add.at(slopes, place.reshape(-1), np.array(below.astype(mx.float32)).reshape(-1, below.shape[-1]))
@@ -196,8 +195,7 @@ def _back(
         for (part, name, _), linear, shift in zip(matrices, linears, shifts, strict=True):
             # The gradient of what is added to an output (B, T, out) is the cotangent there.
             block[part][name] = stream.InputRecorder(lambda x, of=linear, shift=shift: of(x) + shift)
-        out = block(x, mask)
-        return [out, *(mx.stop_gradient(block[part][name].take()) for part, name, _ in matrices)]
+        return [block(x, mask), *(mx.stop_gradient(block[part][name].take()) for part, name, _ in matrices)]
 
     shifts = [mx.zeros((*x.shape[:2], len(linear.weight)), x.dtype) for linear in linears]
     outs, (below, *cotangents) = mx.vjp(run, [x, *shifts], [above])

@@ -36,8 +36,7 @@ def test_builtin_needs_no_network() -> None:
 
 
 def test_any_held_out_text_becomes_a_task(tmp_path: Path) -> None:
-    """Of --data's test split, without places that the training split has; where that is too short, a sentence says by
-    how much."""
+    """Of --data's test split, without what the training split has; a sentence says how much too short that is."""
     rows = [{"text": " ".join(f"w{k}" for k in range(n, n + 100))} for n in (0, 1000, 2000)]
     for split, of in (("train", rows[1:2]), ("valid", rows), ("test", rows)):
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, of)))

@@ -110,8 +110,7 @@ def layers(weight: float) -> list[Sums]:
 
 
 def test_the_size_follows_the_conditions() -> None:
-    """At 8 °C and 832 m, in both units, the fixed size; higher is smaller, never below one multiple; warmer is
-    larger."""
+    """At 8 °C and 832 m, in both units, the fixed size; higher is smaller, one multiple at least; warmer larger."""
     for unit, weight in (("kelvin", 281.15), ("celsius", 8.0)):
         assert importance.conditions_size(layers(weight), 512, 256, 832.0, unit) == 512
     low, reference, high = (importance.conditions_size(layers(281.15), 512, 128, h) for h in (100.0, 832.0, 2500.0))

@@ -81,8 +81,7 @@ CUTS = {
 
 @pytest.mark.parametrize("name", CUTS)
 def test_the_error_falls_block_by_block(tmp_path: Path, llama: Checkpoint, windows: list[mx.array], name: str) -> None:
-    """Measured apart on other windows, by marching teacher and mended student: each block ends nearer to the teacher's
-    stream."""
+    """On other windows, teacher and mended student passed apart, each block ends nearer to the teacher's stream."""
     keep, sizes = CUTS[name]
     student = student_of(llama, keep, tmp_path / "s", **sizes)
     more = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(1000 + k)) for k in range(18)]
