@@ -145,8 +145,7 @@ def run(settings: Settings) -> dict[str, Any]:
     policy.use(settings.compute_dtype)
     bench = Bench(settings)
     with run_monitor.ThermalMonitor(settings) as weather:
-        at = rates.measure_roof()
-        first = weather.latest()
+        at, first = rates.measure_roof(), weather.latest()
         idle_w = None  # what this machine takes at rest, where something measures power
         if first.power_w is not None:
             time.sleep(IDLE_S)

@@ -84,8 +84,7 @@ def _prune(s: Settings, c: pipeline.Run, data: preparation.Data, before: int) ->
 
 def _quantize(s: Settings, c: pipeline.Run, dense: Path) -> None:
     """Round the student, then let its scales learn; what is there is not made again."""
-    out = c.folder / "model"
-    steps = c.plan.tuned
+    out, steps = c.folder / "model", c.plan.tuned
     rounded = c.folder / "rounded" if steps else out
     if distributed.is_main() and not rounded.exists() and not out.exists():
         batches, held = c.pick(s.num_samples * s.looks, 1), c.plan.held_windows("quantize")
@@ -221,8 +220,7 @@ def _searched(s: Settings, teacher: Checkpoint) -> dict[str, Any]:
         return search.run(asked)
     same = {name: value for name, value in asdict(asked).items() if name not in search.FREE}
     out = search.UNDER / f"{teacher.path.name}-{json_sha256(same)[:8]}"
-    begun = (out / run_folder.CONFIG).is_file()
-    return dict(search.run(replace(asked, out=str(out), resume=begun))["best"])
+    return dict(search.run(replace(asked, out=str(out), resume=(out / run_folder.CONFIG).is_file()))["best"])
 
 
 def run(settings: Settings) -> dict[str, Any]:

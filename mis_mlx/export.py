@@ -13,7 +13,7 @@ import tyro
 from mis_mlx import cli
 from mis_mlx.gguf_export import model_card, tensors, vocab
 from mis_mlx.hardware import memory, programs
-from mis_mlx.models import arch, families, load, model_writer, policy, resolve, tokenizer_check
+from mis_mlx.models import arch, families, load, model_writer, policy, resolve, stream, tokenizer_check
 from mis_mlx.models.config import shape_of
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import html, progress
@@ -141,7 +141,7 @@ def _hf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
 
     def take(name: str) -> mx.array:
         weight = load.dense(checkpoint, name).astype(policy.DTYPES[dtype])
-        if not mx.isfinite(weight).all().item():
+        if stream.not_numbers(weight):
             raise MisError(f"{name} holds NaN, infinity or more than {dtype} can: try the other --out-type")
         return weight
 

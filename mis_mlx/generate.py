@@ -37,9 +37,8 @@ def _whole_bytes(checkpoint: Checkpoint, request: rounds.Request, limit: Budget)
     """Memory of the model whole in mlx-lm, whose step takes a fraction of a streamed one's time; 0 where it does not
     fit, or where mlx-lm's kernels of packed weights are slower than this program's copies."""
     m, need = estimates.model_of(checkpoint), rounds.need_bytes(checkpoint, request)
-    need += memory.process_bytes(limit.limit_bytes)
     slow = m.shape.experts or (m.packed and not policy.keeps_packed())
-    return 0 if slow or need > limit.limit_bytes else need
+    return 0 if slow or need + memory.process_bytes(limit.limit_bytes) > limit.limit_bytes else need
 
 
 def _settled(
@@ -82,9 +81,10 @@ def run(settings: Settings) -> dict[str, Any]:
     else:
         cli.say(f"a pass reads {gib(plan.read_bytes)} in {gib(plan.peak_bytes)}; {gib(room)} are left to keep some")
     if s.dry_run:
-        sizes = {"read_bytes_per_pass": plan.read_bytes, "peak_bytes": plan.peak_bytes}
-        return {**sizes, "budget_bytes": limit.limit_bytes, "check_failed": plan.peak_bytes > limit.limit_bytes}
-    estimates.fit(limit, plan, remedy="give a larger --budget, fewer --max-tokens or --num-draft-tokens")
+        need = plan.peak_bytes + memory.process_bytes(limit.limit_bytes)
+        sizes = {"read_bytes_per_pass": plan.read_bytes, "peak_bytes": need}
+        return {**sizes, "budget_bytes": limit.limit_bytes, "check_failed": need > limit.limit_bytes}
+    estimates.fit(limit, plan, other=", or fewer --max-tokens or --num-draft-tokens")
     began, peak, tokens, passes, text = time.monotonic(), memory.Peak(), list[int](), 0, ""
     with memory.limited(limit), progress.bar("generate", s.max_tokens) as show:
         ends, direct = set(tokenizer.eos_token_ids), checkpoint.nbytes > limit.limit_bytes

@@ -49,7 +49,8 @@ def run(settings: Settings) -> dict[str, Any]:
     m = estimates.model_of(checkpoint)
     planned = estimates.streamed_pass("calibration", m, tokens, length, length, limit.limit_bytes, head=False)
     chosen = [compression_size.vocabulary(m, length)] if rows < m.shape.vocab else []
-    estimates.fit(limit, planned, *chosen)
+    copied = replace(planned, name="the largest tensor on its way", peak_bytes=estimates.tensor_bytes(m))
+    estimates.fit(limit, planned, copied, *chosen)
     data = preparation.prepare(s.data, load.tokenizer(checkpoint.path), length)
     with (
         progress.run("prune"), memory.limited(limit), tempfile.TemporaryDirectory(prefix="mis_mlx-") as place,

@@ -56,7 +56,7 @@ def _planned(
                                max_seq_length=s.max_seq_length, save_every=steps, rounding=s)  # fmt: skip
         stages.append(phases.tune(job, s.batch_size, limit.limit_bytes, steps))
     for planned, remedy in zip(stages, remedies, strict=False):
-        estimates.fit(limit, planned, remedy=f"give --budget {estimates.flag(planned.peak_bytes)} or more{remedy}")
+        estimates.fit(limit, planned, other=remedy)
     return stages
 
 

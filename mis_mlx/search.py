@@ -206,7 +206,8 @@ def planned(
     if not s.dry_run:
         if not made.fits:
             raise MisError(phases.remedy(made))
-        estimates.fit(limit, *stages)
+        worst = max(stages, key=lambda p: p.peak_bytes)  # with what the process takes
+        limit.need(worst.peak_bytes, worst.name, f"give --budget {estimates.flag(worst.peak_bytes)} or more")
     return made, seconds, outcome | {"check_failed": outcome["check_failed"] or not made.fits}
 
 

@@ -217,8 +217,7 @@ def overlap(train: Windows, held_out: Windows, span: int = 32) -> np.ndarray:
 
 def without_overlap(held_out: Windows, train: Windows, span: int = 32) -> tuple[Windows, int]:
     """(held-out windows that share no run of `span` tokens with the training text, how many were removed)."""
-    shared = overlap(train, held_out, span)
-    count = len(held_out.tokens)
+    shared, count = overlap(train, held_out, span), len(held_out.tokens)
     if len(shared) == count:
         raise MisError(f"all {count} held-out windows share {span} tokens in a row with train: bring other test text")
     return held_out.pick(np.setdiff1d(np.arange(count), shared)), len(shared)

@@ -6,7 +6,7 @@ the vocabulary is met chunk by chunk (maths/losses). Or it is read once, and its
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -43,14 +43,17 @@ class StreamedTeacher:
         cross_entropy: float = 0.0, shares: Sequence[int] = (),
     ):  # fmt: skip
         where = checkpoint, policy.compute_dtype(checkpoint), room_bytes, direct
-        source = Relay(*where, shares) if shares else stream.Stream(*where)
-        self.hidden, self.logits = source.forward, partial(load.logits, source.head())
-        self.temperature, self._cross_entropy = temperature, cross_entropy
+        self._source = Relay(*where, shares) if shares else stream.Stream(*where)
+        self.hidden, self.temperature, self._cross_entropy = self._source.forward, temperature, cross_entropy
+
+    @cached_property
+    def logits(self) -> losses.Logits:
+        """Of hidden states; the head is read when the first of them are asked for."""
+        return partial(load.logits, self._source.head())
 
     def micro_batches(self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()) -> list[MicroBatch]:
         """Tokens (B, T), learn (B * T,), the teacher's hidden states (B * T, D); for cross-entropy labels (B * T,)."""
-        micro = []
-        pieces = [lanes.cut(tokens) for tokens, _ in batches]
+        micro, pieces = [], [lanes.cut(tokens) for tokens, _ in batches]
         coming = iter(self.hidden(list(chain.from_iterable(pieces))))
         for (tokens, learn), parts in zip(batches, pieces, strict=True):
             hidden = mx.concatenate([next(coming) for _ in parts])

@@ -99,7 +99,7 @@ def train(c: Run, pruned: Checkpoint) -> Callable[[str], mx.array]:
     """The trained weights, by name, once they are."""
     if c.plan.mode == "none":
         cut = in_parts(c.plan.job, "none")
-        parts = model_writer.by_block(pruned, c.folder / "parts", c.files) if cut else None
+        parts = model_writer.by_block(pruned, c.folder / "parts", c.files, DTYPE) if cut else None
         mended = _mended(c, pruned, parts)
         return lambda name: mended[name] if name in mended else load.dense(parts or pruned, name)
     source = source_of(c)
@@ -154,8 +154,9 @@ def _mended(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict
 
         def put(name: str, weight: mx.array) -> None:
             *_, number, inside = name.split(".", 3)
-            block = load.block(parts, int(number), load.model_args(parts.config), mx.float32)
-            block.load_weights([(inside, weight)], strict=False)
+            dtype = getattr(mx, parts.config["torch_dtype"])
+            block = load.block(parts, int(number), load.model_args(parts.config), dtype)
+            block.load_weights([(inside, weight.astype(dtype))], strict=False)
             model_writer.replace_block(parts, int(number), dict(tree_flatten(block.parameters())), c.files)
 
         spool = partial(Spool, c.folder, c.plan.held_windows("repair"), c.files)

@@ -209,7 +209,7 @@ def _choosing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Bu
     how: dict[str, Any] = {"micro_tokens": rows, "length": rows, "limit_bytes": limit.limit_bytes, "spool": False}
     phase = partial(estimates.streamed_pass, task.name, m, **how)
     least = phase(tokens=rows)
-    estimates.fit(limit, least, remedy=f"give --budget {estimates.flag(least.peak_bytes)} or more")
+    estimates.fit(limit, least, other="")
     whole = phase(tokens=min(total, PART), again=True).pinned == m.shape.layers
     spare = estimates.room(limit.limit_bytes, least.peak_bytes) // (2 * m.shape.hidden * m.item)
     part = PART if whole else max(rows, min(total, spare))
@@ -241,7 +241,7 @@ def _writing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Bud
         touched = -(-len(left) // AT_ONCE) * most * one.touched_bytes
         phase = estimates.StageCost(task.name, m.nbytes, 0, peak, flops, touched_bytes=touched)
     else:
-        estimates.fit(limit, one, remedy=f"give --budget {estimates.flag(one.peak_bytes)} or more")
+        estimates.fit(limit, one, other="")
         room = estimates.room(limit.limit_bytes, one.peak_bytes - one.pinned * m.block_work)
         phase = replace(one, read_bytes=count * one.read_bytes, flops=flops, touched_bytes=count * one.touched_bytes)
 

@@ -76,7 +76,8 @@ def compare(models: Models, held_out: Windows, hidden: Hidden | None = None, ope
 def by_window(base: Passed, other: Passed, held_out: Windows) -> Iterator[np.ndarray]:
     """(n, 4) float64 of the n predictions that count in each window: the base's nll, the other's, KL(base || other), in
     nats, whether the top token is the same. Logits come in chunks."""
-    heads = [Stream(model).head() for model, _ in (base, other)]
+    mine = Stream(base[0]).head()
+    heads = mine, mine if other[0] is base[0] else Stream(other[0]).head()
     vocab = min(config.shape_of(model.config).vocab for model, _ in (base, other))
     rows = losses.chunk_rows(vocab) // 2
     for w, tokens in enumerate(held_out.tokens):

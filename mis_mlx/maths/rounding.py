@@ -1,5 +1,6 @@
 """Round a matrix to one of MLX's formats: each weight to its nearest value, or so that its output changes least."""
 
+import math
 from typing import Literal
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ BITS = (3, 4, 5, 6, 8)  # 2 are never worth it at these sizes; 7 MLX does not ha
 # Of quantization/bit_allocation, whose memory is planned:
 HELD_BYTES = 128 * 2**20  # of what matrices see of windows; a block in float32, if more; a window at least
 SLAB = 2**18  # weights whose gradients and errors exist at once
+OPENED = 2**20  # weights that are de-quantized at a time
 PART = 2**24  # weights of a matrix that are rounded at a time
 DAMPING = 0.01  # of the gram matrix's mean diagonal, added to it: the paper's
 
@@ -33,6 +35,15 @@ def values(packed: Packed, group: int, bits: int, mode: Mode = "affine") -> mx.a
     scales = [s.astype(mx.float32) if mode == "affine" else s for s in packed[1:]]
     biases = scales[1] if mode == "affine" else None
     return mx.dequantize(packed[0], scales[0], biases, group, bits, mode).astype(mx.float32)
+
+
+def opened(packed: Packed, group: int, bits: int, mode: Mode = "affine") -> mx.array:
+    """`values`, made part by part: of a whole matrix a CPU holds up to five copies meanwhile."""
+    shape, rows = packed[0].shape, max(1, OPENED * bits // 32 // math.prod(packed[0].shape[1:]))
+    whole = np.empty((*shape[:-1], shape[-1] * 32 // bits), np.float32)
+    for at in range(0, len(whole), rows):
+        whole[at : at + rows] = values(tuple(p[at : at + rows] for p in packed), group, bits, mode)
+    return mx.array(whole)
 
 
 def integers(packed: mx.array, group: int, bits: int) -> mx.array:

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-RESAMPLES = 2000
-LEAST_FOR_P95 = 20
+RESAMPLES, LEAST_FOR_P95 = 2000, 20
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:

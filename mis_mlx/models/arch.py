@@ -85,8 +85,7 @@ def block_of(name: str) -> int | None:
 
 def tensors_of(config: Mapping[str, Any], stacked: bool = False) -> dict[str, tuple[int, ...]]:
     """All tensors of an unquantized model of this config: Hugging Face name -> shape, in order, as `layer_tensors`."""
-    s = shape_of(config)
-    block = layer_tensors(config, stacked)
+    s, block = shape_of(config), layer_tensors(config, stacked)
     tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (s.vocab, s.hidden)}
     for i in range(s.layers):
         tensors |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}

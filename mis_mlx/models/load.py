@@ -86,13 +86,15 @@ def weights(checkpoint: Checkpoint, prefix: str, dtype: mx.Dtype, raw: Raw | Non
 
 
 def dense(checkpoint: Checkpoint, name: str, raw: Raw | None = None) -> mx.array:
-    """One weight as stored, or de-quantized to float32 when it is packed. Lazy. `raw` as in `weights`."""
+    """One weight as stored, or de-quantized to float32 when it is packed. Lazy, if small. `raw` as in `weights`."""
     stem = name.removesuffix(".weight")
     packed = [n for n in (name, f"{stem}.scales", f"{stem}.biases") if n in checkpoint.tensors]
     arrays = safetensors.lazy(checkpoint.tensors, packed) if raw is None else raw
     if not (settings := packing(checkpoint, stem)):
         return arrays[name]
-    return rounding.values(tuple(arrays[n] for n in packed), *(settings[key] for key in SETTINGS))
+    large = not policy.keeps_packed() and arrays[name].nbytes * 8 > rounding.OPENED * settings["bits"]
+    make = rounding.opened if large else rounding.values
+    return make(tuple(arrays[n] for n in packed), *(settings[key] for key in SETTINGS))
 
 
 def model_args(config: Mapping[str, Any]) -> Any:

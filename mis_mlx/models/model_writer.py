@@ -99,28 +99,28 @@ def write_model(
     write_folder(config, specs, tensors, source, out, files, extra, shards)
 
 
-def by_block(source: Checkpoint, folder: Path, files: Files) -> Checkpoint:
-    """A student to train in parts: an ordinary float32 folder with one file per block, which is replaced whole, so that
-    it is a model at any moment. Opened; made of `source` first if it is not there. Memory: the largest tensor."""
+def by_block(source: Checkpoint, folder: Path, files: Files, dtype: str = "float32") -> Checkpoint:
+    """A student to train in parts: an ordinary folder of `dtype` with one file per block, replaced whole, so that it is
+    a model at any moment. Opened; made of `source` first if it is not there. Memory: the largest tensor."""
     if not folder.exists():
         config = {k: v for k, v in source.config.items() if not k.startswith("quantization")}
-        config["torch_dtype"] = "float32"
+        config["torch_dtype"] = dtype
         extra = keep_files(read_keep(source.path))
         take = partial(load.dense, source)
-        write_model(config, take, source.path, folder, "float32", files, extra, True)
+        write_model(config, take, source.path, folder, dtype, files, extra, True)
     return load.open_checkpoint(folder)
 
 
 def replace_block(parts: Checkpoint, i: int, weights: Mapping[str, mx.array], files: Files) -> None:
-    """Put new float32 `weights` (names without `model.layers.N.`) in the place of block i's, durably."""
+    """Put new `weights` (names without `model.layers.N.`), of the same kind, in the place of block i's, durably."""
     prefix = f"model.layers.{i}."
     old = {name: t for name, t in parts.tensors.items() if name.startswith(prefix)}
     path = next(iter(old.values())).file
     new = {name: weights[name.removeprefix(prefix)] for name in sorted(old, key=lambda n: old[n].offset)}
     if {n for n, t in parts.tensors.items() if t.file == path} != set(old):
         raise ValueError(f"{path} holds more than block {i}")
-    if any(spec_of(array) != ("F32", old[name].shape) for name, array in new.items()):
-        raise ValueError(f"{path}: the new block {i} has other shapes or is not float32")
+    if any(spec_of(array) != (old[name].dtype, old[name].shape) for name, array in new.items()):
+        raise ValueError(f"{path}: the new block {i} has other shapes or is of another type")
     nbytes = sum(t.nbytes for t in old.values())
     with reported(path.parent, f"block {i} of the student", nbytes), files.replacing(path) as temp:
         write_arrays(temp, new, files)

@@ -25,6 +25,7 @@ from mis_mlx.storage.block_reader import PAGE, Reader, Slot, Slots
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 
 evaluate_now = mx.eval  # what these were made of may be freed, or changed, after this line
+CHECKED = 2**22  # numbers that are looked at together, with three bytes for each
 GROUP_BYTES = 2**27  # of outputs of experts, (B, T, k, D), at a time
 Batches = Sequence[mx.array]  # token ids [(B, T)]
 Hidden = MutableSequence[mx.array]  # hidden states (B, T, D) of every batch; a list, or a disk.spool.Spool
@@ -264,10 +265,17 @@ class Stream:
         return self.norm(hidden)
 
 
+def not_numbers(array: mx.array) -> int:
+    """How many numbers of an array are NaN or infinite."""
+    step = max(1, CHECKED // math.prod(array.shape[1:]))
+    parts: Any = (array[at : at + step] for at in range(0, len(array), step)) if array.ndim else [array]
+    return sum(int(np.count_nonzero(~np.array(mx.isfinite(part)))) for part in parts)
+
+
 def load_checked(module: nn.Module, where: str = "") -> nn.Module:
     """Evaluate a lazily opened module, return it. NotNumbers names, behind `where`, a tensor with NaN or infinity."""
     mx.eval(module.parameters())
     for name, array in dict[str, mx.array](tree_flatten(module.parameters())).items():
-        if mx.issubdtype(array.dtype, mx.floating) and (bad := (~mx.isfinite(array)).sum().item()):
+        if mx.issubdtype(array.dtype, mx.floating) and (bad := not_numbers(array)):
             raise NotNumbers(f"{where}{name} holds {bad} values that are not numbers", array.dtype)
     return module

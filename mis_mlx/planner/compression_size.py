@@ -13,7 +13,7 @@ import numpy as np
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.maths.optimizer import group_of
-from mis_mlx.maths.reconstruction import precision
+from mis_mlx.maths.reconstruction import RIDGES, precision
 from mis_mlx.maths.rounding import BITS, HELD_BYTES, PART, SLAB
 from mis_mlx.models import arch
 from mis_mlx.models.config import shape_of
@@ -30,11 +30,11 @@ STATE_BYTES, GRADIENT_BYTES = 16, 4  # of a trained parameter: weight, gradient 
 
 def vocabulary(teacher: ModelSize, length: int) -> StageCost:
     """Ask a teacher with all of its tokens which it expects: final states of all windows, then logits and their
-    probabilities, a chunk at a time. The head is made from as much again at most."""
+    probabilities, a chunk at a time."""
     tokens, vocab = VOCABULARY_WINDOWS * length, teacher.shape.vocab
     p = streamed_pass("vocabulary", teacher, tokens, length, length, head=False, spool=False)
-    made = max(teacher.head_work, 2 * 4 * chunk_rows(vocab) * vocab)
-    head = teacher.head_work + made + tokens * teacher.shape.hidden * teacher.item
+    head = teacher.head_work + max(teacher.making_head, 2 * 4 * chunk_rows(vocab) * vocab)
+    head += tokens * teacher.shape.hidden * teacher.item
     flops = estimates.forward_flops(teacher, tokens, length)
     return replace(p, peak_bytes=max(p.peak_bytes, head), read_bytes=p.read_bytes + teacher.head_bytes, flops=flops)
 
@@ -58,6 +58,15 @@ def prune(job: DistillationSpec, limit: int) -> StageCost:
     return replace(p, peak_bytes=peak, read_bytes=read, written_bytes=written, flops=flops)
 
 
+def refit(m: ModelSize, tokens: int, workspace: int = 0) -> tuple[int, float]:
+    """(bytes, operations) of a closed-form fit: normal equations and held-out ones; beside them what a block's pass
+    takes and float32 batches of products, then what solving makes of the sums."""
+    f, d, item = m.shape.ffn, m.shape.hidden, np.dtype(precision(m.shape.ffn)).itemsize
+    nbytes = max(4 * estimates.together(m) * f * (f + d) + workspace, f * (item * f + max(2 * item, 16) * d))
+    solved = (len(RIDGES) + 1) * f * f * (2 / 3 * f + 4 * d)
+    return 2 * item * f * (f + d) + nbytes, 2.0 * tokens * f * (f + d) + solved
+
+
 def repair(job: DistillationSpec) -> StageCost:
     """Both models side by side, every down_proj refitted (pruning/reconstruct), whose inputs are kept meanwhile; the
     new ones wait in memory. Of a mixture the routers: every expert says something to all tokens that
@@ -71,29 +80,29 @@ def repair(job: DistillationSpec) -> StageCost:
         beside, read = beside + 2 * said + tokens * m.shape.hidden * m.item, read + small.read_bytes
         flops = 2.0 * min(tokens, said // (2 * each)) * m.shape.layers * m.block_params
     else:
-        fit_bytes, fit_flops = estimates.refit(m, tokens)
+        fit_bytes, fit_flops = refit(m, tokens)
         beside += fit_bytes + (4 * m.shape.layers * m.shape.hidden + tokens * m.item) * m.shape.ffn
         flops = m.shape.layers * fit_flops
     big = streamed_pass("repair", job.teacher, tokens, length, length, head=False, spool=False, beside_bytes=beside)
     return replace(big, read_bytes=big.read_bytes + read, flops=big.flops + small.flops + flops)
 
 
-def repair_parts(job: DistillationSpec, limit: int) -> StageCost:
-    """The same for a student in parts, each of which is written: a window at a time, hidden states on disk as far as
-    they find no room, and a block's output computed once more."""
-    t, m, length, tokens = job.teacher, job.student, job.max_seq_length, job.reconstruct_samples * job.max_seq_length
+def repair_parts(job: DistillationSpec, limit: int, item: int) -> StageCost:
+    """The same for a student in parts of `item` bytes a number, each of which is written: a window at a time, hidden
+    states on disk as far as they find no room, and a block's output computed once more."""
+    t, length, tokens = job.teacher, job.max_seq_length, job.reconstruct_samples * job.max_seq_length
+    m = replace(job.student, block_bytes=item * job.student.block_params, as_stored=item == job.student.item == 4)
     body = max(each.body_bytes(estimates.workspace_bytes(each, length, length)) for each in (t, m))
-    fit_bytes, fit_flops = estimates.refit(m, tokens, body)
+    fit_bytes, fit_flops = refit(m, tokens, body)
     peak = t.slots_bytes + m.slots_bytes + max(fit_bytes, body + 4 * m.block_params) + estimates.SMALL_BYTES
     peak += 4 * m.shape.ffn * m.shape.hidden
     theirs, ours = t.shape.hidden * t.item, m.shape.hidden * m.item  # of a token
     held = min(tokens, estimates.room(limit, peak, t.gpu) // (length * (theirs + ours)) * length)
     moved = (tokens - held) * (theirs * (t.shape.layers + 1) + ours * (m.shape.layers + 1))
-    read, written = t.shape.layers * t.block_bytes + m.nbytes + moved, moved
-    written += 4 * (m.params + m.shape.layers * m.block_params)
+    read, written = t.shape.layers * t.block_bytes + m.nbytes, item * (m.params + m.shape.layers * m.block_params)
     flops = estimates.forward_flops(t, tokens, length, False) + 2 * estimates.forward_flops(m, tokens, length, False)
     return StageCost(
-        "repair", read, written, peak + held * (theirs + ours), flops + m.shape.layers * fit_flops,
+        "repair", read + moved, written + moved, peak + held * (theirs + ours), flops + m.shape.layers * fit_flops,
         spooled_bytes=(tokens - held) * (theirs + ours), held_tokens=held,
     )  # fmt: skip
 
@@ -113,8 +122,7 @@ def training_bytes(config: Mapping[str, Any], batch: int, length: int, host_lane
     else:
         forth += gradients
     largest = max(map(math.prod, arch.tensors_of(config, True).values()))
-    update = gradients + UPDATE_ARRAYS * 4 * largest
-    return (STATE_BYTES - GRADIENT_BYTES) * params + max(forth, back, update)
+    return (STATE_BYTES - GRADIENT_BYTES) * params + max(forth, back, gradients + UPDATE_ARRAYS * 4 * largest)
 
 
 def block_state_bytes(config: Mapping[str, Any]) -> int:
@@ -164,17 +172,19 @@ def _compensated(plain: StageCost, m: ModelSize, tokens: int, length: int, limit
 
 def _sensed(then: StageCost, m: ModelSize, windows: int, length: int, limit: int) -> StageCost:
     """`then`, after a pass forwards and one back (bit_allocation), inputs of all blocks spooled if need be.
-    Beside the block: it once more in float32, in all formats together (26 bits and scales), what its matrices see of
+    Beside the block: on Metal it in float32, in all formats together (26 bits and scales), what its matrices see of
     some windows, and a slab of gradients and errors. Traffic and operations are those of its docstring."""
     window = length * m.shape.hidden * m.item
     one = streamed_pass("", m, length, length, length, head=False, spool=False)
     head = m.head_work + 2 * estimates.logit_bytes(m.shape.vocab, length, not m.gpu)
-    back = 2 * estimates.together(m) * estimates.backward_bytes(m.config, 1, length)
+    # In one lane 0.2 to 0.8 of it were measured, in two 0.4 to 1.2; the workspace in `one` is free by then.
+    back = (1 + estimates.together(m)) * estimates.backward_bytes(m.config, 1, length) // 2
+    back = max(0, back - estimates.workspace_bytes(m, length, length))
     s, formats = m.shape, len(BITS)
     seen = 4 * length * (4 * s.hidden + 2 * (s.heads + s.kv_heads) * s.head_dim + 3 * s.ffn)
     batch = min(windows, max(1, max(HELD_BYTES, 4 * m.block_params) // seen))
     slab = (2 * batch + 4) * 4 * min(SLAB, s.ffn * s.hidden)
-    sensed = back + (4 + 4) * m.block_params + batch * seen + slab
+    sensed = back + (4 + 4 * m.gpu) * m.block_params + batch * seen + slab
     peak = one.peak_bytes + max(head, sensed) + 2 * windows * window  # the head is gone before the way back
     touched = windows * (12 + 4 * formats) + math.ceil(windows / batch) * 20 * formats
     held = min(windows, estimates.room(limit, peak, m.gpu) // (window * m.shape.layers))

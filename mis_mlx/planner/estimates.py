@@ -8,13 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
-
 from mis_mlx import cli
 from mis_mlx.hardware import lanes, rates
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.maths.reconstruction import RIDGES, precision
 from mis_mlx.models import arch, load, policy
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.stream import GROUP_BYTES
@@ -63,6 +60,11 @@ class ModelSize:
     def head_work(self) -> int:
         """Bytes of the vocabulary head in memory."""
         return self.head_bytes if self.packed and self.as_stored else self.head_params * self.item
+
+    @property
+    def making_head(self) -> int:
+        """Bytes beside the head while it is made: what was read or, where that is packed, a second copy (measured)."""
+        return 0 if self.as_stored else max(self.head_bytes, self.packed * self.head_work)
 
     @property
     def slots_bytes(self) -> int:
@@ -234,22 +236,11 @@ def compared(models: Sequence[ModelSize], windows: int, length: int) -> StageCos
     """A pass of each model over the same windows, then the first one's head and each other's (as in comparison)."""
     first, tokens, vocab = models[0], windows * length, max(m.shape.vocab for m in models)
     body = max(m.slots_bytes + m.body_bytes(workspace_bytes(m, length, length)) for m in models)
-    # While a head is made, what was read is beside it or, where that is packed, a second copy (measured).
-    made = (m.head_work + (not m.as_stored) * max(m.head_bytes, m.packed * m.head_work) for m in models[1:])
-    heads = first.head_work + max([0, *made])
+    heads = first.head_work + max([0, *(m.head_work + m.making_head for m in models[1:])])
     peak = max(body, heads + 8 * 4 * chunk_rows(vocab) // 2 * vocab)
     peak += tokens * sum(m.shape.hidden * m.item for m in models)
     flops = sum(forward_flops(m, tokens, length) for m in models)
     return StageCost("measure", sum(m.nbytes for m in models), 0, peak, flops)
-
-
-def refit(m: ModelSize, tokens: int, workspace: int = 0) -> tuple[int, float]:
-    """(bytes, operations) of a closed-form fit: normal equations and held-out ones; beside them what a block's pass
-    takes and float32 batches of products, then what solving makes of the sums."""
-    f, d, batch, item = m.shape.ffn, m.shape.hidden, 4 * together(m), np.dtype(precision(m.shape.ffn)).itemsize
-    nbytes = max(batch * f * (f + d) + workspace, f * (item * f + max(2 * item, 16) * d))
-    solved = (len(RIDGES) + 1) * f * f * (2 / 3 * f + 4 * d)
-    return 2 * item * f * (f + d) + nbytes, 2.0 * tokens * f * (f + d) + solved
 
 
 def flag(nbytes: int) -> str:
@@ -257,11 +248,20 @@ def flag(nbytes: int) -> str:
     return f"{math.ceil(nbytes / 2**20)}MiB"
 
 
-def fit(budget: Budget, *phases: StageCost, remedy: str = "") -> None:
-    """Refuse before work starts, when the largest phase does not fit: MisError with both numbers and a remedy."""
+def enough(arrays: int, known: int = 0, gpu: bool | None = None) -> int:
+    """The smallest budget for so many bytes and what the process takes of the budget less `known`."""
+    least = arrays
+    for _ in range(20):  # the process's share grows, but slower
+        least = arrays + process_bytes(least - known, gpu)
+    return least
+
+
+def fit(budget: Budget, *phases: StageCost, other: str = ", or lower --max-seq-length or --batch-size") -> None:
+    """Refuse before work starts, when the largest phase and what the process takes beside it do not fit: MisError with
+    both numbers, a budget that is enough, and what else helps."""
     worst = max(phases, key=lambda p: p.peak_bytes)
-    default = f"give --budget {flag(worst.peak_bytes)} or more, or lower --max-seq-length or --batch-size"
-    budget.need(worst.peak_bytes, worst.name, remedy or default)
+    need = worst.peak_bytes + process_bytes(budget.limit_bytes)
+    budget.need(need, worst.name, f"give --budget {flag(enough(worst.peak_bytes))} or more{other}")
 
 
 def told(phases: Sequence[StageCost], limit_bytes: int, at: rates.Rates, own_bytes: int = 0) -> dict[str, Any]:

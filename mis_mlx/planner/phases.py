@@ -229,7 +229,7 @@ def one(
     phases = [prune(job, left), *([store(job, left)] if job.targets == "cached" else [])]
     whole = mode in TRAINED_WHOLE
     if job.reconstruct_samples:
-        phases.append(repair_parts(job, left) if in_parts(job, mode) else repair(job))
+        phases.append(repair_parts(job, left, 2 if mode == "none" else 4) if in_parts(job, mode) else repair(job))
     if mode == "resident":
         phases.append(resident(job, micro, left))
     elif mode != "none":
@@ -255,11 +255,8 @@ def make(job: DistillationSpec, budget_bytes: int, rates: Rates) -> MemoryPlan:
 
 def least_bytes(job: DistillationSpec, rates: Rates) -> int:
     """The smallest budget in which some way of doing the job fits."""
-    least = arrays = min(one(job, 0, rates, *way).peak_bytes for way in ways(job))
-    known = TENSOR_BYTES * job.teacher.tensors
-    for _ in range(20):  # its own share grows, but slower
-        least = arrays + process_bytes(least - known, job.teacher.gpu)
-    return least
+    arrays = min(one(job, 0, rates, *way).peak_bytes for way in ways(job))
+    return estimates.enough(arrays, TENSOR_BYTES * job.teacher.tensors, job.teacher.gpu)
 
 
 def remedy(plan: MemoryPlan) -> str:

@@ -129,10 +129,9 @@ def refit(
         if onwards:
             hidden[b] = out
             entered.append(into)
-    block.mlp.down_proj = linear
-    before = np.array(linear.weight.astype(mx.float32), np.float64)
+    block.mlp.down_proj, sums, out, into = linear, [], None, None  # the last products are as large as the fit
     update, error = fit.judged(judge)
-    weight = mx.array((before + update).astype(np.float32))
+    weight = mx.array((np.array(linear.weight.astype(mx.float32), np.float64) + update).astype(np.float32))
     linear.weight = weight.astype(linear.weight.dtype)
     stream.evaluate_now(weight, linear.weight)
     change = mx.array(share * update.T.astype(np.float32)).astype(linear.weight.dtype)
@@ -179,8 +178,7 @@ class _Asked:
 
     def __init__(self, source: stream.Stream, block: nn.Module, hidden: Hidden, goals: Hidden):
         of = family(source.checkpoint.config)
-        part = block[of.mlp]
-        pairs = list[tuple[mx.array, mx.array]]()
+        part, pairs = block[of.mlp], list[tuple[mx.array, mx.array]]()
         for x in hidden:
             pairs.append(experts.before(block, x, load.mask(source.args, block, x)))
             stream.evaluate_now(*pairs[-1])

@@ -109,8 +109,7 @@ def costs(
 ) -> dict[str, dict[int, float]]:
     """{module path: {bits: nats per token}} of every matrix, in affine groups. batches, kept: as of `mixed`."""
     args, nats = load.model_args(checkpoint.config), dict[str, dict[int, float]]()
-    tokens = sum(b.size for b in batches)
-    ends = _Ends(checkpoint, group)
+    tokens, ends = sum(b.size for b in batches), _Ends(checkpoint, group)
 
     def visit(i: int, block: nn.Module) -> Callable[[Some, Some], Some]:
         matrices = [(part, name, axis) for axis, (part, names) in arch.readers(block).items() for name in names]

@@ -175,7 +175,7 @@ def block_bits(config: Mapping[str, Any], plan: Layout) -> float:
 
 def _finite(checkpoint: Checkpoint, name: str) -> mx.array:
     weight = load.dense(checkpoint, name)
-    if bad := (~mx.isfinite(weight)).sum().item():
+    if bad := stream.not_numbers(weight):
         raise MisError(f"{checkpoint.path}: {name} holds {bad} values that are not numbers: download the model again")
     return weight
 

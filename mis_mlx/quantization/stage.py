@@ -66,8 +66,7 @@ def rounded_blocks(
     source = stream.Stream(checkpoint, direct=hidden is not None)
     hidden = source.embed(batches, hidden)
     for i, block in source.blocks():
-        prefix = f"model.layers.{i}."
-        readers = arch.readers(block)
+        prefix, readers = f"model.layers.{i}.", arch.readers(block)
         paths = {axis: [f"{prefix}{part}.{name}" for name in names] for axis, (part, names) in readers.items()}
         tapped = [axis for axis in readers if any(plan[path].bits < ENOUGH_BITS for path in paths[axis])]
         grams = _grams(block, source.args, hidden, tapped, f"{checkpoint.path}: {prefix}")

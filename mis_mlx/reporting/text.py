@@ -50,8 +50,7 @@ def aligned(page: str) -> str:
 
 def table(rows: Sequence[Row], models: Sequence[str], metrics: Metrics) -> str:
     """Markdown: one line a metric, one column a model."""
-    cells = {(r.model, r.metric): r for r in rows}
-    lines = []
+    cells, lines = {(r.model, r.metric): r for r in rows}, []
     for name, (label, form) in metrics.items():
         line = []
         for model in models:

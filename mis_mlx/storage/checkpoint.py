@@ -24,8 +24,7 @@ from mis_mlx.storage.header_check import check
 from mis_mlx.storage.safetensors import lazy, write_arrays
 from mis_mlx.types import MisError
 
-MANIFEST = "MANIFEST.json"
-STATE = "state.json"
+MANIFEST, STATE = "MANIFEST.json", "state.json"
 STEP = re.compile(r"step-(\d{8,})")
 Arrays = Mapping[str, Mapping[str, mx.array]]  # by checkpoint file and name
 LEFTOVER = (".tmp-", ".trash-")

@@ -14,8 +14,7 @@ from typing import Any
 
 from mis_mlx.types import MisError, TensorAt, gib
 
-MAX_HEADER_BYTES = 100_000_000
-MAX_TENSORS = 200_000
+MAX_HEADER_BYTES, MAX_TENSORS = 100_000_000, 200_000
 MAX_RANK = 8
 MAX_DIM = 2**31 - 1  # MLX keeps a dimension in a C int
 MAX_NAME = 512
@@ -70,8 +69,7 @@ def _read_header(path: Path) -> tuple[bytes, int]:
                 raise Refused(f"it claims a header of {nbytes} bytes, {MAX_HEADER_BYTES} are allowed")
             if 8 + nbytes > size:
                 raise Refused(f"it claims a header of {nbytes} bytes but has only {size}, an incomplete download")
-            text = file.read(nbytes)
-            after = os.fstat(file.fileno())
+            text, after = file.read(nbytes), os.fstat(file.fileno())
     except OSError as error:
         raise Refused(f"it cannot be read ({error.strerror})") from None
     if len(text) < nbytes or (after.st_size, after.st_mtime_ns) != (size, before.st_mtime_ns):

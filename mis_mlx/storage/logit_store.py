@@ -96,8 +96,7 @@ class Targets:
 
     def put(self, window: int, arrays: Arrays) -> None:
         """Take the targets of one window, by the names of `Spec.dtypes`; with its last window a part is committed.
-        MisError when the disk refuses, or has no room for the missing parts: committed ones stay. ValueError when
-        another window is due."""
+        MisError when the disk has no room or refuses: committed ones stay. ValueError when another window is due."""
         number = window // self.spec.part_windows
         within = self._within(number)
         if number in self.parts or window != within[len(self._coming)]:

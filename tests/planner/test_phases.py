@@ -146,9 +146,11 @@ def test_sharded_by_pencil() -> None:
 def test_the_repair_of_parts_by_pencil() -> None:
     """The teacher once, the student's blocks written twice; streams of 128 tokens in memory, or all on disk."""
     job, b = replace(JOB, reconstruct_samples=4), SMALL.block_params
-    p, poor = (compression_size.repair_parts(job, limit) for limit in (GIB, 0))
+    p, poor = (compression_size.repair_parts(job, limit, 4) for limit in (GIB, 0))
     assert p.read_bytes == 6 * BIG.block_bytes + SMALL.nbytes
     assert p.written_bytes == 4 * (arch.params(SMALL.config) + 4 * b)
+    half = compression_size.repair_parts(job, GIB, 2)
+    assert 2 * half.written_bytes == p.written_bytes and half.peak_bytes < p.peak_bytes
     width = 64 * 4 + 64 * 4
     assert (p.held_tokens, p.spooled_bytes) == (128, 0) and (poor.held_tokens, poor.spooled_bytes) == (0, 128 * width)
     assert p.peak_bytes - poor.peak_bytes == 128 * width

@@ -15,8 +15,7 @@ import numpy as np
 from mis_mlx.hardware.thermal.recording import Header
 from mis_mlx.types import MisError, Reading
 
-GIVEN_SIGMA_C = 0.7
-SOAK_SIGMA_C = 0.8
+GIVEN_SIGMA_C, SOAK_SIGMA_C = 0.7, 0.8
 SOAK_SPREAD_C = 1.5  # after a long rest all sensors agree within this: all have the air's temperature
 DRIFT_C2_PER_S = 1.0 / 3600  # how fast a past value loses worth: variance grows by 1 °C² an hour
 VIRTUAL_OFFSET_C = 1.0  # TVA0 reads that much low on M1 (20 dumps of laptops)
@@ -104,12 +103,10 @@ class BatteryNode:
     and r, takes the left side as its measurement. tau and r are first-principle priors of an M1 Air
     (0.95 kJ/K × 1.5 K/W), wrong by a third on a given one, hence the floors under σ."""
 
-    WINDOW_S = 600.0
-    TAU_S = 1500.0
+    WINDOW_S, TAU_S = 600.0, 1500.0
     START_SIGMA_C, START_R, START_SIGMA_R = 6.0, 0.7, 0.35  # °C, K/W, K/W
     R_DRIFT = 0.02 / 3600  # K/W a second
-    NOISE_C = 0.15
-    TAU_ERROR = 0.15
+    NOISE_C, TAU_ERROR = 0.15, 0.15
     MODEL_ERROR_C = 0.3
     LOAD_FLOOR_C, IDLE_FLOOR_C, IDLE_W = 2.0, 1.5, 6.0
     STEEPEST_C = 0.5  # windows in which the battery moves more are not used, nor those in which its charge rose

@@ -33,8 +33,7 @@ LAP = f"--governor cool, which runs on battery down to {BATTERY_LOW_PERCENT:.0f}
 class DieFilter:
     """Median of three samples, then an exponential mean of 2 s, with a look ahead of 3 s at its slope."""
 
-    SMOOTH_S = 2.0
-    AHEAD_S = 3.0
+    SMOOTH_S, AHEAD_S = 2.0, 3.0
 
     def __init__(self) -> None:
         self._last: deque[float] = deque(maxlen=3)
@@ -45,8 +44,7 @@ class DieFilter:
     def add(self, time_s: float, die_c: float) -> None:
         """One fresh sample."""
         self._last.append(die_c)
-        middle = median(self._last)
-        elapsed = time_s - self._time_s
+        middle, elapsed = median(self._last), time_s - self._time_s
         self._time_s = time_s
         if self._value is None or elapsed <= 0:
             self._value = self.ahead_c = middle

@@ -85,8 +85,7 @@ def after_step(monitor: Monitor, judge: Governor, breaks: PauseCounter, step_s: 
     saved = False
     while decision.action == "pause":
         yield replace(decision, checkpoint=decision.checkpoint and not saved)  # one checkpoint a pause
-        saved = saved or decision.checkpoint
-        since_s = clock.monotonic()
+        saved, since_s = saved or decision.checkpoint, clock.monotonic()
         clock.sleep(decision.sleep_s)
         reading = monitor.reading()
         breaks.seconds += clock.monotonic() - since_s

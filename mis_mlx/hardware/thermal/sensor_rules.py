@@ -85,8 +85,7 @@ def _within(value: float | None, low: float, high: float) -> float | None:
 class Frozen:
     """Tells a stuck sensor (80 °C for hours was seen): equal bits for 120 s while power changed by more than 3 W."""
 
-    HOLD_S = 120.0
-    POWER_W = 3.0
+    HOLD_S, POWER_W = 120.0, 3.0
 
     def __init__(self) -> None:
         self._value: float | None = None

@@ -20,8 +20,7 @@ from mis_mlx.hardware.thermal.recording import Header, Raw, Replay, Rows
 from mis_mlx.hardware.thermal.sensor_rules import Fact, Frozen, judge
 from mis_mlx.types import MisError, Reading
 
-PERIOD_S = 1.0
-HISTORY_S = 3600.0
+PERIOD_S, HISTORY_S = 1.0, 3600.0
 LONG_SLEEP_S = 5400.0  # after which everything in the case has the air's temperature
 JUST_BOOTED_S = 600.0
 VIRTUAL_SIGMA_C, VIRTUAL_SIGMA_LATER_C = 2.5, 4.0  # of TVA0: M1 and M2, later chips
