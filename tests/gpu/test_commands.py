@@ -21,6 +21,7 @@ import pytest
 
 from mis_mlx import bench, distill, dpo, evaluate, export, generate, grpo, plan, prune, quantize, report, search, sft
 from mis_mlx.evaluation import answering
+from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Roof
 from mis_mlx.models import load, model_writer, policy
 from mis_mlx.planner import estimates
@@ -376,8 +377,9 @@ def test_generate(kind: str, teachers: Callable[[str], Path], monkeypatch: pytes
         whole = generate.run(generate.Settings(**flags))
         with monkeypatch.context() as patch:  # so small a model fits whole wherever it can be streamed
             patch.setattr(generate, "_whole_bytes", lambda *_: 0)
-            least = generate.run(generate.Settings(**flags, dry_run=True))["peak_bytes"]
-            poor = generate.run(generate.Settings(**flags, budget=f"{math.ceil(least / 2**20)}MiB"))
+            said = generate.run(generate.Settings(**flags, dry_run=True))
+            least = estimates.enough(said["peak_bytes"] - memory.process_bytes(said["budget_bytes"]))
+            poor = generate.run(generate.Settings(**flags, budget=f"{least / 2**20 + 0.001:.3f}MiB"))
         guessed = generate.run(generate.Settings(**flags, draft_model=str(folder), num_draft_tokens=3))
         assert whole["text"] == poor["text"] == guessed["text"] == want != ""
         assert poor["read_bytes"] > 2 * whole["read_bytes"] and guessed["passes"] < whole["passes"] == whole["tokens"]
