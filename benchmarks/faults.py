@@ -1,6 +1,6 @@
 """The fault matrix: runs the tests that make faults, the slow ones too, and writes what became of every fault.
 
-    scripts/mis benchmarks/faults.py            # 12 to 25 minutes, as busy as the machine is
+    scripts/mis benchmarks/faults.py            # half an hour on 2 cores
     scripts/mis benchmarks/faults.py --quick    # without the slow ones: what they found before is kept
 
 The tests themselves note what they saw (tests/faults/conftest.py); this only sorts it. A row that is noted again
