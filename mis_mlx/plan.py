@@ -62,7 +62,7 @@ def disk_bytes(plan: phases.MemoryPlan) -> int:
     params, blocks = arch.params(m.config), plan.shard_layers or m.shape.layers
     saved = blocks * compression_size.block_state_bytes(m.config)
     saved = phases.SAVED_BYTES * params if plan.mode == "resident" else saved
-    run = 2 * saved * (plan.mode != "none") + 4 * params * phases.in_parts(plan.job, plan.mode)
+    run = 2 * saved * (plan.mode != "none") + params * phases.in_parts(plan.job, plan.mode)
     kept = sum(p.written_bytes for p in plan.phases if p.name in ("quantize", "logit store"))
     return 2 * m.nbytes + run + kept + max(p.spooled_bytes for p in plan.phases)
 

@@ -206,8 +206,9 @@ def planned(
     if not s.dry_run:
         if not made.fits:
             raise MisError(phases.remedy(made))
-        worst = max(stages, key=lambda p: p.peak_bytes)  # with what the process takes
-        limit.need(worst.peak_bytes, worst.name, f"give --budget {estimates.flag(worst.peak_bytes)} or more")
+        peak, worst = max((p.peak_bytes, p.name) for p in stages)  # with what the process takes
+        remedy = f"give --budget {estimates.flag(peak)} or more, or lower --max-seq-length or --batch-size"
+        limit.need(peak, worst, remedy)
     return made, seconds, outcome | {"check_failed": outcome["check_failed"] or not made.fits}
 
 

@@ -258,9 +258,8 @@ def running(
     budget, rates = memory.budget(s.budget_bytes), estimates.machine_rates()
     seconds, largest = sum(p.seconds(rates) for p in phases), max(phases, key=lambda p: p.peak_bytes)
     peak = largest.peak_bytes + memory.process_bytes(budget.limit_bytes)
-    remedy = f"give --budget {estimates.flag(peak)} or more, lower --batch-size or --max-seq-length, "
-    remedy += "or use --fine-tune-type lora; alignment trains whole models in memory"
-    budget.need(peak, largest.name, remedy)
+    other = ", lower --batch-size or --max-seq-length, or use --fine-tune-type lora"
+    estimates.fit(budget, largest, other=f"{other}; alignment trains whole models in memory")
     if folder is None:
         cli.say(progress.promise(seconds))
     way, origin = {"mode": "resident", "micro": micro}, run_folder.origin(checkpoint, card["fingerprint"])

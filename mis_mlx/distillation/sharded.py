@@ -3,7 +3,7 @@
 A step goes through all blocks and back; what enters a block is kept, and the block computed again on the way back. So
 no gradient but one block's is ever held, and moments have 8 bits. The blocks in memory, which are trained, are a shard:
 all of them, or some consecutive ones of a student that `model_writer.by_block` wrote, the others of which stream past.
-After some steps its files are replaced and the next shard comes in, in a circle. Embedding and head are frozen."""
+After some steps its files are replaced and the next shard comes in, in a circle. Embedding, norm and head stay."""
 
 import json
 import math

@@ -84,7 +84,7 @@ def block_of(name: str) -> int | None:
 
 
 def tensors_of(config: Mapping[str, Any], stacked: bool = False) -> dict[str, tuple[int, ...]]:
-    """All tensors of an unquantized model of this config: Hugging Face name -> shape, in order, as `layer_tensors`."""
+    """{Hugging Face name: shape} of an unquantized model of this config, in forward order; stacked: `layer_tensors`."""
     s, block = shape_of(config), layer_tensors(config, stacked)
     tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (s.vocab, s.hidden)}
     for i in range(s.layers):

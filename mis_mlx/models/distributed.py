@@ -127,7 +127,7 @@ def broadcast_array(array: mx.array, root: int = 0) -> mx.array:
 
 
 def pass_on(arrays: Sequence[mx.array], i: int) -> None:
-    """arrays[i] to the next machine, which says `receive` now or later; waits until most of it has left."""
+    """arrays[i] to the next machine, if any, which says `receive` now or later; waits until most of it has left."""
     if rank() + 1 < size():
         _settled(mx.distributed.send(arrays[i], rank() + 1, stream=mx.cpu))
 

@@ -258,7 +258,7 @@ class Stream:
         return out
 
     def forward(self, batches: Batches, hidden: Hidden | None = None) -> Hidden:
-        """One pass: token ids [(B, T)] -> final hidden states [(B, T, D)], the resident model's bits; as `embed`."""
+        """One pass: ids [(B, T)] -> final hidden states [(B, T, D)], the resident model's to the bit. As `embed`."""
         hidden = self.embed(batches, hidden)
         for _, block in self.blocks():
             self.through(block, hidden)

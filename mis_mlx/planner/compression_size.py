@@ -28,15 +28,14 @@ UPDATE_ARRAYS = 2  # a clipped gradient; what else an update makes is written ov
 STATE_BYTES, GRADIENT_BYTES = 16, 4  # of a trained parameter: weight, gradient and two moments, float32
 
 
-def vocabulary(teacher: ModelSize, length: int) -> StageCost:
+def vocabulary(t: ModelSize, length: int) -> StageCost:
     """Ask a teacher with all of its tokens which it expects: final states of all windows, then logits and their
     probabilities, a chunk at a time."""
-    tokens, vocab = VOCABULARY_WINDOWS * length, teacher.shape.vocab
-    p = streamed_pass("vocabulary", teacher, tokens, length, length, head=False, spool=False)
-    head = teacher.head_work + max(teacher.making_head, 2 * 4 * chunk_rows(vocab) * vocab)
-    head += tokens * teacher.shape.hidden * teacher.item
-    flops = estimates.forward_flops(teacher, tokens, length)
-    return replace(p, peak_bytes=max(p.peak_bytes, head), read_bytes=p.read_bytes + teacher.head_bytes, flops=flops)
+    tokens, vocab = VOCABULARY_WINDOWS * length, t.shape.vocab
+    p = streamed_pass("vocabulary", t, tokens, length, length, head=False, spool=False)
+    head = tokens * t.shape.hidden * t.item + t.head_work + max(t.making_head, 2 * 4 * chunk_rows(vocab) * vocab)
+    flops = estimates.forward_flops(t, tokens, length)
+    return replace(p, peak_bytes=max(p.peak_bytes, head), read_bytes=p.read_bytes + t.head_bytes, flops=flops)
 
 
 def prune(job: DistillationSpec, limit: int) -> StageCost:

@@ -205,9 +205,9 @@ class MemoryPlan:
         return next((p.pinned for p in self.phases if p.name == "distil"), 0)
 
 
-def in_parts(job: DistillationSpec, mode: Mode) -> bool:
-    """Whether the student is repaired block by block in float32 files. A mixture's routers find room in memory."""
-    return mode in ("sharded", "none") and not job.student.shape.experts
+def in_parts(job: DistillationSpec, mode: Mode) -> int:
+    """Bytes of a number in the files in which a student is repaired block by block; 0: in memory, as all mixtures."""
+    return 0 if job.student.shape.experts else {"sharded": 4, "none": 2}.get(mode, 0)
 
 
 def ways(job: DistillationSpec) -> Iterator[tuple[Mode, int, int]]:
@@ -229,7 +229,7 @@ def one(
     phases = [prune(job, left), *([store(job, left)] if job.targets == "cached" else [])]
     whole = mode in TRAINED_WHOLE
     if job.reconstruct_samples:
-        phases.append(repair_parts(job, left, 2 if mode == "none" else 4) if in_parts(job, mode) else repair(job))
+        phases.append(repair_parts(job, left, item) if (item := in_parts(job, mode)) else repair(job))
     if mode == "resident":
         phases.append(resident(job, micro, left))
     elif mode != "none":

@@ -129,7 +129,8 @@ def refit(
         if onwards:
             hidden[b] = out
             entered.append(into)
-    block.mlp.down_proj, sums, out, into = linear, [], None, None  # the last products are as large as the fit
+    block.mlp.down_proj = linear
+    del sums, out, into  # the last products are as large as the fit
     update, error = fit.judged(judge)
     weight = mx.array((np.array(linear.weight.astype(mx.float32), np.float64) + update).astype(np.float32))
     linear.weight = weight.astype(linear.weight.dtype)
