@@ -18,7 +18,6 @@ from mis_mlx.hardware import memory, rates
 from mis_mlx.hardware.thermal import governor, run_monitor, thermal_monitor
 from mis_mlx.models import arch, load, policy, resolve
 from mis_mlx.reporting import progress, text
-from mis_mlx.storage.files import DISK, need_place
 from mis_mlx.types import MOST, MisError, Reading, Row, Seconds, Seed, Within
 
 IDLE_S = 5.0  # of rest, whose power is taken off
@@ -40,8 +39,6 @@ class Settings(cli.Budgeted, policy.Computing, run_monitor.ThermalFlags):
     """seconds of rest before each trial; 30 or more for a laptop without a fan"""
     seed: Seed = 0
     """chooses the texts"""
-    out: str | None = None
-    """a JSON file for the result and every trial; it has the finished ones from the first round on"""
 
 
 def measure(
@@ -63,12 +60,7 @@ class Bench:
     """One run: the models by name, and the trials that are finished."""
 
     def __init__(self, s: Settings):
-        cli.check_ranges(s)
         self.s, self.r = s, rounds.Request(s.prompt_tokens, s.generation_tokens)
-        if s.out and not Path(s.out).absolute().parent.is_dir():
-            raise MisError(f"--out {s.out}: {Path(s.out).parent} is no folder: make it first, or give another one")
-        if s.out:
-            need_place("--out", s.out, "file")
         folders = [resolve.resolve_model(m).path for m in s.model or [None]]
         if len(set(folders)) < len(folders):
             raise MisError(f"{len(folders)} models given, {len(set(folders))} different ones: give each once")
@@ -92,20 +84,12 @@ class Bench:
             with progress.bar("trials", total) as show:
                 for at, (name, done) in enumerate(every, 1):
                     self.done.setdefault(name, []).append(done)
-                    self.write()
                     show(at, f"{name}: {1 / done.tpot_s:.1f} tokens/s")
         except KeyboardInterrupt:
             if not self.done:
                 raise
             self.stopped = True
             cli.say(f"stopped by hand: {sum(map(len, self.done.values()))} of {total} trials are kept")
-
-    def write(self, result: dict[str, Any] | None = None) -> None:
-        """The trials so far in the file --out, if one is wanted, and at last the result."""
-        if self.s.out:
-            kept = ("stamps_s", "cached_s", "peak_bytes")
-            every = {n: [{k: getattr(t, k) for k in kept} for t in done] for n, done in self.done.items()}
-            DISK.replace_text(Path(self.s.out), json.dumps({**(result or {}), "trials": every}) + "\n")
 
     def fixed(self) -> dict[str, Any]:
         """What the same command with the same seed gives again: sizes, texts, tokens."""
@@ -160,9 +144,7 @@ def run(settings: Settings) -> dict[str, Any]:
     for flag in hot:
         cli.say(f"these times measure more than the model ({flag}): let it cool, close other programs, use --delay 30")
     result = {**fixed, "machine": rates.about(), "hot": hot, "stopped": bench.stopped}
-    result |= {"measured": {"models": measured, "roof": asdict(at)}}
-    bench.write(result)
-    return result
+    return {**result, "measured": {"models": measured, "roof": asdict(at)}}
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ def _settled(
     there is no room, with the guesses of a draft."""
     if room is None:
         model, _ = mlx_generate.open_model(checkpoint.path)
-        return mlx_generate.checked(model, ids, s.max_tokens, str(checkpoint.path)), lambda: checkpoint.nbytes
+        stream.load_checked(model, f"{checkpoint.path}: ")
+        coming = mlx_generate.greedy(model, ids, s.max_tokens, where=str(checkpoint.path))
+        return ([token] for token in coming), lambda: checkpoint.nbytes
     big = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), room, direct)
     guesser = stream.Stream(small, policy.compute_dtype(small), None) if small else None
     coming = streamed_decode.decode(big, ids, s.max_tokens, ends, guesser, s.num_draft_tokens + 1)
@@ -60,7 +62,6 @@ def run(settings: Settings) -> dict[str, Any]:
     """The command: text to stdout as it is settled, its cost at the end."""
     s = settings
     policy.use(s.compute_dtype)
-    cli.check_ranges(s)
     checkpoint = load.open_checkpoint(resolve.resolve_model(s.model).path)
     small = comparison.same_vocabulary(checkpoint, load.open_checkpoint(s.draft_model)) if s.draft_model else None
     tokenizer = load.tokenizer(checkpoint.path)

@@ -165,7 +165,7 @@ OUTS: dict[str, tuple[str, str, dict[str, Any]]] = {  # command: (its flag, what
     "evaluate": ("out", "folder", {**DRY, "tasks": ("sums",)}),
     "export": ("out", "new", DRY),
     **dict.fromkeys(("prune", "quantize"), ("mlx_path", "new", {})),
-    **dict.fromkeys(("bench", "report"), ("out", "file", {})),
+    "report": ("out", "file", {}),
     "doctor": ("out", "new", {}),
     "thermal": ("file", "new", {}),
 }

@@ -403,7 +403,8 @@ def test_choices_are_all_that_meet_the_limits() -> None:
     tried = set()
     for layers, ffn, heads, hidden, vocab in itertools.product(*(few[axis] for axis in shape_search.CUTS)):
         try:
-            shape = arch.target_shape(SMOLLM2, {}, layers=layers, ffn=ffn, heads=heads, hidden=hidden)
+            kv = heads // 3  # whole groups go
+            shape = arch.target_shape(SMOLLM2, {}, layers=layers, ffn=ffn, heads=heads, kv_heads=kv, hidden=hidden)
         except MisError:
             continue
         if limit.cost(shape := replace(shape, vocab=vocab), 3.5) <= 45_000_000:
@@ -420,6 +421,16 @@ def test_choices_are_all_that_meet_the_limits() -> None:
     assert usual and {choice.bpw for choice in usual} == {4.5}
     named = limits.params_limit(SMOLLM2, "0.667x")
     assert all(choice.bpw == 4.5 for choice in shape_search.choices(SMOLLM2, few, [named], True))
+
+
+def test_heads_go_with_their_keys_where_the_number_allows_it() -> None:
+    """Three heads a group: six are two groups. Seven a group: twelve are six of each, seven are one group."""
+    groups = shape_of(SMOLLM2)
+    assert [shape_search.kv_heads(groups, n) for n in (9, 6, 3)] == [3, 2, 1]
+    assert [shape_search.kv_heads(replace(groups, heads=14, kv_heads=2), n) for n in (14, 12, 7, 6)] == [2, 2, 1, 2]
+    assert [shape_search.kv_heads(replace(groups, heads=4, kv_heads=1), n) for n in (4, 3)] == [1, 1]
+    flags = search.flags_of(Choice(replace(groups, heads=6, kv_heads=2), 4.5), groups)
+    assert arch.target_shape(SMOLLM2, {}, heads=flags["heads"], kv_heads=flags["kv_heads"]).heads == 6
 
 
 def test_losses_by_pencil() -> None:
@@ -514,7 +525,8 @@ def test_every_kind_has_students_that_loaders_take(kind: str) -> None:
     found = list(shape_search.choices(config, sizes_of, [limits.bytes_limit(config, "200KB")], True))
     assert found
     for shape, _ in found:
-        assert arch.target_shape(config, {}, **{a: getattr(shape, a) for a in shape_search.CUTS[:-1]}) == shape
+        sizes = {a: getattr(shape, a) for a in (*shape_search.CUTS[:-1], "kv_heads")}
+        assert arch.target_shape(config, {}, **sizes) == shape
     if kind == "qwen2":
         assert {(x.shape.heads, x.shape.hidden) for x in found} == {(4, 64)}
 

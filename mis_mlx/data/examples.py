@@ -64,7 +64,8 @@ def load(
             raise MisError(f"there are no tasks called {unknown[0]}: known are {', '.join(known)}")
         train, valid = ([one for one in part if one[0]["task"] in kinds] for part in (train, valid))
     if not valid:
-        keys = [_prompt(row) for row, _ in train]
+        asked = ([m for m in row.get("messages", ()) if m["role"] != "assistant"] for row, _ in train)
+        keys = [json_sha256(row.get("prompt", other)) for (row, _), other in zip(train, asked, strict=True)]
         train, valid = rows.split_off(train, keys)
         if not valid:
             raise MisError(f"{len(train)} rows with {len(set(keys))} prompts: nothing can be held out: add valid.jsonl")
@@ -103,11 +104,6 @@ def _licence(folder: Path) -> str:
     """The beginning of a licence file beside the data; empty where there is none."""
     files = sorted(p for p in folder.iterdir() if re.fullmatch(r"(?i)licen[cs]e(\.\w+)?", p.name) and p.is_file())
     return " ".join(files[0].read_text("utf-8", errors="replace").split())[:LICENCE_CHARACTERS] if files else ""
-
-
-def _prompt(row: rows.Row) -> str:
-    """What was asked: equal prompts stay on one side of a split."""
-    return json_sha256(row["prompt"] if "prompt" in row else [m for m in row["messages"] if m["role"] != "assistant"])
 
 
 def _scrubbed(value: Any, removed: Counter[str]) -> Any:

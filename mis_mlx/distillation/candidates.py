@@ -164,8 +164,10 @@ class Candidates:
         return Losses(before, points)
 
     def _probe(self, axis: str, size: int) -> float:
-        sizes: dict[str, Any] = {axis: size}
-        shape = replace(shape_of(self.run.teacher.config), **sizes)
+        before, sizes = shape_of(self.run.teacher.config), {axis: size}
+        if axis == "heads":
+            sizes["kv_heads"] = shape_search.kv_heads(before, size)
+        shape = replace(before, **sizes)
 
         def measured() -> dict[str, Any]:
             reader = self.reader(shape.vocab)

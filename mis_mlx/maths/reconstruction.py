@@ -45,10 +45,10 @@ class NormalEquations:
         return a.T @ a, a.T @ r, r
 
     def add(self, gram: mx.array, cross: mx.array, missing: mx.array) -> None:
-        """One batch's `products`."""
-        self.gram += np.array(gram)
-        self.cross += np.array(cross)
-        self.before += float(np.square(np.array(missing), dtype=np.float64).sum())
+        """One batch's `products`, of which no copy is made."""
+        self.gram += np.asarray(gram)
+        self.cross += np.asarray(cross)
+        self.before += float(np.square(np.asarray(missing), dtype=np.float64).sum())
 
     def left(self, update: np.ndarray) -> float:
         """The share of the weighted squared error that remains with an update U (D, F); 1 where there is none."""

@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mis_mlx import cli
 from mis_mlx.models import load, policy, tokenizer_check
 from mis_mlx.models.config import shape_of
-from mis_mlx.models.stream import NotNumbers, evaluate_now, load_checked
+from mis_mlx.models.stream import NotNumbers, evaluate_now
 
 Sampler = Callable[[mx.array], mx.array]  # log-probabilities (B, V) -> tokens (B,)
 PROMPTS = {"English": "The for statement is used to", "Polish": "Baca wyszedł rano z owcami na halę i"}
@@ -59,20 +59,14 @@ def continuation(model: nn.Module, tokenizer: Any, prompt: str, count: int) -> s
     return tokenizer.decode(list(itertools.takewhile(lambda token: token not in tokenizer.eos_token_ids, tokens)))
 
 
-def greedy(model: nn.Module, ids: Any, count: int, cache: list[Any] | None = None) -> Iterator[int]:
-    """The `count` tokens that mlx_lm's own loop puts after the token ids `ids`."""
-    generate_step = load.mlx_lm("generate").generate_step
-    return (int(token) for token, _ in generate_step(mx.array(ids), model, max_tokens=count, prompt_cache=cache))
-
-
-def checked(model: nn.Module, ids: Any, count: int, where: str) -> Iterator[list[int]]:
-    """As `greedy`, of a model whose weights are looked at first and whose answers are on the way. NotNumbers."""
-    dtype = load_checked(model, f"{where}: ").model.norm.weight.dtype
-    generate_step = load.mlx_lm("generate").generate_step
-    for token, logps in generate_step(mx.array(ids), model, max_tokens=count):
-        if mx.isnan(logps).any().item():
-            raise NotNumbers(f"{where}: the model gives values that are not numbers", dtype)
-        yield [int(token)]
+def greedy(model: nn.Module, ids: Any, count: int, cache: list[Any] | None = None, where: str = "") -> Iterator[int]:
+    """The `count` tokens that mlx_lm's own loop puts after the token ids `ids`. where: looks at all logits, and names
+    the model in a NotNumbers."""
+    step = load.mlx_lm("generate").generate_step
+    for token, logps in step(mx.array(ids), model, max_tokens=count, prompt_cache=cache):
+        if where and mx.isnan(logps).any().item():
+            raise NotNumbers(f"{where}: the model gives values that are not numbers", model.model.norm.weight.dtype)
+        yield int(token)
 
 
 def samples(folders: Mapping[str, Path], count: int) -> Iterator[dict[str, str]]:

@@ -72,7 +72,8 @@ def repair(job: DistillationSpec) -> StageCost:
     there is room for, in training and held-out ones each, of which a step gathers some more; then a pass goes on."""
     m, length, tokens = job.student, job.max_seq_length, job.reconstruct_samples * job.max_seq_length
     small = streamed_pass("", m, tokens, length, length, head=False, spool=False)
-    beside, read = small.peak_bytes, m.nbytes
+    bodies = (each.body_bytes(estimates.workspace_bytes(each, length, length)) for each in (job.teacher, m))
+    beside, read = small.peak_bytes - min(bodies), m.nbytes  # they take turns
     if m.shape.experts:
         each = m.shape.experts * m.shape.hidden * m.item  # of what all say to a token
         said = 2 * min(tokens * each, ROUTER_BYTES)
@@ -83,7 +84,7 @@ def repair(job: DistillationSpec) -> StageCost:
         beside += fit_bytes + (4 * m.shape.layers * m.shape.hidden + tokens * m.item) * m.shape.ffn
         flops = m.shape.layers * fit_flops
     big = streamed_pass("repair", job.teacher, tokens, length, length, head=False, spool=False, beside_bytes=beside)
-    return replace(big, read_bytes=big.read_bytes + read, flops=big.flops + small.flops + flops)
+    return replace(big, read_bytes=big.read_bytes + read, flops=big.flops + small.flops + flops, alike=True)
 
 
 def repair_parts(job: DistillationSpec, limit: int, item: int) -> StageCost:
@@ -190,6 +191,7 @@ def _sensed(then: StageCost, m: ModelSize, windows: int, length: int, limit: int
     spooled = (windows - held) * window * m.shape.layers
     return replace(
         then,
+        alike=True,
         read_bytes=then.read_bytes + 2 * m.nbytes + spooled,
         written_bytes=then.written_bytes + spooled,
         peak_bytes=max(then.peak_bytes, peak + held * window * m.shape.layers),

@@ -81,7 +81,7 @@ def directions(teacher: Checkpoint, batches: stream.Batches, hidden: Callable[[]
     sums over batches float64. hidden: makes a place for the hidden states of a pass."""
     moments = np.zeros((shape_of(teacher.config).hidden,) * 2)
     for _, x in _entering(teacher, batches, hidden()):
-        moments += np.array(x.T @ x)
+        moments += np.asarray(x.T @ x)
     basis = np.ascontiguousarray(np.linalg.eigh(moments)[1][:, ::-1])  # by falling eigenvalue
     turn = mx.array(basis.astype(np.float32))
     held: dict[str, np.ndarray] = {}

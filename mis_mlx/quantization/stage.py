@@ -112,7 +112,7 @@ def _grams(block: nn.Module, args: Any, hidden: Hidden, axes: Sequence[str], whe
         for axis, product in products.items():
             if not mx.isfinite(product).all().item():
                 raise MisError(f"{where}{'.'.join(places[axis])} meets values that are not finite: use plain rounding")
-            sums[axis] += np.array(product)
+            sums[axis] += np.asarray(product)
     for axis, tap in taps.items():
         part, name = places[axis]
         block[part][name] = tap.inner
