@@ -60,6 +60,7 @@ class Bench:
     """One run: the models by name, and the trials that are finished."""
 
     def __init__(self, s: Settings):
+        cli.check_ranges(s)
         self.s, self.r = s, rounds.Request(s.prompt_tokens, s.generation_tokens)
         folders = [resolve.resolve_model(m).path for m in s.model or [None]]
         if len(set(folders)) < len(folders):

@@ -201,6 +201,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """The command: read, draw, write; again and again when watching."""
     s = settings
     figures.need()
+    cli.check_ranges(s)
     folders = [Path(name) for name in s.run]
     if not folders:
         configs = list(Path("runs").glob(f"*/{run_folder.CONFIG}"))

@@ -56,6 +56,7 @@ class Doctor:
 
 def run(settings: Record | Replay | Doctor) -> dict[str, Any]:
     """What the chosen command found, as JSON allows it."""
+    cli.check_ranges(settings)
     if not isinstance(s := settings, Doctor):
         return record(s) if isinstance(s, Record) else replay_decisions(s)
     with Monitor(replay=s.thermal_replay, given_ambient_c=s.temperature_c, altitude_m=s.altitude_m) as monitor:
