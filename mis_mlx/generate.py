@@ -50,8 +50,8 @@ def _settled(
     if room is None:
         model, _ = mlx_generate.open_model(checkpoint.path)
         stream.load_checked(model, f"{checkpoint.path}: ")
-        coming = mlx_generate.greedy(model, ids, s.max_tokens, where=str(checkpoint.path))
-        return ([token] for token in coming), lambda: checkpoint.nbytes
+        tokens = mlx_generate.greedy(model, ids, s.max_tokens, where=str(checkpoint.path))
+        return ([token] for token in tokens), lambda: checkpoint.nbytes
     big = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), room, direct)
     guesser = stream.Stream(small, policy.compute_dtype(small), None) if small else None
     coming = streamed_decode.decode(big, ids, s.max_tokens, ends, guesser, s.num_draft_tokens + 1)

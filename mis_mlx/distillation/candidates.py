@@ -164,7 +164,8 @@ class Candidates:
         return Losses(before, points)
 
     def _probe(self, axis: str, size: int) -> float:
-        before, sizes = shape_of(self.run.teacher.config), {axis: size}
+        sizes: dict[str, Any] = {axis: size}
+        before = shape_of(self.run.teacher.config)
         if axis == "heads":
             sizes["kv_heads"] = shape_search.kv_heads(before, size)
         shape = replace(before, **sizes)
