@@ -122,9 +122,9 @@ ARMS: dict[str, Arm] = {
     "ffn-fisher": short("neurons", cut=cut(**WHOLE, ffn=768), ranked="fisher"),
     "ffn-random": short("neurons", cut=cut(**WHOLE, ffn=768), ranked="random"),
     # Which heads, nine to six; which kv group, three to two; which hidden channels.
-    "heads-activation": short("heads", cut=cut(**WHOLE, heads=6)),
-    "heads-fisher": short("heads", cut=cut(**WHOLE, heads=6), ranked="fisher"),
-    "heads-random": short("heads", cut=cut(**WHOLE, heads=6), ranked="random"),
+    "heads-activation": short("heads", cut=cut(**WHOLE, heads=6, kv_heads=3)),
+    "heads-fisher": short("heads", cut=cut(**WHOLE, heads=6, kv_heads=3), ranked="fisher"),
+    "heads-random": short("heads", cut=cut(**WHOLE, heads=6, kv_heads=3), ranked="random"),
     "kv-activation": short("heads", cut=cut(**WHOLE, kv_heads=2)),
     "hidden-ranked": short("hidden", cut=cut(**WHOLE, hidden=432)),
     "hidden-pca": short(

@@ -5,8 +5,9 @@
 
 Models of random weights, of SmolLM2-135M's shape but for `parameters`, where the shapes are of 0.5 and 1.5 B models
 with 152 thousand tokens, and of a 7 B model packed in 4 bits, which is cut and rounded, not trained. Along each axis
-all else is as in the cell that they share: 4 windows of 128 tokens for each use, two steps of two windows, 2 GiB.
-`budget`: from what forces parts to what holds all. `tokens`: of a window.
+all else is as in the cell that they share: 4 windows of 128 tokens for each use, two steps of two windows, 2 GiB (of
+1.5 B 3 and of 7 B 8, for their heads in float32). `budget`: from what forces parts to what holds all. `tokens`: of a
+window.
 
 Every cell is one process; before each phase the system is told to count the process's largest resident set anew
 (Linux). Bytes are those that the process asked the system for, whether from the disk or the page cache. A slope is that
@@ -50,7 +51,8 @@ UNTRAINED = {"train": "none", "reconstruct_samples": 0, "q_method": "round"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "135M": ("135M", {}), **{f"135M, {size}": ("135M", {"budget": size}) for size in ("600MiB", "1GiB", "5GiB")},
     **{f"135M, windows of {n}": ("135M", {"max_seq_length": n}) for n in (64, 256, 512)},
-    "0.5B": ("0.5B", {}), "1.5B": ("1.5B", {"reconstruct_samples": 0}), "7B, untrained": ("7B", UNTRAINED),
+    "0.5B": ("0.5B", {}), "1.5B": ("1.5B", {"reconstruct_samples": 0, "budget": "3GiB"}),
+    "7B, untrained": ("7B", {**UNTRAINED, "budget": "8GiB"}),
 }  # fmt: skip
 AXES: dict[str, dict[str, float]] = {
     "parameters": {"135M": 135e6, "0.5B": 494e6, "1.5B": 1.54e9, "7B, untrained": 7.1e9},

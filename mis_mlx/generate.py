@@ -62,6 +62,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """The command: text to stdout as it is settled, its cost at the end."""
     s = settings
     policy.use(s.compute_dtype)
+    cli.check_ranges(s)
     checkpoint = load.open_checkpoint(resolve.resolve_model(s.model).path)
     small = comparison.same_vocabulary(checkpoint, load.open_checkpoint(s.draft_model)) if s.draft_model else None
     tokenizer = load.tokenizer(checkpoint.path)

@@ -148,7 +148,7 @@ def rank(s: Settings, c: Candidates, within: Sequence[Choice], sizes: shape_sear
 def flags_of(choice: Choice, before: Shape) -> dict[str, Any]:
     """Settings of `distill` that make this student."""
     group = shape_search.group_of(choice.shape)
-    sizes = {a: n for a in (*shape_search.CUTS, "kv_heads") if (n := getattr(choice.shape, a)) != getattr(before, a)}
+    sizes = {a: n for a in shape_search.CUTS if (n := getattr(choice.shape, a)) != getattr(before, a)}
     cut = {a: str(n) if a == "vocab" else n for a, n in sizes.items()}
     return {"scenario": "none", **cut, "target_bpw": choice.bpw, **({"q_group_size": group} if group != 64 else {})}
 

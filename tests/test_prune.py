@@ -67,6 +67,7 @@ def test_every_kind_along_every_axis_it_can(
     if kind != "qwen2":
         axes |= {"heads": 2, "hidden": 48}
     prune.run(replace(small, model=str(models(kind).path), mlx_path=str(tmp_path / "s"), **axes))
+    axes |= {"kv_heads": 1} if "heads" in axes else {}  # a whole group goes
     student = load.open_checkpoint(tmp_path / "s")
     assert shape_of(student.config) == replace(shape_of(models(kind).config), **axes)
     model, _ = load.mlx_lm("utils").load(str(tmp_path / "s"))
@@ -122,8 +123,9 @@ def pencil_statistics() -> Statistics:
 def test_who_stays_by_pencil() -> None:
     """The least block goes; the best neurons of each kept layer stay; one head of each group; top channels."""
     cut = select.PruningConfig(
-        scenario="none", layers=2, ffn=256, heads=2, hidden=32, hidden_by="importance", importance="activation"
-    )
+        scenario="none", layers=2, ffn=256, heads=2, kv_heads=2, hidden=32, hidden_by="importance",
+        importance="activation",
+    )  # fmt: skip
     shape, keep = select.select_units(tiny.CONFIG, pencil_statistics(), cut)
     assert keep.layers == (0, 2) and shape.layers == 2
     assert keep.kept[0, "ffn"] == tuple(range(256)) and keep.kept[2, "ffn"] == tuple(range(2, 258))

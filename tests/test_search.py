@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx import distill, search
+from mis_mlx import cli, distill, search
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import candidates, finalists
@@ -109,7 +109,7 @@ def test_the_table_says_what_the_log_holds(done: tuple[Path, Done], llama: Check
             assert all("±" in cell for cell in lines[label]) and all(len(r[metric]) == 6 for r in records)
     assert all(np.mean(r["kl_distilled"]) < np.mean(r["kl_pruned"]) for r in records)
     before = shape_of(llama.config)
-    shapes = [replace(before, **{a: r[a] for a in shape_search.CUTS}) for r in records]
+    shapes = [replace(before, **{a: r[a] for a in (*shape_search.CUTS, "kv_heads")}) for r in records]
     names = [f"{shape_search.words(x, before)}, {r['bits']:.2f} bits" for x, r in zip(shapes, records, strict=True)]
     assert next(x for x in run.stdout.splitlines() if x.startswith("| | ")) == f"| | {' | '.join(names)} |"
 
@@ -323,9 +323,8 @@ def test_times_are_measured_on_the_teacher_and_on_finalists(
     for flag in ("decode", "ttft"):
         limit = limits.time_limit(deep.config, f"--{flag}", "1.2x", Timing(**stored[flag]), 64)
         for record in result["candidates"]:
-            assert (
-                limit.cost(replace(shape_of(deep.config), **{a: record[a] for a in shape_search.CUTS}), 0) <= limit.most
-            )
+            sizes = {a: record[a] for a in (*shape_search.CUTS, "kv_heads")}
+            assert limit.cost(replace(shape_of(deep.config), **sizes), 0) <= limit.most
         assert stored[flag]["block_s"] > 0 <= stored[flag]["rest_s"]
         assert all(each["seconds"][flag] > 0 for each in result["finalists"])
     out = capsys.readouterr().out
@@ -424,13 +423,19 @@ def test_choices_are_all_that_meet_the_limits() -> None:
 
 
 def test_heads_go_with_their_keys_where_the_number_allows_it() -> None:
-    """Three heads a group: six are two groups. Seven a group: twelve are six of each, seven are one group."""
+    """Three heads a group: six are two groups. Seven a group: twelve are six of each, seven are one group. What is
+    recommended is taken by `distill`, and makes that shape. One group: a part of it goes."""
     groups = shape_of(SMOLLM2)
-    assert [shape_search.kv_heads(groups, n) for n in (9, 6, 3)] == [3, 2, 1]
-    assert [shape_search.kv_heads(replace(groups, heads=14, kv_heads=2), n) for n in (14, 12, 7, 6)] == [2, 2, 1, 2]
-    assert [shape_search.kv_heads(replace(groups, heads=4, kv_heads=1), n) for n in (4, 3)] == [1, 1]
-    flags = search.flags_of(Choice(replace(groups, heads=6, kv_heads=2), 4.5), groups)
-    assert arch.target_shape(SMOLLM2, {}, heads=flags["heads"], kv_heads=flags["kv_heads"]).heads == 6
+    assert [arch.kv_heads(groups, n) for n in (9, 6, 3)] == [3, 2, 1]
+    assert [arch.kv_heads(replace(groups, heads=14, kv_heads=2), n) for n in (14, 12, 7, 6)] == [2, 2, 1, 2]
+    choice = Choice(replace(groups, heads=6, kv_heads=2, layers=20), 4.5)
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in search.flags_of(choice, groups).items()]
+    asked = cli.parse(distill.Settings, given)
+    assert select.wanted_shape(SMOLLM2, asked) == choice.shape
+    assert "kv_heads" in choice.sizes and "6h2" in choice.name
+    few, single = ({**SMOLLM2, "num_attention_heads": 20, "num_key_value_heads": n} for n in (4, 1))
+    heads = [shape_search.axis_sizes({**of, "hidden_size": 1280}, ("heads",), ())["heads"] for of in (few, single)]
+    assert heads == [(5, 10, 20), (5, 8, 10, 16, 20)]  # transformers wants heads that divide the hidden size
 
 
 def test_losses_by_pencil() -> None:
@@ -440,12 +445,14 @@ def test_losses_by_pencil() -> None:
     points = {"layers": [(20, 0.36), (25, 0.09)], "heads": [(6, 1.0)], "vocab": [(24_576, 0.05)],
               "bits": [(3.5, 0.4), (4.5, 0.1)]}  # fmt: skip
     losses = Losses(before, points)
-    choice = Choice(replace(before, layers=15, heads=3, vocab=24_576), 4.0)
+    choice = Choice(replace(before, layers=15, heads=3, kv_heads=1, vocab=24_576), 4.0)
     assert losses.by_axis(choice) == pytest.approx({"layers": 0.81, "heads": 4.0, "vocab": 0.05, "bits": 0.25})
     assert losses.raw(choice) == pytest.approx(5.11)
     left = shape_search.LEFT
     expected = 0.81 * left["layers"] + 4.0 * left["heads"] + 0.05 * left["vocab"] + 0.25 * left["bits"]
     assert losses.expected(choice) == pytest.approx(expected)
+    parts = Choice(replace(choice.shape, kv_heads=3), 4.0)  # of every group
+    assert losses.expected(parts) == pytest.approx(expected + 4.0 * (shape_search.PART_LEFT - left["heads"]))
     assert losses.raw(Choice(before, 4.5)) == pytest.approx(0.1)
 
 

@@ -167,7 +167,7 @@ class Candidates:
         sizes: dict[str, Any] = {axis: size}
         before = shape_of(self.run.teacher.config)
         if axis == "heads":
-            sizes["kv_heads"] = shape_search.kv_heads(before, size)
+            sizes["kv_heads"] = arch.kv_heads(before, size)
         shape = replace(before, **sizes)
 
         def measured() -> dict[str, Any]:
@@ -177,7 +177,7 @@ class Candidates:
             with tempfile.TemporaryDirectory(prefix=".tmp-candidate-", dir=self.run.folder) as place:
                 return {"nats": finite(self._kl(self.prune(shape, Path(place) / "pruned"), reader))}
 
-        nats = once(self.run, PROBES, {"axis": axis, "size": size}, measured)["nats"]
+        nats = once(self.run, PROBES, {"axis": axis, "size": size, "kv_heads": shape.kv_heads}, measured)["nats"]
         return WORST if nats is None else float(nats)
 
     def _kl(self, student: Checkpoint, reader: Reader) -> float:

@@ -78,19 +78,16 @@ class Peak:
 
 
 def cache_bytes(limit_bytes: int, gpu: bool) -> int:
-    """Freed memory that MLX may keep within a budget. On a CPU a step takes as long with none as with 2 GiB."""
-    return min(GIB, limit_bytes // 4) if gpu else min(64 * 2**20, limit_bytes // 16)
+    """Freed memory that MLX may keep within a budget: none on a CPU, where a step takes as long as with 2 GiB. On Metal
+    it is emptied before arrays and cache pass MLX's limit."""
+    return min(GIB, limit_bytes // 4) if gpu else 0
 
 
 def process_bytes(limit_bytes: int, gpu: bool | None = None) -> int:
     """What a process takes of a budget beside its arrays: what Python and libraries grow by (measured on a CPU: 13 to
-    20 MiB, whatever the model; of budgets under 144 MiB, met in tests only, a sixth), and MLX's cache, which on Metal
-    is emptied before arrays and cache pass MLX's limit. gpu: as this process computes, if not said."""
+    20 MiB, whatever the model; of budgets under 144 MiB, met in tests only, a sixth). gpu: as this process computes, if
+    not said."""
     gpu = mx.default_device() == mx.gpu if gpu is None else gpu
-    return _grown(limit_bytes, gpu) + (0 if gpu else cache_bytes(limit_bytes, gpu))
-
-
-def _grown(limit_bytes: int, gpu: bool) -> int:
     return min(GROWN_METAL_BYTES if gpu else GROWN_BYTES, limit_bytes // 6)
 
 
@@ -105,7 +102,7 @@ def limited(limit: Budget, wired_bytes: int = 0, device: Any = mx) -> Iterator[N
         with suppress(OSError, ValueError):  # macOS has a limit of its own on this limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     gpu = device.default_device() == device.gpu
-    memory = device.set_memory_limit(limit.limit_bytes - _grown(limit.limit_bytes, gpu))
+    memory = device.set_memory_limit(limit.limit_bytes - process_bytes(limit.limit_bytes, gpu))
     cache = device.set_cache_limit(cache_bytes(limit.limit_bytes, gpu))
     most, wired = _recommended(device), None
     # Never more than Metal recommends, that would be fatal. MIS_MLX_WIRE=0: kernel panics, mlx issue 3186.

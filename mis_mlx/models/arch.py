@@ -179,6 +179,13 @@ def count(flag: str, asked: str | None, of: int, what: str) -> int | None:
     return int(wanted)
 
 
+def kv_heads(before: Shape, heads: int) -> int:
+    """Key-value heads beside so many query heads: where the number allows it whole groups go, after which a model ends
+    nearer to its teacher than with a part of each gone (SmolLM2, 9 to 6: 3.354 nats for 3.424)."""
+    each = before.heads // before.kv_heads
+    return before.kv_heads if heads % each else heads // each
+
+
 def target_shape(config: Mapping[str, Any], ratios: Mapping[str, float], **exact: int | None) -> Shape:
     """The student's shape: each axis by scenario ratio, or exactly as given.
 
@@ -199,6 +206,8 @@ def target_shape(config: Mapping[str, Any], ratios: Mapping[str, float], **exact
         elif axis in ratios:
             most, unit = before // step[axis], step[axis]  # the nearest multiple; of what is smaller than one, all
             sizes[axis] = min(max(round(before * ratios[axis] / unit), 1), most) * unit or before
+    if exact.get("heads") and exact.get("kv_heads") is None:
+        sizes["kv_heads"] = kv_heads(s, sizes["heads"])
     kv, each = sizes["kv_heads"], s.heads // s.kv_heads
     if exact.get("heads") is None and "heads" not in ratios:
         sizes["heads"] = each * kv

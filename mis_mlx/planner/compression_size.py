@@ -59,9 +59,10 @@ def prune(job: DistillationSpec, limit: int) -> StageCost:
 
 def refit(m: ModelSize, tokens: int, workspace: int = 0) -> tuple[int, float]:
     """(bytes, operations) of a closed-form fit: normal equations and held-out ones; beside them what a block's pass
-    takes and float32 batches of products, then what solving makes of the sums."""
+    takes and float32 batches of products, then what solving makes of the sums, and the block where it is a copy."""
     f, d, item = m.shape.ffn, m.shape.hidden, np.dtype(precision(m.shape.ffn)).itemsize
-    nbytes = max(4 * estimates.together(m) * f * (f + d) + workspace, f * (item * f + max(2 * item, 16) * d))
+    solving = f * (item * f + max(2 * item, 16) * d) + (0 if m.as_stored or not workspace else m.block_work)
+    nbytes = max(4 * estimates.together(m) * f * (f + d) + workspace, solving)
     solved = (len(RIDGES) + 1) * f * f * (2 / 3 * f + 4 * d)
     return 2 * item * f * (f + d) + nbytes, 2.0 * tokens * f * (f + d) + solved
 
@@ -84,7 +85,7 @@ def repair(job: DistillationSpec) -> StageCost:
         beside += fit_bytes + (4 * m.shape.layers * m.shape.hidden + tokens * m.item) * m.shape.ffn
         flops = m.shape.layers * fit_flops
     big = streamed_pass("repair", job.teacher, tokens, length, length, head=False, spool=False, beside_bytes=beside)
-    return replace(big, read_bytes=big.read_bytes + read, flops=big.flops + small.flops + flops, alike=True)
+    return replace(big, read_bytes=big.read_bytes + read, flops=big.flops + small.flops + flops)
 
 
 def repair_parts(job: DistillationSpec, limit: int, item: int) -> StageCost:
@@ -191,7 +192,6 @@ def _sensed(then: StageCost, m: ModelSize, windows: int, length: int, limit: int
     spooled = (windows - held) * window * m.shape.layers
     return replace(
         then,
-        alike=True,
         read_bytes=then.read_bytes + 2 * m.nbytes + spooled,
         written_bytes=then.written_bytes + spooled,
         peak_bytes=max(then.peak_bytes, peak + held * window * m.shape.layers),

@@ -123,7 +123,6 @@ class StageCost:
     spooled_bytes: int = 0
     held_tokens: int = 0  # whose hidden states stay in memory
     updated: int = 0  # parameters that the optimizer changes, in all steps together
-    alike: bool = False  # arrays come again in the same sizes, so MLX's cache is empty when most is held (measured)
 
     def seconds(self, at: rates.Rates, hot: bool = False) -> float:
         """What takes longest: the disk, the arithmetic, or fetching weights from memory; they overlap. The

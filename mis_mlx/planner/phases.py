@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mis_mlx.hardware.memory import cache_bytes, process_bytes
+from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.models import arch
 from mis_mlx.planner import compression_size, estimates
@@ -240,8 +240,7 @@ def one(
     optional = tuned is None and job.rounding.q_iters is None
     phases += [p for p in extra if not optional or p.peak_bytes + own <= limit]
     phases.append(measure(job, max(p.peak_bytes for p in phases) + own, limit))
-    cache = 0 if job.teacher.gpu else cache_bytes(left, gpu=False)
-    phases = [replace(p, peak_bytes=p.peak_bytes + own - p.alike * cache) for p in phases]
+    phases = [replace(p, peak_bytes=p.peak_bytes + own) for p in phases]
     return MemoryPlan(job, limit, rates, mode, micro, shard, tuple(phases))
 
 

@@ -42,14 +42,14 @@ def reconstruct(
     target, own = big.embed(batches, place()), small.embed(batches, place())
     marching, mixed = groups(big, keep, target), bool(family(student.config).experts)
     mended, left = dict[str, mx.array](), list[float]()
-    for j, block in small.blocks():
-        next(marching)
+    for _, (j, block) in zip(marching, small.blocks(), strict=True):  # the teacher's first
         if mixed:
             weight, error = heal(small, block, own, target)
         else:
             weight, error = refit(block, small.args, own, target, columns, onwards=not spool)
         if spool or mixed:
             small.through(block, own)
+        block.clear()
         small.finite(own[0])
         if error < 1.0:
             (put or mended.__setitem__)(f"model.layers.{j}.{mended_name(student)}", weight)
@@ -72,6 +72,7 @@ def groups(teacher: stream.Stream, keep: KeptUnits, hidden: Hidden) -> Iterator[
     for j, end in enumerate([*keep.layers[1:], teacher.layers]):
         for _, block in itertools.islice(blocks, end - done):
             teacher.through(block, hidden)
+            block.clear()  # its weights are not to lie beside a fit
         done = end
         yield j
 

@@ -49,7 +49,7 @@ class PruningConfig(ThermalFlags, VocabularyConfig):
     """how experts are ranked: by gate times norm of output, mean over the tokens that choose one (reap, with the
     weather under aais); by how many choose it; by lot"""
     heads: Count | None = None
-    """keep this many query heads"""
+    """keep this many query heads, in whole groups with their key-value head where the number allows it"""
     kv_heads: Count | None = None
     """keep this many key-value heads, with their query heads"""
     hidden: Count | None = None

@@ -27,6 +27,7 @@ FORMS = {
     "experts": "{} experts",
     "ffn": "FFN {}",
     "heads": "{} heads",
+    "kv_heads": "{} kv heads",
     "hidden": "hidden {}",
     "vocab": "{:,} tokens",
 }
@@ -35,6 +36,7 @@ Sizes = Mapping[str, Sequence[int]]  # of every axis, rising, the teacher's last
 # steps, rounded by gptq); layers, heads, hidden: less a third of each, from pruned to distilled (benchmarks/README.md).
 # vocab: that loss is told on text like that which chose the tokens; five texts of other kinds lose 5 times as much
 # (24,576 and 12,288 tokens: 0.017 and 0.087 bits a byte). All of SmolLM2-135M, one seed.
+PART_LEFT = 0.30  # of heads, where a part of every group goes
 LEFT = {"layers": 0.33, "ffn": 0.28, "heads": 0.64, "hidden": 0.72, "vocab": 5.0, "bits": 0.42}
 
 
@@ -46,14 +48,14 @@ class Choice(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Short, and a file name: '20l-1280f-9h-576d-49152v-4.50b'."""
+        """Short, and a file name: '20l-1280f-9h3-576d-49152v-4.50b'."""
         s = self.shape
-        return f"{s.layers}l-{s.ffn}f-{s.heads}h-{s.hidden}d-{s.vocab}v-{self.bpw:.2f}b"
+        return f"{s.layers}l-{s.ffn}f-{s.heads}h{s.kv_heads}-{s.hidden}d-{s.vocab}v-{self.bpw:.2f}b"
 
     @property
     def sizes(self) -> dict[str, int | float]:
         """By axis, for a log."""
-        return {**{axis: getattr(self.shape, axis) for axis in CUTS}, "bits": self.bpw}
+        return {**{axis: getattr(self.shape, axis) for axis in (*CUTS, "kv_heads")}, "bits": self.bpw}
 
 
 def words(shape: Shape, before: Shape) -> str:
@@ -85,23 +87,16 @@ def axis_sizes(config: Mapping[str, Any], axes: Sequence[str], vocab: Sequence[i
         fits = [n for n in steps_of if n >= LEAST_SHARE * whole and _shape(config, {axis: n})]
         if axis == "heads":
             fits = [n for n in fits if n * s.head_dim % group == 0]
+            fits = [n for n in fits if n % (s.heads // s.kv_heads) == 0] or fits  # whole groups, if there are several
         at = np.linspace(0, max(0, len(fits) - 1), min(SIZES, len(fits))).round().astype(int)
         sizes[axis] = (*(fits[i] for i in np.unique(at)), whole)
     return sizes | {"vocab": (*sorted(vocab), s.vocab) if "vocab" in axes else (s.vocab,)}
 
 
-def kv_heads(before: Shape, heads: int) -> int:
-    """Key-value heads that so many query heads keep. Where the number allows it whole groups go, which loses less than
-    a part of each (9 heads to 6 of SmolLM2: 3.716 nats for 5.125, distilled 3.354 for 3.424) and takes keys along."""
-    each = before.heads // before.kv_heads
-    return before.kv_heads if heads % each else heads // each
-
-
 def _shape(config: Mapping[str, Any], sizes: Mapping[str, int]) -> Shape | None:
     """The teacher's shape cut to these sizes; None where no loader accepts it."""
-    before = shape_of(config)
     try:
-        return arch.target_shape(config, {}, **sizes, kv_heads=kv_heads(before, sizes.get("heads", before.heads)))
+        return arch.target_shape(config, {}, **sizes)
     except MisError:
         return None
 
@@ -147,7 +142,8 @@ class Losses:
 
     def expected(self, choice: Choice) -> float:
         """What should be left of that once it has learned."""
-        return sum(LEFT[axis] * value for axis, value in self.by_axis(choice).items())
+        left = LEFT if choice.shape.kv_heads < self.before.kv_heads else LEFT | {"heads": PART_LEFT}
+        return sum(left[axis] * value for axis, value in self.by_axis(choice).items())
 
 
 def choices(config: Mapping[str, Any], sizes: Sizes, within: Sequence[limits.Limit], bits: bool) -> list[Choice]:

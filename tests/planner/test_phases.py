@@ -150,7 +150,8 @@ def test_the_repair_of_parts_by_pencil() -> None:
     assert p.read_bytes == 6 * BIG.block_bytes + SMALL.nbytes
     assert p.written_bytes == 4 * (arch.params(SMALL.config) + 4 * b)
     half = compression_size.repair_parts(job, GIB, 2)
-    assert 2 * half.written_bytes == p.written_bytes and half.peak_bytes < p.peak_bytes
+    assert 2 * half.written_bytes == p.written_bytes
+    assert half.peak_bytes == p.peak_bytes  # two slots of half the size, and a block's float32 copy beside the solving
     width = 64 * 4 + 64 * 4
     assert (p.held_tokens, p.spooled_bytes) == (128, 0) and (poor.held_tokens, poor.spooled_bytes) == (0, 128 * width)
     assert p.peak_bytes - poor.peak_bytes == 128 * width

@@ -228,7 +228,8 @@ def test_the_command_writes_an_ordinary_folder(
         )
     )  # fmt: skip
     student = load.open_checkpoint(tmp_path / "s")
-    assert shape_of(student.config) == replace(shape_of(models(kind).config), layers=2, ffn=256, heads=2, hidden=48)
+    made = replace(shape_of(models(kind).config), layers=2, ffn=256, heads=2, kv_heads=1, hidden=48)
+    assert shape_of(student.config) == made
     assert student.tensors.keys() == arch.tensors_of(student.config).keys()
     assert np.isfinite(stock(student, mx.array([[1, 2, 3]]))).all()
     keep = model_writer.read_keep(tmp_path / "s")
