@@ -18,6 +18,7 @@ from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import live_teacher, sharded, train_loop
 from mis_mlx.distillation.run_loop import CheckpointedTraining, OpenRun
+from mis_mlx.hardware import memory
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, load, lora, model_writer, stream
@@ -73,6 +74,7 @@ class Run(OpenRun):
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Write down what the phase that the plan knows by this name takes; also when it is stopped on the way."""
+        memory.give_back()
         began = train_loop.CLOCK.monotonic()
         self.peak.note(mx.get_peak_memory())
         mx.reset_peak_memory()
@@ -135,7 +137,6 @@ def source_of(c: Run) -> live_teacher.TargetSource:
             show=show, together=bool(c.shares),
         )  # fmt: skip
     cli.say(*store.notes, f"logit store: {store.bytes_per_token:.0f} bytes a token; losses are of sampled targets")
-    mx.clear_cache()
     return live_teacher.Cached(store, at)
 
 

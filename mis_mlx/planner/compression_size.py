@@ -73,8 +73,8 @@ def repair(job: DistillationSpec) -> StageCost:
     there is room for, in training and held-out ones each, of which a step gathers some more; then a pass goes on."""
     m, length, tokens = job.student, job.max_seq_length, job.reconstruct_samples * job.max_seq_length
     small = streamed_pass("", m, tokens, length, length, head=False, spool=False)
-    bodies = (each.body_bytes(estimates.workspace_bytes(each, length, length)) for each in (job.teacher, m))
-    beside, read = small.peak_bytes - min(bodies), m.nbytes  # they take turns
+    theirs, own = (each.body_bytes(estimates.workspace_bytes(each, length, length)) for each in (job.teacher, m))
+    beside, read = small.peak_bytes, m.nbytes
     if m.shape.experts:
         each = m.shape.experts * m.shape.hidden * m.item  # of what all say to a token
         said = 2 * min(tokens * each, ROUTER_BYTES)
@@ -82,6 +82,7 @@ def repair(job: DistillationSpec) -> StageCost:
         flops = 2.0 * min(tokens, said // (2 * each)) * m.shape.layers * m.block_params
     else:
         fit_bytes, fit_flops = refit(m, tokens)
+        beside -= min(theirs, own + fit_bytes)  # they take turns
         beside += fit_bytes + (4 * m.shape.layers * m.shape.hidden + tokens * m.item) * m.shape.ffn
         flops = m.shape.layers * fit_flops
     big = streamed_pass("repair", job.teacher, tokens, length, length, head=False, spool=False, beside_bytes=beside)

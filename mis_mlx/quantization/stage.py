@@ -80,7 +80,11 @@ def rounded_blocks(
                 if gram is None or kind.bits >= ENOUGH_BITS:
                     rounded = [rounding.nearest(w, kind.group, kind.bits) for w in whole]
                 else:
-                    rounded = _together(whole, gram, kind.group, kind.bits)
+                    # Rows do not know of each other.
+                    every = [np.array(w) for w in whole]
+                    parts = rounding.compensated(np.concatenate(every), gram, kind.group, kind.bits)
+                    ends = np.cumsum([len(w) for w in every])[:-1].tolist()
+                    rounded = list(zip(*(mx.split(part, ends) for part in parts), strict=True))
                 for path, packed in zip(same, rounded, strict=True):
                     linear = linears[path]
                     linear.weight = rounding.values(packed, kind.group, kind.bits).astype(linear.weight.dtype)
@@ -117,10 +121,3 @@ def _grams(block: nn.Module, args: Any, hidden: Hidden, axes: Sequence[str], whe
         part, name = places[axis]
         block[part][name] = tap.inner
     return sums
-
-
-def _together(weights: Sequence[mx.array], gram: np.ndarray, group: int, bits: int) -> list[rounding.Packed]:
-    """Matrices [(out, in)] with the same inputs, rounded in one go: rows do not know of each other."""
-    parts = rounding.compensated(np.concatenate([np.array(w) for w in weights]), gram, group, bits)
-    ends = np.cumsum([len(w) for w in weights])[:-1].tolist()
-    return list(zip(*(mx.split(part, ends) for part in parts), strict=True))  # type: ignore[arg-type]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import psutil
 import pytest
 
@@ -134,3 +136,15 @@ def test_the_peak_is_the_footprint_on_a_mac(fake_apple: FakeApple, monkeypatch: 
     fake_apple.footprint(0, 0)  # it refuses: the resident set
     now, most = memory.held_bytes()
     assert MIB < now <= most + MIB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS gives freed memory back by itself")
+def test_freed_memory_goes_back() -> None:
+    """200 MiB in pieces too small for pages of their own, with a living one at the end, which keeps the heap up."""
+    before = memory.held_bytes()[0]
+    pieces = [np.ones(12_800) for _ in range(2048)]  # 100 KiB
+    top = np.ones(12_800)
+    assert memory.held_bytes()[0] > before + 150 * MIB
+    del pieces
+    memory.give_back()
+    assert memory.held_bytes()[0] < before + 50 * MIB and top.sum() == 12_800
