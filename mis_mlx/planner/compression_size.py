@@ -30,10 +30,10 @@ STATE_BYTES, GRADIENT_BYTES = 16, 4  # of a trained parameter: weight, gradient 
 
 def vocabulary(t: ModelSize, length: int) -> StageCost:
     """Ask a teacher with all of its tokens which it expects: final states of all windows, then logits and their
-    probabilities, a chunk at a time."""
+    probabilities, a chunk at a time, beside what is left of the chunk before (measured)."""
     tokens, vocab = VOCABULARY_WINDOWS * length, t.shape.vocab
     p = streamed_pass("vocabulary", t, tokens, length, length, head=False, spool=False)
-    head = tokens * t.shape.hidden * t.item + t.head_work + max(t.making_head, 2 * 4 * chunk_rows(vocab) * vocab)
+    head = tokens * t.shape.hidden * t.item + t.head_work + max(t.making_head, 3 * 4 * chunk_rows(vocab) * vocab)
     flops = estimates.forward_flops(t, tokens, length)
     return replace(p, peak_bytes=max(p.peak_bytes, head), read_bytes=p.read_bytes + t.head_bytes, flops=flops)
 

@@ -78,7 +78,7 @@ def test_a_stopped_run_goes_on(llama: Checkpoint) -> None:
 
 def test_a_small_budget_gives_the_same_marks(llama: Checkpoint) -> None:
     """Blocks are read again for every part where they do not fit; the numbers stay."""
-    task, sha256, little, much = quiz(40), answering.sha256(llama), Budget(int(7.9 * MIB)), Budget(1000 * MIB)
+    task, sha256, little, much = quiz(40), answering.sha256(llama), Budget(int(7.77 * MIB)), Budget(1000 * MIB)
     poor, rich = (answering.plan(llama, sha256, task, limit) for limit in (little, much))
     assert poor and rich and poor.peak_bytes <= 8 * MIB and poor.pinned == 0 < rich.pinned
     assert poor.read_bytes > 5 * rich.read_bytes == 5 * llama.nbytes
