@@ -181,13 +181,14 @@ def _sensed(then: StageCost, m: ModelSize, windows: int, length: int, limit: int
     head = m.head_work + 2 * estimates.logit_bytes(m.shape.vocab, length, not m.gpu)
     # In one lane 0.2 to 0.8 of it were measured, in two 0.4 to 1.2; the workspace in `one` is free by then.
     back = (1 + estimates.together(m)) * estimates.backward_bytes(m.config, 1, length) // 2
-    back = max(0, back - estimates.workspace_bytes(m, length, length))
+    back = max(0, back - (workspace := estimates.workspace_bytes(m, length, length)))
     s, formats = m.shape, len(BITS)
     seen = 4 * length * (4 * s.hidden + 2 * (s.heads + s.kv_heads) * s.head_dim + 3 * s.ffn)
     batch = min(windows, max(1, max(HELD_BYTES, 4 * m.block_params) // seen))
     slab = (2 * batch + 4) * 4 * min(SLAB, s.ffn * s.hidden)
     sensed = back + (4 + 4 * m.gpu) * m.block_params + batch * seen + slab
-    peak = one.peak_bytes + max(head, sensed) + 2 * windows * window  # the head is gone before the way back
+    # The workspace is gone at the head, and the head before the way back.
+    peak = one.peak_bytes + max(head - workspace, sensed) + 2 * windows * window
     touched = windows * (12 + 4 * formats) + math.ceil(windows / batch) * 20 * formats
     held = min(windows, estimates.room(limit, peak, m.gpu) // (window * m.shape.layers))
     spooled = (windows - held) * window * m.shape.layers
