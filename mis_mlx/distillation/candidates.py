@@ -164,15 +164,13 @@ class Candidates:
         return Losses(before, points)
 
     def _probe(self, axis: str, size: int) -> float:
-        sizes: dict[str, Any] = {axis: size}
-        before = shape_of(self.run.teacher.config)
-        if axis == "heads":
-            sizes["kv_heads"] = arch.kv_heads(before, size)
-        shape = replace(before, **sizes)
+        config = self.run.teacher.config
+        fewer = axis == "vocab"
+        shape = replace(shape_of(config), vocab=size) if fewer else arch.target_shape(config, {}, **{axis: size})
 
         def measured() -> dict[str, Any]:
             reader = self.reader(shape.vocab)
-            if axis == "vocab":
+            if fewer:
                 return {"nats": finite(reader.lost)}
             with tempfile.TemporaryDirectory(prefix=".tmp-candidate-", dir=self.run.folder) as place:
                 return {"nats": finite(self._kl(self.prune(shape, Path(place) / "pruned"), reader))}

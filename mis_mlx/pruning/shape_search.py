@@ -36,8 +36,8 @@ Sizes = Mapping[str, Sequence[int]]  # of every axis, rising, the teacher's last
 # steps, rounded by gptq); layers, heads, hidden: less a third of each, from pruned to distilled (benchmarks/README.md).
 # vocab: that loss is told on text like that which chose the tokens; five texts of other kinds lose 5 times as much
 # (24,576 and 12,288 tokens: 0.017 and 0.087 bits a byte). All of SmolLM2-135M, one seed.
-PART_LEFT = 0.30  # of heads, where a part of every group goes
 LEFT = {"layers": 0.33, "ffn": 0.28, "heads": 0.64, "hidden": 0.72, "vocab": 5.0, "bits": 0.42}
+PART_LEFT = 0.30  # of heads, where a part of every group goes
 
 
 class Choice(NamedTuple):

@@ -33,7 +33,8 @@ def mixed(
     """(a format for every matrix, at most `how.target_bpw` bits per weight; what was found, for a JSON).
 
     Token ids [(B, T)]. kept: as in `backward_pass.backwards`."""
-    nats = costs(checkpoint, batches, group := how.q_group_size, rounding.BITS, seed, kept)
+    check(how.target_bpw, group := how.q_group_size)
+    nats = costs(checkpoint, batches, group, rounding.BITS, seed, kept)
     shapes = arch.tensors_of(checkpoint.config)
     sizes = {path: math.prod(shapes[f"{path}.weight"]) for path in nats}
     chosen = allocate(nats, sizes, (how.target_bpw or 0.0) - packed_format.Format(0, group).bits_per_weight)
