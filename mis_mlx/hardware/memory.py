@@ -17,6 +17,8 @@ from mis_mlx.types import GIB, Budget, MisError, gib
 DEFAULT_BYTES = 5 * GIB
 SHARE = 0.75  # of what is there: macOS and the browser want to live too
 GROWN_BYTES, GROWN_METAL_BYTES = 24 * 2**20, 150 * 2**20  # by Python and libraries; Metal's runtime: until measured
+# More of each lane that trains on a CPU: BLAS's buffer; holes in glibc's heap if all gradients are held at once
+TRAINED_BYTES, TRAINED_WHOLE_BYTES = 32 * 2**20, 80 * 2**20
 RUSAGE_V4, FOOTPRINT, MOST_FOOTPRINT = 4, 2 + 7, 2 + 28  # of proc_pid_rusage: its 64-bit words, a UUID first
 OPEN_FILES = 4096  # macOS allows 256 at first, which a model in many files is beyond
 WIRED_MARGIN_BYTES = 256 * 2**20  # beyond what a job needs, so that its last buffers are wired too
@@ -84,12 +86,12 @@ def cache_bytes(limit_bytes: int, gpu: bool) -> int:
     return min(GIB, limit_bytes // 4) if gpu else 0
 
 
-def process_bytes(limit_bytes: int, gpu: bool | None = None) -> int:
-    """What a process takes of a budget beside its arrays: what Python and libraries grow by (measured on a CPU: 13 to
-    20 MiB, whatever the model; of budgets under 144 MiB, met in tests only, a sixth). gpu: as this process computes, if
-    not said."""
+def process_bytes(limit_bytes: int, gpu: bool | None = None, trained_bytes: int = 0) -> int:
+    """What a process takes of a budget beside its arrays, a sixth of it at most: what Python and libraries grow by
+    (measured on a CPU: 13 to 20 MiB, whatever the model). gpu: as this process computes, if not said. trained_bytes:
+    more on a CPU, of all lanes that train."""
     gpu = mx.default_device() == mx.gpu if gpu is None else gpu
-    return min(GROWN_METAL_BYTES if gpu else GROWN_BYTES, limit_bytes // 6)
+    return min(GROWN_METAL_BYTES if gpu else GROWN_BYTES + trained_bytes, limit_bytes // 6)
 
 
 def give_back() -> None:

@@ -248,12 +248,9 @@ def flag(nbytes: int) -> str:
     return f"{math.ceil(nbytes / 2**20)}MiB"
 
 
-def enough(arrays: int, known: int = 0, gpu: bool | None = None) -> int:
-    """The smallest budget for so many bytes and what the process takes of the budget less `known`."""
-    least = arrays
-    for _ in range(20):  # the process's share grows, but slower
-        least = arrays + process_bytes(least - known, gpu)
-    return least
+def enough(arrays: int) -> int:
+    """The smallest budget for so many bytes and what the process takes beside them."""
+    return arrays + process_bytes(arrays + arrays // 5)
 
 
 def fit(budget: Budget, *phases: StageCost, other: str = ", or lower --max-seq-length or --batch-size") -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mis_mlx.hardware.memory import process_bytes
+from mis_mlx.hardware.memory import TRAINED_BYTES, TRAINED_WHOLE_BYTES, process_bytes
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.models import arch
 from mis_mlx.planner import compression_size, estimates
@@ -224,23 +224,24 @@ def one(
 ) -> MemoryPlan:
     """The plan of one way, fit or not. tuned: steps after rounding; None: as asked for, else the usual if they fit."""
     known = TENSOR_BYTES * job.teacher.tensors
-    left = max(0, limit - known)
+    left, lane = max(0, limit - known), TRAINED_WHOLE_BYTES if mode == "resident" else TRAINED_BYTES
     own = known + process_bytes(left, job.teacher.gpu)
+    more = known + process_bytes(left, job.teacher.gpu, estimates.together(job.student) * lane) - own
     phases = [prune(job, left), *([store(job, left)] if job.targets == "cached" else [])]
     whole = mode in TRAINED_WHOLE
     if job.reconstruct_samples:
         phases.append(repair_parts(job, left, item) if (item := in_parts(job, mode)) else repair(job))
     if mode == "resident":
-        phases.append(resident(job, micro, left))
+        phases.append(resident(job, micro, left - more))
     elif mode != "none":
-        phases.append(blocks(job, micro, left, mode == "lora") if whole else sharded(job, micro, shard))
+        phases.append(blocks(job, micro, left - more, mode == "lora") if whole else sharded(job, micro, shard))
     phases.append(compression_size.quantize(job.student, job.rounding, job.num_samples, job.max_seq_length, left))
     steps = job.rounding.steps(whole) if tuned is None else tuned
-    extra = [tune(job, micro, left, steps)] if steps else []
+    extra = [tune(job, micro, left - more, steps)] if steps else []
     optional = tuned is None and job.rounding.q_iters is None
-    phases += [p for p in extra if not optional or p.peak_bytes + own <= limit]
+    phases += [p for p in extra if not optional or p.peak_bytes + own + more <= limit]
     phases.append(measure(job, max(p.peak_bytes for p in phases) + own, limit))
-    phases = [replace(p, peak_bytes=p.peak_bytes + own) for p in phases]
+    phases = [replace(p, peak_bytes=p.peak_bytes + own + more * bool(p.updated)) for p in phases]
     return MemoryPlan(job, limit, rates, mode, micro, shard, tuple(phases))
 
 
@@ -255,8 +256,10 @@ def make(job: DistillationSpec, budget_bytes: int, rates: Rates) -> MemoryPlan:
 
 def least_bytes(job: DistillationSpec, rates: Rates) -> int:
     """The smallest budget in which some way of doing the job fits."""
-    arrays = min(one(job, 0, rates, *way).peak_bytes for way in ways(job))
-    return estimates.enough(arrays, TENSOR_BYTES * job.teacher.tensors, job.teacher.gpu)
+    least = 0
+    while (need := min(one(job, least, rates, *way).peak_bytes for way in ways(job))) > least:
+        least = need
+    return least
 
 
 def remedy(plan: MemoryPlan) -> str:

@@ -66,6 +66,9 @@ def test_resident_by_pencil() -> None:
     assert p.flops == 10 * (3 * forward_flops(SMALL, 384, 32) + forward_flops(BIG, 384, 32))
     assert p.read_bytes == SMALL.nbytes + BIG.head_bytes + 6 * BIG.block_bytes
     assert p.written_bytes == 4 * 12 * arch.params(SMALL.config) + SMALL.nbytes
+    own, more = 3 * 1024 * BIG.tensors, estimates.together(SMALL) * 80 * MIB  # with training's share of the process
+    arrays = phases.resident(JOB, 4, GIB - own - more).peak_bytes
+    assert p.peak_bytes == arrays + own + process_bytes(GIB - own) + more
     assert list(named(plan)) == ["prune", "distil", "quantize", "measure"]
     assert list(named(phases.make(replace(JOB, reconstruct_samples=2), GIB, M1_AIR)))[1] == "repair"
 
