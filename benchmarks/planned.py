@@ -8,7 +8,7 @@ Before each phase the system is told to count the process's largest resident set
 MLX's both count; the choice of tokens, which comes before the first phase, belongs to it, as in the plan. Planned and
 measured are of the process, less what it held before the run.
 
-Writes benchmarks/results/<machine>/planned.json.
+Writes benchmarks/results/<machine>/planned.json after every case, and goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -108,9 +108,10 @@ def main(s: Settings) -> None:
     """All cases; or a stretch of one."""
     if s.teacher and s.only and s.out:
         return stretch(s.only, s.teacher, Path(s.out))
-    found = {}
+    given = {"brief": BRIEF}
+    found = {} if s.only else laboratory.resumed("planned", given, ["cases"]).get("cases", {})
     with tempfile.TemporaryDirectory() as temp:
-        for name in [s.only] if s.only else CASES:
+        for name in [s.only] if s.only else [n for n in CASES if n not in found]:
             teacher = resolve.resolve_model(None).path
             if name.startswith("0.5"):
                 teacher = streaming.synthetic(Path(temp) / "half", HALF)
@@ -120,8 +121,8 @@ def main(s: Settings) -> None:
             for label, (planned, taken) in found[name]["phases"].items():
                 said = f"planned {planned / 2**20:.0f} MiB, took {taken / 2**20:.0f}: {planned / taken - 1:+.0%}"
                 cli.say(f"{name}, {label}: {said}")
-    if not s.only:
-        laboratory.write("planned", "scripts/mis benchmarks/planned.py", {"cases": found})
+            if not s.only:
+                laboratory.write("planned", "scripts/mis benchmarks/planned.py", {"given": given, "cases": found})
 
 
 if __name__ == "__main__":

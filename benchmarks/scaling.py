@@ -36,6 +36,7 @@ from planned import HALF, count_anew, largest
 from mis_mlx import cli, distill
 from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.pipeline import Run
+from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting.text import markdown_table
 
 SMALL = {"num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49_152,
@@ -74,13 +75,22 @@ class Settings:
 
 def cell(name: str, teacher: str, out: str) -> None:
     """Run it, and print {"mode", "phases": {phase: {"taken", "planned"}}}, each with what `COUNTED` names."""
-    phases, plain, mode = dict[str, Any](), Run.phase, list[str]()
-    me = psutil.Process()
+    phases, plain, mode, chosen = dict[str, Any](), Run.phase, list[str](), vocabulary.of_run
+    me, starts = psutil.Process(), dict[str, Any]()
+
+    def start(label: str) -> None:
+        count_anew()
+        starts[label] = train_loop.CLOCK.monotonic(), me.io_counters()
+
+    def of_run(*of: Any) -> Any:  # the choice of tokens, which the plan has in `prune`
+        start("prune")
+        return chosen(*of)
 
     @contextmanager
     def phase(course: Run, label: str) -> Iterator[None]:
-        count_anew()
-        began, before = train_loop.CLOCK.monotonic(), me.io_counters()
+        if label not in starts:
+            start(label)
+        began, before = starts[label]
         with plain(course, label):
             yield
         seconds, after = train_loop.CLOCK.monotonic() - began, me.io_counters()
@@ -93,6 +103,7 @@ def cell(name: str, teacher: str, out: str) -> None:
                          "planned": dict(zip(COUNTED, planned, strict=True))}  # fmt: skip
 
     Run.phase = phase  # type: ignore[method-assign,assignment]
+    vocabulary.of_run = of_run  # type: ignore[assignment]
     with redirect_stdout(sys.stderr):
         distill.run(replace(distill.Settings(teacher=teacher, out=out, **SHARED), **CASES[name][1]))
     print(json.dumps({"mode": mode[0], "phases": phases}))

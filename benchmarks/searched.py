@@ -25,7 +25,9 @@ def main(label: str, flags: list[str]) -> None:
     folder = search.UNDER / label
     asked = replace(cli.parse(search.Settings, flags), out=str(folder), resume=folder.exists())
     result = search.run(asked)
+    result["recommended"] = result.pop("command")
     kept = {name: value for name, value in result.items() if name not in PRIVATE}
+    kept["teacher_seconds"] = run_folder.stored_settings(folder, run_folder.PLAN)  # what limits of speed stand on
     command = " ".join(["scripts/mis benchmarks/searched.py", label, *flags])
     laboratory.write(f"search-{label}", command, {"axes": run_folder.records(folder / candidates.PROBES), **kept})
 

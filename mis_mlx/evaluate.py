@@ -196,6 +196,8 @@ def run(settings: Settings) -> dict[str, Any]:
     policy.use(s.compute_dtype)
     if s.out and distributed.is_main():
         need_place("--out", s.out)
+    if (s.out or s.dry_run) and not s.tasks:
+        raise MisError(f"{'--out' if s.out else '--dry-run'} goes with --tasks: name some, such as --tasks text")
     if s.kld and s.tasks:
         raise MisError("--kld and --tasks are two reports: give one of them")
     if s.kld and not s.students:

@@ -96,7 +96,7 @@ def limits_of(
         limits.append(limiting.params_limit(config, s.params or "0.667x"))
     speeds = _speeds(s, teacher, folder, budget) if s.timed_at else {}
     for flag, timed in speeds.items():
-        limits.append(limiting.time_limit(config, f"--{flag}", getattr(s, flag), timed, sum(s.timed_at[flag])))
+        limits.append(limiting.time_limit(config, f"--{flag}", getattr(s, flag), timed))
     return limits, speeds
 
 

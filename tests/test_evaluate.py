@@ -149,6 +149,8 @@ def test_refusals_of_tasks_are_sentences(tmp_path: Path, llama: Checkpoint, comm
     flags = ("--tasks", "logic", "maths-written", "--num-questions", 7, "--dry-run")
     found = last_line(command(*common, *flags))
     assert found["questions"] == {"logic": 7, "maths-written": 7} and found["peak_bytes"] > 0 and found["seconds"] > 0
+    assert "--out goes with --tasks: name some" in sentence(command(*common, "--out", tmp_path / "none"))
+    assert "--dry-run goes with --tasks" in sentence(command(*common, "--dry-run")) and not (tmp_path / "none").exists()
     assert "--kld and --tasks are two reports" in sentence(command(*common, "--kld", "--tasks", "logic"))
     assert "--num-questions is 1: give 2 or more" in sentence(
         command(*common, "--tasks", "logic", "--num-questions", 1)

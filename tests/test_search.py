@@ -321,11 +321,12 @@ def test_times_are_measured_on_the_teacher_and_on_finalists(
     result = search.run(s)
     stored = run_folder.stored_settings(tmp_path / "run", run_folder.PLAN)
     for flag in ("decode", "ttft"):
-        limit = limits.time_limit(deep.config, f"--{flag}", "1.2x", Timing(**stored[flag]), 64)
+        limit = limits.time_limit(deep.config, f"--{flag}", "1.2x", Timing(**stored[flag]))
         for record in result["candidates"]:
             sizes = {a: record[a] for a in (*shape_search.CUTS, "kv_heads")}
             assert limit.cost(replace(shape_of(deep.config), **sizes), 0) <= limit.most
         assert stored[flag]["block_s"] > 0 <= stored[flag]["rest_s"]
+        assert 0 < stored[flag]["attention_s"] <= stored[flag]["block_s"]
         assert all(each["seconds"][flag] > 0 for each in result["finalists"])
     out = capsys.readouterr().out
     assert "decode, times the teacher's" in out and "first token, times as soon as the teacher's" in out
@@ -339,10 +340,11 @@ def test_a_busy_machine_does_not_make_blocks_free(tmp_path: Path, monkeypatch: p
     clock = {4: 1.0, 2: 2.0}  # blocks left in the model -> seconds of a token
     monkeypatch.setattr(finalists.mlx_generate, "greedy", lambda model, *_: [clock[len(model.model.layers)]] * 5)
     monkeypatch.setattr(finalists.rounds, "clocked", lambda coming: (list(accumulate(coming)), []))
-    assert finalists.timed(deep, 0, 0) == Timing(0.25, 0.0)
+    monkeypatch.setattr(finalists, "_attention_seconds", lambda *_: 0.22)
+    assert finalists.timed(deep, 0, 0) == Timing(0.25, 0.0, 0.22)
     clock[2] = 0.6
-    assert finalists.timed(deep, 0, 0) == Timing(pytest.approx(0.2), pytest.approx(0.2))
-    assert finalists.timed(deep, 0, 32) == Timing(pytest.approx(0.2), pytest.approx(0.2))
+    assert finalists.timed(deep, 0, 0) == Timing(*[pytest.approx(0.2)] * 3)
+    assert finalists.timed(deep, 0, 32) == Timing(*[pytest.approx(0.2)] * 3)
 
 
 def test_bytes_and_memory_are_what_is_written(tmp_path: Path, llama: Checkpoint) -> None:
@@ -372,18 +374,37 @@ def test_memory_as_a_user_asks_for_it(llama: Checkpoint, command: Callable[..., 
 
 def test_times_by_pencil() -> None:
     """Half of the layers of a teacher that spends all of its time in blocks: twice as quick. A narrower stream
-    shortens what is not a block; keys and values weigh as much as weights; a prompt's products grow with its square."""
+    shortens what is not a block; fewer weights the block but for its attention; fewer heads that: those of queries
+    before the first token, those of keys for every token after it."""
     before, block = shape_of(SMOLLM2), 3_540_096
-    limit = limits.time_limit(SMOLLM2, "--decode", "2x", Timing(0.001, 0.0), 0)
+    limit = limits.time_limit(SMOLLM2, "--decode", "2x", Timing(0.001, 0.0))
     assert limit.most == pytest.approx(0.015) == limit.cost(replace(before, layers=15), 0)
-    rest = limits.time_limit(SMOLLM2, "--decode", "2x", Timing(0.0, 0.006), 0)
+    rest = limits.time_limit(SMOLLM2, "--decode", "2x", Timing(0.0, 0.006))
     assert rest.cost(replace(before, hidden=288), 0) == pytest.approx(0.003)
-    narrow, cut = arch.student_config(SMOLLM2, replace(before, ffn=512)), 3 * 1024 * 576
-    long = [limits.decode_work(config, 4096) for config in (narrow, SMOLLM2)]
-    cache = 2 * 4096 * 3 * 64
-    assert long[0] / long[1] == pytest.approx((block - cut + cache) / (block + cache))
-    prompt = [limits.prompt_work(config, 100) for config in (narrow, SMOLLM2)]
-    assert prompt[0] / prompt[1] == pytest.approx((block - cut + 100 * 576) / (block + 100 * 576))
+    shapes = (replace(before, ffn=512), replace(before, heads=6, kv_heads=1))
+    weights = [1 - 3 * 1024 * 576 / block, 1 - (2 * 3 * 64 * 576 + 2 * 2 * 64 * 576) / block]
+    for flag, heads in (("--decode", 1 / 3), ("--ttft", 2 / 3)):
+        slow = limits.time_limit(SMOLLM2, flag, "2x", Timing(0.004, 0.0, 0.001))
+        for shape, share, looked in zip(shapes, weights, (1, heads), strict=True):
+            assert slow.cost(shape, 0) == pytest.approx(30 * (0.003 * share + 0.001 * looked))
+
+
+def test_attention_is_timed_on_a_block_s_own_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt in mlx-lm's parts, each with all keys before it; a token with the whole cache."""
+    deep, seen, plain = tiny.make(tmp_path / "deep"), list[Any](), finalists.mx.fast.scaled_dot_product_attention
+
+    def watched(q: Any, k: Any, v: Any, **how: Any) -> Any:
+        seen.append((q.shape, k.shape, how["mask"]))
+        return plain(q, k, v, **how)
+
+    monkeypatch.setattr(finalists.rounds, "PREFILL", 48)
+    monkeypatch.setattr(finalists, "ROUNDS", 1)
+    model, _ = finalists.mlx_generate.open_model(deep)
+    monkeypatch.setattr(finalists.mx.fast, "scaled_dot_product_attention", watched)
+    assert finalists._attention_seconds(model, 0, 100) > 0 and finalists._attention_seconds(model, 9, 0) > 0
+    s = model.shape
+    sizes = [(48, 48, "causal"), (48, 96, "causal"), (4, 100, "causal"), (1, 10, None)]
+    assert seen == [((1, s.heads, n, s.head_dim), (1, s.kv_heads, m, s.head_dim), mask) for n, m, mask in sizes]
 
 
 EVERY = ("layers", "ffn", "heads", "hidden", "vocab", "bits")

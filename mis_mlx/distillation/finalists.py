@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from mis_mlx.distillation import pipeline
@@ -113,7 +115,23 @@ def timed(folder: Path, cached: int, prompt: int) -> Timing:
     block = whole / total  # all that there is: one block, or a machine too busy to tell half of the blocks from all
     if part < whole and half < total:
         block = min((whole - part) / (total - half), block)
-    return Timing(block, max(0.0, whole - total * block))
+    return Timing(block, max(0.0, whole - total * block), min(block, _attention_seconds(model, cached, prompt)))
+
+
+def _attention_seconds(model: Any, cached: int, prompt: int) -> float:
+    """What one block's queries take for their keys and values: those of a prompt, in mlx-lm's parts, or of a token."""
+    s, dtype = model.shape, model.model.norm.weight.dtype
+
+    def part(queries: int, keys: int) -> float:
+        q, k = (mx.zeros((1, *sizes, s.head_dim), dtype) for sizes in ((s.heads, queries), (s.kv_heads, keys)))
+        mx.eval(q, k)
+        began = time.perf_counter()
+        mx.eval(mx.fast.scaled_dot_product_attention(q, k, k, scale=1.0, mask="causal" if prompt else None))
+        return time.perf_counter() - began
+
+    starts = range(0, prompt, rounds.PREFILL)
+    parts = [(min(rounds.PREFILL, prompt - at), min(at + rounds.PREFILL, prompt)) for at in starts] or [(1, cached + 1)]
+    return sum(min(part(*one) for _ in range(ROUNDS)) for one in parts)
 
 
 def unstable(record: Mapping[str, Any]) -> str:

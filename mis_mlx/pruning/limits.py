@@ -87,10 +87,12 @@ def memory_limit(config: Mapping[str, Any], text: str, cached: int) -> Limit:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of the teacher, for a token or for a prompt, by two timings: one block, and all that is not a block."""
+    """Seconds of the teacher, for a token or for a prompt: one block, all that is not a block, and of the block what
+    queries take to look back on keys and values."""
 
     block_s: float
     rest_s: float
+    attention_s: float = 0.0
 
     def seconds(self, layers: int) -> float:
         """Of a model with so many such blocks."""
@@ -105,30 +107,18 @@ def speed(flag: str, text: str) -> float:
     return value
 
 
-def time_limit(config: Mapping[str, Any], flag: str, text: str, timed: Timing, tokens: int) -> Limit:
-    """'1.5x' the teacher's speed or more. A block's seconds grow with its WORK for so many tokens, the rest with the
-    width of the stream and the vocabulary."""
-    before, work = shape_of(config), WORK[flag]
-    whole = work(config, tokens)
+def time_limit(config: Mapping[str, Any], flag: str, text: str, timed: Timing) -> Limit:
+    """'1.5x' the teacher's speed or more. A block's seconds grow with its weights, but for attention's, which grow with
+    the heads that are looked back with or on; the rest with the width of the stream and the vocabulary."""
+    before, heads = shape_of(config), "heads" if flag == "--ttft" else "kv_heads"
+
+    def weights(shape: Shape) -> int:
+        return sum(map(math.prod, arch.layer_tensors(arch.student_config(config, shape)).values()))
 
     def cost(shape: Shape, _: float) -> float:
-        blocks = shape.layers * timed.block_s * work(arch.student_config(config, shape), tokens) / whole
-        return blocks + timed.rest_s * shape.hidden * shape.vocab / (before.hidden * before.vocab)
+        block = (timed.block_s - timed.attention_s) * weights(shape) / weights(before)
+        block += timed.attention_s * getattr(shape, heads) / getattr(before, heads)
+        return shape.layers * block + timed.rest_s * shape.hidden * shape.vocab / (before.hidden * before.vocab)
 
     teacher = cost(before, 0.0)
     return Limit(f"{flag} {text}", teacher / speed(flag, text), cost, lambda seconds: f"{teacher / seconds:.2f}x")
-
-
-def decode_work(config: Mapping[str, Any], tokens: int) -> float:
-    """Numbers that a block takes from memory for one token: weights, keys and values of so many tokens."""
-    s = shape_of(config)
-    return sum(map(math.prod, arch.layer_tensors(config).values())) + 2 * tokens * s.kv_heads * s.head_dim
-
-
-def prompt_work(config: Mapping[str, Any], tokens: int) -> float:
-    """Products of a block for a prompt of so many tokens, each of which looks back on half of them."""
-    s = shape_of(config)
-    return tokens * (sum(map(math.prod, arch.layer_tensors(config).values())) + tokens * s.heads * s.head_dim)
-
-
-WORK = {"--decode": decode_work, "--ttft": prompt_work}  # of a block, that its time grows with
