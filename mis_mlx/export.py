@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -117,7 +117,7 @@ def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
             programs.quantize(folder / STAGED, folder / file, wanted.upper())
             DISK.remove_tree(folder / STAGED)
             chosen = {t.name: t.tensor_type.name for t in gguf.GGUFReader(folder / file).tensors}  # by its own version
-            final = [replace(p, kind=chosen[p.name]) for p in parts]
+            final = [p._replace(kind=chosen[p.name]) for p in parts]
         notes[:0] = _facts(final, checkpoint, tally["inexact"])
         words = {"file": file, "template": facts.get("tokenizer.chat_template", ""), "stop": stop}
         DISK.write(folder / "Modelfile", f"{html.document('Modelfile', words)}\n".encode())

@@ -4,7 +4,7 @@ and bits chosen together."""
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -231,7 +231,7 @@ def run(settings: Settings) -> dict[str, Any]:
         cli.say(progress.promise(sum(seconds.values())))
     data, origin = run_loop.prepared(s, teacher)
     wired = made.peak_bytes if made.mode != "sharded" else 0
-    way = {flag: asdict(timed) for flag, timed in speeds.items()}
+    way = {flag: timed._asdict() for flag, timed in speeds.items()}
     opening = run_loop.open_run(s, folder, f"{UNDER.name}/{teacher.path.name}", origin, way, limit, wired)
     with progress.run("search", seconds), opening as place:
         ranking, judging = candidates.split(data.held_out, s.rank_windows, s.eval_windows)

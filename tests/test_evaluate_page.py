@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -91,7 +90,7 @@ def test_what_counting_tokens_gives_is_not_knowledge() -> None:
     """A teacher who does as well as a model to which all tokens are equally likely has nothing that can be recovered,
     however far above chance both are; one who does better has."""
     o = outcome(chance=0.25, teacher=60, student=58)
-    counted = replace(o, uniform=np.array([0.0, 1.0, 1.0, 0.5] * 25))
+    counted = o._replace(uniform=np.array([0.0, 1.0, 1.0, 0.5] * 25))
     assert o.recovered("student") and counted.recovered("student") is None
     assert "On sums the teacher is not better than a model to which all tokens are equally likely" in markdown(
         [counted]
@@ -99,7 +98,7 @@ def test_what_counting_tokens_gives_is_not_knowledge() -> None:
     assert "not better than chance" not in markdown([counted])
     assert "| sums | 100 | 25.0% | 50.0% | 62.5% |" in markdown([counted]) and "| sums | – |" in markdown([counted])
     assert counted.json()["uniform"] == 0.625 and o.json()["uniform"] is None
-    assert replace(o, uniform=np.full(N, 0.3)).recovered("student") == o.recovered("student")
+    assert o._replace(uniform=np.full(N, 0.3)).recovered("student") == o.recovered("student")
 
 
 def test_no_spread_is_not_certainty() -> None:

@@ -10,9 +10,8 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -33,8 +32,7 @@ PERSONAL: dict[str, str] = yaml.safe_load((Path(__file__).parent / "personal.yam
 Sequenced = tuple[np.ndarray, np.ndarray]  # token ids (T,) int32, learn (T,) float32: 1 on tokens to be predicted
 
 
-@dataclass(frozen=True)
-class Examples:
+class Examples(NamedTuple):
     """Rows to train on and held-out ones; for the run and the model card what they are; and what was done, in words."""
 
     train: Sequence[rows.Placed]

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -66,8 +66,7 @@ def vocabularies(teacher: Checkpoint) -> list[int]:
     return sorted(rows - {whole})
 
 
-@dataclass(frozen=True)
-class Reader:
+class Reader(NamedTuple):
     """The teacher with the vocabulary of some students, and the texts in its tokens. nats: a byte of the windows that
     rank. lost: how many more that are than with its own vocabulary."""
 

@@ -5,10 +5,10 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -145,8 +145,7 @@ def unstable(record: Mapping[str, Any]) -> str:
     return f"its KL rose from {before:.3f} to {after:.3f}" if after > before else ""
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """best: the stable finalist of fewest bits a byte once rounded. gap: of the next one above it, (mean, low, high)
     over the same windows. None where there is none. clear: the best is better by more than the noise, or alone."""
 

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 
@@ -34,8 +34,7 @@ MARK = {"en": "Answer", "pl": "Odpowiedź"}
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """`options` as they continue `context`; the `right`-th is it. Without options a model writes what `answer` says."""
 
     context: str

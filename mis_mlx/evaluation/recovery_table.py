@@ -1,8 +1,7 @@
 """The recovery table in Markdown, as a figure, and what it says in plain words. Knows marks, and no model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,8 +9,7 @@ from mis_mlx.maths.stats import interval, recovery
 from mis_mlx.reporting import figures, html
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """One task. marks: {model: (n,)}, the teacher first. chance (n,). constant: U Zośki's (share, answer). overlap: of
     `Known`. uniform (n,): expected marks of a model to which all tokens are equally likely. None: not known."""
 

@@ -8,9 +8,8 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import mlx.core as mx
@@ -34,8 +33,7 @@ WORDS = json.loads((Path(__file__).parent / "words.json").read_text("utf-8"))
 REWRAPPED, YARN, OWN = WORDS["rewrapped"], WORDS["yarn"], WORDS["own"]
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One tensor of the GGUF: its name there and here, shape (out, in), ggml's type.
     heads: of q and k, whose rows llama.cpp wants interleaved; 0 leaves the order. exact: MLX's packing re-wrapped."""
 
@@ -127,7 +125,7 @@ def rows(checkpoint: Checkpoint, part: Part, tally: Counter[str]) -> Iterator[np
     step = max(1, SLAB_BYTES // (4 * math.prod(shape[1:])))
     order = wheel_model.row_order(shape[0], part.heads) if part.heads else np.arange(shape[0])
     for source in experts.one_by_one(part.source, checkpoint.config):  # one, or several that are stacked
-        one, stem = replace(part, source=source, shape=shape), source.removesuffix(".weight")
+        one, stem = part._replace(source=source, shape=shape), source.removesuffix(".weight")
         stored = [n for n in (source, f"{stem}.scales", f"{stem}.biases") if n in checkpoint.tensors]
         raw = safetensors.lazy(checkpoint.tensors, stored)
         for at in range(0, shape[0], step):

@@ -4,7 +4,7 @@ The prompt is computed once for all of its answers, forwards and backwards, and 
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,8 +14,7 @@ from mis_mlx.models import load
 from mis_mlx.models.streamed_decode import positioned
 
 
-@dataclass(frozen=True)
-class Branches:
+class Branches(NamedTuple):
     """tokens (1, S): the prompt, then every answer without its last token. branch (1, S): 0 for the prompt, else 1, 2
     positions (S,): in its own text. at (B, T): which of S predicts a token; targets (B, T): that token; mask (B, T)."""
 

@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from mis_mlx.models import wheel_model
 from mis_mlx.storage import hub
@@ -13,8 +13,7 @@ DEFAULT, GEMMA = "HuggingFaceTB/SmolLM2-135M-Instruct", "gemma-3-270m"
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A model folder, and one line for people that says where it came from."""
 
     path: Path

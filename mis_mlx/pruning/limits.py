@@ -3,9 +3,8 @@
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from mis_mlx import cli
 from mis_mlx.models import arch
@@ -16,8 +15,7 @@ from mis_mlx.types import MisError, gib
 TENSOR_BYTES = 120  # in a file's header
 
 
-@dataclass(frozen=True)
-class Limit:
+class Limit(NamedTuple):
     """What a student may cost at the most: parameters, bytes, or seconds. cost: of a shape, whose weights have so many
     bits each. in_bytes: these count."""
 
@@ -85,8 +83,7 @@ def memory_limit(config: Mapping[str, Any], text: str, cached: int) -> Limit:
     return Limit(f"--memory {text}", cli.parse_bytes(text, "--memory"), cost, gib, in_bytes=True)
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """Seconds of the teacher, for a token or for a prompt: one block, all that is not a block, and of the block what
     queries take to look back on keys and values."""
 

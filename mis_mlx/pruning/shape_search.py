@@ -5,7 +5,7 @@ Arithmetic on configs. What is lost is told of each axis by itself and added up;
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,8 +107,7 @@ def probed(sizes: Sequence[int]) -> list[int]:
     return sorted({min(smaller, key=lambda n: abs(n - share * whole)) for share in (5 / 6, 2 / 3)} if smaller else ())
 
 
-@dataclass(frozen=True)
-class Losses:
+class Losses(NamedTuple):
     """Nats of KL a byte of text that a teacher loses by one axis alone: (size, nats) of some sizes of each."""
 
     before: Shape

@@ -12,9 +12,8 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import psutil
@@ -30,8 +29,7 @@ Arrays = Mapping[str, Mapping[str, mx.array]]  # by checkpoint file and name
 LEFTOVER = (".tmp-", ".trash-")
 
 
-@dataclass(frozen=True)
-class Saved:
+class Saved(NamedTuple):
     """A step whose every byte was verified. `notes`: sentences about newer ones that could not be used."""
 
     number: int

@@ -137,7 +137,7 @@ def test_a_uniform_model_takes_the_option_of_fewest_tokens(llama: Checkpoint) ->
 def test_a_question_too_long_is_named_before_any_is_asked(llama: Checkpoint) -> None:
     """The model reads 512 tokens."""
     task = quiz(4)
-    long = replace(task.questions[2], context="if the loop is true " * 300)
+    long = task.questions[2]._replace(context="if the loop is true " * 300)
     task = replace(task, questions=(*task.questions[:2], long, task.questions[3]))
     with pytest.raises(MisError, match=r"quiz question 3 takes \d+ tokens, .* reads 512: shorten or remove it"):
         answering.plan(llama, "0" * 64, task, memory.budget(None))

@@ -6,9 +6,8 @@ witness is no estimate, never a silent 20 °C. The priors are for a fanless M1 A
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,8 +22,7 @@ INSIDE_FLOOR_C = 1.5  # sensors in one case err together, so their number does n
 OUTLIER_SIGMAS = 3.0
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """Ambient temperature ± one standard deviation, and the witness or witnesses it is from."""
 
     celsius: float
@@ -55,7 +53,7 @@ class Ambient:
             # cannot outvote the sensors that feel it.
             moved = virtual - then if virtual is not None and then is not None else 0.0
             variance = estimate.sigma_c**2 + DRIFT_C2_PER_S * (now_s - at_s) + moved**2
-            witnesses.append(replace(estimate, sigma_c=math.sqrt(variance)))
+            witnesses.append(estimate._replace(sigma_c=math.sqrt(variance)))
         if virtual is not None:
             witnesses.append(Estimate(virtual + VIRTUAL_OFFSET_C, self._virtual_sigma_c, "SMC TVA0"))
         return fuse(witnesses)
