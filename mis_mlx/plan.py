@@ -10,13 +10,10 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
 from mis_mlx.models import arch, load, resolve
 from mis_mlx.models.config import MOST_EXPERTS, read_config, shape_of
-from mis_mlx.planner import compression_size, estimates, phases
-from mis_mlx.planner.recipe import PLAIN, DistillationConfig, QuantizationConfig, spec_of
-from mis_mlx.pruning import shape_search, vocabulary
-from mis_mlx.pruning.select import Scenario
+from mis_mlx.planner import compression_size, estimates, phases, recipe
+from mis_mlx.pruning import select, shape_search, vocabulary
 from mis_mlx.quantization import packed_format
-from mis_mlx.reporting import html
-from mis_mlx.reporting.text import aligned
+from mis_mlx.reporting import html, text
 from mis_mlx.types import Checkpoint, duration, gib
 
 LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
@@ -68,14 +65,14 @@ def disk_bytes(plan: phases.MemoryPlan) -> int:
 
 
 @dataclass(frozen=True)
-class Settings(cli.Budgeted, QuantizationConfig, DistillationConfig):
+class Settings(cli.Budgeted, recipe.QuantizationConfig, recipe.DistillationConfig):
     """What would `distill` take with these flags? Reads configs, computes, starts nothing."""
 
     teacher: str | None = None
     """folder (config.json is enough), hub id, mis-137b (the paper's), qwen3-30b-a3b; default: SmolLM2-135M-Instruct"""
     student: str | None = None
     """folder of a student pruned earlier; default: what --scenario gives"""
-    scenario: Scenario | None = None
+    scenario: select.Scenario | None = None
     """sizes as in `prune`; of mis-137b the default is goral, the paper's own student"""
     machine: Literal["here", "m1-air"] = "here"
     """m1-air: an 8 GB fanless laptop, by published figures"""
@@ -126,9 +123,9 @@ def run(settings: Settings) -> dict[str, Any]:
     config = opened.config if isinstance(opened, Checkpoint) else opened
     settings = replace(settings, **packed_format.of_mixture(config, settings))
     whole, (teacher, student) = estimates.model_of(opened, at.gpu), _pair(settings, opened, at.gpu)
-    job = spec_of(teacher, student, settings, settings if settings.quantize else PLAIN, shown=whole)
+    job = recipe.spec_of(teacher, student, settings, settings if settings.quantize else recipe.PLAIN, shown=whole)
     plan = phases.make(job, memory.budget(settings.budget_bytes, at.room_bytes).limit_bytes, at)
-    print(aligned(table(plan)))
+    print(text.aligned(table(plan)))
     if settings.machine == "here" and (said := battery(ThermalFlags())):
         print(f"\nThis machine is {said}.")
     return outcome(plan, name) | {

@@ -9,15 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mis_mlx import cli
-from mis_mlx.distillation import candidates, finalists, run_loop
-from mis_mlx.distillation.candidates import Candidates
-from mis_mlx.distillation.pipeline import Run
+from mis_mlx.distillation import candidates, finalists, pipeline, run_loop
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
-from mis_mlx.models import arch
+from mis_mlx.models import arch, families, policy
 from mis_mlx.models.config import Shape, shape_of
-from mis_mlx.models.families import family
-from mis_mlx.models.policy import Computing
 from mis_mlx.planner import compression_size, estimates, phases
 from mis_mlx.planner.recipe import DistillationConfig, spec_of
 from mis_mlx.pruning import limits as limiting
@@ -35,7 +31,7 @@ Axis = Literal["layers", "ffn", "heads", "hidden", "vocab", "bits"]
 
 
 @dataclass(frozen=True)
-class Settings(cli.Resumable, Computing, ThermalFlags, vocabulary.VocabularyConfig, DistillationConfig):
+class Settings(cli.Resumable, policy.Computing, ThermalFlags, vocabulary.VocabularyConfig, DistillationConfig):
     """What the student may cost at the most: one or more of --bytes, --memory, --params, --decode, --ttft; default:
     --params 0.667x."""
 
@@ -114,7 +110,7 @@ def _speeds(s: Settings, teacher: Checkpoint, folder: Path | None, budget: Budge
 
 def pairof(s: Settings, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Sizes of every axis that are tried, and what cannot be cut said."""
-    if family(teacher.config).experts:
+    if families.family(teacher.config).experts:
         raise MisError("a mixture of experts is cut by --experts of prune and distill: search chooses of dense models")
     config, whole = teacher.config, shape_of(teacher.config).vocab
     if s.mixed and not shape_search.group_of(shape_of(config)):
@@ -130,7 +126,7 @@ def pairof(s: Settings, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
     return sizes
 
 
-def rank(s: Settings, c: Candidates, within: Sequence[Choice], sizes: shape_search.Sizes) -> list[Choice]:
+def rank(s: Settings, c: candidates.Candidates, within: Sequence[Choice], sizes: shape_search.Sizes) -> list[Choice]:
     """The students that were measured, the best first; those whose loss is no number are left out."""
     with progress.phase("rank"):
         losses = c.losses(sizes)
@@ -154,7 +150,7 @@ def flags_of(choice: Choice, before: Shape) -> dict[str, Any]:
 
 
 def report(
-    c: Candidates, flags: Sequence[str], speeds: Mapping[str, Timing], ranked: Sequence[Choice],
+    c: candidates.Candidates, flags: Sequence[str], speeds: Mapping[str, Timing], ranked: Sequence[Choice],
     records: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
     """Print the table and the sentence; write table.md and return what goes into the JSON line."""
@@ -235,8 +231,8 @@ def run(settings: Settings) -> dict[str, Any]:
     opening = run_loop.open_run(s, folder, f"{UNDER.name}/{teacher.path.name}", origin, way, limit, wired)
     with progress.run("search", seconds), opening as place:
         ranking, judging = candidates.split(data.held_out, s.rank_windows, s.eval_windows)
-        course = Run(**vars(place), recipe=s, teacher=teacher, data=data.train, plan=made)
-        c = Candidates(course, data, ranking, judging, s)
+        course = pipeline.Run(**vars(place), recipe=s, teacher=teacher, data=data.train, plan=made)
+        c = candidates.Candidates(course, data, ranking, judging, s)
         ranked, records = rank(s, c, within, sizes), list[dict[str, Any]]()
         if s.finalists:
             with progress.phase("finalists"):

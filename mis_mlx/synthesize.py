@@ -18,8 +18,7 @@ from mis_mlx.data import preparation
 from mis_mlx.data.rows import Row
 from mis_mlx.distillation import run_loop
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, mlx_generate, policy, streamed_decode
-from mis_mlx.models.stream import Stream
+from mis_mlx.models import load, mlx_generate, policy, stream, streamed_decode
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
 from mis_mlx.storage import checkpoint as protocol
@@ -133,7 +132,7 @@ def write(s: Settings, model: Any, tokenizer: Any, batch: int, at_once: int) -> 
         for text, chat, head in zip(texts, asked, heads, strict=True)
     ]
     draw = mlx_generate.sampler(s.temp, int(rng.integers(2**31)))
-    if isinstance(model, Stream):
+    if isinstance(model, stream.Stream):
         completions = streamed_decode.sampled(model, prompts, s.max_tokens, stop, draw)
     else:
         completions = [ids for (ids,) in mlx_generate.groups(model, prompts, 1, s.max_tokens, stop, draw, at_once)]
@@ -161,7 +160,7 @@ def _texts(s: Settings, checkpoint: Checkpoint, part: Path, way: Way) -> list[Ro
     if way.room_bytes is None:
         model, tokenizer = mlx_generate.open_model(checkpoint.path)
     else:
-        model = Stream(checkpoint, policy.compute_dtype(checkpoint), way.room_bytes, way.direct)
+        model = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), way.room_bytes, way.direct)
         tokenizer = load.tokenizer(checkpoint.path)
     texts, count = {json.dumps(row): row for row, _ in kept}, len(kept)
     most = left = TRIES * (s.num_samples + SPARE)

@@ -9,8 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.maths import losses, rounding
-from mis_mlx.maths.reconstruction import NormalEquations
+from mis_mlx.maths import losses, reconstruction, rounding
 from mis_mlx.models import load, policy
 from mis_mlx.quantization.packed_format import Format
 
@@ -160,7 +159,7 @@ def gptq() -> Found:
 def closed_form() -> Found:
     """The repair's fit beside numpy's own solution of the same normal equations."""
     a, r, weight = drawn(0, 400, 96), drawn(1, 400, 32), mx.abs(drawn(2, 400)) + 0.5
-    fit = NormalEquations(96, 32)
+    fit = reconstruction.NormalEquations(96, 32)
     for at in (slice(0, 150), slice(150, 400)):
         fit.add(*fit.products(a[at], r[at], weight[at]))
     wa, wr = (wide(of) * wide(weight)[:, None] for of in (a, r))

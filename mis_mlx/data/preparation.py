@@ -16,8 +16,7 @@ import numpy as np
 
 from mis_mlx.data import token_windows
 from mis_mlx.data.rows import Reading, Row, collect, read, split_off
-from mis_mlx.storage import hub
-from mis_mlx.storage.files import json_sha256
+from mis_mlx.storage import files, hub
 from mis_mlx.types import MisError
 
 MIS = "mis"  # `--data mis`: the Polish texts; a folder of that name is reached as ./mis
@@ -112,7 +111,7 @@ def _splits(readings: Mapping[str, Reading], source: str) -> Texts:
     notes = [note for reading in readings.values() for note in reading.notes()]
     rows = {name: list(reading.rows) for name, reading in readings.items()}
     if "valid" not in rows:
-        rows["train"], rows["valid"] = split_off(rows["train"], [json_sha256(row) for row in rows["train"]])
+        rows["train"], rows["valid"] = split_off(rows["train"], [files.json_sha256(row) for row in rows["train"]])
         notes.append(f"no valid split: {len(rows['valid'])} rows of train are held out for it, by hash")
     if "test" not in rows:
         rows["test"] = rows["valid"]

@@ -17,20 +17,17 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.data import token_windows
-from mis_mlx.data.preparation import Data
+from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import pipeline
 from mis_mlx.distillation.run_loop import OpenRun
 from mis_mlx.evaluation import comparison
 from mis_mlx.maths import rounding
 from mis_mlx.maths.importance import Statistics
-from mis_mlx.models import arch, load, model_writer
+from mis_mlx.models import arch, load, model_writer, stream
 from mis_mlx.models.config import Shape, shape_of
-from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.planner import compression_size, estimates
 from mis_mlx.pruning import calibrate, select, shape_search, slicing, vocabulary
-from mis_mlx.pruning.shape_search import Choice, Losses
 from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.hidden_spool import Spool
@@ -74,7 +71,7 @@ class Reader(NamedTuple):
     train: Windows
     ranking: Windows
     judging: Windows
-    hidden: Hidden
+    hidden: stream.Hidden
     nats: float
     lost: float
 
@@ -84,18 +81,18 @@ class Candidates:
     """What the measurements share. run: of the whole teacher. data: all text, in its tokens."""
 
     run: pipeline.Run
-    data: Data
+    data: preparation.Data
     ranking: Windows
     judging: Windows
     settings: Any
     _readers: dict[int, Reader] = field(default_factory=dict)
 
     @cached_property
-    def samples(self) -> Batches:
+    def samples(self) -> stream.Batches:
         """Windows of calibration."""
         return self.run.pick(self.run.recipe.num_samples, 1)
 
-    def _states(self) -> Hidden:
+    def _states(self) -> stream.Hidden:
         """A place for hidden states of calibration: in a file, as far as memory does not hold them."""
         held = self.run.plan.held_windows("prune")
         return list[mx.array]() if held >= len(self.samples) else Spool(self.run.folder, held, self.run.files)
@@ -146,7 +143,7 @@ class Candidates:
         self._readers[rows] = Reader(seen, train, ranking, judging, hidden, nats, lost)
         return self._readers[rows]
 
-    def losses(self, sizes: shape_search.Sizes) -> Losses:
+    def losses(self, sizes: shape_search.Sizes) -> shape_search.Losses:
         """What every axis costs by itself, measured; from the log where it stands there."""
         before = shape_of(self.run.teacher.config)
         points = {axis: list[tuple[float, float]]() for axis in shape_search.CUTS}
@@ -157,10 +154,10 @@ class Candidates:
         if self.settings.mixed:
             tokens_a_byte, points["bits"] = comparison.per_byte(np.ones(len(self.ranking.tokens)), self.ranking), []
             for bpw in np.arange(*shape_search.bpw_range(shape_search.group_of(before)), 0.125):
-                bits = self._allocated(Choice(before, float(bpw)), tuple(range(before.layers)))
+                bits = self._allocated(shape_search.Choice(before, float(bpw)), tuple(range(before.layers)))
                 nats = sum(self.sensitivity[path][each] for path, each in bits.items())
                 points["bits"].append((float(bpw), nats * tokens_a_byte))
-        return Losses(before, points)
+        return shape_search.Losses(before, points)
 
     def _probe(self, axis: str, size: int) -> float:
         config = self.run.teacher.config
@@ -190,7 +187,7 @@ class Candidates:
         slicing.write_student(teacher, shape, keep, out, pipeline.DTYPE, self.run.files, lambda: self._directions)
         return load.open_checkpoint(out)
 
-    def _allocated(self, choice: Choice, layers: Sequence[int]) -> dict[str, int]:
+    def _allocated(self, choice: shape_search.Choice, layers: Sequence[int]) -> dict[str, int]:
         """{module path of the student: bits}: what its blocks cost in the teacher, by the weights that they still have.
         layers: the teacher's, that stay."""
         before, config = self.run.teacher.config, arch.student_config(self.run.teacher.config, choice.shape, layers)
@@ -205,7 +202,7 @@ class Candidates:
         scales = packed_format.Format(0, shape_search.group_of(choice.shape)).bits_per_weight
         return bit_allocation.allocate(costs, sizes, choice.bpw - scales)
 
-    def score(self, choice: Choice, losses: Losses) -> float:
+    def score(self, choice: shape_search.Choice, losses: shape_search.Losses) -> float:
         """Nats a byte that should be left of what the student loses as pruned and rounded; from the log where it stands
         there. What its axes cost together, over the sum of what each costs alone, is that of before it learns."""
 

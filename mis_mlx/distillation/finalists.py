@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.distillation import pipeline
-from mis_mlx.distillation.candidates import Candidates, finite, once
+from mis_mlx.distillation import candidates, pipeline
 from mis_mlx.evaluation import comparison
 from mis_mlx.evaluation.speed import rounds
 from mis_mlx.maths.optimizer import Diverged
@@ -22,13 +21,11 @@ from mis_mlx.maths.stats import interval
 from mis_mlx.models import arch, load, mlx_generate
 from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.recipe import spec_of
-from mis_mlx.pruning import shape_search
-from mis_mlx.pruning.limits import Timing
+from mis_mlx.pruning import limits, shape_search
 from mis_mlx.quantization import stage
 from mis_mlx.reporting import html, text
 from mis_mlx.storage import checkpoint as protocol
-from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import reported
+from mis_mlx.storage import files, run_folder
 from mis_mlx.types import MisError, Row
 
 FINALISTS = "finalists.jsonl"
@@ -37,18 +34,18 @@ TOKENS = 16  # decoded for one timing
 ROUNDS = 3  # of timings, the quickest counts
 
 
-def final(c: Candidates, choice: shape_search.Choice) -> dict[str, Any]:
+def final(c: candidates.Candidates, choice: shape_search.Choice) -> dict[str, Any]:
     """The record of a finalist: distilled for a few steps and rounded, judged all along; from the log if there."""
     sub = c.run.folder / "finalists" / choice.name
-    record = once(c.run, FINALISTS, choice.sizes, lambda: _measured(c, choice, sub))
+    record = candidates.once(c.run, FINALISTS, choice.sizes, lambda: _measured(c, choice, sub))
     c.run.files.discard(sub)
     return record
 
 
-def _measured(c: Candidates, choice: shape_search.Choice, sub: Path) -> dict[str, Any]:
+def _measured(c: candidates.Candidates, choice: shape_search.Choice, sub: Path) -> dict[str, Any]:
     """Distil and round a finalist in the folder `sub`; a training that has begun there goes on in its own way."""
     run, reader = c.run, c.reader(choice.shape.vocab)
-    with reported(run.folder, "the folder of a finalist"):
+    with files.reported(run.folder, "the folder of a finalist"):
         run.files.make_folder(sub)
     protocol.sweep(sub, run.files)
     folder, how = sub / "pruned", shape_search.rounding_of(choice)
@@ -79,7 +76,7 @@ def _measured(c: Candidates, choice: shape_search.Choice, sub: Path) -> dict[str
     for (model, metric), values in comparison.compare(models, reader.judging).items():
         if metric in ("nll", "kl"):
             bits = comparison.nats_of(values, reader.judging) / reader.judging.text_bytes / math.log(2)
-            record[f"{metric}_{model}"] = [finite(v) for v in bits]
+            record[f"{metric}_{model}"] = [candidates.finite(v) for v in bits]
     if c.settings.timed_at and trained:
         times = {name: timed(trained.path, *at) for name, at in c.settings.timed_at.items()}
         record["seconds"] = {name: each.seconds(choice.shape.layers) for name, each in times.items()}
@@ -93,7 +90,7 @@ def guarded(steps: Sequence[Mapping[str, Any]], trained: object) -> dict[str, An
     return {"steps": len(notes), "skipped": skipped, "clipped": clipped, "diverged": trained is None}
 
 
-def timed(folder: Path, cached: int, prompt: int) -> Timing:
+def timed(folder: Path, cached: int, prompt: int) -> limits.Timing:
     """Seconds of a token, with `cached` tokens in the KV cache, or of a prompt of so many tokens up to the first one
     (prompt 0: of a token), by the quickest of some, stock mlx-lm. Half of the blocks, timed too, say what one takes."""
     model, tokenizer = mlx_generate.open_model(folder)
@@ -115,7 +112,7 @@ def timed(folder: Path, cached: int, prompt: int) -> Timing:
     block = whole / total  # all that there is: one block, or a machine too busy to tell half of the blocks from all
     if part < whole and half < total:
         block = min((whole - part) / (total - half), block)
-    return Timing(block, max(0.0, whole - total * block), min(block, _attention_seconds(model, cached, prompt)))
+    return limits.Timing(block, max(0.0, whole - total * block), min(block, _attention_seconds(model, cached, prompt)))
 
 
 def _attention_seconds(model: Any, cached: int, prompt: int) -> float:

@@ -21,9 +21,8 @@ from mis_mlx.distillation.train_loop import train
 from mis_mlx.hardware import lanes
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import distributed, host_losses, load, policy, stream
+from mis_mlx.models import distributed, host_losses, load, pipeline_parallel, policy, stream
 from mis_mlx.models.config import shape_of
-from mis_mlx.models.pipeline_parallel import Relay
 from mis_mlx.planner.recipe import SAMPLES, TrainingConfig
 from mis_mlx.storage import logit_store, run_folder
 from mis_mlx.storage.files import Files
@@ -43,7 +42,7 @@ class StreamedTeacher:
         cross_entropy: float = 0.0, shares: Sequence[int] = (),
     ):  # fmt: skip
         where = checkpoint, policy.compute_dtype(checkpoint), room_bytes, direct
-        self._source = Relay(*where, shares) if shares else stream.Stream(*where)
+        self._source = pipeline_parallel.Relay(*where, shares) if shares else stream.Stream(*where)
         self.hidden, self.temperature, self._cross_entropy = self._source.forward, temperature, cross_entropy
 
     @cached_property

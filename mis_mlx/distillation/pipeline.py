@@ -16,8 +16,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.distillation import live_teacher, sharded, train_loop
-from mis_mlx.distillation.run_loop import CheckpointedTraining, OpenRun
+from mis_mlx.distillation import live_teacher, run_loop, sharded, train_loop
 from mis_mlx.hardware import memory
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
@@ -27,8 +26,7 @@ from mis_mlx.planner.recipe import ADAPTERS, DistillationConfig, TrainingConfig
 from mis_mlx.pruning import reconstruct, vocabulary
 from mis_mlx.quantization import packed_format
 from mis_mlx.reporting import progress, text
-from mis_mlx.storage import run_folder
-from mis_mlx.storage.hidden_spool import Spool
+from mis_mlx.storage import hidden_spool, run_folder
 from mis_mlx.types import Checkpoint, Step
 
 DTYPE = "bfloat16"  # of unquantized weights on disk
@@ -37,7 +35,7 @@ LEFT = ("steps", TUNE_STEPS, "rounded", "parts", "targets", vocabulary.FOLDER)  
 
 
 @dataclass
-class Run(OpenRun):
+class Run(run_loop.OpenRun):
     """What the stages share. `recipe`: as asked for, its micro-batches as planned."""
 
     recipe: DistillationConfig
@@ -160,7 +158,7 @@ def _mended(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict
             block.load_weights([(inside, weight.astype(dtype))], strict=False)
             model_writer.replace_block(parts, int(number), dict(tree_flatten(block.parameters())), c.files)
 
-        spool = partial(Spool, c.folder, c.plan.held_windows("repair"), c.files)
+        spool = partial(hidden_spool.Spool, c.folder, c.plan.held_windows("repair"), c.files)
         return reconstruct.reconstruct(c.teacher, pruned, keep, windows, c.direct, spool, put)[0]
 
 
@@ -171,7 +169,7 @@ def train_whole(
     tuned: of a packed student, whose checkpoints and log are its own."""
     optimizer = GuardedAdamW(weight_decay=c.recipe.weight_decay)
     how = {"steps": TUNE_STEPS, "log": TUNE_LOG, "label": "tune"} if tuned else _beside_the_plan(c)
-    training = CheckpointedTraining(c, train_loop.Whole(student, optimizer), c.remember, c.recall, **how)
+    training = run_loop.CheckpointedTraining(c, train_loop.Whole(student, optimizer), c.remember, c.recall, **how)
     start = training.start(begin)
     student.train()
     steps = partial(live_teacher.steps, student, source, c.data, c.recipe, optimizer)
@@ -194,7 +192,7 @@ def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) ->
     shard = job.student.shape.layers if whole else c.plan.shard_layers
     adapters = partial(lora.insert, lora=ADAPTERS, seed=r.seed) if c.plan.mode == "lora" else None
     student = sharded.Sharded(begun, shard, visit, r.weight_decay, c.files, room, c.direct, adapters)
-    training = CheckpointedTraining(c, student, c.remember, c.recall, **_beside_the_plan(c))
+    training = run_loop.CheckpointedTraining(c, student, c.remember, c.recall, **_beside_the_plan(c))
     start = training.start(lambda: student.begin(_mended(c, pruned, None if whole else begun)))
     micro_batches = partial(live_teacher.step_micro_batches, source, c.data, r)
     loss = partial(source.kl_sum, frozen_head=True)

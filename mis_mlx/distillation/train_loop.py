@@ -11,14 +11,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mis_mlx.hardware import lanes
-from mis_mlx.hardware.clock import Clock
+from mis_mlx.hardware import clock, lanes
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
 from mis_mlx.models import distributed
 from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.types import Step
 
-CLOCK = Clock()
+CLOCK = clock.Clock()
 # (model, *micro-batch) -> (sum in nats, token count); and, if a loss wants, further sums {name: scalar}, whose means
 # come with the step. "tokens" among these is no mean: how many tokens went through, where the count is of other things.
 Loss = Callable[..., tuple[Any, ...]]

@@ -10,8 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.models import load
-from mis_mlx.models.streamed_decode import positioned
+from mis_mlx.models import load, streamed_decode
 
 
 class Branches(NamedTuple):
@@ -62,5 +61,5 @@ def through(
     if window is not None:
         at = mx.arange(hidden.shape[1]) if positions is None else mx.array(positions)
         sees = sees & (at[:, None] < at[None] + window)
-    with nullcontext() if positions is None else positioned(block, positions):
+    with nullcontext() if positions is None else streamed_decode.positioned(block, positions):
         return block(hidden, sees)

@@ -10,8 +10,7 @@ import numpy as np
 
 from mis_mlx.hardware import lanes
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.models import host_losses, load, policy, stream
-from mis_mlx.models.config import shape_of
+from mis_mlx.models import config, host_losses, load, policy, stream
 from mis_mlx.types import Checkpoint
 
 Some = Sequence[mx.array]  # of as many batches as there are lanes
@@ -56,7 +55,7 @@ def _drawn(checkpoint: Checkpoint, source: stream.Stream, hidden: mx.array, key:
     def logits(x: mx.array) -> mx.array:
         return load.logits(head, norm(x)).astype(mx.float32)
 
-    for start in range(0, len(flat), rows := chunk_rows(shape_of(checkpoint.config).vocab)):
+    for start in range(0, len(flat), rows := chunk_rows(config.shape_of(checkpoint.config).vocab)):
         some = flat[start : start + rows]
         z = logits(some)
         key, now = mx.random.split(key)

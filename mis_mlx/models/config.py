@@ -10,8 +10,7 @@ from typing import Any
 
 from mis_mlx import cli
 from mis_mlx.models.families import FAMILIES, OPENED_AS, family
-from mis_mlx.storage import safetensors
-from mis_mlx.storage.header_check import Refused, json_object
+from mis_mlx.storage import header_check, safetensors
 from mis_mlx.types import MisError
 
 MOST_BYTES = 10_000_000
@@ -74,11 +73,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         if not where.is_file():  # reading a named pipe would wait for ever
             raise OSError
         if where.stat().st_size > MOST_BYTES:
-            raise Refused(f"is {where.stat().st_size} bytes long, plausible is under {MOST_BYTES:,}")
-        config = json_object(where.read_bytes())
+            raise header_check.Refused(f"is {where.stat().st_size} bytes long, plausible is under {MOST_BYTES:,}")
+        config = header_check.json_object(where.read_bytes())
     except OSError:
         raise MisError(f"{folder}: has no readable config.json: give a Hugging Face or MLX model folder") from None
-    except Refused as why:
+    except header_check.Refused as why:
         raise MisError(f"{where}: {why}: download the model again") from None
     config = _opened_as(config, where)
     check_config(config, where)

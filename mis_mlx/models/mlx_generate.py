@@ -9,8 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mis_mlx import cli
-from mis_mlx.models import load, policy, tokenizer_check
-from mis_mlx.models.config import shape_of
+from mis_mlx.models import config, load, policy, tokenizer_check
 from mis_mlx.models.stream import NotNumbers, evaluate_now
 
 Sampler = Callable[[mx.array], mx.array]  # log-probabilities (B, V) -> tokens (B,)
@@ -24,7 +23,7 @@ def open_model(folder: Path) -> tuple[nn.Module, Any]:
     trust: dict[str, Any] = {"tokenizer_config": {"trust_remote_code": False}, "trust_remote_code": False}
     model, tokenizer = load.mlx_lm("utils").load(str(folder), **trust)
     model = getattr(model, "language_model", model)  # of one that also sees
-    model.shape = shape_of(checkpoint.config)
+    model.shape = config.shape_of(checkpoint.config)
     model.set_dtype(policy.compute_dtype(checkpoint))
     return model, tokenizer
 

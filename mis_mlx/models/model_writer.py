@@ -12,8 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.models import arch, experts, load, policy, tokenizer_check
-from mis_mlx.models.families import family
+from mis_mlx.models import arch, experts, families, load, policy, tokenizer_check
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import Files, reported
 from mis_mlx.storage.safetensors import Named, Specs, spec_bytes, spec_of, write_arrays, write_tensors
@@ -85,7 +84,7 @@ def write_model(
     extra: Mapping[str, Any] | None = None, file_per_block: bool = False,
 ) -> None:  # fmt: skip
     """`write_folder` of the dense model that `take(name)` gives tensor by tensor, cast to `dtype`."""
-    shapes = arch.tensors_of(config, family(config).stacked and not file_per_block)  # parts are for us alone
+    shapes = arch.tensors_of(config, families.family(config).stacked and not file_per_block)  # parts are for us alone
     specs = {name: (SAFETENSORS_NAMES[dtype], dims) for name, dims in shapes.items()}
     names = cli.counted("tensor", specs, len(specs))
 

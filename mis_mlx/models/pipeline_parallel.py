@@ -10,8 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.models import distributed, load, stream
-from mis_mlx.models.config import shape_of
+from mis_mlx.models import config, distributed, load, stream
 from mis_mlx.types import Checkpoint
 
 
@@ -68,7 +67,7 @@ class Relay(stream.Stream):
         name = distributed.broadcast_json(lambda: str((hidden[0] if whole else self).dtype).removeprefix("mlx.core."))
         if not distributed.is_main():
             for b in whole:
-                hidden.append(mx.zeros((*b.shape, shape_of(self.checkpoint.config).hidden), getattr(mx, name)))
+                hidden.append(mx.zeros((*b.shape, config.shape_of(self.checkpoint.config).hidden), getattr(mx, name)))
         self._hidden = hidden
         return hidden
 

@@ -17,10 +17,8 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.hardware import lanes
-from mis_mlx.models import arch, experts, load, policy
-from mis_mlx.models.config import shape_of
+from mis_mlx.models import arch, config, experts, families, load, policy
 from mis_mlx.models.experts import Expert, Visit
-from mis_mlx.models.families import family
 from mis_mlx.storage.block_reader import PAGE, Reader, Slot, Slots
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 
@@ -97,7 +95,7 @@ class Stream:
 
     def _plan(self, room_bytes: int | None) -> tuple[bool, int, int]:
         """(whether the head stays, how many blocks stay, how many experts besides)."""
-        s, prefix = shape_of(self.checkpoint.config), load.head_prefix(self.checkpoint)
+        s, prefix = config.shape_of(self.checkpoint.config), load.head_prefix(self.checkpoint)
         if room_bytes is None:
             return True, self.layers, self.layers * s.experts
         head = [t for n, t in self.checkpoint.tensors.items() if n.startswith(prefix)]
@@ -229,7 +227,7 @@ class Stream:
 
         visit(batch, expert, gates (n,), neurons (n, F), outputs (n, D)): what the expert did for the n tokens of a
         batch that chose it; gates sum to 1 for every token."""
-        of = family(self.checkpoint.config)
+        of = families.family(self.checkpoint.config)
         part, inside = block[of.mlp], block[of.mlp].experts
         each = hidden[0].nbytes * self.checkpoint.config["num_experts_per_tok"] if len(hidden) else 1
         for first in range(0, len(hidden), size := max(1, GROUP_BYTES // each)):

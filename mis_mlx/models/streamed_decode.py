@@ -18,8 +18,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.models import load
-from mis_mlx.models.config import shape_of
+from mis_mlx.models import config, load
 from mis_mlx.models.stream import Stream, evaluate_now
 
 SIZE = 64  # rows of a pass with a draft (measured: benchmarks/speculative.py)
@@ -97,7 +96,7 @@ class Context:
 
     def __init__(self, stream: Stream):
         self.stream = stream
-        self.vocab = shape_of(stream.checkpoint.config).vocab
+        self.vocab = config.shape_of(stream.checkpoint.config).vocab
         self.length = 0  # columns of text
         self._at: dict[Node, int] = {}  # columns of nodes
         self._positions = np.zeros(0, np.int32)

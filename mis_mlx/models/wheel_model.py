@@ -20,12 +20,9 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.hardware.programs import download_wheel
-from mis_mlx.models import arch
-from mis_mlx.models.families import GATED, family
-from mis_mlx.models.model_writer import SAFETENSORS_NAMES
-from mis_mlx.storage import hub
+from mis_mlx.models import arch, families, model_writer
+from mis_mlx.storage import hub, safetensors
 from mis_mlx.storage.files import CHUNK, DISK, file_sha256, reported
-from mis_mlx.storage.safetensors import write_tensors
 from mis_mlx.types import MisError
 
 
@@ -97,7 +94,7 @@ def write_model(pinned: Pinned, gguf: Path, folder: Path) -> dict[str, Any]:
         text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (folder / name).write_text(text, encoding="utf-8")
     config = pinned.files["config.json"]
-    of, dtype = family(config), SAFETENSORS_NAMES[config["torch_dtype"]]
+    of, dtype = families.family(config), model_writer.SAFETENSORS_NAMES[config["torch_dtype"]]
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]} if of.interleaved else {}
     ours = {theirs: name for name, theirs in gguf_names(config).items()}
     # GGUF states shapes innermost first; reversed they are (out, in), as in the Hugging Face layout.
@@ -111,7 +108,7 @@ def write_model(pinned: Pinned, gguf: Path, folder: Path) -> dict[str, Any]:
             values = values - of.gain_offset  # llama.cpp stores what multiplies
         return name, mx.array(values).astype(getattr(mx, config["torch_dtype"]))
 
-    write_tensors(folder, specs, map(unpacked, specs, reader.tensors), DISK)
+    safetensors.write_tensors(folder, specs, map(unpacked, specs, reader.tensors), DISK)
     return {key: field.contents() for key, field in reader.fields.items()}
 
 
@@ -119,8 +116,8 @@ def gguf_names(config: Mapping[str, Any]) -> dict[str, str | None]:
     """{name of a tensor: llama.cpp's, "blk.3.attn_q.weight", or None} of all that the config has, experts stacked."""
     import gguf
 
-    of = family(config)
-    matrices = dict(zip(GATED, of.matrices, strict=True))
+    of = families.family(config)
+    matrices = dict(zip(families.GATED, of.matrices, strict=True))
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(known[of.gguf], config["num_hidden_layers"])
     found = dict[str, str | None]()

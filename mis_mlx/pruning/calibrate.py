@@ -11,9 +11,8 @@ import numpy as np
 from mis_mlx.hardware import lanes
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import ExpertSums, Statistics, Sums
-from mis_mlx.models import arch, distributed, load, policy, stream
+from mis_mlx.models import arch, distributed, load, pipeline_parallel, policy, stream
 from mis_mlx.models.config import shape_of
-from mis_mlx.models.pipeline_parallel import Relay
 from mis_mlx.types import Checkpoint, Reading
 
 
@@ -77,7 +76,7 @@ def _mixed(
 
 def calibrate(
     checkpoint: Checkpoint, batches: stream.Batches, reading: Callable[[], Reading | None] = lambda: None,
-    unit: str = "kelvin", hidden: stream.Hidden | None = None, relay: Relay | None = None,
+    unit: str = "kelvin", hidden: stream.Hidden | None = None, relay: pipeline_parallel.Relay | None = None,
 ) -> tuple[Statistics, stream.Hidden]:  # fmt: skip
     """Statistics of all layers over token ids [(B, T)], and the teacher's final hidden states [(B, T, D)].
 

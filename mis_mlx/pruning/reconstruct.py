@@ -18,8 +18,7 @@ import numpy as np
 
 from mis_mlx.hardware import lanes
 from mis_mlx.maths.reconstruction import NormalEquations
-from mis_mlx.models import experts, load, stream
-from mis_mlx.models.families import family
+from mis_mlx.models import experts, families, load, stream
 from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.planner.compression_size import ROUTER_BYTES
 from mis_mlx.types import Checkpoint, KeptUnits
@@ -40,7 +39,7 @@ def reconstruct(
     columns, place = kept_columns(keep), spool or list[mx.array]
     big, small = (stream.Stream(model, direct=direct) for model in (teacher, student))
     target, own = big.embed(batches, place()), small.embed(batches, place())
-    marching, mixed = groups(big, keep, target), bool(family(student.config).experts)
+    marching, mixed = groups(big, keep, target), bool(families.family(student.config).experts)
     mended, left = dict[str, mx.array](), list[float]()
     for _, (j, block) in zip(marching, small.blocks(), strict=True):  # the teacher's first
         if mixed:
@@ -59,7 +58,7 @@ def reconstruct(
 
 def mended_name(student: Checkpoint) -> str:
     """Of what changes in a block: the last matrix of its MLP, or the router of its experts."""
-    of = family(student.config)
+    of = families.family(student.config)
     return f"{of.mlp}.{of.router if of.experts else 'down_proj'}.weight"
 
 
@@ -147,7 +146,7 @@ def heal(source: stream.Stream, block: nn.Module, hidden: Hidden, goals: Hidden)
     """Give the block the router that best takes `hidden` to `goals`, both [(B, T, D)]: (its rows (E, D) float32, the
     share of the error that they leave on batches held out). It stays as it is, and 1 is left, where none does better
     there. Tokens are weighted by 1 / rms of the goal, as in `refit`. Unused batches are not fetched."""
-    of = family(source.checkpoint.config)
+    of = families.family(source.checkpoint.config)
     part = block[of.mlp]
     router = part[of.router]
     old, kind = router.weight, hidden[0].dtype
@@ -179,7 +178,7 @@ class _Asked:
     """What all experts of a block say to some batches' tokens, and what would be right. Rows (n, ...)."""
 
     def __init__(self, source: stream.Stream, block: nn.Module, hidden: Hidden, goals: Hidden):
-        of = family(source.checkpoint.config)
+        of = families.family(source.checkpoint.config)
         part, pairs = block[of.mlp], list[tuple[mx.array, mx.array]]()
         for x in hidden:
             pairs.append(experts.before(block, x, load.mask(source.args, block, x)))

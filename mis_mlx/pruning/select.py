@@ -16,12 +16,9 @@ from mis_mlx.evaluation import comparison
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Key, Statistics
-from mis_mlx.models import arch, distributed, families, load, policy
+from mis_mlx.models import arch, distributed, families, load, pipeline_parallel, policy, stream
 from mis_mlx.models.config import MOST_EXPERTS, Shape, shape_of
-from mis_mlx.models.pipeline_parallel import Relay
-from mis_mlx.models.stream import Batches, Hidden
-from mis_mlx.pruning import calibrate, slicing
-from mis_mlx.pruning.vocabulary import VocabularyConfig
+from mis_mlx.pruning import calibrate, slicing, vocabulary
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint, Count, KeptUnits, MisError, Reading
@@ -31,7 +28,7 @@ Scenario = Literal["redyk", "gazda", "goral", "baca", "halny", "juhas", "zbojnik
 
 
 @dataclass(frozen=True)
-class PruningConfig(ThermalFlags, VocabularyConfig):
+class PruningConfig(ThermalFlags, vocabulary.VocabularyConfig):
     """What to prune and how to judge: shared by `prune` and `distill`."""
 
     scenario: Scenario | None = None
@@ -167,7 +164,7 @@ def wanted_shape(config: Mapping[str, Any], cut: PruningConfig) -> Shape:
 
 
 def prune(
-    checkpoint: Checkpoint, batches: Batches, held_out: Windows, out: Path, cut: PruningConfig, *, dtype: str,
+    checkpoint: Checkpoint, batches: stream.Batches, held_out: Windows, out: Path, cut: PruningConfig, *, dtype: str,
     reading: Callable[[], Reading | None], files: Files, held: int | None = None, shares: Sequence[int] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Calibrate on token ids [(B, T)], choose, write the folder `out`. Returns what was done, for the JSON line.
@@ -178,8 +175,8 @@ def prune(
     wanted_shape(checkpoint.config, cut)  # refuses before the pass, not after
     files.make_folder(out.absolute().parent)
     short, mine = held is not None and held < len(batches), distributed.shard(batches)
-    states: Callable[[], Hidden] = partial(Spool, out.absolute().parent, held or 0, files) if short else list
-    relay = Relay(checkpoint, policy.compute_dtype(checkpoint), 0, short, shares) if shares else None
+    states: Callable[[], stream.Hidden] = partial(Spool, out.absolute().parent, held or 0, files) if short else list
+    relay = pipeline_parallel.Relay(checkpoint, policy.compute_dtype(checkpoint), 0, short, shares) if shares else None
     statistics, _ = calibrate.calibrate(checkpoint, mine, reading, cut.temperature_unit, states(), relay)
     if not distributed.is_main():  # who has brought its part; the student is the first one's to make
         return {}

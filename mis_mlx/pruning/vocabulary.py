@@ -17,14 +17,13 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.data.preparation import Data, prepare
 from mis_mlx.evaluation import comparison
 from mis_mlx.gguf_export import vocab as gguf_vocabulary
 from mis_mlx.maths import losses
-from mis_mlx.models import arch, distributed, load, stream, trimmed_tokenizer
+from mis_mlx.models import arch, distributed, load, stream
 from mis_mlx.models.config import read_config, shape_of
 from mis_mlx.models.tokenizer_check import ROWS
-from mis_mlx.models.trimmed_tokenizer import Vocabulary
+from mis_mlx.models.trimmed_tokenizer import Vocabulary, moved_ids
 from mis_mlx.planner.recipe import VOCABULARY_WINDOWS
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import safetensors
@@ -161,7 +160,7 @@ def write(teacher: Checkpoint, rows: Sequence[int], out: Path, files: Files) -> 
     which they are. Returned is the teacher as it is with them."""
     at, new = mx.array(list(rows), mx.int32), {old: i for i, old in enumerate(rows)}
     mine = {n: t for n, t in first_rows(teacher, len(rows)).tensors.items() if n.startswith(TENSORS)}
-    config = trimmed_tokenizer.moved_ids(teacher.config, new) | {"vocab_size": len(rows)}
+    config = moved_ids(teacher.config, new) | {"vocab_size": len(rows)}
     named = {"rows": list(rows), "pre_tokenizer": gguf_vocabulary.pre_tokenizer(teacher.path)}
     with protocol.commit_folder(out, files, sum(t.nbytes for t in mine.values()), "the vocabulary") as folder:
         cut = ((name, mx.take(safetensors.lazy(teacher.tensors, [name])[name], at, axis=0)) for name in mine)
@@ -223,9 +222,9 @@ def rows_left(teacher: Checkpoint, how: VocabularyConfig, student: str | None = 
 
 
 def of_run(
-    teacher: Checkpoint, student: str | None, rows: int, own: Data, how: VocabularyConfig, data: str | None, run: Path,
-    files: Files,
-) -> tuple[Checkpoint, Data]:  # fmt: skip
+    teacher: Checkpoint, student: str | None, rows: int, own: preparation.Data, how: VocabularyConfig, data: str | None,
+    run: Path, files: Files,
+) -> tuple[Checkpoint, preparation.Data]:  # fmt: skip
     """The teacher with the `rows` that a run's student has, and its text in these tokens. own: the text in the
     teacher's. student: a folder, where it exists already."""
     out = run / FOLDER
@@ -238,4 +237,4 @@ def of_run(
     seen = opened(teacher, out)
     if student:
         comparison.same_vocabulary(seen, load.open_checkpoint(student))
-    return seen, prepare(data, load.tokenizer(seen.path), own.train.tokens.shape[1])
+    return seen, preparation.prepare(data, load.tokenizer(seen.path), own.train.tokens.shape[1])

@@ -15,12 +15,10 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, experts, load, model_writer, stream
-from mis_mlx.models.families import family
+from mis_mlx.models import arch, experts, families, load, model_writer, stream
 from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import Files
-from mis_mlx.storage.safetensors import Spec, spec_bytes
 from mis_mlx.types import Checkpoint, MisError
 
 PARTS = ("weight", "scales", "biases")
@@ -46,12 +44,12 @@ class Format(NamedTuple):
         """With scales, and the biases that affine groups have."""
         return self.bits + (32 if self.mode == "affine" else 8) / self.group
 
-    def specs(self, path: str, *shape: int) -> dict[str, Spec]:
+    def specs(self, path: str, *shape: int) -> dict[str, safetensors.Spec]:
         """{tensor's name: (type, shape)} of one packed matrix (rows, columns), or of as many as lie stacked."""
         *rows, columns = shape
         groups = *rows, columns // self.group
         kinds = {"scales": "F16", "biases": "F16"} if self.mode == "affine" else {"scales": "U8"}
-        weight: dict[str, Spec] = {f"{path}.weight": ("U32", (*rows, columns * self.bits // 32))}
+        weight: dict[str, safetensors.Spec] = {f"{path}.weight": ("U32", (*rows, columns * self.bits // 32))}
         return weight | {f"{path}.{part}": (kind, groups) for part, kind in kinds.items()}
 
 
@@ -74,7 +72,7 @@ def blocks_after_removed(checkpoint: Checkpoint) -> tuple[int, ...]:
 
 def of_mixture(config: Mapping[str, Any], how: QuantizationConfig) -> dict[str, Any]:
     """What of `how` is another for a mixture of experts: its weights are rounded, nothing is measured or learned."""
-    if not family(config).experts:
+    if not families.family(config).experts:
         return {}
     if how.q_method != "round" or how.target_bpw is not None or how.q_iters:
         cli.say("a mixture of experts is rounded to 4 bits: gptq, --target-bpw and --q-iters are for models without")
@@ -112,14 +110,13 @@ def write_quantized(
     common = max(set(inner), key=lambda kind: (inner.count(kind), kind))
     settings = common.settings | {path: kind.settings for path, kind in plan.items() if kind != common}
     config = {**checkpoint.config, "quantization": settings, "quantization_config": settings}
-    specs: dict[str, Spec] = {}
+    specs: dict[str, safetensors.Spec] = {}
     for name, shape in arch.tensors_of(checkpoint.config, True).items():
         path = name.removesuffix(".weight")
         kind = checkpoint.tensors[experts.one_by_one(name, checkpoint.config)[0]].dtype
         specs |= plan[path].specs(path, *shape) if path in plan else {name: (kind, shape)}
-    tensors = _packed(checkpoint, plan, rounded)
-    model_writer.write_folder(config, specs, tensors, checkpoint.path, out, files, extra)
-    nbytes = sum(map(spec_bytes, specs.values()))
+    model_writer.write_folder(config, specs, _packed(checkpoint, plan, rounded), checkpoint.path, out, files, extra)
+    nbytes = sum(map(safetensors.spec_bytes, specs.values()))
     return {
         "bits_per_weight": 8 * nbytes / arch.params(checkpoint.config),
         "bits_per_block_weight": block_bits(checkpoint.config, plan),
