@@ -16,11 +16,9 @@ NOT_COMMANDS = ("__init__", "__main__", "types", "cli", "flag_help")
 
 def commands() -> dict[str, str]:
     """{command: first line of its module's docstring}, in alphabetical order."""
-    listed = {}
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.stem not in NOT_COMMANDS:
-            listed[path.stem] = (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n")[0]
-    return listed
+    paths = [path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem not in NOT_COMMANDS]
+    docs = {path.stem: ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "" for path in paths}
+    return {name: text.partition("\n")[0] for name, text in docs.items()}
 
 
 def main() -> None:

@@ -49,11 +49,9 @@ def measure(
     together = sum(rounds.need_bytes(load.open_checkpoint(f), r) for f in folders.values()) <= limit_bytes
     for name, done in cli.counted("trial", rounds.rounds(folders, together, count, r), count * len(folders)):
         trials.setdefault(name, []).append(done)
-    rows = []
-    for name, every in trials.items():
-        figures = rounds.figures(every, r)
-        rows += [Row(name, metric, figures[metric]["median"], n=count) for metric in ("ttft_ms", "decode_tps")]
-    return rows
+    figures = {name: rounds.figures(every, r) for name, every in trials.items()}
+    wanted = "ttft_ms", "decode_tps"
+    return [Row(name, metric, of[metric]["median"], n=count) for name, of in figures.items() for metric in wanted]
 
 
 class Bench:

@@ -203,9 +203,8 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.kld and not s.students:
         raise MisError("--kld compares two models, there is only the teacher: name the other with --students")
     teacher = resolve.resolve_model(s.teacher).path
-    models = {"teacher": load.open_checkpoint(teacher)}
-    for name, folder in zip(resolve.labels(s.students, ("teacher",)), s.students, strict=True):
-        models[name] = load.open_checkpoint(folder)
+    names = "teacher", *resolve.labels(s.students, ("teacher",))
+    models = dict(zip(names, map(load.open_checkpoint, [teacher, *map(Path, s.students)]), strict=True))
     limit, (_, *students) = memory.budget(s.budget_bytes), models.values()
     with progress.run("evaluate"), vocabulary.shared(models["teacher"], students) as seen:
         hashed = models if s.tasks or distributed.size() > 1 else {}

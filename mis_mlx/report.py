@@ -146,15 +146,11 @@ def comparison(stories: Sequence[RunRecord], names: list[str]) -> str:
     if ends := "; ".join(f"{n} ends at {points[-1][1]:.3f}" for n, points in losses.items() if points):
         text = f"Training loss of {len(losses)} runs: {ends}."
         picture = figures.over_time(("all-loss", "Loss of all runs", text), {"loss, nats a token": losses})
-    numbers = []
-    for name in dict.fromkeys(k for s in stories for k, v in s.result.items() if type(v) in (int, float)):
-        values = [s.result.get(name) for s in stories]
-        numbers.append([name, *(_cell(value, values[0]) for value in values)])
-    settings = []
-    for name in dict.fromkeys(k for s in stories for k in s.config):
-        values = [str(s.config.get(name, "–")) for s in stories]
-        if len(set(values)) > 1:
-            settings.append([name, *values])
+    known = dict.fromkeys(k for s in stories for k, v in s.result.items() if type(v) in (int, float))
+    numbers = [[k, *(_cell(s.result.get(k), stories[0].result.get(k)) for s in stories)] for k in known]
+    known = dict.fromkeys(k for s in stories for k in s.config)
+    settings = [[k, *(str(s.config.get(k, "–")) for s in stories)] for k in known]
+    settings = [row for row in settings if len(set(row[1:])) > 1]
     return html.part("comparison", picture=picture, names=names, numbers=numbers, settings=settings)
 
 

@@ -127,10 +127,8 @@ def write(s: Settings, model: Any, tokenizer: Any, batch: int, at_once: int) -> 
     texts = [str(rng.choice(begun)) if begun and i % 2 else "" for i in range(at_once)]
     asked = [bool(i % 4 == 3 and tokenizer.has_chat_template) for i in range(at_once)]
     heads = [list(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
-    prompts = [
-        mlx_generate.encode(tokenizer, text) if chat else start + head
-        for text, chat, head in zip(texts, asked, heads, strict=True)
-    ]
+    each = zip(texts, asked, heads, strict=True)
+    prompts = [mlx_generate.encode(tokenizer, text) if chat else start + head for text, chat, head in each]
     draw = mlx_generate.sampler(s.temp, int(rng.integers(2**31)))
     if isinstance(model, stream.Stream):
         completions = streamed_decode.sampled(model, prompts, s.max_tokens, stop, draw)

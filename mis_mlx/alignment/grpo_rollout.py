@@ -134,10 +134,8 @@ class Sampler:
         over answers that were scored. MisError when none could be."""
         s, ends, most = self.settings, self.tokenizer.eos_token_ids, self.settings.max_completion_length
         answers = mlx_generate.groups(self.model, prompts, count, most, ends, draw, s.at_once)
-        texts = list[list[str]]()
-        for group in answers:
-            bare = ([token for token in answer if token not in ends] for answer in group)
-            texts.append(list(map(self.tokenizer.decode, bare)))
+        bare = ([[token for token in answer if token not in ends] for answer in group] for group in answers)
+        texts = [list(map(self.tokenizer.decode, group)) for group in bare]
         scores = rewards.score(self.functions, rows, texts)
         totals = np.array([score.totals for score in scores], np.float64)
         if np.isnan(totals).all():
@@ -186,10 +184,8 @@ class Sampler:
 
 
 def _record(step: int, row: Row, texts: Sequence[str], score: rewards.Scores, kept: bool) -> str:
-    answers = [
-        {"text": text, "reward": total, **{name: values[n] for name, values in score.parts.items()}}
-        for n, (text, total) in enumerate(zip(texts, score.totals, strict=True))
-    ]
+    parts, each = score.parts.items(), enumerate(zip(texts, score.totals, strict=True))
+    answers = [{"text": text, "reward": total, **{name: of[n] for name, of in parts}} for n, (text, total) in each]
     about = {key: row[key] for key in ("prompt", "answer", "task", "language") if key in row}
     notes = {"notes": list(score.notes)} if score.notes else {}
     return json.dumps({"number": step + 1, **about, "kept": kept, **notes, "answers": answers}, ensure_ascii=False)

@@ -60,9 +60,8 @@ def drawn(lengths: Sequence[int], s: TrainingConfig, step: int) -> list[np.ndarr
 def by_length(label: str, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """All indices in batches of like length, which saves padding; how many are done is on display."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    starts = range(0, len(order), batch_size)
-    for start in cli.counted(label, starts, len(starts)):
-        yield order[start : start + batch_size]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    yield from cli.counted(label, batches, len(batches))
 
 
 class PackedDataset:

@@ -154,11 +154,9 @@ def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
     texts = load(data)
     train, test = windows(texts.train), windows(texts.test)
     test, removed = token_windows.without_overlap(test, train)
-    notes = [
-        *texts.notes,
-        f"{len(train.tokens)} training windows of {length} tokens, {len(test.tokens)} held out; "
-        f"{removed} more held-out windows shared 32 tokens in a row with training and were removed",
-    ]
+    counts = f"{len(train.tokens)} training windows of {length} tokens, {len(test.tokens)} held out"
+    gone = f"{removed} more held-out windows shared 32 tokens in a row with training and were removed"
+    notes = [*texts.notes, f"{counts}; {gone}"]
     held_out, polish = {"held-out": test}, load(MIS)
     # A folder that `synthesize` wrote says of what --data its held-out splits are: None, the built-in text.
     if data is None or hub.provenance(Path(data).expanduser()).get("data", data) is None:

@@ -230,8 +230,6 @@ class CheckpointedTraining:
                 raise
             for optimizer in self.trained.optimizers:
                 optimizer.pass_over(error.batches)
-            cli.say(
-                f"batches {', '.join(map(str, error.batches))} gave no numbers: back to step {number}, and on without "
-                "them, at half the learning rate"
-            )
+            what = f"batches {', '.join(map(str, error.batches))} gave no numbers"
+            cli.say(f"{what}: back to step {number}, and on without them, at half the learning rate")
             self._run(steps(number), iters, save_every)

@@ -150,11 +150,9 @@ def unanswerable(functions: Sequence[Function], rows: Sequence[Row], where: Text
     """What is wrong with rows whose right answer our functions, if they are asked for, could never find."""
     if all(f.source != __name__ for f in functions):
         return []
-    return [
-        f"{at}: the answer {row['answer'][:40]!r} is no number, time or names that could be checked"
-        for at, row in zip(where, rows, strict=True)
-        if accuracy("", row["answer"], row.get("language")) is None
-    ]
+    every = ((at, row["answer"], row.get("language")) for at, row in zip(where, rows, strict=True))
+    lost = [(at, answer[:40]) for at, answer, language in every if _right(answer, language) is None]
+    return [f"{at}: the answer {said!r} is no number, time or names that could be checked" for at, said in lost]
 
 
 def score(functions: Sequence[Function], rows: Sequence[Row], groups: Sequence[Texts]) -> list[Scores]:

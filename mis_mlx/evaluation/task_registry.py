@@ -93,11 +93,8 @@ def _continued(data: str | None, known: questions.Known) -> list[questions.Task]
 def _places(texts: Sequence[str]) -> list[dict]:
     """Cloze rows of all places in order: 24 words, and which six come next; three wrong endings are from elsewhere."""
     context, whole, others = 24, 30, 3
-    places = []
-    for words in map(str.split, texts):
-        for start in range(0, len(words) - whole + 1, whole):
-            middle = start + context
-            places.append((" ".join(words[start:middle]), " ".join(words[middle : start + whole])))
+    cuts = (words[i : i + whole] for words in map(str.split, texts) for i in range(0, len(words) - whole + 1, whole))
+    places = [(" ".join(cut[:context]), " ".join(cut[context:])) for cut in cuts]
     endings, cloze = sorted({end for _, end in places}), []
     if len(endings) <= others:
         why = f"the held-out text has {len(endings)} places of {whole} words, the task {CONTINUE} needs {others + 1}"

@@ -26,11 +26,9 @@ class Diverged(MisError):
     def __init__(self, batches: Sequence[int], loss: float):
         self.batches = tuple(batches)
         *first, last = map(str, batches)
-        super().__init__(
-            f"{len(batches)} steps in a row, of batches {', '.join(first)} and {last}, gave a loss or gradient that is "
-            f"not a number (last loss {loss}) and changed no weight: look at these batches, or start a new run with a "
-            "lower --learning-rate"
-        )
+        which = f"{len(batches)} steps in a row, of batches {', '.join(first)} and {last},"
+        why = f"{which} gave a loss or gradient that is not a number (last loss {loss}) and changed no weight"
+        super().__init__(f"{why}: look at these batches, or start a new run with a lower --learning-rate")
 
 
 Lane = Callable[[int], AbstractContextManager[Any]]  # where MLX computes the i-th of several things

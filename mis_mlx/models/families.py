@@ -49,9 +49,7 @@ class Family:
     sinks: bool = False  # a number for each head, in the softmax over positions; kinds of attention by layer_types
     gates_sum_to_1: bool = False  # over the experts that a token meets, in llama.cpp
     shared_expert: str = ""  # the config's key of the width of one more, which every token meets
-    only: tuple[tuple[str, Any], ...] = field(
-        default=(), hash=False
-    )  # keys whose other values mlx-lm does not compute: what it takes
+    only: tuple[tuple[str, Any], ...] = field(default=(), hash=False)  # keys, and the one value that mlx-lm computes
     axes: tuple[str, ...] = DENSE
     why: str = "it has none"  # the others are not offered
 

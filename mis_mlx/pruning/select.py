@@ -156,10 +156,9 @@ def wanted_shape(config: Mapping[str, Any], cut: PruningConfig) -> Shape:
     exact["experts"] = arch.count("--experts", cut.experts, before.experts or MOST_EXPERTS, "experts")
     shape = arch.target_shape(config, ratios, **exact)
     if cut.scenario != "none" and shape == before:
-        raise MisError(
-            f"--scenario {cut.scenario} would cut nothing of {before}, FFN goes in steps of {arch.FFN_MULTIPLE}, "
-            f"hidden in steps of {math.lcm(16, before.heads)}: give --layers, --ffn or --hidden, or another scenario"
-        )
+        why = f"--scenario {cut.scenario} would cut nothing of {before}, FFN goes in steps of {arch.FFN_MULTIPLE}"
+        remedy = "give --layers, --ffn or --hidden, or another scenario"
+        raise MisError(f"{why}, hidden in steps of {math.lcm(16, before.heads)}: {remedy}")
     return shape
 
 

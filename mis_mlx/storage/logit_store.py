@@ -130,17 +130,14 @@ class Targets:
         return range(start, min(start + self.spec.part_windows, self.spec.windows))
 
     def _commit(self, number: int, windows: list[Arrays]) -> None:
-        arrays = {
-            name: mx.array(np.concatenate([w[name] for w in windows]).astype(dtype))
-            for name, dtype in self.spec.dtypes().items()
-        }
-        path = self.path(number)
+        kinds = self.spec.dtypes()
+        arrays = {n: mx.array(np.concatenate([w[n] for w in windows]).astype(kind)) for n, kind in kinds.items()}
         left = sum(a.nbytes for a in arrays.values()) * (self.total - len(self.parts))
         what, done = "the rest of the targets", f"{len(self.parts)} of {self.total} parts are kept"
         remedy = f"free some and start again, {done}"
         with reported(self.folder, what, left, remedy):
             self._files.require_space(self.folder, left, what, remedy)
-            with self._files.replacing(path) as temp:
+            with self._files.replacing(self.path(number)) as temp:
                 facts = write_arrays(temp, arrays, self._files)
         self.parts[number] = facts
         self.save()

@@ -115,11 +115,8 @@ def same_origin(folder: Path, origin: Mapping[str, str]) -> list[str]:
         if before.get(name) != origin[name]:
             why = f"The {name} changed since {folder} began ({str(before.get(name))[:12]} is now {origin[name][:12]})"
             raise MisError(f"{why}: start a new run")
-    return [
-        f"{k} was {before[k]}, is now {v}: the end may differ in the last bits"
-        for k, v in origin.items()
-        if k in before and before[k] != v
-    ]
+    changed = [(k, v) for k, v in origin.items() if before.get(k, v) != v]
+    return [f"{k} was {before[k]}, is now {v}: the end may differ in the last bits" for k, v in changed]
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -223,9 +223,8 @@ def beside(checkpoint: Checkpoint, weight_bytes: int, r: Request, at: rates.Roof
     """MB a token moves, the best times there could be, the share reached, and what the limit is. weight_bytes: read."""
     token, first = moved(checkpoint, weight_bytes, r)
     best = {"decode_best_tps": 1 / at.seconds(*token), "ttft_best_ms": 1000 * at.seconds(*first)}
-    reached, moving_s = tps * at.seconds(*token), token[0] / at.memory_bytes_per_s
-    bound = "memory bandwidth" if moving_s >= at.seconds(*token) else "arithmetic"
-    return {"moved_mb": token[0] / 1e6, **best, "reached": reached, "bound": bound}
+    bound = "memory bandwidth" if token[0] / at.memory_bytes_per_s >= at.seconds(*token) else "arithmetic"
+    return {"moved_mb": token[0] / 1e6, **best, "reached": tps * at.seconds(*token), "bound": bound}
 
 
 def kind(checkpoint: Checkpoint, dtype: str) -> str:
