@@ -108,7 +108,7 @@ def _speeds(s: Settings, teacher: Checkpoint, folder: Path | None, budget: Budge
         return {flag: finalists.timed(teacher.path, *at) for flag, at in s.timed_at.items()}
 
 
-def pairof(s: Settings, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
+def tried_sizes(s: Settings, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Sizes of every axis that are tried, and what cannot be cut said."""
     if families.family(teacher.config).experts:
         raise MisError("a mixture of experts is cut by --experts of prune and distill: search chooses of dense models")
@@ -214,7 +214,7 @@ def run(settings: Settings) -> dict[str, Any]:
     s.check()
     teacher = run_loop.opened(s, s.teacher, "teacher", UNDER)
     limit = memory.budget(s.budget_bytes)
-    sizes = pairof(s, teacher)
+    sizes = tried_sizes(s, teacher)
     limits, speeds = limits_of(s, teacher, folder, limit)
     within = shape_search.choices(teacher.config, sizes, limits, "bits" in s.axes)
     flags = [each.flag for each in limits]

@@ -16,9 +16,9 @@ Formula = Callable[..., tuple[mx.array, mx.array]]  # z (n, V), *targets -> loss
 Logits = Callable[[mx.array], mx.array]  # hidden (n, D) -> logits (n, V)
 
 
-def chunk_rows(vocab: int, limit_bytes: int = 256 * 2**20) -> int:
-    """Positions per chunk so that the five float32 (n, V) tensors of `kl_sum` stay under `limit_bytes`."""
-    return int(max(8, min(256, limit_bytes // (vocab * 4 * 5))))
+def chunk_rows(vocab: int) -> int:
+    """Positions per chunk so that the five float32 (n, V) tensors of `kl_sum` stay under 256 MiB; 8 to 256."""
+    return max(8, min(256, 2**28 // (5 * 4 * vocab)))
 
 
 def softmax_lse(z: mx.array) -> tuple[mx.array, mx.array]:
