@@ -4,9 +4,11 @@ Nothing is computed here: threads do not survive a fork, and MLX computes in thr
 """
 
 import importlib
+from pathlib import Path
 
 from mis_mlx import __main__, cli, prune
 from mis_mlx.models import load
+from mis_mlx.reporting import html
 from tests.faults import verdicts
 
 __all__ = ["verdicts"]
@@ -17,3 +19,5 @@ for name in (*(f"mis_mlx.{each}" for each in __main__.commands()), "mlx_lm.model
              "transformers.models.llama.configuration_llama", "transformers.video_utils"):  # fmt: skip
     importlib.import_module(name)
 cli.parse(prune.Settings, [])  # tyro imports half of itself when it is first used
+for path in Path(html.__file__).with_name("templates").iterdir():  # compiled once, not by each that writes a page
+    html._templates().get_template(path.name)
