@@ -87,7 +87,7 @@ def main(s: Settings) -> None:
     if s.work:
         print(json.dumps(row(*json.loads(s.work))))
         return
-    names = [*OURS, *(f"{name} under {SMALL}" for name in OURS), *THEIRS]
+    names = [*THEIRS, *OURS, *(f"{name} under {SMALL}" for name in OURS)]
     rows = laboratory.resumed("quantizing", GIVEN, ["rows"]).get("rows", {})
     with tempfile.TemporaryDirectory() as temp:
         missing = [name for name in names if name not in rows and not s.table]
