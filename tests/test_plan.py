@@ -67,10 +67,10 @@ def test_a_config_is_enough(
 @pytest.mark.parametrize(
     ("changes", "mode", "named"),
     [
-        ({"budget": "80MiB"}, "resident", "streamed from disk at every step, "),
+        ({"budget": "92MiB"}, "resident", "streamed from disk at every step, "),
         ({"train": "sharded"}, "sharded", "student blocks trainable at a time for "),
         ({"targets": "cached"}, "resident", "the teacher has left its logits"),
-        ({"num_samples": 32768, "budget": "80MiB", "quantize": 0}, "resident", "of hidden states on disk"),
+        ({"num_samples": 32768, "budget": "92MiB", "quantize": 0}, "resident", "of hidden states on disk"),
     ],
 )
 def test_the_decision_in_words(

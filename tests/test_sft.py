@@ -278,19 +278,20 @@ def test_a_dry_run_writes_nothing_and_says_what_it_takes(
 
 
 def test_steps_are_cut_where_memory_is_short_and_stay_so(small: Any, tmp_path: Path) -> None:
-    """A budget for half a batch: the same step to rounding, in two parts; resumed under a big budget, still in two."""
-    wide = settings_of(sft, small, tmp_path / "wide", packing=False, iters=2)
+    """A budget for one row at a time: the same step to rounding, in four parts; resumed under a big one, still so."""
+    wide = settings_of(sft, small, tmp_path / "wide", packing=False, iters=2, batch_size=4)
     *_, checkpoint = alignment_run.opened(wide)
 
     def phase(s: sft.Settings) -> estimates.StageCost:
         return sft._phase(s, checkpoint, None, 32)
 
-    peaks = [phase(replace(wide, batch_size=n)).peak_bytes for n in (1, 2)]
+    ways = ((1, 4), (2, 2), (4, 1))  # rows at once, times: with the gradients of those before beside them
+    peaks = [phase(replace(wide, batch_size=n, grad_accumulation_steps=k)).peak_bytes for n, k in ways]
     limit = next(n for n in range(2**23, 2**26, 2**12) if peaks[0] + memory.process_bytes(n) <= n)
-    assert peaks[1] + memory.process_bytes(limit) > limit
+    assert min(peaks[1:]) + memory.process_bytes(limit) > limit
     tight = replace(wide, out=str(tmp_path / "tight"), budget=f"{limit}")
     cut = alignment_run.cut(tight, None, phase)
-    assert (cut.batch_size, cut.grad_accumulation_steps) == (1, 2) and alignment_run.cut(wide, None, phase) == wide
+    assert (cut.batch_size, cut.grad_accumulation_steps) == (1, 4) and alignment_run.cut(wide, None, phase) == wide
     sft.run(wide)
     sft.run(tight)
     one, other = (run_folder.metrics(tmp_path / name) for name in ("wide", "tight"))

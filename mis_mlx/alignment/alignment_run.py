@@ -107,7 +107,7 @@ def weight_bytes(m: estimates.ModelSize) -> int:
 def training(s: Alignment, checkpoint: Checkpoint, rows: int, length: int, name: str = "align") -> estimates.StageCost:
     """What training takes with `rows` sequences of `length` tokens in a micro-batch."""
     m = sizes(s, checkpoint)
-    trained, peak = m.params, compression_size.training_bytes(m.config, rows, length)
+    trained, peak = m.params, compression_size.training_bytes(m.config, rows, length, 0, s.grad_accumulation_steps > 1)
     if s.lora:
         trained = s.lora.params(m.config)
         peak = weight_bytes(m) + compression_size.STATE_BYTES * trained

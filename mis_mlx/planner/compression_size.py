@@ -109,18 +109,19 @@ def repair_parts(job: DistillationSpec, limit: int, item: int) -> StageCost:
     )  # fmt: skip
 
 
-def training_bytes(config: Mapping[str, Any], batch: int, length: int, host_lanes: int = 0) -> int:
+def training_bytes(config: Mapping[str, Any], batch: int, length: int, host_lanes: int = 0, more: bool = False) -> int:
     """A student whole in memory: weights and moments, and the largest of: activations and the vocabulary's part of the
     loss; the way back; the update. host_lanes: of the way where numpy computes the loss between the passes
-    (live_teacher), each with gradients; 0: all in one graph, of which the least that can be promised is the sum."""
+    (live_teacher), each with gradients; 0: all in one graph, of which the least that can be promised is the sum.
+    more: micro-batches than one, so that the gradients of those before lie beside it."""
     s, params = shape_of(config), arch.params(config)
     kept, head = estimates.activation_bytes(config, batch, length), 4 * s.vocab * s.hidden
     block = estimates.backward_bytes(config, batch, length) - kept // s.layers
     loss = 2 * head + estimates.logit_bytes(s.vocab, batch * length, bool(host_lanes))
     gradients = GRADIENT_BYTES * params
-    forth, back = kept + loss, gradients + block
+    forth, back = kept + loss + more * gradients, (1 + more) * gradients + block
     if host_lanes:
-        back = max(kept + head, host_lanes * (gradients - head) + 3 * head) + block
+        back = max(kept + head, host_lanes * (gradients - head) + 3 * head) + block + more * gradients
     else:
         forth += gradients
     largest = max(map(math.prod, arch.tensors_of(config, True).values()))

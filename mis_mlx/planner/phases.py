@@ -37,7 +37,7 @@ def store(job: DistillationSpec, limit: int) -> StageCost:
 def resident(job: DistillationSpec, micro: int, limit: int) -> StageCost:
     """The student whole in memory; beside it as much of the teacher as there is room for, or its store."""
     m, length = job.student, job.max_seq_length
-    nbytes = compression_size.training_bytes(m.config, micro, length, job.host_lanes)
+    nbytes = compression_size.training_bytes(m.config, micro, length, job.host_lanes, job.step > micro * length)
     plain = StageCost("distil", m.nbytes, m.nbytes, nbytes, 3 * forward_flops(m, job.step, length), updated=m.params)
     work = estimates.activation_bytes(m.config, micro, length)
     return _taught(job, plain, micro, limit, SAVED_BYTES * m.params, work)

@@ -170,6 +170,10 @@ def test_training_by_pencil() -> None:
         back = max(kept + head, side_by_side * (4 * params - head) + 3 * head) + 11 * block // 5 - block
         found = compression_size.training_bytes(tiny.CONFIG, 2, 32, side_by_side)
         assert found == 12 * params + max(kept + 2 * head + logits, back, 4 * params + 2 * 4 * 64 * 768)
+        summed = compression_size.training_bytes(
+            tiny.CONFIG, 2, 32, side_by_side, True
+        )  # those of a micro-batch before
+        assert summed == 16 * params + max(kept + 2 * head + logits, back)
 
 
 PASSES = [(1, 16), (6, 64), (2, 256)]
