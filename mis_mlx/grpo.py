@@ -42,7 +42,8 @@ def _phases(s: Settings, checkpoint: Checkpoint, longest: int) -> tuple[estimate
     answers, length = s.grad_accumulation_steps * s.group_size, longest + most
     branched = replace(s, grad_accumulation_steps=s.grad_accumulation_steps * -(-s.group_size // s.batch_size))
     learn = alignment_run.training(branched, checkpoint, 1, longest + s.batch_size * most, "learn")
-    state = learn.peak_bytes - estimates.activation_bytes(m.config, 1, longest + s.batch_size * most)
+    alone = alignment_run.training(replace(s, grad_accumulation_steps=1), checkpoint, 1, longest + s.batch_size * most)
+    state = alone.peak_bytes - estimates.activation_bytes(m.config, 1, longest + s.batch_size * most)
     # Twice: the cache grows, and gets rid of finished answers, by being copied.
     cache = estimates.keys_bytes(m, 2 * s.at_once * (longest + CACHE_STEP * -(-most // CACHE_STEP)))
     work = estimates.workspace_bytes(m, max(longest, s.at_once), length) + 8 * s.at_once * m.shape.vocab * 4

@@ -390,7 +390,8 @@ def test_times_by_pencil() -> None:
 
 
 def test_attention_is_timed_on_a_block_s_own_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt in mlx-lm's parts, each with all keys before it; a token with the whole cache."""
+    """A prompt in mlx-lm's parts, each with all keys before it; a token with the whole cache; a block with a window
+    with no more than that."""
     deep, seen, plain = tiny.make(tmp_path / "deep"), list[Any](), finalists.mx.fast.scaled_dot_product_attention
 
     def watched(q: Any, k: Any, v: Any, **how: Any) -> Any:
@@ -400,11 +401,15 @@ def test_attention_is_timed_on_a_block_s_own_shapes(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(finalists.rounds, "PREFILL", 48)
     monkeypatch.setattr(finalists, "ROUNDS", 1)
     model, _ = finalists.mlx_generate.open_model(deep)
+    slides, _ = finalists.mlx_generate.open_model(tiny.make(tmp_path / "slides", **tiny.FAMILIES["gemma3_text"]))
     monkeypatch.setattr(finalists.mx.fast, "scaled_dot_product_attention", watched)
     assert finalists._attention_seconds(model, 0, 100) > 0 and finalists._attention_seconds(model, 9, 0) > 0
     s = model.shape
     sizes = [(48, 48, "causal"), (48, 96, "causal"), (4, 100, "causal"), (1, 10, None)]
     assert seen == [((1, s.heads, n, s.head_dim), (1, s.kv_heads, m, s.head_dim), mask) for n, m, mask in sizes]
+    seen.clear()
+    assert finalists._attention_seconds(slides, 0, 60) > 0
+    assert sorted((q[2], k[2]) for q, k, _ in seen) == [(12, 18), (12, 60), (48, 48), (48, 48)]  # of 7 tokens, of all
 
 
 EVERY = ("layers", "ffn", "heads", "hidden", "vocab", "bits")

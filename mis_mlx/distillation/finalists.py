@@ -116,7 +116,8 @@ def timed(folder: Path, cached: int, prompt: int) -> limits.Timing:
 
 
 def _attention_seconds(model: Any, cached: int, prompt: int) -> float:
-    """What one block's queries take for their keys and values: those of a prompt, in mlx-lm's parts, or of a token."""
+    """What queries take for the keys and values that a block sees, the mean of all blocks: those of a prompt, in
+    mlx-lm's parts, or of a token."""
     s, dtype = model.shape, model.model.norm.weight.dtype
 
     def part(queries: int, keys: int) -> float:
@@ -128,7 +129,9 @@ def _attention_seconds(model: Any, cached: int, prompt: int) -> float:
 
     starts = range(0, prompt, rounds.PREFILL)
     parts = [(min(rounds.PREFILL, prompt - at), min(at + rounds.PREFILL, prompt)) for at in starts] or [(1, cached + 1)]
-    return sum(min(part(*one) for _ in range(ROUNDS)) for one in parts)
+    sees = [load.window(model.args, block) or cached + prompt + 1 for block in model.model.layers]
+    times = {w: sum(min(part(n, min(k, n + w - 1)) for _ in range(ROUNDS)) for n, k in parts) for w in set(sees)}
+    return sum(times[w] for w in sees) / len(sees)
 
 
 def unstable(record: Mapping[str, Any]) -> str:

@@ -160,8 +160,7 @@ def by_harness(checkpoint: Checkpoint, model_sha256: str, ids: Sequence[str], co
         if not path.is_file():
             by_task = samples(checkpoint.path, name, count)
             DISK.make_folder(path.parent)
-            lines = [json.dumps(marks(t, found)) + "\n" for t, found in by_task.items()]
-            DISK.replace_text(path, "".join(lines))
+            DISK.replace_text(path, "".join(json.dumps(marks(t, found)) + "\n" for t, found in by_task.items()))
         return run_folder.records(path)
 
     return distributed.broadcast_json(lambda: [row for name in ids for row in rows_of(name)])

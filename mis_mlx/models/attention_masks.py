@@ -27,8 +27,7 @@ class Branches(NamedTuple):
 
 def join(prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> Branches:
     """Of one prompt and B answers, of at least one token each."""
-    longest = max(map(len, answers))
-    shape = len(answers), longest
+    shape = len(answers), max(map(len, answers))
     at, targets, mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
     tokens, branch, positions = list(prompt), [0] * len(prompt), list(range(len(prompt)))
     for row, answer in enumerate(answers):

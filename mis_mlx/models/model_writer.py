@@ -86,13 +86,12 @@ def write_model(
     """`write_folder` of the dense model that `take(name)` gives tensor by tensor, cast to `dtype`."""
     shapes = arch.tensors_of(config, families.family(config).stacked and not file_per_block)  # parts are for us alone
     specs = {name: (SAFETENSORS_NAMES[dtype], dims) for name, dims in shapes.items()}
-    names = cli.counted("tensor", specs, len(specs))
 
     def whole(name: str) -> mx.array:
         parts = [take(one).astype(policy.DTYPES[dtype]) for one in experts.one_by_one(name, config)]
         return mx.stack(parts) if len(parts) > 1 else parts[0]
 
-    tensors = ((name, whole(name)) for name in names)
+    tensors = ((name, whole(name)) for name in cli.counted("tensor", specs, len(specs)))
     by_block = itertools.groupby(specs.items(), lambda item: arch.block_of(item[0]))
     shards = [dict(group) for _, group in by_block] if file_per_block else None
     write_folder(config, specs, tensors, source, out, files, extra, shards)

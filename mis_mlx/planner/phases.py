@@ -12,7 +12,7 @@ from mis_mlx.hardware.memory import TRAINED_BYTES, TRAINED_WHOLE_BYTES, process_
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.models import arch
 from mis_mlx.planner import compression_size, estimates
-from mis_mlx.planner.compression_size import STATE_BYTES, block_state_bytes, prune, repair, repair_parts
+from mis_mlx.planner.compression_size import GRADIENT_BYTES, STATE_BYTES, block_state_bytes, prune, repair, repair_parts
 from mis_mlx.planner.estimates import TENSOR_BYTES, StageCost, forward_flops, room, streamed_pass
 from mis_mlx.planner.recipe import ADAPTERS, DistillationConfig, DistillationSpec, Mode
 from mis_mlx.types import gib
@@ -80,7 +80,8 @@ def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost
     head = m.head_params * 4 * (1 if s.tied else 2)
     head += estimates.logit_bytes(s.vocab, micro * job.max_seq_length, bool(job.host_lanes))
     work = estimates.activation_bytes(m.config, micro, job.max_seq_length)
-    peak = ((1 + 2 * 4 * max(1, job.host_lanes)) * s.layers + 4) * m.block_params + STATE_BYTES * trained + head + work
+    state = STATE_BYTES + GRADIENT_BYTES * (job.step > micro * job.max_seq_length)  # those of micro-batches add up
+    peak = ((1 + 2 * 4 * max(1, job.host_lanes)) * s.layers + 4) * m.block_params + state * trained + head + work
     flops = 3 * forward_flops(m, job.step, job.max_seq_length)
     plain = StageCost("tune", nbytes, nbytes, peak, flops, updated=trained)
     return _taught(replace(job, iters=iters), plain, micro, limit, SAVED_BYTES * trained, work)
