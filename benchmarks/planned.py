@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,13 +65,20 @@ def largest() -> int:
     return 1024 * int(line.split()[1])
 
 
-def stretch(name: str, teacher: str, out: Path) -> None:
-    """Begin the run, or go on with it, until a phase is done and the next begins; print {phase: bytes it took}."""
-    taken, plain, chosen = dict[str, int](), Run.phase, vocabulary.of_run
+def when_tokens_are_chosen(begin: Callable[[], None]) -> None:
+    """Have `begin` called before the choice of tokens, which the plan has in `prune`."""
+    chosen = vocabulary.of_run
 
     def of_run(*of: Any) -> Any:
-        count_anew()
+        begin()
         return chosen(*of)
+
+    vocabulary.of_run = of_run  # type: ignore[assignment]
+
+
+def stretch(name: str, teacher: str, out: Path) -> None:
+    """Begin the run, or go on with it, until a phase is done and the next begins; print {phase: bytes it took}."""
+    taken, plain = dict[str, int](), Run.phase
 
     @contextmanager
     def phase(course: Run, label: str) -> Iterator[None]:
@@ -85,7 +92,7 @@ def stretch(name: str, teacher: str, out: Path) -> None:
         taken[label] = largest() - course.peak.before_bytes
 
     Run.phase = phase  # type: ignore[method-assign,assignment]
-    vocabulary.of_run = of_run  # type: ignore[assignment]
+    when_tokens_are_chosen(count_anew)
     s = replace(distill.Settings(teacher=teacher, out=str(out), **BRIEF), **CASES[name], resume=out.exists())
     with redirect_stdout(sys.stderr):
         distill.run(s)

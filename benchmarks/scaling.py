@@ -24,6 +24,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,12 @@ import laboratory
 import numpy as np
 import psutil
 import streaming
-from planned import HALF, count_anew, largest
+from planned import HALF, count_anew, largest, when_tokens_are_chosen
 
 from mis_mlx import cli, distill
 from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.pipeline import Run
-from mis_mlx.pruning import vocabulary
+from mis_mlx.hardware import memory
 from mis_mlx.reporting.text import markdown_table
 
 SMALL = {"num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49_152,
@@ -75,16 +76,13 @@ class Settings:
 
 def cell(name: str, teacher: str, out: str) -> None:
     """Run it, and print {"mode", "phases": {phase: {"taken", "planned"}}}, each with what `COUNTED` names."""
-    phases, plain, mode, chosen = dict[str, Any](), Run.phase, list[str](), vocabulary.of_run
+    phases, plain, mode = dict[str, Any](), Run.phase, list[str]()
     me, starts = psutil.Process(), dict[str, Any]()
 
     def start(label: str) -> None:
+        memory.give_back()  # as the phase itself does before anything else
         count_anew()
         starts[label] = train_loop.CLOCK.monotonic(), me.io_counters()
-
-    def of_run(*of: Any) -> Any:  # the choice of tokens, which the plan has in `prune`
-        start("prune")
-        return chosen(*of)
 
     @contextmanager
     def phase(course: Run, label: str) -> Iterator[None]:
@@ -103,7 +101,7 @@ def cell(name: str, teacher: str, out: str) -> None:
                          "planned": dict(zip(COUNTED, planned, strict=True))}  # fmt: skip
 
     Run.phase = phase  # type: ignore[method-assign,assignment]
-    vocabulary.of_run = of_run  # type: ignore[assignment]
+    when_tokens_are_chosen(partial(start, "prune"))
     with redirect_stdout(sys.stderr):
         distill.run(replace(distill.Settings(teacher=teacher, out=out, **SHARED), **CASES[name][1]))
     print(json.dumps({"mode": mode[0], "phases": phases}))
