@@ -170,8 +170,7 @@ def broadcast_folder(folder: Path, files: Files) -> None:
     """A folder of the first machine, where there are several, made on all others."""
     if size() == 1:
         return
-    names = broadcast_json(lambda: sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
-    for name in names:
+    for name in broadcast_json(lambda: sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())):
         files.make_folder((folder / name).parent)
         broadcast_file(folder / name, files)
 

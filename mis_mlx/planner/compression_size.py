@@ -121,7 +121,7 @@ def training_bytes(config: Mapping[str, Any], batch: int, length: int, host_lane
     gradients = GRADIENT_BYTES * params
     forth, back = kept + loss + more * gradients, (1 + more) * gradients + block
     if host_lanes:
-        back = max(kept + head, host_lanes * (gradients - head) + 3 * head) + block + more * gradients
+        back = max(kept + head, min(batch, host_lanes) * (gradients - head) + 3 * head) + block + more * gradients
     else:
         forth += gradients
     largest = max(map(math.prod, arch.tensors_of(config, True).values()))

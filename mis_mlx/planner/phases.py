@@ -81,7 +81,8 @@ def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost
     head += estimates.logit_bytes(s.vocab, micro * job.max_seq_length, bool(job.host_lanes))
     work = estimates.activation_bytes(m.config, micro, job.max_seq_length)
     state = STATE_BYTES + GRADIENT_BYTES * (job.step > micro * job.max_seq_length)  # those of micro-batches add up
-    peak = ((1 + 2 * 4 * max(1, job.host_lanes)) * s.layers + 4) * m.block_params + state * trained + head + work
+    copies = 2 * 4 * max(1, min(micro, job.host_lanes))  # a window goes through one lane
+    peak = ((1 + copies) * s.layers + 4) * m.block_params + state * trained + head + work
     flops = 3 * forward_flops(m, job.step, job.max_seq_length)
     plain = StageCost("tune", nbytes, nbytes, peak, flops, updated=trained)
     return _taught(replace(job, iters=iters), plain, micro, limit, SAVED_BYTES * trained, work)
