@@ -1,7 +1,8 @@
 """What each way of training gives and takes: the same student, repaired and distilled alike, by its way or its budget.
 
-    scripts/mis benchmarks/ways.py                     # about 5 minutes a row on 2 quiet cores
+    scripts/mis benchmarks/ways.py                     # 10 to 30 minutes a row on 2 quiet cores
     scripts/mis benchmarks/ways.py --rows blocks 1GiB  # of these rows alone
+    scripts/mis benchmarks/ways.py --teacher gemma-3-270m
     scripts/mis benchmarks/ways.py --table
 
 A row is a way (`--train`) under the default budget, or a budget, which chooses the way. Everything else is distill's
@@ -24,15 +25,15 @@ from mis_mlx.reporting import run_reader
 from mis_mlx.reporting.text import markdown_table
 
 WAYS = ("resident", "blocks", "lora", "sharded")
-BUDGETS = ("2GiB", "1GiB", "600MiB")
+BUDGETS = ("5GiB", "2GiB", "1GiB", "600MiB")
 
 
 @dataclass(frozen=True)
 class Settings:
     """How much."""
 
-    rows: tuple[str, ...] = (*WAYS, *BUDGETS)
-    """ways and budgets"""
+    rows: tuple[str, ...] = BUDGETS
+    """budgets, and ways: resident, blocks, lora, sharded"""
     teacher: str | None = None
     """default: SmolLM2-135M-Instruct"""
     iters: int | None = None
@@ -54,7 +55,7 @@ def row(s: Settings, name: str, out: Path) -> dict[str, Any]:
     phases = {p["phase"]: p for p in run.phases}
     found = {"way": result["mode"], "budget_bytes": result["budget_bytes"],
              "peak_bytes": max(p["peak_bytes"] for p in phases.values()),
-             "distil_peak_bytes": phases["distil"]["peak_bytes"],
+             "peaks": {name: p["peak_bytes"] for name, p in phases.items()},
              "cpu_seconds": round(time.process_time() - began, 1),
              "seconds": {name: round(p["seconds"], 1) for name, p in phases.items()}}  # fmt: skip
     bits, text = dict[str, list[float]](), ""
@@ -68,16 +69,17 @@ def row(s: Settings, name: str, out: Path) -> dict[str, Any]:
 def table(rows: dict[str, Any]) -> str:
     """Markdown."""
     texts = list(next(iter(rows.values()))["bits_per_byte"]) if rows else []
-    head = ["", "way", "peak of distil, MB", "minutes", "of one core", *(f"{text}, gap closed" for text in texts)]
+    head = ["", "way", "peak of all phases, MB", "of budget", "minutes", "of one core"]
+    head += [f"{text}, gap closed" for text in texts]
     body = []
     for name, r in rows.items():
-        size = f"{r['distil_peak_bytes'] / 1e6:,.0f}"
+        size = [f"{r['peak_bytes'] / 1e6:,.0f}", f"{r['peak_bytes'] / r['budget_bytes']:.2f}"]
         minutes = [f"{sum(r['seconds'].values()) / 60:.1f}", f"{r['cpu_seconds'] / 60:.1f}"]
         gaps = []
         for text in texts:
             teacher, pruned, distilled = r["bits_per_byte"][text]
             gaps.append(f"{(pruned - distilled) / (pruned - teacher):.1%}")
-        body.append([name, r["way"], size, *minutes, *gaps])
+        body.append([name, r["way"], *size, *minutes, *gaps])
     return markdown_table(head, body)
 
 
@@ -90,7 +92,8 @@ def main(s: Settings) -> None:
         if wanted not in rows:
             with tempfile.TemporaryDirectory() as temp:
                 rows[wanted] = row(s, wanted, Path(temp) / "run")
-            write(name, "scripts/mis benchmarks/ways.py", {"given": given, "rows": rows})
+            command = "scripts/mis benchmarks/ways.py" + (f" --teacher {s.teacher}" if s.teacher else "")
+            write(name, command, {"given": given, "rows": rows})
     print(table(rows))
 
 
