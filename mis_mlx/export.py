@@ -133,7 +133,6 @@ def _hf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
     model_writer.need_tokenizer(checkpoint.path)
     shape, dtype = shape_of(checkpoint.config), HF_DTYPES[wanted]
     config = arch.student_config(checkpoint.config, shape, tuple(range(shape.layers)), dtype)
-    nbytes = 2 * arch.params(checkpoint.config)
     names = arch.tensors_of(checkpoint.config)
     packed = sum(load.packing(checkpoint, name) != {} for name in names)
     rounded = [f"{packed} packed matrices de-quantized, then rounded to {dtype}"] if packed else []
@@ -149,7 +148,7 @@ def _hf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
         base = s.base_model or model_card.base_of(checkpoint.path)
         papers = {"README.md": model_card.readme(checkpoint, base, "", facts, s.license or "").encode()}
         model_writer.write_model(config, take, checkpoint.path, Path(s.out), dtype, DISK, papers)
-    return {"nbytes": nbytes, "tensors": len(names), "notes": facts}
+    return {"nbytes": 2 * arch.params(checkpoint.config), "tensors": len(names), "notes": facts}
 
 
 def run(settings: Settings) -> dict[str, Any]:

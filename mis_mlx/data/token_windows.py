@@ -184,9 +184,8 @@ def reread(windows: Windows, tokenizer: Any, other: Any) -> Windows:
             begin = end + 1
         rows.append(row)
         length = max(length, len(row))
-    tokens = np.array([row + [0] * (length - len(row)) for row in rows], np.int32)
     learn = np.arange(length) < np.array([len(row) - 1 for row in rows])[:, None]
-    again = Windows(tokens, learn.astype(np.float32))
+    again = Windows(np.array([row + [0] * (length - len(row)) for row in rows], np.int32), learn.astype(np.float32))
     return replace(again, text_bytes=text_bytes(again, other))
 
 
@@ -196,8 +195,7 @@ def order(n_windows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
     if n_windows < 1 or batch_size < 1:
         raise MisError(f"{n_windows} windows in batches of {batch_size}: both must be at least 1")
     epoch, within = divmod(step, max(1, n_windows // batch_size))
-    permutation = np.random.default_rng([seed, epoch]).permutation(n_windows)
-    return np.resize(permutation[within * batch_size :], batch_size)
+    return np.resize(np.random.default_rng([seed, epoch]).permutation(n_windows)[within * batch_size :], batch_size)
 
 
 def overlap(train: Windows, held_out: Windows, span: int = 32) -> np.ndarray:

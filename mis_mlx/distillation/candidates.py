@@ -176,8 +176,7 @@ class Candidates:
 
     def _kl(self, student: Checkpoint, reader: Reader) -> float:
         """KL(teacher || student) in nats a byte of the ranking windows."""
-        both = {"teacher": reader.teacher, "student": student}
-        values = comparison.compare(both, reader.ranking, reader.hidden)
+        values = comparison.compare({"teacher": reader.teacher, "student": student}, reader.ranking, reader.hidden)
         return comparison.per_byte(values["student", "kl"], reader.ranking)
 
     def prune(self, shape: Shape, out: Path) -> Checkpoint:

@@ -69,8 +69,7 @@ def _measured(c: candidates.Candidates, choice: shape_search.Choice, sub: Path) 
     if trained:
         out, samples = sub / "model", own.pick(run.recipe.num_samples, 1)
         if not out.exists():
-            held = plan.held_windows("quantize")
-            stage.quantize(trained.path, out, how, run.files, samples, held, run.recipe.seed)
+            stage.quantize(trained.path, out, how, run.files, samples, plan.held_windows("quantize"), run.recipe.seed)
         models |= {"distilled": trained, "rounded": load.open_checkpoint(out)}
         record["bytes"] = models["rounded"].nbytes
     for (model, metric), values in comparison.compare(models, reader.judging).items():

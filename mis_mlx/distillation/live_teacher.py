@@ -119,9 +119,8 @@ def _on_host(
         student.update(tree_unflatten(list(trained.items())))
         mx.eval(hidden, cotangent)
     name = "lm_head.weight" if hasattr(student, "lm_head") else "model.embed_tokens.weight"
-    head = load.head_weight(student)
     how = source.logits, learn, source.temperature, name not in trained
-    loss, below, of_head = host_losses.kl_gradients(hidden[0], head, target, *how)
+    loss, below, of_head = host_losses.kl_gradients(hidden[0], load.head_weight(student), target, *how)
     host_losses.view(cotangent)[:] = host_losses.view(below)
     found = dict(zip(trained, slopes, strict=True))
     del slopes

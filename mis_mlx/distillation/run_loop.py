@@ -75,8 +75,7 @@ class OpenRun:
     def done(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """The run's result, with memory, weather and time, as it now stands in the folder."""
         sizes = {"peak_bytes": self.peak.nbytes, "budget_bytes": self.budget_bytes}
-        seconds = round(time.monotonic() - self.began_s, 1)
-        whole = {**result, **sizes, **self.weather.account(), "seconds": seconds}
+        whole = {**result, **sizes, **self.weather.account(), "seconds": round(time.monotonic() - self.began_s, 1)}
         self.files.replace_text(self.folder / run_folder.RESULT, json.dumps(whole, indent=2))
         return whole
 

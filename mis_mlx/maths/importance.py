@@ -176,5 +176,4 @@ def conditions_size(sums: Sequence[Sums], size: int, multiple: int, altitude_m: 
     measured = np.concatenate([aais(s, altitude_m) for s in sums])
     threshold = np.sort(reference)[::-1][size * len(sums) - 1]
     passing = int((measured >= threshold).sum()) / len(sums)
-    most = len(sums[0].square)
-    return int(min(max(round(passing / multiple), 1), math.floor(most / multiple)) * multiple)
+    return int(min(max(round(passing / multiple), 1), math.floor(len(sums[0].square) / multiple)) * multiple)

@@ -158,8 +158,7 @@ class GuardedAdamW:
         if len(self.norms) < WAKE:
             return math.inf
         mean = sum(self.norms) / len(self.norms)
-        variance = sum((n - mean) ** 2 for n in self.norms) / len(self.norms)
-        return mean + SIGMAS * math.sqrt(variance)
+        return mean + SIGMAS * math.sqrt(sum((n - mean) ** 2 for n in self.norms) / len(self.norms))
 
     def pass_over(self, batches: Sequence[int]) -> None:
         """From now on leave these batches out, and learn at half the rate."""

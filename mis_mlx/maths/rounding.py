@@ -48,8 +48,7 @@ def opened(packed: Packed, group: int, bits: int, mode: Mode = "affine") -> mx.a
 
 def integers(packed: mx.array, group: int, bits: int) -> mx.array:
     """What is packed in (out, in * bits / 32) uint32, for a scale of 1 and a bias of 0: (out, in) uint8. Lazy."""
-    each = packed.shape[1] * 32 // bits // group
-    ones = mx.ones((len(packed), each))
+    ones = mx.ones((len(packed), packed.shape[1] * 32 // bits // group))
     return mx.dequantize(packed, ones, mx.zeros_like(ones), group_size=group, bits=bits).astype(mx.uint8)
 
 

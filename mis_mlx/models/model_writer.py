@@ -104,8 +104,7 @@ def by_block(source: Checkpoint, folder: Path, files: Files, dtype: str = "float
         config = {k: v for k, v in source.config.items() if not k.startswith("quantization")}
         config["torch_dtype"] = dtype
         extra = keep_files(read_keep(source.path))
-        take = partial(load.dense, source)
-        write_model(config, take, source.path, folder, dtype, files, extra, True)
+        write_model(config, partial(load.dense, source), source.path, folder, dtype, files, extra, True)
     return load.open_checkpoint(folder)
 
 

@@ -110,9 +110,9 @@ class Context:
         text, if it was new, and of every node."""
         fresh, before = text[self.length :], len(self._positions)
         assert not (fresh and self._at), "text is appended to text, not to a tree"
-        rows, columns = len(fresh) + len(nodes), before + len(fresh) + len(nodes)
         self._at |= {node: before + len(fresh) + j for j, node in enumerate(nodes)}
         positions = np.array([*range(self.length, len(text)), *(len(text) - 1 + n.depth for n in nodes)], np.int32)
+        rows, columns = len(fresh) + len(nodes), before + len(fresh) + len(nodes)
         sees = np.zeros((rows, columns), bool)
         sees[: len(fresh), : len(text)] = np.tri(len(fresh), len(text), self.length, bool)
         for row, node in enumerate(nodes, len(fresh)):
@@ -133,17 +133,15 @@ class Context:
             mask, done = near if load.window(self.stream.args, block) else sees, []
             for a in range(0, len(positions), ROWS):
                 part = hidden[:, a : a + ROWS]
-                seen = mx.array(mask[a : a + ROWS, : before + a + part.shape[1]])
                 with positioned(block, positions[a : a + ROWS]):
-                    done.append(block(part, seen, cache))
+                    done.append(block(part, mx.array(mask[a : a + ROWS, : before + a + part.shape[1]]), cache))
                 evaluate_now(done[-1], cache.state)
             hidden = self.stream.finite(mx.concatenate(done, axis=1))
         return hidden
 
     def keep(self, branch: Sequence[Node]) -> None:
         """The tree goes, except that what was read of this branch becomes text."""
-        kept = [self._at[node] for node in branch if node in self._at]
-        columns = np.array([*range(self.length), *kept], np.int32)
+        columns = np.array([*range(self.length), *(self._at[n] for n in branch if n in self._at)], np.int32)
         if len(columns) < len(self._positions):
             for cache in self._keys:
                 cache.state = [a[:, :, mx.array(columns)] for a in cache.state]
@@ -208,8 +206,7 @@ def sampled(
     texts, keys = [list(prompt) for prompt in prompts], list[Any]()
     open_ = set(range(len(texts)))
     for at in range(max(map(len, prompts)) + max_tokens - 1):
-        tokens = mx.array([[text[min(at, len(text) - 1)]] for text in texts])
-        hidden = model.embed([tokens])[0]
+        hidden = model.embed([mx.array([[text[min(at, len(text) - 1)]] for text in texts])])[0]
         for i, block in model.blocks():
             if i == len(keys):
                 window = load.window(model.args, block)

@@ -54,8 +54,7 @@ class Vocabulary:
         pieces = list(text)
         needed |= {self.ids[piece] for piece in pieces if piece in self.ids}
         while len(pieces) > 1:
-            ranked = [(self._ranks.get(pair, len(self.pairs)), at) for at, pair in enumerate(pairwise(pieces))]
-            rank, at = min(ranked)
+            rank, at = min((self._ranks.get(pair, len(self.pairs)), at) for at, pair in enumerate(pairwise(pieces)))
             if rank == len(self.pairs):  # a token that only whole words are (ignore_merges), or none
                 break
             pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]

@@ -165,8 +165,7 @@ def heal(source: stream.Stream, block: nn.Module, hidden: Hidden, goals: Hidden)
     least = first = float(error(weight, parts[1]))
     adam = optim.Adam(RATE * float(mx.sqrt(mx.square(weight).mean())))
     for step in range(1, STEPS + 1):
-        slope = mx.grad(error)(weight, parts[0])
-        weight = adam.apply_gradients({"gate": slope}, {"gate": weight})["gate"]
+        weight = adam.apply_gradients({"gate": mx.grad(error)(weight, parts[0])}, {"gate": weight})["gate"]
         stream.evaluate_now(weight, adam.state)
         if step % LOOK == 0 and (now := float(error(weight, parts[1]))) < least:
             best, least = weight, now

@@ -69,7 +69,6 @@ Ranking = Callable[[Key], np.ndarray]  # (layer, axis) -> scores (units,); the h
 def ranking(statistics: Statistics, cut: PruningConfig) -> tuple[Ranking, str]:
     """How `cut` ranks a layer's units, and the name of that."""
     weather = cut.importance == "aais" and statistics.measured and statistics.altitude_m is not None
-    altitude = statistics.altitude_m or 1.0
 
     def scores(key: Key) -> np.ndarray:
         i, axis = key
@@ -80,7 +79,7 @@ def ranking(statistics: Statistics, cut: PruningConfig) -> tuple[Ranking, str]:
         sums: importance.Sums = getattr(statistics, axis)[i]
         if cut.importance == "activation":
             return importance.activation(sums)
-        return importance.aais(sums, altitude) if weather else importance.rms(sums)
+        return importance.aais(sums, statistics.altitude_m or 1.0) if weather else importance.rms(sums)
 
     return scores, cut.importance if cut.importance != "aais" or weather else "rms (no T_env or altitude known)"
 
@@ -182,8 +181,7 @@ def prune(
     shape, keep = select_units(checkpoint.config, statistics, cut)
     directions = cache(lambda: slicing.directions(checkpoint, batches, states))
     if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
-        as_plain = replace(cut, importance="rms", target="fixed")
-        _, plain = select_units(checkpoint.config, statistics, as_plain, shape)
+        _, plain = select_units(checkpoint.config, statistics, replace(cut, importance="rms", target="fixed"), shape)
         mark = f"-{os.getpid()}"  # so that it is swept where we are killed
         with tempfile.TemporaryDirectory(mark, f".tmp-{out.name}-", out.absolute().parent) as temp:
             both = {}
@@ -194,10 +192,9 @@ def prune(
         losses = {f"nll_{name}": float(measured[name, "nll"].mean()) for name in both}
         keep = replace(keep, report={**keep.report, **losses})
     keep = slicing.write_student(checkpoint, shape, keep, out, dtype, files, directions)
-    config = arch.student_config(checkpoint.config, shape, keep.layers, dtype)
     return {
         "params_before": arch.params(checkpoint.config),
-        "params": arch.params(config),
+        "params": arch.params(arch.student_config(checkpoint.config, shape, keep.layers, dtype)),
         "shape": str(shape),
         **{k: v for k, v in keep.report.items() if k not in BULKY},
     }

@@ -79,9 +79,8 @@ def axis_sizes(config: Mapping[str, Any], axes: Sequence[str], vocab: Sequence[i
     """Of every axis the teacher's size alone where the axis is not one of `axes`; else evenly spread ones before it
     that a student can have and bits can pack. vocab: numbers of rows."""
     s, group = shape_of(config), GROUPS[-1]
-    steps = {"layers": 1, "ffn": arch.FFN_MULTIPLE, "heads": 1, "hidden": group}
     sizes = dict[str, tuple[int, ...]]()
-    for axis, step in steps.items():
+    for axis, step in {"layers": 1, "ffn": arch.FFN_MULTIPLE, "heads": 1, "hidden": group}.items():
         whole = getattr(s, axis)
         steps_of = range(step, whole, step) if axis in axes else ()
         fits = [n for n in steps_of if n >= LEAST_SHARE * whole and _shape(config, {axis: n})]

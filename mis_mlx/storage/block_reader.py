@@ -71,9 +71,8 @@ class Reader:
         for path, begin, end, view in wanted:
             self.nbytes += end - begin
             for start in range(0, end - begin, PIECE):
-                part = view[start : start + PIECE]
                 needed = min(PIECE, end - begin - start)
-                jobs.append(self._pool.submit(self._read, path, begin + start, needed, part))
+                jobs.append(self._pool.submit(self._read, path, begin + start, needed, view[start : start + PIECE]))
 
         def wait() -> None:
             failed = [error for job in jobs if (error := job.exception())]  # waits for all of them

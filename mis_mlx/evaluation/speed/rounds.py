@@ -87,10 +87,9 @@ def opened(folder: Path) -> BenchmarkModel:
     stream.evaluate_now(model.parameters())
     seconds, arrays = time.perf_counter() - began, dict[str, mx.array](tree_flatten(model.parameters()))
     unread = ("model.embed_tokens.",) if hasattr(model, "lm_head") else ()
-    nbytes = sum(a.nbytes for a in arrays.values())
     read_bytes = sum(a.nbytes for n, a in arrays.items() if not n.startswith(unread))
     stream.load_checked(model, f"{folder}: ")
-    return BenchmarkModel(model, tokenizer, seconds, nbytes, read_bytes)
+    return BenchmarkModel(model, tokenizer, seconds, sum(a.nbytes for a in arrays.values()), read_bytes)
 
 
 def prompt(tokenizer: Any, count: int, seed: Sequence[int]) -> list[int]:
@@ -145,11 +144,10 @@ def rounds(
 ) -> Iterator[tuple[str, Measurement]]:  # fmt: skip
     """Every trial as it ends, by model, but the warm-up, a whole prompt: all models in turn, A B A B; or, where they do
     not fit in memory together, model after model. No model is handed on: whoever took one would keep it in memory."""
-    first = r._replace(answer=min(r.answer, WARM_UP))
     for group in [list(folders)] if together else [[name] for name in folders]:
         subjects = {name: opened(folders[name]) for name in group}
         for s in subjects.values():
-            trial(s, first, (seed, 0))
+            trial(s, r._replace(answer=min(r.answer, WARM_UP)), (seed, 0))
         for number in range(1, count + 1):
             for name, s in subjects.items():
                 time.sleep(delay)

@@ -224,8 +224,7 @@ class Governor:
                 reason = f"duty {duty:.2f}: die {self._filter.ahead_c:.1f} °C, set {set_c:.0f}"
         if not cause and (reading.battery_c or 0.0) >= BATTERY_WARM_C:
             cause, reason = "battery warm", f"battery {reading.battery_c:.1f} °C, stop at {BATTERY_STOP_C:.0f}"
-        nap_s = min((step_s or 0.0) * (1 - duty) / duty, LONGEST_NAP_S)
-        return Decision("run", duty, nap_s, cause, reason)
+        return Decision("run", duty, min((step_s or 0.0) * (1 - duty) / duty, LONGEST_NAP_S), cause, reason)
 
 
 def governor_for(mode: Mode, first: Reading, reasons: Mapping[str, str], *, apple: bool) -> Governor:
