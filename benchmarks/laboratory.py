@@ -26,7 +26,7 @@ from mis_mlx.distillation import live_teacher
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import rates
 from mis_mlx.maths import losses
-from mis_mlx.models import load, resolve
+from mis_mlx.models import host_losses, load, resolve
 from mis_mlx.types import MisError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,8 +161,9 @@ class Judge:
             hidden, found = student.model(mx.array(tokens[None]))[0], []
             for start in range(0, len(tokens) - 1, rows):
                 at = np.s_[start : min(start + rows, len(tokens) - 1)]
-                theirs, right = self.source.logits(target[0, at]), mx.array(tokens[1:][at])
-                found.append(np.array(losses.compared(theirs, hidden[at] @ head.T, right))[:, 1:].T)
+                theirs, right = self.source.logits(target[0, at]), tokens[1:][at]
+                whole = host_losses.compared(theirs, hidden[at] @ head.T, right)
+                found.append(host_losses.over_parts([whole], [0])[:, 1:].T)
             means.append((np.concatenate(found, axis=1) * learn[:-1]).sum(axis=1) / max(learn.sum(), 1.0))
         return dict(zip(METRICS, np.mean(means, axis=0).tolist(), strict=True))
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from mis_mlx.maths import losses
 from mis_mlx.maths.importance import Key, lowest_blocks
-from mis_mlx.models import load, stream
+from mis_mlx.models import host_losses, load, stream
 from mis_mlx.models.config import shape_of
 from mis_mlx.types import Checkpoint
 
@@ -44,10 +44,10 @@ def kl_without(
         flat = h.reshape(-1, h.shape[-1])
         for start in range(0, len(flat), rows):
             at = slice(start, start + rows)
-            whole_logits, any_token = load.logits(head, flat[at]), mx.zeros((len(flat[at]),), mx.int32)
+            whole_logits, any_token = load.logits(head, flat[at]), np.zeros(len(flat[at]), int)
             for v, hidden in begun.items():
                 less = load.logits(head, hidden[b].reshape(flat.shape)[at])
-                found[v] += float(losses.compared(whole_logits, less, any_token)[:, 2].sum())
+                found[v] += float(host_losses.compared(whole_logits * 1, less, any_token)[:, 0].sum())
     return found / sum(h.shape[0] * h.shape[1] for h in whole)
 
 

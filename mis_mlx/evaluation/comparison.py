@@ -12,9 +12,10 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.maths import losses, stats
-from mis_mlx.models import config, distributed, host_losses, load, policy
-from mis_mlx.models.stream import Hidden, Stream
+from mis_mlx.maths import stats
+from mis_mlx.models import config, distributed, host_losses, load
+from mis_mlx.models.host_losses import CHUNK, GROUP
+from mis_mlx.models.stream import HEAD_PART, Hidden, Stream
 from mis_mlx.types import Checkpoint, MisError, Row
 
 Models = Mapping[str, Checkpoint]  # by name
@@ -58,7 +59,7 @@ def together(models: Models, held_out: Windows, opened: Opened) -> Means:
 
 def compare(models: Models, held_out: Windows, hidden: Hidden | None = None, opened: Opened = Stream) -> Means:
     """{(model, metric): per-window means (N,)} of all models; the first is the teacher. Streamed. One block of one
-    model in memory at a time, then the teacher's head and one student's, window by window. hidden: what
+    model in memory at a time, then parts of the teacher's head and of one student's. hidden: what
     `final_hidden` gave for the teacher, where many students come one after the other."""
     (teacher, base), *students = models.items()
     mine = final_hidden(base, held_out, opened) if hidden is None else hidden
@@ -75,20 +76,23 @@ def compare(models: Models, held_out: Windows, hidden: Hidden | None = None, ope
 
 def by_window(base: Passed, other: Passed, held_out: Windows) -> Iterator[np.ndarray]:
     """(n, 4) float64 of the n predictions that count in each window: the base's nll, the other's, KL(base || other), in
-    nats, whether the top token is the same. Logits come in chunks."""
-    mine = Stream(base[0]).head()
-    heads = mine, mine if other[0] is base[0] else Stream(other[0]).head()
-    vocab = min(config.shape_of(model.config).vocab for model, _ in (base, other))
-    rows = losses.chunk_rows(vocab) // 2
-    for w, tokens in enumerate(held_out.tokens):
-        counted, values = np.flatnonzero(held_out.learn[w, :-1]), [np.zeros((0, 4))]  # nothing follows the last
-        for start in range(0, len(counted), rows):
-            at = mx.array(counted[start : start + rows])
-            hidden, targets = (states[w][0][at] for _, states in (base, other)), mx.array(tokens)[at + 1]
-            z_t, z = (load.logits(head, h)[:, :vocab].astype(mx.float32) for head, h in zip(heads, hidden, strict=True))
-            work = host_losses.compared if policy.name() == "cpu" else losses.compared
-            values.append(np.array(work(z_t, z, targets)))
-        yield np.concatenate(values, dtype=np.float64)
+    nats, whether the top token is the same. The heads come in parts, for as many windows as GROUP has tokens."""
+    shapes = [config.shape_of(model.config) for model, _ in (base, other)]
+    vocab, rows = min(s.vocab for s in shapes), HEAD_PART // max(s.hidden for s in shapes)
+    for first in range(0, len(held_out.tokens), size := max(1, GROUP // held_out.tokens.shape[1])):
+        group = held_out.pick(slice(first, first + size))
+        counted = [np.flatnonzero(learn[:-1]) for learn in group.learn]  # nothing follows the last
+        chunks = [(w, ats[i : i + CHUNK]) for w, ats in enumerate(counted) for i in range(0, len(ats), CHUNK)]
+        starts, parts = list[int](), [list[np.ndarray]() for _ in chunks]
+        heads = (Stream(model).head_parts(vocab, rows) for model, _ in (base, other))
+        for (start, mine), (_, theirs) in zip(*heads, strict=True):
+            starts.append(start)
+            sides = (mine, base[1]), (theirs, other[1])
+            for (w, at), found in zip(chunks, parts, strict=True):
+                z_t, z = (load.logits(head, h[first + w][0][mx.array(at)]).astype(mx.float32) for head, h in sides)
+                found.append(host_losses.compared(z_t, z, group.tokens[w][at + 1] - start))
+        values = [np.zeros((0, 4)), *(host_losses.over_parts(found, starts) for found in parts)]
+        yield from np.split(np.concatenate(values), np.cumsum([len(ats) for ats in counted])[:-1])
 
 
 def nats_of(values: np.ndarray, windows: Windows) -> np.ndarray:

@@ -178,16 +178,6 @@ def token_logps(
     return found
 
 
-def compared(teacher: mx.array, student: mx.array, targets: mx.array) -> mx.array:
-    """Of logits (n, V) and the right tokens (n,): (n, 4), the teacher's negative log-likelihood, the student's,
-    KL(teacher || student), all in nats, and 1 where the top token is the same."""
-    z_t, z = teacher.astype(mx.float32), student.astype(mx.float32)
-    (p, lse_t), (_, lse) = softmax_lse(z_t), softmax_lse(z)
-    kl = (p * (z_t - z)).sum(axis=-1) - lse_t + lse
-    same = (z_t.argmax(axis=-1) == z.argmax(axis=-1)).astype(mx.float32)
-    return mx.stack([lse_t - _at(z_t, targets), lse - _at(z, targets), kl, same], axis=1)
-
-
 def _at(z: mx.array, index: mx.array) -> mx.array:
     return mx.take_along_axis(z, index[:, None], axis=-1)[:, 0]
 

@@ -1,7 +1,7 @@
-"""The losses of a vocabulary by numpy, a few rows at a time, where MLX computes on a CPU: its exp takes seven times as
-long as numpy's there. maths/losses has the formulas, which a GPU computes with."""
+"""The losses of a vocabulary by numpy, a few rows at a time: of training where MLX computes on a CPU, whose exp takes
+seven times as long as numpy's (maths/losses has the formulas, which a GPU computes with); and of comparisons."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +12,8 @@ from mis_mlx.hardware import lanes
 from mis_mlx.maths.losses import Logits, chunk_rows
 from mis_mlx.models import stream
 
-ROWS = 8  # at a time: 1.5 MB of logits for a vocabulary of 49,152
+NUMBERS = 8 * 49_152  # logits at a time: 1.5 MB
+GROUP, CHUNK = 4096, 256  # tokens compared in one part of the vocabulary before the next is read; those at a time
 
 
 def view(array: mx.array) -> np.ndarray:
@@ -35,12 +36,14 @@ def softmax(z: np.ndarray) -> np.ndarray:
 def by_rows(work: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
     """`work` of these arrays (n, ...), a few rows at a time, in as many threads as there are lanes: (n, ...)."""
 
+    rows = max(1, NUMBERS // arrays[0].shape[1])
+
     def of_piece(start: int) -> np.ndarray:
         with np.errstate(all="ignore"):  # who gets NaN says so
-            return work(*(array[start : start + ROWS] for array in arrays))
+            return work(*(array[start : start + rows] for array in arrays))
 
     with ThreadPoolExecutor(lanes.count()) as pool:
-        return np.concatenate(list(pool.map(of_piece, range(0, len(arrays[0]), ROWS))))
+        return np.concatenate(list(pool.map(of_piece, range(0, len(arrays[0]), rows))))
 
 
 def _divergence(z: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -83,14 +86,30 @@ def kl_gradients(
     return loss, mx.concatenate(dh), dw
 
 
-def compared(teacher: mx.array, student: mx.array, targets: mx.array) -> np.ndarray:
-    """What `losses.compared` says of logits (n, V) float32, which are made over."""
+def compared(teacher: mx.array, student: mx.array, targets: np.ndarray) -> np.ndarray:
+    """What `over_parts` needs to know of logits (n, v) float32, which are made over, of a part of the vocabulary:
+    (n, 9). targets: (n,), the right tokens, counted from this part's first."""
 
     def of_rows(z_t: np.ndarray, z: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        at = np.arange(len(z)), targets
-        right_t, right, same = z_t[at], z[at], z_t.argmax(axis=1) == z.argmax(axis=1)
-        kl, lse_t, lse, _ = _divergence(z, z_t)
-        return np.stack([lse_t - right_t, lse - right, kl, same], axis=1)
+        here = (targets >= 0) & (targets < z.shape[1])
+        at = np.arange(len(z)), np.where(here, targets, 0)
+        known = [np.where(here, each[at], -np.inf) for each in (z_t, z)]
+        known += [found for each in (z_t, z) for found in (each.max(axis=1), each.argmax(axis=1))]
+        return np.stack([*_divergence(z, z_t)[:3], *known], axis=1)
 
     stream.evaluate_now(teacher, student)
-    return by_rows(of_rows, view(teacher), view(student), np.array(targets))
+    return by_rows(of_rows, view(teacher), view(student), targets)
+
+
+def over_parts(parts: Sequence[np.ndarray], starts: Sequence[int]) -> np.ndarray:
+    """What was found in all parts (n, 9) of a vocabulary, which begin at these tokens, together: (n, 4) float64, the
+    teacher's negative log-likelihood, the student's, KL(teacher || student), all in nats, and 1 where the top token is
+    the same."""
+    with np.errstate(all="ignore"):
+        kl, lse_t, lse, right_t, right, top_t, best_t, top, best = np.moveaxis(np.array(parts, np.float64), 2, 0)
+        whole_t, whole = np.logaddexp.reduce(lse_t), np.logaddexp.reduce(lse)
+        # A part's KL is that of the probabilities in it; its share of the teacher's weighs it.
+        kl = (np.exp(lse_t - whole_t) * (kl + lse_t - lse)).sum(axis=0) - whole_t + whole
+        best_t, best = best_t + np.array(starts)[:, None], best + np.array(starts)[:, None]
+        same = [np.take_along_axis(i, t.argmax(axis=0)[None], 0)[0] for t, i in ((top_t, best_t), (top, best))]
+        return np.stack([whole_t - right_t.max(axis=0), whole - right.max(axis=0), kl, np.equal(*same)], axis=1)

@@ -219,11 +219,11 @@ def final_norm(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) 
 
 
 def head(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
-    """The vocabulary head as a module hidden (..., D) -> logits (..., V), lazy. `raw` as in `weights`."""
+    """The vocabulary head as a module hidden (..., D) -> logits (..., V), lazy. `raw` as in `embedding`."""
     s, owner = shape_of(checkpoint.config), nn.Module()
     if s.tied:
         return embedding(checkpoint, dtype, raw)
-    owner.lm_head = nn.Linear(s.hidden, s.vocab, bias=False)
+    owner.lm_head = nn.Linear(s.hidden, len(raw["lm_head.weight"]) if raw else s.vocab, bias=False)
     _quantize(owner, "", checkpoint)
     owner.lm_head.load_weights(weights(checkpoint, "lm_head.", dtype, raw))
     return owner.lm_head

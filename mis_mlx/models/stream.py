@@ -24,6 +24,7 @@ from mis_mlx.types import Checkpoint, MisError, TensorAt
 
 evaluate_now = mx.eval  # what these were made of may be freed, or changed, after this line
 CHECKED = 2**22  # numbers that are looked at together, with three bytes for each
+HEAD_PART = 2**22  # numbers of a head that are read at a time where it comes in parts
 GROUP_BYTES = 2**27  # of outputs of experts, (B, T, k, D), at a time
 Batches = Sequence[mx.array]  # token ids [(B, T)]
 Hidden = MutableSequence[mx.array]  # hidden states (B, T, D) of every batch; a list, or a disk.spool.Spool
@@ -188,10 +189,10 @@ class Stream:
             hidden.append(out)
         return hidden
 
-    def _stored(self, prefix: str) -> dict[str, mx.array]:
-        """All tensors of this prefix as stored, in memory of their own."""
+    def _stored(self, prefix: str, rows: np.ndarray | None = None) -> dict[str, mx.array]:
+        """All tensors of this prefix as stored, or some of their rows, in memory of their own."""
         tensors = {n: t for n, t in self.checkpoint.tensors.items() if n.startswith(prefix)}
-        return {name: self.reader.rows(t, np.arange(t.shape[0])) for name, t in tensors.items()}
+        return {n: self.reader.rows(t, np.arange(t.shape[0]) if rows is None else rows) for n, t in tensors.items()}
 
     def norm(self, hidden: Hidden) -> Hidden:
         """Every batch after the last RMSNorm, in place."""
@@ -212,6 +213,13 @@ class Stream:
         head = load_checked(made, f"{self.checkpoint.path}: {prefix}")
         self._head = head if self._keep_head else None
         return head
+
+    def head_parts(self, vocab: int, rows: int) -> Iterator[tuple[int, nn.Module]]:
+        """(first token, head of `rows` tokens), as `head`, over the first `vocab` tokens; each read when asked for."""
+        prefix = load.head_prefix(self.checkpoint)
+        for start in range(0, vocab, rows):
+            raw = self._stored(prefix, np.arange(start, min(start + rows, vocab)))
+            yield start, load_checked(load.head(self.checkpoint, self.dtype, raw), f"{self.checkpoint.path}: {prefix}")
 
     def through(self, block: nn.Module, hidden: Hidden) -> Hidden:
         """Every batch's hidden states (B, T, D) through one block, in place, evaluated batch by batch."""

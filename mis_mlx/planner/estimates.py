@@ -14,7 +14,8 @@ from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.models import arch, load, policy
 from mis_mlx.models.config import Shape, shape_of
-from mis_mlx.models.stream import GROUP_BYTES
+from mis_mlx.models.host_losses import CHUNK, GROUP
+from mis_mlx.models.stream import GROUP_BYTES, HEAD_PART
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, reported
 from mis_mlx.types import Budget, Checkpoint, MisError, duration, gib
@@ -233,12 +234,15 @@ def token(m: ModelSize, length: int, limit_bytes: int) -> StageCost:
 
 
 def compared(models: Sequence[ModelSize], windows: int, length: int) -> StageCost:
-    """A pass of each model over the same windows, then the first one's head and each other's (as in comparison)."""
-    first, tokens, vocab = models[0], windows * length, max(m.shape.vocab for m in models)
+    """A pass of each model over the same windows, then parts of the first one's head and of each other's: two of each,
+    and what one is made from and looked at with, logits of CHUNK tokens, what is known of GROUP (as in comparison)."""
+    tokens, vocab, hidden = windows * length, min(m.shape.vocab for m in models), max(m.shape.hidden for m in models)
+    rows = min(HEAD_PART // hidden, vocab)
     body = max(m.slots_bytes + m.body_bytes(workspace_bytes(m, length, length)) for m in models)
-    heads = first.head_work + max([0, *(m.head_work + m.making_head for m in models[1:])])
-    peak = max(body, heads + 8 * 4 * chunk_rows(vocab) // 2 * vocab)
-    peak += tokens * sum(m.shape.hidden * m.item for m in models)
+    parts = [rows * (2 * m.head_work + m.making_head) // m.shape.vocab for m in models]
+    beside = 3 * rows * hidden + 2 * 4 * min(length, CHUNK) * rows
+    found = 9 * 8 * min(tokens, GROUP + length) * math.ceil(vocab / rows)
+    peak = max(body, parts[0] + max(parts) + beside + found) + tokens * sum(m.shape.hidden * m.item for m in models)
     flops = sum(forward_flops(m, tokens, length) for m in models)
     return StageCost("measure", sum(m.nbytes for m in models), 0, peak, flops)
 

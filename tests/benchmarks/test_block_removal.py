@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.ablations import block_removal
-from mis_mlx.maths import losses
-from mis_mlx.models import load
+from mis_mlx.models import host_losses, load
 from mis_mlx.types import Checkpoint
 
 
@@ -20,7 +19,9 @@ def by_hand(model: Checkpoint, batches: list[mx.array], without: Collection[int]
     less.model.layers = [layer for i, layer in enumerate(less.model.layers) if i not in without]
     kl = 0.0
     for tokens in batches:
-        kl += float(losses.compared(whole(tokens)[0], less(tokens)[0], tokens[0])[:, 2].mean()) / len(batches)
+        kl += float(host_losses.compared(whole(tokens)[0], less(tokens)[0], np.array(tokens[0]))[:, 0].mean()) / len(
+            batches
+        )
     return kl
 
 

@@ -101,19 +101,24 @@ def test_kld_by_pencil() -> None:
 
 
 def test_logits_come_in_chunks(monkeypatch: pytest.MonkeyPatch, llama: Checkpoint, halves: Windows) -> None:
-    """Never more rows of the vocabulary at a time than a chunk has; the figures do not depend on it (1e-5)."""
+    """Never more positions at a time than a chunk has, nor tokens than a part of the head; the figures do not depend on
+    it (1e-5), nor on how many windows a part of the head serves."""
     whole, seen = comparison.kld({"base": llama, "m": llama}, halves)["m"], []
     logits = load.logits
 
     def watched(head: nn.Module, hidden: mx.array) -> mx.array:
-        seen.append(len(hidden))
-        return logits(head, hidden)
+        made = logits(head, hidden)
+        seen.append(made.shape)
+        return made
 
     monkeypatch.setattr(comparison.load, "logits", watched)
-    monkeypatch.setattr(comparison.losses, "chunk_rows", lambda vocab: 16)
+    for name, value in {"CHUNK": 8, "HEAD_PART": 100 * 64, "GROUP": halves.tokens.shape[1]}.items():
+        monkeypatch.setattr(comparison, name, value)
     small = comparison.kld({"base": llama, "m": llama}, halves)["m"]
-    assert max(seen) == 8 and sum(seen) == 2 * halves.learn.sum()
+    assert {n for _, n in seen} == {100, 12} and max(n for n, _ in seen) == 8
+    assert sum(n for n, _ in seen) == 2 * 6 * halves.learn.sum()
     assert small["ppl"][0] == pytest.approx(whole["ppl"][0], rel=1e-5)
+    assert small["mean_kld"] == (0, 0) and small["same_top_p"] == (100, 0)
 
 
 @pytest.mark.parametrize("kind", ["llama", "untied"])

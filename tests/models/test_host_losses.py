@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mis_mlx.hardware import lanes
-from mis_mlx.maths import losses
 from mis_mlx.models import host_losses
 from tests.maths.test_losses import Problem, gradients, ours, problem
 
@@ -39,15 +40,32 @@ def test_kl_and_its_gradients(
     assert frozen[2] is None and frozen[0] == total and mx.array_equal(frozen[1], dh)
 
 
-def test_what_a_comparison_says() -> None:
-    """Each column beside `losses.compared`."""
+@pytest.mark.parametrize("cuts", [[0, 50], [0, 17, 34, 50], [*range(51)]])
+def test_what_a_comparison_says(cuts: list[int]) -> None:
+    """Each column beside its formula in float64, the vocabulary whole, in parts, and token by token."""
     z_t, z = (3 * mx.random.normal((21, 50), key=mx.random.key(k)) for k in (1, 2))
     z = 0.5 * z + z_t
-    targets = mx.random.randint(0, 50, (21,), key=mx.random.key(3))
-    want = np.array(losses.compared(z_t, z, targets))
-    found = host_losses.compared(z_t * 1, z * 1, targets)
-    assert 0 < want[:, 3].sum() < 21
-    np.testing.assert_allclose(found, want, atol=1e-5)
+    targets = np.random.default_rng(3).integers(0, 50, 21)
+    log_t, log = (each - np.logaddexp.reduce(each, 1)[:, None] for each in (np.array(z_t, np.float64), np.array(z)))
+    at = np.arange(21), targets
+    same = log_t.argmax(1) == log.argmax(1)
+    want = np.stack([-log_t[at], -log[at], (np.exp(log_t) * (log_t - log)).sum(1), same], 1)
+    parts = [host_losses.compared(z_t[:, a:b], z[:, a:b], targets - a) for a, b in pairwise(cuts)]
+    assert 0 < same.sum() < 21
+    np.testing.assert_allclose(host_losses.over_parts(parts, cuts[:-1]), want, atol=1e-5)
+
+
+def test_a_comparison_by_pencil() -> None:
+    """Two tokens, teacher 3 : 1, student 1 : 1: losses ln 4/3 and ln 2, KL = 0.75 ln 1.5 + 0.25 ln 0.5; of two tokens
+    that are alike the first is the top one."""
+    kl = 0.75 * np.log(1.5) + 0.25 * np.log(0.5)
+
+    def found(student: list[float]) -> np.ndarray:
+        teacher, right = mx.array([[np.log(3.0), 0.0]]), np.array([0])
+        return host_losses.over_parts([host_losses.compared(teacher, mx.array([student]), right)], [0])
+
+    np.testing.assert_allclose(found([0.0, 0.0]), [[np.log(4 / 3), np.log(2), kl, 1.0]], atol=1e-6)
+    assert found([0.0, 1.0])[0, 3] == 0.0
 
 
 def test_what_is_no_number_stays_so_without_a_warning() -> None:

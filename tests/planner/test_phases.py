@@ -421,7 +421,7 @@ def test_pruning_stays_under_the_plan(tmp_path: Path, wide: tuple[Checkpoint, Ch
 
 
 def test_comparing_stays_under_the_plan(tmp_path: Path, wide: tuple[Checkpoint, Checkpoint]) -> None:
-    """Teacher, student and its 4-bit form on three windows: blocks in turn, then two heads and chunks of logits."""
+    """Teacher, student and its 4-bit form on three windows: blocks in turn, then parts of two heads."""
     teacher, student = wide
     packed_format.write_quantized(student, tmp_path / "4-bit", packed_format.layout(student.config, 64), DISK)
     models = {"teacher": teacher, "student": student, "4-bit": load.open_checkpoint(tmp_path / "4-bit")}
