@@ -163,7 +163,7 @@ class Judge:
                 at = np.s_[start : min(start + rows, len(tokens) - 1)]
                 theirs, right = self.source.logits(target[0, at]), tokens[1:][at]
                 whole = host_losses.compared(theirs, hidden[at] @ head.T, right)
-                found.append(host_losses.over_parts([whole], [0])[:, 1:].T)
+                found.append(host_losses.over_parts([whole])[:, 1:].T)
             means.append((np.concatenate(found, axis=1) * learn[:-1]).sum(axis=1) / max(learn.sum(), 1.0))
         return dict(zip(METRICS, np.mean(means, axis=0).tolist(), strict=True))
 

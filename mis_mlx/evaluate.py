@@ -138,10 +138,9 @@ def _outcomes(s: Settings, wanted: EvaluationSet, models: Models, hashes: Hashes
     layers, tasks = s.spread == "layers", wanted.tasks
     marks = {name: [answering.scores(m, hashes[name], t, limit, layers) for t in tasks] for name, m in models.items()}
     for at, task in enumerate(tasks):
-        chance = np.array([q.chance for q in task.questions])
         by_model, constant = {name: marks[name][at] for name in models}, questions.best_constant_answer(task)
         more = wanted.known.overlap(task), task.sha256, answering.uniform(models["teacher"], task)
-        yield Outcome(task.name, task.about, by_model, chance, constant, *more)
+        yield Outcome(task.name, task.about, by_model, np.array([q.chance for q in task.questions]), constant, *more)
     if wanted.harness:
         theirs = [answering.by_harness(m, hashes[name], wanted.harness, s.num_questions) for name, m in models.items()]
         for rows in zip(*theirs, strict=True):

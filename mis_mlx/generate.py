@@ -98,8 +98,7 @@ def run(settings: Settings) -> dict[str, Any]:
             if not whole.endswith("\ufffd"):  # half of a letter waits for its other half
                 print(whole[len(text) :], end="", flush=True)
                 text = whole
-            per_token = gib(read() / max(1, len(tokens)))
-            show(len(tokens), f"{len(tokens) / passes:.1f} tokens/pass  {per_token}/token")
+            show(len(tokens), f"{len(tokens) / passes:.1f} tokens/pass  {gib(read() / max(1, len(tokens)))}/token")
             if ends.intersection(new):
                 break
     seconds, whole = time.monotonic() - began, tokenizer.decode(tokens)

@@ -82,8 +82,7 @@ def run(settings: Settings) -> dict[str, Any]:
         return {"model": str(checkpoint.path), "questions": len(train), **planned}
     with alignment_run.running(s, folder, checkpoint, s.batch_size, phases, card, "grpo") as r:
         dtype = alignment_run.dtype_of(s, checkpoint)
-        direct = checkpoint.nbytes > r.budget_bytes
-        reference = stream.Stream(checkpoint, dtype, 0, direct) if s.beta else None
+        reference = stream.Stream(checkpoint, dtype, 0, checkpoint.nbytes > r.budget_bytes) if s.beta else None
         log = partial(r.files.append, r.folder / grpo_rollout.SAMPLES)
         tokenizer = load.tokenizer(checkpoint.path)
         sampler = grpo_rollout.Sampler(s, r.model, train, prompts, tokenizer, functions, reference, log)

@@ -116,8 +116,7 @@ def tried_sizes(s: Settings, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
     if s.mixed and not shape_search.group_of(shape_of(config)):
         why = "32 does not divide the rows of this teacher's matrices, so what bits cost cannot be measured"
         raise MisError(f"{why}: leave bits out of the --axes of search, or limit --params")
-    rows = candidates.vocabularies(teacher) if "vocab" in s.axes else []
-    sizes = shape_search.axis_sizes(config, s.axes, rows)
+    sizes = shape_search.axis_sizes(config, s.axes, candidates.vocabularies(teacher) if "vocab" in s.axes else [])
     if s.vocab:
         sizes["vocab"] = (vocabulary.rows_left(teacher, s),)
     stuck = [f"{axis} {values[0]:,}" for axis, values in sizes.items() if axis in s.axes and len(values) == 1]

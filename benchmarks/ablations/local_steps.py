@@ -131,7 +131,7 @@ def train(
         if j >= done:
             note, refitted = f"block {j + 1} of {layers}", dict[str, mx.array]()
             if repair:
-                refitted["mlp.down_proj.weight"], left = reconstruct.refit(block, small.args, own, target, columns)
+                refitted["mlp.down_proj.weight"], left = reconstruct.refit(small, block, own, target, columns)
                 note += f": closed form left {left:.0%} of the error held out"
             begun = streams.held_out(block, small.args)
             yield from _steps(block, small.args, streams, recipe, own_share, j * recipe.iters, note)

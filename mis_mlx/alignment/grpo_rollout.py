@@ -117,8 +117,7 @@ class Sampler:
         rows = [self.rows[i] for i in at]
         answers, texts, scores, totals, mine = self.scored(rows, [self.prompts[i] for i in at], s.group_size, draw)
         kept = policy.teaches(totals)
-        judged = zip(rows, texts, scores, kept, strict=True)
-        lines = [_record(step, row, group, score, bool(keeps)) for row, group, score, keeps in judged]
+        lines = [_record(step, *judged) for judged in zip(rows, texts, scores, kept.tolist(), strict=True)]
         for line in chain.from_iterable(distributed.all_gather(lines)):
             self.log(line)
         advantage = policy.advantages(totals, scaled=s.loss_type != "dr_grpo")

@@ -165,8 +165,7 @@ def text_bytes(windows: Windows, tokenizer: Any) -> np.ndarray:
 
     ids, places = np.unique(windows.tokens, return_inverse=True)
     sizes = np.array([size(token) for token in tokenizer.convert_ids_to_tokens(ids.tolist())])
-    each = sizes[places.reshape(windows.tokens.shape)]
-    return np.where(windows.learn[:, :-1] > 0, each[:, 1:], 0).sum(axis=1)
+    return np.where(windows.learn[:, :-1] > 0, sizes[places.reshape(windows.tokens.shape)][:, 1:], 0).sum(axis=1)
 
 
 def reread(windows: Windows, tokenizer: Any, other: Any) -> Windows:

@@ -46,8 +46,7 @@ def split(held_out: Mapping[str, Windows], ranking: int, judging: int) -> tuple[
         share, count = 3 if parts else 1, len(windows.tokens)
         if count < 4:
             raise MisError(f"the text {name} has {count} windows held out, a search takes 4 or more: bring more text")
-        most = min(-(-ranking // share), count // 2)
-        at = np.unique(np.linspace(0, count - 1, most).round().astype(int))
+        at = np.unique(np.linspace(0, count - 1, min(-(-ranking // share), count // 2)).round().astype(int))
         rest = np.setdiff1d(np.arange(count), at)
         parts.append((windows.pick(at), comparison.chosen(windows.pick(rest), -(-judging // share))))
     first, second = zip(*parts, strict=True)

@@ -78,7 +78,6 @@ def result(folder: Path, models: comparison.Models, sizes: list[Row], quality: Q
     tokens, seconds = (sum(r[key] for r in steps) for key in ("tokens", "seconds"))
     gap = main["pruned", loss] - main["teacher", loss]
     keep = model_writer.read_keep(models["pruned"].path)
-    report = {k: v for k, v in keep.report.items() if k not in select.BULKY} if keep else {}
     return {
         "teacher": str(models["teacher"].path),
         "student": str(folder / "model"),
@@ -94,7 +93,7 @@ def result(folder: Path, models: comparison.Models, sizes: list[Row], quality: Q
         **{f"{r.metric}_{r.model}": round(r.value, 3) for r in sizes if r.metric != "params"},
         "tokens": tokens,
         "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
-        **report,
+        **({k: v for k, v in keep.report.items() if k not in select.BULKY} if keep else {}),
     }
 
 
@@ -111,8 +110,7 @@ def _texts(quality: Quality, losses: Sequence[tuple[str, str]]) -> list[dict[str
 def page(models: comparison.Models, sizes: list[Row], quality: Quality, length: int) -> str:
     """Markdown: sizes and speeds, then one table a text; `length` is the tokens of a held-out window."""
     names, texts = list(models), _texts(quality, LOSSES)
-    for each in texts:
-        each["table"] = text.table(quality[each["name"]], names, text.TABLES["held-out"])
+    texts = [t | {"table": text.table(quality[t["name"]], names, text.TABLES["held-out"])} for t in texts]
     values = {"sizes": text.table(sizes, names, text.TABLES["sizes"]), "texts": texts, "length": length}
     values |= {"across": comparison.ACROSS, "dequantized": not policy.keeps_packed() and "4-bit" in models}
     return html.document("table.md", {**values, "won": won(models, sizes, quality)})

@@ -83,15 +83,14 @@ def by_window(base: Passed, other: Passed, held_out: Windows) -> Iterator[np.nda
         group = held_out.pick(slice(first, first + size))
         counted = [np.flatnonzero(learn[:-1]) for learn in group.learn]  # nothing follows the last
         chunks = [(w, ats[i : i + CHUNK]) for w, ats in enumerate(counted) for i in range(0, len(ats), CHUNK)]
-        starts, parts = list[int](), [list[np.ndarray]() for _ in chunks]
+        parts = [list[np.ndarray]() for _ in chunks]
         heads = (Stream(model).head_parts(vocab, rows) for model, _ in (base, other))
         for (start, mine), (_, theirs) in zip(*heads, strict=True):
-            starts.append(start)
             sides = (mine, base[1]), (theirs, other[1])
             for (w, at), found in zip(chunks, parts, strict=True):
                 z_t, z = (load.logits(head, h[first + w][0][mx.array(at)]).astype(mx.float32) for head, h in sides)
-                found.append(host_losses.compared(z_t, z, group.tokens[w][at + 1] - start))
-        values = [np.zeros((0, 4)), *(host_losses.over_parts(found, starts) for found in parts)]
+                found.append(host_losses.compared(z_t, z, group.tokens[w][at + 1], start))
+        values = [np.zeros((0, 4)), *(host_losses.over_parts(found) for found in parts)]
         yield from np.split(np.concatenate(values), np.cumsum([len(ats) for ats in counted])[:-1])
 
 

@@ -68,15 +68,18 @@ class NormalEquations:
         finally:
             diagonal[:] = before
 
-    def judged(self, held_out: NormalEquations, ridges: Sequence[float] = RIDGES) -> tuple[np.ndarray, float]:
+    def judged(
+        self, held_out: NormalEquations, ridges: Sequence[float] = RIDGES, whole: bool = True
+    ) -> tuple[np.ndarray, float]:
         """(U (D, F), the share of the error that it leaves held out): the ridge is the one that leaves least there,
-        and U is then of all tokens. Nothing is changed, and 1 is left, where no ridge does better than that."""
+        and U is then of all tokens, if `whole`. Nothing is changed, and 1 is left, where no ridge does better."""
         best, least = None, 1.0
         for ridge in ridges:
             if (left := held_out.left(self.update(ridge))) < least:
                 best, least = ridge, left
         if best is None:
             return np.zeros(self.cross.T.shape), 1.0
-        self.gram += held_out.gram
-        self.cross += held_out.cross
+        if whole:
+            self.gram += held_out.gram
+            self.cross += held_out.cross
         return self.update(best), least

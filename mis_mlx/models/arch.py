@@ -46,8 +46,7 @@ def layer_tensors(config: Mapping[str, Any], stacked: bool = False) -> dict[str,
     s, of = shape_of(config), family(config)
     q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
     tensors: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (s.hidden,)}
-    attention = (("qkv_proj", q + 2 * kv),) if of.joined else (("q_proj", q), ("k_proj", kv), ("v_proj", kv))
-    for name, out in attention:
+    for name, out in (("qkv_proj", q + 2 * kv),) if of.joined else (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
         tensors[f"self_attn.{name}.weight"] = (out, s.hidden)
         if config.get("attention_bias") if of.qkv_bias is None else of.qkv_bias:
             tensors[f"self_attn.{name}.bias"] = (out,)

@@ -250,8 +250,7 @@ def spelled_out(config: Mapping[str, Any]) -> dict[str, Any]:
         c["no_rope_layers"] = [int((i + 1) % interval != 0) for i in range(c["num_hidden_layers"])]
     if family(c).period:
         ropes = c.get("rope_parameters") or {}
-        local = ropes.get("sliding_attention", {}).get("rope_theta", 10_000.0)
-        c.setdefault("rope_local_base_freq", local)
+        c.setdefault("rope_local_base_freq", ropes.get("sliding_attention", {}).get("rope_theta", 10_000.0))
         c.setdefault("sliding_window_pattern", c.get("_sliding_window_pattern", 6))
     return c
 

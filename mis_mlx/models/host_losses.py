@@ -86,30 +86,28 @@ def kl_gradients(
     return loss, mx.concatenate(dh), dw
 
 
-def compared(teacher: mx.array, student: mx.array, targets: np.ndarray) -> np.ndarray:
+def compared(teacher: mx.array, student: mx.array, targets: np.ndarray, start: int = 0) -> np.ndarray:
     """What `over_parts` needs to know of logits (n, v) float32, which are made over, of a part of the vocabulary:
-    (n, 9). targets: (n,), the right tokens, counted from this part's first."""
+    (n, 9). targets: (n,), the right tokens. start: the first token of this part."""
 
     def of_rows(z_t: np.ndarray, z: np.ndarray, targets: np.ndarray) -> np.ndarray:
         here = (targets >= 0) & (targets < z.shape[1])
         at = np.arange(len(z)), np.where(here, targets, 0)
         known = [np.where(here, each[at], -np.inf) for each in (z_t, z)]
-        known += [found for each in (z_t, z) for found in (each.max(axis=1), each.argmax(axis=1))]
+        known += [found for each in (z_t, z) for found in (each.max(axis=1), each.argmax(axis=1) + start)]
         return np.stack([*_divergence(z, z_t)[:3], *known], axis=1)
 
     stream.evaluate_now(teacher, student)
-    return by_rows(of_rows, view(teacher), view(student), targets)
+    return by_rows(of_rows, view(teacher), view(student), targets - start)
 
 
-def over_parts(parts: Sequence[np.ndarray], starts: Sequence[int]) -> np.ndarray:
-    """What was found in all parts (n, 9) of a vocabulary, which begin at these tokens, together: (n, 4) float64, the
-    teacher's negative log-likelihood, the student's, KL(teacher || student), all in nats, and 1 where the top token is
-    the same."""
+def over_parts(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """What was found in all parts (n, 9) of a vocabulary, in their order, together: (n, 4) float64, the teacher's
+    negative log-likelihood, the student's, KL(teacher || student), all in nats, 1 where the top token is the same."""
     with np.errstate(all="ignore"):
         kl, lse_t, lse, right_t, right, top_t, best_t, top, best = np.moveaxis(np.array(parts, np.float64), 2, 0)
         whole_t, whole = np.logaddexp.reduce(lse_t), np.logaddexp.reduce(lse)
         # A part's KL is that of the probabilities in it; its share of the teacher's weighs it.
         kl = (np.exp(lse_t - whole_t) * (kl + lse_t - lse)).sum(axis=0) - whole_t + whole
-        best_t, best = best_t + np.array(starts)[:, None], best + np.array(starts)[:, None]
         same = [np.take_along_axis(i, t.argmax(axis=0)[None], 0)[0] for t, i in ((top_t, best_t), (top, best))]
         return np.stack([whole_t - right_t.max(axis=0), whole - right.max(axis=0), kl, np.equal(*same)], axis=1)

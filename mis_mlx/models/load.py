@@ -132,8 +132,7 @@ def _apart(block: nn.Module, config: Mapping[str, Any], each: Each | None = None
     s, of = shape_of(config), family(config)
     part = block[of.mlp]
     activation = part.pop(of.switch).activation
-    parts = (Expert(of, s.hidden, s.ffn, activation) for _ in range(0 if each else s.experts))
-    part.experts = Experts(parts, each)
+    part.experts = Experts((Expert(of, s.hidden, s.ffn, activation) for _ in range(0 if each else s.experts)), each)
     if of.switch != "experts":  # an attribute beside the module's tree, in which they are once
         object.__setattr__(part, of.switch, part.experts)
 

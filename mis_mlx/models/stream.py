@@ -81,11 +81,10 @@ class Stream:
         self._hot = OrderedDict[tuple[int, int], tuple[Expert, Slot]]()  # those in memory, the last used at the end
         kind = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
         stored = {t.dtype for n, t in checkpoint.tensors.items() if arch.block_of(n) is not None}
-        packed = "U32" in stored
         # Weights stored as they are computed with are used where they were read; others are converted. Packed ones that
         # stay packed need their slot as long as the block lives, whatever type its norms have.
         others = any(kind.get(d, self.dtype) != self.dtype for d in stored)
-        self._copies = not policy.keeps_packed() if packed else others
+        self._copies = not policy.keeps_packed() if "U32" in stored else others
         self._kept: dict[int, nn.Module] = {}
         self._norm: nn.Module | None = None
         self._head: nn.Module | None = None

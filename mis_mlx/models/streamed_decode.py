@@ -162,8 +162,7 @@ def _odds(draft: Context, text: list[int], vocab: int, nodes: Sequence[Node]) ->
     for logits in _chunks(draft, draft.read(text, nodes)):
         logits = logits[:, :vocab].astype(mx.float32)
         best = mx.argpartition(logits, -WIDTH, axis=-1)[:, -WIDTH:]
-        logp = mx.take_along_axis(logits, best, -1) - mx.logsumexp(logits, axis=-1, keepdims=True)
-        odds.append(np.array(logp))
+        odds.append(np.array(mx.take_along_axis(logits, best, -1) - mx.logsumexp(logits, axis=-1, keepdims=True)))
         tokens.append(np.array(best))
     return np.concatenate(odds), np.concatenate(tokens)
 

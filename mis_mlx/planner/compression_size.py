@@ -68,9 +68,9 @@ def refit(m: ModelSize, tokens: int, workspace: int = 0) -> tuple[int, float]:
 
 
 def repair(job: DistillationSpec) -> StageCost:
-    """Both models side by side, every down_proj refitted (pruning/reconstruct), whose inputs are kept meanwhile; the
-    new ones wait in memory. Of a mixture the routers: every expert says something to all tokens that
-    there is room for, in training and held-out ones each, of which a step gathers some more; then a pass goes on."""
+    """Both models side by side, every down_proj refitted (pruning/reconstruct); the new ones wait in memory, and a pass
+    goes on. Of a mixture the routers: every expert says something to all tokens that there is room for, in training and
+    held-out ones each, of which a step gathers some more."""
     m, length, tokens = job.student, job.max_seq_length, job.reconstruct_samples * job.max_seq_length
     small = streamed_pass("", m, tokens, length, length, head=False, spool=False)
     theirs, own = (each.body_bytes(estimates.workspace_bytes(each, length, length)) for each in (job.teacher, m))
@@ -83,8 +83,8 @@ def repair(job: DistillationSpec) -> StageCost:
     else:
         fit_bytes, fit_flops = refit(m, tokens)
         beside -= min(theirs, own + fit_bytes)  # they take turns
-        beside += fit_bytes + (4 * m.shape.layers * m.shape.hidden + tokens * m.item) * m.shape.ffn
-        flops = m.shape.layers * fit_flops
+        beside += fit_bytes + 4 * m.shape.layers * m.shape.hidden * m.shape.ffn
+        flops = small.flops + m.shape.layers * fit_flops
     big = streamed_pass("repair", job.teacher, tokens, length, length, head=False, spool=False, beside_bytes=beside)
     return replace(big, read_bytes=big.read_bytes + read, flops=big.flops + small.flops + flops)
 

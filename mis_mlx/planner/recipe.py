@@ -164,9 +164,8 @@ def spec_of(
 ) -> DistillationSpec:  # fmt: skip
     """The distillation that a command's settings ask for. rotates: a smaller hidden size is cut along directions."""
     known = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
-    known["reconstruct_samples"] = repair = 0 if family(student.config).sandwich else asked.reconstruct_samples
-    known["iters"] = asked.iters or (ITERS if repair else 2 * ITERS)
-    modes: tuple[Mode, ...] = (*MODES, "none") if repair or family(student.config).experts else MODES
+    known["iters"] = asked.iters or (ITERS if asked.reconstruct_samples else 2 * ITERS)
+    modes: tuple[Mode, ...] = (*MODES, "none") if asked.reconstruct_samples or family(student.config).experts else MODES
     return DistillationSpec(
         **known, teacher=teacher, student=student, modes=modes if asked.train == "auto" else (asked.train,),
         rotation=rotates and student.shape.hidden < teacher.shape.hidden, rounding=rounding, shown=shown,

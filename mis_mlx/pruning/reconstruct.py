@@ -4,12 +4,16 @@ Teacher and student march side by side, one block of each in memory. Student blo
 k') learns to deliver what the teacher has at the entrance of k'. Each block sees the mended stream of those before it.
 Related: FLAP and ReplaceMe (arXiv 2505.02819); here the fit is per block, ridge-regularised and weighted per token.
 
+Gemma has a norm behind its MLP. There a token's rms before it is taken to stay as it is, and what comes of that is
+judged on windows held out, after the norm's gains are fitted to it. A few channels of Gemma's stream are a thousand
+times larger than the rest, so each counts by its own size, and those that the norm makes small are left alone.
+
 Of a mixture the routers learn to choose among the experts that are left: a block's experts are asked once, each for all
 tokens; then its router alone is trained on what they said, towards the same goal (CerebrasResearch/reap, issue 3)."""
 
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,6 +28,8 @@ from mis_mlx.planner.compression_size import ROUTER_BYTES
 from mis_mlx.types import Checkpoint, KeptUnits
 
 HELD_OUT = 4
+DAMPED = 0.01  # of the mean channel, by which a gain is held back
+BEHIND, SMALL = "post_feedforward_layernorm", 0.1  # of Gemma's blocks; of the median gain: what counts as small
 STEPS, LOOK = 60, 5  # of Adam on all tokens at once, and between looks at those held out
 RATE = 5e-4  # of Adam, times the root mean square of the router's weights: ten times as much unlearns what is rare
 
@@ -34,24 +40,21 @@ def reconstruct(
 ) -> tuple[dict[str, mx.array], list[float]]:  # fmt: skip
     """({weight name: new matrix (out, in) float32, if it changes}, share of error left per block), of ids [(B, T)].
 
-    direct: read past the page cache. spool(): a place other than memory for hidden states; then a block's output is
-    computed anew, and its inputs are not kept. put(name, matrix): takes what changes, which then is not returned."""
+    direct: read past the page cache. spool(): a place other than memory for hidden states. put(name, array): takes
+    what changes, which then is not returned."""
     columns, place = kept_columns(keep), spool or list[mx.array]
     big, small = (stream.Stream(model, direct=direct) for model in (teacher, student))
     target, own = big.embed(batches, place()), small.embed(batches, place())
-    marching, mixed = groups(big, keep, target), bool(families.family(student.config).experts)
+    marching, of = groups(big, keep, target), families.family(student.config)
     mended, left = dict[str, mx.array](), list[float]()
     for _, (j, block) in zip(marching, small.blocks(), strict=True):  # the teacher's first
-        if mixed:
-            weight, error = heal(small, block, own, target)
-        else:
-            weight, error = refit(block, small.args, own, target, columns, onwards=not spool)
-        if spool or mixed:
-            small.through(block, own)
+        weight, error = (heal if of.experts else partial(refit, columns=columns))(small, block, own, target)
+        small.through(block, own)
+        changed = {mended_name(student): weight} | ({f"{BEHIND}.weight": block[BEHIND].weight} if of.sandwich else {})
         block.clear()
         small.finite(own[0])
-        if error < 1.0:
-            (put or mended.__setitem__)(f"model.layers.{j}.{mended_name(student)}", weight)
+        for name, new in changed.items() if error < 1.0 else ():
+            (put or mended.__setitem__)(f"model.layers.{j}.{name}", new)
         left.append(error)
     return mended, left
 
@@ -100,46 +103,88 @@ def narrow(hidden: mx.array, columns: mx.array | None) -> mx.array:
 
 
 def refit(
-    block: nn.Module, args: Any, hidden: Hidden, target: Hidden, columns: mx.array | None, onwards: bool = False
+    source: stream.Stream, block: nn.Module, hidden: Hidden, target: Hidden, columns: mx.array | None
 ) -> tuple[mx.array, float]:
     """Give the block the down_proj that best takes `hidden` to `target`, the teacher's stream behind its group:
     (that matrix (D, F) float32, the share of the error that it leaves on windows held out). It stays as it is, and 1 is
     left, where none does better there: few tokens against a wide FFN are soon learned by heart.
 
     Tokens are weighted by 1 / rms of the teacher's stream, because the next norm divides by it: the first token of a
-    window is a hundred times longer than the rest. onwards: `hidden` becomes the block's new output, for which the
-    inputs of down_proj are kept and not computed again."""
-    linear, share = block.mlp.down_proj, getattr(block, "residual_multiplier", 1.0)  # of its output that is added
+    window is a hundred times longer than the rest."""
+    linear, share = block.mlp.down_proj, mx.array(getattr(block, "residual_multiplier", 1.0))  # of its output, added
+    each, back, settled = _behind(source, block, hidden, target, columns) if BEHIND in block else (share, None, None)
     block.mlp.down_proj = tap = stream.InputRecorder(linear)
     outputs, inputs = linear.weight.shape
     fit, judge = NormalEquations(inputs, outputs), NormalEquations(inputs, outputs)
-    entered = list[mx.array]()
 
     def products(into: mx.array, want: mx.array) -> tuple[mx.array, ...]:
-        out = block(into, load.mask(args, block, into))
+        out = block(into, load.mask(source.args, block, into))
         goal = narrow(want, columns).astype(mx.float32).reshape(-1, outputs)
-        missing = (goal - out.astype(mx.float32).reshape(-1, outputs)) / share
-        weight = 1.0 / mx.maximum(mx.sqrt(mx.square(goal).mean(axis=-1)), 1e-6)
-        into = tap.take()
-        return *fit.products(into.reshape(-1, inputs), missing, weight), out, into
+        missing = (goal - out.astype(mx.float32).reshape(-1, outputs)) / each
+        weight, into = 1.0 / _rms(goal), tap.take()
+        if settled:
+            length = _rms(linear(into).astype(mx.float32).reshape(-1, outputs))
+            missing, weight = missing * length[:, None], weight / length
+        return fit.products(into.reshape(-1, inputs), missing, weight)
 
     held_out = judges(len(target))
-    for b, (*sums, out, into) in enumerate(lanes.each(products, hidden, target)):
+    for b, sums in enumerate(lanes.each(products, hidden, target)):
         (judge if b in held_out else fit).add(*sums)
-        if onwards:
-            hidden[b] = out
-            entered.append(into)
     block.mlp.down_proj = linear
-    del sums, out, into  # the last products are as large as the fit
-    update, error = fit.judged(judge)
+    del sums  # the last products are as large as the fit
+    update, error = fit.judged(judge, whole=not settled)  # else those held out judge what the norm makes of it
+    update = update if back is None else update * back
     weight = mx.array((np.array(linear.weight.astype(mx.float32), np.float64) + update).astype(np.float32))
     linear.weight = weight.astype(linear.weight.dtype)
     stream.evaluate_now(weight, linear.weight)
-    change = mx.array(share * update.T.astype(np.float32)).astype(linear.weight.dtype)
-    moved = lanes.each(lambda out, into: out + into @ change, hidden, entered) if onwards and error < 1.0 else ()
-    for b, out in enumerate(moved):
-        hidden[b] = out
+    error = settled() if settled and error < 1.0 else error
     return weight, error
+
+
+def _rms(rows: mx.array) -> mx.array:
+    return mx.maximum(mx.sqrt(mx.square(rows).mean(axis=-1)), 1e-6)
+
+
+def _behind(
+    source: stream.Stream, block: nn.Module, hidden: Hidden, target: Hidden, columns: mx.array | None
+) -> tuple[mx.array, np.ndarray, Callable[[], float]]:
+    """Of the norm behind Gemma's MLP, arguments as of `refit`: (each channel's size (D,), by which its errors count;
+    what an update (D, F) of down_proj is multiplied by (D, 1), which was fitted to `missing / each`, times each token's
+    rms; and `settled()`, which then fits the gains: the share of the error that is left on windows held out. Where that
+    is none less, it is 1, and the norm and down_proj are as they were)."""
+    norm, old, held_out = block[BEHIND], block.mlp.down_proj.weight, judges(len(target))
+    goals = (narrow(want, columns).astype(mx.float32) for want in target)
+    squares = [np.array(mx.square(goal / _rms(goal)[..., None]).mean(axis=(0, 1))) for goal in goals]
+    each = mx.array(np.sqrt(np.maximum(np.mean(squares, axis=0), 1e-12)))
+    gain = np.array(norm(mx.ones_like(norm.weight)).astype(mx.float32), np.float64)
+    back = np.array(each) * gain / (gain**2 + (SMALL * np.median(np.abs(gain))) ** 2)
+
+    def sums(windows: Iterable[int]) -> np.ndarray:
+        """(3, D) of squares of what the norm gives, its products with what is missing, and squares of that."""
+        found, block[BEHIND] = np.zeros((3, len(gain))), (tap := stream.InputRecorder(norm))
+        for b in windows:
+            goal = narrow(target[b], columns).astype(mx.float32)
+            missing = goal - block(hidden[b], load.mask(source.args, block, hidden[b])).astype(mx.float32)
+            given = norm(tap.take()).astype(mx.float32)
+            given, missing = (x / each / _rms(goal)[..., None] for x in (given, missing))
+            found += np.array(mx.stack([given * given, given * missing, missing * missing]).sum(axis=(1, 2)))
+        block[BEHIND] = norm
+        return found
+
+    before = sums(held_out)[2].sum()
+
+    def settled() -> float:
+        squares, products, _ = sums(b for b in range(len(target)) if b not in held_out)
+        more = products / (squares + DAMPED * squares.mean())  # of every channel's gain
+        squares, products, missing = sums(held_out)
+        left = float((missing - 2 * more * products + more**2 * squares).sum() / before)
+        if left < 1.0:
+            norm.weight = norm.weight + mx.array((more * gain).astype(np.float32)).astype(norm.weight.dtype)
+        else:
+            block.mlp.down_proj.weight = old
+        return min(left, 1.0)
+
+    return each, back[:, None], settled
 
 
 def heal(source: stream.Stream, block: nn.Module, hidden: Hidden, goals: Hidden) -> tuple[mx.array, float]:

@@ -154,10 +154,9 @@ def _mixed_cut(name: str, layer: int, before: Shape, keep: KeptUnits, weight: mx
     first, neurons = (experts.expert_of(name) or 0) * before.ffn, keep.kept.get((layer, "ffn"))
     if experts.expert_of(name) is None or neurons is None:
         return weight
-    own = mx.array([n - first for n in neurons if first <= n < first + before.ffn])
     if (last := name.split(".")[-2] in ("down_proj", "w2")) and weight.ndim == 1:
         return weight
-    return mx.take(weight, own, axis=int(last))
+    return mx.take(weight, mx.array([n - first for n in neurons if first <= n < first + before.ffn]), axis=int(last))
 
 
 def write_student(

@@ -67,8 +67,7 @@ def over_time(caption: Caption, panels: Mapping[str, Lines], shaded: Sequence[tu
             for color, (line, points) in zip(cycle(COLORS), lines.items(), strict=False):
                 if points:
                     x, y = np.array(points).T
-                    marker = "o" if len(x) < 3 else None
-                    axis.plot(x / unit, y, color=color, label=line, linewidth=1.4, marker=marker)
+                    axis.plot(x / unit, y, color=color, label=line, linewidth=1.4, marker="o" if len(x) < 3 else None)
             if len(lines) > 1:
                 axis.legend()
             for start, end in shaded:
@@ -100,8 +99,7 @@ def intervals(
 
 def standalone(picture: str) -> str:
     """A picture as an SVG file of its own, on white."""
-    svg = picture[picture.index("<svg") : picture.index("</svg>") + len("</svg>")]
-    head, rest = svg.split(">", 1)
+    head, rest = picture[picture.index("<svg") : picture.index("</svg>") + len("</svg>")].split(">", 1)
     return f'{head} font-family="sans-serif"><rect width="100%" height="100%" fill="#fff"/>{rest}\n'
 
 

@@ -178,8 +178,7 @@ def need_place(flag: str, path: str | Path, kind: Literal["folder", "new", "file
             place = place.parent
         os.close(DISK.scratch(place))
     except (OSError, ValueError) as error:
-        number = getattr(error, "errno", None)
-        why = BROKEN.get(number or 0) or getattr(error, "strerror", None) or error
+        why = BROKEN.get(getattr(error, "errno", None) or 0) or getattr(error, "strerror", None) or error
         raise MisError(f"{flag} {path} cannot be written ({why}): give another place") from None
 
 

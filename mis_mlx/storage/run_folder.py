@@ -88,8 +88,7 @@ def merged(
             continue
         before = tuple(stored[name]) if isinstance(value, tuple) else stored[name]  # YAML has lists
         if value not in (before, defaults[name]):
-            flag = "--" + name.replace("_", "-")
-            why = f"The settings differ: {flag} is {value}, the run has {stored[name]}"
+            why = f"The settings differ: --{name.replace('_', '-')} is {value}, the run has {stored[name]}"
             raise MisError(f"{why}: leave the flag out to continue, or start a new run")
         result[name] = before
     return result

@@ -72,8 +72,7 @@ def fuse(witnesses: list[Estimate]) -> Estimate | None:
         celsius = variance * sum(weight * w.celsius for weight, w in zip(weights, heard, strict=True))
     if len(heard) <= 1:
         return heard[0] if heard else None
-    outside = any(w.source in ("given", "cold soak") for w in heard)
-    floor = GIVEN_SIGMA_C if outside else INSIDE_FLOOR_C
+    floor = GIVEN_SIGMA_C if any(w.source in ("given", "cold soak") for w in heard) else INSIDE_FLOOR_C
     return Estimate(celsius, max(math.sqrt(variance), floor), " + ".join(w.source for w in heard))
 
 

@@ -144,12 +144,11 @@ class ThermalMonitor(Monitor):
     def account(self) -> dict[str, Any]:
         """For a run's JSON: tea breaks, and where T_env and altitude came from."""
         reading = self.last() or Reading(0.0)
-        none = "none: " + self.reasons.get("ambient_c", "not asked")
         return {
             **self.breaks.as_json(),
             "t_env_c": reading.ambient_c,
             "t_env_sigma_c": reading.ambient_sigma_c,
-            "t_env_source": reading.sources.get("ambient_c", none),
+            "t_env_source": reading.sources.get("ambient_c", "none: " + self.reasons.get("ambient_c", "not asked")),
             "altitude_m": reading.altitude_m,
             "altitude_source": reading.sources.get("altitude_m", "none"),
         }
