@@ -51,7 +51,7 @@ class DistillationConfig(TrainingConfig):
     """What a student learns from, and by which way."""
 
     iters: Count | None = None  # type: ignore[assignment]  # an int wherever steps are made: MemoryPlan.recipe
-    """optimizer steps; default: 30, for a student is near its teacher once repaired, or 60 where nothing is repaired"""
+    """optimizer steps; default: 30, for a student is near its teacher once repaired, or 60 where little or nothing is"""
     learning_rate: Rate = 1e-4
     """peak; falls to a tenth along a cosine; 3e-4 suits a student that was not repaired (--reconstruct-samples 0)"""
     temperature: Annotated[Positive, FILE_ONLY] = 1.0
@@ -164,7 +164,7 @@ def spec_of(
 ) -> DistillationSpec:  # fmt: skip
     """The distillation that a command's settings ask for. rotates: a smaller hidden size is cut along directions."""
     known = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
-    known["iters"] = asked.iters or (ITERS if asked.reconstruct_samples else 2 * ITERS)
+    known["iters"] = asked.iters or ITERS * (1 + (family(student.config).sandwich or not asked.reconstruct_samples))
     modes: tuple[Mode, ...] = (*MODES, "none") if asked.reconstruct_samples or family(student.config).experts else MODES
     return DistillationSpec(
         **known, teacher=teacher, student=student, modes=modes if asked.train == "auto" else (asked.train,),
