@@ -51,7 +51,7 @@ class DistillationConfig(TrainingConfig):
     """What a student learns from, and by which way."""
 
     iters: Count | None = None  # type: ignore[assignment]  # an int wherever steps are made: MemoryPlan.recipe
-    """optimizer steps; default: 30, for a student is near its teacher once repaired, or 60 where little or nothing is"""
+    """optimizer steps; default: 30, for a student is near its teacher once repaired; 60 where little or nothing is"""
     learning_rate: Rate = 1e-4
     """peak; falls to a tenth along a cosine; 3e-4 suits a student that was not repaired (--reconstruct-samples 0)"""
     temperature: Annotated[Positive, FILE_ONLY] = 1.0
