@@ -137,8 +137,7 @@ def refit(
     weight = mx.array((np.array(linear.weight.astype(mx.float32), np.float64) + update).astype(np.float32))
     linear.weight = weight.astype(linear.weight.dtype)
     stream.evaluate_now(weight, linear.weight)
-    error = settled() if settled and error < 1.0 else error
-    return weight, error
+    return weight, settled() if settled and error < 1.0 else error
 
 
 def _rms(rows: mx.array) -> mx.array:
