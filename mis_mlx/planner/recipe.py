@@ -53,7 +53,8 @@ class DistillationConfig(TrainingConfig):
     iters: Count | None = None  # type: ignore[assignment]  # an int wherever steps are made: MemoryPlan.recipe
     """optimizer steps; default: 30, for a student is near its teacher once repaired; 60 where little or nothing is"""
     learning_rate: Rate = 1e-4
-    """peak; falls to a tenth along a cosine; 3e-4 suits a student that was not repaired (--reconstruct-samples 0)"""
+    """peak; falls to a tenth along a cosine; 3e-4 suits a student that was not repaired (--reconstruct-samples 0); a
+    fifth of it is taken where all of a Gemma is trained at once"""
     temperature: Annotated[Positive, FILE_ONLY] = 1.0
     """T of eq. (2), which softens both distributions"""
     halny: Annotated[Share | None, FILE_ONLY] = None
