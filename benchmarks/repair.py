@@ -1,7 +1,7 @@
 """How much text the repair needs: by one ridge for all, and by the ridge that windows held out choose.
 
     scripts/mis benchmarks/repair.py                          # 6 minutes on 2 cores
-    scripts/mis benchmarks/repair.py --teacher gemma-3-270m   # 17 blocks, FFN 1216: a quarter of an hour
+    scripts/mis benchmarks/repair.py --teacher gemma-3-270m   # 17 blocks, FFN 1216
 
 GAZDA of SmolLM2-135M-Instruct, seeds 0 to 2, which choose the windows; judged on the same held-out windows, English and
 Polish, before any training. "plain" is ridge 0.1 on all windows, nothing held out, nothing refused: what the repair was

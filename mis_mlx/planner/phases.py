@@ -179,7 +179,7 @@ class MemoryPlan:
 
     def recipe(self, asked: DistillationConfig) -> DistillationConfig:
         """The recipe that was asked for, with micro-batches as planned. All of a Gemma at once learns at a fifth of the
-        rate: ten steps at 1e-4 made more of its error than the repair had taken."""
+        rate: at 1e-4 it unlearned its repair (benchmarks/README.md)."""
         parts = asked.grad_accumulation_steps * self.job.batch_size // self.micro_batch
         gentle = self.mode in ("resident", "blocks") and families.family(self.job.student.config).sandwich
         rate = asked.learning_rate * (0.2 if gentle else 1.0)

@@ -112,7 +112,7 @@ def refit(
     Tokens are weighted by 1 / rms of the teacher's stream, because the next norm divides by it: the first token of a
     window is a hundred times longer than the rest."""
     linear, share = block.mlp.down_proj, mx.array(getattr(block, "residual_multiplier", 1.0))  # of its output, added
-    each, back, settled = _behind(source, block, hidden, target, columns) if BEHIND in block else (share, None, None)
+    each, back, settled = _behind(source, block, hidden, target, columns) if BEHIND in block else (share, 1.0, None)
     block.mlp.down_proj = tap = stream.InputRecorder(linear)
     outputs, inputs = linear.weight.shape
     fit, judge = NormalEquations(inputs, outputs), NormalEquations(inputs, outputs)
@@ -133,7 +133,7 @@ def refit(
     block.mlp.down_proj = linear
     del sums  # the last products are as large as the fit
     update, error = fit.judged(judge, whole=not settled)  # else those held out judge what the norm makes of it
-    update = update if back is None else update * back
+    update *= back
     weight = mx.array((np.array(linear.weight.astype(mx.float32), np.float64) + update).astype(np.float32))
     linear.weight = weight.astype(linear.weight.dtype)
     stream.evaluate_now(weight, linear.weight)
@@ -230,7 +230,7 @@ class _Asked:
         self.inputs = mx.concatenate([n.reshape(1, -1, n.shape[-1]) for n in inputs], axis=1)
         self.beside = mx.concatenate([h.reshape(-1, h.shape[-1]) for h in beside]).astype(mx.float32)
         self.goal = mx.concatenate([g.reshape(-1, g.shape[-1]) for g in goals]).astype(mx.float32)
-        self.weight = 1.0 / mx.maximum(mx.sqrt(mx.square(self.goal).mean(axis=-1, keepdims=True)), 1e-6)
+        self.weight = 1.0 / _rms(self.goal)[:, None]
         count = len(part[of.router].weight)
         every = mx.array(np.broadcast_to(np.arange(count), (1, len(self.goal), count)))
         self.said = part.experts.outputs([self.inputs], [every])[0]

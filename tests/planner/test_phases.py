@@ -31,6 +31,7 @@ from mis_mlx.planner.recipe import (
     MODES,
     DistillationConfig,
     DistillationSpec,
+    Mode,
     QuantizationConfig,
     TrainingConfig,
     spec_of,
@@ -194,6 +195,23 @@ def test_usual_steps(tmp_path: Path, family: str, asked: dict[str, Any], steps: 
     """Twice as many where nothing is repaired before, and of Gemma, whose repair does less."""
     model = model_of(load.open_checkpoint(tiny.make(tmp_path / "m", **{**tiny.KINDS, **tiny.FAMILIES}[family])))
     assert spec_of(model, model, DistillationConfig(**asked)).iters == steps
+
+
+@pytest.mark.parametrize(
+    ("family", "mode", "share"),
+    [
+        ("gemma3_text", "resident", 0.2),
+        ("gemma3_text", "blocks", 0.2),
+        ("gemma3_text", "sharded", 1.0),
+        ("qwen3", "blocks", 1.0),
+    ],
+)
+def test_all_of_a_gemma_learns_gently(tmp_path: Path, family: str, mode: Mode, share: float) -> None:
+    """A fifth of the rate that was asked for, where every block learns at once; all of it elsewhere."""
+    model = model_of(load.open_checkpoint(tiny.make(tmp_path / "m", **{**tiny.KINDS, **tiny.FAMILIES}[family])))
+    asked = DistillationConfig(learning_rate=3e-4)
+    plan = phases.one(spec_of(model, model, asked), GIB, M1_AIR, mode, 2, int(mode == "sharded"))
+    assert plan.recipe(asked).learning_rate == pytest.approx(share * 3e-4)
 
 
 @pytest.mark.parametrize("targets", ["live", "cached"])
