@@ -1,0 +1,92 @@
+"""What more steps buy: the default run with more and fewer of them, on its own kinds of text and on others.
+
+    scripts/mis benchmarks/minutes.py                  # 8, 30, 120 steps: an hour on 2 cores
+    scripts/mis benchmarks/minutes.py --iters 300
+    scripts/mis benchmarks/minutes.py --table
+
+SmolLM2-135M-Instruct, distill's defaults but for the steps, nothing quantized. Judged in bits per byte above the
+teacher's: "manual" and "Miś" are the held-out windows of the run itself, the others the texts of teacher_text.py, which
+no part of training, calibration or choice of tokens saw. Finished rows are not run again. Writes
+benchmarks/results/<machine>/minutes-<seed>.json after every row.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import teacher_text
+from laboratory import resumed, start, write
+
+from mis_mlx import cli, distill, evaluate
+from mis_mlx.reporting import run_reader
+from mis_mlx.reporting.text import markdown_table
+
+OWN = {"manual": "English", "Miś": "Polish"}
+EVAL_WINDOWS = 6  # of each other text
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much."""
+
+    iters: tuple[int, ...] = (8, 30, 120)
+    """steps of distillation, a row each"""
+    seed: int = 0
+    """of batches and windows"""
+    table: bool = False
+    """print what there is, and make nothing"""
+
+
+def row(iters: int, seed: int, run: Path, folders: dict[str, Path]) -> dict[str, Any]:
+    """{"seconds" by phase, "pruned" and "distilled": bits per byte above the teacher's, by text}."""
+    distill.run(distill.Settings(out=str(run), iters=iters, seed=seed, quantize=0, bench_tokens=0))
+    done = run_reader.read(run)
+    found: dict[str, Any] = {"seconds": {p["phase"]: round(p["seconds"], 1) for p in done.phases}}
+    found |= {"pruned": {}, "distilled": {}}
+    text = ""
+    for line in done.table.splitlines():
+        text = line.partition(",")[0] if " held out, " in line else text
+        if line.startswith("| bits per byte of text |"):
+            teacher, *others = (float(cell.split("±")[0]) for cell in line.strip("| ").split("|")[1:])
+            name = next(own for own, said in OWN.items() if said == text)
+            for stage, bits in zip(("pruned", "distilled"), others, strict=True):
+                found[stage][name] = round(bits - teacher, 3)
+    for name, folder in folders.items():
+        asked = evaluate.Settings(students=(str(run / "model"),), eval_windows=EVAL_WINDOWS, data=str(folder))
+        judged = next(v for v in evaluate.run(asked).values() if isinstance(v, dict) and "bpb_model" in v)
+        found["distilled"][name] = round(judged["bpb_model"] - judged["bpb_teacher"], 4)
+    return found
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Markdown, fewest steps first."""
+    ordered = sorted(rows.items(), key=lambda item: int(item[0]))
+    texts = list(ordered[0][1]["distilled"]) if rows else []
+    body = []
+    for steps, r in ordered:
+        minutes = f"{sum(r['seconds'].values()) / 60:.0f}"
+        body.append([steps, minutes, *(f"{r['distilled'][text]:.3f}" for text in texts)])
+    return markdown_table(["steps", "minutes", *texts], body)
+
+
+def main(s: Settings) -> None:
+    """Every row that is not there yet."""
+    given, name = {"eval_windows": EVAL_WINDOWS}, f"minutes-{s.seed}"
+    rows = resumed(name, given, ["rows"]).get("rows", {})
+    if not s.table:
+        with tempfile.TemporaryDirectory() as temp:
+            folders = teacher_text.texts(Path(temp), None)
+            for iters in s.iters:
+                if str(iters) not in rows:
+                    rows[str(iters)] = row(iters, s.seed, Path(temp) / f"run-{iters}", folders)
+                    cli.say(f"{iters} steps: {rows[str(iters)]}")
+                    command = "scripts/mis benchmarks/minutes.py" + f" --seed {s.seed}" * bool(s.seed)
+                    write(name, command, {"given": given, "rows": rows})
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    start(Settings, main)
