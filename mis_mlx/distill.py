@@ -173,7 +173,7 @@ def _plan(s: Settings, teacher: Checkpoint, rows: int, folder: Path | None) -> p
     rounding, at = s if s.quantize else PLAIN, estimates.machine_rates()
     own = estimates.model_of(seen, dtype=policy.compute_dtype(teacher))
     student, whole = (estimates.model_of(model) for model in (small, teacher))
-    job = spec_of(own, student, s, rounding, s.hidden_by == "pca", whole)
+    job = spec_of(own, student, s, rounding, s.hidden_by == "pca", whole, not s.student)
     limit = memory.budget(s.budget_bytes).limit_bytes
 
     def way() -> dict[str, Any]:

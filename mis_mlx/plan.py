@@ -123,7 +123,8 @@ def run(settings: Settings) -> dict[str, Any]:
     config = opened.config if isinstance(opened, Checkpoint) else opened
     settings = replace(settings, **packed_format.of_mixture(config, settings))
     whole, (teacher, student) = estimates.model_of(opened, at.gpu), _pair(settings, opened, at.gpu)
-    job = recipe.spec_of(teacher, student, settings, settings if settings.quantize else recipe.PLAIN, shown=whole)
+    how = settings if settings.quantize else recipe.PLAIN
+    job = recipe.spec_of(teacher, student, settings, how, shown=whole, copied=not settings.student)
     plan = phases.make(job, memory.budget(settings.budget_bytes, at.room_bytes).limit_bytes, at)
     print(text.aligned(table(plan)))
     if settings.machine == "here" and (said := battery(ThermalFlags())):

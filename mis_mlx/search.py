@@ -91,9 +91,7 @@ def limits_of(
     if s.params or not (limits or s.timed_at):
         limits.append(limiting.params_limit(config, s.params or "0.667x"))
     speeds = _speeds(s, teacher, folder, budget) if s.timed_at else {}
-    for flag, timed in speeds.items():
-        limits.append(limiting.time_limit(config, f"--{flag}", getattr(s, flag), timed))
-    return limits, speeds
+    return limits + [limiting.time_limit(config, f"--{x}", getattr(s, x), timed) for x, timed in speeds.items()], speeds
 
 
 def _speeds(s: Settings, teacher: Checkpoint, folder: Path | None, budget: Budget) -> dict[str, Timing]:

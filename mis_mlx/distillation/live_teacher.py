@@ -35,20 +35,26 @@ MicroBatch = tuple[mx.array, ...]  # tokens (B, T), learn (B * T,), then the tar
 class StreamedTeacher:
     """Final hidden states of the teacher for any batches, and its vocabulary head: hidden(token ids [(B, T)]) ->
     [(B, T, D)], a streamed teacher read once for all of them; logits(hidden (n, D)) -> (n, V). room_bytes, direct: as
-    of `stream.Stream`. temperature: T of eq. (2). cross_entropy: as of `losses.kl_sum`."""
+    of `stream.Stream`. temperature: T of eq. (2). cross_entropy: as of `losses.kl_sum`. same_head: a student's that is
+    not trained is the teacher's, which need not be read."""
 
     def __init__(
         self, checkpoint: Checkpoint, room_bytes: int | None = 0, direct: bool = False, temperature: float = 1.0,
-        cross_entropy: float = 0.0, shares: Sequence[int] = (),
+        cross_entropy: float = 0.0, shares: Sequence[int] = (), same_head: bool = False,
     ):  # fmt: skip
         where = checkpoint, policy.compute_dtype(checkpoint), room_bytes, direct
         self._source = pipeline_parallel.Relay(*where, shares) if shares else stream.Stream(*where)
-        self.hidden, self.temperature, self._cross_entropy = self._source.forward, temperature, cross_entropy
+        self.hidden, self.temperature = self._source.forward, temperature
+        self._cross_entropy, self._same_head = cross_entropy, same_head
 
     @cached_property
     def logits(self) -> losses.Logits:
         """Of hidden states; the head is read when the first of them are asked for."""
         return partial(load.logits, self._source.head())
+
+    def _logits_by(self, frozen: mx.array) -> losses.Logits:
+        """The same, beside a student's head (V, D) that is not trained."""
+        return (lambda hidden: hidden.astype(frozen.dtype) @ frozen.T) if self._same_head else self.logits
 
     def micro_batches(self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()) -> list[MicroBatch]:
         """Tokens (B, T), learn (B * T,), the teacher's hidden states (B * T, D); for cross-entropy labels (B * T,)."""
@@ -68,8 +74,8 @@ class StreamedTeacher:
         """As `sharded.steps` takes them."""
 
         def of(head: mx.array, batches: Sequence[MicroBatch], b: int, hidden: mx.array) -> tuple[float, mx.array]:
-            _, learn, target = batches[b]
-            loss, slope, _ = host_losses.kl_gradients(hidden, head, target, self.logits, learn, self.temperature, True)
+            (_, learn, target), logits = batches[b], self._logits_by(head)
+            loss, slope, _ = host_losses.kl_gradients(hidden, head, target, logits, learn, self.temperature, True)
             return loss, slope
 
         return of if policy.name() == "cpu" and not self._cross_entropy else None
@@ -79,8 +85,9 @@ class StreamedTeacher:
     ) -> mx.array:
         """`losses.kl_sum` against this teacher's logits."""
         return losses.kl_sum(
-            hidden, head, target[0], self.logits, learn, self.temperature, frozen_head=frozen_head,
-            labels=target[1] if self._cross_entropy else None, cross_entropy=self._cross_entropy,
+            hidden, head, target[0], self._logits_by(head) if frozen_head else self.logits, learn, self.temperature,
+            frozen_head=frozen_head, labels=target[1] if self._cross_entropy else None,
+            cross_entropy=self._cross_entropy,
         )  # fmt: skip
 
 
@@ -216,10 +223,8 @@ def _exchange(store: logit_store.Targets, files: Files) -> None:
 
 def _drawn(teacher: StreamedTeacher, hidden: mx.array, spec: logit_store.Spec, first: int) -> dict[str, np.ndarray]:
     """A window's arrays for the store, from its hidden states (T, D); `first`: the number of its first position."""
-    parts, rows = [], losses.chunk_rows(spec.vocab)
-    for start in range(0, len(hidden), rows):
-        z = teacher.logits(hidden[start : start + rows])
-        parts.append(losses.sample(z, spec.count, spec.seed, first + start))
+    starts, how = range(0, len(hidden), rows := losses.chunk_rows(spec.vocab)), (spec.count, spec.seed)
+    parts = [losses.sample(teacher.logits(hidden[at : at + rows]), *how, first + at) for at in starts]
     return {name: np.concatenate(arrays) for name, arrays in zip(spec.dtypes(), zip(*parts, strict=True), strict=True)}
 
 

@@ -120,7 +120,8 @@ def source_of(c: Run) -> live_teacher.TargetSource:
     r, m = c.recipe, c.plan.job.teacher
 
     def teacher(room_bytes: int | None) -> live_teacher.StreamedTeacher:
-        return live_teacher.StreamedTeacher(c.teacher, room_bytes, c.direct, r.temperature, r.cross_entropy, c.shares)
+        how = r.temperature, r.cross_entropy, c.shares, c.plan.job.same_head
+        return live_teacher.StreamedTeacher(c.teacher, room_bytes, c.direct, *how)
 
     if r.targets == "live":
         return teacher(None if c.plan.pinned == m.shape.layers else c.plan.pinned * m.block_work + m.head_work)

@@ -85,13 +85,9 @@ def block_of(name: str) -> int | None:
 def tensors_of(config: Mapping[str, Any], stacked: bool = False) -> dict[str, tuple[int, ...]]:
     """{Hugging Face name: shape} of an unquantized model of this config, in forward order; stacked: `layer_tensors`."""
     s, block = shape_of(config), layer_tensors(config, stacked)
-    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (s.vocab, s.hidden)}
-    for i in range(s.layers):
-        tensors |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
-    tensors["model.norm.weight"] = (s.hidden,)
-    if not s.tied:
-        tensors["lm_head.weight"] = (s.vocab, s.hidden)
-    return tensors
+    blocks = {f"model.layers.{i}.{name}": shape for i in range(s.layers) for name, shape in block.items()}
+    head = {} if s.tied else {"lm_head.weight": (s.vocab, s.hidden)}
+    return {"model.embed_tokens.weight": (s.vocab, s.hidden), **blocks, "model.norm.weight": (s.hidden,), **head}
 
 
 def params(config: Mapping[str, Any]) -> int:

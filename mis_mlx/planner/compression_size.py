@@ -130,11 +130,8 @@ def training_bytes(config: Mapping[str, Any], batch: int, length: int, host_lane
 
 def block_state_bytes(config: Mapping[str, Any]) -> int:
     """A block that is trained block by block, in memory or in a checkpoint: float32 weights, and moments of 8 bits."""
-    nbytes = 0
-    for shape in arch.layer_tensors(config).values():
-        size, group = math.prod(shape), group_of(shape)
-        nbytes += 4 * size + (2 * size + 8 * size // group if group else 8 * size)
-    return nbytes
+    sizes = [(math.prod(shape), group_of(shape)) for shape in arch.layer_tensors(config).values()]
+    return sum(4 * n + (2 * n + 8 * n // group if group else 8 * n) for n, group in sizes)
 
 
 def packed_bytes(m: ModelSize, how: QuantizationConfig) -> int:

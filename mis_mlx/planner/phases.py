@@ -54,7 +54,7 @@ def blocks(job: DistillationSpec, micro: int, limit: int, lora: bool = False) ->
         state = layers * (m.block_params * m.item + STATE_BYTES * trained)
     flops = 4 * forward_flops(m, job.step, job.max_seq_length, False) + 4.0 * job.step * m.head_params
     plain = StageCost("distil", m.nbytes, m.nbytes, state + work, flops, updated=layers * trained)
-    return _taught(job, plain, micro, limit, state, work - 4 * m.head_params)
+    return _taught(job, plain, micro, limit, state, work - 4 * m.head_params, job.same_head)
 
 
 def way_back_bytes(job: DistillationSpec, micro: int, rank: int = 0) -> int:
@@ -88,17 +88,19 @@ def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost
     return _taught(replace(job, iters=iters), plain, micro, limit, SAVED_BYTES * trained, work)
 
 
-def _taught(job: DistillationSpec, plain: StageCost, micro: int, limit: int, saved: int, work: int) -> StageCost:
+def _taught(
+    job: DistillationSpec, plain: StageCost, micro: int, limit: int, saved: int, work: int, same_head: bool = False
+) -> StageCost:
     """`plain`, a student whole in memory and one step of it, with all its steps, its checkpoints of `saved` bytes, its
-    teacher. work: of its bytes those held only after the teacher's pass."""
+    teacher. work: of its bytes those held only after the teacher's pass. same_head: which the student has anyway."""
     t, length, iters, peak, flops = job.teacher, job.max_seq_length, job.iters, plain.peak_bytes, plain.flops
     keeps, read = 0, iters * job.step * job.target_bytes
     if job.targets == "live":
         # The teacher's workspace and the student's activations do not meet, its head and hidden states do.
         peak += max(0, t.body_bytes(estimates.workspace_bytes(t, micro * length, length)) - work)
-        peak += t.slots_bytes + t.head_work + job.step * t.shape.hidden * t.item
+        peak += t.slots_bytes + t.head_work * (not same_head) + job.step * t.shape.hidden * t.item
         keeps = estimates.pins(t, room(limit, peak, t.gpu))
-        read = t.head_bytes + t.block_bytes * (keeps + iters * (t.shape.layers - keeps))
+        read = t.head_bytes * (not same_head) + t.block_bytes * (keeps + iters * (t.shape.layers - keeps))
         flops += forward_flops(t, job.step, length)
     written = plain.written_bytes + (iters // job.save_every + 2) * saved
     peak, read = peak + keeps * t.block_work, plain.read_bytes + read
@@ -120,7 +122,7 @@ def sharded(job: DistillationSpec, micro: int, shard: int) -> StageCost:
     flops = forward * (s.layers - 1 + 2 * above + 3 * shard) + 4.0 * job.step * m.head_params
     if job.targets == "live":
         signal = streamed_pass("", t, job.step, micro * length, length, head=False, spool=False)
-        peak, read = peak + signal.peak_bytes + t.head_work, read + signal.read_bytes
+        peak, read = peak + signal.peak_bytes + t.head_work * (not job.same_head), read + signal.read_bytes
         flops += forward_flops(t, job.step, length)
     else:
         read += job.step * job.target_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from mis_mlx import cli
 from mis_mlx.models.families import family
@@ -138,6 +138,7 @@ class DistillationSpec(DistillationConfig):
     student: ModelSize  # as pruned, before training
     iters: int
     modes: tuple[Mode, ...] = MODES
+    same_head: bool = False  # the student's is the teacher's to the bit, until one of them is trained
     rotation: bool = False  # the hidden size is cut along principal directions
     rounding: QuantizationConfig = PLAIN  # of the trained student
     shown: ModelSize | None = None  # the teacher with its own vocabulary, where the student has another
@@ -161,13 +162,19 @@ class DistillationSpec(DistillationConfig):
 
 def spec_of(
     teacher: ModelSize, student: ModelSize, asked: DistillationConfig, rounding: QuantizationConfig = PLAIN,
-    rotates: bool = True, shown: ModelSize | None = None,
+    rotates: bool = True, shown: ModelSize | None = None, copied: bool = False,
 ) -> DistillationSpec:  # fmt: skip
-    """The distillation that a command's settings ask for. rotates: a smaller hidden size is cut along directions."""
+    """The distillation that a command's settings ask for. rotates: a smaller hidden size is cut along directions.
+    copied: what the student has is cut out of this teacher."""
+
+    def head(m: ModelSize) -> tuple[Any, ...]:
+        return m.shape.hidden, m.packed, m.config.get("torch_dtype") or m.config.get("dtype")
+
     known = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
     known["iters"] = asked.iters or ITERS * (1 + (family(student.config).sandwich or not asked.reconstruct_samples))
     modes: tuple[Mode, ...] = (*MODES, "none") if asked.reconstruct_samples or family(student.config).experts else MODES
     return DistillationSpec(
         **known, teacher=teacher, student=student, modes=modes if asked.train == "auto" else (asked.train,),
         rotation=rotates and student.shape.hidden < teacher.shape.hidden, rounding=rounding, shown=shown,
+        same_head=copied and head(student) == head(teacher),
     )  # fmt: skip

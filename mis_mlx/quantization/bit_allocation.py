@@ -64,9 +64,8 @@ def _greedy(costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], 
     room = sum((mean_bits - start[name]) * size for name, size in sizes.items())
     if room < 0:
         return {}
-    chosen, stuck, steps = dict(start), set[str](), list[tuple[float, str, int]]()
-    for name, cost in costs.items():
-        steps += [(saved, name, bits) for saved, bits in _hull(cost, sizes[name])]
+    chosen, stuck = dict(start), set[str]()
+    steps = ((saved, name, bits) for name, cost in costs.items() for saved, bits in _hull(cost, sizes[name]))
     for _, name, bits in sorted(steps, key=lambda s: -s[0]):  # a hull's steps save less and less: in their order
         added = (bits - chosen[name]) * sizes[name]
         if name in stuck or added > room:

@@ -17,10 +17,11 @@ from mis_mlx.distillation import live_teacher
 from mis_mlx.hardware import lanes
 from mis_mlx.maths.losses import loss_noise_factor
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import load, policy
+from mis_mlx.models import load, policy, stream
 from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.types import Checkpoint, Step
 from tests import tiny
+from tests.conftest import near
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,29 @@ def test_a_streamed_teacher_says_what_a_resident_one_says(
     for a, b in zip(resident.hidden(batches), streamed.hidden(batches), strict=True):
         assert mx.array_equal(a, b)
         assert mx.array_equal(resident.logits(a[0]), streamed.logits(b[0]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "untied"])
+def test_a_head_that_both_have_is_read_once(
+    models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a student's frozen head that is the teacher's: the same loss and gradient, and its own is never read."""
+    (hidden,) = live_teacher.StreamedTeacher(models(kind)).hidden(batches[:1])
+    hidden, learn = hidden.reshape(-1, hidden.shape[-1]), mx.ones(hidden.shape[1])
+    head = load.dense_weight(stream.Stream(models(kind)).head())
+    found = []
+    for same_head in (False, True):
+        source = live_teacher.StreamedTeacher(models(kind), same_head=same_head)
+        if same_head:
+            monkeypatch.setattr(stream.Stream, "head", lambda self: pytest.fail("the head was read"))
+        of_step, kl = source.frozen_slopes(), partial(source.kl_sum, frozen_head=True)
+        student = hidden * 0.9
+        found += [of_step(head, [(batches[0], learn, hidden)], 0, student)] if of_step else []
+        found.append(mx.value_and_grad(kl)(student, head, learn, hidden))
+    half = len(found) // 2
+    for (loss, slope), (other, others) in zip(found[:half], found[half:], strict=True):
+        assert float(loss) == pytest.approx(float(other), rel=near(0.0, 1e-3)) and float(loss) > 0
+        assert mx.allclose(slope, others, rtol=near(0.0, 0.05), atol=near(0.0, 1e-3))
 
 
 def test_streaming_does_not_change_the_student(llama: Checkpoint, student: Checkpoint, data: Windows) -> None:

@@ -183,6 +183,23 @@ def test_budgets_choose() -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "copied", "same"),
+    [
+        ({}, True, True),
+        ({}, False, False),  # of a folder of the user's, which may have been trained
+        ({"torch_dtype": "float16"}, True, False),
+        ({"hidden_size": 128}, True, False),
+        ({"quantization": {"bits": 4, "group_size": 64}}, True, False),
+    ],
+)
+def test_whose_head_is_the_teachers(change: dict[str, Any], copied: bool, same: bool) -> None:
+    """A student's that was cut out of it, in its type and width."""
+    config = {**tiny.CONFIG, "torch_dtype": "bfloat16"}
+    teacher, student = model_of({**config, **change}), model_of(config)
+    assert spec_of(teacher, student, DistillationConfig(), copied=copied).same_head == same
+
+
+@pytest.mark.parametrize(
     ("family", "asked", "steps"),
     [
         ("qwen3", {}, 30),
@@ -332,26 +349,29 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Checkpoi
 
 
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1536, "head_dim": 64}
-BY_BLOCKS: list[tuple[dict[str, Any], int, int, int, bool]] = [
-    (WIDE, 2, 1, 32, True),
-    (WIDE, 2, 2, 32, False),
-    ({"vocab_size": 76_000}, 2, 1, 64, False),
-    ({"vocab_size": 76_000, "tie_word_embeddings": False}, 2, 1, 64, True),
-    (WIDE | {"tie_word_embeddings": False}, 1, 1, 32, True),
-    ({}, 4, 1, 128, False),
+ROWS: dict[str, Any] = {"vocab_size": 76_000}
+BY_BLOCKS: list[tuple[dict[str, Any], int, int, int, bool, bool, bool]] = [
+    (WIDE, 2, 1, 32, True, False, False),
+    (WIDE, 2, 2, 32, False, False, False),
+    (ROWS, 2, 1, 64, False, False, False),
+    (ROWS, 2, 1, 64, False, False, True),
+    (ROWS | {"tie_word_embeddings": False}, 2, 1, 64, True, False, False),
+    (ROWS | {"tie_word_embeddings": False}, 2, 1, 64, True, False, True),
+    (WIDE | {"tie_word_embeddings": False}, 1, 1, 32, True, False, False),
+    ({}, 4, 1, 128, False, False, False),
+    (WIDE, 2, 1, 32, True, True, False),
 ]
 
 
 @pytest.mark.usefixtures("cpu_policy")
-@pytest.mark.parametrize(
-    ("sizes", "batch", "accumulate", "length", "resident", "lora"),
-    [*((*row, False) for row in BY_BLOCKS), (WIDE, 2, 1, 32, True, True)],
-)
+@pytest.mark.parametrize(("sizes", "batch", "accumulate", "length", "resident", "lora", "same_head"), BY_BLOCKS)
 def test_training_by_blocks_stays_under_the_plan(
-    tmp_path: Path, sizes: dict[str, Any], batch: int, accumulate: int, length: int, resident: bool, lora: bool
-) -> None:
-    """Two real steps with MLX's limit at the plan, with blocks or a vocabulary that outweigh the rest, tied or not: the
-    peak is under the plan, and within 20 % of it (15 % and a MiB); 25 where adapters alone are trained."""
+    tmp_path: Path, sizes: dict[str, Any], batch: int, accumulate: int, length: int, resident: bool, lora: bool,
+    same_head: bool,
+) -> None:  # fmt: skip
+    """Two real steps with MLX's limit at the plan, with blocks or a vocabulary that outweigh the rest, tied or not, the
+    teacher's head read or that of the student: the peak is under the plan, and within 20 % of it (15 % and a MiB); 25
+    where adapters alone are trained."""
     models = [load.open_checkpoint(tiny.make(tmp_path / str(n), seed=n, num_hidden_layers=n, **sizes)) for n in (5, 4)]
     vocab = models[0].config["vocab_size"]
     tokens = np.random.default_rng(0).integers(0, vocab, (12, length)).astype(np.int32)
@@ -359,13 +379,14 @@ def test_training_by_blocks_stays_under_the_plan(
     recipe = TrainingConfig(iters=2, batch_size=batch, grad_accumulation_steps=accumulate, max_seq_length=length)
     teacher, small = map(model_of, models)
     job = replace(
-        JOB, teacher=teacher, student=small, batch_size=batch, grad_accumulation_steps=accumulate, max_seq_length=length
-    )
+        JOB, teacher=teacher, student=small, batch_size=batch, grad_accumulation_steps=accumulate,
+        max_seq_length=length, same_head=same_head,
+    )  # fmt: skip
     planned = phases.blocks(job, batch, GIB if resident else 0, lora)
     mx.clear_cache()
     before = mx.get_active_memory()
     with memory.limited(Budget(before + planned.peak_bytes)):
-        source = live_teacher.StreamedTeacher(models[0], None if resident else 0)
+        source = live_teacher.StreamedTeacher(models[0], None if resident else 0, same_head=same_head)
         adapters = partial(insert, lora=ADAPTERS, seed=0) if lora else None
         student = sharded.Sharded(models[1], 4, 2, 0.01, DISK, 4 * small.head_params, adapters=adapters)
         student.begin()
