@@ -7,7 +7,8 @@ A model of the shape of a 0.5 B one with 152 thousand tokens and of random weigh
 quality (benchmarks/quality_4bit.py has that, of a real one). Whoever calibrates sees the same windows, whoever trains
 makes as many steps; mlx_lm's functions are called as its commands call them, in float32, ours are `mis_mlx.quantize`.
 Every row is a process of its own, whose largest resident set is counted from when the text is ready (Linux); what the
-process held then is not in it. Writes benchmarks/results/<machine>/quantizing.json after every row.
+process held then is not in it. A row that takes longer than LIMIT_S is stopped: MLX's kernels for packed weights are
+slow on a CPU, and dwq trains through them. Writes benchmarks/results/<machine>/quantizing.json after every row.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours, mixed gptq tuned": {},
 }
 SMALL = "2GiB"
+LIMIT_S = 1800
 THEIRS = {label: make for label, make in quality_4bit.ROWS.items() if label.startswith("mlx_lm")}
 
 
@@ -78,6 +80,7 @@ def row(name: str, model: str) -> dict[str, Any]:
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown."""
     lines = [[name, f"{one['seconds']:.0f}", f"{one['peak_bytes'] / 1e6:,.0f}", f"{one['nbytes'] / 1e6:.0f}"]
+             if "seconds" in one else [name, f"> {one['stopped_after_s']}", "–", "–"]
              for name, one in rows.items()]  # fmt: skip
     return markdown_table(["", "s", "peak, MB", "file, MB"], lines)
 
@@ -87,18 +90,22 @@ def main(s: Settings) -> None:
     if s.work:
         print(json.dumps(row(*json.loads(s.work))))
         return
-    names = [*THEIRS, *OURS, *(f"{name} under {SMALL}" for name in OURS)]
+    slow = [name for name in THEIRS if "dwq" in name]
+    names = [*(n for n in THEIRS if n not in slow), *OURS, *(f"{name} under {SMALL}" for name in OURS), *slow]
     rows = laboratory.resumed("quantizing", GIVEN, ["rows"]).get("rows", {})
     with tempfile.TemporaryDirectory() as temp:
         missing = [name for name in names if name not in rows and not s.table]
         model = str(streaming.synthetic(Path(temp) / "half", HALF)) if missing else ""
         for name in missing:
             hot, line = laboratory.busy(name), [sys.executable, __file__, f"--work={json.dumps([name, model])}"]
-            done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=False)
-            if done.returncode:
-                cli.say(f"{name}: its process ended with {done.returncode}")
-                continue
-            rows[name] = {**json.loads(done.stdout.splitlines()[-1]), "hot": hot}
+            try:
+                done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=False, timeout=LIMIT_S)
+                if done.returncode:
+                    cli.say(f"{name}: its process ended with {done.returncode}")
+                    continue
+                rows[name] = {**json.loads(done.stdout.splitlines()[-1]), "hot": hot}
+            except subprocess.TimeoutExpired:
+                rows[name] = {"stopped_after_s": LIMIT_S, "hot": hot}
             cli.say(f"{name}: {rows[name]}")
             laboratory.write("quantizing", "scripts/mis benchmarks/quantizing.py", {"given": GIVEN, "rows": rows})
     print(table(rows))
