@@ -1,0 +1,185 @@
+"""A teacher with fewer tokens reads unusual splits: what that costs it, and whether it teaches better with all of them.
+
+    scripts/mis benchmarks/splits.py                 # the teacher alone: some minutes
+    scripts/mis benchmarks/splits.py --students      # and the default student of each: 20 minutes each on 2 cores
+    scripts/mis benchmarks/splits.py --table
+
+SmolLM2-135M-Instruct with the default half of its tokens. `renormalised`: its probabilities over the tokens that stay,
+which is what `distill` teaches. `folded`: the probability of every token that is left out goes to its first piece.
+`folded, inner`: behind such a piece, the share that belongs to tokens left out goes to their second pieces. The teacher
+reads the split text each time. Bits per byte above the teacher that reads its own tokens, on the texts of
+teacher_text.py; students as in minutes.py. Writes benchmarks/results/<machine>/splits.json after every row.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import minutes
+import mlx.core as mx
+import numpy as np
+import teacher_text
+from laboratory import resumed, start, write
+
+from mis_mlx.data import preparation, token_windows
+from mis_mlx.data.token_windows import Windows
+from mis_mlx.distillation import live_teacher
+from mis_mlx.evaluation import comparison
+from mis_mlx.maths.losses import Logits
+from mis_mlx.models import load, resolve, stream
+from mis_mlx.models.trimmed_tokenizer import Vocabulary
+from mis_mlx.pruning import vocabulary
+from mis_mlx.reporting.text import markdown_table
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import Checkpoint
+
+WAYS = ("renormalised", "folded", "folded, inner")
+LENGTH = 256  # tokens of a window, and the positions whose logits are made at a time
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much."""
+
+    students: bool = False
+    """distil the default student from each, too"""
+    table: bool = False
+    """print what there is, and make nothing"""
+
+
+class Folded:
+    """Log-probabilities (n, v) of the tokens in `rows`, from hidden states (n, D) of the whole teacher."""
+
+    def __init__(self, teacher: Checkpoint, rows: list[int]):
+        words, new = Vocabulary(teacher.path), {old: i for i, old in enumerate(rows)}
+        count = int(teacher.config["vocab_size"])
+        first, second = np.zeros(count, int), np.full(count, -1)
+        for token in range(count):
+            pieces = [new[token]] if token in new else [new[piece] for piece in _pieces(words, token, new)]
+            first[token], second[token] = pieces[0], -1 if token in new else pieces[1]
+        order = np.argsort(first, kind="stable")
+        self._starts = np.append(np.searchsorted(first[order], np.arange(len(rows))), count)
+        self._second = second[order]
+        self._head = load.dense_weight(stream.Stream(teacher).head())[mx.array(order)]
+        mx.eval(self._head)
+
+    def __call__(self, hidden: mx.array, tokens: np.ndarray | None = None) -> mx.array:
+        """tokens (n,): those that were read, for the pieces behind the first."""
+        p = np.array(mx.softmax(hidden.astype(mx.float32) @ self._head.T, axis=-1))
+        q = np.add.reduceat(p, self._starts[:-1], axis=1)
+        tokens = np.zeros(0, int) if tokens is None else tokens
+        for i in range(1, len(tokens)):
+            of_piece = slice(*self._starts[tokens[i] : tokens[i] + 2])
+            before, second = p[i - 1, of_piece], self._second[of_piece]
+            gone = second >= 0
+            if (mass := before[gone].sum()) > 0:
+                q[i] *= 1 - mass / before.sum()
+                np.add.at(q[i], second[gone], before[gone] / before.sum())
+        return mx.array(np.log(np.maximum(q, 1e-30)))
+
+
+def _pieces(words: Vocabulary, token: int, kept: dict[int, int]) -> list[int]:
+    """How a token is written with those that are kept: as BPE joins its letters."""
+    pieces = list(words.texts[token])
+    while True:
+        known = [(at, pair) for at, pair in enumerate(pairwise(pieces)) if pair in words._ranks]
+        ranked = [(words._ranks[pair], at) for at, pair in known if words.ids["".join(pair)] in kept]
+        if not ranked:
+            return [words.ids[piece] for piece in pieces]
+        _, at = min(ranked)
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+
+
+def teacher_row(teacher: Checkpoint, seen: Checkpoint, folded: Folded, windows: Windows) -> dict[str, float]:
+    """{"own": bits per byte of its own tokens, way: how many more}."""
+    own = token_windows.reread(windows, *(load.tokenizer(model.path) for model in (seen, teacher)))
+    nats = {"own": comparison.per_byte(comparison.compare({"": teacher}, own)["", "nll"], own)}
+    nats[WAYS[0]] = comparison.per_byte(comparison.compare({"": seen}, windows)["", "nll"], windows)
+    sums, nbytes = np.zeros(2), windows.text_bytes.sum()
+    states = comparison.final_hidden(seen, windows)
+    for tokens, learn, hidden in zip(windows.tokens, windows.learn, states, strict=True):
+        at = np.flatnonzero(learn[:-1])
+        for k, read in enumerate((None, tokens)):
+            sums[k] -= np.array(folded(hidden[0], read))[at, tokens[at + 1]].sum()
+    nats |= dict(zip(WAYS[1:], (sums / nbytes).tolist(), strict=True))
+    bits = {name: value / math.log(2) for name, value in nats.items()}
+    return {name: round(value - (0.0 if name == "own" else bits["own"]), 4) for name, value in bits.items()}
+
+
+class Teacher(live_teacher.StreamedTeacher):
+    """The teacher of a run, folded."""
+
+    whole: Checkpoint
+    inner = False
+
+    def micro_batches(self, batches: Any, windows: Any = ()) -> Any:
+        """Remembers the windows, whose logits are asked for one by one."""
+        self._coming = [np.array(row) for tokens, _ in batches for row in tokens]
+        return super().micro_batches(batches, windows)
+
+    @cached_property
+    def logits(self) -> Logits:
+        """Log-probabilities; they are logits, too."""
+        folded = Folded(self.whole, vocabulary.rows_of(self._source.checkpoint.path) or [])
+
+        def of(hidden: mx.array) -> mx.array:
+            tokens = self._coming.pop(0)
+            assert len(tokens) == len(hidden) == LENGTH
+            return folded(hidden, tokens if self.inner else None)
+
+        return of
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown: of every text the teacher's own bits per byte, what each way adds, and its student."""
+    students = found.get("students", {})
+    head = ["", "own", *WAYS, *(f"student, {way}" for way in students)]
+    body = []
+    for text, row in found.get("teacher", {}).items():
+        cells = [f"{row['own']:.3f}", *(f"{row[way]:+.3f}" for way in WAYS)]
+        body.append([text, *cells, *(f"{s['distilled'][text]:+.3f}" for s in students.values())])
+    return markdown_table(head, body)
+
+
+def main(s: Settings) -> None:
+    """Every row that is not there yet."""
+    given = {"length": LENGTH, "eval_windows": minutes.EVAL_WINDOWS}
+    found = resumed("splits", given, ["teacher", "students"])
+    command = "scripts/mis benchmarks/splits.py --students"
+    teacher = load.open_checkpoint(resolve.resolve_model(None).path)
+    with tempfile.TemporaryDirectory() as temp:
+        folders = {} if s.table else teacher_text.texts(Path(temp), None)
+        if not s.table and "teacher" not in found:
+            data = preparation.prepare(None, load.tokenizer(teacher.path), LENGTH)
+            how = vocabulary.VocabularyConfig("0.5x")
+            rows = vocabulary.size(how.vocab, teacher.path, int(teacher.config["vocab_size"]))
+            seen, data = vocabulary.of_run(teacher, None, rows, data, how, None, Path(temp), DISK)
+            folded = Folded(teacher, vocabulary.rows_of(seen.path) or [])
+            texts = {own: data.held_out[name] for own, name in minutes.OWN.items()}
+            for name, folder in folders.items():
+                other = preparation.prepare(str(folder), load.tokenizer(seen.path), LENGTH)
+                texts[name] = next(iter(other.held_out.values()))
+            found["teacher"] = {
+                name: teacher_row(teacher, seen, folded, comparison.chosen(windows, minutes.EVAL_WINDOWS))
+                for name, windows in texts.items()
+            }
+            write("splits", command, {"given": given, **found})
+        plain = live_teacher.StreamedTeacher
+        for way in WAYS if s.students and not s.table else ():
+            if way not in found.setdefault("students", {}):
+                Teacher.whole, Teacher.inner = teacher, way == WAYS[2]
+                live_teacher.StreamedTeacher = plain if way == WAYS[0] else Teacher  # type: ignore[misc]
+                found["students"][way] = minutes.row(30, 0, Path(temp) / f"run-{WAYS.index(way)}", folders)
+                write("splits", command, {"given": given, **found})
+        live_teacher.StreamedTeacher = plain  # type: ignore[misc]
+    print(table(found))
+
+
+if __name__ == "__main__":
+    start(Settings, main)
