@@ -11,6 +11,7 @@ import pytest
 from benchmarks.ablations import fisher_importance
 from mis_mlx.models import host_losses, load, stream
 from mis_mlx.types import Checkpoint
+from tests.conftest import near
 
 
 def by_hand(model: Checkpoint, tokens: mx.array, key: mx.array, layer: int, part: str, name: str) -> np.ndarray:
@@ -45,8 +46,9 @@ def test_streamed_gradients_are_resident_ones(
             neurons += np.square(slopes).mean(axis=0) / 4  # half of the mean over two batches
             slopes = by_hand(models(kind), tokens, key, layer, "self_attn", "o_proj")
             heads += np.square(slopes.reshape(len(slopes), 4, -1).sum(axis=-1)).mean(axis=0) / 4
-        np.testing.assert_allclose(found[layer, "ffn"], neurons, rtol=1e-3, atol=1e-9)  # float32, two orders of sums
-        np.testing.assert_allclose(found[layer, "heads"], heads, rtol=1e-3, atol=1e-9)
+        close = near(1e-3, 0.05)  # float32, two orders of sums; or half precision against it
+        np.testing.assert_allclose(found[layer, "ffn"], neurons, rtol=close, atol=near(1e-9, 1e-6))
+        np.testing.assert_allclose(found[layer, "heads"], heads, rtol=close, atol=near(1e-9, 1e-6))
     assert found[-1, "hidden"].shape == (64,) and (found[-1, "hidden"] > 0).all()
     assert all(found[layer, "layers"].shape == (1,) for layer in range(3))
 

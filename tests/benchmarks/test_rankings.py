@@ -9,6 +9,7 @@ from benchmarks.ablations import rankings
 from mis_mlx.models import load
 from mis_mlx.pruning import calibrate, select
 from mis_mlx.types import Checkpoint
+from tests.conftest import near
 
 
 def test_what_moves_by_pencil() -> None:
@@ -23,14 +24,15 @@ def test_what_moves_by_pencil() -> None:
 
 
 def test_moments_and_lengths_are_those_of_the_resident_model(llama: Checkpoint, batches: list[mx.array]) -> None:
-    """Squares of what down_proj reads are calibration's, to float32; lengths are of the weights as they are stored."""
+    """Squares of what down_proj reads are calibration's, to float32, or to the half precision in which that calibrates;
+    lengths are of the weights as they are stored."""
     moments, lengths = rankings.measured(llama, batches, mx.float32)
     found, _ = calibrate.calibrate(llama, batches)
     tokens = batches[0].size
     names = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.o_proj")
     w = {n: np.array(load.dense(llama, f"model.layers.1.{n}.weight"), np.float64) ** 2 for n in names}
     for i in range(3):
-        np.testing.assert_allclose(moments[i, "ffn"].square / tokens, found.ffn[i].square, rtol=1e-5)
+        np.testing.assert_allclose(moments[i, "ffn"].square / tokens, found.ffn[i].square, rtol=near(1e-5, 1e-2))
         assert moments[i, "norm1"].tokens == sum(b.size for b in batches)
     ffn = w["mlp.gate_proj"].sum(1) + w["mlp.up_proj"].sum(1) + w["mlp.down_proj"].sum(0)
     np.testing.assert_allclose(lengths[1, "ffn"], ffn, rtol=1e-5)

@@ -76,6 +76,7 @@ def test_a_stopped_run_goes_on(llama: Checkpoint) -> None:
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
+@pytest.mark.usefixtures("cpu_policy")  # its budgets are for float32
 def test_a_small_budget_gives_the_same_marks(llama: Checkpoint) -> None:
     """Blocks are read again for every part where they do not fit; the numbers stay."""
     task, sha256, little, much = quiz(40), answering.sha256(llama), Budget(int(7.77 * MIB)), Budget(1000 * MIB)
