@@ -6,6 +6,7 @@ are whole (llama.cpp keeps 16 bits and leaves out those under e^-16), and a wind
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 
 import mlx.core as mx
 import numpy as np
@@ -50,10 +51,8 @@ def together(models: Models, held_out: Windows, opened: Opened) -> Means:
     """What `compare` gives, every machine having compared its own windows."""
     mine, whole = compare(models, own(held_out), opened=opened), dict[tuple[str, str], np.ndarray]()
     for key, values in mine.items():
-        parts = distributed.all_gather(values.tolist())
-        whole[key] = np.zeros(len(held_out.tokens))
-        for rank, part in enumerate(parts):
-            whole[key][rank :: len(parts)] = part
+        turns = zip_longest(*distributed.all_gather(values.tolist()))  # windows go round the machines
+        whole[key] = np.array([value for turn in turns for value in turn if value is not None])
     return whole
 
 

@@ -79,9 +79,9 @@ def kl_gradients(
         stream.evaluate_now(z, target)
         each = by_rows(kl, view(z), view(target), weights[at])
         loss += float(each.astype(np.float64) @ weights[at])
-        g = z.astype(head.dtype)  # what numpy made of it
-        dh.append(g @ head)
-        dw = None if dw is None else mx.addmm(dw, g.T, student[at])
+        z = z.astype(head.dtype)  # what numpy made of it; by no other name, under which it would outlive the next
+        dh.append(z @ head)
+        dw = None if dw is None else mx.addmm(dw, z.T, student[at])
         stream.evaluate_now(dh[-1], dw)
     return loss, mx.concatenate(dh), dw
 

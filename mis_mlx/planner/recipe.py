@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from mis_mlx import cli
 from mis_mlx.models.families import family
@@ -166,15 +166,12 @@ def spec_of(
 ) -> DistillationSpec:  # fmt: skip
     """The distillation that a command's settings ask for. rotates: a smaller hidden size is cut along directions.
     copied: what the student has is cut out of this teacher."""
-
-    def head(m: ModelSize) -> tuple[Any, ...]:
-        return m.shape.hidden, m.packed, m.config.get("torch_dtype") or m.config.get("dtype")
-
+    two = [(m.shape.hidden, m.packed, m.config.get("torch_dtype") or m.config.get("dtype")) for m in (teacher, student)]
     known = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
     known["iters"] = asked.iters or ITERS * (1 + (family(student.config).sandwich or not asked.reconstruct_samples))
     modes: tuple[Mode, ...] = (*MODES, "none") if asked.reconstruct_samples or family(student.config).experts else MODES
     return DistillationSpec(
         **known, teacher=teacher, student=student, modes=modes if asked.train == "auto" else (asked.train,),
         rotation=rotates and student.shape.hidden < teacher.shape.hidden, rounding=rounding, shown=shown,
-        same_head=copied and head(student) == head(teacher),
+        same_head=copied and two[0] == two[1],  # their heads
     )  # fmt: skip

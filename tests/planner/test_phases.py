@@ -359,6 +359,8 @@ BY_BLOCKS: list[tuple[dict[str, Any], int, int, int, bool, bool, bool]] = [
     (ROWS | {"tie_word_embeddings": False}, 2, 1, 64, True, False, True),
     (WIDE | {"tie_word_embeddings": False}, 1, 1, 32, True, False, False),
     ({}, 4, 1, 128, False, False, False),
+    (tiny.FAMILIES["gemma3_text"], 4, 1, 128, False, False, False),
+    (ROWS, 2, 1, 256, False, False, True),
     (WIDE, 2, 1, 32, True, True, False),
 ]
 
@@ -372,7 +374,8 @@ def test_training_by_blocks_stays_under_the_plan(
     """Two real steps with MLX's limit at the plan, with blocks or a vocabulary that outweigh the rest, tied or not, the
     teacher's head read or that of the student: the peak is under the plan, and within 20 % of it (15 % and a MiB); 25
     where adapters alone are trained."""
-    models = [load.open_checkpoint(tiny.make(tmp_path / str(n), seed=n, num_hidden_layers=n, **sizes)) for n in (5, 4)]
+    depths = ({**sizes, "num_hidden_layers": n} for n in (5, 4))
+    models = [load.open_checkpoint(tiny.make(tmp_path / str(n), seed=n, **each)) for n, each in enumerate(depths)]
     vocab = models[0].config["vocab_size"]
     tokens = np.random.default_rng(0).integers(0, vocab, (12, length)).astype(np.int32)
     data = Windows(tokens, np.ones((12, length), np.float32))
