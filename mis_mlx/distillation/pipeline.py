@@ -181,8 +181,7 @@ def train_whole(
 
 def _beside_the_plan(c: Run) -> dict[str, Any]:
     """What a distillation's steps are shown beside, for `CheckpointedTraining`."""
-    tps = c.plan.job.step * c.plan.job.iters / max(c.plan.planned["distil"], 1e-9)
-    return {"planned_tps": tps, "report": c.report}
+    return {"planned_tps": c.plan.job.step * c.plan.job.iters / max(c.plan.planned["distil"], 1e-9), "report": c.report}
 
 
 def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) -> Callable[[str], mx.array]:

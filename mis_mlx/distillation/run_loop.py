@@ -190,6 +190,7 @@ class CheckpointedTraining:
         with cli.stop_asked() as asked, progress.bar(self.label, iters) as show:
             try:
                 for step in steps:
+                    memory.give_back(cache=False)
                     run.peak.note(step.peak_bytes)
                     facts = {k: v for k, v in asdict(step).items() if k not in ("reading", "more")}
                     run.files.append(run.folder / self.log, json.dumps({**weather.now(), **facts, **step.more}))

@@ -94,9 +94,11 @@ def process_bytes(limit_bytes: int, gpu: bool | None = None, trained_bytes: int 
     return min(GROWN_METAL_BYTES if gpu else GROWN_BYTES + trained_bytes, limit_bytes // 6)
 
 
-def give_back() -> None:
-    """Freed memory goes back to the system: glibc held 1.8 GB of it after training, beside the next phase."""
-    mx.clear_cache()
+def give_back(cache: bool = True) -> None:
+    """Freed memory goes back to the system: glibc held 1.8 GB of it after training, beside the next phase, and 43 MiB
+    more after three steps of gemma-3-270m than after one. cache: what MLX keeps, too."""
+    if cache:
+        mx.clear_cache()
     if hasattr(library := CDLL(None), "malloc_trim"):
         library.malloc_trim(0)
 
