@@ -86,6 +86,16 @@ def write(name: str, command: str, found: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
+def bits_per_byte(table: str) -> dict[str, list[float]]:
+    """{text: bits per byte of every model} in the table of a run: the teacher's, the pruned student's, ..."""
+    bits, text = dict[str, list[float]](), ""
+    for line in table.splitlines():
+        text = line.partition(",")[0] if " held out, " in line else text
+        if line.startswith("| bits per byte of text |"):
+            bits[text] = [float(cell.split("±")[0]) for cell in line.strip("| ").split("|")[1:]]
+    return bits
+
+
 def picture(name: str, draw: Callable[[Any], None]) -> None:
     """Put benchmarks/results/<machine>/<name>.svg and .png in place; `draw` gets matplotlib's axes."""
     try:

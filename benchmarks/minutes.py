@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import teacher_text
-from laboratory import resumed, start, write
+from laboratory import bits_per_byte, resumed, start, write
 
-from mis_mlx import cli, distill, evaluate
+from mis_mlx import cli, distill
 from mis_mlx.reporting import run_reader
 from mis_mlx.reporting.text import markdown_table
 
@@ -45,19 +45,12 @@ def row(iters: int, seed: int, run: Path, folders: dict[str, Path]) -> dict[str,
     distill.run(distill.Settings(out=str(run), iters=iters, seed=seed, quantize=0, bench_tokens=0))
     done = run_reader.read(run)
     found: dict[str, Any] = {"seconds": {p["phase"]: round(p["seconds"], 1) for p in done.phases}}
-    found |= {"pruned": {}, "distilled": {}}
-    text = ""
-    for line in done.table.splitlines():
-        text = line.partition(",")[0] if " held out, " in line else text
-        if line.startswith("| bits per byte of text |"):
-            teacher, *others = (float(cell.split("±")[0]) for cell in line.strip("| ").split("|")[1:])
-            name = next(own for own, said in OWN.items() if said == text)
-            for stage, bits in zip(("pruned", "distilled"), others, strict=True):
-                found[stage][name] = round(bits - teacher, 3)
+    bits = bits_per_byte(done.table)
+    for at, stage in enumerate(("pruned", "distilled"), 1):
+        found[stage] = {own: round(bits[text][at] - bits[text][0], 3) for own, text in OWN.items()}
     for name, folder in folders.items():
-        asked = evaluate.Settings(students=(str(run / "model"),), eval_windows=EVAL_WINDOWS, data=str(folder))
-        judged = next(v for v in evaluate.run(asked).values() if isinstance(v, dict) and "bpb_model" in v)
-        found["distilled"][name] = round(judged["bpb_model"] - judged["bpb_teacher"], 4)
+        (judged,) = teacher_text.of_text(None, run / "model", folder, EVAL_WINDOWS).values()
+        found["distilled"][name] = round(judged["student"] - judged["teacher"], 4)
     return found
 
 

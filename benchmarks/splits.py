@@ -1,14 +1,15 @@
 """A teacher with fewer tokens reads unusual splits: what that costs it, and whether it teaches better with all of them.
 
     scripts/mis benchmarks/splits.py                 # the teacher alone: some minutes
-    scripts/mis benchmarks/splits.py --students      # and the default student of each: 20 minutes each on 2 cores
+    scripts/mis benchmarks/splits.py --students      # and default students of the folded ones: 20 minutes each, 2 cores
     scripts/mis benchmarks/splits.py --table
 
 SmolLM2-135M-Instruct with the default half of its tokens. `renormalised`: its probabilities over the tokens that stay,
 which is what `distill` teaches. `folded`: the probability of every token that is left out goes to its first piece.
 `folded, inner`: behind such a piece, the share that belongs to tokens left out goes to their second pieces. The teacher
 reads the split text each time. Bits per byte above the teacher that reads its own tokens, on the texts of
-teacher_text.py; students as in minutes.py. Writes benchmarks/results/<machine>/splits.json after every row.
+teacher_text.py. Students are as in minutes.py, whose row of 30 steps is that of the renormalised teacher. Writes
+benchmarks/results/<machine>/splits.json after every row.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import math
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import mlx.core as mx
 import numpy as np
 import teacher_text
 from laboratory import resumed, start, write
+from tokenizers import Tokenizer
 
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows
@@ -48,21 +49,21 @@ class Settings:
     """How much."""
 
     students: bool = False
-    """distil the default student from each, too"""
+    """distil the default student from the folded ones, too"""
     table: bool = False
     """print what there is, and make nothing"""
 
 
 class Folded:
-    """Log-probabilities (n, v) of the tokens in `rows`, from hidden states (n, D) of the whole teacher."""
+    """Log-probabilities (n, v) of the tokens in the folder `fewer`, from hidden states (n, D) of the whole teacher."""
 
-    def __init__(self, teacher: Checkpoint, rows: list[int]):
-        words, new = Vocabulary(teacher.path), {old: i for i, old in enumerate(rows)}
-        count = int(teacher.config["vocab_size"])
+    def __init__(self, teacher: Checkpoint, fewer: Path):
+        rows, texts = vocabulary.rows_of(fewer) or [], Vocabulary(teacher.path).texts
+        count, bpe = int(teacher.config["vocab_size"]), Tokenizer.from_file(str(fewer / "tokenizer.json")).model
         first, second = np.zeros(count, int), np.full(count, -1)
-        for token in range(count):
-            pieces = [new[token]] if token in new else [new[piece] for piece in _pieces(words, token, new)]
-            first[token], second[token] = pieces[0], -1 if token in new else pieces[1]
+        first[rows] = np.arange(len(rows))
+        for token in set(range(count)) - set(rows):
+            first[token], second[token] = (piece.id for piece in bpe.tokenize(texts[token])[:2])
         order = np.argsort(first, kind="stable")
         self._starts = np.append(np.searchsorted(first[order], np.arange(len(rows))), count)
         self._second = second[order]
@@ -82,18 +83,6 @@ class Folded:
                 q[i] *= 1 - mass / before.sum()
                 np.add.at(q[i], second[gone], before[gone] / before.sum())
         return mx.array(np.log(np.maximum(q, 1e-30)))
-
-
-def _pieces(words: Vocabulary, token: int, kept: dict[int, int]) -> list[int]:
-    """How a token is written with those that are kept: as BPE joins its letters."""
-    pieces = list(words.texts[token])
-    while True:
-        known = [(at, pair) for at, pair in enumerate(pairwise(pieces)) if pair in words._ranks]
-        ranked = [(words._ranks[pair], at) for at, pair in known if words.ids["".join(pair)] in kept]
-        if not ranked:
-            return [words.ids[piece] for piece in pieces]
-        _, at = min(ranked)
-        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
 
 
 def teacher_row(teacher: Checkpoint, seen: Checkpoint, folded: Folded, windows: Windows) -> dict[str, float]:
@@ -126,7 +115,7 @@ class Teacher(live_teacher.StreamedTeacher):
     @cached_property
     def logits(self) -> Logits:
         """Log-probabilities; they are logits, too."""
-        folded = Folded(self.whole, vocabulary.rows_of(self._source.checkpoint.path) or [])
+        folded = Folded(self.whole, self._source.checkpoint.path)
 
         def of(hidden: mx.array) -> mx.array:
             tokens = self._coming.pop(0)
@@ -160,7 +149,7 @@ def main(s: Settings) -> None:
             how = vocabulary.VocabularyConfig("0.5x")
             rows = vocabulary.size(how.vocab, teacher.path, int(teacher.config["vocab_size"]))
             seen, data = vocabulary.of_run(teacher, None, rows, data, how, None, Path(temp), DISK)
-            folded = Folded(teacher, vocabulary.rows_of(seen.path) or [])
+            folded = Folded(teacher, seen.path)
             texts = {own: data.held_out[name] for own, name in minutes.OWN.items()}
             for name, folder in folders.items():
                 other = preparation.prepare(str(folder), load.tokenizer(seen.path), LENGTH)
@@ -170,14 +159,12 @@ def main(s: Settings) -> None:
                 for name, windows in texts.items()
             }
             write("splits", command, {"given": given, **found})
-        plain = live_teacher.StreamedTeacher
-        for way in WAYS if s.students and not s.table else ():
+        for way in WAYS[1:] if s.students and not s.table else ():
             if way not in found.setdefault("students", {}):
                 Teacher.whole, Teacher.inner = teacher, way == WAYS[2]
-                live_teacher.StreamedTeacher = plain if way == WAYS[0] else Teacher  # type: ignore[misc]
+                live_teacher.StreamedTeacher = Teacher  # type: ignore[misc]
                 found["students"][way] = minutes.row(30, 0, Path(temp) / f"run-{WAYS.index(way)}", folders)
                 write("splits", command, {"given": given, **found})
-        live_teacher.StreamedTeacher = plain  # type: ignore[misc]
     print(table(found))
 
 

@@ -116,13 +116,17 @@ def row(s: Settings, run: Path, folders: dict[str, Path]) -> dict[str, Any]:
     distill.run(distill.Settings(teacher=s.teacher, out=str(run), seed=s.seed, iters=s.iters, **more))  # type: ignore[arg-type]
     found: dict[str, Any] = {"cpu_seconds": round(time.process_time() - began, 1)}
     for name, folder in {**folders, BUILT_IN: None}.items():
-        asked = evaluate.Settings(teacher=s.teacher, students=(str(run / "model"),), eval_windows=s.eval_windows,
-                                  data=str(folder) if folder else None)  # fmt: skip
-        for text, judged in evaluate.run(asked).items():
-            if isinstance(judged, dict) and "bpb_model" in judged:
-                label = name if folder else f"{name}, {text}"
-                found[label] = {"teacher": judged["bpb_teacher"], "student": judged["bpb_model"]}
+        for text, judged in of_text(s.teacher, run / "model", folder, s.eval_windows).items():
+            found[name if folder else f"{name}, {text}"] = judged
     return found
+
+
+def of_text(teacher: str | None, student: Path, folder: Path | None, windows: int) -> dict[str, dict[str, float]]:
+    """{held-out text: {"teacher", "student"}} in bits per byte, of a folder that --data takes."""
+    data = str(folder) if folder else None
+    asked = evaluate.Settings(teacher=teacher, students=(str(student),), eval_windows=windows, data=data)
+    found = {text: of for text, of in evaluate.run(asked).items() if isinstance(of, dict) and "bpb_model" in of}
+    return {text: {"teacher": of["bpb_teacher"], "student": of["bpb_model"]} for text, of in found.items()}
 
 
 def main(s: Settings) -> None:

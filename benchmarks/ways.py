@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laboratory import resumed, write
+from laboratory import bits_per_byte, resumed, write
 
 from mis_mlx import cli, distill
 from mis_mlx.reporting import run_reader
@@ -60,12 +60,7 @@ def row(s: Settings, name: str, out: Path) -> dict[str, Any]:
              "peaks": {name: p["peak_bytes"] for name, p in phases.items()},
              "cpu_seconds": round(time.process_time() - began, 1),
              "seconds": {name: round(p["seconds"], 1) for name, p in phases.items()}}  # fmt: skip
-    bits, text = dict[str, list[float]](), ""
-    for line in run.table.splitlines():
-        text = line.partition(",")[0] if " held out, " in line else text
-        if line.startswith("| bits per byte of text |"):
-            bits[text] = [float(cell.split("±")[0]) for cell in line.strip("| ").split("|")[1:]]
-    return found | {"bits_per_byte": bits}
+    return found | {"bits_per_byte": bits_per_byte(run.table)}
 
 
 def table(rows: dict[str, Any]) -> str:

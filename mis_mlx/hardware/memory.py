@@ -95,8 +95,8 @@ def process_bytes(limit_bytes: int, gpu: bool | None = None, trained_bytes: int 
 
 
 def give_back(cache: bool = True) -> None:
-    """Freed memory goes back to the system: glibc held 1.8 GB of it after training, beside the next phase, and 43 MiB
-    more after three steps of gemma-3-270m than after one. cache: what MLX keeps, too."""
+    """Freed memory goes back to the system: glibc held 1.8 GB of it after training, beside the next phase, and more
+    with every step of a large vocabulary. cache: what MLX keeps, too."""
     if cache:
         mx.clear_cache()
     if hasattr(library := CDLL(None), "malloc_trim"):

@@ -172,7 +172,8 @@ def activation_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
 
 
 def backward_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
-    """The most that the way back through one block holds, its gradients not among it; what it kept is. Measured."""
+    """The most that the way back through one block holds, its gradients not among it; what it kept is. Measured; as
+    much in a Gemma's block, though that keeps more."""
     kept, more = activation_bytes(config, batch, length), families.family(config).sandwich
     return 11 * kept // ((5 + 3 * more) * shape_of(config).layers)
 

@@ -166,6 +166,7 @@ def spec_of(
 ) -> DistillationSpec:  # fmt: skip
     """The distillation that a command's settings ask for. rotates: a smaller hidden size is cut along directions.
     copied: what the student has is cut out of this teacher."""
+    # A head is told by its width and type.
     two = [(m.shape.hidden, m.packed, m.config.get("torch_dtype") or m.config.get("dtype")) for m in (teacher, student)]
     known = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
     known["iters"] = asked.iters or ITERS * (1 + (family(student.config).sandwich or not asked.reconstruct_samples))
@@ -173,5 +174,5 @@ def spec_of(
     return DistillationSpec(
         **known, teacher=teacher, student=student, modes=modes if asked.train == "auto" else (asked.train,),
         rotation=rotates and student.shape.hidden < teacher.shape.hidden, rounding=rounding, shown=shown,
-        same_head=copied and two[0] == two[1],  # their heads
+        same_head=copied and two[0] == two[1],
     )  # fmt: skip

@@ -374,8 +374,8 @@ def test_training_by_blocks_stays_under_the_plan(
     """Two real steps with MLX's limit at the plan, with blocks or a vocabulary that outweigh the rest, tied or not, the
     teacher's head read or that of the student: the peak is under the plan, and within 20 % of it (15 % and a MiB); 25
     where adapters alone are trained."""
-    depths = ({**sizes, "num_hidden_layers": n} for n in (5, 4))
-    models = [load.open_checkpoint(tiny.make(tmp_path / str(n), seed=n, **each)) for n, each in enumerate(depths)]
+    folders = (tiny.make(tmp_path / str(n), seed=n, **{**sizes, "num_hidden_layers": n}) for n in (5, 4))
+    models = [load.open_checkpoint(folder) for folder in folders]
     vocab = models[0].config["vocab_size"]
     tokens = np.random.default_rng(0).integers(0, vocab, (12, length)).astype(np.int32)
     data = Windows(tokens, np.ones((12, length), np.float32))
