@@ -251,7 +251,8 @@ def run(settings: Settings) -> dict[str, Any]:
     if folder is None:
         cli.say(progress.promise(sum(made.planned.values())))
     with progress.run("distill", made.planned):
-        table, result = _begin(replace(s, iters=made.job.iters), data, folder, teacher, rows, made)
+        decided = replace(s, iters=made.job.iters, learning_rate=made.recipe(s).learning_rate)
+        table, result = _begin(decided, data, folder, teacher, rows, made)
     if table:
         print(text.aligned(table))
         cli.say(summary.next_steps(Path(result["run"])))

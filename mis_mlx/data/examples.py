@@ -72,8 +72,7 @@ def load(
     if scrub:
         train, valid = ([(_scrubbed(row, removed), at) for row, at in part] for part in (train, valid))
         notes.append("replaced " + (", ".join(f"{n} {kind}" for kind, n in removed.items()) or "no personal data"))
-    licence = licence or _licence(folder)
-    if not licence:
+    if not (licence := licence or _licence(folder)):
         licence = "not stated"
         notes.append("no licence or consent is stated for the data: name it with --data-licence")
     notes.insert(0, f"{source}: {len(train)} rows to train on, {len(valid)} held out")

@@ -80,12 +80,6 @@ class Peak:
         return max(self._mlx, mx.get_peak_memory(), held_bytes()[1] - self.before_bytes)
 
 
-def cache_bytes(limit_bytes: int, gpu: bool) -> int:
-    """Freed memory that MLX may keep within a budget: none on a CPU, where a step takes as long as with 2 GiB. On Metal
-    it is emptied before arrays and cache pass MLX's limit."""
-    return min(GIB, limit_bytes // 4) if gpu else 0
-
-
 def process_bytes(limit_bytes: int, gpu: bool | None = None, trained_bytes: int = 0) -> int:
     """What a process takes of a budget beside its arrays, a sixth of it at most: what Python and libraries grow by
     (measured on a CPU: 13 to 20 MiB, whatever the model). gpu: as this process computes, if not said. trained_bytes:
@@ -115,7 +109,9 @@ def limited(limit: Budget, wired_bytes: int = 0, device: Any = mx) -> Iterator[N
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     gpu = device.default_device() == device.gpu
     memory = device.set_memory_limit(limit.limit_bytes - process_bytes(limit.limit_bytes, gpu))
-    cache = device.set_cache_limit(cache_bytes(limit.limit_bytes, gpu))
+    # Freed memory that MLX may keep: none on a CPU, where a step takes as long as with 2 GiB. On Metal it is emptied
+    # before arrays and cache pass MLX's limit.
+    cache = device.set_cache_limit(min(GIB, limit.limit_bytes // 4) if gpu else 0)
     most, wired = _recommended(device), None
     # Never more than Metal recommends, that would be fatal. MIS_MLX_WIRE=0: kernel panics, mlx issue 3186.
     if wired_bytes and most and os.environ.get("MIS_MLX_WIRE") != "0" and hasattr(device, "set_wired_limit"):

@@ -14,7 +14,7 @@ from mis_mlx.models import arch, families
 from mis_mlx.planner import compression_size, estimates
 from mis_mlx.planner.compression_size import GRADIENT_BYTES, STATE_BYTES, block_state_bytes, prune, repair, repair_parts
 from mis_mlx.planner.estimates import TENSOR_BYTES, StageCost, forward_flops, room, streamed_pass
-from mis_mlx.planner.recipe import ADAPTERS, DistillationConfig, DistillationSpec, Mode
+from mis_mlx.planner.recipe import ADAPTERS, RATE, DistillationConfig, DistillationSpec, Mode
 from mis_mlx.types import gib
 
 TRAINED_WHOLE = "resident", "blocks", "lora"  # the student, in memory
@@ -180,11 +180,11 @@ class MemoryPlan:
         return {"mode": self.mode, "micro": self.micro_batch, "shard": self.shard_layers, "tuned": self.tuned}
 
     def recipe(self, asked: DistillationConfig) -> DistillationConfig:
-        """The recipe that was asked for, with micro-batches as planned. All of a Gemma at once learns at a fifth of the
-        rate: at 1e-4 it unlearned its repair (benchmarks/README.md)."""
+        """The recipe that was asked for, with micro-batches as planned. A Gemma whose blocks all learn at once has a
+        smaller usual rate: at 1e-4 it unlearned its repair (benchmarks/README.md)."""
         parts = asked.grad_accumulation_steps * self.job.batch_size // self.micro_batch
-        gentle = self.mode in ("resident", "blocks") and families.family(self.job.student.config).sandwich
-        rate = asked.learning_rate * (0.2 if gentle else 1.0)
+        share = families.family(self.job.student.config).whole_rate if self.mode in ("resident", "blocks") else 1.0
+        rate = asked.learning_rate or RATE * share
         return replace(asked, batch_size=self.micro_batch, grad_accumulation_steps=parts, learning_rate=rate)
 
     def held_windows(self, name: str) -> int:

@@ -52,9 +52,9 @@ class DistillationConfig(TrainingConfig):
 
     iters: Count | None = None  # type: ignore[assignment]  # an int wherever steps are made: MemoryPlan.recipe
     """optimizer steps; default: 30, for a student is near its teacher once repaired; 60 where little or nothing is"""
-    learning_rate: Rate = 1e-4
-    """peak; falls to a tenth along a cosine; 3e-4 suits a student that was not repaired (--reconstruct-samples 0); a
-    fifth of it is taken where all of a Gemma is trained at once"""
+    learning_rate: Rate | None = None  # type: ignore[assignment]  # a float wherever steps are made, as iters
+    """peak; falls to a tenth along a cosine; default: 1e-4, a fifth of it where all of a Gemma is trained at once; 3e-4
+    suits a student that was not repaired (--reconstruct-samples 0)"""
     temperature: Annotated[Positive, FILE_ONLY] = 1.0
     """T of eq. (2), which softens both distributions"""
     halny: Annotated[Share | None, FILE_ONLY] = None
@@ -120,7 +120,7 @@ class QuantizationConfig:
 
 
 TUNE_ITERS = 20
-ITERS = 30  # steps of a repaired student; a Gemma, unrepaired, was worse in Polish after so few than before
+ITERS, RATE = 30, 1e-4  # of a repaired student; families says what others need
 PLAIN = QuantizationConfig(target_bpw=None, q_method="round", q_iters=0)  # costs nothing beside the student
 VOCABULARY_WINDOWS = 16  # in which the teacher says which tokens it expects, where not all stay
 SAMPLES = 50  # tokens of a position in the logit store
@@ -169,7 +169,7 @@ def spec_of(
     # A head is told by its width and type.
     two = [(m.shape.hidden, m.packed, m.config.get("torch_dtype") or m.config.get("dtype")) for m in (teacher, student)]
     known = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
-    known["iters"] = asked.iters or ITERS * (1 + (family(student.config).sandwich or not asked.reconstruct_samples))
+    known["iters"] = asked.iters or ITERS * (family(student.config).steps if asked.reconstruct_samples else 2)
     modes: tuple[Mode, ...] = (*MODES, "none") if asked.reconstruct_samples or family(student.config).experts else MODES
     return DistillationSpec(
         **known, teacher=teacher, student=student, modes=modes if asked.train == "auto" else (asked.train,),
