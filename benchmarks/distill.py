@@ -19,7 +19,7 @@ from pathlib import Path
 import laboratory
 
 from mis_mlx import cli, distill, report
-from mis_mlx.reporting import figures
+from mis_mlx.reporting import figures, run_reader
 
 PRIVATE = ("teacher", "student", "run")  # paths of the machine
 
@@ -32,10 +32,11 @@ def main(label: str, flags: list[str]) -> None:
         folder = Path(temp) / f"distill-{label}"
         result = distill.run(replace(cli.parse(distill.Settings, flags), out=str(folder)))
         table = (folder / "table.md").read_text(encoding="utf-8")
+        phases = {p["phase"]: round(p["seconds"], 1) for p in run_reader.read(folder).phases}
         if label == "default":
             report.run(report.Settings((str(folder),), str(laboratory.RESULTS / f"distill-{label}.html")))
     command = " ".join(["scripts/mis benchmarks/distill.py", label, *flags])
-    kept = {name: value for name, value in result.items() if name not in PRIVATE}
+    kept = {name: value for name, value in result.items() if name not in PRIVATE} | {"phases": phases}
     laboratory.write(f"distill-{label}", command, kept)
     (laboratory.RESULTS / f"distill-{label}.md").write_text(table, encoding="utf-8")
 

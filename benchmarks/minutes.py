@@ -7,7 +7,8 @@
 SmolLM2-135M-Instruct, distill's defaults but for the steps, nothing quantized. Judged in bits per byte above the
 teacher's: "manual" and "Miś" are the held-out windows of the run itself, the others the texts of teacher_text.py, which
 no part of training, calibration or choice of tokens saw. Finished rows are not run again. Writes
-benchmarks/results/<machine>/minutes-<seed>.json after every row.
+benchmarks/results/<machine>/minutes-<seed>.json after every row. The table's minutes are what two quiet cores would
+take, by the phases of the stored default run (distill-default.json).
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import teacher_text
-from laboratory import bits_per_byte, resumed, start, write
+from laboratory import bits_per_byte, resumed, start, stored, write
 
 from mis_mlx import cli, distill
+from mis_mlx.planner import recipe
 from mis_mlx.reporting import run_reader
 from mis_mlx.reporting.text import markdown_table
 
@@ -57,11 +59,12 @@ def row(iters: int, seed: int, run: Path, folders: dict[str, Path]) -> dict[str,
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown, fewest steps first."""
     ordered = sorted(rows.items(), key=lambda item: int(item[0]))
+    took = stored("distill-default")["phases"]
     texts = list(ordered[0][1]["distilled"]) if rows else []
     body = []
     for steps, r in ordered:
-        minutes = f"{sum(r['seconds'].values()) / 60:.0f}"
-        body.append([steps, minutes, *(f"{r['distilled'][text]:.3f}" for text in texts)])
+        minutes = sum(took[name] for name in r["seconds"]) + took["distil"] * (int(steps) / recipe.ITERS - 1)
+        body.append([steps, f"{minutes / 60:.0f}", *(f"{r['distilled'][text]:.3f}" for text in texts)])
     return markdown_table(["steps", "minutes", *texts], body)
 
 

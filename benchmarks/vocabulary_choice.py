@@ -1,16 +1,19 @@
 """Which tokens should stay? The teacher, untrained, with half and a third of its tokens, chosen in several ways.
 
-    scripts/mis benchmarks/vocabulary_choice.py    # 6 minutes on 2 cores
+    scripts/mis benchmarks/vocabulary_choice.py    # 10 minutes on 2 cores
+    scripts/mis benchmarks/vocabulary_choice.py --table
 
 SmolLM2-135M-Instruct; bits per byte of 5,000 characters of each text, relative to the teacher with all of its tokens.
-The texts chose nothing: held-out parts of Python's manual and of the Miś texts, and five of other kinds (Debian's
-vim-runtime and base-files, numpy). `counted` in the default training text; `expected` there by the teacher;
-`both`: half of each, the default. `--languages de`, which needs the package wordfreq, adds German words.
-Writes benchmarks/results/<machine>/vocabulary_choice.json.
+The texts chose nothing: held-out parts of Python's manual and of the Miś texts, those of teacher_text.py, and the GPL
+(Debian's base-files). `counted` in the default training text; `expected` there by the teacher, in 16 windows; `both`:
+half of each, the default; `written`: counted, and expected in 64 windows of what a model wrote; `both, merge order`:
+and, with as much weight, 1 / (1,000 + a token's place in the order of merges). `--languages de`, which needs the
+package wordfreq, adds German words. Writes benchmarks/results/<machine>/vocabulary_choice.json.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from dataclasses import dataclass
@@ -20,19 +23,22 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import vocabulary as kinds
-from laboratory import start, write
+import teacher_text
+from laboratory import resumed, start, write
 
 from mis_mlx import cli
 from mis_mlx.data import preparation
+from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import load, resolve
 from mis_mlx.models.trimmed_tokenizer import Vocabulary
 from mis_mlx.planner.recipe import VOCABULARY_WINDOWS
 from mis_mlx.pruning import vocabulary
+from mis_mlx.reporting.text import markdown_table
 
 WINDOW, BEFORE = 384, 128  # tokens that are judged at once, and that are read before them
 LICENCE = Path("/usr/share/common-licenses/GPL-3")
+WHOLE, PLACES, MORE_WINDOWS = "bits per byte with all tokens", 1000, 64
 
 
 @dataclass(frozen=True)
@@ -43,13 +49,17 @@ class Settings:
     """of each text"""
     languages: tuple[str, ...] = ()
     """whose words count in one more row of each size"""
+    table: bool = False
+    """print what there is, and make nothing"""
 
 
-def texts(characters: int) -> dict[str, str]:
+def texts(characters: int, place: Path) -> dict[str, str]:
     """By name."""
     found = {"Python's manual": "\n\n".join(str(row["text"]) for row in preparation.load(None).test)}
     found["Miś texts"] = "\n\n".join(str(row.get("text") or row) for row in preparation.load("mis").test)
-    found |= kinds.other_texts() | {"Vim's tutor in German": kinds.tutor("tutor1.de.utf-8")}
+    for name, folder in teacher_text.texts(place, None).items():
+        rows = map(json.loads, (folder / "test.jsonl").read_text("utf-8").splitlines())
+        found[name] = "\n\n".join("\n".join(row.values()) for row in rows)
     found["GNU GPL 3"] = LICENCE.read_text("utf-8")
     return {name: text[2000 : 2000 + characters] for name, text in found.items()}
 
@@ -64,23 +74,47 @@ def bits_per_byte(model: nn.Module, tokenizer: Any, text: str) -> float:
     return nll / len(text.encode()) / math.log(2)
 
 
-def main(s: Settings) -> None:
-    """All rows."""
+def weights(s: Settings, tokenizer: Any, train: Windows, count: int, of_model: Windows) -> dict[str, np.ndarray]:
+    """(V,) how much each token is wanted, by the way of choosing. of_model: the windows that a model wrote."""
     teacher = load.open_checkpoint(resolve.resolve_model(None).path)
-    tokenizer, tokens = load.tokenizer(teacher.path), Vocabulary(teacher.path)
-    train = preparation.prepare(None, tokenizer, 256).train
-    model, needed = load.resident(teacher, mx.float32), vocabulary.needed(tokens, teacher.path)
-    weight, read = model.model.embed_tokens.weight, texts(s.characters)
-    counted = np.bincount(train.tokens.reshape(-1), minlength=len(weight)).astype(float)
+    counted = np.bincount(train.tokens.reshape(-1), minlength=count).astype(float)
     also = vocabulary.expected(teacher, comparison.chosen(train, VOCABULARY_WINDOWS))
-    ways = {"merge order": np.zeros(len(weight)), "counted": counted, "expected": also}
-    ways["both"] = counted / counted.sum() + also / also.sum()
+    more = vocabulary.expected(teacher, comparison.chosen(of_model, MORE_WINDOWS))
+    place = 1 / (PLACES + np.arange(count))
+    one, two, three, four = (each / each.sum() for each in (counted, also, more, place))
+    ways = {"merge order": np.zeros(count), "counted": one, "expected": two, "both": one + two}
+    ways |= {"written": one + three, "both, merge order": one + two + four}
     if s.languages:
         ways["both, words"] = ways["both"].copy()
         for word, share in vocabulary.words(s.languages).items():
             np.add.at(ways["both, words"], tokenizer.encode(f" {word}", add_special_tokens=False), share)
+    return ways
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """Markdown: bits per byte of the whole, and how many % more."""
+    names = list(rows.get(WHOLE, {}))
+    body = [[way, *(f"{r[name]:.3f}" if way == WHOLE else f"{r[name]:+.1%}" for name in names)]
+            for way, r in rows.items()]  # fmt: skip
+    return markdown_table(["", *names], body)
+
+
+def main(s: Settings) -> None:
+    """All rows."""
+    if s.table:
+        print(table(resumed("vocabulary_choice", {"languages": list(s.languages)}, ["rows"])["rows"]))
+        return
+    teacher = load.open_checkpoint(resolve.resolve_model(None).path)
+    tokenizer, tokens = load.tokenizer(teacher.path), Vocabulary(teacher.path)
+    train = preparation.prepare(None, tokenizer, 256).train
+    written = round(len(train.tokens) * preparation.WRITTEN_SHARE)  # the last of the training windows
+    model, needed = load.resident(teacher, mx.float32), vocabulary.needed(tokens, teacher.path)
+    weight = model.model.embed_tokens.weight
+    ways = weights(s, tokenizer, train, len(weight), train.pick(slice(-written, None)))
+    with tempfile.TemporaryDirectory() as place:
+        read = texts(s.characters, Path(place))
     whole = {name: bits_per_byte(model, tokenizer, text) for name, text in read.items()}
-    rows: dict[str, Any] = {"bits per byte with all tokens": whole}
+    rows: dict[str, Any] = {WHOLE: whole}
     for size in (len(weight) // 2, len(weight) // 3):
         for way, counts in ways.items():
             kept = tokens.chosen(needed, counts, size)
@@ -92,7 +126,9 @@ def main(s: Settings) -> None:
             found = {name: bits_per_byte(model, own, text) / whole[name] - 1 for name, text in read.items()}
             rows[f"{size:,} tokens, {way}"] = found
             cli.say(f"{size:,} {way:12} " + ", ".join(f"{name} {more:+.1%}" for name, more in found.items()))
-    write("vocabulary_choice", "scripts/mis benchmarks/vocabulary_choice.py", {"languages": s.languages, "rows": rows})
+    given = {"given": {"languages": list(s.languages)}, "rows": rows}
+    write("vocabulary_choice", "scripts/mis benchmarks/vocabulary_choice.py", given)
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from mis_mlx import __version__
 
 ROOT = Path(__file__).parent.parent
 MIS = ROOT / "scripts" / "mis"
-TOOLS = ("cat", "cksum", "dirname", "mkdir", "mv", "readlink", "rm", "sed", "sh")
+TOOLS = ("cat", "cksum", "dirname", "getconf", "mkdir", "mv", "readlink", "rm", "sed", "sh")
+WORKERS = min(4, os.sysconf("SC_NPROCESSORS_ONLN") + 1)
 
 # A Python that notes what it is asked, makes a "venv" of itself, and can be told to fail at pip.
 PYTHON = """#!/bin/sh
@@ -151,8 +152,8 @@ def test_new_dependencies_and_the_test_extra_are_installed(machine: Machine) -> 
 def test_all_tests_or_a_few(machine: Machine) -> None:
     """Several processes run them, the named ones a single one; `--all`: the slow ones too."""
     for flags, expected in (
-        ([], "-n logical --maxprocesses 4 --dist loadfile"),
-        (["--all"], "-m  -n logical --maxprocesses 4 --dist loadfile"),
+        ([], f"-n {WORKERS} --dist loadfile"),
+        (["--all"], f"-m  -n {WORKERS} --dist loadfile"),
         (["--all", "tests/test_x.py", "-k", "y"], "-m  tests/test_x.py -k y"),
         (["-n", "0"], "-n 0"),
     ):
@@ -235,7 +236,7 @@ def test_tests_and_programs_run_with_fast_products(machine: Machine) -> None:
     python = f"python -I {blas} {machine.venv}/bin/python"
     assert (
         f"{python} {machine.checkout}/program.py --rounds 2\n" in log
-        and f"{python} -m pytest -x -n logical --maxprocesses 4 --dist loadfile\n" in log
+        and f"{python} -m pytest -x -n {WORKERS} --dist loadfile\n" in log
     )
     assert (ROOT / blas.relative_to(machine.checkout)).is_file()
     given = machine.mis("distill", LD_PRELOAD="/nowhere/libopenblas.so.0").stdout
