@@ -192,7 +192,8 @@ def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
 
     def tune() -> None:
         source = live_teacher.StreamedTeacher(checkpoint, None)
-        pipeline.tuned(load.open_checkpoint(tmp_path / "q4"), source, text, DistillationConfig(iters=2, batch_size=1))
+        recipe = DistillationConfig(iters=2, batch_size=1, learning_rate=1e-4)
+        pipeline.tuned(load.open_checkpoint(tmp_path / "q4"), source, text, recipe)
 
     for phase, work in zip(
         planned, (lambda: stage.quantize(checkpoint.path, tmp_path / "q4", how, DISK, batches, 6), tune), strict=True
