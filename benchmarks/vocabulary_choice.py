@@ -1,14 +1,15 @@
-"""Which tokens should stay? The teacher, untrained, with half and a third of its tokens, chosen in several ways.
+"""Which tokens should stay? The teacher, untrained, with a part of its tokens, chosen in several ways.
 
     scripts/mis benchmarks/vocabulary_choice.py    # 10 minutes on 2 cores
+    scripts/mis benchmarks/vocabulary_choice.py --teacher gemma-3-270m --divisors 2 4
     scripts/mis benchmarks/vocabulary_choice.py --table
 
-SmolLM2-135M-Instruct; bits per byte of 5,000 characters of each text, relative to the teacher with all of its tokens.
-The texts chose nothing: held-out parts of Python's manual and of the Miś texts, those of teacher_text.py, and the GPL
-(Debian's base-files). `counted` in the default training text; `expected` there by the teacher, in 16 windows; `both`:
-half of each, the default; `written`: counted, and expected in 64 windows of what a model wrote; `both, merge order`:
-and, with as much weight, 1 / (1,000 + a token's place in the order of merges). `--languages de`, which needs the
-package wordfreq, adds German words. Writes benchmarks/results/<machine>/vocabulary_choice.json.
+SmolLM2-135M-Instruct, or another; bits per byte of 5,000 characters of each text, relative to the teacher with all of
+its tokens. The texts chose nothing: held-out parts of Python's manual and of the Miś texts, those of teacher_text.py,
+and the GPL (Debian's base-files). `counted` in the default training text; `expected` there by the teacher, in 16
+windows; `both`: half of each, the default; `written`: counted, and expected in 64 windows of what a model wrote; `both,
+merge order`: and, with as much weight, 1 / (1,000 + a token's place in the order of merges). `--languages de`, which
+needs the package wordfreq, adds German words. Writes benchmarks/results/<machine>/vocabulary_choice[-<teacher>].json.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import teacher_text
-from laboratory import resumed, start, write
+from laboratory import start, stored, write
 
 from mis_mlx import cli
-from mis_mlx.data import preparation
+from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import load, resolve
@@ -35,6 +36,7 @@ from mis_mlx.models.trimmed_tokenizer import Vocabulary
 from mis_mlx.planner.recipe import VOCABULARY_WINDOWS
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting.text import markdown_table
+from mis_mlx.types import Checkpoint
 
 WINDOW, BEFORE = 384, 128  # tokens that are judged at once, and that are read before them
 LICENCE = Path("/usr/share/common-licenses/GPL-3")
@@ -45,6 +47,10 @@ WHOLE, PLACES, MORE_WINDOWS = "bits per byte with all tokens", 1000, 64
 class Settings:
     """How much, and which words."""
 
+    teacher: str | None = None
+    """default: SmolLM2-135M-Instruct"""
+    divisors: tuple[int, ...] = (2, 3)
+    """2: half of the tokens stay, 3: a third"""
     characters: int = 5000
     """of each text"""
     languages: tuple[str, ...] = ()
@@ -53,30 +59,31 @@ class Settings:
     """print what there is, and make nothing"""
 
 
-def texts(characters: int, place: Path) -> dict[str, str]:
+def texts(s: Settings, place: Path) -> dict[str, str]:
     """By name."""
     found = {"Python's manual": "\n\n".join(str(row["text"]) for row in preparation.load(None).test)}
     found["Miś texts"] = "\n\n".join(str(row.get("text") or row) for row in preparation.load("mis").test)
-    for name, folder in teacher_text.texts(place, None).items():
+    for name, folder in teacher_text.texts(place, s.teacher).items():
         rows = map(json.loads, (folder / "test.jsonl").read_text("utf-8").splitlines())
         found[name] = "\n\n".join("\n".join(row.values()) for row in rows)
     found["GNU GPL 3"] = LICENCE.read_text("utf-8")
-    return {name: text[2000 : 2000 + characters] for name, text in found.items()}
+    return {name: text[2000 : 2000 + s.characters] for name, text in found.items()}
 
 
 def bits_per_byte(model: nn.Module, tokenizer: Any, text: str) -> float:
     """Of a text, every token but the first after what stands before it."""
-    ids, nll = tokenizer.encode(text, add_special_tokens=False), 0.0
+    ids, start, nll = tokenizer.encode(text, add_special_tokens=False), token_windows.start_of(tokenizer), 0.0
     for at in range(0, len(ids), WINDOW):
-        window = mx.array([ids[max(0, at - BEFORE) : at + WINDOW]])
+        window = mx.array([[*start, *ids[max(0, at - BEFORE) : at + WINDOW]]])
         each: Any = nn.losses.cross_entropy(model(window[:, :-1]).astype(mx.float32), window[:, 1:])
         nll += each[0, -(min(WINDOW, len(ids) - at) - (at == 0)) :].sum().item()
     return nll / len(text.encode()) / math.log(2)
 
 
-def weights(s: Settings, tokenizer: Any, train: Windows, count: int, of_model: Windows) -> dict[str, np.ndarray]:
-    """(V,) how much each token is wanted, by the way of choosing. of_model: the windows that a model wrote."""
-    teacher = load.open_checkpoint(resolve.resolve_model(None).path)
+def weights(s: Settings, teacher: Checkpoint, tokenizer: Any, train: Windows, count: int) -> dict[str, np.ndarray]:
+    """(V,) how much each token is wanted, by the way of choosing."""
+    written = round(len(train.tokens) * preparation.WRITTEN_SHARE)  # the last of the training windows
+    of_model = train.pick(slice(-written, None))
     counted = np.bincount(train.tokens.reshape(-1), minlength=count).astype(float)
     also = vocabulary.expected(teacher, comparison.chosen(train, VOCABULARY_WINDOWS))
     more = vocabulary.expected(teacher, comparison.chosen(of_model, MORE_WINDOWS))
@@ -101,21 +108,21 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 def main(s: Settings) -> None:
     """All rows."""
+    name = "vocabulary_choice" + f"-{s.teacher}" * bool(s.teacher)
     if s.table:
-        print(table(resumed("vocabulary_choice", {"languages": list(s.languages)}, ["rows"])["rows"]))
+        print(table(stored(name)["rows"]))
         return
-    teacher = load.open_checkpoint(resolve.resolve_model(None).path)
+    teacher = load.open_checkpoint(resolve.resolve_model(s.teacher).path)
     tokenizer, tokens = load.tokenizer(teacher.path), Vocabulary(teacher.path)
     train = preparation.prepare(None, tokenizer, 256).train
-    written = round(len(train.tokens) * preparation.WRITTEN_SHARE)  # the last of the training windows
     model, needed = load.resident(teacher, mx.float32), vocabulary.needed(tokens, teacher.path)
     weight = model.model.embed_tokens.weight
-    ways = weights(s, tokenizer, train, len(weight), train.pick(slice(-written, None)))
+    ways = weights(s, teacher, tokenizer, train, len(weight))
     with tempfile.TemporaryDirectory() as place:
-        read = texts(s.characters, Path(place))
-    whole = {name: bits_per_byte(model, tokenizer, text) for name, text in read.items()}
+        read = texts(s, Path(place))
+    whole = {what: bits_per_byte(model, tokenizer, text) for what, text in read.items()}
     rows: dict[str, Any] = {WHOLE: whole}
-    for size in (len(weight) // 2, len(weight) // 3):
+    for size in (len(weight) // divisor for divisor in s.divisors):
         for way, counts in ways.items():
             kept = tokens.chosen(needed, counts, size)
             with tempfile.TemporaryDirectory() as place:
@@ -123,11 +130,11 @@ def main(s: Settings) -> None:
                     (Path(place) / file).write_bytes(content)
                 own = load.tokenizer(Path(place))
             model.model.embed_tokens.weight = weight[mx.array(kept)]
-            found = {name: bits_per_byte(model, own, text) / whole[name] - 1 for name, text in read.items()}
+            found = {what: bits_per_byte(model, own, text) / whole[what] - 1 for what, text in read.items()}
             rows[f"{size:,} tokens, {way}"] = found
-            cli.say(f"{size:,} {way:12} " + ", ".join(f"{name} {more:+.1%}" for name, more in found.items()))
-    given = {"given": {"languages": list(s.languages)}, "rows": rows}
-    write("vocabulary_choice", "scripts/mis benchmarks/vocabulary_choice.py", given)
+            cli.say(f"{size:,} {way:12} " + ", ".join(f"{what} {more:+.1%}" for what, more in found.items()))
+    given = f" --teacher {s.teacher}" * bool(s.teacher) + f" --divisors {' '.join(map(str, s.divisors))}"
+    write(name, "scripts/mis benchmarks/vocabulary_choice.py" + given, {"languages": s.languages, "rows": rows})
     print(table(rows))
 
 
