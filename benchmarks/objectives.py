@@ -1,0 +1,173 @@
+"""What a student should learn from: every token, those that it is unsure of, or text that it writes itself.
+
+    scripts/mis benchmarks/objectives.py --seed 0    # then 1 and 2: 20 minutes each, 2 cores
+    scripts/mis benchmarks/objectives.py --table
+
+The default student of SmolLM2-135M-Instruct, pruned and repaired once a seed; from there every row trains it whole, by
+distill's defaults but for what its name says. `everywhere`: KL to the teacher at every token, the default. `unsure`: at
+the fifth of a step's tokens at which the student's own entropy is highest (SE-KD). `unsure, 40 steps`: that, for about
+the time of 30 steps of the default. `own text`: as the default, but in the last fifth of the steps the student goes on
+after the first 32 tokens of each window itself, by its own probabilities, and only what it wrote is graded (GKD).
+Bits per byte above the teacher's on the texts of teacher_text.py and on held-out windows of the training text; seconds
+are of the processor, one thread, of the steps and a look at two windows. Nothing is quantized.
+Writes benchmarks/results/<machine>/objectives-<seed>.json after every row.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import teacher_text
+from laboratory import resumed, start, stored, write
+
+from mis_mlx import cli, distill
+from mis_mlx.data import token_windows
+from mis_mlx.distillation import live_teacher
+from mis_mlx.maths import losses
+from mis_mlx.models import host_losses, mlx_generate
+from mis_mlx.planner import recipe
+from mis_mlx.reporting.text import markdown_table
+
+UNSURE, OWN, PROMPT = 0.2, 0.2, 32  # share of tokens; of steps, the last ones; tokens of a window that are given
+ROWS = {"everywhere": recipe.ITERS, "unsure": recipe.ITERS, "unsure, 40 steps": 40, "own text": recipe.ITERS}
+WINDOWS = 6  # of each text
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much."""
+
+    seed: int = 0
+    """of windows and batches"""
+    rows: tuple[str, ...] = tuple(ROWS)
+    """which"""
+    table: bool = False
+    """print what there is, and make nothing"""
+
+
+def entropies(hidden: mx.array, head: mx.array) -> np.ndarray:
+    """(n,) of a student's predictions, in nats, from its hidden states (n, D)."""
+
+    def of(z: np.ndarray) -> np.ndarray:
+        p = z.copy()
+        lse = host_losses.softmax(p)
+        return lse - np.einsum("ij,ij->i", p, z)
+
+    starts = range(0, len(hidden), rows := losses.chunk_rows(head.shape[0]))
+    chunks = ((hidden[at : at + rows] @ head.T).astype(mx.float32) for at in starts)
+    return np.concatenate([host_losses.by_rows(of, host_losses.view(z)) for z in chunks])
+
+
+@contextmanager
+def unsure() -> Iterator[None]:
+    """KL and its gradients at a part of the tokens, weighted so that their mean has the place of the mean of all."""
+    whole: Callable[..., Any] = host_losses.kl_gradients
+
+    def some(student: mx.array, head: mx.array, teacher: mx.array, logits: Any, learn: mx.array, *more: Any) -> Any:
+        counts = np.array(learn, np.float32)
+        known = np.where(counts > 0, entropies(student, head), -1.0)
+        at = np.sort(np.argsort(known)[-round(UNSURE * np.count_nonzero(counts)) :])
+        weights, rows = mx.array(counts[at] * (counts.sum() / counts[at].sum())), mx.array(at)
+        loss, below, of_head = whole(student[rows], head, teacher[rows], logits, weights, *more)
+        slopes = mx.zeros_like(student)
+        slopes[rows] = below
+        return loss, slopes, of_head
+
+    host_losses.kl_gradients = some  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        host_losses.kl_gradients = whole
+
+
+@contextmanager
+def own_text() -> Iterator[None]:
+    """The last steps are on what the student writes."""
+    steps, usual = live_teacher.steps, live_teacher.step_micro_batches
+
+    def with_student(student: Any, source: Any, data: Any, r: Any, *more: Any, **named: Any) -> Any:
+        def written(source: Any, data: Any, r: Any, step: int) -> Any:
+            if step < round((1 - OWN) * r.iters):
+                return usual(source, data, r, step)
+            at = token_windows.order(len(data.tokens), r.batch_size * r.grad_accumulation_steps, step, r.seed)
+            length, prompts = data.tokens.shape[1], [[int(t) for t in row[:PROMPT]] for row in data.tokens[at]]
+            draw = mlx_generate.sampler(1.0, 1000 * r.seed + step)
+            said = mlx_generate.groups(student, prompts, 1, length - PROMPT, (), draw, len(prompts))
+            tokens = np.array([[*prompt, *ids] for prompt, (ids,) in zip(prompts, said, strict=True)], np.int32)
+            learn = np.zeros(tokens.shape, np.float32)
+            learn[:, PROMPT - 1 : -1] = 1
+            parts = np.array_split(np.arange(len(at)), r.grad_accumulation_steps)
+            return source.micro_batches([(mx.array(tokens[p]), mx.array(learn[p])) for p in parts], parts)
+
+        live_teacher.step_micro_batches = written  # type: ignore[assignment]
+        return steps(student, source, data, r, *more, **named)
+
+    live_teacher.steps = with_student  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        live_teacher.steps, live_teacher.step_micro_batches = steps, usual
+
+
+@contextmanager
+def everywhere() -> Iterator[None]:
+    """As it is."""
+    yield
+
+
+WAYS = {"everywhere": everywhere, "unsure": unsure, "unsure, 40 steps": unsure, "own text": own_text}
+
+
+def row(name: str, seed: int, begun: Path, out: Path, folders: dict[str, Path]) -> dict[str, Any]:
+    """{"seconds", "bits": {text: above the teacher}}."""
+    began = time.process_time()
+    with WAYS[name]():
+        distill.run(distill.Settings(
+            student=str(begun), out=str(out), seed=seed, iters=ROWS[name], reconstruct_samples=0, quantize=0,
+            bench_tokens=0, eval_windows=1,
+        ))  # fmt: skip
+    found: dict[str, Any] = {"seconds": round(time.process_time() - began, 1), "bits": {}}
+    for text, folder in {**folders, teacher_text.BUILT_IN: None}.items():
+        for part, judged in teacher_text.of_text(None, out / "model", folder, WINDOWS).items():
+            named = text if folder else f"{text}, {part}"
+            found["bits"][named] = round(judged["student"] - judged["teacher"], 4)
+    return found
+
+
+def table(seeds: list[dict[str, Any]]) -> str:
+    """Markdown: a column for each row that all seeds have."""
+    names = [name for name in ROWS if all(name in rows for rows in seeds)] if seeds else []
+    texts = list(seeds[0][names[0]]["bits"]) if names else []
+    body = [[text, *(", ".join(f"{rows[n]['bits'][text]:.3f}" for rows in seeds) for n in names)] for text in texts]
+    body.append(["seconds", *(", ".join(f"{rows[n]['seconds']:.0f}" for rows in seeds) for n in names)])
+    return markdown_table(["", *names], body)
+
+
+def main(s: Settings) -> None:
+    """Every row that is not there yet."""
+    given, name = {"windows": WINDOWS, "seed": s.seed}, f"objectives-{s.seed}"
+    rows = resumed(name, given, ["rows"]).get("rows", {})
+    missing = [each for each in s.rows if each not in rows and not s.table]
+    with tempfile.TemporaryDirectory() as temp:
+        begun, folders = Path(temp) / "begun", teacher_text.texts(Path(temp), None) if missing else {}
+        if missing:  # one step too small to move a weight
+            distill.run(distill.Settings(out=str(begun), seed=s.seed, iters=1, learning_rate=1e-12, quantize=0,
+                                         bench_tokens=0, eval_windows=1))  # fmt: skip
+        for at, each in enumerate(missing):
+            rows[each] = row(each, s.seed, begun / "model", Path(temp) / f"run-{at}", folders)
+            cli.say(f"{each}: {rows[each]}")
+            write(name, f"scripts/mis benchmarks/objectives.py --seed {s.seed}", {"given": given, "rows": rows})
+    found = [stored(f"objectives-{seed}").get("rows", {}) for seed in range(3)]
+    print(table([each for each in found if each]))
+
+
+if __name__ == "__main__":
+    start(Settings, main)
