@@ -90,6 +90,7 @@ def main(s: Settings) -> None:
             with tempfile.TemporaryDirectory() as temp:
                 rows[wanted] = row(s, wanted, Path(temp) / "run")
             command = "scripts/mis benchmarks/ways.py" + (f" --teacher {s.teacher}" if s.teacher else "")
+            command += f" --seed {s.seed}" * bool(s.seed)
             write(name, command, {"given": given, "rows": rows})
     print(table(rows))
 
