@@ -1,4 +1,4 @@
-"""What a student should learn from: every token, those that it is unsure of, or text that it writes itself.
+"""What a student should learn from: every token, those that it is unsure of, or text that it writes itself; how fast.
 
     scripts/mis benchmarks/objectives.py --seed 0    # then 1 and 2: 20 minutes each, 2 cores
     scripts/mis benchmarks/objectives.py --table
@@ -8,6 +8,7 @@ distill's defaults but for what its name says. `everywhere`: KL to the teacher a
 the fifth of a step's tokens at which the student's own entropy is highest (SE-KD). `unsure, 40 steps`: that, for about
 the time of 30 steps of the default. `own text`: as the default, but in the last fifth of the steps the student goes on
 after the first 32 tokens of each window itself, by its own probabilities, and only what it wrote is graded (GKD).
+`rate 2e-4`: the default at twice its learning rate.
 Bits per byte above the teacher's on the texts of teacher_text.py and on held-out windows of the training text; seconds
 are of the processor, one thread, of the steps and a look at two windows. Nothing is quantized.
 Writes benchmarks/results/<machine>/objectives-<seed>.json after every row.
@@ -18,7 +19,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,20 +38,16 @@ from mis_mlx.planner import recipe
 from mis_mlx.reporting.text import markdown_table
 
 UNSURE, OWN, PROMPT = 0.2, 0.2, 32  # share of tokens; of steps, the last ones; tokens of a window that are given
-ROWS = {"everywhere": recipe.ITERS, "unsure": recipe.ITERS, "unsure, 40 steps": 40, "own text": recipe.ITERS}
 WINDOWS = 6  # of each text
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How much."""
+class Row:
+    """What is done otherwise than by default."""
 
-    seed: int = 0
-    """of windows and batches"""
-    rows: tuple[str, ...] = tuple(ROWS)
-    """which"""
-    table: bool = False
-    """print what there is, and make nothing"""
+    way: Callable[[], AbstractContextManager[None]] = nullcontext
+    iters: int = recipe.ITERS
+    learning_rate: float = recipe.RATE
 
 
 def entropies(hidden: mx.array, head: mx.array) -> np.ndarray:
@@ -117,22 +114,31 @@ def own_text() -> Iterator[None]:
         live_teacher.steps, live_teacher.step_micro_batches = steps, usual
 
 
-@contextmanager
-def everywhere() -> Iterator[None]:
-    """As it is."""
-    yield
+ROWS = {
+    "everywhere": Row(), "unsure": Row(unsure), "own text": Row(own_text), "rate 2e-4": Row(learning_rate=2e-4),
+    "unsure, 40 steps": Row(unsure, 40),
+}  # fmt: skip
 
 
-WAYS = {"everywhere": everywhere, "unsure": unsure, "unsure, 40 steps": unsure, "own text": own_text}
+@dataclass(frozen=True)
+class Settings:
+    """How much."""
+
+    seed: int = 0
+    """of windows and batches"""
+    rows: tuple[str, ...] = tuple(ROWS)
+    """which"""
+    table: bool = False
+    """print what there is, and make nothing"""
 
 
 def row(name: str, seed: int, begun: Path, out: Path, folders: dict[str, Path]) -> dict[str, Any]:
     """{"seconds", "bits": {text: above the teacher}}."""
-    began = time.process_time()
-    with WAYS[name]():
+    began, how = time.process_time(), ROWS[name]
+    with how.way():
         distill.run(distill.Settings(
-            student=str(begun), out=str(out), seed=seed, iters=ROWS[name], reconstruct_samples=0, quantize=0,
-            bench_tokens=0, eval_windows=1,
+            student=str(begun), out=str(out), seed=seed, iters=how.iters, learning_rate=how.learning_rate,
+            reconstruct_samples=0, quantize=0, bench_tokens=0, eval_windows=1,
         ))  # fmt: skip
     found: dict[str, Any] = {"seconds": round(time.process_time() - began, 1), "bits": {}}
     for text, folder in {**folders, teacher_text.BUILT_IN: None}.items():
