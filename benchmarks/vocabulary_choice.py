@@ -1,7 +1,7 @@
 """Which tokens should stay? The teacher, untrained, with a part of its tokens, chosen in several ways.
 
     scripts/mis benchmarks/vocabulary_choice.py    # 10 minutes on 2 cores
-    scripts/mis benchmarks/vocabulary_choice.py --teacher gemma-3-270m --divisors 2 4
+    scripts/mis benchmarks/vocabulary_choice.py --teacher gemma-3-270m --divisors 2 4 --ways both
     scripts/mis benchmarks/vocabulary_choice.py --table
 
 SmolLM2-135M-Instruct, or another; bits per byte of 5,000 characters of each text, relative to the teacher with all of
@@ -40,6 +40,7 @@ from mis_mlx.types import Checkpoint
 
 WINDOW, BEFORE = 384, 128  # tokens that are judged at once, and that are read before them
 LICENCE = Path("/usr/share/common-licenses/GPL-3")
+WAYS = "merge order", "counted", "expected", "both", "written", "both, merge order"
 WHOLE, PLACES, MORE_WINDOWS = "bits per byte with all tokens", 1000, 64
 
 
@@ -51,6 +52,8 @@ class Settings:
     """default: SmolLM2-135M-Instruct"""
     divisors: tuple[int, ...] = (2, 3)
     """2: half of the tokens stay, 3: a third"""
+    ways: tuple[str, ...] = WAYS
+    """of choosing"""
     characters: int = 5000
     """of each text"""
     languages: tuple[str, ...] = ()
@@ -91,8 +94,9 @@ def weights(s: Settings, teacher: Checkpoint, tokenizer: Any, train: Windows, co
     one, two, three, four = (each / each.sum() for each in (counted, also, more, place))
     ways = {"merge order": np.zeros(count), "counted": one, "expected": two, "both": one + two}
     ways |= {"written": one + three, "both, merge order": one + two + four}
+    ways = {name: ways[name] for name in s.ways}
     if s.languages:
-        ways["both, words"] = ways["both"].copy()
+        ways["both, words"] = one + two
         for word, share in vocabulary.words(s.languages).items():
             np.add.at(ways["both, words"], tokenizer.encode(f" {word}", add_special_tokens=False), share)
     return ways
@@ -134,6 +138,7 @@ def main(s: Settings) -> None:
             rows[f"{size:,} tokens, {way}"] = found
             cli.say(f"{size:,} {way:12} " + ", ".join(f"{what} {more:+.1%}" for what, more in found.items()))
     given = f" --teacher {s.teacher}" * bool(s.teacher) + f" --divisors {' '.join(map(str, s.divisors))}"
+    given += f" --ways {' '.join(s.ways)}" * (s.ways != WAYS)
     write(name, "scripts/mis benchmarks/vocabulary_choice.py" + given, {"languages": s.languages, "rows": rows})
     print(table(rows))
 
