@@ -39,7 +39,7 @@ from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, distributed, load, pipeline_parallel, policy, resolve, stream
 from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.phases import MemoryPlan
-from mis_mlx.planner.recipe import DistillationConfig, DistillationSpec, spec_of
+from mis_mlx.planner.recipe import RATE, DistillationConfig, DistillationSpec, spec_of
 
 ACKED = 120  # where struct tcp_info of Linux has the bytes that were sent and have arrived; those received follow
 AIR_BYTES = memory.budget(None, rates.M1_AIR.room_bytes).limit_bytes  # what a run takes of an 8 GB Air
@@ -81,7 +81,8 @@ def steps(s: Settings) -> dict[str, Any]:
     """One process's part of the distillation: seconds and bytes of every step but the first."""
     big, small = load.open_checkpoint(resolve.resolve_model(None).path), load.open_checkpoint(Path(s.student))
     data = preparation.prepare(None, load.tokenizer(big.path), s.length).train
-    r = DistillationConfig(iters=s.steps + 1, batch_size=1, grad_accumulation_steps=s.windows, max_seq_length=s.length)
+    sizes = {"batch_size": 1, "grad_accumulation_steps": s.windows, "max_seq_length": s.length}
+    r = DistillationConfig(iters=s.steps + 1, learning_rate=RATE, **sizes)  # type: ignore[arg-type]
     student, source = load.resident(small, mx.float32), live_teacher.StreamedTeacher(big, None)
     stream.load_checked(student)
     seconds, sent, losses = [], [], []

@@ -42,7 +42,7 @@ from mis_mlx.distillation import live_teacher, sharded
 from mis_mlx.hardware.clock import Clock
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load, lora, model_writer, resolve, stream
-from mis_mlx.planner.recipe import ADAPTERS, DistillationConfig
+from mis_mlx.planner.recipe import ADAPTERS, RATE, DistillationConfig
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.storage.files import DISK
 
@@ -116,7 +116,8 @@ def mlx_lm_lora(student: Path, data: token_windows.Windows, windows: int, steps:
 def ours(way: str, teacher: Path, student: Path, data: token_windows.Windows, windows: int, steps: int) -> Timed:
     """A way of `--train`, without what a run does beside: no checkpoint, no repair."""
     big, small = load.open_checkpoint(teacher), load.open_checkpoint(student)
-    recipe = DistillationConfig(iters=steps, batch_size=windows, max_seq_length=data.tokens.shape[1])
+    length = data.tokens.shape[1]
+    recipe = DistillationConfig(iters=steps, batch_size=windows, max_seq_length=length, learning_rate=RATE)
     source = live_teacher.StreamedTeacher(big, 0 if way == "sharded" else None)
     if way == "resident":
         model = load.resident(small, mx.float32)
