@@ -130,8 +130,8 @@ def refit(
     held_out = judges(len(target))
     for b, sums in enumerate(lanes.each(products, hidden, target)):
         (judge if b in held_out else fit).add(*sums)
+        del sums  # as large as the fit: not beside the next ones, nor the solving
     block.mlp.down_proj = linear
-    del sums  # the last products are as large as the fit
     update, error = fit.judged(judge, whole=not settled)  # else those held out judge what the norm makes of it
     update *= back
     weight = mx.array((np.array(linear.weight.astype(mx.float32), np.float64) + update).astype(np.float32))
