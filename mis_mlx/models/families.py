@@ -1,4 +1,4 @@
-"""Which model families there are: a row says what a block of one holds and how it may be cut.
+"""Which model families there are: a row says what a block of one holds, how it may be cut and how it learns.
 
 A new family is a new row; nothing else asks for a model's type. Does not read configs (models/config) or weights."""
 

@@ -147,8 +147,8 @@ def measure(job: DistillationSpec, most_bytes: int, limit: int) -> StageCost:
     whole = [m.nbytes if m.packed else m.params * m.item for m in models]
     alone = [n for m, n in zip(models, whole, strict=True) if timed_bytes(m.params) <= limit]
     timed = sum(whole) if sum(timed_bytes(m.params) for m in models) <= most_bytes else max(alone, default=0)
-    # Beside those that are timed the largest tensor, while it is converted.
-    one = replace(one, peak_bytes=max(one.peak_bytes, timed and timed + 2 * models[0].head_params))
+    stored = 2 * models[0].head_params if timed else 0  # the largest tensor, while it is converted
+    one = replace(one, peak_bytes=max(one.peak_bytes, stored + timed))
     return replace(one, read_bytes=TEXTS * one.read_bytes, flops=TEXTS * one.flops)
 
 

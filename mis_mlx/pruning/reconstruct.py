@@ -127,10 +127,9 @@ def refit(
             missing, weight = missing * length[:, None], weight / length
         return fit.products(into.reshape(-1, inputs), missing, weight)
 
-    held_out = judges(len(target))
-    for b, sums in enumerate(lanes.each(products, hidden, target)):
-        (judge if b in held_out else fit).add(*sums)
-        del sums  # as large as the fit: not beside the next ones, nor the solving
+    held_out, coming = judges(len(target)), lanes.each(products, hidden, target)
+    for b in range(len(target)):  # a window's products are as large as the fit; enumerate would hold on to them
+        (judge if b in held_out else fit).add(*next(coming))
     block.mlp.down_proj = linear
     update, error = fit.judged(judge, whole=not settled)  # else those held out judge what the norm makes of it
     update *= back
