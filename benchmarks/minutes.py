@@ -50,9 +50,8 @@ def row(iters: int, seed: int, run: Path, folders: dict[str, Path]) -> dict[str,
     bits = bits_per_byte(done.table)
     for at, stage in enumerate(("pruned", "distilled"), 1):
         found[stage] = {own: round(bits[text][at] - bits[text][0], 3) for own, text in OWN.items()}
-    for name, folder in folders.items():
-        (judged,) = teacher_text.of_text(None, run / "model", folder, EVAL_WINDOWS).values()
-        found["distilled"][name] = round(judged["student"] - judged["teacher"], 4)
+    for name, of in teacher_text.judged(None, run / "model", folders, EVAL_WINDOWS).items():
+        found["distilled"][name] = round(of["student"] - of["teacher"], 4)
     return found
 
 

@@ -11,6 +11,7 @@ Writes benchmarks/results/<machine>/step_bytes.json.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +19,13 @@ from pathlib import Path
 import mlx.core as mx
 import training
 from laboratory import start, write
-from mlx.utils import tree_flatten
 
 from mis_mlx.data import preparation
-from mis_mlx.distillation import live_teacher, sharded
-from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import load, stream
-from mis_mlx.planner.recipe import RATE, DistillationConfig
+from mis_mlx.distillation import live_teacher
+from mis_mlx.models import arch, load
 from mis_mlx.reporting.text import markdown_table
-from mis_mlx.storage.files import DISK
 
-WINDOWS, LENGTH, STEPS = 2, 256, 2
+WINDOWS, LENGTH = 2, 256
 
 
 @dataclass(frozen=True)
@@ -45,30 +42,18 @@ def held() -> int:
 def kinds(way: str, teacher: Path, student: Path) -> dict[str, int]:
     """{kind: bytes} and the sum, the peak of the second step."""
     data = preparation.prepare(None, load.tokenizer(teacher), LENGTH).train
-    recipe = DistillationConfig(iters=STEPS, batch_size=WINDOWS, max_seq_length=LENGTH, learning_rate=RATE)
     small, before, found = load.open_checkpoint(student), held(), dict[str, int]()
     source = live_teacher.StreamedTeacher(load.open_checkpoint(teacher), None)
     mx.eval(source.logits(source.hidden([mx.array(data.tokens[:1])])[0][0, :1]))
     found["teacher"] = held() - before
-    if way == "resident":
-        model = load.resident(small, mx.float32)
-        stream.load_checked(model)
-        found["student's weights"] = held() - before - sum(found.values())
-        trained = sum(array.size for array in dict[str, mx.array](tree_flatten(model.trainable_parameters())).values())
-        steps = live_teacher.steps(model, source, data, recipe, GuardedAdamW())
-    else:
-        layers = int(small.config["num_hidden_layers"])
-        whole = sharded.Sharded(small, layers, STEPS, recipe.weight_decay, DISK)
-        whole.begin()
-        found["student's weights"] = held() - before - sum(found.values())
-        trained = sum(t.size for name, t in load.weights(small, "model.layers.0.", mx.float32))
-        slopes = source.frozen_slopes()
-        steps = whole.steps(lambda step: live_teacher.step_micro_batches(source, data, recipe, step),
-                            lambda *a: source.kl_sum(*a, frozen_head=True), recipe, slopes=slopes)  # fmt: skip
+    with tempfile.TemporaryDirectory() as temp:
+        steps = training.begun(way, source, small, data, WINDOWS, 2, Path(temp))
+    found["student's weights"] = held() - before - sum(found.values())
     next(steps)
     found["moments"] = held() - before - sum(found.values())
     peak = next(steps).peak_bytes - before
-    found["gradients"] = 4 * trained
+    block = sum(math.prod(shape) for shape in arch.layer_tensors(small.config).values())
+    found["gradients"] = 4 * (arch.params(small.config) if way == "resident" else block)
     found["activations, logits, work space"] = peak - sum(found.values())
     return found | {"at the peak": peak}
 

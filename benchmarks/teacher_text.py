@@ -19,6 +19,7 @@ import json
 import re
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,19 +115,24 @@ def row(s: Settings, run: Path, folders: dict[str, Path]) -> dict[str, Any]:
     began = time.process_time()
     more = {"quantize": 0, "bench_tokens": 0, "reconstruct_samples": 32, "eval_windows": 3}
     distill.run(distill.Settings(teacher=s.teacher, out=str(run), seed=s.seed, iters=s.iters, **more))  # type: ignore[arg-type]
-    found: dict[str, Any] = {"cpu_seconds": round(time.process_time() - began, 1)}
-    for name, folder in {**folders, BUILT_IN: None}.items():
-        for text, judged in of_text(s.teacher, run / "model", folder, s.eval_windows).items():
-            found[name if folder else f"{name}, {text}"] = judged
+    cpu_seconds = round(time.process_time() - began, 1)
+    return {"cpu_seconds": cpu_seconds, **judged(s.teacher, run / "model", folders | {BUILT_IN: None}, s.eval_windows)}
+
+
+def judged(
+    teacher: str | None, student: Path, folders: Mapping[str, Path | None], windows: int
+) -> dict[str, dict[str, float]]:
+    """{text: {"teacher", "student"}} in bits per byte, of folders that --data takes, by the text's name. None: the
+    built-in text, whose held-out parts have a row each."""
+    found = dict[str, dict[str, float]]()
+    for name, folder in folders.items():
+        data = str(folder) if folder else None
+        asked = evaluate.Settings(teacher=teacher, students=(str(student),), eval_windows=windows, data=data)
+        for part, of in evaluate.run(asked).items():
+            if isinstance(of, dict) and "bpb_model" in of:
+                two = {"teacher": of["bpb_teacher"], "student": of["bpb_model"]}
+                found[name if folder else f"{name}, {part}"] = two
     return found
-
-
-def of_text(teacher: str | None, student: Path, folder: Path | None, windows: int) -> dict[str, dict[str, float]]:
-    """{held-out text: {"teacher", "student"}} in bits per byte, of a folder that --data takes."""
-    data = str(folder) if folder else None
-    asked = evaluate.Settings(teacher=teacher, students=(str(student),), eval_windows=windows, data=data)
-    found = {text: of for text, of in evaluate.run(asked).items() if isinstance(of, dict) and "bpb_model" in of}
-    return {text: {"teacher": of["bpb_teacher"], "student": of["bpb_model"]} for text, of in found.items()}
 
 
 def main(s: Settings) -> None:

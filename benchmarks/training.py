@@ -45,6 +45,7 @@ from mis_mlx.models import load, lora, model_writer, resolve, stream
 from mis_mlx.planner.recipe import ADAPTERS, RATE, DistillationConfig
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.storage.files import DISK
+from mis_mlx.types import Checkpoint, Step
 
 SHAPES = ((2, 256), (1, 1024), (4, 512))  # windows, tokens of each
 OURS = ("resident", "blocks", "lora", "sharded")
@@ -113,27 +114,34 @@ def mlx_lm_lora(student: Path, data: token_windows.Windows, windows: int, steps:
     return iter(timed)
 
 
-def ours(way: str, teacher: Path, student: Path, data: token_windows.Windows, windows: int, steps: int) -> Timed:
-    """A way of `--train`, without what a run does beside: no checkpoint, no repair."""
-    big, small = load.open_checkpoint(teacher), load.open_checkpoint(student)
+def begun(
+    way: str, source: live_teacher.StreamedTeacher, small: Checkpoint, data: token_windows.Windows, windows: int,
+    steps: int, temp: Path,
+) -> Iterator[Step]:  # fmt: skip
+    """Steps of a way of `--train`, without what a run does beside: no checkpoint, no repair. The student is in memory,
+    as far as it will be, once this returns."""
     length = data.tokens.shape[1]
     recipe = DistillationConfig(iters=steps, batch_size=windows, max_seq_length=length, learning_rate=RATE)
-    source = live_teacher.StreamedTeacher(big, 0 if way == "sharded" else None)
     if way == "resident":
         model = load.resident(small, mx.float32)
         stream.load_checked(model)
-        yield from ((s.seconds, s.peak_bytes) for s in live_teacher.steps(model, source, data, recipe, GuardedAdamW()))
-        return
+        return live_teacher.steps(model, source, data, recipe, GuardedAdamW())
+    layers = int(small.config["num_hidden_layers"])
+    if way == "sharded":
+        small, layers = model_writer.by_block(small, temp / "parts", DISK), -(-layers // 2)
+    adapters = partial(lora.insert, lora=ADAPTERS, seed=0) if way == "lora" else None
+    trained = sharded.Sharded(small, layers, steps, 0.01, DISK, adapters=adapters)
+    trained.begin()
+    micro = partial(live_teacher.step_micro_batches, source, data, recipe)
+    return trained.steps(micro, partial(source.kl_sum, frozen_head=True), recipe, slopes=source.frozen_slopes())
+
+
+def ours(way: str, teacher: Path, student: Path, data: token_windows.Windows, windows: int, steps: int) -> Timed:
+    """A way of `--train`."""
+    source = live_teacher.StreamedTeacher(load.open_checkpoint(teacher), 0 if way == "sharded" else None)
     with tempfile.TemporaryDirectory() as temp:
-        layers = int(small.config["num_hidden_layers"])
-        if way == "sharded":
-            small, layers = model_writer.by_block(small, Path(temp) / "parts", DISK), -(-layers // 2)
-        adapters = partial(lora.insert, lora=ADAPTERS, seed=0) if way == "lora" else None
-        trained = sharded.Sharded(small, layers, steps, 0.01, DISK, adapters=adapters)
-        trained.begin()
-        micro = partial(live_teacher.step_micro_batches, source, data, recipe)
-        loss, slopes = partial(source.kl_sum, frozen_head=True), source.frozen_slopes()
-        yield from ((s.seconds, s.peak_bytes) for s in trained.steps(micro, loss, recipe, slopes=slopes))
+        taken = begun(way, source, load.open_checkpoint(student), data, windows, steps, Path(temp))
+        yield from ((s.seconds, s.peak_bytes) for s in taken)
 
 
 def cell(work: str, steps: int) -> dict[str, Any]:
