@@ -137,8 +137,7 @@ def _question(row: Mapping) -> Question:
     if shape == "cloze":
         before, after = row["text"].split(BLANK)
         context = before.rstrip(" ")
-        space = " " * (len(before) - len(context))
-        options = [f"{space}{option}{after}" for option in row["options"]]
+        options = [f"{before[len(context) :]}{option}{after}" for option in row["options"]]
     else:
         context = f"{row['question'].rstrip()}\n{MARK[row.get('language') or 'en']}:" if row["question"] else ""
         options = [f" {option}" if context else option for option in row["options"]]

@@ -21,8 +21,8 @@ class Clock:
 
     def uptime(self) -> float:
         """Seconds since boot, sleep included."""
-        mac = sys.platform == "darwin"  # where the raw clock counts sleep, and NTP does not slew it
-        return time.clock_gettime(time.CLOCK_MONOTONIC_RAW if mac else time.CLOCK_BOOTTIME)
+        # A Mac's raw clock counts sleep, and NTP does not slew it.
+        return time.clock_gettime(time.CLOCK_MONOTONIC_RAW if sys.platform == "darwin" else time.CLOCK_BOOTTIME)
 
     def asleep(self) -> float:
         """Seconds the machine has been asleep since boot: what `slept` wants."""

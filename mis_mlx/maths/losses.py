@@ -188,5 +188,4 @@ def loss_noise_factor(sigma: float, seed: int, step: int) -> float:
     Seeded by (seed, step) and nothing else, so a resumed run meets the same wind. Exactly 1 for sigma 0."""
     if sigma == 0:
         return 1.0
-    eps = np.random.default_rng([seed, step]).normal(0.0, sigma)
-    return 1.0 + float(np.clip(eps, -HALNY_CLIP, HALNY_CLIP))
+    return 1.0 + float(np.clip(np.random.default_rng([seed, step]).normal(0.0, sigma), -HALNY_CLIP, HALNY_CLIP))

@@ -194,7 +194,8 @@ class MemoryPlan:
     @property
     def tuned(self) -> int:
         """Steps after rounding."""
-        return any(p.name == "tune" for p in self.phases) * self.job.rounding.steps(self.mode in TRAINED_WHOLE)
+        whole = self.mode in TRAINED_WHOLE or self.job.uncut
+        return any(p.name == "tune" for p in self.phases) * self.job.rounding.steps(whole)
 
     @property
     def fits(self) -> bool:
@@ -209,7 +210,7 @@ class MemoryPlan:
     @property
     def pinned(self) -> int:
         """Teacher blocks that stay in memory during training."""
-        return next((p.pinned for p in self.phases if p.name == "distil"), 0)
+        return next((p.pinned for p in self.phases if p.name in ("distil", "tune")), 0)
 
 
 def in_parts(job: DistillationSpec, mode: Mode) -> int:
@@ -243,7 +244,7 @@ def one(
     elif mode != "none":
         phases.append(blocks(job, micro, left - more, mode == "lora") if whole else sharded(job, micro, shard))
     phases.append(compression_size.quantize(job.student, job.rounding, job.num_samples, job.max_seq_length, left))
-    steps = job.rounding.steps(whole) if tuned is None else tuned
+    steps = job.rounding.steps(whole or job.uncut) if tuned is None else tuned
     extra = [tune(job, micro, left - more, steps)] if steps else []
     optional = tuned is None and job.rounding.q_iters is None
     phases += [p for p in extra if not optional or p.peak_bytes + own + more <= limit]

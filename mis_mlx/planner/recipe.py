@@ -142,6 +142,7 @@ class DistillationSpec(DistillationConfig):
     rotation: bool = False  # the hidden size is cut along principal directions
     rounding: QuantizationConfig = PLAIN  # of the trained student
     shown: ModelSize | None = None  # the teacher with its own vocabulary, where the student has another
+    uncut: bool = False  # the student is the teacher: nothing to repair, nothing to learn before rounding
 
     @property
     def step(self) -> int:
@@ -171,8 +172,11 @@ def spec_of(
     known = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
     known["iters"] = asked.iters or ITERS * (family(student.config).steps if asked.reconstruct_samples else 2)
     modes: tuple[Mode, ...] = (*MODES, "none") if asked.reconstruct_samples or family(student.config).experts else MODES
+    uncut = copied and asked.train == "auto" and not asked.cross_entropy and student.shape == teacher.shape
+    known["reconstruct_samples"] *= not uncut
     return DistillationSpec(
-        **known, teacher=teacher, student=student, modes=modes if asked.train == "auto" else (asked.train,),
+        **known, teacher=teacher, student=student,
+        modes=("none",) if uncut else modes if asked.train == "auto" else (asked.train,),
         rotation=rotates and student.shape.hidden < teacher.shape.hidden, rounding=rounding, shown=shown,
-        same_head=copied and two[0] == two[1],
+        same_head=copied and two[0] == two[1], uncut=uncut,
     )  # fmt: skip

@@ -34,8 +34,8 @@ class PruningConfig(ThermalFlags, vocabulary.VocabularyConfig):
     scenario: Scenario | None = None
     """sizes as ratios: redyk (half of the vocabulary, a third of the FFN), gazda (half of the FFN, few layers), or
     table 1 of the paper: goral (layers, FFN), baca (hidden), halny (FFN), juhas (layers), zbojnik (layers, FFN);
-    default: stado (three quarters of the experts) for a mixture of experts, redyk where the vocabulary is an eighth of
-    the model or more, else gazda"""
+    default: stado (three quarters of the experts) for a mixture of experts; redyk where the vocabulary is an eighth of
+    the model or more, none where half of it is nearly a third of the model; else gazda"""
     layers: Count | None = None
     """keep this many layers"""
     ffn: Count | None = None
@@ -182,8 +182,8 @@ def prune(
     directions = cache(lambda: slicing.directions(checkpoint, batches, states))
     if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
         _, plain = select_units(checkpoint.config, statistics, replace(cut, importance="rms", target="fixed"), shape)
-        mark = f"-{os.getpid()}"  # so that it is swept where we are killed
-        with tempfile.TemporaryDirectory(mark, f".tmp-{out.name}-", out.absolute().parent) as temp:
+        # The number at its end has it swept where we are killed.
+        with tempfile.TemporaryDirectory(f"-{os.getpid()}", f".tmp-{out.name}-", out.absolute().parent) as temp:
             both = {}
             for name, kept in (("aais", keep), ("plain", plain)):
                 slicing.write_student(checkpoint, shape, kept, Path(temp) / name, dtype, files, directions)

@@ -116,9 +116,8 @@ def rotated(teacher: Checkpoint, rotation: Rotation) -> Callable[[str], mx.array
         block, (module, kind) = name.rsplit(".", 3)[0], name.split(".")[-2:]
         before = next((f"{block}.{n}.weight" for axis, n in NORMS.items() if module in arch.READERS[axis][1]), FINAL)
         if name in rotation.energy:
-            factor = (inner * rotation.energy[name] / size) ** 0.5
             gain = whole(name) @ mx.square(q) if tied and name == FINAL else mx.ones((size,))
-            return factor * gain
+            return (inner * rotation.energy[name] / size) ** 0.5 * gain
         if kind == "weight" and (before != FINAL or name == HEAD):
             return (whole(name) * whole(before)) @ q
         if module in ("o_proj", "down_proj"):  # what writes into the stream

@@ -31,6 +31,7 @@ from mis_mlx.storage.files import DISK, Files
 from mis_mlx.types import Checkpoint, MisError
 
 PAYS = 1 / 8  # of all parameters: a smaller vocabulary is left whole, since longer texts cost too
+ALONE = 0.3  # of all parameters: where its rows that go are so many, all else stays (benchmarks/README.md)
 MULTIPLE = 256  # rows: Metal's fast kernels and GGUF's K-quants need it
 TENSORS = (load.EMBEDDING, "lm_head.")  # what the names of tensors with a row a token begin with
 FOLDER = "vocabulary"  # in a run, of the teacher's rows
@@ -69,7 +70,8 @@ def size(asked: str | None, model: Path | None, rows: int) -> int:
 
 def defaults(name: str | None, asked: str | None, config: Mapping[str, Any], model: Path | None) -> dict[str, Any]:
     """--scenario and --vocab, of which one or both may be left out, for a model of this config, in the folder `model`
-    if there is one: redyk where --vocab is a cut, or can be one that pays, else gazda. redyk has its own --vocab."""
+    if there is one: none where --vocab takes nearly a third of all, or can; redyk where it is a cut, or can be one that
+    pays, else gazda. redyk has its own --vocab."""
     s = shape_of(config)
     share = s.vocab * s.hidden * (1 if s.tied else 2) / arch.params(config)
     if s.experts and name is None:
@@ -78,7 +80,8 @@ def defaults(name: str | None, asked: str | None, config: Mapping[str, Any], mod
     if name is None:
         wanted, name = asked or (own["redyk"] if share >= PAYS else None), "gazda"
         with suppress(*() if asked else (MisError,)):  # of a tokenizer that cannot be trimmed
-            name = "redyk" if size(wanted, model, s.vocab) < s.vocab else "gazda"
+            gone = share * (1 - size(wanted, model, s.vocab) / s.vocab)
+            own["none"], name = wanted or "", "none" if gone >= ALONE else "redyk" if gone else "gazda"
     return {"scenario": name, "vocab": asked or own.get(name)}
 
 
@@ -147,11 +150,9 @@ def chosen(teacher: Checkpoint, rows: int, train: token_windows.Windows, how: Vo
     if (key := (teacher.path, token_windows.fingerprint(some))) not in EXPECTED:
         EXPECTED[key] = expected(teacher, some)
     used, also = np.count_nonzero(counts), EXPECTED[key]
-    weights = counts / counts.sum() + also / also.sum() + listed
-    kept = tokens.chosen(needed(tokens, teacher.path), weights, rows)
-    share = counts[kept].sum() / max(1, counts.sum())
+    kept = tokens.chosen(needed(tokens, teacher.path), counts / counts.sum() + also / also.sum() + listed, rows)
     cli.say(f"vocabulary: {rows:,} of {len(counts):,} rows stay; of the {used:,} tokens that the text uses they have "
-            f"{np.count_nonzero(counts[kept]):,}, {share:.2%} of all it is made of")  # fmt: skip
+            f"{np.count_nonzero(counts[kept]):,}, {counts[kept].sum() / counts.sum():.2%} of all of it")  # fmt: skip
     return kept
 
 

@@ -30,6 +30,7 @@ from mis_mlx.planner.recipe import (
     ADAPTERS,
     MODES,
     RATE,
+    TUNE_ITERS,
     DistillationConfig,
     DistillationSpec,
     Mode,
@@ -198,6 +199,25 @@ def test_whose_head_is_the_teachers(change: dict[str, Any], copied: bool, same: 
     config = {**tiny.CONFIG, "torch_dtype": "bfloat16"}
     teacher, student = model_of({**config, **change}), model_of(config)
     assert spec_of(teacher, student, DistillationConfig(), copied=copied).same_head == same
+
+
+@pytest.mark.parametrize(
+    ("change", "asked", "uncut"),
+    [
+        ({}, {}, True),
+        ({"num_hidden_layers": 4}, {}, False),
+        ({}, {"train": "blocks"}, False),  # asked for
+        ({}, {"cross_entropy": 0.5}, False),  # its text, too, is learned from
+    ],
+)
+def test_a_student_that_is_its_teacher(change: dict[str, Any], asked: dict[str, Any], uncut: bool) -> None:
+    """There is nothing to repair and nothing to learn until it is rounded; its scales learn as usual."""
+    teacher, student = model_of({**tiny.CONFIG, **change}), model_of(tiny.CONFIG)
+    job = spec_of(teacher, student, DistillationConfig(**asked), QuantizationConfig(), copied=True)
+    assert job.uncut == uncut and not spec_of(teacher, student, DistillationConfig(**asked)).uncut
+    plan = phases.make(job, GIB, M1_AIR)
+    assert {"repair", "distil"}.isdisjoint(p.name for p in plan.phases) == uncut
+    assert plan.tuned == TUNE_ITERS and (plan.mode == "none") == uncut
 
 
 @pytest.mark.parametrize(

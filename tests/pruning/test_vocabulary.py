@@ -249,6 +249,29 @@ def test_distill_a_phi(tmp_path: Path, small: tuple[object, ...], command: Calla
     assert mx.isfinite(model(mx.array([tokenizer.encode("Zażółć gęślą jaźń")]))).all().item()
 
 
+def test_nothing_but_tokens_is_cut(
+    tmp_path: Path, big: Checkpoint, small: tuple[object, ...], command: Callable[..., Done]
+) -> None:
+    """Such a student is its teacher, so nobody repairs or trains it: weights as they were, then rounded and tuned."""
+    done = command("distill", *small, "--scenario", "none", "--keep-steps", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "no training: no block is cut, so there is nothing to mend" in done.stderr + done.stdout
+    run = tmp_path / "run"
+    phases = {record["phase"] for record in run_folder.records(run / run_folder.PHASES) if "seconds" in record}
+    assert phases == {"prune", "quantize", "tune", "measure"}
+    student = load.open_checkpoint(run / "distilled")
+    for name in (each for each in big.tensors if "layers." in each):
+        assert mx.array_equal(load.dense(student, name), load.dense(big, name).astype(mx.bfloat16)), name
+    result = last_line(done)
+    assert result["bits_per_byte_distilled"] == result["bits_per_byte_pruned"] and result["mode"] == "none"
+    made = weights(run)
+    (run / "result.json").unlink()
+    for name in ("model", "rounded", "tune-steps", "distilled"):
+        shutil.rmtree(run / name)
+    again = command("distill", "--resume", "--out", run)
+    assert again.returncode == 0 and weights(run) == made
+
+
 WAYS = [("--train", "sharded"), ("--train", "blocks"), ("--targets", "cached")]
 
 
@@ -381,7 +404,8 @@ def test_plan_follows(big: Checkpoint, command: Callable[..., Done]) -> None:
 
 
 def test_what_is_cut_by_default(big: Checkpoint, tmp_path: Path) -> None:
-    """Half of the tokens where they are an eighth of the model or more and can be fewer; what is given counts."""
+    """Half of the tokens where they are an eighth of the model or more and can be fewer, and nothing else where that is
+    nearly a third of the model; what is given counts."""
     small_share = {**big.config, "intermediate_size": 4096}
     large_share = {**big.config, "num_hidden_layers": 1}
     redyk, gazda = {"scenario": "redyk", "vocab": "0.5x"}, {"scenario": "gazda", "vocab": None}
@@ -393,6 +417,10 @@ def test_what_is_cut_by_default(big: Checkpoint, tmp_path: Path) -> None:
     assert vocabulary.defaults("redyk", None, small_share, big.path) == redyk
     assert vocabulary.defaults("goral", None, large_share, big.path) == {"scenario": "goral", "vocab": None}
     assert vocabulary.defaults(None, None, large_share, tmp_path) == gazda  # without a tokenizer.json
+    mostly_tokens = {**big.config, "num_hidden_layers": 1, "intermediate_size": 64}  # 0.79 of it
+    assert vocabulary.defaults(None, None, mostly_tokens, big.path) == {"scenario": "none", "vocab": "0.5x"}
+    assert vocabulary.defaults(None, "768", mostly_tokens, big.path) == {"scenario": "redyk", "vocab": "768"}
+    assert vocabulary.defaults("gazda", None, mostly_tokens, big.path) == gazda
 
 
 def test_the_teacher_knows_words_that_did_not_come_up(big: Checkpoint, text_folder: Path) -> None:
