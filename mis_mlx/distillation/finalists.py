@@ -51,7 +51,7 @@ def _measured(c: candidates.Candidates, choice: shape_search.Choice, sub: Path) 
     folder, how = sub / "pruned", shape_search.rounding_of(choice)
     pruned = load.open_checkpoint(folder) if folder.exists() else c.prune(choice.shape, folder)
     small = estimates.model_of(arch.student_config(reader.teacher.config, choice.shape))
-    job = spec_of(estimates.model_of(reader.teacher), small, run.recipe, how)
+    job = spec_of(estimates.model_of(reader.teacher), small, run.recipe, how, copied=True)
     if not (sub / run_folder.PLAN).exists():
         way = phases.make(job, run.plan.budget_bytes, run.plan.rates).way
         run.files.replace_text(sub / run_folder.PLAN, json.dumps(way))

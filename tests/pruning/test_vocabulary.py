@@ -17,7 +17,7 @@ import pytest
 
 from mis_mlx import distill, prune, report
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.distillation import candidates
+from mis_mlx.distillation import candidates, finalists
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import load, policy
 from mis_mlx.models.config import shape_of
@@ -456,6 +456,11 @@ def test_search_over_vocabularies(
     assert last_line(dry)["params_student"] == result["finalists"][0]["params"]
     only = command("search", *flags[:-4], "--axes", "ffn", "--vocab", "0.5x", *few, "--dry-run")
     assert only.returncode == 0 and "cannot be cut" not in only.stderr
+    where = tmp_path / "uncut"
+    uncut = command("search", *flags[:-4], "--bytes", "260KB", "--axes", "vocab", "bits", *few, *more, "--out", where)
+    assert uncut.returncode == 0, uncut.stderr
+    (record,) = run_folder.records(where / finalists.FINALISTS)
+    assert record["steps"] == 0 and record["kl_distilled"] == record["kl_pruned"]  # its teacher: nothing to learn
 
 
 def test_words_of_a_language(big: Checkpoint, text_folder: Path) -> None:
