@@ -4,26 +4,31 @@
     scripts/mis benchmarks/frontier.py --teacher gemma-3-270m
     scripts/mis benchmarks/frontier.py --table                   # what there is, and the curve again
 
-Rows: the teacher; it as `mlx_lm.convert -q` rounds it to 8, 6, 5, 4 and 3 bits in groups of 64; the default scenario
-pruned and rounded to 4 bits, nothing learned; ours at the bytes of the 6-, 4- and 3-bit teacher and at half of the
-4-bit one's. Every model reads its own tokens. Texts: held-out windows of the kind trained on, English and Polish, and
-three kinds that nobody trained on (benchmarks/vocabulary.py). Excess is over the teacher, the mean of all texts.
+Rows: the teacher; it as `mlx_lm.convert -q` rounds it to 8, 6, 5, 4 and 3 bits in groups of 64, and as Q4_K_M where
+llama-cpp-python is there, which then judges that file; the default scenario pruned and rounded to 4 bits, nothing
+learned; ours at the bytes of the 6-, 4- and 3-bit teacher and at half of the 4-bit one's. Every model reads its own
+tokens. Texts: held-out windows of the kind trained on, English and Polish, and three kinds that nobody trained on
+(benchmarks/vocabulary.py). Excess is over the teacher, the mean of all texts.
 Writes benchmarks/results/<machine>/frontier-<teacher>.json after every row, and the curve.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
+import mlx.core as mx
+import numpy as np
 from laboratory import picture, stored, write
 from laboratory import start as begin
 from vocabulary import texts
 
-from mis_mlx import cli, distill, prune
+from mis_mlx import cli, distill, export, prune
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation import comparison
@@ -66,7 +71,9 @@ class Judge:
                 self.windows[name or f"built in, {text}"] = comparison.chosen(windows, count)
 
     def bits(self, folder: Path) -> dict[str, float]:
-        """{text: bits per byte}."""
+        """{text: bits per byte}, of a model folder or a GGUF."""
+        if folder.suffix == ".gguf":
+            return {n: comparison.per_byte(by_llama_cpp(folder, w), w) / math.log(2) for n, w in self.windows.items()}
         model, found = load.open_checkpoint(folder), dict[str, float]()
         trimmed = vocabulary.rows_of(folder) is not None
         for name, windows in self.windows.items():
@@ -74,6 +81,22 @@ class Judge:
             values = comparison.compare({"model": model}, own)["model", "nll"]
             found[name] = comparison.per_byte(values, own) / math.log(2)
         return found
+
+
+def by_llama_cpp(file: Path, windows: Windows) -> np.ndarray:
+    """(N,) nats a token of each window, as llama.cpp computes them."""
+    import llama_cpp
+
+    model, found = llama_cpp.Llama(str(file), n_ctx=windows.tokens.shape[1], logits_all=True, verbose=False), []
+    for ids, learn in zip(windows.tokens, windows.learn, strict=True):
+        model.reset()
+        model.eval(ids.tolist())
+        at = np.flatnonzero(learn[:-1])
+        z = mx.array(np.array(model.scores)[at])
+        told = mx.take_along_axis(z, mx.array(ids[at + 1].astype(np.int32))[:, None], axis=-1)[:, 0]
+        found.append((mx.logsumexp(z, axis=-1) - told).mean().item())
+    model.close()
+    return np.array(found)
 
 
 def excess(row: dict[str, Any], teacher: dict[str, Any]) -> float:
@@ -101,7 +124,7 @@ class Rows:
             return
         with tempfile.TemporaryDirectory(dir=self.place) as temp:
             folder, more = make(Path(temp) / "made")
-            row = {"bytes": load.open_checkpoint(folder).nbytes, **more}
+            row = {**({} if "bytes" in more else {"bytes": load.open_checkpoint(folder).nbytes}), **more}
             self.rows[label] = row | {"bits": self.judge.bits(folder)}
         over = self.rows[label]["excess"] = excess(self.rows[label], self.rows["teacher"])
         cli.say(f"{label}: {self.rows[label]['bytes'] / 1e6:.1f} MB, {over:+.3f} bits a byte")
@@ -121,6 +144,12 @@ class Rows:
             return out, {}
 
         return make
+
+    def k_quant(self, out: Path) -> tuple[Path, dict[str, Any]]:
+        """llama.cpp's own; bytes are those of its tensors."""
+        made = export.run(export.Settings(model=self.s.teacher, out=str(out), out_type="q4_k_m"))
+        file = out / made["file"]
+        return file, {"bytes": sum(int(t.n_bytes) for t in gguf.GGUFReader(file).tensors)}
 
     def pruned(self, out: Path) -> tuple[Path, dict[str, Any]]:
         """The default scenario, rounded to 4 bits."""
@@ -163,13 +192,15 @@ def draw(rows: dict[str, Any]) -> Any:
     def on(axes: Any) -> None:
         kinds = {
             "teacher in": ("o-", "the teacher in fewer bits (mlx_lm.convert)"),
+            "llama.cpp": ("^", "the teacher in llama.cpp's Q4_K_M"),
             "pruned": ("s", "pruned, 4 bits, nothing learned"),
             "ours": ("D", "distill --bytes"),
         }
         for kind, (mark, label) in kinds.items():
             mine = [row for name, row in rows.items() if name.startswith(kind)]
             points = sorted((row["bytes"] / 1e6, row["excess"]) for row in mine if row["excess"] > 0)
-            axes.plot([x for x, _ in points], [y for _, y in points], mark, label=label)
+            if points:
+                axes.plot([x for x, _ in points], [y for _, y in points], mark, label=label)
         axes.set_xlabel("MB of weights")
         axes.set_ylabel("bits per byte above the teacher")
         axes.set_yscale("log")
@@ -187,6 +218,8 @@ def main(s: Settings) -> None:
             rows.add("teacher", lambda _: (rows.teacher, {}))
             for bits in PLAIN:
                 rows.add(f"teacher in {bits} bits", rows.plain(bits))
+            if importlib.util.find_spec("llama_cpp"):
+                rows.add("llama.cpp's Q4_K_M", rows.k_quant)
             rows.add("pruned, 4 bits", rows.pruned)
             for seed in s.seeds:
                 for size in s.sizes:

@@ -2,7 +2,7 @@
 
     scripts/mis benchmarks/teacher_text.py --seed 0    # then 1 and 2
 
-The default student of SmolLM2-135M-Instruct, or of another teacher, with two thirds of the default's steps and half of
+The redyk student of SmolLM2-135M-Instruct, or of another teacher, with two thirds of the default's steps and half of
 its windows for the repair. `before`: Python's manual and one part in eight of Polish Miś texts, which was the built-in
 text. `now`: five parts of the manual, one of Miś texts, two of what SmolLM2-135M-Instruct wrote once
 (mis_mlx/data/written). Judged in bits per byte above the teacher's, on texts of kinds that neither has: Vim's tutor,
@@ -113,7 +113,7 @@ def texts(place: Path, teacher: str | None) -> dict[str, Path]:
 def row(s: Settings, run: Path, folders: dict[str, Path]) -> dict[str, Any]:
     """A student, and what it and its teacher have on every text."""
     began = time.process_time()
-    more = {"quantize": 0, "bench_tokens": 0, "reconstruct_samples": 32, "eval_windows": 3}
+    more = {"scenario": "redyk", "quantize": 0, "bench_tokens": 0, "reconstruct_samples": 32, "eval_windows": 3}
     distill.run(distill.Settings(teacher=s.teacher, out=str(run), seed=s.seed, iters=s.iters, **more))  # type: ignore[arg-type]
     cpu_seconds = round(time.process_time() - began, 1)
     return {"cpu_seconds": cpu_seconds, **judged(s.teacher, run / "model", folders | {BUILT_IN: None}, s.eval_windows)}

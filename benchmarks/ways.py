@@ -6,8 +6,9 @@
     scripts/mis benchmarks/ways.py --table
 
 A row is a way (`--train`) under the default budget, or a budget, which chooses the way. Everything else is distill's
-default, but that nothing is quantized or timed. Peaks are of MLX's arrays; what the process held more than before the
-run is beside them in the JSON. Gaps closed are in bits per byte of the held-out texts. Finished rows are not run again.
+default, but that nothing is quantized or timed, and that the scenario is redyk for any teacher. Peaks are of MLX's
+arrays; what the process held more than before the run is beside them in the JSON. Gaps closed are in bits per byte of
+the held-out texts. Finished rows are not run again.
 Writes benchmarks/results/<machine>/ways-<teacher>.json after every row.
 """
 
@@ -49,9 +50,8 @@ def row(s: Settings, name: str, out: Path) -> dict[str, Any]:
     """One run."""
     flags: dict[str, Any] = {"train": name} if name in WAYS else {"budget": name}
     began = time.process_time()
-    result = distill.run(distill.Settings(
-        teacher=s.teacher, iters=s.iters, seed=s.seed, quantize=0, bench_tokens=0, out=str(out), **flags
-    ))  # fmt: skip
+    flags |= {"scenario": "redyk", "quantize": 0, "bench_tokens": 0}
+    result = distill.run(distill.Settings(teacher=s.teacher, iters=s.iters, seed=s.seed, out=str(out), **flags))
     run = run_reader.read(out)
     phases = {p["phase"]: p for p in run.phases}
     found = {"way": result["mode"], "budget_bytes": result["budget_bytes"],
