@@ -86,7 +86,7 @@ def result(folder: Path, models: comparison.Models, sizes: list[Row], quality: Q
         "params_student": arch.params(models["distilled"].config),
         **{f"nll_{key}": main.get((name, "nll")) for key, name in NAMES.items()},  # none where it reads other tokens
         **{f"bits_per_byte_{name}": main.get((name, "bpb")) for name in models},
-        "gap_closed": (main["pruned", loss] - main["distilled", loss]) / gap if gap else None,
+        "gap_closed": (main["pruned", loss] - main["distilled", loss]) / gap if round(gap, 3) else None,
         "kl_pruned": main["pruned", "kl"],
         "kl_student": main["distilled", "kl"],
         "top1_student": main["distilled", "top1"],

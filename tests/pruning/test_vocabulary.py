@@ -264,6 +264,7 @@ def test_nothing_but_tokens_is_cut(
         assert mx.array_equal(load.dense(student, name), load.dense(big, name).astype(mx.bfloat16)), name
     result = last_line(done)
     assert result["bits_per_byte_distilled"] == result["bits_per_byte_pruned"] and result["mode"] == "none"
+    assert result["kl_pruned"] == pytest.approx(0, abs=1e-4) and not result["gap_closed"]
     made = weights(run)
     (run / "result.json").unlink()
     for name in ("model", "rounded", "tune-steps", "distilled"):
