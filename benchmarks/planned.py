@@ -54,11 +54,6 @@ class Settings:
     """its run folder"""
 
 
-def count_anew() -> None:
-    """Have the system forget the largest resident set of this process."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def largest() -> int:
     """The largest resident set of this process since it was last asked to count anew, in bytes."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
@@ -86,13 +81,13 @@ def stretch(name: str, teacher: str, out: Path) -> None:
             print(json.dumps(taken), file=sys.__stdout__, flush=True)
             os._exit(0)  # as a killed run does
         if label != "prune":
-            count_anew()
+            laboratory.count_anew()
         with plain(course, label):
             yield
         taken[label] = largest() - course.peak.before_bytes
 
     Run.phase = phase  # type: ignore[method-assign,assignment]
-    when_tokens_are_chosen(count_anew)
+    when_tokens_are_chosen(laboratory.count_anew)
     s = replace(distill.Settings(teacher=teacher, out=str(out), **BRIEF), **CASES[name], resume=out.exists())
     with redirect_stdout(sys.stderr):
         distill.run(s)

@@ -27,7 +27,7 @@ import laboratory
 import psutil
 import quality_4bit
 import streaming
-from planned import HALF, count_anew, largest
+from planned import HALF, largest
 
 from mis_mlx import cli, quantize
 from mis_mlx.distillation import train_loop
@@ -71,7 +71,7 @@ def row(name: str, model: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temp, redirect_stdout(sys.stderr):
         make, out = maker(name, model), Path(temp) / "out"
         held, began = psutil.Process().memory_info().rss, train_loop.CLOCK.monotonic()
-        count_anew()
+        laboratory.count_anew()
         make(out)
         seconds, peak = train_loop.CLOCK.monotonic() - began, largest() - held
         return {"seconds": round(seconds, 1), "peak_bytes": peak, "nbytes": load.open_checkpoint(out).nbytes}

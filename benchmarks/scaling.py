@@ -32,7 +32,7 @@ import laboratory
 import numpy as np
 import psutil
 import streaming
-from planned import HALF, count_anew, largest, when_tokens_are_chosen
+from planned import HALF, largest, when_tokens_are_chosen
 
 from mis_mlx import cli, distill
 from mis_mlx.distillation import train_loop
@@ -81,7 +81,7 @@ def cell(name: str, teacher: str, out: str) -> None:
 
     def start(label: str) -> None:
         memory.give_back()  # as the phase itself does before anything else
-        count_anew()
+        laboratory.count_anew()
         starts[label] = train_loop.CLOCK.monotonic(), me.io_counters()
 
     @contextmanager

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laboratory import bits_per_byte, resumed, write
+from laboratory import bits_per_byte, count_anew, resumed, write
 
 from mis_mlx import cli, distill
 from mis_mlx.reporting import run_reader
@@ -49,6 +49,7 @@ class Settings:
 def row(s: Settings, name: str, out: Path) -> dict[str, Any]:
     """One run."""
     flags: dict[str, Any] = {"train": name} if name in WAYS else {"budget": name}
+    count_anew()
     began = time.process_time()
     flags |= {"scenario": "redyk", "quantize": 0, "bench_tokens": 0}
     result = distill.run(distill.Settings(teacher=s.teacher, iters=s.iters, seed=s.seed, out=str(out), **flags))
