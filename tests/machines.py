@@ -26,7 +26,7 @@ from mis_mlx.alignment import sequence_packing
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, train_loop
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import distributed, load, pipeline_parallel, stream
+from mis_mlx.models import distributed, load, pipeline_parallel, policy, stream
 from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.pruning import calibrate
 from mis_mlx.storage.files import DISK
@@ -135,7 +135,7 @@ def calibrated(teacher: Checkpoint, shares: Sequence[int] = ()) -> dict[str, np.
     readings = [Reading(float(k), ambient_c=10.0 + 3 * k, altitude_m=832.0) for k in range(5)]
     n = distributed.size()
     air = iter([r for rank in range(n) for r in readings[rank::n]] if shares else distributed.shard(readings))
-    own = pipeline_parallel.Relay(teacher, mx.float32, 0, False, shares) if shares else None
+    own = pipeline_parallel.Relay(teacher, policy.compute_dtype(teacher), 0, False, shares) if shares else None
     s, _ = calibrate.calibrate(teacher, distributed.shard(whole), lambda: next(air), relay=own)
     found = {f"{axis} {i} {key}": np.asarray(getattr(sums, key), np.float64)
              for axis, of in (("ffn", s.ffn), ("heads", s.heads), ("hidden", s.hidden))

@@ -90,10 +90,12 @@ def continuation(logits: Callable[[list[int]], np.ndarray], ids: list[int], coun
 
 
 def ours(folder: Path, dtype: mx.Dtype) -> Callable[[list[int]], np.ndarray]:
-    """MLX's logits (T, V) in float32, of weights rounded to `dtype`."""
+    """MLX's logits (T, V) in float32, of weights rounded to `dtype`; packed ones stay as they are."""
     checkpoint = load.open_checkpoint(folder)
     model = load.resident(checkpoint, mx.float32)
-    model.load_weights([(k, w.astype(dtype).astype(mx.float32)) for k, w in load.weights(checkpoint, "", mx.float32)])
+    for name, weight in load.weights(checkpoint, "", mx.float32):
+        if mx.issubdtype(weight.dtype, mx.floating):
+            model.load_weights([(name, weight.astype(dtype).astype(mx.float32))], strict=False)
     return lambda ids: np.array(model(mx.array(ids)[None])[0])
 
 

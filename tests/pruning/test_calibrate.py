@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from mis_mlx.maths import importance
-from mis_mlx.models import load, stream
+from mis_mlx.models import load, policy, stream
 from mis_mlx.pruning import calibrate
 from mis_mlx.types import Checkpoint, MisError, Reading
 from tests import tiny
+from tests.conftest import near
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -21,7 +22,7 @@ def test_streamed_statistics_are_resident_ones(
 ) -> None:
     """FFN, heads, blocks and hidden, gathered inside mlx-lm's whole model by hand: equal to the last bit."""
     statistics, hidden = calibrate.calibrate(models(kind), batches)
-    model = load.resident(models(kind), mx.float32)
+    model = load.resident(models(kind), policy.compute_dtype(models(kind)))
     norms = np.zeros(64)
     for layer in model.model.layers:
         for part, name in ((layer.mlp, "down_proj"), (layer.mlp, "gate_proj"), (layer.self_attn, "o_proj")):
@@ -41,7 +42,7 @@ def test_streamed_statistics_are_resident_ones(
     for i in range(3):
         assert (statistics.ffn[i].mean == ffn[i]).all() and (statistics.ffn[i].square == squares[i]).all()
         assert (statistics.heads[i].mean == heads[i]).all()
-        np.testing.assert_allclose(statistics.heads[i].square, loud[i], rtol=1e-5)
+        np.testing.assert_allclose(statistics.heads[i].square, loud[i], rtol=near(1e-5, 5e-3))
     np.testing.assert_allclose(statistics.hidden[-1].mean, norms, rtol=1e-12)  # added up in another order
 
 

@@ -99,7 +99,8 @@ def test_what_is_measured_is_what_enters_the_norms(
 ) -> None:
     """Against float64 numpy over mlx-lm's own modules: the leading subspace, and the energy it holds at each norm.
 
-    1e-4: the stream itself is float32. With a tied head the columns are turned, the subspace is the same.
+    1e-4: the stream itself is float32; 2e-3: float16. With a tied head the columns are turned, the subspace is the
+    same.
     """
     teacher = models(kind)
     found = slicing.directions(teacher, windows)(48)
@@ -112,10 +113,10 @@ def test_what_is_measured_is_what_enters_the_norms(
     assert sorted(found.energy) == sorted(NORMS)
     for name, x in seen.items():
         share = np.square(x @ lead).sum() / np.square(x).sum()
-        assert found.energy[name] == pytest.approx(share, abs=1e-4)
+        assert found.energy[name] == pytest.approx(share, abs=near(1e-4, 2e-3))
         assert 0.75 < share < 1
     held = [np.square(np.concatenate(list(seen.values())) @ column).sum() for column in found.basis.T]
-    assert all(a > b * (1 - 1e-5) for a, b in itertools.pairwise(held))
+    assert all(a > b * (1 - near(1e-5, 5e-3)) for a, b in itertools.pairwise(held))
 
 
 @pytest.mark.parametrize("kind", ["untied", "qwen3", "biased"])
