@@ -130,9 +130,9 @@ def test_text_that_chose_the_tokens_has_the_same_ones(folder: Path) -> None:
 
 
 def test_any_text_can_still_be_written(folder: Path) -> None:
-    """Three thousand strings come back from as few tokens as there can be, as they do from all of them."""
+    """Ten thousand strings come back from as few tokens as there can be, as they do from all of them."""
     small = opened(trimmed(folder, text="Afrykarium")[0])
-    for text in strings(3000):
+    for text in strings(10_000):
         assert small.decode(small.encode(text).ids) == text
 
 
