@@ -263,10 +263,9 @@ def running(
     if folder is None:
         cli.say(progress.promise(seconds))
     way, origin = {"mode": "resident", "micro": micro}, run_folder.origin(checkpoint, card["fingerprint"])
-    title = f"{name_of(checkpoint.path)}-{name}"
     with (
         progress.run(name, {name: seconds}),
-        run_loop.open_run(s, folder, title, origin, way, budget, peak) as place,
+        run_loop.open_run(s, folder, f"{name_of(checkpoint.path)}-{name}", origin, way, budget, peak) as place,
     ):
         if not (place.folder / run_folder.DATA).exists():
             about = json.dumps(dict(card), indent=2, ensure_ascii=False)

@@ -105,8 +105,7 @@ def _splits(readings: Mapping[str, Reading], source: str) -> Texts:
     """Texts out of one to three readings, the missing splits filled in and everything doubtful said."""
     for reading in readings.values():
         if not reading.rows:
-            first = f" ({reading.problems[0]})" if reading.problems else ""
-            bad = f"{len(reading.problems)} bad ones{first}"
+            bad = f"{len(reading.problems)} bad ones" + (f" ({reading.problems[0]})" if reading.problems else "")
             raise MisError(f"{source}: {reading.name} has 0 usable rows and {bad}: fix that file")
     notes = [note for reading in readings.values() for note in reading.notes()]
     rows = {name: list(reading.rows) for name, reading in readings.items()}

@@ -220,9 +220,7 @@ class Candidates:
                 return {**sizes, "nats": nats, "predicted": losses.raw(choice)}
 
         nats = once(self.run, CANDIDATES, choice.sizes, measured)["nats"]
-        if nats is None:
-            return math.inf
-        return losses.expected(choice) * max(nats, 0.0) / max(losses.raw(choice), 1e-9)
+        return math.inf if nats is None else losses.expected(choice) * max(nats, 0.0) / max(losses.raw(choice), 1e-9)
 
 
 def once(run: OpenRun, log: str, sizes: Mapping[str, Any], measured: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:

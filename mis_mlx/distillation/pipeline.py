@@ -198,9 +198,8 @@ def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) ->
     loss = partial(source.kl_sum, frozen_head=True)
     slopes = source.frozen_slopes() if isinstance(source, live_teacher.StreamedTeacher) else None
     steps = partial(student.steps, micro_batches, loss, r, factor=c.factor, slopes=slopes)
-    every = r.save_every if whole else min(r.save_every, max(1, visit // 2))  # two of every visit: see Sharded
-    with c.phase("distil"):
-        training.finish(steps, start, job.iters, every)
+    with c.phase("distil"):  # two checkpoints of every visit: see Sharded
+        training.finish(steps, start, job.iters, r.save_every if whole else min(r.save_every, max(1, visit // 2)))
     return student.take
 
 

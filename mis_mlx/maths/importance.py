@@ -174,6 +174,5 @@ def conditions_size(sums: Sequence[Sums], size: int, multiple: int, altitude_m: 
     reference_t = REFERENCE_C + (KELVIN if unit == "kelvin" else 0.0)
     reference = np.concatenate([rms(s) for s in sums]) * reference_t / REFERENCE_M
     measured = np.concatenate([aais(s, altitude_m) for s in sums])
-    threshold = np.sort(reference)[::-1][size * len(sums) - 1]
-    passing = int((measured >= threshold).sum()) / len(sums)
+    passing = int((measured >= np.sort(reference)[::-1][size * len(sums) - 1]).sum()) / len(sums)
     return int(min(max(round(passing / multiple), 1), math.floor(len(sums[0].square) / multiple)) * multiple)

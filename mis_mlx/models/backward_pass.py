@@ -55,7 +55,8 @@ def _drawn(checkpoint: Checkpoint, source: stream.Stream, hidden: mx.array, key:
     def logits(x: mx.array) -> mx.array:
         return load.logits(head, norm(x)).astype(mx.float32)
 
-    for start in range(0, len(flat), rows := chunk_rows(config.shape_of(checkpoint.config).vocab)):
+    # Half a chunk: as many logits again are noise to draw with.
+    for start in range(0, len(flat), rows := chunk_rows(2 * config.shape_of(checkpoint.config).vocab)):
         some = flat[start : start + rows]
         z = logits(some)
         key, now = mx.random.split(key)

@@ -100,8 +100,8 @@ class Context:
         self.length = 0  # columns of text
         self._at: dict[Node, int] = {}  # columns of nodes
         self._positions = np.zeros(0, np.int32)
-        new = load.mlx_lm("models.cache").ConcatenateKVCache  # positions come from `positioned`, not from its offset
-        self._keys = [new() for _ in range(stream.layers)]
+        # Positions come from `positioned`, not from a cache's offset.
+        self._keys = [load.mlx_lm("models.cache").ConcatenateKVCache() for _ in range(stream.layers)]
 
     def read(self, text: Sequence[int], nodes: Sequence[Node] = ()) -> mx.array:
         """One pass over what of `text` is not here yet, then `nodes`: each sees the text and its own branch.

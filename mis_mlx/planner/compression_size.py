@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 
 from mis_mlx.hardware.memory import process_bytes
-from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.maths.optimizer import group_of
 from mis_mlx.maths.reconstruction import RIDGES, precision
 from mis_mlx.maths.rounding import BITS, HELD_BYTES, PART, SLAB
 from mis_mlx.models import arch
 from mis_mlx.models.config import shape_of
+from mis_mlx.models.stream import HEAD_PART
 from mis_mlx.planner import estimates
 from mis_mlx.planner.estimates import ModelSize, StageCost, streamed_pass
-from mis_mlx.planner.recipe import VOCABULARY_WINDOWS, DistillationSpec, QuantizationConfig
+from mis_mlx.planner.recipe import VOCABULARY_LOGITS, VOCABULARY_WINDOWS, DistillationSpec, QuantizationConfig
 
 ROUTER_BYTES = 2**28  # of outputs of all experts of a block (pruning/reconstruct)
 BIAS_BITS = 32  # scale and bias of a group
@@ -29,13 +29,15 @@ STATE_BYTES, GRADIENT_BYTES = 16, 4  # of a trained parameter: weight, gradient 
 
 
 def vocabulary(t: ModelSize, length: int) -> StageCost:
-    """Ask a teacher with all of its tokens which it expects: final states of all windows, then logits and their
-    probabilities, a chunk at a time, beside what is left of the chunk before (measured)."""
-    tokens, vocab = VOCABULARY_WINDOWS * length, t.shape.vocab
+    """Ask a teacher with all of its tokens which it expects: final states of all windows, then logits of all tokens at
+    some positions, beside two parts of the head, and what one is made from."""
+    tokens, vocab, rows = VOCABULARY_WINDOWS * length, t.shape.vocab, min(HEAD_PART // t.shape.hidden, t.shape.vocab)
     p = streamed_pass("vocabulary", t, tokens, length, length, head=False, spool=False)
-    head = tokens * t.shape.hidden * t.item + t.head_work + max(t.making_head, 3 * 4 * chunk_rows(vocab) * vocab)
-    flops = estimates.forward_flops(t, tokens, length)
-    return replace(p, peak_bytes=max(p.peak_bytes, head), read_bytes=p.read_bytes + t.head_bytes, flops=flops)
+    positions = min(length, VOCABULARY_LOGITS // vocab)
+    head = tokens * t.shape.hidden * t.item + 4 * positions * (vocab + 2 * rows)
+    head += rows * (2 * t.head_work + t.making_head) // vocab
+    flops, times = estimates.forward_flops(t, tokens, length), VOCABULARY_WINDOWS * math.ceil(length / positions)
+    return replace(p, peak_bytes=max(p.peak_bytes, head), read_bytes=p.read_bytes + times * t.head_bytes, flops=flops)
 
 
 def prune(job: DistillationSpec, limit: int) -> StageCost:
@@ -45,9 +47,8 @@ def prune(job: DistillationSpec, limit: int) -> StageCost:
     peak, read, written, flops = p.peak_bytes, p.read_bytes, p.written_bytes, p.flops
     copied = estimates.tensor_bytes(t)
     if (shown := job.shown) and shown.shape != t.shape:
-        asked, item = vocabulary(shown, length), math.ceil(shown.nbytes / shown.params)
-        rows = item * (shown.shape.vocab + t.shape.vocab) * t.shape.hidden
-        peak, read, flops = max(peak, asked.peak_bytes, rows), read + asked.read_bytes, flops + asked.flops
+        asked = vocabulary(shown, length)
+        peak, read, flops = max(peak, asked.peak_bytes), read + asked.read_bytes, flops + asked.flops
     if job.rotation:  # two passes, D x D sums and their eigenvectors in float64; tensors turned in float32
         square, wide = t.shape.hidden**2, 4 * max(t.shape.vocab, t.shape.ffn) * t.shape.hidden
         peak, copied = max(peak, p.peak_bytes + 5 * 8 * square), copied + 2 * wide
@@ -144,7 +145,9 @@ def packed_bytes(m: ModelSize, how: QuantizationConfig) -> int:
 def quantize(m: ModelSize, how: QuantizationConfig, windows: int, length: int, limit: int) -> StageCost:
     """Tensor by tensor; passes over `windows` before it say what bits cost, one beside it makes up for errors."""
     how = how.affine
-    made = StageCost("quantize", m.nbytes, packed_bytes(m, how), estimates.tensor_bytes(m) + 2 * m.head_params, 0.0)
+    largest = max(m.shape.vocab, m.shape.ffn) * m.shape.hidden  # as stored, packed twice, what is rounded at a time
+    rounded = (math.ceil(m.nbytes / m.params) + 3) * largest + 8 * min(largest, PART)
+    made = StageCost("quantize", m.nbytes, packed_bytes(m, how), rounded, 0.0)
     if how.q_method == "gptq":
         made = _compensated(made, m, windows * length, length, limit)
     return _sensed(made, m, windows, length, limit) if how.target_bpw is not None else made
@@ -176,7 +179,7 @@ def _sensed(then: StageCost, m: ModelSize, windows: int, length: int, limit: int
     some windows, and a slab of gradients and errors. Traffic and operations are those of its docstring."""
     window = length * m.shape.hidden * m.item
     one = streamed_pass("", m, length, length, length, head=False, spool=False)
-    head = m.head_work + 2 * estimates.logit_bytes(m.shape.vocab, length, not m.gpu)
+    head = m.head_work + estimates.logit_bytes(2 * m.shape.vocab, length, not m.gpu)
     # In one lane 0.2 to 0.8 of it were measured, in two 0.4 to 1.2; the workspace in `one` is free by then.
     back = (1 + estimates.together(m)) * estimates.backward_bytes(m.config, 1, length) // 2
     back = max(0, back - (workspace := estimates.workspace_bytes(m, length, length)))
@@ -232,6 +235,5 @@ def search(
         rank.append(times(vocabulary(t, length), 1, "choose tokens", 0))
     ours = [p for p in planned if p.name not in ("prune", "measure")]  # which a finalist does not go through
     trained = [times(p, s.finalists, f"{p.name}, {s.finalists} finalists", p.written_bytes, 0) for p in ours]
-    judged = estimates.compared([t, m, m, m], judging, length)
-    trained.append(times(judged, s.finalists, "judge them", 2 * m.nbytes))
+    trained.append(times(estimates.compared([t, m, m, m], judging, length), s.finalists, "judge them", 2 * m.nbytes))
     return {"rank": rank, "finalists": trained if s.finalists else []}

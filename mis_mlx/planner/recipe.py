@@ -104,9 +104,7 @@ class QuantizationConfig:
     @property
     def affine(self) -> QuantizationConfig:
         """What of these flags counts: formats that are not affine are rounded to, nothing else."""
-        if self.q_mode == "affine":
-            return self
-        return replace(self, target_bpw=None, q_method="round", q_iters=0)
+        return self if self.q_mode == "affine" else replace(self, target_bpw=None, q_method="round", q_iters=0)
 
     @property
     def looks(self) -> bool:
@@ -123,6 +121,7 @@ TUNE_ITERS = 20
 ITERS, RATE = 30, 1e-4  # of a repaired student; families says what others need
 PLAIN = QuantizationConfig(target_bpw=None, q_method="round", q_iters=0)  # costs nothing beside the student
 VOCABULARY_WINDOWS = 16  # in which the teacher says which tokens it expects, where not all stay
+VOCABULARY_LOGITS = 2**25  # of all its tokens that are held then, in float32
 SAMPLES = 50  # tokens of a position in the logit store
 ADAPTERS = Lora(-1, 8, 20.0)  # mlx-lm's own rank and scale, in all blocks
 

@@ -116,8 +116,8 @@ def calibrate(
             for axis, sums in (("ffn", out.ffn[i]), ("heads", out.heads[i]), ("norm1", norms), ("norm2", norms)):
                 if axis in seen:
                     squares, tokens = seen[axis + " squares"], after.shape[0] * after.shape[1]
-                    square = squares.reshape(len(seen[axis]), -1).sum(axis=-1) / tokens  # of a head: its channels'
-                    sums.add(seen[axis], square, weight(b))
+                    # Of a head: its channels'.
+                    sums.add(seen[axis], squares.reshape(len(seen[axis]), -1).sum(axis=-1) / tokens, weight(b))
         out.block[i] = float(np.sum(distances))
     _merge(out, experts, len(batches))
     _air(out, readings, unit)

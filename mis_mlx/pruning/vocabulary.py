@@ -19,14 +19,14 @@ from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.evaluation import comparison
 from mis_mlx.gguf_export import vocab as gguf_vocabulary
-from mis_mlx.maths import losses
 from mis_mlx.models import arch, distributed, load, stream
 from mis_mlx.models.config import read_config, shape_of
 from mis_mlx.models.tokenizer_check import ROWS
 from mis_mlx.models.trimmed_tokenizer import Vocabulary, moved_ids
-from mis_mlx.planner.recipe import VOCABULARY_WINDOWS
+from mis_mlx.planner.recipe import VOCABULARY_LOGITS, VOCABULARY_WINDOWS
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import safetensors
+from mis_mlx.storage.block_reader import Reader
 from mis_mlx.storage.files import DISK, Files
 from mis_mlx.types import Checkpoint, MisError
 
@@ -105,13 +105,18 @@ def first_rows(teacher: Checkpoint, rows: int) -> Checkpoint:
 
 def expected(teacher: Checkpoint, windows: token_windows.Windows) -> np.ndarray:
     """(V,) how often the teacher expects each of its tokens in windows: its probabilities, summed over all places.
-    Streamed; logits come in chunks of positions."""
-    hidden, vocab = comparison.final_hidden(teacher, windows), shape_of(teacher.config).vocab
-    head, step, sums = stream.Stream(teacher).head(), losses.chunk_rows(vocab), np.zeros(vocab)
-    for states in hidden:
-        for start in range(0, states.shape[1], step):
-            z = load.logits(head, states[0][start : start + step])[:, :vocab].astype(mx.float32)
-            sums += np.array(mx.softmax(z, axis=-1).sum(axis=0))
+    Streamed; logits come in chunks of positions, from parts of the head that are read again for each."""
+    vocab, rows = (s := shape_of(teacher.config)).vocab, stream.HEAD_PART // s.hidden
+    hidden, of, sums = comparison.final_hidden(teacher, windows), stream.Stream(teacher), np.zeros(vocab)
+    step = VOCABULARY_LOGITS // vocab
+    places = [states[0][i : i + step] for states in hidden for i in range(0, states.shape[1], step)]
+    for at in cli.counted("window", places, len(places)):
+        z = list[mx.array]()
+        for _, head in of.head_parts(vocab, rows):
+            z.append(load.logits(head, at).astype(mx.float32))
+            stream.evaluate_now(z[-1])  # else every part of the head waits in memory
+        whole = mx.logsumexp(mx.stack([mx.logsumexp(part, axis=-1) for part in z]), axis=0)
+        sums += np.concatenate([np.array(mx.exp(part - whole[:, None]).sum(axis=0)) for part in z])
     return sums
 
 
@@ -159,12 +164,12 @@ def chosen(teacher: Checkpoint, rows: int, train: token_windows.Windows, how: Vo
 def write(teacher: Checkpoint, rows: Sequence[int], out: Path, files: Files) -> Checkpoint:
     """Commit the new folder `out`: these rows of the teacher's embedding and head, its tokenizer of these tokens, and
     which they are. Returned is the teacher as it is with them."""
-    at, new = mx.array(list(rows), mx.int32), {old: i for i, old in enumerate(rows)}
+    at, read, new = np.array(rows), Reader(teacher.tensors).rows, {old: i for i, old in enumerate(rows)}
     mine = {n: t for n, t in first_rows(teacher, len(rows)).tensors.items() if n.startswith(TENSORS)}
     config = moved_ids(teacher.config, new) | {"vocab_size": len(rows)}
     named = {"rows": list(rows), "pre_tokenizer": gguf_vocabulary.pre_tokenizer(teacher.path)}
     with protocol.commit_folder(out, files, sum(t.nbytes for t in mine.values()), "the vocabulary") as folder:
-        cut = ((name, mx.take(safetensors.lazy(teacher.tensors, [name])[name], at, axis=0)) for name in mine)
+        cut = ((name, read(teacher.tensors[name], at)) for name in mine)
         safetensors.write_tensors(folder, {name: (t.dtype, t.shape) for name, t in mine.items()}, cut, files)
         for name, content in Vocabulary(teacher.path).files(rows):
             files.write(folder / name, content)

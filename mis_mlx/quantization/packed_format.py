@@ -146,8 +146,17 @@ def _packed(checkpoint: Checkpoint, plan: Layout, rounded: Rounded | None) -> It
 def _nearest(checkpoint: Checkpoint, how: Format, name: str) -> rounding.Packed:
     """A matrix, or those of all experts stacked, rounded to nearest values."""
     whole = [_finite(checkpoint, one) for one in experts.one_by_one(name, checkpoint.config)]
-    every = [rounding.nearest(each, how.group, how.bits, how.mode) for each in whole]
+    every = [_by_parts(each, how) for each in whole]
     return every[0] if len(every) == 1 else tuple(mx.stack(list(part)) for part in zip(*every, strict=True))
+
+
+def _by_parts(weight: mx.array, how: Format) -> rounding.Packed:
+    """A matrix (out, in) rounded to nearest values, so many rows at a time: an embedding is most of a model."""
+    parts, step = list[rounding.Packed](), max(1, rounding.PART // weight.shape[1])
+    for at in range(0, len(weight), step):
+        parts.append(rounding.nearest(weight[at : at + step], how.group, how.bits, how.mode))
+        stream.evaluate_now(*parts[-1])
+    return tuple(mx.concatenate(list(part)) for part in zip(*parts, strict=True))
 
 
 def formats(checkpoint: Checkpoint) -> dict[str, Format]:

@@ -19,7 +19,7 @@ from mis_mlx import distill, prune, report
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import candidates, finalists
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import load, policy
+from mis_mlx.models import load, policy, stream
 from mis_mlx.models.config import shape_of
 from mis_mlx.models.stream import Stream
 from mis_mlx.models.trimmed_tokenizer import Vocabulary
@@ -436,6 +436,16 @@ def test_the_teacher_knows_words_that_did_not_come_up(big: Checkpoint, text_fold
     unseen = np.setdiff1d(np.arange(ROWS), train.tokens)
     inside = np.isin(unseen, kept)
     assert inside.any() and sums[unseen[inside]].mean() > sums[unseen[~inside]].mean()
+
+
+def test_the_head_in_parts_says_the_same(monkeypatch: pytest.MonkeyPatch, big: Checkpoint, text_folder: Path) -> None:
+    """Parts of the head, for some positions at a time: what the teacher expects is as with all at once."""
+    train, shape = windows(big, text_folder).pick(slice(0, 3)), shape_of(big.config)
+    whole = vocabulary.expected(big, train)
+    assert shape.vocab % 100
+    monkeypatch.setattr(stream, "HEAD_PART", 100 * shape.hidden)
+    monkeypatch.setattr(vocabulary, "VOCABULARY_LOGITS", 7 * shape.vocab)
+    assert np.allclose(vocabulary.expected(big, train), whole, rtol=near(1e-5, 0.05))
 
 
 def test_search_over_vocabularies(

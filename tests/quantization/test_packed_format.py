@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from mis_mlx.maths import rounding
 from mis_mlx.models import arch, load
 from mis_mlx.models.config import shape_of
 from mis_mlx.pruning import slicing
@@ -41,6 +42,16 @@ def test_every_matrix_is_packed(
     assert settings["model.embed_tokens"]["bits"] == 8  # it makes the logits too
     assert done["nbytes"] == packed.nbytes
     assert done["bits_per_weight"] == pytest.approx(8 * packed.nbytes / arch.params(models(kind).config))
+
+
+def test_a_large_matrix_is_rounded_in_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, llama: Checkpoint) -> None:
+    """A few rows at a time: the same file."""
+    plan = packed_format.layout(llama.config, 64)
+    packed_format.write_quantized(llama, tmp_path / "whole", plan, DISK)
+    monkeypatch.setattr(rounding, "PART", 7 * shape_of(llama.config).hidden)
+    packed_format.write_quantized(llama, tmp_path / "parts", plan, DISK)
+    whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert parts == whole
 
 
 def test_rounding_is_as_good_as_the_bits_allow(tmp_path: Path, llama: Checkpoint) -> None:

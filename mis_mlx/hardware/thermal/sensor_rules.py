@@ -46,8 +46,7 @@ def _believed(name: str, value: float) -> bool:
     """Whether this can be the temperature of a named part. It cannot: calibration constants (`tcal`, `TR0Z`, always
     near 51.85), `tdev` (−21.7, −9202.86 seen), parts without a name, and a parked GPU."""
     if DIE.fullmatch(name):
-        parked = name.startswith("GPU") and abs(value - PARKED_C) < 0.05
-        return 5 < value < 130 and not parked
+        return 5 < value < 130 and not (name.startswith("GPU") and abs(value - PARKED_C) < 0.05)
     return name.startswith(("gas gauge battery", "NAND")) and _within(value, -20, 90) is not None
 
 
