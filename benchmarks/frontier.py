@@ -9,11 +9,12 @@ llama-cpp-python is there, which then judges that file; the default scenario pru
 learned; ours at the bytes of the 6-, 4- and 3-bit teacher and at half of the 4-bit one's. Every model reads its own
 tokens. Texts: held-out windows of the kind trained on, English and Polish, and three kinds that nobody trained on
 (benchmarks/vocabulary.py). Excess is over the teacher, the mean of all texts.
-Writes benchmarks/results/<machine>/frontier-<teacher>.json after every row, and the curve.
+Writes benchmarks/results/<machine>/frontier-<teacher>.json after every row; then the curve, and a page of both.
 """
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import math
 import tempfile
@@ -24,7 +25,7 @@ from typing import Any
 import gguf
 import mlx.core as mx
 import numpy as np
-from laboratory import picture, stored, write
+from laboratory import RESULTS, picture, stored, write
 from laboratory import start as begin
 from vocabulary import texts
 
@@ -35,6 +36,7 @@ from mis_mlx.evaluation import comparison
 from mis_mlx.models import load, resolve
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format
+from mis_mlx.reporting import html
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.storage.files import DISK
 
@@ -210,6 +212,18 @@ def draw(rows: dict[str, Any]) -> Any:
     return on
 
 
+def page(name: str, teacher: str, rows: dict[str, Any]) -> None:
+    """Put benchmarks/results/<machine>/<name>.html in place: the curve and all rows, in one file that loads nothing."""
+    drawn = RESULTS / f"{name}.svg"
+    curve = base64.b64encode(drawn.read_bytes()).decode() if drawn.is_file() else ""
+    said = "Bits per byte above the teacher's, in the mean of all texts and in each; MB are of the weights."
+    body = f"<h1>{teacher}: what a budget of bytes buys</h1>"
+    body += f'<img alt="Bits per byte above the teacher\'s against MB" src="data:image/svg+xml;base64,{curve}">'
+    path = RESULTS / f"{name}.html"
+    path.write_text(html.page(teacher, body + html.markdown(f"{said}\n\n{table(rows)}")), encoding="utf-8")
+    cli.say(f"page: {path}")
+
+
 def main(s: Settings) -> None:
     """Every row that is not there yet."""
     with tempfile.TemporaryDirectory() as temp:
@@ -229,6 +243,7 @@ def main(s: Settings) -> None:
         rows.keep()
         print(table(rows.rows))
         picture(rows.name, draw(rows.rows))
+        page(rows.name, rows.teacher.name, rows.rows)
 
 
 if __name__ == "__main__":

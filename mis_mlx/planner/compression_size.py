@@ -179,7 +179,8 @@ def _sensed(then: StageCost, m: ModelSize, windows: int, length: int, limit: int
     some windows, and a slab of gradients and errors. Traffic and operations are those of its docstring."""
     window = length * m.shape.hidden * m.item
     one = streamed_pass("", m, length, length, length, head=False, spool=False)
-    head = m.head_work + estimates.logit_bytes(2 * m.shape.vocab, length, not m.gpu)
+    # Of logits three arrays were measured on a CPU, five by the way of Metal.
+    head = m.head_work + estimates.logit_bytes(2 * m.shape.vocab, length, True) * (2 + m.gpu) // 2
     # In one lane 0.2 to 0.8 of it were measured, in two 0.4 to 1.2; the workspace in `one` is free by then.
     back = (1 + estimates.together(m)) * estimates.backward_bytes(m.config, 1, length) // 2
     back = max(0, back - (workspace := estimates.workspace_bytes(m, length, length)))
