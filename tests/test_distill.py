@@ -16,11 +16,12 @@ from mis_mlx import distill
 from mis_mlx.distillation import pipeline
 from mis_mlx.models import arch, load, mlx_generate
 from mis_mlx.models.config import shape_of
+from mis_mlx.planner import phases
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.types import GIB, Checkpoint, MisError
 from tests import tiny
-from tests.conftest import ITERS, SMALL, Done, last_line, losses, near, sentence, weights
+from tests.conftest import ITERS, SMALL, Done, last_line, losses, near, sentence, settings_of, weights
 
 KEYS = {"teacher", "student", "params_teacher", "params_student", "nll_teacher", "nll_pruned", "nll_student"}
 KEYS |= {"nll_quantized", "kl_student", "top1_student", "peak_bytes", "budget_bytes", "seconds", "tokens_per_s"}
@@ -122,6 +123,18 @@ def refused(out: Path, **changes: Any) -> str:
     with pytest.raises(MisError) as caught:
         distill.run(distill.Settings(out=str(out), resume=True, **changes))
     return str(caught.value)
+
+
+def test_a_budget_that_no_model_fits_whole(
+    tmp_path: Path, flags: tuple[object, ...], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is timed, which it says, and the run ends as any other."""
+    monkeypatch.setattr(phases, "timed_bytes", lambda params: 2**50)
+    s = settings_of(distill, flags, tmp_path / "run", bench_tokens=4, iters=1, quantize=0)
+    assert distill.run(s)["params_student"]
+    assert "no model fits the budget whole" in "".join(capfd.readouterr())
+    table = (tmp_path / "run" / "table.md").read_text("utf-8")
+    assert "weights on disk" in table and "first token" not in table
 
 
 def test_a_run_in_use_is_refused(tmp_path: Path, finished: tuple[Path, Done]) -> None:

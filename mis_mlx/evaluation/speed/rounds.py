@@ -144,7 +144,7 @@ def rounds(
 ) -> Iterator[tuple[str, Measurement]]:  # fmt: skip
     """Every trial as it ends, by model, but the warm-up, a whole prompt: all models in turn, A B A B; or, where they do
     not fit in memory together, model after model. No model is handed on: whoever took one would keep it in memory."""
-    for group in [list(folders)] if together else [[name] for name in folders]:
+    for group in filter(None, [list(folders)] if together else [[name] for name in folders]):
         subjects = {name: opened(folders[name]) for name in group}
         for s in subjects.values():
             trial(s, r._replace(answer=min(r.answer, WARM_UP)), (seed, 0))
