@@ -125,9 +125,8 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
         if help_flags := {"-h", "--help", "--help-all"} & set(args):
             print(flag_help.text(config_type, prog or "mis_mlx", "--help-all" in help_flags))
             sys.exit(0)
-        file_only = flag_help.quiet(config_type)
         for flag in {a.partition("=")[0] for a in args if a.startswith("--")}:
-            if (name := flag.lstrip("-").replace("-", "_")) in file_only:
+            if (name := flag.lstrip("-").replace("-", "_")) in flag_help.quiet(config_type):
                 raise MisError(f"{flag} is no flag: write `{name}: ...` in a YAML file, give it to -c")
         file = next((b for a, b in itertools.pairwise(args) if a in ("-c", "--config")), None)
         given = read_yaml(file, config_type) if file else {}

@@ -64,6 +64,9 @@ class Settings(cli.Resumable, policy.Computing, select.PruningConfig, Quantizati
     """keep what --resume would need once the run is done: checkpoints, the rounded student, stored targets"""
 
 
+Judging = dict[str, tuple[token_windows.Windows, token_windows.Windows | None]]
+
+
 def _prune(s: Settings, c: pipeline.Run, data: preparation.Data, before: int) -> Checkpoint:
     out = c.folder / "pruned"
     if s.student is not None:
@@ -96,21 +99,29 @@ def _quantize(s: Settings, c: pipeline.Run, dense: Path) -> None:
         pipeline.tune(c, rounded, out, pipeline.tuning_recipe(c.recipe, steps, s.q_learning_rate))
 
 
-def _quality(s: Settings, c: pipeline.Run, data: preparation.Data, models: comparison.Models) -> summary.Quality:
+def _judging(s: Settings, c: pipeline.Run, data: preparation.Data, teacher: Checkpoint) -> Judging:
+    """By name, the held-out windows that judge and, where the teacher has more tokens, their text in those. Tokenizers
+    go then: each phase would have them beside it."""
+    found, tokenizers = {}, [load.tokenizer(m.path) for m in (c.teacher, teacher)] if teacher is not c.teacher else []
+    for at, (name, held_out) in enumerate(data.held_out.items()):
+        chosen = comparison.chosen(held_out, s.eval_windows if at == 0 else max(1, s.eval_windows // 3))
+        found[name] = chosen, token_windows.reread(chosen, *tokenizers) if tokenizers else None
+    load.opened_tokenizer.cache_clear()
+    return found
+
+
+def _quality(c: pipeline.Run, judging: Judging, models: comparison.Models) -> summary.Quality:
     """Rows by held-out text, on the first machine; where machines share the teacher's blocks, all help."""
     quality, teacher = {}, models["teacher"]
-    tokenizers = [load.tokenizer(m.path) for m in (c.teacher, teacher)] if teacher is not c.teacher else []
 
     def states(model: Checkpoint, chosen: token_windows.Windows) -> Any:
         windows = [mx.array(w[None]) for w in chosen.tokens] if distributed.is_main() else []
         whole = model, policy.compute_dtype(model), 0, c.direct
         return pipeline_parallel.Relay(*whole, c.shares).forward(windows) if c.shares else None
 
-    for at, (name, held_out) in enumerate(data.held_out.items()):
+    for name, (chosen, own) in judging.items():
         cli.say(f"measure: {name}")
-        chosen = comparison.chosen(held_out, s.eval_windows if at == 0 else max(1, s.eval_windows // 3))
         hidden = states(c.teacher, chosen)
-        own = token_windows.reread(chosen, *tokenizers) if tokenizers else None
         own_hidden = states(teacher, own) if own else None
         if distributed.is_main():
             rows = comparison.rows_of(comparison.compare({**models, "teacher": c.teacher}, chosen, hidden), chosen)
@@ -135,7 +146,7 @@ def _sizes(s: Settings, c: pipeline.Run, models: comparison.Models) -> list[Row]
 
 def _stages(s: Settings, c: pipeline.Run, data: preparation.Data, teacher: Checkpoint) -> tuple[str, dict[str, Any]]:
     """(the table, the result); nothing on machines beside the first one. teacher: with its own vocabulary."""
-    folder = c.folder
+    folder, judging = c.folder, _judging(s, c, data, teacher)
     models = {"teacher": teacher, "pruned": _prune(s, c, data, arch.params(teacher.config))}
     distilled = folder / ("distilled" if s.quantize else "model")
     pipeline.distil(c, models["pruned"], distilled)
@@ -148,7 +159,7 @@ def _stages(s: Settings, c: pipeline.Run, data: preparation.Data, teacher: Check
         if s.quantize:
             models["4-bit"] = load.open_checkpoint(folder / "model")
     with c.phase("measure"):
-        quality = _quality(s, c, data, models)
+        quality = _quality(c, judging, models)
         sizes = _sizes(s, c, models) if distributed.is_main() else []
     if not distributed.is_main():
         return "", {}

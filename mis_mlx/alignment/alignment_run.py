@@ -138,9 +138,8 @@ def cut(s: S, folder: Path | None, phase: Callable[[S], estimates.StageCost]) ->
     def fitting() -> int:
         if folder:
             return int(run_folder.stored_settings(folder, run_folder.PLAN).get("micro", s.batch_size))
-        room = limit - memory.process_bytes(limit)
         divisors = [n for n in range(s.batch_size, 0, -1) if s.batch_size % n == 0]
-        return next((n for n in divisors if phase(in_parts(n)).peak_bytes <= room), 1)
+        return next((n for n in divisors if phase(in_parts(n)).peak_bytes <= limit - memory.process_bytes(limit)), 1)
 
     return in_parts(distributed.broadcast_json(fitting))
 

@@ -106,8 +106,8 @@ def timed(folder: Path, cached: int, prompt: int) -> limits.Timing:
         return stamps[0] if prompt else min(b - a for a, b in pairwise(stamps))
 
     total, half = len(layers), max(1, len(layers) // 2)
-    pairs = [(quickest(total), quickest(half)) for _ in range(ROUNDS)]  # in turn, so that a slow spell hits both
-    whole, part = map(min, zip(*pairs, strict=True))
+    # In turn, so that a slow spell hits both.
+    whole, part = map(min, zip(*((quickest(total), quickest(half)) for _ in range(ROUNDS)), strict=True))
     block = whole / total  # all that there is: one block, or a machine too busy to tell half of the blocks from all
     if part < whole and half < total:
         block = min((whole - part) / (total - half), block)

@@ -125,8 +125,7 @@ def source_of(c: Run) -> live_teacher.TargetSource:
 
     if r.targets == "live":
         return teacher(None if c.plan.pinned == m.shape.layers else c.plan.pinned * m.block_work + m.head_work)
-    longest = max(c.plan.job.iters, c.plan.tuned)  # of training and tuning
-    at = live_teacher.visited(len(c.data.tokens), replace(r, iters=longest))
+    at = live_teacher.visited(len(c.data.tokens), replace(r, iters=max(c.plan.job.iters, c.plan.tuned)))
     data = token_windows.Windows(c.data.tokens[at], c.data.learn[at])
     cli.say(f"logit store: {len(at)} windows")
     with c.phase("logit store"), progress.bar("targets", len(at)) as show:

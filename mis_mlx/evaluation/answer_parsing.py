@@ -144,8 +144,7 @@ def value(text: str, language: Language | None, like: Value | None = None) -> Va
     line = line[:-1].rstrip() if line.endswith(".") and not line.endswith("..") else line  # a closing full stop
     line = _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("\u2044", "/"), line).strip()
     if like is None:
-        is_time = re.fullmatch(r"[0-9]{1,2}:[0-9]{2}", line)
-        return clock(line) if is_time else quantity(line, language) or names(line)
+        return clock(line) if re.fullmatch(r"[0-9]{1,2}:[0-9]{2}", line) else quantity(line, language) or names(line)
     if isinstance(like, tuple):
         return names(line)
     return clock(line) if like.kind == "clock" else quantity(line, language)

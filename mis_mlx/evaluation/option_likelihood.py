@@ -62,8 +62,9 @@ def packs(encoded: Sequence[Encoded], rows: int = ROWS) -> Iterator[Pack]:
         for number in which:
             context, options = encoded[number]
             seen += [(token, at, number, 0) for at, token in enumerate(context)]
+            last = len(seen) - 1
             for o, option in enumerate(options):
-                rows_ = [len(seen) - 1, *range(len(seen), len(seen) + len(option) - 1)]
+                rows_ = [last, *range(len(seen), len(seen) + len(option) - 1)]
                 predicted += [(row, token, number, o) for row, token in zip(rows_, option, strict=True)]
                 seen += [(token, at, number, o + 1) for at, token in enumerate(option[:-1], len(context))]
         tokens, positions, text, branch = np.array(seen, np.int32).T

@@ -35,8 +35,7 @@ class Outcome(NamedTuple):
     @property
     def knows(self) -> bool:
         """Whether it is better, too, than counting tokens: else nothing can be recovered."""
-        counts = self.uniform is not None and interval(self.teacher - self.uniform)[1] <= 0
-        return self.beats_chance and not counts
+        return self.beats_chance and (self.uniform is None or interval(self.teacher - self.uniform)[1] > 0)
 
     def recovered(self, model: str) -> tuple[float, float, float] | None:
         """(share, low, high) of what the teacher knows; None where it knows nothing."""

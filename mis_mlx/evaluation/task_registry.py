@@ -44,8 +44,7 @@ def find(names: Sequence[str], count: int, data: str | None = None) -> Evaluatio
             task = questions.file(BUILT_IN / f"{name}.jsonl")
             tasks.append(replace(task, questions=task.questions[:count], about=ABOUT[name], max_tokens=64))
         else:
-            brought = _continued(data, known) if name == CONTINUE else _brought(name)
-            tasks += [task.chosen(count) for task in brought]
+            tasks += [task.chosen(count) for task in (_continued(data, known) if name == CONTINUE else _brought(name))]
     for task in tasks:
         if task.kind == "checked":
             keys = [{"answer": q.answer, "language": q.language} for q in task.questions]

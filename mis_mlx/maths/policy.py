@@ -64,8 +64,7 @@ def loss_sum(losses: mx.array, mask: mx.array, kind: LossType, max_tokens: int) 
     masked = mx.where(mask > 0, losses, 0.0)  # not a product: what was not sampled may be infinite
     if kind == "grpo":
         return (masked.sum(axis=-1) / mx.maximum(mask.sum(axis=-1), 1.0)).sum(), mx.array(float(len(losses)))
-    count = mx.array(float(len(losses) * max_tokens)) if kind == "dr_grpo" else mask.sum()
-    return masked.sum(), count
+    return masked.sum(), mx.array(float(len(losses) * max_tokens)) if kind == "dr_grpo" else mask.sum()
 
 
 def pair_losses(

@@ -5,6 +5,7 @@ import inspect
 import re
 import resource
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -282,7 +283,12 @@ def dense_weight(linear: nn.Module) -> mx.array:
 
 def tokenizer(path: Path) -> Any:
     """mlx-lm's tokenizer wrapper of a model folder. Foreign code is refused, not asked about."""
-    tokenizer_check.check_tokenizer(path)
+    return opened_tokenizer(path, tokenizer_check.check_tokenizer(path))
+
+
+@lru_cache(maxsize=2)  # a run's teacher and student: of 262 thousand tokens one takes 120 MiB, to open it 680
+def opened_tokenizer(path: Path, _digest: bytes) -> Any:
+    """The same, tried; _digest: of its files."""
     try:
         return mlx_lm("utils").load_tokenizer(path, {"trust_remote_code": False})
     except Exception as error:

@@ -102,7 +102,8 @@ class Relay(stream.Stream):
             super().norm(hidden)
         begin, own = sum(self._counts[: distributed.rank()]), list[mx.array]()
         for b in range(len(hidden)):
+            whole = distributed.broadcast_array(hidden[b], distributed.size() - 1)
             if begin <= b < begin + self._counts[distributed.rank()]:
-                own.append(distributed.broadcast_array(hidden[b], distributed.size() - 1))
+                own.append(whole)
         self._hidden = []
         return own

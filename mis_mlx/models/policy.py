@@ -57,9 +57,7 @@ def keeps_packed() -> bool:
 
 def usual_dtype() -> mx.Dtype:
     """What models compute in here, unless one of them cannot."""
-    if _used:
-        return DTYPES[_used[0]]
-    return mx.float16 if name() == "metal" else mx.float32
+    return DTYPES[_used[0] if _used else "float16" if name() == "metal" else "float32"]
 
 
 def compute_dtype(model: Checkpoint) -> mx.Dtype:

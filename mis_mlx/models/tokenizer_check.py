@@ -31,20 +31,21 @@ PASSED = set[bytes]()  # digests of tokenizers that this process has tried
 SAID = [{"role": "user", "content": "Ile owiec jest na hali?"}, {"role": "assistant", "content": "Sto dwadzieścia."}]
 
 
-def check_tokenizer(folder: Path) -> None:
-    """MisError unless a child opened the folder's tokenizer and template, within limits, and said so."""
+def check_tokenizer(folder: Path) -> bytes:
+    """MisError unless a child opened the folder's tokenizer and template, within limits, and said so. Returned is what
+    tells these files from others."""
     digest = hashlib.sha256()
     for path in present(folder):
         content = path.read_bytes()
         digest.update(f"{path.name} {len(content)} ".encode() + content)
-    if digest.digest() in PASSED:
-        return
-    try:
-        child_process.ask(__name__, "attempt", {"folder": str(folder)}, SECONDS, MEMORY_BYTES)
-    except child_process.NoAnswer as why:
-        remedy = "copy its files again, from a model that you trust"
-        raise MisError(f"{folder}: the tokenizer does not open ({why}): {remedy}") from None
-    PASSED.add(digest.digest())
+    if (known := digest.digest()) not in PASSED:
+        try:
+            child_process.ask(__name__, "attempt", {"folder": str(folder)}, SECONDS, MEMORY_BYTES)
+        except child_process.NoAnswer as why:
+            remedy = "copy its files again, from a model that you trust"
+            raise MisError(f"{folder}: the tokenizer does not open ({why}): {remedy}") from None
+        PASSED.add(known)
+    return known
 
 
 def present(folder: Path) -> Iterator[Path]:

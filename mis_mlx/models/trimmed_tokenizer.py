@@ -33,8 +33,7 @@ class Vocabulary:
         self.ids: dict[str, int] = {t: i for i, (t, _) in enumerate(listed)} if self.unigram else dict(listed)
         byte_level = '"ByteLevel"' in json.dumps(self.spec.get("pre_tokenizer"))
         odd = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
-        kind = model.get("type") in ("BPE", "Unigram") and not odd
-        if not kind or not (byte_level or model.get("byte_fallback")):
+        if model.get("type") not in ("BPE", "Unigram") or odd or not (byte_level or model.get("byte_fallback")):
             what = f"type {model.get('type')}, {f'{odd[0]} in use' if odd else 'without bytes to fall back on'}"
             remedy = "leave --vocab out" if self.spec else "copy the tokenizer files of the model it was made from"
             why = f"its tokenizer ({what})" if self.spec else "a model without a tokenizer.json"
@@ -103,7 +102,8 @@ class Vocabulary:
                 yield path.name, path.read_bytes()
                 continue
             content = self._tokenizer(new) if path.name == "tokenizer.json" else self._settings(path, new)
-            yield path.name, json.dumps(content, ensure_ascii=False, indent=2).encode()
+            indent = None if path.name == "tokenizer.json" else 2  # indented, it would take 300 MB of Gemma's tokens
+            yield path.name, json.dumps(content, ensure_ascii=False, indent=indent).encode()
 
     def _tokenizer(self, new: Mapping[int, int]) -> dict[str, Any]:
         model = dict(self.spec["model"])

@@ -19,6 +19,7 @@ from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.evaluation import comparison
 from mis_mlx.gguf_export import vocab as gguf_vocabulary
+from mis_mlx.hardware import memory
 from mis_mlx.models import arch, distributed, load, stream
 from mis_mlx.models.config import read_config, shape_of
 from mis_mlx.models.tokenizer_check import ROWS
@@ -143,6 +144,10 @@ def chosen(teacher: Checkpoint, rows: int, train: token_windows.Windows, how: Vo
     """Which `rows` of the teacher's stay: what must, then the most frequent. Half of that is counted in windows of its
     own tokens and in more text, half is what the teacher expects in some of the windows: it knows words that fit there
     and did not come up (benchmarks/vocabulary_choice.py). Words of languages count as much as these two."""
+    some = comparison.chosen(train, VOCABULARY_WINDOWS)
+    if (key := (teacher.path, token_windows.fingerprint(some))) not in EXPECTED:
+        EXPECTED[key] = expected(teacher, some)
+        memory.give_back()  # before the lists of merges
     counts = np.bincount(train.tokens.reshape(-1), minlength=shape_of(teacher.config).vocab)
     tokenizer, listed = load.tokenizer(teacher.path), np.zeros(len(counts))
     if how.vocab_text is not None:
@@ -150,12 +155,9 @@ def chosen(teacher: Checkpoint, rows: int, train: token_windows.Windows, how: Vo
             counts += np.bincount(ids, minlength=len(counts))
     for word, share in words(how.languages).items():
         np.add.at(listed, tokenizer.encode(f" {word}", add_special_tokens=False), share)
-    tokens = Vocabulary(teacher.path)
-    some = comparison.chosen(train, VOCABULARY_WINDOWS)
-    if (key := (teacher.path, token_windows.fingerprint(some))) not in EXPECTED:
-        EXPECTED[key] = expected(teacher, some)
-    used, also = np.count_nonzero(counts), EXPECTED[key]
-    kept = tokens.chosen(needed(tokens, teacher.path), counts / counts.sum() + also / also.sum() + listed, rows)
+    listed += counts / counts.sum() + EXPECTED[key] / EXPECTED[key].sum()
+    tokens, used = Vocabulary(teacher.path), np.count_nonzero(counts)
+    kept = tokens.chosen(needed(tokens, teacher.path), listed, rows)
     cli.say(f"vocabulary: {rows:,} of {len(counts):,} rows stay; of the {used:,} tokens that the text uses they have "
             f"{np.count_nonzero(counts[kept]):,}, {counts[kept].sum() / counts.sum():.2%} of all of it")  # fmt: skip
     return kept

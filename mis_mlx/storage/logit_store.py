@@ -44,9 +44,8 @@ class Spec:
 
     def dtypes(self) -> dict[str, type]:
         """Of a part's arrays: sizes, distinct tokens of each position; ids and counts of all positions end to end."""
-        ids = np.uint16 if self.vocab <= 2**16 else np.uint32
         small = np.uint8 if self.count < 2**8 else np.uint16
-        return {"sizes": small, "ids": ids, "counts": small}
+        return {"sizes": small, "ids": np.uint16 if self.vocab <= 2**16 else np.uint32, "counts": small}
 
 
 def create(folder: Path, spec: Spec, files: Files) -> Targets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import subprocess
 import sys
@@ -95,3 +96,13 @@ def test_labels_are_the_shortest_ends_of_paths_that_differ() -> None:
     ]  # fmt: skip
     assert resolve.labels(["x/teacher"], ("teacher",)) == ["x/teacher"]
     assert resolve.labels(["x/m", "x/m"]) == ["m", "m"]
+
+
+def test_a_tokenizer_is_opened_once_until_its_files_change(tmp_path: Path) -> None:
+    """The same object for the same files; another when one of them says something else."""
+    folder = tiny.make(tmp_path / "model")
+    first = load.tokenizer(folder)
+    assert load.tokenizer(folder) is first
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 77}))
+    assert load.tokenizer(folder) is not first and load.tokenizer(folder).model_max_length == 77

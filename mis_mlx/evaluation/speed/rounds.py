@@ -202,10 +202,10 @@ def moved(checkpoint: Checkpoint, weight_bytes: int, r: Request) -> tuple[tuple[
     """(bytes to move, float operations) of one token, half-way through the answer: all weights, the keys and values;
     and of the first one: the prompt through all blocks, then its last row through the head."""
     m, seen = estimates.model_of(checkpoint), r.prompt + r.answer // 2
-    token = estimates.forward_flops(m, 1, 2 * seen)  # 2: it sees all, not the half
     first = estimates.forward_flops(m, r.prompt, r.prompt, head=False) + 2.0 * m.head_params
     keys, read = estimates.keys_bytes(m, seen), estimates.keys_bytes(m, r.prompt)
-    return (weight_bytes + keys, token), (weight_bytes + read, first)
+    # Twice what it sees: all of it, not the half.
+    return (weight_bytes + keys, estimates.forward_flops(m, 1, 2 * seen)), (weight_bytes + read, first)
 
 
 def m1_tokens_per_s(checkpoint: Checkpoint, r: Request) -> float:
