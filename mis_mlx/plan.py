@@ -91,8 +91,7 @@ def _open(name: str | None) -> tuple[Checkpoint | Mapping[str, Any], str]:
     if name in arch.PUBLISHED:
         return arch.PUBLISHED[name], name
     folder = resolve.resolve_model(name).path
-    bare = not any(folder.glob("*.safetensors"))
-    return read_config(folder) if bare else load.open_checkpoint(folder), str(folder)
+    return load.open_checkpoint(folder) if any(folder.glob("*.safetensors")) else read_config(folder), str(folder)
 
 
 def _pair(s: Settings, opened: Checkpoint | Mapping[str, Any], gpu: bool) -> list[estimates.ModelSize]:

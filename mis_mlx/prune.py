@@ -48,9 +48,8 @@ def run(settings: Settings) -> dict[str, Any]:
     length, tokens = s.max_seq_length, s.num_samples * s.max_seq_length
     m = estimates.model_of(checkpoint)
     planned = estimates.streamed_pass("calibration", m, tokens, length, length, limit.limit_bytes, head=False)
-    chosen = [compression_size.vocabulary(m, length)] if rows < m.shape.vocab else []
     copied = replace(planned, name="the largest tensor on its way", peak_bytes=estimates.tensor_bytes(m))
-    estimates.fit(limit, planned, copied, *chosen)
+    estimates.fit(limit, planned, copied, *([compression_size.vocabulary(m, length)] if rows < m.shape.vocab else []))
     data = preparation.prepare(s.data, load.tokenizer(checkpoint.path), length)
     with (
         progress.run("prune"), memory.limited(limit), tempfile.TemporaryDirectory(prefix="mis_mlx-") as place,

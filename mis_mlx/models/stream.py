@@ -189,9 +189,21 @@ class Stream:
         return hidden
 
     def _stored(self, prefix: str, rows: np.ndarray | None = None) -> dict[str, mx.array]:
-        """All tensors of this prefix as stored, or some of their rows, in memory of their own."""
+        """All tensors of this prefix, or some of their rows as stored, in memory of their own."""
         tensors = {n: t for n, t in self.checkpoint.tensors.items() if n.startswith(prefix)}
+        if rows is None and len(tensors) == 1:  # not packed
+            return {n: self._converted(t) for n, t in tensors.items()}
         return {n: self.reader.rows(t, np.arange(t.shape[0]) if rows is None else rows) for n, t in tensors.items()}
+
+    def _converted(self, t: TensorAt) -> mx.array:
+        """A tensor in the type of computations, read and converted in parts: a head is too large to be there twice."""
+        found: Any = mx.zeros((math.prod(t.shape) * self.dtype.size,), mx.uint8)
+        evaluate_now(found)
+        view, at = memoryview(found), 0
+        for rows in np.array_split(np.arange(t.shape[0]), -(-math.prod(t.shape) // HEAD_PART)):
+            part = np.array(self.reader.rows(t, rows).astype(self.dtype).view(mx.uint8)).reshape(-1)
+            view[at : (at := at + part.nbytes)] = part.data
+        return found.view(self.dtype).reshape(t.shape)
 
     def norm(self, hidden: Hidden) -> Hidden:
         """Every batch after the last RMSNorm, in place."""
@@ -207,18 +219,19 @@ class Stream:
         """The vocabulary head, for `load.logits`; read anew each time unless there is room to keep it."""
         if self._head is not None:
             return self._head
-        prefix = load.head_prefix(self.checkpoint)
-        made = load.head(self.checkpoint, self.dtype, self._stored(prefix))
-        head = load_checked(made, f"{self.checkpoint.path}: {prefix}")
+        head = self._made_head(None)
         self._head = head if self._keep_head else None
         return head
 
+    def _made_head(self, rows: np.ndarray | None) -> nn.Module:
+        prefix = load.head_prefix(self.checkpoint)
+        made = load.head(self.checkpoint, self.dtype, self._stored(prefix, rows))
+        return load_checked(made, f"{self.checkpoint.path}: {prefix}")
+
     def head_parts(self, vocab: int, rows: int) -> Iterator[tuple[int, nn.Module]]:
         """(first token, head of `rows` tokens), as `head`, over the first `vocab` tokens; each read when asked for."""
-        prefix = load.head_prefix(self.checkpoint)
         for start in range(0, vocab, rows):
-            raw = self._stored(prefix, np.arange(start, min(start + rows, vocab)))
-            yield start, load_checked(load.head(self.checkpoint, self.dtype, raw), f"{self.checkpoint.path}: {prefix}")
+            yield start, self._made_head(np.arange(start, min(start + rows, vocab)))
 
     def through(self, block: nn.Module, hidden: Hidden) -> Hidden:
         """Every batch's hidden states (B, T, D) through one block, in place, evaluated batch by batch."""

@@ -35,7 +35,7 @@ def vocabulary(t: ModelSize, length: int) -> StageCost:
     p = streamed_pass("vocabulary", t, tokens, length, length, head=False, spool=False)
     positions = min(length, VOCABULARY_LOGITS // vocab)
     head = tokens * t.shape.hidden * t.item + 4 * positions * (vocab + 2 * rows)
-    head += rows * (2 * t.head_work + t.making_head) // vocab
+    head += 3 * rows * t.head_work // vocab
     flops, times = estimates.forward_flops(t, tokens, length), VOCABULARY_WINDOWS * math.ceil(length / positions)
     return replace(p, peak_bytes=max(p.peak_bytes, head), read_bytes=p.read_bytes + times * t.head_bytes, flops=flops)
 

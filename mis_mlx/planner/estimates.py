@@ -63,11 +63,6 @@ class ModelSize:
         return self.head_bytes if self.packed and self.as_stored else self.head_params * self.item
 
     @property
-    def making_head(self) -> int:
-        """Bytes beside the head while it is made: what was read or, where that is packed, a second copy (measured)."""
-        return 0 if self.as_stored else max(self.head_bytes, self.packed * self.head_work)
-
-    @property
     def slots_bytes(self) -> int:
         """The two buffers that blocks, and two that experts, are read into in turn."""
         return 2 * int(self.here * self.block_bytes + SLOT_BYTES * (2 if self.shape.experts else 1))
@@ -243,7 +238,7 @@ def compared(models: Sequence[ModelSize], windows: int, length: int) -> StageCos
     tokens, vocab, hidden = windows * length, min(m.shape.vocab for m in models), max(m.shape.hidden for m in models)
     rows = min(HEAD_PART // hidden, vocab)
     body = max(m.slots_bytes + m.body_bytes(workspace_bytes(m, length, length)) for m in models)
-    parts = [rows * (2 * m.head_work + m.making_head) // m.shape.vocab for m in models]
+    parts = [3 * rows * m.head_work // m.shape.vocab for m in models]
     beside = 3 * rows * hidden + 2 * 4 * min(length, CHUNK) * rows
     found = 9 * 8 * min(tokens, GROUP + length) * math.ceil(vocab / rows)
     peak = max(body, parts[0] + max(parts) + beside + found) + tokens * sum(m.shape.hidden * m.item for m in models)

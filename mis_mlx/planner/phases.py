@@ -126,10 +126,10 @@ def sharded(job: DistillationSpec, micro: int, shard: int) -> StageCost:
         flops += forward_flops(t, job.step, length)
     else:
         read += job.step * job.target_bytes
-    saves = max(job.iters // job.save_every + 2, 2 * visits)  # a resume needs one of every visit
     trained = 4 * b * min(s.layers, visits * shard)
     read = job.iters * read + visits * 4 * m.head_params + trained
-    written, updated = trained + state * saves, job.iters * b * shard
+    # A resume needs one checkpoint of every visit.
+    written, updated = trained + state * max(job.iters // job.save_every + 2, 2 * visits), job.iters * b * shard
     return StageCost("distil", int(read), written, peak, job.iters * flops, updated=updated)
 
 

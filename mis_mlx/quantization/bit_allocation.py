@@ -163,8 +163,9 @@ class _Ends:
         self.squares = dict.fromkeys((self.table, self.head), 0.0)
         self.variances = dict[str, mx.array]()  # (V, D / group) float32
         for path in self.squares:
-            groups = mx.unflatten(load.dense(checkpoint, f"{path}.weight").astype(mx.float32), 1, (-1, self.group))
-            self.variances[path] = mx.square(groups.max(axis=-1) - groups.min(axis=-1)) / 12
+            # In the type that is stored, which the ends of a range have: a float32 copy would be twice as large.
+            groups = mx.unflatten(load.dense(checkpoint, f"{path}.weight"), 1, (-1, self.group))
+            self.variances[path] = mx.square(groups.max(axis=-1).astype(mx.float32) - groups.min(axis=-1)) / 12
             stream.evaluate_now(self.variances[path])
 
     def at_head(self, x: mx.array, above: mx.array) -> None:

@@ -64,9 +64,8 @@ def find(out: str | None, under: Path = Path("runs")) -> Path:
 def stored_settings(folder: Path, file: str = CONFIG) -> dict[str, Any]:
     """The settings in a run's config.yaml, or what another `file` of it has. MisError where that does not read."""
     path = folder / file
-    parse = yaml.safe_load if path.suffix == ".yaml" else json.loads
     try:
-        values = parse(path.read_text(encoding="utf-8"))
+        values = (yaml.safe_load if path.suffix == ".yaml" else json.loads)(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         values = None
     if not isinstance(values, dict):

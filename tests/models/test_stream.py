@@ -137,3 +137,21 @@ def test_the_block_before_is_let_go(llama: Checkpoint) -> None:
     assert tree_flatten(first.parameters())
     next(passing)
     assert not tree_flatten(first.parameters())
+
+
+@pytest.mark.parametrize("kind", ["llama", "untied"])
+def test_a_head_of_another_type_is_not_in_memory_twice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    """Read and converted a part at a time: the same numbers, and little memory beside them."""
+    stored = load.open_checkpoint(tiny.make(tmp_path / kind, dtype="BF16", vocab_size=65_520, **tiny.KINDS[kind]))
+    prefix = load.head_prefix(stored)
+    wanted = load.dense(stored, f"{prefix}weight").astype(mx.float32)
+    monkeypatch.setattr(stream, "HEAD_PART", 100 * 64)
+    monkeypatch.setattr(stream, "CHECKED", 100 * 64)
+    before, _ = mx.get_active_memory(), mx.reset_peak_memory()
+    head = stream.Stream(stored, mx.float32).head()
+    mx.eval(head.parameters())
+    peak = mx.get_peak_memory() - before
+    assert peak < 1.1 * wanted.nbytes
+    assert mx.array_equal(head.weight, wanted)

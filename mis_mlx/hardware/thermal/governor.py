@@ -69,8 +69,7 @@ class Duty:
         """The duty after a look: `room_k`: set-point minus temperature, `ceiling`: a limit from elsewhere."""
         elapsed_s = min(elapsed_s, self.LONGEST_S)
         wanted = self._integral + self.KP * room_k
-        winds_up = (wanted >= 1.0 and room_k > 0) or (wanted <= self.LOW and room_k < 0)
-        if not winds_up:
+        if not ((wanted >= 1.0 and room_k > 0) or (wanted <= self.LOW and room_k < 0)):  # else it winds up
             self._integral = min(1.0, max(self.LOW, self._integral + self.KI * room_k * elapsed_s))
         wanted = min(self._integral + self.KP * room_k, ceiling, self.value + self.RISE_PER_S * elapsed_s)
         self.value = min(1.0, max(self.LOW, wanted))
@@ -167,9 +166,8 @@ class Governor:
             return Decision("stop", self._duty.value, 0.0, *why, checkpoint=True)
         may_turn = now_s - self._turned_s >= APART_S
         if self._waiting is not None:
-            powered = self._power_trouble(reading, BATTERY_ENOUGH_PERCENT) is None
             cool = self._waiting.cause != "hot" or self._cool.lasted(RESUME_HOLD_S, RESUME_SAMPLES)
-            if not (may_turn and powered and cool):
+            if not (may_turn and cool) or self._power_trouble(reading, BATTERY_ENOUGH_PERCENT) is not None:
                 return self._waiting
             self._waiting, self._turned_s = None, now_s
         elif may_turn and (pause := self._pause(reading)) is not None:

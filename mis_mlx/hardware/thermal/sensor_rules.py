@@ -77,8 +77,7 @@ def _battery(hid: list[tuple[str, float]], smc: dict[str, float | None], raw: Ra
 
 def _within(value: float | None, low: float, high: float) -> float | None:
     """`value` when it is a number strictly between the bounds and not the 0.0 of an empty register."""
-    usable = value is not None and math.isfinite(value) and value != 0.0 and low < value < high
-    return value if usable else None
+    return value if value is not None and math.isfinite(value) and value != 0.0 and low < value < high else None
 
 
 class Frozen:
