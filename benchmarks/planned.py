@@ -118,7 +118,8 @@ def main(s: Settings) -> None:
         for name in [s.only] if s.only else [n for n in CASES if n not in found]:
             teacher = resolve.resolve_model(None).path
             if name.startswith("0.5"):
-                teacher = streaming.synthetic(Path(temp) / "half", HALF)
+                half = Path(temp) / "half"
+                teacher = half if half.exists() else streaming.synthetic(half, HALF)
             elif name.startswith("4-bit"):
                 teacher = laboratory.packed(teacher, Path(temp) / "packed")
             found[name] = case(name, str(teacher), Path(temp))
