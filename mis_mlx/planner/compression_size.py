@@ -145,8 +145,8 @@ def packed_bytes(m: ModelSize, how: QuantizationConfig) -> int:
 def quantize(m: ModelSize, how: QuantizationConfig, windows: int, length: int, limit: int) -> StageCost:
     """Tensor by tensor; passes over `windows` before it say what bits cost, one beside it makes up for errors."""
     how = how.affine
-    largest = max(m.shape.vocab, m.shape.ffn) * m.shape.hidden  # as stored, packed twice, what is rounded at a time
-    rounded = (math.ceil(m.nbytes / m.params) + 3) * largest + 8 * min(largest, PART)
+    largest = max(m.shape.vocab, m.shape.ffn) * m.shape.hidden  # as stored, packed, and what is rounded at a time
+    rounded = (math.ceil(m.nbytes / m.params) + 2) * largest + 4 * min(largest, PART)
     made = StageCost("quantize", m.nbytes, packed_bytes(m, how), rounded, 0.0)
     if how.q_method == "gptq":
         made = _compensated(made, m, windows * length, length, limit)
