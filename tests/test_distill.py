@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mis_mlx import distill
+from mis_mlx import distill, report
 from mis_mlx.distillation import pipeline
 from mis_mlx.models import arch, load, mlx_generate
 from mis_mlx.models.config import shape_of
@@ -128,13 +128,16 @@ def refused(out: Path, **changes: Any) -> str:
 def test_a_budget_that_no_model_fits_whole(
     tmp_path: Path, flags: tuple[object, ...], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing is timed, which it says, and the run ends as any other."""
+    """Nothing is timed, which it says, the run ends as any other and has its page."""
     monkeypatch.setattr(phases, "timed_bytes", lambda params: 2**50)
     s = settings_of(distill, flags, tmp_path / "run", bench_tokens=4, iters=1, quantize=0)
     assert distill.run(s)["params_student"]
     assert "no model fits the budget whole" in "".join(capfd.readouterr())
     table = (tmp_path / "run" / "table.md").read_text("utf-8")
     assert "weights on disk" in table and "first token" not in table
+    page = tmp_path / "page.html"
+    report.run(report.Settings((str(tmp_path / "run"),), str(page)))
+    assert "weights on disk" in page.read_text("utf-8")
 
 
 def test_a_run_in_use_is_refused(tmp_path: Path, finished: tuple[Path, Done]) -> None:
