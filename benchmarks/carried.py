@@ -23,12 +23,19 @@ from laboratory import resumed, start, stored, write
 
 from mis_mlx import cli, distill
 from mis_mlx.data import preparation
+from mis_mlx.planner import recipe
 from mis_mlx.reporting.text import markdown_table
 
 ROWS: dict[str, dict[str, Any]] = {
     "default": {},
     "first edition": {"scenario": "gazda"},
-    "Minitron": {"scenario": "goral", "importance": "activation", "reconstruct_samples": 0, "learning_rate": 3e-4},
+    "Minitron": {
+        "scenario": "goral",
+        "importance": "activation",
+        "reconstruct_samples": 0,
+        "learning_rate": 3e-4,
+        "iters": recipe.ITERS,
+    },  # fmt: skip
 }
 SEEDS = (0, 1, 2)
 
