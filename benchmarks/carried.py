@@ -35,7 +35,7 @@ ROWS: dict[str, dict[str, Any]] = {
         "reconstruct_samples": 0,
         "learning_rate": 3e-4,
         "iters": recipe.ITERS,
-    },  # fmt: skip
+    },
 }
 SEEDS = (0, 1, 2)
 
