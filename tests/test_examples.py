@@ -183,7 +183,7 @@ def test_only_the_answer_is_learned_without_a_template(tokenizer: Any) -> None:
 
 def test_all_turns_of_the_assistant_are_learned(llama: Checkpoint) -> None:
     """By the chat template: nothing of what others said, and no header."""
-    tokenizer = load.tokenizer(llama.path)
+    tokenizer = load.mlx_lm("utils").load_tokenizer(llama.path)  # its own: others share theirs
     tokenizer.chat_template = TEMPLATE
     said = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
     row = {"messages": [{"role": role, "content": content} for role, content in said]}
@@ -214,7 +214,7 @@ def test_a_prompt_that_fills_the_window_is_a_sentence(tokenizer: Any) -> None:
 
 def test_a_template_that_refuses_is_a_sentence(llama: Checkpoint) -> None:
     """A program that came with the model may raise anything."""
-    tokenizer = load.tokenizer(llama.path)
+    tokenizer = load.mlx_lm("utils").load_tokenizer(llama.path)  # its own: others share theirs
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(MisError, match="x.jsonl line 1: the chat template refuses it"):
         examples.encode(split(GOOD["completion"]), tokenizer, 64)
