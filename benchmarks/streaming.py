@@ -29,7 +29,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mis_mlx.models import arch, load, stream
 from mis_mlx.storage import block_reader
@@ -79,7 +79,7 @@ def synthetic(folder: Path, sizes: dict[str, int], bits: int = 0) -> Path:
     write_tensors(folder, specs, ((name, made(name)) for name in specs), DISK)
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=sizes["vocab_size"], special_tokens=["<|endoftext|>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),

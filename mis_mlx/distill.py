@@ -100,13 +100,11 @@ def _quantize(s: Settings, c: pipeline.Run, dense: Path) -> None:
 
 
 def _judging(s: Settings, c: pipeline.Run, data: preparation.Data, teacher: Checkpoint) -> Judging:
-    """By name, the held-out windows that judge and, where the teacher has more tokens, their text in those. Tokenizers
-    go then: each phase would have them beside it."""
+    """By name, the held-out windows that judge and, where the teacher has more tokens, their text in those."""
     found, tokenizers = {}, [load.tokenizer(m.path) for m in (c.teacher, teacher)] if teacher is not c.teacher else []
     for at, (name, held_out) in enumerate(data.held_out.items()):
         chosen = comparison.chosen(held_out, s.eval_windows if at == 0 else max(1, s.eval_windows // 3))
         found[name] = chosen, token_windows.reread(chosen, *tokenizers) if tokenizers else None
-    load.opened_tokenizer.cache_clear()
     return found
 
 
@@ -147,6 +145,7 @@ def _sizes(s: Settings, c: pipeline.Run, models: comparison.Models) -> list[Row]
 def _stages(s: Settings, c: pipeline.Run, data: preparation.Data, teacher: Checkpoint) -> tuple[str, dict[str, Any]]:
     """(the table, the result); nothing on machines beside the first one. teacher: with its own vocabulary."""
     folder, judging = c.folder, _judging(s, c, data, teacher)
+    load.opened_tokenizer.cache_clear()  # each phase would have them beside it
     models = {"teacher": teacher, "pruned": _prune(s, c, data, arch.params(teacher.config))}
     distilled = folder / ("distilled" if s.quantize else "model")
     pipeline.distil(c, models["pruned"], distilled)

@@ -201,7 +201,7 @@ class Stream:
         evaluate_now(found)
         view, at = memoryview(found), 0
         for rows in np.array_split(np.arange(t.shape[0]), -(-math.prod(t.shape) // HEAD_PART)):
-            part = np.array(self.reader.rows(t, rows).astype(self.dtype).view(mx.uint8)).reshape(-1)
+            part = np.asarray(self.reader.rows(t, rows).astype(self.dtype).view(mx.uint8)).reshape(-1)
             view[at : (at := at + part.nbytes)] = part.data
         return found.view(self.dtype).reshape(t.shape)
 

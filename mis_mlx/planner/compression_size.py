@@ -34,8 +34,7 @@ def vocabulary(t: ModelSize, length: int) -> StageCost:
     tokens, vocab, rows = VOCABULARY_WINDOWS * length, t.shape.vocab, min(HEAD_PART // t.shape.hidden, t.shape.vocab)
     p = streamed_pass("vocabulary", t, tokens, length, length, head=False, spool=False)
     positions = min(length, VOCABULARY_LOGITS // vocab)
-    head = tokens * t.shape.hidden * t.item + 4 * positions * (vocab + 2 * rows)
-    head += 3 * rows * t.head_work // vocab
+    head = tokens * t.shape.hidden * t.item + 4 * positions * (vocab + 2 * rows) + 3 * rows * t.head_work // vocab
     flops, times = estimates.forward_flops(t, tokens, length), VOCABULARY_WINDOWS * math.ceil(length / positions)
     return replace(p, peak_bytes=max(p.peak_bytes, head), read_bytes=p.read_bytes + times * t.head_bytes, flops=flops)
 
@@ -146,7 +145,7 @@ def quantize(m: ModelSize, how: QuantizationConfig, windows: int, length: int, l
     """Tensor by tensor; passes over `windows` before it say what bits cost, one beside it makes up for errors."""
     how = how.affine
     largest = max(m.shape.vocab, m.shape.ffn) * m.shape.hidden  # as stored, packed, and what is rounded at a time
-    rounded = (math.ceil(m.nbytes / m.params) + 2) * largest + 4 * min(largest, PART)
+    rounded = (math.ceil(m.nbytes / m.params) + 2) * largest + 4 * min(largest, PART) + estimates.stacked_bytes(m)
     made = StageCost("quantize", m.nbytes, packed_bytes(m, how), rounded, 0.0)
     if how.q_method == "gptq":
         made = _compensated(made, m, windows * length, length, limit)

@@ -134,8 +134,12 @@ class StageCost:
 def tensor_bytes(m: ModelSize) -> int:
     """Bytes to rewrite the largest tensor: as stored, cut and converted; or de-quantized and converted."""
     per = 12 if m.packed else 2 * math.ceil(m.nbytes / m.params) + 2
-    stacked = 2 * 5 * m.shape.experts * m.shape.ffn * m.shape.hidden // 8  # all experts', packed, put together
-    return per * max(m.shape.vocab, m.shape.ffn) * m.shape.hidden + stacked
+    return per * max(m.shape.vocab, m.shape.ffn) * m.shape.hidden + stacked_bytes(m)
+
+
+def stacked_bytes(m: ModelSize) -> int:
+    """A matrix of all experts, each packed, and those put together."""
+    return 2 * 5 * m.shape.experts * m.shape.ffn * m.shape.hidden // 8
 
 
 def forward_flops(m: ModelSize, tokens: int, length: int, head: bool = True) -> float:

@@ -143,7 +143,7 @@ def test_updates_come_on_top_of_the_arithmetic() -> None:
 
 
 def test_a_budget_has_no_cache_in_it() -> None:
-    """150 MiB for the process on Metal, whatever computes here; on a CPU 24."""
+    """150 MiB for the process on Metal, whatever computes here; on a CPU 40."""
     assert estimates.room(GIB, 100 * MIB, True) == GIB - 250 * MIB
     assert estimates.room(GIB, 100 * MIB, False) == GIB - (40 + 100) * MIB
     assert estimates.room(GIB, 0) == estimates.room(GIB, 0, False)
