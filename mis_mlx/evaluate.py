@@ -72,7 +72,8 @@ def _kld(models: Models, held_out: token_windows.Windows, title: str, opened: co
     rows, result = [], dict[str, Any]({"tokens": tokens, "sha256_tokens": sha256})
     for name, of in report.items():
         for metric, (value, error) in of.items():
-            rows.append(Row(name, metric, value, *(() if error is None else (value - error, value + error))))
+            ends = () if error is None else (value - error, value + error)
+            rows.append(Row(name, metric, value, *ends))
             result[f"{metric}_{name}"] = value
             if error is not None:
                 result[f"{metric}_se_{name}"] = error

@@ -145,8 +145,7 @@ def _packed(checkpoint: Checkpoint, plan: Layout, rounded: Rounded | None) -> It
 
 def _nearest(checkpoint: Checkpoint, how: Format, name: str) -> rounding.Packed:
     """A matrix, or those of all experts stacked, rounded to nearest values."""
-    whole = [_finite(checkpoint, one) for one in experts.one_by_one(name, checkpoint.config)]
-    every = [_by_parts(each, how) for each in whole]
+    every = [_by_parts(_finite(checkpoint, one), how) for one in experts.one_by_one(name, checkpoint.config)]
     return every[0] if len(every) == 1 else tuple(mx.stack(list(part)) for part in zip(*every, strict=True))
 
 

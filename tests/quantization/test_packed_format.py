@@ -13,6 +13,7 @@ import pytest
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, load
 from mis_mlx.models.config import shape_of
+from mis_mlx.planner import compression_size, estimates, recipe
 from mis_mlx.pruning import slicing
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
@@ -52,6 +53,17 @@ def test_a_large_matrix_is_rounded_in_parts(monkeypatch: pytest.MonkeyPatch, tmp
     packed_format.write_quantized(llama, tmp_path / "parts", plan, DISK)
     whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert parts == whole
+
+
+def test_experts_are_rounded_one_at_a_time(tmp_path: Path) -> None:
+    """Those of a mixture are not all in memory before they are packed; the plan knows what they take then."""
+    sizes = {"num_experts": 32, "hidden_size": 256, "moe_intermediate_size": 512, "num_hidden_layers": 1}
+    folder = tiny.make(tmp_path / "mixture", dtype="BF16", **{**tiny.FAMILIES["qwen3_moe"], **sizes})
+    mixture = load.open_checkpoint(folder)
+    before, _ = mx.get_active_memory(), mx.reset_peak_memory()
+    packed_format.write_quantized(mixture, tmp_path / "q4", packed_format.layout(mixture.config, 64), DISK)
+    planned = compression_size.quantize(estimates.model_of(mixture), recipe.PLAIN, 1, 32, 0)
+    assert mx.get_peak_memory() - before <= planned.peak_bytes
 
 
 def test_rounding_is_as_good_as_the_bits_allow(tmp_path: Path, llama: Checkpoint) -> None:
