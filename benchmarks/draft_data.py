@@ -1,6 +1,6 @@
-"""Text for a draft to learn from: what the default teacher itself answers to 240 questions, greedily.
+"""Text for a draft to learn from: what the default teacher itself answers to 480 questions, greedily.
 
-    scripts/mis benchmarks/draft_data.py FOLDER      # about 5 minutes on 2 cores
+    scripts/mis benchmarks/draft_data.py FOLDER      # about 10 minutes on 2 cores
     scripts/mis distill --student RUN/distilled --data FOLDER --reconstruct-samples 0 --quantize 0
 
 A draft has to guess the teacher's words, so the teacher's words are what it should have seen. The questions
@@ -21,7 +21,10 @@ TOPICS = (
     "a lighthouse", "photosynthesis", "the moon", "bread", "a bicycle", "volcanoes", "honey bees", "the Roman Empire",
     "a glacier", "democracy", "chess", "the human heart", "a violin", "rivers", "electricity", "a library",
     "coffee", "dinosaurs", "the Sahara desert", "friendship", "a compass", "recycling", "gravity", "wool",
-    "the alphabet", "snow", "money", "a telescope", "forests", "salt",
+    "the alphabet", "snow", "money", "a telescope", "forests", "salt", "a windmill", "the ocean", "paper", "owls",
+    "a castle", "the internet", "vaccines", "a garden", "opera", "earthquakes", "cotton", "the solar eclipse", "ants",
+    "a passport", "jazz", "hospitals", "an island", "concrete", "dreams", "football", "the printing press", "tea",
+    "a submarine", "wolves", "taxes", "marathons", "glass", "a desert flower", "the calendar", "patience",
 )  # fmt: skip
 ASKS = (
     "Tell me about {}.", "Explain {} in simple words.", "Write a short poem about {}.", "Give me three facts about {}.",
