@@ -146,13 +146,13 @@ def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
     """Windows of `length` tokens; held-out ones that overlap training are removed. data None: Python's manual (English)
     with one part in eight of Polish Miś texts, whose splits share sentence templates by design: there overlap stays;
     and two in eight that a model wrote, of more kinds. What a teacher wrote beside these is held against the same."""
+    texts, start = load(data), token_windows.start_of(tokenizer)
 
-    def windows(rows: Sequence[Row]) -> token_windows.Windows:
-        return token_windows.windows(token_windows.tokenize(rows, tokenizer), length, token_windows.start_of(tokenizer))
+    def windows(rows: Sequence[Row], own: bool = False) -> token_windows.Windows:
+        return token_windows.windows(token_windows.tokenize(rows, tokenizer, own), length, start)
 
-    texts = load(data)
-    train, test = windows(texts.train), windows(texts.test)
-    test, removed = token_windows.without_overlap(test, train)
+    train, test, own = windows(texts.train), windows(texts.test), windows(texts.test, own=True).tokens == 1
+    test, removed = token_windows.without_overlap(test, train, own=own)
     counts = f"{len(train.tokens)} training windows of {length} tokens, {len(test.tokens)} held out"
     gone = f"{removed} more held-out windows shared 32 tokens in a row with training and were removed"
     notes = [*texts.notes, f"{counts}; {gone}"]

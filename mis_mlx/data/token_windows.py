@@ -34,17 +34,18 @@ def joined(parts: Sequence[Windows]) -> Windows:
     return Windows(tokens, learn, np.concatenate(sizes) if len(sizes) == len(parts) else None)
 
 
-def tokenize(rows: Iterable[Row], tokenizer: Any) -> list[list[int]]:
+def tokenize(rows: Iterable[Row], tokenizer: Any, own: bool = False) -> list[list[int]]:
     """Ids of every row. A text row gets the tokenizer's own start token, if it has that habit, and the end token; the
-    others are rendered with its chat template. mlx-lm's ids, but a special token spelled in a text stays text."""
-    end, start = end_of(tokenizer), start_of(tokenizer)
-    tokenized = []
+    others are rendered with its chat template. mlx-lm's ids, but a special token spelled in a text stays text.
+    own: not ids but where they are what the row says itself, 1: text or answers; 0: prompts and the template."""
+    end, start, tokenized = end_of(tokenizer), start_of(tokenizer), list[list[int]]()
     for number, row in enumerate(rows, 1):
         if "text" in row:
-            tokenized.append([*start, *_encode(tokenizer, row["text"], split=True), end])
+            ids = [*start, *_encode(tokenizer, row["text"], split=True), end]
+            tokenized.append([1] * len(ids) if own else ids)
             continue
         try:
-            tokenized.append(_render(_messages(row), tokenizer))
+            tokenized.append(conversation(row, tokenizer, own)[own])
         except MisError:
             raise
         except Exception as error:  # a template is a program that came with the model: it can raise anything
@@ -197,9 +198,10 @@ def order(n_windows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
     return np.resize(np.random.default_rng([seed, epoch]).permutation(n_windows)[within * batch_size :], batch_size)
 
 
-def overlap(train: Windows, held_out: Windows, span: int = 32) -> np.ndarray:
+def overlap(train: Windows, held_out: Windows, span: int = 32, own: Any = 1) -> np.ndarray:
     """Sorted indices of the held-out windows that share any run of `span` tokens (or all, of a shorter one) with the
-    training text. By 64-bit polynomial hashes: a window may go without need, once in 10^9 times."""
+    training text. By 64-bit polynomial hashes: a window may go without need, once in 10^9 times.
+    own (N, T): 0 in prompts and templates, which conversations share; a run counts where half of it or more is 1."""
     span = min(span, held_out.tokens.shape[1])
     powers = np.uint64(0x9E3779B97F4A7C15) ** np.arange(span, dtype=np.uint64)
 
@@ -209,12 +211,13 @@ def overlap(train: Windows, held_out: Windows, span: int = 32) -> np.ndarray:
     text = train.tokens
     if len(text) > 1 and (text[:, 0] == text[0, 0]).all():  # a start token that the windows got, not the text
         text = text[:, 1:]
-    return np.flatnonzero(np.isin(hashes(held_out.tokens), hashes(text.reshape(-1))).any(axis=1))
+    said = sliding_window_view(np.broadcast_to(own, held_out.tokens.shape), span, axis=-1).mean(axis=-1)
+    return np.flatnonzero((np.isin(hashes(held_out.tokens), hashes(text.reshape(-1))) & (said >= 0.5)).any(axis=1))
 
 
-def without_overlap(held_out: Windows, train: Windows, span: int = 32) -> tuple[Windows, int]:
+def without_overlap(held_out: Windows, train: Windows, span: int = 32, own: Any = 1) -> tuple[Windows, int]:
     """(held-out windows that share no run of `span` tokens with the training text, how many were removed)."""
-    shared, count = overlap(train, held_out, span), len(held_out.tokens)
+    shared, count = overlap(train, held_out, span, own), len(held_out.tokens)
     if len(shared) == count:
         raise MisError(f"all {count} held-out windows share {span} tokens in a row with train: bring other test text")
     return held_out.pick(np.setdiff1d(np.arange(count), shared)), len(shared)

@@ -78,7 +78,7 @@ class NormalEquations:
             if (left := held_out.left(self.update(ridge))) < least:
                 best, least = ridge, left
         if best is None:
-            return np.zeros(self.cross.T.shape), 1.0
+            return np.zeros_like(self.cross.T), 1.0
         if whole:
             self.gram += held_out.gram
             self.cross += held_out.cross

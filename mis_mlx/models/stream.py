@@ -197,13 +197,13 @@ class Stream:
 
     def _converted(self, t: TensorAt) -> mx.array:
         """A tensor in the type of computations, read and converted in parts: a head is too large to be there twice."""
-        found: Any = mx.zeros((math.prod(t.shape) * self.dtype.size,), mx.uint8)
+        found: Any = mx.zeros((*t.shape[:-1], t.shape[-1] * self.dtype.size), mx.uint8)  # no axis may have 2^31
         evaluate_now(found)
-        view, at = memoryview(found), 0
+        view, at = memoryview(found).cast("B"), 0
         for rows in np.array_split(np.arange(t.shape[0]), -(-math.prod(t.shape) // HEAD_PART)):
             part = np.asarray(self.reader.rows(t, rows).astype(self.dtype).view(mx.uint8)).reshape(-1)
             view[at : (at := at + part.nbytes)] = part.data
-        return found.view(self.dtype).reshape(t.shape)
+        return found.view(self.dtype)
 
     def norm(self, hidden: Hidden) -> Hidden:
         """Every batch after the last RMSNorm, in place."""

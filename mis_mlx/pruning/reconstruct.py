@@ -132,8 +132,9 @@ def refit(
         (judge if b in held_out else fit).add(*next(coming))
     block.mlp.down_proj = linear
     update, error = fit.judged(judge, whole=not settled)  # else those held out judge what the norm makes of it
-    update *= back
-    weight = mx.array((np.array(linear.weight.astype(mx.float32), np.float64) + update).astype(np.float32))
+    update *= back  # in place, as the sum is: what the fit is made of is still there
+    update += np.asarray(linear.weight.astype(mx.float32))
+    weight = mx.array(update.astype(np.float32, copy=False))
     linear.weight = weight.astype(linear.weight.dtype)
     stream.evaluate_now(weight, linear.weight)
     return weight, settled() if settled and error < 1.0 else error

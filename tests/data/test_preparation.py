@@ -53,3 +53,18 @@ def test_too_little_text_is_a_sentence(tmp_path: Path, llama: Checkpoint) -> Non
         (tmp_path / f"{split}.jsonl").write_text('{"text": "a few words of ' + split + '"}\n')
     with pytest.raises(MisError, match="one window takes 256.*--max-seq-length"):
         preparation.prepare(str(tmp_path), load.tokenizer(llama.path), 256)
+
+
+def test_conversations_share_their_instruction_and_stay(tmp_path: Path, llama: Checkpoint) -> None:
+    """Every row begins with the same long order, which is no leak; an answer that training has, too, is one."""
+    order = "Say in a few words of your own what the number of this letter stands for, and nothing more than that: "
+    answers = [" ".join(f"{n * k}" for k in range(40, 80)) for n in range(3, 48, 3)]
+    rows = [json.dumps({"prompt": order + str(n), "completion": a}) for n, a in enumerate(answers)]
+    for name, some in {"train": rows[:10], "valid": rows[10:], "test": rows[10:]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(some))
+    tokenizer = load.tokenizer(llama.path)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
+    alone = preparation.prepare(str(tmp_path), tokenizer, 64)
+    assert "; 0 more held-out windows" in alone.notes[-1]
+    (tmp_path / "test.jsonl").write_text("\n".join([*rows[10:], rows[0]]))
+    assert "; 0 more" not in preparation.prepare(str(tmp_path), tokenizer, 64).notes[-1]

@@ -200,6 +200,13 @@ def test_overlap_by_pencil() -> None:
     assert (left.tokens.tolist(), left.learn.shape, removed) == ([[3, 4, 9, 6], [8, 7, 6, 5]], (2, 4), 2)
 
 
+def test_a_run_of_prompts_and_templates_is_no_overlap() -> None:
+    """Runs of 4 of a known window: one token of an answer is not enough, two are."""
+    train, held_out = _windows([[1, 2, 3, 4]]), _windows([[1, 2, 3, 4]] * 3)
+    own = np.array([[0, 0, 0, 1], [0, 0, 1, 1], [1, 1, 1, 1]])
+    assert token_windows.overlap(train, held_out, 4, own).tolist() == [1, 2]
+
+
 def test_overlap_equals_the_plain_set_of_spans() -> None:
     """Against the obvious way, with a vocabulary of 3 so that many runs are shared."""
     rng = np.random.default_rng(0)

@@ -46,8 +46,7 @@ class Live:
         except OSError as error:
             if sys.platform == "darwin":
                 self._missing["Apple"] = str(error)
-        self._asleep_s = clock.asleep()
-        self._rested = clock.uptime() < JUST_BOOTED_S
+        self._asleep_s, self._rested = clock.asleep(), clock.uptime() < JUST_BOOTED_S
 
     def look(self) -> Raw:
         """Ask every provider once. One that fails is missing in this look only."""
@@ -81,8 +80,7 @@ class Monitor:
     ):  # fmt: skip
         if given_ambient_c is not None and not -60 <= given_ambient_c <= 60:
             raise MisError(f"ambient temperature {given_ambient_c} °C is not within −60 and 60: give it in °C")
-        self.source: Live | Replay
-        self.source = Replay(replay, VirtualClock()) if replay else Live(clock or Clock(), apple_library)
+        self.source: Live | Replay = Replay(replay, VirtualClock()) if replay else Live(clock or Clock(), apple_library)
         self.replayed = isinstance(self.source, Replay)
         # A live Mac, and no virtual one: there a run without a die temperature is not safe.
         mac = sys.platform == "darwin" or getattr(self.source, "apple", None) is not None
