@@ -1,7 +1,7 @@
 """Text for a draft to learn from: what the default teacher itself answers to 480 questions, greedily.
 
     scripts/mis benchmarks/draft_data.py FOLDER      # about 10 minutes on 2 cores
-    scripts/mis distill --student RUN/model --data FOLDER --reconstruct-samples 0 --quantize 0
+    scripts/mis distill --student RUN/model --data FOLDER --reconstruct-samples 0 --quantize 0 --iters 300
 
 A draft has to guess the teacher's words, so the teacher's words are what it should have seen. The questions
 share no sentence with those of benchmarks/speculative.py. Writes train.jsonl, valid.jsonl and test.jsonl in
