@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mis_mlx.maths import reconstruction
 from mis_mlx.maths.reconstruction import RIDGES
 from mis_mlx.models import load, model_writer, stream
 from mis_mlx.models.config import shape_of
 from mis_mlx.pruning import reconstruct, slicing
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits
+from tests import tiny
 
 ALL = (0, 1, 2)
 SOME = tuple(range(0, 768, 3))
@@ -155,3 +158,22 @@ def test_against_lstsq_in_float64(tmp_path: Path, llama: Checkpoint, windows: li
     change = np.array(mended[name]) - np.array(load.dense(student, name))
     np.testing.assert_allclose(change, update.T, atol=1e-4 * np.abs(update).max())
     assert np.abs(update).max() > 0.01  # there was something to mend
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_a_wide_layer_is_refitted_beside_nothing_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a wide FFN, F = D = 512: the sums, 4 F D numbers of float32, and the new matrix. With a second copy of that in
+    float64 an 8 B model went over its budget."""
+    monkeypatch.setattr(reconstruction, "WIDE", 256)
+    teacher = load.open_checkpoint(tiny.make(tmp_path / "wide", hidden_size=512, num_hidden_layers=2))
+    keep = KeptUnits((0, 1), {(i, "ffn"): tuple(range(512)) for i in (0, 1)}, "")
+    student = student_of(teacher, keep, tmp_path / "s", ffn=512)
+    windows = [mx.random.randint(0, 512, (1, 256), key=mx.random.key(k)) for k in range(6)]
+    tracemalloc.start()
+    try:
+        mended, left = reconstruct.reconstruct(teacher, student, keep, windows)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(mended) == 2 and max(left) < 1
+    assert peak < 4 * 512**2 * (4 + 2.5)
