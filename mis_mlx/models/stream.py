@@ -197,12 +197,12 @@ class Stream:
 
     def _converted(self, t: TensorAt) -> mx.array:
         """A tensor in the type of computations, read and converted in parts: a head is too large to be there twice."""
-        found: Any = mx.zeros((*t.shape[:-1], t.shape[-1] * self.dtype.size), mx.uint8)  # no axis may have 2^31
+        bits = {2: mx.uint16, 4: mx.uint32}[self.dtype.size]  # numpy has no bfloat16
+        found: Any = mx.zeros(t.shape, bits)
         evaluate_now(found)
-        view, at = memoryview(found).cast("B"), 0
+        into = np.asarray(memoryview(found))
         for rows in np.array_split(np.arange(t.shape[0]), -(-math.prod(t.shape) // HEAD_PART)):
-            part = np.asarray(self.reader.rows(t, rows).astype(self.dtype).view(mx.uint8)).reshape(-1)
-            view[at : (at := at + part.nbytes)] = part.data
+            into[rows] = np.asarray(self.reader.rows(t, rows).astype(self.dtype).view(bits))
         return found.view(self.dtype)
 
     def norm(self, hidden: Hidden) -> Hidden:
