@@ -1,6 +1,6 @@
 """How many tokens one pass of a streamed teacher settles when its distilled student guesses a tree of them.
 
-    scripts/mis benchmarks/speculative.py --draft RUN/distilled        # about 20 minutes on 2 cores
+    scripts/mis benchmarks/speculative.py --draft RUN/model        # about 20 minutes on 2 cores
 
 The default teacher, streamed with nothing kept: every pass reads every weight. 20 prompts, up to 32 tokens
 each, through the chat template. Plain streamed decoding reads all weights for each token; `bytes` is the
@@ -99,7 +99,7 @@ def main(s: Settings) -> None:
 def write(s: Settings, prompts: int, rows: list[dict[str, Any]]) -> None:
     """The results so far: a run that is stopped leaves the sizes it has done."""
     flags = f"--max-tokens {s.max_tokens} --prompts {s.prompts} --name {s.name} --sizes {' '.join(map(str, s.sizes))}"
-    command = f"scripts/mis benchmarks/speculative.py --draft RUN/distilled {flags}"
+    command = f"scripts/mis benchmarks/speculative.py --draft RUN/model {flags}"
     laboratory.write(s.name, command, {"draft": s.note, "prompts": prompts, "rows": rows})
 
 

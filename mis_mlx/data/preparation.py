@@ -148,11 +148,12 @@ def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
     and two in eight that a model wrote, of more kinds. What a teacher wrote beside these is held against the same."""
     texts, start = load(data), token_windows.start_of(tokenizer)
 
-    def windows(rows: Sequence[Row], own: bool = False) -> token_windows.Windows:
-        return token_windows.windows(token_windows.tokenize(rows, tokenizer, own), length, start)
+    def windows(rows: Sequence[Row]) -> token_windows.Windows:
+        return token_windows.windows(token_windows.tokenize(rows, tokenizer), length, start)
 
-    train, test, own = windows(texts.train), windows(texts.test), windows(texts.test, own=True).tokens == 1
-    test, removed = token_windows.without_overlap(test, train, own=own)
+    train, held = windows(texts.train), token_windows.marked(texts.test, tokenizer)
+    test, own = (token_windows.windows([row[at] for row in held], length, start) for at in (0, 1))
+    test, removed = token_windows.without_overlap(test, train, own=own.tokens == 1)
     counts = f"{len(train.tokens)} training windows of {length} tokens, {len(test.tokens)} held out"
     gone = f"{removed} more held-out windows shared 32 tokens in a row with training and were removed"
     notes = [*texts.notes, f"{counts}; {gone}"]

@@ -34,18 +34,22 @@ def joined(parts: Sequence[Windows]) -> Windows:
     return Windows(tokens, learn, np.concatenate(sizes) if len(sizes) == len(parts) else None)
 
 
-def tokenize(rows: Iterable[Row], tokenizer: Any, own: bool = False) -> list[list[int]]:
+def tokenize(rows: Iterable[Row], tokenizer: Any) -> list[list[int]]:
     """Ids of every row. A text row gets the tokenizer's own start token, if it has that habit, and the end token; the
-    others are rendered with its chat template. mlx-lm's ids, but a special token spelled in a text stays text.
-    own: not ids but where they are what the row says itself, 1: text or answers; 0: prompts and the template."""
-    end, start, tokenized = end_of(tokenizer), start_of(tokenizer), list[list[int]]()
+    others are rendered with its chat template. mlx-lm's ids, but a special token spelled in a text stays text."""
+    return [ids for ids, _ in marked(rows, tokenizer, False)]
+
+
+def marked(rows: Iterable[Row], tokenizer: Any, mask_prompt: bool = True) -> list[tuple[list[int], list[int]]]:
+    """(`tokenize`'s ids, own) of every row. own: 1 at text and answers; 0 at prompts and the template, if masked."""
+    end, start, tokenized = end_of(tokenizer), start_of(tokenizer), list[tuple[list[int], list[int]]]()
     for number, row in enumerate(rows, 1):
         if "text" in row:
             ids = [*start, *_encode(tokenizer, row["text"], split=True), end]
-            tokenized.append([1] * len(ids) if own else ids)
+            tokenized.append((ids, [1] * len(ids)))
             continue
         try:
-            tokenized.append(conversation(row, tokenizer, own)[own])
+            tokenized.append(conversation(row, tokenizer, mask_prompt))
         except MisError:
             raise
         except Exception as error:  # a template is a program that came with the model: it can raise anything
@@ -225,6 +229,5 @@ def without_overlap(held_out: Windows, train: Windows, span: int = 32, own: Any 
 
 def fingerprint(windows: Windows) -> str:
     """sha256 of the windows' shape and tokens, in hex: the same on every machine."""
-    digest = hashlib.sha256(repr(windows.tokens.shape).encode())
-    digest.update(np.ascontiguousarray(windows.tokens, dtype="<i4").tobytes())
-    return digest.hexdigest()
+    tokens = np.ascontiguousarray(windows.tokens, dtype="<i4").tobytes()
+    return hashlib.sha256(repr(windows.tokens.shape).encode() + tokens).hexdigest()

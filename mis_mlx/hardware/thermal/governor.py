@@ -62,8 +62,7 @@ class Duty:
     LONGEST_S = 5.0  # a longer time between looks is integrated as this
 
     def __init__(self) -> None:
-        self.value = 1.0
-        self._integral = 1.0
+        self.value = self._integral = 1.0
 
     def update(self, room_k: float, elapsed_s: float, ceiling: float = 1.0) -> float:
         """The duty after a look: `room_k`: set-point minus temperature, `ceiling`: a limit from elsewhere."""
@@ -81,8 +80,7 @@ class Held:
 
     def __init__(self) -> None:
         self._since_s: float | None = None
-        self.samples = 0
-        self.seconds = 0.0
+        self.samples, self.seconds = 0, 0.0
 
     def update(self, true: bool, now_s: float, fresh: bool = True) -> None:
         """Feed one look; a look that brought no fresh sample counts as time, not as a sample."""
