@@ -133,7 +133,7 @@ def test_mixed_bits_and_steps_end_to_end(
 ) -> None:
     """Under the target, sensitivities beside it; steps change scales only, and a teacher may be another model."""
     flags = ("--model", llama.path, "--data", text_folder, *GPTQ, "--target-bpw", 4.6)
-    steps = ("--q-iters", 3)
+    steps = ("--q-iters", 12)  # fewer hardly leave the place of a scale in float16
     for name, more in (("plain", ()), ("own", steps), ("taught", (*steps, "--teacher", llama.path))):
         done = command("quantize", *flags, *more, "--mlx-path", tmp_path / name)
         assert done.returncode == 0, done.stderr

@@ -167,7 +167,7 @@ def train_whole(
 ) -> None:
     """All of `c.recipe`'s steps of a student in memory, from wherever they stand. begin: before the first of them.
     tuned: of a packed student, whose checkpoints and log are its own."""
-    optimizer = GuardedAdamW(weight_decay=c.recipe.weight_decay)
+    optimizer = GuardedAdamW(weight_decay=c.recipe.weight_decay, relative=tuned)
     how = {"steps": TUNE_STEPS, "log": TUNE_LOG, "label": "tune"} if tuned else _beside_the_plan(c)
     training = run_loop.CheckpointedTraining(c, train_loop.Whole(student, optimizer), c.remember, c.recall, **how)
     start = training.start(begin)
@@ -213,7 +213,7 @@ def tuned(
     """The packed model in memory after its steps, in one go: scales, biases and norms learn, integers stay."""
     model = packed_format.resident(rounded).train()
     with progress.bar("tune", recipe.iters) as show:
-        for step in live_teacher.steps(model, source, data, recipe, GuardedAdamW(weight_decay=recipe.weight_decay)):
+        for step in live_teacher.steps(model, source, data, recipe, GuardedAdamW(weight_decay=0.0, relative=True)):
             show(step.number, text.step_text(step))
             memory.give_back(cache=False)
     return model

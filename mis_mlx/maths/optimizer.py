@@ -59,10 +59,12 @@ class _Fused(optim.AdamW):
     """mlx.optimizers.AdamW, bias correction included, in 3 kernels for each weight in place of 14: 40 bytes of memory
     traffic for each parameter in place of 128. Rates are arrays, so that a new one compiles nothing anew.
 
-    scale, lane: of this update, as of `GuardedAdamW.update`; the gradient is scaled in these kernels."""
+    scale, lane: of this update, as of `GuardedAdamW.update`; the gradient is scaled in these kernels. relative: as
+    there, of what has no 8-bit moments."""
 
     scale: float
     lane: Lane
+    relative = False
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
         """The new weights, lazy; what all of them share is made once."""
@@ -76,6 +78,7 @@ class _Fused(optim.AdamW):
         """The new weight; the moments in `state` with it."""
         with self.lane(_lightest(self._loads, parameter.size)):
             scale, rate, root, kept = (a.astype(gradient.dtype) for a in self._shared)
+            rate = rate * mx.sqrt(mx.square(parameter).mean()) if self.relative else rate
             state["m"] = _first(state["m"], gradient, scale, self.betas[0])
             state["v"] = _second(state["v"], gradient, scale, self.betas[1])
             return _weight(parameter, state["m"], state["v"], rate, root, kept, self.eps)
@@ -143,15 +146,14 @@ class GuardedAdamW:
 
     The guard looks before the update: a loss or norm that is not finite skips the step (three in a row raise
     `Diverged`); a norm above mean + 5 sigma of the last 50 is clipped to that bound. eight_bit: matrices' moments take
-    2.06 bytes a parameter in place of 8."""
+    2.06 bytes a parameter in place of 8. relative: a step is a share of a tensor's root mean square, as Adafactor's."""
 
-    def __init__(self, *, weight_decay: float = 0.01, eight_bit: bool = False):
+    def __init__(self, *, weight_decay: float = 0.01, eight_bit: bool = False, relative: bool = False):
         kind = _Packed if eight_bit else _Fused
         self.adamw = kind(0.0, betas=[0.9, 0.95], weight_decay=weight_decay, bias_correction=True)
-        self.norms: list[float] = []
-        self.bad: list[int] = []  # batches, in a row
-        self.passed: list[int] = []  # batches that are left out
-        self.calm = 1.0  # factor on every learning rate
+        self.adamw.relative = relative
+        self.bad, self.passed = list[int](), list[int]()  # batches: in a row, and left out from now on
+        self.norms, self.calm = list[float](), 1.0  # calm: factor on every learning rate
 
     def bound(self) -> float:
         """The largest gradient norm that passes unclipped now."""
@@ -182,8 +184,7 @@ class GuardedAdamW:
         clipped = norm > bound
         scale *= bound / norm if clipped else 1.0
         self.norms = [*self.norms, min(norm, bound)][-WINDOW:]
-        self.adamw.learning_rate = learning_rate * self.calm
-        self.adamw.scale, self.adamw.lane = scale, lane
+        self.adamw.learning_rate, self.adamw.scale, self.adamw.lane = learning_rate * self.calm, scale, lane
         self.adamw.update(model, gradients)
         return f"clipped {norm:.1f} to {bound:.1f}" if clipped else ""
 

@@ -157,6 +157,18 @@ def test_restore_continues_bit_equal(eight_bit: bool) -> None:
     assert after.memory() == optimizer.memory()
 
 
+def test_relative_steps_are_a_share_of_each_tensor() -> None:
+    """Scales of 8 bits are a seventeenth of those of 4 and go a seventeenth as far; AdamW takes both equally far."""
+    sizes, moved = {"four": 0.06, "eight": 0.06 * 15 / 255}, {}
+    for relative in (False, True):
+        model, optimizer = nn.Module(), GuardedAdamW(weight_decay=0.0, relative=relative)
+        dict.update(model, {name: mx.full((4, 2), size) for name, size in sizes.items()})
+        optimizer.update(model, tree_map(mx.ones_like, model.parameters()), 1.0, 1.0, 1e-3)
+        moved[relative] = {name: abs(model[name][0, 0].item() - size) for name, size in sizes.items()}
+    assert moved[False] == pytest.approx({"four": 1e-3, "eight": 1e-3}, rel=1e-3)
+    assert moved[True] == pytest.approx({name: 1e-3 * size for name, size in sizes.items()}, rel=1e-2)
+
+
 @pytest.mark.parametrize("spread", [0.0, 1.0])
 def test_eight_bits_go_nearly_where_adamw_goes(spread: float) -> None:
     """30 steps of noise around a direction, every element on a scale of its own: where the matrix has gone differs by
