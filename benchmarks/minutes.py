@@ -2,6 +2,7 @@
 
     scripts/mis benchmarks/minutes.py                  # 8, 30, 120 steps: an hour on 2 cores
     scripts/mis benchmarks/minutes.py --iters 300
+    scripts/mis benchmarks/minutes.py --iters 2400 --runs runs/night    # 3 hours; stopped, it goes on there
     scripts/mis benchmarks/minutes.py --table
 
 SmolLM2-135M-Instruct, distill's defaults but for the steps, nothing quantized. Judged in bits per byte above the
@@ -38,6 +39,8 @@ class Settings:
     """steps of distillation, a row each"""
     seed: int = 0
     """of batches and windows"""
+    runs: str | None = None
+    """folder for the runs' folders, which are then kept: a night's run that was stopped goes on there"""
     table: bool = False
     """print what there is, and make nothing"""
 
@@ -73,10 +76,10 @@ def main(s: Settings) -> None:
     rows = resumed(name, given, ["rows"]).get("rows", {})
     if not s.table:
         with tempfile.TemporaryDirectory() as temp:
-            folders = teacher_text.texts(Path(temp), None)
+            folders, runs = teacher_text.texts(Path(temp), None), Path(s.runs or temp)
             for iters in s.iters:
                 if str(iters) not in rows:
-                    rows[str(iters)] = row(iters, s.seed, Path(temp) / f"run-{iters}", folders)
+                    rows[str(iters)] = row(iters, s.seed, runs / f"run-{iters}-{s.seed}", folders)
                     cli.say(f"{iters} steps: {rows[str(iters)]}")
                     command = "scripts/mis benchmarks/minutes.py" + f" --seed {s.seed}" * bool(s.seed)
                     write(name, command, {"given": given, "rows": rows})
