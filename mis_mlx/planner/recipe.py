@@ -98,7 +98,7 @@ class QuantizationConfig:
     """every weight to its nearest value (round), or so that outputs on num_samples windows change least (gptq)"""
     q_iters: Whole | None = None
     """steps of distilling scales, biases and norms; integers stay; default: 20 in `distill` of a student in memory"""
-    q_learning_rate: Annotated[Rate, FILE_ONLY] = 7e-5
+    q_learning_rate: Annotated[Rate, FILE_ONLY] = 2e-4
     """peak, of those steps, as a share of what learns: scales of 8 bits are small; falls to a tenth along a cosine"""
 
     @property
