@@ -211,9 +211,9 @@ def tuned(
     rounded: Checkpoint, source: live_teacher.TargetSource, data: token_windows.Windows, recipe: TrainingConfig
 ) -> nn.Module:
     """The packed model in memory after its steps, in one go: scales, biases and norms learn, integers stay."""
-    model = packed_format.resident(rounded).train()
+    model, dog = packed_format.resident(rounded).train(), GuardedAdamW(weight_decay=recipe.weight_decay, relative=True)
     with progress.bar("tune", recipe.iters) as show:
-        for step in live_teacher.steps(model, source, data, recipe, GuardedAdamW(weight_decay=0.0, relative=True)):
+        for step in live_teacher.steps(model, source, data, recipe, dog):
             show(step.number, text.step_text(step))
             memory.give_back(cache=False)
     return model

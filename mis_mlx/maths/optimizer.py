@@ -64,7 +64,7 @@ class _Fused(optim.AdamW):
 
     scale: float
     lane: Lane
-    relative = False
+    relative: bool
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
         """The new weights, lazy; what all of them share is made once."""
