@@ -94,8 +94,8 @@ class Bench:
         rounded = out.parent / "rounded" if how.q_iters else out
         stage.quantize(self.path, rounded, how, DISK, self.batches, len(self.batches))
         if how.q_iters:
-            r = pipeline.tuning_recipe(DistillationConfig(), how.q_iters, how.q_learning_rate)
             checkpoint = load.open_checkpoint(rounded)
+            r = pipeline.tuning_recipe(DistillationConfig(), checkpoint, how.q_iters, how.q_learning_rate)
             with vocabulary.shared(load.open_checkpoint(taught) if taught else self.dense, [self.dense]) as teacher:
                 source = live_teacher.StreamedTeacher(teacher, None)
                 packed_format.write_learned(checkpoint, pipeline.tuned(checkpoint, source, self.train, r), out, DISK)

@@ -87,16 +87,15 @@ def _prune(s: Settings, c: pipeline.Run, data: preparation.Data, before: int) ->
 
 def _quantize(s: Settings, c: pipeline.Run, dense: Path) -> None:
     """Round the student, then let its scales learn; what is there is not made again."""
-    out, steps = c.folder / "model", c.plan.tuned
-    rounded = c.folder / "rounded" if steps else out
+    out, rounded = c.folder / "model", c.folder / ("rounded" if c.plan.tuned else "model")
     if distributed.is_main() and not rounded.exists() and not out.exists():
         batches, held = c.pick(s.num_samples * s.looks, 1), c.plan.held_windows("quantize")
         with c.phase("quantize"):
             stage.quantize(dense, rounded, s, c.files, batches, held, s.seed)
     if not distributed.broadcast_json(out.exists):
         distributed.broadcast_folder(rounded, c.files)
-        cli.say(f"tune: {steps} steps of scales, biases and norms")
-        pipeline.tune(c, rounded, out, pipeline.tuning_recipe(c.recipe, steps, s.q_learning_rate))
+        cli.say(f"tune: {c.plan.tuned} steps of scales, biases and norms")
+        pipeline.tune(c, rounded, out, s.q_learning_rate)
 
 
 def _judging(s: Settings, c: pipeline.Run, data: preparation.Data, teacher: Checkpoint) -> Judging:

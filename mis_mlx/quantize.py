@@ -65,8 +65,8 @@ def _tuned(s: Settings, rounded: Path, other: Checkpoint, data: Windows, pinned:
     checkpoint, m = load.open_checkpoint(rounded), estimates.model_of(other)
     room = None if pinned == m.shape.layers else pinned * m.block_work + m.head_work
     source = live_teacher.StreamedTeacher(other, room)
-    recipe = DistillationConfig(batch_size=s.batch_size, seed=s.seed)
-    recipe = pipeline.tuning_recipe(recipe, s.steps(False), s.q_learning_rate)
+    asked = DistillationConfig(batch_size=s.batch_size, seed=s.seed)
+    recipe = pipeline.tuning_recipe(asked, checkpoint, s.steps(False), s.q_learning_rate)
     packed_format.write_learned(checkpoint, pipeline.tuned(checkpoint, source, data, recipe), out, files)
 
 

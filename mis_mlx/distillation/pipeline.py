@@ -202,9 +202,12 @@ def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) ->
     return student.take
 
 
-def tuning_recipe(asked: DistillationConfig, iters: int, learning_rate: float) -> DistillationConfig:
-    """`asked` with the steps and learning rate of scales, and no decay, for a scale has no reason to be small."""
-    return replace(asked, iters=iters, learning_rate=learning_rate, warmup=min(3, iters), weight_decay=0.0)
+def tuning_recipe(asked: DistillationConfig, rounded: Checkpoint, iters: int, rate: float) -> DistillationConfig:
+    """`asked` with the steps of `rounded`'s scales, and no decay, for a scale has no reason to be small.
+
+    rate: of 4.5 bits a weight of the blocks; a bit more halves it, as it halves what rounding takes of a weight."""
+    rate *= 2 ** (4.5 - packed_format.block_bits(rounded.config, packed_format.formats(rounded)))
+    return replace(asked, iters=iters, learning_rate=rate, warmup=min(3, iters), weight_decay=0.0)
 
 
 def tuned(
@@ -219,10 +222,11 @@ def tuned(
     return model
 
 
-def tune(c: Run, rounded: Path, out: Path, recipe: DistillationConfig) -> None:
+def tune(c: Run, rounded: Path, out: Path, rate: float) -> None:
     """Write the folder `out`: `rounded` after its steps. Killed on the way, it goes on from its checkpoints."""
     checkpoint = load.open_checkpoint(rounded)
     model = packed_format.resident(checkpoint)
+    recipe = tuning_recipe(c.recipe, checkpoint, c.plan.tuned, rate)
     train_whole(replace(c, recipe=recipe), model, source_of(c), lambda: None, tuned=True)
     if distributed.is_main():
         packed_format.write_learned(checkpoint, model, out, c.files)

@@ -99,7 +99,7 @@ class QuantizationConfig:
     q_iters: Whole | None = None
     """steps of distilling scales, biases and norms; integers stay; default: 20 in `distill` of a student in memory"""
     q_learning_rate: Annotated[Rate, FILE_ONLY] = 2e-4
-    """peak, of those steps, as a share of what learns: scales of 8 bits are small; falls to a tenth along a cosine"""
+    """peak, of those steps, a share of what learns, in 4.5 bits; a bit more halves it; falls along a cosine"""
 
     @property
     def affine(self) -> QuantizationConfig:
@@ -113,8 +113,7 @@ class QuantizationConfig:
 
     def steps(self, whole: bool) -> int:
         """Steps after rounding, of a student that is in memory whole or not."""
-        asked = self.affine.q_iters
-        return TUNE_ITERS * whole if asked is None else asked
+        return TUNE_ITERS * whole if self.affine.q_iters is None else self.affine.q_iters
 
 
 TUNE_ITERS = 20

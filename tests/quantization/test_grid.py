@@ -12,7 +12,9 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
+from mis_mlx.distillation import pipeline
 from mis_mlx.models import load
+from mis_mlx.planner.recipe import DistillationConfig
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
@@ -56,6 +58,17 @@ def test_biases_stay_and_learn(models: Callable[[str], Checkpoint], tmp_path: Pa
     packed_format.write_learned(packed, model, tmp_path / "other", DISK)
     other, name = load.open_checkpoint(tmp_path / "other"), "model.layers.1.self_attn.v_proj.bias"
     assert mx.array_equal(raw(other, name), raw(packed, name) + 1)
+
+
+def test_a_bit_more_halves_the_rate(llama: Checkpoint, tmp_path: Path) -> None:
+    """4 bits and their scales learn at the rate that is asked for, 8 at a sixteenth of it, 3 at twice of it."""
+    paths = {path for path in packed_format.layout(llama.config, 64) if path.startswith("model.layers")}
+    for bits, rate in ((4, 2e-4), (8, 1.25e-5), (3, 4e-4)):
+        plan = {path: packed_format.Format(bits if path in paths else 8, 64) for path in (*paths, "model.embed_tokens")}
+        packed_format.write_quantized(llama, tmp_path / str(bits), plan, DISK)
+        rounded = load.open_checkpoint(tmp_path / str(bits))
+        recipe = pipeline.tuning_recipe(DistillationConfig(), rounded, 20, 2e-4)
+        assert recipe.learning_rate == pytest.approx(rate) and recipe.iters == 20 and recipe.weight_decay == 0
 
 
 def test_few_files_are_open_at_once(packed: Checkpoint) -> None:
