@@ -260,7 +260,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if folder is None:
         cli.say(progress.promise(sum(made.planned.values())))
     with progress.run("distill", made.planned):
-        decided = replace(s, iters=made.job.iters, learning_rate=made.recipe(s).learning_rate)
+        decided = replace(s, iters=made.job.iters, learning_rate=made.recipe(s, teacher).learning_rate)
         table, result = _begin(decided, data, folder, teacher, rows, made)
     if table:
         print(text.aligned(table))
@@ -286,8 +286,8 @@ def _begin(
         place.files.append(place.folder / run_folder.PHASES, json.dumps({**begun, "rates": asdict(made.rates)}))
         told = summary.reporter(s.report_to if distributed.is_main() else None, place.folder, given)
         seen, data = vocabulary.of_run(teacher, s.student, rows, data, s, text_of, place.folder, place.files)
-        c = pipeline.Run(**vars(place), recipe=made.recipe(s), teacher=seen, data=data.train, plan=made, report=told,
-                shares=shares)  # fmt: skip
+        c = pipeline.Run(**vars(place), recipe=made.recipe(s, seen), teacher=seen, data=data.train, plan=made,
+                report=told, shares=shares)  # fmt: skip
         return _stages(s, c, data, teacher)
 
 

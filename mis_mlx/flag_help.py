@@ -48,8 +48,7 @@ def metavar(hint: Any) -> str:
 
 def grouped(kind: Any) -> Iterator[tuple[str, list[str]]]:
     """(title, names) of the groups that have flags."""
-    file_only = quiet(kind)
-    rest = [f.name for f in fields(kind) if f.name not in file_only]
+    rest = [f.name for f in fields(kind) if f.name not in quiet(kind)]
     for title, names in GROUPS["flags"].items():
         if mine := [name for name in names.split() if name in rest]:
             yield title, mine

@@ -48,15 +48,15 @@ def _measured(c: candidates.Candidates, choice: shape_search.Choice, sub: Path) 
     with files.reported(run.folder, "the folder of a finalist"):
         run.files.make_folder(sub)
     protocol.sweep(sub, run.files)
-    folder, how = sub / "pruned", shape_search.rounding_of(choice)
+    folder, how, seen = sub / "pruned", shape_search.rounding_of(choice), reader.teacher
     pruned = load.open_checkpoint(folder) if folder.exists() else c.prune(choice.shape, folder)
-    small = estimates.model_of(arch.student_config(reader.teacher.config, choice.shape))
-    job = spec_of(estimates.model_of(reader.teacher), small, run.recipe, how, copied=True)
+    small = estimates.model_of(arch.student_config(seen.config, choice.shape))
+    job = spec_of(estimates.model_of(seen), small, run.recipe, how, copied=True)
     if not (sub / run_folder.PLAN).exists():
         way = phases.make(job, run.plan.budget_bytes, run.plan.rates).way
         run.files.replace_text(sub / run_folder.PLAN, json.dumps(way))
     plan = phases.one(job, run.plan.budget_bytes, run.plan.rates, **run_folder.stored_settings(sub, run_folder.PLAN))
-    own = replace(run, recipe=plan.recipe(run.recipe), folder=sub, plan=plan, teacher=reader.teacher, data=reader.train)
+    own = replace(run, recipe=plan.recipe(run.recipe, seen), folder=sub, plan=plan, teacher=seen, data=reader.train)
     out, trained = sub / "distilled", None  # where three steps in a row were no numbers
     try:
         with suppress(Diverged):
@@ -65,7 +65,7 @@ def _measured(c: candidates.Candidates, choice: shape_search.Choice, sub: Path) 
     except MisError as error:  # what can be resumed is the search, not the finalist's own folder
         raise MisError(str(error).replace(str(sub), str(run.folder))) from error.__cause__
     record: dict[str, Any] = {"params": arch.params(pruned.config), **guarded(run_folder.metrics(sub), trained)}
-    models = {"teacher": reader.teacher, "pruned": pruned}
+    models = {"teacher": seen, "pruned": pruned}
     if trained:
         out, samples = sub / "model", own.pick(run.recipe.num_samples, 1)
         if not out.exists():

@@ -224,8 +224,7 @@ def tuned(
 
 def tune(c: Run, rounded: Path, out: Path, rate: float) -> None:
     """Write the folder `out`: `rounded` after its steps. Killed on the way, it goes on from its checkpoints."""
-    checkpoint = load.open_checkpoint(rounded)
-    model = packed_format.resident(checkpoint)
+    model = packed_format.resident(checkpoint := load.open_checkpoint(rounded))
     recipe = tuning_recipe(c.recipe, checkpoint, c.plan.tuned, rate)
     train_whole(replace(c, recipe=recipe), model, source_of(c), lambda: None, tuned=True)
     if distributed.is_main():

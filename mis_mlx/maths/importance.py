@@ -26,8 +26,7 @@ def channel_sample(x: mx.array) -> mx.array:
 
 def head_sample(x: mx.array, heads: int) -> mx.array:
     """Mean over tokens of each head's output norm.  x (B, T, H * head_dim), the input of o_proj -> (H,)."""
-    per_head = x.astype(mx.float32).reshape(-1, heads, x.shape[-1] // heads)
-    return mx.sqrt(mx.square(per_head).sum(axis=-1)).mean(axis=0)
+    return mx.sqrt(mx.square(x.astype(mx.float32).reshape(-1, heads, x.shape[-1] // heads)).sum(-1)).mean(axis=0)
 
 
 def square_sample(x: mx.array) -> mx.array:

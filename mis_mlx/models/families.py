@@ -24,7 +24,6 @@ class Family:
     head_norms: Literal["", "each", "all"] = ""  # RMSNorm of every query and key head, or of all of them as one vector
     sandwich: bool = False  # RMSNorm behind attention and MLP too, so that no output is linear in down_proj
     steps: int = 1  # of distillation, as many times the default's: a repair does less for it
-    whole_rate: float = 1.0  # the part of the default learning rate that it bears where all blocks learn at once
     gain_offset: float = 0.0  # norms multiply by their weights and this much more
     tied: bool = False  # where the config does not say
     rope_theta: float = 10_000.0  # where the config has none
@@ -86,7 +85,7 @@ ROWS = (
     ),
     Family(
         "gemma3_text", "gemma3_text", "gemma3", qkv_bias=False, other_biases=False, head_norms="each", sandwich=True,
-        steps=2, whole_rate=0.2, gain_offset=1.0, tied=True, rope_theta=1e6, heads_fill_hidden=False, float16=False,
+        steps=2, gain_offset=1.0, tied=True, rope_theta=1e6, heads_fill_hidden=False, float16=False,
         period="sliding_window_pattern", embedding_scale="sqrt",
         numbers=("rope_local_base_freq", "query_pre_attn_scalar"), axes=("layers", "ffn", "heads", "kv_heads"),
         why="its blocks have norms behind attention and MLP, through which channels cannot be ranked or rotated",

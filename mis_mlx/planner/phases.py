@@ -8,18 +8,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import mlx.core as mx
+
 from mis_mlx.hardware.memory import TRAINED_BYTES, TRAINED_WHOLE_BYTES, process_bytes
 from mis_mlx.hardware.rates import Rates
-from mis_mlx.models import arch, families
+from mis_mlx.models import arch, load
+from mis_mlx.models.config import shape_of
 from mis_mlx.planner import compression_size, estimates
 from mis_mlx.planner.compression_size import GRADIENT_BYTES, STATE_BYTES, block_state_bytes, prune, repair, repair_parts
 from mis_mlx.planner.estimates import TENSOR_BYTES, StageCost, forward_flops, room, streamed_pass
 from mis_mlx.planner.recipe import ADAPTERS, RATE, DistillationConfig, DistillationSpec, Mode
-from mis_mlx.types import gib
+from mis_mlx.types import Checkpoint, gib
 
 TRAINED_WHOLE = "resident", "blocks", "lora"  # the student, in memory
 SAVED_BYTES = 12  # of a trained parameter in a checkpoint: weight and two moments
 PACKED_UPDATE_ARRAYS = 4  # opened moments, a new weight, and codes (measured)
+RATE_OF_WEIGHTS = 5.35e-4  # learning rate, as a part of their root mean square
 TEXTS = 2  # held-out texts that models are measured on
 
 
@@ -38,9 +42,8 @@ def resident(job: DistillationSpec, micro: int, limit: int) -> StageCost:
     """The student whole in memory; beside it as much of the teacher as there is room for, or its store."""
     m, length = job.student, job.max_seq_length
     nbytes = compression_size.training_bytes(m.config, micro, length, job.host_lanes, job.step > micro * length)
-    plain = StageCost("distil", m.nbytes, m.nbytes, nbytes, 3 * forward_flops(m, job.step, length), updated=m.params)
-    work = estimates.activation_bytes(m.config, micro, length)
-    return _taught(job, plain, micro, limit, SAVED_BYTES * m.params, work)
+    one = StageCost("distil", m.nbytes, m.nbytes, nbytes, 3 * forward_flops(m, job.step, length), updated=m.params)
+    return _taught(job, one, micro, limit, SAVED_BYTES * m.params, estimates.activation_bytes(m.config, micro, length))
 
 
 def blocks(job: DistillationSpec, micro: int, limit: int, lora: bool = False) -> StageCost:
@@ -83,8 +86,7 @@ def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost
     state = STATE_BYTES + GRADIENT_BYTES * (job.step > micro * job.max_seq_length)  # those of micro-batches add up
     copies = 2 * 4 * max(1, min(micro, job.host_lanes))  # a window goes through one lane
     peak = ((1 + copies) * s.layers + 4) * m.block_params + state * trained + head + work
-    flops = 3 * forward_flops(m, job.step, job.max_seq_length)
-    plain = StageCost("tune", nbytes, nbytes, peak, flops, updated=trained)
+    plain = StageCost("tune", nbytes, nbytes, peak, 3 * forward_flops(m, job.step, job.max_seq_length), updated=trained)
     return _taught(replace(job, iters=iters), plain, micro, limit, SAVED_BYTES * trained, work)
 
 
@@ -147,14 +149,22 @@ def measure(job: DistillationSpec, most_bytes: int, limit: int) -> StageCost:
     whole = [m.nbytes if m.packed else m.params * m.item for m in models]
     alone = [n for m, n in zip(models, whole, strict=True) if timed_bytes(m.params) <= limit]
     timed = sum(whole) if sum(timed_bytes(m.params) for m in models) <= most_bytes else max(alone, default=0)
-    stored = 2 * models[0].head_params if timed else 0  # the largest tensor, while it is converted
-    one = replace(one, peak_bytes=max(one.peak_bytes, stored + timed))
-    return replace(one, read_bytes=TEXTS * one.read_bytes, flops=TEXTS * one.flops)
+    peak = max(one.peak_bytes, timed and timed + 2 * models[0].head_params)  # of tensors that, while it is converted
+    return replace(one, read_bytes=TEXTS * one.read_bytes, peak_bytes=peak, flops=TEXTS * one.flops)
 
 
 def timed_bytes(params: int) -> int:
     """Memory of stock mlx-lm with a model of so many parameters whole: as stored, and as float32."""
     return 6 * params
+
+
+def usual_rate(teacher: Checkpoint) -> float:
+    """AdamW's learning rate for a student that was repaired: as large a part of the teacher's weights as 1e-4 is of
+    SmolLM2-135M's, which is what suits Gemma, too. By the attention of the middle block, a matrix at a time."""
+    at = f"model.layers.{shape_of(teacher.config).layers // 2}.self_attn."
+    names = [n for n, shape in arch.tensors_of(teacher.config).items() if n.startswith(at) and len(shape) > 1]
+    squares = [mx.square(load.dense(teacher, n).astype(mx.float32)).mean().item() for n in names]
+    return float(f"{(sum(squares) / len(squares)) ** 0.5 * RATE_OF_WEIGHTS:.1e}")
 
 
 @dataclass(frozen=True)
@@ -179,12 +189,11 @@ class MemoryPlan:
         """What a resumed run must not change, as arguments of `one`."""
         return {"mode": self.mode, "micro": self.micro_batch, "shard": self.shard_layers, "tuned": self.tuned}
 
-    def recipe(self, asked: DistillationConfig) -> DistillationConfig:
-        """The recipe that was asked for, with micro-batches as planned. A Gemma whose blocks all learn at once has a
-        smaller usual rate: at 1e-4 it unlearned its repair (benchmarks/README.md)."""
+    def recipe(self, asked: DistillationConfig, teacher: Checkpoint) -> DistillationConfig:
+        """The recipe that was asked for, with micro-batches as planned. Where all blocks learn at once, the usual rate
+        knows the size of the teacher's weights: at 1e-4 a Gemma unlearned its repair (benchmarks/README.md)."""
         parts = asked.grad_accumulation_steps * self.job.batch_size // self.micro_batch
-        share = families.family(self.job.student.config).whole_rate if self.mode in ("resident", "blocks") else 1.0
-        rate = asked.learning_rate or RATE * share
+        rate = asked.learning_rate or (usual_rate(teacher) if self.mode in ("resident", "blocks") else RATE)
         return replace(asked, batch_size=self.micro_batch, grad_accumulation_steps=parts, learning_rate=rate)
 
     def held_windows(self, name: str) -> int:

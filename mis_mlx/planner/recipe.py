@@ -53,8 +53,8 @@ class DistillationConfig(TrainingConfig):
     iters: Count | None = None  # type: ignore[assignment]  # an int wherever steps are made: MemoryPlan.recipe
     """optimizer steps; default: 30, for a student is near its teacher once repaired; 60 where little or nothing is"""
     learning_rate: Rate | None = None  # type: ignore[assignment]  # a float wherever steps are made, as iters
-    """peak; falls to a tenth along a cosine; default: 1e-4, a fifth of it where all of a Gemma is trained at once; 3e-4
-    suits a student that was not repaired (--reconstruct-samples 0)"""
+    """peak; falls to a tenth along a cosine; default: by the teacher's weights where all blocks learn at once (SmolLM2:
+    1e-4, Gemma: 2e-5), else 1e-4; thrice of it suits a student that was not repaired (--reconstruct-samples 0)"""
     temperature: Annotated[Positive, FILE_ONLY] = 1.0
     """T of eq. (2), which softens both distributions"""
     halny: Annotated[Share | None, FILE_ONLY] = None

@@ -235,22 +235,23 @@ def test_usual_steps(tmp_path: Path, family: str, asked: dict[str, Any], steps: 
     assert spec_of(model, model, DistillationConfig(**asked)).iters == steps
 
 
-@pytest.mark.parametrize(
-    ("family", "mode", "share"),
-    [
-        ("gemma3_text", "resident", 0.2),
-        ("gemma3_text", "blocks", 0.2),
-        ("gemma3_text", "sharded", 1.0),
-        ("qwen3", "blocks", 1.0),
-    ],
-)
-def test_all_of_a_gemma_learns_gently(tmp_path: Path, family: str, mode: Mode, share: float) -> None:
-    """A fifth of the usual rate, where every block learns at once; all of it elsewhere, and what was asked for."""
-    model = model_of(load.open_checkpoint(tiny.make(tmp_path / "m", **{**tiny.KINDS, **tiny.FAMILIES}[family])))
-    asked = DistillationConfig()
-    plan = phases.one(spec_of(model, model, asked), GIB, M1_AIR, mode, 2, int(mode == "sharded"))
-    assert plan.recipe(asked).learning_rate == pytest.approx(share * RATE)
-    assert plan.recipe(replace(asked, learning_rate=3e-4)).learning_rate == 3e-4
+@pytest.mark.parametrize(("mode", "whole"), [("resident", True), ("blocks", True), ("sharded", False), ("lora", False)])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3", "phi3", "mixtral"])
+def test_the_usual_rate_knows_the_weights(tmp_path: Path, family: str, mode: Mode, whole: bool) -> None:
+    """A part of what they are, where every block learns at once; elsewhere the plain one; or what was asked for."""
+    asked, rates = DistillationConfig(), list[float | None]()
+    folder = tiny.make(tmp_path / "m", **{**tiny.KINDS, **tiny.FAMILIES}[family])
+    for times in (1, 4):
+        file = next(folder.glob("*.safetensors"))
+        grown = {name: times * np.array(weight) for name, weight in mx.load(str(file)).items()}  # type: ignore[union-attr]
+        mx.save_safetensors(str(file), {name: mx.array(weight) for name, weight in grown.items()})
+        teacher = load.open_checkpoint(folder)
+        model = model_of(teacher)
+        plan = phases.one(spec_of(model, model, asked), GIB, M1_AIR, mode, 2, int(mode == "sharded"))
+        rates.append(plan.recipe(asked, teacher).learning_rate)
+        assert plan.recipe(replace(asked, learning_rate=3e-4), teacher).learning_rate == 3e-4
+    assert rates[1] == (pytest.approx(4 * rates[0], rel=0.1) if whole else RATE)
+    assert whole or rates[0] == RATE
 
 
 @pytest.mark.parametrize("targets", ["live", "cached"])
@@ -282,12 +283,13 @@ def test_steps_after_rounding_go_where_nobody_asked_for_them() -> None:
     assert phases.one(job, GIB, M1_AIR, **plan.way) != whole
 
 
-def test_micro_batches_divide_the_step() -> None:
+def test_micro_batches_divide_the_step(tmp_path: Path) -> None:
     """Six windows are cut into 3, 2 or 1, never 4; the recipe then has as many more of them a step."""
     job = replace(JOB, batch_size=6)
     assert {micro for _, micro, _ in phases.ways(job)} == {6, 3, 2, 1}
     plan = phases.one(job, GIB, M1_AIR, "resident", 2, 0)
-    recipe = plan.recipe(DistillationConfig(batch_size=6, grad_accumulation_steps=3))
+    asked = DistillationConfig(batch_size=6, grad_accumulation_steps=3, learning_rate=RATE)
+    recipe = plan.recipe(asked, load.open_checkpoint(tiny.make(tmp_path / "m")))
     assert (recipe.batch_size, recipe.grad_accumulation_steps) == (2, 9)
     assert phases.one(job, GIB, M1_AIR, **plan.way) == plan
 
