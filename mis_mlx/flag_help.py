@@ -48,7 +48,7 @@ def metavar(hint: Any) -> str:
 
 def grouped(kind: Any) -> Iterator[tuple[str, list[str]]]:
     """(title, names) of the groups that have flags."""
-    rest = [f.name for f in fields(kind) if f.name not in quiet(kind)]
+    rest = [f.name for file_only in (quiet(kind),) for f in fields(kind) if f.name not in file_only]
     for title, names in GROUPS["flags"].items():
         if mine := [name for name in names.split() if name in rest]:
             yield title, mine

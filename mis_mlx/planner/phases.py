@@ -149,7 +149,7 @@ def measure(job: DistillationSpec, most_bytes: int, limit: int) -> StageCost:
     whole = [m.nbytes if m.packed else m.params * m.item for m in models]
     alone = [n for m, n in zip(models, whole, strict=True) if timed_bytes(m.params) <= limit]
     timed = sum(whole) if sum(timed_bytes(m.params) for m in models) <= most_bytes else max(alone, default=0)
-    peak = max(one.peak_bytes, timed and timed + 2 * models[0].head_params)  # of tensors that, while it is converted
+    peak = max(one.peak_bytes, timed and timed + 2 * models[0].head_params)  # its head, while it is converted
     return replace(one, read_bytes=TEXTS * one.read_bytes, peak_bytes=peak, flops=TEXTS * one.flops)
 
 
