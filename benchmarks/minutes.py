@@ -26,6 +26,7 @@ from mis_mlx import cli, distill
 from mis_mlx.planner import recipe
 from mis_mlx.reporting import run_reader
 from mis_mlx.reporting.text import markdown_table
+from mis_mlx.storage import run_folder
 
 OWN = {"manual": "English", "Miś": "Polish"}
 EVAL_WINDOWS = 6  # of each other text
@@ -47,7 +48,8 @@ class Settings:
 
 def row(iters: int, seed: int, run: Path, folders: dict[str, Path]) -> dict[str, Any]:
     """{"seconds" by phase, "pruned" and "distilled": bits per byte above the teacher's, by text}."""
-    distill.run(distill.Settings(out=str(run), iters=iters, seed=seed, quantize=0, bench_tokens=0))
+    begun = (run / run_folder.CONFIG).is_file()
+    distill.run(distill.Settings(out=str(run), resume=begun, iters=iters, seed=seed, quantize=0, bench_tokens=0))
     done = run_reader.read(run)
     found: dict[str, Any] = {"seconds": {p["phase"]: round(p["seconds"], 1) for p in done.phases}}
     bits = bits_per_byte(done.table)
