@@ -32,7 +32,7 @@ def main(label: str, flags: list[str]) -> None:
         folder = Path(temp) / f"distill-{label}"
         result = distill.run(replace(cli.parse(distill.Settings, flags), out=str(folder)))
         table = (folder / "table.md").read_text(encoding="utf-8")
-        phases = {p["phase"]: round(p["seconds"], 1) for p in run_reader.read(folder).phases}
+        phases = {name: round(seconds, 1) for name, seconds in run_reader.read(folder).took().items()}
         if label == "default":
             report.run(report.Settings((str(folder),), str(laboratory.RESULTS / f"distill-{label}.html")))
     command = " ".join(["scripts/mis benchmarks/distill.py", label, *flags])

@@ -51,7 +51,7 @@ def row(iters: int, seed: int, run: Path, folders: dict[str, Path]) -> dict[str,
     begun = (run / run_folder.CONFIG).is_file()
     distill.run(distill.Settings(out=str(run), resume=begun, iters=iters, seed=seed, quantize=0, bench_tokens=0))
     done = run_reader.read(run)
-    found: dict[str, Any] = {"seconds": {p["phase"]: round(p["seconds"], 1) for p in done.phases}}
+    found: dict[str, Any] = {"seconds": {name: round(seconds, 1) for name, seconds in done.took().items()}}
     bits = bits_per_byte(done.table)
     for at, stage in enumerate(("pruned", "distilled"), 1):
         found[stage] = {own: round(bits[text][at] - bits[text][0], 3) for own, text in OWN.items()}

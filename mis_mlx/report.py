@@ -80,10 +80,8 @@ def course(story: RunRecord, key: str) -> str:
 
 def cost(story: RunRecord, key: str) -> str:
     """Time and memory of every phase beside what was planned."""
-    took, peak = dict[str, float](), dict[str, float]()
-    for p in story.phases:  # a phase that was killed and taken up again has two lines
-        took[p["phase"]] = took.get(p["phase"], 0.0) + p["seconds"]
-        peak[p["phase"]] = max(peak.get(p["phase"], 0.0), p["peak_bytes"])
+    took = story.took()
+    peak = {name: max(p["peak_bytes"] for p in story.phases if p["phase"] == name) for name in took}
     if "distil" in took:
         peak["distil"] = max([peak["distil"], *(nbytes for _, nbytes in story.steps.series["peak_bytes"].points())])
     planned = {p["phase"]: p for p in story.begun.get("planned", [])}

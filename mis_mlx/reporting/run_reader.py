@@ -125,6 +125,10 @@ class RunRecord(NamedTuple):
     air: History
     missing: Sequence[str]
 
+    def took(self) -> dict[str, float]:
+        """Seconds of each phase; one that was stopped and taken up again has more than one record."""
+        return {of["phase"]: sum(p["seconds"] for p in self.phases if p["phase"] == of["phase"]) for of in self.phases}
+
 
 def _held(read: Callable[..., Any], *where: Any) -> Any:
     """What a file holds; None where it is not there, cannot be read, or holds something else."""
