@@ -37,18 +37,17 @@ def docs(kind: type) -> dict[str, str]:
 def metavar(hint: Any) -> str:
     """What stands behind a flag: 'INT', '{4,0}'; nothing behind a switch."""
     kind, inner = get_origin(hint), get_args(hint)
-    if kind is Annotated:
-        return metavar(inner[0])
     if kind is Literal:
         return "{" + ",".join(map(str, inner)) + "}"
-    if kind in (Union, UnionType):
+    if kind in (Annotated, Union, UnionType):
         return metavar(next(i for i in inner if i is not NoneType))
     return f"[{metavar(inner[0])} ...]" if kind is tuple else WORDS.get(hint, "")
 
 
 def grouped(kind: Any) -> Iterator[tuple[str, list[str]]]:
     """(title, names) of the groups that have flags."""
-    rest = [f.name for file_only in (quiet(kind),) for f in fields(kind) if f.name not in file_only]
+    file_only = quiet(kind)
+    rest = [f.name for f in fields(kind) if f.name not in file_only]
     for title, names in GROUPS["flags"].items():
         if mine := [name for name in names.split() if name in rest]:
             yield title, mine
