@@ -3,6 +3,7 @@
     scripts/mis benchmarks/minutes.py                  # 8, 30, 120 steps: an hour on 2 cores
     scripts/mis benchmarks/minutes.py --iters 300
     scripts/mis benchmarks/minutes.py --iters 2400 --runs runs/night    # 3 hours; stopped, it goes on there
+    scripts/mis benchmarks/minutes.py --iters 2400 --runs runs/night --questions 100    # 5 minutes more
     scripts/mis benchmarks/minutes.py --table
 
 SmolLM2-135M-Instruct, distill's defaults but for the steps, nothing quantized. Judged in bits per byte above the
@@ -22,7 +23,7 @@ from typing import Any
 import teacher_text
 from laboratory import bits_per_byte, resumed, start, stored, write
 
-from mis_mlx import cli, distill
+from mis_mlx import cli, distill, evaluate
 from mis_mlx.planner import recipe
 from mis_mlx.reporting import run_reader
 from mis_mlx.reporting.text import markdown_table
@@ -30,6 +31,7 @@ from mis_mlx.storage import run_folder
 
 OWN = {"manual": "English", "Miś": "Polish"}
 EVAL_WINDOWS = 6  # of each other text
+TASKS = "grammar-en", "continue"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Settings:
     """of batches and windows"""
     runs: str | None = None
     """folder for the runs' folders, which are then kept: a night's run that was stopped goes on there"""
+    questions: int = 0
+    """of each of grammar-en and continue, to the students in `runs`; 0: none"""
     table: bool = False
     """print what there is, and make nothing"""
 
@@ -60,6 +64,12 @@ def row(iters: int, seed: int, run: Path, folders: dict[str, Path]) -> dict[str,
     return found
 
 
+def recovered(student: Path, questions: int) -> dict[str, list[float]]:
+    """{task: [share that is left of what the teacher has above chance, its 95 % interval]}."""
+    done = evaluate.run(evaluate.Settings(students=(str(student),), tasks=TASKS, num_questions=questions))
+    return {task: [round(value, 3) for value in of[student.name]] for task, of in done["recovered"].items()}
+
+
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown, fewest steps first."""
     ordered = sorted(rows.items(), key=lambda item: int(item[0]))
@@ -76,15 +86,23 @@ def main(s: Settings) -> None:
     """Every row that is not there yet."""
     given, name = {"eval_windows": EVAL_WINDOWS}, f"minutes-{s.seed}"
     rows = resumed(name, given, ["rows"]).get("rows", {})
+
+    def keep(label: str) -> None:
+        cli.say(f"{label} steps: {rows[label]}")
+        command = "scripts/mis benchmarks/minutes.py" + f" --seed {s.seed}" * bool(s.seed)
+        write(name, command, {"given": given, "rows": rows})
+
     if not s.table:
         with tempfile.TemporaryDirectory() as temp:
             folders, runs = teacher_text.texts(Path(temp), None), Path(s.runs or temp)
             for iters in s.iters:
-                if str(iters) not in rows:
-                    rows[str(iters)] = row(iters, s.seed, runs / f"run-{iters}-{s.seed}", folders)
-                    cli.say(f"{iters} steps: {rows[str(iters)]}")
-                    command = "scripts/mis benchmarks/minutes.py" + f" --seed {s.seed}" * bool(s.seed)
-                    write(name, command, {"given": given, "rows": rows})
+                run, label = runs / f"run-{iters}-{s.seed}", str(iters)
+                if label not in rows:
+                    rows[label] = row(iters, s.seed, run, folders)
+                    keep(label)
+                if s.questions and "recovered" not in rows[label] and (run / "model").is_dir():
+                    rows[label]["recovered"] = recovered(run / "model", s.questions)
+                    keep(label)
     print(table(rows))
 
 
