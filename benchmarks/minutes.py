@@ -3,7 +3,7 @@
     scripts/mis benchmarks/minutes.py                  # 8, 30, 120 steps: an hour on 2 cores
     scripts/mis benchmarks/minutes.py --iters 300
     scripts/mis benchmarks/minutes.py --iters 2400 --runs runs/night    # 3 hours; stopped, it goes on there
-    scripts/mis benchmarks/minutes.py --iters 2400 --runs runs/night --questions 100    # 5 minutes more
+    scripts/mis benchmarks/minutes.py --iters 2400 --runs runs/night --questions 100    # 3 minutes more
     scripts/mis benchmarks/minutes.py --table
 
 SmolLM2-135M-Instruct, distill's defaults but for the steps, nothing quantized. Judged in bits per byte above the
