@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.evaluation import option_likelihood, rewards
+from mis_mlx.evaluation import instructions, option_likelihood, questions, rewards
 from mis_mlx.evaluation.questions import Task
 from mis_mlx.hardware import memory
 from mis_mlx.models import distributed, load, mlx_generate, policy, streamed_decode
@@ -33,11 +33,15 @@ from mis_mlx.types import Budget, Checkpoint, MisError, grouped
 
 VERSION = 2  # of how marks come about: kept ones of another version are not used
 PART = 4096  # tokens of questions between two looks at the disk, where the whole model stays in memory
-AT_ONCE = 16  # answers written together
+# Answers written together, as many as fit. In the same CPU time 48 have 1.3 times the tokens of 16, and 96 have fewer
+# than 48 (SmolLM2-135M, float32, one thread).
+AT_ONCE = (48, 32, 16, 4, 1)
+CACHE_STEP = 256  # tokens by which mlx-lm's caches grow
 METRICS = ("acc", "exact_match", "f1")  # of lm-eval; the first one that a task has is its mark
 Sample = Mapping[str, Any]  # lm-eval's record of one question: "doc_id", "filtered_resps", and its metrics by name
 Writer = Callable[[Sequence[list[int]]], list[list[int]]]  # prompts to their continuations
-Asked = dict[int, dict[str, Any]]  # question number: {"ll": [...]} or {"text", "mark"}
+Asked = dict[int, dict[str, Any]]  # question number: {"ll": [...]}, {"text", "mark"} or {"text", "followed"}
+Judge = Callable[[Task, Sequence[int], Sequence[str]], list[float]]  # task, numbers of questions, the texts written
 Asking = tuple[estimates.StageCost, Callable[[], Iterator[dict[str, Any]]]]  # what it takes; what does it, in a budget
 
 
@@ -73,8 +77,9 @@ def plan(checkpoint: Checkpoint, model_sha256: str, task: Task, limit: Budget) -
 
 
 def scores(checkpoint: Checkpoint, model_sha256: str, task: Task, limit: Budget, layers: bool = False) -> np.ndarray:
-    """(n,) the mark of every question: 1 or 0 where an answer is right or wrong, else from 0 to 1. Several machines ask
-    together; layers: with the model's blocks shared out among them, where options are chosen."""
+    """(n,) the mark of every question: 1 or 0 where an answer is right or wrong, otherwise from 0 to 1, or, for
+    instructions, as `instructions.marks`. Several machines ask together; layers: with the model's blocks shared out
+    among them, where options are chosen."""
     path, answers, left = todo(model_sha256, task)
     if distributed.is_main():
         DISK.make_folder(path.parent)
@@ -86,9 +91,46 @@ def scores(checkpoint: Checkpoint, model_sha256: str, task: Task, limit: Budget,
             show(len(answers))
     if task.kind == "checked":
         return np.array([float(answers[n]["mark"]) for n in range(len(task.questions))])
+    if task.kind == "instructions":
+        return np.array(instructions.marks(*_followed_of(task, answers)))
     # As lm-eval: of options that are equally likely the first one counts as chosen.
     chosen = [np.argmax(np.array(answers[n]["ll"]) / _lengths(task, n)) for n in range(len(task.questions))]
     return np.array([float(at == q.right) for at, q in zip(chosen, task.questions, strict=True)])
+
+
+def levels(model_sha256: str, task: Task) -> instructions.Levels | None:
+    """IFEval's two accuracies, out of answers that `scores` has kept; None for a task without instructions."""
+    if task.kind != "instructions":
+        return None
+    _, answers, _ = todo(model_sha256, task)
+    return instructions.levels(*_followed_of(task, answers))
+
+
+def chance(task: Task) -> np.ndarray:
+    """(n,) expected marks of somebody who cannot read: of instructions, those of the constant answer PLAIN."""
+    if task.kind == "instructions":
+        return _constant_marks(task, instructions.PLAIN)
+    return np.array([question.chance for question in task.questions])
+
+
+def best_constant(task: Task) -> tuple[float, str] | None:
+    """(share, answer) of U Zośki: the best constant answer, and of instructions the constant DRESSED."""
+    if task.kind == "instructions":
+        return float(_constant_marks(task, instructions.DRESSED).mean()), instructions.DRESSED
+    return questions.best_constant_answer(task)
+
+
+def _constant_marks(task: Task, text: str) -> np.ndarray:
+    """(n,) marks for one and the same answer to all questions."""
+    count = len(task.questions)
+    followed = [int(done) for done in _followed(task, range(count), [text] * count)]
+    return np.array(instructions.marks(followed, [len(question.instructions) for question in task.questions]))
+
+
+def _followed_of(task: Task, answers: Asked) -> tuple[list[int], list[int]]:
+    """(n,) how many instructions of each question are followed, and (n,) how many it has."""
+    followed = [int(answers[n]["followed"]) for n in range(len(task.questions))]
+    return followed, [len(question.instructions) for question in task.questions]
 
 
 @contextmanager
@@ -233,39 +275,67 @@ def _writing(checkpoint: Checkpoint, task: Task, left: Sequence[int], limit: Bud
     longest, count = max(map(len, prompts)), len(left) * most
     flops = estimates.forward_flops(m, sum(map(len, prompts)) + count, longest)
     one, room = estimates.token(m, longest + most, limit.limit_bytes), 0
-    work = estimates.keys_bytes(m, 2 * AT_ONCE * (longest + most)) + 8 * AT_ONCE * m.shape.vocab * 4
-    work += estimates.workspace_bytes(m, longest, longest) + memory.process_bytes(limit.limit_bytes)
-    peak = m.shape.layers * m.block_work + m.head_work + work
-    if whole := peak <= limit.limit_bytes:
-        touched = -(-len(left) // AT_ONCE) * most * one.touched_bytes
-        phase = estimates.StageCost(task.name, m.nbytes, 0, peak, flops, touched_bytes=touched)
+    fitting = [size for size in AT_ONCE if _resident_bytes(m, size, longest, most, limit) <= limit.limit_bytes]
+    at_once = fitting[0] if fitting else AT_ONCE[-1]
+    if fitting:
+        phase = estimates.StageCost(
+            task.name,
+            read_bytes=m.nbytes,
+            written_bytes=0,
+            peak_bytes=_resident_bytes(m, at_once, longest, most, limit),
+            flops=flops,
+            touched_bytes=-(-len(left) // at_once) * most * one.touched_bytes,
+        )
     else:
         estimates.fit(limit, one, other="")
         room = estimates.room(limit.limit_bytes, one.peak_bytes - one.pinned * m.block_work)
         phase = replace(one, read_bytes=count * one.read_bytes, flops=flops, touched_bytes=count * one.touched_bytes)
 
     def ask() -> Iterator[dict[str, Any]]:
-        write, ends = _writer(checkpoint, whole, room, tokenizer.eos_token_ids, most, limit), tokenizer.eos_token_ids
-        for begin in range(0, len(left), AT_ONCE * distributed.size()):
-            few = slice(start := begin + AT_ONCE * distributed.rank(), start + AT_ONCE)
+        ends = tokenizer.eos_token_ids
+        together = min(distributed.all_gather(at_once))  # of several machines, the smallest one's
+        write = _writer(checkpoint, limit, whole=bool(fitting), room=room, ends=ends, count=most, at_once=together)
+        for begin in range(0, len(left), together * distributed.size()):
+            few = slice(start := begin + together * distributed.rank(), start + together)
             written = write(prompts[few]) if left[few] else []
             texts = [tokenizer.decode([t for t in ids if t not in ends]) for ids in written]
-            marks = _checked(task, left[few], texts) if texts else []
-            mine = [{"n": n, "text": text, "mark": mark} for n, text, mark in zip(left[few], texts, marks, strict=True)]
+            mine = _judged(task, left[few], texts) if texts else []
             for rows in distributed.all_gather(mine):
                 yield from rows
 
     return phase, ask
 
 
-def _writer(checkpoint: Checkpoint, whole: bool, room: int, ends: set[int], count: int, limit: Budget) -> Writer:
+def _resident_bytes(m: estimates.ModelSize, at_once: int, longest: int, most: int, limit: Budget) -> int:
+    """Memory of a model that is whole there and writes `at_once` answers of `most` tokens after `longest`."""
+    places = CACHE_STEP * -(-(longest + most) // CACHE_STEP)
+    # Keys and values of the prompts alone, of the batch, and of the batch once more while its cache grows.
+    keys = 3 * at_once * estimates.keys_bytes(m, places)
+    logits = 8 * at_once * m.shape.vocab * 4
+    weights = m.shape.layers * m.block_work + m.head_work
+    reading = estimates.workspace_bytes(m, longest, longest)
+    return weights + keys + logits + reading + memory.process_bytes(limit.limit_bytes)
+
+
+def _writer(
+    checkpoint: Checkpoint, limit: Budget, *, whole: bool, room: int, ends: set[int], count: int, at_once: int
+) -> Writer:
+    """What writes up to `count` tokens after each prompt. whole: the model is whole in memory, `at_once` answers are
+    written together; otherwise it is streamed, with `room` bytes for blocks that stay."""
     dtype = policy.compute_dtype(checkpoint)
     if whole:
         model = load_checked(load.resident(checkpoint, dtype), f"{checkpoint.path}: ")
         draw = mlx_generate.sampler(0.0, 0)
-        return lambda prompts: [g[0] for g in mlx_generate.groups(model, prompts, 1, count, ends, draw, AT_ONCE)]
+        return lambda prompts: [g[0] for g in mlx_generate.groups(model, prompts, 1, count, ends, draw, at_once)]
     stream = Stream(checkpoint, dtype, room, checkpoint.nbytes > limit.limit_bytes)
     return lambda prompts: [list(chain.from_iterable(streamed_decode.decode(stream, p, count, ends))) for p in prompts]
+
+
+def _judged(task: Task, at: Sequence[int], texts: Sequence[str]) -> list[dict[str, Any]]:
+    """What is kept of each answer: its question's number, its text, and what the judge of its kind says."""
+    key, judge = JUDGES[task.kind]
+    verdicts = judge(task, at, texts)
+    return [{"n": n, "text": text, key: verdict} for n, text, verdict in zip(at, texts, verdicts, strict=True)]
 
 
 def _checked(task: Task, at: Sequence[int], texts: Sequence[str]) -> list[float]:
@@ -276,4 +346,23 @@ def _checked(task: Task, at: Sequence[int], texts: Sequence[str]) -> list[float]
     return [float(s.totals[0] or 0.0) for s in scored]
 
 
-ASKING: dict[str, Callable[..., Asking]] = {"choice": _choosing, "checked": _writing}  # MisError: it cannot be done
+def _followed(task: Task, at: Sequence[int], texts: Sequence[str]) -> list[float]:
+    """How many of its instructions each answer follows. One that the checker cannot read follows none, and is named."""
+    rows = [{"prompt": task.questions[n].context, "asked": task.questions[n].instructions} for n in at]
+    checker = rewards.Function(
+        name="if-verifiable",
+        source=instructions.__name__,
+        function=instructions.followed.__name__,
+        seconds=instructions.SECONDS,
+    )
+    scored = rewards.score([checker], rows, [[text] for text in texts])
+    for n, score in zip(at, scored, strict=True):
+        for note in score.notes:
+            cli.say(f"{task.name} question {n + 1}: its answer counts as following nothing ({note})")
+    return [float(score.totals[0] or 0.0) for score in scored]
+
+
+# By the kind of a task: the key of what is kept, and who judges.
+JUDGES: dict[str, tuple[str, Judge]] = {"checked": ("mark", _checked), "instructions": ("followed", _followed)}
+# By the kind of a task; MisError: it cannot be done.
+ASKING: dict[str, Callable[..., Asking]] = {"choice": _choosing, "checked": _writing, "instructions": _writing}

@@ -1,10 +1,12 @@
-"""Questions with known answers, from rows in JSONL: choice, cloze, checked answers. All rows are judged.
+"""Questions with known answers, from rows in JSONL: choice, cloze, pairs, checked answers. All rows are judged.
 
 A file holds rows of one kind and is one task, named like the file:
 
     choice   {"question", "options", "answer"}   which option is likeliest after the question; "question" may be ""
     cloze    {"text", "options", "answer"}       which option fits the blank ___ of the text
     checked  {"prompt", "answer"}                the model writes; its last line is compared with the answer
+    pairs    {"good", "bad"}                     which of two sentences is likelier, as in BLiMP
+    instructions  {"prompt", "instruction_id_list", "kwargs"}   the model writes; does it do as told? as in IFEval
 
 "answer" is one of the options. "language" may be "pl" or "en" and decides between "Odpowiedź:" and "Answer:"."""
 
@@ -21,13 +23,20 @@ from typing import Any, Literal, NamedTuple, Self, TypeVar
 import numpy as np
 
 from mis_mlx.data import preparation, rows
+from mis_mlx.evaluation import instructions
+from mis_mlx.evaluation.instructions import Instruction
 from mis_mlx.types import MisError
 
 SHAPES: rows.Shapes = {
+    "instructions": ("prompt", "instruction_id_list", "kwargs"),
     "choice": ("question", "options", "answer"),
     "cloze": ("text", "options", "answer"),
     "checked": ("prompt", "answer"),
+    "pairs": ("good", "bad"),
 }
+NO_TEXTS = ("instruction_id_list", "kwargs")  # keys of SHAPES; `options` is the other one, which `rows` knows
+# Tokens of an answer to instructions, at most. IFEval's leaderboards allow 1,280, which takes hours on a CPU.
+INSTRUCTION_TOKENS = 512
 BLANK = "___"
 SPAN, LEAST = 13, 5  # words in a row that tell of contamination; fewer words say nothing
 MARK = {"en": "Answer", "pl": "Odpowiedź"}
@@ -35,17 +44,19 @@ T = TypeVar("T")
 
 
 class Question(NamedTuple):
-    """`options` as they continue `context`; the `right`-th is it. Without options a model writes what `answer` says."""
+    """`options` as they continue `context`; the `right`-th is it. Without options a model writes what `answer` says, or
+    what follows all `instructions`."""
 
     context: str
     answer: str
     options: tuple[str, ...] = ()
     right: int = 0
     language: str | None = None
+    instructions: tuple[Instruction, ...] = ()
 
     @property
     def chance(self) -> float:
-        """How often somebody who cannot read is right."""
+        """How often somebody who cannot read is right. `answering.chance` knows it of instructions."""
         return 1 / len(self.options) if self.options else 0.0
 
 
@@ -55,7 +66,7 @@ class Task:
     log-likelihood per character, as in lm-eval's acc_norm; otherwise by their sums, as in its acc."""
 
     name: str
-    kind: Literal["choice", "checked"]
+    kind: Literal["choice", "checked", "instructions"]
     questions: tuple[Question, ...]
     about: str = ""
     per_character: bool = False
@@ -64,7 +75,8 @@ class Task:
     @property
     def sha256(self) -> str:
         """Of everything that decides the answers, in hex."""
-        decisive = [self.kind, self.max_tokens, [[q.context, q.answer, q.language, *q.options] for q in self.questions]]
+        asked = [[q.context, q.answer, q.language, *q.options, *q.instructions] for q in self.questions]
+        decisive = [self.kind, self.max_tokens, asked]
         return hashlib.sha256(json.dumps(decisive, ensure_ascii=False).encode()).hexdigest()
 
     def chosen(self, count: int) -> Self:
@@ -74,8 +86,11 @@ class Task:
         return replace(self, questions=tuple(self.questions[i] for i in at))
 
 
-def best_constant_answer(task: Task) -> tuple[float, str]:
-    """(share, answer) of U Zośki, who always recommends the same: the best constant, by name or place in the list."""
+def best_constant_answer(task: Task) -> tuple[float, str] | None:
+    """(share, answer) of U Zośki, who always recommends the same: the best constant, by name or place in the list.
+    None for instructions: `answering.best_constant` asks their checker."""
+    if task.kind == "instructions":
+        return None
     counts = Counter(f"option {q.right + 1}" for q in task.questions if q.options)
     counts.update(f"“{q.answer.strip()}”" for q in task.questions)
     ((best, count),) = counts.most_common(1)
@@ -98,20 +113,32 @@ def file(path: Path) -> Task:
     if len(kinds) > 1:
         problems.append(f"{path.name}: holds rows of {' and '.join(kinds)}, a task is of one kind")
     rows.refuse(problems)
-    return task(path.stem, [row for row, _ in good], f"{len(good)} rows of {path.name}")
+    asked = [row for row, _ in good if not _says_twice(row)]
+    about = f"{len(asked)} rows of {path.name}"
+    if len(asked) < len(good):  # BLiMP has such a pair
+        about += f"; pairs whose sentences are the same left out, {len(good) - len(asked)} of {len(good)}"
+    if not asked:
+        raise MisError(f"{path}: in all {len(good)} pairs 'good' and 'bad' are the same: give pairs that differ")
+    return task(path.stem, asked, about)
+
+
+def _says_twice(row: Mapping) -> bool:
+    """Whether a pair has one sentence only: there is nothing to choose."""
+    return rows.shape_of(row, SHAPES) == "pairs" and row["good"] == row["bad"]
 
 
 def fault(row: object) -> str | None:
     """Why `row` is no question, or None when it is one."""
-    no_question = isinstance(row, dict) and row.get("question") == ""
-    if reason := rows.fault({**row, "question": BLANK} if no_question else row, SHAPES):  # type: ignore[dict-item]
+    if reason := rows.fault(_texts_alone(row), SHAPES):
         return reason
     assert isinstance(row, dict)
     if row.get("language") not in (None, *MARK):
         return f"'language' is {row['language']!r}, known are {', '.join(MARK)}"
     shape = rows.shape_of(row, SHAPES)
-    if shape == "checked":
+    if shape in ("checked", "pairs"):
         return None
+    if shape == "instructions":
+        return instructions.fault(row)
     if shape == "cloze" and row["text"].count(BLANK) != 1:
         return f"'text' has {row['text'].count(BLANK)} blanks {BLANK}, a cloze has one"
     options, answer = row["options"], row["answer"]
@@ -124,14 +151,37 @@ def fault(row: object) -> str | None:
     return None if answer in options else f"the answer {answer[:40]!r} is none of its {len(options)} options"
 
 
+def _texts_alone(row: object) -> object:
+    """The row for `rows.fault`, which wants text with something in it: a question may be empty, and some keys hold no
+    text."""
+    if not isinstance(row, dict):
+        return row
+    others = {key: BLANK for key in NO_TEXTS if key in row}
+    if row.get("question") == "":
+        others["question"] = BLANK
+    return row | others
+
+
 def task(name: str, questions: Sequence[Mapping], about: str, per_character: bool = False) -> Task:
     """Rows that `fault` finds nothing wrong with, of one kind, as a task."""
     made = tuple(_question(row) for row in questions)
+    if made[0].instructions:
+        return Task(name, "instructions", made, about, max_tokens=INSTRUCTION_TOKENS)
     return Task(name, "choice" if made[0].options else "checked", made, about, per_character)
+
+
+def _pair(good: str, bad: str) -> Question:
+    """Two sentences after nothing, in the order of their hashes: no place in the list is right more often."""
+    options = sorted((good, bad), key=lambda sentence: hashlib.sha256(sentence.encode()).digest())
+    return Question("", good, options=tuple(options), right=options.index(good))
 
 
 def _question(row: Mapping) -> Question:
     shape = rows.shape_of(row, SHAPES)
+    if shape == "instructions":
+        return Question(row["prompt"], "", instructions=instructions.of_row(row))
+    if shape == "pairs":
+        return _pair(row["good"], row["bad"])
     if shape == "checked":
         return Question(row["prompt"], row["answer"], language=row.get("language"))
     if shape == "cloze":
@@ -163,9 +213,14 @@ def words(text: str) -> list[str]:
 
 
 def training_words(data: str | None) -> list[str]:
-    """All words of a data source's training rows; None: both built-in texts."""
-    names = [data] if data else [None, preparation.MIS]
-    return [word for name in names for row in preparation.load(name).train for word in words(text_of(row))]
+    """All words of a data source's training rows; None: of all built-in texts, what models wrote among them."""
+    if data:
+        train = list(preparation.load(data).train)
+    else:
+        train = [*preparation.load(None).train, *preparation.load(preparation.MIS).train]
+        for path in sorted(preparation.WRITTEN.parent.glob("*.jsonl")):
+            train += rows.read(path).rows
+    return [word for row in train for word in words(text_of(row))]
 
 
 def text_of(row: Mapping) -> str:

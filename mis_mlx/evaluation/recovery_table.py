@@ -5,13 +5,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mis_mlx.evaluation.instructions import Levels
 from mis_mlx.maths.stats import interval, recovery
 from mis_mlx.reporting import figures, html
 
 
 class Outcome(NamedTuple):
     """One task. marks: {model: (n,)}, the teacher first. chance (n,). constant: U Zośki's (share, answer). overlap: of
-    `Known`. uniform (n,): expected marks of a model to which all tokens are equally likely. None: not known."""
+    `Known`. uniform (n,): expected marks of a model to which all tokens are equally likely. None: not known. levels:
+    {model: IFEval's two accuracies}, whose mean is the mean of the marks; None: a task without instructions."""
 
     task: str
     about: str
@@ -21,6 +23,7 @@ class Outcome(NamedTuple):
     overlap: tuple[int, int] | None = None
     sha256: str = ""
     uniform: np.ndarray | None = None
+    levels: Mapping[str, Levels] | None = None
 
     @property
     def teacher(self) -> np.ndarray:
@@ -47,6 +50,8 @@ class Outcome(NamedTuple):
         for name, marks in self.marks.items():
             models[name] = {"score": interval(marks), "recovery": self.recovered(name), "marks": marks.tolist()}
             models[name] |= {"less_teacher": interval(marks - self.teacher)}
+            if self.levels:
+                models[name] |= self.levels[name].json()
         about = {"task": self.task, "about": self.about, "sha256": self.sha256, "n": len(self.chance)}
         about |= {"chance": float(self.chance.mean())}
         about["u_zoski"] = self.constant and dict(zip(("share", "answer"), self.constant, strict=True))
@@ -58,6 +63,7 @@ def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
     """Two tables, one line a task and one column a model, and what can be said. tables: more, from elsewhere."""
     if not outcomes:
         return tables
+    outcomes = [o._replace(about=_about(o)) for o in outcomes]
     knows, names = [o for o in outcomes if o.knows], list(outcomes[0].marks)[1:]
     alike = [o for o in outcomes if any(len(set(marks)) == 1 for marks in o.marks.values())]
     constants = [(o, *o.constant) for o in knows if o.constant]
@@ -72,6 +78,17 @@ def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
         "looked_up": sum(total for *_, total in overlaps),
     }
     return html.document("recovery.md", values)
+
+
+def _about(outcome: Outcome) -> str:
+    """Where a task is from, and both accuracies of every model where it has them."""
+    if not outcome.levels:
+        return outcome.about
+    told = []
+    for name, levels in outcome.levels.items():
+        accuracies = f"prompt {levels.prompt_strict:.1%}, instruction {levels.inst_strict:.1%}, mean {levels.mean:.1%}"
+        told.append(f"{name}: {accuracies}")
+    return f"{outcome.about}; strict accuracies of {'; '.join(told)}"
 
 
 def _student(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+import pytest
+
+import mis_mlx
+from mis_mlx.data import preparation, rows
 from mis_mlx.evaluation import questions
 
+PACKAGE = Path(mis_mlx.__file__).parent
+KNOWN_DATA = Path(os.environ.get("MIS_MLX_KNOWN_DATA") or PACKAGE.parent.parent / "shared" / "data")
 TEXT = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
 
 
@@ -52,3 +59,44 @@ def test_the_built_in_training_text_is_known() -> None:
     assert len(said) > 100_000
     run = said[5000:5020]
     assert known.overlap(task(" ".join(run))) == (1, 1) and known.overlap(task(" ".join(run[::-1]))) == (0, 1)
+
+
+def test_what_models_wrote_is_known_too() -> None:
+    """The built-in training text holds it: every file beside preparation.WRITTEN."""
+    known = questions.Known(questions.training_words(None))
+    for path in sorted(preparation.WRITTEN.parent.glob("*.jsonl")):
+        texts = [questions.text_of(row) for row in rows.read(path).rows]
+        longest = max(texts, key=len)
+        asked = " ".join(questions.words(longest)[:20])
+
+        assert known.overlap(task(asked)) == (1, 1), path.name
+
+
+@pytest.fixture(scope="module")
+def all_built_in() -> questions.Known:
+    """Every text of the package that something is trained with, or that a model is asked for training text with."""
+    words = questions.training_words(None)
+    for path in sorted((PACKAGE / "data").rglob("*.jsonl")):
+        for line in path.read_text("utf-8").splitlines():
+            words += questions.words(line)
+    for path in sorted((PACKAGE / "data").rglob("*.txt")):
+        words += questions.words(path.read_text("utf-8"))
+    return questions.Known(words)
+
+
+@pytest.mark.parametrize("name", ["ifeval.jsonl", "blimp.jsonl"])
+def test_no_training_text_holds_a_known_benchmark(name: str, all_built_in: questions.Known) -> None:
+    """13 words in a row of a prompt, or of either sentence of a pair; a shorter one is looked up whole.
+
+    The files are for measuring only and no part of this repository: MIS_MLX_KNOWN_DATA says where they are."""
+    path = KNOWN_DATA / name
+    if not path.is_file():
+        pytest.skip(f"{path} is not here: set MIS_MLX_KNOWN_DATA to the folder that holds {name}")
+    asked = questions.file(path)
+    wrong = [q._replace(right=1 - q.right) for q in asked.questions if q.options]
+
+    shared = [q.context or q.answer for q in asked.questions if all_built_in.holds(q)]
+    shared += [q.options[q.right] for q in wrong if all_built_in.holds(q)]
+
+    assert len(asked.questions) > 500
+    assert shared == []

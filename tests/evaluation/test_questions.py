@@ -14,6 +14,7 @@ from mis_mlx.types import MisError
 CHOICE = {"question": "2 + 2?", "options": ["3", "4", "5"], "answer": "4"}
 CLOZE = {"text": "Baca pasie ___ na hali.", "options": ["owce", "rowery"], "answer": "owce", "language": "pl"}
 CHECKED = {"prompt": "How much is 2 + 2?", "answer": "4"}
+PAIR = {"good": "The cat sleeps.", "bad": "The cat sleep.", "task": "agreement", "field": "syntax"}
 
 
 def write(path: Path, *rows: object) -> Path:
@@ -49,6 +50,8 @@ def test_the_three_formats_as_a_model_reads_them(tmp_path: Path) -> None:
         ({**CHOICE, "language": "de"}, "'language' is 'de', known are en, pl"),
         ({**CLOZE, "text": "___ and ___"}, "'text' has 2 blanks ___, a cloze has one"),
         ({**CHECKED, "prompt": "\n"}, "'prompt' is empty"),
+        ({**PAIR, "bad": ""}, "'bad' is empty"),
+        ({**PAIR, "good": 3}, "'good' is a number, not text"),
         ({"question": "2 + 2?", "answer": "4"}, r"has neither .* \(its keys: 'question', 'answer'"),
         ("{half", "not valid JSON"),
     ],
@@ -58,6 +61,49 @@ def test_a_bad_row_is_a_sentence_with_its_line(tmp_path: Path, row: Any, why: st
     path = write(tmp_path / "quiz.jsonl", CHOICE, row)
     with pytest.raises(MisError, match=f"1 rows? cannot be used: quiz.jsonl line 2: {why}"):
         questions.file(path)
+
+
+def test_a_pair_is_a_choice_after_nothing(tmp_path: Path) -> None:
+    """The good sentence is the right option; log-likelihoods are sums; other keys do not count."""
+    path = write(tmp_path / "blimp.jsonl", PAIR)
+
+    task = questions.file(path)
+
+    (q,) = task.questions
+    assert task.kind == "choice"
+    assert not task.per_character
+    assert q.context == ""
+    assert q.options[q.right] == q.answer == "The cat sleeps."
+    assert set(q.options) == {"The cat sleeps.", "The cat sleep."}
+    assert q.chance == 1 / 2
+    assert task.sha256 == questions.task("t", [{"good": PAIR["good"], "bad": PAIR["bad"]}], "").sha256
+
+
+def test_the_place_of_the_good_sentence_cannot_be_guessed() -> None:
+    """By their hashes: of 400 pairs about half have the good one first, and swapped pairs swap."""
+    pairs = [{"good": f"{n} dogs bark.", "bad": f"{n} dogs barks."} for n in range(400)]
+    swapped = [{"good": pair["bad"], "bad": pair["good"]} for pair in pairs]
+
+    task = questions.task("t", pairs, "")
+    other = questions.task("t", swapped, "")
+
+    best = questions.best_constant_answer(task)
+    assert best is not None
+    assert best[0] < 0.56
+    assert [q.options for q in task.questions] == [q.options for q in other.questions]
+    assert all(one.right != two.right for one, two in zip(task.questions, other.questions, strict=True))
+
+
+def test_pairs_of_one_sentence_are_left_out_and_counted(tmp_path: Path) -> None:
+    """BLiMP has one; where all are, there is nothing to ask."""
+    twice = {"good": "The cat sleeps.", "bad": "The cat sleeps."}
+
+    task = questions.file(write(tmp_path / "blimp.jsonl", PAIR, twice, PAIR))
+
+    assert len(task.questions) == 2
+    assert task.about == "2 rows of blimp.jsonl; pairs whose sentences are the same left out, 1 of 3"
+    with pytest.raises(MisError, match="in all 1 pairs 'good' and 'bad' are the same: give pairs that differ"):
+        questions.file(write(tmp_path / "same.jsonl", twice))
 
 
 def test_files_that_are_no_task(tmp_path: Path) -> None:
@@ -78,10 +124,9 @@ def test_the_best_constant_by_hand() -> None:
     assert questions.best_constant_answer(questions.task("t", rows, "")) == (1.0, "“4”")
     rows = [{"question": "x", "options": [f"a{n}", f"b{n}"], "answer": f"{'ab'[n % 3 == 0]}{n}"} for n in range(6)]
     assert questions.best_constant_answer(questions.task("t", rows, "")) == (4 / 6, "option 1")
-    assert (
-        questions.best_constant_answer(questions.task("t", [CHECKED, CHECKED, {**CHECKED, "answer": "5"}], ""))[0]
-        == 2 / 3
-    )
+    best = questions.best_constant_answer(questions.task("t", [CHECKED, CHECKED, {**CHECKED, "answer": "5"}], ""))
+    assert best is not None
+    assert best[0] == 2 / 3
 
 
 def test_the_hash_is_of_what_decides_the_answers() -> None:

@@ -1,0 +1,172 @@
+"""IFEval's instructions: whether they can be checked here, and how many of them an answer follows.
+
+The package if-verifiable checks them (IFEval: Zhou et al., arXiv 2311.07911). It brings `datasets` and NLTK, and some
+checkers take their time on odd texts, so it runs in a process of its own."""
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+from mis_mlx.hardware import child_process
+from mis_mlx.types import MisError
+
+PACKAGE = "if_verifiable"
+INSTALL = "pip install 'mis-mlx[ifeval]'"
+# These split text into sentences with NLTK's model of English, which no package brings.
+SPLITTING = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
+SPLITTER = "punkt_tab"
+SECONDS = 120.0  # for one batch of answers, with 2 s for the imports
+# Many instructions forbid or limit something, so a text that ignores the prompt follows some. Of all 541 prompts IFEval
+# gives 17.2 % to PLAIN, which stands for chance, and 27.3 % to DRESSED, which U Zośki says.
+PLAIN = "ok"
+DRESSED = '"this is the answer"'
+
+
+class Instruction(NamedTuple):
+    """One thing that an answer has to do: its name in IFEval, and the arguments of its checker."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+class Levels(NamedTuple):
+    """IFEval's two strict accuracies of a model, from 0 to 1."""
+
+    prompt_strict: float  # prompts of which every instruction is followed
+    inst_strict: float  # instructions that are followed
+
+    @property
+    def mean(self) -> float:
+        """The known number, as the model cards of SmolLM2 give it."""
+        return (self.prompt_strict + self.inst_strict) / 2
+
+    def json(self) -> dict[str, float]:
+        """Both and their mean, by name."""
+        return {"prompt_strict": self.prompt_strict, "inst_strict": self.inst_strict, "mean": self.mean}
+
+
+def levels(followed: Sequence[int], counts: Sequence[int]) -> Levels:
+    """Both accuracies. followed, counts (n,): instructions of each prompt that are followed, and all of them."""
+    whole = sum(done == count for done, count in zip(followed, counts, strict=True))
+    return Levels(
+        prompt_strict=whole / len(counts),
+        inst_strict=sum(followed) / sum(counts),
+    )
+
+
+def marks(followed: Sequence[int], counts: Sequence[int]) -> list[float]:
+    """(n,) a mark for each prompt, so that their mean is `Levels.mean`.
+
+    m_n = (p_n + f_n * N / C) / 2, where p_n is 1 if all instructions of prompt n are followed and otherwise 0, f_n says
+    how many are, N is the number of prompts and C that of all instructions: the mean of f_n * N / C is sum(f) / C. A
+    prompt with more instructions than the average has a mark above 1 when all are followed."""
+    weight = len(counts) / sum(counts)
+    found = []
+    for done, count in zip(followed, counts, strict=True):
+        whole = 1.0 if done == count else 0.0
+        found.append((whole + weight * done) / 2)
+    return found
+
+
+def fault(row: Mapping[str, Any]) -> str | None:
+    """Why a row's instructions have not the form of IFEval's, or None when they have."""
+    names = row["instruction_id_list"]
+    arguments = row["kwargs"]
+    if not isinstance(names, list) or not names:
+        return "'instruction_id_list' is no list of one or more names"
+    if not all(isinstance(name, str) for name in names):
+        return "'instruction_id_list' holds something else than names"
+    if not isinstance(arguments, list) or not all(isinstance(given, dict) for given in arguments):
+        return "'kwargs' is no list of objects"
+    if len(names) != len(arguments):
+        return f"{len(names)} instructions have {len(arguments)} 'kwargs': give one object for each"
+    return None
+
+
+def of_row(row: Mapping[str, Any]) -> tuple[Instruction, ...]:
+    """The instructions of a row that `fault` finds nothing wrong with. Arguments that are null are left out."""
+    found = []
+    for name, arguments in zip(row["instruction_id_list"], row["kwargs"], strict=True):
+        given = {key: value for key, value in arguments.items() if value is not None}
+        instruction = Instruction(name=name, arguments=given)
+        found.append(instruction)
+    return tuple(found)
+
+
+def check(task: str, asked: Sequence[Sequence[Instruction]]) -> list[str]:
+    """What is wrong with the instructions of each question, as sentences that name the question of `task`.
+
+    MisError where they cannot be checked on this machine: no package, or no model that splits sentences."""
+    if find_spec(PACKAGE) is None:
+        raise MisError(f"{task}: if-verifiable checks its {len(asked)} answers, which is not here: {INSTALL}")
+    try:
+        found = child_process.ask(__name__, _unusable.__name__, {"asked": asked}, SECONDS)
+    except child_process.NoAnswer as error:
+        raise MisError(f"{task}: if-verifiable does not work here ({error}): {INSTALL}") from None
+    splitting = sum(_splits(question) for question in asked)
+    if splitting and not found["splitter"]:
+        why = f"{task}: {splitting} of {len(asked)} questions count sentences or words with NLTK's {SPLITTER}"
+        raise MisError(f"{why}, which is not here: python -m nltk.downloader {SPLITTER}")
+    problems = []
+    for number, why in found["problems"]:
+        problems.append(f"{task} question {number + 1}: {why}")
+    return problems
+
+
+def _splits(question: Sequence[Instruction]) -> bool:
+    """Whether one of its instructions needs text split into sentences."""
+    names = {instruction.name for instruction in question}
+    return not names.isdisjoint(SPLITTING)
+
+
+def _unusable(asked: Sequence[Sequence[tuple[str, Mapping[str, Any]]]]) -> dict[str, Any]:
+    """In the child. problems: (question's number from 0, what is wrong); splitter: whether NLTK can split sentences."""
+    from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
+    from nltk.tokenize import sent_tokenize
+
+    try:
+        sent_tokenize("One. Two.")
+        splitter = True
+    except LookupError:
+        splitter = False
+    problems = []
+    for number, question in enumerate(asked):
+        for name, arguments in question:
+            if name not in INSTRUCTION_DICT:
+                problems.append((number, f"if-verifiable knows no instruction {name!r}"))
+                continue
+            try:
+                INSTRUCTION_DICT[name](name).build_description(**arguments)
+            except Exception as error:  # whatever a checker says to arguments that it cannot use
+                given = json.dumps(arguments)[:80]
+                problems.append((number, f"{name} does not take {given} ({error})"))
+    return {"problems": problems, "splitter": splitter}
+
+
+def followed(
+    prompts: Sequence[str], completions: Sequence[str], asked: Sequence[Sequence[tuple[str, Mapping[str, Any]]]]
+) -> list[int]:
+    """In the child, as a reward (evaluation/rewards): how many instructions each completion follows, strictly."""
+    import langdetect
+
+    langdetect.DetectorFactory.seed = 0  # otherwise the language of an odd text is drawn anew every time
+    counts = []
+    for prompt, text, question in zip(prompts, completions, asked, strict=True):
+        counts.append(_followed(prompt, text, question))
+    return counts
+
+
+def _followed(prompt: str, text: str, question: Sequence[tuple[str, Mapping[str, Any]]]) -> int:
+    """How many instructions one text follows. An empty text follows none."""
+    from if_verifiable.common import evaluate_instructions
+    from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
+
+    results, _ = evaluate_instructions(
+        response=text,
+        instruction_id_list=[name for name, _ in question],
+        kwargs_list=[dict(arguments) for _, arguments in question],
+        prompt=prompt,
+        instruction_registry=INSTRUCTION_DICT,
+    )
+    return sum(result.strict_pass for result in results)
