@@ -56,9 +56,10 @@ class Settings:
 def row(label: str, s: Settings, run: Path, folders: dict[str, Path | None]) -> dict[str, Any]:
     """{"params", "bits": {text: bits per byte above the teacher's}} of one student."""
     asked = distill.Settings(out=str(run), seed=s.seed, quantize=0, bench_tokens=0, eval_windows=3, **ROWS[label])
-    preparation.WRITTEN_SHARE = teacher_text.SHARES["before" if label == "first edition" else "now"]
+    usual = preparation.SHARES
+    preparation.SHARES = teacher_text.SHARES["before"] if label == "first edition" else usual
     done = distill.run(asked)
-    preparation.WRITTEN_SHARE = teacher_text.SHARES["now"]
+    preparation.SHARES = usual
     bits = teacher_text.judged(None, run / "model", folders, s.eval_windows)
     excess = {text: round(of["student"] - of["teacher"], 4) for text, of in bits.items()}
     return {"params": done["params_student"], "bits": excess}

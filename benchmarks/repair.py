@@ -23,7 +23,7 @@ from laboratory import start, stored, write
 from recovery import WIDE, Arm, Bench, cut
 
 from mis_mlx import cli
-from mis_mlx.maths.reconstruction import NormalEquations
+from mis_mlx.maths.reconstruction import HeldOut, NormalEquations, left
 from mis_mlx.models import load, model_writer, resolve
 from mis_mlx.pruning import reconstruct
 
@@ -48,12 +48,12 @@ def plain() -> Iterator[None]:
     """As the repair was."""
 
     def solved(
-        self: NormalEquations, held_out: NormalEquations, _: Sequence[float] = (), whole: bool = True
+        self: NormalEquations, held_out: Sequence[HeldOut], _: Sequence[float] = (), whole: bool = True
     ) -> tuple[np.ndarray, float]:
-        for name in ("gram", "cross", "before"):
-            setattr(self, name, getattr(self, name) + getattr(held_out, name))
+        for rows in held_out:
+            self.add(rows.inputs.T @ rows.inputs, rows.inputs.T @ rows.missing)
         update = self.update(0.1)
-        return update, self.left(update)
+        return update, left(held_out, update)
 
     judged = NormalEquations.judged
     NormalEquations.judged = solved  # type: ignore[method-assign,assignment]

@@ -33,7 +33,12 @@ from mis_mlx.hardware.programs import unpack_debian
 from mis_mlx.models import mlx_generate, resolve
 
 PACKAGES = ("vim-runtime", "fortunes", "fortunes-pl", "manpages-pl")
-SHARES = {"before": 0.0, "now": preparation.WRITTEN_SHARE}
+MANUAL, MIS, MODEL = (kind for kind in preparation.SHARES if kind != preparation.CONVERSATIONS)
+# Kinds of the built-in text and their shares; none of them has conversations, which came later (answers.py).
+SHARES = {
+    "before": {MANUAL: 7 / 8, MIS: 1 / 8, MODEL: 0.0, preparation.CONVERSATIONS: 0.0},
+    "now": {MANUAL: 5 / 8, MIS: 1 / 8, MODEL: 2 / 8, preparation.CONVERSATIONS: 0.0},
+}
 NO_TRAINING = "Nothing is trained on this. " * 200
 ANSWERS, BUILT_IN = "the teacher's answers", "built-in text"
 QUESTIONS = (
@@ -93,14 +98,15 @@ def answers(teacher: str | None) -> list[dict[str, str]]:
     return [{"prompt": q, "completion": a} for q, a in zip(QUESTIONS, words, strict=True) if a]
 
 
-def texts(place: Path, teacher: str | None) -> dict[str, Path]:
+def texts(place: Path, teacher: str | None, *, with_answers: bool = True) -> dict[str, Path]:
     """Folders that --data takes, by name."""
     (packages := place / "packages").mkdir()
     unpack_debian(PACKAGES, packages)
     rows: dict[str, list[dict[str, str]]] = {
         name: [{"text": text}] for name, text in other_texts(packages / "usr" / "share").items()
     }
-    rows |= {ANSWERS: said} if (said := answers(teacher)) else {}
+    if with_answers and (said := answers(teacher)):
+        rows[ANSWERS] = said
     folders = {}
     for name, test in rows.items():
         (folder := place / name).mkdir()
@@ -147,7 +153,7 @@ def main(s: Settings) -> None:
         folders = texts(Path(temp), s.teacher)
         for label, share in SHARES.items():
             if label not in rows:
-                preparation.WRITTEN_SHARE = share
+                preparation.SHARES = share
                 rows[label] = row(s, Path(temp) / label, folders)
                 kinds = [k for k in folders if k != ANSWERS]
                 rows[label]["mean excess"] = sum(

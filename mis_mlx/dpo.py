@@ -125,7 +125,7 @@ def run(settings: Settings) -> dict[str, Any]:
         return alignment_run.training(parts, checkpoint, 2 * parts.batch_size, length, "dpo")
 
     parts = alignment_run.cut(s, folder, training)
-    seen = live_teacher.visited(len(train), parts)  # who needs the reference
+    seen = sequence_packing.visited(len(train), parts)  # who needs the reference
     compared = [*(train[i] for i in seen), *valid]
     tokens, phase = sum(2 * longest(pair) for pair in compared), training(parts)
     asking = estimates.forward_flops(alignment_run.sizes(s, checkpoint), tokens, s.max_seq_length)

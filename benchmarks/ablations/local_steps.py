@@ -57,9 +57,9 @@ class _Streams:
     columns: mx.array | None
 
     @property
-    def judges(self) -> range:
+    def judges(self) -> Sequence[int]:
         """Which batches no step is made of; none where there are too few."""
-        return reconstruct.judges(n) if (n := len(self.target)) >= reconstruct.HELD_OUT else range(0)
+        return reconstruct.judges([0] * n) if (n := len(self.target)) >= reconstruct.HELD_OUT else range(0)
 
     def held_out(self, block: nn.Module, args: Any) -> float:
         """The block's `error` per token on the batches that judge, from the student's own stream; 0 where none do."""
@@ -131,7 +131,9 @@ def train(
         if j >= done:
             note, refitted = f"block {j + 1} of {layers}", dict[str, mx.array]()
             if repair:
-                refitted["mlp.down_proj.weight"], left = reconstruct.refit(small, block, own, target, columns)
+                refitted["mlp.down_proj.weight"], left = reconstruct.refit(
+                    small, block, own, target, [0] * len(own), columns
+                )
                 note += f": closed form left {left:.0%} of the error held out"
             begun = streams.held_out(block, small.args)
             yield from _steps(block, small.args, streams, recipe, own_share, j * recipe.iters, note)

@@ -57,6 +57,13 @@ def drawn(lengths: Sequence[int], s: TrainingConfig, step: int) -> list[np.ndarr
     return [at[i : i + s.batch_size] for i in range(0, len(at), s.batch_size)]
 
 
+def visited(count: int, s: TrainingConfig) -> np.ndarray:
+    """Which of `count` rows the steps of a training see, rising."""
+    in_a_step = s.batch_size * s.grad_accumulation_steps
+    batches = [token_windows.order(count, in_a_step, step, s.seed) for step in range(s.iters)]
+    return np.unique(np.concatenate(batches))
+
+
 def by_length(label: str, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """All indices in batches of like length, which saves padding; how many are done is on display."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])

@@ -7,14 +7,15 @@ import hashlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.data import token_windows
+from mis_mlx.data import draws, token_windows
 from mis_mlx.data.rows import Reading, Row, collect, read, split_off
 from mis_mlx.storage import files, hub
 from mis_mlx.types import MisError
@@ -24,7 +25,20 @@ TEACHER = "teacher"  # `--data teacher` of distill, which has the teacher write 
 MIS_FOLDER = Path(__file__).parent / "polish" / MIS
 SPLITS = ("train", "valid", "test")
 WRITTEN = Path(__file__).parent / "written" / "train.jsonl"  # ABOUT says by whom
-MIS_SHARE, WRITTEN_SHARE = 1 / 8, 1 / 4  # of the built-in training windows (benchmarks/teacher_text.py)
+ANSWERS = Path(__file__).parent / "written" / "answers.jsonl"  # of the default teacher, to data/prompts
+CONVERSATIONS = "conversations"
+# Of every draw of the built-in training text (benchmarks/answers.py).
+SHARES = {"Python documentation": 0.22, "Polish": 0.12, "written by a model": 0.16, CONVERSATIONS: 0.5}
+TALK = {"messages": [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A model."}]}
+
+
+class Source(NamedTuple):
+    """Which text a run learns from. data: as `load` takes it. answers: a file of conversations that stands beside it.
+    share: of conversations in every draw; None: the usual one, where there are any."""
+
+    data: str | None = None
+    answers: Path | None = None
+    share: float | None = None
 
 
 class Texts(NamedTuple):
@@ -128,47 +142,128 @@ class Data(NamedTuple):
 
 def calibration(data: token_windows.Windows, count: int, seed: int, use: int = 1) -> list[mx.array]:
     """Up to `count` windows (1, T) of the training text, the same ones in every command; another `use` gets others."""
-    at = np.random.default_rng([seed, use, 1]).permutation(len(data.tokens))[:count]
-    return [mx.array(data.tokens[i][None]) for i in at]
+    return [mx.array(data.tokens[i][None]) for i in drawn(data, count, seed, use)]
+
+
+def drawn(data: token_windows.Windows, count: int, seed: int, use: int = 1) -> np.ndarray:
+    """Which windows `calibration` gives: their indices, each kind of text in its share."""
+    return draws.some(data, count, (seed, use, 1))
+
+
+def has_conversations(data: str) -> bool:
+    """Whether the training rows of --data are conversations, some of them."""
+    return any("text" not in row for row in load(data).train)
+
+
+def takes_conversations(tokenizer: Any) -> bool:
+    """Whether a tokenizer has a chat template that takes a question and its answer."""
+    try:
+        token_windows.tokenize([TALK], tokenizer)
+    except MisError:
+        return False
+    return True
 
 
 def _written(tokenizer: Any) -> list[Row]:
     """What the default teacher wrote; its answers are plain text where there is no chat template that takes them."""
     rows = list(read(WRITTEN).rows)
-    try:
-        token_windows.tokenize([next(row for row in rows if "prompt" in row)], tokenizer)
-    except MisError:
+    if not takes_conversations(tokenizer):
         rows = [{"text": row.get("text") or "\n".join(row.values())} for row in rows]
     return rows
 
 
-def prepare(data: str | None, tokenizer: Any, length: int) -> Data:
-    """Windows of `length` tokens; held-out ones that overlap training are removed. data None: Python's manual (English)
-    with one part in eight of Polish Miś texts, whose splits share sentence templates by design: there overlap stays;
-    and two in eight that a model wrote, of more kinds. What a teacher wrote beside these is held against the same."""
-    texts, start = load(data), token_windows.start_of(tokenizer)
+@dataclass(frozen=True)
+class _Cutter:
+    """Cuts rows into windows of `length` tokens."""
 
-    def windows(rows: Sequence[Row]) -> token_windows.Windows:
-        return token_windows.windows(token_windows.tokenize(rows, tokenizer), length, start)
+    tokenizer: Any
+    length: int
 
-    train, held = windows(texts.train), token_windows.marked(texts.test, tokenizer)
-    test, own = (token_windows.windows([row[at] for row in held], length, start) for at in (0, 1))
-    test, removed = token_windows.without_overlap(test, train, own=own.tokens == 1)
-    counts = f"{len(train.tokens)} training windows of {length} tokens, {len(test.tokens)} held out"
+    @cached_property
+    def start(self) -> list[int]:
+        """What stands before every window."""
+        return token_windows.start_of(self.tokenizer)
+
+    def text(self, rows: Sequence[Row]) -> token_windows.Windows:
+        """Windows of rows one behind the other, cut wherever they are full."""
+        return token_windows.windows(token_windows.tokenize(rows, self.tokenizer), self.length, self.start)
+
+    def conversations(self, rows: Sequence[Row]) -> token_windows.Windows:
+        """Windows that begin where a conversation begins."""
+        return token_windows.aligned(token_windows.tokenize(rows, self.tokenizer), self.length, self.start)
+
+
+def _own_parts(rows: Sequence[Row], cut: _Cutter) -> tuple[list[token_windows.Windows], list[float]]:
+    """(windows of the text rows and of the conversations of --data, as far as there are any; the windows of each)."""
+    text = [row for row in rows if "text" in row]
+    talks = [row for row in rows if "text" not in row]
+    parts = list[token_windows.Windows]()
+    if text:
+        parts.append(cut.text(text))
+    if talks:
+        parts.append(cut.conversations(talks))
+    return parts, [float(len(part.tokens)) for part in parts]
+
+
+def _built_in_parts(
+    manual: Sequence[Row], polish: Sequence[Row], answers: Path | None, cut: _Cutter
+) -> tuple[dict[str, token_windows.Windows], dict[str, float]]:
+    """({kind: its windows}, {kind: its share}) of the built-in text. answers: those of another teacher than ours."""
+    parts = {
+        "Python documentation": cut.text(manual),
+        "Polish": cut.text(polish),
+        "written by a model": cut.text(_written(cut.tokenizer)),
+    }
+    if takes_conversations(cut.tokenizer):
+        parts[CONVERSATIONS] = cut.conversations(read(answers or ANSWERS).rows)
+    return parts, {kind: SHARES[kind] for kind in parts}
+
+
+def _share_beside(share: float, others: float) -> float:
+    """What is `share` of itself and the others together."""
+    return others * share / max(1e-9, 1 - share)
+
+
+def prepare(source: Source | str | None, tokenizer: Any, length: int) -> Data:
+    """Windows of `length` tokens, and held-out ones; of these, those that overlap training are removed.
+
+    source: text alone stands for that as --data. data None: the built-in text, in SHARES: Python's manual, Polish Miś
+    texts (whose splits share sentence templates by design: there overlap stays), what a model wrote, and, for a
+    tokenizer with a chat template, conversations in which the default teacher answers, or those in the file `answers`.
+    Beside another `data` conversations stand only where `answers` names them. What `synthesize` wrote beside the
+    built-in text is held against the same held-out text."""
+    data, answers, share = source if isinstance(source, Source) else Source(source)
+    texts = load(data)
+    cut = _Cutter(tokenizer, length)
+    held = token_windows.marked(texts.test, tokenizer)
+    test, own = (token_windows.windows([row[at] for row in held], length, cut.start) for at in (0, 1))
+    own_parts, own_sizes = _own_parts(texts.train, cut)
+    own_train = token_windows.joined(own_parts)
+    test, removed = token_windows.without_overlap(test, own_train, own=own.tokens == 1)
+    counts = f"{len(own_train.tokens)} training windows of {length} tokens, {len(test.tokens)} held out"
     gone = f"{removed} more held-out windows shared 32 tokens in a row with training and were removed"
     notes = [*texts.notes, f"{counts}; {gone}"]
-    held_out, polish = {"held-out": test}, load(MIS)
+    polish = load(MIS)
+    held_out = {"held-out": test}
     # A folder that `synthesize` wrote says of what --data its held-out splits are: None, the built-in text.
     if data is None or hub.provenance(Path(data).expanduser()).get("data", data) is None:
-        held_out = {"English": test, "Polish": windows(polish.test)}
+        held_out = {"English": test, "Polish": cut.text(polish.test)}
     if data is None:
-        whole = len(train.tokens) / (1 - MIS_SHARE - WRITTEN_SHARE)
+        parts, shares = _built_in_parts(texts.train, polish.train, answers, cut)
         notes += polish.notes
-        parts = ("Polish", polish.train, MIS_SHARE), ("written by a model", _written(tokenizer), WRITTEN_SHARE)
-        for what, rows, share in parts:
-            extra = windows(rows)
-            count = min(len(extra.tokens), round(whole * share))
-            train = token_windows.joined([train, extra.pick(slice(count))])
-            notes.append(f"{count} of the training windows are {what}")
+    else:
+        parts = {f"--data {number}": part for number, part in enumerate(own_parts, 1)}
+        shares = {kind: size / sum(own_sizes) for kind, size in zip(parts, own_sizes, strict=True)}
+        if answers is not None and takes_conversations(tokenizer):
+            parts[CONVERSATIONS] = cut.conversations(read(answers).rows)
+            shares[CONVERSATIONS] = _share_beside(SHARES[CONVERSATIONS], sum(shares.values()))
+    if CONVERSATIONS in parts and share is not None:
+        shares[CONVERSATIONS] = _share_beside(share, sum(shares.values()) - shares[CONVERSATIONS])
+        if share == 0:
+            del parts[CONVERSATIONS], shares[CONVERSATIONS]
+    train = own_train if len(parts) == 1 else token_windows.of_kinds(list(parts.values()), list(shares.values()))
+    if train.shares:
+        told = [f"{share:.0%} {kind}" for kind, share in zip(parts, train.shares, strict=True)]
+        notes.append(f"every draw of training windows holds {', '.join(told)}")
     sized = {name: replace(w, text_bytes=token_windows.text_bytes(w, tokenizer)) for name, w in held_out.items()}
     return Data(train, sized, tuple(notes))

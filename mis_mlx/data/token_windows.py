@@ -16,15 +16,26 @@ from mis_mlx.types import MisError
 @dataclass(frozen=True)
 class Windows:
     """Token ids (N, T) int32, and learn (N, T) float32: 1 where the prediction made there, of the next token, counts;
-    so its last column is 0. text_bytes (N,): of the text of these predictions; None where that was not counted."""
+    so its last column is 0. text_bytes (N,): of the text of these predictions; None where that was not counted.
+
+    kind (N,): the number of the kind of text that a window is of; None: all are of one kind. shares: of each kind, by
+    its number, in every draw (data/draws), however many windows there are of it; they add up to 1."""
 
     tokens: np.ndarray
     learn: np.ndarray
     text_bytes: Any = None
+    kind: Any = None
+    shares: tuple[float, ...] = ()
 
     def pick(self, at: Any) -> "Windows":
         """Some of the windows: indices or a slice."""
-        return Windows(self.tokens[at], self.learn[at], None if self.text_bytes is None else self.text_bytes[at])
+        return replace(
+            self,
+            tokens=self.tokens[at],
+            learn=self.learn[at],
+            text_bytes=None if self.text_bytes is None else self.text_bytes[at],
+            kind=None if self.kind is None else self.kind[at],
+        )
 
 
 def joined(parts: Sequence[Windows]) -> Windows:
@@ -193,6 +204,41 @@ def reread(windows: Windows, tokenizer: Any, other: Any) -> Windows:
     return replace(again, text_bytes=text_bytes(again, other))
 
 
+def aligned(tokenized: Sequence[Sequence[int]], length: int, start: Sequence[int] = ()) -> Windows:
+    """(N, `length`) windows that each begin with a row's first token, after `start`, and go on with the rows behind it.
+
+    A window ends where it is full, in the middle of a row; that row begins the next window, whole. So no window begins
+    in the middle of an answer, and no question is lost. Only a row longer than a window goes on in the next one where
+    it was cut. Behind the last row the first ones follow again."""
+    own = length - len(start)
+    rows = list[list[int]]()
+    for row in tokenized:
+        rows += [list(row[at : at + own]) for at in range(0, len(row), own)]
+    if not rows:
+        raise MisError(f"0 conversations have text, one window takes {own} tokens: bring more of them")
+    tokens = list[list[int]]()
+    first = 0
+    while first < len(rows):
+        ids = list[int]()
+        last = first
+        while len(ids) < own:
+            ids += rows[last % len(rows)]
+            last += 1
+        tokens.append([*start, *ids[:own]])
+        whole_rows = last - first if len(ids) == own else last - first - 1
+        first += max(1, whole_rows)
+    learn = np.ones((len(tokens), length), np.float32)
+    learn[:, -1] = 0
+    return Windows(np.array(tokens, np.int32), learn)
+
+
+def of_kinds(parts: Sequence[Windows], shares: Sequence[float]) -> Windows:
+    """Windows of several kinds of text, one part a kind, that every draw takes in these shares of their sum."""
+    kind = np.concatenate([np.full(len(part.tokens), number, np.int32) for number, part in enumerate(parts)])
+    total = sum(shares)
+    return replace(joined(parts), kind=kind, shares=tuple(share / total for share in shares))
+
+
 def order(n_windows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
     """Indices (batch_size,) of the windows of optimizer step `step`, counted from 0: a pure function of its arguments.
     Each epoch is a fresh permutation, less a rest too small for a batch; a batch bigger than the data goes round it."""
@@ -230,4 +276,5 @@ def without_overlap(held_out: Windows, train: Windows, span: int = 32, own: Any 
 def fingerprint(windows: Windows) -> str:
     """sha256 of the windows' shape and tokens, in hex: the same on every machine."""
     tokens = np.ascontiguousarray(windows.tokens, dtype="<i4").tobytes()
-    return hashlib.sha256(repr(windows.tokens.shape).encode() + tokens).hexdigest()
+    kinds = "" if windows.kind is None else repr((windows.kind.tolist(), windows.shares))
+    return hashlib.sha256(repr(windows.tokens.shape).encode() + tokens + kinds.encode()).hexdigest()

@@ -12,7 +12,7 @@ Of a mixture the routers learn to choose among the experts that are left: a bloc
 tokens; then its router alone is trained on what they said, towards the same goal (CerebrasResearch/reap, issue 3)."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import mlx.core as mx
@@ -21,13 +21,12 @@ import mlx.optimizers as optim
 import numpy as np
 
 from mis_mlx.hardware import lanes
-from mis_mlx.maths.reconstruction import NormalEquations
+from mis_mlx.maths.reconstruction import HELD_OUT, HeldOut, NormalEquations
 from mis_mlx.models import experts, families, load, stream
 from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.planner.compression_size import ROUTER_BYTES
 from mis_mlx.types import Checkpoint, KeptUnits
 
-HELD_OUT = 4
 DAMPED = 0.01  # of the mean channel, by which a gain is held back
 BEHIND, SMALL = "post_feedforward_layernorm", 0.1  # of Gemma's blocks; of the median gain: what counts as small
 STEPS, LOOK = 60, 5  # of Adam on all tokens at once, and between looks at those held out
@@ -37,18 +36,20 @@ RATE = 5e-4  # of Adam, times the root mean square of the router's weights: ten 
 def reconstruct(
     teacher: Checkpoint, student: Checkpoint, keep: KeptUnits, batches: Batches, direct: bool = False,
     spool: Callable[[], Hidden] | None = None, put: Callable[[str, mx.array], None] | None = None,
+    kinds: Sequence[int] = (),
 ) -> tuple[dict[str, mx.array], list[float]]:  # fmt: skip
     """({weight name: new matrix (out, in) float32, if it changes}, share of error left per block), of ids [(B, T)].
 
     direct: read past the page cache. spool(): a place other than memory for hidden states. put(name, array): takes
-    what changes, which then is not returned."""
+    what changes, which then is not returned. kinds: of text, of each batch; each judges the fit (default: one)."""
     columns, place = kept_columns(keep), spool or list[mx.array]
     big, small = (stream.Stream(model, direct=direct) for model in (teacher, student))
     target, own = big.embed(batches, place()), small.embed(batches, place())
     marching, of = groups(big, keep, target), families.family(student.config)
     mended, left = dict[str, mx.array](), list[float]()
+    kinds = kinds or [0] * len(batches)
     for _, (j, block) in zip(marching, small.blocks(), strict=True):  # the teacher's first
-        weight, error = (heal if of.experts else partial(refit, columns=columns))(small, block, own, target)
+        weight, error = (heal if of.experts else partial(refit, columns=columns))(small, block, own, target, kinds)
         small.through(block, own)
         changed = {mended_name(student): weight} | ({f"{BEHIND}.weight": block[BEHIND].weight} if of.sandwich else {})
         block.clear()
@@ -79,10 +80,17 @@ def groups(teacher: stream.Stream, keep: KeptUnits, hidden: Hidden) -> Iterator[
         yield j
 
 
-def judges(count: int) -> range:
-    """Which of `count` windows are held out to judge a block by: every fourth, or the last of fewer."""
-    every = min(HELD_OUT, count)
-    return range(every - 1, count, every)
+def judges(kinds: Sequence[int]) -> list[int]:
+    """Which windows, of these kinds of text, are held out to judge a block by: of every kind each fourth, or the last
+    of fewer. Where there are several kinds, one of a single window judges nothing."""
+    held_out = list[int]()
+    several = len(set(kinds)) > 1
+    for kind in sorted(set(kinds)):
+        windows = [number for number, of in enumerate(kinds) if of == kind]
+        every = min(HELD_OUT, len(windows))
+        if not (several and every == 1):
+            held_out += windows[every - 1 :: every]
+    return sorted(held_out) or [len(kinds) - 1]
 
 
 def kept_columns(keep: KeptUnits) -> mx.array | None:
@@ -103,8 +111,9 @@ def narrow(hidden: mx.array, columns: mx.array | None) -> mx.array:
 
 
 def refit(
-    source: stream.Stream, block: nn.Module, hidden: Hidden, target: Hidden, columns: mx.array | None
-) -> tuple[mx.array, float]:
+    source: stream.Stream, block: nn.Module, hidden: Hidden, target: Hidden, kinds: Sequence[int],
+    columns: mx.array | None,
+) -> tuple[mx.array, float]:  # fmt: skip
     """Give the block the down_proj that best takes `hidden` to `target`, the teacher's stream behind its group:
     (that matrix (D, F) float32, the share of the error that it leaves on windows held out). It stays as it is, and 1 is
     left, where none does better there: few tokens against a wide FFN are soon learned by heart.
@@ -112,12 +121,17 @@ def refit(
     Tokens are weighted by 1 / rms of the teacher's stream, because the next norm divides by it: the first token of a
     window is a hundred times longer than the rest."""
     linear, share = block.mlp.down_proj, mx.array(getattr(block, "residual_multiplier", 1.0))  # of its output, added
-    each, back, settled = _behind(source, block, hidden, target, columns) if BEHIND in block else (share, 1.0, None)
+    held_out = judges(kinds)
+    each: mx.array = share
+    back: np.ndarray | float = 1.0
+    settled: Callable[[], float] | None = None
+    if BEHIND in block:
+        each, back, settled = _behind(source, block, hidden, target, columns, held_out)
     block.mlp.down_proj = tap = stream.InputRecorder(linear)
     outputs, inputs = linear.weight.shape
-    fit, judge = NormalEquations(inputs, outputs), NormalEquations(inputs, outputs)
+    fit, judging = NormalEquations(inputs, outputs), list[HeldOut]()
 
-    def products(into: mx.array, want: mx.array) -> tuple[mx.array, ...]:
+    def products(number: int, into: mx.array, want: mx.array) -> tuple[mx.array, mx.array]:
         out = block(into, load.mask(source.args, block, into))
         goal = narrow(want, columns).astype(mx.float32).reshape(-1, outputs)
         missing = (goal - out.astype(mx.float32).reshape(-1, outputs)) / each
@@ -125,13 +139,21 @@ def refit(
         if settled:
             length = _rms(linear(into).astype(mx.float32).reshape(-1, outputs))
             missing, weight = missing * length[:, None], weight / length
-        return fit.products(into.reshape(-1, inputs), missing, weight)
+        rows = into.reshape(-1, inputs)
+        if number in held_out:  # the tokens themselves: a sum of products a kind would be as large as the fit
+            held = HeldOut.of(rows, missing, weight)
+            return held.inputs, held.missing
+        return fit.products(rows, missing, weight)
 
-    held_out, coming = judges(len(target)), lanes.each(products, hidden, target)
-    for b in range(len(target)):  # a window's products are as large as the fit; enumerate would hold on to them
-        (judge if b in held_out else fit).add(*next(coming))
+    coming = lanes.each(products, range(len(target)), hidden, target)
+    for number in range(len(target)):  # a window's products are as large as the fit; enumerate would hold on to them
+        if number in held_out:
+            rows, missing = next(coming)
+            judging.append(HeldOut(rows, missing, kinds[number]))
+        else:
+            fit.add(*next(coming))
     block.mlp.down_proj = linear
-    update, error = fit.judged(judge, whole=not settled)  # else those held out judge what the norm makes of it
+    update, error = fit.judged(judging, whole=not settled)  # else those held out judge what the norm makes of it
     update *= back  # in place, as the sum is: what the fit is made of is still there
     update += np.asarray(linear.weight.astype(mx.float32))
     weight = mx.array(update.astype(np.float32, copy=False))
@@ -145,13 +167,14 @@ def _rms(rows: mx.array) -> mx.array:
 
 
 def _behind(
-    source: stream.Stream, block: nn.Module, hidden: Hidden, target: Hidden, columns: mx.array | None
-) -> tuple[mx.array, np.ndarray, Callable[[], float]]:
+    source: stream.Stream, block: nn.Module, hidden: Hidden, target: Hidden, columns: mx.array | None,
+    held_out: Sequence[int],
+) -> tuple[mx.array, np.ndarray, Callable[[], float]]:  # fmt: skip
     """Of the norm behind Gemma's MLP, arguments as of `refit`: (each channel's size (D,), by which its errors count;
     what an update (D, F) of down_proj is multiplied by (D, 1), which was fitted to `missing / each`, times each token's
     rms; and `settled()`, which then fits the gains: the share of the error that is left on windows held out. Where that
     is none less, it is 1, and the norm and down_proj are as they were)."""
-    norm, old, held_out = block[BEHIND], block.mlp.down_proj.weight, judges(len(target))
+    norm, old = block[BEHIND], block.mlp.down_proj.weight
     goals = (narrow(want, columns).astype(mx.float32) for want in target)
     squares = [np.array(mx.square(goal / _rms(goal)[..., None]).mean(axis=(0, 1))) for goal in goals]
     each = mx.array(np.sqrt(np.maximum(np.mean(squares, axis=0), 1e-12)))
@@ -186,7 +209,9 @@ def _behind(
     return each, back[:, None], settled
 
 
-def heal(source: stream.Stream, block: nn.Module, hidden: Hidden, goals: Hidden) -> tuple[mx.array, float]:
+def heal(
+    source: stream.Stream, block: nn.Module, hidden: Hidden, goals: Hidden, kinds: Sequence[int]
+) -> tuple[mx.array, float]:
     """Give the block the router that best takes `hidden` to `goals`, both [(B, T, D)]: (its rows (E, D) float32, the
     share of the error that they leave on batches held out). It stays as it is, and 1 is left, where none does better
     there. Tokens are weighted by 1 / rms of the goal, as in `refit`. Unused batches are not fetched."""
@@ -195,7 +220,7 @@ def heal(source: stream.Stream, block: nn.Module, hidden: Hidden, goals: Hidden)
     router = part[of.router]
     old, kind = router.weight, hidden[0].dtype
     most = max(2, ROUTER_BYTES // (hidden[0].nbytes * len(old)))
-    held_out = judges(len(hidden))
+    held_out = judges(kinds)
     sets = [[b for b in range(len(hidden)) if (b in held_out) == held][:most] for held in (False, True)]
     parts = [_Asked(source, block, [hidden[b] for b in of_set], [goals[b] for b in of_set]) for of_set in sets]
 

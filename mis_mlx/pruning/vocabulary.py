@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.data import preparation, token_windows
+from mis_mlx.data import draws, preparation, token_windows
 from mis_mlx.evaluation import comparison
 from mis_mlx.gguf_export import vocab as gguf_vocabulary
 from mis_mlx.hardware import memory
@@ -144,15 +144,19 @@ def chosen(teacher: Checkpoint, rows: int, train: token_windows.Windows, how: Vo
     """Which `rows` of the teacher's stay: what must, then the most frequent. Half of that is counted in windows of its
     own tokens and in more text, half is what the teacher expects in some of the windows: it knows words that fit there
     and did not come up (benchmarks/vocabulary_choice.py). Words of languages count as much as these two."""
-    some = comparison.chosen(train, VOCABULARY_WINDOWS)
+    some = train.pick(draws.some(train, VOCABULARY_WINDOWS, (0, 0, 1)))
     if (key := (teacher.path, token_windows.fingerprint(some))) not in EXPECTED:
         EXPECTED[key] = expected(teacher, some)
         memory.give_back()  # before the lists of merges
-    counts = np.bincount(train.tokens.reshape(-1), minlength=shape_of(teacher.config).vocab)
-    tokenizer, listed = load.tokenizer(teacher.path), np.zeros(len(counts))
+    tokenizer, vocab = load.tokenizer(teacher.path), shape_of(teacher.config).vocab
+    counts = draws.token_counts(train, vocab)
     if how.vocab_text is not None:
+        more = np.zeros(vocab)
         for ids in token_windows.tokenize(preparation.load(how.vocab_text).train, tokenizer):
-            counts += np.bincount(ids, minlength=len(counts))
+            more += np.bincount(ids, minlength=vocab)
+        # More text counts by its length beside that of the training text.
+        counts = counts * train.tokens.size + more
+    listed = np.zeros(vocab)
     for word, share in words(how.languages).items():
         np.add.at(listed, tokenizer.encode(f" {word}", add_special_tokens=False), share)
     listed += counts / counts.sum() + EXPECTED[key] / EXPECTED[key].sum()
@@ -230,8 +234,8 @@ def rows_left(teacher: Checkpoint, how: VocabularyConfig, student: str | None = 
 
 
 def of_run(
-    teacher: Checkpoint, student: str | None, rows: int, own: preparation.Data, how: VocabularyConfig, data: str | None,
-    run: Path, files: Files,
+    teacher: Checkpoint, student: str | None, rows: int, own: preparation.Data, how: VocabularyConfig,
+    source: preparation.Source | str | None, run: Path, files: Files,
 ) -> tuple[Checkpoint, preparation.Data]:  # fmt: skip
     """The teacher with the `rows` that a run's student has, and its text in these tokens. own: the text in the
     teacher's. student: a folder, where it exists already."""
@@ -245,4 +249,4 @@ def of_run(
     seen = opened(teacher, out)
     if student:
         comparison.same_vocabulary(seen, load.open_checkpoint(student))
-    return seen, preparation.prepare(data, load.tokenizer(seen.path), own.train.tokens.shape[1])
+    return seen, preparation.prepare(source, load.tokenizer(seen.path), own.train.tokens.shape[1])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from mis_mlx.data import preparation, token_windows
+from mis_mlx.data import draws, preparation, token_windows
 from mis_mlx.models import load
 from mis_mlx.types import Checkpoint, MisError
 
@@ -38,13 +40,148 @@ def test_held_out_text_that_is_also_trained_on_is_removed(tmp_path: Path, llama:
     assert abs(len(data.held_out["held-out"].tokens) - len(alone.held_out["held-out"].tokens)) <= 1
 
 
-def test_built_in_text_is_english_with_an_eighth_of_polish(llama: Checkpoint) -> None:
-    """No --data: both languages held out, English first; one training window in eight is Polish."""
+MANUAL, POLISH, WRITTEN, TALK = preparation.SHARES
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat(llama: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The tokenizer of the tiny llama, with a chat template."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(llama.path, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return load.tokenizer(folder)
+
+
+def answers_of(path: Path, count: int = 9) -> tuple[Path, list[dict[str, Any]]]:
+    """A file of short conversations, and its rows."""
+    rows = list[dict[str, Any]]()
+    for number in range(count):
+        said = f"It is number {number}, and what follows it is {number + 1}, in this list as in any other."
+        messages = [{"role": "user", "content": f"Which {number}?"}, {"role": "assistant", "content": said}]
+        rows.append({"messages": messages})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path, rows
+
+
+def shares_of(windows: token_windows.Windows, at: Any) -> list[float]:
+    """Of a draw: how much of it each kind is."""
+    return (np.bincount(windows.kind[at], minlength=len(windows.shares)) / len(at)).tolist()
+
+
+def test_built_in_text_without_a_chat_template(llama: Checkpoint) -> None:
+    """No --data: both languages held out, English first. Three kinds of text in their shares, without conversations,
+    in calibration whatever its seed and use is, and in training; and a note says so."""
     data = preparation.prepare(None, load.tokenizer(llama.path), 256)
+
     assert list(data.held_out) == ["English", "Polish"]
     assert all(len(w.tokens) >= 3 for w in data.held_out.values())
-    (note,) = (n for n in data.notes if "are Polish" in n)
-    assert int(note.split()[0]) / len(data.train.tokens) == pytest.approx(1 / 8, abs=0.02)
+    total = 1 - preparation.SHARES[TALK]
+    wanted = [preparation.SHARES[kind] / total for kind in (MANUAL, POLISH, WRITTEN)]
+    assert data.train.shares == pytest.approx(wanted)
+    assert f"every draw of training windows holds 44% {MANUAL}, 24% {POLISH}, 32% {WRITTEN}" in data.notes
+    for count, seed, use in ((8, 0, 1), (64, 1, 1), (64, 0, 2)):
+        at = preparation.drawn(data.train, count, seed, use)
+        assert shares_of(data.train, at) == pytest.approx(wanted, abs=1 / count)
+        windows = preparation.calibration(data.train, count, seed, use)
+        assert [np.array(window)[0].tolist() for window in windows] == data.train.tokens[at].tolist()
+    visited = np.concatenate([draws.batch(data.train, 2, step, seed=0) for step in range(60)])
+    assert shares_of(data.train, visited) == pytest.approx(wanted, abs=1 / 120)
+
+
+def test_with_a_chat_template_half_is_conversations(chat: Any) -> None:
+    """The default teacher's answers, each window from the beginning of one on; the kinds are cut as each alone is; and
+    held-out text is what it was without."""
+    data = preparation.prepare(None, chat, 256)
+    without = preparation.prepare(preparation.Source(share=0.0), chat, 256)
+
+    assert data.train.shares == pytest.approx(tuple(preparation.SHARES.values()))
+    assert sum(data.train.shares) == pytest.approx(1.0)
+    rows = preparation.read(preparation.ANSWERS).rows
+    wanted = token_windows.aligned(token_windows.tokenize(rows, chat), 256)
+    talks = data.train.tokens[data.train.kind == 3]
+    assert talks.tolist() == wanted.tokens.tolist()
+    assert all(chat.decode(window[:8].tolist()).startswith("user\n") for window in talks)
+    assert without.train.shares == pytest.approx(tuple(data.train.shares[kind] / 0.5 for kind in range(3)))
+    assert without.train.tokens.tolist() == data.train.tokens[data.train.kind < 3].tolist()
+    for name, held_out in data.held_out.items():
+        assert held_out.tokens.tolist() == without.held_out[name].tokens.tolist()
+
+
+def test_another_teachers_answers_in_any_share(chat: Any, tmp_path: Path) -> None:
+    """A file of its own stands in the place of the built-in answers, and has the share that is asked for."""
+    path, rows = answers_of(tmp_path / "answers.jsonl")
+
+    data = preparation.prepare(preparation.Source(None, answers=path, share=0.2), chat, 64)
+
+    others = 1 - preparation.SHARES[TALK]
+    wanted = [0.8 * preparation.SHARES[kind] / others for kind in (MANUAL, POLISH, WRITTEN)]
+    assert data.train.shares == pytest.approx([*wanted, 0.2])
+    talks = token_windows.aligned(token_windows.tokenize(rows, chat), 64)
+    assert data.train.tokens[data.train.kind == 3].tolist() == talks.tokens.tolist()
+
+
+@pytest.mark.parametrize(("share", "wanted"), [(None, 0.5), (0.25, 0.25), (0.95, 0.95)])
+def test_answers_stand_beside_a_folder(
+    chat: Any, text_folder: Path, tmp_path: Path, share: float | None, wanted: float
+) -> None:
+    """The folder's windows as they are alone, then the answers, in the share asked for, or a half."""
+    path, rows = answers_of(tmp_path / "answers.jsonl")
+    alone = preparation.prepare(str(text_folder), chat, 64)
+
+    data = preparation.prepare(preparation.Source(str(text_folder), answers=path, share=share), chat, 64)
+
+    assert data.train.shares == pytest.approx((1 - wanted, wanted))
+    assert data.train.tokens[data.train.kind == 0].tolist() == alone.train.tokens.tolist()
+    talks = token_windows.aligned(token_windows.tokenize(rows, chat), 64)
+    assert data.train.tokens[data.train.kind == 1].tolist() == talks.tokens.tolist()
+    at = preparation.drawn(data.train, 12, seed=3)
+    assert shares_of(data.train, at)[1] == pytest.approx(min(wanted, len(talks.tokens) / 12), abs=1 / 12)
+    held_out = data.held_out["held-out"].tokens
+    assert held_out.tolist() == alone.held_out["held-out"].tokens.tolist()
+
+
+@pytest.mark.parametrize("share", [None, 0.0, 0.4])
+def test_a_folder_of_text_alone_stays_of_one_kind(chat: Any, text_folder: Path, share: float | None) -> None:
+    """Without a file of answers nothing stands beside it, whatever share is asked for: it is drawn as it always was."""
+    alone = preparation.prepare(str(text_folder), chat, 64)
+
+    data = preparation.prepare(preparation.Source(str(text_folder), share=share), chat, 64)
+
+    assert data.train.kind is None
+    assert token_windows.fingerprint(data.train) == token_windows.fingerprint(alone.train)
+
+
+def test_answers_without_a_chat_template_are_left_out(llama: Checkpoint, text_folder: Path, tmp_path: Path) -> None:
+    """A tokenizer that has no way to say who speaks."""
+    path, _ = answers_of(tmp_path / "answers.jsonl")
+    tokenizer = load.tokenizer(llama.path)
+
+    data = preparation.prepare(preparation.Source(str(text_folder), answers=path, share=0.5), tokenizer, 64)
+
+    assert data.train.kind is None
+    assert not preparation.takes_conversations(tokenizer)
+
+
+def test_text_and_conversations_of_a_folder_are_two_kinds(chat: Any, text_folder: Path, tmp_path: Path) -> None:
+    """In the shares that they have there, by windows; conversations begin windows of their own."""
+    folder = Path(shutil.copytree(text_folder, tmp_path / "text"))
+    _, rows = answers_of(tmp_path / "answers.jsonl", 30)
+    with (folder / "train.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    data = preparation.prepare(str(folder), chat, 64)
+
+    alone = preparation.prepare(str(text_folder), chat, 64)
+    talks = token_windows.aligned(token_windows.tokenize(rows, chat), 64)
+    assert data.train.tokens[data.train.kind == 0].tolist() == alone.train.tokens.tolist()
+    assert data.train.tokens[data.train.kind == 1].tolist() == talks.tokens.tolist()
+    count = len(data.train.tokens)
+    assert data.train.shares == pytest.approx((len(alone.train.tokens) / count, len(talks.tokens) / count))
+    assert preparation.has_conversations(str(folder)) and not preparation.has_conversations(str(text_folder))
 
 
 def test_too_little_text_is_a_sentence(tmp_path: Path, llama: Checkpoint) -> None:
@@ -55,16 +192,14 @@ def test_too_little_text_is_a_sentence(tmp_path: Path, llama: Checkpoint) -> Non
         preparation.prepare(str(tmp_path), load.tokenizer(llama.path), 256)
 
 
-def test_conversations_share_their_instruction_and_stay(tmp_path: Path, llama: Checkpoint) -> None:
+def test_conversations_share_their_instruction_and_stay(tmp_path: Path, chat: Any) -> None:
     """Every row begins with the same long order, which is no leak; an answer that training has, too, is one."""
     order = "Say in a few words of your own what the number of this letter stands for, and nothing more than that: "
     answers = [" ".join(f"{n * k}" for k in range(40, 80)) for n in range(3, 48, 3)]
     rows = [json.dumps({"prompt": order + str(n), "completion": a}) for n, a in enumerate(answers)]
     for name, some in {"train": rows[:10], "valid": rows[10:], "test": rows[10:]}.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(some))
-    tokenizer = load.tokenizer(llama.path)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
-    alone = preparation.prepare(str(tmp_path), tokenizer, 64)
+    alone = preparation.prepare(str(tmp_path), chat, 192)
     assert "; 0 more held-out windows" in alone.notes[-1]
     (tmp_path / "test.jsonl").write_text("\n".join([*rows[10:], rows[0]]))
-    assert "; 0 more" not in preparation.prepare(str(tmp_path), tokenizer, 64).notes[-1]
+    assert "; 0 more" not in preparation.prepare(str(tmp_path), chat, 192).notes[-1]

@@ -157,6 +157,71 @@ def test_less_than_one_window_is_refused() -> None:
             token_windows.windows(rows, 3)
 
 
+def test_aligned_windows_by_pencil() -> None:
+    """Windows of four: 4 5 is cut and begins the next one; 6 to 10 is longer than a window and goes on in the next one;
+    behind the last row the first ones follow."""
+    rows = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10], [11, 12]]
+
+    found = token_windows.aligned(rows, 4)
+
+    assert found.tokens.tolist() == [[1, 2, 3, 4], [4, 5, 6, 7], [6, 7, 8, 9], [10, 11, 12, 1]]
+    assert found.learn.tolist() == [[1, 1, 1, 0]] * 4
+    assert found.tokens.dtype == np.int32 and found.learn.dtype == np.float32
+    started = token_windows.aligned([[1, 2, 3], [4]], 3, start=[9])
+    assert started.tokens.tolist() == [[9, 1, 2], [9, 3, 4]]
+    exact = token_windows.aligned([[1, 2], [3, 4], [], [5, 6, 7, 8]], 4)
+    assert exact.tokens.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert token_windows.aligned([[7]], 3).tokens.tolist() == [[7, 7, 7]]
+
+
+def test_no_row_is_lost_and_none_begins_in_the_middle() -> None:
+    """Random rows: a window begins with a row, or where a long one was cut; every row that fits one stands
+    whole in one, and so does every piece of a longer one; no window is there without need: each begins with another."""
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        lengths = rng.integers(1, 14, rng.integers(1, 25))
+        ends = np.cumsum(lengths)
+        rows = [list(range(end - length, end)) for length, end in zip(lengths, ends, strict=True)]
+        length = int(rng.integers(4, 24))
+
+        found = token_windows.aligned(rows, length, start=[-1])
+
+        texts = [" ".join(map(str, [*window, ""])) for window in found.tokens.tolist()]
+        own = length - 1
+        pieces = [row[at : at + own] for row in rows for at in range(0, len(row), own)]
+        firsts = {piece[0] for piece in pieces}
+        news = set[int]()
+        for window in found.tokens.tolist():
+            assert window[0] == -1 and window[1] in firsts
+            assert window[1] not in news
+            news |= {piece[0] for piece in pieces if set(piece) <= set(window)}
+        for piece in pieces:
+            wanted = " ".join(map(str, piece))
+            assert any(f" {wanted} " in text for text in texts), (piece, found.tokens)
+
+
+def test_no_conversation_is_refused() -> None:
+    """Rows of nothing are none."""
+    with pytest.raises(MisError, match=r"0 conversations have text, one window takes 7 tokens: bring more"):
+        token_windows.aligned([[], []], 8, start=[1])
+
+
+def test_kinds_keep_their_windows_and_shares() -> None:
+    """Numbers in the order of the parts, shares of their sum; a pick keeps both; either changes the fingerprint."""
+    first = _windows([[1, 2], [3, 4], [5, 6]])
+    second = _windows([[7, 8]])
+
+    both = token_windows.of_kinds([first, second], [3, 1])
+
+    assert both.tokens.tolist() == [[1, 2], [3, 4], [5, 6], [7, 8]]
+    assert both.kind.tolist() == [0, 0, 0, 1] and both.shares == (0.75, 0.25)
+    assert both.pick([3, 0]).kind.tolist() == [1, 0] and both.pick([3, 0]).shares == both.shares
+    joined = token_windows.joined([first, second])
+    assert joined.kind is None and joined.shares == ()
+    others = token_windows.of_kinds([first, second], [1, 1])
+    assert len({token_windows.fingerprint(windows) for windows in (joined, both, others)}) == 3
+
+
 def test_an_epoch_covers_every_window_once() -> None:
     """Another order each time; a rest too small for a batch is left out of its epoch, and comes in another one."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +28,32 @@ SOME = tuple(range(0, 768, 3))
 def windows() -> list[mx.array]:
     """Six windows of 64 tokens."""
     return [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
+
+
+def test_who_judges_by_pencil() -> None:
+    """Of one kind every fourth window, or the last of fewer; of several kinds the same of each, wherever its windows
+    stand; a kind of one window only teaches, and where all are such, the last window judges."""
+    assert reconstruct.judges([0] * 9) == [3, 7]
+    assert reconstruct.judges([0] * 3) == [2]
+    assert reconstruct.judges([5]) == [0]
+    assert reconstruct.judges([0, 1] * 4) == [6, 7]
+    assert reconstruct.judges([1, 0, 0, 1, 0, 0, 0, 0, 0]) == [3, 5]
+    assert reconstruct.judges([0, 0, 0, 0, 1]) == [3]
+    assert reconstruct.judges([0, 0, 2]) == [1]
+    assert reconstruct.judges([0, 1, 2]) == [2]
+
+
+@pytest.mark.parametrize("kinds", [[0] * 12, [0, 1] * 6, [0, 0, 1] * 4, [0, 0, 0, 1] * 3 + [2]])
+def test_every_kind_that_can_is_fitted_and_judged(kinds: list[int]) -> None:
+    """A kind of two windows and more has one that judges and one that does not; about a quarter of all judges."""
+    held_out = reconstruct.judges(kinds)
+
+    assert held_out == sorted(set(held_out))
+    assert len(held_out) <= max(len(set(kinds)), len(kinds) / 3)
+    for kind in set(kinds):
+        of_kind = [number for number, of in enumerate(kinds) if of == kind]
+        if len(of_kind) > 1:
+            assert 0 < len(set(of_kind) & set(held_out)) < len(of_kind)
 
 
 def student_of(teacher: Checkpoint, keep: KeptUnits, out: Path, **sizes: int) -> Checkpoint:
@@ -158,6 +184,40 @@ def test_against_lstsq_in_float64(tmp_path: Path, llama: Checkpoint, windows: li
     change = np.array(mended[name]) - np.array(load.dense(student, name))
     np.testing.assert_allclose(change, update.T, atol=1e-4 * np.abs(update).max())
     assert np.abs(update).max() > 0.01  # there was something to mend
+
+
+def test_one_kind_of_text_is_no_kinds(tmp_path: Path, llama: Checkpoint, windows: list[mx.array]) -> None:
+    """All of kind 3, or nothing said: bit for bit the same weights."""
+    keep, sizes = CUTS["ffn"]
+    student = student_of(llama, keep, tmp_path / "s", **sizes)
+
+    plain, left = reconstruct.reconstruct(llama, student, keep, windows)
+    of_kind, left_of_kind = reconstruct.reconstruct(llama, student, keep, windows, kinds=[3] * 6)
+
+    assert left_of_kind == left
+    assert plain and plain.keys() == of_kind.keys()
+    assert all(mx.array_equal(plain[name], of_kind[name]).item() for name in plain)
+
+
+def test_each_kind_of_text_judges_a_block(
+    tmp_path: Path, llama: Checkpoint, windows: list[mx.array], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The held-out windows come with their kinds, of six with three kinds the second of each."""
+    seen = list[list[int]]()
+    real = reconstruction.left
+
+    def watched(held_out: Sequence[reconstruction.HeldOut], update: np.ndarray) -> float:
+        seen.append([rows.kind for rows in held_out])
+        return real(held_out, update)
+
+    monkeypatch.setattr(reconstruction, "left", watched)
+    keep, sizes = CUTS["ffn"]
+    student = student_of(llama, keep, tmp_path / "s", **sizes)
+
+    _, left = reconstruct.reconstruct(llama, student, keep, windows, kinds=[2, 0, 1, 0, 2, 1])
+
+    assert seen == [[0, 2, 1]] * (3 * len(RIDGES))
+    assert all(0 < share <= 1 for share in left)
 
 
 @pytest.mark.usefixtures("cpu_policy")

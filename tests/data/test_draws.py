@@ -1,0 +1,195 @@
+"""One draw for every use: each kind of text in its share, in every beginning; one kind alone as it always was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from mis_mlx.data import draws, preparation, token_windows
+from mis_mlx.data.token_windows import Windows
+
+BUILT_IN = tuple(preparation.SHARES.values())
+
+
+def with_talk(share: float) -> tuple[float, ...]:
+    """The built-in kinds, of which conversations have this share."""
+    *others, _ = BUILT_IN
+    return (*(each * (1 - share) / sum(others) for each in others), share)
+
+
+def of_kinds(counts: Sequence[int], shares: Sequence[float]) -> Windows:
+    """So many windows of each kind, each of two tokens that no other one has."""
+    firsts = np.cumsum([0, *counts])
+    parts = list[Windows]()
+    for first, count in zip(firsts, counts, strict=False):
+        tokens = np.arange(2 * first, 2 * (first + count), dtype=np.int32).reshape(count, 2)
+        parts.append(Windows(tokens, np.ones((count, 2), np.float32)))
+    return token_windows.of_kinds(parts, shares)
+
+
+def furthest(windows: Windows, drawn: np.ndarray) -> float:
+    """By how many windows, at the most, a beginning of a draw has more or fewer of a kind than its share."""
+    lengths = np.arange(1, len(drawn) + 1)
+    distances = list[float]()
+    for kind, share in enumerate(windows.shares):
+        counts = np.cumsum(windows.kind[drawn] == kind)
+        distances.append(float(np.abs(counts - lengths * share).max()))
+    return max(distances)
+
+
+def late(windows: Windows, drawn: np.ndarray) -> int:
+    """How many beginnings of a draw lack a kind of which one whole window is due."""
+    lengths = np.arange(1, len(drawn) + 1)
+    found = 0
+    for kind, share in enumerate(windows.shares):
+        counts = np.cumsum(windows.kind[drawn] == kind)
+        found += int(((lengths * share >= 1) & (counts == 0)).sum())
+    return found
+
+
+def test_a_draw_by_pencil() -> None:
+    """Halves take turns; of 3/4 and 1/4 the fourth part comes in the middle of each four, as its half is due there."""
+    halves = of_kinds([9, 9], [1, 1])
+    quarters = of_kinds([9, 9], [3, 1])
+
+    of_halves = draws.sequence(halves, 6, (0,))
+    of_quarters = draws.sequence(quarters, 8, (0,))
+
+    assert halves.kind[of_halves].tolist() == [0, 1, 0, 1, 0, 1]
+    assert quarters.kind[of_quarters].tolist() == [0, 0, 1, 0, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.2, 0.35, 0.5, 0.6, 0.75])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_built_in_kinds_are_in_every_beginning(share: float, seed: int) -> None:
+    """Whatever --conversations is, and although there are more windows of one kind than of another: n windows have
+    n times its share of each kind, give or take one, and one as soon as a whole one is due."""
+    windows = of_kinds([300, 12, 40, 100], with_talk(share) if share else (*BUILT_IN[:3], 0.0))
+
+    drawn = draws.sequence(windows, 400, (seed, 2, 1))
+
+    assert furthest(windows, drawn) <= 1 + 1e-9
+    assert late(windows, drawn) == 0
+
+
+@pytest.mark.parametrize(("kinds", "most"), [(1, 0.0), (2, 0.5), (3, 1.0), (4, 1.5), (6, 2.0)])
+def test_any_shares_are_in_every_beginning(kinds: int, most: float) -> None:
+    """Forty random sets of shares: give or take one window of up to three kinds, and little more of more kinds."""
+    rng = np.random.default_rng(kinds)
+    for seed in range(40):
+        windows = of_kinds(rng.integers(1, 40, kinds).tolist(), rng.dirichlet(np.ones(kinds)).tolist())
+        drawn = draws.sequence(windows, int(rng.integers(1, 300)), (seed,))
+
+        assert furthest(windows, drawn) <= most + 1e-9, windows.shares
+        assert late(windows, drawn) == 0, windows.shares
+
+
+def test_a_longer_draw_begins_with_a_shorter_one() -> None:
+    """Of any shares and any key; another key gives other windows of the same kinds."""
+    rng = np.random.default_rng(5)
+    for seed in range(30):
+        windows = of_kinds(rng.integers(1, 30, 4).tolist(), rng.dirichlet(np.ones(4)).tolist())
+        whole = draws.sequence(windows, 200, (seed, 7))
+        count = int(rng.integers(0, 200))
+
+        assert draws.sequence(windows, count, (seed, 7)).tolist() == whole[:count].tolist()
+        other = draws.sequence(windows, 200, (seed, 8))
+        assert windows.kind[other].tolist() == windows.kind[whole].tolist()
+    many = of_kinds([50, 50], [1, 1])
+    assert draws.sequence(many, 60, (0, 1)).tolist() != draws.sequence(many, 60, (0, 2)).tolist()
+
+
+def test_a_kind_that_is_used_up_begins_anew() -> None:
+    """Three windows of a half: each comes once in every three, and not always in the same order."""
+    windows = of_kinds([3, 1000], [1, 1])
+
+    drawn = draws.sequence(windows, 60, (0,))
+
+    small = drawn[windows.kind[drawn] == 0].reshape(-1, 3)
+    assert np.sort(small).tolist() == [[0, 1, 2]] * 10
+    assert len({tuple(each) for each in small.tolist()}) > 1
+    large = drawn[windows.kind[drawn] == 1]
+    assert len(set(large.tolist())) == 30
+
+
+def test_what_has_no_share_or_no_windows_is_not_drawn() -> None:
+    """A share of 0, and a kind of which there is none: the others are drawn, as many as asked for."""
+    windows = of_kinds([5, 5, 5], [1, 0, 1])
+    lacking = Windows(windows.tokens[:10], windows.learn[:10], kind=windows.kind[:10], shares=(0.25, 0.25, 0.5))
+
+    assert set(windows.kind[draws.sequence(windows, 40, (0,))]) == {0, 2}
+    assert set(windows.kind[draws.some(windows, 40, (0,))]) == {0, 2}
+    drawn = draws.sequence(lacking, 40, (0,))
+    assert len(drawn) == 40 and set(lacking.kind[drawn]) == {0, 1}
+
+
+def test_windows_of_one_kind_have_no_shares() -> None:
+    """Asked for a draw by shares, that is a mistake in the program."""
+    with pytest.raises(ValueError, match="one kind"):
+        draws.sequence(Windows(np.zeros((3, 2), np.int32), np.ones((3, 2), np.float32)), 2, (0,))
+
+
+@pytest.mark.parametrize("counts", [(300, 300, 300, 300), (40, 3, 9, 2), (1, 1, 1, 1)])
+def test_some_windows_never_come_twice(counts: tuple[int, ...]) -> None:
+    """As many as asked for, or all; in their shares until a kind is used up; then the others go on."""
+    windows = of_kinds(counts, BUILT_IN)
+    for seed in range(5):
+        for count in (1, 7, 64, 5000):
+            drawn = draws.some(windows, count, (seed, 1, 1))
+
+            assert len(set(drawn.tolist())) == len(drawn) == min(count, sum(counts))
+            used = np.array([(np.cumsum(windows.kind[drawn] == kind)) for kind in range(4)])
+            until = (used < np.array(counts)[:, None]).all(axis=0).argmin() or len(drawn)
+            assert furthest(windows, drawn[:until]) <= 1 + 1e-9
+
+
+def test_a_batch_is_a_pure_function_of_its_step() -> None:
+    """Steps forwards, backwards or one alone; one behind the other they are the draw, in every beginning by shares."""
+    windows = of_kinds([40, 5, 9, 25], BUILT_IN)
+
+    forwards = [draws.batch(windows, 8, step, seed=3).tolist() for step in range(40)]
+    backwards = [draws.batch(windows, 8, step, seed=3).tolist() for step in reversed(range(40))]
+
+    assert forwards == backwards[::-1]
+    whole = np.array(forwards).reshape(-1)
+    assert whole.tolist() == draws.sequence(windows, 320, (3,)).tolist()
+    assert furthest(windows, whole) <= 1 + 1e-9
+    assert forwards != [draws.batch(windows, 8, step, seed=4).tolist() for step in range(40)]
+
+
+def test_one_kind_is_drawn_as_it_was() -> None:
+    """Bit for bit: the permutation of a seed and a use, and `token_windows.order`."""
+    windows = Windows(np.arange(40, dtype=np.int32).reshape(20, 2), np.ones((20, 2), np.float32))
+
+    for key in ((0, 1, 1), (7, 2, 1)):
+        wanted = np.random.default_rng(list(key)).permutation(20)[:9]
+        assert draws.some(windows, 9, key).tolist() == wanted.tolist()
+    for step in range(12):
+        wanted = token_windows.order(20, 6, step, 5)
+        assert draws.batch(windows, 6, step, 5).tolist() == wanted.tolist()
+    again = preparation.calibration(windows, 3, seed=7, use=2)
+    at = np.random.default_rng([7, 2, 1]).permutation(20)[:3]
+    assert [window.tolist() for window in again] == [[windows.tokens[number].tolist()] for number in at]
+
+
+def test_shares_of_tokens_by_pencil() -> None:
+    """Half of the draw is two windows of token 0 and 1, half is one window of token 1 twice: 1/4 and 3/4. As one kind,
+    every token counts alike: 2 of 6 and 4 of 6."""
+    learn = np.ones((2, 2), np.float32)
+    first = Windows(np.array([[0, 1], [1, 0]], np.int32), learn)
+    second = Windows(np.array([[1, 1]], np.int32), learn[:1])
+
+    shares = draws.token_counts(token_windows.of_kinds([first, second], [1, 1]), vocab=3)
+    as_one = draws.token_counts(token_windows.joined([first, second]), vocab=3)
+
+    assert shares.tolist() == pytest.approx([1 / 4, 3 / 4, 0])
+    assert as_one.tolist() == pytest.approx([2 / 6, 4 / 6, 0])
+
+
+def test_shares_of_tokens_where_a_kind_has_no_windows() -> None:
+    """The others make up the whole."""
+    learn = np.ones((1, 2), np.float32)
+    windows = token_windows.of_kinds([Windows(np.array([[0, 1]], np.int32), learn)] * 2, [3, 1])
+    assert draws.token_counts(windows.pick(slice(0, 1)), vocab=2).tolist() == [0.5, 0.5]
