@@ -3,14 +3,14 @@
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import mlx.core as mx
 
 from mis_mlx import bench, cli, plan, search, synthesize
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.distillation import pipeline, run_loop, summary
-from mis_mlx.evaluation import comparison
+from mis_mlx.distillation import conversations, pipeline, run_loop, summary
+from mis_mlx.evaluation import answers, comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import battery
 from mis_mlx.models import arch, distributed, families, load, mlx_generate, pipeline_parallel, policy
@@ -21,12 +21,12 @@ from mis_mlx.quantization import packed_format, stage
 from mis_mlx.reporting import html, progress, text
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, json_sha256
-from mis_mlx.types import Budget, Checkpoint, MisError, Row, Whole, gib
+from mis_mlx.types import Budget, Checkpoint, MisError, Row, Whole, Within, gib
 
 # Settings that may differ when a run is resumed: none of them changes a weight.
 FREE = frozenset({
-    "out", "resume", "dry_run", "config", "budget", "eval_windows", "bench_tokens", "report_to", "save_every",
-    "governor", "thermal_replay", "spread", "keep_steps",
+    "out", "resume", "dry_run", "config", "budget", "eval_windows", "eval_prompts", "bench_tokens", "report_to",
+    "save_every", "governor", "thermal_replay", "spread", "keep_steps",
 })  # fmt: skip
 WRITTEN, TEXT_TOKENS = Path("runs/text"), 200  # folders of what teachers write; tokens of such a text, about
 
@@ -36,8 +36,8 @@ class Settings(cli.Resumable, policy.Computing, select.PruningConfig, Quantizati
     """One run. Every default is what was measured to work; nothing needs to be given."""
 
     RARE: ClassVar = frozenset({
-        "num_samples", "eval_windows", "heads", "targets", "train", "reconstruct_samples", "q_group_size",
-        "q_method", "q_iters", "save_every", "keep_steps", "report_to", "compute_dtype", "altitude_m",
+        "num_samples", "eval_windows", "eval_prompts", "heads", "targets", "train", "reconstruct_samples",
+        "q_group_size", "q_method", "q_iters", "save_every", "keep_steps", "report_to", "compute_dtype", "altitude_m",
     })  # fmt: skip
     FILE_ONLY: ClassVar = frozenset({  # most are flags of `prune`, whose folder --student takes, or of `quantize`
         "kv_heads", "importance", "hidden_by", "target", "temperature_unit", "experts_by", "thermal_replay",
@@ -50,10 +50,16 @@ class Settings(cli.Resumable, policy.Computing, select.PruningConfig, Quantizati
     data: str | None = None
     """folder with train.jsonl (valid.jsonl, test.jsonl), or hub data set; teacher: it writes a quarter of it first;
     default: built-in text"""
+    conversations: Annotated[float | None, Within(0.0, 0.95)] = None
+    """share of the training text in which the teacher answers our prompts, so that the student answers, too; a teacher
+    other than the default one writes its answers first, once. Default: a half, of a teacher with a chat template whose
+    --data has no conversations; 0: none"""
     bytes: str | None = None
     """weights of the result on disk, such as 50MB: `search` chooses sizes and bits for it first, as pruned"""
     quantize: Literal[4, 0] = 4
     """bits of the result; 0 keeps it unquantized"""
+    eval_prompts: Whole = 72
+    """held-out prompts that teacher and student answer at the end; 0 asks none"""
     bench_tokens: Whole = 16
     """tokens timed per model, which then writes twice as many for `report`; 0 leaves both out"""
     report_to: str | None = None
@@ -128,6 +134,17 @@ def _quality(c: pipeline.Run, judging: Judging, models: comparison.Models) -> su
     return quality
 
 
+def _answers(s: Settings, c: pipeline.Run, models: comparison.Models) -> answers.Judgement | None:
+    """What teacher, distilled and rounded student answer; None where nobody is asked, or can be."""
+    if not s.eval_prompts or c.shares:  # no machine holds a teacher whose blocks several share
+        return None
+    asked = {name: model for name, model in models.items() if name != "pruned"}
+    found = conversations.judged(asked, s.eval_prompts, Budget(c.plan.budget_bytes))
+    if found:
+        conversations.keep(found, c.folder, c.files)
+    return found
+
+
 def _sizes(s: Settings, c: pipeline.Run, models: comparison.Models) -> list[Row]:
     """Rows of size and speed. The models that are timed also write something, for the report."""
     sizes = [Row(n, "params", arch.params(m.config) / 1e6) for n, m in models.items()]
@@ -157,13 +174,17 @@ def _stages(s: Settings, c: pipeline.Run, data: preparation.Data, teacher: Check
         if s.quantize:
             models["4-bit"] = load.open_checkpoint(folder / "model")
     with c.phase("measure"):
+        answered = _answers(s, c, models) if distributed.is_main() else None
         quality = _quality(c, judging, models)
         sizes = _sizes(s, c, models) if distributed.is_main() else []
     if not distributed.is_main():
         return "", {}
-    table = summary.page(models, sizes, quality, s.max_seq_length)
+    table = summary.page(models, sizes, quality, s.max_seq_length, answered)
     c.files.replace_text(folder / "table.md", table + "\n")
-    result = c.done({**summary.result(folder, models, sizes, quality), "mode": c.plan.mode})
+    said = conversations.figures(answered) if answered else {}
+    result = c.done({**said, **summary.result(folder, models, sizes, quality), "mode": c.plan.mode})
+    if answered:
+        table = f"{conversations.dialogue(answered)}\n\n{table}"
     for name in () if s.keep_steps else pipeline.LEFT:
         c.files.discard(folder / name)
     return table, result
@@ -182,7 +203,8 @@ def _plan(s: Settings, teacher: Checkpoint, rows: int, folder: Path | None) -> p
     rounding, at = s if s.quantize else PLAIN, estimates.machine_rates()
     own = estimates.model_of(seen, dtype=policy.compute_dtype(teacher))
     student, whole = (estimates.model_of(model) for model in (small, teacher))
-    job = spec_of(own, student, s, rounding, s.hidden_by == "pca", whole, not s.student)
+    asked = s.eval_prompts if preparation.takes_conversations(load.tokenizer(teacher.path)) else 0
+    job = spec_of(own, student, s, rounding, s.hidden_by == "pca", whole, not s.student, answers=asked)
     limit = memory.budget(s.budget_bytes).limit_bytes
 
     def way() -> dict[str, Any]:
@@ -209,6 +231,14 @@ def _text(s: Settings, teacher: Checkpoint) -> str | None:
     if not s.dry_run:
         distributed.broadcast_folder(out, DISK)
     return str(out)
+
+
+def _source(s: Settings, teacher: Checkpoint, made: phases.MemoryPlan) -> preparation.Source:
+    """The text of a run, which its teacher perhaps writes first: texts for --data teacher, and its answers."""
+    share = preparation.SHARES[preparation.CONVERSATIONS] if s.conversations is None else s.conversations
+    visited = made.job.iters * s.batch_size * s.grad_accumulation_steps * s.max_seq_length
+    wanted = conversations.Wanted(_text(s, teacher), s.conversations, int(share * visited), s.seed)
+    return conversations.source(teacher, wanted, Budget(made.budget_bytes), dry_run=s.dry_run)
 
 
 def _searched(s: Settings, teacher: Checkpoint) -> dict[str, Any]:
@@ -252,16 +282,18 @@ def run(settings: Settings) -> dict[str, Any]:
     cli.say(text.aligned(plan.table(made)))
     if not (s.dry_run or made.fits):
         raise MisError(phases.remedy(made))
-    data = _text(s, teacher)
     if s.dry_run:
+        if made.fits:
+            _source(s, teacher, made)  # says what the teacher would write
         if note := battery(s):  # a run says it when it begins
             cli.say(note)
         return plan.outcome(made, str(teacher.path))
+    source = _source(s, teacher, made)
     if folder is None:
         cli.say(progress.promise(sum(made.planned.values())))
     with progress.run("distill", made.planned):
         decided = replace(s, iters=made.job.iters, learning_rate=made.recipe(s, teacher).learning_rate)
-        table, result = _begin(decided, data, folder, teacher, rows, made)
+        table, result = _begin(decided, source, folder, teacher, rows, made)
     if table:
         print(text.aligned(table))
         cli.say(summary.next_steps(Path(result["run"])))
@@ -269,11 +301,12 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def _begin(
-    s: Settings, text_of: str | None, folder: Path | None, teacher: Checkpoint, rows: int, made: phases.MemoryPlan,
+    s: Settings, source: preparation.Source, folder: Path | None, teacher: Checkpoint, rows: int,
+    made: phases.MemoryPlan,
 ) -> tuple[str, dict[str, Any]]:  # fmt: skip
     """Read the data, of --data or written by the teacher, enter the run folder, go through all stages."""
     shares = machines.shares(made) if s.spread == "layers" else ()
-    data, origin = run_loop.prepared(replace(s, data=text_of), teacher)
+    data, origin = run_loop.prepared(s, teacher, source)
     name = f"{teacher.path.name}-{s.scenario or 'student'}"
     wired = made.peak_bytes if made.mode != "sharded" else 0
     with run_loop.open_run(s, folder, name, origin, made.way, Budget(made.budget_bytes), wired) as place:
@@ -285,7 +318,7 @@ def _begin(
         begun = {**place.weather.now(), "flags": flags, "planned": planned, "mode": made.mode, **sizes}
         place.files.append(place.folder / run_folder.PHASES, json.dumps({**begun, "rates": asdict(made.rates)}))
         told = summary.reporter(s.report_to if distributed.is_main() else None, place.folder, given)
-        seen, data = vocabulary.of_run(teacher, s.student, rows, data, s, text_of, place.folder, place.files)
+        seen, data = vocabulary.of_run(teacher, s.student, rows, data, s, source, place.folder, place.files)
         c = pipeline.Run(**vars(place), recipe=made.recipe(s, seen), teacher=seen, data=data.train, plan=made,
                 report=told, shares=shares)  # fmt: skip
         return _stages(s, c, data, teacher)

@@ -6,13 +6,15 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.evaluation import answering, comparison, questions, recovery_table, task_registry
+from mis_mlx.distillation import conversations
+from mis_mlx.evaluation import answering, answers, comparison, recovery_table, task_registry
+from mis_mlx.evaluation.answer_records import Prompt
 from mis_mlx.evaluation.comparison import Models
 from mis_mlx.evaluation.recovery_table import Outcome
 from mis_mlx.evaluation.task_registry import EvaluationSet
@@ -46,11 +48,12 @@ class Settings(cli.Budgeted, policy.Computing):
     kld: bool = False
     """llama.cpp's quality report instead, with the teacher as reference, over the second half of every window"""
     tasks: tuple[str, ...] = ()
-    """builtin, polish-offline, dialects, polish, english, a part of these, lm_eval/ID, folders; none: held-out text"""
+    """answers, builtin, polish-offline, dialects, polish, english, a part of these, lm_eval/ID, folders or .jsonl files
+    of yours; none: held-out text"""
     num_questions: Annotated[int, Within(2, MOST)] = 100
-    """of each task"""
+    """of each task, and prompts of `answers`"""
     out: str | None = None
-    """folder for recovery.md, .json, .svg and .html; default: the table on stdout alone"""
+    """folder for recovery.md, .json, .svg and .html, and answers.jsonl; default: the table on stdout alone"""
     dry_run: bool = False
     """judge all rows, count questions, bytes and time, with --tasks; ask no model"""
     spread: Literal["whole", "layers"] = "whole"
@@ -114,13 +117,49 @@ def _held_out(s: Settings, models: Models, seen: Checkpoint, limit: Budget) -> t
     return "\n\n".join(parts), said
 
 
-def _plan(s: Settings, wanted: EvaluationSet, models: Models, hashes: Hashes, limit: Budget) -> dict[str, Any]:
+class _Answered(NamedTuple):
+    """What models answered. page: Markdown, a table a language. told: the same for JSON."""
+
+    judgement: answers.Judgement
+    page: str
+    told: dict[str, Any]
+
+
+def _answered(prompts: list[Prompt], models: Models, hashes: Hashes, limit: Budget) -> _Answered | None:
+    """What all models answer to held-out prompts, on the first machine; None on others, and where nobody is asked."""
+    if not prompts or not distributed.is_main():
+        return None
+    with memory.limited(limit):
+        judgement = answers.judged(models, prompts, limit, hashes=hashes)
+    if judgement is None:
+        raise MisError("the chat templates of these models share no prompt: leave a student out, or --tasks answers")
+    names = list(judgement.said)
+    told: dict[str, Any] = {"prompts": len(judgement.answers.prompts), "all": _values(judgement.rows)}
+    by_language = conversations.tables(judgement)
+    told |= {language: _values(rows) for language, rows in by_language.items()}
+    tables = list[dict[str, Any]]()
+    for language, rows in (by_language or {"all languages": judgement.rows}).items():
+        table = text.table(rows, names, text.TABLES["answers"])
+        tables.append({"language": language, "prompts": rows[0].n, "table": table})
+    return _Answered(judgement, html.document("answers.md", {"answers": tables, "verdict": ""}), told)
+
+
+def _values(rows: list[Row]) -> dict[str, float]:
+    """{metric_model: value}."""
+    return {f"{row.metric}_{row.model}": round(row.value, 4) for row in rows}
+
+
+def _plan(
+    s: Settings, wanted: EvaluationSet, models: Models, hashes: Hashes, limit: Budget, prompts: list[Prompt]
+) -> dict[str, Any]:
     """Peak and time of what is still to be asked, but lm-eval's; said aloud. MisError where something does not fit."""
     shapes = [estimates.model_of(m) for m in models.values()]
     for m, model in zip(shapes, models.values(), strict=True) if wanted.harness else ():
         need = m.shape.layers * m.block_work + m.head_work + estimates.workspace_bytes(m, 2048, 2048)
         limit.need(need, f"lm-eval's tasks need {model.path} whole in memory, which", "give a larger --budget")
     asked = [answering.plan(m, hashes[name], task, limit) for name, m in models.items() for task in wanted.tasks]
+    if prompts:
+        asked.append(answers.plan(models, prompts, limit, hashes))
     phases = [phase for phase in asked if phase]
     known = f", {len(asked) - len(phases)} of {len(asked)} known from before" if len(phases) < len(asked) else ""
     if wanted.text:
@@ -138,9 +177,19 @@ def _outcomes(s: Settings, wanted: EvaluationSet, models: Models, hashes: Hashes
     layers, tasks = s.spread == "layers", wanted.tasks
     marks = {name: [answering.scores(m, hashes[name], t, limit, layers) for t in tasks] for name, m in models.items()}
     for at, task in enumerate(tasks):
-        by_model, constant = {name: marks[name][at] for name in models}, questions.best_constant_answer(task)
-        more = wanted.known.overlap(task), task.sha256, answering.uniform(models["teacher"], task)
-        yield Outcome(task.name, task.about, by_model, np.array([q.chance for q in task.questions]), constant, *more)
+        by_model = {name: marks[name][at] for name in models}
+        levels = {name: found for name, sha in hashes.items() if (found := answering.levels(sha, task))}
+        yield Outcome(
+            task=task.name,
+            about=task.about,
+            marks=by_model,
+            chance=answering.chance(task),
+            constant=answering.best_constant(task),
+            overlap=wanted.known.overlap(task),
+            sha256=task.sha256,
+            uniform=answering.uniform(models["teacher"], task),
+            levels=levels or None,
+        )
     if wanted.harness:
         theirs = [answering.by_harness(m, hashes[name], wanted.harness, s.num_questions) for name, m in models.items()]
         for rows in zip(*theirs, strict=True):
@@ -157,27 +206,50 @@ def _examine(s: Settings, models: Models, seen: Checkpoint, hashes: Hashes, limi
     for task in wanted.tasks:
         cli.say(f"{task.name}: {len(task.questions)} questions; {task.about}")
     distributed.check_same({task.name: task.sha256 for task in wanted.tasks})
-    plan = _plan(s, wanted, models, hashes, limit)
+    prompts = answers.prompts(s.num_questions) if wanted.answers else []
+    plan = _plan(s, wanted, models, hashes, limit, prompts)
     if s.dry_run:
         counts = {task.name: len(task.questions) for task in wanted.tasks}
+        if prompts:
+            counts[task_registry.ANSWERS] = len(prompts)
         return {"questions": counts, "lm_eval": list(wanted.harness), **plan}
     if s.out and distributed.is_main():
         figures.need()
         DISK.make_folder(Path(s.out))
+    answered = _answered(prompts, models, hashes, limit)
     outcomes = list(_outcomes(s, wanted, models, hashes, limit))
     tables, held_out = _held_out(s, models, seen, limit) if wanted.text else ("", {})
     page = recovery_table.markdown(outcomes, tables)
+    if answered:
+        page = f"{answered.page}\n\n{page}".strip()
     _print(f"\n{page}\n")
     if s.out and distributed.is_main():
         result = {"sha256": hashes, "tasks": [o.json() for o in outcomes], "held_out": held_out}
-        _write(Path(s.out), outcomes, page, result)
-    recovered = {o.task: {name: o.recovered(name) for name in list(models)[1:]} for o in outcomes}
-    count, taken = sum(len(o.chance) for o in outcomes), duration(time.monotonic() - began)
-    cli.say(f"{count} questions, {len(models)} models, {taken}")
-    return {"recovered": recovered, "held_out": held_out} | ({"out": s.out} if s.out else {})
+        _write(Path(s.out), outcomes, page, result, answered)
+    count = sum(len(o.chance) for o in outcomes) + (len(prompts) if answered else 0)
+    cli.say(f"{count} questions, {len(models)} models, {duration(time.monotonic() - began)}")
+    return _summary(s, models, outcomes, answered) | {"held_out": held_out}
 
 
-def _write(out: Path, outcomes: list[Outcome], page: str, result: dict[str, Any]) -> None:
+def _summary(s: Settings, models: Models, outcomes: list[Outcome], answered: _Answered | None) -> dict[str, Any]:
+    """What the JSON line tells, but for held-out text."""
+    students = list(models)[1:]
+    told: dict[str, Any] = {"answers": answered.told} if answered else {}
+    told["recovered"] = {o.task: {name: o.recovered(name) for name in students} for o in outcomes}
+    if any(o.levels for o in outcomes):
+        told["instructions"] = {o.task: _accuracies(o) for o in outcomes if o.levels}
+    return told | ({"out": s.out} if s.out else {})
+
+
+def _accuracies(outcome: Outcome) -> dict[str, dict[str, float]]:
+    """{model: IFEval's two accuracies and their mean}, for the JSON line."""
+    return {name: levels.json() for name, levels in (outcome.levels or {}).items()}
+
+
+def _write(out: Path, outcomes: list[Outcome], page: str, result: dict[str, Any], answered: _Answered | None) -> None:
+    if answered:
+        result["answers"] = answered.told
+        conversations.keep(answered.judgement, out, DISK)
     picture, title = recovery_table.figure(outcomes), "The recovery table"
     body = f"<h1>{title}</h1>" + html.markdown(page) + html.part("figures", pictures=[picture])
     if picture:

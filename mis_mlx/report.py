@@ -5,7 +5,7 @@ out. KeyError, TypeError or ValueError where values are not this version's."""
 
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
@@ -14,10 +14,14 @@ from typing import Annotated, Any
 import tyro
 
 from mis_mlx import cli
+from mis_mlx.evaluation import answer_figures
 from mis_mlx.reporting import figures, html, run_reader
 from mis_mlx.reporting.run_reader import RunRecord, Series
 from mis_mlx.storage import files, run_folder
 from mis_mlx.types import GIB, Count, MisError, duration, gib
+
+SHOWN = 6  # prompts whose answers are on the page
+LATER = "second turn"  # kind of prompts that say little without the turns before
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,60 @@ def summary(story: RunRecord, key: str) -> str:
     teacher = PurePath(str(story.result.get("teacher") or story.config.get("teacher") or "the default teacher")).name
     step, loss = (story.steps.series[name].points()[-1:] for name in ("number", "loss"))
     return html.part("summary", s=story, teacher=teacher, step=step, loss=loss, duration=duration, gib=gib)
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A prompt of some kind, in a language, and by model what each answers to it: {"text", "ended"}."""
+
+    prompt: str
+    kind: str
+    language: str
+    answers: dict[str, dict[str, Any]]
+
+
+def answers(story: RunRecord, key: str) -> str:
+    """What teacher and student answer to some prompts, side by side; before that whether the student repeats itself."""
+    talks = _talks(story.answers)
+    models = list(dict.fromkeys(model for talk in talks for model in talk.answers))
+    pair = models[:1] + models[1:][-1:]
+    talks = [talk for talk in talks if all(name in talk.answers for name in pair)]  # a torn line lacks one
+    return html.part("answers", verdict=_verdict(talks, pair), models=pair, talks=_some(talks))
+
+
+def _talks(rows: Sequence[Mapping[str, Any]]) -> list[Talk]:
+    """Rows of answers.jsonl, which come prompt by prompt, the teacher's first."""
+    talks = list[Talk]()
+    for row in rows:
+        prompt = str(row["prompt"])
+        model = str(row["model"])
+        if not talks or talks[-1].prompt != prompt or model in talks[-1].answers:
+            talks.append(Talk(prompt, str(row["kind"]), str(row["language"]), {}))
+        talks[-1].answers[model] = {"text": str(row["text"]), "ended": bool(row["ended"])}
+    return talks
+
+
+def _some(talks: Sequence[Talk]) -> list[Talk]:
+    """SHOWN of the prompts: each language has as many, spread evenly over its prompts, as far as there are."""
+    languages = list(dict.fromkeys(talk.language for talk in talks))
+    chosen = list[Talk]()
+    for language in languages:
+        of_language = [talk for talk in talks if talk.language == language and talk.kind != LATER]
+        count = max(1, SHOWN // len(languages))
+        every = max(1, len(of_language) // count)
+        chosen += of_language[::every][:count]
+    return chosen
+
+
+def _verdict(talks: Sequence[Talk], models: Sequence[str]) -> str:
+    """The sentence on a student that repeats itself more than its teacher; '' where it does not."""
+    if len(models) < 2:
+        return ""
+    teacher, student = (sum(answer_figures.loops(talk.answers[name]["text"]) for talk in talks) for name in models)
+    if 100 * (student - teacher) <= answer_figures.MORE_LOOPS * len(talks):
+        return ""
+    values = {"student": student, "teacher": teacher, "count": len(talks)}
+    return html.document("loops.md", values).replace("**", "")
 
 
 def recovery(story: RunRecord, key: str) -> str:
@@ -162,7 +220,7 @@ def _cell(value: Any, first: Any) -> str:
     return f"{value:{form}} ({value - first:+{form}})"
 
 
-OF_RUN = (summary, recovery, course, cost, pruning, samples, origins)  # in the page's order
+OF_RUN = (summary, answers, recovery, course, cost, pruning, samples, origins)  # in the page's order
 
 
 def render(stories: Sequence[RunRecord], every_s: int | None = None) -> str:

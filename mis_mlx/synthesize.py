@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +19,7 @@ from mis_mlx.data.rows import Row
 from mis_mlx.distillation import run_loop
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate, policy, stream, streamed_decode
-from mis_mlx.planner import estimates
+from mis_mlx.planner import estimates, writing
 from mis_mlx.reporting import progress
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import hub
@@ -85,38 +85,9 @@ def usable(text: str) -> bool:
     return len(text) >= SHORT and packed >= LEAST * nbytes and words >= WORDLIKE * len(text)
 
 
-def need_bytes(m: estimates.ModelSize, at_once: int, tokens: int) -> int:
-    """Memory of the model whole, keys and values (three times, by mlx-lm's 256 tokens), and logits and their copies."""
-    weights, places = m.nbytes + m.item * (m.shape.layers * m.block_params + m.head_params), 256 * -(-tokens // 256)
-    return weights + at_once * (3 * estimates.keys_bytes(m, places) + 4 * 4 * m.shape.vocab)
-
-
-class Way(NamedTuple):
-    """How many texts are written side by side, and by what: the model whole, or streamed with some of it kept."""
-
-    at_once: int
-    peak_bytes: int
-    seconds: float
-    room_bytes: int | None  # of a streamed one
-    direct: bool = False
-
-
-def way_of(s: Settings, m: estimates.ModelSize, limit: Budget) -> Way:
-    """The first that fits, the most texts at once first; whole before streamed. MisError where none does."""
-    own, rates = memory.process_bytes(limit.limit_bytes), estimates.machine_rates()
-    for n in AT_ONCE:
-        if (need := own + need_bytes(m, n, s.max_tokens)) <= limit.limit_bytes:
-            flops = estimates.forward_flops(m, s.num_samples * s.max_tokens, s.max_tokens)
-            return Way(n, need, flops / rates.forward_flops_per_s, None)
-    for n in AT_ONCE:
-        places = 256 * (1 + -(-s.max_tokens // 256))  # mlx-lm's caches grow by 256, and a prompt stands in them too
-        beside, passes = n * estimates.keys_bytes(m, places), s.max_tokens * -(-s.num_samples // n)
-        one = estimates.streamed_pass("a token", m, n, n, s.max_tokens, spool=False, beside_bytes=beside)
-        if (need := own + one.peak_bytes) <= limit.limit_bytes:
-            room = estimates.room(limit.limit_bytes, one.peak_bytes)
-            return Way(n, need, passes * one.seconds(rates), room, m.nbytes > limit.limit_bytes)
-    limit.need(need, "a model that writes, read from disk,", f"give --budget {estimates.flag(need)}")
-    raise AssertionError
+def way_of(s: Settings, m: estimates.ModelSize, limit: Budget) -> writing.WritingPlan:
+    """How the texts are written within the budget. MisError where no way fits."""
+    return writing.plan_writing(m, s.num_samples, s.max_tokens, limit, at_once=AT_ONCE)
 
 
 def write(s: Settings, model: Any, tokenizer: Any, batch: int, at_once: int) -> list[Row]:
@@ -144,7 +115,7 @@ def write(s: Settings, model: Any, tokenizer: Any, batch: int, at_once: int) -> 
     return rows
 
 
-def _texts(s: Settings, checkpoint: Checkpoint, part: Path, way: Way) -> list[Row]:
+def _texts(s: Settings, checkpoint: Checkpoint, part: Path, way: writing.WritingPlan) -> list[Row]:
     """As many different ones as are asked for, each kept in the file `part`: of a run that was stopped, all but its
     last batch; then new ones. MisError where hardly any is usable."""
     how = {**asdict(s), "model": str(checkpoint.path), "budget": 0, "out": "", "at_once": way.at_once}

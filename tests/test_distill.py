@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx import distill, report
-from mis_mlx.distillation import pipeline
+from mis_mlx.distillation import conversations, pipeline, teacher_answers
+from mis_mlx.evaluation import answers
 from mis_mlx.models import arch, load, mlx_generate
 from mis_mlx.models.config import shape_of
 from mis_mlx.planner import phases
@@ -44,6 +46,7 @@ def test_the_last_line_is_the_result(finished: tuple[Path, Done], llama: Checkpo
     assert all(result[f"decode_tps_{name}"] > 0 for name in ("teacher", "pruned", "distilled", "4-bit"))
     assert "| | teacher | pruned | distilled | 4-bit |" in done.stdout
     assert (out / "table.md").read_text().splitlines()[0] == "| | teacher | pruned | distilled | 4-bit |"
+    assert not [key for key in result if "answers" in key or "loops" in key]  # this teacher has no chat template
 
 
 def test_what_a_run_leaves_on_disk(finished: tuple[Path, Done]) -> None:
@@ -138,6 +141,97 @@ def test_a_budget_that_no_model_fits_whole(
     page = tmp_path / "page.html"
     report.run(report.Settings((str(tmp_path / "run"),), str(page)))
     assert "weights on disk" in page.read_text("utf-8")
+
+
+@pytest.fixture
+def brief_talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs and a cache of this test's own, few prompts, short answers, and a table of two of them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(conversations, "FEWEST", 24)
+    monkeypatch.setattr(conversations, "FEW", 2)
+    monkeypatch.setattr(teacher_answers, "Writing", partial(teacher_answers.Writing, max_tokens=12))
+    monkeypatch.setattr(answers, "ANSWER_TOKENS", 10)
+    monkeypatch.setattr(answers, "GREEDY_TOKENS", 6)
+
+
+@pytest.mark.usefixtures("brief_talk")
+def test_a_teacher_that_talks_has_a_student_that_is_asked(
+    tmp_path: Path, text_folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a chat template: the teacher answers first; half of every draw is its answers; at the end some answers stand
+    before the table, all of them in the folder, and their figures in the result. Resumed, nothing is asked again."""
+    teacher = tiny.talking(tmp_path / "teacher")
+    flags = ("--teacher", teacher, "--data", text_folder, *SMALL, "--iters", 3, "--q-iters", 2, "--eval-prompts", 4)
+    s = settings_of(distill, flags, tmp_path / "run")
+
+    result = distill.run(s)
+
+    out = capfd.readouterr()
+    (file,) = Path("runs/answers").glob("*/answers.jsonl")
+    assert "the teacher answers 24 prompts first" in out.err and "of 24 are usable" in out.err
+    assert "every draw of training windows holds 50% --data 1, 50% conversations" in out.err
+    shown = [line for line in out.out.splitlines() if line]
+    asked = [prompt.messages[-1]["content"] for prompt in answers.prompts(4)]
+    assert shown[0] == f"> {asked[0]}" and shown[1].startswith("teacher:")
+    table = shown.index("Answers in English to 2 prompts that no training knows, ± 95 %")
+    assert [line for line in shown[:table] if line.startswith(">")] == [f"> {asked[0]}", f"> {asked[1]}"]
+    assert "Answers in Polish to 2 prompts that no training knows, ± 95 %" in shown[table:]
+    page = (tmp_path / "run" / "table.md").read_text("utf-8")
+    assert page.splitlines()[0] == shown[table]  # the dialogue is for the screen
+
+    rows = [json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_text("utf-8").splitlines()]
+    assert [(row["prompt"], row["model"]) for row in rows] == [(p, m) for p in asked for m in ("teacher", "4-bit")]
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+    assert result["answers_prompts"] == 4 and result["nll_teacher"] < result["nll_pruned"]
+    figures = {f"{metric}_{name}" for metric in ("answers", "answers_excess") for name in ("distilled", "4-bit")}
+    figures |= {f"{metric}_{name}" for metric in ("loops", "empty", "endless") for name in ("teacher", "4-bit")}
+    assert result.keys() >= figures | {"answers_teacher", "teacher_logprob_4-bit"}
+    assert not {"loops_pruned", "answers_pruned", "loops_distilled"} & result.keys()
+    above = result["answers_4-bit"] - result["answers_teacher"]
+    assert above == pytest.approx(result["answers_excess_4-bit"], abs=2e-4)
+
+    monkeypatch.setattr(teacher_answers, "write", lambda *_: pytest.fail("the teacher answers again"))
+    again = distill.run(distill.Settings(out=str(tmp_path / "run"), resume=True, eval_prompts=4))
+    same = [key for key in result if "answers" in key or "loops" in key or "nll" in key]
+    assert {key: again[key] for key in same} == {key: result[key] for key in same}
+    assert file.exists()
+
+
+@pytest.mark.usefixtures("brief_talk")
+@pytest.mark.parametrize("flag", ["--conversations", "--eval-prompts"])
+def test_without_conversations_or_questions(
+    tmp_path: Path, text_folder: Path, capfd: pytest.CaptureFixture[str], flag: str
+) -> None:
+    """--conversations 0 trains on --data alone, and the student is asked all the same; --eval-prompts 0 asks nobody."""
+    teacher = tiny.talking(tmp_path / "teacher")
+    flags = ("--teacher", teacher, "--data", text_folder, *SMALL, "--iters", 1, "--quantize", 0, "--eval-prompts", 2)
+    s = settings_of(distill, (*flags, flag, 0), tmp_path / "run")
+
+    result = distill.run(s)
+
+    out = capfd.readouterr()
+    trained = "conversations: the teacher answers" in out.err
+    asked = (tmp_path / "run" / "answers.jsonl").exists()
+    assert (trained, asked) == {"--conversations": (False, True), "--eval-prompts": (True, False)}[flag]
+    assert ("answers_prompts" in result) == asked == out.out.startswith("> ")
+    assert ("every draw of training windows" in out.err) == trained
+
+
+@pytest.mark.usefixtures("brief_talk")
+def test_a_dry_run_says_that_the_teacher_would_answer_first(
+    tmp_path: Path, text_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of any --data, and of text that it would write, too; nothing is written."""
+    teacher = tiny.talking(tmp_path / "teacher")
+    before = set(tmp_path.rglob("*"))
+    for data in (("--data", text_folder), ("--data", "teacher"), ()):
+        s = settings_of(distill, ("--teacher", teacher, *data, *SMALL), tmp_path / "run", dry_run=True)
+        assert distill.run(s)["peak_bytes"] > 0
+        assert "conversations: the teacher answers 24 prompts first" in capfd.readouterr().err
+    poor = settings_of(distill, ("--teacher", teacher, *SMALL, "--budget", "1MiB"), tmp_path / "run", dry_run=True)
+    assert distill.run(poor)["check_failed"]
+    assert set(tmp_path.rglob("*")) - before <= {tmp_path / "cache", *(tmp_path / "cache").rglob("*")}
 
 
 def test_a_run_in_use_is_refused(tmp_path: Path, finished: tuple[Path, Done]) -> None:

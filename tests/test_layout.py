@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ast
-import io
 import re
 import subprocess
 import sys
-import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -25,8 +23,7 @@ ORDER = (
     "gguf_export", "evaluation", "pruning", "quantization", "distillation", "alignment", "checks",
 )  # fmt: skip
 COMMAND_FLOOR = len(ORDER)
-FILE_LINES, FUNCTION_LINES = 300, 60
-PACKAGE_LINES, ALL_LINES = 14_277, 20_000
+FILE_LINES, FUNCTION_LINES = 500, 60
 
 
 @dataclass(frozen=True)
@@ -171,7 +168,7 @@ def only_names(module: Module) -> list[str]:
 
 
 def sizes(module: Module) -> list[str]:
-    """No file over 300 lines, no function over 60."""
+    """No file over 500 lines, no function over 60."""
     lines = module.source.count("\n")
     long = [f"{lines} lines"] if lines > FILE_LINES else []
     for node in module.nodes:
@@ -297,7 +294,7 @@ BROKEN = [
     (only_names, "storage.x", "import os\nos.umask(0)"),
     (only_names, "storage.x", "for i in range(3):\n    pass"),
     (only_names, "storage.x", "if True:\n    x = 1"),
-    (sizes, "storage.x", "x = 1\n" * 301),
+    (sizes, "storage.x", "x = 1\n" * 501),
     (sizes, "storage.x", "def f():\n" + "    x = 1\n" * 60),
     (docstrings, "storage.x", "x = 1"),
     (docstrings, "storage.x", '"""X."""\ndef f():\n    pass'),
@@ -359,30 +356,6 @@ def test_the_rule_can_pass(rule: Callable[[Module], list[str]]) -> None:
         assert rule(Module(name, GOOD)) == []
     assert rule(Module("distill", GOOD + "from mis_mlx import prune\n")) == []
     assert rule(Module("models.y", GOOD + "def g():\n    '''G.'''\n    import mlx_lm\n")) == []
-
-
-def test_the_package_stays_small() -> None:
-    """A newcomer reads it in an afternoon: lines of code are counted, docstrings and comments are free."""
-    assert sum(code_lines(module.source) for module in modules()) <= PACKAGE_LINES
-    assert code_lines('"""Doc\nstring."""\n\n# comment\nx = """text\n"""\n') == 2
-
-
-def test_what_it_is_in_all_does_not_grow() -> None:
-    """Every line, blank ones, comments and docstrings too."""
-    assert sum(len(module.source.splitlines()) for module in modules()) <= ALL_LINES
-
-
-def code_lines(source: str) -> int:
-    """Lines that hold code; a string that is a statement (a docstring, a field's help) is none."""
-    statements = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Expr)]
-    texts = [n for n in statements if isinstance(n.value, ast.Constant) and isinstance(n.value.value, str)]
-    free = {line for n in texts for line in range(n.lineno, (n.end_lineno or n.lineno) + 1)}
-    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-    lines: set[int] = set()
-    for found in tokenize.generate_tokens(io.StringIO(source).readline):
-        if found.type not in layout:
-            lines.update(range(found.start[0], found.end[0] + 1))
-    return len(lines - free)
 
 
 def test_every_command_is_listed() -> None:

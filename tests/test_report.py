@@ -136,15 +136,105 @@ def test_weather_and_aais(warm: Path, tmp_path: Path) -> None:
     assert sum(per_layer.values()) == account["channels_differing_from_plain"]
 
 
+def rows_of_answers(student: str, count: int = 12, **more: object) -> list[dict[str, object]]:
+    """As a run writes them: half of the prompts in Polish, each with the teacher's answer and then the student's."""
+    rows = list[dict[str, object]]()
+    for number in range(count):
+        language = ("en", "pl")[number % 2]
+        prompt = {"prompt": f"Prompt {number}?", "language": language, "kind": "explain"}
+        rows.append({**prompt, "model": "teacher", "text": f"Teacher's {number}.", "ended": True, **more})
+        rows.append({**prompt, "model": "4-bit", "text": student, "ended": False, **more})
+    return rows
+
+
+def put_answers(run: Path, rows: list[dict[str, object]]) -> None:
+    """Into a run, whose result then says so."""
+    (run / run_folder.ANSWERS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = json.loads((run / run_folder.RESULT).read_text())
+    (run / run_folder.RESULT).write_text(json.dumps({**result, "answers_prompts": 12}))
+
+
+def test_answers_come_first(copy: Path) -> None:
+    """Three prompts of each language, side by side; no verdict where the student does not loop; nothing is missing."""
+    put_answers(copy, rows_of_answers("Well, it depends"))
+
+    page, result = written(copy)
+
+    assert page.index("<h2>Answers</h2>") < page.index("<h2>Recovery</h2>")
+    section = page[page.index("<h2>Answers</h2>") : page.index("<h2>Recovery</h2>")]
+    shown = re.findall(r"<h3>Prompt (\d+)\?</h3>", section)
+    assert shown == ["0", "4", "8", "1", "5", "9"]
+    assert "<b>teacher</b><p>Teacher&#39;s 4.</p>" in section
+    assert section.count("<b>4-bit</b><p>Well, it depends …</p>") == 6
+    assert "repeats itself" not in section
+    assert result["missing"] == written(copy)[1]["missing"] and "answers.jsonl" not in " ".join(result["missing"])
+
+
+@pytest.mark.parametrize(("loops", "said"), [(1, False), (2, True)])
+def test_a_student_that_loops_is_named_first(loops: int, said: bool, copy: Path) -> None:
+    """From more than one answer in ten above the teacher's on: a sentence before the first answer."""
+    rows = rows_of_answers("Fine.")
+    for row in rows[1 : 2 * loops : 2]:
+        row["text"] = "I'm not sure. " * 30
+    put_answers(copy, rows)
+
+    page, _ = written(copy)
+
+    sentence_at = page.find(f"The student repeats itself: {loops} of 12 answers are loops, of the teacher&#39;s 0.")
+    assert (sentence_at > 0) == said
+    assert sentence_at < page.index("<h3>Prompt 0?</h3>")
+    assert "**" not in page[page.index("<h2>Answers") : page.index("<h2>Recovery")]
+
+
+def test_answers_that_are_not_there(copy: Path) -> None:
+    """A run that asked nobody shows nothing; one whose result says that it did names the file; torn lines are passed
+    over; another version is a sentence."""
+    page, result = written(copy)
+    assert "Answers" not in page and "answers.jsonl" not in " ".join(result["missing"])
+
+    put_answers(copy, rows_of_answers("Fine."))
+    whole = (copy / run_folder.ANSWERS).read_text()
+    (copy / run_folder.ANSWERS).write_text(whole[: len(whole) // 2])
+    page, result = written(copy)
+    assert "<h3>Prompt 0?</h3>" in page and "another version" not in page
+
+    (copy / run_folder.ANSWERS).write_text("[1, 2]\n" + whole[:30])
+    assert "answers.jsonl is damaged: what teacher and student answered" in written(copy)[1]["missing"][-1]
+    (copy / run_folder.ANSWERS).write_text(json.dumps({"text": 1}) + "\n")
+    assert "The part “answers” is missing: a file is of another version" in written(copy)[0]
+    (copy / run_folder.ANSWERS).unlink()
+    page, result = written(copy)
+    assert "answers.jsonl is missing: what teacher and student answered" in result["missing"][-1]
+    assert "<h2>Answers" not in page
+
+
+def test_answers_of_one_model(copy: Path) -> None:
+    """The teacher alone, an empty answer, a second turn, which says little by itself."""
+    rows = [row for row in rows_of_answers("") if row["model"] == "teacher"]
+    rows[0]["text"] = " "
+    rows[2]["kind"] = "second turn"
+    put_answers(copy, rows)
+
+    page, _ = written(copy)
+
+    section = page[page.index("<h2>Answers") : page.index("<h2>Recovery")]
+    assert "<b>teacher</b><p>(nothing)</p>" in section and "4-bit" not in section
+    assert re.findall(r"<h3>Prompt (\d+)\?</h3>", section) == ["0", "4", "6", "1", "5", "9"]
+
+
 HOSTILE = "</td></svg><script>alert(1)</script><img src=x onerror=alert(2)><style>*{display:none}</style>$\\frac{{{"
 
 
 def test_text_of_models_and_files_is_never_run(copy: Path, tmp_path: Path) -> None:
     """Whatever a file or a folder's name says is shown as text: no element, attribute or script of theirs."""
+    put_answers(copy, rows_of_answers("loop " * 60))
     before = Tags(written(copy)[0])
     samples = run_folder.records(copy / run_folder.SAMPLES)
     lines = [json.dumps({name: str(value) + HOSTILE for name, value in sample.items()}) for sample in samples]
     (copy / run_folder.SAMPLES).write_text("\n".join(lines) + "\n")
+    answers = [{name: value if name == "ended" else f"{value}{HOSTILE}" for name, value in row.items()}
+               for row in rows_of_answers("loop " * 60)]  # fmt: skip
+    put_answers(copy, answers)
     (copy / "table.md").write_text(f"| | {HOSTILE} |\n|---|---:|\n| {HOSTILE} | 1 |\n\n{HOSTILE}\n")
     (copy / run_folder.CONFIG).write_text(json.dumps({HOSTILE: HOSTILE, "scenario": HOSTILE, "iters": HOSTILE}))
     (copy / run_folder.ORIGIN).write_text(json.dumps({HOSTILE: HOSTILE}))

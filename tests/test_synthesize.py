@@ -17,7 +17,7 @@ from mis_mlx import distill, synthesize
 from mis_mlx.data import preparation
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate, policy, stream, streamed_decode
-from mis_mlx.planner import estimates
+from mis_mlx.planner import estimates, writing
 from mis_mlx.storage import hub
 from mis_mlx.types import Budget, Checkpoint, MisError
 from tests import tiny
@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_streamed(tmp_path: Path) -> None:
     deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
     m, s = estimates.model_of(deep), synthesize.Settings(max_tokens=64)
     whole = next(
-        n for n in range(2**20, 2**30, 2**12) if n >= memory.process_bytes(n) + synthesize.need_bytes(m, 1, 64)
+        n for n in range(2**20, 2**30, 2**12) if n >= memory.process_bytes(n) + writing.resident_bytes(m, 1, 64)
     )
     ways = [synthesize.way_of(s, m, Budget(nbytes)) for nbytes in (2**34, whole + 2**20, whole - 2**12)]
     assert [way.at_once for way in ways[:2]] == [48, 1] and ways[0].room_bytes is ways[1].room_bytes is None
@@ -118,7 +118,7 @@ def test_end_to_end(llama: Checkpoint, text_folder: Path, tmp_path: Path, anythi
     """Texts of the model and pieces of the other text, half each by characters; held-out splits are the other text's;
     the folder is one that --data takes."""
     s = synthesize.Settings(model=str(llama.path), out=str(tmp_path / "text"), data=str(text_folder), **QUICK)
-    before, most = mx.get_active_memory(), synthesize.need_bytes(estimates.model_of(llama), synthesize.AT_ONCE[0], 40)
+    before, most = mx.get_active_memory(), writing.resident_bytes(estimates.model_of(llama), synthesize.AT_ONCE[0], 40)
     mx.reset_peak_memory()
     found, out = synthesize.run(s), tmp_path / "text"
     assert mx.get_peak_memory() - before < most < found["peak_bytes"] <= found["budget_bytes"]

@@ -218,6 +218,32 @@ def seeing(folder: Path, beside: str = "") -> Path:
     return folder
 
 
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant\n{% endif %}"
+)
+
+
+def talking(folder: Path, seed: int = 0, ending: float = 1.0) -> Path:
+    """A llama with a chat template whose answers end: after each token with a probability that `ending` raises. 1: most
+    sampled answers end within 12 tokens, and are not empty.
+
+    Every token's embedding begins with 1, and so does, nearly, what its head sees; there the end token has `ending`,
+    others nothing."""
+    make(folder, seed, tie_word_embeddings=False)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    weights: dict[str, mx.array] = dict(mx.load(str(folder / "model.safetensors")))  # type: ignore[arg-type]
+    first = mx.arange(CONFIG["hidden_size"]) == 0
+    end = mx.arange(CONFIG["vocab_size"])[:, None] == CONFIG["eos_token_id"]
+    embedding = weights["model.embed_tokens.weight"]
+    head = mx.where(first, 0.0, weights["lm_head.weight"])
+    weights["model.embed_tokens.weight"] = mx.where(first, 1.0, embedding)
+    weights["lm_head.weight"] = mx.where(first & end, ending, head)
+    mx.eval(weights)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    return folder
+
+
 def joined(folder: Path) -> Path:
     """A phi3: the tiny untied llama of seed 0, its q, k and v in one matrix and its gate and up in another."""
     make(folder, **KINDS["untied"])

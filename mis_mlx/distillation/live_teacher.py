@@ -16,7 +16,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mis_mlx.data.token_windows import Windows, fingerprint, order
+from mis_mlx.data import draws
+from mis_mlx.data.token_windows import Windows, fingerprint
 from mis_mlx.distillation.train_loop import train
 from mis_mlx.hardware import lanes
 from mis_mlx.maths import losses
@@ -149,8 +150,7 @@ def student_loss(
 
 def step_micro_batches(source: TargetSource, data: Windows, recipe: TrainingConfig, step: int) -> list[MicroBatch]:
     """The micro-batches of a step, this machine's of several: a pure function of its number."""
-    at = order(len(data.tokens), recipe.batch_size * recipe.grad_accumulation_steps, step, recipe.seed)
-    at = distributed.shard(at)
+    at = distributed.shard(draws.batch(data, recipe.batch_size * recipe.grad_accumulation_steps, step, recipe.seed))
     parts = [at[i : i + recipe.batch_size] for i in range(0, len(at), recipe.batch_size)]
     return source.micro_batches([(mx.array(data.tokens[p]), mx.array(data.learn[p])) for p in parts], parts)
 
@@ -165,10 +165,11 @@ def steps(
     return train(student, micro_batches, loss, optimizer, recipe, start, factor, gradient_of=quicker)
 
 
-def visited(n_windows: int, recipe: TrainingConfig) -> np.ndarray:
+def visited(data: Windows, recipe: TrainingConfig) -> np.ndarray:
     """The windows of the data that a run's steps train on, rising: those that need targets."""
-    each = recipe.batch_size * recipe.grad_accumulation_steps
-    return np.unique(np.concatenate([order(n_windows, each, step, recipe.seed) for step in range(recipe.iters)]))
+    in_a_step = recipe.batch_size * recipe.grad_accumulation_steps
+    batches = [draws.batch(data, in_a_step, step, recipe.seed) for step in range(recipe.iters)]
+    return np.unique(np.concatenate(batches))
 
 
 def write_store(

@@ -55,6 +55,12 @@ class Run(run_loop.OpenRun):
         """`count` training windows (1, T) for one use; different uses get different ones."""
         return preparation.calibration(self.data, count, self.recipe.seed, use)
 
+    def kinds(self, count: int, use: int) -> list[int]:
+        """The kind of text of each window that `pick` gives, by number."""
+        if self.data.kind is None:
+            return [0] * min(count, len(self.data.tokens))
+        return self.data.kind[preparation.drawn(self.data, count, self.recipe.seed, use)].tolist()
+
     def remember(self, number: int) -> dict[str, Any]:
         """Look at the weather, on the first machine: what a checkpoint keeps of it."""
         halny = self.recipe.halny
@@ -125,8 +131,8 @@ def source_of(c: Run) -> live_teacher.TargetSource:
 
     if r.targets == "live":
         return teacher(None if c.plan.pinned == m.shape.layers else c.plan.pinned * m.block_work + m.head_work)
-    at = live_teacher.visited(len(c.data.tokens), replace(r, iters=max(c.plan.job.iters, c.plan.tuned)))
-    data = token_windows.Windows(c.data.tokens[at], c.data.learn[at])
+    at = live_teacher.visited(c.data, replace(r, iters=max(c.plan.job.iters, c.plan.tuned)))
+    data = c.data.pick(at)
     cli.say(f"logit store: {len(at)} windows")
     with c.phase("logit store"), progress.bar("targets", len(at)) as show:
         at_once = max(1, c.plan.held_windows("logit store") // max(1, len(c.shares)))
@@ -145,11 +151,13 @@ def _mended(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict
         return {}
     name = reconstruct.mended_name(pruned)
     cli.say(f"reconstruct: refit every block's {name.removesuffix('.weight')} to the teacher's stream")
-    planned, windows = next(p for p in c.plan.phases if p.name == "repair"), c.pick(c.plan.job.reconstruct_samples, 2)
+    planned = next(p for p in c.plan.phases if p.name == "repair")
+    windows = c.pick(c.plan.job.reconstruct_samples, 2)
+    kinds = c.kinds(c.plan.job.reconstruct_samples, 2)
     c.files.require_space(c.folder, planned.spooled_bytes, "the spool of hidden states")
     with c.phase("repair"):
         if parts is None:
-            return reconstruct.reconstruct(c.teacher, pruned, keep, windows, c.direct)[0]
+            return reconstruct.reconstruct(c.teacher, pruned, keep, windows, c.direct, kinds=kinds)[0]
 
         def put(name: str, weight: mx.array) -> None:
             *_, number, inside = name.split(".", 3)
@@ -159,7 +167,7 @@ def _mended(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict
             model_writer.replace_block(parts, int(number), dict(tree_flatten(block.parameters())), c.files)
 
         spool = partial(hidden_spool.Spool, c.folder, c.plan.held_windows("repair"), c.files)
-        return reconstruct.reconstruct(c.teacher, pruned, keep, windows, c.direct, spool, put)[0]
+        return reconstruct.reconstruct(c.teacher, pruned, keep, windows, c.direct, spool, put, kinds)[0]
 
 
 def train_whole(

@@ -54,9 +54,12 @@ def opened(s: Any, model: str | None, what: str = "model", place: str | Path = "
     return load.open_checkpoint(source.path)
 
 
-def prepared(s: Any, teacher: Checkpoint) -> tuple[preparation.Data, dict[str, str]]:
-    """The text of --data, with what was done to it said aloud; and what a resumed run must have begun with."""
-    data = preparation.prepare(s.data, load.tokenizer(teacher.path), s.max_seq_length)
+def prepared(
+    s: Any, teacher: Checkpoint, source: preparation.Source | None = None
+) -> tuple[preparation.Data, dict[str, str]]:
+    """The text of --data, or of `source`, with what was done to it said aloud; and what a resumed run must have begun
+    with."""
+    data = preparation.prepare(source or s.data, load.tokenizer(teacher.path), s.max_seq_length)
     cli.say(*data.notes)
     return data, run_folder.origin(teacher, token_windows.fingerprint(data.train))
 

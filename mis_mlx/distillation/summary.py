@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.evaluation import comparison
+from mis_mlx.distillation import conversations
+from mis_mlx.evaluation import answers, comparison
 from mis_mlx.models import arch, load, model_writer, policy
 from mis_mlx.pruning import select
 from mis_mlx.reporting import html, text
@@ -107,11 +108,23 @@ def _texts(quality: Quality, losses: Sequence[tuple[str, str]]) -> list[dict[str
     return texts
 
 
-def page(models: comparison.Models, sizes: list[Row], quality: Quality, length: int) -> str:
-    """Markdown: sizes and speeds, then one table a text; `length` is the tokens of a held-out window."""
+def page(
+    models: comparison.Models,
+    sizes: list[Row],
+    quality: Quality,
+    length: int,
+    answered: answers.Judgement | None = None,
+) -> str:
+    """Markdown: what the models answer, where they were asked; sizes and speeds; then one table a text. `length` is the
+    tokens of a held-out window."""
     names, texts = list(models), _texts(quality, LOSSES)
     texts = [t | {"table": text.table(quality[t["name"]], names, text.TABLES["held-out"])} for t in texts]
     values = {"sizes": text.table(sizes, names, text.TABLES["sizes"]), "texts": texts, "length": length}
+    asked = list[dict[str, Any]]()
+    for language, rows in conversations.tables(answered).items() if answered else ():
+        table = text.table(rows, names, text.TABLES["answers"])
+        asked.append({"language": language, "prompts": rows[0].n, "table": table})
+    values |= {"answers": asked, "verdict": conversations.verdict(answered) if answered else ""}
     values |= {"across": comparison.ACROSS, "dequantized": not policy.keeps_packed() and "4-bit" in models}
     return html.document("table.md", {**values, "won": won(models, sizes, quality)})
 

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, rows
-from mis_mlx.evaluation import questions, rewards
+from mis_mlx.evaluation import instructions, questions, rewards
 from mis_mlx.evaluation.sets import polish
 from mis_mlx.hardware.programs import download_wheel, unpack_debian
 from mis_mlx.storage import files, hub
 from mis_mlx.types import MisError
 
 TEXT, CONTINUE, HARNESS = "text", "continue", "lm_eval/"
+ANSWERS = "answers"  # to held-out prompts (evaluation/answers)
 Fetched = tuple[dict[str, list[rows.Row]], dict[str, Any]]  # rows by file; where they come from
 BUILT_IN = Path(__file__).parent / "sets" / "built_in"  # of our own making: benchmarks/task_files.py
 ABOUT: dict[str, str] = polish.ABOUT["built-in"]  # -written: the model writes, instead of choosing
@@ -24,12 +25,14 @@ PRESETS: dict[str, list[str]] = polish.ABOUT["presets"]
 
 
 class EvaluationSet(NamedTuple):
-    """Our tasks; ids of lm-eval's; whether held-out text is measured; and the training text that tasks may share."""
+    """Our tasks; ids of lm-eval's; whether held-out text is measured; the training text that tasks may share; whether
+    the models answer held-out prompts."""
 
     tasks: tuple[questions.Task, ...]
     harness: tuple[str, ...]
     text: bool
     known: questions.Known
+    answers: bool = False
 
 
 def find(names: Sequence[str], count: int, data: str | None = None) -> EvaluationSet:
@@ -37,7 +40,7 @@ def find(names: Sequence[str], count: int, data: str | None = None) -> Evaluatio
     data: whose held-out part `continue` is made of, as --data. All rows are judged here, before any model is asked."""
     parts = [part for preset in names for part in PRESETS.get(preset, (preset,))]
     harness = tuple(name.removeprefix(HARNESS) for name in parts if name.startswith(HARNESS))
-    ours = [name for name in parts if name != TEXT and not name.startswith(HARNESS)]
+    ours = [name for name in parts if name not in (TEXT, ANSWERS) and not name.startswith(HARNESS)]
     known, tasks = questions.Known(questions.training_words(data) if ours else []), list[questions.Task]()
     for name in ours:
         if name in ABOUT:
@@ -50,10 +53,12 @@ def find(names: Sequence[str], count: int, data: str | None = None) -> Evaluatio
             keys = [{"answer": q.answer, "language": q.language} for q in task.questions]
             where = [f"{task.name} question {n + 1}" for n in range(len(keys))]
             rows.refuse(rewards.unanswerable(rewards.functions("correct", None), keys, where))
+        elif task.kind == "instructions":
+            rows.refuse(instructions.check(task.name, [q.instructions for q in task.questions]))
     called = [task.name for task in tasks]
     if twice := sorted({name for name in called if called.count(name) > 1}):
         raise MisError(f"{called.count(twice[0])} tasks are called {twice[0]}: rename one of the files")
-    return EvaluationSet(tuple(tasks), harness, TEXT in parts, known)
+    return EvaluationSet(tuple(tasks), harness, TEXT in parts, known, answers=ANSWERS in parts)
 
 
 def _brought(name: str) -> list[questions.Task]:
@@ -66,10 +71,12 @@ def _brought(name: str) -> list[questions.Task]:
         return polish.dialect(folder.name, polish.read_pairs(folder.name, folder), f"brought by you in {folder.name}")
     if folder.is_dir():
         return questions.folder(folder)
-    known = [*PRESETS, *ABOUT, *polish.SETS, CONTINUE, "dialects", *polish.SLOTS, TEXT]
+    if folder.suffix == ".jsonl":
+        return [questions.file(folder)]
+    known = [*PRESETS, *ABOUT, *polish.SETS, CONTINUE, "dialects", *polish.SLOTS, TEXT, ANSWERS]
     near = difflib.get_close_matches(name, known, 3, 0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
-    raise MisError(f"--tasks names {name}, which is no task and no folder: {hint}")
+    raise MisError(f"--tasks names {name}, which is no task, no folder and no .jsonl file: {hint}")
 
 
 def _continued(data: str | None, known: questions.Known) -> list[questions.Task]:

@@ -13,6 +13,7 @@ from mis_mlx.models import config, load, policy, tokenizer_check
 from mis_mlx.models.stream import NotNumbers, evaluate_now
 
 Sampler = Callable[[mx.array], mx.array]  # log-probabilities (B, V) -> tokens (B,)
+LIKELIEST = 1024  # tokens among which a nucleus is looked for first
 PROMPTS = {"English": "The for statement is used to", "Polish": "Baca wyszedł rano z owcami na halę i"}
 
 
@@ -32,7 +33,15 @@ def encode(tokenizer: Any, prompt: str, plain: bool = False) -> list[int]:
     """Token ids of a prompt, through the chat template where there is one and it is not to be plain."""
     if plain or not tokenizer.has_chat_template:
         return list(tokenizer.encode(prompt))
-    return list(tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True))
+    return chat_ids(tokenizer, [{"role": "user", "content": prompt}])
+
+
+def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of a conversation through the chat template, up to where the model's answer begins.
+
+    Whatever the template raises passes: it is a program that came with the model."""
+    conversation = [dict(message) for message in messages]
+    return list(tokenizer.apply_chat_template(conversation, add_generation_prompt=True))
 
 
 def prompt_ids(tokenizer: Any, text: str, count: int) -> mx.array:
@@ -79,42 +88,67 @@ def samples(folders: Mapping[str, Path], count: int) -> Iterator[dict[str, str]]
         mx.clear_cache()
 
 
-def sampler(temperature: float, seed: int) -> Sampler:
-    """Draws from softmax(logits / temperature) with random numbers of its own; greedy at temperature 0."""
+def sampler(temperature: float, seed: int, top_p: float = 1.0) -> Sampler:
+    """Draws from softmax(logits / temperature) with random numbers of its own; greedy at temperature 0.
+
+    top_p: of the `nucleus` only; 1: of all tokens."""
     state = [mx.random.key(seed)]
 
     def draw(logps: mx.array) -> mx.array:
         if temperature == 0:
             return mx.argmax(logps, axis=-1)
+        if top_p < 1.0:
+            logps = nucleus(logps, top_p)
         key, state[0] = mx.random.split(state[0])
         return mx.random.categorical(logps / temperature, key=key)
 
     return draw
 
 
+def nucleus(logps: mx.array, top_p: float) -> mx.array:
+    """Log-probabilities (B, V) of the fewest likeliest tokens that have `top_p` together; -inf for all others.
+
+    As mlx-lm's sampler (Holtzman et al., arXiv 1904.09751), before any temperature. Only the likeliest tokens are
+    sorted, or all where these have less: sorting a whole vocabulary takes as long as a pass of a small model."""
+    vocab = logps.shape[-1]
+    for count in (min(LIKELIEST, vocab), vocab):
+        likeliest = mx.sort(mx.topk(logps, count, axis=-1), axis=-1)
+        probabilities = mx.exp(likeliest.astype(mx.float32))
+        above = mx.cumsum(probabilities, axis=-1, reverse=True, inclusive=False)  # of all likelier tokens together
+        if count == vocab or (probabilities.sum(axis=-1) >= top_p).all().item():
+            break
+    least = mx.where(above < top_p, likeliest, mx.inf).min(axis=-1, keepdims=True)
+    return mx.where(logps < least, -mx.inf, logps)
+
+
 def groups(
     model: nn.Module, prompts: Sequence[Sequence[int]], count: int, max_tokens: int, stop: Collection[int],
-    draw: Sampler, at_once: int,
+    draw: Sampler | Sequence[Sampler], at_once: int,
 ) -> list[list[list[int]]]:  # fmt: skip
     """`count` completions of each prompt as token ids; each ends with its stop token, or after `max_tokens`.
 
+    draw: for all, or one for each prompt, so that its draws do not depend on what is written beside it.
     at_once: completions generated together; a prompt's come in one batch, so that it is read once."""
     completions, each = list[list[list[int]]](), max(1, at_once // count)
     for start in range(0, len(prompts), each):
         last_tokens, caches = list[list[int]](), list[Any]()
-        for prompt in prompts[start : start + each]:
+        samplers = list[Sampler]()
+        for number, prompt in enumerate(prompts[start : start + each], start):
             cache = load.mlx_lm("models.cache").make_prompt_cache(model)
             if len(prompt) > 1:
                 model(mx.array([*prompt[:-1]])[None], cache=cache)
                 evaluate_now([layer.state for layer in cache])
             last_tokens += [list(prompt[-1:])] * count
             caches += [cache] * count  # read only: mlx-lm merges them into a new one
+            samplers += [draw if callable(draw) else draw[number]] * count
         generator = load.mlx_lm("generate").BatchGenerator(
-            model, max_tokens=max_tokens, stop_tokens=[[t] for t in sorted(stop)], sampler=draw,
+            model, max_tokens=max_tokens, stop_tokens=[[t] for t in sorted(stop)],
             completion_batch_size=len(caches), prefill_batch_size=len(caches),
         )  # fmt: skip
         try:
-            tokens: dict[int, list[int]] = {uid: [] for uid in generator.insert(last_tokens, caches=caches)}
+            tokens: dict[int, list[int]] = {
+                uid: [] for uid in generator.insert(last_tokens, caches=caches, samplers=samplers)
+            }
             while responses := generator.next_generated():
                 for response in responses:
                     tokens[response.uid].append(response.token)

@@ -12,7 +12,7 @@ import numpy as np
 
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.maths.optimizer import group_of
-from mis_mlx.maths.reconstruction import RIDGES, precision
+from mis_mlx.maths.reconstruction import HELD_OUT, RIDGES, precision
 from mis_mlx.maths.rounding import BITS, HELD_BYTES, PART, SLAB
 from mis_mlx.models import arch
 from mis_mlx.models.config import shape_of
@@ -58,13 +58,18 @@ def prune(job: DistillationSpec, limit: int) -> StageCost:
 
 
 def refit(m: ModelSize, tokens: int, workspace: int = 0) -> tuple[int, float]:
-    """(bytes, operations) of a closed-form fit: normal equations and held-out ones; beside them what a block's pass
-    takes and float32 batches of products, then what solving makes of the sums, and the block where it is a copy."""
+    """(bytes, operations) of a closed-form fit: normal equations, and tokens held out as they are; beside them what a
+    block's pass takes and float32 batches of products, then what solving makes of the sums, and the block where it is a
+    copy. Held-out tokens judge every ridge, then join the sums."""
     f, d, item = m.shape.ffn, m.shape.hidden, np.dtype(precision(m.shape.ffn)).itemsize
     solving = f * (item * f + max(2 * item, 16) * d) + (0 if m.as_stored or not workspace else m.block_work)
     nbytes = max(4 * estimates.together(m) * f * (f + d) + workspace, solving)
     solved = (len(RIDGES) + 1) * f * f * (2 / 3 * f + 4 * d)
-    return 2 * item * f * (f + d) + nbytes, 2.0 * tokens * f * (f + d) + solved
+    held_out = max(1, tokens // HELD_OUT)
+    judged = 2.0 * len(RIDGES) * held_out * f * d
+    sums_bytes = item * f * (f + d)
+    held_out_bytes = 4 * held_out * (f + d)
+    return sums_bytes + held_out_bytes + nbytes, 2.0 * tokens * f * (f + d) + solved + judged
 
 
 def repair(job: DistillationSpec) -> StageCost:

@@ -14,11 +14,11 @@ from mis_mlx.hardware.memory import TRAINED_BYTES, TRAINED_WHOLE_BYTES, process_
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.models import arch, load
 from mis_mlx.models.config import shape_of
-from mis_mlx.planner import compression_size, estimates
+from mis_mlx.planner import compression_size, estimates, writing
 from mis_mlx.planner.compression_size import GRADIENT_BYTES, STATE_BYTES, block_state_bytes, prune, repair, repair_parts
 from mis_mlx.planner.estimates import TENSOR_BYTES, StageCost, forward_flops, room, streamed_pass
-from mis_mlx.planner.recipe import ADAPTERS, RATE, DistillationConfig, DistillationSpec, Mode
-from mis_mlx.types import Checkpoint, gib
+from mis_mlx.planner.recipe import ADAPTERS, PLAIN, RATE, DistillationConfig, DistillationSpec, Mode
+from mis_mlx.types import Budget, Checkpoint, MisError, gib
 
 TRAINED_WHOLE = "resident", "blocks", "lora"  # the student, in memory
 SAVED_BYTES = 12  # of a trained parameter in a checkpoint: weight and two moments
@@ -150,7 +150,22 @@ def measure(job: DistillationSpec, most_bytes: int, limit: int) -> StageCost:
     alone = [n for m, n in zip(models, whole, strict=True) if timed_bytes(m.params) <= limit]
     timed = sum(whole) if sum(timed_bytes(m.params) for m in models) <= most_bytes else max(alone, default=0)
     peak = max(one.peak_bytes, timed and timed + 2 * models[0].head_params)  # its head, while it is converted
-    return replace(one, read_bytes=TEXTS * one.read_bytes, peak_bytes=peak, flops=TEXTS * one.flops)
+    texts = replace(one, read_bytes=TEXTS * one.read_bytes, peak_bytes=peak, flops=TEXTS * one.flops)
+    if not job.answers:
+        return texts
+    students = [job.student, four] if job.rounding is not PLAIN else [job.student]
+    asked = [models[0], *students]
+    try:
+        said = writing.answers(asked, job.answers, Budget(limit), teacher_kept=True, silent=len(students) - 1)
+    except MisError:  # the student cannot write in the budget, so nobody is asked
+        return texts
+    return replace(
+        texts,
+        read_bytes=texts.read_bytes + said.read_bytes,
+        peak_bytes=max(texts.peak_bytes, said.peak_bytes),
+        flops=texts.flops + said.flops,
+        touched_bytes=texts.touched_bytes + said.touched_bytes,
+    )
 
 
 def timed_bytes(params: int) -> int:

@@ -140,6 +140,7 @@ class DistillationSpec(DistillationConfig):
     rotation: bool = False  # the hidden size is cut along principal directions
     rounding: QuantizationConfig = PLAIN  # of the trained student
     shown: ModelSize | None = None  # the teacher with its own vocabulary, where the student has another
+    answers: int = 0  # held-out prompts that teacher and student answer at the end
     uncut: bool = False  # the student is the teacher: nothing to repair, nothing to learn before rounding
 
     @property
@@ -161,10 +162,10 @@ class DistillationSpec(DistillationConfig):
 
 def spec_of(
     teacher: ModelSize, student: ModelSize, asked: DistillationConfig, rounding: QuantizationConfig = PLAIN,
-    rotates: bool = True, shown: ModelSize | None = None, copied: bool = False,
+    rotates: bool = True, shown: ModelSize | None = None, copied: bool = False, answers: int = 0,
 ) -> DistillationSpec:  # fmt: skip
     """The distillation that a command's settings ask for. rotates: a smaller hidden size is cut along directions.
-    copied: what the student has is cut out of this teacher."""
+    copied: what the student has is cut out of this teacher. answers: prompts that the models answer at the end."""
     # A head is told by its width and type.
     two = [(m.shape.hidden, m.packed, m.config.get("torch_dtype") or m.config.get("dtype")) for m in (teacher, student)]
     known = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
@@ -176,5 +177,5 @@ def spec_of(
         **known, teacher=teacher, student=student,
         modes=("none",) if uncut else modes if asked.train == "auto" else (asked.train,),
         rotation=rotates and student.shape.hidden < teacher.shape.hidden, rounding=rounding, shown=shown,
-        same_head=copied and two[0] == two[1], uncut=uncut,
+        same_head=copied and two[0] == two[1], uncut=uncut, answers=answers,
     )  # fmt: skip

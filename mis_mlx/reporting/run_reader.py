@@ -120,6 +120,7 @@ class RunRecord(NamedTuple):
     begun: Mapping[str, Any]  # what the first start planned
     phases: Sequence[Mapping[str, Any]]
     samples: Sequence[Mapping[str, Any]]
+    answers: Sequence[Mapping[str, Any]]  # to held-out prompts, prompt by prompt; none where nobody was asked
     table: str
     steps: History
     air: History
@@ -135,6 +136,20 @@ def _held(read: Callable[..., Any], *where: Any) -> Any:
     with suppress(OSError, MisError):
         return read(*where)
     return None
+
+
+def _without_answers(folder: Path, result: Any) -> list[str]:
+    """A sentence where a run's result says that answers were judged, and their file has none of them."""
+    path = folder / run_folder.ANSWERS
+    judged = isinstance(result, Mapping) and _number(result.get("answers_prompts"))
+    if not judged or _answers(folder):
+        return []
+    state = "damaged" if path.is_file() else "missing"
+    return [f"{path.name} is {state}: {LOST[path.name]}"]
+
+
+def _answers(folder: Path) -> list[dict[str, Any]]:
+    return [record for record in run_folder.records(folder / run_folder.ANSWERS) if "text" in record]
 
 
 def read(folder: Path) -> RunRecord:
@@ -157,6 +172,7 @@ def read(folder: Path) -> RunRecord:
             missing.append(f"{name} is damaged: {what}")
         elif log and log.torn:
             missing.append(f"{name} has {log.torn} of {log.lines} lines that are no records; passed over")
+    missing += _without_answers(folder, files[run_folder.RESULT])
     phases, *mappings, samples, table, steps, air = files.values()
     if not (phases or any(mappings) or steps.lines):
         raise MisError(f"{folder} holds nothing of a run: give a run folder, such as runs/NAME-001")
@@ -166,4 +182,18 @@ def read(folder: Path) -> RunRecord:
     first = (_number(begun.get("wall_s")), steps.first_s, air.first_s)
     place = folder.resolve().name, min((s for s in first if s is not None), default=0.0)
     config, origin, result, kept = (m or {} for m in mappings)
-    return RunRecord(*place, config, origin, result, kept, begun, phases, samples, table or "", steps, air, missing)
+    return RunRecord(
+        *place,
+        config=config,
+        origin=origin,
+        result=result,
+        keep=kept,
+        begun=begun,
+        phases=phases,
+        samples=samples,
+        answers=_answers(folder),
+        table=table or "",
+        steps=steps,
+        air=air,
+        missing=missing,
+    )

@@ -19,6 +19,7 @@ CONFIG, ORIGIN, RESULT, METRICS = "config.yaml", "origin.json", "result.json", "
 PLAN = "plan.json"  # how the run trains: decided once, when it begins
 NOT_STORED = ("out", "resume", "dry_run", "config")  # settings that say where and when, not what
 PHASES = "phases.jsonl"  # what each start planned, then what each phase took
+ANSWERS = "answers.jsonl"  # what the models answered to held-out prompts
 SAMPLES = "samples.jsonl"  # what each model writes after the same words
 DATA = "data.json"  # of an alignment, beside the run and its model: source and licence of what was learned
 SAMPLE_BYTES = 4096

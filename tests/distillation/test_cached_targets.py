@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mis_mlx.data import draws
 from mis_mlx.data.token_windows import Windows, order
 from mis_mlx.distillation import live_teacher
 from mis_mlx.maths.optimizer import GuardedAdamW
@@ -100,7 +101,7 @@ def near(live: list[Step]) -> Any:
 def test_only_visited_windows_need_targets(tmp_path: Path, llama: Checkpoint, student: Checkpoint) -> None:
     """Of 80 windows a run of six steps visits 24: a store of those trains as it should, others are a bug."""
     data = some()
-    at = live_teacher.visited(80, RECIPE)
+    at = live_teacher.visited(data, RECIPE)
     steps = [order(80, 4, step, RECIPE.seed) for step in range(6)]
     assert len(at) == 24 and set(at) == {int(w) for s in steps for w in s} and (np.diff(at) > 0).all()
     picked = Windows(data.tokens[at], data.learn[at])
@@ -112,6 +113,25 @@ def test_only_visited_windows_need_targets(tmp_path: Path, llama: Checkpoint, st
         source.micro_batches([(mx.zeros((1, 16)), mx.zeros((1, 16)))], [np.array([other])])
     with pytest.raises(ValueError, match="5 windows for a store of 24"):
         live_teacher.Cached(opened(tmp_path), at[:5])
+
+
+def test_steps_take_kinds_of_text_in_their_shares(tmp_path: Path, llama: Checkpoint, student: Checkpoint) -> None:
+    """Sixteen windows of a half and four of the other half: a run of 24 windows visits these four, and twelve of those;
+    a store of the visited ones trains as it should."""
+    data = some(20)
+    kinds = np.repeat(np.array([0, 1], np.int32), [16, 4])
+    data = Windows(data.tokens, data.learn, kind=kinds, shares=(0.5, 0.5))
+
+    at = live_teacher.visited(data, RECIPE)
+    picked = data.pick(at)
+    source = live_teacher.Cached(write(llama, picked, tmp_path, count=MANY), at)
+
+    assert picked.kind.tolist() == [0] * 12 + [1] * 4
+    steps = [draws.batch(data, 4, step, RECIPE.seed) for step in range(6)]
+    assert set(at) == set(np.concatenate(steps)) and (np.diff(at) > 0).all()
+    live = train(student, live_teacher.StreamedTeacher(llama, None), data)[1]
+    assert [s.loss for s in train(student, source, data)[1]] == near(live)
+    assert [s.tokens for s in live] == [data.learn[step].sum() for step in steps]
 
 
 def test_another_teacher_other_data_or_another_seed_are_refused(

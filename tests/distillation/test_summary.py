@@ -10,6 +10,7 @@ import pytest
 
 from mis_mlx.distillation import summary
 from mis_mlx.types import Checkpoint, Row
+from tests.distillation.test_conversations import FINE, answers_with, judged
 
 
 @pytest.mark.parametrize(("distilled", "worse"), [(3.0, []), (3.9, ["Polish"])])
@@ -23,6 +24,30 @@ def test_worse_than_pruned_is_said(distilled: float, worse: list[str], llama: Ch
     page = summary.page(models, sizes, rows, 32)
     said = [text for text in quality if f"On {text} distillation made the student worse" in page]
     assert said == worse and ("3.900 nats/token, where it had 3.500" in page) == bool(worse)
+
+
+@pytest.mark.parametrize(
+    ("loops", "first"), [(5, "**The student repeats itself**: 5 of 8 "), (0, "Answers in English")]
+)
+def test_the_page_begins_with_what_the_students_answer(loops: int, first: str, llama: Checkpoint) -> None:
+    """That it repeats itself, if it does; then a table for every language, then all that was there before."""
+    models = dict.fromkeys(("teacher", "pruned", "distilled", "4-bit"), llama)
+    sizes = [Row(name, "params", 1.0) for name in models]
+    quality = {"English": [Row(name, "nll", 2.0, 0.1, 0.1, 3) for name in models]}
+    greedy = {"teacher": [FINE] * 8, "distilled": [], "4-bit": answers_with(loops, 8)}
+    plain = summary.page(models, sizes, quality, 32)
+
+    page = summary.page(models, sizes, quality, 32, judged("eeeeeeee", greedy))
+
+    assert page.startswith(first)
+    assert page.endswith(plain)
+    lines = page.splitlines()
+    assert "Answers in English to 8 prompts that no training knows, ± 95 %" in lines
+    assert "Answers in Polish" not in page
+    (loops_row,) = (line for line in lines if line.startswith("| own answers that repeat themselves"))
+    cells = [cell.strip().split(" ")[0] for cell in loops_row.strip("|").split("|")]
+    assert cells[1] == "0" and cells[4] == f"{100 * loops / 8:.0f}"
+    assert cells[2] == cells[3] != "0"  # of these nobody asked
 
 
 def test_what_was_won_and_lost_is_one_sentence(llama: Checkpoint) -> None:

@@ -62,8 +62,24 @@ def test_any_held_out_text_becomes_a_task(tmp_path: Path) -> None:
 )
 def test_a_typo_brings_the_nearest_names(name: str, nearest: str) -> None:
     """No traceback, no download."""
-    with pytest.raises(MisError, match=f"--tasks names {name}, which is no task and no folder: {nearest}"):
+    with pytest.raises(
+        MisError, match=f"--tasks names {name}, which is no task, no folder and no .jsonl file: {nearest}"
+    ):
         task_registry.find([name], 10)
+
+
+def test_a_file_is_a_task(tmp_path: Path) -> None:
+    """Named like the file, `count` questions of it; one that is not there is a sentence."""
+    path = tmp_path / "blimp.jsonl"
+    pairs = [{"good": f"{n} dogs bark.", "bad": f"{n} dogs barks."} for n in range(9)]
+    path.write_text("\n".join(map(json.dumps, pairs)))
+
+    (task,) = task_registry.find([str(path)], 5).tasks
+
+    assert task.name == "blimp"
+    assert [q.answer for q in task.questions] == [f"{n} dogs bark." for n in (0, 2, 4, 6, 8)]
+    with pytest.raises(MisError, match=r"missing.jsonl cannot be read \(No such file or directory\)"):
+        task_registry.find([str(tmp_path / "missing.jsonl")], 5)
 
 
 def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:

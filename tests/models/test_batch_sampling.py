@@ -60,3 +60,48 @@ def test_the_seed_decides(model: nn.Module) -> None:
     assert made[0] == made[1] != made[2]
     assert [len(group) for group in made[0]] == [4, 4, 4]
     assert len({tuple(answer) for answer in made[0][0]}) == 4
+
+
+def test_a_nucleus_by_hand() -> None:
+    """Of 0.5, 0.3, 0.15, 0.05 in any order: the fewest tokens that have as much together; the likeliest one always."""
+    p = mx.array([[0.05, 0.5, 0.15, 0.3], [0.3, 0.15, 0.05, 0.5]])
+
+    def kept(top_p: float) -> list[list[bool]]:
+        return (mlx_generate.nucleus(mx.log(p), top_p) > -mx.inf).tolist()
+
+    assert kept(0.4) == [[False, True, False, False], [False, False, False, True]]
+    assert kept(0.79) == [[False, True, False, True], [True, False, False, True]]
+    assert kept(0.81) == [[False, True, True, True], [True, True, False, True]]
+    assert kept(0.96) == [[True] * 4] * 2
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 6.0])
+def test_a_nucleus_is_mlx_lms(spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the likeliest tokens that are looked at first have less than it takes."""
+    monkeypatch.setattr(mlx_generate, "LIKELIEST", 64)
+    z = spread * mx.random.normal((5, 3000), key=mx.random.key(7))
+    logps = z - mx.logsumexp(z, axis=-1, keepdims=True)
+    expected = load.mlx_lm("sample_utils").apply_top_p(logps, 0.95)
+    assert mx.array_equal(mlx_generate.nucleus(logps, 0.95), expected)
+
+
+def test_without_a_nucleus_draws_are_what_they_were() -> None:
+    """top_p 1 is off: the same tokens as by the plain formula; below 1, none from outside the nucleus."""
+    logps = mx.log(mx.softmax(mx.random.normal((400, 50), key=mx.random.key(1)), axis=-1))
+    key = mx.random.split(mx.random.key(3))[0]
+    plain = mx.random.categorical(logps / 0.8, key=key)
+    inside = mlx_generate.sampler(0.8, 3, top_p=0.5)(logps)
+    assert mlx_generate.sampler(0.8, 3)(logps).tolist() == plain.tolist() != inside.tolist()
+    chosen = mx.take_along_axis(mlx_generate.nucleus(logps, 0.5), inside[:, None].astype(mx.int32), axis=-1)
+    assert (chosen > -mx.inf).all().item()
+
+
+def test_a_sampler_of_its_own_does_not_see_the_others(model: nn.Module) -> None:
+    """A prompt's text is the same alone, beside others and behind them, where each has its own random numbers."""
+
+    def written(prompts: Sequence[Sequence[int]], at_once: int) -> dict[int, list[int]]:
+        draw = [mlx_generate.sampler(1.0, len(prompt), top_p=0.9) for prompt in prompts]
+        groups = mlx_generate.groups(model, prompts, 1, 8, [], draw, at_once)
+        return {len(prompt): ids for prompt, (ids,) in zip(prompts, groups, strict=True)}
+
+    assert written(PROMPTS, 3) == written(PROMPTS[::-1], 2) == written(PROMPTS, 1)

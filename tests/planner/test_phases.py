@@ -24,7 +24,7 @@ from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, load, model_writer
 from mis_mlx.models.lora import insert
-from mis_mlx.planner import compression_size, estimates, phases
+from mis_mlx.planner import compression_size, estimates, phases, writing
 from mis_mlx.planner.estimates import forward_flops, model_of
 from mis_mlx.planner.recipe import (
     ADAPTERS,
@@ -316,7 +316,7 @@ def test_the_remedy_is_one_that_helps() -> None:
         JOB,
         reconstruct_samples=1,
         modes=("resident",),
-        student=model_of({**SMALL.config, "intermediate_size": 4096}, False),
+        student=model_of({**SMALL.config, "intermediate_size": 6144}, False),
     )
     plain = phases.make(replace(repair, reconstruct_samples=0), GIB, M1_AIR)
     assert "--reconstruct-samples 0" in phases.remedy(phases.make(repair, plain.peak_bytes + MIB, M1_AIR))
@@ -326,6 +326,22 @@ def test_the_remedy_is_one_that_helps() -> None:
     assert "--max-seq-length 128 instead of 512" in said
     assert phases.make(replace(long, max_seq_length=128), budget, M1_AIR).fits
     assert "do not help" in phases.remedy(phases.make(long, MIB, M1_AIR))
+
+
+def test_what_models_answer_is_part_of_measuring() -> None:
+    """By planner/writing: the teacher's answers are kept, the trained student reads them, the rounded one writes as
+    well; where it stays unrounded, that one writes. Where no student can write in the budget nobody is asked."""
+    rounded = replace(JOB, rounding=QuantizationConfig())
+    four = replace(SMALL, nbytes=compression_size.packed_bytes(SMALL, rounded.rounding), packed=True)
+
+    for job, models in ((rounded, [BIG, SMALL, four]), (JOB, [BIG, SMALL])):
+        texts = phases.measure(job, GIB, GIB)
+        both = phases.measure(replace(job, answers=24), GIB, GIB)
+        said = writing.answers(models, 24, Budget(GIB), teacher_kept=True, silent=len(models) - 2)
+        assert both.flops == texts.flops + said.flops and both.read_bytes == texts.read_bytes + said.read_bytes
+        assert both.touched_bytes == texts.touched_bytes + said.touched_bytes
+        assert both.peak_bytes == max(texts.peak_bytes, said.peak_bytes)
+    assert phases.measure(replace(JOB, answers=24), GIB, MIB) == phases.measure(JOB, GIB, MIB)
 
 
 @pytest.mark.parametrize(

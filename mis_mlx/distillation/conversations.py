@@ -1,0 +1,176 @@
+"""The conversations of a run: where they come from, and what is made of the students' answers at its end."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mis_mlx import cli
+from mis_mlx.data import preparation, prompts
+from mis_mlx.distillation import teacher_answers
+from mis_mlx.evaluation import answers
+from mis_mlx.evaluation.answer_figures import MORE_LOOPS
+from mis_mlx.models import distributed, load
+from mis_mlx.planner import estimates
+from mis_mlx.reporting import html
+from mis_mlx.storage import run_folder
+from mis_mlx.storage.files import DISK, Files, json_sha256
+from mis_mlx.types import Budget, Checkpoint, MisError, Row, duration, gib
+
+WRITTEN = Path("runs/answers")  # files of what teachers answered
+FEWEST, MOST = 240, 2400  # prompts that a teacher is asked
+SHOWN = 3  # prompts whose answers a run prints
+LANGUAGES = {"en": "English", "pl": "Polish"}
+FEW = 4  # prompts; of fewer in a language there is no table
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a run asks for. data: --data. share: --conversations. tokens: of conversations that its training visits."""
+
+    data: str | None
+    share: float | None
+    tokens: int
+    seed: int
+
+
+def source(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: bool = False) -> preparation.Source:
+    """The text of a run. Of a teacher with a chat template its own answers to our prompts are a part of it: those that
+    come with the package, or, of any other teacher, what it writes now, once, which is kept and used again.
+
+    dry_run: says what the writing would take, and writes nothing."""
+    plain = preparation.Source(wanted.data, share=wanted.share)
+    if wanted.share == 0 or not preparation.takes_conversations(load.tokenizer(teacher.path)):
+        return preparation.Source(wanted.data, share=0.0)
+    if wanted.share is None and wanted.data is not None and _has_conversations(wanted.data, dry_run=dry_run):
+        return plain
+    if answers.shipped_for(teacher):
+        return plain if wanted.data is None else plain._replace(answers=preparation.ANSWERS)
+    file = _written(teacher, wanted, limit, dry_run=dry_run)
+    return plain._replace(answers=file) if file else preparation.Source(wanted.data, share=0.0)
+
+
+def _has_conversations(data: str, *, dry_run: bool) -> bool:
+    """Whether --data has conversations. A dry run goes on where its text is not there: --data teacher is not yet."""
+    try:
+        return preparation.has_conversations(data)
+    except MisError:
+        if dry_run:
+            return False
+        raise
+
+
+def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: bool) -> Path | None:
+    """The file of a teacher's answers, made now if it is not there; None where hardly any was usable, which is said."""
+    count = max(FEWEST, min(MOST, wanted.tokens // teacher_answers.TYPICAL_TOKENS))
+    how = teacher_answers.Writing(prompts.train(count), seed=wanted.seed)
+    identity = run_folder.origin(teacher, "")["teacher"]
+    folder = WRITTEN / f"{teacher.path.name}-{identity[:8]}-{json_sha256(how.settings)[:8]}"
+    file = folder / "answers.jsonl"
+    if distributed.broadcast_json(file.exists):
+        distributed.broadcast_folder(folder, DISK)
+        cli.say(f"conversations: the teacher's answers of before, {file}")
+        return file
+    plan = teacher_answers.plan(estimates.model_of(teacher), how, limit)
+    size = f"{gib(plan.peak_bytes)} of {gib(limit.limit_bytes)}, about {duration(plan.seconds)}"
+    cli.say(f"conversations: the teacher answers {count} prompts first, {plan.at_once} at once: {size}; into {file}")
+    if dry_run:
+        return file
+    if distributed.is_main():
+        try:
+            kept = teacher_answers.write(teacher, how, file, limit)
+            cli.say(f"conversations: {kept} of {count} are usable")
+        except MisError as error:
+            cli.say(f"conversations are left out of the training text: {error}")
+    if not distributed.broadcast_json(file.exists):
+        return None
+    distributed.broadcast_folder(folder, DISK)
+    return file
+
+
+def tables(judgement: answers.Judgement) -> dict[str, list[Row]]:
+    """Rows of every model by language, of languages with enough prompts."""
+    found = dict[str, list[Row]]()
+    for code, language in LANGUAGES.items():
+        chosen = [number for number, prompt in enumerate(judgement.answers.prompts) if prompt.language == code]
+        if len(chosen) >= FEW:
+            found[language] = judgement.part(chosen).rows
+    return found
+
+
+def shown(judgement: answers.Judgement) -> list[dict[str, Any]]:
+    """Rows (prompt, language, kind, model, text, ended) of all greedy answers, prompt by prompt."""
+    rows = list[dict[str, Any]]()
+    for number, prompt in enumerate(judgement.answers.prompts):
+        for model, said in judgement.greedy.items():
+            if not said:
+                continue
+            rows.append(
+                {
+                    "prompt": prompt.messages[-1]["content"],
+                    "language": prompt.language,
+                    "kind": prompt.kind,
+                    "model": model,
+                    "text": said[number].text,
+                    "ended": said[number].ended,
+                }
+            )
+    return rows
+
+
+def keep(judgement: answers.Judgement, folder: Path, files: Files) -> None:
+    """Write all greedy answers into a run's folder."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in shown(judgement)]
+    files.replace_text(folder / run_folder.ANSWERS, "".join(lines))
+
+
+def verdict(judgement: answers.Judgement) -> str:
+    """The sentence on a student that repeats itself more than its teacher; '' where it does not."""
+    loops = {row.model: row for row in judgement.rows if row.metric == "loops"}
+    teacher, *_, student = loops.values()
+    if student.value - teacher.value <= MORE_LOOPS:
+        return ""
+    count = student.n or 0
+    values = {
+        "student": round(student.value * count / 100),
+        "teacher": round(teacher.value * count / 100),
+        "count": count,
+    }
+    return html.document("loops.md", values)
+
+
+def dialogue(judgement: answers.Judgement) -> str:
+    """Some prompts with the answers of the teacher and of the last model, for the end of a run."""
+    teacher, *_, student = judgement.greedy
+    english = [number for number, prompt in enumerate(judgement.answers.prompts) if prompt.language == "en"]
+    every = max(1, len(english) // SHOWN)
+    talks = [
+        {
+            "prompt": judgement.answers.prompts[number].messages[-1]["content"],
+            "answers": {name: judgement.greedy[name][number] for name in (teacher, student)},
+        }
+        for number in english[::every][:SHOWN]
+    ]
+    return html.document("dialogue.md", {"talks": talks})
+
+
+def figures(judgement: answers.Judgement) -> Mapping[str, float | int]:
+    """For a run's JSON: {metric_model: value} of all prompts, and how many these are."""
+    found: dict[str, float | int] = {f"{row.metric}_{row.model}": round(row.value, 4) for row in judgement.rows}
+    return {"answers_prompts": len(judgement.answers.prompts), **found}
+
+
+def judged(models: Mapping[str, Checkpoint], count: int, limit: Budget) -> answers.Judgement | None:
+    """What teacher and students answer to `count` held-out prompts, of the students only the last one in its own words.
+    None where nothing can be judged, which is said."""
+    cli.say("measure: answers")
+    _, *others, student = models
+    try:
+        found = answers.judged(models, answers.prompts(count), limit, silent=others)
+    except MisError as error:
+        cli.say(f"answers are not judged: {error}")
+        return None
+    if found is None or student not in found.said:  # it has no chat template, which was said
+        return None
+    return found

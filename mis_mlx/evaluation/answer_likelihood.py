@@ -1,0 +1,143 @@
+"""How likely answers are under a model: the log-probability of every token, in one streamed pass.
+
+A model reads a prompt through its own chat template and an answer with its own tokenizer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mis_mlx.data import token_windows
+from mis_mlx.evaluation.answer_records import Answer, Prompt
+from mis_mlx.models import config, host_losses, load, mlx_generate
+from mis_mlx.models.stream import HEAD_PART, Hidden, Stream
+from mis_mlx.types import Checkpoint, MisError
+
+
+def has_template(model: Checkpoint) -> bool:
+    """Whether a model has a chat template, without which answers are not judged."""
+    return bool(load.tokenizer(model.path).has_chat_template)
+
+
+def need_template(model: Checkpoint) -> None:
+    """MisError where a model has no chat template."""
+    if not has_template(model):
+        why = f"{model.path} has no chat template: answers are not judged"
+        raise MisError(f"{why}; take a model that has one")
+
+
+def log_probabilities(
+    model: Checkpoint,
+    asked: Sequence[Prompt],
+    answers: Sequence[Answer],
+) -> list[np.ndarray]:
+    """[(n,) float64] of every answer, in nats: of each of its n tokens behind the prompt.
+
+    One streamed pass: one block in memory at a time, then parts of the head. MisError where the
+    model has no chat template, or one that refuses a prompt."""
+    need_template(model)
+    tokenizer = load.tokenizer(model.path)
+    end = _end_of_turn(tokenizer)
+    texts = list[list[int]]()
+    counts = list[int]()
+    for prompt, answer in zip(asked, answers, strict=True):
+        before, own = _tokens_of(tokenizer, prompt, answer, end)
+        texts.append([*before, *own])
+        counts.append(len(own))
+    return of_last_tokens(model, texts, counts)
+
+
+def _tokens_of(
+    tokenizer: Any,
+    prompt: Prompt,
+    answer: Answer,
+    end: int,
+) -> tuple[list[int], list[int]]:
+    """(ids up to the answer, ids of the answer), as they stand when the model itself answers.
+
+    Not cut out of the rendered conversation: some templates trim or rewrite an answer, which then
+    has other bytes, and a first letter may melt into the template's last one."""
+    try:
+        before = mlx_generate.chat_ids(tokenizer, prompt.messages)
+    except Exception as error:  # a template is a program of the model's: it can raise anything
+        shown = prompt.messages[-1]["content"][:40]
+        why = f"the chat template refuses the prompt {shown!r} ({error})"
+        raise MisError(f"{why}: leave it out") from error
+    own = list(tokenizer.encode(answer.text, add_special_tokens=False))
+    return before, [*own, end] if answer.ended else own
+
+
+def _end_of_turn(tokenizer: Any) -> int:
+    """The stop token that the chat template puts behind an answer.
+
+    The tokenizer's end token where it puts none there. MisError where there is none either."""
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    stops = set(tokenizer.eos_token_ids)
+    try:
+        ids, learn = token_windows.conversation({"messages": talk}, tokenizer, mask_prompt=True)
+    except Exception:  # as above
+        return token_windows.end_of(tokenizer)
+    for token, own in zip(ids, learn, strict=True):
+        if own and token in stops:
+            return token
+    return token_windows.end_of(tokenizer)
+
+
+def of_last_tokens(
+    model: Checkpoint,
+    texts: Sequence[Sequence[int]],
+    counts: Sequence[int],
+) -> list[np.ndarray]:
+    """[(n,) float64]: of every text the log-probabilities, in nats, of its last n tokens.
+
+    counts: n of every text; a token must stand before these n. One block of the model in memory at
+    a time, then parts of its head."""
+    if not texts:
+        return []
+    targets = list[np.ndarray]()
+    for text, count in zip(texts, counts, strict=True):
+        targets.append(np.array(text[len(text) - count :], np.int32))
+    stream = Stream(model)
+    hidden = stream.forward([mx.array([text]) for text in texts])
+    return _of_targets(stream, hidden, targets)
+
+
+def _of_targets(
+    stream: Stream,
+    hidden: Hidden,
+    targets: Sequence[np.ndarray],
+) -> list[np.ndarray]:
+    """The same from the final hidden states (1, T, D) of every text.
+
+    The head comes in parts of the vocabulary, each read once: logsumexp adds up over them, and one
+    of them has the target's logit."""
+    shape = config.shape_of(stream.checkpoint.config)
+    rows = max(1, HEAD_PART // shape.hidden)
+    normalizers = [np.full(len(target), -np.inf) for target in targets]
+    logits = [np.full(len(target), -np.inf) for target in targets]
+    for start, head in stream.head_parts(shape.vocab, rows):
+        for number, target in enumerate(targets):
+            if len(target) == 0:
+                continue
+            # A token is predicted one place before it.
+            states = hidden[number][0][-len(target) - 1 : -1]
+            part = load.logits(head, states).astype(mx.float32)
+            view = host_losses.view(part)
+            found = host_losses.by_rows(_of_part, view, target - start).astype(np.float64)
+            normalizers[number] = np.logaddexp(normalizers[number], found[:, 0])
+            logits[number] = np.maximum(logits[number], found[:, 1])
+    differences = zip(logits, normalizers, strict=True)
+    return [logit - normalizer for logit, normalizer in differences]
+
+
+def _of_part(z: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """(n, 2) of logits z (n, v), which are spent: their logsumexp, and the target's logit.
+
+    -inf in its place where another part of the vocabulary has it."""
+    here = (targets >= 0) & (targets < z.shape[1])
+    places = np.where(here, targets, 0)
+    chosen = z[np.arange(len(z)), places]
+    right = np.where(here, chosen, -np.inf)
+    normalizer = host_losses.softmax(z)
+    return np.stack([normalizer, right], axis=1)

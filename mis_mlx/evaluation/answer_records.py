@@ -1,0 +1,133 @@
+"""Prompts, the answers to them, and the files in which a teacher's answers stand.
+
+Such a file is JSON lines: perhaps a header, then a record for every prompt, {"prompt_sha256",
+"sampled": {"text", "ended"}, "greedy": {"text", "ended"}, "nats", "greedy_nats", "greedy_tokens"}."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mis_mlx.data import rows
+from mis_mlx.storage import run_folder
+from mis_mlx.storage.files import json_sha256
+
+LANGUAGES = ("en", "pl")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation whose last message is the user's: {"role", "content"} each."""
+
+    messages: tuple[dict[str, str], ...]
+    kind: str
+    language: str
+
+    @property
+    def sha256(self) -> str:
+        """Of the messages, in hex."""
+        return json_sha256([[message["role"], message["content"]] for message in self.messages])
+
+
+@dataclass(frozen=True)
+class Answer:
+    """ended: a stop token came; otherwise it was cut off."""
+
+    text: str
+    ended: bool
+
+
+@dataclass(frozen=True)
+class AnswerPair:
+    """The teacher's answers to one prompt, and what they cost under the teacher itself.
+
+    nats: of the sampled one, of the greedy one; None: not yet measured. greedy_tokens: of the
+    greedy one, its end among them."""
+
+    sampled: Answer
+    greedy: Answer
+    nats: float | None = None
+    greedy_nats: float = 0.0
+    greedy_tokens: int = 0
+
+
+def prompt_of(row: rows.Row) -> Prompt:
+    """The prompt of a row that `prompt_fault` finds nothing wrong with."""
+    messages = list[dict[str, str]]()
+    for message in row["messages"]:
+        messages.append({"role": message["role"], "content": message["content"]})
+    return Prompt(tuple(messages), row["kind"], row["language"])
+
+
+def prompt_fault(row: object) -> str | None:
+    """Why a row is no prompt; None where it is one."""
+    reason = rows.fault(row, {"messages": ("messages",)})
+    if reason is not None:
+        return reason
+    assert isinstance(row, dict)
+    last = row["messages"][-1]["role"]
+    if last != "user":
+        return f"its last message is the {last}'s, not the user's"
+    language = row.get("language")
+    if language not in LANGUAGES:
+        return f"'language' is {language!r}, known are {', '.join(LANGUAGES)}"
+    return rows.text_fault("kind", row.get("kind"))
+
+
+def rounded(nats: float) -> float:
+    """As kept: what is measured now is what is found there later."""
+    return round(nats, 4)
+
+
+def line_of(prompt: Prompt, pair: AnswerPair) -> str:
+    """The record of a prompt's answers, as one line of JSON."""
+    record: dict[str, Any] = {
+        "prompt_sha256": prompt.sha256,
+        "sampled": asdict(pair.sampled),
+        "greedy": asdict(pair.greedy),
+    }
+    if pair.nats is not None:
+        record["nats"] = rounded(pair.nats)
+        record["greedy_nats"] = rounded(pair.greedy_nats)
+        record["greedy_tokens"] = pair.greedy_tokens
+    return json.dumps(record, ensure_ascii=False)
+
+
+def read_pairs(path: Path) -> dict[str, AnswerPair]:
+    """{prompt's sha256: its answers} of a file; {} where there is none.
+
+    Of two records of one prompt the later one counts. Lines that a crash tore, or that are no
+    answers, are passed over."""
+    found = dict[str, AnswerPair]()
+    for record in run_folder.records(path):
+        sampled = answer_of(record.get("sampled"))
+        greedy = answer_of(record.get("greedy"))
+        if sampled is not None and greedy is not None:
+            found[str(record.get("prompt_sha256"))] = _measured(record, AnswerPair(sampled, greedy))
+    return found
+
+
+def _measured(record: dict[str, Any], pair: AnswerPair) -> AnswerPair:
+    """The pair with what it costs under the teacher, where the record has that."""
+    nats = record.get("nats")
+    greedy_nats = record.get("greedy_nats")
+    tokens = record.get("greedy_tokens")
+    if not isinstance(nats, float) or not isinstance(greedy_nats, float) or not isinstance(tokens, int):
+        return pair
+    return replace(pair, nats=nats, greedy_nats=greedy_nats, greedy_tokens=tokens)
+
+
+def answer_of(value: Any) -> Answer | None:
+    """The answer in a record's value; None where that is none."""
+    if not isinstance(value, dict):
+        return None
+    text = value.get("text")
+    ended = value.get("ended")
+    if not isinstance(text, str) or not isinstance(ended, bool):
+        return None
+    return Answer(text, ended)
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The first line of a file of answers, which says whose they are; {} where there is none."""
+    return next(iter(run_folder.records(path)), {})

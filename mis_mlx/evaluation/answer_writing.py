@@ -1,0 +1,56 @@
+"""A model writes answers to prompts: how many side by side, and what it says.
+
+Nothing in here knows whose answers these are, nor where they are kept."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mis_mlx.evaluation.answer_records import Answer, Prompt
+from mis_mlx.models import load, mlx_generate
+from mis_mlx.models.mlx_generate import Sampler
+from mis_mlx.models.text_writer import TextWriter
+from mis_mlx.planner import estimates, writing
+from mis_mlx.types import Budget, Checkpoint
+
+HALF_LETTER = "\ufffd"  # what an answer that was cut off may decode to at its end
+
+
+def plan(
+    model: Checkpoint,
+    asked: Sequence[Prompt],
+    max_tokens: int,
+    limit: Budget,
+    *,
+    at_once: Sequence[int],
+) -> writing.WritingPlan:
+    """How a model's answers are written within the budget. MisError where no way fits."""
+    tokenizer = load.tokenizer(model.path)
+    lengths = [len(mlx_generate.chat_ids(tokenizer, prompt.messages)) for prompt in asked]
+    return writing.plan_writing(
+        estimates.model_of(model),
+        len(asked),
+        max_tokens,
+        limit,
+        prompt_tokens=max(lengths),
+        at_once=[min(size, len(asked)) for size in at_once],
+    )
+
+
+def answered(
+    writer: TextWriter,
+    tokenizer: Any,
+    batch: Sequence[Prompt],
+    max_tokens: int,
+    *,
+    samplers: Sequence[Sampler] = (),
+) -> list[Answer]:
+    """One answer to each prompt, all written together. samplers: one a prompt; none: greedily."""
+    stops = set(tokenizer.eos_token_ids)
+    prompt_ids = [mlx_generate.chat_ids(tokenizer, prompt.messages) for prompt in batch]
+    found = list[Answer]()
+    for ids in writer.write(prompt_ids, max_tokens, stop=stops, samplers=samplers):
+        ended = ids[-1] in stops
+        own = ids[:-1] if ended else ids
+        text = tokenizer.decode(own, clean_up_tokenization_spaces=False)
+        found.append(Answer(text if ended else text.rstrip(HALF_LETTER), ended))
+    return found

@@ -1,0 +1,139 @@
+"""What a model answered, and how likely it finds answers, kept in the cache: nothing is asked twice.
+
+Both files of a model are JSON lines, a record for every prompt. Of two records of one prompt the
+later one counts; lines that a crash tore, or that are no records of ours, are passed over."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mis_mlx.evaluation import answer_records
+from mis_mlx.evaluation.answer_likelihood import log_probabilities
+from mis_mlx.evaluation.answer_records import Answer, AnswerPair, Prompt
+from mis_mlx.models import distributed
+from mis_mlx.storage import hub, run_folder
+from mis_mlx.storage.files import DISK, json_sha256
+from mis_mlx.types import Checkpoint
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of an answer under a model: nats of all its tokens, its end among them, and their number."""
+
+    nats: float
+    tokens: int
+
+    @property
+    def logprobs(self) -> np.ndarray:
+        """(tokens,) the mean log-probability of a token, in nats, at each of them."""
+        return np.full(self.tokens, -self.nats / max(1, self.tokens))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is known of one model with one set of settings: its greedy answers and what answers cost.
+
+    model_sha256: of the model, in hex. settings_sha256: of all else that answers depend on."""
+
+    model_sha256: str
+    settings_sha256: str
+
+    def _path(self, what: str) -> Path:
+        folder = hub.cache_root() / "evaluations" / self.model_sha256[:32]
+        return folder / f"{what}-{self.settings_sha256[:16]}.jsonl"
+
+    @property
+    def answers_path(self) -> Path:
+        """The file of its greedy answers: {"prompt_sha256", "greedy": {"text", "ended"}}."""
+        return self._path("own-answers")
+
+    @property
+    def costs_path(self) -> Path:
+        """The file of costs: {"prompt_sha256", "answer_sha256", "nats", "tokens"}."""
+        return self._path("answer-costs")
+
+    def answers(self) -> dict[str, Answer]:
+        """{prompt's sha256: its greedy answer}."""
+        found = dict[str, Answer]()
+        for record in run_folder.records(self.answers_path):
+            answer = answer_records.answer_of(record.get("greedy"))
+            if answer is not None:
+                found[str(record.get("prompt_sha256"))] = answer
+        return found
+
+    def keep_answer(self, prompt: Prompt, answer: Answer) -> None:
+        """Add one greedy answer."""
+        self._add(self.answers_path, {"prompt_sha256": prompt.sha256, "greedy": asdict(answer)})
+
+    def costs(self) -> dict[tuple[str, str], Cost]:
+        """{(prompt's sha256, answer's sha256): what this answer costs}."""
+        found = dict[tuple[str, str], Cost]()
+        for record in run_folder.records(self.costs_path):
+            nats = record.get("nats")
+            tokens = record.get("tokens")
+            if isinstance(nats, float) and math.isfinite(nats) and isinstance(tokens, int):
+                key = str(record.get("prompt_sha256")), str(record.get("answer_sha256"))
+                found[key] = Cost(nats, tokens)
+        return found
+
+    def measured(
+        self,
+        model: Checkpoint,
+        asked: Sequence[Prompt],
+        given: Sequence[Answer],
+    ) -> list[Cost]:
+        """What each answer costs under the model. Those not yet known take one streamed pass."""
+        known = self.costs()
+        keys = [cost_key(prompt, answer) for prompt, answer in zip(asked, given, strict=True)]
+        missing = [number for number, key in enumerate(keys) if key not in known]
+        logprobs = log_probabilities(
+            model,
+            [asked[number] for number in missing],
+            [given[number] for number in missing],
+        )
+        for number, values in zip(missing, logprobs, strict=True):
+            prompt_sha256, answer_sha256 = keys[number]
+            cost = Cost(answer_records.rounded(-float(values.sum())), len(values))
+            known[keys[number]] = cost
+            record = {
+                "prompt_sha256": prompt_sha256,
+                "answer_sha256": answer_sha256,
+                "nats": cost.nats,
+                "tokens": cost.tokens,
+            }
+            self._add(self.costs_path, record)
+        return [known[key] for key in keys]
+
+    def _add(self, path: Path, record: dict[str, object]) -> None:
+        """One more line, by the first of several machines."""
+        if distributed.is_main():
+            DISK.make_folder(path.parent)
+            DISK.append(path, json.dumps(record, ensure_ascii=False))
+
+
+def cost_key(prompt: Prompt, answer: Answer) -> tuple[str, str]:
+    """What the cost of an answer depends on beside the model."""
+    return prompt.sha256, json_sha256([answer.text, answer.ended])
+
+
+def all_kept(
+    of_student: Kept,
+    of_teacher: Kept,
+    asked: Sequence[Prompt],
+    pairs: Mapping[str, AnswerPair],
+) -> bool:
+    """Whether a student's own answers are kept, and all that they and the teacher's cost."""
+    own = of_student.answers()
+    costs = of_student.costs()
+    teacher_costs = of_teacher.costs()
+    for prompt in asked:
+        answer = own.get(prompt.sha256)
+        if answer is None or cost_key(prompt, answer) not in teacher_costs:
+            return False
+        if cost_key(prompt, pairs[prompt.sha256].sampled) not in costs:
+            return False
+    return True

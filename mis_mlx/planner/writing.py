@@ -1,0 +1,194 @@
+"""What it takes to have a model write many texts: memory, time, and how many side by side.
+
+The model is whole in memory where it fits. Otherwise a token of every text is one streamed pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mis_mlx.hardware import memory
+from mis_mlx.planner import estimates
+from mis_mlx.types import Budget
+
+CACHE_STEP = 256  # tokens by which mlx-lm's caches grow
+ANSWER_TOKENS = 112  # most of a sampled answer, by which models are judged (evaluation/answers)
+GREEDY_TOKENS = 96  # most of a greedy one
+PROMPT_TOKENS = 56  # of a prompt there, in the mean: 38 to 111 by the default tokenizer
+ANSWERS_AT_ONCE = (72, 24, 8, 1)  # written together, as many as fit
+LOGIT_COPIES = 4  # logits in float32, log-probabilities, what a sampler makes of them
+
+
+@dataclass(frozen=True)
+class WritingPlan:
+    """How a model writes: `at_once` texts side by side.
+
+    room_bytes: memory for blocks that stay between passes of a streamed model; None: the model is
+    whole in memory. direct: a streamed model is read past the page cache."""
+
+    at_once: int
+    peak_bytes: int  # with what the process itself takes
+    seconds: float  # on this machine
+    cost: estimates.StageCost  # its peak is without what the process takes
+    room_bytes: int | None = None
+    direct: bool = False
+
+
+def resident_bytes(m: estimates.ModelSize, at_once: int, tokens: int) -> int:
+    """Memory of a model that is whole and writes: its weights as stored and as they compute, keys
+    and values, logits.
+
+    tokens: of a text, its prompt included. mlx-lm holds keys and values up to three times."""
+    places = CACHE_STEP * -(-tokens // CACHE_STEP)
+    weights = m.nbytes + m.item * (m.shape.layers * m.block_params + m.head_params)
+    logits = LOGIT_COPIES * 4 * m.shape.vocab
+    return weights + at_once * (3 * estimates.keys_bytes(m, places) + logits)
+
+
+def plan_writing(
+    m: estimates.ModelSize,
+    count: int,
+    max_tokens: int,
+    limit: Budget,
+    *,
+    prompt_tokens: int = 0,
+    at_once: Sequence[int],
+    name: str = "write",
+) -> WritingPlan:
+    """How `count` texts of `max_tokens` are written within the budget.
+
+    The first plan that fits: whole before streamed, and the most texts side by side first, which
+    `at_once` lists in falling order. MisError where none fits."""
+    own_bytes = memory.process_bytes(limit.limit_bytes)
+    rates = estimates.machine_rates()
+    for size in at_once:
+        cost = _resident(m, count, max_tokens, prompt_tokens=prompt_tokens, at_once=size)
+        need = own_bytes + cost.peak_bytes
+        if need <= limit.limit_bytes:
+            return WritingPlan(size, need, cost.seconds(rates), replace(cost, name=name))
+    for size in at_once:
+        one_pass = _streamed_pass(m, size, max_tokens, prompt_tokens)
+        need = own_bytes + one_pass.peak_bytes
+        if need <= limit.limit_bytes:
+            passes = (prompt_tokens + max_tokens) * -(-count // size)
+            cost = _repeated(replace(one_pass, name=name), passes)
+            return WritingPlan(
+                at_once=size,
+                peak_bytes=need,
+                seconds=cost.seconds(rates),
+                cost=cost,
+                room_bytes=estimates.room(limit.limit_bytes, one_pass.peak_bytes),
+                direct=m.nbytes > limit.limit_bytes,
+            )
+    limit.need(
+        need,
+        what="a model that writes, read from disk,",
+        remedy=f"give --budget {estimates.flag(need)}",
+    )
+    raise AssertionError("what does not fit is refused above")
+
+
+def _resident(
+    m: estimates.ModelSize, count: int, max_tokens: int, *, prompt_tokens: int, at_once: int
+) -> estimates.StageCost:
+    """The cost of a model that is whole in memory: every step of a batch fetches all weights."""
+    length = prompt_tokens + max_tokens
+    steps = max_tokens * -(-count // at_once)
+    met_bytes = int(m.met * m.shape.layers * m.block_work) + m.head_work
+    return estimates.StageCost(
+        name="write",
+        read_bytes=m.nbytes,
+        written_bytes=0,
+        peak_bytes=resident_bytes(m, at_once, length),
+        flops=estimates.forward_flops(m, count * length, length),
+        touched_bytes=steps * met_bytes,
+    )
+
+
+def _streamed_pass(
+    m: estimates.ModelSize,
+    at_once: int,
+    max_tokens: int,
+    prompt_tokens: int,
+) -> estimates.StageCost:
+    """One token of `at_once` texts, keys and values of all of them in memory."""
+    length = prompt_tokens + max_tokens
+    places = CACHE_STEP * (1 + -(-length // CACHE_STEP))
+    return estimates.streamed_pass(
+        "a token",
+        m,
+        tokens=at_once,
+        micro_tokens=at_once,
+        length=length,
+        spool=False,
+        beside_bytes=at_once * estimates.keys_bytes(m, places),
+    )
+
+
+def _repeated(cost: estimates.StageCost, times: int) -> estimates.StageCost:
+    """The same work `times` times."""
+    return replace(
+        cost,
+        read_bytes=times * cost.read_bytes,
+        written_bytes=times * cost.written_bytes,
+        flops=times * cost.flops,
+        touched_bytes=times * cost.touched_bytes,
+    )
+
+
+def answers(
+    models: Sequence[estimates.ModelSize],
+    count: int,
+    limit: Budget,
+    *,
+    teacher_kept: bool = False,
+    silent: int = 0,
+) -> estimates.StageCost:
+    """The cost of judging what models answer to `count` prompts (evaluation/answers).
+
+    The first model is the teacher. All write, and each reads the teacher's sampled answers; the
+    teacher reads what all have written.
+
+    teacher_kept: its answers are there already, and what it makes of them. silent: how many of the
+    students, the first ones, do not write. MisError where a model cannot write in the budget."""
+    teacher, *students = models
+    costs = list[estimates.StageCost]()
+    if not teacher_kept:
+        costs.append(_answering(teacher, count, ANSWER_TOKENS, limit))
+        costs.append(_answering(teacher, count, GREEDY_TOKENS, limit))
+        costs.append(_reading(teacher, count, ANSWER_TOKENS))
+        costs.append(_reading(teacher, count, GREEDY_TOKENS))
+    for number, student in enumerate(students):
+        costs.append(_reading(student, count, ANSWER_TOKENS))
+        if number >= silent:
+            costs.append(_answering(student, count, GREEDY_TOKENS, limit))
+            costs.append(_reading(teacher, count, GREEDY_TOKENS))
+    return estimates.StageCost(
+        name="answers",
+        read_bytes=sum(cost.read_bytes for cost in costs),
+        written_bytes=sum(cost.written_bytes for cost in costs),
+        peak_bytes=max(cost.peak_bytes for cost in costs),
+        flops=sum(cost.flops for cost in costs),
+        touched_bytes=sum(cost.touched_bytes for cost in costs),
+    )
+
+
+def _answering(
+    m: estimates.ModelSize,
+    count: int,
+    max_tokens: int,
+    limit: Budget,
+) -> estimates.StageCost:
+    """The cost of `count` answers of a model, by how they would be written in the budget."""
+    way = plan_writing(
+        m,
+        count,
+        max_tokens,
+        limit,
+        prompt_tokens=PROMPT_TOKENS,
+        at_once=[min(size, count) for size in ANSWERS_AT_ONCE],
+    )
+    return way.cost
+
+
+def _reading(m: estimates.ModelSize, count: int, max_tokens: int) -> estimates.StageCost:
+    """One pass over all prompts with their answers, whose hidden states stay; then the head."""
+    return estimates.compared([m], windows=count, length=PROMPT_TOKENS + max_tokens)

@@ -1,0 +1,255 @@
+"""A teacher answers prompts: what is usable is kept, a run that was stopped goes on, second turns follow the first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mis_mlx.data import prompts
+from mis_mlx.data.prompts import Prompt
+from mis_mlx.distillation import teacher_answers
+from mis_mlx.evaluation import answers
+from mis_mlx.evaluation.answer_records import Answer
+from mis_mlx.hardware import memory
+from mis_mlx.models import load
+from mis_mlx.planner import estimates
+from mis_mlx.types import Budget, Checkpoint, MisError
+from tests import tiny
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A tiny teacher whose answers end."""
+    return load.open_checkpoint(tiny.talking(tmp_path_factory.mktemp("chat") / "teacher"))
+
+
+@pytest.fixture(autouse=True)
+def three_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of three."""
+    monkeypatch.setattr(teacher_answers, "AT_ONCE", (3,))
+
+
+ASKED = prompts.train(10)
+HOW = teacher_answers.Writing(ASKED, max_tokens=12)
+TWO_TURNS = [Prompt("second turn", "en", (f"What is a {thing}?", "Why?")) for thing in ("cat", "dog", "fox", "cow")]
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """What a file of conversations holds."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, stop_after: int = 10**9) -> list[list[answers.Prompt]]:
+    """The prompts of every batch that is answered from now on; after so many the run is killed."""
+    seen = list[list[answers.Prompt]]()
+    real = answers.answered
+
+    def answered(writer: Any, tokenizer: Any, batch: Sequence[answers.Prompt], *rest: Any, **how: Any) -> list[Answer]:
+        if len(seen) == stop_after:
+            raise KeyboardInterrupt
+        seen.append(list(batch))
+        return real(writer, tokenizer, batch, *rest, **how)
+
+    monkeypatch.setattr(answers, "answered", answered)
+    return seen
+
+
+def test_what_is_kept_is_what_is_usable(
+    chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row for every usable conversation, in the order of the prompts; nothing else is left in the folder."""
+    said = list[tuple[answers.Prompt, Answer]]()
+    real = answers.answered
+
+    def answered(writer: Any, tokenizer: Any, batch: Sequence[answers.Prompt], *rest: Any, **how: Any) -> list[Answer]:
+        found = real(writer, tokenizer, batch, *rest, **how)
+        said.extend(zip(batch, found, strict=True))
+        return found
+
+    monkeypatch.setattr(answers, "answered", answered)
+    one_turn = [prompt for prompt in prompts.train(30) if len(prompt.turns) == 1]
+    out = tmp_path / "new" / "answers.jsonl"
+
+    kept = teacher_answers.write(chat, replace(HOW, prompts=one_turn), out, memory.budget(None))
+
+    good = [(prompt, answer) for prompt, answer in said if teacher_answers.usable(answer)]
+    assert 0 < kept == len(good) < len(said) == len(one_turn)
+    wanted = [[*prompt.messages, {"role": "assistant", "content": answer.text.strip()}] for prompt, answer in good]
+    assert [row["messages"] for row in rows_of(out)] == wanted
+    assert [path.name for path in out.parent.iterdir()] == ["answers.jsonl"]
+    assert f"teacher's answers {len(one_turn)}/{len(one_turn)}" in capsys.readouterr().err
+
+
+def test_usable_by_hand() -> None:
+    """Ended, something in it, no loop."""
+    assert teacher_answers.usable(Answer("A cat is an animal.", ended=True))
+    assert not teacher_answers.usable(Answer("A cat is an", ended=False))
+    assert not teacher_answers.usable(Answer(" …\n", ended=True))
+    assert not teacher_answers.usable(Answer("I'm not sure. " * 30, ended=True))
+
+
+@pytest.mark.parametrize("batches", [0, 1, 3])
+def test_a_killed_run_goes_on(chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
+    """After so many of its four batches, and in the middle of the next one's line: no batch is written twice, and the
+    file is the same to the byte."""
+    limit = memory.budget(None)
+    teacher_answers.write(chat, HOW, tmp_path / "whole.jsonl", limit)
+    out = tmp_path / "answers.jsonl"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        watched(patch, stop_after=batches)
+        teacher_answers.write(chat, HOW, out, limit)
+    part = tmp_path / ".answers.jsonl.part"
+    assert part.exists() and not out.exists()
+    with part.open("a") as file:
+        file.write('{"start": 9, "ro')
+    seen = watched(monkeypatch)
+
+    teacher_answers.write(chat, HOW, out, limit)
+
+    firsts = [prompt.messages[0]["content"] for batch in seen for prompt in batch if len(prompt.messages) == 1]
+    assert firsts == [prompt.turns[0] for prompt in ASKED[3 * batches :]]
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not part.exists()
+
+
+def test_what_was_begun_otherwise_begins_anew(
+    chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another seed, other prompts or another teacher: nothing of the part that is there is used."""
+    limit = memory.budget(None)
+    out = tmp_path / "answers.jsonl"
+    other = load.open_checkpoint(tiny.talking(tmp_path / "other", seed=1))
+    cases = [
+        (chat, replace(HOW, seed=1)),
+        (chat, replace(HOW, prompts=ASKED[1:])),
+        (chat, replace(HOW, temperature=0.5)),
+        (other, HOW),
+    ]
+    for teacher, how in cases:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            watched(patch, stop_after=2)
+            teacher_answers.write(chat, HOW, out, limit)
+        with monkeypatch.context() as patch:
+            seen = watched(patch)
+            teacher_answers.write(teacher, how, out, limit)
+        firsts = [prompt for batch in seen for prompt in batch if len(prompt.messages) == 1]
+        assert len(firsts) == len(how.prompts)
+
+
+def test_answers_do_not_depend_on_what_is_beside_them(
+    chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One at a time, or all together, second turns among them: the same file; another seed gives another one."""
+    limit = memory.budget(None)
+    how = replace(HOW, prompts=[*ASKED[:4], *TWO_TURNS])
+    files = list[bytes]()
+    for at_once, seed in (((1,), 0), ((8,), 0), ((8,), 1)):
+        monkeypatch.setattr(teacher_answers, "AT_ONCE", at_once)
+        out = tmp_path / f"{at_once[0]} {seed}.jsonl"
+        teacher_answers.write(chat, replace(how, seed=seed), out, limit)
+        files.append(out.read_bytes())
+
+    assert files[0] == files[1] != files[2]
+
+
+def test_a_second_turn_follows_the_teachers_own_first_answer(
+    chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads the conversation so far; where its first answer is not usable it is not asked again, where the second is
+    not, the first stays."""
+    said = {"What is a cat?": "An animal.", "What is a dog?": "", "What is a fox?": "Red.", "What is a cow?": "Big."}
+    second = {"An animal.": Answer("It eats mice.", True), "Red.": Answer("So it", False), "Big.": Answer("Milk", True)}
+    seen = list[list[tuple[dict[str, str], ...]]]()
+
+    def answered(writer: Any, tokenizer: Any, batch: Sequence[answers.Prompt], *rest: Any, **how: Any) -> list[Answer]:
+        seen.append([prompt.messages for prompt in batch])
+        assert len(how["samplers"]) == len(batch)
+        if len(batch[0].messages) == 1:
+            return [Answer(f" {said[prompt.messages[0]['content']]}\n", True) for prompt in batch]
+        return [second[prompt.messages[1]["content"]] for prompt in batch]
+
+    monkeypatch.setattr(answers, "answered", answered)
+    monkeypatch.setattr(teacher_answers, "AT_ONCE", (4,))
+
+    kept = teacher_answers.write(chat, replace(HOW, prompts=TWO_TURNS), tmp_path / "a.jsonl", memory.budget(None))
+
+    assert kept == 3 and len(seen) == 2
+    cat, fox, cow = (row["messages"] for row in rows_of(tmp_path / "a.jsonl"))
+    assert [message["content"] for message in cat] == ["What is a cat?", "An animal.", "Why?", "It eats mice."]
+    assert [message["role"] for message in cat] == ["user", "assistant"] * 2
+    assert [message["content"] for message in fox] == ["What is a fox?", "Red."]
+    assert [message["content"] for message in cow] == ["What is a cow?", "Big.", "Why?", "Milk"]
+    assert seen[1] == [tuple(cat[:3]), (*fox, {"role": "user", "content": "Why?"}), tuple(cow[:3])]
+
+
+def test_second_turns_of_a_real_teacher(chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without anything made up: what it is asked in the end is its own answer, and the user's next turn."""
+    seen = watched(monkeypatch)
+    many = [Prompt("second turn", "en", (f"What is {number}?", "Why?", "Really?")) for number in range(20)]
+
+    teacher_answers.write(chat, replace(HOW, prompts=many), tmp_path / "a.jsonl", memory.budget(None))
+
+    rows = [row["messages"] for row in rows_of(tmp_path / "a.jsonl")]
+    asked = [list(prompt.messages) for batch in seen for prompt in batch]
+    assert {len(row) for row in rows} == {2, 4, 6}
+    for row in rows:
+        assert all(row[:end] in asked for end in range(1, len(row), 2))
+
+
+def test_hardly_any_usable_answer_is_a_sentence(tmp_path: Path) -> None:
+    """Of a teacher that never ends: both numbers, and what to do; no file is left that a later run would take."""
+    endless = load.open_checkpoint(tiny.talking(tmp_path / "endless", ending=0.0))
+    out = tmp_path / "answers" / "answers.jsonl"
+
+    with pytest.raises(MisError) as refused:
+        teacher_answers.write(endless, replace(HOW, max_tokens=2), out, memory.budget(None))
+
+    assert str(refused.value) == (
+        "of 10 answers of this teacher 0 are usable (ended, no loop, not empty): "
+        "give --conversations 0, or --data with conversations of your own"
+    )
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_within_the_budget_or_a_sentence(chat: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many at once as fit; turns count as answers; too little is refused with both numbers."""
+    monkeypatch.setattr(teacher_answers, "AT_ONCE", (64, 24, 8, 1))
+    m = estimates.model_of(chat)
+
+    much = teacher_answers.plan(m, HOW, Budget(4000 * MIB))
+    turns = teacher_answers.plan(m, replace(HOW, prompts=TWO_TURNS * 2), Budget(4000 * MIB))
+    one_turn = [replace_turns(prompt) for prompt in TWO_TURNS * 2]
+    single = teacher_answers.plan(m, replace(HOW, prompts=one_turn), Budget(4000 * MIB))
+
+    assert much.at_once == 64 and much.room_bytes is None and 0 < much.peak_bytes < 4000 * MIB
+    assert turns.cost.flops == pytest.approx(2 * single.cost.flops)
+    less = teacher_answers.plan(m, HOW, Budget(45 * MIB))
+    assert less.at_once < 64 and less.peak_bytes < much.peak_bytes
+    with pytest.raises(MisError, match="the budget is 1 MiB: give --budget"):
+        teacher_answers.plan(m, HOW, Budget(MIB))
+
+
+def replace_turns(prompt: Prompt) -> Prompt:
+    """The same with its first turn alone."""
+    return prompt._replace(turns=prompt.turns[:1])
+
+
+def test_our_prompts_come_in_turn() -> None:
+    """In both languages or one; a count takes the first ones; of every kind some among the fewest that are asked."""
+    everything = prompts.train()
+    english = prompts.train(languages=["en"])
+
+    assert prompts.train(7) == everything[:7]
+    assert {prompt.language for prompt in everything} == {"en", "pl"}
+    assert english == [prompt for prompt in everything if prompt.language == "en"]
+    assert {prompt.kind for prompt in everything[:240]} == {prompt.kind for prompt in everything}
+    assert len({prompt.turns for prompt in everything}) == len(everything) == 2800
+    assert any(len(prompt.turns) > 1 for prompt in everything[:240])

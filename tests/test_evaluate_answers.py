@@ -1,0 +1,235 @@
+"""`evaluate --tasks answers`: tables first, nothing asked twice, the budget, students of fewer tokens, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mis_mlx import evaluate
+from mis_mlx.evaluation import answers, kept_answers
+from mis_mlx.evaluation.answer_records import Answer, Prompt
+from mis_mlx.evaluation.kept_answers import Cost, Kept
+from mis_mlx.hardware import memory
+from mis_mlx.models import load
+from mis_mlx.pruning import vocabulary
+from mis_mlx.storage import run_folder
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import Checkpoint, MisError
+from tests import tiny
+from tests.conftest import Done, last_line, sentence
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant\n{% endif %}"
+)
+PROMPTS = 36  # of which six are Polish
+
+
+def chatting(model: Path, folder: Path) -> Path:
+    """A copy of a model with a chat template."""
+    shutil.copytree(model, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture
+def chat(llama: Checkpoint, tmp_path: Path) -> Path:
+    """The tiny llama with a chat template."""
+    return chatting(llama.path, tmp_path / "chat")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of this test's own, and answers of few tokens."""
+    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(answers, "ANSWER_TOKENS", 8)
+    monkeypatch.setattr(answers, "GREEDY_TOKENS", 6)
+    return tmp_path / "cache"
+
+
+def asked(*texts: str) -> list[Prompt]:
+    """Prompts of one turn each."""
+    return [Prompt(({"role": "user", "content": text},), "explain", "en") for text in texts]
+
+
+def test_end_to_end(tmp_path: Path, chat: Path, command: Callable[..., Done]) -> None:
+    """Answers come first, beside another task; a copy costs nothing above its teacher; asked once only."""
+    copy = shutil.copytree(chat, tmp_path / "copy")
+    other = chatting(tiny.make(tmp_path / "other", seed=3), tmp_path / "student")
+    flags = ["--teacher", chat, "--students", copy, other, "--num-questions", PROMPTS]
+    flags += ["--tasks", "logic", "answers", "--out", tmp_path / "out"]
+
+    planned = command("evaluate", *flags[:-2], "--dry-run")
+    done = command("evaluate", *flags)
+    again = command("evaluate", *flags)
+
+    assert done.returncode == 0, done.stderr
+    assert last_line(planned)["questions"] == {"logic": PROMPTS, "answers": PROMPTS}
+    assert last_line(planned)["seconds"] > 0
+    found = last_line(done)["answers"]
+    assert found["prompts"] == PROMPTS
+    assert found["all"]["answers_excess_copy"] == 0
+    assert found["all"]["answers_student"] > found["all"]["answers_teacher"]
+    assert found["all"]["endless_student"] == 100
+    assert set(found) == {"prompts", "all", "English", "Polish"}
+    page = (tmp_path / "out" / "recovery.md").read_text()
+    assert page.startswith("Answers in English to ")
+    assert page.index("Answers in Polish to ") < page.index("Share of right answers")
+    assert "| | teacher | copy | student |" in page
+    assert page.partition("\n\n![")[0] in done.stdout
+    assert json.loads((tmp_path / "out" / "recovery.json").read_text())["answers"] == found
+    rows = run_folder.records(tmp_path / "out" / run_folder.ANSWERS)
+    assert len(rows) == 3 * PROMPTS
+    assert {row["model"] for row in rows} == {"teacher", "copy", "student"}
+    assert "Answers in English" in (tmp_path / "out" / "recovery.html").read_text()
+    assert last_line(again)["answers"]["all"] == pytest.approx(found["all"], abs=1e-3)
+    assert "4 of 4 known from before" in again.stderr
+    assert "answers of student" in done.stderr
+    assert "answers of student" not in again.stderr
+
+
+def test_the_teacher_alone(chat: Path, command: Callable[..., Done]) -> None:
+    """Few prompts: one table for both languages."""
+    done = command("evaluate", "--teacher", chat, "--tasks", "answers", "--num-questions", 4)
+
+    assert done.returncode == 0, done.stderr
+    assert "Answers in all languages to 4 prompts" in done.stdout
+    assert set(last_line(done)["answers"]) == {"prompts", "all"}
+
+
+def test_refusals_are_sentences(llama: Checkpoint, chat: Path, command: Callable[..., Done]) -> None:
+    """A teacher without a chat template; too small a budget; a typo. Before any model is asked."""
+    bare = command("evaluate", "--teacher", llama.path, "--tasks", "answers")
+    poor = command("evaluate", "--teacher", chat, "--tasks", "answers", "--budget", "1MiB")
+    typo = command("evaluate", "--teacher", chat, "--tasks", "answer")
+
+    assert "has no chat template: answers are not judged; take a model that has one" in sentence(bare)
+    assert "the budget is 1 MiB: give --budget" in sentence(poor)
+    assert "did you mean answers" in sentence(typo)
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_student_of_fewer_tokens(chat: Path, tmp_path: Path) -> None:
+    """It reads and writes with its own tokenizer; the vocabulary is cut as `prune --vocab` cuts it."""
+    teacher = load.open_checkpoint(chat)
+    rows = list(range(384))
+    small = vocabulary.write(teacher, rows, tmp_path / "rows", DISK)
+    student = tmp_path / "student"
+    tiny.make(student, vocab_size=len(rows), seed=1)
+    for path in small.path.iterdir():
+        if path.suffix != ".safetensors" and path.name != "config.json":
+            shutil.copy(path, student)
+    settings = evaluate.Settings(str(chat), (str(student),), tasks=("answers",), num_questions=8)
+
+    found = evaluate.run(settings)["answers"]
+
+    assert found["all"]["answers_excess_student"] != 0
+    assert found["all"]["endless_student"] > 0
+
+
+@pytest.mark.usefixtures("cache", "cpu_policy")  # its budget is for float32
+def test_memory_stays_under_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that do not fit are streamed, and say the same."""
+    few = asked("If", "Why is the sky blue?", "And then?")
+    monkeypatch.setattr(answers, "prompts", lambda _: few)
+    deep = chatting(tiny.make(tmp_path / "deep", num_hidden_layers=24), tmp_path / "teacher")
+    small = chatting(tiny.make(tmp_path / "small", num_hidden_layers=20, seed=1), tmp_path / "student")
+    settings = evaluate.Settings(str(deep), (str(small),), tasks=("answers",), budget="24MiB")
+
+    before_bytes = mx.get_active_memory()
+    mx.reset_peak_memory()
+
+    found = evaluate.run(settings)["answers"]
+
+    assert mx.get_peak_memory() - before_bytes < 24 * 2**20 - memory.process_bytes(24 * 2**20)
+    assert found["prompts"] == len(few)
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_stopped_student_goes_on(chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the middle of a line: only what is missing is asked, and the figures are the same."""
+    teacher = load.open_checkpoint(chat)
+    other = chatting(tiny.make(tmp_path / "other", seed=3), tmp_path / "student")
+    student = load.open_checkpoint(other)
+    prompts = asked("What is a for statement?", "If", "Why is the sky blue?")
+    models = {"teacher": teacher, "student": student}
+    limit = memory.budget(None)
+    whole = answers.judged(models, prompts, limit)
+    kept = answers._kept_of_student(student, None)
+    for path in (kept.answers_path, kept.costs_path):
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+        assert len(lines) == 3
+        path.write_text(lines[0] + lines[1][: len(lines[1]) // 2], "utf-8")
+    missing = list[int]()
+    real = answers.greedy
+
+    def watched(model: Checkpoint, left: list[Prompt], *rest: object, **more: object) -> list[Answer]:
+        missing.append(len(left))
+        return real(model, left, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(answers, "greedy", watched)
+
+    again = answers.judged(models, prompts, limit)
+    third = answers.judged(models, prompts, limit)
+
+    assert whole is not None and again is not None and third is not None
+    assert missing == [2, 0]
+    assert again.greedy == third.greedy == whole.greedy
+    for one, two in zip(whole.rows, third.rows, strict=True):
+        assert one.value == pytest.approx(two.value, abs=1e-3)
+    assert answers.plan(models, prompts, limit) is None
+    assert answers.plan(models, [*prompts, *asked("And why?")], limit) is not None
+
+
+@pytest.mark.usefixtures("cache")
+def test_other_settings_are_other_files(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tokens of an answer, or another model: nothing known."""
+    model = load.open_checkpoint(chat)
+    one = answers._kept_of_student(model, None)
+    other_model = answers._kept_of_student(model, "0" * 64)
+    monkeypatch.setattr(answers, "GREEDY_TOKENS", 7)
+    longer = answers._kept_of_student(model, None)
+
+    assert len({one.answers_path, other_model.answers_path, longer.answers_path}) == 3
+
+
+@pytest.mark.usefixtures("cache")
+def test_foreign_lines_are_passed_over() -> None:
+    """No JSON, no object, an answer that is none, a cost that is no number; the later of two records counts."""
+    (prompt,) = asked("If")
+    kept = Kept("a" * 64, "b" * 64)
+    kept.keep_answer(prompt, Answer("one", ended=False))
+    kept.keep_answer(prompt, Answer("zwei – ż", ended=True))
+    lines = [
+        "[1, 2]",
+        '{"prompt_sha256": "x", "greedy": 3}',
+        '{"nats": "1", "tokens": 2}',
+        '{"nats": NaN, "tokens": 1}',
+    ]
+    for path in (kept.answers_path, kept.costs_path):
+        DISK.append(path, "\n".join(lines))
+    key = kept_answers.cost_key(prompt, Answer("If", ended=True))
+    DISK.append(
+        kept.costs_path, json.dumps({"prompt_sha256": key[0], "answer_sha256": key[1], "nats": 2.5, "tokens": 2})
+    )
+
+    assert kept.answers() == {prompt.sha256: Answer("zwei – ż", ended=True)}
+    assert kept.costs() == {key: Cost(2.5, 2)}
+    assert kept.costs()[key].logprobs.tolist() == [-1.25, -1.25]
+    assert kept_answers.cost_key(prompt, Answer("If", ended=False)) != key
+
+
+@pytest.mark.usefixtures("cache")
+def test_no_prompt_for_all_is_a_sentence(llama: Checkpoint, chat: Path, tmp_path: Path) -> None:
+    """A student whose template refuses everything."""
+    refusing = shutil.copytree(llama.path, tmp_path / "refusing")
+    (refusing / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
+
+    settings = evaluate.Settings(str(chat), (str(refusing),), tasks=("answers",), num_questions=4)
+    with pytest.raises(MisError, match="share no prompt: leave a student out"):
+        evaluate.run(settings)
