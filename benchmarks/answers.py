@@ -30,6 +30,7 @@ from mis_mlx.hardware import memory
 from mis_mlx.models import load, resolve
 from mis_mlx.reporting import run_reader
 from mis_mlx.reporting.text import markdown_table
+from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint
 
 PACKED = "MLX's 4 bits"
@@ -61,7 +62,7 @@ class Settings:
     only: tuple[str, ...] = ("default",)
     """rows, of those in ROWS, and the teacher in MLX's 4 bits"""
     runs: str | None = None
-    """folder for the runs' folders, which are then kept"""
+    """folder for the runs' folders, which are then kept; one that is finished there is judged as it is"""
     said: str | None = None
     """file for what the models said, one JSON object a line"""
     table: bool = False
@@ -87,8 +88,11 @@ def answered(teacher: Checkpoint, students: dict[str, Checkpoint], said: str | N
 
 def row(label: str, s: Settings, run: Path, folders: dict[str, Path]) -> dict[str, Any]:
     """Figures of one run's student, as distilled and rounded."""
-    asked = distill.Settings(out=str(run), teacher=s.teacher, seed=s.seed, bench_tokens=0, eval_prompts=0)
-    done = distill.run(replace(asked, **ROWS[label]))
+    if (run / run_folder.RESULT).is_file():
+        done = run_folder.stored_settings(run, run_folder.RESULT)
+    else:
+        asked = distill.Settings(out=str(run), teacher=s.teacher, seed=s.seed, bench_tokens=0, eval_prompts=0)
+        done = distill.run(replace(asked, **ROWS[label]))
     teacher = load.open_checkpoint(Path(done["teacher"]))
     folders_of = {"distilled": run / "distilled", "4-bit": run / "model"}
     students = {name: load.open_checkpoint(folder) for name, folder in folders_of.items()}

@@ -6,7 +6,7 @@
 
 Writes benchmarks/results/<machine>/distill-<label>.json and .md: the run's result and table, with the
 machine and the versions; of `default` also its report, .html, which needs matplotlib. The run folder goes to a
-temporary place and is deleted.
+temporary place and is deleted, unless --out names one.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def main(label: str, flags: list[str]) -> None:
     with tempfile.TemporaryDirectory() as temp:
         if label == "default":
             figures.need()  # now, not after all the work
-        folder = Path(temp) / f"distill-{label}"
-        result = distill.run(replace(cli.parse(distill.Settings, flags), out=str(folder)))
+        asked = cli.parse(distill.Settings, flags)
+        folder = Path(asked.out or Path(temp) / f"distill-{label}")
+        result = distill.run(replace(asked, out=str(folder)))
         table = (folder / "table.md").read_text(encoding="utf-8")
         phases = {name: round(seconds, 1) for name, seconds in run_reader.read(folder).took().items()}
         if label == "default":

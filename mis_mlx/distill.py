@@ -15,7 +15,7 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import battery
 from mis_mlx.models import arch, distributed, families, load, mlx_generate, pipeline_parallel, policy
 from mis_mlx.planner import estimates, machines, phases
-from mis_mlx.planner.recipe import PLAIN, DistillationConfig, QuantizationConfig, spec_of
+from mis_mlx.planner.recipe import EVAL_PROMPTS, PLAIN, DistillationConfig, QuantizationConfig, spec_of
 from mis_mlx.pruning import select, vocabulary
 from mis_mlx.quantization import packed_format, stage
 from mis_mlx.reporting import html, progress, text
@@ -52,13 +52,13 @@ class Settings(cli.Resumable, policy.Computing, select.PruningConfig, Quantizati
     default: built-in text"""
     conversations: Annotated[float | None, Within(0.0, 0.95)] = None
     """share of the training text in which the teacher answers our prompts, so that the student answers, too; a teacher
-    other than the default one writes its answers first, once. Default: a half, of a teacher with a chat template whose
+    other than the default one writes its answers first, once. Default: 0.44, of a teacher with a chat template whose
     --data has no conversations; 0: none"""
     bytes: str | None = None
     """weights of the result on disk, such as 50MB: `search` chooses sizes and bits for it first, as pruned"""
     quantize: Literal[4, 0] = 4
     """bits of the result; 0 keeps it unquantized"""
-    eval_prompts: Whole = 72
+    eval_prompts: Whole = EVAL_PROMPTS
     """held-out prompts that teacher and student answer at the end; 0 asks none"""
     bench_tokens: Whole = 16
     """tokens timed per model, which then writes twice as many for `report`; 0 leaves both out"""
@@ -184,7 +184,10 @@ def _stages(s: Settings, c: pipeline.Run, data: preparation.Data, teacher: Check
     said = conversations.figures(answered) if answered else {}
     result = c.done({**said, **summary.result(folder, models, sizes, quality), "mode": c.plan.mode})
     if answered:
-        table = f"{conversations.dialogue(answered)}\n\n{table}"
+        # The sentence on loops, then what the models say, then figures.
+        table = summary.page(
+            models, sizes, quality, s.max_seq_length, answered, dialogue=conversations.dialogue(answered)
+        )
     for name in () if s.keep_steps else pipeline.LEFT:
         c.files.discard(folder / name)
     return table, result
@@ -204,7 +207,8 @@ def _plan(s: Settings, teacher: Checkpoint, rows: int, folder: Path | None) -> p
     own = estimates.model_of(seen, dtype=policy.compute_dtype(teacher))
     student, whole = (estimates.model_of(model) for model in (small, teacher))
     asked = s.eval_prompts if preparation.takes_conversations(load.tokenizer(teacher.path)) else 0
-    job = spec_of(own, student, s, rounding, s.hidden_by == "pca", whole, not s.student, answers=asked)
+    job = spec_of(own, student, s, rounding, s.hidden_by == "pca", whole, not s.student, answers=asked,
+                  answers_known=asked > 0 and answers.known(teacher, answers.prompts(asked)))  # fmt: skip
     limit = memory.budget(s.budget_bytes).limit_bytes
 
     def way() -> dict[str, Any]:

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from mis_mlx import cli
+from mis_mlx.data import preparation
+from mis_mlx.evaluation import answers
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
 from mis_mlx.models import arch, load, resolve
@@ -14,7 +16,7 @@ from mis_mlx.planner import compression_size, estimates, phases, recipe
 from mis_mlx.pruning import select, shape_search, vocabulary
 from mis_mlx.quantization import packed_format
 from mis_mlx.reporting import html, text
-from mis_mlx.types import Checkpoint, duration, gib
+from mis_mlx.types import Checkpoint, MisError, duration, gib
 
 LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
 
@@ -112,6 +114,18 @@ def _pair(s: Settings, opened: Checkpoint | Mapping[str, Any], gpu: bool) -> lis
     return [estimates.model_of(model, gpu) for model in (teacher, student)]
 
 
+def _prompts(opened: Checkpoint | Mapping[str, Any]) -> int:
+    """How many prompts a run's models answer at its end; of a config alone it is not known whether there is a chat
+    template, and most models have one."""
+    if not isinstance(opened, Checkpoint):
+        return recipe.EVAL_PROMPTS
+    try:
+        tokenizer = load.tokenizer(opened.path)
+    except MisError:  # a folder of weights and config, which a plan takes
+        return 0
+    return recipe.EVAL_PROMPTS if preparation.takes_conversations(tokenizer) else 0
+
+
 def run(settings: Settings) -> dict[str, Any]:
     """The command: print the plan."""
     at = estimates.machine_rates(settings.machine, settings.measure)
@@ -123,7 +137,18 @@ def run(settings: Settings) -> dict[str, Any]:
     settings = replace(settings, **packed_format.of_mixture(config, settings))
     whole, (teacher, student) = estimates.model_of(opened, at.gpu), _pair(settings, opened, at.gpu)
     how = settings if settings.quantize else recipe.PLAIN
-    job = recipe.spec_of(teacher, student, settings, how, shown=whole, copied=not settings.student)
+    asked = _prompts(opened)
+    known = isinstance(opened, Checkpoint) and asked > 0 and answers.known(opened, answers.prompts(asked))
+    job = recipe.spec_of(
+        teacher,
+        student,
+        settings,
+        how,
+        shown=whole,
+        copied=not settings.student,
+        answers=asked,
+        answers_known=known,
+    )
     plan = phases.make(job, memory.budget(settings.budget_bytes, at.room_bytes).limit_bytes, at)
     print(text.aligned(table(plan)))
     if settings.machine == "here" and (said := battery(ThermalFlags())):

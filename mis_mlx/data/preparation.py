@@ -28,7 +28,7 @@ WRITTEN = Path(__file__).parent / "written" / "train.jsonl"  # ABOUT says by who
 ANSWERS = Path(__file__).parent / "written" / "answers.jsonl"  # of the default teacher, to data/prompts
 CONVERSATIONS = "conversations"
 # Of every draw of the built-in training text (benchmarks/answers.py).
-SHARES = {"Python documentation": 0.22, "Polish": 0.12, "written by a model": 0.16, CONVERSATIONS: 0.5}
+SHARES = {"Python documentation": 0.35, "Polish": 0.12, "written by a model": 0.09, CONVERSATIONS: 0.44}
 TALK = {"messages": [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A model."}]}
 
 

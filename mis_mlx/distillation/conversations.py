@@ -66,7 +66,8 @@ def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: boo
     count = max(FEWEST, min(MOST, wanted.tokens // teacher_answers.TYPICAL_TOKENS))
     how = teacher_answers.Writing(prompts.train(count), seed=wanted.seed)
     identity = run_folder.origin(teacher, "")["teacher"]
-    folder = WRITTEN / f"{teacher.path.name}-{identity[:8]}-{json_sha256(how.settings)[:8]}"
+    settings = {**how.settings, "template": teacher_answers.template_sha256(teacher)}
+    folder = WRITTEN / f"{teacher.path.name}-{identity[:8]}-{json_sha256(settings)[:8]}"
     file = folder / "answers.jsonl"
     if distributed.broadcast_json(file.exists):
         distributed.broadcast_folder(folder, DISK)
@@ -80,7 +81,7 @@ def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: boo
     if distributed.is_main():
         try:
             kept = teacher_answers.write(teacher, how, file, limit)
-            cli.say(f"conversations: {kept} of {count} are usable")
+            cli.say(f"conversations: {kept} of {count} are kept")
         except MisError as error:
             cli.say(f"conversations are left out of the training text: {error}")
     if not distributed.broadcast_json(file.exists):

@@ -114,9 +114,11 @@ def page(
     quality: Quality,
     length: int,
     answered: answers.Judgement | None = None,
+    *,
+    dialogue: str = "",
 ) -> str:
     """Markdown: what the models answer, where they were asked; sizes and speeds; then one table a text. `length` is the
-    tokens of a held-out window."""
+    tokens of a held-out window. dialogue: stands before the first table."""
     names, texts = list(models), _texts(quality, LOSSES)
     texts = [t | {"table": text.table(quality[t["name"]], names, text.TABLES["held-out"])} for t in texts]
     values = {"sizes": text.table(sizes, names, text.TABLES["sizes"]), "texts": texts, "length": length}
@@ -124,7 +126,7 @@ def page(
     for language, rows in conversations.tables(answered).items() if answered else ():
         table = text.table(rows, names, text.TABLES["answers"])
         asked.append({"language": language, "prompts": rows[0].n, "table": table})
-    values |= {"answers": asked, "verdict": conversations.verdict(answered) if answered else ""}
+    values |= {"dialogue": dialogue, "answers": asked, "verdict": conversations.verdict(answered) if answered else ""}
     values |= {"across": comparison.ACROSS, "dequantized": not policy.keeps_packed() and "4-bit" in models}
     return html.document("table.md", {**values, "won": won(models, sizes, quality)})
 

@@ -5,7 +5,9 @@ training text is what the teacher itself says when it is asked (data/prompts). K
 something and do not repeat themselves. An answer depends on the teacher, its prompt and the seed; not on the budget,
 nor on what is written beside it, except for rounding."""
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ import mlx.core as mx
 from mis_mlx.data.prompts import Prompt
 from mis_mlx.data.rows import Row
 from mis_mlx.evaluation import answer_figures, answers
+from mis_mlx.evaluation.answer_records import Answer
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate
 from mis_mlx.models.text_writer import TextWriter
@@ -25,8 +28,9 @@ from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, json_sha256
 from mis_mlx.types import Budget, Checkpoint, MisError
 
-AT_ONCE = (64, 24, 8, 1)  # answers written together, as many as fit
+AT_ONCE = (64, 44, 24, 8, 1)  # answers written together, as many as fit
 TYPICAL_TOKENS = 96  # of a prompt of ours, with a template around it
+SENTENCE_END = re.compile(r"[.!?][\"”’)]*(?=\s|$)")
 USABLE = 0.1  # of the answers; a teacher of which fewer are is none to learn answers from
 
 
@@ -35,7 +39,7 @@ class Writing:
     """How a teacher is asked. temperature 0: it takes the likeliest token each time."""
 
     prompts: Sequence[Prompt]
-    max_tokens: int = 160
+    max_tokens: int = 192
     temperature: float = 0.8
     top_p: float = 0.95
     seed: int = 0
@@ -67,25 +71,40 @@ def plan(model: estimates.ModelSize, how: Writing, limit: Budget) -> writing.Wri
     )
 
 
-def usable(answer: answers.Answer) -> bool:
-    """Whether an answer is one to learn from: it has ended, says something, and does not repeat itself."""
+def template_sha256(teacher: Checkpoint) -> str:
+    """Of the chat template, in hex: another one gives other answers."""
+    return hashlib.sha256(str(load.tokenizer(teacher.path).chat_template).encode()).hexdigest()
+
+
+def kept_text(answer: Answer) -> str:
+    """What is kept of an answer to learn from; '' where it says nothing or repeats itself."""
     found = answer_figures.verdict(answer)
-    return not (found.loops or found.empty or found.endless)
+    if found.loops or found.empty:
+        return ""
+    if answer.ended:
+        return answer.text.strip()
+    ends = [match.end() for match in SENTENCE_END.finditer(answer.text)]
+    return answer.text[: ends[-1]].strip() if ends else answer.text.strip()
 
 
 def write(teacher: Checkpoint, how: Writing, out: Path, limit: Budget) -> int:
-    """Put the file `out` in place: a row {"messages": [...]} for every usable conversation, whose number is returned.
+    """Put the file `out` in place: a row {"messages": [...]} for every conversation that is kept; their number.
 
     What is written so far stands in a file beside it: a run that was stopped goes on there, with the batch that it was
     at. MisError where hardly any answer is usable."""
     found = plan(estimates.model_of(teacher), how, limit)
     part = out.with_name(f".{out.name}.part")
-    header = {"teacher": run_folder.origin(teacher, "")["teacher"], **how.settings, "at_once": found.at_once}
+    header = {
+        "teacher": run_folder.origin(teacher, "")["teacher"],
+        "template": template_sha256(teacher),
+        "at_once": found.at_once,
+        **how.settings,
+    }
     DISK.make_folder(out.parent)
     done = _done_before(part, header)
     tokenizer = load.tokenizer(teacher.path)
     with progress.bar("teacher's answers", len(how.prompts)) as show, memory.limited(limit):
-        show(0)
+        show(min(len(done) * found.at_once, len(how.prompts)))
         writer = TextWriter(teacher, found.room_bytes, found.direct)
         for start in range(0, len(how.prompts), found.at_once):
             if start in done:
@@ -99,7 +118,7 @@ def write(teacher: Checkpoint, how: Writing, out: Path, limit: Budget) -> int:
             mx.clear_cache()
     kept = [row for start in sorted(done) for row in done[start]]
     if len(kept) < USABLE * len(how.prompts):
-        why = f"of {len(how.prompts)} answers of this teacher {len(kept)} are usable (ended, no loop, not empty)"
+        why = f"of {len(how.prompts)} answers of this teacher {len(kept)} are neither empty nor loops"
         raise MisError(f"{why}: give --conversations 0, or --data with conversations of your own")
     DISK.replace_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
     DISK.discard(part)
@@ -127,8 +146,8 @@ def _conversations(
     max_tokens: int,
     samplers: Sequence[mlx_generate.Sampler],
 ) -> list[Row]:
-    """The usable conversations of a batch. A turn is answered once those before it are; one that is not usable ends the
-    conversation, and what was said before it stays."""
+    """The conversations of a batch. A turn is answered once those before it are. An answer of which nothing is kept, or
+    that was cut off, ends its conversation; what was said before it stays."""
     talks = [list[dict[str, str]]() for _ in batch]
     going_on = list(range(len(batch)))
     for turn in range(max(len(prompt.turns) for prompt in batch)):
@@ -146,8 +165,9 @@ def _conversations(
         drawing = [samplers[number] for number in going_on]
         said = answers.answered(writer, tokenizer, asked, max_tokens, samplers=drawing)
         for number, prompt, answer in zip(list(going_on), asked, said, strict=True):
-            if usable(answer):
-                talks[number] = [*prompt.messages, {"role": "assistant", "content": answer.text.strip()}]
-            else:
+            text = kept_text(answer)
+            if text:
+                talks[number] = [*prompt.messages, {"role": "assistant", "content": text}]
+            if not text or not answer.ended:
                 going_on.remove(number)
     return [{"messages": talk} for talk in talks if talk]

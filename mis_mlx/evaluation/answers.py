@@ -231,6 +231,12 @@ def teacher_answers(
     return TeacherAnswers(taken, [known[prompt.sha256] for prompt in taken])
 
 
+def known(teacher: Checkpoint, asked: Sequence[Prompt]) -> bool:
+    """Whether the teacher's answers to all of these prompts are kept, or came with the package."""
+    pairs = _known_pairs(teacher)
+    return all(prompt.sha256 in pairs for prompt in asked)
+
+
 def _known_pairs(teacher: Checkpoint, shipped: Path = SHIPPED) -> dict[str, AnswerPair]:
     """The teacher's answers that are kept, or came with the package, by a prompt's sha256."""
     header = _header(teacher)

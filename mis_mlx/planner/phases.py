@@ -156,7 +156,9 @@ def measure(job: DistillationSpec, most_bytes: int, limit: int) -> StageCost:
     students = [job.student, four] if job.rounding is not PLAIN else [job.student]
     asked = [models[0], *students]
     try:
-        said = writing.answers(asked, job.answers, Budget(limit), teacher_kept=True, silent=len(students) - 1)
+        said = writing.answers(
+            asked, job.answers, Budget(limit), teacher_kept=job.answers_known, silent=len(students) - 1
+        )
     except MisError:  # the student cannot write in the budget, so nobody is asked
         return texts
     return replace(

@@ -117,6 +117,7 @@ class QuantizationConfig:
 
 
 TUNE_ITERS = 20
+EVAL_PROMPTS = 60  # that the models of a run answer at its end
 ITERS, RATE = 30, 1e-4  # of a repaired student; families says what others need
 PLAIN = QuantizationConfig(target_bpw=None, q_method="round", q_iters=0)  # costs nothing beside the student
 VOCABULARY_WINDOWS = 16  # in which the teacher says which tokens it expects, where not all stay
@@ -141,6 +142,7 @@ class DistillationSpec(DistillationConfig):
     rounding: QuantizationConfig = PLAIN  # of the trained student
     shown: ModelSize | None = None  # the teacher with its own vocabulary, where the student has another
     answers: int = 0  # held-out prompts that teacher and student answer at the end
+    answers_known: bool = False  # the teacher's are kept from before, or came with the package
     uncut: bool = False  # the student is the teacher: nothing to repair, nothing to learn before rounding
 
     @property
@@ -163,9 +165,11 @@ class DistillationSpec(DistillationConfig):
 def spec_of(
     teacher: ModelSize, student: ModelSize, asked: DistillationConfig, rounding: QuantizationConfig = PLAIN,
     rotates: bool = True, shown: ModelSize | None = None, copied: bool = False, answers: int = 0,
+    answers_known: bool = False,
 ) -> DistillationSpec:  # fmt: skip
     """The distillation that a command's settings ask for. rotates: a smaller hidden size is cut along directions.
-    copied: what the student has is cut out of this teacher. answers: prompts that the models answer at the end."""
+    copied: what the student has is cut out of this teacher. answers: prompts that the models answer at the end;
+    answers_known: the teacher's answers are there already."""
     # A head is told by its width and type.
     two = [(m.shape.hidden, m.packed, m.config.get("torch_dtype") or m.config.get("dtype")) for m in (teacher, student)]
     known = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
@@ -178,4 +182,5 @@ def spec_of(
         modes=("none",) if uncut else modes if asked.train == "auto" else (asked.train,),
         rotation=rotates and student.shape.hidden < teacher.shape.hidden, rounding=rounding, shown=shown,
         same_head=copied and two[0] == two[1], uncut=uncut, answers=answers,
+        answers_known=answers_known,
     )  # fmt: skip

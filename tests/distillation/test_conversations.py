@@ -88,7 +88,7 @@ def test_another_teacher_writes_its_own_once(
     assert first.answers is not None and first.answers.is_relative_to("runs/answers")
     rows = [json.loads(line) for line in first.answers.read_text("utf-8").splitlines()]
     assert 0 < len(rows) <= 6 and all(row["messages"][-1]["role"] == "assistant" for row in rows)
-    assert "the teacher answers 6 prompts first" in said and f"conversations: {len(rows)} of 6 are usable" in said
+    assert "the teacher answers 6 prompts first" in said and f"conversations: {len(rows)} of 6 are kept" in said
     monkeypatch.setattr(teacher_answers, "write", lambda *_: pytest.fail("written again"))
     assert source(chat, wanted()) == first
     assert f"the teacher's answers of before, {first.answers}" in capsys.readouterr().err
@@ -140,12 +140,13 @@ def test_a_teacher_that_answers_nonsense_is_none_to_learn_answers_from(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Said, with both numbers; the run goes on without."""
-    endless = load.open_checkpoint(tiny.talking(tmp_path / "endless", ending=-5.0))
+    silent = load.open_checkpoint(tiny.talking(tmp_path / "silent", ending=50.0))
 
-    assert source(endless, wanted()) == preparation.Source(None, share=0.0)
+    assert source(silent, wanted()) == preparation.Source(None, share=0.0)
 
     said = capsys.readouterr().err
-    assert "conversations are left out of the training text: of 6 answers of this teacher 0 are usable" in said
+    why = "of 6 answers of this teacher 0 are neither empty nor loops"
+    assert f"conversations are left out of the training text: {why}" in said
 
 
 def test_what_is_shipped_is_of_these_settings() -> None:
@@ -168,7 +169,8 @@ def test_what_is_shipped_is_of_these_settings() -> None:
     for row in preparation.read(preparation.ANSWERS).rows:
         first, *rest = row["messages"]
         assert first["content"] in firsts and rest[-1]["role"] == "assistant"
-        assert all(teacher_answers.usable(Answer(m["content"], True)) for m in rest if m["role"] == "assistant")
+        said = [Answer(message["content"], ended=True) for message in rest if message["role"] == "assistant"]
+        assert all(teacher_answers.kept_text(answer) == answer.text for answer in said)
 
 
 def judged(languages: str, greedy: dict[str, Sequence[Answer]]) -> Judgement:

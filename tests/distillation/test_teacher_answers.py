@@ -61,10 +61,10 @@ def watched(monkeypatch: pytest.MonkeyPatch, stop_after: int = 10**9) -> list[li
     return seen
 
 
-def test_what_is_kept_is_what_is_usable(
+def test_what_is_kept_is_what_says_something(
     chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A row for every usable conversation, in the order of the prompts; nothing else is left in the folder."""
+    """A row for every conversation that is kept, in the order of the prompts; nothing else is left in the folder."""
     said = list[tuple[answers.Prompt, Answer]]()
     real = answers.answered
 
@@ -79,20 +79,23 @@ def test_what_is_kept_is_what_is_usable(
 
     kept = teacher_answers.write(chat, replace(HOW, prompts=one_turn), out, memory.budget(None))
 
-    good = [(prompt, answer) for prompt, answer in said if teacher_answers.usable(answer)]
-    assert 0 < kept == len(good) < len(said) == len(one_turn)
-    wanted = [[*prompt.messages, {"role": "assistant", "content": answer.text.strip()}] for prompt, answer in good]
+    good = [(prompt, text) for prompt, answer in said if (text := teacher_answers.kept_text(answer))]
+    assert 0 < kept == len(good) <= len(said) == len(one_turn)
+    wanted = [[*prompt.messages, {"role": "assistant", "content": text}] for prompt, text in good]
     assert [row["messages"] for row in rows_of(out)] == wanted
     assert [path.name for path in out.parent.iterdir()] == ["answers.jsonl"]
     assert f"teacher's answers {len(one_turn)}/{len(one_turn)}" in capsys.readouterr().err
 
 
-def test_usable_by_hand() -> None:
-    """Ended, something in it, no loop."""
-    assert teacher_answers.usable(Answer("A cat is an animal.", ended=True))
-    assert not teacher_answers.usable(Answer("A cat is an", ended=False))
-    assert not teacher_answers.usable(Answer(" …\n", ended=True))
-    assert not teacher_answers.usable(Answer("I'm not sure. " * 30, ended=True))
+def test_what_is_kept_by_hand() -> None:
+    """Nothing of loops and of what says nothing; of an answer that was cut off its whole sentences, or all of one."""
+    assert teacher_answers.kept_text(Answer(" A cat is an animal.\n", ended=True)) == "A cat is an animal."
+    assert teacher_answers.kept_text(Answer("It is “big.” It eats 3.5 kg. And it", ended=False)) == (
+        "It is “big.” It eats 3.5 kg."
+    )
+    assert teacher_answers.kept_text(Answer("A cat is an", ended=False)) == "A cat is an"
+    assert teacher_answers.kept_text(Answer(" …\n", ended=True)) == ""
+    assert teacher_answers.kept_text(Answer("I'm not sure. " * 30, ended=True)) == ""
 
 
 @pytest.mark.parametrize("batches", [0, 1, 3])
@@ -162,10 +165,10 @@ def test_answers_do_not_depend_on_what_is_beside_them(
 def test_a_second_turn_follows_the_teachers_own_first_answer(
     chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It reads the conversation so far; where its first answer is not usable it is not asked again, where the second is
-    not, the first stays."""
+    """It reads the conversation so far; where its first answer says nothing it is not asked again; where the second
+    says nothing, the first stays; one that was cut off ends the conversation."""
     said = {"What is a cat?": "An animal.", "What is a dog?": "", "What is a fox?": "Red.", "What is a cow?": "Big."}
-    second = {"An animal.": Answer("It eats mice.", True), "Red.": Answer("So it", False), "Big.": Answer("Milk", True)}
+    second = {"An animal.": Answer("It eats mice.", True), "Red.": Answer("…", False), "Big.": Answer("Milk", True)}
     seen = list[list[tuple[dict[str, str], ...]]]()
 
     def answered(writer: Any, tokenizer: Any, batch: Sequence[answers.Prompt], *rest: Any, **how: Any) -> list[Answer]:
@@ -204,15 +207,15 @@ def test_second_turns_of_a_real_teacher(chat: Checkpoint, tmp_path: Path, monkey
 
 
 def test_hardly_any_usable_answer_is_a_sentence(tmp_path: Path) -> None:
-    """Of a teacher that never ends: both numbers, and what to do; no file is left that a later run would take."""
-    endless = load.open_checkpoint(tiny.talking(tmp_path / "endless", ending=0.0))
+    """Of a teacher that says nothing: both numbers, and what to do; no file is left that a later run would take."""
+    silent = load.open_checkpoint(tiny.talking(tmp_path / "silent", ending=50.0))
     out = tmp_path / "answers" / "answers.jsonl"
 
     with pytest.raises(MisError) as refused:
-        teacher_answers.write(endless, replace(HOW, max_tokens=2), out, memory.budget(None))
+        teacher_answers.write(silent, replace(HOW, max_tokens=2), out, memory.budget(None))
 
     assert str(refused.value) == (
-        "of 10 answers of this teacher 0 are usable (ended, no loop, not empty): "
+        "of 10 answers of this teacher 0 are neither empty nor loops: "
         "give --conversations 0, or --data with conversations of your own"
     )
     assert not out.exists()
