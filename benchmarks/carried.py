@@ -28,7 +28,7 @@ from mis_mlx.reporting.text import markdown_table
 
 ROWS: dict[str, dict[str, Any]] = {
     "default": {},
-    "first edition": {"scenario": "gazda"},
+    "first edition": {"scenario": "gazda", "conversations": 0.0},
     "Minitron": {
         "scenario": "goral",
         "importance": "activation",
@@ -56,10 +56,9 @@ class Settings:
 def row(label: str, s: Settings, run: Path, folders: dict[str, Path | None]) -> dict[str, Any]:
     """{"params", "bits": {text: bits per byte above the teacher's}} of one student."""
     asked = distill.Settings(out=str(run), seed=s.seed, quantize=0, bench_tokens=0, eval_windows=3, **ROWS[label])
-    usual = preparation.SHARES
-    preparation.SHARES = teacher_text.SHARES["before"] if label == "first edition" else usual
+    preparation.TEXT_SHARES = teacher_text.SHARES["before" if label == "first edition" else "now"]
     done = distill.run(asked)
-    preparation.SHARES = usual
+    preparation.TEXT_SHARES = teacher_text.SHARES["now"]
     bits = teacher_text.judged(None, run / "model", folders, s.eval_windows)
     excess = {text: round(of["student"] - of["teacher"], 4) for text, of in bits.items()}
     return {"params": done["params_student"], "bits": excess}

@@ -33,12 +33,9 @@ from mis_mlx.hardware.programs import unpack_debian
 from mis_mlx.models import mlx_generate, resolve
 
 PACKAGES = ("vim-runtime", "fortunes", "fortunes-pl", "manpages-pl")
-MANUAL, MIS, MODEL = (kind for kind in preparation.SHARES if kind != preparation.CONVERSATIONS)
-# Kinds of the built-in text and their shares; none of them has conversations, which came later (answers.py).
-SHARES = {
-    "before": {MANUAL: 7 / 8, MIS: 1 / 8, MODEL: 0.0, preparation.CONVERSATIONS: 0.0},
-    "now": {MANUAL: 5 / 8, MIS: 1 / 8, MODEL: 2 / 8, preparation.CONVERSATIONS: 0.0},
-}
+# Kinds of the built-in text and their shares without conversations, which came later (answers.py).
+MANUAL, MIS, MODEL = preparation.TEXT_SHARES
+SHARES = {"before": {MANUAL: 7 / 8, MIS: 1 / 8, MODEL: 0.0}, "now": preparation.TEXT_SHARES}
 NO_TRAINING = "Nothing is trained on this. " * 200
 ANSWERS, BUILT_IN = "the teacher's answers", "built-in text"
 QUESTIONS = (
@@ -119,7 +116,14 @@ def texts(place: Path, teacher: str | None, *, with_answers: bool = True) -> dic
 def row(s: Settings, run: Path, folders: dict[str, Path]) -> dict[str, Any]:
     """A student, and what it and its teacher have on every text."""
     began = time.process_time()
-    more = {"scenario": "redyk", "quantize": 0, "bench_tokens": 0, "reconstruct_samples": 32, "eval_windows": 3}
+    more = {
+        "scenario": "redyk",
+        "conversations": 0.0,
+        "quantize": 0,
+        "bench_tokens": 0,
+        "reconstruct_samples": 32,
+        "eval_windows": 3,
+    }
     distill.run(distill.Settings(teacher=s.teacher, out=str(run), seed=s.seed, iters=s.iters, **more))  # type: ignore[arg-type]
     cpu_seconds = round(time.process_time() - began, 1)
     return {"cpu_seconds": cpu_seconds, **judged(s.teacher, run / "model", folders | {BUILT_IN: None}, s.eval_windows)}
@@ -153,7 +157,7 @@ def main(s: Settings) -> None:
         folders = texts(Path(temp), s.teacher)
         for label, share in SHARES.items():
             if label not in rows:
-                preparation.SHARES = share
+                preparation.TEXT_SHARES = share
                 rows[label] = row(s, Path(temp) / label, folders)
                 kinds = [k for k in folders if k != ANSWERS]
                 rows[label]["mean excess"] = sum(

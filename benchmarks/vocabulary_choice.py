@@ -85,7 +85,7 @@ def bits_per_byte(model: nn.Module, tokenizer: Any, text: str) -> float:
 
 def weights(s: Settings, teacher: Checkpoint, tokenizer: Any, train: Windows, count: int) -> dict[str, np.ndarray]:
     """(V,) how much each token is wanted, by the way of choosing."""
-    of_model = train.pick(train.kind == list(preparation.SHARES).index("written by a model"))
+    of_model = train.pick(train.kind == list(preparation.TEXT_SHARES).index("written by a model"))
     counted = np.bincount(train.tokens.reshape(-1), minlength=count).astype(float)
     also = vocabulary.expected(teacher, comparison.chosen(train, VOCABULARY_WINDOWS))
     more = vocabulary.expected(teacher, comparison.chosen(of_model, MORE_WINDOWS))

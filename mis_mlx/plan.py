@@ -115,10 +115,9 @@ def _pair(s: Settings, opened: Checkpoint | Mapping[str, Any], gpu: bool) -> lis
 
 
 def _prompts(opened: Checkpoint | Mapping[str, Any]) -> int:
-    """How many prompts a run's models answer at its end; of a config alone it is not known whether there is a chat
-    template, and most models have one."""
+    """How many prompts a run's models answer at its end: none without a chat template, which a config does not have."""
     if not isinstance(opened, Checkpoint):
-        return recipe.EVAL_PROMPTS
+        return 0
     try:
         tokenizer = load.tokenizer(opened.path)
     except MisError:  # a folder of weights and config, which a plan takes

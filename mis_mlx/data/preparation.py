@@ -27,7 +27,9 @@ SPLITS = ("train", "valid", "test")
 WRITTEN = Path(__file__).parent / "written" / "train.jsonl"  # ABOUT says by whom
 ANSWERS = Path(__file__).parent / "written" / "answers.jsonl"  # of the default teacher, to data/prompts
 CONVERSATIONS = "conversations"
-# Of every draw of the built-in training text (benchmarks/answers.py).
+# Of every draw of the built-in training text, without conversations (benchmarks/teacher_text.py) and with them
+# (benchmarks/answers.py).
+TEXT_SHARES = {"Python documentation": 5 / 8, "Polish": 1 / 8, "written by a model": 2 / 8}
 SHARES = {"Python documentation": 0.35, "Polish": 0.12, "written by a model": 0.09, CONVERSATIONS: 0.44}
 TALK = {"messages": [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A model."}]}
 
@@ -261,6 +263,8 @@ def prepare(source: Source | str | None, tokenizer: Any, length: int) -> Data:
         shares[CONVERSATIONS] = _share_beside(share, sum(shares.values()) - shares[CONVERSATIONS])
         if share == 0:
             del parts[CONVERSATIONS], shares[CONVERSATIONS]
+    if data is None and CONVERSATIONS not in parts:
+        shares = dict(TEXT_SHARES)
     train = own_train if len(parts) == 1 else token_windows.of_kinds(list(parts.values()), list(shares.values()))
     if train.shares:
         told = [f"{share:.0%} {kind}" for kind, share in zip(parts, train.shares, strict=True)]

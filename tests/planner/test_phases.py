@@ -329,18 +329,22 @@ def test_the_remedy_is_one_that_helps() -> None:
 
 
 def test_what_models_answer_is_part_of_measuring() -> None:
-    """By planner/writing: the teacher's answers are kept, the trained student reads them, the rounded one writes as
-    well; where it stays unrounded, that one writes. Where no student can write in the budget nobody is asked."""
+    """By planner/writing: the trained student reads the teacher's answers, the rounded one writes as well; where it
+    stays unrounded, that one writes. Answers that are not kept are the teacher's work first. Where no student can write
+    in the budget nobody is asked."""
     rounded = replace(JOB, rounding=QuantizationConfig())
     four = replace(SMALL, nbytes=compression_size.packed_bytes(SMALL, rounded.rounding), packed=True)
 
     for job, models in ((rounded, [BIG, SMALL, four]), (JOB, [BIG, SMALL])):
         texts = phases.measure(job, GIB, GIB)
-        both = phases.measure(replace(job, answers=24), GIB, GIB)
+        both = phases.measure(replace(job, answers=24, answers_known=True), GIB, GIB)
         said = writing.answers(models, 24, Budget(GIB), teacher_kept=True, silent=len(models) - 2)
         assert both.flops == texts.flops + said.flops and both.read_bytes == texts.read_bytes + said.read_bytes
         assert both.touched_bytes == texts.touched_bytes + said.touched_bytes
         assert both.peak_bytes == max(texts.peak_bytes, said.peak_bytes)
+    new = phases.measure(replace(JOB, answers=24), GIB, GIB)
+    known = phases.measure(replace(JOB, answers=24, answers_known=True), GIB, GIB)
+    assert new.flops > known.flops and new.touched_bytes > known.touched_bytes
     assert phases.measure(replace(JOB, answers=24), GIB, MIB) == phases.measure(JOB, GIB, MIB)
 
 
