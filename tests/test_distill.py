@@ -170,7 +170,7 @@ def test_a_teacher_that_talks_has_a_student_that_is_asked(
     out = capfd.readouterr()
     (file,) = Path("runs/answers").glob("*/answers.jsonl")
     assert "the teacher answers 24 prompts first" in out.err and "of 24 are kept" in out.err
-    assert "every draw of training windows holds 50% --data 1, 50% conversations" in out.err
+    assert "every draw of training windows holds 56% --data 1, 44% conversations" in out.err
     shown = [line for line in out.out.splitlines() if line]
     asked = [prompt.messages[-1]["content"] for prompt in answers.prompts(4)]
     assert shown[0] == f"> {asked[0]}" and shown[1].startswith("teacher:")
