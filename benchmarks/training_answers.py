@@ -4,7 +4,8 @@
     scripts/mis benchmarks/training_answers.py --judging    # the other file: 8 minutes
 
 Writes mis_mlx/data/written/answers.jsonl, less what shares text with the other file; or that one,
-mis_mlx/evaluation/sets/teacher_answers.jsonl. Stopped, the same command goes on. The same machine and versions give the same files; another processor may round another token to the top.
+mis_mlx/evaluation/sets/teacher_answers.jsonl. Stopped, the same command goes on. The same machine and versions give the
+same files; another processor may round another token to the top.
 """
 
 from __future__ import annotations
