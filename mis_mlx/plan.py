@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from mis_mlx import cli
-from mis_mlx.data import preparation
 from mis_mlx.evaluation import answers
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
@@ -16,7 +15,7 @@ from mis_mlx.planner import compression_size, estimates, phases, recipe
 from mis_mlx.pruning import select, shape_search, vocabulary
 from mis_mlx.quantization import packed_format
 from mis_mlx.reporting import html, text
-from mis_mlx.types import Checkpoint, MisError, duration, gib
+from mis_mlx.types import Checkpoint, duration, gib
 
 LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
 
@@ -115,14 +114,13 @@ def _pair(s: Settings, opened: Checkpoint | Mapping[str, Any], gpu: bool) -> lis
 
 
 def _prompts(opened: Checkpoint | Mapping[str, Any]) -> int:
-    """How many prompts a run's models answer at its end: none without a chat template, which a config does not have."""
+    """How many prompts a run's models answer at its end: none without a chat template. Its file is looked for, not
+    opened, for a plan takes no second."""
     if not isinstance(opened, Checkpoint):
         return 0
-    try:
-        tokenizer = load.tokenizer(opened.path)
-    except MisError:  # a folder of weights and config, which a plan takes
-        return 0
-    return recipe.EVAL_PROMPTS if preparation.takes_conversations(tokenizer) else 0
+    beside = opened.path / "tokenizer_config.json"
+    named = beside.is_file() and '"chat_template"' in beside.read_text("utf-8", "replace")
+    return recipe.EVAL_PROMPTS if named or (opened.path / "chat_template.jinja").is_file() else 0
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -137,7 +135,7 @@ def run(settings: Settings) -> dict[str, Any]:
     whole, (teacher, student) = estimates.model_of(opened, at.gpu), _pair(settings, opened, at.gpu)
     how = settings if settings.quantize else recipe.PLAIN
     asked = _prompts(opened)
-    known = isinstance(opened, Checkpoint) and asked > 0 and answers.known(opened, answers.prompts(asked))
+    known = isinstance(opened, Checkpoint) and asked > 0 and answers.shipped_for(opened)
     job = recipe.spec_of(
         teacher,
         student,
