@@ -149,6 +149,7 @@ def groups(
             tokens: dict[int, list[int]] = {
                 uid: [] for uid in generator.insert(last_tokens, caches=caches, samplers=samplers)
             }
+            del cache, caches  # the generator has copies, once it has begun
             while responses := generator.next_generated():
                 for response in responses:
                     tokens[response.uid].append(response.token)
