@@ -110,8 +110,8 @@ def test_a_sampler_of_its_own_does_not_see_the_others(model: nn.Module) -> None:
 
 @pytest.mark.usefixtures("cpu_policy")
 def test_writing_side_by_side_takes_what_the_plan_says(llama: Checkpoint) -> None:
-    """32 texts of 100 tokens stay well below the plan, which has keys and values three times: the prompts' own caches go
-    when the batch begins (kept, they made it six tenths and more here, and more than all of it for a real model)."""
+    """32 texts of 100 tokens stay well below the plan, which has keys and values three times: the prompts' own caches
+    go when the batch begins. Kept, they made it six tenths and more here, and more than all of it for a real model."""
     model, _ = mlx_generate.open_model(llama.path)
     prompts = [[5, 6, 7, 8] * 15] * 32
     planned = writing.resident_bytes(estimates.model_of(llama), at_once=32, tokens=100)
