@@ -27,8 +27,8 @@ SPLITS = ("train", "valid", "test")
 WRITTEN = Path(__file__).parent / "written" / "train.jsonl"  # ABOUT says by whom
 ANSWERS = Path(__file__).parent / "written" / "answers.jsonl"  # of the default teacher, to data/prompts
 CONVERSATIONS = "conversations"
-# Of every draw of the built-in training text, without conversations (benchmarks/teacher_text.py) and with them
-# (benchmarks/answers.py).
+# Of every draw of the built-in training text, without conversations (benchmarks/teacher_text.py) and with them, which
+# trials on one seed chose: more of them costs the manual, less of them answers (benchmarks/answers.py compares).
 TEXT_SHARES = {"Python documentation": 5 / 8, "Polish": 1 / 8, "written by a model": 2 / 8}
 SHARES = {"Python documentation": 0.35, "Polish": 0.12, "written by a model": 0.09, CONVERSATIONS: 0.44}
 TALK = {"messages": [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A model."}]}
@@ -208,11 +208,11 @@ def _own_parts(rows: Sequence[Row], cut: _Cutter) -> tuple[list[token_windows.Wi
 
 
 def _built_in_parts(
-    manual: Sequence[Row], polish: Sequence[Row], answers: Path | None, cut: _Cutter
+    manual: token_windows.Windows, polish: Sequence[Row], answers: Path | None, cut: _Cutter
 ) -> tuple[dict[str, token_windows.Windows], dict[str, float]]:
     """({kind: its windows}, {kind: its share}) of the built-in text. answers: those of another teacher than ours."""
     parts = {
-        "Python documentation": cut.text(manual),
+        "Python documentation": manual,
         "Polish": cut.text(polish),
         "written by a model": cut.text(_written(cut.tokenizer)),
     }
@@ -251,7 +251,7 @@ def prepare(source: Source | str | None, tokenizer: Any, length: int) -> Data:
     if data is None or hub.provenance(Path(data).expanduser()).get("data", data) is None:
         held_out = {"English": test, "Polish": cut.text(polish.test)}
     if data is None:
-        parts, shares = _built_in_parts(texts.train, polish.train, answers, cut)
+        parts, shares = _built_in_parts(own_train, polish.train, answers, cut)
         notes += polish.notes
     else:
         parts = {f"--data {number}": part for number, part in enumerate(own_parts, 1)}
