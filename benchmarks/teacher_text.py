@@ -139,8 +139,8 @@ def judged(
         data = str(folder) if folder else None
         asked = evaluate.Settings(teacher=teacher, students=(str(student),), eval_windows=windows, data=data)
         for part, of in evaluate.run(asked).items():
-            if isinstance(of, dict) and "bpb_model" in of:
-                two = {"teacher": of["bpb_teacher"], "student": of["bpb_model"]}
+            if isinstance(of, dict) and f"bpb_{student.name}" in of:
+                two = {"teacher": of["bpb_teacher"], "student": of[f"bpb_{student.name}"]}
                 found[name if folder else f"{name}, {part}"] = two
     return found
 

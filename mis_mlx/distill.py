@@ -12,22 +12,33 @@ from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import conversations, pipeline, run_loop, summary
 from mis_mlx.evaluation import answers, comparison
 from mis_mlx.hardware import memory
+from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.thermal.run_monitor import battery
 from mis_mlx.models import arch, distributed, families, load, mlx_generate, pipeline_parallel, policy
+from mis_mlx.models.config import shape_of
 from mis_mlx.planner import estimates, machines, phases
-from mis_mlx.planner.recipe import EVAL_PROMPTS, PLAIN, DistillationConfig, QuantizationConfig, spec_of
-from mis_mlx.pruning import select, vocabulary
+from mis_mlx.planner.recipe import (
+    EVAL_PROMPTS,
+    FIRST_STEPS,
+    PLAIN,
+    DistillationConfig,
+    DistillationSpec,
+    QuantizationConfig,
+    spec_of,
+)
+from mis_mlx.pruning import select, shape_search, vocabulary
 from mis_mlx.quantization import packed_format, stage
 from mis_mlx.reporting import html, progress, text
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, json_sha256
-from mis_mlx.types import Budget, Checkpoint, MisError, Row, Whole, Within, gib
+from mis_mlx.types import MOST, Budget, Checkpoint, MisError, Row, Whole, Within, gib
 
 # Settings that may differ when a run is resumed: none of them changes a weight.
 FREE = frozenset({
     "out", "resume", "dry_run", "config", "budget", "eval_windows", "eval_prompts", "bench_tokens", "report_to",
     "save_every", "governor", "thermal_replay", "spread", "keep_steps",
 })  # fmt: skip
+DEFAULT_LOSS = 0.1  # bits a byte that a run allows where nothing is said about sizes
 WRITTEN, TEXT_TOKENS = Path("runs/text"), 200  # folders of what teachers write; tokens of such a text, about
 
 
@@ -41,7 +52,7 @@ class Settings(cli.Resumable, policy.Computing, select.PruningConfig, Quantizati
     })  # fmt: skip
     FILE_ONLY: ClassVar = frozenset({  # most are flags of `prune`, whose folder --student takes, or of `quantize`
         "kv_heads", "importance", "hidden_by", "target", "temperature_unit", "experts_by", "thermal_replay",
-        "vocab_text", "languages", "q_mode", "spread",
+        "vocab_text", "languages", "q_mode", "spread", "expected_loss",
     })  # fmt: skip
     teacher: str | None = None
     """folder, hub id (docs/families.md: of which families) or gemma-3-270m; default: SmolLM2-135M-Instruct"""
@@ -54,8 +65,14 @@ class Settings(cli.Resumable, policy.Computing, select.PruningConfig, Quantizati
     """share of the training text in which the teacher answers our prompts, so that the student answers, too; a teacher
     other than the default one writes its answers first, once. Default: 0.44, of a teacher with a chat template whose
     --data has no conversations; 0: none"""
+    lose: Annotated[float | None, Within(0.0, MOST)] = None
+    """bits a byte of the teacher's answers (of text, for a teacher without a chat template) that the result may be
+    above the teacher: `search` chooses the smallest student that should keep to it. Default: 0.1, where no size, no
+    scenario and no --bytes is given"""
+    expected_loss: Annotated[float | None, Within(0.0, MOST)] = None
+    """bits a byte that the result should be above the teacher, as the search for --lose or --bytes found"""
     bytes: str | None = None
-    """weights of the result on disk, such as 50MB: `search` chooses sizes and bits for it first, as pruned"""
+    """weights of the result on disk, such as 50MB: `search` chooses the sizes and bits that should lose least in it"""
     quantize: Literal[4, 0] = 4
     """bits of the result; 0 keeps it unquantized"""
     eval_prompts: Whole = EVAL_PROMPTS
@@ -179,15 +196,19 @@ def _stages(s: Settings, c: pipeline.Run, data: preparation.Data, teacher: Check
         sizes = _sizes(s, c, models) if distributed.is_main() else []
     if not distributed.is_main():
         return "", {}
-    table = summary.page(models, sizes, quality, s.max_seq_length, answered)
+    expected = summary.expectation(s.expected_loss, list(models)[-1], answered, quality)
+    told = summary.expectation_sentence(expected, s.lose) if expected else ""
+    table = summary.page(models, sizes, quality, s.max_seq_length, answered, expectation=told)
     c.files.replace_text(folder / "table.md", table + "\n")
     said = conversations.figures(answered) if answered else {}
-    result = c.done({**said, **summary.result(folder, models, sizes, quality), "mode": c.plan.mode})
+    result = summary.result(folder, models, sizes, quality)
+    result = c.done({**said, **result, **expected, "mode": c.plan.mode})
     if answered:
         # The sentence on loops, then what the models say, then figures.
         table = summary.page(
-            models, sizes, quality, s.max_seq_length, answered, dialogue=conversations.dialogue(answered)
-        )
+            models, sizes, quality, s.max_seq_length, answered,
+            dialogue=conversations.dialogue(answered), expectation=told,
+        )  # fmt: skip
     for name in () if s.keep_steps else pipeline.LEFT:
         c.files.discard(folder / name)
     return table, result
@@ -210,6 +231,8 @@ def _plan(s: Settings, teacher: Checkpoint, rows: int, folder: Path | None) -> p
     job = spec_of(own, student, s, rounding, s.hidden_by == "pca", whole, not s.student, answers=asked,
                   answers_known=asked > 0 and answers.known(teacher, answers.prompts(asked)))  # fmt: skip
     limit = memory.budget(s.budget_bytes).limit_bytes
+    if s.minutes is not None:
+        job = _paced(s.minutes, job, limit, at)
 
     def way() -> dict[str, Any]:
         return run_folder.stored_settings(folder, run_folder.PLAN) if folder else phases.make(job, limit, at).way
@@ -219,6 +242,22 @@ def _plan(s: Settings, teacher: Checkpoint, rows: int, folder: Path | None) -> p
         why = f"{distributed.size()} machines train a student whole, {gib(limit)} hold a part of this one"
         raise MisError(f"{why}: give more --budget, leave out --train, or use one machine")
     return made
+
+
+def _paced(minutes: float, job: DistillationSpec, limit: int, at: Rates) -> DistillationSpec:
+    """The job with as many steps as the plan expects to fit into the minutes.
+
+    MisError where that number must be known before the first step: --iters takes it."""
+    made = phases.make(job, limit, at)
+    seconds = made.planned.get("distil", 0.0)
+    if not seconds:
+        return job
+    iters = max(2 * FIRST_STEPS, int(60 * minutes * job.iters / seconds))
+    if made.mode == "sharded" or job.targets == "cached":
+        why = "a student in parts" if made.mode == "sharded" else "targets on disk"
+        need = f"{why} must know their number at first: give --iters {iters}"
+        raise MisError(f"--minutes {minutes:g} counts steps as they are made, {need}, which should take about as long")
+    return replace(job, iters=iters)
 
 
 def _text(s: Settings, teacher: Checkpoint) -> str | None:
@@ -239,31 +278,87 @@ def _text(s: Settings, teacher: Checkpoint) -> str | None:
 
 def _source(s: Settings, teacher: Checkpoint, made: phases.MemoryPlan) -> preparation.Source:
     """The text of a run, which its teacher perhaps writes first: texts for --data teacher, and its answers."""
-    share = preparation.SHARES[preparation.CONVERSATIONS] if s.conversations is None else s.conversations
-    visited = made.job.iters * s.batch_size * s.grad_accumulation_steps * s.max_seq_length
-    wanted = conversations.Wanted(_text(s, teacher), s.conversations, int(share * visited), s.seed)
+    wanted = conversations.wanted_of(s, _text(s, teacher), made.job.iters)
     return conversations.source(teacher, wanted, Budget(made.budget_bytes), dry_run=s.dry_run)
 
 
-def _searched(s: Settings, teacher: Checkpoint) -> dict[str, Any]:
-    """What a search for --bytes chooses, or with --dry-run what it says; one with the same settings that was stopped
-    goes on. MisError where a flag has chosen already."""
-    given = {name: getattr(s, name) for name in ("student", "scenario", *families.ALL, "target_bpw", "q_mode")}
+SIZES = ("student", "scenario", *families.ALL, "target_bpw", "q_mode")  # settings that say how large the result is
+
+
+def _given_sizes(s: Settings) -> list[str]:
+    """The settings of SIZES that were given, as flags."""
     defaults = asdict(Settings())
-    if taken := [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value != defaults[name]]:
-        raise MisError(f"--bytes {s.bytes} chooses sizes and bits: leave out {', '.join(taken)}, or --bytes")
-    if not s.quantize:
-        raise MisError(f"--bytes {s.bytes} chooses bits, --quantize 0 wants none: leave one of them out")
+    given = {name: getattr(s, name) for name in SIZES}
+    return [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value != defaults[name]]
+
+
+def _refuse_sizes(s: Settings, flags: str) -> None:
+    """MisError where sizes are given beside --lose or --bytes, which choose them."""
+    if taken := _given_sizes(s):
+        raise MisError(f"{flags} chooses sizes and bits: leave out {', '.join(taken)}, or {flags}")
+    if s.bytes and not s.quantize:
+        raise MisError(f"{flags} chooses bits, --quantize 0 wants none: leave one of them out")
     if distributed.size() > 1:
-        raise MisError(f"--bytes {s.bytes} is searched for on one machine: run `search` there, then the line it prints")
+        raise MisError(f"{flags} is searched for on one machine: run `search` there, then the line it prints")
+
+
+def _default_loss(s: Settings, teacher: Checkpoint) -> float | None:
+    """The loss that a run allows where nothing was said about sizes; None where it keeps to a scenario, said why."""
+    if _given_sizes(s) or s.vocab or s.target == "conditions":
+        return None
+    if families.family(teacher.config).experts:
+        return None
+    limit = memory.budget(s.budget_bytes).limit_bytes
+    if distributed.size() > 1:
+        why = "several machines do not search"
+    elif not shape_search.group_of(shape_of(teacher.config)):
+        why = "32 does not divide the rows of this teacher's matrices"
+    elif 2 * teacher.nbytes > limit:
+        why = f"the teacher has {gib(teacher.nbytes)}, a search for sizes would go through it again and again"
+    else:
+        return DEFAULT_LOSS
+    cli.say(f"sizes are a scenario's, not chosen by what is lost: {why}; --lose {DEFAULT_LOSS:g} chooses all the same")
+    return None
+
+
+def _searched(s: Settings, teacher: Checkpoint) -> dict[str, Any]:
+    """What a search for --lose or --bytes finds, or with --dry-run what it says.
+
+    A search with the same settings that was stopped goes on; one that has ended is read."""
     shared = {f.name for f in fields(search.Settings)} & {f.name for f in fields(s)}
     own = {"out", "resume", "iters", "eval_windows"}  # other things to a search
-    asked = search.Settings(**{name: getattr(s, name) for name in shared - own}, finalists=0)
+    given = {name: getattr(s, name) for name in shared - own}
+    asked = search.Settings(**given, finalists=0, student_iters=s.iters)
+    if not s.quantize:
+        asked = replace(asked, axes=tuple(axis for axis in asked.axes if axis != "bits"))
     if s.dry_run:
         return search.run(asked)
     same = {name: value for name, value in asdict(asked).items() if name not in search.FREE}
     out = search.UNDER / f"{teacher.path.name}-{json_sha256(same)[:8]}"
-    return dict(search.run(replace(asked, out=str(out), resume=(out / run_folder.CONFIG).is_file()))["best"])
+    return search.run(replace(asked, out=str(out), resume=(out / run_folder.CONFIG).is_file()))
+
+
+def _sized(s: Settings, teacher: Checkpoint) -> Settings:
+    """The settings with the sizes that a search chooses, and what this student should lose.
+
+    As they are where sizes were given, or chosen before."""
+    if s.expected_loss is not None:
+        return s
+    if s.lose is None and not s.bytes:
+        allowed = _default_loss(s, teacher)
+        if allowed is None:
+            return s
+        s = replace(s, lose=allowed)
+    flags = [f"--lose {s.lose:g}"] if s.lose is not None else []
+    flags += [f"--bytes {s.bytes}"] if s.bytes else []
+    _refuse_sizes(s, " ".join(flags))
+    cli.say(f"{' '.join(flags)}: a search chooses sizes and bits; the plan of the rest follows when it has")
+    found = _searched(replace(s, data=_text(s, teacher)), teacher)
+    if s.dry_run:
+        layers = shape_of(teacher.config).layers
+        cli.say("what follows is the plan of a student that lacks one block: a smaller one takes less")
+        return replace(s, scenario="none", layers=max(1, layers - 1))
+    return replace(s, **found["best"], expected_loss=max(0.0, found["expected_bits"]))
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -272,12 +367,8 @@ def run(settings: Settings) -> dict[str, Any]:
     s.check()
     summary.trackers(s.report_to)
     teacher = run_loop.opened(s, s.teacher, "teacher")
-    if s.bytes and folder is None:
-        cli.say(f"--bytes {s.bytes}: a search chooses sizes and bits first; the plan of the rest follows when it has")
-        chosen = _searched(replace(s, data=_text(s, teacher)), teacher)
-        if s.dry_run:
-            return chosen
-        s = replace(s, **chosen)
+    if folder is None:
+        s = _sized(s, teacher)
     s = replace(s, **packed_format.of_mixture(teacher.config, s))
     if s.student is None:
         s = replace(s, **vocabulary.defaults(s.scenario, s.vocab, teacher.config, teacher.path))
@@ -296,7 +387,9 @@ def run(settings: Settings) -> dict[str, Any]:
     if folder is None:
         cli.say(progress.promise(sum(made.planned.values())))
     with progress.run("distill", made.planned):
-        decided = replace(s, iters=made.job.iters, learning_rate=made.recipe(s, teacher).learning_rate)
+        # With --minutes the first steps say how many there are.
+        iters = made.job.iters if s.minutes is None else None
+        decided = replace(s, iters=iters, learning_rate=made.recipe(s, teacher).learning_rate)
         table, result = _begin(decided, source, folder, teacher, rows, made)
     if table:
         print(text.aligned(table))

@@ -141,7 +141,8 @@ def _answered(prompts: list[Prompt], models: Models, hashes: Hashes, limit: Budg
     for language, rows in (by_language or {"all languages": judgement.rows}).items():
         table = text.table(rows, names, text.TABLES["answers"])
         tables.append({"language": language, "prompts": rows[0].n, "table": table})
-    return _Answered(judgement, html.document("answers.md", {"answers": tables, "verdict": "", "dialogue": ""}), told)
+    values = {"answers": tables, "verdict": "", "dialogue": "", "expectation": ""}
+    return _Answered(judgement, html.document("answers.md", values), told)
 
 
 def _values(rows: list[Row]) -> dict[str, float]:

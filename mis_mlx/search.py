@@ -8,22 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
+
 from mis_mlx import cli
-from mis_mlx.distillation import candidates, finalists, pipeline, run_loop
+from mis_mlx.distillation import candidates, conversations, finalists, known_losses, pipeline, run_loop
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.models import arch, families, policy
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.planner import compression_size, estimates, phases
-from mis_mlx.planner.recipe import DistillationConfig, spec_of
+from mis_mlx.planner.recipe import ITERS, DistillationConfig, spec_of
 from mis_mlx.pruning import limits as limiting
 from mis_mlx.pruning import shape_search, vocabulary
 from mis_mlx.pruning.limits import Limit, Timing
 from mis_mlx.pruning.shape_search import Choice
 from mis_mlx.reporting import progress, text
 from mis_mlx.storage import run_folder
-from mis_mlx.types import MOST, Budget, Checkpoint, Count, MisError, Whole, Within
+from mis_mlx.types import FILE_ONLY, MOST, Budget, Checkpoint, Count, MisError, Whole, Within
 
+TOGETHER = 0.33, 3.0  # times the sum of what axes cost alone: between these they are taken to cost together
+CLOSE = 1.03  # times --lose that a student may be expected to lose
+NEAR = 0.03  # of --lose: a student so near to it is not looked beyond
 # Settings that may differ when a search is resumed: none of them changes what is measured.
 FREE = frozenset({"out", "resume", "dry_run", "config", "budget", "save_every", "governor", "thermal_replay"})
 UNDER = Path("runs") / "search"  # apart from distillations, so that --resume of one never finds the other
@@ -32,9 +37,12 @@ Axis = Literal["layers", "ffn", "heads", "hidden", "vocab", "bits"]
 
 @dataclass(frozen=True)
 class Settings(cli.Resumable, policy.Computing, ThermalFlags, vocabulary.VocabularyConfig, DistillationConfig):
-    """What the student may cost at the most: one or more of --bytes, --memory, --params, --decode, --ttft; default:
-    --params 0.667x."""
+    """What the student may lose (--lose), then it is the smallest that does; and what it may cost at the most: one or
+    more of --bytes, --memory, --params, --decode, --ttft. Default: --params 0.667x."""
 
+    lose: Annotated[float | None, Within(0.0, MOST)] = None
+    """bits a byte that the student, distilled and rounded, may be above the teacher: on the teacher's answers, where it
+    has a chat template, else on text. The fewest bytes that should keep to it are looked for"""
     bytes: str | None = None
     """weights on disk, such as 50MB"""
     memory: str | None = None
@@ -56,12 +64,16 @@ class Settings(cli.Resumable, policy.Computing, ThermalFlags, vocabulary.Vocabul
     """folder, hub id (docs/families.md: of which families) or gemma-3-270m; default: SmolLM2-135M-Instruct"""
     data: str | None = None
     """folder with train.jsonl (valid.jsonl, test.jsonl), or hub data set; default: built-in text"""
+    conversations: Annotated[float | None, Within(0.0, 0.95), FILE_ONLY] = None
+    """share of the training text in which the teacher answers our prompts, as in distill"""
     evaluations: Count = 10
     """students measured as pruned and rounded: those that should lose least by what each axis costs alone"""
     finalists: Whole = 3
     """the best of them, distilled for --iters steps and rounded; 0: the best as pruned is recommended"""
     iters: Count = 20
     """optimizer steps of each finalist; Minitron's rankings were stable after about 300, 20 are a first look"""
+    student_iters: Annotated[Count | None, FILE_ONLY] = None
+    """optimizer steps that the student gets in the end, on which depends what it should lose; default: 30"""
     rank_windows: Count = 6
     """held-out windows that rank; a third as many of every other text"""
     eval_windows: Annotated[int, Within(2, MOST)] = 24
@@ -70,7 +82,7 @@ class Settings(cli.Resumable, policy.Computing, ThermalFlags, vocabulary.Vocabul
     @property
     def mixed(self) -> bool:
         """Whether bits are chosen; else matrices are rounded to the usual ones."""
-        return "bits" in self.axes and bool(self.bytes or self.memory)
+        return "bits" in self.axes and (self.lose is not None or bool(self.bytes or self.memory))
 
     @property
     def timed_at(self) -> dict[str, tuple[int, int]]:
@@ -88,7 +100,7 @@ def limits_of(
         limits.append(limiting.bytes_limit(config, s.bytes))
     if s.memory:
         limits.append(limiting.memory_limit(config, s.memory, s.max_kv_size))
-    if s.params or not (limits or s.timed_at):
+    if s.params or not (limits or s.timed_at or s.lose is not None):
         limits.append(limiting.params_limit(config, s.params or "0.667x"))
     speeds = _speeds(s, teacher, folder, budget) if s.timed_at else {}
     return limits + [limiting.time_limit(config, f"--{x}", getattr(s, x), timed) for x, timed in speeds.items()], speeds
@@ -123,8 +135,15 @@ def tried_sizes(s: Settings, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
     return sizes
 
 
-def rank(s: Settings, c: candidates.Candidates, within: Sequence[Choice], sizes: shape_search.Sizes) -> list[Choice]:
-    """The students that were measured, the best first; those whose loss is no number are left out."""
+def rank(
+    s: Settings,
+    c: candidates.Candidates,
+    within: Sequence[Choice],
+    sizes: shape_search.Sizes,
+) -> tuple[list[Choice], dict[Choice, float]]:
+    """(the students that were measured, the best first; nats a byte that each of them should lose).
+
+    Those whose loss is no number are left out."""
     with progress.phase("rank"):
         losses = c.losses(sizes)
         likely, scores = shape_search.best(within, sizes, losses, s.evaluations), dict[Choice, float]()
@@ -135,7 +154,83 @@ def rank(s: Settings, c: candidates.Candidates, within: Sequence[Choice], sizes:
     ranked = sorted((x for x, value in scores.items() if math.isfinite(value)), key=lambda x: scores[x])
     if not ranked:
         raise MisError(f"none of {len(scores)} candidates has a loss that is a number: ask for less of a cut")
-    return ranked
+    return ranked, scores
+
+
+def _within(s: Settings, teacher: Checkpoint, sizes: shape_search.Sizes, limits: list[Limit]) -> list[Choice]:
+    """The students that come into question. With --lose these are all shapes, whose bits are chosen later."""
+    if s.lose is None:
+        return shape_search.choices(teacher.config, sizes, limits, "bits" in s.axes)
+    shapes = shape_search.shapes(teacher.config, sizes)
+    return [Choice(shape, shape_search.USUAL_BPW) for shape in shapes if shape_search.group_of(shape)]
+
+
+def smallest(
+    s: Settings,
+    c: candidates.Candidates,
+    within: Sequence[Choice],
+    sizes: shape_search.Sizes,
+    limits: Sequence[Limit],
+) -> tuple[list[Choice], dict[Choice, float]]:
+    """(students that should lose --lose or less, the smallest first; nats a byte that each of them should lose).
+
+    What axes cost together is not what they cost alone. So the smallest student by the sum is measured, and the sums
+    are corrected by what was found, until the smallest one by corrected sums is one that was measured."""
+    assert s.lose is not None
+    lose = s.lose * math.log(2)
+    shapes = [choice.shape for choice in within]
+    config = c.run.teacher.config
+    scores = dict[Choice, float]()
+    with progress.phase("rank"):
+        losses = c.losses(sizes)
+        together = 1.0
+        with progress.bar("rank", s.evaluations) as show:
+            for number in range(1, s.evaluations + 1):
+                fitting = shape_search.smallest(config, shapes, losses, lose / together, limits)
+                if not fitting and not scores:
+                    raise MisError(_nearest(s, config, shapes, losses, limits))
+                if not fitting or fitting[0] in scores:
+                    break
+                choice = fitting[0]
+                scores[choice] = c.score(choice, losses)
+                show(number, f"{choice.name}  {scores[choice] / math.log(2):.3f} bits a byte")
+                if abs(scores[choice] - lose) <= NEAR * lose:
+                    break
+                if math.isfinite(scores[choice]):
+                    together = float(np.clip(scores[choice] / losses.expected(choice), *TOGETHER))
+                else:
+                    together = TOGETHER[1]
+    ranked = sorted(scores, key=lambda choice: (scores[choice] > CLOSE * lose, limiting.file_bytes(config, *choice)))
+    if scores[ranked[0]] > CLOSE * lose:  # none keeps to it: the nearest first
+        ranked.sort(key=lambda choice: scores[choice])
+    return ranked, scores
+
+
+def _nearest(
+    s: Settings,
+    config: Mapping[str, Any],
+    shapes: Sequence[Shape],
+    losses: shape_search.Losses,
+    limits: Sequence[Limit],
+) -> str:
+    """The sentence on a --lose that no student keeps to: what the best one within the other limits should lose."""
+    steps = [0.002 * 1.1**n for n in range(80)]  # bits a byte, up to 4
+    near = (lose for lose in steps if shape_search.smallest(config, shapes, losses, lose * math.log(2), limits))
+    least = next(near, None)
+    beside = "".join(f" and {limit.flag}" for limit in limits)
+    if least is None:
+        return f"--lose {s.lose:g}{beside}: no student within reach keeps to it: ask for less of a cut"
+    nearest = next(iter(shape_search.smallest(config, shapes, losses, least * math.log(2), limits)))
+    nbytes = limiting.file_bytes(config, *nearest)
+    what = f"the nearest student should lose {least:.2g} bits a byte, in {nbytes / 1e6:.4g} MB"
+    remedy = f"give --lose {_rounded_up(least)}" + (f", or leave out {limits[0].flag}" if limits else "")
+    return f"--lose {s.lose:g}{beside} cannot be kept: {what}: {remedy}"
+
+
+def _rounded_up(value: float) -> str:
+    """To two digits that are not zero."""
+    scale = 10 ** (1 - math.floor(math.log10(value)))
+    return f"{math.ceil(value * scale) / scale:g}"
 
 
 def flags_of(choice: Choice, before: Shape) -> dict[str, Any]:
@@ -213,24 +308,38 @@ def run(settings: Settings) -> dict[str, Any]:
     limit = memory.budget(s.budget_bytes)
     sizes = tried_sizes(s, teacher)
     limits, speeds = limits_of(s, teacher, folder, limit)
-    within = shape_search.choices(teacher.config, sizes, limits, "bits" in s.axes)
+    within = _within(s, teacher, sizes, limits)
     flags = [each.flag for each in limits]
+    if s.lose is not None:
+        flags.insert(0, f"--lose {s.lose:g}")
     cli.say(f"students within {' '.join(flags)}: {len(within):,}; {min(s.evaluations, len(within))} are measured")
     made, seconds, outcome = planned(s, teacher, within, sizes, limit)
     result = {"teacher": str(teacher.path), "limits": flags, "students": len(within)}
+    wanted = conversations.wanted_of(s, s.data, s.student_iters or ITERS)
+    source = conversations.source(teacher, wanted, limit, dry_run=s.dry_run)
     if s.dry_run:
         return {**result, **outcome}
     if folder is None:
         cli.say(progress.promise(sum(seconds.values())))
-    data, origin = run_loop.prepared(s, teacher)
+    data, origin = run_loop.prepared(s, teacher, source)
     wired = made.peak_bytes if made.mode != "sharded" else 0
     way = {flag: timed._asdict() for flag, timed in speeds.items()}
     opening = run_loop.open_run(s, folder, f"{UNDER.name}/{teacher.path.name}", origin, way, limit, wired)
     with progress.run("search", seconds), opening as place:
+        about = known_losses.identity(teacher, "built-in" if s.data is None else origin["data"], s)
+        if s.lose is not None and (lines := known_losses.lay_out(place.folder, about, place.files)):
+            cli.say(f"{lines} measurements of this teacher are known from before, or came with the package")
         ranking, judging = candidates.split(data.held_out, s.rank_windows, s.eval_windows)
         course = pipeline.Run(**vars(place), recipe=s, teacher=teacher, data=data.train, plan=made)
-        c = candidates.Candidates(course, data, ranking, judging, s)
-        ranked, records = rank(s, c, within, sizes), list[dict[str, Any]]()
+        c = candidates.Candidates(course, data, ranking, judging, s, source)
+        records = list[dict[str, Any]]()
+        if s.lose is None:
+            ranked, expected = rank(s, c, within, sizes)
+        else:
+            ranked, expected = smallest(s, c, within, sizes, limits)
+            known_losses.keep(place.folder, about)
+        result["expected_bits"] = round(expected[ranked[0]] / math.log(2), 4)
+        result["expected_bytes"] = round(limiting.file_bytes(teacher.config, *ranked[0]))
         if s.finalists:
             with progress.phase("finalists"):
                 for choice in cli.counted("finalist", ranked[: s.finalists], min(s.finalists, len(ranked))):

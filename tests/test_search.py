@@ -214,7 +214,7 @@ def test_distill_in_so_many_bytes_is_for_one_machine(llama: Checkpoint, monkeypa
     """The search measures on one machine; several would each say what they found."""
     monkeypatch.setattr(distill.distributed, "size", lambda: 2)
     with pytest.raises(MisError, match="--bytes 50MB is searched for on one machine"):
-        distill._searched(distill.Settings(bytes="50MB"), llama)
+        distill._sized(distill.Settings(bytes="50MB"), llama)
 
 
 def kill_at(out: Path, flags: list[object], env: dict[str, str], reached: Callable[[], bool]) -> None:

@@ -135,11 +135,14 @@ def _splits(readings: Mapping[str, Reading], source: str) -> Texts:
 
 
 class Data(NamedTuple):
-    """Windows to train on, held-out windows by name (the first is the main one), and what was done, in words."""
+    """Windows to train on, held-out windows by name (the first is the main one), and what was done, in words.
+
+    talks: conversations that stand in no training window; `search` chooses sizes by their answers."""
 
     train: token_windows.Windows
     held_out: dict[str, token_windows.Windows]
     notes: tuple[str, ...]
+    talks: tuple[Row, ...] = ()
 
 
 def calibration(data: token_windows.Windows, count: int, seed: int, use: int = 1) -> list[mx.array]:
@@ -209,16 +212,26 @@ def _own_parts(rows: Sequence[Row], cut: _Cutter) -> tuple[list[token_windows.Wi
 
 def _built_in_parts(
     manual: token_windows.Windows, polish: Sequence[Row], answers: Path | None, cut: _Cutter
-) -> tuple[dict[str, token_windows.Windows], dict[str, float]]:
-    """({kind: its windows}, {kind: its share}) of the built-in text. answers: those of another teacher than ours."""
+) -> tuple[dict[str, token_windows.Windows], dict[str, float], tuple[Row, ...]]:
+    """({kind: its windows}, {kind: its share}, conversations held out) of the built-in text. answers: those of another
+    teacher than ours."""
+    talks: tuple[Row, ...] = ()
     parts = {
         "Python documentation": manual,
         "Polish": cut.text(polish),
         "written by a model": cut.text(_written(cut.tokenizer)),
     }
     if takes_conversations(cut.tokenizer):
-        parts[CONVERSATIONS] = cut.conversations(read(answers or ANSWERS).rows)
-    return parts, {kind: SHARES[kind] for kind in parts}
+        train, talks = _apart(answers or ANSWERS)
+        parts[CONVERSATIONS] = cut.conversations(train)
+    return parts, {kind: SHARES[kind] for kind in parts}, talks
+
+
+def _apart(file: Path) -> tuple[list[Row], tuple[Row, ...]]:
+    """(the conversations of a file that train, a tenth of them that does not, by hash)."""
+    rows = list(read(file).rows)
+    train, held = split_off(rows, [files.json_sha256(row) for row in rows])
+    return train, tuple(held)
 
 
 def _share_beside(share: float, others: float) -> float:
@@ -251,18 +264,21 @@ def prepare(source: Source | str | None, tokenizer: Any, length: int) -> Data:
     if data is None or hub.provenance(Path(data).expanduser()).get("data", data) is None:
         held_out = {"English": test, "Polish": cut.text(polish.test)}
     if data is None:
-        parts, shares = _built_in_parts(own_train, polish.train, answers, cut)
+        parts, shares, talks = _built_in_parts(own_train, polish.train, answers, cut)
         notes += polish.notes
     else:
         parts = {f"--data {number}": part for number, part in enumerate(own_parts, 1)}
         shares = {kind: size / sum(own_sizes) for kind, size in zip(parts, own_sizes, strict=True)}
+        talks = tuple(row for row in texts.test if "text" not in row)
         if answers is not None and takes_conversations(tokenizer):
-            parts[CONVERSATIONS] = cut.conversations(read(answers).rows)
+            train_talks, talks = _apart(answers)
+            parts[CONVERSATIONS] = cut.conversations(train_talks)
             shares[CONVERSATIONS] = _share_beside(SHARES[CONVERSATIONS], sum(shares.values()))
     if CONVERSATIONS in parts and share is not None:
         shares[CONVERSATIONS] = _share_beside(share, sum(shares.values()) - shares[CONVERSATIONS])
         if share == 0:
             del parts[CONVERSATIONS], shares[CONVERSATIONS]
+            talks = ()
     if data is None and CONVERSATIONS not in parts:
         shares = dict(TEXT_SHARES)
     train = own_train if len(parts) == 1 else token_windows.of_kinds(list(parts.values()), list(shares.values()))
@@ -270,4 +286,4 @@ def prepare(source: Source | str | None, tokenizer: Any, length: int) -> Data:
         told = [f"{share:.0%} {kind}" for kind, share in zip(parts, train.shares, strict=True)]
         notes.append(f"every draw of training windows holds {', '.join(told)}")
     sized = {name: replace(w, text_bytes=token_windows.text_bytes(w, tokenizer)) for name, w in held_out.items()}
-    return Data(train, sized, tuple(notes))
+    return Data(train, sized, tuple(notes), talks)

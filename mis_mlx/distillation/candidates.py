@@ -19,9 +19,10 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import pipeline
+from mis_mlx.distillation import answer_loss, pipeline
 from mis_mlx.distillation.run_loop import OpenRun
 from mis_mlx.evaluation import comparison
+from mis_mlx.evaluation.answer_likelihood import has_template
 from mis_mlx.maths import rounding
 from mis_mlx.maths.importance import Statistics
 from mis_mlx.models import arch, load, model_writer, stream
@@ -34,7 +35,8 @@ from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint, MisError
 
 PROBES, CANDIDATES = "probes.jsonl", "candidates.jsonl"
-VOCABULARIES = "0.5x", "0.25x", "0.125x"  # of the teacher's rows, that a search tries
+VOCABULARIES = "0.75x", "0.5x", "0.375x", "0.25x", "0.125x"  # of the teacher's rows, that a search tries
+BITS_PROBED = 4.0, 5.0  # of a weight, scales included: sizes at which rounding is measured on answers
 WORST = 100.0  # nats a byte, of what has no loss that is a number
 
 
@@ -63,13 +65,19 @@ def vocabularies(teacher: Checkpoint) -> list[int]:
 
 
 class Reader(NamedTuple):
-    """The teacher with the vocabulary of some students, and the texts in its tokens. nats: a byte of the windows that
-    rank. lost: how many more that are than with its own vocabulary."""
+    """The teacher with the vocabulary of some students, and the texts in its tokens."""
 
     teacher: Checkpoint
     train: Windows
     ranking: Windows
     judging: Windows
+
+
+class Passed(NamedTuple):
+    """What a reader's pass over the windows that rank gave.
+
+    hidden: its final states. nats: of a byte. lost: how many more these are than with the teacher's own vocabulary."""
+
     hidden: stream.Hidden
     nats: float
     lost: float
@@ -77,14 +85,22 @@ class Reader(NamedTuple):
 
 @dataclass
 class Candidates:
-    """What the measurements share. run: of the whole teacher. data: all text, in its tokens."""
+    """What the measurements share. run: of the whole teacher. data: all text, in its tokens; source: whence it is."""
 
     run: pipeline.Run
     data: preparation.Data
     ranking: Windows
     judging: Windows
     settings: Any
+    source: preparation.Source | str | None = None
     _readers: dict[int, Reader] = field(default_factory=dict)
+    _passed: dict[int, Passed] = field(default_factory=dict)
+
+    @cached_property
+    def answers(self) -> answer_loss.AnswerLoss | None:
+        """What loss is told on: the teacher's answers. None: there are none, it is told on text."""
+        teacher = self.run.teacher
+        return answer_loss.of_talks(teacher, self.data.talks) if has_template(teacher) else None
 
     @cached_property
     def samples(self) -> stream.Batches:
@@ -133,14 +149,38 @@ class Candidates:
         if rows != whole:
             place = run.folder / f"{vocabulary.FOLDER}-{rows}"
             run.files.make_folder(place)
-            seen, data = vocabulary.of_run(seen, None, rows, self.data, s, s.data, place, run.files)
+            seen, data = vocabulary.of_run(seen, None, rows, self.data, s, self.source, place, run.files)
             tokenizers = [load.tokenizer(model.path) for model in (run.teacher, seen)]
             train, (ranking, judging) = data.train, (token_windows.reread(w, *tokenizers) for w in (ranking, judging))
-        hidden = comparison.final_hidden(seen, ranking)
-        nats = comparison.per_byte(comparison.compare({"teacher": seen}, ranking, hidden)["teacher", "nll"], ranking)
-        lost = 0.0 if rows == whole else nats - self.reader(whole).nats
-        self._readers[rows] = Reader(seen, train, ranking, judging, hidden, nats, lost)
+        self._readers[rows] = Reader(seen, train, ranking, judging)
         return self._readers[rows]
+
+    def passed(self, rows: int) -> Passed:
+        """The pass of the teacher of so many rows over the windows that rank, made once."""
+        if rows not in self._passed:
+            reader = self.reader(rows)
+            whole = shape_of(self.run.teacher.config).vocab
+            hidden = comparison.final_hidden(reader.teacher, reader.ranking)
+            figures = comparison.compare({"teacher": reader.teacher}, reader.ranking, hidden)
+            nats = comparison.per_byte(figures["teacher", "nll"], reader.ranking)
+            lost = 0.0 if rows == whole else nats - self.passed(whole).nats
+            self._passed[rows] = Passed(hidden, nats, lost)
+        return self._passed[rows]
+
+    def _lost(self, student: Checkpoint, rows: int) -> float:
+        """Nats a byte that a student of so many rows loses: on the teacher's answers, or else on text.
+
+        On text it is KL(teacher || student), the teacher having the student's vocabulary, and what that vocabulary
+        costs the teacher. On answers it is what the student needs more than the whole teacher."""
+        if self.answers is not None:
+            return self.answers.excess(student)
+        reader = self.reader(rows)
+        passed = self.passed(rows)
+        if student is reader.teacher:
+            return passed.lost
+        models = {"teacher": reader.teacher, "student": student}
+        values = comparison.compare(models, reader.ranking, passed.hidden)
+        return comparison.per_byte(values["student", "kl"], reader.ranking) + passed.lost
 
     def losses(self, sizes: shape_search.Sizes) -> shape_search.Losses:
         """What every axis costs by itself, measured; from the log where it stands there."""
@@ -151,12 +191,45 @@ class Candidates:
         for axis, size in cli.counted("axis alone", wanted, len(wanted)):
             points[axis].append((size, self._probe(axis, size)))
         if self.settings.mixed:
-            tokens_a_byte, points["bits"] = comparison.per_byte(np.ones(len(self.ranking.tokens)), self.ranking), []
-            for bpw in np.arange(*shape_search.bpw_range(shape_search.group_of(before)), 0.125):
-                bits = self._allocated(shape_search.Choice(before, float(bpw)), tuple(range(before.layers)))
-                nats = sum(self.sensitivity[path][each] for path, each in bits.items())
-                points["bits"].append((float(bpw), nats * tokens_a_byte))
-        return shape_search.Losses(before, points)
+            points["bits"] = self._bits_alone()
+        left = shape_search.LEFT if self.answers is None else shape_search.ANSWERS_LEFT
+        return shape_search.Losses(before, points, shape_search.left_after(self.settings.student_iters, left))
+
+    def _bits_alone(self) -> list[tuple[float, float]]:
+        """(bits, nats a byte) of the teacher in so many bits a weight, by what each matrix costs on calibration text.
+
+        On answers bits cost something else: some sizes are measured there, and the curve is stretched to these."""
+        before = shape_of(self.run.teacher.config)
+        tokens_a_byte = comparison.per_byte(np.ones(len(self.ranking.tokens)), self.ranking)
+        curve = list[tuple[float, float]]()
+        for bpw in np.arange(*shape_search.bpw_range(shape_search.group_of(before)), 0.125):
+            bits = self._allocated(shape_search.Choice(before, float(bpw)), tuple(range(before.layers)))
+            nats = sum(self.sensitivity[path][each] for path, each in bits.items())
+            curve.append((float(bpw), nats * tokens_a_byte))
+        if self.answers is None:
+            return curve
+        sizes, estimated = np.array(curve).T
+        measured = np.array([self._rounded_teacher(bpw) for bpw in BITS_PROBED])
+        stretch = measured / np.interp(BITS_PROBED, sizes, estimated)
+        stretched = estimated * np.interp(sizes, BITS_PROBED, stretch)
+        return list(zip(sizes.tolist(), stretched.tolist(), strict=True))
+
+    def _rounded_teacher(self, bpw: float) -> float:
+        """Nats a byte that the teacher loses, every weight rounded to its nearest value in so many bits in the mean."""
+        run, before = self.run, shape_of(self.run.teacher.config)
+
+        def measured() -> dict[str, Any]:
+            choice = shape_search.Choice(before, bpw)
+            with tempfile.TemporaryDirectory(prefix=".tmp-candidate-", dir=run.folder) as place:
+                out = Path(place) / "rounded"
+                group = shape_search.group_of(before)
+                bits = self._allocated(choice, tuple(range(before.layers)))
+                layout = {path: packed_format.Format(each, group) for path, each in bits.items()}
+                packed_format.write_quantized(run.teacher, out, layout, run.files)
+                return {"nats": finite(self._lost(load.open_checkpoint(out), before.vocab))}
+
+        nats = once(run, PROBES, {"axis": "bits", "size": bpw}, measured)["nats"]
+        return WORST if nats is None else max(float(nats), 1e-6)
 
     def _probe(self, axis: str, size: int) -> float:
         config = self.run.teacher.config
@@ -164,19 +237,14 @@ class Candidates:
         shape = replace(shape_of(config), vocab=size) if fewer else arch.target_shape(config, {}, **{axis: size})
 
         def measured() -> dict[str, Any]:
-            reader = self.reader(shape.vocab)
             if fewer:
-                return {"nats": finite(reader.lost)}
+                return {"nats": finite(self._lost(self.reader(shape.vocab).teacher, shape.vocab))}
             with tempfile.TemporaryDirectory(prefix=".tmp-candidate-", dir=self.run.folder) as place:
-                return {"nats": finite(self._kl(self.prune(shape, Path(place) / "pruned"), reader))}
+                student = self.prune(shape, Path(place) / "pruned")
+                return {"nats": finite(self._lost(student, shape.vocab))}
 
         nats = once(self.run, PROBES, {"axis": axis, "size": size, "kv_heads": shape.kv_heads}, measured)["nats"]
         return WORST if nats is None else float(nats)
-
-    def _kl(self, student: Checkpoint, reader: Reader) -> float:
-        """KL(teacher || student) in nats a byte of the ranking windows."""
-        values = comparison.compare({"teacher": reader.teacher, "student": student}, reader.ranking, reader.hidden)
-        return comparison.per_byte(values["student", "kl"], reader.ranking)
 
     def prune(self, shape: Shape, out: Path) -> Checkpoint:
         """The teacher cut to `shape` by plain importance, as the new folder `out`."""
@@ -205,7 +273,7 @@ class Candidates:
         there. What its axes cost together, over the sum of what each costs alone, is that of before it learns."""
 
         def measured() -> dict[str, Any]:
-            reader, group = self.reader(choice.shape.vocab), shape_search.group_of(choice.shape)
+            group = shape_search.group_of(choice.shape)
             with tempfile.TemporaryDirectory(prefix=".tmp-candidate-", dir=self.run.folder) as temp:
                 pruned, out = self.prune(choice.shape, Path(temp) / "pruned"), Path(temp) / "rounded"
                 keep = model_writer.read_keep(pruned.path)
@@ -216,7 +284,7 @@ class Candidates:
                 packed_format.write_quantized(pruned, out, layout, self.run.files)
                 student = load.open_checkpoint(out)
                 sizes = {"params": arch.params(pruned.config), "bytes": student.nbytes}
-                nats = finite(self._kl(student, reader) + reader.lost)
+                nats = finite(self._lost(student, choice.shape.vocab))
                 return {**sizes, "nats": nats, "predicted": losses.raw(choice)}
 
         nats = once(self.run, CANDIDATES, choice.sizes, measured)["nats"]

@@ -35,6 +35,15 @@ class Wanted:
     seed: int
 
 
+def wanted_of(settings: Any, data: str | None, iters: int) -> Wanted:
+    """What a run of `distill`, or the search for its sizes, asks for. iters: of the training that follows."""
+    share = preparation.SHARES[preparation.CONVERSATIONS]
+    if settings.conversations is not None:
+        share = settings.conversations
+    step = settings.batch_size * settings.grad_accumulation_steps * settings.max_seq_length
+    return Wanted(data, settings.conversations, int(share * iters * step), settings.seed)
+
+
 def source(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: bool = False) -> preparation.Source:
     """The text of a run. Of a teacher with a chat template its own answers to our prompts are a part of it: those that
     come with the package, or, of any other teacher, what it writes now, once, which is kept and used again.

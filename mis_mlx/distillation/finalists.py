@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import candidates, pipeline
 from mis_mlx.evaluation import comparison
 from mis_mlx.evaluation.speed import rounds
@@ -26,7 +27,7 @@ from mis_mlx.quantization import stage
 from mis_mlx.reporting import html, text
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import files, run_folder
-from mis_mlx.types import MisError, Row
+from mis_mlx.types import Checkpoint, MisError, Row
 
 FINALISTS = "finalists.jsonl"
 OFTEN = 0.1  # share of steps that the guard skips or clips, above which a training is not stable
@@ -72,14 +73,30 @@ def _measured(c: candidates.Candidates, choice: shape_search.Choice, sub: Path) 
             stage.quantize(trained.path, out, how, run.files, samples, plan.held_windows("quantize"), run.recipe.seed)
         models |= {"distilled": trained, "rounded": load.open_checkpoint(out)}
         record["bytes"] = models["rounded"].nbytes
-    for (model, metric), values in comparison.compare(models, reader.judging).items():
-        if metric in ("nll", "kl"):
-            bits = comparison.nats_of(values, reader.judging) / reader.judging.text_bytes / math.log(2)
-            record[f"{metric}_{model}"] = [candidates.finite(v) for v in bits]
+    record |= _judged(c, models, reader.judging)
     if c.settings.timed_at and trained:
         times = {name: timed(trained.path, *at) for name, at in c.settings.timed_at.items()}
         record["seconds"] = {name: each.seconds(choice.shape.layers) for name, each in times.items()}
     return record
+
+
+def _judged(
+    c: candidates.Candidates,
+    models: Mapping[str, Checkpoint],
+    judging: Windows,
+) -> dict[str, list[float | None]]:
+    """{"metric_model": a value a window, or an answer}, in bits a byte, of the teacher and the stages of a finalist."""
+    found = dict[str, list[float | None]]()
+    for (model, metric), values in comparison.compare(models, judging).items():
+        if metric in ("nll", "kl"):
+            bits = comparison.nats_of(values, judging) / judging.text_bytes / math.log(2)
+            found[f"{metric}_{model}"] = [candidates.finite(value) for value in bits]
+    if c.answers is None:
+        return found
+    for model, checkpoint in models.items():
+        if model != "teacher":
+            found[f"answers_{model}"] = [candidates.finite(value) for value in c.answers.bits(checkpoint)]
+    return found
 
 
 def guarded(steps: Sequence[Mapping[str, Any]], trained: object) -> dict[str, Any]:
@@ -144,6 +161,12 @@ def unstable(record: Mapping[str, Any]) -> str:
     return f"its KL rose from {before:.3f} to {after:.3f}" if after > before else ""
 
 
+def judging_metric(records: Sequence[Mapping[str, Any]]) -> str:
+    """By which numbers finalists are compared: bits a byte on the teacher's answers, or else on text."""
+    on_answers = all("answers_rounded" in record for record in records if not unstable(record))
+    return "answers_rounded" if records and on_answers else "nll_rounded"
+
+
 class Verdict(NamedTuple):
     """best: the stable finalist of fewest bits a byte once rounded. gap: of the next one above it, (mean, low, high)
     over the same windows. None where there is none. clear: the best is better by more than the noise, or alone."""
@@ -157,7 +180,8 @@ class Verdict(NamedTuple):
 def best_candidate(records: Sequence[Mapping[str, Any]]) -> Verdict:
     """Which finalist, by its number in `records`, and how sure that is: the least sure of all comparisons counts."""
     stable = [i for i, record in enumerate(records) if not unstable(record)]
-    bits: dict[int | None, np.ndarray] = {i: np.array(records[i]["nll_rounded"]) for i in stable}
+    judged = judging_metric(records)
+    bits: dict[int | None, np.ndarray] = {i: np.array(records[i][judged]) for i in stable}
     best = min(bits, key=lambda i: bits[i].mean(), default=None)
     gaps = {i: interval(bits[i] - bits[best]) for i in bits if i != best}
     second = min(gaps, key=lambda i: gaps[i][1], default=None)
@@ -183,7 +207,15 @@ def advice(found: Verdict, records: Sequence[Mapping[str, Any]], names: Sequence
     """The recommendation. names, lines: of the finalists, for people, and the commands that make them."""
     best = {} if found.best is None else {**records[found.best], "name": names[found.best], "line": lines[found.best]}
     second = None if found.second is None else names[found.second]
-    values = {"found": found, "best": best, "second": second, "why": zip(names, map(unstable, records), strict=True)}
+    judged = judging_metric(records)
+    values = {
+        "found": found,
+        "best": best,
+        "second": second,
+        "why": zip(names, map(unstable, records), strict=True),
+        "count": len(best.get(judged, ())),
+        "unit": "answers" if judged == "answers_rounded" else "windows",
+    }
     return html.document("search.md", values)
 
 

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.distillation import live_teacher, run_loop, sharded, train_loop
+from mis_mlx.distillation import live_teacher, pace, run_loop, sharded, train_loop
 from mis_mlx.hardware import memory
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
@@ -180,10 +180,16 @@ def train_whole(
     training = run_loop.CheckpointedTraining(c, train_loop.Whole(student, optimizer), c.remember, c.recall, **how)
     start = training.start(begin)
     student.train()
-    steps = partial(live_teacher.steps, student, source, c.data, c.recipe, optimizer)
-    steps = steps if tuned else partial(steps, factor=c.factor)
     with c.phase(training.label):
-        training.finish(steps, start, c.plan.tuned if tuned else c.plan.job.iters, c.recipe.save_every)
+        if tuned:
+            steps = partial(live_teacher.steps, student, source, c.data, c.recipe, optimizer)
+            training.finish(steps, start, c.plan.tuned, c.recipe.save_every)
+            return
+
+        def steps_of(recipe: DistillationConfig) -> Callable[[int], Iterator[Step]]:
+            return partial(live_teacher.steps, student, source, c.data, recipe, optimizer, factor=c.factor)
+
+        pace.finish(training, c.recipe, steps_of, start, c.recipe.save_every)
 
 
 def _beside_the_plan(c: Run) -> dict[str, Any]:
@@ -204,9 +210,15 @@ def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) ->
     micro_batches = partial(live_teacher.step_micro_batches, source, c.data, r)
     loss = partial(source.kl_sum, frozen_head=True)
     slopes = source.frozen_slopes() if isinstance(source, live_teacher.StreamedTeacher) else None
-    steps = partial(student.steps, micro_batches, loss, r, factor=c.factor, slopes=slopes)
-    with c.phase("distil"):  # two checkpoints of every visit: see Sharded
-        training.finish(steps, start, job.iters, r.save_every if whole else min(r.save_every, max(1, visit // 2)))
+
+    def steps_of(recipe: DistillationConfig) -> Callable[[int], Iterator[Step]]:
+        return partial(student.steps, micro_batches, loss, recipe, factor=c.factor, slopes=slopes)
+
+    with c.phase("distil"):
+        if whole:
+            pace.finish(training, r, steps_of, start, r.save_every)
+        else:  # two checkpoints of every visit: see Sharded
+            training.finish(steps_of(r), start, job.iters, min(r.save_every, max(1, visit // 2)))
     return student.take
 
 

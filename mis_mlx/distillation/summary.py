@@ -21,6 +21,8 @@ LOSSES = (("nll", "nats/token"), ("bpb", "bits per byte"))  # the second where m
 
 Quality = Mapping[str, list[Row]]  # rows of every held-out text
 NAMES = {"teacher": "teacher", "pruned": "pruned", "student": "distilled", "quantized": "4-bit"}  # in the JSON: a model
+MISSED = 0.3  # of what was expected: reached losses farther from it are said to be
+LEAST_LOSS = 0.02  # bits a byte: less is expected with an error of this size
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "swanlab": "swanlab"}
 
 
@@ -92,6 +94,7 @@ def result(folder: Path, models: comparison.Models, sizes: list[Row], quality: Q
         "kl_student": main["distilled", "kl"],
         "top1_student": main["distilled", "top1"],
         **{f"{r.metric}_{r.model}": round(r.value, 3) for r in sizes if r.metric != "params"},
+        "iters": len(steps),
         "tokens": tokens,
         "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
         **({k: v for k, v in keep.report.items() if k not in select.BULKY} if keep else {}),
@@ -116,9 +119,10 @@ def page(
     answered: answers.Judgement | None = None,
     *,
     dialogue: str = "",
+    expectation: str = "",
 ) -> str:
     """Markdown: what the models answer, where they were asked; sizes and speeds; then one table a text. `length` is the
-    tokens of a held-out window. dialogue: stands before the first table."""
+    tokens of a held-out window. dialogue, expectation: stand before the first table."""
     names, texts = list(models), _texts(quality, LOSSES)
     texts = [t | {"table": text.table(quality[t["name"]], names, text.TABLES["held-out"])} for t in texts]
     values = {"sizes": text.table(sizes, names, text.TABLES["sizes"]), "texts": texts, "length": length}
@@ -126,7 +130,8 @@ def page(
     for language, rows in conversations.tables(answered).items() if answered else ():
         table = text.table(rows, names, text.TABLES["answers"])
         asked.append({"language": language, "prompts": rows[0].n, "table": table})
-    values |= {"dialogue": dialogue, "answers": asked, "verdict": conversations.verdict(answered) if answered else ""}
+    values |= {"dialogue": dialogue, "expectation": expectation, "answers": asked}
+    values["verdict"] = conversations.verdict(answered) if answered else ""
     values |= {"across": comparison.ACROSS, "dequantized": not policy.keeps_packed() and "4-bit" in models}
     return html.document("table.md", {**values, "won": won(models, sizes, quality)})
 
@@ -137,6 +142,35 @@ def won(models: comparison.Models, sizes: list[Row], quality: Quality) -> str:
     fast = {r.model: r.value for r in sizes if r.metric == "decode_tps"}
     values = {"teacher": teacher, "student": student, "fast": fast, "texts": _texts(quality, LOSSES[::-1])}
     return html.document("won.md", values)
+
+
+def expectation(
+    expected: float | None,
+    student: str,
+    answered: answers.Judgement | None,
+    quality: Quality,
+) -> dict[str, float | str]:
+    """What a search expected the last model to lose and what it lost, in bits a byte; {} where nothing was expected.
+
+    On the teacher's answers, or else the mean of the held-out texts."""
+    if expected is None:
+        return {}
+    if answered is not None:
+        rows = {(row.model, row.metric): row.value for row in answered.rows}
+        reached = rows[student, "answers_excess"]
+        return {"expected_loss": expected, "reached_loss": round(reached, 4), "loss_of": "answers"}
+    above = list[float]()
+    for rows_of_text in quality.values():
+        bits = {row.model: row.value for row in rows_of_text if row.metric == "bpb"}
+        above.append(bits[student] - bits["teacher"])
+    return {"expected_loss": expected, "reached_loss": round(sum(above) / len(above), 4), "loss_of": "text"}
+
+
+def expectation_sentence(found: Mapping[str, Any], lose: float | None) -> str:
+    """What was allowed, expected and reached, in a sentence; and that the expectation was wrong, where it was."""
+    expected, reached = float(found["expected_loss"]), float(found["reached_loss"])
+    far = abs(reached - expected) > MISSED * max(abs(expected), LEAST_LOSS)
+    return html.document("expected.md", {**found, "lose": lose, "far": far})
 
 
 def next_steps(folder: Path) -> str:

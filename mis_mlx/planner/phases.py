@@ -211,7 +211,13 @@ class MemoryPlan:
         knows the size of the teacher's weights: at 1e-4 a Gemma unlearned its repair (benchmarks/README.md)."""
         parts = asked.grad_accumulation_steps * self.job.batch_size // self.micro_batch
         rate = asked.learning_rate or (usual_rate(teacher) if self.mode in ("resident", "blocks") else RATE)
-        return replace(asked, batch_size=self.micro_batch, grad_accumulation_steps=parts, learning_rate=rate)
+        return replace(
+            asked,
+            iters=self.job.iters,
+            batch_size=self.micro_batch,
+            grad_accumulation_steps=parts,
+            learning_rate=rate,
+        )
 
     def held_windows(self, name: str) -> int:
         """How many windows of hidden states the phase of this name keeps in memory."""

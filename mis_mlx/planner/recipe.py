@@ -11,7 +11,7 @@ from mis_mlx.models.families import family
 from mis_mlx.models.lora import Lora
 from mis_mlx.planner import estimates
 from mis_mlx.planner.estimates import ModelSize
-from mis_mlx.types import FILE_ONLY, Bits, Count, MisError, Positive, Rate, Seed, Share, Tokens, Whole
+from mis_mlx.types import FILE_ONLY, Bits, Count, MisError, Positive, Rate, Seed, Share, Tokens, Whole, Within
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,9 @@ class DistillationConfig(TrainingConfig):
 
     iters: Count | None = None  # type: ignore[assignment]  # an int wherever steps are made: MemoryPlan.recipe
     """optimizer steps; default: 30, for a student is near its teacher once repaired; 60 where little or nothing is"""
+    minutes: Annotated[float | None, Within(0.05, 1e5)] = None
+    """minutes that these steps may take, in place of --iters: as many as fit by the pace of the first ones; a student
+    that is trained in parts takes as many as the plan expects to fit"""
     learning_rate: Rate | None = None  # type: ignore[assignment]  # a float wherever steps are made, as iters
     """peak; falls to a tenth along a cosine; default: by the teacher's weights where all blocks learn at once (SmolLM2:
     1e-4, Gemma: 2e-5), else 1e-4; thrice of it suits a student that was not repaired (--reconstruct-samples 0)"""
@@ -77,6 +80,8 @@ class DistillationConfig(TrainingConfig):
     def check(self) -> None:
         """MisError where values make no sense or flags do not go together."""
         cli.check_ranges(self)
+        if self.minutes is not None and self.iters is not None:
+            raise MisError(f"--minutes {self.minutes:g} counts the steps, --iters {self.iters} says them: give one")
         if self.targets == "cached" and self.temperature != 1.0:
             raise MisError(f"--targets cached are those of temperature 1, not {self.temperature:g}: use --targets live")
         if self.targets == "cached" and self.cross_entropy:
@@ -118,6 +123,7 @@ class QuantizationConfig:
 
 TUNE_ITERS = 20
 EVAL_PROMPTS = 60  # that the models of a run answer at its end
+FIRST_STEPS = 4  # whose pace says how many fit into --minutes; fewer than `warmup`
 ITERS, RATE = 30, 1e-4  # of a repaired student; families says what others need
 PLAIN = QuantizationConfig(target_bpw=None, q_method="round", q_iters=0)  # costs nothing beside the student
 VOCABULARY_WINDOWS = 16  # in which the teacher says which tokens it expects, where not all stay

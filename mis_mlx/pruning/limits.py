@@ -60,7 +60,7 @@ def weights_of(config: Mapping[str, Any], shape: Shape) -> tuple[int, int]:
     return shape.layers * matrices + ends, shape.layers * others + shape.hidden
 
 
-def _file_bytes(config: Mapping[str, Any], shape: Shape, bpw: float) -> float:
+def file_bytes(config: Mapping[str, Any], shape: Shape, bpw: float) -> float:
     """Of matrices in so many bits a weight, other numbers in 2 bytes, and the header."""
     weights, others = weights_of(config, shape)
     tensors = sum(3 if len(size) > 1 else 1 for size in arch.layer_tensors(config).values())  # with scales and biases
@@ -69,7 +69,7 @@ def _file_bytes(config: Mapping[str, Any], shape: Shape, bpw: float) -> float:
 
 def bytes_limit(config: Mapping[str, Any], text: str) -> Limit:
     """At most so many bytes of weights on disk."""
-    most, cost = cli.parse_bytes(text, "--bytes"), partial(_file_bytes, config)
+    most, cost = cli.parse_bytes(text, "--bytes"), partial(file_bytes, config)
     return Limit(f"--bytes {text}", most, cost, lambda nbytes: f"{nbytes / 1e6:.4g} MB", in_bytes=True)
 
 
@@ -78,7 +78,7 @@ def memory_limit(config: Mapping[str, Any], text: str, cached: int) -> Limit:
 
     def cost(shape: Shape, bpw: float) -> float:
         m = estimates.model_of(arch.student_config(config, shape), gpu=True)
-        return _file_bytes(config, shape, bpw) + estimates.keys_bytes(m, cached)
+        return file_bytes(config, shape, bpw) + estimates.keys_bytes(m, cached)
 
     return Limit(f"--memory {text}", cli.parse_bytes(text, "--memory"), cost, gib, in_bytes=True)
 

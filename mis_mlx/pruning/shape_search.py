@@ -37,6 +37,10 @@ Sizes = Mapping[str, Sequence[int]]  # of every axis, rising, the teacher's last
 # vocab: that loss is told on text like that which chose the tokens; five texts of other kinds lose 5 times as much
 # (24,576 and 12,288 tokens: 0.017 and 0.087 bits a byte). All of SmolLM2-135M, one seed.
 LEFT = {"layers": 0.33, "ffn": 0.28, "heads": 0.64, "hidden": 0.72, "vocab": 5.0, "bits": 0.42}
+# The same of the teacher's answers, whose conversations are in the training text but for those that tell it.
+ANSWERS_LEFT = {"layers": 0.33, "ffn": 0.28, "heads": 0.64, "hidden": 0.72, "vocab": 1.0, "bits": 0.42}
+STEPS = 30  # after which so much is left
+FADING = 0.06  # of 30, 300 and 2,400 steps the teacher's answers kept 0.463, 0.405, 0.393 (benchmarks/README.md)
 PART_LEFT = 0.30  # of heads, where a part of every group goes
 
 
@@ -106,11 +110,20 @@ def probed(sizes: Sequence[int]) -> list[int]:
     return sorted({min(smaller, key=lambda n: abs(n - share * whole)) for share in (5 / 6, 2 / 3)} if smaller else ())
 
 
+def left_after(iters: int | None, left: Mapping[str, float]) -> dict[str, float]:
+    """What so many steps leave of a loss, by axis; None: of the usual number."""
+    power = (STEPS / max(1, iters or STEPS)) ** FADING
+    return {axis: share if axis in ("vocab", "bits") else share * power for axis, share in left.items()}
+
+
 class Losses(NamedTuple):
-    """Nats of KL a byte of text that a teacher loses by one axis alone: (size, nats) of some sizes of each."""
+    """Nats a byte that a teacher loses by one axis alone: (size, nats) of some sizes of each.
+
+    left: by axis, what learning leaves of it."""
 
     before: Shape
     points: Mapping[str, Sequence[tuple[float, float]]]
+    left: Mapping[str, float] = LEFT
 
     def by_axis(self, choice: Choice) -> dict[str, float]:
         """What each axis of a student is told to cost, before it learns."""
@@ -140,8 +153,56 @@ class Losses(NamedTuple):
 
     def expected(self, choice: Choice) -> float:
         """What should be left of that once it has learned."""
-        left = LEFT if choice.shape.kv_heads < self.before.kv_heads else LEFT | {"heads": PART_LEFT}
-        return sum(left[axis] * value for axis, value in self.by_axis(choice).items())
+        return sum(self.expected_by_axis(choice).values())
+
+    def expected_by_axis(self, choice: Choice) -> dict[str, float]:
+        """The same, of each axis."""
+        left = dict(self.left)
+        if choice.shape.kv_heads == self.before.kv_heads:
+            left["heads"] = min(left["heads"], PART_LEFT)
+        return {axis: left[axis] * value for axis, value in self.by_axis(choice).items()}
+
+    def fewest_bits(self, shape: Shape, lose: float, most: float) -> float | None:
+        """The fewest bits, `most` at the most, in which a student of this shape should lose `lose` nats a byte or less.
+
+        None where there are none. In hundredths of a bit, rounded up."""
+        by_axis = self.expected_by_axis(Choice(shape, most))
+        of_shape = sum(value for axis, value in by_axis.items() if axis != "bits")
+        allowed = (lose - of_shape) / self.left["bits"]
+        bpw, nats = np.array(self.points["bits"]).T
+        # Bits that cost more than that are too few. What more bits cost never rises, so the first that fits counts.
+        fits = np.flatnonzero((nats <= allowed) & (bpw <= most))
+        if not len(fits):
+            return None
+        first = int(fits[0])
+        if first == 0:
+            return float(bpw[0])
+        share = (nats[first - 1] - allowed) / max(nats[first - 1] - nats[first], 1e-12)
+        between = bpw[first - 1] + share * (bpw[first] - bpw[first - 1])
+        return float(min(bpw[first], math.ceil(100 * between) / 100))
+
+
+def smallest(
+    config: Mapping[str, Any], shapes_of: Iterable[Shape], losses: Losses, lose: float, within: Sequence[limits.Limit]
+) -> list[Choice]:
+    """Of every shape the student of the fewest bits that should lose `lose` nats a byte or less; fewest bytes first.
+
+    Only those within the limits. Where bits are not chosen, all have the usual ones."""
+    found = list[tuple[float, Choice]]()
+    for shape in shapes_of:
+        group = group_of(shape)
+        if not group:
+            continue
+        if "bits" in losses.points:
+            bpw = losses.fewest_bits(shape, lose, bpw_range(group)[1])
+        else:
+            bpw = USUAL_BPW if losses.expected(Choice(shape, USUAL_BPW)) <= lose else None
+        if bpw is None or bpw < bpw_range(group)[0]:
+            continue
+        if all(limit.cost(shape, bpw) <= limit.most for limit in within):
+            found.append((limits.file_bytes(config, shape, bpw), Choice(shape, bpw)))
+    found.sort(key=lambda each: each[0])
+    return [choice for _, choice in found]
 
 
 def choices(config: Mapping[str, Any], sizes: Sizes, within: Sequence[limits.Limit], bits: bool) -> list[Choice]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 from mis_mlx.data import draws, preparation, token_windows
+from mis_mlx.data.rows import split_off
 from mis_mlx.models import load
+from mis_mlx.storage import files
 from mis_mlx.types import Checkpoint, MisError
 
 
@@ -91,6 +94,30 @@ def test_built_in_text_without_a_chat_template(llama: Checkpoint) -> None:
     assert shares_of(data.train, visited) == pytest.approx(wanted, abs=1 / 120)
 
 
+def trained(rows: Sequence[Any]) -> list[Any]:
+    """The conversations that stand in training windows: all but a tenth, by hash."""
+    return split_off(list(rows), [files.json_sha256(row) for row in rows])[0]
+
+
+def test_conversations_held_out_are_in_no_training_window(chat: Any, tmp_path: Path) -> None:
+    """A tenth of them, with their ids nowhere in the text that trains; none where none are wanted. Of a folder's own
+    conversations those of its test split."""
+    data = preparation.prepare(None, chat, 256)
+
+    rows = preparation.read(preparation.ANSWERS).rows
+    assert 0.05 * len(rows) < len(data.talks) < 0.15 * len(rows)
+    trained_ids = " ".join(map(str, data.train.tokens.reshape(-1).tolist()))
+    for ids in token_windows.tokenize(data.talks, chat):
+        assert " ".join(map(str, ids[-32:])) not in trained_ids
+    assert preparation.prepare(preparation.Source(share=0.0), chat, 256).talks == ()
+
+    folder = tmp_path / "talks"
+    folder.mkdir()
+    path, own = answers_of(folder / "train.jsonl")
+    shutil.copy(path, folder / "test.jsonl")
+    assert list(preparation.prepare(str(folder), chat, 32).talks) == list(own)
+
+
 def test_with_a_chat_template_much_is_conversations(chat: Any) -> None:
     """The default teacher's answers, each window from the beginning of one on; the kinds are cut as each alone is; and
     held-out text is what it was without."""
@@ -99,7 +126,7 @@ def test_with_a_chat_template_much_is_conversations(chat: Any) -> None:
 
     assert data.train.shares == pytest.approx(tuple(preparation.SHARES.values()))
     assert sum(data.train.shares) == pytest.approx(1.0)
-    rows = preparation.read(preparation.ANSWERS).rows
+    rows = trained(preparation.read(preparation.ANSWERS).rows)
     wanted = token_windows.aligned(token_windows.tokenize(rows, chat), 256)
     talks = data.train.tokens[data.train.kind == 3]
     assert talks.tolist() == wanted.tokens.tolist()
@@ -119,7 +146,7 @@ def test_another_teachers_answers_in_any_share(chat: Any, tmp_path: Path) -> Non
     others = 1 - preparation.SHARES[TALK]
     wanted = [0.8 * preparation.SHARES[kind] / others for kind in (MANUAL, POLISH, WRITTEN)]
     assert data.train.shares == pytest.approx([*wanted, 0.2])
-    talks = token_windows.aligned(token_windows.tokenize(rows, chat), 64)
+    talks = token_windows.aligned(token_windows.tokenize(trained(rows), chat), 64)
     assert data.train.tokens[data.train.kind == 3].tolist() == talks.tokens.tolist()
 
 
@@ -135,7 +162,7 @@ def test_answers_stand_beside_a_folder(
 
     assert data.train.shares == pytest.approx((1 - wanted, wanted))
     assert data.train.tokens[data.train.kind == 0].tolist() == alone.train.tokens.tolist()
-    talks = token_windows.aligned(token_windows.tokenize(rows, chat), 64)
+    talks = token_windows.aligned(token_windows.tokenize(trained(rows), chat), 64)
     assert data.train.tokens[data.train.kind == 1].tolist() == talks.tokens.tolist()
     at = preparation.drawn(data.train, 12, seed=3)
     assert shares_of(data.train, at)[1] == pytest.approx(min(wanted, len(talks.tokens) / 12), abs=1 / 12)

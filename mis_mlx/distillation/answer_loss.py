@@ -1,0 +1,82 @@
+"""What a student loses on the teacher's answers: the loss by which sizes are chosen.
+
+The conversations are those of the training text's source that stand in no training window
+(`preparation.Data.talks`). The prompts of the final judge (evaluation/answers) are others, so that
+what chose a student does not judge it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mis_mlx.data.rows import Row
+from mis_mlx.evaluation.answer_likelihood import log_probabilities
+from mis_mlx.evaluation.answer_records import Answer, Prompt
+from mis_mlx.types import Checkpoint
+
+FEWEST = 8  # conversations, below which the loss is told on text
+MOST = 40
+
+
+@dataclass(frozen=True)
+class AnswerLoss:
+    """The teacher's answers to some prompts, and what they cost under the teacher itself.
+
+    nats (N,): of each answer under the teacher. nbytes (N,): of each answer's text."""
+
+    prompts: list[Prompt]
+    answers: list[Answer]
+    nats: np.ndarray
+    nbytes: np.ndarray
+
+    def by_answer(self, student: Checkpoint) -> np.ndarray:
+        """(N,) nats a byte that a student needs more than the teacher; their mean is that of all bytes.
+
+        One streamed pass. The student has its own tokenizer, perhaps with fewer tokens."""
+        found = log_probabilities(student, self.prompts, self.answers)
+        nats = np.array([-values.sum() for values in found])
+        return np.asarray((nats - self.nats) / self.nbytes.mean())
+
+    def excess(self, student: Checkpoint) -> float:
+        """Nats a byte of all answers together that a student needs more than the teacher."""
+        return float(self.by_answer(student).mean())
+
+    def bits(self, student: Checkpoint) -> list[float]:
+        """(N,) `by_answer`, in bits."""
+        return [float(value) / math.log(2) for value in self.by_answer(student)]
+
+
+def of_talks(teacher: Checkpoint, talks: Sequence[Row]) -> AnswerLoss | None:
+    """The loss on the last answer of each conversation, up to MOST of them, evenly spread.
+
+    None where there are fewer than FEWEST: it would say nothing."""
+    prompts = list[Prompt]()
+    answers = list[Answer]()
+    for row in talks:
+        if not _is_talk(row):
+            continue
+        *before, last = row["messages"]
+        prompts.append(Prompt(tuple(before), kind="", language="en"))
+        # Some were cut off at their longest: whether one ends here is not judged.
+        answers.append(Answer(last["content"], ended=False))
+    if len(prompts) < FEWEST:
+        return None
+    chosen = np.unique(np.linspace(0, len(prompts) - 1, MOST).round().astype(int))
+    prompts = [prompts[number] for number in chosen]
+    answers = [answers[number] for number in chosen]
+    found = log_probabilities(teacher, prompts, answers)
+    return AnswerLoss(
+        prompts=prompts,
+        answers=answers,
+        nats=np.array([-values.sum() for values in found]),
+        nbytes=np.array([len(answer.text.encode()) for answer in answers], np.float64),
+    )
+
+
+def _is_talk(row: Row) -> bool:
+    """Whether a row is a conversation that ends with an answer of some length."""
+    messages = row.get("messages")
+    if not isinstance(messages, list) or len(messages) < 2:
+        return False
+    return messages[-1]["role"] == "assistant" and bool(messages[-1]["content"].strip())

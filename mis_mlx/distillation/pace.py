@@ -1,0 +1,91 @@
+"""How many steps fit into the minutes that were asked for: counted by the pace of the first ones.
+
+The first steps warm the learning rate up, which does not depend on how many follow. So a run that
+counted its steps has the same weights as one that was given that number with --iters."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from mis_mlx import cli
+from mis_mlx.distillation.run_loop import CheckpointedTraining
+from mis_mlx.models import distributed
+from mis_mlx.planner.recipe import FIRST_STEPS, DistillationConfig
+from mis_mlx.storage import run_folder
+from mis_mlx.types import MisError, Step
+
+FILE = "pace.json"  # in a run's folder: what was counted, once
+StepsOf = Callable[[DistillationConfig], Callable[[int], Iterator[Step]]]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """minutes: that steps may take. seconds: of a step. iters: how many steps that makes."""
+
+    minutes: float
+    seconds: float
+    iters: int
+
+
+def counted(minutes: float, seconds: Sequence[float], least: int) -> Pace:
+    """The pace of the first steps, which took `seconds`, and how many steps fit: `least` or more.
+
+    The very first step is left out of the pace: it also builds what all steps use."""
+    usual = seconds[1:] or seconds
+    pace = sum(usual) / len(usual)
+    left = 60 * minutes - sum(seconds)
+    fits = len(seconds) + max(0, int(left / max(pace, 1e-9)))
+    return Pace(minutes, round(pace, 3), max(least, fits))
+
+
+def finish(
+    training: CheckpointedTraining,
+    recipe: DistillationConfig,
+    steps_of: StepsOf,
+    start: int,
+    save_every: int,
+) -> None:
+    """Run the steps of a training to their end: `recipe.iters`, or as many as `recipe.minutes` hold.
+
+    steps_of: the steps of a recipe, from a number on."""
+    if recipe.minutes is None:
+        assert recipe.iters is not None
+        training.finish(steps_of(recipe), start, recipe.iters, save_every)
+        return
+    found = distributed.broadcast_json(lambda: _stored(training))
+    if found is None:
+        if start < FIRST_STEPS:
+            first = _first_of(steps_of(recipe))
+            training.finish(first, start, FIRST_STEPS, save_every)
+            start = FIRST_STEPS
+        found = distributed.broadcast_json(lambda: _decided(training, recipe))
+        cli.say(f"{found['iters']} steps fit into {recipe.minutes:g} minutes: {found['seconds']:.1f} s each")
+    iters = int(found["iters"])
+    if start < iters:
+        training.finish(steps_of(replace(recipe, iters=iters)), start, iters, save_every)
+
+
+def _first_of(steps: Callable[[int], Iterator[Step]]) -> Callable[[int], Iterator[Step]]:
+    """The same steps up to FIRST_STEPS."""
+    return lambda start: islice(steps(start), FIRST_STEPS - start)
+
+
+def _stored(training: CheckpointedTraining) -> dict[str, float] | None:
+    """What the run counted before it was stopped; None where it had not yet."""
+    path = training.run.folder / FILE
+    return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else None
+
+
+def _decided(training: CheckpointedTraining, recipe: DistillationConfig) -> dict[str, float]:
+    """Count by the steps in the run's log, and keep what was counted."""
+    assert recipe.minutes is not None
+    log = run_folder.records(training.run.folder / training.log)
+    by_number = {record["number"]: record["seconds"] for record in log if "number" in record}
+    seconds = [by_number[number] for number in range(1, FIRST_STEPS + 1) if number in by_number]
+    if not seconds:
+        raise MisError(f"{training.run.folder / training.log} has none of the first steps: start a new run")
+    least = max(FIRST_STEPS, recipe.warmup)
+    found = vars(counted(recipe.minutes, seconds, least))
+    training.run.files.replace_text(training.run.folder / FILE, json.dumps(found))
+    return dict(found)

@@ -1,0 +1,274 @@
+"""The allowed loss: the smallest student that keeps to it, by pencil and from end to end; what cannot be kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mis_mlx import distill, search
+from mis_mlx.distillation import answer_loss, candidates, known_losses, summary
+from mis_mlx.evaluation import answers
+from mis_mlx.evaluation.answer_figures import AnswerBits
+from mis_mlx.evaluation.answer_likelihood import log_probabilities
+from mis_mlx.models import load
+from mis_mlx.models.config import shape_of
+from mis_mlx.pruning import limits, shape_search
+from mis_mlx.pruning.shape_search import Choice, Losses
+from mis_mlx.storage import run_folder
+from mis_mlx.types import Checkpoint, MisError, Row
+from tests import tiny
+from tests.conftest import Done, last_line, sentence
+from tests.test_search import SMOLLM2
+
+EVERY = ("layers", "ffn", "heads", "vocab", "bits")
+SMALL: dict[str, Any] = dict(
+    max_seq_length=32,
+    num_samples=4,
+    reconstruct_samples=0,
+    rank_windows=3,
+    eval_windows=6,
+    evaluations=6,
+    finalists=0,
+)
+LEFT = {"layers": 0.5, "ffn": 0.5, "heads": 0.5, "hidden": 0.5, "vocab": 1.0, "bits": 0.25}
+
+
+def losses_of(left: dict[str, float] = LEFT) -> Losses:
+    """A teacher that loses 1 nat a byte with half of its blocks, and 0.4 in 4 bits."""
+    points = {
+        "layers": [(15, 1.0)],
+        "ffn": [(1024, 0.3), (1280, 0.1)],
+        "vocab": [(24_576, 0.06), (36_864, 0.02)],
+        "bits": [(3.5, 1.0), (4.0, 0.4), (5.0, 0.1), (6.0, 0.02), (8.5, 0.0)],
+    }
+    return Losses(shape_of(SMOLLM2), points, left)
+
+
+def test_the_fewest_bits_by_pencil() -> None:
+    """Of the whole shape a loss of 0.1 leaves 0.1 / 0.25 = 0.4 nats of rounding, which 4 bits have; with 0.02 for
+    tokens 0.08 / 0.25 = 0.32, four fifths of the way back from 5 bits. What the shape alone costs leaves none."""
+    losses = losses_of()
+    whole = shape_of(SMOLLM2)
+    assert losses.fewest_bits(whole, 0.1, 8.5) == 4.0
+    assert losses.fewest_bits(replace(whole, vocab=36_864), 0.1, 8.5) == pytest.approx(4.27)
+    assert losses.fewest_bits(replace(whole, vocab=24_576), 0.05, 8.5) is None
+    assert losses.fewest_bits(whole, 0.001, 5.5) is None
+    assert losses.fewest_bits(whole, 0.5, 8.5) == 3.5  # there are no fewer
+
+
+@pytest.mark.parametrize("lose", [0.03, 0.1, 0.3])
+def test_the_smallest_is_the_smallest_of_all(lose: float) -> None:
+    """Against every shape in every hundredth of a bit, one by one: the fewest bytes that should lose no more."""
+    losses = losses_of()
+    sizes = shape_search.axis_sizes(SMOLLM2, EVERY, (24_576, 36_864))
+    sizes = {axis: values[-3:] for axis, values in sizes.items()}
+    shapes = list(shape_search.shapes(SMOLLM2, sizes))
+    best = shape_search.smallest(SMOLLM2, shapes, losses, lose, [])
+
+    # Heads have no point, so they seem to cost nothing.
+    tried = list[tuple[float, Choice]]()
+    for shape in shapes:
+        for bpw in np.arange(3.5, 8.51, 0.01):
+            choice = Choice(shape, round(float(bpw), 2))
+            if losses.expected(choice) <= lose:
+                tried.append((limits.file_bytes(SMOLLM2, *choice), choice))
+                break
+    assert best[0] == min(tried)[1]
+    assert len(best) == len(tried)
+    nbytes = [limits.file_bytes(SMOLLM2, *choice) for choice in best]
+    assert nbytes == sorted(nbytes)
+
+
+def test_other_limits_hold_beside_it() -> None:
+    """With fewer parameters than that the next larger student is the smallest, or none is."""
+    losses = losses_of()
+    sizes = shape_search.axis_sizes(SMOLLM2, EVERY, (24_576, 36_864))
+    shapes = list(shape_search.shapes(SMOLLM2, sizes))
+    most = limits.params_limit(SMOLLM2, "0.9x")
+    found = shape_search.smallest(SMOLLM2, shapes, losses, 0.3, [most])
+    assert found and all(most.cost(*choice) <= most.most for choice in found)
+    assert not shape_search.smallest(SMOLLM2, shapes, losses, 0.3, [limits.bytes_limit(SMOLLM2, "20MB")])
+
+
+def test_more_steps_leave_less() -> None:
+    """Of what is cut; not of tokens or bits, which no step of the student gives back."""
+    few = shape_search.left_after(30, shape_search.ANSWERS_LEFT)
+    many = shape_search.left_after(300, shape_search.ANSWERS_LEFT)
+    assert few == pytest.approx(shape_search.ANSWERS_LEFT)
+    assert shape_search.left_after(None, shape_search.ANSWERS_LEFT) == few
+    assert many["ffn"] < few["ffn"] and many["layers"] < few["layers"]
+    assert many["vocab"] == few["vocab"] and many["bits"] == few["bits"]
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A tiny teacher with a chat template."""
+    return load.open_checkpoint(tiny.talking(tmp_path_factory.mktemp("chat") / "teacher"))
+
+
+def talk(number: int) -> dict[str, Any]:
+    """A short conversation."""
+    answer = f"It is number {number} of all that are here."
+    return {"messages": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": answer}]}
+
+
+def test_the_loss_on_answers(chat: Checkpoint, llama: Checkpoint, tmp_path: Path) -> None:
+    """The teacher loses nothing; another model what its tokens cost more, over the bytes of all answers; few
+    conversations, or text alone, are no measure."""
+    talks = [talk(number) for number in range(10)]
+    loss = answer_loss.of_talks(chat, talks)
+    assert loss is not None
+    assert loss.excess(chat) == 0.0
+    assert loss.nbytes.sum() == sum(len(row["messages"][-1]["content"]) for row in talks)
+
+    other = load.open_checkpoint(tiny.talking(tmp_path / "other", seed=3))
+    nats = [-values.sum() for values in log_probabilities(other, loss.prompts, loss.answers)]
+    teacher = [-values.sum() for values in log_probabilities(chat, loss.prompts, loss.answers)]
+    by_hand = (sum(nats) - sum(teacher)) / loss.nbytes.sum()
+    assert loss.excess(other) == pytest.approx(by_hand)
+    assert np.mean(loss.bits(other)) == pytest.approx(by_hand / math.log(2))
+
+    assert answer_loss.of_talks(chat, talks[: answer_loss.FEWEST - 1]) is None
+    assert answer_loss.of_talks(chat, [{"text": "no conversation"}] * 20) is None
+
+
+def searched(llama: Checkpoint, text_folder: Path, out: Path, **given: Any) -> dict[str, Any]:
+    """The result of a small search."""
+    asked = {"teacher": str(llama.path), "data": str(text_folder), "out": str(out), **SMALL, **given}
+    return search.run(search.Settings(**asked))
+
+
+def test_a_smaller_loss_needs_more_bytes(
+    llama: Checkpoint, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three searches of one teacher: less allowed, more bytes. What the first one measured is not measured again."""
+    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
+    many = searched(llama, text_folder, tmp_path / "many", lose=0.015)
+    probes = (tmp_path / "many" / candidates.PROBES).read_text()
+    monkeypatch.setattr(candidates.Candidates, "_probe", _known_only(candidates.Candidates._probe))
+    some = searched(llama, text_folder, tmp_path / "some", lose=0.007)
+    few = searched(llama, text_folder, tmp_path / "few", lose=0.003)
+    sizes = [result["expected_bytes"] for result in (many, some, few)]
+    assert sizes[0] < sizes[1] < sizes[2]
+    assert (tmp_path / "few" / candidates.PROBES).read_text() == probes
+    for lose, result in ((0.015, many), (0.007, some), (0.003, few)):
+        assert 0.6 * lose < result["expected_bits"] <= lose * search.CLOSE
+    assert many["best"].keys() >= {"scenario", "target_bpw"}
+
+
+def _known_only(probe: Callable[..., float]) -> Callable[..., float]:
+    """A probe that must stand in the log."""
+
+    def known(self: candidates.Candidates, axis: str, size: int) -> float:
+        lines = run_folder.records(self.run.folder / candidates.PROBES)
+        assert any(line["axis"] == axis and line["size"] == size for line in lines), "measured again"
+        return probe(self, axis, size)
+
+    return known
+
+
+def test_what_cannot_be_kept_is_a_sentence(
+    llama: Checkpoint, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No loss at all; so little in so few bytes: what the nearest student should lose, and what to give."""
+    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(MisError) as none:
+        searched(llama, text_folder, tmp_path / "none", lose=0.0)
+    assert "--lose 0 cannot be kept: the nearest student should lose" in str(none.value)
+    assert "give --lose" in str(none.value)
+    with pytest.raises(MisError) as both:
+        searched(llama, text_folder, tmp_path / "both", lose=0.0, bytes="190KB")
+    assert "--lose 0 and --bytes 190KB cannot be kept" in str(both.value)
+    assert "or leave out --bytes 190KB" in str(both.value)
+
+
+def test_what_is_kept_is_of_this_teacher_and_text(llama: Checkpoint, chat: Checkpoint, tmp_path: Path) -> None:
+    """Another teacher, another text, other windows: another identity. What the package ships has the default one's."""
+    asked = search.Settings(lose=0.1)
+    about = known_losses.identity(llama, "a", asked)
+    assert about != known_losses.identity(chat, "a", asked)
+    assert about != known_losses.identity(llama, "b", asked)
+    assert about != known_losses.identity(llama, "a", replace(asked, max_seq_length=128))
+    assert about == known_losses.identity(llama, "a", replace(asked, lose=0.2, seed=3))
+    shipped = json.loads((known_losses.SHIPPED / known_losses.ABOUT).read_text())
+    assert shipped.keys() == about.keys() and shipped["text"] == "built-in"
+    assert shipped["version"] == known_losses.VERSION
+
+
+def test_a_distillation_by_its_loss(
+    llama: Checkpoint, text_folder: Path, tmp_path: Path, command: Callable[..., Done]
+) -> None:
+    """A search, then a run with its sizes; what was expected stands beside what was reached, and a resumed run keeps
+    both. Sizes beside it are refused."""
+    few = ("--max-seq-length", 32, "--num-samples", 4, "--reconstruct-samples", 2, "--eval-windows", 2, "--q-iters", 1)
+    flags = ("--teacher", llama.path, "--data", text_folder, *few, "--iters", 4, "--bench-tokens", 0)
+    done = command("distill", *flags, "--lose", "0.03", "--out", tmp_path / "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = last_line(done)
+    assert result["loss_of"] == "text" and 0 < result["expected_loss"] < 0.04
+    stored = run_folder.stored_settings(tmp_path / "run")
+    assert stored["lose"] == 0.03 and stored["expected_loss"] == result["expected_loss"]
+    assert f"{result['expected_loss']:.3f} were expected" in done.stdout
+    again = command("distill", "-c", tmp_path / "run" / "config.yaml", "--out", tmp_path / "again", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "a search chooses" in done.stderr and "a search chooses" not in again.stderr
+    assert last_line(again)["reached_loss"] == result["reached_loss"]
+    assert "leave out --layers 2, or --lose" in sentence(command("distill", *flags, "--lose", "0.03", "--layers", 2))
+
+
+def test_by_default_a_loss_is_allowed(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is said about sizes; else, and where a search would go through a large teacher again and again,
+    sizes are as they were."""
+    plain = distill.Settings(teacher=str(llama.path))
+    assert distill._default_loss(plain, llama) == distill.DEFAULT_LOSS
+    for given in ({"scenario": "gazda"}, {"layers": 2}, {"vocab": "0.5x"}, {"target_bpw": 5.0}):
+        assert distill._default_loss(replace(plain, **given), llama) is None
+    assert distill._default_loss(replace(plain, budget=str(llama.nbytes)), llama) is None
+    monkeypatch.setattr(distill.distributed, "size", lambda: 2)
+    assert distill._default_loss(plain, llama) is None
+
+
+def said(excess: float) -> answers.Said:
+    """A model that needs so many bits a byte for the one answer of 100 bytes."""
+    bits = AnswerBits(np.array([100 * math.log(2) * (1 + excess)]), np.array([100.0]))
+    return answers.Said(bits, [], [])
+
+
+@pytest.mark.parametrize(("reached", "far"), [(0.12, False), (0.14, True), (0.06, True)])
+def test_what_was_expected_beside_what_was_reached(reached: float, far: bool) -> None:
+    """Within 30 % it is a number beside another; farther off it is said."""
+    rows = [Row("teacher", "bpb", 1.0), Row("4-bit", "bpb", 1.0 + reached)]
+    found = summary.expectation(0.1, "4-bit", None, {"English": rows})
+    assert found == {"expected_loss": 0.1, "reached_loss": reached, "loss_of": "text"}
+    told = summary.expectation_sentence(found, 0.11)
+    assert f"{reached:.3f} bits a byte of held-out text above the teacher, 0.100 were expected" in told
+    assert "0.110 allowed" in told
+    assert ("off by more than 30 %" in told) == far
+    assert summary.expectation(None, "4-bit", None, {"English": rows}) == {}
+
+
+def test_a_stopped_search_begins_with_what_is_known(llama: Checkpoint, tmp_path: Path) -> None:
+    """Logs are merged line by line, each once; a folder of another identity is not read."""
+    from mis_mlx.storage.files import DISK
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / candidates.PROBES).write_text('{"axis": "ffn", "size": 1, "nats": 0.5}\n')
+    about = {"version": known_losses.VERSION, "teacher": "somebody", "text": "t"}
+    folder = known_losses.kept_folder(about)
+    known_losses.keep(run, about)
+    known_losses.keep(run, about)
+    assert run_folder.records(folder / candidates.PROBES) == [{"axis": "ffn", "size": 1, "nats": 0.5}]
+
+    new = tmp_path / "new"
+    new.mkdir()
+    assert known_losses.lay_out(new, {**about, "text": "another"}, DISK) == 0
+    assert known_losses.lay_out(new, about, DISK) == 1
+    assert known_losses.lay_out(new, about, DISK) == 1
