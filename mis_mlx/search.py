@@ -4,14 +4,14 @@ and bits chosen together."""
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.distillation import candidates, conversations, finalists, known_losses, pipeline, run_loop
+from mis_mlx.distillation import candidates, conversations, finalists, frontier, known_losses, pipeline, run_loop
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.models import arch, families, policy
@@ -22,7 +22,7 @@ from mis_mlx.pruning import limits as limiting
 from mis_mlx.pruning import shape_search, vocabulary
 from mis_mlx.pruning.limits import Limit, Timing
 from mis_mlx.pruning.shape_search import Choice
-from mis_mlx.reporting import progress, text
+from mis_mlx.reporting import figures, progress, text
 from mis_mlx.storage import run_folder
 from mis_mlx.types import FILE_ONLY, MOST, Budget, Checkpoint, Count, MisError, Whole, Within
 
@@ -47,6 +47,12 @@ class Settings(cli.Resumable, policy.Computing, ThermalFlags, vocabulary.Vocabul
     """weights on disk, such as 50MB"""
     memory: str | None = None
     """memory in use, such as 3GiB: weights, and keys and values of --max-kv-size tokens"""
+    frontier: bool = False
+    """draw bytes against loss: what students should lose, and beside them the teacher in 6, 4 and 3 bits; --finalists
+    of the curve are distilled for real"""
+    against: tuple[str, ...] = ()
+    """other models for that picture, folders or hub ids: the teacher's next smaller sibling, or it as mlx_lm.dwq or
+    mlx_lm.dynamic_quant wrote it"""
     params: str | None = None
     """parameters: a share of the teacher's, such as 0.667x, or a number, such as 90M"""
     decode: str | None = None
@@ -82,7 +88,8 @@ class Settings(cli.Resumable, policy.Computing, ThermalFlags, vocabulary.Vocabul
     @property
     def mixed(self) -> bool:
         """Whether bits are chosen; else matrices are rounded to the usual ones."""
-        return "bits" in self.axes and (self.lose is not None or bool(self.bytes or self.memory))
+        free = self.lose is not None or self.frontier
+        return "bits" in self.axes and (free or bool(self.bytes or self.memory))
 
     @property
     def timed_at(self) -> dict[str, tuple[int, int]]:
@@ -100,7 +107,7 @@ def limits_of(
         limits.append(limiting.bytes_limit(config, s.bytes))
     if s.memory:
         limits.append(limiting.memory_limit(config, s.memory, s.max_kv_size))
-    if s.params or not (limits or s.timed_at or s.lose is not None):
+    if s.params or not (limits or s.timed_at or s.lose is not None or s.frontier):
         limits.append(limiting.params_limit(config, s.params or "0.667x"))
     speeds = _speeds(s, teacher, folder, budget) if s.timed_at else {}
     return limits + [limiting.time_limit(config, f"--{x}", getattr(s, x), timed) for x, timed in speeds.items()], speeds
@@ -159,7 +166,7 @@ def rank(
 
 def _within(s: Settings, teacher: Checkpoint, sizes: shape_search.Sizes, limits: list[Limit]) -> list[Choice]:
     """The students that come into question. With --lose these are all shapes, whose bits are chosen later."""
-    if s.lose is None:
+    if s.lose is None and not s.frontier:
         return shape_search.choices(teacher.config, sizes, limits, "bits" in s.axes)
     shapes = shape_search.shapes(teacher.config, sizes)
     return [Choice(shape, shape_search.USUAL_BPW) for shape in shapes if shape_search.group_of(shape)]
@@ -227,6 +234,39 @@ def _nearest(
     return f"--lose {s.lose:g}{beside} cannot be kept: {what}: {remedy}"
 
 
+def drawn(
+    s: Settings,
+    c: candidates.Candidates,
+    within: Sequence[Choice],
+    sizes: shape_search.Sizes,
+    limits: Sequence[Limit],
+) -> dict[str, Any]:
+    """Print the table of --frontier, write its page, and return what goes into the JSON line."""
+    before = shape_of(c.run.teacher.config)
+    with progress.phase("rank"):
+        losses = c.losses(sizes)
+        points, chosen = frontier.curve(c, losses, [choice.shape for choice in within], limits)
+        if not points:
+            raise MisError("no student of this teacher is within the limits: ask for less of a cut")
+        measured = [*frontier.converted(c), *frontier.others(c, s.against)]
+    records = list[dict[str, Any]]()
+    names = list[str]()
+    if s.finalists:
+        every = np.linspace(0, len(chosen) - 1, min(s.finalists, len(chosen))).round().astype(int)
+        with progress.phase("finalists"):
+            for number in np.unique(every):
+                choice = chosen[number]
+                cli.say(f"finalist {choice.name}")
+                records.append(finalists.final(c, choice))
+                names.append(f"{shape_search.words(choice.shape, before)}, {choice.bpw:.2f} bits")
+    every_point = [*points, *measured, *frontier.distilled(records, names)]
+    on = "text" if c.answers is None else "the teacher's answers"
+    table = frontier.page(c.run.folder, c.run.teacher.path.name, on, every_point, c.run.files)
+    print(text.aligned(table))
+    cli.say(f"page: {c.run.folder / frontier.NAME}.html")
+    return {"loss_of": on, "points": [asdict(point) for point in every_point]}
+
+
 def _rounded_up(value: float) -> str:
     """To two digits that are not zero."""
     scale = 10 ** (1 - math.floor(math.log10(value)))
@@ -277,16 +317,27 @@ def report(
 
 
 def planned(
-    s: Settings, teacher: Checkpoint, within: Sequence[Choice], sizes: shape_search.Sizes, limit: Budget
+    s: Settings,
+    teacher: Checkpoint,
+    within: Sequence[Choice],
+    sizes: shape_search.Sizes,
+    limit: Budget,
+    known: Mapping[str, Any],
 ) -> tuple[phases.MemoryPlan, dict[str, float], dict[str, Any]]:
-    """(plan of the largest finalist; seconds by phase of the run; what a --dry-run says), told in a line a stage."""
+    """(plan of the largest finalist; seconds by phase of the run; what a --dry-run says), told in a line a stage.
+
+    known: the identity of measurements that are perhaps kept; {}: none are."""
     most = max(within, key=lambda x: sum(limiting.weights_of(teacher.config, x.shape))).shape
     how = shape_search.rounding_of(Choice(most, shape_search.USUAL_BPW))
     probes = sum(len(shape_search.probed(sizes[axis])) for axis in shape_search.CUTS[:-1])
     fewer = sum(rows != shape_of(teacher.config).vocab for rows in sizes["vocab"])
+    counted = s
+    if known and probes + fewer <= len(known_losses.known(known, candidates.PROBES)):
+        probes = fewer = 0
+        counted = replace(s, evaluations=1)
     whole, small = (estimates.model_of(m) for m in (teacher, arch.student_config(teacher.config, most)))
     made = phases.make(spec_of(whole, small, s, how), limit.limit_bytes, estimates.machine_rates())
-    work = compression_size.search(s, made.job, made.phases, probes + fewer, fewer > 0, limit.limit_bytes)
+    work = compression_size.search(counted, made.job, made.phases, probes + fewer, fewer > 0, limit.limit_bytes)
     stages = [stage for part in work.values() for stage in part]
     seconds = {name: sum(stage.seconds(made.rates) for stage in part) for name, part in work.items() if part}
     outcome = estimates.told(stages, limit.limit_bytes, made.rates)
@@ -300,10 +351,41 @@ def planned(
     return made, seconds, outcome | {"check_failed": outcome["check_failed"] or not made.fits}
 
 
+def _found(
+    s: Settings,
+    c: candidates.Candidates,
+    within: Sequence[Choice],
+    sizes: shape_search.Sizes,
+    limits: Sequence[Limit],
+    speeds: Mapping[str, Timing],
+    flags: Sequence[str],
+) -> dict[str, Any]:
+    """Measure, distil the finalists, print what was found, and return what goes into the JSON line."""
+    if s.frontier:
+        return drawn(s, c, within, sizes, limits)
+    if s.lose is None:
+        ranked, expected = rank(s, c, within, sizes)
+    else:
+        ranked, expected = smallest(s, c, within, sizes, limits)
+    records = list[dict[str, Any]]()
+    if s.finalists:
+        with progress.phase("finalists"):
+            for choice in cli.counted("finalist", ranked[: s.finalists], min(s.finalists, len(ranked))):
+                cli.say(f"finalist {choice.name}")
+                records.append(finalists.final(c, choice))
+    return {
+        "expected_bits": round(expected[ranked[0]] / math.log(2), 4),
+        "expected_bytes": round(limiting.file_bytes(c.run.teacher.config, *ranked[0])),
+        **report(c, flags, speeds, ranked, records),
+    }
+
+
 def run(settings: Settings) -> dict[str, Any]:
     """The command: limits, students within them, calibrate once, measure axes, rank, distil the best, judge."""
     s, folder = run_loop.resumed(settings, FREE, UNDER)
     s.check()
+    if s.frontier:
+        figures.need()
     teacher = run_loop.opened(s, s.teacher, "teacher", UNDER)
     limit = memory.budget(s.budget_bytes)
     sizes = tried_sizes(s, teacher)
@@ -312,8 +394,12 @@ def run(settings: Settings) -> dict[str, Any]:
     flags = [each.flag for each in limits]
     if s.lose is not None:
         flags.insert(0, f"--lose {s.lose:g}")
+    if s.frontier:
+        flags.insert(0, "--frontier")
     cli.say(f"students within {' '.join(flags)}: {len(within):,}; {min(s.evaluations, len(within))} are measured")
-    made, seconds, outcome = planned(s, teacher, within, sizes, limit)
+    again = s.lose is not None or s.frontier  # whose measurements are kept, and used again
+    known = known_losses.identity(teacher, "built-in", s) if again and s.data is None else {}
+    made, seconds, outcome = planned(s, teacher, within, sizes, limit, known)
     result = {"teacher": str(teacher.path), "limits": flags, "students": len(within)}
     wanted = conversations.wanted_of(s, s.data, s.student_iters or ITERS)
     source = conversations.source(teacher, wanted, limit, dry_run=s.dry_run)
@@ -326,26 +412,16 @@ def run(settings: Settings) -> dict[str, Any]:
     way = {flag: timed._asdict() for flag, timed in speeds.items()}
     opening = run_loop.open_run(s, folder, f"{UNDER.name}/{teacher.path.name}", origin, way, limit, wired)
     with progress.run("search", seconds), opening as place:
-        about = known_losses.identity(teacher, "built-in" if s.data is None else origin["data"], s)
-        if s.lose is not None and (lines := known_losses.lay_out(place.folder, about, place.files)):
+        about = known or known_losses.identity(teacher, origin["data"], s)
+        lines = known_losses.lay_out(place.folder, about, place.files) if again else 0
+        if lines:
             cli.say(f"{lines} measurements of this teacher are known from before, or came with the package")
         ranking, judging = candidates.split(data.held_out, s.rank_windows, s.eval_windows)
         course = pipeline.Run(**vars(place), recipe=s, teacher=teacher, data=data.train, plan=made)
         c = candidates.Candidates(course, data, ranking, judging, s, source)
-        records = list[dict[str, Any]]()
-        if s.lose is None:
-            ranked, expected = rank(s, c, within, sizes)
-        else:
-            ranked, expected = smallest(s, c, within, sizes, limits)
+        result |= _found(s, c, within, sizes, limits, speeds, flags)
+        if again:
             known_losses.keep(place.folder, about)
-        result["expected_bits"] = round(expected[ranked[0]] / math.log(2), 4)
-        result["expected_bytes"] = round(limiting.file_bytes(teacher.config, *ranked[0]))
-        if s.finalists:
-            with progress.phase("finalists"):
-                for choice in cli.counted("finalist", ranked[: s.finalists], min(s.finalists, len(ranked))):
-                    cli.say(f"finalist {choice.name}")
-                    records.append(finalists.final(c, choice))
-        result |= report(c, flags, speeds, ranked, records)
         result = course.done({**result, "run": str(course.folder)})
         for rows in course.folder.glob(f"{vocabulary.FOLDER}-*"):  # nobody needs them once a search is done
             course.files.remove_tree(rows)

@@ -167,7 +167,7 @@ class Candidates:
             self._passed[rows] = Passed(hidden, nats, lost)
         return self._passed[rows]
 
-    def _lost(self, student: Checkpoint, rows: int) -> float:
+    def lost(self, student: Checkpoint, rows: int) -> float:
         """Nats a byte that a student of so many rows loses: on the teacher's answers, or else on text.
 
         On text it is KL(teacher || student), the teacher having the student's vocabulary, and what that vocabulary
@@ -226,7 +226,7 @@ class Candidates:
                 bits = self._allocated(choice, tuple(range(before.layers)))
                 layout = {path: packed_format.Format(each, group) for path, each in bits.items()}
                 packed_format.write_quantized(run.teacher, out, layout, run.files)
-                return {"nats": finite(self._lost(load.open_checkpoint(out), before.vocab))}
+                return {"nats": finite(self.lost(load.open_checkpoint(out), before.vocab))}
 
         nats = once(run, PROBES, {"axis": "bits", "size": bpw}, measured)["nats"]
         return WORST if nats is None else max(float(nats), 1e-6)
@@ -238,10 +238,10 @@ class Candidates:
 
         def measured() -> dict[str, Any]:
             if fewer:
-                return {"nats": finite(self._lost(self.reader(shape.vocab).teacher, shape.vocab))}
+                return {"nats": finite(self.lost(self.reader(shape.vocab).teacher, shape.vocab))}
             with tempfile.TemporaryDirectory(prefix=".tmp-candidate-", dir=self.run.folder) as place:
                 student = self.prune(shape, Path(place) / "pruned")
-                return {"nats": finite(self._lost(student, shape.vocab))}
+                return {"nats": finite(self.lost(student, shape.vocab))}
 
         nats = once(self.run, PROBES, {"axis": axis, "size": size, "kv_heads": shape.kv_heads}, measured)["nats"]
         return WORST if nats is None else float(nats)
@@ -284,7 +284,7 @@ class Candidates:
                 packed_format.write_quantized(pruned, out, layout, self.run.files)
                 student = load.open_checkpoint(out)
                 sizes = {"params": arch.params(pruned.config), "bytes": student.nbytes}
-                nats = finite(self._lost(student, choice.shape.vocab))
+                nats = finite(self.lost(student, choice.shape.vocab))
                 return {**sizes, "nats": nats, "predicted": losses.raw(choice)}
 
         nats = once(self.run, CANDIDATES, choice.sizes, measured)["nats"]

@@ -20,8 +20,9 @@ SHIPPED = Path(__file__).parent / "known"
 ABOUT = "about.json"
 VERSION = 1  # of how losses are measured: logs of another version are not used
 LOGS = (PROBES, CANDIDATES)
-# Settings that change what is measured; all others say what is looked for, or where.
-MEASURED_BY = ("max_seq_length", "num_samples", "vocab_text", "languages", "compute_dtype", "rank_windows")
+# Settings that change what is lost. How many windows look at the text changes it by its noise alone, so what was
+# measured with some is not measured again with others.
+MEASURED_BY = ("vocab_text", "languages")
 
 
 def identity(teacher: Checkpoint, text: str, settings: Any) -> dict[str, Any]:
@@ -36,6 +37,15 @@ def identity(teacher: Checkpoint, text: str, settings: Any) -> dict[str, Any]:
 def kept_folder(about: Mapping[str, Any]) -> Path:
     """Where the logs of this identity are kept on this machine."""
     return hub.cache_root() / "searches" / json_sha256(dict(about))[:32]
+
+
+def known(about: Mapping[str, Any], log: str) -> list[dict[str, Any]]:
+    """The records of one log that came with the package or are kept on this machine."""
+    found = list[dict[str, Any]]()
+    for source in (SHIPPED, kept_folder(about)):
+        if _about(source) == about:
+            found += run_folder.records(source / log)
+    return found
 
 
 def lay_out(run: Path, about: Mapping[str, Any], files: Files) -> int:

@@ -114,3 +114,16 @@ def columns(caption: Caption, labels: tuple[str, str], groups: Mapping[str, Mapp
         axes.xaxis.get_major_locator().set_params(integer=True)
         figure.legend(loc="outside upper center", ncols=3)
         return _html(figure, caption)
+
+
+def curves(caption: Caption, labels: tuple[str, str], groups: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """Points (x, y), joined in the order of x, one colour a group: {group: points}. labels: of x and y."""
+    with _figure() as (figure, axes):
+        for color, mark, (name, points) in zip(cycle(COLORS), cycle("o^Ds"), groups.items(), strict=False):
+            x, y = np.array(sorted(points)).T
+            axes.plot(x, y, color=color, marker=mark, markersize=4, linewidth=1.2, label=name)
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
+        axes.set_ylim(bottom=min(0.0, *axes.get_ylim()))
+        figure.legend(loc="outside upper center", ncols=2)
+        return _html(figure, caption)

@@ -1,0 +1,175 @@
+"""Bytes against loss, for one teacher: what a student of so many bytes should lose, and what else could be had.
+
+The curve is of `Losses`, corrected by what one of its students lost. Beside it stand, measured: the
+teacher as `mlx_lm.convert -q` rounds it, and other models that are named, such as its next smaller
+sibling."""
+
+import json
+import math
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mis_mlx import cli
+from mis_mlx.data import token_windows
+from mis_mlx.distillation import candidates
+from mis_mlx.evaluation import comparison
+from mis_mlx.models import load, resolve
+from mis_mlx.models.config import Shape, shape_of
+from mis_mlx.pruning import limits, shape_search
+from mis_mlx.pruning.shape_search import Choice, Losses
+from mis_mlx.quantization import packed_format
+from mis_mlx.reporting import figures, html, text
+from mis_mlx.storage.files import Files
+from mis_mlx.types import Checkpoint
+
+ALLOWED = (0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.3, 0.5)  # bits a byte: points of the curve
+MEASURED_AT = 0.1  # the point whose student says what axes cost together
+CONVERTED = (6, 4, 3)  # bits of a weight: the teacher as mlx_lm.convert rounds it, in groups of 64
+GROUP = 64
+NAME = "frontier"  # of the files in a search's folder
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model that one could have. loss: bits a byte above the teacher; measured, or as expected."""
+
+    name: str
+    nbytes: int
+    loss: float
+    measured: bool
+
+
+def curve(
+    c: candidates.Candidates,
+    losses: Losses,
+    shapes: Sequence[Shape],
+    within: Sequence[limits.Limit],
+) -> tuple[list[Point], list[Choice]]:
+    """(the students of fewest bytes for each loss of ALLOWED, as expected; their sizes)."""
+    config = c.run.teacher.config
+    together = _together(c, losses, shapes, within)
+    points = list[Point]()
+    chosen = list[Choice]()
+    for allowed in ALLOWED:
+        found = shape_search.smallest(config, shapes, losses, allowed * math.log(2) / together, within)
+        if not found or (chosen and found[0] == chosen[-1]):
+            continue
+        choice = found[0]
+        bits = losses.expected(choice) * together / math.log(2)
+        words = f"{shape_search.words(choice.shape, losses.before)}, {choice.bpw:.2f} bits"
+        points.append(Point(words, round(limits.file_bytes(config, *choice)), round(bits, 4), measured=False))
+        chosen.append(choice)
+    return points, chosen
+
+
+def _together(
+    c: candidates.Candidates,
+    losses: Losses,
+    shapes: Sequence[Shape],
+    within: Sequence[limits.Limit],
+) -> float:
+    """How many times the sum of what axes cost alone a student lost that was measured; 1 where there is none."""
+    found = shape_search.smallest(c.run.teacher.config, shapes, losses, MEASURED_AT * math.log(2), within)
+    if not found:
+        return 1.0
+    score = c.score(found[0], losses)
+    if not math.isfinite(score):
+        return 1.0
+    return float(np.clip(score / max(losses.expected(found[0]), 1e-9), 1 / 3, 3.0))
+
+
+def converted(c: candidates.Candidates) -> Iterable[Point]:
+    """The teacher with every matrix in so many bits, as `mlx_lm.convert -q --q-bits N` writes it, and what it loses."""
+    teacher = c.run.teacher
+    for bits in CONVERTED:
+        with tempfile.TemporaryDirectory(prefix=".tmp-frontier-", dir=c.run.folder) as place:
+            out = Path(place) / "model"
+            paths = packed_format.layout(teacher.config, GROUP)
+            layout = {path: packed_format.Format(bits, GROUP) for path in paths}
+            packed_format.write_quantized(teacher, out, layout, c.run.files)
+            model = load.open_checkpoint(out)
+            loss = c.lost(model, shape_of(teacher.config).vocab) / math.log(2)
+            yield Point(f"teacher, mlx_lm.convert in {bits} bits", model.nbytes, round(loss, 4), measured=True)
+
+
+def others(c: candidates.Candidates, names: Sequence[str]) -> Iterable[Point]:
+    """Other models, folders or hub ids, each with its own tokenizer and chat template, and what they lose."""
+    for name in names:
+        source = resolve.resolve_model(name)
+        cli.say(f"against {source.source}")
+        model = load.open_checkpoint(source.path)
+        loss = _loss_of_another(c, model) / math.log(2)
+        yield Point(source.path.name, model.nbytes, round(loss, 4), measured=True)
+
+
+def _loss_of_another(c: candidates.Candidates, model: Checkpoint) -> float:
+    """Nats a byte above the teacher, of a model that perhaps has another tokenizer."""
+    if c.answers is not None:
+        return c.answers.excess(model)
+    teacher = c.run.teacher
+    windows = c.ranking
+    own = token_windows.reread(windows, load.tokenizer(teacher.path), load.tokenizer(model.path))
+    nats = comparison.per_byte(comparison.compare({"model": model}, own)["model", "nll"], own)
+    base = comparison.per_byte(comparison.compare({"teacher": teacher}, windows)["teacher", "nll"], windows)
+    return nats - base
+
+
+def distilled(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Point]:
+    """Students of the curve that were trained and rounded for real: finalists, with what they lost on other answers.
+
+    On text their loss is KL(teacher || student), as the curve's."""
+    points = list[Point]()
+    for record, name in zip(records, names, strict=True):
+        values = record.get("answers_rounded") or record.get("kl_rounded") or [None]
+        if None not in values and "bytes" in record:
+            loss = round(float(np.mean(values)), 4)
+            points.append(Point(f"distilled: {name}", int(record["bytes"]), loss, measured=True))
+    return points
+
+
+def page(
+    folder: Path,
+    teacher: str,
+    on: str,
+    points: Sequence[Point],
+    files: Files,
+) -> str:
+    """Write frontier.json, .svg and .html into a search's folder; the table as Markdown. on: the text of the losses."""
+    ordered = sorted(points, key=lambda point: -point.nbytes)
+    rows = [
+        [point.name, f"{point.nbytes / 1e6:.1f}", f"{point.loss:.3f}", "measured" if point.measured else "expected"]
+        for point in ordered
+    ]
+    table = text.markdown_table(["", "MB", f"bits a byte of {on} above the teacher", ""], rows)
+    found = {"teacher": teacher, "loss_of": on, "points": [asdict(point) for point in ordered]}
+    files.replace_text(folder / f"{NAME}.json", json.dumps(found, indent=1))
+    caption = (
+        NAME,
+        f"{teacher}: bytes against loss",
+        f"Bits a byte of {on} above the teacher against megabytes of weights",
+    )
+    lines = {
+        "students, as expected": [_xy(point) for point in ordered if not point.measured],
+        "mlx_lm.convert": [_xy(point) for point in ordered if "mlx_lm.convert" in point.name],
+        "distilled": [_xy(point) for point in ordered if point.name.startswith("distilled")],
+        "others": [_xy(point) for point in ordered if _is_other(point)],
+    }
+    drawn = {name: values for name, values in lines.items() if values}
+    picture = figures.curves(caption, ("MB of weights", f"bits a byte of {on} above the teacher"), drawn)
+    files.replace_text(folder / f"{NAME}.svg", figures.standalone(picture))
+    body = f"<h1>{caption[1]}</h1>{picture}{html.markdown(table)}"
+    files.replace_text(folder / f"{NAME}.html", html.page(caption[1], body))
+    return table
+
+
+def _xy(point: Point) -> tuple[float, float]:
+    return point.nbytes / 1e6, point.loss
+
+
+def _is_other(point: Point) -> bool:
+    return point.measured and not point.name.startswith("distilled") and "mlx_lm.convert" not in point.name
