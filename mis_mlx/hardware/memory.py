@@ -97,11 +97,24 @@ def give_back(cache: bool = True) -> None:
         library.malloc_trim(0)
 
 
+def wiring_asked() -> bool:
+    """Whether the user wants memory wired. Nobody gets it unasked: wired memory has frozen Macs of 16 GB, and the kernel
+    has panicked under it (mlx issue 3186)."""
+    return os.environ.get("MIS_MLX_WIRE") == "1"
+
+
+def undo_foreign_wiring(device: Any = mx) -> None:
+    """Unwire what a library has just wired without being asked: mlx-lm's batch generator wires all that Metal
+    recommends. Nothing happens with MIS_MLX_WIRE=1, or where nothing is wired. device: as of `limited`."""
+    if _recommended(device) and not wiring_asked() and hasattr(device, "set_wired_limit"):
+        device.set_wired_limit(0)
+
+
 @contextmanager
 def limited(limit: Budget, wired_bytes: int = 0, device: Any = mx) -> Iterator[None]:
     """MLX throttles itself at the budget, less what the process grows by, and keeps little freed memory; its own limits
-    come back after. wired_bytes: what a job is planned to take that trains a model whole in memory: on Metal that much
-    is wired, so that macOS does not page it out between two passes. device: `mlx.core`, or what a test takes for it."""
+    come back after. wired_bytes: what a job is planned to take that trains a model whole in memory: with MIS_MLX_WIRE=1
+    that much is wired on Metal, so that macOS does not page it out. device: `mlx.core`, or what a test takes for it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -112,9 +125,10 @@ def limited(limit: Budget, wired_bytes: int = 0, device: Any = mx) -> Iterator[N
     # Freed memory that MLX may keep: none on a CPU, where a step takes as long as with 2 GiB. On Metal it is emptied
     # before arrays and cache pass MLX's limit.
     cache = device.set_cache_limit(min(GIB, limit.limit_bytes // 4) if gpu else 0)
-    most, wired = _recommended(device), None
-    # Never more than Metal recommends, that would be fatal. MIS_MLX_WIRE=0: kernel panics, mlx issue 3186.
-    if wired_bytes and most and os.environ.get("MIS_MLX_WIRE") != "0" and hasattr(device, "set_wired_limit"):
+    most = _recommended(device)
+    wired = None
+    if wired_bytes and most and wiring_asked() and hasattr(device, "set_wired_limit"):
+        # Never more than Metal recommends, that would be fatal.
         wired = device.set_wired_limit(min(most, wired_bytes + WIRED_MARGIN_BYTES))
     try:
         yield

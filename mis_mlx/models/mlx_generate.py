@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mis_mlx import cli
+from mis_mlx.hardware import memory
 from mis_mlx.models import config, load, policy, tokenizer_check
 from mis_mlx.models.stream import NotNumbers, evaluate_now
 
@@ -145,6 +146,7 @@ def groups(
             model, max_tokens=max_tokens, stop_tokens=[[t] for t in sorted(stop)],
             completion_batch_size=len(caches), prefill_batch_size=len(caches),
         )  # fmt: skip
+        memory.undo_foreign_wiring()
         try:
             tokens: dict[int, list[int]] = {
                 uid: [] for uid in generator.insert(last_tokens, caches=caches, samplers=samplers)

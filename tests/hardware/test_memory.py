@@ -46,9 +46,23 @@ class Device:
         return before
 
 
+@pytest.mark.parametrize("said", [None, "", "0", "yes"])
+def test_nothing_is_wired_unasked(said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a job needs, Metal's wired limit stays what it was; the other limits hold, and come back."""
+    monkeypatch.delenv("MIS_MLX_WIRE", raising=False)
+    if said is not None:
+        monkeypatch.setenv("MIS_MLX_WIRE", said)
+    device = Device()
+    with memory.limited(Budget(2 * GIB), GIB, device):
+        assert device.limits == {"memory": 2 * GIB - 150 * MIB, "cache": 512 * MIB, "wired": 3}
+    assert device.limits == {"memory": 1, "cache": 2, "wired": 3}
+
+
 @pytest.mark.parametrize(("need", "wired"), [(0, 3), (GIB, GIB + 256 * MIB), (6 * GIB, 5_300_000_000)])
-def test_metal_wires_what_is_needed(need: int, wired: int) -> None:
-    """The need and 256 MiB, never more than recommended, nothing where there is no need; all limits come back."""
+def test_metal_wires_what_is_asked_for(need: int, wired: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MIS_MLX_WIRE=1: the need and 256 MiB, never more than recommended, nothing where there is no need; all limits come
+    back."""
+    monkeypatch.setenv("MIS_MLX_WIRE", "1")
     device = Device()
     with pytest.raises(KeyboardInterrupt), memory.limited(Budget(2 * GIB), need, device):
         assert device.limits == {"memory": 2 * GIB - 150 * MIB, "cache": 512 * MIB, "wired": wired}
@@ -57,8 +71,9 @@ def test_metal_wires_what_is_needed(need: int, wired: int) -> None:
 
 
 @pytest.mark.parametrize("device", [Device("cpu"), Device(recommended=None), Device(wires=False)])
-def test_nothing_is_wired_elsewhere(device: Device) -> None:
+def test_nothing_is_wired_elsewhere(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not on a CPU, not where Metal recommends nothing, not by an MLX that cannot: the other limits are set."""
+    monkeypatch.setenv("MIS_MLX_WIRE", "1")
     gpu = device.kind == "gpu"
     memory_limit, cache = GIB - (150 if gpu else 40) * MIB, (256 if gpu else 0) * MIB
     with memory.limited(Budget(GIB), GIB, device):
@@ -66,12 +81,17 @@ def test_nothing_is_wired_elsewhere(device: Device) -> None:
     assert device.limits["memory"] == 1
 
 
-def test_wiring_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MIS_MLX_WIRE=0, for machines that macOS panics on; the other limits hold."""
-    for said, wired in (("0", 3), ("1", GIB + 256 * MIB)):
-        monkeypatch.setenv("MIS_MLX_WIRE", said)
-        with memory.limited(Budget(8 * GIB), GIB, device := Device()):
-            assert device.limits == {"memory": 8 * GIB - 150 * MIB, "cache": GIB, "wired": wired}
+@pytest.mark.parametrize(
+    ("device", "said", "wired"),
+    [(Device(), "", 0), (Device(), "1", 3), (Device("cpu"), "", 3), (Device(wires=False), "", 3)],
+)
+def test_foreign_wiring_is_undone(
+    device: Device, said: str, wired: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a library wired goes, unless the user wants it wired, and where there is something to wire."""
+    monkeypatch.setenv("MIS_MLX_WIRE", said)
+    memory.undo_foreign_wiring(device)
+    assert device.limits["wired"] == wired
 
 
 @pytest.mark.parametrize("gpu", [False, True])

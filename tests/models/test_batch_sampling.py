@@ -9,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate
 from mis_mlx.planner import estimates, writing
 from mis_mlx.types import Checkpoint
@@ -122,3 +123,25 @@ def test_writing_side_by_side_takes_what_the_plan_says(llama: Checkpoint) -> Non
     mlx_generate.groups(model, prompts, 1, 40, (), mlx_generate.sampler(0.0, 0), 32)
 
     assert 0.3 * planned < mx.get_peak_memory() - before < 0.55 * planned
+
+
+@pytest.mark.parametrize(("said", "want"), [("", ["all", 0]), ("1", ["all"])])
+def test_what_mlx_lm_wires_is_unwired(
+    said: str, want: list[object], model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Metal the generator wires all that is recommended, unasked: that goes before a token is drawn, unless
+    MIS_MLX_WIRE=1."""
+    calls = list[object]()
+    seen = list[object]()
+
+    def draw(logps: mx.array) -> mx.array:
+        seen[:] = calls
+        return mx.argmax(logps, axis=-1)
+
+    generate = load.mlx_lm("generate")
+    monkeypatch.setattr(generate, "maybe_set_recommended_wired_limit", lambda: calls.append("all"))
+    monkeypatch.setattr(memory, "_recommended", lambda device: 5 * 2**30)
+    monkeypatch.setattr(mx, "set_wired_limit", calls.append)
+    monkeypatch.setenv("MIS_MLX_WIRE", said)
+    mlx_generate.groups(model, PROMPTS, 1, 2, [], draw, 3)
+    assert seen == want
