@@ -12,8 +12,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mis_mlx.hardware import macos
 from mis_mlx.types import Checkpoint
 from mis_mlx.types import MisError as MisError
+
+macos.settle()  # before anything opens Metal's device: commands, console scripts and Python programs come by here
 
 __version__ = "0.1.0"
 FUNCTIONS = ("distill", "prune", "quantize", "evaluate", "export")

@@ -184,7 +184,8 @@ def device_trouble(error: RuntimeError, config_type: Any = None) -> str:
     if not DEVICE.search(text):
         return ""
     flags = [f.name for f in fields(config_type)] if is_dataclass(config_type) else []
-    what, remedy = "macOS ended a computation on the GPU", "set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1, as scripts/mis does,"
+    what = "macOS ended a computation on the GPU"
+    remedy = "let the display sleep, leave AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1, which mis_mlx sets,"
     if MEMORY_GONE.search(text):
         what, remedy = "no memory is left", "close other programs"
     smaller = " and ".join(f"--{name.replace('_', '-')}" for name in ("max_seq_length", "batch_size") if name in flags)

@@ -156,12 +156,14 @@ def evaluating(module: Module) -> list[str]:
 
 
 def only_names(module: Module) -> list[str]:
-    """Importing a module only defines names."""
+    """Importing a module only defines names. The package itself settles what macOS reads from the environment."""
+    settling = "macos.settle()" if module.name == "__init__" else ""
     harmless = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
     bad = []
     for node in module.tree.body:
         text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         test = ast.unparse(node.test) if isinstance(node, ast.If) else ""
+        text = text or ast.unparse(node) == settling
         if not (isinstance(node, harmless) or text or test in ("TYPE_CHECKING", "__name__ == '__main__'")):
             bad.append(f"line {node.lineno}: {ast.unparse(node).splitlines()[0]}")
     return bad

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mis_mlx.hardware import macos
 from mis_mlx.maths import losses, reconstruction, rounding
 from mis_mlx.models import load, policy
 from mis_mlx.quantization.packed_format import Format
@@ -26,7 +27,7 @@ def on_cpu() -> Iterator[None]:
     """Within, the CPU computes in float32, whatever does outside: the witness of what numpy cannot do."""
     before = policy.use("float32")
     try:
-        with mx.stream(mx.cpu):
+        with macos.no_installer(), mx.stream(mx.cpu):
             yield
     finally:
         policy.use(before)

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from mis_mlx import cli
+from mis_mlx.hardware import macos
 from mis_mlx.types import duration, gib
 
 EVERY_S = 10.0  # between two lines where there is no terminal
@@ -161,14 +162,15 @@ class Display:
 
 @contextmanager
 def run(label: str, planned: Mapping[str, float] | None = None) -> Iterator[Display]:
-    """What a command does from here on, and its phases; inside of what is shown already, if anything is."""
+    """What a command does from here on, and its phases; inside of what is shown already, if anything is. A Mac stays
+    awake until it ends."""
     if cli.SHOWN:
         with cli.SHOWN[0].level(label):
             yield cli.SHOWN[0]
         return
     cli.SHOWN.append(display := Display(planned or {}))
     try:
-        with display.level(label), display.drawing():
+        with macos.awake(), display.level(label), display.drawing():
             yield display
     finally:
         cli.SHOWN.pop()

@@ -1,0 +1,78 @@
+"""What macOS wants to be told, so that a long computation is neither ended nor put to sleep. No Mac has run this yet.
+
+`mis_mlx` imports this before anything else, so it imports nothing of the package, and MLX only inside functions."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+WATCHDOG = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
+NO_COMPILE = "MLX_DISABLE_COMPILE"  # read by MLX when it first compiles a function
+DEVICE = "MIS_MLX_DEVICE"
+
+
+def settle() -> None:
+    """Set on macOS what MLX and Metal read from the environment. What the user has set stays.
+
+    Metal reads WATCHDOG when the device is opened: without it macOS ends long computations on a GPU that also draws the
+    screen (mlx issue 3267)."""
+    if sys.platform != "darwin":
+        return
+    os.environ.setdefault(WATCHDOG, "1")
+    if os.environ.get(DEVICE) == "cpu" and not compiler_installed():
+        os.environ.setdefault(NO_COMPILE, "1")
+
+
+def compiler_installed() -> bool:
+    """Whether a C++ compiler may be called. On macOS without the command line tools, `g++` opens an installer window
+    instead of running; `xcode-select -p` says whether they are there, and opens none."""
+    if sys.platform != "darwin":
+        return True
+    try:
+        asked = subprocess.run(["xcode-select", "-p"], capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    except OSError:
+        return False
+    return asked.returncode == 0
+
+
+@contextmanager
+def no_installer() -> Iterator[None]:
+    """Within, MLX on the CPU does not call a compiler that is not installed: its functions run uncompiled."""
+    import mlx.core as mx
+
+    if NO_COMPILE in os.environ or compiler_installed():
+        yield
+        return
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        mx.enable_compile()
+
+
+@contextmanager
+def awake() -> Iterator[None]:
+    """Within, a Mac does not go to sleep because nobody types. Its display may, and a closed lid still sends it.
+
+    `caffeinate -w` ends with this process, even where that is killed. A session of its own: Ctrl-C asks for one more
+    step, and the machine has to stay awake for that."""
+    if sys.platform != "darwin":
+        yield
+        return
+    child = None
+    with suppress(OSError):
+        child = subprocess.Popen(
+            ["caffeinate", "-i", "-w", str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    try:
+        yield
+    finally:
+        if child:
+            child.terminate()
+            child.wait()
