@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.hardware import memory
-from mis_mlx.hardware.thermal.run_monitor import PauseCounter, ThermalMonitor, battery
+from mis_mlx.hardware.thermal.run_monitor import PauseCounter, ThermalFlags, ThermalMonitor, battery, check_power
 from mis_mlx.maths.optimizer import Diverged
 from mis_mlx.models import distributed, load, policy, resolve
 from mis_mlx.reporting import progress, text
@@ -42,8 +42,11 @@ def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tu
 
 def opened(s: Any, model: str | None, what: str = "model", place: str | Path = "runs", new: str = "") -> Checkpoint:
     """The model that a command begins with. MisError, before it is looked for, where a flag is out of its range or what
-    it names cannot be written: --out, by default under `place`, or something `new` that this flag names."""
+    it names cannot be written: --out, by default under `place`, or something `new` that this flag names; and where a run
+    would wait for the plug after its first step."""
     cli.check_ranges(s)
+    if isinstance(s, cli.Resumable) and isinstance(s, ThermalFlags) and not s.dry_run:
+        check_power(s)
     policy.use(s.compute_dtype)
     if new:
         need_place(new, place, "new")

@@ -17,6 +17,7 @@ from mis_mlx.storage.files import DISK, Files
 from mis_mlx.types import Celsius, Metres, MisError, Reading, Step
 
 HALNY_REFERENCE_C = 15.0  # of spread, which is the full HALNY_CLIP
+WAITING = "throughput", "steady"  # modes that wait for the plug
 VIRTUAL_STEP_S = 1.0  # in a replay every step takes this long, so that a replay gives the same run everywhere
 
 
@@ -55,6 +56,13 @@ def battery(flags: ThermalFlags) -> str:
         "cool": f"pauses the run below {low:.0f} % until there are {enough:.0f}",
     }.get(flags.governor, waits)
     return f"on battery{'' if percent is None else f', {percent:.0f} %'}: --governor {flags.governor} {does}"
+
+
+def check_power(flags: ThermalFlags) -> None:
+    """MisError where a run on battery would pause after its first step until the plug is back: nothing
+    has begun yet, so the user can choose."""
+    if flags.governor in WAITING and (trouble := battery(flags)):
+        raise MisError(trouble)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import sft
 from mis_mlx.distillation import train_loop
-from mis_mlx.distillation.run_loop import open_run
+from mis_mlx.distillation.run_loop import open_run, opened
 from mis_mlx.hardware.clock import VirtualClock
 from mis_mlx.hardware.thermal.governor import Mode
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor, battery
@@ -134,6 +134,26 @@ def test_a_run_on_battery_says_so_first(
     with open_run(settings, None, "x", {}, {}, Budget(GIB), 0):
         text = capsys.readouterr().err
     assert f"on battery, 55 %: --governor {mode} " in text and what in text
+
+
+@pytest.mark.parametrize("mode", ["steady", "throughput", "cool", "observe"])
+@pytest.mark.parametrize("plugged", [False, True])
+def test_a_run_that_would_wait_for_the_plug_does_not_begin(
+    mode: Mode, plugged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On battery, `steady` and `throughput` ask for another flag before a model is looked for; `cool`
+    and `observe` go on, and so does a --dry-run."""
+    charge = SimpleNamespace(percent=55.0, power_plugged=plugged)
+    monkeypatch.setattr(psutil, "sensors_battery", lambda: charge, raising=False)
+    model = str(tmp_path / "nowhere")
+    settings = sft.Settings(governor=mode, model=model, out=str(tmp_path / "run"))
+    waits = not plugged and mode in ("steady", "throughput")
+    want = f"^on battery, 55 %: --governor {mode} pauses .* use --governor cool" if waits else "nowhere"
+    with pytest.raises(MisError, match=want):
+        opened(settings, model)
+    with pytest.raises(MisError, match="nowhere"):
+        opened(replace(settings, dry_run=True), model)
+    assert not (tmp_path / "run").exists()
 
 
 class Unplugged:
