@@ -42,8 +42,8 @@ def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tu
 
 def opened(s: Any, model: str | None, what: str = "model", place: str | Path = "runs", new: str = "") -> Checkpoint:
     """The model that a command begins with. MisError, before it is looked for, where a flag is out of its range or what
-    it names cannot be written: --out, by default under `place`, or something `new` that this flag names; and where a run
-    would wait for the plug after its first step."""
+    it names cannot be written: --out, by default under `place`, or something `new` that this flag names; and where a
+    run would wait for the plug after its first step."""
     cli.check_ranges(s)
     if isinstance(s, cli.Resumable) and isinstance(s, ThermalFlags) and not s.dry_run:
         check_power(s)
