@@ -278,6 +278,7 @@ def run(settings: Settings) -> dict[str, Any]:
     names = "teacher", *resolve.labels(s.students, ("teacher",))
     models = dict(zip(names, map(load.open_checkpoint, [teacher, *map(Path, s.students)]), strict=True))
     limit, (_, *students) = memory.budget(s.budget_bytes), models.values()
+    estimates.settle_precision(limit, *models.values())
     with progress.run("evaluate"), vocabulary.shared(models["teacher"], students) as seen:
         hashed = models if s.tasks or distributed.size() > 1 else {}
         hashes = {name: answering.sha256(model) for name, model in hashed.items()}

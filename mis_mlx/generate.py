@@ -68,6 +68,7 @@ def run(settings: Settings) -> dict[str, Any]:
     tokenizer = load.tokenizer(checkpoint.path)
     ids = mlx_generate.encode(tokenizer, s.prompt, s.ignore_chat_template)
     limit = memory.budget(s.budget_bytes)
+    estimates.settle_precision(limit, checkpoint, *([small] if small else []))
     m, length = estimates.model_of(checkpoint), len(ids) + s.max_tokens
     beside = estimates.keys_bytes(m, length)
     if small:  # the draft stays whole, and keeps keys and values too

@@ -51,7 +51,7 @@ class StreamedTeacher:
     @cached_property
     def logits(self) -> losses.Logits:
         """Of hidden states; the head is read when the first of them are asked for."""
-        return partial(load.logits, self._source.head())
+        return partial(load.wide_logits, self._source.head())
 
     def _logits_by(self, frozen: mx.array) -> losses.Logits:
         """The same, beside a student's head (V, D) that is not trained."""

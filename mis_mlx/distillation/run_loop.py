@@ -17,6 +17,7 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import PauseCounter, ThermalFlags, ThermalMonitor, battery, check_power
 from mis_mlx.maths.optimizer import Diverged
 from mis_mlx.models import distributed, load, policy, resolve
+from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress, text
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
@@ -54,7 +55,9 @@ def opened(s: Any, model: str | None, what: str = "model", place: str | Path = "
         need_place("--out", s.out or place)
     source = resolve.resolve_model(model)
     cli.say(f"{what}: {source.source}")
-    return load.open_checkpoint(source.path)
+    found = load.open_checkpoint(source.path)
+    estimates.settle_precision(memory.budget(s.budget_bytes), found)
+    return found
 
 
 def prepared(

@@ -122,7 +122,7 @@ def _of_targets(
                 continue
             # A token is predicted one place before it.
             states = hidden[number][0][-len(target) - 1 : -1]
-            part = load.logits(head, states).astype(mx.float32)
+            part = load.wide_logits(head, states)
             view = host_losses.view(part)
             found = host_losses.by_rows(_of_part, view, target - start).astype(np.float64)
             normalizers[number] = np.logaddexp(normalizers[number], found[:, 0])

@@ -87,7 +87,7 @@ def by_window(base: Passed, other: Passed, held_out: Windows) -> Iterator[np.nda
         for (start, mine), (_, theirs) in zip(*heads, strict=True):
             sides = (mine, base[1]), (theirs, other[1])
             for (w, at), found in zip(chunks, parts, strict=True):
-                z_t, z = (load.logits(head, h[first + w][0][mx.array(at)]).astype(mx.float32) for head, h in sides)
+                z_t, z = (load.wide_logits(head, h[first + w][0][mx.array(at)]) for head, h in sides)
                 found.append(host_losses.compared(z_t, z, group.tokens[w][at + 1], start))
         values = [np.zeros((0, 4)), *(host_losses.over_parts(found) for found in parts)]
         yield from np.split(np.concatenate(values), np.cumsum([len(ats) for ats in counted])[:-1])

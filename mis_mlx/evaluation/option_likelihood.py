@@ -102,7 +102,7 @@ def _logps(head: Any, hidden: mx.array, p: Pack, vocab: int) -> np.ndarray:
     used, at = np.unique(p.row, return_inverse=True)
     logps, step = np.zeros(len(at)), chunk_rows(vocab)
     for start in range(0, len(used), step):
-        z = load.logits(head, hidden[mx.array(used[start : start + step])]).astype(mx.float32)
+        z = load.wide_logits(head, hidden[mx.array(used[start : start + step])])
         mine = np.flatnonzero((at >= start) & (at < start + step))
         row = mx.array(at[mine] - start)
         logps[mine] = np.array(z[row, mx.array(p.token[mine])] - mx.logsumexp(z, axis=-1)[row])

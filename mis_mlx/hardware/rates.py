@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ GPU_TRAINING = 1.1 / 1.45  # training's rate as a share of a forward pass's, on 
 SAMPLE_BYTES = 512 * 2**20
 MEMORY_SAMPLE_BYTES = 256 * 2**20
 PIECE = 32 * 2**20
+FIRST_BFLOAT16 = 15  # Apple's name for the GPU of an M3, applegpu_g15; of an M1 it is 13
 PATIENCE_S = 7.0  # most for writing, and most for reading: a slow disk is measured on fewer bytes
 
 
@@ -92,6 +94,17 @@ def about() -> dict[str, Any]:
         "mis-mlx": __version__,
         **{name: version(name) for name in ("mlx", "mlx-lm", "numpy")},
     }
+
+
+def computes_bfloat16() -> bool:
+    """Whether this GPU has bfloat16 in hardware: Apple's from M3 on, other makers'. M1 and M2 emulate it at 50 to 60 %
+    of float32's speed (philipturner/metal-flash-attention issue 17). Where nothing is known of a GPU, as on Linux's CPU
+    under Metal's policy, it is taken for an M1."""
+    about = mx.device_info()
+    apple = re.match(r"applegpu_g(\d+)", str(about.get("architecture", "")))
+    if apple:
+        return int(apple[1]) >= FIRST_BFLOAT16
+    return "NVIDIA" in str(about.get("device_name", ""))
 
 
 def matmul_flops(seconds: float = 0.3) -> float:

@@ -53,7 +53,7 @@ def _drawn(checkpoint: Checkpoint, source: stream.Stream, hidden: mx.array, key:
     flat = hidden.reshape(-1, hidden.shape[-1])
 
     def logits(x: mx.array) -> mx.array:
-        return load.logits(head, norm(x)).astype(mx.float32)
+        return load.wide_logits(head, norm(x))
 
     # Half a chunk: as many logits again are noise to draw with.
     for start in range(0, len(flat), rows := chunk_rows(2 * config.shape_of(checkpoint.config).vocab)):

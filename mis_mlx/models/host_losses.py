@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx.hardware import lanes
-from mis_mlx.maths.losses import Logits, chunk_rows
+from mis_mlx.maths.losses import Logits, chunk_rows, wide_product
 from mis_mlx.models import stream
 
 NUMBERS = 8 * 49_152  # logits at a time: 1.5 MB
@@ -75,7 +75,8 @@ def kl_gradients(
     weights = np.array(learn, np.float32)
     for start in range(0, len(student), rows := chunk_rows(head.shape[0])):
         at = slice(start, start + rows)
-        z, target = ((student[at] @ head.T).astype(mx.float32), teacher_logits(teacher[at]).astype(mx.float32))
+        z = wide_product(student[at], head)
+        target = teacher_logits(teacher[at]).astype(mx.float32)
         stream.evaluate_now(z, target)
         each = by_rows(kl, view(z), view(target), weights[at])
         loss += float(each.astype(np.float64) @ weights[at])

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mis_mlx.maths import rounding
+from mis_mlx.maths import losses, rounding
 from mis_mlx.models import arch, experts, lookup, policy, tokenizer_check
 from mis_mlx.models.config import normalised, read_config, say_once, shape_of
 from mis_mlx.models.experts import Each, Expert, Experts
@@ -237,6 +237,13 @@ def head_prefix(checkpoint: Checkpoint) -> str:
 def logits(head_module: nn.Module, hidden: mx.array) -> mx.array:
     """hidden (..., D) -> logits (..., V) through a tied embedding or an untied head."""
     return head_module.as_linear(hidden) if hasattr(head_module, "as_linear") else head_module(hidden)
+
+
+def wide_logits(head_module: nn.Module, hidden: mx.array) -> mx.array:
+    """`logits` in float32, not rounded before a loss is taken of them; a packed head stays packed."""
+    if "scales" in head_module:
+        return logits(head_module, hidden.astype(mx.float32)).astype(mx.float32)
+    return losses.wide_product(hidden, head_module.weight)
 
 
 def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:

@@ -1,10 +1,14 @@
 """The one switch between Metal and a CPU: what type computes, and whether packed weights stay packed.
 
 Metal is quick in float16 and has kernels for packed weights. A CPU emulates half precision and reads packed weights
-about 30 times slower than dense float32, so there everything becomes float32."""
+about 30 times slower than dense float32, so there everything becomes float32.
+
+Some models do not fit float16. M1 and M2 emulate bfloat16, so there float32 is both quicker and exact; from M3 on, or
+where float32 does not fit the budget, bfloat16 computes."""
 
 import math
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
+from mis_mlx.hardware import rates
 from mis_mlx.models.config import shape_of
 from mis_mlx.models.families import family
 from mis_mlx.types import Checkpoint, MisError
@@ -22,7 +27,8 @@ POLICY = "MIS_MLX_POLICY"  # in the environment, so child processes inherit it
 DTYPES: dict[str, mx.Dtype] = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 FREQUENT, SPREAD = 192, 64  # token ids looked at: the lowest, which are bytes and frequent words; and some of all
 MOST = 65504 / 2  # of the residual stream on these: other texts reach more
-_overflows: dict[tuple[Path, int], bool] = {}
+_decided: dict[tuple[Path, int], mx.Dtype] = {}
+_tight: set[tuple[Path, int]] = set()  # models that the budget does not hold in float32
 _used: list[str] = []  # the type that a command was told to compute in, if it was
 
 
@@ -31,8 +37,8 @@ class Computing:
     """The flag of every command that computes with a model; its `run` gives it to `use`."""
 
     compute_dtype: Literal["float16", "bfloat16", "float32"] | None = None
-    """type that models compute in; default: float32 on a CPU; float16 on Metal, or bfloat16 for a model whose
-    activations float16 does not hold"""
+    """type that models compute in; default: float32 on a CPU; float16 on Metal. A model whose activations float16 does
+    not hold computes in float32 on M1 and M2 where that fits, else in bfloat16"""
 
 
 def use(compute_dtype: str | None) -> str | None:
@@ -61,21 +67,50 @@ def usual_dtype() -> mx.Dtype:
 
 
 def compute_dtype(model: Checkpoint) -> mx.Dtype:
-    """What this model computes in: the usual type, or bfloat16 where its activations come within a factor of two of
+    """What this model computes in: the usual type, or its `refuge` where its activations come within a factor of two of
     float16's end: one short pass, once a process.
 
     Qwen2 and Gemma pass it in a few channels of a few tokens (the first, line ends, full stops); then all is NaN."""
-    usual, key = usual_dtype(), (model.path, model.nbytes)
+    usual = usual_dtype()
     if _used or usual != mx.float16:
         return usual
+    key = (model.path, model.nbytes)
+    if key not in _decided:
+        _decided[key] = _judged(model)
+    return _decided[key]
+
+
+def _judged(model: Checkpoint) -> mx.Dtype:
+    """float16, or the refuge, said in a line where a look at the model decides."""
     if not family(model.config).float16:
-        return mx.bfloat16
-    if key not in _overflows:
-        reach = largest(model)
-        _overflows[key] = reach > MOST
-        if _overflows[key]:
-            cli.say(f"{model.path}: activations reach {reach:,.0f}, float16 ends at 65,504: computing in bfloat16")
-    return mx.bfloat16 if _overflows[key] else usual
+        return refuge(model)
+    reach = largest(model)
+    if reach <= MOST:
+        return mx.float16
+    dtype = refuge(model)
+    name = str(dtype).removeprefix("mlx.core.")
+    cli.say(f"{model.path}: activations reach {reach:,.0f}, float16 ends at 65,504: computing in {name}")
+    return dtype
+
+
+def refuge(model: Checkpoint) -> mx.Dtype:
+    """What a model computes in that float16 does not hold: float32 on a GPU that emulates bfloat16,
+    unless the budget is too small for it (`settle`); else bfloat16."""
+    small = (model.path, model.nbytes) in _tight
+    return mx.bfloat16 if small or rates.computes_bfloat16() else mx.float32
+
+
+def settle(model: Checkpoint, fits: Callable[[mx.Dtype], bool]) -> None:
+    """Note, before anything computes, whether the budget holds this model in float32. fits(dtype):
+    whether it does. Asks only where float32 may be the model's refuge."""
+    if _used or usual_dtype() != mx.float16 or rates.computes_bfloat16():
+        return
+    key = (model.path, model.nbytes)
+    if fits(mx.float32):
+        _tight.discard(key)
+    else:
+        _tight.add(key)
+    _decided.pop(key, None)
 
 
 def largest(model: Checkpoint) -> float:

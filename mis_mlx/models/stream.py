@@ -36,7 +36,7 @@ class NotNumbers(MisError):
     def __init__(self, what: str, dtype: mx.Dtype):
         remedy = "download the model again"
         if dtype == mx.float16:
-            remedy = f"give --compute-dtype bfloat16 (and --resume where a run has begun), or {remedy}"
+            remedy = f"give --compute-dtype float32 (and --resume where a run has begun), or {remedy}"
         super().__init__(f"{what}{' in float16' if dtype == mx.float16 else ''}: {remedy}")
 
 

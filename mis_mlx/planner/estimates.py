@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import mlx.core as mx
+
 from mis_mlx import cli
 from mis_mlx.hardware import lanes, rates
 from mis_mlx.hardware.memory import process_bytes
@@ -24,6 +26,7 @@ SMALL_BYTES = 2**20  # norms, masks, whole pages: what is not worth a formula
 SLOT_BYTES = 16 * 2**10  # that a buffer for a block is larger than the block: whole pages
 TENSOR_BYTES = 3 * 1024  # that Python and MLX take to know of a tensor: its name and place (measured on 24,302)
 CHUNKS_AHEAD = 3  # of `losses.kl_sum`, whose memory MLX takes before the first of them is done (measured)
+SETTLED_TOKENS = 512  # of the pass by which a type is chosen
 UPDATE_TRAFFIC = 28  # bytes of a parameter that one update moves: these four read, three written, in one kernel
 KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -83,7 +86,9 @@ def model_of(source: Checkpoint | Mapping[str, Any], gpu: bool | None = None, dt
     if gpu is None:
         gpu = policy.keeps_packed()
         dtype = dtype or (policy.compute_dtype(source) if isinstance(source, Checkpoint) else policy.usual_dtype())
-    s, dtype = shape_of(config), dtype or policy.DTYPES["float16" if gpu else "float32"]
+    s = shape_of(config)
+    if dtype is None:  # of an M1, which emulates bfloat16
+        dtype = policy.DTYPES["float16" if gpu and families.family(config).float16 else "float32"]
     block, params = sum(map(math.prod, arch.layer_tensors(config, True).values())), arch.params(config)
     if isinstance(source, Checkpoint):
         blocks, floats = [0] * s.layers, set()
@@ -226,6 +231,19 @@ def streamed_pass(
     read = int((s.layers - keeps) * m.block_bytes * parts) + head_read + moved
     flops = forward_flops(m, tokens, length, head)
     return StageCost(name, read, moved, peak, flops, 0, keeps, hidden - held, held // (s.hidden * m.item))
+
+
+def settle_precision(limit: Budget, *models: Checkpoint) -> None:
+    """Decide, before a run computes anything, which of its models the budget holds in float32: those of which one pass
+    streamed from disk fits. Matters where float16 does not hold a model (`policy.settle`)."""
+    for model in models:
+
+        def fits(dtype: mx.Dtype, model: Checkpoint = model) -> bool:
+            m = model_of(model, dtype=dtype)
+            one = streamed_pass("", m, SETTLED_TOKENS, SETTLED_TOKENS, SETTLED_TOKENS, spool=False)
+            return one.peak_bytes + process_bytes(limit.limit_bytes) <= limit.limit_bytes
+
+        policy.settle(model, fits)
 
 
 def token(m: ModelSize, length: int, limit_bytes: int) -> StageCost:

@@ -114,7 +114,7 @@ def expected(teacher: Checkpoint, windows: token_windows.Windows) -> np.ndarray:
     for at in cli.counted("window", places, len(places)):
         z = list[mx.array]()
         for _, head in of.head_parts(vocab, rows):
-            z.append(load.logits(head, at).astype(mx.float32))
+            z.append(load.wide_logits(head, at))
             stream.evaluate_now(z[-1])  # else every part of the head waits in memory
         whole = mx.logsumexp(mx.stack([mx.logsumexp(part, axis=-1) for part in z]), axis=0)
         sums += np.concatenate([np.array(mx.exp(part - whole[:, None]).sum(axis=0)) for part in z])

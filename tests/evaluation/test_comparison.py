@@ -104,14 +104,14 @@ def test_logits_come_in_chunks(monkeypatch: pytest.MonkeyPatch, llama: Checkpoin
     """Never more positions at a time than a chunk has, nor tokens than a part of the head; the figures do not depend on
     it (1e-5), nor on how many windows a part of the head serves."""
     whole, seen = comparison.kld({"base": llama, "m": llama}, halves)["m"], []
-    logits = load.logits
+    logits = load.wide_logits
 
     def watched(head: nn.Module, hidden: mx.array) -> mx.array:
         made = logits(head, hidden)
         seen.append(made.shape)
         return made
 
-    monkeypatch.setattr(comparison.load, "logits", watched)
+    monkeypatch.setattr(comparison.load, "wide_logits", watched)
     for name, value in {"CHUNK": 8, "HEAD_PART": 100 * 64, "GROUP": halves.tokens.shape[1]}.items():
         monkeypatch.setattr(comparison, name, value)
     small = comparison.kld({"base": llama, "m": llama}, halves)["m"]

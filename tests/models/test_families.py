@@ -423,7 +423,7 @@ def table() -> str:
         if row.head_dim_follows and "heads" in row.axes:  # heads, their groups and the hidden size, by the quotient
             axes = [*axes[:3], *["together"] * 3]
         repair = "router" if row.experts else "yes"
-        rest = [repair, "float16" if row.float16 else "bfloat16", row.gguf]
+        rest = [repair, "float16" if row.float16 else "float32 or bfloat16", row.gguf]
         lines.append("| " + " | ".join([row.name, *axes, *rest]) + " |")
     return "\n".join(lines)
 

@@ -249,7 +249,8 @@ def test_blocks_that_stay_are_within_the_plan(
     """
     monkeypatch.setenv(policy.POLICY, word)
     if beyond:
-        monkeypatch.setattr(policy, "_overflows", {})
+        monkeypatch.setattr(policy, "_decided", {})
+        monkeypatch.setattr(rates, "computes_bfloat16", lambda: True)
         monkeypatch.setattr(policy, "largest", lambda _: float("inf"))
     checkpoint = stored(kind)
     m, dtype, batches = estimates.model_of(checkpoint), policy.compute_dtype(checkpoint), [mx.array([[*range(64)]])]
