@@ -14,7 +14,7 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_run, sequence_packing
 from mis_mlx.data.examples import Sequenced
-from mis_mlx.distillation import live_teacher
+from mis_mlx.distillation import live_teacher, train_loop
 from mis_mlx.maths import losses, policy
 from mis_mlx.models import distributed, load
 from mis_mlx.planner import estimates
@@ -45,9 +45,10 @@ class Settings(alignment_run.Alignment):
         self, student: nn.Module, tokens: mx.array, learn: mx.array, reference: mx.array
     ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
         """(sum over pairs, pairs, further sums) of 2 B rows (2 B, T), the chosen first; reference: (2 B,). margin: r_w
-        - r_l in nats, without beta; chosen, rejected: log pi(y|x)."""
+        - r_l in nats, without beta; chosen, rejected: log pi(y|x); chosen_gain: r_w. Rewards within rounding are 0."""
         sums, counts = _sums(student, tokens, learn, self.lora is not None)
-        r_w, r_l = mx.split(sums - reference, 2)
+        noise = policy.NOISE[load.activation_dtype(student)] * mx.sqrt(counts)
+        r_w, r_l = mx.split(policy.dead_zone(sums - reference, noise), 2)
         n_w, n_l = mx.split(counts, 2)
         each = policy.pair_losses(r_w, r_l, self.beta, self.loss_type, self.dpop_lambda, n_w, n_l)
         chosen, rejected = (part.sum() for part in mx.split(sums, 2))
@@ -56,6 +57,7 @@ class Settings(alignment_run.Alignment):
             "accuracy": (r_w > r_l).astype(mx.float32).sum(),
             "chosen": chosen,
             "rejected": rejected,
+            "chosen_gain": r_w.sum(),
             "tokens": mx.array(float(tokens.size)),
         }
         return each.sum(), mx.array(float(len(each))), more
@@ -75,13 +77,21 @@ def rectangle(pairs: Sequence[Pair]) -> tuple[mx.array, mx.array]:
     return tokens, learn
 
 
-def reference(model: nn.Module, pairs: Sequence[Pair], batch_size: int) -> np.ndarray:
-    """log pi_ref(y|x) of the chosen and the rejected answer of every pair, (N, 2) float32."""
+def reference(model: nn.Module, pairs: Sequence[Pair], batch_size: int, *, trained: bool) -> np.ndarray:
+    """log pi_ref(y|x) of the chosen and the rejected answer of every pair, (N, 2) float32.
+
+    trained: as training computes them, of which a gradient is taken; else as what is held out."""
     logps = np.zeros((len(pairs), 2), np.float32)
     for at in sequence_packing.by_length("reference: batch", list(map(longest, pairs)), batch_size):
-        sums, _ = _sums(model, *rectangle([pairs[i] for i in at]), frozen_head=True)
+        tokens, learn = rectangle([pairs[i] for i in at])
+        work = partial(_row_sums, tokens=tokens, learn=learn)
+        sums = train_loop.as_in_training(model, work) if trained else work(model)
         logps[at] = np.array(sums).reshape(2, -1).T
     return logps
+
+
+def _row_sums(model: nn.Module, tokens: mx.array, learn: mx.array) -> mx.array:
+    return _sums(model, tokens, learn, frozen_head=True)[0]
 
 
 def longest(pair: Pair) -> int:
@@ -108,7 +118,7 @@ def measure(model: nn.Module, s: Settings, pairs: Sequence[Pair], logps: np.ndar
             sums[name] = sums.get(name, 0.0) + float(value)
     sums.pop("tokens")
     means = {name: value / len(pairs) for name, value in sums.items()}
-    means["chosen_gain"] = gain = means["chosen"] - float(logps[:, 0].mean())
+    gain = means["chosen_gain"]
     if s.loss_type == "dpop":
         mean = mx.array(gain), mx.array(gain - means["margin"])
         means[OF_MEANS] = float(policy.pair_losses(*mean, s.beta, "dpop", s.dpop_lambda))
@@ -139,7 +149,9 @@ def run(settings: Settings) -> dict[str, Any]:
             if saved := protocol.newest(kept, r.files):  # of the same data: a run is not resumed with others
                 logps = np.array(protocol.load_arrays(saved, "logps")["chosen_rejected"])
             else:
-                logps = reference(r.model, compared, parts.batch_size)
+                asked = partial(reference, r.model, batch_size=parts.batch_size)
+                learned, held = asked(compared[: len(seen)], trained=True), asked(valid, trained=False)
+                logps = np.concatenate([learned, held])
                 arrays = {"logps": {"chosen_rejected": mx.array(logps)}}
                 protocol.save_step(kept, 0, arrays, {"fingerprint": card["fingerprint"]}, r.files)
         logps = np.array(distributed.broadcast_array(mx.array(logps)))

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from mis_mlx import dpo, grpo
 from mis_mlx.alignment import alignment_run
 from mis_mlx.alignment import grpo_rollout as training
 from mis_mlx.distillation import train_loop
+from mis_mlx.maths import policy as rl_losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load, mlx_generate, policy, stream
 from mis_mlx.storage import run_folder
@@ -124,9 +126,9 @@ def test_lora_and_several_updates(small: tuple[object, ...], tmp_path: Path) -> 
     assert result["params_trained"] < 100_000 and (tmp_path / "run" / "model").is_dir()
 
 
-def sampler(checkpoint: Checkpoint, folder: Path, **changes: Any) -> training.Sampler:
+def sampler(checkpoint: Checkpoint, folder: Path, dtype: mx.Dtype = mx.float32, **changes: Any) -> training.Sampler:
     """One that rewards vowels."""
-    model = load.resident(checkpoint, mx.float32)
+    model = load.resident(checkpoint, dtype)
     mx.eval(model.parameters())
     functions = training.rewards.functions(None, str(folder / "vowels.py"))
     settings = training.Settings(
@@ -156,6 +158,43 @@ def test_the_reference_is_the_model_as_it_was(llama: Checkpoint, folder: Path) -
     ]
     assert found[0].loss == pytest.approx(found[1].loss, abs=1e-6)
     assert found[0].grad_norm == pytest.approx(found[1].grad_norm, rel=1e-3)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("word", ["cpu", "metal"])
+def test_learning_begins_at_exactly_zero(
+    iterations: int,
+    word: str,
+    llama: Checkpoint,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    brief_look: None,
+) -> None:
+    """In the first update every ratio is 1 and every KL 0, though `old` and the reference were computed another way and
+    are as far from the model as rounding is: the loss is minus the sum of the advantages, and nothing is clipped."""
+    monkeypatch.setenv(policy.POLICY, word)
+    dtype = policy.compute_dtype(llama)
+    reference = stream.Stream(llama, dtype)
+    made = sampler(llama, folder, reference=reference, num_iterations=iterations, dtype=dtype)
+    s = replace(made.settings, iters=1, learning_rate=1e-9, epsilon=1e-5, epsilon_high=1e-5)
+    noise = rl_losses.NOISE[dtype] / 2
+    sampled, facts = made(0)
+    apart = [(b, a, old if old is None else old + noise, ref - noise) for b, a, old, ref in sampled]
+    seen = list[Any]()
+
+    def loss(model: Any, b: Any, advantage: mx.array, old: Any, reference: mx.array) -> Any:
+        total, count, more = s.loss(model, b, advantage, old, reference)
+        seen.append((old, b, advantage, float(total), float(more["clipped"])))
+        return total, count, more
+
+    monkeypatch.setattr(nn, "value_and_grad", lambda model, work: lambda *a: (work(*a), still))
+    still = tree_map(mx.zeros_like, made.model.trainable_parameters())
+    (_,) = training.train(made.model, lambda _: (apart, facts), loss, GuardedAdamW(), s)
+    assert len(seen) == iterations * len(apart)
+    for old, b, advantage, total, clipped in seen[: len(apart)]:
+        assert old is None and clipped == 0.0
+        assert total == pytest.approx(-float((b.mask * advantage[:, None]).sum()), abs=1e-6)
+    assert all(old is not None for old, *_ in seen[len(apart) :])
 
 
 def test_a_rollout_is_what_was_said(llama: Checkpoint, folder: Path) -> None:

@@ -5,6 +5,7 @@ A step's answers depend on the weights, the data, the seed and the step alone.""
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from typing import Annotated, Any
 
@@ -88,7 +89,8 @@ class Settings(alignment_run.Alignment):
         new = self.logps(model, b, self.lora is not None)
         before = mx.stop_gradient(new) if old is None else old
         bounds = self.epsilon, self.epsilon_high
-        losses, held = policy.token_losses(new, before, advantage, *bounds, reference, self.beta)
+        noise = policy.NOISE[load.activation_dtype(model)]
+        losses, held = policy.token_losses(new, before, advantage, *bounds, reference, self.beta, noise=noise)
         total, count = policy.loss_sum(losses, b.mask, self.loss_type, self.max_completion_length)
         clipped, _ = policy.loss_sum(held, b.mask, self.loss_type, self.max_completion_length)
         return total, count, {"clipped": clipped, "tokens": mx.array(float(b.tokens.size))}
@@ -160,7 +162,10 @@ class Sampler:
         for (i, group, advantage), reference in zip(chosen, references, strict=True):
             for cut in (slice(a, a + s.batch_size) for a in range(0, len(group), s.batch_size)):
                 b = attention_masks.join(self.prompts[i], group[cut])
-                old = s.logps(self.model, b, True) if s.num_iterations > 1 else None
+                old = None
+                if s.num_iterations > 1:
+                    work = partial(s.logps, b=b, frozen_head=True)
+                    old = train_loop.as_in_training(self.model, work)
                 ref = None if reference is None else reference[cut, : b.targets.shape[1]]
                 mx.eval([a for a in (old, ref) if a is not None])
                 parts.append((b, mx.array(advantage[cut]), old, ref))
@@ -173,7 +178,8 @@ class Sampler:
         longest, batches = [max(map(len, group)) for _, group in chosen], []
         for (i, group), most in zip(chosen, longest, strict=True):
             batches.append(mx.array([[*self.prompts[i], *a, *[0] * (most - len(a))] for a in group]))
-        head, logps = load.dense_weight(self.reference.head()).astype(self.reference.dtype), list[mx.array | None]()
+        head = load.dense_weight(self.reference.head())
+        logps = list[mx.array | None]()
         for tokens, hidden, most in zip(batches, self.reference.forward(batches), longest, strict=True):
             states = hidden[:, -most - 1 : -1].reshape(-1, hidden.shape[-1])
             targets = tokens[:, -most:].reshape(-1)
@@ -212,8 +218,11 @@ def train(
         parts, facts = rollouts(step)
         peak = mx.get_peak_memory()
         done = Step(step + 1, 0.0, 0.0, s.rate(step), 0, 0.0, peak, "no group teaches anything: no update")
-        for _ in range(s.num_iterations if distributed.any_rank(parts) else 0):
-            done = next(train_loop.train(model, {step: parts}.__getitem__, loss, optimizer, s, step))
+        # The first update is of the model that sampled: its ratios are 1, and are not computed another way.
+        fresh = [(branches, advantage, None, ref) for branches, advantage, _, ref in parts]
+        for update in range(s.num_iterations if distributed.any_rank(parts) else 0):
+            seen = parts if update else fresh
+            done = next(train_loop.train(model, {step: seen}.__getitem__, loss, optimizer, s, step))
         facts = {**done.more, **facts}
         seconds, peak = train_loop.CLOCK.monotonic() - began, max(peak, done.peak_bytes)
         cells = "  ".join(f"{facts[n]:>13{form}}" if n in facts else " " * 13 for n, form in TABLE)

@@ -59,6 +59,23 @@ def awake(work: Callable[[], Any]) -> tuple[float, str, Any]:
         note = f"the machine slept {slept / 60:.0f} min; step done again. "
 
 
+def as_in_training(model: nn.Module, work: Callable[[nn.Module], mx.array]) -> mx.array:
+    """`work(model)` as it is where a gradient is taken of it, evaluated; no gradient is computed.
+
+    MLX then leaves out its fused attention, of which there is none, so the last bits differ from a
+    plain forward pass."""
+    found = list[mx.array]()
+
+    def seen(model: nn.Module) -> mx.array:
+        found.append(work(model))
+        return found[0].sum()
+
+    _, gradients = nn.value_and_grad(model, seen)(model)
+    del gradients  # never evaluated; they would keep all activations
+    mx.eval(found)
+    return found[0]
+
+
 def _gradients(
     model: nn.Module, gradient_of: Callable[..., Any], micro_batches: MicroBatches, step: int
 ) -> tuple[float, float, Any, dict[str, float]]:

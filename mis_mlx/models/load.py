@@ -274,6 +274,11 @@ def embedded(model: nn.Module, tokens: mx.array) -> mx.array:
     return rows if scale is None else rows * scale  # type: ignore[no-any-return]
 
 
+def activation_dtype(model: nn.Module) -> mx.Dtype:
+    """The type that a resident model computes in, whatever its weights are packed as."""
+    return model.model.norm.weight.dtype  # type: ignore[no-any-return]
+
+
 def head_weight(model: nn.Module) -> mx.array:
     """The (V, D) matrix that makes logits in a resident model; de-quantized, in float32, where it is packed."""
     layer = model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens
