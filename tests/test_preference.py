@@ -68,8 +68,8 @@ def gradients(policy: nn.Module, objective: Settings, *arguments: mx.array) -> t
 def test_losses_and_gradients_are_trls(
     case: str, found: dict[str, np.ndarray], policy: nn.Module, pairs: list[Pair]
 ) -> None:
-    """DPO, IPO and hinge as TRL's DPOTrainer computes them; DPO-P as its formula does in torch. Its penalty, here of 50,
-    multiplies the 2e-5 nats that count as rounding, which TRL counts as rewards."""
+    """DPO, IPO and hinge as TRL's DPOTrainer computes them; DPO-P as its formula does in torch. Its penalty, here of
+    50, multiplies the 2e-5 nats that count as rounding, which TRL counts as rewards."""
     total, count, made = gradients(policy, CASES[case], *batch(pairs, found["dpo/reference"]))
     assert total / count == pytest.approx(float(found[f"{case}/loss"]), rel=2 * LOSS if case == "dpop" else LOSS)
     assert trl_model.worst(made, found, case, count) < GRADIENT

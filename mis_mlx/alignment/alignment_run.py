@@ -107,12 +107,15 @@ def weight_bytes(m: estimates.ModelSize) -> int:
 def training(s: Alignment, checkpoint: Checkpoint, rows: int, length: int, name: str = "align") -> estimates.StageCost:
     """What training takes with `rows` sequences of `length` tokens in a micro-batch."""
     m = sizes(s, checkpoint)
-    trained, peak = m.params, compression_size.training_bytes(m.config, rows, length, 0, s.grad_accumulation_steps > 1)
+    more = s.grad_accumulation_steps > 1
+    trained = m.params
+    peak = compression_size.training_bytes(m.config, rows, length, 0, more, gpu=m.gpu)
     if s.lora:
         trained = s.lora.params(m.config)
         peak = weight_bytes(m) + compression_size.STATE_BYTES * trained
-        peak += estimates.activation_bytes(m.config, rows, length)
-        peak += estimates.logit_bytes(m.shape.vocab, rows * length)
+        kept = estimates.activation_bytes(m.config, rows, length)
+        peak += kept + m.in_flight(kept)
+        peak += estimates.logit_bytes(m.shape.vocab, rows * length, gpu=m.gpu) + m.widened_bytes
     written = (s.iters // s.save_every + 2) * (SAVED_BYTES + 4) * trained + policy.DTYPES[s.dtype].size * m.params
     flops = s.iters * 3 * estimates.forward_flops(m, s.grad_accumulation_steps * rows * length, length)
     return estimates.StageCost(name, m.nbytes, written, peak, flops, updated=s.iters * trained)

@@ -11,6 +11,10 @@ from contextlib import contextmanager, suppress
 WATCHDOG = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
 NO_COMPILE = "MLX_DISABLE_COMPILE"  # read by MLX when it first compiles a function
 DEVICE = "MIS_MLX_DEVICE"
+SMALL_BYTES = 8 * 2**30  # a Mac of no more memory has MLX send small command buffers
+# The most operations and megabytes of a command buffer, read by MLX when it opens the device; else 40 and 40. Metal
+# holds the temporaries of all buffers that are in flight.
+COMMAND_BUFFERS = {"MLX_MAX_OPS_PER_BUFFER": "10", "MLX_MAX_MB_PER_BUFFER": "10"}
 
 
 def settle() -> None:
@@ -21,8 +25,16 @@ def settle() -> None:
     if sys.platform != "darwin":
         return
     os.environ.setdefault(WATCHDOG, "1")
+    if total_bytes() <= SMALL_BYTES:
+        for name, value in COMMAND_BUFFERS.items():
+            os.environ.setdefault(name, value)
     if os.environ.get(DEVICE) == "cpu" and not compiler_installed():
         os.environ.setdefault(NO_COMPILE, "1")
+
+
+def total_bytes() -> int:
+    """This machine's memory, asked without psutil, which takes longer to import than the rest of the package."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def compiler_installed() -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import psutil
 
+from mis_mlx.hardware import macos
 from mis_mlx.hardware.thermal import apple_sensors
 from mis_mlx.types import GIB, Budget, MisError, gib
 
@@ -21,6 +22,8 @@ GROWN_BYTES, GROWN_METAL_BYTES = 40 * 2**20, 150 * 2**20  # by Python and librar
 TRAINED_BYTES, TRAINED_WHOLE_BYTES = 32 * 2**20, 80 * 2**20
 RUSAGE_V4, FOOTPRINT, MOST_FOOTPRINT = 4, 2 + 7, 2 + 28  # of proc_pid_rusage: its 64-bit words, a UUID first
 OPEN_FILES = 4096  # macOS allows 256 at first, which a model in many files is beyond
+COMMANDS_AHEAD = 10  # command buffers that MLX sends before it waits (scheduler.h)
+MEGABYTES, USUAL_MEGABYTES = "MLX_MAX_MB_PER_BUFFER", "40"
 WIRED_MARGIN_BYTES = 256 * 2**20  # beyond what a job needs, so that its last buffers are wired too
 
 
@@ -33,6 +36,14 @@ def _recommended(device: Any) -> int | None:
     """Metal's recommended working set in bytes; None where nothing is computed on Metal."""
     on_metal = device.default_device() == device.gpu
     return device.device_info().get("max_recommended_working_set_size") if on_metal else None
+
+
+def in_flight_bytes() -> int:
+    """Temporaries of commands that a GPU has not done yet: MLX sends some ten command buffers ahead, each with as many
+    megabytes as its environment says (`macos.COMMAND_BUFFERS`). Read in MLX's source; no Mac has measured it."""
+    small = macos.total_bytes() <= macos.SMALL_BYTES or mx.default_device() != mx.gpu
+    usual = macos.COMMAND_BUFFERS[MEGABYTES] if small else USUAL_MEGABYTES
+    return COMMANDS_AHEAD * int(os.environ.get(MEGABYTES) or usual) * 10**6
 
 
 def free_for_us_bytes() -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from mis_mlx.types import MisError
 
 HALNY_CLIP = 0.15
-WIDE_PART = 2**22  # numbers of a head that are widened to float32 at a time
+PART = 2**22  # numbers of a head, or of its gradient, that are made at a time
 TINY = 1e-37  # stands for 0 under a logarithm; a normal float32
 Formula = Callable[..., tuple[mx.array, mx.array]]  # z (n, V), *targets -> loss (n,), its gradient in z (n, V)
 Logits = Callable[[mx.array], mx.array]  # hidden (n, D) -> logits (n, V)
@@ -30,9 +30,29 @@ def wide_product(hidden: mx.array, head: mx.array) -> mx.array:
     wide = hidden.astype(mx.float32)
     if head.dtype == mx.float32:
         return wide @ head.T
-    rows = max(1, WIDE_PART // head.shape[1])
+    rows = max(1, PART // head.shape[1])
     parts = [head[start : start + rows].astype(mx.float32) for start in range(0, head.shape[0], rows)]
     return mx.concatenate([wide @ part.T for part in parts], axis=-1)
+
+
+def head_zeros(head: mx.array) -> list[mx.array]:
+    """Zeros for the gradient of a head (V, D), in parts [(some, D)] of at most PART numbers.
+
+    A GPU's addmm makes a new array for its sum, and Metal holds the old one until its command is done, of
+    which ten are in flight: in parts that is 160 MiB, with whole heads ten times V x D."""
+    rows = max(1, PART // head.shape[1])
+    return [mx.zeros_like(head[start : start + rows]) for start in range(0, head.shape[0], rows)]
+
+
+def head_added(parts: list[mx.array], gradient: mx.array, hidden: mx.array) -> list[mx.array]:
+    """The parts of a head's gradient, plus gradient (n, V).T @ hidden (n, D)."""
+    added = list[mx.array]()
+    start = 0
+    for part in parts:
+        of_part = gradient[:, start : start + len(part)]
+        added.append(mx.addmm(part, of_part.T, hidden))
+        start += len(part)
+    return added
 
 
 def softmax_lse(z: mx.array) -> tuple[mx.array, mx.array]:
@@ -84,7 +104,8 @@ def sum_by_chunks(
 
     @mx.custom_function
     def forward(h: mx.array, w: mx.array = head) -> tuple[mx.array, ...]:
-        loss, dw = mx.array(0.0), [] if frozen_head else [mx.zeros_like(w)]
+        loss = mx.array(0.0)
+        dw = [] if frozen_head else head_zeros(w)
         dh: list[mx.array] = []
         for at in (slice(start, start + rows) for start in range(0, h.shape[0], rows)):
             # Each chunk waits for all of the one before: else the scheduler begins them all, and holds all logits.
@@ -94,8 +115,9 @@ def sum_by_chunks(
             loss = loss + (each * learn[at]).sum()
             g = (g * learn[at][:, None]).astype(w.dtype)
             dh.append(g @ w)
-            dw = [mx.addmm(d, g.T, part) for d in dw]
-        return loss, mx.concatenate(dh), *dw
+            dw = head_added(dw, g, part)
+        whole = [mx.concatenate(dw)] if dw else []
+        return loss, mx.concatenate(dh), *whole
 
     @forward.vjp
     def backward(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
@@ -179,14 +201,15 @@ def token_logps(
     @forward.vjp
     def backward(primals, cotangent, output):  # type: ignore[no-untyped-def]
         h, w = (primals, head) if frozen_head else primals
-        dh, dw = list[mx.array](), [] if frozen_head else [mx.zeros_like(w)]
+        dh = list[mx.array]()
+        dw = [] if frozen_head else head_zeros(w)
         for at in cuts:
             p = mx.softmax(logits(h[at], w, [*dw, *dh[-1:]]), axis=-1)
             each = cotangent[at] / temperature
             g = (-p * each[:, None]).at[mx.arange(len(p)), targets[at]].add(each).astype(w.dtype)
             dh.append((g @ w).astype(h.dtype))  # w may be wider: a packed head is de-quantized to float32
-            dw = [mx.addmm(d, g.T, h[at]).astype(w.dtype) for d in dw]
-        return mx.concatenate(dh) if frozen_head else (mx.concatenate(dh), *dw)
+            dw = [d.astype(w.dtype) for d in head_added(dw, g, h[at])]
+        return mx.concatenate(dh) if frozen_head else (mx.concatenate(dh), mx.concatenate(dw))
 
     found: Any = forward(hidden) if frozen_head else forward(hidden, head)
     return found

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mis_mlx.hardware.memory import process_bytes
+from mis_mlx.hardware.memory import in_flight_bytes, process_bytes
 from mis_mlx.maths.optimizer import group_of
 from mis_mlx.maths.reconstruction import HELD_OUT, RIDGES, precision
 from mis_mlx.maths.rounding import BITS, HELD_BYTES, PART, SLAB
@@ -79,7 +79,8 @@ def repair(job: DistillationSpec) -> StageCost:
     m, length, tokens = job.student, job.max_seq_length, job.reconstruct_samples * job.max_seq_length
     small = streamed_pass("", m, tokens, length, length, head=False, spool=False)
     theirs, own = (each.body_bytes(estimates.workspace_bytes(each, length, length)) for each in (job.teacher, m))
-    beside, read = small.peak_bytes, m.nbytes
+    ahead = m.in_flight(estimates.workspace_bytes(m, length, length))  # which the teacher's pass has too
+    beside, read = small.peak_bytes - ahead, m.nbytes
     if m.shape.experts:
         each = m.shape.experts * m.shape.hidden * m.item  # of what all say to a token
         said = 2 * min(tokens * each, ROUTER_BYTES)
@@ -114,15 +115,18 @@ def repair_parts(job: DistillationSpec, limit: int, item: int) -> StageCost:
     )  # fmt: skip
 
 
-def training_bytes(config: Mapping[str, Any], batch: int, length: int, host_lanes: int = 0, more: bool = False) -> int:
+def training_bytes(
+    config: Mapping[str, Any], batch: int, length: int, host_lanes: int = 0, more: bool = False, *, gpu: bool = False
+) -> int:
     """A student whole in memory: weights and moments, and the largest of: activations and the vocabulary's part of the
     loss; the way back; the update. host_lanes: of the way where numpy computes the loss between the passes
     (live_teacher), each with gradients; 0: all in one graph, of which the least that can be promised is the sum.
-    more: micro-batches than one, so that the gradients of those before lie beside it."""
+    more: micro-batches than one, so that the gradients of those before lie beside it. gpu: with temporaries of the
+    commands that are in flight there."""
     s, params = shape_of(config), arch.params(config)
     kept, head = estimates.activation_bytes(config, batch, length), 4 * s.vocab * s.hidden
     block = estimates.backward_bytes(config, batch, length) - kept // s.layers
-    loss = 2 * head + estimates.logit_bytes(s.vocab, batch * length, bool(host_lanes))
+    loss = 2 * head + estimates.logit_bytes(s.vocab, batch * length, bool(host_lanes), gpu=gpu)
     gradients = GRADIENT_BYTES * params
     forth, back = kept + loss + more * gradients, (1 + more) * gradients + block
     if host_lanes:
@@ -130,7 +134,9 @@ def training_bytes(config: Mapping[str, Any], batch: int, length: int, host_lane
     else:
         forth += gradients
     largest = max(map(math.prod, arch.tensors_of(config, True).values()))
-    return (STATE_BYTES - GRADIENT_BYTES) * params + max(forth, back, gradients + UPDATE_ARRAYS * 4 * largest)
+    ahead = min(kept, in_flight_bytes()) if gpu else 0
+    most = max(forth, back, gradients + UPDATE_ARRAYS * 4 * largest)
+    return (STATE_BYTES - GRADIENT_BYTES) * params + most + ahead
 
 
 def block_state_bytes(config: Mapping[str, Any]) -> int:

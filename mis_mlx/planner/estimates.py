@@ -12,8 +12,8 @@ import mlx.core as mx
 
 from mis_mlx import cli
 from mis_mlx.hardware import lanes, rates
-from mis_mlx.hardware.memory import process_bytes
-from mis_mlx.maths.losses import chunk_rows
+from mis_mlx.hardware.memory import COMMANDS_AHEAD, in_flight_bytes, process_bytes
+from mis_mlx.maths.losses import PART, chunk_rows
 from mis_mlx.models import arch, families, load, policy
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.host_losses import CHUNK, GROUP
@@ -25,7 +25,8 @@ from mis_mlx.types import Budget, Checkpoint, MisError, duration, gib
 SMALL_BYTES = 2**20  # norms, masks, whole pages: what is not worth a formula
 SLOT_BYTES = 16 * 2**10  # that a buffer for a block is larger than the block: whole pages
 TENSOR_BYTES = 3 * 1024  # that Python and MLX take to know of a tensor: its name and place (measured on 24,302)
-CHUNKS_AHEAD = 3  # of `losses.kl_sum`, whose memory MLX takes before the first of them is done (measured)
+CHUNKS_AHEAD = 3  # of `losses.kl_sum`, whose memory MLX takes before the first of them is done (measured on a CPU)
+CHUNK_ARRAYS = 12  # float32 (n, V) that a chunk makes, five of them alive at a time; a GPU may hold all it has begun
 SETTLED_TOKENS = 512  # of the pass by which a type is chosen
 UPDATE_TRAFFIC = 28  # bytes of a parameter that one update moves: these four read, three written, in one kernel
 KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -69,6 +70,18 @@ class ModelSize:
     def slots_bytes(self) -> int:
         """The two buffers that blocks, and two that experts, are read into in turn."""
         return 2 * int(self.here * self.block_bytes + SLOT_BYTES * (2 if self.shape.experts else 1))
+
+    def in_flight(self, work: int) -> int:
+        """What a GPU holds beside `work` bytes of temporaries that a CPU has freed by then: as much again, or what the
+        commands in flight can hold."""
+        return min(work, in_flight_bytes()) if self.gpu else 0
+
+    @property
+    def widened_bytes(self) -> int:
+        """Parts of a dense head in half precision, widened for its logits: those that a GPU has in flight."""
+        if not self.gpu or self.packed or self.item == 4:
+            return 0
+        return 4 * min(COMMANDS_AHEAD * PART, self.head_params)
 
     def body_bytes(self, workspace: int) -> int:
         """Beside the slots while blocks are made and used: the workspace, and a converted copy if one is needed.
@@ -182,12 +195,16 @@ def backward_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
     return 11 * kept // ((5 + 3 * more) * shape_of(config).layers)
 
 
-def logit_bytes(vocab: int, tokens: int, host: bool = False) -> int:
-    """Logits under way: chunks of five float32 arrays (maths/losses); on the host two, of one chunk (host_losses)."""
+def logit_bytes(vocab: int, tokens: int, host: bool = False, *, gpu: bool = False) -> int:
+    """Logits under way: chunks of five float32 arrays (maths/losses); on the host two, of one chunk (host_losses). A
+    GPU holds those it needs and those of the commands in flight, one array each, for (n, V) fills a command buffer."""
     rows = chunk_rows(vocab)
     if host:
         return 2 * min(tokens, rows) * vocab * 4
-    return 5 * min(CHUNKS_AHEAD, math.ceil(tokens / rows)) * rows * vocab * 4
+    chunks = math.ceil(tokens / rows)
+    if gpu:
+        return min(5 + COMMANDS_AHEAD, CHUNK_ARRAYS * chunks) * rows * vocab * 4
+    return 5 * min(CHUNKS_AHEAD, chunks) * rows * vocab * 4
 
 
 def keys_bytes(m: ModelSize, tokens: int) -> int:
@@ -213,8 +230,9 @@ def streamed_pass(
     logits at the end. spool: hidden states that find no room are written and read once a block. again: one of many
     alike: what the budget leaves holds the head, then blocks 0, 1 ... of the last. beside_bytes: held by others."""
     s, head_work = m.shape, m.head_work if head else 0
-    body = m.body_bytes(workspace_bytes(m, micro_tokens, length))
-    logits = logit_bytes(s.vocab, micro_tokens) if head else 0
+    workspace = workspace_bytes(m, micro_tokens, length)
+    body = m.body_bytes(workspace) + m.in_flight(workspace)
+    logits = logit_bytes(s.vocab, micro_tokens, gpu=m.gpu) + m.widened_bytes if head else 0
     if head and m.packed and not m.as_stored:
         logits = max(logits, head_work * 3 // 2)  # de-quantizing it, MLX runs ahead here too
     fixed = beside_bytes + m.slots_bytes + SMALL_BYTES

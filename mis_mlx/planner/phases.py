@@ -41,7 +41,8 @@ def store(job: DistillationSpec, limit: int) -> StageCost:
 def resident(job: DistillationSpec, micro: int, limit: int) -> StageCost:
     """The student whole in memory; beside it as much of the teacher as there is room for, or its store."""
     m, length = job.student, job.max_seq_length
-    nbytes = compression_size.training_bytes(m.config, micro, length, job.host_lanes, job.step > micro * length)
+    more = job.step > micro * length
+    nbytes = compression_size.training_bytes(m.config, micro, length, job.host_lanes, more, gpu=m.gpu)
     one = StageCost("distil", m.nbytes, m.nbytes, nbytes, 3 * forward_flops(m, job.step, length), updated=m.params)
     return _taught(job, one, micro, limit, SAVED_BYTES * m.params, estimates.activation_bytes(m.config, micro, length))
 
@@ -69,10 +70,11 @@ def way_back_bytes(job: DistillationSpec, micro: int, rank: int = 0) -> int:
     sizes = [rank * sum(shape) if rank else math.prod(shape) for shape in arch.layer_tensors(m.config).values()]
     gradient = 4 * sum(sizes)
     back = estimates.backward_bytes(m.config, micro, length) + (min(lanes, micro) + more) * gradient
-    loss = estimates.logit_bytes(s.vocab, micro * length, host)
+    loss = estimates.logit_bytes(s.vocab, micro * length, host, gpu=m.gpu)
     loss += estimates.activation_bytes(m.config, micro, length) // s.layers + more * gradient if host else back
     update = gradient + lanes * PACKED_UPDATE_ARRAYS * 4 * max(sizes)
-    return estimates.SMALL_BYTES + 4 * (s.layers * job.step + s.vocab) * s.hidden + max(loss, back, update)
+    ahead = m.in_flight(estimates.activation_bytes(m.config, micro, length) // s.layers)
+    return estimates.SMALL_BYTES + 4 * (s.layers * job.step + s.vocab) * s.hidden + max(loss, back, update) + ahead
 
 
 def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
@@ -81,11 +83,11 @@ def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost
     trained = 2 * s.layers * m.block_params // job.rounding.q_group_size
     nbytes = compression_size.packed_bytes(m, job.rounding)
     head = m.head_params * 4 * (1 if s.tied else 2)
-    head += estimates.logit_bytes(s.vocab, micro * job.max_seq_length, bool(job.host_lanes))
+    head += estimates.logit_bytes(s.vocab, micro * job.max_seq_length, bool(job.host_lanes), gpu=m.gpu)
     work = estimates.activation_bytes(m.config, micro, job.max_seq_length)
     state = STATE_BYTES + GRADIENT_BYTES * (job.step > micro * job.max_seq_length)  # those of micro-batches add up
     copies = 2 * 4 * max(1, min(micro, job.host_lanes))  # a window goes through one lane
-    peak = ((1 + copies) * s.layers + 4) * m.block_params + state * trained + head + work
+    peak = ((1 + copies) * s.layers + 4) * m.block_params + state * trained + head + work + m.in_flight(work)
     plain = StageCost("tune", nbytes, nbytes, peak, 3 * forward_flops(m, job.step, job.max_seq_length), updated=trained)
     return _taught(replace(job, iters=iters), plain, micro, limit, SAVED_BYTES * trained, work)
 
@@ -100,7 +102,8 @@ def _taught(
     if job.targets == "live":
         # The teacher's workspace and the student's activations do not meet, its head and hidden states do.
         peak += max(0, t.body_bytes(estimates.workspace_bytes(t, micro * length, length)) - work)
-        peak += t.slots_bytes + t.head_work * (not same_head) + job.step * t.shape.hidden * t.item
+        peak += t.slots_bytes + (t.head_work + t.widened_bytes) * (not same_head)
+        peak += job.step * t.shape.hidden * t.item
         keeps = estimates.pins(t, room(limit, peak, t.gpu))
         read = t.head_bytes * (not same_head) + t.block_bytes * (keeps + iters * (t.shape.layers - keeps))
         flops += forward_flops(t, job.step, length)

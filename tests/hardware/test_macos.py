@@ -73,6 +73,15 @@ def test_the_watchdogs_variable_is_set_on_every_way_in(code: str) -> None:
     assert entered(code.replace("darwin", "linux"), macos.WATCHDOG) == ["-"]
 
 
+@pytest.mark.parametrize(("gib", "want"), [(8, "10"), (16, "-")])
+def test_command_buffers_are_small_on_8_gb(gib: int, want: str) -> None:
+    """Metal holds the temporaries of ten of them; what the user has set stays."""
+    total = f"os.sysconf = lambda name: 4096 if name == 'SC_PAGE_SIZE' else {gib} * 2**18\n"
+    code = ENTRY.replace("import mis_mlx\n", f"{total}import mis_mlx\n")
+    assert entered(code, *macos.COMMAND_BUFFERS) == [want] * 2
+    assert entered(code, "MLX_MAX_MB_PER_BUFFER", MLX_MAX_MB_PER_BUFFER="50") == ["50"]
+
+
 @pytest.mark.parametrize(("code", "device", "want"), [(0, "cpu", "-"), (2, "cpu", "1"), (2, "gpu", "-")])
 def test_no_installer_window_for_a_run_on_the_cpu(code: int, device: str, want: str, bin: Path) -> None:
     """MIS_MLX_DEVICE=cpu without the command line tools: MLX compiles nothing."""

@@ -170,3 +170,29 @@ def test_halny_factor_is_clipped_and_repeats() -> None:
     assert breeze == [losses.loss_noise_factor(0.05, 3, step) for step in range(400)]
     assert len(set(breeze)) > 390 and losses.loss_noise_factor(0.05, 4, 0) != breeze[0]
     assert np.std(breeze) == pytest.approx(0.05, abs=0.01) and np.mean(breeze) == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["kl_sum", "token_logps"])
+def test_no_fresh_head_a_chunk(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head's gradient is added up in parts: no product of a chunk makes a (V, D) array, and the sum is the one that
+    whole products give."""
+    hidden = mx.random.normal((12, 8), key=mx.random.key(0))
+    head = mx.random.normal((50, 8), key=mx.random.key(1))
+    work = {
+        "kl_sum": lambda h, w: losses.kl_sum(h, w, h, lambda x: x @ head.T * 2, mx.ones(12), rows=5),
+        "token_logps": lambda h, w: losses.token_logps(h, w, mx.arange(12), rows=5).sum(),
+    }[name]
+    want = mx.grad(work, argnums=[0, 1])(hidden, head)
+    made = list[int]()
+    addmm = mx.addmm
+
+    def watched(*arrays: mx.array) -> mx.array:
+        made.append(arrays[0].size)
+        return addmm(*arrays)
+
+    monkeypatch.setattr(mx, "addmm", watched)
+    monkeypatch.setattr(losses, "PART", 12 * 8)
+    found = mx.grad(work, argnums=[0, 1])(hidden, head)
+    assert made == [12 * 8, 12 * 8, 12 * 8, 12 * 8, 2 * 8] * 3
+    for a, b in zip(found, want, strict=True):
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-5, atol=1e-6)

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mis_mlx.hardware import lanes, rates
+from mis_mlx.hardware import lanes, macos, rates
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR, Rates
 from mis_mlx.models import arch, load, policy, stream
@@ -199,8 +199,8 @@ def test_a_real_pass_stays_under_the_plan(
 ) -> None:
     """MLX's peak is under the plan's and not by more than half; bytes read agree but for the embedding's rows.
 
-    Under Metal's policy (float16, packed) the plan may be 2.5 times the peak: its workspace is float32's, as some of
-    Metal's kernels have it, while here half of it is float16.
+    Under Metal's policy (float16, packed) the plan may be three times the peak: its workspace is float32's, as some of
+    Metal's kernels have it, while here half of it is float16; and a GPU holds what its commands in flight need.
     """
     checkpoint = stored(kind)
     monkeypatch.setenv(policy.POLICY, word)
@@ -221,7 +221,7 @@ def test_a_real_pass_stays_under_the_plan(
     mx.set_cache_limit(cache)
     p = estimates.streamed_pass("pass", m, windows * length, length, length, GIB, head=False)
     assert source.reader.nbytes - embedded == pytest.approx(p.read_bytes, rel=0.01)  # extents: whole pages at the ends
-    most = 1.5 if word == "cpu" else 2.5
+    most = 1.5 if word == "cpu" else 3.0
     assert p.peak_bytes - estimates.SMALL_BYTES < most * peak and peak < p.peak_bytes, (peak, p.peak_bytes)
 
 
@@ -266,7 +266,8 @@ def test_blocks_that_stay_are_within_the_plan(
     peak = mx.get_peak_memory() - before
     mx.set_cache_limit(cache)
     once = estimates.streamed_pass("pass", m, 64, 64, 64, spool=False)
-    assert peak < once.peak_bytes + kept * m.block_work < 3 * peak, (peak, once.peak_bytes, m.block_work)
+    most = 3 if word == "cpu" else 4.5  # a GPU holds what its commands in flight need, too
+    assert peak < once.peak_bytes + kept * m.block_work < most * peak, (peak, once.peak_bytes, m.block_work)
 
 
 @pytest.mark.parametrize("kind", ["F32", "BF16"])
@@ -288,6 +289,41 @@ def test_the_engine_keeps_as_many_blocks_as_planned(
         source.through(block, hidden)
     source.head()
     assert embedded > 0 and source.reader.nbytes - first == pytest.approx((6 - blocks) * m.block_bytes, rel=0.01)
+
+
+def test_a_gpu_holds_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten command buffers of 10 MB on a Mac of 8 GB, of 40 on a larger one, never more than the work itself; a CPU
+    holds none. Of logits as many arrays as commands in flight, beside the five alive."""
+    m = estimates.model_of(tiny.CONFIG, gpu=True)
+    monkeypatch.delenv("MLX_MAX_MB_PER_BUFFER", raising=False)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    for total, most in ((8 * GIB, 100_000_000), (16 * GIB, 400_000_000)):
+        monkeypatch.setattr(macos, "total_bytes", lambda total=total: total)
+        assert (m.in_flight(GIB), m.in_flight(MIB)) == (most, MIB)
+    monkeypatch.setenv("MLX_MAX_MB_PER_BUFFER", "25")
+    assert m.in_flight(GIB) == 250_000_000
+    assert estimates.model_of(tiny.CONFIG, gpu=False).in_flight(GIB) == 0
+    one = 4 * 512 * estimates.chunk_rows(512)
+    assert estimates.logit_bytes(512, 64, gpu=True) == 12 * one
+    assert estimates.logit_bytes(512, 10_000, gpu=True) == 15 * one
+
+
+def test_training_on_a_gpu_is_planned_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way of training is planned with more on a GPU than the same in a CPU's one graph, and by 8 GB's 100 MB."""
+    monkeypatch.setattr(macos, "total_bytes", lambda: 8 * GIB)
+    config = {
+        **tiny.CONFIG,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "vocab_size": 32_768,
+    }
+    rows = estimates.chunk_rows(32_768)
+    more = [compression_size.training_bytes(config, 4, 512, gpu=gpu) for gpu in (False, True)]
+    assert (
+        estimates.logit_bytes(32_768, 2048, gpu=True) == estimates.logit_bytes(32_768, 2048) == 15 * rows * 4 * 32_768
+    )
+    assert more[1] - more[0] == 100_000_000
 
 
 def test_a_token_keeps_what_fits() -> None:
