@@ -1,32 +1,32 @@
-"""Examine this machine and MLX on it: some forty small checks, each with a witness and a bound; a report to paste.
+"""Examine this machine and MLX on it: some sixty checks, each with a witness and a bound; a report to paste.
 
-Takes a minute or two, needs no network and no model. Exit code 3 when a check fails."""
+Takes a minute or two, needs no network and no model. Groups of checks run in processes of their own: one that aborts or
+hangs is a row, and the others go on. Exit code 3 when a check fails."""
 
-import math
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import psutil
 
 from mis_mlx import cli
-from mis_mlx.checks import engine, kernels
-from mis_mlx.hardware import memory, rates
+from mis_mlx.checks import groups
+from mis_mlx.checks.groups import Row
+from mis_mlx.hardware import child_process, memory, rates, system_facts
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor, examined
 from mis_mlx.models import policy
 from mis_mlx.reporting import html
 from mis_mlx.storage.files import DISK, need_place, reported
 from mis_mlx.types import duration, gib
 
-SAMPLE_BYTES = 128 * 2**20  # of the disk's rates
+PATIENCE_S = 240.0  # for a group; a hosted runner's GPU hangs at times
+ask = child_process.ask
 
 
 @dataclass(frozen=True)
@@ -37,81 +37,118 @@ class Settings(policy.Computing):
     """write the report, Markdown, to this new file too"""
 
 
-class Row(NamedTuple):
-    """One check: what was found, the most that is right, and why there is no number if there is none."""
+@dataclass
+class Report:
+    """Lines of Markdown, on stdout and in the file `out` as soon as they are known: a crash leaves what was found."""
 
-    name: str
-    passed: bool
-    number: float | None = None
-    bound: float | None = None
-    error: str = ""
+    out: Path | None
+    rows: list[Row] = field(default_factory=list)
+    rates: list[list[str]] = field(default_factory=list)
+    peak_bytes: int = 0
+    begun: str = ""  # the check that is being done, empty between two
+
+    def line(self, text: str) -> None:
+        """Say this, fit for the public."""
+        for line in _public(text).split("\n"):
+            print(line, flush=True)
+            if self.out:
+                DISK.append(self.out, line)
+
+    def row(self, row: Row) -> None:
+        """A check is done."""
+        self.rows.append(row)
+        self.begun = ""
+        found = row.error.replace("|", "¦")
+        if not found:
+            found = "not a number" if row.number is None else f"{row.number:,.3g}"
+        most = "" if row.bound is None else f" {row.bound:,.3g}"
+        self.line(f"| {'✓' if row.passed else '✗'} | {row.name} | {found} |{most} |")
+
+    def take(self, line: dict[str, Any]) -> None:
+        """A line of a group's journal."""
+        if "begun" in line:
+            self.begun = line["begun"]
+            cli.say(f"{len(self.rows) + 1}: {self.begun}")  # before: where the process dies, this was it
+        if "row" in line:
+            name, passed, number, bound, error = line["row"]
+            self.row(Row(name, passed, number, bound, error))
+        if "rate" in line:
+            self.rates.append([_public(cell).replace("|", "¦") for cell in line["rate"]])
+            self.begun = ""
+        self.peak_bytes = max(self.peak_bytes, line.get("peak_bytes", 0))
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """Examine, print the report, and say what failed."""
+    """Examine, write the report as it comes, and say what failed."""
     if settings.out:
         need_place("--out", settings.out, "new")
-    policy.use(settings.compute_dtype)
-    began, peak, budget = time.monotonic(), memory.Peak(), memory.budget(None)
-    with tempfile.TemporaryDirectory() as name, memory.limited(budget, memory.WIRED_MARGIN_BYTES):
-        room, disk = psutil.virtual_memory(), shutil.disk_usage(name)
-        sensors, rows = _guarded(_sensors, "sensors: {}".format), list(_examined(Path(name)))
-        speeds = _guarded(lambda: _speeds(Path(name)), lambda error: [[error, "", ""]])
-    failed, about = [row.name for row in rows if not row.passed], rates.about()
-    values = {
-        "rows": rows, "failed": failed, "about": about, "room": room, "disk": disk, "budget": budget.limit_bytes,
-        "recommended": float(mx.device_info().get("max_recommended_working_set_size", 0)), "sensors": sensors,
-        "took": duration(time.monotonic() - began), "peak": peak.nbytes, "policy": policy, "gib": gib, "speeds": speeds,
-    }  # fmt: skip
-    report = _public(html.document("doctor.md", values)) + "\n"
-    print(report)
-    if settings.out:
         with reported(settings.out, "the report"):
             DISK.make_folder(settings.out.absolute().parent)
-            DISK.replace_text(settings.out, report)
-    facts = {"checks": len(rows), "failed": failed, "check_failed": bool(failed), "policy": policy.name()}
-    return facts | {"device": about["computes_on"], "rows": [row._asdict() for row in rows]}
+            DISK.replace_text(settings.out, "")
+    policy.use(settings.compute_dtype)
+    began = time.monotonic()
+    report = Report(settings.out)
+    groups.name_crashes()
+    with tempfile.TemporaryDirectory() as name:
+        report.line(groups.guarded(lambda: _head(Path(name)), "### mis_mlx doctor\n\n- {}".format))
+        report.line("\n| | check | found | at most |\n|---|---|---:|---:|")
+        for group in groups.GROUPS:
+            _examine(group, Path(name), settings.compute_dtype, report)
+    report.line("\n| rate | here | MacBook Air M1, published |\n|---|---:|---:|")
+    for cells in report.rates:
+        report.line(f"| {' | '.join(cells)} |")
+    failed = [row.name for row in report.rows if not row.passed]
+    passed = f"{len(report.rows) - len(failed)} of {len(report.rows)} checks passed"
+    held = gib(report.peak_bytes)
+    report.line(f"\n**{passed}** in {duration(time.monotonic() - began)}; a group took at most {held}.")
+    facts = {"checks": len(report.rows), "failed": failed, "check_failed": bool(failed), "policy": policy.name()}
+    rows = [row._replace(error=_public(row.error))._asdict() for row in report.rows]
+    return facts | {"device": rates.about()["computes_on"], "rows": rows}
 
 
-def _examined(folder: Path) -> Iterator[Row]:
-    """Every check's row; what raises is one that failed, and the others go on."""
-    models = _guarded(lambda: engine.make(folder), str)
-    todo: dict[str, Callable[[], Any]] = dict(kernels.CHECKS)
-    if isinstance(models, str):
-        yield Row("a model made on the spot", False, error=models)
-    else:
-        todo |= {name: partial(check, models) for name, check in engine.CHECKS.items()}
-    for count, (name, check) in enumerate(todo.items(), 1):
-        cli.say(f"{count} of {len(todo)}: {name}")  # before: where the process dies, this was it
-        found = _guarded(check, str)
-        if isinstance(found, str):
-            yield Row(name, False, error=found)
-            continue
-        number, bound = map(float, found)  # NaN never passes, and JSON has no word for it
-        yield Row(name, number <= bound, number if math.isfinite(number) else None, bound)
+def _examine(group: str, folder: Path, compute_dtype: str | None, report: Report) -> None:
+    """All checks of a group, in a process of its own; where that ends early, a row says during what."""
+    journal = folder / f"{group}.jsonl"
+    place = folder / group
+    place.mkdir()
+    read = 0
 
+    def look() -> None:
+        nonlocal read
+        for end, line in groups.lines(journal, read):
+            report.take(line)
+            read = end
 
-def _guarded(work: Callable[[], Any], otherwise: Callable[[str], Any]) -> Any:
-    """What `work` gives, or what `otherwise` makes of the first line of its error, fit for a table."""
+    where = {"group": group, "folder": str(place), "journal": str(journal), "compute_dtype": compute_dtype}
     try:
-        return work()
-    except Exception as error:
-        line = next(iter(str(error).splitlines()), "")
-        return otherwise(_public(f"{type(error).__name__}: {line}"[:200].replace("|", "¦")))
+        ask("mis_mlx.checks.groups", "run", where, PATIENCE_S, look=look)
+    except child_process.NoAnswer as trouble:
+        look()
+        report.row(Row(report.begun or group, False, error=str(trouble)))
+    look()
+
+
+def _head(folder: Path) -> str:
+    """What is known of the machine before anything is computed."""
+    sensors = groups.guarded(_sensors, "sensors: {}".format)
+    about = rates.about()
+    values = {
+        "about": about,
+        "room": psutil.virtual_memory(),
+        "disk": shutil.disk_usage(folder),
+        "budget": memory.budget(None).limit_bytes,
+        "recommended": float(mx.device_info().get("max_recommended_working_set_size", 0)),
+        "lines": [*sensors.splitlines(), *groups.guarded(lambda: list(system_facts.lines()), lambda why: [why])],
+        "policy": policy,
+        "gib": gib,
+    }
+    return html.document("doctor.md", values)
 
 
 def _sensors() -> str:
     with Monitor() as monitor:
-        return html.document("sensors.md", {**examined(monitor), "monitor": monitor})
-
-
-def _speeds(folder: Path) -> list[list[str]]:
-    """This machine's rates beside an M1 Air's, in billions a second."""
-    here = rates.matmul_flops(), rates.memory_bytes(), *rates.disk_bytes(folder, SAMPLE_BYTES)
-    air = rates.M1_AIR
-    there = air.forward_flops_per_s, air.memory_bytes_per_s, air.read_bytes_per_s, air.write_bytes_per_s
-    names = "matrix product, GFLOP/s", "memory, GB/s", "disk read, GB/s", "disk written, GB/s"
-    return [[n, f"{a / 1e9:,.3g}", f"{b / 1e9:,.3g}"] for n, a, b in zip(names, here, there, strict=True)]
+        judged = html.document("sensors.md", {**examined(monitor), "monitor": monitor})
+        return "\n".join([judged, *system_facts.sensors(monitor.source.look())])
 
 
 def _public(text: str) -> str:

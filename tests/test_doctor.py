@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from mis_mlx import doctor
-from mis_mlx.checks import engine, kernels
+from mis_mlx.checks import engine, full_size, groups, kernels, training_step
+from mis_mlx.hardware import child_process, system_facts
+from mis_mlx.hardware.thermal.recording import Raw
 from mis_mlx.maths import importance, losses, rounding
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.maths.reconstruction import NormalEquations
@@ -22,15 +24,21 @@ from tests import forks
 from tests.conftest import last_line, scratch_folder
 
 ROOT = Path(__file__).parents[1]
-# The command on a smaller model, where the look at whether float16 holds it takes 4 tokens, not 256: half precision
-# is emulated here. HOME is set late: for another one at its start a fork needs a server of its own.
+# The command on a smaller model and smaller kernels, in one process, where the look at whether float16 holds a model
+# takes 4 tokens, not 256: half precision is emulated here.
+# HOME is set late: for another one at its start a fork needs a server of its own.
 BRIEF = """
 import os, runpy
 os.environ["HOME"] = os.environ["TMPDIR"]
-from mis_mlx.checks import engine
+from mis_mlx.checks import engine, full_size, groups, training_step
+from mis_mlx.hardware import child_process
 from mis_mlx.models import policy
 engine.CONFIG |= {"num_hidden_layers": 2, "intermediate_size": 128}
+training_step.CONFIG |= {"num_hidden_layers": 2, "vocab_size": 1024}
+training_step.LENGTH = full_size.TOKENS = 64
+full_size.VOCAB, full_size.ALL_TOKENS, full_size.HIDDEN = 512, 2048, 64
 policy.FREQUENT = policy.SPREAD = 2
+child_process.ask = lambda source, function, where, seconds, look: groups.run(**where)
 runpy.run_module("mis_mlx.doctor", run_name="__main__", alter_sys=True)
 """
 
@@ -87,6 +95,13 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "packing and values of nvfp4": (mx, "dequantize", wrong),
     "chunked KL, gradients, float32": (losses, "softmax_lse", lambda f: lambda z: (f(z)[0], f(z)[1] * 1.05)),
     "log-probabilities, float32": (mx, "softmax", wrong),
+    "logits, 128 x 24,576, float32": (losses, "wide_product", lambda f: wrong(f)),
+    "gradient of a head, 24,576 x 576, float32": (mx, "addmm", wrong),
+    "attention, 512 tokens, float32": (mx.fast, "scaled_dot_product_attention", wrong),
+    "packed products, 4,608 x 576, float32": (mx, "quantized_matmul", wrong),
+    "RMSNorm of 576 and 8,192, float32": (mx.fast, "rms_norm", wrong),
+    "softmax of 24,576 and 49,152": (mx, "logsumexp", wrong),
+    "sorting 49,152, wrong": (mx, "argsort", lambda f: lambda *a, **k: f(*a, **k)[..., ::-1]),
     "repair, closed form": (NormalEquations, "update", lambda f: lambda self, ridge: f(self, 2 * ridge)),
 }
 
@@ -95,10 +110,11 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
 def test_kernel_checks_can_fail(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What passes with the right kernel does not with a wrong one."""
     owner, attribute, fault = FAULTS[name]
-    found, bound = kernels.CHECKS[name]()
+    check = {**kernels.CHECKS, **full_size.CHECKS}[name]
+    found, bound = check()
     assert found <= bound
     monkeypatch.setattr(owner, attribute, fault(getattr(owner, attribute)))
-    found, bound = kernels.CHECKS[name]()
+    found, bound = check()
     assert not found <= bound
 
 
@@ -180,7 +196,8 @@ def test_aliased_blocks_are_found(
     checks = {name: engine.CHECKS[name] for name in (aliased, "states, bf16, beside the CPU")}
     monkeypatch.setattr(stream.Stream, "__init__", faulty)
     monkeypatch.setattr(engine, "CHECKS", {"raises": raising, "no number": lambda _: (np.nan, 1.0), **checks})
-    monkeypatch.setattr(kernels, "CHECKS", {})
+    monkeypatch.setattr(groups, "GROUPS", {"the engine": groups.of_engine})
+    monkeypatch.setattr(doctor, "ask", lambda source, function, where, seconds, look: groups.run(**where))
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path))
     found = doctor.run(doctor.Settings())
     report = capsys.readouterr().out
@@ -189,3 +206,124 @@ def test_aliased_blocks_are_found(
     assert "| ✗ | no number | not a number | 1 |" in report and f"| ✗ | {aliased} |" in report
     assert "| ✓ | states, bf16" in report and str(tmp_path) not in report
     json.dumps(found, allow_nan=False)
+
+
+# A group of two checks, of which the second one ends the process or hangs, after it has written what it does.
+BROKEN = """
+import os, time
+from mis_mlx.checks import groups
+
+def broken(folder, emit):
+    groups.check("a right one", lambda: (0.5, 1.0), emit)
+    groups.check("the last one", {how}, emit)
+
+groups.GROUPS["kernels"] = broken
+run = groups.run
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("os.abort", "its process ended with -6"), ("lambda: time.sleep(60)", "no answer in 12 s")],
+    ids=["abort", "hang"],
+)
+def test_a_group_that_dies_is_a_row(
+    how: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What was found before stays, the check under way has the reason, and the next group is examined."""
+    source = tmp_path / "broken.py"
+    source.write_text(BROKEN.replace("{how}", how))
+
+    def ask(_: str, function: str, where: dict[str, Any], seconds: float, look: Any) -> None:
+        if where["group"] == "kernels":
+            child_process.ask(str(source), function, where, 12.0, look=look)
+        else:
+            groups.run(**where)
+
+    monkeypatch.setattr(
+        groups, "GROUPS", {"kernels": None, "after": lambda folder, emit: groups.check("b", right, emit)}
+    )
+    monkeypatch.setattr(doctor, "ask", ask)
+    found = doctor.run(doctor.Settings())
+    assert [(row["name"], row["passed"], row["error"]) for row in found["rows"]] == [
+        ("a right one", True, ""),
+        ("the last one", False, said),
+        ("b", True, ""),
+    ]
+    out, err = capfd.readouterr()
+    assert f"| ✗ | the last one | {said} |" in out and "**2 of 3 checks passed**" in out
+    assert how != "os.abort" or "Fatal Python error: Aborted" in err  # faulthandler, with where it was
+
+
+def right() -> kernels.Found:
+    """A check that passes."""
+    return 0.0, 1.0
+
+
+def test_rows_are_written_as_they_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While a group goes on, what it has found is on stdout and in the file; half a line of the journal waits."""
+    out = tmp_path / "report.md"
+
+    def ask(source: str, function: str, where: dict[str, Any], seconds: float, look: Any) -> None:
+        journal = Path(where["journal"])
+        row = json.dumps({"row": groups.Row("early", True, 1.0, 2.0)}) + "\n"
+        journal.write_text(row + row[:9])
+        look()
+        look()
+        assert out.read_text().endswith("| ✓ | early | 1 | 2 |\n") and out.read_text().count("early") == 1
+        assert capsys.readouterr().out.endswith("| ✓ | early | 1 | 2 |\n")
+        journal.write_text(row + row.replace("early", "late"))
+
+    monkeypatch.setattr(doctor, "ask", ask)
+    monkeypatch.setattr(groups, "GROUPS", {"one": None})
+    found = doctor.run(doctor.Settings(out=out))
+    assert [row["name"] for row in found["rows"]] == ["early", "late"] and not found["check_failed"]
+
+
+def test_the_training_step_is_held_to_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its peak passes; against two thirds of the plan it does not. A step takes some time, and more on a slower one."""
+    monkeypatch.setattr(training_step, "CONFIG", {**training_step.CONFIG, "num_hidden_layers": 2, "vocab_size": 4096})
+    (found, most), seconds = training_step.measured(tmp_path / "one")
+    assert 0.5 < found <= most and seconds > 0
+    planned = training_step.planned_bytes()
+    monkeypatch.setattr(training_step, "planned_bytes", lambda: planned // 3)
+    (found, most), _ = training_step.measured(tmp_path / "two")
+    assert found > most
+    assert training_step.sync_seconds(10) > 0
+
+
+def test_what_a_mac_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every line of the report, by programs of our making; one that refuses is quoted, one that is absent is named."""
+    replies = {
+        "sysctl": """case $2 in
+            hw.model) echo MacBookAir10,1 ;;
+            iogpu*) echo "unknown oid" >&2; exit 1 ;;
+            *) echo "x $2" ;; esac""",
+        "ioreg": "echo '    | \"gpu-core-count\" = 7'",
+        "vm_stat": "echo '(page size of 16384 bytes)'; echo 'Pages occupied by compressor: 65536.'",
+        "pmset": "[ $2 = batt ] && echo \"Now drawing from 'AC Power'\" || echo ' lowpowermode 1'",
+    }  # fmt: skip
+    for name, script in replies.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("MLX_METAL_GPU_ARCH", "applegpu_g13g")
+    said = list(system_facts.lines(mac=True))
+    assert {"hw.model: MacBookAir10,1", "GPU cores: 7", "held by the compressor: 1.00 GiB"} <= set(said)
+    assert {"iogpu.wired_limit_mb: (refused: exit code 1, unknown oid)", "low power mode: 1"} <= set(said)
+    assert "power: Now drawing from 'AC Power'" in said and any(line.startswith("MLX's device: ") for line in said)
+    assert any("MLX_METAL_GPU_ARCH=applegpu_g13g" in line for line in said if line.startswith("variables: "))
+    assert "openblas" in system_facts.numpy_blas()
+    for name in replies:
+        (tmp_path / name).unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "GPU cores: (refused: FileNotFoundError)" in set(system_facts.lines(mac=True))
+
+
+def test_raw_sensors_by_their_names() -> None:
+    """Names and values as they are, and a provider's own refusal."""
+    raw = Raw(0.0, 0.0, hid=(("PMU tdie1", 45.25),), smc={"TVA0": "flt :0000e041"}, missing={"pressure": "no notify"})
+    want = ["HID: PMU tdie1 45.2", "SMC: TVA0 flt :0000e041", "pressure refuses: no notify"]
+    assert list(system_facts.sensors(raw)) == want

@@ -77,7 +77,7 @@ def attention(dtype: mx.Dtype) -> Found:
     """Causal attention of two heads a key; of many queries and of one, which have kernels of their own."""
     q, k, v = (drawn(heads, 1, heads % 6, 40, 64, dtype=dtype) for heads in (4, 2, 8))
     z = wide(q) @ np.repeat(wide(k), 2, axis=1).swapaxes(-1, -2) / 8 + np.triu(np.full((40, 40), -np.inf), 1)
-    want = _softmax(z)[0] @ np.repeat(wide(v), 2, axis=1)
+    want = softmax(z)[0] @ np.repeat(wide(v), 2, axis=1)
     work = partial(mx.fast.scaled_dot_product_attention, scale=1 / 8)
     return off([work(q, k, v, mask="causal"), work(q[:, :, -1:], k, v)], [want, want[:, :, -1:]]), ROUNDING[dtype]
 
@@ -116,7 +116,7 @@ def packed_products(dtype: mx.Dtype) -> Found:
     return off(found, want), ROUNDING[dtype]
 
 
-def _softmax(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def softmax(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     log = z - np.logaddexp.reduce(z, axis=-1, keepdims=True)
     return np.exp(log), log
 
@@ -128,7 +128,7 @@ def chunked_kl(dtype: mx.Dtype) -> Found:
     work = mx.value_and_grad(lambda h, w: losses.kl_sum(h, w, t, lambda x: x @ w0.T, mx.ones(40), rows=8), [0, 1])
     w0 = (drawn(3, 512, 64) / 8).astype(dtype)
     value, slopes = work(h, w)
-    (p, log_p), (q, log_q) = _softmax(wide(t) @ wide(w0).T), _softmax(wide(h) @ wide(w).T)
+    (p, log_p), (q, log_q) = softmax(wide(t) @ wide(w0).T), softmax(wide(h) @ wide(w).T)
     want = [np.sum(p * (log_p - log_q)), (q - p) @ wide(w), (q - p).T @ wide(h)]
     return off([value, *slopes], want), 5 * ROUNDING[dtype]  # one rounding more for logits, their softmax, its product
 
@@ -138,7 +138,7 @@ def logps(dtype: mx.Dtype) -> Found:
     h, w, ids = drawn(0, 40, 64, dtype=dtype).astype(mx.float32), drawn(1, 512, 64) / 8, mx.arange(40) * 7
     work = mx.value_and_grad(lambda h, w: losses.token_logps(h.astype(dtype), w, ids, rows=8).sum(), [0, 1])
     value, slopes = work(h, w)
-    q, log_q = _softmax(wide(h) @ wide(w).T)
+    q, log_q = softmax(wide(h) @ wide(w).T)
     there = np.eye(512)[np.array(ids)] - q
     want = [np.take_along_axis(log_q, np.array(ids)[:, None], 1).sum(), there @ wide(w), there.T @ wide(h)]
     return off([value, *slopes], want), 5 * ROUNDING[dtype]

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,12 @@ class NoAnswer(Exception):
 
 def ask(
     source: str, function: str, arguments: Mapping[str, Any], seconds: float, memory_bytes: int = 0,
-    watched: bool = sys.platform == "darwin",
+    watched: bool = sys.platform == "darwin", look: Callable[[], object] | None = None,
 ) -> Any:  # fmt: skip
     """What `function` of `source` (a module's dotted name, or a path to a .py file) returns for these arguments.
     Arguments that its signature does not name are left out. memory_bytes: of its address space, limited by the
     kernel; or where it is `watched` by us, as macOS has no such limit, of what it and its children hold; 0: no limit.
+    look: called some twenty times a second meanwhile.
     NoAnswer when it raises, ends its process, answers what JSON has no word for, or takes more than it may."""
     path = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH", "")]))
     question = json.dumps({"source": source, "function": function, "arguments": arguments,
@@ -45,7 +46,7 @@ def ask(
         env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
     ) as process:  # fmt: skip
         try:
-            output = _waited(process, question.encode(), seconds, memory_bytes if watched else 0)
+            output = _waited(process, question.encode(), seconds, memory_bytes if watched else 0, look)
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -58,15 +59,23 @@ def ask(
     return answer["value"]
 
 
-def _waited(process: subprocess.Popen[bytes], question: bytes, seconds: float, most_bytes: int) -> bytes:
+def _waited(
+    process: subprocess.Popen[bytes],
+    question: bytes,
+    seconds: float,
+    most_bytes: int,
+    look: Callable[[], object] | None = None,
+) -> bytes:
     """What it writes. NoAnswer when that takes longer, or it holds more than `most_bytes` (0: no limit)."""
     unsent: bytes | None = question
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
         try:
-            return process.communicate(unsent, timeout=min(LOOK_S, left) if most_bytes else left)[0]
+            return process.communicate(unsent, timeout=min(LOOK_S, left) if most_bytes or look else left)[0]
         except subprocess.TimeoutExpired:
             unsent = None  # it has the question, and communicate takes it once
+        if look:
+            look()
         if most_bytes and (held := _held(process.pid)) > most_bytes:
             raise NoAnswer(f"MemoryError: it holds {gib(held)}, {gib(most_bytes)} are allowed")
     raise NoAnswer(f"no answer in {seconds:g} s")
