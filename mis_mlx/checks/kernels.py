@@ -117,6 +117,7 @@ def packed_products(dtype: mx.Dtype) -> Found:
 
 
 def softmax(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(softmax, its logarithm) over the last axis, in float64."""
     log = z - np.logaddexp.reduce(z, axis=-1, keepdims=True)
     return np.exp(log), log
 
