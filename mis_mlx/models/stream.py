@@ -5,7 +5,7 @@ As many blocks as there is room for stay in memory and are read once."""
 
 import math
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -26,8 +26,26 @@ evaluate_now = mx.eval  # what these were made of may be freed, or changed, afte
 CHECKED = 2**22  # numbers that are looked at together, with three bytes for each
 HEAD_PART = 2**22  # numbers of a head that are read at a time where it comes in parts
 GROUP_BYTES = 2**27  # of outputs of experts, (B, T, k, D), at a time
+STACK = 8  # windows that a GPU takes through a block in one pass, at most,
+STACK_BYTES = 2**27  # and what that pass may hold
 Batches = Sequence[mx.array]  # token ids [(B, T)]
 Hidden = MutableSequence[mx.array]  # hidden states (B, T, D) of every batch; a list, or a disk.spool.Spool
+
+
+def pass_bytes(settings: Mapping[str, Any], tokens: int, length: int) -> int:
+    """The most that a block's forward pass over so many tokens, in windows of `length`, holds in float32."""
+    s = config.shape_of(settings)
+    per_token = 8 * s.hidden + 3 * arch.met(settings) + 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length
+    return 4 * tokens * per_token
+
+
+def stacked(settings: Mapping[str, Any], tokens: int, length: int) -> int:
+    """How many batches of so many tokens, in windows of `length`, a GPU takes in one pass. One window is little work
+    for it, and it waits for each to be evaluated. Experts are met batch by batch."""
+    if config.shape_of(settings).experts:
+        return 1
+    windows = max(1, tokens // length)
+    return max(1, min(STACK // windows, STACK_BYTES // pass_bytes(settings, tokens, length)))
 
 
 class NotNumbers(MisError):
@@ -236,10 +254,38 @@ class Stream:
     def through(self, block: nn.Module, hidden: Hidden) -> Hidden:
         """Every batch's hidden states (B, T, D) through one block, in place, evaluated batch by batch."""
         outs = self.mixed(block, hidden) if self._experts else None
-        outs = outs or lanes.each(lambda into: block(into, load.mask(self.args, block, into)), hidden)
+        outs = outs or self.each(lambda into: block(into, load.mask(self.args, block, into)), hidden)
         for b, out in enumerate(outs):
             hidden[b] = self.finite(out) if b == 0 else out
         return hidden
+
+    def each(self, work: Callable[[mx.array], mx.array], hidden: Iterable[mx.array]) -> Iterator[mx.array]:
+        """`work` of every batch (B, T, D), in order and evaluated: on a GPU several in one pass, on a CPU side by side.
+        Rows of a batch do not know of each other, so they are what they are one by one, but for their last bits."""
+        if policy.name() == "cpu":
+            yield from lanes.each(work, hidden)
+            return
+        for some in self.stacks(hidden):
+            out = work(joined(some))
+            evaluate_now(out)
+            yield from split(out, len(some))
+
+    def stacks(self, hidden: Iterable[mx.array]) -> Iterator[list[mx.array]]:
+        """The batches in as many at a time as a pass takes, all of one shape; one by one on a CPU."""
+        some = list[mx.array]()
+        for batch in hidden:
+            if some and (batch.shape != some[0].shape or len(some) == self._at_once(some[0])):
+                yield some
+                some = []
+            some.append(batch)
+        if some:
+            yield some
+
+    def _at_once(self, batch: mx.array) -> int:
+        if policy.name() == "cpu":
+            return 1
+        windows, length, _ = batch.shape
+        return stacked(self.checkpoint.config, windows * length, length)
 
     def mixed(self, block: nn.Module, hidden: Hidden, visit: Visit | None = None) -> Iterator[mx.array]:
         """Every batch's hidden states (B, T, D) behind a block that has experts, of which each is read once for as many
@@ -276,11 +322,22 @@ class Stream:
         return out
 
     def forward(self, batches: Batches, hidden: Hidden | None = None) -> Hidden:
-        """One pass: ids [(B, T)] -> final hidden states [(B, T, D)], the resident model's to the bit. As `embed`."""
+        """One pass: ids [(B, T)] -> final hidden states [(B, T, D)]. On a CPU, and of one batch everywhere, they are
+        the resident model's to the bit; of several in one pass to 1e-5. As `embed`."""
         hidden = self.embed(batches, hidden)
         for _, block in self.blocks():
             self.through(block, hidden)
         return self.norm(hidden)
+
+
+def joined(some: Sequence[mx.array]) -> mx.array:
+    """Batches (B, T, D) one after the other: (n B, T, D)."""
+    return mx.concatenate(list(some)) if len(some) > 1 else some[0]
+
+
+def split(array: mx.array, parts: int) -> list[mx.array]:
+    """What `joined` has put together, in as many parts."""
+    return mx.split(array, parts) if parts > 1 else [array]
 
 
 def not_numbers(array: mx.array) -> int:

@@ -78,8 +78,9 @@ def repair(job: DistillationSpec) -> StageCost:
     held-out ones each, of which a step gathers some more."""
     m, length, tokens = job.student, job.max_seq_length, job.reconstruct_samples * job.max_seq_length
     small = streamed_pass("", m, tokens, length, length, head=False, spool=False)
-    theirs, own = (each.body_bytes(estimates.workspace_bytes(each, length, length)) for each in (job.teacher, m))
-    ahead = m.in_flight(estimates.workspace_bytes(m, length, length))  # which the teacher's pass has too
+    work = [estimates.pass_workspace(each, tokens, length, length) for each in (job.teacher, m)]
+    theirs, own = (each.body_bytes(held) for each, held in zip((job.teacher, m), work, strict=True))
+    ahead = m.in_flight(work[1])  # which the teacher's pass has too
     beside, read = small.peak_bytes - ahead, m.nbytes
     if m.shape.experts:
         each = m.shape.experts * m.shape.hidden * m.item  # of what all say to a token
@@ -100,7 +101,7 @@ def repair_parts(job: DistillationSpec, limit: int, item: int) -> StageCost:
     states on disk as far as they find no room, and a block's output computed once more."""
     t, length, tokens = job.teacher, job.max_seq_length, job.reconstruct_samples * job.max_seq_length
     m = replace(job.student, block_bytes=item * job.student.block_params, as_stored=item == job.student.item == 4)
-    body = max(each.body_bytes(estimates.workspace_bytes(each, length, length)) for each in (t, m))
+    body = max(each.body_bytes(estimates.pass_workspace(each, tokens, length, length)) for each in (t, m))
     fit_bytes, fit_flops = refit(m, tokens, body)
     peak = t.slots_bytes + m.slots_bytes + max(fit_bytes, body + 4 * m.block_params) + estimates.SMALL_BYTES
     peak += 4 * m.shape.ffn * m.shape.hidden

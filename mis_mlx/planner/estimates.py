@@ -17,7 +17,7 @@ from mis_mlx.maths.losses import PART, chunk_rows
 from mis_mlx.models import arch, families, load, policy
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.host_losses import CHUNK, GROUP
-from mis_mlx.models.stream import GROUP_BYTES, HEAD_PART
+from mis_mlx.models.stream import GROUP_BYTES, HEAD_PART, pass_bytes, stacked
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, reported
 from mis_mlx.types import Budget, Checkpoint, MisError, duration, gib
@@ -174,9 +174,15 @@ def together(m: ModelSize) -> int:
 
 def workspace_bytes(m: ModelSize, tokens: int, length: int) -> int:
     """The most that a block's forward pass over one micro-batch holds, float32; of as many as go side by side here."""
-    s = m.shape
-    per_token = 8 * s.hidden + 3 * arch.met(m.config) + 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length
-    return 4 * together(m) * tokens * per_token + (2 * GROUP_BYTES if s.experts else 0)
+    return together(m) * pass_bytes(m.config, tokens, length) + (2 * GROUP_BYTES if m.shape.experts else 0)
+
+
+def pass_workspace(m: ModelSize, tokens: int, micro_tokens: int, length: int) -> int:
+    """The same of a pass over `tokens` in micro-batches, of which a GPU takes several at once (`stream.stacked`)."""
+    one = workspace_bytes(m, micro_tokens, length)
+    if not m.gpu:
+        return one
+    return one * min(math.ceil(tokens / micro_tokens), stacked(m.config, micro_tokens, length))
 
 
 def activation_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
@@ -230,7 +236,7 @@ def streamed_pass(
     logits at the end. spool: hidden states that find no room are written and read once a block. again: one of many
     alike: what the budget leaves holds the head, then blocks 0, 1 ... of the last. beside_bytes: held by others."""
     s, head_work = m.shape, m.head_work if head else 0
-    workspace = workspace_bytes(m, micro_tokens, length)
+    workspace = pass_workspace(m, tokens, micro_tokens, length)
     body = m.body_bytes(workspace) + m.in_flight(workspace)
     logits = logit_bytes(s.vocab, micro_tokens, gpu=m.gpu) + m.widened_bytes if head else 0
     if head and m.packed and not m.as_stored:
@@ -277,7 +283,7 @@ def compared(models: Sequence[ModelSize], windows: int, length: int) -> StageCos
     and what one is made from and looked at with, logits of CHUNK tokens, what is known of GROUP (as in comparison)."""
     tokens, vocab, hidden = windows * length, min(m.shape.vocab for m in models), max(m.shape.hidden for m in models)
     rows = min(HEAD_PART // hidden, vocab)
-    body = max(m.slots_bytes + m.body_bytes(workspace_bytes(m, length, length)) for m in models)
+    body = max(m.slots_bytes + m.body_bytes(pass_workspace(m, tokens, length, length)) for m in models)
     parts = [3 * rows * m.head_work // m.shape.vocab for m in models]
     beside = 3 * rows * hidden + 2 * 4 * min(length, CHUNK) * rows
     found = 9 * 8 * min(tokens, GROUP + length) * math.ceil(vocab / rows)

@@ -101,7 +101,7 @@ def _taught(
     keeps, read = 0, iters * job.step * job.target_bytes
     if job.targets == "live":
         # The teacher's workspace and the student's activations do not meet, its head and hidden states do.
-        peak += max(0, t.body_bytes(estimates.workspace_bytes(t, micro * length, length)) - work)
+        peak += max(0, t.body_bytes(estimates.pass_workspace(t, job.step, micro * length, length)) - work)
         peak += t.slots_bytes + (t.head_work + t.widened_bytes) * (not same_head)
         peak += job.step * t.shape.hidden * t.item
         keeps = estimates.pins(t, room(limit, peak, t.gpu))

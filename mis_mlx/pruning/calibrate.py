@@ -18,12 +18,56 @@ from mis_mlx.types import Checkpoint, Reading
 
 def _look(block: nn.Module, heads: int, into: mx.array, out: mx.array) -> dict[str, mx.array]:
     """What one batch says of one block, lazy: importance and squares by axis, and of the block itself."""
+    seen = {axis: block[part][name].take() for axis, (part, (name, *_)) in arch.readers(block).items()}
+    return _samples(seen, heads, into, out)
+
+
+def _samples(seen: Mapping[str, mx.array], heads: int, into: mx.array, out: mx.array) -> dict[str, mx.array]:
+    """The same of what a batch's readers saw."""
     samples = {"block": importance.block_sample(into, out)}
-    for axis, (part, (name, *_)) in arch.readers(block).items():
-        seen = block[part][name].take()
-        samples[axis] = importance.head_sample(seen, heads) if axis == "heads" else importance.channel_sample(seen)
-        samples[axis + " squares"] = importance.square_sample(seen)
+    for axis, x in seen.items():
+        samples[axis] = importance.head_sample(x, heads) if axis == "heads" else importance.channel_sample(x)
+        samples[axis + " squares"] = importance.square_sample(x)
     return samples
+
+
+def _entered(
+    source: stream.Stream, block: nn.Module, hidden: stream.Hidden, weight: Callable[[int], float]
+) -> Iterator[tuple[mx.array, dict[str, mx.array]]]:
+    """Every batch behind a block, and what it says of the block, evaluated. weight(batch): asked as it enters."""
+    if policy.name() != "cpu":
+        yield from _stacked(source, block, hidden, weight)
+        return
+    heads = shape_of(source.checkpoint.config).heads
+
+    def enter(b: int, into: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
+        weight(b)
+        after = block(into, load.mask(source.args, block, into))
+        return after, _look(block, heads, into, after)
+
+    yield from lanes.each(enter, range(len(hidden)), hidden)
+
+
+def _stacked(
+    source: stream.Stream, block: nn.Module, hidden: stream.Hidden, weight: Callable[[int], float]
+) -> Iterator[tuple[mx.array, dict[str, mx.array]]]:
+    """The same on a GPU: several batches in one pass, each looked at by itself."""
+    heads = shape_of(source.checkpoint.config).heads
+    entered = 0
+    for some in source.stacks(hidden):
+        count = len(some)
+        entered += count
+        weight(entered - 1)
+        into = stream.joined(some)
+        after = stream.split(block(into, load.mask(source.args, block, into)), count)
+        readers = arch.readers(block).items()
+        seen = {axis: stream.split(block[part][name].take(), count) for axis, (part, (name, *_)) in readers}
+        found = []
+        for k in range(count):
+            of_batch = {axis: parts[k] for axis, parts in seen.items()}
+            found.append((after[k], _samples(of_batch, heads, some[k], after[k])))
+        stream.evaluate_now(found)
+        yield from found
 
 
 def _merge(out: Statistics, experts: Mapping[int, ExpertSums], batches: int) -> None:
@@ -103,13 +147,8 @@ def calibrate(
             block[part][name] = stream.InputRecorder(block[part][name])
         distances = []
 
-        def enter(b: int, into: mx.array, block: nn.Module = block) -> tuple[mx.array, dict[str, mx.array]]:
-            weight(b)
-            after = block(into, load.mask(source.args, block, into))
-            return after, _look(block, s.heads, into, after)
-
         looked = _mixed(source, block, hidden, experts[i], out.ffn[i], weight) if s.experts else None
-        for b, (after, samples) in enumerate(looked or lanes.each(enter, range(len(hidden)), hidden)):
+        for b, (after, samples) in enumerate(looked or _entered(source, block, hidden, weight)):
             hidden[b] = source.finite(after) if b == 0 else after
             seen = {name: np.array(sample, np.float64) for name, sample in samples.items()}
             distances.append(seen["block"])

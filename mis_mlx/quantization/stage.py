@@ -69,7 +69,7 @@ def rounded_blocks(
         prefix, readers = f"model.layers.{i}.", arch.readers(block)
         paths = {axis: [f"{prefix}{part}.{name}" for name in names] for axis, (part, names) in readers.items()}
         tapped = [axis for axis in readers if any(plan[path].bits < ENOUGH_BITS for path in paths[axis])]
-        grams = _grams(block, source.args, hidden, tapped, f"{checkpoint.path}: {prefix}")
+        grams = _grams(source, block, hidden, tapped, f"{checkpoint.path}: {prefix}")
         done: dict[str, rounding.Packed] = {}
         for axis, (part, names) in readers.items():
             linears = {path: block[part][name] for path, name in zip(paths[axis], names, strict=True)}
@@ -95,7 +95,9 @@ def rounded_blocks(
             source.through(block, hidden)
 
 
-def _grams(block: nn.Module, args: Any, hidden: Hidden, axes: Sequence[str], where: str = "") -> dict[str, np.ndarray]:
+def _grams(
+    source: stream.Stream, block: nn.Module, hidden: Hidden, axes: Sequence[str], where: str = ""
+) -> dict[str, np.ndarray]:
     """{axis: sum of a a^T (in, in) over all tokens} of what goes into the matrices that read it.
 
     Products of one batch are float32, sums over batches in `reconstruction.precision`. MisError, with `where`, when a
@@ -108,11 +110,12 @@ def _grams(block: nn.Module, args: Any, hidden: Hidden, axes: Sequence[str], whe
     sums = {axis: np.zeros((n, n), reconstruction.precision(n)) for axis, n in sizes.items()}
 
     def work(into: mx.array) -> dict[str, mx.array]:
-        block(into, load.mask(args, block, into))
+        block(into, load.mask(source.args, block, into))
         seen = {axis: tap.take().astype(mx.float32) for axis, tap in taps.items()}
         return {axis: (flat := a.reshape(-1, a.shape[-1])).T @ flat for axis, a in seen.items()}
 
-    for products in lanes.each(work, hidden):
+    # Sums do not ask which window a token is of: a stack's are one product.
+    for products in lanes.each(work, map(stream.joined, source.stacks(hidden))):
         for axis, product in products.items():
             if not mx.isfinite(product).all().item():
                 raise MisError(f"{where}{'.'.join(places[axis])} meets values that are not finite: use plain rounding")

@@ -199,7 +199,7 @@ def test_a_real_pass_stays_under_the_plan(
 ) -> None:
     """MLX's peak is under the plan's and not by more than half; bytes read agree but for the embedding's rows.
 
-    Under Metal's policy (float16, packed) the plan may be three times the peak: its workspace is float32's, as some of
+    Under Metal's policy (float16, packed) the plan may be 3.5 times the peak: its workspace is float32's, as some of
     Metal's kernels have it, while here half of it is float16; and a GPU holds what its commands in flight need.
     """
     checkpoint = stored(kind)
@@ -221,7 +221,7 @@ def test_a_real_pass_stays_under_the_plan(
     mx.set_cache_limit(cache)
     p = estimates.streamed_pass("pass", m, windows * length, length, length, GIB, head=False)
     assert source.reader.nbytes - embedded == pytest.approx(p.read_bytes, rel=0.01)  # extents: whole pages at the ends
-    most = 1.5 if word == "cpu" else 3.0
+    most = 1.5 if word == "cpu" else 3.5
     assert p.peak_bytes - estimates.SMALL_BYTES < most * peak and peak < p.peak_bytes, (peak, p.peak_bytes)
 
 

@@ -64,7 +64,7 @@ def test_each_block_is_fitted_to_the_stream_of_the_rounded_ones(
         assert i < 2
         rounded.through(block, hidden)
     for _, block in source.blocks([2]):
-        grams = stage._grams(block, source.args, hidden, ["ffn"])
+        grams = stage._grams(source, block, hidden, ["ffn"])
         down = np.array(block.mlp.down_proj.weight)
     wanted = rounding.compensated(down, grams["ffn"], 64, 4)
     for a, b in zip(chosen[2]["model.layers.2.mlp.down_proj"], wanted, strict=True):
@@ -77,7 +77,7 @@ def test_the_gram_matrices(llama: Checkpoint, batches: list[mx.array]) -> None:
     hidden = source.embed(batches)
     for _, block in source.blocks([0]):
         linear = block.mlp.down_proj
-        grams = stage._grams(block, source.args, hidden, list(arch.READERS))
+        grams = stage._grams(source, block, hidden, list(arch.READERS))
         assert block.mlp.down_proj is linear
         seen = {axis: np.zeros_like(g) for axis, g in grams.items()}
         for h in hidden:

@@ -1,0 +1,124 @@
+"""Several windows in one pass, as on a GPU: how many passes there are, and that nothing else changes.
+
+Imposed on a CPU by Metal's policy, in float32; on a GPU nobody has counted them yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mis_mlx.models import load, policy, stream
+from mis_mlx.planner import estimates
+from mis_mlx.pruning.calibrate import calibrate
+from mis_mlx.quantization import stage
+from mis_mlx.types import Checkpoint
+from tests import tiny
+
+WINDOWS = 8
+LAYERS = 3
+Counted = Callable[[Callable[[], Any]], tuple[Any, int]]
+
+
+@pytest.fixture(name="batches")
+def _batches() -> list[mx.array]:
+    """Eight windows of 32 tokens."""
+    return [mx.random.randint(0, 512, (1, 32), key=mx.random.key(k)) for k in range(WINDOWS)]
+
+
+@pytest.fixture(name="under")
+def _under(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Callable[[], Any]], tuple[Any, int]]]:
+    """`under(word, work)`: (what `work` gives under a policy, in float32; how often a block was called)."""
+    calls = list[int]()
+    kind = load.mlx_lm("models.llama").TransformerBlock
+    call = kind.__call__
+
+    def counting(self: Any, *arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        return call(self, *arguments, **named)
+
+    monkeypatch.setattr(kind, "__call__", counting)
+
+    def run(word: str, work: Callable[[], Any]) -> tuple[Any, int]:
+        monkeypatch.setenv(policy.POLICY, word)
+        policy.use("float32")
+        calls.clear()
+        return work(), len(calls)
+
+    yield run
+    policy.use(None)
+
+
+def near(found: Any, want: Any) -> None:
+    """To 1e-5 of the largest."""
+    found, want = (np.array(x, np.float64) for x in (found, want))
+    assert np.abs(found - want).max() <= 1e-5 * np.abs(want).max()
+
+
+def test_how_many_go_together() -> None:
+    """Eight at most, fewer where a pass holds more than 128 MiB, one of a mixture, whole batches of several windows."""
+    s = tiny.CONFIG
+    assert stream.stacked(s, 32, 32) == 8
+    assert stream.stacked(s, 4 * 32, 32) == 2 and stream.stacked(s, 16 * 32, 32) == 1
+    wide = {**s, "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "head_dim": 64}
+    held = stream.pass_bytes(wide, 512, 512)
+    assert stream.stacked(wide, 512, 512) == stream.STACK_BYTES // held == 2
+    assert stream.stacked({**s, **tiny.FAMILIES["qwen3_moe"]}, 32, 32) == 1
+
+
+def test_a_pass(llama: Checkpoint, batches: list[mx.array], under: Any) -> None:
+    """A block is called once for eight windows, one by one on a CPU; a window of another length goes by itself."""
+    odd = [*batches[:3], mx.array([[5, 6, 7]]), *batches[3:]]
+    want, many = under("cpu", lambda: stream.Stream(llama).forward(odd))
+    found, few = under("metal", lambda: stream.Stream(llama).forward(odd))
+    assert (many, few) == (9 * LAYERS, 3 * LAYERS)
+    for a, b in zip(found, want, strict=True):
+        assert a.shape == b.shape
+        near(a, b)
+
+
+def test_calibration(llama: Checkpoint, batches: list[mx.array], under: Any) -> None:
+    """Every sum and distance, and the air asked once a window."""
+    asked = list[int]()
+
+    def work() -> Any:
+        asked.clear()
+        return calibrate(llama, batches, lambda: asked.append(1))
+
+    (want, _), many = under("cpu", work)
+    (found, _), few = under("metal", work)
+    assert (many, few) == (WINDOWS * LAYERS, LAYERS) and len(asked) == WINDOWS
+    for axis in ("ffn", "heads", "hidden"):
+        for i, sums in getattr(want, axis).items():
+            for field in ("mean", "square", "warm"):
+                near(getattr(getattr(found, axis)[i], field), getattr(sums, field))
+    near([*found.block.values()], [*want.block.values()])
+
+
+def test_gram_matrices(llama: Checkpoint, batches: list[mx.array], under: Any) -> None:
+    """GPTQ's sums of all windows."""
+
+    def work() -> Any:
+        source = stream.Stream(llama)
+        hidden = source.embed(batches)
+        _, block = next(source.blocks([0]))
+        return stage._grams(source, block, hidden, ["ffn", "norm1"])
+
+    want, many = under("cpu", work)
+    found, few = under("metal", work)
+    assert (many, few) == (WINDOWS, 1)
+    for axis, gram in want.items():
+        near(found[axis], gram)
+
+
+def test_the_plan_has_room_for_them() -> None:
+    """A pass over eight windows is planned with all that the engine takes at once, over one with one."""
+    m = estimates.model_of(tiny.CONFIG, gpu=True)
+    one = estimates.workspace_bytes(m, 32, 32)
+    assert estimates.pass_workspace(m, 32, 32, 32) == one
+    assert estimates.pass_workspace(m, 3 * 32, 32, 32) == 3 * one
+    assert estimates.pass_workspace(m, 20 * 32, 32, 32) == 8 * one
+    assert estimates.pass_workspace(estimates.model_of(tiny.CONFIG, gpu=False), 20 * 32, 32, 32) <= 2 * one
