@@ -337,7 +337,7 @@ def joined(some: Sequence[mx.array]) -> mx.array:
 
 def split(array: mx.array, parts: int) -> list[mx.array]:
     """What `joined` has put together, in as many parts."""
-    return mx.split(array, parts) if parts > 1 else [array]
+    return list(mx.split(array, parts)) if parts > 1 else [array]
 
 
 def not_numbers(array: mx.array) -> int:

@@ -13,6 +13,7 @@ tokens; then its router alone is trained on what they said, towards the same goa
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import mlx.core as mx
@@ -110,6 +111,24 @@ def narrow(hidden: mx.array, columns: mx.array | None) -> mx.array:
     return (hidden.astype(mx.float32) @ columns).astype(hidden.dtype)
 
 
+@dataclass(frozen=True)
+class _Stack:
+    """Windows that go through a block in one pass: their numbers, their states and where these should arrive."""
+
+    numbers: Sequence[int]
+    into: mx.array  # (n, T, D)
+    want: mx.array  # (n, T, D of the teacher)
+
+
+def _stacks(source: stream.Stream, hidden: Hidden, target: Hidden) -> Iterator[_Stack]:
+    """All windows, as many at a time as a pass takes."""
+    first = 0
+    for some in source.stacks(hidden):
+        numbers = range(first, first + len(some))
+        first += len(some)
+        yield _Stack(numbers, stream.joined(some), stream.joined([target[number] for number in numbers]))
+
+
 def refit(
     source: stream.Stream, block: nn.Module, hidden: Hidden, target: Hidden, kinds: Sequence[int],
     columns: mx.array | None,
@@ -131,27 +150,35 @@ def refit(
     outputs, inputs = linear.weight.shape
     fit, judging = NormalEquations(inputs, outputs), list[HeldOut]()
 
-    def products(number: int, into: mx.array, want: mx.array) -> tuple[mx.array, mx.array]:
-        out = block(into, load.mask(source.args, block, into))
-        goal = narrow(want, columns).astype(mx.float32).reshape(-1, outputs)
+    def tokens(stack: _Stack) -> tuple[mx.array, mx.array, mx.array]:
+        """What goes into the matrix (n, F), what its output lacks (n, D), and how much each token counts (n,)."""
+        out = block(stack.into, load.mask(source.args, block, stack.into))
+        goal = narrow(stack.want, columns).astype(mx.float32).reshape(-1, outputs)
         missing = (goal - out.astype(mx.float32).reshape(-1, outputs)) / each
         weight, into = 1.0 / _rms(goal), tap.take()
         if settled:
             length = _rms(linear(into).astype(mx.float32).reshape(-1, outputs))
             missing, weight = missing * length[:, None], weight / length
-        rows = into.reshape(-1, inputs)
-        if number in held_out:  # the tokens themselves: a sum of products a kind would be as large as the fit
-            held = HeldOut.of(rows, missing, weight)
-            return held.inputs, held.missing
-        return fit.products(rows, missing, weight)
+        return into.reshape(-1, inputs), missing, weight
 
-    coming = lanes.each(products, range(len(target)), hidden, target)
-    for number in range(len(target)):  # a window's products are as large as the fit; enumerate would hold on to them
-        if number in held_out:
-            rows, missing = next(coming)
-            judging.append(HeldOut(rows, missing, kinds[number]))
-        else:
-            fit.add(*next(coming))
+    def products(stack: _Stack) -> tuple[list[mx.array], list[mx.array]]:
+        """(the sums of the windows that are learned from; the tokens of those held out, for a sum of products a kind
+        would be as large as the fit)."""
+        parts = [stream.split(x, len(stack.numbers)) for x in tokens(stack)]
+        windows = list(zip(stack.numbers, *parts, strict=True))
+        learned = [of for number, *of in windows if number not in held_out]
+        judges_of = [HeldOut.of(*of) for number, *of in windows if number in held_out]
+        sums = list(fit.products(*map(stream.joined, zip(*learned, strict=True)))) if learned else []
+        return sums, [array for held in judges_of for array in (held.inputs, held.missing)]
+
+    coming = lanes.each(products, _stacks(source, hidden, target))
+    held_numbers = iter(sorted(held_out))
+    for sums, tokens_of in coming:
+        if sums:
+            fit.add(*sums)
+        for rows, missing in zip(tokens_of[::2], tokens_of[1::2], strict=True):
+            judging.append(HeldOut(rows, missing, kinds[next(held_numbers)]))
+        del sums, tokens_of  # as large as the fit: not beside the next ones
     block.mlp.down_proj = linear
     update, error = fit.judged(judging, whole=not settled)  # else those held out judge what the norm makes of it
     update *= back  # in place, as the sum is: what the fit is made of is still there

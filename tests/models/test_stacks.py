@@ -5,6 +5,7 @@ Imposed on a CPU by Metal's policy, in float32; on a GPU nobody has counted them
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -13,10 +14,12 @@ import pytest
 
 from mis_mlx.models import load, policy, stream
 from mis_mlx.planner import estimates
+from mis_mlx.pruning import reconstruct
 from mis_mlx.pruning.calibrate import calibrate
 from mis_mlx.quantization import stage
 from mis_mlx.types import Checkpoint
 from tests import tiny
+from tests.pruning.test_reconstruct import CUTS, student_of
 
 WINDOWS = 8
 LAYERS = 3
@@ -112,6 +115,22 @@ def test_gram_matrices(llama: Checkpoint, batches: list[mx.array], under: Any) -
     assert (many, few) == (WINDOWS, 1)
     for axis, gram in want.items():
         near(found[axis], gram)
+
+
+def test_repair(llama: Checkpoint, batches: list[mx.array], tmp_path: Path, under: Any) -> None:
+    """The matrices of a pruned student, of which every fourth window judges; and the error that is left."""
+    keep, sizes = CUTS["ffn"]
+    student = student_of(llama, keep, tmp_path / "student", **sizes)
+
+    def work() -> Any:
+        return reconstruct.reconstruct(llama, student, keep, batches)
+
+    (want, left), many = under("cpu", work)
+    (found, left_there), few = under("metal", work)
+    assert few * WINDOWS == many and len(want) == LAYERS
+    near(left_there, left)
+    for name, matrix in want.items():
+        assert np.abs(np.array(found[name]) - np.array(matrix)).max() <= 1e-4 * np.abs(np.array(matrix)).max()
 
 
 def test_the_plan_has_room_for_them() -> None:
