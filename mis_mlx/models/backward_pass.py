@@ -8,12 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.hardware import lanes
 from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.models import config, host_losses, load, policy, stream
 from mis_mlx.types import Checkpoint
 
-Some = Sequence[mx.array]  # of as many batches as there are lanes
+Some = Sequence[mx.array]  # of as many batches as there are lanes, or as a GPU takes back in one pass
 Visit = Callable[[int, nn.Module], Callable[[Some, Some], Some]]
 AtHead = Callable[[mx.array, mx.array], None]
 
@@ -40,7 +39,8 @@ def backwards(
             keys = (mx.random.key(seed * n + b) for b in range(n))
             back = [_drawn(checkpoint, source, h, key, at_head) for h, key in zip(last, keys, strict=True)]
         through = visit(i, block)
-        for b in range(0, n, width := lanes.count()):
+        width = source.back_at_once(back[0])
+        for b in range(0, n, width):
             some = range(b, min(b + width, n))
             back[some.start : some.stop] = through([kept[i * n + k] for k in some], back[some.start : some.stop])
     return back

@@ -287,6 +287,12 @@ class Stream:
         windows, length, _ = batch.shape
         return stacked(self.checkpoint.config, windows * length, length)
 
+    def back_at_once(self, batch: mx.array) -> int:
+        """How many batches like this one go back through a block together: as many as lanes, or half a stack."""
+        if policy.name() == "cpu":
+            return lanes.count()
+        return max(1, self._at_once(batch) // 2)
+
     def mixed(self, block: nn.Module, hidden: Hidden, visit: Visit | None = None) -> Iterator[mx.array]:
         """Every batch's hidden states (B, T, D) behind a block that has experts, of which each is read once for as many
         batches as GROUP_BYTES hold the outputs of.

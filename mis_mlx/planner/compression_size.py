@@ -16,7 +16,7 @@ from mis_mlx.maths.reconstruction import HELD_OUT, RIDGES, precision
 from mis_mlx.maths.rounding import BITS, HELD_BYTES, PART, SLAB
 from mis_mlx.models import arch
 from mis_mlx.models.config import shape_of
-from mis_mlx.models.stream import HEAD_PART
+from mis_mlx.models.stream import HEAD_PART, stacked
 from mis_mlx.planner import estimates
 from mis_mlx.planner.estimates import ModelSize, StageCost, streamed_pass
 from mis_mlx.planner.recipe import VOCABULARY_LOGITS, VOCABULARY_WINDOWS, DistillationSpec, QuantizationConfig
@@ -194,6 +194,8 @@ def _sensed(then: StageCost, m: ModelSize, windows: int, length: int, limit: int
     head = m.head_work + estimates.logit_bytes(2 * m.shape.vocab, length, True) * (2 + m.gpu) // 2
     # In one lane 0.2 to 0.8 of it were measured, in two 0.4 to 1.2; the workspace in `one` is free by then.
     back = (1 + estimates.together(m)) * estimates.backward_bytes(m.config, 1, length) // 2
+    if m.gpu:  # half a stack goes back in one pass
+        back *= min(windows, max(1, stacked(m.config, length, length) // 2))
     back = max(0, back - (workspace := estimates.workspace_bytes(m, length, length)))
     s, formats = m.shape, len(BITS)
     seen = 4 * length * (4 * s.hidden + 2 * (s.heads + s.kv_heads) * s.head_dim + 3 * s.ffn)

@@ -10,7 +10,7 @@ For N weights, F formats and windows of T tokens a batch of windows moves 20 N F
 there a slab of rows at a time. 32 windows of 256 tokens, 7B, 5 formats: 9 TB, and a wait for each matrix and batch."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -19,7 +19,7 @@ import numpy as np
 
 from mis_mlx.hardware import lanes
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, backward_pass, load, stream
+from mis_mlx.models import arch, backward_pass, load, policy, stream
 from mis_mlx.models.backward_pass import Some
 from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.planner.recipe import QuantizationConfig
@@ -129,7 +129,7 @@ def costs(
         def through(x: Some, above: Some) -> Some:
             nonlocal done
             below = list[mx.array]()
-            for under, window in lanes.each(lambda *of: _back(args, block, matrices, *of), x, above):
+            for under, window in _backs(args, block, matrices, x, above):
                 below.append(under)
                 seen.append(window)
             done += len(below)
@@ -202,6 +202,23 @@ def _back(
         block[part][name] = linear
     inputs = {axis: _flat(a) for (_, _, axis), a in zip(matrices, outs[1:], strict=True)}
     return below, (inputs, [_flat(c) for c in cotangents])
+
+
+def _backs(
+    args: object, block: nn.Module, matrices: Sequence[tuple[str, str, str]], x: Some, above: Some
+) -> Iterator[tuple[mx.array, Seen]]:
+    """`_back` of every batch, evaluated: in one pass on a GPU where all are of one shape, else side by side."""
+    if policy.name() == "cpu" or len({batch.shape for batch in x}) > 1:
+        yield from lanes.each(lambda *of: _back(args, block, matrices, *of), x, above)
+        return
+    below, (inputs, cotangents) = _back(args, block, matrices, stream.joined(x), stream.joined(above))
+    stream.evaluate_now(below, inputs, cotangents)
+    count = len(x)
+    under = stream.split(below, count)
+    of_inputs = {axis: stream.split(a, count) for axis, a in inputs.items()}
+    of_cotangents = [stream.split(c, count) for c in cotangents]
+    for k in range(count):
+        yield under[k], ({axis: parts[k] for axis, parts in of_inputs.items()}, [parts[k] for parts in of_cotangents])
 
 
 def _flat(x: mx.array) -> mx.array:

@@ -12,11 +12,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mis_mlx.data.token_windows import Windows
+from mis_mlx.evaluation import comparison
 from mis_mlx.models import load, policy, stream
 from mis_mlx.planner import estimates
 from mis_mlx.pruning import reconstruct
 from mis_mlx.pruning.calibrate import calibrate
-from mis_mlx.quantization import stage
+from mis_mlx.quantization import bit_allocation, stage
 from mis_mlx.types import Checkpoint
 from tests import tiny
 from tests.pruning.test_reconstruct import CUTS, student_of
@@ -30,6 +32,15 @@ Counted = Callable[[Callable[[], Any]], tuple[Any, int]]
 def _batches() -> list[mx.array]:
     """Eight windows of 32 tokens."""
     return [mx.random.randint(0, 512, (1, 32), key=mx.random.key(k)) for k in range(WINDOWS)]
+
+
+@pytest.fixture(name="windows")
+def _windows(batches: list[mx.array]) -> Windows:
+    """The same as held-out text, of which all but the first three predictions count."""
+    tokens = np.concatenate([np.array(batch) for batch in batches]).astype(np.int32)
+    learn = np.ones(tokens.shape, np.float32)
+    learn[:, :3] = 0
+    return Windows(tokens, learn)
 
 
 @pytest.fixture(name="under")
@@ -131,6 +142,33 @@ def test_repair(llama: Checkpoint, batches: list[mx.array], tmp_path: Path, unde
     near(left_there, left)
     for name, matrix in want.items():
         assert np.abs(np.array(found[name]) - np.array(matrix)).max() <= 1e-4 * np.abs(np.array(matrix)).max()
+
+
+def test_sensitivity(llama: Checkpoint, batches: list[mx.array], under: Any) -> None:
+    """What every matrix costs in fewer bits: forwards in one pass for eight windows, back in two."""
+
+    def work() -> Any:
+        return bit_allocation.costs(llama, batches, 64, (3, 4, 8))
+
+    want, many = under("cpu", work)
+    found, few = under("metal", work)
+    assert (many, few) == (2 * WINDOWS * LAYERS, 3 * LAYERS)
+    for path, costs in want.items():
+        near([*found[path].values()], [*costs.values()])
+
+
+def test_measuring(llama: Checkpoint, models: Callable[[str], Checkpoint], windows: Windows, under: Any) -> None:
+    """Loss, KL and agreement of every window: a pass of each model for eight of them."""
+    other = models("untied")
+
+    def work() -> Any:
+        return comparison.compare({"teacher": llama, "student": other}, windows)
+
+    want, many = under("cpu", work)
+    found, few = under("metal", work)
+    assert few * WINDOWS == many > 0 and len(want) == 4
+    for key, values in want.items():
+        near(found[key], values)
 
 
 def test_the_plan_has_room_for_them() -> None:
