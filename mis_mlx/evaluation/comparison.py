@@ -7,6 +7,7 @@ are whole (llama.cpp keeps 16 bits and leaves out those under e^-16), and a wind
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +17,7 @@ from mis_mlx.data.token_windows import Windows
 from mis_mlx.maths import stats
 from mis_mlx.models import config, distributed, host_losses, load
 from mis_mlx.models.host_losses import CHUNK, GROUP
-from mis_mlx.models.stream import HEAD_PART, Hidden, Stream
+from mis_mlx.models.stream import HEAD_PART, Hidden, Stream, evaluate_now
 from mis_mlx.types import Checkpoint, MisError, Row
 
 Models = Mapping[str, Checkpoint]  # by name
@@ -82,13 +83,17 @@ def by_window(base: Passed, other: Passed, held_out: Windows) -> Iterator[np.nda
         group = held_out.pick(slice(first, first + size))
         counted = [np.flatnonzero(learn[:-1]) for learn in group.learn]  # nothing follows the last
         chunks = [(w, ats[i : i + CHUNK]) for w, ats in enumerate(counted) for i in range(0, len(ats), CHUNK)]
-        parts = [list[np.ndarray]() for _ in chunks]
+        parts = [list[Any]() for _ in chunks]
         heads = (Stream(model).head_parts(vocab, rows) for model, _ in (base, other))
         for (start, mine), (_, theirs) in zip(*heads, strict=True):
             sides = (mine, base[1]), (theirs, other[1])
             for (w, at), found in zip(chunks, parts, strict=True):
                 z_t, z = (load.wide_logits(head, h[first + w][0][mx.array(at)]) for head, h in sides)
                 found.append(host_losses.compared(z_t, z, group.tokens[w][at + 1], start))
+            lazy = [found for found in parts if isinstance(found[-1], mx.array)]
+            evaluate_now([found[-1] for found in lazy])  # a GPU waits once a part of the head, not once a chunk
+            for found in lazy:
+                found[-1] = np.asarray(found[-1])
         values = [np.zeros((0, 4)), *(host_losses.over_parts(found) for found in parts)]
         yield from np.split(np.concatenate(values), np.cumsum([len(ats) for ats in counted])[:-1])
 

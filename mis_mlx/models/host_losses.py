@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx.hardware import lanes
-from mis_mlx.maths.losses import Logits, chunk_rows, wide_product
-from mis_mlx.models import stream
+from mis_mlx.maths.losses import Logits, chunk_rows, softmax_lse, wide_product
+from mis_mlx.models import policy, stream
 
 NUMBERS = 8 * 49_152  # logits at a time: 1.5 MB
 GROUP, CHUNK = 4096, 256  # tokens compared in one part of the vocabulary before the next is read; those at a time
@@ -87,9 +87,12 @@ def kl_gradients(
     return loss, mx.concatenate(dh), dw
 
 
-def compared(teacher: mx.array, student: mx.array, targets: np.ndarray, start: int = 0) -> np.ndarray:
+def compared(teacher: mx.array, student: mx.array, targets: np.ndarray, start: int = 0) -> np.ndarray | mx.array:
     """What `over_parts` needs to know of logits (n, v) float32, which are made over, of a part of the vocabulary:
-    (n, 9). targets: (n,), the right tokens. start: the first token of this part."""
+    (n, 9); on a GPU lazy, so that it need not wait for numpy. targets: (n,), the right tokens. start: the first token
+    of this part."""
+    if policy.name() != "cpu":
+        return _compared_on_device(teacher, student, mx.array(targets - start), start)
 
     def of_rows(z_t: np.ndarray, z: np.ndarray, targets: np.ndarray) -> np.ndarray:
         here = (targets >= 0) & (targets < z.shape[1])
@@ -102,11 +105,25 @@ def compared(teacher: mx.array, student: mx.array, targets: np.ndarray, start: i
     return by_rows(of_rows, view(teacher), view(student), targets - start)
 
 
-def over_parts(parts: Sequence[np.ndarray]) -> np.ndarray:
+def _compared_on_device(teacher: mx.array, student: mx.array, targets: mx.array, start: int) -> mx.array:
+    """`compared` as MLX's own operations, lazy. targets: counted from the first token of this part."""
+    p, lse_t = softmax_lse(teacher)
+    _, lse = softmax_lse(student)
+    kl = (p * (teacher - student)).sum(axis=-1) - lse_t + lse
+    here = (targets >= 0) & (targets < student.shape[1])
+    at = mx.where(here, targets, 0)[:, None]
+    known = [mx.where(here, mx.take_along_axis(z, at, axis=-1)[:, 0], -mx.inf) for z in (teacher, student)]
+    for z in (teacher, student):
+        known += [z.max(axis=-1), (z.argmax(axis=-1) + start).astype(mx.float32)]  # exact up to 2^24 tokens
+    return mx.stack([kl, lse_t, lse, *known], axis=1)
+
+
+def over_parts(parts: Sequence[np.ndarray | mx.array]) -> np.ndarray:
     """What was found in all parts (n, 9) of a vocabulary, in their order, together: (n, 4) float64, the teacher's
     negative log-likelihood, the student's, KL(teacher || student), all in nats, 1 where the top token is the same."""
     with np.errstate(all="ignore"):
-        kl, lse_t, lse, right_t, right, top_t, best_t, top, best = np.moveaxis(np.array(parts, np.float64), 2, 0)
+        every = np.array([np.asarray(part) for part in parts], np.float64)
+        kl, lse_t, lse, right_t, right, top_t, best_t, top, best = np.moveaxis(every, 2, 0)
         whole_t, whole = np.logaddexp.reduce(lse_t), np.logaddexp.reduce(lse)
         # A part's KL is that of the probabilities in it; its share of the teacher's weighs it.
         kl = (np.exp(lse_t - whole_t) * (kl + lse_t - lse)).sum(axis=0) - whole_t + whole

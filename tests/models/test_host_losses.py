@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mis_mlx.hardware import lanes
-from mis_mlx.models import host_losses
+from mis_mlx.models import host_losses, policy
 from tests.maths.test_losses import Problem, gradients, ours, problem
 
 
@@ -40,9 +40,12 @@ def test_kl_and_its_gradients(
     assert frozen[2] is None and frozen[0] == total and mx.array_equal(frozen[1], dh)
 
 
+@pytest.mark.parametrize("word", ["cpu", "metal"])
 @pytest.mark.parametrize("cuts", [[0, 50], [0, 17, 34, 50], [*range(51)]])
-def test_what_a_comparison_says(cuts: list[int]) -> None:
-    """Each column beside its formula in float64, the vocabulary whole, in parts, and token by token."""
+def test_what_a_comparison_says(cuts: list[int], word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each column beside its formula in float64, the vocabulary whole, in parts, and token by token; by numpy on a CPU,
+    by MLX, which nobody waits for, on a GPU."""
+    monkeypatch.setenv(policy.POLICY, word)
     z_t, z = (3 * mx.random.normal((21, 50), key=mx.random.key(k)) for k in (1, 2))
     z = 0.5 * z + z_t
     targets = np.random.default_rng(3).integers(0, 50, 21)
@@ -51,7 +54,7 @@ def test_what_a_comparison_says(cuts: list[int]) -> None:
     same = log_t.argmax(1) == log.argmax(1)
     want = np.stack([-log_t[at], -log[at], (np.exp(log_t) * (log_t - log)).sum(1), same], 1)
     parts = [host_losses.compared(z_t[:, a:b], z[:, a:b], targets, a) for a, b in pairwise(cuts)]
-    assert 0 < same.sum() < 21
+    assert 0 < same.sum() < 21 and {type(part) for part in parts} == {np.ndarray if word == "cpu" else mx.array}
     np.testing.assert_allclose(host_losses.over_parts(parts), want, atol=1e-5)
 
 
