@@ -113,8 +113,8 @@ def of_rates(folder: Path, emit: Emit) -> None:
     for name, number, there in (("read", 0, air.read_bytes_per_s), ("written", 1, air.write_bytes_per_s)):
         _rate(f"disk {name}, GB/s", partial(_either, disk, number), there, emit)
     emit({"begun": "tiny evaluations"})
-    tiny = guarded(lambda: f"{1e6 * training_step.sync_seconds():.3g}", str)
-    emit({"rate": ["a tiny evaluation, of 1,000 in a row, µs", tiny, "not known"]})
+    tiny = guarded(lambda: f"{1e6 * rates.wait_seconds():.3g}", str)
+    emit({"rate": ["a tiny evaluation, of 1,000 in a row, µs", tiny, f"{1e6 * rates.WAIT_S:.3g}, a guess"]})
 
 
 def _either(disk: Any, number: int) -> float:

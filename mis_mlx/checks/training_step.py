@@ -4,7 +4,6 @@ Four blocks of the default student's width under half of its vocabulary, 25 mill
 on two windows of 256 tokens, against a teacher's states and head in the type that models compute in here."""
 
 import json
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,14 +91,3 @@ def measured(folder: Path) -> tuple[Found, float]:
     steps = list(train(student, lambda step: [batch], loss, GuardedAdamW(), how))
     peak = max(step.peak_bytes for step in steps) - before
     return (peak / planned_bytes(), 1.05), min(step.seconds for step in steps)
-
-
-def sync_seconds(count: int = 1000) -> float:
-    """Seconds of one tiny evaluation, of a thousand in a row: what every synchronisation with the device costs."""
-    x = mx.zeros(8)
-    mx.eval(x + 1)
-    began = time.perf_counter()
-    for _ in range(count):
-        x = x + 1
-        mx.eval(x)
-    return (time.perf_counter() - began) / count

@@ -27,6 +27,9 @@ from mis_mlx.types import MisError, gib
 # element-wise work (measured on the phases of the default run, two cores: 3.1 to 4.3).
 ELEMENTWISE = 3.6
 GPU_TRAINING = 1.1 / 1.45  # training's rate as a share of a forward pass's, on an M1
+WAIT_S = 3e-4  # a guess, until `measure` has timed a thousand tiny evaluations
+# What numpy's solvers reach: on one EPYC thread solve(1024) took 44 ms, GPTQ 0.04 to 0.13 s a group of matrices.
+HOST_FLOPS = 3e10
 SAMPLE_BYTES = 512 * 2**20
 MEMORY_SAMPLE_BYTES = 256 * 2**20
 PIECE = 32 * 2**20
@@ -48,6 +51,8 @@ class Rates:
     source: str
     hot: float = 1.0  # what is left of the computing rates once the machine is hot
     room_bytes: int | None = None  # most a process should take; None: ask machine.memory
+    wait_s: float = WAIT_S  # of one synchronisation with a GPU
+    host_flops_per_s: float = HOST_FLOPS  # of numpy's solvers beside a GPU, in float64
 
     def __str__(self) -> str:
         disk = f"disk {self.read_bytes_per_s / 1e9:.2f} GB/s read, {self.write_bytes_per_s / 1e9:.2f} written"
@@ -126,6 +131,17 @@ def memory_bytes() -> float:
     return max(copying, nbytes / quickest(lambda: np.dot(one, other), 0.4))
 
 
+def wait_seconds(count: int = 1000) -> float:
+    """Seconds of one tiny evaluation, of so many in a row: what every synchronisation with the device costs."""
+    x = mx.array(0.0)
+    (x + 1).item()
+    began = time.perf_counter()
+    for _ in range(count):
+        x = x + 1
+        x.item()
+    return (time.perf_counter() - began) / count
+
+
 def quickest(work: Callable[[], object], seconds: float) -> float:
     """Shortest time of `work` among those begun within `seconds` of the end of a first one that warms up."""
     work()
@@ -197,7 +213,7 @@ def measure_roof() -> Roof:
 def _rates(read: float, written: float, memory: float, source: str) -> Rates:
     gpu, flops = mx.default_device() == mx.gpu, matmul_flops()
     forward, training = (flops, flops * GPU_TRAINING) if gpu else [flops / ELEMENTWISE] * 2
-    return Rates(device_name(), gpu, read, written, memory, forward, training, source)
+    return Rates(device_name(), gpu, read, written, memory, forward, training, source, wait_s=wait_seconds())
 
 
 def to_json(rates: Rates) -> str:

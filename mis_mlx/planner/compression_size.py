@@ -57,10 +57,11 @@ def prune(job: DistillationSpec, limit: int) -> StageCost:
     return replace(p, peak_bytes=peak, read_bytes=read, written_bytes=written, flops=flops)
 
 
-def refit(m: ModelSize, tokens: int, workspace: int = 0) -> tuple[int, float]:
-    """(bytes, operations) of a closed-form fit: normal equations, and tokens held out as they are; beside them what a
-    block's pass takes and float32 batches of products, then what solving makes of the sums, and the block where it is a
-    copy. Held-out tokens judge every ridge, then join the sums."""
+def refit(m: ModelSize, tokens: int, workspace: int = 0) -> tuple[int, float, float]:
+    """(bytes, operations, operations of the host's solver) of a closed-form fit: normal equations, and tokens held out
+    as they are; beside them what a block's pass takes and float32 batches of products, then what solving makes of the
+    sums, and the block where it is a copy. Held-out tokens judge every ridge, then join the sums. Solvers are numpy's
+    in float64, or LAPACK's in float32 of wide layers, of which four operations count as one."""
     f, d, item = m.shape.ffn, m.shape.hidden, np.dtype(precision(m.shape.ffn)).itemsize
     solving = f * (item * f + max(2 * item, 16) * d) + (0 if m.as_stored or not workspace else m.block_work)
     nbytes = max(4 * estimates.together(m) * f * (f + d) + workspace, solving)
@@ -69,7 +70,17 @@ def refit(m: ModelSize, tokens: int, workspace: int = 0) -> tuple[int, float]:
     judged = 2.0 * len(RIDGES) * held_out * f * d
     sums_bytes = item * f * (f + d)
     held_out_bytes = 4 * held_out * (f + d)
-    return sums_bytes + held_out_bytes + nbytes, 2.0 * tokens * f * (f + d) + solved + judged
+    host = (len(RIDGES) + 1) * _solver(f, 2 / 3 * f, 2 * d)
+    total = 2.0 * tokens * f * (f + d) + solved + judged
+    return sums_bytes + held_out_bytes + nbytes, total - host, host
+
+
+def _solver(inputs: int, factor: float, solve: float) -> float:
+    """Operations of the host for sums (F, F): inputs^2 times `factor` to take their factor, times `solve` to use it. In
+    float32 MLX does the latter, and the former counts a quarter."""
+    if precision(inputs) is np.float32:
+        return inputs**2 * factor / 4
+    return inputs**2 * (factor + solve)
 
 
 def repair(job: DistillationSpec) -> StageCost:
@@ -87,13 +98,21 @@ def repair(job: DistillationSpec) -> StageCost:
         said = 2 * min(tokens * each, ROUTER_BYTES)
         beside, read = beside + 2 * said + tokens * m.shape.hidden * m.item, read + small.read_bytes
         flops = 2.0 * min(tokens, said // (2 * each)) * m.shape.layers * m.block_params
+        host = 0.0
     else:
-        fit_bytes, fit_flops = refit(m, tokens)
+        fit_bytes, fit_flops, solved = refit(m, tokens)
+        host = m.shape.layers * solved
         beside -= min(theirs, own + fit_bytes)  # they take turns
         beside += fit_bytes + 4 * m.shape.layers * m.shape.hidden * m.shape.ffn
         flops = small.flops + m.shape.layers * fit_flops
     big = streamed_pass("repair", job.teacher, tokens, length, length, head=False, spool=False, beside_bytes=beside)
-    return replace(big, read_bytes=big.read_bytes + read, flops=big.flops + small.flops + flops)
+    return replace(
+        big,
+        read_bytes=big.read_bytes + read,
+        flops=big.flops + small.flops + flops,
+        waits=big.waits + 2 * small.waits,
+        host_flops=host,
+    )
 
 
 def repair_parts(job: DistillationSpec, limit: int, item: int) -> StageCost:
@@ -102,7 +121,7 @@ def repair_parts(job: DistillationSpec, limit: int, item: int) -> StageCost:
     t, length, tokens = job.teacher, job.max_seq_length, job.reconstruct_samples * job.max_seq_length
     m = replace(job.student, block_bytes=item * job.student.block_params, as_stored=item == job.student.item == 4)
     body = max(each.body_bytes(estimates.pass_workspace(each, tokens, length, length)) for each in (t, m))
-    fit_bytes, fit_flops = refit(m, tokens, body)
+    fit_bytes, fit_flops, solved = refit(m, tokens, body)
     peak = t.slots_bytes + m.slots_bytes + max(fit_bytes, body + 4 * m.block_params) + estimates.SMALL_BYTES
     peak += 4 * m.shape.ffn * m.shape.hidden
     theirs, ours = t.shape.hidden * t.item, m.shape.hidden * m.item  # of a token
@@ -112,7 +131,7 @@ def repair_parts(job: DistillationSpec, limit: int, item: int) -> StageCost:
     flops = estimates.forward_flops(t, tokens, length, False) + 2 * estimates.forward_flops(m, tokens, length, False)
     return StageCost(
         "repair", read + moved, written + moved, peak + held * (theirs + ours), flops + m.shape.layers * fit_flops,
-        spooled_bytes=(tokens - held) * (theirs + ours), held_tokens=held,
+        spooled_bytes=(tokens - held) * (theirs + ours), held_tokens=held, host_flops=m.shape.layers * solved,
     )  # fmt: skip
 
 
@@ -178,10 +197,14 @@ def _compensated(plain: StageCost, m: ModelSize, tokens: int, length: int, limit
     beside = grams + factor + 8 * weights + 20 * min(weights, PART)
     p = streamed_pass("", m, tokens, length, length, limit_bytes, head=False, beside_bytes=beside)
     held = p.held_tokens * s.hidden * m.item + m.slots_bytes
+    host = sum(_solver(n, 3 * n, 0) + n * n * out for n, out in sides)  # columns are rounded by numpy
     each = 2 * tokens * sum(n * n for n, _ in sides) + sum(n * n * (3 * n + out) for n, out in sides)
     read, written = plain.read_bytes + 2 * p.written_bytes, plain.written_bytes + p.written_bytes
-    peak, flops = max(p.peak_bytes, plain.peak_bytes + held), 2 * p.flops + s.layers * each
-    return replace(p, name=plain.name, read_bytes=read, written_bytes=written, peak_bytes=peak, flops=flops)
+    peak, flops = max(p.peak_bytes, plain.peak_bytes + held), 2 * p.flops + s.layers * (each - host)
+    return replace(
+        p, name=plain.name, read_bytes=read, written_bytes=written, peak_bytes=peak, flops=flops, waits=2 * p.waits,
+        host_flops=float(s.layers * host),
+    )  # fmt: skip
 
 
 def _sensed(then: StageCost, m: ModelSize, windows: int, length: int, limit: int) -> StageCost:
@@ -213,6 +236,7 @@ def _sensed(then: StageCost, m: ModelSize, windows: int, length: int, limit: int
         written_bytes=then.written_bytes + spooled,
         peak_bytes=max(then.peak_bytes, peak + held * window * m.shape.layers),
         flops=then.flops + 4 * estimates.forward_flops(m, windows * length, length),
+        waits=then.waits + one.waits + s.layers * (7 * (formats + math.ceil(windows / batch)) + windows),
         touched_bytes=then.touched_bytes + touched * s.layers * m.block_params,
         held_tokens=min(then.held_tokens or windows * length, held * length),
     )
@@ -234,7 +258,7 @@ def search(
 
     def times(p: StageCost, n: int, name: str, written: int, beside: int = own) -> StageCost:
         return replace(p, name=name, read_bytes=n * p.read_bytes, written_bytes=n * written, flops=n * p.flops,
-                       peak_bytes=p.peak_bytes + beside)  # fmt: skip
+                       peak_bytes=p.peak_bytes + beside, waits=n * p.waits, host_flops=n * p.host_flops)  # fmt: skip
 
     cut = next(p for p in planned if p.name == "prune")
     windows, judging = (-(-4 * n // 3) for n in (s.rank_windows, s.eval_windows))  # of two texts

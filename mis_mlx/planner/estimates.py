@@ -27,6 +27,7 @@ SLOT_BYTES = 16 * 2**10  # that a buffer for a block is larger than the block: w
 TENSOR_BYTES = 3 * 1024  # that Python and MLX take to know of a tensor: its name and place (measured on 24,302)
 CHUNKS_AHEAD = 3  # of `losses.kl_sum`, whose memory MLX takes before the first of them is done (measured on a CPU)
 CHUNK_ARRAYS = 12  # float32 (n, V) that a chunk makes, five of them alive at a time; a GPU may hold all it has begun
+BLOCK_WAITS = 2  # for a block's weights, and for the look at whether its first output is a number
 SETTLED_TOKENS = 512  # of the pass by which a type is chosen
 UPDATE_TRAFFIC = 28  # bytes of a parameter that one update moves: these four read, three written, in one kernel
 KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -137,15 +138,25 @@ class StageCost:
     spooled_bytes: int = 0
     held_tokens: int = 0  # whose hidden states stay in memory
     updated: int = 0  # parameters that the optimizer changes, in all steps together
+    waits: int = 0  # how often the host waits for the device
+    host_flops: float = 0.0  # of numpy's solvers, which a GPU waits for
+
+    @property
+    def operations(self) -> float:
+        """Float operations of device and host together."""
+        return self.flops + self.host_flops
 
     def seconds(self, at: rates.Rates, hot: bool = False) -> float:
         """What takes longest: the disk, the arithmetic, or fetching weights from memory; they overlap. The
-        optimizer's updates come on top of the arithmetic, which ends before one begins."""
+        optimizer's updates come on top of the arithmetic, which ends before one begins. So do, on a GPU, waits and what
+        numpy computes meanwhile."""
         disk = self.read_bytes / at.read_bytes_per_s + self.written_bytes / at.write_bytes_per_s
         flops_per_s = at.training_flops_per_s if self.updated else at.forward_flops_per_s
-        work = self.flops / (flops_per_s * (at.hot if hot else 1.0))
+        flops = self.flops if at.gpu else self.operations
+        work = flops / (flops_per_s * (at.hot if hot else 1.0))
         if at.gpu:  # a CPU's training rate has the updates in it (rates.ELEMENTWISE)
             work += UPDATE_TRAFFIC * self.updated / at.memory_bytes_per_s
+            work += self.waits * at.wait_s + self.host_flops / (at.host_flops_per_s * (at.hot if hot else 1.0))
         return max(disk, work, self.touched_bytes / at.memory_bytes_per_s)
 
 
@@ -254,7 +265,12 @@ def streamed_pass(
     parts = 1 + max(0, math.ceil(hidden * m.config.get("num_experts_per_tok", 0) / GROUP_BYTES) - 1) * (1 - m.here)
     read = int((s.layers - keeps) * m.block_bytes * parts) + head_read + moved
     flops = forward_flops(m, tokens, length, head)
-    return StageCost(name, read, moved, peak, flops, 0, keeps, hidden - held, held // (s.hidden * m.item))
+    batches = math.ceil(tokens / micro_tokens)
+    passes = math.ceil(batches / stacked(m.config, micro_tokens, length)) if m.gpu else batches
+    return StageCost(
+        name, read, moved, peak, flops, pinned=keeps, spooled_bytes=hidden - held,
+        held_tokens=held // (s.hidden * m.item), waits=s.layers * (passes + BLOCK_WAITS) + (batches if head else 0),
+    )  # fmt: skip
 
 
 def settle_precision(limit: Budget, *models: Checkpoint) -> None:
@@ -289,7 +305,9 @@ def compared(models: Sequence[ModelSize], windows: int, length: int) -> StageCos
     found = 9 * 8 * min(tokens, GROUP + length) * math.ceil(vocab / rows)
     peak = max(body, parts[0] + max(parts) + beside + found) + tokens * sum(m.shape.hidden * m.item for m in models)
     flops = sum(forward_flops(m, tokens, length) for m in models)
-    return StageCost("measure", sum(m.nbytes for m in models), 0, peak, flops)
+    waits = sum(streamed_pass("", m, tokens, length, length, head=False, spool=False).waits for m in models)
+    waits += len(models) * 3 * math.ceil(vocab / rows) * math.ceil(tokens / GROUP)  # two heads and what was found
+    return StageCost("measure", sum(m.nbytes for m in models), 0, peak, flops, waits=waits)
 
 
 def flag(nbytes: int) -> str:

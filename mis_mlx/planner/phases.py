@@ -109,8 +109,12 @@ def _taught(
         flops += forward_flops(t, job.step, length)
     written = plain.written_bytes + (iters // job.save_every + 2) * saved
     peak, read = peak + keeps * t.block_work, plain.read_bytes + read
+    micros = job.step // (micro * length)
+    waits = 2 * micros + 2  # of a step: loss and gradients of every micro-batch, the norm, the update
+    if job.targets == "live":
+        waits += streamed_pass("", t, job.step, micro * length, length, head=False, spool=False).waits
     return replace(plain, read_bytes=read, written_bytes=written, peak_bytes=peak, flops=iters * flops, pinned=keeps,
-                   updated=iters * plain.updated)  # fmt: skip
+                   updated=iters * plain.updated, waits=iters * waits)  # fmt: skip
 
 
 def sharded(job: DistillationSpec, micro: int, shard: int) -> StageCost:
@@ -153,7 +157,9 @@ def measure(job: DistillationSpec, most_bytes: int, limit: int) -> StageCost:
     alone = [n for m, n in zip(models, whole, strict=True) if timed_bytes(m.params) <= limit]
     timed = sum(whole) if sum(timed_bytes(m.params) for m in models) <= most_bytes else max(alone, default=0)
     peak = max(one.peak_bytes, timed and timed + 2 * models[0].head_params)  # its head, while it is converted
-    texts = replace(one, read_bytes=TEXTS * one.read_bytes, peak_bytes=peak, flops=TEXTS * one.flops)
+    texts = replace(
+        one, read_bytes=TEXTS * one.read_bytes, peak_bytes=peak, flops=TEXTS * one.flops, waits=TEXTS * one.waits
+    )
     if not job.answers:
         return texts
     students = [job.student, four] if job.rounding is not PLAIN else [job.student]
@@ -170,6 +176,7 @@ def measure(job: DistillationSpec, most_bytes: int, limit: int) -> StageCost:
         peak_bytes=max(texts.peak_bytes, said.peak_bytes),
         flops=texts.flops + said.flops,
         touched_bytes=texts.touched_bytes + said.touched_bytes,
+        waits=texts.waits + said.waits,
     )
 
 

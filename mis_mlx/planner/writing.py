@@ -100,6 +100,7 @@ def _resident(
         peak_bytes=resident_bytes(m, at_once, length),
         flops=estimates.forward_flops(m, count * length, length),
         touched_bytes=steps * met_bytes,
+        waits=steps,
     )
 
 
@@ -131,6 +132,7 @@ def _repeated(cost: estimates.StageCost, times: int) -> estimates.StageCost:
         written_bytes=times * cost.written_bytes,
         flops=times * cost.flops,
         touched_bytes=times * cost.touched_bytes,
+        waits=times * cost.waits,
     )
 
 
@@ -168,6 +170,7 @@ def answers(
         peak_bytes=max(cost.peak_bytes for cost in costs),
         flops=sum(cost.flops for cost in costs),
         touched_bytes=sum(cost.touched_bytes for cost in costs),
+        waits=sum(cost.waits for cost in costs),
     )
 
 

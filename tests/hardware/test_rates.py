@@ -125,3 +125,15 @@ def test_the_roof_is_measured_here() -> None:
     """Positive rates, and with how many threads."""
     at = rates.measure_roof()
     assert at.memory_bytes_per_s > 1e8 and at.flops_per_s > 1e8 and "OPENBLAS_NUM_THREADS=" in at.threads
+
+
+def test_waits_are_measured_and_kept(tmp_path: Path) -> None:
+    """Of tiny evaluations; a file of before has the guess."""
+    assert 0 < rates.wait_seconds(10) < 1
+    known = rates._rates(1e9, 1e9, 1e9, "here")
+    (tmp_path / "rates.json").write_text(rates.to_json(known))
+    assert rates.load(tmp_path / "rates.json") == known and known.wait_s != rates.WAIT_S
+    older = {k: v for k, v in json.loads(rates.to_json(known)).items() if k not in ("wait_s", "host_flops_per_s")}
+    (tmp_path / "rates.json").write_text(json.dumps(older))
+    found = rates.load(tmp_path / "rates.json")
+    assert found is not None and (found.wait_s, found.host_flops_per_s) == (rates.WAIT_S, rates.HOST_FLOPS)

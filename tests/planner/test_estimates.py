@@ -291,6 +291,28 @@ def test_the_engine_keeps_as_many_blocks_as_planned(
     assert embedded > 0 and source.reader.nbytes - first == pytest.approx((6 - blocks) * m.block_bytes, rel=0.01)
 
 
+def test_a_gpu_waits_for_the_host() -> None:
+    """Waits and numpy's solvers come on top of a GPU's arithmetic; a CPU does all of it by itself, at its own rate."""
+    cost = estimates.StageCost("x", 0, 0, 0, 6e9, waits=100, host_flops=3e9)
+    gpu = Rates("pencil", True, 1.0, 1.0, 1e12, 1e9, 1e9, "by hand", hot=0.5, wait_s=0.01, host_flops_per_s=1e9)
+    assert cost.seconds(gpu) == 6 + 100 * 0.01 + 3
+    assert cost.seconds(gpu, hot=True) == 12 + 100 * 0.01 + 6
+    assert cost.operations == 9e9 and cost.seconds(replace(gpu, gpu=False)) == 9
+
+
+def test_waits_are_counted_by_pencil() -> None:
+    """Of eight windows a GPU waits once a block, beside weights and the look at the first; a CPU eight times; and once
+    a window for logits."""
+    sizes: dict[str, Any] = {"tokens": 8 * 32, "micro_tokens": 32, "length": 32, "head": False, "spool": False}
+    waits = {
+        gpu: estimates.streamed_pass("", estimates.model_of(tiny.CONFIG, gpu=gpu), **sizes).waits
+        for gpu in (True, False)
+    }
+    assert waits == {True: 3 * (1 + 2), False: 3 * (8 + 2)}
+    headed = estimates.streamed_pass("", estimates.model_of(tiny.CONFIG, gpu=True), **{**sizes, "head": True})
+    assert headed.waits == 3 * (1 + 2) + 8
+
+
 def test_a_gpu_holds_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten command buffers of 10 MB on a Mac of 8 GB, of 40 on a larger one, never more than the work itself; a CPU
     holds none. Of logits as many arrays as commands in flight, beside the five alive."""
@@ -350,7 +372,9 @@ def test_the_papers_teacher() -> None:
     p = estimates.streamed_pass("pass", m, 1, 1, 1, spool=False)
     assert p.seconds(M1_AIR) == pytest.approx((96 * block + 128256 * 8192) * 0.5625 / 2.5e9)
     many = estimates.streamed_pass("pass", m, 4096, 512, 512, 4 * GIB)
-    assert many.seconds(M1_AIR) == many.flops / 1.45e12 == pytest.approx(many.seconds(M1_AIR, hot=True) * 0.75)
+    waited = many.waits * M1_AIR.wait_s
+    assert many.seconds(M1_AIR) == many.flops / 1.45e12 + waited
+    assert many.seconds(M1_AIR, hot=True) == pytest.approx(many.flops / 1.45e12 / 0.75 + waited)
 
 
 def test_a_refusal_names_both_numbers_and_a_budget_that_does() -> None:
