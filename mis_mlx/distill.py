@@ -38,7 +38,7 @@ FREE = frozenset({
     "out", "resume", "dry_run", "config", "budget", "eval_windows", "eval_prompts", "bench_tokens", "report_to",
     "save_every", "governor", "thermal_replay", "spread", "keep_steps",
 })  # fmt: skip
-DEFAULT_LOSS = 0.1  # bits a byte that a run allows where nothing is said about sizes
+DEFAULT_LOSS = 0.12  # bits a byte that a run allows where nothing is said about sizes
 WRITTEN, TEXT_TOKENS = Path("runs/text"), 200  # folders of what teachers write; tokens of such a text, about
 
 
@@ -67,7 +67,7 @@ class Settings(cli.Resumable, policy.Computing, select.PruningConfig, Quantizati
     --data has no conversations; 0: none"""
     lose: Annotated[float | None, Within(0.0, MOST)] = None
     """bits a byte of the teacher's answers (of text, for a teacher without a chat template) that the result may be
-    above the teacher: `search` chooses the smallest student that should keep to it. Default: 0.1, where no size, no
+    above the teacher: `search` chooses the smallest student that should keep to it. Default: 0.12, where no size, no
     scenario and no --bytes is given"""
     expected_loss: Annotated[float | None, Within(0.0, MOST)] = None
     """bits a byte that the result should be above the teacher, as the search for --lose or --bytes found"""
