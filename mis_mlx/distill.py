@@ -25,6 +25,7 @@ from mis_mlx.planner.recipe import (
     DistillationSpec,
     QuantizationConfig,
     spec_of,
+    steps_of,
 )
 from mis_mlx.pruning import select, shape_search, vocabulary
 from mis_mlx.quantization import packed_format, stage
@@ -264,7 +265,7 @@ def _text(s: Settings, teacher: Checkpoint) -> str | None:
     """--data; of the teacher's own text the folder, which `synthesize` writes once for a teacher, a seed and a size."""
     if s.data != preparation.TEACHER:
         return s.data
-    visited = (s.iters or 0) * s.batch_size * s.grad_accumulation_steps * s.max_seq_length
+    visited = steps_of(s, teacher.config) * s.batch_size * s.grad_accumulation_steps * s.max_seq_length
     texts = max(synthesize.Settings.num_samples, visited // (4 * TEXT_TOKENS))
     out = WRITTEN / f"{teacher.path.name}-{run_folder.origin(teacher, '')['teacher'][:8]}-{s.seed}-{texts}"
     shared = {name: getattr(s, name) for name in ("budget", "compute_dtype", "seed", "dry_run")}

@@ -17,7 +17,7 @@ from mis_mlx import distill, synthesize
 from mis_mlx.data import preparation
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate, policy, stream, streamed_decode
-from mis_mlx.planner import estimates, writing
+from mis_mlx.planner import estimates, recipe, writing
 from mis_mlx.storage import hub
 from mis_mlx.types import Budget, Checkpoint, MisError
 from tests import tiny
@@ -158,6 +158,27 @@ def test_distill_has_its_teacher_write(
     assert sorted(int(path.name.rpartition("-")[2]) for path in Path("runs/text").iterdir()) == [6, 8]
     with pytest.raises(MisError, match="--data teacher is for distill"):
         preparation.load("teacher")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("repaired", [0, 4])
+def test_a_resumed_run_asks_for_the_same_text(
+    models: Callable[[str], Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, repaired: int
+) -> None:
+    """A run stores the usual number of steps where none was given; its text is that of before. More steps, more."""
+    monkeypatch.chdir(tmp_path)
+    teacher = models(kind)
+    asked = list[int]()
+    monkeypatch.setattr(synthesize, "run", lambda settings: asked.append(settings.num_samples))
+    begun = distill.Settings(
+        teacher=str(teacher.path), data="teacher", batch_size=16, reconstruct_samples=repaired, dry_run=True
+    )
+    seen = estimates.model_of(teacher)
+    stored = replace(begun, iters=recipe.spec_of(seen, seen, begun).iters)
+    folder = distill._text(begun, teacher)
+    assert folder == distill._text(stored, teacher)
+    assert folder != distill._text(replace(begun, iters=4 * (stored.iters or 0)), teacher)
+    assert asked[0] == asked[1] < asked[2] and asked[0] > synthesize.Settings.num_samples
 
 
 def test_stopped_and_started_again_it_writes_the_same(

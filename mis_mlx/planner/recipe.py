@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from mis_mlx import cli
 from mis_mlx.models.families import family
@@ -168,6 +169,12 @@ class DistillationSpec(DistillationConfig):
         return 1 + SAMPLES * ((2 if self.teacher.shape.vocab <= 2**16 else 4) + 1)
 
 
+def steps_of(asked: DistillationConfig, config: Mapping[str, Any]) -> int:
+    """--iters, or the usual number of steps for a model of this config's family."""
+    usual = ITERS * (family(config).steps if asked.reconstruct_samples else 2)
+    return asked.iters or usual
+
+
 def spec_of(
     teacher: ModelSize, student: ModelSize, asked: DistillationConfig, rounding: QuantizationConfig = PLAIN,
     rotates: bool = True, shown: ModelSize | None = None, copied: bool = False, answers: int = 0,
@@ -179,7 +186,7 @@ def spec_of(
     # A head is told by its width and type.
     two = [(m.shape.hidden, m.packed, m.config.get("torch_dtype") or m.config.get("dtype")) for m in (teacher, student)]
     known = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
-    known["iters"] = asked.iters or ITERS * (family(student.config).steps if asked.reconstruct_samples else 2)
+    known["iters"] = steps_of(asked, student.config)
     modes: tuple[Mode, ...] = (*MODES, "none") if asked.reconstruct_samples or family(student.config).experts else MODES
     uncut = copied and asked.train == "auto" and not asked.cross_entropy and student.shape == teacher.shape
     known["reconstruct_samples"] *= not uncut
