@@ -21,6 +21,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
+from mis_mlx import cli
 from mis_mlx.hardware import lanes
 from mis_mlx.maths.reconstruction import HELD_OUT, HeldOut, NormalEquations
 from mis_mlx.models import experts, families, load, stream
@@ -43,6 +44,9 @@ def reconstruct(
 
     direct: read past the page cache. spool(): a place other than memory for hidden states. put(name, array): takes
     what changes, which then is not returned. kinds: of text, of each batch; each judges the fit (default: one)."""
+    if len(batches) < 2:
+        why = "one window can judge a repair but not teach one, so every block stays as it is"
+        cli.say(f"reconstruct: {why}: give --reconstruct-samples 2 or more, or bring more text")
     columns, place = kept_columns(keep), spool or list[mx.array]
     big, small = (stream.Stream(model, direct=direct) for model in (teacher, student))
     target, own = big.embed(batches, place()), small.embed(batches, place())
@@ -249,6 +253,8 @@ def heal(
     most = max(2, ROUTER_BYTES // (hidden[0].nbytes * len(old)))
     held_out = judges(kinds)
     sets = [[b for b in range(len(hidden)) if (b in held_out) == held][:most] for held in (False, True)]
+    if not sets[0]:
+        return old.astype(mx.float32), 1.0
     parts = [_Asked(source, block, [hidden[b] for b in of_set], [goals[b] for b in of_set]) for of_set in sets]
 
     def error(weight: mx.array, at: _Asked) -> mx.array:

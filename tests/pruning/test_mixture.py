@@ -125,6 +125,21 @@ def test_routers_are_healed(tmp_path: Path, text_folder: Path, batches: list[mx.
     assert all(name.endswith(".mlp.gate.weight") for name in mended)
 
 
+@pytest.mark.parametrize("kind", ["qwen3_moe", "llama"])
+def test_one_window_repairs_nothing(
+    tmp_path: Path, text_folder: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """It judges, and nothing is left to learn from: every block stays as it is, and the command says what to give."""
+    sizes = {**tiny.MODELS, **tiny.KINDS}[kind]
+    teacher = load.open_checkpoint(tiny.make(tmp_path / "m", **{**sizes, "num_hidden_layers": 3}))
+    cut(teacher.path, tmp_path / "cut", text_folder, layers=2)
+    student, keep = load.open_checkpoint(tmp_path / "cut"), model_writer.read_keep(tmp_path / "cut")
+    assert keep
+    window = mx.random.randint(0, 512, (1, 48), key=mx.random.key(0))
+    assert reconstruct.reconstruct(teacher, student, keep, [window]) == ({}, [1.0, 1.0])
+    assert "give --reconstruct-samples 2 or more" in capsys.readouterr().err
+
+
 def test_few_tokens_fit_the_memory(tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where outputs of all experts are many, fewer windows are asked: of those to learn from and of those to judge."""
     asked, old = list[int](), reconstruct._Asked.__init__
