@@ -45,10 +45,13 @@ def run(settings: Settings) -> dict[str, Any]:
     s = replace(s, **vocabulary.defaults(s.scenario, s.vocab, checkpoint.config, checkpoint.path))
     rows = vocabulary.rows_left(checkpoint, s)
     limit = memory.budget(s.budget_bytes)
-    length, tokens = s.max_seq_length, s.num_samples * s.max_seq_length
+    length = s.max_seq_length
     m = estimates.model_of(checkpoint)
-    planned = estimates.streamed_pass("calibration", m, tokens, length, length, limit.limit_bytes, head=False)
-    copied = replace(planned, name="the largest tensor on its way", peak_bytes=estimates.tensor_bytes(m))
+    narrower = select.wanted_shape(checkpoint.config, s).hidden < m.shape.hidden
+    rotation = narrower and s.hidden_by == "pca"
+    planned = compression_size.calibration(m, s.num_samples, length, limit.limit_bytes, rotation=rotation)
+    copying = compression_size.copying_bytes(m, rotation=rotation)
+    copied = replace(planned, name="the largest tensor on its way", peak_bytes=copying)
     estimates.fit(limit, planned, copied, *([compression_size.vocabulary(m, length)] if rows < m.shape.vocab else []))
     data = preparation.prepare(s.data, load.tokenizer(checkpoint.path), length)
     with (

@@ -17,8 +17,9 @@ from mis_mlx import prune
 from mis_mlx.maths.importance import Statistics, Sums
 from mis_mlx.models import load, model_writer
 from mis_mlx.models.config import shape_of
+from mis_mlx.planner import estimates
 from mis_mlx.pruning import select
-from mis_mlx.types import Checkpoint, MisError
+from mis_mlx.types import Budget, Checkpoint, MisError
 from tests import tiny
 from tests.conftest import Done
 
@@ -50,6 +51,27 @@ def test_end_to_end(tmp_path: Path, llama: Checkpoint, text_folder: Path, comman
         1,
         f"mis_mlx: {out} exists already: choose another name or move it away",
     )
+
+
+@pytest.mark.parametrize(("flags", "squares"), [({}, 5), ({"hidden_by": "importance"}, 0)])
+def test_a_rotation_is_part_of_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: prune.Settings, flags: dict[str, Any], squares: int
+) -> None:
+    """Its sums and eigenvectors, five float64 matrices of D x D, stand beside the pass that the budget must hold."""
+    phases = list[estimates.StageCost]()
+
+    def refused(budget: Budget, *planned: estimates.StageCost) -> None:
+        phases.extend(planned)
+        raise MisError("no more of it")
+
+    monkeypatch.setattr(estimates, "fit", refused)
+    for hidden in (None, 48):
+        with pytest.raises(MisError, match="no more of it"):
+            prune.run(replace(small, scenario="none", hidden=hidden, mlx_path=str(tmp_path / "x"), **flags))
+    whole, copied, narrow, turned = phases
+    assert narrow.peak_bytes - whole.peak_bytes == squares * 8 * 64**2
+    assert narrow.read_bytes == (3 if squares else 1) * whole.read_bytes
+    assert turned.peak_bytes - copied.peak_bytes == (2 * 4 * 768 * 64 if squares else 0)
 
 
 def test_keep_everything_is_the_identity(tmp_path: Path, llama: Checkpoint, small: prune.Settings) -> None:

@@ -42,19 +42,40 @@ def vocabulary(t: ModelSize, length: int) -> StageCost:
 def prune(job: DistillationSpec, limit: int) -> StageCost:
     """Choose the tokens, calibrate, then copy what is kept, tensor by tensor."""
     t, length = job.teacher, job.max_seq_length
-    p = streamed_pass("prune", t, job.num_samples * length, length, length, limit, head=False)
+    p = calibration(t, job.num_samples, length, limit, rotation=job.rotation)
     peak, read, written, flops = p.peak_bytes, p.read_bytes, p.written_bytes, p.flops
-    copied = estimates.tensor_bytes(t)
     if (shown := job.shown) and shown.shape != t.shape:
         asked = vocabulary(shown, length)
         peak, read, flops = max(peak, asked.peak_bytes), read + asked.read_bytes, flops + asked.flops
-    if job.rotation:  # two passes, D x D sums and their eigenvectors in float64; tensors turned in float32
-        square, wide = t.shape.hidden**2, 4 * max(t.shape.vocab, t.shape.ffn) * t.shape.hidden
-        peak, copied = max(peak, p.peak_bytes + 5 * 8 * square), copied + 2 * wide
-        turn = 4.0 * square * (t.shape.layers + 1) * job.num_samples * length
-        read, written, flops = read + 2 * p.read_bytes, written + 2 * p.written_bytes, flops + 2 * p.flops + turn
-    peak, read, written = max(peak, copied), read + t.nbytes, written + job.student.nbytes
-    return replace(p, peak_bytes=peak, read_bytes=read, written_bytes=written, flops=flops)
+    return replace(
+        p,
+        name="prune",
+        peak_bytes=max(peak, copying_bytes(t, rotation=job.rotation)),
+        read_bytes=read + t.nbytes,
+        written_bytes=written + job.student.nbytes,
+        flops=flops,
+    )
+
+
+def calibration(t: ModelSize, windows: int, length: int, limit: int, *, rotation: bool) -> StageCost:
+    """The passes that say what to keep: one, and two more where the hidden size is cut along directions.
+
+    A rotation has D x D sums and their eigenvectors beside it, in float64. What is held of the hidden states is what
+    fits beside these, for the same place serves all passes."""
+    square = t.shape.hidden**2
+    sums = 5 * 8 * square if rotation else 0
+    p = streamed_pass("calibration", t, windows * length, length, length, limit, head=False, beside_bytes=sums)
+    if not rotation:
+        return p
+    turn = 4.0 * square * (t.shape.layers + 1) * windows * length
+    return replace(p, read_bytes=3 * p.read_bytes, written_bytes=3 * p.written_bytes, flops=3 * p.flops + turn)
+
+
+def copying_bytes(t: ModelSize, *, rotation: bool) -> int:
+    """The largest tensor on its way into the student; where the hidden size is cut along directions, turned in float32
+    before that."""
+    wide = 4 * max(t.shape.vocab, t.shape.ffn) * t.shape.hidden
+    return estimates.tensor_bytes(t) + (2 * wide if rotation else 0)
 
 
 def refit(m: ModelSize, tokens: int, workspace: int = 0) -> tuple[int, float, float]:
