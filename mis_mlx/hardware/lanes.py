@@ -6,11 +6,11 @@ of one core, or of many, whose products need them all."""
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from itertools import islice
-from threading import get_ident
 from typing import Any
 
 import mlx.core as mx
@@ -34,16 +34,23 @@ def count() -> int:
     return 2 if IN_TURN in os.environ and mx.default_device() == mx.cpu and 2 <= _blas()[1] < MANY else 1
 
 
+class _Streams(threading.local):
+    """Of a thread, for MLX's streams belong to the one that made them, and the system gives a thread's number to
+    another one after its end."""
+
+    def __init__(self) -> None:
+        self.all = mx.default_stream(mx.cpu), mx.new_stream(mx.cpu)
+
+
 @cache
-def _streams(thread: int) -> tuple[mx.Stream, ...]:
-    """Of a thread, for MLX's streams belong to the one that made them."""
-    return mx.default_stream(mx.cpu), mx.new_stream(mx.cpu)
+def _streams() -> _Streams:
+    return _Streams()
 
 
 def lane(i: int) -> AbstractContextManager[Any]:
     """Where the i-th of things side by side is made."""
     n = count()
-    return mx.stream(_streams(get_ident())[i % n]) if n > 1 else nullcontext()
+    return mx.stream(_streams().all[i % n]) if n > 1 else nullcontext()
 
 
 @contextmanager

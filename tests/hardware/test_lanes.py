@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -65,3 +66,21 @@ def test_a_cpu_of_many_cores_has_one_lane(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(lanes, "_blas", lambda: (None, 2))
     monkeypatch.delenv(lanes.IN_TURN)
     assert lanes.count() == 1
+
+
+def test_a_thread_has_streams_of_its_own(told: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the system gives it the number of one that is gone: a stream belongs to the thread that made it."""
+    monkeypatch.setattr(lanes, "get_ident", lambda: 7, raising=False)
+    found = list[object]()
+
+    def work() -> None:
+        try:
+            found.append([out.tolist() for out in lanes.each(lambda x: x * 2, [mx.ones((2,))] * 3)])
+        except RuntimeError as error:
+            found.append(error)
+
+    for _ in range(2):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert found == [[[2.0, 2.0]] * 3] * 2
