@@ -113,10 +113,12 @@ def rows_of(figures: Means, held_out: Windows | None = None) -> list[Row]:
     where the bytes of `held_out` were counted: those of all windows over their bytes, a ratio's error linearised."""
     rows, nbytes = [], held_out.text_bytes if held_out else None
     for (name, metric), values in figures.items():
-        mean, low, high = stats.interval(values)
-        rows.append(Row(name, metric, mean, low, high, len(values)))
+        # A window in which no prediction counts has no mean.
+        counted = values[held_out.learn[:, :-1].any(axis=1)] if held_out else values
+        mean, low, high = stats.interval(counted)
+        rows.append(Row(name, metric, mean, low, high, len(counted)))
         if metric == "nll":
-            rows.append(Row(name, "ppl", math.exp(mean), math.exp(low), math.exp(high), len(values)))
+            rows.append(Row(name, "ppl", math.exp(mean), math.exp(low), math.exp(high), len(counted)))
         if metric == "nll" and held_out and nbytes is not None and nbytes.any():
             bits = nats_of(values, held_out) / math.log(2)
             ratio = bits.sum() / nbytes.sum()

@@ -59,6 +59,17 @@ def test_rows_have_intervals_and_perplexity() -> None:
     assert (ppl.value, ppl.low, ppl.high) == (math.exp(2.0), math.exp(nll.low), math.exp(nll.high))
 
 
+def test_a_window_without_predictions_has_no_mean(llama: Checkpoint, held_out: Windows) -> None:
+    """It is left out of what is per token; bits per byte are a ratio of sums, to which it adds nothing."""
+    learn = held_out.learn.copy()
+    learn[2] = 0
+    windows = Windows(held_out.tokens, learn, np.where(np.arange(5) == 2, 0, 100))
+    others = windows.pick([0, 1, 3, 4])
+    rows, fewer = (comparison.rows_of(comparison.compare({"m": llama}, w), w) for w in (windows, others))
+    assert [(r.metric, r.n) for r in rows] == [("nll", 4), ("ppl", 4), ("bpb", 5), ("tpb", 5)]
+    assert [r.value for r in rows] == pytest.approx([r.value for r in fewer], rel=1e-6)
+
+
 def test_windows_are_chosen_evenly(held_out: Windows) -> None:
     """Spread over the text, first and last included; all of them when more are asked for."""
     for count, kept in ((1, [0]), (2, [0, 4]), (3, [0, 2, 4]), (99, list(range(5)))):
