@@ -90,9 +90,11 @@ class Relay(stream.Stream):
         hidden = self.embed(batches, hidden)
         for b in range(len(hidden)):
             distributed.receive(self._hidden, b)
-            for block in kept:
-                hidden[b] = block(hidden[b], load.mask(self.args, block, hidden[b]))
-                stream.evaluate_now(hidden[b])
+            for i, block in zip(self.mine, kept, strict=True):
+                self._at = i
+                out = block(hidden[b], load.mask(self.args, block, hidden[b]))
+                stream.evaluate_now(out)
+                hidden[b] = self.finite(out) if b == 0 else out
             distributed.pass_on(self._hidden, b)
         return self.norm(hidden)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mis_mlx.models import load, stream
+from mis_mlx.models import load, pipeline_parallel, stream
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
@@ -115,6 +115,23 @@ def test_what_has_room_is_read_once(models: Callable[[str], Checkpoint], batches
         assert passes[0] == pytest.approx(embedded + 3 * block + head, abs=3 * 65536)  # gaps are read along
         norm = 64 * 4  # always kept
         assert passes[0] - passes[1] == pytest.approx(keeps * block + kept_head + norm, abs=keeps * 2 * 65536)
+
+
+@pytest.mark.parametrize("room_bytes", [0, None])
+@pytest.mark.parametrize("shares", [(), (3,)])
+def test_a_block_whose_output_is_no_number_is_named(
+    tmp_path: Path, batches: list[mx.array], shares: tuple[int, ...], room_bytes: int | None
+) -> None:
+    """Streamed or kept in memory, by one machine or by several that share the blocks."""
+    folder = tiny.make(tmp_path / "m")
+    weights: dict[str, mx.array] = dict(mx.load(str(folder / "model.safetensors")))  # type: ignore[arg-type]
+    weights["model.layers.1.mlp.down_proj.weight"] = mx.full((64, 768), 3e38)
+    mx.eval(weights)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    where = load.open_checkpoint(folder), mx.float32, room_bytes, False
+    source = pipeline_parallel.Relay(*where, shares) if shares else stream.Stream(*where)
+    with pytest.raises(stream.NotNumbers, match="block 1 of 3 gives values that are not numbers"):
+        source.forward(batches)
 
 
 def test_backwards_past_the_page_cache_and_in_parts(llama: Checkpoint, batches: list[mx.array]) -> None:
