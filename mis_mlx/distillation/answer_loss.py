@@ -7,6 +7,7 @@ what chose a student does not judge it."""
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -21,14 +22,18 @@ MOST = 40
 
 @dataclass(frozen=True)
 class AnswerLoss:
-    """The teacher's answers to some prompts, and what they cost under the teacher itself.
+    """The teacher's answers to some prompts. nbytes (N,): of each answer's text."""
 
-    nats (N,): of each answer under the teacher. nbytes (N,): of each answer's text."""
-
+    teacher: Checkpoint
     prompts: list[Prompt]
     answers: list[Answer]
-    nats: np.ndarray
     nbytes: np.ndarray
+
+    @cached_property
+    def nats(self) -> np.ndarray:
+        """(N,) of each answer under the teacher itself: a streamed pass, when it is first asked for."""
+        found = log_probabilities(self.teacher, self.prompts, self.answers)
+        return np.array([-values.sum() for values in found])
 
     def by_answer(self, student: Checkpoint) -> np.ndarray:
         """(N,) nats a byte that a student needs more than the teacher; their mean is that of all bytes.
@@ -65,11 +70,10 @@ def of_talks(teacher: Checkpoint, talks: Sequence[Row]) -> AnswerLoss | None:
     chosen = np.unique(np.linspace(0, len(prompts) - 1, MOST).round().astype(int))
     prompts = [prompts[number] for number in chosen]
     answers = [answers[number] for number in chosen]
-    found = log_probabilities(teacher, prompts, answers)
     return AnswerLoss(
+        teacher=teacher,
         prompts=prompts,
         answers=answers,
-        nats=np.array([-values.sum() for values in found]),
         nbytes=np.array([len(answer.text.encode()) for answer in answers], np.float64),
     )
 
