@@ -67,7 +67,8 @@ def _sums(student: nn.Module, tokens: mx.array, learn: mx.array, frozen_head: bo
     """Of rows (B, T): (the sum of log-probabilities where `learn` is 1, how many tokens these are), (B,) each."""
     hidden = student.model(tokens)
     flat, head = hidden.reshape(-1, hidden.shape[-1]), load.head_weight(student)
-    logps = losses.token_logps(flat, head, live_teacher.labels(tokens), frozen_head=frozen_head)
+    cap = load.logit_softcap(student)
+    logps = losses.token_logps(flat, head, live_teacher.labels(tokens), frozen_head=frozen_head, softcap=cap)
     return (logps.reshape(tokens.shape) * learn).sum(axis=-1), learn.sum(axis=-1)
 
 

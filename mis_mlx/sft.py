@@ -10,6 +10,7 @@ from mis_mlx.distillation import live_teacher
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, resolve
+from mis_mlx.models.config import softcap
 from mis_mlx.planner import estimates
 from mis_mlx.types import Checkpoint, Rate
 
@@ -60,7 +61,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.dry_run:
         return {"model": str(checkpoint.path), "windows": len(train.windows), **planned}
     with alignment_run.running(s, folder, checkpoint, parts.batch_size, [phase], card, "sft") as r:
-        source: live_teacher.TargetSource = live_teacher.TextTargets()
+        source: live_teacher.TargetSource = live_teacher.TextTargets(softcap(checkpoint.config))
         if beside is not None:
             t, direct = estimates.model_of(beside), beside.nbytes > r.budget_bytes
             room = phase.pinned * t.block_work + t.head_work

@@ -61,6 +61,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 20, "sliding_window": 7, "sliding_window_pattern": 3,
     },
 }  # fmt: skip
+GEMMA4_ROPES = {
+    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+FAMILIES["gemma4_text"] = {  # blocks 1 and 2 make keys and values for the last four
+    "architectures": ["Gemma4ForCausalLM"], "num_key_value_heads": 1, "global_head_dim": 32, "sliding_window": 7,
+    "layer_types": [
+        "sliding_attention", "sliding_attention", "full_attention",
+        "sliding_attention", "full_attention", "sliding_attention", "full_attention",
+    ],
+    "num_kv_shared_layers": 4, "use_double_wide_mlp": True, "final_logit_softcapping": 3.0,
+    "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 512, "rope_parameters": GEMMA4_ROPES,
+    "attention_k_eq_v": False, "enable_moe_block": False, "rope_theta": None,
+}  # fmt: skip
 MIXTURE: dict[str, Any] = {"num_experts_per_tok": 2, "num_key_value_heads": 2, "tie_word_embeddings": False}
 EIGHT = {"num_experts": 8, "moe_intermediate_size": 64, "decoder_sparse_step": 1, "mlp_only_layers": []}
 FAMILIES |= {
@@ -186,6 +200,8 @@ def loud(model: Checkpoint, folder: Path) -> Path:
 def make(folder: Path, seed: int = 0, dtype: str = "F32", **changes: Any) -> Path:
     """Write the model; `changes` go over CONFIG. Weights are N(0, 0.05), norms near 1, all from `seed`."""
     config = {**CONFIG, **changes}
+    if "vocab_size_per_layer_input" in config:
+        config["vocab_size_per_layer_input"] = config["vocab_size"]
     folder.mkdir(parents=True)
     tensors = arch.tensors_of(config, family(config).stacked)
     kind = {"F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16}[dtype]
@@ -215,6 +231,26 @@ def seeing(folder: Path, beside: str = "") -> Path:
     inside = {f"{beside}language_model.{name.removeprefix(beside)}": value for name, value in weights.items()}
     eyes = {f"{beside}{name}.weight": mx.zeros((2, 2)) for name in ("vision_tower.patch", "multi_modal_projector.norm")}
     mx.save_safetensors(str(folder / "model.safetensors"), inside | eyes)
+    return folder
+
+
+def hearing(folder: Path, beside: str = "") -> Path:
+    """A gemma4 with eyes and ears: the tiny gemma4_text of seed 0 inside, three tensors of towers, and the keys and
+    values that published models have in every block. beside: `model.` as published."""
+    make(folder, **FAMILIES["gemma4_text"])
+    text = json.loads((folder / "config.json").read_text())
+    wrapped = {"model_type": "gemma4", "architectures": ["Gemma4ForConditionalGeneration"], "vocab_size": 512}
+    towers = {"vision_config": {"hidden_size": 8}, "audio_config": {"hidden_size": 8}}
+    (folder / "config.json").write_text(json.dumps({**wrapped, **towers, "text_config": text, "eos_token_id": [0]}))
+    weights: dict[str, mx.array] = dict(mx.load(str(folder / "model.safetensors")))  # type: ignore[arg-type]
+    for name in ("k_proj", "v_proj", "k_norm"):
+        for i in range(3, 7):
+            weights[f"model.layers.{i}.self_attn.{name}.weight"] = mx.zeros((2, 2))
+    mx.eval(weights)
+    inside = {f"{beside}language_model.{name.removeprefix(beside)}": value for name, value in weights.items()}
+    names = ("vision_tower.patch", "audio_tower.conv", "embed_vision.projection")
+    ears = {f"{beside}{name}.weight": mx.zeros((2, 2)) for name in names}
+    mx.save_safetensors(str(folder / "model.safetensors"), inside | ears)
     return folder
 
 

@@ -8,7 +8,7 @@ of (d log p(drawn) / d gate)^2, every token having a gate of its own. Does not d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +17,8 @@ import numpy as np
 
 from mis_mlx.maths.importance import Key
 from mis_mlx.models import load, stream
-from mis_mlx.models.backward_pass import Some, backwards
+from mis_mlx.models.backward_pass import Back, backwards
+from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.types import Checkpoint
 
@@ -59,19 +60,19 @@ def fisher(
     shape, found = shape_of(checkpoint.config), dict[Key, np.ndarray]()
     args = load.model_args(checkpoint.config)
 
-    def visit(i: int, block: nn.Module) -> Callable[[Some, Some], Some]:
+    def visit(i: int, block: nn.Module) -> Back:
         gated = {axis: _Gated((block[part] if part else block)[name], not part) for axis, (part, name) in GATES.items()}
         for axis, (part, name) in GATES.items():
             (block[part] if part else block)[name] = gated[axis]
 
-        def each(x: mx.array, above: mx.array) -> mx.array:
-            below, squares = _back(args, block, gated, shape, x, above)
+        def each(inputs: BlockInputs, above: BlockOutputs) -> BlockInputs:
+            below, squares = _back(args, block, gated, shape, inputs.hidden, above.hidden)
             for axis, square in squares.items():
                 key = (-1, "hidden") if axis.startswith("norm") else (i, axis)
                 found[key] = found.get(key, 0.0) + np.array(square, np.float64) / (2 * len(batches))
-            return below
+            return BlockInputs(below)
 
-        return lambda x, above: [each(*of) for of in zip(x, above, strict=True)]
+        return lambda inputs, above: [each(*of) for of in zip(inputs, above, strict=True)]
 
     backwards(checkpoint, batches, visit, seed, kept)
     return found

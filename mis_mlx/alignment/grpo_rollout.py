@@ -23,6 +23,7 @@ from mis_mlx.maths import policy
 from mis_mlx.maths.losses import token_logps
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import attention_masks, distributed, load, mlx_generate, stream
+from mis_mlx.models.config import softcap
 from mis_mlx.types import MOST, Count, MisError, Positive, Rate, Step, Within
 
 Rollout = tuple[list[tuple[Any, ...]], dict[str, float]]  # micro-batches of a step, for `Settings.loss`; facts of it
@@ -79,7 +80,9 @@ class Settings(alignment_run.Alignment):
         """(B, T) log-probabilities of the answers' tokens at the sampling temperature."""
         hidden = attention_masks.forward(model, b.tokens, b.branch, b.positions)[0, b.at.reshape(-1)]
         head, targets = load.head_weight(model), b.targets.reshape(-1)
-        return token_logps(hidden, head, targets, self.temperature, frozen_head).reshape(b.targets.shape)
+        cap = load.logit_softcap(model)
+        flat = token_logps(hidden, head, targets, self.temperature, frozen_head, softcap=cap)
+        return flat.reshape(b.targets.shape)
 
     def loss(
         self, model: nn.Module, b: attention_masks.Branches, advantage: mx.array, old: mx.array | None = None,
@@ -183,7 +186,8 @@ class Sampler:
         for tokens, hidden, most in zip(batches, self.reference.forward(batches), longest, strict=True):
             states = hidden[:, -most - 1 : -1].reshape(-1, hidden.shape[-1])
             targets = tokens[:, -most:].reshape(-1)
-            flat = token_logps(states, head, targets, self.settings.temperature, frozen_head=True)
+            cap = softcap(self.reference.checkpoint.config)
+            flat = token_logps(states, head, targets, self.settings.temperature, frozen_head=True, softcap=cap)
             logps.append(flat.reshape(len(tokens), most))
         return logps
 

@@ -108,6 +108,8 @@ class PackedDataset:
         for at in by_length("held out: batch", self.lengths, batch_size):
             tokens, learn, rows = rectangle([self.windows[i] for i in at])
             hidden, targets = self.hidden(student, tokens, rows), labels(tokens)
-            total -= float((token_logps(hidden, load.head_weight(student), targets) * learn.reshape(-1)).sum())
+            head = load.head_weight(student)
+            cap = load.logit_softcap(student)
+            total -= float((token_logps(hidden, head, targets, softcap=cap) * learn.reshape(-1)).sum())
             count += float(learn.sum())
         return {"loss": total / max(count, 1.0)}

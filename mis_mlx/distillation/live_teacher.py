@@ -23,7 +23,7 @@ from mis_mlx.hardware import lanes
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, host_losses, load, pipeline_parallel, policy, stream
-from mis_mlx.models.config import shape_of
+from mis_mlx.models.config import shape_of, softcap
 from mis_mlx.planner.recipe import SAMPLES, TrainingConfig
 from mis_mlx.storage import logit_store, run_folder
 from mis_mlx.storage.files import Files
@@ -47,6 +47,7 @@ class StreamedTeacher:
         self._source = pipeline_parallel.Relay(*where, shares) if shares else stream.Stream(*where)
         self.hidden, self.temperature = self._source.forward, temperature
         self._cross_entropy, self._same_head = cross_entropy, same_head
+        self.softcap = softcap(checkpoint.config)  # a student's logits are its teacher's family's
 
     @cached_property
     def logits(self) -> losses.Logits:
@@ -55,7 +56,9 @@ class StreamedTeacher:
 
     def _logits_by(self, frozen: mx.array) -> losses.Logits:
         """The same, beside a student's head (V, D) that is not trained."""
-        return (lambda hidden: hidden.astype(frozen.dtype) @ frozen.T) if self._same_head else self.logits
+        if not self._same_head:
+            return self.logits
+        return lambda hidden: losses.capped(hidden.astype(frozen.dtype) @ frozen.T, self.softcap)
 
     def micro_batches(self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()) -> list[MicroBatch]:
         """Tokens (B, T), learn (B * T,), the teacher's hidden states (B * T, D); for cross-entropy labels (B * T,)."""
@@ -76,7 +79,9 @@ class StreamedTeacher:
 
         def of(head: mx.array, batches: Sequence[MicroBatch], b: int, hidden: mx.array) -> tuple[float, mx.array]:
             (_, learn, target), logits = batches[b], self._logits_by(head)
-            loss, slope, _ = host_losses.kl_gradients(hidden, head, target, logits, learn, self.temperature, True)
+            loss, slope, _ = host_losses.kl_gradients(
+                hidden, head, target, logits, learn, self.temperature, frozen_head=True, softcap=self.softcap
+            )
             return loss, slope
 
         return of if policy.name() == "cpu" and not self._cross_entropy else None
@@ -88,14 +93,15 @@ class StreamedTeacher:
         return losses.kl_sum(
             hidden, head, target[0], self._logits_by(head) if frozen_head else self.logits, learn, self.temperature,
             frozen_head=frozen_head, labels=target[1] if self._cross_entropy else None,
-            cross_entropy=self._cross_entropy,
+            cross_entropy=self._cross_entropy, softcap=self.softcap,
         )  # fmt: skip
 
 
 class TextTargets:
     """The text itself as the source: KL to a target that has all its mass on one token, which is cross-entropy."""
 
-    kl_sum = staticmethod(losses.sampled_kl_sum)
+    def __init__(self, softcap: float = 0.0):
+        self.kl_sum = partial(losses.sampled_kl_sum, softcap=softcap)
 
     def micro_batches(self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()) -> list[MicroBatch]:
         """Tokens (B, T), learn (B * T,), the next tokens as ids and their weights (B * T, 1)."""
@@ -128,7 +134,9 @@ def _on_host(
         mx.eval(hidden, cotangent)
     name = "lm_head.weight" if hasattr(student, "lm_head") else "model.embed_tokens.weight"
     how = source.logits, learn, source.temperature, name not in trained
-    loss, below, of_head = host_losses.kl_gradients(hidden[0], load.head_weight(student), target, *how)
+    loss, below, of_head = host_losses.kl_gradients(
+        hidden[0], load.head_weight(student), target, *how, softcap=source.softcap
+    )
     host_losses.view(cotangent)[:] = host_losses.view(below)
     found = dict(zip(trained, slopes, strict=True))
     del slopes
@@ -231,10 +239,10 @@ def _drawn(teacher: StreamedTeacher, hidden: mx.array, spec: logit_store.Spec, f
 
 class Cached:
     """A store in the place of a teacher: `steps` trains against it, with none in memory. windows: which windows of the
-    training data the store's are, rising (`visited`)."""
+    training data the store's are, rising (`visited`). softcap: of the student's logits."""
 
-    def __init__(self, store: logit_store.Targets, windows: np.ndarray):
-        self._store, self._windows = store, windows
+    def __init__(self, store: logit_store.Targets, windows: np.ndarray, softcap: float = 0.0):
+        self._store, self._windows, self._softcap = store, windows, softcap
         if len(self._windows) != store.spec.windows:
             raise ValueError(f"{len(self._windows)} windows for a store of {store.spec.windows}")
 
@@ -255,7 +263,7 @@ class Cached:
         """Sum of the KL in nats of a student's hidden states (n, D) and head (V, D) against stored targets."""
         if head.shape[0] != (vocab := self._store.spec.vocab):
             raise MisError(f"the targets are for {vocab} tokens, the student has {head.shape[0]}: use its teacher")
-        return losses.sampled_kl_sum(hidden, head, learn, *target, frozen_head=frozen_head)
+        return losses.sampled_kl_sum(hidden, head, learn, *target, frozen_head=frozen_head, softcap=self._softcap)
 
 
 TargetSource = StreamedTeacher | TextTargets | Cached  # where a step's targets come from

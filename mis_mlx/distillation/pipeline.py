@@ -21,6 +21,7 @@ from mis_mlx.hardware import memory
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, load, lora, model_writer, stream
+from mis_mlx.models.config import softcap
 from mis_mlx.planner.phases import MemoryPlan, in_parts, steps_per_shard
 from mis_mlx.planner.recipe import ADAPTERS, DistillationConfig, TrainingConfig
 from mis_mlx.pruning import reconstruct, vocabulary
@@ -101,13 +102,13 @@ def distil(c: Run, pruned: Checkpoint, out: Path) -> None:
             model_writer.write_model(config, take, pruned.path, out, DTYPE, c.files, extra)
 
 
-def train(c: Run, pruned: Checkpoint) -> Callable[[str], mx.array]:
+def train(c: Run, pruned: Checkpoint) -> model_writer.Take:
     """The trained weights, by name, once they are."""
     if c.plan.mode == "none":
         cut = in_parts(c.plan.job, "none")
         parts = model_writer.by_block(pruned, c.folder / "parts", c.files, DTYPE) if cut else None
         mended = _mended(c, pruned, parts)
-        return lambda name: mended[name] if name in mended else load.dense(parts or pruned, name)
+        return lambda name: mended[name] if name in mended else model_writer.dense(parts or pruned, name)
     source = source_of(c)
     if c.plan.mode != "resident":
         return _by_blocks(c, pruned, source)
@@ -141,7 +142,7 @@ def source_of(c: Run) -> live_teacher.TargetSource:
             show=show, together=bool(c.shares),
         )  # fmt: skip
     cli.say(*store.notes, f"logit store: {store.bytes_per_token:.0f} bytes a token; losses are of sampled targets")
-    return live_teacher.Cached(store, at)
+    return live_teacher.Cached(store, at, softcap(c.teacher.config))
 
 
 def _mended(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict[str, mx.array]:
@@ -197,7 +198,7 @@ def _beside_the_plan(c: Run) -> dict[str, Any]:
     return {"planned_tps": c.plan.job.step * c.plan.job.iters / max(c.plan.planned["distil"], 1e-9), "report": c.report}
 
 
-def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) -> Callable[[str], mx.array]:
+def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) -> model_writer.Take:
     r, job, whole = c.recipe, c.plan.job, c.plan.mode != "sharded"
     begun = pruned if whole else model_writer.by_block(pruned, c.folder / "parts", c.files)
     visit = job.iters if whole else steps_per_shard(job, c.plan.shard_layers)

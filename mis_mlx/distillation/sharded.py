@@ -18,10 +18,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mis_mlx.distillation import train_loop
 from mis_mlx.hardware import lanes
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
-from mis_mlx.models import arch, distributed, host_losses, load, model_writer, policy, stream
+from mis_mlx.models import arch, block_inputs, distributed, host_losses, load, model_writer, policy, stream
+from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.storage.checkpoint import sweep
 from mis_mlx.storage.files import Files
+from mis_mlx.storage.safetensors import Tensor
 from mis_mlx.types import Checkpoint, MisError, Step
 
 VISIT = "visit.json"  # in the student's folder: the last visit that wrote, or began to write, its blocks
@@ -79,11 +81,11 @@ class Sharded:
             optimizer.restore(mine, remembered)
             mx.eval(optimizer.adamw.state)
 
-    def take(self, name: str) -> mx.array:
+    def take(self, name: str) -> Tensor:
         """A weight of the whole model, once it is trained."""
         i = arch.block_of(name)
         if i is None or i not in self.blocks:
-            return load.dense(self._student, name)
+            return model_writer.dense(self._student, name)
         inside, _, last = name.split(".", 3)[3].rpartition(".")
         owner = dict(self.shard.layers[i - self.blocks.start].named_modules())[inside]
         return (owner.fuse() if hasattr(owner, "fuse") else owner)[last]  # a LoRALinear's weights with its adapter
@@ -164,6 +166,7 @@ class Sharded:
         kept: stream.Hidden = []  # inputs (B, T, D) of the shard's first block and of all above it; then cotangents
         n, top, first = len(batches), self._source.layers - 1, self.blocks.start
         self._source.embed([tokens for tokens, *_ in batches], kept)
+        self._shared = block_inputs.Cotangents(self._source.sides.owners)
         for i, block in self._in_turn(range(top + 1)):
             if i == top:  # on and back in one go: the last block is not read twice, nor computed twice
                 head = self._source.head().weight
@@ -178,8 +181,10 @@ class Sharded:
                     yield i, gradients
                 continue
             for b in range(n):
+                inputs = self._source.sides.inputs(i, b, kept[b if i < first else -n])
+                outputs = self._through(block, inputs)
                 with lanes.together(len(kept[0])):
-                    mx.eval(out := self._through(block, kept[b if i < first else -n]))
+                    mx.eval(out := self._source.sides.keep(i, b, outputs))
                 if i < first:
                     kept[b] = out
                 else:
@@ -197,9 +202,9 @@ class Sharded:
             yield (i, self.shard.layers[i - self.blocks.start]) if i in self.blocks else next(streamed)
         next(streamed, None)  # takes the last one back
 
-    def _through(self, block: nn.Module, x: mx.array) -> mx.array:
-        """A micro-batch (B, T, D) through a block, its windows side by side."""
-        return lanes.rows(lambda some: block(some, load.mask(self._source.args, block, some)), x)
+    def _through(self, block: nn.Module, inputs: BlockInputs) -> BlockOutputs:
+        """A micro-batch through a block, its windows side by side."""
+        return block_inputs.by_windows(block, inputs, partial(load.mask, self._source.args, block))
 
     def _end(self, loss: Loss, head: mx.array, batch: MicroBatch, out: mx.array) -> mx.array:
         """Loss of a micro-batch, in nats, from the last block's output (B, T, D)."""
@@ -220,17 +225,30 @@ class Sharded:
         weights = dict(tree_flatten(block.trainable_parameters())) if i in self.blocks else {}
         total, gradients = mx.array(0.0), [mx.zeros_like(w) for w in weights.values()]
 
-        def run(end: Callable[[mx.array], mx.array] | None, x: mx.array, *values: mx.array) -> mx.array:
-            block.update(tree_unflatten(list(zip(weights, values, strict=True))))
-            out = self._through(block, x)
-            return end(out) if end else out
+        def run(
+            end: Callable[[mx.array], mx.array] | None, inputs: BlockInputs, cotangents: BlockOutputs, *given: mx.array
+        ) -> list[mx.array]:
+            count = len(inputs.arrays)
+            block.update(tree_unflatten(list(zip(weights, given[count:], strict=True))))
+            out, *more = self._through(block, inputs.like(given[:count])).arrays(cotangents)
+            return [end(out) if end else out, *more]
 
         for b, end in enumerate(ends):
             at = (i - self.blocks.start) * len(ends) + b
             above = mx.array(1.0) if end else kept[at + len(ends)]
             if slopes:
                 above = mx.zeros((kept[at].shape[0] * kept[at].shape[1], kept[at].shape[2]))
-            (out,), (below, *made) = mx.vjp(partial(run, end), [kept[at], *weights.values()], [above])
+            inputs = self._source.sides.inputs(i, b, kept[at])
+            cotangents = BlockOutputs(above, self._shared.take(i, b))
+            (out, *_), found = mx.vjp(
+                partial(run, end, inputs, cotangents),
+                [*inputs.arrays, *weights.values()],
+                cotangents.arrays(cotangents),
+            )
+            count = len(inputs.arrays)
+            below = inputs.like(found[:count])
+            made = found[count:]
+            del found
             if slopes:
                 with lanes.together(len(kept[at])):
                     mx.eval(out, above)
@@ -239,10 +257,11 @@ class Sharded:
                 out = mx.array(value)
             gradients = [g + m for g, m in zip(gradients, made, strict=True)] if b else made
             total = total + out if end else total
-            asked = [below] if i > self.blocks.start else []  # below the shard nobody asks
+            asked = [below.hidden] if i > self.blocks.start else []  # below the shard nobody asks
+            of_owner = self._shared.add(i, b, below) if asked else []
             with lanes.together(len(kept[at])):
-                mx.eval(total, gradients, asked)
+                mx.eval(total, gradients, asked, of_owner)
             kept[at : at + len(asked)] = asked
-            del out, below, made, above
+            del out, below, made, above, inputs, cotangents, of_owner
         block.update(tree_unflatten(list(weights.items())))  # `run` left tracers there
         return float(total), dict(zip(weights, gradients, strict=True))

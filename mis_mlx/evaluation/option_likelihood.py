@@ -80,10 +80,12 @@ def score(stream: Stream, encoded: Sequence[Encoded], rows: int = ROWS) -> list[
     packed = list(packs(encoded, rows))
     own, passing = distributed.shard(packed), pipeline_parallel.passing(stream, packed)
     hidden = stream.embed([p.tokens for p in own])
-    for _, block in stream.blocks():
+    for i, block in stream.blocks():
+        window = load.window(stream.args, block)
         for b, p in enumerate(passing):
-            window = load.window(stream.args, block)
-            hidden[b] = attention_masks.through(block, hidden[b], p.sees, p.positions, window)
+            inputs = stream.sides.inputs(i, b, hidden[b])
+            outputs = attention_masks.through(block, inputs, p.sees, p.positions, window)
+            hidden[b] = stream.sides.keep(i, b, outputs)
             evaluate_now(hidden[b])
     hidden = stream.norm(hidden)
     head, vocab = stream.head(), config.shape_of(stream.checkpoint.config).vocab

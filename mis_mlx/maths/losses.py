@@ -55,6 +55,16 @@ def head_added(parts: list[mx.array], gradient: mx.array, hidden: mx.array) -> l
     return added
 
 
+def capped(z: mx.array, softcap: float) -> mx.array:
+    """Logits c tanh(z / c), where a model has a soft cap c; z itself where it has none (0)."""
+    return mx.tanh(z / softcap) * softcap if softcap else z
+
+
+def cap_slope(z: mx.array, softcap: float) -> mx.array:
+    """d z / d raw logits (n, V), for `capped` logits z (n, V)."""
+    return 1.0 - mx.square(z / softcap)
+
+
 def softmax_lse(z: mx.array) -> tuple[mx.array, mx.array]:
     """softmax(z) and logsumexp(z) over the last axis, for one exponential per element.
 
@@ -67,11 +77,11 @@ def softmax_lse(z: mx.array) -> tuple[mx.array, mx.array]:
 def kl_sum(
     student: mx.array, head: mx.array, teacher: mx.array, teacher_logits: Logits, learn: mx.array,
     temperature: float = 1.0, rows: int | None = None, frozen_head: bool = False, labels: mx.array | None = None,
-    cross_entropy: float = 0.0,
+    cross_entropy: float = 0.0, softcap: float = 0.0,
 ) -> mx.array:  # fmt: skip
     """Sum over positions of KL(softmax(z_t / T) || softmax(z_s / T)) in nats, differentiable in student, head.
 
-    student: hidden states (n, D) and head: (V, D), z_s = student @ head.T.  teacher: (n, D_t), constant.
+    student: hidden states (n, D) and head: (V, D), z_s = student @ head.T, `capped`.  teacher: (n, D_t), constant.
     learn: (n,), 0 leaves a position out. Equation (2) has no T^2 factor, so there is none here.
     The gradient is (p_s - p_t) / T per logit. frozen_head: of a constant head none is formed.
     labels: (n,), the text's own next tokens: the loss is (1 - c) KL + c CE, c = `cross_entropy`, CE at T = 1."""
@@ -89,17 +99,17 @@ def kl_sum(
         return (1.0 - cross_entropy) * each + cross_entropy * (lse - _at(z, label[0])), g
 
     if labels is None:
-        return sum_by_chunks(formula, student, head, (teacher,), learn, rows, frozen_head)
+        return sum_by_chunks(formula, student, head, (teacher,), learn, rows, frozen_head, softcap)
     rows = rows or chunk_rows(head.shape[0]) * 3 // 4  # up to a third more (n, V) tensors at a time (measured)
-    return sum_by_chunks(formula, student, head, (teacher, labels), learn, rows, frozen_head)
+    return sum_by_chunks(formula, student, head, (teacher, labels), learn, rows, frozen_head, softcap)
 
 
 def sum_by_chunks(
     formula: Formula, student: mx.array, head: mx.array, targets: tuple[mx.array, ...], learn: mx.array,
-    rows: int | None, frozen_head: bool,
+    rows: int | None, frozen_head: bool, softcap: float = 0.0,
 ) -> mx.array:  # fmt: skip
     """Sum of `formula`'s losses over chunks of positions; its gradients are carried to the backward pass as (n, D)
-    and (V, D) arrays, so logits are never recomputed and never kept."""
+    and (V, D) arrays, so logits are never recomputed and never kept. softcap: of the logits that `formula` sees."""
     rows = rows or chunk_rows(head.shape[0])
 
     @mx.custom_function
@@ -111,7 +121,9 @@ def sum_by_chunks(
             # Each chunk waits for all of the one before: else the scheduler begins them all, and holds all logits.
             waited: Any = mx.depends([h[at], loss, *(t[at] for t in targets)], [*dw, *dh[-1:]])
             part, loss, *target = waited
-            each, g = formula(wide_product(part, w), *target)
+            z = capped(wide_product(part, w), softcap)
+            each, g = formula(z, *target)
+            g = g * cap_slope(z, softcap) if softcap else g
             loss = loss + (each * learn[at]).sum()
             g = (g * learn[at][:, None]).astype(w.dtype)
             dh.append(g @ w)
@@ -154,12 +166,13 @@ def sample(logits: mx.array, count: int, seed: int, first: int) -> tuple[np.ndar
 
 def sampled_kl_sum(
     student: mx.array, head: mx.array, learn: mx.array, ids: mx.array, weights: mx.array, *, rows: int | None = None,
-    frozen_head: bool = False,
+    frozen_head: bool = False, softcap: float = 0.0,
 ) -> mx.array:  # fmt: skip
     """Sum over positions of KL(w || softmax(z_s)) in nats, differentiable in student and head.
 
-    student: hidden states (n, D) and head: (V, D), z_s = student @ head.T.  ids, weights: (n, m), the tokens of the
-    target w and their shares, which sum to 1; entries of weight 0 fill a row up. learn: (n,), 0 leaves a position out.
+    student: hidden states (n, D) and head: (V, D), z_s = student @ head.T, `capped`. ids, weights: (n, m), the tokens
+    of the target w and their shares, which sum to 1; entries of weight 0 fill a row up. learn: (n,), 0 leaves a
+    position out.
     frozen_head: no gradient for the head. For w = counts / N of `sample` the gradient, p_s - w per logit, is that of
     the full KL in expectation; the value is larger by a constant, E KL(w || p_t), which no student can lower."""
 
@@ -170,15 +183,16 @@ def sampled_kl_sum(
         row = mx.arange(len(z))[:, None]
         return kl, (p * w.sum(axis=-1, keepdims=True)).at[row, ids].add(-w)  # adds: a filled-up id may come twice
 
-    return sum_by_chunks(formula, student, head, (ids, weights), learn, rows, frozen_head)
+    return sum_by_chunks(formula, student, head, (ids, weights), learn, rows, frozen_head, softcap)
 
 
 def token_logps(
     hidden: mx.array, head: mx.array, targets: mx.array, temperature: float = 1.0, frozen_head: bool = False,
-    rows: int | None = None,
+    rows: int | None = None, softcap: float = 0.0,
 ) -> mx.array:  # fmt: skip
-    """log softmax(hidden @ head.T / temperature) at `targets`: (n,) float32, differentiable in hidden and head. Each
-    position has its own value and its own cotangent, so the way back makes a chunk's logits again.
+    """log softmax(hidden @ head.T / temperature) at `targets`, logits `capped` before they are divided: (n,) float32,
+    differentiable in hidden and head. Each position has its own value and its own cotangent, so the way back makes a
+    chunk's logits again.
 
     hidden: (n, D). head: (V, D). targets: (n,) token ids. frozen_head: the head is constant, and its (V, D)
     gradient is not formed. rows: positions in a chunk; default: as many as 256 MiB hold five times."""
@@ -188,7 +202,7 @@ def token_logps(
     def logits(h: mx.array, w: mx.array, wait_for: list[mx.array]) -> mx.array:
         # Each chunk waits for all of the one before: else the scheduler begins them all, and holds all logits.
         waited: Any = mx.depends([h], wait_for) if wait_for else [h]
-        return wide_product(waited[0], w) / temperature
+        return capped(wide_product(waited[0], w), softcap) / temperature
 
     @mx.custom_function
     def forward(h: mx.array, w: mx.array = head) -> mx.array:
@@ -204,9 +218,12 @@ def token_logps(
         dh = list[mx.array]()
         dw = [] if frozen_head else head_zeros(w)
         for at in cuts:
-            p = mx.softmax(logits(h[at], w, [*dw, *dh[-1:]]), axis=-1)
+            z = logits(h[at], w, [*dw, *dh[-1:]])
+            p = mx.softmax(z, axis=-1)
             each = cotangent[at] / temperature
-            g = (-p * each[:, None]).at[mx.arange(len(p)), targets[at]].add(each).astype(w.dtype)
+            g = (-p * each[:, None]).at[mx.arange(len(p)), targets[at]].add(each)
+            g = g * cap_slope(z * temperature, softcap) if softcap else g
+            g = g.astype(w.dtype)
             dh.append((g @ w).astype(h.dtype))  # w may be wider: a packed head is de-quantized to float32
             dw = [d.astype(w.dtype) for d in head_added(dw, g, h[at])]
         return mx.concatenate(dh) if frozen_head else (mx.concatenate(dh), mx.concatenate(dw))

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from mis_mlx.models import experts
-from mis_mlx.models.config import Shape, inside_names, keys_of, normalised, shape_of
+from mis_mlx.models.config import (
+    Shape,
+    ffn_size,
+    head_size,
+    inside_names,
+    key_owners,
+    keys_of,
+    normalised,
+    shape_of,
+)
 from mis_mlx.models.families import ALL, family
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 
@@ -25,8 +34,9 @@ SCENARIOS: dict[str, dict[str, float]] = {
 # The paper's teacher; it leaves kv heads and vocabulary open: those of today's 70B models.
 PUBLISHED: dict[str, dict[str, Any]] = {  # configs without weights, for plans
     name: json.loads((Path(__file__).parent / f"{name}.json").read_text("utf-8"))
-    for name in ("mis-137b", "qwen3-30b-a3b")
+    for name in ("mis-137b", "qwen3-30b-a3b", "gemma-4-e2b", "gemma-4-e4b")
 }
+PER_LAYER = "model.embed_tokens_per_layer."  # what the names of the table of per-layer inputs begin with
 FFN_MULTIPLE = 256  # Metal's fast 4-bit kernels and GGUF K-quants need it
 READERS = {"ffn": ("mlp", ("down_proj",)), "heads": ("self_attn", ("o_proj",)),
            "norm1": ("self_attn", ("q_proj", "k_proj", "v_proj", "qkv_proj")),
@@ -40,19 +50,50 @@ def readers(block: Mapping[str, Any]) -> dict[str, tuple[str, list[str]]]:
     return {axis: (part, names) for axis, (part, names) in found.items() if names}
 
 
-def layer_tensors(config: Mapping[str, Any], stacked: bool = False) -> dict[str, tuple[int, ...]]:
+def layer_tensors(
+    config: Mapping[str, Any], stacked: bool = False, block: int | None = None
+) -> dict[str, tuple[int, ...]]:
     """Names (without `model.layers.N.`) and shapes (out, in) of one block's tensors, in forward order. stacked: all
-    experts' matrices in one (E, out, in), as mlx-lm has them."""
+    experts' matrices in one (E, out, in), as mlx-lm has them. block: which one, where they differ; default: the
+    largest."""
     s, of = shape_of(config), family(config)
-    q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    block = largest_block(config) if block is None else block
+    tensors = _attention_tensors(config, block)
+    if of.experts:
+        return tensors | experts.tensors_of(config, stacked)
+    ffn = ffn_size(config, block)
+    wide = (("gate_up_proj", 2 * ffn),) if of.joined else (("gate_proj", ffn), ("up_proj", ffn))
+    for name, out, into in (*((name, out, s.hidden) for name, out in wide), ("down_proj", s.hidden, ffn)):
+        tensors[f"mlp.{name}.weight"] = (out, into)
+        if of.other_biases and config.get("mlp_bias"):
+            tensors[f"mlp.{name}.bias"] = (out,)
+    if of.per_layer:
+        tensors["per_layer_input_gate.weight"] = (config[of.per_layer], s.hidden)
+        tensors["per_layer_projection.weight"] = (s.hidden, config[of.per_layer])
+        tensors["post_per_layer_input_norm.weight"] = (s.hidden,)
+    if of.block_scale:
+        tensors["layer_scalar"] = (1,)
+    return tensors
+
+
+def _attention_tensors(config: Mapping[str, Any], block: int) -> dict[str, tuple[int, ...]]:
+    """Those of attention and of the norms around it and around the MLP."""
+    s = shape_of(config)
+    of = family(config)
+    head_dim = head_size(config, block)
+    shares_keys = key_owners(config)[block] is not None
+    q = s.heads * head_dim
+    kv = s.kv_heads * head_dim
     tensors: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (s.hidden,)}
-    for name, out in (("qkv_proj", q + 2 * kv),) if of.joined else (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
+    apart = (("q_proj", q),) if shares_keys else (("q_proj", q), ("k_proj", kv), ("v_proj", kv))
+    for name, out in (("qkv_proj", q + 2 * kv),) if of.joined else apart:
         tensors[f"self_attn.{name}.weight"] = (out, s.hidden)
         if config.get("attention_bias") if of.qkv_bias is None else of.qkv_bias:
             tensors[f"self_attn.{name}.bias"] = (out,)
-    if of.head_norms:
-        normed = (q, kv) if of.head_norms == "all" else (s.head_dim, s.head_dim)
-        tensors |= {f"self_attn.{name}_norm.weight": (size,) for name, size in zip("qk", normed, strict=True)}
+    normed = {"q": q, "k": kv} if of.head_norms == "all" else {"q": head_dim, "k": head_dim}
+    for name, size in normed.items() if of.head_norms else ():
+        if name == "q" or not shares_keys:
+            tensors[f"self_attn.{name}_norm.weight"] = (size,)
     tensors["self_attn.o_proj.weight"] = (s.hidden, q)
     if of.other_biases and config.get("attention_bias"):
         tensors["self_attn.o_proj.bias"] = (s.hidden,)
@@ -61,20 +102,52 @@ def layer_tensors(config: Mapping[str, Any], stacked: bool = False) -> dict[str,
     tensors["post_attention_layernorm.weight"] = (s.hidden,)
     if of.sandwich:
         tensors |= {f"{when}_feedforward_layernorm.weight": (s.hidden,) for when in ("pre", "post")}
-    if of.experts:
-        return tensors | experts.tensors_of(config, stacked)
-    wide = (("gate_up_proj", 2 * s.ffn),) if of.joined else (("gate_proj", s.ffn), ("up_proj", s.ffn))
-    for name, out, into in (*((name, out, s.hidden) for name, out in wide), ("down_proj", s.hidden, s.ffn)):
-        tensors[f"mlp.{name}.weight"] = (out, into)
-        if of.other_biases and config.get("mlp_bias"):
-            tensors[f"mlp.{name}.bias"] = (out,)
     return tensors
+
+
+def largest_block(config: Mapping[str, Any]) -> int:
+    """The number of a block that has as many parameters as any."""
+    layers = config["num_hidden_layers"]
+    if not family(config).sharing:
+        return 0
+    return max(range(layers), key=lambda i: (ffn_size(config, i), head_size(config, i)))
+
+
+def widest(config: Mapping[str, Any]) -> Shape:
+    """The shape, with FFN and heads as large as they are in any block."""
+    s = shape_of(config)
+    if not family(config).sharing:
+        return s
+    sizes = [head_size(config, i) for i in range(s.layers)]
+    return replace(s, ffn=ffn_size(config, largest_block(config)), head_dim=max(sizes))
+
+
+def side_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what makes the inputs that each block has for itself: for every token and block some
+    channels of a table, and as many that are projected from the embedding."""
+    s = shape_of(config)
+    of = family(config)
+    if not of.per_layer:
+        return {}
+    width = config[of.per_layer]
+    return {
+        f"{PER_LAYER}weight": (s.vocab, s.layers * width),
+        "model.per_layer_model_projection.weight": (s.layers * width, s.hidden),
+        "model.per_layer_projection_norm.weight": (width,),
+    }
 
 
 def places(config: Mapping[str, Any]) -> tuple[int, ...]:
     """A number for each block: those that differ are no places for each other's, because mlx-lm counts them."""
     period = normalised(config)[key] if (key := family(config).period) else 1
     return tuple(int((i + 1) % period == 0) for i in range(config["num_hidden_layers"]))
+
+
+def fixed_blocks(config: Mapping[str, Any]) -> set[int]:
+    """Blocks that no cut in depth may take: those whose keys and values later ones use, and the last one there, which
+    transformers makes see all tokens whatever its kind is."""
+    owners = {owner for owner in key_owners(config) if owner is not None}
+    return owners | ({config["num_hidden_layers"] - 1} if owners else set())
 
 
 def block_of(name: str) -> int | None:
@@ -84,24 +157,48 @@ def block_of(name: str) -> int | None:
 
 def tensors_of(config: Mapping[str, Any], stacked: bool = False) -> dict[str, tuple[int, ...]]:
     """{Hugging Face name: shape} of an unquantized model of this config, in forward order; stacked: `layer_tensors`."""
-    s, block = shape_of(config), layer_tensors(config, stacked)
-    blocks = {f"model.layers.{i}.{name}": shape for i in range(s.layers) for name, shape in block.items()}
+    s = shape_of(config)
+    blocks = dict[str, tuple[int, ...]]()
+    for i in range(s.layers):
+        blocks |= {f"model.layers.{i}.{name}": shape for name, shape in layer_tensors(config, stacked, i).items()}
+    table = {"model.embed_tokens.weight": (s.vocab, s.hidden), **side_tensors(config)}
     head = {} if s.tied else {"lm_head.weight": (s.vocab, s.hidden)}
-    return {"model.embed_tokens.weight": (s.vocab, s.hidden), **blocks, "model.norm.weight": (s.hidden,), **head}
+    return {**table, **blocks, "model.norm.weight": (s.hidden,), **head}
 
 
 def params(config: Mapping[str, Any]) -> int:
     """Number of parameters, computed from the shape; a tied embedding counts once."""
     s = shape_of(config)
-    block = sum(math.prod(shape) for shape in layer_tensors(config, True).values())
-    return s.layers * block + s.vocab * s.hidden * (1 if s.tied else 2) + s.hidden
+    sides = sum(math.prod(shape) for shape in side_tensors(config).values())
+    return blocks_params(config) + sides + s.vocab * s.hidden * (1 if s.tied else 2) + s.hidden
+
+
+def channels(config: Mapping[str, Any]) -> int:
+    """Channels that all blocks together get of a token beside its hidden states."""
+    key = family(config).per_layer
+    return int(config["num_hidden_layers"] * config[key]) if key else 0
+
+
+def row_params(config: Mapping[str, Any]) -> int:
+    """Number of parameters that each token has for itself: a row of the embedding, the head and other tables."""
+    s = shape_of(config)
+    return int(s.hidden * (1 if s.tied else 2) + channels(config))
+
+
+def blocks_params(config: Mapping[str, Any]) -> int:
+    """Number of parameters of all blocks."""
+    layers = config["num_hidden_layers"]
+    if not family(config).sharing:
+        return int(layers * sum(map(math.prod, layer_tensors(config, True).values())))
+    return sum(math.prod(shape) for i in range(layers) for shape in layer_tensors(config, True, i).values())
 
 
 def met(config: Mapping[str, Any]) -> int:
-    """FFN neurons that a token goes through in a block: of several experts those of as many as it meets."""
+    """FFN neurons that a token goes through in a block, the widest one: of several experts those of as many as it
+    meets."""
     s, of = shape_of(config), family(config)
     shared = config[of.shared_expert] if of.shared_expert else 0
-    return int(s.ffn * (config["num_experts_per_tok"] if s.experts else 1) + shared)
+    return int(widest(config).ffn * (config["num_experts_per_tok"] if s.experts else 1) + shared)
 
 
 def shares(config: Mapping[str, Any]) -> tuple[float, float]:
@@ -117,7 +214,10 @@ def shares(config: Mapping[str, Any]) -> tuple[float, float]:
 def inside(tensors: Mapping[str, TensorAt], config: Mapping[str, Any]) -> dict[str, TensorAt]:
     """Tensors by the names of the config's family. Matrices that lie joined are rows of one, in their order."""
     found, due = dict[str, TensorAt](), tensors_of(config)
+    unused = unused_tensors(config)
     for name, at in tensors.items():
+        if inside_names(name)[0] in unused:
+            continue
         if name.endswith("_proj_blocks"):
             raise MisError(f"{at.file}: experts lie as openai packs them: run mlx_lm.convert on the model first")
         if stacked := experts.STACKED.fullmatch(name):
@@ -134,6 +234,13 @@ def inside(tensors: Mapping[str, TensorAt], config: Mapping[str, Any]) -> dict[s
         if first != at.shape[0]:
             raise MisError(f"{at.file}: {name} has {at.shape[0]} rows, config.json makes it {first}: download it again")
     return found
+
+
+def unused_tensors(config: Mapping[str, Any]) -> set[str]:
+    """Names of keys and values that a published model still has in blocks which use those of another block."""
+    parts = [f"{name}.{kind}" for name in ("k_proj", "v_proj", "k_norm") for kind in ("weight", "scales", "biases")]
+    shared = [i for i, owner in enumerate(key_owners(config)) if owner is not None]
+    return {f"model.layers.{i}.self_attn.{part}" for i in shared for part in parts}
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
@@ -218,6 +325,9 @@ def _check_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
     s, of = shape_of(config), family(config)
     if of.experts and sizes["experts"] < (met := config["num_experts_per_tok"]):
         raise MisError(f"--experts leaves {sizes['experts']}, a token meets {met} of them: keep {met} or more")
+    if sizes["layers"] < len(fixed := fixed_blocks(config)):
+        why = f"{len(fixed)} blocks stay, those that make keys and values for others and the last one"
+        raise MisError(f"{sizes['layers']} layers of a {of.name} are too few: {why}: keep {len(fixed)} or more")
     if of.period and (n := sizes["layers"]) < (period := normalised(config)[of.period]):
         raise MisError(f"{n} layers of a {of.name} are fewer than {period}, which mlx-lm wants: keep more")
     if of.heads_fill_hidden and sizes["hidden"] % sizes["heads"]:
@@ -236,9 +346,15 @@ def student_config(
     c = normalised(config)
     for key in ("quantization", "quantization_config", "dtype"):  # transformers 5 would believe dtype, not torch_dtype
         c.pop(key, None)
-    for key in ("layer_types", family(c).kinds):
+    of = family(c)
+    kept = layers or range(shape.layers)
+    if of.sharing:
+        c[of.sharing] = sum(key_owners(config)[i] is not None for i in kept)
+    if of.per_layer:
+        c["vocab_size_per_layer_input"] = shape.vocab
+    for key in ("layer_types", of.kinds):
         if c.get(key):
-            c[key] = [c[key][i] for i in (layers or range(shape.layers))]
+            c[key] = [c[key][i] for i in kept]
     c |= {key: getattr(shape, field) for field, key in keys_of(c).items()} | {"torch_dtype": dtype}
     if "full_attention" not in (rope := c.get("rope_parameters") or {}):
         rope = {"rope_type": "default", **rope, **(c.get("rope_scaling") or {}), "rope_theta": c["rope_theta"]}

@@ -10,7 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.models import load, streamed_decode
+from mis_mlx.models import block_inputs, load, streamed_decode
+from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 
 
 class Branches(NamedTuple):
@@ -48,17 +49,19 @@ def forward(model: nn.Module, tokens: mx.array, branch: mx.array, positions: np.
     seen = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
     sees = (seen & (at[:, None] >= at[None]))[:, None]  # for all heads
     hidden = load.embedded(model, tokens)
-    for block in inner.layers:
-        hidden = through(block, hidden, sees, positions, load.window(model.args, block))
+    sides = block_inputs.of_model(model, tokens, hidden)
+    for i, block in enumerate(inner.layers):
+        inputs = sides.inputs(i, 0, hidden)
+        hidden = sides.keep(i, 0, through(block, inputs, sees, positions, load.window(model.args, block)))
     return inner.norm(hidden)
 
 
 def through(
-    block: nn.Module, hidden: mx.array, sees: mx.array, positions: np.ndarray | None, window: int | None = None
-) -> mx.array:
+    block: nn.Module, inputs: BlockInputs, sees: mx.array, positions: np.ndarray | None, window: int | None = None
+) -> BlockOutputs:
     """hidden (B, T, D) through one block: row i looks at the rows of sees (T, T), where it stands at positions (T,)."""
     if window is not None:
-        at = mx.arange(hidden.shape[1]) if positions is None else mx.array(positions)
+        at = mx.arange(inputs.hidden.shape[1]) if positions is None else mx.array(positions)
         sees = sees & (at[:, None] < at[None] + window)
     with nullcontext() if positions is None else streamed_decode.positioned(block, positions):
-        return block(hidden, sees)
+        return block_inputs.run(block, inputs, sees)

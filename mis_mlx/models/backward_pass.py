@@ -9,30 +9,36 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.models import config, host_losses, load, policy, stream
+from mis_mlx.models import block_inputs, config, host_losses, load, policy, stream
+from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.types import Checkpoint
 
-Some = Sequence[mx.array]  # of as many batches as there are lanes, or as a GPU takes back in one pass
-Visit = Callable[[int, nn.Module], Callable[[Some, Some], Some]]
+# Of as many batches as there are lanes, or as a GPU takes back in one pass: what goes into a block, cotangents of what
+# it gives -> of what goes into it.
+Back = Callable[[Sequence[BlockInputs], Sequence[BlockOutputs]], Sequence[BlockInputs]]
+Visit = Callable[[int, nn.Module], Back]
 AtHead = Callable[[mx.array, mx.array], None]
+AtChannels = Callable[[int, int, mx.array], None]
 
 
 def backwards(
     checkpoint: Checkpoint, batches: stream.Batches, visit: Visit, seed: int = 0, kept: stream.Hidden | None = None,
-    at_head: AtHead = lambda x, above: None,
+    at_head: AtHead = lambda x, above: None, at_channels: AtChannels = lambda i, b, below: None,
 ) -> list[mx.array]:  # fmt: skip
     """One pass forwards, then back to the first block, d log p / d x of which is returned: `visit(i, block)` gives what
     takes batches back.
 
-    That function takes the block's inputs x and d log p(drawn tokens) / d output of some batches, all [(B, T, D)]; it
-    gives d log p / d x. Token ids [(B, T)]. kept: a place other than memory for L * len(batches) inputs (B, T, D).
-    at_head: sees the head's inputs (n, D) and d log p / d logits (n, V), some rows at a time."""
+    That function takes the block's inputs and d log p(drawn tokens) / d outputs of some batches; it gives d log p / d
+    inputs. Token ids [(B, T)]. kept: a place other than memory for L * len(batches) hidden states (B, T, D).
+    at_head: sees the head's inputs (n, D) and d log p / d logits (n, V), some rows at a time. at_channels: sees
+    d log p / d per-layer inputs (B, T, P) of block i and batch b, where the family has them."""
     kept = [] if kept is None else kept
     source, n = stream.Stream(checkpoint), len(batches)
     source.embed(batches, kept)
     for _, block in source.blocks(range(source.layers - 1)):
         kept.extend(source.through(block, kept[-n:]))
     back: list[mx.array] = []
+    shared = block_inputs.Cotangents(source.sides.owners)
     for i, block in source.blocks(range(source.layers - 1, -1, -1)):
         if not back:
             last = source.through(block, kept[-n:])
@@ -42,7 +48,13 @@ def backwards(
         width = source.back_at_once(back[0])
         for b in range(0, n, width):
             some = range(b, min(b + width, n))
-            back[some.start : some.stop] = through([kept[i * n + k] for k in some], back[some.start : some.stop])
+            inputs = [source.sides.inputs(i, k, kept[i * n + k]) for k in some]
+            above = [BlockOutputs(back[k], shared.take(i, k)) for k in some]
+            for k, below in zip(some, through(inputs, above), strict=True):
+                stream.evaluate_now(shared.add(i, k, below))
+                if below.per_layer is not None:
+                    at_channels(i, k, below.per_layer)
+                back[k] = below.hidden
     return back
 
 

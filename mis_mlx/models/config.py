@@ -135,6 +135,7 @@ def check_config(config: Mapping[str, Any], where: Path) -> None:
         _positive(spelled_out(config).get(key), key, where)
     _check_positions(config, where)
     _check_kinds(config, where)
+    _check_sharing(config, where)
     _check_experts(config, where)
     for key in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         if config.get(key) not in (None, True, False):
@@ -176,6 +177,8 @@ def _rope_kind(rope: Any) -> Any:
 def _check_positions(config: Mapping[str, Any], where: Path) -> None:
     """What says where a token stands."""
     of = family(config)
+    if of.proportional:
+        return _check_two_ropes(config, where)
     ropes = [rope for _, rope in _ropes(config) if isinstance(rope, Mapping)]
     shares = [place.get("partial_rotary_factor") for place in (config, *ropes)]
     share = next((value for value in shares if value is not None), 1) if of.own_positions else 1
@@ -209,6 +212,86 @@ def _check_long(config: Mapping[str, Any], key: str, rope: Mapping[str, Any], pa
     _whole(config, "max_position_embeddings", 2**31 - 1, where)
     context = _whole(config, "original_max_position_embeddings", 2**31 - 1, where, 4096)
     _positive(context - 1, "original_max_position_embeddings - 1", where)
+
+
+def _check_two_ropes(config: Mapping[str, Any], where: Path) -> None:
+    """Positions by kind of attention: plain ones within a window, a part of each head where all tokens are seen."""
+    name = family(config).name
+    ropes = config.get("rope_parameters")
+    if not isinstance(ropes, Mapping) or set(ropes) != ATTENTION:
+        kinds = " and ".join(sorted(ATTENTION))
+        raise MisError(f"{where}: rope_parameters must have {kinds}, as every {name} does: download the model again")
+    for kind, expected in (("sliding_attention", "default"), ("full_attention", "proportional")):
+        rope = ropes[kind]
+        if (found := _rope_kind(rope)) != expected:
+            raise MisError(f"{where}: rope_parameters.{kind} is {found!r}, of a {name} it is {expected!r}")
+        _positive(rope.get("rope_theta"), f"rope_parameters.{kind}.rope_theta", where)
+        share = rope.get("partial_rotary_factor", 1.0)
+        _positive(share, f"rope_parameters.{kind}.partial_rotary_factor", where)
+        if share > 1 or (share < 1 and expected == "default"):
+            raise MisError(f"{where}: rope_parameters.{kind}.partial_rotary_factor is {share}, 1 was expected")
+        if rope.get("factor", 1.0) != 1.0:
+            raise MisError(f"{where}: rope_parameters.{kind}.factor is {rope['factor']!r}, only 1 can be computed here")
+
+
+def _check_sharing(config: Mapping[str, Any], where: Path) -> None:
+    """What blocks get beside hidden states: channels of their own for every token, keys and values of another block."""
+    of = family(config)
+    layers = config["num_hidden_layers"]
+    for key in of.stated:
+        if config.get(key) is None:
+            why = f"{key} is missing, which mlx-lm and transformers take for different things then"
+            raise MisError(f"{where}: {why}: use a model whose config.json has it")
+    if of.per_layer and (rows := config["vocab_size_per_layer_input"]) != config["vocab_size"]:
+        why = f"the table of per-layer inputs has {rows:,} rows, the embedding {config['vocab_size']:,}"
+        raise MisError(f"{where}: {why}: only tables of as many rows can be computed here")
+    if not of.sharing:
+        return
+    if type(config[of.sharing]) is not int or not 0 <= config[of.sharing] < layers:
+        raise MisError(f"{where}: {of.sharing} is {config[of.sharing]!r}, plausible is 0 to {layers - 1}")
+    own = layers - config[of.sharing]
+    kinds = config["layer_types"]
+    if lost := set(kinds[own:]) - set(kinds[:own]):
+        why = f"blocks of {min(lost)} share keys and values, none of the first {own} blocks makes any"
+        raise MisError(f"{where}: {why}: this is no usable config")
+    if _whole(config, of.global_head_dim, 4096, where) % 2:
+        raise MisError(
+            f"{where}: {of.global_head_dim} is {config[of.global_head_dim]}, rotary positions need an even one"
+        )
+
+
+def key_owners(config: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """For each block the one whose keys and values it uses: the last of its kind that has its own; None: it has."""
+    layers = config["num_hidden_layers"]
+    of = family(config)
+    shared = config[of.sharing] if of.sharing else 0
+    if not shared:
+        return (None,) * layers
+    kinds = config["layer_types"]
+    last = {kind: i for i, kind in enumerate(kinds[: layers - shared])}
+    return (*[None] * (layers - shared), *(last[kind] for kind in kinds[layers - shared :]))
+
+
+def ffn_size(config: Mapping[str, Any], i: int, ffn: int | None = None) -> int:
+    """FFN neurons of block i, of one expert where there are several. ffn: of a model of so many; default: its own."""
+    of = family(config)
+    size = int(config[of.ffn]) if ffn is None else ffn
+    wide = bool(of.double_wide and config[of.double_wide] and key_owners(config)[i] is not None)
+    return 2 * size if wide else size
+
+
+def head_size(config: Mapping[str, Any], i: int) -> int:
+    """Channels of each head of block i."""
+    of = family(config)
+    if of.global_head_dim and config["layer_types"][i] == "full_attention":
+        return int(config[of.global_head_dim])
+    return shape_of(config).head_dim
+
+
+def softcap(config: Mapping[str, Any]) -> float:
+    """c, where a model's logits are c tanh(z / c); 0 where they are z."""
+    key = family(config).softcap
+    return float(config[key]) if key else 0.0
 
 
 def _check_kinds(config: Mapping[str, Any], where: Path) -> None:
@@ -263,7 +346,7 @@ def normalised(config: Mapping[str, Any]) -> dict[str, Any]:
     c = spelled_out(config)
     rope = c.get("rope_parameters") or {}
     rope = rope.get("full_attention", rope)
-    plain = rope.get("rope_type", "default") == "default"
+    plain = rope.get("rope_type", "default") == "default" or family(c).proportional
     usual = {
         "rope_theta": rope.get("rope_theta", family(c).rope_theta),
         "rope_scaling": None if plain else {k: v for k, v in rope.items() if k != "rope_theta"},

@@ -17,7 +17,7 @@ class Family:
 
     name: str  # the model_type
     mlx: str  # the module of mlx_lm.models
-    gguf: str  # the architecture of llama.cpp
+    gguf: str  # the architecture of llama.cpp; "": it is not exported
     block: str = ""  # the module that has its TransformerBlock, where that is another one
     qkv_bias: bool | None = None  # None: as the config's attention_bias says
     other_biases: bool = True  # o_proj by attention_bias, the MLP by mlp_bias: those of other families have none
@@ -35,7 +35,7 @@ class Family:
     scaled_queries: bool = False  # by their positions: its blocks take one argument more
     kinds: str = ""  # the config's key with a kind for every block, beside layer_types: cut along with the blocks
     period: str = ""  # the config's key of the period in which blocks differ by their place, which mlx-lm counts
-    embedding_scale: str = ""  # the config's key, or "sqrt": of the hidden size
+    embedding_scale: str = ""  # the config's key, or "sqrt": of the hidden size, in bfloat16; or "exact sqrt"
     logit_divisor: str = ""  # the config's key of what logits are divided by
     numbers: tuple[str, ...] = ()  # further keys that the config must have, numbers above 0
     mlp: str = "mlp"  # the part of a block behind attention
@@ -51,6 +51,14 @@ class Family:
     gates_sum_to_1: bool = False  # over the experts that a token meets, in llama.cpp
     shared_expert: str = ""  # the config's key of the width of one more, which every token meets
     only: tuple[tuple[str, Any], ...] = field(default=(), hash=False)  # keys, and the one value that mlx-lm computes
+    stated: tuple[str, ...] = ()  # keys that a config must have, because mlx-lm and transformers differ without them
+    proportional: bool = False  # whole-context blocks rotate a part of each head, with frequencies of the whole head
+    per_layer: str = ""  # the config's key of how many channels each block gets of every token, from a table of its own
+    sharing: str = ""  # the config's key of how many blocks, the last ones, use keys and values of an earlier block
+    global_head_dim: str = ""  # the config's key of the head size in blocks that see all tokens
+    double_wide: str = ""  # the config's key: whether blocks that share keys have twice the FFN neurons
+    softcap: str = ""  # the config's key of c, where logits are c tanh(z / c)
+    block_scale: bool = False  # a number that the output of a block is multiplied by
     axes: tuple[str, ...] = DENSE
     why: str = "it has none"  # the others are not offered
 
@@ -58,7 +66,8 @@ class Family:
     def own(self) -> set[str]:
         """The keys of config.json that it is told by."""
         keys = {self.kinds, self.period, self.embedding_scale, self.logit_divisor, self.experts, self.shared_expert}
-        return {*keys, *self.numbers} - {"", "sqrt"}
+        keys |= {self.per_layer, self.sharing, self.global_head_dim, self.double_wide, self.softcap}
+        return {*keys, *self.numbers} - {"", "sqrt", "exact sqrt"}
 
 
 MIXED = ("layers", "ffn", "experts")
@@ -89,6 +98,17 @@ ROWS = (
         period="sliding_window_pattern", embedding_scale="sqrt",
         numbers=("rope_local_base_freq", "query_pre_attn_scalar"), axes=("layers", "ffn", "heads", "kv_heads"),
         why="its blocks have norms behind attention and MLP, through which channels cannot be ranked or rotated",
+    ),
+    Family(
+        "gemma4_text", "gemma4_text", "", qkv_bias=False, other_biases=False, head_norms="each", sandwich=True,
+        steps=2, tied=True, rope_theta=1e6, heads_fill_hidden=False, float16=False, embedding_scale="exact sqrt",
+        numbers=("hidden_size_per_layer_input", "global_head_dim", "sliding_window", "vocab_size_per_layer_input"),
+        stated=("num_kv_shared_layers", "use_double_wide_mlp", "final_logit_softcapping", "layer_types"),
+        only=(("attention_k_eq_v", False), ("enable_moe_block", False), ("tie_word_embeddings", True)),
+        proportional=True, per_layer="hidden_size_per_layer_input", sharing="num_kv_shared_layers",
+        global_head_dim="global_head_dim", double_wide="use_double_wide_mlp", softcap="final_logit_softcapping",
+        block_scale=True, axes=("layers", "ffn"),
+        why="its heads have two sizes, and norms stand behind attention and MLP",
     ),
     Family(
         "qwen3_moe", "qwen3_moe", "qwen3moe", qkv_bias=False, other_biases=False, head_norms="each", rope_theta=1e6,
@@ -127,6 +147,7 @@ OPENED_AS: dict[str, dict[str, Any]] = {  # other types that hold one of these: 
         "num_key_value_heads": 4, "head_dim": 256, "rms_norm_eps": 1e-6, "vocab_size": 262_208, "rope_theta": 1e6,
         "query_pre_attn_scalar": 256, "max_position_embeddings": 131_072,
     },
+    "gemma4": {"model_type": "gemma4_text", "architectures": ["Gemma4ForCausalLM"]},
 }  # fmt: skip
 
 

@@ -58,17 +58,25 @@ def _divergence(z: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 def kl_gradients(
     student: mx.array, head: mx.array, teacher: mx.array, teacher_logits: Logits, learn: mx.array,
-    temperature: float = 1.0, frozen_head: bool = False,
+    temperature: float = 1.0, frozen_head: bool = False, softcap: float = 0.0,
 ) -> tuple[float, mx.array, mx.array | None]:  # fmt: skip
     """`losses.kl_sum` without labels: (the sum, its gradients in student (n, D) and in a head (V, D) not frozen)."""
 
     def kl(z: np.ndarray, target: np.ndarray, learn: np.ndarray) -> np.ndarray:  # z becomes its gradient times `learn`
+        slope: np.ndarray | None = None
+        if softcap:
+            z *= 1.0 / softcap
+            np.tanh(z, out=z)
+            slope = 1.0 - np.square(z)
+            z *= softcap
         if temperature != 1.0:
             z *= 1.0 / temperature
             target *= 1.0 / temperature
         each, _, _, p = _divergence(z, target)
         z -= p
         z *= (learn / temperature)[:, None]
+        if slope is not None:
+            z *= slope
         return each
 
     loss, dh, dw = 0.0, list[mx.array](), None if frozen_head else mx.zeros_like(head)

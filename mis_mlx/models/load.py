@@ -2,9 +2,10 @@
 
 import importlib
 import inspect
+import math
 import re
 import resource
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -12,19 +13,26 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mis_mlx.maths import losses, rounding
 from mis_mlx.models import arch, experts, lookup, policy, tokenizer_check
-from mis_mlx.models.config import normalised, read_config, say_once, shape_of
+from mis_mlx.models.arch import PER_LAYER
+from mis_mlx.models.config import normalised, read_config, say_once, shape_of, softcap
 from mis_mlx.models.experts import Each, Expert, Experts
 from mis_mlx.models.families import Family, family
 from mis_mlx.storage import safetensors
+from mis_mlx.storage.block_reader import Reader
+from mis_mlx.storage.safetensors import InParts
 from mis_mlx.types import Checkpoint, MisError
 
 Raw = Mapping[str, mx.array]  # tensors as stored on disk, by full name
 EMBEDDING, NORM = "model.embed_tokens.", "model.norm."
 SETTINGS = ("group_size", "bits", "mode")
-VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+TABLE_PART = 2**23  # numbers of a table that are read and written at a time
+VISION = re.compile(  # what sees or hears
+    r"(model\.)?(vision_tower|multi_modal_projector|audio_tower|embed_audio|embed_vision|vision_embedder)\."
+)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -32,7 +40,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     folder = Path(path)
     config, tensors = read_config(folder), safetensors.index(folder)
     if seeing := set(filter(VISION.match, tensors)):
-        say_once(f"{folder}: the text part is opened, a {family(config).name}, without {len(seeing)} tensors that see")
+        what = "see or hear" if family(config).per_layer else "see"
+        say_once(
+            f"{folder}: the text part is opened, a {family(config).name}, without {len(seeing)} tensors that {what}"
+        )
         tensors = {name: at for name, at in tensors.items() if name not in seeing}
     checkpoint = Checkpoint(folder, config, arch.inside(tensors, config))
     arch.check_tensors(checkpoint)
@@ -68,10 +79,13 @@ def packing(checkpoint: Checkpoint, path: str) -> dict[str, Any]:
     return {"mode": "affine"} | {k: v for k, v in (own if isinstance(own, dict) else common).items() if k in SETTINGS}
 
 
-def weights(checkpoint: Checkpoint, prefix: str, dtype: mx.Dtype, raw: Raw | None = None) -> list[tuple[str, mx.array]]:
+def weights(
+    checkpoint: Checkpoint, prefix: str, dtype: mx.Dtype, raw: Raw | None = None, *, cut: str | None = None
+) -> list[tuple[str, mx.array]]:
     """Lazy arrays of every tensor whose name begins with `prefix`, the prefix cut off, floats cast to `dtype`.
 
-    raw: the tensors as stored, by full name, where they are in memory already."""
+    raw: the tensors as stored, by full name, where they are in memory already. cut: another prefix, to be cut off."""
+    cut = prefix if cut is None else cut
     names = [n for n in checkpoint.tensors if n.startswith(prefix) and "rotary_emb" not in n]
     if shape_of(checkpoint.config).tied:
         names = [n for n in names if not n.startswith("lm_head.")]
@@ -80,10 +94,10 @@ def weights(checkpoint: Checkpoint, prefix: str, dtype: mx.Dtype, raw: Raw | Non
     raw = safetensors.lazy(checkpoint.tensors, names) if raw is None else raw
     if not policy.keeps_packed() and arch.is_quantized(checkpoint.tensors):
         names = [n for n in names if not n.endswith((".scales", ".biases"))]
-        return [(n.removeprefix(prefix), dense(checkpoint, n, raw).astype(dtype)) for n in names]
+        return [(n.removeprefix(cut), dense(checkpoint, n, raw).astype(dtype)) for n in names]
     # Integers are packed weights, or the 8-bit scales of mxfp4 and nvfp4: these stay what they are.
     floats = {n for n in names if mx.issubdtype(raw[n].dtype, mx.floating)}
-    return [(n.removeprefix(prefix), raw[n].astype(dtype) if n in floats else raw[n]) for n in names]
+    return [(n.removeprefix(cut), raw[n].astype(dtype) if n in floats else raw[n]) for n in names]
 
 
 def dense(checkpoint: Checkpoint, name: str, raw: Raw | None = None) -> mx.array:
@@ -96,6 +110,33 @@ def dense(checkpoint: Checkpoint, name: str, raw: Raw | None = None) -> mx.array
     large = not policy.keeps_packed() and arrays[name].nbytes * 8 > rounding.OPENED * settings["bits"]
     make = rounding.opened if large else rounding.values
     return make(tuple(arrays[n] for n in packed), *(settings[key] for key in SETTINGS))
+
+
+def stored_parts(checkpoint: Checkpoint, name: str, rows: np.ndarray | None = None) -> InParts:
+    """A tensor as stored, or some of its rows (rising), as many at a time as `TABLE_PART` numbers."""
+    at = checkpoint.tensors[name]
+    reader = Reader({name: at})
+    rows = np.arange(at.shape[0]) if rows is None else rows
+    step = _table_rows(at.shape)
+    parts = (reader.rows(at, rows[start : start + step]) for start in range(0, len(rows), step))
+    return InParts((at.dtype, (len(rows), *at.shape[1:])), parts)
+
+
+def dense_parts(checkpoint: Checkpoint, name: str, dtype: str) -> Iterator[mx.array]:
+    """The rows of `dense`, as many at a time as `TABLE_PART` numbers, in this type."""
+    stem = name.removesuffix(".weight")
+    tensors = {n: checkpoint.tensors[n] for n in (name, f"{stem}.scales", f"{stem}.biases") if n in checkpoint.tensors}
+    reader = Reader(tensors)
+    count = checkpoint.tensors[name].shape[0]
+    step = _table_rows(arch.tensors_of(checkpoint.config)[name])
+    for start in range(0, count, step):
+        ids = np.arange(start, min(start + step, count))
+        raw = {n: reader.rows(at, ids) for n, at in tensors.items()}
+        yield dense(checkpoint, name, raw).astype(policy.DTYPES[dtype])
+
+
+def _table_rows(shape: Sequence[int]) -> int:
+    return max(1, TABLE_PART // math.prod(shape[1:]))
 
 
 def model_args(config: Mapping[str, Any]) -> Any:
@@ -169,6 +210,8 @@ def mask(args: Any, block: nn.Module, hidden: mx.array) -> Any:
 def embedding_scale(config: Mapping[str, Any], dtype: mx.Dtype) -> mx.array | None:
     """What the embedding is multiplied by on its way into the first block, as mlx-lm does it; None: nothing."""
     key = family(config).embedding_scale
+    if key == "exact sqrt":
+        return mx.array(config["hidden_size"] ** 0.5, dtype)
     if key == "sqrt":
         return mx.array(config["hidden_size"] ** 0.5, mx.bfloat16).astype(dtype)
     return mx.array(float(config[key]), dtype) if key and config.get(key) else None
@@ -209,6 +252,46 @@ def embedding(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -
     return owner.embed_tokens
 
 
+class SideProjection(nn.Module):
+    """What makes the channels that every block gets for each token: half of the table's, half projected from the
+    embedding, as mlx-lm computes them."""
+
+    def __init__(self, hidden: int, layers: int, width: int, eps: float):
+        super().__init__()
+        self.per_layer_model_projection = nn.Linear(hidden, layers * width, bias=False)
+        self.per_layer_projection_norm = nn.RMSNorm(width, eps=eps)
+        self._hidden = hidden
+        self._width = width
+
+    def __call__(self, rows: mx.array, embedded: mx.array) -> mx.array:
+        """rows (n, L P) of the table, embedded (n, D) as the first block gets it -> (n, L, P)."""
+        projected = self.per_layer_model_projection(embedded) * self._hidden**-0.5
+        projected = self.per_layer_projection_norm(mx.unflatten(projected, -1, (-1, self._width)))
+        rows = mx.unflatten(rows * self._width**0.5, -1, (-1, self._width))
+        return (projected + rows) * 2.0**-0.5
+
+
+def side_projection(checkpoint: Checkpoint, dtype: mx.Dtype) -> SideProjection:
+    """With its weights, lazy."""
+    config = checkpoint.config
+    s = shape_of(config)
+    width = config[family(config).per_layer]
+    made = SideProjection(s.hidden, s.layers, width, config["rms_norm_eps"])
+    _quantize(made, "model.", checkpoint)
+    made.load_weights(weights(checkpoint, "model.per_layer_", dtype, cut="model."))
+    return made
+
+
+def side_rows(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw) -> nn.Module:
+    """A table of those rows of the per-layer inputs that are in `raw`, as stored: ids (...) -> (..., L P). Lazy."""
+    width = shape_of(checkpoint.config).layers * checkpoint.config[family(checkpoint.config).per_layer]
+    owner = nn.Module()
+    owner.embed_tokens_per_layer = nn.Embedding(len(raw[PER_LAYER + "weight"]), width)
+    _quantize(owner, "model.", checkpoint)
+    owner.embed_tokens_per_layer.load_weights(weights(checkpoint, PER_LAYER, dtype, raw))
+    return owner.embed_tokens_per_layer
+
+
 def final_norm(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
     """The last RMSNorm, lazy. `raw` as in `weights`."""
     config, of = checkpoint.config, family(checkpoint.config)
@@ -222,7 +305,9 @@ def head(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.
     """The vocabulary head as a module hidden (..., D) -> logits (..., V), lazy. `raw` as in `embedding`."""
     s, owner = shape_of(checkpoint.config), nn.Module()
     if s.tied:
-        return embedding(checkpoint, dtype, raw)
+        table = embedding(checkpoint, dtype, raw)
+        table._softcap = softcap(checkpoint.config)
+        return table
     owner.lm_head = nn.Linear(s.hidden, len(raw["lm_head.weight"]) if raw else s.vocab, bias=False)
     _quantize(owner, "", checkpoint)
     owner.lm_head.load_weights(weights(checkpoint, "lm_head.", dtype, raw))
@@ -236,14 +321,16 @@ def head_prefix(checkpoint: Checkpoint) -> str:
 
 def logits(head_module: nn.Module, hidden: mx.array) -> mx.array:
     """hidden (..., D) -> logits (..., V) through a tied embedding or an untied head."""
-    return head_module.as_linear(hidden) if hasattr(head_module, "as_linear") else head_module(hidden)
+    if not hasattr(head_module, "as_linear"):
+        return head_module(hidden)
+    return losses.capped(head_module.as_linear(hidden), getattr(head_module, "_softcap", 0.0))
 
 
 def wide_logits(head_module: nn.Module, hidden: mx.array) -> mx.array:
     """`logits` in float32, not rounded before a loss is taken of them; a packed head stays packed."""
     if "scales" in head_module:
         return logits(head_module, hidden.astype(mx.float32)).astype(mx.float32)
-    return losses.wide_product(hidden, head_module.weight)
+    return losses.capped(losses.wide_product(hidden, head_module.weight), getattr(head_module, "_softcap", 0.0))
 
 
 def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
@@ -251,7 +338,9 @@ def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
     gives what goes into the head, as everywhere here."""
     of = family(checkpoint.config)
     model = mlx_lm(f"models.{of.mlx}").Model(model_args(checkpoint.config))
-    model.model.embed_tokens = lookup.Embedding(*model.model.embed_tokens.weight.shape)
+    tables = ["embed_tokens", *(["embed_tokens_per_layer"] if of.per_layer else [])]
+    for table in tables:
+        model.model[table] = lookup.Embedding(*model.model[table].weight.shape)
     for block in model.model.layers if of.experts else ():
         _apart(block, checkpoint.config)
     named = weights(checkpoint, "", dtype)
@@ -265,6 +354,7 @@ def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
     if of.logit_divisor:
         model.model.norm, model.logits_scaling = _divided(model.model.norm, checkpoint.config), 1.0
     model._embedding_scale = embedding_scale(checkpoint.config, dtype)  # for `embedded`
+    model._config = checkpoint.config
     return model
 
 
@@ -283,6 +373,11 @@ def head_weight(model: nn.Module) -> mx.array:
     """The (V, D) matrix that makes logits in a resident model; de-quantized, in float32, where it is packed."""
     layer = model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens
     return dense_weight(layer) if "scales" in layer else layer.weight
+
+
+def logit_softcap(model: nn.Module) -> float:
+    """`config.softcap` of a resident model."""
+    return softcap(model._config)
 
 
 def dense_weight(linear: nn.Module) -> mx.array:

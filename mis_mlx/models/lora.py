@@ -40,8 +40,10 @@ class Lora:
 
     def params(self, config: Mapping[str, Any]) -> int:
         """How many numbers are trained."""
-        layers = shape_of(config).layers if self.num_layers == -1 else self.num_layers
-        return layers * sum(self.rank * sum(s) for s in arch.layer_tensors(config).values() if len(s) == 2)
+        layers = shape_of(config).layers
+        last = range(layers - (layers if self.num_layers == -1 else self.num_layers), layers)
+        shapes = [shape for i in last for shape in arch.layer_tensors(config, block=i).values()]
+        return sum(self.rank * sum(shape) for shape in shapes if len(shape) == 2)
 
 
 def insert(model: nn.Module, lora: Lora, seed: int) -> None:

@@ -26,6 +26,7 @@ def open_model(folder: Path) -> tuple[nn.Module, Any]:
     model, tokenizer = load.mlx_lm("utils").load(str(folder), **trust)
     model = getattr(model, "language_model", model)  # of one that also sees
     model.shape = config.shape_of(checkpoint.config)
+    model._config = checkpoint.config
     model.set_dtype(policy.compute_dtype(checkpoint))
     return model, tokenizer
 
@@ -55,9 +56,9 @@ def filled_cache(model: nn.Module, cached: int) -> list[Any]:
     """mlx-lm's KV cache of an opened model with `cached` tokens in it: zeros, which take as long as any others."""
     cache = load.mlx_lm("models.cache").make_prompt_cache(model)
     if cached:
-        s = model.shape
-        zeros = mx.zeros((1, s.kv_heads, cached, s.head_dim), model.model.norm.weight.dtype)
-        for layer in cache:
+        for i, layer in enumerate(cache):  # blocks that share another's keys come last, and have none
+            size = config.head_size(model._config, i)
+            zeros = mx.zeros((1, model.shape.kv_heads, cached, size), model.model.norm.weight.dtype)
             layer.update_and_fetch(zeros, zeros)
     return cache
 

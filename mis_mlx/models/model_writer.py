@@ -15,10 +15,20 @@ from mis_mlx import cli
 from mis_mlx.models import arch, experts, families, load, policy, tokenizer_check
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import Files, reported
-from mis_mlx.storage.safetensors import Named, Specs, spec_bytes, spec_of, write_arrays, write_tensors
+from mis_mlx.storage.safetensors import (
+    InParts,
+    Named,
+    Specs,
+    Tensor,
+    spec_bytes,
+    spec_of,
+    write_arrays,
+    write_tensors,
+)
 from mis_mlx.types import Checkpoint, KeptUnits, MisError
 
 KEEP, ROTATION = "keep.json", "rotation.npy"
+Take = Callable[[str], Tensor]  # a model's tensor by its name
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -79,17 +89,34 @@ def write_folder(
             files.write(folder / path.name, path.read_bytes())
 
 
+def dense(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A checkpoint's tensor for `write_model`: `load.dense`, the table of per-layer inputs in parts."""
+    if name != f"{arch.PER_LAYER}weight":
+        return load.dense(checkpoint, name)
+    shape = arch.tensors_of(checkpoint.config)[name]
+    return InParts(("F32", shape), load.dense_parts(checkpoint, name, "float32"))
+
+
+def _cast(tensor: Tensor, dtype: str) -> Tensor:
+    kind = policy.DTYPES[dtype]
+    if isinstance(tensor, mx.array):
+        return tensor.astype(kind)
+    return InParts((SAFETENSORS_NAMES[dtype], tensor.spec[1]), (part.astype(kind) for part in tensor.parts))
+
+
 def write_model(
-    config: Mapping[str, Any], take: Callable[[str], mx.array], source: Path, out: Path, dtype: str, files: Files,
+    config: Mapping[str, Any], take: Take, source: Path, out: Path, dtype: str, files: Files,
     extra: Mapping[str, Any] | None = None, file_per_block: bool = False,
 ) -> None:  # fmt: skip
-    """`write_folder` of the dense model that `take(name)` gives tensor by tensor, cast to `dtype`."""
+    """`write_folder` of the dense model that `take(name)` gives tensor by tensor, cast to `dtype`. What it gives in
+    parts goes to disk part by part."""
     shapes = arch.tensors_of(config, families.family(config).stacked and not file_per_block)  # parts are for us alone
     specs = {name: (SAFETENSORS_NAMES[dtype], dims) for name, dims in shapes.items()}
 
-    def whole(name: str) -> mx.array:
-        parts = [take(one).astype(policy.DTYPES[dtype]) for one in experts.one_by_one(name, config)]
-        return mx.stack(parts) if len(parts) > 1 else parts[0]
+    def whole(name: str) -> Tensor:
+        taken = [_cast(take(one), dtype) for one in experts.one_by_one(name, config)]
+        parts = [one for one in taken if isinstance(one, mx.array)]
+        return mx.stack(parts) if len(parts) > 1 else taken[0]
 
     tensors = ((name, whole(name)) for name in cli.counted("tensor", specs, len(specs)))
     by_block = itertools.groupby(specs.items(), lambda item: arch.block_of(item[0]))
@@ -104,7 +131,7 @@ def by_block(source: Checkpoint, folder: Path, files: Files, dtype: str = "float
         config = {k: v for k, v in source.config.items() if not k.startswith("quantization")}
         config["torch_dtype"] = dtype
         extra = keep_files(read_keep(source.path))
-        write_model(config, partial(load.dense, source), source.path, folder, dtype, files, extra, True)
+        write_model(config, partial(dense, source), source.path, folder, dtype, files, extra, True)
     return load.open_checkpoint(folder)
 
 

@@ -10,8 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.models import config, distributed, load, stream
-from mis_mlx.types import Checkpoint
+from mis_mlx.models import block_inputs, config, distributed, families, load, stream
+from mis_mlx.types import Checkpoint, MisError
 
 
 def shared(layers: int, keeps: Sequence[int], reading: float) -> list[int]:
@@ -47,6 +47,9 @@ class Relay(stream.Stream):
     def __init__(
         self, checkpoint: Checkpoint, dtype: mx.Dtype, room_bytes: int | None, direct: bool, shares: Sequence[int]
     ):
+        if not block_inputs.plain(checkpoint.config):
+            why = f"blocks of a {families.family(checkpoint.config).name} need more of each other than hidden states"
+            raise MisError(f"{why}, which machines that share blocks do not send: use --spread whole")
         end = list(accumulate(shares))[distributed.rank()]
         self.mine = range(end - shares[distributed.rank()], end)
         self._counts: list[int] = []  # batches of each machine, in the pass that is under way
@@ -91,7 +94,7 @@ class Relay(stream.Stream):
         for b in range(len(hidden)):
             distributed.receive(self._hidden, b)
             for i, block in zip(self.mine, kept, strict=True):
-                self._at = i
+                self.at = i
                 out = block(hidden[b], load.mask(self.args, block, hidden[b]))
                 stream.evaluate_now(out)
                 hidden[b] = self.finite(out) if b == 0 else out

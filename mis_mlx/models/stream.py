@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.hardware import lanes
-from mis_mlx.models import arch, config, experts, families, load, policy
+from mis_mlx.models import arch, block_inputs, config, experts, families, load, policy
 from mis_mlx.models.experts import Expert, Visit
 from mis_mlx.storage.block_reader import PAGE, Reader, Slot, Slots
 from mis_mlx.types import Checkpoint, MisError, TensorAt
@@ -41,8 +41,9 @@ def pass_bytes(settings: Mapping[str, Any], tokens: int, length: int) -> int:
 
 def stacked(settings: Mapping[str, Any], tokens: int, length: int) -> int:
     """How many batches of so many tokens, in windows of `length`, a GPU takes in one pass. One window is little work
-    for it, and it waits for each to be evaluated. Experts are met batch by batch."""
-    if config.shape_of(settings).experts:
+    for it, and it waits for each to be evaluated. Experts are met batch by batch, and so are blocks that take more than
+    hidden states."""
+    if config.shape_of(settings).experts or not block_inputs.plain(settings):
         return 1
     windows = max(1, tokens // length)
     return max(1, min(STACK // windows, STACK_BYTES // pass_bytes(settings, tokens, length)))
@@ -107,7 +108,8 @@ class Stream:
         self._norm: nn.Module | None = None
         self._head: nn.Module | None = None
         self._checked: set[str] = set()
-        self._at = 0  # block that was given out last
+        self.at = 0  # block that was given out last
+        self.sides = block_inputs.of_config(checkpoint.config)  # of the pass that is under way
         self.first = 0  # of the blocks that may stay
         self._keep_head, self.keeps, self.keeps_experts = self._plan(room_bytes)
 
@@ -138,7 +140,7 @@ class Stream:
         coming = self._blocks.each([i for i in order if i not in self._kept])
         with closing(coming):
             for i in cli.counted("block", order, len(order)):
-                self._at = i
+                self.at = i
                 if i in self._kept:
                     yield i, self._kept[i]
                     continue
@@ -193,18 +195,47 @@ class Stream:
 
         Only the rows that occur are read. hidden: where to put them; default: a new list."""
         hidden = [] if hidden is None else hidden
-        tensors = {n: t for n, t in self.checkpoint.tensors.items() if n.startswith(load.EMBEDDING)}
-        scale = load.embedding_scale(self.checkpoint.config, self.dtype)
+        self.sides = block_inputs.of_config(self.checkpoint.config, self._channels(batches))
         for tokens in batches:
             ids, inverse = np.unique(np.array(tokens), return_inverse=True)
-            rows = {name: self.reader.rows(t, ids) for name, t in tensors.items()}
-            table = load.embedding(self.checkpoint, self.dtype, rows)
-            load_checked(table, f"{self.checkpoint.path}: {load.EMBEDDING}")
-            out = table(mx.array(inverse.reshape(tokens.shape).astype(np.int32)))
-            out = out if scale is None else out * scale
-            mx.eval(out)
-            hidden.append(out)
+            hidden.append(self._embedded(ids, inverse.reshape(tokens.shape)))
         return hidden
+
+    def _embedded(self, ids: np.ndarray, places: np.ndarray) -> mx.array:
+        """What goes into the first block: (..., D) of token ids[places]; ids rise."""
+        table = load.embedding(self.checkpoint, self.dtype, self._stored(load.EMBEDDING, ids))
+        load_checked(table, f"{self.checkpoint.path}: {load.EMBEDDING}")
+        scale = load.embedding_scale(self.checkpoint.config, self.dtype)
+        out = table(mx.array(places.astype(np.int32)))
+        out = out if scale is None else out * scale
+        mx.eval(out)
+        return out
+
+    def _channels(self, batches: Batches) -> block_inputs.TokenChannels | None:
+        """What each block gets of each token beside hidden states; only rows of tokens that occur are read."""
+        if not families.family(self.checkpoint.config).per_layer:
+            return None
+        channels = block_inputs.TokenChannels(self.checkpoint.config, batches)
+        where = f"{self.checkpoint.path}: "
+        projection = load_checked(load.side_projection(self.checkpoint, self.dtype), where)
+
+        def of_tokens(ids: np.ndarray) -> mx.array:
+            every = np.arange(len(ids))
+            table = load.side_rows(self.checkpoint, self.dtype, self._stored(arch.PER_LAYER, ids))
+            load_checked(table, f"{where}{arch.PER_LAYER}")
+            found = projection(table(mx.array(every.astype(np.int32))), self._embedded(ids, every))
+            mx.eval(found)
+            return found
+
+        channels.fill(of_tokens, self.dtype)
+        return channels
+
+    def run(self, i: int, block: nn.Module, b: int, hidden: mx.array) -> mx.array:
+        """The hidden states (B, T, D) of the b-th batch of the pass behind block i; lazy. What later blocks use of it
+        beside these is kept. hidden: of that batch, or of a stack (`stacks`) that begins with it."""
+        inputs = self.sides.inputs(i, b, hidden)
+        outputs = block_inputs.run(block, inputs, load.mask(self.args, block, hidden))
+        return self.sides.keep(i, b, outputs)
 
     def _stored(self, prefix: str, rows: np.ndarray | None = None) -> dict[str, mx.array]:
         """All tensors of this prefix, or some of their rows as stored, in memory of their own."""
@@ -254,32 +285,36 @@ class Stream:
     def through(self, block: nn.Module, hidden: Hidden) -> Hidden:
         """Every batch's hidden states (B, T, D) through one block, in place, evaluated batch by batch."""
         outs = self.mixed(block, hidden) if self._experts else None
-        outs = outs or self.each(lambda into: block(into, load.mask(self.args, block, into)), hidden)
+        outs = outs or self.each(partial(self.run, self.at, block), hidden)
         for b, out in enumerate(outs):
             hidden[b] = self.finite(out) if b == 0 else out
         return hidden
 
-    def each(self, work: Callable[[mx.array], mx.array], hidden: Iterable[mx.array]) -> Iterator[mx.array]:
-        """`work` of every batch (B, T, D), in order and evaluated: on a GPU several in one pass, on a CPU side by side.
-        Rows of a batch do not know of each other, so they are what they are one by one, but for their last bits."""
+    def each(self, work: Callable[[int, mx.array], mx.array], hidden: Hidden) -> Iterator[mx.array]:
+        """`work` of every batch's number and (B, T, D), in order and evaluated: on a GPU several in one pass, under the
+        number of the first of them, on a CPU side by side. Rows of a batch do not know of each other, so they are what
+        they are one by one, but for their last bits."""
         if policy.name() == "cpu":
-            yield from lanes.each(work, hidden)
+            yield from lanes.each(work, range(len(hidden)), hidden)
             return
-        for some in self.stacks(hidden):
-            out = work(joined(some))
+        for first, some in self.stacks(hidden):
+            out = work(first, joined(some))
             evaluate_now(out)
             yield from split(out, len(some))
 
-    def stacks(self, hidden: Iterable[mx.array]) -> Iterator[list[mx.array]]:
-        """The batches in as many at a time as a pass takes, all of one shape; one by one on a CPU."""
+    def stacks(self, hidden: Iterable[mx.array]) -> Iterator[tuple[int, list[mx.array]]]:
+        """The batches in as many at a time as a pass takes, all of one shape, behind the number of the first of them;
+        one by one on a CPU, and where a block takes more than hidden states."""
+        first = 0
         some = list[mx.array]()
         for batch in hidden:
             if some and (batch.shape != some[0].shape or len(some) == self._at_once(some[0])):
-                yield some
+                yield first, some
+                first += len(some)
                 some = []
             some.append(batch)
         if some:
-            yield some
+            yield first, some
 
     def _at_once(self, batch: mx.array) -> int:
         if policy.name() == "cpu":
@@ -323,7 +358,7 @@ class Stream:
     def finite(self, out: mx.array) -> mx.array:
         """`out`, which the last block gave for a pass's first batch. NotNumbers where it holds NaN or infinity."""
         if not mx.isfinite(out).all().item():
-            what = f"block {self._at} of {self.layers} gives values that are not numbers"
+            what = f"block {self.at} of {self.layers} gives values that are not numbers"
             raise NotNumbers(f"{self.checkpoint.path}: {what}", self.dtype)
         return out
 

@@ -18,7 +18,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.models import config, load
+from mis_mlx.models import block_inputs, config, load
+from mis_mlx.models.block_inputs import BlockInputs, KeysValues
 from mis_mlx.models.stream import Stream, evaluate_now
 
 SIZE = 64  # rows of a pass with a draft (measured: benchmarks/speculative.py)
@@ -129,21 +130,36 @@ class Context:
         hidden = self.stream.embed([tokens])[0]
         before, window = len(self._positions) - len(positions), getattr(self.stream.args, "sliding_window", None)
         near = sees & (self._positions > positions[:, None] - window) if window else sees
-        for (_, block), cache in zip(self.stream.blocks(), self._keys, strict=True):
+        for i, block in self.stream.blocks():
             mask, done = near if load.window(self.stream.args, block) else sees, []
             for a in range(0, len(positions), ROWS):
-                part = hidden[:, a : a + ROWS]
+                inputs = self._inputs(i, hidden, before, slice(a, a + ROWS))
+                seen = mx.array(mask[a : a + ROWS, : before + a + inputs.hidden.shape[1]])
+                own = None if inputs.shared else self._keys[i]
                 with positioned(block, positions[a : a + ROWS]):
-                    done.append(block(part, mx.array(mask[a : a + ROWS, : before + a + part.shape[1]]), cache))
-                evaluate_now(done[-1], cache.state)
+                    done.append(block_inputs.run(block, inputs, seen, own).hidden)
+                evaluate_now(done[-1], own.state if own else [])
             hidden = self.stream.finite(mx.concatenate(done, axis=1))
         return hidden
+
+    def _inputs(self, i: int, hidden: mx.array, before: int, rows: slice) -> BlockInputs:
+        """What some rows of the pass bring into block i. Keys and values that it takes from another block are in that
+        one's cache: all of these rows, and of later ones, which are cut off."""
+        sides = self.stream.sides
+        part = hidden[:, rows]
+        per_layer = sides.per_layer(i, 0)[:, rows] if sides.per_layer else None
+        owner = sides.owners[i]
+        if owner is None:
+            return BlockInputs(part, per_layer)
+        columns = before + rows.start + part.shape[1]
+        keys, values = self._keys[owner].state
+        return BlockInputs(part, per_layer, KeysValues(keys[:, :, :columns], values[:, :, :columns]))
 
     def keep(self, branch: Sequence[Node]) -> None:
         """The tree goes, except that what was read of this branch becomes text."""
         columns = np.array([*range(self.length), *(self._at[n] for n in branch if n in self._at)], np.int32)
         if len(columns) < len(self._positions):
-            for cache in self._keys:
+            for cache in (cache for cache in self._keys if not cache.empty()):
                 cache.state = [a[:, :, mx.array(columns)] for a in cache.state]
                 evaluate_now(cache.state)
         self._positions, self._at = self._positions[columns], {}
@@ -210,8 +226,10 @@ def sampled(
             if i == len(keys):
                 window = load.window(model.args, block)
                 keys.append(cache.RotatingKVCache(window) if window else cache.KVCache())
-            hidden = block(hidden, None, keys[i])
-            evaluate_now(hidden, keys[i].state)
+            inputs = model.sides.inputs(i, 0, hidden)
+            own = None if inputs.shared else keys[i]
+            hidden = model.sides.keep(i, 0, block_inputs.run(block, inputs, None, own))
+            evaluate_now(hidden, own.state if own else [])
         logits = load.logits(model.head(), model.norm([model.finite(hidden)])[0][:, 0]).astype(mx.float32)
         drawn = np.array(draw(logits - mx.logsumexp(logits, axis=-1, keepdims=True)))
         for n in [n for n in open_ if at == len(texts[n]) - 1]:

@@ -11,8 +11,8 @@ import numpy as np
 from mis_mlx.hardware import lanes
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import ExpertSums, Statistics, Sums
-from mis_mlx.models import arch, distributed, load, pipeline_parallel, policy, stream
-from mis_mlx.models.config import shape_of
+from mis_mlx.models import arch, distributed, pipeline_parallel, policy, stream
+from mis_mlx.models.config import ffn_size, shape_of
 from mis_mlx.types import Checkpoint, Reading
 
 
@@ -42,7 +42,7 @@ def _entered(
 
     def enter(b: int, into: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
         weight(b)
-        after = block(into, load.mask(source.args, block, into))
+        after = source.run(source.at, block, b, into)
         return after, _look(block, heads, into, after)
 
     yield from lanes.each(enter, range(len(hidden)), hidden)
@@ -53,13 +53,10 @@ def _stacked(
 ) -> Iterator[tuple[mx.array, dict[str, mx.array]]]:
     """The same on a GPU: several batches in one pass, each looked at by itself."""
     heads = shape_of(source.checkpoint.config).heads
-    entered = 0
-    for some in source.stacks(hidden):
+    for first, some in source.stacks(hidden):
         count = len(some)
-        entered += count
-        weight(entered - 1)
-        into = stream.joined(some)
-        after = stream.split(block(into, load.mask(source.args, block, into)), count)
+        weight(first + count - 1)
+        after = stream.split(source.run(source.at, block, first, stream.joined(some)), count)
         readers = arch.readers(block).items()
         seen = {axis: stream.split(block[part][name].take(), count) for axis, (part, (name, *_)) in readers}
         found = []
@@ -139,7 +136,8 @@ def calibrate(
         return importance.weight_of(readings[batch], unit) or 1.0
 
     for i in range(s.layers):  # those that another machine looks at stay zero
-        out.ffn[i], out.block[i] = Sums(*np.zeros((3, s.ffn * max(1, s.experts)))), 0.0
+        out.ffn[i] = Sums(*np.zeros((3, ffn_size(checkpoint.config, i) * max(1, s.experts))))
+        out.block[i] = 0.0
         out.heads[i] = Sums(*np.zeros((3, s.heads)))
         experts |= {i: ExpertSums(*np.zeros((3, s.experts)))} if s.experts else {}
     for i, block in source.blocks():

@@ -126,10 +126,8 @@ class _Stack:
 
 def _stacks(source: stream.Stream, hidden: Hidden, target: Hidden) -> Iterator[_Stack]:
     """All windows, as many at a time as a pass takes."""
-    first = 0
-    for some in source.stacks(hidden):
+    for first, some in source.stacks(hidden):
         numbers = range(first, first + len(some))
-        first += len(some)
         yield _Stack(numbers, stream.joined(some), stream.joined([target[number] for number in numbers]))
 
 
@@ -156,7 +154,7 @@ def refit(
 
     def tokens(stack: _Stack) -> tuple[mx.array, mx.array, mx.array]:
         """What goes into the matrix (n, F), what its output lacks (n, D), and how much each token counts (n,)."""
-        out = block(stack.into, load.mask(source.args, block, stack.into))
+        out = source.run(source.at, block, stack.numbers[0], stack.into)
         goal = narrow(stack.want, columns).astype(mx.float32).reshape(-1, outputs)
         missing = (goal - out.astype(mx.float32).reshape(-1, outputs)) / each
         weight, into = 1.0 / _rms(goal), tap.take()
@@ -217,7 +215,7 @@ def _behind(
         found, block[BEHIND] = np.zeros((3, len(gain))), (tap := stream.InputRecorder(norm))
         for b in windows:
             goal = narrow(target[b], columns).astype(mx.float32)
-            missing = goal - block(hidden[b], load.mask(source.args, block, hidden[b])).astype(mx.float32)
+            missing = goal - source.run(source.at, block, b, hidden[b]).astype(mx.float32)
             given = norm(tap.take()).astype(mx.float32)
             given, missing = (x / each / _rms(goal)[..., None] for x in (given, missing))
             found += np.array(mx.stack([given * given, given * missing, missing * missing]).sum(axis=(1, 2)))

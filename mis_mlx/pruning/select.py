@@ -89,7 +89,8 @@ def select_units(
 ) -> tuple[Shape, KeptUnits]:
     """The student's shape, if it is not given, and who stays; with a report of how AAIS and plain importance differ."""
     shape, before = shape or wanted_shape(config, cut), shape_of(config)
-    layers = importance.lowest_blocks(statistics.block, shape.layers, arch.places(config))
+    stays = dict.fromkeys(arch.fixed_blocks(config), math.inf)
+    layers = importance.lowest_blocks({**statistics.block, **stays}, shape.layers, arch.places(config))
     scores, used = ranking(statistics, cut)
     if cut.target == "conditions":
         if used != "aais" or statistics.altitude_m is None:
@@ -102,7 +103,7 @@ def select_units(
     experts = max(1, before.experts)  # of which equally many neurons stay of each
     picks: dict[str, Callable[[np.ndarray], tuple[int, ...]]] = {
         "experts": partial(importance.top, keep=shape.experts),
-        "ffn": lambda s: importance.top_in_groups(s, experts, experts * shape.ffn, experts),
+        "ffn": lambda s: importance.top_in_groups(s, experts, len(s) * shape.ffn // before.ffn, experts),
         "heads": lambda s: importance.top_in_groups(s, before.kv_heads, shape.heads, shape.kv_heads),
         "hidden": partial(importance.top, keep=shape.hidden),
     }

@@ -4,7 +4,7 @@ channels, or the directions in which it moves, after a rotation.
 The rotated model is an ordinary one: RMSNorm does not notice a rotation once its gain is folded into the matrices that
 read behind it (SliceGPT, arXiv 2401.15024, has a basis and skip matrices for each block; here all share one)."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.models import arch, experts, load, model_writer, policy, stream
-from mis_mlx.models.config import Shape, shape_of
+from mis_mlx.models import arch, experts, families, load, model_writer, policy, stream
+from mis_mlx.models.config import Shape, ffn_size, shape_of
 from mis_mlx.storage.files import Files
+from mis_mlx.storage.safetensors import InParts, Tensor
 from mis_mlx.types import Checkpoint, KeptUnits
 
 # axis -> modules whose weights have a row for each unit of it (and biases a number), and those with a column for each
@@ -51,7 +52,7 @@ def _entering(checkpoint: Checkpoint, batches: stream.Batches, hidden: stream.Hi
         for name in NORMS.values():
             block[name] = stream.InputRecorder(block[name])
         for b, into in enumerate(hidden):
-            out = block(into, load.mask(source.args, block, into))
+            out = source.run(i, block, b, into)
             seen = [_even(block[name].take()) for name in NORMS.values()]
             stream.evaluate_now(out, seen)
             hidden[b] = source.finite(out) if b == 0 else out
@@ -146,6 +147,20 @@ def _cut(name: str, layer: int, before: Shape, keep: KeptUnits, weight: mx.array
     return weight
 
 
+def _side(teacher: Checkpoint, name: str, layers: Sequence[int]) -> Tensor:
+    """The kept blocks' part of what makes per-layer inputs: columns of the table, rows of the projection."""
+    width = teacher.config[families.family(teacher.config).per_layer]
+    kept = mx.array([i * width + channel for i in layers for channel in range(width)])
+    every = len(layers) == teacher.config["num_hidden_layers"]
+    whole = model_writer.dense(teacher, name)
+    if isinstance(whole, InParts):
+        rows, _ = whole.spec[1]
+        parts = whole.parts if every else (mx.take(part, kept, axis=1) for part in whole.parts)
+        return InParts((whole.spec[0], (rows, len(layers) * width)), parts)
+    is_norm = whole.ndim == 1
+    return whole if is_norm or every else mx.take(whole, kept, axis=0)
+
+
 def _mixed_cut(name: str, layer: int, before: Shape, keep: KeptUnits, weight: mx.array) -> mx.array:
     """The same of a tensor of a mixture: rows of the router are experts, neurons are an expert's own."""
     if experts.is_router(name) and len(weight) == before.experts and (kept := keep.kept.get((layer, "experts"))):
@@ -175,14 +190,17 @@ def write_student(
     config = arch.student_config(teacher.config, shape, keep.layers, dtype)
     whole = tensor or partial(load.dense, teacher)
 
-    def take(name: str) -> mx.array:
+    def take(name: str) -> Tensor:
+        if name in arch.side_tensors(teacher.config):
+            return _side(teacher, name, keep.layers)
         if (number := arch.block_of(name)) is None:
             return _cut(name, -1, before, keep, whole(name))
         layer = keep.layers[number]
         source = name.replace(f".layers.{number}.", f".layers.{layer}.")
         if (e := experts.expert_of(name)) is not None and (chosen := keep.kept.get((layer, "experts"))):
             source = source.replace(f".experts.{e}.", f".experts.{chosen[e]}.")
-        return _cut(source, layer, before, keep, whole(source))
+        block = replace(before, ffn=ffn_size(teacher.config, layer))
+        return _cut(source, layer, block, keep, whole(source))
 
     model_writer.write_model(config, take, teacher.path, out, dtype, files, model_writer.keep_files(keep))
     return keep

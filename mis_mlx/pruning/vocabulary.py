@@ -22,19 +22,19 @@ from mis_mlx.gguf_export import vocab as gguf_vocabulary
 from mis_mlx.hardware import memory
 from mis_mlx.models import arch, distributed, load, stream
 from mis_mlx.models.config import read_config, shape_of
+from mis_mlx.models.families import family
 from mis_mlx.models.tokenizer_check import ROWS
 from mis_mlx.models.trimmed_tokenizer import Vocabulary, moved_ids
 from mis_mlx.planner.recipe import VOCABULARY_LOGITS, VOCABULARY_WINDOWS
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import safetensors
-from mis_mlx.storage.block_reader import Reader
 from mis_mlx.storage.files import DISK, Files
 from mis_mlx.types import Checkpoint, MisError
 
 PAYS = 1 / 8  # of all parameters: a smaller vocabulary is left whole, since longer texts cost too
 ALONE = 0.3  # of all parameters: where its rows that go are so many, all else stays (benchmarks/README.md)
 MULTIPLE = 256  # rows: Metal's fast kernels and GGUF's K-quants need it
-TENSORS = (load.EMBEDDING, "lm_head.")  # what the names of tensors with a row a token begin with
+TENSORS = (load.EMBEDDING, arch.PER_LAYER, "lm_head.")  # what the names of tensors with a row a token begin with
 FOLDER = "vocabulary"  # in a run, of the teacher's rows
 EXPECTED = dict[tuple[Path, str], np.ndarray]()  # what a teacher expects in windows: a search asks for each vocabulary
 PLAIN = {"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}
@@ -74,7 +74,7 @@ def defaults(name: str | None, asked: str | None, config: Mapping[str, Any], mod
     if there is one: none where --vocab takes nearly a third of all, or can; redyk where it is a cut, or can be one that
     pays, else gazda. redyk has its own --vocab."""
     s = shape_of(config)
-    share = s.vocab * s.hidden * (1 if s.tied else 2) / arch.params(config)
+    share = s.vocab * arch.row_params(config) / arch.params(config)
     if s.experts and name is None:
         name = "stado"
     own = {known: f"{ratios['vocab']}x" for known, ratios in arch.SCENARIOS.items() if "vocab" in ratios}
@@ -82,7 +82,8 @@ def defaults(name: str | None, asked: str | None, config: Mapping[str, Any], mod
         wanted, name = asked or (own["redyk"] if share >= PAYS else None), "gazda"
         with suppress(*() if asked else (MisError,)):  # of a tokenizer that cannot be trimmed
             gone = share * (1 - size(wanted, model, s.vocab) / s.vocab)
-            own["none"], name = wanted or "", "none" if gone >= ALONE else "redyk" if gone else "gazda"
+            alone = gone >= ALONE or (gone and family(config).per_layer)
+            own["none"], name = wanted or "", "none" if alone else "redyk" if gone else "gazda"
     return {"scenario": name, "vocab": asked or own.get(name)}
 
 
@@ -101,7 +102,13 @@ def first_rows(teacher: Checkpoint, rows: int) -> Checkpoint:
     for name, t in teacher.tensors.items() if rows < shape_of(teacher.config).vocab else ():
         if name.startswith(TENSORS):
             tensors[name] = replace(t, shape=(rows, *t.shape[1:]), nbytes=t.nbytes // t.shape[0] * rows)
-    return replace(teacher, config={**teacher.config, "vocab_size": rows}, tensors=tensors)
+    return replace(teacher, config=with_rows(teacher.config, rows), tensors=tensors)
+
+
+def with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The config of a model of so many rows, in each of its tables."""
+    tables = {"vocab_size_per_layer_input": rows} if family(config).per_layer else {}
+    return {**config, "vocab_size": rows, **tables}
 
 
 def expected(teacher: Checkpoint, windows: token_windows.Windows) -> np.ndarray:
@@ -170,12 +177,12 @@ def chosen(teacher: Checkpoint, rows: int, train: token_windows.Windows, how: Vo
 def write(teacher: Checkpoint, rows: Sequence[int], out: Path, files: Files) -> Checkpoint:
     """Commit the new folder `out`: these rows of the teacher's embedding and head, its tokenizer of these tokens, and
     which they are. Returned is the teacher as it is with them."""
-    at, read, new = np.array(rows), Reader(teacher.tensors).rows, {old: i for i, old in enumerate(rows)}
+    at, new = np.array(rows), {old: i for i, old in enumerate(rows)}
     mine = {n: t for n, t in first_rows(teacher, len(rows)).tensors.items() if n.startswith(TENSORS)}
-    config = moved_ids(teacher.config, new) | {"vocab_size": len(rows)}
+    config = with_rows(moved_ids(teacher.config, new), len(rows))
     named = {"rows": list(rows), "pre_tokenizer": gguf_vocabulary.pre_tokenizer(teacher.path)}
     with protocol.commit_folder(out, files, sum(t.nbytes for t in mine.values()), "the vocabulary") as folder:
-        cut = ((name, read(teacher.tensors[name], at)) for name in mine)
+        cut = ((name, load.stored_parts(teacher, name, at)) for name in mine)
         safetensors.write_tensors(folder, {name: (t.dtype, t.shape) for name, t in mine.items()}, cut, files)
         for name, content in Vocabulary(teacher.path).files(rows):
             files.write(folder / name, content)

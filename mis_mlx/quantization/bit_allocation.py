@@ -10,7 +10,7 @@ For N weights, F formats and windows of T tokens a batch of windows moves 20 N F
 there a slab of rows at a time. 32 windows of 256 tokens, 7B, 5 formats: 9 TB, and a wait for each matrix and batch."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -19,11 +19,12 @@ import numpy as np
 
 from mis_mlx.hardware import lanes
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, backward_pass, load, policy, stream
-from mis_mlx.models.backward_pass import Some
+from mis_mlx.models import arch, backward_pass, block_inputs, families, load, policy, stream
+from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.quantization import packed_format
+from mis_mlx.storage.block_reader import Reader
 from mis_mlx.types import Checkpoint, MisError
 
 
@@ -35,6 +36,7 @@ def mixed(
     Token ids [(B, T)]. kept: as in `backward_pass.backwards`."""
     check(how.target_bpw, group := how.q_group_size)
     nats = costs(checkpoint, batches, group, rounding.BITS, seed, kept)
+    nats |= {path: {packed_format.WIDE_BITS: 0.0} for path in packed_format.gates(checkpoint.config)}
     shapes = arch.tensors_of(checkpoint.config)
     sizes = {path: math.prod(shapes[f"{path}.weight"]) for path in nats}
     chosen = allocate(nats, sizes, (how.target_bpw or 0.0) - packed_format.Format(0, group).bits_per_weight)
@@ -50,9 +52,10 @@ def mixed(
 def allocate(costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], mean_bits: float) -> dict[str, int]:
     """{name: bits} with mean bits, weighed by sizes, of at most `mean_bits`; {} when even the fewest are too many.
 
-    costs: {name: {bits: cost}}, the same bits for all. Greedy along each name's lower convex hull, which is the best
-    there is but for the last step (Lagrange; what does not fit any more is passed over). The largest one, of which that
-    step can be most of the room (an embedding), is tried in all its bits."""
+    costs: {name: {bits: cost}}, the same bits for all; of one number of bits alone where there is no choice. Greedy
+    along each name's lower convex hull, which is the best there is but for the last step (Lagrange; what does not fit
+    any more is passed over). The largest one, of which that step can be most of the room (an embedding), is tried in
+    all its bits."""
     largest = max(sizes, key=lambda name: sizes[name])
     tried = [_greedy({**costs, largest: {bits: cost}}, sizes, mean_bits) for bits, cost in costs[largest].items()]
     return min(filter(None, tried), key=lambda chosen: sum(costs[n][bits] for n, bits in chosen.items()), default={})
@@ -110,7 +113,7 @@ def costs(
     args, nats = load.model_args(checkpoint.config), dict[str, dict[int, float]]()
     tokens, ends = sum(b.size for b in batches), _Ends(checkpoint, group)
 
-    def visit(i: int, block: nn.Module) -> Callable[[Some, Some], Some]:
+    def visit(i: int, block: nn.Module) -> backward_pass.Back:
         matrices = [(part, name, axis) for axis, (part, names) in arch.readers(block).items() for name in names]
         dense = [load.dense_weight(block[part][name]) for part, name, _ in matrices]
         every = ((w, b) for w in dense for b in bits)
@@ -126,11 +129,12 @@ def costs(
             stream.evaluate_now(sums)
             seen.clear()
 
-        def through(x: Some, above: Some) -> Some:
+        def through(inputs: Sequence[BlockInputs], above: Sequence[BlockOutputs]) -> list[BlockInputs]:
             nonlocal done
-            below = list[mx.array]()
-            for under, window in _backs(args, block, matrices, x, above):
-                below.append(under)
+            below = list[BlockInputs]()
+            found = _backs(args, block, matrices, inputs, above)
+            for into, (under, window) in zip(inputs, found, strict=True):
+                below.append(into.like(under))
                 seen.append(window)
             done += len(below)
             each = sum(a.nbytes for a in (*window[0].values(), *window[1]))
@@ -144,10 +148,13 @@ def costs(
 
         return through
 
-    back = backward_pass.backwards(checkpoint, batches, visit, seed, kept, ends.at_head)
+    rows = _TableRows(checkpoint, batches, group) if families.family(checkpoint.config).per_layer else None
+    channels = {"at_channels": rows.at_channels} if rows else {}
+    back = backward_pass.backwards(checkpoint, batches, visit, seed, kept, ends.at_head, **channels)
     for ids, below in zip(batches, back, strict=True):
         ends.at_rows(ids, below)
-    return nats | {path: {b: of / (2 * tokens) / (2**b - 1) ** 2 for b in bits} for path, of in ends.squares.items()}
+    squares = ends.squares | (rows.squares if rows else {})
+    return nats | {path: {b: of / (2 * tokens) / (2**b - 1) ** 2 for b in bits} for path, of in squares.items()}
 
 
 class _Ends:
@@ -183,42 +190,85 @@ class _Ends:
         self.squares[self.table] += float((along * np.array(self.variances[self.table][mx.array(rows)])).sum())
 
 
+class _TableRows:
+    """What errors of the table of per-layer inputs cost, as `_Ends` says of the embedding. Only rows that occur are
+    read, and their ranges kept. What reaches the embedding through the projection beside that table is left out."""
+
+    def __init__(self, checkpoint: Checkpoint, batches: Batches, group: int):
+        self._group = group
+        self._width = int(checkpoint.config[families.family(checkpoint.config).per_layer])
+        self._scale = self._width**0.5 * 2.0**-0.5  # of a row on its way into a block (load.SideProjection)
+        self._batches = [np.array(batch).reshape(-1) for batch in batches]
+        self._ids = np.unique(np.concatenate(self._batches))
+        table = checkpoint.tensors[f"{arch.PER_LAYER}weight"]
+        reader = Reader({f"{arch.PER_LAYER}weight": table})
+        step = max(1, stream.HEAD_PART // table.shape[1])
+        parts = list[np.ndarray]()
+        for start in range(0, len(self._ids), step):
+            rows = reader.rows(table, self._ids[start : start + step])
+            groups = mx.unflatten(rows, 1, (-1, group))
+            spread = groups.max(axis=-1).astype(mx.float32) - groups.min(axis=-1)
+            parts.append(np.array(mx.square(spread) / 12))
+        self._variances = np.concatenate(parts)
+        self.squares = {arch.PER_LAYER.rstrip("."): 0.0}
+
+    def at_channels(self, i: int, b: int, below: mx.array) -> None:
+        """Cotangents (B, T, P) of what batch b brought into block i."""
+        ids, place = np.unique(self._batches[b], return_inverse=True)
+        slopes = np.zeros((len(ids), self._width))
+        np.add.at(slopes, place, np.array(below.astype(mx.float32)).reshape(-1, self._width))
+        along = np.square(slopes * self._scale).reshape(len(ids), -1, self._group).sum(axis=-1)
+        groups = self._width // self._group
+        known = self._variances[np.searchsorted(self._ids, ids), i * groups : (i + 1) * groups]
+        self.squares[arch.PER_LAYER.rstrip(".")] += float((along * known).sum())
+
+
 def _back(
-    args: object, block: nn.Module, matrices: Sequence[tuple[str, str, str]], x: mx.array, above: mx.array
-) -> tuple[mx.array, Seen]:
-    """(cotangent at the block's input x (B, T, D), what its `matrices` saw), lazy; no weight gets a gradient."""
+    args: object, block: nn.Module, matrices: Sequence[tuple[str, str, str]], inputs: BlockInputs, above: BlockOutputs
+) -> tuple[list[mx.array], Seen]:
+    """(cotangents of the block's inputs, what its `matrices` saw), lazy; no weight gets a gradient."""
     linears = [block[part][name] for part, name, _ in matrices]
+    x = inputs.hidden
+    count = len(inputs.arrays)
     mask = load.mask(args, block, x)
 
-    def run(x: mx.array, *shifts: mx.array) -> list[mx.array]:
+    def run(*arrays: mx.array) -> list[mx.array]:
+        shifts = arrays[count:]
         for (part, name, _), linear, shift in zip(matrices, linears, shifts, strict=True):
             # The gradient of what is added to an output (B, T, out) is the cotangent there.
             block[part][name] = stream.InputRecorder(lambda x, of=linear, shift=shift: of(x) + shift)
-        return [block(x, mask), *(mx.stop_gradient(block[part][name].take()) for part, name, _ in matrices)]
+        given = block_inputs.run(block, inputs.like(arrays[:count]), mask).arrays(above)
+        return [*given, *(mx.stop_gradient(block[part][name].take()) for part, name, _ in matrices)]
 
     shifts = [mx.zeros((*x.shape[:2], len(linear.weight)), x.dtype) for linear in linears]
-    outs, (below, *cotangents) = mx.vjp(run, [x, *shifts], [above])
+    cotangents = above.arrays(above)
+    outs, slopes = mx.vjp(run, [*inputs.arrays, *shifts], cotangents)
     for (part, name, _), linear in zip(matrices, linears, strict=True):
         block[part][name] = linear
-    inputs = {axis: _flat(a) for (_, _, axis), a in zip(matrices, outs[1:], strict=True)}
-    return below, (inputs, [_flat(c) for c in cotangents])
+    entered = {axis: _flat(a) for (_, _, axis), a in zip(matrices, outs[len(cotangents) :], strict=True)}
+    return slopes[:count], (entered, [_flat(c) for c in slopes[count:]])
 
 
 def _backs(
-    args: object, block: nn.Module, matrices: Sequence[tuple[str, str, str]], x: Some, above: Some
-) -> Iterator[tuple[mx.array, Seen]]:
-    """`_back` of every batch, evaluated: in one pass on a GPU where all are of one shape, else side by side."""
-    if policy.name() == "cpu" or len({batch.shape for batch in x}) > 1:
-        yield from lanes.each(lambda *of: _back(args, block, matrices, *of), x, above)
+    args: object, block: nn.Module, matrices: Sequence[tuple[str, str, str]], inputs: Sequence[BlockInputs],
+    above: Sequence[BlockOutputs],
+) -> Iterator[tuple[list[mx.array], Seen]]:  # fmt: skip
+    """`_back` of every batch, evaluated: in one pass on a GPU where all are of one shape, else side by side. On a GPU
+    several come only where the block takes hidden states alone (`stream.stacked`)."""
+    count = len(inputs)
+    if policy.name() == "cpu" or count == 1 or len({each.hidden.shape for each in inputs}) > 1:
+        yield from lanes.each(lambda *of: _back(args, block, matrices, *of), inputs, above)
         return
-    below, (inputs, cotangents) = _back(args, block, matrices, stream.joined(x), stream.joined(above))
-    stream.evaluate_now(below, inputs, cotangents)
-    count = len(x)
-    under = stream.split(below, count)
-    of_inputs = {axis: stream.split(a, count) for axis, a in inputs.items()}
+    into = BlockInputs(stream.joined([each.hidden for each in inputs]))
+    pulled = BlockOutputs(stream.joined([each.hidden for each in above]))
+    below, (entered, cotangents) = _back(args, block, matrices, into, pulled)
+    stream.evaluate_now(below, entered, cotangents)
+    under = stream.split(below[0], count)
+    of_inputs = {axis: stream.split(a, count) for axis, a in entered.items()}
     of_cotangents = [stream.split(c, count) for c in cotangents]
     for k in range(count):
-        yield under[k], ({axis: parts[k] for axis, parts in of_inputs.items()}, [parts[k] for parts in of_cotangents])
+        seen = {axis: parts[k] for axis, parts in of_inputs.items()}, [parts[k] for parts in of_cotangents]
+        yield [under[k]], seen
 
 
 def _flat(x: mx.array) -> mx.array:

@@ -85,7 +85,7 @@ def layout(
     """The format of every matrix: 4 bits, or 8 affine ones for the embedding, the head, and down_proj of blocks `wide`.
 
     MisError when a matrix cannot be cut into groups."""
-    eight = {f"model.layers.{i}.mlp.down_proj" for i in wide} | {"model.embed_tokens", "lm_head"}
+    eight = {f"model.layers.{i}.mlp.down_proj" for i in wide} | {"model.embed_tokens", "lm_head"} | gates(config)
     every = ((n, d) for n, d in arch.tensors_of(config, True).items() if len(d) > 1 and not n.endswith(".bias"))
     shapes = {n.removesuffix(".weight"): d for n, d in every if not experts.is_router(n)}
     four = Format(BITS, GROUPS.get(mode, group_size), mode)
@@ -96,6 +96,15 @@ def layout(
             remedy = f"use --q-group-size {fits[0]}" if fits else "prune that axis to a multiple of 32, or --quantize 0"
             raise MisError(f"{path}.weight has rows of {columns} weights, which {group} does not divide: {remedy}")
     return plan
+
+
+def gates(config: Mapping[str, Any]) -> set[str]:
+    """Module paths of the small matrices through which per-layer inputs come in: always in 8 bits."""
+    if not families.family(config).per_layer:
+        return set()
+    inside = ("per_layer_input_gate", "per_layer_projection")
+    paths = {f"model.layers.{i}.{name}" for i in range(config["num_hidden_layers"]) for name in inside}
+    return paths | {"model.per_layer_model_projection"}
 
 
 def write_quantized(
@@ -125,7 +134,7 @@ def write_quantized(
     }
 
 
-def _packed(checkpoint: Checkpoint, plan: Layout, rounded: Rounded | None) -> Iterator[tuple[str, mx.array]]:
+def _packed(checkpoint: Checkpoint, plan: Layout, rounded: Rounded | None) -> Iterator[tuple[str, safetensors.Tensor]]:
     """(name, tensor) of everything in the folder to be written."""
     names, block = arch.tensors_of(checkpoint.config, True), dict[str, rounding.Packed]()
     for name in cli.counted("tensor", names, len(names)):
@@ -134,6 +143,9 @@ def _packed(checkpoint: Checkpoint, plan: Layout, rounded: Rounded | None) -> It
             plain = [_finite(checkpoint, one) for one in experts.one_by_one(name, checkpoint.config)]
             yield name, mx.stack(plain) if len(plain) > 1 else plain[0]
             continue
+        if name == f"{arch.PER_LAYER}weight":
+            yield from _table_in_parts(checkpoint, plan[path], path)
+            continue
         while rounded and arch.block_of(name) is not None and path not in block:
             block = dict(next(rounded))
         parts = block.pop(path, None) or _nearest(checkpoint, plan[path], name)
@@ -141,6 +153,29 @@ def _packed(checkpoint: Checkpoint, plan: Layout, rounded: Rounded | None) -> It
             if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
                 raise MisError(f"{checkpoint.path}: {name}: {rounding.BEYOND}")
             yield part, array
+
+
+def _table_in_parts(checkpoint: Checkpoint, how: Format, path: str) -> Iterator[tuple[str, safetensors.Tensor]]:
+    """The table of per-layer inputs rounded to nearest values, some rows at a time; its scales wait until the integers
+    are written, a thirty-second of its numbers."""
+    name = f"{path}.weight"
+    shape = arch.tensors_of(checkpoint.config)[name]
+    specs = how.specs(path, *shape)
+    beside = list[list[mx.array]]()
+
+    def integers() -> Iterator[mx.array]:
+        for rows in load.dense_parts(checkpoint, name, "float32"):
+            if bad := stream.not_numbers(rows):
+                why = f"{name} holds {bad} values that are not numbers"
+                raise MisError(f"{checkpoint.path}: {why}: download the model again")
+            packed, *more = rounding.nearest(rows, how.group, how.bits, how.mode)
+            stream.evaluate_now(packed, more)
+            beside.append(more)
+            yield packed
+
+    yield name, safetensors.InParts(specs[name], integers())
+    for part, arrays in zip(PARTS[1:], zip(*beside, strict=True), strict=False):
+        yield f"{path}.{part}", mx.concatenate(list(arrays))
 
 
 def _nearest(checkpoint: Checkpoint, how: Format, name: str) -> rounding.Packed:
@@ -216,7 +251,9 @@ def resident(checkpoint: Checkpoint) -> nn.Module:
         stored = safetensors.lazy(checkpoint.tensors, names := [f"{path}.{part}" for part in PARTS])
         owner[name] = grid = TrainableQuantizedLinear(tuple(stored[n] for n in names), kind, owner[name].get("bias"))
         stream.evaluate_now(grid._integers, grid.scales, grid.biases)  # whatever stays lazy keeps its file open
-    for fixed in (model.model.embed_tokens, *([model.lm_head] if hasattr(model, "lm_head") else [])):
+    sides = {"embed_tokens", "embed_tokens_per_layer", "per_layer_model_projection"}
+    fixed_parts = [part for name, part in model.model.children().items() if name in sides]
+    for fixed in (*fixed_parts, *([model.lm_head] if hasattr(model, "lm_head") else [])):
         fixed.freeze()
     return stream.load_checked(model, f"{checkpoint.path}: ")
 
@@ -226,8 +263,11 @@ def write_learned(checkpoint: Checkpoint, model: nn.Module, out: Path, files: Fi
     specs = {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()}
     learned = dict(tree_flatten(model.trainable_parameters()))
 
-    def tensors() -> Iterator[tuple[str, mx.array]]:
+    def tensors() -> Iterator[tuple[str, safetensors.Tensor]]:
         for name in specs:
+            if name.startswith(arch.PER_LAYER):
+                yield name, load.stored_parts(checkpoint, name)
+                continue
             stored = safetensors.lazy(checkpoint.tensors, [name])[name]
             yield name, learned[name].astype(stored.dtype) if name in learned else stored
 

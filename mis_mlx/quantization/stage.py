@@ -90,6 +90,10 @@ def rounded_blocks(
                     linear.weight = rounding.values(packed, kind.group, kind.bits).astype(linear.weight.dtype)
                     stream.evaluate_now(packed, linear.weight)
                     done[path] = packed
+        for path in sorted(packed_format.gates(checkpoint.config)):
+            if arch.block_of(path) == i:
+                kind = plan[path]
+                done[path] = rounding.nearest(load.dense_weight(block[path.split(".")[-1]]), kind.group, kind.bits)
         yield done
         if i + 1 < source.layers:
             source.through(block, hidden)
@@ -98,7 +102,8 @@ def rounded_blocks(
 def _grams(
     source: stream.Stream, block: nn.Module, hidden: Hidden, axes: Sequence[str], where: str = ""
 ) -> dict[str, np.ndarray]:
-    """{axis: sum of a a^T (in, in) over all tokens} of what goes into the matrices that read it.
+    """{axis: sum of a a^T (in, in) over all tokens} of what goes into the matrices that read it, in the block that the
+    source gave out last.
 
     Products of one batch are float32, sums over batches in `reconstruction.precision`. MisError, with `where`, when a
     product overflows."""
@@ -109,13 +114,14 @@ def _grams(
     sizes = {axis: tap.inner.weight.shape[1] for axis, tap in taps.items()}
     sums = {axis: np.zeros((n, n), reconstruction.precision(n)) for axis, n in sizes.items()}
 
-    def work(into: mx.array) -> dict[str, mx.array]:
-        block(into, load.mask(source.args, block, into))
+    def work(stack: tuple[int, list[mx.array]]) -> dict[str, mx.array]:
+        first, some = stack
+        source.run(source.at, block, first, stream.joined(some))
         seen = {axis: tap.take().astype(mx.float32) for axis, tap in taps.items()}
         return {axis: (flat := a.reshape(-1, a.shape[-1])).T @ flat for axis, a in seen.items()}
 
     # Sums do not ask which window a token is of: a stack's are one product.
-    for products in lanes.each(work, map(stream.joined, source.stacks(hidden))):
+    for products in lanes.each(work, source.stacks(hidden)):
         for axis, product in products.items():
             if not mx.isfinite(product).all().item():
                 raise MisError(f"{where}{'.'.join(places[axis])} meets values that are not finite: use plain rounding")

@@ -6,7 +6,7 @@ import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -19,7 +19,17 @@ INDEX = "model.safetensors.index.json"
 
 Spec = tuple[str, tuple[int, ...]]  # dtype as safetensors spells it, shape
 Specs = Mapping[str, Spec]  # by name
-Named = Iterable[tuple[str, mx.array]]  # (name, tensor)
+
+
+class InParts(NamedTuple):
+    """A tensor too large to be whole in memory: some of its rows at a time, in order."""
+
+    spec: Spec
+    parts: Iterable[mx.array]
+
+
+Tensor = mx.array | InParts
+Named = Iterable[tuple[str, Tensor]]  # (name, tensor)
 
 
 def index(folder: Path) -> dict[str, TensorAt]:
@@ -158,7 +168,7 @@ def write_arrays(path: Path, arrays: Mapping[str, mx.array], files: Files) -> di
     return _write_file(path, {name: spec_of(array) for name, array in arrays.items()}, iter(arrays.items()), files)
 
 
-def _write_file(path: Path, specs: Specs, coming: Iterator[tuple[str, mx.array]], files: Files) -> dict[str, Any]:
+def _write_file(path: Path, specs: Specs, coming: Iterator[tuple[str, Tensor]], files: Files) -> dict[str, Any]:
     """Write the file front to back of the next that come. ValueError where one is not what is due, or missing."""
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     end = 0
@@ -171,24 +181,37 @@ def _write_file(path: Path, specs: Specs, coming: Iterator[tuple[str, mx.array]]
     sha256 = hashlib.sha256(head)
     files.write(path, head)
     for due in specs.items():
-        name, array = next(coming, ("nothing", mx.array(0)))
-        if (got := (name, spec_of(array))) != due:
+        name, tensor = next(coming, ("nothing", mx.array(0)))
+        if (got := (name, spec_of(tensor))) != due:
             raise ValueError(f"{path.name}: {got} came, {due} was due")
-        if array.size:
-            # Bytes along the last axis only: flattened, 2 GiB and more would not fit into one dimension.
-            whole: Any = mx.contiguous(array.reshape(1) if array.ndim == 0 else array).view(mx.uint8)
-            data = memoryview(whole).cast("B")  # evaluates; numpy has no bfloat16
-            sha256.update(data)
-            files.extend(path, data)
-            del whole, data
-        del array
-        mx.clear_cache()  # goes back to the system before the next is made
+        written = 0
+        for array in tensor.parts if isinstance(tensor, InParts) else [tensor]:
+            if array.size:
+                data = _bytes_of(array)
+                sha256.update(data)
+                files.extend(path, data)
+                written += len(data)
+                del data
+            del array
+            mx.clear_cache()  # goes back to the system before the next is made
+        del tensor
+        if written != spec_bytes(due[1]):
+            raise ValueError(f"{path.name}: {name} came with {written} bytes, {spec_bytes(due[1])} were due")
     files.fsync(path)  # shard by shard, so that unwritten pages do not pile up in memory
     return {"bytes": len(head) + end, "sha256": sha256.hexdigest()}
 
 
-def spec_of(array: mx.array) -> Spec:
-    """The array's dtype as safetensors spells it, and its shape."""
+def _bytes_of(array: mx.array) -> memoryview:
+    """Its bytes, evaluated; numpy has no bfloat16. Bytes along the last axis only: flattened, 2 GiB and more would not
+    fit into one dimension."""
+    whole: Any = mx.contiguous(array.reshape(1) if array.ndim == 0 else array).view(mx.uint8)
+    return memoryview(whole).cast("B")
+
+
+def spec_of(array: Tensor) -> Spec:
+    """The tensor's dtype as safetensors spells it, and its shape."""
+    if isinstance(array, InParts):
+        return array.spec
     for name, (attribute, _) in DTYPES.items():
         if array.dtype == getattr(mx, attribute):
             return name, tuple(array.shape)

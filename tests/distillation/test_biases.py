@@ -15,6 +15,7 @@ from benchmarks.ablations import fisher_importance as fisher
 from mis_mlx.distillation import sharded
 from mis_mlx.gguf_export import tensors
 from mis_mlx.models import arch, load, lora, model_writer
+from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.models.config import shape_of
 from mis_mlx.pruning import reconstruct, slicing
 from mis_mlx.quantization import bit_allocation, packed_format, stage
@@ -94,7 +95,7 @@ def test_fisher_and_sensitivity(model: Checkpoint, plain: nn.Module) -> None:
     args = load.model_args(model.config)
     mine = load.block(model, 1, args, mx.float32)
     matrices = [(part, name, axis) for axis, (part, names) in arch.readers(mine).items() for name in names]
-    got, seen = bit_allocation._back(args, mine, matrices, x, above)
+    (got,), seen = bit_allocation._back(args, mine, matrices, BlockInputs(x), BlockOutputs(above))
     assert same(got, below) and same(seen[1][0].T @ seen[0]["ffn"], slope, 1e-4)
     ours = load.block(model, 1, args, mx.float32)
     gated = {a: fisher._Gated((ours[p] if p else ours)[n], not p) for a, (p, n) in fisher.GATES.items()}

@@ -29,7 +29,7 @@ def check(model: nn.Module) -> None:
         assert b.mask[row].tolist() == [float(t < len(answer)) for t in range(4)]
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma4_text"])
 def test_every_answer_is_as_if_alone(kind: str, models: Callable[[str], Checkpoint]) -> None:
     """In every architecture; the blocks' own rotary modules are back in their place afterwards."""
     model = load.resident(models(kind), mx.float32)

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import distill, prune, quantize
 from mis_mlx.distillation import live_teacher
+from mis_mlx.maths import losses
 from mis_mlx.models import arch, experts, load, policy, stream, streamed_decode
 from mis_mlx.models.config import _opened_as, check_config, normalised, read_config, shape_of
 from mis_mlx.models.families import ALL, FAMILIES, OPENED_AS, family
@@ -95,7 +96,8 @@ def test_streamed_is_resident_is_stock(models: Models, batches: list[mx.array], 
     for tokens, hidden in zip(batches, source.forward(batches), strict=True):
         assert mx.array_equal(hidden, ours.model(tokens))
         theirs = stock(tokens)
-        for z in (load.logits(source.head(), hidden), ours(tokens), hidden @ load.head_weight(ours).T):
+        by_hand = losses.capped(hidden @ load.head_weight(ours).T, load.logit_softcap(ours))
+        for z in (load.logits(source.head(), hidden), ours(tokens), by_hand):
             assert mx.abs(z - theirs).max().item() <= 1e-5 * mx.abs(theirs).max().item()
 
 
@@ -423,7 +425,7 @@ def table() -> str:
         if row.head_dim_follows and "heads" in row.axes:  # heads, their groups and the hidden size, by the quotient
             axes = [*axes[:3], *["together"] * 3]
         repair = "router" if row.experts else "yes"
-        rest = [repair, "float16" if row.float16 else "float32 or bfloat16", row.gguf]
+        rest = [repair, "float16" if row.float16 else "float32 or bfloat16", row.gguf or "no"]
         lines.append("| " + " | ".join([row.name, *axes, *rest]) + " |")
     return "\n".join(lines)
 

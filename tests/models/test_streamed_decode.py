@@ -20,6 +20,7 @@ from tests import tiny
 from tests.conftest import mostly_slow
 
 COUNT = 24
+MORE = ("phi3", "ministral3", "gemma4_text")
 IDS = [5, 9, 300, 41, 7, 7, 120]
 
 
@@ -43,7 +44,7 @@ def stranger(tmp_path: Path) -> Stream:
     return Stream(load.open_checkpoint(tiny.make(tmp_path / "s", seed=5, num_hidden_layers=1)), mx.float32, None)
 
 
-@pytest.mark.parametrize("kind", mostly_slow([*tiny.KINDS, "phi3"], "llama", "qwen2", "qwen3", "phi3"))
+@pytest.mark.parametrize("kind", mostly_slow([*tiny.KINDS, *MORE], "llama", "qwen2", "qwen3", *MORE))
 def test_the_tokens_are_mlx_lms(
     models: Callable[[str], Checkpoint], kind: str, stranger: Stream, monkeypatch: pytest.MonkeyPatch
 ) -> None:

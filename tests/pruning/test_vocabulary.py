@@ -103,7 +103,7 @@ def test_a_size_that_cannot_be(big: Checkpoint, asked: str, why: str) -> None:
         vocabulary.size(asked, big.path, ROWS)
 
 
-@pytest.mark.parametrize("kind", ["llama", "untied", "packed", "granite", "phi3", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["llama", "untied", "packed", "granite", "phi3", "gemma3_text", "gemma4_text"])
 def test_logits_of_the_rows_that_stay_are_the_teachers(tmp_path: Path, text_folder: Path, kind: str) -> None:
     """On a text that uses no other tokens: the same ids but for their numbers, the same logits, and so the same
     probabilities but for the softmax's denominator; in memory and streamed."""

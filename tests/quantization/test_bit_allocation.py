@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, backward_pass, load
+from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.storage.files import DISK
@@ -68,7 +69,9 @@ def test_it_is_the_gradient_of_weights_along_the_errors(
         paths = [f"{part}.{name}" for part, names in arch.readers(block).values() for name in names]
         linears = [block[path.split(".")[0]][path.split(".")[1]] for path in paths]
 
-        def each(x: mx.array, above: mx.array) -> mx.array:
+        def each(inputs: BlockInputs, cotangents: BlockOutputs) -> BlockInputs:
+            x, above = inputs.hidden, cotangents.hidden
+
             def run(x: mx.array, *weights: mx.array) -> mx.array:
                 for linear, weight in zip(linears, weights, strict=True):
                     linear.weight = weight
@@ -84,7 +87,7 @@ def test_it_is_the_gradient_of_weights_along_the_errors(
                     error = rounding.values(rounding.nearest(weight, 64, bits), 64, bits) - weight
                     along = np.sum(np.array(slope, np.float64) * np.array(error, np.float64))
                     cost[bits] = cost.get(bits, 0.0) + along**2 / (2 * tokens)
-            return below
+            return BlockInputs(below)
 
         return lambda x, above: [each(*of) for of in zip(x, above, strict=True)]
 
