@@ -161,6 +161,9 @@ def run(settings: Settings) -> dict[str, Any]:
     folder = resolve.resolve_model(s.model).path
     checkpoint = load.open_checkpoint(folder)
     tokenizer_check.check_tokenizer(folder)
+    if s.format == "gguf" and not (of := families.family(checkpoint.config)).gguf:
+        why = "what llama.cpp reads of its per-layer inputs and shared keys was not tried"
+        raise MisError(f"a {of.name} is not exported to GGUF, because {why}: use --format hf, or the folder in mlx-lm")
     if s.upload_repo:
         _check_upload(s, checkpoint)
     limit = memory.budget(s.budget_bytes)

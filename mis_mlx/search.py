@@ -387,6 +387,9 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.frontier:
         figures.need()
     teacher = run_loop.opened(s, s.teacher, "teacher", UNDER)
+    if (of := families.family(teacher.config)).per_layer:
+        why = f"a search does not know what the tables of a {of.name} weigh"
+        raise MisError(f"{why}: give sizes, such as --vocab 0.5x, and --target-bpw")
     limit = memory.budget(s.budget_bytes)
     sizes = tried_sizes(s, teacher)
     limits, speeds = limits_of(s, teacher, folder, limit)

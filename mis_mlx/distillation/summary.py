@@ -11,7 +11,8 @@ from typing import Any
 
 from mis_mlx.distillation import conversations
 from mis_mlx.evaluation import answers, comparison
-from mis_mlx.models import arch, load, model_writer, policy
+from mis_mlx.models import arch, families, load, model_writer, policy
+from mis_mlx.models.config import read_config
 from mis_mlx.pruning import select
 from mis_mlx.reporting import html, text
 from mis_mlx.storage import run_folder
@@ -177,4 +178,6 @@ def next_steps(folder: Path) -> str:
     """What to do with a finished run: lines to paste."""
     here, paths = Path.cwd(), (Path(sys.executable), folder.absolute())
     python, run = (path.relative_to(here) if path.is_relative_to(here) else path for path in paths)
-    return html.document("next.md", {"python": python, "run": shlex.quote(str(run))})
+    made = folder / "model"
+    exports = not made.is_dir() or families.family(read_config(made)).gguf != ""
+    return html.document("next.md", {"python": python, "run": shlex.quote(str(run)), "exports": exports})
