@@ -70,7 +70,8 @@ class Settings(cli.Budgeted, recipe.QuantizationConfig, recipe.DistillationConfi
     """What would `distill` take with these flags? Reads configs, computes, starts nothing."""
 
     teacher: str | None = None
-    """folder (config.json is enough), hub id, mis-137b (the paper's), qwen3-30b-a3b; default: SmolLM2-135M-Instruct"""
+    """folder (config.json is enough), hub id, mis-137b (the paper's), qwen3-30b-a3b, gemma-4-e2b or gemma-4-e4b;
+    default: SmolLM2-135M-Instruct"""
     student: str | None = None
     """folder of a student pruned earlier; default: what --scenario gives"""
     scenario: select.Scenario | None = None
@@ -102,7 +103,7 @@ def _pair(s: Settings, opened: Checkpoint | Mapping[str, Any], gpu: bool) -> lis
         name = s.scenario or ("goral" if s.teacher == "mis-137b" else None)
         s = replace(s, **vocabulary.defaults(name, s.vocab, config, folder))
     rows = vocabulary.size(s.vocab, folder, shape_of(config).vocab)
-    config = {**config, "vocab_size": rows}
+    config = vocabulary.with_rows(config, rows)
     teacher = vocabulary.first_rows(opened, rows) if isinstance(opened, Checkpoint) else config
     if s.student:
         student = _open(s.student)[0]

@@ -34,7 +34,7 @@ Hidden = MutableSequence[mx.array]  # hidden states (B, T, D) of every batch; a 
 
 def pass_bytes(settings: Mapping[str, Any], tokens: int, length: int) -> int:
     """The most that a block's forward pass over so many tokens, in windows of `length`, holds in float32."""
-    s = config.shape_of(settings)
+    s = arch.widest(settings)
     per_token = 8 * s.hidden + 3 * arch.met(settings) + 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length
     return 4 * tokens * per_token
 

@@ -83,7 +83,7 @@ def refit(m: ModelSize, tokens: int, workspace: int = 0) -> tuple[int, float, fl
     as they are; beside them what a block's pass takes and float32 batches of products, then what solving makes of the
     sums, and the block where it is a copy. Held-out tokens judge every ridge, then join the sums. Solvers are numpy's
     in float64, or LAPACK's in float32 of wide layers, of which four operations count as one."""
-    f, d, item = m.shape.ffn, m.shape.hidden, np.dtype(precision(m.shape.ffn)).itemsize
+    f, d, item = m.wide.ffn, m.shape.hidden, np.dtype(precision(m.wide.ffn)).itemsize
     solving = f * (item * f + max(2 * item, 16) * d) + (0 if m.as_stored or not workspace else m.block_work)
     nbytes = max(4 * estimates.together(m) * f * (f + d) + workspace, solving)
     solved = (len(RIDGES) + 1) * f * f * (2 / 3 * f + 4 * d)
@@ -180,9 +180,10 @@ def training_bytes(
     return (STATE_BYTES - GRADIENT_BYTES) * params + most + ahead
 
 
-def block_state_bytes(config: Mapping[str, Any]) -> int:
-    """A block that is trained block by block, in memory or in a checkpoint: float32 weights, and moments of 8 bits."""
-    sizes = [(math.prod(shape), group_of(shape)) for shape in arch.layer_tensors(config).values()]
+def block_state_bytes(config: Mapping[str, Any], block: int | None = None) -> int:
+    """A block that is trained block by block, in memory or in a checkpoint: float32 weights, and moments of 8 bits.
+    block: which one; default: the largest."""
+    sizes = [(math.prod(shape), group_of(shape)) for shape in arch.layer_tensors(config, block=block).values()]
     return sum(4 * n + (2 * n + 8 * n // group if group else 8 * n) for n, group in sizes)
 
 
@@ -196,8 +197,9 @@ def packed_bytes(m: ModelSize, how: QuantizationConfig) -> int:
 def quantize(m: ModelSize, how: QuantizationConfig, windows: int, length: int, limit: int) -> StageCost:
     """Tensor by tensor; passes over `windows` before it say what bits cost, one beside it makes up for errors."""
     how = how.affine
-    largest = max(m.shape.vocab, m.shape.ffn) * m.shape.hidden  # as stored, packed, and what is rounded at a time
+    largest = max(m.shape.vocab, m.wide.ffn) * m.shape.hidden  # as stored, packed, and what is rounded at a time
     rounded = (math.ceil(m.nbytes / m.params) + 2) * largest + 4 * min(largest, PART) + estimates.stacked_bytes(m)
+    rounded += 2 * 4 * m.side_params // how.q_group_size  # scales of a table, which wait for its integers
     made = StageCost("quantize", m.nbytes, packed_bytes(m, how), rounded, 0.0)
     if how.q_method == "gptq":
         made = _compensated(made, m, windows * length, length, limit)
@@ -208,7 +210,7 @@ def _compensated(plain: StageCost, m: ModelSize, tokens: int, length: int, limit
     """`plain`, rounding tensor by tensor, with a pass beside it that makes up for the errors (quantization/stage). In
     numpy: a block's gram matrices, five of the largest to take its factor, 8 bytes for each weight of the largest set
     of matrices with the same inputs, and 20 more for those rounded at a time. In float32 MLX takes it, with three."""
-    s = m.shape
+    s = m.wide
     queries, keys = s.heads * s.head_dim, s.kv_heads * s.head_dim
     sides = [(s.hidden, queries + 2 * keys), (queries, s.hidden), (s.hidden, 2 * s.ffn), (s.ffn, s.hidden)]  # in, out
     square = {n: np.dtype(precision(n)).itemsize * n**2 for n, _ in sides}
@@ -241,7 +243,7 @@ def _sensed(then: StageCost, m: ModelSize, windows: int, length: int, limit: int
     if m.gpu:  # half a stack goes back in one pass
         back *= min(windows, max(1, stacked(m.config, length, length) // 2))
     back = max(0, back - (workspace := estimates.workspace_bytes(m, length, length)))
-    s, formats = m.shape, len(BITS)
+    s, formats = m.wide, len(BITS)
     seen = 4 * length * (4 * s.hidden + 2 * (s.heads + s.kv_heads) * s.head_dim + 3 * s.ffn)
     batch = min(windows, max(1, max(HELD_BYTES, 4 * m.block_params) // seen))
     slab = (2 * batch + 4) * 4 * min(SLAB, s.ffn * s.hidden)

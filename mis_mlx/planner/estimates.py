@@ -15,7 +15,7 @@ from mis_mlx.hardware import lanes, rates
 from mis_mlx.hardware.memory import COMMANDS_AHEAD, in_flight_bytes, process_bytes
 from mis_mlx.maths.losses import PART, chunk_rows
 from mis_mlx.models import arch, families, load, policy
-from mis_mlx.models.config import Shape, shape_of
+from mis_mlx.models.config import Shape, head_size, key_owners, shape_of
 from mis_mlx.models.host_losses import CHUNK, GROUP
 from mis_mlx.models.stream import GROUP_BYTES, HEAD_PART, pass_bytes, stacked
 from mis_mlx.storage import hub
@@ -51,6 +51,18 @@ class ModelSize:
     gpu: bool = False  # computes on Metal
     here: float = 1.0  # of a block's parameters, those in memory at a time while it streams past
     met: float = 1.0  # and those that a token meets
+    side_params: int = 0  # of the table of per-layer inputs and of what is projected beside it
+
+    @property
+    def blocks_params(self) -> int:
+        """Parameters of all blocks; `block_params` are those of the largest."""
+        head = self.head_params * (1 if self.shape.tied else 2)
+        return self.params - head - self.side_params - self.shape.hidden
+
+    @property
+    def wide(self) -> Shape:
+        """The shape, with FFN and heads of the largest block."""
+        return arch.widest(self.config)
 
     @property
     def block_work(self) -> int:
@@ -121,7 +133,8 @@ def model_of(source: Checkpoint | Mapping[str, Any], gpu: bool | None = None, dt
         head, nbytes, block_bytes = (int(per * n) for n in (s.vocab * s.hidden, params, block))
     as_stored = gpu if packed else floats == {str(dtype).removeprefix("mlx.core.")}
     known = dtype.size, packed, as_stored, count, gpu, *arch.shares(config)
-    return ModelSize(config, s, params, block, block_bytes, head, nbytes, *known)
+    sides = sum(map(math.prod, arch.side_tensors(config).values()))
+    return ModelSize(config, s, params, block, block_bytes, head, nbytes, *known, side_params=sides)
 
 
 @dataclass(frozen=True)
@@ -173,9 +186,19 @@ def stacked_bytes(m: ModelSize) -> int:
 
 def forward_flops(m: ModelSize, tokens: int, length: int, head: bool = True) -> float:
     """2 for each parameter a token meets (looking up an embedding is free), and causal attention."""
-    s = m.shape
-    block = m.met * m.block_params + s.heads * s.head_dim * length  # 2 products x 2 x length / 2 positions seen
-    return 2.0 * tokens * (s.layers * block + (m.head_params if head else 0))
+    s = m.wide
+    attention = s.heads * s.head_dim * length  # 2 products x 2 x length / 2 positions seen
+    projected = m.side_params - m.shape.vocab * arch.channels(m.config)
+    blocks = m.met * m.blocks_params + s.layers * attention + projected
+    return 2.0 * tokens * (blocks + (m.head_params if head else 0))
+
+
+def side_bytes(m: ModelSize, tokens: int) -> int:
+    """What a pass over so many tokens keeps for blocks to come beside hidden states: channels of every block for each
+    token that occurs, all of them at the most; keys and values that several blocks use."""
+    owners = {owner for owner in key_owners(m.config) if owner is not None}
+    shared = sum(2 * m.shape.kv_heads * head_size(m.config, i) for i in owners)
+    return m.item * (min(tokens, m.shape.vocab) * arch.channels(m.config) + tokens * shared)
 
 
 def together(m: ModelSize) -> int:
@@ -199,10 +222,11 @@ def pass_workspace(m: ModelSize, tokens: int, micro_tokens: int, length: int) ->
 def activation_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
     """What one micro-batch (B, T) keeps for the backward pass: float32, all blocks. Measured within 3 %. Gemma's blocks
     keep more: norms behind attention and MLP, and the terms of GELU."""
-    s, more = shape_of(config), families.family(config).sandwich
+    s, more = arch.widest(config), families.family(config).sandwich
     per_token = (6 + 4 * more) * s.hidden + (5 + 5 * more) * arch.met(config)
     per_token += 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length
-    return 4 * s.layers * batch * length * per_token
+    sides = 4 * arch.channels(config)  # rows, what is projected, that behind its norm, and the sum
+    return 4 * batch * length * (s.layers * per_token + sides)
 
 
 def backward_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
@@ -252,7 +276,7 @@ def streamed_pass(
     logits = logit_bytes(s.vocab, micro_tokens, gpu=m.gpu) + m.widened_bytes if head else 0
     if head and m.packed and not m.as_stored:
         logits = max(logits, head_work * 3 // 2)  # de-quantizing it, MLX runs ahead here too
-    fixed = beside_bytes + m.slots_bytes + SMALL_BYTES
+    fixed = beside_bytes + m.slots_bytes + SMALL_BYTES + side_bytes(m, tokens)
     peak, kept_head = fixed + max(body, head_work + logits), fixed + max(body, logits) + head_work
     hidden, batch = tokens * s.hidden * m.item, micro_tokens * s.hidden * m.item
     held = min(hidden, room(limit_bytes, peak, m.gpu) // batch * batch) if spool else hidden
@@ -304,6 +328,7 @@ def compared(models: Sequence[ModelSize], windows: int, length: int) -> StageCos
     beside = 3 * rows * hidden + 2 * 4 * min(length, CHUNK) * rows
     found = 9 * 8 * min(tokens, GROUP + length) * math.ceil(vocab / rows)
     peak = max(body, parts[0] + max(parts) + beside + found) + tokens * sum(m.shape.hidden * m.item for m in models)
+    peak += max(side_bytes(m, tokens) for m in models)
     flops = sum(forward_flops(m, tokens, length) for m in models)
     waits = sum(streamed_pass("", m, tokens, length, length, head=False, spool=False).waits for m in models)
     waits += len(models) * 3 * math.ceil(vocab / rows) * math.ceil(tokens / GROUP)  # two heads and what was found

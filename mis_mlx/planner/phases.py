@@ -32,9 +32,10 @@ def store(job: DistillationSpec, limit: int) -> StageCost:
     t, length, steps = job.teacher, job.max_seq_length, max(job.iters, job.rounding.steps(True))
     windows = steps * job.batch_size * job.grad_accumulation_steps
     one = streamed_pass("", t, length, length, length, spool=False)
-    at_once = 1 + min(room(limit, one.peak_bytes, t.gpu) // (length * t.shape.hidden * t.item), windows - 1)
+    window = length * t.shape.hidden * t.item + estimates.side_bytes(t, length)
+    at_once = 1 + min(room(limit, one.peak_bytes, t.gpu) // window, windows - 1)
     read, written = math.ceil(windows / at_once) * one.read_bytes, windows * length * job.target_bytes
-    peak = one.peak_bytes + (at_once - 1) * length * t.shape.hidden * t.item
+    peak = one.peak_bytes + (at_once - 1) * window
     return StageCost("logit store", read, written, peak, windows * one.flops, held_tokens=at_once * length)
 
 
@@ -51,11 +52,12 @@ def blocks(job: DistillationSpec, micro: int, limit: int, lora: bool = False) ->
     """The student's blocks in memory, updated one after the other (distillation/sharded); the teacher as in
     `resident`. lora: only their adapters, beside weights in the type that the policy gives."""
     m, layers = job.student, job.student.shape.layers
-    state, trained = layers * block_state_bytes(m.config), m.block_params
+    state = sum(block_state_bytes(m.config, i) for i in range(layers))
+    trained = m.blocks_params // layers
     work = way_back_bytes(job, micro, ADAPTERS.rank * lora)
     if lora:
         trained = ADAPTERS.params(m.config) // layers
-        state = layers * (m.block_params * m.item + STATE_BYTES * trained)
+        state = m.blocks_params * m.item + layers * STATE_BYTES * trained
     flops = 4 * forward_flops(m, job.step, job.max_seq_length, False) + 4.0 * job.step * m.head_params
     plain = StageCost("distil", m.nbytes, m.nbytes, state + work, flops, updated=layers * trained)
     return _taught(job, plain, micro, limit, state, work - 4 * m.head_params, job.same_head)
@@ -74,20 +76,24 @@ def way_back_bytes(job: DistillationSpec, micro: int, rank: int = 0) -> int:
     loss += estimates.activation_bytes(m.config, micro, length) // s.layers + more * gradient if host else back
     update = gradient + lanes * PACKED_UPDATE_ARRAYS * 4 * max(sizes)
     ahead = m.in_flight(estimates.activation_bytes(m.config, micro, length) // s.layers)
-    return estimates.SMALL_BYTES + 4 * (s.layers * job.step + s.vocab) * s.hidden + max(loss, back, update) + ahead
+    sides = estimates.side_bytes(replace(m, item=4), job.step)
+    states = 4 * (s.layers * job.step + s.vocab) * s.hidden
+    return estimates.SMALL_BYTES + sides + states + max(loss, back, update) + ahead
 
 
 def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
     """The packed student whole in memory, its scales learning: integers; float copies a lane; one block's gradient."""
     m, s = job.student, job.student.shape
-    trained = 2 * s.layers * m.block_params // job.rounding.q_group_size
+    trained = 2 * m.blocks_params // job.rounding.q_group_size
     nbytes = compression_size.packed_bytes(m, job.rounding)
     head = m.head_params * 4 * (1 if s.tied else 2)
     head += estimates.logit_bytes(s.vocab, micro * job.max_seq_length, bool(job.host_lanes), gpu=m.gpu)
     work = estimates.activation_bytes(m.config, micro, job.max_seq_length)
     state = STATE_BYTES + GRADIENT_BYTES * (job.step > micro * job.max_seq_length)  # those of micro-batches add up
     copies = 2 * 4 * max(1, min(micro, job.host_lanes))  # a window goes through one lane
-    peak = ((1 + copies) * s.layers + 4) * m.block_params + state * trained + head + work + m.in_flight(work)
+    sides = m.side_params * (1 if m.gpu else 4)  # packed, or de-quantized
+    copied = (1 + copies) * m.blocks_params + 4 * m.block_params
+    peak = copied + state * trained + head + work + sides + m.in_flight(work)
     plain = StageCost("tune", nbytes, nbytes, peak, 3 * forward_flops(m, job.step, job.max_seq_length), updated=trained)
     return _taught(replace(job, iters=iters), plain, micro, limit, SAVED_BYTES * trained, work)
 
@@ -103,7 +109,7 @@ def _taught(
         # The teacher's workspace and the student's activations do not meet, its head and hidden states do.
         peak += max(0, t.body_bytes(estimates.pass_workspace(t, job.step, micro * length, length)) - work)
         peak += t.slots_bytes + (t.head_work + t.widened_bytes) * (not same_head)
-        peak += job.step * t.shape.hidden * t.item
+        peak += job.step * t.shape.hidden * t.item + estimates.side_bytes(t, job.step)
         keeps = estimates.pins(t, room(limit, peak, t.gpu))
         read = t.head_bytes * (not same_head) + t.block_bytes * (keeps + iters * (t.shape.layers - keeps))
         flops += forward_flops(t, job.step, length)

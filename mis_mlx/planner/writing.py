@@ -38,7 +38,7 @@ def resident_bytes(m: estimates.ModelSize, at_once: int, tokens: int) -> int:
 
     tokens: of a text, its prompt included. mlx-lm holds keys and values up to three times."""
     places = CACHE_STEP * -(-tokens // CACHE_STEP)
-    weights = m.nbytes + m.item * (m.shape.layers * m.block_params + m.head_params)
+    weights = m.nbytes + m.item * (m.blocks_params + m.side_params + m.head_params)
     logits = LOGIT_COPIES * 4 * m.shape.vocab
     return weights + at_once * (3 * estimates.keys_bytes(m, places) + logits)
 
