@@ -1,0 +1,510 @@
+"""Gemma 4: what its blocks take beside hidden states, forwards, backwards, on disk. Parity is in test_families.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mis_mlx import distill, dpo, export, generate, plan, prune, quantize, search
+from mis_mlx.data.token_windows import Windows
+from mis_mlx.distillation import live_teacher, sharded
+from mis_mlx.evaluation import option_likelihood
+from mis_mlx.hardware import memory
+from mis_mlx.maths import losses
+from mis_mlx.models import (
+    arch,
+    backward_pass,
+    host_losses,
+    load,
+    model_writer,
+    pipeline_parallel,
+    stream,
+    streamed_decode,
+    text_writer,
+)
+from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
+from mis_mlx.models.config import check_config, key_owners, read_config, shape_of, softcap
+from mis_mlx.models.config import ffn_size as ffn_of
+from mis_mlx.models.policy import compute_dtype
+from mis_mlx.planner import estimates, phases
+from mis_mlx.planner.recipe import DistillationConfig, TrainingConfig, spec_of
+from mis_mlx.pruning import vocabulary
+from mis_mlx.quantization import bit_allocation, packed_format
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import GIB, Budget, Checkpoint, MisError
+from tests import tiny
+from tests.conftest import mostly_slow, near
+
+KIND = "gemma4_text"
+TOKENS = mx.array([[5, 9, 300, 17, 44, 44, 8, 120, 3, 77, 201, 9]])
+
+
+@pytest.fixture(scope="module")
+def gemma(models: Callable[[str], Checkpoint]) -> Checkpoint:
+    return models(KIND)
+
+
+def stock(folder: Path) -> nn.Module:
+    model: nn.Module = load.mlx_lm("utils").load(str(folder))[0]
+    return model
+
+
+def stock_logits(model: Checkpoint) -> mx.array:
+    """Of TOKENS, float32, by stock mlx_lm in the type that the policy gives: attention without a scale makes half
+    precision look at other tokens."""
+    theirs = stock(model.path)
+    theirs.set_dtype(compute_dtype(model))
+    return theirs(TOKENS).astype(mx.float32)
+
+
+def logits(model: Checkpoint, tokens: mx.array) -> mx.array:
+    """(B, T, V) float32, block by block."""
+    source = stream.Stream(model)
+    return load.logits(source.head(), source.forward([tokens])[0]).astype(mx.float32)
+
+
+def test_who_makes_keys_and_values() -> None:
+    """The last block of each kind before those that share; E2B's by hand."""
+    config = {**tiny.CONFIG, **tiny.FAMILIES[KIND]}
+    assert key_owners(config) == (None, None, None, 1, 2, 1, 2)
+    assert [ffn_of(config, i) for i in range(7)] == [768, 768, 768, 1536, 1536, 1536, 1536]
+    e2b = arch.PUBLISHED["gemma-4-e2b"]
+    assert key_owners(e2b)[:15] == (None,) * 15
+    assert key_owners(e2b)[15:20] == (13, 13, 13, 13, 14)
+    assert arch.fixed_blocks(e2b) == {13, 14, 34}
+
+
+@pytest.mark.parametrize(("name", "tables", "total"), [
+    ("gemma-4-e2b", 262_144 * (1536 + 35 * 256), 4_628_569_379),
+    ("gemma-4-e4b", 262_144 * (2560 + 42 * 256), 7_463_013_418),
+])  # fmt: skip
+def test_the_published_shapes(name: str, tables: int, total: int, tmp_path: Path) -> None:
+    """Rows of tables are most of E2B; every tensor that the config promises is counted."""
+    (tmp_path / "config.json").write_text(json.dumps(arch.PUBLISHED[name]))
+    config = read_config(tmp_path)
+    assert config["vocab_size"] * arch.row_params(config) == tables
+    assert arch.params(config) == sum(int(np.prod(shape)) for shape in arch.tensors_of(config).values())
+    assert arch.params(config) == total
+    stock_model = load.mlx_lm("models.gemma4_text").Model(load.model_args(config))  # lazy: nothing is drawn
+    assert total == sum(array.size for _, array in tree_flatten(stock_model.parameters()))
+
+
+@pytest.mark.parametrize("beside", ["", "model."])
+def test_of_a_model_that_sees_and_hears_the_text_part_is_opened(
+    gemma: Checkpoint, beside: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As published and as mlx_lm.convert writes it: towers are left out, and so are the keys and values that nobody
+    uses, of blocks that share another's."""
+    folder = tiny.hearing(tmp_path / "m", beside)
+    opened = load.open_checkpoint(folder)
+    assert "a gemma4_text, without 3 tensors that see or hear" in capsys.readouterr().err
+    assert opened.tensors.keys() == gemma.tensors.keys()
+    assert opened.config["model_type"] == KIND
+    assert mx.array_equal(logits(opened, TOKENS), logits(gemma, TOKENS))
+    assert mx.abs(logits(opened, TOKENS) - stock_logits(opened)).max().item() <= near(1e-5, 0.02)
+
+
+@pytest.mark.parametrize("method", ["round", "gptq"])
+@pytest.mark.parametrize("policy", ["cpu", "metal"])
+def test_four_bits_are_stock(
+    gemma: Checkpoint, method: Any, policy: str, tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both tables packed, the table of per-layer inputs in parts; whole, streamed, and with weights kept packed."""
+    monkeypatch.setenv("MIS_MLX_POLICY", policy)
+    monkeypatch.setattr(load, "TABLE_PART", 50 * 7 * 32)
+    bpw = 5.0 if method == "gptq" else None
+    quantize.run(quantize.Settings(
+        model=str(gemma.path), mlx_path=str(tmp_path / "four"), q_group_size=32, q_method=method, target_bpw=bpw,
+        data=str(text_folder), num_samples=2, max_seq_length=24,
+    ))  # fmt: skip
+    four = load.open_checkpoint(tmp_path / "four")
+    formats = packed_format.formats(four)
+    assert {"model.embed_tokens_per_layer", "model.embed_tokens"} < formats.keys()
+    assert all(formats[path].bits == 8 for path in packed_format.gates(four.config))
+    assert len(formats) == sum(len(shape) > 1 for shape in arch.tensors_of(four.config).values())
+    theirs = stock_logits(four)
+    assert mx.abs(logits(four, TOKENS) - theirs).max().item() <= (1e-5 if policy == "cpu" else 2e-2)
+    if policy == "cpu":
+        whole = load.resident(four, mx.float32)(TOKENS)
+        assert mx.abs(whole - theirs).max().item() <= 1e-5
+        name = "model.embed_tokens_per_layer.weight"
+        kind = formats["model.embed_tokens_per_layer"]
+        packed = packed_format._by_parts(load.dense(gemma, name), kind)
+        assert mx.array_equal(load.dense(four, name, {
+            "model.embed_tokens_per_layer.weight": packed[0],
+            "model.embed_tokens_per_layer.scales": packed[1],
+            "model.embed_tokens_per_layer.biases": packed[2],
+        }), load.dense(four, name))  # fmt: skip
+
+
+def test_tables_go_through_memory_in_parts(gemma: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trimmed, cut in depth and rounded: never more rows of the table at once than a part has."""
+    rows, largest = 20, list[int]()
+    monkeypatch.setattr(load, "TABLE_PART", rows * 7 * 32)
+    read = load.Reader.rows
+
+    def watched(self: Any, at: Any, ids: np.ndarray) -> mx.array:
+        if at.shape[-1] >= 7 * 32 // 8 and at.shape[0] > 256:
+            largest.append(len(ids))
+        return read(self, at, ids)
+
+    monkeypatch.setattr(load.Reader, "rows", watched)
+
+    def refused(checkpoint: Checkpoint, name: str, *more: Any) -> mx.array:
+        assert more or not name.startswith(arch.PER_LAYER), "the table was asked for whole"
+        return dense(checkpoint, name, *more)
+
+    dense = load.dense
+    monkeypatch.setattr(load, "dense", refused)
+    seen = vocabulary.write(gemma, range(0, 512, 2), tmp_path / "rows", DISK)
+    packed_format.write_quantized(gemma, tmp_path / "four", packed_format.layout(gemma.config, 32), DISK)
+    model_writer.by_block(gemma, tmp_path / "parts", DISK)
+    monkeypatch.undo()
+    name = f"{arch.PER_LAYER}weight"
+    assert largest and max(largest) <= max(rows, rows * 7 * 32 // 64)  # the embedding's rows are shorter
+    assert mx.array_equal(load.dense(seen, name), load.dense(gemma, name)[::2])
+    assert mx.array_equal(load.dense(load.open_checkpoint(tmp_path / "parts"), name), load.dense(gemma, name))
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize(("each", "windows"), [(7, 1), (7, 2), (3, 2), (2, 1)])
+def test_gradients_block_by_block_are_the_whole_models(
+    gemma: Checkpoint, tmp_path: Path, each: int, windows: int
+) -> None:
+    """What later blocks make of a block's keys and values comes back to it: of blocks in memory, of some of them while
+    others stream past, with one window in a micro-batch and two side by side."""
+    batches = list[tuple[mx.array, ...]]()
+    for b in range(2):
+        keys = mx.random.split(mx.random.key(b), 2)
+        tokens = mx.random.randint(0, 512, (windows, 12), key=keys[0])
+        batches.append((tokens, mx.ones(windows * 12), mx.random.normal((windows * 12, 64), key=keys[1])))
+    cap = softcap(gemma.config)
+    head = 0.5 * mx.random.normal((512, 64), key=mx.random.key(9))
+
+    def loss(hidden: mx.array, table: mx.array, learn: mx.array, target: mx.array) -> mx.array:
+        return losses.kl_sum(hidden, table, target, lambda h: h @ head.T, learn, frozen_head=True, softcap=cap)
+
+    def plain(model: nn.Module) -> mx.array:
+        total = mx.array(0.0)
+        for tokens, _, target in batches:
+            p = nn.log_softmax(target @ head.T, axis=-1)
+            z = nn.log_softmax(model(tokens).reshape(-1, 512), axis=-1)
+            total = total + (mx.exp(p) * (p - z)).sum()
+        return total
+
+    model = stock(gemma.path)
+    value, want = nn.value_and_grad(model, plain)(model)
+    named = dict(tree_flatten(want))
+    parts = model_writer.by_block(gemma, tmp_path / "parts", DISK)
+    student = sharded.Sharded(parts, each, 1, 0.0, DISK)
+    student.begin()
+    seen = set[int]()
+    for visit in range(-(-7 // each)):
+        student._enter(visit)
+        coming = student.gradients(batches, loss)
+        assert next(coming)[0] == pytest.approx(value.item() / (2 * windows * 12), rel=1e-5)
+        for i, gradients in coming:
+            seen.add(i)
+            for name, gradient in gradients.items():
+                theirs = named[f"model.layers.{i}.{name}"]
+                most = mx.abs(theirs).max().item()
+                assert mx.abs(gradient - theirs).max().item() <= 2e-4 * most + 1e-7, (i, name)
+    assert seen == set(range(7))
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_what_comes_back_to_the_first_block(gemma: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The streamed pass back against autodiff of stock mlx_lm: at the first block's input, and of what every block
+    gets of the tables."""
+    monkeypatch.setattr(mx.random, "categorical", lambda z, key: mx.argmax(z, axis=-1))
+    channels = dict[int, mx.array]()
+
+    def visit(i: int, block: nn.Module) -> backward_pass.Back:
+        def each(inputs: BlockInputs, above: BlockOutputs) -> BlockInputs:
+            def run(*arrays: mx.array) -> list[mx.array]:
+                given = inputs.like(arrays)
+                return stream.block_inputs.run(block, given, load.mask(args, block, given.hidden)).arrays(above)
+
+            _, below = mx.vjp(run, inputs.arrays, above.arrays(above))
+            mx.eval(below)
+            return inputs.like(below)
+
+        return lambda inputs, above: [each(*of) for of in zip(inputs, above, strict=True)]
+
+    args = load.model_args(gemma.config)
+    (below,) = backward_pass.backwards(gemma, [TOKENS], visit, at_channels=lambda i, b, c: channels.update({i: c}))
+    model = stock(gemma.path)
+    inner = model.model
+    hidden = inner.embed_tokens(TOKENS)
+    sides = inner._get_per_layer_inputs(TOKENS)
+    drawn = mx.argmax(model(TOKENS), axis=-1)
+    project = inner._project_per_layer_inputs
+
+    def likely(hidden: mx.array, sides: mx.array) -> mx.array:
+        # `hidden` reaches the blocks alone: what is projected from it is another path.
+        projected = project(mx.stop_gradient(hidden * inner.embed_scale), sides)
+        object.__setattr__(inner, "_project_per_layer_inputs", lambda *_: projected)
+        z = model(TOKENS, input_embeddings=hidden, per_layer_inputs=sides)
+        return mx.take_along_axis(nn.log_softmax(z, axis=-1), drawn[..., None], axis=-1).sum()
+
+    at_hidden, at_sides = mx.grad(likely, argnums=(0, 1))(hidden, sides)
+    assert mx.abs(below * inner.embed_scale - at_hidden).max().item() <= 1e-4 * mx.abs(at_hidden).max().item()
+    ours = mx.stack([channels[i] for i in range(7)], axis=2) * 2.0**-0.5
+    assert mx.abs(ours - at_sides).max().item() <= 1e-4 * mx.abs(at_sides).max().item()
+
+
+def test_bits_go_to_the_table_of_per_layer_inputs(gemma: Checkpoint, batches: list[mx.array]) -> None:
+    """It has a cost like every matrix, more in fewer bits; rows that do not occur cost nothing."""
+    found = bit_allocation.costs(gemma, batches, 32, (3, 8))
+    table = found["model.embed_tokens_per_layer"]
+    assert table[3] > 10 * table[8] > 0
+    matrices = {n.removesuffix(".weight") for n, shape in arch.tensors_of(gemma.config).items() if len(shape) > 1}
+    assert found.keys() == matrices - packed_format.gates(gemma.config)
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_many_texts_are_written_as_each_alone(gemma: Checkpoint) -> None:
+    """Streamed, side by side, past the window; a text's tokens are stock mlx_lm's."""
+    prompts = [[5, 9, 300], [44, 8, 120, 3, 77]]
+    greedy = partial(mx.argmax, axis=-1)
+    ours = streamed_decode.sampled(stream.Stream(gemma, mx.float32), prompts, 12, (), greedy)
+    model = stock(gemma.path)
+    for prompt, text in zip(prompts, ours, strict=True):
+        want = list[int]()
+        for _ in range(12):
+            want.append(int(mx.argmax(model(mx.array([[*prompt, *want]]))[0, -1])))
+        assert text == want
+
+
+def test_depth_keeps_who_makes_keys(gemma: Checkpoint, tmp_path: Path, text_folder: Path) -> None:
+    """Blocks 1, 2 and 6 stay whatever they are worth; the config says how many of those that are left share."""
+    for layers in (3, 5):
+        out = tmp_path / f"cut-{layers}"
+        prune.run(prune.Settings(
+            model=str(gemma.path), mlx_path=str(out), scenario="none", layers=layers, data=str(text_folder),
+            num_samples=2, max_seq_length=24, dtype="float32",
+        ))  # fmt: skip
+        student = load.open_checkpoint(out)
+        keep = model_writer.read_keep(out)
+        assert keep and {1, 2, 6} <= set(keep.layers) and len(keep.layers) == layers
+        assert student.config["num_kv_shared_layers"] == sum(i > 2 for i in keep.layers)
+        table = load.dense(gemma, f"{arch.PER_LAYER}weight").reshape(512, 7, 32)
+        mine = load.dense(student, f"{arch.PER_LAYER}weight").reshape(512, layers, 32)
+        assert mx.array_equal(mine, table[:, mx.array(list(keep.layers))])
+        assert mx.abs(logits(student, TOKENS) - stock_logits(student)).max().item() <= near(1e-5, 0.02)
+
+
+@pytest.mark.parametrize("way", mostly_slow(["resident", "blocks", "sharded", "lora", "none", "cached"], "blocks"))
+def test_every_way_of_training(tmp_path: Path, text_folder: Path, way: str) -> None:
+    """Half of the tokens, fewer neurons and blocks: stock mlx_lm opens what comes out; training brings it nearer to its
+    teacher."""
+    folder = tiny.make(tmp_path / "teacher", vocab_size=1024, **tiny.FAMILIES[KIND])
+    tiny.write_tokenizer(folder, 1024)
+    how: dict[str, Any] = {"targets": "cached"} if way == "cached" else {"train": way}
+    run = tmp_path / "run"
+    result = distill.run(distill.Settings(
+        teacher=str(folder), data=str(text_folder), out=str(run), iters=6, num_samples=2, max_seq_length=32,
+        eval_windows=2, reconstruct_samples=4, bench_tokens=2, learning_rate=1e-4, q_iters=2, q_group_size=32,
+        vocab="0.5x", layers=6, ffn=512, scenario="none", target_bpw=6.0, save_every=3, warmup=1, **how,
+    ))  # fmt: skip
+    assert result["mode"] == ("resident" if way == "cached" else way)
+    for name in ("pruned", "distilled", "model"):
+        student = load.open_checkpoint(run / name)
+        s = shape_of(student.config)
+        assert (s.vocab, s.layers, s.ffn) == (512, 6, 512)
+        theirs = stock(run / name)(TOKENS).astype(mx.float32)
+        assert mx.isfinite(theirs).all().item()
+    if way in ("resident", "blocks", "sharded"):
+        assert result["kl_student"] < result["kl_pruned"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"enable_moe_block": True}, "enable_moe_block is True, of a gemma4_text only False"),
+        ({"attention_k_eq_v": True}, "attention_k_eq_v is True, of a gemma4_text only False"),
+        ({"hidden_size_per_layer_input": 0}, "hidden_size_per_layer_input is 0"),
+        ({"vocab_size_per_layer_input": 128}, "has 128 rows, the embedding 512"),
+        ({"use_double_wide_mlp": None}, "use_double_wide_mlp is missing"),
+        ({"num_kv_shared_layers": 7}, "num_kv_shared_layers is 7, plausible is 0 to 6"),
+        ({"num_kv_shared_layers": 5}, "share keys and values, none of the first 2 blocks makes any"),
+        ({"rope_parameters": None}, "rope_parameters must have full_attention and sliding_attention"),
+        ({"rope_parameters": {**tiny.GEMMA4_ROPES, "full_attention": {"rope_type": "yarn"}}}, "is 'yarn'"),
+    ],
+)
+def test_what_of_a_config_is_refused(change: dict[str, Any], said: str) -> None:
+    """Variants that are not built, and configs that mlx-lm and transformers would read differently."""
+    with pytest.raises(MisError, match=said):
+        check_config({**tiny.CONFIG, **tiny.FAMILIES[KIND], **change}, Path("config.json"))
+
+
+def test_what_is_not_built_is_a_sentence(gemma: Checkpoint, tmp_path: Path, text_folder: Path) -> None:
+    """Blocks shared by machines, heads, a search of sizes, a GGUF; each before any work."""
+    with pytest.raises(MisError, match="need more of each other than hidden states"):
+        pipeline_parallel.Relay(gemma, mx.float32, 0, False, (7,))
+    with pytest.raises(MisError, match="heads of a gemma4_text cannot be cut: its heads have two sizes"):
+        prune.run(prune.Settings(model=str(gemma.path), mlx_path=str(tmp_path / "x"), heads=2, scenario="none"))
+    with pytest.raises(MisError, match="2 layers of a gemma4_text are too few: 3 blocks stay"):
+        prune.run(prune.Settings(model=str(gemma.path), mlx_path=str(tmp_path / "x"), layers=2, scenario="none"))
+    with pytest.raises(MisError, match="a search does not know what the tables of a gemma4_text weigh"):
+        search.run(search.Settings(teacher=str(gemma.path), data=str(text_folder), params="0.5x"))
+    with pytest.raises(MisError, match="a gemma4_text is not exported to GGUF"):
+        export.run(export.Settings(model=str(gemma.path), out=str(tmp_path / "x.gguf")))
+
+
+def test_generate_writes_the_same_streamed_and_whole(gemma: Checkpoint, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command, with a budget for all of the model and for none of it."""
+    said = list[str]()
+    for budget in (None, "700MiB"):
+        generate.run(generate.Settings(model=str(gemma.path), prompt="The for", max_tokens=8, budget=budget))
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and said[0].strip()
+
+
+def test_a_teacher_and_its_own_logits(gemma: Checkpoint) -> None:
+    """A student with its teacher's head: the cap is on both sides of the loss."""
+    teacher = live_teacher.StreamedTeacher(gemma, same_head=True)
+    assert teacher.softcap == 3.0
+    hidden = mx.random.normal((5, 64), key=mx.random.key(2))
+    table = load.dense(gemma, f"{load.EMBEDDING}weight").astype(mx.float32)
+    loss = teacher.kl_sum(hidden, table, mx.ones(5), hidden, frozen_head=True)
+    assert abs(loss.item()) < near(1e-5, 1e-2)
+    assert mx.abs(teacher._logits_by(table)(hidden)).max().item() <= 3.0
+
+
+SIZES: dict[str, Any] = {
+    **tiny.FAMILIES[KIND], "hidden_size": 128, "intermediate_size": 1024, "hidden_size_per_layer_input": 128,
+    "vocab_size": 2048,
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize(("windows", "length"), [(1, 64), (6, 128)])
+def test_a_pass_stays_under_the_plan(tmp_path: Path, windows: int, length: int) -> None:
+    """With the channels of every token and the keys and values that wait: MLX's peak, and not by more than half."""
+    model = load.open_checkpoint(tiny.make(tmp_path / "m", **SIZES))
+    m = estimates.model_of(model, gpu=False, dtype=mx.float32)
+    batches = [mx.random.randint(0, 2048, (1, length), key=mx.random.key(k)) for k in range(windows)]
+    mx.eval(batches)
+    mx.clear_cache()
+    cache = mx.set_cache_limit(0)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    stream.Stream(model, mx.float32).forward(batches)
+    peak = mx.get_peak_memory() - before
+    mx.set_cache_limit(cache)
+    planned = estimates.streamed_pass("pass", m, windows * length, length, length, GIB, head=False).peak_bytes
+    assert planned - estimates.SMALL_BYTES < 1.5 * peak and peak < planned, (peak, planned)
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("way", ["blocks", "sharded"])
+def test_training_stays_under_the_plan(tmp_path: Path, way: str) -> None:
+    """Two steps of the student block by block, all blocks in memory or two of them: under the plan, within a half."""
+    teacher, student = (load.open_checkpoint(tiny.make(tmp_path / str(seed), seed=seed, **SIZES)) for seed in (0, 1))
+    tokens = np.random.default_rng(0).integers(0, 2048, (12, 64)).astype(np.int32)
+    data = Windows(tokens, np.ones((12, 64), np.float32))
+    config = TrainingConfig(iters=2, batch_size=2, grad_accumulation_steps=2, max_seq_length=64)
+    large, small = (estimates.model_of(m, gpu=False, dtype=mx.float32) for m in (teacher, student))
+    asked = DistillationConfig(iters=2, batch_size=2, grad_accumulation_steps=2, max_seq_length=64, train="blocks")
+    job = spec_of(large, small, asked)
+    shard = 7 if way == "blocks" else 2
+    planned = (phases.blocks(job, 2, 0) if way == "blocks" else phases.sharded(job, 2, shard)).peak_bytes
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    with memory.limited(Budget(before + planned)):
+        source = live_teacher.StreamedTeacher(teacher, 0)
+        parts = model_writer.by_block(student, tmp_path / "parts", DISK)
+        made = sharded.Sharded(parts, shard, 1, 0.01, DISK, 4 * small.head_params if way == "blocks" else 0)
+        made.begin()
+        batches = partial(live_teacher.step_micro_batches, source, data, config)
+        loss = partial(source.kl_sum, frozen_head=True)
+        steps = list(made.steps(batches, loss, config, slopes=source.frozen_slopes()))
+    peak = max(step.peak_bytes for step in steps) - before
+    assert planned / 1.5 < peak < planned, (peak, planned)
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_answers_are_the_same_whole_and_streamed(gemma: Checkpoint) -> None:
+    """Several prompts side by side, by mlx_lm's batches and block by block."""
+    prompts = [[5, 9, 300], [44, 8, 120, 3, 77], [7]]
+    whole, pieces = (text_writer.TextWriter(gemma, room) for room in (None, 0))
+    assert whole.write(prompts, 10, ()) == pieces.write(prompts, 10, ())
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_log_probabilities_know_the_cap(gemma: Checkpoint) -> None:
+    """Of preference pairs, and of options of a question, beside stock mlx_lm's logits."""
+    z = nn.log_softmax(stock(gemma.path)(TOKENS), axis=-1)[0]
+    each = np.array(mx.take_along_axis(z[:-1], TOKENS[0, 1:, None], axis=-1))[:, 0]
+    model = load.resident(gemma, mx.float32)
+    learn = mx.array([[1.0] * 11 + [0.0]])
+    for frozen in (False, True):
+        sums, count = dpo._sums(model, TOKENS, learn, frozen)
+        assert count.item() == 11 and sums.item() == pytest.approx(each.sum(), rel=1e-5)
+    ids = TOKENS[0].tolist()
+    questions = [(ids[:5], [ids[5:], [9, 300]]), (ids[:2], [[17], [44, 44]])]
+    scores = option_likelihood.score(stream.Stream(gemma, mx.float32), questions)
+    assert scores[0][0] == pytest.approx(each[4:].sum(), rel=1e-5)
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_what_is_not_capped_is_another_loss() -> None:
+    """Gradients of the three losses with a cap, beside autodiff of the plain formula."""
+    keys = mx.random.split(mx.random.key(4), 4)
+    hidden = mx.random.normal((6, 16), key=keys[0])
+    head = mx.random.normal((40, 16), key=keys[1])
+    target = mx.random.normal((6, 40), key=keys[2])
+    ids = mx.random.randint(0, 40, (6,), key=keys[3])
+    learn = mx.array([1.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+
+    def z(h: mx.array, w: mx.array) -> mx.array:
+        return 3.0 * mx.tanh(h @ w.T / 3.0)
+
+    def plain_kl(h: mx.array, w: mx.array) -> mx.array:
+        p = nn.log_softmax(target, axis=-1)
+        return ((mx.exp(p) * (p - nn.log_softmax(z(h, w), axis=-1))).sum(axis=-1) * learn).sum()
+
+    def plain_nll(h: mx.array, w: mx.array) -> mx.array:
+        return -(mx.take_along_axis(nn.log_softmax(z(h, w) / 0.7, axis=-1), ids[:, None], axis=-1)[:, 0] * learn).sum()
+
+    def kl(h: mx.array, w: mx.array) -> mx.array:
+        return losses.kl_sum(h, w, target, lambda t: t, learn, rows=4, softcap=3.0)
+
+    def sampled(h: mx.array, w: mx.array) -> mx.array:
+        p = mx.softmax(target, axis=-1)
+        every = mx.broadcast_to(mx.arange(40), (6, 40))
+        return losses.sampled_kl_sum(h, w, learn, every, p, rows=4, softcap=3.0)
+
+    def nll(h: mx.array, w: mx.array) -> mx.array:
+        return -(losses.token_logps(h, w, ids, 0.7, rows=4, softcap=3.0) * learn).sum()
+
+    for ours, plain in ((kl, plain_kl), (sampled, plain_kl), (nll, plain_nll)):
+        (a, (ah, aw)), (b, (bh, bw)) = (mx.value_and_grad(f, argnums=(0, 1))(hidden, head) for f in (ours, plain))
+        assert a.item() == pytest.approx(b.item(), rel=1e-5)
+        assert mx.allclose(ah, bh, atol=1e-5) and mx.allclose(aw, bw, atol=1e-5)
+    value, dh, dw = host_losses.kl_gradients(hidden, head, target, lambda t: t + 0.0, learn, softcap=3.0)
+    want, (bh, bw) = mx.value_and_grad(plain_kl, argnums=(0, 1))(hidden, head)
+    assert value == pytest.approx(want.item(), rel=1e-5)
+    assert dw is not None and mx.allclose(dh, bh, atol=1e-5) and mx.allclose(dw, bw, atol=1e-5)
+
+
+@pytest.mark.parametrize(("teacher", "params"), [("gemma-4-e2b", 0.703), ("gemma-4-e4b", 0.766)])
+def test_the_plan_of_the_published_ones(teacher: str, params: float) -> None:
+    """Half of the tokens and nothing else by default, within 5 GiB of a laptop of 8; or cut and trained, if it fits."""
+    asked = plan.Settings(teacher=teacher, budget="5GiB", machine="m1-air")
+    made = plan.run(asked)
+    assert made["params_student"] / made["params_teacher"] == pytest.approx(params, abs=0.001)
+    assert made["mode"] == "none" and not made["check_failed"] and made["peak_bytes"] < 5 * GIB
+    cut = plan.run(replace(asked, scenario="gazda"))
+    assert cut["params_student"] < made["params_teacher"] and cut["mode"] in ("sharded", "none")
