@@ -19,6 +19,7 @@ from mis_mlx import distill, dpo, export, generate, plan, prune, quantize, searc
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, sharded
 from mis_mlx.evaluation import option_likelihood
+from mis_mlx.evaluation.speed import rounds
 from mis_mlx.hardware import memory
 from mis_mlx.maths import losses
 from mis_mlx.models import (
@@ -508,3 +509,10 @@ def test_the_plan_of_the_published_ones(teacher: str, params: float) -> None:
     assert made["mode"] == "none" and not made["check_failed"] and made["peak_bytes"] < 5 * GIB
     cut = plan.run(replace(asked, scenario="gazda"))
     assert cut["params_student"] < made["params_teacher"] and cut["mode"] in ("sharded", "none")
+
+
+def test_a_token_reads_no_table(gemma: Checkpoint) -> None:
+    """What a token moves is counted without the per-layer inputs of all others, and with the embedding, its head."""
+    made = rounds.opened(gemma.path)
+    table = gemma.tensors[f"{arch.PER_LAYER}weight"]
+    assert made.nbytes - made.read_bytes == table.nbytes * (2 if compute_dtype(gemma).size == 2 else 4) // 4

@@ -23,7 +23,7 @@ from mis_mlx.data import preparation
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.maths.stats import summary
-from mis_mlx.models import load, mlx_generate, stream
+from mis_mlx.models import arch, load, mlx_generate, stream
 from mis_mlx.planner import estimates, phases
 from mis_mlx.types import Checkpoint, Row
 
@@ -86,10 +86,15 @@ def opened(folder: Path) -> BenchmarkModel:
     model, tokenizer = mlx_generate.open_model(folder)
     stream.evaluate_now(model.parameters())
     seconds, arrays = time.perf_counter() - began, dict[str, mx.array](tree_flatten(model.parameters()))
-    unread = ("model.embed_tokens.",) if hasattr(model, "lm_head") else ()
-    read_bytes = sum(a.nbytes for n, a in arrays.items() if not n.startswith(unread))
+    read_bytes = sum(a.nbytes for n, a in arrays.items() if not n.startswith(_looked_up(arrays)))
     stream.load_checked(model, f"{folder}: ")
     return BenchmarkModel(model, tokenizer, seconds, sum(a.nbytes for a in arrays.values()), read_bytes)
+
+
+def _looked_up(names: Iterable[str]) -> tuple[str, ...]:
+    """What the names of tables begin with of which a token takes a row, out of a model with these tensors."""
+    has_head = any(name.startswith("lm_head.") for name in names)
+    return (arch.PER_LAYER, load.EMBEDDING) if has_head else (arch.PER_LAYER,)
 
 
 def prompt(tokenizer: Any, count: int, seed: Sequence[int]) -> list[int]:
@@ -210,7 +215,7 @@ def moved(checkpoint: Checkpoint, weight_bytes: int, r: Request) -> tuple[tuple[
 
 def m1_tokens_per_s(checkpoint: Checkpoint, r: Request) -> float:
     """Computed, never run: an M1's 68 GB/s over the bytes of one sequence's token, floats in float16, packed as is."""
-    unread = "model.embed_tokens." if any(name.startswith("lm_head.") for name in checkpoint.tensors) else "-"
+    unread = _looked_up(checkpoint.tensors)
     read = [t for name, t in checkpoint.tensors.items() if not name.startswith(unread)]
     nbytes = sum(t.nbytes if t.dtype == "U32" else 2 * math.prod(t.shape) for t in read)
     m, seen = estimates.model_of(checkpoint, gpu=True), r.prompt + r.answer // 2
