@@ -293,8 +293,10 @@ def _given_sizes(s: Settings) -> list[str]:
     return [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value != defaults[name]]
 
 
-def _refuse_sizes(s: Settings, flags: str) -> None:
-    """MisError where sizes are given beside --lose or --bytes, which choose them."""
+def _refuse_sizes(s: Settings, flags: str, teacher: Checkpoint) -> None:
+    """MisError where sizes are given beside --lose or --bytes, which choose them, or no search knows the teacher."""
+    if why := search.unknown(teacher.config):
+        raise MisError(f"{flags} is not searched for, because {why}: {search.GIVE_SIZES}")
     if taken := _given_sizes(s):
         raise MisError(f"{flags} chooses sizes and bits: leave out {', '.join(taken)}, or {flags}")
     if s.bytes and not s.quantize:
@@ -309,6 +311,10 @@ def _default_loss(s: Settings, teacher: Checkpoint) -> float | None:
         return None
     if families.family(teacher.config).experts:
         return None
+    kept = "sizes are a scenario's, not chosen by what is lost"
+    if why := search.unknown(teacher.config):
+        cli.say(f"{kept}: {why}")
+        return None
     limit = memory.budget(s.budget_bytes).limit_bytes
     if distributed.size() > 1:
         why = "several machines do not search"
@@ -318,7 +324,7 @@ def _default_loss(s: Settings, teacher: Checkpoint) -> float | None:
         why = f"the teacher has {gib(teacher.nbytes)}, a search for sizes would go through it again and again"
     else:
         return DEFAULT_LOSS
-    cli.say(f"sizes are a scenario's, not chosen by what is lost: {why}; --lose {DEFAULT_LOSS:g} chooses all the same")
+    cli.say(f"{kept}: {why}; --lose {DEFAULT_LOSS:g} chooses all the same")
     return None
 
 
@@ -352,7 +358,7 @@ def _sized(s: Settings, teacher: Checkpoint) -> Settings:
         s = replace(s, lose=allowed)
     flags = [f"--lose {s.lose:g}"] if s.lose is not None else []
     flags += [f"--bytes {s.bytes}"] if s.bytes else []
-    _refuse_sizes(s, " ".join(flags))
+    _refuse_sizes(s, " ".join(flags), teacher)
     cli.say(f"{' '.join(flags)}: a search chooses sizes and bits; the plan of the rest follows when it has")
     found = _searched(replace(s, data=_text(s, teacher)), teacher)
     if s.dry_run:

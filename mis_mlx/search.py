@@ -32,6 +32,7 @@ NEAR = 0.03  # of --lose: a student so near to it is not looked beyond
 # Settings that may differ when a search is resumed: none of them changes what is measured.
 FREE = frozenset({"out", "resume", "dry_run", "config", "budget", "save_every", "governor", "thermal_replay"})
 UNDER = Path("runs") / "search"  # apart from distillations, so that --resume of one never finds the other
+GIVE_SIZES = "give sizes, such as --vocab 0.5x, and --target-bpw"  # where there is no search
 Axis = Literal["layers", "ffn", "heads", "hidden", "vocab", "bits"]
 
 
@@ -123,6 +124,12 @@ def _speeds(s: Settings, teacher: Checkpoint, folder: Path | None, budget: Budge
     cli.say("timing the teacher, whole and with half of its blocks")
     with memory.limited(budget):
         return {flag: finalists.timed(teacher.path, *at) for flag, at in s.timed_at.items()}
+
+
+def unknown(config: Mapping[str, Any]) -> str:
+    """What a search does not know of a dense model of this config, and so refuses it; empty where it knows all."""
+    of = families.family(config)
+    return f"a search does not know what the tables of a {of.name} weigh" if of.per_layer else ""
 
 
 def tried_sizes(s: Settings, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -387,9 +394,8 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.frontier:
         figures.need()
     teacher = run_loop.opened(s, s.teacher, "teacher", UNDER)
-    if (of := families.family(teacher.config)).per_layer:
-        why = f"a search does not know what the tables of a {of.name} weigh"
-        raise MisError(f"{why}: give sizes, such as --vocab 0.5x, and --target-bpw")
+    if why := unknown(teacher.config):
+        raise MisError(f"{why}: {GIVE_SIZES}")
     limit = memory.budget(s.budget_bytes)
     sizes = tried_sizes(s, teacher)
     limits, speeds = limits_of(s, teacher, folder, limit)

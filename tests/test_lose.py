@@ -235,6 +235,23 @@ def test_by_default_a_loss_is_allowed(llama: Checkpoint, monkeypatch: pytest.Mon
     assert distill._default_loss(plain, llama) is None
 
 
+def test_what_no_search_knows_keeps_to_a_scenario(
+    models: Callable[[str], Checkpoint], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a gemma4_text: a plain run says why and goes on; what is to be searched for is refused before the teacher
+    writes any text."""
+    gemma = models("gemma4_text")
+    plain = distill.Settings(teacher=str(gemma.path))
+    assert distill._default_loss(plain, gemma) is None
+    assert distill._sized(plain, gemma) == plain
+    told = capsys.readouterr().err
+    why = "a search does not know what the tables of a gemma4_text weigh"
+    assert f"sizes are a scenario's, not chosen by what is lost: {why}\n" in told and "--lose" not in told
+    for given, flags in (({"lose": 0.1}, "--lose 0.1"), ({"bytes": "1MB"}, "--bytes 1MB")):
+        with pytest.raises(MisError, match=f"{flags} is not searched for, because {why}: give sizes"):
+            distill.run(replace(plain, data="teacher", **given))  # type: ignore[arg-type]
+
+
 def said(excess: float) -> answers.Said:
     """A model that needs so many bits a byte for the one answer of 100 bytes."""
     bits = AnswerBits(np.array([100 * math.log(2) * (1 + excess)]), np.array([100.0]))
