@@ -81,6 +81,9 @@ def test_how_many_go_together() -> None:
     held = stream.pass_bytes(wide, 512, 512)
     assert stream.stacked(wide, 512, 512) == stream.STACK_BYTES // held == 2
     assert stream.stacked({**s, **tiny.FAMILIES["qwen3_moe"]}, 32, 32) == 1
+    gemma = {**s, **tiny.FAMILIES["gemma4_text"], "model_type": "gemma4_text"}
+    assert stream.stacked(gemma, 32, 32) == 1
+    assert stream.stacked({**gemma, "num_kv_shared_layers": 0}, 32, 32) == 1
 
 
 def test_a_pass(llama: Checkpoint, batches: list[mx.array], under: Any) -> None:
@@ -155,6 +158,43 @@ def test_sensitivity(llama: Checkpoint, batches: list[mx.array], under: Any) -> 
     assert (many, few) == (2 * WINDOWS * LAYERS, 3 * LAYERS)
     for path, costs in want.items():
         near([*found[path].values()], [*costs.values()])
+
+
+def test_what_takes_more_than_hidden_states(
+    models: Callable[[str], Checkpoint], batches: list[mx.array], under: Any
+) -> None:
+    """A gemma4_text, whose blocks get channels of each token and another block's keys, goes window by window:
+    a pass, calibration, and GPTQ's sums in a block that uses others' keys are a CPU's to the bit. So are costs but for
+    the softmax that they begin with."""
+    gemma = models("gemma4_text")
+
+    def sums() -> dict[str, np.ndarray]:
+        source = stream.Stream(gemma)
+        hidden = source.embed(batches[:3])
+        for i, block in source.blocks():
+            if i == source.layers - 1:
+                return stage._grams(source, block, hidden, ["ffn", "norm1"])
+            source.through(block, hidden)
+        raise AssertionError
+
+    def forth() -> list[np.ndarray]:
+        statistics, states = calibrate(gemma, batches[:3])
+        found = [np.array(h) for h in (*states, *stream.Stream(gemma).forward(batches[:3]))]
+        found += [np.array([*statistics.block.values()]), *(of.warm for of in statistics.ffn.values())]
+        return [*found, *sums().values()]
+
+    want, _ = under("cpu", forth)
+    found, _ = under("metal", forth)
+    assert len(want) == len(found)
+    assert all(np.array_equal(a, b) for a, b in zip(found, want, strict=True))
+
+    def back() -> dict[str, dict[int, float]]:
+        return bit_allocation.costs(gemma, batches[:3], 32, (3, 8))
+
+    costs, _ = under("cpu", back)
+    on_a_gpu, _ = under("metal", back)
+    for path, of in costs.items():
+        assert [*on_a_gpu[path].values()] == pytest.approx([*of.values()], rel=1e-4)
 
 
 def test_measuring(llama: Checkpoint, models: Callable[[str], Checkpoint], windows: Windows, under: Any) -> None:
