@@ -36,7 +36,9 @@ def main(label: str, flags: list[str]) -> None:
         phases = {name: round(seconds, 1) for name, seconds in run_reader.read(folder).took().items()}
         if label == "default":
             report.run(report.Settings((str(folder),), str(laboratory.RESULTS / f"distill-{label}.html")))
-    command = " ".join(["scripts/mis benchmarks/distill.py", label, *flags])
+    # Where the folder is kept is this machine's affair.
+    told = [flag for flag, before in zip(flags, ["", *flags], strict=False) if "--out" not in (flag, before)]
+    command = " ".join(["scripts/mis benchmarks/distill.py", label, *told])
     kept = {name: value for name, value in result.items() if name not in PRIVATE} | {"phases": phases}
     laboratory.write(f"distill-{label}", command, kept)
     (laboratory.RESULTS / f"distill-{label}.md").write_text(table, encoding="utf-8")

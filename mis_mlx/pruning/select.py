@@ -34,8 +34,8 @@ class PruningConfig(ThermalFlags, vocabulary.VocabularyConfig):
     scenario: Scenario | None = None
     """sizes as ratios: redyk (half of the vocabulary, a third of the FFN), gazda (half of the FFN, few layers), or
     table 1 of the paper: goral (layers, FFN), baca (hidden), halny (FFN), juhas (layers), zbojnik (layers, FFN).
-    Default: in distill, sizes by --lose; else stado (three quarters of the experts) for a mixture of experts; redyk where the vocabulary is an eighth of
-    the model or more, none where half of it is nearly a third of the model; else gazda"""
+    Default: in distill, sizes by --lose; else stado (three quarters of the experts) for a mixture of experts; redyk
+    where the vocabulary is an eighth of the model or more, none where half of it is nearly a third; else gazda"""
     layers: Count | None = None
     """keep this many layers"""
     ffn: Count | None = None
