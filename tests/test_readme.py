@@ -35,16 +35,20 @@ def test_the_tables_are_those_that_were_measured() -> None:
 
 def missing(text: str, found: dict[str, Any]) -> list[str]:
     """The sentences about the default run that `text` lacks, with the numbers of the result `found`."""
-    minutes, gap, tokens = found["seconds"] / 60, found["gap_closed"], found["tokens"]
-    wanted = [f"{minutes:.0f} minutes on two cores", f"closes {100 * gap:.0f} % of the gap", f"{tokens:,} tokens of"]
+    minutes = found["seconds"] / 60
+    wanted = [
+        f"{minutes:.0f} minutes on two cores",
+        f"{found['bytes_teacher']:.1f} MB become {found['bytes_4-bit']:.1f} MB",
+        f"Expected was {found['expected_loss']:.3f}, reached {found['reached_loss']:.3f}",
+    ]
     return [words for words in wanted if words not in " ".join(text.split())]
 
 
 def test_the_sentences_have_the_results_numbers() -> None:
-    """Minutes, the gap and the tokens; another result would be missed."""
+    """Minutes, bytes and losses; another result would be missed."""
     found = json.loads(DEFAULT.with_suffix(".json").read_text(encoding="utf-8"))
     assert missing(README, found) == []
-    assert len(missing(README, {**found, "seconds": 60, "gap_closed": 0.1, "tokens": 1})) == 3
+    assert len(missing(README, {**found, "seconds": 60, "bytes_4-bit": 1.0, "reached_loss": 9.0})) == 3
 
 
 @pytest.mark.parametrize("program", ["scripts/picture.py", "scripts/python_api.py"])

@@ -17,14 +17,14 @@ from tests import tiny
 PROMPT, ANSWERS = [5, 6, 7, 8, 9], [[11, 12, 13, 14], [21], [31, 32, 33]]
 
 
-def check(model: nn.Module) -> None:
+def check(model: nn.Module, tolerance: float = 1e-5) -> None:
     """Hidden states of every answer's predictions are those of prompt + answer on their own; so are gradients."""
     b = attention_masks.join(PROMPT, ANSWERS)
     hidden = attention_masks.forward(model, b.tokens, b.branch, b.positions)[0]
     assert len(hidden) == len(PROMPT) + 3 + 0 + 2
     for row, answer in enumerate(ANSWERS):
         alone = model.model(mx.array([[*PROMPT, *answer]]))[0, len(PROMPT) - 1 : -1]
-        assert mx.allclose(hidden[b.at[row, : len(answer)]], alone, rtol=1e-4, atol=1e-5)
+        assert mx.allclose(hidden[b.at[row, : len(answer)]], alone, rtol=10 * tolerance, atol=tolerance)
         assert b.targets[row, : len(answer)].tolist() == answer
         assert b.mask[row].tolist() == [float(t < len(answer)) for t in range(4)]
 
