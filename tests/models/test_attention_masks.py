@@ -34,7 +34,8 @@ def test_every_answer_is_as_if_alone(kind: str, models: Callable[[str], Checkpoi
     """In every architecture; the blocks' own rotary modules are back in their place afterwards."""
     model = load.resident(models(kind), mx.float32)
     before = [block.self_attn.rope for block in model.model.layers]
-    check(model)
+    # gemma4's attention has no scale, so the tiny one's roundings grow.
+    check(model, 1e-4 if kind == "gemma4_text" else 1e-5)
     assert all(block.self_attn.rope is rope for block, rope in zip(model.model.layers, before, strict=True))
 
 
