@@ -43,9 +43,7 @@ def losses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("losses")
-def test_end_to_end(
-    llama: Checkpoint, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_end_to_end(llama: Checkpoint, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """More bytes, less loss along the curve; another model, the teacher in 6, 4 and 3 bits and a student that was
     trained stand beside it, in the table, the JSON, the picture and the page."""
     sibling = tiny.make(tmp_path / "sibling", seed=5, num_hidden_layers=1)

@@ -213,7 +213,7 @@ def test_a_student_that_repeats_itself_is_named(of_teacher: int, of_student: int
     assert bool(sentence) == said
     if said:
         counts = f"{of_student} of 10 answers are loops, of the teacher's {of_teacher}."
-        assert sentence.startswith(f"**The student repeats itself**: {counts} Let it lose less (--lose")
+        assert sentence.startswith(f"**The student repeats itself**: {counts} Let it lose less: --lose 0.05")
 
 
 def test_a_table_for_each_language_with_enough_prompts() -> None:
