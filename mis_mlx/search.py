@@ -228,14 +228,13 @@ def _nearest(
     limits: Sequence[Limit],
 ) -> str:
     """The sentence on a --lose that no student keeps to: what the best one within the other limits should lose."""
-    steps = [0.002 * 1.1**n for n in range(80)]  # bits a byte, up to 4
-    near = (lose for lose in steps if shape_search.smallest(config, shapes, losses, lose * math.log(2), limits))
-    least = next(near, None)
     beside = "".join(f" and {limit.flag}" for limit in limits)
-    if least is None:
-        return f"--lose {s.lose:g}{beside}: no student within reach keeps to it: ask for less of a cut"
-    nearest = next(iter(shape_search.smallest(config, shapes, losses, least * math.log(2), limits)))
-    nbytes = limiting.file_bytes(config, *nearest)
+    least = 0.002  # bits a byte
+    while not (found := shape_search.smallest(config, shapes, losses, least * math.log(2), limits)):
+        if least > candidates.WORST:
+            return f"--lose {s.lose:g}{beside}: no student within reach keeps to it: ask for less of a cut"
+        least *= 1.1
+    nbytes = limiting.file_bytes(config, *found[0])
     what = f"the nearest student should lose {least:.2g} bits a byte, in {nbytes / 1e6:.4g} MB"
     remedy = f"give --lose {_rounded_up(least)}" + (f", or leave out {limits[0].flag}" if limits else "")
     return f"--lose {s.lose:g}{beside} cannot be kept: {what}: {remedy}"
@@ -249,29 +248,33 @@ def drawn(
     limits: Sequence[Limit],
 ) -> dict[str, Any]:
     """Print the table of --frontier, write its page, and return what goes into the JSON line."""
-    before = shape_of(c.run.teacher.config)
     with progress.phase("rank"):
         losses = c.losses(sizes)
         points, chosen = frontier.curve(c, losses, [choice.shape for choice in within], limits)
         if not points:
             raise MisError("no student of this teacher is within the limits: ask for less of a cut")
         measured = [*frontier.converted(c), *frontier.others(c, s.against)]
-    records = list[dict[str, Any]]()
-    names = list[str]()
-    if s.finalists:
-        every = np.linspace(0, len(chosen) - 1, min(s.finalists, len(chosen))).round().astype(int)
-        with progress.phase("finalists"):
-            for number in np.unique(every):
-                choice = chosen[number]
-                cli.say(f"finalist {choice.name}")
-                records.append(finalists.final(c, choice))
-                names.append(f"{shape_search.words(choice.shape, before)}, {choice.bpw:.2f} bits")
+    spread = np.linspace(0, len(chosen) - 1, min(s.finalists, len(chosen))).round().astype(int)
+    numbers = np.unique(spread)
+    records = _distilled(c, [chosen[number] for number in numbers])
+    names = [points[number].name for number in numbers]
     every_point = [*points, *measured, *frontier.distilled(records, names)]
     on = "text" if c.answers is None else "the teacher's answers"
     table = frontier.page(c.run.folder, c.run.teacher.path.name, on, every_point, c.run.files)
     print(text.aligned(table))
     cli.say(f"page: {c.run.folder / frontier.NAME}.html")
     return {"loss_of": on, "points": [asdict(point) for point in every_point]}
+
+
+def _distilled(c: candidates.Candidates, choices: Sequence[Choice]) -> list[dict[str, Any]]:
+    """The records of these students, trained and rounded one after the other; none where there are none."""
+    records = list[dict[str, Any]]()
+    if choices:
+        with progress.phase("finalists"):
+            for choice in cli.counted("finalist", choices, len(choices)):
+                cli.say(f"finalist {choice.name}")
+                records.append(finalists.final(c, choice))
+    return records
 
 
 def _rounded_up(value: float) -> str:
@@ -358,6 +361,15 @@ def planned(
     return made, seconds, outcome | {"check_failed": outcome["check_failed"] or not made.fits}
 
 
+def _identity_of_built_in(s: Settings, teacher: Checkpoint) -> dict[str, Any]:
+    """The identity of what was measured on the built-in text; {} of any other text, which has to be read first.
+
+    Without conversations losses are told on text: the built-in text is then another one."""
+    if s.data is not None or s.conversations == 0:
+        return {}
+    return known_losses.identity(teacher, "built-in", s)
+
+
 def _found(
     s: Settings,
     c: candidates.Candidates,
@@ -374,12 +386,7 @@ def _found(
         ranked, expected = rank(s, c, within, sizes)
     else:
         ranked, expected = smallest(s, c, within, sizes, limits)
-    records = list[dict[str, Any]]()
-    if s.finalists:
-        with progress.phase("finalists"):
-            for choice in cli.counted("finalist", ranked[: s.finalists], min(s.finalists, len(ranked))):
-                cli.say(f"finalist {choice.name}")
-                records.append(finalists.final(c, choice))
+    records = _distilled(c, ranked[: s.finalists])
     return {
         "expected_bits": round(expected[ranked[0]] / math.log(2), 4),
         "expected_bytes": round(limiting.file_bytes(c.run.teacher.config, *ranked[0])),
@@ -407,7 +414,7 @@ def run(settings: Settings) -> dict[str, Any]:
         flags.insert(0, "--frontier")
     cli.say(f"students within {' '.join(flags)}: {len(within):,}; {min(s.evaluations, len(within))} are measured")
     again = s.lose is not None or s.frontier  # whose measurements are kept, and used again
-    known = known_losses.identity(teacher, "built-in", s) if again and s.data is None else {}
+    known = _identity_of_built_in(s, teacher) if again else {}
     made, seconds, outcome = planned(s, teacher, within, sizes, limit, known)
     result = {"teacher": str(teacher.path), "limits": flags, "students": len(within)}
     wanted = conversations.wanted_of(s, s.data, s.student_iters or ITERS)

@@ -20,18 +20,9 @@ from mis_mlx.quantization import packed_format
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
-from tests import tiny
+from tests import test_lose, tiny
 
-SMALL: dict[str, Any] = dict(
-    max_seq_length=32,
-    num_samples=4,
-    reconstruct_samples=0,
-    rank_windows=3,
-    eval_windows=6,
-    iters=3,
-    finalists=1,
-    frontier=True,
-)
+SMALL: dict[str, Any] = {**test_lose.SMALL, "iters": 3, "finalists": 1, "frontier": True}
 
 
 @pytest.fixture

@@ -202,6 +202,15 @@ def test_what_is_kept_is_of_this_teacher_and_text(llama: Checkpoint, chat: Check
     assert shipped["version"] == known_losses.VERSION
 
 
+def test_losses_on_answers_are_not_those_on_text(llama: Checkpoint) -> None:
+    """What is known of the built-in text was told on answers, so a search without conversations does not use it."""
+    asked = search.Settings(lose=0.1)
+    assert search._identity_of_built_in(asked, llama) == known_losses.identity(llama, "built-in", asked)
+    assert search._identity_of_built_in(replace(asked, conversations=0.3), llama) != {}
+    assert search._identity_of_built_in(replace(asked, conversations=0.0), llama) == {}
+    assert search._identity_of_built_in(replace(asked, data="folder"), llama) == {}
+
+
 def test_a_distillation_by_its_loss(
     llama: Checkpoint, text_folder: Path, tmp_path: Path, command: Callable[..., Done]
 ) -> None:

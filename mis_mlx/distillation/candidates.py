@@ -219,17 +219,23 @@ class Candidates:
         run, before = self.run, shape_of(self.run.teacher.config)
 
         def measured() -> dict[str, Any]:
-            choice = shape_search.Choice(before, bpw)
-            with tempfile.TemporaryDirectory(prefix=".tmp-candidate-", dir=run.folder) as place:
-                out = Path(place) / "rounded"
-                group = shape_search.group_of(before)
-                bits = self._allocated(choice, tuple(range(before.layers)))
-                layout = {path: packed_format.Format(each, group) for path, each in bits.items()}
-                packed_format.write_quantized(run.teacher, out, layout, run.files)
-                return {"nats": finite(self.lost(load.open_checkpoint(out), before.vocab))}
+            bits = self._allocated(shape_search.Choice(before, bpw), tuple(range(before.layers)))
+            lost, _ = self.lost_rounded(run.teacher, bits, shape_search.group_of(before))
+            return {"nats": finite(lost)}
 
         nats = once(run, PROBES, {"axis": "bits", "size": bpw}, measured)["nats"]
         return WORST if nats is None else max(float(nats), 1e-6)
+
+    def lost_rounded(self, model: Checkpoint, bits: Mapping[str, int], group: int) -> tuple[float, int]:
+        """(nats a byte that a model loses with every weight rounded to its nearest value, bytes of its file then).
+
+        bits: of each matrix, by its path. group: weights that share a scale."""
+        layout = {path: packed_format.Format(each, group) for path, each in bits.items()}
+        with tempfile.TemporaryDirectory(prefix=".tmp-rounded-", dir=self.run.folder) as place:
+            out = Path(place) / "model"
+            packed_format.write_quantized(model, out, layout, self.run.files)
+            rounded = load.open_checkpoint(out)
+            return self.lost(rounded, shape_of(model.config).vocab), rounded.nbytes
 
     def _probe(self, axis: str, size: int) -> float:
         config = self.run.teacher.config
@@ -275,17 +281,14 @@ class Candidates:
         def measured() -> dict[str, Any]:
             group = shape_search.group_of(choice.shape)
             with tempfile.TemporaryDirectory(prefix=".tmp-candidate-", dir=self.run.folder) as temp:
-                pruned, out = self.prune(choice.shape, Path(temp) / "pruned"), Path(temp) / "rounded"
+                pruned = self.prune(choice.shape, Path(temp) / "pruned")
                 keep = model_writer.read_keep(pruned.path)
                 assert keep is not None
                 usual = dict.fromkeys(packed_format.layout(pruned.config, group), packed_format.BITS)
                 bits = self._allocated(choice, keep.layers) if self.settings.mixed else usual
-                layout = {path: packed_format.Format(each, group) for path, each in bits.items()}
-                packed_format.write_quantized(pruned, out, layout, self.run.files)
-                student = load.open_checkpoint(out)
-                sizes = {"params": arch.params(pruned.config), "bytes": student.nbytes}
-                nats = finite(self.lost(student, choice.shape.vocab))
-                return {**sizes, "nats": nats, "predicted": losses.raw(choice)}
+                lost, nbytes = self.lost_rounded(pruned, bits, group)
+                sizes = {"params": arch.params(pruned.config), "bytes": nbytes}
+                return {**sizes, "nats": finite(lost), "predicted": losses.raw(choice)}
 
         nats = once(self.run, CANDIDATES, choice.sizes, measured)["nats"]
         return math.inf if nats is None else losses.expected(choice) * max(nats, 0.0) / max(losses.raw(choice), 1e-9)

@@ -6,7 +6,6 @@ sibling."""
 
 import json
 import math
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from mis_mlx.data import token_windows
 from mis_mlx.distillation import candidates
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import load, resolve
-from mis_mlx.models.config import Shape, shape_of
+from mis_mlx.models.config import Shape
 from mis_mlx.pruning import limits, shape_search
 from mis_mlx.pruning.shape_search import Choice, Losses
 from mis_mlx.quantization import packed_format
@@ -87,14 +86,9 @@ def converted(c: candidates.Candidates) -> Iterable[Point]:
     """The teacher with every matrix in so many bits, as `mlx_lm.convert -q --q-bits N` writes it, and what it loses."""
     teacher = c.run.teacher
     for bits in CONVERTED:
-        with tempfile.TemporaryDirectory(prefix=".tmp-frontier-", dir=c.run.folder) as place:
-            out = Path(place) / "model"
-            paths = packed_format.layout(teacher.config, GROUP)
-            layout = {path: packed_format.Format(bits, GROUP) for path in paths}
-            packed_format.write_quantized(teacher, out, layout, c.run.files)
-            model = load.open_checkpoint(out)
-            loss = c.lost(model, shape_of(teacher.config).vocab) / math.log(2)
-            yield Point(f"teacher, mlx_lm.convert in {bits} bits", model.nbytes, round(loss, 4), measured=True)
+        uniform = dict.fromkeys(packed_format.layout(teacher.config, GROUP), bits)
+        lost, nbytes = c.lost_rounded(teacher, uniform, GROUP)
+        yield Point(f"teacher, mlx_lm.convert in {bits} bits", nbytes, round(lost / math.log(2), 4), measured=True)
 
 
 def others(c: candidates.Candidates, names: Sequence[str]) -> Iterable[Point]:
