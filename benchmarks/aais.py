@@ -1,11 +1,12 @@
-"""Does AAIS help? The same teacher pruned by plain importance and by AAIS, on air that warms during calibration.
+"""Does AAIS help? The same teacher pruned by plain importance and by AAIS, on air that warms during
+calibration.
 
     scripts/mis benchmarks/aais.py        # about 6 minutes on 2 cores
 
-Three seeds choose the calibration windows. The air comes from tests/data/halny.jsonl: 8 to 33 °C over the
-first 16 batches, then 33 °C, at 832 m. Held-out loss is measured right after pruning, before any training,
-on the same windows for all. `--target conditions` is tried at three altitudes on the first seed. Writes
-benchmarks/results/<machine>/aais.json.
+Three seeds choose the calibration windows. The air comes from tests/data/halny.jsonl: 8 to 33 °C
+over the first 16 batches, then 33 °C, at 832 m. Held-out loss is measured right after pruning,
+before any training, on the same windows for all. `--target conditions` is tried at three altitudes
+on the first seed. Writes benchmarks/results/<machine>/aais.json.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from mis_mlx.pruning import calibrate, select, slicing
 from mis_mlx.storage.files import DISK
 
 REPLAY = Path(__file__).resolve().parents[1] / "tests" / "data" / "halny.jsonl"
-SEEDS, WINDOWS, HELD_OUT, LENGTH = (0, 1, 2), 32, 16, 256
+SEEDS = (0, 1, 2)
+WINDOWS = 32
+HELD_OUT = 16
+LENGTH = 256
 
 
 def main() -> None:
@@ -57,14 +61,18 @@ def main() -> None:
             for metres in (100.0, 832.0, 2500.0):
                 sizes[metres] = importance.conditions_size(sums, 1280, arch.FFN_MULTIPLE, metres)
         chosen = {
-            "plain": select.select_units(dict(checkpoint.config), kelvin, replace(cut, importance="rms")),
+            "plain": select.select_units(
+                dict(checkpoint.config), kelvin, replace(cut, importance="rms")
+            ),
             "kelvin": select.select_units(dict(checkpoint.config), kelvin, cut),
             "celsius": select.select_units(dict(checkpoint.config), celsius, cut),
         }
         with tempfile.TemporaryDirectory() as folder:
             models = {"teacher": checkpoint}
             for name, (shape, keep) in chosen.items():
-                slicing.write_student(checkpoint, shape, keep, Path(folder) / name, "bfloat16", DISK)
+                slicing.write_student(
+                    checkpoint, shape, keep, Path(folder) / name, "bfloat16", DISK
+                )
                 models[name] = load.open_checkpoint(Path(folder) / name)
             found = comparison.compare(models, held_out)
         for name, (_, keep) in chosen.items():

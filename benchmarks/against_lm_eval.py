@@ -1,11 +1,14 @@
-"""Are our log-likelihoods lm-eval's, and what do they cost? One task from a local file, one model, both ways in turn.
+"""Are our log-likelihoods lm-eval's, and what do they cost? One task from a local file, one model,
+both ways in turn.
 
-    scripts/mis benchmarks/against_lm_eval.py [MODEL]        # about 8 minutes on one core; needs the extra `evaluate`
+    scripts/mis benchmarks/against_lm_eval.py [MODEL]        # about 8 minutes on one core; needs
+    the extra `evaluate`
 
-240 generated questions (maths, bus, cooking, logic; English and Polish) become a file of choice rows and a task in
-lm-eval's YAML. lm-eval runs through mlx-lm's adapter, whose weights are turned to the type that we compute in. Its
-clock runs in `loglikelihood` alone; ours also while weights and tokenizer are read. Each goes twice, in the order
-ours, lm-eval, lm-eval, ours; the faster one counts. Writes benchmarks/results/<machine>/against_lm_eval.json.
+240 generated questions (maths, bus, cooking, logic; English and Polish) become a file of choice
+rows and a task in lm-eval's YAML. lm-eval runs through mlx-lm's adapter, whose weights are turned
+to the type that we compute in. Its clock runs in `loglikelihood` alone; ours also while weights and
+tokenizer are read. Each goes twice, in the order ours, lm-eval, lm-eval, ours; the faster one
+counts. Writes benchmarks/results/<machine>/against_lm_eval.json.
 """
 
 from __future__ import annotations
@@ -54,25 +57,33 @@ def question_rows(count: int) -> list[dict[str, Any]]:
     return made
 
 
-def ours(checkpoint: Checkpoint, task: questions.Task, cache: Path) -> tuple[float, float, list[list[float]]]:
+def ours(
+    checkpoint: Checkpoint, task: questions.Task, cache: Path
+) -> tuple[float, float, list[list[float]]]:
     """(seconds, seconds of processor, log-likelihoods): nothing is known at the start."""
     os.environ["MIS_MLX_CACHE"] = str(cache)
-    wall, used = time.monotonic(), time.process_time()
+    wall = time.monotonic()
+    used = time.process_time()
     answering.scores(checkpoint, "0" * 64, task, memory.budget(None))
-    wall, used = time.monotonic() - wall, time.process_time() - used
+    wall = time.monotonic() - wall
+    used = time.process_time() - used
     kept = answering.read(answering.kept("0" * 64, task.sha256))
     return wall, used, [kept[n]["ll"] for n in range(len(task.questions))]
 
 
 def theirs(adapter: Any, name: str, folder: Path) -> tuple[float, float, list[list[float]], float]:
-    """(seconds, seconds of processor, log-likelihoods, accuracy); the seconds are those of the adapter's own loop."""
+    """(seconds, seconds of processor, log-likelihoods, accuracy); the seconds are those of the
+    adapter's own loop.
+    """
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    loop, spent = adapter.loglikelihood, list[tuple[float, float]]()
+    loop = adapter.loglikelihood
+    spent = list[tuple[float, float]]()
 
     def timed(requests: Any) -> Any:
-        wall, used = time.monotonic(), time.process_time()
+        wall = time.monotonic()
+        used = time.process_time()
         found = loop(requests)
         spent.append((time.monotonic() - wall, time.process_time() - used))
         return found
@@ -97,14 +108,17 @@ def main(model: str | None) -> None:
         folder = Path(name)
         os.environ["HF_DATASETS_CACHE"] = str(folder / "datasets")
         file = folder / "generated.jsonl"
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in question_rows(COUNT)))
+        file.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in question_rows(COUNT))
+        )
         (folder / "generated.yaml").write_text(YAML.format(name="generated", file=file))
         task = questions.file(file)
         adapter = load.mlx_lm("evaluate").MLXLM(str(checkpoint.path), use_chat_template=False)
         dtype = policy.usual_dtype()
         adapter._model.set_dtype(dtype)
         mx.eval(adapter._model.parameters())
-        runs_ours, runs_theirs = [ours(checkpoint, task, folder / "1")], [theirs(adapter, "generated", folder)]
+        runs_ours = [ours(checkpoint, task, folder / "1")]
+        runs_theirs = [theirs(adapter, "generated", folder)]
         runs_theirs.append(theirs(adapter, "generated", folder))
         runs_ours.append(ours(checkpoint, task, folder / "2"))
     right = np.array([q.right for q in task.questions])

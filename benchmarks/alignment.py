@@ -1,10 +1,12 @@
-"""What sft and dpo do to the default teacher in minutes: held-out loss of answers; margin and likelihood of pairs.
+"""What sft and dpo do to the default teacher in minutes: held-out loss of answers; margin and
+likelihood of pairs.
 
     scripts/mis benchmarks/alignment.py sft     # about 5 minutes on one core
-    scripts/mis benchmarks/alignment.py dpo     # about 8: DPO-Positive, then plain DPO, both from the student of `sft`
+    scripts/mis benchmarks/alignment.py dpo     # about 8: DPO-Positive, then plain DPO, both from
+    the student of `sft`
 
-Data: the generated tasks, held-out ones of other problems (task_files.py). Runs are left under runs/alignment/.
-Writes benchmarks/results/<machine>/alignment-sft.json and alignment-dpo.json.
+Data: the generated tasks, held-out ones of other problems (task_files.py). Runs are left under
+runs/alignment/. Writes benchmarks/results/<machine>/alignment-sft.json and alignment-dpo.json.
 """
 
 from __future__ import annotations
@@ -23,12 +25,24 @@ from mis_mlx.storage import run_folder
 
 RUNS = Path("runs/alignment")
 SFT = sft.Settings(iters=14, batch_size=2, max_seq_length=512, save_every=7, eval_rows=32, warmup=3)
-DPO = dpo.Settings(iters=12, batch_size=2, grad_accumulation_steps=2, save_every=4, eval_rows=16, warmup=2)
-TOLD = ("iters", "batch_size", "grad_accumulation_steps", "max_seq_length", "learning_rate", "seed", "eval_rows")
+DPO = dpo.Settings(
+    iters=12, batch_size=2, grad_accumulation_steps=2, save_every=4, eval_rows=16, warmup=2
+)
+TOLD = (
+    "iters",
+    "batch_size",
+    "grad_accumulation_steps",
+    "max_seq_length",
+    "learning_rate",
+    "seed",
+    "eval_rows",
+)
 
 
 def told(command: Any, settings: Any, name: str) -> dict[str, Any]:
-    """Run the command in runs/alignment/NAME, anew; what was measured at its checkpoints, and its result."""
+    """Run the command in runs/alignment/NAME, anew; what was measured at its checkpoints, and its
+    result.
+    """
     out = RUNS / name
     shutil.rmtree(out, ignore_errors=True)
     result = command.run(replace(settings, out=str(out)))
@@ -36,7 +50,12 @@ def told(command: Any, settings: Any, name: str) -> dict[str, Any]:
     held_out = [{k: round(v, 4) for k, v in r.items()} for r in run_folder.records(out / HELD_OUT)]
     asked = {key: getattr(settings, key) for key in TOLD}
     losses = [round(r["loss"], 4) for r in run_folder.metrics(out)]
-    return {"settings": asked, "held_out": held_out, "losses": losses, **{k: result[k] for k in keys}}
+    return {
+        "settings": asked,
+        "held_out": held_out,
+        "losses": losses,
+        **{k: result[k] for k in keys},
+    }
 
 
 def main(what: str) -> None:
@@ -47,11 +66,17 @@ def main(what: str) -> None:
         return
     model = RUNS / "sft" / "model"
     if not model.is_dir():
-        raise SystemExit(f"{model} is not there: run `scripts/mis benchmarks/alignment.py sft` first")
+        raise SystemExit(
+            f"{model} is not there: run `scripts/mis benchmarks/alignment.py sft` first"
+        )
     start = replace(DPO, model=str(model))
     kinds = {kind: replace(start, loss_type=kind) for kind in ("dpop", "sigmoid")}
     common = {"beta": DPO.beta, "dpop_lambda": DPO.dpop_lambda}
-    write("alignment-dpo", command, common | {kind: told(dpo, s, f"dpo-{kind}") for kind, s in kinds.items()})
+    write(
+        "alignment-dpo",
+        command,
+        common | {kind: told(dpo, s, f"dpo-{kind}") for kind, s in kinds.items()},
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
-"""What a student answers: the default run with conversations in its text, without them, and what was tried beside.
+"""What a student answers: the default run with conversations in its text, without them, and what
+was tried beside.
 
-    scripts/mis benchmarks/answers.py --seed 0    # then 1 and 2; a row takes a quarter of an hour on 2 cores
-    scripts/mis benchmarks/answers.py --only "MLX's 4 bits"    # the teacher as mlx_lm.convert packs it
+    scripts/mis benchmarks/answers.py --seed 0    # then 1 and 2; a row takes a quarter of an hour
+    on 2 cores
+    scripts/mis benchmarks/answers.py --only "MLX's 4 bits"    # the teacher as mlx_lm.convert packs
+    it
     scripts/mis benchmarks/answers.py --table
 
-Students of SmolLM2-135M-Instruct, or of --teacher, by distill's defaults but for what a row says. All are judged by the
-held-out prompts (evaluation/sets/prompts.jsonl, English and Polish apart): bits per byte above the teacher of the
-teacher's sampled answers, and of 120 own greedy answers of 96 tokens those that repeat themselves; then by the texts of
-other kinds of teacher_text.py, and the run's own held-out text. Finished rows are not made again. Writes
-benchmarks/results/<machine>/answers-<seed>.json after every row, and into --said what the models said.
+Students of SmolLM2-135M-Instruct, or of --teacher, by distill's defaults but for what a row says.
+All are judged by the held-out prompts (evaluation/sets/prompts.jsonl, English and Polish apart):
+bits per byte above the teacher of the teacher's sampled answers, and of 120 own greedy answers of
+96 tokens those that repeat themselves; then by the texts of other kinds of teacher_text.py, and the
+run's own held-out text. Finished rows are not made again. Writes
+benchmarks/results/<machine>/answers-<seed>.json after every row, and into --said what the models
+said.
 """
 
 from __future__ import annotations
@@ -34,7 +39,8 @@ from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint
 
 PACKED = "MLX's 4 bits"
-THIRD = {"scenario": "redyk"}  # a third of the parameters goes, the default before sizes followed from a loss
+# a third of the parameters goes, the default before sizes followed from a loss
+THIRD = {"scenario": "redyk"}
 ROWS: dict[str, dict[str, Any]] = {
     "default": {},
     "a third less": THIRD,
@@ -64,16 +70,22 @@ class Settings:
     only: tuple[str, ...] = ("default",)
     """rows, of those in ROWS, and the teacher in MLX's 4 bits"""
     runs: str | None = None
-    """folder for the runs' folders, which are then kept; one that is finished there is judged as it is"""
+    """folder for the runs' folders, which are then kept; one that is finished there is judged as it
+    is
+    """
     said: str | None = None
     """file for what the models said, one JSON object a line"""
     table: bool = False
     """print what there is of all seeds, and make nothing"""
 
 
-def answered(teacher: Checkpoint, students: dict[str, Checkpoint], said: str | None) -> dict[str, dict[str, float]]:
+def answered(
+    teacher: Checkpoint, students: dict[str, Checkpoint], said: str | None
+) -> dict[str, dict[str, float]]:
     """{"student, language": {figure: value}} of all held-out prompts."""
-    judged = answers.judged({"teacher": teacher, **students}, answers.prompts(ALL_PROMPTS), memory.budget(None))
+    judged = answers.judged(
+        {"teacher": teacher, **students}, answers.prompts(ALL_PROMPTS), memory.budget(None)
+    )
     if judged is None:
         return {}
     if said:
@@ -93,7 +105,9 @@ def row(label: str, s: Settings, run: Path, folders: dict[str, Path]) -> dict[st
     if (run / run_folder.RESULT).is_file():
         done = run_folder.stored_settings(run, run_folder.RESULT)
     else:
-        asked = distill.Settings(out=str(run), teacher=s.teacher, seed=s.seed, bench_tokens=0, eval_prompts=0)
+        asked = distill.Settings(
+            out=str(run), teacher=s.teacher, seed=s.seed, bench_tokens=0, eval_prompts=0
+        )
         done = distill.run(replace(asked, **ROWS[label]))
     teacher = load.open_checkpoint(Path(done["teacher"]))
     folders_of = {"distilled": run / "distilled", "4-bit": run / "model"}
@@ -105,7 +119,9 @@ def row(label: str, s: Settings, run: Path, folders: dict[str, Path]) -> dict[st
     found["answers"] = answered(teacher, students, s.said)
     for name, folder in folders_of.items():
         bits = teacher_text.judged(s.teacher, folder, folders, EVAL_WINDOWS)
-        found[f"other kinds, {name}"] = {text: round(of["student"] - of["teacher"], 4) for text, of in bits.items()}
+        found[f"other kinds, {name}"] = {
+            text: round(of["student"] - of["teacher"], 4) for text, of in bits.items()
+        }
     return found
 
 
@@ -115,7 +131,9 @@ def packed_row(s: Settings, place: Path) -> dict[str, Any]:
     teacher = load.open_checkpoint(source)
     rounded = load.open_checkpoint(packed(source, place / "packed"))
     # The same numbers as float32 weights: MLX's 4-bit kernels are ten times slower on a CPU.
-    load.mlx_lm("convert").convert(str(rounded.path), str(place / "4-bit"), dequantize=True, dtype="float32")
+    load.mlx_lm("convert").convert(
+        str(rounded.path), str(place / "4-bit"), dequantize=True, dtype="float32"
+    )
     model = load.open_checkpoint(place / "4-bit")
     return {"bytes": rounded.nbytes / 1e6, "answers": answered(teacher, {"4-bit": model}, s.said)}
 
@@ -134,9 +152,20 @@ def table(teacher: str | None) -> str:
         for stage in STAGES if rows else ():
             cells = [_cells(of, stage) for of in rows]
             if any(cells):
-                columns = [", ".join(filter(None, column)) for column in zip(*filter(None, cells), strict=True)]
+                columns = [
+                    ", ".join(filter(None, column))
+                    for column in zip(*filter(None, cells), strict=True)
+                ]
                 lines.append([f"{label}, {stage}", *columns])
-    head = ["", "MB", "answers above the teacher", "loops, %", "Polish answers", "other kinds", "documentation"]
+    head = [
+        "",
+        "MB",
+        "answers above the teacher",
+        "loops, %",
+        "Polish answers",
+        "other kinds",
+        "documentation",
+    ]
     return markdown_table(head, lines)
 
 
@@ -175,13 +204,17 @@ def main(s: Settings) -> None:
     given = {"eval_windows": EVAL_WINDOWS, "shares": preparation.SHARES}
     name = name_of(s.seed, s.teacher)
     rows = resumed(name, given, ["rows"]).get("rows", {})
-    command = f"scripts/mis benchmarks/answers.py --seed {s.seed}" + (f" --teacher {s.teacher}" if s.teacher else "")
+    command = f"scripts/mis benchmarks/answers.py --seed {s.seed}" + (
+        f" --teacher {s.teacher}" if s.teacher else ""
+    )
     with tempfile.TemporaryDirectory() as temp:
         missing = [label for label in s.only if label not in rows]
         folders = teacher_text.texts(Path(temp), s.teacher, with_answers=False) if missing else {}
         for label in missing:
             run = Path(s.runs or temp) / f"{label.replace(' ', '-')}-{s.seed}"
-            rows[label] = packed_row(s, Path(temp)) if label == PACKED else row(label, s, run, folders)
+            rows[label] = (
+                packed_row(s, Path(temp)) if label == PACKED else row(label, s, run, folders)
+            )
             cli.say(f"{label}: {rows[label]}")
             write(name, command, {"given": given, "rows": rows})
     print(table(s.teacher))

@@ -1,14 +1,16 @@
-"""What carries over to text of other kinds: the default, the first edition's default, and Minitron's recipe.
+"""What carries over to text of other kinds: the default, the first edition's default, and
+Minitron's recipe.
 
     scripts/mis benchmarks/carried.py --seed 0    # then 1 and 2: 40 minutes each, one core
     scripts/mis benchmarks/carried.py --table
 
-SmolLM2-135M-Instruct less a third, 30 steps, nothing quantized. `default`: distill without flags. `first edition`: its
-default of 2026-11-25, scenario gazda, all tokens, and the built-in text of then, without what a model wrote.
-`Minitron`: GÓRAL's shape, neurons by activation, blocks by 1 - cosine, no repair, 3e-4 (benchmarks/recovery.py), on
-the default's text. Judged in bits per byte above the teacher's, on the texts of teacher_text.py and on the held-out
-parts of the built-in text. Finished rows are not run again. Writes benchmarks/results/<machine>/carried-<seed>.json
-after every row.
+SmolLM2-135M-Instruct less a third, 30 steps, nothing quantized. `default`: distill without flags.
+`first edition`: its default of 2026-11-25, scenario gazda, all tokens, and the built-in text of
+then, without what a model wrote. `Minitron`: GÓRAL's shape, neurons by activation, blocks by 1 -
+cosine, no repair, 3e-4 (benchmarks/recovery.py), on the default's text. Judged in bits per byte
+above the teacher's, on the texts of teacher_text.py and on the held-out parts of the built-in text.
+Finished rows are not run again. Writes benchmarks/results/<machine>/carried-<seed>.json after every
+row.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ class Settings:
 
 def row(label: str, s: Settings, run: Path, folders: dict[str, Path | None]) -> dict[str, Any]:
     """{"params", "bits": {text: bits per byte above the teacher's}} of one student."""
-    asked = distill.Settings(out=str(run), seed=s.seed, quantize=0, bench_tokens=0, eval_windows=3, **ROWS[label])
+    asked = distill.Settings(
+        out=str(run), seed=s.seed, quantize=0, bench_tokens=0, eval_windows=3, **ROWS[label]
+    )
     preparation.TEXT_SHARES = teacher_text.SHARES["before" if label == "first edition" else "now"]
     done = distill.run(asked)
     preparation.TEXT_SHARES = teacher_text.SHARES["now"]
@@ -77,7 +81,10 @@ def table() -> str:
     labels = [label for label in ROWS if any(label in rows for rows in found)]
 
     def cells(value: Any) -> list[str]:
-        return [", ".join(f"{value(rows[label]):.3f}" for rows in found if label in rows) for label in labels]
+        return [
+            ", ".join(f"{value(rows[label]):.3f}" for rows in found if label in rows)
+            for label in labels
+        ]
 
     texts = list(found[0][labels[0]]["bits"]) if found else []
     body = [[text, *cells(lambda row, text=text: row["bits"][text])] for text in texts]
@@ -86,15 +93,24 @@ def table() -> str:
 
 def main(s: Settings) -> None:
     """Every row that is not there yet."""
-    given, name = {"eval_windows": s.eval_windows}, f"carried-{s.seed}"
+    given = {"eval_windows": s.eval_windows}
+    name = f"carried-{s.seed}"
     rows = resumed(name, given, ["rows"]).get("rows", {})
     with tempfile.TemporaryDirectory() as temp:
         missing = () if s.table else [label for label in s.only if label not in rows]
-        folders = {**teacher_text.texts(Path(temp), None), teacher_text.BUILT_IN: None} if missing else {}
+        folders = (
+            {**teacher_text.texts(Path(temp), None), teacher_text.BUILT_IN: None} if missing else {}
+        )
         for label in missing:
             rows[label] = row(label, s, Path(temp) / label.replace(" ", "-"), folders)
-            cli.say(f"{label}: {mean(rows[label]):.3f} bits a byte above the teacher, {rows[label]}")
-            write(name, f"scripts/mis benchmarks/carried.py --seed {s.seed}", {"given": given, "rows": rows})
+            cli.say(
+                f"{label}: {mean(rows[label]):.3f} bits a byte above the teacher, {rows[label]}"
+            )
+            write(
+                name,
+                f"scripts/mis benchmarks/carried.py --seed {s.seed}",
+                {"given": given, "rows": rows},
+            )
     print(table())
 
 

@@ -1,12 +1,13 @@
 """The default run and two ablations of it, for the README's tables. Takes distill's flags.
 
-    scripts/mis benchmarks/distill.py default                              # about 10 minutes on 2 cores
+    scripts/mis benchmarks/distill.py default                              # about 10 minutes on 2
+    cores
     scripts/mis benchmarks/distill.py no-reconstruction --reconstruct-samples 0
     scripts/mis benchmarks/distill.py reconstruction-only --iters 1 --learning-rate 1e-12
 
-Writes benchmarks/results/<machine>/distill-<label>.json and .md: the run's result and table, with the
-machine and the versions; of `default` also its report, .html, which needs matplotlib. The run folder goes to a
-temporary place and is deleted, unless --out names one.
+Writes benchmarks/results/<machine>/distill-<label>.json and .md: the run's result and table, with
+the machine and the versions; of `default` also its report, .html, which needs matplotlib. The run
+folder goes to a temporary place and is deleted, unless --out names one.
 """
 
 from __future__ import annotations
@@ -33,13 +34,23 @@ def main(label: str, flags: list[str]) -> None:
         folder = Path(asked.out or Path(temp) / f"distill-{label}")
         result = distill.run(replace(asked, out=str(folder)))
         table = (folder / "table.md").read_text(encoding="utf-8")
-        phases = {name: round(seconds, 1) for name, seconds in run_reader.read(folder).took().items()}
+        phases = {
+            name: round(seconds, 1) for name, seconds in run_reader.read(folder).took().items()
+        }
         if label == "default":
-            report.run(report.Settings((str(folder),), str(laboratory.RESULTS / f"distill-{label}.html")))
+            report.run(
+                report.Settings((str(folder),), str(laboratory.RESULTS / f"distill-{label}.html"))
+            )
     # Where the folder is kept is this machine's affair.
-    told = [flag for flag, before in zip(flags, ["", *flags], strict=False) if "--out" not in (flag, before)]
+    told = [
+        flag
+        for flag, before in zip(flags, ["", *flags], strict=False)
+        if "--out" not in (flag, before)
+    ]
     command = " ".join(["scripts/mis benchmarks/distill.py", label, *told])
-    kept = {name: value for name, value in result.items() if name not in PRIVATE} | {"phases": phases}
+    kept = {name: value for name, value in result.items() if name not in PRIVATE} | {
+        "phases": phases
+    }
     laboratory.write(f"distill-{label}", command, kept)
     (laboratory.RESULTS / f"distill-{label}.md").write_text(table, encoding="utf-8")
 

@@ -1,12 +1,15 @@
-"""What a second machine costs and what it would give: bytes over the link, a step's time, and the model of two Airs.
+"""What a second machine costs and what it would give: bytes over the link, a step's time, and the
+model of two Airs.
 
-    scripts/mis benchmarks/distributed.py --student RUN/pruned    # some minutes on 2 cores, 5 GB of memory
+    scripts/mis benchmarks/distributed.py --student RUN/pruned    # some minutes on 2 cores, 5 GB of
+    memory
 
-Each part in processes of their own, over MLX's ring on loopback. `steps`: distillation of the student from the default
-teacher, live, the same global batch on one and on two; bytes are what the operating system counts of the ring's
-connections (Linux), beside what the arithmetic says, 4 · 2 (n - 1) / n a parameter. Two processes share one machine's
-cores and its memory's bandwidth here, so that no speed-up can be seen and none is claimed. `layers`: a pass of the
-teacher, whole on one, half of its blocks on each of two. `computed`: the same distillation on MacBook Air M1s, by the
+Each part in processes of their own, over MLX's ring on loopback. `steps`: distillation of the
+student from the default teacher, live, the same global batch on one and on two; bytes are what the
+operating system counts of the ring's connections (Linux), beside what the arithmetic says, 4 · 2 (n
+- 1) / n a parameter. Two processes share one machine's cores and its memory's bandwidth here, so
+that no speed-up can be seen and none is claimed. `layers`: a pass of the teacher, whole on one,
+half of its blocks on each of two. `computed`: the same distillation on MacBook Air M1s, by the
 planner's published rates and assumed links; nothing of it is measured.
 
 Writes benchmarks/results/<machine>/distributed.json.
@@ -41,10 +44,14 @@ from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.phases import MemoryPlan
 from mis_mlx.planner.recipe import RATE, DistillationConfig, DistillationSpec, spec_of
 
-ACKED = 120  # where struct tcp_info of Linux has the bytes that were sent and have arrived; those received follow
-AIR_BYTES = memory.budget(None, rates.M1_AIR.room_bytes).limit_bytes  # what a run takes of an 8 GB Air
+# where struct tcp_info of Linux has the bytes that were sent and have arrived; those received
+# follow
+ACKED = 120
+# what a run takes of an 8 GB Air
+AIR_BYTES = memory.budget(None, rates.M1_AIR.room_bytes).limit_bytes
 ACCUMULATE = (1, 4, 16)  # micro-batches in a step of the computed table
-# Bytes a second each way, TCP, both assumed: a quarter of Thunderbolt 3's 40 Gbit/s, and 1 Gbit/s less its headers.
+# Bytes a second each way, TCP, both assumed: a quarter of Thunderbolt 3's 40 Gbit/s, and 1 Gbit/s
+# less its headers.
 LINKS = {"Thunderbolt": 1.25e9, "Ethernet": 0.117e9}
 
 
@@ -66,51 +73,67 @@ class Settings:
 
 
 def sent_bytes() -> int | None:
-    """That this process has sent over its TCP connections and that have arrived; None where that is not told."""
+    """That this process has sent over its TCP connections and that have arrived; None where that is
+    not told.
+    """
     if sys.platform != "linux":
         return None
     total = 0
     for name in os.listdir("/dev/fd"):
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as end:
             end.getpeername()
-            total += struct.unpack_from("Q", end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192), ACKED)[0]
+            total += struct.unpack_from(
+                "Q", end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192), ACKED
+            )[0]
     return total
 
 
 def steps(s: Settings) -> dict[str, Any]:
     """One process's part of the distillation: seconds and bytes of every step but the first."""
-    big, small = load.open_checkpoint(resolve.resolve_model(None).path), load.open_checkpoint(Path(s.student))
+    big = load.open_checkpoint(resolve.resolve_model(None).path)
+    small = load.open_checkpoint(Path(s.student))
     data = preparation.prepare(None, load.tokenizer(big.path), s.length).train
     sizes = {"batch_size": 1, "grad_accumulation_steps": s.windows, "max_seq_length": s.length}
     r = DistillationConfig(iters=s.steps + 1, learning_rate=RATE, **sizes)  # type: ignore[arg-type]
-    student, source = load.resident(small, mx.float32), live_teacher.StreamedTeacher(big, None)
+    student = load.resident(small, mx.float32)
+    source = live_teacher.StreamedTeacher(big, None)
     stream.load_checked(student)
-    seconds, sent, losses = [], [], []
-    began, before = time.perf_counter(), sent_bytes()
+    seconds = []
+    sent = []
+    losses = []
+    began = time.perf_counter()
+    before = sent_bytes()
     for step in live_teacher.steps(student, source, data, r, GuardedAdamW()):
         distributed.all_gather(0)  # nobody measures what another is still sending
-        now, after = time.perf_counter(), sent_bytes()
+        now = time.perf_counter()
+        after = sent_bytes()
         if step.number > 1:
             seconds.append(now - began)
             sent.append(None if after is None or before is None else after - before)
         losses.append(step.loss)
-        began, before = time.perf_counter(), sent_bytes()
+        began = time.perf_counter()
+        before = sent_bytes()
     return {"seconds": seconds, "sent_bytes": sent, "losses": losses}
 
 
 def layers(s: Settings) -> dict[str, Any]:
-    """One process's part of a pass of the teacher, which stays in memory, over the windows of a step."""
+    """One process's part of a pass of the teacher, which stays in memory, over the windows of a
+    step.
+    """
     big = load.open_checkpoint(resolve.resolve_model(None).path)
-    data, n = preparation.prepare(None, load.tokenizer(big.path), s.length).train, distributed.size()
+    data = preparation.prepare(None, load.tokenizer(big.path), s.length).train
+    n = distributed.size()
     counts = pipeline_parallel.shared(int(big.config["num_hidden_layers"]), [999] * n, 1.0)
     where = big, policy.compute_dtype(big), None, False
     source = pipeline_parallel.Relay(*where, counts) if n > 1 else stream.Stream(*where)
     mine = distributed.shard([mx.array(w[None]) for w in data.tokens[: s.windows]])
     source.forward(mine)
-    seconds, sent = [], []
+    seconds = []
+    sent = []
     for _ in range(s.steps):
         distributed.all_gather(0)
-        began, before = time.perf_counter(), sent_bytes()
+        began = time.perf_counter()
+        before = sent_bytes()
         source.forward(mine)
         distributed.all_gather(0)
         after = sent_bytes()
@@ -129,22 +152,32 @@ def together(s: Settings, n: int, work: str) -> dict[str, Any]:
     for end in ends:
         end.close()
     flags = [
-        f"--{name}={value}" for name, value in asdict(s).items() if name in ("student", "steps", "windows", "length")
+        f"--{name}={value}"
+        for name, value in asdict(s).items()
+        if name in ("student", "steps", "windows", "length")
     ]
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         file.write(json.dumps(names))
         file.flush()
         env = {**os.environ, "MLX_HOSTFILE": file.name}
         made = [
-            subprocess.Popen([sys.executable, __file__, *flags, f"--work={work}"], env={**env, "MLX_RANK": str(rank)},
-                             stdout=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                [sys.executable, __file__, *flags, f"--work={work}"],
+                env={**env, "MLX_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
             for rank in range(n)
-        ]  # fmt: skip
+        ]
         said = [process.communicate()[0] for process in made]
     if any(process.returncode for process in made):
         raise SystemExit(f"{work} in {n} processes did not end well")
     found = [json.loads(text.splitlines()[-1]) for text in said]
-    sent = [max(each) for each in zip(*(f["sent_bytes"] for f in found), strict=True) if None not in each]
+    sent = [
+        max(each)
+        for each in zip(*(f["sent_bytes"] for f in found), strict=True)
+        if None not in each
+    ]
     first = found[0] | {"sent_bytes": statistics.median(sent) if sent else None}
     return first | {"median_s": statistics.median(first["seconds"])}
 
@@ -155,23 +188,37 @@ def gradient_bytes(job: DistillationSpec, machines: int) -> int:
 
 
 def step_seconds(plan: MemoryPlan, machines: int, link: float) -> float:
-    """A step of `distil`, its windows shared out, and what it sends over the link, which it waits for."""
+    """A step of `distil`, its windows shared out, and what it sends over the link, which it waits
+    for.
+    """
     phase = next(p for p in plan.phases if p.name == "distil")
     steps = max(plan.job.iters, 1)
-    update = estimates.UPDATE_TRAFFIC * phase.updated / plan.rates.memory_bytes_per_s if plan.rates.gpu else 0.0
+    update = (
+        estimates.UPDATE_TRAFFIC * phase.updated / plan.rates.memory_bytes_per_s
+        if plan.rates.gpu
+        else 0.0
+    )
     work = phase.flops / plan.rates.training_flops_per_s / machines + update
-    return max(work, phase.read_bytes / plan.rates.read_bytes_per_s) / steps + gradient_bytes(plan.job, machines) / link
+    return (
+        max(work, phase.read_bytes / plan.rates.read_bytes_per_s) / steps
+        + gradient_bytes(plan.job, machines) / link
+    )
 
 
 def computed(s: Settings) -> list[dict[str, Any]]:
-    """Steps of two Airs: by the planner, of micro-batches of one window, for more and more of them in a step."""
+    """Steps of two Airs: by the planner, of micro-batches of one window, for more and more of them
+    in a step.
+    """
     at = estimates.machine_rates("m1-air")
     big, small = (
-        estimates.model_of(load.open_checkpoint(p), at.gpu) for p in (resolve.resolve_model(None).path, Path(s.student))
+        estimates.model_of(load.open_checkpoint(p), at.gpu)
+        for p in (resolve.resolve_model(None).path, Path(s.student))
     )
     rows = []
     for count in ACCUMULATE:
-        asked = distill.Settings(batch_size=1, grad_accumulation_steps=2 * count, max_seq_length=s.length)
+        asked = distill.Settings(
+            batch_size=1, grad_accumulation_steps=2 * count, max_seq_length=s.length
+        )
         plan = phases.make(spec_of(big, small, asked, asked), AIR_BYTES, at)
         one = step_seconds(plan, 1, 1.0)
         row: dict[str, Any] = {"windows": 2 * count, "tokens": plan.job.step, "one_s": one}
@@ -188,7 +235,9 @@ def main(s: Settings) -> None:
     if s.work:
         print(json.dumps(WORK[s.work](s)))
         return
-    found: dict[str, Any] = {"given": {k: v for k, v in asdict(s).items() if k not in ("student", "work")}}
+    found: dict[str, Any] = {
+        "given": {k: v for k, v in asdict(s).items() if k not in ("student", "work")}
+    }
     small = load.open_checkpoint(Path(s.student))
     model = estimates.model_of(small)
     found["student_sha256"] = laboratory.weights_sha256(small.path)
@@ -202,8 +251,12 @@ def main(s: Settings) -> None:
     found["computed: two MacBook Air M1"] = computed(s)
     found["links, assumed, bytes/s"] = LINKS
     found["noise"] = noise + laboratory.busy("at the end")
-    sizes = "".join(f" --{name} {value}" for name, value in found["given"].items() if name != "processes")
-    laboratory.write("distributed", f"scripts/mis benchmarks/distributed.py --student RUN/pruned{sizes}", found)
+    sizes = "".join(
+        f" --{name} {value}" for name, value in found["given"].items() if name != "processes"
+    )
+    laboratory.write(
+        "distributed", f"scripts/mis benchmarks/distributed.py --student RUN/pruned{sizes}", found
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Experts that go from a mixture: chosen by REAP, by how many tokens choose them, by lot; before and after healing.
+"""Experts that go from a mixture: chosen by REAP, by how many tokens choose them, by lot; before
+and after healing.
 
     scripts/mis benchmarks/experts.py    # half an hour on 2 cores; finished seeds are not run again
 
-No real mixture is at hand: one is trained here, from random weights, on the built-in text (Python's manual and Polish
-texts; SIZES below, a tokenizer of its own), by plain AdamW with the usual loss for even loads. Three seeds, a mixture
-each. Of each 25 and 50 % of the experts go; then the routers of what is left are healed, block by block; at last
-`distill` does all of it with its defaults. Bits per byte of held-out text. What such a small mixture says of a large
-one is open. Writes benchmarks/results/<machine>/experts.json after every seed.
+No real mixture is at hand: one is trained here, from random weights, on the built-in text (Python's
+manual and Polish texts; SIZES below, a tokenizer of its own), by plain AdamW with the usual loss
+for even loads. Three seeds, a mixture each. Of each 25 and 50 % of the experts go; then the routers
+of what is left are healed, block by block; at last `distill` does all of it with its defaults. Bits
+per byte of held-out text. What such a small mixture says of a large one is open. Writes
+benchmarks/results/<machine>/experts.json after every seed.
 """
 
 from __future__ import annotations
@@ -35,12 +37,28 @@ from mis_mlx.reporting.text import markdown_table
 from mis_mlx.types import Checkpoint
 
 SIZES: dict[str, Any] = {
-    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 4, "hidden_size": 256,
-    "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 4096,
-    "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True,
-    "decoder_sparse_step": 1, "mlp_only_layers": [], "rms_norm_eps": 1e-6, "rope_theta": 1e4,
-    "max_position_embeddings": 512, "tie_word_embeddings": True, "torch_dtype": "float32", "eos_token_id": 0,
-}  # fmt: skip
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_hidden_layers": 4,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "vocab_size": 4096,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+    "eos_token_id": 0,
+}
 MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 8}
 WAYS: tuple[Any, ...] = ("reap", "frequency", "random")
 EVEN = 0.01  # weight of the loss for even loads (arXiv 2101.03961, eq. 4)
@@ -83,7 +101,11 @@ class Gate(nn.Module):
         """1 where all experts get equally many tokens."""
         chance = mx.softmax(self._seen.pop(), axis=-1).reshape(-1, SIZES["num_experts"])
         least = mx.sort(chance, axis=-1)[:, -k][:, None]
-        return (mx.stop_gradient((chance >= least).mean(axis=0)) * chance.mean(axis=0)).sum() * len(chance[0]) / k
+        return (
+            (mx.stop_gradient((chance >= least).mean(axis=0)) * chance.mean(axis=0)).sum()
+            * len(chance[0])
+            / k
+        )
 
 
 def tokenizer(folder: Path) -> None:
@@ -92,9 +114,11 @@ def tokenizer(folder: Path) -> None:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=SIZES["vocab_size"], special_tokens=["<|endoftext|>"], show_progress=False,
+        vocab_size=SIZES["vocab_size"],
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     rows = [*preparation.load(None).train, *preparation.load(preparation.MIS).train]
     made.train_from_iterator((str(row["text"]) for row in rows), trainer)
     made.save(str(folder / "tokenizer.json"))
@@ -123,7 +147,8 @@ def mixture(s: Settings, seed: int, folder: Path) -> Checkpoint:
     rates = optim.schedulers.join_schedules(
         [optim.linear_schedule(0.0, 2e-3, 50), optim.cosine_decay(2e-3, s.iters - 50, 1e-4)], [50]
     )
-    adam, random = optim.AdamW(rates, betas=[0.9, 0.95]), np.random.default_rng(seed)
+    adam = optim.AdamW(rates, betas=[0.9, 0.95])
+    random = np.random.default_rng(seed)
 
     def loss(model: nn.Module, batch: mx.array) -> mx.array:
         plain = nn.losses.cross_entropy(model(batch)[:, :-1], batch[:, 1:]).mean()
@@ -136,7 +161,10 @@ def mixture(s: Settings, seed: int, folder: Path) -> Checkpoint:
         adam.update(model, slopes)
         mx.eval(model.parameters(), adam.state, value)
         if number % 50 == 0 or number == s.iters - 1:
-            cli.say(f"seed {seed}, step {number} of {s.iters}: {value.item():.3f} nats a token, loads' share in it")
+            cli.say(
+                f"seed {seed}, step {number} of {s.iters}: {value.item():.3f} nats a token, loads' "
+                f"share in it"
+            )
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
     return load.open_checkpoint(folder)
 
@@ -151,13 +179,20 @@ def bits(s: Settings, data: preparation.Data, model: Checkpoint) -> dict[str, fl
     return found
 
 
-def healed(s: Settings, data: preparation.Data, teacher: Checkpoint, student: Checkpoint, seed: int) -> Checkpoint:
-    """The student with its routers healed, in a folder beside it; the shares of error left are said."""
+def healed(
+    s: Settings, data: preparation.Data, teacher: Checkpoint, student: Checkpoint, seed: int
+) -> Checkpoint:
+    """The student with its routers healed, in a folder beside it; the shares of error left are
+    said.
+    """
     keep = model_writer.read_keep(student.path)
     assert keep
     windows = preparation.calibration(data.train, 2 * s.windows, seed, 2)
     changed, left = reconstruct.reconstruct(teacher, student, keep, windows)
-    cli.say(f"{student.path.name}: error left in each block {', '.join(f'{share:.2f}' for share in left)}")
+    cli.say(
+        f"{student.path.name}: error left in each block "
+        f"{', '.join(f'{share:.2f}' for share in left)}"
+    )
     weights = dict(load.weights(student, "", mx.float32)) | changed
     out = student.path.with_name(f"{student.path.name}-healed")
     out.mkdir()
@@ -176,19 +211,39 @@ def seed_rows(s: Settings, seed: int, place: Path) -> dict[str, Any]:
     for share in ("0.75x", "0.5x"):
         for by in WAYS:
             out = place / f"{share}-{by}"
-            prune.run(prune.Settings(
-                model=str(teacher.path), mlx_path=str(out), experts=share, experts_by=by, scenario="none",
-                importance="rms", num_samples=s.windows, max_seq_length=s.tokens, dtype="float32", seed=seed,
-            ))  # fmt: skip
+            prune.run(
+                prune.Settings(
+                    model=str(teacher.path),
+                    mlx_path=str(out),
+                    experts=share,
+                    experts_by=by,
+                    scenario="none",
+                    importance="rms",
+                    num_samples=s.windows,
+                    max_seq_length=s.tokens,
+                    dtype="float32",
+                    seed=seed,
+                )
+            )
             student = load.open_checkpoint(out)
             rows[f"{share}, {by}"] = bits(s, data, student)
             rows[f"{share}, {by}, healed"] = bits(s, data, healed(s, data, teacher, student, seed))
-        distill.run(distill.Settings(
-            teacher=str(teacher.path), out=str(place / share), experts=share, seed=seed, max_seq_length=s.tokens,
-            bench_tokens=0,
-        ))  # fmt: skip
-        rows[f"{share}, distill's defaults"] = bits(s, data, load.open_checkpoint(place / share / "distilled"))
-        rows[f"{share}, the same in 4 bits"] = bits(s, data, load.open_checkpoint(place / share / "model"))
+        distill.run(
+            distill.Settings(
+                teacher=str(teacher.path),
+                out=str(place / share),
+                experts=share,
+                seed=seed,
+                max_seq_length=s.tokens,
+                bench_tokens=0,
+            )
+        )
+        rows[f"{share}, distill's defaults"] = bits(
+            s, data, load.open_checkpoint(place / share / "distilled")
+        )
+        rows[f"{share}, the same in 4 bits"] = bits(
+            s, data, load.open_checkpoint(place / share / "model")
+        )
     return rows
 
 
@@ -200,7 +255,10 @@ def table(seeds: dict[str, dict[str, dict[str, float]]]) -> str:
     for row in first:
         shown = []
         for text in texts:
-            own = [rows[row][text] - (rows["teacher"][text] if row != "teacher" else 0) for rows in seeds.values()]
+            own = [
+                rows[row][text] - (rows["teacher"][text] if row != "teacher" else 0)
+                for rows in seeds.values()
+            ]
             shown.append(" ".join(f"{value:{'' if row == 'teacher' else '+'}.3f}" for value in own))
         body.append([row, *shown])
     return markdown_table(["bits per byte", *texts], body)
@@ -209,7 +267,13 @@ def table(seeds: dict[str, dict[str, dict[str, float]]]) -> str:
 def main(s: Settings) -> None:
     """Every seed that is not there yet."""
     name = "experts" + ("" if s.family == "qwen3_moe" else f"-{s.family}")
-    given = {"iters": s.iters, "tokens": s.tokens, "windows": s.windows, "eval_windows": s.eval_windows, "sizes": SIZES}
+    given = {
+        "iters": s.iters,
+        "tokens": s.tokens,
+        "windows": s.windows,
+        "eval_windows": s.eval_windows,
+        "sizes": SIZES,
+    }
     seeds = resumed(name, given, ["seeds"]).get("seeds", {})
     for seed in s.seeds:
         if str(seed) not in seeds:

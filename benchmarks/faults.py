@@ -1,11 +1,13 @@
-"""The fault matrix: runs the tests that make faults, the slow ones too, and writes what became of every fault.
+"""The fault matrix: runs the tests that make faults, the slow ones too, and writes what became of
+every fault.
 
     scripts/mis benchmarks/faults.py            # half an hour on 2 cores
-    scripts/mis benchmarks/faults.py --quick    # without the slow ones: what they found before is kept
+    scripts/mis benchmarks/faults.py --quick    # without the slow ones: what they found before is
+    kept
 
-The tests themselves note what they saw (tests/faults/conftest.py); this only sorts it. A row that is noted again
-replaces the one of before. `--notes FILE`: run nothing, take these. Writes fault_matrix.json and .md into
-benchmarks/results/<machine>/.
+The tests themselves note what they saw (tests/faults/conftest.py); this only sorts it. A row that
+is noted again replaces the one of before. `--notes FILE`: run nothing, take these. Writes
+fault_matrix.json and .md into benchmarks/results/<machine>/.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ sys.path.insert(0, str(ROOT))  # for the package and the tests
 from mis_mlx.reporting.text import markdown_table
 from tests.faults import NOTES
 
-NAME, COMMAND = "fault_matrix", "scripts/mis benchmarks/faults.py"
+NAME = "fault_matrix"
+COMMAND = "scripts/mis benchmarks/faults.py"
 Row = dict[str, Any]
 
 
@@ -54,17 +57,27 @@ def rendered(found: Mapping[str, Any]) -> str:
     many = [r for r in found["rows"] if not r["said"]]
     where = f"{found['system']}, Python {found['python']}, mlx {found['mlx']}"
     lines = [
-        "# The fault matrix", "", f"`{found['command']}`: {where}. The real commands on a model of 2 layers.", "",
-        "*Lost or wrong*: something that was said to be safe was not there with its bytes, or the job that went on",
+        "# The fault matrix",
+        "",
+        f"`{found['command']}`: {where}. The real commands on a model of 2 layers.",
+        "",
+        "*Lost or wrong*: something that was said to be safe was not there with its bytes, or the "
+        "job that went on",
         "afterwards ended with other bytes than one that nothing happened to.",
-    ]  # fmt: skip
+    ]
     counts = [[r["fault"], r["command"], counted(r["ends"]), str(r["bad"])] for r in many]
     lines += ["", "## Many times", ""]
-    lines += [markdown_table(["fault", "command", "cases: how they ended", "lost or wrong"], counts, words=3)]
+    lines += [
+        markdown_table(
+            ["fault", "command", "cases: how they ended", "lost or wrong"], counts, words=3
+        )
+    ]
     sentences = []
     for fault in dict.fromkeys(r["fault"] for r in said):
         mine = [r for r in said if r["fault"] == fault]
-        sentences.append([fault, ", ".join(r["command"] for r in mine), mine[0]["said"].replace("|", "/")])
+        sentences.append(
+            [fault, ", ".join(r["command"] for r in mine), mine[0]["said"].replace("|", "/")]
+        )
     lines += ["", "## What the user reads", ""]
     lines += [markdown_table(["fault", "commands", "the sentence"], sentences, words=3)]
     return "\n".join(lines) + "\n"
@@ -80,8 +93,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         notes = asked.notes or Path(folder) / "notes.jsonl"
         if asked.notes is None:
-            argv = [ROOT / "scripts" / "mis", "test", "tests/faults", *(() if asked.quick else ("-m", ""))]
-            code = subprocess.run(argv, cwd=ROOT, env={**os.environ, NOTES: str(notes)}, check=False).returncode
+            argv = [
+                ROOT / "scripts" / "mis",
+                "test",
+                "tests/faults",
+                *(() if asked.quick else ("-m", "")),
+            ]
+            code = subprocess.run(
+                argv, cwd=ROOT, env={**os.environ, NOTES: str(notes)}, check=False
+            ).returncode
         now = [json.loads(line) for line in notes.read_text("utf-8").splitlines()]
     write(NAME, COMMAND, {"rows": merged(stored(NAME).get("rows", []), now)})
     (RESULTS / f"{NAME}.md").write_text(rendered(stored(NAME)), encoding="utf-8")

@@ -1,15 +1,20 @@
-"""Bits per byte of text against bytes of weights: the teacher in fewer bits, pruned and rounded, and `distill --bytes`.
+"""Bits per byte of text against bytes of weights: the teacher in fewer bits, pruned and rounded,
+and `distill --bytes`.
 
-    scripts/mis benchmarks/frontier.py                           # hours on 2 cores; finished rows are not run again
+    scripts/mis benchmarks/frontier.py                           # hours on 2 cores; finished rows
+    are not run again
     scripts/mis benchmarks/frontier.py --teacher gemma-3-270m
-    scripts/mis benchmarks/frontier.py --table                   # what there is, and the curve again
+    scripts/mis benchmarks/frontier.py --table                   # what there is, and the curve
+    again
 
-Rows: the teacher; it as `mlx_lm.convert -q` rounds it to 8, 6, 5, 4 and 3 bits in groups of 64, and as Q4_K_M where
-llama-cpp-python is there, which then judges that file; the default scenario pruned and rounded to 4 bits, nothing
-learned; ours at the bytes of the 6-, 4- and 3-bit teacher and at half of the 4-bit one's. Every model reads its own
-tokens. Texts: held-out windows of the kind trained on, English and Polish, and three kinds that nobody trained on
-(benchmarks/vocabulary.py). Excess is over the teacher, the mean of all texts.
-Writes benchmarks/results/<machine>/frontier-<teacher>.json after every row; then the curve, and a page of both.
+Rows: the teacher; it as `mlx_lm.convert -q` rounds it to 8, 6, 5, 4 and 3 bits in groups of 64, and
+as Q4_K_M where llama-cpp-python is there, which then judges that file; the default scenario pruned
+and rounded to 4 bits, nothing learned; ours at the bytes of the 6-, 4- and 3-bit teacher and at
+half of the 4-bit one's. Every model reads its own tokens. Texts: held-out windows of the kind
+trained on, English and Polish, and three kinds that nobody trained on (benchmarks/vocabulary.py).
+Excess is over the teacher, the mean of all texts. Writes
+benchmarks/results/<machine>/frontier-<teacher>.json after every row; then the curve, and a page of
+both.
 """
 
 from __future__ import annotations
@@ -68,18 +73,28 @@ class Judge:
         self.tokenizer = load.tokenizer(teacher)
         self.windows = dict[str, Windows]()
         for name, data in {"": None, **places}.items():
-            held_out = preparation.prepare(str(data) if data else None, self.tokenizer, 256).held_out
+            held_out = preparation.prepare(
+                str(data) if data else None, self.tokenizer, 256
+            ).held_out
             for text, windows in held_out.items():
                 self.windows[name or f"built in, {text}"] = comparison.chosen(windows, count)
 
     def bits(self, folder: Path) -> dict[str, float]:
         """{text: bits per byte}, of a model folder or a GGUF."""
         if folder.suffix == ".gguf":
-            return {n: comparison.per_byte(by_llama_cpp(folder, w), w) / math.log(2) for n, w in self.windows.items()}
-        model, found = load.open_checkpoint(folder), dict[str, float]()
+            return {
+                n: comparison.per_byte(by_llama_cpp(folder, w), w) / math.log(2)
+                for n, w in self.windows.items()
+            }
+        model = load.open_checkpoint(folder)
+        found = dict[str, float]()
         trimmed = vocabulary.rows_of(folder) is not None
         for name, windows in self.windows.items():
-            own = token_windows.reread(windows, self.tokenizer, load.tokenizer(folder)) if trimmed else windows
+            own = (
+                token_windows.reread(windows, self.tokenizer, load.tokenizer(folder))
+                if trimmed
+                else windows
+            )
             values = comparison.compare({"model": model}, own)["model", "nll"]
             found[name] = comparison.per_byte(values, own) / math.log(2)
         return found
@@ -89,7 +104,10 @@ def by_llama_cpp(file: Path, windows: Windows) -> np.ndarray:
     """(N,) nats a token of each window, as llama.cpp computes them."""
     import llama_cpp
 
-    model, found = llama_cpp.Llama(str(file), n_ctx=windows.tokens.shape[1], logits_all=True, verbose=False), []
+    model = llama_cpp.Llama(
+        str(file), n_ctx=windows.tokens.shape[1], logits_all=True, verbose=False
+    )
+    found = []
     for ids, learn in zip(windows.tokens, windows.learn, strict=True):
         model.reset()
         model.eval(ids.tolist())
@@ -110,7 +128,8 @@ class Rows:
     """What is made, one folder at a time."""
 
     def __init__(self, s: Settings, place: Path):
-        self.s, self.place = s, place
+        self.s = s
+        self.place = place
         self.teacher = resolve.resolve_model(s.teacher).path
         self.name = f"frontier-{self.teacher.name}"
         before = stored(self.name)
@@ -126,7 +145,10 @@ class Rows:
             return
         with tempfile.TemporaryDirectory(dir=self.place) as temp:
             folder, more = make(Path(temp) / "made")
-            row = {**({} if "bytes" in more else {"bytes": load.open_checkpoint(folder).nbytes}), **more}
+            row = {
+                **({} if "bytes" in more else {"bytes": load.open_checkpoint(folder).nbytes}),
+                **more,
+            }
             self.rows[label] = row | {"bits": self.judge.bits(folder)}
         over = self.rows[label]["excess"] = excess(self.rows[label], self.rows["teacher"])
         cli.say(f"{label}: {self.rows[label]['bytes'] / 1e6:.1f} MB, {over:+.3f} bits a byte")
@@ -134,7 +156,9 @@ class Rows:
 
     def keep(self) -> None:
         """Write what there is."""
-        command = "scripts/mis benchmarks/frontier.py" + (f" --teacher {self.s.teacher}" if self.s.teacher else "")
+        command = "scripts/mis benchmarks/frontier.py" + (
+            f" --teacher {self.s.teacher}" if self.s.teacher else ""
+        )
         write(self.name, command, {"given": self.given, "rows": self.rows})
 
     def plain(self, bits: int) -> Any:
@@ -142,7 +166,14 @@ class Rows:
 
         def make(out: Path) -> tuple[Path, dict[str, Any]]:
             convert = load.mlx_lm("convert").convert
-            convert(str(self.teacher), str(out), quantize=True, q_group_size=64, q_bits=bits, dtype="float16")
+            convert(
+                str(self.teacher),
+                str(out),
+                quantize=True,
+                q_group_size=64,
+                q_bits=bits,
+                dtype="float16",
+            )
             return out, {}
 
         return make
@@ -157,7 +188,9 @@ class Rows:
         """The default scenario, rounded to 4 bits."""
         teacher = load.open_checkpoint(self.teacher)
         scenario = vocabulary.defaults(None, None, teacher.config, self.teacher)
-        prune.run(prune.Settings(model=self.s.teacher, mlx_path=str(out.with_name("pruned")), **scenario))
+        prune.run(
+            prune.Settings(model=self.s.teacher, mlx_path=str(out.with_name("pruned")), **scenario)
+        )
         student = load.open_checkpoint(out.with_name("pruned"))
         plan = packed_format.layout(student.config, 64, packed_format.blocks_after_removed(student))
         packed_format.write_quantized(student, out, plan, DISK)
@@ -167,13 +200,30 @@ class Rows:
         """distill --bytes."""
 
         def make(out: Path) -> tuple[Path, dict[str, Any]]:
-            asked = distill.Settings(teacher=self.s.teacher, bytes=str(nbytes), seed=seed, out=str(out),
-                                     eval_windows=3, bench_tokens=0)  # fmt: skip
+            asked = distill.Settings(
+                teacher=self.s.teacher,
+                bytes=str(nbytes),
+                seed=seed,
+                out=str(out),
+                eval_windows=3,
+                bench_tokens=0,
+            )
             result = distill.run(asked)
             model = load.open_checkpoint(out / "model")
-            config = {key: model.config[key] for key in ("num_hidden_layers", "intermediate_size", "vocab_size",
-                                                         "num_attention_heads")}  # fmt: skip
-            return out / "model", {"params": result["params_student"], "config": config, "seed": seed}
+            config = {
+                key: model.config[key]
+                for key in (
+                    "num_hidden_layers",
+                    "intermediate_size",
+                    "vocab_size",
+                    "num_attention_heads",
+                )
+            }
+            return out / "model", {
+                "params": result["params_student"],
+                "config": config,
+                "seed": seed,
+            }
 
         return make
 
@@ -200,7 +250,9 @@ def draw(rows: dict[str, Any]) -> Any:
         }
         for kind, (mark, label) in kinds.items():
             mine = [row for name, row in rows.items() if name.startswith(kind)]
-            points = sorted((row["bytes"] / 1e6, row["excess"]) for row in mine if row["excess"] > 0)
+            points = sorted(
+                (row["bytes"] / 1e6, row["excess"]) for row in mine if row["excess"] > 0
+            )
             if points:
                 axes.plot([x for x, _ in points], [y for _, y in points], mark, label=label)
         axes.set_xlabel("MB of weights")
@@ -213,14 +265,25 @@ def draw(rows: dict[str, Any]) -> Any:
 
 
 def page(name: str, teacher: str, rows: dict[str, Any]) -> None:
-    """Put benchmarks/results/<machine>/<name>.html in place: the curve and all rows, in one file that loads nothing."""
-    said = "Bits per byte above the teacher's, in the mean of all texts and in each; MB are of the weights."
+    """Put benchmarks/results/<machine>/<name>.html in place: the curve and all rows, in one file
+    that loads nothing.
+    """
+    said = (
+        "Bits per byte above the teacher's, in the mean of all texts and in each; MB are of "
+        "the "
+        "weights."
+    )
     body = f"<h1>{teacher}: what a budget of bytes buys</h1>"
     if (drawn := RESULTS / f"{name}.svg").is_file():  # not where matplotlib is missing
         curve = base64.b64encode(drawn.read_bytes()).decode()
-        body += f'<img alt="Bits per byte above the teacher\'s against MB" src="data:image/svg+xml;base64,{curve}">'
+        body += (
+            f'<img alt="Bits per byte above the teacher\'s against MB" '
+            f'src="data:image/svg+xml;base64,{curve}">'
+        )
     path = RESULTS / f"{name}.html"
-    path.write_text(html.page(teacher, body + html.markdown(f"{said}\n\n{table(rows)}")), encoding="utf-8")
+    path.write_text(
+        html.page(teacher, body + html.markdown(f"{said}\n\n{table(rows)}")), encoding="utf-8"
+    )
     cli.say(f"page: {path}")
 
 

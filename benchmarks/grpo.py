@@ -1,8 +1,9 @@
-"""Does GRPO raise the verified reward on tasks that were never seen? The default teacher, one kind of task, a seed.
+"""Does GRPO raise the verified reward on tasks that were never seen? The default teacher, one kind
+of task, a seed.
 
-A short SFT first teaches the form of an answer, so that some are right; that model is the baseline. Rows to train on,
-to choose the best checkpoint by, and to measure on are three disjoint sets. `scripts/mis benchmarks/grpo.py --seed 0`
-writes one file a seed; `--plot` draws all of them.
+A short SFT first teaches the form of an answer, so that some are right; that model is the baseline.
+Rows to train on, to choose the best checkpoint by, and to measure on are three disjoint sets.
+`scripts/mis benchmarks/grpo.py --seed 0` writes one file a seed; `--plot` draws all of them.
 """
 
 from __future__ import annotations
@@ -58,24 +59,28 @@ class Settings:
 
 
 def rows(s: Settings) -> dict[str, list[dict[str, str]]]:
-    """To train on, to choose by, to measure on; no problem is in two of them. SFT learns the last line alone."""
-    held, train = (
-        problems.rows("test", 0, s.eval_rows + 32, [s.kind], ["en"]),
-        problems.rows("train", 0, 300, [s.kind], ["en"]),
-    )
+    """To train on, to choose by, to measure on; no problem is in two of them. SFT learns the last
+    line alone.
+    """
+    held = problems.rows("test", 0, s.eval_rows + 32, [s.kind], ["en"])
+    train = problems.rows("train", 0, 300, [s.kind], ["en"])
     for row in (*held, *train):
         row["completion"] = row["completion"].splitlines()[-1]
     return {"train": train, "valid": held[:32], "measured": held[32:]}
 
 
-def measured(s: Settings, folder: Path, questions: Sequence[dict[str, str]]) -> dict[str, dict[str, float]]:
+def measured(
+    s: Settings, folder: Path, questions: Sequence[dict[str, str]]
+) -> dict[str, dict[str, float]]:
     """{"greedy", "sampled"} of a model folder on the questions."""
     checkpoint = load.open_checkpoint(folder)
-    model, tokenizer = stream.load_checked(load.resident(checkpoint, mx.float32)), load.tokenizer(folder)
+    model = stream.load_checked(load.resident(checkpoint, mx.float32))
+    tokenizer = load.tokenizer(folder)
     placed = [(row, f"question {n}") for n, row in enumerate(questions, 1)]
     encoded, _ = examples.encode(placed, tokenizer, 512, ("answer",))
     prompts = [[int(t) for t in ids[: int(learn.argmax())]] for ((ids, learn),) in encoded]
-    settings = training.Settings(max_completion_length=s.max_completion_length, seed=7)  # answers to 32 rows at once
+    # answers to 32 rows at once
+    settings = training.Settings(max_completion_length=s.max_completion_length, seed=7)
     functions = rewards.functions(None, None)
     sampler = training.Sampler(settings, model, questions, prompts, tokenizer, functions)
     found = {}
@@ -90,10 +95,19 @@ def warmed(s: Settings, data: Path, out: Path) -> Path:
     if not (out / "model").is_dir():
         sft.run(
             sft.Settings(
-                data=str(data), iters=s.warm_iters, batch_size=4, max_seq_length=160, learning_rate=5e-4, warmup=2,
-                save_every=s.warm_iters, eval_rows=16, fine_tune_type="lora", dtype="float32", out=str(out),
+                data=str(data),
+                iters=s.warm_iters,
+                batch_size=4,
+                max_seq_length=160,
+                learning_rate=5e-4,
+                warmup=2,
+                save_every=s.warm_iters,
+                eval_rows=16,
+                fine_tune_type="lora",
+                dtype="float32",
+                out=str(out),
             )
-        )  # fmt: skip
+        )
     return out / "model"
 
 
@@ -101,7 +115,8 @@ def one(s: Settings) -> None:
     """Train and measure one seed."""
     sets = rows(s)
     with tempfile.TemporaryDirectory() as temp:
-        data, out = Path(temp) / "data", Path(temp) / "run"
+        data = Path(temp) / "data"
+        out = Path(temp) / "run"
         data.mkdir()
         for name in ("train", "valid"):
             (data / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in sets[name]))
@@ -111,12 +126,24 @@ def one(s: Settings) -> None:
         began = time.monotonic()
         result = grpo.run(
             grpo.Settings(
-                model=str(start), data=str(data), iters=s.iters, grad_accumulation_steps=s.prompts,
-                group_size=s.group_size, batch_size=s.group_size, max_completion_length=s.max_completion_length,
-                max_seq_length=128, learning_rate=s.learning_rate, warmup=2, save_every=8, eval_rows=32,
-                fine_tune_type="lora", dtype="float32", seed=s.seed, out=str(out),
+                model=str(start),
+                data=str(data),
+                iters=s.iters,
+                grad_accumulation_steps=s.prompts,
+                group_size=s.group_size,
+                batch_size=s.group_size,
+                max_completion_length=s.max_completion_length,
+                max_seq_length=128,
+                learning_rate=s.learning_rate,
+                warmup=2,
+                save_every=8,
+                eval_rows=32,
+                fine_tune_type="lora",
+                dtype="float32",
+                seed=s.seed,
+                out=str(out),
             )
-        )  # fmt: skip
+        )
         seconds = time.monotonic() - began
         after = measured(s, out / "model", sets["measured"])
         print(json.dumps({"after": after}), flush=True)
@@ -140,7 +167,9 @@ def one(s: Settings) -> None:
 
 
 def plot() -> None:
-    """benchmarks/results/<machine>/grpo.svg: reward of every step and seed, and held-out reward before and after."""
+    """benchmarks/results/<machine>/grpo.svg: reward of every step and seed, and held-out reward
+    before and after.
+    """
     from matplotlib.figure import Figure
 
     found: dict[int, Any] = {n: one for n in range(10) if (one := stored(f"grpo-{n}"))}
@@ -153,7 +182,12 @@ def plot() -> None:
             ends = [one[when][name]["reward"] for when in ("before", "after")]
             right.plot([0, 1], ends, style, color=f"C{at}", label=name if at == 0 else None)
     left.set(xlabel="step", ylabel="mean reward of sampled answers", title="training tasks")
-    right.set(xticks=[0, 1], xticklabels=["SFT start", "after GRPO"], title="held-out tasks", xlim=(-0.2, 1.2))
+    right.set(
+        xticks=[0, 1],
+        xticklabels=["SFT start", "after GRPO"],
+        title="held-out tasks",
+        xlim=(-0.2, 1.2),
+    )
     for axis in (left, right):
         axis.set_ylim(0, 1.15)
         axis.legend(frameon=False, fontsize="small")

@@ -1,4 +1,5 @@
-"""What the experiments share: teacher and text, a judge on held-out windows, results with machine and versions.
+"""What the experiments share: teacher and text, a judge on held-out windows, results with machine
+and versions.
 
 Does not know what is compared.
 """
@@ -51,11 +52,18 @@ def machine() -> dict[str, Any]:
 
 
 def version() -> str | None:
-    """The commit of this program, and whether it was changed since; None where there is no git or no repository."""
+    """The commit of this program, and whether it was changed since; None where there is no git or
+    no repository.
+    """
     said = []
-    for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--", "mis_mlx", "benchmarks/*.py")):
+    for words in (
+        ("rev-parse", "--short=12", "HEAD"),
+        ("status", "--porcelain", "--", "mis_mlx", "benchmarks/*.py"),
+    ):
         try:
-            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                ["git", *words], cwd=ROOT, capture_output=True, text=True, check=True
+            )
         except (OSError, subprocess.CalledProcessError):
             return None
         said.append(done.stdout.strip())
@@ -73,7 +81,9 @@ def weights_sha256(folder: Path) -> str:
 
 def packed(folder: Path, out: Path) -> Path:
     """`out`: the model as `mlx_lm.convert -q` packs it, 4 bits, groups of 64."""
-    load.mlx_lm("convert").convert(str(folder), str(out), quantize=True, q_group_size=64, q_bits=4, dtype="float16")
+    load.mlx_lm("convert").convert(
+        str(folder), str(out), quantize=True, q_group_size=64, q_bits=4, dtype="float16"
+    )
     return out
 
 
@@ -87,8 +97,11 @@ def write(name: str, command: str, found: dict[str, Any]) -> None:
 
 
 def bits_per_byte(table: str) -> dict[str, list[float]]:
-    """{text: bits per byte of every model} in the table of a run: the teacher's, the pruned student's, ..."""
-    bits, text = dict[str, list[float]](), ""
+    """{text: bits per byte of every model} in the table of a run: the teacher's, the pruned
+    student's, ...
+    """
+    bits = dict[str, list[float]]()
+    text = ""
     for line in table.splitlines():
         text = line.partition(",")[0] if " held out, " in line else text
         if line.startswith("| bits per byte of text |"):
@@ -97,16 +110,30 @@ def bits_per_byte(table: str) -> dict[str, list[float]]:
 
 
 def picture(name: str, draw: Callable[[Any], None]) -> None:
-    """Put benchmarks/results/<machine>/<name>.svg and .png in place; `draw` gets matplotlib's axes."""
+    """Put benchmarks/results/<machine>/<name>.svg and .png in place; `draw` gets matplotlib's
+    axes.
+    """
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        cli.say(f"no picture of {name}: pip install matplotlib, then the same command again, which measures nothing")
+        cli.say(
+            f"no picture of {name}: pip install matplotlib, then the same command again, which "
+            f"measures nothing"
+        )
         return
 
-    settings: Any = {"svg.hashsalt": "mis", "font.size": 11, "axes.grid": True, "grid.color": "#dddddd"}
-    settings |= {"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True}
+    settings: Any = {
+        "svg.hashsalt": "mis",
+        "font.size": 11,
+        "axes.grid": True,
+        "grid.color": "#dddddd",
+    }
+    settings |= {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.constrained_layout.use": True,
+    }
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(7.5, 5.4))
         draw(figure.subplots())
@@ -116,7 +143,9 @@ def picture(name: str, draw: Callable[[Any], None]) -> None:
 
 
 def logarithmic(axes: Any, across: str, up: str) -> None:
-    """Both axes logarithmic with plain numbers on them (powers of 2 across), the legend under the picture."""
+    """Both axes logarithmic with plain numbers on them (powers of 2 across), the legend under the
+    picture.
+    """
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
@@ -147,8 +176,13 @@ def count_anew() -> None:
 
 def busy(when: str) -> list[str]:
     """[why times taken now measure more than the program], or []."""
-    load_average, cores = psutil.getloadavg()[0], os.cpu_count() or 1
-    return [f"{when}: load average {load_average:.1f}, more than there are cores"] if load_average > cores else []
+    load_average = psutil.getloadavg()[0]
+    cores = os.cpu_count() or 1
+    return (
+        [f"{when}: load average {load_average:.1f}, more than there are cores"]
+        if load_average > cores
+        else []
+    )
 
 
 def goal(value: float, form: str, aim: str, holds: bool) -> dict[str, Any]:
@@ -159,28 +193,39 @@ def goal(value: float, form: str, aim: str, holds: bool) -> dict[str, Any]:
 def say_goals(verdict: dict[str, dict[str, Any]]) -> None:
     """A line each."""
     for what, one in verdict.items():
-        cli.say(f"{what}: {one['shown']}, aim {one['aim']}: {'holds' if one['holds'] else 'DOES NOT HOLD'}")
+        cli.say(
+            f"{what}: {one['shown']}, aim {one['aim']}: "
+            f"{'holds' if one['holds'] else 'DOES NOT HOLD'}"
+        )
 
 
 class Judge:
     """Held-out loss, KL to the teacher and agreement of any student in memory, on one text."""
 
     def __init__(self, source: live_teacher.StreamedTeacher, held_out: Windows):
-        self.source, self.held_out = source, held_out
+        self.source = source
+        self.held_out = held_out
         self.hidden = list(source.hidden([mx.array(w[None]) for w in held_out.tokens]))
 
     def __call__(self, student: Any) -> dict[str, float]:
         """{"nll", "kl", "top1"}: means over windows, in nats per token and as a share."""
-        head, means = load.head_weight(student), []
+        head = load.head_weight(student)
+        means = []
         rows = losses.chunk_rows(head.shape[0])
-        for tokens, learn, target in zip(self.held_out.tokens, self.held_out.learn, self.hidden, strict=True):
-            hidden, found = student.model(mx.array(tokens[None]))[0], []
+        for tokens, learn, target in zip(
+            self.held_out.tokens, self.held_out.learn, self.hidden, strict=True
+        ):
+            hidden = student.model(mx.array(tokens[None]))[0]
+            found = []
             for start in range(0, len(tokens) - 1, rows):
                 at = np.s_[start : min(start + rows, len(tokens) - 1)]
-                theirs, right = self.source.logits(target[0, at]), tokens[1:][at]
+                theirs = self.source.logits(target[0, at])
+                right = tokens[1:][at]
                 whole = host_losses.compared(theirs, hidden[at] @ head.T, right)
                 found.append(host_losses.over_parts([whole])[:, 1:].T)
-            means.append((np.concatenate(found, axis=1) * learn[:-1]).sum(axis=1) / max(learn.sum(), 1.0))
+            means.append(
+                (np.concatenate(found, axis=1) * learn[:-1]).sum(axis=1) / max(learn.sum(), 1.0)
+            )
         return dict(zip(METRICS, np.mean(means, axis=0).tolist(), strict=True))
 
 
@@ -198,10 +243,15 @@ class Laboratory:
         self.judges = {name: Judge(self.source, text) for name, text in self.held_out.items()}
 
     def judge(self, student: Any) -> dict[str, float]:
-        """{"nll", "kl", "top1"} on the first text, and with the text's name behind on the others."""
+        """{"nll", "kl", "top1"} on the first text, and with the text's name behind on the
+        others.
+        """
         found: dict[str, float] = {}
         for at, (name, judge) in enumerate(self.judges.items()):
-            found |= {m if at == 0 else f"{m}_{name.lower()}": round(v, 5) for m, v in judge(student).items()}
+            found |= {
+                m if at == 0 else f"{m}_{name.lower()}": round(v, 5)
+                for m, v in judge(student).items()
+            }
         return found
 
     def teacher_nll(self) -> dict[str, float]:

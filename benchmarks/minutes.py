@@ -1,16 +1,20 @@
-"""What more steps buy: the default run with more and fewer of them, on its own kinds of text and on others.
+"""What more steps buy: the default run with more and fewer of them, on its own kinds of text and on
+others.
 
     scripts/mis benchmarks/minutes.py                  # 8, 30, 120 steps: an hour on 2 cores
     scripts/mis benchmarks/minutes.py --iters 300
-    scripts/mis benchmarks/minutes.py --iters 2400 --runs runs/night    # 3 hours; stopped, it goes on there
-    scripts/mis benchmarks/minutes.py --iters 2400 --runs runs/night --questions 100    # 3 minutes more
+    scripts/mis benchmarks/minutes.py --iters 2400 --runs runs/night    # 3 hours; stopped, it goes
+    on there
+    scripts/mis benchmarks/minutes.py --iters 2400 --runs runs/night --questions 100    # 3 minutes
+    more
     scripts/mis benchmarks/minutes.py --table
 
-SmolLM2-135M-Instruct, distill's defaults but for the steps, nothing quantized. Judged in bits per byte above the
-teacher's: "manual" and "Miś" are the held-out windows of the run itself, the others the texts of teacher_text.py, which
-no part of training, calibration or choice of tokens saw. Finished rows are not run again. Writes
-benchmarks/results/<machine>/minutes-<seed>.json after every row. The table's minutes are what two quiet cores would
-take, by the phases of the stored default run (distill-default.json).
+SmolLM2-135M-Instruct, distill's defaults but for the steps, nothing quantized. Judged in bits per
+byte above the teacher's: "manual" and "Miś" are the held-out windows of the run itself, the others
+the texts of teacher_text.py, which no part of training, calibration or choice of tokens saw.
+Finished rows are not run again. Writes benchmarks/results/<machine>/minutes-<seed>.json after every
+row. The table's minutes are what two quiet cores would take, by the phases of the stored default
+run (distill-default.json).
 """
 
 from __future__ import annotations
@@ -43,7 +47,9 @@ class Settings:
     seed: int = 0
     """of batches and windows"""
     runs: str | None = None
-    """folder for the runs' folders, which are then kept: a night's run that was stopped goes on there"""
+    """folder for the runs' folders, which are then kept: a night's run that was stopped goes on
+    there
+    """
     questions: int = 0
     """of each of grammar-en and continue, to the students in `runs`; 0: none"""
     table: bool = False
@@ -51,11 +57,19 @@ class Settings:
 
 
 def row(iters: int, seed: int, run: Path, folders: dict[str, Path]) -> dict[str, Any]:
-    """{"seconds" by phase, "pruned" and "distilled": bits per byte above the teacher's, by text}."""
+    """{"seconds" by phase, "pruned" and "distilled": bits per byte above the teacher's, by
+    text}.
+    """
     begun = (run / run_folder.CONFIG).is_file()
-    distill.run(distill.Settings(out=str(run), resume=begun, iters=iters, seed=seed, quantize=0, bench_tokens=0))
+    distill.run(
+        distill.Settings(
+            out=str(run), resume=begun, iters=iters, seed=seed, quantize=0, bench_tokens=0
+        )
+    )
     done = run_reader.read(run)
-    found: dict[str, Any] = {"seconds": {name: round(seconds, 1) for name, seconds in done.took().items()}}
+    found: dict[str, Any] = {
+        "seconds": {name: round(seconds, 1) for name, seconds in done.took().items()}
+    }
     bits = bits_per_byte(done.table)
     for at, stage in enumerate(("pruned", "distilled"), 1):
         found[stage] = {own: round(bits[text][at] - bits[text][0], 3) for own, text in OWN.items()}
@@ -66,8 +80,13 @@ def row(iters: int, seed: int, run: Path, folders: dict[str, Path]) -> dict[str,
 
 def recovered(student: Path, questions: int) -> dict[str, list[float]]:
     """{task: [share that is left of what the teacher has above chance, its 95 % interval]}."""
-    done = evaluate.run(evaluate.Settings(students=(str(student),), tasks=TASKS, num_questions=questions))
-    return {task: [round(value, 3) for value in of[student.name]] for task, of in done["recovered"].items()}
+    done = evaluate.run(
+        evaluate.Settings(students=(str(student),), tasks=TASKS, num_questions=questions)
+    )
+    return {
+        task: [round(value, 3) for value in of[student.name]]
+        for task, of in done["recovered"].items()
+    }
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -77,14 +96,19 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     texts = list(ordered[0][1]["distilled"]) if rows else []
     body = []
     for steps, r in ordered:
-        minutes = sum(took[name] for name in r["seconds"]) + took["distil"] * (int(steps) / recipe.ITERS - 1)
-        body.append([steps, f"{minutes / 60:.0f}", *(f"{r['distilled'][text]:.3f}" for text in texts)])
+        minutes = sum(took[name] for name in r["seconds"]) + took["distil"] * (
+            int(steps) / recipe.ITERS - 1
+        )
+        body.append(
+            [steps, f"{minutes / 60:.0f}", *(f"{r['distilled'][text]:.3f}" for text in texts)]
+        )
     return markdown_table(["steps", "minutes", *texts], body)
 
 
 def main(s: Settings) -> None:
     """Every row that is not there yet."""
-    given, name = {"eval_windows": EVAL_WINDOWS}, f"minutes-{s.seed}"
+    given = {"eval_windows": EVAL_WINDOWS}
+    name = f"minutes-{s.seed}"
     rows = resumed(name, given, ["rows"]).get("rows", {})
 
     def keep(label: str) -> None:
@@ -94,9 +118,11 @@ def main(s: Settings) -> None:
 
     if not s.table:
         with tempfile.TemporaryDirectory() as temp:
-            folders, runs = teacher_text.texts(Path(temp), None), Path(s.runs or temp)
+            folders = teacher_text.texts(Path(temp), None)
+            runs = Path(s.runs or temp)
             for iters in s.iters:
-                run, label = runs / f"run-{iters}-{s.seed}", str(iters)
+                run = runs / f"run-{iters}-{s.seed}"
+                label = str(iters)
                 if label not in rows:
                     rows[label] = row(iters, s.seed, run, folders)
                     keep(label)

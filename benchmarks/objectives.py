@@ -1,16 +1,18 @@
-"""What a student should learn from: every token, those that it is unsure of, or text that it writes itself; how fast.
+"""What a student should learn from: every token, those that it is unsure of, or text that it writes
+itself; how fast.
 
     scripts/mis benchmarks/objectives.py --seed 0    # then 1 and 2: 20 minutes each, 2 cores
     scripts/mis benchmarks/objectives.py --table
 
-The default student of SmolLM2-135M-Instruct, pruned and repaired once a seed; from there every row trains it whole, by
-distill's defaults but for what its name says. `everywhere`: KL to the teacher at every token, the default. `unsure`: at
-the fifth of a step's tokens at which the student's own entropy is highest (SE-KD). `own text`: as the default, but in
-the last fifth of the steps the student goes on after the first 32 tokens of each window itself, by its own
-probabilities, and only what it wrote is graded (GKD). `rate 2e-4`: the default at twice its learning rate.
-Bits per byte above the teacher's on the texts of teacher_text.py and on held-out windows of the training text; seconds
-are of the processor, one thread, of the steps and a look at two windows. Nothing is quantized.
-Writes benchmarks/results/<machine>/objectives-<seed>.json after every row.
+The default student of SmolLM2-135M-Instruct, pruned and repaired once a seed; from there every row
+trains it whole, by distill's defaults but for what its name says. `everywhere`: KL to the teacher
+at every token, the default. `unsure`: at the fifth of a step's tokens at which the student's own
+entropy is highest (SE-KD). `own text`: as the default, but in the last fifth of the steps the
+student goes on after the first 32 tokens of each window itself, by its own probabilities, and only
+what it wrote is graded (GKD). `rate 2e-4`: the default at twice its learning rate. Bits per byte
+above the teacher's on the texts of teacher_text.py and on held-out windows of the training text;
+seconds are of the processor, one thread, of the steps and a look at two windows. Nothing is
+quantized. Writes benchmarks/results/<machine>/objectives-<seed>.json after every row.
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ from mis_mlx.models import host_losses, mlx_generate
 from mis_mlx.planner import recipe
 from mis_mlx.reporting.text import markdown_table
 
-UNSURE, OWN, PROMPT = 0.2, 0.2, 32  # share of tokens; of steps, the last ones; tokens of a window that are given
+# share of tokens; of steps, the last ones; tokens of a window that are given
+UNSURE = 0.2
+OWN = 0.2
+PROMPT = 32
 WINDOWS = 6  # of each text
 
 
@@ -63,14 +68,24 @@ def entropies(hidden: mx.array, head: mx.array) -> np.ndarray:
 
 @contextmanager
 def unsure() -> Iterator[None]:
-    """KL and its gradients at a part of the tokens, weighted so that their mean has the place of the mean of all."""
+    """KL and its gradients at a part of the tokens, weighted so that their mean has the place of
+    the mean of all.
+    """
     whole: Callable[..., Any] = host_losses.kl_gradients
 
-    def some(student: mx.array, head: mx.array, teacher: mx.array, logits: Any, learn: mx.array, *more: Any) -> Any:
+    def some(
+        student: mx.array,
+        head: mx.array,
+        teacher: mx.array,
+        logits: Any,
+        learn: mx.array,
+        *more: Any,
+    ) -> Any:
         counts = np.array(learn, np.float32)
         known = np.where(counts > 0, entropies(student, head), -1.0)
         at = np.sort(np.argsort(known)[-round(UNSURE * np.count_nonzero(counts)) :])
-        weights, rows = mx.array(counts[at] * (counts.sum() / counts[at].sum())), mx.array(at)
+        weights = mx.array(counts[at] * (counts.sum() / counts[at].sum()))
+        rows = mx.array(at)
         loss, below, of_head = whole(student[rows], head, teacher[rows], logits, weights, *more)
         slopes = mx.zeros_like(student)
         slopes[rows] = below
@@ -86,21 +101,29 @@ def unsure() -> Iterator[None]:
 @contextmanager
 def own_text() -> Iterator[None]:
     """The last steps are on what the student writes."""
-    steps, usual = live_teacher.steps, live_teacher.step_micro_batches
+    steps = live_teacher.steps
+    usual = live_teacher.step_micro_batches
 
     def with_student(student: Any, source: Any, data: Any, r: Any, *more: Any, **named: Any) -> Any:
         def written(source: Any, data: Any, r: Any, step: int) -> Any:
             if step < round((1 - OWN) * r.iters):
                 return usual(source, data, r, step)
-            at = token_windows.order(len(data.tokens), r.batch_size * r.grad_accumulation_steps, step, r.seed)
-            length, prompts = data.tokens.shape[1], [[int(t) for t in row[:PROMPT]] for row in data.tokens[at]]
+            at = token_windows.order(
+                len(data.tokens), r.batch_size * r.grad_accumulation_steps, step, r.seed
+            )
+            length = data.tokens.shape[1]
+            prompts = [[int(t) for t in row[:PROMPT]] for row in data.tokens[at]]
             draw = mlx_generate.sampler(1.0, 1000 * r.seed + step)
             said = mlx_generate.groups(student, prompts, 1, length - PROMPT, (), draw, len(prompts))
-            tokens = np.array([[*prompt, *ids] for prompt, (ids,) in zip(prompts, said, strict=True)], np.int32)
+            tokens = np.array(
+                [[*prompt, *ids] for prompt, (ids,) in zip(prompts, said, strict=True)], np.int32
+            )
             learn = np.zeros(tokens.shape, np.float32)
             learn[:, PROMPT - 1 : -1] = 1
             parts = np.array_split(np.arange(len(at)), r.grad_accumulation_steps)
-            return source.micro_batches([(mx.array(tokens[p]), mx.array(learn[p])) for p in parts], parts)
+            return source.micro_batches(
+                [(mx.array(tokens[p]), mx.array(learn[p])) for p in parts], parts
+            )
 
         live_teacher.step_micro_batches = written  # type: ignore[assignment]
         return steps(student, source, data, r, *more, **named)
@@ -109,12 +132,16 @@ def own_text() -> Iterator[None]:
     try:
         yield
     finally:
-        live_teacher.steps, live_teacher.step_micro_batches = steps, usual
+        live_teacher.steps = steps
+        live_teacher.step_micro_batches = usual
 
 
 ROWS = {
-    "everywhere": Row(), "unsure": Row(unsure), "own text": Row(own_text), "rate 2e-4": Row(learning_rate=2e-4),
-}  # fmt: skip
+    "everywhere": Row(),
+    "unsure": Row(unsure),
+    "own text": Row(own_text),
+    "rate 2e-4": Row(learning_rate=2e-4),
+}
 
 
 @dataclass(frozen=True)
@@ -131,40 +158,75 @@ class Settings:
 
 def row(name: str, seed: int, begun: Path, out: Path, folders: dict[str, Path]) -> dict[str, Any]:
     """{"seconds", "bits": {text: above the teacher}}."""
-    began, how = time.process_time(), ROWS[name]
+    began = time.process_time()
+    how = ROWS[name]
     with how.way():
-        distill.run(distill.Settings(
-            student=str(begun), out=str(out), seed=seed, iters=recipe.ITERS, learning_rate=how.learning_rate,
-            reconstruct_samples=0, quantize=0, bench_tokens=0, eval_windows=1,
-        ))  # fmt: skip
+        distill.run(
+            distill.Settings(
+                student=str(begun),
+                out=str(out),
+                seed=seed,
+                iters=recipe.ITERS,
+                learning_rate=how.learning_rate,
+                reconstruct_samples=0,
+                quantize=0,
+                bench_tokens=0,
+                eval_windows=1,
+            )
+        )
     seconds = round(time.process_time() - began, 1)
-    judged = teacher_text.judged(None, out / "model", {**folders, teacher_text.BUILT_IN: None}, WINDOWS)
-    return {"seconds": seconds, "bits": {name: round(of["student"] - of["teacher"], 4) for name, of in judged.items()}}
+    judged = teacher_text.judged(
+        None, out / "model", {**folders, teacher_text.BUILT_IN: None}, WINDOWS
+    )
+    return {
+        "seconds": seconds,
+        "bits": {name: round(of["student"] - of["teacher"], 4) for name, of in judged.items()},
+    }
 
 
 def table(seeds: list[dict[str, Any]]) -> str:
     """Markdown: a column for each row that all seeds have."""
     names = [name for name in ROWS if all(name in rows for rows in seeds)] if seeds else []
     texts = list(seeds[0][names[0]]["bits"]) if names else []
-    body = [[text, *(", ".join(f"{rows[n]['bits'][text]:.3f}" for rows in seeds) for n in names)] for text in texts]
-    body.append(["seconds", *(", ".join(f"{rows[n]['seconds']:.0f}" for rows in seeds) for n in names)])
+    body = [
+        [text, *(", ".join(f"{rows[n]['bits'][text]:.3f}" for rows in seeds) for n in names)]
+        for text in texts
+    ]
+    body.append(
+        ["seconds", *(", ".join(f"{rows[n]['seconds']:.0f}" for rows in seeds) for n in names)]
+    )
     return markdown_table(["", *names], body)
 
 
 def main(s: Settings) -> None:
     """Every row that is not there yet."""
-    given, name = {"windows": WINDOWS, "seed": s.seed}, f"objectives-{s.seed}"
+    given = {"windows": WINDOWS, "seed": s.seed}
+    name = f"objectives-{s.seed}"
     rows = resumed(name, given, ["rows"]).get("rows", {})
     missing = [each for each in s.rows if each not in rows and not s.table]
     with tempfile.TemporaryDirectory() as temp:
-        begun, folders = Path(temp) / "begun", teacher_text.texts(Path(temp), None) if missing else {}
+        begun = Path(temp) / "begun"
+        folders = teacher_text.texts(Path(temp), None) if missing else {}
         if missing:  # one step too small to move a weight
-            distill.run(distill.Settings(out=str(begun), seed=s.seed, iters=1, learning_rate=1e-12, quantize=0,
-                                         bench_tokens=0, eval_windows=1))  # fmt: skip
+            distill.run(
+                distill.Settings(
+                    out=str(begun),
+                    seed=s.seed,
+                    iters=1,
+                    learning_rate=1e-12,
+                    quantize=0,
+                    bench_tokens=0,
+                    eval_windows=1,
+                )
+            )
         for at, each in enumerate(missing):
             rows[each] = row(each, s.seed, begun / "model", Path(temp) / f"run-{at}", folders)
             cli.say(f"{each}: {rows[each]}")
-            write(name, f"scripts/mis benchmarks/objectives.py --seed {s.seed}", {"given": given, "rows": rows})
+            write(
+                name,
+                f"scripts/mis benchmarks/objectives.py --seed {s.seed}",
+                {"given": given, "rows": rows},
+            )
     found = [stored(f"objectives-{seed}").get("rows", {}) for seed in range(3)]
     print(table([each for each in found if each]))
 

@@ -1,9 +1,10 @@
-"""The paper's figures on the paper's laptop: which of them the planner's arithmetic allows. Computed, not measured.
+"""The paper's figures on the paper's laptop: which of them the planner's arithmetic allows.
+Computed, not measured.
 
     scripts/mis benchmarks/paper.py
 
-The teacher is Miś-137B by its own shape, and by the 137 billion parameters and 70 GB that the paper gives it; the
-machine an 8 GB MacBook Air M1 by published rates.
+The teacher is Miś-137B by its own shape, and by the 137 billion parameters and 70 GB that the paper
+gives it; the machine an 8 GB MacBook Air M1 by published rates.
 """
 
 from __future__ import annotations
@@ -32,24 +33,43 @@ class Settings:
 
 
 def table(plan: MemoryPlan, tokens: int) -> str:
-    """What this machine makes of the paper's figures: by its teacher's own shape, and by its 137B and 70 GB."""
-    at, m = plan.rates, plan.job.teacher
-    labels = [*(f"a pass of {n:,} token{'s'[: n > 1]}" for n in PASSES), "N*: arithmetic takes as long as reading"]
+    """What this machine makes of the paper's figures: by its teacher's own shape, and by its 137B
+    and 70 GB.
+    """
+    at = plan.rates
+    m = plan.job.teacher
+    labels = [
+        *(f"a pass of {n:,} token{'s'[: n > 1]}" for n in PASSES),
+        "N*: arithmetic takes as long as reading",
+    ]
     labels += [f"{tokens:,} tokens, cool and hot", "one generated token, plain"]
     labels += [f"the same, {n} of a tree of N* guesses accepted" for n in ACCEPTED]
-    columns, verdicts = [], []
+    columns = []
+    verdicts = []
     streamed = m.shape.layers * m.block_bytes + m.head_bytes
     for params, nbytes in ((estimates.forward_flops(m, 1, 0) / 2, streamed), (137e9, 70e9)):
-        reading, computing = nbytes / at.read_bytes_per_s, 2 * params / at.forward_flops_per_s  # s a pass, s a token
+        # s a pass, s a token
+        reading = nbytes / at.read_bytes_per_s
+        computing = 2 * params / at.forward_flops_per_s
         cells = [duration(max(reading, computing * n)) for n in PASSES]
         epochs = [f"{max(reading, computing * tokens / hot) / 3600:.0f} h" for hot in (1.0, at.hot)]
         cells += [f"{reading / computing:.0f}", " and ".join(epochs)]
         cells += [f"{reading / n:.1f} s, {n / reading:.3f} tokens/s" for n in (1, *ACCEPTED)]
         columns.append(cells)
         best = ACCEPTED[-1] / reading  # tokens/s
-        word = "possible" if best >= 0.45 else "possible at its lower end" if best >= 0.3 else "not possible"
-        verdicts.append(f"{word}, {0.3 * reading:.1f} to {0.45 * reading:.1f} guesses a pass would have to be right")
-    shape, least = arch.params(m.config) / 1e9, phases.least_bytes(plan.job, at)
+        word = (
+            "possible"
+            if best >= 0.45
+            else "possible at its lower end"
+            if best >= 0.3
+            else "not possible"
+        )
+        verdicts.append(
+            f"{word}, {0.3 * reading:.1f} to {0.45 * reading:.1f} guesses a pass would have to be "
+            f"right"
+        )
+    shape = arch.params(m.config) / 1e9
+    least = phases.least_bytes(plan.job, at)
     room = memory.room_bytes() if at.room_bytes is None else at.room_bytes
     read = [hours * 3600 * at.forward_flops_per_s * at.hot / 2 / 137e9 / 1e6 for hours in (48, 72)]
     head = ["", f"by its shape: {shape:.1f}B, {m.nbytes / 1e9:.1f} GB", "by the paper: 137B, 70 GB"]
@@ -57,12 +77,17 @@ def table(plan: MemoryPlan, tokens: int) -> str:
         [
             markdown_table(head, zip(labels, *columns, strict=True)),
             "",
-            f'- "137B teacher": not possible, its own shape gives {shape:.1f}B; the figure does not follow from it.',
-            f'- "70 GB in 4 bits": not possible, 137B take {137 * 0.5625:.1f} GB in groups of 64 with float16 scales; '
+            f'- "137B teacher": not possible, its own shape gives {shape:.1f}B; the figure does '
+            f"not follow from it.",
+            f'- "70 GB in 4 bits": not possible, 137B take {137 * 0.5625:.1f} GB in groups of 64 '
+            f"with float16 scales; "
             f"70 GB are {70 * 8 / 137:.2f} bits a parameter.",
-            f'- "0.3-0.45 tokens/s": with 137B {verdicts[1]}; with its shape {verdicts[0]} (4 to 6 are usual).',
-            f'- "48-72 h of distillation": possible for the teacher\'s part, {read[0]:.1f} to {read[1]:.1f} million '
-            f"tokens once; the student's is {'possible' if least <= room else 'not possible'}, it takes {gib(least)} "
+            f'- "0.3-0.45 tokens/s": with 137B {verdicts[1]}; with its shape {verdicts[0]} (4 to 6 '
+            f"are usual).",
+            f'- "48-72 h of distillation": possible for the teacher\'s part, {read[0]:.1f} to '
+            f"{read[1]:.1f} million "
+            f"tokens once; the student's is {'possible' if least <= room else 'not possible'}, it "
+            f"takes {gib(least)} "
             f"of memory and the machine gives {gib(room)}.",
         ]
     )

@@ -1,10 +1,12 @@
 """Where a distillation's time goes: seconds by phase, and in a phase by kind of work.
 
-    scripts/mis benchmarks/phases.py [flags of distill]    # 10 minutes on 2 cores; nothing but the run beside
+    scripts/mis benchmarks/phases.py [flags of distill]    # 10 minutes on 2 cores; nothing but the
+    run beside
 
-A thread looks at the main thread fifty times a second and notes the innermost function of this package that it is in:
-MLX is lazy, so what waits for an evaluation has its time. A phase's kinds are the functions with 2 % of it or more.
-The run goes to a temporary folder. It is a run like any other: what looks at it costs less than a hundredth.
+A thread looks at the main thread fifty times a second and notes the innermost function of this
+package that it is in: MLX is lazy, so what waits for an evaluation has its time. A phase's kinds
+are the functions with 2 % of it or more. The run goes to a temporary folder. It is a run like any
+other: what looks at it costs less than a hundredth.
 
 Writes benchmarks/results/<machine>/phases.json; with flags, nothing but what it prints.
 """
@@ -38,10 +40,14 @@ class Watch:
     """Samples of the thread that made it: {phase: {function: how often}}."""
 
     def __init__(self) -> None:
-        self.phase, self.seen, self.seconds = "start", dict[str, Counter[str]](), dict[str, float]()
+        self.phase = "start"
+        self.seen = dict[str, Counter[str]]()
+        self.seconds = dict[str, float]()
         self.cpu_seconds = dict[str, float]()
-        self._thread, self._over = threading.get_ident(), threading.Event()
-        self._began, self._used = time.perf_counter(), time.process_time()
+        self._thread = threading.get_ident()
+        self._over = threading.Event()
+        self._began = time.perf_counter()
+        self._used = time.process_time()
         self._looking = threading.Thread(target=self._look, daemon=True)
         self._looking.start()
 
@@ -52,13 +58,18 @@ class Watch:
 
     def turn(self, phase: str) -> None:
         """From now on it is this phase."""
-        now, used = time.perf_counter(), time.process_time()
+        now = time.perf_counter()
+        used = time.process_time()
         self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self._began
         self.cpu_seconds[self.phase] = self.cpu_seconds.get(self.phase, 0.0) + used - self._used
-        self.phase, self._began, self._used = phase, now, used
+        self.phase = phase
+        self._began = now
+        self._used = used
 
     def close(self) -> dict[str, dict[str, Any]]:
-        """{phase: its seconds, those of all cores together, and {function: seconds}, the longest first}."""
+        """{phase: its seconds, those of all cores together, and {function: seconds}, the longest
+        first}.
+        """
         self.turn("end")
         self._over.set()
         self._looking.join()
@@ -66,7 +77,11 @@ class Watch:
         for phase, seconds in self.seconds.items():
             counts = self.seen.get(phase, Counter())
             each = seconds / max(1, counts.total())
-            kinds = {name: round(n * each, 1) for name, n in counts.most_common() if n >= LEAST * counts.total()}
+            kinds = {
+                name: round(n * each, 1)
+                for name, n in counts.most_common()
+                if n >= LEAST * counts.total()
+            }
             cpu = round(self.cpu_seconds[phase], 1)
             found[phase] = {"seconds": round(seconds, 1), "cpu_seconds": cpu, "work": kinds}
         return found
@@ -84,7 +99,8 @@ def innermost(frame: FrameType | None) -> str:
 
 def main(flags: list[str]) -> None:
     """One run under the watch."""
-    watch, plain = Watch(), progress.phase
+    watch = Watch()
+    plain = progress.phase
 
     @contextmanager
     def phase(name: str) -> Iterator[Any]:

@@ -1,13 +1,15 @@
-"""What the plan says a phase takes of memory, beside what the process took: is a budget what it says?
+"""What the plan says a phase takes of memory, beside what the process took: is a budget what it
+says?
 
     scripts/mis benchmarks/planned.py [--only CASE]    # 25 minutes on 2 cores, 6 GB of disk
 
-Five distillations of a few steps with the default's sizes in all else: the default teacher, and that under 300 MiB,
-nearly the least it can have; one of the shape of a 0.5 B model with 152 thousand tokens and random weights, under 2
-GiB, which trains it in parts, and under 850 MiB; and a 4-bit teacher.
-Before each phase the system is told to count the process's largest resident set anew (Linux), so that numpy's share and
-MLX's both count; the choice of tokens, which comes before the first phase, belongs to it, as in the plan. Planned and
-measured are of the process, less what it held before the run.
+Five distillations of a few steps with the default's sizes in all else: the default teacher, and
+that under 300 MiB, nearly the least it can have; one of the shape of a 0.5 B model with 152
+thousand tokens and random weights, under 2 GiB, which trains it in parts, and under 850 MiB; and a
+4-bit teacher. Before each phase the system is told to count the process's largest resident set anew
+(Linux), so that numpy's share and MLX's both count; the choice of tokens, which comes before the
+first phase, belongs to it, as in the plan. Planned and measured are of the process, less what it
+held before the run.
 
 Writes benchmarks/results/<machine>/planned.json after every case, and goes on where it was stopped.
 """
@@ -34,10 +36,24 @@ from mis_mlx.models import resolve
 from mis_mlx.pruning import vocabulary
 from mis_mlx.storage import run_folder
 
-HALF = {"num_hidden_layers": 24, "hidden_size": 896, "intermediate_size": 4864, "vocab_size": 151_936,
-        "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64}  # fmt: skip
-BRIEF: dict[str, Any] = {"iters": 2, "save_every": 1, "num_samples": 4, "reconstruct_samples": 4, "eval_windows": 3,
-                         "bench_tokens": 4, "q_iters": 2}  # fmt: skip
+HALF = {
+    "num_hidden_layers": 24,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "vocab_size": 151_936,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+BRIEF: dict[str, Any] = {
+    "iters": 2,
+    "save_every": 1,
+    "num_samples": 4,
+    "reconstruct_samples": 4,
+    "eval_windows": 3,
+    "bench_tokens": 4,
+    "q_iters": 2,
+}
 CASES: dict[str, dict[str, Any]] = {
     "default": {}, "default, 300 MiB": {"budget": "300MiB", "q_iters": None},
     "0.5 B shape, 2 GiB": {"budget": "2GiB", "q_iters": None},
@@ -50,7 +66,9 @@ class Settings:
     """Which of them."""
 
     only: str | None = None
-    """default, `default, 300 MiB`, `0.5 B shape, 2 GiB`, `0.5 B shape, 850 MiB` or `4-bit teacher`; default: all"""
+    """default, `default, 300 MiB`, `0.5 B shape, 2 GiB`, `0.5 B shape, 850 MiB` or `4-bit teacher`;
+    default: all
+    """
     teacher: str | None = None
     """of one stretch alone, in a process of its own"""
     out: str | None = None
@@ -59,7 +77,9 @@ class Settings:
 
 def largest() -> int:
     """The largest resident set of this process since it was last asked to count anew, in bytes."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    line = next(
+        x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")
+    )
     return 1024 * int(line.split()[1])
 
 
@@ -75,8 +95,11 @@ def when_tokens_are_chosen(begin: Callable[[], None]) -> None:
 
 
 def stretch(name: str, teacher: str, out: Path) -> None:
-    """Begin the run, or go on with it, until a phase is done and the next begins; print {phase: bytes it took}."""
-    taken, plain = dict[str, int](), Run.phase
+    """Begin the run, or go on with it, until a phase is done and the next begins; print {phase:
+    bytes it took}.
+    """
+    taken = dict[str, int]()
+    plain = Run.phase
 
     @contextmanager
     def phase(course: Run, label: str) -> Iterator[None]:
@@ -91,7 +114,9 @@ def stretch(name: str, teacher: str, out: Path) -> None:
 
     Run.phase = phase  # type: ignore[method-assign,assignment]
     when_tokens_are_chosen(laboratory.count_anew)
-    s = replace(distill.Settings(teacher=teacher, out=str(out), **BRIEF), **CASES[name], resume=out.exists())
+    s = replace(
+        distill.Settings(teacher=teacher, out=str(out), **BRIEF), **CASES[name], resume=out.exists()
+    )
     with redirect_stdout(sys.stderr):
         distill.run(s)
     print(json.dumps(taken))
@@ -99,7 +124,8 @@ def stretch(name: str, teacher: str, out: Path) -> None:
 
 def case(name: str, teacher: str, temp: Path) -> dict[str, Any]:
     """{phase: (planned bytes, measured bytes)} of a run, all in processes of their own."""
-    out, taken = temp / f"run-{len(name)}", dict[str, int]()
+    out = temp / f"run-{len(name)}"
+    taken = dict[str, int]()
     line = [sys.executable, __file__, "--only", name, "--teacher", teacher, "--out", str(out)]
     while "measure" not in taken:
         done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
@@ -125,10 +151,15 @@ def main(s: Settings) -> None:
                 teacher = laboratory.packed(teacher, Path(temp) / "packed")
             found[name] = case(name, str(teacher), Path(temp))
             for label, (planned, taken) in found[name]["phases"].items():
-                said = f"planned {planned / 2**20:.0f} MiB, took {taken / 2**20:.0f}: {planned / taken - 1:+.0%}"
+                said = (
+                    f"planned {planned / 2**20:.0f} MiB, took {taken / 2**20:.0f}: "
+                    f"{planned / taken - 1:+.0%}"
+                )
                 cli.say(f"{name}, {label}: {said}")
             if not s.only:
-                laboratory.write("planned", "scripts/mis benchmarks/planned.py", {"given": given, "cases": found})
+                laboratory.write(
+                    "planned", "scripts/mis benchmarks/planned.py", {"given": given, "cases": found}
+                )
 
 
 if __name__ == "__main__":

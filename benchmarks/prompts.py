@@ -1,9 +1,11 @@
-"""Write the built-in prompts anew: questions that a teacher answers for training, and others that judge a student.
+"""Write the built-in prompts anew: questions that a teacher answers for training, and others that
+judge a student.
 
     scripts/mis benchmarks/prompts.py
 
-Seconds. The files come out as they are in the checkout, to the byte, unless prompt_texts/ was changed. Training prompts
-and held-out ones come from other templates and other words, so that a student cannot know one from the other.
+Seconds. The files come out as they are in the checkout, to the byte, unless prompt_texts/ was
+changed. Training prompts and held-out ones come from other templates and other words, so that a
+student cannot know one from the other.
 """
 
 from __future__ import annotations
@@ -37,10 +39,16 @@ class Source:
     paragraph_slot: str
 
 
-ENGLISH = Source(templates.TRAIN, {**words.TRAIN_PL, **words.TRAIN}, templates.PARAGRAPHS, "paragraph")
+ENGLISH = Source(
+    templates.TRAIN, {**words.TRAIN_PL, **words.TRAIN}, templates.PARAGRAPHS, "paragraph"
+)
 POLISH = Source(templates.TRAIN_PL, words.TRAIN_PL, templates.PARAGRAPHS_PL, "akapit")
-HELD_OUT_ENGLISH = Source(templates.HELD_OUT, words.HELD_OUT, templates.HELD_OUT_PARAGRAPHS, "paragraph")
-HELD_OUT_POLISH = Source(templates.HELD_OUT_PL, words.HELD_OUT_PL, templates.HELD_OUT_PARAGRAPHS_PL, "akapit")
+HELD_OUT_ENGLISH = Source(
+    templates.HELD_OUT, words.HELD_OUT, templates.HELD_OUT_PARAGRAPHS, "paragraph"
+)
+HELD_OUT_POLISH = Source(
+    templates.HELD_OUT_PL, words.HELD_OUT_PL, templates.HELD_OUT_PARAGRAPHS_PL, "akapit"
+)
 
 
 def pick(rng: random.Random, items: Sequence[T]) -> T:
@@ -49,7 +57,9 @@ def pick(rng: random.Random, items: Sequence[T]) -> T:
 
 
 def filled(template: templates.Template, source: Source, rng: random.Random) -> list[str]:
-    """The turns of a template with a word in every slot; one slot has the same word in all turns."""
+    """The turns of a template with a word in every slot; one slot has the same word in all
+    turns.
+    """
     turns = [template] if isinstance(template, str) else list(template)
     paragraph = pick(rng, source.paragraphs)
     turns = [turn.replace(f"{{{source.paragraph_slot}}}", paragraph) for turn in turns]
@@ -67,9 +77,12 @@ def filled(template: templates.Template, source: Source, rng: random.Random) -> 
 
 
 def drawn(source: Source, count: int, seed: int) -> list[tuple[str, list[str]]]:
-    """`count` different prompts (kind, turns): kinds in turn, and within a kind its templates in turn."""
+    """`count` different prompts (kind, turns): kinds in turn, and within a kind its templates in
+    turn.
+    """
     rng = random.Random(seed)
-    made, seen = list[tuple[str, list[str]]](), set[str]()
+    made = list[tuple[str, list[str]]]()
+    seen = set[str]()
     kinds = list(source.templates)
     number = 0
     while len(made) < count:
@@ -95,7 +108,8 @@ def conversation(turns: Sequence[str]) -> list[dict[str, str]]:
 
 def mixed(english: Sequence[T], polish: Sequence[T]) -> list[T]:
     """Both, the second spread evenly among the first."""
-    rows, each = list[T](), len(english) // len(polish)
+    rows = list[T]()
+    each = len(english) // len(polish)
     for i, row in enumerate(english):
         rows.append(row)
         if i % each == each - 1 and i // each < len(polish):
@@ -112,7 +126,10 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def main() -> None:
     """Both files."""
     train = [
-        [{"kind": kind, "language": language, "turns": turns} for kind, turns in drawn(source, count, seed=0)]
+        [
+            {"kind": kind, "language": language, "turns": turns}
+            for kind, turns in drawn(source, count, seed=0)
+        ]
         for language, source, count in (("en", ENGLISH, 2400), ("pl", POLISH, 400))
     ]
     held_out = [

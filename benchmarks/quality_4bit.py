@@ -1,13 +1,17 @@
-"""What 4 bits cost: ours beside mlx_lm's convert, gptq, awq, dwq and dynamic_quant and llama.cpp's Q4_K_M, in one run.
+"""What 4 bits cost: ours beside mlx_lm's convert, gptq, awq, dwq and dynamic_quant and llama.cpp's
+Q4_K_M, in one run.
 
-    scripts/mis benchmarks/quality_4bit.py --model RUN/distilled --name student   # about an hour on 2 cores
-    scripts/mis benchmarks/quality_4bit.py                                        # the default teacher
+    scripts/mis benchmarks/quality_4bit.py --model RUN/distilled --name student   # about an hour on
+    2 cores
+    scripts/mis benchmarks/quality_4bit.py                                        # the default
+    teacher
 
-A row is one model in fewer bits: KL(model || model in fewer bits) and the held-out loss that it adds, over all tokens
-of the same windows (± one standard error over tokens). All MLX rows have groups of 64 and learn from the same windows:
-32 for whoever calibrates, 2 a step for whoever trains. mlx_lm's programs run as they are, on our text: `convert` and
-`dwq` round the embedding to 4 bits, `gptq` and `awq` to 8. Bits are of all weights. Rows are written when they are
-done, so a run that was stopped goes on. Writes benchmarks/results/<machine>/quality_4bit/<name>-<row>.json.
+A row is one model in fewer bits: KL(model || model in fewer bits) and the held-out loss that it
+adds, over all tokens of the same windows (± one standard error over tokens). All MLX rows have
+groups of 64 and learn from the same windows: 32 for whoever calibrates, 2 a step for whoever
+trains. mlx_lm's programs run as they are, on our text: `convert` and `dwq` round the embedding to 4
+bits, `gptq` and `awq` to 8. Bits are of all weights. Rows are written when they are done, so a run
+that was stopped goes on. Writes benchmarks/results/<machine>/quality_4bit/<name>-<row>.json.
 """
 
 from __future__ import annotations
@@ -46,7 +50,9 @@ class Settings:
     model: str | None = None
     """folder of an unquantized model; default: the default teacher"""
     teacher: str | None = None
-    """what scales may learn from beside the model itself; default: the default teacher, where --model is another"""
+    """what scales may learn from beside the model itself; default: the default teacher, where
+    --model is another
+    """
     name: str = "teacher"
     """what to call the model in the results"""
     only: tuple[str, ...] = ()
@@ -76,17 +82,27 @@ class Bench:
             name: comparison.chosen(text, max(1, s.eval_windows // (1 if at == 0 else 3)))
             for at, (name, text) in enumerate(data.held_out.items())
         }
-        self.mine = {name: comparison.final_hidden(self.dense, text) for name, text in self.held_out.items()}
+        self.mine = {
+            name: comparison.final_hidden(self.dense, text) for name, text in self.held_out.items()
+        }
 
     def judge(self, other: Checkpoint) -> dict[str, Any]:
         """Mean KLD and added loss with standard errors, agreement; by text."""
         found: dict[str, Any] = {}
         for name, text in self.held_out.items():
             theirs = comparison.final_hidden(other, text)
-            at = np.concatenate([*comparison.by_window((self.dense, self.mine[name]), (other, theirs), text)]).T
-            f, added = comparison.figures(*at), at[1] - at[0]
-            found[name] = {key: f[key] for key in ("mean_kld", "p999_kld", "same_top_p", "ppl_ratio")}
-            found[name]["added_nats"] = float(added.mean()), float(added.std(ddof=1) / len(added) ** 0.5)
+            at = np.concatenate(
+                [*comparison.by_window((self.dense, self.mine[name]), (other, theirs), text)]
+            ).T
+            f = comparison.figures(*at)
+            added = at[1] - at[0]
+            found[name] = {
+                key: f[key] for key in ("mean_kld", "p999_kld", "same_top_p", "ppl_ratio")
+            }
+            found[name]["added_nats"] = (
+                float(added.mean()),
+                float(added.std(ddof=1) / len(added) ** 0.5),
+            )
         return found
 
     def ours(self, out: Path, how: QuantizationConfig, taught: str | None = None) -> None:
@@ -95,10 +111,16 @@ class Bench:
         stage.quantize(self.path, rounded, how, DISK, self.batches, len(self.batches))
         if how.q_iters:
             checkpoint = load.open_checkpoint(rounded)
-            r = pipeline.tuning_recipe(DistillationConfig(), checkpoint, how.q_iters, how.q_learning_rate)
-            with vocabulary.shared(load.open_checkpoint(taught) if taught else self.dense, [self.dense]) as teacher:
+            r = pipeline.tuning_recipe(
+                DistillationConfig(), checkpoint, how.q_iters, how.q_learning_rate
+            )
+            with vocabulary.shared(
+                load.open_checkpoint(taught) if taught else self.dense, [self.dense]
+            ) as teacher:
                 source = live_teacher.StreamedTeacher(teacher, None)
-                packed_format.write_learned(checkpoint, pipeline.tuned(checkpoint, source, self.train, r), out, DISK)
+                packed_format.write_learned(
+                    checkpoint, pipeline.tuned(checkpoint, source, self.train, r), out, DISK
+                )
 
     def opened(self) -> tuple[Any, Any, dict[str, Any]]:
         """As mlx_lm opens it, in float32: (model, tokenizer, config)."""
@@ -123,7 +145,9 @@ class Bench:
         self.save(out, model, tokenizer, {**config, "quantization": how})
 
     def awq(self, out: Path) -> None:
-        """mlx_lm.awq's function, on a quarter of the windows: its search passes over them 40 times a block."""
+        """mlx_lm.awq's function, on a quarter of the windows: its search passes over them 40 times
+        a block.
+        """
         program = load.mlx_lm("quant.awq")
         model, tokenizer, config = self.opened()
         data = mx.concatenate(self.batches[: len(self.batches) // 4])
@@ -133,22 +157,40 @@ class Bench:
         self.save(out, model, tokenizer, config)
 
     def dwq(self, out: Path) -> None:
-        """mlx_lm.dwq's function at its own learning rate, in float32, from its rounded model; as many steps as ours."""
-        program, utils = load.mlx_lm("quant.dwq"), load.mlx_lm("utils")
+        """mlx_lm.dwq's function at its own learning rate, in float32, from its rounded model; as
+        many steps as ours.
+        """
+        program = load.mlx_lm("quant.dwq")
+        utils = load.mlx_lm("utils")
         model, tokenizer, config = self.opened()
         small, config = utils.quantize_model(copy.deepcopy(model), config, 64, 4)
         rows = [(self.train.tokens[i].tolist(), 0) for i in range(2 * self.s.q_iters + 4)]
         adam = load.mlx_lm("quant.dwq").optimizers.Adam(learning_rate=1e-6, bias_correction=True)
-        program.dwq_quantize(small, lambda batch, i, split: model(batch), adam, rows[4:], rows[:4], 2,
-                             self.s.max_seq_length, 0, mx.float32)  # fmt: skip
+        program.dwq_quantize(
+            small,
+            lambda batch, i, split: model(batch),
+            adam,
+            rows[4:],
+            rows[:4],
+            2,
+            self.s.max_seq_length,
+            0,
+            mx.float32,
+        )
         self.save(out, small, tokenizer, config)
 
     def dynamic_quant(self, out: Path) -> None:
-        """mlx_lm.dynamic_quant's functions and defaults, but for the bits, which are those of our default."""
-        program, utils = load.mlx_lm("quant.dynamic_quant"), load.mlx_lm("utils")
+        """mlx_lm.dynamic_quant's functions and defaults, but for the bits, which are those of our
+        default.
+        """
+        program = load.mlx_lm("quant.dynamic_quant")
+        utils = load.mlx_lm("utils")
         model, tokenizer, config = self.opened()
-        low, high = (4, 64), (5, 64)
-        costs = dict(program.estimate_sensitivities(model, mx.concatenate(self.batches), *low, *high))
+        low = (4, 64)
+        high = (5, 64)
+        costs = dict(
+            program.estimate_sensitivities(model, mx.concatenate(self.batches), *low, *high)
+        )
         threshold = program.estimate_threshold(model, costs, MIXED.target_bpw, *low, *high)
         better = {"bits": high[0], "group_size": high[1]}
 
@@ -160,10 +202,14 @@ class Bench:
 
     def q4_k_m(self, out: Path) -> None:
         """llama.cpp's own program by way of `export`; read back by gguf-py into a dense folder."""
-        made = export.run(export.Settings(model=str(self.path), out=str(out.parent / "gguf"), out_type="q4_k_m"))
-        reader, config = GGUFReader(Path(made["out"]) / made["file"]), self.dense.config
+        made = export.run(
+            export.Settings(model=str(self.path), out=str(out.parent / "gguf"), out_type="q4_k_m")
+        )
+        reader = GGUFReader(Path(made["out"]) / made["file"])
+        config = self.dense.config
         heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-        ours, found = {theirs: name for name, theirs in gguf_names(config).items()}, {}
+        ours = {theirs: name for name, theirs in gguf_names(config).items()}
+        found = {}
         for t in reader.tensors:
             if (name := ours.get(t.name, "")) in self.dense.tensors:
                 shape = self.dense.tensors[name].shape
@@ -171,7 +217,9 @@ class Bench:
                 for part, count in heads.items():
                     if part in name:
                         found[name] = found[name][np.argsort(row_order(len(found[name]), count))]
-        model_writer.write_model(config, lambda n: mx.array(found[n]), self.path, out, "float32", DISK)
+        model_writer.write_model(
+            config, lambda n: mx.array(found[n]), self.path, out, "float32", DISK
+        )
         self.nbytes = sum(int(t.n_bytes) for t in reader.tensors)
 
 
@@ -192,12 +240,16 @@ ROWS: dict[str, Callable[[Bench, Path], None]] = {
     "ours, mixed gptq": lambda b, out: b.ours(out, MIXED),
     "ours, gptq tuned": lambda b, out: b.ours(out, replace(FOUR, q_iters=b.s.q_iters)),
     "ours, mixed gptq tuned": lambda b, out: b.ours(out, replace(MIXED, q_iters=b.s.q_iters)),
-    "ours, 5.2 bits": lambda b, out: b.ours(out, replace(MIXED, target_bpw=5.2, q_iters=b.s.q_iters)),
-    "ours, as large as Q4_K_M": lambda b, out: b.ours(out, replace(MIXED, target_bpw=6.4, q_iters=b.s.q_iters)),
+    "ours, 5.2 bits": lambda b, out: b.ours(
+        out, replace(MIXED, target_bpw=5.2, q_iters=b.s.q_iters)
+    ),
+    "ours, as large as Q4_K_M": lambda b, out: b.ours(
+        out, replace(MIXED, target_bpw=6.4, q_iters=b.s.q_iters)
+    ),
     "ours, mixed gptq tuned, from the teacher": lambda b, out: b.ours(
         out, replace(MIXED, q_iters=b.s.q_iters), str(resolve.resolve_model(b.s.teacher).path)
     ),
-}  # fmt: skip
+}
 
 
 def row(bench: Bench, make: Callable[[Bench, Path], None]) -> dict[str, Any]:
@@ -209,7 +261,12 @@ def row(bench: Bench, make: Callable[[Bench, Path], None]) -> dict[str, Any]:
         seconds = time.monotonic() - began
         nbytes = made.nbytes if arch.is_quantized(made.tensors) else bench.nbytes
         bits = 8 * nbytes / arch.params(made.config)
-        return {"bits_per_weight": bits, "nbytes": nbytes, "seconds": round(seconds), **bench.judge(made)}
+        return {
+            "bits_per_weight": bits,
+            "nbytes": nbytes,
+            "seconds": round(seconds),
+            **bench.judge(made),
+        }
 
 
 def table(name: str) -> str:
@@ -220,7 +277,11 @@ def table(name: str) -> str:
     for label in ROWS:
         if r := stored(f"quality_4bit/{name}-{label.replace(', ', '-').replace(' ', '-')}"):
             texts = [r[text] for text in ("English", "Polish")]
-            values = [f"{t[key][0]:.3f} ± {t[key][1]:.3f}" for t in texts for key in ("mean_kld", "added_nats")]
+            values = [
+                f"{t[key][0]:.3f} ± {t[key][1]:.3f}"
+                for t in texts
+                for key in ("mean_kld", "added_nats")
+            ]
             rows.append([label, f"{r['bits_per_weight']:.2f}", f"{r['nbytes'] / 1e6:.1f}", *values])
     return markdown_table(head, rows)
 
@@ -230,7 +291,10 @@ def main(s: Settings) -> None:
     if s.table:
         print(table(s.name))
         return
-    files = {label: f"quality_4bit/{s.name}-{label.replace(', ', '-').replace(' ', '-')}" for label in ROWS}
+    files = {
+        label: f"quality_4bit/{s.name}-{label.replace(', ', '-').replace(' ', '-')}"
+        for label in ROWS
+    }
     todo = [label for label in ROWS if (not s.only or label in s.only) and not stored(files[label])]
     if s.name == "teacher":  # which is its own
         todo = [label for label in todo if "from the teacher" not in label]
@@ -241,15 +305,18 @@ def main(s: Settings) -> None:
         command = f"scripts/mis benchmarks/quality_4bit.py --name {s.name} --q-iters {s.q_iters}"
         try:
             found = row(bench, ROWS[label])
-        except Exception as error:  # somebody else's program that does not run here is a finding too
+        # somebody else's program that does not run here is a finding too
+        except Exception as error:
             if not label.startswith(("mlx_lm", "Q4")):
                 raise
             cli.say(f"{label}: {type(error).__name__}: {error}")
             continue
         write(files[label], command, {"row": label, **found})
         english = found["English"]
-        cli.say(f"{label}: {found['bits_per_weight']:.2f} bits, KLD {english['mean_kld'][0]:.4f}, "
-                f"{english['added_nats'][0]:+.4f} nats, {found['seconds']} s")  # fmt: skip
+        cli.say(
+            f"{label}: {found['bits_per_weight']:.2f} bits, KLD {english['mean_kld'][0]:.4f}, "
+            f"{english['added_nats'][0]:+.4f} nats, {found['seconds']} s"
+        )
         mx.clear_cache()
 
 

@@ -1,14 +1,17 @@
-"""Quantizing a model that is large for its machine: time and memory of ours beside mlx_lm's programs.
+"""Quantizing a model that is large for its machine: time and memory of ours beside mlx_lm's
+programs.
 
     scripts/mis benchmarks/quantizing.py
     scripts/mis benchmarks/quantizing.py --table
 
-A model of the shape of a 0.5 B one with 152 thousand tokens and of random weights, so there is nothing to say of its
-quality (benchmarks/quality_4bit.py has that, of a real one). Whoever calibrates sees the same windows, whoever trains
-makes as many steps; mlx_lm's functions are called as its commands call them, in float32, ours are `mis_mlx.quantize`.
-Every row is a process of its own, whose largest resident set is counted from when the text is ready (Linux); what the
-process held then is not in it. A row that takes longer than LIMIT_S is stopped: MLX's kernels for packed weights are
-slow on a CPU, and dwq trains through them. Writes benchmarks/results/<machine>/quantizing.json after every row.
+A model of the shape of a 0.5 B one with 152 thousand tokens and of random weights, so there is
+nothing to say of its quality (benchmarks/quality_4bit.py has that, of a real one). Whoever
+calibrates sees the same windows, whoever trains makes as many steps; mlx_lm's functions are called
+as its commands call them, in float32, ours are `mis_mlx.quantize`. Every row is a process of its
+own, whose largest resident set is counted from when the text is ready (Linux); what the process
+held then is not in it. A row that takes longer than LIMIT_S is stopped: MLX's kernels for packed
+weights are slow on a CPU, and dwq trains through them. Writes
+benchmarks/results/<machine>/quantizing.json after every row.
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ OURS: dict[str, dict[str, Any]] = {
     "ours, rounded": {"q_method": "round", "target_bpw": None, "q_iters": 0},
     "ours, gptq": {"target_bpw": None, "q_iters": 0},
     "ours, mixed gptq": {"q_iters": 0},
-    "ours, mixed gptq tuned": {"budget": "6GiB"},  # scales that learn need the model in memory, and what it computes
+    # scales that learn need the model in memory, and what it computes
+    "ours, mixed gptq tuned": {"budget": "6GiB"},
 }
 SMALL = "2GiB"
 LIMIT_S = 1800
@@ -69,19 +73,34 @@ def maker(name: str, model: str) -> Callable[[Path], Any]:
 def row(name: str, model: str) -> dict[str, Any]:
     """{"seconds", "peak_bytes", "nbytes"}."""
     with tempfile.TemporaryDirectory() as temp, redirect_stdout(sys.stderr):
-        make, out = maker(name, model), Path(temp) / "out"
-        held, began = psutil.Process().memory_info().rss, train_loop.CLOCK.monotonic()
+        make = maker(name, model)
+        out = Path(temp) / "out"
+        held = psutil.Process().memory_info().rss
+        began = train_loop.CLOCK.monotonic()
         laboratory.count_anew()
         make(out)
-        seconds, peak = train_loop.CLOCK.monotonic() - began, largest() - held
-        return {"seconds": round(seconds, 1), "peak_bytes": peak, "nbytes": load.open_checkpoint(out).nbytes}
+        seconds = train_loop.CLOCK.monotonic() - began
+        peak = largest() - held
+        return {
+            "seconds": round(seconds, 1),
+            "peak_bytes": peak,
+            "nbytes": load.open_checkpoint(out).nbytes,
+        }
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown."""
-    lines = [[name, f"{one['seconds']:.0f}", f"{one['peak_bytes'] / 1e6:,.0f}", f"{one['nbytes'] / 1e6:.0f}"]
-             if "seconds" in one else [name, f"> {one['stopped_after_s']}", "–", "–"]
-             for name, one in rows.items()]  # fmt: skip
+    lines = [
+        [
+            name,
+            f"{one['seconds']:.0f}",
+            f"{one['peak_bytes'] / 1e6:,.0f}",
+            f"{one['nbytes'] / 1e6:.0f}",
+        ]
+        if "seconds" in one
+        else [name, f"> {one['stopped_after_s']}", "–", "–"]
+        for name, one in rows.items()
+    ]
     return markdown_table(["", "s", "peak, MB", "file, MB"], lines)
 
 
@@ -90,16 +109,25 @@ def main(s: Settings) -> None:
     if s.work:
         print(json.dumps(row(*json.loads(s.work))))
         return
-    slow, small = [name for name in THEIRS if "dwq" in name], [name for name in OURS if "tuned" not in name]
-    names = [*(n for n in THEIRS if n not in slow), *OURS, *(f"{name} under {SMALL}" for name in small), *slow]
+    slow = [name for name in THEIRS if "dwq" in name]
+    small = [name for name in OURS if "tuned" not in name]
+    names = [
+        *(n for n in THEIRS if n not in slow),
+        *OURS,
+        *(f"{name} under {SMALL}" for name in small),
+        *slow,
+    ]
     rows = laboratory.resumed("quantizing", GIVEN, ["rows"]).get("rows", {})
     with tempfile.TemporaryDirectory() as temp:
         missing = [name for name in names if name not in rows and not s.table]
         model = str(streaming.synthetic(Path(temp) / "half", HALF)) if missing else ""
         for name in missing:
-            hot, line = laboratory.busy(name), [sys.executable, __file__, f"--work={json.dumps([name, model])}"]
+            hot = laboratory.busy(name)
+            line = [sys.executable, __file__, f"--work={json.dumps([name, model])}"]
             try:
-                done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=False, timeout=LIMIT_S)
+                done = subprocess.run(
+                    line, stdout=subprocess.PIPE, text=True, check=False, timeout=LIMIT_S
+                )
                 if done.returncode:
                     cli.say(f"{name}: its process ended with {done.returncode}")
                     continue
@@ -107,7 +135,9 @@ def main(s: Settings) -> None:
             except subprocess.TimeoutExpired:
                 rows[name] = {"stopped_after_s": LIMIT_S, "hot": hot}
             cli.say(f"{name}: {rows[name]}")
-            laboratory.write("quantizing", "scripts/mis benchmarks/quantizing.py", {"given": GIVEN, "rows": rows})
+            laboratory.write(
+                "quantizing", "scripts/mis benchmarks/quantizing.py", {"given": GIVEN, "rows": rows}
+            )
     print(table(rows))
 
 

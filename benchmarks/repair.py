@@ -1,12 +1,13 @@
-"""How much text the repair needs: by one ridge for all, and by the ridge that windows held out choose.
+"""How much text the repair needs: by one ridge for all, and by the ridge that windows held out
+choose.
 
     scripts/mis benchmarks/repair.py                          # 6 minutes on 2 cores
     scripts/mis benchmarks/repair.py --teacher gemma-3-270m   # 17 blocks, FFN 1216
 
-GAZDA of SmolLM2-135M-Instruct, seeds 0 to 2, which choose the windows; judged on the same held-out windows, English and
-Polish, before any training. "plain" is ridge 0.1 on all windows, nothing held out, nothing refused: what the repair was
-before; of Gemma, whose repair is newer, there is none. Writes benchmarks/results/<machine>/repair.json, or
-repair-<teacher>.json, after every row.
+GAZDA of SmolLM2-135M-Instruct, seeds 0 to 2, which choose the windows; judged on the same held-out
+windows, English and Polish, before any training. "plain" is ridge 0.1 on all windows, nothing held
+out, nothing refused: what the repair was before; of Gemma, whose repair is newer, there is none.
+Writes benchmarks/results/<machine>/repair.json, or repair-<teacher>.json, after every row.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from mis_mlx.models import load, model_writer, resolve
 from mis_mlx.pruning import reconstruct
 
 SEEDS = (0, 1, 2)
-REPAIRS = ((8, "plain"), (8, "held out"))  # of 64, the default, both end alike: 3.019 and 3.021 after distillation
+# of 64, the default, both end alike: 3.019 and 3.021 after distillation
+REPAIRS = ((8, "plain"), (8, "held out"))
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,10 @@ def plain() -> Iterator[None]:
     """As the repair was."""
 
     def solved(
-        self: NormalEquations, held_out: Sequence[HeldOut], _: Sequence[float] = (), whole: bool = True
+        self: NormalEquations,
+        held_out: Sequence[HeldOut],
+        _: Sequence[float] = (),
+        whole: bool = True,
     ) -> tuple[np.ndarray, float]:
         for rows in held_out:
             self.add(rows.inputs.T @ rows.inputs, rows.inputs.T @ rows.missing)
@@ -66,7 +71,11 @@ def plain() -> Iterator[None]:
 def main(s: Settings) -> None:
     """Every row that is not there yet."""
     given = {"max_seq_length": s.max_seq_length, "eval_windows": s.eval_windows}
-    name, shape = ("repair", WIDE) if s.teacher is None else (f"repair-{s.teacher}", {"layers": 17, "ffn": 1216})
+    name, shape = (
+        ("repair", WIDE)
+        if s.teacher is None
+        else (f"repair-{s.teacher}", {"layers": 17, "ffn": 1216})
+    )
     repairs = REPAIRS if s.teacher is None else ((8, "held out"), (64, "held out"))
     command = "scripts/mis benchmarks/repair.py" + (f" --teacher {s.teacher}" if s.teacher else "")
     before = stored(name)
@@ -75,17 +84,24 @@ def main(s: Settings) -> None:
     bench = Bench(s.max_seq_length, s.eval_windows, folder)
     for seed in SEEDS:
         with TemporaryDirectory() as temp:
-            pruned = bench.pruned(Arm("", cut=cut(**shape, importance="rms")), seed, Path(temp) / "pruned")
+            pruned = bench.pruned(
+                Arm("", cut=cut(**shape, importance="rms")), seed, Path(temp) / "pruned"
+            )
             keep = model_writer.read_keep(pruned.path)
             assert keep is not None
             for count, how in [(0, ""), *repairs]:
-                if (row := f"{seed}, {count} windows, {how}" if count else f"{seed}, pruned") in rows:
+                if (
+                    row := f"{seed}, {count} windows, {how}" if count else f"{seed}, pruned"
+                ) in rows:
                     continue
-                student, left = load.resident(pruned, mx.float32), list[float]()
+                student = load.resident(pruned, mx.float32)
+                left = list[float]()
                 if count:
                     windows = bench.pick(count, seed, 2)
                     with plain() if how == "plain" else nullcontext():
-                        mended, left = reconstruct.reconstruct(bench.checkpoint, pruned, keep, windows)
+                        mended, left = reconstruct.reconstruct(
+                            bench.checkpoint, pruned, keep, windows
+                        )
                     student.load_weights(list(mended.items()), strict=False)
                 rows[row] = {**bench.judge(student), "blocks_kept_as_they_were": left.count(1.0)}
                 cli.say(f"seed {row}: {rows[row]}")

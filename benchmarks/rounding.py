@@ -1,9 +1,10 @@
-"""What 4 bits cost, part by part: held-out loss of a student with only some of its matrices in 4 bits.
+"""What 4 bits cost, part by part: held-out loss of a student with only some of its matrices in 4
+bits.
 
     scripts/mis benchmarks/rounding.py RUN/distilled        # about 3 minutes on 2 cores
 
-Every other matrix is in 8 bits, which cost nothing. Loss is that of the de-quantized weights, in nats per
-token over 12 held-out windows. Writes benchmarks/results/<machine>/rounding.json.
+Every other matrix is in 8 bits, which cost nothing. Loss is that of the de-quantized weights, in
+nats per token over 12 held-out windows. Writes benchmarks/results/<machine>/rounding.json.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def main(folder: Path) -> None:
     student = load.open_checkpoint(folder)
     model = stream.load_checked(load.resident(student, mx.float32))
     dense = dict(tree_flatten(model.parameters()))
-    held_out = comparison.chosen(preparation.prepare(None, load.tokenizer(folder), 256).held_out["English"], 12)
+    held_out = comparison.chosen(
+        preparation.prepare(None, load.tokenizer(folder), 256).held_out["English"], 12
+    )
     batches = [mx.array(w[None]) for w in held_out.tokens]
 
     def loss() -> float:
@@ -64,11 +67,18 @@ def main(folder: Path) -> None:
     rows = []
     for group in (64, 32):
         for name, four in sets.items():
-            cut = {n: rounded(w, 4 if four(n) else 8, group) if w.ndim == 2 else w for n, w in dense.items()}
+            cut = {
+                n: rounded(w, 4 if four(n) else 8, group) if w.ndim == 2 else w
+                for n, w in dense.items()
+            }
             model.load_weights(list(cut.items()))
             rows.append({"group_size": group, "in 4 bits": name, "nats": round(loss() - start, 4)})
             print(json.dumps(rows[-1]), flush=True)
-    write("rounding", f"scripts/mis benchmarks/rounding.py {folder.name}", {"nll": start, "rows": rows})
+    write(
+        "rounding",
+        f"scripts/mis benchmarks/rounding.py {folder.name}",
+        {"nll": start, "rows": rows},
+    )
 
 
 if __name__ == "__main__":

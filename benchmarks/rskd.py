@@ -2,10 +2,10 @@
 
     scripts/mis benchmarks/rskd.py --student STUDENT        # about an hour on 2 quiet cores
 
-The default teacher and its GÓRAL student after the closed-form repair, made once (kept in STUDENT, a folder
-that is made when it is not there). A seed chooses the batches and the samples; both ways see the same
-batches. Measured on the English held-out windows, in nats per token; `seconds` is training, `write_s` the
-teacher's pass before it. Writes benchmarks/results/<machine>/rskd.json.
+The default teacher and its GÓRAL student after the closed-form repair, made once (kept in STUDENT,
+a folder that is made when it is not there). A seed chooses the batches and the samples; both ways
+see the same batches. Measured on the English held-out windows, in nats per token; `seconds` is
+training, `write_s` the teacher's pass before it. Writes benchmarks/results/<machine>/rskd.json.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class Settings:
     seeds: int = 3
     """runs of each way"""
     student: str | None = None
-    """folder of the pruned and repaired student, made when it is not there; default: a temporary one"""
+    """folder of the pruned and repaired student, made when it is not there; default: a temporary
+    one
+    """
     max_seq_length: int = 256
     """tokens in a window"""
     eval_windows: int = 24
@@ -62,10 +64,22 @@ def prepare(checkpoint: Checkpoint, data: preparation.Data, held_out: Windows, o
     with tempfile.TemporaryDirectory() as temp:
         folder = Path(temp) / "pruned"
         samples = pick(s.num_samples, 1)
-        select.prune(checkpoint, samples, held_out, folder, s, dtype=pipeline.DTYPE, reading=lambda: None, files=DISK)
-        pruned, keep = load.open_checkpoint(folder), model_writer.read_keep(folder)
+        select.prune(
+            checkpoint,
+            samples,
+            held_out,
+            folder,
+            s,
+            dtype=pipeline.DTYPE,
+            reading=lambda: None,
+            files=DISK,
+        )
+        pruned = load.open_checkpoint(folder)
+        keep = model_writer.read_keep(folder)
         assert keep is not None
-        mended, _ = reconstruct.reconstruct(checkpoint, pruned, keep, pick(s.reconstruct_samples, 2))
+        mended, _ = reconstruct.reconstruct(
+            checkpoint, pruned, keep, pick(s.reconstruct_samples, 2)
+        )
         model = load.resident(pruned, mx.float32)
         model.load_weights(list(mended.items()), strict=False)
         config = {**pruned.config, "torch_dtype": "float32"}
@@ -87,12 +101,16 @@ def train(
     with tempfile.TemporaryDirectory() as temp:
         target: live_teacher.TargetSource = source
         if count:
-            began, at = time.monotonic(), live_teacher.visited(len(data.tokens), recipe)
+            began = time.monotonic()
+            at = live_teacher.visited(len(data.tokens), recipe)
             picked = Windows(data.tokens[at], data.learn[at])
             store = live_teacher.write_store(
                 checkpoint, lambda: source, picked, Path(temp), DISK, count=count, seed=recipe.seed
             )
-            cost = {"bytes_per_token": round(store.bytes_per_token, 1), "write_s": round(time.monotonic() - began, 1)}
+            cost = {
+                "bytes_per_token": round(store.bytes_per_token, 1),
+                "write_s": round(time.monotonic() - began, 1),
+            }
             target = live_teacher.Cached(store, at)
         model = stream.load_checked(load.resident(student, mx.float32))
         model.train()
@@ -126,10 +144,16 @@ def main(s: Settings) -> None:
                 mx.clear_cache()
     full = {r["seed"]: r["nll"] for r in rows if r["way"] == "full"}
     gap = {
-        way: [round(r["nll"] - full[r["seed"]], 4) for r in rows if r["way"] == way] for way in WAYS if way != "full"
+        way: [round(r["nll"] - full[r["seed"]], 4) for r in rows if r["way"] == way]
+        for way in WAYS
+        if way != "full"
     }
     print(json.dumps({"nll_minus_full": gap}))
-    flags = [f"--{name.replace('_', '-')} {value}" for name, value in vars(replace(s, student=None)).items() if value]
+    flags = [
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in vars(replace(s, student=None)).items()
+        if value
+    ]
     command = " ".join(["scripts/mis benchmarks/rskd.py", *flags])
     write("rskd", command, {"before_training": start, "rows": rows, "nll_minus_full": gap})
 

@@ -1,6 +1,7 @@
 """A search, kept: what each axis costs by itself, and the students measured. Takes search's flags.
 
-    scripts/mis benchmarks/searched.py 50MB --bytes 50MB    # half an hour on 2 cores; goes on where it was stopped
+    scripts/mis benchmarks/searched.py 50MB --bytes 50MB    # half an hour on 2 cores; goes on where
+    it was stopped
     scripts/mis benchmarks/searched.py gemma-90MB --teacher gemma-3-270m --bytes 90MB --finalists 0
 
 The run is runs/search/LABEL. Writes benchmarks/results/<machine>/search-<label>.json.
@@ -27,9 +28,12 @@ def main(label: str, flags: list[str]) -> None:
     result = search.run(asked)
     result["recommended"] = result.pop("command")
     kept = {name: value for name, value in result.items() if name not in PRIVATE}
-    kept["teacher_seconds"] = run_folder.stored_settings(folder, run_folder.PLAN)  # what limits of speed stand on
+    # what limits of speed stand on
+    kept["teacher_seconds"] = run_folder.stored_settings(folder, run_folder.PLAN)
     command = " ".join(["scripts/mis benchmarks/searched.py", label, *flags])
-    laboratory.write(f"search-{label}", command, {"axes": run_folder.records(folder / candidates.PROBES), **kept})
+    laboratory.write(
+        f"search-{label}", command, {"axes": run_folder.records(folder / candidates.PROBES), **kept}
+    )
 
 
 if __name__ == "__main__":

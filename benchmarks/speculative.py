@@ -1,11 +1,12 @@
-"""How many tokens one pass of a streamed teacher settles when its distilled student guesses a tree of them.
+"""How many tokens one pass of a streamed teacher settles when its distilled student guesses a tree
+of them.
 
     scripts/mis benchmarks/speculative.py --draft RUN/model        # about 20 minutes on 2 cores
 
-The default teacher, streamed with nothing kept: every pass reads every weight. 20 prompts, up to 32 tokens
-each, through the chat template. Plain streamed decoding reads all weights for each token; `bytes` is the
-share of that. Every drafted text is compared with the plain one, token for token. Writes
-benchmarks/results/<machine>/speculative.json.
+The default teacher, streamed with nothing kept: every pass reads every weight. 20 prompts, up to 32
+tokens each, through the chat template. Plain streamed decoding reads all weights for each token;
+`bytes` is the share of that. Every drafted text is compared with the plain one, token for token.
+Writes benchmarks/results/<machine>/speculative.json.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ PROMPTS = (
     "Translate to French: Good morning, how are you?",
     "Give me three tips for better sleep.",
     "Who wrote Romeo and Juliet, and what is it about?",
-    "Summarize: The bridge was closed for repairs, so the buses took the long way round and everyone was late.",
+    "Summarize: The bridge was closed for repairs, so the buses took the long way round and "
+    "everyone was late.",
     "What is the difference between a crocodile and an alligator?",
     "Write a short email asking for a day off.",
     "If a train goes 60 km in one hour, how far does it go in three?",
@@ -64,7 +66,8 @@ class Settings:
 
 def main(s: Settings) -> None:
     """Plain decoding first, then every size; one line each, one JSON file."""
-    checkpoint, small = load.open_checkpoint(resolve.resolve_model().path), load.open_checkpoint(s.draft)
+    checkpoint = load.open_checkpoint(resolve.resolve_model().path)
+    small = load.open_checkpoint(s.draft)
     tokenizer = load.tokenizer(checkpoint.path)
     asked = [mlx_generate.encode(tokenizer, p) for p in PROMPTS[: s.prompts]]
     draft = Stream(small, mx.float32, None)
@@ -72,9 +75,14 @@ def main(s: Settings) -> None:
     rows: list[dict[str, Any]] = []
     for size in (1, *s.sizes):
         big = Stream(checkpoint, mx.float32)
-        began, each, same, made = time.perf_counter(), [], 0, 0
+        began = time.perf_counter()
+        each = []
+        same = 0
+        made = 0
         for n, ids in enumerate(asked):
-            passes = list(streamed_decode.decode(big, ids, s.max_tokens, tokenizer.eos_token_ids, draft, size))
+            passes = list(
+                streamed_decode.decode(big, ids, s.max_tokens, tokenizer.eos_token_ids, draft, size)
+            )
             tokens = [t for new in passes for t in new]
             if size == 1:
                 plain.append(tokens)
@@ -90,7 +98,9 @@ def main(s: Settings) -> None:
             "same_text": same,
             "each": [round(e, 2) for e in each],
         }
-        row["bytes"] = round(row["bytes_per_token"] / rows[0]["bytes_per_token"], 3) if rows else 1.0
+        row["bytes"] = (
+            round(row["bytes_per_token"] / rows[0]["bytes_per_token"], 3) if rows else 1.0
+        )
         rows.append(row)
         print(json.dumps(row), flush=True)
         write(s, len(asked), rows)
@@ -98,7 +108,10 @@ def main(s: Settings) -> None:
 
 def write(s: Settings, prompts: int, rows: list[dict[str, Any]]) -> None:
     """The results so far: a run that is stopped leaves the sizes it has done."""
-    flags = f"--max-tokens {s.max_tokens} --prompts {s.prompts} --name {s.name} --sizes {' '.join(map(str, s.sizes))}"
+    flags = (
+        f"--max-tokens {s.max_tokens} --prompts {s.prompts} --name {s.name} --sizes "
+        f"{' '.join(map(str, s.sizes))}"
+    )
     command = f"scripts/mis benchmarks/speculative.py --draft RUN/model {flags}"
     laboratory.write(s.name, command, {"draft": s.note, "prompts": prompts, "rows": rows})
 

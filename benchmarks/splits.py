@@ -1,14 +1,17 @@
-"""A teacher with fewer tokens reads unusual splits: what that costs it, and whether it teaches better with all of them.
+"""A teacher with fewer tokens reads unusual splits: what that costs it, and whether it teaches
+better with all of them.
 
     scripts/mis benchmarks/splits.py                 # the teacher alone: some minutes
-    scripts/mis benchmarks/splits.py --students      # and default students of the folded ones: 20 minutes each, 2 cores
+    scripts/mis benchmarks/splits.py --students      # and default students of the folded ones: 20
+    minutes each, 2 cores
     scripts/mis benchmarks/splits.py --table
 
-SmolLM2-135M-Instruct with the default half of its tokens. `renormalised`: its probabilities over the tokens that stay,
-which is what `distill` teaches. `folded`: the probability of every token that is left out goes to its first piece.
-`folded, inner`: behind such a piece, the share that belongs to tokens left out goes to their second pieces. The teacher
-reads the split text each time. Bits per byte above the teacher that reads its own tokens, on the texts of
-teacher_text.py. Students are as in minutes.py, whose row of 30 steps is that of the renormalised teacher. Writes
+SmolLM2-135M-Instruct with the default half of its tokens. `renormalised`: its probabilities over
+the tokens that stay, which is what `distill` teaches. `folded`: the probability of every token that
+is left out goes to its first piece. `folded, inner`: behind such a piece, the share that belongs to
+tokens left out goes to their second pieces. The teacher reads the split text each time. Bits per
+byte above the teacher that reads its own tokens, on the texts of teacher_text.py. Students are as
+in minutes.py, whose row of 30 steps is that of the renormalised teacher. Writes
 benchmarks/results/<machine>/splits.json after every row.
 """
 
@@ -55,12 +58,17 @@ class Settings:
 
 
 class Folded:
-    """Log-probabilities (n, v) of the tokens in the folder `fewer`, from hidden states (n, D) of the whole teacher."""
+    """Log-probabilities (n, v) of the tokens in the folder `fewer`, from hidden states (n, D) of
+    the whole teacher.
+    """
 
     def __init__(self, teacher: Checkpoint, fewer: Path):
-        rows, texts = vocabulary.rows_of(fewer) or [], Vocabulary(teacher.path).texts
-        count, bpe = int(teacher.config["vocab_size"]), Tokenizer.from_file(str(fewer / "tokenizer.json")).model
-        first, second = np.zeros(count, int), np.full(count, -1)
+        rows = vocabulary.rows_of(fewer) or []
+        texts = Vocabulary(teacher.path).texts
+        count = int(teacher.config["vocab_size"])
+        bpe = Tokenizer.from_file(str(fewer / "tokenizer.json")).model
+        first = np.zeros(count, int)
+        second = np.full(count, -1)
         first[rows] = np.arange(len(rows))
         for token in set(range(count)) - set(rows):
             first[token], second[token] = (piece.id for piece in bpe.tokenize(texts[token])[:2])
@@ -77,7 +85,8 @@ class Folded:
         tokens = np.zeros(0, int) if tokens is None else tokens
         for i in range(1, len(tokens)):
             of_piece = slice(*self._starts[tokens[i] : tokens[i] + 2])
-            before, second = p[i - 1, of_piece], self._second[of_piece]
+            before = p[i - 1, of_piece]
+            second = self._second[of_piece]
             gone = second >= 0
             if (mass := before[gone].sum()) > 0:
                 q[i] *= 1 - mass / before.sum()
@@ -85,12 +94,15 @@ class Folded:
         return mx.array(np.log(np.maximum(q, 1e-30)))
 
 
-def teacher_row(teacher: Checkpoint, seen: Checkpoint, folded: Folded, windows: Windows) -> dict[str, float]:
+def teacher_row(
+    teacher: Checkpoint, seen: Checkpoint, folded: Folded, windows: Windows
+) -> dict[str, float]:
     """{"own": bits per byte of its own tokens, way: how many more}."""
     own = token_windows.reread(windows, *(load.tokenizer(model.path) for model in (seen, teacher)))
     nats = {"own": comparison.per_byte(comparison.compare({"": teacher}, own)["", "nll"], own)}
     nats[WAYS[0]] = comparison.per_byte(comparison.compare({"": seen}, windows)["", "nll"], windows)
-    sums, nbytes = np.zeros(2), windows.text_bytes.sum()
+    sums = np.zeros(2)
+    nbytes = windows.text_bytes.sum()
     states = comparison.final_hidden(seen, windows)
     for tokens, learn, hidden in zip(windows.tokens, windows.learn, states, strict=True):
         at = np.flatnonzero(learn[:-1])
@@ -98,7 +110,10 @@ def teacher_row(teacher: Checkpoint, seen: Checkpoint, folded: Folded, windows: 
             sums[k] -= np.array(folded(hidden[0], read))[at, tokens[at + 1]].sum()
     nats |= dict(zip(WAYS[1:], (sums / nbytes).tolist(), strict=True))
     bits = {name: value / math.log(2) for name, value in nats.items()}
-    return {name: round(value - (0.0 if name == "own" else bits["own"]), 4) for name, value in bits.items()}
+    return {
+        name: round(value - (0.0 if name == "own" else bits["own"]), 4)
+        for name, value in bits.items()
+    }
 
 
 class Teacher(live_teacher.StreamedTeacher):
@@ -126,7 +141,9 @@ class Teacher(live_teacher.StreamedTeacher):
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown: of every text the teacher's own bits per byte, what each way adds, and its student."""
+    """Markdown: of every text the teacher's own bits per byte, what each way adds, and its
+    student.
+    """
     students = found.get("students", {})
     head = ["", "own", *WAYS, *(f"student, {way}" for way in students)]
     body = []
@@ -155,15 +172,20 @@ def main(s: Settings) -> None:
                 other = preparation.prepare(str(folder), load.tokenizer(seen.path), LENGTH)
                 texts[name] = next(iter(other.held_out.values()))
             found["teacher"] = {
-                name: teacher_row(teacher, seen, folded, comparison.chosen(windows, minutes.EVAL_WINDOWS))
+                name: teacher_row(
+                    teacher, seen, folded, comparison.chosen(windows, minutes.EVAL_WINDOWS)
+                )
                 for name, windows in texts.items()
             }
             write("splits", command, {"given": given, **found})
         for way in WAYS[1:] if s.students and not s.table else ():
             if way not in found.setdefault("students", {}):
-                Teacher.whole, Teacher.inner = teacher, way == WAYS[2]
+                Teacher.whole = teacher
+                Teacher.inner = way == WAYS[2]
                 live_teacher.StreamedTeacher = Teacher  # type: ignore[misc]
-                found["students"][way] = minutes.row(30, 0, Path(temp) / f"run-{WAYS.index(way)}", folders)
+                found["students"][way] = minutes.row(
+                    30, 0, Path(temp) / f"run-{WAYS.index(way)}", folders
+                )
                 write("splits", command, {"given": given, **found})
     print(table(found))
 

@@ -1,12 +1,14 @@
-"""Where the bytes of a training step go: MLX's arrays by kind, of the student whole and block by block.
+"""Where the bytes of a training step go: MLX's arrays by kind, of the student whole and block by
+block.
 
     scripts/mis benchmarks/step_bytes.py    # 3 minutes on 2 cores
 
-The default student and its teacher in the same vocabulary, as in training.py; 2 x 256 tokens, float32. What is held is
-read from MLX after each kind is made: the teacher and its head, the student's weights, its moments after a first step.
-`gradients`: as many numbers as are trained, of which `blocks` has those of a block at a time. The rest is what the
-second step holds beside these at its highest point: activations, logits, work space.
-Writes benchmarks/results/<machine>/step_bytes.json.
+The default student and its teacher in the same vocabulary, as in training.py; 2 x 256 tokens,
+float32. What is held is read from MLX after each kind is made: the teacher and its head, the
+student's weights, its moments after a first step. `gradients`: as many numbers as are trained, of
+which `blocks` has those of a block at a time. The rest is what the second step holds beside these
+at its highest point: activations, logits, work space. Writes
+benchmarks/results/<machine>/step_bytes.json.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from mis_mlx.distillation import live_teacher
 from mis_mlx.models import arch, load
 from mis_mlx.reporting.text import markdown_table
 
-WINDOWS, LENGTH = 2, 256
+WINDOWS = 2
+LENGTH = 256
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,9 @@ def held() -> int:
 def kinds(way: str, teacher: Path, student: Path) -> dict[str, int]:
     """{kind: bytes} and the sum, the peak of the second step."""
     data = preparation.prepare(None, load.tokenizer(teacher), LENGTH).train
-    small, before, found = load.open_checkpoint(student), held(), dict[str, int]()
+    small = load.open_checkpoint(student)
+    before = held()
+    found = dict[str, int]()
     source = live_teacher.StreamedTeacher(load.open_checkpoint(teacher), None)
     mx.eval(source.logits(source.hidden([mx.array(data.tokens[:1])])[0][0, :1]))
     found["teacher"] = held() - before
@@ -62,10 +67,16 @@ def main(s: Settings) -> None:
     """Both ways, one after the other."""
     with tempfile.TemporaryDirectory() as temp:
         training.models(place := Path(temp) / "models")
-        found = {way: kinds(way, place / "teacher", place / "student") for way in ("resident", "blocks")}
+        found = {
+            way: kinds(way, place / "teacher", place / "student") for way in ("resident", "blocks")
+        }
     write("step_bytes", "scripts/mis benchmarks/step_bytes.py", {"kinds": found})
     names = list(found["resident"])
-    print(markdown_table(["MB", *found], [[n, *(f"{of[n] / 1e6:,.0f}" for of in found.values())] for n in names]))
+    print(
+        markdown_table(
+            ["MB", *found], [[n, *(f"{of[n] / 1e6:,.0f}" for of in found.values())] for n in names]
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Write the generated tasks anew: what `sft`, `dpo` and `grpo` learn without --data, and what `evaluate` asks.
+"""Write the generated tasks anew: what `sft`, `dpo` and `grpo` learn without --data, and what
+`evaluate` asks.
 
     scripts/mis benchmarks/task_files.py
 
-Seconds. The files come out as they are in the checkout, to the byte, unless polish_text/ was changed. Problems to train
-on and problems to be examined in are disjoint (polish_text/problems.py).
+Seconds. The files come out as they are in the checkout, to the byte, unless polish_text/ was
+changed. Problems to train on and problems to be examined in are disjoint (polish_text/problems.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from mis_mlx.data import examples
 from mis_mlx.evaluation import task_registry
 from mis_mlx.storage.files import DISK
 
-TRAIN, VALID, QUESTIONS = 400, 320, 200  # rows
+# rows
+TRAIN = 400
+VALID = 320
+QUESTIONS = 200
 EXAMS: dict[str, tuple[str, ...]] = {
     "maths": ("sums", "two-digit-sums"),
     "bus": ("bus",),
@@ -29,14 +33,23 @@ EXAMS: dict[str, tuple[str, ...]] = {
 
 
 def choices(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """The right answer against a likely slip, which comes first half of the time; not how to write it down."""
+    """The right answer against a likely slip, which comes first half of the time; not how to write
+    it down.
+    """
     made = []
     for number, row in enumerate(rows):
         end = problems.END[row["language"]].partition("{")[0]  # type: ignore[index]
         wrong = row["rejected"].rpartition(f"{problems.MARK[row['language']]}: ")[2]  # type: ignore[index]
         options = [row["answer"], wrong] if number // 2 % 2 else [wrong, row["answer"]]
         question = row["prompt"].partition(f" {end}")[0]
-        made.append({"question": question, "options": options, "answer": row["answer"], "language": row["language"]})
+        made.append(
+            {
+                "question": question,
+                "options": options,
+                "answer": row["answer"],
+                "language": row["language"],
+            }
+        )
     return made
 
 

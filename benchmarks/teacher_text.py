@@ -2,14 +2,15 @@
 
     scripts/mis benchmarks/teacher_text.py --seed 0    # then 1 and 2
 
-The redyk student of SmolLM2-135M-Instruct, or of another teacher, with two thirds of the default's steps and half of
-its windows for the repair. `before`: Python's manual and one part in eight of Polish Miś texts, which was the built-in
-text. `now`: five parts of the manual, one of Miś texts, two of what SmolLM2-135M-Instruct wrote once
-(mis_mlx/data/written). Judged in bits per byte above the teacher's, on texts of kinds that neither has: Vim's tutor,
-aphorisms (fortunes) and manual pages in Polish, of Debian's packages, which apt downloads and nobody installs, and
-numpy's docstrings. Beside them, apart from the mean: the teacher's answers to questions that nobody asked in training
-(of a model with a chat template), and the held-out parts of the built-in texts.
-Writes benchmarks/results/<machine>/teacher_text-<seed>.json after every row.
+The redyk student of SmolLM2-135M-Instruct, or of another teacher, with two thirds of the default's
+steps and half of its windows for the repair. `before`: Python's manual and one part in eight of
+Polish Miś texts, which was the built-in text. `now`: five parts of the manual, one of Miś texts,
+two of what SmolLM2-135M-Instruct wrote once (mis_mlx/data/written). Judged in bits per byte above
+the teacher's, on texts of kinds that neither has: Vim's tutor, aphorisms (fortunes) and manual
+pages in Polish, of Debian's packages, which apt downloads and nobody installs, and numpy's
+docstrings. Beside them, apart from the mean: the teacher's answers to questions that nobody asked
+in training (of a model with a chat template), and the held-out parts of the built-in texts. Writes
+benchmarks/results/<machine>/teacher_text-<seed>.json after every row.
 """
 
 from __future__ import annotations
@@ -37,16 +38,26 @@ PACKAGES = ("vim-runtime", "fortunes", "fortunes-pl", "manpages-pl")
 MANUAL, MIS, MODEL = preparation.TEXT_SHARES
 SHARES = {"before": {MANUAL: 7 / 8, MIS: 1 / 8, MODEL: 0.0}, "now": preparation.TEXT_SHARES}
 NO_TRAINING = "Nothing is trained on this. " * 200
-ANSWERS, BUILT_IN = "the teacher's answers", "built-in text"
+ANSWERS = "the teacher's answers"
+BUILT_IN = "built-in text"
 QUESTIONS = (
-    "What is a shepherd?", "Explain why the sky is blue.", "Write a short story about a lost dog.",
-    "How do I bake bread at home?", "Give me three tips for learning a language.", "Who was Marie Curie?",
-    "What is the capital of Australia, and what is it known for?", "Write an e-mail asking for a day off.",
-    "Explain photosynthesis to a child.", "What are the advantages of solar energy?",
-    "Summarize the plot of Romeo and Juliet.", "How does a bicycle stay upright?", "List five healthy snacks.",
-    "What should I pack for a mountain hike?", "Write a poem about autumn.",
+    "What is a shepherd?",
+    "Explain why the sky is blue.",
+    "Write a short story about a lost dog.",
+    "How do I bake bread at home?",
+    "Give me three tips for learning a language.",
+    "Who was Marie Curie?",
+    "What is the capital of Australia, and what is it known for?",
+    "Write an e-mail asking for a day off.",
+    "Explain photosynthesis to a child.",
+    "What are the advantages of solar energy?",
+    "Summarize the plot of Romeo and Juliet.",
+    "How does a bicycle stay upright?",
+    "List five healthy snacks.",
+    "What should I pack for a mountain hike?",
+    "Write a poem about autumn.",
     "What is 15 percent of 80, and how do you find it?",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -70,9 +81,15 @@ def other_texts(share: Path) -> dict[str, str]:
     long = [doc for name in sorted(np.__all__) if len(doc := str(getattr(np, name).__doc__)) > 2000]
     found["numpy's docstrings"] = "\n\n".join(long)[:24_000]
     fortunes = share / "games" / "fortunes"
-    found["aphorisms"] = "".join((fortunes / name).read_text("utf-8")[:9000] for name in ("science", "wisdom"))
-    files = sorted(path for path in (fortunes / "pl").iterdir() if not path.suffix and path.is_file())
-    found["aphorisms, Polish"] = "".join(path.read_text("utf-8", "replace")[:4000] for path in files[:8])
+    found["aphorisms"] = "".join(
+        (fortunes / name).read_text("utf-8")[:9000] for name in ("science", "wisdom")
+    )
+    files = sorted(
+        path for path in (fortunes / "pl").iterdir() if not path.suffix and path.is_file()
+    )
+    found["aphorisms, Polish"] = "".join(
+        path.read_text("utf-8", "replace")[:4000] for path in files[:8]
+    )
     pages = []
     for path in sorted((share / "man" / "pl").rglob("*.gz")):
         text = gzip.decompress(path.read_bytes()).decode("utf-8", "replace")
@@ -88,10 +105,13 @@ def answers(teacher: str | None) -> list[dict[str, str]]:
     model, tokenizer = mlx_generate.open_model(resolve.resolve_model(teacher).path)
     if not tokenizer.has_chat_template:
         return []
-    stop, draw = set(tokenizer.eos_token_ids), mlx_generate.sampler(0.7, 1)
+    stop = set(tokenizer.eos_token_ids)
+    draw = mlx_generate.sampler(0.7, 1)
     prompts = [mlx_generate.encode(tokenizer, question) for question in QUESTIONS]
     said = mlx_generate.groups(model, prompts, 1, 256, stop, draw, len(prompts))
-    words = [tokenizer.decode([token for token in ids if token not in stop]).strip() for (ids,) in said]
+    words = [
+        tokenizer.decode([token for token in ids if token not in stop]).strip() for (ids,) in said
+    ]
     return [{"prompt": q, "completion": a} for q, a in zip(QUESTIONS, words, strict=True) if a]
 
 
@@ -107,8 +127,14 @@ def texts(place: Path, teacher: str | None, *, with_answers: bool = True) -> dic
     folders = {}
     for name, test in rows.items():
         (folder := place / name).mkdir()
-        for split, content in (("train", [{"text": NO_TRAINING}]), ("valid", [{"text": NO_TRAINING}]), ("test", test)):
-            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+        for split, content in (
+            ("train", [{"text": NO_TRAINING}]),
+            ("valid", [{"text": NO_TRAINING}]),
+            ("test", test),
+        ):
+            (folder / f"{split}.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in content)
+            )
         folders[name] = folder
     return folders
 
@@ -116,7 +142,7 @@ def texts(place: Path, teacher: str | None, *, with_answers: bool = True) -> dic
 def row(s: Settings, run: Path, folders: dict[str, Path]) -> dict[str, Any]:
     """A student, and what it and its teacher have on every text."""
     began = time.process_time()
-    more = {
+    more: dict[str, Any] = {
         "scenario": "redyk",
         "conversations": 0.0,
         "quantize": 0,
@@ -124,20 +150,28 @@ def row(s: Settings, run: Path, folders: dict[str, Path]) -> dict[str, Any]:
         "reconstruct_samples": 32,
         "eval_windows": 3,
     }
-    distill.run(distill.Settings(teacher=s.teacher, out=str(run), seed=s.seed, iters=s.iters, **more))  # type: ignore[arg-type]
+    distill.run(
+        distill.Settings(teacher=s.teacher, out=str(run), seed=s.seed, iters=s.iters, **more)
+    )
     cpu_seconds = round(time.process_time() - began, 1)
-    return {"cpu_seconds": cpu_seconds, **judged(s.teacher, run / "model", folders | {BUILT_IN: None}, s.eval_windows)}
+    return {
+        "cpu_seconds": cpu_seconds,
+        **judged(s.teacher, run / "model", folders | {BUILT_IN: None}, s.eval_windows),
+    }
 
 
 def judged(
     teacher: str | None, student: Path, folders: Mapping[str, Path | None], windows: int
 ) -> dict[str, dict[str, float]]:
-    """{text: {"teacher", "student"}} in bits per byte, of folders that --data takes, by the text's name. None: the
-    built-in text, whose held-out parts have a row each."""
+    """{text: {"teacher", "student"}} in bits per byte, of folders that --data takes, by the text's
+    name. None: the built-in text, whose held-out parts have a row each.
+    """
     found = dict[str, dict[str, float]]()
     for name, folder in folders.items():
         data = str(folder) if folder else None
-        asked = evaluate.Settings(teacher=teacher, students=(str(student),), eval_windows=windows, data=data)
+        asked = evaluate.Settings(
+            teacher=teacher, students=(str(student),), eval_windows=windows, data=data
+        )
         for part, of in evaluate.run(asked).items():
             if isinstance(of, dict) and f"bpb_{student.name}" in of:
                 two = {"teacher": of["bpb_teacher"], "student": of[f"bpb_{student.name}"]}
@@ -148,7 +182,11 @@ def judged(
 def main(s: Settings) -> None:
     """Every row that is not there yet."""
     given = {"teacher": s.teacher, "seed": s.seed, "iters": s.iters, "eval_windows": s.eval_windows}
-    name = f"teacher_text-{s.seed}" if s.teacher is None else f"teacher_text-{Path(s.teacher).name}-{s.seed}"
+    name = (
+        f"teacher_text-{s.seed}"
+        if s.teacher is None
+        else f"teacher_text-{Path(s.teacher).name}-{s.seed}"
+    )
     command = "scripts/mis benchmarks/teacher_text.py" + "".join(
         f" --{k} {given[k]}" for k in ("teacher", "seed") if given[k] is not None
     )

@@ -1,18 +1,24 @@
-"""Teacher against student, format against format; our figures beside mlx-lm's own in the same run; where a token goes.
+"""Teacher against student, format against format; our figures beside mlx-lm's own in the same run;
+where a token goes.
 
-    scripts/mis benchmarks/throughput.py --student RUN/distilled --four-bit RUN/model    # 20 minutes on a quiet core
-    scripts/mis benchmarks/throughput.py --student RUN/distilled --parts dense           # one of the four parts
+    scripts/mis benchmarks/throughput.py --student RUN/distilled --four-bit RUN/model    # 20
+    minutes on a quiet core
+    scripts/mis benchmarks/throughput.py --student RUN/distilled --parts dense           # one of
+    the four parts
 
-Four parts. `dense`: teacher and student in turn as they are computed (float32 on a CPU). `4-bit`: both as
-`mlx_lm.convert -q` packs them, so that one format is never compared with another, and beside them the student as our
-`quantize` left it. `agreement`, on the student: bench's trial, mlx-lm's stream_generate and a bare generate_step loop
-that takes two times only, in turn; then `mlx_lm.benchmark` itself between trials of ours. mlx-lm counts the first token
-without its time: `corrected` takes it out, (g - 1) / g. `profile`: one token, evaluated after every part, so that the
-parts together are a little more than a token; says where the student is not as much quicker as it is smaller.
+Four parts. `dense`: teacher and student in turn as they are computed (float32 on a CPU). `4-bit`:
+both as `mlx_lm.convert -q` packs them, so that one format is never compared with another, and
+beside them the student as our `quantize` left it. `agreement`, on the student: bench's trial,
+mlx-lm's stream_generate and a bare generate_step loop that takes two times only, in turn; then
+`mlx_lm.benchmark` itself between trials of ours. mlx-lm counts the first token without its time:
+`corrected` takes it out, (g - 1) / g. `profile`: one token, evaluated after every part, so that the
+parts together are a little more than a token; says where the student is not as much quicker as it
+is smaller.
 
-A part that is there, of the same weights and sizes, is not measured again (delete the file for that). Writes
-benchmarks/results/<machine>/throughput.json after each part, with what was to be shown and whether it holds, and a
-picture of decode speed against the bytes of a token, under this machine's roof and an M1's, the latter computed.
+A part that is there, of the same weights and sizes, is not measured again (delete the file for
+that). Writes benchmarks/results/<machine>/throughput.json after each part, with what was to be
+shown and whether it holds, and a picture of decode speed against the bytes of a token, under this
+machine's roof and an M1's, the latter computed.
 """
 
 from __future__ import annotations
@@ -46,7 +52,10 @@ from mis_mlx.models.stream import evaluate_now
 from mis_mlx.types import MisError
 
 PARTS = ("dense", "4-bit", "agreement", "profile")
-SPEED_UP, APART, OVERHEAD = 1.45, 0.02, 0.01  # what is to be shown
+# what is to be shown
+SPEED_UP = 1.45
+APART = 0.02
+OVERHEAD = 0.01
 COLORS = ("#1f77b4", "#d62728", "#17becf", "#ff7f0e", "#2ca02c")
 READY = 200_000  # steps without a model, to time what bench does between two tokens
 
@@ -88,7 +97,9 @@ def timed(folders: dict[str, Path], s: Settings, **more: Any) -> dict[str, Any]:
         for name, folder in folders.items():
             (Path(temp) / name).symlink_to(folder.resolve(), target_is_directory=True)
         models = tuple(str(Path(temp) / name) for name in folders)
-        sizes = {k: getattr(s, k) for k in ("prompt_tokens", "generation_tokens", "num_trials", "delay")}
+        sizes = {
+            k: getattr(s, k) for k in ("prompt_tokens", "generation_tokens", "num_trials", "delay")
+        }
         found = bench.run(bench.Settings(model=models, **{**sizes, **more}))
     if found["stopped"]:
         raise KeyboardInterrupt
@@ -111,14 +122,21 @@ def four_bit(big: Path, s: Settings) -> dict[str, Any]:
 
 def packed_pair(big: Path, small: Path, temp: Path) -> dict[str, Path]:
     """Teacher and student in 4 bits, in `temp`."""
-    return {name: laboratory.packed(f, temp / f"4-bit {name}") for name, f in (("teacher", big), ("student", small))}
+    return {
+        name: laboratory.packed(f, temp / f"4-bit {name}")
+        for name, f in (("teacher", big), ("student", small))
+    }
 
 
 def agreement(_: Path, s: Settings) -> dict[str, Any]:
-    """Tokens per second of the same model by several clocks in turn, the order changing from round to round."""
-    subject, count = rounds.opened(Path(s.student)), s.agreement_tokens
+    """Tokens per second of the same model by several clocks in turn, the order changing from round
+    to round.
+    """
+    subject = rounds.opened(Path(s.student))
+    count = s.agreement_tokens
     subject.tokenizer._eos_token_ids = {}  # as mlx_lm.benchmark does
-    generate, r = load.mlx_lm("generate"), Request(32, count)
+    generate = load.mlx_lm("generate")
+    r = Request(32, count)
     ids = mx.array(rounds.prompt(subject.tokenizer, r.prompt, (0, 1)))
 
     def ours() -> float:
@@ -141,13 +159,18 @@ def agreement(_: Path, s: Settings) -> dict[str, Any]:
     for number, order in zip(range(s.rounds + 1), orders, strict=False):
         for name in order:
             rate = ways[name]()
-            evaluate_now(subject.model(ids[:1][None]))  # the token that mlx-lm began too many is done
+            # the token that mlx-lm began too many is done
+            evaluate_now(subject.model(ids[:1][None]))
             if number:  # the first round warms up
                 found[name].append(rate)
-        last = ", ".join(f"{name} {rates[-1]:.2f}" for name, rates in found.items() if rates) or "warm-up"
+        last = (
+            ", ".join(f"{name} {rates[-1]:.2f}" for name, rates in found.items() if rates)
+            or "warm-up"
+        )
         cli.say(f"agreement {number}/{s.rounds}: {last}")
     corrected = np.array(found["mlx_lm"]) * (count - 1) / count
-    ours_tps, bare_tps = np.array(found["bench"]), np.array(found["bare"])
+    ours_tps = np.array(found["bench"])
+    bare_tps = np.array(found["bare"])
     began = time.perf_counter()
     rounds.clocked(7 for _ in range(READY))
     own_s = (time.perf_counter() - began) / READY
@@ -167,20 +190,34 @@ def agreement(_: Path, s: Settings) -> dict[str, Any]:
 
 
 def paired(ratios: np.ndarray) -> dict[str, float]:
-    """What rounds say about two clocks: the median of their ratios, and the mean's 95 % interval."""
+    """What rounds say about two clocks: the median of their ratios, and the mean's 95 %
+    interval.
+    """
     mean, low, high = interval(ratios)
-    return {"median": float(np.median(ratios)), "mean": mean, "low": low, "high": high, "n": len(ratios)}
+    return {
+        "median": float(np.median(ratios)),
+        "mean": mean,
+        "low": low,
+        "high": high,
+        "n": len(ratios),
+    }
 
 
 def beside_the_program(ours: Callable[[], float], s: Settings) -> dict[str, Any]:
-    """`mlx_lm.benchmark`, its own averages as it prints them, on the same weights, between trials of ours."""
-    count, theirs, own = s.agreement_tokens, list[float](), list[float]()
+    """`mlx_lm.benchmark`, its own averages as it prints them, on the same weights, between trials
+    of ours.
+    """
+    count = s.agreement_tokens
+    theirs = list[float]()
+    own = list[float]()
     with tempfile.TemporaryDirectory() as temp:
         out = str(Path(temp) / "student")
         kind = str(policy.usual_dtype()).removeprefix("mlx.core.")
-        load.mlx_lm("convert").convert(s.student, out, dtype=kind)  # what bench computes in: bfloat16 is slow here
+        # what bench computes in: bfloat16 is slow here
+        load.mlx_lm("convert").convert(s.student, out, dtype=kind)
         for number in range(1, s.blocks + 1):
-            said, argv = io.StringIO(), sys.argv
+            said = io.StringIO()
+            argv = sys.argv
             sys.argv = ["mlx_lm.benchmark", "--model", out, "-p", "32", "-g", str(count), "-n", "3"]
             try:
                 with contextlib.redirect_stdout(said):
@@ -189,10 +226,16 @@ def beside_the_program(ours: Callable[[], float], s: Settings) -> dict[str, Any]
                 sys.argv = argv
             averages = re.search(r"Averages:.*generation_tps=([\d.]+)", said.getvalue())
             if averages is None:
-                raise MisError(f"mlx_lm.benchmark printed no averages, but {said.getvalue()[-200:]!r}: report it")
+                raise MisError(
+                    f"mlx_lm.benchmark printed no averages, but {said.getvalue()[-200:]!r}: report "
+                    f"it"
+                )
             theirs.append(float(averages[1]))
             own.append(statistics.mean(ours() for _ in range(3)))
-            cli.say(f"mlx_lm.benchmark {number}/{s.blocks}: {theirs[-1]:.2f} tokens/s, ours {own[-1]:.2f}")
+            cli.say(
+                f"mlx_lm.benchmark {number}/{s.blocks}: {theirs[-1]:.2f} tokens/s, ours "
+                f"{own[-1]:.2f}"
+            )
     corrected = np.array(theirs) * (count - 1) / count
     return {
         "mlx_lm_benchmark_tps": statistics.median(theirs),
@@ -207,14 +250,22 @@ def profile(big: Path, s: Settings) -> dict[str, Any]:
         kinds = {"dense": {"teacher": big, "student": Path(s.student)}}
         kinds["4-bit"] = packed_pair(big, Path(s.student), Path(temp))
         return {
-            kind: {name: by_part(rounds.opened(folder), s.prompt_tokens) for name, folder in folders.items()}
+            kind: {
+                name: by_part(rounds.opened(folder), s.prompt_tokens)
+                for name, folder in folders.items()
+            }
             for kind, folders in kinds.items()
         }
 
 
-def by_part(s: BenchmarkModel, depth: int, tokens: int = 1, turns: int = 24) -> dict[str, dict[str, float]]:
-    """{part: {"ms": median over `turns`, "mb": of its weights and cache}} of so many tokens, `depth` in the cache."""
-    kept, inner = mlx_generate.filled_cache(s.model, depth), s.model.model
+def by_part(
+    s: BenchmarkModel, depth: int, tokens: int = 1, turns: int = 24
+) -> dict[str, dict[str, float]]:
+    """{part: {"ms": median over `turns`, "mb": of its weights and cache}} of so many tokens,
+    `depth` in the cache.
+    """
+    kept = mlx_generate.filled_cache(s.model, depth)
+    inner = s.model.model
     mask = "causal" if tokens > 1 else None
     times: dict[str, list[float]] = {}
     taken: dict[str, float] = {}
@@ -229,14 +280,19 @@ def by_part(s: BenchmarkModel, depth: int, tokens: int = 1, turns: int = 24) -> 
         taken.clear()
         h = part("embedding", lambda: inner.embed_tokens(mx.array([[7] * tokens])))
         for block, cache in zip(inner.layers, kept, strict=True):
-            n, f = block.input_layernorm, block.self_attn
+            n = block.input_layernorm
+            f = block.self_attn
             h = part("attention", lambda h=h, n=n, f=f, c=cache: h + f(n(h), mask, c))
-            n, f = block.post_attention_layernorm, block.mlp
+            n = block.post_attention_layernorm
+            f = block.mlp
             h = part("FFN", lambda h=h, n=n, f=f: h + f(n(h)))
             cache.trim(tokens)
         h = part("last norm", lambda h=h: inner.norm(h))
         logits = part("vocabulary head", lambda h=h: head(s, h))
-        part("choice", lambda y=logits: mx.argmax(y - mx.logsumexp(y, axis=-1, keepdims=True), axis=-1))
+        part(
+            "choice",
+            lambda y=logits: mx.argmax(y - mx.logsumexp(y, axis=-1, keepdims=True), axis=-1),
+        )
         for label, value in taken.items():
             times.setdefault(label, []).append(value)
     found = {label: {"ms": statistics.median(values)} for label, values in times.items()}
@@ -258,21 +314,34 @@ def _nbytes(module: Any) -> int:
 
 def head(s: BenchmarkModel, hidden: mx.array) -> mx.array:
     """Logits of hidden states, tied or not."""
-    return s.model.lm_head(hidden) if hasattr(s.model, "lm_head") else s.model.model.embed_tokens.as_linear(hidden)
+    return (
+        s.model.lm_head(hidden)
+        if hasattr(s.model, "lm_head")
+        else s.model.model.embed_tokens.as_linear(hidden)
+    )
 
 
 def verdict(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """{what was to be shown: a `laboratory.goal`} of the parts that are there."""
-    said, goal = dict[str, dict[str, Any]](), laboratory.goal
+    said = dict[str, dict[str, Any]]()
+    goal = laboratory.goal
     for kind in ("dense", "4-bit"):
         if kind in found:
-            rate = {n: m["decode_tps"]["median"] for n, m in found[kind]["measured"]["models"].items()}
+            rate = {
+                n: m["decode_tps"]["median"] for n, m in found[kind]["measured"]["models"].items()
+            }
             ratio = rate["student"] / rate["teacher"]
-            label = f"decode of the student over the teacher's, both {found[kind]['models']['student']['format']}"
+            label = (
+                f"decode of the student over the teacher's, both "
+                f"{found[kind]['models']['student']['format']}"
+            )
             said[label] = goal(ratio, "{:.2f}x", f"{SPEED_UP}x or more", ratio >= SPEED_UP)
     if "agreement" in found:
         a = found["agreement"]
-        for label, key in (("stream_generate", "bench_over_mlx_lm"), ("benchmark", "bench_over_mlx_lm_benchmark")):
+        for label, key in (
+            ("stream_generate", "bench_over_mlx_lm"),
+            ("benchmark", "bench_over_mlx_lm_benchmark"),
+        ):
             apart = a[key]["median"] - 1
             label = f"decode by bench beside mlx_lm.{label}, its first token taken out"
             said[label] = goal(apart, "{:+.2%}", f"within {APART:.0%}", abs(apart) <= APART)
@@ -285,33 +354,40 @@ def verdict(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def reasons(found: dict[str, Any]) -> list[str]:
-    """Where a token goes, part by part: how much smaller the student's part is, and how much quicker."""
+    """Where a token goes, part by part: how much smaller the student's part is, and how much
+    quicker.
+    """
     said = []
     for kind in ("dense", "4-bit") if "profile" in found else ():
         big, small = (found["profile"][kind][name] for name in ("teacher", "student"))
         parts = [
             f"{part} {big[part]['ms']:.2f} to {small[part]['ms']:.2f} ms"
-            f" ({big[part]['ms'] / small[part]['ms']:.2f}x for {big[part]['mb'] / small[part]['mb']:.2f}x the bytes)"
+            f" ({big[part]['ms'] / small[part]['ms']:.2f}x for "
+            f"{big[part]['mb'] / small[part]['mb']:.2f}x the bytes)"
             for part in ("attention", "FFN", "vocabulary head")
         ]
         rest = [sum(v["ms"] for v in m.values() if "mb" not in v) for m in (big, small)]
         whole = [sum(v["ms"] for v in m.values()) for m in (big, small)]
         said.append(
-            f"{kind}, teacher to student: {', '.join(parts)}, the rest {rest[0]:.2f} to {rest[1]:.2f} ms; "
+            f"{kind}, teacher to student: {', '.join(parts)}, the rest {rest[0]:.2f} to "
+            f"{rest[1]:.2f} ms; "
             f"together {whole[0]:.2f} to {whole[1]:.2f} ms, {whole[0] / whole[1]:.2f}x"
         )
     return said
 
 
 def draw(found: dict[str, Any], axes: Any) -> None:
-    """Decode speed against the bytes a token moves, both logarithmic: a bandwidth is a straight line."""
+    """Decode speed against the bytes a token moves, both logarithmic: a bandwidth is a straight
+    line.
+    """
     points = [
         (m["moved_mb"], m["decode_tps"], f"{name}, {found[kind]['models'][name]['format']}")
         for kind in ("dense", "4-bit")
         for name, m in found[kind]["measured"]["models"].items()
         if "moved_mb" in m
     ]
-    here, m1 = found["dense"]["measured"]["roof"]["memory_bytes_per_s"], M1_AIR.memory_bytes_per_s
+    here = found["dense"]["measured"]["roof"]["memory_bytes_per_s"]
+    m1 = M1_AIR.memory_bytes_per_s
     ends = [min(p[0] for p in points) / 1.5, max(p[0] for p in points) * 1.5]
     for label, rate, style in (
         (f"memory here, measured: {here / 1e9:.0f} GB/s", here, "-"),
@@ -328,11 +404,21 @@ def draw(found: dict[str, Any], axes: Any) -> None:
 def main(s: Settings) -> None:
     """The parts that are asked for and not there yet; stored after each."""
     big = resolve.resolve_model(s.teacher).path
-    sizes = ("prompt_tokens", "generation_tokens", "num_trials", "four_bit_trials", "rounds", "blocks")
+    sizes = (
+        "prompt_tokens",
+        "generation_tokens",
+        "num_trials",
+        "four_bit_trials",
+        "rounds",
+        "blocks",
+    )
     sizes += ("agreement_tokens",)
-    given: dict[str, Any] = {k: getattr(s, k) for k in sizes} | {"chip": laboratory.machine()["chip"]}
+    given: dict[str, Any] = {k: getattr(s, k) for k in sizes} | {
+        "chip": laboratory.machine()["chip"]
+    }
     folders = {"teacher": big, "student": s.student, "student by quantize": s.four_bit}
-    checked = {n: load.open_checkpoint(f).path for n, f in folders.items() if f}  # all, before hours of work
+    # all, before hours of work
+    checked = {n: load.open_checkpoint(f).path for n, f in folders.items() if f}
     given["weights_sha256"] = {n: laboratory.weights_sha256(f) for n, f in checked.items()}
     command = "scripts/mis benchmarks/throughput.py --student RUN/distilled" + (
         " --four-bit RUN/model" * bool(s.four_bit)

@@ -3,15 +3,16 @@
     scripts/mis benchmarks/training.py            # nothing else may run
     scripts/mis benchmarks/training.py --table
 
-The default student (redyk) and its teacher in the same vocabulary, both of `prune`. A step is of 2 x 256, 1 x 1,024 or
-4 x 512 tokens. `naive`: both models whole in float32, full logits, KL, mlx's AdamW. `mlx_lm.lora`: the trainer of
-mlx-lm's command, as with --fine-tune-type full, on the same student, whose target is the text, so no teacher takes
-part: the floor. Ours: the four ways of `--train`; sharded trains half of the blocks at a time, the others stay on disk,
-and so does the teacher.
+The default student (redyk) and its teacher in the same vocabulary, both of `prune`. A step is of 2
+x 256, 1 x 1,024 or 4 x 512 tokens. `naive`: both models whole in float32, full logits, KL, mlx's
+AdamW. `mlx_lm.lora`: the trainer of mlx-lm's command, as with --fine-tune-type full, on the same
+student, whose target is the text, so no teacher takes part: the floor. Ours: the four ways of
+`--train`; sharded trains half of the blocks at a time, the others stay on disk, and so does the
+teacher.
 
-Every cell is a process of its own, and all ways take turns in `--rounds`. Seconds are the median step without the
-first; peaks are MLX's and the process's (its highest resident set, so libraries and pages of files are in it).
-Writes benchmarks/results/<machine>/training.json after every cell.
+Every cell is a process of its own, and all ways take turns in `--rounds`. Seconds are the median
+step without the first; peaks are MLX's and the process's (its highest resident set, so libraries
+and pages of files are in it). Writes benchmarks/results/<machine>/training.json after every cell.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def naive(teacher: Path, student: Path, batches: list[mx.array]) -> Timed:
     optimizer = optim.AdamW(learning_rate=1e-4)
 
     def loss(model: nn.Module, tokens: mx.array) -> mx.array:
-        theirs, mine = big(tokens)[:, :-1], model(tokens)[:, :-1]
+        theirs = big(tokens)[:, :-1]
+        mine = model(tokens)[:, :-1]
         theirs, mine = (z - mx.logsumexp(z, axis=-1, keepdims=True) for z in (theirs, mine))
         return (mx.exp(theirs) * (theirs - mine)).sum(axis=-1).mean()
 
@@ -94,9 +96,12 @@ def naive(teacher: Path, student: Path, batches: list[mx.array]) -> Timed:
         yield Clock().monotonic() - began, mx.get_peak_memory()
 
 
-def mlx_lm_lora(student: Path, data: token_windows.Windows, windows: int, steps: int, adapters: Path) -> Timed:
+def mlx_lm_lora(
+    student: Path, data: token_windows.Windows, windows: int, steps: int, adapters: Path
+) -> Timed:
     """mlx-lm's own trainer, all weights learning."""
-    trainer, timed = load.mlx_lm("tuner.trainer"), list[tuple[float, int]]()
+    trainer = load.mlx_lm("tuner.trainer")
+    timed = list[tuple[float, int]]()
 
     class Callback(load.mlx_lm("tuner.callbacks").TrainingCallback):  # type: ignore[misc]
         """Keeps what it is told."""
@@ -107,38 +112,60 @@ def mlx_lm_lora(student: Path, data: token_windows.Windows, windows: int, steps:
 
     model = load.mlx_lm("utils").load_model(student)[0]
     rows = [(window.tolist(), 0) for window in data.tokens]
-    args = trainer.TrainingArgs(windows, steps, steps_per_report=1, max_seq_length=data.tokens.shape[1],
-                                adapter_file=str(adapters))  # fmt: skip
+    args = trainer.TrainingArgs(
+        windows,
+        steps,
+        steps_per_report=1,
+        max_seq_length=data.tokens.shape[1],
+        adapter_file=str(adapters),
+    )
     with redirect_stdout(sys.stderr):
-        trainer.train(model, optim.AdamW(learning_rate=1e-5), rows, args=args, training_callback=Callback())
+        trainer.train(
+            model, optim.AdamW(learning_rate=1e-5), rows, args=args, training_callback=Callback()
+        )
     return iter(timed)
 
 
 def begun(
-    way: str, source: live_teacher.StreamedTeacher, small: Checkpoint, data: token_windows.Windows, windows: int,
-    steps: int, temp: Path,
-) -> Iterator[Step]:  # fmt: skip
-    """Steps of a way of `--train`, without what a run does beside: no checkpoint, no repair. The student is in memory,
-    as far as it will be, once this returns."""
+    way: str,
+    source: live_teacher.StreamedTeacher,
+    small: Checkpoint,
+    data: token_windows.Windows,
+    windows: int,
+    steps: int,
+    temp: Path,
+) -> Iterator[Step]:
+    """Steps of a way of `--train`, without what a run does beside: no checkpoint, no repair. The
+    student is in memory, as far as it will be, once this returns.
+    """
     length = data.tokens.shape[1]
-    recipe = DistillationConfig(iters=steps, batch_size=windows, max_seq_length=length, learning_rate=RATE)
+    recipe = DistillationConfig(
+        iters=steps, batch_size=windows, max_seq_length=length, learning_rate=RATE
+    )
     if way == "resident":
         model = load.resident(small, mx.float32)
         stream.load_checked(model)
         return live_teacher.steps(model, source, data, recipe, GuardedAdamW())
     layers = int(small.config["num_hidden_layers"])
     if way == "sharded":
-        small, layers = model_writer.by_block(small, temp / "parts", DISK), -(-layers // 2)
+        small = model_writer.by_block(small, temp / "parts", DISK)
+        layers = -(-layers // 2)
     adapters = partial(lora.insert, lora=ADAPTERS, seed=0) if way == "lora" else None
     trained = sharded.Sharded(small, layers, steps, 0.01, DISK, adapters=adapters)
     trained.begin()
     micro = partial(live_teacher.step_micro_batches, source, data, recipe)
-    return trained.steps(micro, partial(source.kl_sum, frozen_head=True), recipe, slopes=source.frozen_slopes())
+    return trained.steps(
+        micro, partial(source.kl_sum, frozen_head=True), recipe, slopes=source.frozen_slopes()
+    )
 
 
-def ours(way: str, teacher: Path, student: Path, data: token_windows.Windows, windows: int, steps: int) -> Timed:
+def ours(
+    way: str, teacher: Path, student: Path, data: token_windows.Windows, windows: int, steps: int
+) -> Timed:
     """A way of `--train`."""
-    source = live_teacher.StreamedTeacher(load.open_checkpoint(teacher), 0 if way == "sharded" else None)
+    source = live_teacher.StreamedTeacher(
+        load.open_checkpoint(teacher), 0 if way == "sharded" else None
+    )
     with tempfile.TemporaryDirectory() as temp:
         taken = begun(way, source, load.open_checkpoint(student), data, windows, steps, Path(temp))
         yield from ((s.seconds, s.peak_bytes) for s in taken)
@@ -147,10 +174,13 @@ def ours(way: str, teacher: Path, student: Path, data: token_windows.Windows, wi
 def cell(work: str, steps: int) -> dict[str, Any]:
     """In a process of its own: seconds of every step and the highest peak of MLX."""
     way, windows, length, place = json.loads(work)
-    teacher, student = Path(place) / "teacher", Path(place) / "student"
+    teacher = Path(place) / "teacher"
+    student = Path(place) / "student"
     data = preparation.prepare(None, load.tokenizer(teacher), length).train
     if way == "naive":
-        timed = naive(teacher, student, [mx.array(data.tokens[i * windows :][:windows]) for i in range(steps)])
+        timed = naive(
+            teacher, student, [mx.array(data.tokens[i * windows :][:windows]) for i in range(steps)]
+        )
     elif way == "mlx_lm.lora":
         timed = mlx_lm_lora(student, data, windows, steps, Path(place) / "adapters.safetensors")
     else:
@@ -161,28 +191,43 @@ def cell(work: str, steps: int) -> dict[str, Any]:
 
 def measured(s: Settings, place: Path, way: str, windows: int, length: int) -> dict[str, Any]:
     """A cell: {"seconds", "peak_bytes", "process_bytes"}."""
-    command = [__file__, f"--steps={s.steps + 1}", f"--work={json.dumps([way, windows, length, str(place)])}"]
+    command = [
+        __file__,
+        f"--steps={s.steps + 1}",
+        f"--work={json.dumps([way, windows, length, str(place)])}",
+    ]
     with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         output = process.stdout.read()
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"{way}, {windows} x {length}: its process ended with {process.returncode}")
+        raise SystemExit(
+            f"{way}, {windows} x {length}: its process ended with {process.returncode}"
+        )
     one = json.loads(output.splitlines()[-1])
     unit = 1 if sys.platform == "darwin" else 1024
-    return {"seconds": round(statistics.median(one["seconds"][1:]), 3), "peak_bytes": one["peak_bytes"],
-            "process_bytes": used.ru_maxrss * unit}  # fmt: skip
+    return {
+        "seconds": round(statistics.median(one["seconds"][1:]), 3),
+        "peak_bytes": one["peak_bytes"],
+        "process_bytes": used.ru_maxrss * unit,
+    }
 
 
 def models(place: Path) -> None:
     """The teacher of the default student's vocabulary, and that student."""
     place.mkdir()
-    name, teacher = str(resolve.resolve_model(None).path), str(place / "teacher")
-    prune.run(prune.Settings(model=name, mlx_path=teacher, scenario="none", vocab="0.5x", num_samples=16))
-    student = prune.Settings(model=teacher, mlx_path=str(place / "student"), scenario="none", layers=29, ffn=1024)
+    name = str(resolve.resolve_model(None).path)
+    teacher = str(place / "teacher")
+    prune.run(
+        prune.Settings(model=name, mlx_path=teacher, scenario="none", vocab="0.5x", num_samples=16)
+    )
+    student = prune.Settings(
+        model=teacher, mlx_path=str(place / "student"), scenario="none", layers=29, ffn=1024
+    )
     prune.run(replace(student, num_samples=16))
-    for model in (place / "teacher", place / "student"):  # mlx-lm computes in what is written, half of it emulated here
+    # mlx-lm computes in what is written, half of it emulated here
+    for model in (place / "teacher", place / "student"):
         load.mlx_lm("convert").convert(str(model), str(place / "float32"), dtype="float32")
         DISK.remove_tree(model)
         (place / "float32").rename(model)
@@ -193,10 +238,19 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
     lines = []
     for name, one in cells.items():
         way, _, shape = name.partition(", ")
-        tokens, naive_step = math.prod(map(int, shape.split(" x "))), cells[f"naive, {shape}"]
-        lines.append([shape, way, f"{tokens / one['seconds']:.0f}", f"{naive_step['seconds'] / one['seconds']:.2f}x",
-                      f"{one['peak_bytes'] / 1e6:,.0f}", f"{one['peak_bytes'] / naive_step['peak_bytes']:.2f}x",
-                      f"{one['process_bytes'] / 1e6:,.0f}"])  # fmt: skip
+        tokens = math.prod(map(int, shape.split(" x ")))
+        naive_step = cells[f"naive, {shape}"]
+        lines.append(
+            [
+                shape,
+                way,
+                f"{tokens / one['seconds']:.0f}",
+                f"{naive_step['seconds'] / one['seconds']:.2f}x",
+                f"{one['peak_bytes'] / 1e6:,.0f}",
+                f"{one['peak_bytes'] / naive_step['peak_bytes']:.2f}x",
+                f"{one['process_bytes'] / 1e6:,.0f}",
+            ]
+        )
     head = ["tokens", "", "tokens/s", "speed", "MLX's peak, MB", "of the naive", "process, MB"]
     return markdown_table(head, sorted(lines, key=lambda line: line[0]))
 
@@ -208,9 +262,12 @@ def main(s: Settings) -> None:
         return
     given = {"steps": s.steps, "rounds": s.rounds}
     before = stored("training") if s.table else resumed("training", given, ["cells", "busy"])
-    cells, noted = before.get("cells", {}), before.get("busy", [])
+    cells = before.get("cells", {})
+    noted = before.get("busy", [])
     with tempfile.TemporaryDirectory() as temp:
-        for number, (windows, length), way in product(range(s.rounds * (not s.table)), SHAPES, s.ways):
+        for number, (windows, length), way in product(
+            range(s.rounds * (not s.table)), SHAPES, s.ways
+        ):
             name = f"{way}, {windows} x {length}"
             known = cells.get(name, {})
             if known.get("turns", s.rounds if known else 0) > number:
@@ -224,7 +281,11 @@ def main(s: Settings) -> None:
                 **{key: min(value, known.get(key, value)) for key, value in one.items()},
                 "turns": number + 1,
             }
-            write("training", "scripts/mis benchmarks/training.py", {"given": given, "busy": noted, "cells": cells})
+            write(
+                "training",
+                "scripts/mis benchmarks/training.py",
+                {"given": given, "busy": noted, "cells": cells},
+            )
     print(table(cells))
 
 

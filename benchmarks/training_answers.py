@@ -1,11 +1,12 @@
-"""The default teacher's answers that come with the package, as training text and for judging: written once.
+"""The default teacher's answers that come with the package, as training text and for judging:
+written once.
 
     scripts/mis benchmarks/training_answers.py              # a quarter of an hour on 2 cores
     scripts/mis benchmarks/training_answers.py --judging    # the other file: 8 minutes
 
 Writes mis_mlx/data/written/answers.jsonl, less what shares text with the other file; or that one,
-mis_mlx/evaluation/sets/teacher_answers.jsonl. Stopped, the same command goes on. The same machine and versions give the
-same files; another processor may round another token to the top.
+mis_mlx/evaluation/sets/teacher_answers.jsonl. Stopped, the same command goes on. The same machine
+and versions give the same files; another processor may round another token to the top.
 """
 
 from __future__ import annotations
@@ -50,15 +51,25 @@ def main(s: Settings) -> None:
         how = teacher_answers.Writing(prompts.train(s.count))
         written = teacher_answers.write(teacher, how, preparation.ANSWERS, limit)
     kept = drop_shared(preparation.ANSWERS, answers.SHIPPED)
-    cli.say(f"{preparation.ANSWERS}: {kept} conversations of {s.count} prompts, {written - kept} left out")
+    cli.say(
+        f"{preparation.ANSWERS}: {kept} conversations of {s.count} prompts, {written - kept} left "
+        f"out"
+    )
 
 
 def drop_shared(training: Path, judging: Path) -> int:
-    """Leave conversations out that share 13 words in a row with an answer that judges; how many stay.
+    """Leave conversations out that share 13 words in a row with an answer that judges; how many
+    stay.
 
-    A teacher begins many mails with the same sentences."""
+    A teacher begins many mails with the same sentences.
+    """
     records = run_folder.records(judging)
-    texts = [record[kind]["text"] for record in records for kind in ("sampled", "greedy") if kind in record]
+    texts = [
+        record[kind]["text"]
+        for record in records
+        for kind in ("sampled", "greedy")
+        if kind in record
+    ]
     known = set[tuple[str, ...]]()
     for text in texts:
         known |= runs_of(text)
@@ -71,7 +82,10 @@ def drop_shared(training: Path, judging: Path) -> int:
 def runs_of(text: str) -> set[tuple[str, ...]]:
     """All runs of so many words as tell of shared text."""
     words = questions.words(text)
-    return {tuple(words[start : start + questions.SPAN]) for start in range(len(words) - questions.SPAN + 1)}
+    return {
+        tuple(words[start : start + questions.SPAN])
+        for start in range(len(words) - questions.SPAN + 1)
+    }
 
 
 if __name__ == "__main__":

@@ -1,15 +1,20 @@
-"""Time to the first token against the length of the prompt, teacher beside student, cold and with the prompt cached.
+"""Time to the first token against the length of the prompt, teacher beside student, cold and with
+the prompt cached.
 
-    scripts/mis benchmarks/ttft.py --student RUN/distilled        # about 20 minutes on a quiet core, 4096 alone 11
-    scripts/mis benchmarks/ttft.py --student RUN/distilled --four-bit --lengths 32 128 512 --num-trials 3
+    scripts/mis benchmarks/ttft.py --student RUN/distilled        # about 20 minutes on a quiet
+    core, 4096 alone 11
+    scripts/mis benchmarks/ttft.py --student RUN/distilled --four-bit --lengths 32 128 512
+    --num-trials 3
 
-Cold: a text of its own in every trial, nothing in the cache. Cached: the same prompt again, all of it but the last
-token in the cache. Models take turns; both as they are computed (float32 on a CPU, float16 on Metal), or both in 4 bits
-as `mlx_lm.convert -q` packs them. Parts: a prompt once more, evaluated after every part of every block. Best:
-operations over the matrix rate measured here, or weights over bandwidth, whichever is longer. Warm-up: a prompt of that
-length, of 512 tokens at most. A length that is there, of the same weights, is not measured again, however many trials
-it had (delete the file for that): long ones can have fewer. Writes benchmarks/results/<machine>/ttft.json
-(ttft-4bit.json) after every length, with whether the student is the quicker one at each, and a picture.
+Cold: a text of its own in every trial, nothing in the cache. Cached: the same prompt again, all of
+it but the last token in the cache. Models take turns; both as they are computed (float32 on a CPU,
+float16 on Metal), or both in 4 bits as `mlx_lm.convert -q` packs them. Parts: a prompt once more,
+evaluated after every part of every block. Best: operations over the matrix rate measured here, or
+weights over bandwidth, whichever is longer. Warm-up: a prompt of that length, of 512 tokens at
+most. A length that is there, of the same weights, is not measured again, however many trials it had
+(delete the file for that): long ones can have fewer. Writes benchmarks/results/<machine>/ttft.json
+(ttft-4bit.json) after every length, with whether the student is the quicker one at each, and a
+picture.
 """
 
 from __future__ import annotations
@@ -59,10 +64,15 @@ class Settings:
 
 
 def row(
-    length: int, subjects: dict[str, BenchmarkModel], models: dict[str, Checkpoint], at: Roof, s: Settings
+    length: int,
+    subjects: dict[str, BenchmarkModel],
+    models: dict[str, Checkpoint],
+    at: Roof,
+    s: Settings,
 ) -> dict[str, Any]:
-    """One length: {model: cold_ms, cached_ms (what trials say), best_ms}, ratios of the medians, and in how many
-    rounds the student was the quicker one."""
+    """One length: {model: cold_ms, cached_ms (what trials say), best_ms}, ratios of the medians,
+    and in how many rounds the student was the quicker one.
+    """
     r = Request(length, 2)
     every: dict[str, list[Measurement]] = {name: [] for name in subjects}
     for model in subjects.values():
@@ -75,10 +85,16 @@ def row(
     for name, model in subjects.items():
         figures = rounds.figures(every[name], r)
         best = 1000 * at.seconds(*rounds.moved(models[name], model.read_bytes, r)[1])
-        found[name] = {"cold_ms": figures["ttft_ms"], "cached_ms": figures["ttft_cached_ms"], "best_ms": best}
+        found[name] = {
+            "cold_ms": figures["ttft_ms"],
+            "cached_ms": figures["ttft_cached_ms"],
+            "best_ms": best,
+        }
         found[name]["parts"] = throughput.by_part(model, 0, length, 1)
     kinds = ("cold_ms", "cached_ms")
-    found["speed_up"] = {k: found["teacher"][k]["median"] / found["student"][k]["median"] for k in kinds}
+    found["speed_up"] = {
+        k: found["teacher"][k]["median"] / found["student"][k]["median"] for k in kinds
+    }
     pairs = zip(every["teacher"], every["student"], strict=True)
     found["student_first"] = sum(small.stamps_s[0] < big.stamps_s[0] for big, small in pairs)
     return found
@@ -86,7 +102,10 @@ def row(
 
 def main(s: Settings) -> None:
     """Length after length; both models stay in memory."""
-    folders = {"teacher": resolve.resolve_model(s.teacher).path, "student": load.open_checkpoint(s.student).path}
+    folders = {
+        "teacher": resolve.resolve_model(s.teacher).path,
+        "student": load.open_checkpoint(s.student).path,
+    }
     name = s.name + "-4bit" * s.four_bit
     given: dict[str, Any] = {"chip": laboratory.machine()["chip"]}
     given["weights_sha256"] = {n: laboratory.weights_sha256(f) for n, f in folders.items()}
@@ -96,7 +115,10 @@ def main(s: Settings) -> None:
     command = f"scripts/mis benchmarks/ttft.py --student RUN/distilled{' --four-bit' * s.four_bit}"
     command += " --lengths "
     todo = [n for n in s.lengths if n not in rows]
-    cli.say(f"{len(todo)} lengths to time, load average {psutil.getloadavg()[0]:.1f}; {len(rows)} are there")
+    cli.say(
+        f"{len(todo)} lengths to time, load average {psutil.getloadavg()[0]:.1f}; {len(rows)} are "
+        f"there"
+    )
     with ExitStack() as stack:
         if s.four_bit and todo:
             temp = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -107,18 +129,32 @@ def main(s: Settings) -> None:
         for length in todo:
             before = laboratory.busy("before")
             made = row(length, subjects, models, at, s)
-            rows[length] = {**made, "git": laboratory.version(), "hot": before + laboratory.busy("after")}
-            found = {"student": s.note, "given": given, "roof": asdict(at), "verdict": verdict(rows)}
+            rows[length] = {
+                **made,
+                "git": laboratory.version(),
+                "hot": before + laboratory.busy("after"),
+            }
+            found = {
+                "student": s.note,
+                "given": given,
+                "roof": asdict(at),
+                "verdict": verdict(rows),
+            }
             found["format"] = kind
             found["rows"] = [rows[n] for n in sorted(rows)]
             laboratory.write(name, command + " ".join(map(str, sorted(rows))), found)
-            cli.say(f"{length}: " + ", ".join(f"{n} {rows[length][n]['cold_ms']['median']:.0f} ms" for n in subjects))
+            cli.say(
+                f"{length}: "
+                + ", ".join(f"{n} {rows[length][n]['cold_ms']['median']:.0f} ms" for n in subjects)
+            )
     laboratory.say_goals(verdict(rows))
     laboratory.picture(name, lambda axes: draw([rows[n] for n in sorted(rows)], kind, axes))
 
 
 def verdict(rows: dict[int, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Whether the student's first token comes earlier at every length, cold: its least lead, and where."""
+    """Whether the student's first token comes earlier at every length, cold: its least lead, and
+    where.
+    """
     leads = {n: r["speed_up"]["cold_ms"] for n, r in rows.items()}
     at = min(leads, key=lambda n: leads[n])
     label = f"the student's first token is earlier at every length, cold; least so at {at} tokens"
@@ -129,9 +165,20 @@ def draw(rows: list[dict[str, Any]], kind: str, axes: Any) -> None:
     """TTFT against length, both logarithmic, with what this machine could do at best."""
     lengths = [row["prompt_tokens"] for row in rows]
     for name, color in COLORS.items():
-        for key, label, style in (("cold_ms", "cold", "o-"), ("cached_ms", "prompt in the cache", "s--")):
+        for key, label, style in (
+            ("cold_ms", "cold", "o-"),
+            ("cached_ms", "prompt in the cache", "s--"),
+        ):
             means, spread = ([row[name][key][k] for row in rows] for k in ("mean", "sd"))
-            axes.errorbar(lengths, means, spread, fmt=style, color=color, label=f"{name}, {label}", markersize=4)
+            axes.errorbar(
+                lengths,
+                means,
+                spread,
+                fmt=style,
+                color=color,
+                label=f"{name}, {label}",
+                markersize=4,
+            )
         best = [row[name]["best_ms"] for row in rows]
         axes.plot(lengths, best, ":", color=color, label=f"{name}, cold, at best here")
     laboratory.logarithmic(axes, "tokens in the prompt", "time to first token, ms")

@@ -1,11 +1,14 @@
-"""Fewer tokens or fewer neurons: students of one size, distilled alike, in bits per byte of texts of other kinds.
+"""Fewer tokens or fewer neurons: students of one size, distilled alike, in bits per byte of texts
+of other kinds.
 
-    scripts/mis benchmarks/vocabulary.py    # half an hour on 2 cores; finished rows are not run again
+    scripts/mis benchmarks/vocabulary.py    # half an hour on 2 cores; finished rows are not run
+    again
 
-SmolLM2-135M-Instruct less a third, two thirds of the default's steps, half of its windows for the repair, seeds 0 to 2:
-scenario gazda (28 blocks, FFN 768, all 49,152 tokens) beside redyk (29 blocks, FFN 1024, 24,576 tokens). Every model
-reads its own tokens. Texts of no kind that anybody trained on: Vim's tutor in English and in Polish (Debian's package
-vim-runtime) and numpy's docstrings. Writes benchmarks/results/<machine>/vocabulary.json after every row.
+SmolLM2-135M-Instruct less a third, two thirds of the default's steps, half of its windows for the
+repair, seeds 0 to 2: scenario gazda (28 blocks, FFN 768, all 49,152 tokens) beside redyk (29
+blocks, FFN 1024, 24,576 tokens). Every model reads its own tokens. Texts of no kind that anybody
+trained on: Vim's tutor in English and in Polish (Debian's package vim-runtime) and numpy's
+docstrings. Writes benchmarks/results/<machine>/vocabulary.json after every row.
 """
 
 from __future__ import annotations
@@ -52,7 +55,8 @@ def other_texts() -> dict[str, str]:
     """Of kinds that nobody trained on, by name."""
     found = {name: tutor(file) for name, file in TUTORS.items()}
     long = [doc for name in sorted(np.__all__) if len(doc := str(getattr(np, name).__doc__)) > 2000]
-    found["numpy's docstrings"] = "\n\n".join(long)[:24_000]  # windows enough for all of it, in either vocabulary
+    # windows enough for all of it, in either vocabulary
+    found["numpy's docstrings"] = "\n\n".join(long)[:24_000]
     return found
 
 
@@ -79,16 +83,32 @@ def main(s: Settings) -> None:
                 if (label := f"{shape}, seed {seed}") in rows:
                     continue
                 run = Path(temp) / f"run-{len(rows)}"
-                more: dict[str, Any] = {"quantize": 0, "bench_tokens": 0, "reconstruct_samples": 32, "eval_windows": 3}
-                result = distill.run(distill.Settings(out=str(run), seed=seed, iters=s.iters, **more, **flags))
-                row: dict[str, Any] = {"params": result["params_student"], "tokens_per_s": result["tokens_per_s"]}
+                more: dict[str, Any] = {
+                    "quantize": 0,
+                    "bench_tokens": 0,
+                    "reconstruct_samples": 32,
+                    "eval_windows": 3,
+                }
+                result = distill.run(
+                    distill.Settings(out=str(run), seed=seed, iters=s.iters, **more, **flags)
+                )
+                row: dict[str, Any] = {
+                    "params": result["params_student"],
+                    "tokens_per_s": result["tokens_per_s"],
+                }
                 for name, folder in folders.items():
                     students = str(run / "pruned"), str(run / "model")
-                    asked = evaluate.Settings(students=students, data=str(folder), eval_windows=s.eval_windows)
+                    asked = evaluate.Settings(
+                        students=students, data=str(folder), eval_windows=s.eval_windows
+                    )
                     row[name] = evaluate.run(asked)["held-out"]
                 rows[label] = row
                 cli.say(f"{label}: {row}")
-                write("vocabulary", "scripts/mis benchmarks/vocabulary.py", {"given": given, "rows": rows})
+                write(
+                    "vocabulary",
+                    "scripts/mis benchmarks/vocabulary.py",
+                    {"given": given, "rows": rows},
+                )
 
 
 if __name__ == "__main__":

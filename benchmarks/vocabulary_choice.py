@@ -1,15 +1,18 @@
-"""Which tokens should stay? The teacher, untrained, with a part of its tokens, chosen in several ways.
+"""Which tokens should stay? The teacher, untrained, with a part of its tokens, chosen in several
+ways.
 
     scripts/mis benchmarks/vocabulary_choice.py    # 10 minutes on 2 cores
     scripts/mis benchmarks/vocabulary_choice.py --teacher gemma-3-270m --divisors 2 4 --ways both
     scripts/mis benchmarks/vocabulary_choice.py --table
 
-SmolLM2-135M-Instruct, or another; bits per byte of 5,000 characters of each text, relative to the teacher with all of
-its tokens. The texts chose nothing: held-out parts of Python's manual and of the Miś texts, those of teacher_text.py,
-and the GPL (Debian's base-files). `counted` in the default training text; `expected` there by the teacher, in 16
-windows; `both`: half of each, the default; `written`: counted, and expected in 64 windows of what a model wrote; `both,
-merge order`: and, with as much weight, 1 / (1,000 + a token's place in the order of merges). `--languages de`, which
-needs the package wordfreq, adds German words. Writes benchmarks/results/<machine>/vocabulary_choice[-<teacher>].json.
+SmolLM2-135M-Instruct, or another; bits per byte of 5,000 characters of each text, relative to the
+teacher with all of its tokens. The texts chose nothing: held-out parts of Python's manual and of
+the Miś texts, those of teacher_text.py, and the GPL (Debian's base-files). `counted` in the default
+training text; `expected` there by the teacher, in 16 windows; `both`: half of each, the default;
+`written`: counted, and expected in 64 windows of what a model wrote; `both, merge order`: and, with
+as much weight, 1 / (1,000 + a token's place in the order of merges). `--languages de`, which needs
+the package wordfreq, adds German words. Writes
+benchmarks/results/<machine>/vocabulary_choice[-<teacher>].json.
 """
 
 from __future__ import annotations
@@ -38,10 +41,14 @@ from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.types import Checkpoint
 
-WINDOW, BEFORE = 384, 128  # tokens that are judged at once, and that are read before them
+# tokens that are judged at once, and that are read before them
+WINDOW = 384
+BEFORE = 128
 LICENCE = Path("/usr/share/common-licenses/GPL-3")
 WAYS = "merge order", "counted", "expected", "both", "written", "both, merge order"
-WHOLE, PLACES, MORE_WINDOWS = "bits per byte with all tokens", 1000, 64
+WHOLE = "bits per byte with all tokens"
+PLACES = 1000
+MORE_WINDOWS = 64
 
 
 @dataclass(frozen=True)
@@ -64,8 +71,12 @@ class Settings:
 
 def texts(s: Settings, place: Path) -> dict[str, str]:
     """By name."""
-    found = {"Python's manual": "\n\n".join(str(row["text"]) for row in preparation.load(None).test)}
-    found["Miś texts"] = "\n\n".join(str(row.get("text") or row) for row in preparation.load("mis").test)
+    found = {
+        "Python's manual": "\n\n".join(str(row["text"]) for row in preparation.load(None).test)
+    }
+    found["Miś texts"] = "\n\n".join(
+        str(row.get("text") or row) for row in preparation.load("mis").test
+    )
     for name, folder in teacher_text.texts(place, s.teacher).items():
         rows = map(json.loads, (folder / "test.jsonl").read_text("utf-8").splitlines())
         found[name] = "\n\n".join("\n".join(row.values()) for row in rows)
@@ -75,7 +86,9 @@ def texts(s: Settings, place: Path) -> dict[str, str]:
 
 def bits_per_byte(model: nn.Module, tokenizer: Any, text: str) -> float:
     """Of a text, every token but the first after what stands before it."""
-    ids, start, nll = tokenizer.encode(text, add_special_tokens=False), token_windows.start_of(tokenizer), 0.0
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    start = token_windows.start_of(tokenizer)
+    nll = 0.0
     for at in range(0, len(ids), WINDOW):
         window = mx.array([[*start, *ids[max(0, at - BEFORE) : at + WINDOW]]])
         each: Any = nn.losses.cross_entropy(model(window[:, :-1]).astype(mx.float32), window[:, 1:])
@@ -83,7 +96,9 @@ def bits_per_byte(model: nn.Module, tokenizer: Any, text: str) -> float:
     return nll / len(text.encode()) / math.log(2)
 
 
-def weights(s: Settings, teacher: Checkpoint, tokenizer: Any, train: Windows, count: int) -> dict[str, np.ndarray]:
+def weights(
+    s: Settings, teacher: Checkpoint, tokenizer: Any, train: Windows, count: int
+) -> dict[str, np.ndarray]:
     """(V,) how much each token is wanted, by the way of choosing."""
     of_model = train.pick(train.kind == list(preparation.TEXT_SHARES).index("written by a model"))
     counted = np.bincount(train.tokens.reshape(-1), minlength=count).astype(float)
@@ -97,15 +112,19 @@ def weights(s: Settings, teacher: Checkpoint, tokenizer: Any, train: Windows, co
     if s.languages:
         ways["both, words"] = one + two
         for word, share in vocabulary.words(s.languages).items():
-            np.add.at(ways["both, words"], tokenizer.encode(f" {word}", add_special_tokens=False), share)
+            np.add.at(
+                ways["both, words"], tokenizer.encode(f" {word}", add_special_tokens=False), share
+            )
     return ways
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
     """Markdown: bits per byte of the whole, and how many % more."""
     names = list(rows.get(WHOLE, {}))
-    body = [[way, *(f"{r[name]:.3f}" if way == WHOLE else f"{r[name]:+.1%}" for name in names)]
-            for way, r in rows.items()]  # fmt: skip
+    body = [
+        [way, *(f"{r[name]:.3f}" if way == WHOLE else f"{r[name]:+.1%}" for name in names)]
+        for way, r in rows.items()
+    ]
     return markdown_table(["", *names], body)
 
 
@@ -116,9 +135,11 @@ def main(s: Settings) -> None:
         print(table(stored(name)["rows"]))
         return
     teacher = load.open_checkpoint(resolve.resolve_model(s.teacher).path)
-    tokenizer, tokens = load.tokenizer(teacher.path), Vocabulary(teacher.path)
+    tokenizer = load.tokenizer(teacher.path)
+    tokens = Vocabulary(teacher.path)
     train = preparation.prepare(None, tokenizer, 256).train
-    model, needed = load.resident(teacher, mx.float32), vocabulary.needed(tokens, teacher.path)
+    model = load.resident(teacher, mx.float32)
+    needed = vocabulary.needed(tokens, teacher.path)
     weight = model.model.embed_tokens.weight
     ways = weights(s, teacher, tokenizer, train, len(weight))
     with tempfile.TemporaryDirectory() as place:
@@ -133,12 +154,25 @@ def main(s: Settings) -> None:
                     (Path(place) / file).write_bytes(content)
                 own = load.tokenizer(Path(place))
             model.model.embed_tokens.weight = weight[mx.array(kept)]
-            found = {what: bits_per_byte(model, own, text) / whole[what] - 1 for what, text in read.items()}
+            found = {
+                what: bits_per_byte(model, own, text) / whole[what] - 1
+                for what, text in read.items()
+            }
             rows[f"{size:,} tokens, {way}"] = found
-            cli.say(f"{size:,} {way:12} " + ", ".join(f"{what} {more:+.1%}" for what, more in found.items()))
-    given = f" --teacher {s.teacher}" * bool(s.teacher) + f" --divisors {' '.join(map(str, s.divisors))}"
+            cli.say(
+                f"{size:,} {way:12} "
+                + ", ".join(f"{what} {more:+.1%}" for what, more in found.items())
+            )
+    given = (
+        f" --teacher {s.teacher}" * bool(s.teacher)
+        + f" --divisors {' '.join(map(str, s.divisors))}"
+    )
     given += f" --ways {' '.join(s.ways)}" * (s.ways != WAYS)
-    write(name, "scripts/mis benchmarks/vocabulary_choice.py" + given, {"languages": s.languages, "rows": rows})
+    write(
+        name,
+        "scripts/mis benchmarks/vocabulary_choice.py" + given,
+        {"languages": s.languages, "rows": rows},
+    )
     print(table(rows))
 
 

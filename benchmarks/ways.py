@@ -1,15 +1,16 @@
-"""What each way of training gives and takes: the same student, repaired and distilled alike, by its way or its budget.
+"""What each way of training gives and takes: the same student, repaired and distilled alike, by its
+way or its budget.
 
     scripts/mis benchmarks/ways.py                     # 10 to 30 minutes a row on 2 quiet cores
     scripts/mis benchmarks/ways.py --rows blocks 1GiB  # of these rows alone
     scripts/mis benchmarks/ways.py --teacher gemma-3-270m
     scripts/mis benchmarks/ways.py --table
 
-A row is a way (`--train`) under the default budget, or a budget, which chooses the way. Everything else is distill's
-default, but that nothing is quantized or timed, and that the scenario is redyk for any teacher. Peaks are of MLX's
-arrays; what the process held more than before the run is beside them in the JSON. Gaps closed are in bits per byte of
-the held-out texts. Finished rows are not run again.
-Writes benchmarks/results/<machine>/ways-<teacher>.json after every row.
+A row is a way (`--train`) under the default budget, or a budget, which chooses the way. Everything
+else is distill's default, but that nothing is quantized or timed, and that the scenario is redyk
+for any teacher. Peaks are of MLX's arrays; what the process held more than before the run is beside
+them in the JSON. Gaps closed are in bits per byte of the held-out texts. Finished rows are not run
+again. Writes benchmarks/results/<machine>/ways-<teacher>.json after every row.
 """
 
 from __future__ import annotations
@@ -52,15 +53,20 @@ def row(s: Settings, name: str, out: Path) -> dict[str, Any]:
     count_anew()
     began = time.process_time()
     flags |= {"scenario": "redyk", "quantize": 0, "bench_tokens": 0}
-    result = distill.run(distill.Settings(teacher=s.teacher, iters=s.iters, seed=s.seed, out=str(out), **flags))
+    result = distill.run(
+        distill.Settings(teacher=s.teacher, iters=s.iters, seed=s.seed, out=str(out), **flags)
+    )
     run = run_reader.read(out)
     phases = {p["phase"]: p for p in run.phases}
-    found = {"way": result["mode"], "budget_bytes": result["budget_bytes"],
-             "peak_bytes": max(p["peak_bytes"] for p in phases.values()),
-             "process_peak_bytes": result["peak_bytes"],
-             "peaks": {name: p["peak_bytes"] for name, p in phases.items()},
-             "cpu_seconds": round(time.process_time() - began, 1),
-             "seconds": {name: round(p["seconds"], 1) for name, p in phases.items()}}  # fmt: skip
+    found = {
+        "way": result["mode"],
+        "budget_bytes": result["budget_bytes"],
+        "peak_bytes": max(p["peak_bytes"] for p in phases.values()),
+        "process_peak_bytes": result["peak_bytes"],
+        "peaks": {name: p["peak_bytes"] for name, p in phases.items()},
+        "cpu_seconds": round(time.process_time() - began, 1),
+        "seconds": {name: round(p["seconds"], 1) for name, p in phases.items()},
+    }
     return found | {"bits_per_byte": bits_per_byte(run.table)}
 
 
@@ -83,14 +89,18 @@ def table(rows: dict[str, Any]) -> str:
 
 def main(s: Settings) -> None:
     """Every row that is not there yet."""
-    name = f"ways-{Path(s.teacher).name if s.teacher else 'default'}" + (f"-{s.seed}" if s.seed else "")
+    name = f"ways-{Path(s.teacher).name if s.teacher else 'default'}" + (
+        f"-{s.seed}" if s.seed else ""
+    )
     given = {"iters": s.iters, "seed": s.seed}
     rows = resumed(name, given, ["rows"]).get("rows", {})
     for wanted in () if s.table else s.rows:
         if wanted not in rows:
             with tempfile.TemporaryDirectory() as temp:
                 rows[wanted] = row(s, wanted, Path(temp) / "run")
-            command = "scripts/mis benchmarks/ways.py" + (f" --teacher {s.teacher}" if s.teacher else "")
+            command = "scripts/mis benchmarks/ways.py" + (
+                f" --teacher {s.teacher}" if s.teacher else ""
+            )
             command += f" --seed {s.seed}" * bool(s.seed)
             write(name, command, {"given": given, "rows": rows})
     print(table(rows))

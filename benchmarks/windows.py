@@ -1,14 +1,16 @@
-"""What it costs to let some blocks see the last tokens only, and how much earlier the first token comes for that.
+"""What it costs to let some blocks see the last tokens only, and how much earlier the first token
+comes for that.
 
     scripts/mis benchmarks/windows.py --model RUN/distilled
     scripts/mis benchmarks/windows.py --table
 
-`layer_types` and `sliding_window` in a llama's config.json are all that it takes: stock mlx_lm reads them and keeps
-only the last tokens of such a block (transformers' and llama.cpp's llama do not know them). Nothing is trained. Blocks
-are ranked by KL(the model as it is || with this block alone windowed) on `--rank-windows` windows of `--length` tokens,
-then the cheapest so many of them are windowed together; judged on held-out English and Polish, in bits per byte.
-Seconds to the first token are mlx-lm's, the prompt in parts of 512 tokens, models in turn.
-Writes benchmarks/results/<machine>/windows.json after every step.
+`layer_types` and `sliding_window` in a llama's config.json are all that it takes: stock mlx_lm
+reads them and keeps only the last tokens of such a block (transformers' and llama.cpp's llama do
+not know them). Nothing is trained. Blocks are ranked by KL(the model as it is || with this block
+alone windowed) on `--rank-windows` windows of `--length` tokens, then the cheapest so many of them
+are windowed together; judged on held-out English and Polish, in bits per byte. Seconds to the first
+token are mlx-lm's, the prompt in parts of 512 tokens, models in turn. Writes
+benchmarks/results/<machine>/windows.json after every step.
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ class Bench:
         self.checkpoint = load.open_checkpoint(self.path)
         self.layers = int(self.checkpoint.config["num_hidden_layers"])
         self.rank = comparison.chosen(data.train, s.rank_windows)
-        self.held_out = {name: comparison.chosen(text, s.eval_windows) for name, text in data.held_out.items()}
+        self.held_out = {
+            name: comparison.chosen(text, s.eval_windows) for name, text in data.held_out.items()
+        }
         self.base = self.windowed(())
         self.states = {name: self.hidden(self.base, text) for name, text in self.texts.items()}
 
@@ -76,7 +80,9 @@ class Bench:
 
     def windowed(self, blocks: tuple[int, ...]) -> Any:
         """mlx-lm's model in float32."""
-        kinds = ["sliding_attention" if i in blocks else "full_attention" for i in range(self.layers)]
+        kinds = [
+            "sliding_attention" if i in blocks else "full_attention" for i in range(self.layers)
+        ]
         how = {"layer_types": kinds, "sliding_window": self.s.window}
         model = load.mlx_lm("utils").load_model(self.path, model_config=how)[0]
         model.set_dtype(mx.float32)
@@ -89,8 +95,11 @@ class Bench:
         return states
 
     def judge(self, model: Any, name: str) -> dict[str, float]:
-        """Mean KL from the model as it is in nats a token, of windows; bits per byte where bytes are known."""
-        text, before = self.texts[name], (self.checkpoint, self.states[name])
+        """Mean KL from the model as it is in nats a token, of windows; bits per byte where bytes
+        are known.
+        """
+        text = self.texts[name]
+        before = (self.checkpoint, self.states[name])
         each = comparison.by_window(before, (self.checkpoint, self.hidden(model, text)), text)
         _, nll, kl, _ = np.array([values.mean(axis=0) for values in each]).T
         known = text.text_bytes is not None and text.text_bytes.any()
@@ -114,16 +123,24 @@ def table(rows: list[dict[str, Any]]) -> str:
         texts = [f"{row[name]['bits_per_byte']:.3f} (KL {row[name]['kl']:.3f})" for name in names]
         sooner = [f"{rows[0]['first_s'][p] / row['first_s'][p]:.2f}x" for p in prompts]
         lines.append([str(row["windowed"]), *texts, *sooner])
-    head = [*(f"bits per byte, {n}" for n in names), *(f"first token at {p} tokens" for p in prompts)]
+    head = [
+        *(f"bits per byte, {n}" for n in names),
+        *(f"first token at {p} tokens" for p in prompts),
+    ]
     return markdown_table(["blocks windowed", *head], lines)
 
 
 def main(s: Settings) -> None:
     """Rank, then window more and more."""
-    given = {k: v for k, v in asdict(s).items() if k not in ("model", "table", "name", "rounds", "prompts")}
+    given = {
+        k: v
+        for k, v in asdict(s).items()
+        if k not in ("model", "table", "name", "rounds", "prompts")
+    }
     given |= {k: list(v) for k, v in given.items() if isinstance(v, tuple)}
     found = laboratory.resumed(s.name, given, ["costs", "rows"])
-    costs, rows = found.get("costs", {}), found.get("rows", [])
+    costs = found.get("costs", {})
+    rows = found.get("rows", [])
     command = "scripts/mis benchmarks/windows.py" + " --model RUN/distilled" * bool(s.model)
     if not s.table:
         bench = Bench(s)
@@ -140,7 +157,8 @@ def main(s: Settings) -> None:
         models = {n: bench.windowed(tuple(map(int, order[:n]))) for n in counts}
         if not rows:
             rows += [
-                {"windowed": n, **{name: bench.judge(m, name) for name in bench.held_out}} for n, m in models.items()
+                {"windowed": n, **{name: bench.judge(m, name) for name in bench.held_out}}
+                for n, m in models.items()
             ]
             keep()
         taken: dict[tuple[int, int], list[float]] = {}

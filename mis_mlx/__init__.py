@@ -1,7 +1,8 @@
 """Miś-Minitron on MLX: make a language model smaller on the laptop it will run on.
 
-`mis_mlx.distill(teacher=..., out=...)`, and so prune, quantize, evaluate, export; `mis_mlx.open(folder)`. Nothing is
-imported before it is used (docs/python-api.md)."""
+`mis_mlx.distill(teacher=..., out=...)`, and so prune, quantize, evaluate, export;
+`mis_mlx.open(folder)`. Nothing is imported before it is used (docs/python-api.md).
+"""
 
 import inspect
 import os
@@ -16,7 +17,8 @@ from mis_mlx.hardware import macos
 from mis_mlx.types import Checkpoint
 from mis_mlx.types import MisError as MisError
 
-macos.settle()  # before anything opens Metal's device: commands, console scripts and Python programs come by here
+# before anything opens Metal's device: commands, console scripts and Python programs come by here
+macos.settle()
 
 __version__ = "0.1.0"
 FUNCTIONS = ("distill", "prune", "quantize", "evaluate", "export")
@@ -24,20 +26,28 @@ WRITTEN = ("student", "mlx_path", "out")  # what a command's JSON calls the fold
 
 
 class Result(dict[str, Any]):
-    """What a command found: the JSON of its last line, by its keys. Sizes end in `_bytes`, times in `_s`."""
+    """What a command found: the JSON of its last line, by its keys. Sizes end in `_bytes`, times in
+    `_s`.
+    """
 
     @property
     def folder(self) -> Path | None:
-        """The folder that was written, of a model where one was made; None: nothing was, as with `dry_run=True`."""
-        return next((Path(self[key]) for key in WRITTEN if self.get(key) and Path(self[key]).exists()), None)
+        """The folder that was written, of a model where one was made; None: nothing was, as with
+        `dry_run=True`.
+        """
+        return next(
+            (Path(self[key]) for key in WRITTEN if self.get(key) and Path(self[key]).exists()), None
+        )
 
 
 class Function(ModuleType):
     """A command's module, which may be called with its flags, dashes as underscores."""
 
     def __call__(self, **settings: Any) -> Result:
-        """Do what the command does with these flags. Tables and progress go to stderr. MisError, one sentence, where
-        the user can mend it; TypeError for an unknown keyword; KeyboardInterrupt leaves what --resume needs."""
+        """Do what the command does with these flags. Tables and progress go to stderr. MisError,
+        one sentence, where the user can mend it; TypeError for an unknown keyword;
+        KeyboardInterrupt leaves what --resume needs.
+        """
         cli = import_module("mis_mlx.cli")
 
         def plain(value: Any) -> Any:
@@ -56,10 +66,13 @@ class Function(ModuleType):
 
 
 def open(folder: str | os.PathLike[str]) -> Checkpoint:
-    """The model in a folder, or the last one of a run's folder, by its headers alone: `config`, `nbytes`, and
-    `tensors`, {name: dtype, shape, where it lies}. No weight is read: `mlx_lm.load(folder)` does that. MisError where
-    the folder has no model, or one that is damaged."""
-    load, run_folder = (import_module(f"mis_mlx.{name}") for name in ("models.load", "storage.run_folder"))
+    """The model in a folder, or the last one of a run's folder, by its headers alone: `config`,
+    `nbytes`, and `tensors`, {name: dtype, shape, where it lies}. No weight is read:
+    `mlx_lm.load(folder)` does that. MisError where the folder has no model, or one that is damaged.
+    """
+    load, run_folder = (
+        import_module(f"mis_mlx.{name}") for name in ("models.load", "storage.run_folder")
+    )
     path = Path(folder)
     return load.open_checkpoint(path / "model" if (path / run_folder.CONFIG).is_file() else path)
 

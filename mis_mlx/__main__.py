@@ -1,7 +1,9 @@
 """`python -m mis_mlx`: the list of commands, one line each; with a command and flags, that command.
 
-Imports none of them: their docstrings are read as text, so the list is there at once. The console commands `mis_mlx`
-and `mis_mlx.distill` begin here too, so that Ctrl-C while a command is imported is one sentence."""
+Imports none of them: their docstrings are read as text, so the list is there at once. The console
+commands `mis_mlx` and `mis_mlx.distill` begin here too, so that Ctrl-C while a command is imported
+is one sentence.
+"""
 
 import ast
 import runpy
@@ -10,23 +12,33 @@ from pathlib import Path
 
 from mis_mlx import __version__
 
-USAGE = "Makes a language model smaller on the laptop it will run on. Usage: scripts/mis COMMAND [flags]"
+USAGE = (
+    "Makes a language model smaller on the laptop it will run on. Usage: scripts/mis COMMAND "
+    "[flags]"
+)
 NOT_COMMANDS = ("__init__", "__main__", "types", "cli", "flag_help")
 
 
 def commands() -> dict[str, str]:
     """{command: first line of its module's docstring}, in alphabetical order."""
-    paths = [path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem not in NOT_COMMANDS]
-    docs = {path.stem: ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "" for path in paths}
+    paths = [
+        path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem not in NOT_COMMANDS
+    ]
+    docs = {
+        path.stem: ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "" for path in paths
+    }
     return {name: text.partition("\n")[0] for name, text in docs.items()}
 
 
 def main() -> None:
-    """Run the command that we are called by (`mis_mlx.distill`) or with (`mis_mlx distill`), else list them all."""
+    """Run the command that we are called by (`mis_mlx.distill`) or with (`mis_mlx distill`), else
+    list them all.
+    """
     try:
         from mis_mlx import cli, flag_help
 
-        known, name = commands(), Path(sys.argv[0]).name.removeprefix("mis_mlx.")
+        known = commands()
+        name = Path(sys.argv[0]).name.removeprefix("mis_mlx.")
         if name not in known:
             name = sys.argv.pop(1) if set(sys.argv[1:2]) & set(known) else ""
         with cli.reader():
@@ -35,7 +47,10 @@ def main() -> None:
             elif name:
                 runpy.run_module(f"mis_mlx.{name}", run_name="__main__", alter_sys=True)
             elif set(sys.argv[1:]) - {"-h", "--help"}:
-                print(f"mis_mlx: there is no command {sys.argv[1]}: `mis_mlx` lists them", file=sys.stderr)
+                print(
+                    f"mis_mlx: there is no command {sys.argv[1]}: `mis_mlx` lists them",
+                    file=sys.stderr,
+                )
                 sys.exit(2)
             else:
                 print(USAGE)

@@ -1,7 +1,9 @@
-"""Examine this machine and MLX on it: some sixty checks, each with a witness and a bound; a report to paste.
+"""Examine this machine and MLX on it: some sixty checks, each with a witness and a bound; a report
+to paste.
 
-Takes a minute or two, needs no network and no model. Groups of checks run in processes of their own: one that aborts or
-hangs is a row, and the others go on. Exit code 3 when a check fails."""
+Takes a minute or two, needs no network and no model. Groups of checks run in processes of their
+own: one that aborts or hangs is a row, and the others go on. Exit code 3 when a check fails.
+"""
 
 import os
 import re
@@ -31,7 +33,9 @@ ask = child_process.ask
 
 @dataclass(frozen=True)
 class Settings(policy.Computing):
-    """Examine this machine and MLX on it; the report on stdout is made to be pasted into an issue."""
+    """Examine this machine and MLX on it; the report on stdout is made to be pasted into an
+    issue.
+    """
 
     out: Path | None = None
     """write the report, Markdown, to this new file too"""
@@ -39,7 +43,9 @@ class Settings(policy.Computing):
 
 @dataclass
 class Report:
-    """Lines of Markdown, on stdout and in the file `out` as soon as they are known: a crash leaves what was found."""
+    """Lines of Markdown, on stdout and in the file `out` as soon as they are known: a crash leaves
+    what was found.
+    """
 
     out: Path | None
     rows: list[Row] = field(default_factory=list)
@@ -68,7 +74,8 @@ class Report:
         """A line of a group's journal."""
         if "begun" in line:
             self.begun = line["begun"]
-            cli.say(f"{len(self.rows) + 1}: {self.begun}")  # before: where the process dies, this was it
+            # before: where the process dies, this was it
+            cli.say(f"{len(self.rows) + 1}: {self.begun}")
         if "row" in line:
             name, passed, number, bound, error = line["row"]
             self.row(Row(name, passed, number, bound, error))
@@ -100,14 +107,23 @@ def run(settings: Settings) -> dict[str, Any]:
     failed = [row.name for row in report.rows if not row.passed]
     passed = f"{len(report.rows) - len(failed)} of {len(report.rows)} checks passed"
     held = gib(report.peak_bytes)
-    report.line(f"\n**{passed}** in {duration(time.monotonic() - began)}; a group took at most {held}.")
-    facts = {"checks": len(report.rows), "failed": failed, "check_failed": bool(failed), "policy": policy.name()}
+    report.line(
+        f"\n**{passed}** in {duration(time.monotonic() - began)}; a group took at most {held}."
+    )
+    facts = {
+        "checks": len(report.rows),
+        "failed": failed,
+        "check_failed": bool(failed),
+        "policy": policy.name(),
+    }
     rows = [row._replace(error=_public(row.error))._asdict() for row in report.rows]
     return facts | {"device": rates.about()["computes_on"], "rows": rows}
 
 
 def _examine(group: str, folder: Path, compute_dtype: str | None, report: Report) -> None:
-    """All checks of a group, in a process of its own; where that ends early, a row says during what."""
+    """All checks of a group, in a process of its own; where that ends early, a row says during
+    what.
+    """
     journal = folder / f"{group}.jsonl"
     place = folder / group
     place.mkdir()
@@ -119,7 +135,12 @@ def _examine(group: str, folder: Path, compute_dtype: str | None, report: Report
             report.take(line)
             read = end
 
-    where = {"group": group, "folder": str(place), "journal": str(journal), "compute_dtype": compute_dtype}
+    where = {
+        "group": group,
+        "folder": str(place),
+        "journal": str(journal),
+        "compute_dtype": compute_dtype,
+    }
     try:
         ask("mis_mlx.checks.groups", "run", where, PATIENCE_S, look=look)
     except child_process.NoAnswer as trouble:
@@ -138,7 +159,10 @@ def _head(folder: Path) -> str:
         "disk": shutil.disk_usage(folder),
         "budget": memory.budget(None).limit_bytes,
         "recommended": float(mx.device_info().get("max_recommended_working_set_size", 0)),
-        "lines": [*sensors.splitlines(), *groups.guarded(lambda: list(system_facts.lines()), lambda why: [why])],
+        "lines": [
+            *sensors.splitlines(),
+            *groups.guarded(lambda: list(system_facts.lines()), lambda why: [why]),
+        ],
         "policy": policy,
         "gib": gib,
     }
@@ -153,8 +177,15 @@ def _sensors() -> str:
 
 def _public(text: str) -> str:
     """The text without folders and names of this machine and its user."""
-    text = re.sub(r"(?<![\w.])[~.]?(?:/[^\s/:'\"|]+)+/([^\s/:'\"|]*)", r"…/\1", text.replace(str(Path.home()), "~"))
-    for name in {Path.home().name, os.uname().nodename, os.uname().nodename.partition(".")[0]} - {"", "root"}:
+    text = re.sub(
+        r"(?<![\w.])[~.]?(?:/[^\s/:'\"|]+)+/([^\s/:'\"|]*)",
+        r"…/\1",
+        text.replace(str(Path.home()), "~"),
+    )
+    for name in {Path.home().name, os.uname().nodename, os.uname().nodename.partition(".")[0]} - {
+        "",
+        "root",
+    }:
         text = re.sub(rf"\b{re.escape(name)}\b", "…", text)
     return text
 

@@ -1,4 +1,6 @@
-"""Evaluate students against their teacher: the recovery table on tasks, or held-out loss, KL and agreement."""
+"""Evaluate students against their teacher: the recovery table on tasks, or held-out loss, KL and
+agreement.
+"""
 
 import importlib.metadata
 import json
@@ -24,11 +26,23 @@ from mis_mlx.planner import estimates, machines
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import figures, html, progress, text
 from mis_mlx.storage.files import DISK, need_place
-from mis_mlx.types import MOST, Budget, Checkpoint, Count, MisError, Row, Tokens, Within, duration, gib
+from mis_mlx.types import (
+    MOST,
+    Budget,
+    Checkpoint,
+    Count,
+    MisError,
+    Row,
+    Tokens,
+    Within,
+    duration,
+    gib,
+)
 
 LENGTH = 256  # tokens in a window
 Hashes = Mapping[str, str]  # of the models, by name
-Text = tuple[str, str, token_windows.Windows, comparison.Opened]  # name, title, chosen windows, what opens a model
+# name, title, chosen windows, what opens a model
+Text = tuple[str, str, token_windows.Windows, comparison.Opened]
 
 
 @dataclass(frozen=True)
@@ -40,25 +54,34 @@ class Settings(cli.Budgeted, policy.Computing):
     students: tuple[str, ...] = ()
     """model folders"""
     data: str | None = None
-    """what the students were distilled on: a folder with train.jsonl and test.jsonl, or a hub id; default: built in"""
+    """what the students were distilled on: a folder with train.jsonl and test.jsonl, or a hub id;
+    default: built in
+    """
     eval_windows: Count = 24
     """held-out windows"""
     max_seq_length: Tokens | None = None
     """tokens in a window; default: 256, with --kld 512"""
     kld: bool = False
-    """llama.cpp's quality report instead, with the teacher as reference, over the second half of every window"""
+    """llama.cpp's quality report instead, with the teacher as reference, over the second half of
+    every window
+    """
     tasks: tuple[str, ...] = ()
-    """answers, builtin, polish-offline, dialects, polish, english, a part of these, lm_eval/ID, folders or .jsonl files
-    of yours; none: held-out text"""
+    """answers, builtin, polish-offline, dialects, polish, english, a part of these, lm_eval/ID,
+    folders or .jsonl files of yours; none: held-out text
+    """
     num_questions: Annotated[int, Within(2, MOST)] = 100
     """of each task, and prompts of `answers`"""
     out: str | None = None
-    """folder for recovery.md, .json, .svg and .html, and answers.jsonl; default: the table on stdout alone"""
+    """folder for recovery.md, .json, .svg and .html, and answers.jsonl; default: the table on
+    stdout alone
+    """
     dry_run: bool = False
     """judge all rows, count questions, bytes and time, with --tasks; ask no model"""
     spread: Literal["whole", "layers"] = "whole"
-    """of several machines (mlx.launch): each passes its windows and questions through whole models, or through its own
-    blocks and sends them on to the next machine, which a model needs that no machine holds alone"""
+    """of several machines (mlx.launch): each passes its windows and questions through whole models,
+    or through its own blocks and sends them on to the next machine, which a model needs that no
+    machine holds alone
+    """
 
 
 def _print(words: str) -> None:
@@ -67,12 +90,16 @@ def _print(words: str) -> None:
         print(text.aligned(words))
 
 
-def _kld(models: Models, held_out: token_windows.Windows, title: str, opened: comparison.Opened) -> dict[str, Any]:
+def _kld(
+    models: Models, held_out: token_windows.Windows, title: str, opened: comparison.Opened
+) -> dict[str, Any]:
     """Print the report on all models but the first, the reference; the same for the JSON line."""
     held_out = comparison.second_half(held_out)
     report = comparison.kld(models, held_out, opened)
-    tokens, sha256 = int((held_out.learn > 0).sum()), token_windows.fingerprint(held_out)
-    rows, result = [], dict[str, Any]({"tokens": tokens, "sha256_tokens": sha256})
+    tokens = int((held_out.learn > 0).sum())
+    sha256 = token_windows.fingerprint(held_out)
+    rows = []
+    result = dict[str, Any]({"tokens": tokens, "sha256_tokens": sha256})
     for name, of in report.items():
         for metric, (value, error) in of.items():
             ends = () if error is None else (value - error, value + error)
@@ -81,19 +108,28 @@ def _kld(models: Models, held_out: token_windows.Windows, title: str, opened: co
             if error is not None:
                 result[f"{metric}_se_{name}"] = error
     _print(f"\n{title}: the {tokens} tokens of their second halves, ± one standard error\n")
-    _print(f"{text.table(rows, list(report), text.TABLES['kld'])}\n\nsha256 of the tokens: {sha256}")
+    _print(
+        f"{text.table(rows, list(report), text.TABLES['kld'])}\n\nsha256 of the tokens: {sha256}"
+    )
     return result
 
 
-def _texts(s: Settings, models: Models, tokenizer: Any, limit: Budget, length: int) -> Iterator[Text]:
+def _texts(
+    s: Settings, models: Models, tokenizer: Any, limit: Budget, length: int
+) -> Iterator[Text]:
     """Every held-out text, used within the budget, if it fits."""
-    planned = estimates.compared([estimates.model_of(m) for m in models.values()], s.eval_windows, length)
+    planned = estimates.compared(
+        [estimates.model_of(m) for m in models.values()], s.eval_windows, length
+    )
     estimates.fit(limit, planned)
-    # One pass is made of each model: blocks stay in memory only to take the next windows while others work.
+    # One pass is made of each model: blocks stay in memory only to take the next windows while
+    # others work.
     room = estimates.room(limit.limit_bytes, planned.peak_bytes) if s.spread == "layers" else 0
 
     def opened(model: Checkpoint) -> stream.Stream:
-        return machines.opened(model, limit, room, s.eval_windows * length, length, s.spread == "layers")
+        return machines.opened(
+            model, limit, room, s.eval_windows * length, length, s.spread == "layers"
+        )
 
     for name, held_out in preparation.prepare(s.data, tokenizer, length).held_out.items():
         chosen = comparison.chosen(held_out, s.eval_windows)
@@ -102,15 +138,27 @@ def _texts(s: Settings, models: Models, tokenizer: Any, limit: Budget, length: i
             yield name, f"{name}, {len(chosen.tokens)} windows of {length} tokens", chosen, opened
 
 
-def _held_out(s: Settings, models: Models, seen: Checkpoint, limit: Budget) -> tuple[str, dict[str, Any]]:
-    """(Markdown, the same for the JSON line): one table a text. seen: the teacher with its students' vocabulary."""
-    parts, said = [], dict[str, Any]()
-    teacher, tokenizer = models["teacher"], load.tokenizer(seen.path)
-    for name, title, chosen, opened in _texts(s, models, tokenizer, limit, s.max_seq_length or LENGTH):
-        rows = comparison.rows_of(comparison.together({**models, "teacher": seen}, chosen, opened), chosen)
+def _held_out(
+    s: Settings, models: Models, seen: Checkpoint, limit: Budget
+) -> tuple[str, dict[str, Any]]:
+    """(Markdown, the same for the JSON line): one table a text. seen: the teacher with its
+    students' vocabulary.
+    """
+    parts = []
+    said = dict[str, Any]()
+    teacher = models["teacher"]
+    tokenizer = load.tokenizer(seen.path)
+    for name, title, chosen, opened in _texts(
+        s, models, tokenizer, limit, s.max_seq_length or LENGTH
+    ):
+        rows = comparison.rows_of(
+            comparison.together({**models, "teacher": seen}, chosen, opened), chosen
+        )
         if seen is not teacher:
             own = token_windows.reread(chosen, tokenizer, load.tokenizer(teacher.path))
-            rows = comparison.across(rows, comparison.together({"teacher": teacher}, own, opened), own)
+            rows = comparison.across(
+                rows, comparison.together({"teacher": teacher}, own, opened), own
+            )
             title = f"{title}. {comparison.ACROSS}"
         parts.append(f"{title}\n\n{text.table(rows, list(models), text.TABLES['held-out'])}")
         said[name] = {f"{r.metric}_{r.model}": r.value for r in rows}
@@ -125,16 +173,26 @@ class _Answered(NamedTuple):
     told: dict[str, Any]
 
 
-def _answered(prompts: list[Prompt], models: Models, hashes: Hashes, limit: Budget) -> _Answered | None:
-    """What all models answer to held-out prompts, on the first machine; None on others, and where nobody is asked."""
+def _answered(
+    prompts: list[Prompt], models: Models, hashes: Hashes, limit: Budget
+) -> _Answered | None:
+    """What all models answer to held-out prompts, on the first machine; None on others, and where
+    nobody is asked.
+    """
     if not prompts or not distributed.is_main():
         return None
     with memory.limited(limit):
         judgement = answers.judged(models, prompts, limit, hashes=hashes)
     if judgement is None:
-        raise MisError("the chat templates of these models share no prompt: leave a student out, or --tasks answers")
+        raise MisError(
+            "the chat templates of these models share no prompt: leave a student out, or --tasks "
+            "answers"
+        )
     names = list(judgement.said)
-    told: dict[str, Any] = {"prompts": len(judgement.answers.prompts), "all": _values(judgement.rows)}
+    told: dict[str, Any] = {
+        "prompts": len(judgement.answers.prompts),
+        "all": _values(judgement.rows),
+    }
     by_language = conversations.tables(judgement)
     told |= {language: _values(rows) for language, rows in by_language.items()}
     tables = list[dict[str, Any]]()
@@ -151,18 +209,39 @@ def _values(rows: list[Row]) -> dict[str, float]:
 
 
 def _plan(
-    s: Settings, wanted: EvaluationSet, models: Models, hashes: Hashes, limit: Budget, prompts: list[Prompt]
+    s: Settings,
+    wanted: EvaluationSet,
+    models: Models,
+    hashes: Hashes,
+    limit: Budget,
+    prompts: list[Prompt],
 ) -> dict[str, Any]:
-    """Peak and time of what is still to be asked, but lm-eval's; said aloud. MisError where something does not fit."""
+    """Peak and time of what is still to be asked, but lm-eval's; said aloud. MisError where
+    something does not fit.
+    """
     shapes = [estimates.model_of(m) for m in models.values()]
     for m, model in zip(shapes, models.values(), strict=True) if wanted.harness else ():
-        need = m.shape.layers * m.block_work + m.head_work + estimates.workspace_bytes(m, 2048, 2048)
-        limit.need(need, f"lm-eval's tasks need {model.path} whole in memory, which", "give a larger --budget")
-    asked = [answering.plan(m, hashes[name], task, limit) for name, m in models.items() for task in wanted.tasks]
+        need = (
+            m.shape.layers * m.block_work + m.head_work + estimates.workspace_bytes(m, 2048, 2048)
+        )
+        limit.need(
+            need,
+            f"lm-eval's tasks need {model.path} whole in memory, which",
+            "give a larger --budget",
+        )
+    asked = [
+        answering.plan(m, hashes[name], task, limit)
+        for name, m in models.items()
+        for task in wanted.tasks
+    ]
     if prompts:
         asked.append(answers.plan(models, prompts, limit, hashes))
     phases = [phase for phase in asked if phase]
-    known = f", {len(asked) - len(phases)} of {len(asked)} known from before" if len(phases) < len(asked) else ""
+    known = (
+        f", {len(asked) - len(phases)} of {len(asked)} known from before"
+        if len(phases) < len(asked)
+        else ""
+    )
     if wanted.text:
         phases.append(estimates.compared(shapes, s.eval_windows, s.max_seq_length or LENGTH))
         estimates.fit(limit, phases[-1])
@@ -173,13 +252,21 @@ def _plan(
     return {"peak_bytes": peak, "seconds": seconds}
 
 
-def _outcomes(s: Settings, wanted: EvaluationSet, models: Models, hashes: Hashes, limit: Budget) -> Iterator[Outcome]:
+def _outcomes(
+    s: Settings, wanted: EvaluationSet, models: Models, hashes: Hashes, limit: Budget
+) -> Iterator[Outcome]:
     """Our tasks, then lm-eval's; each model is asked all of them before the next one."""
-    layers, tasks = s.spread == "layers", wanted.tasks
-    marks = {name: [answering.scores(m, hashes[name], t, limit, layers) for t in tasks] for name, m in models.items()}
+    layers = s.spread == "layers"
+    tasks = wanted.tasks
+    marks = {
+        name: [answering.scores(m, hashes[name], t, limit, layers) for t in tasks]
+        for name, m in models.items()
+    }
     for at, task in enumerate(tasks):
         by_model = {name: marks[name][at] for name in models}
-        levels = {name: found for name, sha in hashes.items() if (found := answering.levels(sha, task))}
+        levels = {
+            name: found for name, sha in hashes.items() if (found := answering.levels(sha, task))
+        }
         yield Outcome(
             task=task.name,
             about=task.about,
@@ -192,14 +279,21 @@ def _outcomes(s: Settings, wanted: EvaluationSet, models: Models, hashes: Hashes
             levels=levels or None,
         )
     if wanted.harness:
-        theirs = [answering.by_harness(m, hashes[name], wanted.harness, s.num_questions) for name, m in models.items()]
+        theirs = [
+            answering.by_harness(m, hashes[name], wanted.harness, s.num_questions)
+            for name, m in models.items()
+        ]
         for rows in zip(*theirs, strict=True):
             about = f"lm-eval {importlib.metadata.version('lm_eval')}, {rows[0]['metric']}"
-            by_model = {name: np.array(row["marks"]) for name, row in zip(models, rows, strict=True)}
+            by_model = {
+                name: np.array(row["marks"]) for name, row in zip(models, rows, strict=True)
+            }
             yield Outcome(rows[0]["task"], about, by_model, np.array(rows[0]["chance"]))
 
 
-def _examine(s: Settings, models: Models, seen: Checkpoint, hashes: Hashes, limit: Budget) -> dict[str, Any]:
+def _examine(
+    s: Settings, models: Models, seen: Checkpoint, hashes: Hashes, limit: Budget
+) -> dict[str, Any]:
     began = time.monotonic()
     wanted = task_registry.find(s.tasks, s.num_questions, s.data)
     if wanted.harness:
@@ -232,7 +326,9 @@ def _examine(s: Settings, models: Models, seen: Checkpoint, hashes: Hashes, limi
     return _summary(s, models, outcomes, answered) | {"held_out": held_out}
 
 
-def _summary(s: Settings, models: Models, outcomes: list[Outcome], answered: _Answered | None) -> dict[str, Any]:
+def _summary(
+    s: Settings, models: Models, outcomes: list[Outcome], answered: _Answered | None
+) -> dict[str, Any]:
     """What the JSON line tells, but for held-out text."""
     students = list(models)[1:]
     told: dict[str, Any] = {"answers": answered.told} if answered else {}
@@ -247,17 +343,26 @@ def _accuracies(outcome: Outcome) -> dict[str, dict[str, float]]:
     return {name: levels.json() for name, levels in (outcome.levels or {}).items()}
 
 
-def _write(out: Path, outcomes: list[Outcome], page: str, result: dict[str, Any], answered: _Answered | None) -> None:
+def _write(
+    out: Path,
+    outcomes: list[Outcome],
+    page: str,
+    result: dict[str, Any],
+    answered: _Answered | None,
+) -> None:
     if answered:
         result["answers"] = answered.told
         conversations.keep(answered.judgement, out, DISK)
-    picture, title = recovery_table.figure(outcomes), "The recovery table"
+    picture = recovery_table.figure(outcomes)
+    title = "The recovery table"
     body = f"<h1>{title}</h1>" + html.markdown(page) + html.part("figures", pictures=[picture])
     if picture:
         DISK.replace_text(out / "recovery.svg", figures.standalone(picture))
         page += "\n\n![Recovered](recovery.svg)"
     DISK.replace_text(out / "recovery.md", page + "\n")
-    DISK.replace_text(out / "recovery.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+    DISK.replace_text(
+        out / "recovery.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n"
+    )
     DISK.replace_text(out / "recovery.html", html.page(title, body))
 
 
@@ -269,14 +374,21 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.out and distributed.is_main():
         need_place("--out", s.out)
     if (s.out or s.dry_run) and not s.tasks:
-        raise MisError(f"{'--out' if s.out else '--dry-run'} goes with --tasks: name some, such as --tasks text")
+        raise MisError(
+            f"{'--out' if s.out else '--dry-run'} goes with --tasks: name some, such as --tasks "
+            f"text"
+        )
     if s.kld and s.tasks:
         raise MisError("--kld and --tasks are two reports: give one of them")
     if s.kld and not s.students:
-        raise MisError("--kld compares two models, there is only the teacher: name the other with --students")
+        raise MisError(
+            "--kld compares two models, there is only the teacher: name the other with --students"
+        )
     teacher = resolve.resolve_model(s.teacher).path
     names = "teacher", *resolve.labels(s.students, ("teacher",))
-    models = dict(zip(names, map(load.open_checkpoint, [teacher, *map(Path, s.students)]), strict=True))
+    models = dict(
+        zip(names, map(load.open_checkpoint, [teacher, *map(Path, s.students)]), strict=True)
+    )
     limit, (_, *students) = memory.budget(s.budget_bytes), models.values()
     estimates.settle_precision(limit, *models.values())
     with progress.run("evaluate"), vocabulary.shared(models["teacher"], students) as seen:
@@ -290,7 +402,9 @@ def run(settings: Settings) -> dict[str, Any]:
             if seen is not models["teacher"]:
                 cli.say(comparison.ACROSS)
             models["teacher"] = seen
-            result = {name: _kld(models, chosen, title, opened) for name, title, chosen, opened in texts}
+            result = {
+                name: _kld(models, chosen, title, opened) for name, title, chosen, opened in texts
+            }
         else:
             tables, result = _held_out(s, models, seen, limit)
             _print(f"\n{tables}")

@@ -1,4 +1,6 @@
-"""--help and --help-all of a command: its settings as flags, in groups, with what their docstrings say."""
+"""--help and --help-all of a command: its settings as flags, in groups, with what their docstrings
+say.
+"""
 
 import inspect
 import json
@@ -16,27 +18,35 @@ from mis_mlx.types import FILE_ONLY
 
 # Titles and the commands or flags under them, in this order; flags that no group names come last.
 GROUPS = json.loads((Path(__file__).parent / "help.json").read_text("utf-8"))
-INDENT, NARROW = 30, 60
+INDENT = 30
+NARROW = 60
 WORDS = {int: "INT", float: "FLOAT", str: "TEXT"}
 
 
 def quiet(kind: type) -> frozenset[str]:
     """The settings that are no flags: a YAML file and Python may give them."""
-    hints, listed = get_type_hints(kind, include_extras=True), getattr(kind, "FILE_ONLY", frozenset[str]())
-    return listed | {name for name, hint in hints.items() if FILE_ONLY in getattr(hint, "__metadata__", ())}
+    hints = get_type_hints(kind, include_extras=True)
+    listed = getattr(kind, "FILE_ONLY", frozenset[str]())
+    return listed | {
+        name for name, hint in hints.items() if FILE_ONLY in getattr(hint, "__metadata__", ())
+    }
 
 
 def docs(kind: type) -> dict[str, str]:
     """{field: the string under it in the source}, of the class and those it is made of."""
     texts = dict[str, str]()
     for one in reversed(kind.__mro__[:-1]):
-        texts |= {p.arg_name: " ".join((p.description or "").split()) for p in parse_from_object(one).params}
+        texts |= {
+            p.arg_name: " ".join((p.description or "").split())
+            for p in parse_from_object(one).params
+        }
     return texts
 
 
 def metavar(hint: Any) -> str:
     """What stands behind a flag: 'INT', '{4,0}'; nothing behind a switch."""
-    kind, inner = get_origin(hint), get_args(hint)
+    kind = get_origin(hint)
+    inner = get_args(hint)
     if kind is Literal:
         return "{" + ",".join(map(str, inner)) + "}"
     if kind in (Annotated, Union, UnionType):
@@ -58,7 +68,9 @@ def grouped(kind: Any) -> Iterator[tuple[str, list[str]]]:
 
 def text(kind: Any, prog: str, every: bool) -> str:
     """The help. every: with the flags that the class lists as `RARE`."""
-    hints, about, width = get_type_hints(kind, include_extras=True), docs(kind), shutil.get_terminal_size().columns
+    hints = get_type_hints(kind, include_extras=True)
+    about = docs(kind)
+    width = shutil.get_terminal_size().columns
     rare = frozenset[str]() if every else getattr(kind, "RARE", frozenset[str]())
     defaults = {f.name: f.default for f in fields(kind)}
     lines = [f"usage: {prog} [flags]", "", *textwrap.wrap(inspect.getdoc(kind) or "", width)]
@@ -66,7 +78,8 @@ def text(kind: Any, prog: str, every: bool) -> str:
         if shown := [name for name in names if name not in rare]:
             lines += ["", title]
         for name in shown:
-            default, said = defaults[name], about.get(name, "")
+            default = defaults[name]
+            said = about.get(name, "")
             if default is MISSING:
                 said += "" if "default:" in said else " (needed)"
             elif default is True:

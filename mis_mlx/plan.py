@@ -1,4 +1,6 @@
-"""Plan: what fits, bytes, passes, hours and SSD wear of a distillation, from the configs alone, before any work."""
+"""Plan: what fits, bytes, passes, hours and SSD wear of a distillation, from the configs alone,
+before any work.
+"""
 
 import os
 from collections.abc import Mapping
@@ -21,27 +23,50 @@ LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple p
 
 
 def table(plan: phases.MemoryPlan) -> str:
-    """For people: what is made, time and memory of each phase, how; or what would fit. With -v every byte of it."""
-    job, names = plan.job, [p.name for p in plan.phases]
-    whole, hot = job.shown or job.teacher, sum(p.seconds(plan.rates, hot=True) for p in plan.phases)
+    """For people: what is made, time and memory of each phase, how; or what would fit. With -v
+    every byte of it.
+    """
+    job = plan.job
+    names = [p.name for p in plan.phases]
+    whole = job.shown or job.teacher
+    hot = sum(p.seconds(plan.rates, hot=True) for p in plan.phases)
     others = job.modes[:-1] if plan.mode == "none" else ()  # which train, and do not fit
-    hours = duration(sum(plan.planned.values())) + (f" ({duration(hot)} once hot)" if plan.rates.hot < 1 else "")
-    return html.document("plan.md", {
-        "plan": plan, "before": arch.params(whole.config), "after": arch.params(job.student.config), "gib": gib,
-        "words": shape_search.words(job.student.shape, whole.shape), "hours": hours, "duration": duration,
-        "packed": compression_size.packed_bytes(job.student, job.rounding) if "quantize" in names else 0,
-        "one": estimates.token(job.teacher, job.max_seq_length, plan.budget_bytes), "remedy": phases.remedy(plan),
-        "disk": disk_bytes(plan), "verbose": cli.DETAILS in os.environ,
-        "visit": phases.steps_per_shard(job, plan.shard_layers or job.student.shape.layers), "life": LIFE_BYTES,
-        "flag": estimates.flag,
-        "trains": phases.least_bytes(replace(job, modes=others), plan.rates) if others else 0,
-        "spooled": max(p.spooled_bytes for p in plan.phases), "written": sum(p.written_bytes for p in plan.phases),
-    })  # fmt: skip
+    hours = duration(sum(plan.planned.values())) + (
+        f" ({duration(hot)} once hot)" if plan.rates.hot < 1 else ""
+    )
+    return html.document(
+        "plan.md",
+        {
+            "plan": plan,
+            "before": arch.params(whole.config),
+            "after": arch.params(job.student.config),
+            "gib": gib,
+            "words": shape_search.words(job.student.shape, whole.shape),
+            "hours": hours,
+            "duration": duration,
+            "packed": compression_size.packed_bytes(job.student, job.rounding)
+            if "quantize" in names
+            else 0,
+            "one": estimates.token(job.teacher, job.max_seq_length, plan.budget_bytes),
+            "remedy": phases.remedy(plan),
+            "disk": disk_bytes(plan),
+            "verbose": cli.DETAILS in os.environ,
+            "visit": phases.steps_per_shard(job, plan.shard_layers or job.student.shape.layers),
+            "life": LIFE_BYTES,
+            "flag": estimates.flag,
+            "trains": phases.least_bytes(replace(job, modes=others), plan.rates) if others else 0,
+            "spooled": max(p.spooled_bytes for p in plan.phases),
+            "written": sum(p.written_bytes for p in plan.phases),
+        },
+    )
 
 
 def outcome(plan: phases.MemoryPlan, teacher: str) -> dict[str, Any]:
-    """For machines: what `distill --dry-run` says in its last line, too. teacher: its path or name."""
-    whole, small = plan.job.shown or plan.job.teacher, plan.job.student
+    """For machines: what `distill --dry-run` says in its last line, too. teacher: its path or
+    name.
+    """
+    whole = plan.job.shown or plan.job.teacher
+    small = plan.job.student
     return {
         "teacher": teacher,
         "params_teacher": arch.params(whole.config),
@@ -55,9 +80,12 @@ def outcome(plan: phases.MemoryPlan, teacher: str) -> dict[str, Any]:
 
 
 def disk_bytes(plan: phases.MemoryPlan) -> int:
-    """Files there may be at once, the teacher's not among them: models, two checkpoints, scratch."""
+    """Files there may be at once, the teacher's not among them: models, two checkpoints,
+    scratch.
+    """
     m = plan.job.student
-    params, blocks = arch.params(m.config), plan.shard_layers or m.shape.layers
+    params = arch.params(m.config)
+    blocks = plan.shard_layers or m.shape.layers
     saved = blocks * compression_size.block_state_bytes(m.config)
     saved = phases.SAVED_BYTES * params if plan.mode == "resident" else saved
     run = 2 * saved * (plan.mode != "none") + params * phases.in_parts(plan.job, plan.mode)
@@ -70,8 +98,9 @@ class Settings(cli.Budgeted, recipe.QuantizationConfig, recipe.DistillationConfi
     """What would `distill` take with these flags? Reads configs, computes, starts nothing."""
 
     teacher: str | None = None
-    """folder (config.json is enough), hub id, mis-137b (the paper's), qwen3-30b-a3b, gemma-4-e2b or gemma-4-e4b;
-    default: SmolLM2-135M-Instruct"""
+    """folder (config.json is enough), hub id, mis-137b (the paper's), qwen3-30b-a3b, gemma-4-e2b or
+    gemma-4-e4b; default: SmolLM2-135M-Instruct
+    """
     student: str | None = None
     """folder of a student pruned earlier; default: what --scenario gives"""
     scenario: select.Scenario | None = None
@@ -79,7 +108,9 @@ class Settings(cli.Budgeted, recipe.QuantizationConfig, recipe.DistillationConfi
     machine: Literal["here", "m1-air"] = "here"
     """m1-air: an 8 GB fanless laptop, by published figures"""
     measure: bool = False
-    """take this machine's rates first, in 20 s; later plans use them; without --teacher that is all"""
+    """take this machine's rates first, in 20 s; later plans use them; without --teacher that is
+    all
+    """
     experts: str | None = None
     """experts of a mixture that stay, as in `prune`"""
     vocab: str | None = None
@@ -89,16 +120,26 @@ class Settings(cli.Budgeted, recipe.QuantizationConfig, recipe.DistillationConfi
 
 
 def _open(name: str | None) -> tuple[Checkpoint | Mapping[str, Any], str]:
-    """(model or config, path or name) of a folder, with or without weights, of a hub model, or the paper's teacher."""
+    """(model or config, path or name) of a folder, with or without weights, of a hub model, or the
+    paper's teacher.
+    """
     if name in arch.PUBLISHED:
         return arch.PUBLISHED[name], name
     folder = resolve.resolve_model(name).path
-    return load.open_checkpoint(folder) if any(folder.glob("*.safetensors")) else read_config(folder), str(folder)
+    return load.open_checkpoint(folder) if any(folder.glob("*.safetensors")) else read_config(
+        folder
+    ), str(folder)
 
 
-def _pair(s: Settings, opened: Checkpoint | Mapping[str, Any], gpu: bool) -> list[estimates.ModelSize]:
-    """[teacher with the vocabulary of --vocab, student], as in `distill`; of the paper's teacher the paper's."""
-    config, folder = (opened.config, opened.path) if isinstance(opened, Checkpoint) else (opened, None)
+def _pair(
+    s: Settings, opened: Checkpoint | Mapping[str, Any], gpu: bool
+) -> list[estimates.ModelSize]:
+    """[teacher with the vocabulary of --vocab, student], as in `distill`; of the paper's teacher
+    the paper's.
+    """
+    config, folder = (
+        (opened.config, opened.path) if isinstance(opened, Checkpoint) else (opened, None)
+    )
     if not s.student:
         name = s.scenario or ("goral" if s.teacher == "mis-137b" else None)
         s = replace(s, **vocabulary.defaults(name, s.vocab, config, folder))
@@ -108,15 +149,18 @@ def _pair(s: Settings, opened: Checkpoint | Mapping[str, Any], gpu: bool) -> lis
     if s.student:
         student = _open(s.student)[0]
     else:
-        experts = arch.count("--experts", s.experts, shape_of(config).experts or MOST_EXPERTS, "experts")
+        experts = arch.count(
+            "--experts", s.experts, shape_of(config).experts or MOST_EXPERTS, "experts"
+        )
         shape = arch.target_shape(config, arch.SCENARIOS.get(s.scenario or "", {}), experts=experts)
         student = arch.student_config(config, shape)
     return [estimates.model_of(model, gpu) for model in (teacher, student)]
 
 
 def _prompts(opened: Checkpoint | Mapping[str, Any]) -> int:
-    """How many prompts a run's models answer at its end: none without a chat template. Its file is looked for, not
-    opened, for a plan takes no second."""
+    """How many prompts a run's models answer at its end: none without a chat template. Its file is
+    looked for, not opened, for a plan takes no second.
+    """
     if not isinstance(opened, Checkpoint):
         return 0
     beside = opened.path / "tokenizer_config.json"
@@ -133,7 +177,8 @@ def run(settings: Settings) -> dict[str, Any]:
     opened, name = _open(settings.teacher)
     config = opened.config if isinstance(opened, Checkpoint) else opened
     settings = replace(settings, **packed_format.of_mixture(config, settings))
-    whole, (teacher, student) = estimates.model_of(opened, at.gpu), _pair(settings, opened, at.gpu)
+    whole = estimates.model_of(opened, at.gpu)
+    (teacher, student) = _pair(settings, opened, at.gpu)
     how = settings if settings.quantize else recipe.PLAIN
     asked = _prompts(opened)
     known = isinstance(opened, Checkpoint) and asked > 0 and answers.shipped_for(opened)

@@ -1,4 +1,6 @@
-"""Prune a model: drop blocks, FFN neurons, heads, hidden channels or tokens by an importance that knows the weather."""
+"""Prune a model: drop blocks, FFN neurons, heads, hidden channels or tokens by an importance that
+knows the weather.
+"""
 
 import tempfile
 from dataclasses import dataclass, replace
@@ -40,7 +42,8 @@ class Settings(cli.Budgeted, policy.Computing, select.PruningConfig):
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: find the model, read the text, prune."""
-    s, files = settings, Files()
+    s = settings
+    files = Files()
     checkpoint = run_loop.opened(s, s.model, place=s.mlx_path, new="--mlx-path")
     s = replace(s, **vocabulary.defaults(s.scenario, s.vocab, checkpoint.config, checkpoint.path))
     rows = vocabulary.rows_left(checkpoint, s)
@@ -49,25 +52,48 @@ def run(settings: Settings) -> dict[str, Any]:
     m = estimates.model_of(checkpoint)
     narrower = select.wanted_shape(checkpoint.config, s).hidden < m.shape.hidden
     rotation = narrower and s.hidden_by == "pca"
-    planned = compression_size.calibration(m, s.num_samples, length, limit.limit_bytes, rotation=rotation)
+    planned = compression_size.calibration(
+        m, s.num_samples, length, limit.limit_bytes, rotation=rotation
+    )
     copying = compression_size.copying_bytes(m, rotation=rotation)
     copied = replace(planned, name="the largest tensor on its way", peak_bytes=copying)
-    estimates.fit(limit, planned, copied, *([compression_size.vocabulary(m, length)] if rows < m.shape.vocab else []))
+    estimates.fit(
+        limit,
+        planned,
+        copied,
+        *([compression_size.vocabulary(m, length)] if rows < m.shape.vocab else []),
+    )
     data = preparation.prepare(s.data, load.tokenizer(checkpoint.path), length)
     with (
-        progress.run("prune"), memory.limited(limit), tempfile.TemporaryDirectory(prefix="mis_mlx-") as place,
+        progress.run("prune"),
+        memory.limited(limit),
+        tempfile.TemporaryDirectory(prefix="mis_mlx-") as place,
         ThermalMonitor(s, None, files) as weather,
-    ):  # fmt: skip
-        teacher, data = vocabulary.of_run(checkpoint, None, rows, data, s, s.data, Path(place), files)
+    ):
+        teacher, data = vocabulary.of_run(
+            checkpoint, None, rows, data, s, s.data, Path(place), files
+        )
         samples = preparation.calibration(data.train, s.num_samples, s.seed)
         held_out = comparison.chosen(next(iter(data.held_out.values())), 24)
         report = select.prune(
-            teacher, samples, held_out, Path(s.mlx_path), s, dtype=s.dtype, reading=weather.latest, files=files,
+            teacher,
+            samples,
+            held_out,
+            Path(s.mlx_path),
+            s,
+            dtype=s.dtype,
+            reading=weather.latest,
+            files=files,
             held=planned.held_tokens // length,
-        )  # fmt: skip
+        )
         report["params_before"] = arch.params(checkpoint.config)
         cli.say(html.document("pruned.md", report))
-        return {"model": str(checkpoint.path), "mlx_path": s.mlx_path, **report, **weather.account()}
+        return {
+            "model": str(checkpoint.path),
+            "mlx_path": s.mlx_path,
+            **report,
+            **weather.account(),
+        }
 
 
 if __name__ == "__main__":

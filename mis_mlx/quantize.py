@@ -48,26 +48,45 @@ def _planned(
     s: Settings, checkpoint: Checkpoint, other: Checkpoint, count: int, limit: Budget
 ) -> list[estimates.StageCost]:
     """Rounding, and the steps after it; MisError when one of them does not fit."""
-    m, steps = estimates.model_of(checkpoint), s.steps(False)
+    m = estimates.model_of(checkpoint)
+    steps = s.steps(False)
     stages = [compression_size.quantize(m, s, count, s.max_seq_length, limit.limit_bytes)]
     remedies = [", or --q-method round without --target-bpw" if count else "", ", or --q-iters 0"]
     if steps:
-        job = DistillationSpec(teacher=estimates.model_of(other), student=m, iters=steps, batch_size=s.batch_size,
-                               max_seq_length=s.max_seq_length, save_every=steps, rounding=s)  # fmt: skip
+        job = DistillationSpec(
+            teacher=estimates.model_of(other),
+            student=m,
+            iters=steps,
+            batch_size=s.batch_size,
+            max_seq_length=s.max_seq_length,
+            save_every=steps,
+            rounding=s,
+        )
         stages.append(phases.tune(job, s.batch_size, limit.limit_bytes, steps))
     for planned, remedy in zip(stages, remedies, strict=False):
         estimates.fit(limit, planned, other=remedy)
     return stages
 
 
-def _tuned(s: Settings, rounded: Path, other: Checkpoint, data: Windows, pinned: int, out: Path, files: Files) -> None:
+def _tuned(
+    s: Settings,
+    rounded: Path,
+    other: Checkpoint,
+    data: Windows,
+    pinned: int,
+    out: Path,
+    files: Files,
+) -> None:
     """Write `out`: `rounded`, whose scales have learned from the model `other`."""
-    checkpoint, m = load.open_checkpoint(rounded), estimates.model_of(other)
+    checkpoint = load.open_checkpoint(rounded)
+    m = estimates.model_of(other)
     room = None if pinned == m.shape.layers else pinned * m.block_work + m.head_work
     source = live_teacher.StreamedTeacher(other, room)
     asked = DistillationConfig(batch_size=s.batch_size, seed=s.seed)
     recipe = pipeline.tuning_recipe(asked, checkpoint, s.steps(False), s.q_learning_rate)
-    packed_format.write_learned(checkpoint, pipeline.tuned(checkpoint, source, data, recipe), out, files)
+    packed_format.write_learned(
+        checkpoint, pipeline.tuned(checkpoint, source, data, recipe), out, files
+    )
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -88,9 +107,13 @@ def run(settings: Settings) -> dict[str, Any]:
 
 def _run(s: Settings, checkpoint: Checkpoint, other: Checkpoint) -> dict[str, Any]:
     """Plan, round, and let scales learn from the model `other`, which reads the same tokens."""
-    limit, count, steps = memory.budget(s.budget_bytes), s.num_samples if s.looks else 0, s.steps(False)
+    limit = memory.budget(s.budget_bytes)
+    count = s.num_samples if s.looks else 0
+    steps = s.steps(False)
     planned = _planned(s, checkpoint, other, count, limit)
-    out, files, batches = Path(s.mlx_path), Files(), list[mx.array]()
+    out = Path(s.mlx_path)
+    files = Files()
+    batches = list[mx.array]()
     if s.looks or steps:
         data = preparation.prepare(s.data, load.tokenizer(checkpoint.path), s.max_seq_length).train
         batches = preparation.calibration(data, count, s.seed)
@@ -99,14 +122,18 @@ def _run(s: Settings, checkpoint: Checkpoint, other: Checkpoint) -> dict[str, An
         if not steps:
             done = stage.quantize(checkpoint.path, out, s, files, batches, held, s.seed)
         else:
-            rounded = out.absolute().with_name(f".tmp-{out.name}-rounded-{os.getpid()}")  # swept where we are killed
+            # swept where we are killed
+            rounded = out.absolute().with_name(f".tmp-{out.name}-rounded-{os.getpid()}")
             files.discard(rounded)  # left behind by a process of the same number
             try:
                 done = stage.quantize(checkpoint.path, rounded, s, files, batches, held, s.seed)
                 _tuned(s, rounded, other, data, planned[1].pinned, out, files)
             finally:
                 files.discard(rounded)
-    cli.say(f"{out}: {done['bits_per_weight']:.2f} bits per weight, {done['bits_per_block_weight']:.2f} in blocks")
+    cli.say(
+        f"{out}: {done['bits_per_weight']:.2f} bits per weight, "
+        f"{done['bits_per_block_weight']:.2f} in blocks"
+    )
     return {"model": str(checkpoint.path), "mlx_path": s.mlx_path, "method": s.q_method, **done}
 
 

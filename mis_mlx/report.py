@@ -1,7 +1,9 @@
-"""Report: one self-contained HTML page of a run, or of several side by side; --watch renders it while a run goes on.
+"""Report: one self-contained HTML page of a run, or of several side by side; --watch renders it
+while a run goes on.
 
-Each part of it takes the story and a key, with which the ids of its pictures begin; what nothing is known of is left
-out. KeyError, TypeError or ValueError where values are not this version's."""
+Each part of it takes the story and a key, with which the ids of its pictures begin; what nothing is
+known of is left out. KeyError, TypeError or ValueError where values are not this version's.
+"""
 
 import shlex
 import time
@@ -33,7 +35,9 @@ class Settings:
     out: str | None = None
     """file to write; default: report.html in the first run folder"""
     watch: bool = False
-    """write it anew while the run goes on, and let the browser open it anew; until the run ends, or Ctrl-C"""
+    """write it anew while the run goes on, and let the browser open it anew; until the run ends, or
+    Ctrl-C
+    """
     every_s: Count = 20
     """seconds between two looks"""
     config: cli.ConfigFile = None
@@ -46,14 +50,20 @@ def _since(story: RunRecord, series: Series, scale: float = 1.0) -> list[tuple[f
 
 def summary(story: RunRecord, key: str) -> str:
     """Two sentences: what was done, and what came of it; or how far it is."""
-    teacher = PurePath(str(story.result.get("teacher") or story.config.get("teacher") or "the default teacher")).name
+    teacher = PurePath(
+        str(story.result.get("teacher") or story.config.get("teacher") or "the default teacher")
+    ).name
     step, loss = (story.steps.series[name].points()[-1:] for name in ("number", "loss"))
-    return html.part("summary", s=story, teacher=teacher, step=step, loss=loss, duration=duration, gib=gib)
+    return html.part(
+        "summary", s=story, teacher=teacher, step=step, loss=loss, duration=duration, gib=gib
+    )
 
 
 @dataclass(frozen=True)
 class Talk:
-    """A prompt of some kind, in a language, and by model what each answers to it: {"text", "ended"}."""
+    """A prompt of some kind, in a language, and by model what each answers to it: {"text",
+    "ended"}.
+    """
 
     prompt: str
     kind: str
@@ -62,11 +72,14 @@ class Talk:
 
 
 def answers(story: RunRecord, key: str) -> str:
-    """What teacher and student answer to some prompts, side by side; before that whether the student repeats itself."""
+    """What teacher and student answer to some prompts, side by side; before that whether the
+    student repeats itself.
+    """
     talks = _talks(story.answers)
     models = list(dict.fromkeys(model for talk in talks for model in talk.answers))
     pair = models[:1] + models[1:][-1:]
-    talks = [talk for talk in talks if all(name in talk.answers for name in pair)]  # a torn line lacks one
+    # a torn line lacks one
+    talks = [talk for talk in talks if all(name in talk.answers for name in pair)]
     return html.part("answers", verdict=_verdict(talks, pair), models=pair, talks=_some(talks))
 
 
@@ -83,7 +96,9 @@ def _talks(rows: Sequence[Mapping[str, Any]]) -> list[Talk]:
 
 
 def _some(talks: Sequence[Talk]) -> list[Talk]:
-    """SHOWN of the prompts: each language has as many, spread evenly over its prompts, as far as there are."""
+    """SHOWN of the prompts: each language has as many, spread evenly over its prompts, as far as
+    there are.
+    """
     languages = list(dict.fromkeys(talk.language for talk in talks))
     chosen = list[Talk]()
     for language in languages:
@@ -98,7 +113,9 @@ def _verdict(talks: Sequence[Talk], models: Sequence[str]) -> str:
     """The sentence on a student that repeats itself more than its teacher; '' where it does not."""
     if len(models) < 2:
         return ""
-    teacher, student = (sum(answer_figures.loops(talk.answers[name]["text"]) for talk in talks) for name in models)
+    teacher, student = (
+        sum(answer_figures.loops(talk.answers[name]["text"]) for talk in talks) for name in models
+    )
     if 100 * (student - teacher) <= answer_figures.MORE_LOOPS * len(talks):
         return ""
     values = {"student": student, "teacher": teacher, "count": len(talks)}
@@ -112,7 +129,8 @@ def recovery(story: RunRecord, key: str) -> str:
 
 def course(story: RunRecord, key: str) -> str:
     """Loss with temperature and tea breaks, speed, memory: over time, in one picture."""
-    steps, air = story.steps, story.air
+    steps = story.steps
+    air = story.air
     loss = _since(story, steps.series["loss"])
     if not loss:
         return ""
@@ -128,9 +146,17 @@ def course(story: RunRecord, key: str) -> str:
     if memory := _since(story, steps.series["peak_bytes"], 1 / GIB):
         panels["GiB"] = {"memory": memory}
     budget = story.begun.get("budget_bytes") or story.result.get("budget_bytes")
-    values = {"loss": loss, "count": steps.series["loss"].count, "warm": warm, "breaks": breaks, "speed": speed,
-              "causes": sorted({cause for _, _, cause in air.pauses}), "planned": _known("{:.0f}".format, planned),
-              "memory": memory, "budget": _known(gib, budget)}  # fmt: skip
+    values = {
+        "loss": loss,
+        "count": steps.series["loss"].count,
+        "warm": warm,
+        "breaks": breaks,
+        "speed": speed,
+        "causes": sorted({cause for _, _, cause in air.pauses}),
+        "planned": _known("{:.0f}".format, planned),
+        "memory": memory,
+        "budget": _known(gib, budget),
+    }
     words = " ".join(html.document("course.md", values).split())
     caption = f"{key}course", "Loss, temperature, tea breaks, speed, memory", words
     return html.part("course", pictures=[figures.over_time(caption, panels, shaded=breaks)])
@@ -141,13 +167,17 @@ def cost(story: RunRecord, key: str) -> str:
     took = story.took()
     peak = {name: max(p["peak_bytes"] for p in story.phases if p["phase"] == name) for name in took}
     if "distil" in took:
-        peak["distil"] = max([peak["distil"], *(nbytes for _, nbytes in story.steps.series["peak_bytes"].points())])
+        peak["distil"] = max(
+            [peak["distil"], *(nbytes for _, nbytes in story.steps.series["peak_bytes"].points())]
+        )
     planned = {p["phase"]: p for p in story.begun.get("planned", [])}
     rows = []
     for name in dict.fromkeys([*planned, *took]):
         plan = planned.get(name, {})
         times = [_known(duration, took.get(name)), _known(duration, plan.get("seconds"))]
-        rows.append([name, *times, _known(gib, peak.get(name)), _known(gib, plan.get("peak_bytes"))])
+        rows.append(
+            [name, *times, _known(gib, peak.get(name)), _known(gib, plan.get("peak_bytes"))]
+        )
     return html.part("cost", phases=rows)
 
 
@@ -157,17 +187,24 @@ def _known(form: Callable[[float], str], value: float | None) -> str:
 
 def pruning(story: RunRecord, key: str) -> str:
     """Which blocks, heads and neurons were kept, and how important they are."""
-    report, layers = story.keep.get("report") or {}, set(story.keep.get("layers", []))
+    report = story.keep.get("report") or {}
+    layers = set(story.keep.get("layers", []))
     pictures = []
     if blocks := {int(i): float(v) for i, v in (report.get("block_importance") or {}).items()}:
         removed = {i: v for i, v in blocks.items() if i not in layers}
         groups = {"kept": {i: v for i, v in blocks.items() if i in layers}, "removed": removed}
         text = f"1 − cosine of each of the {len(blocks)} blocks: how far it turns the stream. "
         text += f"Removed: {', '.join(map(str, removed)) or 'none'}."
-        pictures.append(figures.columns((f"{key}blocks", "Blocks", text), ("block", "1 − cosine"), groups))
+        pictures.append(
+            figures.columns((f"{key}blocks", "Blocks", text), ("block", "1 − cosine"), groups)
+        )
     shares = {}
     for axis in ("ffn", "heads"):
-        rows = {k.split("/")[0]: v for k, v in (report.get("profile") or {}).items() if k.endswith(f"/{axis}")}
+        rows = {
+            k.split("/")[0]: v
+            for k, v in (report.get("profile") or {}).items()
+            if k.endswith(f"/{axis}")
+        }
         kept = [rows[i]["kept"] for i in rows if int(i) in layers]
         if kept and min(kept) < 1:
             shares[axis] = f"{min(kept):.0%} to {max(kept):.0%}"
@@ -192,18 +229,33 @@ def origins(story: RunRecord, key: str) -> str:
             words += map(str, value if isinstance(value, list) else [value])
     rates = story.begun.get("rates") or {}
     facts = {**story.origin, **({"machine": rates["device"]} if "device" in rates else {})}
-    return html.part("origins", command=shlex.join(words) if story.begun else "", facts=facts, config=story.config)
+    return html.part(
+        "origins",
+        command=shlex.join(words) if story.begun else "",
+        facts=facts,
+        config=story.config,
+    )
 
 
 def comparison(stories: Sequence[RunRecord], names: list[str]) -> str:
-    """Several runs side by side: losses on one picture, numbers and their difference to the first run's, settings."""
+    """Several runs side by side: losses on one picture, numbers and their difference to the first
+    run's, settings.
+    """
     losses = {n: _since(s, s.steps.series["loss"]) for n, s in zip(names, stories, strict=True)}
     picture = ""
-    if ends := "; ".join(f"{n} ends at {points[-1][1]:.3f}" for n, points in losses.items() if points):
+    if ends := "; ".join(
+        f"{n} ends at {points[-1][1]:.3f}" for n, points in losses.items() if points
+    ):
         text = f"Training loss of {len(losses)} runs: {ends}."
-        picture = figures.over_time(("all-loss", "Loss of all runs", text), {"loss, nats a token": losses})
-    known = dict.fromkeys(k for s in stories for k, v in s.result.items() if type(v) in (int, float))
-    numbers = [[k, *(_cell(s.result.get(k), stories[0].result.get(k)) for s in stories)] for k in known]
+        picture = figures.over_time(
+            ("all-loss", "Loss of all runs", text), {"loss, nats a token": losses}
+        )
+    known = dict.fromkeys(
+        k for s in stories for k, v in s.result.items() if type(v) in (int, float)
+    )
+    numbers = [
+        [k, *(_cell(s.result.get(k), stories[0].result.get(k)) for s in stories)] for k in known
+    ]
     known = dict.fromkeys(k for s in stories for k in s.config)
     settings = [[k, *(str(s.config.get(k, "–")) for s in stories)] for k in known]
     settings = [row for row in settings if len(set(row[1:])) > 1]
@@ -220,13 +272,15 @@ def _cell(value: Any, first: Any) -> str:
     return f"{value:{form}} ({value - first:+{form}})"
 
 
-OF_RUN = (summary, answers, recovery, course, cost, pruning, samples, origins)  # in the page's order
+# in the page's order
+OF_RUN = (summary, answers, recovery, course, cost, pruning, samples, origins)
 
 
 def render(stories: Sequence[RunRecord], every_s: int | None = None) -> str:
     """The page. every_s: how often a browser is to open it anew."""
     names = [s.name for s in stories]
-    names = [n if names.count(n) == 1 else f"{n} ({i + 1})" for i, n in enumerate(names)]  # no two alike
+    # no two alike
+    names = [n if names.count(n) == 1 else f"{n} ({i + 1})" for i, n in enumerate(names)]
     parts = [html.part("heading", text=" and ".join(names))]
     if len(stories) > 1:
         parts.append(_part("comparison", partial(comparison, stories, names)))
@@ -244,8 +298,18 @@ def _part(name: str, make: Callable[[], str]) -> str:
 
     try:
         return make()
-    except (UndefinedError, LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        text = f"The part “{name}” is missing: a file is of another version ({type(error).__name__}: {error})."
+    except (
+        UndefinedError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+    ) as error:
+        text = (
+            f"The part “{name}” is missing: a file is of another version "
+            f"({type(error).__name__}: {error})."
+        )
         return html.part("note", text=text)
 
 
@@ -258,7 +322,9 @@ def run(settings: Settings) -> dict[str, Any]:
     if not folders:
         configs = list(Path("runs").glob(f"*/{run_folder.CONFIG}"))
         if not configs:
-            raise MisError("There is no run under runs/: name a run folder, or make one with distill")
+            raise MisError(
+                "There is no run under runs/: name a run folder, or make one with distill"
+            )
         folders = [max(configs, key=lambda path: path.stat().st_mtime).parent]
     out = Path(s.out) if s.out else folders[0] / "report.html"
     files.need_place("--out", out, "file")
@@ -270,10 +336,18 @@ def run(settings: Settings) -> dict[str, Any]:
         files.DISK.replace_text(out, page)
         if not going:
             break
-        cli.say(f"{out}: {', '.join(f'{o.steps.lines} steps of {o.name}' for o in stories)}; Ctrl-C ends the watch")
+        cli.say(
+            f"{out}: {', '.join(f'{o.steps.lines} steps of {o.name}' for o in stories)}; Ctrl-C "
+            f"ends the watch"
+        )
         time.sleep(s.every_s)
     missing = [f"{one.name}: {text}" for one in stories for text in one.missing]
-    return {"report": str(out), "bytes": len(page.encode()), "runs": len(stories), "missing": missing}
+    return {
+        "report": str(out),
+        "bytes": len(page.encode()),
+        "runs": len(stories),
+        "missing": missing,
+    }
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Search for the student that loses least within limits on bytes, memory and time: layers, neurons, heads, vocabulary
-and bits chosen together."""
+"""Search for the student that loses least within limits on bytes, memory and time: layers, neurons,
+heads, vocabulary and bits chosen together.
+"""
 
 import math
 import shlex
@@ -11,7 +12,15 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.distillation import candidates, conversations, finalists, frontier, known_losses, pipeline, run_loop
+from mis_mlx.distillation import (
+    candidates,
+    conversations,
+    finalists,
+    frontier,
+    known_losses,
+    pipeline,
+    run_loop,
+)
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.models import arch, families, policy
@@ -26,61 +35,88 @@ from mis_mlx.reporting import figures, progress, text
 from mis_mlx.storage import run_folder
 from mis_mlx.types import FILE_ONLY, MOST, Budget, Checkpoint, Count, MisError, Whole, Within
 
-TOGETHER = 0.33, 3.0  # times the sum of what axes cost alone: between these they are taken to cost together
+# times the sum of what axes cost alone: between these they are taken to cost together
+TOGETHER = 0.33, 3.0
 CLOSE = 1.03  # times --lose that a student may be expected to lose
 NEAR = 0.03  # of --lose: a student so near to it is not looked beyond
 # Settings that may differ when a search is resumed: none of them changes what is measured.
-FREE = frozenset({"out", "resume", "dry_run", "config", "budget", "save_every", "governor", "thermal_replay"})
-UNDER = Path("runs") / "search"  # apart from distillations, so that --resume of one never finds the other
+FREE = frozenset(
+    {"out", "resume", "dry_run", "config", "budget", "save_every", "governor", "thermal_replay"}
+)
+# apart from distillations, so that --resume of one never finds the other
+UNDER = Path("runs") / "search"
 GIVE_SIZES = "give sizes, such as --vocab 0.5x, and --target-bpw"  # where there is no search
 Axis = Literal["layers", "ffn", "heads", "hidden", "vocab", "bits"]
 
 
 @dataclass(frozen=True)
-class Settings(cli.Resumable, policy.Computing, ThermalFlags, vocabulary.VocabularyConfig, DistillationConfig):
-    """What the student may lose (--lose), then it is the smallest that does; and what it may cost at the most: one or
-    more of --bytes, --memory, --params, --decode, --ttft. Default: --params 0.667x."""
+class Settings(
+    cli.Resumable, policy.Computing, ThermalFlags, vocabulary.VocabularyConfig, DistillationConfig
+):
+    """What the student may lose (--lose), then it is the smallest that does; and what it may cost
+    at the most: one or more of --bytes, --memory, --params, --decode, --ttft. Default: --params
+    0.667x.
+    """
 
     lose: Annotated[float | None, Within(0.0, MOST)] = None
-    """bits a byte that the student, distilled and rounded, may be above the teacher: on the teacher's answers, where it
-    has a chat template, else on text. The fewest bytes that should keep to it are looked for"""
+    """bits a byte that the student, distilled and rounded, may be above the teacher: on the
+    teacher's answers, where it has a chat template, else on text. The fewest bytes that should keep
+    to it are looked for
+    """
     bytes: str | None = None
     """weights on disk, such as 50MB"""
     memory: str | None = None
     """memory in use, such as 3GiB: weights, and keys and values of --max-kv-size tokens"""
     frontier: bool = False
-    """draw bytes against loss: what students should lose, and beside them the teacher in 6, 4 and 3 bits; --finalists
-    of the curve are distilled for real"""
+    """draw bytes against loss: what students should lose, and beside them the teacher in 6, 4 and 3
+    bits; --finalists of the curve are distilled for real
+    """
     against: tuple[str, ...] = ()
-    """other models for that picture, folders or hub ids: the teacher's next smaller sibling, or it as mlx_lm.dwq or
-    mlx_lm.dynamic_quant wrote it"""
+    """other models for that picture, folders or hub ids: the teacher's next smaller sibling, or it
+    as mlx_lm.dwq or mlx_lm.dynamic_quant wrote it
+    """
     params: str | None = None
     """parameters: a share of the teacher's, such as 0.667x, or a number, such as 90M"""
     decode: str | None = None
-    """decoding speed, such as 1.5x the teacher's here with --max-kv-size tokens in its cache: estimated from two
-    timings of the teacher; finalists are timed"""
+    """decoding speed, such as 1.5x the teacher's here with --max-kv-size tokens in its cache:
+    estimated from two timings of the teacher; finalists are timed
+    """
     ttft: str | None = None
-    """time to the first token of a prompt of --prompt-tokens, such as 1.5x the teacher's speed; estimated likewise"""
+    """time to the first token of a prompt of --prompt-tokens, such as 1.5x the teacher's speed;
+    estimated likewise
+    """
     max_kv_size: Count = 2048
     """tokens of context in --memory and --decode"""
     prompt_tokens: Count = 512
     """tokens of the prompt in --ttft"""
     axes: tuple[Axis, ...] = ("layers", "ffn", "heads", "vocab", "bits")
-    """what may be cut: layers, ffn, heads, hidden, vocab, bits; bits only where a limit is one of bytes"""
+    """what may be cut: layers, ffn, heads, hidden, vocab, bits; bits only where a limit is one of
+    bytes
+    """
     teacher: str | None = None
-    """folder, hub id (docs/families.md: of which families) or gemma-3-270m; default: SmolLM2-135M-Instruct"""
+    """folder, hub id (docs/families.md: of which families) or gemma-3-270m; default:
+    SmolLM2-135M-Instruct
+    """
     data: str | None = None
     """folder with train.jsonl (valid.jsonl, test.jsonl), or hub data set; default: built-in text"""
     conversations: Annotated[float | None, Within(0.0, 0.95), FILE_ONLY] = None
     """share of the training text in which the teacher answers our prompts, as in distill"""
     evaluations: Count = 10
-    """students measured as pruned and rounded: those that should lose least by what each axis costs alone"""
+    """students measured as pruned and rounded: those that should lose least by what each axis costs
+    alone
+    """
     finalists: Whole = 3
-    """the best of them, distilled for --iters steps and rounded; 0: the best as pruned is recommended"""
+    """the best of them, distilled for --iters steps and rounded; 0: the best as pruned is
+    recommended
+    """
     iters: Count = 20
-    """optimizer steps of each finalist; Minitron's rankings were stable after about 300, 20 are a first look"""
+    """optimizer steps of each finalist; Minitron's rankings were stable after about 300, 20 are a
+    first look
+    """
     student_iters: Annotated[Count | None, FILE_ONLY] = None
-    """optimizer steps that the student gets in the end, on which depends what it should lose; default: 30"""
+    """optimizer steps that the student gets in the end, on which depends what it should lose;
+    default: 30
+    """
     rank_windows: Count = 6
     """held-out windows that rank; a third as many of every other text"""
     eval_windows: Annotated[int, Within(2, MOST)] = 24
@@ -94,7 +130,9 @@ class Settings(cli.Resumable, policy.Computing, ThermalFlags, vocabulary.Vocabul
 
     @property
     def timed_at(self) -> dict[str, tuple[int, int]]:
-        """(tokens in the KV cache, tokens of the prompt) of every speed that is asked for, by its flag."""
+        """(tokens in the KV cache, tokens of the prompt) of every speed that is asked for, by its
+        flag.
+        """
         at = {"decode": (self.max_kv_size, 0), "ttft": (0, self.prompt_tokens)}
         return {flag: tokens for flag, tokens in at.items() if getattr(self, flag)}
 
@@ -102,8 +140,11 @@ class Settings(cli.Resumable, policy.Computing, ThermalFlags, vocabulary.Vocabul
 def limits_of(
     s: Settings, teacher: Checkpoint, folder: Path | None, budget: Budget
 ) -> tuple[list[Limit], dict[str, Timing]]:
-    """What the student may cost; and the teacher's speed, timed now or when the run in `folder` began, by flag."""
-    config, limits = teacher.config, list[Limit]()
+    """What the student may cost; and the teacher's speed, timed now or when the run in `folder`
+    began, by flag.
+    """
+    config = teacher.config
+    limits = list[Limit]()
     if s.bytes:
         limits.append(limiting.bytes_limit(config, s.bytes))
     if s.memory:
@@ -111,12 +152,19 @@ def limits_of(
     if s.params or not (limits or s.timed_at or s.lose is not None or s.frontier):
         limits.append(limiting.params_limit(config, s.params or "0.667x"))
     speeds = _speeds(s, teacher, folder, budget) if s.timed_at else {}
-    return limits + [limiting.time_limit(config, f"--{x}", getattr(s, x), timed) for x, timed in speeds.items()], speeds
+    return limits + [
+        limiting.time_limit(config, f"--{x}", getattr(s, x), timed) for x, timed in speeds.items()
+    ], speeds
 
 
-def _speeds(s: Settings, teacher: Checkpoint, folder: Path | None, budget: Budget) -> dict[str, Timing]:
+def _speeds(
+    s: Settings, teacher: Checkpoint, folder: Path | None, budget: Budget
+) -> dict[str, Timing]:
     if folder:
-        return {flag: Timing(**timed) for flag, timed in run_folder.stored_settings(folder, run_folder.PLAN).items()}
+        return {
+            flag: Timing(**timed)
+            for flag, timed in run_folder.stored_settings(folder, run_folder.PLAN).items()
+        }
     for flag in s.timed_at:
         limiting.speed(f"--{flag}", getattr(s, flag))
     need = phases.timed_bytes(estimates.model_of(teacher).params)
@@ -127,7 +175,9 @@ def _speeds(s: Settings, teacher: Checkpoint, folder: Path | None, budget: Budge
 
 
 def unknown(config: Mapping[str, Any]) -> str:
-    """What a search does not know of a dense model of this config, and so refuses it; empty where it knows all."""
+    """What a search does not know of a dense model of this config, and so refuses it; empty where
+    it knows all.
+    """
     of = families.family(config)
     return f"a search does not know what the tables of a {of.name} weigh" if of.per_layer else ""
 
@@ -135,15 +185,28 @@ def unknown(config: Mapping[str, Any]) -> str:
 def tried_sizes(s: Settings, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Sizes of every axis that are tried, and what cannot be cut said."""
     if families.family(teacher.config).experts:
-        raise MisError("a mixture of experts is cut by --experts of prune and distill: search chooses of dense models")
+        raise MisError(
+            "a mixture of experts is cut by --experts of prune and distill: search chooses of "
+            "dense models"
+        )
     config, whole = teacher.config, shape_of(teacher.config).vocab
     if s.mixed and not shape_search.group_of(shape_of(config)):
-        why = "32 does not divide the rows of this teacher's matrices, so what bits cost cannot be measured"
+        why = (
+            "32 does not divide the rows of this teacher's matrices, so what bits cost cannot "
+            "be "
+            "measured"
+        )
         raise MisError(f"{why}: leave bits out of the --axes of search, or limit --params")
-    sizes = shape_search.axis_sizes(config, s.axes, candidates.vocabularies(teacher) if "vocab" in s.axes else [])
+    sizes = shape_search.axis_sizes(
+        config, s.axes, candidates.vocabularies(teacher) if "vocab" in s.axes else []
+    )
     if s.vocab:
         sizes["vocab"] = (vocabulary.rows_left(teacher, s),)
-    stuck = [f"{axis} {values[0]:,}" for axis, values in sizes.items() if axis in s.axes and len(values) == 1]
+    stuck = [
+        f"{axis} {values[0]:,}"
+        for axis, values in sizes.items()
+        if axis in s.axes and len(values) == 1
+    ]
     if stuck and not (s.vocab and len(stuck) == 1 and sizes["vocab"] != (whole,)):
         cli.say(f"this teacher cannot be cut along every axis: {', '.join(stuck)} stay as they are")
     return sizes
@@ -160,23 +223,34 @@ def rank(
     Those whose loss is no number are left out."""
     with progress.phase("rank"):
         losses = c.losses(sizes)
-        likely, scores = shape_search.best(within, sizes, losses, s.evaluations), dict[Choice, float]()
+        likely = shape_search.best(within, sizes, losses, s.evaluations)
+        scores = dict[Choice, float]()
         with progress.bar("rank", len(likely)) as show:
             for number, choice in enumerate(likely, 1):
                 scores[choice] = c.score(choice, losses)
                 show(number, f"{choice.name}  {scores[choice] / math.log(2):.3f} bits a byte")
-    ranked = sorted((x for x, value in scores.items() if math.isfinite(value)), key=lambda x: scores[x])
+    ranked = sorted(
+        (x for x, value in scores.items() if math.isfinite(value)), key=lambda x: scores[x]
+    )
     if not ranked:
-        raise MisError(f"none of {len(scores)} candidates has a loss that is a number: ask for less of a cut")
+        raise MisError(
+            f"none of {len(scores)} candidates has a loss that is a number: ask for less of a cut"
+        )
     return ranked, scores
 
 
-def _within(s: Settings, teacher: Checkpoint, sizes: shape_search.Sizes, limits: list[Limit]) -> list[Choice]:
-    """The students that come into question. With --lose these are all shapes, whose bits are chosen later."""
+def _within(
+    s: Settings, teacher: Checkpoint, sizes: shape_search.Sizes, limits: list[Limit]
+) -> list[Choice]:
+    """The students that come into question. With --lose these are all shapes, whose bits are chosen
+    later.
+    """
     if s.lose is None and not s.frontier:
         return shape_search.choices(teacher.config, sizes, limits, "bits" in s.axes)
     shapes = shape_search.shapes(teacher.config, sizes)
-    return [Choice(shape, shape_search.USUAL_BPW) for shape in shapes if shape_search.group_of(shape)]
+    return [
+        Choice(shape, shape_search.USUAL_BPW) for shape in shapes if shape_search.group_of(shape)
+    ]
 
 
 def smallest(
@@ -186,10 +260,13 @@ def smallest(
     sizes: shape_search.Sizes,
     limits: Sequence[Limit],
 ) -> tuple[list[Choice], dict[Choice, float]]:
-    """(students that should lose --lose or less, the smallest first; nats a byte that each of them should lose).
+    """(students that should lose --lose or less, the smallest first; nats a byte that each of them
+    should lose).
 
-    What axes cost together is not what they cost alone. So the smallest student by the sum is measured, and the sums
-    are corrected by what was found, until the smallest one by corrected sums is one that was measured."""
+    What axes cost together is not what they cost alone. So the smallest student by the sum is
+    measured, and the sums are corrected by what was found, until the smallest one by corrected sums
+    is one that was measured.
+    """
     assert s.lose is not None
     lose = s.lose * math.log(2)
     shapes = [choice.shape for choice in within]
@@ -214,7 +291,10 @@ def smallest(
                     together = float(np.clip(scores[choice] / losses.expected(choice), *TOGETHER))
                 else:
                     together = TOGETHER[1]
-    ranked = sorted(scores, key=lambda choice: (scores[choice] > CLOSE * lose, limiting.file_bytes(config, *choice)))
+    ranked = sorted(
+        scores,
+        key=lambda choice: (scores[choice] > CLOSE * lose, limiting.file_bytes(config, *choice)),
+    )
     if scores[ranked[0]] > CLOSE * lose:  # none keeps to it: the nearest first
         ranked.sort(key=lambda choice: scores[choice])
     return ranked, scores
@@ -227,16 +307,23 @@ def _nearest(
     losses: shape_search.Losses,
     limits: Sequence[Limit],
 ) -> str:
-    """The sentence on a --lose that no student keeps to: what the best one within the other limits should lose."""
+    """The sentence on a --lose that no student keeps to: what the best one within the other limits
+    should lose.
+    """
     beside = "".join(f" and {limit.flag}" for limit in limits)
     least = 0.002  # bits a byte
     while not (found := shape_search.smallest(config, shapes, losses, least * math.log(2), limits)):
         if least > candidates.WORST:
-            return f"--lose {s.lose:g}{beside}: no student within reach keeps to it: ask for less of a cut"
+            return (
+                f"--lose {s.lose:g}{beside}: no student within reach keeps to it: ask for less "
+                f"of a cut"
+            )
         least *= 1.1
     nbytes = limiting.file_bytes(config, *found[0])
     what = f"the nearest student should lose {least:.2g} bits a byte, in {nbytes / 1e6:.4g} MB"
-    remedy = f"give --lose {_rounded_up(least)}" + (f", or leave out {limits[0].flag}" if limits else "")
+    remedy = f"give --lose {_rounded_up(least)}" + (
+        f", or leave out {limits[0].flag}" if limits else ""
+    )
     return f"--lose {s.lose:g}{beside} cannot be kept: {what}: {remedy}"
 
 
@@ -267,7 +354,9 @@ def drawn(
 
 
 def _distilled(c: candidates.Candidates, choices: Sequence[Choice]) -> list[dict[str, Any]]:
-    """The records of these students, trained and rounded one after the other; none where there are none."""
+    """The records of these students, trained and rounded one after the other; none where there are
+    none.
+    """
     records = list[dict[str, Any]]()
     if choices:
         with progress.phase("finalists"):
@@ -286,32 +375,50 @@ def _rounded_up(value: float) -> str:
 def flags_of(choice: Choice, before: Shape) -> dict[str, Any]:
     """Settings of `distill` that make this student."""
     group = shape_search.group_of(choice.shape)
-    sizes = {a: n for a in shape_search.CUTS if (n := getattr(choice.shape, a)) != getattr(before, a)}
+    sizes = {
+        a: n for a in shape_search.CUTS if (n := getattr(choice.shape, a)) != getattr(before, a)
+    }
     cut = {a: str(n) if a == "vocab" else n for a, n in sizes.items()}
-    return {"scenario": "none", **cut, "target_bpw": choice.bpw, **({"q_group_size": group} if group != 64 else {})}
+    return {
+        "scenario": "none",
+        **cut,
+        "target_bpw": choice.bpw,
+        **({"q_group_size": group} if group != 64 else {}),
+    }
 
 
 def report(
-    c: candidates.Candidates, flags: Sequence[str], speeds: Mapping[str, Timing], ranked: Sequence[Choice],
+    c: candidates.Candidates,
+    flags: Sequence[str],
+    speeds: Mapping[str, Timing],
+    ranked: Sequence[Choice],
     records: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Print the table and the sentence; write table.md and return what goes into the JSON line."""
     run, s, before = c.run, c.settings, shape_of(c.run.teacher.config)
     measured = run_folder.records(run.folder / candidates.CANDIDATES)
     names = [f"{shape_search.words(x.shape, before)}, {x.bpw:.2f} bits" for x in ranked]
     lines = list[str]()  # each a `distill` that makes the student
     for given in ({"teacher": s.teacher, "data": s.data, **flags_of(x, before)} for x in ranked):
-        set_to = [f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in given.items() if v is not None]
+        set_to = [
+            f"--{k.replace('_', '-')} {shlex.quote(str(v))}"
+            for k, v in given.items()
+            if v is not None
+        ]
         lines.append(" ".join(["scripts/mis distill", *set_to]))
     verdict = finalists.best_candidate(records)
-    best, told = verdict.best if records else 0, f"{len(measured)} students measured, {' '.join(flags)}"
+    best = verdict.best if records else 0
+    told = f"{len(measured)} students measured, {' '.join(flags)}"
     sentence = f"The best as pruned and rounded: {names[0]}: {lines[0]}"
     page = f"{told}\n\n{sentence}"
     if records:
         whole = {flag: timed.seconds(before.layers) for flag, timed in speeds.items()}
         names = names[: len(records)]
         sentence = finalists.advice(verdict, records, names, lines)
-        head = f"{len(names)} finalists of {told}: {s.iters} steps each, {len(c.judging.tokens)} windows of held-out "
+        head = (
+            f"{len(names)} finalists of {told}: {s.iters} steps each, {len(c.judging.tokens)} "
+            f"windows of held-out "
+        )
         head += "text, ± 95 %; bits and KL are those of a byte of text"
         page = f"{head}\n\n{finalists.table(records, names, whole)}\n\n{sentence}"
     print(text.aligned(page))
@@ -334,9 +441,11 @@ def planned(
     limit: Budget,
     known: Mapping[str, Any],
 ) -> tuple[phases.MemoryPlan, dict[str, float], dict[str, Any]]:
-    """(plan of the largest finalist; seconds by phase of the run; what a --dry-run says), told in a line a stage.
+    """(plan of the largest finalist; seconds by phase of the run; what a --dry-run says), told in a
+    line a stage.
 
-    known: the identity of measurements that are perhaps kept; {}: none are."""
+    known: the identity of measurements that are perhaps kept; {}: none are.
+    """
     most = max(within, key=lambda x: sum(limiting.weights_of(teacher.config, x.shape))).shape
     how = shape_search.rounding_of(Choice(most, shape_search.USUAL_BPW))
     probes = sum(len(shape_search.probed(sizes[axis])) for axis in shape_search.CUTS[:-1])
@@ -345,26 +454,39 @@ def planned(
     if known and probes + fewer <= len(known_losses.known(known, candidates.PROBES)):
         probes = fewer = 0
         counted = replace(s, evaluations=1)
-    whole, small = (estimates.model_of(m) for m in (teacher, arch.student_config(teacher.config, most)))
+    whole, small = (
+        estimates.model_of(m) for m in (teacher, arch.student_config(teacher.config, most))
+    )
     made = phases.make(spec_of(whole, small, s, how), limit.limit_bytes, estimates.machine_rates())
-    work = compression_size.search(counted, made.job, made.phases, probes + fewer, fewer > 0, limit.limit_bytes)
+    work = compression_size.search(
+        counted, made.job, made.phases, probes + fewer, fewer > 0, limit.limit_bytes
+    )
     stages = [stage for part in work.values() for stage in part]
-    seconds = {name: sum(stage.seconds(made.rates) for stage in part) for name, part in work.items() if part}
+    seconds = {
+        name: sum(stage.seconds(made.rates) for stage in part)
+        for name, part in work.items()
+        if part
+    }
     outcome = estimates.told(stages, limit.limit_bytes, made.rates)
     cli.say(str(made.rates))
     if not s.dry_run:
         if not made.fits:
             raise MisError(phases.remedy(made))
         peak, worst = max((p.peak_bytes, p.name) for p in stages)  # with what the process takes
-        remedy = f"give --budget {estimates.flag(peak)} or more, or lower --max-seq-length or --batch-size"
+        remedy = (
+            f"give --budget {estimates.flag(peak)} or more, or lower --max-seq-length or "
+            f"--batch-size"
+        )
         limit.need(peak, worst, remedy)
     return made, seconds, outcome | {"check_failed": outcome["check_failed"] or not made.fits}
 
 
 def _identity_of_built_in(s: Settings, teacher: Checkpoint) -> dict[str, Any]:
-    """The identity of what was measured on the built-in text; {} of any other text, which has to be read first.
+    """The identity of what was measured on the built-in text; {} of any other text, which has to be
+    read first.
 
-    Without conversations losses are told on text: the built-in text is then another one."""
+    Without conversations losses are told on text: the built-in text is then another one.
+    """
     if s.data is not None or s.conversations == 0:
         return {}
     return known_losses.identity(teacher, "built-in", s)
@@ -379,7 +501,9 @@ def _found(
     speeds: Mapping[str, Timing],
     flags: Sequence[str],
 ) -> dict[str, Any]:
-    """Measure, distil the finalists, print what was found, and return what goes into the JSON line."""
+    """Measure, distil the finalists, print what was found, and return what goes into the JSON
+    line.
+    """
     if s.frontier:
         return drawn(s, c, within, sizes, limits)
     if s.lose is None:
@@ -395,7 +519,9 @@ def _found(
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """The command: limits, students within them, calibrate once, measure axes, rank, distil the best, judge."""
+    """The command: limits, students within them, calibrate once, measure axes, rank, distil the
+    best, judge.
+    """
     s, folder = run_loop.resumed(settings, FREE, UNDER)
     s.check()
     if s.frontier:
@@ -412,7 +538,10 @@ def run(settings: Settings) -> dict[str, Any]:
         flags.insert(0, f"--lose {s.lose:g}")
     if s.frontier:
         flags.insert(0, "--frontier")
-    cli.say(f"students within {' '.join(flags)}: {len(within):,}; {min(s.evaluations, len(within))} are measured")
+    cli.say(
+        f"students within {' '.join(flags)}: {len(within):,}; {min(s.evaluations, len(within))} "
+        f"are measured"
+    )
     again = s.lose is not None or s.frontier  # whose measurements are kept, and used again
     known = _identity_of_built_in(s, teacher) if again else {}
     made, seconds, outcome = planned(s, teacher, within, sizes, limit, known)
@@ -426,12 +555,17 @@ def run(settings: Settings) -> dict[str, Any]:
     data, origin = run_loop.prepared(s, teacher, source)
     wired = made.peak_bytes if made.mode != "sharded" else 0
     way = {flag: timed._asdict() for flag, timed in speeds.items()}
-    opening = run_loop.open_run(s, folder, f"{UNDER.name}/{teacher.path.name}", origin, way, limit, wired)
+    opening = run_loop.open_run(
+        s, folder, f"{UNDER.name}/{teacher.path.name}", origin, way, limit, wired
+    )
     with progress.run("search", seconds), opening as place:
         about = known or known_losses.identity(teacher, origin["data"], s)
         lines = known_losses.lay_out(place.folder, about, place.files) if again else 0
         if lines:
-            cli.say(f"{lines} measurements of this teacher are known from before, or came with the package")
+            cli.say(
+                f"{lines} measurements of this teacher are known from before, or came with the "
+                f"package"
+            )
         ranking, judging = candidates.split(data.held_out, s.rank_windows, s.eval_windows)
         course = pipeline.Run(**vars(place), recipe=s, teacher=teacher, data=data.train, plan=made)
         c = candidates.Candidates(course, data, ranking, judging, s, source)
@@ -439,7 +573,8 @@ def run(settings: Settings) -> dict[str, Any]:
         if again:
             known_losses.keep(place.folder, about)
         result = course.done({**result, "run": str(course.folder)})
-        for rows in course.folder.glob(f"{vocabulary.FOLDER}-*"):  # nobody needs them once a search is done
+        # nobody needs them once a search is done
+        for rows in course.folder.glob(f"{vocabulary.FOLDER}-*"):
             course.files.remove_tree(rows)
     return result
 

@@ -1,7 +1,10 @@
-"""Synthesize text: a model writes what it knows, mixed with other text; a folder for --data of distill and the rest.
+"""Synthesize text: a model writes what it knows, mixed with other text; a folder for --data of
+distill and the rest.
 
-Half of the texts begin with nothing, half with an opening; a chat model gets every second one as a question. They are
-drawn from the model's probabilities: text that it expects. Loops, repeats and what is hardly words are left out."""
+Half of the texts begin with nothing, half with an opening; a chat model gets every second one as a
+question. They are drawn from the model's probabilities: text that it expects. Loops, repeats and
+what is hardly words are left out.
+"""
 
 import json
 import zlib
@@ -24,7 +27,18 @@ from mis_mlx.reporting import progress
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, reported
-from mis_mlx.types import Budget, Checkpoint, Count, MisError, Positive, Seed, Share, Tokens, duration, gib
+from mis_mlx.types import (
+    Budget,
+    Checkpoint,
+    Count,
+    MisError,
+    Positive,
+    Seed,
+    Share,
+    Tokens,
+    duration,
+    gib,
+)
 
 PLACE_BYTES = 2**26  # of a folder of text, generously
 PIECE = 1200  # characters of a passage of a long text, at least
@@ -33,15 +47,22 @@ DOCUMENT = "<|endoftext|>"  # what stands between documents, where a vocabulary 
 AT_ONCE = 48, 16, 4, 1  # texts, as many as fit; a token of all of them reads the weights once
 SPARE = 4  # more than are missing, for some are not usable
 TRIES = 4  # texts for each one that would do if every one were usable
-SHORT, LEAST, WORDLIKE = 120, 0.28, 0.6  # characters; share left by compression; share of letters and blanks
+# characters; share left by compression; share of letters and blanks
+SHORT = 120
+LEAST = 0.28
+WORDLIKE = 0.6
 
 
 @dataclass(frozen=True)
 class Settings(cli.Budgeted, policy.Computing):
-    """The result is a new folder with train.jsonl, valid.jsonl and test.jsonl. Stopped, the same command goes on."""
+    """The result is a new folder with train.jsonl, valid.jsonl and test.jsonl. Stopped, the same
+    command goes on.
+    """
 
     model: str | None = None
-    """folder or hub id of the model that writes, the teacher to be; default: SmolLM2-135M-Instruct"""
+    """folder or hub id of the model that writes, the teacher to be; default:
+    SmolLM2-135M-Instruct
+    """
     out: str = "text"
     """folder to write"""
     data: str | None = None
@@ -67,12 +88,22 @@ def openings(languages: Sequence[str], file: str | None = None) -> list[str]:
     """Lines of a file, or ours in these languages. MisError where there are none."""
     known = {path.stem: path for path in sorted(OPENINGS.glob("*.txt"))}
     if unknown := [name for name in languages if name not in known]:
-        raise MisError(f"there are no openings in {', '.join(unknown)}: take {', '.join(known)}, or --openings FILE")
+        raise MisError(
+            f"there are no openings in {', '.join(unknown)}: take {', '.join(known)}, or "
+            f"--openings FILE"
+        )
     try:
         paths = [Path(file)] if file else [known[name] for name in languages]
-        lines = [line.strip() for path in paths for line in path.read_text("utf-8").splitlines() if line.strip()]
+        lines = [
+            line.strip()
+            for path in paths
+            for line in path.read_text("utf-8").splitlines()
+            if line.strip()
+        ]
     except (OSError, UnicodeDecodeError) as error:
-        raise MisError(f"--openings {file} cannot be read ({error}): give a text file, one opening a line") from None
+        raise MisError(
+            f"--openings {file} cannot be read ({error}): give a text file, one opening a line"
+        ) from None
     if file and not lines:
         raise MisError(f"--openings {file} has 0 lines with text: write one opening a line")
     return lines
@@ -81,7 +112,8 @@ def openings(languages: Sequence[str], file: str | None = None) -> list[str]:
 def usable(text: str) -> bool:
     """Whether a text is long enough, no loop, and made of words."""
     words = sum(char.isalpha() or char.isspace() for char in text)
-    packed, nbytes = len(zlib.compress(text.encode())), len(text.encode())
+    packed = len(zlib.compress(text.encode()))
+    nbytes = len(text.encode())
     return len(text) >= SHORT and packed >= LEAST * nbytes and words >= WORDLIKE * len(text)
 
 
@@ -92,23 +124,31 @@ def way_of(s: Settings, m: estimates.ModelSize, limit: Budget) -> writing.Writin
 
 def write(s: Settings, model: Any, tokenizer: Any, batch: int, at_once: int) -> list[Row]:
     """What is usable of a batch. Every batch has its own random numbers."""
-    begun, rng = openings(s.languages, s.openings), np.random.default_rng([s.seed, batch])
+    begun = openings(s.languages, s.openings)
+    rng = np.random.default_rng([s.seed, batch])
     named = tokenizer.get_vocab().get(DOCUMENT, tokenizer.bos_token_id)
-    start, stop = [tokenizer.eos_token_id if named is None else named], set(tokenizer.eos_token_ids)
+    start = [tokenizer.eos_token_id if named is None else named]
+    stop = set(tokenizer.eos_token_ids)
     texts = [str(rng.choice(begun)) if begun and i % 2 else "" for i in range(at_once)]
     asked = [bool(i % 4 == 3 and tokenizer.has_chat_template) for i in range(at_once)]
     heads = [list(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
     each = zip(texts, asked, heads, strict=True)
-    prompts = [mlx_generate.encode(tokenizer, text) if chat else start + head for text, chat, head in each]
+    prompts = [
+        mlx_generate.encode(tokenizer, text) if chat else start + head for text, chat, head in each
+    ]
     draw = mlx_generate.sampler(s.temp, int(rng.integers(2**31)))
     if isinstance(model, stream.Stream):
         completions = streamed_decode.sampled(model, prompts, s.max_tokens, stop, draw)
     else:
-        completions = [ids for (ids,) in mlx_generate.groups(model, prompts, 1, s.max_tokens, stop, draw, at_once)]
+        completions = [
+            ids
+            for (ids,) in mlx_generate.groups(model, prompts, 1, s.max_tokens, stop, draw, at_once)
+        ]
     rows = list[Row]()
     for text, chat, head, ids in zip(texts, asked, heads, completions, strict=True):
         said = [token for token in ids if token not in stop]
-        whole = tokenizer.decode(said if chat else head + said).strip()  # head and rest apart may lose a blank
+        # head and rest apart may lose a blank
+        whole = tokenizer.decode(said if chat else head + said).strip()
         if usable(whole):
             rows.append({"prompt": text, "completion": whole} if chat else {"text": whole})
     mx.clear_cache()
@@ -116,12 +156,20 @@ def write(s: Settings, model: Any, tokenizer: Any, batch: int, at_once: int) -> 
 
 
 def _texts(s: Settings, checkpoint: Checkpoint, part: Path, way: writing.WritingPlan) -> list[Row]:
-    """As many different ones as are asked for, each kept in the file `part`: of a run that was stopped, all but its
-    last batch; then new ones. MisError where hardly any is usable."""
-    how = {**asdict(s), "model": str(checkpoint.path), "budget": 0, "out": "", "at_once": way.at_once}
+    """As many different ones as are asked for, each kept in the file `part`: of a run that was
+    stopped, all but its last batch; then new ones. MisError where hardly any is usable.
+    """
+    how = {
+        **asdict(s),
+        "model": str(checkpoint.path),
+        "budget": 0,
+        "out": "",
+        "at_once": way.at_once,
+    }
     head = json.dumps(how, sort_keys=True)
     lines = part.read_text("utf-8").splitlines() if part.is_file() else []
-    found = [json.loads(line) for line in lines[1:-1]] if lines[:1] == [head] else []  # the last one may be torn
+    # the last one may be torn
+    found = [json.loads(line) for line in lines[1:-1]] if lines[:1] == [head] else []
     batch = found[-1][1] if found else 0
     kept = [one for one in found if one[1] < batch]
     DISK.replace_text(part, "".join(f"{line}\n" for line in (head, *map(json.dumps, kept))))
@@ -129,13 +177,17 @@ def _texts(s: Settings, checkpoint: Checkpoint, part: Path, way: writing.Writing
     if way.room_bytes is None:
         model, tokenizer = mlx_generate.open_model(checkpoint.path)
     else:
-        model = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), way.room_bytes, way.direct)
+        model = stream.Stream(
+            checkpoint, policy.compute_dtype(checkpoint), way.room_bytes, way.direct
+        )
         tokenizer = load.tokenizer(checkpoint.path)
-    texts, count = {json.dumps(row): row for row, _ in kept}, len(kept)
+    texts = {json.dumps(row): row for row, _ in kept}
+    count = len(kept)
     most = left = TRIES * (s.num_samples + SPARE)
     with progress.bar("text", s.num_samples) as show:
         while left > 0:
-            size = min(way.at_once, SPARE + max(0, s.num_samples - count), left)  # of the last one: what is missing
+            # of the last one: what is missing
+            size = min(way.at_once, SPARE + max(0, s.num_samples - count), left)
             for row in write(s, model, tokenizer, batch, size):
                 DISK.append(part, json.dumps([row, batch]))
                 texts[json.dumps(row)] = row
@@ -143,13 +195,20 @@ def _texts(s: Settings, checkpoint: Checkpoint, part: Path, way: writing.Writing
                 show(len(texts))
                 if len(texts) == s.num_samples:
                     return list(texts.values())
-            left, batch = left - size, batch + 1
-    why = f"of {most} texts of this model only {len(texts)} are usable, {s.num_samples} were asked for"
+            left = left - size
+            batch = batch + 1
+    why = (
+        f"of {most} texts of this model only {len(texts)} are usable, {s.num_samples} were "
+        f"asked "
+        f"for"
+    )
     raise MisError(f"{why}: ask for fewer with --num-samples, or try another --temp or --openings")
 
 
 def _passages(row: Row) -> Iterator[Row]:
-    """A long text in passages of PIECE characters or more, whole paragraphs each; another row as it is."""
+    """A long text in passages of PIECE characters or more, whole paragraphs each; another row as it
+    is.
+    """
     if "text" not in row:
         yield row
         return
@@ -178,10 +237,12 @@ def _drawn(rows: Sequence[Row], most: float, seed: int) -> list[Row]:
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: plan, write, mix, commit."""
-    s, out = settings, Path(settings.out)
+    s = settings
+    out = Path(settings.out)
     checkpoint = run_loop.opened(s, s.model, place=s.out, new="--out")
     openings(s.languages, s.openings)
-    limit, m = memory.budget(s.budget_bytes), estimates.model_of(checkpoint)
+    limit = memory.budget(s.budget_bytes)
+    m = estimates.model_of(checkpoint)
     way = way_of(s, m, limit)
     how = "" if way.room_bytes is None else ", read from disk for every token of them"
     size = f"{gib(way.peak_bytes)} of {gib(limit.limit_bytes)}, {duration(way.seconds)}"
@@ -189,17 +250,26 @@ def run(settings: Settings) -> dict[str, Any]:
     planned = {"peak_bytes": way.peak_bytes, "budget_bytes": limit.limit_bytes}
     if s.dry_run:
         return planned
-    given, part = preparation.load(s.data), out.absolute().with_name(f".{out.name}.part.jsonl")
+    given = preparation.load(s.data)
+    part = out.absolute().with_name(f".{out.name}.part.jsonl")
     with reported(part.parent, "the text"):
         DISK.make_folder(part.parent)
-    with progress.run("synthesize", {"text": way.seconds}), progress.phase("text"), memory.limited(limit):
+    with (
+        progress.run("synthesize", {"text": way.seconds}),
+        progress.phase("text"),
+        memory.limited(limit),
+    ):
         texts = _texts(s, checkpoint, part, way)
     built_in = preparation.load(preparation.MIS).train if s.data is None else []
-    other = _drawn([*given.train, *built_in], sum(map(_length, texts)) * s.mix / max(1e-9, 1 - s.mix), s.seed)
+    other = _drawn(
+        [*given.train, *built_in], sum(map(_length, texts)) * s.mix / max(1e-9, 1 - s.mix), s.seed
+    )
     source = {**asdict(s), "model": str(checkpoint.path), "written": len(texts)}
     with protocol.commit_folder(out, DISK, PLACE_BYTES, "the text") as folder:
         for name, split in (("train", texts + other), ("valid", given.valid), ("test", given.test)):
-            DISK.write(folder / f"{name}.jsonl", "".join(f"{json.dumps(row)}\n" for row in split).encode())
+            DISK.write(
+                folder / f"{name}.jsonl", "".join(f"{json.dumps(row)}\n" for row in split).encode()
+            )
         DISK.write(folder / hub.PROVENANCE, json.dumps(source, indent=1).encode())
     DISK.remove_tree(part)
     return {"out": str(out), "written": len(texts), "mixed_in": len(other), **planned}

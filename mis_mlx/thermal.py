@@ -20,7 +20,9 @@ from mis_mlx.types import Celsius, Metres, Positive, Seconds
 
 @dataclass(frozen=True)
 class Record:
-    """Write raw readings to FILE (JSON lines) until Ctrl-C; any command takes it as --thermal-replay FILE."""
+    """Write raw readings to FILE (JSON lines) until Ctrl-C; any command takes it as
+    --thermal-replay FILE.
+    """
 
     file: tyro.conf.Positional[Path]
     seconds: Seconds | None = None
@@ -33,7 +35,9 @@ class Record:
 
 @dataclass(frozen=True)
 class Replay:
-    """Show what the governor would have done with the recording FILE, one JSON line a change of mind."""
+    """Show what the governor would have done with the recording FILE, one JSON line a change of
+    mind.
+    """
 
     file: tyro.conf.Positional[Path]
     mode: Mode = "steady"
@@ -44,7 +48,9 @@ class Replay:
 
 @dataclass(frozen=True)
 class Doctor:
-    """Say in plain words what this machine offers, what is missing, and whether AAIS has a measured T_env."""
+    """Say in plain words what this machine offers, what is missing, and whether AAIS has a measured
+    T_env.
+    """
 
     thermal_replay: Path | None = None
     """Examine this recording instead."""
@@ -59,7 +65,9 @@ def run(settings: Record | Replay | Doctor) -> dict[str, Any]:
     cli.check_ranges(settings)
     if not isinstance(s := settings, Doctor):
         return record(s) if isinstance(s, Record) else replay_decisions(s)
-    with Monitor(replay=s.thermal_replay, given_ambient_c=s.temperature_c, altitude_m=s.altitude_m) as monitor:
+    with Monitor(
+        replay=s.thermal_replay, given_ambient_c=s.temperature_c, altitude_m=s.altitude_m
+    ) as monitor:
         facts = examined(monitor)
         print(html.document("sensors.md", {**facts, "monitor": monitor}))
     return facts
@@ -71,32 +79,60 @@ def record(settings: Record) -> dict[str, Any]:
     clock = Clock()
     source = Live(clock)
     altitude_m, _ = ambient.find_altitude(settings.altitude_m, recording.Header())
-    header, start_s, looks = replace(source.header, altitude_m=altitude_m), clock.monotonic(), 0
-    with closing(source), recording.recorder(settings.file, header) as add, suppress(KeyboardInterrupt):
+    header = replace(source.header, altitude_m=altitude_m)
+    start_s = clock.monotonic()
+    looks = 0
+    with (
+        closing(source),
+        recording.recorder(settings.file, header) as add,
+        suppress(KeyboardInterrupt),
+    ):
         while settings.seconds is None or clock.monotonic() - start_s <= settings.seconds:
             add(source.look())
             looks += 1
             clock.sleep(start_s + looks * settings.every_s - clock.monotonic())
-    return {"file": str(settings.file), "looks": looks, "seconds": round(clock.monotonic() - start_s, 1)}
+    return {
+        "file": str(settings.file),
+        "looks": looks,
+        "seconds": round(clock.monotonic() - start_s, 1),
+    }
 
 
 def replay_decisions(settings: Replay) -> dict[str, Any]:
     """Feed a recording to the governor in virtual time; returns its tea breaks."""
-    breaks, steps, action = run_monitor.PauseCounter(), 0, ""
+    breaks = run_monitor.PauseCounter()
+    steps = 0
+    action = ""
     with Monitor(replay=settings.file) as monitor:
         governor = governor_for(settings.mode, monitor.reading(), monitor.reasons, apple=False)
         if governor.blind:
-            cli.say(f"no die temperature in the first look ({monitor.reasons['die_c']}): only power is governed")
+            cli.say(
+                f"no die temperature in the first look ({monitor.reasons['die_c']}): only power is "
+                f"governed"
+            )
         while not monitor.source.ended and action != "stop":
             monitor.clock.sleep(settings.step_s)
             steps += 1
             for decision in run_monitor.after_step(monitor, governor, breaks, settings.step_s):
                 if decision.action != action:
-                    seen = {name: getattr(monitor.last(), name) for name in ("time_s", "die_c", "ambient_c")}
-                    print(json.dumps({**seen, **asdict(decision)}, ensure_ascii=False, allow_nan=False))
+                    seen = {
+                        name: getattr(monitor.last(), name)
+                        for name in ("time_s", "die_c", "ambient_c")
+                    }
+                    print(
+                        json.dumps(
+                            {**seen, **asdict(decision)}, ensure_ascii=False, allow_nan=False
+                        )
+                    )
                 action = decision.action
         seconds = monitor.clock.monotonic()
-    return {"file": str(settings.file), "seconds": round(seconds, 1), "steps": steps, "end": action, **breaks.as_json()}
+    return {
+        "file": str(settings.file),
+        "seconds": round(seconds, 1),
+        "steps": steps,
+        "end": action,
+        **breaks.as_json(),
+    }
 
 
 if __name__ == "__main__":

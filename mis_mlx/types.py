@@ -1,10 +1,13 @@
-"""The handful of frozen dataclasses that everything passes along. Knows nothing of MLX, files or models.
+"""The handful of frozen dataclasses that everything passes along. Knows nothing of MLX, files or
+models.
 
 Axis letters used in every docstring:
     B sequences in a batch      T tokens in a sequence     V vocabulary
     D hidden size               F FFN neurons              H query heads     K kv heads
     L layers (blocks)           N windows of held-out text
-Units are in the names: `_bytes`, `_s` (seconds), `_c` (degrees Celsius), `_m` (metres above sea level)."""
+Units are in the names: `_bytes`, `_s` (seconds), `_c` (degrees Celsius), `_m` (metres above sea
+level).
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,12 +19,16 @@ T = TypeVar("T")
 
 
 class MisError(Exception):
-    """Something the user can mend: one sentence that says what (both numbers), where, what to do."""
+    """Something the user can mend: one sentence that says what (both numbers), where, what to
+    do.
+    """
 
 
 @dataclass(frozen=True)
 class Within:
-    """Stands in the annotation of a flag: the numbers that it takes. above: `least` itself is too little."""
+    """Stands in the annotation of a flag: the numbers that it takes. above: `least` itself is too
+    little.
+    """
 
     least: float
     most: float
@@ -32,15 +39,21 @@ class Within:
         return (value > self.least if self.above else value >= self.least) and value <= self.most
 
     def remedy(self, value: float) -> str:
-        """What to give in place of `value`. A bound that only huge numbers pass is named to these alone."""
+        """What to give in place of `value`. A bound that only huge numbers pass is named to these
+        alone.
+        """
         low, high = (f"{n:,}" if isinstance(n, int) else f"{n:g}" for n in (self.least, self.most))
         if self.most >= MOST and not value > self.most:
             return f"give more than {low}" if self.above else f"give {low} or more"
-        return f"give a number {'above' if self.above else 'from'} {low}{', up' if self.above else ''} to {high}"
+        return (
+            f"give a number {'above' if self.above else 'from'} "
+            f"{low}{', up' if self.above else ''} to {high}"
+        )
 
 
 MOST = 10**7
-FILE_ONLY = "a YAML file and Python may give it, it is no flag"  # stands in the annotation of a setting
+# stands in the annotation of a setting
+FILE_ONLY = "a YAML file and Python may give it, it is no flag"
 Count = Annotated[int, Within(1, MOST)]
 Whole = Annotated[int, Within(0, MOST)]
 Tokens = Annotated[int, Within(2, 2**20)]  # in a window: one predicts the next
@@ -72,11 +85,13 @@ def duration(seconds: float) -> str:
 
 def grouped(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
     """The items in groups whose sizes together are at most `most`; what is larger is alone."""
-    group, taken = list[T](), 0
+    group = list[T]()
+    taken = 0
     for item in items:
         if group and taken + size(item) > most:
             yield group
-            group, taken = [], 0
+            group = []
+            taken = 0
         group.append(item)
         taken += size(item)
     if group:
@@ -92,12 +107,15 @@ class TensorAt:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-    stored: "tuple[str, TensorAt] | None" = None  # what the file has there, where it is rows of it, or named otherwise
+    # what the file has there, where it is rows of it, or named otherwise
+    stored: "tuple[str, TensorAt] | None" = None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder that passed the gate: its config and where its tensors lie. Holds no weights."""
+    """A model folder that passed the gate: its config and where its tensors lie. Holds no
+    weights.
+    """
 
     path: Path
     config: Mapping[str, Any]
@@ -118,19 +136,24 @@ class Budget:
     def need(self, nbytes: int, what: str, remedy: str) -> None:
         """Refuse before work starts when `what` needs more than the budget."""
         if nbytes > self.limit_bytes:
-            raise MisError(f"{what} needs {gib(nbytes)}, the budget is {gib(self.limit_bytes)}: {remedy}")
+            raise MisError(
+                f"{what} needs {gib(nbytes)}, the budget is {gib(self.limit_bytes)}: {remedy}"
+            )
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One look at the thermometers. `None` = not measured; `sources` says where each value came from."""
+    """One look at the thermometers. `None` = not measured; `sources` says where each value came
+    from.
+    """
 
     time_s: float
     die_c: float | None = None
     battery_c: float | None = None
     ambient_c: float | None = None
     ambient_sigma_c: float | None = None
-    pressure_level: int | None = None  # thermal pressure: 0 nominal, 1 moderate, 2 heavy, 3 trapping
+    # thermal pressure: 0 nominal, 1 moderate, 2 heavy, 3 trapping
+    pressure_level: int | None = None
     power_w: float | None = None
     battery_percent: float | None = None
     plugged: bool | None = None
@@ -140,9 +163,11 @@ class Reading:
 
 @dataclass(frozen=True)
 class KeptUnits:
-    """What a pruning keeps, and why; saved beside the model as `keep.json`. `layers`: teacher layers kept, in order.
-    `kept[(layer, space)]`: sorted indices kept in that teacher layer; `kept[(-1, "hidden")]`: of the residual stream of
-    all layers. basis (D, d): where that was rotated before the cut, teacher's to student's channels; `rotation.npy`."""
+    """What a pruning keeps, and why; saved beside the model as `keep.json`. `layers`: teacher
+    layers kept, in order. `kept[(layer, space)]`: sorted indices kept in that teacher layer;
+    `kept[(-1, "hidden")]`: of the residual stream of all layers. basis (D, d): where that was
+    rotated before the cut, teacher's to student's channels; `rotation.npy`.
+    """
 
     layers: tuple[int, ...]
     kept: Mapping[tuple[int, str], tuple[int, ...]]
@@ -153,8 +178,10 @@ class KeptUnits:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step, as the loop yields it. `loss` in nats per token, before eq. (2)'s factor. Alignment's losses
-    are per what they count (tokens, pairs, answers); `more` holds further means of theirs."""
+    """One optimizer step, as the loop yields it. `loss` in nats per token, before eq. (2)'s factor.
+    Alignment's losses are per what they count (tokens, pairs, answers); `more` holds further means
+    of theirs.
+    """
 
     number: int
     loss: float
@@ -170,7 +197,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Row:
-    """One cell of a table: `value` with its 95 % interval [`low`, `high`] over `n` windows or questions."""
+    """One cell of a table: `value` with its 95 % interval [`low`, `high`] over `n` windows or
+    questions.
+    """
 
     model: str
     metric: str

@@ -1,4 +1,5 @@
-"""Write the reference in docs/python-api.md, below its marker, from the docstrings of the functions.
+"""Write the reference in docs/python-api.md, below its marker, from the docstrings of the
+functions.
 
     scripts/mis scripts/python_api.py             # after a flag or a docstring changed
     scripts/mis scripts/python_api.py --check     # exit 1 where the page is not what the code says
@@ -46,12 +47,17 @@ def kind(hint: Any) -> str:
 
 
 def keywords(settings: type, known: dict[str, Any]) -> str:
-    """A row for each keyword of a function, in the order of --help; those that a function before has
-    with the same meaning, of `known`, by name alone."""
-    hints, about = get_type_hints(settings, include_extras=True), flag_help.docs(settings)
+    """A row for each keyword of a function, in the order of --help; those that a function before
+    has with the same meaning, of `known`, by name alone.
+    """
+    hints = get_type_hints(settings, include_extras=True)
+    about = flag_help.docs(settings)
     defaults = {f.name: (f.default_factory, f.default) for f in fields(settings)}
-    names = [name for _, group in flag_help.grouped(settings) for name in group] + sorted(flag_help.quiet(settings))
-    rows, same = [], []
+    names = [name for _, group in flag_help.grouped(settings) for name in group] + sorted(
+        flag_help.quiet(settings)
+    )
+    rows = []
+    same = []
     for name in names:
         if name == "config":  # a file of flags, which only a command reads
             continue
@@ -61,8 +67,16 @@ def keywords(settings: type, known: dict[str, Any]) -> str:
             continue
         known[name] = meant
         default = defaults[name][1]
-        shown = "needed" if default is defaults[name][0] is MISSING else "" if default is MISSING else f"`{default!r}`"
-        rows.append([f"`{name}`", kind(hints[name]), shown, about.get(name, "").replace("|", "\\|")])
+        shown = (
+            "needed"
+            if default is defaults[name][0] is MISSING
+            else ""
+            if default is MISSING
+            else f"`{default!r}`"
+        )
+        rows.append(
+            [f"`{name}`", kind(hints[name]), shown, about.get(name, "").replace("|", "\\|")]
+        )
     text = markdown_table(["keyword", "type", "default", "meaning"], rows, words=4)
     return text + (f"\n\nAnd as above: {', '.join(same)}." if same else "")
 
@@ -78,9 +92,13 @@ def reference() -> str:
     parts += [described("Result", Result, "`mis_mlx.Result`")]
     parts += [f"`folder`: {' '.join((inspect.getdoc(Result.folder) or '').split())}\n"]
     parts += [described("open", mis_mlx.open, "`mis_mlx.open(folder)`")]
-    parts += [f"`{one.__name__}`: {' '.join((inspect.getdoc(one) or '').split())}\n" for one in (Checkpoint, TensorAt)]
+    parts += [
+        f"`{one.__name__}`: {' '.join((inspect.getdoc(one) or '').split())}\n"
+        for one in (Checkpoint, TensorAt)
+    ]
     parts += [described("MisError", mis_mlx.MisError, "`mis_mlx.MisError`")]
-    listed, known = commands(), dict[str, Any]()
+    listed = commands()
+    known = dict[str, Any]()
     for name in mis_mlx.FUNCTIONS:
         settings = getattr(mis_mlx, name).Settings
         parts += [f"## `mis_mlx.{name}(...)`\n", f"{listed[name]} {inspect.getdoc(settings)}\n"]
@@ -95,7 +113,9 @@ def main(s: Settings) -> None:
     if (new := reference()) == old.strip("\n") + "\n":
         return
     if s.check:
-        sys.exit(f"{PAGE.name} is not what the code says: scripts/mis scripts/python_api.py writes it")
+        sys.exit(
+            f"{PAGE.name} is not what the code says: scripts/mis scripts/python_api.py writes it"
+        )
     PAGE.write_text(f"{head}{MARKER}\n{new}", encoding="utf-8")
 
 

@@ -1,10 +1,12 @@
-"""Write the tables of README.md, docs/results.md and benchmarks/README.md from the files under benchmarks/results.
+"""Write the tables of README.md, docs/results.md and benchmarks/README.md from the files under
+benchmarks/results.
 
     scripts/mis scripts/render.py             # after a measurement
-    scripts/mis scripts/render.py --check     # exit 1, with the lines, where a table is not what the files say
+    scripts/mis scripts/render.py --check     # exit 1, with the lines, where a table is not what
+    the files say
 
-A table stands between `<!-- table: MACHINE/NAME -->` and `<!-- end -->`, such as linux-x86_64/throughput; everything
-else is left alone. Does not measure, and knows no number.
+A table stands between `<!-- table: MACHINE/NAME -->` and `<!-- end -->`, such as
+linux-x86_64/throughput; everything else is left alone. Does not measure, and knows no number.
 """
 
 from __future__ import annotations
@@ -25,9 +27,20 @@ from mis_mlx.types import MisError, Row
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/results.md", "benchmarks/README.md")
-BLOCK = re.compile(r"^<!-- table: (\S+) -->\n(.*?)(?:^<!-- end -->|(?=^<!-- table: )|\Z)", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"^<!-- table: (\S+) -->\n(.*?)(?:^<!-- end -->|(?=^<!-- table: )|\Z)", re.MULTILINE | re.DOTALL
+)
 END = "<!-- end -->"
-SHOWN = ("weights_mb", "load_s", "ttft_ms", "ttft_best_ms", "ttft_cached_ms", "prefill_tps", "tpot_ms", "decode_tps")
+SHOWN = (
+    "weights_mb",
+    "load_s",
+    "ttft_ms",
+    "ttft_best_ms",
+    "ttft_cached_ms",
+    "prefill_tps",
+    "tpot_ms",
+    "decode_tps",
+)
 SHOWN += ("moved_mb", "decode_best_tps", "reached", "m1_best_tps", "peak_mb", "joules")
 
 Found = Mapping[str, Any]  # a results file
@@ -46,8 +59,14 @@ class Settings:
 def where(found: Found, sizes: str) -> str:
     """What the numbers were measured on, and by which command."""
     threads = f", OPENBLAS_NUM_THREADS={found['blas_threads']}" if found.get("blas_threads") else ""
-    on = f"{found['chip']} ({found['computes_on']}, {found['cores_used']} of {found['cores']} cores{threads}), "
-    on += f"{found['memory_gib']} GiB, {found['release']}, Python {found['python']}, mlx {found['mlx']}, "
+    on = (
+        f"{found['chip']} ({found['computes_on']}, {found['cores_used']} of {found['cores']} "
+        f"cores{threads}), "
+    )
+    on += (
+        f"{found['memory_gib']} GiB, {found['release']}, Python {found['python']}, mlx "
+        f"{found['mlx']}, "
+    )
     on += f"mlx-lm {found['mlx-lm']}, commit {found['git']}"
     return f"`{found['command']}` on {on}; {sizes}."
 
@@ -61,19 +80,29 @@ def goals(verdict: Mapping[str, Found]) -> list[str]:
 
 
 def throughput(found: Found) -> str:
-    """Both formats side by side, as `bench` arranges them; what was to be shown; where a token goes."""
-    names, rows = list[str](), list[Row]()
+    """Both formats side by side, as `bench` arranges them; what was to be shown; where a token
+    goes.
+    """
+    names = list[str]()
+    rows = list[Row]()
     for part in ("dense", "4-bit"):
         if part in found:
             fixed = found[part]["models"]
-            # Older files have a model with a draft beside it, whose column would be mostly empty: the page says it.
+            # Older files have a model with a draft beside it, whose column would be mostly empty:
+            # the page says it.
             measured = {n: m for n, m in found[part]["measured"]["models"].items() if "bound" in m}
             label = {n: f"{n}, {fixed[n]['format']}" for n in measured}
             names += label.values()
-            rows += [Row(label[r.model], r.metric, r.value, r.low, r.high, r.n) for r in rounds.rows(fixed, measured)]
+            rows += [
+                Row(label[r.model], r.metric, r.value, r.low, r.high, r.n)
+                for r in rounds.rows(fixed, measured)
+            ]
     given = found["given"]
     sizes = f"prompts of {given['prompt_tokens']} tokens, {given['generation_tokens']} generated, "
-    sizes += f"{given['num_trials']} trials ({given['four_bit_trials']} in 4 bits) in turn, ± one standard deviation"
+    sizes += (
+        f"{given['num_trials']} trials ({given['four_bit_trials']} in 4 bits) in turn, ± one "
+        f"standard deviation"
+    )
     shown = {name: how for name, how in words.TABLES["bench"].items() if name in SHOWN}
     lines = [words.table(rows, names, shown), "", where(found, sizes), ""]
     if found["student"]:
@@ -92,15 +121,33 @@ def restless(parts: Mapping[str, Found]) -> list[str]:
 
 def ttft(found: Found) -> str:
     """A line a length: cold and cached, and by how much the student is quicker."""
-    head = ["tokens in the prompt", "trials", f"teacher, {found['format']}, ms", "student, ms", "quicker by"]
+    head = [
+        "tokens in the prompt",
+        "trials",
+        f"teacher, {found['format']}, ms",
+        "student, ms",
+        "quicker by",
+    ]
     head += ["student at best here, ms", "prompt cached: teacher, ms", "student, ms"]
     lines = []
     for row in found["rows"]:
-        big, small = row["teacher"], row["student"]
-        cold = [f"{model['cold_ms']['mean']:.0f} ± {model['cold_ms']['sd']:.0f}" for model in (big, small)]
+        big = row["teacher"]
+        small = row["student"]
+        cold = [
+            f"{model['cold_ms']['mean']:.0f} ± {model['cold_ms']['sd']:.0f}"
+            for model in (big, small)
+        ]
         cached = [f"{model['cached_ms']['median']:.0f}" for model in (big, small)]
         counts = [str(row["prompt_tokens"]), str(small["cold_ms"]["n"])]
-        lines.append([*counts, *cold, f"{row['speed_up']['cold_ms']:.2f}x", f"{small['best_ms']:.0f}", *cached])
+        lines.append(
+            [
+                *counts,
+                *cold,
+                f"{row['speed_up']['cold_ms']:.2f}x",
+                f"{small['best_ms']:.0f}",
+                *cached,
+            ]
+        )
     sizes = "teacher and student in turn, ± one standard deviation, ratios of medians"
     hot = restless({f"{row['prompt_tokens']} tokens": row for row in found["rows"]})
     table = words.markdown_table(head, lines, words=0)
@@ -115,21 +162,37 @@ def speed(whole: Found, first: Found) -> str:
         lines.append([label, f"{big:,.{digits}f}", f"{small:,.{digits}f}", f"{quicker:.2f}x"])
 
     for part in ("dense", "4-bit"):
-        models, timed = whole[part]["models"], whole[part]["measured"]["models"]
+        models = whole[part]["models"]
+        timed = whole[part]["measured"]["models"]
         big, small = (timed[n]["decode_tps"]["median"] for n in ("teacher", "student"))
         line(f"decode, both {models['student']['format']}, tokens/s", big, small, small / big)
-    big, small = (whole["4-bit"]["models"][n]["m1_best_tps_computed"] for n in ("teacher", "student"))
-    line("– 4-bit on an M1 at best, computed from its 68 GB/s, tokens/s", big, small, small / big, 0)
+    big, small = (
+        whole["4-bit"]["models"][n]["m1_best_tps_computed"] for n in ("teacher", "student")
+    )
+    line(
+        "– 4-bit on an M1 at best, computed from its 68 GB/s, tokens/s", big, small, small / big, 0
+    )
     for row in (first["rows"][0], first["rows"][-1]):
         big, small = (row[n]["cold_ms"]["median"] for n in ("teacher", "student"))
-        line(f"first token after {row['prompt_tokens']:,}, {first['format']}, ms", big, small, big / small, 0)
-    given, a = whole["given"], whole["agreement"]
+        line(
+            f"first token after {row['prompt_tokens']:,}, {first['format']}, ms",
+            big,
+            small,
+            big / small,
+            0,
+        )
+    given = whole["given"]
+    a = whole["agreement"]
     threads = f", OPENBLAS_NUM_THREADS={whole['blas_threads']}" if whole.get("blas_threads") else ""
-    on = f"{whole['chip']} ({whole['computes_on']}{threads}), mlx {whole['mlx']}, mlx-lm {whole['mlx-lm']}"
+    on = (
+        f"{whole['chip']} ({whole['computes_on']}{threads}), mlx {whole['mlx']}, mlx-lm "
+        f"{whole['mlx-lm']}"
+    )
     apart = abs(a["bench_over_mlx_lm_benchmark"]["median"] - 1)
     table = words.markdown_table(["", "teacher", "student", ""], lines)
     return (
-        f"{table}\n\nMedians on {on}; decoding after {given['prompt_tokens']} tokens. `bench` and `mlx_lm.benchmark`, "
+        f"{table}\n\nMedians on {on}; decoding after {given['prompt_tokens']} tokens. `bench` and "
+        f"`mlx_lm.benchmark`, "
         f"the first token that it counts taken out, are {apart:.1%} apart."
     )
 
@@ -154,17 +217,29 @@ def table(root: Path, name: str) -> str:
     """What belongs between the marks: `name` is MACHINE/TABLE."""
     machine, _, kind = name.rpartition("/")
     if kind not in TABLES or not machine:
-        raise MisError(f"there is no table {name!r}: write MACHINE/NAME with a NAME of {', '.join(TABLES)}")
+        raise MisError(
+            f"there is no table {name!r}: write MACHINE/NAME with a NAME of {', '.join(TABLES)}"
+        )
     arrange, names = TABLES[kind]
     paths = [root / "benchmarks" / "results" / machine / name for name in names]
     for path in paths:
         if not path.is_file():
-            return f"*Not measured yet: `scripts/mis benchmarks/{PROGRAMS.get(path.stem, f'{path.stem}.py')}`.*"
+            return (
+                f"*Not measured yet: `scripts/mis "
+                f"benchmarks/{PROGRAMS.get(path.stem, f'{path.stem}.py')}`.*"
+            )
     texts = [path.read_text("utf-8") for path in paths]
     try:
-        return arrange(*(json.loads(t) if p.suffix == ".json" else t for p, t in zip(paths, texts, strict=True)))
+        return arrange(
+            *(
+                json.loads(t) if p.suffix == ".json" else t
+                for p, t in zip(paths, texts, strict=True)
+            )
+        )
     except KeyError as error:
-        raise MisError(f"{kind} of {paths[0].parent} has no {error}: measure it again, whole") from None
+        raise MisError(
+            f"{kind} of {paths[0].parent} has no {error}: measure it again, whole"
+        ) from None
 
 
 def rendered(root: Path, text: str, page: str) -> str:
@@ -180,7 +255,8 @@ def rendered(root: Path, text: str, page: str) -> str:
 
 def main(s: Settings) -> int:
     """0 when every table is what the files say, at last; 1 with --check when one was not."""
-    root, drifted = Path(s.root), 0
+    root = Path(s.root)
+    drifted = 0
     for page in PAGES:
         if not (root / page).is_file():
             continue
@@ -191,7 +267,9 @@ def main(s: Settings) -> int:
         drifted += 1
         if s.check:
             lines = (text.splitlines(keepends=True) for text in (before, after))
-            sys.stderr.writelines(difflib.unified_diff(*lines, f"{page}, as it is", f"{page}, as the files say", n=0))
+            sys.stderr.writelines(
+                difflib.unified_diff(*lines, f"{page}, as it is", f"{page}, as the files say", n=0)
+            )
         else:
             (root / page).write_text(after, "utf-8")
             cli.say(f"{page}: written")

@@ -1,7 +1,10 @@
-"""Make the pictures of a run in docs/images: the plan and a moment of the run, the closing table, the report page.
+"""Make the pictures of a run in docs/images: the plan and a moment of the run, the closing table,
+the report page.
 
-    script -q -c "scripts/mis benchmarks/distill.py default" capture    # in a terminal of 100 columns: a real run
-    scripts/mis scripts/screenshots.py --capture capture                # and the page that it stored
+    script -q -c "scripts/mis benchmarks/distill.py default" capture    # in a terminal of 100
+    columns: a real run
+    scripts/mis scripts/screenshots.py --capture capture                # and the page that it
+    stored
 
 Terminal pictures are SVG, by rich. The page's picture needs a browser, chromium or chrome, in PATH.
 """
@@ -22,10 +25,13 @@ from rich.text import Text
 from mis_mlx import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-IMAGES, RESULTS = ROOT / "docs" / "images", ROOT / "benchmarks" / "results" / "linux-x86_64"
+IMAGES = ROOT / "docs" / "images"
+RESULTS = ROOT / "benchmarks" / "results" / "linux-x86_64"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH = 100  # of the terminal that is drawn
-PLACES = re.compile(r"(?<=[ :])/[\w./-]*/(?=\.venv|distill-|\w+-00)|cache /[\w./-]*/")  # folders of the machine
+PLACES = re.compile(
+    r"(?<=[ :])/[\w./-]*/(?=\.venv|distill-|\w+-00)|cache /[\w./-]*/"
+)  # folders of the machine
 SPINNER = re.compile("[\u2800-\u28ff]")  # how a line with a bar begins
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
 
@@ -41,10 +47,16 @@ class Settings:
 
 
 def screens(raw: str) -> tuple[list[str], list[str]]:
-    """Lines of the terminal while it distils, from the plan on, and at its end from the table on."""
-    shown = [ESCAPES.sub("", line).rstrip("\r").rpartition("\r")[2].rstrip() for line in raw.split("\n")]
+    """Lines of the terminal while it distils, from the plan on, and at its end from the table
+    on.
+    """
+    shown = [
+        ESCAPES.sub("", line).rstrip("\r").rpartition("\r")[2].rstrip() for line in raw.split("\n")
+    ]
     shown = [PLACES.sub("", re.sub(r"(?:\.\./)+\w+/", "runs/", line)) for line in shown]
-    bars = [line for line in shown if SPINNER.match(line) and " distil " in line and "tok/s" in line]
+    bars = [
+        line for line in shown if SPINNER.match(line) and " distil " in line and "tok/s" in line
+    ]
     first = next(i for i, line in enumerate(shown) if "parameters (" in line)
     until = shown.index(bars[0])
     table = next(i for i, line in enumerate(shown) if re.match(r"\|\s+\| teacher", line))
@@ -57,7 +69,9 @@ def drawn(lines: list[str], title: str, out: Path) -> None:
     """A picture of a terminal with these lines."""
     console = Console(record=True, width=WIDTH, file=io.StringIO())
     console.print(Text("\n".join(lines).strip("\n")), soft_wrap=False)
-    svg = re.sub(r"@font-face \{.*?\}", "", console.export_svg(title=title), flags=re.DOTALL)  # from another host
+    svg = re.sub(
+        r"@font-face \{.*?\}", "", console.export_svg(title=title), flags=re.DOTALL
+    )  # from another host
     out.write_text("".join(line.rstrip() + "\n" for line in svg.splitlines()), encoding="utf-8")
 
 
@@ -80,7 +94,8 @@ def main(s: Settings) -> None:
         f"--screenshot={IMAGES / 'report.png'}",
     ]
     subprocess.run(
-        [browser, "--headless", "--no-sandbox", "--disable-gpu", *size, page.absolute().as_uri()], check=True
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", *size, page.absolute().as_uri()],
+        check=True,
     )
 
 

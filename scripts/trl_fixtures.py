@@ -1,8 +1,10 @@
-"""Make tests/fixtures/trl_preference.npz: what TRL's SFT and DPO trainers compute on a tiny llama, and DPO-P in torch.
+"""Make tests/fixtures/trl_preference.npz: what TRL's SFT and DPO trainers compute on a tiny llama,
+and DPO-P in torch.
 
-Runs in an environment of its own (made with torch 2.13.0, trl 1.16.0, transformers 5.24.0, datasets 5.2.0); the tests
-need only the file. TRL's `_compute_loss` is private, so the version is pinned. TRL has no DPO-P: its formula (arXiv
-2402.13228 eq. 3) is computed in torch on the batch of TRL's DPOTrainer. Usage: python scripts/trl_fixtures.py
+Runs in an environment of its own (made with torch 2.13.0, trl 1.16.0, transformers 5.24.0, datasets
+5.2.0); the tests need only the file. TRL's `_compute_loss` is private, so the version is pinned.
+TRL has no DPO-P: its formula (arXiv 2402.13228 eq. 3) is computed in torch on the batch of TRL's
+DPOTrainer. Usage: python scripts/trl_fixtures.py
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 OUT = Path(__file__).parents[1] / "tests" / "fixtures" / "trl_preference.npz"
-VOCAB, ROWS = 40, 4
+VOCAB = 40
+ROWS = 4
 CONFIG = {
     "model_type": "llama",
     "hidden_size": 16,
@@ -40,7 +43,11 @@ CONFIG = {
     "max_position_embeddings": 64,
 }
 TRL_CASES = {"sigmoid": 0.3, "hinge": 0.3, "ipo": 0.3}  # loss type: beta
-DPOP_CASES = {"dpop": (0.3, 50.0), "dpop_mild": (0.1, 5.0), "dpop_zero": (0.3, 0.0)}  # (beta, lambda)
+DPOP_CASES = {
+    "dpop": (0.3, 50.0),
+    "dpop_mild": (0.1, 5.0),
+    "dpop_zero": (0.3, 0.0),
+}  # (beta, lambda)
 COMMON: dict[str, Any] = {
     "output_dir": tempfile.mkdtemp(),
     "report_to": [],
@@ -76,7 +83,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+        tokenizer_object=made,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
     )
 
 
@@ -92,31 +103,49 @@ def keep(found: Found, case: str, policy: LlamaForCausalLM, loss: torch.Tensor) 
 
 def logps(m: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """log p of every completion, summed, (2 B,)."""
-    logits = m(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()[:, :-1]
+    logits = m(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()[
+        :, :-1
+    ]
     each = torch.log_softmax(logits, -1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
     return (each * batch["completion_mask"][:, 1:].float()).sum(-1)
 
 
-def supervised(found: Found, words: PreTrainedTokenizerFast, weights: dict[str, torch.Tensor], rng: Any) -> None:
+def supervised(
+    found: Found, words: PreTrainedTokenizerFast, weights: dict[str, torch.Tensor], rng: Any
+) -> None:
     """SFT on completions alone: one batch, and the same rows in two micro-batches of a step."""
-    rows = [{"prompt": sentence(rng, 3 + i), "completion": " " + sentence(rng, 4 + 2 * i)} for i in range(ROWS)]
+    rows = [
+        {"prompt": sentence(rng, 3 + i), "completion": " " + sentence(rng, 4 + 2 * i)}
+        for i in range(ROWS)
+    ]
     args = trl.SFTConfig(**COMMON)
-    trainer = trl.SFTTrainer(model=model(0.0), args=args, train_dataset=Dataset.from_list(rows), processing_class=words)
+    trainer = trl.SFTTrainer(
+        model=model(0.0), args=args, train_dataset=Dataset.from_list(rows), processing_class=words
+    )
     trainer.model.load_state_dict(weights)
     trainer.model.train()
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(ROWS)])
     found["sft/ids"], found["sft/labels"] = batch["input_ids"].numpy(), batch["labels"].numpy()
     keep(found, "sft", trainer.model, trainer.compute_loss(trainer.model, dict(batch)))
     count = (batch["labels"][:, 1:] != -100).sum()
-    parts = [trainer.data_collator([trainer.train_dataset[i] for i in part]) for part in ((0,), (1, 2, 3))]
+    parts = [
+        trainer.data_collator([trainer.train_dataset[i] for i in part])
+        for part in ((0,), (1, 2, 3))
+    ]
     losses = [trainer.compute_loss(trainer.model, dict(p), num_items_in_batch=count) for p in parts]
     keep(found, "sft_parts", trainer.model, sum(losses))
 
 
-def preferred(found: Found, words: PreTrainedTokenizerFast, weights: dict[str, torch.Tensor], rng: Any) -> None:
+def preferred(
+    found: Found, words: PreTrainedTokenizerFast, weights: dict[str, torch.Tensor], rng: Any
+) -> None:
     """DPO's losses by TRL, DPO-P's by its formula, all on one batch of pairs."""
     rows = [
-        {"prompt": sentence(rng, 3 + i), "chosen": " " + sentence(rng, 4 + i), "rejected": " " + sentence(rng, 7 - i)}
+        {
+            "prompt": sentence(rng, 3 + i),
+            "chosen": " " + sentence(rng, 4 + i),
+            "rejected": " " + sentence(rng, 7 - i),
+        }
         for i in range(ROWS)
     ]
     reference = model(0.0)
@@ -124,13 +153,20 @@ def preferred(found: Found, words: PreTrainedTokenizerFast, weights: dict[str, t
         args = trl.DPOConfig(beta=beta, loss_type=[kind], **COMMON)
         data = Dataset.from_list(rows)
         trainer = trl.DPOTrainer(
-            model=model(0.0), ref_model=model(0.0), args=args, train_dataset=data, processing_class=words
+            model=model(0.0),
+            ref_model=model(0.0),
+            args=args,
+            train_dataset=data,
+            processing_class=words,
         )
         trainer.model.load_state_dict(weights)
         trainer.model.eval()
         batch = trainer.data_collator([trainer.train_dataset[i] for i in range(ROWS)])
         keep(found, kind, trainer.model, trainer._compute_loss(trainer.model, dict(batch), False))
-    found["dpo/ids"], found["dpo/mask"] = batch["input_ids"].numpy(), batch["completion_mask"].numpy()
+    found["dpo/ids"], found["dpo/mask"] = (
+        batch["input_ids"].numpy(),
+        batch["completion_mask"].numpy(),
+    )
     with torch.no_grad():
         before = logps(reference, batch)
     found["dpo/reference"] = before.numpy()
@@ -151,7 +187,9 @@ def main() -> None:
     if trl.__version__ != "1.16.0":
         raise SystemExit(f"trl is {trl.__version__}, the fixtures are of 1.16.0")
     torch.set_num_threads(1)
-    policy, words, rng = model(0.02).state_dict(), tokenizer(), np.random.RandomState(0)
+    policy = model(0.02).state_dict()
+    words = tokenizer()
+    rng = np.random.RandomState(0)
     versions = f"trl {trl.__version__}, torch {torch.__version__}"
     found: Found = {"config": np.array(json.dumps(CONFIG)), "versions": np.array(versions)}
     for role, weights in (("policy", policy), ("reference", model(0.0).state_dict())):

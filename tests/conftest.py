@@ -29,17 +29,30 @@ from tests import forks, tiny
 
 Done = subprocess.CompletedProcess[str]
 Once = Callable[[str, Callable[[Path], object]], Path]
-# For this process and all that it starts: a laptop on battery would wait for its plug, and bits are stated for a CPU.
+# For this process and all that it starts: a laptop on battery would wait for its plug, and bits are
+# stated for a CPU.
 os.environ["MIS_MLX_GOVERNOR"], os.environ["MIS_MLX_DEVICE"] = "observe", "cpu"
 os.fsync = forks.not_synced
-ITERS, EVERY = 18, 4
-SMALL = ("--max-seq-length", 32, "--num-samples", 4, "--reconstruct-samples", 4, "--eval-windows", 3)
+ITERS = 18
+EVERY = 4
+SMALL = (
+    "--max-seq-length",
+    32,
+    "--num-samples",
+    4,
+    "--reconstruct-samples",
+    4,
+    "--eval-windows",
+    3,
+)
 SMALL += ("--scenario", "goral", "--iters", ITERS, "--save-every", EVERY, "--bench-tokens", 0)
 SMALL += ("--learning-rate", "1e-2", "--q-iters", 6)
 
 
 def pytest_collection_finish() -> None:
-    """Modules and tests stay to the end: the garbage collector need not look at them again and again."""
+    """Modules and tests stay to the end: the garbage collector need not look at them again and
+    again.
+    """
     gc.freeze()
 
 
@@ -54,8 +67,11 @@ def cpu() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def known_rates() -> Iterator[Callable[[], Rates]]:
-    """Matrix products are timed once a session, which takes a third of a second, not for every plan."""
-    measure, known = rates.assumed, dict[str, Rates]()
+    """Matrix products are timed once a session, which takes a third of a second, not for every
+    plan.
+    """
+    measure = rates.assumed
+    known = dict[str, Rates]()
 
     def assumed() -> Rates:
         if rates.device_name() not in known:
@@ -69,15 +85,18 @@ def known_rates() -> Iterator[Callable[[], Rates]]:
 
 @pytest.fixture
 def brief_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether float16 holds a model's activations is looked at on 4 tokens, not 256: half precision is emulated here,
-    and that pass takes longer than what most tests are about."""
+    """Whether float16 holds a model's activations is looked at on 4 tokens, not 256: half precision
+    is emulated here, and that pass takes longer than what most tests are about.
+    """
     monkeypatch.setattr(policy, "FREQUENT", 2)
     monkeypatch.setattr(policy, "SPREAD", 2)
 
 
 @pytest.fixture
 def metal(monkeypatch: pytest.MonkeyPatch, brief_look: None) -> None:
-    """This process, and those that it starts, compute by Metal's policy: float16, packed weights stay packed."""
+    """This process, and those that it starts, compute by Metal's policy: float16, packed weights
+    stay packed.
+    """
     monkeypatch.setenv(policy.POLICY, "metal")
 
 
@@ -90,7 +109,9 @@ def no_server_is_left() -> Iterator[None]:
 
 @pytest.fixture
 def cpu_policy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the test claims is about float32 and de-quantized weights, whatever policy the tests run under."""
+    """What the test claims is about float32 and de-quantized weights, whatever policy the tests run
+    under.
+    """
     monkeypatch.setenv(policy.POLICY, "cpu")
 
 
@@ -101,7 +122,9 @@ def near(float32: float, half: float) -> float:
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
-    """`once(name, make)`: the folder or file `make` writes, made by whichever of pytest-xdist's processes is first."""
+    """`once(name, make)`: the folder or file `make` writes, made by whichever of pytest-xdist's
+    processes is first.
+    """
     own = tmp_path_factory.getbasetemp()
     root = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
@@ -118,7 +141,9 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
 
 @pytest.fixture(scope="session")
 def models(once: Once) -> Callable[[str], Checkpoint]:
-    """`models(kind)`: the tiny float32 model of a kind in tiny.KINDS or MODELS, made once a session."""
+    """`models(kind)`: the tiny float32 model of a kind in tiny.KINDS or MODELS, made once a
+    session.
+    """
     made = dict[str, Checkpoint]()
 
     def get(kind: str) -> Checkpoint:
@@ -150,7 +175,11 @@ def text_folder(once: Once) -> Path:
     def write(folder: Path) -> None:
         folder.mkdir()
         names = sorted(topics)
-        for split, chosen in (("train", names[:12]), ("valid", names[30:32]), ("test", names[40:44])):
+        for split, chosen in (
+            ("train", names[:12]),
+            ("valid", names[30:32]),
+            ("test", names[40:44]),
+        ):
             rows = [json.dumps({"text": topics[name][:3000]}) for name in chosen]
             (folder / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
 
@@ -158,19 +187,29 @@ def text_folder(once: Once) -> Path:
 
 
 @pytest.fixture(scope="session")
-def own_home(tmp_path_factory: pytest.TempPathFactory, cpu: None, known_rates: Callable[[], Rates]) -> dict[str, str]:
-    """An environment whose home is empty and offline: the user's is never touched. Its cache holds no model, only this
-    machine's rates."""
+def own_home(
+    tmp_path_factory: pytest.TempPathFactory, cpu: None, known_rates: Callable[[], Rates]
+) -> dict[str, str]:
+    """An environment whose home is empty and offline: the user's is never touched. Its cache holds
+    no model, only this machine's rates.
+    """
     home = tmp_path_factory.mktemp("home")
     (home / "cache").mkdir()
     (home / "cache" / "rates.json").write_text(rates.to_json(known_rates()))
-    own = {"HOME": str(home), "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1", "MIS_MLX_CACHE": str(home / "cache")}
+    own = {
+        "HOME": str(home),
+        "HF_HOME": str(home / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "MIS_MLX_CACHE": str(home / "cache"),
+    }
     return {"OPENBLAS_NUM_THREADS": "1", **os.environ, **own}
 
 
 @pytest.fixture(scope="session")
 def command(own_home: dict[str, str]) -> Callable[..., Done]:
-    """`command("distill", "--iters", 3)` runs `python -m mis_mlx.distill --iters 3` to its end, in a fork."""
+    """`command("distill", "--iters", 3)` runs `python -m mis_mlx.distill --iters 3` to its end, in
+    a fork.
+    """
 
     def run(name: str, *flags: object, cwd: Path | None = None) -> Done:
         env = {**own_home, policy.POLICY: os.environ.get(policy.POLICY, "")}
@@ -187,16 +226,29 @@ def flags(llama: Checkpoint, text_folder: Path) -> tuple[object, ...]:
 
 @pytest.fixture(scope="session")
 def finished(once: Once, flags: tuple[object, ...], own_home: dict[str, str]) -> tuple[Path, Done]:
-    """(run folder, process) of one undisturbed `distill`, made once a session; do not write into it.
+    """(run folder, process) of one undisturbed `distill`, made once a session; do not write into
+    it.
 
-    A process from its start, not a fork: so strings hash otherwise than in those it is compared with.
+    A process from its start, not a fork: so strings hash otherwise than in those it is compared
+    with.
     """
 
     def distil(folder: Path) -> None:
         folder.mkdir()
-        line = [sys.executable, "-m", "mis_mlx.distill", *flags, "--out", folder / "run", "--bench-tokens", 3]
+        line = [
+            sys.executable,
+            "-m",
+            "mis_mlx.distill",
+            *flags,
+            "--out",
+            folder / "run",
+            "--bench-tokens",
+            3,
+        ]
         env = {**own_home, "PYTHONPATH": str(forks.ROOT)}
-        done = subprocess.run([*map(str, line)], env=env, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*map(str, line)], env=env, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         (folder / "process.json").write_text(json.dumps(vars(done)))
 
@@ -205,7 +257,9 @@ def finished(once: Once, flags: tuple[object, ...], own_home: dict[str, str]) ->
 
 
 def scratch_folder(folder: Path) -> Path:
-    """A new folder for TMPDIR, empty but for the kernels that MLX has had compiled: g++ takes a second for each."""
+    """A new folder for TMPDIR, empty but for the kernels that MLX has had compiled: g++ takes a
+    second for each.
+    """
     kernels = Path(tempfile.gettempdir(), "mlx")
     kernels.mkdir(exist_ok=True)
     folder.mkdir()
@@ -225,16 +279,22 @@ def files_up_to(nbytes: int) -> Iterator[None]:
 
 
 def mostly_slow(cases: Iterable[Any], *quick: Any, of_several: bool = False) -> list[Any]:
-    """The cases of a parametrization, slow but for the quick ones. of_several: a case has a value for each name."""
+    """The cases of a parametrization, slow but for the quick ones. of_several: a case has a value
+    for each name.
+    """
     return [
-        case if case in quick else pytest.param(*(case if of_several else (case,)), marks=pytest.mark.slow)
+        case
+        if case in quick
+        else pytest.param(*(case if of_several else (case,)), marks=pytest.mark.slow)
         for case in cases
     ]
 
 
 def weights(run: Path) -> dict[str, bytes]:
     """The bytes of the distilled and of the 4-bit model."""
-    return {name: (run / name / "model.safetensors").read_bytes() for name in ("distilled", "model")}
+    return {
+        name: (run / name / "model.safetensors").read_bytes() for name in ("distilled", "model")
+    }
 
 
 def losses(run: Path) -> list[tuple[int, float, float]]:
@@ -258,9 +318,13 @@ def sentence(done: Done) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, small: Any, command: Callable[..., Done]
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    small: Any,
+    command: Callable[..., Done],
 ) -> tuple[Path, Done]:
-    """(run folder, process) of one undisturbed run of a test module's command; do not write into it.
+    """(run folder, process) of one undisturbed run of a test module's command; do not write into
+    it.
 
     small: the module's fixture of flags.
     """

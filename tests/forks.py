@@ -1,10 +1,12 @@
-"""Python processes that start in no time: on Linux forks of one that has imported mlx_lm and computed nothing.
+"""Python processes that start in no time: on Linux forks of one that has imported mlx_lm and
+computed nothing.
 
-What `start` gives is used like a `subprocess.Popen` in text mode. Process id, environment, folder, files, exit code,
-signals and the clean-up at the end are its own. What differs from a start: modules are there already, strings hash
-alike in all forks of a server, and a tokenizer that one of them has tried is not tried again. Libraries read some of
-the environment while they are imported, so each such part has a server of its own. On macOS, where Metal does not live
-through a fork, `start` starts a process. Whoever tests start-up itself uses `subprocess`.
+What `start` gives is used like a `subprocess.Popen` in text mode. Process id, environment, folder,
+files, exit code, signals and the clean-up at the end are its own. What differs from a start:
+modules are there already, strings hash alike in all forks of a server, and a tokenizer that one of
+them has tried is not tried again. Libraries read some of the environment while they are imported,
+so each such part has a server of its own. On macOS, where Metal does not live through a fork,
+`start` starts a process. Whoever tests start-up itself uses `subprocess`.
 """
 
 from __future__ import annotations
@@ -31,16 +33,31 @@ from typing import IO, Any
 from mis_mlx.models import tokenizer_check
 
 ROOT = Path(__file__).parents[1]
-# Beginnings of the names of what is read from the environment while Python starts and libraries are imported.
-EARLY = ("HF_", "HOME", "LD_", "MKL_", "MLX_", "MPL", "OMP", "OPENBLAS", "PYTHON", "TOKENIZERS_", "TRANSFORMERS_",
-         "XDG_")  # fmt: skip
+# Beginnings of the names of what is read from the environment while Python starts and libraries are
+# imported.
+EARLY = (
+    "HF_",
+    "HOME",
+    "LD_",
+    "MKL_",
+    "MLX_",
+    "MPL",
+    "OMP",
+    "OPENBLAS",
+    "PYTHON",
+    "TOKENIZERS_",
+    "TRANSFORMERS_",
+    "XDG_",
+)
 LATER = ("MLX_HOSTFILE", "MLX_RANK")  # but these when the processes first meet
 SERVERS = dict[tuple[tuple[str, str], ...], "Server"]()
 
 
 def not_synced(_: int) -> None:
-    """In place of os.fsync: what tests write need not survive a power cut of this machine, and a drive makes them wait.
-    Power cuts under test (`tests/faults/power.py`) count the calls of `Files.fsync`, which stay."""
+    """In place of os.fsync: what tests write need not survive a power cut of this machine, and a
+    drive makes them wait. Power cuts under test (`tests/faults/power.py`) count the calls of
+    `Files.fsync`, which stay.
+    """
 
 
 class Server:
@@ -50,12 +67,17 @@ class Server:
         self.door, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.process = subprocess.Popen(
             [sys.executable, "-c", "from tests import forks; forks.serve()", str(theirs.fileno())],
-            env={"OPENBLAS_NUM_THREADS": "1", **env}, cwd=ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+            env={"OPENBLAS_NUM_THREADS": "1", **env},
+            cwd=ROOT,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+        )
         theirs.close()
 
     def fork(self, request: Mapping[str, Any], files: Sequence[int]) -> int:
-        """The process id of a fork with these files as its 0, 1, 2; its exit status comes through the fourth."""
+        """The process id of a fork with these files as its 0, 1, 2; its exit status comes through
+        the fourth.
+        """
         socket.send_fds(self.door, [json.dumps(request).encode()], files)
         answer = self.door.recv(64)
         assert answer, f"the fork server has ended: {self.process.wait()}"
@@ -83,20 +105,37 @@ class Fork:
     """A fork: what `subprocess.Popen(..., text=True)` has and tests use."""
 
     def __init__(
-        self, argv: Sequence[object], env: Mapping[str, str], cwd: Path | None = None,
-        stdin: int | None = None, stdout: int | None = None, stderr: int | None = None,
-    ):  # fmt: skip
-        self.args, self.returncode = [sys.executable, *map(str, argv)], None
+        self,
+        argv: Sequence[object],
+        env: Mapping[str, str],
+        cwd: Path | None = None,
+        stdin: int | None = None,
+        stdout: int | None = None,
+        stderr: int | None = None,
+    ):
+        self.args = [sys.executable, *map(str, argv)]
+        self.returncode = None
         self._status, status = os.pipe()
         with contextlib.ExitStack() as stack:
             stack.callback(os.close, status)
-            ends = [self._end(number, what, stack) for number, what in enumerate((stdin, stdout, stderr))]
+            ends = [
+                self._end(number, what, stack)
+                for number, what in enumerate((stdin, stdout, stderr))
+            ]
             self.stdin, self.stdout, self.stderr = (ours for ours, _ in ends)
-            request = {"argv": self.args[1:], "env": {**env, "PYTHONPATH": str(ROOT)}, "cwd": str(cwd or Path.cwd())}
-            self.pid = server(request["env"]).fork(request, [*(theirs for _, theirs in ends), status])
+            request = {
+                "argv": self.args[1:],
+                "env": {**env, "PYTHONPATH": str(ROOT)},
+                "cwd": str(cwd or Path.cwd()),
+            }
+            self.pid = server(request["env"]).fork(
+                request, [*(theirs for _, theirs in ends), status]
+            )
 
     @staticmethod
-    def _end(number: int, what: int | None, stack: contextlib.ExitStack) -> tuple[IO[str] | None, int]:
+    def _end(
+        number: int, what: int | None, stack: contextlib.ExitStack
+    ) -> tuple[IO[str] | None, int]:
         """(our end of a pipe or None, the file that the fork gets)."""
         if what == subprocess.PIPE:
             read, write = os.pipe()
@@ -138,8 +177,9 @@ class Fork:
 
         readers = [
             threading.Thread(target=read, args=(number, pipe), daemon=True)
-            for number, pipe in enumerate((self.stdout, self.stderr)) if pipe and not pipe.closed
-        ]  # fmt: skip
+            for number, pipe in enumerate((self.stdout, self.stderr))
+            if pipe and not pipe.closed
+        ]
         for reader in readers:
             reader.start()
         for reader in readers:
@@ -170,17 +210,26 @@ class Fork:
 
 
 def start(
-    argv: Sequence[object], env: Mapping[str, str], cwd: Path | None = None,
-    stdin: int | None = None, stdout: int | None = None, stderr: int | None = None,
-) -> Fork | subprocess.Popen[str]:  # fmt: skip
+    argv: Sequence[object],
+    env: Mapping[str, str],
+    cwd: Path | None = None,
+    stdin: int | None = None,
+    stdout: int | None = None,
+    stderr: int | None = None,
+) -> Fork | subprocess.Popen[str]:
     """`python argv`, under way: a fork on Linux, a process elsewhere."""
     if sys.platform == "linux":
         return Fork(argv, env, cwd, stdin, stdout, stderr)
-    line, all_env = [sys.executable, *map(str, argv)], {**env, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(line, env=all_env, cwd=cwd, stdin=stdin, stdout=stdout, stderr=stderr, text=True)
+    line = [sys.executable, *map(str, argv)]
+    all_env = {**env, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        line, env=all_env, cwd=cwd, stdin=stdin, stdout=stdout, stderr=stderr, text=True
+    )
 
 
-def run(argv: Sequence[object], env: Mapping[str, str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    argv: Sequence[object], env: Mapping[str, str], cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """`python argv` to its end."""
     process = start(argv, env, cwd, subprocess.DEVNULL, subprocess.PIPE, subprocess.PIPE)
     said = process.communicate()
@@ -188,14 +237,18 @@ def run(argv: Sequence[object], env: Mapping[str, str], cwd: Path | None = None)
 
 
 def serve() -> None:
-    """The server's side: import, then fork for every request; in a fork, be the program that was asked for.
+    """The server's side: import, then fork for every request; in a fork, be the program that was
+    asked for.
 
-    Whether a thread runs after the imports is looked at: it would be missing in a fork, and MLX computes in threads.
+    Whether a thread runs after the imports is looked at: it would be missing in a fork, and MLX
+    computes in threads.
     """
     door = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests; they close the door
     importlib.import_module("tests.faults.preloaded")
-    assert len(os.listdir("/proc/self/task")) == 1, "an import has started a thread, which no fork would have"
+    assert len(os.listdir("/proc/self/task")) == 1, (
+        "an import has started a thread, which no fork would have"
+    )
     gc.freeze()
     os.fsync = not_synced
     log = os.memfd_create("tokenizers that forks have tried")  # all forks write at the end of it
@@ -207,7 +260,8 @@ def serve() -> None:
     tried = os.pread(log, 1 << 20, 0)
     known = {tried[at : at + 32] for at in range(0, len(tried), 32)}
     tokenizer_check.PASSED.update(known)
-    sys.orig_argv = [sys.executable, *request["argv"]]  # what a command that starts itself anew goes by
+    # what a command that starts itself anew goes by
+    sys.orig_argv = [sys.executable, *request["argv"]]
     with _left_at_once():
         try:
             _become(*request["argv"])
@@ -232,8 +286,10 @@ def _become(what: str, *argv: str) -> None:
 
 @contextlib.contextmanager
 def _left_at_once() -> Iterator[None]:
-    """The end of an ordinary program without the 0.1 s in which Python takes all modules apart; any other end is its
-    own. Threads are waited for, exit handlers run, and what was printed is written."""
+    """The end of an ordinary program without the 0.1 s in which Python takes all modules apart; any
+    other end is its own. Threads are waited for, exit handlers run, and what was printed is
+    written.
+    """
     code = 0
     try:
         yield
@@ -250,7 +306,8 @@ def _left_at_once() -> Iterator[None]:
 
 def _forked(door: socket.socket) -> dict[str, Any]:
     """The request, in the fork that is to fulfil it. The server itself stays in here to its end."""
-    waiting, ready = dict[int, tuple[int, int]](), selectors.DefaultSelector()
+    waiting = dict[int, tuple[int, int]]()
+    ready = selectors.DefaultSelector()
     ready.register(door, selectors.EVENT_READ)
     while True:
         for key, _ in ready.select():

@@ -1,7 +1,9 @@
-"""Several processes on this machine that work together as several machines do, over the ring back end on loopback.
+"""Several processes on this machine that work together as several machines do, over the ring back
+end on loopback.
 
-`started` begins them as `mlx.launch` does, by its two environment variables, so that a test knows their process ids.
-As a program it is one of them: what `work` writes must not depend on how many there are.
+`started` begins them as `mlx.launch` does, by its two environment variables, so that a test knows
+their process ids. As a program it is one of them: what `work` writes must not depend on how many
+there are.
 """
 
 from __future__ import annotations
@@ -36,7 +38,12 @@ from tests import forks
 ROOT = Path(__file__).parents[1]
 Processes = list["forks.Fork | subprocess.Popen[str]"]
 RECIPE = TrainingConfig(
-    iters=10, batch_size=3, grad_accumulation_steps=2, max_seq_length=16, learning_rate=1e-3, warmup=1
+    iters=10,
+    batch_size=3,
+    grad_accumulation_steps=2,
+    max_seq_length=16,
+    learning_rate=1e-3,
+    warmup=1,
 )
 
 
@@ -52,19 +59,26 @@ def ports(count: int) -> list[int]:
 
 
 @contextmanager
-def started(n: int, argv: Sequence[object], env: Mapping[str, str], cwd: Sequence[Path] = ()) -> Iterator[Processes]:
-    """`python argv` n times, each a machine of n, perhaps in a folder of its own. Who is left at the end is killed."""
+def started(
+    n: int, argv: Sequence[object], env: Mapping[str, str], cwd: Sequence[Path] = ()
+) -> Iterator[Processes]:
+    """`python argv` n times, each a machine of n, perhaps in a folder of its own. Who is left at
+    the end is killed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         hosts = Path(folder) / "hosts.json"
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports(n)]))
         several = {"MLX_HOSTFILE": str(hosts)} if n > 1 else {}
         made = [
             forks.start(
-                argv, {**env, **several, "MLX_RANK": str(rank)} if n > 1 else env, cwd[rank] if cwd else None,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                argv,
+                {**env, **several, "MLX_RANK": str(rank)} if n > 1 else env,
+                cwd[rank] if cwd else None,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
             )
             for rank in range(n)
-        ]  # fmt: skip
+        ]
         try:
             yield made
         finally:
@@ -76,7 +90,10 @@ def started(n: int, argv: Sequence[object], env: Mapping[str, str], cwd: Sequenc
 def ended(processes: Processes, seconds: float = 300) -> list[subprocess.CompletedProcess[str]]:
     """All of them, once they are."""
     said = [process.communicate(timeout=seconds) for process in processes]
-    return [subprocess.CompletedProcess(p.args, p.returncode, *texts) for p, texts in zip(processes, said, strict=True)]
+    return [
+        subprocess.CompletedProcess(p.args, p.returncode, *texts)
+        for p, texts in zip(processes, said, strict=True)
+    ]
 
 
 def uneven(n: int, length: int = 16) -> Windows:
@@ -91,13 +108,19 @@ def lesson() -> sequence_packing.PackedDataset:
     """Rows of 3 to 40 tokens, one a window."""
     rng = np.random.default_rng(3)
     lengths = rng.integers(3, 41, 30)
-    rows = [(rng.integers(0, 512, n).astype(np.int32), (np.arange(n) >= n // 2).astype(np.float32)) for n in lengths]
+    rows = [
+        (rng.integers(0, 512, n).astype(np.int32), (np.arange(n) >= n // 2).astype(np.float32))
+        for n in lengths
+    ]
     return sequence_packing.PackedDataset(rows)
 
 
-def distilled(teacher: Checkpoint, student: Checkpoint, shares: Sequence[int] = ()) -> dict[str, np.ndarray]:
+def distilled(
+    teacher: Checkpoint, student: Checkpoint, shares: Sequence[int] = ()
+) -> dict[str, np.ndarray]:
     """Ten steps from the live teacher."""
-    model, optimizer = load.resident(student, mx.float32), GuardedAdamW()
+    model = load.resident(student, mx.float32)
+    optimizer = GuardedAdamW()
     source = live_teacher.StreamedTeacher(teacher, shares=shares)
     return _learned(model, list(live_teacher.steps(model, source, uneven(24), RECIPE, optimizer)))
 
@@ -105,11 +128,17 @@ def distilled(teacher: Checkpoint, student: Checkpoint, shares: Sequence[int] = 
 def tuned(student: Checkpoint) -> dict[str, np.ndarray]:
     """Ten steps on rows of uneven lengths, 5 a step: of 3 machines one has fewer."""
     model, optimizer, rows, text = (
-        load.resident(student, mx.float32), GuardedAdamW(), lesson(), live_teacher.TextTargets(),
-    )  # fmt: skip
+        load.resident(student, mx.float32),
+        GuardedAdamW(),
+        lesson(),
+        live_teacher.TextTargets(),
+    )
     five = replace(RECIPE, batch_size=5, grad_accumulation_steps=1, seed=0)
     batches = partial(rows.micro_batches, text, five)
-    return _learned(model, list(train_loop.train(model, batches, partial(rows.loss, text, False), optimizer, RECIPE)))
+    return _learned(
+        model,
+        list(train_loop.train(model, batches, partial(rows.loss, text, False), optimizer, RECIPE)),
+    )
 
 
 def _learned(model: object, steps: Sequence[object]) -> dict[str, np.ndarray]:
@@ -119,8 +148,12 @@ def _learned(model: object, steps: Sequence[object]) -> dict[str, np.ndarray]:
     return found
 
 
-def passed(teacher: Checkpoint, shares: Sequence[int], room_bytes: int | None) -> dict[str, np.ndarray]:
-    """Final hidden states of this machine's part of five windows of different lengths, in two passes; by window."""
+def passed(
+    teacher: Checkpoint, shares: Sequence[int], room_bytes: int | None
+) -> dict[str, np.ndarray]:
+    """Final hidden states of this machine's part of five windows of different lengths, in two
+    passes; by window.
+    """
     batches = [mx.random.randint(0, 512, (1, 8 + 5 * k), key=mx.random.key(k)) for k in range(5)]
     where = teacher, mx.float32, room_bytes, False
     source = pipeline_parallel.Relay(*where, shares) if shares else stream.Stream(*where)
@@ -134,12 +167,23 @@ def calibrated(teacher: Checkpoint, shares: Sequence[int] = ()) -> dict[str, np.
     whole = [mx.random.randint(0, 512, (1, 8 + 5 * k), key=mx.random.key(k)) for k in range(5)]
     readings = [Reading(float(k), ambient_c=10.0 + 3 * k, altitude_m=832.0) for k in range(5)]
     n = distributed.size()
-    air = iter([r for rank in range(n) for r in readings[rank::n]] if shares else distributed.shard(readings))
-    own = pipeline_parallel.Relay(teacher, policy.compute_dtype(teacher), 0, False, shares) if shares else None
+    air = iter(
+        [r for rank in range(n) for r in readings[rank::n]]
+        if shares
+        else distributed.shard(readings)
+    )
+    own = (
+        pipeline_parallel.Relay(teacher, policy.compute_dtype(teacher), 0, False, shares)
+        if shares
+        else None
+    )
     s, _ = calibrate.calibrate(teacher, distributed.shard(whole), lambda: next(air), relay=own)
-    found = {f"{axis} {i} {key}": np.asarray(getattr(sums, key), np.float64)
-             for axis, of in (("ffn", s.ffn), ("heads", s.heads), ("hidden", s.hidden))
-             for i, sums in of.items() for key in ("mean", "square", "warm")}  # fmt: skip
+    found = {
+        f"{axis} {i} {key}": np.asarray(getattr(sums, key), np.float64)
+        for axis, of in (("ffn", s.ffn), ("heads", s.heads), ("hidden", s.hidden))
+        for i, sums in of.items()
+        for key in ("mean", "square", "warm")
+    }
     return found | {
         "block": np.array([s.block[i] for i in sorted(s.block)]),
         "measured": np.array(s.measured),
@@ -148,17 +192,44 @@ def calibrated(teacher: Checkpoint, shares: Sequence[int] = ()) -> dict[str, np.
 
 
 def work(teacher: Path, student: Path, out: Path) -> None:
-    """Everything above, into files of `out`; the logit store of every machine into a folder of its own."""
-    big, small = load.open_checkpoint(teacher), load.open_checkpoint(student)
-    made = {"distilled": distilled(big, small), "tuned": tuned(small), "calibrated": calibrated(big)}
+    """Everything above, into files of `out`; the logit store of every machine into a folder of its
+    own.
+    """
+    big = load.open_checkpoint(teacher)
+    small = load.open_checkpoint(student)
+    made = {
+        "distilled": distilled(big, small),
+        "tuned": tuned(small),
+        "calibrated": calibrated(big),
+    }
     shares = {1: (), 2: (1, 2), 3: (2, 1, 0)}[distributed.size()]
     made["read"], made["kept"] = passed(big, shares, 0), passed(big, shares, None)
-    made["calibrated in layers"], made["distilled in layers"] = calibrated(big, shares), distilled(big, small, shares)
+    made["calibrated in layers"], made["distilled in layers"] = (
+        calibrated(big, shares),
+        distilled(big, small, shares),
+    )
     rank = distributed.shard(range(distributed.size()))[0]
-    Teacher, write = live_teacher.StreamedTeacher, live_teacher.write_store
-    store = write(big, lambda: Teacher(big), uneven(80), out / f"targets-{rank}", DISK, count=20, windows_per_pass=7)
-    other = write(big, lambda: Teacher(big, 0, shares=shares), uneven(80), out / f"layers-{rank}", DISK, count=20,
-                  windows_per_pass=9, together=bool(shares))  # fmt: skip
+    Teacher = live_teacher.StreamedTeacher
+    write = live_teacher.write_store
+    store = write(
+        big,
+        lambda: Teacher(big),
+        uneven(80),
+        out / f"targets-{rank}",
+        DISK,
+        count=20,
+        windows_per_pass=7,
+    )
+    other = write(
+        big,
+        lambda: Teacher(big, 0, shares=shares),
+        uneven(80),
+        out / f"layers-{rank}",
+        DISK,
+        count=20,
+        windows_per_pass=9,
+        together=bool(shares),
+    )
     assert store.missing() == other.missing() == []
     for name, arrays in made.items():
         np.savez(out / f"{name}-{rank}.npz", **arrays)

@@ -1,4 +1,6 @@
-"""AAIS from the command line: warming air, three altitudes, frost; and a run that a replay interrupts."""
+"""AAIS from the command line: warming air, three altitudes, frost; and a run that a replay
+interrupts.
+"""
 
 from __future__ import annotations
 
@@ -35,23 +37,32 @@ def pruned(model: Path, text_folder: Path) -> Pruned:
 
     def run(out: Path, **flags: Any) -> dict[str, Any]:
         given = {**SMALL, **flags}
-        return prune.run(prune.Settings(model=str(model), mlx_path=str(out), data=str(text_folder), **given))
+        return prune.run(
+            prune.Settings(model=str(model), mlx_path=str(out), data=str(text_folder), **given)
+        )
 
     return run
 
 
 def test_constant_air_keeps_what_plain_importance_keeps(pruned: Pruned, tmp_path: Path) -> None:
-    """With constant T and h, frost too, AAIS is plain importance times a number, so the same channels stay."""
+    """With constant T and h, frost too, AAIS is plain importance times a number, so the same
+    channels stay.
+    """
     plain = pruned(tmp_path / "plain", importance="rms")
     aais = pruned(tmp_path / "aais", temperature_c=-3.0, altitude_m=832.0)
     assert (plain["importance"], aais["importance"]) == ("rms", "aais")
     assert aais["channels_differing_from_plain"] == 0
-    kept = [json.loads((tmp_path / name / "keep.json").read_text())["kept"] for name in ("plain", "aais")]
+    kept = [
+        json.loads((tmp_path / name / "keep.json").read_text())["kept"]
+        for name in ("plain", "aais")
+    ]
     assert kept[0] == kept[1]
     assert aais["t_env_source"] == "given"
 
 
-def test_air_that_warms_changes_some_channels_and_says_what_that_did(pruned: Pruned, tmp_path: Path) -> None:
+def test_air_that_warms_changes_some_channels_and_says_what_that_did(
+    pruned: Pruned, tmp_path: Path
+) -> None:
     """The report counts the channels that differ and gives the held-out loss of both choices."""
     report = pruned(tmp_path / "out", thermal_replay=str(HALNY), temperature_unit="celsius")
     assert report["ambient_c"] == [8.0, 33.0]
@@ -59,11 +70,14 @@ def test_air_that_warms_changes_some_channels_and_says_what_that_did(pruned: Pru
     assert report["nll_aais"] > 0
     assert report["nll_plain"] > 0
     assert report["nll_aais"] != report["nll_plain"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]  # the plain student was for comparison only
+    # the plain student was for comparison only
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
 def test_higher_is_smaller_when_the_conditions_decide(pruned: Pruned, tmp_path: Path) -> None:
-    """`--target conditions` at 100 m, 832 m and 2,500 m gives three falling FFN sizes; 832 m is the scenario's."""
+    """`--target conditions` at 100 m, 832 m and 2,500 m gives three falling FFN sizes; 832 m is the
+    scenario's.
+    """
     sizes = []
     for metres in (100.0, 832.0, 2500.0):
         out = tmp_path / f"{metres:.0f}"
@@ -83,35 +97,60 @@ def test_higher_is_smaller_when_the_conditions_decide(pruned: Pruned, tmp_path: 
         ({"target": "conditions"}, "--temperature-c and --altitude-m"),
     ],
 )
-def test_weather_that_eq_1_cannot_bear_is_refused(pruned: Pruned, tmp_path: Path, flags: dict, words: str) -> None:
+def test_weather_that_eq_1_cannot_bear_is_refused(
+    pruned: Pruned, tmp_path: Path, flags: dict, words: str
+) -> None:
     """One sentence, and nothing written."""
     with pytest.raises(MisError, match=words):
         pruned(tmp_path / "out", **flags)
     assert not list(tmp_path.iterdir())
 
 
-def test_tea_breaks_do_not_touch_the_weights(model: Path, text_folder: Path, tmp_path: Path) -> None:
-    """A run that a recorded halny interrupts ends with the weights of the undisturbed one, bit for bit."""
-    common: dict[str, Any] = {"teacher": str(model), "data": str(text_folder), "iters": 20, "max_seq_length": 32}
-    common |= {"num_samples": 4, "reconstruct_samples": 2, "batch_size": 1, "eval_windows": 2, "bench_tokens": 0}
+def test_tea_breaks_do_not_touch_the_weights(
+    model: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    """A run that a recorded halny interrupts ends with the weights of the undisturbed one, bit for
+    bit.
+    """
+    common: dict[str, Any] = {
+        "teacher": str(model),
+        "data": str(text_folder),
+        "iters": 20,
+        "max_seq_length": 32,
+    }
+    common |= {
+        "num_samples": 4,
+        "reconstruct_samples": 2,
+        "batch_size": 1,
+        "eval_windows": 2,
+        "bench_tokens": 0,
+    }
     common |= {"halny": 0.0, "importance": "activation", "quantize": 0}
     calm = distill.run(distill.Settings(out=str(tmp_path / "calm"), **common))
     hot = distill.run(
-        distill.Settings(out=str(tmp_path / "hot"), thermal_replay=str(HALNY), governor="steady", **common)
+        distill.Settings(
+            out=str(tmp_path / "hot"), thermal_replay=str(HALNY), governor="steady", **common
+        )
     )
     assert calm["tea_breaks"] == 0
     assert hot["tea_breaks"] > 0
     assert hot["throttled_s"] > hot["seconds"] - calm["seconds"]  # the pauses were virtual
     assert hot["altitude_source"] == "replay header"
-    one, other = (mx.load(str(tmp_path / name / "model" / "model.safetensors")) for name in ("calm", "hot"))
+    one, other = (
+        mx.load(str(tmp_path / name / "model" / "model.safetensors")) for name in ("calm", "hot")
+    )
     assert all(mx.array_equal(one[name], other[name]) for name in one)
     log = (tmp_path / "hot" / "thermal.jsonl").read_text().splitlines()
     assert any(json.loads(line)["action"] == "pause" for line in log)
 
 
-def test_a_hot_machine_is_said_to_be_hot(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hot_machine_is_said_to_be_hot(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Times taken on a die above 80 °C carry a flag in the JSON."""
-    monkeypatch.setattr("mis_mlx.hardware.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given"))
+    monkeypatch.setattr(
+        "mis_mlx.hardware.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given")
+    )
     header, *records = HALNY.read_text().splitlines()
     hottest = max(records, key=lambda line: max(value for _, value in json.loads(line)["hid"]))
     replay = tmp_path / "hot.jsonl"

@@ -37,10 +37,16 @@ runpy.run_module("mis_mlx.bench", run_name="__main__", alter_sys=True)
 
 
 @pytest.fixture(autouse=True)
-def measured_roof(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A cache folder of the test's own, with a roof in it: measuring takes 5 s, and tests/hardware does."""
+def measured_roof(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """A cache folder of the test's own, with a roof in it: measuring takes 5 s, and tests/hardware
+    does.
+    """
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr("mis_mlx.hardware.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given"))
+    monkeypatch.setattr(
+        "mis_mlx.hardware.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given")
+    )
     yield
 
 
@@ -56,8 +62,9 @@ def stamped(*stamps_s: float, cached_s: float | None = None, **more: Any) -> Mea
 
 
 def test_rates_by_pencil() -> None:
-    """Tokens at 0.5, 0.6, 0.7 s: 500 ms to the first, 100 ms each after it, 10 a second (the first does not count);
-    a prompt of 20 tokens is read at 40 a second."""
+    """Tokens at 0.5, 0.6, 0.7 s: 500 ms to the first, 100 ms each after it, 10 a second (the first
+    does not count); a prompt of 20 tokens is read at 40 a second.
+    """
     found = rounds.figures([stamped(0.5, 0.6, 0.7, cached_s=0.1)], Request(20, 3))
     names = ("ttft_ms", "ttft_cached_ms", "tpot_ms", "prefill_tps")
     assert [found[name]["mean"] for name in names] == pytest.approx([500, 100, 100, 40])
@@ -66,7 +73,9 @@ def test_rates_by_pencil() -> None:
 
 
 def test_mean_and_deviation_over_trials_and_95_of_many_only() -> None:
-    """Rates 10 and 20 a second: 15 ± 7.07. 2 trials have no p95; 21 gaps do, and so have 20 trials."""
+    """Rates 10 and 20 a second: 15 ± 7.07. 2 trials have no p95; 21 gaps do, and so have 20
+    trials.
+    """
     two = [stamped(*(1 + 0.1 * k for k in range(12))), stamped(*(1 + 0.05 * k for k in range(11)))]
     found = rounds.figures(two, Request(1, 12))
     assert found["decode_tps"]["mean"] == pytest.approx(15)
@@ -77,7 +86,9 @@ def test_mean_and_deviation_over_trials_and_95_of_many_only() -> None:
 
 
 def test_energy_is_what_work_took_beyond_rest() -> None:
-    """30 J in 2 s at 5 W of rest are 20 J of work: 10 J for each of the two tokens after the first."""
+    """30 J in 2 s at 5 W of rest are 20 J of work: 10 J for each of the two tokens after the
+    first.
+    """
     found = rounds.figures([stamped(0.5, 1.5, 2.5, watts=15.0)], Request(1, 3), 5.0)
     assert found["joules"]["mean"] == pytest.approx(10)
     assert "joules" not in rounds.figures([stamped(0.5, 1.5)], Request(1, 2), 5.0)
@@ -85,8 +96,11 @@ def test_energy_is_what_work_took_beyond_rest() -> None:
 
 
 def test_power_by_trapezoids() -> None:
-    """Readings at 1, 2 and 4 s of 4, 8 and 14 W hold 28 J in 3 s; one before the stretch does not count."""
-    clock, powers = VirtualClock(), {0.0: 100.0, 1.0: 4.0, 2.0: 8.0, 4.0: 14.0}
+    """Readings at 1, 2 and 4 s of 4, 8 and 14 W hold 28 J in 3 s; one before the stretch does not
+    count.
+    """
+    clock = VirtualClock()
+    powers = {0.0: 100.0, 1.0: 4.0, 2.0: 8.0, 4.0: 14.0}
     history = [Reading(at, power_w=power) for at, power in powers.items()]
     monitor: Any = SimpleNamespace(clock=clock, history=lambda: history)
     clock.sleep(4.0)
@@ -103,32 +117,49 @@ def test_who_slows_down_is_named() -> None:
 
 @pytest.mark.usefixtures("cpu_policy")  # bytes of float32
 def test_the_roof_by_pencil(llama: Checkpoint) -> None:
-    """1 MB of weights and the keys of 10 tokens (3 blocks x 2 x 32 numbers x 4 bytes) a token, at 1 GB/s."""
-    r, at = Request(8, 4), Roof("d", "", 1e9, 1e15, "given")
+    """1 MB of weights and the keys of 10 tokens (3 blocks x 2 x 32 numbers x 4 bytes) a token, at 1
+    GB/s.
+    """
+    r = Request(8, 4)
+    at = Roof("d", "", 1e9, 1e15, "given")
     (nbytes, _), _ = rounds.moved(llama, 1_000_000, r)
     assert nbytes == 1_000_000 + 10 * 3 * 2 * 32 * 4
     found = rounds.beside(llama, 1_000_000, r, at, 500.0)
     assert found["bound"] == "memory bandwidth"
     assert found["decode_best_tps"] == pytest.approx(1e9 / nbytes)
     assert found["reached"] == pytest.approx(500 * nbytes / 1e9)
-    slow = Roof("d", "", 1e15, 1e6, "given")  # arithmetic is the limit: 2 operations a parameter of blocks and head
+    # arithmetic is the limit: 2 operations a parameter of blocks and head
+    slow = Roof("d", "", 1e15, 1e6, "given")
     assert rounds.beside(llama, 1_000_000, r, slow, 1.0)["bound"] == "arithmetic"
     params = sum(t.nbytes for t in llama.tensors.values()) // 4
     assert rounds.moved(llama, 0, r)[0][1] == pytest.approx(2 * params, rel=0.02)
-    # An M1 is computed: floats in float16, two bytes a parameter, and the keys of 10 tokens, over 68 GB/s.
-    assert rounds.m1_tokens_per_s(llama, r) == pytest.approx(68e9 / (2 * params + 10 * 3 * 2 * 32 * 2))
+    # An M1 is computed: floats in float16, two bytes a parameter, and the keys of 10 tokens, over
+    # 68 GB/s.
+    assert rounds.m1_tokens_per_s(llama, r) == pytest.approx(
+        68e9 / (2 * params + 10 * 3 * 2 * 32 * 2)
+    )
 
 
 @pytest.mark.usefixtures("cpu_policy")  # bytes of float32
-def test_a_table_of_two_models(llama: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Real trials: positive times, the bytes of the weights, one column a model; peak memory holds the weights of
-    one model, not of both."""
+def test_a_table_of_two_models(
+    llama: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real trials: positive times, the bytes of the weights, one column a model; peak memory holds
+    the weights of one model, not of both.
+    """
     small = tiny.make(tmp_path / "small", num_hidden_layers=1)
     result = bench.run(settings(llama.path, small))
     assert result["models"]["llama"]["weight_bytes"] == llama.nbytes
     for name in ("llama", "small"):
-        m, nbytes = result["measured"]["models"][name], result["models"][name]["weight_bytes"]
-        assert min(m[k]["mean"] for k in ("ttft_ms", "ttft_cached_ms", "tpot_ms", "decode_tps", "prefill_tps")) > 0
+        m = result["measured"]["models"][name]
+        nbytes = result["models"][name]["weight_bytes"]
+        assert (
+            min(
+                m[k]["mean"]
+                for k in ("ttft_ms", "ttft_cached_ms", "tpot_ms", "decode_tps", "prefill_tps")
+            )
+            > 0
+        )
         assert nbytes < 1e6 * m["peak_mb"]["mean"] < nbytes + 1e6
     out = capsys.readouterr().out
     assert "| | llama | small |" in out and "computed" in out
@@ -138,7 +169,11 @@ def test_the_same_seed_gives_the_same_json_apart_from_timings(llama: Checkpoint)
     """Texts and tokens are the same ones; another seed has other texts."""
     own = ("measured", "hot")
     one, same, other = (
-        {k: v for k, v in bench.run(settings(llama.path, num_trials=2, seed=seed)).items() if k not in own}
+        {
+            k: v
+            for k, v in bench.run(settings(llama.path, num_trials=2, seed=seed)).items()
+            if k not in own
+        }
         for seed in (3, 3, 4)
     )
     assert one == same
@@ -149,24 +184,36 @@ def test_measure_interleaves_what_fits_and_not_what_does_not(
     llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A B A B within the limit, A A B B beyond it; the warm-up of each before."""
-    order, opened, count = list[str](), rounds.opened, itertools.count()
+    order = list[str]()
+    opened = rounds.opened
+    count = itertools.count()
 
     def noted(subject: Any, *_: Any) -> Measurement:
         order.append("ab"[subject.nbytes % 2])
         return stamped(1.0, 2.0)
 
-    monkeypatch.setattr(rounds, "opened", lambda folder: opened(folder)._replace(nbytes=next(count)))
+    monkeypatch.setattr(
+        rounds, "opened", lambda folder: opened(folder)._replace(nbytes=next(count))
+    )
     monkeypatch.setattr(rounds, "trial", noted)
     for limit, wanted in ((10**9, "abababab"), (0, "aaaabbbb")):
         order.clear()
         rows = bench.measure({"a": llama.path, "b": llama.path}, 4, 2, 3, limit)
         assert "".join(order) == wanted
-        assert [(r.model, r.metric, r.value) for r in rows[:2]] == [("a", "ttft_ms", 1000.0), ("a", "decode_tps", 1.0)]
+        assert [(r.model, r.metric, r.value) for r in rows[:2]] == [
+            ("a", "ttft_ms", 1000.0),
+            ("a", "decode_tps", 1.0),
+        ]
 
 
-def test_one_by_one_there_is_one_model_in_memory(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the next one loads, the one before is gone, though the caller still has the last trial in its hands."""
-    alive, opened = list[Any](), rounds.opened
+def test_one_by_one_there_is_one_model_in_memory(
+    llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the next one loads, the one before is gone, though the caller still has the last trial
+    in its hands.
+    """
+    alive = list[Any]()
+    opened = rounds.opened
 
     def noted(folder: Path) -> rounds.BenchmarkModel:
         assert all(kept() is None for kept in alive)
@@ -177,7 +224,8 @@ def test_one_by_one_there_is_one_model_in_memory(llama: Checkpoint, monkeypatch:
     monkeypatch.setattr(rounds, "opened", noted)
     bench.measure(dict.fromkeys("abc", llama.path), 4, 2, 2)
     run = bench.Bench(settings(llama.path))
-    run.together, run.models = False, {name: next(iter(run.models.values())) for name in "abc"}
+    run.together = False
+    run.models = {name: next(iter(run.models.values())) for name in "abc"}
     run.go(None)
     assert len(alive) == 6
 
@@ -190,16 +238,25 @@ def test_what_does_not_go_together_is_a_sentence(llama: Checkpoint) -> None:
         bench.run(settings(llama.path, llama.path))
 
 
-def test_a_model_that_does_not_fit_is_plans_sentence(llama: Checkpoint, command: Callable[..., Done]) -> None:
+def test_a_model_that_does_not_fit_is_plans_sentence(
+    llama: Checkpoint, command: Callable[..., Done]
+) -> None:
     """Both numbers and a remedy, before anything is loaded."""
     said = sentence(command("bench", "--model", llama.path, *QUICK, "--budget", "1MiB"))
     assert "timing llama needs" in said
     assert "the budget is 1 MiB: give a larger --budget" in said
 
 
-def test_flags_of_mlx_lm_and_two_models(llama: Checkpoint, tmp_path: Path, command: Callable[..., Done]) -> None:
-    """-p -g -n, two models; the last line is JSON. a/model and b/model get a column each; the roof is measured."""
-    folders = [tiny.make(tmp_path / name / "model", num_hidden_layers=n) for n, name in ((1, "a"), (2, "b"))]
+def test_flags_of_mlx_lm_and_two_models(
+    llama: Checkpoint, tmp_path: Path, command: Callable[..., Done]
+) -> None:
+    """-p -g -n, two models; the last line is JSON. a/model and b/model get a column each; the roof
+    is measured.
+    """
+    folders = [
+        tiny.make(tmp_path / name / "model", num_hidden_layers=n)
+        for n, name in ((1, "a"), (2, "b"))
+    ]
     done = command("bench", "--model", *folders, *QUICK)
     assert done.returncode == 0, done.stderr
     result = last_line(done)
@@ -227,17 +284,26 @@ def test_a_format_says_all_its_bits() -> None:
 
 
 def test_ctrl_c_keeps_the_finished_trials(llama: Checkpoint, own_home: dict[str, str]) -> None:
-    """SIGINT to the real process after its first trials: a table, exit 0, JSON that says it was stopped and how far."""
+    """SIGINT to the real process after its first trials: a table, exit 0, JSON that says it was
+    stopped and how far.
+    """
     flags = ("--model", llama.path, "-p", 4, "-g", 4, "-n", 10_000)
     pipe = subprocess.PIPE
     process = forks.start(["-c", TOLD_AT_ONCE, *flags], own_home, stdout=pipe, stderr=pipe)
     assert process.stderr
-    assert any(re.search("trials [1-9]", line) for line in process.stderr)  # the first has been told of
+    # the first has been told of
+    assert any(re.search("trials [1-9]", line) for line in process.stderr)
     time.sleep(1)  # for some more, of a few milliseconds each
     os.kill(process.pid, signal.SIGINT)
     said, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     result = json.loads(said.splitlines()[-1])
     assert result["stopped"] and "stopped by hand" in err
-    assert 2 < (kept := result["models"]["llama"]["trials"]) < 10_000 and f"{kept} of 10000 trials are kept" in err
-    assert result["measured"]["models"]["llama"]["decode_tps"]["n"] == result["models"]["llama"]["trials"]
+    assert (
+        2 < (kept := result["models"]["llama"]["trials"]) < 10_000
+        and f"{kept} of 10000 trials are kept" in err
+    )
+    assert (
+        result["measured"]["models"]["llama"]["decode_tps"]["n"]
+        == result["models"]["llama"]["trials"]
+    )

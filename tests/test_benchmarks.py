@@ -1,4 +1,6 @@
-"""Every program under benchmarks/ starts: it is imported as it is run, and its flags are read. `mypy` has the rest."""
+"""Every program under benchmarks/ starts: it is imported as it is run, and its flags are read.
+`mypy` has the rest.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
-def test_it_starts(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_starts(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Up to its first work: --help where it has flags."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     spec = importlib.util.spec_from_file_location(f"started_{path.stem}", path)
@@ -22,7 +26,11 @@ def test_it_starts(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     program = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, program)
     spec.loader.exec_module(program)
-    assert path.stem in ("laboratory", "mis_texts") or hasattr(program, "main") or hasattr(program, "Settings"), path
+    assert (
+        path.stem in ("laboratory", "mis_texts")
+        or hasattr(program, "main")
+        or hasattr(program, "Settings")
+    ), path
     if hasattr(program, "Settings"):
         with pytest.raises(SystemExit) as ended:
             cli.parse(program.Settings, ["--help"])

@@ -41,7 +41,9 @@ class Machine:
     """A checkout and a PATH with nothing on it but what the script may count on."""
 
     def __init__(self, folder: Path):
-        self.checkout, self.bin, self.cwd = folder / "check out", folder / "bin", folder / "cwd"
+        self.checkout = folder / "check out"
+        self.bin = folder / "bin"
+        self.cwd = folder / "cwd"
         for made in (self.checkout / "scripts", self.checkout / "mis_mlx", self.bin, self.cwd):
             made.mkdir(parents=True)
         shutil.copy(MIS, self.checkout / "scripts")
@@ -99,9 +101,15 @@ def test_shell_syntax_and_permission(file: str) -> None:
         ("FreeBSD", "amd64", "FreeBSD on amd64 is not supported"),
     ],
 )
-def test_other_systems_are_refused(machine: Machine, system: str, processor: str, sentence: str) -> None:
-    """One sentence, before anything is made. Apple silicon in an Intel terminal needs another terminal."""
-    machine.tool("uname", f'case "$1" in -s) echo {system.split()[0]} ;; -m) echo {processor} ;; esac')
+def test_other_systems_are_refused(
+    machine: Machine, system: str, processor: str, sentence: str
+) -> None:
+    """One sentence, before anything is made. Apple silicon in an Intel terminal needs another
+    terminal.
+    """
+    machine.tool(
+        "uname", f'case "$1" in -s) echo {system.split()[0]} ;; -m) echo {processor} ;; esac'
+    )
     machine.tool("sysctl", f"echo {int('Rosetta' in system)}")
     run = machine.mis("distill")
     assert run.returncode == 1 and sentence in run.stderr and run.stderr.count("\n") == 1
@@ -109,8 +117,11 @@ def test_other_systems_are_refused(machine: Machine, system: str, processor: str
 
 
 def test_installs_once_and_runs_where_it_was_called(machine: Machine) -> None:
-    """The first run installs, the second does not; the command gets its flags in the caller's folder."""
-    first, second = machine.mis("distill", "--iters", "4 5"), machine.mis("distill")
+    """The first run installs, the second does not; the command gets its flags in the caller's
+    folder.
+    """
+    first = machine.mis("distill", "--iters", "4 5")
+    second = machine.mis("distill")
     assert first.returncode == second.returncode == 0, first.stderr
     assert f"ran in {machine.cwd} with" in first.stdout and machine.installs() == 1
     assert "-P -m mis_mlx distill --iters 4 5" in machine.log.read_text()
@@ -120,7 +131,9 @@ def test_installs_once_and_runs_where_it_was_called(machine: Machine) -> None:
 def test_a_killed_installation_is_done_again(machine: Machine) -> None:
     """A .venv that still says "building" by a process that is gone is made anew."""
     machine.mis("distill")
-    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    gone = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
+    )
     (machine.venv / "mis-state").write_text(f"building {gone.stdout}")
     (machine.venv / "half").touch()
     assert machine.mis("distill").returncode == 0
@@ -146,7 +159,9 @@ def test_new_dependencies_and_the_test_extra_are_installed(machine: Machine) -> 
     machine.mis("test", "-x")
     machine.mis("distill")
     assert machine.installs() == 3
-    assert "check out[test]" in machine.log.read_text() and "-m pytest -x" in machine.log.read_text()
+    assert (
+        "check out[test]" in machine.log.read_text() and "-m pytest -x" in machine.log.read_text()
+    )
 
 
 def test_all_tests_or_a_few(machine: Machine) -> None:
@@ -158,7 +173,9 @@ def test_all_tests_or_a_few(machine: Machine) -> None:
         (["-n", "0"], "-n 0"),
     ):
         machine.mis("test", *flags)
-        assert machine.log.read_text().splitlines()[-1].endswith(f"/bin/python -m pytest {expected}")
+        assert (
+            machine.log.read_text().splitlines()[-1].endswith(f"/bin/python -m pytest {expected}")
+        )
 
 
 def test_a_failed_update_leaves_the_old_installation(machine: Machine) -> None:
@@ -168,7 +185,11 @@ def test_a_failed_update_leaves_the_old_installation(machine: Machine) -> None:
     old = project.read_text()
     project.write_text(old + "# changed\n")
     run = machine.mis("distill", PIP_FAILS="1")
-    assert run.returncode == 1 and "no network" in run.stderr and "the installation failed" in run.stderr
+    assert (
+        run.returncode == 1
+        and "no network" in run.stderr
+        and "the installation failed" in run.stderr
+    )
     project.write_text(old)
     assert machine.mis("distill").returncode == 0 and machine.installs() == 2
 
@@ -191,14 +212,19 @@ def test_no_python(machine: Machine) -> None:
 def test_uv_serves_where_python_is_too_old(machine: Machine) -> None:
     """uv makes the environment, with pip in it."""
     python = machine.bin / "python3"
-    body = f'echo "uv $*" >>"$LOG"\nfor last; do :; done\nmkdir -p "$last/bin" && cp "{python}" "$last/bin/python"'
+    body = (
+        f'echo "uv $*" >>"$LOG"\nfor last; do :; done\nmkdir -p "$last/bin" && cp "{python}" '
+        f'"$last/bin/python"'
+    )
     machine.tool("uv", body)
     assert machine.mis("distill", TOO_OLD="1").returncode == 0
     assert "uv venv --quiet --seed" in machine.log.read_text()
 
 
 def test_on_a_mac_long_computations_are_not_ended(machine: Machine) -> None:
-    """The variable that the sentence about it names is set, there alone, and one's own value stays."""
+    """The variable that the sentence about it names is set, there alone, and one's own value
+    stays.
+    """
     assert "relaxed: no\n" in machine.mis("distill").stdout
     machine.tool("uname", 'case "$1" in -s) echo Darwin ;; -m) echo arm64 ;; esac')
     assert "relaxed: 1\n" in machine.mis("distill").stdout
@@ -208,11 +234,15 @@ def test_on_a_mac_long_computations_are_not_ended(machine: Machine) -> None:
 def test_version_without_installing(machine: Machine) -> None:
     """As `mis_mlx --version` says it."""
     shutil.copy(ROOT / "mis_mlx" / "__init__.py", machine.checkout / "mis_mlx")
-    assert machine.mis("--version").stdout == f"mis_mlx {__version__}\n" and not machine.venv.exists()
+    assert (
+        machine.mis("--version").stdout == f"mis_mlx {__version__}\n" and not machine.venv.exists()
+    )
 
 
 def test_unknown_commands_install_nothing(machine: Machine) -> None:
-    """A typing error is told at once, with exit code 2; so are names that lead out of the package."""
+    """A typing error is told at once, with exit code 2; so are names that lead out of the
+    package.
+    """
     for name in ("destill", "../scripts", "types", "__main__"):
         run = machine.mis(name)
         assert run.returncode == 2 and f"there is no command {name}" in run.stderr
@@ -228,11 +258,14 @@ def test_help_lists_commands_without_installing(machine: Machine) -> None:
 
 
 def test_tests_and_programs_run_with_fast_products(machine: Machine) -> None:
-    """They start under hardware/blas.py, with their arguments; what is preloaded reaches a command as it was."""
+    """They start under hardware/blas.py, with their arguments; what is preloaded reaches a command
+    as it was.
+    """
     (machine.checkout / "program.py").touch()
     machine.mis("program.py", "--rounds", "2")
     machine.mis("test", "-x")
-    log, blas = machine.log.read_text(), machine.checkout / "mis_mlx" / "hardware" / "blas.py"
+    log = machine.log.read_text()
+    blas = machine.checkout / "mis_mlx" / "hardware" / "blas.py"
     python = f"python -I {blas} {machine.venv}/bin/python"
     assert (
         f"{python} {machine.checkout}/program.py --rounds 2\n" in log
@@ -245,7 +278,9 @@ def test_tests_and_programs_run_with_fast_products(machine: Machine) -> None:
 
 @pytest.mark.parametrize("update", [False, True], ids=["first", "update"])
 def test_ctrl_c_in_the_installation(machine: Machine, tmp_path: Path, update: bool) -> None:
-    """A real signal to the script and to pip: one sentence, exit code 130, and the next start begins anew."""
+    """A real signal to the script and to pip: one sentence, exit code 130, and the next start
+    begins anew.
+    """
     if update:
         machine.mis("distill")
         with (machine.checkout / "pyproject.toml").open("a") as file:
@@ -253,10 +288,13 @@ def test_ctrl_c_in_the_installation(machine: Machine, tmp_path: Path, update: bo
     begun = tmp_path / "pip has begun"
     with subprocess.Popen(
         [str(machine.checkout / "scripts" / "mis"), "distill"],
-        env={"PATH": str(machine.bin), "LOG": str(machine.log), "PIP_TAKES_LONG": str(begun)}, cwd=machine.cwd,
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={"PATH": str(machine.bin), "LOG": str(machine.log), "PIP_TAKES_LONG": str(begun)},
+        cwd=machine.cwd,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as process:  # fmt: skip
+    ) as process:
         while not begun.exists():
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGINT)

@@ -26,7 +26,13 @@ Settings = distill.Settings
 
 @pytest.mark.parametrize(
     ("text", "nbytes"),
-    [("5GiB", 5 * GIB), ("5 gib", 5 * GIB), ("600MiB", 600 * 2**20), ("4e9", 4_000_000_000), ("1.5GB", 1_500_000_000)],
+    [
+        ("5GiB", 5 * GIB),
+        ("5 gib", 5 * GIB),
+        ("600MiB", 600 * 2**20),
+        ("4e9", 4_000_000_000),
+        ("1.5GB", 1_500_000_000),
+    ],
 )
 def test_sizes_by_pencil(text: str, nbytes: int) -> None:
     """GiB are powers of two, GB of ten."""
@@ -44,24 +50,44 @@ def test_flags_win_over_yaml_wins_over_defaults(tmp_path: Path) -> None:
     made = parsed(tmp_path, "iters: 7\nbatch-size: 3\nscenario: baca\n", "--iters", "9")
     assert (made.iters, made.batch_size, made.scenario, made.seed) == (9, 3, "baca", 0)
     assert cli.parse(Settings, []) == Settings()
-    made = cli.parse(Settings, ["--learning-rate", "1e-3", "--max-seq-length", "64", "--dry-run", "--resume"])
-    assert (made.learning_rate, made.max_seq_length, made.dry_run, made.resume) == (1e-3, 64, True, True)
+    made = cli.parse(
+        Settings, ["--learning-rate", "1e-3", "--max-seq-length", "64", "--dry-run", "--resume"]
+    )
+    assert (made.learning_rate, made.max_seq_length, made.dry_run, made.resume) == (
+        1e-3,
+        64,
+        True,
+        True,
+    )
 
 
 def test_long_spellings_of_c(tmp_path: Path) -> None:
-    """`-c FILE`, `--config FILE` and `--config=FILE` read the same file; 1e-3 without a dot is a number; null: none."""
+    """`-c FILE`, `--config FILE` and `--config=FILE` read the same file; 1e-3 without a dot is a
+    number; null: none.
+    """
     path = tmp_path / "s.yaml"
-    path.write_text("iters: 7\nlearning_rate: 1e-3\nbudget:\nlayers: null\nhalny: 0\nvocab: 16384\n")
+    path.write_text(
+        "iters: 7\nlearning_rate: 1e-3\nbudget:\nlayers: null\nhalny: 0\nvocab: 16384\n"
+    )
     for flags in (["-c", str(path)], ["--config", str(path)], [f"--config={path}"]):
         made = cli.parse(Settings, flags)
-        assert (made.iters, made.learning_rate, made.budget, made.layers, made.halny) == (7, 1e-3, None, None, 0)
+        assert (made.iters, made.learning_rate, made.budget, made.layers, made.halny) == (
+            7,
+            1e-3,
+            None,
+            None,
+            0,
+        )
         assert made.vocab == "16384"
 
 
 @pytest.mark.parametrize(
     ("yaml", "sentence"),
     [
-        ("learning_rat: 1\n", "'learning_rat' is not a setting of this command: did you mean learning_rate?"),
+        (
+            "learning_rat: 1\n",
+            "'learning_rat' is not a setting of this command: did you mean learning_rate?",
+        ),
         ("xyzzy: 1\n", "'xyzzy' is not a setting of this command: known are"),
         ("learning_rate: fast\n", "learning_rate is 'fast', the setting takes FLOAT"),
         ("- iters\n", "holds a list"),
@@ -85,15 +111,25 @@ def test_bad_yaml_is_a_sentence(tmp_path: Path, yaml: str, sentence: str) -> Non
 def test_no_yaml_there(tmp_path: Path) -> None:
     """A missing file, a folder, bytes that are no text."""
     (tmp_path / "s.yaml").write_bytes(b"iters: \xff\xfe\n")
-    for path, why in ((tmp_path / "missing.yaml", "give an existing file"), (tmp_path, "give an existing file"),
-                      (tmp_path / "s.yaml", "is not YAML")):  # fmt: skip
+    for path, why in (
+        (tmp_path / "missing.yaml", "give an existing file"),
+        (tmp_path, "give an existing file"),
+        (tmp_path / "s.yaml", "is not YAML"),
+    ):
         with pytest.raises(MisError, match=why):
             cli.parse(Settings, ["-c", str(path)])
 
 
 @pytest.mark.parametrize(
     "flags",
-    [["--itres", "3"], ["--iters", "three"], ["--scenario", "tatra"], ["--iters"], ["stray"], ["--quantize", "3"]],
+    [
+        ["--itres", "3"],
+        ["--iters", "three"],
+        ["--scenario", "tatra"],
+        ["--iters"],
+        ["stray"],
+        ["--quantize", "3"],
+    ],
 )
 def test_wrong_usage_exits_with_2(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """tyro's own message, on stderr."""
@@ -105,24 +141,31 @@ def test_wrong_usage_exits_with_2(flags: list[str], capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("kind", [Settings, quantize.Settings, evaluate.Settings])
 def test_help_names_every_flag(kind: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """--help-all exits with 0 and lists the fields as flags, those of the YAML file by name; --help not the rare."""
+    """--help-all exits with 0 and lists the fields as flags, those of the YAML file by name; --help
+    not the rare.
+    """
     shown = {}
     for asked in ("--help", "--help-all"):
         with pytest.raises(SystemExit) as caught:
             cli.parse(kind, [asked])
         assert caught.value.code == 0
         shown[asked] = capsys.readouterr().out
-    quiet, rare = flag_help.quiet(kind), getattr(kind, "RARE", frozenset())
+    quiet = flag_help.quiet(kind)
+    rare = getattr(kind, "RARE", frozenset())
     assert rare <= {f.name for f in fields(kind)} - quiet
     for name in (f.name for f in fields(kind)):
         flag = f"  --{name.replace('_', '-')} "
-        assert (name in shown["--help-all"]) if name in quiet else (flag in shown["--help-all"].replace("\n", " \n")), (
-            name
-        )
+        assert (
+            (name in shown["--help-all"])
+            if name in quiet
+            else (flag in shown["--help-all"].replace("\n", " \n"))
+        ), name
         assert (flag in shown["--help"].replace("\n", " \n")) == (name not in quiet | rare), name
 
 
-def test_a_switch_that_is_on_is_shown_as_it_is_turned_off(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_switch_that_is_on_is_shown_as_it_is_turned_off(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """`sft --fuse` is no flag, `--no-fuse` is."""
     with pytest.raises(SystemExit):
         cli.parse(sft.Settings, ["--help-all"])
@@ -134,7 +177,9 @@ def test_a_switch_that_is_on_is_shown_as_it_is_turned_off(capsys: pytest.Capture
 def test_verbose_is_a_switch_of_every_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`-v` and `--verbose` are taken before a command's own flags are read, and reach its children."""
+    """`-v` and `--verbose` are taken before a command's own flags are read, and reach its
+    children.
+    """
     for word in ("-v", "--verbose"):
         monkeypatch.setenv(cli.DETAILS, "")  # which is undone, whatever main sets
         monkeypatch.setattr("sys.argv", ["command", word])
@@ -147,9 +192,13 @@ def test_distill_has_no_more_than_44_flags() -> None:
     """The rest is for a YAML file, and a flag of such a name says so."""
     quiet = flag_help.quiet(distill.Settings)
     assert len(fields(distill.Settings)) - len(quiet) <= 44 and {"warmup", "kv_heads"} <= quiet
-    with pytest.raises(MisError, match="--kv-heads is no flag: write `kv_heads: ...` in a YAML file"):
+    with pytest.raises(
+        MisError, match="--kv-heads is no flag: write `kv_heads: ...` in a YAML file"
+    ):
         cli.parse(distill.Settings, ["--kv-heads", "1"])
-    assert not [title for title, _ in flag_help.grouped(distill.Settings) if title == "this command's own"]
+    assert not [
+        title for title, _ in flag_help.grouped(distill.Settings) if title == "this command's own"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +209,9 @@ def test_distill_has_no_more_than_44_flags() -> None:
         (evaluate.Settings, ["teacher", "students", "data", "budget", "out"]),
     ],
 )
-def test_help_begins_with_what_matters(kind: Any, first: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_begins_with_what_matters(
+    kind: Any, first: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     """The model, the text and the memory come before the batch size."""
     with pytest.raises(SystemExit):
         cli.parse(kind, ["--help"])
@@ -179,7 +230,9 @@ def ended(run: Callable[[Any], dict[str, Any]], monkeypatch: pytest.MonkeyPatch)
 
 
 def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """0 and JSON last; 1 and one line on stderr; 3 when a check failed; 130 by hand; a bug keeps its traceback."""
+    """0 and JSON last; 1 and one line on stderr; 3 when a check failed; 130 by hand; a bug keeps
+    its traceback.
+    """
 
     def fail(error: BaseException) -> Callable[[Any], dict[str, Any]]:
         def run(settings: Any) -> dict[str, Any]:
@@ -189,7 +242,10 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 
     assert ended(lambda s: {"batch_size": s.batch_size, "name": "Miś"}, monkeypatch) == 0
     shown = capsys.readouterr()
-    assert shown.err == "" and json.loads(shown.out.splitlines()[-1]) == {"batch_size": 2, "name": "Miś"}
+    assert shown.err == "" and json.loads(shown.out.splitlines()[-1]) == {
+        "batch_size": 2,
+        "name": "Miś",
+    }
     assert ended(fail(MisError("5 is more than 4: take less")), monkeypatch) == 1
     shown = capsys.readouterr()
     assert (shown.out, shown.err) == ("", "mis_mlx: 5 is more than 4: take less\n")
@@ -218,20 +274,30 @@ def test_stop_is_asked_once_and_forced_twice() -> None:
 
 
 def test_table_by_pencil() -> None:
-    """One line a metric, one column a model; half the interval after ±; a metric nobody has is left out."""
+    """One line a metric, one column a model; half the interval after ±; a metric nobody has is left
+    out.
+    """
     rows = [Row("a", "nll", 2.5, 2.4, 2.6, 9), Row("b", "nll", 3.0), Row("b", "kl", 0.25)]
-    assert text.table(rows, ["a", "b"], {"nll": ("loss", ".2f"), "kl": ("KL", ".1f"), "x": ("X", ".0f")}) == (
-        "| | a | b |\n|---|---:|---:|\n| loss | 2.50 ± 0.10 | 3.00 |\n| KL | – | 0.2 |"
-    )
+    assert text.table(
+        rows, ["a", "b"], {"nll": ("loss", ".2f"), "kl": ("KL", ".1f"), "x": ("X", ".0f")}
+    ) == ("| | a | b |\n|---|---:|---:|\n| loss | 2.50 ± 0.10 | 3.00 |\n| KL | – | 0.2 |")
 
 
 def test_progress_is_quiet_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     """Not a terminal: only the last line, on stderr; what a step says."""
     with progress.bar("distil", 3) as show:
         for number in (1, 2, 3):
-            show(number, text.step_text(Step(number, 2.5, 1.0, 1e-3, 500, 2.0, 3 * 2**20, "clipped 9.0 to 4.0")))
+            show(
+                number,
+                text.step_text(
+                    Step(number, 2.5, 1.0, 1e-3, 500, 2.0, 3 * 2**20, "clipped 9.0 to 4.0")
+                ),
+            )
     shown = capsys.readouterr()
-    assert (shown.out, shown.err) == ("", "distil 3/3 loss 2.500  250 tok/s  3 MiB  clipped 9.0 to 4.0\n")
+    assert (shown.out, shown.err) == (
+        "",
+        "distil 3/3 loss 2.500  250 tok/s  3 MiB  clipped 9.0 to 4.0\n",
+    )
 
 
 def test_a_step_beside_what_was_planned() -> None:
@@ -272,7 +338,9 @@ def run_here(code: str, *args: object, **env: str) -> subprocess.CompletedProces
     """What a Python of its own says to `code`."""
     line = [sys.executable, "-c", code, *map(str, args)]
     root = str(Path(__file__).parents[1])
-    return subprocess.run(line, env={**os.environ, "PYTHONPATH": root, **env}, capture_output=True, text=True)
+    return subprocess.run(
+        line, env={**os.environ, "PYTHONPATH": root, **env}, capture_output=True, text=True
+    )
 
 
 DEVICE = """
@@ -311,20 +379,42 @@ class Short:
 @pytest.mark.parametrize(
     ("error", "what", "remedy"),
     [
-        ("[METAL] Command buffer execution failed: Impacting Interactivity "
-         "(0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)",
-         "macOS ended a computation on the GPU", "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1"),
-        ("[METAL] Command buffer execution failed: Insufficient Memory "
-         "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)", "no memory is left", "close other programs"),
-        ("[metal::malloc] Attempting to allocate 48736917632 bytes which is greater than the maximum allowed "
-         "buffer size of 30150672384 bytes.", "no memory is left", "close other programs"),
-        ("[malloc] Unable to allocate 17179869184 bytes.", "no memory is left", "close other programs"),
+        (
+            "[METAL] Command buffer execution failed: Impacting Interactivity "
+            "(0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)",
+            "macOS ended a computation on the GPU",
+            "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1",
+        ),
+        (
+            "[METAL] Command buffer execution failed: Insufficient Memory "
+            "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)",
+            "no memory is left",
+            "close other programs",
+        ),
+        (
+            "[metal::malloc] Attempting to allocate 48736917632 bytes which is greater than the "
+            "maximum allowed "
+            "buffer size of 30150672384 bytes.",
+            "no memory is left",
+            "close other programs",
+        ),
+        (
+            "[malloc] Unable to allocate 17179869184 bytes.",
+            "no memory is left",
+            "close other programs",
+        ),
     ],
-)  # fmt: skip
+)
 def test_an_error_of_the_device_is_a_sentence(
-    error: str, what: str, remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: str,
+    what: str,
+    remedy: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As MLX 0.32 words them: what happened, MLX's own words, what to do; --resume only where there is one."""
+    """As MLX 0.32 words them: what happened, MLX's own words, what to do; --resume only where there
+    is one.
+    """
 
     def run(settings: Any) -> dict[str, Any]:
         raise RuntimeError(error)
@@ -343,6 +433,12 @@ def test_tables_stand_in_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.aligned(page) == page  # not a terminal
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert text.aligned(page).splitlines() == [
-        "before", "", "|       |     a | long |", "|-------|-------|------|", "| one   |     1 |    2 |",
-        "| three | 100.5 |    – |", "", "after",
-    ]  # fmt: skip
+        "before",
+        "",
+        "|       |     a | long |",
+        "|-------|-------|------|",
+        "| one   |     1 |    2 |",
+        "| three | 100.5 |    – |",
+        "",
+        "after",
+    ]

@@ -23,14 +23,42 @@ from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.types import GIB, Checkpoint, MisError
 from tests import tiny
-from tests.conftest import ITERS, SMALL, Done, last_line, losses, near, sentence, settings_of, weights
+from tests.conftest import (
+    ITERS,
+    SMALL,
+    Done,
+    last_line,
+    losses,
+    near,
+    sentence,
+    settings_of,
+    weights,
+)
 
-KEYS = {"teacher", "student", "params_teacher", "params_student", "nll_teacher", "nll_pruned", "nll_student"}
-KEYS |= {"nll_quantized", "kl_student", "top1_student", "peak_bytes", "budget_bytes", "seconds", "tokens_per_s"}
+KEYS = {
+    "teacher",
+    "student",
+    "params_teacher",
+    "params_student",
+    "nll_teacher",
+    "nll_pruned",
+    "nll_student",
+}
+KEYS |= {
+    "nll_quantized",
+    "kl_student",
+    "top1_student",
+    "peak_bytes",
+    "budget_bytes",
+    "seconds",
+    "tokens_per_s",
+}
 
 
 def test_the_last_line_is_the_result(finished: tuple[Path, Done], llama: Checkpoint) -> None:
-    """JSON with the promised keys; the same in result.json; losses in a sane order; numbers that fit each other."""
+    """JSON with the promised keys; the same in result.json; losses in a sane order; numbers that
+    fit each other.
+    """
     out, done = finished
     result = last_line(done)
     assert result.keys() >= KEYS
@@ -43,19 +71,40 @@ def test_the_last_line_is_the_result(finished: tuple[Path, Done], llama: Checkpo
     assert result["kl_student"] >= 0 and 0 <= result["top1_student"] <= 1
     assert 0 < result["peak_bytes"] < result["budget_bytes"]
     assert result["tokens"] == ITERS * 2 * 31 and result["tokens_per_s"] > 0
-    assert all(result[f"decode_tps_{name}"] > 0 for name in ("teacher", "pruned", "distilled", "4-bit"))
+    assert all(
+        result[f"decode_tps_{name}"] > 0 for name in ("teacher", "pruned", "distilled", "4-bit")
+    )
     assert "| | teacher | pruned | distilled | 4-bit |" in done.stdout
-    assert (out / "table.md").read_text().splitlines()[0] == "| | teacher | pruned | distilled | 4-bit |"
-    assert not [key for key in result if "answers" in key or "loops" in key]  # this teacher has no chat template
+    assert (out / "table.md").read_text().splitlines()[
+        0
+    ] == "| | teacher | pruned | distilled | 4-bit |"
+    # this teacher has no chat template
+    assert not [key for key in result if "answers" in key or "loops" in key]
 
 
 def test_what_a_run_leaves_on_disk(finished: tuple[Path, Done]) -> None:
-    """The house's files, every step logged once, the last two checkpoints (asked for), and no leftovers."""
+    """The house's files, every step logged once, the last two checkpoints (asked for), and no
+    leftovers.
+    """
     out, _ = finished
     assert {p.name for p in out.iterdir()} - {"thermal.jsonl"} == {
-        ".lock", "config.yaml", "origin.json", "plan.json", "metrics.jsonl", "steps", "pruned", "distilled", "model",
-        "rounded", "tune.jsonl", "tune-steps", "table.md", "result.json", "phases.jsonl", "samples.jsonl",
-    }  # fmt: skip
+        ".lock",
+        "config.yaml",
+        "origin.json",
+        "plan.json",
+        "metrics.jsonl",
+        "steps",
+        "pruned",
+        "distilled",
+        "model",
+        "rounded",
+        "tune.jsonl",
+        "tune-steps",
+        "table.md",
+        "result.json",
+        "phases.jsonl",
+        "samples.jsonl",
+    }
     assert [number for number, _, _ in losses(out)] == list(range(1, ITERS + 1))
     assert sorted(p.name for p in (out / "steps").iterdir()) == ["step-00000016", "step-00000018"]
 
@@ -63,8 +112,18 @@ def test_what_a_run_leaves_on_disk(finished: tuple[Path, Done]) -> None:
 def test_a_run_that_is_done_keeps_no_checkpoints(
     tmp_path: Path, flags: tuple[object, ...], command: Callable[..., Done]
 ) -> None:
-    """Unless asked to: what nobody needs any more goes, targets on disk too, and --resume has nothing left to do."""
-    few = [*(f for f in flags if f != "--keep-steps"), "--iters", 2, "--q-iters", 1, "--targets", "cached"]
+    """Unless asked to: what nobody needs any more goes, targets on disk too, and --resume has
+    nothing left to do.
+    """
+    few = [
+        *(f for f in flags if f != "--keep-steps"),
+        "--iters",
+        2,
+        "--q-iters",
+        1,
+        "--targets",
+        "cached",
+    ]
     done = command("distill", *few, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     left = {p.name for p in (tmp_path / "run").iterdir()}
@@ -77,8 +136,19 @@ def test_all_four_folders_open_and_speak(finished: tuple[Path, Done], llama: Che
     for folder in (llama.path, out / "pruned", out / "distilled", out / "model"):
         model, tokenizer = load.mlx_lm("utils").load(str(folder))
         assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all()
-        assert len(list(mlx_generate.greedy(model, mlx_generate.prompt_ids(tokenizer, "The for statement", 4), 5))) == 5
-    assert shape_of(load.open_checkpoint(out / "model").config) == shape_of(load.open_checkpoint(out / "pruned").config)
+        assert (
+            len(
+                list(
+                    mlx_generate.greedy(
+                        model, mlx_generate.prompt_ids(tokenizer, "The for statement", 4), 5
+                    )
+                )
+            )
+            == 5
+        )
+    assert shape_of(load.open_checkpoint(out / "model").config) == shape_of(
+        load.open_checkpoint(out / "pruned").config
+    )
     assert arch.is_quantized(load.open_checkpoint(out / "model").tensors)
 
 
@@ -87,7 +157,9 @@ def test_its_config_gives_the_same_run_again(
 ) -> None:
     """`-c RUN/config.yaml` elsewhere: the same weights, bit for bit."""
     out, _ = finished
-    done = command("distill", "-c", out / "config.yaml", "--bench-tokens", 0, "--out", tmp_path / "again")
+    done = command(
+        "distill", "-c", out / "config.yaml", "--bench-tokens", 0, "--out", tmp_path / "again"
+    )
     assert done.returncode == 0, done.stderr
     assert weights(tmp_path / "again") == weights(out)
     assert losses(tmp_path / "again") == losses(out)
@@ -96,29 +168,44 @@ def test_its_config_gives_the_same_run_again(
 def test_a_dry_run_or_too_small_a_budget_writes_nothing(
     tmp_path: Path, flags: tuple[object, ...], command: Callable[..., Done]
 ) -> None:
-    """The plan on stderr, the numbers on stdout, exit code 0, and 3 where it does not fit; without --dry-run one
-    sentence with both numbers and a remedy."""
+    """The plan on stderr, the numbers on stdout, exit code 0, and 3 where it does not fit; without
+    --dry-run one sentence with both numbers and a remedy.
+    """
     done = command("distill", *flags, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = last_line(done)
-    assert 0 < result["peak_bytes"] < result["budget_bytes"] and result["params_student"] < result["params_teacher"]
+    assert (
+        0 < result["peak_bytes"] < result["budget_bytes"]
+        and result["params_student"] < result["params_teacher"]
+    )
     assert "| all | " in done.stderr and " of 5.00 GiB |" in done.stderr
     assert command("distill", *flags, "--dry-run", "--budget", "1MiB", cwd=tmp_path).returncode == 3
     said = sentence(command("distill", *flags, "--budget", "1MiB", cwd=tmp_path))
     assert "the budget is 1 MiB" in said and "give --budget" in said
-    assert "is more than the" in sentence(command("distill", *flags, "--budget", "900000GiB", cwd=tmp_path))
+    assert "is more than the" in sentence(
+        command("distill", *flags, "--budget", "900000GiB", cwd=tmp_path)
+    )
     assert not list(tmp_path.iterdir())
 
 
-def test_flags_from_yaml(tmp_path: Path, flags: tuple[object, ...], command: Callable[..., Done]) -> None:
+def test_flags_from_yaml(
+    tmp_path: Path, flags: tuple[object, ...], command: Callable[..., Done]
+) -> None:
     """A YAML with learning_rate: 1e-3 is used; quantize: 0 leaves the student as it was trained."""
     (tmp_path / "good.yaml").write_text("learning_rate: 1e-3\niters: 3\nquantize: 0\n")
-    given, out = flags[: flags.index("--iters")], tmp_path / "run"
-    done = command("distill", "-c", tmp_path / "good.yaml", *given, "--bench-tokens", 0, "--out", out)
+    given = flags[: flags.index("--iters")]
+    out = tmp_path / "run"
+    done = command(
+        "distill", "-c", tmp_path / "good.yaml", *given, "--bench-tokens", 0, "--out", out
+    )
     assert done.returncode == 0, done.stderr
     assert max(r["learning_rate"] for r in run_folder.metrics(out)) == pytest.approx(1e-3)
-    assert not (out / "distilled").exists() and not arch.is_quantized(load.open_checkpoint(out / "model").tensors)
-    assert last_line(done)["nll_quantized"] is None and last_line(done)["student"] == str(out / "model")
+    assert not (out / "distilled").exists() and not arch.is_quantized(
+        load.open_checkpoint(out / "model").tensors
+    )
+    assert last_line(done)["nll_quantized"] is None and last_line(done)["student"] == str(
+        out / "model"
+    )
 
 
 def refused(out: Path, **changes: Any) -> str:
@@ -129,7 +216,10 @@ def refused(out: Path, **changes: Any) -> str:
 
 
 def test_a_budget_that_no_model_fits_whole(
-    tmp_path: Path, flags: tuple[object, ...], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    flags: tuple[object, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Nothing is timed, which it says, the run ends as any other and has its page."""
     monkeypatch.setattr(phases, "timed_bytes", lambda params: 2**50)
@@ -145,7 +235,9 @@ def test_a_budget_that_no_model_fits_whole(
 
 @pytest.fixture
 def brief_talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs and a cache of this test's own, few prompts, short answers, and a table of two of them."""
+    """Runs and a cache of this test's own, few prompts, short answers, and a table of two of
+    them.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(conversations, "FEWEST", 24)
@@ -157,12 +249,29 @@ def brief_talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("brief_talk")
 def test_a_teacher_that_talks_has_a_student_that_is_asked(
-    tmp_path: Path, text_folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    text_folder: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With a chat template: the teacher answers first; half of every draw is its answers; at the end some answers stand
-    before the table, all of them in the folder, and their figures in the result. Resumed, nothing is asked again."""
+    """With a chat template: the teacher answers first; half of every draw is its answers; at the
+    end some answers stand before the table, all of them in the folder, and their figures in the
+    result. Resumed, nothing is asked again.
+    """
     teacher = tiny.talking(tmp_path / "teacher")
-    flags = ("--teacher", teacher, "--data", text_folder, *SMALL, "--iters", 3, "--q-iters", 2, "--eval-prompts", 4)
+    flags = (
+        "--teacher",
+        teacher,
+        "--data",
+        text_folder,
+        *SMALL,
+        "--iters",
+        3,
+        "--q-iters",
+        2,
+        "--eval-prompts",
+        4,
+    )
     s = settings_of(distill, flags, tmp_path / "run")
 
     result = distill.run(s)
@@ -175,23 +284,41 @@ def test_a_teacher_that_talks_has_a_student_that_is_asked(
     asked = [prompt.messages[-1]["content"] for prompt in answers.prompts(4)]
     assert shown[0] == f"> {asked[0]}" and shown[1].startswith("teacher:")
     table = shown.index("Answers in English to 2 prompts that no training knows, ± 95 %")
-    assert [line for line in shown[:table] if line.startswith(">")] == [f"> {asked[0]}", f"> {asked[1]}"]
+    assert [line for line in shown[:table] if line.startswith(">")] == [
+        f"> {asked[0]}",
+        f"> {asked[1]}",
+    ]
     assert "Answers in Polish to 2 prompts that no training knows, ± 95 %" in shown[table:]
     page = (tmp_path / "run" / "table.md").read_text("utf-8")
     assert page.splitlines()[0] == shown[table]  # the dialogue is for the screen
 
-    rows = [json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_text("utf-8").splitlines()]
-    assert [(row["prompt"], row["model"]) for row in rows] == [(p, m) for p in asked for m in ("teacher", "4-bit")]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "answers.jsonl").read_text("utf-8").splitlines()
+    ]
+    assert [(row["prompt"], row["model"]) for row in rows] == [
+        (p, m) for p in asked for m in ("teacher", "4-bit")
+    ]
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
     assert result["answers_prompts"] == 4 and result["nll_teacher"] < result["nll_pruned"]
-    figures = {f"{metric}_{name}" for metric in ("answers", "answers_excess") for name in ("distilled", "4-bit")}
-    figures |= {f"{metric}_{name}" for metric in ("loops", "empty", "endless") for name in ("teacher", "4-bit")}
+    figures = {
+        f"{metric}_{name}"
+        for metric in ("answers", "answers_excess")
+        for name in ("distilled", "4-bit")
+    }
+    figures |= {
+        f"{metric}_{name}"
+        for metric in ("loops", "empty", "endless")
+        for name in ("teacher", "4-bit")
+    }
     assert result.keys() >= figures | {"answers_teacher", "teacher_logprob_4-bit"}
     assert not {"loops_pruned", "answers_pruned", "loops_distilled"} & result.keys()
     above = result["answers_4-bit"] - result["answers_teacher"]
     assert above == pytest.approx(result["answers_excess_4-bit"], abs=2e-4)
 
-    monkeypatch.setattr(teacher_answers, "write", lambda *_: pytest.fail("the teacher answers again"))
+    monkeypatch.setattr(
+        teacher_answers, "write", lambda *_: pytest.fail("the teacher answers again")
+    )
     again = distill.run(distill.Settings(out=str(tmp_path / "run"), resume=True, eval_prompts=4))
     same = [key for key in result if "answers" in key or "loops" in key or "nll" in key]
     assert {key: again[key] for key in same} == {key: result[key] for key in same}
@@ -203,9 +330,23 @@ def test_a_teacher_that_talks_has_a_student_that_is_asked(
 def test_without_conversations_or_questions(
     tmp_path: Path, text_folder: Path, capfd: pytest.CaptureFixture[str], flag: str
 ) -> None:
-    """--conversations 0 trains on --data alone, and the student is asked all the same; --eval-prompts 0 asks nobody."""
+    """--conversations 0 trains on --data alone, and the student is asked all the same;
+    --eval-prompts 0 asks nobody.
+    """
     teacher = tiny.talking(tmp_path / "teacher")
-    flags = ("--teacher", teacher, "--data", text_folder, *SMALL, "--iters", 1, "--quantize", 0, "--eval-prompts", 2)
+    flags = (
+        "--teacher",
+        teacher,
+        "--data",
+        text_folder,
+        *SMALL,
+        "--iters",
+        1,
+        "--quantize",
+        0,
+        "--eval-prompts",
+        2,
+    )
     s = settings_of(distill, (*flags, flag, 0), tmp_path / "run")
 
     result = distill.run(s)
@@ -213,7 +354,9 @@ def test_without_conversations_or_questions(
     out = capfd.readouterr()
     trained = "conversations: the teacher answers" in out.err
     asked = (tmp_path / "run" / "answers.jsonl").exists()
-    assert (trained, asked) == {"--conversations": (False, True), "--eval-prompts": (True, False)}[flag]
+    assert (trained, asked) == {"--conversations": (False, True), "--eval-prompts": (True, False)}[
+        flag
+    ]
     assert ("answers_prompts" in result) == asked == out.out.startswith("> ")
     assert ("every draw of training windows" in out.err) == trained
 
@@ -226,12 +369,19 @@ def test_a_dry_run_says_that_the_teacher_would_answer_first(
     teacher = tiny.talking(tmp_path / "teacher")
     before = set(tmp_path.rglob("*"))
     for data in (("--data", text_folder), ("--data", "teacher"), ()):
-        s = settings_of(distill, ("--teacher", teacher, *data, *SMALL), tmp_path / "run", dry_run=True)
+        s = settings_of(
+            distill, ("--teacher", teacher, *data, *SMALL), tmp_path / "run", dry_run=True
+        )
         assert distill.run(s)["peak_bytes"] > 0
         assert "conversations: the teacher answers 24 prompts first" in capfd.readouterr().err
-    poor = settings_of(distill, ("--teacher", teacher, *SMALL, "--budget", "1MiB"), tmp_path / "run", dry_run=True)
+    poor = settings_of(
+        distill, ("--teacher", teacher, *SMALL, "--budget", "1MiB"), tmp_path / "run", dry_run=True
+    )
     assert distill.run(poor)["check_failed"]
-    assert set(tmp_path.rglob("*")) - before <= {tmp_path / "cache", *(tmp_path / "cache").rglob("*")}
+    assert set(tmp_path.rglob("*")) - before <= {
+        tmp_path / "cache",
+        *(tmp_path / "cache").rglob("*"),
+    }
 
 
 def test_a_run_in_use_is_refused(tmp_path: Path, finished: tuple[Path, Done]) -> None:
@@ -248,7 +398,11 @@ def test_a_resume_must_be_the_same_run(
     out = shutil.copytree(finished[0], tmp_path / "run")
     assert "--learning-rate is 0.002, the run has 0.01" in refused(out, learning_rate=2e-3)
     with pytest.raises(MisError, match="is not empty: add --resume"):
-        distill.run(distill.Settings(teacher=str(llama.path), data=str(text_folder), max_seq_length=32, out=str(out)))
+        distill.run(
+            distill.Settings(
+                teacher=str(llama.path), data=str(text_folder), max_seq_length=32, out=str(out)
+            )
+        )
 
     config = (out / "config.yaml").read_text()
     other = shutil.copytree(text_folder, tmp_path / "text")
@@ -264,7 +418,10 @@ def test_a_resume_must_be_the_same_run(
 
 
 def test_a_student_made_earlier(
-    tmp_path: Path, finished: tuple[Path, Done], flags: tuple[object, ...], command: Callable[..., Done]
+    tmp_path: Path,
+    finished: tuple[Path, Done],
+    flags: tuple[object, ...],
+    command: Callable[..., Done],
 ) -> None:
     """`--student RUN/pruned` starts from that folder: the same repair, training and weights."""
     out, _ = finished
@@ -277,14 +434,37 @@ def test_a_student_made_earlier(
 def test_streaming_the_teacher_gives_the_same_student(
     tmp_path: Path, text_folder: Path, command: Callable[..., Done]
 ) -> None:
-    """A budget in which the teacher does not fit beside the student: streamed, under budget, and bit-equal."""
-    layers, budget = int(near(26, 40)), int(near(27, 24))  # MiB; a teacher in float16 takes half as much
+    """A budget in which the teacher does not fit beside the student: streamed, under budget, and
+    bit-equal.
+    """
+    # MiB; a teacher in float16 takes half as much
+    layers = int(near(26, 40))
+    budget = int(near(27, 24))
     deep = tiny.make(tmp_path / "deep", num_hidden_layers=layers)
-    common = ("--teacher", deep, "--data", text_folder, *SMALL, "--iters", 3, "--layers", 2, "--q-iters", 2)
+    common = (
+        "--teacher",
+        deep,
+        "--data",
+        text_folder,
+        *SMALL,
+        "--iters",
+        3,
+        "--layers",
+        2,
+        "--q-iters",
+        2,
+    )
     resident = command("distill", *common, "--out", tmp_path / "resident")
     assert resident.returncode == 0 and "stays in memory" in resident.stderr
-    streamed = command("distill", *common, "--out", tmp_path / "streamed", "--budget", f"{budget}MiB")
+    streamed = command(
+        "distill", *common, "--out", tmp_path / "streamed", "--budget", f"{budget}MiB"
+    )
     assert streamed.returncode == 0, streamed.stderr
     assert "streamed from disk" in streamed.stderr
     assert weights(tmp_path / "streamed") == weights(tmp_path / "resident")
-    assert last_line(streamed)["budget_bytes"] == budget * 2**20 < last_line(resident)["budget_bytes"] <= 5 * GIB
+    assert (
+        last_line(streamed)["budget_bytes"]
+        == budget * 2**20
+        < last_line(resident)["budget_bytes"]
+        <= 5 * GIB
+    )

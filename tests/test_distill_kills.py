@@ -1,4 +1,6 @@
-"""`distill` killed, stopped, damaged and resumed: the end is that of the undisturbed run, to the last bit."""
+"""`distill` killed, stopped, damaged and resumed: the end is that of the undisturbed run, to the
+last bit.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ class Child:
     """`distill` as a process of its own that can be killed."""
 
     def __init__(self, env: dict[str, str], *argv: object):
-        pipe, line = subprocess.PIPE, ["-m", "mis_mlx.distill", *argv]
+        pipe = subprocess.PIPE
+        line = ["-m", "mis_mlx.distill", *argv]
         self.process = forks.start(line, env, stdout=pipe, stderr=pipe)
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
@@ -36,7 +39,9 @@ class Child:
 def progress(out: Path) -> float:
     """How far a run is, 0 to 1, by what is on disk: half of it the training steps."""
     names = ("config.yaml", "pruned", "steps", "distilled", "model", "result.json")
-    return (sum((out / name).exists() for name in names) + 6 * len(run_folder.metrics(out)) / ITERS) / 12
+    return (
+        sum((out / name).exists() for name in names) + 6 * len(run_folder.metrics(out)) / ITERS
+    ) / 12
 
 
 def holds(out: Path, process: int) -> bool:
@@ -54,15 +59,21 @@ def start(out: Path, flags: tuple[object, ...], env: dict[str, str]) -> Child:
 def test_killed_and_resumed_is_the_undisturbed_run(
     tmp_path: Path, finished: tuple[Path, Done], flags: tuple[object, ...], own_home: dict[str, str]
 ) -> None:
-    """SIGKILL at five random moments, --resume until it ends: distilled/ and model/ are equal to the last bit.
+    """SIGKILL at five random moments, --resume until it ends: distilled/ and model/ are equal to
+    the last bit.
 
-    A moment is a share of the way and up to a tenth of a second, so that slow machines are hit where quick ones are.
+    A moment is a share of the way and up to a tenth of a second, so that slow machines are hit
+    where quick ones are.
     """
-    out, moments, killed = tmp_path / "run", random.Random(5), 0
+    out = tmp_path / "run"
+    moments = random.Random(5)
+    killed = 0
     for share in sorted(moments.uniform(0.0, 0.8) for _ in range(5)):
         child = start(out, flags, own_home)
         number = child.process.pid
-        child.wait_for(lambda share=share, n=number: progress(out) >= share and (share < 0.08 or holds(out, n)))
+        child.wait_for(
+            lambda share=share, n=number: progress(out) >= share and (share < 0.08 or holds(out, n))
+        )
         time.sleep(moments.uniform(0.0, 0.1))
         child.process.kill()
         killed += child.end().returncode == -signal.SIGKILL
@@ -74,10 +85,15 @@ def test_killed_and_resumed_is_the_undisturbed_run(
 
 
 def test_sigterm_stops_after_the_step(
-    tmp_path: Path, finished: tuple[Path, Done], flags: tuple[object, ...], own_home: dict[str, str],
+    tmp_path: Path,
+    finished: tuple[Path, Done],
+    flags: tuple[object, ...],
+    own_home: dict[str, str],
     command: Callable[..., Done],
-) -> None:  # fmt: skip
-    """Exit code 1, a sentence with the step and how to go on, that step saved; the resumed run ends bit-equal."""
+) -> None:
+    """Exit code 1, a sentence with the step and how to go on, that step saved; the resumed run ends
+    bit-equal.
+    """
     out = tmp_path / "run"
     child = Child(own_home, *flags, "--out", out)
     child.wait_for(lambda: (out / "metrics.jsonl").exists() and len(run_folder.metrics(out)) >= 3)
@@ -95,7 +111,9 @@ def test_sigterm_stops_after_the_step(
 def test_a_damaged_checkpoint_costs_steps_not_the_run(
     tmp_path: Path, finished: tuple[Path, Done], command: Callable[..., Done]
 ) -> None:
-    """One bit of the last checkpoint flipped: said, the one before is used, and the end is the same."""
+    """One bit of the last checkpoint flipped: said, the one before is used, and the end is the
+    same.
+    """
     out = shutil.copytree(finished[0], tmp_path / "run")
     for name in ("distilled", "model"):
         shutil.rmtree(out / name)

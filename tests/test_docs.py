@@ -1,6 +1,8 @@
-"""The pages for people against the code: links lead somewhere, commands parse, flags exist, nothing is too long.
+"""The pages for people against the code: links lead somewhere, commands parse, flags exist, nothing
+is too long.
 
-Every problem is one line: `page:line: what is wrong: what to do`."""
+Every problem is one line: `page:line: what is wrong: what to do`.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +33,22 @@ from mis_mlx.types import MisError
 ROOT = Path(__file__).parents[1]
 COMMANDS = commands()
 TOP = ("README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
-PAGES = [*(ROOT / name for name in TOP if (ROOT / name).exists()), *sorted((ROOT / "docs").rglob("*.md"))]
-LINES, README_LINES, README_BYTES = 200, 150, 9 * 1024
+PAGES = [
+    *(ROOT / name for name in TOP if (ROOT / name).exists()),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+LINES = 200
+README_LINES = 150
+README_BYTES = 9 * 1024
 SCRIPT = ("test", "lint", "help", "--help", "-h")  # what scripts/mis does itself
-EVERYWHERE = {"--help", "--help-all", "--version", "--accept-gemma-terms"}  # of every command: cli.main
+# of every command: cli.main
+EVERYWHERE = {"--help", "--help-all", "--version", "--accept-gemma-terms"}
 # Flags that a page may write by themselves, `--like-this`, and that are other programs'.
 OTHERS = {
     "--all",  # scripts/mis test
     "--check",  # scripts/render.py
-    "--hostfile", "--hosts", "--over", "--backend", "--auto-setup", "--output-hostfile",  # mlx.launch and its like
+    # mlx.launch and its like
+    "--hostfile", "--hosts", "--over", "--backend", "--auto-setup", "--output-hostfile",
 }  # fmt: skip
 PLACEHOLDER = re.compile(r"\$\w+|\$\{\w+\}|<[^<>]+>")
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
@@ -56,7 +65,8 @@ class Found(NamedTuple):
 
 def pieces(page: Path) -> Iterator[Found]:
     """All that is looked at, in order."""
-    before, text = "", page.read_text("utf-8")
+    before = ""
+    text = page.read_text("utf-8")
     source = text.splitlines()
     for token in MarkdownIt("commonmark").enable("table").parse(text):
         line = token.map[0] + 1 if token.map else 0
@@ -68,13 +78,17 @@ def pieces(page: Path) -> Iterator[Found]:
         elif token.type == "inline":
             yield from spans(token.children or [], line, source)
             if before == "heading_open":
-                words = [x.content for x in token.children or () if x.type in ("text", "code_inline")]
+                words = [
+                    x.content for x in token.children or () if x.type in ("text", "code_inline")
+                ]
                 yield Found("heading", line, "".join(words))
         before = token.type
 
 
 def spans(children: list[Token], line: int, source: list[str]) -> Iterator[Found]:
-    """Links, code and HTML of a paragraph, a heading or a cell that begins at `line` of the source."""
+    """Links, code and HTML of a paragraph, a heading or a cell that begins at `line` of the
+    source.
+    """
     for child in children:
         if child.type in ("softbreak", "hardbreak"):
             line += 1
@@ -87,8 +101,11 @@ def spans(children: list[Token], line: int, source: list[str]) -> Iterator[Found
 
 
 def logical(block: str) -> Iterator[tuple[int, str]]:
-    """(number of the first line, from 0; text) of the lines of a block, those that end in a backslash joined."""
-    whole, first = "", 0
+    """(number of the first line, from 0; text) of the lines of a block, those that end in a
+    backslash joined.
+    """
+    whole = ""
+    first = 0
     for number, line in enumerate(block.splitlines()):
         first = first if whole else number
         whole += line.removeprefix("$ ") if not whole else line
@@ -106,8 +123,11 @@ def logical(block: str) -> Iterator[tuple[int, str]]:
 
 @cache
 def anchors(page: Path) -> frozenset[str]:
-    """What GitHub lets one link to: headings in small letters, without punctuation, spaces as hyphens; ids in HTML."""
-    names, counts = set[str](), dict[str, int]()
+    """What GitHub lets one link to: headings in small letters, without punctuation, spaces as
+    hyphens; ids in HTML.
+    """
+    names = set[str]()
+    counts = dict[str, int]()
     for piece in pieces(page):
         if piece.kind == "html":
             names |= set(re.findall(r"""\b(?:id|name)=["']([^"']+)""", piece.text))
@@ -144,7 +164,11 @@ def link_problems(page: Path, root: Path = ROOT) -> list[str]:
         targets = [piece.text] if piece.kind == "link" else []
         if piece.kind == "html":
             targets = re.findall(r"""\b(?:src|href)=["']([^"']+)""", piece.text)
-        result += [f"{where(page, piece, root)}: {bad}" for target in targets if (bad := bad_link(page, target, root))]
+        result += [
+            f"{where(page, piece, root)}: {bad}"
+            for target in targets
+            if (bad := bad_link(page, target, root))
+        ]
     return result
 
 
@@ -158,10 +182,14 @@ def where(page: Path, piece: Found, root: Path = ROOT) -> str:
 
 @cache
 def settings(name: str) -> Any:
-    """What the command's line is parsed into; the name may be a program's of the checkout. None for one without."""
+    """What the command's line is parsed into; the name may be a program's of the checkout. None for
+    one without.
+    """
     if name == "thermal":
         return thermal.Record | thermal.Replay | thermal.Doctor
-    module = program(ROOT / name) if name.endswith(".py") else importlib.import_module(f"mis_mlx.{name}")
+    module = (
+        program(ROOT / name) if name.endswith(".py") else importlib.import_module(f"mis_mlx.{name}")
+    )
     return getattr(module, "Settings", None)
 
 
@@ -180,11 +208,13 @@ def program(path: Path) -> ModuleType:
 
 
 def flags_of(kind: Any) -> set[str]:
-    """--flags of a dataclass of settings, or of the parts of a union, with their other spellings; a switch that is on
-    by default has only --no-NAME."""
+    """--flags of a dataclass of settings, or of the parts of a union, with their other spellings; a
+    switch that is on by default has only --no-NAME.
+    """
     result = set[str]()
     for part in [kind] if is_dataclass(kind) else kind.__args__:
-        hints, quiet = get_type_hints(part, include_extras=True), flag_help.quiet(part)
+        hints = get_type_hints(part, include_extras=True)
+        quiet = flag_help.quiet(part)
         for field in [f for f in fields(part) if f.name not in quiet]:
             result.add(f"--{'no-' if field.default is True else ''}{field.name.replace('_', '-')}")
             for more in getattr(hints[field.name], "__metadata__", ()):
@@ -194,7 +224,9 @@ def flags_of(kind: Any) -> set[str]:
 
 @cache
 def known_flags(name: str = "") -> frozenset[str]:
-    """Of one command; without a name of all of them, of the checkout's programs, and of others in the list above."""
+    """Of one command; without a name of all of them, of the checkout's programs, and of others in
+    the list above.
+    """
     if name:
         return frozenset(flags_of(settings(name)) | EVERYWHERE)
     result = EVERYWHERE | OTHERS
@@ -206,7 +238,9 @@ def known_flags(name: str = "") -> frozenset[str]:
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ClassDef) and node.name == "Settings":
                 named = [
-                    x.target.id for x in node.body if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)
+                    x.target.id
+                    for x in node.body
+                    if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)
                 ]
                 result |= {f"--{field.replace('_', '-')}" for field in named}
     return frozenset(result)
@@ -229,7 +263,9 @@ def parts(line: str) -> Iterator[list[str]]:
 
 
 def ours(words: list[str]) -> tuple[str, list[str]] | None:
-    """(command or program, its arguments) of a call of ours: also behind `mlx.launch` and the like."""
+    """(command or program, its arguments) of a call of ours: also behind `mlx.launch` and the
+    like.
+    """
     for at, word in enumerate(words):
         dotted = re.fullmatch(r"(?:.*/)?mis_mlx\.(\w+)", word)
         if dotted:
@@ -242,13 +278,15 @@ def ours(words: list[str]) -> tuple[str, list[str]] | None:
 
 def bad_call(name: str, args: list[str]) -> str:
     """Why a command does not take these arguments, or nothing. -c FILE is not opened."""
-    if name in SCRIPT or not re.fullmatch(r"[a-z][\w/.]*", name):  # the name is a placeholder, such as COMMAND
+    # the name is a placeholder, such as COMMAND
+    if name in SCRIPT or not re.fullmatch(r"[a-z][\w/.]*", name):
         return ""
     if name.endswith(".py") and not (ROOT / name).is_file():
         return f"there is no program {name}"
     if not name.endswith(".py") and name not in COMMANDS:
         return f"there is no command {name}, there are {', '.join(COMMANDS)}"
-    kind, args = settings(name), [a for a in args if a not in ("--accept-gemma-terms", "--version", "[flags]")]
+    kind = settings(name)
+    args = [a for a in args if a not in ("--accept-gemma-terms", "--version", "[flags]")]
     for flag in {"-c", "--config"} & set(args):
         del args[args.index(flag) : args.index(flag) + 2]
     said = io.StringIO()
@@ -260,12 +298,17 @@ def bad_call(name: str, args: list[str]) -> str:
         return f"{name} refuses it ({error})"
     except SystemExit as error:
         if error.code:
-            return f"{name} refuses it ({' '.join(re.sub(r'[╭╮╰╯─│]+|-{5,}', ' ', said.getvalue()).split())[:160]})"
+            return (
+                f"{name} refuses it "
+                f"({' '.join(re.sub(r'[╭╮╰╯─│]+|-{5,}', ' ', said.getvalue()).split())[:160]})"
+            )
     return ""
 
 
 def command_problems(page: Path, root: Path = ROOT) -> list[str]:
-    """Lines of blocks that the commands refuse, and flags in `spans` of prose that nothing takes."""
+    """Lines of blocks that the commands refuse, and flags in `spans` of prose that nothing
+    takes.
+    """
     result = []
     for piece in pieces(page):
         bad = list[str]()
@@ -283,7 +326,9 @@ def command_problems(page: Path, root: Path = ROOT) -> list[str]:
 
 
 def bad_span(text: str) -> list[str]:
-    """What is wrong with the flags in `text`: of a command that it begins with, else of nobody's."""
+    """What is wrong with the flags in `text`: of a command that it begins with, else of
+    nobody's.
+    """
     words = text.split()
     call = ours(words) or ((words[0], words[1:]) if words and words[0] in COMMANDS else None)
     name = call[0] if call else ""
@@ -291,7 +336,10 @@ def bad_span(text: str) -> list[str]:
         return []  # another program's, or a place to look at in the code
     known = known_flags(name if name in COMMANDS else "")
     whose = f"{name} has no {{}}" if name in COMMANDS else "no command has {}"
-    how = "take one of --help-all's; of another program: write it behind that one's name, or into OTHERS of this test"
+    how = (
+        "take one of --help-all's; of another program: write it behind that one's name, or into "
+        "OTHERS of this test"
+    )
     return [f"{whose.format(flag)}: {how}" for flag in FLAG.findall(text) if flag not in known]
 
 
@@ -300,28 +348,44 @@ def bad_span(text: str) -> list[str]:
 
 def length_problems(page: Path, root: Path = ROOT) -> list[str]:
     """A page is read in one sitting, README.md on one screen after the other."""
-    text, name = page.read_text("utf-8"), str(page.relative_to(root))
+    text = page.read_text("utf-8")
+    name = str(page.relative_to(root))
     limit = README_LINES if name == "README.md" else LINES
-    lines, nbytes = len(text.splitlines()), len(text.encode())
+    lines = len(text.splitlines())
+    nbytes = len(text.encode())
     result = []
     if lines > limit and (name == "README.md" or name.startswith("docs/")):
-        result.append(f"{name}:{limit + 1}: {lines} lines, {limit} are allowed: move some to another page")
+        result.append(
+            f"{name}:{limit + 1}: {lines} lines, {limit} are allowed: move some to another page"
+        )
     if name == "README.md" and nbytes > README_BYTES:
-        result.append(f"{name}:1: {nbytes:,} bytes, {README_BYTES:,} are allowed: move some to a page in docs/")
+        result.append(
+            f"{name}:1: {nbytes:,} bytes, {README_BYTES:,} are allowed: move some to a page in "
+            f"docs/"
+        )
     return result
 
 
 def docstrings(text: str) -> str:
     """A module of which only strings that are statements are left, each on its line."""
-    lines, kept = text.splitlines(), dict[int, str]()
+    lines = text.splitlines()
+    kept = dict[int, str]()
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            kept |= {at: lines[at - 1] for at in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
+            kept |= {
+                at: lines[at - 1] for at in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+            }
     return "\n".join(kept.get(at, "") for at in range(1, len(lines) + 1))
 
 
 def misspelled(folder: Path, names: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """`file:line: word ==> words` for what codespell finds in files of a folder, by the settings in pyproject.toml."""
+    """`file:line: word ==> words` for what codespell finds in files of a folder, by the settings in
+    pyproject.toml.
+    """
     from codespell_lib import main
 
     monkeypatch.chdir(folder)
@@ -329,7 +393,11 @@ def misspelled(folder: Path, names: list[str], monkeypatch: pytest.MonkeyPatch) 
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
         main("--toml", str(ROOT / "pyproject.toml"), *names)
     how = "mend the word, or add it to ignore-words-list in pyproject.toml"
-    return [f"{line.removeprefix('./')}: {how}" for line in said.getvalue().splitlines() if " ==> " in line]
+    return [
+        f"{line.removeprefix('./')}: {how}"
+        for line in said.getvalue().splitlines()
+        if " ==> " in line
+    ]
 
 
 # Tests
@@ -419,7 +487,12 @@ def test_a_good_page_is_let_through(root: Path) -> None:
     """With placeholders, variables, operators of the shell, and other programs' flags."""
     page = root / "docs" / "good.md"
     page.write_text(GOOD_PAGE)
-    assert link_problems(page, root) == command_problems(page, root) == length_problems(page, root) == []
+    assert (
+        link_problems(page, root)
+        == command_problems(page, root)
+        == length_problems(page, root)
+        == []
+    )
 
 
 def test_a_bad_page_is_found_out(root: Path) -> None:
@@ -431,21 +504,29 @@ def test_a_bad_page_is_found_out(root: Path) -> None:
         assert all(p.startswith("docs/bad.md:") for p in problems)
         return [int(p.split(":")[1]) for p in problems]
 
-    links, calls = link_problems(page, root), command_problems(page, root)
+    links = link_problems(page, root)
+    calls = command_problems(page, root)
     assert lines(links) == [2, 2, 3, 16], links
     assert lines(calls) == [3, 3, 4, 7, 8, 9, 11, 12, 13], calls
     assert "no heading of bad.md: take one of a-page" in links[0]
     assert "no command has --no-flag" in calls[0] and "distill has no --languages" in calls[1]
-    assert "languages: ..." in calls[3] and "there is no command disill" in calls[4] and "--ffn" in calls[5]
+    assert (
+        "languages: ..." in calls[3]
+        and "there is no command disill" in calls[4]
+        and "--ffn" in calls[5]
+    )
 
 
 def test_long_pages_are_found_out(root: Path) -> None:
     """By a line and by a byte too many."""
     for name, text, count in (
-        ("docs/long.md", "x\n" * (LINES + 1), 1), ("docs/right.md", "x\n" * LINES, 0), ("CHANGELOG.md", "x\n" * 999, 0),
-        ("README.md", "x\n" * (README_LINES + 1), 1), ("README.md", "x" * (README_BYTES + 1), 1),
+        ("docs/long.md", "x\n" * (LINES + 1), 1),
+        ("docs/right.md", "x\n" * LINES, 0),
+        ("CHANGELOG.md", "x\n" * 999, 0),
+        ("README.md", "x\n" * (README_LINES + 1), 1),
+        ("README.md", "x" * (README_BYTES + 1), 1),
         ("README.md", "x\n" * README_LINES, 0),
-    ):  # fmt: skip
+    ):
         (root / name).write_text(text)
         assert len(length_problems(root / name, root)) == count, name
 
@@ -453,6 +534,8 @@ def test_long_pages_are_found_out(root: Path) -> None:
 def test_misspelled_words_are_found_out(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a page and in a docstring, not in code, with their lines."""
     (root / "a.md").write_text("Mis and GÓRAL.\n\nTeh end.\n")
-    (root / "b.py").write_text(docstrings('"""A."""\nteh = 1\n\n\ndef f():\n    """Gives\n    teh end."""\n'))
+    (root / "b.py").write_text(
+        docstrings('"""A."""\nteh = 1\n\n\ndef f():\n    """Gives\n    teh end."""\n')
+    )
     bad = misspelled(root, ["a.md", "b.py"], monkeypatch)
     assert [line.split(": ")[0] for line in bad] == ["a.md:3", "b.py:7"]

@@ -1,4 +1,6 @@
-"""`doctor`: it passes here by both policies, each group of its checks can fail, its report names nobody."""
+"""`doctor`: it passes here by both policies, each group of its checks can fail, its report names
+nobody.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,9 @@ from tests import forks
 from tests.conftest import last_line, scratch_folder
 
 ROOT = Path(__file__).parents[1]
-# The command on a smaller model and smaller kernels, in one process, where the look at whether float16 holds a model
-# takes 4 tokens, not 256: half precision is emulated here.
-# HOME is set late: for another one at its start a fork needs a server of its own.
+# The command on a smaller model and smaller kernels, in one process, where the look at whether
+# float16 holds a model takes 4 tokens, not 256: half precision is emulated here. HOME is set late:
+# for another one at its start a fork needs a server of its own.
 BRIEF = """
 import os, runpy
 os.environ["HOME"] = os.environ["TMPDIR"]
@@ -48,15 +50,22 @@ WHOLE = [pytest.param(word, False, marks=pytest.mark.slow) for word in ("cpu", "
 
 @pytest.mark.parametrize(("word", "brief"), [*WHOLE, ("metal", True)])
 def test_it_passes_here(word: str, brief: bool, own_home: dict[str, str], tmp_path: Path) -> None:
-    """As a user runs it: exit code 0, every check with a number within its bound, the report in the file too."""
+    """As a user runs it: exit code 0, every check with a number within its bound, the report in the
+    file too.
+    """
     home = scratch_folder(tmp_path / "zofia-gasienica")
     env = {**own_home, "TMPDIR": str(home), policy.POLICY: word}
     env |= {} if brief else {"HOME": str(home)}
     how = ("-c", BRIEF) if brief else ("-m", "mis_mlx.doctor")
     done = forks.run([*how, "--out", home / "report.md"], env)
     assert done.returncode == 0, done.stdout + done.stderr
-    found, report = last_line(done), (home / "report.md").read_text()
-    assert found["failed"] == [] and found["checks"] == len(found["rows"]) > 30 and found["policy"] == word
+    found = last_line(done)
+    report = (home / "report.md").read_text()
+    assert (
+        found["failed"] == []
+        and found["checks"] == len(found["rows"]) > 30
+        and found["policy"] == word
+    )
     assert all(row["number"] <= row["bound"] for row in found["rows"])
     assert report.strip() == done.stdout[: done.stdout.rindex("\n{")].strip()
     assert f"policy {word}" in report and report.count("| ✓ |") == found["checks"]
@@ -66,7 +75,10 @@ def test_it_passes_here(word: str, brief: bool, own_home: dict[str, str], tmp_pa
 
 def test_public_lines() -> None:
     """Folders, the user's and the host's names go; file names, units and shares stay."""
-    said = f"{Path.home()}/a b /Users/ola/models/x.safetensors: on {os.uname().nodename}, 3 GB/s of 2/3"
+    said = (
+        f"{Path.home()}/a b /Users/ola/models/x.safetensors: on {os.uname().nodename}, 3 GB/s "
+        f"of 2/3"
+    )
     line = doctor._public(said)
     assert "…/x.safetensors: on …, 3 GB/s of 2/3" in line
     assert str(Path.home()) not in line and "ola" not in line
@@ -93,7 +105,11 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "attention, float16": (mx.fast, "scaled_dot_product_attention", wrong),
     "packed products, float16": (mx, "quantized_matmul", wrong),
     "packing and values of nvfp4": (mx, "dequantize", wrong),
-    "chunked KL, gradients, float32": (losses, "softmax_lse", lambda f: lambda z: (f(z)[0], f(z)[1] * 1.05)),
+    "chunked KL, gradients, float32": (
+        losses,
+        "softmax_lse",
+        lambda f: lambda z: (f(z)[0], f(z)[1] * 1.05),
+    ),
     "log-probabilities, float32": (mx, "softmax", wrong),
     "logits, 128 x 24,576, float32": (losses, "wide_product", lambda f: wrong(f)),
     "gradient of a head, 24,576 x 576, float32": (mx, "addmm", wrong),
@@ -102,7 +118,11 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "RMSNorm of 576 and 8,192, float32": (mx.fast, "rms_norm", wrong),
     "softmax of 24,576 and 49,152": (mx, "logsumexp", wrong),
     "sorting 49,152, wrong": (mx, "argsort", lambda f: lambda *a, **k: f(*a, **k)[..., ::-1]),
-    "repair, closed form": (NormalEquations, "update", lambda f: lambda self, ridge: f(self, 2 * ridge)),
+    "repair, closed form": (
+        NormalEquations,
+        "update",
+        lambda f: lambda self, ridge: f(self, 2 * ridge),
+    ),
 }
 
 
@@ -121,7 +141,9 @@ def test_kernel_checks_can_fail(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_gptq_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scales that another device fits otherwise give other integers."""
     whole = rounding.compensated
-    bent = lambda w, *rest: whole(w if policy._used else w * np.linspace(0.9, 1.1, w.shape[1]), *rest)  # noqa: E731
+    bent = lambda w, *rest: whole(
+        w if policy._used else w * np.linspace(0.9, 1.1, w.shape[1]), *rest
+    )
     monkeypatch.setattr(rounding, "compensated", bent)
     found, bound = kernels.CHECKS["GPTQ, integers unlike the CPU's"]()
     assert found > bound
@@ -144,17 +166,29 @@ def greedy_for_memory(work: Callable[..., Any]) -> Callable[..., Any]:
 
 ENGINE_FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "states, bf16, beside the CPU": (mx.fast, "rms_norm", wrong),
-    "states, mxfp4, beside the CPU": (load, "mask", lambda f: lambda *a: f(*a) if policy._used else None),
+    "states, mxfp4, beside the CPU": (
+        load,
+        "mask",
+        lambda f: lambda *a: f(*a) if policy._used else None,
+    ),
     "training steps, beside the CPU": (losses, "softmax_lse", bent_softmax),
     "calibration, beside the CPU": (importance, "square_sample", wrong),
-    "generate, 4-bit, beside mlx_lm": (streamed_decode, "positioned", lambda f: lambda block, at: f(block, at * 0)),
+    "generate, 4-bit, beside mlx_lm": (
+        streamed_decode,
+        "positioned",
+        lambda f: lambda block, at: f(block, at * 0),
+    ),
     "peak of a streamed pass / plan": (stream.Stream, "embed", greedy_for_memory),
 }
 
 
 @pytest.mark.parametrize("name", ENGINE_FAULTS)
-def test_engine_checks_can_fail(name: str, made: engine.Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What passes does not when a device computes it otherwise than the witness, or takes more than the plan."""
+def test_engine_checks_can_fail(
+    name: str, made: engine.Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What passes does not when a device computes it otherwise than the witness, or takes more than
+    the plan.
+    """
     owner, attribute, fault = ENGINE_FAULTS[name]
     found, bound = engine.CHECKS[name](made)
     assert found <= bound
@@ -163,14 +197,19 @@ def test_engine_checks_can_fail(name: str, made: engine.Models, monkeypatch: pyt
     assert not found <= bound
 
 
-def test_repeated_steps_check_can_fail(made: engine.Models, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_steps_check_can_fail(
+    made: engine.Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Last bits in one gradient of one step, as atomic sums leave them, are found."""
-    calls, right = list[int](), GuardedAdamW.update
+    calls = list[int]()
+    right = GuardedAdamW.update
 
     def update(self: GuardedAdamW, model: Any, gradients: Any, *rest: Any) -> str:
         calls.append(1)
         if len(calls) == 2:
-            gradients["model"]["embed_tokens"]["weight"] = gradients["model"]["embed_tokens"]["weight"] * (1 + 2e-7)
+            gradients["model"]["embed_tokens"]["weight"] = gradients["model"]["embed_tokens"][
+                "weight"
+            ] * (1 + 2e-7)
         return right(self, model, gradients, *rest)
 
     monkeypatch.setattr(GuardedAdamW, "update", update)
@@ -181,8 +220,9 @@ def test_repeated_steps_check_can_fail(made: engine.Models, monkeypatch: pytest.
 def test_aliased_blocks_are_found(
     metal: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Kept packed blocks whose buffer is used again (as once was on Metal): ✗ in the report, check_failed, and the
-    others go on; so they do where one raises."""
+    """Kept packed blocks whose buffer is used again (as once was on Metal): ✗ in the report,
+    check_failed, and the others go on; so they do where one raises.
+    """
     begin = stream.Stream.__init__
 
     def faulty(self: stream.Stream, *args: Any, **kwargs: Any) -> None:
@@ -195,20 +235,28 @@ def test_aliased_blocks_are_found(
     aliased = "streamed = resident = again, 4-bit"
     checks = {name: engine.CHECKS[name] for name in (aliased, "states, bf16, beside the CPU")}
     monkeypatch.setattr(stream.Stream, "__init__", faulty)
-    monkeypatch.setattr(engine, "CHECKS", {"raises": raising, "no number": lambda _: (np.nan, 1.0), **checks})
+    monkeypatch.setattr(
+        engine, "CHECKS", {"raises": raising, "no number": lambda _: (np.nan, 1.0), **checks}
+    )
     monkeypatch.setattr(groups, "GROUPS", {"the engine": groups.of_engine})
-    monkeypatch.setattr(doctor, "ask", lambda source, function, where, seconds, look: groups.run(**where))
+    monkeypatch.setattr(
+        doctor, "ask", lambda source, function, where, seconds, look: groups.run(**where)
+    )
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path))
     found = doctor.run(doctor.Settings())
     report = capsys.readouterr().out
     assert found["failed"] == ["raises", "no number", aliased] and found["check_failed"]
-    assert "| ✗ | raises | RuntimeError: no room in …/file.bin |" in report and "and more" not in report
+    assert (
+        "| ✗ | raises | RuntimeError: no room in …/file.bin |" in report
+        and "and more" not in report
+    )
     assert "| ✗ | no number | not a number | 1 |" in report and f"| ✗ | {aliased} |" in report
     assert "| ✓ | states, bf16" in report and str(tmp_path) not in report
     json.dumps(found, allow_nan=False)
 
 
-# A group of two checks, of which the second one ends the process or hangs, after it has written what it does.
+# A group of two checks, of which the second one ends the process or hangs, after it has written
+# what it does.
 BROKEN = """
 import os, time
 from mis_mlx.checks import groups
@@ -228,9 +276,15 @@ run = groups.run
     ids=["abort", "hang"],
 )
 def test_a_group_that_dies_is_a_row(
-    how: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    how: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """What was found before stays, the check under way has the reason, and the next group is examined."""
+    """What was found before stays, the check under way has the reason, and the next group is
+    examined.
+    """
     source = tmp_path / "broken.py"
     source.write_text(BROKEN.replace("{how}", how))
 
@@ -241,7 +295,9 @@ def test_a_group_that_dies_is_a_row(
             groups.run(**where)
 
     monkeypatch.setattr(
-        groups, "GROUPS", {"kernels": None, "after": lambda folder, emit: groups.check("b", right, emit)}
+        groups,
+        "GROUPS",
+        {"kernels": None, "after": lambda folder, emit: groups.check("b", right, emit)},
     )
     monkeypatch.setattr(doctor, "ask", ask)
     found = doctor.run(doctor.Settings())
@@ -252,7 +308,8 @@ def test_a_group_that_dies_is_a_row(
     ]
     out, err = capfd.readouterr()
     assert f"| ✗ | the last one | {said} |" in out and "**2 of 3 checks passed**" in out
-    assert how != "os.abort" or "Fatal Python error: Aborted" in err  # faulthandler, with where it was
+    # faulthandler, with where it was
+    assert how != "os.abort" or "Fatal Python error: Aborted" in err
 
 
 def right() -> kernels.Found:
@@ -263,7 +320,9 @@ def right() -> kernels.Found:
 def test_rows_are_written_as_they_come(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """While a group goes on, what it has found is on stdout and in the file; half a line of the journal waits."""
+    """While a group goes on, what it has found is on stdout and in the file; half a line of the
+    journal waits.
+    """
     out = tmp_path / "report.md"
 
     def ask(source: str, function: str, where: dict[str, Any], seconds: float, look: Any) -> None:
@@ -272,7 +331,10 @@ def test_rows_are_written_as_they_come(
         journal.write_text(row + row[:9])
         look()
         look()
-        assert out.read_text().endswith("| ✓ | early | 1 | 2 |\n") and out.read_text().count("early") == 1
+        assert (
+            out.read_text().endswith("| ✓ | early | 1 | 2 |\n")
+            and out.read_text().count("early") == 1
+        )
         assert capsys.readouterr().out.endswith("| ✓ | early | 1 | 2 |\n")
         journal.write_text(row + row.replace("early", "late"))
 
@@ -282,9 +344,17 @@ def test_rows_are_written_as_they_come(
     assert [row["name"] for row in found["rows"]] == ["early", "late"] and not found["check_failed"]
 
 
-def test_the_training_step_is_held_to_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its peak passes; against two thirds of the plan it does not. A step takes some time, and more on a slower one."""
-    monkeypatch.setattr(training_step, "CONFIG", {**training_step.CONFIG, "num_hidden_layers": 2, "vocab_size": 4096})
+def test_the_training_step_is_held_to_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its peak passes; against two thirds of the plan it does not. A step takes some time, and more
+    on a slower one.
+    """
+    monkeypatch.setattr(
+        training_step,
+        "CONFIG",
+        {**training_step.CONFIG, "num_hidden_layers": 2, "vocab_size": 4096},
+    )
     (found, most), seconds = training_step.measured(tmp_path / "one")
     assert 0.5 < found <= most and seconds > 0
     planned = training_step.planned_bytes()
@@ -294,7 +364,9 @@ def test_the_training_step_is_held_to_the_plan(tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_a_mac_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every line of the report, by programs of our making; one that refuses is quoted, one that is absent is named."""
+    """Every line of the report, by programs of our making; one that refuses is quoted, one that is
+    absent is named.
+    """
     replies = {
         "sysctl": """case $2 in
             hw.model) echo MacBookAir10,1 ;;
@@ -310,10 +382,21 @@ def test_what_a_mac_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("MLX_METAL_GPU_ARCH", "applegpu_g13g")
     said = list(system_facts.lines(mac=True))
-    assert {"hw.model: MacBookAir10,1", "GPU cores: 7", "held by the compressor: 1.00 GiB"} <= set(said)
-    assert {"iogpu.wired_limit_mb: (refused: exit code 1, unknown oid)", "low power mode: 1"} <= set(said)
-    assert "power: Now drawing from 'AC Power'" in said and any(line.startswith("MLX's device: ") for line in said)
-    assert any("MLX_METAL_GPU_ARCH=applegpu_g13g" in line for line in said if line.startswith("variables: "))
+    assert {"hw.model: MacBookAir10,1", "GPU cores: 7", "held by the compressor: 1.00 GiB"} <= set(
+        said
+    )
+    assert {
+        "iogpu.wired_limit_mb: (refused: exit code 1, unknown oid)",
+        "low power mode: 1",
+    } <= set(said)
+    assert "power: Now drawing from 'AC Power'" in said and any(
+        line.startswith("MLX's device: ") for line in said
+    )
+    assert any(
+        "MLX_METAL_GPU_ARCH=applegpu_g13g" in line
+        for line in said
+        if line.startswith("variables: ")
+    )
     assert "openblas" in system_facts.numpy_blas()
     for name in replies:
         (tmp_path / name).unlink()
@@ -323,6 +406,12 @@ def test_what_a_mac_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_raw_sensors_by_their_names() -> None:
     """Names and values as they are, and a provider's own refusal."""
-    raw = Raw(0.0, 0.0, hid=(("PMU tdie1", 45.25),), smc={"TVA0": "flt :0000e041"}, missing={"pressure": "no notify"})
+    raw = Raw(
+        0.0,
+        0.0,
+        hid=(("PMU tdie1", 45.25),),
+        smc={"TVA0": "flt :0000e041"},
+        missing={"pressure": "no notify"},
+    )
     want = ["HID: PMU tdie1 45.2", "SMC: TVA0 flt :0000e041", "pressure refuses: no notify"]
     assert list(system_facts.sensors(raw)) == want

@@ -1,4 +1,6 @@
-"""The command `dpo`: what it leaves, the stored reference, exact resume. Losses are in test_preference."""
+"""The command `dpo`: what it leaves, the stored reference, exact resume. Losses are in
+test_preference.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +36,21 @@ def small(llama: Checkpoint, answers: Path) -> tuple[object, ...]:  # noqa: F811
 
 
 def test_end_to_end(undisturbed: tuple[Path, Done]) -> None:
-    """It begins at ln 2 with no margin, ends with one, the chosen answers no less likely, and speaks."""
+    """It begins at ln 2 with no margin, ends with one, the chosen answers no less likely, and
+    speaks.
+    """
     out, done = undisturbed
     result = last_line(done)
-    start, best = result["held_out_start"], result["held_out_best"]
+    start = result["held_out_start"]
+    best = result["held_out_best"]
     assert start["loss"] == pytest.approx(math.log(2), abs=1e-7) and start["margin"] == 0.0
-    assert best["loss"] < start["loss"] - 0.01 and best["margin"] > 0.1 and best["chosen_gain"] > 0.0
+    assert (
+        best["loss"] < start["loss"] - 0.01 and best["margin"] > 0.1 and best["chosen_gain"] > 0.0
+    )
     first = run_folder.metrics(out)[0]
-    assert {"margin", "accuracy", "chosen", "rejected", "loss", "tokens"} <= set(first) and first["tokens"] > 0
+    assert {"margin", "accuracy", "chosen", "rejected", "loss", "tokens"} <= set(first) and first[
+        "tokens"
+    ] > 0
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
     model, tokenizer = mlx_generate.open_model(out / "model")
     assert isinstance(mlx_generate.continuation(model, tokenizer, "how many", 4), str)
@@ -53,14 +62,21 @@ def test_the_reference_is_two_floats_a_pair(undisturbed: tuple[Path, Done]) -> N
     assert saved is not None
     values = protocol.load_arrays(saved, "logps")["chosen_rejected"]
     assert values.shape == (12 + 8, 2) and values.dtype == mx.float32 and (values < 0).all()
-    assert json.loads((undisturbed[0] / "data.json").read_text())["fingerprint"] == saved.state["fingerprint"]
+    assert (
+        json.loads((undisturbed[0] / "data.json").read_text())["fingerprint"]
+        == saved.state["fingerprint"]
+    )
 
 
 def test_a_stopped_run_ends_with_the_same_bits_and_asks_the_reference_once(
     undisturbed: tuple[Path, Done], small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGTERM in the third step, --resume: weights and losses of the undisturbed run, the reference from disk."""
-    settings, rectangle, asked = settings_of(dpo, small, tmp_path / "run"), dpo.rectangle, []
+    """SIGTERM in the third step, --resume: weights and losses of the undisturbed run, the reference
+    from disk.
+    """
+    settings = settings_of(dpo, small, tmp_path / "run")
+    rectangle = dpo.rectangle
+    asked = []
 
     def counting(model: nn.Module, pairs: Sequence[dpo.Pair], **how: Any) -> np.ndarray:
         asked.append(len(pairs))
@@ -73,13 +89,17 @@ def test_a_stopped_run_ends_with_the_same_bits_and_asks_the_reference_once(
             os.kill(os.getpid(), signal.SIGTERM)
         return rectangle(pairs)
 
-    reference, stopped = dpo.reference, list[bool]()
+    reference = dpo.reference
+    stopped = list[bool]()
     monkeypatch.setattr(dpo, "reference", counting)
     monkeypatch.setattr(dpo, "rectangle", stopping)
     with pytest.raises(MisError, match="stopped at step 3 of 6"):
         dpo.run(settings)
     dpo.run(replace(settings, resume=True))
-    weights = [(folder / "model/model.safetensors").read_bytes() for folder in (tmp_path / "run", undisturbed[0])]
+    weights = [
+        (folder / "model/model.safetensors").read_bytes()
+        for folder in (tmp_path / "run", undisturbed[0])
+    ]
     assert (
         weights[0] == weights[1]
         and losses(tmp_path / "run") == losses(undisturbed[0])
@@ -89,7 +109,9 @@ def test_a_stopped_run_ends_with_the_same_bits_and_asks_the_reference_once(
 
 
 def test_a_damaged_reference_is_made_again(small: Any, tmp_path: Path) -> None:
-    """One bit of the stored log-probabilities flipped: noticed by its hash, the run's end is the same."""
+    """One bit of the stored log-probabilities flipped: noticed by its hash, the run's end is the
+    same.
+    """
     folder = tmp_path / "run"
     result = dpo.run(settings_of(dpo, small, folder, iters=2))
     weights = (folder / "model/model.safetensors").read_bytes()
@@ -105,7 +127,9 @@ def test_a_damaged_reference_is_made_again(small: Any, tmp_path: Path) -> None:
 
 
 def test_dpop_is_judged_by_the_mean_pair(undisturbed: tuple[Path, Done]) -> None:
-    """The kept checkpoint has the lowest loss of means, which at the reference is ln 2 and follows margin and gain."""
+    """The kept checkpoint has the lowest loss of means, which at the reference is ln 2 and follows
+    margin and gain.
+    """
     records = run_folder.records(undisturbed[0] / alignment_run.HELD_OUT)
     best = min(records, key=lambda r: r[dpo.OF_MEANS])
     assert last_line(undisturbed[1])["best_step"] == best["number"] > 0
@@ -119,7 +143,9 @@ def test_dpop_is_judged_by_the_mean_pair(undisturbed: tuple[Path, Done]) -> None
 def test_every_loss_type_learns(kind: Any, small: Any, tmp_path: Path) -> None:
     """The margin on held-out pairs grows, with LoRA too."""
     result = dpo.run(
-        settings_of(dpo, small, tmp_path / "run", loss_type=kind, fine_tune_type="lora", learning_rate=3e-3)
+        settings_of(
+            dpo, small, tmp_path / "run", loss_type=kind, fine_tune_type="lora", learning_rate=3e-3
+        )
     )
     assert result["held_out_best"]["margin"] > 0.1 > result["held_out_start"]["margin"]
     assert result["held_out_best"]["loss"] < result["held_out_start"]["loss"]
@@ -127,9 +153,12 @@ def test_every_loss_type_learns(kind: Any, small: Any, tmp_path: Path) -> None:
 
 @pytest.fixture(name="fused")
 def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention outside of a gradient has other last bits, as on Metal, where a kernel of its own computes it."""
+    """Attention outside of a gradient has other last bits, as on Metal, where a kernel of its own
+    computes it.
+    """
     traced = list[bool]()
-    attention, value_and_grad = mx.fast.scaled_dot_product_attention, nn.value_and_grad
+    attention = mx.fast.scaled_dot_product_attention
+    value_and_grad = nn.value_and_grad
 
     def tracing(model: nn.Module, work: Any) -> Any:
         def marked(*arguments: Any, **named: Any) -> Any:
@@ -154,10 +183,18 @@ def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("word", ["cpu", "metal"])
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_training_begins_at_exactly_zero(
-    kind: Any, word: str, small: Any, tmp_path: Path, fused: None, monkeypatch: pytest.MonkeyPatch, brief_look: None
+    kind: Any,
+    word: str,
+    small: Any,
+    tmp_path: Path,
+    fused: None,
+    monkeypatch: pytest.MonkeyPatch,
+    brief_look: None,
 ) -> None:
-    """No pair of step 1, and none held out, has a reward: the loss is ln 2, the penalty of dpop is off. Attention is
-    computed in two ways, and rectangles of step and reference are of different lengths."""
+    """No pair of step 1, and none held out, has a reward: the loss is ln 2, the penalty of dpop is
+    off. Attention is computed in two ways, and rectangles of step and reference are of different
+    lengths.
+    """
     monkeypatch.setenv(models_policy.POLICY, word)
     settings = settings_of(dpo, small, tmp_path / "run", iters=1, fine_tune_type=kind)
     result = dpo.run(settings)
@@ -176,6 +213,8 @@ def test_refusals_are_sentences(small: Any, tmp_path: Path) -> None:
         dpo.run(settings_of(dpo, small, tmp_path / "run", beta=0.0))
     row = json.dumps({"prompt": "a", "chosen": "b"})
     (tmp_path / "train.jsonl").write_text(f"{row}\n")
-    with pytest.raises(MisError, match="train.jsonl line 1: has no 'prompt' and 'chosen' and 'rejected'"):
+    with pytest.raises(
+        MisError, match="train.jsonl line 1: has no 'prompt' and 'chosen' and 'rejected'"
+    ):
         dpo.run(settings_of(dpo, small, tmp_path / "run", data=str(tmp_path)))
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,6 @@
-"""How a command ends when somebody leaves: real pipes whose reader is gone, real signals in the first second."""
+"""How a command ends when somebody leaves: real pipes whose reader is gone, real signals in the
+first second.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +41,23 @@ def known_machine(monkeypatch: pytest.MonkeyPatch, own_home: dict[str, str]) -> 
 
 
 def unread(*argv: object, stream: str = "stdout") -> tuple[int, str]:
-    """Exit code and the other stream of `python ARGV` whose output nobody reads any more, in a bare environment."""
-    env = {name: value for name, value in os.environ.items() if name not in ("MIS_MLX_BLAS", "OPENBLAS_NUM_THREADS")}
+    """Exit code and the other stream of `python ARGV` whose output nobody reads any more, in a bare
+    environment.
+    """
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("MIS_MLX_BLAS", "OPENBLAS_NUM_THREADS")
+    }
     ends, beginning = os.pipe()
     os.close(ends)
     kept = "stderr" if stream == "stdout" else "stdout"
     done = subprocess.run(
-        [sys.executable, *map(str, argv)], cwd=ROOT, env=env, text=True, **{stream: beginning, kept: subprocess.PIPE}
+        [sys.executable, *map(str, argv)],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        **{stream: beginning, kept: subprocess.PIPE},
     )
     os.close(beginning)
     return done.returncode, getattr(done, kept)
@@ -61,12 +73,16 @@ def test_results_and_progress_into_a_closed_pipe(llama: Checkpoint) -> None:
     """A command that has computed: neither stream, once closed, leaves a traceback on the other."""
     code, said = unread("-m", "mis_mlx.plan", "--teacher", llama.path)
     assert code == 141 and "Traceback" not in said and "BrokenPipe" not in said
-    code, said = unread("-m", "mis_mlx.generate", "--model", llama.path, "--max-tokens", "3", stream="stderr")
+    code, said = unread(
+        "-m", "mis_mlx.generate", "--model", llama.path, "--max-tokens", "3", stream="stderr"
+    )
     assert code in (0, 141) and "Traceback" not in said
 
 
 def test_another_closed_pipe_is_not_hidden() -> None:
-    """A BrokenPipeError while our own readers are there is a bug like any other, with its traceback."""
+    """A BrokenPipeError while our own readers are there is a bug like any other, with its
+    traceback.
+    """
     code = "from mis_mlx import cli\nwith cli.reader():\n    raise BrokenPipeError('theirs')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "BrokenPipeError: theirs" in done.stderr
@@ -78,9 +94,11 @@ def test_ctrl_c_in_the_first_second(tmp_path: Path, module: str) -> None:
     (tmp_path / "sitecustomize.py").write_text(CTRL_C)
     done = subprocess.run(
         [sys.executable, "-m", "mis_mlx", "distill", "--out", str(tmp_path / "run")],
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "AT": module}, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "AT": module},
+        capture_output=True,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
     assert done.returncode == 130
     assert done.stderr == "mis_mlx: stopped by hand before anything was begun: start it again\n"
     assert not (tmp_path / "run").exists()
@@ -91,19 +109,34 @@ def test_ctrl_c_later_says_how_to_go_on(tmp_path: Path, llama: Checkpoint) -> No
     (tmp_path / "sitecustomize.py").write_text(CTRL_C)
     done = subprocess.run(
         [sys.executable, "-m", "mis_mlx.generate", "--model", str(llama.path)],
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "AT": "mlx_lm", "MIS_MLX_BLAS": "off"},
-        capture_output=True, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{tmp_path}:{ROOT}",
+            "AT": "mlx_lm",
+            "MIS_MLX_BLAS": "off",
+        },
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert done.returncode == 130 and "Traceback" not in done.stderr
     assert done.stderr.endswith("mis_mlx: stopped by hand; start it again\n")
 
 
 def test_ctrl_c_in_a_run_names_its_folder(
-    tmp_path: Path, llama: Checkpoint, text_folder: Path, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    llama: Checkpoint,
+    text_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    """In every phase, and after a step, the last one too: exit code 130 and what to type to go on, which then does."""
-    out, phase, step_text, hit = tmp_path / "run", pipeline.Run.phase, run_loop.text.step_text, list[str]()
+) -> None:
+    """In every phase, and after a step, the last one too: exit code 130 and what to type to go on,
+    which then does.
+    """
+    out = tmp_path / "run"
+    phase = pipeline.Run.phase
+    step_text = run_loop.text.step_text
+    hit = list[str]()
 
     def once(name: str) -> None:
         if name not in hit:
@@ -124,16 +157,26 @@ def test_ctrl_c_in_a_run_names_its_folder(
     monkeypatch.setattr(pipeline.Run, "phase", stopped_phase)
     monkeypatch.setattr(run_loop.text, "step_text", stopped_step)
     small = ("--teacher", llama.path, "--data", text_folder, *SMALL, "--iters", 2)
-    before, codes = signal.signal(signal.SIGINT, signal.default_int_handler), list[Any]()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    codes = list[Any]()
     try:
         while not codes or codes[-1] == 130:
-            monkeypatch.setattr("sys.argv", ["distill", *map(str, ("--resume",) if hit else small), "--out", str(out)])
+            monkeypatch.setattr(
+                "sys.argv",
+                ["distill", *map(str, ("--resume",) if hit else small), "--out", str(out)],
+            )
             with pytest.raises(SystemExit) as caught:
                 cli.main(distill.Settings, distill.run)
             codes.append(caught.value.code)
-            how = f"at {hit[-1]} of 2, all of it saved" if "step" in hit[-1] else "by hand; what was finished is kept"
+            how = (
+                f"at {hit[-1]} of 2, all of it saved"
+                if "step" in hit[-1]
+                else "by hand; what was finished is kept"
+            )
             if codes[-1] == 130:
-                assert capsys.readouterr().err.endswith(f"stopped {how}: go on with --out {out} --resume\n")
+                assert capsys.readouterr().err.endswith(
+                    f"stopped {how}: go on with --out {out} --resume\n"
+                )
     finally:
         signal.signal(signal.SIGINT, before)
     assert hit == ["prune", "repair", "distil", "step 1", "step 2", "quantize", "tune", "measure"]
@@ -142,8 +185,12 @@ def test_ctrl_c_in_a_run_names_its_folder(
 
 @pytest.mark.parametrize("way", ["mis_mlx", "mis_mlx.thermal"])
 def test_version(way: str) -> None:
-    """Of the whole and of a command; through cli.main, as all commands, or before anything of it is imported."""
-    done = subprocess.run([sys.executable, "-m", *way.split(), "--version"], cwd=ROOT, capture_output=True, text=True)
+    """Of the whole and of a command; through cli.main, as all commands, or before anything of it is
+    imported.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", *way.split(), "--version"], cwd=ROOT, capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, f"mis_mlx {__version__}\n", "")
 
 
@@ -152,6 +199,8 @@ def test_mis_mlx_runs_commands_and_refuses_others(llama: Checkpoint) -> None:
     line = [sys.executable, "-m", "mis_mlx", "plan", "--teacher", str(llama.path)]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])
-    done = subprocess.run([sys.executable, "-m", "mis_mlx", "destill"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "mis_mlx", "destill"], cwd=ROOT, capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "mis_mlx: there is no command destill: `mis_mlx` lists them\n"

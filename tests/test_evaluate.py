@@ -19,9 +19,14 @@ from tests import tiny
 from tests.conftest import Done, last_line, sentence
 
 
-def test_end_to_end(tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]) -> None:
-    """A copy of the teacher has no KL and always agrees; a stranger of the same name does not; the table has both."""
-    copy, stranger = shutil.copytree(llama.path, tmp_path / "a" / "model"), tmp_path / "b" / "model"
+def test_end_to_end(
+    tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]
+) -> None:
+    """A copy of the teacher has no KL and always agrees; a stranger of the same name does not; the
+    table has both.
+    """
+    copy = shutil.copytree(llama.path, tmp_path / "a" / "model")
+    stranger = tmp_path / "b" / "model"
     stranger.parent.mkdir()
     tiny.make(stranger, seed=3)
     flags = ("--data", text_folder, "--max-seq-length", 32, "--eval-windows", 3)
@@ -36,8 +41,12 @@ def test_end_to_end(tmp_path: Path, llama: Checkpoint, text_folder: Path, comman
     assert any("100.0% ± 0.0%" in line for line in table)
 
 
-def test_kld_end_to_end(tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]) -> None:
-    """llama.cpp's report on a copy and a stranger: exact zeros, errors beside what has them, a hash of the text."""
+def test_kld_end_to_end(
+    tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]
+) -> None:
+    """llama.cpp's report on a copy and a stranger: exact zeros, errors beside what has them, a hash
+    of the text.
+    """
     copy = shutil.copytree(llama.path, tmp_path / "copy")
     stranger = tiny.make(tmp_path / "stranger", seed=3)
     flags = ("--data", text_folder, "--max-seq-length", 64, "--eval-windows", 5, "--kld")
@@ -48,14 +57,27 @@ def test_kld_end_to_end(tmp_path: Path, llama: Checkpoint, text_folder: Path, co
     assert found["tokens"] == 5 * 31 and len(found["sha256_tokens"]) == 64
     assert found["mean_kld_copy"] == found["mean_kld_se_copy"] == found["max_kld_copy"] == 0
     assert found["same_top_p_copy"] == 100 and found["ppl_ratio_copy"] == 1
-    assert found["mean_kld_stranger"] > found["mean_kld_se_stranger"] > 0 and found["rms_dp_stranger"] > 0
-    assert found["ppl_base_copy"] == found["ppl_base_stranger"] == found["ppl_copy"] != found["ppl_stranger"]
-    assert "| | copy | stranger |" in table and f"sha256 of the tokens: {found['sha256_tokens']}" in table
+    assert (
+        found["mean_kld_stranger"] > found["mean_kld_se_stranger"] > 0
+        and found["rms_dp_stranger"] > 0
+    )
+    assert (
+        found["ppl_base_copy"]
+        == found["ppl_base_stranger"]
+        == found["ppl_copy"]
+        != found["ppl_stranger"]
+    )
+    assert (
+        "| | copy | stranger |" in table
+        and f"sha256 of the tokens: {found['sha256_tokens']}" in table
+    )
     assert any(line.startswith("| Mean KLD, nats | 0.000000 ± 0.000000 |") for line in table)
 
 
 def test_kld_refusals(llama: Checkpoint, text_folder: Path) -> None:
-    """Nothing to compare with; too few tokens for statistics; windows of 512 tokens when nothing is said."""
+    """Nothing to compare with; too few tokens for statistics; windows of 512 tokens when nothing is
+    said.
+    """
     with pytest.raises(MisError, match="name the other with --students"):
         evaluate.run(evaluate.Settings(str(llama.path), kld=True))
     few = evaluate.Settings(str(llama.path), (str(llama.path),), str(text_folder), 2, 32, kld=True)
@@ -74,7 +96,8 @@ def quiz(tmp_path_factory: pytest.TempPathFactory, llama: Checkpoint) -> Path:
 
     Every option is a word of one token, so models of other random weights can but guess.
     """
-    folder, rng = tmp_path_factory.mktemp("quiz"), random.Random(0)
+    folder = tmp_path_factory.mktemp("quiz")
+    rng = random.Random(0)
     vocabulary = json.loads((llama.path / "tokenizer.json").read_text())["model"]["vocab"]
     words = sorted(token[1:] for token in vocabulary if token[0] == "Ġ" and token[1:].isalpha())
     rows = []
@@ -96,11 +119,22 @@ def quiz(tmp_path_factory: pytest.TempPathFactory, llama: Checkpoint) -> Path:
 def test_the_recovery_table(
     tmp_path: Path, llama: Checkpoint, quiz: Path, text_folder: Path, command: Callable[..., Done]
 ) -> None:
-    """A copy recovers 100 % exactly, with KL 0; random weights recover 0 % within their interval; asked once only."""
+    """A copy recovers 100 % exactly, with KL 0; random weights recover 0 % within their interval;
+    asked once only.
+    """
     shutil.copytree(llama.path, tmp_path / "copy")
     tiny.make(tmp_path / "random", seed=7)
     flags = ["--teacher", llama.path, "--students", tmp_path / "copy", tmp_path / "random"]
-    flags += ["--data", text_folder, "--max-seq-length", 32, "--eval-windows", 3, "--num-questions", QUESTIONS]
+    flags += [
+        "--data",
+        text_folder,
+        "--max-seq-length",
+        32,
+        "--eval-windows",
+        3,
+        "--num-questions",
+        QUESTIONS,
+    ]
     flags += ["--tasks", quiz, "text", "--out", tmp_path / "out"]
     done = command("evaluate", *flags)
     assert done.returncode == 0, done.stderr
@@ -121,18 +155,37 @@ def test_the_recovery_table(
     assert last_line(again)["recovered"] == last_line(done)["recovered"]
 
 
-def test_builtin_end_to_end(tmp_path: Path, llama: Checkpoint, command: Callable[..., Done]) -> None:
-    """All that needs no network, on the teacher alone: nine tasks and two texts; no file unasked."""
-    flags = ("--teacher", llama.path, "--tasks", "builtin", "--num-questions", 4, "--eval-windows", 1)
+def test_builtin_end_to_end(
+    tmp_path: Path, llama: Checkpoint, command: Callable[..., Done]
+) -> None:
+    """All that needs no network, on the teacher alone: nine tasks and two texts; no file
+    unasked.
+    """
+    flags = (
+        "--teacher",
+        llama.path,
+        "--tasks",
+        "builtin",
+        "--num-questions",
+        4,
+        "--eval-windows",
+        1,
+    )
     done = command("evaluate", *flags, "--max-seq-length", 64, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert len(last_line(done)["recovered"]) == 9 and set(last_line(done)["held_out"]) == {"English", "Polish"}
+    assert len(last_line(done)["recovered"]) == 9 and set(last_line(done)["held_out"]) == {
+        "English",
+        "Polish",
+    }
     assert "| grammar-pl | 4 | 50.0% |" in done.stdout and not list(tmp_path.iterdir())
 
 
-def test_refusals_of_tasks_are_sentences(tmp_path: Path, llama: Checkpoint, command: Callable[..., Done]) -> None:
-    """Before any model is asked: a bad row, an empty file, a typo, another tokenizer, too small a budget. A dry run
-    judges the same rows, and says questions, bytes and time."""
+def test_refusals_of_tasks_are_sentences(
+    tmp_path: Path, llama: Checkpoint, command: Callable[..., Done]
+) -> None:
+    """Before any model is asked: a bad row, an empty file, a typo, another tokenizer, too small a
+    budget. A dry run judges the same rows, and says questions, bytes and time.
+    """
     common = ("evaluate", "--teacher", llama.path)
     bad = {"question": "2 + 2?", "options": ["3", "5"], "answer": "4"}
     (tmp_path / "bad").mkdir()
@@ -145,13 +198,26 @@ def test_refusals_of_tasks_are_sentences(tmp_path: Path, llama: Checkpoint, comm
     assert "the budget is 1 MiB: give --budget" in sentence(command(*common, "--budget", "1MiB"))
     other = tiny.make(tmp_path / "other")
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
-    assert "another tokenizer" in sentence(command(*common, "--students", other, "--tasks", "logic"))
+    assert "another tokenizer" in sentence(
+        command(*common, "--students", other, "--tasks", "logic")
+    )
     flags = ("--tasks", "logic", "maths-written", "--num-questions", 7, "--dry-run")
     found = last_line(command(*common, *flags))
-    assert found["questions"] == {"logic": 7, "maths-written": 7} and found["peak_bytes"] > 0 and found["seconds"] > 0
-    assert "--out goes with --tasks: name some" in sentence(command(*common, "--out", tmp_path / "none"))
-    assert "--dry-run goes with --tasks" in sentence(command(*common, "--dry-run")) and not (tmp_path / "none").exists()
-    assert "--kld and --tasks are two reports" in sentence(command(*common, "--kld", "--tasks", "logic"))
+    assert (
+        found["questions"] == {"logic": 7, "maths-written": 7}
+        and found["peak_bytes"] > 0
+        and found["seconds"] > 0
+    )
+    assert "--out goes with --tasks: name some" in sentence(
+        command(*common, "--out", tmp_path / "none")
+    )
+    assert (
+        "--dry-run goes with --tasks" in sentence(command(*common, "--dry-run"))
+        and not (tmp_path / "none").exists()
+    )
+    assert "--kld and --tasks are two reports" in sentence(
+        command(*common, "--kld", "--tasks", "logic")
+    )
     assert "--num-questions is 1: give 2 or more" in sentence(
         command(*common, "--tasks", "logic", "--num-questions", 1)
     )

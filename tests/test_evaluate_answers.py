@@ -1,4 +1,6 @@
-"""`evaluate --tasks answers`: tables first, nothing asked twice, the budget, students of fewer tokens, refusals."""
+"""`evaluate --tasks answers`: tables first, nothing asked twice, the budget, students of fewer
+tokens, refusals.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def asked(*texts: str) -> list[Prompt]:
 
 
 def test_end_to_end(tmp_path: Path, chat: Path, command: Callable[..., Done]) -> None:
-    """Answers come first, beside another task; a copy costs nothing above its teacher; asked once only."""
+    """Answers come first, beside another task; a copy costs nothing above its teacher; asked once
+    only.
+    """
     copy = shutil.copytree(chat, tmp_path / "copy")
     other = chatting(tiny.make(tmp_path / "other", seed=3), tmp_path / "student")
     flags = ["--teacher", chat, "--students", copy, other, "--num-questions", PROMPTS]
@@ -102,20 +106,26 @@ def test_the_teacher_alone(chat: Path, command: Callable[..., Done]) -> None:
     assert set(last_line(done)["answers"]) == {"prompts", "all"}
 
 
-def test_refusals_are_sentences(llama: Checkpoint, chat: Path, command: Callable[..., Done]) -> None:
+def test_refusals_are_sentences(
+    llama: Checkpoint, chat: Path, command: Callable[..., Done]
+) -> None:
     """A teacher without a chat template; too small a budget; a typo. Before any model is asked."""
     bare = command("evaluate", "--teacher", llama.path, "--tasks", "answers")
     poor = command("evaluate", "--teacher", chat, "--tasks", "answers", "--budget", "1MiB")
     typo = command("evaluate", "--teacher", chat, "--tasks", "answer")
 
-    assert "has no chat template: answers are not judged; take a model that has one" in sentence(bare)
+    assert "has no chat template: answers are not judged; take a model that has one" in sentence(
+        bare
+    )
     assert "the budget is 1 MiB: give --budget" in sentence(poor)
     assert "did you mean answers" in sentence(typo)
 
 
 @pytest.mark.usefixtures("cache")
 def test_a_student_of_fewer_tokens(chat: Path, tmp_path: Path) -> None:
-    """It reads and writes with its own tokenizer; the vocabulary is cut as `prune --vocab` cuts it."""
+    """It reads and writes with its own tokenizer; the vocabulary is cut as `prune --vocab` cuts
+    it.
+    """
     teacher = load.open_checkpoint(chat)
     rows = list(range(384))
     small = vocabulary.write(teacher, rows, tmp_path / "rows", DISK)
@@ -138,7 +148,9 @@ def test_memory_stays_under_the_budget(tmp_path: Path, monkeypatch: pytest.Monke
     few = asked("If", "Why is the sky blue?", "And then?")
     monkeypatch.setattr(answers, "prompts", lambda _: few)
     deep = chatting(tiny.make(tmp_path / "deep", num_hidden_layers=24), tmp_path / "teacher")
-    small = chatting(tiny.make(tmp_path / "small", num_hidden_layers=20, seed=1), tmp_path / "student")
+    small = chatting(
+        tiny.make(tmp_path / "small", num_hidden_layers=20, seed=1), tmp_path / "student"
+    )
     settings = evaluate.Settings(str(deep), (str(small),), tasks=("answers",), budget="24MiB")
 
     before_bytes = mx.get_active_memory()
@@ -151,8 +163,12 @@ def test_memory_stays_under_the_budget(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_stopped_student_goes_on(chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed in the middle of a line: only what is missing is asked, and the figures are the same."""
+def test_a_stopped_student_goes_on(
+    chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the middle of a line: only what is missing is asked, and the figures are the
+    same.
+    """
     teacher = load.open_checkpoint(chat)
     other = chatting(tiny.make(tmp_path / "other", seed=3), tmp_path / "student")
     student = load.open_checkpoint(other)
@@ -168,7 +184,9 @@ def test_a_stopped_student_goes_on(chat: Path, tmp_path: Path, monkeypatch: pyte
     missing = list[int]()
     real = answers.greedy
 
-    def watched(model: Checkpoint, left: list[Prompt], *rest: object, **more: object) -> list[Answer]:
+    def watched(
+        model: Checkpoint, left: list[Prompt], *rest: object, **more: object
+    ) -> list[Answer]:
         missing.append(len(left))
         return real(model, left, *rest, **more)  # type: ignore[arg-type]
 
@@ -200,7 +218,9 @@ def test_other_settings_are_other_files(chat: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("cache")
 def test_foreign_lines_are_passed_over() -> None:
-    """No JSON, no object, an answer that is none, a cost that is no number; the later of two records counts."""
+    """No JSON, no object, an answer that is none, a cost that is no number; the later of two
+    records counts.
+    """
     (prompt,) = asked("If")
     kept = Kept("a" * 64, "b" * 64)
     kept.keep_answer(prompt, Answer("one", ended=False))
@@ -215,7 +235,8 @@ def test_foreign_lines_are_passed_over() -> None:
         DISK.append(path, "\n".join(lines))
     key = kept_answers.cost_key(prompt, Answer("If", ended=True))
     DISK.append(
-        kept.costs_path, json.dumps({"prompt_sha256": key[0], "answer_sha256": key[1], "nats": 2.5, "tokens": 2})
+        kept.costs_path,
+        json.dumps({"prompt_sha256": key[0], "answer_sha256": key[1], "nats": 2.5, "tokens": 2}),
     )
 
     assert kept.answers() == {prompt.sha256: Answer("zwei – ż", ended=True)}

@@ -1,4 +1,6 @@
-"""lm-eval as the witness: a task from a local file, one model, the same answers. Skipped without lm-eval."""
+"""lm-eval as the witness: a task from a local file, one model, the same answers. Skipped without
+lm-eval.
+"""
 
 from __future__ import annotations
 
@@ -35,15 +37,21 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file of 150 questions, two or three options each, and the same as a task of lm-eval's; caches of its own."""
+    """A file of 150 questions, two or three options each, and the same as a task of lm-eval's;
+    caches of its own.
+    """
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     made: list[dict[str, Any]] = []
     lines = (examples.BUILT_IN / "train.jsonl").read_text("utf-8").splitlines()
     english = [row for row in map(json.loads, lines) if row["language"] == "en"]
     for number, row in enumerate(english[:COUNT]):
-        options = [row["answer"], row["rejected"].rpartition(": ")[2], "nobody knows"][: 2 + number % 2]
-        made.append({"question": row["prompt"], "options": sorted(options), "answer": row["answer"]})
+        options = [row["answer"], row["rejected"].rpartition(": ")[2], "nobody knows"][
+            : 2 + number % 2
+        ]
+        made.append(
+            {"question": row["prompt"], "options": sorted(options), "answer": row["answer"]}
+        )
     (tmp_path / "task").mkdir()
     file = tmp_path / "task" / "generated.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in made))
@@ -56,8 +64,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @here
 def test_log_likelihoods_are_lm_evals(folder: Path, llama: Checkpoint) -> None:
     """Every option of every question to 1e-4 nats; both accuracies question by question."""
-    witness = sorted(answering.samples(llama.path, "generated", COUNT)["generated"], key=lambda s: s["doc_id"])
-    task, limit = questions.file(folder / "generated.jsonl"), memory.budget(None)
+    witness = sorted(
+        answering.samples(llama.path, "generated", COUNT)["generated"], key=lambda s: s["doc_id"]
+    )
+    task = questions.file(folder / "generated.jsonl")
+    limit = memory.budget(None)
     marks = answering.scores(llama, "0" * 64, task, limit)
     kept = answering.read(answering.kept("0" * 64, task.sha256))
     assert len(witness) == len(task.questions) == COUNT
@@ -67,13 +78,17 @@ def test_log_likelihoods_are_lm_evals(folder: Path, llama: Checkpoint) -> None:
     assert marks.tolist() == [s["acc"] for s in witness]
     rows = [json.loads(line) for line in (folder / "generated.jsonl").read_text().splitlines()]
     per_character = questions.task("t", rows, "", per_character=True)
-    assert answering.scores(llama, "0" * 64, per_character, limit).tolist() == [s["acc_norm"] for s in witness]
+    assert answering.scores(llama, "0" * 64, per_character, limit).tolist() == [
+        s["acc_norm"] for s in witness
+    ]
 
 
 @here
 def test_its_marks_come_in_order_with_their_chance(folder: Path, llama: Checkpoint) -> None:
     """What `evaluate` takes from lm-eval is what we count ourselves."""
-    found = answering.marks("generated", answering.samples(llama.path, "generated", 30)["generated"])
+    found = answering.marks(
+        "generated", answering.samples(llama.path, "generated", 30)["generated"]
+    )
     task = questions.file(folder / "generated.jsonl")
     ours = answering.scores(llama, "0" * 64, task, memory.budget(None))[:30]
     assert found["metric"] == "acc" and found["marks"] == ours.tolist()
@@ -81,9 +96,15 @@ def test_its_marks_come_in_order_with_their_chance(folder: Path, llama: Checkpoi
 
 
 @here
-def test_a_model_that_does_not_fit_is_a_sentence(llama: Checkpoint, command: Callable[..., Done]) -> None:
+def test_a_model_that_does_not_fit_is_a_sentence(
+    llama: Checkpoint, command: Callable[..., Done]
+) -> None:
     """lm-eval's way has the whole model in memory; ours does not."""
-    said = sentence(command("evaluate", "--teacher", llama.path, "--tasks", "lm_eval/arc_easy", "--budget", "5MiB"))
+    said = sentence(
+        command(
+            "evaluate", "--teacher", llama.path, "--tasks", "lm_eval/arc_easy", "--budget", "5MiB"
+        )
+    )
     assert "whole in memory" in said and "the budget is 5 MiB: give a larger --budget" in said
 
 
@@ -92,12 +113,16 @@ def test_presets_name_tasks_that_lm_eval_has() -> None:
     """And a typo brings the nearest of its own."""
     ids = task_registry.find(["polish", "english"], 10).harness
     answering.check_harness(ids)
-    with pytest.raises(MisError, match="lm-eval has no task belebele_pol_Latm: did you mean belebele_pol_Latn"):
+    with pytest.raises(
+        MisError, match="lm-eval has no task belebele_pol_Latm: did you mean belebele_pol_Latn"
+    ):
         answering.check_harness(["belebele_pol_Latm"])
 
 
 @pytest.mark.skipif(answering.find_spec("lm_eval") is not None, reason="lm-eval is installed")
-def test_without_lm_eval_the_extra_is_named(llama: Checkpoint, command: Callable[..., Done]) -> None:
+def test_without_lm_eval_the_extra_is_named(
+    llama: Checkpoint, command: Callable[..., Done]
+) -> None:
     """One sentence, with the command that brings it."""
     said = sentence(command("evaluate", "--teacher", llama.path, "--tasks", "english"))
     assert "need lm-eval, which is not here: pip install 'mis-mlx[evaluate]'" in said

@@ -1,4 +1,6 @@
-"""The recovery table: shares and intervals by hand, and sentences that say what the numbers can bear."""
+"""The recovery table: shares and intervals by hand, and sentences that say what the numbers can
+bear.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,15 @@ N = 100
 def outcome(task: str = "sums", chance: float = 0.5, **right: int) -> Outcome:
     """A task of 100 questions, the first `right` of which each model answers."""
     marks = {name: (np.arange(N) < count).astype(float) for name, count in right.items()}
-    return Outcome(task, "made for a test", marks, np.full(N, chance), (0.5, "option 1"), (0, N), "0" * 64)
+    return Outcome(
+        task, "made for a test", marks, np.full(N, chance), (0.5, "option 1"), (0, N), "0" * 64
+    )
 
 
 def test_recovery_by_hand() -> None:
-    """(70 % - 50 %) / (90 % - 50 %) is a half; the teacher recovers all of itself, exactly and in every draw."""
+    """(70 % - 50 %) / (90 % - 50 %) is a half; the teacher recovers all of itself, exactly and in
+    every draw.
+    """
     o = outcome(teacher=90, student=70)
     value, low, high = recovery(o.marks["student"], o.teacher, o.chance)
     assert value == pytest.approx(0.5) and 0.2 < low < 0.5 < high < 0.8
@@ -30,7 +36,9 @@ def test_recovery_by_hand() -> None:
 
 
 def test_the_interval_is_paired() -> None:
-    """A student that loses two of the teacher's answers is judged by these two, not by the luck of the questions."""
+    """A student that loses two of the teacher's answers is judged by these two, not by the luck of
+    the questions.
+    """
     o = outcome(teacher=80, student=78)
     _, low, high = interval(o.marks["student"] - o.teacher)
     assert -0.06 < low < 0 and high <= 0
@@ -41,10 +49,14 @@ def test_the_interval_is_paired() -> None:
 
 
 def test_an_interval_covers_what_it_should() -> None:
-    """95 % of the intervals of students that know half of what the teacher knows hold a half: 200 experiments."""
-    rng, held = np.random.default_rng(5), 0
+    """95 % of the intervals of students that know half of what the teacher knows hold a half: 200
+    experiments.
+    """
+    rng = np.random.default_rng(5)
+    held = 0
     for _ in range(200):
-        know = rng.random((2, 200)) < np.array([[0.8], [0.4]])  # what teacher and student know; the rest is guessed
+        # what teacher and student know; the rest is guessed
+        know = rng.random((2, 200)) < np.array([[0.8], [0.4]])
         marks = np.where(know, 1, rng.random((2, 200)) < 0.5).astype(float)
         _, low, high = recovery(marks[1], marks[0], np.full(200, 0.5))
         held += low <= 0.5 <= high
@@ -55,7 +67,10 @@ def test_nothing_is_recovered_of_a_teacher_who_knows_nothing() -> None:
     """A dash, and a sentence; nobody divides by noise."""
     o = outcome(teacher=53, student=60)
     assert o.recovered("student") is None and o.json()["models"]["student"]["recovery"] is None
-    assert "The teacher is not better than chance on sums: there is nothing to recover (–)." in markdown([o])
+    assert (
+        "The teacher is not better than chance on sums: there is nothing to recover (–)."
+        in markdown([o])
+    )
     assert "| sums | – |" in markdown([o])
 
 
@@ -64,7 +79,9 @@ def test_the_table_has_chance_and_the_constant() -> None:
     page = markdown([outcome(teacher=90, student=70)])
     assert "| | n | chance | U Zośki | uniform | teacher | student |" in page
     row = next(line for line in page.splitlines() if line.startswith("| sums | 100 "))
-    assert re.fullmatch(r"\| sums \| 100 \| 50.0% \| 50.0% \| – \| 90.0% ± [56].\d% \| 70.0% ± [89].\d% \|", row)
+    assert re.fullmatch(
+        r"\| sums \| 100 \| 50.0% \| 50.0% \| – \| 90.0% ± [56].\d% \| 70.0% ± [89].\d% \|", row
+    )
     assert re.search(r"^\| sums \| 50% \[\d+%, \d+%\] \|$", page, re.M)
     assert "- `sums`: made for a test." in page
 
@@ -75,7 +92,10 @@ def test_differences_are_told_from_noise() -> None:
     assert "student is worse than the teacher, by more than the noise, on sums." in lost
     assert "Between student and the teacher no loss can be told from noise on bus." in lost
     lucky = markdown([outcome(teacher=80, student=81)])
-    assert "student has more than the teacher on sums (+1.0 points), within the noise: luck explains it." in lucky
+    assert (
+        "student has more than the teacher on sums (+1.0 points), within the noise: luck explains "
+        "it." in lucky
+    )
     clear = markdown([outcome(teacher=70, student=95)])
     assert "by more than the noise on sums; of 1 tasks one in 40 does so by luck" in clear
 
@@ -83,20 +103,27 @@ def test_differences_are_told_from_noise() -> None:
 def test_a_constant_as_good_as_the_teacher_is_named() -> None:
     """Better than chance, and yet no better than who always says the same."""
     o = outcome(chance=0.25, teacher=51, student=30)
-    assert "U Zośki, who always says the same, does as well as the teacher on sums (option 1)." in markdown([o])
+    assert (
+        "U Zośki, who always says the same, does as well as the teacher on sums (option 1)."
+        in markdown([o])
+    )
 
 
 def test_what_counting_tokens_gives_is_not_knowledge() -> None:
-    """A teacher who does as well as a model to which all tokens are equally likely has nothing that can be recovered,
-    however far above chance both are; one who does better has."""
+    """A teacher who does as well as a model to which all tokens are equally likely has nothing that
+    can be recovered, however far above chance both are; one who does better has.
+    """
     o = outcome(chance=0.25, teacher=60, student=58)
     counted = o._replace(uniform=np.array([0.0, 1.0, 1.0, 0.5] * 25))
     assert o.recovered("student") and counted.recovered("student") is None
-    assert "On sums the teacher is not better than a model to which all tokens are equally likely" in markdown(
-        [counted]
+    assert (
+        "On sums the teacher is not better than a model to which all tokens are equally likely"
+        in markdown([counted])
     )
     assert "not better than chance" not in markdown([counted])
-    assert "| sums | 100 | 25.0% | 50.0% | 62.5% |" in markdown([counted]) and "| sums | – |" in markdown([counted])
+    assert "| sums | 100 | 25.0% | 50.0% | 62.5% |" in markdown(
+        [counted]
+    ) and "| sums | – |" in markdown([counted])
     assert counted.json()["uniform"] == 0.625 and o.json()["uniform"] is None
     assert o._replace(uniform=np.full(N, 0.3)).recovered("student") == o.recovered("student")
 
@@ -121,7 +148,8 @@ def test_contamination_is_counted() -> None:
 
 def test_the_figure_is_a_file_of_its_own() -> None:
     """Well-formed SVG with every task that the teacher knows, and no other."""
-    known, unknown = outcome("sums", teacher=90, student=70, other=50), outcome("bus", teacher=50, student=50, other=60)
+    known = outcome("sums", teacher=90, student=70, other=50)
+    unknown = outcome("bus", teacher=50, student=50, other=60)
     picture = figure([known, unknown])
     svg = figures.standalone(picture)
     assert ET.fromstring(svg).tag.endswith("svg")

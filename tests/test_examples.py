@@ -1,4 +1,6 @@
-"""Rows to align with: shapes, sentences with line numbers, splits, licence, personal data, tokens."""
+"""Rows to align with: shapes, sentences with line numbers, splits, licence, personal data,
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +23,26 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 GOOD: dict[str, Row] = {
-    "messages": {"messages": [{"role": "user", "content": "Ile?"}, {"role": "assistant", "content": "Dwa."}]},
+    "messages": {
+        "messages": [{"role": "user", "content": "Ile?"}, {"role": "assistant", "content": "Dwa."}]
+    },
     "completion": {"prompt": "Ile?", "completion": "Dwa."},
     "pair": {"prompt": "Ile?", "chosen": "Dwa.", "rejected": "Trzy."},
     "answer": {"prompt": "Ile?", "answer": "2"},
 }
 BAD: list[tuple[str, object, str]] = [
     ("completion", {"prompt": "Ile?", "completion": 2}, "'completion' is a number, not text"),
-    ("messages", {"messages": [{"role": "user", "content": "Ile?"}]}, "no message is the assistant's"),
+    (
+        "messages",
+        {"messages": [{"role": "user", "content": "Ile?"}]},
+        "no message is the assistant's",
+    ),
     ("pair", {"prompt": "Ile?", "chosen": "Dwa."}, "its keys: 'prompt', 'chosen'"),
-    ("pair", {"prompt": "Ile?", "chosen": "Dwa.", "rejected": "Dwa."}, "chosen and rejected are the same"),
+    (
+        "pair",
+        {"prompt": "Ile?", "chosen": "Dwa.", "rejected": "Dwa."},
+        "chosen and rejected are the same",
+    ),
     ("answer", {"prompt": "Ile?", "answer": None}, "'answer' is null, not text"),
 ]
 
@@ -38,7 +50,10 @@ BAD: list[tuple[str, object, str]] = [
 def write(folder: Path, **files: list[object]) -> Path:
     """`train=[...]` becomes train.jsonl; text lines go in as they are."""
     for name, lines in files.items():
-        text = "".join(f"{line if isinstance(line, str) else json.dumps(line, ensure_ascii=False)}\n" for line in lines)
+        text = "".join(
+            f"{line if isinstance(line, str) else json.dumps(line, ensure_ascii=False)}\n"
+            for line in lines
+        )
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
     return folder
 
@@ -53,7 +68,9 @@ def tokenizer(llama: Checkpoint) -> Any:
 def test_good_rows_are_taken(shape: str, tmp_path: Path) -> None:
     """Every shape, and its rows come back as they were."""
     found = examples.load(str(write(tmp_path, train=[GOOD[shape]], valid=[GOOD[shape]])), [shape])
-    assert found.train == [(GOOD[shape], "train.jsonl line 1")] and found.valid == [(GOOD[shape], "valid.jsonl line 1")]
+    assert found.train == [(GOOD[shape], "train.jsonl line 1")] and found.valid == [
+        (GOOD[shape], "valid.jsonl line 1")
+    ]
 
 
 @pytest.mark.parametrize(("shape", "row", "why"), BAD)
@@ -62,18 +79,25 @@ def test_bad_rows_are_named(shape: str, row: object, why: str, tmp_path: Path) -
     folder = write(tmp_path, train=[GOOD[shape], row], valid=[GOOD[shape]])
     with pytest.raises(MisError) as refused:
         examples.load(str(folder), [shape])
-    assert "1 rows cannot be used: train.jsonl line 2: " in str(refused.value) and why in str(refused.value)
+    assert "1 rows cannot be used: train.jsonl line 2: " in str(refused.value) and why in str(
+        refused.value
+    )
 
 
 def test_all_problems_come_in_one_sentence(tmp_path: Path) -> None:
     """Of both files, of every kind, ten of them in words and the others counted."""
     bad: list[object] = ["{not json", {"prompt": "a"}, '{"prompt": "\\ud800", "completion": "b"}']
-    folder = write(tmp_path, train=[GOOD["completion"], *bad, *[{"x": i} for i in range(9)]], valid=["[]"])
+    folder = write(
+        tmp_path, train=[GOOD["completion"], *bad, *[{"x": i} for i in range(9)]], valid=["[]"]
+    )
     with pytest.raises(MisError) as refused:
         examples.load(str(folder), SHAPES)
     said = str(refused.value)
     assert said.startswith("13 rows cannot be used: train.jsonl line 2: not valid JSON")
-    assert "line 3: has neither 'messages' nor 'prompt' and 'completion'" in said and "half a surrogate" in said
+    assert (
+        "line 3: has neither 'messages' nor 'prompt' and 'completion'" in said
+        and "half a surrogate" in said
+    )
     assert said.count("line ") == 10 and "; and 3 more: fix or remove them" in said
 
 
@@ -88,8 +112,12 @@ def test_other_refusals_are_sentences(tmp_path: Path) -> None:
 
 
 def test_equal_prompts_stay_on_one_side(tmp_path: Path) -> None:
-    """Without valid.jsonl a part is held out, the same every time, and no prompt is on both sides."""
-    lines: list[object] = [{"prompt": f"Ile to {i % 40}?", "completion": f"{i}"} for i in range(120)]
+    """Without valid.jsonl a part is held out, the same every time, and no prompt is on both
+    sides.
+    """
+    lines: list[object] = [
+        {"prompt": f"Ile to {i % 40}?", "completion": f"{i}"} for i in range(120)
+    ]
     folder = str(write(tmp_path, train=lines))
     one, other = (examples.load(folder, SHAPES) for _ in range(2))
     assert one == other and len(one.train) + len(one.valid) == 120 and 1 <= len(one.valid) < 40
@@ -101,9 +129,13 @@ def test_the_licence_is_a_file_a_flag_or_missed(tmp_path: Path) -> None:
     """The flag wins; a file beside the data is read; neither is said."""
     folder = str(write(tmp_path, train=[GOOD["completion"]], valid=[GOOD["completion"]]))
     bare = examples.load(folder, SHAPES)
-    assert bare.card["licence"] == "not stated" and any("--data-licence" in note for note in bare.notes)
+    assert bare.card["licence"] == "not stated" and any(
+        "--data-licence" in note for note in bare.notes
+    )
     (tmp_path / "license.txt").write_text("CC BY 4.0,\nby the shepherds of Ochotnica")
-    assert examples.load(folder, SHAPES).card["licence"] == "CC BY 4.0, by the shepherds of Ochotnica"
+    assert (
+        examples.load(folder, SHAPES).card["licence"] == "CC BY 4.0, by the shepherds of Ochotnica"
+    )
     assert examples.load(folder, SHAPES, "asked them all").card["licence"] == "asked them all"
 
 
@@ -111,16 +143,26 @@ def test_the_built_in_rows_are_of_every_shape_but_messages() -> None:
     """With a licence; of the kinds asked for; there is no other kind."""
     for shape in ("completion", "pair", "answer"):
         found = examples.load(None, [shape])
-        assert (len(found.train), len(found.valid), found.card["licence"]) == (400, 320, "generated by mis_mlx, MIT")
+        assert (len(found.train), len(found.valid), found.card["licence"]) == (
+            400,
+            320,
+            "generated by mis_mlx, MIT",
+        )
     some = examples.load(None, ["answer"], kinds=["bus", "logic"])
-    assert {row["task"] for row, _ in (*some.train, *some.valid)} == {"bus", "logic"} and len(some.train) == 160
-    with pytest.raises(MisError, match="no tasks called chess: known are bus, logic, recipe, sums, two-digit-sums"):
+    assert {row["task"] for row, _ in (*some.train, *some.valid)} == {"bus", "logic"} and len(
+        some.train
+    ) == 160
+    with pytest.raises(
+        MisError, match="no tasks called chess: known are bus, logic, recipe, sums, two-digit-sums"
+    ):
         examples.load(None, ["answer"], kinds=["chess"])
 
 
 def test_a_number_as_an_answer_becomes_text(tmp_path: Path) -> None:
     """{"answer": 2} is what many write."""
-    folder = write(tmp_path, train=[{"prompt": "Ile?", "answer": 2}], valid=[{"prompt": "Ile?", "answer": 2.5}])
+    folder = write(
+        tmp_path, train=[{"prompt": "Ile?", "answer": 2}], valid=[{"prompt": "Ile?", "answer": 2.5}]
+    )
     found = examples.load(str(folder), ["answer"])
     assert found.train[0][0]["answer"] == "2" and found.valid[0][0]["answer"] == "2.5"
 
@@ -136,8 +178,16 @@ def test_checksums_of_pesel_and_nip() -> None:
 PERSONAL = [
     ("pisz do jan.kowalski+owce@baca.com.pl.", "pisz do [e-mail].", {"e-mail": 1}),
     ("PESEL 44051401359, nie 44051401358", "PESEL [PESEL], nie 44051401358", {"PESEL": 1}),
-    ("NIP: PL1234563218 i 123-456-32-18, ale 123-456-32-19", "NIP: [NIP] i [NIP], ale 123-456-32-19", {"NIP": 2}),
-    ("tel. +48 601 202 303 albo 601-202-303", "tel. [telephone] albo [telephone]", {"telephone": 2}),
+    (
+        "NIP: PL1234563218 i 123-456-32-18, ale 123-456-32-19",
+        "NIP: [NIP] i [NIP], ale 123-456-32-19",
+        {"NIP": 2},
+    ),
+    (
+        "tel. +48 601 202 303 albo 601-202-303",
+        "tel. [telephone] albo [telephone]",
+        {"telephone": 2},
+    ),
     ("(18) 207 12 34 w Nowym Targu", "[telephone] w Nowym Targu", {"telephone": 1}),
     ("call +44 20 7946 0958", "call [telephone]", {"telephone": 1}),
     ("12 345 owiec, 100 200 zł, 7:05, 2026-11-25, 601 + 202 = 803", None, {}),
@@ -145,16 +195,22 @@ PERSONAL = [
 
 
 @pytest.mark.parametrize(("text", "wanted", "counts"), PERSONAL)
-def test_personal_data_is_replaced_and_counted(text: str, wanted: str | None, counts: dict[str, int]) -> None:
+def test_personal_data_is_replaced_and_counted(
+    text: str, wanted: str | None, counts: dict[str, int]
+) -> None:
     """E-mail, telephone, PESEL, NIP; other numbers stay."""
     removed: Counter[str] = Counter()
-    assert examples.scrub(text, removed) == (text if wanted is None else wanted) and removed == counts
+    assert (
+        examples.scrub(text, removed) == (text if wanted is None else wanted) and removed == counts
+    )
 
 
 def test_scrubbing_reaches_every_text_of_a_row(tmp_path: Path) -> None:
     """Prompts, answers and the turns of a conversation; only when asked for."""
     row = {"messages": [{"role": role, "content": "a@b.pl"} for role in ("user", "assistant")]}
-    folder = str(write(tmp_path, train=[row, {"prompt": "a@b.pl?", "completion": "a@b.pl"}], valid=[row]))
+    folder = str(
+        write(tmp_path, train=[row, {"prompt": "a@b.pl?", "completion": "a@b.pl"}], valid=[row])
+    )
     plain, clean = (examples.load(folder, SHAPES, scrub=asked) for asked in (False, True))
     assert plain.card["pii_removed"] == {}
     assert "@" in json.dumps(plain.train) and "@" not in json.dumps([clean.train, clean.valid])
@@ -196,8 +252,13 @@ def test_pairs_share_their_prompt(tokenizer: Any) -> None:
     row = {"prompt": "if x:", "chosen": " a", "rejected": " b"}
     ((chosen, rejected),), _ = examples.encode(split(row), tokenizer, 64, ("chosen", "rejected"))
     prompt = int(np.argmax(chosen[1]))
-    assert np.array_equal(chosen[0][:prompt], rejected[0][:prompt]) and prompt == int(np.argmax(rejected[1]))
-    assert (learned(chosen, tokenizer), learned(rejected, tokenizer)) == (" a<|endoftext|>", " b<|endoftext|>")
+    assert np.array_equal(chosen[0][:prompt], rejected[0][:prompt]) and prompt == int(
+        np.argmax(rejected[1])
+    )
+    assert (learned(chosen, tokenizer), learned(rejected, tokenizer)) == (
+        " a<|endoftext|>",
+        " b<|endoftext|>",
+    )
 
 
 def test_a_prompt_that_fills_the_window_is_a_sentence(tokenizer: Any) -> None:
@@ -205,7 +266,9 @@ def test_a_prompt_that_fills_the_window_is_a_sentence(tokenizer: Any) -> None:
     rows = split(GOOD["completion"], {"prompt": "for " * 40, "completion": "x"})
     with pytest.raises(MisError) as refused:
         examples.encode(rows, tokenizer, 16)
-    assert "x.jsonl line 2: the prompt takes" in str(refused.value) and "--max-seq-length is 16" in str(refused.value)
+    assert "x.jsonl line 2: the prompt takes" in str(
+        refused.value
+    ) and "--max-seq-length is 16" in str(refused.value)
     (_, (long,)), cut = examples.encode(
         split(GOOD["completion"], {"prompt": "if", "completion": "y " * 60}), tokenizer, 32
     )
@@ -222,8 +285,14 @@ def test_a_template_that_refuses_is_a_sentence(llama: Checkpoint) -> None:
 
 def test_the_fingerprint_sees_every_token_and_mark(tokenizer: Any) -> None:
     """The same twice, another for another token, mark or order."""
-    made, _ = examples.encode(split(GOOD["completion"], {"prompt": "a", "completion": "b"}), tokenizer, 64)
+    made, _ = examples.encode(
+        split(GOOD["completion"], {"prompt": "a", "completion": "b"}), tokenizer, 64
+    )
     seen = {examples.fingerprint(made), examples.fingerprint(made[::-1])}
-    (ids, marks), rest = made[0][0], made[1:]
-    seen |= {examples.fingerprint([[(ids + 1, marks)], *rest]), examples.fingerprint([[(ids, 1 - marks)], *rest])}
+    (ids, marks) = made[0][0]
+    rest = made[1:]
+    seen |= {
+        examples.fingerprint([[(ids + 1, marks)], *rest]),
+        examples.fingerprint([[(ids, 1 - marks)], *rest]),
+    }
     assert examples.fingerprint([list(row) for row in made]) in seen and len(seen) == 4

@@ -1,4 +1,6 @@
-"""The command `export`: what gguf-py reads back is the model, and a second program in numpy runs it the same."""
+"""The command `export`: what gguf-py reads back is the model, and a second program in numpy runs it
+the same.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ from tests.conftest import Done, last_line
 from tests.models.test_gguf_reader import llama_cpp_permute
 
 IDS = [5, 300, 17, 17, 400, 9, 250, 19, 0, 77]
-# What llama.cpp's loader reads of these models (llama_model_base::load_hparams, llama_vocab::impl::load), by hand.
+# What llama.cpp's loader reads of these models (llama_model_base::load_hparams,
+# llama_vocab::impl::load), by hand.
 NEEDED = """general.architecture general.type general.name general.size_label general.file_type
 general.quantization_version A.context_length A.embedding_length A.block_count A.feed_forward_length A.vocab_size
 A.attention.head_count A.attention.head_count_kv A.attention.key_length A.attention.value_length
@@ -44,20 +47,28 @@ def exported(model: Path, out: Path, **settings: Any) -> tuple[dict[str, Any], G
 def tensors(reader: GGUFReader) -> dict[str, np.ndarray]:
     """{GGUF name: float32 values (out, in)}."""
     return {
-        t.name: dequantize(t.data, t.tensor_type).astype(np.float32).reshape([*reversed(t.shape.tolist())])
+        t.name: dequantize(t.data, t.tensor_type)
+        .astype(np.float32)
+        .reshape([*reversed(t.shape.tolist())])
         for t in reader.tensors
     }
 
 
 def facts(reader: GGUFReader) -> dict[str, Any]:
     """{key: value}, the architecture in a key as A."""
-    found = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    found = {
+        key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")
+    }
     prefix = f"{found['general.architecture']}."
-    return {f"A.{k.removeprefix(prefix)}" if k.startswith(prefix) else k: v for k, v in found.items()}
+    return {
+        f"A.{k.removeprefix(prefix)}" if k.startswith(prefix) else k: v for k, v in found.items()
+    }
 
 
 def rotate(x: np.ndarray, theta: float, neighbours: bool) -> np.ndarray:
-    """RoPE of x (heads, T, d) as ggml does it: pairs (2i, 2i + 1) for llama, (i, i + d/2) for qwen."""
+    """RoPE of x (heads, T, d) as ggml does it: pairs (2i, 2i + 1) for llama, (i, i + d/2) for
+    qwen.
+    """
     d = x.shape[-1]
     angle = np.arange(x.shape[1])[:, None] * theta ** (-np.arange(0, d, 2) / d)
     a, b = (x[..., 0::2], x[..., 1::2]) if neighbours else (x[..., : d // 2], x[..., d // 2 :])
@@ -66,10 +77,16 @@ def rotate(x: np.ndarray, theta: float, neighbours: bool) -> np.ndarray:
 
 
 def forward(reader: GGUFReader, ids: list[int]) -> np.ndarray:
-    """Logits (T, V) in float64, from the file alone: what llama.cpp's graphs of llama, qwen2 and qwen3 compute."""
-    w, f = {k: v.astype(np.float64) for k, v in tensors(reader).items()}, facts(reader)
-    heads, kv, d = (f[f"A.attention.{key}"] for key in ("head_count", "head_count_kv", "key_length"))
-    neighbours, theta = f["general.architecture"] == "llama", f["A.rope.freq_base"]
+    """Logits (T, V) in float64, from the file alone: what llama.cpp's graphs of llama, qwen2 and
+    qwen3 compute.
+    """
+    w = {k: v.astype(np.float64) for k, v in tensors(reader).items()}
+    f = facts(reader)
+    heads, kv, d = (
+        f[f"A.attention.{key}"] for key in ("head_count", "head_count_kv", "key_length")
+    )
+    neighbours = f["general.architecture"] == "llama"
+    theta = f["A.rope.freq_base"]
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:
         eps = f["A.attention.layer_norm_rms_epsilon"]
@@ -81,14 +98,17 @@ def forward(reader: GGUFReader, ids: list[int]) -> np.ndarray:
     h = w["token_embd.weight"][ids]
     future = np.triu(np.full((len(ids), len(ids)), -np.inf), 1)
     for i in range(f["A.block_count"]):
-        b, x = f"blk.{i}.", norm(h, f"blk.{i}.attn_norm.weight")
+        b = f"blk.{i}."
+        x = norm(h, f"blk.{i}.attn_norm.weight")
         q, k, v = (
             linear(x, f"{b}attn_{n}").reshape(len(ids), count, d).swapaxes(0, 1)
             for n, count in (("q", heads), ("k", kv), ("v", kv))
         )
         if f"{b}attn_q_norm.weight" in w:
-            q, k = norm(q, f"{b}attn_q_norm.weight"), norm(k, f"{b}attn_k_norm.weight")
-        q, k = rotate(q, theta, neighbours), rotate(k, theta, neighbours)
+            q = norm(q, f"{b}attn_q_norm.weight")
+            k = norm(k, f"{b}attn_k_norm.weight")
+        q = rotate(q, theta, neighbours)
+        k = rotate(k, theta, neighbours)
         k, v = (np.repeat(a, heads // kv, 0) for a in (k, v))
         scores = np.exp(q @ k.swapaxes(1, 2) / np.sqrt(d) + future)
         mixed = (scores / scores.sum(-1, keepdims=True)) @ v
@@ -109,41 +129,69 @@ def mlx_logits(folder: Path, ids: list[int]) -> np.ndarray:
 def four(tmp_path: Path, llama: Checkpoint) -> Path:
     """The tiny llama as `quantize` leaves it: 4 bits at group 64, embedding in 8."""
     quantize.run(
-        quantize.Settings(model=str(llama.path), mlx_path=str(tmp_path / "four"), target_bpw=None, q_method="round")
+        quantize.Settings(
+            model=str(llama.path),
+            mlx_path=str(tmp_path / "four"),
+            target_bpw=None,
+            q_method="round",
+        )
     )
     return tmp_path / "four"
 
 
 @pytest.mark.parametrize("kind", [*sorted(tiny.KINDS), "biased"])
 def test_another_program_runs_the_file_as_mlx_runs_the_folder(tmp_path: Path, kind: str) -> None:
-    """Rows of q and k, names, biases, norms, tying and every number of the header are right, or these differ. Every key
-    that llama.cpp's loader reads is there with the model's own numbers, and each tensor once."""
+    """Rows of q and k, names, biases, norms, tying and every number of the header are right, or
+    these differ. Every key that llama.cpp's loader reads is there with the model's own numbers, and
+    each tensor once.
+    """
     changes = {**tiny.KINDS, "biased": {"attention_bias": True, "mlp_bias": True}}[kind]
     model = tiny.make(tmp_path / kind, dtype="F16", **changes)
     _, reader = exported(model, tmp_path / "out", out_type="f16")
-    # the weights are the same numbers, so what is left is float32 against float64, on logits of about 1
+    # the weights are the same numbers, so what is left is float32 against float64, on logits of
+    # about 1
     np.testing.assert_allclose(forward(reader, IDS), mlx_logits(model, IDS), atol=2e-5)
     assert len(reader.tensors) == len(arch.tensors_of(load.open_checkpoint(model).config))
     f = facts(reader)
     assert set(f) == set(NEEDED.split())
-    sizes = ("context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size")
+    sizes = (
+        "context_length",
+        "embedding_length",
+        "block_count",
+        "feed_forward_length",
+        "vocab_size",
+    )
     assert [f[f"A.{key}"] for key in sizes] == [512, 64, 3, 768, 512]
     heads = ("head_count", "head_count_kv", "key_length", "value_length")
-    assert [f[f"A.attention.{key}"] for key in heads] == [4, 2, 16, 16] and f["A.rope.dimension_count"] == 16
-    assert f["A.rope.freq_base"] == 10000.0 and f["A.attention.layer_norm_rms_epsilon"] == np.float32(1e-5)
+    assert [f[f"A.attention.{key}"] for key in heads] == [4, 2, 16, 16] and f[
+        "A.rope.dimension_count"
+    ] == 16
+    assert f["A.rope.freq_base"] == 10000.0 and f[
+        "A.attention.layer_norm_rms_epsilon"
+    ] == np.float32(1e-5)
     assert f["general.architecture"] == {"qwen2": "qwen2", "qwen3": "qwen3"}.get(kind, "llama")
     assert f["general.file_type"] == 1 and f["general.name"] == kind  # 1: MOSTLY_F16
     assert len(f["tokenizer.ggml.tokens"]) == 512 and f["tokenizer.ggml.add_bos_token"] is False
 
 
 def test_stretched_positions(tmp_path: Path) -> None:
-    """linear and yarn have keys; llama3 has a tensor; whoever forgets them talks nonsense beyond the old context."""
-    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 16.0}
+    """linear and yarn have keys; llama3 has a tensor; whoever forgets them talks nonsense beyond
+    the old context.
+    """
+    yarn = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "beta_fast": 16.0,
+    }
     for name, scaling in (("linear", {"type": "linear", "factor": 2.0}), ("yarn", yarn)):
         model = tiny.make(tmp_path / name, rope_scaling=scaling)
         f = facts(exported(model, tmp_path / f"{name}-out")[1])
         assert f["A.rope.scaling.type"] == name and f["A.rope.scaling.factor"] == scaling["factor"]
-    assert f["A.rope.scaling.original_context_length"] == 128 and f["A.rope.scaling.yarn_beta_fast"] == 16.0
+    assert (
+        f["A.rope.scaling.original_context_length"] == 128
+        and f["A.rope.scaling.yarn_beta_fast"] == 16.0
+    )
     llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     llama3["original_max_position_embeddings"] = 128
     model = tiny.make(tmp_path / "llama3", rope_scaling=llama3)
@@ -151,23 +199,36 @@ def test_stretched_positions(tmp_path: Path) -> None:
     assert found["rope_freqs.weight"].shape == (8,) and found["rope_freqs.weight"][-1] == 8.0
 
 
-@pytest.mark.parametrize(("wanted", "step"), [("q8_0", 1 / 127), ("q4_0", 1 / 8), ("q4_1", 1 / 15), ("bf16", 2**-7)])
-def test_a_dense_model_in_each_type(tmp_path: Path, llama: Checkpoint, wanted: str, step: float) -> None:
-    """Within one step of the block: its largest number (or its span) over the levels, and the type as asked."""
+@pytest.mark.parametrize(
+    ("wanted", "step"), [("q8_0", 1 / 127), ("q4_0", 1 / 8), ("q4_1", 1 / 15), ("bf16", 2**-7)]
+)
+def test_a_dense_model_in_each_type(
+    tmp_path: Path, llama: Checkpoint, wanted: str, step: float
+) -> None:
+    """Within one step of the block: its largest number (or its span) over the levels, and the type
+    as asked.
+    """
     _, reader = exported(llama.path, tmp_path / "out", out_type=wanted)
     name = "blk.1.ffn_gate.weight"
     assert next(t for t in reader.tensors if t.name == name).tensor_type.name == wanted.upper()
     want = np.array(load.dense(llama, "model.layers.1.mlp.gate_proj.weight")).reshape(-1, 32)
     size = np.ptp(want, axis=1) if wanted == "q4_1" else np.abs(want).max(axis=1)
     error = np.abs(tensors(reader)[name].reshape(-1, 32) - want).max(axis=1)
-    # q4_0's eighth level on the far side does not exist: a whole step there; half of one, and float16's 2**-10, else
-    assert np.all(error <= size * step * (1.0 if wanted == "q4_0" else 0.5) + size * 2**-10) and error.max() > 0
+    # q4_0's eighth level on the far side does not exist: a whole step there; half of one, and
+    # float16's 2**-10, else
+    assert (
+        np.all(error <= size * step * (1.0 if wanted == "q4_0" else 0.5) + size * 2**-10)
+        and error.max() > 0
+    )
 
 
 def test_four_bits_are_rewrapped_not_rounded(tmp_path: Path, four: Path) -> None:
-    """All 21 4-bit matrices are bit-equal to mx.dequantize; the 8-bit embedding is rounded to Q8_0, and it says so."""
+    """All 21 4-bit matrices are bit-equal to mx.dequantize; the 8-bit embedding is rounded to Q8_0,
+    and it says so.
+    """
     done, reader = exported(four, tmp_path / "out")
-    c, found = load.open_checkpoint(four), tensors(reader)
+    c = load.open_checkpoint(four)
+    found = tensors(reader)
     assert done["out_type"] == "q4_1" and done["rewrapped"] == 21 and done["inexact_scales"] == 0
     for part in export.tensors.parts(c, "q4_1"):
         want = np.array(load.dense(c, part.source))
@@ -176,14 +237,20 @@ def test_four_bits_are_rewrapped_not_rounded(tmp_path: Path, four: Path) -> None
             assert part.kind == "Q8_0"  # rounded: tests/gguf_export/test_tensors.py
         else:
             np.testing.assert_array_equal(found[part.name], want, err_msg=part.source)
-    assert any("21 matrices re-wrapped" in n and "no number rounded again" in n for n in done["notes"])
-    assert any("1 packed matrices de-quantized and rounded again to Q8_0 (1)" in n for n in done["notes"])
+    assert any(
+        "21 matrices re-wrapped" in n and "no number rounded again" in n for n in done["notes"]
+    )
+    assert any(
+        "1 packed matrices de-quantized and rounded again to Q8_0 (1)" in n for n in done["notes"]
+    )
     # what is left is the embedding's rounding, 1/254 of a block's largest number
     np.testing.assert_allclose(forward(reader, IDS), mlx_logits(four, IDS), atol=0.02)
 
 
 def test_end_to_end(tmp_path: Path, four: Path, command: Callable[..., Done]) -> None:
-    """As a user runs it: three files, JSON last, the size as a dry run foretold, which writes nothing."""
+    """As a user runs it: three files, JSON last, the size as a dry run foretold, which writes
+    nothing.
+    """
     flags = ("--model", four, "--outtype", "q4_1", "--mlx-path", tmp_path / "out")
     dry = command("export", *flags, "--dry-run")
     assert dry.returncode == 0 and not (tmp_path / "out").exists()
@@ -193,32 +260,51 @@ def test_end_to_end(tmp_path: Path, four: Path, command: Callable[..., Done]) ->
     assert sorted(os.listdir(tmp_path / "out")) == ["Modelfile", "README.md", "four-Q4_1.gguf"]
     file = tmp_path / "out" / result["file"]
     assert result["nbytes"] == last_line(dry)["nbytes"] == file.stat().st_size
-    assert last_line(dry)["notes"][0] == result["notes"][0] and result["notes"][0].startswith("types of the tensors: ")
+    assert last_line(dry)["notes"][0] == result["notes"][0] and result["notes"][0].startswith(
+        "types of the tensors: "
+    )
     assert (tmp_path / "out" / "Modelfile").read_text().startswith("FROM ./four-Q4_1.gguf\n")
-    assert "21 matrices re-wrapped" in (tmp_path / "out" / "README.md").read_text() and result["peak_bytes"] > 0
+    assert (
+        "21 matrices re-wrapped" in (tmp_path / "out" / "README.md").read_text()
+        and result["peak_bytes"] > 0
+    )
 
 
 @pytest.mark.parametrize(("wanted", "ulp"), [("bf16", 2**-8), ("f16", 2**-11)])
 def test_a_hugging_face_folder(tmp_path: Path, four: Path, wanted: str, ulp: float) -> None:
-    """Dense weights rounded once, a config without quantization, tokenizer and card; opens like any other."""
-    done = export.run(export.Settings(model=str(four), format="hf", out_type=wanted, out=str(tmp_path / "hf")))  # type: ignore[arg-type]
-    before, after = load.open_checkpoint(four), load.open_checkpoint(tmp_path / "hf")
+    """Dense weights rounded once, a config without quantization, tokenizer and card; opens like any
+    other.
+    """
+    done = export.run(
+        export.Settings(model=str(four), format="hf", out_type=wanted, out=str(tmp_path / "hf"))
+    )  # type: ignore[arg-type]
+    before = load.open_checkpoint(four)
+    after = load.open_checkpoint(tmp_path / "hf")
     assert not arch.is_quantized(after.tensors) and "quantization" not in after.config
-    assert after.config["torch_dtype"] == export.HF_DTYPES[wanted] and done["nbytes"] == after.nbytes
+    assert (
+        after.config["torch_dtype"] == export.HF_DTYPES[wanted] and done["nbytes"] == after.nbytes
+    )
     for name in arch.tensors_of(before.config):
         want, got = (np.array(load.dense(c, name).astype(mx.float32)) for c in (before, after))
         np.testing.assert_allclose(got, want, rtol=ulp, atol=2**-25, err_msg=name)
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
-    assert "de-quantized" in (tmp_path / "hf" / "README.md").read_text() and "de-quantized" in done["notes"][1]
+    assert (
+        "de-quantized" in (tmp_path / "hf" / "README.md").read_text()
+        and "de-quantized" in done["notes"][1]
+    )
 
 
 def test_refusals_write_nothing(tmp_path: Path, llama: Checkpoint) -> None:
-    """A GGUF, a folder that exists, a folder without a tokenizer, NaN, a type of the other format."""
+    """A GGUF, a folder that exists, a folder without a tokenizer, NaN, a type of the other
+    format.
+    """
     out = tmp_path / "out"
 
     def refused(why: str, model: Path = llama.path, **settings: Any) -> None:
         with pytest.raises(MisError, match=why):
-            export.run(export.Settings(model=str(model), out=str(settings.pop("where", out)), **settings))
+            export.run(
+                export.Settings(model=str(model), out=str(settings.pop("where", out)), **settings)
+            )
         assert not out.exists()
 
     refused("is a GGUF already", tmp_path / "x.gguf")
@@ -241,12 +327,17 @@ def test_refusals_write_nothing(tmp_path: Path, llama: Checkpoint) -> None:
     refused("has no tokenizer: copy", broken, format="hf")
 
 
-def test_k_quants_without_llama_cpp(tmp_path: Path, llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_k_quants_without_llama_cpp(
+    tmp_path: Path, llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Said before any work, also by a dry run: what to install."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     for dry in (True, False):
-        with pytest.raises(MisError, match="`brew install llama.cpp`, or `pip install llama-cpp-python`, or another"):
+        with pytest.raises(
+            MisError,
+            match="`brew install llama.cpp`, or `pip install llama-cpp-python`, or another",
+        ):
             exported(llama.path, tmp_path / "out", out_type="q4_k_m", dry_run=dry)
     assert not list(tmp_path.iterdir())
 
@@ -263,25 +354,32 @@ def test_a_llama_cpp_that_fails(
     tmp_path: Path, llama: Checkpoint, script: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its last words in one sentence; neither the float16 file nor its half-made one is left."""
-    program, place = tmp_path / "bin" / "llama-quantize", tmp_path / "place"
+    program = tmp_path / "bin" / "llama-quantize"
+    place = tmp_path / "place"
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     place.mkdir()
     monkeypatch.setenv("PATH", str(program.parent), prepend=":")
-    with pytest.raises(MisError, match=f"llama.cpp could not make llama-Q4_K_M.gguf \\({why}\\): look at"):
+    with pytest.raises(
+        MisError, match=f"llama.cpp could not make llama-Q4_K_M.gguf \\({why}\\): look at"
+    ):
         exported(llama.path, place / "out", out_type="q4_k_m")
     assert not list(place.iterdir())
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's interface as an upload of small files needs, on this machine; `got` is what was sent."""
+    """As much of the hub's interface as an upload of small files needs, on this machine; `got` is
+    what was sent.
+    """
 
     got: ClassVar[dict[str, bytes]] = {}
     paths: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
-        self._answer({"sha": "0" * 40, "id": "me/small", "modelId": "me/small", "siblings": [], "tags": []})
+        self._answer(
+            {"sha": "0" * 40, "id": "me/small", "modelId": "me/small", "siblings": [], "tags": []}
+        )
 
     def do_POST(self) -> None:
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -302,7 +400,9 @@ class Hub(BaseHTTPRequestHandler):
                 one = json.loads(line)
                 if one["key"] == "file":
                     self.got[one["value"]["path"]] = base64.b64decode(one["value"]["content"])
-            return self._answer({"commitUrl": f"{self.path}/1", "commitOid": "1" * 40, "success": True})
+            return self._answer(
+                {"commitUrl": f"{self.path}/1", "commitOid": "1" * 40, "success": True}
+            )
         return self._answer({"url": f"http://{self.headers['Host']}/me/small"})
 
     def _answer(self, content: dict[str, Any]) -> None:
@@ -322,15 +422,32 @@ def hub_here(own_home: dict[str, str]) -> Iterator[dict[str, str]]:
     """The environment of a process that takes this machine for the hub."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield {**own_home, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": "hf_none",
-           "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
+    yield {
+        **own_home,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_TOKEN": "hf_none",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
     server.shutdown()
     server.server_close()
 
 
-def test_upload_sends_the_folder_and_no_other(llama: Checkpoint, tmp_path: Path, hub_here: dict[str, str]) -> None:
+def test_upload_sends_the_folder_and_no_other(
+    llama: Checkpoint, tmp_path: Path, hub_here: dict[str, str]
+) -> None:
     """Every file of the exported folder, to the byte, into a repository that is made for it."""
-    line = [sys.executable, "-m", "mis_mlx.export", "--format", "hf", "--model", llama.path, "--out", tmp_path / "hf"]
+    line = [
+        sys.executable,
+        "-m",
+        "mis_mlx.export",
+        "--format",
+        "hf",
+        "--model",
+        llama.path,
+        "--out",
+        tmp_path / "hf",
+    ]
     line += ["--license", "apache-2.0", "--upload-repo", "me/small"]
     done = subprocess.run([*map(str, line)], env=hub_here, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -361,9 +478,28 @@ def test_an_upload_that_fails_leaves_the_folder_and_says_so(
     llama: Checkpoint, tmp_path: Path, own_home: dict[str, str]
 ) -> None:
     """Nobody answers at that address."""
-    env = {**own_home, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_none"}
-    line = [sys.executable, "-m", "mis_mlx.export", "--format", "hf", "--model", llama.path, "--out", tmp_path / "hf"]
+    env = {
+        **own_home,
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": "hf_none",
+    }
+    line = [
+        sys.executable,
+        "-m",
+        "mis_mlx.export",
+        "--format",
+        "hf",
+        "--model",
+        llama.path,
+        "--out",
+        tmp_path / "hf",
+    ]
     line += ["--license", "mit", "--upload-repo", "me/small"]
     done = subprocess.run([*map(str, line)], env=env, capture_output=True, text=True)
-    assert done.returncode == 1 and "me/small was not uploaded" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and "me/small was not uploaded" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert (tmp_path / "hf" / "model.safetensors").is_file()

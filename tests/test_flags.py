@@ -1,4 +1,6 @@
-"""Every flag of every command, with what it does not take and with the ends of what it does: a sentence or a result."""
+"""Every flag of every command, with what it does not take and with the ends of what it does: a
+sentence or a result.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,10 @@ def limits(kind: Any) -> dict[str, tuple[type, list[Within]]]:
     for name, hint in get_type_hints(kind, include_extras=True).items():
         every = list(parts(hint))
         if number := next((p for p in every if p in (int, float)), None):
-            found[name] = number, [m for p in every for m in getattr(p, "__metadata__", ()) if isinstance(m, Within)]
+            found[name] = (
+                number,
+                [m for p in every for m in getattr(p, "__metadata__", ()) if isinstance(m, Within)],
+            )
     return found
 
 
@@ -87,9 +92,15 @@ def ended(kind: Any, args: list[str]) -> str | Any:
 
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)
 def test_no_number_gets_by_its_range(kind: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """A sentence, a usage error, or a value within the range: all flags as settings, one of each type by hand."""
+    """A sentence, a usage error, or a value within the range: all flags as settings, one of each
+    type by hand.
+    """
     base = cli.parse(kind, needed(kind))
-    by_hand = {number: name for name, (number, _) in limits(kind).items() if name not in flag_help.quiet(kind)}
+    by_hand = {
+        number: name
+        for name, (number, _) in limits(kind).items()
+        if name not in flag_help.quiet(kind)
+    }
     for name, (number, (within,)) in limits(kind).items():
         quiet = name in flag_help.quiet(kind)  # of the YAML file alone
         flag = name if quiet else f"--{name.replace('_', '-')}"
@@ -100,12 +111,19 @@ def test_no_number_gets_by_its_range(kind: Any, capsys: pytest.CaptureFixture[st
                 cli.check_ranges(replace(base, **{name: value}))
                 assert within.holds(value), (name, word)
             except MisError as error:
-                assert str(error).startswith(f"{flag} is ") and "\n" not in str(error) and not within.holds(value)
+                assert (
+                    str(error).startswith(f"{flag} is ")
+                    and "\n" not in str(error)
+                    and not within.holds(value)
+                )
             if by_hand[number] != name:
                 continue
             seen = ended(kind, [*needed(kind), f"{flag}={word}"])
             if isinstance(seen, str):
-                assert seen == "usage" or (seen.startswith(f"{flag} is ") and "\n" not in seen), (word, seen)
+                assert seen == "usage" or (seen.startswith(f"{flag} is ") and "\n" not in seen), (
+                    word,
+                    seen,
+                )
                 assert not (whole and number is float and within.holds(value)), (name, word, seen)
             else:
                 assert within.holds(getattr(seen, name)), (name, word)
@@ -114,7 +132,8 @@ def test_no_number_gets_by_its_range(kind: Any, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)
 def test_no_word_is_empty(kind: Any, tmp_path: Path) -> None:
     """All flags as settings; the last one by hand and by YAML too."""
-    base, words = cli.parse(kind, needed(kind)), {}
+    base = cli.parse(kind, needed(kind))
+    words = {}
     for field in fields(kind):
         hints = list(parts(get_type_hints(kind, include_extras=True)[field.name]))
         if str in hints:
@@ -133,9 +152,26 @@ def test_no_word_is_empty(kind: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "size",
-    ["-3GiB", "nan", "inf", "5e999GiB", "1e308GiB", "0", "0.0", "0.1", "", "9" * 400, "-0", "GiB", "five",
-     "5 GiB please", "5TB", "1.2.3GiB", "."],
-)  # fmt: skip
+    [
+        "-3GiB",
+        "nan",
+        "inf",
+        "5e999GiB",
+        "1e308GiB",
+        "0",
+        "0.0",
+        "0.1",
+        "",
+        "9" * 400,
+        "-0",
+        "GiB",
+        "five",
+        "5 GiB please",
+        "5TB",
+        "1.2.3GiB",
+        ".",
+    ],
+)
 @pytest.mark.parametrize("flag", ["--budget", "--memory"])
 def test_sizes_that_are_none(size: str, flag: str) -> None:
     """Negative, no number, nothing, more than any machine has: one sentence that names the flag."""
@@ -144,12 +180,17 @@ def test_sizes_that_are_none(size: str, flag: str) -> None:
 
 
 def places(kind: str, folder: Path) -> dict[str, Any]:
-    """{what: place} where nothing can be made, or is kept; what is there already is for commands that want new."""
+    """{what: place} where nothing can be made, or is kept; what is there already is for commands
+    that want new.
+    """
     (folder / "file").write_text("precious")
     (folder / "there").mkdir()
     (folder / "there" / "mine").write_text("precious")
-    found = {"a file in the way": folder / "file" / "x" / "y", "no folder takes it": Path("/proc/mis/x"),
-             "a name too long": folder / ("x" * 300)}  # fmt: skip
+    found = {
+        "a file in the way": folder / "file" / "x" / "y",
+        "no folder takes it": Path("/proc/mis/x"),
+        "a name too long": folder / ("x" * 300),
+    }
     if kind == "new":
         found |= {"there": folder / "there", "a file": folder / "file"}
     elif kind == "file":
@@ -160,7 +201,8 @@ def places(kind: str, folder: Path) -> dict[str, Any]:
 
 
 DRY = {"dry_run": True}
-OUTS: dict[str, tuple[str, str, dict[str, Any]]] = {  # command: (its flag, what it names, flags without which it works)
+# command: (its flag, what it names, flags without which it works)
+OUTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     **dict.fromkeys(("distill", "search", "sft", "dpo", "grpo"), ("out", "folder", DRY)),
     "evaluate": ("out", "folder", {**DRY, "tasks": ("sums",)}),
     "export": ("out", "new", DRY),
@@ -183,9 +225,13 @@ def test_a_place_that_takes_nothing_is_refused_first(
     def worked(*_args: Any, **_kwargs: Any) -> None:
         raise AssertionError("it began to work")
 
-    for place in ("mis_mlx.models.resolve.resolve_model", "mis_mlx.models.load.open_checkpoint",
-                  "mis_mlx.reporting.run_reader.read", "mis_mlx.checks.kernels.CHECKS",
-                  "mis_mlx.thermal.Live"):  # fmt: skip
+    for place in (
+        "mis_mlx.models.resolve.resolve_model",
+        "mis_mlx.models.load.open_checkpoint",
+        "mis_mlx.reporting.run_reader.read",
+        "mis_mlx.checks.kernels.CHECKS",
+        "mis_mlx.thermal.Live",
+    ):
         monkeypatch.setattr(place, worked)
     if name == "report":
         flags = {"run": (str(tmp_path),)}
@@ -195,11 +241,15 @@ def test_a_place_that_takes_nothing_is_refused_first(
         with pytest.raises(MisError) as error:
             module.run(made(**{**flags, flag: given}))
         assert "\n" not in str(error.value) and place.name in str(error.value), what
-        assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "file").read_text() == "precious"
+        assert (
+            sorted(tmp_path.rglob("*")) == before and (tmp_path / "file").read_text() == "precious"
+        )
         policy.use(None)
 
 
-def test_a_parent_that_is_missing_is_made(tmp_path: Path, llama: Checkpoint, batches: list[mx.array]) -> None:
+def test_a_parent_that_is_missing_is_made(
+    tmp_path: Path, llama: Checkpoint, batches: list[mx.array]
+) -> None:
     """`quantize` spools beside its result, in a folder that is not there yet."""
     out = tmp_path / "new" / "deep" / "four"
     stage.quantize(llama.path, out, QuantizationConfig(target_bpw=None), DISK, batches, 0)
@@ -208,21 +258,35 @@ def test_a_parent_that_is_missing_is_made(tmp_path: Path, llama: Checkpoint, bat
 
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_the_exact_ends_of_target_bpw(group: int) -> None:
-    """3 and 8 bits with a scale and a bias of 16 bits a group: these are taken, what lies beyond is told them."""
-    least, most = 3 + 32 / group, 8 + 32 / group
+    """3 and 8 bits with a scale and a bias of 16 bits a group: these are taken, what lies beyond is
+    told them.
+    """
+    least = 3 + 32 / group
+    most = 8 + 32 / group
     bit_allocation.check(least, group)
     bit_allocation.check(most, group)
-    with pytest.raises(MisError, match=f"is below {least:g}, which 3 bits in groups of {group} take: give {least:g}"):
+    with pytest.raises(
+        MisError,
+        match=f"is below {least:g}, which 3 bits in groups of {group} take: give {least:g}",
+    ):
         bit_allocation.check(least - 0.001, group)
-    with pytest.raises(MisError, match=f"is above {most:g}, which 8 bits in groups of {group} take: give {most:g}"):
+    with pytest.raises(
+        MisError, match=f"is above {most:g}, which 8 bits in groups of {group} take: give {most:g}"
+    ):
         bit_allocation.check(most + 0.001, group)
 
 
 @pytest.mark.parametrize("bits", [3.2, 8.9])
-def test_bits_out_of_reach_are_refused_before_work(bits: float, llama: Checkpoint, tmp_path: Path) -> None:
+def test_bits_out_of_reach_are_refused_before_work(
+    bits: float, llama: Checkpoint, tmp_path: Path
+) -> None:
     """Within the flag's range, not within what groups of 64 allow."""
     with pytest.raises(MisError, match="--target-bpw .* in groups of 64 take"):
-        quantize.run(quantize.Settings(model=str(llama.path), target_bpw=bits, mlx_path=str(tmp_path / "out")))
+        quantize.run(
+            quantize.Settings(
+                model=str(llama.path), target_bpw=bits, mlx_path=str(tmp_path / "out")
+            )
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -237,7 +301,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     ):
         folder = tmp_path_factory.mktemp(name)
         for split in ("train", "valid"):
-            lines = [json.dumps({**row, "prompt": f"{n} {split}: {row['prompt']}"}) for n in range(5)]
+            lines = [
+                json.dumps({**row, "prompt": f"{n} {split}: {row['prompt']}"}) for n in range(5)
+            ]
             (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
         found[name] = str(folder)
     return found
@@ -259,9 +325,13 @@ def ends(kind: Any, names: set[str]) -> Iterator[dict[str, Any]]:
 
 
 def asked_before(name: str) -> set[str]:
-    """Flags that a command above this one in DRY_RUNS has from the same class, with the same range."""
+    """Flags that a command above this one in DRY_RUNS has from the same class, with the same
+    range.
+    """
     kind = importlib.import_module(f"mis_mlx.{name}").Settings
-    above = [importlib.import_module(f"mis_mlx.{n}").Settings for n in DRY_RUNS[: DRY_RUNS.index(name)]]
+    above = [
+        importlib.import_module(f"mis_mlx.{n}").Settings for n in DRY_RUNS[: DRY_RUNS.index(name)]
+    ]
 
     def owner(of: Any, flag: str) -> Any:
         return next(c for c in of.__mro__ if flag in inspect.get_annotations(c))
@@ -271,27 +341,39 @@ def asked_before(name: str) -> set[str]:
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "plan" else n for n in DRY_RUNS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "plan" else n for n in DRY_RUNS]
+)
 def test_the_ends_of_every_range_can_be_planned(
-    name: str, every: bool, llama: Checkpoint, text_folder: Path, rows: dict[str, str], tmp_path: Path,
+    name: str,
+    every: bool,
+    llama: Checkpoint,
+    text_folder: Path,
+    rows: dict[str, str],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """A dry run gives a result that JSON holds, or one sentence. every: flags again that another command had, as all of
-    `plan` are `distill`'s."""
-    monkeypatch.setattr(rates, "matmul_flops", lambda *_: 1e11)  # which takes a third of a second, for every number
+) -> None:
+    """A dry run gives a result that JSON holds, or one sentence. every: flags again that another
+    command had, as all of `plan` are `distill`'s.
+    """
+    # which takes a third of a second, for every number
+    monkeypatch.setattr(rates, "matmul_flops", lambda *_: 1e11)
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     module: Any = importlib.import_module(f"mis_mlx.{name}")
     at = "teacher" if name in ("distill", "search", "evaluate", "plan") else "model"
     more: dict[str, Any] = (
-        {"data": rows.get(name, str(text_folder))} if name not in ("export", "plan", "generate") else {}
+        {"data": rows.get(name, str(text_folder))}
+        if name not in ("export", "plan", "generate")
+        else {}
     )
     more |= {} if name == "plan" else {"dry_run": True}
     more |= {"evaluate": {"tasks": ("builtin",)}}.get(name, {})
     if name == "grpo":
         more |= {"max_completion_length": 32, "max_seq_length": 128}
     base = module.Settings(**{at: str(llama.path), **more})
-    assert module.run(base)["peak_bytes"] > 0  # so that what follows is not refused for something else
+    # so that what follows is not refused for something else
+    assert module.run(base)["peak_bytes"] > 0
     policy.use(None)
     failed = []
     names = set(limits(module.Settings)) - (set() if every else asked_before(name))

@@ -25,17 +25,25 @@ def test_argv_folder_environment_and_exit_code(own_home: dict[str, str], tmp_pat
     for word in ("a", "b"):
         (tmp_path / word).mkdir()
         process = forks.start(
-            ["-c", TOLD, 1, "x y"], {**own_home, "WORD": word}, tmp_path / word, stdout=subprocess.PIPE
+            ["-c", TOLD, 1, "x y"],
+            {**own_home, "WORD": word},
+            tmp_path / word,
+            stdout=subprocess.PIPE,
         )
         said, nothing = process.communicate(timeout=60)
-        assert said == f"['1', 'x y'] ['1', 'x y'] {tmp_path / word} {word} {process.pid}\n" and nothing is None
+        assert (
+            said == f"['1', 'x y'] ['1', 'x y'] {tmp_path / word} {word} {process.pid}\n"
+            and nothing is None
+        )
         assert process.returncode == process.wait() == 5 and process.pid != os.getpid()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_signal_is_its_end(own_home: dict[str, str], number: int) -> None:
     """The code is minus its number; SIGINT raises KeyboardInterrupt."""
-    process = forks.start(["-c", "print(1, flush=True); input()"], own_home, None, subprocess.PIPE, subprocess.PIPE)
+    process = forks.start(
+        ["-c", "print(1, flush=True); input()"], own_home, None, subprocess.PIPE, subprocess.PIPE
+    )
     assert process.stdout and process.stdout.readline() == "1\n" and process.poll() is None
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0)
@@ -46,8 +54,12 @@ def test_a_signal_is_its_end(own_home: dict[str, str], number: int) -> None:
 
 def test_it_computes_what_a_process_computes(own_home: dict[str, str]) -> None:
     """With MLX in its threads, on a stream of its own, several at a time."""
-    code = "import mlx.core as mx\nx = mx.random.normal((64, 64), key=mx.random.key(1))\nprint(mx.sum(x @ x.T).item())"
-    line, env = [sys.executable, "-c", code], {**own_home, "PYTHONPATH": str(forks.ROOT)}
+    code = (
+        "import mlx.core as mx\nx = mx.random.normal((64, 64), "
+        "key=mx.random.key(1))\nprint(mx.sum(x @ x.T).item())"
+    )
+    line = [sys.executable, "-c", code]
+    env = {**own_home, "PYTHONPATH": str(forks.ROOT)}
     started = subprocess.run(line, env=env, capture_output=True, text=True, check=True)
     several = [forks.start(["-c", code], own_home, stdout=subprocess.PIPE) for _ in range(3)]
     assert {process.communicate(timeout=60)[0] for process in several} == {started.stdout}

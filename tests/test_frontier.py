@@ -1,4 +1,6 @@
-"""`search --frontier`: the curve, the teacher as mlx_lm rounds it, other models, and students that were really made."""
+"""`search --frontier`: the curve, the teacher as mlx_lm rounds it, other models, and students that
+were really made.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +36,21 @@ def losses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("losses")
-def test_end_to_end(llama: Checkpoint, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """More bytes, less loss along the curve; another model, the teacher in 6, 4 and 3 bits and a student that was
-    trained stand beside it, in the table, the JSON, the picture and the page."""
+def test_end_to_end(
+    llama: Checkpoint, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More bytes, less loss along the curve; another model, the teacher in 6, 4 and 3 bits and a
+    student that was trained stand beside it, in the table, the JSON, the picture and the page.
+    """
     sibling = tiny.make(tmp_path / "sibling", seed=5, num_hidden_layers=1)
     out = tmp_path / "run"
 
     asked = search.Settings(
-        teacher=str(llama.path), data=str(text_folder), out=str(out), against=(str(sibling),), **SMALL
+        teacher=str(llama.path),
+        data=str(text_folder),
+        out=str(out),
+        against=(str(sibling),),
+        **SMALL,
     )
     result = search.run(asked)
 
@@ -69,12 +78,24 @@ def test_end_to_end(llama: Checkpoint, text_folder: Path, tmp_path: Path, capsys
 
 
 def test_the_teacher_in_fewer_bits_is_what_mlx_lm_writes(llama: Checkpoint, tmp_path: Path) -> None:
-    """The same weights as `mlx_lm.convert -q`: it rounds them to float16 first, which moves scales by 1e-3."""
+    """The same weights as `mlx_lm.convert -q`: it rounds them to float16 first, which moves scales
+    by 1e-3.
+    """
     convert = load.mlx_lm("convert").convert
-    convert(str(llama.path), str(tmp_path / "theirs"), quantize=True, q_group_size=64, q_bits=4, dtype="float16")
+    convert(
+        str(llama.path),
+        str(tmp_path / "theirs"),
+        quantize=True,
+        q_group_size=64,
+        q_bits=4,
+        dtype="float16",
+    )
     paths = packed_format.layout(llama.config, frontier.GROUP)
     packed_format.write_quantized(
-        llama, tmp_path / "ours", {path: packed_format.Format(4, frontier.GROUP) for path in paths}, DISK
+        llama,
+        tmp_path / "ours",
+        {path: packed_format.Format(4, frontier.GROUP) for path in paths},
+        DISK,
     )
     theirs = load.open_checkpoint(tmp_path / "theirs")
     ours = load.open_checkpoint(tmp_path / "ours")
@@ -102,7 +123,9 @@ def test_another_models_loss_by_hand(
     c = candidates.Candidates(run, data, ranking, judging, None)
     assert c.answers is None
     values = comparison.compare({"teacher": llama, "other": other}, ranking)
-    nats = {name: comparison.per_byte(values[name, "nll"], ranking) for name in ("teacher", "other")}
+    nats = {
+        name: comparison.per_byte(values[name, "nll"], ranking) for name in ("teacher", "other")
+    }
     (point,) = frontier.others(c, [str(other.path)])
     by_hand = (nats["other"] - nats["teacher"]) / math.log(2)
     assert point.loss == pytest.approx(by_hand, abs=0.02)

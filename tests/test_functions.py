@@ -1,4 +1,6 @@
-"""`mis_mlx.distill(...)` and the other functions of Python: what the commands do, with keywords for flags."""
+"""`mis_mlx.distill(...)` and the other functions of Python: what the commands do, with keywords for
+flags.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ print(json.dumps({"clean": clean, "folder": result.folder, "mode": result["mode"
 
 @pytest.fixture(autouse=True)
 def as_a_user_meets_it() -> None:
-    """Other tests of this process import the commands' modules by themselves, which only our own code does."""
+    """Other tests of this process import the commands' modules by themselves, which only our own
+    code does.
+    """
     for name in mis_mlx.FUNCTIONS:
         vars(mis_mlx).pop(name, None)
 
@@ -41,13 +45,22 @@ def test_prune_quantize_open(
     llama: Checkpoint, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two stages as functions, paths as Path; nothing goes to stdout; what comes out opens."""
-    made = mis_mlx.prune(model=llama.path, mlx_path=tmp_path / "small", scenario="none", ffn=256, num_samples=4,
-                         max_seq_length=32, data=text_folder)  # fmt: skip
+    made = mis_mlx.prune(
+        model=llama.path,
+        mlx_path=tmp_path / "small",
+        scenario="none",
+        ffn=256,
+        num_samples=4,
+        max_seq_length=32,
+        data=text_folder,
+    )
     assert made.folder == tmp_path / "small" and made["params"] < made["params_before"]
     plain = dict(target_bpw=None, q_iters=0, num_samples=2, max_seq_length=32)
     packed = mis_mlx.quantize(model=made.folder, mlx_path=tmp_path / "packed", **plain)
     there = mis_mlx.open(packed.folder)
-    assert there.config["intermediate_size"] == 256 and there.nbytes < mis_mlx.open(made.folder).nbytes
+    assert (
+        there.config["intermediate_size"] == 256 and there.nbytes < mis_mlx.open(made.folder).nbytes
+    )
     assert there.tensors["model.norm.weight"].shape == (llama.config["hidden_size"],)
     assert capsys.readouterr().out == ""
 
@@ -58,7 +71,9 @@ def test_a_run_folder_opens_as_its_model(finished: tuple[Path, Done]) -> None:
 
 
 def test_what_a_caller_can_mend_is_raised(llama: Checkpoint, tmp_path: Path) -> None:
-    """A number out of range and a folder that is not there are MisErrors, an unknown keyword a TypeError."""
+    """A number out of range and a folder that is not there are MisErrors, an unknown keyword a
+    TypeError.
+    """
     with pytest.raises(mis_mlx.MisError, match="--num-samples is -1: give 1 or more"):
         mis_mlx.prune(model=llama.path, num_samples=-1)
     with pytest.raises(mis_mlx.MisError, match="has no readable config.json"):
@@ -74,14 +89,22 @@ def test_keywords_are_the_flags() -> None:
     for name in mis_mlx.FUNCTIONS:
         function = getattr(mis_mlx, name)
         keywords = inspect.signature(function).parameters
-        assert keywords.keys() == {f.name for f in fields(function.Settings)} and "budget" in keywords
+        assert (
+            keywords.keys() == {f.name for f in fields(function.Settings)} and "budget" in keywords
+        )
 
 
 def test_importing_does_nothing_and_the_first_call_brings_fast_products(
     llama: Checkpoint, own_home: dict[str, str]
 ) -> None:
-    """In a process of its own, without `scripts/mis`: no library before it is used; then, on Linux, OpenBLAS."""
-    env = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "MIS_MLX_BLAS", "OPENBLAS_NUM_THREADS")}
+    """In a process of its own, without `scripts/mis`: no library before it is used; then, on Linux,
+    OpenBLAS.
+    """
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("LD_PRELOAD", "MIS_MLX_BLAS", "OPENBLAS_NUM_THREADS")
+    }
     env["MIS_MLX_CACHE"] = own_home["MIS_MLX_CACHE"]  # which has this machine's rates
     line = [sys.executable, "-c", PROGRAM, str(llama.path)]
     done: Done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True)
@@ -92,8 +115,9 @@ def test_importing_does_nothing_and_the_first_call_brings_fast_products(
     assert "| all |" in done.stderr
 
 
-def test_the_examples_of_the_page_run(llama: Checkpoint, text_folder: Path, tmp_path: Path,
-                                      monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_the_examples_of_the_page_run(
+    llama: Checkpoint, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """docs/python-api.md, block by block: with a tiny model, text of a few lines, and few steps."""
     page = (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
@@ -102,10 +126,20 @@ def test_the_examples_of_the_page_run(llama: Checkpoint, text_folder: Path, tmp_
     small = dict(data=str(text_folder), max_seq_length=32, num_samples=4)
     for block in blocks:
         code = block.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', f'"{llama.path}", **small')
-        code = code.replace("iters=30", "iters=2, reconstruct_samples=4, eval_windows=2, bench_tokens=2, vocab='1x'")
+        code = code.replace(
+            "iters=30", "iters=2, reconstruct_samples=4, eval_windows=2, bench_tokens=2, vocab='1x'"
+        )
         code = code.replace("model=packed.folder", "model=packed.folder, out_type='f16'")
         code = code.replace("model=small.folder", "model=small.folder, q_iters=0, **few")
-        code = code.replace(f'teacher="{llama.path}", **small, students', f'teacher="{llama.path}", **texts, students')
+        code = code.replace(
+            f'teacher="{llama.path}", **small, students',
+            f'teacher="{llama.path}", **texts, students',
+        )
         texts = {"data": small["data"], "max_seq_length": 32, "eval_windows": 2}
-        exec(compile(code, "docs/python-api.md", "exec"), {"small": small, "few": small, "texts": texts})
-    assert (tmp_path / "runs" / "small" / "model").is_dir() and (tmp_path / "exported" / "Modelfile").is_file()
+        exec(
+            compile(code, "docs/python-api.md", "exec"),
+            {"small": small, "few": small, "texts": texts},
+        )
+    assert (tmp_path / "runs" / "small" / "model").is_dir() and (
+        tmp_path / "exported" / "Modelfile"
+    ).is_file()

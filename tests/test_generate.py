@@ -11,15 +11,21 @@ from tests import tiny
 from tests.conftest import Done, last_line, sentence
 
 
-def test_the_same_text_under_any_budget_and_draft(tmp_path: Path, command: Callable[..., Done]) -> None:
-    """A model that fits is read once; with little memory more bytes are read; with a draft fewer passes are made; the
-    text, first on stdout, stays."""
+def test_the_same_text_under_any_budget_and_draft(
+    tmp_path: Path, command: Callable[..., Done]
+) -> None:
+    """A model that fits is read once; with little memory more bytes are read; with a draft fewer
+    passes are made; the text, first on stdout, stays.
+    """
     deep = tiny.make(tmp_path / "deep", num_hidden_layers=24)
     common = ("--model", deep, "--prompt", "if x", "--max-tokens", 12)
     done = command("generate", *common)
     plain = last_line(done)
     assert "the model is whole in memory" in done.stderr
-    assert plain["read_bytes"] == load.open_checkpoint(deep).nbytes and plain["peak_bytes"] < plain["budget_bytes"]
+    assert (
+        plain["read_bytes"] == load.open_checkpoint(deep).nbytes
+        and plain["peak_bytes"] < plain["budget_bytes"]
+    )
     # A GPU also holds what commands in flight need.
     little = "11MiB" if policy.name() == "metal" else "8MiB"
     poor = last_line(command("generate", *common, "--budget", little))
@@ -31,7 +37,9 @@ def test_the_same_text_under_any_budget_and_draft(tmp_path: Path, command: Calla
     assert drafted["tokens_per_pass"] == round(12 / drafted["passes"], 3)
 
 
-def test_refusals_are_sentences(tmp_path: Path, llama: Checkpoint, command: Callable[..., Done]) -> None:
+def test_refusals_are_sentences(
+    tmp_path: Path, llama: Checkpoint, command: Callable[..., Done]
+) -> None:
     """A budget too small, nothing to generate, a draft of other tokens; --dry-run only counts."""
 
     def refused(*flags: object) -> str:

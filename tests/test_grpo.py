@@ -1,4 +1,6 @@
-"""The command `grpo`: it learns what is rewarded, skips what teaches nothing, resumes bit for bit, says no in time."""
+"""The command `grpo`: it learns what is rewarded, skips what teaches nothing, resumes bit for bit,
+says no in time.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,22 @@ from mis_mlx.types import Checkpoint, MisError
 from tests import forks, tiny
 from tests.conftest import Done, last_line, losses, settings_of
 
-# A reward that a model of random weights gets now and then: the share of letters that are small vowels.
+# A reward that a model of random weights gets now and then: the share of letters that are small
+# vowels.
 VOWELS = """
 def vowels(prompts, completions, answer):
     return [sum(c in "aeiouy" for c in text) / max(1, len(text)) for text in completions]
 """
 QUESTIONS = [
-    "what is", "how many", "where is the with statement", "name one", "who was", "when will it be", "why", "how",
-]  # fmt: skip
+    "what is",
+    "how many",
+    "where is the with statement",
+    "name one",
+    "who was",
+    "when will it be",
+    "why",
+    "how",
+]
 
 
 @pytest.fixture(scope="module", name="folder")
@@ -52,20 +62,48 @@ def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _small(folder: Path, llama: Checkpoint) -> tuple[object, ...]:
     """Flags of a run of seconds."""
     return (
-        "--model", llama.path, "--data", folder, "--iters", 8, "--save-every", 4, "--grad-accumulation-steps", 2,
-        "--group-size", 8, "--batch-size", 4, "--max-completion-length", 10, "--max-seq-length", 48,
-        "--dtype", "float32", "--learning-rate", "4e-2", "--reward-functions-file", folder / "vowels.py",
-    )  # fmt: skip
+        "--model",
+        llama.path,
+        "--data",
+        folder,
+        "--iters",
+        8,
+        "--save-every",
+        4,
+        "--grad-accumulation-steps",
+        2,
+        "--group-size",
+        8,
+        "--batch-size",
+        4,
+        "--max-completion-length",
+        10,
+        "--max-seq-length",
+        48,
+        "--dtype",
+        "float32",
+        "--learning-rate",
+        "4e-2",
+        "--reward-functions-file",
+        folder / "vowels.py",
+    )
 
 
 def test_end_to_end(undisturbed: tuple[Path, Done]) -> None:
-    """The reward rises; samples and metrics are in the run folder; the result is a folder that mlx-lm opens."""
+    """The reward rises; samples and metrics are in the run folder; the result is a folder that
+    mlx-lm opens.
+    """
     out, done = undisturbed
     result = last_line(done)
     assert result["held_out_best"]["reward"] > result["held_out_start"]["reward"] + 0.2
     metrics = run_folder.metrics(out)
-    assert np.mean([m["reward"] for m in metrics[-3:]]) > np.mean([m["reward"] for m in metrics[:3]]) + 0.1
-    assert all(m["groups"] == 2 and 0 <= m["kept"] <= 2 and 0 < m["answer_tokens"] <= 10 for m in metrics)
+    assert (
+        np.mean([m["reward"] for m in metrics[-3:]])
+        > np.mean([m["reward"] for m in metrics[:3]]) + 0.1
+    )
+    assert all(
+        m["groups"] == 2 and 0 <= m["kept"] <= 2 and 0 < m["answer_tokens"] <= 10 for m in metrics
+    )
     samples = run_folder.records(out / training.SAMPLES)
     assert len(samples) == 16 and {s["number"] for s in samples} == set(range(1, 9))
     for m in metrics:
@@ -75,15 +113,28 @@ def test_end_to_end(undisturbed: tuple[Path, Done]) -> None:
     assert first["vowels"] == first["reward"] and samples[0]["prompt"] in QUESTIONS
     assert "reward" in done.stderr and "kept" in done.stderr  # the table
     names = {p.name for p in out.iterdir()}
-    assert {"config.yaml", "metrics.jsonl", training.SAMPLES, "steps", "best", "model", alignment_run.HELD_OUT} <= names
+    assert {
+        "config.yaml",
+        "metrics.jsonl",
+        training.SAMPLES,
+        "steps",
+        "best",
+        "model",
+        alignment_run.HELD_OUT,
+    } <= names
     model, tokenizer = mlx_generate.open_model(out / "model")
     assert isinstance(mlx_generate.continuation(model, tokenizer, "how many", 4), str)
 
 
 def test_a_killed_run_ends_with_the_same_bits(
-    undisturbed: tuple[Path, Done], small: tuple[object, ...], tmp_path: Path, own_home: dict[str, str]
+    undisturbed: tuple[Path, Done],
+    small: tuple[object, ...],
+    tmp_path: Path,
+    own_home: dict[str, str],
 ) -> None:
-    """SIGKILL after a checkpoint, --resume: the same samples are drawn again, weights and losses are equal."""
+    """SIGKILL after a checkpoint, --resume: the same samples are drawn again, weights and losses
+    are equal.
+    """
     argv = ["-m", "mis_mlx.grpo", *small, "--out", tmp_path / "run"]
     child = forks.start(argv, own_home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while child.poll() is None and not (tmp_path / "run/steps/step-00000004").exists():
@@ -94,17 +145,32 @@ def test_a_killed_run_ends_with_the_same_bits(
     again = forks.run([*argv, "--resume"], own_home)
     assert again.returncode == 0 and "continuing from step" in again.stderr, again.stderr
     out = undisturbed[0]
-    assert (tmp_path / "run/model/model.safetensors").read_bytes() == (out / "model/model.safetensors").read_bytes()
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == (
+        out / "model/model.safetensors"
+    ).read_bytes()
     assert losses(tmp_path / "run") == losses(out)
-    by_text = [{json.dumps(s) for s in run_folder.records(f / training.SAMPLES)} for f in (out, tmp_path / "run")]
+    by_text = [
+        {json.dumps(s) for s in run_folder.records(f / training.SAMPLES)}
+        for f in (out, tmp_path / "run")
+    ]
     assert by_text[0] == by_text[1]
 
 
-def test_equal_rewards_leave_the_model_as_it_was(small: tuple[object, ...], tmp_path: Path, llama: Checkpoint) -> None:
-    """Nobody is ever right: every group is skipped and counted, no weight moves, not by weight decay either."""
+def test_equal_rewards_leave_the_model_as_it_was(
+    small: tuple[object, ...], tmp_path: Path, llama: Checkpoint
+) -> None:
+    """Nobody is ever right: every group is skipped and counted, no weight moves, not by weight
+    decay either.
+    """
     out = tmp_path / "run"
-    result = grpo.run(settings_of(grpo, small, out, reward_functions="correct", reward_functions_file=None, iters=2))
-    assert [(m["kept"], m["groups"], m["loss"]) for m in run_folder.metrics(out)] == [(0, 2, 0.0)] * 2
+    result = grpo.run(
+        settings_of(
+            grpo, small, out, reward_functions="correct", reward_functions_file=None, iters=2
+        )
+    )
+    assert [(m["kept"], m["groups"], m["loss"]) for m in run_folder.metrics(out)] == [
+        (0, 2, 0.0)
+    ] * 2
     assert all("no update" in m["note"] for m in run_folder.metrics(out))
     last = mx.load(str(out / "steps/step-00000002/model.safetensors"))
     model = load.resident(llama, mx.float32)
@@ -114,27 +180,44 @@ def test_equal_rewards_leave_the_model_as_it_was(small: tuple[object, ...], tmp_
 
 
 def test_lora_and_several_updates(small: tuple[object, ...], tmp_path: Path) -> None:
-    """Adapters alone learn; with three updates on the same answers ratios leave 1 and some tokens are clipped."""
+    """Adapters alone learn; with three updates on the same answers ratios leave 1 and some tokens
+    are clipped.
+    """
     result = grpo.run(
-        settings_of(grpo, 
-            small, tmp_path / "run", fine_tune_type="lora", rank=4, num_iterations=3, learning_rate=3e-2, iters=3,
-            epsilon=0.02, epsilon_high=0.03,
+        settings_of(
+            grpo,
+            small,
+            tmp_path / "run",
+            fine_tune_type="lora",
+            rank=4,
+            num_iterations=3,
+            learning_rate=3e-2,
+            iters=3,
+            epsilon=0.02,
+            epsilon_high=0.03,
         )
-    )  # fmt: skip
+    )
     metrics = run_folder.metrics(tmp_path / "run")
     assert max(m["clipped"] for m in metrics) > 0.01
     assert result["params_trained"] < 100_000 and (tmp_path / "run" / "model").is_dir()
 
 
-def sampler(checkpoint: Checkpoint, folder: Path, dtype: mx.Dtype = mx.float32, **changes: Any) -> training.Sampler:
+def sampler(
+    checkpoint: Checkpoint, folder: Path, dtype: mx.Dtype = mx.float32, **changes: Any
+) -> training.Sampler:
     """One that rewards vowels."""
     model = load.resident(checkpoint, dtype)
     mx.eval(model.parameters())
     functions = training.rewards.functions(None, str(folder / "vowels.py"))
     settings = training.Settings(
-        beta=0.1, max_completion_length=8, temperature=0.8, group_size=4, grad_accumulation_steps=3, batch_size=4,
+        beta=0.1,
+        max_completion_length=8,
+        temperature=0.8,
+        group_size=4,
+        grad_accumulation_steps=3,
+        batch_size=4,
         seed=1,
-    )  # fmt: skip
+    )
     tokenizer = load.tokenizer(checkpoint.path)
     prompts = [mlx_generate.encode(tokenizer, q) for q in QUESTIONS]
     rows = [{"prompt": q, "answer": "1"} for q in QUESTIONS]
@@ -144,7 +227,9 @@ def sampler(checkpoint: Checkpoint, folder: Path, dtype: mx.Dtype = mx.float32, 
 
 
 def test_the_reference_is_the_model_as_it_was(llama: Checkpoint, folder: Path) -> None:
-    """Streamed beside an untouched model it gives the model's own log-probabilities: KL 0, and no gradient of it."""
+    """Streamed beside an untouched model it gives the model's own log-probabilities: KL 0, and no
+    gradient of it.
+    """
     made = sampler(llama, folder, reference=stream.Stream(llama, mx.float32), num_iterations=2)
     sampled, facts = made(0)
     assert sampled and facts["kept"] == len(sampled)
@@ -153,7 +238,11 @@ def test_the_reference_is_the_model_as_it_was(llama: Checkpoint, folder: Path) -
     plain = [(b, advantage, old, None) for b, advantage, old, _ in sampled]
     still = tiny.schedule(1, 0.0, 0)
     found = [
-        next(train_loop.train(made.model, lambda _, p=parts: p, made.settings.loss, GuardedAdamW(), still))
+        next(
+            train_loop.train(
+                made.model, lambda _, p=parts: p, made.settings.loss, GuardedAdamW(), still
+            )
+        )
         for parts in (sampled, plain)
     ]
     assert found[0].loss == pytest.approx(found[1].loss, abs=1e-6)
@@ -170,8 +259,10 @@ def test_learning_begins_at_exactly_zero(
     monkeypatch: pytest.MonkeyPatch,
     brief_look: None,
 ) -> None:
-    """In the first update every ratio is 1 and every KL 0, though `old` and the reference were computed another way and
-    are as far from the model as rounding is: the loss is minus the sum of the advantages, and nothing is clipped."""
+    """In the first update every ratio is 1 and every KL 0, though `old` and the reference were
+    computed another way and are as far from the model as rounding is: the loss is minus the sum of
+    the advantages, and nothing is clipped.
+    """
     monkeypatch.setenv(policy.POLICY, word)
     dtype = policy.compute_dtype(llama)
     reference = stream.Stream(llama, dtype)
@@ -198,11 +289,15 @@ def test_learning_begins_at_exactly_zero(
 
 
 def test_a_rollout_is_what_was_said(llama: Checkpoint, folder: Path) -> None:
-    """Micro-batches hold the sampled tokens, log-probabilities at the sampling temperature, advantages of sum 0."""
+    """Micro-batches hold the sampled tokens, log-probabilities at the sampling temperature,
+    advantages of sum 0.
+    """
     lines = list[str]()
     made = sampler(llama, folder, log=lines.append, batch_size=3, num_iterations=2)
-    (sampled, facts), (again, _) = made(4), made(4)
-    texts, ends = [[a["text"] for a in json.loads(line)["answers"]] for line in lines], made.tokenizer.eos_token_ids
+    (sampled, facts) = made(4)
+    (again, _) = made(4)
+    texts = [[a["text"] for a in json.loads(line)["answers"]] for line in lines]
+    ends = made.tokenizer.eos_token_ids
     assert texts[:3] == texts[3:] and len(sampled) == 2 * facts["kept"]
     for (b, advantage, old, _), (_, second, _, _) in zip(sampled, again, strict=True):
         assert mx.array_equal(advantage, second)
@@ -212,31 +307,53 @@ def test_a_rollout_is_what_was_said(llama: Checkpoint, folder: Path) -> None:
             assert any(text in group for group in texts)
             prompt = b.tokens[0, : int((b.branch == 0).sum())].tolist()
             z = made.model(mx.array([[*prompt, *answer]]))[0, len(prompt) - 1 : -1] / 0.8
-            expected = mx.take_along_axis(z, mx.array(answer)[:, None], axis=-1)[:, 0] - mx.logsumexp(z, axis=-1)
+            expected = mx.take_along_axis(z, mx.array(answer)[:, None], axis=-1)[
+                :, 0
+            ] - mx.logsumexp(z, axis=-1)
             assert mx.allclose(old[row, : len(answer)], expected, rtol=1e-4, atol=1e-4)
     pairs = [sampled[i : i + 2] for i in range(0, len(sampled), 2)]
     assert all(abs(sum(float(p[1].sum()) for p in pair)) < 1e-4 for pair in pairs)
 
 
 def test_nothing_scored_is_a_sentence(llama: Checkpoint, folder: Path, tmp_path: Path) -> None:
-    """A function that fails on everything stops the run with its reason; on some groups, these are skipped."""
+    """A function that fails on everything stops the run with its reason; on some groups, these are
+    skipped.
+    """
     path = tmp_path / "broken.py"
     path.write_text("def f(prompts, completions, answer):\n    raise RuntimeError('no ruler')\n")
     made = sampler(llama, folder, functions=training.rewards.functions(None, str(path)))
-    with pytest.raises(MisError, match=r"none of 12 answers could be scored \(f: RuntimeError: no ruler\)"):
+    with pytest.raises(
+        MisError, match=r"none of 12 answers could be scored \(f: RuntimeError: no ruler\)"
+    ):
         made(0)
-    path.write_text(VOWELS.replace("return", "if any(p == 'why' or 'with' in p for p in prompts): 1 / 0\n    return"))
-    made = sampler(llama, folder, functions=training.rewards.functions(None, str(path)), grad_accumulation_steps=8)
+    path.write_text(
+        VOWELS.replace(
+            "return", "if any(p == 'why' or 'with' in p for p in prompts): 1 / 0\n    return"
+        )
+    )
+    made = sampler(
+        llama,
+        folder,
+        functions=training.rewards.functions(None, str(path)),
+        grad_accumulation_steps=8,
+    )
     _, facts = made(0)
     assert facts["unscored"] == 8 and facts["kept"] <= 6
 
 
 def test_the_plan_holds(small: tuple[object, ...], tmp_path: Path) -> None:
-    """A dry run writes nothing, KL costs memory, a budget too small is a refusal, and MLX's peak in a run with KL stays
-    under what was planned."""
+    """A dry run writes nothing, KL costs memory, a budget too small is a refusal, and MLX's peak in
+    a run with KL stays under what was planned.
+    """
     out = tmp_path / "run"
-    plain, planned = (grpo.run(settings_of(grpo, small, out, dry_run=True, beta=beta)) for beta in (0.0, 0.1))
-    assert plain["seconds"] >= 0 and not plain["check_failed"] and planned["peak_bytes"] > plain["peak_bytes"] > 0
+    plain, planned = (
+        grpo.run(settings_of(grpo, small, out, dry_run=True, beta=beta)) for beta in (0.0, 0.1)
+    )
+    assert (
+        plain["seconds"] >= 0
+        and not plain["check_failed"]
+        and planned["peak_bytes"] > plain["peak_bytes"] > 0
+    )
     with pytest.raises(MisError, match="the budget is 1 MiB"):
         grpo.run(settings_of(grpo, small, out, budget="1MiB"))
     assert not out.exists()
@@ -255,25 +372,37 @@ def test_the_plan_holds(small: tuple[object, ...], tmp_path: Path) -> None:
         ({"data": None, "tasks": "chess"}, "no tasks called chess"),
     ],
 )
-def test_refusals(small: tuple[object, ...], tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+def test_refusals(
+    small: tuple[object, ...], tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
     """One sentence, before a run folder is made."""
     with pytest.raises(MisError, match=said):
         grpo.run(settings_of(grpo, small, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
 
-def test_answers_that_nothing_could_match_are_named_in_time(tmp_path: Path, small: tuple[object, ...]) -> None:
-    """Where our verifier is asked for, a row whose own answer it cannot read is refused; the user's may read it. A row
-    without an answer is named; numbers are taken as answers."""
-    rows = [{"prompt": "a", "answer": "5"}, {"prompt": "b", "answer": "see figure 3", "language": "de"}]
+def test_answers_that_nothing_could_match_are_named_in_time(
+    tmp_path: Path, small: tuple[object, ...]
+) -> None:
+    """Where our verifier is asked for, a row whose own answer it cannot read is refused; the user's
+    may read it. A row without an answer is named; numbers are taken as answers.
+    """
+    rows = [
+        {"prompt": "a", "answer": "5"},
+        {"prompt": "b", "answer": "see figure 3", "language": "de"},
+    ]
     for name in ("train", "valid"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     settings = settings_of(grpo, small, tmp_path / "run", data=str(tmp_path), dry_run=True)
     assert grpo.run(settings)["questions"] == 2
-    with pytest.raises(MisError, match="train.jsonl line 2: the answer 'see figure 3' is no number, time or names"):
+    with pytest.raises(
+        MisError, match="train.jsonl line 2: the answer 'see figure 3' is no number, time or names"
+    ):
         grpo.run(replace(settings, reward_functions="vowels,correct"))
     (tmp_path / "train.jsonl").write_text('{"prompt": "a", "answer": 5}\n{"prompt": "b"}\n')
-    with pytest.raises(MisError, match="1 rows .* train.jsonl line 2: has no 'prompt' and 'answer'"):
+    with pytest.raises(
+        MisError, match="1 rows .* train.jsonl line 2: has no 'prompt' and 'answer'"
+    ):
         grpo.run(settings)
 
 
@@ -288,8 +417,9 @@ def test_the_held_out_measure_is_greedy(llama: Checkpoint, folder: Path) -> None
 def test_the_reference_is_planned_in_the_type_of_training(
     llama: Checkpoint, monkeypatch: pytest.MonkeyPatch, kind: Any, item: int
 ) -> None:
-    """Where models compute in float16, one that is trained whole, and the reference beside it, are float32 all the
-    same: in DPO's plan and in GRPO's."""
+    """Where models compute in float16, one that is trained whole, and the reference beside it, are
+    float32 all the same: in DPO's plan and in GRPO's.
+    """
     monkeypatch.setenv(policy.POLICY, "metal")
     for settings in (dpo.Settings(fine_tune_type=kind), grpo.Settings(fine_tune_type=kind)):
         assert alignment_run.sizes(settings, llama).item == item

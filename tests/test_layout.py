@@ -1,4 +1,6 @@
-"""The house rules: who may import whom, what only defines names, how big things get. Read with `ast`."""
+"""The house rules: who may import whom, what only defines names, how big things get. Read with
+`ast`.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,27 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mis_mlx"
 # From the ground up; a module imports its own folder and what stands before it.
 ORDER = (
-    "types", "flag_help", "cli", "maths", "storage", "data", "hardware", "models", "reporting", "planner",
-    "gguf_export", "evaluation", "pruning", "quantization", "distillation", "alignment", "checks",
-)  # fmt: skip
+    "types",
+    "flag_help",
+    "cli",
+    "maths",
+    "storage",
+    "data",
+    "hardware",
+    "models",
+    "reporting",
+    "planner",
+    "gguf_export",
+    "evaluation",
+    "pruning",
+    "quantization",
+    "distillation",
+    "alignment",
+    "checks",
+)
 COMMAND_FLOOR = len(ORDER)
-FILE_LINES, FUNCTION_LINES = 500, 60
+FILE_LINES = 500
+FUNCTION_LINES = 60
 
 
 @dataclass(frozen=True)
@@ -58,25 +76,34 @@ class Module:
 def modules() -> list[Module]:
     """Every file of the package."""
     paths = sorted(PACKAGE.rglob("*.py"))
-    return [Module(".".join(p.relative_to(PACKAGE).with_suffix("").parts), p.read_text("utf-8")) for p in paths]
+    return [
+        Module(".".join(p.relative_to(PACKAGE).with_suffix("").parts), p.read_text("utf-8"))
+        for p in paths
+    ]
 
 
 def floor(zone: str) -> int:
-    """Where in ORDER; commands are above all. The package itself (`mis_mlx`, `mis_mlx.__version__`) is 0."""
+    """Where in ORDER; commands are above all. The package itself (`mis_mlx`, `mis_mlx.__version__`)
+    is 0.
+    """
     if zone in ORDER:
         return ORDER.index(zone)
     return 0 if zone in ("", "__init__", "__version__") else COMMAND_FLOOR
 
 
 def imports(module: Module, nodes: Iterable[ast.AST] | None = None) -> Iterator[str]:
-    """Dotted names of everything imported: `import a.b`, `from a import b` and `from .c import d` alike."""
+    """Dotted names of everything imported: `import a.b`, `from a import b` and `from .c import d`
+    alike.
+    """
     parents = ["mis_mlx", *module.name.split(".")]
     for node in module.nodes if nodes is None else nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             start = parents[: -node.level] if node.level else []
-            yield from (".".join([*start, *filter(None, [node.module]), a.name]) for a in node.names)
+            yield from (
+                ".".join([*start, *filter(None, [node.module]), a.name]) for a in node.names
+            )
         elif isinstance(node, ast.Call) and _called(node).endswith(("import_module", "__import__")):
             yield ast.unparse(node.args[0]).removeprefix("f").strip("'\"")
 
@@ -99,7 +126,9 @@ def floors(module: Module) -> list[str]:
     return [
         f"imports {zone}"
         for zone in ours(module)
-        if zone != module.zone and floor(zone) >= mine and not (module.is_command and floor(zone) == mine)
+        if zone != module.zone
+        and floor(zone) >= mine
+        and not (module.is_command and floor(zone) == mine)
     ]
 
 
@@ -121,14 +150,20 @@ def outside_functions(node: ast.AST) -> Iterator[ast.AST]:
 def slow_imports(module: Module) -> list[str]:
     """mlx_lm and transformers: under models/, inside functions."""
     nodes = outside_functions(module.tree) if module.zone == "models" else None
-    return [name for name in imports(module, nodes) if name.split(".")[0] in ("mlx_lm", "transformers")]
+    return [
+        name for name in imports(module, nodes) if name.split(".")[0] in ("mlx_lm", "transformers")
+    ]
 
 
 def machine_door(module: Module) -> list[str]:
     """ctypes, subprocess and platform: only hardware/."""
     if module.zone == "hardware":
         return []
-    return [name for name in imports(module) if name.split(".")[0] in ("ctypes", "subprocess", "platform")]
+    return [
+        name
+        for name in imports(module)
+        if name.split(".")[0] in ("ctypes", "subprocess", "platform")
+    ]
 
 
 def calls(module: Module) -> list[str]:
@@ -140,31 +175,57 @@ def speaking(module: Module) -> list[str]:
     """print, sys.exit and flags: only cli.py and commands."""
     if module.is_command or module.name == "cli":
         return []
-    said = [call for call in calls(module) if call in ("print", "sys.exit", "exit", "quit", "SystemExit")]
-    return said + [n for n in imports(module) if n.split(".")[0] in ("argparse", "tyro", "click") or n == "sys.exit"]
+    said = [
+        call
+        for call in calls(module)
+        if call in ("print", "sys.exit", "exit", "quit", "SystemExit")
+    ]
+    return said + [
+        n
+        for n in imports(module)
+        if n.split(".")[0] in ("argparse", "tyro", "click") or n == "sys.exit"
+    ]
 
 
 def evaluating(module: Module) -> list[str]:
-    """mx.eval: only models/stream.py, storage/block_reader.py, what trains or times, hardware/clock.py,
-    hardware/lanes.py and commands."""
+    """mx.eval: only models/stream.py, storage/block_reader.py, what trains or times,
+    hardware/clock.py, hardware/lanes.py and commands.
+    """
     here = ("models.stream", "storage.block_reader", "hardware.clock", "hardware.lanes")
-    trains = module.zone in ("distillation", "alignment", "checks") or module.name.startswith("evaluation.speed")
+    trains = module.zone in ("distillation", "alignment", "checks") or module.name.startswith(
+        "evaluation.speed"
+    )
     if module.is_command or trains or module.name in here:
         return []
     named = [name for name in imports(module) if name in ("mlx.core.eval", "mlx.core.async_eval")]
-    return named + [call for call in calls(module) if re.fullmatch(r"(mx|mlx\.core)\.(async_)?eval", call)]
+    return named + [
+        call for call in calls(module) if re.fullmatch(r"(mx|mlx\.core)\.(async_)?eval", call)
+    ]
 
 
 def only_names(module: Module) -> list[str]:
-    """Importing a module only defines names. The package itself settles what macOS reads from the environment."""
+    """Importing a module only defines names. The package itself settles what macOS reads from the
+    environment.
+    """
     settling = "macos.settle()" if module.name == "__init__" else ""
-    harmless = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    harmless = (
+        ast.Import,
+        ast.ImportFrom,
+        ast.FunctionDef,
+        ast.ClassDef,
+        ast.Assign,
+        ast.AnnAssign,
+    )
     bad = []
     for node in module.tree.body:
         text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         test = ast.unparse(node.test) if isinstance(node, ast.If) else ""
         text = text or ast.unparse(node) == settling
-        if not (isinstance(node, harmless) or text or test in ("TYPE_CHECKING", "__name__ == '__main__'")):
+        if not (
+            isinstance(node, harmless)
+            or text
+            or test in ("TYPE_CHECKING", "__name__ == '__main__'")
+        ):
             bad.append(f"line {node.lineno}: {ast.unparse(node).splitlines()[0]}")
     return bad
 
@@ -209,32 +270,48 @@ def _functions(module: Module) -> list[ast.AST]:
 
 
 def doubles(module: Module) -> list[str]:
-    """Metal has no float64: who makes one for MLX puts what is done with it on the CPU's stream, in that function."""
+    """Metal has no float64: who makes one for MLX puts what is done with it on the CPU's stream, in
+    that function.
+    """
     written = [ast.unparse(f) for f in _functions(module) if "float64" in module.source]
     named = [name for name in imports(module) if name == "mlx.core.float64"]
-    return named + [t.splitlines()[0] for t in written if "mx.float64" in t and "stream=mx.cpu" not in t]
+    return named + [
+        t.splitlines()[0] for t in written if "mx.float64" in t and "stream=mx.cpu" not in t
+    ]
 
 
 def decompositions(module: Module) -> list[str]:
     """mx.linalg's decompositions have no Metal version: numpy, or the CPU's stream."""
-    found = [n for n in module.nodes if isinstance(n, ast.Call) and "mx.linalg." in ast.unparse(n.func)]
+    found = [
+        n for n in module.nodes if isinstance(n, ast.Call) and "mx.linalg." in ast.unparse(n.func)
+    ]
     named = [name for name in imports(module) if name.startswith("mlx.core.linalg")]
     return named + [c for c in map(ast.unparse, found) if "stream=mx.cpu" not in c]
 
 
 def casts(module: Module) -> list[str]:
-    """What was read from disk (`raw`, `arrays`, mx.load, safetensors.lazy) may be integers: packed weights, or the
-    scales of mxfp4. It is cast only in a function that asks mx.issubdtype."""
-    read, bad = r"(raw|arrays)(\[|\.(items|values|get)\()|(mx\.load|safetensors\.lazy)\(", []
+    """What was read from disk (`raw`, `arrays`, mx.load, safetensors.lazy) may be integers: packed
+    weights, or the scales of mxfp4. It is cast only in a function that asks mx.issubdtype.
+    """
+    read = r"(raw|arrays)(\[|\.(items|values|get)\()|(mx\.load|safetensors\.lazy)\("
+    bad = []
     for function in _functions(module) if "astype" in module.source else []:
         drawn = {"a name that no variable has"}  # in a loop over what was read
         for node in ast.walk(function):
-            if isinstance(node, ast.For | ast.comprehension) and re.match(read, ast.unparse(node.iter)):
+            if isinstance(node, ast.For | ast.comprehension) and re.match(
+                read, ast.unparse(node.iter)
+            ):
                 drawn |= {n.id for n in ast.walk(node.target) if isinstance(n, ast.Name)}
         for node in ast.walk(function):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "astype":
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr == "astype"
+            ):
                 of = ast.unparse(node.func.value)
-                if (re.match(read, of) or of in drawn) and "mx.issubdtype(" not in ast.unparse(function):
+                if (re.match(read, of) or of in drawn) and "mx.issubdtype(" not in ast.unparse(
+                    function
+                ):
                     bad.append(ast.unparse(node))
     return bad
 
@@ -244,16 +321,25 @@ def families(module: Module) -> list[str]:
     if module.name in ("models.families", "models.config"):
         return []
     reads = [n.slice for n in module.nodes if isinstance(n, ast.Subscript)]
-    reads += [n.args[0] for n in module.nodes if isinstance(n, ast.Call) and _called(n) == "get" and n.args]
-    return [f"line {n.lineno}" for n in reads if isinstance(n, ast.Constant) and n.value == "model_type"]
+    reads += [
+        n.args[0]
+        for n in module.nodes
+        if isinstance(n, ast.Call) and _called(n) == "get" and n.args
+    ]
+    return [
+        f"line {n.lineno}" for n in reads if isinstance(n, ast.Constant) and n.value == "model_type"
+    ]
 
 
 def systems(module: Module) -> list[str]:
-    """/proc, which device computes, and limits on the process: only hardware/. models/policy.py asks for the device,
-    and models/load.py keeps mlx_lm from changing a limit."""
+    """/proc, which device computes, and limits on the process: only hardware/. models/policy.py
+    asks for the device, and models/load.py keeps mlx_lm from changing a limit.
+    """
     if module.zone == "hardware":
         return []
-    texts = [n.value for n in module.nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    texts = [
+        n.value for n in module.nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    ]
     used = [n.attr for n in module.nodes if isinstance(n, ast.Attribute)]
     used += [i.split(".")[-1] for i in imports(module)]
     allowed = {"models.policy": "default_device", "models.load": "setrlimit"}.get(module.name)
@@ -262,9 +348,22 @@ def systems(module: Module) -> list[str]:
 
 
 RULES: list[Callable[[Module], list[str]]] = [
-    floors, conductor, slow_imports, machine_door, speaking, evaluating, only_names, sizes, docstrings, names,
-    doubles, decompositions, casts, systems, families,
-]  # fmt: skip
+    floors,
+    conductor,
+    slow_imports,
+    machine_door,
+    speaking,
+    evaluating,
+    only_names,
+    sizes,
+    docstrings,
+    names,
+    doubles,
+    decompositions,
+    casts,
+    systems,
+    families,
+]
 
 # Rule, a module's name, a source that breaks the rule there.
 BROKEN = [
@@ -283,8 +382,16 @@ BROKEN = [
     (slow_imports, "storage.x", "def f():\n    import transformers"),
     (slow_imports, "prune", "from mlx_lm import load"),
     (slow_imports, "models.x", "import mlx_lm.utils"),
-    (slow_imports, "models.x", "class C:\n    import mlx_lm\n    def f(self):\n        import mlx_lm"),
-    (slow_imports, "distillation.x", "def f(n):\n    return importlib.import_module(f'mlx_lm.{n}')"),
+    (
+        slow_imports,
+        "models.x",
+        "class C:\n    import mlx_lm\n    def f(self):\n        import mlx_lm",
+    ),
+    (
+        slow_imports,
+        "distillation.x",
+        "def f(n):\n    return importlib.import_module(f'mlx_lm.{n}')",
+    ),
     (machine_door, "storage.x", "import subprocess"),
     (machine_door, "prune", "def f():\n    from ctypes import CDLL"),
     (speaking, "storage.x", "def f():\n    print(1)"),
@@ -304,14 +411,27 @@ BROKEN = [
     (names, "storage.utils", ""),
     (names, "models.text_helpers", ""),
     (doubles, "maths.x", "def f(x):\n    return mx.array(x, mx.float64).sum()"),
-    (doubles, "maths.x", "def f(x):\n    return x.astype(mx.float64)\ndef g(x):\n    return mx.sum(x, stream=mx.cpu)"),
+    (
+        doubles,
+        "maths.x",
+        "def f(x):\n    return x.astype(mx.float64)\ndef g(x):\n    return "
+        "mx.sum(x, stream=mx.cpu)",
+    ),
     (doubles, "maths.x", "from mlx.core import float64"),
     (doubles, "maths.x", "KIND = mx.float64"),
     (decompositions, "maths.x", "def f(x):\n    return mx.linalg.eigh(x)"),
     (decompositions, "maths.x", "from mlx.core.linalg import svd"),
     (casts, "models.load", "def f(raw, n, dtype):\n    return raw[n].astype(dtype)"),
-    (casts, "models.x", "def f(raw, dtype):\n    return {n: a.astype(dtype) for n, a in raw.items()}"),
-    (casts, "models.x", "def f(arrays):\n    for a in arrays.values():\n        yield a.astype(mx.float32)"),
+    (
+        casts,
+        "models.x",
+        "def f(raw, dtype):\n    return {n: a.astype(dtype) for n, a in raw.items()}",
+    ),
+    (
+        casts,
+        "models.x",
+        "def f(arrays):\n    for a in arrays.values():\n        yield a.astype(mx.float32)",
+    ),
     (casts, "models.x", "def f(p, n, dtype):\n    return mx.load(p)[n].astype(dtype)"),
     (systems, "storage.x", "def f():\n    return open('/proc/self/status')"),
     (systems, "storage.x", "def f(pid):\n    return open(f'/proc/{pid}/io')"),
@@ -321,7 +441,7 @@ BROKEN = [
     (systems, "storage.x", "from resource import setrlimit"),
     (families, "models.arch", "def f(config):\n    return config['model_type'] == 'llama'"),
     (families, "export", "def f(config):\n    return config.get('model_type')"),
-]  # fmt: skip
+]
 
 GOOD = '''"""Nothing to complain about."""
 from __future__ import annotations
@@ -353,7 +473,9 @@ def test_the_rule_can_fail(rule: Callable[[Module], list[str]], name: str, sourc
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_rule_can_pass(rule: Callable[[Module], list[str]]) -> None:
-    """A clean module is let through on every floor; distill may conduct and models/ may open mlx_lm."""
+    """A clean module is let through on every floor; distill may conduct and models/ may open
+    mlx_lm.
+    """
     for name in ("storage.x", "maths.x", "models.x", "distillation.x", "prune"):
         assert rule(Module(name, GOOD)) == []
     assert rule(Module("distill", GOOD + "from mis_mlx import prune\n")) == []
@@ -362,13 +484,21 @@ def test_the_rule_can_pass(rule: Callable[[Module], list[str]]) -> None:
 
 def test_every_command_is_listed() -> None:
     """`python -m mis_mlx` shows every command with a line of its own."""
-    run = subprocess.run([sys.executable, "-m", "mis_mlx"], cwd=ROOT, capture_output=True, text=True)
-    lines = {words[0]: words[1] for line in run.stdout.splitlines() if len(words := line.split(None, 1)) == 2}
+    run = subprocess.run(
+        [sys.executable, "-m", "mis_mlx"], cwd=ROOT, capture_output=True, text=True
+    )
+    lines = {
+        words[0]: words[1]
+        for line in run.stdout.splitlines()
+        if len(words := line.split(None, 1)) == 2
+    }
     assert commands() and all(lines[name] == about != "" for name, about in commands().items())
 
 
 def test_help_imports_nothing_slow() -> None:
-    """--help of every command answers without mlx_lm and transformers, which take seconds to import."""
+    """--help of every command answers without mlx_lm and transformers, which take seconds to
+    import.
+    """
     code = """
 import contextlib, io, runpy, sys
 for name in sys.argv[1:]:
@@ -378,12 +508,16 @@ for name in sys.argv[1:]:
     assert "usage" in out.getvalue().lower(), name
     assert not {"mlx_lm", "transformers"} & set(sys.modules), name
 """
-    run = subprocess.run([sys.executable, "-c", code, *commands()], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, *commands()], cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr[-2000:]
 
 
 def test_importing_leaves_the_process_as_it_was() -> None:
-    """Every module can be imported anywhere; limits, folder, signals, environment, warnings do not change."""
+    """Every module can be imported anywhere; limits, folder, signals, environment, warnings do not
+    change.
+    """
     code = """
 import importlib, os, resource, signal, sys
 import mis_mlx
@@ -398,7 +532,9 @@ for one, other in zip(before, state()):
 assert "mlx_lm" not in sys.modules and "transformers" not in sys.modules
 """
     listed = [f"mis_mlx.{module.name}".removesuffix(".__init__") for module in modules()]
-    run = subprocess.run([sys.executable, "-c", code, *listed], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, *listed], cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr[-2000:]
 
 

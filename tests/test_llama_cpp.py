@@ -1,4 +1,6 @@
-"""llama.cpp itself, where llama-cpp-python is installed, opens what `export` writes and computes what MLX computes."""
+"""llama.cpp itself, where llama-cpp-python is installed, opens what `export` writes and computes
+what MLX computes.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from tests.conftest import Done, last_line
 from tests.gguf_export.test_tensors import packed
 from tests.test_export import IDS, forward
 
-llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is not here: pip install -e '.[llama]', 18 minutes")
+llama_cpp = pytest.importorskip(
+    "llama_cpp", reason="llama.cpp is not here: pip install -e '.[llama]', 18 minutes"
+)
 
 KINDS: dict[str, dict[str, Any]] = {
     **tiny.KINDS,
@@ -31,36 +35,69 @@ KINDS: dict[str, dict[str, Any]] = {
     # llama.cpp has no windows in this one, nor have the published models
     "ministral3": {**tiny.MODELS["ministral3"], "layer_types": None, "sliding_window": None},
     "gemma3 of two kinds": {
-        **tiny.MODELS["gemma3_text"], "rope_parameters": {
+        **tiny.MODELS["gemma3_text"],
+        "rope_parameters": {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
         },
     },
     "granite with biases": {**tiny.MODELS["granite"], "attention_bias": True, "mlp_bias": True},
     "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}},
+    "yarn": {
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+        }
+    },
     "llama3": {
         "rope_scaling": {
-            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,
         }
     },
-}  # fmt: skip
-ODD = "a  b   c\td|line\r\nline\r\n\r\n|\n\n\n x|1234567890 3.14159 1e-5 ١٢٣ ²³ ½|I've I'VE we'll WE'LL don't 'tis"
-ODD += "|zażółć gęślą jaźń\nŁÓDŹ|Łódź–Kraków — „cudzysłów” …|😀🏔️👨‍👩‍👧 🦙 🇵🇱|日本語のテキスト 中文 한국어|مرحبا بالعالم"
-ODD += "|naïve e\u0301 é|\u200b\u00a0\u2003x|https://a.b/c?d=e&f=%20#g|if x<=3 and y!=4: z**=2|====>>>----___***"
-ODD += "|\x01\x7f|camelCase SCREAMING_CASE|100% £5 €7 zł|ﬁ Ⅷ|кириллица Ελληνικά|'''```|\u3000全角| 's 'S 'LL't"
-PROMPTS = ("The with statement", "Baca wstał o świcie i", "def area(width, height):\n    return", "1, 2, 3, 4,")
+}
+ODD = (
+    "a  b   c\td|line\r\nline\r\n\r\n|\n\n\n x|1234567890 3.14159 1e-5 ١٢٣ ²³ ½|I've I'VE we'll "
+    "WE'LL don't 'tis"
+)
+ODD += (
+    "|zażółć gęślą jaźń\nŁÓDŹ|Łódź–Kraków — „cudzysłów” …|😀🏔️👨‍👩‍👧 🦙 🇵🇱|日本語のテキスト 中文 한국어|مرحبا "
+    "بالعالم"
+)
+ODD += (
+    "|naïve e\u0301 é|\u200b\u00a0\u2003x|https://a.b/c?d=e&f=%20#g|if x<=3 and y!=4: "
+    "z**=2|====>>>----___***"
+)
+ODD += (
+    "|\x01\x7f|camelCase SCREAMING_CASE|100% £5 €7 zł|ﬁ Ⅷ|кириллица Ελληνικά|'''```|\u3000全角| "
+    "'s 'S 'LL't"
+)
+PROMPTS = (
+    "The with statement",
+    "Baca wstał o świcie i",
+    "def area(width, height):\n    return",
+    "1, 2, 3, 4,",
+)
 
 
 @pytest.fixture
 def opened() -> Iterator[Callable[..., Any]]:
-    """`opened(file)`: llama.cpp with the file, keys and values in float32; closed after the test."""
+    """`opened(file)`: llama.cpp with the file, keys and values in float32; closed after the
+    test.
+    """
     made: list[Any] = []
 
     def open_(file: Path, **how: Any) -> Any:
         kv = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
-        made.append(llama_cpp.Llama(str(file), n_ctx=256, logits_all=True, verbose=False, n_threads=2, **kv, **how))
+        made.append(
+            llama_cpp.Llama(
+                str(file), n_ctx=256, logits_all=True, verbose=False, n_threads=2, **kv, **how
+            )
+        )
         return made[-1]
 
     yield open_
@@ -81,7 +118,9 @@ def theirs(model: Any, ids: list[int]) -> np.ndarray:
     return np.array(model.scores[: len(ids)])
 
 
-def continuation(logits: Callable[[list[int]], np.ndarray], ids: list[int], count: int) -> list[int]:
+def continuation(
+    logits: Callable[[list[int]], np.ndarray], ids: list[int], count: int
+) -> list[int]:
     """`count` tokens, always the most probable one."""
     found = list(ids)
     for _ in range(count):
@@ -90,7 +129,9 @@ def continuation(logits: Callable[[list[int]], np.ndarray], ids: list[int], coun
 
 
 def ours(folder: Path, dtype: mx.Dtype) -> Callable[[list[int]], np.ndarray]:
-    """MLX's logits (T, V) in float32, of weights rounded to `dtype`; packed ones stay as they are."""
+    """MLX's logits (T, V) in float32, of weights rounded to `dtype`; packed ones stay as they
+    are.
+    """
     checkpoint = load.open_checkpoint(folder)
     model = load.resident(checkpoint, mx.float32)
     for name, weight in load.weights(checkpoint, "", mx.float32):
@@ -103,8 +144,10 @@ def ours(folder: Path, dtype: mx.Dtype) -> Callable[[list[int]], np.ndarray]:
 def test_it_computes_what_mlx_computes(
     tmp_path: Path, kind: str, opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every architecture, biases, every kind of stretched positions: nothing left but the order of float32's sums; in
-    Gemma also what falls to the other side in the table of 16-bit numbers in which llama.cpp looks GELU up."""
+    """Every architecture, biases, every kind of stretched positions: nothing left but the order of
+    float32's sums; in Gemma also what falls to the other side in the table of 16-bit numbers in
+    which llama.cpp looks GELU up.
+    """
     exact = nn.gelu_approx
 
     def looked_up(x: mx.array) -> mx.array:
@@ -115,25 +158,37 @@ def test_it_computes_what_mlx_computes(
     ids = np.random.default_rng(0).integers(1, 512, 200).tolist()
     want = ours(model, mx.float32)(ids)
     atol = 1e-3 if "gemma3" in kind else 2e-5
-    np.testing.assert_allclose(theirs(opened(exported(model, tmp_path / "out", "f32")), ids), want, atol=atol)
+    np.testing.assert_allclose(
+        theirs(opened(exported(model, tmp_path / "out", "f32")), ids), want, atol=atol
+    )
     assert np.ptp(want) > 0.5
 
 
 @pytest.mark.parametrize(
     ("kind", "wanted", "dtype"),
-    [("llama", "bf16", mx.bfloat16), *((kind, "f16", mx.float16) for kind in ("llama", *tiny.FAMILIES))],
+    [
+        ("llama", "bf16", mx.bfloat16),
+        *((kind, "f16", mx.float16) for kind in ("llama", *tiny.FAMILIES)),
+    ],
 )
 def test_halves_and_their_continuation(
     tmp_path: Path, kind: str, wanted: str, dtype: mx.Dtype, opened: Callable[..., Any]
 ) -> None:
-    """The same text, and logits within what llama.cpp loses by rounding what goes into such a matrix to its type."""
+    """The same text, and logits within what llama.cpp loses by rounding what goes into such a
+    matrix to its type.
+    """
     folder = tiny.make(tmp_path / "m", **KINDS[kind])
-    model, mine = opened(exported(folder, tmp_path / "out", wanted)), ours(folder, dtype)
+    model = opened(exported(folder, tmp_path / "out", wanted))
+    mine = ours(folder, dtype)
     assert np.abs(theirs(model, IDS) - mine(IDS)).max() < 0.02
     assert continuation(lambda ids: theirs(model, ids), IDS, 24) == continuation(mine, IDS, 24)
 
 
-MIXED = {"model.layers.0.mlp.up_proj": 3, "model.layers.1.mlp.up_proj": 5, "model.layers.1.mlp.down_proj": 6}
+MIXED = {
+    "model.layers.0.mlp.up_proj": 3,
+    "model.layers.1.mlp.up_proj": 5,
+    "model.layers.1.mlp.down_proj": 6,
+}
 PACKED: dict[str, dict[str, Any]] = {
     "mixed": {"group": 64, "mixed": {**MIXED, "model.embed_tokens": 8}},
     "q4_1": {"group": 128},
@@ -144,39 +199,64 @@ PACKED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("how", sorted(PACKED))
 def test_packed_models_re_wrapped(tmp_path: Path, how: str, opened: Callable[..., Any]) -> None:
-    """Q4_1, Q5_1, MXFP4, NVFP4 and Q8_0 blocks: what numpy computes of the file, up to its 8-bit activations."""
+    """Q4_1, Q5_1, MXFP4, NVFP4 and Q8_0 blocks: what numpy computes of the file, up to its 8-bit
+    activations.
+    """
     checkpoint = packed(tmp_path, **PACKED[how])
     file = exported(checkpoint.path, tmp_path / "out", None)
     want = forward(GGUFReader(file), IDS)
     assert np.corrcoef(theirs(opened(file), IDS).ravel(), want.ravel())[0, 1] > 0.999
-    np.testing.assert_allclose(want, ours(checkpoint.path, mx.float32)(IDS), atol=0.03)  # Q8_0's rounding, if any
+    # Q8_0's rounding, if any
+    np.testing.assert_allclose(want, ours(checkpoint.path, mx.float32)(IDS), atol=0.03)
 
 
 @pytest.mark.parametrize("kind", tiny.FAMILIES)
 def test_packed_families(tmp_path: Path, kind: str, opened: Callable[..., Any]) -> None:
-    """Four bits of every family, norms beside them; what is left are llama.cpp's 8-bit activations."""
-    model, four = tiny.make(tmp_path / "m", **KINDS[kind]), tmp_path / "four"
-    quantize.run(quantize.Settings(
-        model=str(model), mlx_path=str(four), target_bpw=None, q_method="round", q_group_size=32,
-    ))  # fmt: skip
+    """Four bits of every family, norms beside them; what is left are llama.cpp's 8-bit
+    activations.
+    """
+    model = tiny.make(tmp_path / "m", **KINDS[kind])
+    four = tmp_path / "four"
+    quantize.run(
+        quantize.Settings(
+            model=str(model),
+            mlx_path=str(four),
+            target_bpw=None,
+            q_method="round",
+            q_group_size=32,
+        )
+    )
     found = theirs(opened(exported(four, tmp_path / "out", None)), IDS)
     assert np.corrcoef(found.ravel(), ours(four, mx.float32)(IDS).ravel())[0, 1] > 0.999
 
 
 K_SHAPES: dict[str, dict[str, Any]] = {
-    "whole": {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "num_hidden_layers": 17},
+    "whole": {
+        "hidden_size": 256,
+        "head_dim": 64,
+        "intermediate_size": 512,
+        "num_hidden_layers": 17,
+    },
     "untied": {
-        "hidden_size": 256, "head_dim": 64, "intermediate_size": 256, "num_hidden_layers": 9, "vocab_size": 768,
+        "hidden_size": 256,
+        "head_dim": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 9,
+        "vocab_size": 768,
         "tie_word_embeddings": False,
     },
     "short": {"hidden_size": 96, "head_dim": 32, "intermediate_size": 768, "num_hidden_layers": 8},
     "odd": {"hidden_size": 80, "head_dim": 20, "intermediate_size": 512},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("shape", sorted(K_SHAPES))
-def test_q4_k_m(tmp_path: Path, shape: str, opened: Callable[..., Any], command: Callable[..., Done]) -> None:
-    """As a user runs it: types and size as the dry run foretold, no float16 file left, the model still itself."""
+def test_q4_k_m(
+    tmp_path: Path, shape: str, opened: Callable[..., Any], command: Callable[..., Done]
+) -> None:
+    """As a user runs it: types and size as the dry run foretold, no float16 file left, the model
+    still itself.
+    """
     model = tiny.make(tmp_path / shape, **K_SHAPES[shape])
     flags = ("--model", model, "--out", tmp_path / "out", "--out-type", "q4_k_m")
     foretold = last_line(command("export", *flags, "--dry-run"))
@@ -190,7 +270,10 @@ def test_q4_k_m(tmp_path: Path, shape: str, opened: Callable[..., Any], command:
     reader = GGUFReader(tmp_path / "out" / result["file"])
     due = {p.name: p.kind for p in tensors.parts(load.open_checkpoint(model), "q4_k_m")}
     assert {t.name: t.tensor_type.name for t in reader.tensors} == due
-    assert foretold["notes"][0] in result["notes"] and reader.fields["general.file_type"].contents() == 15
+    assert (
+        foretold["notes"][0] in result["notes"]
+        and reader.fields["general.file_type"].contents() == 15
+    )
     found = theirs(opened(tmp_path / "out" / result["file"]), IDS)
     assert np.corrcoef(found.ravel(), forward(reader, IDS).ravel())[0, 1] > 0.999
     assert np.corrcoef(found.ravel(), ours(model, mx.float32)(IDS).ravel())[0, 1] > 0.9
@@ -198,45 +281,75 @@ def test_q4_k_m(tmp_path: Path, shape: str, opened: Callable[..., Any], command:
 
 @pytest.mark.parametrize("hidden", [256, 96])
 def test_joined_matrices_in_q4_k_m(tmp_path: Path, hidden: int) -> None:
-    """The types that llama.cpp chooses for these are those foretold, with whole blocks of 256 and without."""
-    phi = tiny.make(tmp_path / "m", **{**tiny.FAMILIES["phi3"], "hidden_size": hidden, "head_dim": hidden // 4,
-                    "rope_scaling": None})  # fmt: skip
+    """The types that llama.cpp chooses for these are those foretold, with whole blocks of 256 and
+    without.
+    """
+    phi = tiny.make(
+        tmp_path / "m",
+        **{
+            **tiny.FAMILIES["phi3"],
+            "hidden_size": hidden,
+            "head_dim": hidden // 4,
+            "rope_scaling": None,
+        },
+    )
     file = exported(phi, tmp_path / "out", "q4_k_m")
     due = {p.name: p.kind for p in tensors.parts(load.open_checkpoint(phi), "q4_k_m")}
     assert {t.name: t.tensor_type.name for t in GGUFReader(file).tensors} == due
 
 
 def cut_alike(model: Any, folder: Path, texts: list[str]) -> None:
-    """llama.cpp gives the ids that mlx-lm's tokenizer gives, special tokens and begin of text included."""
+    """llama.cpp gives the ids that mlx-lm's tokenizer gives, special tokens and begin of text
+    included.
+    """
     tokenizer = load.tokenizer(folder)
-    wrong = {t: (a, b) for t in texts if (a := tokenizer.encode(t)) != (b := model.tokenize(t.encode(), special=True))}
+    wrong = {
+        t: (a, b)
+        for t in texts
+        if (a := tokenizer.encode(t)) != (b := model.tokenize(t.encode(), special=True))
+    }
     assert not wrong, next(iter(wrong.items()))
 
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    """Two hundred texts and more: Python's manual, its code, Polish, and what tokenizers stumble over."""
+    """Two hundred texts and more: Python's manual, its code, Polish, and what tokenizers stumble
+    over.
+    """
     from pydoc_data.topics import topics
 
     code = Path(vocab.__file__).read_text(encoding="utf-8")
     found = [topics[name][i : i + 300] for name in sorted(topics)[:40] for i in (0, 700)]
-    found += [row["text"][i : i + 200] for row in preparation.load("mis").train[:40] for i in (0, 200)]
-    found = [t for t in [*found, *(code[i : i + 200] for i in range(0, 6000, 200)), *ODD.split("|")] if t]
+    found += [
+        row["text"][i : i + 200] for row in preparation.load("mis").train[:40] for i in (0, 200)
+    ]
+    found = [
+        t for t in [*found, *(code[i : i + 200] for i in range(0, 6000, 200)), *ODD.split("|")] if t
+    ]
     assert len(set(found)) > 200
     return found
 
 
 def split(name: str) -> Any:
     """Qwen's and Llama 3's way: one regular expression, then bytes without one."""
-    pattern = next(rule["steps"][0]["pattern"]["Regex"] for rule in vocab.KNOWN["rules"] if rule["name"] == name)
+    pattern = next(
+        rule["steps"][0]["pattern"]["Regex"]
+        for rule in vocab.KNOWN["rules"]
+        if rule["name"] == name
+    )
     cut = pre_tokenizers.Split(Regex(pattern), "isolated")
-    return pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return pre_tokenizers.Sequence(
+        [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
 
 
 CUTS = {
     "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
     "smollm": pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     ),
     "qwen2": split("qwen2"),
     "llama-bpe": split("llama-bpe"),
@@ -250,10 +363,14 @@ def test_a_vocabulary_of_ones_own_is_cut_alike(
     """Pre-tokenizers known by their rules; a file that says another one is caught here."""
     model = tiny.make(tmp_path / "m", vocab_size=2048)
     tokenizer = Tokenizer(models.BPE(ignore_merges=name == "llama-bpe"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = CUTS[name], decoders.ByteLevel()
+    tokenizer.pre_tokenizer = CUTS[name]
+    tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=2048, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=2048,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(model / "tokenizer.json"))
@@ -271,19 +388,28 @@ def prompts_through(model: Any, folder: Path) -> tuple[list[list[int]], np.ndarr
 @pytest.mark.slow
 @pytest.mark.parametrize(("wanted", "most", "rms"), [("f32", 0.002, 0.0002), ("f16", 0.1, 0.02)])
 def test_the_real_teacher(
-    tmp_path: Path, wanted: str, most: float, rms: float, texts: list[str], opened: Callable[..., Any]
+    tmp_path: Path,
+    wanted: str,
+    most: float,
+    rms: float,
+    texts: list[str],
+    opened: Callable[..., Any],
 ) -> None:
     """SmolLM2-135M-Instruct: tokens of 200 texts, the text that follows, and logits of up to 37.
 
-    float32 leaves the order of sums. A float16 file has the same numbers, but llama.cpp rounds to float16 what they
-    are multiplied with: 0.03 to 0.05 for the worst of all logits, as when MLX is made to do so.
+    float32 leaves the order of sums. A float16 file has the same numbers, but llama.cpp rounds to
+    float16 what they are multiplied with: 0.03 to 0.05 for the worst of all logits, as when MLX is
+    made to do so.
     """
     folder = resolve.resolve_model().path
-    model, mine = opened(exported(folder, tmp_path / "out", wanted)), ours(folder, mx.float16)
+    model = opened(exported(folder, tmp_path / "out", wanted))
+    mine = ours(folder, mx.float16)
     prompts, found = prompts_through(model, folder)
     off = found - np.concatenate([mine(ids) for ids in prompts])
     assert np.abs(off).max() < most and np.sqrt((off**2).mean()) < rms
     for ids in prompts:
         assert continuation(lambda i: theirs(model, i), ids, 24) == continuation(mine, ids, 24)
-    chat = load.tokenizer(folder).apply_chat_template([{"role": "user", "content": "Hej!"}], tokenize=False)
+    chat = load.tokenizer(folder).apply_chat_template(
+        [{"role": "user", "content": "Hej!"}], tokenize=False
+    )
     cut_alike(model, folder, [*texts, chat])

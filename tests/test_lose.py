@@ -1,4 +1,6 @@
-"""The allowed loss: the smallest student that keeps to it, by pencil and from end to end; what cannot be kept."""
+"""The allowed loss: the smallest student that keeps to it, by pencil and from end to end; what
+cannot be kept.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +54,10 @@ def losses_of(left: dict[str, float] = LEFT) -> Losses:
 
 
 def test_the_fewest_bits_by_pencil() -> None:
-    """Of the whole shape a loss of 0.1 leaves 0.1 / 0.25 = 0.4 nats of rounding, which 4 bits have; with 0.02 for
-    tokens 0.08 / 0.25 = 0.32, four fifths of the way back from 5 bits. What the shape alone costs leaves none."""
+    """Of the whole shape a loss of 0.1 leaves 0.1 / 0.25 = 0.4 nats of rounding, which 4 bits have;
+    with 0.02 for tokens 0.08 / 0.25 = 0.32, four fifths of the way back from 5 bits. What the shape
+    alone costs leaves none.
+    """
     losses = losses_of()
     whole = shape_of(SMOLLM2)
     assert losses.fewest_bits(whole, 0.1, 8.5) == 4.0
@@ -65,7 +69,9 @@ def test_the_fewest_bits_by_pencil() -> None:
 
 @pytest.mark.parametrize("lose", [0.03, 0.1, 0.3])
 def test_the_smallest_is_the_smallest_of_all(lose: float) -> None:
-    """Against every shape in every hundredth of a bit, one by one: the fewest bytes that should lose no more."""
+    """Against every shape in every hundredth of a bit, one by one: the fewest bytes that should
+    lose no more.
+    """
     losses = losses_of()
     sizes = shape_search.axis_sizes(SMOLLM2, EVERY, (24_576, 36_864))
     sizes = {axis: values[-3:] for axis, values in sizes.items()}
@@ -94,7 +100,9 @@ def test_other_limits_hold_beside_it() -> None:
     most = limits.params_limit(SMOLLM2, "0.9x")
     found = shape_search.smallest(SMOLLM2, shapes, losses, 0.3, [most])
     assert found and all(most.cost(*choice) <= most.most for choice in found)
-    assert not shape_search.smallest(SMOLLM2, shapes, losses, 0.3, [limits.bytes_limit(SMOLLM2, "20MB")])
+    assert not shape_search.smallest(
+        SMOLLM2, shapes, losses, 0.3, [limits.bytes_limit(SMOLLM2, "20MB")]
+    )
 
 
 def test_more_steps_leave_less() -> None:
@@ -116,12 +124,18 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def talk(number: int) -> dict[str, Any]:
     """A short conversation."""
     answer = f"It is number {number} of all that are here."
-    return {"messages": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": answer}]}
+    return {
+        "messages": [
+            {"role": "user", "content": "Which?"},
+            {"role": "assistant", "content": answer},
+        ]
+    }
 
 
 def test_the_loss_on_answers(chat: Checkpoint, llama: Checkpoint, tmp_path: Path) -> None:
-    """The teacher loses nothing; another model what its tokens cost more, over the bytes of all answers; few
-    conversations, or text alone, are no measure."""
+    """The teacher loses nothing; another model what its tokens cost more, over the bytes of all
+    answers; few conversations, or text alone, are no measure.
+    """
     talks = [talk(number) for number in range(10)]
     loss = answer_loss.of_talks(chat, talks)
     assert loss is not None
@@ -141,14 +155,22 @@ def test_the_loss_on_answers(chat: Checkpoint, llama: Checkpoint, tmp_path: Path
 
 def searched(llama: Checkpoint, text_folder: Path, out: Path, **given: Any) -> dict[str, Any]:
     """The result of a small search."""
-    asked = {"teacher": str(llama.path), "data": str(text_folder), "out": str(out), **SMALL, **given}
+    asked = {
+        "teacher": str(llama.path),
+        "data": str(text_folder),
+        "out": str(out),
+        **SMALL,
+        **given,
+    }
     return search.run(search.Settings(**asked))
 
 
 def test_a_smaller_loss_needs_more_bytes(
     llama: Checkpoint, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three searches of one teacher: less allowed, more bytes. What the first one measured is not measured again."""
+    """Three searches of one teacher: less allowed, more bytes. What the first one measured is not
+    measured again.
+    """
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
     many = searched(llama, text_folder, tmp_path / "many", lose=0.015)
     probes = (tmp_path / "many" / candidates.PROBES).read_text()
@@ -168,7 +190,9 @@ def _known_only(probe: Callable[..., float]) -> Callable[..., float]:
 
     def known(self: candidates.Candidates, axis: str, size: int) -> float:
         lines = run_folder.records(self.run.folder / candidates.PROBES)
-        assert any(line["axis"] == axis and line["size"] == size for line in lines), "measured again"
+        assert any(line["axis"] == axis and line["size"] == size for line in lines), (
+            "measured again"
+        )
         return probe(self, axis, size)
 
     return known
@@ -177,7 +201,9 @@ def _known_only(probe: Callable[..., float]) -> Callable[..., float]:
 def test_what_cannot_be_kept_is_a_sentence(
     llama: Checkpoint, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No loss at all; so little in so few bytes: what the nearest student should lose, and what to give."""
+    """No loss at all; so little in so few bytes: what the nearest student should lose, and what to
+    give.
+    """
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
     with pytest.raises(MisError) as none:
         searched(llama, text_folder, tmp_path / "none", lose=0.0)
@@ -189,23 +215,33 @@ def test_what_cannot_be_kept_is_a_sentence(
     assert "or leave out --bytes 190KB" in str(both.value)
 
 
-def test_what_is_kept_is_of_this_teacher_and_text(llama: Checkpoint, chat: Checkpoint, tmp_path: Path) -> None:
-    """Another teacher, another text, more words: another identity. What the package ships has the default one's."""
+def test_what_is_kept_is_of_this_teacher_and_text(
+    llama: Checkpoint, chat: Checkpoint, tmp_path: Path
+) -> None:
+    """Another teacher, another text, more words: another identity. What the package ships has the
+    default one's.
+    """
     asked = search.Settings(lose=0.1)
     about = known_losses.identity(llama, "a", asked)
     assert about != known_losses.identity(chat, "a", asked)
     assert about != known_losses.identity(llama, "b", asked)
     assert about != known_losses.identity(llama, "a", replace(asked, languages=("de",)))
-    assert about == known_losses.identity(llama, "a", replace(asked, lose=0.2, seed=3, max_seq_length=128))
+    assert about == known_losses.identity(
+        llama, "a", replace(asked, lose=0.2, seed=3, max_seq_length=128)
+    )
     shipped = json.loads((known_losses.SHIPPED / known_losses.ABOUT).read_text())
     assert shipped.keys() == about.keys() and shipped["text"] == "built-in"
     assert shipped["version"] == known_losses.VERSION
 
 
 def test_losses_on_answers_are_not_those_on_text(llama: Checkpoint) -> None:
-    """What is known of the built-in text was told on answers, so a search without conversations does not use it."""
+    """What is known of the built-in text was told on answers, so a search without conversations
+    does not use it.
+    """
     asked = search.Settings(lose=0.1)
-    assert search._identity_of_built_in(asked, llama) == known_losses.identity(llama, "built-in", asked)
+    assert search._identity_of_built_in(asked, llama) == known_losses.identity(
+        llama, "built-in", asked
+    )
     assert search._identity_of_built_in(replace(asked, conversations=0.3), llama) != {}
     assert search._identity_of_built_in(replace(asked, conversations=0.0), llama) == {}
     assert search._identity_of_built_in(replace(asked, data="folder"), llama) == {}
@@ -214,10 +250,32 @@ def test_losses_on_answers_are_not_those_on_text(llama: Checkpoint) -> None:
 def test_a_distillation_by_its_loss(
     llama: Checkpoint, text_folder: Path, tmp_path: Path, command: Callable[..., Done]
 ) -> None:
-    """A search, then a run with its sizes; what was expected stands beside what was reached, and a resumed run keeps
-    both. Sizes beside it are refused."""
-    few = ("--max-seq-length", 32, "--num-samples", 4, "--reconstruct-samples", 2, "--eval-windows", 2, "--q-iters", 1)
-    flags = ("--teacher", llama.path, "--data", text_folder, *few, "--iters", 4, "--bench-tokens", 0)
+    """A search, then a run with its sizes; what was expected stands beside what was reached, and a
+    resumed run keeps both. Sizes beside it are refused.
+    """
+    few = (
+        "--max-seq-length",
+        32,
+        "--num-samples",
+        4,
+        "--reconstruct-samples",
+        2,
+        "--eval-windows",
+        2,
+        "--q-iters",
+        1,
+    )
+    flags = (
+        "--teacher",
+        llama.path,
+        "--data",
+        text_folder,
+        *few,
+        "--iters",
+        4,
+        "--bench-tokens",
+        0,
+    )
     done = command("distill", *flags, "--lose", "0.03", "--out", tmp_path / "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = last_line(done)
@@ -225,16 +283,21 @@ def test_a_distillation_by_its_loss(
     stored = run_folder.stored_settings(tmp_path / "run")
     assert stored["lose"] == 0.03 and stored["expected_loss"] == result["expected_loss"]
     assert f"{result['expected_loss']:.3f} were expected" in done.stdout
-    again = command("distill", "-c", tmp_path / "run" / "config.yaml", "--out", tmp_path / "again", cwd=tmp_path)
+    again = command(
+        "distill", "-c", tmp_path / "run" / "config.yaml", "--out", tmp_path / "again", cwd=tmp_path
+    )
     assert again.returncode == 0, again.stderr
     assert "a search chooses" in done.stderr and "a search chooses" not in again.stderr
     assert last_line(again)["reached_loss"] == result["reached_loss"]
-    assert "leave out --layers 2, or --lose" in sentence(command("distill", *flags, "--lose", "0.03", "--layers", 2))
+    assert "leave out --layers 2, or --lose" in sentence(
+        command("distill", *flags, "--lose", "0.03", "--layers", 2)
+    )
 
 
 def test_by_default_a_loss_is_allowed(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing is said about sizes; else, and where a search would go through a large teacher again and again,
-    sizes are as they were."""
+    """Where nothing is said about sizes; else, and where a search would go through a large teacher
+    again and again, sizes are as they were.
+    """
     plain = distill.Settings(teacher=str(llama.path))
     assert distill._default_loss(plain, llama) == distill.DEFAULT_LOSS
     for given in ({"scenario": "gazda"}, {"layers": 2}, {"vocab": "0.5x"}, {"target_bpw": 5.0}):
@@ -247,17 +310,23 @@ def test_by_default_a_loss_is_allowed(llama: Checkpoint, monkeypatch: pytest.Mon
 def test_what_no_search_knows_keeps_to_a_scenario(
     models: Callable[[str], Checkpoint], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a gemma4_text: a plain run says why and goes on; what is to be searched for is refused before the teacher
-    writes any text."""
+    """Of a gemma4_text: a plain run says why and goes on; what is to be searched for is refused
+    before the teacher writes any text.
+    """
     gemma = models("gemma4_text")
     plain = distill.Settings(teacher=str(gemma.path))
     assert distill._default_loss(plain, gemma) is None
     assert distill._sized(plain, gemma) == plain
     told = capsys.readouterr().err
     why = "a search does not know what the tables of a gemma4_text weigh"
-    assert f"sizes are a scenario's, not chosen by what is lost: {why}\n" in told and "--lose" not in told
+    assert (
+        f"sizes are a scenario's, not chosen by what is lost: {why}\n" in told
+        and "--lose" not in told
+    )
     for given, flags in (({"lose": 0.1}, "--lose 0.1"), ({"bytes": "1MB"}, "--bytes 1MB")):
-        with pytest.raises(MisError, match=f"{flags} is not searched for, because {why}: give sizes"):
+        with pytest.raises(
+            MisError, match=f"{flags} is not searched for, because {why}: give sizes"
+        ):
             distill.run(replace(plain, data="teacher", **given))  # type: ignore[arg-type]
 
 
@@ -274,7 +343,9 @@ def test_what_was_expected_beside_what_was_reached(reached: float, far: bool) ->
     found = summary.expectation(0.1, "4-bit", None, {"English": rows})
     assert found == {"expected_loss": 0.1, "reached_loss": reached, "loss_of": "text"}
     told = summary.expectation_sentence(found, 0.11)
-    assert f"{reached:.3f} bits a byte of held-out text above the teacher, 0.100 were expected" in told
+    assert (
+        f"{reached:.3f} bits a byte of held-out text above the teacher, 0.100 were expected" in told
+    )
     assert "0.110 allowed" in told
     assert ("off by more than 30 %" in told) == far
     assert summary.expectation(None, "4-bit", None, {"English": rows}) == {}
@@ -291,7 +362,9 @@ def test_a_stopped_search_begins_with_what_is_known(llama: Checkpoint, tmp_path:
     folder = known_losses.kept_folder(about)
     known_losses.keep(run, about)
     known_losses.keep(run, about)
-    assert run_folder.records(folder / candidates.PROBES) == [{"axis": "ffn", "size": 1, "nats": 0.5}]
+    assert run_folder.records(folder / candidates.PROBES) == [
+        {"axis": "ffn", "size": 1, "nats": 0.5}
+    ]
 
     new = tmp_path / "new"
     new.mkdir()

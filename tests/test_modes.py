@@ -1,4 +1,6 @@
-"""`distill` by every way of training: what the budget decides, what is stored, and exact resume in each phase."""
+"""`distill` by every way of training: what the budget decides, what is stored, and exact resume in
+each phase.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,20 @@ from tests.conftest import Done, mostly_slow
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ("--max-seq-length", 32, "--num-samples", 2, "--reconstruct-samples", 2)
-FLAGS += ("--eval-windows", 1, "--bench-tokens", 0, "--iters", 6, "--save-every", 3, "--quantize", 0, "--seed", 3)
+FLAGS += (
+    "--eval-windows",
+    1,
+    "--bench-tokens",
+    0,
+    "--iters",
+    6,
+    "--save-every",
+    3,
+    "--quantize",
+    0,
+    "--seed",
+    3,
+)
 FLAGS += ("--learning-rate", "1e-2", "--keep-steps")
 WAYS: dict[str, tuple[object, ...]] = {
     "cached": ("--targets", "cached"),
@@ -39,7 +54,12 @@ WAYS: dict[str, tuple[object, ...]] = {
 }
 # Every phase once, and training by each way of streaming; the others of the matrix are slow.
 KILLS = {("targets", "cached"), ("repair", "repaired"), ("tune", "tuned")}
-KILLS |= {("distil", "sharded, live"), ("distil", "cached"), ("distil", "blocks"), ("distil", "lora")}
+KILLS |= {
+    ("distil", "sharded, live"),
+    ("distil", "cached"),
+    ("distil", "blocks"),
+    ("distil", "lora"),
+}
 
 
 def weights(run: Path) -> bytes:
@@ -49,7 +69,10 @@ def weights(run: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def whole(
-    tmp_path_factory: pytest.TempPathFactory, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]
+    tmp_path_factory: pytest.TempPathFactory,
+    llama: Checkpoint,
+    text_folder: Path,
+    command: Callable[..., Done],
 ) -> Callable[[str], tuple[Path, Done]]:
     """`whole(way)`: an undisturbed run of that way, made once."""
     made: dict[str, tuple[Path, Done]] = {}
@@ -67,8 +90,12 @@ def whole(
 
 
 @pytest.mark.parametrize("way", mostly_slow(WAYS, *(set(WAYS) - {"cached, tuned longer"})))
-def test_every_way_ends_in_an_ordinary_model(whole: Callable[[str], tuple[Path, Done]], way: str) -> None:
-    """Stock mlx-lm opens the result, and the run's files say what was done. (That losses fall: tests/training.)"""
+def test_every_way_ends_in_an_ordinary_model(
+    whole: Callable[[str], tuple[Path, Done]], way: str
+) -> None:
+    """Stock mlx-lm opens the result, and the run's files say what was done. (That losses fall:
+    tests/training.)
+    """
     out, done = whole(way)
     result = json.loads(done.stdout.splitlines()[-1])
     assert (
@@ -76,7 +103,9 @@ def test_every_way_ends_in_an_ordinary_model(whole: Callable[[str], tuple[Path, 
         == ("resident" if way not in WAYS or "--train" not in WAYS[way] else WAYS[way][1])
         == run_folder.stored_settings(out, run_folder.PLAN)["mode"]
     )
-    assert [r["number"] for r in run_folder.metrics(out)] == list(range(1, 7))[: 6 * (way != "repaired")]
+    assert [r["number"] for r in run_folder.metrics(out)] == list(range(1, 7))[
+        : 6 * (way != "repaired")
+    ]
     assert (out / "targets").exists() == ("cached" in WAYS[way])
     load.mlx_lm("utils").load(str(out / "model"))
 
@@ -90,18 +119,28 @@ def test_every_way_ends_in_an_ordinary_model(whole: Callable[[str], tuple[Path, 
     ],
 )
 def test_killed_in_any_phase_and_resumed(
-    tmp_path: Path, whole: Callable[[str], tuple[Path, Done]], llama: Checkpoint, text_folder: Path, way: str,
-    word: str, command: Callable[..., Done], own_home: dict[str, str],
-) -> None:  # fmt: skip
-    """SIGKILL as soon as a phase's files appear; --resume ends with the bits of the undisturbed run."""
+    tmp_path: Path,
+    whole: Callable[[str], tuple[Path, Done]],
+    llama: Checkpoint,
+    text_folder: Path,
+    way: str,
+    word: str,
+    command: Callable[..., Done],
+    own_home: dict[str, str],
+) -> None:
+    """SIGKILL as soon as a phase's files appear; --resume ends with the bits of the undisturbed
+    run.
+    """
     signs = {"targets": "targets/part-*", "repair": "parts/*", "distil": "metrics.jsonl"}
     signs["tune"] = pipeline.TUNE_LOG
     sign = signs[word]
-    out, run = whole(way)[0], tmp_path / "run"
+    out = whole(way)[0]
+    run = tmp_path / "run"
     if not list(out.glob(sign)):
         pytest.skip(f"{way} has no phase {word}")
     flags = ("--teacher", llama.path, "--data", text_folder, *FLAGS, *WAYS[way], "--out", run)
-    line, nowhere = ["-m", "mis_mlx.distill", *flags], subprocess.DEVNULL
+    line = ["-m", "mis_mlx.distill", *flags]
+    nowhere = subprocess.DEVNULL
     job = forks.start(line, own_home, stdout=nowhere, stderr=nowhere)
     while not list(run.glob(sign)) and job.poll() is None:
         time.sleep(0.002)
@@ -113,9 +152,12 @@ def test_killed_in_any_phase_and_resumed(
 
 
 @pytest.mark.parametrize("way", ["blocks", "lora"])
-def test_a_frozen_vocabulary_stays_as_it_is(whole: Callable[[str], tuple[Path, Done]], way: str) -> None:
-    """Every matrix of the blocks is another than the pruned student's, by a few directions where adapters learned; the
-    embedding is not."""
+def test_a_frozen_vocabulary_stays_as_it_is(
+    whole: Callable[[str], tuple[Path, Done]], way: str
+) -> None:
+    """Every matrix of the blocks is another than the pruned student's, by a few directions where
+    adapters learned; the embedding is not.
+    """
     out, _ = whole(way)
     before, after = (load.open_checkpoint(out / name) for name in ("pruned", "model"))
     arrays = [safetensors.lazy(c.tensors, list(c.tensors)) for c in (before, after)]
@@ -128,12 +170,17 @@ def test_a_frozen_vocabulary_stays_as_it_is(whole: Callable[[str], tuple[Path, D
 
 
 def test_scales_learn_what_rounding_cost(whole: Callable[[str], tuple[Path, Done]]) -> None:
-    """Between `rounded` and `model` only scales, biases and norms differ, and the loss against the teacher falls."""
+    """Between `rounded` and `model` only scales, biases and norms differ, and the loss against the
+    teacher falls.
+    """
     out, done = whole("tuned")
-    rounded, model = load.open_checkpoint(out / "rounded"), load.open_checkpoint(out / "model")
+    rounded = load.open_checkpoint(out / "rounded")
+    model = load.open_checkpoint(out / "model")
     assert rounded.config == model.config and (out / "model" / packed_format.SENSITIVITY).is_file()
     logged = [json.loads(line) for line in (out / pipeline.TUNE_LOG).read_text().splitlines()]
-    assert [r["number"] for r in logged] == [1, 2, 3, 4, 5] and logged[-1]["loss"] < logged[0]["loss"]
+    assert [r["number"] for r in logged] == [1, 2, 3, 4, 5] and logged[-1]["loss"] < logged[0][
+        "loss"
+    ]
     before, after = (safetensors.lazy(c.tensors, list(c.tensors)) for c in (rounded, model))
     differ = {name for name in before if not (before[name] == after[name]).all()}
     assert all(name.endswith(("scales", "biases")) or "norm" in name for name in differ)
@@ -149,9 +196,16 @@ def test_cached_targets_have_one_temperature(llama: Checkpoint) -> None:
 
 @pytest.mark.slow
 def test_a_model_eight_times_the_budget(tmp_path: Path) -> None:
-    """4 bits, more than 8 x 280 MiB: calibrated, its logits stored, repaired, a shard trained; peak under it."""
+    """4 bits, more than 8 x 280 MiB: calibrated, its logits stored, repaired, a shard trained; peak
+    under it.
+    """
     program = runpy.run_path(str(ROOT / "benchmarks" / "streaming.py"))
-    sizes = {"num_hidden_layers": 760, "hidden_size": 1024, "intermediate_size": 1024, "vocab_size": 1024}
+    sizes = {
+        "num_hidden_layers": 760,
+        "hidden_size": 1024,
+        "intermediate_size": 1024,
+        "vocab_size": 1024,
+    }
     folder = program["synthetic"](tmp_path / "big", sizes, 4)
     limit = 280 * 2**20
     assert load.open_checkpoint(folder).nbytes > 8 * limit

@@ -28,29 +28,53 @@ def rows(text: str) -> list[str]:
 
 
 def test_end_to_end(llama: Checkpoint, command: Callable[..., Done]) -> None:
-    """A table, JSON last, exit code 0; a budget too small is a check that failed: 3; a wrong flag: 2."""
+    """A table, JSON last, exit code 0; a budget too small is a check that failed: 3; a wrong flag:
+    2.
+    """
     done = command("plan", "--teacher", llama.path, "--budget", "1GiB", "--max-seq-length", 32)
     assert done.returncode == 0, done.stderr
     result = last_line(done)
     assert result["params_teacher"] == arch.params(llama.config) > result["params_student"]
     assert result["least_budget_bytes"] <= result["peak_bytes"] <= result["budget_bytes"] == GIB
-    assert (result["mode"], result["micro_batch"], result["pinned"], result["spooled_bytes"]) == ("resident", 2, 3, 0)
+    assert (result["mode"], result["micro_batch"], result["pinned"], result["spooled_bytes"]) == (
+        "resident",
+        2,
+        3,
+        0,
+    )
     assert rows(done.stdout) == [*PHASES[:4], "tune", PHASES[4], "all"]
-    assert "assumed" in done.stdout and " of 1.00 GiB |" in done.stdout and "MB when quantized" in done.stdout
-    done = command("plan", "--teacher", llama.path, "--budget", "1GiB", "--max-seq-length", 32, "-v")
-    assert rows(done.stdout) == [*PHASES[:4], "tune", *PHASES[4:]] and "fits the budget" in done.stdout
+    assert (
+        "assumed" in done.stdout
+        and " of 1.00 GiB |" in done.stdout
+        and "MB when quantized" in done.stdout
+    )
+    done = command(
+        "plan", "--teacher", llama.path, "--budget", "1GiB", "--max-seq-length", 32, "-v"
+    )
+    assert (
+        rows(done.stdout) == [*PHASES[:4], "tune", *PHASES[4:]] and "fits the budget" in done.stdout
+    )
     assert {**last_line(done), "seconds": 0} == {**result, "seconds": 0}
     done = command("plan", "--teacher", llama.path, "--budget", "1MiB", "--max-seq-length", 32)
-    assert done.returncode == 3 and "This does NOT fit: " in done.stdout and "the budget is 1 MiB" in done.stdout
+    assert (
+        done.returncode == 3
+        and "This does NOT fit: " in done.stdout
+        and "the budget is 1 MiB" in done.stdout
+    )
     assert last_line(done)["check_failed"] is True
     done = command("plan", "--teacher", llama.path, "--scenario", "tatry")
     assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
 def test_a_config_is_enough(
-    tmp_path: Path, llama: Checkpoint, models: Callable[[str], Checkpoint], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    llama: Checkpoint,
+    models: Callable[[str], Checkpoint],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Folders that hold nothing but config.json, as teacher and as student: the same plan as with weights."""
+    """Folders that hold nothing but config.json, as teacher and as student: the same plan as with
+    weights.
+    """
     bare = {}
     for name, full in (("teacher", llama), ("student", models("qwen3"))):
         (tmp_path / name).mkdir()
@@ -58,7 +82,9 @@ def test_a_config_is_enough(
         bare[name] = str(tmp_path / name)
     asked: dict[str, Any] = dict(machine="m1-air", budget="1GiB", max_seq_length=32)
     found = plan.run(plan.Settings(**bare, **asked))
-    there = plan.run(plan.Settings(teacher=str(llama.path), student=str(models("qwen3").path), **asked))
+    there = plan.run(
+        plan.Settings(teacher=str(llama.path), student=str(models("qwen3").path), **asked)
+    )
     assert {**found, "teacher": ""} == {**there, "teacher": ""}
     assert found["params_student"] == arch.params(models("qwen3").config)
     assert "not measured here" in capsys.readouterr().out
@@ -70,38 +96,70 @@ def test_a_config_is_enough(
         ({"budget": "108MiB"}, "resident", "streamed from disk at every step, "),
         ({"train": "sharded"}, "sharded", "student blocks trainable at a time for "),
         ({"targets": "cached"}, "resident", "the teacher has left its logits"),
-        ({"num_samples": 32768, "budget": "108MiB", "quantize": 0}, "resident", "of hidden states on disk"),
+        (
+            {"num_samples": 32768, "budget": "108MiB", "quantize": 0},
+            "resident",
+            "of hidden states on disk",
+        ),
     ],
 )
 def test_the_decision_in_words(
-    tmp_path: Path, changes: dict[str, Any], mode: str, named: str, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    changes: dict[str, Any],
+    mode: str,
+    named: str,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """Which way, what stays in memory and what does not, wear and hours: one sentence for each choice."""
+) -> None:
+    """Which way, what stays in memory and what does not, wear and hours: one sentence for each
+    choice.
+    """
     monkeypatch.setenv(cli.DETAILS, "1")
     deep = {**tiny.CONFIG, "num_hidden_layers": 40}
     (tmp_path / "config.json").write_text(json.dumps(deep))
     settings = plan.Settings(
-        teacher=str(tmp_path), scenario="goral", machine="m1-air", max_seq_length=32, **{"budget": "1GiB", **changes}
+        teacher=str(tmp_path),
+        scenario="goral",
+        machine="m1-air",
+        max_seq_length=32,
+        **{"budget": "1GiB", **changes},
     )
-    result, text = plan.run(settings), capsys.readouterr().out
+    result = plan.run(settings)
+    text = capsys.readouterr().out
     assert not result["check_failed"] and result["mode"] == mode and named in text, text
     assert "once hot) in all, " in text and "of an SSD's life of 150 TB" in text
     assert ("logit store" in rows(text)) == (settings.targets == "cached")
 
 
-def test_eight_billion_parameters_on_an_air(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The default student of a Llama of 8 B, by its config, in the Air's default budget: repaired, not trained, and
-    what training would take. In less it is refused."""
-    shape = {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14_336, "vocab_size": 128_256}
-    shape |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False}
-    (tmp_path / "config.json").write_text(json.dumps({**tiny.CONFIG, **shape, "torch_dtype": "bfloat16"}))
+def test_eight_billion_parameters_on_an_air(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The default student of a Llama of 8 B, by its config, in the Air's default budget: repaired,
+    not trained, and what training would take. In less it is refused.
+    """
+    shape = {
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "vocab_size": 128_256,
+    }
+    shape |= {
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": False,
+    }
+    (tmp_path / "config.json").write_text(
+        json.dumps({**tiny.CONFIG, **shape, "torch_dtype": "bfloat16"})
+    )
     asked = plan.Settings(teacher=str(tmp_path), machine="m1-air")
     found = plan.run(asked)
     text = capsys.readouterr().out
     assert found["mode"] == "none" and not found["check_failed"] and found["peak_bytes"] < 4.295e9
     assert "no training: the repair alone, for training has no room below --budget 6913MiB" in text
-    assert "for training" not in (plan.run(replace(asked, train="none")), capsys.readouterr().out)[1]
+    assert (
+        "for training" not in (plan.run(replace(asked, train="none")), capsys.readouterr().out)[1]
+    )
     assert plan.run(replace(asked, budget="3.5GiB"))["check_failed"]
 
 
@@ -127,20 +185,36 @@ def test_the_papers_figures(capsys: pytest.CaptureFixture[str]) -> None:
         ("N*: arithmetic takes as long as reading", "163", "148"),
         ("1,000,000 tokens, cool and hot", "32 h and 42 h", "52 h and 70 h"),
         ("one generated token, plain", "18.7 s, 0.053 tokens/s", "28.0 s, 0.036 tokens/s"),
-        ("the same, 4 of a tree of N* guesses accepted", "4.7 s, 0.214 tokens/s", "7.0 s, 0.143 tokens/s"),
-        ("the same, 6 of a tree of N* guesses accepted", "3.1 s, 0.321 tokens/s", "4.7 s, 0.214 tokens/s"),
+        (
+            "the same, 4 of a tree of N* guesses accepted",
+            "4.7 s, 0.214 tokens/s",
+            "7.0 s, 0.143 tokens/s",
+        ),
+        (
+            "the same, 6 of a tree of N* guesses accepted",
+            "3.1 s, 0.321 tokens/s",
+            "4.7 s, 0.214 tokens/s",
+        ),
     ):
         assert f"| {label} | {ours} | {papers} |" in printed, label
     verdicts = [line for line in printed.splitlines() if line.startswith('- "')]
     assert len(verdicts) == 4 and all("possible" in line for line in verdicts)
-    assert "137B not possible, 8.4 to 12.6 guesses" in verdicts[2] and "possible at its lower end" in verdicts[2]
+    assert (
+        "137B not possible, 8.4 to 12.6 guesses" in verdicts[2]
+        and "possible at its lower end" in verdicts[2]
+    )
     assert "77.1 GB" in verdicts[1] and "0.7 to 1.0 million" in verdicts[3]
 
 
 def test_measure_then_plan(
-    tmp_path: Path, llama: Checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    llama: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """`--measure` alone prints rates and stops; the next plan uses them and says of when they are."""
+    """`--measure` alone prints rates and stops; the next plan uses them and says of when they
+    are.
+    """
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path))
     monkeypatch.setattr(rates, "SAMPLE_BYTES", 2**20)
     result = plan.run(plan.Settings(measure=True))
@@ -151,9 +225,13 @@ def test_measure_then_plan(
 
 
 def test_refusals_are_sentences(tmp_path: Path, command: Callable[..., Done]) -> None:
-    """A folder without a config; more budget than the Air has; measuring a machine that is elsewhere."""
+    """A folder without a config; more budget than the Air has; measuring a machine that is
+    elsewhere.
+    """
     assert "config.json" in sentence(command("plan", "--teacher", tmp_path, "--machine", "m1-air"))
-    said = sentence(command("plan", "--teacher", "mis-137b", "--machine", "m1-air", "--budget", "14GB"))
+    said = sentence(
+        command("plan", "--teacher", "mis-137b", "--machine", "m1-air", "--budget", "14GB")
+    )
     assert "--budget 13.04 GiB is more than the 5.33 GiB there are" in said
     with pytest.raises(MisError, match="leave one of them out"):
         plan.run(plan.Settings(machine="m1-air", measure=True))

@@ -1,4 +1,6 @@
-"""The policy losses: values a reader can check by hand, and TRL's own numbers on a stored fixture."""
+"""The policy losses: values a reader can check by hand, and TRL's own numbers on a stored
+fixture.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,16 @@ from mis_mlx.types import Checkpoint
 from tests import trl_model
 
 FIXTURE = Path(__file__).parent / "fixtures" / "trl_grpo.npz"
-CASES = ("grpo", "grpo_kl", "dapo", "dapo_clip_higher", "dr_grpo", "dapo_temperature", "grpo_accumulated",
-         "dapo_accumulated")  # fmt: skip
+CASES = (
+    "grpo",
+    "grpo_kl",
+    "dapo",
+    "dapo_clip_higher",
+    "dr_grpo",
+    "dapo_temperature",
+    "grpo_accumulated",
+    "dapo_accumulated",
+)
 
 
 def stored() -> dict[str, np.ndarray]:
@@ -39,26 +49,39 @@ def total(
     objective: Settings, model: nn.Module, parts: list[tuple[Any, ...]]
 ) -> tuple[float, dict[str, np.ndarray], float]:
     """(loss, gradients, share of clipped tokens) of a step of these micro-batches."""
-    sums, counts, clipped, gradients = 0.0, 0.0, 0.0, None
+    sums = 0.0
+    counts = 0.0
+    clipped = 0.0
+    gradients = None
     for part in parts:
         (value, count, more), found = nn.value_and_grad(model, objective.loss)(model, *part)
         gradients = found if gradients is None else tree_map(mx.add, gradients, found)
-        sums, counts, clipped = sums + float(value), counts + float(count), clipped + float(more["clipped"])
+        sums = sums + float(value)
+        counts = counts + float(count)
+        clipped = clipped + float(more["clipped"])
     arrays: list[tuple[str, Any]] = tree_flatten(gradients)
     return sums / counts, {name: np.array(a) / counts for name, a in arrays}, clipped / counts
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_trl_agrees(case: str, tmp_path: Path) -> None:
-    """Loss to 1e-5, gradients to 5e-5, with an old policy that is another model, through all that training uses."""
+    """Loss to 1e-5, gradients to 5e-5, with an old policy that is another model, through all that
+    training uses.
+    """
     found = stored()
     about = json.loads(str(found["about"]))
-    given, prompt = about["cases"][case], about["prompt"]
+    given = about["cases"][case]
+    prompt = about["prompt"]
     objective = Settings(
-        loss_type=given["loss_type"], epsilon_high=given.get("epsilon_high", 0.2), beta=given.get("beta", 0.0),
-        max_completion_length=about["max_tokens"], temperature=given.get("temperature", 1.0),
-    )  # fmt: skip
-    advantage = policy.advantages(found["rewards"].astype(np.float64), scaled=given["loss_type"] != "dr_grpo")
+        loss_type=given["loss_type"],
+        epsilon_high=given.get("epsilon_high", 0.2),
+        beta=given.get("beta", 0.0),
+        max_completion_length=about["max_tokens"],
+        temperature=given.get("temperature", 1.0),
+    )
+    advantage = policy.advantages(
+        found["rewards"].astype(np.float64), scaled=given["loss_type"] != "dr_grpo"
+    )
     assert np.abs(advantage - found[f"{case}/advantages"]).max() < 1e-5
     model = trl_model.model(found, "policy", tmp_path)
     parts = []
@@ -70,25 +93,37 @@ def test_trl_agrees(case: str, tmp_path: Path) -> None:
         parts.append((b, mx.array(advantage.reshape(-1)[row : row + 1]), old, ref))
     loss, gradients, clipped = total(objective, model, parts)
     assert loss == pytest.approx(float(found[f"{case}/loss"]), rel=1e-5)
-    named = {name.removeprefix(f"{case}/grad/"): a for name, a in found.items() if name.startswith(f"{case}/grad/")}
+    named = {
+        name.removeprefix(f"{case}/grad/"): a
+        for name, a in found.items()
+        if name.startswith(f"{case}/grad/")
+    }
     assert named.keys() == gradients.keys()
     assert max(np.abs(gradients[n] - a).max() / np.abs(a).max() for n, a in named.items()) < 5e-5
     assert clipped > 0.0
 
 
 def test_advantages_by_pencil() -> None:
-    """Two right of four: mean 1/2, deviation sqrt(1/3) with Bessel's correction; unscaled they are +1/2 and -1/2."""
+    """Two right of four: mean 1/2, deviation sqrt(1/3) with Bessel's correction; unscaled they are
+    +1/2 and -1/2.
+    """
     made = policy.advantages(rewards([1, 0, 0, 1]), scaled=True)
     assert made == pytest.approx(np.array([[1, -1, -1, 1]]) * 0.5 / (math.sqrt(1 / 3) + 1e-4))
-    assert policy.advantages(rewards([1, 0, 0, 1]), scaled=False).tolist() == [[0.5, -0.5, -0.5, 0.5]]
+    assert policy.advantages(rewards([1, 0, 0, 1]), scaled=False).tolist() == [
+        [0.5, -0.5, -0.5, 0.5]
+    ]
     shifted = policy.advantages(rewards([8, 7, 7, 8]), scaled=True)
     assert shifted == pytest.approx(made)
 
 
 def test_equal_rewards_teach_nothing_and_are_numbers() -> None:
-    """All right, all wrong, equal but for rounding in their mean, one scored: exactly 0; unscored ones are left out."""
+    """All right, all wrong, equal but for rounding in their mean, one scored: exactly 0; unscored
+    ones are left out.
+    """
     nan = math.nan
-    table = rewards([1, 1, 1], [0, 0, 0], [0.1, 0.1, 0.1], [1, nan, nan], [nan, nan, nan], [1, 0, nan])
+    table = rewards(
+        [1, 1, 1], [0, 0, 0], [0.1, 0.1, 0.1], [1, nan, nan], [nan, nan, nan], [1, 0, nan]
+    )
     assert policy.teaches(table).tolist() == [False] * 5 + [True]
     made = policy.advantages(table, scaled=False)
     assert not made[:5].any() and made[5].tolist() == [0.5, -0.5, 0.0]
@@ -96,17 +131,26 @@ def test_equal_rewards_teach_nothing_and_are_numbers() -> None:
 
 
 def test_a_token_by_pencil() -> None:
-    """rho 1.5 and 0.5 against bounds 0.8 and 1.28: better answers are held above, worse ones below."""
-    new, old = mx.log(mx.array([[1.5, 0.5]])), mx.zeros((1, 2))
+    """rho 1.5 and 0.5 against bounds 0.8 and 1.28: better answers are held above, worse ones
+    below.
+    """
+    new = mx.log(mx.array([[1.5, 0.5]]))
+    old = mx.zeros((1, 2))
 
-    for advantage, wanted, clipped in ((1.0, [-1.28, -0.5], [1.0, 0.0]), (-1.0, [1.5, 0.8], [0.0, 1.0])):
+    for advantage, wanted, clipped in (
+        (1.0, [-1.28, -0.5], [1.0, 0.0]),
+        (-1.0, [1.5, 0.8], [0.0, 1.0]),
+    ):
         losses, held = policy.token_losses(new, old, mx.array([advantage]), 0.2, 0.28)
         assert np.array(losses)[0] == pytest.approx(wanted) and held.tolist() == [clipped]
 
 
 def test_kl_is_k3_and_never_negative() -> None:
-    """e^d - d - 1 by hand at d = ln 2; 0 where the model is the reference; unasked, nobody looks at the reference."""
-    same, zero = mx.zeros((1, 1)), mx.zeros((1,))
+    """e^d - d - 1 by hand at d = ln 2; 0 where the model is the reference; unasked, nobody looks at
+    the reference.
+    """
+    same = mx.zeros((1, 1))
+    zero = mx.zeros((1,))
     ref = mx.full((1, 1), math.log(2))
     k3 = 0.5 * (2 - math.log(2) - 1)
     assert policy.token_losses(same, same, zero, 0.2, 0.2, ref, 0.5)[0].item() == pytest.approx(k3)
@@ -115,15 +159,20 @@ def test_kl_is_k3_and_never_negative() -> None:
     assert policy.token_losses(same, same, zero, 0.2, 0.2, broken, 0.0)[0].item() == 0.0
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("grpo", (4 / 2 + 9 / 3) / 2), ("dapo", 13 / 5), ("dr_grpo", 13 / 20)])
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("grpo", (4 / 2 + 9 / 3) / 2), ("dapo", 13 / 5), ("dr_grpo", 13 / 20)]
+)
 def test_the_three_divisors_by_pencil(kind: policy.LossType, expected: float) -> None:
-    """Answers of 2 and 3 tokens, losses 2 and 3 each, at most 10 tokens; what is masked may be infinite."""
+    """Answers of 2 and 3 tokens, losses 2 and 3 each, at most 10 tokens; what is masked may be
+    infinite.
+    """
     losses = mx.array([[2.0, 2.0, math.inf], [3.0, 3.0, 3.0]])
     total, count = policy.loss_sum(losses, mx.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]), kind, 10)
     assert float(total) / float(count) == pytest.approx(expected)
 
 
-PROMPT, ANSWERS = [5, 6, 7, 8], [[11, 12, 13, 0], [21, 22], [31, 32, 33, 34, 35], [41]]
+PROMPT = [5, 6, 7, 8]
+ANSWERS = [[11, 12, 13, 0], [21, 22], [31, 32, 33, 34, 35], [41]]
 
 
 @pytest.fixture(name="model")
@@ -134,9 +183,12 @@ def _model(llama: Checkpoint) -> nn.Module:
 
 
 def test_on_policy_the_gradient_is_reinforce(model: nn.Module) -> None:
-    """Where the old policy is the model itself, as with one update a step: minus advantage times grad log pi."""
+    """Where the old policy is the model itself, as with one update a step: minus advantage times
+    grad log pi.
+    """
     b = attention_masks.join(PROMPT, ANSWERS)
-    advantage, objective = mx.array([1.0, -0.5, 0.7, -1.2]), Settings(max_completion_length=8)
+    advantage = mx.array([1.0, -0.5, 0.7, -1.2])
+    objective = Settings(max_completion_length=8)
     _, found = nn.value_and_grad(model, objective.loss)(model, b, advantage)
 
     def plain(m: nn.Module) -> mx.array:

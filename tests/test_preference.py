@@ -1,4 +1,6 @@
-"""Losses on pairs and log-probabilities of answers: by hand, against TRL's stored numbers, and what must not matter."""
+"""Losses on pairs and log-probabilities of answers: by hand, against TRL's stored numbers, and what
+must not matter.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from mis_mlx.maths.losses import token_logps
 from mis_mlx.maths.policy import PairLoss, dead_zone, pair_losses
 from tests import trl_model
 
-LOSS, GRADIENT = 1e-5, 5e-5  # float32 on a CPU, two frameworks: measured 1e-6 and 5e-6
+# float32 on a CPU, two frameworks: measured 1e-6 and 5e-6
+LOSS = 1e-5
+GRADIENT = 5e-5
 CASES = {
     "sigmoid": Settings(loss_type="sigmoid", beta=0.3, dpop_lambda=0.0),
     "hinge": Settings(loss_type="hinge", beta=0.3, dpop_lambda=0.0),
@@ -44,7 +48,9 @@ def policy(found: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def pairs(found: dict[str, np.ndarray]) -> list[Pair]:
-    """The rows that TRL was given, padding cut off: (ids, marks) of the chosen and of the rejected answer."""
+    """The rows that TRL was given, padding cut off: (ids, marks) of the chosen and of the rejected
+    answer.
+    """
     rows = []
     for ids, mask in zip(found["dpo/ids"], found["dpo/mask"], strict=True):
         length = int(np.flatnonzero(mask)[-1]) + 1
@@ -58,7 +64,9 @@ def batch(pairs: list[Pair], reference: np.ndarray) -> tuple[mx.array, ...]:
     return (*dpo.rectangle(pairs), mx.array(reference))
 
 
-def gradients(policy: nn.Module, objective: Settings, *arguments: mx.array) -> tuple[float, float, Any]:
+def gradients(
+    policy: nn.Module, objective: Settings, *arguments: mx.array
+) -> tuple[float, float, Any]:
     """(sum, count, gradients of the sum)."""
     (total, count, _), made = nn.value_and_grad(policy, partial(objective.loss))(policy, *arguments)
     return float(total), float(count), made
@@ -68,16 +76,23 @@ def gradients(policy: nn.Module, objective: Settings, *arguments: mx.array) -> t
 def test_losses_and_gradients_are_trls(
     case: str, found: dict[str, np.ndarray], policy: nn.Module, pairs: list[Pair]
 ) -> None:
-    """DPO, IPO and hinge as TRL's DPOTrainer computes them; DPO-P as its formula does in torch. Its penalty, here of
-    50, multiplies the 2e-5 nats that count as rounding, which TRL counts as rewards."""
+    """DPO, IPO and hinge as TRL's DPOTrainer computes them; DPO-P as its formula does in torch. Its
+    penalty, here of 50, multiplies the 2e-5 nats that count as rounding, which TRL counts as
+    rewards.
+    """
     total, count, made = gradients(policy, CASES[case], *batch(pairs, found["dpo/reference"]))
-    assert total / count == pytest.approx(float(found[f"{case}/loss"]), rel=2 * LOSS if case == "dpop" else LOSS)
+    assert total / count == pytest.approx(
+        float(found[f"{case}/loss"]), rel=2 * LOSS if case == "dpop" else LOSS
+    )
     assert trl_model.worst(made, found, case, count) < GRADIENT
 
 
-def test_the_reference_is_torchs(found: dict[str, np.ndarray], pairs: list[Pair], tmp_path: Path) -> None:
+def test_the_reference_is_torchs(
+    found: dict[str, np.ndarray], pairs: list[Pair], tmp_path: Path
+) -> None:
     """Pair by pair and three at a time, as in training and as held out, which must not matter."""
-    model, half = trl_model.model(found, "reference", tmp_path / "reference"), len(pairs)
+    model = trl_model.model(found, "reference", tmp_path / "reference")
+    half = len(pairs)
     for batch_size in (1, 3):
         values = dpo.reference(model, pairs, batch_size, trained=batch_size == 3)
         np.testing.assert_allclose(values[:, 0], found["dpo/reference"][:half], rtol=1e-5)
@@ -85,13 +100,20 @@ def test_the_reference_is_torchs(found: dict[str, np.ndarray], pairs: list[Pair]
 
 
 def test_by_hand() -> None:
-    """r_w = 1, r_l = -2, beta 0.5: margin 3; and with r_w = -1 the penalty of dpop stands inside beta and sigma."""
-    one, two = mx.array([1.0]), mx.array([-2.0])
+    """r_w = 1, r_l = -2, beta 0.5: margin 3; and with r_w = -1 the penalty of dpop stands inside
+    beta and sigma.
+    """
+    one = mx.array([1.0])
+    two = mx.array([-2.0])
     sigma = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
     loss = partial(pair_losses, beta=0.5)
     assert loss(one, two, kind="sigmoid").item() == pytest.approx(-math.log(sigma(1.5)))
-    assert loss(one, two, kind="dpop", dpop_lambda=50.0).item() == pytest.approx(-math.log(sigma(1.5)))
-    assert loss(-one, two, kind="dpop", dpop_lambda=3.0).item() == pytest.approx(-math.log(sigma(0.5 * (1 - 3))))
+    assert loss(one, two, kind="dpop", dpop_lambda=50.0).item() == pytest.approx(
+        -math.log(sigma(1.5))
+    )
+    assert loss(-one, two, kind="dpop", dpop_lambda=3.0).item() == pytest.approx(
+        -math.log(sigma(0.5 * (1 - 3)))
+    )
     assert loss(one, two, kind="hinge").item() == 0.0
     assert loss(-one, two, kind="hinge").item() == pytest.approx(0.5)
     ipo = loss(one, two, kind="ipo", chosen_tokens=mx.array([2.0]), rejected_tokens=mx.array([4.0]))
@@ -99,8 +121,11 @@ def test_by_hand() -> None:
 
 
 def test_at_the_reference_the_loss_is_ln_2() -> None:
-    """Policy = reference: nothing is preferred yet; the gradient of dpop there is DPO's, its penalty's is 0."""
-    zero, beta = mx.zeros((3,)), 0.7
+    """Policy = reference: nothing is preferred yet; the gradient of dpop there is DPO's, its
+    penalty's is 0.
+    """
+    zero = mx.zeros((3,))
+    beta = 0.7
     for kind in ("sigmoid", "dpop"):
         losses = pair_losses(zero, zero, beta, kind)
         assert np.allclose(np.array(losses), math.log(2), atol=1e-7)
@@ -121,11 +146,15 @@ def test_rounding_is_no_reward() -> None:
 def test_micro_batches_are_one_batch(
     kind: PairLoss, found: dict[str, np.ndarray], policy: nn.Module, pairs: list[Pair]
 ) -> None:
-    """Sums over one pair and over three, added: what all four give, to rounding; padding changes nothing."""
-    objective, by_side = Settings(loss_type=kind, beta=0.3, dpop_lambda=50.0), found["dpo/reference"].reshape(2, -1)
+    """Sums over one pair and over three, added: what all four give, to rounding; padding changes
+    nothing.
+    """
+    objective = Settings(loss_type=kind, beta=0.3, dpop_lambda=50.0)
+    by_side = found["dpo/reference"].reshape(2, -1)
     whole = gradients(policy, objective, *batch(pairs, by_side.reshape(-1)))
     parts = [
-        gradients(policy, objective, *batch(pairs[at], by_side[:, at].reshape(-1))) for at in (slice(0, 1), slice(1, 4))
+        gradients(policy, objective, *batch(pairs[at], by_side[:, at].reshape(-1)))
+        for at in (slice(0, 1), slice(1, 4))
     ]
     assert sum(p[0] for p in parts) == pytest.approx(whole[0], rel=1e-6)
     assert sum(p[1] for p in parts) == whole[1] == 4
@@ -133,14 +162,23 @@ def test_micro_batches_are_one_batch(
 
 
 @pytest.mark.parametrize(("rows", "temperature"), [(None, 1.0), (1, 0.7), (5, 0.7), (64, 1.0)])
-def test_log_probabilities_in_chunks_are_those_of_the_whole(rows: int | None, temperature: float) -> None:
-    """Values and gradients of hidden states and head, each position with its own cotangent, against log_softmax."""
-    hidden, head = (mx.random.normal(s, key=mx.random.key(k)) for k, s in ((4, (23, 16)), (5, (50, 16))))
-    targets, weights = mx.arange(23) * 2, mx.random.normal((23,), key=mx.random.key(6))
+def test_log_probabilities_in_chunks_are_those_of_the_whole(
+    rows: int | None, temperature: float
+) -> None:
+    """Values and gradients of hidden states and head, each position with its own cotangent, against
+    log_softmax.
+    """
+    hidden, head = (
+        mx.random.normal(s, key=mx.random.key(k)) for k, s in ((4, (23, 16)), (5, (50, 16)))
+    )
+    targets = mx.arange(23) * 2
+    weights = mx.random.normal((23,), key=mx.random.key(6))
 
     def plain(h: mx.array, w: mx.array) -> mx.array:
         z = (h @ w.T) / temperature
-        return ((mx.take_along_axis(z, targets[:, None], -1)[:, 0] - mx.logsumexp(z, -1)) * weights).sum()
+        return (
+            (mx.take_along_axis(z, targets[:, None], -1)[:, 0] - mx.logsumexp(z, -1)) * weights
+        ).sum()
 
     def chunked(h: mx.array, w: mx.array) -> mx.array:
         return (token_logps(h, w, targets, temperature, rows=rows) * weights).sum()
@@ -149,11 +187,15 @@ def test_log_probabilities_in_chunks_are_those_of_the_whole(rows: int | None, te
     assert got[0].item() == pytest.approx(wanted[0].item(), rel=1e-5)
     for one, other in zip(wanted[1], got[1], strict=True):
         assert mx.allclose(one, other, rtol=1e-4, atol=1e-5)
-    frozen = mx.grad(lambda h: (token_logps(h, head, targets, temperature, True, rows) * weights).sum())(hidden)
+    frozen = mx.grad(
+        lambda h: (token_logps(h, head, targets, temperature, True, rows) * weights).sum()
+    )(hidden)
     assert mx.allclose(frozen, wanted[1][0], rtol=1e-4, atol=1e-5)
 
 
 def close(one: Any, other: Any) -> bool:
     """Gradients alike to rounding, tensor by tensor."""
     pairs = zip(tree_flatten(one), tree_flatten(other), strict=True)
-    return all(float(mx.abs(a - b).max()) <= 1e-5 * float(mx.abs(a).max()) for (_, a), (_, b) in pairs)
+    return all(
+        float(mx.abs(a - b).max()) <= 1e-5 * float(mx.abs(a).max()) for (_, a), (_, b) in pairs
+    )

@@ -1,4 +1,6 @@
-"""Something moves in every phase: lines in a log, a bar on a terminal, and time left that learns from what was."""
+"""Something moves in every phase: lines in a log, a bar on a terminal, and time left that learns
+from what was.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class Clock:
 
 
 def test_time_left_by_pencil() -> None:
-    """A loop that is all of its phase by its rate; later phases as planned, times measured over planned."""
+    """A loop that is all of its phase by its rate; later phases as planned, times measured over
+    planned.
+    """
     clock = Clock()
     display = Display({"prune": 10.0, "distil": 100.0, "measure": 50.0}, clock)
     with display.level("distill"):
@@ -40,7 +44,8 @@ def test_time_left_by_pencil() -> None:
             show(0)
             clock.now_s += 2
             show(1)
-            assert display.left() == (8.0, 158.0)  # the plan says 10 - 2, the rate 6: the plan; then 100 + 50
+            # the plan says 10 - 2, the rate 6: the plan; then 100 + 50
+            assert display.left() == (8.0, 158.0)
             clock.now_s += 10
             show(2)
             assert display.left() == (12.0, 162.0)  # overdue by the plan: the rate, 12 s for 2 of 4
@@ -54,14 +59,22 @@ def test_time_left_by_pencil() -> None:
 
 
 def test_what_is_named() -> None:
-    """A loop inside of one that speaks is named once that one is still; one of the same name as its phase is it."""
+    """A loop inside of one that speaks is named once that one is still; one of the same name as its
+    phase is it.
+    """
     clock = Clock()
     display = Display({"distil": 100.0}, clock)
-    with display.level("run"), display.level("distil"), display.level("distil", 60, whole=True) as show:
+    with (
+        display.level("run"),
+        display.level("distil"),
+        display.level("distil", 60, whole=True) as show,
+    ):
         show(1, "loss 2.5")
         with display.level("block", 30) as inner:
             inner(3)
-            assert display.line().startswith("distil 1/60  ") and display.line().endswith("  loss 2.5")
+            assert display.line().startswith("distil 1/60  ") and display.line().endswith(
+                "  loss 2.5"
+            )
             assert "block" not in display.line()
             clock.now_s += progress.STILL_S
             assert display.line().startswith("distil 1/60, block 3/30  ")
@@ -80,8 +93,11 @@ def test_loops_that_end_in_another_order() -> None:
 
 
 def test_a_log_hears_of_a_phase_in_which_nothing_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line comes by itself after every interval; loops in model/ are on it, and nothing is left behind."""
-    said, twice = list[str](), threading.Event()
+    """A line comes by itself after every interval; loops in model/ are on it, and nothing is left
+    behind.
+    """
+    said = list[str]()
+    twice = threading.Event()
 
     def say(text: str) -> None:
         said.append(text)
@@ -109,10 +125,14 @@ def test_the_promise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_phase_of_a_run_is_told(finished: tuple[Path, Done]) -> None:
-    """In a log: when it will be done, right after the plan; then each phase with what it took, beside the plan."""
+    """In a log: when it will be done, right after the plan; then each phase with what it took,
+    beside the plan.
+    """
     out, done = finished
     lines = done.stderr.splitlines()
-    plan = next(n for n, line in enumerate(lines) if line.endswith("-v: bytes, operations, SSD wear"))
+    plan = next(
+        n for n, line in enumerate(lines) if line.endswith("-v: bytes, operations, SSD wear")
+    )
     assert lines[plan + 1].startswith("about ") and ", done at " in lines[plan + 1]
     names = [r["phase"] for r in run_folder.records(out / run_folder.PHASES) if "phase" in r]
     assert names == ["prune", "repair", "distil", "quantize", "tune", "measure"]
@@ -122,22 +142,33 @@ def test_every_phase_of_a_run_is_told(finished: tuple[Path, Done]) -> None:
     assert json.loads(done.stdout.splitlines()[-1])["run"] == str(out)
 
 
-def test_a_terminal_has_a_bar(tmp_path: Path, flags: tuple[object, ...], own_home: dict[str, str]) -> None:
-    """Every phase on one line that is drawn over and over, and what goes to stdout is in the file that it is."""
+def test_a_terminal_has_a_bar(
+    tmp_path: Path, flags: tuple[object, ...], own_home: dict[str, str]
+) -> None:
+    """Every phase on one line that is drawn over and over, and what goes to stdout is in the file
+    that it is.
+    """
     ours, theirs = pty.openpty()
     with (tmp_path / "stdout").open("wb") as out:
         line = ["-m", "mis_mlx.distill", *flags, "--out", tmp_path / "run"]
-        process = forks.start(line, {**own_home, "TERM": "xterm"}, stdout=out.fileno(), stderr=theirs)
+        process = forks.start(
+            line, {**own_home, "TERM": "xterm"}, stdout=out.fileno(), stderr=theirs
+        )
     os.close(theirs)
     drawn = ""
-    with open(ours, "rb", buffering=0) as terminal, contextlib.suppress(OSError):  # the other end is closed
+    # the other end is closed
+    with open(ours, "rb", buffering=0) as terminal, contextlib.suppress(OSError):
         while part := terminal.read(65536):
             drawn += part.decode(errors="replace")
     assert process.wait() == 0, drawn
-    words = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\s+", " ", drawn)  # a narrow terminal breaks lines anywhere
+    # a narrow terminal breaks lines anywhere
+    words = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\s+", " ", drawn)
     for name in ("prune", "repair", "distil", "quantize", "tune", "measure"):
         assert re.search(rf"{name}\b[^━]{{,200}} s of [0-9.]+ m?s planned", words), name
-    # A phase of a tiny model may end between two pictures (ten a second); no run is all between two.
+    # A phase of a tiny model may end between two pictures (ten a second); no run is all between
+    # two.
     assert any(" (run: " in one for one in drawn.split("\x1b[2K"))
     assert "━" in drawn
-    assert json.loads((tmp_path / "stdout").read_text().splitlines()[-1])["run"] == str(tmp_path / "run")
+    assert json.loads((tmp_path / "stdout").read_text().splitlines()[-1])["run"] == str(
+        tmp_path / "run"
+    )

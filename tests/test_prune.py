@@ -1,4 +1,6 @@
-"""The command `prune`: who stays, and what is written. What the weather does to it is in test_aais.py."""
+"""The command `prune`: who stays, and what is written. What the weather does to it is in
+test_aais.py.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +30,32 @@ from tests.conftest import Done
 def small(llama: Checkpoint, text_folder: Path) -> prune.Settings:
     """Flags of a prune of the tiny llama that takes a moment."""
     return prune.Settings(
-        model=str(llama.path), data=str(text_folder), num_samples=4, max_seq_length=32, importance="activation",
+        model=str(llama.path),
+        data=str(text_folder),
+        num_samples=4,
+        max_seq_length=32,
+        importance="activation",
         dtype="float32",
-    )  # fmt: skip
+    )
 
 
-def test_end_to_end(tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]) -> None:
-    """As a user runs it: GÓRAL takes a layer and a third of the FFN; stock mlx-lm opens the result."""
+def test_end_to_end(
+    tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]
+) -> None:
+    """As a user runs it: GÓRAL takes a layer and a third of the FFN; stock mlx-lm opens the
+    result.
+    """
     out = tmp_path / "pruned"
-    flags = ("--data", text_folder, "--num-samples", 4, "--max-seq-length", 32, "--scenario", "goral")
+    flags = (
+        "--data",
+        text_folder,
+        "--num-samples",
+        4,
+        "--max-seq-length",
+        32,
+        "--scenario",
+        "goral",
+    )
     done = command("prune", "--model", llama.path, "--mlx-path", out, *flags)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -55,9 +74,15 @@ def test_end_to_end(tmp_path: Path, llama: Checkpoint, text_folder: Path, comman
 
 @pytest.mark.parametrize(("flags", "squares"), [({}, 5), ({"hidden_by": "importance"}, 0)])
 def test_a_rotation_is_part_of_the_plan(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: prune.Settings, flags: dict[str, Any], squares: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    small: prune.Settings,
+    flags: dict[str, Any],
+    squares: int,
 ) -> None:
-    """Its sums and eigenvectors, five float64 matrices of D x D, stand beside the pass that the budget must hold."""
+    """Its sums and eigenvectors, five float64 matrices of D x D, stand beside the pass that the
+    budget must hold.
+    """
     phases = list[estimates.StageCost]()
 
     def refused(budget: Budget, *planned: estimates.StageCost) -> None:
@@ -67,17 +92,25 @@ def test_a_rotation_is_part_of_the_plan(
     monkeypatch.setattr(estimates, "fit", refused)
     for hidden in (None, 48):
         with pytest.raises(MisError, match="no more of it"):
-            prune.run(replace(small, scenario="none", hidden=hidden, mlx_path=str(tmp_path / "x"), **flags))
+            prune.run(
+                replace(
+                    small, scenario="none", hidden=hidden, mlx_path=str(tmp_path / "x"), **flags
+                )
+            )
     whole, copied, narrow, turned = phases
     assert narrow.peak_bytes - whole.peak_bytes == squares * 8 * 64**2
     assert narrow.read_bytes == (3 if squares else 1) * whole.read_bytes
     assert turned.peak_bytes - copied.peak_bytes == (2 * 4 * 768 * 64 if squares else 0)
 
 
-def test_keep_everything_is_the_identity(tmp_path: Path, llama: Checkpoint, small: prune.Settings) -> None:
+def test_keep_everything_is_the_identity(
+    tmp_path: Path, llama: Checkpoint, small: prune.Settings
+) -> None:
     """`--scenario none`: the same bytes of every tensor, through the whole command."""
     prune.run(replace(small, scenario="none", mlx_path=str(tmp_path / "same")))
-    assert (tmp_path / "same" / "model.safetensors").read_bytes() == (llama.path / "model.safetensors").read_bytes()
+    assert (tmp_path / "same" / "model.safetensors").read_bytes() == (
+        llama.path / "model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -99,12 +132,17 @@ def test_every_kind_along_every_axis_it_can(
     assert {axis for _, axis in keep.kept} == axes.keys() - {"layers"}
 
 
-def test_a_group_that_says_nothing_can_go(tmp_path: Path, llama: Checkpoint, small: prune.Settings) -> None:
-    """`--kv-heads 1`: a key-value group whose heads have nothing to say goes, and the model says what it said."""
+def test_a_group_that_says_nothing_can_go(
+    tmp_path: Path, llama: Checkpoint, small: prune.Settings
+) -> None:
+    """`--kv-heads 1`: a key-value group whose heads have nothing to say goes, and the model says
+    what it said.
+    """
     mute = tmp_path / "mute"
     shutil.copytree(llama.path, mute)
     weights = dict(mx.load(str(mute / "model.safetensors")).items())
-    for i, gone in enumerate((0, 1, 0)):  # values of group 0, for heads 0 and 1, or of group 1; 16 rows each
+    # values of group 0, for heads 0 and 1, or of group 1; 16 rows each
+    for i, gone in enumerate((0, 1, 0)):
         value = np.array(weights[f"model.layers.{i}.self_attn.v_proj.weight"])
         value[16 * gone : 16 * gone + 16] = 0
         weights[f"model.layers.{i}.self_attn.v_proj.weight"] = mx.array(value)
@@ -116,11 +154,16 @@ def test_a_group_that_says_nothing_can_go(tmp_path: Path, llama: Checkpoint, sma
     keep = model_writer.read_keep(tmp_path / "s")
     assert keep is not None and [keep.kept[i, "kv_heads"] for i in range(3)] == [(1,), (0,), (1,)]
     tokens = mx.array([[5, 9, 300, 7]])
-    whole, less = (load.mlx_lm("utils").load(str(path))[0](tokens) for path in (mute, tmp_path / "s"))
-    np.testing.assert_allclose(np.array(less), np.array(whole), atol=1e-5)  # other sizes, another order of sums
+    whole, less = (
+        load.mlx_lm("utils").load(str(path))[0](tokens) for path in (mute, tmp_path / "s")
+    )
+    # other sizes, another order of sums
+    np.testing.assert_allclose(np.array(less), np.array(whole), atol=1e-5)
 
 
-def test_a_shape_nobody_opens_is_refused_before_the_pass(tmp_path: Path, small: prune.Settings) -> None:
+def test_a_shape_nobody_opens_is_refused_before_the_pass(
+    tmp_path: Path, small: prune.Settings
+) -> None:
     """One sentence, and no folder."""
     with pytest.raises(MisError, match="--heads 3 does not divide"):
         prune.run(replace(small, heads=3, mlx_path=str(tmp_path / "s")))
@@ -128,7 +171,9 @@ def test_a_shape_nobody_opens_is_refused_before_the_pass(tmp_path: Path, small: 
 
 
 def pencil_statistics() -> Statistics:
-    """Three layers; block 1 changes the stream least; neurons and heads 0, 1, 2 ... matter less and less."""
+    """Three layers; block 1 changes the stream least; neurons and heads 0, 1, 2 ... matter less and
+    less.
+    """
 
     def both(mean: np.ndarray) -> np.ndarray:
         return np.stack([mean, mean**2])
@@ -143,18 +188,29 @@ def pencil_statistics() -> Statistics:
 
 
 def test_who_stays_by_pencil() -> None:
-    """The least block goes; the best neurons of each kept layer stay; one head of each group; top channels."""
+    """The least block goes; the best neurons of each kept layer stay; one head of each group; top
+    channels.
+    """
     cut = select.PruningConfig(
-        scenario="none", layers=2, ffn=256, heads=2, kv_heads=2, hidden=32, hidden_by="importance",
+        scenario="none",
+        layers=2,
+        ffn=256,
+        heads=2,
+        kv_heads=2,
+        hidden=32,
+        hidden_by="importance",
         importance="activation",
-    )  # fmt: skip
+    )
     shape, keep = select.select_units(tiny.CONFIG, pencil_statistics(), cut)
     assert keep.layers == (0, 2) and shape.layers == 2
     assert keep.kept[0, "ffn"] == tuple(range(256)) and keep.kept[2, "ffn"] == tuple(range(2, 258))
     assert keep.kept[0, "heads"] == (0, 2)
     assert keep.kept[-1, "hidden"] == tuple(range(32))
     assert (1, "ffn") not in keep.kept
-    assert keep.report["channels_kept"] == 2 * (256 + 2) + 32 and keep.report["channels_differing_from_plain"] == 0
+    assert (
+        keep.report["channels_kept"] == 2 * (256 + 2) + 32
+        and keep.report["channels_differing_from_plain"] == 0
+    )
 
 
 def test_no_weather_no_aais() -> None:
@@ -170,26 +226,45 @@ def test_no_weather_no_aais() -> None:
         ({"num_hidden_layers": 2}, "goral"),
         ({"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64}, "baca"),
         ({"intermediate_size": 64}, "goral"),
-        ({"hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 12}, "zbojnik"),
+        (
+            {"hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 12},
+            "zbojnik",
+        ),
     ],
 )
 def test_odd_teachers_give_whole_students(
     tmp_path: Path, small: prune.Settings, changes: dict[str, Any], scenario: Any
 ) -> None:
-    """Two layers, one head, an FFN of 64, a hidden size that no kernel likes: what can be cut is, and it opens."""
+    """Two layers, one head, an FFN of 64, a hidden size that no kernel likes: what can be cut is,
+    and it opens.
+    """
     odd = tiny.make(tmp_path / "odd", **changes)
     prune.run(replace(small, model=str(odd), scenario=scenario, mlx_path=str(tmp_path / "s")))
     model, _ = load.mlx_lm("utils").load(str(tmp_path / "s"))
     assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all()
-    assert shape_of(load.open_checkpoint(tmp_path / "s").config) != shape_of(load.open_checkpoint(odd).config)
+    assert shape_of(load.open_checkpoint(tmp_path / "s").config) != shape_of(
+        load.open_checkpoint(odd).config
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "flags", "said"),
     [
-        ({"intermediate_size": 64}, {"scenario": "halny"}, "--scenario halny would cut nothing of 3 layers.*FFN 64"),
-        ({"num_hidden_layers": 1}, {"scenario": "juhas"}, "--scenario juhas would cut nothing of 1 layers"),
-        ({"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64}, {"heads": 2}, "--heads 2 is outside 1"),
+        (
+            {"intermediate_size": 64},
+            {"scenario": "halny"},
+            "--scenario halny would cut nothing of 3 layers.*FFN 64",
+        ),
+        (
+            {"num_hidden_layers": 1},
+            {"scenario": "juhas"},
+            "--scenario juhas would cut nothing of 1 layers",
+        ),
+        (
+            {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64},
+            {"heads": 2},
+            "--heads 2 is outside 1",
+        ),
         ({}, {"heads": 1}, "--heads 1 does not divide into 2 key-value heads"),
         ({}, {"hidden": 17}, "hidden 17 is not a multiple of 4 heads"),
     ],
@@ -200,12 +275,20 @@ def test_what_cannot_be_cut_is_a_sentence(
     """Both numbers and what to do; no folder is left."""
     odd = tiny.make(tmp_path / "odd", **changes)
     with pytest.raises(MisError, match=said):
-        prune.run(replace(small, model=str(odd), mlx_path=str(tmp_path / "s"), **{"scenario": "none", **flags}))
+        prune.run(
+            replace(
+                small, model=str(odd), mlx_path=str(tmp_path / "s"), **{"scenario": "none", **flags}
+            )
+        )
     assert not (tmp_path / "s").exists()
 
 
-def test_a_budget_too_small_is_a_sentence(tmp_path: Path, llama: Checkpoint, command: Callable[..., Done]) -> None:
+def test_a_budget_too_small_is_a_sentence(
+    tmp_path: Path, llama: Checkpoint, command: Callable[..., Done]
+) -> None:
     """Refused before work starts, with both numbers and the budget that would do."""
-    done = command("prune", "--model", llama.path, "--mlx-path", tmp_path / "out", "--budget", "1MiB")
+    done = command(
+        "prune", "--model", llama.path, "--mlx-path", tmp_path / "out", "--budget", "1MiB"
+    )
     assert done.returncode == 1 and "the budget is 1 MiB: give --budget" in done.stderr
     assert not list(tmp_path.iterdir())

@@ -30,9 +30,20 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_end_to_end(tmp_path: Path, llama: Checkpoint, command: Callable[..., Done]) -> None:
-    """As a user runs it: JSON on the last line, and a folder that stock mlx-lm opens and speaks from."""
+    """As a user runs it: JSON on the last line, and a folder that stock mlx-lm opens and speaks
+    from.
+    """
     brief = ("--num-samples", 4, "--max-seq-length", 64)
-    done = command("quantize", "--model", llama.path, "--mlx-path", tmp_path / "q4", "--q-group-size", 32, *brief)
+    done = command(
+        "quantize",
+        "--model",
+        llama.path,
+        "--mlx-path",
+        tmp_path / "q4",
+        "--q-group-size",
+        32,
+        *brief,
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     packed = load.open_checkpoint(tmp_path / "q4")
@@ -48,8 +59,12 @@ PLAIN = ("--q-method", "round", "--target-bpw", "None")
 GPTQ = ("--target-bpw", "None", "--num-samples", 4, "--max-seq-length", 32)
 
 
-def test_gptq_end_to_end(tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]) -> None:
-    """Other weights in as many bytes; the same again from the same seed, others from other windows; it speaks."""
+def test_gptq_end_to_end(
+    tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]
+) -> None:
+    """Other weights in as many bytes; the same again from the same seed, others from other windows;
+    it speaks.
+    """
     weights = []
     for name, flags in (("plain", PLAIN), ("a", GPTQ), ("b", GPTQ), ("c", (*GPTQ, "--seed", 1))):
         where = ("--model", llama.path, "--mlx-path", tmp_path / name, "--data", text_folder)
@@ -65,7 +80,9 @@ def test_gptq_end_to_end(tmp_path: Path, llama: Checkpoint, text_folder: Path, c
     assert isinstance(mlx_generate.continuation(model, tokenizer, "The with statement", 4), str)
 
 
-def test_gptq_on_fewer_windows_in_memory_gives_the_same_bits(tmp_path: Path, llama: Checkpoint) -> None:
+def test_gptq_on_fewer_windows_in_memory_gives_the_same_bits(
+    tmp_path: Path, llama: Checkpoint
+) -> None:
     """Hidden states of one window in memory, of three in a file without a name."""
     batches = [mx.random.randint(0, 512, (1, 32), key=mx.random.key(k)) for k in range(4)]
     for name, held in (("all", 4), ("one", 1)):
@@ -77,24 +94,46 @@ def test_gptq_on_fewer_windows_in_memory_gives_the_same_bits(tmp_path: Path, lla
 def test_gptq_refusals_write_nothing(
     tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]
 ) -> None:
-    """No text to look at; a budget that gram matrices do not fit, though plain rounding would; quantized already."""
+    """No text to look at; a budget that gram matrices do not fit, though plain rounding would;
+    quantized already.
+    """
     flags = ("--data", text_folder, *GPTQ)
     out = ("--mlx-path", tmp_path / "out")
-    assert "give 1 or more" in sentence(command("quantize", "--model", llama.path, *out, *flags, "--num-samples", 0))
+    assert "give 1 or more" in sentence(
+        command("quantize", "--model", llama.path, *out, *flags, "--num-samples", 0)
+    )
     few = ("--budget", "10MiB")
-    assert command("quantize", "--model", llama.path, "--mlx-path", tmp_path / "plain", *PLAIN, *few).returncode == 0
+    assert (
+        command(
+            "quantize", "--model", llama.path, "--mlx-path", tmp_path / "plain", *PLAIN, *few
+        ).returncode
+        == 0
+    )
     said = sentence(command("quantize", "--model", llama.path, *out, *flags, *few))
-    assert "quantize needs" in said and "the budget is 10 MiB: give --budget" in said and "or --q-method round" in said
+    assert (
+        "quantize needs" in said
+        and "the budget is 10 MiB: give --budget" in said
+        and "or --q-method round" in said
+    )
     said = sentence(command("quantize", "--model", tmp_path / "plain", *out, *flags))
     assert "quantized already" in said
     assert [p.name for p in tmp_path.iterdir()] == ["plain"]
 
 
-@pytest.mark.parametrize("kind", mostly_slow(product((1024, 512), ("F32", "BF16")), (1024, "F32"), (512, "BF16")))
+@pytest.mark.parametrize(
+    "kind", mostly_slow(product((1024, 512), ("F32", "BF16")), (1024, "F32"), (512, "BF16"))
+)
 def test_gptq_stays_under_the_plan(tmp_path: Path, kind: tuple[int, str]) -> None:
-    """MLX's peak and numpy's, each at its own time, together under the plan, and not by more than a factor of four."""
+    """MLX's peak and numpy's, each at its own time, together under the plan, and not by more than a
+    factor of four.
+    """
     ffn, dtype = kind
-    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": ffn, "vocab_size": 8192 if ffn == 512 else 512}
+    sizes = {
+        "hidden_size": 256,
+        "head_dim": 64,
+        "intermediate_size": ffn,
+        "vocab_size": 8192 if ffn == 512 else 512,
+    }
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m", dtype=dtype, **sizes))
     batches = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
     planned = compression_size.quantize(estimates.model_of(checkpoint), FOUR, 6, 64, GIB)
@@ -109,12 +148,17 @@ def test_gptq_stays_under_the_plan(tmp_path: Path, kind: tuple[int, str]) -> Non
         stage.quantize(checkpoint.path, tmp_path / "q4", FOUR, DISK, batches, 6)
     peak = mx.get_peak_memory() - before + tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert planned.peak_bytes / 4 < peak < planned.peak_bytes, (peak / 2**20, planned.peak_bytes / 2**20)
+    assert planned.peak_bytes / 4 < peak < planned.peak_bytes, (
+        peak / 2**20,
+        planned.peak_bytes / 2**20,
+    )
     assert packed_format.layout(checkpoint.config, 64)
 
 
 def test_the_plan_of_gptq_by_pencil() -> None:
-    """Two D x D, one Q x Q and one F x F sum in float64, five of the largest, 28 bytes a weight of gate and up."""
+    """Two D x D, one Q x Q and one F x F sum in float64, five of the largest, 28 bytes a weight of
+    gate and up.
+    """
     m = estimates.model_of(tiny.CONFIG, gpu=False)
     plain = compression_size.quantize(m, NEAREST, 0, 32, GIB)
     planned = compression_size.quantize(m, FOUR, 4, 32, GIB)
@@ -123,7 +167,8 @@ def test_the_plan_of_gptq_by_pencil() -> None:
     assert planned.peak_bytes == without.peak_bytes + arrays and planned.flops > 2 * without.flops
     assert plain.peak_bytes < planned.peak_bytes and (plain.flops, plain.held_tokens) == (0, 0)
     assert (planned.read_bytes, planned.written_bytes) == (plain.read_bytes, plain.written_bytes)
-    poor = compression_size.quantize(m, FOUR, 4, 32, 0)  # every hidden state spooled: written by each block, read twice
+    # every hidden state spooled: written by each block, read twice
+    poor = compression_size.quantize(m, FOUR, 4, 32, 0)
     assert poor.written_bytes - plain.written_bytes == 4 * 128 * 64 * 4
     assert poor.read_bytes - plain.read_bytes == 2 * 4 * 128 * 64 * 4
 
@@ -131,10 +176,16 @@ def test_the_plan_of_gptq_by_pencil() -> None:
 def test_mixed_bits_and_steps_end_to_end(
     tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]
 ) -> None:
-    """Under the target, sensitivities beside it; steps change scales only, and a teacher may be another model."""
+    """Under the target, sensitivities beside it; steps change scales only, and a teacher may be
+    another model.
+    """
     flags = ("--model", llama.path, "--data", text_folder, *GPTQ, "--target-bpw", 4.6)
     steps = ("--q-iters", 12)  # fewer hardly leave the place of a scale in float16
-    for name, more in (("plain", ()), ("own", steps), ("taught", (*steps, "--teacher", llama.path))):
+    for name, more in (
+        ("plain", ()),
+        ("own", steps),
+        ("taught", (*steps, "--teacher", llama.path)),
+    ):
         done = command("quantize", *flags, *more, "--mlx-path", tmp_path / name)
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout.splitlines()[-1])
@@ -159,8 +210,14 @@ def test_mixed_bits_and_steps_end_to_end(
     ("flags", "words"),
     [
         (("--target-bpw", 3.2), "--target-bpw 3.2 is below 3.5"),
-        (("--q-group-size", 128), "rows of 64 weights, which 128 does not divide: use --q-group-size 64"),
-        (("--q-method", "round", "--target-bpw", "None", "--q-iters", 3, "--budget", "10MiB"), "tune needs"),
+        (
+            ("--q-group-size", 128),
+            "rows of 64 weights, which 128 does not divide: use --q-group-size 64",
+        ),
+        (
+            ("--q-method", "round", "--target-bpw", "None", "--q-iters", 3, "--budget", "10MiB"),
+            "tune needs",
+        ),
     ],
 )
 def test_flags_that_cannot_be(
@@ -182,10 +239,18 @@ def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
     """MLX's peak of either, under what the plan says, and not by more than a factor of four."""
     sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 1536, "vocab_size": 2048}
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m", dtype="F32", **sizes))
-    m, how = estimates.model_of(checkpoint), QuantizationConfig(q_method="round", target_bpw=4.6, q_iters=2)
+    m = estimates.model_of(checkpoint)
+    how = QuantizationConfig(q_method="round", target_bpw=4.6, q_iters=2)
     batches = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
     job = DistillationSpec(
-        teacher=m, student=m, iters=2, batch_size=1, max_seq_length=64, num_samples=6, save_every=2, rounding=how
+        teacher=m,
+        student=m,
+        iters=2,
+        batch_size=1,
+        max_seq_length=64,
+        num_samples=6,
+        save_every=2,
+        rounding=how,
     )
     planned = compression_size.quantize(m, how, 6, 64, GIB), phases.tune(job, 1, GIB, 2)
     text = Windows(np.concatenate([np.array(b) for b in batches]), np.ones((6, 64), np.float32))
@@ -196,7 +261,9 @@ def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
         pipeline.tuned(load.open_checkpoint(tmp_path / "q4"), source, text, recipe)
 
     for phase, work in zip(
-        planned, (lambda: stage.quantize(checkpoint.path, tmp_path / "q4", how, DISK, batches, 6), tune), strict=True
+        planned,
+        (lambda: stage.quantize(checkpoint.path, tmp_path / "q4", how, DISK, batches, 6), tune),
+        strict=True,
     ):
         mx.clear_cache()
         before = mx.get_active_memory()
@@ -205,19 +272,38 @@ def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
             mx.set_cache_limit(0)
             work()
         peak = mx.get_peak_memory() - before
-        assert phase.peak_bytes / 4 < peak < phase.peak_bytes, (phase.name, peak / 2**20, phase.peak_bytes / 2**20)
+        assert phase.peak_bytes / 4 < peak < phase.peak_bytes, (
+            phase.name,
+            peak / 2**20,
+            phase.peak_bytes / 2**20,
+        )
 
 
 @pytest.mark.slow
-def test_forty_blocks_with_256_open_files(tmp_path: Path, text_folder: Path, own_home: dict[str, str]) -> None:
-    """macOS allows no more at first: a deep model is rounded and tuned within it, and so are all files closed again."""
+def test_forty_blocks_with_256_open_files(
+    tmp_path: Path, text_folder: Path, own_home: dict[str, str]
+) -> None:
+    """macOS allows no more at first: a deep model is rounded and tuned within it, and so are all
+    files closed again.
+    """
     tiny.make(tmp_path / "deep", num_hidden_layers=40, intermediate_size=64)
-    line = [sys.executable, "-m", "mis_mlx.quantize", "--model", tmp_path / "deep", "--mlx-path", tmp_path / "q"]
+    line = [
+        sys.executable,
+        "-m",
+        "mis_mlx.quantize",
+        "--model",
+        tmp_path / "deep",
+        "--mlx-path",
+        tmp_path / "q",
+    ]
     line += ["--data", text_folder, "--q-method", "round", "--target-bpw", None, "--q-iters", 1]
     line += ["--max-seq-length", 16, "--batch-size", 1]
     done = subprocess.run(
         ["sh", "-c", 'ulimit -n 256; exec "$@"', "sh", *map(str, line)],
-        env={**own_home, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env={**own_home, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-500:]
     assert load.open_checkpoint(tmp_path / "q").config["quantization"]["bits"] == 4

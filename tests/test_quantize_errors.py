@@ -1,4 +1,6 @@
-"""What `quantize` and `export` cannot do ends in one sentence, and nothing half-written is left on the disk."""
+"""What `quantize` and `export` cannot do ends in one sentence, and nothing half-written is left on
+the disk.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,21 @@ from tests.conftest import Done, sentence
 
 def made(model: Path, out: Path, method: Any = "round", text: Path | None = None) -> dict[str, Any]:
     """`quantize` with little text, which rounding does not need."""
-    flags = {"q_method": method, "target_bpw": None, "num_samples": 2, "max_seq_length": 32, "data": text and str(text)}
+    flags = {
+        "q_method": method,
+        "target_bpw": None,
+        "num_samples": 2,
+        "max_seq_length": 32,
+        "data": text and str(text),
+    }
     return quantize.run(quantize.Settings(model=str(model), mlx_path=str(out), **flags))
 
 
 def nan(folder: Path, name: str) -> Path:
     """A tiny model with one NaN, at the end of tensor `name`."""
     model = tiny.make(folder)
-    data, at = bytearray((model / "model.safetensors").read_bytes()), load.open_checkpoint(model).tensors[name]
+    data = bytearray((model / "model.safetensors").read_bytes())
+    at = load.open_checkpoint(model).tensors[name]
     data[at.offset + at.nbytes - 4 : at.offset + at.nbytes] = np.float32("nan").tobytes()
     (model / "model.safetensors").write_bytes(data)
     return model
@@ -56,7 +65,8 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "quantized already": (packed, "four is quantized already: start from the unquantized model"),
     "NaN in a norm": (
         lambda folder: nan(folder, "model.layers.1.input_layernorm.weight"),
-        "layers.1.input_layernorm.weight holds 1 values that are not numbers: download the model again",
+        "layers.1.input_layernorm.weight holds 1 values that are not numbers: download the model "
+        "again",
     ),
     "NaN in a matrix": (
         lambda folder: nan(folder, "model.layers.1.mlp.up_proj.weight"),
@@ -70,7 +80,8 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
 def test_quantize(tmp_path: Path, what: str, method: str, text_folder: Path) -> None:
     """The folder that the result would lie in stays empty."""
     make, why = BAD[what]
-    model, place = make(tmp_path / "model"), tmp_path / "place"
+    model = make(tmp_path / "model")
+    place = tmp_path / "place"
     place.mkdir()
     with pytest.raises(MisError, match=why):
         made(model, place / "out", method, text_folder)
@@ -88,6 +99,10 @@ def test_a_tokenizer_that_is_not_there(tmp_path: Path, method: str) -> None:
 def test_export_of_rows_without_whole_blocks(tmp_path: Path, command: Callable[..., Done]) -> None:
     """One line on stderr for a user, exit code 1, no folder."""
     model = tiny.make(tmp_path / "odd", intermediate_size=760)
-    said = sentence(command("export", "--model", model, "--out", tmp_path / "out", "--out-type", "q8_0"))
-    assert "down_proj.weight has rows of 760 weights, which Q8_0's block of 32 does not divide" in said
+    said = sentence(
+        command("export", "--model", model, "--out", tmp_path / "out", "--out-type", "q8_0")
+    )
+    assert (
+        "down_proj.weight has rows of 760 weights, which Q8_0's block of 32 does not divide" in said
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["odd"]

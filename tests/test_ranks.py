@@ -1,4 +1,6 @@
-"""`distill` and its like on several machines, as a user starts them: one run, one voice, and a way on when one dies."""
+"""`distill` and its like on several machines, as a user starts them: one run, one voice, and a way
+on when one dies.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def brief(flags: tuple[object, ...]) -> tuple[object, ...]:
 
 @pytest.fixture(scope="module")
 def alone(
-    tmp_path_factory: pytest.TempPathFactory, brief: tuple[object, ...], command: Callable[..., Done]
+    tmp_path_factory: pytest.TempPathFactory,
+    brief: tuple[object, ...],
+    command: Callable[..., Done],
 ) -> tuple[Path, Done]:
     """(run folder, process) of it on one machine; do not write into it."""
     out = tmp_path_factory.mktemp("alone") / "run"
@@ -61,23 +65,35 @@ def wait_for(steps: int, out: Path, processes: Processes) -> None:
         time.sleep(0.02)
 
 
-def launched(env: dict[str, str], n: int, command: str, *flags: object) -> subprocess.CompletedProcess[str]:
-    """`mlx.launch -n N python -m mis_mlx.COMMAND FLAGS` to its end, which is 0 whatever became of the commands."""
+def launched(
+    env: dict[str, str], n: int, command: str, *flags: object
+) -> subprocess.CompletedProcess[str]:
+    """`mlx.launch -n N python -m mis_mlx.COMMAND FLAGS` to its end, which is 0 whatever became of
+    the commands.
+    """
     launch = Path(sys.executable).parent / "mlx.launch"
     argv = [launch, "-n", n, "-p", ports(1)[0], sys.executable, "-m", f"mis_mlx.{command}", *flags]
-    pipe = subprocess.PIPE  # stdin among them: of what has ended, such as /dev/null, mlx.launch reads without rest
+    # stdin among them: of what has ended, such as /dev/null, mlx.launch reads without rest
+    pipe = subprocess.PIPE
     process = subprocess.Popen(
-        [*map(str, argv)], env={**env, "PYTHONPATH": str(ROOT)}, stdin=pipe, stdout=pipe, stderr=pipe,
+        [*map(str, argv)],
+        env={**env, "PYTHONPATH": str(ROOT)},
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
         text=True,
-    )  # fmt: skip
+    )
     try:
         assert process.stdin and process.stdout and process.stderr
-        # More than a pipe holds, which nobody reads: mlx.launch keeps a core busy while it could write to a machine.
+        # More than a pipe holds, which nobody reads: mlx.launch keeps a core busy while it could
+        # write to a machine.
         with contextlib.suppress(BrokenPipeError):  # they have ended already
             process.stdin.write("\n" * 2**18)
             process.stdin.flush()
         process.wait(300)
-        return subprocess.CompletedProcess(argv, process.returncode, process.stdout.read(), process.stderr.read())
+        return subprocess.CompletedProcess(
+            argv, process.returncode, process.stdout.read(), process.stderr.read()
+        )
     finally:
         process.kill()
         process.communicate()
@@ -94,7 +110,8 @@ def test_mlx_launch_starts_machines_that_work_together(
     tmp_path: Path, alone: tuple[Path, Done], brief: tuple[object, ...], own_home: dict[str, str]
 ) -> None:
     """A short run, as a user starts it: the pruned student is that of one machine, bit for bit."""
-    out, scratch = tmp_path / "run", scratch_folder(tmp_path / "scratch")
+    out = tmp_path / "run"
+    scratch = scratch_folder(tmp_path / "scratch")
     short = (*brief, *DENSE, "--iters", 1)
     done = launched({**own_home, "TMPDIR": str(scratch)}, 2, "distill", *short, "--out", out)
     one_voice(done, scratch)
@@ -105,10 +122,17 @@ def test_mlx_launch_starts_machines_that_work_together(
 
 @pytest.mark.parametrize("how", ["started", pytest.param("mlx.launch", marks=pytest.mark.slow)])
 def test_two_machines_give_the_run_of_one(
-    how: str, tmp_path: Path, alone: tuple[Path, Done], brief: tuple[object, ...], own_home: dict[str, str]
+    how: str,
+    tmp_path: Path,
+    alone: tuple[Path, Done],
+    brief: tuple[object, ...],
+    own_home: dict[str, str],
 ) -> None:
-    """Calibration to table: the same files, the pruned student bit for bit, every loss to 1e-4 (measured: 5e-6)."""
-    out, scratch = tmp_path / "run", scratch_folder(tmp_path / "scratch")
+    """Calibration to table: the same files, the pruned student bit for bit, every loss to 1e-4
+    (measured: 5e-6).
+    """
+    out = tmp_path / "run"
+    scratch = scratch_folder(tmp_path / "scratch")
     env = {**own_home, "TMPDIR": str(scratch)}
     if how == "started":
         with started(2, ["-m", "mis_mlx.distill", *brief, "--out", out], env) as made:
@@ -118,7 +142,8 @@ def test_two_machines_give_the_run_of_one(
     else:
         done = launched(env, 2, "distill", *brief, "--out", out)
     one_voice(done, scratch)
-    result, want = last_line(done), last_line(alone[1])
+    result = last_line(done)
+    want = last_line(alone[1])
     assert result["tokens"] == want["tokens"]
     assert result["nll_quantized"] == pytest.approx(want["nll_quantized"], rel=1e-3)
     of = "pruned/model.safetensors"
@@ -131,11 +156,16 @@ def test_two_machines_give_the_run_of_one(
 
 @pytest.mark.parametrize("numbers", [(1, 2), pytest.param((3,), marks=pytest.mark.slow)])
 def test_one_machine_dies_and_any_number_goes_on(
-    numbers: tuple[int, ...], tmp_path: Path, alone: tuple[Path, Done], brief: tuple[object, ...],
+    numbers: tuple[int, ...],
+    tmp_path: Path,
+    alone: tuple[Path, Done],
+    brief: tuple[object, ...],
     own_home: dict[str, str],
-) -> None:  # fmt: skip
-    """The second of two is killed: the first saves the last step and ends within a minute with a sentence; 1, 2 and 3
-    machines go on from that step, and their losses are those of a run that nobody killed."""
+) -> None:
+    """The second of two is killed: the first saves the last step and ends within a minute with a
+    sentence; 1, 2 and 3 machines go on from that step, and their losses are those of a run that
+    nobody killed.
+    """
     out = tmp_path / "run"
     with started(2, ["-m", "mis_mlx.distill", *brief, *DENSE, "--out", out], own_home) as made:
         wait_for(6, out, made)
@@ -157,7 +187,9 @@ def test_one_machine_dies_and_any_number_goes_on(
 def test_machines_train_block_by_block_as_one_does(
     tmp_path: Path, flags: tuple[object, ...], own_home: dict[str, str]
 ) -> None:
-    """Gradients of each block are added up before its update: losses to 1e-3, for 8 bits may fall to either side."""
+    """Gradients of each block are added up before its update: losses to 1e-3, for 8 bits may fall
+    to either side.
+    """
     for n in (1, 2):
         more = [*flags, *DENSE, "--train", "blocks", "--iters", "6", "--out", tmp_path / str(n)]
         with started(n, ["-m", "mis_mlx.distill", *more], own_home) as made:
@@ -168,12 +200,20 @@ def test_machines_train_block_by_block_as_one_does(
 
 @pytest.mark.slow
 def test_the_one_that_writes_dies(
-    tmp_path: Path, flags: tuple[object, ...], own_home: dict[str, str], command: Callable[..., Done]
+    tmp_path: Path,
+    flags: tuple[object, ...],
+    own_home: dict[str, str],
+    command: Callable[..., Done],
 ) -> None:
-    """The first of three is killed: the others end with a sentence, leave nothing, and the last checkpoint goes on."""
-    out, scratch = tmp_path / "run", scratch_folder(tmp_path / "scratch")
+    """The first of three is killed: the others end with a sentence, leave nothing, and the last
+    checkpoint goes on.
+    """
+    out = tmp_path / "run"
+    scratch = scratch_folder(tmp_path / "scratch")
     env = {**own_home, "TMPDIR": str(scratch)}
-    with started(3, ["-m", "mis_mlx.distill", *flags, *DENSE, "--iters", 30, "--out", out], env) as made:
+    with started(
+        3, ["-m", "mis_mlx.distill", *flags, *DENSE, "--iters", 30, "--out", out], env
+    ) as made:
         wait_for(9, out, made)
         made[0].send_signal(signal.SIGKILL)
         for number, done in enumerate(ended(made, seconds=60)[1:], 1):
@@ -185,19 +225,26 @@ def test_the_one_that_writes_dies(
     assert [number for number, _, _ in losses(out)] == list(range(1, 31))
 
 
-def test_what_several_machines_cannot_do(tmp_path: Path, flags: tuple[object, ...], own_home: dict[str, str]) -> None:
-    """Refused by every one of them, before work: a command for one machine; a student that is not whole; another
-    teacher on another machine."""
+def test_what_several_machines_cannot_do(
+    tmp_path: Path, flags: tuple[object, ...], own_home: dict[str, str]
+) -> None:
+    """Refused by every one of them, before work: a command for one machine; a student that is not
+    whole; another teacher on another machine.
+    """
     with started(2, ["-m", "mis_mlx.plan"], own_home) as made:
         for done in ended(made):
             assert "is for one machine alone" in said(done)
-    with started(2, ["-m", "mis_mlx.distill", *flags, "--train", "sharded"], own_home, [tmp_path] * 2) as made:
+    with started(
+        2, ["-m", "mis_mlx.distill", *flags, "--train", "sharded"], own_home, [tmp_path] * 2
+    ) as made:
         for done in ended(made):
             assert "train a student whole" in said(done)
     homes = [tmp_path / "a", tmp_path / "b"]
     for seed, home in enumerate(homes):
         tiny.make(home / "model", seed=seed)
-    with started(2, ["-m", "mis_mlx.distill", *flags, "--teacher", "model"], own_home, homes) as made:
+    with started(
+        2, ["-m", "mis_mlx.distill", *flags, "--teacher", "model"], own_home, homes
+    ) as made:
         for done in ended(made):
             assert "machine 1 has another teacher than machine 0" in said(done)
     assert not [*tmp_path.rglob("runs")]
@@ -232,12 +279,19 @@ with started(2, ["-c", *sys.argv[1:]], os.environ) as made:
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["busy", "talks"])
 def test_a_pulled_cable_is_noticed_within_a_minute(first: str, own_home: dict[str, str]) -> None:
-    """In a network of their own whose only link goes down, so that nobody says goodbye: measured, 30 s."""
+    """In a network of their own whose only link goes down, so that nobody says goodbye: measured,
+    30 s.
+    """
     tools = shutil.which("unshare") and shutil.which("ip")
-    if not tools or subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode:
+    if (
+        not tools
+        or subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode
+    ):
         pytest.skip("needs Linux, ip, and leave to make a network")
     argv = ["unshare", "-rn", sys.executable, "-c", CABLE, WAITING, first]
-    done = subprocess.run(argv, env={**own_home, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        argv, env={**own_home, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+    )
     seconds = [float(word) for word in done.stdout.split()]
     assert len(seconds) == 2 and max(seconds[first == "busy" :]) < 60
 
@@ -254,10 +308,16 @@ SOON = ("--iters", 6, "--save-every", 2, "--max-seq-length", 96, "--dtype", "flo
     ],
 )
 def test_alignment_is_that_of_one_machine(
-    tmp_path: Path, name: str, more: tuple[object, ...], llama: Checkpoint, answers: Path,  # noqa: F811
+    tmp_path: Path,
+    name: str,
+    more: tuple[object, ...],
+    llama: Checkpoint,
+    answers: Path,  # noqa: F811
     own_home: dict[str, str],
-) -> None:  # fmt: skip
-    """Losses, gradient norms and what is held out, to 1e-4; two machines train, the first one measures and writes."""
+) -> None:
+    """Losses, gradient norms and what is held out, to 1e-4; two machines train, the first one
+    measures and writes.
+    """
     results = []
     for n in (1, 2):
         flags = ("--model", llama.path, "--data", answers, *SOON, *more, "--out", tmp_path / str(n))
@@ -266,16 +326,23 @@ def test_alignment_is_that_of_one_machine(
         assert [d.returncode for d in done] == [0] * n, [d.stderr for d in done]
         results.append(last_line(done[0]))
     np.testing.assert_allclose(losses(tmp_path / "2"), losses(tmp_path / "1"), rtol=1e-4, atol=1e-6)
-    assert results[0]["tokens"] == results[1]["tokens"] and results[0]["best_step"] == results[1]["best_step"]
-    assert results[1]["held_out_best"]["loss"] == pytest.approx(results[0]["held_out_best"]["loss"], rel=1e-4)
+    assert (
+        results[0]["tokens"] == results[1]["tokens"]
+        and results[0]["best_step"] == results[1]["best_step"]
+    )
+    assert results[1]["held_out_best"]["loss"] == pytest.approx(
+        results[0]["held_out_best"]["loss"], rel=1e-4
+    )
     assert (tmp_path / "2").joinpath(*Path(results[1]["student"]).parts[-1:]).is_dir()
 
 
 @pytest.mark.slow
 def test_machines_share_the_questions_of_grpo(
     tmp_path: Path, small: tuple[object, ...], own_home: dict[str, str]
-) -> None:  # fmt: skip
-    """Each samples its own questions, by a seed of its own; the log holds all of them, and it goes on after a kill."""
+) -> None:
+    """Each samples its own questions, by a seed of its own; the log holds all of them, and it goes
+    on after a kill.
+    """
     out = tmp_path / "run"
     with started(2, ["-m", "mis_mlx.grpo", *small, "--out", out], own_home) as made:
         wait_for(3, out, made)
@@ -285,8 +352,11 @@ def test_machines_share_the_questions_of_grpo(
         done = ended(made)
     assert [d.returncode for d in done] == [0, 0], [d.stderr for d in done]
     assert [number for number, _, _ in losses(out)] == list(range(1, 9))
-    said_lines = [json.loads(line) for line in (out / grpo_rollout.SAMPLES).read_text().splitlines()]
+    said_lines = [
+        json.loads(line) for line in (out / grpo_rollout.SAMPLES).read_text().splitlines()
+    ]
     by_step = {
-        step: [r["prompt"] for r in said_lines if r["number"] == step] for step in {r["number"] for r in said_lines}
+        step: [r["prompt"] for r in said_lines if r["number"] == step]
+        for step in {r["number"] for r in said_lines}
     }
     assert all(len(set(prompts)) == 2 for prompts in by_step.values())

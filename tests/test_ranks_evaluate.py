@@ -15,26 +15,48 @@ from tests.machines import ended, started
 
 
 @pytest.mark.parametrize(
-    ("n", "spread"), [(2, "whole"), *(pytest.param(n, "layers", marks=pytest.mark.slow) for n in (2, 3))]
+    ("n", "spread"),
+    [(2, "whole"), *(pytest.param(n, "layers", marks=pytest.mark.slow) for n in (2, 3))],
 )
 def test_evaluate_says_what_one_machine_says(
-    n: int, spread: str, tmp_path: Path, llama: Checkpoint, text_folder: Path, own_home: dict[str, str]
+    n: int,
+    spread: str,
+    tmp_path: Path,
+    llama: Checkpoint,
+    text_folder: Path,
+    own_home: dict[str, str],
 ) -> None:
-    """Options, answers that are written, held-out text and --kld: the same figures; the first machine keeps answers
-    and writes the page, the others say nothing; what is kept is not asked again."""
+    """Options, answers that are written, held-out text and --kld: the same figures; the first
+    machine keeps answers and writes the page, the others say nothing; what is kept is not asked
+    again.
+    """
     pytest.importorskip("matplotlib")
-    student, tasks = tiny.make(tmp_path / "student", seed=3), tmp_path / "tasks"
+    student = tiny.make(tmp_path / "student", seed=3)
+    tasks = tmp_path / "tasks"
     tasks.mkdir()
-    options = [{"question": f"{k} if", "options": ["loop", "while", "for"], "answer": "for"} for k in range(9)]
+    options = [
+        {"question": f"{k} if", "options": ["loop", "while", "for"], "answer": "for"}
+        for k in range(9)
+    ]
     written = [{"prompt": f"{k}?", "answer": str(k), "language": "en"} for k in range(9)]
     for name, rows in (("options", options), ("written", written)):
         (tasks / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = ["--teacher", llama.path, "--students", student, "--data", text_folder, "--max-seq-length", 64]
+    common = [
+        "--teacher",
+        llama.path,
+        "--students",
+        student,
+        "--data",
+        text_folder,
+        "--max-seq-length",
+        64,
+    ]
     common += ["--eval-windows", 5]
     said = {}
     for machines in (1, n):
         home = tmp_path / f"home-{machines}"
-        (home / "cache").mkdir(parents=True)  # with this machine's rates, and no answers that another test keeps
+        # with this machine's rates, and no answers that another test keeps
+        (home / "cache").mkdir(parents=True)
         shutil.copy(Path(own_home["MIS_MLX_CACHE"]) / "rates.json", home / "cache")
         env = {**own_home, "MIS_MLX_CACHE": str(home / "cache")}
         how = [*common, "--spread", spread]
@@ -55,9 +77,13 @@ def test_evaluate_says_what_one_machine_says(
         one, many = (last_line(said[kind, machines]) for machines in (1, n))
         one.pop("out", None), many.pop("out", None)
         _alike(one, many)
-    one_page, page = ((tmp_path / f"home-{machines}" / "out" / "recovery.md").read_text() for machines in (1, n))
+    one_page, page = (
+        (tmp_path / f"home-{machines}" / "out" / "recovery.md").read_text() for machines in (1, n)
+    )
     assert one_page == page
-    kept = [[p.read_text() for p in sorted((tmp_path / f"home-{m}").rglob("*.jsonl"))] for m in (1, n)]
+    kept = [
+        [p.read_text() for p in sorted((tmp_path / f"home-{m}").rglob("*.jsonl"))] for m in (1, n)
+    ]
     assert kept[0] == kept[1] and len(kept[0]) == 4
 
 

@@ -1,4 +1,6 @@
-"""The README against the code and the results: its commands exist, its numbers are those that a command wrote."""
+"""The README against the code and the results: its commands exist, its numbers are those that a
+command wrote.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def test_every_command_is_explained_and_every_explained_one_exists() -> None:
 
 
 def test_the_tables_are_those_that_were_measured() -> None:
-    """Every line of the README's tables of the default run stands, to the letter, in the results folder."""
+    """Every line of the README's tables of the default run stands, to the letter, in the results
+    folder.
+    """
     measured = DEFAULT.with_suffix(".md").read_text(encoding="utf-8").splitlines()
     section = README.split("## What to expect")[1].split("\n## ")[0].splitlines()
     lines = [line for line in section if line.startswith("|") or " held out, " in line]
@@ -34,7 +38,9 @@ def test_the_tables_are_those_that_were_measured() -> None:
 
 
 def missing(text: str, found: dict[str, Any]) -> list[str]:
-    """The sentences about the default run that `text` lacks, with the numbers of the result `found`."""
+    """The sentences about the default run that `text` lacks, with the numbers of the result
+    `found`.
+    """
     minutes = found["seconds"] / 60
     wanted = [
         f"{minutes:.0f} minutes on two cores",
@@ -48,13 +54,17 @@ def test_the_sentences_have_the_results_numbers() -> None:
     """Minutes, bytes and losses; another result would be missed."""
     found = json.loads(DEFAULT.with_suffix(".json").read_text(encoding="utf-8"))
     assert missing(README, found) == []
-    assert len(missing(README, {**found, "seconds": 60, "bytes_4-bit": 1.0, "reached_loss": 9.0})) == 3
+    assert (
+        len(missing(README, {**found, "seconds": 60, "bytes_4-bit": 1.0, "reached_loss": 9.0})) == 3
+    )
 
 
 @pytest.mark.parametrize("program", ["scripts/picture.py", "scripts/python_api.py"])
 def test_what_scripts_write_is_what_they_would_write_now(program: str) -> None:
     """The picture is of the stored result, the page on Python of the code."""
-    done = subprocess.run([sys.executable, ROOT / program, "--check"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / program, "--check"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -66,5 +76,7 @@ def test_every_result_names_its_command_and_versions() -> None:
         result = json.loads(path.read_text())
         script, program = result["command"].split()[:2]
         assert script == "scripts/mis", path
-        assert program in commands() or (program.startswith("benchmarks/") and (ROOT / program).is_file()), path
+        assert program in commands() or (
+            program.startswith("benchmarks/") and (ROOT / program).is_file()
+        ), path
         assert result["mlx"] and result["system"], path

@@ -24,10 +24,14 @@ pytestmark = pytest.mark.slow
 
 # Written for this test, plain and without names.
 ENGLISH = (
-    "In the morning the old woman opened the window and looked at the garden. It had rained during the night, and "
-    "the air smelled of wet grass. She made a cup of tea, sat down at the kitchen table and began to read the "
-    "newspaper. There was not much news. The price of bread had gone up again, the bridge over the river was still "
-    "closed, and the weather for the next few days would be cold but dry. She finished her tea, put on her coat and "
+    "In the morning the old woman opened the window and looked at the garden. It had rained during "
+    "the night, and "
+    "the air smelled of wet grass. She made a cup of tea, sat down at the kitchen table and began "
+    "to read the "
+    "newspaper. There was not much news. The price of bread had gone up again, the bridge over the "
+    "river was still "
+    "closed, and the weather for the next few days would be cold but dry. She finished her tea, "
+    "put on her coat and "
     "went out to buy some milk and a loaf of bread before the shop became too busy."
 )
 
@@ -39,8 +43,14 @@ def real() -> Checkpoint:
 
 
 def test_it_reads_english(real: Checkpoint) -> None:
-    """Perplexity under 25, in stock mlx-lm and streamed; rows of q and k in a wrong order give over 100."""
-    assert arch.params(real.config) == sum(int(np.prod(t.shape)) for t in real.tensors.values()) == 134_515_008
+    """Perplexity under 25, in stock mlx-lm and streamed; rows of q and k in a wrong order give over
+    100.
+    """
+    assert (
+        arch.params(real.config)
+        == sum(int(np.prod(t.shape)) for t in real.tensors.values())
+        == 134_515_008
+    )
     model, tokenizer = load.mlx_lm("utils").load(str(real.path))
     model.set_dtype(mx.float32)
     ids = mx.array([tokenizer.encode(ENGLISH)])
@@ -55,16 +65,31 @@ def test_it_reads_english(real: Checkpoint) -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """(folder, result) of `distill --iters 4` with everything else small."""
     out = tmp_path_factory.mktemp("real") / "run"
-    flags = ["--iters", 4, "--num-samples", 8, "--reconstruct-samples", 8, "--eval-windows", 4, "--bench-tokens", 4]
+    flags = [
+        "--iters",
+        4,
+        "--num-samples",
+        8,
+        "--reconstruct-samples",
+        8,
+        "--eval-windows",
+        4,
+        "--bench-tokens",
+        4,
+    ]
     argv = [sys.executable, "-m", "mis_mlx.distill", "--out", out, *flags, "--max-seq-length", 128]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(list(map(str, argv)), env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        list(map(str, argv)), env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout.splitlines()[-1])
 
 
 def test_all_four_folders_speak(run: tuple[Path, dict[str, Any]], real: Checkpoint) -> None:
-    """Stock mlx-lm opens teacher, pruned, distilled and 4-bit; each generates text of real tokens."""
+    """Stock mlx-lm opens teacher, pruned, distilled and 4-bit; each generates text of real
+    tokens.
+    """
     out, _ = run
     for folder in (real.path, out / "pruned", out / "distilled", out / "model"):
         model, tokenizer = mlx_generate.open_model(folder)
@@ -75,17 +100,24 @@ def test_all_four_folders_speak(run: tuple[Path, dict[str, Any]], real: Checkpoi
 
 
 def test_the_numbers_are_in_order(run: tuple[Path, dict[str, Any]]) -> None:
-    """GAZDA's shape; the teacher is best, four steps and the repair beat bare pruning, 4 bits cost a little."""
+    """GAZDA's shape; the teacher is best, four steps and the repair beat bare pruning, 4 bits cost
+    a little.
+    """
     out, result = run
     assert (result["params_teacher"], result["params_student"]) == (134_515_008, 90_275_904)
     assert result["nll_teacher"] < result["nll_student"] < result["nll_pruned"]
     assert result["nll_student"] - 0.05 < result["nll_quantized"] < result["nll_student"] + 1.0
     assert result["bytes_4-bit"] < 0.6 * result["bytes_distilled"]
-    assert all(np.isfinite(r["loss"]) for r in run_folder.metrics(out)) and len(run_folder.metrics(out)) == 4
+    assert (
+        all(np.isfinite(r["loss"]) for r in run_folder.metrics(out))
+        and len(run_folder.metrics(out)) == 4
+    )
 
 
 def test_the_planned_peak_holds(run: tuple[Path, dict[str, Any]], real: Checkpoint) -> None:
-    """MLX's peak in training is under the plan's for that phase, and not by more than a factor of three."""
+    """MLX's peak in training is under the plan's for that phase, and not by more than a factor of
+    three.
+    """
     out, _ = run
     small = load.open_checkpoint(out / "distilled").config
     planned = compression_size.training_bytes(small, 2, 128) + 4 * arch.params(real.config)
@@ -93,12 +125,21 @@ def test_the_planned_peak_holds(run: tuple[Path, dict[str, Any]], real: Checkpoi
     assert planned / 3 < peak < planned
 
 
-PROMPTS = ("What is a shepherd?", "The capital of Poland is", "Once upon a time", "def fibonacci(n):")
+PROMPTS = (
+    "What is a shepherd?",
+    "The capital of Poland is",
+    "Once upon a time",
+    "def fibonacci(n):",
+)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_four_bits_on_metal_say_what_mlx_lm_says(run: tuple[Path, dict[str, Any]], prompt: str, metal: None) -> None:
-    """The 4-bit model under Metal's policy: the 32 greedy tokens that mlx_lm finds in float16 with packed weights."""
+def test_four_bits_on_metal_say_what_mlx_lm_says(
+    run: tuple[Path, dict[str, Any]], prompt: str, metal: None
+) -> None:
+    """The 4-bit model under Metal's policy: the 32 greedy tokens that mlx_lm finds in float16 with
+    packed weights.
+    """
     folder = run[0] / "model"
     model, tokenizer = load.mlx_lm("utils").load(str(folder))
     model.set_dtype(mx.float16)

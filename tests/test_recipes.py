@@ -1,7 +1,10 @@
-"""docs/recipes.md: every block of commands is run as it is written, on a tiny model; what it promises is there then.
+"""docs/recipes.md: every block of commands is run as it is written, on a tiny model; what it
+promises is there then.
 
-The tables below say all that is changed: hub ids, the text where none is named, and numbers that would take hours. What
-`mlx.launch` starts on two machines are two processes here. What needs a network is not run, only looked at."""
+The tables below say all that is changed: hub ids, the text where none is named, and numbers that
+would take hours. What `mlx.launch` starts on two machines are two processes here. What needs a
+network is not run, only looked at.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,8 @@ from tests.machines import ROOT, ended, started
 
 PAGE = ROOT / "docs" / "recipes.md"
 BIN = ".venv/bin/"
-# What stands in the model cache under these names is the tiny model; mlx_lm, whose cache is another, gets its folder.
+# What stands in the model cache under these names is the tiny model; mlx_lm, whose cache is
+# another, gets its folder.
 TEACHERS = ("SmolLM2-135M-Instruct", "Qwen--Qwen2.5-1.5B-Instruct", "HuggingFaceTB--SmolLM3-3B")
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Values in place of the page's, where it gives one.
@@ -60,7 +64,9 @@ def get_frequency_dict(language, size):
 
 
 class Recipe(NamedTuple):
-    """A question of the page: its commands, one a line of the block; the files and folders that it promises."""
+    """A question of the page: its commands, one a line of the block; the files and folders that it
+    promises.
+    """
 
     title: str
     commands: list[str]
@@ -76,7 +82,9 @@ def recipes(text: str) -> Iterator[Recipe]:
         result = re.search(r"^\*\*Result:\*\* (.*?)(?:\n\n|\Z)", part, re.M | re.S)
         assert result, f"{title}: no line begins with **Result:**"
         lines = blocks[0].replace("\\\n", " ").splitlines()
-        yield Recipe(title, [x for x in lines if x.strip()], re.findall(r"`([^`\s]*/[^`\s]*)`", result[1]))
+        yield Recipe(
+            title, [x for x in lines if x.strip()], re.findall(r"`([^`\s]*/[^`\s]*)`", result[1])
+        )
 
 
 RECIPES = list(recipes(PAGE.read_text("utf-8")))
@@ -85,32 +93,45 @@ RECIPES = list(recipes(PAGE.read_text("utf-8")))
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A llama of two blocks and 1,024 tokens, which are an eighth of it and more."""
-    folder = tiny.make(tmp_path_factory.mktemp("recipes") / "tiny", vocab_size=1024, num_hidden_layers=2)
+    folder = tiny.make(
+        tmp_path_factory.mktemp("recipes") / "tiny", vocab_size=1024, num_hidden_layers=2
+    )
     tiny.write_tokenizer(folder, 1024)
     return folder
 
 
 @pytest.fixture(scope="module")
-def env(tmp_path_factory: pytest.TempPathFactory, teacher: Path, own_home: dict[str, str]) -> dict[str, str]:
+def env(
+    tmp_path_factory: pytest.TempPathFactory, teacher: Path, own_home: dict[str, str]
+) -> dict[str, str]:
     """A model cache that holds every teacher of the page, and this machine's rates."""
     cache = tmp_path_factory.mktemp("cache")
     shutil.copy(Path(own_home["MIS_MLX_CACHE"]) / "rates.json", cache)
     for name in TEACHERS:
         shutil.copytree(teacher, cache / name)
-    return {**own_home, policy.POLICY: os.environ.get(policy.POLICY, ""), "MIS_MLX_CACHE": str(cache)}
+    return {
+        **own_home,
+        policy.POLICY: os.environ.get(policy.POLICY, ""),
+        "MIS_MLX_CACHE": str(cache),
+    }
 
 
 @pytest.fixture
 def place(tmp_path: Path, teacher: Path, text_folder: Path) -> Path:
-    """A checkout's surroundings, as a user of the page has them: notes, an earlier run, lists of words."""
+    """A checkout's surroundings, as a user of the page has them: notes, an earlier run, lists of
+    words.
+    """
     (tmp_path / "notes").mkdir()
     for number, line in enumerate((text_folder / "train.jsonl").read_text().splitlines()):
-        (tmp_path / "notes" / f"{number}.txt").write_text(json.loads(line)["text"], encoding="utf-8")
+        (tmp_path / "notes" / f"{number}.txt").write_text(
+            json.loads(line)["text"], encoding="utf-8"
+        )
     for name in ("pruned", "model"):
         shutil.copytree(teacher, tmp_path / "runs" / "NAME" / name)
     (tmp_path / BIN).mkdir(parents=True)
     (tmp_path / BIN / "python").symlink_to(sys.executable)
-    if importlib.util.find_spec("wordfreq") is None:  # an extra of the package; what counts here is who asks for it
+    # an extra of the package; what counts here is who asks for it
+    if importlib.util.find_spec("wordfreq") is None:
         (tmp_path / "wordfreq.py").write_text(WORDS)
     return tmp_path
 
@@ -128,10 +149,17 @@ def changed(name: str, words: list[str], teacher: Path, text: Path) -> list[str]
 
 
 def not_run(line: str, words: list[str]) -> bool:
-    """Whether a command needs a network or a second machine. Of these is looked at what they name."""
+    """Whether a command needs a network or a second machine. Of these is looked at what they
+    name.
+    """
     if "pip" in words:
         (extra,) = re.findall(r"\.\[(\w+)\]", line)
-        assert extra in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        assert (
+            extra
+            in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+                "optional-dependencies"
+            ]
+        )
         return True
     if words[0] != f"{BIN}mlx.distributed_config":
         return False
@@ -141,15 +169,24 @@ def not_run(line: str, words: list[str]) -> bool:
 
 
 def run(argv: list[str], n: int, place: Path, env: Mapping[str, str], out: str | None) -> None:
-    """`python argv` on n machines, to its end; with `out`, the run in that folder until Ctrl-C after a few steps."""
+    """`python argv` on n machines, to its end; with `out`, the run in that folder until Ctrl-C
+    after a few steps.
+    """
     with started(n, argv, env, [place] * n) as made:
-        while out and all(p.poll() is None for p in made) and not (place / out / run_folder.METRICS).exists():
+        while (
+            out
+            and all(p.poll() is None for p in made)
+            and not (place / out / run_folder.METRICS).exists()
+        ):
             time.sleep(0.01)
         if out:
             made[0].send_signal(signal.SIGINT)
         done = ended(made)
-    codes, wanted = [d.returncode for d in done], 130 if out else 0
-    assert codes[0] == wanted and (out or set(codes) == {0}), f"{shlex.join(argv)}: {codes}\n{done[0].stderr}"
+    codes = [d.returncode for d in done]
+    wanted = 130 if out else 0
+    assert codes[0] == wanted and (out or set(codes) == {0}), (
+        f"{shlex.join(argv)}: {codes}\n{done[0].stderr}"
+    )
 
 
 def follow(recipe: Recipe, place: Path, env: Mapping[str, str], teacher: Path, text: Path) -> None:
@@ -158,17 +195,23 @@ def follow(recipe: Recipe, place: Path, env: Mapping[str, str], teacher: Path, t
         words = shlex.split(line, comments=True)
         if not_run(line, words):
             continue
-        n, rest = 1, words
+        n = 1
+        rest = words
         if words[0] == f"{BIN}mlx.launch":
-            n, rest = 2, words[words.index(f"{BIN}python") :]
+            n = 2
+            rest = words[words.index(f"{BIN}python") :]
         if rest[0] == "scripts/mis":
-            name, argv = rest[1], ["-m", f"mis_mlx.{rest[1]}"]
+            name = rest[1]
+            argv = ["-m", f"mis_mlx.{rest[1]}"]
             flags = rest[2:]
         elif rest[:2] == [f"{BIN}python", "-m"]:
-            name, argv, flags = rest[2].removeprefix("mis_mlx."), rest[1:3], rest[3:]
+            name = rest[2].removeprefix("mis_mlx.")
+            argv = rest[1:3]
+            flags = rest[3:]
         elif rest[0].startswith(f"{BIN}mlx_lm."):
             name = rest[0].removeprefix(BIN)
-            argv, flags = ["-c", f"from {name} import main; main()"], rest[1:]
+            argv = ["-c", f"from {name} import main; main()"]
+            flags = rest[1:]
         else:
             subprocess.run(["sh", "-ec", line], cwd=place, env=env, check=True)
             continue
@@ -176,18 +219,35 @@ def follow(recipe: Recipe, place: Path, env: Mapping[str, str], teacher: Path, t
         later = [shlex.split(c, comments=True) for c in recipe.commands[at + 1 :]]
         stopped = any(out in c and "--resume" in c for c in later) if out else False
         more = ["--iters", str(STEPS)] if stopped else []
-        run([*argv, *changed(name, flags, teacher, text), *more], n, place, env, out if stopped else None)
+        run(
+            [*argv, *changed(name, flags, teacher, text), *more],
+            n,
+            place,
+            env,
+            out if stopped else None,
+        )
 
 
-CASES = [pytest.param(r, marks=pytest.mark.slow) if "mlx.launch" in str(r.commands) else r for r in RECIPES]
+CASES = [
+    pytest.param(r, marks=pytest.mark.slow) if "mlx.launch" in str(r.commands) else r
+    for r in RECIPES
+]
 
 
-@pytest.mark.parametrize("recipe", CASES, ids=lambda r: re.sub(r"\W+", "-", r.title).strip("-").lower())
-def test_a_recipe_works(recipe: Recipe, place: Path, env: dict[str, str], teacher: Path, text_folder: Path) -> None:
-    """Every command ends well, every file and folder that the page names is there, and a model folder opens."""
+@pytest.mark.parametrize(
+    "recipe", CASES, ids=lambda r: re.sub(r"\W+", "-", r.title).strip("-").lower()
+)
+def test_a_recipe_works(
+    recipe: Recipe, place: Path, env: dict[str, str], teacher: Path, text_folder: Path
+) -> None:
+    """Every command ends well, every file and folder that the page names is there, and a model
+    folder opens.
+    """
     follow(recipe, place, env, teacher, text_folder)
     for name in recipe.promised:
-        assert (place / name).exists(), f"{PAGE.name}, {recipe.title!r}: {name} was promised, and is not there"
+        assert (place / name).exists(), (
+            f"{PAGE.name}, {recipe.title!r}: {name} was promised, and is not there"
+        )
         if name.endswith("/"):
             load.open_checkpoint(place / name)
 
@@ -197,7 +257,9 @@ def test_eleven_recipes_promise_something() -> None:
     assert len(RECIPES) == 11 and sum(bool(r.promised) for r in RECIPES) == 10
 
 
-def test_a_recipe_that_does_not_work_fails(place: Path, env: dict[str, str], teacher: Path, text_folder: Path) -> None:
+def test_a_recipe_that_does_not_work_fails(
+    place: Path, env: dict[str, str], teacher: Path, text_folder: Path
+) -> None:
     """A flag that does not exist, a program that fails, a page without a block or a result."""
     page = "## How?\n\n```sh\n{}\n```\n\n**Result:** `x/`.\n"
     for line in ("scripts/mis prune --no-such-flag", "cat nothing"):

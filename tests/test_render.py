@@ -22,7 +22,13 @@ from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("dense", "4-bit", "agreement", "profile")
-QUICK: dict[str, Any] = {"prompt_tokens": 6, "generation_tokens": 4, "num_trials": 1, "rounds": 1, "blocks": 1}
+QUICK: dict[str, Any] = {
+    "prompt_tokens": 6,
+    "generation_tokens": 4,
+    "num_trials": 1,
+    "rounds": 1,
+    "blocks": 1,
+}
 QUICK |= {"four_bit_trials": 1}
 PAGE = """# A page
 
@@ -43,11 +49,15 @@ after
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """The programs, two models, and a results folder (`root`/benchmarks/results/here); the roof is given."""
+    """The programs, two models, and a results folder (`root`/benchmarks/results/here); the roof is
+    given.
+    """
     root = tmp_path_factory.mktemp("lab")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MIS_MLX_CACHE", str(root / "cache"))
-        patch.setattr("mis_mlx.hardware.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given"))
+        patch.setattr(
+            "mis_mlx.hardware.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given")
+        )
         patch.syspath_prepend(ROOT / "benchmarks")
         patch.syspath_prepend(ROOT / "scripts")
         import laboratory
@@ -60,29 +70,53 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
         big = tiny.make(root / "big")
         small = tiny.make(root / "small", num_hidden_layers=2)
         yield SimpleNamespace(
-            root=root, results=laboratory.RESULTS, big=str(big), small=str(small),
-            laboratory=laboratory, render=render, throughput=throughput, ttft=ttft,
-        )  # fmt: skip
+            root=root,
+            results=laboratory.RESULTS,
+            big=str(big),
+            small=str(small),
+            laboratory=laboratory,
+            render=render,
+            throughput=throughput,
+            ttft=ttft,
+        )
     for name in ("laboratory", "render", "throughput", "ttft"):
         sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
 def measured(lab: SimpleNamespace) -> dict[str, dict[str, Any]]:
-    """Both results files: throughput's parts in two calls, the lengths of ttft too, as after a kill."""
-    s = lab.throughput.Settings(student=lab.small, teacher=lab.big, four_bit=lab.small, agreement_tokens=4, **QUICK)
+    """Both results files: throughput's parts in two calls, the lengths of ttft too, as after a
+    kill.
+    """
+    s = lab.throughput.Settings(
+        student=lab.small, teacher=lab.big, four_bit=lab.small, agreement_tokens=4, **QUICK
+    )
     for parts in (("dense",), PARTS):
         lab.throughput.main(replace(s, parts=parts))
     for lengths in ((8,), (16, 8)):
-        lab.ttft.main(lab.ttft.Settings(student=lab.small, teacher=lab.big, lengths=lengths, num_trials=2))
-    return {name: json.loads((lab.results / f"{name}.json").read_text()) for name in ("throughput", "ttft")}
+        lab.ttft.main(
+            lab.ttft.Settings(student=lab.small, teacher=lab.big, lengths=lengths, num_trials=2)
+        )
+    return {
+        name: json.loads((lab.results / f"{name}.json").read_text())
+        for name in ("throughput", "ttft")
+    }
 
 
-def test_all_parts_are_measured_and_stored(lab: SimpleNamespace, measured: dict[str, dict[str, Any]]) -> None:
-    """Every part, its commit, the machine, the weights; the two of one format beside each other; pictures."""
+def test_all_parts_are_measured_and_stored(
+    lab: SimpleNamespace, measured: dict[str, dict[str, Any]]
+) -> None:
+    """Every part, its commit, the machine, the weights; the two of one format beside each other;
+    pictures.
+    """
     found = measured["throughput"]
-    assert set(PARTS) <= found.keys() and {"chip", "memory_gib", "release", "mlx", "git"} <= found.keys()
-    assert found["command"].startswith("scripts/mis benchmarks/throughput.py --student RUN/distilled")
+    assert (
+        set(PARTS) <= found.keys()
+        and {"chip", "memory_gib", "release", "mlx", "git"} <= found.keys()
+    )
+    assert found["command"].startswith(
+        "scripts/mis benchmarks/throughput.py --student RUN/distilled"
+    )
     assert lab.root.name not in json.dumps(found)
     assert list(found["dense"]["measured"]["models"]) == ["teacher", "student"]
     formats = {name: m["format"] for name, m in found["4-bit"]["models"].items()}
@@ -92,13 +126,17 @@ def test_all_parts_are_measured_and_stored(lab: SimpleNamespace, measured: dict[
     assert len(set(found["given"]["weights_sha256"].values())) == 2
     assert f"Time to first token, {kind}, on a CPU" in (lab.results / "ttft.svg").read_text()
     for name in ("throughput", "ttft"):
-        assert all((lab.results / f"{name}.{kind}").stat().st_size > 10_000 for kind in ("svg", "png"))
+        assert all(
+            (lab.results / f"{name}.{kind}").stat().st_size > 10_000 for kind in ("svg", "png")
+        )
 
 
 def test_what_was_finished_stays_after_ctrl_c(
     lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Stopped in its second part, the first is there; the exit says so. A folder that is none is a sentence, first."""
+    """Stopped in its second part, the first is there; the exit says so. A folder that is none is a
+    sentence, first.
+    """
 
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -112,7 +150,9 @@ def test_what_was_finished_stays_after_ctrl_c(
     assert "the same command goes on" in capsys.readouterr().err
     kept = json.loads((lab.results / "stopped.json").read_text())
     assert "dense" in kept and "4-bit" not in kept
-    monkeypatch.setattr(sys, "argv", [*argv, "--four-bit", str(lab.root / "nowhere"), "--name", "nowhere"])
+    monkeypatch.setattr(
+        sys, "argv", [*argv, "--four-bit", str(lab.root / "nowhere"), "--name", "nowhere"]
+    )
     with pytest.raises(SystemExit, match="nowhere"):
         lab.laboratory.start(lab.throughput.Settings, lab.throughput.main)
     assert not (lab.results / "nowhere.json").exists()
@@ -123,7 +163,9 @@ def test_clocks_agree_on_what_they_count(measured: dict[str, dict[str, Any]]) ->
     a = measured["throughput"]["agreement"]
     assert a["mlx_lm_corrected_tps"] == pytest.approx(a["mlx_lm_tps"] * 3 / 4)
     all_tps = {name: np.array(rates) for name, rates in a["all_tps"].items()}
-    assert a["bench_over_mlx_lm"]["median"] == pytest.approx(np.median(all_tps["bench"] / all_tps["mlx_lm"] * 4 / 3))
+    assert a["bench_over_mlx_lm"]["median"] == pytest.approx(
+        np.median(all_tps["bench"] / all_tps["mlx_lm"] * 4 / 3)
+    )
     assert a["overhead"]["n"] == 1 and a["own_us_per_token"] > 0
     program = a["all_mlx_lm_benchmark_tps"]
     assert a["bench_over_mlx_lm_benchmark"]["median"] == pytest.approx(
@@ -141,7 +183,9 @@ def rate(tps: float) -> dict[str, Any]:
 
 
 def test_the_verdict_by_pencil(lab: SimpleNamespace) -> None:
-    """1.45x holds, 1.44x does not; 2 % apart and 1 % of overhead hold, more does not, each by itself."""
+    """1.45x holds, 1.44x does not; 2 % apart and 1 % of overhead hold, more does not, each by
+    itself.
+    """
 
     def holds(tps: float, **agreement: Any) -> list[bool]:
         found: dict[str, Any] = {"dense": rate(tps)}
@@ -170,17 +214,27 @@ def page(lab: SimpleNamespace, tmp_path: Path, text: str = PAGE) -> Path:
 
 
 def test_tables_are_written_and_drift_is_seen(
-    lab: SimpleNamespace, measured: dict[str, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    lab: SimpleNamespace,
+    measured: dict[str, dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """--check fails before, not after, and again when one digit is changed by hand, which it shows; text stays."""
+    """--check fails before, not after, and again when one digit is changed by hand, which it shows;
+    text stays.
+    """
     root = page(lab, tmp_path)
     check = lab.render.Settings(check=True, root=str(root))
     assert lab.render.main(check) == 1
     assert (root / "README.md").read_text() == PAGE
     assert lab.render.main(lab.render.Settings(root=str(root))) == 0
     text = (root / "README.md").read_text()
-    assert text.startswith("# A page\n\nbefore\n<!-- table: here/throughput -->\n| |") and text.endswith("\nafter\n")
-    assert "an old" not in text and "Not measured yet: `scripts/mis benchmarks/ttft.py --four-bit`" in text
+    assert text.startswith(
+        "# A page\n\nbefore\n<!-- table: here/throughput -->\n| |"
+    ) and text.endswith("\nafter\n")
+    assert (
+        "an old" not in text
+        and "Not measured yet: `scripts/mis benchmarks/ttft.py --four-bit`" in text
+    )
     mean = measured["throughput"]["dense"]["measured"]["models"]["student"]["decode_tps"]["mean"]
     assert f"| {mean:.2f} |" in text and "computed" in text and "| 16 |" in text
     assert lab.render.main(check) == 0
@@ -199,10 +253,15 @@ def test_tables_are_written_and_drift_is_seen(
         ("<!-- table: here/other -->\n<!-- end -->\n", "no table 'here/other'"),
         ("<!-- table: throughput -->\n<!-- end -->\n", "MACHINE/NAME"),
         ("<!-- table: here/ttft -->\n| x |\n\n## More\n", "has no <!-- end -->"),
-        ("<!-- table: here/ttft -->\n<!-- table: here/throughput -->\n<!-- end -->\n", "here/ttft has no"),
+        (
+            "<!-- table: here/ttft -->\n<!-- table: here/throughput -->\n<!-- end -->\n",
+            "here/ttft has no",
+        ),
     ],
 )
-def test_a_broken_mark_is_a_sentence(lab: SimpleNamespace, tmp_path: Path, text: str, said: str) -> None:
+def test_a_broken_mark_is_a_sentence(
+    lab: SimpleNamespace, tmp_path: Path, text: str, said: str
+) -> None:
     """Which page, which table, what to do; nothing is written."""
     (tmp_path / "README.md").write_text(text)
     with pytest.raises(MisError, match=said):

@@ -1,4 +1,6 @@
-"""The report end to end: a whole run, half a run, somebody else's run, and what a browser makes of the page."""
+"""The report end to end: a whole run, half a run, somebody else's run, and what a browser makes of
+the page.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,59 @@ from mis_mlx.types import Checkpoint, MisError
 from tests import forks
 from tests.conftest import SMALL, Done, last_line, mostly_slow, sentence
 
-pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'matplotlib>=3.9'")
+pytest.importorskip(
+    "matplotlib", reason="matplotlib is not installed: pip install 'matplotlib>=3.9'"
+)
 DATA = Path(__file__).parent / "data"
 OURS = {
-    *("html", "head", "meta", "link", "title", "style", "body", "script", "section", "div", "h1", "h2", "h3", "p", "b"),
-    *("pre", "ul", "li", "details", "summary", "table", "thead", "tbody", "tr", "th", "td", "button"),
-    *("figure", "figcaption", "svg", "desc", "defs", "clippath", "g", "path", "rect", "use", "text"),
+    *(
+        "html",
+        "head",
+        "meta",
+        "link",
+        "title",
+        "style",
+        "body",
+        "script",
+        "section",
+        "div",
+        "h1",
+        "h2",
+        "h3",
+        "p",
+        "b",
+    ),
+    *(
+        "pre",
+        "ul",
+        "li",
+        "details",
+        "summary",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "button",
+    ),
+    *(
+        "figure",
+        "figcaption",
+        "svg",
+        "desc",
+        "defs",
+        "clippath",
+        "g",
+        "path",
+        "rect",
+        "use",
+        "text",
+    ),
 }
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 class Tags(HTMLParser):
@@ -68,12 +115,41 @@ def copy(tmp_path: Path, finished: tuple[Path, Done]) -> Path:
 
 @pytest.fixture(scope="module")
 def warm(
-    tmp_path_factory: pytest.TempPathFactory, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]
+    tmp_path_factory: pytest.TempPathFactory,
+    llama: Checkpoint,
+    text_folder: Path,
+    command: Callable[..., Done],
 ) -> Path:
-    """A run on a recorded hot afternoon: tea breaks, air that warms, neurons and heads cut by AAIS."""
+    """A run on a recorded hot afternoon: tea breaks, air that warms, neurons and heads cut by
+    AAIS.
+    """
     out = tmp_path_factory.mktemp("warm") / "run"
-    cut = ("--scenario", "none", "--layers", 2, "--ffn", 512, "--heads", 2, "--q-group-size", 32, "--q-iters", 1)
-    flags = ("--teacher", llama.path, "--data", text_folder, *SMALL, *cut, "--num-samples", 24, "--iters", 20)
+    cut = (
+        "--scenario",
+        "none",
+        "--layers",
+        2,
+        "--ffn",
+        512,
+        "--heads",
+        2,
+        "--q-group-size",
+        32,
+        "--q-iters",
+        1,
+    )
+    flags = (
+        "--teacher",
+        llama.path,
+        "--data",
+        text_folder,
+        *SMALL,
+        *cut,
+        "--num-samples",
+        24,
+        "--iters",
+        20,
+    )
     (weather := out.with_name("air.yaml")).write_text(f"thermal_replay: {DATA / 'halny.jsonl'}\n")
     air = ("-c", weather, "--altitude-m", 832, "--governor", "steady")
     done = command("distill", *flags, *air, "--out", out)
@@ -86,11 +162,21 @@ def test_the_page_of_a_run(finished: tuple[Path, Done], copy: Path) -> None:
     page, result = written(copy)
     tags = Tags(page)
     assert result["bytes"] == len(page.encode()) < 2**20 and result["runs"] == 1
-    heads = ("Recovery", "How it went", "What it cost", "What was kept", "What they write", "To do it again")
+    heads = (
+        "Recovery",
+        "How it went",
+        "What it cost",
+        "What was kept",
+        "What they write",
+        "To do it again",
+    )
     assert all(f"<h2>{head}</h2>" in page for head in heads)
     assert "another version" not in page
     values = last_line(finished[1])
-    assert f"{values['nll_student']:.3f} nats a token" in page and f"{values['tokens']:,} tokens" in page
+    assert (
+        f"{values['nll_student']:.3f} nats a token" in page
+        and f"{values['tokens']:,} tokens" in page
+    )
     policy = next(a["content"] for t, a in tags.tags if t == "meta" and "http-equiv" in a)
     assert policy and policy.startswith("default-src 'none'") and "refresh" not in page
     links = [str(a.get(name)) for _, a in tags.tags for name in ("src", "href") if name in a]
@@ -103,15 +189,24 @@ def test_the_page_of_a_run(finished: tuple[Path, Done], copy: Path) -> None:
 
 
 def test_what_a_run_writes_down_for_it(finished: tuple[Path, Done], llama: Checkpoint) -> None:
-    """The plan's phases and what each took, texts of four models in two languages, a profile of every layer."""
+    """The plan's phases and what each took, texts of four models in two languages, a profile of
+    every layer.
+    """
     story = run_reader.read(finished[0])
     planned = [p["phase"] for p in story.begun["planned"]]
-    assert [p["phase"] for p in story.phases] == planned == ["prune", "repair", "distil", "quantize", "tune", "measure"]
+    assert (
+        [p["phase"] for p in story.phases]
+        == planned
+        == ["prune", "repair", "distil", "quantize", "tune", "measure"]
+    )
     assert all(p["seconds"] > 0 and p["peak_bytes"] > 0 for p in story.phases)
     assert {(s["model"], s["language"]) for s in story.samples} == {
-        (m, language) for m in ("teacher", "pruned", "distilled", "4-bit") for language in ("English", "Polish")
+        (m, language)
+        for m in ("teacher", "pruned", "distilled", "4-bit")
+        for language in ("English", "Polish")
     }
-    profile, layers = story.keep["report"]["profile"], llama.config["num_hidden_layers"]
+    profile = story.keep["report"]["profile"]
+    layers = llama.config["num_hidden_layers"]
     assert profile.keys() == {f"{i}/{axis}" for i in range(layers) for axis in ("ffn", "heads")}
     kept = {int(k.split("/")[0]): v["kept"] for k, v in profile.items() if k.endswith("ffn")}
     removed = set(kept) - set(story.keep["layers"])
@@ -119,16 +214,28 @@ def test_what_a_run_writes_down_for_it(finished: tuple[Path, Done], llama: Check
     # The best five sixths of the neurons hold more than five sixths of the importance.
     share = len(story.keep["kept"]["0/ffn"]) / llama.config["intermediate_size"]
     assert all(share < kept[i] < 1 for i in story.keep["layers"])
-    assert story.begun["flags"].keys() >= {"save_every", "teacher"} and "out" not in story.begun["flags"]
+    assert (
+        story.begun["flags"].keys() >= {"save_every", "teacher"}
+        and "out" not in story.begun["flags"]
+    )
 
 
 def test_weather_and_aais(warm: Path, tmp_path: Path) -> None:
-    """Temperatures and tea breaks in the picture's words; how many channels AAIS keeps that the plain one does not."""
+    """Temperatures and tea breaks in the picture's words; how many channels AAIS keeps that the
+    plain one does not.
+    """
     page, _ = written(warm, out=str(tmp_path / "page.html"))
     account = json.loads((warm / run_folder.RESULT).read_text())
     assert account["tea_breaks"] > 0 and account["channels_differing_from_plain"] > 0
-    assert f"Tea breaks: {account['tea_breaks']} (hot), shaded." in page and "Die from" in page and "Air from" in page
-    differ = f"{account['channels_differing_from_plain']} of {account['channels_kept']} kept channels are others"
+    assert (
+        f"Tea breaks: {account['tea_breaks']} (hot), shaded." in page
+        and "Die from" in page
+        and "Air from" in page
+    )
+    differ = (
+        f"{account['channels_differing_from_plain']} of {account['channels_kept']} kept "
+        f"channels are others"
+    )
     assert f" °C. {differ}" in page and f"with plain importance {account['nll_plain']:.4f}" in page
     assert "of the importance of ffn stays." in page and "of the importance of heads stays." in page
     assert "another version" not in page
@@ -137,12 +244,16 @@ def test_weather_and_aais(warm: Path, tmp_path: Path) -> None:
 
 
 def rows_of_answers(student: str, count: int = 12, **more: object) -> list[dict[str, object]]:
-    """As a run writes them: half of the prompts in Polish, each with the teacher's answer and then the student's."""
+    """As a run writes them: half of the prompts in Polish, each with the teacher's answer and then
+    the student's.
+    """
     rows = list[dict[str, object]]()
     for number in range(count):
         language = ("en", "pl")[number % 2]
         prompt = {"prompt": f"Prompt {number}?", "language": language, "kind": "explain"}
-        rows.append({**prompt, "model": "teacher", "text": f"Teacher's {number}.", "ended": True, **more})
+        rows.append(
+            {**prompt, "model": "teacher", "text": f"Teacher's {number}.", "ended": True, **more}
+        )
         rows.append({**prompt, "model": "4-bit", "text": student, "ended": False, **more})
     return rows
 
@@ -155,7 +266,9 @@ def put_answers(run: Path, rows: list[dict[str, object]]) -> None:
 
 
 def test_answers_come_first(copy: Path) -> None:
-    """Three prompts of each language, side by side; no verdict where the student does not loop; nothing is missing."""
+    """Three prompts of each language, side by side; no verdict where the student does not loop;
+    nothing is missing.
+    """
     put_answers(copy, rows_of_answers("Well, it depends"))
 
     page, result = written(copy)
@@ -167,12 +280,16 @@ def test_answers_come_first(copy: Path) -> None:
     assert "<b>teacher</b><p>Teacher&#39;s 4.</p>" in section
     assert section.count("<b>4-bit</b><p>Well, it depends …</p>") == 6
     assert "repeats itself" not in section
-    assert result["missing"] == written(copy)[1]["missing"] and "answers.jsonl" not in " ".join(result["missing"])
+    assert result["missing"] == written(copy)[1]["missing"] and "answers.jsonl" not in " ".join(
+        result["missing"]
+    )
 
 
 @pytest.mark.parametrize(("loops", "said"), [(1, False), (2, True)])
 def test_a_student_that_loops_is_named_first(loops: int, said: bool, copy: Path) -> None:
-    """From more than one answer in ten above the teacher's on: a sentence before the first answer."""
+    """From more than one answer in ten above the teacher's on: a sentence before the first
+    answer.
+    """
     rows = rows_of_answers("Fine.")
     for row in rows[1 : 2 * loops : 2]:
         row["text"] = "I'm not sure. " * 30
@@ -180,15 +297,18 @@ def test_a_student_that_loops_is_named_first(loops: int, said: bool, copy: Path)
 
     page, _ = written(copy)
 
-    sentence_at = page.find(f"The student repeats itself: {loops} of 12 answers are loops, of the teacher&#39;s 0.")
+    sentence_at = page.find(
+        f"The student repeats itself: {loops} of 12 answers are loops, of the teacher&#39;s 0."
+    )
     assert (sentence_at > 0) == said
     assert sentence_at < page.index("<h3>Prompt 0?</h3>")
     assert "**" not in page[page.index("<h2>Answers") : page.index("<h2>Recovery")]
 
 
 def test_answers_that_are_not_there(copy: Path) -> None:
-    """A run that asked nobody shows nothing; one whose result says that it did names the file; torn lines are passed
-    over; another version is a sentence."""
+    """A run that asked nobody shows nothing; one whose result says that it did names the file; torn
+    lines are passed over; another version is a sentence.
+    """
     page, result = written(copy)
     assert "Answers" not in page and "answers.jsonl" not in " ".join(result["missing"])
 
@@ -199,7 +319,10 @@ def test_answers_that_are_not_there(copy: Path) -> None:
     assert "<h3>Prompt 0?</h3>" in page and "another version" not in page
 
     (copy / run_folder.ANSWERS).write_text("[1, 2]\n" + whole[:30])
-    assert "answers.jsonl is damaged: what teacher and student answered" in written(copy)[1]["missing"][-1]
+    assert (
+        "answers.jsonl is damaged: what teacher and student answered"
+        in written(copy)[1]["missing"][-1]
+    )
     (copy / run_folder.ANSWERS).write_text(json.dumps({"text": 1}) + "\n")
     assert "The part “answers” is missing: a file is of another version" in written(copy)[0]
     (copy / run_folder.ANSWERS).unlink()
@@ -222,25 +345,41 @@ def test_answers_of_one_model(copy: Path) -> None:
     assert re.findall(r"<h3>Prompt (\d+)\?</h3>", section) == ["0", "4", "6", "1", "5", "9"]
 
 
-HOSTILE = "</td></svg><script>alert(1)</script><img src=x onerror=alert(2)><style>*{display:none}</style>$\\frac{{{"
+HOSTILE = (
+    "</td></svg><script>alert(1)</script><img src=x "
+    "onerror=alert(2)><style>*{display:none}</style>$\\frac{{{"
+)
 
 
 def test_text_of_models_and_files_is_never_run(copy: Path, tmp_path: Path) -> None:
-    """Whatever a file or a folder's name says is shown as text: no element, attribute or script of theirs."""
+    """Whatever a file or a folder's name says is shown as text: no element, attribute or script of
+    theirs.
+    """
     put_answers(copy, rows_of_answers("loop " * 60))
     before = Tags(written(copy)[0])
     samples = run_folder.records(copy / run_folder.SAMPLES)
-    lines = [json.dumps({name: str(value) + HOSTILE for name, value in sample.items()}) for sample in samples]
+    lines = [
+        json.dumps({name: str(value) + HOSTILE for name, value in sample.items()})
+        for sample in samples
+    ]
     (copy / run_folder.SAMPLES).write_text("\n".join(lines) + "\n")
-    answers = [{name: value if name == "ended" else f"{value}{HOSTILE}" for name, value in row.items()}
-               for row in rows_of_answers("loop " * 60)]  # fmt: skip
+    answers = [
+        {name: value if name == "ended" else f"{value}{HOSTILE}" for name, value in row.items()}
+        for row in rows_of_answers("loop " * 60)
+    ]
     put_answers(copy, answers)
     (copy / "table.md").write_text(f"| | {HOSTILE} |\n|---|---:|\n| {HOSTILE} | 1 |\n\n{HOSTILE}\n")
-    (copy / run_folder.CONFIG).write_text(json.dumps({HOSTILE: HOSTILE, "scenario": HOSTILE, "iters": HOSTILE}))
+    (copy / run_folder.CONFIG).write_text(
+        json.dumps({HOSTILE: HOSTILE, "scenario": HOSTILE, "iters": HOSTILE})
+    )
     (copy / run_folder.ORIGIN).write_text(json.dumps({HOSTILE: HOSTILE}))
     first, *rest = (copy / run_folder.PHASES).read_text().splitlines()
     begun = json.loads(first)
-    begun["flags"], begun["rates"]["device"], begun["rates"]["source"] = {HOSTILE: HOSTILE}, HOSTILE, HOSTILE
+    begun["flags"], begun["rates"]["device"], begun["rates"]["source"] = (
+        {HOSTILE: HOSTILE},
+        HOSTILE,
+        HOSTILE,
+    )
     begun["planned"].append({"phase": HOSTILE, "seconds": 1.0, "peak_bytes": 1})
     (copy / run_folder.PHASES).write_text("\n".join([json.dumps(begun), *rest, ""]))
     (copy / "thermal.jsonl").write_text(
@@ -250,21 +389,46 @@ def test_text_of_models_and_files_is_never_run(copy: Path, tmp_path: Path) -> No
     tags = Tags(written(named, named, out=str(tmp_path / "page.html"))[0])
     assert {t for t, _ in tags.tags} <= OURS and tags.count("script") == tags.count("style") == 1
     assert not [name for _, attributes in tags.tags for name in attributes if name.startswith("on")]
-    assert HOSTILE in tags.text and "<img src=x onerror=alert(3)>" in tags.text and "another version" not in tags.text
+    assert (
+        HOSTILE in tags.text
+        and "<img src=x onerror=alert(3)>" in tags.text
+        and "another version" not in tags.text
+    )
     assert tags.count("svg") == 2 * before.count("svg") + 1
 
 
-FILES = ("config.yaml", "origin.json", "result.json", "table.md", "metrics.jsonl", "phases.jsonl", "samples.jsonl")
+FILES = (
+    "config.yaml",
+    "origin.json",
+    "result.json",
+    "table.md",
+    "metrics.jsonl",
+    "phases.jsonl",
+    "samples.jsonl",
+)
 ALL_FILES = (*FILES, "pruned/keep.json")
 FOREIGN = {
-    "layers": 7, "nll_student": "low", "report": {"profile": 3, "block_importance": [1]}, "planned": [{"phase": 1}],
-    "phase": "x", "text": 1, "quantization": [], "wall_s": "?", "flags": 3, "rates": [], "iters": [],
-}  # fmt: skip
+    "layers": 7,
+    "nll_student": "low",
+    "report": {"profile": 3, "block_importance": [1]},
+    "planned": [{"phase": 1}],
+    "phase": "x",
+    "text": 1,
+    "quantization": [],
+    "wall_s": "?",
+    "flags": 3,
+    "rates": [],
+    "iters": [],
+}
 
 
-@pytest.mark.parametrize("name", mostly_slow(ALL_FILES, "result.json", run_folder.METRICS, "pruned/keep.json"))
+@pytest.mark.parametrize(
+    "name", mostly_slow(ALL_FILES, "result.json", run_folder.METRICS, "pruned/keep.json")
+)
 def test_one_file_missing_or_of_another_version(name: str, copy: Path) -> None:
-    """Our names with values of other kinds: a page with the parts that the other files give. Missing: it says so."""
+    """Our names with values of other kinds: a page with the parts that the other files give.
+    Missing: it says so.
+    """
     (copy / name).write_text(json.dumps(FOREIGN))
     page, _ = written(copy)
     assert page.endswith("</html>\n") and page.count("<section>") >= 4
@@ -278,7 +442,9 @@ def test_one_file_missing_or_of_another_version(name: str, copy: Path) -> None:
 
 @pytest.mark.parametrize("text", ["[1, 2, 3]", "[" * 10_000])
 def test_damaged_files_leave_a_page_of_the_steps(text: str, copy: Path) -> None:
-    """All files but one hold what ours never do: the one that is whole is shown, the others are named."""
+    """All files but one hold what ours never do: the one that is whole is shown, the others are
+    named.
+    """
     for name in ALL_FILES:
         if name != run_folder.METRICS:
             (copy / name).write_text(text)
@@ -297,16 +463,25 @@ def test_what_is_no_run_is_a_sentence(
     with pytest.raises(MisError, match="--every-s is 0: give 1 or more"):
         report.run(report.Settings((str(tmp_path),), every_s=0))
     monkeypatch.setattr(figures, "find_spec", lambda name: None)
-    with pytest.raises(MisError, match="need matplotlib, which is not installed: .* -m pip install"):
+    with pytest.raises(
+        MisError, match="need matplotlib, which is not installed: .* -m pip install"
+    ):
         report.run(report.Settings())
 
 
 def test_several_runs_side_by_side(copy: Path, warm: Path, tmp_path: Path) -> None:
-    """One picture of all losses, each number with its difference to the first run's, the settings that differ."""
+    """One picture of all losses, each number with its difference to the first run's, the settings
+    that differ.
+    """
     page, result = written(copy, warm, out=str(tmp_path / "both.html"))
     assert result["runs"] == 2 and "<h2>Side by side</h2>" in page
-    first, second = (json.loads((f / run_folder.RESULT).read_text())["nll_student"] for f in (copy, warm))
-    assert f"<td>nll_student</td><td>{first:,.4g}</td><td>{second:,.4g} ({second - first:+,.4g})</td>" in page
+    first, second = (
+        json.loads((f / run_folder.RESULT).read_text())["nll_student"] for f in (copy, warm)
+    )
+    assert (
+        f"<td>nll_student</td><td>{first:,.4g}</td><td>{second:,.4g} ({second - first:+,.4g})</td>"
+        in page
+    )
     assert "<td>scenario</td><td>goral</td><td>none</td>" in page
     assert "<td>batch_size</td><td>2</td><td>2</td>" not in page
     ids = [a["id"] for _, a in Tags(page).tags if "id" in a]
@@ -314,8 +489,9 @@ def test_several_runs_side_by_side(copy: Path, warm: Path, tmp_path: Path) -> No
 
 
 def test_watch_ends_with_the_run(copy: Path, own_home: dict[str, str]) -> None:
-    """While the run goes on the page asks the browser to come again, says where it stands and what was passed over;
-    with the result it is written once more."""
+    """While the run goes on the page asks the browser to come again, says where it stands and what
+    was passed over; with the result it is written once more.
+    """
     done = (copy / run_folder.RESULT).rename(copy / "later")
     lines = (copy / run_folder.METRICS).read_text().splitlines()
     (copy / run_folder.METRICS).write_text("\n".join(lines[:10]) + "\n" + lines[10][:30])
@@ -327,7 +503,11 @@ def test_watch_ends_with_the_run(copy: Path, own_home: dict[str, str]) -> None:
         going = page.read_text()
         done.rename(copy / run_folder.RESULT)
         out, _ = child.communicate(timeout=60)
-    assert 'http-equiv="refresh" content="1"' in going and "is being made" in going and "step 10 of 18" in going
+    assert (
+        'http-equiv="refresh" content="1"' in going
+        and "is being made" in going
+        and "step 10 of 18" in going
+    )
     assert "1 of 11 lines that are no records" in going
     assert child.returncode == 0 and json.loads(out.splitlines()[-1])["runs"] == 1
     assert "refresh" not in page.read_text() and "of the gap is closed" in page.read_text()
@@ -352,15 +532,26 @@ def peak_of_child(folder: Path) -> int:
 
 @pytest.mark.parametrize("count", [10**5, pytest.param(10**6, marks=pytest.mark.slow)])
 def test_a_million_steps_in_bounded_memory(count: int, copy: Path) -> None:
-    """A log of very many lines: a page that is no larger, a peak hardly higher than for ten, every extreme kept."""
+    """A log of very many lines: a page that is no larger, a peak hardly higher than for ten, every
+    extreme kept.
+    """
     spikes = {1: 7.0, 44_444: 0.125, count - 2: 9.5}
-    form = '{{"wall_s": {}, "number": {}, "loss": {}, "tokens": 512, "seconds": 2.0, "peak_bytes": 1073741824}}\n'
+    form = (
+        '{{"wall_s": {}, "number": {}, "loss": {}, "tokens": 512, "seconds": 2.0, '
+        '"peak_bytes": '
+        "1073741824}}\n"
+    )
     peaks = []
     for lines in (10, count):
         with (copy / run_folder.METRICS).open("w") as file:
-            file.writelines(form.format(2.0 * i, i, spikes.get(i, 2 + (i % 7) / 10)) for i in range(1, lines + 1))
+            file.writelines(
+                form.format(2.0 * i, i, spikes.get(i, 2 + (i % 7) / 10))
+                for i in range(1, lines + 1)
+            )
         peaks.append(peak_of_child(copy))
-    assert (copy / run_folder.METRICS).stat().st_size > 80 * count and peaks[1] - peaks[0] < 16 * 2**20
+    assert (copy / run_folder.METRICS).stat().st_size > 80 * count and peaks[1] - peaks[
+        0
+    ] < 16 * 2**20
     page = (copy / "report.html").read_text()
     assert f"between 0.125 and 9.500, {count:,} steps logged" in page and len(page) < 2**20
 
@@ -376,26 +567,51 @@ document.title = JSON.stringify({found, sort: document.querySelector("th[aria-so
 """
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH: scripts/install-chromium installs Debian's")
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium on PATH: scripts/install-chromium installs Debian's"
+)
 @pytest.mark.parametrize("width", [500, 1280])
 def test_in_a_browser(width: int, copy: Path, warm: Path, tmp_path: Path) -> None:
-    """From disk: tables sort (numbers as numbers, what is none last), nothing scrolls sideways or loads anything, and
-    even if a text got in as HTML, its scripts and handlers would not run."""
+    """From disk: tables sort (numbers as numbers, what is none last), nothing scrolls sideways or
+    loads anything, and even if a text got in as HTML, its scripts and handlers would not run.
+    """
     page, _ = written(copy, warm, out=str(tmp_path / "both.html"))
     script = (Path(html.__file__).parent / "templates" / "page.js").read_text().rstrip("\n")
-    ours, asking = (base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() for t in (script, script + ASK))
+    ours, asking = (
+        base64.b64encode(hashlib.sha256(t.encode()).digest()).decode()
+        for t in (script, script + ASK)
+    )
     assert script in page and ours in page
-    bad = "<script>window.foreign = 1</script><img src='https://example.invalid/' onerror='window.foreign = 2'>"
-    page = page.replace(ours, asking).replace(script, script + ASK).replace("<body>", f"<body>{bad}")
+    bad = (
+        "<script>window.foreign = 1</script><img src='https://example.invalid/' "
+        "onerror='window.foreign = 2'>"
+    )
+    page = (
+        page.replace(ours, asking).replace(script, script + ASK).replace("<body>", f"<body>{bad}")
+    )
     (tmp_path / "page.html").write_text(page)
-    flags = ("--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom")
-    line = [str(CHROMIUM), *flags, f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "page.html").as_uri()]
+    flags = (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--window-size={width},900",
+        "--dump-dom",
+    )
+    line = [
+        str(CHROMIUM),
+        *flags,
+        f"--user-data-dir={tmp_path / 'profile'}",
+        (tmp_path / "page.html").as_uri(),
+    ]
     done = subprocess.run(line, capture_output=True, text=True, timeout=120)
     title = re.search("<title>(.*?)</title>", done.stdout)
     assert title, done.stderr
     answer = json.loads(title[1])
-    before, rising, falling = ([float(c.replace(",", "")) for c in column if c != "–"] for column in answer["found"])
+    before, rising, falling = (
+        [float(c.replace(",", "")) for c in column if c != "–"] for column in answer["found"]
+    )
     assert len(before) > 10 and rising == sorted(before) != before and falling == rising[::-1]
     assert answer["sort"] == "descending" and answer["wide"] <= width and answer["foreign"] is None
-    assert answer["loaded"] == ["https://example.invalid/"] and len(answer["boxes"]) >= 4  # refused by the policy
+    # refused by the policy
+    assert answer["loaded"] == ["https://example.invalid/"] and len(answer["boxes"]) >= 4
     assert all(wide > 200 and high > 60 and right <= width for wide, high, right in answer["boxes"])

@@ -1,6 +1,8 @@
-"""docs/results.md against the files it links: every number of a finding stands there, and a wrong one is noticed.
+"""docs/results.md against the files it links: every number of a finding stands there, and a wrong
+one is noticed.
 
-A link may name a part of its file: `recovery_table.json#tasks/grammar-en` is the entry of `tasks` that is called so.
+A link may name a part of its file: `recovery_table.json#tasks/grammar-en` is the entry of `tasks`
+that is called so.
 """
 
 from __future__ import annotations
@@ -16,8 +18,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "results.md"
 # What a number's unit divides it by; a number without one stands in the file as it is.
-UNITS = {"%": (0.01, 1.0), "MB": (1e6, 1.0), "MiB": (2**20,), "GiB": (2**30,), "minutes": (60.0,), "thousand": (1e3,),
-         "million": (1e6,), "billion": (1e9,)}  # fmt: skip
+UNITS = {
+    "%": (0.01, 1.0),
+    "MB": (1e6, 1.0),
+    "MiB": (2**20,),
+    "GiB": (2**30,),
+    "minutes": (60.0,),
+    "thousand": (1e3,),
+    "million": (1e6,),
+    "billion": (1e9,),
+}
 MACHINE = {"cores", "cores_used", "memory_gib", "command"}  # keys that are no results
 UNIT = rf"\s*({'|'.join(UNITS)})(?!\w)"
 DIGITS = r"\d{1,3}(?:,\d{3})+|\d+(?:\.\d+)?"
@@ -26,7 +36,9 @@ NUMBER = re.compile(rf"(?<![\w.,])([−+-]?)({DIGITS})(?:{BEHIND})?(?![\w,.]*\d)
 
 
 class Finding(NamedTuple):
-    """One of the page's list: its words without links, commands, seeds and names; (file, part of it) of its links."""
+    """One of the page's list: its words without links, commands, seeds and names; (file, part of
+    it) of its links.
+    """
 
     number: int
     text: str
@@ -92,7 +104,9 @@ def part_of(result: Any, words: str) -> Any:
 
 
 def stands(number: Number, found: list[float]) -> bool:
-    """Whether one of the values, rounded to the decimals shown, is it. A sign must agree where one is written."""
+    """Whether one of the values, rounded to the decimals shown, is it. A sign must agree where one
+    is written.
+    """
     written = number.digits.replace(",", "")
     places = len(written.partition(".")[2])
     for scale in UNITS.get(number.unit, (1.0,)):
@@ -114,7 +128,9 @@ def alterations(text: str, number: Number) -> Iterator[str]:
     """The text with one digit of that number changed, in all ways that there are."""
     for at in range(number.start, number.start + len(number.digits)):
         if text[at].isdigit():
-            yield from (f"{text[:at]}{digit}{text[at + 1 :]}" for digit in "0123456789" if digit != text[at])
+            yield from (
+                f"{text[:at]}{digit}{text[at + 1 :]}" for digit in "0123456789" if digit != text[at]
+            )
 
 
 ALL = findings(PAGE.read_text("utf-8"))
@@ -131,7 +147,9 @@ def test_ten_findings_of_which_some_failed() -> None:
 def test_a_finding_names_files_seeds_and_its_command(one: Finding) -> None:
     """Its files exist, and were made by the program that its command runs."""
     assert one.files and all(path.is_file() for path, _ in one.files)
-    assert re.search(r"(?i)seeds?\b|one run|one student", PAGE.read_text("utf-8").split(f"\n{one.number}. ")[1])
+    assert re.search(
+        r"(?i)seeds?\b|one run|one student", PAGE.read_text("utf-8").split(f"\n{one.number}. ")[1]
+    )
     made = {json.loads(path.read_text("utf-8"))["command"].split()[1] for path, _ in one.files}
     assert {command.split()[1] for command in one.commands} == made
 
@@ -144,31 +162,49 @@ def test_every_number_stands_in_its_file(one: Finding) -> None:
 
 @each
 def test_a_changed_digit_is_noticed(one: Finding) -> None:
-    """In the headline four times of five, whichever digit it is and whatever it becomes; in the others, which small
-    numbers of the same file may hide, three times of four."""
+    """In the headline four times of five, whichever digit it is and whatever it becomes; in the
+    others, which small numbers of the same file may hide, three times of four.
+    """
     headline, *others = numbers(one.text)
     assert one.text.startswith("**") and headline.start < 4
     wrong = [bool(missing(one, text)) for text in alterations(one.text, headline)]
     assert sum(wrong) >= 0.8 * len(wrong) and len(wrong) > 9
-    wrong = [bool(missing(one, text)) for n in others if len(n.digits) > 1 for text in alterations(one.text, n)]
+    wrong = [
+        bool(missing(one, text))
+        for n in others
+        if len(n.digits) > 1
+        for text in alterations(one.text, n)
+    ]
     assert sum(wrong) >= 0.75 * len(wrong)
 
 
 def blocks(page: Path) -> list[Finding]:
     """Of another page: the paragraphs, list items and table rows that link a results file."""
     text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
-    parts = [part for block in re.split(r"\n\s*\n", text) for part in re.split(r"\n(?=- |\d+\. |\|)", block)]
+    parts = [
+        part
+        for block in re.split(r"\n\s*\n", text)
+        for part in re.split(r"\n(?=- |\d+\. |\|)", block)
+    ]
     return [one for part in parts if (one := finding(0, " ".join(part.split()))).files]
 
 
 @pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.stem)
 def test_the_other_pages_quote_the_files_they_link(page: Path) -> None:
-    """Every share and every number with decimals that stands beside a link; whole numbers there may be settings."""
+    """Every share and every number with decimals that stands beside a link; whole numbers there may
+    be settings.
+    """
     for one in blocks(page):
-        found = [value for path, words in one.files for value in values(part_of(json.loads(path.read_text()), words))]
+        found = [
+            value
+            for path, words in one.files
+            for value in values(part_of(json.loads(path.read_text()), words))
+        ]
         measured = [n for n in numbers(one.text) if "." in n.digits or n.unit == "%"]
         wrong = [n.digits for n in measured if not stands(n, found)]
-        assert not wrong, f"{page.name}: {wrong} of '{one.text[:60]}...' stand in none of the files that it links"
+        assert not wrong, (
+            f"{page.name}: {wrong} of '{one.text[:60]}...' stand in none of the files that it links"
+        )
 
 
 def test_enough_of_them_is_checked(tmp_path: Path) -> None:
@@ -176,17 +212,37 @@ def test_enough_of_them_is_checked(tmp_path: Path) -> None:
     quoting = [one for page in ROOT.glob("docs/*.md") for one in blocks(page)]
     assert sum("." in n.digits for one in quoting for n in numbers(one.text)) > 80
     (tmp_path / "a.json").write_text('{"loss": 1.25}')
-    one = finding(0, "the loss is 1.25 ([a](a.json)), or 1.35")._replace(files=((tmp_path / "a.json", ""),))
+    one = finding(0, "the loss is 1.25 ([a](a.json)), or 1.35")._replace(
+        files=((tmp_path / "a.json", ""),)
+    )
     assert missing(one, one.text) == ["1.35"]
 
 
 def test_units_and_signs() -> None:
-    """A unit scales; without one a number stands as it is; a written sign counts; names and seeds are no numbers."""
-    found = list(values({"share": 0.692, "bytes": 51_327_360, "s": 789.6, "change": -0.0043, "aim": "1.45x or more"}))
+    """A unit scales; without one a number stands as it is; a written sign counts; names and seeds
+    are no numbers.
+    """
+    found = list(
+        values(
+            {
+                "share": 0.692,
+                "bytes": 51_327_360,
+                "s": 789.6,
+                "change": -0.0043,
+                "aim": "1.45x or more",
+            }
+        )
+    )
     text = "69.2 % 51.3 MB 13.2 minutes −0.004 0.004 1.45x 790"
     assert all(stands(n, found) for n in numbers(text)) and len(numbers(text)) == 7
-    assert not any(stands(n, found) for n in numbers("69.2 51.3 13.2 +0.004 1.46x 69.3 % 51.4 million"))
-    bare = finding(1, "GPT-2, SmolLM2-135M, a 4-bit file, Q4_K_M, float32, seeds 0, 1 and 2: 7.5 `x 9` [3](a.json#b)")
+    assert not any(
+        stands(n, found) for n in numbers("69.2 51.3 13.2 +0.004 1.46x 69.3 % 51.4 million")
+    )
+    bare = finding(
+        1,
+        "GPT-2, SmolLM2-135M, a 4-bit file, Q4_K_M, float32, seeds 0, 1 and 2: 7.5 `x 9` "
+        "[3](a.json#b)",
+    )
     assert [n.digits for n in numbers(bare.text)] == ["7.5"]
     assert bare.files == ((PAGE.parent / "a.json", "b"),)
     assert part_of({"a": [{"task": "b", "c": 1}, {"task": "d", "c": 2}]}, "a/d/c") == 2

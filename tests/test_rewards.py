@@ -1,4 +1,6 @@
-"""Verifiable rewards: 273 cases labelled by hand, the parts they are made of, and the process they run in."""
+"""Verifiable rewards: 273 cases labelled by hand, the parts they are made of, and the process they
+run in.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,12 @@ from mis_mlx.evaluation import answer_parsing, rewards
 from mis_mlx.hardware import child_process
 from mis_mlx.types import MisError
 
-CASES = [json.loads(line) for line in (Path(__file__).parent / "fixtures" / "rewards.jsonl").read_text().splitlines()]
-RECALL = 0.93  # of right answers; the others are known, and left out for the sake of no false positive
+CASES = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "fixtures" / "rewards.jsonl").read_text().splitlines()
+]
+# of right answers; the others are known, and left out for the sake of no false positive
+RECALL = 0.93
 
 
 def completion(case: dict[str, Any]) -> str:
@@ -27,8 +33,9 @@ def completion(case: dict[str, Any]) -> str:
 
 
 def test_no_wrong_answer_is_rewarded() -> None:
-    """Not one of the 147 that a reader calls wrong; of the 126 right ones at least 93 % are seen. No pattern backtracks
-    for seconds: all of it takes about 0.1 s of processor time."""
+    """Not one of the 147 that a reader calls wrong; of the 126 right ones at least 93 % are seen.
+    No pattern backtracks for seconds: all of it takes about 0.1 s of processor time.
+    """
     began = time.process_time()
     scored = [(c, rewards.accuracy(completion(c), c["answer"], c["language"])) for c in CASES]
     assert len(CASES) >= 200 and {c["language"] for c in CASES} == {"pl", "en", None}
@@ -40,8 +47,16 @@ def test_no_wrong_answer_is_rewarded() -> None:
 
 
 def test_the_format_counts_only_with_an_answer_that_reads() -> None:
-    """Marked and of the right kind, if also wrong: yes. Unmarked, of another kind, two: no. Never as much as right."""
-    for text, expected in (("Answer: 7", 1), ("Answer: 5", 1), ("7", 0), ("Answer: seven", 0), ("Answer: 5 or 7", 0)):
+    """Marked and of the right kind, if also wrong: yes. Unmarked, of another kind, two: no. Never
+    as much as right.
+    """
+    for text, expected in (
+        ("Answer: 7", 1),
+        ("Answer: 5", 1),
+        ("7", 0),
+        ("Answer: seven", 0),
+        ("Answer: 5 or 7", 0),
+    ):
         assert rewards.well_formed(text, "5", "en") == expected
     assert rewards.well_formed("Odpowiedź: 6:15", "450 g", "pl") == 0
     assert rewards.formatted(["q"], ["Answer: 7"], ["5"]) == [rewards.FORMAT_REWARD]
@@ -51,7 +66,10 @@ def test_the_format_counts_only_with_an_answer_that_reads() -> None:
 def test_an_answer_key_that_is_no_value_scores_nobody() -> None:
     """None, not 0: the data are at fault, not the answers."""
     assert rewards.accuracy("Answer: see figure 3", "see figure 3") is None
-    assert rewards.correct(["q"] * 2, ["Answer: 5", "5"], ["5", "1,250"], ["en", None]) == [1.0, None]
+    assert rewards.correct(["q"] * 2, ["Answer: 5", "5"], ["5", "1,250"], ["en", None]) == [
+        1.0,
+        None,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -73,14 +91,18 @@ def test_an_answer_key_that_is_no_value_scores_nobody() -> None:
         ("inf", None, None),
     ],
 )
-def test_numbers(text: str, language: answer_parsing.Language | None, value: Fraction | None) -> None:
+def test_numbers(
+    text: str, language: answer_parsing.Language | None, value: Fraction | None
+) -> None:
     """Exact, by the language's own comma, or none."""
     found = answer_parsing.quantity(text, language)
     assert (found and found.amount) == value
 
 
 def test_units_by_pencil() -> None:
-    """3 zł 5 gr are 305 gr, 1 h 1 s are 3601 s, 2 kg 5 dag are 2.05 kg; kinds do not mix, parts fall."""
+    """3 zł 5 gr are 305 gr, 1 h 1 s are 3601 s, 2 kg 5 dag are 2.05 kg; kinds do not mix, parts
+    fall.
+    """
     for text, amount, kind in (
         ("3 zł 5 gr", 305, "złoty"),
         ("1 h 1 s", 3601, "duration"),
@@ -88,7 +110,16 @@ def test_units_by_pencil() -> None:
     ):
         found = answer_parsing.quantity(text, "pl")
         assert found is not None and (found.amount, found.kind) == (amount, kind)
-    for text in ("1 kg 5 ml", "5 dag 2 kg", "1,5 kg 5 dag", "2 kg -5 dag", "5 g 5", "5 5 g", "g", ""):
+    for text in (
+        "1 kg 5 ml",
+        "5 dag 2 kg",
+        "1,5 kg 5 dag",
+        "2 kg -5 dag",
+        "5 g 5",
+        "5 5 g",
+        "g",
+        "",
+    ):
         assert answer_parsing.quantity(text, "pl") is None, text
 
 
@@ -99,7 +130,10 @@ def functions(tmp_path: Path, source: str, **given: Any) -> tuple[rewards.Functi
     return rewards.functions(given.pop("names", None), str(path), **given)
 
 
-ROWS = [{"prompt": "p", "answer": "5", "language": "en", "task": "sums"}, {"prompt": "q", "answer": "7"}]
+ROWS = [
+    {"prompt": "p", "answer": "5", "language": "en", "task": "sums"},
+    {"prompt": "q", "answer": "7"},
+]
 GROUPS = [["Answer: 5", "Answer: 6"], ["Answer: 7", "7", ""]]
 
 
@@ -110,7 +144,9 @@ def test_ours_are_scored_in_a_child() -> None:
 
 
 def test_the_users_functions(tmp_path: Path) -> None:
-    """Called with lists; further columns by name; what they print is not their answer; None is no score."""
+    """Called with lists; further columns by name; what they print is not their answer; None is no
+    score.
+    """
     source = (
         "def long(prompts, completions, answer):\n"
         "    print('hello')\n"
@@ -141,7 +177,9 @@ def test_the_users_functions(tmp_path: Path) -> None:
 )
 def test_what_breaks_a_function_is_no_reward(tmp_path: Path, body: str, why: str) -> None:
     """Only the group with the text that broke it goes unscored, and the note says why."""
-    source = f"def f(prompts, completions, answer):\n    if '6' in completions[1]:\n        {body}\n"
+    source = (
+        f"def f(prompts, completions, answer):\n    if '6' in completions[1]:\n        {body}\n"
+    )
     source += "    return [1.0] * len(completions)\n"
     found = rewards.score(functions(tmp_path, source, seconds=1.0), ROWS, GROUPS)
     assert [s.totals for s in found] == [(None, None), (1.0, 1.0, 1.0)]
@@ -151,8 +189,9 @@ def test_what_breaks_a_function_is_no_reward(tmp_path: Path, body: str, why: str
 
 
 def test_memory_is_limited(tmp_path: Path) -> None:
-    """With 1 GiB, as our functions have it, 4 GiB are an error and not the machine's memory: the kernel's on Linux,
-    the watchdog's on macOS."""
+    """With 1 GiB, as our functions have it, 4 GiB are an error and not the machine's memory: the
+    kernel's on Linux, the watchdog's on macOS.
+    """
     path = tmp_path / "hungry.py"
     path.write_text("def f(size):\n    return len(bytearray(size))\n")
     assert child_process.ask(str(path), "f", {"size": 2**20}, 10.0, rewards.MEMORY_BYTES) == 2**20
@@ -175,19 +214,28 @@ def modest():
 
 
 def test_a_watchdog_limits_memory_where_the_kernel_does_not(tmp_path: Path) -> None:
-    """16 MiB more every 20 ms, of a process that it started: ended beyond 200 MiB, with both numbers. Below the limit
-    the answer comes; and time is limited as ever."""
+    """16 MiB more every 20 ms, of a process that it started: ended beyond 200 MiB, with both
+    numbers. Below the limit the answer comes; and time is limited as ever.
+    """
     (tmp_path / "f.py").write_text(HUNGRY)
-    with pytest.raises(child_process.NoAnswer, match=r"MemoryError: it holds .*, 200 MiB are allowed"):
+    with pytest.raises(
+        child_process.NoAnswer, match=r"MemoryError: it holds .*, 200 MiB are allowed"
+    ):
         child_process.ask(str(tmp_path / "f.py"), "another", {}, 60.0, 200 * 2**20, watched=True)
-    assert child_process.ask(str(tmp_path / "f.py"), "modest", {}, 60.0, 200 * 2**20, watched=True) == 2**25
+    assert (
+        child_process.ask(str(tmp_path / "f.py"), "modest", {}, 60.0, 200 * 2**20, watched=True)
+        == 2**25
+    )
     with pytest.raises(child_process.NoAnswer, match="no answer in 1 s"):
         child_process.ask(str(tmp_path / "f.py"), "itself", {}, 1.0, 2**40, watched=True)
 
 
 def test_what_a_function_starts_ends_with_it(tmp_path: Path) -> None:
-    """A process that it left behind, which holds its pipes open, neither keeps us waiting nor lives on."""
-    path, mark = tmp_path / "fork.py", tmp_path / "pid"
+    """A process that it left behind, which holds its pipes open, neither keeps us waiting nor lives
+    on.
+    """
+    path = tmp_path / "fork.py"
+    mark = tmp_path / "pid"
     path.write_text(
         "import pathlib, subprocess, time\n"
         "def f(wait):\n"
@@ -197,7 +245,8 @@ def test_what_a_function_starts_ends_with_it(tmp_path: Path) -> None:
     )
     with pytest.raises(child_process.NoAnswer, match="no answer in 2 s"):
         child_process.ask(str(path), "f", {"wait": 600}, 2.0)
-    with contextlib.suppress(psutil.NoSuchProcess):  # killed it dies in its own time, and nobody may have reaped it yet
+    # killed it dies in its own time, and nobody may have reaped it yet
+    with contextlib.suppress(psutil.NoSuchProcess):
         left = psutil.Process(int(mark.read_text()))
         for _ in range(200):
             if left.status() == psutil.STATUS_ZOMBIE:
@@ -217,12 +266,16 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(MisError, match="does not read as Python"):
         rewards.functions(None, str(tmp_path / "none.py"))
     short = functions(tmp_path, "def f(prompts, completions, answer):\n    return [1]\n")
-    with pytest.raises(MisError, match="the reward function f returned .1.: it owes a list of 5 numbers"):
+    with pytest.raises(
+        MisError, match="the reward function f returned .1.: it owes a list of 5 numbers"
+    ):
         rewards.score(short, ROWS, GROUPS)
 
 
 def test_the_users_file_is_not_run_here(tmp_path: Path) -> None:
     """Its names are read from its text; it runs in the child alone."""
     mark = tmp_path / "mark"
-    found = functions(tmp_path, f"open({str(mark)!r}, 'w')\ndef f(prompts, completions, answer): return [0]\n")
+    found = functions(
+        tmp_path, f"open({str(mark)!r}, 'w')\ndef f(prompts, completions, answer): return [0]\n"
+    )
     assert [f.name for f in found] == ["f"] and not mark.exists()

@@ -1,4 +1,6 @@
-"""The command `search`: students within limits, how they are ranked, measured and judged; kills and refusals."""
+"""The command `search`: students within limits, how they are ranked, measured and judged; kills and
+refusals.
+"""
 
 from __future__ import annotations
 
@@ -42,17 +44,33 @@ from tests import forks, tiny
 from tests.conftest import Done, last_line, sentence, weights
 
 SMALL: dict[str, Any] = dict(
-    bytes="190KB", max_seq_length=32, num_samples=4, reconstruct_samples=0, rank_windows=3, eval_windows=6, iters=8,
-    evaluations=3, finalists=2, learning_rate=2e-4,
-)  # fmt: skip
-SMOLLM2 = {**tiny.CONFIG, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "head_dim": 64}
+    bytes="190KB",
+    max_seq_length=32,
+    num_samples=4,
+    reconstruct_samples=0,
+    rank_windows=3,
+    eval_windows=6,
+    iters=8,
+    evaluations=3,
+    finalists=2,
+    learning_rate=2e-4,
+)
+SMOLLM2 = {
+    **tiny.CONFIG,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "head_dim": 64,
+}
 SMOLLM2 |= {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152}
 LOGS = (candidates.PROBES, candidates.CANDIDATES, finalists.FINALISTS, "table.md")
 
 
 def as_flags(settings: dict[str, Any]) -> list[object]:
     """Keyword settings as a command line has them."""
-    return [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
+    return [
+        part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +81,16 @@ def small(llama: Checkpoint, text_folder: Path) -> search.Settings:
 
 @pytest.fixture(scope="module")
 def done(
-    tmp_path_factory: pytest.TempPathFactory, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]
+    tmp_path_factory: pytest.TempPathFactory,
+    llama: Checkpoint,
+    text_folder: Path,
+    command: Callable[..., Done],
 ) -> tuple[Path, Done]:
     """(run folder, process) of one undisturbed search; do not write into it."""
     out = tmp_path_factory.mktemp("search") / "run"
-    run = command("search", "--teacher", llama.path, "--data", text_folder, *as_flags(SMALL), "--out", out)
+    run = command(
+        "search", "--teacher", llama.path, "--data", text_folder, *as_flags(SMALL), "--out", out
+    )
     assert run.returncode == 0, run.stderr
     return out, run
 
@@ -78,17 +101,29 @@ def sizes(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_end_to_end(done: tuple[Path, Done], llama: Checkpoint) -> None:
-    """The likeliest within the limit are measured once, the best two distilled and rounded, no student is left over;
-    every folder has at most the bytes asked for."""
+    """The likeliest within the limit are measured once, the best two distilled and rounded, no
+    student is left over; every folder has at most the bytes asked for.
+    """
     out, run = done
     result = last_line(run)
     assert len(result["candidates"]) == 3 < result["students"]
-    assert all(150_000 < each["bytes"] <= 190_000 for each in result["candidates"] + result["finalists"])
+    assert all(
+        150_000 < each["bytes"] <= 190_000 for each in result["candidates"] + result["finalists"]
+    )
     measured = [sizes(each) for each in result["candidates"]]
-    assert all(sizes(each) in measured for each in result["finalists"]) and len(result["finalists"]) == 2
+    assert (
+        all(sizes(each) in measured for each in result["finalists"])
+        and len(result["finalists"]) == 2
+    )
     assert {p.name for p in out.iterdir()} - {"thermal.jsonl", ".lock"} == {
-        "config.yaml", "origin.json", "plan.json", "result.json", "finalists", "sensitivity.json", *LOGS,
-    }  # fmt: skip
+        "config.yaml",
+        "origin.json",
+        "plan.json",
+        "result.json",
+        "finalists",
+        "sensitivity.json",
+        *LOGS,
+    }
     assert not list((out / "finalists").iterdir())
     assert f"students within --bytes 190KB: {result['students']}; 3 are measured" in run.stderr
     assert (out / "table.md").read_text() in run.stdout and "Traceback" not in run.stderr
@@ -97,21 +132,37 @@ def test_end_to_end(done: tuple[Path, Done], llama: Checkpoint) -> None:
 
 
 def test_the_table_says_what_the_log_holds(done: tuple[Path, Done], llama: Checkpoint) -> None:
-    """Columns are the finalists; each mean is of the windows in the log; distilled is better than pruned."""
+    """Columns are the finalists; each mean is of the windows in the log; distilled is better than
+    pruned.
+    """
     out, run = done
     records = run_folder.records(out / finalists.FINALISTS)
-    lines = {cells[1].strip(): cells[2:-1] for line in run.stdout.splitlines() if len(cells := line.split("|")) > 3}
+    lines = {
+        cells[1].strip(): cells[2:-1]
+        for line in run.stdout.splitlines()
+        if len(cells := line.split("|")) > 3
+    }
     for metric, (label, form) in text.TABLES["search"].items():
         if isinstance(records[0].get(metric), list):
             assert [c.split("±")[0].strip() for c in lines[label]] == [
                 format(np.mean(r[metric]), form) for r in records
             ]
-            assert all("±" in cell for cell in lines[label]) and all(len(r[metric]) == 6 for r in records)
+            assert all("±" in cell for cell in lines[label]) and all(
+                len(r[metric]) == 6 for r in records
+            )
     assert all(np.mean(r["kl_distilled"]) < np.mean(r["kl_pruned"]) for r in records)
     before = shape_of(llama.config)
-    shapes = [replace(before, **{a: r[a] for a in (*shape_search.CUTS, "kv_heads")}) for r in records]
-    names = [f"{shape_search.words(x, before)}, {r['bits']:.2f} bits" for x, r in zip(shapes, records, strict=True)]
-    assert next(x for x in run.stdout.splitlines() if x.startswith("| | ")) == f"| | {' | '.join(names)} |"
+    shapes = [
+        replace(before, **{a: r[a] for a in (*shape_search.CUTS, "kv_heads")}) for r in records
+    ]
+    names = [
+        f"{shape_search.words(x, before)}, {r['bits']:.2f} bits"
+        for x, r in zip(shapes, records, strict=True)
+    ]
+    assert (
+        next(x for x in run.stdout.splitlines() if x.startswith("| | "))
+        == f"| | {' | '.join(names)} |"
+    )
 
 
 def test_the_line_it_recommends_is_one_that_distill_takes(
@@ -129,8 +180,10 @@ def test_the_line_it_recommends_is_one_that_distill_takes(
 def test_the_score_is_that_of_a_student_by_hand(
     tmp_path: Path, done: tuple[Path, Done], small: search.Settings
 ) -> None:
-    """Calibrated on the run's windows, pruned by plain importance, every matrix rounded to the bits that its costs in
-    the teacher give it, compared on every twenty-fifth or so held-out window: the log's nats, to the last bit."""
+    """Calibrated on the run's windows, pruned by plain importance, every matrix rounded to the bits
+    that its costs in the teacher give it, compared on every twenty-fifth or so held-out window: the
+    log's nats, to the last bit.
+    """
     record = run_folder.records(done[0] / candidates.CANDIDATES)[-1]
     teacher = load.open_checkpoint(str(small.teacher))
     data = preparation.prepare(small.data, load.tokenizer(teacher.path), 32)
@@ -143,7 +196,8 @@ def test_the_score_is_that_of_a_student_by_hand(
     slicing.write_student(teacher, shape, keep, tmp_path / "s", "bfloat16", DISK)
     student = load.open_checkpoint(tmp_path / "s")
     nats = bit_allocation.costs(teacher, windows, 64, rounding.BITS)
-    costs, weights = {}, {}
+    costs = {}
+    weights = {}
     for name, size in arch.tensors_of(student.config).items():
         path = name.removesuffix(".weight")
         source = path.replace(f".{(i := arch.block_of(name))}.", f".{keep.layers[i or 0]}.", 1)
@@ -166,28 +220,55 @@ def test_the_score_is_that_of_a_student_by_hand(
 def test_distill_in_so_many_bytes(
     tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]
 ) -> None:
-    """`distill --bytes`: a search without finalists, then a run with its sizes and bits, which a resumed one keeps; the
-    file is no larger than asked for."""
-    few = ("--max-seq-length", 32, "--num-samples", 4, "--reconstruct-samples", 2, "--eval-windows", 2, "--q-iters", 1)
-    flags = ("--teacher", llama.path, "--data", text_folder, *few, "--iters", 4, "--bench-tokens", 0)
+    """`distill --bytes`: a search without finalists, then a run with its sizes and bits, which a
+    resumed one keeps; the file is no larger than asked for.
+    """
+    few = (
+        "--max-seq-length",
+        32,
+        "--num-samples",
+        4,
+        "--reconstruct-samples",
+        2,
+        "--eval-windows",
+        2,
+        "--q-iters",
+        1,
+    )
+    flags = (
+        "--teacher",
+        llama.path,
+        "--data",
+        text_folder,
+        *few,
+        "--iters",
+        4,
+        "--bench-tokens",
+        0,
+    )
     done = command("distill", *flags, "--bytes", "190KB", "--out", tmp_path / "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = last_line(done)
     (searched,) = (tmp_path / "runs" / "search").iterdir()
     (searched / run_folder.RESULT).unlink()  # as if it had been stopped at its end
     measured = {path: path.stat().st_mtime_ns for path in searched.rglob("*.json*")}
-    again = command("distill", *flags, "--bytes", "190KB", "--out", tmp_path / "again", cwd=tmp_path)
+    again = command(
+        "distill", *flags, "--bytes", "190KB", "--out", tmp_path / "again", cwd=tmp_path
+    )
     assert again.returncode == 0 and weights(tmp_path / "again") == weights(tmp_path / "run")
     assert [path.name for path, at in measured.items() if path.stat().st_mtime_ns != at] == []
     size = (tmp_path / "run" / "model" / "model.safetensors").stat().st_size
     assert 0.9 * 190_000 < size <= 190_000
     stored = run_folder.stored_settings(tmp_path / "run")
-    assert stored["bytes"] == "190KB" and stored["scenario"] == "none" and stored["target_bpw"] > 3.5
+    assert (
+        stored["bytes"] == "190KB" and stored["scenario"] == "none" and stored["target_bpw"] > 3.5
+    )
     assert result["params_student"] < arch.params(llama.config)
     refused = {
-        ("--layers", 2): "leave out --layers 2, or --bytes", ("--target-bpw", 5): "leave out --target-bpw 5.0, or",
+        ("--layers", 2): "leave out --layers 2, or --bytes",
+        ("--target-bpw", 5): "leave out --target-bpw 5.0, or",
         ("--quantize", 0): "--quantize 0 wants none",
-    }  # fmt: skip
+    }
     for more, why in refused.items():
         assert why in sentence(command("distill", *flags, "--bytes", "190KB", *more))
 
@@ -195,14 +276,17 @@ def test_distill_in_so_many_bytes(
 def test_sensitivity_keeps_to_the_plan_of_its_own(
     tmp_path: Path, llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It keeps what enters every block: those states go to disk where the budget holds those of one block alone."""
+    """It keeps what enters every block: those states go to disk where the budget holds those of one
+    block alone.
+    """
     seen = list[Any]()
     monkeypatch.setattr(bit_allocation, "costs", lambda *given: seen.append(given[-1]) or {})
     windows = [mx.zeros((1, 32), mx.int32)] * 8
     for name, budget_bytes in (("much", 2**30), ("little", 2**20)):
         (tmp_path / name).mkdir()
         plan = SimpleNamespace(budget_bytes=budget_bytes, held_windows=lambda _: 8)
-        asked, place = SimpleNamespace(num_samples=8, seed=0), tmp_path / name
+        asked = SimpleNamespace(num_samples=8, seed=0)
+        place = tmp_path / name
         run: Any = SimpleNamespace(teacher=llama, folder=place, files=DISK, plan=plan, recipe=asked)
         run.pick = lambda *_: windows
         nothing: Any = None
@@ -210,16 +294,22 @@ def test_sensitivity_keeps_to_the_plan_of_its_own(
     assert seen[0] is None and isinstance(seen[1], Spool)
 
 
-def test_distill_in_so_many_bytes_is_for_one_machine(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distill_in_so_many_bytes_is_for_one_machine(
+    llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The search measures on one machine; several would each say what they found."""
     monkeypatch.setattr(distill.distributed, "size", lambda: 2)
     with pytest.raises(MisError, match="--bytes 50MB is searched for on one machine"):
         distill._sized(distill.Settings(bytes="50MB"), llama)
 
 
-def kill_at(out: Path, flags: list[object], env: dict[str, str], reached: Callable[[], bool]) -> None:
+def kill_at(
+    out: Path, flags: list[object], env: dict[str, str], reached: Callable[[], bool]
+) -> None:
     """Start or resume a search and SIGKILL it once `reached`."""
-    process = forks.start(["-m", "mis_mlx.search", *flags, "--out", out], env, stderr=subprocess.DEVNULL)
+    process = forks.start(
+        ["-m", "mis_mlx.search", *flags, "--out", out], env, stderr=subprocess.DEVNULL
+    )
     while not reached() and process.poll() is None:
         time.sleep(0.002)
     process.kill()
@@ -227,10 +317,16 @@ def kill_at(out: Path, flags: list[object], env: dict[str, str], reached: Callab
 
 
 def test_killed_and_resumed_is_the_undisturbed_search(
-    tmp_path: Path, done: tuple[Path, Done], llama: Checkpoint, text_folder: Path, own_home: dict[str, str],
+    tmp_path: Path,
+    done: tuple[Path, Done],
+    llama: Checkpoint,
+    text_folder: Path,
+    own_home: dict[str, str],
     command: Callable[..., Done],
-) -> None:  # fmt: skip
-    """SIGKILL among the candidates and in the first finalist's training: logs and tables are equal byte for byte."""
+) -> None:
+    """SIGKILL among the candidates and in the first finalist's training: logs and tables are equal
+    byte for byte.
+    """
     out = tmp_path / "run"
     flags = ["--teacher", llama.path, "--data", text_folder, *as_flags(SMALL)]
     kill_at(out, flags, own_home, lambda: len(run_folder.records(out / candidates.CANDIDATES)) >= 2)
@@ -244,9 +340,14 @@ def test_killed_and_resumed_is_the_undisturbed_search(
 
 
 def test_nothing_is_measured_twice(
-    tmp_path: Path, done: tuple[Path, Done], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    done: tuple[Path, Done],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Resumed from its logs alone, with no way to prune, it says the same; a torn line is measured again."""
+    """Resumed from its logs alone, with no way to prune, it says the same; a torn line is measured
+    again.
+    """
     out = tmp_path / "run"
     shutil.copytree(done[0], out)
     lines = (out / finalists.FINALISTS).read_text().splitlines(keepends=True)
@@ -275,7 +376,9 @@ def test_a_resumed_search_keeps_its_flags_and_is_no_distillation(
 def test_a_stop_in_a_training_names_the_search(
     tmp_path: Path, done: tuple[Path, Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What `pipeline.train` says of the finalist's own folder is said of the run's, which --resume takes."""
+    """What `pipeline.train` says of the finalist's own folder is said of the run's, which --resume
+    takes.
+    """
     out = tmp_path / "run"
     shutil.copytree(done[0], out)
     (out / finalists.FINALISTS).unlink()
@@ -283,7 +386,9 @@ def test_a_stop_in_a_training_names_the_search(
     by_hand = KeyboardInterrupt()
 
     def stopped(c: Any, _: Checkpoint) -> None:
-        raise MisError(f"stopped at step 2 of 8, all of it saved: go on with --out {c.folder} --resume") from by_hand
+        raise MisError(
+            f"stopped at step 2 of 8, all of it saved: go on with --out {c.folder} --resume"
+        ) from by_hand
 
     monkeypatch.setattr(finalists.pipeline, "train", stopped)
     with pytest.raises(MisError, match=f"go on with --out {out} --resume$") as caught:
@@ -301,9 +406,13 @@ def test_gradients_that_are_no_numbers(tmp_path: Path, small: search.Settings) -
 def test_a_training_that_diverges_is_unstable_and_not_the_end(
     tmp_path: Path, small: search.Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Gradients beyond float32: set back once, then the guard gives up on both finalists; nothing is recommended."""
+    """Gradients beyond float32: set back once, then the guard gives up on both finalists; nothing
+    is recommended.
+    """
     loud = tiny.loud(load.open_checkpoint(str(small.teacher)), tmp_path / "loud")
-    loudly = replace(small, teacher=str(loud), bytes=None, params="0.667x", out=str(tmp_path / "run"))
+    loudly = replace(
+        small, teacher=str(loud), bytes=None, params="0.667x", out=str(tmp_path / "run")
+    )
     result = search.run(loudly)  # bits are as usual: their costs are gradients too
     assert [f["unstable"] for f in result["finalists"]] == ["its loss became no number"] * 2
     assert result["command"] is None and "No finalist was stable" in capsys.readouterr().out
@@ -312,12 +421,24 @@ def test_a_training_that_diverges_is_unstable_and_not_the_end(
 def test_times_are_measured_on_the_teacher_and_on_finalists(
     tmp_path: Path, text_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """--decode and --ttft on six layers, with bytes: limits by the stored timings, a speed for each finalist, and a
-    resume that does not time again."""
+    """--decode and --ttft on six layers, with bytes: limits by the stored timings, a speed for each
+    finalist, and a resume that does not time again.
+    """
     deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=6))
-    s = search.Settings(teacher=str(deep.path), data=str(text_folder), **{**SMALL, "bytes": "450KB"})
-    s = replace(s, decode="1.2x", ttft="1.2x", max_kv_size=64, prompt_tokens=64, evaluations=2, finalists=1, iters=2,
-                out=str(tmp_path / "run"))  # fmt: skip
+    s = search.Settings(
+        teacher=str(deep.path), data=str(text_folder), **{**SMALL, "bytes": "450KB"}
+    )
+    s = replace(
+        s,
+        decode="1.2x",
+        ttft="1.2x",
+        max_kv_size=64,
+        prompt_tokens=64,
+        evaluations=2,
+        finalists=1,
+        iters=2,
+        out=str(tmp_path / "run"),
+    )
     result = search.run(s)
     stored = run_folder.stored_settings(tmp_path / "run", run_folder.PLAN)
     for flag in ("decode", "ttft"):
@@ -329,16 +450,25 @@ def test_times_are_measured_on_the_teacher_and_on_finalists(
         assert 0 < stored[flag]["attention_s"] <= stored[flag]["block_s"]
         assert all(each["seconds"][flag] > 0 for each in result["finalists"])
     out = capsys.readouterr().out
-    assert "decode, times the teacher's" in out and "first token, times as soon as the teacher's" in out
+    assert (
+        "decode, times the teacher's" in out
+        and "first token, times as soon as the teacher's" in out
+    )
     again = search.run(search.Settings(resume=True, out=s.out))
     assert again["candidates"] == result["candidates"] and again["students"] == result["students"]
 
 
-def test_a_busy_machine_does_not_make_blocks_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of the blocks seem to take longer than all: each block counts as its share of the whole, never as 0 s."""
+def test_a_busy_machine_does_not_make_blocks_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the blocks seem to take longer than all: each block counts as its share of the whole,
+    never as 0 s.
+    """
     deep = tiny.make(tmp_path / "deep", num_hidden_layers=4)
     clock = {4: 1.0, 2: 2.0}  # blocks left in the model -> seconds of a token
-    monkeypatch.setattr(finalists.mlx_generate, "greedy", lambda model, *_: [clock[len(model.model.layers)]] * 5)
+    monkeypatch.setattr(
+        finalists.mlx_generate, "greedy", lambda model, *_: [clock[len(model.model.layers)]] * 5
+    )
     monkeypatch.setattr(finalists.rounds, "clocked", lambda coming: (list(accumulate(coming)), []))
     monkeypatch.setattr(finalists, "_attention_seconds", lambda *_: 0.22)
     assert finalists.timed(deep, 0, 0) == Timing(0.25, 0.0, 0.22)
@@ -348,24 +478,40 @@ def test_a_busy_machine_does_not_make_blocks_free(tmp_path: Path, monkeypatch: p
 
 
 def test_bytes_and_memory_are_what_is_written(tmp_path: Path, llama: Checkpoint) -> None:
-    """Bytes: of the file that `quantize` writes, header and all, give or take a hundredth. Memory: that, and 2 bytes of
-    each key and value."""
+    """Bytes: of the file that `quantize` writes, header and all, give or take a hundredth. Memory:
+    that, and 2 bytes of each key and value.
+    """
     four = {path: packed_format.Format(4, 64) for path in packed_format.layout(llama.config, 64)}
     packed_format.write_quantized(llama, tmp_path / "q4", four, DISK)
     before = shape_of(llama.config)
     on_disk = limits.bytes_limit(llama.config, "1MB").cost(before, 4.5)
-    assert on_disk == pytest.approx((tmp_path / "q4" / "model.safetensors").stat().st_size, rel=0.01)
+    assert on_disk == pytest.approx(
+        (tmp_path / "q4" / "model.safetensors").stat().st_size, rel=0.01
+    )
     in_use = limits.memory_limit(llama.config, "1MB", 1000).cost(before, 4.5)
     assert in_use - on_disk == 1000 * 3 * 2 * (2 * 16) * 2
 
 
 def test_memory_as_a_user_asks_for_it(llama: Checkpoint, command: Callable[..., Done]) -> None:
     """--dry-run: phases on stderr, bytes and seconds in the JSON, nothing started."""
-    flags = ("--teacher", llama.path, "--memory", "500KB", "--max-kv-size", 1000, "--dry-run", "--max-seq-length", 32)
+    flags = (
+        "--teacher",
+        llama.path,
+        "--memory",
+        "500KB",
+        "--max-kv-size",
+        1000,
+        "--dry-run",
+        "--max-seq-length",
+        32,
+    )
     done = command("search", *flags)
     assert done.returncode == 0, done.stderr
     result = last_line(done)
-    assert result["peak_bytes"] <= result["budget_bytes"] and result["read_bytes"] > result["written_bytes"] > 0
+    assert (
+        result["peak_bytes"] <= result["budget_bytes"]
+        and result["read_bytes"] > result["written_bytes"] > 0
+    )
     assert "calibrate: " in done.stderr and "finalists" in done.stderr
     assert "run" not in result and "candidates" not in result
     done = command("search", *flags, "--budget", "1MiB")
@@ -373,10 +519,13 @@ def test_memory_as_a_user_asks_for_it(llama: Checkpoint, command: Callable[..., 
 
 
 def test_times_by_pencil() -> None:
-    """Half of the layers of a teacher that spends all of its time in blocks: twice as quick. A narrower stream
-    shortens what is not a block; fewer weights the block but for its attention; fewer heads that: those of queries
-    before the first token, those of keys for every token after it."""
-    before, block = shape_of(SMOLLM2), 3_540_096
+    """Half of the layers of a teacher that spends all of its time in blocks: twice as quick. A
+    narrower stream shortens what is not a block; fewer weights the block but for its attention;
+    fewer heads that: those of queries before the first token, those of keys for every token after
+    it.
+    """
+    before = shape_of(SMOLLM2)
+    block = 3_540_096
     limit = limits.time_limit(SMOLLM2, "--decode", "2x", Timing(0.001, 0.0))
     assert limit.most == pytest.approx(0.015) == limit.cost(replace(before, layers=15), 0)
     rest = limits.time_limit(SMOLLM2, "--decode", "2x", Timing(0.0, 0.006))
@@ -389,10 +538,15 @@ def test_times_by_pencil() -> None:
             assert slow.cost(shape, 0) == pytest.approx(30 * (0.003 * share + 0.001 * looked))
 
 
-def test_attention_is_timed_on_a_block_s_own_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt in mlx-lm's parts, each with all keys before it; a token with the whole cache; a block with a window
-    with no more than that."""
-    deep, seen, plain = tiny.make(tmp_path / "deep"), list[Any](), finalists.mx.fast.scaled_dot_product_attention
+def test_attention_is_timed_on_a_block_s_own_shapes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt in mlx-lm's parts, each with all keys before it; a token with the whole cache; a
+    block with a window with no more than that.
+    """
+    deep = tiny.make(tmp_path / "deep")
+    seen = list[Any]()
+    plain = finalists.mx.fast.scaled_dot_product_attention
 
     def watched(q: Any, k: Any, v: Any, **how: Any) -> Any:
         seen.append((q.shape, k.shape, how["mask"]))
@@ -401,15 +555,23 @@ def test_attention_is_timed_on_a_block_s_own_shapes(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(finalists.rounds, "PREFILL", 48)
     monkeypatch.setattr(finalists, "ROUNDS", 1)
     model, _ = finalists.mlx_generate.open_model(deep)
-    slides, _ = finalists.mlx_generate.open_model(tiny.make(tmp_path / "slides", **tiny.FAMILIES["gemma3_text"]))
+    slides, _ = finalists.mlx_generate.open_model(
+        tiny.make(tmp_path / "slides", **tiny.FAMILIES["gemma3_text"])
+    )
     monkeypatch.setattr(finalists.mx.fast, "scaled_dot_product_attention", watched)
-    assert finalists._attention_seconds(model, 0, 100) > 0 and finalists._attention_seconds(model, 9, 0) > 0
+    assert (
+        finalists._attention_seconds(model, 0, 100) > 0
+        and finalists._attention_seconds(model, 9, 0) > 0
+    )
     s = model.shape
     sizes = [(48, 48, "causal"), (48, 96, "causal"), (4, 100, "causal"), (1, 10, None)]
-    assert seen == [((1, s.heads, n, s.head_dim), (1, s.kv_heads, m, s.head_dim), mask) for n, m, mask in sizes]
+    assert seen == [
+        ((1, s.heads, n, s.head_dim), (1, s.kv_heads, m, s.head_dim), mask) for n, m, mask in sizes
+    ]
     seen.clear()
     assert finalists._attention_seconds(slides, 0, 60) > 0
-    assert sorted((q[2], k[2]) for q, k, _ in seen) == [(12, 18), (12, 60), (48, 48), (48, 48)]  # of 7 tokens, of all
+    # of 7 tokens, of all
+    assert sorted((q[2], k[2]) for q, k, _ in seen) == [(12, 18), (12, 60), (48, 48), (48, 48)]
 
 
 EVERY = ("layers", "ffn", "heads", "hidden", "vocab", "bits")
@@ -417,7 +579,9 @@ ROWS = (12_288, 24_576)
 
 
 def test_choices_are_all_that_meet_the_limits() -> None:
-    """All combinations of sizes through the gate, one by one: those within the bytes, in the most bits that fit."""
+    """All combinations of sizes through the gate, one by one: those within the bytes, in the most
+    bits that fit.
+    """
     sizes_of = shape_search.axis_sizes(SMOLLM2, EVERY, ROWS)
     assert sizes_of["heads"] == (3, 6, 9) and sizes_of["ffn"] == (512, 768, 1024, 1280, 1536)
     assert sizes_of["vocab"] == (*ROWS, 49_152) and sizes_of["hidden"] == (288, 576)
@@ -426,10 +590,14 @@ def test_choices_are_all_that_meet_the_limits() -> None:
     limit = limits.bytes_limit(SMOLLM2, "45MB")
     found = list(shape_search.choices(SMOLLM2, few, [limit], True))
     tried = set()
-    for layers, ffn, heads, hidden, vocab in itertools.product(*(few[axis] for axis in shape_search.CUTS)):
+    for layers, ffn, heads, hidden, vocab in itertools.product(
+        *(few[axis] for axis in shape_search.CUTS)
+    ):
         try:
             kv = heads // 3  # whole groups go
-            shape = arch.target_shape(SMOLLM2, {}, layers=layers, ffn=ffn, heads=heads, kv_heads=kv, hidden=hidden)
+            shape = arch.target_shape(
+                SMOLLM2, {}, layers=layers, ffn=ffn, heads=heads, kv_heads=kv, hidden=hidden
+            )
         except MisError:
             continue
         if limit.cost(shape := replace(shape, vocab=vocab), 3.5) <= 45_000_000:
@@ -449,57 +617,92 @@ def test_choices_are_all_that_meet_the_limits() -> None:
 
 
 def test_heads_go_with_their_keys_where_the_number_allows_it() -> None:
-    """Three heads a group: six are two groups. Seven a group: twelve are six of each, seven are one group. What is
-    recommended is taken by `distill`, and makes that shape. One group: a part of it goes."""
+    """Three heads a group: six are two groups. Seven a group: twelve are six of each, seven are one
+    group. What is recommended is taken by `distill`, and makes that shape. One group: a part of it
+    goes.
+    """
     groups = shape_of(SMOLLM2)
     assert [arch.kv_heads(groups, n) for n in (9, 6, 3)] == [3, 2, 1]
-    assert [arch.kv_heads(replace(groups, heads=14, kv_heads=2), n) for n in (14, 12, 7, 6)] == [2, 2, 1, 2]
+    assert [arch.kv_heads(replace(groups, heads=14, kv_heads=2), n) for n in (14, 12, 7, 6)] == [
+        2,
+        2,
+        1,
+        2,
+    ]
     choice = Choice(replace(groups, heads=6, kv_heads=2, layers=20), 4.5)
-    given = [f"--{name.replace('_', '-')}={value}" for name, value in search.flags_of(choice, groups).items()]
+    given = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in search.flags_of(choice, groups).items()
+    ]
     asked = cli.parse(distill.Settings, given)
     assert select.wanted_shape(SMOLLM2, asked) == choice.shape
     assert "kv_heads" in choice.sizes and "6h2" in choice.name
     few, single = ({**SMOLLM2, "num_attention_heads": 20, "num_key_value_heads": n} for n in (4, 1))
-    heads = [shape_search.axis_sizes({**of, "hidden_size": 1280}, ("heads",), ())["heads"] for of in (few, single)]
-    assert heads == [(5, 10, 20), (5, 8, 10, 16, 20)]  # transformers wants heads that divide the hidden size
+    heads = [
+        shape_search.axis_sizes({**of, "hidden_size": 1280}, ("heads",), ())["heads"]
+        for of in (few, single)
+    ]
+    # transformers wants heads that divide the hidden size
+    assert heads == [(5, 10, 20), (5, 8, 10, 16, 20)]
 
 
 def test_losses_by_pencil() -> None:
-    """A quarter of the layers costs 1, half of them 4: a square. One point: a square too. Vocabularies are the points
-    themselves, bits lie between theirs; what is expected to be left is a share of each."""
+    """A quarter of the layers costs 1, half of them 4: a square. One point: a square too.
+    Vocabularies are the points themselves, bits lie between theirs; what is expected to be left is
+    a share of each.
+    """
     before = shape_of(SMOLLM2)
     points = {"layers": [(20, 0.36), (25, 0.09)], "heads": [(6, 1.0)], "vocab": [(24_576, 0.05)],
               "bits": [(3.5, 0.4), (4.5, 0.1)]}  # fmt: skip
     losses = Losses(before, points)
     choice = Choice(replace(before, layers=15, heads=3, kv_heads=1, vocab=24_576), 4.0)
-    assert losses.by_axis(choice) == pytest.approx({"layers": 0.81, "heads": 4.0, "vocab": 0.05, "bits": 0.25})
+    assert losses.by_axis(choice) == pytest.approx(
+        {"layers": 0.81, "heads": 4.0, "vocab": 0.05, "bits": 0.25}
+    )
     assert losses.raw(choice) == pytest.approx(5.11)
     left = shape_search.LEFT
-    expected = 0.81 * left["layers"] + 4.0 * left["heads"] + 0.05 * left["vocab"] + 0.25 * left["bits"]
+    expected = (
+        0.81 * left["layers"] + 4.0 * left["heads"] + 0.05 * left["vocab"] + 0.25 * left["bits"]
+    )
     assert losses.expected(choice) == pytest.approx(expected)
     parts = Choice(replace(choice.shape, kv_heads=3), 4.0)  # of every group
-    assert losses.expected(parts) == pytest.approx(expected + 4.0 * (shape_search.PART_LEFT - left["heads"]))
+    assert losses.expected(parts) == pytest.approx(
+        expected + 4.0 * (shape_search.PART_LEFT - left["heads"])
+    )
     assert losses.raw(Choice(before, 4.5)) == pytest.approx(0.1)
 
 
 def test_the_best_are_not_neighbours() -> None:
     """The first is the one of least loss among all; no two are one step along one axis apart."""
     sizes_of = shape_search.axis_sizes(SMOLLM2, EVERY[:3], ())
-    losses = Losses(shape_of(SMOLLM2), {"layers": [(20, 1.0)], "ffn": [(1024, 1.0)], "heads": [(6, 2.0)]})
-    within = list(shape_search.choices(SMOLLM2, sizes_of, [limits.params_limit(SMOLLM2, "0.667x")], True))
+    losses = Losses(
+        shape_of(SMOLLM2), {"layers": [(20, 1.0)], "ffn": [(1024, 1.0)], "heads": [(6, 2.0)]}
+    )
+    within = list(
+        shape_search.choices(SMOLLM2, sizes_of, [limits.params_limit(SMOLLM2, "0.667x")], True)
+    )
     best = shape_search.best(within, sizes_of, losses, 5)
     assert best[0] == min(within, key=losses.expected) and len(best) == 5
     for one, other in itertools.combinations(best, 2):
-        steps = [abs(v.index(getattr(one.shape, a)) - v.index(getattr(other.shape, a))) for a, v in sizes_of.items()]
+        steps = [
+            abs(v.index(getattr(one.shape, a)) - v.index(getattr(other.shape, a)))
+            for a, v in sizes_of.items()
+        ]
         assert sum(steps) > 1
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (dict(params="0.05x"), "that is 26k parameters (0.050x), the smallest student within reach has"),
+        (
+            dict(params="0.05x"),
+            "that is 26k parameters (0.050x), the smallest student within reach has",
+        ),
         (dict(params="1.2x"), "that is 615k parameters, the teacher has 512k: ask for fewer"),
-        (dict(params="0.667y"), "--params '0.667y' is not understood: write a share of the teacher, such as 0.667x"),
+        (
+            dict(params="0.667y"),
+            "--params '0.667y' is not understood: write a share of the teacher, such as 0.667x",
+        ),
         (dict(params="-1x"), "is not understood"),
         (dict(bytes="20KB"), "that is 0.02 MB, the smallest student within reach has"),
         (dict(bytes="20KB"), "or let hidden, vocab be cut too (--axes)"),
@@ -520,25 +723,44 @@ def test_what_cannot_be_is_a_sentence(
     """Refused before any folder is made, with both numbers and what to do."""
     out = tmp_path / "run"
     with pytest.raises(MisError) as error:
-        search.run(search.Settings(teacher=str(llama.path), data=str(text_folder), out=str(out), **flags))
+        search.run(
+            search.Settings(teacher=str(llama.path), data=str(text_folder), out=str(out), **flags)
+        )
     assert said in str(error.value) and not out.exists()
 
 
-def test_a_teacher_that_cannot_be_cut_everywhere(tmp_path: Path, command: Callable[..., Done]) -> None:
+def test_a_teacher_that_cannot_be_cut_everywhere(
+    tmp_path: Path, command: Callable[..., Done]
+) -> None:
     """FFN 64 and one head: what stays is named; too much is one sentence, no broken model."""
     stuck = tiny.make(
-        tmp_path / "stuck", intermediate_size=64, num_attention_heads=1, num_key_value_heads=1, head_dim=64
+        tmp_path / "stuck",
+        intermediate_size=64,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=64,
     )
-    done = command("search", "--teacher", stuck, "--params", "0.8x", "--dry-run", "--max-seq-length", 32)
+    done = command(
+        "search", "--teacher", stuck, "--params", "0.8x", "--dry-run", "--max-seq-length", 32
+    )
     assert done.returncode == 0, done.stderr
     assert "ffn 64, heads 1, vocab 512 stay as they are" in done.stderr
     said = sentence(command("search", "--teacher", stuck, "--params", "0.1x"))
-    assert "the smallest student within reach has" in said and "let ffn, heads, hidden, vocab be cut too" in said
+    assert (
+        "the smallest student within reach has" in said
+        and "let ffn, heads, hidden, vocab be cut too" in said
+    )
 
 
 def test_a_teacher_that_cannot_be_packed(tmp_path: Path) -> None:
-    """No group divides an FFN of 1000: said before any work; of students in the usual bits it can be the teacher."""
-    odd = search.Settings(teacher=str(tiny.make(tmp_path / "odd", intermediate_size=1000)), bytes="190KB", dry_run=True)
+    """No group divides an FFN of 1000: said before any work; of students in the usual bits it can
+    be the teacher.
+    """
+    odd = search.Settings(
+        teacher=str(tiny.make(tmp_path / "odd", intermediate_size=1000)),
+        bytes="190KB",
+        dry_run=True,
+    )
     with pytest.raises(MisError, match="32 does not divide the rows of this teacher's matrices"):
         search.run(replace(odd, max_seq_length=32))
     assert search.run(replace(odd, max_seq_length=32, bytes=None, params="0.667x"))["students"] > 0
@@ -555,7 +777,9 @@ def test_every_kind_has_students_that_loaders_take(kind: str) -> None:
     """Every choice passes arch's gate; a qwen2 keeps heads and hidden."""
     config = {**tiny.CONFIG, **tiny.KINDS[kind]}
     sizes_of = shape_search.axis_sizes(config, EVERY, ())
-    found = list(shape_search.choices(config, sizes_of, [limits.bytes_limit(config, "200KB")], True))
+    found = list(
+        shape_search.choices(config, sizes_of, [limits.bytes_limit(config, "200KB")], True)
+    )
     assert found
     for shape, _ in found:
         sizes = {a: getattr(shape, a) for a in (*shape_search.CUTS[:-1], "kv_heads")}
@@ -566,13 +790,27 @@ def test_every_kind_has_students_that_loaders_take(kind: str) -> None:
 
 def finalist(kl: list[float | None], **changes: Any) -> dict[str, Any]:
     """A record by pencil."""
-    made = {"layers": 2, "ffn": 768, "heads": 4, "hidden": 64, "params": 1, "steps": 20, "skipped": 0, "clipped": 0,
-            "diverged": False, "kl_pruned": [1.0] * len(kl), "kl_distilled": kl, "nll_rounded": kl}  # fmt: skip
+    made = {
+        "layers": 2,
+        "ffn": 768,
+        "heads": 4,
+        "hidden": 64,
+        "params": 1,
+        "steps": 20,
+        "skipped": 0,
+        "clipped": 0,
+        "diverged": False,
+        "kl_pruned": [1.0] * len(kl),
+        "kl_distilled": kl,
+        "nll_rounded": kl,
+    }
     return {**made, **changes}
 
 
 def test_the_verdict_by_pencil() -> None:
-    """Paired: windows that differ by 1 nat hide no steady gap of 0.1; a gap with both signs is noise."""
+    """Paired: windows that differ by 1 nat hide no steady gap of 0.1; a gap with both signs is
+    noise.
+    """
     clear = [finalist([0.2, 0.4, 0.1, 0.6]), finalist([0.3, 0.5, 0.2, 0.7])]
     found = finalists.best_candidate(clear)
     assert (found.best, found.second, found.clear) == (0, 1, True)
@@ -589,7 +827,11 @@ def test_the_verdict_by_pencil() -> None:
 
 def test_the_least_sure_comparison_counts() -> None:
     """Third place may be hard to tell from the first where second place is not."""
-    records = [finalist([0.2, 0.2, 0.2, 0.2]), finalist([0.3, 0.3, 0.3, 0.3]), finalist([0.0, 0.9, 0.1, 0.8])]
+    records = [
+        finalist([0.2, 0.2, 0.2, 0.2]),
+        finalist([0.3, 0.3, 0.3, 0.3]),
+        finalist([0.0, 0.9, 0.1, 0.8]),
+    ]
     found = finalists.best_candidate(records)
     assert (found.best, found.second, found.clear) == (0, 2, False)
 
@@ -613,7 +855,9 @@ def test_unstable_by_pencil(record: dict[str, Any], why: str) -> None:
 def test_windows_that_rank_do_not_judge() -> None:
     """Two disjoint choices of the held-out windows; too few is a sentence."""
     tokens = np.arange(40, dtype=np.int32).reshape(20, 2)
-    one, other = (Windows(tokens + 100 * k, np.ones((20, 2), np.float32), np.arange(20)) for k in (0, 1))
+    one, other = (
+        Windows(tokens + 100 * k, np.ones((20, 2), np.float32), np.arange(20)) for k in (0, 1)
+    )
     ranking, judging = candidates.split({"English": one, "Polish": other}, 6, 24)
     ids = [{int(row[0]) for row in part.tokens} for part in (ranking, judging)]
     assert len(ids[0]) == 6 + 2 and len(ids[1]) == 14 + 8 and not ids[0] & ids[1]

@@ -1,4 +1,6 @@
-"""The command `sft`: parity with TRL, windows that rows share, LoRA, exact resume, what it leaves."""
+"""The command `sft`: parity with TRL, windows that rows share, LoRA, exact resume, what it
+leaves.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,18 @@ from tests import tiny, trl_model
 from tests.conftest import Done, last_line, settings_of
 
 PLAIN: dict[str, Any] = {"target_bpw": None, "q_method": "round", "q_iters": 0}
-SMALL = ("--iters", 6, "--save-every", 2, "--batch-size", 2, "--max-seq-length", 96, "--eval-rows", 8)
+SMALL = (
+    "--iters",
+    6,
+    "--save-every",
+    2,
+    "--batch-size",
+    2,
+    "--max-seq-length",
+    96,
+    "--eval-rows",
+    8,
+)
 SMALL += ("--learning-rate", "3e-3", "--dtype", "float32")
 
 
@@ -71,25 +84,39 @@ def rows_of(found: dict[str, np.ndarray]) -> list[Sequenced]:
     return rows
 
 
-def step(lesson: PackedDataset, model: nn.Module, batch_size: int, parts: int) -> tuple[float, float, Any]:
-    """(sum, count, gradients of the sum) of the first step, micro-batches added as the loop adds them."""
+def step(
+    lesson: PackedDataset, model: nn.Module, batch_size: int, parts: int
+) -> tuple[float, float, Any]:
+    """(sum, count, gradients of the sum) of the first step, micro-batches added as the loop adds
+    them.
+    """
     source = live_teacher.TextTargets()
     loss = partial(lesson.loss, source, False)
-    total, count, gradients = 0.0, 0.0, None
+    total = 0.0
+    count = 0.0
+    gradients = None
     recipe = TrainingConfig(batch_size=batch_size, grad_accumulation_steps=parts)
     for arguments in lesson.micro_batches(source, recipe, 0):
         (part, n, _), made = nn.value_and_grad(model, loss)(model, *arguments)
-        total, count = total + float(part), count + float(n)
+        total = total + float(part)
+        count = count + float(n)
         gradients = made if gradients is None else tree_map(mx.add, gradients, made)
     return total, count, gradients
 
 
 @pytest.mark.parametrize("case", ["sft", "sft_parts"])
-@pytest.mark.parametrize(("room", "batch_size", "parts"), [(0, 4, 1), (0, 1, 4), (64, 1, 1), (32, 1, 2)])
-def test_loss_and_gradients_are_trls(case: str, room: int, batch_size: int, parts: int, tmp_path: Path) -> None:
-    """TRL's SFTTrainer on completions, its token mean over a step; ours padded, packed, in one part or several."""
+@pytest.mark.parametrize(
+    ("room", "batch_size", "parts"), [(0, 4, 1), (0, 1, 4), (64, 1, 1), (32, 1, 2)]
+)
+def test_loss_and_gradients_are_trls(
+    case: str, room: int, batch_size: int, parts: int, tmp_path: Path
+) -> None:
+    """TRL's SFTTrainer on completions, its token mean over a step; ours padded, packed, in one part
+    or several.
+    """
     found = trl_model.stored()
-    model, lesson = trl_model.model(found, "policy", tmp_path), PackedDataset(rows_of(found), room)
+    model = trl_model.model(found, "policy", tmp_path)
+    lesson = PackedDataset(rows_of(found), room)
     assert len(lesson.windows) == batch_size * parts  # so that a step is all of TRL's rows, once
     total, count, gradients = step(lesson, model, batch_size, parts)
     assert total / count == pytest.approx(float(found[f"{case}/loss"]), rel=1e-5)
@@ -98,19 +125,26 @@ def test_loss_and_gradients_are_trls(case: str, room: int, batch_size: int, part
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_rows_in_one_window_do_not_see_each_other(kind: str, models: Callable[[str], Checkpoint]) -> None:
-    """Hidden states of packed rows are those of each row alone; another neighbour changes nothing at all."""
-    model, rng = load.resident(models(kind), mx.float32), np.random.default_rng(0)
+def test_rows_in_one_window_do_not_see_each_other(
+    kind: str, models: Callable[[str], Checkpoint]
+) -> None:
+    """Hidden states of packed rows are those of each row alone; another neighbour changes nothing
+    at all.
+    """
+    model = load.resident(models(kind), mx.float32)
+    rng = np.random.default_rng(0)
     rows = [(rng.integers(1, 500, n).astype(np.int32), np.ones(n, np.float32)) for n in (9, 14, 5)]
     tokens, _, own = sequence_packing.rectangle([rows])
-    packed, begin = attention_masks.forward(model, tokens, own), 0
+    packed = attention_masks.forward(model, tokens, own)
+    begin = 0
     for ids, _ in rows:
         alone = model.model(mx.array(ids[None]))[0]
         assert mx.allclose(packed[0, begin : begin + len(ids)], alone, rtol=1e-4, atol=1e-5)
         begin += len(ids)
     other = mx.concatenate([(tokens[:, :9] + 7) % 500, tokens[:, 9:]], axis=1)
     assert mx.array_equal(attention_masks.forward(model, other, own)[:, 9:28], packed[:, 9:28])
-    assert not mx.allclose(model.model(tokens)[0, 9:14], packed[0, 9:14], atol=1e-3)  # without the mask they would
+    # without the mask they would
+    assert not mx.allclose(model.model(tokens)[0, 9:14], packed[0, 9:14], atol=1e-3)
 
 
 def test_a_sliding_window_holds_inside_a_row(tmp_path: Path) -> None:
@@ -118,11 +152,18 @@ def test_a_sliding_window_holds_inside_a_row(tmp_path: Path) -> None:
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
     folder = tiny.make(tmp_path / "near", layer_types=layers, sliding_window=4)
     model = load.resident(load.open_checkpoint(folder), mx.float32)
-    rows = [(np.arange(start, start + 12, dtype=np.int32), np.ones(12, np.float32)) for start in (5, 90)]
+    rows = [
+        (np.arange(start, start + 12, dtype=np.int32), np.ones(12, np.float32)) for start in (5, 90)
+    ]
     tokens, _, own = sequence_packing.rectangle([rows])
     packed = attention_masks.forward(model, tokens, own)
     for at, (ids, _) in enumerate(rows):
-        assert mx.allclose(packed[0, 12 * at : 12 * at + 12], model.model(mx.array(ids[None]))[0], rtol=1e-4, atol=1e-5)
+        assert mx.allclose(
+            packed[0, 12 * at : 12 * at + 12],
+            model.model(mx.array(ids[None]))[0],
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 def test_best_fit_places_every_row_once() -> None:
@@ -138,19 +179,29 @@ def test_a_step_draws_the_same_rows_however_it_is_cut() -> None:
     """One batch of 8 or four of 2: the same indices, those of like length together."""
     lengths = np.random.default_rng(2).integers(1, 60, 30).tolist()
     for number in range(5):
-        cuts = [TrainingConfig(batch_size=b, grad_accumulation_steps=p, seed=7) for b, p in ((8, 1), (2, 4))]
-        whole, parts = (np.concatenate(sequence_packing.drawn(lengths, cut, number)) for cut in cuts)
-        assert np.array_equal(whole, parts) and sorted(lengths[i] for i in whole) == [lengths[i] for i in whole]
+        cuts = [
+            TrainingConfig(batch_size=b, grad_accumulation_steps=p, seed=7)
+            for b, p in ((8, 1), (2, 4))
+        ]
+        whole, parts = (
+            np.concatenate(sequence_packing.drawn(lengths, cut, number)) for cut in cuts
+        )
+        assert np.array_equal(whole, parts) and sorted(lengths[i] for i in whole) == [
+            lengths[i] for i in whole
+        ]
 
 
 def test_end_to_end(undisturbed: tuple[Path, Done], llama: Checkpoint, answers: Path) -> None:
-    """It learns; the result is an ordinary folder with the data's licence in it, and the best checkpoint's weights."""
+    """It learns; the result is an ordinary folder with the data's licence in it, and the best
+    checkpoint's weights.
+    """
     out, done = undisturbed
     result = last_line(done)
     assert result["held_out_best"]["loss"] < result["held_out_start"]["loss"] - 0.5
     assert [r["number"] for r in run_folder.records(out / alignment_run.HELD_OUT)] == [0, 2, 4, 6]
     assert (
-        result["best_step"] == min(run_folder.records(out / alignment_run.HELD_OUT), key=lambda r: r["loss"])["number"]
+        result["best_step"]
+        == min(run_folder.records(out / alignment_run.HELD_OUT), key=lambda r: r["loss"])["number"]
     )
     model, tokenizer = mlx_generate.open_model(out / "model")
     assert isinstance(mlx_generate.continuation(model, tokenizer, "how many", 4), str)
@@ -158,7 +209,8 @@ def test_end_to_end(undisturbed: tuple[Path, Done], llama: Checkpoint, answers: 
     assert card["licence"] == "CC0" and card["source"] == answers.name and card["train_rows"] == 24
     page = model_card.readme(load.open_checkpoint(out / "model"), None, "", ())
     assert f"aligned on 24 rows of {answers.name}; licence or consent: CC0" in page
-    assert model_card.base_of(out / "model") is None  # begun at a folder of no known origin, not at the default teacher
+    # begun at a folder of no known origin, not at the default teacher
+    assert model_card.base_of(out / "model") is None
     best = mx.load(str(out / "best" / f"step-{result['best_step']:08d}" / "model.safetensors"))
     stored = mx.load(str(out / "model" / "model.safetensors"))
     assert set(best) == set(stored) and all(mx.array_equal(best[n], stored[n]) for n in best)
@@ -169,8 +221,11 @@ def test_end_to_end(undisturbed: tuple[Path, Done], llama: Checkpoint, answers: 
 def test_a_stopped_run_ends_with_the_same_bits(
     undisturbed: tuple[Path, Done], tmp_path: Path, small: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGTERM between checkpoints saves one more, which is not measured: the best is looked for where it always is."""
-    settings, drawn = settings_of(sft, small, tmp_path / "run"), sequence_packing.drawn
+    """SIGTERM between checkpoints saves one more, which is not measured: the best is looked for
+    where it always is.
+    """
+    settings = settings_of(sft, small, tmp_path / "run")
+    drawn = sequence_packing.drawn
 
     def stopping(lengths: Sequence[int], recipe: TrainingConfig, step: int) -> list[np.ndarray]:
         if step == 2 and not settings.resume:
@@ -185,47 +240,75 @@ def test_a_stopped_run_ends_with_the_same_bits(
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == (
         undisturbed[0] / "model/model.safetensors"
     ).read_bytes()
-    assert [r["number"] for r in run_folder.records(tmp_path / "run" / alignment_run.HELD_OUT)] == [0, 2, 4, 6]
+    assert [r["number"] for r in run_folder.records(tmp_path / "run" / alignment_run.HELD_OUT)] == [
+        0,
+        2,
+        4,
+        6,
+    ]
     assert result["best_step"] == last_line(undisturbed[1])["best_step"]
 
 
 def test_the_best_checkpoint_is_kept_when_training_goes_wrong(small: Any, tmp_path: Path) -> None:
     """A rate that ruins the model: the result is the best there was, not the last."""
     result = sft.run(settings_of(sft, small, tmp_path / "run", learning_rate=0.5))
-    held = {r["number"]: r["loss"] for r in run_folder.records(tmp_path / "run" / alignment_run.HELD_OUT)}
+    held = {
+        r["number"]: r["loss"]
+        for r in run_folder.records(tmp_path / "run" / alignment_run.HELD_OUT)
+    }
     assert held[6] > held[result["best_step"]] == min(held.values())
     assert result["held_out_best"]["loss"] == min(held.values())
 
 
-def test_lora_trains_little_and_fuses_to_what_mlx_lm_makes(small: Any, tmp_path: Path, llama: Checkpoint) -> None:
-    """Frozen weights stay; the folder equals mlx-lm's own fuse of the adapters, which mlx-lm loads by their folder."""
+def test_lora_trains_little_and_fuses_to_what_mlx_lm_makes(
+    small: Any, tmp_path: Path, llama: Checkpoint
+) -> None:
+    """Frozen weights stay; the folder equals mlx-lm's own fuse of the adapters, which mlx-lm loads
+    by their folder.
+    """
     flags = {"fine_tune_type": "lora", "rank": 4, "num_layers": 2, "learning_rate": 1e-2}
     result = sft.run(settings_of(sft, small, tmp_path / "run", **flags))
     wanted = lora.Lora(2, 4, 20.0)
     assert result["params_trained"] == wanted.params(llama.config) < 512_448 / 10
     assert result["held_out_best"]["loss"] < result["held_out_start"]["loss"] - 0.3
-    model, _ = load.mlx_lm("utils").load(str(llama.path), adapter_path=str(tmp_path / "run/adapters"))
+    model, _ = load.mlx_lm("utils").load(
+        str(llama.path), adapter_path=str(tmp_path / "run/adapters")
+    )
     fused = load.mlx_lm("tuner.utils").tree_unflatten(
         [(n, m.fuse()) for n, m in model.named_modules() if hasattr(m, "fuse")]
     )
     model.update_modules(fused)
-    theirs, ours = dict(tree_flatten(model.parameters())), mx.load(str(tmp_path / "run/model/model.safetensors"))
+    theirs = dict(tree_flatten(model.parameters()))
+    ours = mx.load(str(tmp_path / "run/model/model.safetensors"))
     before = mx.load(str(llama.path / "model.safetensors"))
-    assert set(theirs) == set(ours) and all(mx.allclose(theirs[n], ours[n], atol=1e-6) for n in ours)
+    assert set(theirs) == set(ours) and all(
+        mx.allclose(theirs[n], ours[n], atol=1e-6) for n in ours
+    )
     changed = {name for name in ours if not mx.array_equal(ours[name], before[name])}
-    assert changed and all(name.startswith(("model.layers.1.", "model.layers.2.")) for name in changed)
+    assert changed and all(
+        name.startswith(("model.layers.1.", "model.layers.2.")) for name in changed
+    )
 
 
-def test_lora_on_a_packed_model_fuses_into_a_dense_one(small: Any, tmp_path: Path, llama: Checkpoint) -> None:
-    """A 4-bit model can be trained with adapters, and with nothing else; --no-fuse leaves these beside it."""
+def test_lora_on_a_packed_model_fuses_into_a_dense_one(
+    small: Any, tmp_path: Path, llama: Checkpoint
+) -> None:
+    """A 4-bit model can be trained with adapters, and with nothing else; --no-fuse leaves these
+    beside it.
+    """
     quantize.run(quantize.Settings(model=str(llama.path), mlx_path=str(tmp_path / "q4"), **PLAIN))
     flags = {"model": str(tmp_path / "q4"), "iters": 2}
-    with pytest.raises(MisError, match="quantized and cannot be trained whole: use --fine-tune-type lora"):
+    with pytest.raises(
+        MisError, match="quantized and cannot be trained whole: use --fine-tune-type lora"
+    ):
         sft.run(settings_of(sft, small, tmp_path / "no", **flags))
     left = sft.run(
         settings_of(sft, small, tmp_path / "left", fine_tune_type="lora", fuse=False, **flags)
     )  # beside the model
-    assert left["student"] == str(tmp_path / "left/adapters") and not (tmp_path / "left/model").exists()
+    assert (
+        left["student"] == str(tmp_path / "left/adapters")
+        and not (tmp_path / "left/model").exists()
+    )
     names = {p.name for p in (tmp_path / "left/adapters").iterdir()}
     assert names == {"adapters.safetensors", "adapter_config.json"}
     result = sft.run(settings_of(sft, small, tmp_path / "run", fine_tune_type="lora", **flags))
@@ -234,17 +317,24 @@ def test_lora_on_a_packed_model_fuses_into_a_dense_one(small: Any, tmp_path: Pat
     assert result["held_out_best"]["loss"] < result["held_out_start"]["loss"]
 
 
-def test_packed_weights_in_memory_take_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on Metal, where 4-bit matrices stay packed: a head that is de-quantized, gradients for adapters alone."""
+def test_packed_weights_in_memory_take_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Metal, where 4-bit matrices stay packed: a head that is de-quantized, gradients for
+    adapters alone.
+    """
     folder = tiny.make(tmp_path / "model", tie_word_embeddings=False, num_hidden_layers=1)
     quantize.run(quantize.Settings(model=str(folder), mlx_path=str(tmp_path / "q4"), **PLAIN))
     monkeypatch.setenv("MIS_MLX_POLICY", "metal")
     checkpoint = load.open_checkpoint(tmp_path / "q4")
     model = load.resident(checkpoint, mx.float32)
-    assert load.head_weight(model).shape == (512, 64) and load.head_weight(model).dtype == mx.float32
+    assert (
+        load.head_weight(model).shape == (512, 64) and load.head_weight(model).dtype == mx.float32
+    )
     lora.insert(model, lora.Lora(-1, 4, 2.0), 0)
     rows = [(np.arange(3, 9, dtype=np.int32), np.ones(6, np.float32))]
-    lesson, source = PackedDataset(rows), live_teacher.TextTargets()
+    lesson = PackedDataset(rows)
+    source = live_teacher.TextTargets()
     (arguments,) = lesson.micro_batches(source, TrainingConfig(batch_size=1), 0)
     _, gradients = nn.value_and_grad(model, partial(lesson.loss, source, True))(model, *arguments)
     flat = dict(tree_flatten(gradients))
@@ -253,11 +343,19 @@ def test_packed_weights_in_memory_take_adapters(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_teacher_has_its_part(small: Any, tmp_path: Path, llama: Checkpoint) -> None:
-    """--distill-weight 1 and the model itself as the teacher: nothing to learn; 0.5: half of the cross-entropy."""
+    """--distill-weight 1 and the model itself as the teacher: nothing to learn; 0.5: half of the
+    cross-entropy.
+    """
     alone = sft.run(settings_of(sft, small, tmp_path / "alone", packing=False, iters=2))
     teacher = {"teacher": str(llama.path), "iters": 2}
-    result = sft.run(settings_of(sft, small, tmp_path / "itself", distill_weight=1.0, learning_rate=1e-6, **teacher))
-    assert result["held_out_best"]["loss"] == pytest.approx(result["held_out_start"]["loss"], rel=1e-4)
+    result = sft.run(
+        settings_of(
+            sft, small, tmp_path / "itself", distill_weight=1.0, learning_rate=1e-6, **teacher
+        )
+    )
+    assert result["held_out_best"]["loss"] == pytest.approx(
+        result["held_out_start"]["loss"], rel=1e-4
+    )
     assert run_folder.metrics(tmp_path / "itself")[0]["loss"] == pytest.approx(0.0, abs=1e-5)
     sft.run(settings_of(sft, small, tmp_path / "half", **teacher))
     first, plain = (run_folder.metrics(tmp_path / name)[0]["loss"] for name in ("half", "alone"))
@@ -272,26 +370,36 @@ def test_a_dry_run_writes_nothing_and_says_what_it_takes(
     assert result["peak_bytes"] > 0 and result["seconds"] >= 0 and not result["check_failed"]
     done = command("sft", *small, "--out", tmp_path / "run", "--dry-run", "--budget", "1MiB")
     assert done.returncode == 3 and last_line(done)["check_failed"]
-    with pytest.raises(MisError, match="sft needs .* the budget is 8 MiB: give --budget .*, or use --fine-tune-type"):
+    with pytest.raises(
+        MisError,
+        match="sft needs .* the budget is 8 MiB: give --budget .*, or use --fine-tune-type",
+    ):
         sft.run(settings_of(sft, small, tmp_path / "run", budget="8MiB"))
     assert not (tmp_path / "run").exists()
 
 
 def test_steps_are_cut_where_memory_is_short_and_stay_so(small: Any, tmp_path: Path) -> None:
-    """A budget for one row at a time: the same step to rounding, in four parts; resumed under a big one, still so."""
+    """A budget for one row at a time: the same step to rounding, in four parts; resumed under a big
+    one, still so.
+    """
     wide = settings_of(sft, small, tmp_path / "wide", packing=False, iters=2, batch_size=4)
     *_, checkpoint = alignment_run.opened(wide)
 
     def phase(s: sft.Settings) -> estimates.StageCost:
         return sft._phase(s, checkpoint, None, 32)
 
-    ways = ((1, 4), (2, 2), (4, 1))  # rows at once, times: with the gradients of those before beside them
-    peaks = [phase(replace(wide, batch_size=n, grad_accumulation_steps=k)).peak_bytes for n, k in ways]
+    # rows at once, times: with the gradients of those before beside them
+    ways = ((1, 4), (2, 2), (4, 1))
+    peaks = [
+        phase(replace(wide, batch_size=n, grad_accumulation_steps=k)).peak_bytes for n, k in ways
+    ]
     limit = next(n for n in range(2**23, 2**26, 2**12) if peaks[0] + memory.process_bytes(n) <= n)
     assert min(peaks[1:]) + memory.process_bytes(limit) > limit
     tight = replace(wide, out=str(tmp_path / "tight"), budget=f"{limit}")
     cut = alignment_run.cut(tight, None, phase)
-    assert (cut.batch_size, cut.grad_accumulation_steps) == (1, 4) and alignment_run.cut(wide, None, phase) == wide
+    assert (cut.batch_size, cut.grad_accumulation_steps) == (1, 4) and alignment_run.cut(
+        wide, None, phase
+    ) == wide
     sft.run(wide)
     sft.run(tight)
     one, other = (run_folder.metrics(tmp_path / name) for name in ("wide", "tight"))
@@ -319,13 +427,17 @@ def test_the_plan_holds(undisturbed: tuple[Path, Done], small: Any) -> None:
         ({"fine_tune_type": "lora", "rank": 0}, "--rank is 0"),
     ],
 )
-def test_refusals_are_sentences(changes: dict[str, Any], why: str, small: Any, tmp_path: Path) -> None:
+def test_refusals_are_sentences(
+    changes: dict[str, Any], why: str, small: Any, tmp_path: Path
+) -> None:
     """What makes no sense."""
     with pytest.raises(MisError, match=why):
         sft.run(settings_of(sft, small, tmp_path / "run", **changes))
 
 
-def test_a_resume_with_other_settings_is_refused(undisturbed: tuple[Path, Done], small: Any) -> None:
+def test_a_resume_with_other_settings_is_refused(
+    undisturbed: tuple[Path, Done], small: Any
+) -> None:
     """--save-every counts here: the best checkpoint is looked for by it."""
     settings = settings_of(sft, small, undisturbed[0], resume=True, save_every=3)
     with pytest.raises(MisError, match="--save-every is 3, the run has 2"):

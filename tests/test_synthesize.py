@@ -36,12 +36,17 @@ def anything_goes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rows(folder: Path, split: str = "train") -> list[dict[str, Any]]:
     """Of a folder of text."""
-    return [json.loads(line) for line in (folder / f"{split}.jsonl").read_text("utf-8").splitlines()]
+    return [
+        json.loads(line) for line in (folder / f"{split}.jsonl").read_text("utf-8").splitlines()
+    ]
 
 
 def test_usable_by_hand() -> None:
     """Sentences are; a loop, a word, and numbers are not."""
-    text = "The shepherd left the hut early in the morning and counted his sheep, of which there were forty. " * 2
+    text = (
+        "The shepherd left the hut early in the morning and counted his sheep, of which there were "
+        "forty. " * 2
+    )
     assert synthesize.usable(text + "Then he walked down to the village to buy bread.")
     assert not synthesize.usable("and so on " * 60)
     assert not synthesize.usable("Too short.")
@@ -50,16 +55,22 @@ def test_usable_by_hand() -> None:
 
 def test_our_openings_are_there_and_differ() -> None:
     """In both languages, dozens, none twice; an unknown language is named."""
-    english, polish = synthesize.openings(("en",)), synthesize.openings(("pl",))
-    assert len(english) >= 80 and len(polish) >= 60 and len({*english, *polish}) == len(english) + len(polish)
+    english = synthesize.openings(("en",))
+    polish = synthesize.openings(("pl",))
+    assert (
+        len(english) >= 80
+        and len(polish) >= 60
+        and len({*english, *polish}) == len(english) + len(polish)
+    )
     assert synthesize.openings(("en", "pl")) == english + polish
     with pytest.raises(MisError, match="no openings in de: take en, pl, or --openings FILE"):
         synthesize.openings(("pl", "de"))
 
 
 def test_texts_are_the_models_own(llama: Checkpoint, anything_goes: None, tmp_path: Path) -> None:
-    """Half begin with an opening; a batch is the same again whichever came before; a text is what the model would say:
-    greedily, the continuation that mlx_lm writes."""
+    """Half begin with an opening; a batch is the same again whichever came before; a text is what
+    the model would say: greedily, the continuation that mlx_lm writes.
+    """
     model, tokenizer = mlx_generate.open_model(llama.path)
     (tmp_path / "openings.txt").write_text("A shepherd\n")
     asked = synthesize.Settings(openings=str(tmp_path / "openings.txt"), max_tokens=24, seed=5)
@@ -76,13 +87,19 @@ def test_texts_are_the_models_own(llama: Checkpoint, anything_goes: None, tmp_pa
     assert greedy == ("A shepherd" + tokenizer.decode(wanted)).strip()
 
 
-def test_a_streamed_model_writes_the_same(llama: Checkpoint, anything_goes: None, tmp_path: Path) -> None:
-    """Read from disk for every token, it says greedily what it says whole, after prompts of several lengths; a text
-    that has ended waits for the others."""
-    (tmp_path / "openings.txt").write_text("A shepherd\nIn the early morning, before the sun was up, he\n")
+def test_a_streamed_model_writes_the_same(
+    llama: Checkpoint, anything_goes: None, tmp_path: Path
+) -> None:
+    """Read from disk for every token, it says greedily what it says whole, after prompts of several
+    lengths; a text that has ended waits for the others.
+    """
+    (tmp_path / "openings.txt").write_text(
+        "A shepherd\nIn the early morning, before the sun was up, he\n"
+    )
     asked = synthesize.Settings(openings=str(tmp_path / "openings.txt"), max_tokens=24, temp=0.0)
     model, tokenizer = mlx_generate.open_model(llama.path)
-    streamed, whole = stream.Stream(llama, policy.compute_dtype(llama)), synthesize.write(asked, model, tokenizer, 0, 8)
+    streamed = stream.Stream(llama, policy.compute_dtype(llama))
+    whole = synthesize.write(asked, model, tokenizer, 0, 8)
     assert synthesize.write(asked, streamed, tokenizer, 0, 8) == whole and len(whole) == 8
     prompts = [[5], [7, 9, 11], [3, 4]]
     free = streamed_decode.sampled(streamed, prompts, 8, (), partial(mx.argmax, axis=-1))
@@ -94,36 +111,57 @@ def test_a_streamed_model_writes_the_same(llama: Checkpoint, anything_goes: None
 def test_what_does_not_fit_is_streamed(tmp_path: Path) -> None:
     """Many at once while the model fits, then fewer, then from disk with what there is room for."""
     deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
-    m, s = estimates.model_of(deep), synthesize.Settings(max_tokens=64)
+    m = estimates.model_of(deep)
+    s = synthesize.Settings(max_tokens=64)
     whole = next(
-        n for n in range(2**20, 2**30, 2**12) if n >= memory.process_bytes(n) + writing.resident_bytes(m, 1, 64)
+        n
+        for n in range(2**20, 2**30, 2**12)
+        if n >= memory.process_bytes(n) + writing.resident_bytes(m, 1, 64)
     )
-    ways = [synthesize.way_of(s, m, Budget(nbytes)) for nbytes in (2**34, whole + 2**20, whole - 2**12)]
-    assert [way.at_once for way in ways[:2]] == [48, 1] and ways[0].room_bytes is ways[1].room_bytes is None
+    ways = [
+        synthesize.way_of(s, m, Budget(nbytes)) for nbytes in (2**34, whole + 2**20, whole - 2**12)
+    ]
+    assert [way.at_once for way in ways[:2]] == [48, 1] and ways[0].room_bytes is ways[
+        1
+    ].room_bytes is None
     assert ways[2].room_bytes is not None and all(way.seconds > 0 for way in ways)
 
 
-def test_questions_are_asked_through_the_template(llama: Checkpoint, anything_goes: None, tmp_path: Path) -> None:
+def test_questions_are_asked_through_the_template(
+    llama: Checkpoint, anything_goes: None, tmp_path: Path
+) -> None:
     """A chat model answers half of the openings as questions: such a row is one of mlx-lm's."""
     shutil.copytree(llama.path, chat := tmp_path / "chat")
-    (chat / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    (chat / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
     model, tokenizer = mlx_generate.open_model(chat)
     written = synthesize.write(synthesize.Settings(max_tokens=16), model, tokenizer, 0, 8)
     asked = [row for row in written if "prompt" in row]
     assert tokenizer.has_chat_template and len(asked) == 2 and len(written) == 8
-    assert all(row["prompt"] in synthesize.openings(("en", "pl")) and row["completion"] for row in asked)
+    assert all(
+        row["prompt"] in synthesize.openings(("en", "pl")) and row["completion"] for row in asked
+    )
 
 
-def test_end_to_end(llama: Checkpoint, text_folder: Path, tmp_path: Path, anything_goes: None) -> None:
-    """Texts of the model and pieces of the other text, half each by characters; held-out splits are the other text's;
-    the folder is one that --data takes."""
-    s = synthesize.Settings(model=str(llama.path), out=str(tmp_path / "text"), data=str(text_folder), **QUICK)
-    before, most = mx.get_active_memory(), writing.resident_bytes(estimates.model_of(llama), synthesize.AT_ONCE[0], 40)
+def test_end_to_end(
+    llama: Checkpoint, text_folder: Path, tmp_path: Path, anything_goes: None
+) -> None:
+    """Texts of the model and pieces of the other text, half each by characters; held-out splits are
+    the other text's; the folder is one that --data takes.
+    """
+    s = synthesize.Settings(
+        model=str(llama.path), out=str(tmp_path / "text"), data=str(text_folder), **QUICK
+    )
+    before = mx.get_active_memory()
+    most = writing.resident_bytes(estimates.model_of(llama), synthesize.AT_ONCE[0], 40)
     mx.reset_peak_memory()
-    found, out = synthesize.run(s), tmp_path / "text"
+    found = synthesize.run(s)
+    out = tmp_path / "text"
     assert mx.get_peak_memory() - before < most < found["peak_bytes"] <= found["budget_bytes"]
     train = rows(out)
-    written, mixed = train[: found["written"]], train[found["written"] :]
+    written = train[: found["written"]]
+    mixed = train[found["written"] :]
     assert len(written) == 6 and len(mixed) == found["mixed_in"] > 0
     lengths = [sum(len(row["text"]) for row in part) for part in (written, mixed)]
     assert lengths[0] <= lengths[1] <= lengths[0] + synthesize.PIECE * 2
@@ -131,21 +169,37 @@ def test_end_to_end(llama: Checkpoint, text_folder: Path, tmp_path: Path, anythi
     assert rows(out, "test") == rows(text_folder, "test")
     assert [row for row in preparation.load(str(out)).train if row in mixed] == mixed
     assert not list(tmp_path.glob(".text*"))
-    alone = synthesize.Settings(model=str(llama.path), out=str(tmp_path / "b"), data=str(text_folder), mix=0.0, **QUICK)
+    alone = synthesize.Settings(
+        model=str(llama.path), out=str(tmp_path / "b"), data=str(text_folder), mix=0.0, **QUICK
+    )
     assert synthesize.run(alone)["mixed_in"] == 0 and rows(tmp_path / "b") == written
 
 
 def test_distill_has_its_teacher_write(
     llama: Checkpoint, tmp_path: Path, anything_goes: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`--data teacher`: once for a teacher and a seed, half built-in text beside, judged on the built-in texts; more
-    steps need more of it. Other commands say who takes that word."""
+    """`--data teacher`: once for a teacher and a seed, half built-in text beside, judged on the
+    built-in texts; more steps need more of it. Other commands say who takes that word.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(synthesize.Settings, "num_samples", 6)
     monkeypatch.setattr(distill, "TEXT_TOKENS", 16)
-    small: dict[str, Any] = {"max_seq_length": 32, "num_samples": 4, "reconstruct_samples": 4, "eval_windows": 3}
-    s = distill.Settings(teacher=str(llama.path), data="teacher", scenario="goral", out="run", iters=2, quantize=0,
-                         bench_tokens=0, **small)  # fmt: skip
+    small: dict[str, Any] = {
+        "max_seq_length": 32,
+        "num_samples": 4,
+        "reconstruct_samples": 4,
+        "eval_windows": 3,
+    }
+    s = distill.Settings(
+        teacher=str(llama.path),
+        data="teacher",
+        scenario="goral",
+        out="run",
+        iters=2,
+        quantize=0,
+        bench_tokens=0,
+        **small,
+    )
     assert distill.run(replace(s, dry_run=True)) and not Path("runs/text").exists()
     result = distill.run(s)
     (folder,) = Path("runs/text").iterdir()
@@ -155,7 +209,10 @@ def test_distill_has_its_teacher_write(
     assert "English, " in table and "Polish, " in table
     assert distill.run(replace(s, resume=True))["params_student"] == result["params_student"]
     distill.run(replace(s, iters=8, out="longer", dry_run=False))
-    assert sorted(int(path.name.rpartition("-")[2]) for path in Path("runs/text").iterdir()) == [6, 8]
+    assert sorted(int(path.name.rpartition("-")[2]) for path in Path("runs/text").iterdir()) == [
+        6,
+        8,
+    ]
     with pytest.raises(MisError, match="--data teacher is for distill"):
         preparation.load("teacher")
 
@@ -163,15 +220,25 @@ def test_distill_has_its_teacher_write(
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("repaired", [0, 4])
 def test_a_resumed_run_asks_for_the_same_text(
-    models: Callable[[str], Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, repaired: int
+    models: Callable[[str], Checkpoint],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    repaired: int,
 ) -> None:
-    """A run stores the usual number of steps where none was given; its text is that of before. More steps, more."""
+    """A run stores the usual number of steps where none was given; its text is that of before. More
+    steps, more.
+    """
     monkeypatch.chdir(tmp_path)
     teacher = models(kind)
     asked = list[int]()
     monkeypatch.setattr(synthesize, "run", lambda settings: asked.append(settings.num_samples))
     begun = distill.Settings(
-        teacher=str(teacher.path), data="teacher", batch_size=16, reconstruct_samples=repaired, dry_run=True
+        teacher=str(teacher.path),
+        data="teacher",
+        batch_size=16,
+        reconstruct_samples=repaired,
+        dry_run=True,
     )
     seen = estimates.model_of(teacher)
     stored = replace(begun, iters=recipe.spec_of(seen, seen, begun).iters)
@@ -182,13 +249,18 @@ def test_a_resumed_run_asks_for_the_same_text(
 
 
 def test_stopped_and_started_again_it_writes_the_same(
-    llama: Checkpoint, text_folder: Path, tmp_path: Path, anything_goes: None, monkeypatch: pytest.MonkeyPatch
+    llama: Checkpoint,
+    text_folder: Path,
+    tmp_path: Path,
+    anything_goes: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What a stop left is used, but for the batch that it fell into; other settings begin anew."""
     monkeypatch.setattr(synthesize, "AT_ONCE", (2,))
     s = {"model": str(llama.path), "data": str(text_folder), **QUICK}
     synthesize.run(synthesize.Settings(out=str(tmp_path / "whole"), **s))
-    part, kept = tmp_path / ".half.part.jsonl", list[str]()
+    part = tmp_path / ".half.part.jsonl"
+    kept = list[str]()
 
     def stop(*_: Any) -> None:
         kept.extend(part.read_text("utf-8").splitlines())
@@ -202,7 +274,9 @@ def test_stopped_and_started_again_it_writes_the_same(
     real = synthesize.write
     monkeypatch.setattr(synthesize, "write", lambda *a: written.append(a[3]) or real(*a))
     synthesize.run(synthesize.Settings(out=str(tmp_path / "half"), **s))
-    assert rows(tmp_path / "half") == rows(tmp_path / "whole") and written[0] > 0 and not part.exists()
+    assert (
+        rows(tmp_path / "half") == rows(tmp_path / "whole") and written[0] > 0 and not part.exists()
+    )
 
 
 def test_what_cannot_be_is_a_sentence(
@@ -210,7 +284,16 @@ def test_what_cannot_be_is_a_sentence(
 ) -> None:
     """Nothing usable, no openings, no memory: one sentence, no folder."""
     (tmp_path / "empty.txt").write_text("\n \n")
-    flags = ("--model", llama.path, "--data", text_folder, "--out", tmp_path / "text", "--num-samples", 2)
+    flags = (
+        "--model",
+        llama.path,
+        "--data",
+        text_folder,
+        "--out",
+        tmp_path / "text",
+        "--num-samples",
+        2,
+    )
     cases = {
         ("--max-tokens", 4): "of this model only 0 are usable, 2 were asked for",
         ("--openings", tmp_path / "empty.txt"): "has 0 lines with text",
@@ -220,7 +303,13 @@ def test_what_cannot_be_is_a_sentence(
     }
     for more, said in cases.items():
         done = command("synthesize", *flags, *more)
-        assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr, (
+            done.stderr
+        )
     assert not (tmp_path / "text").exists()
     done = command("synthesize", *flags, "--dry-run")
-    assert done.returncode == 0 and last_line(done)["peak_bytes"] > 0 and not (tmp_path / "text").exists()
+    assert (
+        done.returncode == 0
+        and last_line(done)["peak_bytes"] > 0
+        and not (tmp_path / "text").exists()
+    )

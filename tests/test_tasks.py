@@ -1,4 +1,6 @@
-"""Generated tasks as they ship: answers that are right, wrong ones that are not, splits that share nothing."""
+"""Generated tasks as they ship: answers that are right, wrong ones that are not, splits that share
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -31,20 +33,28 @@ def of_kind(*kinds: str) -> list[dict[str, Any]]:
     return [row for row in LESSONS if row["task"] in kinds]
 
 
-def test_the_files_are_what_the_maker_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_files_are_what_the_maker_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the byte; so the same seed gives the same rows under every version of Python."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     importlib.import_module("task_files").main(tmp_path / "lessons", tmp_path / "exams")
-    for made, kept in ((tmp_path / "lessons", examples.BUILT_IN), (tmp_path / "exams", task_registry.BUILT_IN)):
+    for made, kept in (
+        (tmp_path / "lessons", examples.BUILT_IN),
+        (tmp_path / "exams", task_registry.BUILT_IN),
+    ):
         names = sorted(path.name for path in kept.glob("*.jsonl"))
         assert names == sorted(path.name for path in made.iterdir())
         assert all((made / name).read_bytes() == (kept / name).read_bytes() for name in names)
 
 
 def test_the_worked_answer_is_rewarded_and_the_slip_is_not() -> None:
-    """By the verifier that trains on them: right and in form, wrong and in form, in both languages."""
+    """By the verifier that trains on them: right and in form, wrong and in form, in both
+    languages.
+    """
     for row in LESSONS:
-        answer, language = row["answer"], row["language"]
+        answer = row["answer"]
+        language = row["language"]
         assert row["chosen"] == row["completion"]
         assert rewards.accuracy(row["completion"], answer, language) == 1.0, row
         assert rewards.accuracy(row["rejected"], answer, language) == 0.0, row
@@ -54,7 +64,9 @@ def test_the_worked_answer_is_rewarded_and_the_slip_is_not() -> None:
 
 @pytest.mark.parametrize("kind", ["maths", "bus", "cooking", "logic"])
 def test_options_are_right_and_wrong(kind: str) -> None:
-    """The answer earns the reward, the other option does not; neither its place nor the language says anything."""
+    """The answer earns the reward, the other option does not; neither its place nor the language
+    says anything.
+    """
     questions = EXAMS[kind]
     assert Counter(q["language"] for q in questions) == {"en": 100, "pl": 100}
     assert Counter(q["options"].index(q["answer"]) for q in questions) == {0: 100, 1: 100}
@@ -67,12 +79,18 @@ def test_options_are_right_and_wrong(kind: str) -> None:
 
 
 def test_no_problem_is_in_both_splits() -> None:
-    """The split is a function of the problem, the same in both languages: numbers of train are none of the others."""
+    """The split is a function of the problem, the same in both languages: numbers of train are none
+    of the others.
+    """
     train = {row["prompt"] for row in TRAIN}
     written = [row for name, exam in EXAMS.items() if name.endswith("-written") for row in exam]
     assert len(train) == len(TRAIN) and not train & {row["prompt"] for row in (*VALID, *written)}
     sums, held_out = (
-        {tuple(re.findall(r"\d+|[+−]", row["prompt"])) for row in part if row["task"] in ("sums", "recipe")}
+        {
+            tuple(re.findall(r"\d+|[+−]", row["prompt"]))
+            for row in part
+            if row["task"] in ("sums", "recipe")
+        }
         for part in (TRAIN, VALID)
     )
     assert not sums & held_out
@@ -88,7 +106,9 @@ def test_sums_are_right() -> None:
 def test_recipes_are_right() -> None:
     """The rule of three on the numbers of the prompt."""
     for row in of_kind("recipe"):
-        numbers = [Fraction(n.replace(",", ".")) for n in re.findall(r"\d+(?:[.,]\d+)?", row["prompt"])]
+        numbers = [
+            Fraction(n.replace(",", ".")) for n in re.findall(r"\d+(?:[.,]\d+)?", row["prompt"])
+        ]
         before, amount, after = numbers
         assert Fraction(row["answer"].split()[0].replace(",", ".")) == amount * after / before
 
@@ -111,35 +131,51 @@ WORDS = {  # of the prompt, to a test on the order of names
     r"(\w+) did not come first\.": lambda o, a: o[0] != a,
     r"(\w+) did not come last\.": lambda o, a: o[-1] != a,
     r"(\w+) przyszła wcześniej niż (\w+)\.": lambda o, a, b: o.index(a) < o.index(b),
-    r"Zaraz po tym, jak przyszła (\w+), przyszła (\w+)\.": lambda o, a, b: o.index(a) + 1 == o.index(b),
+    r"Zaraz po tym, jak przyszła (\w+), przyszła (\w+)\.": lambda o, a, b: (
+        o.index(a) + 1 == o.index(b)
+    ),
     r"(\w+) nie przyszła pierwsza\.": lambda o, a: o[0] != a,
     r"(\w+) nie przyszła ostatnia\.": lambda o, a: o[-1] != a,
 }
 
 
 def test_puzzles_have_the_one_solution_that_their_words_say() -> None:
-    """Read back from the prompt, every order tried: exactly one fits, it gives the answer, and no clue is idle."""
+    """Read back from the prompt, every order tried: exactly one fits, it gives the answer, and no
+    clue is idle.
+    """
     ranks = {w: i for i, words in enumerate(zip(*RANKS.values(), strict=True)) for w in words}
     for row in of_kind("logic"):
         listed = re.search(r": ([^.]+)\.", row["prompt"])[1].split(", ")  # type: ignore[index]
-        clues = [(test, m.groups()) for words, test in WORDS.items() for m in re.finditer(words, row["prompt"])]
+        clues = [
+            (test, m.groups())
+            for words, test in WORDS.items()
+            for m in re.finditer(words, row["prompt"])
+        ]
 
         def fitting(clues: list[Any], listed: list[str] = listed) -> list[tuple[str, ...]]:
-            return [o for o in permutations(listed) if all(test(o, *names) for test, names in clues)]
+            return [
+                o for o in permutations(listed) if all(test(o, *names) for test, names in clues)
+            ]
 
         fits = fitting(clues)
-        assert len(fits) == 1 and all(len(fitting([c for c in clues if c != clue])) > 1 for clue in clues)
+        assert len(fits) == 1 and all(
+            len(fitting([c for c in clues if c != clue])) > 1 for clue in clues
+        )
         asked = re.search(r"(?:came|jako) (\w+)\?", row["prompt"])
         assert row["answer"] == (fits[0][ranks[asked[1]]] if asked else ", ".join(fits[0]))
 
 
 @pytest.mark.parametrize("name", ["grammar-pl", "grammar-en"])
 def test_a_pair_is_one_word_apart_and_never_right_elsewhere(name: str) -> None:
-    """Else something besides the rule could decide; the right one is the first option about half of the time."""
-    right, wrong = list[str](), list[str]()
+    """Else something besides the rule could decide; the right one is the first option about half of
+    the time.
+    """
+    right = list[str]()
+    wrong = list[str]()
     for row in EXAMS[name]:
         (other,) = set(row["options"]) - {row["answer"]}
-        one, two = row["answer"].split(), other.split()
+        one = row["answer"].split()
+        two = other.split()
         assert len(one) == len(two) and sum(a != b for a, b in zip(one, two, strict=True)) == 1, row
         right.append(row["answer"])
         wrong.append(other)

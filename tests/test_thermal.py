@@ -29,7 +29,9 @@ def test_replay(capsys):
 def test_a_foreign_file_is_one_sentence(tmp_path):
     """Exit code 1, file and line on stderr, no traceback."""
     command = [sys.executable, "-m", "mis_mlx.thermal", "replay", __file__]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HOME": str(tmp_path)})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "HOME": str(tmp_path)}
+    )
     assert done.returncode == 1
     assert "test_thermal.py line 1" in done.stderr
     assert "Traceback" not in done.stderr
@@ -48,14 +50,19 @@ def test_doctor_on_a_recording(capsys):
 
 def test_doctor_tells_given_from_measured(capsys):
     """By hand is 'given'; from the recording's sensors it is 'measured', with σ and source."""
-    assert run(Doctor(thermal_replay=DATA / "m1-air-idle.jsonl", temperature_c=21.0))["t_env"] == "given"
+    assert (
+        run(Doctor(thermal_replay=DATA / "m1-air-idle.jsonl", temperature_c=21.0))["t_env"]
+        == "given"
+    )
     assert run(Doctor(thermal_replay=DATA / "halny.jsonl"))["t_env"] == "measured"
     assert "AAIS has a measured T_env: 8.0 ± 2.5 °C (replay SMC TVA0)" in capsys.readouterr().out
     assert run(Doctor(thermal_replay=DATA / "halny.jsonl", temperature_c=8.0))["t_env"] == "given"
 
 
 def test_doctor_on_this_machine(capsys):
-    """Whatever this machine is, every value is either shown with a source or missing with a reason."""
+    """Whatever this machine is, every value is either shown with a source or missing with a
+    reason.
+    """
     found = run(Doctor(altitude_m=832.0))
     reading = found["reading"]
     for name in ("die_c", "battery_c", "ambient_c", "pressure_level", "power_w", "altitude_m"):

@@ -1,4 +1,6 @@
-"""transformers on torch, where that is, opens what `export --format hf` and `prune` write, with MLX's logits."""
+"""transformers on torch, where that is, opens what `export --format hf` and `prune` write, with
+MLX's logits.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,21 @@ from mis_mlx import export, prune
 from mis_mlx.models import load, resolve
 from tests import tiny
 
-torch = pytest.importorskip("torch", reason="transformers runs models on torch: pip install -e '.[transformers]'")
+torch = pytest.importorskip(
+    "torch", reason="transformers runs models on torch: pip install -e '.[transformers]'"
+)
 
 TEXT = "Baca pasł owce: the with statement, 1234567 + 89 = café?"
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3["original_max_position_embeddings"] = 32
-KINDS: dict[str, dict[str, Any]] = {**tiny.KINDS, **tiny.MODELS, **tiny.PHIS, "long": {"rope_scaling": LLAMA3}}
-# Their ministral3 has one window for all blocks, mlx-lm's goes by the blocks' kinds; the published ones have none.
+KINDS: dict[str, dict[str, Any]] = {
+    **tiny.KINDS,
+    **tiny.MODELS,
+    **tiny.PHIS,
+    "long": {"rope_scaling": LLAMA3},
+}
+# Their ministral3 has one window for all blocks, mlx-lm's goes by the blocks' kinds; the published
+# ones have none.
 KINDS["ministral3"] = {**KINDS["ministral3"], "sliding_window": None, "layer_types": None}
 WINDOW = {"num_samples": 4, "max_seq_length": 32}
 
@@ -33,11 +43,15 @@ def made(folder: Path, **changes: Any) -> str:
 
 
 def same_logits(folder: Path, ids: list[int], dtype: torch.dtype) -> None:
-    """transformers' own model in float32 gives MLX's float32 logits to 1e-3, and its config says the weights' type."""
+    """transformers' own model in float32 gives MLX's float32 logits to 1e-3, and its config says
+    the weights' type.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     assert AutoConfig.from_pretrained(folder).dtype == dtype
-    model, told = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, told = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
     assert not any(told.values()), told  # no weight missing, left over or of another shape
     with torch.no_grad():
         theirs = model(torch.tensor([ids])).logits[0].numpy()
@@ -57,8 +71,14 @@ def same_tokens(folder: Path) -> list[int]:
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_the_bfloat16_folder_of_export(tmp_path: Path, kind: str) -> None:
-    """Every architecture, with biases, with stretched positions; the folder's own type is float32."""
-    export.run(export.Settings(model=made(tmp_path / "m", **KINDS[kind]), format="hf", out=str(tmp_path / "hf")))
+    """Every architecture, with biases, with stretched positions; the folder's own type is
+    float32.
+    """
+    export.run(
+        export.Settings(
+            model=made(tmp_path / "m", **KINDS[kind]), format="hf", out=str(tmp_path / "hf")
+        )
+    )
     same_logits(tmp_path / "hf", same_tokens(tmp_path / "hf"), torch.bfloat16)
 
 
@@ -66,9 +86,12 @@ def test_the_bfloat16_folder_of_export(tmp_path: Path, kind: str) -> None:
     "axes", [{"scenario": "goral"}, {"scenario": "none", "hidden": 48}, {"heads": 2, "kv_heads": 1}]
 )
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_the_folder_of_prune(tmp_path: Path, kind: str, axes: dict[str, Any], text_folder: Path) -> None:
+def test_the_folder_of_prune(
+    tmp_path: Path, kind: str, axes: dict[str, Any], text_folder: Path
+) -> None:
     """Fewer blocks and neurons; a hidden size that its heads do not divide; fewer heads."""
-    model, out = made(tmp_path / "m", **tiny.KINDS[kind]), str(tmp_path / "pruned")
+    model = made(tmp_path / "m", **tiny.KINDS[kind])
+    out = str(tmp_path / "pruned")
     prune.run(prune.Settings(model=model, data=str(text_folder), mlx_path=out, **WINDOW, **axes))
     same_logits(tmp_path / "pruned", same_tokens(tmp_path / "pruned"), torch.bfloat16)
 

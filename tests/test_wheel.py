@@ -1,7 +1,9 @@
-"""The wheel: built, installed into an empty environment outside the checkout, and the main job run from there.
+"""The wheel: built, installed into an empty environment outside the checkout, and the main job run
+from there.
 
-The environment sees the libraries of this one, but not the checkout: that proves the wheel's own files and commands.
-That the list of dependencies is whole is proved by `.ci/run`, which lets pip install the wheel with all of them.
+The environment sees the libraries of this one, but not the checkout: that proves the wheel's own
+files and commands. That the list of dependencies is whole is proved by `.ci/run`, which lets pip
+install the wheel with all of them.
 """
 
 from __future__ import annotations
@@ -29,11 +31,25 @@ Done = subprocess.CompletedProcess[str]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made from a copy of what belongs to it, so that nothing older in the checkout gets in."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    source = tmp_path_factory.mktemp("source")
+    out = tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "mis_mlx", source / "mis_mlx", ignore=shutil.ignore_patterns("__pycache__"))
-    line = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, source]
+    shutil.copytree(
+        ROOT / "mis_mlx", source / "mis_mlx", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    line = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        out,
+        source,
+    ]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return next(out.glob("mis_mlx-*.whl"))
@@ -45,10 +61,22 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     env = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", env], check=True)
     python = env / "bin" / "python"
-    line = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel]
+    line = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        wheel,
+    ]
     subprocess.run(line, check=True)
     packages = next((env / "lib").glob("python*/site-packages"))
-    # A path in such a file is searched, but the .pth files there, the checkout's among them, are not obeyed.
+    # A path in such a file is searched, but the .pth files there, the checkout's among them, are
+    # not obeyed.
     (packages / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
     own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
@@ -88,10 +116,17 @@ def test_console_commands_say_what_they_are(installed: Callable[..., Done]) -> N
 
 
 def test_the_main_job_by_the_console_command(
-    installed: Callable[..., Done], flags: tuple[object, ...], own_home: dict[str, str], tmp_path: Path
+    installed: Callable[..., Done],
+    flags: tuple[object, ...],
+    own_home: dict[str, str],
+    tmp_path: Path,
 ) -> None:
     """A short `distill`, end to end, far from the checkout."""
     home = {name: own_home[name] for name in ("HOME", "HF_HOME", "HF_HUB_OFFLINE", "MIS_MLX_CACHE")}
-    done = installed("mis_mlx.distill", *flags, "--iters", 2, "--q-iters", 1, "--out", tmp_path / "run", **home)
+    done = installed(
+        "mis_mlx.distill", *flags, "--iters", 2, "--q-iters", 1, "--out", tmp_path / "run", **home
+    )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "model" / "model.safetensors").is_file() and last_line(done)["student"]
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file() and last_line(done)[
+        "student"
+    ]

@@ -1,4 +1,6 @@
-"""The workflow file: which machines run what, what may stop a merge, what is kept. Nobody has seen it run."""
+"""The workflow file: which machines run what, what may stop a merge, what is kept. Nobody has seen
+it run.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def test_every_image_still_exists(jobs: dict[str, Any]) -> None:
 
 
 def test_what_stops_a_merge_runs_on_the_cpu(jobs: dict[str, Any]) -> None:
-    """Every job but Metal's is blocking, has the CPU for its device, and on macOS the time that new processes take."""
+    """Every job but Metal's is blocking, has the CPU for its device, and on macOS the time that new
+    processes take.
+    """
     blocking = [job for job in jobs.values() if not job.get("continue-on-error")]
     assert blocking and all(job["env"]["MIS_MLX_DEVICE"] == "cpu" for job in blocking)
     minutes = {image: n for job in blocking for image, n in machines(job).items()}
@@ -41,8 +45,9 @@ def test_what_stops_a_merge_runs_on_the_cpu(jobs: dict[str, Any]) -> None:
 
 
 def test_metals_job_stands_by_itself(jobs: dict[str, Any]) -> None:
-    """It stops nothing, ends in time, checks every command as Metal's debug device does, imitates an M1, and keeps the
-    doctor's report whatever happened."""
+    """It stops nothing, ends in time, checks every command as Metal's debug device does, imitates
+    an M1, and keeps the doctor's report whatever happened.
+    """
     metal = jobs["metal"]
     assert metal["continue-on-error"] is True and "macos" in metal["runs-on"]
     assert metal["env"] == {"METAL_DEVICE_WRAPPER_TYPE": "1", "MLX_METAL_GPU_ARCH": "applegpu_g13g"}
@@ -51,5 +56,7 @@ def test_metals_job_stands_by_itself(jobs: dict[str, Any]) -> None:
     kept = steps["actions/upload-artifact@v4"]
     assert kept["with"]["path"] == doctor.rpartition("--out ")[2]
     assert kept["if"] == "${{ !cancelled() }}"
-    limits = [step["timeout-minutes"] for step in metal["steps"] if "scripts/mis" in step.get("run", "")]
+    limits = [
+        step["timeout-minutes"] for step in metal["steps"] if "scripts/mis" in step.get("run", "")
+    ]
     assert len(limits) == 2 and sum(limits) < metal["timeout-minutes"]

@@ -1,4 +1,6 @@
-"""A tiny model folder made on the spot: real format, random weights, a real tokenizer trained on Python's manual."""
+"""A tiny model folder made on the spot: real format, random weights, a real tokenizer trained on
+Python's manual.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,31 @@ from mis_mlx.storage.safetensors import write_tensors
 from mis_mlx.types import Checkpoint
 
 CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 768,
-    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5,
-    "vocab_size": 512, "max_position_embeddings": 512, "rope_theta": 10000.0, "tie_word_embeddings": True,
-    "bos_token_id": 0, "eos_token_id": 0, "torch_dtype": "float32",
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 768,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "torch_dtype": "float32",
+}
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
     "untied": {"tie_word_embeddings": False},
-    "mistral": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "tie_word_embeddings": False},
+    "mistral": {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "tie_word_embeddings": False,
+    },
     "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
     "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
     "biased": {"attention_bias": True, "mlp_bias": True},
@@ -37,48 +55,102 @@ KINDS: dict[str, dict[str, Any]] = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": {"architectures": ["SmolLM3ForCausalLM"], "pad_token_id": 0},
     "ministral3": {
-        "architectures": ["Ministral3ForCausalLM"], "sliding_window": 9,
+        "architectures": ["Ministral3ForCausalLM"],
+        "sliding_window": 9,
         "layer_types": [*["sliding_attention"] * 3, *["full_attention"] * 4],
-        "tie_word_embeddings": False, "rope_theta": None,
+        "tie_word_embeddings": False,
+        "rope_theta": None,
         "rope_parameters": {
-            "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8,
-            "llama_4_scaling_beta": 0.1, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 8,
+            "llama_4_scaling_beta": 0.1,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
         },
     },
     "granite": {
-        "architectures": ["GraniteForCausalLM"], "embedding_multiplier": 12.0, "logits_scaling": 8.0,
-        "residual_multiplier": 0.22, "attention_multiplier": 0.1, "attention_bias": False, "mlp_bias": False,
+        "architectures": ["GraniteForCausalLM"],
+        "embedding_multiplier": 12.0,
+        "logits_scaling": 8.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.1,
+        "attention_bias": False,
+        "mlp_bias": False,
     },
     "phi3": {
-        "architectures": ["Phi3ForCausalLM"], "pad_token_id": 0, "partial_rotary_factor": 0.75,
-        "original_max_position_embeddings": 64, "rope_scaling": {
-            "type": "longrope", "long_factor": [1.0, 1.5, 3.5, 8.25, 24.5, 32.0],
+        "architectures": ["Phi3ForCausalLM"],
+        "pad_token_id": 0,
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 64,
+        "rope_scaling": {
+            "type": "longrope",
+            "long_factor": [1.0, 1.5, 3.5, 8.25, 24.5, 32.0],
             "short_factor": [1.0, 1.1, 1.2, 2, 2, 2],
         },
     },
     "gemma3_text": {
-        "architectures": ["Gemma3ForCausalLM"], "num_key_value_heads": 1, "rope_local_base_freq": 1e3,
-        "query_pre_attn_scalar": 20, "sliding_window": 7, "sliding_window_pattern": 3,
+        "architectures": ["Gemma3ForCausalLM"],
+        "num_key_value_heads": 1,
+        "rope_local_base_freq": 1e3,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 7,
+        "sliding_window_pattern": 3,
     },
-}  # fmt: skip
+}
 GEMMA4_ROPES = {
-    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+    "full_attention": {
+        "rope_type": "proportional",
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 1e6,
+    },
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
 FAMILIES["gemma4_text"] = {  # blocks 1 and 2 make keys and values for the last four
-    "architectures": ["Gemma4ForCausalLM"], "num_key_value_heads": 1, "global_head_dim": 32, "sliding_window": 7,
+    "architectures": ["Gemma4ForCausalLM"],
+    "num_key_value_heads": 1,
+    "global_head_dim": 32,
+    "sliding_window": 7,
     "layer_types": [
-        "sliding_attention", "sliding_attention", "full_attention",
-        "sliding_attention", "full_attention", "sliding_attention", "full_attention",
+        "sliding_attention",
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+        "full_attention",
     ],
-    "num_kv_shared_layers": 4, "use_double_wide_mlp": True, "final_logit_softcapping": 3.0,
-    "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 512, "rope_parameters": GEMMA4_ROPES,
-    "attention_k_eq_v": False, "enable_moe_block": False, "rope_theta": None,
-}  # fmt: skip
-MIXTURE: dict[str, Any] = {"num_experts_per_tok": 2, "num_key_value_heads": 2, "tie_word_embeddings": False}
-EIGHT = {"num_experts": 8, "moe_intermediate_size": 64, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    "num_kv_shared_layers": 4,
+    "use_double_wide_mlp": True,
+    "final_logit_softcapping": 3.0,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": 512,
+    "rope_parameters": GEMMA4_ROPES,
+    "attention_k_eq_v": False,
+    "enable_moe_block": False,
+    "rope_theta": None,
+}
+MIXTURE: dict[str, Any] = {
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+EIGHT = {
+    "num_experts": 8,
+    "moe_intermediate_size": 64,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
 FAMILIES |= {
-    "qwen3_moe": {"architectures": ["Qwen3MoeForCausalLM"], **MIXTURE, **EIGHT, "norm_topk_prob": True},
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        **MIXTURE,
+        **EIGHT,
+        "norm_topk_prob": True,
+    },
     "qwen2_moe": {
         "architectures": ["Qwen2MoeForCausalLM"],
         **MIXTURE,
@@ -86,7 +158,12 @@ FAMILIES |= {
         "shared_expert_intermediate_size": 96,
         "norm_topk_prob": False,
     },
-    "mixtral": {"architectures": ["MixtralForCausalLM"], **MIXTURE, "num_local_experts": 4, "intermediate_size": 64},
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"],
+        **MIXTURE,
+        "num_local_experts": 4,
+        "intermediate_size": 64,
+    },
     "gpt_oss": {
         "architectures": ["GptOssForCausalLM"],
         **MIXTURE,
@@ -106,60 +183,104 @@ FAMILIES |= {
         "num_key_value_heads": 4,
     },
 }
-FAMILIES = {name: {"model_type": name, "num_hidden_layers": 7, **row} for name, row in FAMILIES.items()}
+FAMILIES = {
+    name: {"model_type": name, "num_hidden_layers": 7, **row} for name, row in FAMILIES.items()
+}
 
 
-def real(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, vocab: int, **more: Any) -> dict[str, Any]:
-    """What config.json says of a model as it was published; a mistral unless `more` says another thing."""
+def real(
+    layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, vocab: int, **more: Any
+) -> dict[str, Any]:
+    """What config.json says of a model as it was published; a mistral unless `more` says another
+    thing.
+    """
     return {
-        "model_type": "mistral", "architectures": ["MistralForCausalLM"], "num_hidden_layers": layers,
-        "hidden_size": hidden, "intermediate_size": ffn, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "vocab_size": vocab, "rope_theta": 1e6, "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False, **more,
-    }  # fmt: skip
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        **more,
+    }
 
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 BIASED = {**LLAMA, "attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-6}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-POLISH: dict[str, dict[str, Any]] = {  # the models of SpeakLeash and of PLLuM that are dense and speak only
+# the models of SpeakLeash and of PLLuM that are dense and speak only
+POLISH: dict[str, dict[str, Any]] = {
     "Bielik-1.5B-v3": real(32, 1536, 8960, 12, 2, 32_000, **BIASED),
     "Bielik-4.5B-v3": real(60, 2048, 11_008, 16, 2, 32_000, **BIASED),
     "Bielik-7B-v0.1": real(32, 4096, 14_336, 32, 8, 32_000, rope_theta=1e4, sliding_window=4096),
-    # Its published count of parameters is that of 32,000 rows, not of the 32,128 of the model it was cut from.
+    # Its published count of parameters is that of 32,000 rows, not of the 32,128 of the model it
+    # was cut from.
     "Bielik-Minitron-7B-v3": real(40, 4096, 11_264, 32, 8, 32_000, sliding_window=None),
     "Bielik-11B-v3": real(50, 4096, 14_336, 32, 8, 32_128, sliding_window=None),
     "Llama-PLLuM-8B": real(
-        32, 4096, 14_336, 32, 8, 128_256, **LLAMA, attention_bias=False, mlp_bias=False, rope_theta=5e5,
+        32,
+        4096,
+        14_336,
+        32,
+        8,
+        128_256,
+        **LLAMA,
+        attention_bias=False,
+        mlp_bias=False,
+        rope_theta=5e5,
         rope_scaling={**LLAMA3, "original_max_position_embeddings": 8192},
     ),
     "PLLuM-12B": real(40, 5120, 14_336, 32, 8, 131_072, head_dim=128, sliding_window=None),
-}  # fmt: skip
+}
 PHI: dict[str, dict[str, Any]] = {  # microsoft's, but for the factors, which are as many
     name: real(
-        32, 3072, 8192, heads, kv_heads, vocab, model_type="phi3", architectures=["Phi3ForCausalLM"], rope_theta=1e4,
-        auto_map={"AutoConfig": "configuration_phi3.Phi3Config"}, sliding_window=262_144,
-        max_position_embeddings=131_072, original_max_position_embeddings=4096,
-        rope_scaling={"type": "longrope", "long_factor": [1.0 + i for i in range(48)], "short_factor": [1.0] * 48},
+        32,
+        3072,
+        8192,
+        heads,
+        kv_heads,
+        vocab,
+        model_type="phi3",
+        architectures=["Phi3ForCausalLM"],
+        rope_theta=1e4,
+        auto_map={"AutoConfig": "configuration_phi3.Phi3Config"},
+        sliding_window=262_144,
+        max_position_embeddings=131_072,
+        original_max_position_embeddings=4096,
+        rope_scaling={
+            "type": "longrope",
+            "long_factor": [1.0 + i for i in range(48)],
+            "short_factor": [1.0] * 48,
+        },
         **more,
     )
     for name, heads, kv_heads, vocab, more in (
         ("Phi-3-mini-128k-instruct", 32, 32, 32_064, {}),
         ("Phi-4-mini-instruct", 24, 8, 200_064, {"partial_rotary_factor": 0.75}),
     )
-}  # fmt: skip
+}
 PHI["Phi-4-mini-instruct"]["tie_word_embeddings"] = True
 LONG = {"type": "longrope", "long_factor": [1.0, 1, 2, 3, 5, 8, 13, 21], "short_factor": [1.0] * 8}
 PHIS = {  # the tiny phi3 by other positions
     "phi3 of plain positions": {**FAMILIES["phi3"], "rope_scaling": None},
-    "phi3 of whole heads": {k: v for k, v in FAMILIES["phi3"].items() if k != "partial_rotary_factor"},
+    "phi3 of whole heads": {
+        k: v for k, v in FAMILIES["phi3"].items() if k != "partial_rotary_factor"
+    },
 }
 PHIS["phi3 of whole heads"]["rope_scaling"] = LONG
 
 
 def reduced(config: dict[str, Any]) -> dict[str, Any]:
-    """Seven blocks of a model's own ratios and flags, 96 to 160 channels wide, with the tiny tokenizer."""
-    heads, by = config["num_attention_heads"], 16 if config["hidden_size"] < 4096 else 32
+    """Seven blocks of a model's own ratios and flags, 96 to 160 channels wide, with the tiny
+    tokenizer.
+    """
+    heads = config["num_attention_heads"]
+    by = 16 if config["hidden_size"] < 4096 else 32
     sizes = {key: config[key] // by for key in ("hidden_size", "intermediate_size")}
     head_dim = config.get("head_dim", config["hidden_size"] // heads) // by
     return {**config, **sizes, "head_dim": head_dim, "num_hidden_layers": 7, "vocab_size": 512}
@@ -177,7 +298,10 @@ def write_tokenizer(folder: Path, size: int = 512) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     names = ["if", "for", "while"] if size == 512 else sorted(topics)
     tokenizer.train_from_iterator([topics[name] for name in names], trainer)
@@ -198,7 +322,9 @@ def loud(model: Checkpoint, folder: Path) -> Path:
 
 
 def make(folder: Path, seed: int = 0, dtype: str = "F32", **changes: Any) -> Path:
-    """Write the model; `changes` go over CONFIG. Weights are N(0, 0.05), norms near 1, all from `seed`."""
+    """Write the model; `changes` go over CONFIG. Weights are N(0, 0.05), norms near 1, all from
+    `seed`.
+    """
     config = {**CONFIG, **changes}
     if "vocab_size_per_layer_input" in config:
         config["vocab_size_per_layer_input"] = config["vocab_size"]
@@ -209,7 +335,9 @@ def make(folder: Path, seed: int = 0, dtype: str = "F32", **changes: Any) -> Pat
     def drawn() -> Iterator[tuple[str, mx.array]]:
         for number, (name, shape) in enumerate(tensors.items()):
             noise = mx.random.normal(shape, key=mx.random.key(1000 * seed + number))
-            value = 1.0 - family(config).gain_offset + 0.1 * noise if "norm" in name else 0.05 * noise
+            value = (
+                1.0 - family(config).gain_offset + 0.1 * noise if "norm" in name else 0.05 * noise
+            )
             yield name, value.astype(kind)
 
     write_tensors(folder, {name: (dtype, shape) for name, shape in tensors.items()}, drawn(), DISK)
@@ -219,35 +347,62 @@ def make(folder: Path, seed: int = 0, dtype: str = "F32", **changes: Any) -> Pat
 
 
 def seeing(folder: Path, beside: str = "") -> Path:
-    """A gemma3 with eyes: the tiny gemma3_text of seed 0 inside, two tensors of a vision tower. beside: what the names
-    of all begin with; transformers 5 writes `model.` there."""
+    """A gemma3 with eyes: the tiny gemma3_text of seed 0 inside, two tensors of a vision tower.
+    beside: what the names of all begin with; transformers 5 writes `model.` there.
+    """
     make(folder, **FAMILIES["gemma3_text"])
     text = json.loads((folder / "config.json").read_text())
-    wrapped = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "vocab_size": 512}
-    whole = {**wrapped, "text_config": text, "vision_config": {"hidden_size": 8}, "eos_token_id": [0]}
+    wrapped = {
+        "model_type": "gemma3",
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "vocab_size": 512,
+    }
+    whole = {
+        **wrapped,
+        "text_config": text,
+        "vision_config": {"hidden_size": 8},
+        "eos_token_id": [0],
+    }
     (folder / "config.json").write_text(json.dumps(whole))
     weights: dict[str, mx.array] = dict(mx.load(str(folder / "model.safetensors")))  # type: ignore[arg-type]
     mx.eval(weights)
-    inside = {f"{beside}language_model.{name.removeprefix(beside)}": value for name, value in weights.items()}
-    eyes = {f"{beside}{name}.weight": mx.zeros((2, 2)) for name in ("vision_tower.patch", "multi_modal_projector.norm")}
+    inside = {
+        f"{beside}language_model.{name.removeprefix(beside)}": value
+        for name, value in weights.items()
+    }
+    eyes = {
+        f"{beside}{name}.weight": mx.zeros((2, 2))
+        for name in ("vision_tower.patch", "multi_modal_projector.norm")
+    }
     mx.save_safetensors(str(folder / "model.safetensors"), inside | eyes)
     return folder
 
 
 def hearing(folder: Path, beside: str = "") -> Path:
-    """A gemma4 with eyes and ears: the tiny gemma4_text of seed 0 inside, three tensors of towers, and the keys and
-    values that published models have in every block. beside: `model.` as published."""
+    """A gemma4 with eyes and ears: the tiny gemma4_text of seed 0 inside, three tensors of towers,
+    and the keys and values that published models have in every block. beside: `model.` as
+    published.
+    """
     make(folder, **FAMILIES["gemma4_text"])
     text = json.loads((folder / "config.json").read_text())
-    wrapped = {"model_type": "gemma4", "architectures": ["Gemma4ForConditionalGeneration"], "vocab_size": 512}
+    wrapped = {
+        "model_type": "gemma4",
+        "architectures": ["Gemma4ForConditionalGeneration"],
+        "vocab_size": 512,
+    }
     towers = {"vision_config": {"hidden_size": 8}, "audio_config": {"hidden_size": 8}}
-    (folder / "config.json").write_text(json.dumps({**wrapped, **towers, "text_config": text, "eos_token_id": [0]}))
+    (folder / "config.json").write_text(
+        json.dumps({**wrapped, **towers, "text_config": text, "eos_token_id": [0]})
+    )
     weights: dict[str, mx.array] = dict(mx.load(str(folder / "model.safetensors")))  # type: ignore[arg-type]
     for name in ("k_proj", "v_proj", "k_norm"):
         for i in range(3, 7):
             weights[f"model.layers.{i}.self_attn.{name}.weight"] = mx.zeros((2, 2))
     mx.eval(weights)
-    inside = {f"{beside}language_model.{name.removeprefix(beside)}": value for name, value in weights.items()}
+    inside = {
+        f"{beside}language_model.{name.removeprefix(beside)}": value
+        for name, value in weights.items()
+    }
     names = ("vision_tower.patch", "audio_tower.conv", "embed_vision.projection")
     ears = {f"{beside}{name}.weight": mx.zeros((2, 2)) for name in names}
     mx.save_safetensors(str(folder / "model.safetensors"), inside | ears)
@@ -261,11 +416,12 @@ CHAT_TEMPLATE = (
 
 
 def talking(folder: Path, seed: int = 0, ending: float = 1.0) -> Path:
-    """A llama with a chat template whose answers end: after each token with a probability that `ending` raises. 1: most
-    sampled answers end within 12 tokens, and are not empty.
+    """A llama with a chat template whose answers end: after each token with a probability that
+    `ending` raises. 1: most sampled answers end within 12 tokens, and are not empty.
 
-    Every token's embedding begins with 1, and so does, nearly, what its head sees; there the end token has `ending`,
-    others nothing."""
+    Every token's embedding begins with 1, and so does, nearly, what its head sees; there the end
+    token has `ending`, others nothing.
+    """
     make(folder, seed, tie_word_embeddings=False)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     weights: dict[str, mx.array] = dict(mx.load(str(folder / "model.safetensors")))  # type: ignore[arg-type]
@@ -281,17 +437,27 @@ def talking(folder: Path, seed: int = 0, ending: float = 1.0) -> Path:
 
 
 def joined(folder: Path) -> Path:
-    """A phi3: the tiny untied llama of seed 0, its q, k and v in one matrix and its gate and up in another."""
+    """A phi3: the tiny untied llama of seed 0, its q, k and v in one matrix and its gate and up in
+    another.
+    """
     make(folder, **KINDS["untied"])
     config = json.loads((folder / "config.json").read_text())
-    phi = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "pad_token_id": 0, "partial_rotary_factor": 1.0}
+    phi = {
+        "model_type": "phi3",
+        "architectures": ["Phi3ForCausalLM"],
+        "pad_token_id": 0,
+        "partial_rotary_factor": 1.0,
+    }
     (folder / "config.json").write_text(json.dumps({**config, **phi}))
     weights: dict[str, mx.array] = dict(mx.load(str(folder / "model.safetensors")))  # type: ignore[arg-type]
     mx.eval(weights)
     for i in range(config["num_hidden_layers"]):
         for whole, parts in (("self_attn.qkv", ("q", "k", "v")), ("mlp.gate_up", ("gate", "up"))):
             stem = f"model.layers.{i}.{whole}_proj.weight"
-            rows = [weights.pop(f"model.layers.{i}.{whole.split('.')[0]}.{part}_proj.weight") for part in parts]
+            rows = [
+                weights.pop(f"model.layers.{i}.{whole.split('.')[0]}.{part}_proj.weight")
+                for part in parts
+            ]
             weights[stem] = mx.concatenate(rows)
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     return folder

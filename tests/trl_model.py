@@ -1,4 +1,6 @@
-"""The tiny llama of the fixture that scripts/trl_fixtures.py made, in MLX, and a comparison of gradients."""
+"""The tiny llama of the fixture that scripts/trl_fixtures.py made, in MLX, and a comparison of
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,13 @@ def stored() -> dict[str, np.ndarray]:
 
 def checkpoint(found: dict[str, np.ndarray], role: str, folder: Path) -> Checkpoint:
     """The policy's or the reference's weights as a model folder."""
-    config, prefix = json.loads(str(found["config"])), f"{role}/"
-    take = {name.removeprefix(prefix): mx.array(a) for name, a in found.items() if name.startswith(prefix)}
+    config = json.loads(str(found["config"]))
+    prefix = f"{role}/"
+    take = {
+        name.removeprefix(prefix): mx.array(a)
+        for name, a in found.items()
+        if name.startswith(prefix)
+    }
     model_writer.write_model(config, take.__getitem__, folder.parent, folder, "float32", DISK)
     return load.open_checkpoint(folder)
 
@@ -41,7 +48,11 @@ def model(found: dict[str, np.ndarray], role: str, folder: Path) -> nn.Module:
 
 def worst(gradients: Any, found: dict[str, np.ndarray], case: str, count: float = 1.0) -> float:
     """The largest |difference| to TRL's gradients over the largest |gradient|, of any tensor."""
-    ours, prefix = dict(tree_flatten(gradients)), f"{case}/grad/"
+    ours = dict(tree_flatten(gradients))
+    prefix = f"{case}/grad/"
     theirs = {name.removeprefix(prefix): a for name, a in found.items() if name.startswith(prefix)}
     assert theirs and set(theirs) == set(ours)
-    return max(float(np.abs(np.array(ours[n]) / count - a).max() / np.abs(a).max()) for n, a in theirs.items())
+    return max(
+        float(np.abs(np.array(ours[n]) / count - a).max() / np.abs(a).max())
+        for n, a in theirs.items()
+    )

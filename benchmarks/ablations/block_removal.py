@@ -1,7 +1,8 @@
-"""Which blocks a model can do without: its KL to itself with sets of blocks left out, in one streamed pass.
+"""Which blocks a model can do without: its KL to itself with sets of blocks left out, in one
+streamed pass.
 
-Every variant is the model itself up to the first block that it leaves out; from there on it marches beside
-it, so all of them see each block while it is in memory. Does not write anything.
+Every variant is the model itself up to the first block that it leaves out; from there on it marches
+beside it, so all of them see each block while it is in memory. Does not write anything.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ from mis_mlx.types import Checkpoint
 
 
 def kl_without(
-    checkpoint: Checkpoint, batches: Sequence[mx.array], dtype: mx.Dtype, variants: Sequence[Collection[int]]
+    checkpoint: Checkpoint,
+    batches: Sequence[mx.array],
+    dtype: mx.Dtype,
+    variants: Sequence[Collection[int]],
 ) -> np.ndarray:
-    """KL(model || model without the blocks of a variant), nats per token, (len(variants),). Token ids [(B, T)].
+    """KL(model || model without the blocks of a variant), nats per token, (len(variants),). Token
+    ids [(B, T)].
 
     Holds the hidden states of all variants: (len(variants) + 1) arrays (B, T, D) a batch.
     """
@@ -36,7 +41,8 @@ def kl_without(
                 source.through(block, begun[v])
         source.through(block, whole)
     source.norm(whole)
-    head, rows = source.head(), losses.chunk_rows(shape_of(checkpoint.config).vocab) // 2
+    head = source.head()
+    rows = losses.chunk_rows(shape_of(checkpoint.config).vocab) // 2
     found = np.zeros(len(variants))
     for hidden in begun.values():
         source.norm(hidden)
@@ -44,19 +50,27 @@ def kl_without(
         flat = h.reshape(-1, h.shape[-1])
         for start in range(0, len(flat), rows):
             at = slice(start, start + rows)
-            whole_logits, any_token = load.logits(head, flat[at]), np.zeros(len(flat[at]), int)
+            whole_logits = load.logits(head, flat[at])
+            any_token = np.zeros(len(flat[at]), int)
             for v, hidden in begun.items():
                 less = load.logits(head, hidden[b].reshape(flat.shape)[at])
-                found[v] += float(host_losses.compared(whole_logits * 1, less, any_token)[:, 0].sum())
+                found[v] += float(
+                    host_losses.compared(whole_logits * 1, less, any_token)[:, 0].sum()
+                )
     return found / sum(h.shape[0] * h.shape[1] for h in whole)
 
 
 def kept(
-    how: str, checkpoint: Checkpoint, batches: Sequence[mx.array], dtype: mx.Dtype, keep: int,
+    how: str,
+    checkpoint: Checkpoint,
+    batches: Sequence[mx.array],
+    dtype: mx.Dtype,
+    keep: int,
     fisher: Mapping[Key, np.ndarray],
-) -> tuple[int, ...]:  # fmt: skip
-    """Layers to keep. how: kl (those go whose absence costs least, one by one), greedy, contiguous, or fisher (by
-    second order, ablations/fisher_importance)."""
+) -> tuple[int, ...]:
+    """Layers to keep. how: kl (those go whose absence costs least, one by one), greedy, contiguous,
+    or fisher (by second order, ablations/fisher_importance).
+    """
     layers = range(int(checkpoint.config["num_hidden_layers"]))
     if how == "fisher":
         return lowest_blocks({i: float(fisher[i, "layers"][0]) for i in layers}, keep)
@@ -66,8 +80,12 @@ def kept(
     return {"greedy": greedy, "contiguous": contiguous}[how](checkpoint, batches, dtype, keep)
 
 
-def greedy(checkpoint: Checkpoint, batches: Sequence[mx.array], dtype: mx.Dtype, keep: int) -> tuple[int, ...]:
-    """Layers to keep: the block that costs least goes, then the others are measured anew without it, and so on."""
+def greedy(
+    checkpoint: Checkpoint, batches: Sequence[mx.array], dtype: mx.Dtype, keep: int
+) -> tuple[int, ...]:
+    """Layers to keep: the block that costs least goes, then the others are measured anew without
+    it, and so on.
+    """
     kept = list(range(int(checkpoint.config["num_hidden_layers"])))
     gone: list[int] = []
     while len(kept) > keep:
@@ -76,8 +94,12 @@ def greedy(checkpoint: Checkpoint, batches: Sequence[mx.array], dtype: mx.Dtype,
     return tuple(kept)
 
 
-def contiguous(checkpoint: Checkpoint, batches: Sequence[mx.array], dtype: mx.Dtype, keep: int) -> tuple[int, ...]:
-    """Layers to keep when those that go are neighbours: the run whose absence costs least (arXiv 2408.11796)."""
+def contiguous(
+    checkpoint: Checkpoint, batches: Sequence[mx.array], dtype: mx.Dtype, keep: int
+) -> tuple[int, ...]:
+    """Layers to keep when those that go are neighbours: the run whose absence costs least (arXiv
+    2408.11796).
+    """
     layers = int(checkpoint.config["num_hidden_layers"])
     runs = [range(first, first + layers - keep) for first in range(keep + 1)]
     gone = runs[int(kl_without(checkpoint, batches, dtype, runs).argmin())]

@@ -1,9 +1,11 @@
-"""Loss-aware importance of everything that can be cut, from one streamed pass forwards and one back.
+"""Loss-aware importance of everything that can be cut, from one streamed pass forwards and one
+back.
 
-What would KL(teacher || teacher without x) be? Its first-order Taylor term is zero, because at the teacher
-itself the KL is at its minimum. The second-order one is half the Fisher information of a gate that closes
-x. It is estimated with next tokens that the teacher itself draws (models/backward_pass): half the mean over tokens
-of (d log p(drawn) / d gate)^2, every token having a gate of its own. Does not decide what is kept.
+What would KL(teacher || teacher without x) be? Its first-order Taylor term is zero, because at the
+teacher itself the KL is at its minimum. The second-order one is half the Fisher information of a
+gate that closes x. It is estimated with next tokens that the teacher itself draws
+(models/backward_pass): half the mean over tokens of (d log p(drawn) / d gate)^2, every token having
+a gate of its own. Does not decide what is kept.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.types import Checkpoint
 
-# Where the gates stand: axis -> (part of the block, its module); of hidden channels, behind both norms.
+# Where the gates stand: axis -> (part of the block, its module); of hidden channels, behind both
+# norms.
 GATES = {
     "ffn": ("mlp", "down_proj"),
     "heads": ("self_attn", "o_proj"),
@@ -32,11 +35,15 @@ GATES = {
 
 
 class _Gated(nn.Module):
-    """`inner` with what goes in (or, `behind`, comes out) multiplied by a gate (B, T, units) from outside."""
+    """`inner` with what goes in (or, `behind`, comes out) multiplied by a gate (B, T, units) from
+    outside.
+    """
 
     def __init__(self, inner: nn.Module, behind: bool):
         super().__init__()
-        self.inner, self._behind, self.open = inner, behind, list[mx.array]()
+        self.inner = inner
+        self._behind = behind
+        self.open = list[mx.array]()
 
     def __call__(self, x: mx.array) -> mx.array:
         return self._through(self.inner(x)) if self._behind else self.inner(self._through(x))
@@ -52,16 +59,20 @@ def fisher(
     seed: int = 0,
     kept: stream.Hidden | None = None,
 ) -> dict[Key, np.ndarray]:
-    """{(layer, axis): (units,)} in nats per token, for the axes ffn, heads and layers (one number) of every layer,
-    and (-1, "hidden"), summed over all norms. Token ids [(B, T)].
+    """{(layer, axis): (units,)} in nats per token, for the axes ffn, heads and layers (one number)
+    of every layer, and (-1, "hidden"), summed over all norms. Token ids [(B, T)].
 
     kept: a place for the inputs of all blocks, L * len(batches) arrays (B, T, D); default: memory.
     """
-    shape, found = shape_of(checkpoint.config), dict[Key, np.ndarray]()
+    shape = shape_of(checkpoint.config)
+    found = dict[Key, np.ndarray]()
     args = load.model_args(checkpoint.config)
 
     def visit(i: int, block: nn.Module) -> Back:
-        gated = {axis: _Gated((block[part] if part else block)[name], not part) for axis, (part, name) in GATES.items()}
+        gated = {
+            axis: _Gated((block[part] if part else block)[name], not part)
+            for axis, (part, name) in GATES.items()
+        }
         for axis, (part, name) in GATES.items():
             (block[part] if part else block)[name] = gated[axis]
 
@@ -79,11 +90,24 @@ def fisher(
 
 
 def _back(
-    args: Any, block: nn.Module, gated: dict[str, _Gated], shape: Shape, x: mx.array, above: mx.array
+    args: Any,
+    block: nn.Module,
+    gated: dict[str, _Gated],
+    shape: Shape,
+    x: mx.array,
+    above: mx.array,
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """(cotangent at the block's input x (B, T, D), {axis: mean over tokens of the gates' squared gradients})."""
+    """(cotangent at the block's input x (B, T, D), {axis: mean over tokens of the gates' squared
+    gradients}).
+    """
     mask = load.mask(args, block, x)
-    units = {"ffn": shape.ffn, "heads": shape.heads, "norm1": shape.hidden, "norm2": shape.hidden, "layers": 1}
+    units = {
+        "ffn": shape.ffn,
+        "heads": shape.heads,
+        "norm1": shape.hidden,
+        "norm2": shape.hidden,
+        "layers": 1,
+    }
 
     def run(x: mx.array, *gates: mx.array) -> mx.array:
         for one, gate in zip(gated.values(), gates[:-1], strict=True):

@@ -1,9 +1,10 @@
 """Local distillation: one student block at a time learns to do what the teacher does in its place.
 
-Teacher and student march side by side, one block of each in memory: for models of which neither fits. Student block j
-learns to map the teacher's stream at the entrance of its group of blocks to the one at the exit (Puzzle's blockwise
-local distillation, arXiv 2411.19146). Some batches enter from the student's own stream instead, so that it learns to
-make up for the blocks before it."""
+Teacher and student march side by side, one block of each in memory: for models of which neither
+fits. Student block j learns to map the teacher's stream at the entrance of its group of blocks to
+the one at the exit (Puzzle's blockwise local distillation, arXiv 2411.19146). Some batches enter
+from the student's own stream instead, so that it learns to make up for the blocks before it.
+"""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,9 +43,13 @@ def finished(student: Checkpoint) -> int:
 
 
 def scratch_bytes(teacher: Mapping[str, Any], student: Mapping[str, Any], tokens: int) -> int:
-    """Disk that the hidden states of `tokens` tokens take when they are not held in memory, by the two configs."""
+    """Disk that the hidden states of `tokens` tokens take when they are not held in memory, by the
+    two configs.
+    """
     size = policy.usual_dtype().size
-    return tokens * (shape_of(teacher).hidden * size + shape_of(student).hidden * (size + mx.float32.size))
+    return tokens * (
+        shape_of(teacher).hidden * size + shape_of(student).hidden * (size + mx.float32.size)
+    )
 
 
 @dataclass(frozen=True)
@@ -59,27 +64,38 @@ class _Streams:
     @property
     def judges(self) -> Sequence[int]:
         """Which batches no step is made of; none where there are too few."""
-        return reconstruct.judges([0] * n) if (n := len(self.target)) >= reconstruct.HELD_OUT else range(0)
+        return (
+            reconstruct.judges([0] * n)
+            if (n := len(self.target)) >= reconstruct.HELD_OUT
+            else range(0)
+        )
 
     def held_out(self, block: nn.Module, args: Any) -> float:
-        """The block's `error` per token on the batches that judge, from the student's own stream; 0 where none do."""
+        """The block's `error` per token on the batches that judge, from the student's own stream; 0
+        where none do.
+        """
 
         def both(own: mx.array, target: mx.array) -> mx.array:
             return mx.stack([*error(args, block, own, reconstruct.narrow(target, self.columns))])
 
-        one_by_one = (map(hidden.__getitem__, self.judges) for hidden in (self.own, self.target))  # some are on disk
+        # some are on disk
+        one_by_one = (map(hidden.__getitem__, self.judges) for hidden in (self.own, self.target))
         of_batches = lanes.each(both, *one_by_one)
         wrong, tokens = sum((np.array(each, np.float64) for each in of_batches), start=np.zeros(2))
         return float(wrong / max(tokens, 1.0))
 
-    def micro_batches(self, recipe: TrainingConfig, own_share: float, step: int) -> list[tuple[mx.array, mx.array]]:
+    def micro_batches(
+        self, recipe: TrainingConfig, own_share: float, step: int
+    ) -> list[tuple[mx.array, mx.array]]:
         """(what goes in, what should come out), float32, for `step` counted over all blocks."""
         seen = [b for b in range(len(self.target)) if b not in self.judges]
         chosen = token_windows.order(len(seen), recipe.grad_accumulation_steps, step, recipe.seed)
-        mine, pairs = np.random.default_rng([recipe.seed, step, 2]).random(len(chosen)) < own_share, []
+        mine = np.random.default_rng([recipe.seed, step, 2]).random(len(chosen)) < own_share
+        pairs = []
         for i, own in zip(chosen.tolist(), mine, strict=True):
             b = seen[i]
-            into, out = (self.own if own else self.given)[b], reconstruct.narrow(self.target[b], self.columns)
+            into = (self.own if own else self.given)[b]
+            out = reconstruct.narrow(self.target[b], self.columns)
             pairs.append((into.astype(mx.float32), out.astype(mx.float32)))
         return pairs
 
@@ -99,17 +115,21 @@ def train(
     repair: bool = True,
     direct: bool = False,
 ) -> Iterator[Step]:
-    """Train the blocks of `student`, the folder that model_writer.by_block made of `pruned`, that are not trained yet.
+    """Train the blocks of `student`, the folder that model_writer.by_block made of `pruned`, that
+    are not trained yet.
 
     batches: token ids, all of one shape (B, T). A block gets `recipe.iters` steps, each of
-    `recipe.grad_accumulation_steps` batches, of which a seeded `own_share` enter from the student's own stream; before
-    that its down_proj is refitted in closed form (`repair`). Hidden states: the first `held` batches of each
-    stream stay in memory, the rest in `folder`. direct: read the teacher past the page cache. Yields each step; numbers
-    count on from block to block, `loss` is the mean over tokens of |out - target|^2 / |target|^2.
+    `recipe.grad_accumulation_steps` batches, of which a seeded `own_share` enter from the student's
+    own stream; before that its down_proj is refitted in closed form (`repair`). Hidden states: the
+    first `held` batches of each stream stay in memory, the rest in `folder`. direct: read the
+    teacher past the page cache. Yields each step; numbers count on from block to block, `loss` is
+    the mean over tokens of |out - target|^2 / |target|^2.
 
-    Every fourth batch judges a block and teaches nothing: steps after which it is further from the teacher there than
-    before are undone. A trained block is on disk before the next one begins. A run that was killed goes on with the
-    block it was at, from `pruned` again, once both models have marched up to it: it ends with the same bits."""
+    Every fourth batch judges a block and teaches nothing: steps after which it is further from the
+    teacher there than before are undone. A trained block is on disk before the next one begins. A
+    run that was killed goes on with the block it was at, from `pruned` again, once both models have
+    marched up to it: it ends with the same bits.
+    """
     sweep(student.path, files)
     if (done := finished(student)) == (layers := len(keep.layers)):
         return
@@ -117,8 +137,10 @@ def train(
     files.require_space(folder, nbytes, "the spool of hidden states")
     spool = partial(Spool, folder, held, files)
     big = stream.Stream(teacher, policy.compute_dtype(teacher), direct=direct)
-    small = stream.Stream(pruned, mx.float32)  # for what is no block: those have memory of their own here
-    target, own = big.embed(batches, spool()), small.embed(batches, spool())
+    # for what is no block: those have memory of their own here
+    small = stream.Stream(pruned, mx.float32)
+    target = big.embed(batches, spool())
+    own = small.embed(batches, spool())
     columns = reconstruct.kept_columns(keep)
     marching = reconstruct.groups(big, keep, target)
     for j in range(layers):
@@ -127,9 +149,12 @@ def train(
             streams.given.append(entrance := reconstruct.narrow(h, columns))
             mx.eval(entrance)
         next(marching)
-        block = stream.load_checked(load.block(pruned if j >= done else student, j, small.args, mx.float32))
+        block = stream.load_checked(
+            load.block(pruned if j >= done else student, j, small.args, mx.float32)
+        )
         if j >= done:
-            note, refitted = f"block {j + 1} of {layers}", dict[str, mx.array]()
+            note = f"block {j + 1} of {layers}"
+            refitted = dict[str, mx.array]()
             if repair:
                 refitted["mlp.down_proj.weight"], left = reconstruct.refit(
                     small, block, own, target, [0] * len(own), columns
@@ -137,8 +162,12 @@ def train(
                 note += f": closed form left {left:.0%} of the error held out"
             begun = streams.held_out(block, small.args)
             yield from _steps(block, small.args, streams, recipe, own_share, j * recipe.iters, note)
-            if streams.held_out(block, small.args) > begun:  # from disk: no second copy of a block waits meanwhile
-                cli.say(f"local, block {j + 1}: further from the teacher on windows held out: its steps are undone")
+            # from disk: no second copy of a block waits meanwhile
+            if streams.held_out(block, small.args) > begun:
+                cli.say(
+                    f"local, block {j + 1}: further from the teacher on windows held out: its "
+                    f"steps are undone"
+                )
                 block = load.block(pruned, j, small.args, mx.float32)
                 block.load_weights(list(refitted.items()), strict=False)
             model_writer.replace_block(student, j, dict(tree_flatten(block.parameters())), files)
@@ -149,22 +178,37 @@ def train(
 
 
 def error(args: Any, block: nn.Module, into: mx.array, want: mx.array) -> tuple[mx.array, mx.array]:
-    """(sum over tokens of |out - want|^2 / |want|^2, how many tokens) of a block's output for `into`, (B, T, D).
+    """(sum over tokens of |out - want|^2 / |want|^2, how many tokens) of a block's output for
+    `into`, (B, T, D).
 
-    Relative to the token's own length: the first token of a window is a hundred times longer than the rest."""
+    Relative to the token's own length: the first token of a window is a hundred times longer than
+    the rest.
+    """
     missing = mx.square(block(into, load.mask(args, block, into)) - want).sum(axis=-1)
     share = missing / mx.maximum(mx.square(want).sum(axis=-1), 1e-12)
     return share.sum(), mx.array(float(share.size))
 
 
 def _steps(
-    block: nn.Module, args: Any, streams: _Streams, recipe: TrainingConfig, own_share: float, first: int, note: str
+    block: nn.Module,
+    args: Any,
+    streams: _Streams,
+    recipe: TrainingConfig,
+    own_share: float,
+    first: int,
+    note: str,
 ) -> Iterator[Step]:
-    """The optimizer steps of one block, with moments of their own; `first`: steps of the blocks before it."""
+    """The optimizer steps of one block, with moments of their own; `first`: steps of the blocks
+    before it.
+    """
     before = mx.get_peak_memory()  # of the march up to here, which the loop would forget
 
     optimizer = GuardedAdamW(weight_decay=recipe.weight_decay)
     cut = partial(streams.micro_batches, recipe, own_share)
-    for step in train_loop.train(block, lambda n: cut(first + n), partial(error, args), optimizer, recipe):
+    for step in train_loop.train(
+        block, lambda n: cut(first + n), partial(error, args), optimizer, recipe
+    ):
         notes = "; ".join(filter(None, (note, step.note)))
-        yield replace(step, number=first + step.number, peak_bytes=max(before, step.peak_bytes), note=notes)
+        yield replace(
+            step, number=first + step.number, peak_bytes=max(before, step.peak_bytes), note=notes
+        )

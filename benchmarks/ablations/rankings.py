@@ -1,7 +1,7 @@
 """Rankings of neurons, heads and channels that lost to the root mean square of activations.
 
-`by` puts scores of any kind in the place of mean activations, so that pruning/select ranks by them. What moves
-(FLAP) and how long weights are comes from a streamed pass of their own.
+`by` puts scores of any kind in the place of mean activations, so that pruning/select ranks by them.
+What moves (FLAP) and how long weights are comes from a streamed pass of their own.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from mis_mlx.models import arch, load, stream
 from mis_mlx.models.config import shape_of
 from mis_mlx.types import Checkpoint
 
-Scores = Callable[[Key], np.ndarray]  # (layer, axis) -> scores (units,), none below 0; the highest stay
+# (layer, axis) -> scores (units,), none below 0; the highest stay
+Scores = Callable[[Key], np.ndarray]
 
 
 @dataclass
 class Moments:
-    """Of channels that matrices read, (C,): sums over tokens of a and a^2; columns: |W_:j|^2 of what reads them."""
+    """Of channels that matrices read, (C,): sums over tokens of a and a^2; columns: |W_:j|^2 of
+    what reads them.
+    """
 
     columns: np.ndarray
     total: np.ndarray
@@ -54,8 +57,9 @@ class Moments:
 
 
 def fluctuation(moments: Moments, unit: int = 1) -> np.ndarray:
-    """FLAP: how much a channel moves around its mean, Var(a_j) * |W_:j|^2 (arXiv 2312.11983 eq. 5), summed over the
-    `unit` channels of a head. What does not move, a bias could replace."""
+    """FLAP: how much a channel moves around its mean, Var(a_j) * |W_:j|^2 (arXiv 2312.11983 eq. 5),
+    summed over the `unit` channels of a head. What does not move, a bias could replace.
+    """
     return (moments.variance * moments.columns).reshape(-1, unit).sum(axis=-1)
 
 
@@ -65,25 +69,37 @@ def _squares(block: nn.Module) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     for part, names in arch.readers(block).values():
         for name in names:
             square = mx.square(load.dense_weight(block[part][name]))
-            found[name] = np.array(square.sum(axis=1), np.float64), np.array(square.sum(axis=0), np.float64)
+            found[name] = (
+                np.array(square.sum(axis=1), np.float64),
+                np.array(square.sum(axis=0), np.float64),
+            )
     return found
 
 
 def measured(
     checkpoint: Checkpoint, batches: Sequence[mx.array], dtype: mx.Dtype
 ) -> tuple[dict[Key, Moments], dict[Key, np.ndarray]]:
-    """(moments by (layer, axis), of hidden channels by the layer whose norms they leave; squared lengths of all weights
-    of a neuron, head or hidden channel) over token ids [(B, T)]."""
-    heads, moments, lengths = shape_of(checkpoint.config).heads, dict[Key, Moments](), dict[Key, np.ndarray]()
+    """(moments by (layer, axis), of hidden channels by the layer whose norms they leave; squared
+    lengths of all weights of a neuron, head or hidden channel) over token ids [(B, T)].
+    """
+    heads = shape_of(checkpoint.config).heads
+    moments = dict[Key, Moments]()
+    lengths = dict[Key, np.ndarray]()
     source = stream.Stream(checkpoint, dtype)
     hidden = source.embed(batches)
     for i, block in source.blocks():
-        w, readers_of = _squares(block), arch.readers(block)
+        w = _squares(block)
+        readers_of = arch.readers(block)
         for axis, (_, readers) in readers_of.items():
             moments[i, axis] = Moments.zeros(np.sum([w[r][1] for r in readers], axis=0))
         lengths[i, "ffn"] = w["gate_proj"][0] + w["up_proj"][0] + w["down_proj"][1]
         lengths[i, "heads"] = (w["q_proj"][0] + w["o_proj"][1]).reshape(heads, -1).sum(axis=-1)
-        own = w["o_proj"][0] + w["down_proj"][0] + moments[i, "norm1"].columns + moments[i, "norm2"].columns
+        own = (
+            w["o_proj"][0]
+            + w["down_proj"][0]
+            + moments[i, "norm1"].columns
+            + moments[i, "norm2"].columns
+        )
         lengths[-1, "hidden"] = lengths.get((-1, "hidden"), 0.0) + own
         for part, (name, *_) in readers_of.values():
             block[part][name] = stream.InputRecorder(block[part][name])
@@ -100,7 +116,9 @@ def moving(moments: dict[Key, Moments], head_dim: int) -> Scores:
 
     def scores(key: Key) -> np.ndarray:
         at = [k for k in moments if k[1].startswith("norm")] if key[1] == "hidden" else [key]
-        return np.sum([fluctuation(moments[k], head_dim if key[1] == "heads" else 1) for k in at], axis=0)
+        return np.sum(
+            [fluctuation(moments[k], head_dim if key[1] == "heads" else 1) for k in at], axis=0
+        )
 
     return scores
 

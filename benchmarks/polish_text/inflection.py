@@ -1,7 +1,8 @@
 """Polish numbers: a count with its noun in the right form, the time of day.
 
-Knows no sentence and no chance. Cases: the forms are those after a number in the nominative or accusative; a
-feminine noun after 1 in the accusative ("1 owcę") is not among them, so such sentences start at 2.
+Knows no sentence and no chance. Cases: the forms are those after a number in the nominative or
+accusative; a feminine noun after 1 in the accusative ("1 owcę") is not among them, so such
+sentences start at 2.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Seeded tasks with known answers, Polish and English: sums, the bus, a recipe scaled, who came in which order.
+"""Seeded tasks with known answers, Polish and English: sums, the bus, a recipe scaled, who came in
+which order.
 
-A problem belongs to training or to evaluation by a hash of what it is made of, numbers and clues without names and
-language: no seed can bring the same one into both. Knows no tokenizer and no reward; the last line of a worked
-answer is what evaluation/rewards reads. Only `random.Random(str).random()` is drawn from (see draws).
+A problem belongs to training or to evaluation by a hash of what it is made of, numbers and clues
+without names and language: no seed can bring the same one into both. Knows no tokenizer and no
+reward; the last line of a worked answer is what evaluation/rewards reads. Only
+`random.Random(str).random()` is drawn from (see draws).
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ Split = Literal["train", "test"]
 Language = Literal["pl", "en"]
 TEST_SHARE = 5  # one problem in so many is for evaluation
 TRIES = 500  # drawings of one row before the generator is taken to be exhausted
-END = {"en": 'End with a line of this form: "Answer: {}".', "pl": "Zakończ wierszem tej postaci: „Odpowiedź: {}”."}
+END = {
+    "en": 'End with a line of this form: "Answer: {}".',
+    "pl": "Zakończ wierszem tej postaci: „Odpowiedź: {}”.",
+}
 FORM = {
     "number": {"en": "number", "pl": "liczba"},
     "time": {"en": "hour:minutes", "pl": "godzina:minuty"},
@@ -33,10 +38,41 @@ FORM = {
 }
 MARK = {"en": "Answer", "pl": "Odpowiedź"}
 NAMES = {
-    "pl": ("Ala", "Ola", "Ewa", "Iza", "Ula", "Maja", "Zosia", "Hania", "Kasia", "Basia", "Jagna", "Bronia"),
-    "en": ("Ann", "Beth", "Cora", "Dora", "Emma", "Fay", "Grace", "Helen", "Ivy", "Jane", "Kate", "Lucy"),
+    "pl": (
+        "Ala",
+        "Ola",
+        "Ewa",
+        "Iza",
+        "Ula",
+        "Maja",
+        "Zosia",
+        "Hania",
+        "Kasia",
+        "Basia",
+        "Jagna",
+        "Bronia",
+    ),
+    "en": (
+        "Ann",
+        "Beth",
+        "Cora",
+        "Dora",
+        "Emma",
+        "Fay",
+        "Grace",
+        "Helen",
+        "Ivy",
+        "Jane",
+        "Kate",
+        "Lucy",
+    ),
 }
-PLACES = (("Zakopane", "Zakopanego"), ("Szczawnica", "Szczawnicy"), ("Jabłonka", "Jabłonki"), ("Niedzica", "Niedzicy"))
+PLACES = (
+    ("Zakopane", "Zakopanego"),
+    ("Szczawnica", "Szczawnicy"),
+    ("Jabłonka", "Jabłonki"),
+    ("Niedzica", "Niedzicy"),
+)
 # English, Polish genitive, unit (en, pl), least and most for a portion in quarters of the unit.
 FOODS = (
     ("flour", "mąki", ("g", "g"), 80, 600),
@@ -47,7 +83,10 @@ FOODS = (
     ("oil", "oleju", ("tablespoons", "łyżki"), 1, 8),
     ("marjoram", "majeranku", ("teaspoons", "łyżeczki"), 1, 6),
 )
-RANKS = {"pl": ("pierwsza", "druga", "trzecia", "czwarta"), "en": ("first", "second", "third", "fourth")}
+RANKS = {
+    "pl": ("pierwsza", "druga", "trzecia", "czwarta"),
+    "en": ("first", "second", "third", "fourth"),
+}
 CLUES = {
     "before": ("{a} przyszła wcześniej niż {b}.", "{a} came earlier than {b}."),
     "next": ("Zaraz po tym, jak przyszła {a}, przyszła {b}.", "{b} came right after {a}."),
@@ -58,7 +97,9 @@ CLUES = {
 
 @dataclass(frozen=True)
 class Problem:
-    """`key`: the same in both languages. `form`: what kind of answer, of FORM. `wrong`: what one easily answers."""
+    """`key`: the same in both languages. `form`: what kind of answer, of FORM. `wrong`: what one
+    easily answers.
+    """
 
     key: str
     question: str
@@ -69,15 +110,21 @@ class Problem:
 
 
 def _sum(rng: random.Random, language: Language, most: int = 20) -> Problem:
-    a, b, plus = between(rng, 1, most), between(rng, 1, most), rng.random() < 0.5
+    a = between(rng, 1, most)
+    b = between(rng, 1, most)
+    plus = rng.random() < 0.5
     if not plus:
         a = a + b
     result = a + b if plus else a - b
     sign = "+" if plus else "−"
-    question = {"en": f"How much is {a} {sign} {b}?", "pl": f"Ile to jest {a} {sign} {b}?"}[language]
+    question = {"en": f"How much is {a} {sign} {b}?", "pl": f"Ile to jest {a} {sign} {b}?"}[
+        language
+    ]
     slips = [n for n in (result - 10, result - 1, result + 1, result + 10) if n >= 0]
     key = f"{min(a, b)}+{max(a, b)}" if plus else f"{a}−{b}"
-    return Problem(key, question, "number", f"{a} {sign} {b} = {result}", str(result), str(pick(rng, slips)))
+    return Problem(
+        key, question, "number", f"{a} {sign} {b} = {result}", str(result), str(pick(rng, slips))
+    )
 
 
 def _two_digit_sum(rng: random.Random, language: Language) -> Problem:
@@ -85,16 +132,26 @@ def _two_digit_sum(rng: random.Random, language: Language) -> Problem:
 
 
 def _bus(rng: random.Random, language: Language) -> Problem:
-    first, every = between(rng, 300, 420, 5), between(rng, 20, 65, 5)
-    number, wait, ride = between(rng, 1, 8), between(rng, 1, every - 1), between(rng, 12, 58)
+    first = between(rng, 300, 420, 5)
+    every = between(rng, 20, 65, 5)
+    number = between(rng, 1, 8)
+    wait = between(rng, 1, every - 1)
+    ride = between(rng, 12, 58)
     leaves = first + every * number
-    comes, arrives, ask_wait = leaves - wait, leaves + ride, rng.random() < 0.3
-    (place, to_place), who = pick(rng, PLACES), pick(rng, NAMES[language])
+    comes = leaves - wait
+    arrives = leaves + ride
+    ask_wait = rng.random() < 0.3
+    (place, to_place) = pick(rng, PLACES)
+    who = pick(rng, NAMES[language])
     story = {
-        "en": f"The first bus from Nowy Targ to {place} leaves at {Time(first)}, then one leaves every {every} min. "
-        f"The ride takes {ride} min. {who} comes to the stop at {Time(comes)} and takes the next bus. ",
-        "pl": f"Pierwszy autobus z Nowego Targu do {to_place} odjeżdża o {Time(first)}, a następne co "
-        f"{Count(every):minuta}. Jazda trwa {Count(ride):minuta}. {who} przychodzi na przystanek o {Time(comes)} i "
+        "en": f"The first bus from Nowy Targ to {place} leaves at {Time(first)}, then one leaves "
+        f"every {every} min. "
+        f"The ride takes {ride} min. {who} comes to the stop at {Time(comes)} and takes the next "
+        f"bus. ",
+        "pl": f"Pierwszy autobus z Nowego Targu do {to_place} odjeżdża o {Time(first)}, a następne "
+        f"co "
+        f"{Count(every):minuta}. Jazda trwa {Count(ride):minuta}. {who} przychodzi na przystanek o "
+        f"{Time(comes)} i "
         "wsiada do najbliższego autobusu. ",
     }[language]
     asked = {
@@ -107,17 +164,20 @@ def _bus(rng: random.Random, language: Language) -> Problem:
     }[language]
     if ask_wait:
         working += f"{Time(leaves)} − {Time(comes)} = {wait} min."
-        answer, wrong = f"{wait} min", f"{every - wait if every != 2 * wait else every} min"
+        answer = f"{wait} min"
+        wrong = f"{every - wait if every != 2 * wait else every} min"
     else:
         working += f"{Time(leaves)} + {ride} min = {Time(arrives)}."
-        answer, wrong = f"{Time(arrives)}", f"{Time(pick(rng, (arrives - every, leaves, comes + ride)))}"
+        answer = f"{Time(arrives)}"
+        wrong = f"{Time(pick(rng, (arrives - every, leaves, comes + ride)))}"
     key = f"bus {first} {every} {number} {wait} {ride} {ask_wait}"
     return Problem(key, story + asked, "amount" if ask_wait else "time", working, answer, wrong)
 
 
 def _recipe(rng: random.Random, language: Language) -> Problem:
     english, polish, (unit_en, unit_pl), low, high = pick(rng, FOODS)
-    unit, quarters = unit_en if language == "en" else unit_pl, between(rng, low, high)
+    unit = unit_en if language == "en" else unit_pl
+    quarters = between(rng, low, high)
     before, after = some(rng, (2, 3, 4, 5, 6, 8, 10, 12), 2)
     quarters = quarters // 4 * 4 if high > 10 else quarters * 2  # whole grams; spoons in halves
 
@@ -133,15 +193,22 @@ def _recipe(rng: random.Random, language: Language) -> Problem:
     }[language]
     one = {"en": "One portion", "pl": "Jedna porcja"}[language]
     times = "×" if language == "en" else "·"
-    working = f"{one}: {amount(before)} : {before} = {amount(1)}. {after} {times} {amount(1)} = {amount(after)}."
+    working = (
+        f"{one}: {amount(before)} : {before} = {amount(1)}. {after} {times} {amount(1)} = "
+        f"{amount(after)}."
+    )
     answer = f"{amount(after)} {unit}"
     wrong = f"{amount(pick(rng, (before, after + 1)))} {unit}"
-    return Problem(f"recipe {unit_en} {quarters} {before} {after}", question, "amount", working, answer, wrong)
+    return Problem(
+        f"recipe {unit_en} {quarters} {before} {after}", question, "amount", working, answer, wrong
+    )
 
 
 @dataclass(frozen=True)
 class Clue:
-    """`kind` of one or two people, who are numbers. before: a came earlier than b; next: b right after a."""
+    """`kind` of one or two people, who are numbers. before: a came earlier than b; next: b right
+    after a.
+    """
 
     kind: Literal["before", "next", "not_first", "not_last"]
     a: int
@@ -163,7 +230,9 @@ def solutions(people: int, clues: Sequence[Clue]) -> list[tuple[int, ...]]:
 
 
 def puzzle(rng: random.Random, people: int) -> tuple[tuple[int, ...], list[Clue]]:
-    """An order, and clues that leave no other; each of them is needed, and none that says the rest alone."""
+    """An order, and clues that leave no other; each of them is needed, and none that says the rest
+    alone.
+    """
     hidden = tuple(some(rng, range(people), people))
     true = [c for c in _clues(people) if c.holds(hidden)]
     clues = list[Clue]()
@@ -180,7 +249,9 @@ def puzzle(rng: random.Random, people: int) -> tuple[tuple[int, ...], list[Clue]
 def _clues(people: int) -> list[Clue]:
     pairs = [(a, b) for a in range(people) for b in range(people) if a != b]
     single = [Clue(kind, a) for a in range(people) for kind in ("not_first", "not_last")]  # type: ignore[arg-type]
-    return [Clue("before", a, b) for a, b in pairs] + [Clue("next", a, b) for a, b in pairs] + single
+    return (
+        [Clue("before", a, b) for a, b in pairs] + [Clue("next", a, b) for a, b in pairs] + single
+    )
 
 
 def puzzle_key(order: Sequence[int], clues: Sequence[Clue]) -> str:
@@ -192,22 +263,31 @@ def puzzle_key(order: Sequence[int], clues: Sequence[Clue]) -> str:
 def _logic(rng: random.Random, language: Language) -> Problem:
     people = between(rng, 3, 4)
     order, clues = puzzle(rng, people)
-    names, at = some(rng, NAMES[language], people), 0 if language == "pl" else 1
+    names = some(rng, NAMES[language], people)
+    at = 0 if language == "pl" else 1
     said = " ".join(CLUES[c.kind][at].format(a=names[c.a], b=names[c.b]) for c in clues)
     came = [names[who] for who in order]
     ask = between(rng, -1, people - 1)
     question = {"en": "These came to the hut", "pl": "Do bacówki przyszły"}[language]
     question += f": {', '.join(sorted(names))}. {said} "
-    working = {"en": f"In order: {', '.join(came)}.", "pl": f"Po kolei: {', '.join(came)}."}[language]
+    working = {"en": f"In order: {', '.join(came)}.", "pl": f"Po kolei: {', '.join(came)}."}[
+        language
+    ]
     if ask < 0:
-        question += {"en": "In which order did they come?", "pl": "W jakiej kolejności przyszły?"}[language]
+        question += {"en": "In which order did they come?", "pl": "W jakiej kolejności przyszły?"}[
+            language
+        ]
         swap = between(rng, 0, people - 2)
         wrong = [*came[:swap], came[swap + 1], came[swap], *came[swap + 2 :]]
-        form, answer, slip = "order", ", ".join(came), ", ".join(wrong)
+        form = "order"
+        answer = ", ".join(came)
+        slip = ", ".join(wrong)
     else:
         rank = RANKS[language][ask]
         question += {"en": f"Who came {rank}?", "pl": f"Która przyszła jako {rank}?"}[language]
-        form, answer, slip = "name", came[ask], pick(rng, [n for n in came if n != came[ask]])
+        form = "name"
+        answer = came[ask]
+        slip = pick(rng, [n for n in came if n != came[ask]])
     return Problem(f"logic {puzzle_key(order, clues)} {ask}", question, form, working, answer, slip)
 
 
@@ -232,16 +312,19 @@ def rows(
     kinds: Sequence[str] = tuple(KINDS),
     languages: Sequence[Language] = ("en", "pl"),
 ) -> list[dict[str, str]]:
-    """`count` rows with prompts of their own: {"prompt", "answer", "task", "language", "completion", "rejected"}.
+    """`count` rows with prompts of their own: {"prompt", "answer", "task", "language",
+    "completion", "rejected"}.
 
-    `completion` is worked and right, `rejected` ends in a plausible wrong answer; both end as the prompt asks. Kinds
-    and languages take turns. MisError when a kind has not so many problems.
+    `completion` is worked and right, `rejected` ends in a plausible wrong answer; both end as the
+    prompt asks. Kinds and languages take turns. MisError when a kind has not so many problems.
     """
     if unknown := sorted(set(kinds) - set(KINDS)):
         raise MisError(f"there are no tasks called {unknown[0]}: known are {', '.join(KINDS)}")
-    made, seen = [], set[str]()
+    made = []
+    seen = set[str]()
     for number in range(count):
-        kind, language = kinds[number % len(kinds)], languages[number // len(kinds) % len(languages)]
+        kind = kinds[number % len(kinds)]
+        language = languages[number // len(kinds) % len(languages)]
         for attempt in range(TRIES):
             rng = random.Random(f"{split}-{seed}-{kind}-{language}-{number}-{attempt}")
             problem = KINDS[kind](rng, language)
@@ -250,7 +333,8 @@ def rows(
                 break
         else:
             raise MisError(
-                f"{split} has no {count} different tasks of {', '.join(kinds)}: {number} were found, ask for fewer"
+                f"{split} has no {count} different tasks of {', '.join(kinds)}: {number} were "
+                f"found, ask for fewer"
             )
         seen.add(prompt)
         made.append(_row(problem, kind, language, prompt))
@@ -270,9 +354,13 @@ def _row(p: Problem, kind: str, language: Language, prompt: str) -> dict[str, st
 
 
 def _slipped(p: Problem) -> str:
-    """The working with the slip in its last result, so that it fits the wrong answer that follows."""
+    """The working with the slip in its last result, so that it fits the wrong answer that
+    follows.
+    """
     if p.form == "name":
         return p.working
-    right, wrong = (p.answer, p.wrong) if p.form == "order" else (p.answer.split()[0], p.wrong.split()[0])
+    right, wrong = (
+        (p.answer, p.wrong) if p.form == "order" else (p.answer.split()[0], p.wrong.split()[0])
+    )
     head, found, tail = p.working.rpartition(right)
     return f"{head}{wrong}{tail}" if found else p.working

@@ -1,7 +1,7 @@
 """What is drawn for made-up texts and tasks: a number, an item, several items.
 
-Only `random.Random(str).random()` is drawn from, whose sequence Python guarantees, so a seed means the same under
-every version.
+Only `random.Random(str).random()` is drawn from, whose sequence Python guarantees, so a seed means
+the same under every version.
 """
 
 from __future__ import annotations

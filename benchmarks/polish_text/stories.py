@@ -1,7 +1,7 @@
 """Stories of the Miś dataset: fifteen sums told as stories, each with its working and its answer.
 
-Knows no chance: `documents` draws the values within the ranges given here, which keep every result whole and
-positive. In a working, "·" is times and ":" is divided by, as in Polish schools.
+Knows no chance: `documents` draws the values within the ranges given here, which keep every result
+whole and positive. In a working, "·" is times and ":" is divided by, as in Polish schools.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ Range = tuple[type[int], int, int, int]  # Count or Money, lowest, highest, step
 
 @dataclass(frozen=True)
 class Story:
-    """`draw` names the values of `text`; `result` takes them by name and gives {wynik}, of type `kind`.
+    """`draw` names the values of `text`; `result` takes them by name and gives {wynik}, of type
+    `kind`.
 
-    `derived` values follow from drawn ones: a product told in the text, so that the division comes out even.
+    `derived` values follow from drawn ones: a product told in the text, so that the division comes
+    out even.
     """
 
     text: str
@@ -49,7 +51,8 @@ STORIES = (
         "{Kto} zapłacił{a} {wynik}, czyli {wynik:słownie}.",
     ),
     Story(
-        "Rachunek w bacówce wyniósł {cena}, a {kto} położył{a} na ladzie {banknot}. Ile reszty wydał baca?",
+        "Rachunek w bacówce wyniósł {cena}, a {kto} położył{a} na ladzie {banknot}. Ile reszty "
+        "wydał baca?",
         {"cena": _money(610, 4990), "banknot": _money(5000, 20000, 5000)},
         "{banknot} − {cena} = {wynik}",
         Money,
@@ -74,7 +77,8 @@ STORIES = (
         "Razem to {wynik:litr} mleka.",
     ),
     Story(
-        "Jeden oscypek wymaga {ile} litrów mleka, a {kto} nalał{a} do kotła {razem:litr}. Ile oscypków z tego będzie?",
+        "Jeden oscypek wymaga {ile} litrów mleka, a {kto} nalał{a} do kotła {razem:litr}. Ile "
+        "oscypków z tego będzie?",
         {"ile": _count(4, 9), "n": _count(3, 24)},
         "{razem} : {ile} = {wynik}",
         Count,
@@ -101,7 +105,8 @@ STORIES = (
         {"razem": lambda k, n: k * n},
     ),
     Story(
-        "Miś pije codziennie {n:kubek} herbaty, o czym dobrze wie {kto}. Ile kubków wypije przez {d:dzień}?",
+        "Miś pije codziennie {n:kubek} herbaty, o czym dobrze wie {kto}. Ile kubków wypije przez "
+        "{d:dzień}?",
         {"n": _count(2, 9), "d": _count(5, 31)},
         "{n} · {d} = {wynik}",
         Count,
@@ -127,7 +132,8 @@ STORIES = (
         "Prowiant waży {wynik:gram}.",
     ),
     Story(
-        "Para skarpet z owczej wełny kosztuje {cena}, a rękawice są o {więcej} droższe. Ile zapłaci {kto} za "
+        "Para skarpet z owczej wełny kosztuje {cena}, a rękawice są o {więcej} droższe. Ile "
+        "zapłaci {kto} za "
         "{n:para} skarpet i jedne rękawice?",
         {"cena": _money(1800, 4490), "więcej": _money(250, 1990), "n": _count(2, 6)},
         "{n} · {cena} + {cena} + {więcej} = {wynik}",
@@ -145,7 +151,8 @@ STORIES = (
         "W południe było {wynik} °C.",
     ),
     Story(
-        "{Kto} porąbał{a} {n:kłoda}, każdą na {k:szczapa}, a do pieca dorzucił{a} {m:szczapa}. Ile szczap zostało?",
+        "{Kto} porąbał{a} {n:kłoda}, każdą na {k:szczapa}, a do pieca dorzucił{a} {m:szczapa}. Ile "
+        "szczap zostało?",
         {"n": _count(5, 19), "k": _count(4, 9), "m": _count(3, 18)},
         "{n} · {k} − {m} = {wynik}",
         Count,
@@ -153,7 +160,8 @@ STORIES = (
         "Pod ścianą {wynik:!została} {wynik:szczapa}.",
     ),
     Story(
-        "Bilet normalny kosztuje {cena}, a ulgowy połowę tej kwoty. Ile zapłaci {kto} za jeden bilet "
+        "Bilet normalny kosztuje {cena}, a ulgowy połowę tej kwoty. Ile zapłaci {kto} za jeden "
+        "bilet "
         "normalny i {n:bilet} {n:!ulgowy}?",
         {"cena": _money(600, 2600, 20), "n": _count(2, 7)},
         "{cena} + {n} · {cena} : 2 = {wynik}",
@@ -162,7 +170,8 @@ STORIES = (
         "Za wszystkie bilety {kto} zapłaci {wynik}.",
     ),
     Story(
-        "Sklep „U Zośki” obniżył cenę kierpców z {cena} o {p} procent, bo tak poradził{a} {kto}. Ile kosztują teraz?",
+        "Sklep „U Zośki” obniżył cenę kierpców z {cena} o {p} procent, bo tak poradził{a} {kto}. "
+        "Ile kosztują teraz?",
         {"cena": _money(9000, 26000, 1000), "p": _count(5, 40, 5)},
         "{cena} − {cena} · {p} : 100 = {wynik}",
         Money,

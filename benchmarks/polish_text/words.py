@@ -1,8 +1,8 @@
 """Words of the Miś dataset: tables of our own Polish sentences.
 
-Knows no chance: `documents` draws the values and puts the documents together. {n:owca} is a number with its
-noun ("5 owiec"), {n:!owca} the noun alone (`polish`); the placeholders are those of `documents._say`.
-Place names are real, prices and timetables are made up.
+Knows no chance: `documents` draws the values and puts the documents together. {n:owca} is a number
+with its noun ("5 owiec"), {n:!owca} the noun alone (`polish`); the placeholders are those of
+`documents._say`. Place names are real, prices and timetables are made up.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ PEOPLE = (
     ("ciotka Bronia", "ciotce Broni", "a"),
 )
 
-DAYS = ("w poniedziałek", "we wtorek", "w środę", "w czwartek", "w piątek", "w sobotę", "w niedzielę")
+DAYS = (
+    "w poniedziałek",
+    "we wtorek",
+    "w środę",
+    "w czwartek",
+    "w piątek",
+    "w sobotę",
+    "w niedzielę",
+)
 
 SCENES = (
     "{Dzień} halny wiał z prędkością {w} km/h i zdmuchnął z płotu {n:czapka}.",
@@ -53,7 +61,8 @@ CLOSINGS = (
     "Zapiski zostawiono pod kamieniem, {m:krok} od źródła, gdzie halny nie sięga.",
 )
 
-# Title, ingredients for two portions as (noun, amount, the rest), steps. {s} is a short time, {d} a long one.
+# Title, ingredients for two portions as (noun, amount, the rest), steps. {s} is a short time, {d} a
+# long one.
 DISHES: tuple[tuple[str, tuple[tuple[str, int, str], ...], tuple[str, ...]], ...] = (
     (
         "pierogi ruskie",
@@ -65,7 +74,8 @@ DISHES: tuple[tuple[str, tuple[tuple[str, int, str], ...], tuple[str, ...]], ...
             ("łyżka", 1, " oleju"),
         ),
         (
-            "Z mąki, ciepłej wody i oleju zagnieć miękkie ciasto i przykryj je ściereczką na {d:minuta}.",
+            "Z mąki, ciepłej wody i oleju zagnieć miękkie ciasto i przykryj je ściereczką na "
+            "{d:minuta}.",
             "Ziemniaki ugotuj, utłucz i zmieszaj z twarogiem oraz podsmażoną cebulą.",
             "Dopraw farsz solą i pieprzem tak odważnie, jakby miał go próbować sam baca.",
             "Rozwałkuj ciasto, wykrawaj krążki, nakładaj farsz i zlepiaj brzegi.",
@@ -91,7 +101,12 @@ DISHES: tuple[tuple[str, tuple[tuple[str, int, str], ...], tuple[str, ...]], ...
     ),
     (
         "moskole",
-        (("gram", 300, " ugotowanych ziemniaków"), ("gram", 150, " mąki"), ("jajko", 1, ""), ("szczypta", 1, " soli")),
+        (
+            ("gram", 300, " ugotowanych ziemniaków"),
+            ("gram", 150, " mąki"),
+            ("jajko", 1, ""),
+            ("szczypta", 1, " soli"),
+        ),
         (
             "Ziemniaki przepuść przez praskę i odstaw na {d:minuta}, żeby odparowały.",
             "Dodaj mąkę, sól i to, co dała kura, po czym szybko zagnieć ciasto.",
@@ -191,7 +206,8 @@ DISHES: tuple[tuple[str, tuple[tuple[str, int, str], ...], tuple[str, ...]], ...
         (
             "Mięso zalej zimną wodą, zagotuj i zbierz pianę.",
             "Cebulę opal nad ogniem, aż sczernieje z jednej strony.",
-            "Dołóż warzywa i pieprz, a potem gotuj na tyle wolno, by tylko mrugało, przez {d:minuta}.",
+            "Dołóż warzywa i pieprz, a potem gotuj na tyle wolno, by tylko mrugało, przez "
+            "{d:minuta}.",
             "Posól pod koniec i odstaw na {s:minuta}, niech się sklaruje.",
             "Przecedź i podaj z makaronem; śpiewanie przy nalewaniu jest dozwolone.",
         ),

@@ -1,6 +1,8 @@
-"""Token sequences of different lengths as rectangles: several to a window, or one to a row; and the loss of answers.
+"""Token sequences of different lengths as rectangles: several to a window, or one to a row; and the
+loss of answers.
 
-Padding is never learned and never seen by a real token, so it changes nothing."""
+Padding is never learned and never seen by a real token, so it changes nothing.
+"""
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
@@ -21,8 +23,12 @@ PADDING = -1  # the row that padding is of
 
 
 def packed(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Indices of sequences that share a window of `room` tokens: best fit, longest first; every index once."""
-    windows, free = list[list[int]](), list[tuple[int, int]]()  # free: (tokens left, window), rising
+    """Indices of sequences that share a window of `room` tokens: best fit, longest first; every
+    index once.
+    """
+    # free: (tokens left, window), rising
+    windows = list[list[int]]()
+    free = list[tuple[int, int]]()
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         at = bisect_left(free, (lengths[index], -1))
         left, window = free.pop(at) if at < len(free) else (room, len(windows))
@@ -33,12 +39,18 @@ def packed(lengths: Sequence[int], room: int) -> list[list[int]]:
     return windows
 
 
-def rectangle(windows: Sequence[Sequence[examples.Sequenced]]) -> tuple[mx.array, mx.array, mx.array]:
-    """(tokens, learn, rows), (B, T) each: one window a line, its sequences one after the other, then padding. learn is
-    1 where the prediction made there, of the next token, counts. rows numbers the sequences of a window from 1."""
+def rectangle(
+    windows: Sequence[Sequence[examples.Sequenced]],
+) -> tuple[mx.array, mx.array, mx.array]:
+    """(tokens, learn, rows), (B, T) each: one window a line, its sequences one after the other,
+    then padding. learn is 1 where the prediction made there, of the next token, counts. rows
+    numbers the sequences of a window from 1.
+    """
     longest = max(sum(len(ids) for ids, _ in window) for window in windows)
     shape = len(windows), -(-longest // MULTIPLE) * MULTIPLE
-    tokens, learn, rows = np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.full(shape, PADDING, np.int32)
+    tokens = np.zeros(shape, np.int32)
+    learn = np.zeros(shape, np.float32)
+    rows = np.full(shape, PADDING, np.int32)
     for line, window in enumerate(windows):
         begin = 0
         for number, (ids, marks) in enumerate(window, 1):
@@ -50,8 +62,10 @@ def rectangle(windows: Sequence[Sequence[examples.Sequenced]]) -> tuple[mx.array
 
 
 def drawn(lengths: Sequence[int], s: TrainingConfig, step: int) -> list[np.ndarray]:
-    """This machine's part of the indices of a step's micro-batches: a pure function of its arguments. Those of like
-    length come together, which saves padding and changes nothing: a step is one sum."""
+    """This machine's part of the indices of a step's micro-batches: a pure function of its
+    arguments. Those of like length come together, which saves padding and changes nothing: a step
+    is one sum.
+    """
     at = token_windows.order(len(lengths), s.batch_size * s.grad_accumulation_steps, step, s.seed)
     at = distributed.shard(at[np.argsort([lengths[i] for i in at], kind="stable")])
     return [at[i : i + s.batch_size] for i in range(0, len(at), s.batch_size)]
@@ -65,14 +79,18 @@ def visited(count: int, s: TrainingConfig) -> np.ndarray:
 
 
 def by_length(label: str, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """All indices in batches of like length, which saves padding; how many are done is on display."""
+    """All indices in batches of like length, which saves padding; how many are done is on
+    display.
+    """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     yield from cli.counted(label, batches, len(batches))
 
 
 class PackedDataset:
-    """Rows of (ids, learn) as windows to draw micro-batches from. room: tokens of a shared window; 0: one row each."""
+    """Rows of (ids, learn) as windows to draw micro-batches from. room: tokens of a shared window;
+    0: one row each.
+    """
 
     def __init__(self, rows: Sequence[examples.Sequenced], room: int = 0):
         lengths = [len(ids) for ids, _ in rows]
@@ -86,30 +104,48 @@ class PackedDataset:
         at = drawn(self.lengths, s, step)
         cut = [rectangle([self.windows[i] for i in part]) for part in at]
         signal = source.micro_batches([(tokens, learn) for tokens, learn, _ in cut], at)
-        return [(tokens, rows, *rest) for (_, _, rows), (tokens, *rest) in zip(cut, signal, strict=True)]
+        return [
+            (tokens, rows, *rest) for (_, _, rows), (tokens, *rest) in zip(cut, signal, strict=True)
+        ]
 
     def loss(
-        self, source: TargetSource, frozen_head: bool, student: nn.Module, tokens: mx.array, rows: mx.array,
-        learn: mx.array, *target: mx.array,
-    ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:  # fmt: skip
+        self,
+        source: TargetSource,
+        frozen_head: bool,
+        student: nn.Module,
+        tokens: mx.array,
+        rows: mx.array,
+        learn: mx.array,
+        *target: mx.array,
+    ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
         """(sum in nats, tokens that count, {"tokens": all}) of a micro-batch."""
         hidden = self.hidden(student, tokens, rows)
-        total = source.kl_sum(hidden, load.head_weight(student), learn, *target, frozen_head=frozen_head)
+        total = source.kl_sum(
+            hidden, load.head_weight(student), learn, *target, frozen_head=frozen_head
+        )
         return total, learn.sum(), {"tokens": (rows != PADDING).sum()}
 
     def hidden(self, student: nn.Module, tokens: mx.array, rows: mx.array) -> mx.array:
-        """Final hidden states (B * T, D). A row alone in its window needs no mask: padding comes after it."""
-        hidden = attention_masks.forward(student, tokens, rows) if self.shared else student.model(tokens)
+        """Final hidden states (B * T, D). A row alone in its window needs no mask: padding comes
+        after it.
+        """
+        hidden = (
+            attention_masks.forward(student, tokens, rows) if self.shared else student.model(tokens)
+        )
         return hidden.reshape(-1, hidden.shape[-1])
 
     def measure(self, student: nn.Module, batch_size: int) -> dict[str, float]:
         """{"loss": cross-entropy of what is to be learned, in nats per token} over all windows."""
-        total, count = 0.0, 0.0
+        total = 0.0
+        count = 0.0
         for at in by_length("held out: batch", self.lengths, batch_size):
             tokens, learn, rows = rectangle([self.windows[i] for i in at])
-            hidden, targets = self.hidden(student, tokens, rows), labels(tokens)
+            hidden = self.hidden(student, tokens, rows)
+            targets = labels(tokens)
             head = load.head_weight(student)
             cap = load.logit_softcap(student)
-            total -= float((token_logps(hidden, head, targets, softcap=cap) * learn.reshape(-1)).sum())
+            total -= float(
+                (token_logps(hidden, head, targets, softcap=cap) * learn.reshape(-1)).sum()
+            )
             count += float(learn.sum())
         return {"loss": total / max(count, 1.0)}

@@ -1,6 +1,8 @@
-"""The engine on this device, on a model made on the spot: passes, decoding, training, statistics, memory, rates.
+"""The engine on this device, on a model made on the spot: passes, decoding, training, statistics,
+memory, rates.
 
-A witness is the same work done another way (bit for bit), the CPU in float32, mlx_lm, or the plan."""
+A witness is the same work done another way (bit for bit), the CPU in float32, mlx_lm, or the plan.
+"""
 
 import json
 from collections.abc import Callable
@@ -31,12 +33,19 @@ Models = dict[str, Checkpoint]
 
 
 def make(folder: Path) -> Models:
-    """{"bf16", "4-bit", "mxfp4", "nvfp4": the same tiny model}, random, norms in bfloat16, in the empty `folder`."""
+    """{"bf16", "4-bit", "mxfp4", "nvfp4": the same tiny model}, random, norms in bfloat16, in the
+    empty `folder`.
+    """
     (dense := folder / "bf16").mkdir()
     shapes = arch.tensors_of(CONFIG)
     noise = ((name, drawn(seed, *shape)) for seed, (name, shape) in enumerate(shapes.items()))
-    tensors = ((name, (1 + 0.1 * x if "norm" in name else 0.08 * x).astype(mx.bfloat16)) for name, x in noise)
-    safetensors.write_tensors(dense, {name: ("BF16", shape) for name, shape in shapes.items()}, tensors, files.DISK)
+    tensors = (
+        (name, (1 + 0.1 * x if "norm" in name else 0.08 * x).astype(mx.bfloat16))
+        for name, x in noise
+    )
+    safetensors.write_tensors(
+        dense, {name: ("BF16", shape) for name, shape in shapes.items()}, tensors, files.DISK
+    )
     (dense / "config.json").write_text(json.dumps(CONFIG))
     models = {"bf16": load.open_checkpoint(dense)}
     for kind, mode in MODES.items():
@@ -47,7 +56,9 @@ def make(folder: Path) -> Models:
 
 
 def passes(kind: str, models: Models) -> Found:
-    """Final states of a streamed pass, and of two that keep the blocks, beside the resident model's: equal bits."""
+    """Final states of a streamed pass, and of two that keep the blocks, beside the resident
+    model's: equal bits.
+    """
     checkpoint = models[kind]
     dtype = policy.compute_dtype(checkpoint)
     want = wide(load.resident(checkpoint, dtype).model(TOKENS))
@@ -56,7 +67,9 @@ def passes(kind: str, models: Models) -> Found:
 
 
 def beside_cpu(work: Callable[[Models], Any], float32: float, half: float, models: Models) -> Found:
-    """What `work` gives as this device computes, beside the CPU's in float32. Bounds: of float32, of float16."""
+    """What `work` gives as this device computes, beside the CPU's in float32. Bounds: of float32,
+    of float16.
+    """
     here = work(models)
     with on_cpu():
         want = work(models)
@@ -74,10 +87,18 @@ def states(kind: str, models: Models) -> np.ndarray:
 
 
 def greedy(models: Models) -> Found:
-    """How far below the best mlx_lm's logits see our first token that is not mlx_lm's; 0: 12 tokens are the same."""
-    checkpoint, prompt, count = models["4-bit"], [*map(int, np.array(TOKENS[0, :8]))], 12
+    """How far below the best mlx_lm's logits see our first token that is not mlx_lm's; 0: 12 tokens
+    are the same.
+    """
+    checkpoint = models["4-bit"]
+    prompt = [*map(int, np.array(TOKENS[0, :8]))]
+    count = 12
     dtype = policy.compute_dtype(checkpoint)
-    ours = [t for new in streamed_decode.decode(stream.Stream(checkpoint, dtype, None), prompt, count) for t in new]
+    ours = [
+        t
+        for new in streamed_decode.decode(stream.Stream(checkpoint, dtype, None), prompt, count)
+        for t in new
+    ]
     model = load.resident(checkpoint, dtype)
     theirs = list(mlx_generate.greedy(model, prompt, count))
     same = next((i for i in range(count) if ours[i] != theirs[i]), count)
@@ -86,26 +107,36 @@ def greedy(models: Models) -> Found:
 
 
 def _loss(model: nn.Module, tokens: mx.array) -> tuple[mx.array, mx.array]:
-    """KL from a teacher of random states, and the log-probabilities of the next tokens: (sum, count)."""
-    hidden, head = model.model(tokens)[0], load.head_weight(model)
-    target, theirs, ones = drawn(7, len(hidden), 128), drawn(8, 256, 128) / 12, mx.ones(len(hidden))
+    """KL from a teacher of random states, and the log-probabilities of the next tokens: (sum,
+    count).
+    """
+    hidden = model.model(tokens)[0]
+    head = load.head_weight(model)
+    target = drawn(7, len(hidden), 128)
+    theirs = drawn(8, 256, 128) / 12
+    ones = mx.ones(len(hidden))
     kl = losses.kl_sum(hidden, head, target, lambda x: x @ theirs.T, ones)
     return kl - losses.token_logps(hidden[:-1], head, tokens[0, 1:]).sum(), ones.sum()
 
 
 def _trained(model: nn.Module) -> tuple[list[float], dict[str, np.ndarray]]:
-    """([loss, gradient's norm, fall of the loss in two steps], weights and moments after three). AdamW does not see how
-    long a gradient is, so the norm stands for that; moments keep its last bits."""
+    """([loss, gradient's norm, fall of the loss in two steps], weights and moments after three).
+    AdamW does not see how long a gradient is, so the norm stands for that; moments keep its last
+    bits.
+    """
     optimizer = GuardedAdamW()
     how = recipe.TrainingConfig(iters=3, learning_rate=1e-3, warmup=0)
     steps = list(train(model, lambda step: [(TOKENS,)], _loss, optimizer, how))
     after = dict(tree_flatten(model.trainable_parameters())) | optimizer.arrays()
-    first, fall = steps[0], steps[0].loss - steps[-1].loss
+    first = steps[0]
+    fall = steps[0].loss - steps[-1].loss
     return [first.loss, first.grad_norm, fall], {name: wide(array) for name, array in after.items()}
 
 
 def repeated(models: Models) -> Found:
-    """How many tensors differ after the same training steps, done twice; tokens occur several times in a batch."""
+    """How many tensors differ after the same training steps, done twice; tokens occur several times
+    in a batch.
+    """
     (_, one), (_, two) = (_trained(load.resident(models["bf16"], mx.float32)) for _ in range(2))
     return float(sum(not np.array_equal(one[name], two[name]) for name in one)), 0.0
 
@@ -113,13 +144,19 @@ def repeated(models: Models) -> Found:
 def statistics(models: Models) -> list[np.ndarray]:
     """Calibration's sums over neurons and heads, and its block distances."""
     found, _ = calibrate(models["bf16"], [TOKENS])
-    return [*(of[i].square for of in (found.ffn, found.heads) for i in of), np.array([*found.block.values()])]
+    return [
+        *(of[i].square for of in (found.ffn, found.heads) for i in of),
+        np.array([*found.block.values()]),
+    ]
 
 
 def peak(models: Models) -> Found:
     """MLX's peak of a streamed pass with logits, as a share of the plan's."""
-    tokens, sizes = mx.tile(TOKENS, (1, 5)), (5 * TOKENS.size,) * 3
-    phase = estimates.streamed_pass("pass", estimates.model_of(models["4-bit"]), *sizes, spool=False)
+    tokens = mx.tile(TOKENS, (1, 5))
+    sizes = (5 * TOKENS.size,) * 3
+    phase = estimates.streamed_pass(
+        "pass", estimates.model_of(models["4-bit"]), *sizes, spool=False
+    )
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -142,11 +179,14 @@ def lora_steps(models: Models) -> list[float]:
 
 CHECKS: dict[str, Callable[[Models], Found]] = {
     **{f"streamed = resident = again, {kind}": partial(passes, kind) for kind in ("bf16", *MODES)},
-    **{f"states, {kind}, beside the CPU": partial(beside_cpu, partial(states, kind), 2e-4, 0.02)
-       for kind in ("bf16", *MODES)},
+    **{
+        f"states, {kind}, beside the CPU": partial(beside_cpu, partial(states, kind), 2e-4, 0.02)
+        for kind in ("bf16", *MODES)
+    },
     "training steps, beside the CPU": partial(beside_cpu, steps, 1e-3, 1e-3),
     "LoRA steps, 4-bit, beside the CPU": partial(beside_cpu, lora_steps, 1e-3, 0.05),
     "calibration, beside the CPU": partial(beside_cpu, statistics, 2e-4, 0.02),
-    "generate, 4-bit, beside mlx_lm": greedy, "training again, tensors unlike": repeated,
+    "generate, 4-bit, beside mlx_lm": greedy,
+    "training again, tensors unlike": repeated,
     "peak of a streamed pass / plan": peak,
-}  # fmt: skip
+}

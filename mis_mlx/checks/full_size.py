@@ -1,7 +1,10 @@
-"""Kernels at the sizes of the default run, where a GPU takes others than at small ones: (found, the most allowed).
+"""Kernels at the sizes of the default run, where a GPU takes others than at small ones: (found, the
+most allowed).
 
-Metal changes its kernel for softmax and logsumexp above 4,096 columns, sorts above 2,048 numbers in several blocks,
-and multiplies large matrices otherwise than small ones. Witness: numpy in float64, of some rows of a large result."""
+Metal changes its kernel for softmax and logsumexp above 4,096 columns, sorts above 2,048 numbers in
+several blocks, and multiplies large matrices otherwise than small ones. Witness: numpy in float64,
+of some rows of a large result.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -47,7 +50,9 @@ def large_product(dtype: mx.Dtype) -> Found:
 
 
 def head_gradient(dtype: mx.Dtype) -> Found:
-    """A transposed (128, 24,576) times (128, 576), added to (24,576, 576): the gradient of a head, by `addmm`."""
+    """A transposed (128, 24,576) times (128, 576), added to (24,576, 576): the gradient of a head,
+    by `addmm`.
+    """
     gradient = drawn(0, 128, VOCAB, dtype=dtype)
     hidden = drawn(1, 128, HIDDEN, dtype=dtype)
     before = drawn(2, VOCAB, HIDDEN, dtype=dtype)
@@ -58,10 +63,13 @@ def head_gradient(dtype: mx.Dtype) -> Found:
 
 
 def long_attention(dtype: mx.Dtype) -> Found:
-    """Causal attention of 9 heads over 3 at 512 tokens: fused, and as training computes it, of which MLX takes
-    gradients."""
+    """Causal attention of 9 heads over 3 at 512 tokens: fused, and as training computes it, of
+    which MLX takes gradients.
+    """
     sizes = (QUERY_HEADS, KEY_HEADS, KEY_HEADS)
-    q, k, v = (drawn(seed, 1, heads, TOKENS, HEAD_SIZE, dtype=dtype) for seed, heads in enumerate(sizes))
+    q, k, v = (
+        drawn(seed, 1, heads, TOKENS, HEAD_SIZE, dtype=dtype) for seed, heads in enumerate(sizes)
+    )
     mask = np.triu(np.full((TOKENS, TOKENS), -np.inf), 1)
     each = QUERY_HEADS // KEY_HEADS
     scores = wide(q) @ np.repeat(wide(k), each, axis=1).swapaxes(-1, -2) / 8 + mask
@@ -78,7 +86,9 @@ def chunked_losses(dtype: mx.Dtype) -> Found:
     teacher = drawn(2, 48, HIDDEN, dtype=dtype)
     theirs = (drawn(3, VOCAB, HIDDEN) / 24).astype(dtype)
     logits = partial(losses.wide_product, head=theirs)
-    work = mx.value_and_grad(lambda h, w: losses.kl_sum(h, w, teacher, logits, mx.ones(48), rows=20), [0, 1])
+    work = mx.value_and_grad(
+        lambda h, w: losses.kl_sum(h, w, teacher, logits, mx.ones(48), rows=20), [0, 1]
+    )
     value, (of_student, of_head) = work(student, head)
     p, log_p = softmax(wide(teacher) @ wide(theirs).T)
     q, log_q = softmax(wide(student) @ wide(head).T)
@@ -88,7 +98,9 @@ def chunked_losses(dtype: mx.Dtype) -> Found:
 
 
 def sorting() -> Found:
-    """Sorted values and their order, 49,152 to a row; the 1,024 largest. A share of them that is wrong."""
+    """Sorted values and their order, 49,152 to a row; the 1,024 largest. A share of them that is
+    wrong.
+    """
     x = drawn(0, 4, ALL_TOKENS)
     exact = np.sort(np.array(x), axis=1)
     order = mx.argsort(x, axis=-1)
@@ -108,7 +120,8 @@ def packed_matrix(dtype: mx.Dtype) -> Found:
     layer.weight = drawn(1, 8 * HIDDEN, HIDDEN, dtype=dtype)
     layer = layer.to_quantized(64, 4)
     want = wide(x[:SEEN]) @ wide(load.dense_weight(layer)).T
-    return off([layer(x)[:SEEN], layer(x[:1])], [want, want[:1]]), 2 * ROUNDING[dtype]  # sums of 576
+    # sums of 576
+    return off([layer(x)[:SEEN], layer(x[:1])], [want, want[:1]]), 2 * ROUNDING[dtype]
 
 
 def wide_norm(dtype: mx.Dtype) -> Found:
@@ -134,7 +147,11 @@ BY_TYPE: dict[str, Callable[[mx.Dtype], Found]] = {
 }
 TYPES = {"float32": mx.float32, "float16": mx.float16}
 CHECKS: dict[str, Callable[[], Found]] = {
-    **{f"{name}, {kind}": partial(work, dtype) for kind, dtype in TYPES.items() for name, work in BY_TYPE.items()},
+    **{
+        f"{name}, {kind}": partial(work, dtype)
+        for kind, dtype in TYPES.items()
+        for name, work in BY_TYPE.items()
+    },
     "softmax of 24,576 and 49,152": softmax_of_a_vocabulary,
     "sorting 49,152, wrong": sorting,
 }

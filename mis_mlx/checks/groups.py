@@ -1,7 +1,10 @@
-"""The groups of checks. Each runs in a process of its own: one that aborts or hangs becomes a row, the others go on.
+"""The groups of checks. Each runs in a process of its own: one that aborts or hangs becomes a row,
+the others go on.
 
-A group writes what it does into a journal as it does it, one JSON line each: {"begun": name} before a check, {"row":
-...} after it, {"rate": [name, here, on an M1 Air]}, and {"peak_bytes": n} in the end."""
+A group writes what it does into a journal as it does it, one JSON line each: {"begun": name} before
+a check, {"row": ...} after it, {"rate": [name, here, on an M1 Air]}, and {"peak_bytes": n} in the
+end.
+"""
 
 import faulthandler
 import json
@@ -24,7 +27,9 @@ Emit = Callable[[dict[str, Any]], None]
 
 
 class Row(NamedTuple):
-    """One check: what was found, the most that is right, and why there is no number if there is none."""
+    """One check: what was found, the most that is right, and why there is no number if there is
+    none.
+    """
 
     name: str
     passed: bool
@@ -100,7 +105,9 @@ def of_training(folder: Path, emit: Emit) -> None:
 
 
 def of_rates(folder: Path, emit: Emit) -> None:
-    """This machine's rates beside an M1 Air's, in billions a second; and what a synchronisation costs."""
+    """This machine's rates beside an M1 Air's, in billions a second; and what a synchronisation
+    costs.
+    """
     air = rates.M1_AIR
     measures: dict[str, tuple[Callable[[], float], float]] = {
         "matrix product, GFLOP/s": (rates.matmul_flops, air.forward_flops_per_s),
@@ -110,11 +117,22 @@ def of_rates(folder: Path, emit: Emit) -> None:
         _rate(name, work, there, emit)
     emit({"begun": "disk"})
     disk = guarded(lambda: rates.disk_bytes(folder, SAMPLE_BYTES), str)
-    for name, number, there in (("read", 0, air.read_bytes_per_s), ("written", 1, air.write_bytes_per_s)):
+    for name, number, there in (
+        ("read", 0, air.read_bytes_per_s),
+        ("written", 1, air.write_bytes_per_s),
+    ):
         _rate(f"disk {name}, GB/s", partial(_either, disk, number), there, emit)
     emit({"begun": "tiny evaluations"})
     tiny = guarded(lambda: f"{1e6 * rates.wait_seconds():.3g}", str)
-    emit({"rate": ["a tiny evaluation, of 1,000 in a row, µs", tiny, f"{1e6 * rates.WAIT_S:.3g}, a guess"]})
+    emit(
+        {
+            "rate": [
+                "a tiny evaluation, of 1,000 in a row, µs",
+                tiny,
+                f"{1e6 * rates.WAIT_S:.3g}, a guess",
+            ]
+        }
+    )
 
 
 def _either(disk: Any, number: int) -> float:
@@ -139,13 +157,17 @@ GROUPS: dict[str, Callable[[Path, Emit], None]] = {
 
 
 def name_crashes() -> None:
-    """Where this process is ended by a signal, its stack goes to stderr before, if that is a real file."""
+    """Where this process is ended by a signal, its stack goes to stderr before, if that is a real
+    file.
+    """
     with suppress(OSError, ValueError, AttributeError):
         faulthandler.enable(sys.stderr)
 
 
 def run(group: str, folder: str, journal: str, compute_dtype: str | None = None) -> None:
-    """Do a group in this process: its files in the empty `folder`, what it finds in the file `journal`."""
+    """Do a group in this process: its files in the empty `folder`, what it finds in the file
+    `journal`.
+    """
     name_crashes()
     cli.prepare()
     before = policy.use(compute_dtype)

@@ -1,7 +1,10 @@
-"""Training steps at the default run's width: how long one takes, and MLX's peak as a share of the plan's.
+"""Training steps at the default run's width: how long one takes, and MLX's peak as a share of the
+plan's.
 
-Four blocks of the default student's width under half of its vocabulary, 25 million parameters, trained whole in float32
-on two windows of 256 tokens, against a teacher's states and head in the type that models compute in here."""
+Four blocks of the default student's width under half of its vocabulary, 25 million parameters,
+trained whole in float32 on two windows of 256 tokens, against a teacher's states and head in the
+type that models compute in here.
+"""
 
 import json
 from functools import partial
@@ -41,7 +44,9 @@ def make(folder: Path) -> Path:
     folder.mkdir()
     shapes = arch.tensors_of(CONFIG)
     made = ((name, _random(name, seed, shape)) for seed, (name, shape) in enumerate(shapes.items()))
-    safetensors.write_tensors(folder, {name: ("BF16", shape) for name, shape in shapes.items()}, made, files.DISK)
+    safetensors.write_tensors(
+        folder, {name: ("BF16", shape) for name, shape in shapes.items()}, made, files.DISK
+    )
     (folder / "config.json").write_text(json.dumps(CONFIG))
     return folder
 
@@ -60,7 +65,9 @@ def _loss(
 
 
 def planned_bytes() -> int:
-    """The plan's peak: student, gradients, moments, activations, logits; and the teacher's head and states."""
+    """The plan's peak: student, gradients, moments, activations, logits; and the teacher's head and
+    states.
+    """
     m = estimates.model_of(CONFIG, gpu=policy.keeps_packed(), dtype=policy.usual_dtype())
     student = compression_size.training_bytes(CONFIG, WINDOWS, LENGTH, gpu=m.gpu)
     states = WINDOWS * LENGTH * m.shape.hidden * m.item
@@ -70,12 +77,17 @@ def planned_bytes() -> int:
 def planned_seconds(at: rates.Rates) -> float:
     """What a machine of these rates takes for a step, by the planner's operations."""
     m = estimates.model_of(CONFIG, gpu=at.gpu)
-    flops = 3 * estimates.forward_flops(m, WINDOWS * LENGTH, LENGTH) + 2.0 * WINDOWS * LENGTH * m.head_params
+    flops = (
+        3 * estimates.forward_flops(m, WINDOWS * LENGTH, LENGTH)
+        + 2.0 * WINDOWS * LENGTH * m.head_params
+    )
     return estimates.StageCost("step", 0, 0, 0, flops, updated=m.params).seconds(at)
 
 
 def measured(folder: Path) -> tuple[Found, float]:
-    """(MLX's peak as a share of the plan's, and the most that is right; seconds of the quickest step)."""
+    """(MLX's peak as a share of the plan's, and the most that is right; seconds of the quickest
+    step).
+    """
     mx.clear_cache()
     before = mx.get_active_memory()
     student = load.resident(load.open_checkpoint(make(folder)), mx.float32)

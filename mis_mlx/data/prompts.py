@@ -1,7 +1,9 @@
-"""Prompts that a teacher answers, so that a student of it learns to answer (benchmarks/prompts.py makes them).
+"""Prompts that a teacher answers, so that a student of it learns to answer (benchmarks/prompts.py
+makes them).
 
-Sixteen kinds in English and Polish, from explanations to second turns. What judges a student (evaluation/answers) is
-made of other templates and other words."""
+Sixteen kinds in English and Polish, from explanations to second turns. What judges a student
+(evaluation/answers) is made of other templates and other words.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +23,9 @@ class Prompt(NamedTuple):
 
 
 def train(count: int | None = None, languages: Sequence[str] = ("en", "pl")) -> list[Prompt]:
-    """The first `count` prompts in these languages (all, without a count): kinds and templates come in turn."""
+    """The first `count` prompts in these languages (all, without a count): kinds and templates come
+    in turn.
+    """
     rows = run_folder.records(TRAIN)
     listed = [Prompt(row["kind"], row["language"], tuple(row["turns"])) for row in rows]
     return [prompt for prompt in listed if prompt.language in languages][:count]

@@ -1,6 +1,8 @@
 """Rows of JSON lines: read line by line, judged by the keys that they owe, refused or counted.
 
-Rows of training text are mlx-lm's: {"text"}, {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}."""
+Rows of training text are mlx-lm's: {"text"}, {"prompt", "completion"} or {"messages": [{"role",
+"content"}, ...]}.
+"""
 
 import codecs
 import json
@@ -11,7 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from mis_mlx.types import MisError
 
-LINE_LIMIT_BYTES = 4 * 2**20  # a longer line is dropped unread: one 50 MB row would be 17 million tokens
+# a longer line is dropped unread: one 50 MB row would be 17 million tokens
+LINE_LIMIT_BYTES = 4 * 2**20
 PROBLEMS_NOTED = 3  # of rows that are skipped
 PROBLEMS_LISTED = 10  # of rows that stop a command
 
@@ -20,10 +23,21 @@ Placed = tuple[Row, str]  # and where it stands, for people: "train.jsonl line 3
 Numbered = tuple[int, object, str | None]  # number, value, None; or number, None, why it is no JSON
 Judge = Callable[[object], str | None]  # why a value is no row to use; None: it is one
 T = TypeVar("T")
-Shapes = Mapping[str, Sequence[str]]  # what a row may be, by the keys that make it; the first that fits counts
+# what a row may be, by the keys that make it; the first that fits counts
+Shapes = Mapping[str, Sequence[str]]
 
-TEXT: Shapes = {"completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
-_KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list"}
+TEXT: Shapes = {
+    "completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "text": ("text",),
+}
+_KINDS = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+}
 
 
 class Reading(NamedTuple):
@@ -42,21 +56,30 @@ class Reading(NamedTuple):
 
 
 def read(path: Path) -> Reading:
-    """All usable rows of training text of a .jsonl file. A byte-order mark, CRLF and blank lines are accepted."""
+    """All usable rows of training text of a .jsonl file. A byte-order mark, CRLF and blank lines
+    are accepted.
+    """
     if not path.is_file():
         raise MisError(f"{path} is not a regular file: put one JSON object per line into it")
     return collect(path.name, "line", parsed(path))
 
 
 def collect(name: str, unit: str, numbered: Iterable[Numbered]) -> Reading:
-    """Training text out of values, without keys that nothing reads; `unit` is what their numbers count ("line")."""
+    """Training text out of values, without keys that nothing reads; `unit` is what their numbers
+    count ("line").
+    """
     good, problems = judged(numbered, f"{name} {unit}", lambda row: fault(row, TEXT))
     return Reading(name, tuple(_bare(row) for row, _ in good), problems)
 
 
-def judged(numbered: Iterable[Numbered], where: str, judge: Judge) -> tuple[list[Placed], list[str]]:
-    """(rows without fault, with their places; what is wrong with the others). where: before a number, "x.jsonl row"."""
-    good, problems = list[Placed](), list[str]()
+def judged(
+    numbered: Iterable[Numbered], where: str, judge: Judge
+) -> tuple[list[Placed], list[str]]:
+    """(rows without fault, with their places; what is wrong with the others). where: before a
+    number, "x.jsonl row".
+    """
+    good = list[Placed]()
+    problems = list[str]()
     for number, value, unread in numbered:
         if why := unread or judge(value):
             problems.append(f"{where} {number}: {why}")
@@ -68,7 +91,11 @@ def judged(numbered: Iterable[Numbered], where: str, judge: Judge) -> tuple[list
 def refuse(problems: Sequence[str]) -> None:
     """MisError that lists what is wrong with rows, when something is."""
     if problems:
-        more = f"; and {len(problems) - PROBLEMS_LISTED} more" if len(problems) > PROBLEMS_LISTED else ""
+        more = (
+            f"; and {len(problems) - PROBLEMS_LISTED} more"
+            if len(problems) > PROBLEMS_LISTED
+            else ""
+        )
         listed = "; ".join(problems[:PROBLEMS_LISTED])
         raise MisError(f"{len(problems)} rows cannot be used: {listed}{more}: fix or remove them")
 
@@ -79,7 +106,9 @@ def shape_of(row: Mapping[str, Any], shapes: Shapes) -> str | None:
 
 
 def fault(row: object, shapes: Shapes) -> str | None:
-    """Why `row` is none of `shapes`, or None when it is one: its keys, texts and messages are judged."""
+    """Why `row` is none of `shapes`, or None when it is one: its keys, texts and messages are
+    judged.
+    """
     if not isinstance(row, dict):
         return f"{_kind(row)}, not an object"
     shape = shape_of(row, shapes)
@@ -101,7 +130,9 @@ def _messages_fault(messages: object) -> str | None:
             return f"message {number} is {_kind(message)}, not an object"
         if message.get("tool_calls"):
             return f"message {number} calls tools, which is not supported"
-        if reason := text_fault("role", message.get("role")) or text_fault("content", message.get("content")):
+        if reason := text_fault("role", message.get("role")) or text_fault(
+            "content", message.get("content")
+        ):
             return f"message {number}: {reason}"
     return None
 
@@ -135,10 +166,14 @@ def _bare(row: Row) -> Row:
 
 
 def parsed(path: Path) -> Iterator[Numbered]:
-    """Every line that is not blank; one over the limit is never held whole. MisError when the disk fails."""
+    """Every line that is not blank; one over the limit is never held whole. MisError when the disk
+    fails.
+    """
     try:
         with path.open("rb") as file:
-            for number, raw in enumerate(iter(partial(file.readline, LINE_LIMIT_BYTES + 1), b""), 1):
+            for number, raw in enumerate(
+                iter(partial(file.readline, LINE_LIMIT_BYTES + 1), b""), 1
+            ):
                 line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
                 if len(line) > LINE_LIMIT_BYTES and not line.endswith(b"\n"):
                     while (rest := file.readline(2**16)) and not rest.endswith(b"\n"):
@@ -147,7 +182,9 @@ def parsed(path: Path) -> Iterator[Numbered]:
                 elif line.strip():
                     yield number, *_value(line.rstrip(b"\r\n"))
     except OSError as error:
-        raise MisError(f"{path} cannot be read ({error.strerror}): check the file and its permissions") from error
+        raise MisError(
+            f"{path} cannot be read ({error.strerror}): check the file and its permissions"
+        ) from error
 
 
 def _value(line: bytes) -> tuple[object, str | None]:
@@ -165,9 +202,13 @@ def _value(line: bytes) -> tuple[object, str | None]:
 
 
 def split_off(items: Sequence[T], keys: Sequence[str]) -> tuple[list[T], list[T]]:
-    """(the others, a tenth of the items, or none if no others were left): by hash of keys, equal ones together."""
+    """(the others, a tenth of the items, or none if no others were left): by hash of keys, equal
+    ones together.
+    """
     held = {key for key in keys if int(key[:8], 16) % 10 == 0} or {min(keys)}
     if held.issuperset(keys):
         return list(items), []
     keyed = list(zip(items, keys, strict=True))
-    return [item for item, key in keyed if key not in held], [item for item, key in keyed if key in held]
+    return [item for item, key in keyed if key not in held], [
+        item for item, key in keyed if key in held
+    ]

@@ -31,14 +31,18 @@ class AnswerLoss:
 
     @cached_property
     def nats(self) -> np.ndarray:
-        """(N,) of each answer under the teacher itself: a streamed pass, when it is first asked for."""
+        """(N,) of each answer under the teacher itself: a streamed pass, when it is first asked
+        for.
+        """
         found = log_probabilities(self.teacher, self.prompts, self.answers)
         return np.array([-values.sum() for values in found])
 
     def by_answer(self, student: Checkpoint) -> np.ndarray:
-        """(N,) nats a byte that a student needs more than the teacher; their mean is that of all bytes.
+        """(N,) nats a byte that a student needs more than the teacher; their mean is that of all
+        bytes.
 
-        One streamed pass. The student has its own tokenizer, perhaps with fewer tokens."""
+        One streamed pass. The student has its own tokenizer, perhaps with fewer tokens.
+        """
         found = log_probabilities(student, self.prompts, self.answers)
         nats = np.array([-values.sum() for values in found])
         return np.asarray((nats - self.nats) / self.nbytes.mean())

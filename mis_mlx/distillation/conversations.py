@@ -1,4 +1,6 @@
-"""The conversations of a run: where they come from, and what is made of the students' answers at its end."""
+"""The conversations of a run: where they come from, and what is made of the students' answers at
+its end.
+"""
 
 import json
 from collections.abc import Mapping
@@ -19,7 +21,9 @@ from mis_mlx.storage.files import DISK, Files, json_sha256
 from mis_mlx.types import Budget, Checkpoint, MisError, Row, duration, gib
 
 WRITTEN = Path("runs/answers")  # files of what teachers answered
-FEWEST, MOST = 240, 2400  # prompts that a teacher is asked
+# prompts that a teacher is asked
+FEWEST = 240
+MOST = 2400
 SHOWN = 3  # prompts whose answers a run prints
 LANGUAGES = {"en": "English", "pl": "Polish"}
 FEW = 4  # prompts; of fewer in a language there is no table
@@ -27,7 +31,9 @@ FEW = 4  # prompts; of fewer in a language there is no table
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a run asks for. data: --data. share: --conversations. tokens: of conversations that its training visits."""
+    """What a run asks for. data: --data. share: --conversations. tokens: of conversations that its
+    training visits.
+    """
 
     data: str | None
     share: float | None
@@ -36,7 +42,9 @@ class Wanted:
 
 
 def wanted_of(settings: Any, data: str | None, iters: int) -> Wanted:
-    """What a run of `distill`, or the search for its sizes, asks for. iters: of the training that follows."""
+    """What a run of `distill`, or the search for its sizes, asks for. iters: of the training that
+    follows.
+    """
     share = preparation.SHARES[preparation.CONVERSATIONS]
     if settings.conversations is not None:
         share = settings.conversations
@@ -44,15 +52,23 @@ def wanted_of(settings: Any, data: str | None, iters: int) -> Wanted:
     return Wanted(data, settings.conversations, int(share * iters * step), settings.seed)
 
 
-def source(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: bool = False) -> preparation.Source:
-    """The text of a run. Of a teacher with a chat template its own answers to our prompts are a part of it: those that
-    come with the package, or, of any other teacher, what it writes now, once, which is kept and used again.
+def source(
+    teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: bool = False
+) -> preparation.Source:
+    """The text of a run. Of a teacher with a chat template its own answers to our prompts are a
+    part of it: those that come with the package, or, of any other teacher, what it writes now,
+    once, which is kept and used again.
 
-    dry_run: says what the writing would take, and writes nothing."""
+    dry_run: says what the writing would take, and writes nothing.
+    """
     plain = preparation.Source(wanted.data, share=wanted.share)
     if wanted.share == 0 or not preparation.takes_conversations(load.tokenizer(teacher.path)):
         return preparation.Source(wanted.data, share=0.0)
-    if wanted.share is None and wanted.data is not None and _has_conversations(wanted.data, dry_run=dry_run):
+    if (
+        wanted.share is None
+        and wanted.data is not None
+        and _has_conversations(wanted.data, dry_run=dry_run)
+    ):
         return plain
     if answers.shipped_for(teacher):
         return plain if wanted.data is None else plain._replace(answers=preparation.ANSWERS)
@@ -61,7 +77,9 @@ def source(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: bool 
 
 
 def _has_conversations(data: str, *, dry_run: bool) -> bool:
-    """Whether --data has conversations. A dry run goes on where its text is not there: --data teacher is not yet."""
+    """Whether --data has conversations. A dry run goes on where its text is not there: --data
+    teacher is not yet.
+    """
     try:
         return preparation.has_conversations(data)
     except MisError:
@@ -71,7 +89,9 @@ def _has_conversations(data: str, *, dry_run: bool) -> bool:
 
 
 def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: bool) -> Path | None:
-    """The file of a teacher's answers, made now if it is not there; None where hardly any was usable, which is said."""
+    """The file of a teacher's answers, made now if it is not there; None where hardly any was
+    usable, which is said.
+    """
     count = max(FEWEST, min(MOST, wanted.tokens // teacher_answers.TYPICAL_TOKENS))
     how = teacher_answers.Writing(prompts.train(count), seed=wanted.seed)
     identity = run_folder.origin(teacher, "")["teacher"]
@@ -84,7 +104,10 @@ def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: boo
         return file
     plan = teacher_answers.plan(estimates.model_of(teacher), how, limit)
     size = f"{gib(plan.peak_bytes)} of {gib(limit.limit_bytes)}, about {duration(plan.seconds)}"
-    cli.say(f"conversations: the teacher answers {count} prompts first, {plan.at_once} at once: {size}; into {file}")
+    cli.say(
+        f"conversations: the teacher answers {count} prompts first, {plan.at_once} at once: "
+        f"{size}; into {file}"
+    )
     if dry_run:
         return file
     if distributed.is_main():
@@ -103,7 +126,11 @@ def tables(judgement: answers.Judgement) -> dict[str, list[Row]]:
     """Rows of every model by language, of languages with enough prompts."""
     found = dict[str, list[Row]]()
     for code, language in LANGUAGES.items():
-        chosen = [number for number, prompt in enumerate(judgement.answers.prompts) if prompt.language == code]
+        chosen = [
+            number
+            for number, prompt in enumerate(judgement.answers.prompts)
+            if prompt.language == code
+        ]
         if len(chosen) >= FEW:
             found[language] = judgement.part(chosen).rows
     return found
@@ -153,7 +180,9 @@ def verdict(judgement: answers.Judgement) -> str:
 def dialogue(judgement: answers.Judgement) -> str:
     """Some prompts with the answers of the teacher and of the last model, for the end of a run."""
     teacher, *_, student = judgement.greedy
-    english = [number for number, prompt in enumerate(judgement.answers.prompts) if prompt.language == "en"]
+    english = [
+        number for number, prompt in enumerate(judgement.answers.prompts) if prompt.language == "en"
+    ]
     every = max(1, len(english) // SHOWN)
     talks = [
         {
@@ -167,13 +196,16 @@ def dialogue(judgement: answers.Judgement) -> str:
 
 def figures(judgement: answers.Judgement) -> Mapping[str, float | int]:
     """For a run's JSON: {metric_model: value} of all prompts, and how many these are."""
-    found: dict[str, float | int] = {f"{row.metric}_{row.model}": round(row.value, 4) for row in judgement.rows}
+    found: dict[str, float | int] = {
+        f"{row.metric}_{row.model}": round(row.value, 4) for row in judgement.rows
+    }
     return {"answers_prompts": len(judgement.answers.prompts), **found}
 
 
 def judged(models: Mapping[str, Checkpoint], count: int, limit: Budget) -> answers.Judgement | None:
-    """What teacher and students answer to `count` held-out prompts, of the students only the last one in its own words.
-    None where nothing can be judged, which is said."""
+    """What teacher and students answer to `count` held-out prompts, of the students only the last
+    one in its own words. None where nothing can be judged, which is said.
+    """
     cli.say("measure: answers")
     _, *others, student = models
     try:

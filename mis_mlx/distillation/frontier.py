@@ -1,8 +1,10 @@
-"""Bytes against loss, for one teacher: what a student of so many bytes should lose, and what else could be had.
+"""Bytes against loss, for one teacher: what a student of so many bytes should lose, and what else
+could be had.
 
 The curve is of `Losses`, corrected by what one of its students lost. Beside it stand, measured: the
 teacher as `mlx_lm.convert -q` rounds it, and other models that are named, such as its next smaller
-sibling."""
+sibling.
+"""
 
 import json
 import math
@@ -35,7 +37,9 @@ NAME = "frontier"  # of the files in a search's folder
 
 @dataclass(frozen=True)
 class Point:
-    """A model that one could have. loss: bits a byte above the teacher; measured, or as expected."""
+    """A model that one could have. loss: bits a byte above the teacher; measured, or as
+    expected.
+    """
 
     name: str
     nbytes: int
@@ -55,13 +59,17 @@ def curve(
     points = list[Point]()
     chosen = list[Choice]()
     for allowed in ALLOWED:
-        found = shape_search.smallest(config, shapes, losses, allowed * math.log(2) / together, within)
+        found = shape_search.smallest(
+            config, shapes, losses, allowed * math.log(2) / together, within
+        )
         if not found or (chosen and found[0] == chosen[-1]):
             continue
         choice = found[0]
         bits = losses.expected(choice) * together / math.log(2)
         words = f"{shape_search.words(choice.shape, losses.before)}, {choice.bpw:.2f} bits"
-        points.append(Point(words, round(limits.file_bytes(config, *choice)), round(bits, 4), measured=False))
+        points.append(
+            Point(words, round(limits.file_bytes(config, *choice)), round(bits, 4), measured=False)
+        )
         chosen.append(choice)
     return points, chosen
 
@@ -72,8 +80,12 @@ def _together(
     shapes: Sequence[Shape],
     within: Sequence[limits.Limit],
 ) -> float:
-    """How many times the sum of what axes cost alone a student lost that was measured; 1 where there is none."""
-    found = shape_search.smallest(c.run.teacher.config, shapes, losses, MEASURED_AT * math.log(2), within)
+    """How many times the sum of what axes cost alone a student lost that was measured; 1 where
+    there is none.
+    """
+    found = shape_search.smallest(
+        c.run.teacher.config, shapes, losses, MEASURED_AT * math.log(2), within
+    )
     if not found:
         return 1.0
     score = c.score(found[0], losses)
@@ -83,16 +95,25 @@ def _together(
 
 
 def converted(c: candidates.Candidates) -> Iterable[Point]:
-    """The teacher with every matrix in so many bits, as `mlx_lm.convert -q --q-bits N` writes it, and what it loses."""
+    """The teacher with every matrix in so many bits, as `mlx_lm.convert -q --q-bits N` writes it,
+    and what it loses.
+    """
     teacher = c.run.teacher
     for bits in CONVERTED:
         uniform = dict.fromkeys(packed_format.layout(teacher.config, GROUP), bits)
         lost, nbytes = c.lost_rounded(teacher, uniform, GROUP)
-        yield Point(f"teacher, mlx_lm.convert in {bits} bits", nbytes, round(lost / math.log(2), 4), measured=True)
+        yield Point(
+            f"teacher, mlx_lm.convert in {bits} bits",
+            nbytes,
+            round(lost / math.log(2), 4),
+            measured=True,
+        )
 
 
 def others(c: candidates.Candidates, names: Sequence[str]) -> Iterable[Point]:
-    """Other models, folders or hub ids, each with its own tokenizer and chat template, and what they lose."""
+    """Other models, folders or hub ids, each with its own tokenizer and chat template, and what
+    they lose.
+    """
     for name in names:
         source = resolve.resolve_model(name)
         cli.say(f"against {source.source}")
@@ -109,14 +130,18 @@ def _loss_of_another(c: candidates.Candidates, model: Checkpoint) -> float:
     windows = c.ranking
     own = token_windows.reread(windows, load.tokenizer(teacher.path), load.tokenizer(model.path))
     nats = comparison.per_byte(comparison.compare({"model": model}, own)["model", "nll"], own)
-    base = comparison.per_byte(comparison.compare({"teacher": teacher}, windows)["teacher", "nll"], windows)
+    base = comparison.per_byte(
+        comparison.compare({"teacher": teacher}, windows)["teacher", "nll"], windows
+    )
     return nats - base
 
 
 def distilled(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Point]:
-    """Students of the curve that were trained and rounded for real: finalists, with what they lost on other answers.
+    """Students of the curve that were trained and rounded for real: finalists, with what they lost
+    on other answers.
 
-    On text their loss is KL(teacher || student), as the curve's."""
+    On text their loss is KL(teacher || student), as the curve's.
+    """
     points = list[Point]()
     for record, name in zip(records, names, strict=True):
         values = record.get("answers_rounded") or record.get("kl_rounded") or [None]
@@ -133,10 +158,17 @@ def page(
     points: Sequence[Point],
     files: Files,
 ) -> str:
-    """Write frontier.json, .svg and .html into a search's folder; the table as Markdown. on: the text of the losses."""
+    """Write frontier.json, .svg and .html into a search's folder; the table as Markdown. on: the
+    text of the losses.
+    """
     ordered = sorted(points, key=lambda point: -point.nbytes)
     rows = [
-        [point.name, f"{point.nbytes / 1e6:.1f}", f"{point.loss:.3f}", "measured" if point.measured else "expected"]
+        [
+            point.name,
+            f"{point.nbytes / 1e6:.1f}",
+            f"{point.loss:.3f}",
+            "measured" if point.measured else "expected",
+        ]
         for point in ordered
     ]
     table = text.markdown_table(["", "MB", f"bits a byte of {on} above the teacher", ""], rows)
@@ -154,7 +186,9 @@ def page(
         "others": [_xy(point) for point in ordered if _is_other(point)],
     }
     drawn = {name: values for name, values in lines.items() if values}
-    picture = figures.curves(caption, ("MB of weights", f"bits a byte of {on} above the teacher"), drawn)
+    picture = figures.curves(
+        caption, ("MB of weights", f"bits a byte of {on} above the teacher"), drawn
+    )
     files.replace_text(folder / f"{NAME}.svg", figures.standalone(picture))
     body = f"<h1>{caption[1]}</h1>{picture}{html.markdown(table)}"
     files.replace_text(folder / f"{NAME}.html", html.page(caption[1], body))
@@ -166,4 +200,8 @@ def _xy(point: Point) -> tuple[float, float]:
 
 
 def _is_other(point: Point) -> bool:
-    return point.measured and not point.name.startswith("distilled") and "mlx_lm.convert" not in point.name
+    return (
+        point.measured
+        and not point.name.startswith("distilled")
+        and "mlx_lm.convert" not in point.name
+    )

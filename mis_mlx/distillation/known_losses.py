@@ -1,8 +1,10 @@
-"""What a teacher's axes cost, measured once: the logs of searches with --lose, kept for the next one.
+"""What a teacher's axes cost, measured once: the logs of searches with --lose, kept for the next
+one.
 
 A search for another loss asks for the same measurements. So its run folder begins with what earlier
 ones logged, of the same teacher and text, whatever their seed was. For the default teacher and the
-built-in text the logs come with the package (benchmarks/known_losses.py)."""
+built-in text the logs come with the package (benchmarks/known_losses.py).
+"""
 
 import json
 from collections.abc import Mapping
@@ -20,8 +22,8 @@ SHIPPED = Path(__file__).parent / "known"
 ABOUT = "about.json"
 VERSION = 1  # of how losses are measured: logs of another version are not used
 LOGS = (PROBES, CANDIDATES)
-# Settings that change what is lost. How many windows look at the text changes it by its noise alone, so what was
-# measured with some is not measured again with others.
+# Settings that change what is lost. How many windows look at the text changes it by its noise
+# alone, so what was measured with some is not measured again with others.
 MEASURED_BY = ("vocab_text", "languages")
 
 
@@ -31,7 +33,9 @@ def identity(teacher: Checkpoint, text: str, settings: Any) -> dict[str, Any]:
     measured_by = {name: given[name] for name in MEASURED_BY}
     whose = run_folder.origin(teacher, "")["teacher"]
     # As JSON has it, so that a stored one compares.
-    return dict(json.loads(json.dumps({"version": VERSION, "teacher": whose, "text": text, **measured_by})))
+    return dict(
+        json.loads(json.dumps({"version": VERSION, "teacher": whose, "text": text, **measured_by}))
+    )
 
 
 def kept_folder(about: Mapping[str, Any]) -> Path:
@@ -49,7 +53,9 @@ def known(about: Mapping[str, Any], log: str) -> list[dict[str, Any]]:
 
 
 def lay_out(run: Path, about: Mapping[str, Any], files: Files) -> int:
-    """Put what is known into a run's folder: the number of lines of its logs then. What stands there already stays."""
+    """Put what is known into a run's folder: the number of lines of its logs then. What stands
+    there already stays.
+    """
     for source in (SHIPPED, kept_folder(about)):
         if _about(source) != about:
             continue

@@ -1,7 +1,10 @@
-"""The two sides of distillation: the teacher's targets for a step, and the student's loss against them.
+"""The two sides of distillation: the teacher's targets for a step, and the student's loss against
+them.
 
-The teacher stays in memory or is streamed, by the plan; either way what crosses over is its final hidden states, and
-the vocabulary is met chunk by chunk (maths/losses). Or it is read once, and its sparse targets are on disk."""
+The teacher stays in memory or is streamed, by the plan; either way what crosses over is its final
+hidden states, and the vocabulary is met chunk by chunk (maths/losses). Or it is read once, and its
+sparse targets are on disk.
+"""
 
 from __future__ import annotations
 
@@ -29,24 +32,36 @@ from mis_mlx.storage import logit_store, run_folder
 from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint, MisError, Step
 
-Batch = tuple[mx.array, mx.array]  # token ids (B, T) int32; learn (B, T) float32: 1 where the prediction there counts
-MicroBatch = tuple[mx.array, ...]  # tokens (B, T), learn (B * T,), then the targets of these B * T positions
+# token ids (B, T) int32; learn (B, T) float32: 1 where the prediction there counts
+Batch = tuple[mx.array, mx.array]
+# tokens (B, T), learn (B * T,), then the targets of these B * T positions
+MicroBatch = tuple[mx.array, ...]
 
 
 class StreamedTeacher:
-    """Final hidden states of the teacher for any batches, and its vocabulary head: hidden(token ids [(B, T)]) ->
-    [(B, T, D)], a streamed teacher read once for all of them; logits(hidden (n, D)) -> (n, V). room_bytes, direct: as
-    of `stream.Stream`. temperature: T of eq. (2). cross_entropy: as of `losses.kl_sum`. same_head: a student's that is
-    not trained is the teacher's, which need not be read."""
+    """Final hidden states of the teacher for any batches, and its vocabulary head: hidden(token ids
+    [(B, T)]) -> [(B, T, D)], a streamed teacher read once for all of them; logits(hidden (n, D)) ->
+    (n, V). room_bytes, direct: as of `stream.Stream`. temperature: T of eq. (2). cross_entropy: as
+    of `losses.kl_sum`. same_head: a student's that is not trained is the teacher's, which need not
+    be read.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, room_bytes: int | None = 0, direct: bool = False, temperature: float = 1.0,
-        cross_entropy: float = 0.0, shares: Sequence[int] = (), same_head: bool = False,
-    ):  # fmt: skip
+        self,
+        checkpoint: Checkpoint,
+        room_bytes: int | None = 0,
+        direct: bool = False,
+        temperature: float = 1.0,
+        cross_entropy: float = 0.0,
+        shares: Sequence[int] = (),
+        same_head: bool = False,
+    ):
         where = checkpoint, policy.compute_dtype(checkpoint), room_bytes, direct
         self._source = pipeline_parallel.Relay(*where, shares) if shares else stream.Stream(*where)
-        self.hidden, self.temperature = self._source.forward, temperature
-        self._cross_entropy, self._same_head = cross_entropy, same_head
+        self.hidden = self._source.forward
+        self.temperature = temperature
+        self._cross_entropy = cross_entropy
+        self._same_head = same_head
         self.softcap = softcap(checkpoint.config)  # a student's logits are its teacher's family's
 
     @cached_property
@@ -60,9 +75,14 @@ class StreamedTeacher:
             return self.logits
         return lambda hidden: losses.capped(hidden.astype(frozen.dtype) @ frozen.T, self.softcap)
 
-    def micro_batches(self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()) -> list[MicroBatch]:
-        """Tokens (B, T), learn (B * T,), the teacher's hidden states (B * T, D); for cross-entropy labels (B * T,)."""
-        micro, pieces = [], [lanes.cut(tokens) for tokens, _ in batches]
+    def micro_batches(
+        self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()
+    ) -> list[MicroBatch]:
+        """Tokens (B, T), learn (B * T,), the teacher's hidden states (B * T, D); for cross-entropy
+        labels (B * T,).
+        """
+        micro = []
+        pieces = [lanes.cut(tokens) for tokens, _ in batches]
         coming = iter(self.hidden(list(chain.from_iterable(pieces))))
         for (tokens, learn), parts in zip(batches, pieces, strict=True):
             hidden = mx.concatenate([next(coming) for _ in parts])
@@ -72,53 +92,88 @@ class StreamedTeacher:
 
     def gradient_of(self, student: nn.Module) -> Callable[..., Any] | None:
         """As `train_loop.train` takes it."""
-        return partial(_on_host, self, student) if policy.name() == "cpu" and not self._cross_entropy else None
+        return (
+            partial(_on_host, self, student)
+            if policy.name() == "cpu" and not self._cross_entropy
+            else None
+        )
 
     def frozen_slopes(self) -> Callable[..., tuple[float, mx.array]] | None:
         """As `sharded.steps` takes them."""
 
-        def of(head: mx.array, batches: Sequence[MicroBatch], b: int, hidden: mx.array) -> tuple[float, mx.array]:
-            (_, learn, target), logits = batches[b], self._logits_by(head)
+        def of(
+            head: mx.array, batches: Sequence[MicroBatch], b: int, hidden: mx.array
+        ) -> tuple[float, mx.array]:
+            (_, learn, target) = batches[b]
+            logits = self._logits_by(head)
             loss, slope, _ = host_losses.kl_gradients(
-                hidden, head, target, logits, learn, self.temperature, frozen_head=True, softcap=self.softcap
+                hidden,
+                head,
+                target,
+                logits,
+                learn,
+                self.temperature,
+                frozen_head=True,
+                softcap=self.softcap,
             )
             return loss, slope
 
         return of if policy.name() == "cpu" and not self._cross_entropy else None
 
     def kl_sum(
-        self, hidden: mx.array, head: mx.array, learn: mx.array, *target: mx.array, frozen_head: bool = False
+        self,
+        hidden: mx.array,
+        head: mx.array,
+        learn: mx.array,
+        *target: mx.array,
+        frozen_head: bool = False,
     ) -> mx.array:
         """`losses.kl_sum` against this teacher's logits."""
         return losses.kl_sum(
-            hidden, head, target[0], self._logits_by(head) if frozen_head else self.logits, learn, self.temperature,
-            frozen_head=frozen_head, labels=target[1] if self._cross_entropy else None,
-            cross_entropy=self._cross_entropy, softcap=self.softcap,
-        )  # fmt: skip
+            hidden,
+            head,
+            target[0],
+            self._logits_by(head) if frozen_head else self.logits,
+            learn,
+            self.temperature,
+            frozen_head=frozen_head,
+            labels=target[1] if self._cross_entropy else None,
+            cross_entropy=self._cross_entropy,
+            softcap=self.softcap,
+        )
 
 
 class TextTargets:
-    """The text itself as the source: KL to a target that has all its mass on one token, which is cross-entropy."""
+    """The text itself as the source: KL to a target that has all its mass on one token, which is
+    cross-entropy.
+    """
 
     def __init__(self, softcap: float = 0.0):
         self.kl_sum = partial(losses.sampled_kl_sum, softcap=softcap)
 
-    def micro_batches(self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()) -> list[MicroBatch]:
+    def micro_batches(
+        self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()
+    ) -> list[MicroBatch]:
         """Tokens (B, T), learn (B * T,), the next tokens as ids and their weights (B * T, 1)."""
-        return [(t, learn.reshape(-1), labels(t)[:, None], mx.ones((t.size, 1))) for t, learn in batches]
+        return [
+            (t, learn.reshape(-1), labels(t)[:, None], mx.ones((t.size, 1))) for t, learn in batches
+        ]
 
 
 def labels(tokens: mx.array) -> mx.array:
-    """The token after each of tokens (B, T), (B * T,); the last column's are nothing, `learn` is 0 there."""
+    """The token after each of tokens (B, T), (B * T,); the last column's are nothing, `learn` is 0
+    there.
+    """
     return mx.roll(tokens, -1, 1).reshape(-1)
 
 
 def _on_host(
     source: StreamedTeacher, student: nn.Module, tokens: mx.array, learn: mx.array, target: mx.array
 ) -> tuple[tuple[mx.array, mx.array], Any]:
-    """What `nn.value_and_grad` gives of `student_loss`, evaluated; the vocabulary by numpy, windows side by side.
-    The way back is laid out before the way forth is gone, so that only what it needs is kept: from a cotangent of
-    zeros, whose memory numpy then fills."""
+    """What `nn.value_and_grad` gives of `student_loss`, evaluated; the vocabulary by numpy, windows
+    side by side. The way back is laid out before the way forth is gone, so that only what it needs
+    is kept: from a cotangent of zeros, whose memory numpy then fills.
+    """
     trained = dict(tree_flatten(student.trainable_parameters()))
     cotangent = mx.zeros((tokens.size, student.args.hidden_size))
     hidden: list[mx.array] = []
@@ -156,21 +211,35 @@ def student_loss(
     return source.kl_sum(hidden, load.head_weight(student), learn, *target), learn.sum()
 
 
-def step_micro_batches(source: TargetSource, data: Windows, recipe: TrainingConfig, step: int) -> list[MicroBatch]:
+def step_micro_batches(
+    source: TargetSource, data: Windows, recipe: TrainingConfig, step: int
+) -> list[MicroBatch]:
     """The micro-batches of a step, this machine's of several: a pure function of its number."""
-    at = distributed.shard(draws.batch(data, recipe.batch_size * recipe.grad_accumulation_steps, step, recipe.seed))
+    at = distributed.shard(
+        draws.batch(data, recipe.batch_size * recipe.grad_accumulation_steps, step, recipe.seed)
+    )
     parts = [at[i : i + recipe.batch_size] for i in range(0, len(at), recipe.batch_size)]
-    return source.micro_batches([(mx.array(data.tokens[p]), mx.array(data.learn[p])) for p in parts], parts)
+    return source.micro_batches(
+        [(mx.array(data.tokens[p]), mx.array(data.learn[p])) for p in parts], parts
+    )
 
 
 def steps(
-    student: nn.Module, source: TargetSource, data: Windows, recipe: TrainingConfig, optimizer: GuardedAdamW,
-    start: int = 0, factor: Callable[[int], float] = lambda step: 1.0,
-) -> Iterator[Step]:  # fmt: skip
+    student: nn.Module,
+    source: TargetSource,
+    data: Windows,
+    recipe: TrainingConfig,
+    optimizer: GuardedAdamW,
+    start: int = 0,
+    factor: Callable[[int], float] = lambda step: 1.0,
+) -> Iterator[Step]:
     """Optimizer steps `start` to `recipe.iters`, as `train_loop.train`."""
-    micro_batches, loss = partial(step_micro_batches, source, data, recipe), partial(student_loss, source)
+    micro_batches = partial(step_micro_batches, source, data, recipe)
+    loss = partial(student_loss, source)
     quicker = source.gradient_of(student) if isinstance(source, StreamedTeacher) else None
-    return train(student, micro_batches, loss, optimizer, recipe, start, factor, gradient_of=quicker)
+    return train(
+        student, micro_batches, loss, optimizer, recipe, start, factor, gradient_of=quicker
+    )
 
 
 def visited(data: Windows, recipe: TrainingConfig) -> np.ndarray:
@@ -181,26 +250,45 @@ def visited(data: Windows, recipe: TrainingConfig) -> np.ndarray:
 
 
 def write_store(
-    checkpoint: Checkpoint, teacher: Callable[[], StreamedTeacher], data: Windows, folder: Path, files: Files, *,
-    count: int = SAMPLES, seed: int = 0, windows_per_pass: int = 64,
-    show: Callable[[int, str], None] = lambda done, text: None, together: bool = False,
-) -> logit_store.Targets:  # fmt: skip
-    """The finished store of `data`'s targets in `folder`: made, or what is missing of it. Hold the run's lock.
+    checkpoint: Checkpoint,
+    teacher: Callable[[], StreamedTeacher],
+    data: Windows,
+    folder: Path,
+    files: Files,
+    *,
+    count: int = SAMPLES,
+    seed: int = 0,
+    windows_per_pass: int = 64,
+    show: Callable[[int, str], None] = lambda done, text: None,
+    together: bool = False,
+) -> logit_store.Targets:
+    """The finished store of `data`'s targets in `folder`: made, or what is missing of it. Hold the
+    run's lock.
 
-    A window's targets depend on the teacher, the window and the seed alone: not on how many windows went through the
-    teacher together, nor on where writing was stopped.
+    A window's targets depend on the teacher, the window and the seed alone: not on how many windows
+    went through the teacher together, nor on where writing was stopped.
 
-    checkpoint: the teacher's. teacher(): opens it; not called when nothing is missing. It is passed through once for
-    every `windows_per_pass` windows. count: samples a position. show(windows done, text). Several machines share the
-    missing parts out, and all have the whole store in the end. together: they share the teacher too
-    (models/pipeline_parallel), so all make as many passes as who makes most."""
+    checkpoint: the teacher's. teacher(): opens it; not called when nothing is missing. It is passed
+    through once for every `windows_per_pass` windows. count: samples a position. show(windows done,
+    text). Several machines share the missing parts out, and all have the whole store in the end.
+    together: they share the teacher too (models/pipeline_parallel), so all make as many passes as
+    who makes most.
+    """
     n, length = data.tokens.shape
     spec = logit_store.Spec(
-        "sampled", count, shape_of(checkpoint.config).vocab, n, length, run_folder.origin(checkpoint, "")["teacher"],
-        fingerprint(data), seed,
-    )  # fmt: skip
+        "sampled",
+        count,
+        shape_of(checkpoint.config).vocab,
+        n,
+        length,
+        run_folder.origin(checkpoint, "")["teacher"],
+        fingerprint(data),
+        seed,
+    )
     store = logit_store.create(folder, spec, files)
-    parts = distributed.broadcast_json(lambda: sorted({w // spec.part_windows for w in store.missing()}))
+    parts = distributed.broadcast_json(
+        lambda: sorted({w // spec.part_windows for w in store.missing()})
+    )
     mine = set(distributed.shard(parts))
     missing = [w for w in store.missing() if w // spec.part_windows in mine]
     passes = -(-len(missing) // windows_per_pass)
@@ -230,24 +318,44 @@ def _exchange(store: logit_store.Targets, files: Files) -> None:
                 store.adopt(number)
 
 
-def _drawn(teacher: StreamedTeacher, hidden: mx.array, spec: logit_store.Spec, first: int) -> dict[str, np.ndarray]:
-    """A window's arrays for the store, from its hidden states (T, D); `first`: the number of its first position."""
-    starts, how = range(0, len(hidden), rows := losses.chunk_rows(spec.vocab)), (spec.count, spec.seed)
-    parts = [losses.sample(teacher.logits(hidden[at : at + rows]), *how, first + at) for at in starts]
-    return {name: np.concatenate(arrays) for name, arrays in zip(spec.dtypes(), zip(*parts, strict=True), strict=True)}
+def _drawn(
+    teacher: StreamedTeacher, hidden: mx.array, spec: logit_store.Spec, first: int
+) -> dict[str, np.ndarray]:
+    """A window's arrays for the store, from its hidden states (T, D); `first`: the number of its
+    first position.
+    """
+    starts, how = (
+        range(0, len(hidden), rows := losses.chunk_rows(spec.vocab)),
+        (spec.count, spec.seed),
+    )
+    parts = [
+        losses.sample(teacher.logits(hidden[at : at + rows]), *how, first + at) for at in starts
+    ]
+    return {
+        name: np.concatenate(arrays)
+        for name, arrays in zip(spec.dtypes(), zip(*parts, strict=True), strict=True)
+    }
 
 
 class Cached:
-    """A store in the place of a teacher: `steps` trains against it, with none in memory. windows: which windows of the
-    training data the store's are, rising (`visited`). softcap: of the student's logits."""
+    """A store in the place of a teacher: `steps` trains against it, with none in memory. windows:
+    which windows of the training data the store's are, rising (`visited`). softcap: of the
+    student's logits.
+    """
 
     def __init__(self, store: logit_store.Targets, windows: np.ndarray, softcap: float = 0.0):
-        self._store, self._windows, self._softcap = store, windows, softcap
+        self._store = store
+        self._windows = windows
+        self._softcap = softcap
         if len(self._windows) != store.spec.windows:
             raise ValueError(f"{len(self._windows)} windows for a store of {store.spec.windows}")
 
-    def micro_batches(self, batches: Sequence[Batch], windows: Sequence[np.ndarray]) -> list[MicroBatch]:
-        """Tokens, learn, ids and weights (B * T, m). windows: which of the data each batch holds, (B,)."""
+    def micro_batches(
+        self, batches: Sequence[Batch], windows: Sequence[np.ndarray]
+    ) -> list[MicroBatch]:
+        """Tokens, learn, ids and weights (B * T, m). windows: which of the data each batch holds,
+        (B,).
+        """
         made = []
         for (tokens, learn), wanted in zip(batches, windows, strict=True):
             rows = np.searchsorted(self._windows, wanted)
@@ -258,12 +366,24 @@ class Cached:
         return made
 
     def kl_sum(
-        self, hidden: mx.array, head: mx.array, learn: mx.array, *target: mx.array, frozen_head: bool = False
+        self,
+        hidden: mx.array,
+        head: mx.array,
+        learn: mx.array,
+        *target: mx.array,
+        frozen_head: bool = False,
     ) -> mx.array:
-        """Sum of the KL in nats of a student's hidden states (n, D) and head (V, D) against stored targets."""
+        """Sum of the KL in nats of a student's hidden states (n, D) and head (V, D) against stored
+        targets.
+        """
         if head.shape[0] != (vocab := self._store.spec.vocab):
-            raise MisError(f"the targets are for {vocab} tokens, the student has {head.shape[0]}: use its teacher")
-        return losses.sampled_kl_sum(hidden, head, learn, *target, frozen_head=frozen_head, softcap=self._softcap)
+            raise MisError(
+                f"the targets are for {vocab} tokens, the student has {head.shape[0]}: use its "
+                f"teacher"
+            )
+        return losses.sampled_kl_sum(
+            hidden, head, learn, *target, frozen_head=frozen_head, softcap=self._softcap
+        )
 
 
 TargetSource = StreamedTeacher | TextTargets | Cached  # where a step's targets come from

@@ -46,9 +46,11 @@ def finish(
     start: int,
     save_every: int,
 ) -> None:
-    """Run the steps of a training to their end: `recipe.iters`, or as many as `recipe.minutes` hold.
+    """Run the steps of a training to their end: `recipe.iters`, or as many as `recipe.minutes`
+    hold.
 
-    steps_of: the steps of a recipe, from a number on."""
+    steps_of: the steps of a recipe, from a number on.
+    """
     if recipe.minutes is None:
         assert recipe.iters is not None
         training.finish(steps_of(recipe), start, recipe.iters, save_every)
@@ -60,7 +62,10 @@ def finish(
             training.finish(first, start, FIRST_STEPS, save_every)
             start = FIRST_STEPS
         found = distributed.broadcast_json(lambda: _decided(training, recipe))
-        cli.say(f"{found['iters']} steps fit into {recipe.minutes:g} minutes: {found['seconds']:.1f} s each")
+        cli.say(
+            f"{found['iters']} steps fit into {recipe.minutes:g} minutes: {found['seconds']:.1f} s "
+            f"each"
+        )
     iters = int(found["iters"])
     if start < iters:
         training.finish(steps_of(replace(recipe, iters=iters)), start, iters, save_every)
@@ -84,7 +89,9 @@ def _decided(training: CheckpointedTraining, recipe: DistillationConfig) -> dict
     by_number = {record["number"]: record["seconds"] for record in log if "number" in record}
     seconds = [by_number[number] for number in range(1, FIRST_STEPS + 1) if number in by_number]
     if not seconds:
-        raise MisError(f"{training.run.folder / training.log} has none of the first steps: start a new run")
+        raise MisError(
+            f"{training.run.folder / training.log} has none of the first steps: start a new run"
+        )
     least = max(FIRST_STEPS, recipe.warmup)
     found = vars(counted(recipe.minutes, seconds, least))
     training.run.files.replace_text(training.run.folder / FILE, json.dumps(found))

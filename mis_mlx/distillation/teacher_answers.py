@@ -1,9 +1,11 @@
 """Conversations to learn from: a teacher answers our prompts, and what it says well is kept.
 
-A student that learns from a manual alone can read manuals; asked a question, it answers nonsense. So a share of every
-training text is what the teacher itself says when it is asked (data/prompts). Kept are answers that have ended, say
-something and do not repeat themselves. An answer depends on the teacher, its prompt and the seed; not on the budget,
-nor on what is written beside it, except for rounding."""
+A student that learns from a manual alone can read manuals; asked a question, it answers nonsense.
+So a share of every training text is what the teacher itself says when it is asked (data/prompts).
+Kept are answers that have ended, say something and do not repeat themselves. An answer depends on
+the teacher, its prompt and the seed; not on the budget, nor on what is written beside it, except
+for rounding.
+"""
 
 import hashlib
 import json
@@ -47,7 +49,9 @@ class Writing:
     @property
     def settings(self) -> dict[str, Any]:
         """What answers depend on beside the teacher."""
-        asked = json_sha256([[prompt.kind, prompt.language, *prompt.turns] for prompt in self.prompts])
+        asked = json_sha256(
+            [[prompt.kind, prompt.language, *prompt.turns] for prompt in self.prompts]
+        )
         return {
             "prompts": asked,
             "max_tokens": self.max_tokens,
@@ -88,10 +92,12 @@ def kept_text(answer: Answer) -> str:
 
 
 def write(teacher: Checkpoint, how: Writing, out: Path, limit: Budget) -> int:
-    """Put the file `out` in place: a row {"messages": [...]} for every conversation that is kept; their number.
+    """Put the file `out` in place: a row {"messages": [...]} for every conversation that is kept;
+    their number.
 
-    What is written so far stands in a file beside it: a run that was stopped goes on there, with the batch that it was
-    at. MisError where hardly any answer is usable."""
+    What is written so far stands in a file beside it: a run that was stopped goes on there, with
+    the batch that it was at. MisError where hardly any answer is usable.
+    """
     found = plan(estimates.model_of(teacher), how, limit)
     part = out.with_name(f".{out.name}.part")
     header = {
@@ -118,7 +124,9 @@ def write(teacher: Checkpoint, how: Writing, out: Path, limit: Budget) -> int:
             mx.clear_cache()
     kept = [row for start in sorted(done) for row in done[start]]
     if len(kept) < USABLE * len(how.prompts):
-        why = f"of {len(how.prompts)} answers of this teacher {len(kept)} are neither empty nor loops"
+        why = (
+            f"of {len(how.prompts)} answers of this teacher {len(kept)} are neither empty nor loops"
+        )
         raise MisError(f"{why}: give --conversations 0, or --data with conversations of your own")
     DISK.replace_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
     DISK.discard(part)
@@ -126,7 +134,9 @@ def write(teacher: Checkpoint, how: Writing, out: Path, limit: Budget) -> int:
 
 
 def _done_before(part: Path, header: Mapping[str, Any]) -> dict[int, list[Row]]:
-    """{number of its first prompt: its rows} of every batch that stands in `part`, if that was begun alike."""
+    """{number of its first prompt: its rows} of every batch that stands in `part`, if that was
+    begun alike.
+    """
     first, *batches = run_folder.records(part) or [{}]
     if first == header:
         return {batch["start"]: batch["rows"] for batch in batches if "start" in batch}
@@ -146,8 +156,9 @@ def _conversations(
     max_tokens: int,
     samplers: Sequence[mlx_generate.Sampler],
 ) -> list[Row]:
-    """The conversations of a batch. A turn is answered once those before it are. An answer of which nothing is kept, or
-    that was cut off, ends its conversation; what was said before it stays."""
+    """The conversations of a batch. A turn is answered once those before it are. An answer of which
+    nothing is kept, or that was cut off, ends its conversation; what was said before it stays.
+    """
     talks = [list[dict[str, str]]() for _ in batch]
     going_on = list(range(len(batch)))
     for turn in range(max(len(prompt.turns) for prompt in batch)):

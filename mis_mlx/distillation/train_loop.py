@@ -1,7 +1,9 @@
-"""The training loop: micro-batches in, one `Step` out per optimizer step. Works for any masked loss.
+"""The training loop: micro-batches in, one `Step` out per optimizer step. Works for any masked
+loss.
 
-Cutting a step into micro-batches cannot change it, nor can sharing these out to machines (models/distributed): losses
-are summed, and divided once."""
+Cutting a step into micro-batches cannot change it, nor can sharing these out to machines
+(models/distributed): losses are summed, and divided once.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -18,40 +20,71 @@ from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.types import Step
 
 CLOCK = clock.Clock()
-# (model, *micro-batch) -> (sum in nats, token count); and, if a loss wants, further sums {name: scalar}, whose means
-# come with the step. "tokens" among these is no mean: how many tokens went through, where the count is of other things.
+# (model, *micro-batch) -> (sum in nats, token count); and, if a loss wants, further sums {name:
+# scalar}, whose means come with the step. "tokens" among these is no mean: how many tokens went
+# through, where the count is of other things.
 Loss = Callable[..., tuple[Any, ...]]
-MicroBatches = Callable[[int], Sequence[tuple[Any, ...]]]  # of a step, counted from 0: what makes it up
+# of a step, counted from 0: what makes it up
+MicroBatches = Callable[[int], Sequence[tuple[Any, ...]]]
 
 
 def train(
-    model: nn.Module, micro_batches: MicroBatches, loss: Loss, optimizer: GuardedAdamW, recipe: TrainingConfig,
-    start: int = 0, factor: Callable[[int], float] = lambda step: 1.0, gradient_of: Callable[..., Any] | None = None,
-) -> Iterator[Step]:  # fmt: skip
-    """Run steps `start` to `recipe.iters`, yielding each as it is done (`Step.number` counts from 1).
+    model: nn.Module,
+    micro_batches: MicroBatches,
+    loss: Loss,
+    optimizer: GuardedAdamW,
+    recipe: TrainingConfig,
+    start: int = 0,
+    factor: Callable[[int], float] = lambda step: 1.0,
+    gradient_of: Callable[..., Any] | None = None,
+) -> Iterator[Step]:
+    """Run steps `start` to `recipe.iters`, yielding each as it is done (`Step.number` counts from
+    1).
 
-    micro_batches: argument tuples for `loss`. factor(step): eq. (2)'s (1 + eps_halny); it scales the gradient, while
-    the loss reported is the plain one. A step during which the machine slept (the lid was closed) is discarded before
-    it touches the weights, and done again. gradient_of: what `nn.value_and_grad` gives for a micro-batch, where
-    somebody has a quicker way there."""
-    gradients = partial(_gradients, model, gradient_of or partial(nn.value_and_grad(model, loss), model), micro_batches)
+    micro_batches: argument tuples for `loss`. factor(step): eq. (2)'s (1 + eps_halny); it scales
+    the gradient, while the loss reported is the plain one. A step during which the machine slept
+    (the lid was closed) is discarded before it touches the weights, and done again. gradient_of:
+    what `nn.value_and_grad` gives for a micro-batch, where somebody has a quicker way there.
+    """
+    gradients = partial(
+        _gradients,
+        model,
+        gradient_of or partial(nn.value_and_grad(model, loss), model),
+        micro_batches,
+    )
     for step in range(start, recipe.iters):
         began, note, (value, tokens, summed, means) = awake(partial(gradients, step))
-        scale, rate = factor(step) / tokens, recipe.rate(step)
+        scale = factor(step) / tokens
+        rate = recipe.rate(step)
         # From the first machine: whoever is led by the norm is led alike.
         norm = scale * distributed.broadcast_json(partial(float, global_norm(summed, lanes.lane)))
         note += optimizer.update(model, summed, value, norm, rate, step + 1, scale, lanes.lane)
         del summed
         mx.eval(model.parameters(), optimizer.adamw.state)
-        seconds, peak, seen = CLOCK.monotonic() - began, mx.get_peak_memory(), int(means.pop("tokens", tokens))
-        yield Step(step + 1, value, norm, rate * optimizer.calm, seen, seconds, peak, note.strip(), more=means)
+        seconds = CLOCK.monotonic() - began
+        peak = mx.get_peak_memory()
+        seen = int(means.pop("tokens", tokens))
+        yield Step(
+            step + 1,
+            value,
+            norm,
+            rate * optimizer.calm,
+            seen,
+            seconds,
+            peak,
+            note.strip(),
+            more=means,
+        )
 
 
 def awake(work: Callable[[], Any]) -> tuple[float, str, Any]:
-    """(when `work` began, what is to be noted, what it gives): it is done again where the machine slept meanwhile."""
+    """(when `work` began, what is to be noted, what it gives): it is done again where the machine
+    slept meanwhile.
+    """
     note = ""
     while True:
-        began, mark = CLOCK.monotonic(), CLOCK.asleep()
+        began = CLOCK.monotonic()
+        mark = CLOCK.asleep()
         mx.reset_peak_memory()
         given = work()
         if not (slept := max(distributed.all_gather(CLOCK.slept(mark)))):
@@ -79,8 +112,11 @@ def as_in_training(model: nn.Module, work: Callable[[nn.Module], mx.array]) -> m
 def _gradients(
     model: nn.Module, gradient_of: Callable[..., Any], micro_batches: MicroBatches, step: int
 ) -> tuple[float, float, Any, dict[str, float]]:
-    """(loss per token in nats, tokens, gradients of the *sum* over tokens, further means) of one step, evaluated."""
-    gradients, sums = None, {"loss, summed": mx.array(0.0), "tokens that count": mx.array(0.0)}
+    """(loss per token in nats, tokens, gradients of the *sum* over tokens, further means) of one
+    step, evaluated.
+    """
+    gradients = None
+    sums = {"loss, summed": mx.array(0.0), "tokens that count": mx.array(0.0)}
     for arguments in micro_batches(step):
         (part, n, *more), grads = gradient_of(*arguments)
         gradients = grads if gradients is None else tree_map(mx.add, gradients, grads)
@@ -107,7 +143,9 @@ class Whole:
     """A model that `train` trains, as `run_loop.CheckpointedTraining` saves it and puts it back."""
 
     def __init__(self, model: nn.Module, optimizer: GuardedAdamW):
-        self.model, self.optimizers, self.memory = model, [optimizer], optimizer.memory
+        self.model = model
+        self.optimizers = [optimizer]
+        self.memory = optimizer.memory
 
     def arrays(self) -> dict[str, dict[str, mx.array]]:
         """Everything a resumed run needs that is an array, by checkpoint file."""

@@ -1,6 +1,8 @@
-"""Figures of answers: what they cost in bits per byte, how many go wrong, and intervals over prompts.
+"""Figures of answers: what they cost in bits per byte, how many go wrong, and intervals over
+prompts.
 
-Texts and numbers only: no model is asked here."""
+Texts and numbers only: no model is asked here.
+"""
 
 import math
 import zlib

@@ -1,7 +1,10 @@
-"""Read a value out of a short text: an exact number with its unit, a time of day, or names. Polish and English.
+"""Read a value out of a short text: an exact number with its unit, a time of day, or names. Polish
+and English.
 
-Anything that is not one value and nothing else is no value: "5 or 7", "not 5", "about 5", digits of other alphabets,
-invisible characters, a comma of two readings. Digits are counted before they are converted, nothing is evaluated."""
+Anything that is not one value and nothing else is no value: "5 or 7", "not 5", "about 5", digits of
+other alphabets, invisible characters, a comma of two readings. Digits are counted before they are
+converted, nothing is evaluated.
+"""
 
 import json
 import re
@@ -14,28 +17,43 @@ from typing import Literal
 
 Language = Literal["pl", "en"]
 
-TEXT_LIMIT, DIGIT_LIMIT = 160, 30  # characters of a value; digits of a number
+# characters of a value; digits of a number
+TEXT_LIMIT = 160
+DIGIT_LIMIT = 30
 
 _KINDS = json.loads((Path(__file__).parent / "units.json").read_text("utf-8"))
 # Name of a unit: its kind, and its factor to the smallest one of that.
-_UNITS = {n: (kind, int(f)) for kind, factors in _KINDS.items() for f, names in factors.items() for n in names.split()}
-_SPACES = "[\u00a0\u2009\u202f]"  # no-break, thin and narrow no-break spaces, as typeset numbers have them
+_UNITS = {
+    n: (kind, int(f))
+    for kind, factors in _KINDS.items()
+    for f, names in factors.items()
+    for n in names.split()
+}
+# no-break, thin and narrow no-break spaces, as typeset numbers have them
+_SPACES = "[\u00a0\u2009\u202f]"
 _NUMBER = re.compile(
     r"(?P<sign>[-+−–]|minus )? ?"
     r"(?:(?P<whole>[0-9]+) (?:i |and )?(?P<top>[0-9]{1,2}) ?/ ?(?P<bottom>[0-9]{1,3})(?![0-9.,])"
     r"|(?P<over>[0-9]+) ?/ ?(?P<under>[0-9]+)(?![0-9.,])"
     r"|(?P<plain>[0-9]{1,3}(?: [0-9]{3})+(?:[.,][0-9]+)?(?![0-9])|[0-9]+(?:[.,][0-9]+)*))"
 )
-_GROUPED = re.compile(r"[1-9][0-9]{0,2}([.,])[0-9]{3}(?:\1[0-9]{3})*(?:(?!\1)[.,][0-9]+)?")  # 1.250; 1.250.000,5
-_UNIT = re.compile(r" ?([^0-9\s,;()/+−–-]*)(?:,? (?:i |and )?|$)")  # and what may stand before the next number
-_TIME = re.compile(r"(?:o |at |godz\.? ?|godzina |o godzinie )?([0-9]{1,2})[:.]([0-9]{2})(?: ?([ap])\.?m\.?)?", re.I)
+# 1.250; 1.250.000,5
+_GROUPED = re.compile(r"[1-9][0-9]{0,2}([.,])[0-9]{3}(?:\1[0-9]{3})*(?:(?!\1)[.,][0-9]+)?")
+# and what may stand before the next number
+_UNIT = re.compile(r" ?([^0-9\s,;()/+−–-]*)(?:,? (?:i |and )?|$)")
+_TIME = re.compile(
+    r"(?:o |at |godz\.? ?|godzina |o godzinie )?([0-9]{1,2})[:.]([0-9]{2})(?: ?([ap])\.?m\.?)?",
+    re.I,
+)
 _VULGAR = re.compile("[¼-¾⅐-⅞]")  # fractions of one character
 _LATEX = re.compile(r"([0-9]?)\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """`amount` in the smallest unit of its kind, "mass": mg; "": none; "clock": minutes. `given`: as written."""
+    """`amount` in the smallest unit of its kind, "mass": mg; "": none; "clock": minutes. `given`:
+    as written.
+    """
 
     amount: Fraction
     kind: str = ""
@@ -46,11 +64,16 @@ Value = Quantity | tuple[str, ...]  # the words of a list of names, in lower cas
 
 
 def clean(text: str) -> str | None:
-    """One line without markup and doubled spaces; None where it is too long or holds characters one cannot see."""
+    """One line without markup and doubled spaces; None where it is too long or holds characters one
+    cannot see.
+    """
     if len(text) > TEXT_LIMIT:
         return None
     text = re.sub(_SPACES, " ", unicodedata.normalize("NFC", text))
-    if any(unicodedata.category(c) in ("Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp") and c != "\t" for c in text):
+    if any(
+        unicodedata.category(c) in ("Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp") and c != "\t"
+        for c in text
+    ):
         return None
     for wrapped in (r"\text{", r"\mathrm{", r"\textbf{"):
         while (at := text.find(wrapped)) >= 0 and (end := text.find("}", at)) >= 0:
@@ -65,9 +88,11 @@ def clean(text: str) -> str | None:
 
 
 def _fraction(m: re.Match[str], language: Language | None) -> Fraction | None:
-    """An exact number: "−3/4", "2 1/2", "1 250,5" (pl), "1,250.5" (en); None where it is none. language decides what
-    one comma or point before three digits is: in Polish a comma is decimal and "1.250" is refused, since both readings
-    occur; in English a comma groups. None: refused wherever the two would differ."""
+    """An exact number: "−3/4", "2 1/2", "1 250,5" (pl), "1,250.5" (en); None where it is none.
+    language decides what one comma or point before three digits is: in Polish a comma is decimal
+    and "1.250" is refused, since both readings occur; in English a comma groups. None: refused
+    wherever the two would differ.
+    """
     if sum(c.isdigit() for c in m[0]) > DIGIT_LIMIT:
         return None
     sign = -1 if (m["sign"] or "+").strip() in ("-", "−", "–", "minus") else 1
@@ -75,15 +100,18 @@ def _fraction(m: re.Match[str], language: Language | None) -> Fraction | None:
         plain = _decimal(m["plain"], language)
         return None if plain is None else sign * Fraction(plain)
     top, bottom = (m["top"], m["bottom"]) if m["whole"] else (m["over"], m["under"])
-    if int(bottom) == 0 or (m["whole"] and int(top) >= int(bottom)):  # "1 250/500" could be 1250/500
+    # "1 250/500" could be 1250/500
+    if int(bottom) == 0 or (m["whole"] and int(top) >= int(bottom)):
         return None
     return sign * (int(m["whole"] or 0) + Fraction(int(top), int(bottom)))
 
 
 def _decimal(text: str, language: Language | None) -> str | None:
     """Digits with at most one point, or None where separators make no number or more than one."""
-    spaced, text = " " in text, text.replace(" ", "")
-    one_mark, grouped = re.fullmatch(r"[0-9]+(?:[.,][0-9]+)?", text), _GROUPED.fullmatch(text)
+    spaced = " " in text
+    text = text.replace(" ", "")
+    one_mark = re.fullmatch(r"[0-9]+(?:[.,][0-9]+)?", text)
+    grouped = _GROUPED.fullmatch(text)
     if grouped is None or spaced:
         return text.replace(",", ".") if one_mark else None
     if one_mark and grouped[1] == {"pl": ",", "en": "."}.get(language or ""):
@@ -98,7 +126,9 @@ def quantity(text: str, language: Language | None) -> Quantity | None:
     text = re.sub(r"^(?:[a-zA-Z] ?)?= ?", "", text)
     if text[:1] in ("$", "€") and len(text) > 1:
         text = f"{text[1:].strip()} {text[0]}"
-    parts, at = list[tuple[int, Quantity]](), 0  # factor and quantity of every number with its unit
+    # factor and quantity of every number with its unit
+    parts = list[tuple[int, Quantity]]()
+    at = 0
     while at < len(text):
         if not (match := _NUMBER.match(text, at)) or (amount := _fraction(match, language)) is None:
             return None
@@ -113,7 +143,13 @@ def quantity(text: str, language: Language | None) -> Quantity | None:
     *first, (_, last) = parts
     falling = all(a > b for (a, _), (b, _) in pairwise(parts))
     whole = all(q.amount >= 0 and (q.given or Fraction(0)).denominator == 1 for _, q in first)
-    if {q.kind for _, q in first} != {last.kind} or not last.kind or not falling or not whole or last.amount < 0:
+    if (
+        {q.kind for _, q in first} != {last.kind}
+        or not last.kind
+        or not falling
+        or not whole
+        or last.amount < 0
+    ):
         return None
     return Quantity(sum((q.amount for _, q in parts), Fraction(0)), last.kind)
 
@@ -123,7 +159,9 @@ def clock(text: str) -> Quantity | None:
     match = _TIME.fullmatch(text)
     if match is None:
         return None
-    hours, minutes, half = int(match[1]), int(match[2]), (match[3] or "").lower()
+    hours = int(match[1])
+    minutes = int(match[2])
+    half = (match[3] or "").lower()
     if minutes > 59 or hours > (12 if half else 23) or (half and hours == 0):
         return None
     if half:
@@ -132,27 +170,40 @@ def clock(text: str) -> Quantity | None:
 
 
 def names(text: str) -> tuple[str, ...] | None:
-    """Words that are all of `text`, apart from what stands between items of a list: "Ala, Ola i Ewa"."""
+    """Words that are all of `text`, apart from what stands between items of a list: "Ala, Ola i
+    Ewa".
+    """
     words = re.sub(r" ?(?:,|;|>|→|->) ?(?:(?:i|and) )?| (?:i|and|oraz) ", ",", text).split(",")
     alike = all(re.fullmatch(r"[^\W\d_]+(?:[-'][^\W\d_]+)*", word) for word in words)
     return tuple(word.lower() for word in words) if alike else None
 
 
 def value(text: str, language: Language | None, like: Value | None = None) -> Value | None:
-    """A right answer's value as a data set writes it; or an answer's, read as what `like` is. None where it is none."""
+    """A right answer's value as a data set writes it; or an answer's, read as what `like` is. None
+    where it is none.
+    """
     line = clean(text) or ""
-    line = line[:-1].rstrip() if line.endswith(".") and not line.endswith("..") else line  # a closing full stop
-    line = _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("\u2044", "/"), line).strip()
+    # a closing full stop
+    line = line[:-1].rstrip() if line.endswith(".") and not line.endswith("..") else line
+    line = _VULGAR.sub(
+        lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("\u2044", "/"), line
+    ).strip()
     if like is None:
-        return clock(line) if re.fullmatch(r"[0-9]{1,2}:[0-9]{2}", line) else quantity(line, language) or names(line)
+        return (
+            clock(line)
+            if re.fullmatch(r"[0-9]{1,2}:[0-9]{2}", line)
+            else quantity(line, language) or names(line)
+        )
     if isinstance(like, tuple):
         return names(line)
     return clock(line) if like.kind == "clock" else quantity(line, language)
 
 
 def same(answer: Value, right: Value) -> bool:
-    """Whether an answer is the right one: exactly, with units converted. An answer without a unit counts in the unit in
-    which the right one is written; a percentage answers a question for a number; no other unit where none belongs."""
+    """Whether an answer is the right one: exactly, with units converted. An answer without a unit
+    counts in the unit in which the right one is written; a percentage answers a question for a
+    number; no other unit where none belongs.
+    """
     if isinstance(answer, tuple) or isinstance(right, tuple):
         return answer == right
     if answer.kind == right.kind:

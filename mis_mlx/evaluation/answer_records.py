@@ -1,7 +1,8 @@
 """Prompts, the answers to them, and the files in which a teacher's answers stand.
 
 Such a file is JSON lines: perhaps a header, then a record for every prompt, {"prompt_sha256",
-"sampled": {"text", "ended"}, "greedy": {"text", "ended"}, "nats", "greedy_nats", "greedy_tokens"}."""
+"sampled": {"text", "ended"}, "greedy": {"text", "ended"}, "nats", "greedy_nats", "greedy_tokens"}.
+"""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -112,7 +113,11 @@ def _measured(record: dict[str, Any], pair: AnswerPair) -> AnswerPair:
     nats = record.get("nats")
     greedy_nats = record.get("greedy_nats")
     tokens = record.get("greedy_tokens")
-    if not isinstance(nats, float) or not isinstance(greedy_nats, float) or not isinstance(tokens, int):
+    if (
+        not isinstance(nats, float)
+        or not isinstance(greedy_nats, float)
+        or not isinstance(tokens, int)
+    ):
         return pair
     return replace(pair, nats=nats, greedy_nats=greedy_nats, greedy_tokens=tokens)
 

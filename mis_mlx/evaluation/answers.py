@@ -53,7 +53,9 @@ LONGEST = 512  # tokens of a prompt and its sampled answer; a longer prompt is l
 
 @dataclass(frozen=True)
 class TeacherAnswers:
-    """The teacher's answers to prompts, in their order, and what they cost under the teacher itself."""
+    """The teacher's answers to prompts, in their order, and what they cost under the teacher
+    itself.
+    """
 
     prompts: list[Prompt]
     pairs: list[AnswerPair]
@@ -72,8 +74,13 @@ class TeacherAnswers:
     def said(self) -> "Said":
         """What is known of the teacher, as of any other model."""
         nats = [pair.nats or 0.0 for pair in self.pairs]
-        tokens = [np.full(pair.greedy_tokens, -pair.greedy_nats / max(1, pair.greedy_tokens)) for pair in self.pairs]
-        return Said(AnswerBits(np.array(nats, np.float64), _nbytes(self.sampled)), self.greedy, tokens)
+        tokens = [
+            np.full(pair.greedy_tokens, -pair.greedy_nats / max(1, pair.greedy_tokens))
+            for pair in self.pairs
+        ]
+        return Said(
+            AnswerBits(np.array(nats, np.float64), _nbytes(self.sampled)), self.greedy, tokens
+        )
 
     def part(self, chosen: Sequence[int]) -> "TeacherAnswers":
         """Those to some of the prompts, by their numbers."""
@@ -140,7 +147,9 @@ def prompts(count: int, path: Path = PROMPTS) -> list[Prompt]:
     """`count` prompts of a file, spread evenly over it, or all where there are fewer.
 
     MisError lists bad rows."""
-    good, problems = rows.judged(rows.parsed(path), f"{path.name} line", answer_records.prompt_fault)
+    good, problems = rows.judged(
+        rows.parsed(path), f"{path.name} line", answer_records.prompt_fault
+    )
     rows.refuse(problems)
     if not good:
         raise MisError(f"{path} holds 0 prompts: put one JSON object per line there")
@@ -243,7 +252,8 @@ def _known_pairs(teacher: Checkpoint, shipped: Path = SHIPPED) -> dict[str, Answ
     known = dict[str, AnswerPair]()
     if answer_records.read_header(shipped) == header:
         known |= answer_records.read_pairs(shipped)
-    known |= answer_records.read_pairs(_kept_path(header))  # which has what shipped ones cost, once that is measured
+    # which has what shipped ones cost, once that is measured
+    known |= answer_records.read_pairs(_kept_path(header))
     return known
 
 
@@ -411,9 +421,11 @@ def judged(
     """What all models answer, by name; the first one is the teacher.
 
     silent: names of students that are judged by the teacher's answers alone, and write none: that
-    takes most of the time. hashes: `answering.sha256` of models, by name, as far as these are known;
-    what is kept of a student is found by it. None where the teacher has no chat template; another model without one
-    is left out; both are said. A prompt that one of them cannot take is left out for all."""
+    takes most of the time. hashes: `answering.sha256` of models, by name, as far as these are
+    known; what is kept of a student is found by it. None where the teacher has no chat template;
+    another model without one is left out; both are said. A prompt that one of them cannot take is
+    left out for all.
+    """
     teacher_name, teacher = next(iter(models.items()))
     judging = dict[str, Checkpoint]()
     for name, model in models.items():
@@ -430,7 +442,9 @@ def judged(
     for name, model in judging.items():
         if name != teacher_name:
             kept = _kept_of_student(model, (hashes or {}).get(name))
-            said[name] = _student(model, teacher, answers, limit, kept=kept, writes=name not in silent)
+            said[name] = _student(
+                model, teacher, answers, limit, kept=kept, writes=name not in silent
+            )
     return Judgement(answers, said)
 
 
@@ -467,8 +481,10 @@ def plan(
 ) -> estimates.StageCost | None:
     """What it takes to judge these models, the first of which is the teacher, by their answers.
 
-    hashes: as of `judged`. None where all of it is kept. A student of which all is kept costs nothing,
-    any other one as if nothing was. MisError: the teacher has no template, or the budget is too small."""
+    hashes: as of `judged`. None where all of it is kept. A student of which all is kept costs
+    nothing, any other one as if nothing was. MisError: the teacher has no template, or the budget
+    is too small.
+    """
     (_, teacher), *others = models.items()
     need_template(teacher)
     judging = {name: model for name, model in others if has_template(model)}

@@ -1,7 +1,8 @@
 """IFEval's instructions: whether they can be checked here, and how many of them an answer follows.
 
-The package if-verifiable checks them (IFEval: Zhou et al., arXiv 2311.07911). It brings `datasets` and NLTK, and some
-checkers take their time on odd texts, so it runs in a process of its own."""
+The package if-verifiable checks them (IFEval: Zhou et al., arXiv 2311.07911). It brings `datasets`
+and NLTK, and some checkers take their time on odd texts, so it runs in a process of its own.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,9 @@ INSTALL = "pip install 'mis-mlx[ifeval]'"
 SPLITTING = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
 SPLITTER = "punkt_tab"
 SECONDS = 120.0  # for one batch of answers, with 2 s for the imports
-# Many instructions forbid or limit something, so a text that ignores the prompt follows some. Of all 541 prompts IFEval
-# gives 17.2 % to PLAIN, which stands for chance, and 27.3 % to DRESSED, which U Zośki says.
+# Many instructions forbid or limit something, so a text that ignores the prompt follows some. Of
+# all 541 prompts IFEval gives 17.2 % to PLAIN, which stands for chance, and 27.3 % to DRESSED,
+# which U Zośki says.
 PLAIN = "ok"
 DRESSED = '"this is the answer"'
 
@@ -43,11 +45,17 @@ class Levels(NamedTuple):
 
     def json(self) -> dict[str, float]:
         """Both and their mean, by name."""
-        return {"prompt_strict": self.prompt_strict, "inst_strict": self.inst_strict, "mean": self.mean}
+        return {
+            "prompt_strict": self.prompt_strict,
+            "inst_strict": self.inst_strict,
+            "mean": self.mean,
+        }
 
 
 def levels(followed: Sequence[int], counts: Sequence[int]) -> Levels:
-    """Both accuracies. followed, counts (n,): instructions of each prompt that are followed, and all of them."""
+    """Both accuracies. followed, counts (n,): instructions of each prompt that are followed, and
+    all of them.
+    """
     whole = sum(done == count for done, count in zip(followed, counts, strict=True))
     return Levels(
         prompt_strict=whole / len(counts),
@@ -58,9 +66,11 @@ def levels(followed: Sequence[int], counts: Sequence[int]) -> Levels:
 def marks(followed: Sequence[int], counts: Sequence[int]) -> list[float]:
     """(n,) a mark for each prompt, so that their mean is `Levels.mean`.
 
-    m_n = (p_n + f_n * N / C) / 2, where p_n is 1 if all instructions of prompt n are followed and otherwise 0, f_n says
-    how many are, N is the number of prompts and C that of all instructions: the mean of f_n * N / C is sum(f) / C. A
-    prompt with more instructions than the average has a mark above 1 when all are followed."""
+    m_n = (p_n + f_n * N / C) / 2, where p_n is 1 if all instructions of prompt n are followed and
+    otherwise 0, f_n says how many are, N is the number of prompts and C that of all instructions:
+    the mean of f_n * N / C is sum(f) / C. A prompt with more instructions than the average has a
+    mark above 1 when all are followed.
+    """
     weight = len(counts) / sum(counts)
     found = []
     for done, count in zip(followed, counts, strict=True):
@@ -85,7 +95,9 @@ def fault(row: Mapping[str, Any]) -> str | None:
 
 
 def of_row(row: Mapping[str, Any]) -> tuple[Instruction, ...]:
-    """The instructions of a row that `fault` finds nothing wrong with. Arguments that are null are left out."""
+    """The instructions of a row that `fault` finds nothing wrong with. Arguments that are null are
+    left out.
+    """
     found = []
     for name, arguments in zip(row["instruction_id_list"], row["kwargs"], strict=True):
         given = {key: value for key, value in arguments.items() if value is not None}
@@ -95,18 +107,27 @@ def of_row(row: Mapping[str, Any]) -> tuple[Instruction, ...]:
 
 
 def check(task: str, asked: Sequence[Sequence[Instruction]]) -> list[str]:
-    """What is wrong with the instructions of each question, as sentences that name the question of `task`.
+    """What is wrong with the instructions of each question, as sentences that name the question of
+    `task`.
 
-    MisError where they cannot be checked on this machine: no package, or no model that splits sentences."""
+    MisError where they cannot be checked on this machine: no package, or no model that splits
+    sentences.
+    """
     if find_spec(PACKAGE) is None:
-        raise MisError(f"{task}: if-verifiable checks its {len(asked)} answers, which is not here: {INSTALL}")
+        raise MisError(
+            f"{task}: if-verifiable checks its {len(asked)} answers, which is not here: {INSTALL}"
+        )
     try:
         found = child_process.ask(__name__, _unusable.__name__, {"asked": asked}, SECONDS)
     except child_process.NoAnswer as error:
         raise MisError(f"{task}: if-verifiable does not work here ({error}): {INSTALL}") from None
     splitting = sum(_splits(question) for question in asked)
     if splitting and not found["splitter"]:
-        why = f"{task}: {splitting} of {len(asked)} questions count sentences or words with NLTK's {SPLITTER}"
+        why = (
+            f"{task}: {splitting} of {len(asked)} questions count sentences or words with "
+            f"NLTK's "
+            f"{SPLITTER}"
+        )
         raise MisError(f"{why}, which is not here: python -m nltk.downloader {SPLITTER}")
     problems = []
     for number, why in found["problems"]:
@@ -121,7 +142,9 @@ def _splits(question: Sequence[Instruction]) -> bool:
 
 
 def _unusable(asked: Sequence[Sequence[tuple[str, Mapping[str, Any]]]]) -> dict[str, Any]:
-    """In the child. problems: (question's number from 0, what is wrong); splitter: whether NLTK can split sentences."""
+    """In the child. problems: (question's number from 0, what is wrong); splitter: whether NLTK can
+    split sentences.
+    """
     from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
     from nltk.tokenize import sent_tokenize
 
@@ -145,12 +168,17 @@ def _unusable(asked: Sequence[Sequence[tuple[str, Mapping[str, Any]]]]) -> dict[
 
 
 def followed(
-    prompts: Sequence[str], completions: Sequence[str], asked: Sequence[Sequence[tuple[str, Mapping[str, Any]]]]
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    asked: Sequence[Sequence[tuple[str, Mapping[str, Any]]]],
 ) -> list[int]:
-    """In the child, as a reward (evaluation/rewards): how many instructions each completion follows, strictly."""
+    """In the child, as a reward (evaluation/rewards): how many instructions each completion
+    follows, strictly.
+    """
     import langdetect
 
-    langdetect.DetectorFactory.seed = 0  # otherwise the language of an odd text is drawn anew every time
+    # otherwise the language of an odd text is drawn anew every time
+    langdetect.DetectorFactory.seed = 0
     counts = []
     for prompt, text, question in zip(prompts, completions, asked, strict=True):
         counts.append(_followed(prompt, text, question))

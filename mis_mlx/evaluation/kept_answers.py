@@ -1,7 +1,9 @@
-"""What a model answered, and how likely it finds answers, kept in the cache: nothing is asked twice.
+"""What a model answered, and how likely it finds answers, kept in the cache: nothing is asked
+twice.
 
 Both files of a model are JSON lines, a record for every prompt. Of two records of one prompt the
-later one counts; lines that a crash tore, or that are no records of ours, are passed over."""
+later one counts; lines that a crash tore, or that are no records of ours, are passed over.
+"""
 
 import json
 import math
@@ -35,9 +37,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Kept:
-    """What is known of one model with one set of settings: its greedy answers and what answers cost.
+    """What is known of one model with one set of settings: its greedy answers and what answers
+    cost.
 
-    model_sha256: of the model, in hex. settings_sha256: of all else that answers depend on."""
+    model_sha256: of the model, in hex. settings_sha256: of all else that answers depend on.
+    """
 
     model_sha256: str
     settings_sha256: str

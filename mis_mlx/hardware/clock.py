@@ -1,11 +1,15 @@
-"""Time that can be read and waited for, real or virtual, and how long the machine slept meanwhile."""
+"""Time that can be read and waited for, real or virtual, and how long the machine slept
+meanwhile.
+"""
 
 import sys
 import time
 
 
 class Clock:
-    """The real clock. Sleep (a closed lid) is told from the system's counters, not from a wall clock that is set."""
+    """The real clock. Sleep (a closed lid) is told from the system's counters, not from a wall
+    clock that is set.
+    """
 
     def monotonic(self) -> float:
         """Seconds that never run backwards; they stand still while the machine sleeps."""
@@ -22,7 +26,9 @@ class Clock:
     def uptime(self) -> float:
         """Seconds since boot, sleep included."""
         # A Mac's raw clock counts sleep, and NTP does not slew it.
-        return time.clock_gettime(time.CLOCK_MONOTONIC_RAW if sys.platform == "darwin" else time.CLOCK_BOOTTIME)
+        return time.clock_gettime(
+            time.CLOCK_MONOTONIC_RAW if sys.platform == "darwin" else time.CLOCK_BOOTTIME
+        )
 
     def asleep(self) -> float:
         """Seconds the machine has been asleep since boot: what `slept` wants."""
@@ -31,13 +37,17 @@ class Clock:
         return self.uptime() - time.clock_gettime(time.CLOCK_MONOTONIC)
 
     def slept(self, since: float) -> float:
-        """Seconds asleep since `since = clock.asleep()`; 0 below 1 s, as the counters are read in turn."""
+        """Seconds asleep since `since = clock.asleep()`; 0 below 1 s, as the counters are read in
+        turn.
+        """
         gap = self.asleep() - since
         return gap if gap >= 1.0 else 0.0
 
 
 class VirtualClock(Clock):
-    """A clock that moves only when told to, for replays and tests: `sleep` returns at once. Uptime is the machine's."""
+    """A clock that moves only when told to, for replays and tests: `sleep` returns at once. Uptime
+    is the machine's.
+    """
 
     def __init__(self) -> None:
         self._awake = 0.0

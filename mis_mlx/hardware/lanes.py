@@ -1,8 +1,9 @@
 """Windows that do not know of each other, side by side: on a CPU of two cores each has a core.
 
-MLX's CPU back end computes everything but matrix products in one thread a stream, so that one of two cores waits most
-of the time; here two windows go through two streams, each product in one thread. A GPU has one lane, and so has a CPU
-of one core, or of many, whose products need them all."""
+MLX's CPU back end computes everything but matrix products in one thread a stream, so that one of
+two cores waits most of the time; here two windows go through two streams, each product in one
+thread. A GPU has one lane, and so has a CPU of one core, or of many, whose products need them all.
+"""
 
 import ctypes
 import os
@@ -16,13 +17,16 @@ from typing import Any
 import mlx.core as mx
 
 MANY = 4  # cores from which on there is one lane: not measured on so many
-# blas.py sets it before MLX reads it: without it MLX evaluates one lane's work to its end, then the other's.
+# blas.py sets it before MLX reads it: without it MLX evaluates one lane's work to its end, then the
+# other's.
 IN_TURN = "MLX_BFS_MAX_WIDTH"
 
 
 @cache
 def _blas() -> tuple[Any, int]:
-    """(the BLAS that products run on, the threads that it was begun with); (None, 1) where it is no OpenBLAS."""
+    """(the BLAS that products run on, the threads that it was begun with); (None, 1) where it is no
+    OpenBLAS.
+    """
     library = ctypes.CDLL(None)
     if not hasattr(library, "openblas_set_num_threads"):
         return None, 1
@@ -31,12 +35,17 @@ def _blas() -> tuple[Any, int]:
 
 def count() -> int:
     """How many windows go side by side."""
-    return 2 if IN_TURN in os.environ and mx.default_device() == mx.cpu and 2 <= _blas()[1] < MANY else 1
+    return (
+        2
+        if IN_TURN in os.environ and mx.default_device() == mx.cpu and 2 <= _blas()[1] < MANY
+        else 1
+    )
 
 
 class _Streams(threading.local):
-    """Of a thread, for MLX's streams belong to the one that made them, and the system gives a thread's number to
-    another one after its end."""
+    """Of a thread, for MLX's streams belong to the one that made them, and the system gives a
+    thread's number to another one after its end.
+    """
 
     def __init__(self) -> None:
         self.all = mx.default_stream(mx.cpu), mx.new_stream(mx.cpu)
@@ -55,7 +64,9 @@ def lane(i: int) -> AbstractContextManager[Any]:
 
 @contextmanager
 def together(things: int) -> Iterator[None]:
-    """What was made in lanes is evaluated in here, each matrix product in one thread, unless a thing is alone."""
+    """What was made in lanes is evaluated in here, each matrix product in one thread, unless a
+    thing is alone.
+    """
     library, threads = _blas()
     if min(things, count()) < 2:
         yield
@@ -83,7 +94,9 @@ def rows(work: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
 
 
 def each(work: Callable[..., Any], *items: Iterable[Any]) -> Iterator[Any]:
-    """`work` of every item, or of the items of several lists, in order and evaluated: as many at a time as lanes."""
+    """`work` of every item, or of the items of several lists, in order and evaluated: as many at a
+    time as lanes.
+    """
     coming = zip(*items, strict=True)
     while some := list(islice(coming, count())):
         results = []

@@ -1,6 +1,9 @@
-"""What macOS wants to be told, so that a long computation is neither ended nor put to sleep. No Mac has run this yet.
+"""What macOS wants to be told, so that a long computation is neither ended nor put to sleep. No Mac
+has run this yet.
 
-`mis_mlx` imports this before anything else, so it imports nothing of the package, and MLX only inside functions."""
+`mis_mlx` imports this before anything else, so it imports nothing of the package, and MLX only
+inside functions.
+"""
 
 import os
 import subprocess
@@ -12,16 +15,17 @@ WATCHDOG = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
 NO_COMPILE = "MLX_DISABLE_COMPILE"  # read by MLX when it first compiles a function
 DEVICE = "MIS_MLX_DEVICE"
 SMALL_BYTES = 8 * 2**30  # a Mac of no more memory has MLX send small command buffers
-# The most operations and megabytes of a command buffer, read by MLX when it opens the device; else 40 and 40. Metal
-# holds the temporaries of all buffers that are in flight.
+# The most operations and megabytes of a command buffer, read by MLX when it opens the device; else
+# 40 and 40. Metal holds the temporaries of all buffers that are in flight.
 COMMAND_BUFFERS = {"MLX_MAX_OPS_PER_BUFFER": "10", "MLX_MAX_MB_PER_BUFFER": "10"}
 
 
 def settle() -> None:
     """Set on macOS what MLX and Metal read from the environment. What the user has set stays.
 
-    Metal reads WATCHDOG when the device is opened: without it macOS ends long computations on a GPU that also draws the
-    screen (mlx issue 3267)."""
+    Metal reads WATCHDOG when the device is opened: without it macOS ends long computations on a GPU
+    that also draws the screen (mlx issue 3267).
+    """
     if sys.platform != "darwin":
         return
     os.environ.setdefault(WATCHDOG, "1")
@@ -33,17 +37,23 @@ def settle() -> None:
 
 
 def total_bytes() -> int:
-    """This machine's memory, asked without psutil, which takes longer to import than the rest of the package."""
+    """This machine's memory, asked without psutil, which takes longer to import than the rest of
+    the package.
+    """
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def compiler_installed() -> bool:
-    """Whether a C++ compiler may be called. On macOS without the command line tools, `g++` opens an installer window
-    instead of running; `xcode-select -p` says whether they are there, and opens none."""
+    """Whether a C++ compiler may be called. On macOS without the command line tools, `g++` opens an
+    installer window instead of running; `xcode-select -p` says whether they are there, and opens
+    none.
+    """
     if sys.platform != "darwin":
         return True
     try:
-        asked = subprocess.run(["xcode-select", "-p"], capture_output=True, stdin=subprocess.DEVNULL, check=False)
+        asked = subprocess.run(
+            ["xcode-select", "-p"], capture_output=True, stdin=subprocess.DEVNULL, check=False
+        )
     except OSError:
         return False
     return asked.returncode == 0
@@ -51,7 +61,9 @@ def compiler_installed() -> bool:
 
 @contextmanager
 def no_installer() -> Iterator[None]:
-    """Within, MLX on the CPU does not call a compiler that is not installed: its functions run uncompiled."""
+    """Within, MLX on the CPU does not call a compiler that is not installed: its functions run
+    uncompiled.
+    """
     import mlx.core as mx
 
     if NO_COMPILE in os.environ or compiler_installed():
@@ -66,10 +78,12 @@ def no_installer() -> Iterator[None]:
 
 @contextmanager
 def awake() -> Iterator[None]:
-    """Within, a Mac does not go to sleep because nobody types. Its display may, and a closed lid still sends it.
+    """Within, a Mac does not go to sleep because nobody types. Its display may, and a closed lid
+    still sends it.
 
-    `caffeinate -w` ends with this process, even where that is killed. A session of its own: Ctrl-C asks for one more
-    step, and the machine has to stay awake for that."""
+    `caffeinate -w` ends with this process, even where that is killed. A session of its own: Ctrl-C
+    asks for one more step, and the machine has to stay awake for that.
+    """
     if sys.platform != "darwin":
         yield
         return

@@ -1,4 +1,6 @@
-"""Memory of this machine and this process, and a sensible budget, which MLX is told here and nowhere else."""
+"""Memory of this machine and this process, and a sensible budget, which MLX is told here and
+nowhere else.
+"""
 
 import os
 import resource
@@ -17,18 +19,28 @@ from mis_mlx.types import GIB, Budget, MisError, gib
 
 DEFAULT_BYTES = 5 * GIB
 SHARE = 0.75  # of what is there: macOS and the browser want to live too
-GROWN_BYTES, GROWN_METAL_BYTES = 40 * 2**20, 150 * 2**20  # by Python and libraries; Metal's runtime: until measured
-# More of each lane that trains on a CPU: BLAS's buffer; holes in glibc's heap if all gradients are held at once
-TRAINED_BYTES, TRAINED_WHOLE_BYTES = 32 * 2**20, 80 * 2**20
-RUSAGE_V4, FOOTPRINT, MOST_FOOTPRINT = 4, 2 + 7, 2 + 28  # of proc_pid_rusage: its 64-bit words, a UUID first
+# by Python and libraries; Metal's runtime: until measured
+GROWN_BYTES = 40 * 2**20
+GROWN_METAL_BYTES = 150 * 2**20
+# More of each lane that trains on a CPU: BLAS's buffer; holes in glibc's heap if all gradients are
+# held at once
+TRAINED_BYTES = 32 * 2**20
+TRAINED_WHOLE_BYTES = 80 * 2**20
+# of proc_pid_rusage: its 64-bit words, a UUID first
+RUSAGE_V4 = 4
+FOOTPRINT = 2 + 7
+MOST_FOOTPRINT = 2 + 28
 OPEN_FILES = 4096  # macOS allows 256 at first, which a model in many files is beyond
 COMMANDS_AHEAD = 10  # command buffers that MLX sends before it waits (scheduler.h)
-MEGABYTES, USUAL_MEGABYTES = "MLX_MAX_MB_PER_BUFFER", "40"
+MEGABYTES = "MLX_MAX_MB_PER_BUFFER"
+USUAL_MEGABYTES = "40"
 WIRED_MARGIN_BYTES = 256 * 2**20  # beyond what a job needs, so that its last buffers are wired too
 
 
 def room_bytes() -> int:
-    """Most that a process should take: Metal's recommended working set, or the memory available now."""
+    """Most that a process should take: Metal's recommended working set, or the memory available
+    now.
+    """
     return _recommended(mx) or int(psutil.virtual_memory().available)
 
 
@@ -39,8 +51,10 @@ def _recommended(device: Any) -> int | None:
 
 
 def in_flight_bytes() -> int:
-    """Temporaries of commands that a GPU has not done yet: MLX sends some ten command buffers ahead, each with as many
-    megabytes as its environment says (`macos.COMMAND_BUFFERS`). Read in MLX's source; no Mac has measured it."""
+    """Temporaries of commands that a GPU has not done yet: MLX sends some ten command buffers
+    ahead, each with as many megabytes as its environment says (`macos.COMMAND_BUFFERS`). Read in
+    MLX's source; no Mac has measured it.
+    """
     small = macos.total_bytes() <= macos.SMALL_BYTES or mx.default_device() != mx.gpu
     usual = macos.COMMAND_BUFFERS[MEGABYTES] if small else USUAL_MEGABYTES
     return COMMANDS_AHEAD * int(os.environ.get(MEGABYTES) or usual) * 10**6
@@ -58,8 +72,10 @@ def free_for_us_bytes() -> int:
 
 
 def budget(asked_bytes: int | None, room: int | None = None) -> Budget:
-    """The user's budget, or the least of 5 GiB, 75 % of the room and what others do not use now. MisError for more than
-    there is. room: of another machine than this one, in bytes, where nothing else runs."""
+    """The user's budget, or the least of 5 GiB, 75 % of the room and what others do not use now.
+    MisError for more than there is. room: of another machine than this one, in bytes, where nothing
+    else runs.
+    """
     most = DEFAULT_BYTES
     if room is None:
         room = room_bytes()
@@ -67,13 +83,17 @@ def budget(asked_bytes: int | None, room: int | None = None) -> Budget:
     if asked_bytes is None:
         return Budget(min(most, int(SHARE * room)))
     if asked_bytes > room:
-        raise MisError(f"--budget {gib(asked_bytes)} is more than the {gib(room)} there are: ask for less")
+        raise MisError(
+            f"--budget {gib(asked_bytes)} is more than the {gib(room)} there are: ask for less"
+        )
     return Budget(asked_bytes)
 
 
 def held_bytes() -> tuple[int, int]:
-    """(now, most so far) of this process: its physical footprint on a Mac, as Activity Monitor shows it, buffers of
-    the GPU among it, which the resident set has only in part; elsewhere the resident set."""
+    """(now, most so far) of this process: its physical footprint on a Mac, as Activity Monitor
+    shows it, buffers of the GPU among it, which the resident set has only in part; elsewhere the
+    resident set.
+    """
     try:
         answer = (c_uint64 * (2 + 35))()
         if apple_sensors.functions("memory").proc_pid_rusage(os.getpid(), RUSAGE_V4, answer):
@@ -85,7 +105,9 @@ def held_bytes() -> tuple[int, int]:
 
 
 class Peak:
-    """The most memory the work took: the larger of MLX's own count and the growth of what the process held."""
+    """The most memory the work took: the larger of MLX's own count and the growth of what the
+    process held.
+    """
 
     def __init__(self) -> None:
         give_back()
@@ -103,16 +125,18 @@ class Peak:
 
 
 def process_bytes(limit_bytes: int, gpu: bool | None = None, trained_bytes: int = 0) -> int:
-    """What a process takes of a budget beside its arrays, a sixth of it at most: what Python and libraries grow by
-    (measured on a CPU: 13 to 20 MiB, whatever the model). gpu: as this process computes, if not said. trained_bytes:
-    more on a CPU, of all lanes that train."""
+    """What a process takes of a budget beside its arrays, a sixth of it at most: what Python and
+    libraries grow by (measured on a CPU: 13 to 20 MiB, whatever the model). gpu: as this process
+    computes, if not said. trained_bytes: more on a CPU, of all lanes that train.
+    """
     gpu = mx.default_device() == mx.gpu if gpu is None else gpu
     return min(GROWN_METAL_BYTES if gpu else GROWN_BYTES + trained_bytes, limit_bytes // 6)
 
 
 def give_back(cache: bool = True) -> None:
-    """Freed memory goes back to the system: glibc held 1.8 GB of it after training, beside the next phase, and more
-    with every step of a large vocabulary. cache: what MLX keeps, too."""
+    """Freed memory goes back to the system: glibc held 1.8 GB of it after training, beside the next
+    phase, and more with every step of a large vocabulary. cache: what MLX keeps, too.
+    """
     if cache:
         mx.clear_cache()
     if hasattr(library := CDLL(None), "malloc_trim"):
@@ -126,17 +150,21 @@ def wiring_asked() -> bool:
 
 
 def undo_foreign_wiring(device: Any = mx) -> None:
-    """Unwire what a library has just wired without being asked: mlx-lm's batch generator wires all that Metal
-    recommends. Nothing happens with MIS_MLX_WIRE=1, or where nothing is wired. device: as of `limited`."""
+    """Unwire what a library has just wired without being asked: mlx-lm's batch generator wires all
+    that Metal recommends. Nothing happens with MIS_MLX_WIRE=1, or where nothing is wired. device:
+    as of `limited`.
+    """
     if _recommended(device) and not wiring_asked() and hasattr(device, "set_wired_limit"):
         device.set_wired_limit(0)
 
 
 @contextmanager
 def limited(limit: Budget, wired_bytes: int = 0, device: Any = mx) -> Iterator[None]:
-    """MLX throttles itself at the budget, less what the process grows by, and keeps little freed memory; its own limits
-    come back after. wired_bytes: what a job is planned to take that trains a model whole in memory: with MIS_MLX_WIRE=1
-    that much is wired on Metal, so that macOS does not page it out. device: `mlx.core`, or what a test takes for it."""
+    """MLX throttles itself at the budget, less what the process grows by, and keeps little freed
+    memory; its own limits come back after. wired_bytes: what a job is planned to take that trains a
+    model whole in memory: with MIS_MLX_WIRE=1 that much is wired on Metal, so that macOS does not
+    page it out. device: `mlx.core`, or what a test takes for it.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -144,8 +172,8 @@ def limited(limit: Budget, wired_bytes: int = 0, device: Any = mx) -> Iterator[N
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     gpu = device.default_device() == device.gpu
     memory = device.set_memory_limit(limit.limit_bytes - process_bytes(limit.limit_bytes, gpu))
-    # Freed memory that MLX may keep: none on a CPU, where a step takes as long as with 2 GiB. On Metal it is emptied
-    # before arrays and cache pass MLX's limit.
+    # Freed memory that MLX may keep: none on a CPU, where a step takes as long as with 2 GiB. On
+    # Metal it is emptied before arrays and cache pass MLX's limit.
     cache = device.set_cache_limit(min(GIB, limit.limit_bytes // 4) if gpu else 0)
     most = _recommended(device)
     wired = None

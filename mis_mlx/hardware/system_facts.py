@@ -1,6 +1,8 @@
-"""What a report of this machine says beside its numbers: model, GPU, memory pressure, power, variables, numpy's BLAS.
+"""What a report of this machine says beside its numbers: model, GPU, memory pressure, power,
+variables, numpy's BLAS.
 
-A line that cannot be had says why. On a Mac nobody has run this yet."""
+A line that cannot be had says why. On a Mac nobody has run this yet.
+"""
 
 import os
 import re
@@ -32,7 +34,9 @@ PATIENCE_S = 10.0
 def asked(command: Sequence[str]) -> str:
     """What a program says, in one line; or in parentheses why it says nothing."""
     try:
-        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=PATIENCE_S, check=False)
+        done = subprocess.run(
+            command, capture_output=True, stdin=subprocess.DEVNULL, timeout=PATIENCE_S, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"(refused: {type(error).__name__})"
     said = " ".join(done.stdout.decode(errors="replace").split())
@@ -92,7 +96,9 @@ def numpy_blas() -> str:
 
 
 def sensors(raw: Raw) -> Iterator[str]:
-    """Every raw value of one look at the thermometers, by its own name; and what refused, with its words."""
+    """Every raw value of one look at the thermometers, by its own name; and what refused, with its
+    words.
+    """
     for provider, rows in (("HID", raw.hid), ("psutil", raw.linux)):
         if rows:
             yield f"{provider}: " + ", ".join(f"{name} {value:.1f}" for name, value in rows)

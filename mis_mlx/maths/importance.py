@@ -1,7 +1,9 @@
 """Importance of FFN neurons, query heads, hidden channels and blocks; AAIS; who is kept.
 
-Statistics are sums over calibration samples and add up in any order. AAIS is eq. (1) of the paper: I_j = |a_j| * T_env
-/ h_npm, |a_j| the rms over tokens, which picks better than Minitron's mean (benchmarks/recovery.py, neurons)."""
+Statistics are sums over calibration samples and add up in any order. AAIS is eq. (1) of the paper:
+I_j = |a_j| * T_env / h_npm, |a_j| the rms over tokens, which picks better than Minitron's mean
+(benchmarks/recovery.py, neurons).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ import numpy as np
 
 from mis_mlx.types import MisError, Reading
 
-REFERENCE_C, REFERENCE_M = 8.0, 832.0
+REFERENCE_C = 8.0
+REFERENCE_M = 832.0
 KELVIN = 273.15
 Key = tuple[int, str]  # (layer, axis), as in types.Keep
 
@@ -25,8 +28,12 @@ def channel_sample(x: mx.array) -> mx.array:
 
 
 def head_sample(x: mx.array, heads: int) -> mx.array:
-    """Mean over tokens of each head's output norm.  x (B, T, H * head_dim), the input of o_proj -> (H,)."""
-    return mx.sqrt(mx.square(x.astype(mx.float32).reshape(-1, heads, x.shape[-1] // heads)).sum(-1)).mean(axis=0)
+    """Mean over tokens of each head's output norm.  x (B, T, H * head_dim), the input of o_proj ->
+    (H,).
+    """
+    return mx.sqrt(
+        mx.square(x.astype(mx.float32).reshape(-1, heads, x.shape[-1] // heads)).sum(-1)
+    ).mean(axis=0)
 
 
 def square_sample(x: mx.array) -> mx.array:
@@ -35,8 +42,11 @@ def square_sample(x: mx.array) -> mx.array:
 
 
 def block_sample(into: mx.array, out: mx.array) -> mx.array:
-    """1 - cosine between a block's input and output, mean over tokens (block influence).  (B, T, D) -> ()."""
-    a, b = into.astype(mx.float32), out.astype(mx.float32)
+    """1 - cosine between a block's input and output, mean over tokens (block influence).  (B, T, D)
+    -> ().
+    """
+    a = into.astype(mx.float32)
+    b = out.astype(mx.float32)
     norms = mx.sqrt(mx.square(a).sum(axis=-1) * mx.square(b).sum(axis=-1))
     return 1.0 - ((a * b).sum(axis=-1) / mx.maximum(norms, 1e-12)).mean()
 
@@ -44,7 +54,9 @@ def block_sample(into: mx.array, out: mx.array) -> mx.array:
 def weight_of(reading: Reading | None, unit: str) -> float | None:
     """T_env of one calibration batch in the unit asked for, or None when nothing is known of it.
 
-    Kelvin is always positive. Celsius, to the letter of the paper, refuses T <= 0, which would reverse the ranking."""
+    Kelvin is always positive. Celsius, to the letter of the paper, refuses T <= 0, which would
+    reverse the ranking.
+    """
     if reading is None or reading.ambient_c is None:
         return None
     if reading.altitude_m is not None and reading.altitude_m <= 0:
@@ -53,8 +65,14 @@ def weight_of(reading: Reading | None, unit: str) -> float | None:
     if unit == "kelvin":
         return reading.ambient_c + KELVIN
     if reading.ambient_c <= 0:
-        why = f"the air is {reading.ambient_c:g} °C and --temperature-unit celsius needs more than 0 °C"
-        raise MisError(f"{why}, a negative weight would reverse the ranking: use --temperature-unit kelvin")
+        why = (
+            f"the air is {reading.ambient_c:g} °C and --temperature-unit celsius needs more "
+            f"than "
+            f"0 °C"
+        )
+        raise MisError(
+            f"{why}, a negative weight would reverse the ranking: use --temperature-unit kelvin"
+        )
     return reading.ambient_c
 
 
@@ -69,7 +87,9 @@ class Sums:
     warm: np.ndarray
 
     def add(self, mean: np.ndarray, square: np.ndarray, weight: float) -> None:
-        """One batch's means over tokens of |a| and of a^2, both (units,), measured at T_env = weight."""
+        """One batch's means over tokens of |a| and of a^2, both (units,), measured at T_env =
+        weight.
+        """
         self.mean += np.asarray(mean, np.float64) ** 2
         self.square += square
         self.warm += square * weight**2
@@ -77,8 +97,9 @@ class Sums:
 
 @dataclass
 class ExpertSums:
-    """Sums over a layer's tokens, for REAP (arXiv 2510.13999): the mean, over tokens that choose an expert, of its gate
-    times the norm of its output. Gates of a token sum to 1."""
+    """Sums over a layer's tokens, for REAP (arXiv 2510.13999): the mean, over tokens that choose an
+    expert, of its gate times the norm of its output. Gates of a token sum to 1.
+    """
 
     routed: np.ndarray
     gated: np.ndarray
@@ -94,7 +115,9 @@ class ExpertSums:
 
     def scores(self) -> Sums:
         """Their squares, as `rms` and `aais` take them; 0 of an expert that no token has chosen."""
-        square, warm = (np.square(total / np.maximum(self.routed, 1)) for total in (self.gated, self.warm))
+        square, warm = (
+            np.square(total / np.maximum(self.routed, 1)) for total in (self.gated, self.warm)
+        )
         return Sums(square, square, warm)
 
 
@@ -102,8 +125,9 @@ class ExpertSums:
 class Statistics:
     """What calibration gathers, by layer number; at -1 `hidden`, which sums over all layer norms.
 
-    Of a mixture `ffn` has the neurons of all experts of a layer, one expert's after another's. `experts`: REAP's score
-    of each, its square that is; `routed`: how many tokens chose each."""
+    Of a mixture `ffn` has the neurons of all experts of a layer, one expert's after another's.
+    `experts`: REAP's score of each, its square that is; `routed`: how many tokens chose each.
+    """
 
     ffn: dict[int, Sums] = field(default_factory=dict)
     experts: dict[int, Sums] = field(default_factory=dict)
@@ -117,17 +141,23 @@ class Statistics:
 
 
 def activation(sums: Sums) -> np.ndarray:
-    """Minitron's importance: mean over tokens, L2 over batches (arXiv 2407.14679 table 13).  (F,)."""
+    """Minitron's importance: mean over tokens, L2 over batches (arXiv 2407.14679 table 13).
+    (F,).
+    """
     return np.sqrt(sums.mean)
 
 
 def rms(sums: Sums) -> np.ndarray:
-    """L2 over tokens and over batches: of each neuron what the squared error of leaving it out goes by.  (F,)."""
+    """L2 over tokens and over batches: of each neuron what the squared error of leaving it out goes
+    by.  (F,).
+    """
     return np.sqrt(sums.square)
 
 
 def aais(sums: Sums, altitude_m: float) -> np.ndarray:
-    """I_j = sqrt( sum_b (rms_bj * T_b / h)^2 ).  With constant T and h a positive multiple of `rms`."""
+    """I_j = sqrt( sum_b (rms_bj * T_b / h)^2 ).  With constant T and h a positive multiple of
+    `rms`.
+    """
     return np.sqrt(sums.warm) / altitude_m
 
 
@@ -137,8 +167,11 @@ def top(scores: np.ndarray, keep: int) -> tuple[int, ...]:
 
 
 def top_in_groups(scores: np.ndarray, groups: int, keep: int, kept_groups: int) -> tuple[int, ...]:
-    """Query heads to keep: the best, equally many of each of the best `kept_groups` key-value groups."""
-    each, kept = len(scores) // groups, list[int]()
+    """Query heads to keep: the best, equally many of each of the best `kept_groups` key-value
+    groups.
+    """
+    each = len(scores) // groups
+    kept = list[int]()
     for g in top(group_scores(scores, groups), kept_groups):
         kept += [g * each + i for i in top(scores[g * each : (g + 1) * each], keep // kept_groups)]
     return tuple(kept)
@@ -155,7 +188,8 @@ def lowest_blocks(block: dict[int, float], keep: int, kinds: Sequence[int] = ())
     kinds: of every layer, where the j-th to be kept must be of the kind of layer j."""
     if len(set(kinds)) < 2:
         return tuple(sorted(sorted(block, key=lambda i: (-block[i], i))[:keep]))
-    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ()), *[(-np.inf, ())] * keep]  # of the first layers, j of them
+    # of the first layers, j of them
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ()), *[(-np.inf, ())] * keep]
     for i in sorted(block):
         for j in range(min(i + 1, keep), 0, -1):
             if kinds[i] == kinds[j - 1]:
@@ -164,14 +198,21 @@ def lowest_blocks(block: dict[int, float], keep: int, kinds: Sequence[int] = ())
     return best[keep][1]
 
 
-def conditions_size(sums: Sequence[Sums], size: int, multiple: int, altitude_m: float, unit: str = "kelvin") -> int:
+def conditions_size(
+    sums: Sequence[Sums], size: int, multiple: int, altitude_m: float, unit: str = "kelvin"
+) -> int:
     """FFN size by the absolute threshold of eq. (1) (`--target conditions`).
 
-    The threshold is the importance that `size` channels a layer pass at the reference, 8 °C and 832 m. At
-    the measured conditions more or fewer pass it; their mean per layer is rounded to `multiple`. Thin air
-    divides by a larger h, so fewer pass: higher altitude prunes harder, as the paper says."""
+    The threshold is the importance that `size` channels a layer pass at the reference, 8 °C and 832
+    m. At the measured conditions more or fewer pass it; their mean per layer is rounded to
+    `multiple`. Thin air divides by a larger h, so fewer pass: higher altitude prunes harder, as the
+    paper says.
+    """
     reference_t = REFERENCE_C + (KELVIN if unit == "kelvin" else 0.0)
     reference = np.concatenate([rms(s) for s in sums]) * reference_t / REFERENCE_M
     measured = np.concatenate([aais(s, altitude_m) for s in sums])
     passing = int((measured >= np.sort(reference)[::-1][size * len(sums) - 1]).sum()) / len(sums)
-    return int(min(max(round(passing / multiple), 1), math.floor(len(sums[0].square) / multiple)) * multiple)
+    return int(
+        min(max(round(passing / multiple), 1), math.floor(len(sums[0].square) / multiple))
+        * multiple
+    )

@@ -1,7 +1,9 @@
 """Least squares on streamed statistics: the change of a linear layer that best mends its output.
 
-Sums are float64 and merge in any order. Of layers with more than `WIDE` inputs they are float32, and solved by MLX, a
-sixth of numpy's bytes and quicker (benchmarks/quantizing.py): an 8 B model is to go through a machine of 8 GB."""
+Sums are float64 and merge in any order. Of layers with more than `WIDE` inputs they are float32,
+and solved by MLX, a sixth of numpy's bytes and quicker (benchmarks/quantizing.py): an 8 B model is
+to go through a machine of 8 GB.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-RIDGES = (0.1, 0.3, 1.0, 10.0)  # with thousands of tokens the first ones win, with hundreds the last
+# with thousands of tokens the first ones win, with hundreds the last
+RIDGES = (0.1, 0.3, 1.0, 10.0)
 HELD_OUT = 4  # every fourth window judges a fit
 WIDE = 2048  # inputs; float32 rounds the real teachers, of up to 2,048, as well
 
@@ -27,10 +30,13 @@ def inverse_root(gram: np.ndarray) -> mx.array:
 
 
 class NormalEquations:
-    """Sums for min over U of  sum_t w_t^2 |r_t - U a_t|^2 + ridge * mean(diag G) * |U|^2,  G = sum w^2 a a^T.
+    """Sums for min over U of  sum_t w_t^2 |r_t - U a_t|^2 + ridge * mean(diag G) * |U|^2,  G = sum
+    w^2 a a^T.
 
-    a_t (F,) goes into the layer, r_t (D,) is what is missing at its output, U (D, F) is added to its weight.
-    The ridge pulls U, not the weight, to zero: a direction that calibration never saw stays as it was."""
+    a_t (F,) goes into the layer, r_t (D,) is what is missing at its output, U (D, F) is added to
+    its weight. The ridge pulls U, not the weight, to zero: a direction that calibration never saw
+    stays as it was.
+    """
 
     def __init__(self, inputs: int, outputs: int):
         self.gram = np.zeros((inputs, inputs), precision(inputs))
@@ -38,9 +44,11 @@ class NormalEquations:
 
     @staticmethod
     def products(a: mx.array, r: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:
-        """What `add` takes, lazy, of tokens a (n, F), what is missing r (n, D), and each token's weight (n,).
+        """What `add` takes, lazy, of tokens a (n, F), what is missing r (n, D), and each token's
+        weight (n,).
 
-        Products of one batch are float32 (on a CPU 5x quicker)."""
+        Products of one batch are float32 (on a CPU 5x quicker).
+        """
         a = a.astype(mx.float32) * weight[:, None]
         r = r.astype(mx.float32) * weight[:, None]
         return a.T @ a, a.T @ r
@@ -51,7 +59,9 @@ class NormalEquations:
         self.cross += np.asarray(cross)
 
     def update(self, ridge: float) -> np.ndarray:
-        """U (D, F). The gram is damped in place and put back: a copy would be a third of all that a fit takes."""
+        """U (D, F). The gram is damped in place and put back: a copy would be a third of all that a
+        fit takes.
+        """
         diagonal = np.einsum("ii->i", self.gram)
         before = diagonal.copy()
         diagonal += ridge * before.mean() + np.finfo(before.dtype).tiny
@@ -66,12 +76,16 @@ class NormalEquations:
     def judged(
         self, held_out: Sequence[HeldOut], ridges: Sequence[float] = RIDGES, whole: bool = True
     ) -> tuple[np.ndarray, float]:
-        """(U (D, F), what it leaves of the error held out, by `left`): the ridge is the one that leaves least there,
-        and U is then of all tokens, if `whole`. Nothing is changed, and 1 is left, where no ridge does better."""
-        best, least = None, 1.0
+        """(U (D, F), what it leaves of the error held out, by `left`): the ridge is the one that
+        leaves least there, and U is then of all tokens, if `whole`. Nothing is changed, and 1 is
+        left, where no ridge does better.
+        """
+        best = None
+        least = 1.0
         for ridge in ridges:
             if (share := left(held_out, self.update(ridge))) < least:
-                best, least = ridge, share
+                best = ridge
+                least = share
         if best is None:
             return np.zeros_like(self.cross.T), 1.0
         for rows in held_out if whole else ():
@@ -81,8 +95,9 @@ class NormalEquations:
 
 
 class HeldOut(NamedTuple):
-    """Tokens that judge a fit: what goes into the layer (n, F), and what is missing at its output (n, D), both float32
-    and times each token's weight; the kind of text that they are of."""
+    """Tokens that judge a fit: what goes into the layer (n, F), and what is missing at its output
+    (n, D), both float32 and times each token's weight; the kind of text that they are of.
+    """
 
     inputs: mx.array
     missing: mx.array
@@ -90,16 +105,21 @@ class HeldOut(NamedTuple):
 
     @classmethod
     def of(cls, inputs: mx.array, missing: mx.array, weight: mx.array, kind: int = 0) -> HeldOut:
-        """Of tokens (n, F), (n, D) and their weights (n,), as `NormalEquations.products` takes them."""
+        """Of tokens (n, F), (n, D) and their weights (n,), as `NormalEquations.products` takes
+        them.
+        """
         weights = weight[:, None]
         return cls(inputs.astype(mx.float32) * weights, missing.astype(mx.float32) * weights, kind)
 
 
 def left(held_out: Sequence[HeldOut], update: np.ndarray) -> float:
-    """What an update U (D, F) leaves of the weighted squared error on tokens held out, as a share of it.
+    """What an update U (D, F) leaves of the weighted squared error on tokens held out, as a share
+    of it.
 
-    Kinds of text count alike, however many tokens there are of each, and the one that it serves worst counts as much as
-    all together: half of the mean over kinds, and half of the largest. 1 where there is no error."""
+    Kinds of text count alike, however many tokens there are of each, and the one that it serves
+    worst counts as much as all together: half of the mean over kinds, and half of the largest. 1
+    where there is no error.
+    """
     before = dict[int, float]()
     after = dict[int, float]()
     turned = mx.array(update.T.astype(np.float32))

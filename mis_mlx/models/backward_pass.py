@@ -1,6 +1,9 @@
-"""One streamed pass forwards and one back, from the log-probability of next tokens that the model itself draws.
+"""One streamed pass forwards and one back, from the log-probability of next tokens that the model
+itself draws.
 
-The data's own tokens would make this the empirical Fisher of arXiv 2204.09656. One block is in memory at a time."""
+The data's own tokens would make this the empirical Fisher of arXiv 2204.09656. One block is in
+memory at a time.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -13,8 +16,8 @@ from mis_mlx.models import block_inputs, config, host_losses, load, policy, stre
 from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.types import Checkpoint
 
-# Of as many batches as there are lanes, or as a GPU takes back in one pass: what goes into a block, cotangents of what
-# it gives -> of what goes into it.
+# Of as many batches as there are lanes, or as a GPU takes back in one pass: what goes into a block,
+# cotangents of what it gives -> of what goes into it.
 Back = Callable[[Sequence[BlockInputs], Sequence[BlockOutputs]], Sequence[BlockInputs]]
 Visit = Callable[[int, nn.Module], Back]
 AtHead = Callable[[mx.array, mx.array], None]
@@ -22,18 +25,26 @@ AtChannels = Callable[[int, int, mx.array], None]
 
 
 def backwards(
-    checkpoint: Checkpoint, batches: stream.Batches, visit: Visit, seed: int = 0, kept: stream.Hidden | None = None,
-    at_head: AtHead = lambda x, above: None, at_channels: AtChannels = lambda i, b, below: None,
-) -> list[mx.array]:  # fmt: skip
-    """One pass forwards, then back to the first block, d log p / d x of which is returned: `visit(i, block)` gives what
-    takes batches back.
+    checkpoint: Checkpoint,
+    batches: stream.Batches,
+    visit: Visit,
+    seed: int = 0,
+    kept: stream.Hidden | None = None,
+    at_head: AtHead = lambda x, above: None,
+    at_channels: AtChannels = lambda i, b, below: None,
+) -> list[mx.array]:
+    """One pass forwards, then back to the first block, d log p / d x of which is returned:
+    `visit(i, block)` gives what takes batches back.
 
-    That function takes the block's inputs and d log p(drawn tokens) / d outputs of some batches; it gives d log p / d
-    inputs. Token ids [(B, T)]. kept: a place other than memory for L * len(batches) hidden states (B, T, D).
-    at_head: sees the head's inputs (n, D) and d log p / d logits (n, V), some rows at a time. at_channels: sees
-    d log p / d per-layer inputs (B, T, P) of block i and batch b, where the family has them."""
+    That function takes the block's inputs and d log p(drawn tokens) / d outputs of some batches; it
+    gives d log p / d inputs. Token ids [(B, T)]. kept: a place other than memory for L *
+    len(batches) hidden states (B, T, D). at_head: sees the head's inputs (n, D) and d log p / d
+    logits (n, V), some rows at a time. at_channels: sees d log p / d per-layer inputs (B, T, P) of
+    block i and batch b, where the family has them.
+    """
     kept = [] if kept is None else kept
-    source, n = stream.Stream(checkpoint), len(batches)
+    source = stream.Stream(checkpoint)
+    n = len(batches)
     source.embed(batches, kept)
     for _, block in source.blocks(range(source.layers - 1)):
         kept.extend(source.through(block, kept[-n:]))
@@ -43,7 +54,10 @@ def backwards(
         if not back:
             last = source.through(block, kept[-n:])
             keys = (mx.random.key(seed * n + b) for b in range(n))
-            back = [_drawn(checkpoint, source, h, key, at_head) for h, key in zip(last, keys, strict=True)]
+            back = [
+                _drawn(checkpoint, source, h, key, at_head)
+                for h, key in zip(last, keys, strict=True)
+            ]
         through = visit(i, block)
         width = source.back_at_once(back[0])
         for b in range(0, n, width):
@@ -58,17 +72,24 @@ def backwards(
     return back
 
 
-def _drawn(checkpoint: Checkpoint, source: stream.Stream, hidden: mx.array, key: mx.array, at_head: AtHead) -> mx.array:
-    """d log p(drawn token) / d hidden (B, T, D), of the last block's output; one draw a position."""
+def _drawn(
+    checkpoint: Checkpoint, source: stream.Stream, hidden: mx.array, key: mx.array, at_head: AtHead
+) -> mx.array:
+    """d log p(drawn token) / d hidden (B, T, D), of the last block's output; one draw a
+    position.
+    """
     norm = load.final_norm(checkpoint, source.dtype)
-    head, parts = source.head(), []
+    head = source.head()
+    parts = []
     flat = hidden.reshape(-1, hidden.shape[-1])
 
     def logits(x: mx.array) -> mx.array:
         return load.wide_logits(head, norm(x))
 
     # Half a chunk: as many logits again are noise to draw with.
-    for start in range(0, len(flat), rows := chunk_rows(2 * config.shape_of(checkpoint.config).vocab)):
+    for start in range(
+        0, len(flat), rows := chunk_rows(2 * config.shape_of(checkpoint.config).vocab)
+    ):
         some = flat[start : start + rows]
         z = logits(some)
         key, now = mx.random.split(key)
@@ -80,11 +101,16 @@ def _drawn(checkpoint: Checkpoint, source: stream.Stream, hidden: mx.array, key:
 
 
 def _pulls(z: mx.array, drawn: mx.array) -> mx.array:
-    """d log softmax(z)[drawn] / d z (n, V), for z (n, V) and drawn (n,). On a CPU z is made over into it."""
+    """d log softmax(z)[drawn] / d z (n, V), for z (n, V) and drawn (n,). On a CPU z is made over
+    into it.
+    """
     if policy.name() != "cpu":
-        return (mx.arange(z.shape[-1]) == drawn[:, None]).astype(mx.float32) - mx.softmax(z, axis=-1)
+        return (mx.arange(z.shape[-1]) == drawn[:, None]).astype(mx.float32) - mx.softmax(
+            z, axis=-1
+        )
     stream.evaluate_now(z, drawn)
-    at, p = np.array(drawn), host_losses.view(z)
+    at = np.array(drawn)
+    p = host_losses.view(z)
     host_losses.by_rows(host_losses.softmax, p)
     np.negative(p, out=p)
     p[np.arange(len(p)), at] += 1.0

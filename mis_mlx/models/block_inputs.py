@@ -1,6 +1,9 @@
-"""What goes into a block beside hidden states: channels of its own for every token, keys and values of another block.
+"""What goes into a block beside hidden states: channels of its own for every token, keys and values
+of another block.
 
-Most families have none of it: their blocks are called with hidden states, a mask and perhaps a cache, as ever."""
+Most families have none of it: their blocks are called with hidden states, a mask and perhaps a
+cache, as ever.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +21,9 @@ PART = 2**22  # numbers of the table of per-layer inputs that are computed at a 
 
 
 class KeysValues(NamedTuple):
-    """What a block has computed for others to use: keys and values (B, K, T, d), and where the first query stands."""
+    """What a block has computed for others to use: keys and values (B, K, T, d), and where the
+    first query stands.
+    """
 
     keys: mx.array
     values: mx.array
@@ -60,8 +65,9 @@ class BlockInputs:
 
 
 class BlockOutputs(NamedTuple):
-    """What a block gives: hidden states (B, T, D), and keys and values where the family lets others use them. Or the
-    cotangents of these; `shared` is None then where no later block has used any."""
+    """What a block gives: hidden states (B, T, D), and keys and values where the family lets others
+    use them. Or the cotangents of these; `shared` is None then where no later block has used any.
+    """
 
     hidden: mx.array
     shared: KeysValues | None = None
@@ -84,8 +90,12 @@ def run(block: nn.Module, inputs: BlockInputs, mask: Any, cache: Any = None) -> 
     return _outputs(block(inputs.hidden, mask, cache=cache, **more))
 
 
-def by_windows(block: nn.Module, inputs: BlockInputs, mask: Callable[[mx.array], Any]) -> BlockOutputs:
-    """One block on one batch, whose windows go side by side; lazy. mask(hidden): of some windows."""
+def by_windows(
+    block: nn.Module, inputs: BlockInputs, mask: Callable[[mx.array], Any]
+) -> BlockOutputs:
+    """One block on one batch, whose windows go side by side; lazy. mask(hidden): of some
+    windows.
+    """
     count = len(inputs.hidden)
     size = -(-count // lanes.count())
     pieces = [inputs.rows(start, start + size) for start in range(0, count, size)]
@@ -113,14 +123,17 @@ def _outputs(given: Any) -> BlockOutputs:
 
 @dataclass
 class Sides:
-    """Of a pass that goes through all blocks: what its batches bring into each, beside their hidden states.
+    """Of a pass that goes through all blocks: what its batches bring into each, beside their hidden
+    states.
 
-    owners: for each block the one whose keys and values it uses, or None. per_layer(i, b): channels (B, T, P) of batch
-    b for block i; None where the family has none."""
+    owners: for each block the one whose keys and values it uses, or None. per_layer(i, b): channels
+    (B, T, P) of batch b for block i; None where the family has none.
+    """
 
     owners: Sequence[int | None]
     per_layer: Callable[[int, int], mx.array] | None = None
-    made: dict[tuple[int, int], KeysValues] = field(default_factory=dict)  # by block and batch, for blocks to come
+    # by block and batch, for blocks to come
+    made: dict[tuple[int, int], KeysValues] = field(default_factory=dict)
 
     def inputs(self, i: int, b: int, hidden: mx.array) -> BlockInputs:
         """All that batch b brings into block i."""
@@ -129,14 +142,18 @@ class Sides:
         return BlockInputs(hidden, per_layer, None if owner is None else self.made[owner, b])
 
     def keep(self, i: int, b: int, outputs: BlockOutputs) -> mx.array:
-        """The hidden states that block i gave for batch b; its keys and values are kept if a later block uses them."""
+        """The hidden states that block i gave for batch b; its keys and values are kept if a later
+        block uses them.
+        """
         if outputs.shared is not None and i in self.owners:
             self.made[i, b] = outputs.shared
         return outputs.hidden
 
 
 class Cotangents:
-    """Of keys and values that later blocks have used, added up on the way back until it reaches who made them."""
+    """Of keys and values that later blocks have used, added up on the way back until it reaches who
+    made them.
+    """
 
     def __init__(self, owners: Sequence[int | None]):
         self._owners = owners
@@ -166,15 +183,19 @@ def plain(values: Mapping[str, Any]) -> bool:
     return not owned and not family(values).per_layer
 
 
-def of_config(values: Mapping[str, Any], per_layer: Callable[[int, int], mx.array] | None = None) -> Sides:
+def of_config(
+    values: Mapping[str, Any], per_layer: Callable[[int, int], mx.array] | None = None
+) -> Sides:
     """Of a pass through a model of this config."""
     return Sides(config.key_owners(values), per_layer)
 
 
 class TokenChannels:
-    """The channels that every block gets for each token of some batches: a function of the token and the block alone.
+    """The channels that every block gets for each token of some batches: a function of the token
+    and the block alone.
 
-    So they are computed once for each token that occurs: (n, L, P)."""
+    So they are computed once for each token that occurs: (n, L, P).
+    """
 
     def __init__(self, values: Mapping[str, Any], batches: Sequence[mx.array]):
         self.width = int(values[family(values).per_layer])
@@ -184,7 +205,10 @@ class TokenChannels:
         self.ids, places = np.unique(flat, return_inverse=True)
         ends = np.cumsum([t.size for t in tokens])[:-1]
         parts = np.split(places.reshape(-1), ends) if tokens else []
-        self._places = [mx.array(p.reshape(t.shape).astype(np.int32)) for p, t in zip(parts, tokens, strict=True)]
+        self._places = [
+            mx.array(p.reshape(t.shape).astype(np.int32))
+            for p, t in zip(parts, tokens, strict=True)
+        ]
         self._table: mx.array | None = None
 
     def fill(self, channels: Callable[[np.ndarray], mx.array], dtype: mx.Dtype) -> None:
@@ -205,7 +229,9 @@ class TokenChannels:
 
 
 def of_model(model: nn.Module, tokens: mx.array, embedded: mx.array) -> Sides:
-    """Of a pass of one batch through a model that `load.resident` has made, with gradients that flow back."""
+    """Of a pass of one batch through a model that `load.resident` has made, with gradients that
+    flow back.
+    """
     values = model._config
     if not family(values).per_layer:
         return of_config(values)

@@ -1,7 +1,10 @@
-"""Several machines on one job, started by `mlx.launch`: which one this is, and what all of them do together.
+"""Several machines on one job, started by `mlx.launch`: which one this is, and what all of them do
+together.
 
-The transport is `mx.distributed`. Every machine runs the same program; the first one writes the run, the others work in
-a folder that goes with them. Alone, all of this gives back what it was given."""
+The transport is `mx.distributed`. Every machine runs the same program; the first one writes the
+run, the others work in a folder that goes with them. Alone, all of this gives back what it was
+given.
+"""
 
 import json
 import os
@@ -40,7 +43,9 @@ def _world() -> list[int]:
     try:
         group = mx.distributed.init(strict=True)
     except (RuntimeError, ValueError) as error:
-        raise MisError(f"the machines do not reach each other ({error}): look at the hosts and cables") from None
+        raise MisError(
+            f"the machines do not reach each other ({error}): look at the hosts and cables"
+        ) from None
     sockets.notice_the_dead()
     return [group.rank(), group.size()]
 
@@ -61,7 +66,9 @@ def is_main() -> bool:
 
 
 def shard(items: Any) -> Any:
-    """This machine's part of a sequence, what a step or a pass is made of: every `size`-th item; perhaps none."""
+    """This machine's part of a sequence, what a step or a pass is made of: every `size`-th item;
+    perhaps none.
+    """
     return items[rank() :: size()]
 
 
@@ -73,14 +80,20 @@ def _settled(arrays: Any) -> Any:
         if size() == 1 or cli.device_trouble(error):  # this machine's own
             raise
         _world()[1] = 1
-        raise Lost(f"a machine beside this one is gone ({error}): resume on as many as there are") from None
+        raise Lost(
+            f"a machine beside this one is gone ({error}): resume on as many as there are"
+        ) from None
     return arrays
 
 
 def all_reduce_gradients(named: dict[str, mx.array]) -> None:
-    """Arrays become their sums over the machines, in place, the same bits on each: a few at a time, not all twice."""
+    """Arrays become their sums over the machines, in place, the same bits on each: a few at a time,
+    not all twice.
+    """
     n = size()
-    for names in grouped(list(named), lambda name: named[name].nbytes, GROUP_BYTES) if n > 1 else ():
+    for names in (
+        grouped(list(named), lambda name: named[name].nbytes, GROUP_BYTES) if n > 1 else ()
+    ):
         means = nn.average_gradients([named[name] for name in names])
         named.update(_settled({name: mean * n for name, mean in zip(names, means, strict=True)}))
 
@@ -89,10 +102,14 @@ def all_reduce_sums(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Float64 arrays, of the same shapes everywhere, summed over the machines."""
     if size() == 1 or not arrays:
         return list(arrays)
-    flat = mx.array(np.concatenate([np.asarray(a, np.float64).reshape(-1) for a in arrays]), mx.float64)
+    flat = mx.array(
+        np.concatenate([np.asarray(a, np.float64).reshape(-1) for a in arrays]), mx.float64
+    )
     whole = np.array(_settled(mx.distributed.all_sum(flat, stream=mx.cpu)))
     ends = np.cumsum([np.size(a) for a in arrays])[:-1]
-    return [part.reshape(np.shape(a)) for part, a in zip(np.split(whole, ends), arrays, strict=True)]
+    return [
+        part.reshape(np.shape(a)) for part, a in zip(np.split(whole, ends), arrays, strict=True)
+    ]
 
 
 def all_gather(value: Any) -> list[Any]:
@@ -104,7 +121,9 @@ def all_gather(value: Any) -> list[Any]:
     padded = np.zeros(max(lengths), np.uint8)
     padded[: len(mine)] = mine
     everyone = np.array(_settled(mx.distributed.all_gather(mx.array(padded)))).reshape(n, -1)
-    return [json.loads(row[:length].tobytes()) for row, length in zip(everyone, lengths, strict=True)]
+    return [
+        json.loads(row[:length].tobytes()) for row, length in zip(everyone, lengths, strict=True)
+    ]
 
 
 def any_rank(flag: object) -> bool:
@@ -118,7 +137,9 @@ def broadcast_json(make: Callable[[], T]) -> T:
 
 
 def broadcast_array(array: mx.array, root: int = 0) -> mx.array:
-    """The array that `root` has, bit for bit; shape and dtype are the same everywhere, what others have is not."""
+    """The array that `root` has, bit for bit; shape and dtype are the same everywhere, what others
+    have is not.
+    """
     if size() == 1:
         return array
     raw = array.reshape(-1).view(mx.uint8)
@@ -127,13 +148,17 @@ def broadcast_array(array: mx.array, root: int = 0) -> mx.array:
 
 
 def pass_on(arrays: Sequence[mx.array], i: int) -> None:
-    """arrays[i] to the next machine, if any, which says `receive` now or later; waits until most of it has left."""
+    """arrays[i] to the next machine, if any, which says `receive` now or later; waits until most of
+    it has left.
+    """
     if rank() + 1 < size():
         _settled(mx.distributed.send(arrays[i], rank() + 1, stream=mx.cpu))
 
 
 def receive(arrays: MutableSequence[mx.array], i: int) -> None:
-    """What the machine before this one, if there is one, passes on becomes arrays[i], of the same shape and dtype."""
+    """What the machine before this one, if there is one, passes on becomes arrays[i], of the same
+    shape and dtype.
+    """
     if not is_main():
         like = arrays[i]
         arrays[i] = _settled(mx.distributed.recv(like.shape, like.dtype, rank() - 1, stream=mx.cpu))
@@ -142,10 +167,18 @@ def receive(arrays: MutableSequence[mx.array], i: int) -> None:
 def broadcast_arrays(arrays: Callable[[], Arrays]) -> dict[str, dict[str, mx.array]]:
     """The arrays of the first machine, bit for bit; where there are several."""
     mine = arrays() if is_main() else {}
-    listed = [(key, name, a.shape, str(a.dtype)) for key, named in mine.items() for name, a in named.items()]
+    listed = [
+        (key, name, a.shape, str(a.dtype))
+        for key, named in mine.items()
+        for name, a in named.items()
+    ]
     everyones: dict[str, dict[str, mx.array]] = {}
     for key, name, shape, kind in broadcast_json(lambda: listed):
-        array = mine[key][name] if is_main() else mx.zeros(shape, getattr(mx, kind.removeprefix("mlx.core.")))
+        array = (
+            mine[key][name]
+            if is_main()
+            else mx.zeros(shape, getattr(mx, kind.removeprefix("mlx.core.")))
+        )
         everyones.setdefault(key, {})[name] = broadcast_array(array)
     return everyones
 
@@ -170,14 +203,18 @@ def broadcast_folder(folder: Path, files: Files) -> None:
     """A folder of the first machine, where there are several, made on all others."""
     if size() == 1:
         return
-    for name in broadcast_json(lambda: sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())):
+    for name in broadcast_json(
+        lambda: sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    ):
         files.make_folder((folder / name).parent)
         broadcast_file(folder / name, files)
 
 
 @contextmanager
 def workplace(folder: Path | None) -> Iterator[Path]:
-    """The run's folder, on the first machine; on others one of their own that goes when they are done."""
+    """The run's folder, on the first machine; on others one of their own that goes when they are
+    done.
+    """
     if folder and is_main():
         yield folder
         return

@@ -1,8 +1,9 @@
-"""A block's experts one after the other, instead of stacked as in mlx-lm's SwitchGLU, whose place this takes; and what
-their tensors are called: one by one, as on the hub and here, or stacked.
+"""A block's experts one after the other, instead of stacked as in mlx-lm's SwitchGLU, whose place
+this takes; and what their tensors are called: one by one, as on the hub and here, or stacked.
 
-So each can be read from disk when it is needed, has its own name as on disk, and gives the same bits wherever its
-weights come from: in memory or read, a batch at a time or many."""
+So each can be read from disk when it is needed, has its own name as on disk, and gives the same
+bits wherever its weights come from: in memory or read, a batch at a time or many.
+"""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,11 +25,21 @@ Visit = Callable[[int, int, np.ndarray, mx.array, mx.array], None]  # see `Strea
 class Expert(nn.Module):
     """One gated MLP. Its matrices are called as on disk."""
 
-    def __init__(self, of: Family, hidden: int, ffn: int, activation: Callable[[mx.array, mx.array], mx.array]):
+    def __init__(
+        self,
+        of: Family,
+        hidden: int,
+        ffn: int,
+        activation: Callable[[mx.array, mx.array], mx.array],
+    ):
         super().__init__()
-        self.names, self._activation = of.matrices, activation
-        self.settle: Callable[[mx.array], None] = lambda _: None  # of what it gave, if its weights go elsewhere then
-        for name, (into, out) in zip(of.matrices, ((hidden, ffn), (hidden, ffn), (ffn, hidden)), strict=True):
+        self.names = of.matrices
+        self._activation = activation
+        # of what it gave, if its weights go elsewhere then
+        self.settle: Callable[[mx.array], None] = lambda _: None
+        for name, (into, out) in zip(
+            of.matrices, ((hidden, ffn), (hidden, ffn), (ffn, hidden)), strict=True
+        ):
             self[name] = nn.Linear(into, out, bias=of.expert_bias)
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
@@ -44,12 +55,15 @@ Each = Callable[[Sequence[int]], Iterator[tuple[int, Expert]]]
 class Experts(list[Expert]):
     """Parts of a block, called as SwitchGLU is: x (..., D), chosen (..., k) -> (..., k, D).
 
-    each(numbers): those experts in turn, where they are no parts of it: one may be gone when the next is asked for."""
+    each(numbers): those experts in turn, where they are no parts of it: one may be gone when the
+    next is asked for.
+    """
 
     def __init__(self, parts: Iterable[Expert] = (), each: Each | None = None):
         super().__init__(parts)
         self._each = each or (lambda numbers: ((e, self[e]) for e in numbers))
-        self.said: mx.array | None = None  # (n, E, D), what every expert gives for all tokens of every call
+        # (n, E, D), what every expert gives for all tokens of every call
+        self.said: mx.array | None = None
         self.ready: list[mx.array] = []  # what the next calls give
         self._asked: list[mx.array] | None = None  # what the calls of `chosen` were made with
 
@@ -63,21 +77,31 @@ class Experts(list[Expert]):
         return self.ready.pop(0) if self.ready else self.outputs([x], [chosen])[0]
 
     def chosen(self, part: nn.Module, x: mx.array) -> mx.array:
-        """Which experts (..., k) the router of `part`, whose experts these are, chooses for x (..., D). Lazy."""
+        """Which experts (..., k) the router of `part`, whose experts these are, chooses for x (...,
+        D). Lazy.
+        """
         self._asked = asked = list[mx.array]()
         part(x)
         self._asked = None
         return asked[0]
 
     def outputs(
-        self, inputs: Sequence[mx.array], chosen: Sequence[mx.array], visit: Visit | None = None,
-        gates: Sequence[np.ndarray] = (), first: int = 0,
-    ) -> list[mx.array]:  # fmt: skip
-        """[(..., k, D)] of several batches' inputs [(..., D)] and experts [(..., k)]: each expert is asked for once.
+        self,
+        inputs: Sequence[mx.array],
+        chosen: Sequence[mx.array],
+        visit: Visit | None = None,
+        gates: Sequence[np.ndarray] = (),
+        first: int = 0,
+    ) -> list[mx.array]:
+        """[(..., k, D)] of several batches' inputs [(..., D)] and experts [(..., k)]: each expert
+        is asked for once.
 
-        visit: as of `Stream.mixed`. gates: of every batch's choice, flat. first: the number of the first batch."""
+        visit: as of `Stream.mixed`. gates: of every batch's choice, flat. first: the number of the
+        first batch.
+        """
         flat = [np.array(c).reshape(-1) for c in chosen]
-        places, pieces = [list[np.ndarray]() for _ in flat], [list[mx.array]() for _ in flat]
+        places = [list[np.ndarray]() for _ in flat]
+        pieces = [list[mx.array]() for _ in flat]
         for e, expert in self._each(np.unique(np.concatenate(flat)).tolist()):
             for b, (x, numbers, c) in enumerate(zip(inputs, flat, chosen, strict=True)):
                 if not len(where := np.flatnonzero(numbers == e)):
@@ -94,35 +118,43 @@ class Experts(list[Expert]):
 
 
 def before(block: nn.Module, x: mx.array, mask: Any) -> tuple[mx.array, mx.array]:
-    """(x behind attention, that behind the second norm), both (B, T, D): the block's output is the first and what its
-    experts make of the second. Lazy."""
+    """(x behind attention, that behind the second norm), both (B, T, D): the block's output is the
+    first and what its experts make of the second. Lazy.
+    """
     h = x + block.self_attn(block.input_layernorm(x), mask, None)
     return h, block.post_attention_layernorm(h)
 
 
 def tensors_of(config: Mapping[str, Any], together: bool) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what a block of a mixture has in the place of an MLP: a router, experts one by one or
-    `together`, perhaps one that every token meets."""
-    s, of = shape_of(config), family(config)
+    """Names and shapes of what a block of a mixture has in the place of an MLP: a router, experts
+    one by one or `together`, perhaps one that every token meets.
+    """
+    s = shape_of(config)
+    of = family(config)
 
     def biased(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
         return {f"{name}.weight": shape} | ({f"{name}.bias": shape[:-1]} if of.expert_bias else {})
 
-    inside, wide = biased(of.router, s.experts, s.hidden), int(config.get(of.shared_expert) or 0)
+    inside = biased(of.router, s.experts, s.hidden)
+    wide = int(config.get(of.shared_expert) or 0)
     each = [(f"experts.{e}", of.matrices, tuple[int, ...]()) for e in range(s.experts)]
     for place, names, stacked in [(of.switch, GATED, (s.experts,))] if together else each:
         for name in names:
             sizes = (s.hidden, s.ffn) if name == names[2] else (s.ffn, s.hidden)
             inside |= biased(f"{place}.{name}", *stacked, *sizes)
     for name in GATED if wide else ():
-        inside[f"shared_expert.{name}.weight"] = (s.hidden, wide) if name == "down_proj" else (wide, s.hidden)
+        inside[f"shared_expert.{name}.weight"] = (
+            (s.hidden, wide) if name == "down_proj" else (wide, s.hidden)
+        )
     if wide:
         inside["shared_expert_gate.weight"] = (1, s.hidden)
     return {f"{of.mlp}.{name}": shape for name, shape in inside.items()}
 
 
 def expert_of(name: str) -> int | None:
-    """The number of the expert in its block that a tensor or module belongs to; None outside of experts."""
+    """The number of the expert in its block that a tensor or module belongs to; None outside of
+    experts.
+    """
     found = re.search(r"\bexperts\.(\d+)\.", name)
     return int(found[1]) if found else None
 
@@ -138,23 +170,41 @@ def one_by_one(path: str, config: Mapping[str, Any]) -> list[str]:
 
 
 def stacked(path: str, config: Mapping[str, Any]) -> str:
-    """What mlx-lm calls the matrix, of all experts, that an expert's is part of; another path as it is."""
+    """What mlx-lm calls the matrix, of all experts, that an expert's is part of; another path as it
+    is.
+    """
     found = re.fullmatch(r"(.*\.)experts\.\d+\.(\w+)", path)
     of = family(config)
     return f"{found[1]}{of.switch}.{GATED[of.matrices.index(found[2])]}" if found else path
 
 
 def is_router(name: str) -> bool:
-    """Whether this matrix decides which experts a token meets, or how much of the shared one: it is never quantized."""
-    return re.search(r"\.(mlp|block_sparse_moe)\.(gate|router|shared_expert_gate)(\.weight|\.bias)?$", name) is not None
+    """Whether this matrix decides which experts a token meets, or how much of the shared one: it is
+    never quantized.
+    """
+    return (
+        re.search(
+            r"\.(mlp|block_sparse_moe)\.(gate|router|shared_expert_gate)(\.weight|\.bias)?$", name
+        )
+        is not None
+    )
 
 
-def apart(stacked: re.Match[str], name: str, at: TensorAt, config: Mapping[str, Any]) -> Iterator[tuple[str, TensorAt]]:
-    """Of experts that mlx_lm.convert has stacked, (E, out, in): each expert's part, by its own name."""
-    of, count = family(config), shape_of(config).experts
+def apart(
+    stacked: re.Match[str], name: str, at: TensorAt, config: Mapping[str, Any]
+) -> Iterator[tuple[str, TensorAt]]:
+    """Of experts that mlx_lm.convert has stacked, (E, out, in): each expert's part, by its own
+    name.
+    """
+    of = family(config)
+    count = shape_of(config).experts
     if at.shape[0] != count:
-        raise MisError(f"{at.file}: {name} has {at.shape[0]} experts, config.json makes it {count}: download it again")
-    matrix, size = of.matrices[GATED.index(stacked[2])], at.nbytes // count
+        raise MisError(
+            f"{at.file}: {name} has {at.shape[0]} experts, config.json makes it {count}: download "
+            f"it again"
+        )
+    matrix = of.matrices[GATED.index(stacked[2])]
+    size = at.nbytes // count
     for e in range(count):
         part = replace(at, shape=at.shape[1:], offset=at.offset + e * size, nbytes=size)
         yield f"{stacked[1]}experts.{e}.{matrix}.{stacked[3]}", replace(part, stored=(name, at))

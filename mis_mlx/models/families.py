@@ -1,6 +1,9 @@
-"""Which model families there are: a row says what a block of one holds, how it may be cut and how it learns.
+"""Which model families there are: a row says what a block of one holds, how it may be cut and how
+it learns.
 
-A new family is a new row; nothing else asks for a model's type. Does not read configs (models/config) or weights."""
+A new family is a new row; nothing else asks for a model's type. Does not read configs
+(models/config) or weights.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,43 +23,59 @@ class Family:
     gguf: str  # the architecture of llama.cpp; "": it is not exported
     block: str = ""  # the module that has its TransformerBlock, where that is another one
     qkv_bias: bool | None = None  # None: as the config's attention_bias says
-    other_biases: bool = True  # o_proj by attention_bias, the MLP by mlp_bias: those of other families have none
-    head_norms: Literal["", "each", "all"] = ""  # RMSNorm of every query and key head, or of all of them as one vector
-    sandwich: bool = False  # RMSNorm behind attention and MLP too, so that no output is linear in down_proj
+    # o_proj by attention_bias, the MLP by mlp_bias: those of other families have none
+    other_biases: bool = True
+    # RMSNorm of every query and key head, or of all of them as one vector
+    head_norms: Literal["", "each", "all"] = ""
+    # RMSNorm behind attention and MLP too, so that no output is linear in down_proj
+    sandwich: bool = False
     steps: int = 1  # of distillation, as many times the default's: a repair does less for it
     gain_offset: float = 0.0  # norms multiply by their weights and this much more
     tied: bool = False  # where the config does not say
     rope_theta: float = 10_000.0  # where the config has none
     heads_fill_hidden: bool = True  # transformers demands that heads divide the hidden size
-    head_dim_follows: bool = False  # head_dim is hidden / heads, whatever the config says: neither is cut alone
+    # head_dim is hidden / heads, whatever the config says: neither is cut alone
+    head_dim_follows: bool = False
     float16: bool = True  # holds its activations, as far as is known
     joined: bool = False  # q, k and v are rows of one matrix, gate and up of another
     own_positions: bool = False  # in a part of each head, or LongRoPE's
     scaled_queries: bool = False  # by their positions: its blocks take one argument more
-    kinds: str = ""  # the config's key with a kind for every block, beside layer_types: cut along with the blocks
-    period: str = ""  # the config's key of the period in which blocks differ by their place, which mlx-lm counts
-    embedding_scale: str = ""  # the config's key, or "sqrt": of the hidden size, in bfloat16; or "exact sqrt"
+    # the config's key with a kind for every block, beside layer_types: cut along with the blocks
+    kinds: str = ""
+    # the config's key of the period in which blocks differ by their place, which mlx-lm counts
+    period: str = ""
+    # the config's key, or "sqrt": of the hidden size, in bfloat16; or "exact sqrt"
+    embedding_scale: str = ""
     logit_divisor: str = ""  # the config's key of what logits are divided by
     numbers: tuple[str, ...] = ()  # further keys that the config must have, numbers above 0
     mlp: str = "mlp"  # the part of a block behind attention
-    experts: str = ""  # the config's key of how many experts are in there, of which a router (`gate`) chooses some
-    ffn: str = "intermediate_size"  # the config's key of FFN neurons, of one expert where there are several
+    # the config's key of how many experts are in there, of which a router (`gate`) chooses some
+    experts: str = ""
+    # the config's key of FFN neurons, of one expert where there are several
+    ffn: str = "intermediate_size"
     matrices: tuple[str, str, str] = GATED  # of an expert: gate, up, down
     router: str = "gate"  # what chooses among them
     switch: str = "switch_mlp"  # what mlx-lm calls all of them, stacked
     stacked: bool = False  # so they lie on disk, too: stock loaders open no other form
     expert_bias: bool = False  # theirs and the router's; their activation is gpt_oss's then
     interleaved: bool = False  # llama.cpp turns neighbours in a row of q and k by positions
-    sinks: bool = False  # a number for each head, in the softmax over positions; kinds of attention by layer_types
+    # a number for each head, in the softmax over positions; kinds of attention by layer_types
+    sinks: bool = False
     gates_sum_to_1: bool = False  # over the experts that a token meets, in llama.cpp
     shared_expert: str = ""  # the config's key of the width of one more, which every token meets
-    only: tuple[tuple[str, Any], ...] = field(default=(), hash=False)  # keys, and the one value that mlx-lm computes
-    stated: tuple[str, ...] = ()  # keys that a config must have, because mlx-lm and transformers differ without them
-    proportional: bool = False  # whole-context blocks rotate a part of each head, with frequencies of the whole head
-    per_layer: str = ""  # the config's key of how many channels each block gets of every token, from a table of its own
-    sharing: str = ""  # the config's key of how many blocks, the last ones, use keys and values of an earlier block
+    # keys, and the one value that mlx-lm computes
+    only: tuple[tuple[str, Any], ...] = field(default=(), hash=False)
+    # keys that a config must have, because mlx-lm and transformers differ without them
+    stated: tuple[str, ...] = ()
+    # whole-context blocks rotate a part of each head, with frequencies of the whole head
+    proportional: bool = False
+    # the config's key of how many channels each block gets of every token, from a table of its own
+    per_layer: str = ""
+    # the config's key of how many blocks, the last ones, use keys and values of an earlier block
+    sharing: str = ""
     global_head_dim: str = ""  # the config's key of the head size in blocks that see all tokens
-    double_wide: str = ""  # the config's key: whether blocks that share keys have twice the FFN neurons
+    # the config's key: whether blocks that share keys have twice the FFN neurons
+    double_wide: str = ""
     softcap: str = ""  # the config's key of c, where logits are c tanh(z / c)
     block_scale: bool = False  # a number that the output of a block is multiplied by
     axes: tuple[str, ...] = DENSE
@@ -65,7 +84,14 @@ class Family:
     @property
     def own(self) -> set[str]:
         """The keys of config.json that it is told by."""
-        keys = {self.kinds, self.period, self.embedding_scale, self.logit_divisor, self.experts, self.shared_expert}
+        keys = {
+            self.kinds,
+            self.period,
+            self.embedding_scale,
+            self.logit_divisor,
+            self.experts,
+            self.shared_expert,
+        }
         keys |= {self.per_layer, self.sharing, self.global_head_dim, self.double_wide, self.softcap}
         return {*keys, *self.numbers} - {"", "sqrt", "exact sqrt"}
 
@@ -75,80 +101,238 @@ MIXED_WHY = "in a mixture of experts that is not built"
 ROWS = (
     Family("llama", "llama", "llama", interleaved=True),
     Family("mistral", "llama", "llama", interleaved=True),
-    Family("qwen2", "qwen2", "qwen2", qkv_bias=True, other_biases=False, rope_theta=1e6, head_dim_follows=True),
-    Family("qwen3", "qwen3", "qwen3", qkv_bias=False, other_biases=False, head_norms="each", heads_fill_hidden=False),
+    Family(
+        "qwen2",
+        "qwen2",
+        "qwen2",
+        qkv_bias=True,
+        other_biases=False,
+        rope_theta=1e6,
+        head_dim_follows=True,
+    ),
+    Family(
+        "qwen3",
+        "qwen3",
+        "qwen3",
+        qkv_bias=False,
+        other_biases=False,
+        head_norms="each",
+        heads_fill_hidden=False,
+    ),
     # Every fourth block has no rotary positions; llama.cpp counts them by place.
-    Family("smollm3", "smollm3", "smollm3", block="llama", kinds="no_rope_layers", tied=True, interleaved=True),
+    Family(
+        "smollm3",
+        "smollm3",
+        "smollm3",
+        block="llama",
+        kinds="no_rope_layers",
+        tied=True,
+        interleaved=True,
+    ),
     # Queries grow with the logarithm of the position.
     Family(
-        "ministral3", "ministral3", "mistral3", scaled_queries=True, qkv_bias=False, other_biases=False, rope_theta=1e6,
-        heads_fill_hidden=False, interleaved=True,
+        "ministral3",
+        "ministral3",
+        "mistral3",
+        scaled_queries=True,
+        qkv_bias=False,
+        other_biases=False,
+        rope_theta=1e6,
+        heads_fill_hidden=False,
+        interleaved=True,
     ),
     Family(
-        "granite", "granite", "granite", embedding_scale="embedding_multiplier", logit_divisor="logits_scaling",
-        head_dim_follows=True, numbers=("residual_multiplier", "attention_multiplier"), interleaved=True,
+        "granite",
+        "granite",
+        "granite",
+        embedding_scale="embedding_multiplier",
+        logit_divisor="logits_scaling",
+        head_dim_follows=True,
+        numbers=("residual_multiplier", "attention_multiplier"),
+        interleaved=True,
     ),
     Family(
-        "phi3", "phi3", "phi3", qkv_bias=False, other_biases=False, joined=True, own_positions=True,
-        head_dim_follows=True, axes=("layers", "ffn"), why="its heads are rows of one matrix, of which none is cut out",
+        "phi3",
+        "phi3",
+        "phi3",
+        qkv_bias=False,
+        other_biases=False,
+        joined=True,
+        own_positions=True,
+        head_dim_follows=True,
+        axes=("layers", "ffn"),
+        why="its heads are rows of one matrix, of which none is cut out",
     ),
     Family(
-        "gemma3_text", "gemma3_text", "gemma3", qkv_bias=False, other_biases=False, head_norms="each", sandwich=True,
-        steps=2, gain_offset=1.0, tied=True, rope_theta=1e6, heads_fill_hidden=False, float16=False,
-        period="sliding_window_pattern", embedding_scale="sqrt",
-        numbers=("rope_local_base_freq", "query_pre_attn_scalar"), axes=("layers", "ffn", "heads", "kv_heads"),
-        why="its blocks have norms behind attention and MLP, through which channels cannot be ranked or rotated",
+        "gemma3_text",
+        "gemma3_text",
+        "gemma3",
+        qkv_bias=False,
+        other_biases=False,
+        head_norms="each",
+        sandwich=True,
+        steps=2,
+        gain_offset=1.0,
+        tied=True,
+        rope_theta=1e6,
+        heads_fill_hidden=False,
+        float16=False,
+        period="sliding_window_pattern",
+        embedding_scale="sqrt",
+        numbers=("rope_local_base_freq", "query_pre_attn_scalar"),
+        axes=("layers", "ffn", "heads", "kv_heads"),
+        why="its blocks have norms behind attention and MLP, through which channels cannot be "
+        "ranked or rotated",
     ),
     Family(
-        "gemma4_text", "gemma4_text", "", qkv_bias=False, other_biases=False, head_norms="each", sandwich=True,
-        steps=2, tied=True, rope_theta=1e6, heads_fill_hidden=False, float16=False, embedding_scale="exact sqrt",
-        numbers=("hidden_size_per_layer_input", "global_head_dim", "sliding_window", "vocab_size_per_layer_input"),
-        stated=("num_kv_shared_layers", "use_double_wide_mlp", "final_logit_softcapping", "layer_types"),
-        only=(("attention_k_eq_v", False), ("enable_moe_block", False), ("tie_word_embeddings", True)),
-        proportional=True, per_layer="hidden_size_per_layer_input", sharing="num_kv_shared_layers",
-        global_head_dim="global_head_dim", double_wide="use_double_wide_mlp", softcap="final_logit_softcapping",
-        block_scale=True, axes=("layers", "ffn"),
+        "gemma4_text",
+        "gemma4_text",
+        "",
+        qkv_bias=False,
+        other_biases=False,
+        head_norms="each",
+        sandwich=True,
+        steps=2,
+        tied=True,
+        rope_theta=1e6,
+        heads_fill_hidden=False,
+        float16=False,
+        embedding_scale="exact sqrt",
+        numbers=(
+            "hidden_size_per_layer_input",
+            "global_head_dim",
+            "sliding_window",
+            "vocab_size_per_layer_input",
+        ),
+        stated=(
+            "num_kv_shared_layers",
+            "use_double_wide_mlp",
+            "final_logit_softcapping",
+            "layer_types",
+        ),
+        only=(
+            ("attention_k_eq_v", False),
+            ("enable_moe_block", False),
+            ("tie_word_embeddings", True),
+        ),
+        proportional=True,
+        per_layer="hidden_size_per_layer_input",
+        sharing="num_kv_shared_layers",
+        global_head_dim="global_head_dim",
+        double_wide="use_double_wide_mlp",
+        softcap="final_logit_softcapping",
+        block_scale=True,
+        axes=("layers", "ffn"),
         why="its heads have two sizes, and norms stand behind attention and MLP",
     ),
     Family(
-        "qwen3_moe", "qwen3_moe", "qwen3moe", qkv_bias=False, other_biases=False, head_norms="each", rope_theta=1e6,
-        heads_fill_hidden=False, experts="num_experts", ffn="moe_intermediate_size", numbers=("num_experts_per_tok",),
-        gates_sum_to_1=True, only=(("mlp_only_layers", []), ("decoder_sparse_step", 1)), axes=MIXED, why=MIXED_WHY,
-    ),
-    Family(
-        "qwen2_moe", "qwen2_moe", "qwen2moe", qkv_bias=True, other_biases=False, rope_theta=1e6, head_dim_follows=True,
-        experts="num_experts", ffn="moe_intermediate_size", shared_expert="shared_expert_intermediate_size",
-        numbers=("num_experts_per_tok",), only=(("norm_topk_prob", False), ("mlp_only_layers", []),
-        ("decoder_sparse_step", 1), ("tie_word_embeddings", False)), axes=MIXED, why=MIXED_WHY,
-    ),
-    Family(
-        "mixtral", "mixtral", "llama", qkv_bias=False, other_biases=False, rope_theta=1e6, head_dim_follows=True,
-        mlp="block_sparse_moe", experts="num_local_experts", matrices=("w1", "w3", "w2"),
-        gates_sum_to_1=True, interleaved=True,
-        numbers=("num_experts_per_tok",), only=(("sliding_window", None),), axes=MIXED, why=MIXED_WHY,
-    ),
-    Family(
-        "gpt_oss", "gpt_oss", "gpt-oss", rope_theta=150_000.0, heads_fill_hidden=False, experts="num_local_experts",
-        gates_sum_to_1=True, router="router", switch="experts", stacked=True, expert_bias=True, sinks=True,
-        float16=False, numbers=("num_experts_per_tok",), only=(("attention_bias", True), ("swiglu_limit", 7.0),
-        ("tie_word_embeddings", False)), axes=("ffn", "experts"), why=MIXED_WHY,
-    ),
-    Family(
-        "olmoe", "olmoe", "olmoe", other_biases=False, head_norms="all", head_dim_follows=True, experts="num_experts",
-        numbers=("num_experts_per_tok",), only=(("clip_qkv", None), ("attention_bias", False)), axes=MIXED,
+        "qwen3_moe",
+        "qwen3_moe",
+        "qwen3moe",
+        qkv_bias=False,
+        other_biases=False,
+        head_norms="each",
+        rope_theta=1e6,
+        heads_fill_hidden=False,
+        experts="num_experts",
+        ffn="moe_intermediate_size",
+        numbers=("num_experts_per_tok",),
+        gates_sum_to_1=True,
+        only=(("mlp_only_layers", []), ("decoder_sparse_step", 1)),
+        axes=MIXED,
         why=MIXED_WHY,
     ),
-)  # fmt: skip
+    Family(
+        "qwen2_moe",
+        "qwen2_moe",
+        "qwen2moe",
+        qkv_bias=True,
+        other_biases=False,
+        rope_theta=1e6,
+        head_dim_follows=True,
+        experts="num_experts",
+        ffn="moe_intermediate_size",
+        shared_expert="shared_expert_intermediate_size",
+        numbers=("num_experts_per_tok",),
+        only=(
+            ("norm_topk_prob", False),
+            ("mlp_only_layers", []),
+            ("decoder_sparse_step", 1),
+            ("tie_word_embeddings", False),
+        ),
+        axes=MIXED,
+        why=MIXED_WHY,
+    ),
+    Family(
+        "mixtral",
+        "mixtral",
+        "llama",
+        qkv_bias=False,
+        other_biases=False,
+        rope_theta=1e6,
+        head_dim_follows=True,
+        mlp="block_sparse_moe",
+        experts="num_local_experts",
+        matrices=("w1", "w3", "w2"),
+        gates_sum_to_1=True,
+        interleaved=True,
+        numbers=("num_experts_per_tok",),
+        only=(("sliding_window", None),),
+        axes=MIXED,
+        why=MIXED_WHY,
+    ),
+    Family(
+        "gpt_oss",
+        "gpt_oss",
+        "gpt-oss",
+        rope_theta=150_000.0,
+        heads_fill_hidden=False,
+        experts="num_local_experts",
+        gates_sum_to_1=True,
+        router="router",
+        switch="experts",
+        stacked=True,
+        expert_bias=True,
+        sinks=True,
+        float16=False,
+        numbers=("num_experts_per_tok",),
+        only=(("attention_bias", True), ("swiglu_limit", 7.0), ("tie_word_embeddings", False)),
+        axes=("ffn", "experts"),
+        why=MIXED_WHY,
+    ),
+    Family(
+        "olmoe",
+        "olmoe",
+        "olmoe",
+        other_biases=False,
+        head_norms="all",
+        head_dim_follows=True,
+        experts="num_experts",
+        numbers=("num_experts_per_tok",),
+        only=(("clip_qkv", None), ("attention_bias", False)),
+        axes=MIXED,
+        why=MIXED_WHY,
+    ),
+)
 FAMILIES = {row.name: row for row in ROWS}
-OPENED_AS: dict[str, dict[str, Any]] = {  # other types that hold one of these: which, and what they may leave out
-    "phi3": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},  # joined, but turning as a llama does
+# other types that hold one of these: which, and what they may leave out
+OPENED_AS: dict[str, dict[str, Any]] = {
+    # joined, but turning as a llama does
+    "phi3": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
     "gemma3": {
-        "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "num_attention_heads": 8,
-        "num_key_value_heads": 4, "head_dim": 256, "rms_norm_eps": 1e-6, "vocab_size": 262_208, "rope_theta": 1e6,
-        "query_pre_attn_scalar": 256, "max_position_embeddings": 131_072,
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 262_208,
+        "rope_theta": 1e6,
+        "query_pre_attn_scalar": 256,
+        "max_position_embeddings": 131_072,
     },
     "gemma4": {"model_type": "gemma4_text", "architectures": ["Gemma4ForCausalLM"]},
-}  # fmt: skip
+}
 
 
 def family(config: Mapping[str, Any]) -> Family:

@@ -8,19 +8,28 @@ import mlx.nn as nn
 
 @mx.custom_function
 def rows(table: mx.array, ids: mx.array) -> mx.array:
-    """table (V, D), ids (...) -> (..., D). The gradient is summed in a fixed order: the same bits at every run, where
-    MLX's own adds rows up with atomic operations on a GPU, in whatever order they come."""
+    """table (V, D), ids (...) -> (..., D). The gradient is summed in a fixed order: the same bits
+    at every run, where MLX's own adds rows up with atomic operations on a GPU, in whatever order
+    they come.
+    """
     return table[ids]
 
 
 @rows.vjp
-def _rows_vjp(primals: list[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
-    """Sorted by id, every row takes in those behind it that have its id: of 1, 2, 4 ... rows after each turn. Then the
-    first of each id holds the sum, and the others go on as zeros, which may be added to it in any order."""
+def _rows_vjp(
+    primals: list[mx.array], cotangent: mx.array, _: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Sorted by id, every row takes in those behind it that have its id: of 1, 2, 4 ... rows after
+    each turn. Then the first of each id holds the sum, and the others go on as zeros, which may be
+    added to it in any order.
+    """
     table, ids = primals
-    flat, n = ids.reshape(-1).astype(mx.int64), ids.size
-    order = mx.argsort(flat * n + mx.arange(n, dtype=mx.int64))  # keys without ties: equal ids stay in their order
-    flat, sums = flat[order], cotangent.reshape(n, -1).astype(mx.float32)[order]
+    flat = ids.reshape(-1).astype(mx.int64)
+    n = ids.size
+    # keys without ties: equal ids stay in their order
+    order = mx.argsort(flat * n + mx.arange(n, dtype=mx.int64))
+    flat = flat[order]
+    sums = cotangent.reshape(n, -1).astype(mx.float32)[order]
     reach = 1
     while reach < n:
         same = (flat[reach:] == flat[:-reach])[:, None]

@@ -1,4 +1,6 @@
-"""LoRA through mlx-lm's own adapters: put into a model, written in mlx-lm's format, fused into weights on disk."""
+"""LoRA through mlx-lm's own adapters: put into a model, written in mlx-lm's format, fused into
+weights on disk.
+"""
 
 import json
 from collections.abc import Callable, Mapping
@@ -16,12 +18,16 @@ from mis_mlx.storage.files import Files
 from mis_mlx.storage.safetensors import write_arrays
 from mis_mlx.types import Checkpoint, MisError
 
-FILE, CONFIG = "adapters.safetensors", "adapter_config.json"  # mlx-lm's names
+# mlx-lm's names
+FILE = "adapters.safetensors"
+CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank updates of every matrix in the last `num_layers` blocks (-1: in all): W + scale * (A B)^T."""
+    """Low-rank updates of every matrix in the last `num_layers` blocks (-1: in all): W + scale * (A
+    B)^T.
+    """
 
     num_layers: int
     rank: int
@@ -47,7 +53,9 @@ class Lora:
 
 
 def insert(model: nn.Module, lora: Lora, seed: int) -> None:
-    """Freeze the model and put adapters into it; A is drawn from `seed`, B is 0, so nothing changes yet."""
+    """Freeze the model and put adapters into it; A is drawn from `seed`, B is 0, so nothing changes
+    yet.
+    """
     model.freeze()
     mx.random.seed(seed)
     load.mlx_lm("tuner.utils").linear_to_lora_layers(model, lora.num_layers, lora.settings)
@@ -55,17 +63,28 @@ def insert(model: nn.Module, lora: Lora, seed: int) -> None:
 
 def write(adapters: Mapping[str, mx.array], lora: Lora, out: Path, files: Files) -> None:
     """Commit the new folder `out`, which mlx_lm takes as --adapter-path."""
-    config = {"fine_tune_type": "lora", "num_layers": lora.num_layers, "lora_parameters": lora.settings}
-    with protocol.commit_folder(out, files, sum(a.nbytes for a in adapters.values()), "the adapters") as folder:
+    config = {
+        "fine_tune_type": "lora",
+        "num_layers": lora.num_layers,
+        "lora_parameters": lora.settings,
+    }
+    with protocol.commit_folder(
+        out, files, sum(a.nbytes for a in adapters.values()), "the adapters"
+    ) as folder:
         write_arrays(folder / FILE, adapters, files)
         files.write(folder / CONFIG, json.dumps(config, indent=2).encode())
 
 
-def fused(checkpoint: Checkpoint, adapters: Mapping[str, mx.array], lora: Lora) -> Callable[[str], mx.array]:
-    """take(name): the checkpoint's tensor with its adapter added, in float32; memory: one tensor at a time."""
+def fused(
+    checkpoint: Checkpoint, adapters: Mapping[str, mx.array], lora: Lora
+) -> Callable[[str], mx.array]:
+    """take(name): the checkpoint's tensor with its adapter added, in float32; memory: one tensor at
+    a time.
+    """
 
     def take(name: str) -> mx.array:
-        weight, stem = load.dense(checkpoint, name), name.removesuffix(".weight")
+        weight = load.dense(checkpoint, name)
+        stem = name.removesuffix(".weight")
         if (a := adapters.get(f"{stem}.lora_a")) is None:
             return weight
         return weight.astype(mx.float32) + (lora.scale * adapters[f"{stem}.lora_b"].T) @ a.T

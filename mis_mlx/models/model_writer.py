@@ -1,4 +1,6 @@
-"""Write a model's folder: weights tensor by tensor, its tokenizer, and what says how it was pruned (`keep.json`)."""
+"""Write a model's folder: weights tensor by tensor, its tokenizer, and what says how it was pruned
+(`keep.json`).
+"""
 
 import io
 import itertools
@@ -27,25 +29,38 @@ from mis_mlx.storage.safetensors import (
 )
 from mis_mlx.types import Checkpoint, KeptUnits, MisError
 
-KEEP, ROTATION = "keep.json", "rotation.npy"
+KEEP = "keep.json"
+ROTATION = "rotation.npy"
 Take = Callable[[str], Tensor]  # a model's tensor by its name
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def need_tokenizer(folder: Path) -> None:
     """MisError when the folder has no tokenizer that could go along."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise MisError(f"{folder} has no tokenizer: copy the tokenizer files of the model it was made from")
+    if not any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    ):
+        raise MisError(
+            f"{folder} has no tokenizer: copy the tokenizer files of the model it was made from"
+        )
 
 
 def keep_files(keep: KeptUnits | None) -> dict[str, Any]:
-    """The files that hold kept units, for `write_model`: keep.json, and rotation.npy where the stream was rotated.
+    """The files that hold kept units, for `write_model`: keep.json, and rotation.npy where the
+    stream was rotated.
 
-    keep.json: {layers, kept: {"layer/space": indices}, why, report, rotated: true where there is a basis}."""
+    keep.json: {layers, kept: {"layer/space": indices}, why, report, rotated: true where there is a
+    basis}.
+    """
     if keep is None:
         return {}
     kept = {f"{layer}/{space}": list(indices) for (layer, space), indices in keep.kept.items()}
-    saved = {"layers": list(keep.layers), "kept": kept, "why": keep.why, "report": dict(keep.report)}
+    saved = {
+        "layers": list(keep.layers),
+        "kept": kept,
+        "why": keep.why,
+        "report": dict(keep.report),
+    }
     if keep.basis is None:
         return {KEEP: saved}
     np.save(matrix := io.BytesIO(), np.asarray(keep.basis, np.float32), allow_pickle=False)
@@ -53,7 +68,9 @@ def keep_files(keep: KeptUnits | None) -> dict[str, Any]:
 
 
 def read_keep(folder: Path) -> KeptUnits | None:
-    """The `KeptUnits` beside a pruned model, None without them. The basis stays on disk until it is used."""
+    """The `KeptUnits` beside a pruned model, None without them. The basis stays on disk until it is
+    used.
+    """
     path = folder / KEEP
     if not path.is_file():
         return None
@@ -67,30 +84,46 @@ def _basis(path: Path, channels: int) -> np.ndarray:
     try:
         basis = np.load(path, mmap_mode="r", allow_pickle=False)
         if basis.ndim != 2 or basis.shape[1] != channels or basis.dtype != np.float32:
-            raise ValueError(f"it holds {basis.dtype} {list(basis.shape)}, the model has {channels} channels")
+            raise ValueError(
+                f"it holds {basis.dtype} {list(basis.shape)}, the model has {channels} channels"
+            )
     except (OSError, EOFError, ValueError) as error:
-        raise MisError(f"{path} is not this model's rotation ({str(error)[:120]}): prune the teacher again") from None
+        raise MisError(
+            f"{path} is not this model's rotation ({str(error)[:120]}): prune the teacher again"
+        ) from None
     return basis
 
 
 def write_folder(
-    config: Mapping[str, Any], specs: Specs, tensors: Named, source: Path, out: Path, files: Files,
-    extra: Mapping[str, Any] | None = None, shards: Sequence[Specs] | None = None,
-) -> None:  # fmt: skip
-    """Commit the new folder `out`: `tensors` as `specs` foretell them, config.json, the tokenizer files of `source`.
+    config: Mapping[str, Any],
+    specs: Specs,
+    tensors: Named,
+    source: Path,
+    out: Path,
+    files: Files,
+    extra: Mapping[str, Any] | None = None,
+    shards: Sequence[Specs] | None = None,
+) -> None:
+    """Commit the new folder `out`: `tensors` as `specs` foretell them, config.json, the tokenizer
+    files of `source`.
 
-    extra: more files by name: bytes as they are, all else as JSON. shards: as of `write_tensors`."""
+    extra: more files by name: bytes as they are, all else as JSON. shards: as of `write_tensors`.
+    """
     with protocol.commit_folder(out, files, sum(map(spec_bytes, specs.values()))) as folder:
         write_tensors(folder, specs, tensors, files, shards)
         files.write(folder / "config.json", json.dumps(dict(config), indent=2).encode())
         for name, value in (extra or {}).items():
-            files.write(folder / name, value if isinstance(value, bytes) else json.dumps(value).encode())
+            files.write(
+                folder / name, value if isinstance(value, bytes) else json.dumps(value).encode()
+            )
         for path in list(tokenizer_check.present(source)):  # judges all before one is copied
             files.write(folder / path.name, path.read_bytes())
 
 
 def dense(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A checkpoint's tensor for `write_model`: `load.dense`, the table of per-layer inputs in parts."""
+    """A checkpoint's tensor for `write_model`: `load.dense`, the table of per-layer inputs in
+    parts.
+    """
     if name != f"{arch.PER_LAYER}weight":
         return load.dense(checkpoint, name)
     shape = arch.tensors_of(checkpoint.config)[name]
@@ -101,16 +134,26 @@ def _cast(tensor: Tensor, dtype: str) -> Tensor:
     kind = policy.DTYPES[dtype]
     if isinstance(tensor, mx.array):
         return tensor.astype(kind)
-    return InParts((SAFETENSORS_NAMES[dtype], tensor.spec[1]), (part.astype(kind) for part in tensor.parts))
+    return InParts(
+        (SAFETENSORS_NAMES[dtype], tensor.spec[1]), (part.astype(kind) for part in tensor.parts)
+    )
 
 
 def write_model(
-    config: Mapping[str, Any], take: Take, source: Path, out: Path, dtype: str, files: Files,
-    extra: Mapping[str, Any] | None = None, file_per_block: bool = False,
-) -> None:  # fmt: skip
-    """`write_folder` of the dense model that `take(name)` gives tensor by tensor, cast to `dtype`. What it gives in
-    parts goes to disk part by part."""
-    shapes = arch.tensors_of(config, families.family(config).stacked and not file_per_block)  # parts are for us alone
+    config: Mapping[str, Any],
+    take: Take,
+    source: Path,
+    out: Path,
+    dtype: str,
+    files: Files,
+    extra: Mapping[str, Any] | None = None,
+    file_per_block: bool = False,
+) -> None:
+    """`write_folder` of the dense model that `take(name)` gives tensor by tensor, cast to `dtype`.
+    What it gives in parts goes to disk part by part.
+    """
+    # parts are for us alone
+    shapes = arch.tensors_of(config, families.family(config).stacked and not file_per_block)
     specs = {name: (SAFETENSORS_NAMES[dtype], dims) for name, dims in shapes.items()}
 
     def whole(name: str) -> Tensor:
@@ -125,8 +168,10 @@ def write_model(
 
 
 def by_block(source: Checkpoint, folder: Path, files: Files, dtype: str = "float32") -> Checkpoint:
-    """A student to train in parts: an ordinary folder of `dtype` with one file per block, replaced whole, so that it is
-    a model at any moment. Opened; made of `source` first if it is not there. Memory: the largest tensor."""
+    """A student to train in parts: an ordinary folder of `dtype` with one file per block, replaced
+    whole, so that it is a model at any moment. Opened; made of `source` first if it is not there.
+    Memory: the largest tensor.
+    """
     if not folder.exists():
         config = {k: v for k, v in source.config.items() if not k.startswith("quantization")}
         config["torch_dtype"] = dtype
@@ -136,11 +181,16 @@ def by_block(source: Checkpoint, folder: Path, files: Files, dtype: str = "float
 
 
 def replace_block(parts: Checkpoint, i: int, weights: Mapping[str, mx.array], files: Files) -> None:
-    """Put new `weights` (names without `model.layers.N.`), of the same kind, in the place of block i's, durably."""
+    """Put new `weights` (names without `model.layers.N.`), of the same kind, in the place of block
+    i's, durably.
+    """
     prefix = f"model.layers.{i}."
     old = {name: t for name, t in parts.tensors.items() if name.startswith(prefix)}
     path = next(iter(old.values())).file
-    new = {name: weights[name.removeprefix(prefix)] for name in sorted(old, key=lambda n: old[n].offset)}
+    new = {
+        name: weights[name.removeprefix(prefix)]
+        for name in sorted(old, key=lambda n: old[n].offset)
+    }
     if {n for n, t in parts.tensors.items() if t.file == path} != set(old):
         raise ValueError(f"{path} holds more than block {i}")
     if any(spec_of(array) != (old[name].dtype, old[name].shape) for name, array in new.items()):

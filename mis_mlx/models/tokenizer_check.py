@@ -1,7 +1,10 @@
-"""Let a child process open a stranger's tokenizer and chat template first: what hangs or crashes there, ends there.
+"""Let a child process open a stranger's tokenizer and chat template first: what hangs or crashes
+there, ends there.
 
-It tries what transformers is going to use, the tokenizers library and a Jinja sandbox, on a few words; what only
-misbehaves on other words is not found here. A tokenizer is tried once in a process, whichever folder it lies in."""
+It tries what transformers is going to use, the tokenizers library and a Jinja sandbox, on a few
+words; what only misbehaves on other words is not found here. A tokenizer is tried once in a
+process, whichever folder it lies in.
+"""
 
 import hashlib
 import json
@@ -17,23 +20,44 @@ from mis_mlx.types import GIB, MisError, gib
 
 ROWS = "vocabulary.json"  # of a trimmed vocabulary: which rows of its parent's it has
 # What makes a folder speak: everything but weights, their index, provenance and foreign code.
-FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
-         "special_tokens_map.json", "added_tokens.json", "generation_config.json", "vocab.json", "merges.txt",
-         "tokenizer.model", ROWS)  # fmt: skip
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    ROWS,
+)
 MOST_BYTES = 2**28  # of one of these files; the largest known, of 256 thousand tokens, takes 33 MB
-SECONDS, MEMORY_BYTES = 30.0, 4 * GIB
+SECONDS = 30.0
+MEMORY_BYTES = 4 * GIB
 MOST_CHARACTERS = 1_000_000  # that a template may make of SAID
 CODE = ("auto_map", "model_file")  # settings that name the model's own program code
-# Words on which a bad regular expression goes astray, if any ordinary ones do that: runs, and something after them.
-WORDS = [*(run * 64 + "!" for run in ("a", "ab", "A", "z", "0", "1", " ", "\n", "\t", ".", "-", "é", "ł", "語", "🐻 ")),
-         "Baca wyszedł rano z owcami na halę; it's 12.50 zł, isn't it?\r\n\tfor i in range(10): pass"]  # fmt: skip
+# Words on which a bad regular expression goes astray, if any ordinary ones do that: runs, and
+# something after them.
+WORDS = [
+    *(
+        run * 64 + "!"
+        for run in ("a", "ab", "A", "z", "0", "1", " ", "\n", "\t", ".", "-", "é", "ł", "語", "🐻 ")
+    ),
+    "Baca wyszedł rano z owcami na halę; it's 12.50 zł, isn't it?\r\n\tfor i in range(10): pass",
+]
 PASSED = set[bytes]()  # digests of tokenizers that this process has tried
-SAID = [{"role": "user", "content": "Ile owiec jest na hali?"}, {"role": "assistant", "content": "Sto dwadzieścia."}]
+SAID = [
+    {"role": "user", "content": "Ile owiec jest na hali?"},
+    {"role": "assistant", "content": "Sto dwadzieścia."},
+]
 
 
 def check_tokenizer(folder: Path) -> bytes:
-    """MisError unless a child opened the folder's tokenizer and template, within limits, and said so. Returned is what
-    tells these files from others."""
+    """MisError unless a child opened the folder's tokenizer and template, within limits, and said
+    so. Returned is what tells these files from others.
+    """
     digest = hashlib.sha256()
     for path in present(folder):
         content = path.read_bytes()
@@ -49,7 +73,9 @@ def check_tokenizer(folder: Path) -> bytes:
 
 
 def present(folder: Path) -> Iterator[Path]:
-    """Those of FILES that are there. MisError for one that is no regular file of sane size inside the folder."""
+    """Those of FILES that are there. MisError for one that is no regular file of sane size inside
+    the folder.
+    """
     for name in FILES:
         path = folder / name
         if not os.path.lexists(path):
@@ -58,17 +84,23 @@ def present(folder: Path) -> Iterator[Path]:
         if not path.is_file():
             raise MisError(f"{path} is not a regular file: copy the tokenizer files again")
         if (nbytes := path.stat().st_size) > MOST_BYTES:
-            raise MisError(f"{path} is {gib(nbytes)} long, {gib(MOST_BYTES)} are allowed: copy it again")
+            raise MisError(
+                f"{path} is {gib(nbytes)} long, {gib(MOST_BYTES)} are allowed: copy it again"
+            )
         yield path
 
 
 def attempt(folder: str) -> dict[str, int]:
-    """The child's side: how many tokens and characters came of the trial. Raises what goes wrong."""
+    """The child's side: how many tokens and characters came of the trial. Raises what goes
+    wrong.
+    """
     where = Path(folder)
     settings = _json(where / "tokenizer_config.json")
     for key in CODE:
         if key in settings:
-            raise ValueError(f"{key} wants to run the model's own program code, which is never done here")
+            raise ValueError(
+                f"{key} wants to run the model's own program code, which is never done here"
+            )
     tokens = 0
     if (where / "tokenizer.json").exists():
         from tokenizers import Tokenizer
@@ -82,7 +114,9 @@ def attempt(folder: str) -> dict[str, int]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A tokenizer file's JSON object; {} where there is no such file. MisError where it holds something else."""
+    """A tokenizer file's JSON object; {} where there is no such file. MisError where it holds
+    something else.
+    """
     try:
         return _json(path)
     except (OSError, Refused) as why:
@@ -90,7 +124,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json_object(path.read_bytes()) if path.is_file() else {}  # reading a pipe would wait for ever
+    # reading a pipe would wait for ever
+    return json_object(path.read_bytes()) if path.is_file() else {}
 
 
 def _templates(folder: Path, settings: dict[str, Any]) -> Iterator[str]:
@@ -106,18 +141,26 @@ def _templates(folder: Path, settings: dict[str, Any]) -> Iterator[str]:
 
 
 def _rendered(template: str, settings: dict[str, Any]) -> int:
-    """Characters of SAID in the template, with and without a generation prompt. A template may refuse, not more."""
+    """Characters of SAID in the template, with and without a generation prompt. A template may
+    refuse, not more.
+    """
     from jinja2.exceptions import SecurityError, TemplateError
 
     known: dict[str, Any] = {"tools": None, "documents": None}
-    known |= {key: value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str)}
+    known |= {
+        key: value
+        for key, value in settings.items()
+        if key.endswith("_token") and isinstance(value, str)
+    }
     count = 0
     for messages, generation in ((SAID, False), (SAID[:1], True)):
         values = {**known, "messages": messages, "add_generation_prompt": generation}
         try:
             for piece in _sandbox().from_string(template).generate(**values):
                 if (count := count + len(piece)) > MOST_CHARACTERS:
-                    raise ValueError(f"the chat template writes more than {MOST_CHARACTERS} characters")
+                    raise ValueError(
+                        f"the chat template writes more than {MOST_CHARACTERS} characters"
+                    )
         except SecurityError:
             raise
         except TemplateError:
@@ -126,7 +169,9 @@ def _rendered(template: str, settings: dict[str, Any]) -> int:
 
 
 def _sandbox() -> Any:
-    """Jinja as transformers sets it up for chat templates: no attribute leads out, nothing can be changed."""
+    """Jinja as transformers sets it up for chat templates: no attribute leads out, nothing can be
+    changed.
+    """
     from jinja2.exceptions import TemplateError
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -145,7 +190,9 @@ def _sandbox() -> Any:
 
     parts = [Generation, "jinja2.ext.loopcontrols"]
     sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=parts)
-    sandbox.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False, indent=how.get("indent"))
+    sandbox.filters["tojson"] = lambda value, **how: json.dumps(
+        value, ensure_ascii=False, indent=how.get("indent")
+    )
     sandbox.globals["raise_exception"] = refuse
     sandbox.globals["strftime_now"] = lambda _form: "2026-01-01"
     return sandbox

@@ -1,7 +1,10 @@
-"""What a pass over a model takes: bytes read and written, peak memory, float operations; and whether that fits.
+"""What a pass over a model takes: bytes read and written, peak memory, float operations; and
+whether that fits.
 
-Arithmetic on configs and sizes: reads no weights, starts nothing. Does not know what a distillation is made of
-(planner/phases). Numbers that come from the engine name their origin, and tests hold the two together."""
+Arithmetic on configs and sizes: reads no weights, starts nothing. Does not know what a distillation
+is made of (planner/phases). Numbers that come from the engine name their origin, and tests hold the
+two together.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,12 +27,16 @@ from mis_mlx.types import Budget, Checkpoint, MisError, duration, gib
 
 SMALL_BYTES = 2**20  # norms, masks, whole pages: what is not worth a formula
 SLOT_BYTES = 16 * 2**10  # that a buffer for a block is larger than the block: whole pages
-TENSOR_BYTES = 3 * 1024  # that Python and MLX take to know of a tensor: its name and place (measured on 24,302)
-CHUNKS_AHEAD = 3  # of `losses.kl_sum`, whose memory MLX takes before the first of them is done (measured on a CPU)
-CHUNK_ARRAYS = 12  # float32 (n, V) that a chunk makes, five of them alive at a time; a GPU may hold all it has begun
+# that Python and MLX take to know of a tensor: its name and place (measured on 24,302)
+TENSOR_BYTES = 3 * 1024
+# of `losses.kl_sum`, whose memory MLX takes before the first of them is done (measured on a CPU)
+CHUNKS_AHEAD = 3
+# float32 (n, V) that a chunk makes, five of them alive at a time; a GPU may hold all it has begun
+CHUNK_ARRAYS = 12
 BLOCK_WAITS = 2  # for a block's weights, and for the look at whether its first output is a number
 SETTLED_TOKENS = 512  # of the pass by which a type is chosen
-UPDATE_TRAFFIC = 28  # bytes of a parameter that one update moves: these four read, three written, in one kernel
+# bytes of a parameter that one update moves: these four read, three written, in one kernel
+UPDATE_TRAFFIC = 28
 KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -85,51 +92,76 @@ class ModelSize:
         return 2 * int(self.here * self.block_bytes + SLOT_BYTES * (2 if self.shape.experts else 1))
 
     def in_flight(self, work: int) -> int:
-        """What a GPU holds beside `work` bytes of temporaries that a CPU has freed by then: as much again, or what the
-        commands in flight can hold."""
+        """What a GPU holds beside `work` bytes of temporaries that a CPU has freed by then: as much
+        again, or what the commands in flight can hold.
+        """
         return min(work, in_flight_bytes()) if self.gpu else 0
 
     @property
     def widened_bytes(self) -> int:
-        """Parts of a dense head in half precision, widened for its logits: those that a GPU has in flight."""
+        """Parts of a dense head in half precision, widened for its logits: those that a GPU has in
+        flight.
+        """
         if not self.gpu or self.packed or self.item == 4:
             return 0
         return 4 * min(COMMANDS_AHEAD * PART, self.head_params)
 
     def body_bytes(self, workspace: int) -> int:
-        """Beside the slots while blocks are made and used: the workspace, and a converted copy if one is needed.
-        De-quantizing on a CPU holds a second copy for a moment, because MLX runs ahead (measured)."""
+        """Beside the slots while blocks are made and used: the workspace, and a converted copy if
+        one is needed. De-quantizing on a CPU holds a second copy for a moment, because MLX runs
+        ahead (measured).
+        """
         if self.as_stored:
             return workspace
         part = int(self.here * self.block_work)
         return part + max(workspace, part if self.packed else 0)
 
 
-def model_of(source: Checkpoint | Mapping[str, Any], gpu: bool | None = None, dtype: Any = None) -> ModelSize:
-    """The sizes of a checkpoint; or of a config alone, stored as its dtype or its quantization says.
-    gpu: whether it is to compute on Metal; default: as this process does. dtype: what it is to compute in here."""
+def model_of(
+    source: Checkpoint | Mapping[str, Any], gpu: bool | None = None, dtype: Any = None
+) -> ModelSize:
+    """The sizes of a checkpoint; or of a config alone, stored as its dtype or its quantization
+    says. gpu: whether it is to compute on Metal; default: as this process does. dtype: what it is
+    to compute in here.
+    """
     config = source.config if isinstance(source, Checkpoint) else source
     if gpu is None:
         gpu = policy.keeps_packed()
-        dtype = dtype or (policy.compute_dtype(source) if isinstance(source, Checkpoint) else policy.usual_dtype())
+        dtype = dtype or (
+            policy.compute_dtype(source) if isinstance(source, Checkpoint) else policy.usual_dtype()
+        )
     s = shape_of(config)
     if dtype is None:  # of an M1, which emulates bfloat16
         dtype = policy.DTYPES["float16" if gpu and families.family(config).float16 else "float32"]
-    block, params = sum(map(math.prod, arch.layer_tensors(config, True).values())), arch.params(config)
+    block = sum(map(math.prod, arch.layer_tensors(config, True).values()))
+    params = arch.params(config)
     if isinstance(source, Checkpoint):
-        blocks, floats = [0] * s.layers, set()
+        blocks = [0] * s.layers
+        floats = set()
         for name, t in source.tensors.items():
             if (i := arch.block_of(name)) is not None:
                 blocks[i] += t.nbytes
                 floats.add(KINDS.get(t.dtype, t.dtype))
-        head = sum(t.nbytes for n, t in source.tensors.items() if n.startswith(load.head_prefix(source)))
-        packed, nbytes, block_bytes, count = "U32" in floats, source.nbytes, max(blocks), len(source.tensors)
+        head = sum(
+            t.nbytes for n, t in source.tensors.items() if n.startswith(load.head_prefix(source))
+        )
+        packed = "U32" in floats
+        nbytes = source.nbytes
+        block_bytes = max(blocks)
+        count = len(source.tensors)
     else:
-        settings, kind = config.get("quantization") or {}, config.get("torch_dtype") or config.get("dtype")
-        packed, floats = "bits" in settings, {kind if kind in policy.DTYPES else "bfloat16"}
-        per = settings["bits"] / 8 + 4 / settings["group_size"] if packed else policy.DTYPES[min(floats)].size
+        settings = config.get("quantization") or {}
+        kind = config.get("torch_dtype") or config.get("dtype")
+        packed = "bits" in settings
+        floats = {kind if kind in policy.DTYPES else "bfloat16"}
+        per = (
+            settings["bits"] / 8 + 4 / settings["group_size"]
+            if packed
+            else policy.DTYPES[min(floats)].size
+        )
         shapes = arch.tensors_of(config).values()
-        count = sum(3 if packed and len(shape) == 2 else 1 for shape in shapes)  # with scales and biases
+        # with scales and biases
+        count = sum(3 if packed and len(shape) == 2 else 1 for shape in shapes)
         head, nbytes, block_bytes = (int(per * n) for n in (s.vocab * s.hidden, params, block))
     as_stored = gpu if packed else floats == {str(dtype).removeprefix("mlx.core.")}
     known = dtype.size, packed, as_stored, count, gpu, *arch.shares(config)
@@ -139,14 +171,17 @@ def model_of(source: Checkpoint | Mapping[str, Any], gpu: bool | None = None, dt
 
 @dataclass(frozen=True)
 class StageCost:
-    """One stage. `pinned` blocks stay in memory between passes; `spooled_bytes` of hidden states lie on disk."""
+    """One stage. `pinned` blocks stay in memory between passes; `spooled_bytes` of hidden states
+    lie on disk.
+    """
 
     name: str
     read_bytes: int
     written_bytes: int
     peak_bytes: int
     flops: float
-    touched_bytes: int = 0  # weights fetched from memory; counts where there is little to do with each
+    # weights fetched from memory; counts where there is little to do with each
+    touched_bytes: int = 0
     pinned: int = 0
     spooled_bytes: int = 0
     held_tokens: int = 0  # whose hidden states stay in memory
@@ -160,21 +195,26 @@ class StageCost:
         return self.flops + self.host_flops
 
     def seconds(self, at: rates.Rates, hot: bool = False) -> float:
-        """What takes longest: the disk, the arithmetic, or fetching weights from memory; they overlap. The
-        optimizer's updates come on top of the arithmetic, which ends before one begins. So do, on a GPU, waits and what
-        numpy computes meanwhile."""
+        """What takes longest: the disk, the arithmetic, or fetching weights from memory; they
+        overlap. The optimizer's updates come on top of the arithmetic, which ends before one
+        begins. So do, on a GPU, waits and what numpy computes meanwhile.
+        """
         disk = self.read_bytes / at.read_bytes_per_s + self.written_bytes / at.write_bytes_per_s
         flops_per_s = at.training_flops_per_s if self.updated else at.forward_flops_per_s
         flops = self.flops if at.gpu else self.operations
         work = flops / (flops_per_s * (at.hot if hot else 1.0))
         if at.gpu:  # a CPU's training rate has the updates in it (rates.ELEMENTWISE)
             work += UPDATE_TRAFFIC * self.updated / at.memory_bytes_per_s
-            work += self.waits * at.wait_s + self.host_flops / (at.host_flops_per_s * (at.hot if hot else 1.0))
+            work += self.waits * at.wait_s + self.host_flops / (
+                at.host_flops_per_s * (at.hot if hot else 1.0)
+            )
         return max(disk, work, self.touched_bytes / at.memory_bytes_per_s)
 
 
 def tensor_bytes(m: ModelSize) -> int:
-    """Bytes to rewrite the largest tensor: as stored, cut and converted; or de-quantized and converted."""
+    """Bytes to rewrite the largest tensor: as stored, cut and converted; or de-quantized and
+    converted.
+    """
     per = 12 if m.packed else 2 * math.ceil(m.nbytes / m.params) + 2
     return per * max(m.shape.vocab, m.shape.ffn) * m.shape.hidden + stacked_bytes(m)
 
@@ -185,7 +225,9 @@ def stacked_bytes(m: ModelSize) -> int:
 
 
 def forward_flops(m: ModelSize, tokens: int, length: int, head: bool = True) -> float:
-    """2 for each parameter a token meets (looking up an embedding is free), and causal attention."""
+    """2 for each parameter a token meets (looking up an embedding is free), and causal
+    attention.
+    """
     s = m.wide
     attention = s.heads * s.head_dim * length  # 2 products x 2 x length / 2 positions seen
     projected = m.side_params - m.shape.vocab * arch.channels(m.config)
@@ -194,8 +236,10 @@ def forward_flops(m: ModelSize, tokens: int, length: int, head: bool = True) -> 
 
 
 def side_bytes(m: ModelSize, tokens: int) -> int:
-    """What a pass over so many tokens keeps for blocks to come beside hidden states: channels of every block for each
-    token that occurs, all of them at the most; keys and values that several blocks use."""
+    """What a pass over so many tokens keeps for blocks to come beside hidden states: channels of
+    every block for each token that occurs, all of them at the most; keys and values that several
+    blocks use.
+    """
     owners = {owner for owner in key_owners(m.config) if owner is not None}
     shared = sum(2 * m.shape.kv_heads * head_size(m.config, i) for i in owners)
     return m.item * (min(tokens, m.shape.vocab) * arch.channels(m.config) + tokens * shared)
@@ -207,12 +251,18 @@ def together(m: ModelSize) -> int:
 
 
 def workspace_bytes(m: ModelSize, tokens: int, length: int) -> int:
-    """The most that a block's forward pass over one micro-batch holds, float32; of as many as go side by side here."""
-    return together(m) * pass_bytes(m.config, tokens, length) + (2 * GROUP_BYTES if m.shape.experts else 0)
+    """The most that a block's forward pass over one micro-batch holds, float32; of as many as go
+    side by side here.
+    """
+    return together(m) * pass_bytes(m.config, tokens, length) + (
+        2 * GROUP_BYTES if m.shape.experts else 0
+    )
 
 
 def pass_workspace(m: ModelSize, tokens: int, micro_tokens: int, length: int) -> int:
-    """The same of a pass over `tokens` in micro-batches, of which a GPU takes several at once (`stream.stacked`)."""
+    """The same of a pass over `tokens` in micro-batches, of which a GPU takes several at once
+    (`stream.stacked`).
+    """
     one = workspace_bytes(m, micro_tokens, length)
     if not m.gpu:
         return one
@@ -220,9 +270,11 @@ def pass_workspace(m: ModelSize, tokens: int, micro_tokens: int, length: int) ->
 
 
 def activation_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
-    """What one micro-batch (B, T) keeps for the backward pass: float32, all blocks. Measured within 3 %. Gemma's blocks
-    keep more: norms behind attention and MLP, and the terms of GELU."""
-    s, more = arch.widest(config), families.family(config).sandwich
+    """What one micro-batch (B, T) keeps for the backward pass: float32, all blocks. Measured within
+    3 %. Gemma's blocks keep more: norms behind attention and MLP, and the terms of GELU.
+    """
+    s = arch.widest(config)
+    more = families.family(config).sandwich
     per_token = (6 + 4 * more) * s.hidden + (5 + 5 * more) * arch.met(config)
     per_token += 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length
     sides = 4 * arch.channels(config)  # rows, what is projected, that behind its norm, and the sum
@@ -230,15 +282,19 @@ def activation_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
 
 
 def backward_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
-    """The most that the way back through one block holds, its gradients not among it; what it kept is. Measured; as
-    much in a Gemma's block, though that keeps more."""
-    kept, more = activation_bytes(config, batch, length), families.family(config).sandwich
+    """The most that the way back through one block holds, its gradients not among it; what it kept
+    is. Measured; as much in a Gemma's block, though that keeps more.
+    """
+    kept = activation_bytes(config, batch, length)
+    more = families.family(config).sandwich
     return 11 * kept // ((5 + 3 * more) * shape_of(config).layers)
 
 
 def logit_bytes(vocab: int, tokens: int, host: bool = False, *, gpu: bool = False) -> int:
-    """Logits under way: chunks of five float32 arrays (maths/losses); on the host two, of one chunk (host_losses). A
-    GPU holds those it needs and those of the commands in flight, one array each, for (n, V) fills a command buffer."""
+    """Logits under way: chunks of five float32 arrays (maths/losses); on the host two, of one chunk
+    (host_losses). A GPU holds those it needs and those of the commands in flight, one array each,
+    for (n, V) fills a command buffer.
+    """
     rows = chunk_rows(vocab)
     if host:
         return 2 * min(tokens, rows) * vocab * 4
@@ -254,7 +310,9 @@ def keys_bytes(m: ModelSize, tokens: int) -> int:
 
 
 def room(limit_bytes: int, taken_bytes: int, gpu: bool | None = None) -> int:
-    """What a budget leaves for what is welcome but not needed, after `memory.process_bytes`, whose `gpu` it is."""
+    """What a budget leaves for what is welcome but not needed, after `memory.process_bytes`, whose
+    `gpu` it is.
+    """
     return max(0, limit_bytes - process_bytes(limit_bytes, gpu) - taken_bytes)
 
 
@@ -264,42 +322,69 @@ def pins(m: ModelSize, room_bytes: int) -> int:
 
 
 def streamed_pass(
-    name: str, m: ModelSize, tokens: int, micro_tokens: int, length: int, limit_bytes: int = 0, *, head: bool = True,
-    spool: bool = True, again: bool = False, beside_bytes: int = 0,
-) -> StageCost:  # fmt: skip
-    """One pass from disk over `tokens`, block by block, all micro-batches in each, as `stream.Stream` does. head: with
-    logits at the end. spool: hidden states that find no room are written and read once a block. again: one of many
-    alike: what the budget leaves holds the head, then blocks 0, 1 ... of the last. beside_bytes: held by others."""
-    s, head_work = m.shape, m.head_work if head else 0
+    name: str,
+    m: ModelSize,
+    tokens: int,
+    micro_tokens: int,
+    length: int,
+    limit_bytes: int = 0,
+    *,
+    head: bool = True,
+    spool: bool = True,
+    again: bool = False,
+    beside_bytes: int = 0,
+) -> StageCost:
+    """One pass from disk over `tokens`, block by block, all micro-batches in each, as
+    `stream.Stream` does. head: with logits at the end. spool: hidden states that find no room are
+    written and read once a block. again: one of many alike: what the budget leaves holds the head,
+    then blocks 0, 1 ... of the last. beside_bytes: held by others.
+    """
+    s = m.shape
+    head_work = m.head_work if head else 0
     workspace = pass_workspace(m, tokens, micro_tokens, length)
     body = m.body_bytes(workspace) + m.in_flight(workspace)
     logits = logit_bytes(s.vocab, micro_tokens, gpu=m.gpu) + m.widened_bytes if head else 0
     if head and m.packed and not m.as_stored:
         logits = max(logits, head_work * 3 // 2)  # de-quantizing it, MLX runs ahead here too
     fixed = beside_bytes + m.slots_bytes + SMALL_BYTES + side_bytes(m, tokens)
-    peak, kept_head = fixed + max(body, head_work + logits), fixed + max(body, logits) + head_work
+    peak = fixed + max(body, head_work + logits)
+    kept_head = fixed + max(body, logits) + head_work
     hidden, batch = tokens * s.hidden * m.item, micro_tokens * s.hidden * m.item
     held = min(hidden, room(limit_bytes, peak, m.gpu) // batch * batch) if spool else hidden
     moved = (hidden - held) * (s.layers + 1)
-    keeps, head_read, peak = 0, m.head_bytes if head else 0, peak + held
+    keeps = 0
+    head_read = m.head_bytes if head else 0
+    peak = peak + held
     if again and kept_head + held + process_bytes(limit_bytes, m.gpu) <= limit_bytes:
-        keeps, head_read = pins(m, room(limit_bytes, kept_head + held, m.gpu)), 0
+        keeps = pins(m, room(limit_bytes, kept_head + held, m.gpu))
+        head_read = 0
         peak = kept_head + held + keeps * m.block_work
     # A block's experts are read once a group of tokens (stream.Stream.mixed).
-    parts = 1 + max(0, math.ceil(hidden * m.config.get("num_experts_per_tok", 0) / GROUP_BYTES) - 1) * (1 - m.here)
+    parts = 1 + max(
+        0, math.ceil(hidden * m.config.get("num_experts_per_tok", 0) / GROUP_BYTES) - 1
+    ) * (1 - m.here)
     read = int((s.layers - keeps) * m.block_bytes * parts) + head_read + moved
     flops = forward_flops(m, tokens, length, head)
     batches = math.ceil(tokens / micro_tokens)
     passes = math.ceil(batches / stacked(m.config, micro_tokens, length)) if m.gpu else batches
     return StageCost(
-        name, read, moved, peak, flops, pinned=keeps, spooled_bytes=hidden - held,
-        held_tokens=held // (s.hidden * m.item), waits=s.layers * (passes + BLOCK_WAITS) + (batches if head else 0),
-    )  # fmt: skip
+        name,
+        read,
+        moved,
+        peak,
+        flops,
+        pinned=keeps,
+        spooled_bytes=hidden - held,
+        held_tokens=held // (s.hidden * m.item),
+        waits=s.layers * (passes + BLOCK_WAITS) + (batches if head else 0),
+    )
 
 
 def settle_precision(limit: Budget, *models: Checkpoint) -> None:
-    """Decide, before a run computes anything, which of its models the budget holds in float32: those of which one pass
-    streamed from disk fits. Matters where float16 does not hold a model (`policy.settle`)."""
+    """Decide, before a run computes anything, which of its models the budget holds in float32:
+    those of which one pass streamed from disk fits. Matters where float16 does not hold a model
+    (`policy.settle`).
+    """
     for model in models:
 
         def fits(dtype: mx.Dtype, model: Checkpoint = model) -> bool:
@@ -311,27 +396,42 @@ def settle_precision(limit: Budget, *models: Checkpoint) -> None:
 
 
 def token(m: ModelSize, length: int, limit_bytes: int) -> StageCost:
-    """One token generated after `length` others, blocks kept from the token before as far as they fit."""
+    """One token generated after `length` others, blocks kept from the token before as far as they
+    fit.
+    """
     cache = keys_bytes(m, length)
-    made = streamed_pass("one token", m, 1, 1, length, limit_bytes, spool=False, again=True, beside_bytes=cache)
+    made = streamed_pass(
+        "one token", m, 1, 1, length, limit_bytes, spool=False, again=True, beside_bytes=cache
+    )
     touched = int(m.met * m.shape.layers * m.block_work) + m.head_work + cache
     return replace(made, read_bytes=int(m.met * made.read_bytes), touched_bytes=touched)
 
 
 def compared(models: Sequence[ModelSize], windows: int, length: int) -> StageCost:
-    """A pass of each model over the same windows, then parts of the first one's head and of each other's: two of each,
-    and what one is made from and looked at with, logits of CHUNK tokens, what is known of GROUP (as in comparison)."""
-    tokens, vocab, hidden = windows * length, min(m.shape.vocab for m in models), max(m.shape.hidden for m in models)
+    """A pass of each model over the same windows, then parts of the first one's head and of each
+    other's: two of each, and what one is made from and looked at with, logits of CHUNK tokens, what
+    is known of GROUP (as in comparison).
+    """
+    tokens = windows * length
+    vocab = min(m.shape.vocab for m in models)
+    hidden = max(m.shape.hidden for m in models)
     rows = min(HEAD_PART // hidden, vocab)
-    body = max(m.slots_bytes + m.body_bytes(pass_workspace(m, tokens, length, length)) for m in models)
+    body = max(
+        m.slots_bytes + m.body_bytes(pass_workspace(m, tokens, length, length)) for m in models
+    )
     parts = [3 * rows * m.head_work // m.shape.vocab for m in models]
     beside = 3 * rows * hidden + 2 * 4 * min(length, CHUNK) * rows
     found = 9 * 8 * min(tokens, GROUP + length) * math.ceil(vocab / rows)
-    peak = max(body, parts[0] + max(parts) + beside + found) + tokens * sum(m.shape.hidden * m.item for m in models)
+    peak = max(body, parts[0] + max(parts) + beside + found) + tokens * sum(
+        m.shape.hidden * m.item for m in models
+    )
     peak += max(side_bytes(m, tokens) for m in models)
     flops = sum(forward_flops(m, tokens, length) for m in models)
-    waits = sum(streamed_pass("", m, tokens, length, length, head=False, spool=False).waits for m in models)
-    waits += len(models) * 3 * math.ceil(vocab / rows) * math.ceil(tokens / GROUP)  # two heads and what was found
+    waits = sum(
+        streamed_pass("", m, tokens, length, length, head=False, spool=False).waits for m in models
+    )
+    # two heads and what was found
+    waits += len(models) * 3 * math.ceil(vocab / rows) * math.ceil(tokens / GROUP)
     return StageCost("measure", sum(m.nbytes for m in models), 0, peak, flops, waits=waits)
 
 
@@ -345,19 +445,28 @@ def enough(arrays: int) -> int:
     return arrays + process_bytes(arrays + arrays // 5)
 
 
-def fit(budget: Budget, *phases: StageCost, other: str = ", or lower --max-seq-length or --batch-size") -> None:
-    """Refuse before work starts, when the largest phase and what the process takes beside it do not fit: MisError with
-    both numbers, a budget that is enough, and what else helps."""
+def fit(
+    budget: Budget, *phases: StageCost, other: str = ", or lower --max-seq-length or --batch-size"
+) -> None:
+    """Refuse before work starts, when the largest phase and what the process takes beside it do not
+    fit: MisError with both numbers, a budget that is enough, and what else helps.
+    """
     worst = max(phases, key=lambda p: p.peak_bytes)
     need = worst.peak_bytes + process_bytes(budget.limit_bytes)
     budget.need(need, worst.name, f"give --budget {flag(enough(worst.peak_bytes))} or more{other}")
 
 
-def told(phases: Sequence[StageCost], limit_bytes: int, at: rates.Rates, own_bytes: int = 0) -> dict[str, Any]:
-    """Say what each phase takes; returned is what a --dry-run says of them. own_bytes: of the process, in no phase."""
+def told(
+    phases: Sequence[StageCost], limit_bytes: int, at: rates.Rates, own_bytes: int = 0
+) -> dict[str, Any]:
+    """Say what each phase takes; returned is what a --dry-run says of them. own_bytes: of the
+    process, in no phase.
+    """
     for p in phases:
         moved = f"{gib(p.read_bytes)} read, {gib(p.written_bytes)} written"
-        cli.say(f"{p.name}: {gib(p.peak_bytes)} of memory, {moved}, about {duration(p.seconds(at))}")
+        cli.say(
+            f"{p.name}: {gib(p.peak_bytes)} of memory, {moved}, about {duration(p.seconds(at))}"
+        )
     peak = max(p.peak_bytes for p in phases) + own_bytes
     return {
         "peak_bytes": peak,
@@ -370,10 +479,15 @@ def told(phases: Sequence[StageCost], limit_bytes: int, at: rates.Rates, own_byt
 
 
 def machine_rates(name: Literal["here", "m1-air"] = "here", measure: bool = False) -> rates.Rates:
-    """Published rates of an M1 Air, or this machine's: measured now, earlier (kept in the cache folder), or assumed."""
+    """Published rates of an M1 Air, or this machine's: measured now, earlier (kept in the cache
+    folder), or assumed.
+    """
     if name == "m1-air":
         if measure:
-            raise MisError("--measure measures this machine, --machine m1-air is another: leave one of them out")
+            raise MisError(
+                "--measure measures this machine, --machine m1-air is another: leave one of them "
+                "out"
+            )
         return rates.M1_AIR
     path = hub.cache_root() / "rates.json"
     if not measure:

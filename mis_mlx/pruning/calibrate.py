@@ -17,16 +17,24 @@ from mis_mlx.types import Checkpoint, Reading
 
 
 def _look(block: nn.Module, heads: int, into: mx.array, out: mx.array) -> dict[str, mx.array]:
-    """What one batch says of one block, lazy: importance and squares by axis, and of the block itself."""
-    seen = {axis: block[part][name].take() for axis, (part, (name, *_)) in arch.readers(block).items()}
+    """What one batch says of one block, lazy: importance and squares by axis, and of the block
+    itself.
+    """
+    seen = {
+        axis: block[part][name].take() for axis, (part, (name, *_)) in arch.readers(block).items()
+    }
     return _samples(seen, heads, into, out)
 
 
-def _samples(seen: Mapping[str, mx.array], heads: int, into: mx.array, out: mx.array) -> dict[str, mx.array]:
+def _samples(
+    seen: Mapping[str, mx.array], heads: int, into: mx.array, out: mx.array
+) -> dict[str, mx.array]:
     """The same of what a batch's readers saw."""
     samples = {"block": importance.block_sample(into, out)}
     for axis, x in seen.items():
-        samples[axis] = importance.head_sample(x, heads) if axis == "heads" else importance.channel_sample(x)
+        samples[axis] = (
+            importance.head_sample(x, heads) if axis == "heads" else importance.channel_sample(x)
+        )
         samples[axis + " squares"] = importance.square_sample(x)
     return samples
 
@@ -34,7 +42,9 @@ def _samples(seen: Mapping[str, mx.array], heads: int, into: mx.array, out: mx.a
 def _entered(
     source: stream.Stream, block: nn.Module, hidden: stream.Hidden, weight: Callable[[int], float]
 ) -> Iterator[tuple[mx.array, dict[str, mx.array]]]:
-    """Every batch behind a block, and what it says of the block, evaluated. weight(batch): asked as it enters."""
+    """Every batch behind a block, and what it says of the block, evaluated. weight(batch): asked as
+    it enters.
+    """
     if policy.name() != "cpu":
         yield from _stacked(source, block, hidden, weight)
         return
@@ -58,7 +68,10 @@ def _stacked(
         weight(first + count - 1)
         after = stream.split(source.run(source.at, block, first, stream.joined(some)), count)
         readers = arch.readers(block).items()
-        seen = {axis: stream.split(block[part][name].take(), count) for axis, (part, (name, *_)) in readers}
+        seen = {
+            axis: stream.split(block[part][name].take(), count)
+            for axis, (part, (name, *_)) in readers
+        }
         found = []
         for k in range(count):
             of_batch = {axis: parts[k] for axis, parts in seen.items()}
@@ -83,10 +96,19 @@ def _merge(out: Statistics, experts: Mapping[int, ExpertSums], batches: int) -> 
 
 
 def _air(out: Statistics, readings: Sequence[Reading | None], unit: str) -> None:
-    """The air and altitude of all machines' batches; where one has no T_env, none weighs more than another."""
-    out.measured = not distributed.any_rank(None in [importance.weight_of(r, unit) for r in readings])
+    """The air and altitude of all machines' batches; where one has no T_env, none weighs more than
+    another.
+    """
+    out.measured = not distributed.any_rank(
+        None in [importance.weight_of(r, unit) for r in readings]
+    )
     if not out.measured:
-        for sums in (*out.ffn.values(), *out.heads.values(), *out.experts.values(), *out.hidden.values()):
+        for sums in (
+            *out.ffn.values(),
+            *out.heads.values(),
+            *out.experts.values(),
+            *out.hidden.values(),
+        ):
             sums.warm = sums.square.copy()
     known = [r for r in readings if r is not None]
     celsius = distributed.all_gather([r.ambient_c for r in known if r.ambient_c is not None])
@@ -96,12 +118,20 @@ def _air(out: Statistics, readings: Sequence[Reading | None], unit: str) -> None
 
 
 def _mixed(
-    source: stream.Stream, block: nn.Module, hidden: stream.Hidden, experts: ExpertSums, neurons: Sums,
+    source: stream.Stream,
+    block: nn.Module,
+    hidden: stream.Hidden,
+    experts: ExpertSums,
+    neurons: Sums,
     weight: Callable[[int], float],
-) -> Iterator[tuple[mx.array, dict[str, mx.array]]]:  # fmt: skip
-    """Every batch behind a block of experts, and what it says of the block beside these. Added up meanwhile: scores of
-    the experts, and of their neurons, whose activations count as their expert's gate lets them."""
-    s, sums = shape_of(source.checkpoint.config), dict[int, np.ndarray]()  # of a batch: of |a| and a^2, (2, E, F)
+) -> Iterator[tuple[mx.array, dict[str, mx.array]]]:
+    """Every batch behind a block of experts, and what it says of the block beside these. Added up
+    meanwhile: scores of the experts, and of their neurons, whose activations count as their
+    expert's gate lets them.
+    """
+    # of a batch: of |a| and a^2, (2, E, F)
+    s = shape_of(source.checkpoint.config)
+    sums = dict[int, np.ndarray]()
 
     def meet(b: int, e: int, gates: np.ndarray, activations: mx.array, made: mx.array) -> None:
         experts.add(e, gates, made, weight(b))
@@ -116,21 +146,31 @@ def _mixed(
 
 
 def calibrate(
-    checkpoint: Checkpoint, batches: stream.Batches, reading: Callable[[], Reading | None] = lambda: None,
-    unit: str = "kelvin", hidden: stream.Hidden | None = None, relay: pipeline_parallel.Relay | None = None,
-) -> tuple[Statistics, stream.Hidden]:  # fmt: skip
-    """Statistics of all layers over token ids [(B, T)], and the teacher's final hidden states [(B, T, D)].
+    checkpoint: Checkpoint,
+    batches: stream.Batches,
+    reading: Callable[[], Reading | None] = lambda: None,
+    unit: str = "kelvin",
+    hidden: stream.Hidden | None = None,
+    relay: pipeline_parallel.Relay | None = None,
+) -> tuple[Statistics, stream.Hidden]:
+    """Statistics of all layers over token ids [(B, T)], and the teacher's final hidden states [(B,
+    T, D)].
 
-    `reading()` is asked once per batch, as the batch enters the model: its T_b weighs that batch in AAIS. If any batch
-    has no T_b, all weigh 1, and `measured` is False. hidden: a place for the hidden states other than memory. Several
-    machines each bring their own batches and get the statistics of all; of a `relay` each looks at its own blocks."""
+    `reading()` is asked once per batch, as the batch enters the model: its T_b weighs that batch in
+    AAIS. If any batch has no T_b, all weigh 1, and `measured` is False. hidden: a place for the
+    hidden states other than memory. Several machines each bring their own batches and get the
+    statistics of all; of a `relay` each looks at its own blocks.
+    """
     s = shape_of(checkpoint.config)
     out = Statistics(hidden={-1: (norms := Sums(*np.zeros((3, s.hidden))))})
     direct = not isinstance(hidden, list | None)
     source = relay or stream.Stream(checkpoint, policy.compute_dtype(checkpoint), direct=direct)
-    hidden, experts, readings = source.embed(batches, hidden), dict[int, ExpertSums](), list[Reading | None]()
+    hidden = source.embed(batches, hidden)
+    experts = dict[int, ExpertSums]()
+    readings = list[Reading | None]()
 
-    def weight(batch: int) -> float:  # its T_env, measured once, as it enters the model; 1 where nothing is known
+    # its T_env, measured once, as it enters the model; 1 where nothing is known
+    def weight(batch: int) -> float:
         while len(readings) <= batch:
             readings.append(reading())
         return importance.weight_of(readings[batch], unit) or 1.0
@@ -145,16 +185,28 @@ def calibrate(
             block[part][name] = stream.InputRecorder(block[part][name])
         distances = []
 
-        looked = _mixed(source, block, hidden, experts[i], out.ffn[i], weight) if s.experts else None
+        looked = (
+            _mixed(source, block, hidden, experts[i], out.ffn[i], weight) if s.experts else None
+        )
         for b, (after, samples) in enumerate(looked or _entered(source, block, hidden, weight)):
             hidden[b] = source.finite(after) if b == 0 else after
             seen = {name: np.array(sample, np.float64) for name, sample in samples.items()}
             distances.append(seen["block"])
-            for axis, sums in (("ffn", out.ffn[i]), ("heads", out.heads[i]), ("norm1", norms), ("norm2", norms)):
+            for axis, sums in (
+                ("ffn", out.ffn[i]),
+                ("heads", out.heads[i]),
+                ("norm1", norms),
+                ("norm2", norms),
+            ):
                 if axis in seen:
-                    squares, tokens = seen[axis + " squares"], after.shape[0] * after.shape[1]
+                    squares = seen[axis + " squares"]
+                    tokens = after.shape[0] * after.shape[1]
                     # Of a head: its channels'.
-                    sums.add(seen[axis], squares.reshape(len(seen[axis]), -1).sum(axis=-1) / tokens, weight(b))
+                    sums.add(
+                        seen[axis],
+                        squares.reshape(len(seen[axis]), -1).sum(axis=-1) / tokens,
+                        weight(b),
+                    )
         out.block[i] = float(np.sum(distances))
     _merge(out, experts, len(batches))
     _air(out, readings, unit)

@@ -16,8 +16,9 @@ TENSOR_BYTES = 120  # in a file's header
 
 
 class Limit(NamedTuple):
-    """What a student may cost at the most: parameters, bytes, or seconds. cost: of a shape, whose weights have so many
-    bits each. in_bytes: these count."""
+    """What a student may cost at the most: parameters, bytes, or seconds. cost: of a shape, whose
+    weights have so many bits each. in_bytes: these count.
+    """
 
     flag: str  # as it was given: '--bytes 50MB'
     most: float
@@ -36,14 +37,20 @@ def _number(flag: str, text: str, units: Mapping[str, float], example: str) -> t
 def params_limit(config: Mapping[str, Any], text: str) -> Limit:
     """'0.667x' of the teacher's parameters, or '90M'."""
     units = {"x": 1.0, "": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
-    value, unit = _number("--params", text, units, "a share of the teacher, such as 0.667x, or a number, such as 90M")
+    value, unit = _number(
+        "--params", text, units, "a share of the teacher, such as 0.667x, or a number, such as 90M"
+    )
     teacher = arch.params(config)
     target = value * teacher if unit == "x" else value
     if target >= teacher:
         given = f"that is {count(target)} parameters, the teacher has {count(teacher)}"
         raise MisError(f"--params {text}: {given}: ask for fewer")
-    return Limit(f"--params {text}", target, lambda shape, _: sum(weights_of(config, shape)),
-                 lambda cost: f"{count(cost)} parameters ({cost / teacher:.3f}x)")  # fmt: skip
+    return Limit(
+        f"--params {text}",
+        target,
+        lambda shape, _: sum(weights_of(config, shape)),
+        lambda cost: f"{count(cost)} parameters ({cost / teacher:.3f}x)",
+    )
 
 
 def count(n: float) -> str:
@@ -63,18 +70,24 @@ def weights_of(config: Mapping[str, Any], shape: Shape) -> tuple[int, int]:
 def file_bytes(config: Mapping[str, Any], shape: Shape, bpw: float) -> float:
     """Of matrices in so many bits a weight, other numbers in 2 bytes, and the header."""
     weights, others = weights_of(config, shape)
-    tensors = sum(3 if len(size) > 1 else 1 for size in arch.layer_tensors(config).values())  # with scales and biases
+    # with scales and biases
+    tensors = sum(3 if len(size) > 1 else 1 for size in arch.layer_tensors(config).values())
     return bpw / 8 * weights + 2 * others + TENSOR_BYTES * (shape.layers * tensors + 7)
 
 
 def bytes_limit(config: Mapping[str, Any], text: str) -> Limit:
     """At most so many bytes of weights on disk."""
-    most, cost = cli.parse_bytes(text, "--bytes"), partial(file_bytes, config)
-    return Limit(f"--bytes {text}", most, cost, lambda nbytes: f"{nbytes / 1e6:.4g} MB", in_bytes=True)
+    most = cli.parse_bytes(text, "--bytes")
+    cost = partial(file_bytes, config)
+    return Limit(
+        f"--bytes {text}", most, cost, lambda nbytes: f"{nbytes / 1e6:.4g} MB", in_bytes=True
+    )
 
 
 def memory_limit(config: Mapping[str, Any], text: str, cached: int) -> Limit:
-    """At most so many bytes in use: weights, and keys and values of `cached` tokens in 2 bytes each."""
+    """At most so many bytes in use: weights, and keys and values of `cached` tokens in 2 bytes
+    each.
+    """
 
     def cost(shape: Shape, bpw: float) -> float:
         m = estimates.model_of(arch.student_config(config, shape), gpu=True)
@@ -84,8 +97,9 @@ def memory_limit(config: Mapping[str, Any], text: str, cached: int) -> Limit:
 
 
 class Timing(NamedTuple):
-    """Seconds of the teacher, for a token or for a prompt: one block, all that is not a block, and of the block what
-    queries take to look back on keys and values."""
+    """Seconds of the teacher, for a token or for a prompt: one block, all that is not a block, and
+    of the block what queries take to look back on keys and values.
+    """
 
     block_s: float
     rest_s: float
@@ -98,16 +112,21 @@ class Timing(NamedTuple):
 
 def speed(flag: str, text: str) -> float:
     """'1.5x' as a number above 1."""
-    value, _ = _number(flag, text, {"x": 1.0}, "how many times as quick as the teacher, such as 1.5x")
+    value, _ = _number(
+        flag, text, {"x": 1.0}, "how many times as quick as the teacher, such as 1.5x"
+    )
     if value <= 1:
         raise MisError(f"{flag} {text}: the teacher itself has 1x: ask for more than 1x")
     return value
 
 
 def time_limit(config: Mapping[str, Any], flag: str, text: str, timed: Timing) -> Limit:
-    """'1.5x' the teacher's speed or more. A block's seconds grow with its weights, but for attention's, which grow with
-    the heads that are looked back with or on; the rest with the width of the stream and the vocabulary."""
-    before, heads = shape_of(config), "heads" if flag == "--ttft" else "kv_heads"
+    """'1.5x' the teacher's speed or more. A block's seconds grow with its weights, but for
+    attention's, which grow with the heads that are looked back with or on; the rest with the width
+    of the stream and the vocabulary.
+    """
+    before = shape_of(config)
+    heads = "heads" if flag == "--ttft" else "kv_heads"
 
     def weights(shape: Shape) -> int:
         return sum(map(math.prod, arch.layer_tensors(arch.student_config(config, shape)).values()))
@@ -115,7 +134,14 @@ def time_limit(config: Mapping[str, Any], flag: str, text: str, timed: Timing) -
     def cost(shape: Shape, _: float) -> float:
         block = (timed.block_s - timed.attention_s) * weights(shape) / weights(before)
         block += timed.attention_s * getattr(shape, heads) / getattr(before, heads)
-        return shape.layers * block + timed.rest_s * shape.hidden * shape.vocab / (before.hidden * before.vocab)
+        return shape.layers * block + timed.rest_s * shape.hidden * shape.vocab / (
+            before.hidden * before.vocab
+        )
 
     teacher = cost(before, 0.0)
-    return Limit(f"{flag} {text}", teacher / speed(flag, text), cost, lambda seconds: f"{teacher / seconds:.2f}x")
+    return Limit(
+        f"{flag} {text}",
+        teacher / speed(flag, text),
+        cost,
+        lambda seconds: f"{teacher / seconds:.2f}x",
+    )

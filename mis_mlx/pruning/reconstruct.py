@@ -1,15 +1,20 @@
-"""Mend a pruned student before training: refit each block's down_proj to the teacher's stream, in closed form.
+"""Mend a pruned student before training: refit each block's down_proj to the teacher's stream, in
+closed form.
 
-Teacher and student march side by side, one block of each in memory. Student block j (teacher layer k, next kept layer
-k') learns to deliver what the teacher has at the entrance of k'. Each block sees the mended stream of those before it.
-Related: FLAP and ReplaceMe (arXiv 2505.02819); here the fit is per block, ridge-regularised and weighted per token.
+Teacher and student march side by side, one block of each in memory. Student block j (teacher layer
+k, next kept layer k') learns to deliver what the teacher has at the entrance of k'. Each block sees
+the mended stream of those before it. Related: FLAP and ReplaceMe (arXiv 2505.02819); here the fit
+is per block, ridge-regularised and weighted per token.
 
-Gemma has a norm behind its MLP. There a token's rms before it is taken to stay as it is, and what comes of that is
-judged on windows held out, after the norm's gains are fitted to it. A few channels of Gemma's stream are a thousand
-times larger than the rest, so each counts by its own size, and those that the norm makes small are left alone.
+Gemma has a norm behind its MLP. There a token's rms before it is taken to stay as it is, and what
+comes of that is judged on windows held out, after the norm's gains are fitted to it. A few channels
+of Gemma's stream are a thousand times larger than the rest, so each counts by its own size, and
+those that the norm makes small are left alone.
 
-Of a mixture the routers learn to choose among the experts that are left: a block's experts are asked once, each for all
-tokens; then its router alone is trained on what they said, towards the same goal (CerebrasResearch/reap, issue 3)."""
+Of a mixture the routers learn to choose among the experts that are left: a block's experts are
+asked once, each for all tokens; then its router alone is trained on what they said, towards the
+same goal (CerebrasResearch/reap, issue 3).
+"""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,33 +35,55 @@ from mis_mlx.planner.compression_size import ROUTER_BYTES
 from mis_mlx.types import Checkpoint, KeptUnits
 
 DAMPED = 0.01  # of the mean channel, by which a gain is held back
-BEHIND, SMALL = "post_feedforward_layernorm", 0.1  # of Gemma's blocks; of the median gain: what counts as small
-STEPS, LOOK = 60, 5  # of Adam on all tokens at once, and between looks at those held out
-RATE = 5e-4  # of Adam, times the root mean square of the router's weights: ten times as much unlearns what is rare
+# of Gemma's blocks; of the median gain: what counts as small
+BEHIND = "post_feedforward_layernorm"
+SMALL = 0.1
+# of Adam on all tokens at once, and between looks at those held out
+STEPS = 60
+LOOK = 5
+# of Adam, times the root mean square of the router's weights: ten times as much unlearns what is
+# rare
+RATE = 5e-4
 
 
 def reconstruct(
-    teacher: Checkpoint, student: Checkpoint, keep: KeptUnits, batches: Batches, direct: bool = False,
-    spool: Callable[[], Hidden] | None = None, put: Callable[[str, mx.array], None] | None = None,
+    teacher: Checkpoint,
+    student: Checkpoint,
+    keep: KeptUnits,
+    batches: Batches,
+    direct: bool = False,
+    spool: Callable[[], Hidden] | None = None,
+    put: Callable[[str, mx.array], None] | None = None,
     kinds: Sequence[int] = (),
-) -> tuple[dict[str, mx.array], list[float]]:  # fmt: skip
-    """({weight name: new matrix (out, in) float32, if it changes}, share of error left per block), of ids [(B, T)].
+) -> tuple[dict[str, mx.array], list[float]]:
+    """({weight name: new matrix (out, in) float32, if it changes}, share of error left per block),
+    of ids [(B, T)].
 
-    direct: read past the page cache. spool(): a place other than memory for hidden states. put(name, array): takes
-    what changes, which then is not returned. kinds: of text, of each batch; each judges the fit (default: one)."""
+    direct: read past the page cache. spool(): a place other than memory for hidden states.
+    put(name, array): takes what changes, which then is not returned. kinds: of text, of each batch;
+    each judges the fit (default: one).
+    """
     if len(batches) < 2:
         why = "one window can judge a repair but not teach one, so every block stays as it is"
         cli.say(f"reconstruct: {why}: give --reconstruct-samples 2 or more, or bring more text")
-    columns, place = kept_columns(keep), spool or list[mx.array]
+    columns = kept_columns(keep)
+    place = spool or list[mx.array]
     big, small = (stream.Stream(model, direct=direct) for model in (teacher, student))
-    target, own = big.embed(batches, place()), small.embed(batches, place())
-    marching, of = groups(big, keep, target), families.family(student.config)
-    mended, left = dict[str, mx.array](), list[float]()
+    target = big.embed(batches, place())
+    own = small.embed(batches, place())
+    marching = groups(big, keep, target)
+    of = families.family(student.config)
+    mended = dict[str, mx.array]()
+    left = list[float]()
     kinds = kinds or [0] * len(batches)
     for _, (j, block) in zip(marching, small.blocks(), strict=True):  # the teacher's first
-        weight, error = (heal if of.experts else partial(refit, columns=columns))(small, block, own, target, kinds)
+        weight, error = (heal if of.experts else partial(refit, columns=columns))(
+            small, block, own, target, kinds
+        )
         small.through(block, own)
-        changed = {mended_name(student): weight} | ({f"{BEHIND}.weight": block[BEHIND].weight} if of.sandwich else {})
+        changed = {mended_name(student): weight} | (
+            {f"{BEHIND}.weight": block[BEHIND].weight} if of.sandwich else {}
+        )
         block.clear()
         small.finite(own[0])
         for name, new in changed.items() if error < 1.0 else ():
@@ -72,11 +99,14 @@ def mended_name(student: Checkpoint) -> str:
 
 
 def groups(teacher: stream.Stream, keep: KeptUnits, hidden: Hidden) -> Iterator[int]:
-    """Take `hidden`, the teacher's embedding, through the blocks that each student block stands for, in place.
+    """Take `hidden`, the teacher's embedding, through the blocks that each student block stands
+    for, in place.
 
-    Yields j where student block j has to arrive: at the entrance of the next kept layer, at last behind the last block.
-    The first group begins with the first block, kept or not."""
-    blocks, done = teacher.blocks(), 0
+    Yields j where student block j has to arrive: at the entrance of the next kept layer, at last
+    behind the last block. The first group begins with the first block, kept or not.
+    """
+    blocks = teacher.blocks()
+    done = 0
     for j, end in enumerate([*keep.layers[1:], teacher.layers]):
         for _, block in itertools.islice(blocks, end - done):
             teacher.through(block, hidden)
@@ -86,8 +116,10 @@ def groups(teacher: stream.Stream, keep: KeptUnits, hidden: Hidden) -> Iterator[
 
 
 def judges(kinds: Sequence[int]) -> list[int]:
-    """Which windows, of these kinds of text, are held out to judge a block by: of every kind each fourth, or the last
-    of fewer. Where there are several kinds, one of a single window judges nothing."""
+    """Which windows, of these kinds of text, are held out to judge a block by: of every kind each
+    fourth, or the last of fewer. Where there are several kinds, one of a single window judges
+    nothing.
+    """
     held_out = list[int]()
     several = len(set(kinds)) > 1
     for kind in sorted(set(kinds)):
@@ -99,7 +131,9 @@ def judges(kinds: Sequence[int]) -> list[int]:
 
 
 def kept_columns(keep: KeptUnits) -> mx.array | None:
-    """Which channels (d,) of the teacher's stream the student has; a basis (D, d) of floats; or None: all."""
+    """Which channels (d,) of the teacher's stream the student has; a basis (D, d) of floats; or
+    None: all.
+    """
     if keep.basis is not None:
         return mx.array(np.asarray(keep.basis, np.float32))
     channels = keep.kept.get((-1, "hidden"))
@@ -107,7 +141,9 @@ def kept_columns(keep: KeptUnits) -> mx.array | None:
 
 
 def narrow(hidden: mx.array, columns: mx.array | None) -> mx.array:
-    """The teacher's hidden states (B, T, D) in the student's channels: picked, or turned into them in float32."""
+    """The teacher's hidden states (B, T, D) in the student's channels: picked, or turned into them
+    in float32.
+    """
     if columns is None:
         return hidden
     if columns.ndim == 1:
@@ -117,7 +153,9 @@ def narrow(hidden: mx.array, columns: mx.array | None) -> mx.array:
 
 @dataclass(frozen=True)
 class _Stack:
-    """Windows that go through a block in one pass: their numbers, their states and where these should arrive."""
+    """Windows that go through a block in one pass: their numbers, their states and where these
+    should arrive.
+    """
 
     numbers: Sequence[int]
     into: mx.array  # (n, T, D)
@@ -128,20 +166,30 @@ def _stacks(source: stream.Stream, hidden: Hidden, target: Hidden) -> Iterator[_
     """All windows, as many at a time as a pass takes."""
     for first, some in source.stacks(hidden):
         numbers = range(first, first + len(some))
-        yield _Stack(numbers, stream.joined(some), stream.joined([target[number] for number in numbers]))
+        yield _Stack(
+            numbers, stream.joined(some), stream.joined([target[number] for number in numbers])
+        )
 
 
 def refit(
-    source: stream.Stream, block: nn.Module, hidden: Hidden, target: Hidden, kinds: Sequence[int],
+    source: stream.Stream,
+    block: nn.Module,
+    hidden: Hidden,
+    target: Hidden,
+    kinds: Sequence[int],
     columns: mx.array | None,
-) -> tuple[mx.array, float]:  # fmt: skip
-    """Give the block the down_proj that best takes `hidden` to `target`, the teacher's stream behind its group:
-    (that matrix (D, F) float32, the share of the error that it leaves on windows held out). It stays as it is, and 1 is
-    left, where none does better there: few tokens against a wide FFN are soon learned by heart.
+) -> tuple[mx.array, float]:
+    """Give the block the down_proj that best takes `hidden` to `target`, the teacher's stream
+    behind its group: (that matrix (D, F) float32, the share of the error that it leaves on windows
+    held out). It stays as it is, and 1 is left, where none does better there: few tokens against a
+    wide FFN are soon learned by heart.
 
-    Tokens are weighted by 1 / rms of the teacher's stream, because the next norm divides by it: the first token of a
-    window is a hundred times longer than the rest."""
-    linear, share = block.mlp.down_proj, mx.array(getattr(block, "residual_multiplier", 1.0))  # of its output, added
+    Tokens are weighted by 1 / rms of the teacher's stream, because the next norm divides by it: the
+    first token of a window is a hundred times longer than the rest.
+    """
+    # of its output, added
+    linear = block.mlp.down_proj
+    share = mx.array(getattr(block, "residual_multiplier", 1.0))
     held_out = judges(kinds)
     each: mx.array = share
     back: np.ndarray | float = 1.0
@@ -150,27 +198,35 @@ def refit(
         each, back, settled = _behind(source, block, hidden, target, columns, held_out)
     block.mlp.down_proj = tap = stream.InputRecorder(linear)
     outputs, inputs = linear.weight.shape
-    fit, judging = NormalEquations(inputs, outputs), list[HeldOut]()
+    fit = NormalEquations(inputs, outputs)
+    judging = list[HeldOut]()
 
     def tokens(stack: _Stack) -> tuple[mx.array, mx.array, mx.array]:
-        """What goes into the matrix (n, F), what its output lacks (n, D), and how much each token counts (n,)."""
+        """What goes into the matrix (n, F), what its output lacks (n, D), and how much each token
+        counts (n,).
+        """
         out = source.run(source.at, block, stack.numbers[0], stack.into)
         goal = narrow(stack.want, columns).astype(mx.float32).reshape(-1, outputs)
         missing = (goal - out.astype(mx.float32).reshape(-1, outputs)) / each
-        weight, into = 1.0 / _rms(goal), tap.take()
+        weight = 1.0 / _rms(goal)
+        into = tap.take()
         if settled:
             length = _rms(linear(into).astype(mx.float32).reshape(-1, outputs))
-            missing, weight = missing * length[:, None], weight / length
+            missing = missing * length[:, None]
+            weight = weight / length
         return into.reshape(-1, inputs), missing, weight
 
     def products(stack: _Stack) -> tuple[list[mx.array], list[mx.array]]:
-        """(the sums of the windows that are learned from; the tokens of those held out, for a sum of products a kind
-        would be as large as the fit)."""
+        """(the sums of the windows that are learned from; the tokens of those held out, for a sum
+        of products a kind would be as large as the fit).
+        """
         parts = [stream.split(x, len(stack.numbers)) for x in tokens(stack)]
         windows = list(zip(stack.numbers, *parts, strict=True))
         learned = [of for number, *of in windows if number not in held_out]
         judges_of = [HeldOut.of(*of) for number, *of in windows if number in held_out]
-        sums = list(fit.products(*map(stream.joined, zip(*learned, strict=True)))) if learned else []
+        sums = (
+            list(fit.products(*map(stream.joined, zip(*learned, strict=True)))) if learned else []
+        )
         return sums, [array for held in judges_of for array in (held.inputs, held.missing)]
 
     coming = lanes.each(products, _stacks(source, hidden, target))
@@ -182,7 +238,8 @@ def refit(
             judging.append(HeldOut(rows, missing, kinds[next(held_numbers)]))
         del sums, tokens_of  # as large as the fit: not beside the next ones
     block.mlp.down_proj = linear
-    update, error = fit.judged(judging, whole=not settled)  # else those held out judge what the norm makes of it
+    # else those held out judge what the norm makes of it
+    update, error = fit.judged(judging, whole=not settled)
     update *= back  # in place, as the sum is: what the fit is made of is still there
     update += np.asarray(linear.weight.astype(mx.float32))
     weight = mx.array(update.astype(np.float32, copy=False))
@@ -196,29 +253,42 @@ def _rms(rows: mx.array) -> mx.array:
 
 
 def _behind(
-    source: stream.Stream, block: nn.Module, hidden: Hidden, target: Hidden, columns: mx.array | None,
+    source: stream.Stream,
+    block: nn.Module,
+    hidden: Hidden,
+    target: Hidden,
+    columns: mx.array | None,
     held_out: Sequence[int],
-) -> tuple[mx.array, np.ndarray, Callable[[], float]]:  # fmt: skip
-    """Of the norm behind Gemma's MLP, arguments as of `refit`: (each channel's size (D,), by which its errors count;
-    what an update (D, F) of down_proj is multiplied by (D, 1), which was fitted to `missing / each`, times each token's
-    rms; and `settled()`, which then fits the gains: the share of the error that is left on windows held out. Where that
-    is none less, it is 1, and the norm and down_proj are as they were)."""
-    norm, old = block[BEHIND], block.mlp.down_proj.weight
+) -> tuple[mx.array, np.ndarray, Callable[[], float]]:
+    """Of the norm behind Gemma's MLP, arguments as of `refit`: (each channel's size (D,), by which
+    its errors count; what an update (D, F) of down_proj is multiplied by (D, 1), which was fitted
+    to `missing / each`, times each token's rms; and `settled()`, which then fits the gains: the
+    share of the error that is left on windows held out. Where that is none less, it is 1, and the
+    norm and down_proj are as they were).
+    """
+    norm = block[BEHIND]
+    old = block.mlp.down_proj.weight
     goals = (narrow(want, columns).astype(mx.float32) for want in target)
-    squares = [np.array(mx.square(goal / _rms(goal)[..., None]).mean(axis=(0, 1))) for goal in goals]
+    squares = [
+        np.array(mx.square(goal / _rms(goal)[..., None]).mean(axis=(0, 1))) for goal in goals
+    ]
     each = mx.array(np.sqrt(np.maximum(np.mean(squares, axis=0), 1e-12)))
     gain = np.array(norm(mx.ones_like(norm.weight)).astype(mx.float32), np.float64)
     back = np.array(each) * gain / (gain**2 + (SMALL * np.median(np.abs(gain))) ** 2)
 
     def sums(windows: Iterable[int]) -> np.ndarray:
-        """(3, D) of squares of what the norm gives, its products with what is missing, and squares of that."""
+        """(3, D) of squares of what the norm gives, its products with what is missing, and squares
+        of that.
+        """
         found, block[BEHIND] = np.zeros((3, len(gain))), (tap := stream.InputRecorder(norm))
         for b in windows:
             goal = narrow(target[b], columns).astype(mx.float32)
             missing = goal - source.run(source.at, block, b, hidden[b]).astype(mx.float32)
             given = norm(tap.take()).astype(mx.float32)
             given, missing = (x / each / _rms(goal)[..., None] for x in (given, missing))
-            found += np.array(mx.stack([given * given, given * missing, missing * missing]).sum(axis=(1, 2)))
+            found += np.array(
+                mx.stack([given * given, given * missing, missing * missing]).sum(axis=(1, 2))
+            )
         block[BEHIND] = norm
         return found
 
@@ -230,7 +300,9 @@ def _behind(
         squares, products, missing = sums(held_out)
         left = float((missing - 2 * more * products + more**2 * squares).sum() / before)
         if left < 1.0:
-            norm.weight = norm.weight + mx.array((more * gain).astype(np.float32)).astype(norm.weight.dtype)
+            norm.weight = norm.weight + mx.array((more * gain).astype(np.float32)).astype(
+                norm.weight.dtype
+            )
         else:
             block.mlp.down_proj.weight = old
         return min(left, 1.0)
@@ -241,19 +313,27 @@ def _behind(
 def heal(
     source: stream.Stream, block: nn.Module, hidden: Hidden, goals: Hidden, kinds: Sequence[int]
 ) -> tuple[mx.array, float]:
-    """Give the block the router that best takes `hidden` to `goals`, both [(B, T, D)]: (its rows (E, D) float32, the
-    share of the error that they leave on batches held out). It stays as it is, and 1 is left, where none does better
-    there. Tokens are weighted by 1 / rms of the goal, as in `refit`. Unused batches are not fetched."""
+    """Give the block the router that best takes `hidden` to `goals`, both [(B, T, D)]: (its rows
+    (E, D) float32, the share of the error that they leave on batches held out). It stays as it is,
+    and 1 is left, where none does better there. Tokens are weighted by 1 / rms of the goal, as in
+    `refit`. Unused batches are not fetched.
+    """
     of = families.family(source.checkpoint.config)
     part = block[of.mlp]
     router = part[of.router]
-    old, kind = router.weight, hidden[0].dtype
+    old = router.weight
+    kind = hidden[0].dtype
     most = max(2, ROUTER_BYTES // (hidden[0].nbytes * len(old)))
     held_out = judges(kinds)
-    sets = [[b for b in range(len(hidden)) if (b in held_out) == held][:most] for held in (False, True)]
+    sets = [
+        [b for b in range(len(hidden)) if (b in held_out) == held][:most] for held in (False, True)
+    ]
     if not sets[0]:
         return old.astype(mx.float32), 1.0
-    parts = [_Asked(source, block, [hidden[b] for b in of_set], [goals[b] for b in of_set]) for of_set in sets]
+    parts = [
+        _Asked(source, block, [hidden[b] for b in of_set], [goals[b] for b in of_set])
+        for of_set in sets
+    ]
 
     def error(weight: mx.array, at: _Asked) -> mx.array:
         router.weight = weight.astype(kind)
@@ -265,26 +345,35 @@ def heal(
     least = first = float(error(weight, parts[1]))
     adam = optim.Adam(RATE * float(mx.sqrt(mx.square(weight).mean())))
     for step in range(1, STEPS + 1):
-        weight = adam.apply_gradients({"gate": mx.grad(error)(weight, parts[0])}, {"gate": weight})["gate"]
+        weight = adam.apply_gradients({"gate": mx.grad(error)(weight, parts[0])}, {"gate": weight})[
+            "gate"
+        ]
         stream.evaluate_now(weight, adam.state)
         if step % LOOK == 0 and (now := float(error(weight, parts[1]))) < least:
-            best, least = weight, now
-    part.experts.said, router.weight = None, best.astype(old.dtype) if least < first else old
+            best = weight
+            least = now
+    part.experts.said = None
+    router.weight = best.astype(old.dtype) if least < first else old
     return best, least / first if first else 1.0
 
 
 class _Asked:
-    """What all experts of a block say to some batches' tokens, and what would be right. Rows (n, ...)."""
+    """What all experts of a block say to some batches' tokens, and what would be right. Rows (n,
+    ...).
+    """
 
     def __init__(self, source: stream.Stream, block: nn.Module, hidden: Hidden, goals: Hidden):
         of = families.family(source.checkpoint.config)
-        part, pairs = block[of.mlp], list[tuple[mx.array, mx.array]]()
+        part = block[of.mlp]
+        pairs = list[tuple[mx.array, mx.array]]()
         for x in hidden:
             pairs.append(experts.before(block, x, load.mask(source.args, block, x)))
             stream.evaluate_now(*pairs[-1])
         beside, inputs = zip(*pairs, strict=True)
         self.inputs = mx.concatenate([n.reshape(1, -1, n.shape[-1]) for n in inputs], axis=1)
-        self.beside = mx.concatenate([h.reshape(-1, h.shape[-1]) for h in beside]).astype(mx.float32)
+        self.beside = mx.concatenate([h.reshape(-1, h.shape[-1]) for h in beside]).astype(
+            mx.float32
+        )
         self.goal = mx.concatenate([g.reshape(-1, g.shape[-1]) for g in goals]).astype(mx.float32)
         self.weight = 1.0 / _rms(self.goal)[:, None]
         count = len(part[of.router].weight)

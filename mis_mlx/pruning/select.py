@@ -23,7 +23,8 @@ from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint, Count, KeptUnits, MisError, Reading
 
-BULKY = ("block_importance", "differing", "profile")  # in a report, for pictures: not for a line of JSON
+# in a report, for pictures: not for a line of JSON
+BULKY = ("block_importance", "differing", "profile")
 Scenario = Literal["redyk", "gazda", "goral", "baca", "halny", "juhas", "zbojnik", "stado", "none"]
 
 
@@ -32,10 +33,12 @@ class PruningConfig(ThermalFlags, vocabulary.VocabularyConfig):
     """What to prune and how to judge: shared by `prune` and `distill`."""
 
     scenario: Scenario | None = None
-    """sizes as ratios: redyk (half of the vocabulary, a third of the FFN), gazda (half of the FFN, few layers), or
-    table 1 of the paper: goral (layers, FFN), baca (hidden), halny (FFN), juhas (layers), zbojnik (layers, FFN).
-    Default: in distill, sizes by --lose; else stado (three quarters of the experts) for a mixture of experts; redyk
-    where the vocabulary is an eighth of the model or more, none where half of it is nearly a third; else gazda"""
+    """sizes as ratios: redyk (half of the vocabulary, a third of the FFN), gazda (half of the FFN,
+    few layers), or table 1 of the paper: goral (layers, FFN), baca (hidden), halny (FFN), juhas
+    (layers), zbojnik (layers, FFN). Default: in distill, sizes by --lose; else stado (three
+    quarters of the experts) for a mixture of experts; redyk where the vocabulary is an eighth of
+    the model or more, none where half of it is nearly a third; else gazda
+    """
     layers: Count | None = None
     """keep this many layers"""
     ffn: Count | None = None
@@ -43,22 +46,29 @@ class PruningConfig(ThermalFlags, vocabulary.VocabularyConfig):
     experts: str | None = None
     """experts of a mixture that stay in every block: a number, or a share such as 0.75x"""
     experts_by: Literal["reap", "frequency", "random"] = "reap"
-    """how experts are ranked: by gate times norm of output, mean over the tokens that choose one (reap, with the
-    weather under aais); by how many choose it; by lot"""
+    """how experts are ranked: by gate times norm of output, mean over the tokens that choose one
+    (reap, with the weather under aais); by how many choose it; by lot
+    """
     heads: Count | None = None
-    """keep this many query heads, in whole groups with their key-value head where the number allows it"""
+    """keep this many query heads, in whole groups with their key-value head where the number allows
+    it
+    """
     kv_heads: Count | None = None
     """keep this many key-value heads, with their query heads"""
     hidden: Count | None = None
     """keep this many hidden channels"""
     importance: Literal["aais", "rms", "activation"] = "aais"
-    """how neurons, heads and channels are ranked: by root mean square of activations (rms), that with the weather
-    (aais), or their mean (activation: Minitron)"""
+    """how neurons, heads and channels are ranked: by root mean square of activations (rms), that
+    with the weather (aais), or their mean (activation: Minitron)
+    """
     hidden_by: Literal["importance", "pca"] = "pca"
-    """how hidden is cut: ranked channels (importance), or the directions in which the stream moves, after a
-    rotation that an ordinary model folder holds (pca; two more passes over the teacher)"""
+    """how hidden is cut: ranked channels (importance), or the directions in which the stream moves,
+    after a rotation that an ordinary model folder holds (pca; two more passes over the teacher)
+    """
     target: Literal["fixed", "conditions"] = "fixed"
-    """fixed: exact sizes; conditions: FFN size by eq. (1)'s threshold at the measured air and altitude"""
+    """fixed: exact sizes; conditions: FFN size by eq. (1)'s threshold at the measured air and
+    altitude
+    """
     temperature_unit: Literal["kelvin", "celsius"] = "kelvin"
     """unit of T_env in AAIS; celsius is the paper to the letter and refuses 0 and below"""
 
@@ -74,44 +84,68 @@ def ranking(statistics: Statistics, cut: PruningConfig) -> tuple[Ranking, str]:
         i, axis = key
         if axis == "experts" and cut.experts_by != "reap":
             routed = statistics.routed[i]
-            by_lot = np.random.default_rng([i, *routed.astype(int)])  # another one for every calibration
+            # another one for every calibration
+            by_lot = np.random.default_rng([i, *routed.astype(int)])
             return routed if cut.experts_by == "frequency" else by_lot.random(len(routed))
         sums: importance.Sums = getattr(statistics, axis)[i]
         if cut.importance == "activation":
             return importance.activation(sums)
-        return importance.aais(sums, statistics.altitude_m or 1.0) if weather else importance.rms(sums)
+        return (
+            importance.aais(sums, statistics.altitude_m or 1.0) if weather else importance.rms(sums)
+        )
 
-    return scores, cut.importance if cut.importance != "aais" or weather else "rms (no T_env or altitude known)"
+    return (
+        scores,
+        cut.importance
+        if cut.importance != "aais" or weather
+        else "rms (no T_env or altitude known)",
+    )
 
 
 def select_units(
-    config: Mapping[str, Any], statistics: Statistics, cut: PruningConfig, shape: Shape | None = None
+    config: Mapping[str, Any],
+    statistics: Statistics,
+    cut: PruningConfig,
+    shape: Shape | None = None,
 ) -> tuple[Shape, KeptUnits]:
-    """The student's shape, if it is not given, and who stays; with a report of how AAIS and plain importance differ."""
-    shape, before = shape or wanted_shape(config, cut), shape_of(config)
+    """The student's shape, if it is not given, and who stays; with a report of how AAIS and plain
+    importance differ.
+    """
+    shape = shape or wanted_shape(config, cut)
+    before = shape_of(config)
     stays = dict.fromkeys(arch.fixed_blocks(config), math.inf)
-    layers = importance.lowest_blocks({**statistics.block, **stays}, shape.layers, arch.places(config))
+    layers = importance.lowest_blocks(
+        {**statistics.block, **stays}, shape.layers, arch.places(config)
+    )
     scores, used = ranking(statistics, cut)
     if cut.target == "conditions":
         if used != "aais" or statistics.altitude_m is None:
             lost = "--target conditions needs T_env and altitude, one is missing"
             raise MisError(f"{lost}: add --temperature-c and --altitude-m, or use --target fixed")
         how = shape.ffn, arch.FFN_MULTIPLE, statistics.altitude_m, cut.temperature_unit
-        shape = replace(shape, ffn=importance.conditions_size([statistics.ffn[i] for i in layers], *how))
+        shape = replace(
+            shape, ffn=importance.conditions_size([statistics.ffn[i] for i in layers], *how)
+        )
     kept: dict[Key, tuple[int, ...]] = {}
     differ: dict[Key, int] = {}
     experts = max(1, before.experts)  # of which equally many neurons stay of each
     picks: dict[str, Callable[[np.ndarray], tuple[int, ...]]] = {
         "experts": partial(importance.top, keep=shape.experts),
-        "ffn": lambda s: importance.top_in_groups(s, experts, len(s) * shape.ffn // before.ffn, experts),
-        "heads": lambda s: importance.top_in_groups(s, before.kv_heads, shape.heads, shape.kv_heads),
+        "ffn": lambda s: importance.top_in_groups(
+            s, experts, len(s) * shape.ffn // before.ffn, experts
+        ),
+        "heads": lambda s: importance.top_in_groups(
+            s, before.kv_heads, shape.heads, shape.kv_heads
+        ),
         "hidden": partial(importance.top, keep=shape.hidden),
     }
 
     def choose(key: Key) -> None:
         pick = picks[key[1]]
         kept[key] = pick(scores(key))
-        differ[key] = len(set(kept[key]) - set(pick(importance.rms(getattr(statistics, key[1])[key[0]]))))
+        differ[key] = len(
+            set(kept[key]) - set(pick(importance.rms(getattr(statistics, key[1])[key[0]])))
+        )
 
     for i in layers:
         for axis in ("experts", "ffn", "heads"):
@@ -138,8 +172,12 @@ def select_units(
     return shape, KeptUnits(layers, kept, used, report)
 
 
-def profile(statistics: Statistics, layers: Sequence[int], kept: Mapping[Key, Any], scores: Ranking) -> dict[str, Any]:
-    """{"layer/axis": {"kept": the share of its importance that stays}} of all of the teacher's layers."""
+def profile(
+    statistics: Statistics, layers: Sequence[int], kept: Mapping[Key, Any], scores: Ranking
+) -> dict[str, Any]:
+    """{"layer/axis": {"kept": the share of its importance that stays}} of all of the teacher's
+    layers.
+    """
     shares = {}
     for axis in ("ffn", "heads", "experts"):
         for i in sorted(getattr(statistics, axis)):
@@ -151,43 +189,77 @@ def profile(statistics: Statistics, layers: Sequence[int], kept: Mapping[Key, An
 
 def wanted_shape(config: Mapping[str, Any], cut: PruningConfig) -> Shape:
     """The shape that `cut` asks for at fixed target. MisError when no loader would accept it."""
-    ratios, before = arch.SCENARIOS.get(cut.scenario or "gazda", {}), shape_of(config)
+    ratios = arch.SCENARIOS.get(cut.scenario or "gazda", {})
+    before = shape_of(config)
     exact = {axis: getattr(cut, axis) for axis in families.ALL}
-    exact["experts"] = arch.count("--experts", cut.experts, before.experts or MOST_EXPERTS, "experts")
+    exact["experts"] = arch.count(
+        "--experts", cut.experts, before.experts or MOST_EXPERTS, "experts"
+    )
     shape = arch.target_shape(config, ratios, **exact)
     if cut.scenario != "none" and shape == before:
-        why = f"--scenario {cut.scenario} would cut nothing of {before}, FFN goes in steps of {arch.FFN_MULTIPLE}"
+        why = (
+            f"--scenario {cut.scenario} would cut nothing of {before}, FFN goes in steps of "
+            f"{arch.FFN_MULTIPLE}"
+        )
         remedy = "give --layers, --ffn or --hidden, or another scenario"
         raise MisError(f"{why}, hidden in steps of {math.lcm(16, before.heads)}: {remedy}")
     return shape
 
 
 def prune(
-    checkpoint: Checkpoint, batches: stream.Batches, held_out: Windows, out: Path, cut: PruningConfig, *, dtype: str,
-    reading: Callable[[], Reading | None], files: Files, held: int | None = None, shares: Sequence[int] = (),
-) -> dict[str, Any]:  # fmt: skip
-    """Calibrate on token ids [(B, T)], choose, write the folder `out`. Returns what was done, for the JSON line.
+    checkpoint: Checkpoint,
+    batches: stream.Batches,
+    held_out: Windows,
+    out: Path,
+    cut: PruningConfig,
+    *,
+    dtype: str,
+    reading: Callable[[], Reading | None],
+    files: Files,
+    held: int | None = None,
+    shares: Sequence[int] = (),
+) -> dict[str, Any]:
+    """Calibrate on token ids [(B, T)], choose, write the folder `out`. Returns what was done, for
+    the JSON line.
 
-    Where AAIS keeps other channels than plain importance, a plain student is made too and the two are compared on
-    `held_out`. Of several machines the first one chooses and writes; shares: how many blocks each has (a `Relay`).
-    held: batches whose hidden states stay in memory (default: all)."""
+    Where AAIS keeps other channels than plain importance, a plain student is made too and the two
+    are compared on `held_out`. Of several machines the first one chooses and writes; shares: how
+    many blocks each has (a `Relay`). held: batches whose hidden states stay in memory (default:
+    all).
+    """
     wanted_shape(checkpoint.config, cut)  # refuses before the pass, not after
     files.make_folder(out.absolute().parent)
-    short, mine = held is not None and held < len(batches), distributed.shard(batches)
-    states: Callable[[], stream.Hidden] = partial(Spool, out.absolute().parent, held or 0, files) if short else list
-    relay = pipeline_parallel.Relay(checkpoint, policy.compute_dtype(checkpoint), 0, short, shares) if shares else None
-    statistics, _ = calibrate.calibrate(checkpoint, mine, reading, cut.temperature_unit, states(), relay)
-    if not distributed.is_main():  # who has brought its part; the student is the first one's to make
+    short = held is not None and held < len(batches)
+    mine = distributed.shard(batches)
+    states: Callable[[], stream.Hidden] = (
+        partial(Spool, out.absolute().parent, held or 0, files) if short else list
+    )
+    relay = (
+        pipeline_parallel.Relay(checkpoint, policy.compute_dtype(checkpoint), 0, short, shares)
+        if shares
+        else None
+    )
+    statistics, _ = calibrate.calibrate(
+        checkpoint, mine, reading, cut.temperature_unit, states(), relay
+    )
+    # who has brought its part; the student is the first one's to make
+    if not distributed.is_main():
         return {}
     shape, keep = select_units(checkpoint.config, statistics, cut)
     directions = cache(lambda: slicing.directions(checkpoint, batches, states))
     if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
-        _, plain = select_units(checkpoint.config, statistics, replace(cut, importance="rms", target="fixed"), shape)
+        _, plain = select_units(
+            checkpoint.config, statistics, replace(cut, importance="rms", target="fixed"), shape
+        )
         # The number at its end has it swept where we are killed.
-        with tempfile.TemporaryDirectory(f"-{os.getpid()}", f".tmp-{out.name}-", out.absolute().parent) as temp:
+        with tempfile.TemporaryDirectory(
+            f"-{os.getpid()}", f".tmp-{out.name}-", out.absolute().parent
+        ) as temp:
             both = {}
             for name, kept in (("aais", keep), ("plain", plain)):
-                slicing.write_student(checkpoint, shape, kept, Path(temp) / name, dtype, files, directions)
+                slicing.write_student(
+                    checkpoint, shape, kept, Path(temp) / name, dtype, files, directions
+                )
                 both[name] = load.open_checkpoint(Path(temp) / name)
             measured = comparison.compare(both, held_out)
         losses = {f"nll_{name}": float(measured[name, "nll"].mean()) for name in both}

@@ -1,6 +1,9 @@
-"""Sizes that a student could have under limits on bytes, memory and time, and which should lose least.
+"""Sizes that a student could have under limits on bytes, memory and time, and which should lose
+least.
 
-Arithmetic on configs. What is lost is told of each axis by itself and added up; it is measured elsewhere."""
+Arithmetic on configs. What is lost is told of each axis by itself and added up; it is measured
+elsewhere.
+"""
 
 import itertools
 import math
@@ -32,15 +35,25 @@ FORMS = {
     "vocab": "{:,} tokens",
 }
 Sizes = Mapping[str, Sequence[int]]  # of every axis, rising, the teacher's last
-# What learning leaves of a loss, by the axis that it comes from. ffn, bits: finalists of `--bytes 50MB` (distilled, 20
-# steps, rounded by gptq); layers, heads, hidden: less a third of each, from pruned to distilled (benchmarks/README.md).
-# vocab: that loss is told on text like that which chose the tokens; five texts of other kinds lose 5 times as much
-# (24,576 and 12,288 tokens: 0.017 and 0.087 bits a byte). All of SmolLM2-135M, one seed.
+# What learning leaves of a loss, by the axis that it comes from. ffn, bits: finalists of `--bytes
+# 50MB` (distilled, 20 steps, rounded by gptq); layers, heads, hidden: less a third of each, from
+# pruned to distilled (benchmarks/README.md). vocab: that loss is told on text like that which chose
+# the tokens; five texts of other kinds lose 5 times as much (24,576 and 12,288 tokens: 0.017 and
+# 0.087 bits a byte). All of SmolLM2-135M, one seed.
 LEFT = {"layers": 0.33, "ffn": 0.28, "heads": 0.64, "hidden": 0.72, "vocab": 5.0, "bits": 0.42}
-# The same of the teacher's answers, whose conversations are in the training text but for those that tell it.
-ANSWERS_LEFT = {"layers": 0.33, "ffn": 0.28, "heads": 0.64, "hidden": 0.72, "vocab": 0.7, "bits": 0.48}
+# The same of the teacher's answers, whose conversations are in the training text but for those that
+# tell it.
+ANSWERS_LEFT = {
+    "layers": 0.33,
+    "ffn": 0.28,
+    "heads": 0.64,
+    "hidden": 0.72,
+    "vocab": 0.7,
+    "bits": 0.48,
+}
 STEPS = 30  # after which so much is left
-FADING = 0.06  # of 30, 300 and 2,400 steps the teacher's answers kept 0.463, 0.405, 0.393 (benchmarks/README.md)
+# of 30, 300 and 2,400 steps the teacher's answers kept 0.463, 0.405, 0.393 (benchmarks/README.md)
+FADING = 0.06
 PART_LEFT = 0.30  # of heads, where a part of every group goes
 
 
@@ -59,12 +72,19 @@ class Choice(NamedTuple):
     @property
     def sizes(self) -> dict[str, int | float]:
         """By axis, for a log."""
-        return {**{axis: getattr(self.shape, axis) for axis in (*CUTS, "kv_heads")}, "bits": self.bpw}
+        return {
+            **{axis: getattr(self.shape, axis) for axis in (*CUTS, "kv_heads")},
+            "bits": self.bpw,
+        }
 
 
 def words(shape: Shape, before: Shape) -> str:
     """What of the teacher's shape is cut: '20 layers, FFN 1280'."""
-    cut = [form.format(getattr(shape, a)) for a, form in FORMS.items() if getattr(shape, a) != getattr(before, a)]
+    cut = [
+        form.format(getattr(shape, a))
+        for a, form in FORMS.items()
+        if getattr(shape, a) != getattr(before, a)
+    ]
     return ", ".join(cut) or "the teacher's own"
 
 
@@ -79,10 +99,14 @@ def bpw_range(group: int) -> tuple[float, float]:
     return min(BITS) + 32 / group, max(BITS) + 32 / group
 
 
-def axis_sizes(config: Mapping[str, Any], axes: Sequence[str], vocab: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Of every axis the teacher's size alone where the axis is not one of `axes`; else evenly spread ones before it
-    that a student can have and bits can pack. vocab: numbers of rows."""
-    s, group = shape_of(config), GROUPS[-1]
+def axis_sizes(
+    config: Mapping[str, Any], axes: Sequence[str], vocab: Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """Of every axis the teacher's size alone where the axis is not one of `axes`; else evenly
+    spread ones before it that a student can have and bits can pack. vocab: numbers of rows.
+    """
+    s = shape_of(config)
+    group = GROUPS[-1]
     sizes = dict[str, tuple[int, ...]]()
     for axis, step in {"layers": 1, "ffn": arch.FFN_MULTIPLE, "heads": 1, "hidden": group}.items():
         whole = getattr(s, axis)
@@ -90,7 +114,8 @@ def axis_sizes(config: Mapping[str, Any], axes: Sequence[str], vocab: Sequence[i
         fits = [n for n in steps_of if n >= LEAST_SHARE * whole and _shape(config, {axis: n})]
         if axis == "heads":
             fits = [n for n in fits if n * s.head_dim % group == 0]
-            fits = [n for n in fits if n % (s.heads // s.kv_heads) == 0] or fits  # whole groups, if there are several
+            # whole groups, if there are several
+            fits = [n for n in fits if n % (s.heads // s.kv_heads) == 0] or fits
         at = np.linspace(0, max(0, len(fits) - 1), min(SIZES, len(fits))).round().astype(int)
         sizes[axis] = (*(fits[i] for i in np.unique(at)), whole)
     return sizes | {"vocab": (*sorted(vocab), s.vocab) if "vocab" in axes else (s.vocab,)}
@@ -105,15 +130,23 @@ def _shape(config: Mapping[str, Any], sizes: Mapping[str, int]) -> Shape | None:
 
 
 def probed(sizes: Sequence[int]) -> list[int]:
-    """The one or two sizes of an axis that are measured by themselves: nearest to 5/6 and to 2/3 of the largest."""
+    """The one or two sizes of an axis that are measured by themselves: nearest to 5/6 and to 2/3 of
+    the largest.
+    """
     *smaller, whole = sizes
-    return sorted({min(smaller, key=lambda n: abs(n - share * whole)) for share in (5 / 6, 2 / 3)} if smaller else ())
+    return sorted(
+        {min(smaller, key=lambda n: abs(n - share * whole)) for share in (5 / 6, 2 / 3)}
+        if smaller
+        else ()
+    )
 
 
 def left_after(iters: int | None, left: Mapping[str, float]) -> dict[str, float]:
     """What so many steps leave of a loss, by axis; None: of the usual number."""
     power = (STEPS / max(1, iters or STEPS)) ** FADING
-    return {axis: share if axis in ("vocab", "bits") else share * power for axis, share in left.items()}
+    return {
+        axis: share if axis in ("vocab", "bits") else share * power for axis, share in left.items()
+    }
 
 
 class Losses(NamedTuple):
@@ -127,7 +160,11 @@ class Losses(NamedTuple):
 
     def by_axis(self, choice: Choice) -> dict[str, float]:
         """What each axis of a student is told to cost, before it learns."""
-        values = {axis: self._along(axis, getattr(choice.shape, axis)) for axis in CUTS if self.points.get(axis)}
+        values = {
+            axis: self._along(axis, getattr(choice.shape, axis))
+            for axis in CUTS
+            if self.points.get(axis)
+        }
         if bits := self.points.get("bits"):
             bpw, nats = np.array(bits).T
             values["bits"] = float(np.interp(choice.bpw, bpw, nats))
@@ -135,7 +172,8 @@ class Losses(NamedTuple):
 
     def _along(self, axis: str, size: int) -> float:
         """scale * removed ** power through the points; the points themselves of the vocabulary."""
-        removed, points = 1 - size / getattr(self.before, axis), self.points[axis]
+        removed = 1 - size / getattr(self.before, axis)
+        points = self.points[axis]
         if removed == 0:
             return 0.0
         if axis == "vocab":
@@ -144,7 +182,9 @@ class Losses(NamedTuple):
         nats = [max(value, 1e-6) for _, value in points]
         power = 2.0  # as far as the second order reaches
         if len(points) > 1:
-            power = float(np.clip(math.log(nats[0] / nats[1]) / math.log(shares[0] / shares[1]), 1.0, 4.0))
+            power = float(
+                np.clip(math.log(nats[0] / nats[1]) / math.log(shares[0] / shares[1]), 1.0, 4.0)
+            )
         return nats[-1] * (removed / shares[-1]) ** power
 
     def raw(self, choice: Choice) -> float:
@@ -163,14 +203,17 @@ class Losses(NamedTuple):
         return {axis: left[axis] * value for axis, value in self.by_axis(choice).items()}
 
     def fewest_bits(self, shape: Shape, lose: float, most: float) -> float | None:
-        """The fewest bits, `most` at the most, in which a student of this shape should lose `lose` nats a byte or less.
+        """The fewest bits, `most` at the most, in which a student of this shape should lose `lose`
+        nats a byte or less.
 
-        None where there are none. In hundredths of a bit, rounded up."""
+        None where there are none. In hundredths of a bit, rounded up.
+        """
         by_axis = self.expected_by_axis(Choice(shape, most))
         of_shape = sum(value for axis, value in by_axis.items() if axis != "bits")
         allowed = (lose - of_shape) / self.left["bits"]
         bpw, nats = np.array(self.points["bits"]).T
-        # Bits that cost more than that are too few. What more bits cost never rises, so the first that fits counts.
+        # Bits that cost more than that are too few. What more bits cost never rises, so the first
+        # that fits counts.
         fits = np.flatnonzero((nats <= allowed) & (bpw <= most))
         if not len(fits):
             return None
@@ -183,11 +226,17 @@ class Losses(NamedTuple):
 
 
 def smallest(
-    config: Mapping[str, Any], shapes_of: Iterable[Shape], losses: Losses, lose: float, within: Sequence[limits.Limit]
+    config: Mapping[str, Any],
+    shapes_of: Iterable[Shape],
+    losses: Losses,
+    lose: float,
+    within: Sequence[limits.Limit],
 ) -> list[Choice]:
-    """Of every shape the student of the fewest bits that should lose `lose` nats a byte or less; fewest bytes first.
+    """Of every shape the student of the fewest bits that should lose `lose` nats a byte or less;
+    fewest bytes first.
 
-    Only those within the limits. Where bits are not chosen, all have the usual ones."""
+    Only those within the limits. Where bits are not chosen, all have the usual ones.
+    """
     found = list[tuple[float, Choice]]()
     for shape in shapes_of:
         group = group_of(shape)
@@ -205,11 +254,16 @@ def smallest(
     return [choice for _, choice in found]
 
 
-def choices(config: Mapping[str, Any], sizes: Sizes, within: Sequence[limits.Limit], bits: bool) -> list[Choice]:
-    """Every student within the limits, in the most bits that they allow; in the usual ones where `bits` are not to be
-    chosen, or none of the limits is in bytes. MisError where there is none: the smallest number within reach, and which
-    axes are not open."""
-    before, found, least = shape_of(config), list[Choice](), dict.fromkeys(within, math.inf)
+def choices(
+    config: Mapping[str, Any], sizes: Sizes, within: Sequence[limits.Limit], bits: bool
+) -> list[Choice]:
+    """Every student within the limits, in the most bits that they allow; in the usual ones where
+    `bits` are not to be chosen, or none of the limits is in bytes. MisError where there is none:
+    the smallest number within reach, and which axes are not open.
+    """
+    before = shape_of(config)
+    found = list[Choice]()
+    least = dict.fromkeys(within, math.inf)
     in_bytes = [limit for limit in within if limit.in_bytes]
     for shape in shapes(config, sizes):
         if not (group := group_of(shape)):
@@ -225,10 +279,15 @@ def choices(config: Mapping[str, Any], sizes: Sizes, within: Sequence[limits.Lim
     if found:
         return found
     closed = [axis for axis in CUTS if len(sizes[axis]) == 1] + ([] if bits else ["bits"])
-    remedy = "ask for less of a cut" + (f", or let {', '.join(closed)} be cut too (--axes)" if closed else "")
+    remedy = "ask for less of a cut" + (
+        f", or let {', '.join(closed)} be cut too (--axes)" if closed else ""
+    )
     for limit, reach in least.items():
         if reach > limit.most:
-            why = f"that is {limit.words(limit.most)}, the smallest student within reach has {limit.words(reach)}"
+            why = (
+                f"that is {limit.words(limit.most)}, the smallest student within reach has "
+                f"{limit.words(reach)}"
+            )
             raise MisError(f"{limit.flag}: {why}: {remedy}")
     flags = " and ".join(limit.flag for limit in within)
     raise MisError(f"{flags}: each can be met, no student meets all of them: {remedy}")
@@ -237,13 +296,17 @@ def choices(config: Mapping[str, Any], sizes: Sizes, within: Sequence[limits.Lim
 def shapes(config: Mapping[str, Any], sizes: Sizes) -> Iterator[Shape]:
     """All combinations that a loader accepts."""
     for layers, ffn, heads, hidden in itertools.product(*(sizes[axis] for axis in CUTS[:-1])):
-        if shape := _shape(config, {"layers": layers, "ffn": ffn, "heads": heads, "hidden": hidden}):
+        if shape := _shape(
+            config, {"layers": layers, "ffn": ffn, "heads": heads, "hidden": hidden}
+        ):
             for vocab in sizes["vocab"]:
                 yield replace(shape, vocab=vocab)
 
 
 def best(candidates: Iterable[Choice], sizes: Sizes, losses: Losses, count: int) -> list[Choice]:
-    """The `count` of which least is expected to be lost, the best first; no two are a step along one axis apart."""
+    """The `count` of which least is expected to be lost, the best first; no two are a step along
+    one axis apart.
+    """
     chosen = dict[Choice, np.ndarray]()  # and where each stands among the sizes
     for choice in sorted(candidates, key=losses.expected):
         at = np.array([sizes[axis].index(getattr(choice.shape, axis)) for axis in CUTS])

@@ -1,7 +1,10 @@
-"""The vocabulary as an axis: fewer rows of embedding and head, and the teacher as a model that has only these.
+"""The vocabulary as an axis: fewer rows of embedding and head, and the teacher as a model that has
+only these.
 
-That teacher is a folder of the rows that stay and their tokenizer; all else of it stays where it is. What comes after
-sees an ordinary model of a smaller vocabulary. Its losses are not the teacher's own, which reads longer tokens."""
+That teacher is a folder of the rows that stay and their tokenizer; all else of it stays where it
+is. What comes after sees an ordinary model of a smaller vocabulary. Its losses are not the
+teacher's own, which reads longer tokens.
+"""
 
 import json
 import tempfile
@@ -32,11 +35,14 @@ from mis_mlx.storage.files import DISK, Files
 from mis_mlx.types import Checkpoint, MisError
 
 PAYS = 1 / 8  # of all parameters: a smaller vocabulary is left whole, since longer texts cost too
-ALONE = 0.3  # of all parameters: where its rows that go are so many, all else stays (benchmarks/README.md)
+# of all parameters: where its rows that go are so many, all else stays (benchmarks/README.md)
+ALONE = 0.3
 MULTIPLE = 256  # rows: Metal's fast kernels and GGUF's K-quants need it
-TENSORS = (load.EMBEDDING, arch.PER_LAYER, "lm_head.")  # what the names of tensors with a row a token begin with
+# what the names of tensors with a row a token begin with
+TENSORS = (load.EMBEDDING, arch.PER_LAYER, "lm_head.")
 FOLDER = "vocabulary"  # in a run, of the teacher's rows
-EXPECTED = dict[tuple[Path, str], np.ndarray]()  # what a teacher expects in windows: a search asks for each vocabulary
+# what a teacher expects in windows: a search asks for each vocabulary
+EXPECTED = dict[tuple[Path, str], np.ndarray]()
 PLAIN = {"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}
 
 
@@ -45,18 +51,24 @@ class VocabularyConfig:
     """How many tokens stay, and the text that says which."""
 
     vocab: str | None = None
-    """tokens that stay: a number, rounded up to a multiple of 256, or a share of them, such as 0.5x; those most
-    frequent in --data or expected there by the teacher, special ones and bytes in any case. Default: all"""
+    """tokens that stay: a number, rounded up to a multiple of 256, or a share of them, such as
+    0.5x; those most frequent in --data or expected there by the teacher, special ones and bytes in
+    any case. Default: all
+    """
     vocab_text: str | None = None
     """more text that counts for that, like --data"""
     languages: tuple[str, ...] = ()
-    """languages whose commonest words count for that, such as pl de; needs pip install 'mis-mlx[languages]'"""
+    """languages whose commonest words count for that, such as pl de; needs pip install
+    'mis-mlx[languages]'
+    """
 
 
-@cache  # a tokenizer.json takes a third of a second to read, and is asked for at every step of a plan
+# a tokenizer.json takes a third of a second to read, and is asked for at every step of a plan
+@cache
 def size(asked: str | None, model: Path | None, rows: int) -> int:
-    """The rows that --vocab leaves of `rows`. MisError where that is no number of them, or fewer than must stay of the
-    tokenizer in the folder `model`, if there is one."""
+    """The rows that --vocab leaves of `rows`. MisError where that is no number of them, or fewer
+    than must stay of the tokenizer in the folder `model`, if there is one.
+    """
     if (wanted := arch.count("--vocab", asked, rows, "tokens")) is None:
         return rows
     rounded = min(rows, -(-wanted // MULTIPLE) * MULTIPLE)
@@ -64,22 +76,34 @@ def size(asked: str | None, model: Path | None, rows: int) -> int:
         return rounded
     least = len(needed(Vocabulary(model), model))
     if least > rounded:
-        why = f"bytes, special tokens and the chat template need {least:,} tokens, --vocab {asked} leaves {rounded:,}"
+        why = (
+            f"bytes, special tokens and the chat template need {least:,} tokens, --vocab "
+            f"{asked} "
+            f"leaves {rounded:,}"
+        )
         raise MisError(f"{model}: {why}: give {-(-least // MULTIPLE) * MULTIPLE} or more")
     return rounded
 
 
-def defaults(name: str | None, asked: str | None, config: Mapping[str, Any], model: Path | None) -> dict[str, Any]:
-    """--scenario and --vocab, of which one or both may be left out, for a model of this config, in the folder `model`
-    if there is one: none where --vocab takes nearly a third of all, or can; redyk where it is a cut, or can be one that
-    pays, else gazda. redyk has its own --vocab."""
+def defaults(
+    name: str | None, asked: str | None, config: Mapping[str, Any], model: Path | None
+) -> dict[str, Any]:
+    """--scenario and --vocab, of which one or both may be left out, for a model of this config, in
+    the folder `model` if there is one: none where --vocab takes nearly a third of all, or can;
+    redyk where it is a cut, or can be one that pays, else gazda. redyk has its own --vocab.
+    """
     s = shape_of(config)
     share = s.vocab * arch.row_params(config) / arch.params(config)
     if s.experts and name is None:
         name = "stado"
-    own = {known: f"{ratios['vocab']}x" for known, ratios in arch.SCENARIOS.items() if "vocab" in ratios}
+    own = {
+        known: f"{ratios['vocab']}x"
+        for known, ratios in arch.SCENARIOS.items()
+        if "vocab" in ratios
+    }
     if name is None:
-        wanted, name = asked or (own["redyk"] if share >= PAYS else None), "gazda"
+        wanted = asked or (own["redyk"] if share >= PAYS else None)
+        name = "gazda"
         with suppress(*() if asked else (MisError,)):  # of a tokenizer that cannot be trimmed
             gone = share * (1 - size(wanted, model, s.vocab) / s.vocab)
             alone = gone >= ALONE or (gone and family(config).per_layer)
@@ -97,11 +121,15 @@ def needed(tokens: Vocabulary, model: Path) -> set[int]:
 
 
 def first_rows(teacher: Checkpoint, rows: int) -> Checkpoint:
-    """A teacher of the first `rows` tokens alone: as large as one of any others, for a plan; nobody can read it."""
+    """A teacher of the first `rows` tokens alone: as large as one of any others, for a plan; nobody
+    can read it.
+    """
     tensors = dict(teacher.tensors)
     for name, t in teacher.tensors.items() if rows < shape_of(teacher.config).vocab else ():
         if name.startswith(TENSORS):
-            tensors[name] = replace(t, shape=(rows, *t.shape[1:]), nbytes=t.nbytes // t.shape[0] * rows)
+            tensors[name] = replace(
+                t, shape=(rows, *t.shape[1:]), nbytes=t.nbytes // t.shape[0] * rows
+            )
     return replace(teacher, config=with_rows(teacher.config, rows), tensors=tensors)
 
 
@@ -112,10 +140,14 @@ def with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
 
 
 def expected(teacher: Checkpoint, windows: token_windows.Windows) -> np.ndarray:
-    """(V,) how often the teacher expects each of its tokens in windows: its probabilities, summed over all places.
-    Streamed; logits come in chunks of positions, from parts of the head that are read again for each."""
+    """(V,) how often the teacher expects each of its tokens in windows: its probabilities, summed
+    over all places. Streamed; logits come in chunks of positions, from parts of the head that are
+    read again for each.
+    """
     vocab, rows = (s := shape_of(teacher.config)).vocab, stream.HEAD_PART // s.hidden
-    hidden, of, sums = comparison.final_hidden(teacher, windows), stream.Stream(teacher), np.zeros(vocab)
+    hidden = comparison.final_hidden(teacher, windows)
+    of = stream.Stream(teacher)
+    sums = np.zeros(vocab)
     step = VOCABULARY_LOGITS // vocab
     places = [states[0][i : i + step] for states in hidden for i in range(0, states.shape[1], step)]
     for at in cli.counted("window", places, len(places)):
@@ -130,16 +162,22 @@ def expected(teacher: Checkpoint, windows: token_windows.Windows) -> np.ndarray:
 
 @cache
 def words(languages: tuple[str, ...]) -> dict[str, float]:
-    """{word: how frequent} in the languages together; tens of thousands of each. MisError for one that has no list."""
+    """{word: how frequent} in the languages together; tens of thousands of each. MisError for one
+    that has no list.
+    """
     if not languages:
         return {}
     try:
         import wordfreq
     except ImportError:
-        raise MisError("--languages needs lists of words: pip install 'mis-mlx[languages]'") from None
+        raise MisError(
+            "--languages needs lists of words: pip install 'mis-mlx[languages]'"
+        ) from None
     if unknown := [each for each in languages if each not in wordfreq.available_languages()]:
         known = ", ".join(sorted(wordfreq.available_languages()))
-        raise MisError(f"--languages {unknown[0]}: there is no list of its words; give some of {known}")
+        raise MisError(
+            f"--languages {unknown[0]}: there is no list of its words; give some of {known}"
+        )
     shares: dict[str, float] = {}
     for each in languages:
         for word, share in wordfreq.get_frequency_dict(each, "small").items():
@@ -147,15 +185,20 @@ def words(languages: tuple[str, ...]) -> dict[str, float]:
     return shares
 
 
-def chosen(teacher: Checkpoint, rows: int, train: token_windows.Windows, how: VocabularyConfig) -> list[int]:
-    """Which `rows` of the teacher's stay: what must, then the most frequent. Half of that is counted in windows of its
-    own tokens and in more text, half is what the teacher expects in some of the windows: it knows words that fit there
-    and did not come up (benchmarks/vocabulary_choice.py). Words of languages count as much as these two."""
+def chosen(
+    teacher: Checkpoint, rows: int, train: token_windows.Windows, how: VocabularyConfig
+) -> list[int]:
+    """Which `rows` of the teacher's stay: what must, then the most frequent. Half of that is
+    counted in windows of its own tokens and in more text, half is what the teacher expects in some
+    of the windows: it knows words that fit there and did not come up
+    (benchmarks/vocabulary_choice.py). Words of languages count as much as these two.
+    """
     some = train.pick(draws.some(train, VOCABULARY_WINDOWS, (0, 0, 1)))
     if (key := (teacher.path, token_windows.fingerprint(some))) not in EXPECTED:
         EXPECTED[key] = expected(teacher, some)
         memory.give_back()  # before the lists of merges
-    tokenizer, vocab = load.tokenizer(teacher.path), shape_of(teacher.config).vocab
+    tokenizer = load.tokenizer(teacher.path)
+    vocab = shape_of(teacher.config).vocab
     counts = draws.token_counts(train, vocab)
     if how.vocab_text is not None:
         more = np.zeros(vocab)
@@ -167,23 +210,35 @@ def chosen(teacher: Checkpoint, rows: int, train: token_windows.Windows, how: Vo
     for word, share in words(how.languages).items():
         np.add.at(listed, tokenizer.encode(f" {word}", add_special_tokens=False), share)
     listed += counts / counts.sum() + EXPECTED[key] / EXPECTED[key].sum()
-    tokens, used = Vocabulary(teacher.path), np.count_nonzero(counts)
+    tokens = Vocabulary(teacher.path)
+    used = np.count_nonzero(counts)
     kept = tokens.chosen(needed(tokens, teacher.path), listed, rows)
-    cli.say(f"vocabulary: {rows:,} of {len(counts):,} rows stay; of the {used:,} tokens that the text uses they have "
-            f"{np.count_nonzero(counts[kept]):,}, {counts[kept].sum() / counts.sum():.2%} of all of it")  # fmt: skip
+    cli.say(
+        f"vocabulary: {rows:,} of {len(counts):,} rows stay; of the {used:,} tokens that the text "
+        f"uses they have "
+        f"{np.count_nonzero(counts[kept]):,}, {counts[kept].sum() / counts.sum():.2%} of all of it"
+    )
     return kept
 
 
 def write(teacher: Checkpoint, rows: Sequence[int], out: Path, files: Files) -> Checkpoint:
-    """Commit the new folder `out`: these rows of the teacher's embedding and head, its tokenizer of these tokens, and
-    which they are. Returned is the teacher as it is with them."""
-    at, new = np.array(rows), {old: i for i, old in enumerate(rows)}
-    mine = {n: t for n, t in first_rows(teacher, len(rows)).tensors.items() if n.startswith(TENSORS)}
+    """Commit the new folder `out`: these rows of the teacher's embedding and head, its tokenizer of
+    these tokens, and which they are. Returned is the teacher as it is with them.
+    """
+    at = np.array(rows)
+    new = {old: i for i, old in enumerate(rows)}
+    mine = {
+        n: t for n, t in first_rows(teacher, len(rows)).tensors.items() if n.startswith(TENSORS)
+    }
     config = with_rows(moved_ids(teacher.config, new), len(rows))
     named = {"rows": list(rows), "pre_tokenizer": gguf_vocabulary.pre_tokenizer(teacher.path)}
-    with protocol.commit_folder(out, files, sum(t.nbytes for t in mine.values()), "the vocabulary") as folder:
+    with protocol.commit_folder(
+        out, files, sum(t.nbytes for t in mine.values()), "the vocabulary"
+    ) as folder:
         cut = ((name, load.stored_parts(teacher, name, at)) for name in mine)
-        safetensors.write_tensors(folder, {name: (t.dtype, t.shape) for name, t in mine.items()}, cut, files)
+        safetensors.write_tensors(
+            folder, {name: (t.dtype, t.shape) for name, t in mine.items()}, cut, files
+        )
         for name, content in Vocabulary(teacher.path).files(rows):
             files.write(folder / name, content)
         for name, value in (("config.json", config), (ROWS, named)):
@@ -206,12 +261,16 @@ def rows_of(model: Path) -> list[int] | None:
         if not rows or any(type(row) is not int for row in rows) or sorted(set(rows)) != rows:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
-        raise MisError(f"{path} does not say which rows it has: copy the tokenizer files again") from None
+        raise MisError(
+            f"{path} does not say which rows it has: copy the tokenizer files again"
+        ) from None
     return rows
 
 
 def rows_read_by(student: Checkpoint, teacher: Checkpoint) -> list[int] | None:
-    """Which of the teacher's rows its student has; None where it has all. MisError where the vocabulary is another."""
+    """Which of the teacher's rows its student has; None where it has all. MisError where the
+    vocabulary is another.
+    """
     rows = rows_of(student.path)
     if rows is None or rows == rows_of(teacher.path) or rows[-1] >= shape_of(teacher.config).vocab:
         comparison.same_vocabulary(teacher, student)
@@ -221,8 +280,9 @@ def rows_read_by(student: Checkpoint, teacher: Checkpoint) -> list[int] | None:
 
 @contextmanager
 def shared(teacher: Checkpoint, students: Sequence[Checkpoint]) -> Iterator[Checkpoint]:
-    """The teacher with the vocabulary of its students, as long as the context is open. MisError where these do not
-    share one that was made of the teacher's."""
+    """The teacher with the vocabulary of its students, as long as the context is open. MisError
+    where these do not share one that was made of the teacher's.
+    """
     rows = rows_read_by(students[0], teacher) if students else None
     with tempfile.TemporaryDirectory(prefix="mis_mlx-") as place:
         seen = write(teacher, rows, Path(place) / FOLDER, DISK) if rows else teacher
@@ -241,16 +301,25 @@ def rows_left(teacher: Checkpoint, how: VocabularyConfig, student: str | None = 
 
 
 def of_run(
-    teacher: Checkpoint, student: str | None, rows: int, own: preparation.Data, how: VocabularyConfig,
-    source: preparation.Source | str | None, run: Path, files: Files,
-) -> tuple[Checkpoint, preparation.Data]:  # fmt: skip
-    """The teacher with the `rows` that a run's student has, and its text in these tokens. own: the text in the
-    teacher's. student: a folder, where it exists already."""
+    teacher: Checkpoint,
+    student: str | None,
+    rows: int,
+    own: preparation.Data,
+    how: VocabularyConfig,
+    source: preparation.Source | str | None,
+    run: Path,
+    files: Files,
+) -> tuple[Checkpoint, preparation.Data]:
+    """The teacher with the `rows` that a run's student has, and its text in these tokens. own: the
+    text in the teacher's. student: a folder, where it exists already.
+    """
     out = run / FOLDER
     if rows == shape_of(teacher.config).vocab:
         return teacher, own
     if distributed.is_main() and not out.exists():
-        kept = (rows_of(Path(student)) if student else None) or chosen(teacher, rows, own.train, how)
+        kept = (rows_of(Path(student)) if student else None) or chosen(
+            teacher, rows, own.train, how
+        )
         write(teacher, kept, out, files)
     distributed.broadcast_folder(out, files)
     seen = opened(teacher, out)

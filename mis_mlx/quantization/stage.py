@@ -1,8 +1,11 @@
-"""The quantize stage: a dense model folder in, a packed one out, each matrix in the bits that cost least on text.
+"""The quantize stage: a dense model folder in, a packed one out, each matrix in the bits that cost
+least on text.
 
-Blocks are rounded one by one, each on what the rounded blocks before it deliver. Streamed. GPTQ (arXiv 2210.17323):
-every matrix is rounded so that its output changes least on the inputs that calibration sees (maths/rounding); those are
-gathered once a block, with its own weights as they were."""
+Blocks are rounded one by one, each on what the rounded blocks before it deliver. Streamed. GPTQ
+(arXiv 2210.17323): every matrix is rounded so that its output changes least on the inputs that
+calibration sees (maths/rounding); those are gathered once a block, with its own weights as they
+were.
+"""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,17 +31,28 @@ ENOUGH_BITS = 8  # rounding costs nothing there: such matrices get their nearest
 
 
 def check(config: Mapping[str, Any], how: QuantizationConfig) -> None:
-    """Refuse, before hours of work, a shape that cannot be quantized whole and a target out of reach."""
+    """Refuse, before hours of work, a shape that cannot be quantized whole and a target out of
+    reach.
+    """
     packed_format.layout(config, how.q_group_size, mode=how.q_mode)
     bit_allocation.check(how.affine.target_bpw, how.q_group_size)
 
 
 def quantize(
-    folder: Path, out: Path, how: QuantizationConfig, files: Files, batches: Batches = (), held: int = 0, seed: int = 0
+    folder: Path,
+    out: Path,
+    how: QuantizationConfig,
+    files: Files,
+    batches: Batches = (),
+    held: int = 0,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """Write the quantized model `out` from the dense model `folder`. Returns bits per weight and the groups used.
-    batches: token ids [(B, T)] to look at, hidden states of the first `held` in memory, others in a file beside it."""
-    checkpoint, how = load.open_checkpoint(folder), how.affine
+    """Write the quantized model `out` from the dense model `folder`. Returns bits per weight and
+    the groups used. batches: token ids [(B, T)] to look at, hidden states of the first `held` in
+    memory, others in a file beside it.
+    """
+    checkpoint = load.open_checkpoint(folder)
+    how = how.affine
     files.make_folder(out.absolute().parent)
     layers = checkpoint.config["num_hidden_layers"]
 
@@ -46,19 +60,26 @@ def quantize(
         return Spool(out.absolute().parent, held * passes, files) if held < len(batches) else None
 
     wide = packed_format.blocks_after_removed(checkpoint) if how.q_mode == "affine" else ()
-    plan: packed_format.Layout = packed_format.layout(checkpoint.config, how.q_group_size, wide, how.q_mode)
+    plan: packed_format.Layout = packed_format.layout(
+        checkpoint.config, how.q_group_size, wide, how.q_mode
+    )
     extra = {}
     if how.target_bpw is not None:
         cli.say("sensitivity: what every matrix costs in fewer bits")
         plan, found = bit_allocation.mixed(checkpoint, batches, how, seed, hidden(layers))
         extra[packed_format.SENSITIVITY] = json.dumps(found).encode()
 
-    rounded = rounded_blocks(checkpoint, batches, plan, hidden(1)) if how.q_method == "gptq" else None
+    rounded = (
+        rounded_blocks(checkpoint, batches, plan, hidden(1)) if how.q_method == "gptq" else None
+    )
     return packed_format.write_quantized(checkpoint, out, plan, files, rounded, extra)
 
 
 def rounded_blocks(
-    checkpoint: Checkpoint, batches: Batches, plan: packed_format.Layout, hidden: Hidden | None = None
+    checkpoint: Checkpoint,
+    batches: Batches,
+    plan: packed_format.Layout,
+    hidden: Hidden | None = None,
 ) -> Iterator[dict[str, rounding.Packed]]:
     """Per block, in order, {module path: packed matrix}, calibrated on token ids [(B, T)].
 
@@ -66,13 +87,21 @@ def rounded_blocks(
     source = stream.Stream(checkpoint, direct=hidden is not None)
     hidden = source.embed(batches, hidden)
     for i, block in source.blocks():
-        prefix, readers = f"model.layers.{i}.", arch.readers(block)
-        paths = {axis: [f"{prefix}{part}.{name}" for name in names] for axis, (part, names) in readers.items()}
-        tapped = [axis for axis in readers if any(plan[path].bits < ENOUGH_BITS for path in paths[axis])]
+        prefix = f"model.layers.{i}."
+        readers = arch.readers(block)
+        paths = {
+            axis: [f"{prefix}{part}.{name}" for name in names]
+            for axis, (part, names) in readers.items()
+        }
+        tapped = [
+            axis for axis in readers if any(plan[path].bits < ENOUGH_BITS for path in paths[axis])
+        ]
         grams = _grams(source, block, hidden, tapped, f"{checkpoint.path}: {prefix}")
         done: dict[str, rounding.Packed] = {}
         for axis, (part, names) in readers.items():
-            linears = {path: block[part][name] for path, name in zip(paths[axis], names, strict=True)}
+            linears = {
+                path: block[part][name] for path, name in zip(paths[axis], names, strict=True)
+            }
             gram = grams.pop(axis, None)
             for kind in {plan[path]: None for path in linears}:  # all of one format in one go
                 same = [path for path in linears if plan[path] == kind]
@@ -87,13 +116,17 @@ def rounded_blocks(
                     rounded = list(zip(*(mx.split(part, ends) for part in parts), strict=True))
                 for path, packed in zip(same, rounded, strict=True):
                     linear = linears[path]
-                    linear.weight = rounding.values(packed, kind.group, kind.bits).astype(linear.weight.dtype)
+                    linear.weight = rounding.values(packed, kind.group, kind.bits).astype(
+                        linear.weight.dtype
+                    )
                     stream.evaluate_now(packed, linear.weight)
                     done[path] = packed
         for path in sorted(packed_format.gates(checkpoint.config)):
             if arch.block_of(path) == i:
                 kind = plan[path]
-                done[path] = rounding.nearest(load.dense_weight(block[path.split(".")[-1]]), kind.group, kind.bits)
+                done[path] = rounding.nearest(
+                    load.dense_weight(block[path.split(".")[-1]]), kind.group, kind.bits
+                )
         yield done
         if i + 1 < source.layers:
             source.through(block, hidden)
@@ -102,12 +135,14 @@ def rounded_blocks(
 def _grams(
     source: stream.Stream, block: nn.Module, hidden: Hidden, axes: Sequence[str], where: str = ""
 ) -> dict[str, np.ndarray]:
-    """{axis: sum of a a^T (in, in) over all tokens} of what goes into the matrices that read it, in the block that the
-    source gave out last.
+    """{axis: sum of a a^T (in, in) over all tokens} of what goes into the matrices that read it, in
+    the block that the source gave out last.
 
-    Products of one batch are float32, sums over batches in `reconstruction.precision`. MisError, with `where`, when a
-    product overflows."""
-    taps, places = {}, {axis: (part, names[0]) for axis, (part, names) in arch.readers(block).items()}
+    Products of one batch are float32, sums over batches in `reconstruction.precision`. MisError,
+    with `where`, when a product overflows.
+    """
+    taps = {}
+    places = {axis: (part, names[0]) for axis, (part, names) in arch.readers(block).items()}
     for axis in axes:
         part, name = places[axis]
         block[part][name] = taps[axis] = stream.InputRecorder(block[part][name])
@@ -124,7 +159,10 @@ def _grams(
     for products in lanes.each(work, source.stacks(hidden)):
         for axis, product in products.items():
             if not mx.isfinite(product).all().item():
-                raise MisError(f"{where}{'.'.join(places[axis])} meets values that are not finite: use plain rounding")
+                raise MisError(
+                    f"{where}{'.'.join(places[axis])} meets values that are not finite: use plain "
+                    f"rounding"
+                )
             sums[axis] += np.asarray(product)
     for axis, tap in taps.items():
         part, name = places[axis]

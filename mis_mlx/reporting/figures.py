@@ -16,9 +16,12 @@ import numpy as np
 from mis_mlx.reporting import html, run_reader
 from mis_mlx.types import MisError
 
-WIDTH, HEIGHT = 420, 260  # in a viewBox; letters of 11 in it are readable on a phone
+# in a viewBox; letters of 11 in it are readable on a phone
+WIDTH = 420
+HEIGHT = 260
 MUTED = "#5b6470"
-Caption = tuple[str, str, str]  # key, with which the ids in a picture begin, unique on the page; title; description
+# key, with which the ids in a picture begin, unique on the page; title; description
+Caption = tuple[str, str, str]
 Lines = Mapping[str, Sequence[run_reader.Point]]  # by name
 COLORS = ("#1f6fb2", "#c2410c", "#2e7d4f", "#8b5cb8")
 
@@ -37,7 +40,8 @@ def _figure(height: int = HEIGHT, rows: int = 1, **more: Any) -> Iterator[tuple[
 
     style = Path(__file__).parent / "templates" / "page.mplstyle"
     with matplotlib.rc_context(fname=style), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a letter that matplotlib's font lacks: the browser's has it
+        # a letter that matplotlib's font lacks: the browser's has it
+        warnings.simplefilter("ignore")
         figure = Figure(figsize=(WIDTH / 72, height / 72))
         yield figure, figure.subplots(rows, 1, sharex=True, **more)
 
@@ -52,14 +56,32 @@ def _html(figure: Any, caption: Caption) -> str:
     svg = re.sub(r'(href="|url\()#', rf"\1#{key}-", svg)
     svg = re.sub(r"font: (?:[a-z0-9]+ )*?([0-9.]+px) [^;\"]*", r"font-size: \1", svg)
     width, height = (round(72 * inches) for inches in figure.get_size_inches())
-    return html.part("picture", key=key, title=title, description=description, width=width, height=height, inside=svg)
+    return html.part(
+        "picture",
+        key=key,
+        title=title,
+        description=description,
+        width=width,
+        height=height,
+        inside=svg,
+    )
 
 
-def over_time(caption: Caption, panels: Mapping[str, Lines], shaded: Sequence[tuple[float, float]] = ()) -> str:
-    """Panels above each other on one time axis: {axis label: {line: [(seconds, value)]}}. shaded: stretches of time."""
+def over_time(
+    caption: Caption, panels: Mapping[str, Lines], shaded: Sequence[tuple[float, float]] = ()
+) -> str:
+    """Panels above each other on one time axis: {axis label: {line: [(seconds, value)]}}. shaded:
+    stretches of time.
+    """
     more = len(panels) - 1
-    with _figure(HEIGHT + 110 * more, 1 + more, squeeze=False, height_ratios=[2, *[1] * more]) as (figure, axes):
-        longest_s = max((points[-1][0] for lines in panels.values() for points in lines.values() if points), default=0)
+    with _figure(HEIGHT + 110 * more, 1 + more, squeeze=False, height_ratios=[2, *[1] * more]) as (
+        figure,
+        axes,
+    ):
+        longest_s = max(
+            (points[-1][0] for lines in panels.values() for points in lines.values() if points),
+            default=0,
+        )
         units = ((3600.0, "hours"), (60.0, "minutes"))
         unit, name = next((u for u in units if longest_s > 3 * u[0]), (1.0, "seconds"))
         for (label, lines), axis in zip(panels.items(), axes[:, 0], strict=True):
@@ -67,27 +89,56 @@ def over_time(caption: Caption, panels: Mapping[str, Lines], shaded: Sequence[tu
             for color, (line, points) in zip(cycle(COLORS), lines.items(), strict=False):
                 if points:
                     x, y = np.array(points).T
-                    axis.plot(x / unit, y, color=color, label=line, linewidth=1.4, marker="o" if len(x) < 3 else None)
+                    axis.plot(
+                        x / unit,
+                        y,
+                        color=color,
+                        label=line,
+                        linewidth=1.4,
+                        marker="o" if len(x) < 3 else None,
+                    )
             if len(lines) > 1:
                 axis.legend()
             for start, end in shaded:
-                axis.axvspan(start / unit, max(end, start + longest_s / 300) / unit, color=COLORS[3], alpha=0.25)
+                axis.axvspan(
+                    start / unit,
+                    max(end, start + longest_s / 300) / unit,
+                    color=COLORS[3],
+                    alpha=0.25,
+                )
         axes[-1, 0].set_xlabel(f"{name} since the run began")
         return _html(figure, caption)
 
 
 def intervals(
-    caption: Caption, label: str, rows: Mapping[str, Sequence[tuple[float, float, float] | None]],
-    names: Sequence[str], limits: Mapping[str, float],
-) -> str:  # fmt: skip
-    """A point with its interval (value, low, high), as shares, for each row and name. limits: lines across."""
+    caption: Caption,
+    label: str,
+    rows: Mapping[str, Sequence[tuple[float, float, float] | None]],
+    names: Sequence[str],
+    limits: Mapping[str, float],
+) -> str:
+    """A point with its interval (value, low, high), as shares, for each row and name. limits: lines
+    across.
+    """
     with _figure(90 + (16 * len(names) + 12) * len(rows)) as (figure, axes):
         place = np.arange(len(rows))[::-1]
         for i, (name, color) in enumerate(zip(names, cycle(COLORS), strict=False)):
-            known = [(y, *cell) for y, cells in zip(place, rows.values(), strict=True) if (cell := cells[i])]
+            known = [
+                (y, *cell)
+                for y, cells in zip(place, rows.values(), strict=True)
+                if (cell := cells[i])
+            ]
             y, value, low, high = np.array(known, np.float64).T
             y += 0.35 - 0.7 * (i + 0.5) / len(names)
-            axes.errorbar(value, y, xerr=[value - low, high - value], fmt="o", color=color, label=name, markersize=4)
+            axes.errorbar(
+                value,
+                y,
+                xerr=[value - low, high - value],
+                fmt="o",
+                color=color,
+                label=name,
+                markersize=4,
+            )
         for text, at in limits.items():
             axes.axvline(at, color=MUTED, linestyle="--" if at else ":", label=text)
         axes.set_yticks(place, list(rows))
@@ -99,12 +150,18 @@ def intervals(
 
 def standalone(picture: str) -> str:
     """A picture as an SVG file of its own, on white."""
-    head, rest = picture[picture.index("<svg") : picture.index("</svg>") + len("</svg>")].split(">", 1)
+    head, rest = picture[picture.index("<svg") : picture.index("</svg>") + len("</svg>")].split(
+        ">", 1
+    )
     return f'{head} font-family="sans-serif"><rect width="100%" height="100%" fill="#fff"/>{rest}\n'
 
 
-def columns(caption: Caption, labels: tuple[str, str], groups: Mapping[str, Mapping[int, float]]) -> str:
-    """Standing bars at whole numbers, one colour a group: {group: {number: height}}. labels: of x and y."""
+def columns(
+    caption: Caption, labels: tuple[str, str], groups: Mapping[str, Mapping[int, float]]
+) -> str:
+    """Standing bars at whole numbers, one colour a group: {group: {number: height}}. labels: of x
+    and y.
+    """
     with _figure(220) as (figure, axes):
         for color, (name, values) in zip(cycle(COLORS), groups.items(), strict=False):
             axes.bar(list(values), list(values.values()), color=color, label=name)
@@ -116,10 +173,16 @@ def columns(caption: Caption, labels: tuple[str, str], groups: Mapping[str, Mapp
         return _html(figure, caption)
 
 
-def curves(caption: Caption, labels: tuple[str, str], groups: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    """Points (x, y), joined in the order of x, one colour a group: {group: points}. labels: of x and y."""
+def curves(
+    caption: Caption, labels: tuple[str, str], groups: Mapping[str, Sequence[tuple[float, float]]]
+) -> str:
+    """Points (x, y), joined in the order of x, one colour a group: {group: points}. labels: of x
+    and y.
+    """
     with _figure() as (figure, axes):
-        for color, mark, (name, points) in zip(cycle(COLORS), cycle("o^Ds"), groups.items(), strict=False):
+        for color, mark, (name, points) in zip(
+            cycle(COLORS), cycle("o^Ds"), groups.items(), strict=False
+        ):
             x, y = np.array(sorted(points)).T
             axes.plot(x, y, color=color, marker=mark, markersize=4, linewidth=1.2, label=name)
         axes.set_xlabel(labels[0])

@@ -1,6 +1,9 @@
-"""What a run folder tells, as far as it goes: every file may be missing, torn, or of another version.
+"""What a run folder tells, as far as it goes: every file may be missing, torn, or of another
+version.
 
-Nothing in here is safe as HTML. Logs are thinned line by line: a million take a thousand's memory, no spike is lost."""
+Nothing in here is safe as HTML. Logs are thinned line by line: a million take a thousand's memory,
+no spike is lost.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +20,9 @@ from mis_mlx.types import MisError
 STEPS = ("number", "loss", "tokens", "seconds", "peak_bytes")
 KEEPS = ("pruned/keep.json", "distilled/keep.json", "model/keep.json")  # the first that is there
 MAPPINGS = run_folder.CONFIG, run_folder.ORIGIN, run_folder.RESULT
-LOST: dict[str, str] = yaml.safe_load((Path(__file__).parent / "templates" / "lost.yaml").read_text("utf-8"))
+LOST: dict[str, str] = yaml.safe_load(
+    (Path(__file__).parent / "templates" / "lost.yaml").read_text("utf-8")
+)
 MOST_POINTS = 2400  # that a series keeps: when it has more, its runs become twice as long
 LINE_BYTES = 1 << 16  # what is longer is no record of ours
 MOST = 1000  # pauses that are kept one by one
@@ -28,7 +33,9 @@ Point = tuple[float, float]
 
 @dataclass
 class Series:
-    """Values at places that never fall; of many, the extremes of runs of neighbours, all runs equally long."""
+    """Values at places that never fall; of many, the extremes of runs of neighbours, all runs
+    equally long.
+    """
 
     count: int = 0
     _kept: list[Point] = field(default_factory=list)
@@ -49,7 +56,9 @@ class Series:
             self._width *= 2
 
     def points(self) -> list[Point]:
-        """What is left, by place: every value while there are few, later the extremes of each run, and the last one."""
+        """What is left, by place: every value while there are few, later the extremes of each run,
+        and the last one.
+        """
         return sorted({*self._kept, *_extremes(self._run), *self._run[-1:]})
 
 
@@ -68,13 +77,18 @@ class History:
     torn: int = 0  # lines that are no record
     first_s: float | None = None
     last_s: float = -math.inf
-    pauses: list[tuple[float, float, str]] = field(default_factory=list)  # (start, end, cause) of "pause" lines
+    # (start, end, cause) of "pause" lines
+    pauses: list[tuple[float, float, str]] = field(default_factory=list)
 
 
 def history_of(path: Path, names: Sequence[str]) -> History:
-    """The numbers of these names, and "tokens_per_s", in a log, if there is one; a step done twice is in it twice."""
+    """The numbers of these names, and "tokens_per_s", in a log, if there is one; a step done twice
+    is in it twice.
+    """
     history = History({name: Series() for name in (*names, "tokens_per_s")})
-    behind, pausing = 0.0, False  # of the wall clock, since it was set back; whether the last record is of a pause
+    # of the wall clock, since it was set back; whether the last record is of a pause
+    behind = 0.0
+    pausing = False
     for record in run_folder.parsed(path, LINE_BYTES):
         history.lines += 1
         wall_s = None if record is None else _number(record.get("wall_s"))
@@ -109,7 +123,9 @@ def _number(value: Any) -> float | None:
 
 
 class RunRecord(NamedTuple):
-    """A run; `result` is empty until its end. Where there was nothing to read, `missing` has a sentence."""
+    """A run; `result` is empty until its end. Where there was nothing to read, `missing` has a
+    sentence.
+    """
 
     name: str  # of its folder
     began_s: float  # since 1970, at which time begins on pictures
@@ -120,15 +136,21 @@ class RunRecord(NamedTuple):
     begun: Mapping[str, Any]  # what the first start planned
     phases: Sequence[Mapping[str, Any]]
     samples: Sequence[Mapping[str, Any]]
-    answers: Sequence[Mapping[str, Any]]  # to held-out prompts, prompt by prompt; none where nobody was asked
+    # to held-out prompts, prompt by prompt; none where nobody was asked
+    answers: Sequence[Mapping[str, Any]]
     table: str
     steps: History
     air: History
     missing: Sequence[str]
 
     def took(self) -> dict[str, float]:
-        """Seconds of each phase; one that was stopped and taken up again has more than one record."""
-        return {of["phase"]: sum(p["seconds"] for p in self.phases if p["phase"] == of["phase"]) for of in self.phases}
+        """Seconds of each phase; one that was stopped and taken up again has more than one
+        record.
+        """
+        return {
+            of["phase"]: sum(p["seconds"] for p in self.phases if p["phase"] == of["phase"])
+            for of in self.phases
+        }
 
 
 def _held(read: Callable[..., Any], *where: Any) -> Any:
@@ -139,7 +161,9 @@ def _held(read: Callable[..., Any], *where: Any) -> Any:
 
 
 def _without_answers(folder: Path, result: Any) -> list[str]:
-    """A sentence where a run's result says that answers were judged, and their file has none of them."""
+    """A sentence where a run's result says that answers were judged, and their file has none of
+    them.
+    """
     path = folder / run_folder.ANSWERS
     judged = isinstance(result, Mapping) and _number(result.get("answers_prompts"))
     if not judged or _answers(folder):
@@ -149,7 +173,9 @@ def _without_answers(folder: Path, result: Any) -> list[str]:
 
 
 def _answers(folder: Path) -> list[dict[str, Any]]:
-    return [record for record in run_folder.records(folder / run_folder.ANSWERS) if "text" in record]
+    return [
+        record for record in run_folder.records(folder / run_folder.ANSWERS) if "text" in record
+    ]
 
 
 def read(folder: Path) -> RunRecord:
@@ -165,13 +191,16 @@ def read(folder: Path) -> RunRecord:
     }
     missing = list[str]()
     for name, held in files.items():
-        log, what = held if isinstance(held, History) else None, LOST[Path(name).name]
+        log = held if isinstance(held, History) else None
+        what = LOST[Path(name).name]
         if not (folder / name).is_file() or (log and not log.lines):
             missing.append(f"{name} is missing: {what}")
         elif held is None:
             missing.append(f"{name} is damaged: {what}")
         elif log and log.torn:
-            missing.append(f"{name} has {log.torn} of {log.lines} lines that are no records; passed over")
+            missing.append(
+                f"{name} has {log.torn} of {log.lines} lines that are no records; passed over"
+            )
     missing += _without_answers(folder, files[run_folder.RESULT])
     phases, *mappings, samples, table, steps, air = files.values()
     if not (phases or any(mappings) or steps.lines):

@@ -1,7 +1,9 @@
 """The commit protocol: a folder or a training step is on disk whole, or not at all.
 
-Free space, a hidden folder beside the final place, every file and folder synced, one rename, the parent synced =
-committed; older steps are deleted only after that. Steps are ordered by number: clocks jump."""
+Free space, a hidden folder beside the final place, every file and folder synced, one rename, the
+parent synced = committed; older steps are deleted only after that. Steps are ordered by number:
+clocks jump.
+"""
 
 import contextlib
 import fcntl
@@ -23,14 +25,17 @@ from mis_mlx.storage.header_check import check
 from mis_mlx.storage.safetensors import lazy, write_arrays
 from mis_mlx.types import MisError
 
-MANIFEST, STATE = "MANIFEST.json", "state.json"
+MANIFEST = "MANIFEST.json"
+STATE = "state.json"
 STEP = re.compile(r"step-(\d{8,})")
 Arrays = Mapping[str, Mapping[str, mx.array]]  # by checkpoint file and name
 LEFTOVER = (".tmp-", ".trash-")
 
 
 class Saved(NamedTuple):
-    """A step whose every byte was verified. `notes`: sentences about newer ones that could not be used."""
+    """A step whose every byte was verified. `notes`: sentences about newer ones that could not be
+    used.
+    """
 
     number: int
     path: Path
@@ -42,16 +47,20 @@ class Saved(NamedTuple):
 def commit_folder(
     final: Path, files: Files, nbytes: int, what: str = "the model", remedy: str = AGAIN
 ) -> Iterator[Path]:
-    """Make the folder `final` of what the block writes into another, about `nbytes`: all of it, durable, or nothing.
-    MisError when it exists, when space is short (before the block begins) or when the disk refuses a write."""
+    """Make the folder `final` of what the block writes into another, about `nbytes`: all of it,
+    durable, or nothing. MisError when it exists, when space is short (before the block begins) or
+    when the disk refuses a write.
+    """
     if final.exists() or final.is_symlink():
         raise MisError(f"{final} exists already: choose another name or move it away")
-    stem = final.name.removeprefix(".tmp-")  # of a folder that is itself a step on the way to another
+    # of a folder that is itself a step on the way to another
+    stem = final.name.removeprefix(".tmp-")
     tmp = final.with_name(f".tmp-{stem}-{os.getpid()}")
     with reported(final.parent, what, nbytes, remedy):
         files.make_folder(final.parent)
         files.require_space(final.parent, nbytes, what, remedy)
-        for left in tmp.parent.glob(f".tmp-{glob.escape(stem)}-*"):  # by processes that are gone, or had our number
+        # by processes that are gone, or had our number
+        for left in tmp.parent.glob(f".tmp-{glob.escape(stem)}-*"):
             number = left.name.rpartition("-")[2]
             if left == tmp:
                 files.remove_tree(left)
@@ -72,15 +81,23 @@ def commit_folder(
 
 
 def save_step(
-    steps_dir: Path, number: int, arrays: Arrays, state: Mapping[str, Any], files: Files, keep: int = 2
+    steps_dir: Path,
+    number: int,
+    arrays: Arrays,
+    state: Mapping[str, Any],
+    files: Files,
+    keep: int = 2,
 ) -> Path:
-    """Commit step-<number> with one <key>.safetensors per entry of `arrays`, and state.json; return its path.
+    """Commit step-<number> with one <key>.safetensors per entry of `arrays`, and state.json; return
+    its path.
 
-    Then delete all but the last `keep` steps (2 or more). MisError leaves older steps as they were. `state` comes back
-    as JSON reads it: tuples as lists, keys as text."""
+    Then delete all but the last `keep` steps (2 or more). MisError leaves older steps as they were.
+    `state` comes back as JSON reads it: tuples as lists, keys as text.
+    """
     if keep < 2:
         raise ValueError(f"keep={keep}: with fewer than 2 steps one damaged file loses the run")
-    final, listed = steps_dir / f"step-{number:08d}", dict[str, Any]()
+    final = steps_dir / f"step-{number:08d}"
+    listed = dict[str, Any]()
     older = [n for n in _numbers(steps_dir) if n < number]
     last = f"the last good step is {older[-1]}" if older else "no step is saved yet"
     nbytes = sum(array.nbytes for named in arrays.values() for array in named.values())
@@ -103,8 +120,9 @@ def save_step(
 
 
 def newest(steps_dir: Path, files: Files = DISK) -> Saved | None:
-    """The highest step whose manifest and hashes are right, or None; leftovers of a crash are swept, a damaged step is
-    set aside as damaged-step-..., never deleted. Hold the `lock`."""
+    """The highest step whose manifest and hashes are right, or None; leftovers of a crash are
+    swept, a damaged step is set aside as damaged-step-..., never deleted. Hold the `lock`.
+    """
     if not steps_dir.is_dir():
         return None
     sweep(steps_dir, files)
@@ -127,7 +145,9 @@ def load_arrays(saved: Saved, key: str) -> dict[str, mx.array]:
 
 
 def sweep(folder: Path, files: Files = DISK) -> None:
-    """Delete what a crash left half-made or half-deleted in `folder`. Hold the `lock` of the run."""
+    """Delete what a crash left half-made or half-deleted in `folder`. Hold the `lock` of the
+    run.
+    """
     for path in folder.iterdir():
         if path.name.startswith(LEFTOVER):
             files.discard(path)
@@ -135,12 +155,18 @@ def sweep(folder: Path, files: Files = DISK) -> None:
 
 @contextlib.contextmanager
 def lock(
-    folder: Path, what: str = "the lock of the run", remedy: str = "mend that and start again", wait: bool = False
+    folder: Path,
+    what: str = "the lock of the run",
+    remedy: str = "mend that and start again",
+    wait: bool = False,
 ) -> Iterator[None]:
-    """Hold a run's folder for this process; MisError names the process that holds it already, if not to `wait` for it.
+    """Hold a run's folder for this process; MisError names the process that holds it already, if
+    not to `wait` for it.
 
-    The kernel lets go when the holder ends, however it ends. The file .lock stays: after a deletion two processes could
-    lock two different files. A fork of the holder holds the lock too, a subprocess does not."""
+    The kernel lets go when the holder ends, however it ends. The file .lock stays: after a deletion
+    two processes could lock two different files. A fork of the holder holds the lock too, a
+    subprocess does not.
+    """
     with reported(folder, what, remedy=remedy):
         DISK.make_folder(folder)
         fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -149,10 +175,14 @@ def lock(
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             holder = os.pread(fd, 100, 0).decode(errors="replace").strip() or "another process"
-            raise MisError(f"Run {folder} is already in use by {holder}: wait for it or stop it") from None
+            raise MisError(
+                f"Run {folder} is already in use by {holder}: wait for it or stop it"
+            ) from None
         with reported(folder, what, remedy=remedy):
             os.ftruncate(fd, 0)
-            os.pwrite(fd, f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M')}".encode(), 0)
+            os.pwrite(
+                fd, f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M')}".encode(), 0
+            )
         yield
     finally:
         os.close(fd)
@@ -168,7 +198,11 @@ def _damage(path: Path, number: int) -> str:
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         claimed = manifest.pop("sha256")
-        if claimed != json_sha256(manifest) or manifest["step"] != number or STATE not in manifest["files"]:
+        if (
+            claimed != json_sha256(manifest)
+            or manifest["step"] != number
+            or STATE not in manifest["files"]
+        ):
             return MANIFEST
         for name, facts in manifest["files"].items():
             if file_sha256(path / name) != facts["sha256"]:

@@ -1,4 +1,6 @@
-"""Every file operation of a run, behind one small class, so that a test can make the N-th one fail."""
+"""Every file operation of a run, behind one small class, so that a test can make the N-th one
+fail.
+"""
 
 import contextlib
 import errno
@@ -22,17 +24,22 @@ SPARE = 1.2  # free space asked for, as a multiple of what will be written
 FULL = (errno.ENOSPC, errno.EDQUOT)
 BROKEN = {
     errno.EFBIG: "The disk does not take files this large",
-    **dict.fromkeys((errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE), "The disk stopped answering"),
+    **dict.fromkeys(
+        (errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE), "The disk stopped answering"
+    ),
     errno.EROFS: "The disk is read-only",
     **dict.fromkeys((errno.EACCES, errno.EPERM), "Writing is not allowed"),
 }
 
 
 class Files:
-    """The real disk. Methods raise OSError; whoever knows what is being written wraps them in `reported`.
+    """The real disk. Methods raise OSError; whoever knows what is being written wraps them in
+    `reported`.
 
-    Nothing here ever writes over the bytes of an existing file: an array that MLX loaded lazily from it
-    would change silently. Files are made new (`write`, then `extend`) and put in place with `rename`."""
+    Nothing here ever writes over the bytes of an existing file: an array that MLX loaded lazily
+    from it would change silently. Files are made new (`write`, then `extend`) and put in place with
+    `rename`.
+    """
 
     def mkdir(self, path: Path) -> None:
         """Make one new folder; its parent must exist."""
@@ -50,7 +57,9 @@ class Files:
             file.write(data)
 
     def add_line(self, path: Path, line: str) -> None:
-        """Add one line to the end of a file, making the file if need be; one that a crash tore stays apart from it."""
+        """Add one line to the end of a file, making the file if need be; one that a crash tore
+        stays apart from it.
+        """
         with open(path, "a+b") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
@@ -58,7 +67,9 @@ class Files:
             file.write(line.encode() + b"\n")
 
     def scratch(self, folder: Path) -> int:
-        """A descriptor of a new file in `folder` that has no name any more and goes with the process."""
+        """A descriptor of a new file in `folder` that has no name any more and goes with the
+        process.
+        """
         with tempfile.TemporaryFile(prefix=".tmp-scratch-", dir=folder, buffering=0) as file:
             return os.dup(file.fileno())
 
@@ -66,14 +77,16 @@ class Files:
         """Write all of `data` at `offset` of a `scratch` file."""
         while data:
             written = os.pwrite(fd, data[:CHUNK], offset)
-            data, offset = data[written:], offset + written
+            data = data[written:]
+            offset = offset + written
 
     def fsync(self, path: Path) -> None:
         """Make the bytes of a file, or the entries of a folder, survive a power cut."""
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             if sys.platform == "darwin":
-                # fsync(2) on macOS leaves the bytes in the drive's own cache; F_FULLFSYNC empties that too.
+                # fsync(2) on macOS leaves the bytes in the drive's own cache; F_FULLFSYNC empties
+                # that too.
                 try:
                     fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
                     return
@@ -102,7 +115,8 @@ class Files:
             path = path.parent
         return shutil.disk_usage(path).free
 
-    # What follows is made of the operations above, so a test that breaks one of those breaks these too.
+    # What follows is made of the operations above, so a test that breaks one of those breaks these
+    # too.
 
     def append(self, path: Path, line: str) -> None:
         """`add_line` to a log such as metrics.jsonl; MisError when the disk refuses."""
@@ -123,7 +137,9 @@ class Files:
 
     @contextlib.contextmanager
     def replacing(self, path: Path) -> Iterator[Path]:
-        """Another name, under which the block writes a file and syncs it; at its end that takes `path`'s place."""
+        """Another name, under which the block writes a file and syncs it; at its end that takes
+        `path`'s place.
+        """
         temp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
         try:
             if temp.exists():  # an earlier process of the same number left it
@@ -136,14 +152,17 @@ class Files:
             raise
 
     def replace_text(self, path: Path, text: str) -> None:
-        """Put `text` (UTF-8) into a small file: after a crash it holds the old text or the new, no mix."""
+        """Put `text` (UTF-8) into a small file: after a crash it holds the old text or the new, no
+        mix.
+        """
         with reported(path.parent, path.name, len(text)), self.replacing(path) as temp:
             self.write(temp, text.encode())
             self.fsync(temp)
 
     def require_space(self, path: Path, nbytes: int, what: str, remedy: str = AGAIN) -> None:
         """Refuse before anything is written when less than `nbytes` x 1.2 are free at `path`."""
-        need, free = int(nbytes * SPARE), self.free_bytes(path)
+        need = int(nbytes * SPARE)
+        free = self.free_bytes(path)
         if free < need:
             raise _no_space(path, what, need, free, remedy)
 
@@ -162,9 +181,12 @@ def json_sha256(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def need_place(flag: str, path: str | Path, kind: Literal["folder", "new", "file"] = "folder") -> None:
-    """MisError, before any work, where what a flag names cannot be written. kind: a folder, which may exist; something
-    new; a file, which may be replaced."""
+def need_place(
+    flag: str, path: str | Path, kind: Literal["folder", "new", "file"] = "folder"
+) -> None:
+    """MisError, before any work, where what a flag names cannot be written. kind: a folder, which
+    may exist; something new; a file, which may be replaced.
+    """
     place = Path(path).absolute()
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -178,14 +200,21 @@ def need_place(flag: str, path: str | Path, kind: Literal["folder", "new", "file
             place = place.parent
         os.close(DISK.scratch(place))
     except (OSError, ValueError) as error:
-        why = BROKEN.get(getattr(error, "errno", None) or 0) or getattr(error, "strerror", None) or error
+        why = (
+            BROKEN.get(getattr(error, "errno", None) or 0)
+            or getattr(error, "strerror", None)
+            or error
+        )
         raise MisError(f"{flag} {path} cannot be written ({why}): give another place") from None
 
 
 @contextlib.contextmanager
-def reported(folder: Path, what: str, nbytes: int = 0, remedy: str = "mend that and start again") -> Iterator[None]:
-    """Turn a disk's refusal inside the block into one MisError sentence that ends with `remedy`; other errors pass.
-    `what` was being written into `folder` and takes `nbytes`."""
+def reported(
+    folder: Path, what: str, nbytes: int = 0, remedy: str = "mend that and start again"
+) -> Iterator[None]:
+    """Turn a disk's refusal inside the block into one MisError sentence that ends with `remedy`;
+    other errors pass. `what` was being written into `folder` and takes `nbytes`.
+    """
     try:
         yield
     except OSError as error:
@@ -195,12 +224,17 @@ def reported(folder: Path, what: str, nbytes: int = 0, remedy: str = "mend that 
                 free = DISK.free_bytes(folder)
             raise _no_space(folder, what, nbytes, free, remedy) from error
         if error.errno in BROKEN:
-            raise MisError(f"{BROKEN[error.errno]} in {folder}: {what} was not saved; {remedy}") from error
-        if error.errno == errno.ENOENT and not folder.exists():  # an external disk that was pulled out
+            raise MisError(
+                f"{BROKEN[error.errno]} in {folder}: {what} was not saved; {remedy}"
+            ) from error
+        # an external disk that was pulled out
+        if error.errno == errno.ENOENT and not folder.exists():
             raise MisError(f"{folder} vanished: {what} was not saved; {remedy}") from error
         raise
 
 
 def _no_space(folder: Path, what: str, need: int, free: int | None, remedy: str) -> MisError:
     room = "an unknown amount is" if free is None else f"{gib(free)} are"
-    return MisError(f"Not enough disk space in {folder}: {what} needs {gib(need)}, {room} free; {remedy}")
+    return MisError(
+        f"Not enough disk space in {folder}: {what} needs {gib(need)}, {room} free; {remedy}"
+    )

@@ -1,8 +1,9 @@
 """The safetensors gate: judges a model file by its header alone, before MLX sees it.
 
-MLX 0.32.4 believes a header: shape [-1] overwrites its heap, tensors that share bytes ask for any amount of memory, a
-dimension of 2.5 silently becomes 2. The rules are those of the reference parser (huggingface/safetensors,
-`SafeTensors::deserialize`), narrower where MLX is weaker."""
+MLX 0.32.4 believes a header: shape [-1] overwrites its heap, tensors that share bytes ask for any
+amount of memory, a dimension of 2.5 silently becomes 2. The rules are those of the reference parser
+(huggingface/safetensors, `SafeTensors::deserialize`), narrower where MLX is weaker.
+"""
 
 import json
 import math
@@ -14,18 +15,30 @@ from typing import Any
 
 from mis_mlx.types import MisError, TensorAt, gib
 
-MAX_HEADER_BYTES, MAX_TENSORS = 100_000_000, 200_000
+MAX_HEADER_BYTES = 100_000_000
+MAX_TENSORS = 200_000
 MAX_RANK = 8
 MAX_DIM = 2**31 - 1  # MLX keeps a dimension in a C int
 MAX_NAME = 512
 
-# safetensors name -> (name in mlx.core, bytes per element). MLX reads the two 8-bit floats as raw bytes.
+# safetensors name -> (name in mlx.core, bytes per element). MLX reads the two 8-bit floats as raw
+# bytes.
 DTYPES = {
-    "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2), "BOOL": ("bool_", 1),
-    "U8": ("uint8", 1), "U16": ("uint16", 2), "U32": ("uint32", 4), "U64": ("uint64", 8), "I8": ("int8", 1),
-    "I16": ("int16", 2), "I32": ("int32", 4), "I64": ("int64", 8), "F8_E4M3": ("uint8", 1),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "BOOL": ("bool_", 1),
+    "U8": ("uint8", 1),
+    "U16": ("uint16", 2),
+    "U32": ("uint32", 4),
+    "U64": ("uint64", 8),
+    "I8": ("int8", 1),
+    "I16": ("int16", 2),
+    "I32": ("int32", 4),
+    "I64": ("int64", 8),
+    "F8_E4M3": ("uint8", 1),
     "F8_E8M0": ("uint8", 1),
-}  # fmt: skip
+}
 
 
 class Refused(Exception):
@@ -33,13 +46,17 @@ class Refused(Exception):
 
 
 def check(path: Path) -> tuple[dict[str, TensorAt], dict[str, str]]:
-    """Read and judge only the header: ({name: TensorAt}, metadata). No tensor byte is read, MLX is not used.
+    """Read and judge only the header: ({name: TensorAt}, metadata). No tensor byte is read, MLX is
+    not used.
 
-    MisError unless it is a regular file in which every tensor has a known dtype and a sane shape of exactly the bytes
-    its offsets give, and the tensors fill the file without hole, overlap or remainder. Values are not checked."""
+    MisError unless it is a regular file in which every tensor has a known dtype and a sane shape of
+    exactly the bytes its offsets give, and the tensors fill the file without hole, overlap or
+    remainder. Values are not checked.
+    """
     try:
         text, size = _read_header(path)
-        (tensors, metadata), end = _judged(path, text), 8 + len(text)
+        (tensors, metadata) = _judged(path, text)
+        end = 8 + len(text)
         for name, at in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
             if at.offset != end:
                 raise Refused(f"{name[:60]!r} overlaps another tensor or leaves a hole")
@@ -57,7 +74,9 @@ def _read_header(path: Path) -> tuple[bytes, int]:
     """The header's bytes and the size of the file."""
     try:
         # Opening a named pipe must not wait for a writer.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        with open(
+            path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+        ) as file:
             before = os.fstat(file.fileno())
             if not stat.S_ISREG(before.st_mode):
                 raise Refused("it is not a regular file")
@@ -66,10 +85,16 @@ def _read_header(path: Path) -> tuple[bytes, int]:
                 raise Refused(f"it is only {size} bytes long, an incomplete download")
             nbytes = int.from_bytes(file.read(8), "little")
             if nbytes > MAX_HEADER_BYTES:
-                raise Refused(f"it claims a header of {nbytes} bytes, {MAX_HEADER_BYTES} are allowed")
+                raise Refused(
+                    f"it claims a header of {nbytes} bytes, {MAX_HEADER_BYTES} are allowed"
+                )
             if 8 + nbytes > size:
-                raise Refused(f"it claims a header of {nbytes} bytes but has only {size}, an incomplete download")
-            text, after = file.read(nbytes), os.fstat(file.fileno())
+                raise Refused(
+                    f"it claims a header of {nbytes} bytes but has only {size}, an incomplete "
+                    f"download"
+                )
+            text = file.read(nbytes)
+            after = os.fstat(file.fileno())
     except OSError as error:
         raise Refused(f"it cannot be read ({error.strerror})") from None
     if len(text) < nbytes or (after.st_size, after.st_mtime_ns) != (size, before.st_mtime_ns):
@@ -80,7 +105,9 @@ def _read_header(path: Path) -> tuple[bytes, int]:
 
 
 def json_object(text: bytes) -> dict[str, Any]:
-    """A JSON object of a stranger. Refused: a key that comes twice, half a surrogate pair, NaN, Infinity, no JSON."""
+    """A JSON object of a stranger. Refused: a key that comes twice, half a surrogate pair, NaN,
+    Infinity, no JSON.
+    """
     try:
         value = json.loads(text, object_pairs_hook=_without_twins, parse_constant=_no_constant)
     except RecursionError:
@@ -95,7 +122,8 @@ def json_object(text: bytes) -> dict[str, Any]:
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     known: dict[str, Any] = {}
     for key, value in pairs:
-        if key in known:  # the reference parser takes the last of two that share their bytes; we take neither
+        # the reference parser takes the last of two that share their bytes; we take neither
+        if key in known:
             raise Refused(f"it names {key[:60]!r} twice")
         for text in (key, value):
             if isinstance(text, str):
@@ -125,7 +153,9 @@ def _judged(path: Path, text: bytes) -> tuple[dict[str, TensorAt], dict[str, str
             raise Refused(f"the tensor name {short} is too long or holds a NUL")
         if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
             raise Refused(f"{short} lacks dtype, shape or data_offsets")
-        dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
+        dtype = entry["dtype"]
+        shape = entry["shape"]
+        span = entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise Refused(f"{short} has the type {str(dtype)[:20]!r}, which MLX does not read")
         if not _whole_numbers(shape, MAX_DIM) or len(shape) > MAX_RANK:
@@ -134,7 +164,10 @@ def _judged(path: Path, text: bytes) -> tuple[dict[str, TensorAt], dict[str, str
             raise Refused(f"{short} has impossible data_offsets")
         nbytes = math.prod(shape) * DTYPES[dtype][1]  # Python's integers do not wrap
         if nbytes != span[1] - span[0]:
-            raise Refused(f"{short} needs {nbytes} bytes by its shape, its data_offsets give {span[1] - span[0]}")
+            raise Refused(
+                f"{short} needs {nbytes} bytes by its shape, its data_offsets give "
+                f"{span[1] - span[0]}"
+            )
         tensors[name] = TensorAt(path, dtype, tuple(shape), 8 + len(text) + span[0], nbytes)
     return tensors, metadata
 

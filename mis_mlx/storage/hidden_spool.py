@@ -1,4 +1,6 @@
-"""A list of equally large arrays, hidden states between two blocks: few stay in memory, the others live in a file."""
+"""A list of equally large arrays, hidden states between two blocks: few stay in memory, the others
+live in a file.
+"""
 
 import os
 import weakref
@@ -16,13 +18,18 @@ WHAT = "the spool of hidden states"
 
 
 class Spool(MutableSequence[mx.array]):
-    """Arrays of one shape and dtype, `held` of them in memory, the others in a file in `folder` without a name: what
-    goes there is evaluated, reading it makes a new array. MisError when the disk is full."""
+    """Arrays of one shape and dtype, `held` of them in memory, the others in a file in `folder`
+    without a name: what goes there is evaluated, reading it makes a new array. MisError when the
+    disk is full.
+    """
 
     def __init__(self, folder: Path, held: int, files: Files):
-        self._folder, self._held, self._files = folder, held, files
+        self._folder = folder
+        self._held = held
+        self._files = files
         self._memory: dict[int, mx.array] = {}
-        self._count, self._fd = 0, -1
+        self._count = 0
+        self._fd = -1
         self._kind: tuple[tuple[int, ...], mx.Dtype] | None = None
         self._nbytes = 0  # of one array
 
@@ -58,7 +65,8 @@ class Spool(MutableSequence[mx.array]):
             return
         kind = tuple(array.shape), array.dtype
         if self._kind is None:
-            self._kind, self._nbytes = kind, array.nbytes
+            self._kind = kind
+            self._nbytes = array.nbytes
         if kind != self._kind:
             raise ValueError(f"a spool of {self._kind} was given {kind}")
         raw: Any = mx.contiguous(array).view(mx.uint8)  # bytes: numpy has no bfloat16
@@ -66,7 +74,8 @@ class Spool(MutableSequence[mx.array]):
             if self._fd < 0:
                 self._fd = self._files.scratch(self._folder)
                 weakref.finalize(self, os.close, self._fd)
-            self._files.put(self._fd, (b - self._held) * self._nbytes, memoryview(raw).cast("B"))  # evaluates
+            # evaluates
+            self._files.put(self._fd, (b - self._held) * self._nbytes, memoryview(raw).cast("B"))
 
     def __delitem__(self, b: Any) -> None:
         raise TypeError("a spool does not shrink")

@@ -1,7 +1,9 @@
 """The logit store: a teacher's sparse targets on disk, written part by part, read window by window.
 
-A folder holds part-00000.safetensors ... and targets.json, which lists every finished part with its size and sha256. A
-part is there whole or not at all; a store that was stopped anywhere goes on and ends with the same bytes."""
+A folder holds part-00000.safetensors ... and targets.json, which lists every finished part with its
+size and sha256. A part is there whole or not at all; a store that was stopped anywhere goes on and
+ends with the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -40,17 +42,25 @@ class Spec:
     teacher: str  # fingerprint
     data: str  # fingerprint
     seed: int
-    part_windows: int = 32  # windows in a file: what a crash can cost, and what a reader reads at a time
+    # windows in a file: what a crash can cost, and what a reader reads at a time
+    part_windows: int = 32
 
     def dtypes(self) -> dict[str, type]:
-        """Of a part's arrays: sizes, distinct tokens of each position; ids and counts of all positions end to end."""
+        """Of a part's arrays: sizes, distinct tokens of each position; ids and counts of all
+        positions end to end.
+        """
         small = np.uint8 if self.count < 2**8 else np.uint16
-        return {"sizes": small, "ids": np.uint16 if self.vocab <= 2**16 else np.uint32, "counts": small}
+        return {
+            "sizes": small,
+            "ids": np.uint16 if self.vocab <= 2**16 else np.uint32,
+            "counts": small,
+        }
 
 
 def create(folder: Path, spec: Spec, files: Files) -> Targets:
-    """Begin the store in `folder`, or go on with it; damaged parts count as missing, and `notes` says so. Hold the lock
-    of the run. MisError when `folder` holds other targets."""
+    """Begin the store in `folder`, or go on with it; damaged parts count as missing, and `notes`
+    says so. Hold the lock of the run. MisError when `folder` holds other targets.
+    """
     if not 1 <= spec.count < 2**16:
         raise MisError(f"{spec.count} sampled tokens a position: take 1 to {2**16 - 1}")
     with reported(folder, "the targets"):
@@ -66,7 +76,9 @@ def create(folder: Path, spec: Spec, files: Files) -> Targets:
     store = Targets(folder, spec, parts, files)
     for number in sorted(parts):
         if store.sound(number) is None:
-            store.notes.append(f"{store.path(number).name} of the targets is damaged: it is made again")
+            store.notes.append(
+                f"{store.path(number).name} of the targets is damaged: it is made again"
+            )
             del parts[number]
     if new:
         store.save()
@@ -77,7 +89,10 @@ class Targets:
     """A store that is open: `spec`, and `parts`, the finished ones: {number: {bytes, sha256}}."""
 
     def __init__(self, folder: Path, spec: Spec, parts: dict[int, dict[str, Any]], files: Files):
-        self.folder, self.spec, self.parts, self._files = folder, spec, parts, files
+        self.folder = folder
+        self.spec = spec
+        self.parts = parts
+        self._files = files
         self.notes: list[str] = []
         self.total = -(-spec.windows // spec.part_windows)
         self._coming: list[Arrays] = []  # windows of the part being filled
@@ -90,19 +105,31 @@ class Targets:
         return sum(facts["bytes"] for facts in self.parts.values()) / max(tokens, 1)
 
     def missing(self) -> list[int]:
-        """Windows of the parts that are not there, rising: what `put` wants, in the order it wants them."""
-        return [w for number in range(self.total) if number not in self.parts for w in self._within(number)]
+        """Windows of the parts that are not there, rising: what `put` wants, in the order it wants
+        them.
+        """
+        return [
+            w
+            for number in range(self.total)
+            if number not in self.parts
+            for w in self._within(number)
+        ]
 
     def put(self, window: int, arrays: Arrays) -> None:
-        """Take the targets of one window, by the names of `Spec.dtypes`; with its last window a part is committed.
-        MisError when the disk has no room or refuses: committed ones stay. ValueError when another window is due."""
+        """Take the targets of one window, by the names of `Spec.dtypes`; with its last window a
+        part is committed. MisError when the disk has no room or refuses: committed ones stay.
+        ValueError when another window is due.
+        """
         number = window // self.spec.part_windows
         within = self._within(number)
         if number in self.parts or window != within[len(self._coming)]:
-            raise ValueError(f"window {window} came, part {number} has {len(self._coming)} of its {len(within)}")
+            raise ValueError(
+                f"window {window} came, part {number} has {len(self._coming)} of its {len(within)}"
+            )
         self._coming.append(arrays)
         if len(self._coming) == len(within):
-            coming, self._coming = self._coming, []
+            coming = self._coming
+            self._coming = []
             self._commit(number, coming)
 
     def adopt(self, number: int) -> None:
@@ -117,7 +144,8 @@ class Targets:
 
     def sound(self, number: int) -> bytes | None:
         """The bytes of a finished part, or None when they are not those that were written."""
-        path, facts = self.path(number), self.parts[number]
+        path = self.path(number)
+        facts = self.parts[number]
         try:
             data = path.read_bytes() if path.stat().st_size == facts["bytes"] else b""
         except OSError:
@@ -130,9 +158,13 @@ class Targets:
 
     def _commit(self, number: int, windows: list[Arrays]) -> None:
         kinds = self.spec.dtypes()
-        arrays = {n: mx.array(np.concatenate([w[n] for w in windows]).astype(kind)) for n, kind in kinds.items()}
+        arrays = {
+            n: mx.array(np.concatenate([w[n] for w in windows]).astype(kind))
+            for n, kind in kinds.items()
+        }
         left = sum(a.nbytes for a in arrays.values()) * (self.total - len(self.parts))
-        what, done = "the rest of the targets", f"{len(self.parts)} of {self.total} parts are kept"
+        what = "the rest of the targets"
+        done = f"{len(self.parts)} of {self.total} parts are kept"
         remedy = f"free some and start again, {done}"
         with reported(self.folder, what, left, remedy):
             self._files.require_space(self.folder, left, what, remedy)
@@ -148,41 +180,61 @@ class Targets:
         self._files.replace_text(self.folder / MANIFEST, text + "\n")
 
     def windows(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Targets of n windows: ids (n, T, m) int32, weights (n, T, m) float32, which are counts / N.
+        """Targets of n windows: ids (n, T, m) int32, weights (n, T, m) float32, which are counts /
+        N.
 
-        m: the most that a position has; entries of weight 0 fill the others up. MisError when a part is missing or
-        damaged. Memory: the last few parts."""
+        m: the most that a position has; entries of weight 0 fill the others up. MisError when a
+        part is missing or damaged. Memory: the last few parts.
+        """
         windows = [self._window(int(i)) for i in indices]
         sizes = np.stack([w["sizes"] for w in windows])
         filled = np.arange(sizes.max()) < sizes[..., None]
-        ids, weights = np.zeros(filled.shape, np.int32), np.zeros(filled.shape, np.float32)
+        ids = np.zeros(filled.shape, np.int32)
+        weights = np.zeros(filled.shape, np.float32)
         ids[filled] = np.concatenate([w["ids"] for w in windows])
-        weights[filled] = np.concatenate([w["counts"] for w in windows]) / np.float32(self.spec.count)
+        weights[filled] = np.concatenate([w["counts"] for w in windows]) / np.float32(
+            self.spec.count
+        )
         return ids, weights
 
     def _window(self, index: int) -> Arrays:
         number, at = divmod(index, self.spec.part_windows)
-        part, length = self._part(number), self.spec.length
+        part = self._part(number)
+        length = self.spec.length
         rows = slice(at * length, (at + 1) * length)
         begin = int(part["sizes"][: rows.start].sum(dtype=np.int64))
         entries = slice(begin, begin + int(part["sizes"][rows].sum(dtype=np.int64)))
-        return {"sizes": part["sizes"][rows], "ids": part["ids"][entries], "counts": part["counts"][entries]}
+        return {
+            "sizes": part["sizes"][rows],
+            "ids": part["ids"][entries],
+            "counts": part["counts"][entries],
+        }
 
     def _read(self, number: int) -> dict[str, np.ndarray]:
         path = self.path(number)
         if number not in self.parts:
-            raise MisError(f"{path} is not written yet ({len(self.parts)} of {self.total} are): write the rest")
+            raise MisError(
+                f"{path} is not written yet ({len(self.parts)} of {self.total} are): write the rest"
+            )
         if (data := self.sound(number)) is None:
             raise MisError(f"{path} is damaged: write the targets again, the other parts are kept")
         tensors, _ = check(path)
         kinds = self.spec.dtypes()
-        return {name: np.frombuffer(data, kinds[name], t.shape[0], t.offset) for name, t in tensors.items()}
+        return {
+            name: np.frombuffer(data, kinds[name], t.shape[0], t.offset)
+            for name, t in tensors.items()
+        }
 
 
 def _manifest(folder: Path) -> tuple[Spec, dict[int, dict[str, Any]]]:
     try:
         content = json.loads((folder / MANIFEST).read_bytes())
-        parts = {int(n): {key: facts[key] for key in ("bytes", "sha256")} for n, facts in content.pop("parts").items()}
+        parts = {
+            int(n): {key: facts[key] for key in ("bytes", "sha256")}
+            for n, facts in content.pop("parts").items()
+        }
         return Spec(**content), parts
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise MisError(f"{folder / MANIFEST} is damaged: delete {folder} and write the targets again") from None
+        raise MisError(
+            f"{folder / MANIFEST} is damaged: delete {folder} and write the targets again"
+        ) from None

@@ -1,4 +1,6 @@
-"""Blocks left out: the streamed KL against the resident model, greedy and contiguous choices by hand."""
+"""Blocks left out: the streamed KL against the resident model, greedy and contiguous choices by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,23 @@ from mis_mlx.types import Checkpoint
 
 def by_hand(model: Checkpoint, batches: list[mx.array], without: Collection[int]) -> float:
     """KL of mlx-lm's whole model to itself without some layers, nats per token."""
-    whole, less = load.resident(model, mx.float32), load.resident(model, mx.float32)
+    whole = load.resident(model, mx.float32)
+    less = load.resident(model, mx.float32)
     less.model.layers = [layer for i, layer in enumerate(less.model.layers) if i not in without]
     kl = 0.0
     for tokens in batches:
-        kl += float(host_losses.compared(whole(tokens)[0], less(tokens)[0], np.array(tokens[0]))[:, 0].mean()) / len(
-            batches
-        )
+        kl += float(
+            host_losses.compared(whole(tokens)[0], less(tokens)[0], np.array(tokens[0]))[
+                :, 0
+            ].mean()
+        ) / len(batches)
     return kl
 
 
 @pytest.mark.parametrize("kind", ["llama", "untied", "qwen2"])
-def test_streamed_is_resident(models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str) -> None:
+def test_streamed_is_resident(
+    models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
+) -> None:
     """Nothing, one and two blocks left out, in one pass; nothing left out costs exactly nothing."""
     variants: list[set[int]] = [set(), {0}, {1}, {2}, {0, 2}]
     found = block_removal.kl_without(models(kind), batches, mx.float32, variants)
@@ -36,19 +43,27 @@ def test_streamed_is_resident(models: Callable[[str], Checkpoint], batches: list
 
 
 def test_greedy_measures_again(llama: Checkpoint, batches: list[mx.array]) -> None:
-    """The cheapest goes first; the second is the cheapest of those left, measured without the first."""
+    """The cheapest goes first; the second is the cheapest of those left, measured without the
+    first.
+    """
     one = [by_hand(llama, batches, {i}) for i in range(3)]
     first = int(np.argmin(one))
     two = {i: by_hand(llama, batches, {first, i}) for i in range(3) if i != first}
     second = min(two, key=two.__getitem__)
-    assert block_removal.greedy(llama, batches, mx.float32, 2) == tuple(i for i in range(3) if i != first)
-    assert block_removal.greedy(llama, batches, mx.float32, 1) == tuple(i for i in range(3) if i not in (first, second))
+    assert block_removal.greedy(llama, batches, mx.float32, 2) == tuple(
+        i for i in range(3) if i != first
+    )
+    assert block_removal.greedy(llama, batches, mx.float32, 1) == tuple(
+        i for i in range(3) if i not in (first, second)
+    )
 
 
 def test_contiguous_are_neighbours(llama: Checkpoint, batches: list[mx.array]) -> None:
     """Two of three go: the first two or the last two, whichever costs less."""
     pairs = {0: by_hand(llama, batches, {1, 2}), 2: by_hand(llama, batches, {0, 1})}
-    assert block_removal.contiguous(llama, batches, mx.float32, 1) == (min(pairs, key=pairs.__getitem__),)
+    assert block_removal.contiguous(llama, batches, mx.float32, 1) == (
+        min(pairs, key=pairs.__getitem__),
+    )
 
 
 def test_what_stays_by_kl_and_by_second_order(llama: Checkpoint, batches: list[mx.array]) -> None:

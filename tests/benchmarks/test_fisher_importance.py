@@ -1,4 +1,6 @@
-"""Loss-aware importance: the streamed way back against mlx-lm's whole model, and against the KL it stands for."""
+"""Loss-aware importance: the streamed way back against mlx-lm's whole model, and against the KL it
+stands for.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,12 @@ from mis_mlx.types import Checkpoint
 from tests.conftest import near
 
 
-def by_hand(model: Checkpoint, tokens: mx.array, key: mx.array, layer: int, part: str, name: str) -> np.ndarray:
-    """Gradients (T, in) of the drawn tokens' log p in gates before one matrix of the resident model."""
+def by_hand(
+    model: Checkpoint, tokens: mx.array, key: mx.array, layer: int, part: str, name: str
+) -> np.ndarray:
+    """Gradients (T, in) of the drawn tokens' log p in gates before one matrix of the resident
+    model.
+    """
     whole = load.resident(model, mx.float32)
     owner = whole.model.layers[layer][part]
     inner = owner[name]
@@ -36,10 +42,13 @@ def by_hand(model: Checkpoint, tokens: mx.array, key: mx.array, layer: int, part
 def test_streamed_gradients_are_resident_ones(
     models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
 ) -> None:
-    """Every layer's neurons and heads, over two batches: half the mean square of autodiff's gradients."""
+    """Every layer's neurons and heads, over two batches: half the mean square of autodiff's
+    gradients.
+    """
     found = fisher_importance.fisher(models(kind), batches, seed=3)
     for layer in range(3):
-        neurons, heads = np.zeros(768), np.zeros(4)
+        neurons = np.zeros(768)
+        heads = np.zeros(4)
         for b, tokens in enumerate(batches):
             key = mx.random.key(3 * len(batches) + b)
             slopes = by_hand(models(kind), tokens, key, layer, "mlp", "down_proj")
@@ -54,10 +63,11 @@ def test_streamed_gradients_are_resident_ones(
 
 
 def test_it_is_the_kl_of_a_gate_half_closed(llama: Checkpoint, batches: list[mx.array]) -> None:
-    """The last block damped by eps: KL(model || damped) = eps^2 times its fisher value, in the mean over draws.
+    """The last block damped by eps: KL(model || damped) = eps^2 times its fisher value, in the mean
+    over draws.
 
-    Only of the last block, because there no later token looks back at an earlier gate. 60 draws a position
-    of 48: their mean scatters by some 5 %.
+    Only of the last block, because there no later token looks back at an earlier gate. 60 draws a
+    position of 48: their mean scatters by some 5 %.
     """
     eps = 0.02
     drawn = [fisher_importance.fisher(llama, batches, seed)[2, "layers"][0] for seed in range(60)]
@@ -67,10 +77,13 @@ def test_it_is_the_kl_of_a_gate_half_closed(llama: Checkpoint, batches: list[mx.
         into = list(hidden)
         source.through(block, hidden)
     damped = source.norm([x + (1 - eps) * (h - x) for x, h in zip(into, hidden, strict=True)])
-    head, kl = source.head(), 0.0
+    head = source.head()
+    kl = 0.0
     for a, b in zip(source.norm(hidden), damped, strict=True):
         both = load.logits(head, a[0]), load.logits(head, b[0])
-        kl += float(host_losses.compared(*both, np.zeros(a.shape[1], int))[:, 0].mean()) / len(batches)
+        kl += float(host_losses.compared(*both, np.zeros(a.shape[1], int))[:, 0].mean()) / len(
+            batches
+        )
     assert np.mean(drawn) == pytest.approx(kl / eps**2, rel=0.15)
 
 

@@ -1,4 +1,6 @@
-"""Local distillation: each step is the one by hand, every cut recovers, and a killed run ends with the same bits."""
+"""Local distillation: each step is the one by hand, every cut recovers, and a killed run ends with
+the same bits.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ from tests.conftest import mostly_slow
 from tests.pruning.test_reconstruct import CUTS, stream_error, student_of
 from tests.pruning.test_slice_weights import raw
 
-# Slow: what is tried here lost, and nobody is promised it. Steps and sizes by hand are those of float32.
+# Slow: what is tried here lost, and nobody is promised it. Steps and sizes by hand are those of
+# float32.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cpu_policy")]
 
 SEEN = (0, 1, 2, 4)  # of five batches the fourth judges
@@ -50,12 +53,21 @@ def windows() -> list[mx.array]:
 
 
 def begin(
-    teacher: Checkpoint, pruned: Checkpoint, keep: KeptUnits, windows: list[mx.array], root: Path,
-    recipe: TrainingConfig = RECIPE, files: Files = DISK, held: int = 99, **more: Any,
-) -> Iterator[Step]:  # fmt: skip
+    teacher: Checkpoint,
+    pruned: Checkpoint,
+    keep: KeptUnits,
+    windows: list[mx.array],
+    root: Path,
+    recipe: TrainingConfig = RECIPE,
+    files: Files = DISK,
+    held: int = 99,
+    **more: Any,
+) -> Iterator[Step]:
     """What a command does, at the start and after a kill."""
     made = model_writer.by_block(pruned, root / "s", DISK)
-    return local_steps.train(teacher, pruned, made, keep, windows, recipe, folder=root, held=held, files=files, **more)
+    return local_steps.train(
+        teacher, pruned, made, keep, windows, recipe, folder=root, held=held, files=files, **more
+    )
 
 
 def weights(root: Path) -> dict[str, bytes]:
@@ -63,10 +75,17 @@ def weights(root: Path) -> dict[str, bytes]:
 
 
 def by_hand(
-    teacher: Checkpoint, pruned: Checkpoint, keep: KeptUnits, windows: list[mx.array], pick: Callable[[int, int], bool]
+    teacher: Checkpoint,
+    pruned: Checkpoint,
+    keep: KeptUnits,
+    windows: list[mx.array],
+    pick: Callable[[int, int], bool],
 ) -> dict[str, bytes]:
-    """The same training with both models whole in memory and mlx's AdamW. pick(step, k): from the own stream?"""
-    big, small = load.resident(teacher, mx.float32).model, load.resident(pruned, mx.float32).model
+    """The same training with both models whole in memory and mlx's AdamW. pick(step, k): from the
+    own stream?
+    """
+    big = load.resident(teacher, mx.float32).model
+    small = load.resident(pruned, mx.float32).model
 
     def run(layers: list[nn.Module], hidden: list[mx.array]) -> list[mx.array]:
         for layer in layers:
@@ -77,17 +96,22 @@ def by_hand(
         kept = mx.array(list(keep.kept.get((-1, "hidden"), range(64))))
         return [mx.take(h, kept, axis=-1) for h in hidden]
 
-    given, own, first = [big.embed_tokens(w) for w in windows], [small.embed_tokens(w) for w in windows], 0
+    given = [big.embed_tokens(w) for w in windows]
+    own = [small.embed_tokens(w) for w in windows]
+    first = 0
     for j, block in enumerate(small.layers):
         end = keep.layers[j + 1] if j + 1 < len(keep.layers) else len(big.layers)
         target = run(big.layers[first:end], given)
-        adam = optim.AdamW(0.0, betas=[0.9, 0.95], weight_decay=RECIPE.weight_decay, bias_correction=True)
+        adam = optim.AdamW(
+            0.0, betas=[0.9, 0.95], weight_decay=RECIPE.weight_decay, bias_correction=True
+        )
 
         def loss(block: nn.Module, x: mx.array, y: mx.array) -> mx.array:
             return (mx.square(block(x, "causal") - y).sum(-1) / mx.square(y).sum(-1)).sum()
 
         judge = own[3], narrow(target)[3]
-        begun, before = loss(block, *judge).item(), block.parameters()
+        begun = loss(block, *judge).item()
+        before = block.parameters()
         for step in range(RECIPE.iters):
             number = j * RECIPE.iters + step
             total: Any = None
@@ -97,11 +121,14 @@ def by_hand(
                 _, grads = nn.value_and_grad(block, loss)(block, into, narrow(target)[b])
                 total = grads if total is None else tree_map(mx.add, total, grads)
             adam.learning_rate = RECIPE.rate(step)
-            adam.update(block, tree_map(lambda g: (1 / 64) * g, total))  # 2 batches of 2 windows of 16 tokens
+            # 2 batches of 2 windows of 16 tokens
+            adam.update(block, tree_map(lambda g: (1 / 64) * g, total))
             mx.eval(block.parameters(), adam.state)
         if loss(block, *judge).item() > begun:
             block.update(before)
-        own, given, first = run([block], own), target, end
+        own = run([block], own)
+        given = target
+        first = end
     trained = {f"model.{n}": w for n, w in tree_flatten(small.parameters())}
     return {n: bytes(memoryview(trained[n])) for n in pruned.tensors}
 
@@ -111,7 +138,9 @@ def by_hand(
 def test_every_step_is_the_one_by_hand(
     tmp_path: Path, llama: Checkpoint, windows: list[mx.array], cut: str, own_share: float
 ) -> None:
-    """Bit for bit, with the teacher's stream, the student's own, or a seeded half of either going in."""
+    """Bit for bit, with the teacher's stream, the student's own, or a seeded half of either going
+    in.
+    """
     pruned, keep = student(llama, cut, tmp_path)
     steps = list(begin(llama, pruned, keep, windows, tmp_path, own_share=own_share, repair=False))
 
@@ -124,14 +153,19 @@ def test_every_step_is_the_one_by_hand(
     assert steps[3].note == f"block 2 of {len(keep.layers)}"
 
 
-def test_the_loss_is_the_error_per_token(tmp_path: Path, llama: Checkpoint, windows: list[mx.array]) -> None:
-    """The first step of block 0, by numpy in float64: a long token counts as much as a short one."""
+def test_the_loss_is_the_error_per_token(
+    tmp_path: Path, llama: Checkpoint, windows: list[mx.array]
+) -> None:
+    """The first step of block 0, by numpy in float64: a long token counts as much as a short
+    one.
+    """
     pruned, keep = student(llama, "ffn", tmp_path)
     step = next(begin(llama, pruned, keep, windows, tmp_path, repair=False))
     both = []
     for checkpoint in (llama, pruned):
         source = stream.Stream(checkpoint, mx.float32)
-        blocks, hidden = source.blocks(), source.embed(windows)
+        blocks = source.blocks()
+        hidden = source.embed(windows)
         both.append([np.array(h, np.float64) for h in source.through(next(blocks)[1], hidden)])
     shares = [np.square(s - t).sum(-1) / np.square(t).sum(-1) for t, s in zip(*both, strict=True)]
     expected = np.mean([shares[SEEN[at]] for at in order(4, 2, 0, RECIPE.seed)])
@@ -139,11 +173,17 @@ def test_the_loss_is_the_error_per_token(tmp_path: Path, llama: Checkpoint, wind
 
 
 @pytest.mark.parametrize("cut", ALL_CUTS)
-def test_the_error_falls_in_every_block(tmp_path: Path, llama: Checkpoint, windows: list[mx.array], cut: str) -> None:
-    """By steps alone, measured by marching both models apart: each block ends nearer to the teacher."""
+def test_the_error_falls_in_every_block(
+    tmp_path: Path, llama: Checkpoint, windows: list[mx.array], cut: str
+) -> None:
+    """By steps alone, measured by marching both models apart: each block ends nearer to the
+    teacher.
+    """
     pruned, keep = student(llama, cut, tmp_path)
     recipe = replace(RECIPE, iters=48)
-    windows = windows + [mx.random.randint(0, 512, (2, 16), key=mx.random.key(50 + k)) for k in range(27)]
+    windows = windows + [
+        mx.random.randint(0, 512, (2, 16), key=mx.random.key(50 + k)) for k in range(27)
+    ]
     steps = list(begin(llama, pruned, keep, windows, tmp_path, recipe, own_share=1.0, repair=False))
     basis = np.eye(64)[:, list(keep.kept.get((-1, "hidden"), range(64)))]
     before = stream_error(llama, pruned, basis, windows, keep.layers)
@@ -155,7 +195,9 @@ def test_the_error_falls_in_every_block(tmp_path: Path, llama: Checkpoint, windo
 def test_steps_that_spoil_a_block_are_undone(
     tmp_path: Path, llama: Checkpoint, windows: list[mx.array], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At a rate at which nothing is learned but noise: said, and the student ends as the closed form left it."""
+    """At a rate at which nothing is learned but noise: said, and the student ends as the closed
+    form left it.
+    """
     pruned, keep = student(llama, "ffn", tmp_path)
     list(begin(llama, pruned, keep, windows, tmp_path, replace(RECIPE, learning_rate=0.5)))
     assert capsys.readouterr().err.count("its steps are undone") == 3
@@ -166,12 +208,17 @@ def test_steps_that_spoil_a_block_are_undone(
         assert mx.allclose(load.dense(made, name), want, rtol=1e-3, atol=1e-5), name
 
 
-def test_no_steps_is_the_closed_form(tmp_path: Path, llama: Checkpoint, windows: list[mx.array]) -> None:
-    """With 0 steps a block what is left is reconstruct's, block by block and spooled: there a block's
-    output is that of before and what the change adds, here it is computed anew."""
+def test_no_steps_is_the_closed_form(
+    tmp_path: Path, llama: Checkpoint, windows: list[mx.array]
+) -> None:
+    """With 0 steps a block what is left is reconstruct's, block by block and spooled: there a
+    block's output is that of before and what the change adds, here it is computed anew.
+    """
     pruned, keep = student(llama, "ffn", tmp_path)
     mended, _ = reconstruct.reconstruct(llama, pruned, keep, windows)
-    assert list(begin(llama, pruned, keep, windows, tmp_path, replace(RECIPE, iters=0), held=1)) == []
+    assert (
+        list(begin(llama, pruned, keep, windows, tmp_path, replace(RECIPE, iters=0), held=1)) == []
+    )
     made = load.open_checkpoint(tmp_path / "s")
     for name in pruned.tensors:
         want = mended[name] if name in mended else load.dense(pruned, name)
@@ -182,7 +229,9 @@ def test_no_steps_is_the_closed_form(tmp_path: Path, llama: Checkpoint, windows:
 def test_from_disk_or_from_memory_is_the_same(
     tmp_path: Path, llama: Checkpoint, windows: list[mx.array], held: int
 ) -> None:
-    """Whatever share of the hidden states is spooled, the bits are those of everything in memory."""
+    """Whatever share of the hidden states is spooled, the bits are those of everything in
+    memory.
+    """
     pruned, keep = student(llama, "hidden", tmp_path)
     (tmp_path / "b").mkdir()
     a = [s.loss for s in begin(llama, pruned, keep, windows, tmp_path)]
@@ -191,7 +240,9 @@ def test_from_disk_or_from_memory_is_the_same(
     assert sorted(os.listdir(tmp_path / "b")) == ["s"]
 
 
-def test_a_finished_student_is_left_alone(tmp_path: Path, llama: Checkpoint, windows: list[mx.array]) -> None:
+def test_a_finished_student_is_left_alone(
+    tmp_path: Path, llama: Checkpoint, windows: list[mx.array]
+) -> None:
     """No step, no reading of a teacher that is not even there any more."""
     pruned, keep = student(llama, "ffn", tmp_path)
     list(begin(llama, pruned, keep, windows, tmp_path))
@@ -205,8 +256,9 @@ def test_a_finished_student_is_left_alone(tmp_path: Path, llama: Checkpoint, win
 def test_a_student_half_done_goes_on_with_its_next_block(
     tmp_path: Path, llama: Checkpoint, windows: list[mx.array]
 ) -> None:
-    """Stopped in its second block: that one is trained again from the pruned one, the first is not. Every operation of
-    the disk is tests/faults' business."""
+    """Stopped in its second block: that one is trained again from the pruned one, the first is not.
+    Every operation of the disk is tests/faults' business.
+    """
     pruned, keep = student(llama, "ffn", tmp_path)
     whole = [(s.number, s.loss) for s in begin(llama, pruned, keep, windows, tmp_path)]
     (tmp_path / "b").mkdir()
@@ -234,10 +286,14 @@ def test_a_disk_that_is_too_small_is_seen_before_anything_is_read(
 
 
 def test_memory_holds_one_block_of_each(tmp_path: Path, windows: list[mx.array]) -> None:
-    """Teacher and student of 24 blocks of 245 KiB: of the one two buffers; of the other weight, gradient, two
-    moments, and what an update and a backward pass take beside them. Neither model fits the limit twice over."""
+    """Teacher and student of 24 blocks of 245 KiB: of the one two buffers; of the other weight,
+    gradient, two moments, and what an update and a backward pass take beside them. Neither model
+    fits the limit twice over.
+    """
     limit = 3 * 2**20
-    teacher = load.open_checkpoint(tiny.make(tmp_path / "t", num_hidden_layers=24, intermediate_size=256))
+    teacher = load.open_checkpoint(
+        tiny.make(tmp_path / "t", num_hidden_layers=24, intermediate_size=256)
+    )
     assert teacher.nbytes > 1.9 * limit
     keep = KeptUnits(tuple(range(24)), {}, "")
     made = model_writer.by_block(teacher, tmp_path / "s", DISK)
@@ -246,5 +302,7 @@ def test_memory_holds_one_block_of_each(tmp_path: Path, windows: list[mx.array])
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     recipe = replace(RECIPE, iters=1)
-    steps = local_steps.train(teacher, teacher, made, keep, windows, recipe, folder=tmp_path, held=0, files=DISK)
+    steps = local_steps.train(
+        teacher, teacher, made, keep, windows, recipe, folder=tmp_path, held=0, files=DISK
+    )
     assert max(s.peak_bytes for s in steps) - before < limit

@@ -1,4 +1,6 @@
-"""The Miś texts: the same for ever, all different, and their sums, times and word forms are right."""
+"""The Miś texts: the same for ever, all different, and their sums, times and word forms are
+right.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def _minutes(time: str) -> int:
 
 
 def _hits(pattern: str, texts: list[str], at_least: int) -> list[re.Match[str]]:
-    """All matches, and the assurance that there are enough of them for the test to mean something."""
+    """All matches, and the assurance that there are enough of them for the test to mean
+    something.
+    """
     found = [match for text in texts for match in re.finditer(pattern, text)]
     assert len(found) >= at_least
     return found
@@ -46,9 +50,19 @@ def _hits(pattern: str, texts: list[str], at_least: int) -> list[re.Match[str]]:
 
 def test_money_has_a_decimal_comma_and_words() -> None:
     """Whole złoty without decimals, the rest with two; both parts inflect in words."""
-    assert [f"{Money(n)}" for n in (1250, 400, 5, 10030)] == ["12,50 zł", "4 zł", "0,05 zł", "100,30 zł"]
+    assert [f"{Money(n)}" for n in (1250, 400, 5, 10030)] == [
+        "12,50 zł",
+        "4 zł",
+        "0,05 zł",
+        "100,30 zł",
+    ]
     words = [f"{Money(n):słownie}" for n in (100, 1222, 505, 1401)]
-    assert words == ["1 złoty", "12 złotych i 22 grosze", "5 złotych i 5 groszy", "14 złotych i 1 grosz"]
+    assert words == [
+        "1 złoty",
+        "12 złotych i 22 grosze",
+        "5 złotych i 5 groszy",
+        "14 złotych i 1 grosz",
+    ]
 
 
 def test_the_files_that_ship_are_what_it_writes(tmp_path: Path) -> None:
@@ -56,7 +70,11 @@ def test_the_files_that_ship_are_what_it_writes(tmp_path: Path) -> None:
     write(tmp_path)
     names = {f"{name}.jsonl" for name in SPLITS}
     built_in = preparation.MIS_FOLDER
-    assert {path.name for path in built_in.iterdir()} == {path.name for path in tmp_path.iterdir()} == names
+    assert (
+        {path.name for path in built_in.iterdir()}
+        == {path.name for path in tmp_path.iterdir()}
+        == names
+    )
     for name in names:
         assert (built_in / name).read_bytes() == (tmp_path / name).read_bytes(), name
     texts = preparation.load(preparation.MIS)
@@ -72,7 +90,9 @@ def test_documents_are_different_and_of_the_promised_length(texts: list[str]) ->
 
 
 def test_no_two_documents_are_near_copies(texts: list[str]) -> None:
-    """Of the 32-character spans of two documents of one kind, less than half are shared, 6 % on average."""
+    """Of the 32-character spans of two documents of one kind, less than half are shared, 6 % on
+    average.
+    """
     spans = [{text[at : at + 32] for at in range(len(text) - 31)} for text in texts]
     for kind in range(5):
         mine = spans[kind::5]
@@ -82,7 +102,9 @@ def test_no_two_documents_are_near_copies(texts: list[str]) -> None:
 
 
 def test_train_and_test_share_sentences_but_not_values() -> None:
-    """Spans with three numbers in 32 characters come from drawn values: < 10 % of the test's are in train."""
+    """Spans with three numbers in 32 characters come from drawn values: < 10 % of the test's are in
+    train.
+    """
 
     def spans(texts: list[str]) -> set[str]:
         cut = {text[at : at + 32] for text in texts for at in range(len(text) - 31)}
@@ -116,7 +138,9 @@ def test_stories_give_the_numbers_of_their_working_and_answer_with_its_result() 
 
 
 def test_timetables_add_up(texts: list[str]) -> None:
-    """Times rise, the interval is kept, the ride's length fits first and last arrival, no midnight."""
+    """Times rise, the interval is kept, the ride's length fits first and last arrival, no
+    midnight.
+    """
     for text in texts[1::5]:
         departures = re.findall(r"\d+:\d\d", _hits(r"Odjazdy z .*", [text], 1)[0][0])
         first = re.findall(r"\d+:\d\d", _hits(r"Pierwszy kurs: .*", [text], 1)[0][0])
@@ -133,7 +157,9 @@ def test_timetables_add_up(texts: list[str]) -> None:
 
 def test_recipes_end_when_they_say(texts: list[str]) -> None:
     """Start plus duration is the time on the table; 2, 4, 6 or 8 portions."""
-    for match in _hits(r"Zaczynamy o (\S+), całość zajmuje (\d+) min\w+, na stole o (\S+)\.", texts, 60):
+    for match in _hits(
+        r"Zaczynamy o (\S+), całość zajmuje (\d+) min\w+, na stole o (\S+)\.", texts, 60
+    ):
         assert _minutes(match[1]) + int(match[2]) == _minutes(match[3])
     portions = {match[1] for match in _hits(r"(\d+) porcj[ei]\n", texts, 60)}
     assert portions == {"2", "4", "6", "8"}
@@ -150,8 +176,11 @@ def test_price_lists_agree_with_their_example(texts: list[str]) -> None:
 
 
 def test_no_number_stands_before_a_wrong_form(texts: list[str]) -> None:
-    """Every "number noun" in all documents is inflected as the number asks ("22 owce", "25 owiec")."""
-    genitive = re.compile(r"(zakupie|wymaga|obecności) $")  # these words ask for a case of their own
+    """Every "number noun" in all documents is inflected as the number asks ("22 owce", "25
+    owiec").
+    """
+    # these words ask for a case of their own
+    genitive = re.compile(r"(zakupie|wymaga|obecności) $")
     checked = 0
     for word, forms in FORMS.items():
         for text in texts:

@@ -1,4 +1,6 @@
-"""Built-in prompts: the program makes the files as they are; what judges a student shares nothing with its training."""
+"""Built-in prompts: the program makes the files as they are; what judges a student shares nothing
+with its training.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,14 @@ def program() -> Iterator[ModuleType]:
             sys.modules.pop(name, None)
 
 
-def test_the_files_are_what_the_program_writes(program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_files_are_what_the_program_writes(
+    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both, to the byte."""
-    kept = {name: path.read_bytes() for name, path in (("train", prompts.TRAIN), ("held out", answers.PROMPTS))}
+    kept = {
+        name: path.read_bytes()
+        for name, path in (("train", prompts.TRAIN), ("held out", answers.PROMPTS))
+    }
     monkeypatch.setattr(prompts, "TRAIN", tmp_path / "train" / "train.jsonl")
     monkeypatch.setattr(answers, "PROMPTS", tmp_path / "sets" / "prompts.jsonl")
 
@@ -51,12 +58,18 @@ def entries(*lists: Mapping[str, Sequence[str | tuple[str, ...]]]) -> set[str]:
     for by_name in lists:
         for texts in by_name.values():
             for text in texts:
-                found |= {text.casefold()} if isinstance(text, str) else {turn.casefold() for turn in text}
+                found |= (
+                    {text.casefold()}
+                    if isinstance(text, str)
+                    else {turn.casefold() for turn in text}
+                )
     return found
 
 
 def test_no_template_and_no_word_is_in_both(program: Any) -> None:
-    """Neither in English nor in Polish, nor across; paragraphs to read and answer questions on included."""
+    """Neither in English nor in Polish, nor across; paragraphs to read and answer questions on
+    included.
+    """
     templates = program.templates
     words = program.words
 
@@ -87,7 +100,9 @@ def texts_of(path: Path) -> list[str]:
     found = list[str]()
     for line in path.read_text("utf-8").splitlines():
         row = json.loads(line)
-        found += row["turns"] if "turns" in row else [message["content"] for message in row["messages"]]
+        found += (
+            row["turns"] if "turns" in row else [message["content"] for message in row["messages"]]
+        )
     return found
 
 
@@ -102,8 +117,9 @@ def runs_of(texts: Sequence[str]) -> set[tuple[str, ...]]:
 
 
 def test_training_and_judge_share_no_text() -> None:
-    """No run of 13 words, and no shorter prompt, of what judges a student is in what one learns from; nor any answer
-    by which it is judged."""
+    """No run of 13 words, and no shorter prompt, of what judges a student is in what one learns
+    from; nor any answer by which it is judged.
+    """
     train = runs_of([*texts_of(prompts.TRAIN), *texts_of(preparation.ANSWERS)])
     asked = texts_of(answers.PROMPTS)
     records = [json.loads(line) for line in answers.SHIPPED.read_text("utf-8").splitlines()[1:]]

@@ -1,4 +1,6 @@
-"""Rankings that lost: what moves and weights' lengths by hand, and that pruning goes by the scores it is given."""
+"""Rankings that lost: what moves and weights' lengths by hand, and that pruning goes by the scores
+it is given.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from tests.conftest import near
 
 
 def test_what_moves_by_pencil() -> None:
-    """FLAP: variance over all tokens times the squared length of the reading column; a head sums its channels."""
+    """FLAP: variance over all tokens times the squared length of the reading column; a head sums
+    its channels.
+    """
     a = np.array([[1.0, 2.0, 0.0, 4.0], [3.0, 2.0, 0.0, 0.0]])
     moments = rankings.Moments.zeros(np.array([2.0, 5.0, 1.0, 0.5]))
     for token in a:
@@ -23,16 +27,29 @@ def test_what_moves_by_pencil() -> None:
     np.testing.assert_allclose(rankings.fluctuation(moments, 2), [2, 2])
 
 
-def test_moments_and_lengths_are_those_of_the_resident_model(llama: Checkpoint, batches: list[mx.array]) -> None:
-    """Squares of what down_proj reads are calibration's, to float32, or to the half precision in which that calibrates;
-    lengths are of the weights as they are stored."""
+def test_moments_and_lengths_are_those_of_the_resident_model(
+    llama: Checkpoint, batches: list[mx.array]
+) -> None:
+    """Squares of what down_proj reads are calibration's, to float32, or to the half precision in
+    which that calibrates; lengths are of the weights as they are stored.
+    """
     moments, lengths = rankings.measured(llama, batches, mx.float32)
     found, _ = calibrate.calibrate(llama, batches)
     tokens = batches[0].size
-    names = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.o_proj")
-    w = {n: np.array(load.dense(llama, f"model.layers.1.{n}.weight"), np.float64) ** 2 for n in names}
+    names = (
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+        "self_attn.q_proj",
+        "self_attn.o_proj",
+    )
+    w = {
+        n: np.array(load.dense(llama, f"model.layers.1.{n}.weight"), np.float64) ** 2 for n in names
+    }
     for i in range(3):
-        np.testing.assert_allclose(moments[i, "ffn"].square / tokens, found.ffn[i].square, rtol=near(1e-5, 1e-2))
+        np.testing.assert_allclose(
+            moments[i, "ffn"].square / tokens, found.ffn[i].square, rtol=near(1e-5, 1e-2)
+        )
         assert moments[i, "norm1"].tokens == sum(b.size for b in batches)
     ffn = w["mlp.gate_proj"].sum(1) + w["mlp.up_proj"].sum(1) + w["mlp.down_proj"].sum(0)
     np.testing.assert_allclose(lengths[1, "ffn"], ffn, rtol=1e-5)
@@ -44,12 +61,20 @@ def test_moments_and_lengths_are_those_of_the_resident_model(llama: Checkpoint, 
 
 
 def test_pruning_goes_by_the_scores_it_is_given(llama: Checkpoint, batches: list[mx.array]) -> None:
-    """Neurons, heads and blocks that stay are those of the highest scores; random ones are by seed."""
+    """Neurons, heads and blocks that stay are those of the highest scores; random ones are by
+    seed.
+    """
     found, _ = calibrate.calibrate(llama, batches)
     cut = select.PruningConfig(scenario="none", layers=2, ffn=256, importance="activation")
-    rising = rankings.keeping(rankings.by(found, lambda key: np.arange(4.0 if key[1] == "heads" else 768.0)), (0, 1))
+    rising = rankings.keeping(
+        rankings.by(found, lambda key: np.arange(4.0 if key[1] == "heads" else 768.0)), (0, 1)
+    )
     _, keep = select.select_units(dict(llama.config), rising, cut)
     assert keep.layers == (0, 1) and keep.kept[1, "ffn"] == tuple(range(512, 768))
-    kept = [select.select_units(dict(llama.config), rankings.by(found, rankings.random(found, seed)), cut)[1].kept
-            for seed in (0, 0, 1)]  # fmt: skip
+    kept = [
+        select.select_units(
+            dict(llama.config), rankings.by(found, rankings.random(found, seed)), cut
+        )[1].kept
+        for seed in (0, 0, 1)
+    ]
     assert kept[0] == kept[1] != kept[2] and kept[0][keep.layers[0], "ffn"] != keep.kept[0, "ffn"]

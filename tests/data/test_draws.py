@@ -1,4 +1,6 @@
-"""One draw for every use: each kind of text in its share, in every beginning; one kind alone as it always was."""
+"""One draw for every use: each kind of text in its share, in every beginning; one kind alone as it
+always was.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def of_kinds(counts: Sequence[int], shares: Sequence[float]) -> Windows:
 
 
 def furthest(windows: Windows, drawn: np.ndarray) -> float:
-    """By how many windows, at the most, a beginning of a draw has more or fewer of a kind than its share."""
+    """By how many windows, at the most, a beginning of a draw has more or fewer of a kind than its
+    share.
+    """
     lengths = np.arange(1, len(drawn) + 1)
     distances = list[float]()
     for kind, share in enumerate(windows.shares):
@@ -50,7 +54,9 @@ def late(windows: Windows, drawn: np.ndarray) -> int:
 
 
 def test_a_draw_by_pencil() -> None:
-    """Halves take turns; of 3/4 and 1/4 the fourth part comes in the middle of each four, as its half is due there."""
+    """Halves take turns; of 3/4 and 1/4 the fourth part comes in the middle of each four, as its
+    half is due there.
+    """
     halves = of_kinds([9, 9], [1, 1])
     quarters = of_kinds([9, 9], [3, 1])
 
@@ -64,8 +70,10 @@ def test_a_draw_by_pencil() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.2, 0.35, 0.5, 0.6, 0.75])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_built_in_kinds_are_in_every_beginning(share: float, seed: int) -> None:
-    """Whatever --conversations is, and although there are more windows of one kind than of another: n windows have
-    n times its share of each kind, give or take one, and one as soon as a whole one is due."""
+    """Whatever --conversations is, and although there are more windows of one kind than of another:
+    n windows have n times its share of each kind, give or take one, and one as soon as a whole one
+    is due.
+    """
     windows = of_kinds([300, 12, 40, 100], with_talk(share) if share else (*BUILT_IN[:3], 0.0))
 
     drawn = draws.sequence(windows, 400, (seed, 2, 1))
@@ -76,10 +84,14 @@ def test_the_built_in_kinds_are_in_every_beginning(share: float, seed: int) -> N
 
 @pytest.mark.parametrize(("kinds", "most"), [(1, 0.0), (2, 0.5), (3, 1.0), (4, 1.5), (6, 2.0)])
 def test_any_shares_are_in_every_beginning(kinds: int, most: float) -> None:
-    """Forty random sets of shares: give or take one window of up to three kinds, and little more of more kinds."""
+    """Forty random sets of shares: give or take one window of up to three kinds, and little more of
+    more kinds.
+    """
     rng = np.random.default_rng(kinds)
     for seed in range(40):
-        windows = of_kinds(rng.integers(1, 40, kinds).tolist(), rng.dirichlet(np.ones(kinds)).tolist())
+        windows = of_kinds(
+            rng.integers(1, 40, kinds).tolist(), rng.dirichlet(np.ones(kinds)).tolist()
+        )
         drawn = draws.sequence(windows, int(rng.integers(1, 300)), (seed,))
 
         assert furthest(windows, drawn) <= most + 1e-9, windows.shares
@@ -115,9 +127,13 @@ def test_a_kind_that_is_used_up_begins_anew() -> None:
 
 
 def test_what_has_no_share_or_no_windows_is_not_drawn() -> None:
-    """A share of 0, and a kind of which there is none: the others are drawn, as many as asked for."""
+    """A share of 0, and a kind of which there is none: the others are drawn, as many as asked
+    for.
+    """
     windows = of_kinds([5, 5, 5], [1, 0, 1])
-    lacking = Windows(windows.tokens[:10], windows.learn[:10], kind=windows.kind[:10], shares=(0.25, 0.25, 0.5))
+    lacking = Windows(
+        windows.tokens[:10], windows.learn[:10], kind=windows.kind[:10], shares=(0.25, 0.25, 0.5)
+    )
 
     assert set(windows.kind[draws.sequence(windows, 40, (0,))]) == {0, 2}
     assert set(windows.kind[draws.some(windows, 40, (0,))]) == {0, 2}
@@ -133,7 +149,9 @@ def test_windows_of_one_kind_have_no_shares() -> None:
 
 @pytest.mark.parametrize("counts", [(300, 300, 300, 300), (40, 3, 9, 2), (1, 1, 1, 1)])
 def test_some_windows_never_come_twice(counts: tuple[int, ...]) -> None:
-    """As many as asked for, or all; in their shares until a kind is used up; then the others go on."""
+    """As many as asked for, or all; in their shares until a kind is used up; then the others go
+    on.
+    """
     windows = of_kinds(counts, BUILT_IN)
     for seed in range(5):
         for count in (1, 7, 64, 5000):
@@ -146,7 +164,9 @@ def test_some_windows_never_come_twice(counts: tuple[int, ...]) -> None:
 
 
 def test_a_batch_is_a_pure_function_of_its_step() -> None:
-    """Steps forwards, backwards or one alone; one behind the other they are the draw, in every beginning by shares."""
+    """Steps forwards, backwards or one alone; one behind the other they are the draw, in every
+    beginning by shares.
+    """
     windows = of_kinds([40, 5, 9, 25], BUILT_IN)
 
     forwards = [draws.batch(windows, 8, step, seed=3).tolist() for step in range(40)]
@@ -171,12 +191,15 @@ def test_one_kind_is_drawn_as_it_was() -> None:
         assert draws.batch(windows, 6, step, 5).tolist() == wanted.tolist()
     again = preparation.calibration(windows, 3, seed=7, use=2)
     at = np.random.default_rng([7, 2, 1]).permutation(20)[:3]
-    assert [window.tolist() for window in again] == [[windows.tokens[number].tolist()] for number in at]
+    assert [window.tolist() for window in again] == [
+        [windows.tokens[number].tolist()] for number in at
+    ]
 
 
 def test_shares_of_tokens_by_pencil() -> None:
-    """Half of the draw is two windows of token 0 and 1, half is one window of token 1 twice: 1/4 and 3/4. As one kind,
-    every token counts alike: 2 of 6 and 4 of 6."""
+    """Half of the draw is two windows of token 0 and 1, half is one window of token 1 twice: 1/4
+    and 3/4. As one kind, every token counts alike: 2 of 6 and 4 of 6.
+    """
     learn = np.ones((2, 2), np.float32)
     first = Windows(np.array([[0, 1], [1, 0]], np.int32), learn)
     second = Windows(np.array([[1, 1]], np.int32), learn[:1])

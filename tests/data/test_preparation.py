@@ -19,7 +19,9 @@ from mis_mlx.types import Checkpoint, MisError
 
 
 def test_a_folder_of_the_users(llama: Checkpoint, text_folder: Path) -> None:
-    """Windows of the length asked for, int32, held out apart, always the same, and the notes say how many."""
+    """Windows of the length asked for, int32, held out apart, always the same, and the notes say
+    how many.
+    """
     data = preparation.prepare(str(text_folder), load.tokenizer(llama.path), 32)
     assert list(data.held_out) == ["held-out"]
     held_out = data.held_out["held-out"]
@@ -28,15 +30,21 @@ def test_a_folder_of_the_users(llama: Checkpoint, text_folder: Path) -> None:
     assert len(token_windows.overlap(data.train, held_out)) == 0
     again = preparation.prepare(str(text_folder), load.tokenizer(llama.path), 32)
     assert token_windows.fingerprint(again.train) == token_windows.fingerprint(data.train)
-    assert any(f"{len(data.train.tokens)} training windows of 32 tokens" in note for note in data.notes)
+    assert any(
+        f"{len(data.train.tokens)} training windows of 32 tokens" in note for note in data.notes
+    )
 
 
-def test_held_out_text_that_is_also_trained_on_is_removed(tmp_path: Path, llama: Checkpoint, text_folder: Path) -> None:
+def test_held_out_text_that_is_also_trained_on_is_removed(
+    tmp_path: Path, llama: Checkpoint, text_folder: Path
+) -> None:
     """A test row copied from train: its windows go, and the note counts them."""
     train = (text_folder / "train.jsonl").read_text().splitlines()
     (tmp_path / "train.jsonl").write_text("\n".join(train))
     fresh = (text_folder / "test.jsonl").read_text().splitlines()
-    (tmp_path / "test.jsonl").write_text("\n".join([*fresh, json.dumps({"text": json.loads(train[3])["text"][100:]})]))
+    (tmp_path / "test.jsonl").write_text(
+        "\n".join([*fresh, json.dumps({"text": json.loads(train[3])["text"][100:]})])
+    )
     data = preparation.prepare(str(tmp_path), load.tokenizer(llama.path), 32)
     assert len(token_windows.overlap(data.train, data.held_out["held-out"])) == 0
     alone = preparation.prepare(str(text_folder), load.tokenizer(llama.path), 32)
@@ -63,8 +71,14 @@ def answers_of(path: Path, count: int = 9) -> tuple[Path, list[dict[str, Any]]]:
     """A file of short conversations, and its rows."""
     rows = list[dict[str, Any]]()
     for number in range(count):
-        said = f"It is number {number}, and what follows it is {number + 1}, in this list as in any other."
-        messages = [{"role": "user", "content": f"Which {number}?"}, {"role": "assistant", "content": said}]
+        said = (
+            f"It is number {number}, and what follows it is {number + 1}, in this list as in "
+            f"any other."
+        )
+        messages = [
+            {"role": "user", "content": f"Which {number}?"},
+            {"role": "assistant", "content": said},
+        ]
         rows.append({"messages": messages})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path, rows
@@ -76,20 +90,27 @@ def shares_of(windows: token_windows.Windows, at: Any) -> list[float]:
 
 
 def test_built_in_text_without_a_chat_template(llama: Checkpoint) -> None:
-    """No --data: both languages held out, English first. Three kinds of text in their shares, without conversations,
-    in calibration whatever its seed and use is, and in training; and a note says so."""
+    """No --data: both languages held out, English first. Three kinds of text in their shares,
+    without conversations, in calibration whatever its seed and use is, and in training; and a note
+    says so.
+    """
     data = preparation.prepare(None, load.tokenizer(llama.path), 256)
 
     assert list(data.held_out) == ["English", "Polish"]
     assert all(len(w.tokens) >= 3 for w in data.held_out.values())
     wanted = [5 / 8, 1 / 8, 2 / 8]
     assert data.train.shares == pytest.approx(wanted)
-    assert f"every draw of training windows holds 62% {MANUAL}, 12% {POLISH}, 25% {WRITTEN}" in data.notes
+    assert (
+        f"every draw of training windows holds 62% {MANUAL}, 12% {POLISH}, 25% {WRITTEN}"
+        in data.notes
+    )
     for count, seed, use in ((8, 0, 1), (64, 1, 1), (64, 0, 2)):
         at = preparation.drawn(data.train, count, seed, use)
         assert shares_of(data.train, at) == pytest.approx(wanted, abs=1 / count)
         windows = preparation.calibration(data.train, count, seed, use)
-        assert [np.array(window)[0].tolist() for window in windows] == data.train.tokens[at].tolist()
+        assert [np.array(window)[0].tolist() for window in windows] == data.train.tokens[
+            at
+        ].tolist()
     visited = np.concatenate([draws.batch(data.train, 2, step, seed=0) for step in range(60)])
     assert shares_of(data.train, visited) == pytest.approx(wanted, abs=1 / 120)
 
@@ -100,8 +121,9 @@ def trained(rows: Sequence[Any]) -> list[Any]:
 
 
 def test_conversations_held_out_are_in_no_training_window(chat: Any, tmp_path: Path) -> None:
-    """A tenth of them, with their ids nowhere in the text that trains; none where none are wanted. Of a folder's own
-    conversations those of its test split."""
+    """A tenth of them, with their ids nowhere in the text that trains; none where none are wanted.
+    Of a folder's own conversations those of its test split.
+    """
     data = preparation.prepare(None, chat, 256)
 
     rows = preparation.read(preparation.ANSWERS).rows
@@ -119,8 +141,9 @@ def test_conversations_held_out_are_in_no_training_window(chat: Any, tmp_path: P
 
 
 def test_with_a_chat_template_much_is_conversations(chat: Any) -> None:
-    """The default teacher's answers, each window from the beginning of one on; the kinds are cut as each alone is; and
-    held-out text is what it was without."""
+    """The default teacher's answers, each window from the beginning of one on; the kinds are cut as
+    each alone is; and held-out text is what it was without.
+    """
     data = preparation.prepare(None, chat, 256)
     without = preparation.prepare(preparation.Source(share=0.0), chat, 256)
 
@@ -138,7 +161,9 @@ def test_with_a_chat_template_much_is_conversations(chat: Any) -> None:
 
 
 def test_another_teachers_answers_in_any_share(chat: Any, tmp_path: Path) -> None:
-    """A file of its own stands in the place of the built-in answers, and has the share that is asked for."""
+    """A file of its own stands in the place of the built-in answers, and has the share that is
+    asked for.
+    """
     path, rows = answers_of(tmp_path / "answers.jsonl")
 
     data = preparation.prepare(preparation.Source(None, answers=path, share=0.2), chat, 64)
@@ -154,25 +179,35 @@ def test_another_teachers_answers_in_any_share(chat: Any, tmp_path: Path) -> Non
 def test_answers_stand_beside_a_folder(
     chat: Any, text_folder: Path, tmp_path: Path, share: float | None, wanted: float
 ) -> None:
-    """The folder's windows as they are alone, then the answers, in the share asked for, or in the usual one."""
+    """The folder's windows as they are alone, then the answers, in the share asked for, or in the
+    usual one.
+    """
     path, rows = answers_of(tmp_path / "answers.jsonl")
     alone = preparation.prepare(str(text_folder), chat, 64)
 
-    data = preparation.prepare(preparation.Source(str(text_folder), answers=path, share=share), chat, 64)
+    data = preparation.prepare(
+        preparation.Source(str(text_folder), answers=path, share=share), chat, 64
+    )
 
     assert data.train.shares == pytest.approx((1 - wanted, wanted))
     assert data.train.tokens[data.train.kind == 0].tolist() == alone.train.tokens.tolist()
     talks = token_windows.aligned(token_windows.tokenize(trained(rows), chat), 64)
     assert data.train.tokens[data.train.kind == 1].tolist() == talks.tokens.tolist()
     at = preparation.drawn(data.train, 12, seed=3)
-    assert shares_of(data.train, at)[1] == pytest.approx(min(wanted, len(talks.tokens) / 12), abs=1 / 12)
+    assert shares_of(data.train, at)[1] == pytest.approx(
+        min(wanted, len(talks.tokens) / 12), abs=1 / 12
+    )
     held_out = data.held_out["held-out"].tokens
     assert held_out.tolist() == alone.held_out["held-out"].tokens.tolist()
 
 
 @pytest.mark.parametrize("share", [None, 0.0, 0.4])
-def test_a_folder_of_text_alone_stays_of_one_kind(chat: Any, text_folder: Path, share: float | None) -> None:
-    """Without a file of answers nothing stands beside it, whatever share is asked for: it is drawn as it always was."""
+def test_a_folder_of_text_alone_stays_of_one_kind(
+    chat: Any, text_folder: Path, share: float | None
+) -> None:
+    """Without a file of answers nothing stands beside it, whatever share is asked for: it is drawn
+    as it always was.
+    """
     alone = preparation.prepare(str(text_folder), chat, 64)
 
     data = preparation.prepare(preparation.Source(str(text_folder), share=share), chat, 64)
@@ -181,18 +216,24 @@ def test_a_folder_of_text_alone_stays_of_one_kind(chat: Any, text_folder: Path, 
     assert token_windows.fingerprint(data.train) == token_windows.fingerprint(alone.train)
 
 
-def test_answers_without_a_chat_template_are_left_out(llama: Checkpoint, text_folder: Path, tmp_path: Path) -> None:
+def test_answers_without_a_chat_template_are_left_out(
+    llama: Checkpoint, text_folder: Path, tmp_path: Path
+) -> None:
     """A tokenizer that has no way to say who speaks."""
     path, _ = answers_of(tmp_path / "answers.jsonl")
     tokenizer = load.tokenizer(llama.path)
 
-    data = preparation.prepare(preparation.Source(str(text_folder), answers=path, share=0.5), tokenizer, 64)
+    data = preparation.prepare(
+        preparation.Source(str(text_folder), answers=path, share=0.5), tokenizer, 64
+    )
 
     assert data.train.kind is None
     assert not preparation.takes_conversations(tokenizer)
 
 
-def test_text_and_conversations_of_a_folder_are_two_kinds(chat: Any, text_folder: Path, tmp_path: Path) -> None:
+def test_text_and_conversations_of_a_folder_are_two_kinds(
+    chat: Any, text_folder: Path, tmp_path: Path
+) -> None:
     """In the shares that they have there, by windows; conversations begin windows of their own."""
     folder = Path(shutil.copytree(text_folder, tmp_path / "text"))
     _, rows = answers_of(tmp_path / "answers.jsonl", 30)
@@ -206,8 +247,12 @@ def test_text_and_conversations_of_a_folder_are_two_kinds(chat: Any, text_folder
     assert data.train.tokens[data.train.kind == 0].tolist() == alone.train.tokens.tolist()
     assert data.train.tokens[data.train.kind == 1].tolist() == talks.tokens.tolist()
     count = len(data.train.tokens)
-    assert data.train.shares == pytest.approx((len(alone.train.tokens) / count, len(talks.tokens) / count))
-    assert preparation.has_conversations(str(folder)) and not preparation.has_conversations(str(text_folder))
+    assert data.train.shares == pytest.approx(
+        (len(alone.train.tokens) / count, len(talks.tokens) / count)
+    )
+    assert preparation.has_conversations(str(folder)) and not preparation.has_conversations(
+        str(text_folder)
+    )
 
 
 def test_too_little_text_is_a_sentence(tmp_path: Path, llama: Checkpoint) -> None:
@@ -219,8 +264,14 @@ def test_too_little_text_is_a_sentence(tmp_path: Path, llama: Checkpoint) -> Non
 
 
 def test_conversations_share_their_instruction_and_stay(tmp_path: Path, chat: Any) -> None:
-    """Every row begins with the same long order, which is no leak; an answer that training has, too, is one."""
-    order = "Say in a few words of your own what the number of this letter stands for, and nothing more than that: "
+    """Every row begins with the same long order, which is no leak; an answer that training has,
+    too, is one.
+    """
+    order = (
+        "Say in a few words of your own what the number of this letter stands for, and "
+        "nothing "
+        "more than that: "
+    )
     answers = [" ".join(f"{n * k}" for k in range(40, 80)) for n in range(3, 48, 3)]
     rows = [json.dumps({"prompt": order + str(n), "completion": a}) for n, a in enumerate(answers)]
     for name, some in {"train": rows[:10], "valid": rows[10:], "test": rows[10:]}.items():

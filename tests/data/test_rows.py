@@ -31,11 +31,23 @@ BAD_LINES = {
     "null completion": (b'{"prompt": "a", "completion": null}', "'completion' is null, not text"),
     "no messages": (b'{"messages": []}', "'messages' is an empty list"),
     "message a string": (b'{"messages": ["a"]}', "message 1 is text, not an object"),
-    "message without content": (b'{"messages": [{"role": "user"}]}', "message 1: 'content' is null"),
-    "tools": (b'{"messages": [{"role": "user", "content": "a"}], "tools": [{}]}', "tools are not supported"),
-    "tool calls": (b'{"messages": [{"role": "assistant", "tool_calls": [{}]}]}', "message 1 calls tools"),
+    "message without content": (
+        b'{"messages": [{"role": "user"}]}',
+        "message 1: 'content' is null",
+    ),
+    "tools": (
+        b'{"messages": [{"role": "user", "content": "a"}], "tools": [{}]}',
+        "tools are not supported",
+    ),
+    "tool calls": (
+        b'{"messages": [{"role": "assistant", "tool_calls": [{}]}]}',
+        "message 1 calls tools",
+    ),
     "too deep": (b"[" * 200_000, "not valid JSON (nested too deeply)"),
-    "huge number": (b'{"text": ' + b"9" * 5000 + b"}", "not valid JSON (a number with thousands of digits)"),
+    "huge number": (
+        b'{"text": ' + b"9" * 5000 + b"}",
+        "not valid JSON (a number with thousands of digits)",
+    ),
 }
 
 
@@ -59,7 +71,11 @@ def test_only_the_first_faults_are_listed_and_all_are_counted(tmp_path: Path) ->
     """Ten bad lines: three are listed, the note says how many more there are."""
     reading = rows.read(_file(tmp_path, GOOD + b"[]\n" * 10))
     faults = [f"train.jsonl line {n}: an empty list, not an object; skipped" for n in (2, 3, 4)]
-    assert reading.notes() == ["train.jsonl: 1 rows kept, 10 dropped", *faults, "train.jsonl: 7 more bad rows"]
+    assert reading.notes() == [
+        "train.jsonl: 1 rows kept, 10 dropped",
+        *faults,
+        "train.jsonl: 7 more bad rows",
+    ]
 
 
 def test_harmless_oddities_are_accepted(tmp_path: Path) -> None:
@@ -71,7 +87,9 @@ def test_harmless_oddities_are_accepted(tmp_path: Path) -> None:
 
 
 def test_a_row_of_50_mb_is_dropped_without_being_held(tmp_path: Path) -> None:
-    """Reading past a 50 MB line keeps the rows around it, and peaks near the line limit, not near 50 MB."""
+    """Reading past a 50 MB line keeps the rows around it, and peaks near the line limit, not near
+    50 MB.
+    """
     path = _file(tmp_path, GOOD + b'{"text": "' + b"a" * 50_000_000 + b'"}\n' + GOOD)
     tracemalloc.start()
     reading = rows.read(path)
@@ -92,7 +110,9 @@ def test_the_line_limit_is_exact(tmp_path: Path, over: int) -> None:
 
 
 def test_what_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:
-    """A folder and a pipe in the place of the file are refused at once (a pipe would block for ever)."""
+    """A folder and a pipe in the place of the file are refused at once (a pipe would block for
+    ever).
+    """
     (tmp_path / "valid.jsonl").mkdir()
     os.mkfifo(tmp_path / "train.jsonl")
     for name in ("train.jsonl", "valid.jsonl"):

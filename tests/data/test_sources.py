@@ -29,7 +29,9 @@ def _texts(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def test_the_manual_is_split_by_name_for_ever() -> None:
-    """These topics stay where they are: a name that moved would turn old test scores into training scores."""
+    """These topics stay where they are: a name that moved would turn old test scores into training
+    scores.
+    """
     from pydoc_data.topics import topics
 
     texts = load()
@@ -45,7 +47,9 @@ def test_the_manual_is_split_by_name_for_ever() -> None:
 
 
 def test_the_manual_s_splits_are_disjoint_and_sized() -> None:
-    """No document twice; about 80 / 5 / 15 % of the characters; the note names the Python it comes from."""
+    """No document twice; about 80 / 5 / 15 % of the characters; the note names the Python it comes
+    from.
+    """
     texts = load()
     splits = [_texts(texts.train), _texts(texts.valid), _texts(texts.test)]
     assert len(set().union(*splits)) == sum(map(len, splits))
@@ -58,7 +62,9 @@ def test_the_manual_s_splits_are_disjoint_and_sized() -> None:
 
 
 def test_the_manual_s_test_text_is_not_in_its_training_text() -> None:
-    """Chapters that contain other topics whole ("compound" holds "with") are used once: < 1 % is shared."""
+    """Chapters that contain other topics whole ("compound" holds "with") are used once: < 1 % is
+    shared.
+    """
     texts = load()
 
     def spans(rows: Sequence[dict[str, Any]]) -> set[str]:
@@ -78,7 +84,9 @@ def test_the_manual_s_test_text_is_not_in_its_training_text() -> None:
     ],
 )
 def test_the_polish_text_is_the_same_for_ever(split: str, digest: str) -> None:
-    """All rows in order, sha256 with NUL between them: one other letter and old losses could not be compared."""
+    """All rows in order, sha256 with NUL between them: one other letter and old losses could not be
+    compared.
+    """
     rows = getattr(load("mis"), split)
     assert all(row.keys() == {"text"} for row in rows)
     assert hashlib.sha256("\0".join(_texts(rows)).encode()).hexdigest() == digest
@@ -87,13 +95,19 @@ def test_the_polish_text_is_the_same_for_ever(split: str, digest: str) -> None:
 def test_a_folder_with_all_three_files(tmp_path: Path) -> None:
     """Each file is its split, in order, and counts are noted."""
     texts = load(_write(tmp_path, train=["a", "b"], valid=["c"], test=["d"]))
-    assert [_texts(texts.train), _texts(texts.valid), _texts(texts.test)] == [["a", "b"], ["c"], ["d"]]
+    assert [_texts(texts.train), _texts(texts.valid), _texts(texts.test)] == [
+        ["a", "b"],
+        ["c"],
+        ["d"],
+    ]
     counts = [("train", 2), ("valid", 1), ("test", 1)]
     assert texts.notes == [f"{name}.jsonl: {count} rows kept, 0 dropped" for name, count in counts]
 
 
 def test_missing_splits_are_filled_in(tmp_path: Path) -> None:
-    """Without test.jsonl valid serves, and a note says so; test is never used as valid: that would be cheating."""
+    """Without test.jsonl valid serves, and a note says so; test is never used as valid: that would
+    be cheating.
+    """
     texts = load(_write(tmp_path, train=["a", "b"], valid=["c"]))
     assert texts.test == texts.valid == [{"text": "c"}]
     assert "no test split: the 1 rows of valid serve as test too" in texts.notes
@@ -104,7 +118,9 @@ def test_missing_splits_are_filled_in(tmp_path: Path) -> None:
 
 
 def test_with_train_alone_a_tenth_is_held_out(tmp_path: Path) -> None:
-    """Neither valid nor test: about 10 % by hash of content, the same whatever the order of the lines."""
+    """Neither valid nor test: about 10 % by hash of content, the same whatever the order of the
+    lines.
+    """
     names = [f"row {i}" for i in range(300)]
     texts = load(_write(tmp_path, train=names))
     assert sorted(_texts(texts.train) + _texts(texts.test)) == sorted(names)
@@ -115,7 +131,9 @@ def test_with_train_alone_a_tenth_is_held_out(tmp_path: Path) -> None:
 
 
 def test_two_different_rows_are_enough_to_hold_one_out(tmp_path: Path) -> None:
-    """All copies of a text are on one side; of a single row nothing is held out, and the note says 0 rows."""
+    """All copies of a text are on one side; of a single row nothing is held out, and the note says
+    0 rows.
+    """
     texts = load(_write(tmp_path, train=["a", "a", "b", "b"]))
     assert texts.train and texts.test and not set(_texts(texts.train)) & set(_texts(texts.test))
     texts = load(_write(tmp_path, train=["a"]))
@@ -126,7 +144,9 @@ def test_two_different_rows_are_enough_to_hold_one_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("files", [{"train": []}, {"train": ["a"], "valid": ["", " "]}])
 def test_a_file_without_a_usable_row_stops(tmp_path: Path, files: dict[str, list[str]]) -> None:
     """Empty file or only bad rows: refused, with both numbers."""
-    with pytest.raises(MisError, match=r"jsonl has 0 usable rows and [012] bad ones.*: fix that file"):
+    with pytest.raises(
+        MisError, match=r"jsonl has 0 usable rows and [012] bad ones.*: fix that file"
+    ):
         load(_write(tmp_path, **files))
 
 
@@ -163,7 +183,9 @@ def _fake_hub(monkeypatch: pytest.MonkeyPatch, found: Any) -> None:
 
 def test_hub_rows_are_judged_like_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Splits of a hub set, "validation" included, pass the same judgement, with row numbers."""
-    _fake_hub(monkeypatch, {"train": [{"text": "a"}, {"text": None}], "validation": [{"text": "b"}]})
+    _fake_hub(
+        monkeypatch, {"train": [{"text": "a"}, {"text": None}], "validation": [{"text": "b"}]}
+    )
     texts = load("some-user/some-data")
     assert (_texts(texts.train), _texts(texts.valid)) == (["a"], ["b"])
     assert "some-user/some-data[train] row 2: 'text' is null, not text; skipped" in texts.notes
@@ -179,7 +201,11 @@ def test_hub_failures_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_mostly_repeated_topics_are_dropped() -> None:
-    """Pencil example: the topic that is a part of a longer one goes, one that shares a little stays."""
-    one, two, three = ("x" * 50, "y" * 50, "z" * 120)
+    """Pencil example: the topic that is a part of a longer one goes, one that shares a little
+    stays.
+    """
+    one = "x" * 50
+    two = "y" * 50
+    three = "z" * 120
     topics = {"big": f"{one}\n\n{two}", "part": two, "own": f"{two}\n\n{three}"}
     assert preparation._without_repeats(topics) == ["big", "own"]

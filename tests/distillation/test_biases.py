@@ -1,4 +1,6 @@
-"""Every engine that rebuilds or replaces a linear layer, on models with biases, against mlx-lm's plain forward pass."""
+"""Every engine that rebuilds or replaces a linear layer, on models with biases, against mlx-lm's
+plain forward pass.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ WINDOWS = [TOKENS, TOKENS + 0]
 
 @pytest.fixture(scope="module", params=["qwen2", "biased"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """q, k and v with biases (9), or every matrix of the blocks (21), about as large as what they are added to."""
+    """q, k and v with biases (9), or every matrix of the blocks (21), about as large as what they
+    are added to.
+    """
     folder = tmp_path_factory.mktemp("biased") / request.param
     checkpoint = load.open_checkpoint(tiny.make(folder, **tiny.KINDS[request.param]))
     names = [name for name in checkpoint.tensors if name.endswith(".bias")]
@@ -48,7 +52,9 @@ def plain(model: Checkpoint) -> nn.Module:
     """Stock mlx-lm's model; without its biases it answers something else."""
     stock, _ = load.mlx_lm("utils").load(str(model.path))
     without, _ = load.mlx_lm("utils").load(str(model.path))
-    without.load_weights([(n, p * 0) for n, p in tree_flatten(without.parameters()) if n.endswith(".bias")], False)
+    without.load_weights(
+        [(n, p * 0) for n, p in tree_flatten(without.parameters()) if n.endswith(".bias")], False
+    )
     assert mx.abs(stock(TOKENS) - without(TOKENS)).max().item() > 0.1
     return stock
 
@@ -67,38 +73,56 @@ def same(a: mx.array, b: mx.array, atol: float = 1e-5) -> bool:
 
 @pytest.mark.usefixtures("cpu_policy")  # beside mlx-lm in float32
 def test_gptq(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
-    """The folder's logits are those of the plain model with the matrices that were chosen; so is the stream that the
-    last block was fitted to; biases keep their bytes."""
+    """The folder's logits are those of the plain model with the matrices that were chosen; so is
+    the stream that the last block was fitted to; biases keep their bytes.
+    """
     hidden: list[mx.array] = []
     plan = packed_format.layout(model.config, 64)
     rounded = stage.rounded_blocks(model, WINDOWS, plan, hidden)
     packed_format.write_quantized(model, tmp_path / "q", plan, DISK, rounded)
     made = load.open_checkpoint(tmp_path / "q")
     names = arch.tensors_of(model.config)
-    inside = [(n, load.dense(made, n)) for n in names if arch.block_of(n) is not None and len(names[n]) == 2]
+    inside = [
+        (n, load.dense(made, n))
+        for n in names
+        if arch.block_of(n) is not None and len(names[n]) == 2
+    ]
     other, _ = load.mlx_lm("utils").load(str(model.path))
     other.load_weights(inside, strict=False)
     assert same(hidden[0], entering(other, 2))
-    other.load_weights([(n, load.dense(made, n)) for n in names if arch.block_of(n) is None], strict=False)
+    other.load_weights(
+        [(n, load.dense(made, n)) for n in names if arch.block_of(n) is None], strict=False
+    )
     assert same(load.resident(made, mx.float32)(TOKENS), other(TOKENS))
     assert not same(other(TOKENS), plain(TOKENS), 1e-3)
-    assert all(mx.array_equal(load.dense(made, n), load.dense(model, n)) for n in names if n.endswith(".bias"))
+    assert all(
+        mx.array_equal(load.dense(made, n), load.dense(model, n))
+        for n in names
+        if n.endswith(".bias")
+    )
 
 
 def test_fisher_and_sensitivity(model: Checkpoint, plain: nn.Module) -> None:
-    """The block on the way back computes what the plain one does, and its cotangents are the plain gradients."""
+    """The block on the way back computes what the plain one does, and its cotangents are the plain
+    gradients.
+    """
     above = mx.random.normal((2, 16, 64), key=mx.random.key(5))
-    x, block = entering(plain, 1), plain.model.layers[1]
+    x = entering(plain, 1)
+    block = plain.model.layers[1]
     down = block.mlp.down_proj
     _, (below, slope) = mx.vjp(lambda x, s: _with(block, s)(x, "causal"), [x, down.weight], [above])
     block.mlp.down_proj = down
     args = load.model_args(model.config)
     mine = load.block(model, 1, args, mx.float32)
-    matrices = [(part, name, axis) for axis, (part, names) in arch.readers(mine).items() for name in names]
+    matrices = [
+        (part, name, axis) for axis, (part, names) in arch.readers(mine).items() for name in names
+    ]
     (got,), seen = bit_allocation._back(args, mine, matrices, BlockInputs(x), BlockOutputs(above))
     assert same(got, below) and same(seen[1][0].T @ seen[0]["ffn"], slope, 1e-4)
     ours = load.block(model, 1, args, mx.float32)
-    gated = {a: fisher._Gated((ours[p] if p else ours)[n], not p) for a, (p, n) in fisher.GATES.items()}
+    gated = {
+        a: fisher._Gated((ours[p] if p else ours)[n], not p) for a, (p, n) in fisher.GATES.items()
+    }
     for axis, (part, name) in fisher.GATES.items():
         (ours[part] if part else ours)[name] = gated[axis]
     got, _ = fisher._back(args, ours, gated, shape_of(model.config), x, above)
@@ -117,7 +141,9 @@ def test_sharded(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
     def loss(hidden: mx.array, head: mx.array, learn: mx.array) -> mx.array:
         return (mx.logsumexp(hidden @ head.T, axis=-1) * learn).sum()
 
-    student = sharded.Sharded(model_writer.by_block(model, tmp_path / "parts", DISK), 1, 9, 0.0, DISK)
+    student = sharded.Sharded(
+        model_writer.by_block(model, tmp_path / "parts", DISK), 1, 9, 0.0, DISK
+    )
     student._enter(1)
     (value, _), (_, ours) = student.gradients([(TOKENS, learn)], loss)
 
@@ -135,7 +161,8 @@ def test_sharded(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("cpu_policy")  # beside mlx-lm in float32
 def test_reconstruct(model: Checkpoint, tmp_path: Path) -> None:
     """A student from which nothing was cut: nothing to mend."""
-    keep, student = KeptUnits((0, 1, 2), {}, ""), tmp_path / "student"
+    keep = KeptUnits((0, 1, 2), {}, "")
+    student = tmp_path / "student"
     slicing.write_student(model, shape_of(model.config), keep, student, "float32", DISK)
     pruned = load.open_checkpoint(student)
     mended, left = reconstruct.reconstruct(model, pruned, keep, WINDOWS)
@@ -144,10 +171,13 @@ def test_reconstruct(model: Checkpoint, tmp_path: Path) -> None:
 
 def test_lora(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
     """Adapters of zeros change nothing; fused ones give what they gave beside the weights."""
-    ours, how = load.resident(model, mx.float32), lora.Lora(-1, 4, 2.0)
+    ours = load.resident(model, mx.float32)
+    how = lora.Lora(-1, 4, 2.0)
     lora.insert(ours, how, 0)
     assert same(ours(TOKENS), plain(TOKENS))
-    moved = [(n, 0.1 * mx.random.normal(p.shape)) for n, p in tree_flatten(ours.trainable_parameters())]
+    moved = [
+        (n, 0.1 * mx.random.normal(p.shape)) for n, p in tree_flatten(ours.trainable_parameters())
+    ]
     assert len(moved) == 2 * 21
     ours.load_weights(moved, strict=False)
     take = lora.fused(model, dict(moved), how)
@@ -158,7 +188,8 @@ def test_lora(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
 
 def test_slice(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
     """Half the neurons and a group of heads less: the plain model with zeros in their place."""
-    neurons, size = tuple(range(0, 768, 3)), shape_of(model.config)
+    neurons = tuple(range(0, 768, 3))
+    size = shape_of(model.config)
     keep = KeptUnits((0, 1, 2), {(i, "ffn"): neurons for i in range(3)}, "")
     cut = arch.target_shape(model.config, {}, ffn=len(neurons))
     assert cut.heads == size.heads
@@ -190,11 +221,14 @@ def test_rotation(model: Checkpoint, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wanted", ["f16", "q4_1"])
 def test_gguf(model: Checkpoint, tmp_path: Path, wanted: str) -> None:
-    """Every tensor once under a name of its own, biases in float32; those of q and k of a llama in llama.cpp's order,
-    packed model or not."""
+    """Every tensor once under a name of its own, biases in float32; those of q and k of a llama in
+    llama.cpp's order, packed model or not.
+    """
     source = model
     if wanted == "q4_1":
-        packed_format.write_quantized(model, tmp_path / "q", packed_format.layout(model.config, 64), DISK)
+        packed_format.write_quantized(
+            model, tmp_path / "q", packed_format.layout(model.config, 64), DISK
+        )
         source = load.open_checkpoint(tmp_path / "q")
     found = tensors.parts(source, wanted)
     assert [p.source for p in found] == list(arch.tensors_of(model.config))
@@ -202,7 +236,9 @@ def test_gguf(model: Checkpoint, tmp_path: Path, wanted: str) -> None:
     biases = [p for p in found if p.source.endswith(".bias")]
     for part in biases:
         assert part.kind == "F32" and part.name.endswith(".bias") and part.name.startswith("blk.")
-        written = np.concatenate(list(tensors.rows(source, part, Counter()))).view(np.float32).reshape(-1)
+        written = (
+            np.concatenate(list(tensors.rows(source, part, Counter()))).view(np.float32).reshape(-1)
+        )
         stored = np.array(load.dense(model, part.source))
         heads = {"attn_q": 4, "attn_k": 2}.get(part.name.split(".")[2], 0)
         if heads and model.config["model_type"] == "llama":
@@ -212,6 +248,8 @@ def test_gguf(model: Checkpoint, tmp_path: Path, wanted: str) -> None:
 
 def test_tune(model: Checkpoint, tmp_path: Path) -> None:
     """Before its first step the packed model that learns answers what the packed model does."""
-    packed_format.write_quantized(model, tmp_path / "q", packed_format.layout(model.config, 64), DISK)
+    packed_format.write_quantized(
+        model, tmp_path / "q", packed_format.layout(model.config, 64), DISK
+    )
     packed = load.open_checkpoint(tmp_path / "q")
     assert same(packed_format.resident(packed)(TOKENS), load.resident(packed, mx.float32)(TOKENS))

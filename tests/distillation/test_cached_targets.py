@@ -1,4 +1,6 @@
-"""Cached distillation: written once, trained without a teacher, and stopped anywhere it is the same."""
+"""Cached distillation: written once, trained without a teacher, and stopped anywhere it is the
+same.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,12 @@ from tests.storage.test_logit_store import opened
 
 MANY = 2**16 - 1
 RECIPE = TrainingConfig(
-    iters=6, batch_size=2, grad_accumulation_steps=2, max_seq_length=16, learning_rate=1e-2, warmup=1
+    iters=6,
+    batch_size=2,
+    grad_accumulation_steps=2,
+    max_seq_length=16,
+    learning_rate=1e-2,
+    warmup=1,
 )
 
 
@@ -34,7 +41,9 @@ RECIPE = TrainingConfig(
 def student(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A smaller random llama of the same tokens."""
     folder = tmp_path_factory.mktemp("student") / "s"
-    return load.open_checkpoint(tiny.make(folder, seed=5, num_hidden_layers=1, intermediate_size=256))
+    return load.open_checkpoint(
+        tiny.make(folder, seed=5, num_hidden_layers=1, intermediate_size=256)
+    )
 
 
 def some(n: int = 80) -> Windows:
@@ -46,18 +55,27 @@ def some(n: int = 80) -> Windows:
 
 
 def write(llama: Checkpoint, data: Windows, folder: Path, **more: object) -> logit_store.Targets:
-    return live_teacher.write_store(llama, lambda: live_teacher.StreamedTeacher(llama), data, folder, DISK, **more)  # type: ignore[arg-type]
+    return live_teacher.write_store(
+        llama, lambda: live_teacher.StreamedTeacher(llama), data, folder, DISK, **more
+    )  # type: ignore[arg-type]
 
 
 def train(
-    student: Checkpoint, source: live_teacher.TargetSource, data: Windows, recipe: TrainingConfig = RECIPE
+    student: Checkpoint,
+    source: live_teacher.TargetSource,
+    data: Windows,
+    recipe: TrainingConfig = RECIPE,
 ) -> tuple[nn.Module, list[Step]]:
     model = load.resident(student, mx.float32)
     return model, list(live_teacher.steps(model, source, data, recipe, GuardedAdamW()))
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".json", ".safetensors")}
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.suffix in (".json", ".safetensors")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +86,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory, llama: Checkpoint) -> Path:
     return folder
 
 
-def test_the_store_is_the_same_however_windows_pass(tmp_path: Path, llama: Checkpoint, whole: Path) -> None:
-    """80 windows in passes of 7, with a resident teacher: byte for byte the store of passes of 64, streamed."""
+def test_the_store_is_the_same_however_windows_pass(
+    tmp_path: Path, llama: Checkpoint, whole: Path
+) -> None:
+    """80 windows in passes of 7, with a resident teacher: byte for byte the store of passes of 64,
+    streamed.
+    """
     seen = []
     teacher = live_teacher.StreamedTeacher(llama, None)
     how = {"count": 20, "windows_per_pass": 7, "show": lambda n, text: seen.append((n, text))}
@@ -79,8 +101,11 @@ def test_the_store_is_the_same_however_windows_pass(tmp_path: Path, llama: Check
 
 
 def test_what_is_stored_is_drawn_from_the_teacher(llama: Checkpoint, whole: Path) -> None:
-    """Over 80 windows the mean share of each token is the teacher's mean softmax: 512 tokens within 5 s.e."""
-    data, shares = some(), []
+    """Over 80 windows the mean share of each token is the teacher's mean softmax: 512 tokens within
+    5 s.e.
+    """
+    data = some()
+    shares = []
     model = load.resident(llama, mx.float32)
     for window in data.tokens:
         shares.append(np.array(mx.softmax(model(mx.array(window[None]))[0], axis=-1), np.float64))
@@ -92,18 +117,26 @@ def test_what_is_stored_is_drawn_from_the_teacher(llama: Checkpoint, whole: Path
 
 
 def near(live: list[Step]) -> Any:
-    """What losses against MANY samples a position are: 511 / (2 MANY) above the live ones, E KL(samples || teacher) of
-    512 tokens (chi-square), and up to a hundredth off: a draw's own noise, sqrt(2 KL / MANY) by position. A teacher in
-    float16 draws others, and in either type two or three of four seeds are 0.010 to 0.012 off."""
+    """What losses against MANY samples a position are: 511 / (2 MANY) above the live ones, E
+    KL(samples || teacher) of 512 tokens (chi-square), and up to a hundredth off: a draw's own
+    noise, sqrt(2 KL / MANY) by position. A teacher in float16 draws others, and in either type two
+    or three of four seeds are 0.010 to 0.012 off.
+    """
     return pytest.approx([s.loss + 511 / (2 * MANY) for s in live], rel=conftest.near(1e-2, 1.5e-2))
 
 
-def test_only_visited_windows_need_targets(tmp_path: Path, llama: Checkpoint, student: Checkpoint) -> None:
-    """Of 80 windows a run of six steps visits 24: a store of those trains as it should, others are a bug."""
+def test_only_visited_windows_need_targets(
+    tmp_path: Path, llama: Checkpoint, student: Checkpoint
+) -> None:
+    """Of 80 windows a run of six steps visits 24: a store of those trains as it should, others are
+    a bug.
+    """
     data = some()
     at = live_teacher.visited(data, RECIPE)
     steps = [order(80, 4, step, RECIPE.seed) for step in range(6)]
-    assert len(at) == 24 and set(at) == {int(w) for s in steps for w in s} and (np.diff(at) > 0).all()
+    assert (
+        len(at) == 24 and set(at) == {int(w) for s in steps for w in s} and (np.diff(at) > 0).all()
+    )
     picked = Windows(data.tokens[at], data.learn[at])
     source = live_teacher.Cached(write(llama, picked, tmp_path, count=MANY), at)
     live = train(student, live_teacher.StreamedTeacher(llama, None), data)[1]
@@ -115,9 +148,12 @@ def test_only_visited_windows_need_targets(tmp_path: Path, llama: Checkpoint, st
         live_teacher.Cached(opened(tmp_path), at[:5])
 
 
-def test_steps_take_kinds_of_text_in_their_shares(tmp_path: Path, llama: Checkpoint, student: Checkpoint) -> None:
-    """Sixteen windows of a half and four of the other half: a run of 24 windows visits these four, and twelve of those;
-    a store of the visited ones trains as it should."""
+def test_steps_take_kinds_of_text_in_their_shares(
+    tmp_path: Path, llama: Checkpoint, student: Checkpoint
+) -> None:
+    """Sixteen windows of a half and four of the other half: a run of 24 windows visits these four,
+    and twelve of those; a store of the visited ones trains as it should.
+    """
     data = some(20)
     kinds = np.repeat(np.array([0, 1], np.int32), [16, 4])
     data = Windows(data.tokens, data.learn, kind=kinds, shares=(0.5, 0.5))
@@ -150,7 +186,9 @@ def test_another_teacher_other_data_or_another_seed_are_refused(
     assert bytes_of(folder) == bytes_of(whole)
 
 
-def test_a_damaged_part_is_made_again_from_the_teacher(tmp_path: Path, llama: Checkpoint, whole: Path) -> None:
+def test_a_damaged_part_is_made_again_from_the_teacher(
+    tmp_path: Path, llama: Checkpoint, whole: Path
+) -> None:
     """One bit flipped: training refuses it, writing mends it and says so."""
     folder = shutil.copytree(whole, tmp_path / "t")
     flip(folder / "part-00001.safetensors")
@@ -177,6 +215,8 @@ def test_what_a_store_cannot_do_is_said(whole: Path, student: Checkpoint) -> Non
     source = live_teacher.Cached(opened(whole), np.arange(len(some().tokens)))
     model = load.resident(student, mx.float32)
     model.model.embed_tokens.weight = model.model.embed_tokens.weight[:500]
-    arguments = source.micro_batches([(mx.zeros((1, 16), mx.int32), mx.ones((1, 16)))], [np.array([0])])[0]
+    arguments = source.micro_batches(
+        [(mx.zeros((1, 16), mx.int32), mx.ones((1, 16)))], [np.array([0])]
+    )[0]
     with pytest.raises(MisError, match="for 512 tokens, the student has 500"):
         live_teacher.student_loss(source, model, *arguments)

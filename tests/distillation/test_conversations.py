@@ -66,7 +66,9 @@ def as_shipped(teacher: Checkpoint, folder: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_default_teachers_answers_come_with_the_package(
     chat: Checkpoint, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is written: the built-in text has them, and beside another --data stands their file."""
+    """Nothing is written: the built-in text has them, and beside another --data stands their
+    file.
+    """
     as_shipped(chat, tmp_path, monkeypatch)
 
     built_in = source(chat, wanted())
@@ -78,29 +80,42 @@ def test_the_default_teachers_answers_come_with_the_package(
 
 
 def test_another_teacher_writes_its_own_once(
-    chat: Checkpoint, text_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    chat: Checkpoint,
+    text_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """At first it answers, which is said with its cost; then the file is used again, beside any --data; another seed is
-    another file."""
+    """At first it answers, which is said with its cost; then the file is used again, beside any
+    --data; another seed is another file.
+    """
     first = source(chat, wanted())
 
     said = capsys.readouterr().err
     assert first.answers is not None and first.answers.is_relative_to("runs/answers")
     rows = [json.loads(line) for line in first.answers.read_text("utf-8").splitlines()]
     assert 0 < len(rows) <= 6 and all(row["messages"][-1]["role"] == "assistant" for row in rows)
-    assert "the teacher answers 6 prompts first" in said and f"conversations: {len(rows)} of 6 are kept" in said
+    assert (
+        "the teacher answers 6 prompts first" in said
+        and f"conversations: {len(rows)} of 6 are kept" in said
+    )
     monkeypatch.setattr(teacher_answers, "write", lambda *_: pytest.fail("written again"))
     assert source(chat, wanted()) == first
     assert f"the teacher's answers of before, {first.answers}" in capsys.readouterr().err
     again = source(chat, wanted(str(text_folder), share=0.7))
     assert again == preparation.Source(str(text_folder), answers=first.answers, share=0.7)
     monkeypatch.undo()
-    other = conversations.source(chat, Wanted(None, None, 0, seed=1), memory.budget(None), dry_run=True)
+    other = conversations.source(
+        chat, Wanted(None, None, 0, seed=1), memory.budget(None), dry_run=True
+    )
     assert other.answers != first.answers
 
 
-def test_as_many_prompts_as_the_training_visits(chat: Checkpoint, capsys: pytest.CaptureFixture[str]) -> None:
-    """One for every TYPICAL_TOKENS, from the fewest to the most; a dry run says so and writes nothing."""
+def test_as_many_prompts_as_the_training_visits(
+    chat: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One for every TYPICAL_TOKENS, from the fewest to the most; a dry run says so and writes
+    nothing.
+    """
     for tokens, count in ((0, 6), (8 * teacher_answers.TYPICAL_TOKENS, 8), (10**9, 9)):
         source(chat, wanted(tokens=tokens), dry_run=True)
         assert f"the teacher answers {count} prompts first" in capsys.readouterr().err
@@ -109,13 +124,21 @@ def test_as_many_prompts_as_the_training_visits(chat: Checkpoint, capsys: pytest
 
 def test_none_are_asked_for(chat: Checkpoint, llama: Checkpoint, text_folder: Path) -> None:
     """--conversations 0; a teacher without a chat template, whatever the share is."""
-    for teacher, asked in ((chat, wanted(share=0.0)), (llama, wanted()), (llama, wanted(share=0.5))):
+    for teacher, asked in (
+        (chat, wanted(share=0.0)),
+        (llama, wanted()),
+        (llama, wanted(share=0.5)),
+    ):
         assert source(teacher, asked) == preparation.Source(None, share=0.0)
-    assert source(chat, wanted(str(text_folder), share=0.0)) == preparation.Source(str(text_folder), share=0.0)
+    assert source(chat, wanted(str(text_folder), share=0.0)) == preparation.Source(
+        str(text_folder), share=0.0
+    )
     assert not Path("runs").exists()
 
 
-def test_data_with_conversations_of_its_own(chat: Checkpoint, text_folder: Path, tmp_path: Path) -> None:
+def test_data_with_conversations_of_its_own(
+    chat: Checkpoint, text_folder: Path, tmp_path: Path
+) -> None:
     """They are enough, unless a share is asked for."""
     folder = Path(shutil.copytree(text_folder, tmp_path / "text"))
     row = {"prompt": "Who are you?", "completion": "A model."}
@@ -150,7 +173,9 @@ def test_a_teacher_that_answers_nonsense_is_none_to_learn_answers_from(
 
 
 def test_what_is_shipped_is_of_these_settings() -> None:
-    """The default teacher's answers to all held-out prompts; its answers to learn from are to prompts of training."""
+    """The default teacher's answers to all held-out prompts; its answers to learn from are to
+    prompts of training.
+    """
     header = answer_records.read_header(answers.SHIPPED)
     pairs = answer_records.read_pairs(answers.SHIPPED)
     asked = answers.prompts(10_000)
@@ -169,13 +194,18 @@ def test_what_is_shipped_is_of_these_settings() -> None:
     for row in preparation.read(preparation.ANSWERS).rows:
         first, *rest = row["messages"]
         assert first["content"] in firsts and rest[-1]["role"] == "assistant"
-        said = [Answer(message["content"], ended=True) for message in rest if message["role"] == "assistant"]
+        said = [
+            Answer(message["content"], ended=True)
+            for message in rest
+            if message["role"] == "assistant"
+        ]
         assert all(teacher_answers.kept_text(answer) == answer.text for answer in said)
 
 
 def judged(languages: str, greedy: dict[str, Sequence[Answer]]) -> Judgement:
-    """What such answers to prompts in these languages (e: English, p: Polish) come to. Of the teacher's sampled answers
-    the n-th model has n + 1 bits a byte."""
+    """What such answers to prompts in these languages (e: English, p: Polish) come to. Of the
+    teacher's sampled answers the n-th model has n + 1 bits a byte.
+    """
     asked = list[Prompt]()
     for number, letter in enumerate(languages):
         message = {"role": "user", "content": f"Question {number}?"}
@@ -197,8 +227,12 @@ def answers_with(loops: int, count: int) -> list[Answer]:
 @pytest.mark.parametrize(
     ("of_teacher", "of_student", "said"), [(0, 2, True), (1, 2, False), (4, 6, True), (5, 0, False)]
 )
-def test_a_student_that_repeats_itself_is_named(of_teacher: int, of_student: int, said: bool) -> None:
-    """Of ten answers two more than the teacher's; one more, 10 percent, is not enough. Both counts, and what to do."""
+def test_a_student_that_repeats_itself_is_named(
+    of_teacher: int, of_student: int, said: bool
+) -> None:
+    """Of ten answers two more than the teacher's; one more, 10 percent, is not enough. Both counts,
+    and what to do.
+    """
     found = judged(
         "e" * 10,
         {
@@ -213,11 +247,15 @@ def test_a_student_that_repeats_itself_is_named(of_teacher: int, of_student: int
     assert bool(sentence) == said
     if said:
         counts = f"{of_student} of 10 answers are loops, of the teacher's {of_teacher}."
-        assert sentence.startswith(f"**The student repeats itself**: {counts} Let it lose less: --lose 0.05")
+        assert sentence.startswith(
+            f"**The student repeats itself**: {counts} Let it lose less: --lose 0.05"
+        )
 
 
 def test_a_table_for_each_language_with_enough_prompts() -> None:
-    """Eight in English, two of them loops, and four in Polish, all loops; of three there is no table."""
+    """Eight in English, two of them loops, and four in Polish, all loops; of three there is no
+    table.
+    """
     models = {"teacher": [FINE] * 12, "student": [*answers_with(2, 8), *[LOOP] * 4]}
 
     both = conversations.tables(judged("eeeeeeeepppp", models))
@@ -225,7 +263,9 @@ def test_a_table_for_each_language_with_enough_prompts() -> None:
 
     assert list(both) == ["English", "Polish"] and list(one) == ["English"]
     loops = {
-        language: [(row.value, row.n) for row in rows if (row.model, row.metric) == ("student", "loops")]
+        language: [
+            (row.value, row.n) for row in rows if (row.model, row.metric) == ("student", "loops")
+        ]
         for language, rows in both.items()
     }
     assert loops == {"English": [(25.0, 8)], "Polish": [(100.0, 4)]}
@@ -247,13 +287,17 @@ def test_a_dialogue_shows_the_teacher_and_the_last_student() -> None:
 
 
 def test_all_answers_are_kept(tmp_path: Path) -> None:
-    """A row for each prompt and each model that was asked, as `report` reads them; figures of all for the result."""
+    """A row for each prompt and each model that was asked, as `report` reads them; figures of all
+    for the result.
+    """
     found = judged("ep", {"teacher": [FINE, LOOP], "distilled": [], "4-bit": [LOOP, FINE]})
 
     conversations.keep(found, tmp_path, DISK)
     figures = conversations.figures(found)
 
-    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text("utf-8").splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "answers.jsonl").read_text("utf-8").splitlines()
+    ]
     assert [(row["prompt"], row["model"], row["ended"]) for row in rows] == [
         ("Question 0?", "teacher", True),
         ("Question 0?", "4-bit", False),
@@ -269,14 +313,24 @@ def test_all_answers_are_kept(tmp_path: Path) -> None:
         "ended": True,
     }
     assert figures["answers_prompts"] == 2
-    assert (figures["answers_teacher"], figures["answers_distilled"], figures["answers_4-bit"]) == (1.0, 2.0, 3.0)
-    assert figures["answers_excess_4-bit"] == 2.0 and figures["loops_4-bit"] == figures["loops_teacher"] == 50.0
+    assert (figures["answers_teacher"], figures["answers_distilled"], figures["answers_4-bit"]) == (
+        1.0,
+        2.0,
+        3.0,
+    )
+    assert (
+        figures["answers_excess_4-bit"] == 2.0
+        and figures["loops_4-bit"] == figures["loops_teacher"] == 50.0
+    )
     assert "loops_distilled" not in figures
     json.dumps(figures, allow_nan=False)
 
 
 def test_a_student_without_a_template_is_not_judged(
-    chat: Checkpoint, llama: Checkpoint, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    chat: Checkpoint,
+    llama: Checkpoint,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nor a teacher without: the run has no such figures, and says why."""
     monkeypatch.setattr(answers, "ANSWER_TOKENS", 10)
@@ -285,6 +339,8 @@ def test_a_student_without_a_template_is_not_judged(
 
     for models in ({"teacher": chat, "distilled": llama}, {"teacher": llama, "distilled": chat}):
         assert conversations.judged(models, 2, limit) is None
-        assert f"{llama.path}: no chat template: its answers are not judged" in capsys.readouterr().err
+        assert (
+            f"{llama.path}: no chat template: its answers are not judged" in capsys.readouterr().err
+        )
     found = conversations.judged({"teacher": chat, "distilled": chat, "4-bit": chat}, 2, limit)
     assert found is not None and [len(said.greedy) for said in found.said.values()] == [2, 0, 2]

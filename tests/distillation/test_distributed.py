@@ -1,4 +1,6 @@
-"""Two and three machines give what one gives: steps, statistics, stored targets. And one that dies ends them all."""
+"""Two and three machines give what one gives: steps, statistics, stored targets. And one that dies
+ends them all.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +19,28 @@ from tests.conftest import near
 def student(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A smaller random llama of the same tokens."""
     folder = tmp_path_factory.mktemp("student") / "s"
-    return load.open_checkpoint(tiny.make(folder, seed=5, num_hidden_layers=1, intermediate_size=256))
+    return load.open_checkpoint(
+        tiny.make(folder, seed=5, num_hidden_layers=1, intermediate_size=256)
+    )
 
 
 @pytest.fixture(scope="module")
 def worked(
-    tmp_path_factory: pytest.TempPathFactory, llama: Checkpoint, student: Checkpoint, own_home: dict[str, str]
+    tmp_path_factory: pytest.TempPathFactory,
+    llama: Checkpoint,
+    student: Checkpoint,
+    own_home: dict[str, str],
 ) -> dict[int, Path]:
-    """What 1, 2 or 3 machines leave of the same work: {how many: folder}, made when it is asked for."""
+    """What 1, 2 or 3 machines leave of the same work: {how many: folder}, made when it is asked
+    for.
+    """
 
     class Worked(dict[int, Path]):
         def __missing__(self, n: int) -> Path:
             self[n] = tmp_path_factory.mktemp("machines")
-            with machines.started(n, ["-m", "tests.machines", llama.path, student.path, self[n]], own_home) as made:
+            with machines.started(
+                n, ["-m", "tests.machines", llama.path, student.path, self[n]], own_home
+            ) as made:
                 for done in machines.ended(made):
                     assert done.returncode == 0, done.stderr
             return self[n]
@@ -46,9 +57,12 @@ def arrays(worked: dict[int, Path], n: int, rank: int, name: str) -> dict[str, n
 @pytest.mark.parametrize("name", ["distilled", "tuned", "distilled in layers"])
 @pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ten_steps_are_those_of_one_machine(worked: dict[int, Path], n: int, name: str) -> None:
-    """Weights, losses and gradient norms within 1e-5 of one machine's, whatever was whose part; and the same bits on
-    every machine. Beside a teacher in float16, weights whose gradients nearly vanish: 2e-5 were measured."""
-    one, first = arrays(worked, 1, 0, name), arrays(worked, n, 0, name)
+    """Weights, losses and gradient norms within 1e-5 of one machine's, whatever was whose part; and
+    the same bits on every machine. Beside a teacher in float16, weights whose gradients nearly
+    vanish: 2e-5 were measured.
+    """
+    one = arrays(worked, 1, 0, name)
+    first = arrays(worked, n, 0, name)
     assert len(one["steps loss"]) == 10
     assert one.keys() == first.keys()
     for key, value in one.items():
@@ -63,7 +77,9 @@ def test_ten_steps_are_those_of_one_machine(worked: dict[int, Path], n: int, nam
 @pytest.mark.parametrize("name", ["calibrated", "calibrated in layers"])
 @pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_statistics_are_those_of_one_machine(worked: dict[int, Path], n: int, name: str) -> None:
-    """Float64 sums that differ in the order of adding alone (1e-12), on every machine: of its batches, or blocks."""
+    """Float64 sums that differ in the order of adding alone (1e-12), on every machine: of its
+    batches, or blocks.
+    """
     one = arrays(worked, 1, 0, name)
     assert one["measured"]
     for rank in range(n):
@@ -75,8 +91,12 @@ def test_statistics_are_those_of_one_machine(worked: dict[int, Path], n: int, na
 
 @pytest.mark.parametrize("name", ["read", "kept"])
 @pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_pass_through_shared_blocks_is_that_of_one_machine(worked: dict[int, Path], n: int, name: str) -> None:
-    """Hidden states bit for bit, blocks read anew or in memory, one machine without any; each has its own windows'."""
+def test_a_pass_through_shared_blocks_is_that_of_one_machine(
+    worked: dict[int, Path], n: int, name: str
+) -> None:
+    """Hidden states bit for bit, blocks read anew or in memory, one machine without any; each has
+    its own windows'.
+    """
     one = arrays(worked, 1, 0, name)
     for rank in range(n):
         found = arrays(worked, n, rank, name)
@@ -88,8 +108,14 @@ def test_a_pass_through_shared_blocks_is_that_of_one_machine(worked: dict[int, P
 @pytest.mark.parametrize("name", ["targets", "layers"])
 @pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_logit_stores_are_the_same_bytes(worked: dict[int, Path], n: int, name: str) -> None:
-    """Each makes its own parts, and all have them all, manifest included; also where they share its blocks."""
-    one = {path.name: path.read_bytes() for path in (worked[1] / "targets-0").iterdir() if path.is_file()}
+    """Each makes its own parts, and all have them all, manifest included; also where they share its
+    blocks.
+    """
+    one = {
+        path.name: path.read_bytes()
+        for path in (worked[1] / "targets-0").iterdir()
+        if path.is_file()
+    }
     assert len(one) > 3
     for rank in range(n):
         folder = worked[n] / f"{name}-{rank}"

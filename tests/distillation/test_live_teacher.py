@@ -28,7 +28,9 @@ from tests.conftest import near
 def student(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A smaller random llama of the same tokens."""
     folder = tmp_path_factory.mktemp("student") / "s"
-    return load.open_checkpoint(tiny.make(folder, seed=5, num_hidden_layers=1, intermediate_size=256))
+    return load.open_checkpoint(
+        tiny.make(folder, seed=5, num_hidden_layers=1, intermediate_size=256)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +47,25 @@ RECIPE = TrainingConfig(iters=3, batch_size=4, max_seq_length=16, learning_rate=
 
 
 def distil(
-    teacher: Checkpoint, student: Checkpoint, data: Windows, recipe: TrainingConfig = RECIPE, *, resident: bool = True,
-    temperature: float = 1.0, sigma: float = 0.0,
-) -> tuple[nn.Module, list[Step]]:  # fmt: skip
+    teacher: Checkpoint,
+    student: Checkpoint,
+    data: Windows,
+    recipe: TrainingConfig = RECIPE,
+    *,
+    resident: bool = True,
+    temperature: float = 1.0,
+    sigma: float = 0.0,
+) -> tuple[nn.Module, list[Step]]:
     model = load.resident(student, mx.float32)
     source = live_teacher.StreamedTeacher(teacher, None if resident else 0, temperature=temperature)
     steps = live_teacher.steps(
-        model, source, data, recipe, GuardedAdamW(), 0, partial(loss_noise_factor, sigma, recipe.seed)
+        model,
+        source,
+        data,
+        recipe,
+        GuardedAdamW(),
+        0,
+        partial(loss_noise_factor, sigma, recipe.seed),
     )
     return model, list(steps)
 
@@ -75,9 +89,14 @@ def test_a_streamed_teacher_says_what_a_resident_one_says(
 
 @pytest.mark.parametrize("kind", ["llama", "untied"])
 def test_a_head_that_both_have_is_read_once(
-    models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str, monkeypatch: pytest.MonkeyPatch
+    models: Callable[[str], Checkpoint],
+    batches: list[mx.array],
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Beside a student's frozen head that is the teacher's: the same loss and gradient, and its own is never read."""
+    """Beside a student's frozen head that is the teacher's: the same loss and gradient, and its own
+    is never read.
+    """
     (hidden,) = live_teacher.StreamedTeacher(models(kind)).hidden(batches[:1])
     hidden, learn = hidden.reshape(-1, hidden.shape[-1]), mx.ones(hidden.shape[1])
     head = load.dense_weight(stream.Stream(models(kind)).head())
@@ -85,8 +104,11 @@ def test_a_head_that_both_have_is_read_once(
     for same_head in (False, True):
         source = live_teacher.StreamedTeacher(models(kind), same_head=same_head)
         if same_head:
-            monkeypatch.setattr(stream.Stream, "head", lambda self: pytest.fail("the head was read"))
-        of_step, kl = source.frozen_slopes(), partial(source.kl_sum, frozen_head=True)
+            monkeypatch.setattr(
+                stream.Stream, "head", lambda self: pytest.fail("the head was read")
+            )
+        of_step = source.frozen_slopes()
+        kl = partial(source.kl_sum, frozen_head=True)
         student = hidden * 0.9
         found += [of_step(head, [(batches[0], learn, hidden)], 0, student)] if of_step else []
         found.append(mx.value_and_grad(kl)(student, head, learn, hidden))
@@ -96,7 +118,9 @@ def test_a_head_that_both_have_is_read_once(
         assert mx.allclose(slope, others, rtol=near(0.0, 0.05), atol=near(0.0, 1e-3))
 
 
-def test_streaming_does_not_change_the_student(llama: Checkpoint, student: Checkpoint, data: Windows) -> None:
+def test_streaming_does_not_change_the_student(
+    llama: Checkpoint, student: Checkpoint, data: Windows
+) -> None:
     """Three steps with either teacher: the same losses and weights to the last bit."""
     a, steps_a = distil(llama, student, data)
     b, steps_b = distil(llama, student, data, resident=False)
@@ -106,9 +130,15 @@ def test_streaming_does_not_change_the_student(llama: Checkpoint, student: Check
 @pytest.mark.usefixtures("cpu_policy")
 @pytest.mark.parametrize("batch_size", [4, 3, 1])
 def test_lanes_do_not_change_the_student(
-    llama: Checkpoint, student: Checkpoint, data: Windows, monkeypatch: pytest.MonkeyPatch, batch_size: int
+    llama: Checkpoint,
+    student: Checkpoint,
+    data: Windows,
+    monkeypatch: pytest.MonkeyPatch,
+    batch_size: int,
 ) -> None:
-    """Windows side by side and the vocabulary by numpy, beside MLX's own gradient of the whole batch: one step."""
+    """Windows side by side and the vocabulary by numpy, beside MLX's own gradient of the whole
+    batch: one step.
+    """
     recipe = replace(RECIPE, iters=1, batch_size=batch_size)
     monkeypatch.setattr(live_teacher.StreamedTeacher, "gradient_of", lambda *_: None)
     _, (one,) = distil(llama, student, data, recipe)
@@ -116,12 +146,18 @@ def test_lanes_do_not_change_the_student(
     monkeypatch.setenv(policy.POLICY, "cpu")
     monkeypatch.setattr(lanes, "count", lambda: 2)
     _, (two,) = distil(llama, student, data, recipe)
-    assert two.loss == pytest.approx(one.loss, rel=1e-5) and two.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
+    assert two.loss == pytest.approx(one.loss, rel=1e-5) and two.grad_norm == pytest.approx(
+        one.grad_norm, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_loss_is_kl_per_token(llama: Checkpoint, student: Checkpoint, data: Windows, temperature: float) -> None:
-    """The first step's loss, from whole logits in float64: sum over learnt positions over their number."""
+def test_the_loss_is_kl_per_token(
+    llama: Checkpoint, student: Checkpoint, data: Windows, temperature: float
+) -> None:
+    """The first step's loss, from whole logits in float64: sum over learnt positions over their
+    number.
+    """
     _, steps = distil(llama, student, data, temperature=temperature)
     from mis_mlx.data.token_windows import order
 
@@ -130,7 +166,9 @@ def test_the_loss_is_kl_per_token(llama: Checkpoint, student: Checkpoint, data: 
     for w in at:
         logs = []
         for checkpoint in (llama, student):
-            z = np.array(load.resident(checkpoint, mx.float32)(mx.array(data.tokens[w][None]))[0], np.float64)
+            z = np.array(
+                load.resident(checkpoint, mx.float32)(mx.array(data.tokens[w][None]))[0], np.float64
+            )
             z /= temperature
             logs.append(z - np.log(np.exp(z).sum(-1, keepdims=True)))
         total += float(((np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1) * data.learn[w]).sum())
@@ -141,7 +179,9 @@ def test_the_loss_is_kl_per_token(llama: Checkpoint, student: Checkpoint, data: 
 def test_halny_zero_is_plain_and_wind_scales_the_gradient(
     llama: Checkpoint, student: Checkpoint, data: Windows
 ) -> None:
-    """sigma 0: exactly plain KL. sigma 0.1: the gradient of step k is (1 + eps_k) times the plain one."""
+    """sigma 0: exactly plain KL. sigma 0.1: the gradient of step k is (1 + eps_k) times the plain
+    one.
+    """
     calm, plain = distil(llama, student, data)
     again, _ = distil(llama, student, data, sigma=0.0)
     assert furthest(calm, again) == 0.0
@@ -154,7 +194,9 @@ def test_halny_zero_is_plain_and_wind_scales_the_gradient(
 
 
 def test_micro_batches_line_up(llama: Checkpoint) -> None:
-    """Tokens, mask and the teacher's hidden states of a micro-batch belong to the same positions."""
+    """Tokens, mask and the teacher's hidden states of a micro-batch belong to the same
+    positions.
+    """
     tokens = mx.random.randint(0, 512, (2, 8), key=mx.random.key(0))
     learn = mx.array([[1.0] * 7 + [0.0], [0.0] * 8])
     teacher = live_teacher.StreamedTeacher(llama, None)

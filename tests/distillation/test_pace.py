@@ -1,4 +1,6 @@
-"""Minutes in place of steps: how many fit by the pace of the first ones, and that they are the steps of --iters."""
+"""Minutes in place of steps: how many fit by the pace of the first ones, and that they are the
+steps of --iters.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from tests.test_distill import losses, settings_of
 
 
 def test_the_count_by_pencil() -> None:
-    """The first step is left out of the pace: 2 s a step, 20 s of 60 gone, so 20 more fit. Never fewer than `least`."""
+    """The first step is left out of the pace: 2 s a step, 20 s of 60 gone, so 20 more fit. Never
+    fewer than `least`.
+    """
     found = pace.counted(1.0, [14.0, 2.0, 2.0, 2.0], least=5)
     assert (found.seconds, found.iters) == (2.0, 24)
     assert pace.counted(0.1, [14.0, 2.0, 2.0, 2.0], least=5).iters == 5
@@ -28,7 +32,9 @@ def test_the_count_by_pencil() -> None:
 
 
 class SlowClock(clock.Clock):
-    """A clock on which every step takes as long as it is told to, from the steps that the log has."""
+    """A clock on which every step takes as long as it is told to, from the steps that the log
+    has.
+    """
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -44,7 +50,9 @@ class SlowClock(clock.Clock):
 def test_minutes_end_when_they_are_over(
     flags: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
-    """On two machines, one nearly three times as slow: five minutes of steps take 5 minutes, give or take one."""
+    """On two machines, one nearly three times as slow: five minutes of steps take 5 minutes, give
+    or take one.
+    """
     monkeypatch.setattr(train_loop, "CLOCK", SlowClock(seconds))
     asked = [*flags[: flags.index("--iters")], "--minutes", 5, "--bench-tokens", 0, "--quantize", 0]
 
@@ -53,16 +61,33 @@ def test_minutes_end_when_they_are_over(
     steps = run_folder.metrics(tmp_path / "run")
     total = sum(step["seconds"] for step in steps)
     assert 4 * 60 <= total <= 6 * 60
-    assert len(steps) == result["iters"] == json.loads((tmp_path / "run" / pace.FILE).read_text())["iters"]
+    assert (
+        len(steps)
+        == result["iters"]
+        == json.loads((tmp_path / "run" / pace.FILE).read_text())["iters"]
+    )
     assert steps[-1]["learning_rate"] < 0.2 * max(step["learning_rate"] for step in steps)
 
 
 def test_the_same_number_of_steps_gives_the_same_student(
-    flags: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Done]
+    flags: tuple[object, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: Callable[..., Done],
 ) -> None:
-    """A run that counted its steps, stopped on the way and resumed, against one with that --iters."""
+    """A run that counted its steps, stopped on the way and resumed, against one with that
+    --iters.
+    """
     monkeypatch.setattr(train_loop, "CLOCK", SlowClock(5.0))
-    short = (*flags[: flags.index("--iters")], "--save-every", 3, "--bench-tokens", 0, "--q-iters", 1)
+    short = (
+        *flags[: flags.index("--iters")],
+        "--save-every",
+        3,
+        "--bench-tokens",
+        0,
+        "--q-iters",
+        1,
+    )
     counted = settings_of(distill, (*short, "--minutes", 0.75), tmp_path / "counted")
     steps_of = pace._first_of
     monkeypatch.setattr(pace, "_decided", lambda *_: pytest.fail("stopped here"))
@@ -86,9 +111,13 @@ def test_the_same_number_of_steps_gives_the_same_student(
 def test_where_the_number_must_be_known_it_is_asked_for(
     flags: tuple[object, ...], tmp_path: Path, more: tuple[Any, ...]
 ) -> None:
-    """Targets on disk and a student in parts: one sentence with the number that the plan expects to fit."""
+    """Targets on disk and a student in parts: one sentence with the number that the plan expects to
+    fit.
+    """
     asked = (*flags[: flags.index("--iters")], "--minutes", 1, *more)
     with pytest.raises(MisError, match=r"must know their number at first: give --iters \d+"):
         distill.run(settings_of(distill, asked, tmp_path / "run"))
-    with pytest.raises(MisError, match="--minutes 1 counts the steps, --iters 18 says them: give one"):
+    with pytest.raises(
+        MisError, match="--minutes 1 counts the steps, --iters 18 says them: give one"
+    ):
         distill.run(settings_of(distill, (*flags, "--minutes", 1), tmp_path / "run"))

@@ -1,4 +1,6 @@
-"""One shard trained at a time: the step of the resident model, in little memory, and exact whatever is killed."""
+"""One shard trained at a time: the step of the resident model, in little memory, and exact whatever
+is killed.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,16 @@ from mis_mlx.types import Checkpoint, MisError, Step
 from tests import tiny
 from tests.conftest import mostly_slow
 
-LAYERS, VISIT = 4, 2
+LAYERS = 4
+VISIT = 2
 Arrays = dict[str, dict[str, mx.array]]
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
     """`source(kind)`: a random student of four small blocks, made once."""
-    root, made = tmp_path_factory.mktemp("students"), dict[str, Checkpoint]()
+    root = tmp_path_factory.mktemp("students")
+    made = dict[str, Checkpoint]()
 
     def get(kind: str) -> Checkpoint:
         if kind not in made:
@@ -46,13 +50,24 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoi
 @pytest.fixture(scope="module")
 def smallest(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """Three blocks of a few thousand bytes, for runs that are killed hundreds of times."""
-    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "head_dim": 8}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "head_dim": 8,
+    }
     folder = tmp_path_factory.mktemp("smallest") / "s"
-    return load.open_checkpoint(tiny.make(folder, num_attention_heads=2, num_key_value_heads=1, **sizes))
+    return load.open_checkpoint(
+        tiny.make(folder, num_attention_heads=2, num_key_value_heads=1, **sizes)
+    )
 
 
-def micro_batches(step: int, count: int = 3, width: int = 64, windows: int = 2) -> list[tuple[mx.array, ...]]:
-    """Tokens (2, 16), an uneven learn mask (of the second one empty), and a teacher's hidden states."""
+def micro_batches(
+    step: int, count: int = 3, width: int = 64, windows: int = 2
+) -> list[tuple[mx.array, ...]]:
+    """Tokens (2, 16), an uneven learn mask (of the second one empty), and a teacher's hidden
+    states.
+    """
     made: list[tuple[mx.array, ...]] = []
     for b in range(count):
         keys = mx.random.split(mx.random.key(100 * step + b), 3)
@@ -72,9 +87,12 @@ def schedule(iters: int) -> Any:
     return tiny.schedule(iters, 1e-2, 2)
 
 
-def resident(student: Checkpoint, each: int, iters: int) -> tuple[nn.Module, list[Step], list[Arrays]]:
-    """The same training with everything in memory, all gradients first: the model, the steps, weights and moments after
-    each. Every block has an optimizer of its own."""
+def resident(
+    student: Checkpoint, each: int, iters: int
+) -> tuple[nn.Module, list[Step], list[Arrays]]:
+    """The same training with everything in memory, all gradients first: the model, the steps,
+    weights and moments after each. Every block has an optimizer of its own.
+    """
     model = stream.load_checked(load.resident(student, mx.float32))
     steps: list[Step] = []
     arrays: list[Arrays] = []
@@ -85,29 +103,44 @@ def resident(student: Checkpoint, each: int, iters: int) -> tuple[nn.Module, lis
         return kl(hidden.reshape(-1, hidden.shape[-1]), load.head_weight(model), learn, target)
 
     for number in range(iters):
-        if number % VISIT == 0 and (not number or each < LAYERS):  # of all blocks there is one visit
+        # of all blocks there is one visit
+        if number % VISIT == 0 and (not number or each < LAYERS):
             first = number // VISIT % math.ceil(LAYERS / each) * each
             shard.layers = model.model.layers[first : first + each]
             optimizers = [GuardedAdamW(eight_bit=True) for _ in shard.layers]
-        total, tokens, summed = 0.0, 0.0, None
+        total = 0.0
+        tokens = 0.0
+        summed = None
         for batch in micro_batches(number):
             value, made = nn.value_and_grad(shard, loss)(shard, *batch)
             summed = made if summed is None else tree_map(mx.add, summed, made)
-            total, tokens = total + value, tokens + batch[1].sum().item()
-        norms, rate = [], schedule(iters).rate(number)
+            total = total + value
+            tokens = tokens + batch[1].sum().item()
+        norms = []
+        rate = schedule(iters).rate(number)
         for block, mine, o in zip(shard.layers, summed["layers"], optimizers, strict=True):
             norms.append(global_norm(mine).item() / tokens)
             o.update(block, mine, total.item() / tokens, norms[-1], rate, number + 1, 1 / tokens)
         mx.eval(shard.parameters(), [o.adamw.state for o in optimizers])
-        moments = {f"{j}.{name}": a for j, o in enumerate(optimizers) for name, a in o.arrays().items()}
+        moments = {
+            f"{j}.{name}": a for j, o in enumerate(optimizers) for name, a in o.arrays().items()
+        }
         arrays.append({"model": dict(tree_flatten(shard.parameters())), "optimizer": moments})
-        steps.append(Step(number + 1, total.item() / tokens, math.hypot(*norms), rate, int(tokens), 0.0, 0, ""))
+        steps.append(
+            Step(
+                number + 1, total.item() / tokens, math.hypot(*norms), rate, int(tokens), 0.0, 0, ""
+            )
+        )
     return model, steps, arrays
 
 
-def opened(student: Checkpoint, folder: Path, each: int = 1, files: Files = DISK, **how: Any) -> sharded.Sharded:
+def opened(
+    student: Checkpoint, folder: Path, each: int = 1, files: Files = DISK, **how: Any
+) -> sharded.Sharded:
     """`student` in parts in `folder`, ready to train."""
-    made = sharded.Sharded(model_writer.by_block(student, folder, files), each, VISIT, 0.01, files, **how)
+    made = sharded.Sharded(
+        model_writer.by_block(student, folder, files), each, VISIT, 0.01, files, **how
+    )
     made.begin()
     return made
 
@@ -124,36 +157,56 @@ def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
     return a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]) for name in a)
 
 
-KINDS = [("llama", 1), ("llama", 2), ("llama", 3), ("llama", 4), ("untied", 2), ("qwen2", 2), ("qwen3", 1)]
+KINDS = [
+    ("llama", 1),
+    ("llama", 2),
+    ("llama", 3),
+    ("llama", 4),
+    ("untied", 2),
+    ("qwen2", 2),
+    ("qwen3", 1),
+]
 
 
 @pytest.mark.parametrize(("kind", "each"), mostly_slow(KINDS, *KINDS[2:], of_several=True))
 def test_sharded_is_resident_bit_for_bit(
     tmp_path: Path, source: Callable[[str], Checkpoint], kind: str, each: int
 ) -> None:
-    """A round over all shards, bottom, middle and top, and one visit more, three micro-batches a step.
+    """A round over all shards, bottom, middle and top, and one visit more, three micro-batches a
+    step.
 
-    Loss, gradient norm, weights and moments (the first are the gradient times 0.1) after every step, and the
-    model on disk at the end.
+    Loss, gradient norm, weights and moments (the first are the gradient times 0.1) after every
+    step, and the model on disk at the end.
     """
     iters = VISIT * (math.ceil(LAYERS / each) + 1)
     model, wanted, arrays = resident(source(kind), each, iters)
-    student, got = opened(source(kind), tmp_path / "s", each), []
+    student = opened(source(kind), tmp_path / "s", each)
+    got = []
     for step in student.steps(micro_batches, kl, schedule(iters)):
         got.append(step)
         if step.number % VISIT:
-            assert all(same(student.arrays()[key], arrays[step.number - 1][key]) for key in ("model", "optimizer"))
+            assert all(
+                same(student.arrays()[key], arrays[step.number - 1][key])
+                for key in ("model", "optimizer")
+            )
     assert facts(got) == facts(wanted)
     wanted_weights = dict(tree_flatten(model.parameters()))
     assert same({name: student.take(name) for name in wanted_weights}, wanted_weights)
     end = load.open_checkpoint(tmp_path / "s")
-    assert each == LAYERS or same({name: load.dense(end, name) for name in wanted_weights}, wanted_weights)
-    assert mx.array_equal(student.take("model.embed_tokens.weight"), load.embedding(source(kind), mx.float32).weight)
+    assert each == LAYERS or same(
+        {name: load.dense(end, name) for name in wanted_weights}, wanted_weights
+    )
+    assert mx.array_equal(
+        student.take("model.embed_tokens.weight"), load.embedding(source(kind), mx.float32).weight
+    )
 
 
-def test_room_and_the_page_cache_change_no_bit(tmp_path: Path, source: Callable[[str], Checkpoint]) -> None:
+def test_room_and_the_page_cache_change_no_bit(
+    tmp_path: Path, source: Callable[[str], Checkpoint]
+) -> None:
     """Blocks kept in memory (fewer bytes read), reads past the page cache: the same files."""
-    head, block = 512 * 64 * 4, sum(t.nbytes for n, t in source("llama").tensors.items() if ".layers.1." in n) + 4096
+    head = 512 * 64 * 4
+    block = sum(t.nbytes for n, t in source("llama").tensors.items() if ".layers.1." in n) + 4096
     hows: dict[str, dict[str, Any]] = {
         "plain": {},
         "room": {"room_bytes": head + 2 * block},
@@ -171,8 +224,8 @@ def test_room_and_the_page_cache_change_no_bit(tmp_path: Path, source: Callable[
 def test_memory_holds_a_shard_not_the_student(tmp_path: Path) -> None:
     """24 blocks of 641 KiB, one trainable: two steps, each of another shard, take under 6 MiB.
 
-    That is two slots and one block with its gradient and moments (3.8 MiB), a block's new gradient, 24 x 2 hidden
-    states of 8 KiB, head and logits, or the update (4.3 MiB measured).
+    That is two slots and one block with its gradient and moments (3.8 MiB), a block's new gradient,
+    24 x 2 hidden states of 8 KiB, head and logits, or the update (4.3 MiB measured).
     """
     source = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
     student = sharded.Sharded(model_writer.by_block(source, tmp_path / "s", DISK), 1, 1, 0.01, DISK)
@@ -198,20 +251,34 @@ class Counting(Files):
         do(path, data)
 
 
-def test_blocks_are_written_at_the_end_of_a_visit_only(tmp_path: Path, source: Callable[[str], Checkpoint]) -> None:
-    """Two blocks a visit: their files, all of them and nothing else, at steps 2, 4 and at the last, 5."""
-    files, written = Counting(), []
+def test_blocks_are_written_at_the_end_of_a_visit_only(
+    tmp_path: Path, source: Callable[[str], Checkpoint]
+) -> None:
+    """Two blocks a visit: their files, all of them and nothing else, at steps 2, 4 and at the last,
+    5.
+    """
+    files = Counting()
+    written = []
     student = opened(source("llama"), tmp_path / "s", 2, files)
-    before, files.written = contents(tmp_path / "s"), 0
+    before = contents(tmp_path / "s")
+    files.written = 0
     for _ in student.steps(micro_batches, kl, schedule(5)):
         now = contents(tmp_path / "s")
-        written.append((sorted(name for name in now if now[name] != before.get(name)), files.written))
-        before, files.written = now, 0
+        written.append(
+            (sorted(name for name in now if now[name] != before.get(name)), files.written)
+        )
+        before = now
+        files.written = 0
     low, high = ([f"model-{i:05d}-of-00006.safetensors" for i in pair] for pair in ((2, 3), (4, 5)))
     assert [changed for changed, _ in written] == [
-        [], [*low, "visit.json"], [], [*high, "visit.json"], [*low, "visit.json"],
-    ]  # fmt: skip
-    per_visit = sum((tmp_path / "s" / name).stat().st_size for name in low) + 1  # visit.json is one digit
+        [],
+        [*low, "visit.json"],
+        [],
+        [*high, "visit.json"],
+        [*low, "visit.json"],
+    ]
+    # visit.json is one digit
+    per_visit = sum((tmp_path / "s" / name).stat().st_size for name in low) + 1
     assert [nbytes for _, nbytes in written] == [0, per_visit, 0, per_visit, per_visit]
 
 
@@ -220,13 +287,23 @@ class Killed(BaseException):
 
 
 def run(
-    source: Checkpoint, root: Path, files: Files = DISK, each: int = 2, every: int = VISIT, iters: int = 5,
+    source: Checkpoint,
+    root: Path,
+    files: Files = DISK,
+    each: int = 2,
+    every: int = VISIT,
+    iters: int = 5,
     stop: int | None = None,
-) -> list[Step]:  # fmt: skip
-    """What a command does: start or resume, train, save `every` steps; killed after step `stop` is saved, or not."""
-    steps_dir, done = root / "steps", []
+) -> list[Step]:
+    """What a command does: start or resume, train, save `every` steps; killed after step `stop` is
+    saved, or not.
+    """
+    steps_dir = root / "steps"
+    done = []
     files.make_folder(steps_dir)
-    student = sharded.Sharded(model_writer.by_block(source, root / "s", files), each, VISIT, 0.01, files)
+    student = sharded.Sharded(
+        model_writer.by_block(source, root / "s", files), each, VISIT, 0.01, files
+    )
 
     def save(number: int) -> None:
         arrays = {key: named for key, named in student.arrays().items() if named}
@@ -261,13 +338,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory, smallest: Checkpoint) -> Who
 
 
 @pytest.mark.parametrize("stop", [(1, 1), (2, 1), (3, 2), (4, 2)])
-def test_killed_after_a_step(tmp_path: Path, smallest: Checkpoint, whole: Whole, stop: tuple[int, int]) -> None:
-    """Saved or not, at the end of a visit or not: the rest of the run and the model are the undisturbed run's."""
+def test_killed_after_a_step(
+    tmp_path: Path, smallest: Checkpoint, whole: Whole, stop: tuple[int, int]
+) -> None:
+    """Saved or not, at the end of a visit or not: the rest of the run and the model are the
+    undisturbed run's.
+    """
     number, every = stop
     with pytest.raises(Killed):
         run(smallest, tmp_path, each=1, every=every, iters=6, stop=number)
     rest = run(smallest, tmp_path, each=1, every=every, iters=6)
-    assert (facts(rest), contents(tmp_path / "s")) == (whole[0][number // every * every :], whole[1])
+    assert (facts(rest), contents(tmp_path / "s")) == (
+        whole[0][number // every * every :],
+        whole[1],
+    )
 
 
 def damage(step: Path) -> None:
@@ -280,7 +364,9 @@ def damage(step: Path) -> None:
 def test_a_damaged_checkpoint_can_be_done_without(
     tmp_path: Path, smallest: Checkpoint, whole: Whole, stop: int
 ) -> None:
-    """Two a visit: the newest is damaged, the one before is perhaps of the visit before, and the end is the same."""
+    """Two a visit: the newest is damaged, the one before is perhaps of the visit before, and the
+    end is the same.
+    """
     with pytest.raises(Killed):
         run(smallest, tmp_path, each=1, every=1, iters=6, stop=stop)
     damage(tmp_path / "steps" / f"step-{stop:08d}")
@@ -289,15 +375,23 @@ def test_a_damaged_checkpoint_can_be_done_without(
 
 
 def test_what_cannot_be_exact_is_refused(tmp_path: Path, smallest: Checkpoint) -> None:
-    """Two visits written since the newest whole checkpoint, or no checkpoint at all: one sentence, both numbers."""
+    """Two visits written since the newest whole checkpoint, or no checkpoint at all: one sentence,
+    both numbers.
+    """
     root = tmp_path / "run"
     with pytest.raises(Killed):
-        run(smallest, root, each=1, every=100, iters=8, stop=5)  # visits 0 and 1 are written, 0 was saved
+        # visits 0 and 1 are written, 0 was saved
+        run(smallest, root, each=1, every=100, iters=8, stop=5)
     before = contents(root / "s")
-    with pytest.raises(MisError, match=r"run/s holds blocks of visit 1, but the newest whole checkpoint is of visit 0"):
+    with pytest.raises(
+        MisError,
+        match=r"run/s holds blocks of visit 1, but the newest whole checkpoint is of visit 0",
+    ):
         run(smallest, root, each=1, every=100, iters=8)
     damage(root / "steps" / "step-00000000")
-    with pytest.raises(MisError, match=r"holds blocks of visit 1, but no checkpoint is whole: start a new run"):
+    with pytest.raises(
+        MisError, match=r"holds blocks of visit 1, but no checkpoint is whole: start a new run"
+    ):
         run(smallest, root, each=1, every=100, iters=8)
     assert contents(root / "s") == before
 
@@ -311,9 +405,13 @@ def test_a_resumed_run_keeps_its_shards(tmp_path: Path, smallest: Checkpoint) ->
     assert contents(tmp_path / "run" / "s") == contents(tmp_path / "whole" / "s")
 
 
-def test_three_bad_batches_stop_the_run_across_visits(tmp_path: Path, source: Callable[[str], Checkpoint]) -> None:
+def test_three_bad_batches_stop_the_run_across_visits(
+    tmp_path: Path, source: Callable[[str], Checkpoint]
+) -> None:
     """Visits of one step: the dog counts on, and no block holds anything that is not a number."""
-    student = sharded.Sharded(model_writer.by_block(source("llama"), tmp_path / "s", DISK), 1, 1, 0.01, DISK)
+    student = sharded.Sharded(
+        model_writer.by_block(source("llama"), tmp_path / "s", DISK), 1, 1, 0.01, DISK
+    )
     student.begin()
 
     def poisoned(step: int) -> list[tuple[mx.array, ...]]:
@@ -328,7 +426,9 @@ def test_three_bad_batches_stop_the_run_across_visits(tmp_path: Path, source: Ca
 def test_a_step_in_which_the_machine_slept_changes_nothing(
     tmp_path: Path, source: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lid was closed on the way forth: said, and done again before any update, as if it had not been."""
+    """The lid was closed on the way forth: said, and done again before any update, as if it had not
+    been.
+    """
 
     class Lid(Clock):
         naps = 1
@@ -346,15 +446,18 @@ def test_a_step_in_which_the_machine_slept_changes_nothing(
 
 
 def test_every_block_has_its_own_dog(tmp_path: Path, source: Callable[[str], Checkpoint]) -> None:
-    """Ten steps, then one a hundred times as loud: each block is clipped to a bound of its own, and the note says so.
-    They remember as many norms when they are restored."""
+    """Ten steps, then one a hundred times as loud: each block is clipped to a bound of its own, and
+    the note says so. They remember as many norms when they are restored.
+    """
     student = opened(source("llama"), tmp_path / "s", LAYERS)
 
     def loud(step: int) -> float:
         return 100.0 if step == 10 else 1.0
 
     *_, last = student.steps(micro_batches, kl, schedule(11), factor=loud)
-    clipped = [float(bound) for bound in re.findall(r"block \d: clipped \S+ to ([0-9.]+)", last.note)]
+    clipped = [
+        float(bound) for bound in re.findall(r"block \d: clipped \S+ to ([0-9.]+)", last.note)
+    ]
     assert len(clipped) == LAYERS and all(len(o.norms) == 11 for o in student.optimizers)
     again = sharded.Sharded(load.open_checkpoint(tmp_path / "s"), 1, 1, 0.01, DISK)
     again.restore(student.arrays(), student.memory())
@@ -363,11 +466,18 @@ def test_every_block_has_its_own_dog(tmp_path: Path, source: Callable[[str], Che
 
 @pytest.mark.usefixtures("cpu_policy")
 @pytest.mark.parametrize("shard", [1, LAYERS])
-def test_numpy_computes_the_loss_of_the_graph(tmp_path: Path, source: Callable[[str], Checkpoint], shard: int) -> None:
-    """A step by `slopes` is one by `loss`: the loss to 1e-6, the gradients to 1e-5 of the largest."""
-    student = sharded.Sharded(model_writer.by_block(source("llama"), tmp_path / "s", DISK), shard, VISIT, 0.0, DISK)
+def test_numpy_computes_the_loss_of_the_graph(
+    tmp_path: Path, source: Callable[[str], Checkpoint], shard: int
+) -> None:
+    """A step by `slopes` is one by `loss`: the loss to 1e-6, the gradients to 1e-5 of the
+    largest.
+    """
+    student = sharded.Sharded(
+        model_writer.by_block(source("llama"), tmp_path / "s", DISK), shard, VISIT, 0.0, DISK
+    )
     student.begin()
-    teacher_head, batches = 0.05 * mx.random.normal((512, 64), key=mx.random.key(9)), micro_batches(0)
+    teacher_head = 0.05 * mx.random.normal((512, 64), key=mx.random.key(9))
+    batches = micro_batches(0)
 
     def slopes(head: mx.array, given: Any, b: int, hidden: mx.array) -> tuple[float, mx.array]:
         _, learn, target = given[b]
@@ -377,7 +487,9 @@ def test_numpy_computes_the_loss_of_the_graph(tmp_path: Path, source: Callable[[
         assert none is None
         return value, slope
 
-    ((a, n), *left), ((b, m), *right) = (list(student.gradients(batches, kl, s)) for s in (None, slopes))
+    ((a, n), *left), ((b, m), *right) = (
+        list(student.gradients(batches, kl, s)) for s in (None, slopes)
+    )
     assert n == m and a == pytest.approx(b, rel=1e-6)
     assert [i for i, _ in left] == [i for i, _ in right] == list(reversed(student.blocks))
     for (_, ours), (_, theirs) in zip(left, right, strict=True):

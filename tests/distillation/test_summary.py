@@ -19,8 +19,10 @@ def test_worse_than_pruned_is_said(distilled: float, worse: list[str], llama: Ch
     models = dict.fromkeys(("teacher", "pruned", "distilled"), llama)
     sizes = [Row(name, "params", 1.0) for name in models]
     quality = {"English": (2.0, 4.0, 2.5), "Polish": (2.0, 3.5, distilled)}
-    rows = {text: [Row(m, "nll", v, 0.1, 0.1, 3) for m, v in zip(models, losses, strict=True)]
-            for text, losses in quality.items()}  # fmt: skip
+    rows = {
+        text: [Row(m, "nll", v, 0.1, 0.1, 3) for m, v in zip(models, losses, strict=True)]
+        for text, losses in quality.items()
+    }
     page = summary.page(models, sizes, rows, 32)
     said = [text for text in quality if f"On {text} distillation made the student worse" in page]
     assert said == worse and ("3.900 nats/token, where it had 3.500" in page) == bool(worse)
@@ -29,8 +31,12 @@ def test_worse_than_pruned_is_said(distilled: float, worse: list[str], llama: Ch
 @pytest.mark.parametrize(
     ("loops", "first"), [(5, "**The student repeats itself**: 5 of 8 "), (0, "Answers in English")]
 )
-def test_the_page_begins_with_what_the_students_answer(loops: int, first: str, llama: Checkpoint) -> None:
-    """That it repeats itself, if it does; then a table for every language, then all that was there before."""
+def test_the_page_begins_with_what_the_students_answer(
+    loops: int, first: str, llama: Checkpoint
+) -> None:
+    """That it repeats itself, if it does; then a table for every language, then all that was there
+    before.
+    """
     models = dict.fromkeys(("teacher", "pruned", "distilled", "4-bit"), llama)
     sizes = [Row(name, "params", 1.0) for name in models]
     quality = {"English": [Row(name, "nll", 2.0, 0.1, 0.1, 3) for name in models]}
@@ -44,28 +50,41 @@ def test_the_page_begins_with_what_the_students_answer(loops: int, first: str, l
     lines = page.splitlines()
     assert "Answers in English to 8 prompts that no training knows, ± 95 %" in lines
     assert "Answers in Polish" not in page
-    (loops_row,) = (line for line in lines if line.startswith("| own answers that repeat themselves"))
+    (loops_row,) = (
+        line for line in lines if line.startswith("| own answers that repeat themselves")
+    )
     cells = [cell.strip().split(" ")[0] for cell in loops_row.strip("|").split("|")]
     assert cells[1] == "0" and cells[4] == f"{100 * loops / 8:.0f}"
     assert cells[2] == cells[3] != "0"  # of these nobody asked
 
 
 def test_what_was_won_and_lost_is_one_sentence(llama: Checkpoint) -> None:
-    """By pencil: a third fewer parameters, the file a fifth, 1.5 times as fast, losses against the teacher's."""
+    """By pencil: a third fewer parameters, the file a fifth, 1.5 times as fast, losses against the
+    teacher's.
+    """
     models = dict.fromkeys(("teacher", "pruned", "distilled", "4-bit"), llama)
     figures = {"params": (150.0, 100.0, 100.0, 100.0), "bytes": (300.0, 200.0, 200.0, 60.0),
                "decode_tps": (10.0, 15.0, 15.0, 30.0)}  # fmt: skip
-    sizes = [Row(n, metric, v) for metric, values in figures.items() for n, v in zip(models, values, strict=True)]
-    rows = {"English": [Row(n, "bpb", v) for n, v in zip(models, (1.0, 1.5, 1.1, 1.14), strict=True)]}
+    sizes = [
+        Row(n, metric, v)
+        for metric, values in figures.items()
+        for n, v in zip(models, values, strict=True)
+    ]
+    rows = {
+        "English": [Row(n, "bpb", v) for n, v in zip(models, (1.0, 1.5, 1.1, 1.14), strict=True)]
+    }
     assert summary.won(models, sizes, rows) == (
-        "The student against its teacher: 33% fewer parameters, 300.0 -> 60.0 MB, decodes 1.5x as fast unquantized; "
+        "The student against its teacher: 33% fewer parameters, 300.0 -> 60.0 MB, decodes 1.5x as "
+        "fast unquantized; "
         "English +0.100 bits per byte, 4 bits add 0.040."
     )
-    large = [row for row in sizes if (row.model, row.metric) != ("teacher", "decode_tps")]  # whole it fits no budget
+    # whole it fits no budget
+    large = [row for row in sizes if (row.model, row.metric) != ("teacher", "decode_tps")]
     assert "decodes" not in summary.won(models, large, rows)
     dense = dict.fromkeys(("teacher", "pruned", "distilled"), llama)
     assert summary.won(dense, [Row(n, "params", 1.0) for n in dense], rows) == (
-        "The student against its teacher: 0% fewer parameters; English +0.100 bits per byte, 4 bits add 0.040."
+        "The student against its teacher: 0% fewer parameters; English +0.100 bits per byte, 4 "
+        "bits add 0.040."
     )
 
 
@@ -76,6 +95,10 @@ def test_lines_to_paste_name_programs_and_folders_that_shells_take(
     monkeypatch.chdir(tmp_path)
     said = summary.next_steps(tmp_path / "my run")
     lines = [shlex.split(line, comments=True) for line in said.splitlines()[1:]]
-    assert [line[2:4] for line in lines] == [["mlx_lm", "generate"], ["mis_mlx", "export"], ["mis_mlx", "report"]]
+    assert [line[2:4] for line in lines] == [
+        ["mlx_lm", "generate"],
+        ["mis_mlx", "export"],
+        ["mis_mlx", "report"],
+    ]
     assert lines[2][4] == "my run" and lines[1][5] == "my run/model"
     assert all(Path(line[0]).samefile(sys.executable) for line in lines)

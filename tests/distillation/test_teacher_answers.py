@@ -1,4 +1,6 @@
-"""A teacher answers prompts: what is usable is kept, a run that was stopped goes on, second turns follow the first."""
+"""A teacher answers prompts: what is usable is kept, a run that was stopped goes on, second turns
+follow the first.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,10 @@ def three_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 ASKED = prompts.train(10)
 HOW = teacher_answers.Writing(ASKED, max_tokens=12)
-TWO_TURNS = [Prompt("second turn", "en", (f"What is a {thing}?", "Why?")) for thing in ("cat", "dog", "fox", "cow")]
+TWO_TURNS = [
+    Prompt("second turn", "en", (f"What is a {thing}?", "Why?"))
+    for thing in ("cat", "dog", "fox", "cow")
+]
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -51,7 +56,9 @@ def watched(monkeypatch: pytest.MonkeyPatch, stop_after: int = 10**9) -> list[li
     seen = list[list[answers.Prompt]]()
     real = answers.answered
 
-    def answered(writer: Any, tokenizer: Any, batch: Sequence[answers.Prompt], *rest: Any, **how: Any) -> list[Answer]:
+    def answered(
+        writer: Any, tokenizer: Any, batch: Sequence[answers.Prompt], *rest: Any, **how: Any
+    ) -> list[Answer]:
         if len(seen) == stop_after:
             raise KeyboardInterrupt
         seen.append(list(batch))
@@ -62,13 +69,20 @@ def watched(monkeypatch: pytest.MonkeyPatch, stop_after: int = 10**9) -> list[li
 
 
 def test_what_is_kept_is_what_says_something(
-    chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    chat: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A row for every conversation that is kept, in the order of the prompts; nothing else is left in the folder."""
+    """A row for every conversation that is kept, in the order of the prompts; nothing else is left
+    in the folder.
+    """
     said = list[tuple[answers.Prompt, Answer]]()
     real = answers.answered
 
-    def answered(writer: Any, tokenizer: Any, batch: Sequence[answers.Prompt], *rest: Any, **how: Any) -> list[Answer]:
+    def answered(
+        writer: Any, tokenizer: Any, batch: Sequence[answers.Prompt], *rest: Any, **how: Any
+    ) -> list[Answer]:
         found = real(writer, tokenizer, batch, *rest, **how)
         said.extend(zip(batch, found, strict=True))
         return found
@@ -79,7 +93,9 @@ def test_what_is_kept_is_what_says_something(
 
     kept = teacher_answers.write(chat, replace(HOW, prompts=one_turn), out, memory.budget(None))
 
-    good = [(prompt, text) for prompt, answer in said if (text := teacher_answers.kept_text(answer))]
+    good = [
+        (prompt, text) for prompt, answer in said if (text := teacher_answers.kept_text(answer))
+    ]
     assert 0 < kept == len(good) <= len(said) == len(one_turn)
     wanted = [[*prompt.messages, {"role": "assistant", "content": text}] for prompt, text in good]
     assert [row["messages"] for row in rows_of(out)] == wanted
@@ -88,20 +104,28 @@ def test_what_is_kept_is_what_says_something(
 
 
 def test_what_is_kept_by_hand() -> None:
-    """Nothing of loops and of what says nothing; of an answer that was cut off its whole sentences, or all of one."""
-    assert teacher_answers.kept_text(Answer(" A cat is an animal.\n", ended=True)) == "A cat is an animal."
-    assert teacher_answers.kept_text(Answer("It is “big.” It eats 3.5 kg. And it", ended=False)) == (
-        "It is “big.” It eats 3.5 kg."
+    """Nothing of loops and of what says nothing; of an answer that was cut off its whole sentences,
+    or all of one.
+    """
+    assert (
+        teacher_answers.kept_text(Answer(" A cat is an animal.\n", ended=True))
+        == "A cat is an animal."
     )
+    assert teacher_answers.kept_text(
+        Answer("It is “big.” It eats 3.5 kg. And it", ended=False)
+    ) == ("It is “big.” It eats 3.5 kg.")
     assert teacher_answers.kept_text(Answer("A cat is an", ended=False)) == "A cat is an"
     assert teacher_answers.kept_text(Answer(" …\n", ended=True)) == ""
     assert teacher_answers.kept_text(Answer("I'm not sure. " * 30, ended=True)) == ""
 
 
 @pytest.mark.parametrize("batches", [0, 1, 3])
-def test_a_killed_run_goes_on(chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
-    """After so many of its four batches, and in the middle of the next one's line: no batch is written twice, and the
-    file is the same to the byte."""
+def test_a_killed_run_goes_on(
+    chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int
+) -> None:
+    """After so many of its four batches, and in the middle of the next one's line: no batch is
+    written twice, and the file is the same to the byte.
+    """
     limit = memory.budget(None)
     teacher_answers.write(chat, HOW, tmp_path / "whole.jsonl", limit)
     out = tmp_path / "answers.jsonl"
@@ -116,7 +140,12 @@ def test_a_killed_run_goes_on(chat: Checkpoint, tmp_path: Path, monkeypatch: pyt
 
     teacher_answers.write(chat, HOW, out, limit)
 
-    firsts = [prompt.messages[0]["content"] for batch in seen for prompt in batch if len(prompt.messages) == 1]
+    firsts = [
+        prompt.messages[0]["content"]
+        for batch in seen
+        for prompt in batch
+        if len(prompt.messages) == 1
+    ]
     assert firsts == [prompt.turns[0] for prompt in ASKED[3 * batches :]]
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not part.exists()
@@ -149,7 +178,9 @@ def test_what_was_begun_otherwise_begins_anew(
 def test_answers_do_not_depend_on_what_is_beside_them(
     chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One at a time, or all together, second turns among them: the same file; another seed gives another one."""
+    """One at a time, or all together, second turns among them: the same file; another seed gives
+    another one.
+    """
     limit = memory.budget(None)
     how = replace(HOW, prompts=[*ASKED[:4], *TWO_TURNS])
     files = list[bytes]()
@@ -165,13 +196,25 @@ def test_answers_do_not_depend_on_what_is_beside_them(
 def test_a_second_turn_follows_the_teachers_own_first_answer(
     chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It reads the conversation so far; where its first answer says nothing it is not asked again; where the second
-    says nothing, the first stays; one that was cut off ends the conversation."""
-    said = {"What is a cat?": "An animal.", "What is a dog?": "", "What is a fox?": "Red.", "What is a cow?": "Big."}
-    second = {"An animal.": Answer("It eats mice.", True), "Red.": Answer("…", False), "Big.": Answer("Milk", True)}
+    """It reads the conversation so far; where its first answer says nothing it is not asked again;
+    where the second says nothing, the first stays; one that was cut off ends the conversation.
+    """
+    said = {
+        "What is a cat?": "An animal.",
+        "What is a dog?": "",
+        "What is a fox?": "Red.",
+        "What is a cow?": "Big.",
+    }
+    second = {
+        "An animal.": Answer("It eats mice.", True),
+        "Red.": Answer("…", False),
+        "Big.": Answer("Milk", True),
+    }
     seen = list[list[tuple[dict[str, str], ...]]]()
 
-    def answered(writer: Any, tokenizer: Any, batch: Sequence[answers.Prompt], *rest: Any, **how: Any) -> list[Answer]:
+    def answered(
+        writer: Any, tokenizer: Any, batch: Sequence[answers.Prompt], *rest: Any, **how: Any
+    ) -> list[Answer]:
         seen.append([prompt.messages for prompt in batch])
         assert len(how["samplers"]) == len(batch)
         if len(batch[0].messages) == 1:
@@ -181,23 +224,39 @@ def test_a_second_turn_follows_the_teachers_own_first_answer(
     monkeypatch.setattr(answers, "answered", answered)
     monkeypatch.setattr(teacher_answers, "AT_ONCE", (4,))
 
-    kept = teacher_answers.write(chat, replace(HOW, prompts=TWO_TURNS), tmp_path / "a.jsonl", memory.budget(None))
+    kept = teacher_answers.write(
+        chat, replace(HOW, prompts=TWO_TURNS), tmp_path / "a.jsonl", memory.budget(None)
+    )
 
     assert kept == 3 and len(seen) == 2
     cat, fox, cow = (row["messages"] for row in rows_of(tmp_path / "a.jsonl"))
-    assert [message["content"] for message in cat] == ["What is a cat?", "An animal.", "Why?", "It eats mice."]
+    assert [message["content"] for message in cat] == [
+        "What is a cat?",
+        "An animal.",
+        "Why?",
+        "It eats mice.",
+    ]
     assert [message["role"] for message in cat] == ["user", "assistant"] * 2
     assert [message["content"] for message in fox] == ["What is a fox?", "Red."]
     assert [message["content"] for message in cow] == ["What is a cow?", "Big.", "Why?", "Milk"]
     assert seen[1] == [tuple(cat[:3]), (*fox, {"role": "user", "content": "Why?"}), tuple(cow[:3])]
 
 
-def test_second_turns_of_a_real_teacher(chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without anything made up: what it is asked in the end is its own answer, and the user's next turn."""
+def test_second_turns_of_a_real_teacher(
+    chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without anything made up: what it is asked in the end is its own answer, and the user's next
+    turn.
+    """
     seen = watched(monkeypatch)
-    many = [Prompt("second turn", "en", (f"What is {number}?", "Why?", "Really?")) for number in range(20)]
+    many = [
+        Prompt("second turn", "en", (f"What is {number}?", "Why?", "Really?"))
+        for number in range(20)
+    ]
 
-    teacher_answers.write(chat, replace(HOW, prompts=many), tmp_path / "a.jsonl", memory.budget(None))
+    teacher_answers.write(
+        chat, replace(HOW, prompts=many), tmp_path / "a.jsonl", memory.budget(None)
+    )
 
     rows = [row["messages"] for row in rows_of(tmp_path / "a.jsonl")]
     asked = [list(prompt.messages) for batch in seen for prompt in batch]
@@ -207,7 +266,9 @@ def test_second_turns_of_a_real_teacher(chat: Checkpoint, tmp_path: Path, monkey
 
 
 def test_hardly_any_usable_answer_is_a_sentence(tmp_path: Path) -> None:
-    """Of a teacher that says nothing: both numbers, and what to do; no file is left that a later run would take."""
+    """Of a teacher that says nothing: both numbers, and what to do; no file is left that a later
+    run would take.
+    """
     silent = load.open_checkpoint(tiny.talking(tmp_path / "silent", ending=50.0))
     out = tmp_path / "answers" / "answers.jsonl"
 
@@ -246,7 +307,9 @@ def replace_turns(prompt: Prompt) -> Prompt:
 
 
 def test_our_prompts_come_in_turn() -> None:
-    """In both languages or one; a count takes the first ones; of every kind some among the fewest that are asked."""
+    """In both languages or one; a count takes the first ones; of every kind some among the fewest
+    that are asked.
+    """
     everything = prompts.train()
     english = prompts.train(languages=["en"])
 

@@ -16,15 +16,21 @@ from tests.conftest import Done, sentence
 def test_nobody_to_tell(tmp_path: Path) -> None:
     """No name, no reporter, and mlx-lm is not even imported."""
     summary.trackers(None)
-    assert summary.reporter(None, tmp_path, {}) is None and summary.reporter("", tmp_path, {}) is None
+    assert (
+        summary.reporter(None, tmp_path, {}) is None and summary.reporter("", tmp_path, {}) is None
+    )
 
 
-def test_unknown_and_missing_are_sentences(monkeypatch: pytest.MonkeyPatch, command: Callable[..., Done]) -> None:
+def test_unknown_and_missing_are_sentences(
+    monkeypatch: pytest.MonkeyPatch, command: Callable[..., Done]
+) -> None:
     """Before any work: a name that is not known, a package that is not installed."""
     refused = sentence(command("distill", "--report-to", "graph"))
     assert "--report-to graph is not known: give tensorboard, wandb, swanlab" in refused
     monkeypatch.setattr(summary, "find_spec", lambda name: None)
-    with pytest.raises(MisError, match="--report-to tensorboard needs a package .* pip install tensorboardX"):
+    with pytest.raises(
+        MisError, match="--report-to tensorboard needs a package .* pip install tensorboardX"
+    ):
         summary.trackers("tensorboard")
 
 
@@ -39,8 +45,10 @@ def test_tensorboard_gets_mlx_lms_keys(tmp_path: Path) -> None:
         tell(Step(number, loss, 1.0, 1e-3, 500, 2.0, 3 * 10**9))
     found: dict[tuple[int, str], float] = {}
     until = time.monotonic() + 30
-    while (2, "peak_memory") not in found and time.monotonic() < until:  # a thread of its own writes
-        raw, at = next((tmp_path / "tensorboard").iterdir()).read_bytes(), 0
+    # a thread of its own writes
+    while (2, "peak_memory") not in found and time.monotonic() < until:
+        raw = next((tmp_path / "tensorboard").iterdir()).read_bytes()
+        at = 0
         while at + 12 < len(raw):  # length (8), its check (4), the event, its check (4)
             size = int.from_bytes(raw[at : at + 8], "little")
             event = Event.FromString(raw[at + 12 : at + 12 + size])

@@ -1,4 +1,6 @@
-"""The loop: a step cut into micro-batches is the same step; stopping and going on changes nothing."""
+"""The loop: a step cut into micro-batches is the same step; stopping and going on changes
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,15 @@ def net() -> nn.Module:
     made = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
     keys = mx.random.split(mx.random.key(0), 8)
     shapes = [(n, p.shape) for n, p in tree_flatten(made.parameters())]
-    made.load_weights([(n, 0.5 * mx.random.normal(s, key=keys[i])) for i, (n, s) in enumerate(shapes)])
+    made.load_weights(
+        [(n, 0.5 * mx.random.normal(s, key=keys[i])) for i, (n, s) in enumerate(shapes)]
+    )
     return made
 
 
-def squares(model: nn.Module, x: mx.array, y: mx.array, learn: mx.array) -> tuple[mx.array, mx.array]:
+def squares(
+    model: nn.Module, x: mx.array, y: mx.array, learn: mx.array
+) -> tuple[mx.array, mx.array]:
     return (mx.square(model(x)[:, 0] - y) * learn).sum(), learn.sum()
 
 
@@ -42,7 +48,9 @@ def cut(sizes: list[int]) -> Any:
 
     def micro_batches(step: int) -> list[tuple[mx.array, ...]]:
         ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-        return [tuple(a[end - n : end] for a in rows(step)) for n, end in zip(sizes, ends, strict=True)]
+        return [
+            tuple(a[end - n : end] for a in rows(step)) for n, end in zip(sizes, ends, strict=True)
+        ]
 
     return micro_batches
 
@@ -51,27 +59,41 @@ def weights(model: nn.Module) -> dict[str, Any]:
     return {n: p.tolist() for n, p in tree_flatten(model.parameters())}
 
 
-def run(model: nn.Module, optimizer: GuardedAdamW, micro_batches: Any, start: int = 0, **more: Any) -> list[Step]:
-    return list(train_loop.train(model, micro_batches, squares, optimizer, tiny.schedule(6, 1e-2, 2), start, **more))
+def run(
+    model: nn.Module, optimizer: GuardedAdamW, micro_batches: Any, start: int = 0, **more: Any
+) -> list[Step]:
+    return list(
+        train_loop.train(
+            model, micro_batches, squares, optimizer, tiny.schedule(6, 1e-2, 2), start, **more
+        )
+    )
 
 
 @pytest.mark.parametrize("sizes", [[6, 6], [1, 11], [5, 1, 6], [1] * 12])
 def test_micro_batches_do_not_change_a_step(sizes: list[int]) -> None:
-    """However 12 rows with an uneven mask are cut (parts without a counted row included): same step to 1e-6."""
-    whole, parts = net(), net()
-    one, many = run(whole, GuardedAdamW(), cut([12])), run(parts, GuardedAdamW(), cut(sizes))
+    """However 12 rows with an uneven mask are cut (parts without a counted row included): same step
+    to 1e-6.
+    """
+    whole = net()
+    parts = net()
+    one = run(whole, GuardedAdamW(), cut([12]))
+    many = run(parts, GuardedAdamW(), cut(sizes))
     for a, b in zip(one, many, strict=True):
         assert (a.loss, a.grad_norm, a.tokens) == (
             pytest.approx(b.loss, rel=1e-6),
             pytest.approx(b.grad_norm, rel=1e-5),
             6,
         )
-    for (name, a), (_, b) in zip(tree_flatten(whole.parameters()), tree_flatten(parts.parameters()), strict=True):
+    for (name, a), (_, b) in zip(
+        tree_flatten(whole.parameters()), tree_flatten(parts.parameters()), strict=True
+    ):
         assert mx.abs(a - b).max().item() < 1e-6, name
 
 
 def test_further_sums_come_as_means_and_tokens_as_a_number() -> None:
-    """A loss that tells more: means over what it counts, whatever the cut; "tokens" is what the step then names."""
+    """A loss that tells more: means over what it counts, whatever the cut; "tokens" is what the
+    step then names.
+    """
 
     def telling(model: nn.Module, x: mx.array, y: mx.array, learn: mx.array) -> tuple[Any, ...]:
         total, count = squares(model, x, y, learn)
@@ -79,7 +101,8 @@ def test_further_sums_come_as_means_and_tokens_as_a_number() -> None:
 
     schedule = tiny.schedule(2, 1e-2, 2)
     whole, parts = (
-        list(train_loop.train(net(), cut(sizes), telling, GuardedAdamW(), schedule)) for sizes in ([12], [5, 1, 6])
+        list(train_loop.train(net(), cut(sizes), telling, GuardedAdamW(), schedule))
+        for sizes in ([12], [5, 1, 6])
     )
     for number, (a, b) in enumerate(zip(whole, parts, strict=True)):
         _, y, learn = rows(number)
@@ -89,14 +112,25 @@ def test_further_sums_come_as_means_and_tokens_as_a_number() -> None:
 
 
 def test_a_step_by_pencil() -> None:
-    """y = w x with w = 2, x = 1 and 3, targets 0, the second masked: loss 4, gradient 4, norm 4, 1 token."""
+    """y = w x with w = 2, x = 1 and 3, targets 0, the second masked: loss 4, gradient 4, norm 4, 1
+    token.
+    """
     model = nn.Linear(1, 1, bias=False)
     model.weight = mx.array([[2.0]])
     batch = (mx.array([[1.0], [3.0]]), mx.array([0.0, 0.0]), mx.array([1.0, 0.0]))
     schedule = tiny.schedule(1, 0.5, 1)
-    (step,) = train_loop.train(model, lambda _: [batch], squares, GuardedAdamW(weight_decay=0.0), schedule)
-    assert (step.number, step.loss, step.grad_norm, step.learning_rate, step.tokens) == (1, 4.0, 4.0, 0.5, 1)
-    assert model.weight.item() == pytest.approx(1.5, abs=1e-6)  # Adam's first step is the learning rate
+    (step,) = train_loop.train(
+        model, lambda _: [batch], squares, GuardedAdamW(weight_decay=0.0), schedule
+    )
+    assert (step.number, step.loss, step.grad_norm, step.learning_rate, step.tokens) == (
+        1,
+        4.0,
+        4.0,
+        0.5,
+        1,
+    )
+    # Adam's first step is the learning rate
+    assert model.weight.item() == pytest.approx(1.5, abs=1e-6)
 
 
 def test_all_masked_is_not_a_division_by_zero() -> None:
@@ -104,7 +138,9 @@ def test_all_masked_is_not_a_division_by_zero() -> None:
     model = net()
     x, y, learn = rows(0)
     schedule = tiny.schedule(1, 1e-2, 1)
-    (step,) = train_loop.train(model, lambda _: [(x, y, 0 * learn)], squares, GuardedAdamW(weight_decay=0.0), schedule)
+    (step,) = train_loop.train(
+        model, lambda _: [(x, y, 0 * learn)], squares, GuardedAdamW(weight_decay=0.0), schedule
+    )
     assert (step.loss, step.grad_norm) == (0.0, 0.0)
     assert weights(model) == weights(net())
 
@@ -124,31 +160,43 @@ def test_the_factor_scales_the_gradient_not_the_loss() -> None:
 
 @pytest.mark.parametrize("stop", [1, 3, 5])
 def test_stopping_and_going_on_is_bit_equal(stop: int) -> None:
-    """Weights and moments through arrays and restore: the end is that of the run that never stopped."""
-    whole, optimizer = net(), GuardedAdamW()
+    """Weights and moments through arrays and restore: the end is that of the run that never
+    stopped.
+    """
+    whole = net()
+    optimizer = GuardedAdamW()
     steps = run(whole, optimizer, cut([6, 6]))
-    first, before = net(), GuardedAdamW()
+    first = net()
+    before = GuardedAdamW()
     for step in train_loop.train(first, cut([6, 6]), squares, before, tiny.schedule(6, 1e-2, 2)):
         if step.number == stop:
             break
-    second, after = net(), GuardedAdamW()
-    train_loop.Whole(second, after).restore(train_loop.Whole(first, before).arrays(), before.memory())
+    second = net()
+    after = GuardedAdamW()
+    train_loop.Whole(second, after).restore(
+        train_loop.Whole(first, before).arrays(), before.memory()
+    )
     rest = run(second, after, cut([6, 6]), start=stop)
     assert [s.number for s in rest] == list(range(stop + 1, 7))
     assert [s.loss for s in rest] == [s.loss for s in steps[stop:]]
     assert weights(second) == weights(whole)
-    assert {n: a.tolist() for n, a in after.arrays().items()} == {n: a.tolist() for n, a in optimizer.arrays().items()}
+    assert {n: a.tolist() for n, a in after.arrays().items()} == {
+        n: a.tolist() for n, a in optimizer.arrays().items()
+    }
 
 
 def test_a_batch_of_nan_is_skipped_and_noted() -> None:
     """One poisoned batch: noted, nothing moved, and the next step goes on from there."""
-    model, seen = net(), []
+    model = net()
+    seen = []
 
     def micro_batches(step: int) -> list[tuple[mx.array, ...]]:
         x, y, learn = rows(step)
         return [(x * math.nan if step == 2 else x, y, learn)]
 
-    for step in train_loop.train(model, micro_batches, squares, GuardedAdamW(), tiny.schedule(4, 1e-2, 1)):
+    for step in train_loop.train(
+        model, micro_batches, squares, GuardedAdamW(), tiny.schedule(4, 1e-2, 1)
+    ):
         seen.append((step.note, weights(model)))
     assert [note for note, _ in seen] == ["", "", "skipped: not a number", ""]
     assert seen[1][1] == seen[2][1] != seen[3][1]

@@ -29,11 +29,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def quiz(count: int, **more: Any) -> questions.Task:
     """Sums with two to four options; some are longer than others."""
-    rng, rows = random.Random(0), []
+    rng = random.Random(0)
+    rows = []
     for n in range(count):
         options = rng.sample([str(k) for k in range(10, 1000, 7)], 2 + n % 3)
         rows.append(
-            {"question": f"How much is {n} plus {'1 + ' * (n % 20)}1?", "options": options, "answer": options[n % 2]}
+            {
+                "question": f"How much is {n} plus {'1 + ' * (n % 20)}1?",
+                "options": options,
+                "answer": options[n % 2],
+            }
         )
     return questions.task("quiz", rows, "", **more)
 
@@ -46,7 +51,9 @@ def likelihoods(checkpoint: Checkpoint, task: questions.Task) -> list[list[float
 
 def test_answers_are_kept_and_used(llama: Checkpoint) -> None:
     """A second look asks nothing; a mark is of the likeliest option, as it is kept."""
-    task, sha256, limit = quiz(30), answering.sha256(llama), memory.budget(None)
+    task = quiz(30)
+    sha256 = answering.sha256(llama)
+    limit = memory.budget(None)
     assert answering.plan(llama, sha256, task, limit) is not None
     first = answering.scores(llama, sha256, task, limit)
     kept = likelihoods(llama, task)
@@ -55,17 +62,25 @@ def test_answers_are_kept_and_used(llama: Checkpoint) -> None:
     assert answering.plan(llama, sha256, task, limit) is None
     path = answering.kept(sha256, task.sha256)
     before = path.read_bytes()
-    assert answering.scores(llama, sha256, task, limit).tolist() == right and path.read_bytes() == before
+    assert (
+        answering.scores(llama, sha256, task, limit).tolist() == right
+        and path.read_bytes() == before
+    )
     odd = {"n": 0, "text": "one\u2028two\x85three"}  # U+2028 ends a line for Python, not for JSON
     path.write_text(json.dumps(odd, ensure_ascii=False) + "\n", "utf-8")
     assert answering.read(path) == {0: odd}
 
 
 def test_a_stopped_run_goes_on(llama: Checkpoint) -> None:
-    """Killed after ten answers, in the middle of a line: these ten are not asked again, and nothing is lost."""
-    task, sha256, limit = quiz(30), answering.sha256(llama), memory.budget(None)
+    """Killed after ten answers, in the middle of a line: these ten are not asked again, and nothing
+    is lost.
+    """
+    task = quiz(30)
+    sha256 = answering.sha256(llama)
+    limit = memory.budget(None)
     whole = answering.scores(llama, sha256, task, limit)
-    path, exact = answering.kept(sha256, task.sha256), likelihoods(llama, task)
+    path = answering.kept(sha256, task.sha256)
+    exact = likelihoods(llama, task)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:10]) + lines[10][: len(lines[10]) // 2])
     assert len(answering.todo(sha256, task)[2]) == 20
@@ -79,7 +94,10 @@ def test_a_stopped_run_goes_on(llama: Checkpoint) -> None:
 @pytest.mark.usefixtures("cpu_policy")  # its budgets are for float32
 def test_a_small_budget_gives_the_same_marks(llama: Checkpoint) -> None:
     """Blocks are read again for every part where they do not fit; the numbers stay."""
-    task, sha256, little, much = quiz(40), answering.sha256(llama), Budget(int(7.77 * MIB)), Budget(1000 * MIB)
+    task = quiz(40)
+    sha256 = answering.sha256(llama)
+    little = Budget(int(7.77 * MIB))
+    much = Budget(1000 * MIB)
     poor, rich = (answering.plan(llama, sha256, task, limit) for limit in (little, much))
     assert poor and rich and poor.peak_bytes <= 8 * MIB and poor.pinned == 0 < rich.pinned
     assert poor.read_bytes > 5 * rich.read_bytes == 5 * llama.nbytes
@@ -96,7 +114,9 @@ def test_a_small_budget_gives_the_same_marks(llama: Checkpoint) -> None:
 def test_another_model_task_version_or_type_has_answers_of_its_own(
     tmp_path: Path, llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One weight, the tokenizer, a question, our code or what computes changed: another place. A copy: the same."""
+    """One weight, the tokenizer, a question, our code or what computes changed: another place. A
+    copy: the same.
+    """
     one = load.open_checkpoint(tiny.make(tmp_path / "one"))
     other = load.open_checkpoint(tiny.make(tmp_path / "other", seed=1))
     assert answering.sha256(one) == answering.sha256(llama) != answering.sha256(other)
@@ -117,22 +137,41 @@ def test_options_of_unlike_length_are_compared_per_character(llama: Checkpoint) 
     found = answering.scores(llama, "0" * 64, task, memory.budget(None))
     kept = answering.read(answering.kept("0" * 64, task.sha256))
     for n, q in enumerate(task.questions):
-        per = [ll / len(option.strip()) for ll, option in zip(kept[n]["ll"], q.options, strict=True)]
+        per = [
+            ll / len(option.strip()) for ll, option in zip(kept[n]["ll"], q.options, strict=True)
+        ]
         assert found[n] == (int(np.argmax(per)) == q.right)
 
 
 def test_a_uniform_model_takes_the_option_of_fewest_tokens(llama: Checkpoint) -> None:
-    """By hand: two tokens against one, a tie of two; per character, one token of two letters against one of more."""
-    asked = [("the", ("if if", "if"), 1), ("the", ("if if", "if"), 0), ("the", ("if", "is", "if if"), 0)]
-    made = tuple(questions.Question(c, f" {o[r]}", tuple(f" {w}" for w in o), r) for c, o, r in asked)
+    """By hand: two tokens against one, a tie of two; per character, one token of two letters
+    against one of more.
+    """
+    asked = [
+        ("the", ("if if", "if"), 1),
+        ("the", ("if if", "if"), 0),
+        ("the", ("if", "is", "if if"), 0),
+    ]
+    made = tuple(
+        questions.Question(c, f" {o[r]}", tuple(f" {w}" for w in o), r) for c, o, r in asked
+    )
     found = answering.uniform(llama, questions.Task("t", "choice", made, ""))
     assert found is not None and found.tolist() == [1.0, 0.0, 0.5]
     vocabulary = json.loads((llama.path / "tokenizer.json").read_text())["model"]["vocab"]
-    word = max((token[1:] for token in vocabulary if token[0] == "Ġ" and token[1:].isalpha()), key=len)
+    word = max(
+        (token[1:] for token in vocabulary if token[0] == "Ġ" and token[1:].isalpha()), key=len
+    )
     long = questions.Question("the", f" {word}", (" if", f" {word}"), 1)
-    by_letter = answering.uniform(llama, questions.Task("t", "choice", (long,), "", per_character=True))
+    by_letter = answering.uniform(
+        llama, questions.Task("t", "choice", (long,), "", per_character=True)
+    )
     assert by_letter is not None and by_letter.tolist() == [1.0]
-    assert answering.uniform(llama, questions.Task("t", "checked", (questions.Question("1?", "1"),), "")) is None
+    assert (
+        answering.uniform(
+            llama, questions.Task("t", "checked", (questions.Question("1?", "1"),), "")
+        )
+        is None
+    )
 
 
 def test_a_question_too_long_is_named_before_any_is_asked(llama: Checkpoint) -> None:
@@ -140,7 +179,9 @@ def test_a_question_too_long_is_named_before_any_is_asked(llama: Checkpoint) -> 
     task = quiz(4)
     long = task.questions[2]._replace(context="if the loop is true " * 300)
     task = replace(task, questions=(*task.questions[:2], long, task.questions[3]))
-    with pytest.raises(MisError, match=r"quiz question 3 takes \d+ tokens, .* reads 512: shorten or remove it"):
+    with pytest.raises(
+        MisError, match=r"quiz question 3 takes \d+ tokens, .* reads 512: shorten or remove it"
+    ):
         answering.plan(llama, "0" * 64, task, memory.budget(None))
 
 
@@ -158,7 +199,9 @@ def test_written_answers_are_judged_by_their_last_line(llama: Checkpoint) -> Non
 
 def test_the_same_is_written_where_the_model_does_not_fit(llama: Checkpoint) -> None:
     """Token by token from disk instead of many answers at once in memory."""
-    rows = [{"prompt": "if the loop is true " * 60 + name, "answer": "4"} for name in ("Ala", "Ola")]
+    rows = [
+        {"prompt": "if the loop is true " * 60 + name, "answer": "4"} for name in ("Ala", "Ola")
+    ]
     task = replace(questions.task("written", rows, ""), max_tokens=6)
     poor, rich = (answering.plan(llama, "0" * 64, task, Budget(mib * MIB)) for mib in (8, 1000))
     assert poor and rich and poor.peak_bytes <= 8 * MIB < rich.peak_bytes

@@ -1,4 +1,6 @@
-"""The judge of what models answer, beside plain formulas: bits, verdicts, and answers that are kept."""
+"""The judge of what models answer, beside plain formulas: bits, verdicts, and answers that are
+kept.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,9 @@ LATER = Prompt(
 
 def fixed(*given: Answer) -> TeacherAnswers:
     """These sampled answers to the first prompts of THREE."""
-    return TeacherAnswers(THREE[: len(given)], [AnswerPair(sampled=answer, greedy=answer) for answer in given])
+    return TeacherAnswers(
+        THREE[: len(given)], [AnswerPair(sampled=answer, greedy=answer) for answer in given]
+    )
 
 
 def plain_log_probabilities(model: Checkpoint, ids: list[int], count: int) -> np.ndarray:
@@ -91,7 +95,8 @@ def test_a_loop_by_hand() -> None:
     assert not answer_figures.loops("yes " * 20)  # twenty words: one more is a loop
     assert answer_figures.loops("yes " * 21)
     sentence = (
-        "A bicycle has two wheels, a frame, a saddle and handlebars; you sit on it, push the pedals, "
+        "A bicycle has two wheels, a frame, a saddle and handlebars; you sit on it, push the "
+        "pedals, "
         "and the chain turns the rear wheel, which moves you forward along the road."
     )
     assert not answer_figures.loops(sentence)
@@ -116,7 +121,11 @@ def test_verdicts_by_hand() -> None:
 def test_prompts_are_read_and_spread_evenly(tmp_path: Path) -> None:
     """First and last among them; all where more are asked for; bad rows are named."""
     rows = [
-        {"kind": "list", "language": "pl", "messages": [{"role": "user", "content": f"Pytanie {number}"}]}
+        {
+            "kind": "list",
+            "language": "pl",
+            "messages": [{"role": "user", "content": f"Pytanie {number}"}],
+        }
         for number in range(9)
     ]
     path = tmp_path / "prompts.jsonl"
@@ -125,13 +134,19 @@ def test_prompts_are_read_and_spread_evenly(tmp_path: Path) -> None:
     three = answers.prompts(3, path)
     everything = answers.prompts(99, path)
 
-    assert [prompt.messages[0]["content"] for prompt in three] == ["Pytanie 0", "Pytanie 4", "Pytanie 8"]
+    assert [prompt.messages[0]["content"] for prompt in three] == [
+        "Pytanie 0",
+        "Pytanie 4",
+        "Pytanie 8",
+    ]
     assert len(everything) == 9 and (three[0].kind, three[0].language) == ("list", "pl")
     assert len({prompt.sha256 for prompt in everything}) == 9
     rows[1]["messages"] = [*rows[1]["messages"], {"role": "assistant", "content": "Tak."}]  # type: ignore[misc]
     rows[3]["language"] = "de"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(MisError, match=r"2 rows .* line 2: its last message is the assistant's.*'language' is 'de'"):
+    with pytest.raises(
+        MisError, match=r"2 rows .* line 2: its last message is the assistant's.*'language' is 'de'"
+    ):
         answers.prompts(3, path)
 
 
@@ -143,7 +158,9 @@ def test_our_prompts_are_read() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "untied"])
-def test_bits_are_the_plain_formula(models: Callable[[str], Checkpoint], tmp_path: Path, kind: str) -> None:
+def test_bits_are_the_plain_formula(
+    models: Callable[[str], Checkpoint], tmp_path: Path, kind: str
+) -> None:
     """log-softmax at the answer's tokens and its end, of the same ids; bytes of its text."""
     chat = chatting(models(kind), tmp_path / "chat")
     tokenizer = load.tokenizer(chat.path)
@@ -167,7 +184,9 @@ def test_these_ids_are_those_that_training_learns(chat: Checkpoint) -> None:
     ids, learn = token_windows.conversation(row, tokenizer, mask_prompt=True)
     last = max(place for place, token in enumerate(ids) if token == tokenizer.eos_token_id)
 
-    before, own = answer_likelihood._tokens_of(tokenizer, LATER, said, answer_likelihood._end_of_turn(tokenizer))
+    before, own = answer_likelihood._tokens_of(
+        tokenizer, LATER, said, answer_likelihood._end_of_turn(tokenizer)
+    )
 
     assert [*before, *own] == ids[: last + 1]
     assert learn[len(before) : last + 1] == [1] * len(own) and learn[len(before) - 1] == 0
@@ -177,11 +196,20 @@ def test_an_answer_that_was_cut_off_has_no_end(chat: Checkpoint) -> None:
     """Its end token is not counted: the difference is that token's nats, no byte."""
     tokenizer = load.tokenizer(chat.path)
 
-    found = answers.bits(chat, fixed(Answer("A statement", ended=True), Answer("A statement", ended=False)))
-    pairs = [AnswerPair(sampled=answer, greedy=answer) for answer in (Answer("If so", True), Answer("If so", False))]
+    found = answers.bits(
+        chat, fixed(Answer("A statement", ended=True), Answer("A statement", ended=False))
+    )
+    pairs = [
+        AnswerPair(sampled=answer, greedy=answer)
+        for answer in (Answer("If so", True), Answer("If so", False))
+    ]
     both = answers.bits(chat, TeacherAnswers([THREE[0]] * 2, pairs))
 
-    ids = [*mlx_generate.chat_ids(tokenizer, THREE[0].messages), *tokenizer.encode("If so"), tokenizer.eos_token_id]
+    ids = [
+        *mlx_generate.chat_ids(tokenizer, THREE[0].messages),
+        *tokenizer.encode("If so"),
+        tokenizer.eos_token_id,
+    ]
     end = plain_log_probabilities(chat, ids, 1)
     assert both.nats[0] - both.nats[1] == pytest.approx(-end[0], abs=near(1e-4, 5e-2))
     assert found.nbytes.tolist() == [11, 11] and both.nbytes.tolist() == [5, 5]
@@ -203,7 +231,9 @@ def test_the_head_in_parts_is_the_head(chat: Checkpoint, monkeypatch: pytest.Mon
     parts = answer_likelihood.of_last_tokens(chat, texts, [5, 1])
     for one, other in zip(whole, parts, strict=True):
         np.testing.assert_allclose(one, other, atol=near(1e-5, 1e-2))
-    assert [len(values) for values in parts] == [5, 1] and len(answers.log_probabilities(chat, [], [])) == 0
+    assert [len(values) for values in parts] == [5, 1] and len(
+        answers.log_probabilities(chat, [], [])
+    ) == 0
 
 
 def test_each_model_reads_with_its_own_tokenizer(chat: Checkpoint, tmp_path: Path) -> None:
@@ -212,7 +242,9 @@ def test_each_model_reads_with_its_own_tokenizer(chat: Checkpoint, tmp_path: Pat
     tiny.write_tokenizer(small, 300)
     (small / "chat_template.jinja").write_text(TEMPLATE)
     student = load.open_checkpoint(small)
-    said = fixed(Answer("The for statement repeats; while does, too.", ended=True), Answer("If", ended=False))
+    said = fixed(
+        Answer("The for statement repeats; while does, too.", ended=True), Answer("If", ended=False)
+    )
 
     teacher_bits = answers.bits(chat, said)
     student_bits = answers.bits(student, said)
@@ -242,7 +274,9 @@ def test_the_teacher_judges_what_a_student_says(chat: Checkpoint) -> None:
 
 
 def test_greedy_answers_are_mlx_lms(chat: Checkpoint) -> None:
-    """What the model writes one token at a time, through the template; prompts of several turns, too."""
+    """What the model writes one token at a time, through the template; prompts of several turns,
+    too.
+    """
     model, tokenizer = mlx_generate.open_model(chat.path)
 
     said = answers.greedy(chat, [*THREE, LATER], memory.budget(None))
@@ -270,7 +304,9 @@ def test_a_streamed_model_answers_the_same(tmp_path: Path, monkeypatch: pytest.M
     kinds = list[int | None]()
     opened = text_writer.TextWriter.__init__
 
-    def watched(self: Any, checkpoint: Checkpoint, room_bytes: int | None, direct: bool = False) -> None:
+    def watched(
+        self: Any, checkpoint: Checkpoint, room_bytes: int | None, direct: bool = False
+    ) -> None:
         kinds.append(room_bytes)
         opened(self, checkpoint, room_bytes, direct)
 
@@ -292,7 +328,9 @@ def test_a_streamed_model_answers_the_same(tmp_path: Path, monkeypatch: pytest.M
     assert whole_teacher.sampled != whole_teacher.greedy
 
 
-def test_answers_do_not_depend_on_the_batch(chat: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_do_not_depend_on_the_batch(
+    chat: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One prompt at a time, in another order: the same sampled answers."""
     together = answers.teacher_answers(chat, THREE, memory.budget(None))
     shutil.rmtree(answers._kept_path(answers._header(chat)).parent)
@@ -300,7 +338,10 @@ def test_answers_do_not_depend_on_the_batch(chat: Checkpoint, monkeypatch: pytes
 
     apart = answers.teacher_answers(chat, THREE[::-1], memory.budget(None))
 
-    assert apart.sampled[::-1] == together.sampled and len({answer.text for answer in apart.sampled}) == 3
+    assert (
+        apart.sampled[::-1] == together.sampled
+        and len({answer.text for answer in apart.sampled}) == 3
+    )
 
 
 def asked_again(monkeypatch: pytest.MonkeyPatch) -> list[list[Prompt]]:
@@ -322,7 +363,8 @@ def test_a_stopped_run_goes_on(chat: Checkpoint, monkeypatch: pytest.MonkeyPatch
     whole = answers.teacher_answers(chat, THREE, limit)
     path = answers._kept_path(answers._header(chat))
     lines = path.read_text("utf-8").splitlines(keepends=True)
-    path.write_text(lines[0] + lines[1][: len(lines[1]) // 2], "utf-8")  # before anything was measured
+    # before anything was measured
+    path.write_text(lines[0] + lines[1][: len(lines[1]) // 2], "utf-8")
     seen = asked_again(monkeypatch)
 
     again = answers.teacher_answers(chat, THREE, limit)
@@ -337,14 +379,20 @@ def test_a_stopped_run_goes_on(chat: Checkpoint, monkeypatch: pytest.MonkeyPatch
 def test_shipped_answers_are_used_for_their_own_teacher(
     chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By its tensors, wherever it lies; not for another model, template or setting; missing prompts are written."""
+    """By its tensors, wherever it lies; not for another model, template or setting; missing prompts
+    are written.
+    """
     limit = memory.budget(None)
     shipped = tmp_path / "shipped.jsonl"
     whole = answers.ship(chat, THREE[:2], limit, shipped)
     shutil.rmtree(tmp_path / "cache")
     copy = load.open_checkpoint(shutil.copytree(chat.path, tmp_path / "copy"))
-    other = chatting(load.open_checkpoint(tiny.make(tmp_path / "other", seed=1)), tmp_path / "other chat")
-    worded = chatting(load.open_checkpoint(tiny.make(tmp_path / "same")), tmp_path / "worded", f"Hi. {TEMPLATE}")
+    other = chatting(
+        load.open_checkpoint(tiny.make(tmp_path / "other", seed=1)), tmp_path / "other chat"
+    )
+    worded = chatting(
+        load.open_checkpoint(tiny.make(tmp_path / "same")), tmp_path / "worded", f"Hi. {TEMPLATE}"
+    )
     seen = asked_again(monkeypatch)
 
     from_shipped = answers.teacher_answers(copy, THREE[:2], limit, shipped)
@@ -361,34 +409,49 @@ def test_shipped_answers_are_used_for_their_own_teacher(
     assert seen.pop() == THREE[:2]
     header, *rows = [json.loads(line) for line in shipped.read_text("utf-8").splitlines()]
     assert set(header) == {"teacher", "settings"} and len(rows) == 2
-    assert rows[0]["prompt_sha256"] == THREE[0].sha256 and set(rows[0]["greedy"]) == {"text", "ended"}
+    assert rows[0]["prompt_sha256"] == THREE[0].sha256 and set(rows[0]["greedy"]) == {
+        "text",
+        "ended",
+    }
 
 
 def test_what_is_shipped_unmeasured_is_measured_once(
     chat: Checkpoint, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With an empty cache, as on a new machine: what the answers cost the teacher is found, and kept there."""
+    """With an empty cache, as on a new machine: what the answers cost the teacher is found, and
+    kept there.
+    """
     limit = memory.budget(None)
     shipped = tmp_path / "shipped.jsonl"
     whole = answers.ship(chat, THREE, limit, shipped)
     header, *records = [json.loads(line) for line in shipped.read_text("utf-8").splitlines()]
-    bare = [{key: record[key] for key in ("prompt_sha256", "sampled", "greedy")} for record in records]
+    bare = [
+        {key: record[key] for key in ("prompt_sha256", "sampled", "greedy")} for record in records
+    ]
     shipped.write_text("".join(json.dumps(row) + "\n" for row in (header, *bare)))
     shutil.rmtree(cache)
     seen = asked_again(monkeypatch)
 
     measured = answers.teacher_answers(chat, THREE, limit, shipped)
-    monkeypatch.setattr(answers, "log_probabilities", lambda _, asked, __: pytest.fail("again") if asked else [])
+    monkeypatch.setattr(
+        answers, "log_probabilities", lambda _, asked, __: pytest.fail("again") if asked else []
+    )
     kept = answers.teacher_answers(chat, THREE, limit, shipped)
 
     assert measured == whole and kept == whole and seen == []
     assert all(pair.nats and pair.greedy_nats > 0 and pair.greedy_tokens > 0 for pair in kept.pairs)
 
 
-def test_silent_students_are_judged_by_the_teachers_answers_alone(chat: Checkpoint, tmp_path: Path) -> None:
+def test_silent_students_are_judged_by_the_teachers_answers_alone(
+    chat: Checkpoint, tmp_path: Path
+) -> None:
     """Bits, but nothing of their own; the last one has what it has where all are asked."""
-    other = chatting(load.open_checkpoint(tiny.make(tmp_path / "other", seed=1)), tmp_path / "student")
-    third = chatting(load.open_checkpoint(tiny.make(tmp_path / "third", seed=2)), tmp_path / "quantized")
+    other = chatting(
+        load.open_checkpoint(tiny.make(tmp_path / "other", seed=1)), tmp_path / "student"
+    )
+    third = chatting(
+        load.open_checkpoint(tiny.make(tmp_path / "third", seed=2)), tmp_path / "quantized"
+    )
     models = {"teacher": chat, "distilled": other, "4-bit": third}
     limit = memory.budget(None)
 
@@ -398,21 +461,29 @@ def test_silent_students_are_judged_by_the_teachers_answers_alone(chat: Checkpoi
     assert some is not None and everybody is not None
     assert some.greedy["distilled"] == [] and len(some.greedy["4-bit"]) == 3
     metrics = [(row.model, row.metric) for row in some.rows]
-    assert [metric for name, metric in metrics if name == "distilled"] == ["answers", "answers_excess"]
+    assert [metric for name, metric in metrics if name == "distilled"] == [
+        "answers",
+        "answers_excess",
+    ]
     assert ("4-bit", "loops") in metrics and ("teacher", "loops") in metrics
     shared = [row for row in everybody.rows if (row.model, row.metric) in metrics]
     assert some.rows == shared
 
 
 def test_the_teacher_is_known_by_what_is_kept() -> None:
-    """By pencil: its sampled answers cost 3 and 5 nats; its greedy ones -1/2 nat a token of four, -1 of two: -2/3."""
+    """By pencil: its sampled answers cost 3 and 5 nats; its greedy ones -1/2 nat a token of four,
+    -1 of two: -2/3.
+    """
     said = [Answer("abcd", ended=True), Answer("efgh", ended=False)]
     costs = [(3.0, 2.0, 4), (5.0, 2.0, 2)]
     pairs = [AnswerPair(answer, answer, *cost) for answer, cost in zip(said, costs, strict=True)]
 
     teacher = TeacherAnswers(THREE[:2], pairs)
 
-    assert teacher.said.bits.nats.tolist() == [3.0, 5.0] and teacher.said.bits.nbytes.tolist() == [4, 4]
+    assert teacher.said.bits.nats.tolist() == [3.0, 5.0] and teacher.said.bits.nbytes.tolist() == [
+        4,
+        4,
+    ]
     assert teacher.said.logprob == pytest.approx(-4 / 6)
     assert teacher.said.greedy == teacher.sampled == teacher.greedy == said
     second = teacher.part([1])
@@ -441,17 +512,23 @@ def test_a_prompt_that_one_template_refuses_is_left_out_for_all(
     strict = chatting(llama, tmp_path / "strict", STRICT)
     long = asked("if the loop is true " * 200)[0]
 
-    found = answers.judged({"teacher": chat, "student": strict}, [THREE[0], LATER, long], memory.budget(None))
+    found = answers.judged(
+        {"teacher": chat, "student": strict}, [THREE[0], LATER, long], memory.budget(None)
+    )
 
     assert found is not None and found.answers.prompts == [THREE[0]]
     assert "2 of 3 prompts are left out" in capsys.readouterr().err
-    with pytest.raises(MisError, match=r"refuses the prompt 'Why\?' \(one turn only\): leave it out"):
+    with pytest.raises(
+        MisError, match=r"refuses the prompt 'Why\?' \(one turn only\): leave it out"
+    ):
         answers.teacher_logprob(strict, [LATER], [Answer("If", ended=True)])
 
 
 def test_a_student_is_judged_beside_its_teacher(chat: Checkpoint, tmp_path: Path) -> None:
     """The teacher over itself: nothing, and no more than nothing at both ends of the interval."""
-    other = chatting(load.open_checkpoint(tiny.make(tmp_path / "other", seed=1)), tmp_path / "student")
+    other = chatting(
+        load.open_checkpoint(tiny.make(tmp_path / "other", seed=1)), tmp_path / "student"
+    )
     models = {"teacher": chat, "copy": chat, "student": other}
 
     found = answers.judged(models, [*THREE, LATER], memory.budget(None))
@@ -470,8 +547,12 @@ def test_a_student_is_judged_beside_its_teacher(chat: Checkpoint, tmp_path: Path
 
 
 def test_a_part_of_a_judgement_is_one_of_these_prompts(chat: Checkpoint, tmp_path: Path) -> None:
-    """Figures of two of four prompts: those of a judgement that asked only these (rounding apart)."""
-    other = chatting(load.open_checkpoint(tiny.make(tmp_path / "other", seed=1)), tmp_path / "student")
+    """Figures of two of four prompts: those of a judgement that asked only these (rounding
+    apart).
+    """
+    other = chatting(
+        load.open_checkpoint(tiny.make(tmp_path / "other", seed=1)), tmp_path / "student"
+    )
     models = {"teacher": chat, "student": other}
     limit = memory.budget(None)
 
@@ -488,17 +569,29 @@ def test_a_part_of_a_judgement_is_one_of_these_prompts(chat: Checkpoint, tmp_pat
 
 
 def test_rows_by_pencil() -> None:
-    """3 and 5 bits over 2 and 2 bytes: 2 bits a byte; the teacher's 1 and 3: one less. One of four answers loops."""
+    """3 and 5 bits over 2 and 2 bytes: 2 bits a byte; the teacher's 1 and 3: one less. One of four
+    answers loops.
+    """
     bits = AnswerBits(math.log(2) * np.array([3.0, 5.0]), np.array([2, 2]))
     teacher_bits = AnswerBits(math.log(2) * np.array([1.0, 3.0]), np.array([2, 2]))
-    said = [Answer("no, " * 60, False), Answer("", True), Answer("Yes.", True), Answer("Well", False)]
+    said = [
+        Answer("no, " * 60, False),
+        Answer("", True),
+        Answer("Yes.", True),
+        Answer("Well", False),
+    ]
 
-    found = {row.metric: row for row in answers.rows_of("m", bits, said, -1.5, teacher_bits=teacher_bits)}
+    found = {
+        row.metric: row for row in answers.rows_of("m", bits, said, -1.5, teacher_bits=teacher_bits)
+    }
 
     assert (found["answers"].value, found["answers"].n) == (pytest.approx(2.0), 2)
-    assert found["answers"].low == pytest.approx(1.5) and found["answers"].high == pytest.approx(2.5)
+    assert found["answers"].low == pytest.approx(1.5) and found["answers"].high == pytest.approx(
+        2.5
+    )
     assert found["answers_excess"].value == pytest.approx(1.0)
-    assert found["answers_excess"].low == pytest.approx(1.0)  # the same for both prompts: no doubt is left
+    # the same for both prompts: no doubt is left
+    assert found["answers_excess"].low == pytest.approx(1.0)
     shares = {name: (found[name].value, found[name].n) for name in ("loops", "empty", "endless")}
     assert shares == {"loops": (25.0, 4), "empty": (25.0, 4), "endless": (50.0, 4)}
     assert (found["teacher_logprob"].value, found["teacher_logprob"].n) == (-1.5, 4)
@@ -507,7 +600,9 @@ def test_rows_by_pencil() -> None:
 
 @pytest.mark.usefixtures("cpu_policy")
 def test_planned_before_anything_is_asked(tmp_path: Path) -> None:
-    """More for more students and prompts; kept answers cost the teacher no writing; streamed where that must be."""
+    """More for more students and prompts; kept answers cost the teacher no writing; streamed where
+    that must be.
+    """
     deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
     m = estimates.model_of(deep)
     much = Budget(2000 * MIB)

@@ -1,4 +1,6 @@
-"""Students against their teacher: loss, KL, agreement and llama.cpp's figures, beside the plain formulas."""
+"""Students against their teacher: loss, KL, agreement and llama.cpp's figures, beside the plain
+formulas.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,11 @@ def held_out() -> Windows:
 def log_p(checkpoint: Checkpoint, tokens: np.ndarray) -> np.ndarray:
     """Log-probabilities (T - 1, V) of the resident model, float64."""
     z = np.array(load.resident(checkpoint, mx.float32)(mx.array(tokens[None]))[0, :-1], np.float64)
-    return z - z.max(-1, keepdims=True) - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True))
+    return (
+        z
+        - z.max(-1, keepdims=True)
+        - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True))
+    )
 
 
 @pytest.mark.usefixtures("cpu_policy")
@@ -40,15 +46,30 @@ def test_against_float64(tmp_path: Path, llama: Checkpoint, held_out: Windows) -
     other = load.open_checkpoint(tiny.make(tmp_path / "other", seed=1))
     found = comparison.compare({"teacher": llama, "student": other}, held_out)
     for w in range(5):
-        t, s = log_p(llama, held_out.tokens[w]), log_p(other, held_out.tokens[w])
-        learn, next_token = held_out.learn[w][:-1], held_out.tokens[w][1:]
+        t = log_p(llama, held_out.tokens[w])
+        s = log_p(other, held_out.tokens[w])
+        learn = held_out.learn[w][:-1]
+        next_token = held_out.tokens[w][1:]
         n = learn.sum()
         at = np.arange(39)
-        assert found["teacher", "nll"][w] == pytest.approx((-t[at, next_token] * learn).sum() / n, abs=1e-5)
-        assert found["student", "nll"][w] == pytest.approx((-s[at, next_token] * learn).sum() / n, abs=1e-5)
-        assert found["student", "kl"][w] == pytest.approx(((np.exp(t) * (t - s)).sum(-1) * learn).sum() / n, abs=1e-5)
-        assert found["student", "top1"][w] == pytest.approx(((t.argmax(-1) == s.argmax(-1)) * learn).sum() / n)
-    assert set(found) == {("teacher", "nll"), ("student", "nll"), ("student", "kl"), ("student", "top1")}
+        assert found["teacher", "nll"][w] == pytest.approx(
+            (-t[at, next_token] * learn).sum() / n, abs=1e-5
+        )
+        assert found["student", "nll"][w] == pytest.approx(
+            (-s[at, next_token] * learn).sum() / n, abs=1e-5
+        )
+        assert found["student", "kl"][w] == pytest.approx(
+            ((np.exp(t) * (t - s)).sum(-1) * learn).sum() / n, abs=1e-5
+        )
+        assert found["student", "top1"][w] == pytest.approx(
+            ((t.argmax(-1) == s.argmax(-1)) * learn).sum() / n
+        )
+    assert set(found) == {
+        ("teacher", "nll"),
+        ("student", "nll"),
+        ("student", "kl"),
+        ("student", "top1"),
+    }
 
 
 def test_rows_have_intervals_and_perplexity() -> None:
@@ -60,12 +81,16 @@ def test_rows_have_intervals_and_perplexity() -> None:
 
 
 def test_a_window_without_predictions_has_no_mean(llama: Checkpoint, held_out: Windows) -> None:
-    """It is left out of what is per token; bits per byte are a ratio of sums, to which it adds nothing."""
+    """It is left out of what is per token; bits per byte are a ratio of sums, to which it adds
+    nothing.
+    """
     learn = held_out.learn.copy()
     learn[2] = 0
     windows = Windows(held_out.tokens, learn, np.where(np.arange(5) == 2, 0, 100))
     others = windows.pick([0, 1, 3, 4])
-    rows, fewer = (comparison.rows_of(comparison.compare({"m": llama}, w), w) for w in (windows, others))
+    rows, fewer = (
+        comparison.rows_of(comparison.compare({"m": llama}, w), w) for w in (windows, others)
+    )
     assert [(r.metric, r.n) for r in rows] == [("nll", 4), ("ppl", 4), ("bpb", 5), ("tpb", 5)]
     assert [r.value for r in rows] == pytest.approx([r.value for r in fewer], rel=1e-6)
 
@@ -82,39 +107,55 @@ def halves() -> Windows:
     learn = np.ones((6, 40), np.float32)
     learn[:, -1] = 0
     learn[1, 25:30] = 0
-    return comparison.second_half(Windows(np.random.default_rng(0).integers(0, 512, (6, 40)).astype(np.int32), learn))
+    return comparison.second_half(
+        Windows(np.random.default_rng(0).integers(0, 512, (6, 40)).astype(np.int32), learn)
+    )
 
 
 def test_which_tokens_count(halves: Windows) -> None:
     """Predictions 20 to 38 of 40: llama.cpp's n_ctx - 1 - n_ctx / 2."""
     assert halves.learn.sum(axis=1).tolist() == [19, 14, 19, 19, 19, 19]
     assert np.flatnonzero(halves.learn[0]).tolist() == list(range(20, 39))
-    with pytest.raises(MisError, match="19 tokens lie in the second halves of 1 windows, statistics need 100"):
+    with pytest.raises(
+        MisError, match="19 tokens lie in the second halves of 1 windows, statistics need 100"
+    ):
         comparison.second_half(Windows(halves.tokens[:1], halves.learn[:1]))
 
 
 def test_kld_by_pencil() -> None:
     """Four tokens of probability 1/2, 1/4, 1/2, 1/4; the other model's: 1/4, 1/4, 1/2, 1/2."""
-    base, other = np.array([0.5, 0.25, 0.5, 0.25]), np.array([0.25, 0.25, 0.5, 0.5])
-    found = comparison.figures(-np.log(base), -np.log(other), np.array([0.1, 0.2, 0.4, 0.9]), np.array([1, 1, 0, 1.0]))
+    base = np.array([0.5, 0.25, 0.5, 0.25])
+    other = np.array([0.25, 0.25, 0.5, 0.5])
+    found = comparison.figures(
+        -np.log(base), -np.log(other), np.array([0.1, 0.2, 0.4, 0.9]), np.array([1, 1, 0, 1.0])
+    )
     assert found["mean_kld"] == pytest.approx((0.4, math.sqrt((0.09 + 0.04 + 0 + 0.25) / 3 / 4)))
     assert found["max_kld"] == (0.9, None) and found["median_kld"] == (pytest.approx(0.3), None)
-    assert found["p99_kld"][0] == pytest.approx(0.4 + 0.97 * 0.5)  # place 0.99 * 3 of the sorted four
+    # place 0.99 * 3 of the sorted four
+    assert found["p99_kld"][0] == pytest.approx(0.4 + 0.97 * 0.5)
     assert found["p999_kld"][0] == pytest.approx(0.4 + 0.997 * 0.5)
     assert found["mean_dp"] == pytest.approx((0.0, math.sqrt(2 * 625 / 3 / 4)))  # -25, 0, 0, 25 %
     square_se = math.sqrt(4 * 312.5**2 / 3 / 4)  # 625, 0, 0, 625 have mean 312.5
     assert found["rms_dp"] == pytest.approx((math.sqrt(312.5), square_se / 2 / math.sqrt(312.5)))
     assert found["same_top_p"] == pytest.approx((75, 100 * math.sqrt(0.75 * 0.25 / 3)))
-    log2, sqrt = math.log(2), math.sqrt
-    assert found["ppl_base"] == pytest.approx((sqrt(8), sqrt(8) * sqrt(4 * (log2 / 2) ** 2 / 3 / 4)))
+    log2 = math.log(2)
+    sqrt = math.sqrt
+    assert found["ppl_base"] == pytest.approx(
+        (sqrt(8), sqrt(8) * sqrt(4 * (log2 / 2) ** 2 / 3 / 4))
+    )
     assert found["ppl"] == pytest.approx(found["ppl_base"])
-    assert found["ppl_ratio"] == pytest.approx((1, sqrt(2 * log2**2 / 3 / 4)))  # log ratios ln 2, 0, 0, -ln 2
+    # log ratios ln 2, 0, 0, -ln 2
+    assert found["ppl_ratio"] == pytest.approx((1, sqrt(2 * log2**2 / 3 / 4)))
 
 
-def test_logits_come_in_chunks(monkeypatch: pytest.MonkeyPatch, llama: Checkpoint, halves: Windows) -> None:
-    """Never more positions at a time than a chunk has, nor tokens than a part of the head; the figures do not depend on
-    it (1e-5), nor on how many windows a part of the head serves."""
-    whole, seen = comparison.kld({"base": llama, "m": llama}, halves)["m"], []
+def test_logits_come_in_chunks(
+    monkeypatch: pytest.MonkeyPatch, llama: Checkpoint, halves: Windows
+) -> None:
+    """Never more positions at a time than a chunk has, nor tokens than a part of the head; the
+    figures do not depend on it (1e-5), nor on how many windows a part of the head serves.
+    """
+    whole = comparison.kld({"base": llama, "m": llama}, halves)["m"]
+    seen = []
     logits = load.wide_logits
 
     def watched(head: nn.Module, hidden: mx.array) -> mx.array:
@@ -133,11 +174,17 @@ def test_logits_come_in_chunks(monkeypatch: pytest.MonkeyPatch, llama: Checkpoin
 
 
 @pytest.mark.parametrize("kind", ["llama", "untied"])
-def test_the_teacher_against_itself(models: Callable[[str], Checkpoint], halves: Windows, kind: str) -> None:
+def test_the_teacher_against_itself(
+    models: Callable[[str], Checkpoint], halves: Windows, kind: str
+) -> None:
     """No divergence, no difference, always the same token: exactly."""
     teacher = models(kind)
     found = comparison.kld({"base": teacher, "copy": teacher}, halves)["copy"]
     for name in ("mean_kld", "mean_dp", "rms_dp"):
         assert found[name] == (0, 0)
     assert found["max_kld"] == found["p99_kld"] == found["median_kld"] == (0, None)
-    assert found["same_top_p"] == (100, 0) and found["ppl_ratio"] == (1, 0) and found["ppl"] == found["ppl_base"]
+    assert (
+        found["same_top_p"] == (100, 0)
+        and found["ppl_ratio"] == (1, 0)
+        and found["ppl"] == found["ppl_base"]
+    )

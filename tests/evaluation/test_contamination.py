@@ -58,7 +58,9 @@ def test_the_built_in_training_text_is_known() -> None:
     known = questions.Known(said)
     assert len(said) > 100_000
     run = said[5000:5020]
-    assert known.overlap(task(" ".join(run))) == (1, 1) and known.overlap(task(" ".join(run[::-1]))) == (0, 1)
+    assert known.overlap(task(" ".join(run))) == (1, 1) and known.overlap(
+        task(" ".join(run[::-1]))
+    ) == (0, 1)
 
 
 def test_what_models_wrote_is_known_too() -> None:
@@ -74,7 +76,9 @@ def test_what_models_wrote_is_known_too() -> None:
 
 @pytest.fixture(scope="module")
 def all_built_in() -> questions.Known:
-    """Every text of the package that something is trained with, or that a model is asked for training text with."""
+    """Every text of the package that something is trained with, or that a model is asked for
+    training text with.
+    """
     words = questions.training_words(None)
     for path in sorted((PACKAGE / "data").rglob("*.jsonl")):
         for line in path.read_text("utf-8").splitlines():
@@ -86,9 +90,12 @@ def all_built_in() -> questions.Known:
 
 @pytest.mark.parametrize("name", ["ifeval.jsonl", "blimp.jsonl"])
 def test_no_training_text_holds_a_known_benchmark(name: str, all_built_in: questions.Known) -> None:
-    """13 words in a row of a prompt, or of either sentence of a pair; a shorter one is looked up whole.
+    """13 words in a row of a prompt, or of either sentence of a pair; a shorter one is looked up
+    whole.
 
-    The files are for measuring only and no part of this repository: MIS_MLX_KNOWN_DATA says where they are."""
+    The files are for measuring only and no part of this repository: MIS_MLX_KNOWN_DATA says where
+    they are.
+    """
     path = KNOWN_DATA / name
     if not path.is_file():
         pytest.skip(f"{path} is not here: set MIS_MLX_KNOWN_DATA to the folder that holds {name}")

@@ -1,4 +1,6 @@
-"""Answers to instructions: IFEval's two accuracies by hand, what a row must hold, the checker in its own process."""
+"""Answers to instructions: IFEval's two accuracies by hand, what a row must hold, the checker in
+its own process.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ SHORT = {
 }
 
 needs_package = pytest.mark.skipif(
-    find_spec(instructions.PACKAGE) is None, reason=f"if-verifiable is not here: {instructions.INSTALL}"
+    find_spec(instructions.PACKAGE) is None,
+    reason=f"if-verifiable is not here: {instructions.INSTALL}",
 )
 
 
@@ -51,7 +54,9 @@ def write(path: Path, *rows: Any) -> Path:
 
 
 def test_both_accuracies_and_their_mean_by_hand() -> None:
-    """Four prompts with 1, 2, 3 and 2 instructions: two prompts are followed whole, and 5 of 8 instructions."""
+    """Four prompts with 1, 2, 3 and 2 instructions: two prompts are followed whole, and 5 of 8
+    instructions.
+    """
     followed = [1, 2, 2, 0]
     counts = [1, 2, 3, 2]
 
@@ -60,7 +65,8 @@ def test_both_accuracies_and_their_mean_by_hand() -> None:
 
     assert levels == Levels(prompt_strict=2 / 4, inst_strict=5 / 8)
     assert levels.mean == 0.5625
-    # The weight of an instruction is 4 / 8: marks are (1 + 0.5) / 2, (1 + 1) / 2, (0 + 1) / 2 and 0.
+    # The weight of an instruction is 4 / 8: marks are (1 + 0.5) / 2, (1 + 1) / 2, (0 + 1) / 2 and
+    # 0.
     assert marks == [0.75, 1.0, 0.5, 0.0]
     assert np.mean(marks) == levels.mean
 
@@ -77,7 +83,9 @@ def test_the_mean_of_marks_is_the_mean_of_accuracies() -> None:
 
 
 def test_a_row_becomes_a_question_that_is_written(tmp_path: Path) -> None:
-    """The prompt alone is read; arguments that are null are left out; chance and constants are not known."""
+    """The prompt alone is read; arguments that are null are left out; chance and constants are not
+    known.
+    """
     path = write(tmp_path / "ifeval.jsonl", ROW, SHORT)
 
     task = questions.file(path)
@@ -105,8 +113,14 @@ def test_the_hash_is_of_the_instructions_too() -> None:
     ("change", "why"),
     [
         ({"instruction_id_list": []}, "'instruction_id_list' is no list of one or more names"),
-        ({"instruction_id_list": NO_COMMA}, "'instruction_id_list' is no list of one or more names"),
-        ({"instruction_id_list": [NO_COMMA, 3]}, "'instruction_id_list' holds something else than names"),
+        (
+            {"instruction_id_list": NO_COMMA},
+            "'instruction_id_list' is no list of one or more names",
+        ),
+        (
+            {"instruction_id_list": [NO_COMMA, 3]},
+            "'instruction_id_list' holds something else than names",
+        ),
         ({"kwargs": None}, "'kwargs' is no list of objects"),
         ({"kwargs": [{}, None]}, "'kwargs' is no list of objects"),
         ({"kwargs": [{}]}, "2 instructions have 1 'kwargs': give one object for each"),
@@ -117,22 +131,29 @@ def test_a_bad_row_is_a_sentence(tmp_path: Path, change: dict[str, Any], why: st
     """Named by file and line."""
     path = write(tmp_path / "ifeval.jsonl", ROW, {**ROW, **change})
 
-    with pytest.raises(MisError, match=f"1 rows cannot be used: ifeval.jsonl line 2: {re.escape(why)}"):
+    with pytest.raises(
+        MisError, match=f"1 rows cannot be used: ifeval.jsonl line 2: {re.escape(why)}"
+    ):
         questions.file(path)
 
 
-def test_without_the_package_a_sentence_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_a_sentence_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before any model is asked."""
     monkeypatch.setattr(instructions, "find_spec", lambda name: None)
     path = write(tmp_path / "ifeval.jsonl", ROW)
 
     with pytest.raises(
-        MisError, match=r"ifeval: if-verifiable checks its 1 answers, .*: pip install 'mis-mlx\[ifeval\]'"
+        MisError,
+        match=r"ifeval: if-verifiable checks its 1 answers, .*: pip install 'mis-mlx\[ifeval\]'",
     ):
         task_registry.find([str(path)], 10)
 
 
-def test_without_the_sentence_splitter_a_sentence_says_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_sentence_splitter_a_sentence_says_where_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Only where a question needs it."""
     monkeypatch.setattr(instructions, "find_spec", lambda name: name)
     monkeypatch.setattr(child_process, "ask", lambda *_: {"problems": [], "splitter": False})
@@ -142,7 +163,9 @@ def test_without_the_sentence_splitter_a_sentence_says_where_it_is(monkeypatch: 
     problems = instructions.check("ifeval", [plain])
 
     assert problems == []
-    with pytest.raises(MisError, match=r"ifeval: 1 of 2 questions count .*: python -m nltk.downloader punkt_tab"):
+    with pytest.raises(
+        MisError, match=r"ifeval: 1 of 2 questions count .*: python -m nltk.downloader punkt_tab"
+    ):
         instructions.check("ifeval", [plain, counting])
 
 
@@ -155,7 +178,9 @@ def test_a_package_that_breaks_is_a_sentence(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(instructions, "find_spec", lambda name: name)
     monkeypatch.setattr(child_process, "ask", broken)
 
-    with pytest.raises(MisError, match=r"if-verifiable does not work here \(ImportError: no nltk\): pip install"):
+    with pytest.raises(
+        MisError, match=r"if-verifiable does not work here \(ImportError: no nltk\): pip install"
+    ):
         instructions.check("ifeval", [[Instruction(NO_COMMA, {})]])
 
 
@@ -169,7 +194,9 @@ def test_instructions_that_nobody_can_check_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MisError, match="2 rows cannot be used") as refused:
         task_registry.find([str(path)], 10)
 
-    assert "ifeval question 2: if-verifiable knows no instruction 'punctuation:no_vowels'" in str(refused.value)
+    assert "ifeval question 2: if-verifiable knows no instruction 'punctuation:no_vowels'" in str(
+        refused.value
+    )
     assert f"ifeval question 3: {WORDS} does not take" in str(refused.value)
 
 
@@ -197,7 +224,9 @@ def test_an_answer_that_breaks_the_checker_follows_nothing_and_is_named(
 ) -> None:
     """The others of its batch keep their marks."""
     checker = tmp_path / "checker.py"
-    checker.write_text("def followed(completions):\n    return [{'good': 2}[text] for text in completions]\n")
+    checker.write_text(
+        "def followed(completions):\n    return [{'good': 2}[text] for text in completions]\n"
+    )
     monkeypatch.setattr(instructions, "__name__", str(checker))
     task = questions.task("ifeval", [ROW, ROW], "")
 
@@ -208,7 +237,9 @@ def test_an_answer_that_breaks_the_checker_follows_nothing_and_is_named(
 
 
 def test_a_model_writes_and_is_marked(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers are kept with what they follow; both accuracies come out of what is kept, and nothing is asked twice."""
+    """Answers are kept with what they follow; both accuracies come out of what is kept, and nothing
+    is asked twice.
+    """
     task = questions.task("ifeval", [ROW, SHORT, ROW], "").chosen(3)
     task = questions.replace(task, max_tokens=4)
     monkeypatch.setitem(answering.JUDGES, "instructions", ("followed", lambda *_: [2.0, 0.0, 1.0]))
@@ -222,15 +253,25 @@ def test_a_model_writes_and_is_marked(llama: Checkpoint, monkeypatch: pytest.Mon
     kept = answering.read(answering.kept("0" * 64, task.sha256))
     assert [kept[n]["followed"] for n in range(3)] == [2.0, 0.0, 1.0]
     assert answering.plan(llama, "0" * 64, task, limit) is None
-    assert answering.levels("0" * 64, questions.task("quiz", [{"prompt": "1 + 1?", "answer": "2"}], "")) is None
+    assert (
+        answering.levels(
+            "0" * 64, questions.task("quiz", [{"prompt": "1 + 1?", "answer": "2"}], "")
+        )
+        is None
+    )
 
 
 def test_fewer_answers_together_where_memory_is_short(llama: Checkpoint) -> None:
-    """48 need most; with less memory than 16 need, fewer are written together, before the model is streamed."""
+    """48 need most; with less memory than 16 need, fewer are written together, before the model is
+    streamed.
+    """
     m = answering.estimates.model_of(llama)
     plenty = memory.budget(None)
 
-    needs = [answering._resident_bytes(m, size, longest=100, most=64, limit=plenty) for size in answering.AT_ONCE]
+    needs = [
+        answering._resident_bytes(m, size, longest=100, most=64, limit=plenty)
+        for size in answering.AT_ONCE
+    ]
 
     assert answering.AT_ONCE[0] == 48
     assert needs == sorted(needs, reverse=True)
@@ -284,13 +325,18 @@ def test_chance_of_other_tasks_stays_what_it_is() -> None:
 
 @needs_package
 def test_end_to_end(
-    tmp_path: Path, llama: Checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    llama: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Both files by path, a teacher that babbles: a table, and both accuracies in the result."""
     monkeypatch.setattr(questions, "INSTRUCTION_TOKENS", 8)
     pairs = [{"good": f"{n} dogs bark.", "bad": f"{n} dogs barks."} for n in range(3)]
     files = write(tmp_path / "ifeval.jsonl", ROW, SHORT), write(tmp_path / "blimp.jsonl", *pairs)
-    settings = evaluate.Settings(teacher=str(llama.path), tasks=tuple(map(str, files)), num_questions=10)
+    settings = evaluate.Settings(
+        teacher=str(llama.path), tasks=tuple(map(str, files)), num_questions=10
+    )
 
     result = evaluate.run(settings)
 

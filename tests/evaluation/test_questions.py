@@ -1,4 +1,6 @@
-"""Rows become questions: three formats, every fault a sentence, chance and the best constant by hand."""
+"""Rows become questions: three formats, every fault a sentence, chance and the best constant by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,21 @@ from mis_mlx.evaluation import questions
 from mis_mlx.types import MisError
 
 CHOICE = {"question": "2 + 2?", "options": ["3", "4", "5"], "answer": "4"}
-CLOZE = {"text": "Baca pasie ___ na hali.", "options": ["owce", "rowery"], "answer": "owce", "language": "pl"}
+CLOZE = {
+    "text": "Baca pasie ___ na hali.",
+    "options": ["owce", "rowery"],
+    "answer": "owce",
+    "language": "pl",
+}
 CHECKED = {"prompt": "How much is 2 + 2?", "answer": "4"}
 PAIR = {"good": "The cat sleeps.", "bad": "The cat sleep.", "task": "agreement", "field": "syntax"}
 
 
 def write(path: Path, *rows: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8"
+    )
     return path
 
 
@@ -31,10 +40,18 @@ def test_the_three_formats_as_a_model_reads_them(tmp_path: Path) -> None:
     choice, cloze, checked = questions.folder(tmp_path)
     assert [t.name for t in (choice, cloze, checked)] == ["a", "b", "c"]
     assert [q.context for q in choice.questions] == ["2 + 2?\nAnswer:", "2 + 2?\nOdpowiedź:", ""]
-    assert choice.questions[0].options == (" 3", " 4", " 5") and choice.questions[2].options == ("3", "4", "5")
+    assert choice.questions[0].options == (" 3", " 4", " 5") and choice.questions[2].options == (
+        "3",
+        "4",
+        "5",
+    )
     assert [q.right for q in choice.questions] == [1, 1, 1]
     (q,) = cloze.questions
-    assert (q.context, q.options, q.right) == ("Baca pasie", (" owce na hali.", " rowery na hali."), 0)
+    assert (q.context, q.options, q.right) == (
+        "Baca pasie",
+        (" owce na hali.", " rowery na hali."),
+        0,
+    )
     (q,) = checked.questions
     assert (checked.kind, q.context, q.answer) == ("checked", "How much is 2 + 2?", "4")
     assert [t.questions[0].chance for t in (choice, cloze, checked)] == [1 / 3, 1 / 2, 0]
@@ -76,7 +93,9 @@ def test_a_pair_is_a_choice_after_nothing(tmp_path: Path) -> None:
     assert q.options[q.right] == q.answer == "The cat sleeps."
     assert set(q.options) == {"The cat sleeps.", "The cat sleep."}
     assert q.chance == 1 / 2
-    assert task.sha256 == questions.task("t", [{"good": PAIR["good"], "bad": PAIR["bad"]}], "").sha256
+    assert (
+        task.sha256 == questions.task("t", [{"good": PAIR["good"], "bad": PAIR["bad"]}], "").sha256
+    )
 
 
 def test_the_place_of_the_good_sentence_cannot_be_guessed() -> None:
@@ -91,7 +110,9 @@ def test_the_place_of_the_good_sentence_cannot_be_guessed() -> None:
     assert best is not None
     assert best[0] < 0.56
     assert [q.options for q in task.questions] == [q.options for q in other.questions]
-    assert all(one.right != two.right for one, two in zip(task.questions, other.questions, strict=True))
+    assert all(
+        one.right != two.right for one, two in zip(task.questions, other.questions, strict=True)
+    )
 
 
 def test_pairs_of_one_sentence_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -101,8 +122,12 @@ def test_pairs_of_one_sentence_are_left_out_and_counted(tmp_path: Path) -> None:
     task = questions.file(write(tmp_path / "blimp.jsonl", PAIR, twice, PAIR))
 
     assert len(task.questions) == 2
-    assert task.about == "2 rows of blimp.jsonl; pairs whose sentences are the same left out, 1 of 3"
-    with pytest.raises(MisError, match="in all 1 pairs 'good' and 'bad' are the same: give pairs that differ"):
+    assert (
+        task.about == "2 rows of blimp.jsonl; pairs whose sentences are the same left out, 1 of 3"
+    )
+    with pytest.raises(
+        MisError, match="in all 1 pairs 'good' and 'bad' are the same: give pairs that differ"
+    ):
         questions.file(write(tmp_path / "same.jsonl", twice))
 
 
@@ -122,9 +147,14 @@ def test_the_best_constant_by_hand() -> None:
     """U Zośki may name a place in the list or an answer, whichever is right more often."""
     rows = [{**CHOICE, "options": ["4", "5"]}, CHOICE, {**CHOICE, "options": ["3", "5", "4"]}]
     assert questions.best_constant_answer(questions.task("t", rows, "")) == (1.0, "“4”")
-    rows = [{"question": "x", "options": [f"a{n}", f"b{n}"], "answer": f"{'ab'[n % 3 == 0]}{n}"} for n in range(6)]
+    rows = [
+        {"question": "x", "options": [f"a{n}", f"b{n}"], "answer": f"{'ab'[n % 3 == 0]}{n}"}
+        for n in range(6)
+    ]
     assert questions.best_constant_answer(questions.task("t", rows, "")) == (4 / 6, "option 1")
-    best = questions.best_constant_answer(questions.task("t", [CHECKED, CHECKED, {**CHECKED, "answer": "5"}], ""))
+    best = questions.best_constant_answer(
+        questions.task("t", [CHECKED, CHECKED, {**CHECKED, "answer": "5"}], "")
+    )
     assert best is not None
     assert best[0] == 2 / 3
 
@@ -133,7 +163,11 @@ def test_the_hash_is_of_what_decides_the_answers() -> None:
     """Not of names and notes; of every word, option and language that a model or a judge sees."""
     task = questions.task("t", [CHOICE, CHECKED], "about")
     assert questions.task("u", [CHOICE, CHECKED], "else").sha256 == task.sha256
-    changes: list[dict[str, Any]] = [{"question": "2+2?"}, {"options": ["4", "3", "5"]}, {"language": "pl"}]
+    changes: list[dict[str, Any]] = [
+        {"question": "2+2?"},
+        {"options": ["4", "3", "5"]},
+        {"language": "pl"},
+    ]
     others = {questions.task("t", [{**CHOICE, **change}, CHECKED], "").sha256 for change in changes}
     assert len(others | {task.sha256}) == 4
 

@@ -1,4 +1,6 @@
-"""A disk that fails at its N-th operation, under whatever runs: `Files` itself is changed, so nobody is left out."""
+"""A disk that fails at its N-th operation, under whatever runs: `Files` itself is changed, so
+nobody is left out.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,17 @@ from typing import Any
 
 from mis_mlx.storage.files import Files
 
-OPERATIONS = ("mkdir", "write", "extend", "add_line", "scratch", "put", "fsync", "rename", "remove_tree")
+OPERATIONS = (
+    "mkdir",
+    "write",
+    "extend",
+    "add_line",
+    "scratch",
+    "put",
+    "fsync",
+    "rename",
+    "remove_tree",
+)
 KILLED = "killed"
 
 
@@ -31,7 +43,9 @@ def changed(wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> It
 
 
 def half(name: str, do: Callable[..., Any], files: Files, arguments: tuple[Any, ...]) -> None:
-    """What a disk that fills up, or a process that dies, has done of an operation: half of the bytes."""
+    """What a disk that fills up, or a process that dies, has done of an operation: half of the
+    bytes.
+    """
     if name in ("write", "extend"):
         do(files, arguments[0], arguments[1][: len(arguments[1]) // 2])
     elif name == "add_line":
@@ -43,7 +57,8 @@ def half(name: str, do: Callable[..., Any], files: Files, arguments: tuple[Any, 
 
 @contextmanager
 def breaking(at: int, fate: int | str) -> Iterator[list[str]]:
-    """Operation `at` (from 1; 0 is never) fails when half done. Yields the names of the operations asked for.
+    """Operation `at` (from 1; 0 is never) fails when half done. Yields the names of the operations
+    asked for.
 
     fate: an errno, of that one operation; or KILLED: that one and all that come raise `Killed`.
     """

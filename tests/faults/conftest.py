@@ -1,4 +1,6 @@
-"""What the fault tests share: jobs that were made once, and a note of what became of every fault."""
+"""What the fault tests share: jobs that were made once, and a note of what became of every
+fault.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,22 @@ Note = Callable[..., None]
 def note() -> Note:
     """`note(fault, command, ends, bad)`: a line for the fault matrix, when somebody makes one.
 
-    ends: how it ended, and how often. bad: how often something was lost or wrong. said: what the user reads.
+    ends: how it ended, and how often. bad: how often something was lost or wrong. said: what the
+    user reads.
     """
 
-    def write(fault: str, command: str, ends: Mapping[str, int], bad: int = 0, said: str = "") -> None:
+    def write(
+        fault: str, command: str, ends: Mapping[str, int], bad: int = 0, said: str = ""
+    ) -> None:
         if path := os.environ.get(NOTES):
             with Path(path).open("a", encoding="utf-8") as file:
-                row = {"fault": fault, "command": command, "ends": dict(ends), "bad": bad, "said": said}
+                row = {
+                    "fault": fault,
+                    "command": command,
+                    "ends": dict(ends),
+                    "bad": bad,
+                    "said": said,
+                }
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     return write
@@ -42,7 +53,9 @@ def all_jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, jobs.Job]:
 def one_set_of_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured once for all tests here, and for no test elsewhere."""
     monkeypatch.setattr(estimates, "machine_rates", lambda *_: verdicts.rates())
-    monkeypatch.setattr("mis_mlx.hardware.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given"))
+    monkeypatch.setattr(
+        "mis_mlx.hardware.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given")
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
-"""Real jobs on a model of 2 layers, of a fraction of a second: what faults are made under, and what must come out.
+"""Real jobs on a model of 2 layers, of a fraction of a second: what faults are made under, and what
+must come out.
 
-A job begins in an empty folder, or goes on with what lies there, as a user would. `outcome` is every byte that must
-be the same at the end, whatever happened on the way.
+A job begins in an empty folder, or goes on with what lies there, as a user would. `outcome` is
+every byte that must be the same at the end, whatever happened on the way.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from tests import tiny
 
 Outcome = dict[str, str]
 LOSSES = "losses"  # in an outcome: of a power cut they may miss some, whose lines were not synced
-WINDOWS, LENGTH = 6, 8  # of the logit store
+# of the logit store
+WINDOWS = 6
+LENGTH = 8
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Job:
     name: str
     run: Callable[[Path], None]
     outcome: Callable[[Path], Outcome]
-    made: tuple[Path, Path] = (Path(), Path())  # model and text, from which `jobs` makes it again in another process
+    # model and text, from which `jobs` makes it again in another process
+    made: tuple[Path, Path] = (Path(), Path())
 
 
 def sha256(data: bytes) -> str:
@@ -48,26 +52,36 @@ def sha256(data: bytes) -> str:
 
 def contents(folder: Path) -> Outcome:
     """{path inside: sha256} of all files."""
-    return {str(p.relative_to(folder)): sha256(p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): sha256(p.read_bytes())
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def made(root: Path) -> tuple[Path, Path]:
     """(model, text) for the jobs, made below `root`."""
     from pydoc_data.topics import topics
 
-    text, names = root / "text", sorted(topics)
+    text = root / "text"
+    names = sorted(topics)
     text.mkdir(parents=True)
     for split, chosen in (("train", names[:6]), ("valid", names[30:31]), ("test", names[40:42])):
         rows = [json.dumps({"text": topics[name][:1500]}) for name in chosen]
         (text / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
     (root / "lessons").mkdir()
     for split, chosen in (("train", names[:8]), ("valid", names[30:32])):
-        taught = [json.dumps({"prompt": f"What is {name}?", "completion": topics[name][:80]}) for name in chosen]
+        taught = [
+            json.dumps({"prompt": f"What is {name}?", "completion": topics[name][:80]})
+            for name in chosen
+        ]
         (root / "lessons" / f"{split}.jsonl").write_text("\n".join(taught) + "\n")
     return tiny.make(root / "model", num_hidden_layers=2, intermediate_size=512), text
 
 
-def _folder(command: Callable[[Path], object]) -> tuple[Callable[[Path], None], Callable[[Path], Outcome]]:
+def _folder(
+    command: Callable[[Path], object],
+) -> tuple[Callable[[Path], None], Callable[[Path], Outcome]]:
     """run and outcome of a command that makes the one folder `out`."""
 
     def run(place: Path) -> None:
@@ -89,18 +103,36 @@ def jobs(model: Path, text: Path) -> dict[str, Job]:
         quantize.run(quantize.Settings(model=str(model), mlx_path=str(out), **rough))
 
     def tuned(out: Path) -> None:
-        learning: dict[str, Any] = {"q_method": "round", "target_bpw": None, "teacher": str(model), "q_iters": 1}
+        learning: dict[str, Any] = {
+            "q_method": "round",
+            "target_bpw": None,
+            "teacher": str(model),
+            "q_iters": 1,
+        }
         quantize.run(quantize.Settings(model=str(model), mlx_path=str(out), **few, **learning))
 
     def exported(out: Path) -> None:
         export.run(export.Settings(model=str(model), out=str(out)))
 
     asked: dict[str, Any] = {
-        "teacher": str(model), **few, "reconstruct_samples": 2, "eval_windows": 1, "bench_tokens": 0,
-        "ffn": 256, "iters": 2, "save_every": 1, "warmup": 1, "q_iters": 1, "learning_rate": 1e-2,
+        "teacher": str(model),
+        **few,
+        "reconstruct_samples": 2,
+        "eval_windows": 1,
+        "bench_tokens": 0,
+        "ffn": 256,
+        "iters": 2,
+        "save_every": 1,
+        "warmup": 1,
+        "q_iters": 1,
+        "learning_rate": 1e-2,
         "keep_steps": True,
-    }  # fmt: skip
-    taught: dict[str, Any] = {"model": str(model), "data": str(text.parent / "lessons"), "max_seq_length": 128}
+    }
+    taught: dict[str, Any] = {
+        "model": str(model),
+        "data": str(text.parent / "lessons"),
+        "max_seq_length": 128,
+    }
     taught |= {"iters": 3, "save_every": 1}
 
     makers: dict[str, Callable[[Path], None]] = {
@@ -109,8 +141,14 @@ def jobs(model: Path, text: Path) -> dict[str, Job]:
     found = [Job(name, *_folder(maker)) for name, maker in makers.items()]
     found += [
         Job("distill", _running(distill, asked), _distilled),
-        Job("distill, targets on disk", _running(distill, {**asked, "targets": "cached"}), _distilled),
-        Job("distill, block by block", _running(distill, {**asked, "train": "sharded"}), _distilled),
+        Job(
+            "distill, targets on disk",
+            _running(distill, {**asked, "targets": "cached"}),
+            _distilled,
+        ),
+        Job(
+            "distill, block by block", _running(distill, {**asked, "train": "sharded"}), _distilled
+        ),
         Job("sft", _running(sft, taught), _distilled),
         Job("logit store", _store, lambda place: contents(place / "targets")),
         Job("spool", _spool, lambda place: contents(place)),
@@ -136,8 +174,12 @@ def _distilled(place: Path) -> Outcome:
     """The models that a run wrote, and every loss on the way."""
     out = place / "run"
     losses = [(r["number"], r["loss"], r["grad_norm"]) for r in run_folder.metrics(out)]
-    whole = {f"{name}/{file}": value for name in ("pruned", "distilled", "model") for file, value in
-             contents(out / name).items() if file != "README.md"}  # fmt: skip
+    whole = {
+        f"{name}/{file}": value
+        for name in ("pruned", "distilled", "model")
+        for file, value in contents(out / name).items()
+        if file != "README.md"
+    }
     return {**whole, LOSSES: sha256(json.dumps(losses).encode())}
 
 
@@ -153,7 +195,9 @@ def _store(place: Path) -> None:
 
 
 def _spool(place: Path) -> None:
-    """Hidden states through a file and back. It is scratch: what must come out is right bytes, and nothing left."""
+    """Hidden states through a file and back. It is scratch: what must come out is right bytes, and
+    nothing left.
+    """
     spool = Spool(place, 1, Files())
     given = [mx.full((4, 8), float(i)) for i in range(4)]
     spool.extend(given)
@@ -164,7 +208,9 @@ def _spool(place: Path) -> None:
 
 @dataclass(frozen=True)
 class Said:
-    """The program said that this is safe: a folder or file, its number if it is a step, its contents, and when."""
+    """The program said that this is safe: a folder or file, its number if it is a step, its
+    contents, and when.
+    """
 
     path: Path
     step: int | None
@@ -175,7 +221,9 @@ class Said:
 @contextmanager
 def acknowledged(say: Callable[[Said], None], now: Callable[[], int] = lambda: 0) -> Iterator[None]:
     """`say` what is safe as soon as the commit protocol, or the logit store, says it."""
-    save_step, commit_folder, commit_part = protocol.save_step, protocol.commit_folder, logit_store.Targets._commit
+    save_step = protocol.save_step
+    commit_folder = protocol.commit_folder
+    commit_part = logit_store.Targets._commit
 
     def saving(steps_dir: Path, number: int, *arguments: Any, **more: Any) -> Path:
         path = save_step(steps_dir, number, *arguments, **more)
@@ -186,7 +234,8 @@ def acknowledged(say: Callable[[Said], None], now: Callable[[], int] = lambda: 0
     def committing(final: Path, *arguments: Any, **more: Any) -> Iterator[Path]:
         with commit_folder(final, *arguments, **more) as tmp:
             yield tmp
-        passing = final.name == "parts" or final.name.startswith(".tmp-")  # replaced, or deleted, on purpose
+        # replaced, or deleted, on purpose
+        passing = final.name == "parts" or final.name.startswith(".tmp-")
         if not (passing or protocol.STEP.fullmatch(final.name)):
             say(Said(final, None, contents(final), now()))
 
@@ -206,8 +255,11 @@ def acknowledged(say: Callable[[Said], None], now: Callable[[], int] = lambda: 0
 
 
 def lost(said: Iterable[Said], then: Path, now: Path) -> list[str]:
-    """What was acknowledged below `then` and is not, or not with its bytes, below `now`: there, or the same place."""
-    bad, newest = [], dict[Path, Said]()
+    """What was acknowledged below `then` and is not, or not with its bytes, below `now`: there, or
+    the same place.
+    """
+    bad = []
+    newest = dict[Path, Said]()
     for each in said:
         here = now / each.path.relative_to(then)
         if each.step is not None:
@@ -217,7 +269,9 @@ def lost(said: Iterable[Said], then: Path, now: Path) -> list[str]:
     for steps_dir, each in newest.items():
         saved = protocol.newest(steps_dir)
         if saved is None or saved.number < (each.step or 0) or saved.notes:
-            bad.append(f"{steps_dir.name} {each.step}, there is {saved.number if saved else 'none'}")
+            bad.append(
+                f"{steps_dir.name} {each.step}, there is {saved.number if saved else 'none'}"
+            )
         elif saved.number == each.step and contents(saved.path) != each.files:
             bad.append(f"{steps_dir.name} {each.step}, other bytes")
     return bad

@@ -1,7 +1,9 @@
-"""Model folders that lie, and a process of its own that opens them: it may refuse, or read what the reference reads.
+"""Model folders that lie, and a process of its own that opens them: it may refuse, or read what the
+reference reads.
 
-A liar's header agrees with itself modulo 2^64, which is what an attacker would write; others have bits flipped, pieces
-cut out or numbers replaced, in any file of the folder. One in eight is left as it was.
+A liar's header agrees with itself modulo 2^64, which is what an attacker would write; others have
+bits flipped, pieces cut out or numbers replaced, in any file of the folder. One in eight is left as
+it was.
 """
 
 from __future__ import annotations
@@ -22,10 +24,60 @@ from typing import Any
 from mis_mlx.storage.header_check import DTYPES
 
 WRAP = 2**64
-DIMS = [-1, -2, -4, -8, 0, 1, 2, 3, 4, 8, 16, 2**15, 2**16, 2**20, 2**30, 2**31 - 1, 2**31, 2**32, 2**32 + 1, 2**33]
-ODD: list[Any] = [-1, 0, 1, 2, 3, 7, 10**7, 2**31 - 1, 2**31, 2**40, 2**64, 0.5, -0.0, 1e308, True, False, None, "",
-                  "64", "../../evil", [], {}, [1] * 50, "x" * 5000, "\ud800", "NaN"]  # fmt: skip
-BATCH, SECONDS, MEMORY_BYTES = 250, 120.0, 6 * 2**30  # folders a process, its time and its memory
+DIMS = [
+    -1,
+    -2,
+    -4,
+    -8,
+    0,
+    1,
+    2,
+    3,
+    4,
+    8,
+    16,
+    2**15,
+    2**16,
+    2**20,
+    2**30,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**32 + 1,
+    2**33,
+]
+ODD: list[Any] = [
+    -1,
+    0,
+    1,
+    2,
+    3,
+    7,
+    10**7,
+    2**31 - 1,
+    2**31,
+    2**40,
+    2**64,
+    0.5,
+    -0.0,
+    1e308,
+    True,
+    False,
+    None,
+    "",
+    "64",
+    "../../evil",
+    [],
+    {},
+    [1] * 50,
+    "x" * 5000,
+    "\ud800",
+    "NaN",
+]
+# folders a process, its time and its memory
+BATCH = 250
+SECONDS = 120.0
+MEMORY_BYTES = 6 * 2**30
 INDEX = "model.safetensors.index.json"
 
 
@@ -58,7 +110,9 @@ def flipped(data: bytes, rng: random.Random) -> bytes:
 
 
 def lying(data: bytes, rng: random.Random) -> bytes:
-    """One to three entries of the header lie; what they say of the file agrees modulo 2^64, as far as it can."""
+    """One to three entries of the header lie; what they say of the file agrees modulo 2^64, as far
+    as it can.
+    """
     header, rest = split(data)
     header.pop("__metadata__", None)
     for name in rng.sample(sorted(header), rng.choice([1, 1, 2, 3])):
@@ -74,13 +128,32 @@ def lying(data: bytes, rng: random.Random) -> bytes:
         elif kind == 1:
             entry["dtype"] = rng.choice([*DTYPES, "F64", "F7", "I4", ""])
         elif kind == 2:
-            entry["data_offsets"] = rng.choice([[begin, end + 4], [begin + WRAP, end + WRAP], [end, begin], [-4, end],
-                                                [begin], [0, end], [begin, rng.choice(DIMS)]])  # fmt: skip
+            entry["data_offsets"] = rng.choice(
+                [
+                    [begin, end + 4],
+                    [begin + WRAP, end + WRAP],
+                    [end, begin],
+                    [-4, end],
+                    [begin],
+                    [0, end],
+                    [begin, rng.choice(DIMS)],
+                ]
+            )
         elif kind == 3:
-            entry["shape"] = rng.choice([entry["shape"][::-1], [*entry["shape"], 1], [1, *entry["shape"]], [2.5], ["8"],
-                                         entry["shape"][:1]])  # fmt: skip
+            entry["shape"] = rng.choice(
+                [
+                    entry["shape"][::-1],
+                    [*entry["shape"], 1],
+                    [1, *entry["shape"]],
+                    [2.5],
+                    ["8"],
+                    entry["shape"][:1],
+                ]
+            )
         elif kind == 4:
-            header[rng.choice(["../x", "a\0b", "n" * 600, "lm_head.weight", name.replace("0", "9")])] = header.pop(name)
+            header[
+                rng.choice(["../x", "a\0b", "n" * 600, "lm_head.weight", name.replace("0", "9")])
+            ] = header.pop(name)
         else:
             other = header[rng.choice(sorted(header))]
             entry["data_offsets"] = list(other["data_offsets"])
@@ -88,7 +161,9 @@ def lying(data: bytes, rng: random.Random) -> bytes:
 
 
 def odd(data: bytes, rng: random.Random) -> bytes:
-    """A JSON object in which one or two values, at any depth, are replaced by odd ones, or are gone."""
+    """A JSON object in which one or two values, at any depth, are replaced by odd ones, or are
+    gone.
+    """
     whole = json.loads(data)
     for _ in range(rng.choice([1, 1, 2])):
         at: Any = whole
@@ -108,9 +183,15 @@ def odd(data: bytes, rng: random.Random) -> bytes:
 
 
 def liar(folder: Path, whole: dict[str, bytes], rng: random.Random) -> None:
-    """Write the folder of files `whole` with one of them changed. The files are replaced, never written into."""
-    name = rng.choice([n for n in whole if n.endswith(".safetensors")] * 3 + [n for n in whole if n.endswith(".json")])
-    data, kind = whole[name], rng.randrange(8)
+    """Write the folder of files `whole` with one of them changed. The files are replaced, never
+    written into.
+    """
+    name = rng.choice(
+        [n for n in whole if n.endswith(".safetensors")] * 3
+        + [n for n in whole if n.endswith(".json")]
+    )
+    data = whole[name]
+    kind = rng.randrange(8)
     if kind:
         change = lying if name.endswith(".safetensors") else odd
         data = (flipped if kind == 1 else change)(data, rng)
@@ -123,14 +204,18 @@ def liar(folder: Path, whole: dict[str, bytes], rng: random.Random) -> None:
 
 def files_of(model: Path) -> dict[str, bytes]:
     """What `liar` changes: weights, index, config."""
-    changed = [p for p in model.iterdir() if p.suffix == ".safetensors" or p.name in (INDEX, "config.json")]
+    changed = [
+        p for p in model.iterdir() if p.suffix == ".safetensors" or p.name in (INDEX, "config.json")
+    ]
     return {p.name: p.read_bytes() for p in changed}
 
 
 def opened(folder: Path) -> str:
-    """What became of one folder: "refused", or "read" when it passed and every byte is what the reference reads.
+    """What became of one folder: "refused", or "read" when it passed and every byte is what the
+    reference reads.
 
-    AssertionError when the reference parser refuses what passed, or reads other bytes, or the model has no numbers.
+    AssertionError when the reference parser refuses what passed, or reads other bytes, or the model
+    has no numbers.
     """
     import mlx.core as mx
     import numpy as np
@@ -147,13 +232,18 @@ def opened(folder: Path) -> str:
         return "refused"
     reference: dict[str, Any] = {}
     for path in sorted({at.file for at in checkpoint.tensors.values()}):
-        reference |= dict(safetensors.deserialize(path.read_bytes()))  # SafetensorError: it refuses what we took
+        # SafetensorError: it refuses what we took
+        reference |= dict(safetensors.deserialize(path.read_bytes()))
     assert reference.keys() == checkpoint.tensors.keys()
     arrays = lazy(checkpoint.tensors, checkpoint.tensors)
     for name, theirs in reference.items():
         ours = arrays[name]
         assert tuple(ours.shape) == tuple(theirs["shape"]), name
-        raw = np.array(mx.contiguous(ours.reshape(-1)).view(mx.uint8)) if ours.size else np.zeros(0, np.uint8)
+        raw = (
+            np.array(mx.contiguous(ours.reshape(-1)).view(mx.uint8))
+            if ours.size
+            else np.zeros(0, np.uint8)
+        )
         assert raw.tobytes() == bytes(theirs["data"]), name
     model = load.resident(checkpoint, mx.float32)
     logits = model(mx.array([[1, 2, 3]]))
@@ -163,7 +253,9 @@ def opened(folder: Path) -> str:
 
 
 def unguarded(folder: Path) -> str:
-    """What would become of it without the gate: MLX reads the files as they are. Errors and oracle as in `opened`."""
+    """What would become of it without the gate: MLX reads the files as they are. Errors and oracle
+    as in `opened`.
+    """
     import mlx.core as mx
     import safetensors
 
@@ -175,7 +267,9 @@ def unguarded(folder: Path) -> str:
             return "refused"
         assert isinstance(arrays, dict)
         reference = dict(safetensors.deserialize(path.read_bytes()))
-        assert {n: tuple(a.shape) for n, a in arrays.items()} == {n: tuple(t["shape"]) for n, t in reference.items()}
+        assert {n: tuple(a.shape) for n, a in arrays.items()} == {
+            n: tuple(t["shape"]) for n, t in reference.items()
+        }
     return "read"
 
 
@@ -194,12 +288,19 @@ def serve(model: Path, room: Path, first: int, count: int, gate: bool = True) ->
         print(number, ended, flush=True)
 
 
-def tried(model: Path, room: Path, first: int, count: int, gate: bool = True) -> tuple[Counter[str], list[str]]:
-    """Folders first ... first + count - 1: how many were refused and read, and sentences about all that went wrong.
+def tried(
+    model: Path, room: Path, first: int, count: int, gate: bool = True
+) -> tuple[Counter[str], list[str]]:
+    """Folders first ... first + count - 1: how many were refused and read, and sentences about all
+    that went wrong.
 
-    A process that dies or hangs is noted with the folder that it had, and the next one goes on after it.
+    A process that dies or hangs is noted with the folder that it had, and the next one goes on
+    after it.
     """
-    found, bad, at, end = Counter[str](), list[str](), first, first + count
+    found = Counter[str]()
+    bad = list[str]()
+    at = first
+    end = first + count
     while at < end:
         shutil.rmtree(room, ignore_errors=True)
         room.mkdir(parents=True)
@@ -208,13 +309,19 @@ def tried(model: Path, room: Path, first: int, count: int, gate: bool = True) ->
         argv += [] if gate else ["unguarded"]
         root = str(Path(__file__).parents[2])
         process = subprocess.Popen(
-            argv, env={**os.environ, "PYTHONPATH": root}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            argv,
+            env={**os.environ, "PYTHONPATH": root},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
         try:
-            said, why = process.communicate(timeout=SECONDS if gate else 10.0)[0], ""
+            said = process.communicate(timeout=SECONDS if gate else 10.0)[0]
+            why = ""
         except subprocess.TimeoutExpired:
             process.kill()
-            said, why = process.communicate()[0], f"no end in {SECONDS:g} s"
+            said = process.communicate()[0]
+            why = f"no end in {SECONDS:g} s"
         lines = [line.split(" ", 1) for line in said.splitlines() if " " in line]
         for number, ended in lines:
             found[ended.split()[0]] += 1
@@ -229,4 +336,6 @@ def tried(model: Path, room: Path, first: int, count: int, gate: bool = True) ->
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), len(sys.argv) == 5)
+    serve(
+        Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), len(sys.argv) == 5
+    )

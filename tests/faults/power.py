@@ -1,7 +1,7 @@
 """A pessimistic model of a power cut, for any file system.
 
-Bytes that were not fsynced may be absent, partly there or zeros; a folder entry (made, renamed, removed) that was not
-fsynced may have happened or not.
+Bytes that were not fsynced may be absent, partly there or zeros; a folder entry (made, renamed,
+removed) that was not fsynced may have happened or not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ Operation = tuple[str, Path, Any]
 
 @contextmanager
 def recorded(forgets: str = "") -> Iterator[list[Operation]]:
-    """What is done to any disk, as it is done. forgets: "file" or "folder", whose fsync is told but not made."""
+    """What is done to any disk, as it is done. forgets: "file" or "folder", whose fsync is told but
+    not made.
+    """
     trace: list[Operation] = []
 
     def wrap(name: str, do: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,7 +50,9 @@ def _told(name: str, path: Path, extra: Any = None, forgets: str = "") -> list[O
 
 
 class Drive:
-    """What is known of a drive: what each file holds, how much of it is durable, and which names exist."""
+    """What is known of a drive: what each file holds, how much of it is durable, and which names
+    exist.
+    """
 
     def __init__(self) -> None:
         self.content: list[bytearray | None] = []  # None: a folder
@@ -69,7 +73,9 @@ class Drive:
         elif kind == "fsync file":
             self.durable_bytes[self.seen[path]] = len(self.content[self.seen[path]] or b"")
         elif kind == "fsync folder":
-            here = [p for p in self.pending if path in (p[1].parent, p[0] == "rename" and p[2].parent)]
+            here = [
+                p for p in self.pending if path in (p[1].parent, p[0] == "rename" and p[2].parent)
+            ]
             for change in here:
                 apply(self.durable, change)
                 self.pending.remove(change)
@@ -81,7 +87,9 @@ class Drive:
         self.pending.append(change)
 
     def after_cut(self, rng: random.Random, root: Path, out: Path) -> None:
-        """Make below `out` one of the states in which the cut may have left what was below `root`."""
+        """Make below `out` one of the states in which the cut may have left what was below
+        `root`.
+        """
         names = dict(self.durable)
         journalled = rng.random() < 0.5  # names change in order, up to some point; else any of them
         point = rng.randrange(len(self.pending) + 1)
@@ -89,7 +97,8 @@ class Drive:
             if i < point if journalled else rng.random() < 0.5:
                 apply(names, change)
         for path in sorted(names, key=lambda p: len(p.parts)):
-            target, data = out / path.relative_to(root), self.content[names[path]]
+            target = out / path.relative_to(root)
+            data = self.content[names[path]]
             if not target.parent.is_dir():
                 continue
             if data is None:
@@ -112,11 +121,15 @@ class Drive:
 def cuts(
     trace: list[Operation], count: int, rng: random.Random, promises: Sequence[int] = ()
 ) -> Iterator[tuple[int, Drive]]:
-    """(operations done, the drive then) of `count` random moments, in order; the drive is one and the same.
+    """(operations done, the drive then) of `count` random moments, in order; the drive is one and
+    the same.
 
-    promises: moments at which something was said to be safe. One cut in four comes right after one of them.
+    promises: moments at which something was said to be safe. One cut in four comes right after one
+    of them.
     """
-    drive, done, moments = Drive(), 0, list[int]()
+    drive = Drive()
+    done = 0
+    moments = list[int]()
     for _ in range(count):
         promised = promises and rng.random() < 0.25
         moments.append(rng.choice(promises) if promised else rng.randrange(len(trace) + 1))

@@ -1,4 +1,5 @@
-"""Real disks that are full, too small, gone or read-only: a sentence with numbers, and later the same end.
+"""Real disks that are full, too small, gone or read-only: a sentence with numbers, and later the
+same end.
 
 A small file system in memory needs root; a limit on the size of files (RLIMIT_FSIZE) needs nobody.
 """
@@ -30,7 +31,9 @@ def mount(*words: object) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """`small_disk(kib)`: a folder on a disk of that size; called again, the disk is as large as it says then."""
+    """`small_disk(kib)`: a folder on a disk of that size; called again, the disk is as large as it
+    says then.
+    """
     place = tmp_path / "disk"
 
     def sized(kib: int) -> Path:
@@ -63,11 +66,19 @@ def refused(job: jobs.Job, place: Path) -> str:
 
 @pytest.mark.parametrize("name", ["prune", "quantize", "export", "distill", "sft", "logit store"])
 def test_a_full_disk_is_waited_out(
-    name: str, bench: Benches, all_jobs: dict[str, jobs.Job], small_disk: Callable[[int], Path], note: Note
+    name: str,
+    bench: Benches,
+    all_jobs: dict[str, jobs.Job],
+    small_disk: Callable[[int], Path],
+    note: Note,
 ) -> None:
-    """On ever larger disks, each full at another moment: a sentence each time; on one large enough, the same bytes."""
-    whole, job = bench(name).whole, all_jobs[name]
-    place, said = small_disk(8) / "place", list[str]()
+    """On ever larger disks, each full at another moment: a sentence each time; on one large enough,
+    the same bytes.
+    """
+    whole = bench(name).whole
+    job = all_jobs[name]
+    place = small_disk(8) / "place"
+    said = list[str]()
     place.mkdir()
     for kib in (8, 16, 64, 300, 700, 1300, 2100, 3300, 64_000):
         small_disk(kib)
@@ -90,8 +101,12 @@ def test_a_full_disk_is_waited_out(
 def test_a_write_that_stops_halfway(
     name: str, bench: Benches, all_jobs: dict[str, jobs.Job], tmp_path: Path, note: Note
 ) -> None:
-    """The kernel refuses in the middle of a file of weights: a sentence, no half file, and then the same bytes."""
-    whole, job, place = bench(name).whole, all_jobs[name], tmp_path / "place"
+    """The kernel refuses in the middle of a file of weights: a sentence, no half file, and then the
+    same bytes.
+    """
+    whole = bench(name).whole
+    job = all_jobs[name]
+    place = tmp_path / "place"
     place.mkdir()
     with files_up_to(60_000):
         said = refused(job, place)
@@ -99,8 +114,13 @@ def test_a_write_that_stops_halfway(
     assert not [p for p in place.rglob("*.safetensors") if ".tmp-" not in str(p)]
     job.run(place)
     assert job.outcome(place) == whole
-    note("A5 a write that stops halfway (RLIMIT_FSIZE)", name, {"said so": 1, "the same end": 1}, 0,
-         said.replace(str(tmp_path), "..."))  # fmt: skip
+    note(
+        "A5 a write that stops halfway (RLIMIT_FSIZE)",
+        name,
+        {"said so": 1, "the same end": 1},
+        0,
+        said.replace(str(tmp_path), "..."),
+    )
 
 
 @pytest.mark.parametrize("name", ["export", "distill"])
@@ -116,10 +136,16 @@ def test_a_disk_that_is_read_only(
 
 
 @pytest.mark.parametrize("name", ["distill", "sft"])
-def test_a_disk_pulled_out(name: str, bench: Benches, all_jobs: dict[str, jobs.Job], note: Note) -> None:
-    """After the second checkpoint the run folder is gone, as with a cable; put back, the run ends as it would have."""
-    b, job = bench(name), all_jobs[name]
-    place, away = jobs.clean(b.place), b.room / "away"
+def test_a_disk_pulled_out(
+    name: str, bench: Benches, all_jobs: dict[str, jobs.Job], note: Note
+) -> None:
+    """After the second checkpoint the run folder is gone, as with a cable; put back, the run ends
+    as it would have.
+    """
+    b = bench(name)
+    job = all_jobs[name]
+    place = jobs.clean(b.place)
+    away = b.room / "away"
 
     def pull(said: jobs.Said) -> None:
         if said.step == 1 and said.path.parent.name == "steps":
@@ -132,5 +158,10 @@ def test_a_disk_pulled_out(name: str, bench: Benches, all_jobs: dict[str, jobs.J
     away.rename(place)
     job.run(place)
     assert job.outcome(place) == b.whole and len(run_folder.metrics(place / "run")) >= 2
-    note("A7 a disk that is pulled out", name, {"said so": 1, "the same end": 1}, 0,
-         str(caught.value).replace(str(place), "..."))  # fmt: skip
+    note(
+        "A7 a disk that is pulled out",
+        name,
+        {"said so": 1, "the same end": 1},
+        0,
+        str(caught.value).replace(str(place), "..."),
+    )

@@ -1,7 +1,8 @@
-"""SIGKILL at random moments of every job, again and again: no step lost, no wrong byte, the end of an undisturbed one.
+"""SIGKILL at random moments of every job, again and again: no step lost, no wrong byte, the end of
+an undisturbed one.
 
-The processes are forks of one that has imported everything, so that a kill hits the work and not an import.
-`tests/test_distill_kills.py` kills the command as a user starts it.
+The processes are forks of one that has imported everything, so that a kill hits the work and not an
+import. `tests/test_distill_kills.py` kills the command as a user starts it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ KILLS = 300  # in all, of the slow run
 
 
 @pytest.mark.parametrize(
-    "name", mostly_slow(["prune", "quantize", "export", "distill", "logit store"], "export", "distill")
+    "name",
+    mostly_slow(["prune", "quantize", "export", "distill", "logit store"], "export", "distill"),
 )
 def test_killed_and_gone_on_with(name: str, bench: Benches) -> None:
     """Four kills that came in time, and then the end."""

@@ -1,4 +1,6 @@
-"""Model folders that lie: no crash, no hang, and nothing passes that the reference refuses or reads otherwise."""
+"""Model folders that lie: no crash, no hang, and nothing passes that the reference refuses or reads
+otherwise.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from tests.faults.conftest import Note
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model of several shards and an index."""
-    folder = tiny.make(tmp_path_factory.mktemp("liars") / "model", num_hidden_layers=2, intermediate_size=64)
+    folder = tiny.make(
+        tmp_path_factory.mktemp("liars") / "model", num_hidden_layers=2, intermediate_size=64
+    )
     config = json.loads((folder / "config.json").read_text())
     specs = {name: ("F32", shape) for name, shape in arch.tensors_of(config).items()}
     arrays = safetensors.lazy(*[safetensors.index(folder)] * 2)
@@ -35,7 +39,8 @@ def test_liars_are_refused_or_read_rightly(model: Path, tmp_path: Path) -> None:
     """The first 200 of the endless list."""
     found, bad = liars.tried(model, tmp_path / "room", 0, 200)
     assert not bad and found.total() == 200
-    assert found["refused"] > 100 and found["read"] > 20  # a gate that refuses everything is found out too
+    # a gate that refuses everything is found out too
+    assert found["refused"] > 100 and found["read"] > 20
 
 
 @pytest.mark.slow
@@ -47,6 +52,8 @@ def test_twenty_thousand_liars(model: Path, tmp_path: Path, note: Note) -> None:
 
 
 def test_without_the_gate_liars_are_found_out(model: Path, tmp_path: Path) -> None:
-    """A test of the test: a folder that MLX would take and the reference refuses, or a dead process, is `bad`."""
+    """A test of the test: a folder that MLX would take and the reference refuses, or a dead
+    process, is `bad`.
+    """
     broken = liars.tried(model, tmp_path / "room", 0, 40, gate=False)[1]
     assert broken

@@ -1,4 +1,5 @@
-"""Nothing in the package opens a connection but the download of a model, a wheel or a data set that the user named.
+"""Nothing in the package opens a connection but the download of a model, a wheel or a data set that
+the user named.
 
 Read in the source, and watched: an audit hook of Python's in every process of a real run.
 """
@@ -17,14 +18,31 @@ from tests.faults.conftest import Note
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mis_mlx"
-TALKATIVE = {"socket", "http", "urllib", "requests", "httpx", "socketserver", "ssl", "ftplib", "smtplib", "asyncio",
-             "xmlrpc", "telnetlib", "websockets", "aiohttp", "huggingface_hub", "datasets"}  # fmt: skip
+TALKATIVE = {
+    "socket",
+    "http",
+    "urllib",
+    "requests",
+    "httpx",
+    "socketserver",
+    "ssl",
+    "ftplib",
+    "smtplib",
+    "asyncio",
+    "xmlrpc",
+    "telnetlib",
+    "websockets",
+    "aiohttp",
+    "huggingface_hub",
+    "datasets",
+}
 # Who may, and what for.
 MAY = {
     "storage/hub.py": "a model from the Hugging Face hub",
     "data/preparation.py": "a data set from the hub",
     "evaluation/questions.py": "a data set from the hub",
-    "hardware/sockets.py": "asks of connections that mlx.launch made whether the other end lives; opens none",
+    "hardware/sockets.py": "asks of connections that mlx.launch made whether the other end lives; "
+    "opens none",
 }
 WATCH = """
 import os, sys
@@ -66,30 +84,58 @@ def watched(argv: list[str], env: dict[str, str], place: Path) -> tuple[str, str
     seen = place / "seen"
     seen.write_text("")
     own = {**env, "PYTHONPATH": f"{place}:{ROOT}", "MIS_MLX_SEEN": str(seen)}
-    done = subprocess.run([sys.executable, *argv], env=own, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, *argv], env=own, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return seen.read_text(), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("command", ["distill", "generate", "export"])
 def test_a_run_talks_to_nobody(
-    command: str, all_jobs: dict[str, jobs.Job], own_home: dict[str, str], tmp_path: Path, note: Note
+    command: str,
+    all_jobs: dict[str, jobs.Job],
+    own_home: dict[str, str],
+    tmp_path: Path,
+    note: Note,
 ) -> None:
-    """A whole run, its children included, with the hub not switched off: no connect, no look-up of a name.
+    """A whole run, its children included, with the hub not switched off: no connect, no look-up of
+    a name.
 
     And its user's token is in nothing that it says or leaves behind.
     """
     model, text = all_jobs["distill"].made
     flags = {
-        "distill": ["--teacher", model, "--data", text, "--max-seq-length", 32, "--num-samples", 2, "--ffn", 256,
-                    "--iters", 2, "--eval-windows", 1, "--reconstruct-samples", 2, "--q-iters", 1, "--out"],
+        "distill": [
+            "--teacher",
+            model,
+            "--data",
+            text,
+            "--max-seq-length",
+            32,
+            "--num-samples",
+            2,
+            "--ffn",
+            256,
+            "--iters",
+            2,
+            "--eval-windows",
+            1,
+            "--reconstruct-samples",
+            2,
+            "--q-iters",
+            1,
+            "--out",
+        ],
         "generate": ["--max-tokens", 3, "--model"],
         "export": ["--model", model, "--out"],
-    }[command]  # fmt: skip
+    }[command]
     last = model if command == "generate" else tmp_path / "out"
     secret = "hf_" + "S" * 34
     env = {**{k: v for k, v in own_home.items() if k != "HF_HUB_OFFLINE"}, "HF_TOKEN": secret}
-    seen, said = watched(["-m", f"mis_mlx.{command}", *map(str, [*flags, last])], env, tmp_path / "watch")
+    seen, said = watched(
+        ["-m", f"mis_mlx.{command}", *map(str, [*flags, last])], env, tmp_path / "watch"
+    )
     assert seen == ""
     left = [p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()]
     assert secret not in said and not any(secret.encode() in each for each in left)

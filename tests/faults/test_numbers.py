@@ -1,6 +1,8 @@
-"""Batches whose loss is not a number: skipped, then left out after going back, then the run stops, and says which.
+"""Batches whose loss is not a number: skipped, then left out after going back, then the run stops,
+and says which.
 
-The fault is made where it would come from: the teacher's answer to these batches is NaN. Whole runs, real checkpoints.
+The fault is made where it would come from: the teacher's answer to these batches is NaN. Whole
+runs, real checkpoints.
 """
 
 from __future__ import annotations
@@ -27,26 +29,42 @@ from mis_mlx.types import MisError
 from tests.faults import jobs
 from tests.faults.conftest import Note
 
-ITERS, EVERY = 12, 4
+ITERS = 12
+EVERY = 4
 
 
 @pytest.fixture
 def settings(all_jobs: dict[str, jobs.Job], tmp_path: Path) -> Callable[[str], distill.Settings]:
-    """`settings(name)`: of a run of twelve steps, saved at every fourth, with plain distillation and no 4-bit model."""
+    """`settings(name)`: of a run of twelve steps, saved at every fourth, with plain distillation
+    and no 4-bit model.
+    """
     model, text = all_jobs["distill"].made
-    brief: dict[str, Any] = {"teacher": str(model), "data": str(text), "num_samples": 2, "max_seq_length": 32}
+    brief: dict[str, Any] = {
+        "teacher": str(model),
+        "data": str(text),
+        "num_samples": 2,
+        "max_seq_length": 32,
+    }
     brief |= {"reconstruct_samples": 0, "eval_windows": 1, "bench_tokens": 0, "ffn": 256}
-    brief |= {"iters": ITERS, "save_every": EVERY, "warmup": 1, "quantize": 0, "learning_rate": 1e-2}
+    brief |= {
+        "iters": ITERS,
+        "save_every": EVERY,
+        "warmup": 1,
+        "quantize": 0,
+        "learning_rate": 1e-2,
+    }
     return lambda name: distill.Settings(out=str(tmp_path / name), **brief)
 
 
 @pytest.fixture
 def bad(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """Numbers of batches, from 1, to which the teacher's answer is NaN. Fill it."""
-    numbers, cut = set[int](), live_teacher.step_micro_batches
+    numbers = set[int]()
+    cut = live_teacher.step_micro_batches
 
     def poisoned(*arguments: Any) -> list[Any]:
-        parts, bad = cut(*arguments), arguments[-1] + 1 in numbers
+        parts = cut(*arguments)
+        bad = arguments[-1] + 1 in numbers
         return [(*p[:2], p[2] * math.nan, *p[3:]) for p in parts] if bad else parts
 
     monkeypatch.setattr(live_teacher, "step_micro_batches", poisoned)
@@ -61,12 +79,19 @@ def notes(out: str) -> dict[int, str]:
 def all_numbers(folder: Path) -> bool:
     """Whether every weight of a model is one."""
     checkpoint = load.open_checkpoint(folder)
-    return all(mx.isfinite(load.dense(checkpoint, name)).all().item() for name in checkpoint.tensors)
+    return all(
+        mx.isfinite(load.dense(checkpoint, name)).all().item() for name in checkpoint.tensors
+    )
 
 
-def test_one_bad_batch_is_skipped(settings: Callable[[str], distill.Settings], bad: set[int], note: Note) -> None:
-    """The steps before it are those of a run that never met it; it is noted; the model at the end has numbers only."""
-    s, clean = settings("bad"), settings("clean")
+def test_one_bad_batch_is_skipped(
+    settings: Callable[[str], distill.Settings], bad: set[int], note: Note
+) -> None:
+    """The steps before it are those of a run that never met it; it is noted; the model at the end
+    has numbers only.
+    """
+    s = settings("bad")
+    clean = settings("clean")
     distill.run(clean)
     bad.add(6)
     distill.run(s)
@@ -74,39 +99,68 @@ def test_one_bad_batch_is_skipped(settings: Callable[[str], distill.Settings], b
     losses = [[r["loss"] for r in run_folder.metrics(Path(str(x.out)))] for x in (s, clean)]
     assert losses[0][:5] == losses[1][:5] and len(losses[0]) == ITERS
     assert all_numbers(Path(str(s.out)) / "model")
-    note("B1 one batch that gives no number", "distill", {"skipped": 1}, 0, "step 6: skipped: not a number")
+    note(
+        "B1 one batch that gives no number",
+        "distill",
+        {"skipped": 1},
+        0,
+        "step 6: skipped: not a number",
+    )
 
 
 def test_three_in_a_row_go_back_and_on_without_them(
-    settings: Callable[[str], distill.Settings], bad: set[int], capsys: pytest.CaptureFixture[str], note: Note
+    settings: Callable[[str], distill.Settings],
+    bad: set[int],
+    capsys: pytest.CaptureFixture[str],
+    note: Note,
 ) -> None:
-    """Back to the checkpoint at step 4, on without batches 6 to 8 at half the rate; the resumed twin has its bytes."""
+    """Back to the checkpoint at step 4, on without batches 6 to 8 at half the rate; the resumed
+    twin has its bytes.
+    """
     s = settings("bad")
     bad |= {6, 7, 8}
     distill.run(s)
     said = capsys.readouterr().err
-    assert "batches 6, 7, 8 gave no numbers: back to step 4, and on without them, at half the learning rate" in said
+    assert (
+        "batches 6, 7, 8 gave no numbers: back to step 4, and on without them, at half the "
+        "learning rate" in said
+    )
     assert notes(str(s.out)) == dict.fromkeys((6, 7, 8), "skipped: not a number before")
     rates = {r["number"]: r["learning_rate"] for r in run_folder.metrics(Path(str(s.out)))}
     assert rates[5] == pytest.approx(s.rate(4) / 2) and rates[4] == pytest.approx(s.rate(3))
     assert all_numbers(Path(str(s.out)) / "model")
-    note("B2 three in a row", "distill", {"back to step 4": 1, "the end": 1}, 0,
-         "batches 6, 7, 8 gave no numbers: back to step 4, and on without them, at half the learning rate")  # fmt: skip
+    note(
+        "B2 three in a row",
+        "distill",
+        {"back to step 4": 1, "the end": 1},
+        0,
+        "batches 6, 7, 8 gave no numbers: back to step 4, and on without them, at half the "
+        "learning rate",
+    )
 
 
 @pytest.mark.parametrize(("first", "back"), [(4, 3), (6, 6)])
 def test_a_sharded_run_goes_back_too(
-    first: int, back: int, settings: Callable[[str], distill.Settings], bad: set[int],
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], note: Note,
-) -> None:  # fmt: skip
-    """One block at a time, six steps each, saved at every third: back within a visit, and where a block is on disk
-    already. Without these batches in the next visit too; killed on the second way, it ends with the same bytes."""
+    first: int,
+    back: int,
+    settings: Callable[[str], distill.Settings],
+    bad: set[int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    note: Note,
+) -> None:
+    """One block at a time, six steps each, saved at every third: back within a visit, and where a
+    block is on disk already. Without these batches in the next visit too; killed on the second way,
+    it ends with the same bytes.
+    """
     ways = phases.ways
     monkeypatch.setattr(phases, "ways", lambda job: (way for way in ways(job) if way[2] == 1))
     s, cut = (replace(settings(name), train="sharded") for name in ("whole", "cut"))
     bad |= {first, first + 1, first + 2}
     distill.run(s)
-    sentence = f"gave no numbers: back to step {back}, and on without them, at half the learning rate"
+    sentence = (
+        f"gave no numbers: back to step {back}, and on without them, at half the learning rate"
+    )
     assert sentence in capsys.readouterr().err
     noted = notes(str(s.out))
     assert set(noted) == bad and noted[first + 2] == "skipped: not a number before"
@@ -116,7 +170,13 @@ def test_a_sharded_run_goes_back_too(
     _stopped_at(9, cut)
     distill.run(distill.Settings(out=cut.out, resume=True))
     assert jobs.contents(Path(str(s.out)) / "model") == jobs.contents(Path(str(cut.out)) / "model")
-    note("B2 three in a row", "distill, sharded", {f"back to step {back}": 1}, 0, f"batches ... {sentence}")
+    note(
+        "B2 three in a row",
+        "distill, sharded",
+        {f"back to step {back}": 1},
+        0,
+        f"batches ... {sentence}",
+    )
 
 
 def _stopped_at(number: int, s: distill.Settings) -> None:
@@ -138,21 +198,28 @@ def _stopped_at(number: int, s: distill.Settings) -> None:
 def test_what_is_left_out_stays_left_out_after_a_kill(
     settings: Callable[[str], distill.Settings], bad: set[int]
 ) -> None:
-    """Stopped after the way back, at step 8 and before any, and resumed: the same bytes as in one go."""
-    whole, s = settings("whole"), settings("cut")
+    """Stopped after the way back, at step 8 and before any, and resumed: the same bytes as in one
+    go.
+    """
+    whole = settings("whole")
+    s = settings("cut")
     bad |= {6, 7, 8}
     distill.run(whole)
     for number in (8, 4):
         _stopped_at(number, s)
         distill.run(distill.Settings(out=s.out, resume=True))
-        assert jobs.contents(Path(str(s.out)) / "model") == jobs.contents(Path(str(whole.out)) / "model")
+        assert jobs.contents(Path(str(s.out)) / "model") == jobs.contents(
+            Path(str(whole.out)) / "model"
+        )
         shutil.rmtree(str(s.out))
 
 
 def test_again_three_in_a_row_stop_the_run(
     settings: Callable[[str], distill.Settings], bad: set[int], note: Note
 ) -> None:
-    """The second time it stops, says which batches, and the last good step is there with numbers only."""
+    """The second time it stops, says which batches, and the last good step is there with numbers
+    only.
+    """
     s = settings("bad")
     bad |= {2, 3, 4, 10, 11, 12}
     with pytest.raises(MisError, match="3 steps in a row, of batches 10, 11 and 12") as caught:
@@ -169,9 +236,12 @@ def test_again_three_in_a_row_stop_the_run(
 def test_a_tuning_run_goes_back_too(
     all_jobs: dict[str, jobs.Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, note: Note
 ) -> None:
-    """`sft` with batches 4 to 6 of no number: back to its checkpoint at step 3, and the best model has numbers only."""
+    """`sft` with batches 4 to 6 of no number: back to its checkpoint at step 3, and the best model
+    has numbers only.
+    """
     model, text = all_jobs["sft"].made
-    each, loss = PackedDataset.micro_batches, PackedDataset.loss
+    each = PackedDataset.micro_batches
+    loss = PackedDataset.loss
 
     def poisoned(*arguments: Any) -> list[Any]:
         factor = mx.array(math.nan if arguments[-1] + 1 in (4, 5, 6) else 1.0)
@@ -186,9 +256,23 @@ def test_a_tuning_run_goes_back_too(
     out = tmp_path / "sft"
     lessons = str(text.parent / "lessons")
     sft.run(
-        sft.Settings(model=str(model), data=lessons, max_seq_length=128, iters=9, save_every=3, warmup=1, out=str(out))
+        sft.Settings(
+            model=str(model),
+            data=lessons,
+            max_seq_length=128,
+            iters=9,
+            save_every=3,
+            warmup=1,
+            out=str(out),
+        )
     )
     assert notes(str(out)) == dict.fromkeys((4, 5, 6), "skipped: not a number before")
     assert all_numbers(out / "model") and len(run_folder.metrics(out)) == 9
-    note("B2 three in a row", "sft", {"back to step 3": 1, "the end": 1}, 0,
-         "batches 4, 5, 6 gave no numbers: back to step 3, and on without them, at half the learning rate")  # fmt: skip
+    note(
+        "B2 three in a row",
+        "sft",
+        {"back to step 3": 1, "the end": 1},
+        0,
+        "batches 4, 5, 6 gave no numbers: back to step 3, and on without them, at half the "
+        "learning rate",
+    )

@@ -1,7 +1,8 @@
-"""Operation N of a job fails: the disk is full, or answers no more, or the process ends there; for N = 1, 2, 3 ...
+"""Operation N of a job fails: the disk is full, or answers no more, or the process ends there; for
+N = 1, 2, 3 ...
 
-After each: what was said to be safe is there with its bytes, and the job, gone on with, ends with those of a job that
-nothing happened to.
+After each: what was said to be safe is there with its bytes, and the job, gone on with, ends with
+those of a job that nothing happened to.
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ Benches = Callable[[str], Bench]
 
 @pytest.mark.parametrize("name", SHORT)
 def test_whichever_operation_fails_nothing_is_lost(name: str, bench: Benches) -> None:
-    """Every operation, one after the other (of tuning every fourth); the fate changes from one to the next."""
-    b, fates = bench(name), list(FATES.values())
+    """Every operation, one after the other (of tuning every fourth); the fate changes from one to
+    the next.
+    """
+    b = bench(name)
+    fates = list(FATES.values())
     for at in range(1, b.operations + 1, 4 if b.operations > 100 else 1):
         b.operation(at, fates[at % 3])
     assert not b.bad
@@ -41,7 +45,8 @@ def test_whichever_operation_fails_nothing_is_lost(name: str, bench: Benches) ->
 @pytest.mark.parametrize("name", mostly_slow(LONG, *(set(LONG) - {"distill, targets on disk"})))
 def test_a_run_goes_on_after_any_operation(name: str, bench: Benches) -> None:
     """A few operations all over a run."""
-    b, fates = bench(name), list(FATES.values())
+    b = bench(name)
+    fates = list(FATES.values())
     for i in range(FEW):
         b.operation(1 + (2 * i + 1) * b.operations // (2 * FEW), fates[i % 3])
     assert not b.bad
@@ -50,8 +55,11 @@ def test_a_run_goes_on_after_any_operation(name: str, bench: Benches) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", (*SHORT, *LONG))
 def test_every_operation_refused(name: str, bench: Benches, note: Note) -> None:
-    """Full at operations 1, 3, 5 ..., it answers no more at 2, 4, 6 ...; under a short job both at all of them."""
-    b, fates = bench(name), [FATES["I/O error"], FATES["disk full"]]
+    """Full at operations 1, 3, 5 ..., it answers no more at 2, 4, 6 ...; under a short job both at
+    all of them.
+    """
+    b = bench(name)
+    fates = [FATES["I/O error"], FATES["disk full"]]
     for at in range(1, b.operations + 1):
         for fate in fates if name in SHORT else [fates[at % 2]]:
             b.operation(at, fate)
@@ -76,7 +84,9 @@ def in_place(final: Path, files: Files, *_: Any) -> Iterator[Path]:
     yield final
 
 
-def test_without_the_protocol_it_is_found_out(bench: Benches, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_protocol_it_is_found_out(
+    bench: Benches, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A test of the test: written in place, half a model is taken for a whole one."""
     b = bench("prune")
     monkeypatch.setattr(protocol, "commit_folder", in_place)
@@ -86,8 +96,11 @@ def test_without_the_protocol_it_is_found_out(bench: Benches, monkeypatch: pytes
 
 
 def test_a_step_overwritten_is_found_out(bench: Benches, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test of the test: with the old step gone before the new one is there, an acknowledged step is lost."""
-    b, commit = bench("distill"), protocol.commit_folder
+    """A test of the test: with the old step gone before the new one is there, an acknowledged step
+    is lost.
+    """
+    b = bench("distill")
+    commit = protocol.commit_folder
 
     @contextmanager
     def greedy(final: Path, *arguments: Any, **more: Any) -> Iterator[Path]:
@@ -106,9 +119,27 @@ def test_a_step_overwritten_is_found_out(bench: Benches, monkeypatch: pytest.Mon
 
 
 PACKAGE = Path(__file__).parents[2] / "mis_mlx"
-CHANGES = {"write_text", "write_bytes", "unlink", "mkdir", "makedirs", "rename", "rmtree", "rmdir", "copyfile",
-           "copytree", "move", "touch", "symlink_to", "truncate", "pwrite", "ftruncate", "savez", "save_safetensors",
-           "save_gguf"}  # fmt: skip
+CHANGES = {
+    "write_text",
+    "write_bytes",
+    "unlink",
+    "mkdir",
+    "makedirs",
+    "rename",
+    "rmtree",
+    "rmdir",
+    "copyfile",
+    "copytree",
+    "move",
+    "touch",
+    "symlink_to",
+    "truncate",
+    "pwrite",
+    "ftruncate",
+    "savez",
+    "save_safetensors",
+    "save_gguf",
+}
 # Who changes a disk without `Files`, and why a run loses nothing by it.
 WITHOUT = {
     "storage/files.py": "it is that class",
@@ -116,21 +147,25 @@ WITHOUT = {
     "storage/hub.py": "a download, whole or absent: half of it lies in a folder of another name",
     "models/wheel_model.py": "the same, its conversion",
     "evaluation/task_registry.py": "the same",
-    "hardware/blas.py": "a library under other names, whole or absent; it runs before anything of ours is imported",
+    "hardware/blas.py": "a library under other names, whole or absent; it runs before anything of "
+    "ours is imported",
     "checks/engine.py": "a model made on the spot, in a temporary folder of its own",
     "checks/training_step.py": "the same",
     "checks/groups.py": "rows of a check as they are found, in that temporary folder",
     "doctor.py": "that temporary folder's parts",
     "hardware/programs.py": "the same, a wheel of a wrong hash is deleted",
     "hardware/rates.py": "a file of zeros that measures how quick the disk is",
-    "hardware/thermal/recording.py": "a recording of thermometers, which the command `thermal` makes",
+    "hardware/thermal/recording.py": "a recording of thermometers, which the command `thermal` "
+    "makes",
 }
 
 
 def changes(path: Path) -> list[str]:
     """Calls that change a disk and do not go through an object called files or DISK."""
     found = []
-    for call in (n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Call)):
+    for call in (
+        n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Call)
+    ):
         writes = any(ast.unparse(a) in ("'w'", "'a'", "'wb'", "'ab'", "'xb'") for a in call.args)
         if isinstance(call.func, ast.Attribute):
             owner = ast.unparse(call.func.value)
@@ -138,7 +173,11 @@ def changes(path: Path) -> list[str]:
             opened = call.func.attr == "open" and any(
                 ast.unparse(a) in ("'w'", "'a'", "'wb'", "'xb'") for a in call.args
             )
-            known = call.func.attr in CHANGES or f"{owner}.{call.func.attr}" in ("os.replace", "os.remove", "np.save")
+            known = call.func.attr in CHANGES or f"{owner}.{call.func.attr}" in (
+                "os.replace",
+                "os.remove",
+                "np.save",
+            )
             if (known or opened) and not through and "io.BytesIO" not in ast.unparse(call):
                 found.append(f"{call.lineno}: {ast.unparse(call)[:80]}")
         elif ast.unparse(call.func) == "open" and writes:
@@ -147,13 +186,20 @@ def changes(path: Path) -> list[str]:
 
 
 def test_a_run_changes_the_disk_through_one_class() -> None:
-    """What is not behind `Files` cannot be made to fail here: nothing is, but what is listed with a reason."""
-    found = {name: c for p in PACKAGE.rglob("*.py") if (c := changes(p)) and (name := str(p.relative_to(PACKAGE)))}
+    """What is not behind `Files` cannot be made to fail here: nothing is, but what is listed with a
+    reason.
+    """
+    found = {
+        name: c
+        for p in PACKAGE.rglob("*.py")
+        if (c := changes(p)) and (name := str(p.relative_to(PACKAGE)))
+    }
     assert not found.keys() - WITHOUT.keys(), {n: found[n] for n in found.keys() - WITHOUT.keys()}
 
 
 @pytest.mark.parametrize(
-    "line", ["p.write_text('x')", "open(p, 'w')", "p.open('a')", "shutil.rmtree(p)", "os.replace(a, b)"]
+    "line",
+    ["p.write_text('x')", "open(p, 'w')", "p.open('a')", "shutil.rmtree(p)", "os.replace(a, b)"],
 )
 def test_the_look_for_changes_can_fail(line: str, tmp_path: Path) -> None:
     """A test of the test; and what goes through the class is let through."""

@@ -1,4 +1,6 @@
-"""The power goes, at random moments of every job: from what the drive may hold then it goes on to the same end."""
+"""The power goes, at random moments of every job: from what the drive may hold then it goes on to
+the same end.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ CUTS = 2000  # in all, of the slow run: of each job CUTS / number of jobs
 
 @pytest.mark.parametrize("name", (*SHORT, "distill", "sft"))
 def test_a_power_cut_loses_nothing_that_was_safe(name: str, bench: Benches) -> None:
-    """Forty cuts a job; from two of a run's different disks it goes on to its end, of a command's from all."""
+    """Forty cuts a job; from two of a run's different disks it goes on to its end, of a command's
+    from all.
+    """
     b = bench(name)
     b.power(40, resumed=2 if name in LONG else 10**9)
     assert not b.bad and b.ends == {"power cut": 40}
@@ -31,10 +35,13 @@ def test_two_thousand_power_cuts(name: str, bench: Benches, note: Note) -> None:
 
 @pytest.mark.parametrize("forgets", ["file", "folder"])
 @pytest.mark.parametrize(
-    "name", mostly_slow(["prune", "quantize", "export", "distill", "logit store"], "export", "distill")
+    "name",
+    mostly_slow(["prune", "quantize", "export", "distill", "logit store"], "export", "distill"),
 )
 def test_without_a_sync_the_power_cut_is_found_out(name: str, forgets: str, bench: Benches) -> None:
-    """A test of the test: take the fsync of files out, or that of folders, and what was safe is lost in some cuts."""
+    """A test of the test: take the fsync of files out, or that of folders, and what was safe is
+    lost in some cuts.
+    """
     b = bench(name)
     b.power(60, forgets, resumed=0)
     assert any("acknowledged but lost" in each for each in b.bad)

@@ -1,4 +1,6 @@
-"""What SECURITY.md promises: the tests it names exist, and the fault matrix says that none failed."""
+"""What SECURITY.md promises: the tests it names exist, and the fault matrix says that none
+failed.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ def exists(test: str) -> bool:
     if not (ROOT / path).is_file():
         return False
     return any(
-        isinstance(n, ast.FunctionDef) and n.name == name for n in ast.parse((ROOT / path).read_text("utf-8")).body
+        isinstance(n, ast.FunctionDef) and n.name == name
+        for n in ast.parse((ROOT / path).read_text("utf-8")).body
     )
 
 
@@ -48,7 +51,9 @@ def test_a_test_that_does_not_exist_is_found_out() -> None:
 
 
 def test_the_matrix_is_whole_and_clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing lost or wrong in it, as many cases as was promised, and the Markdown is what the rows give."""
+    """Nothing lost or wrong in it, as many cases as was promised, and the Markdown is what the rows
+    give.
+    """
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import faults
 
@@ -60,7 +65,11 @@ def test_the_matrix_is_whole_and_clean(monkeypatch: pytest.MonkeyPatch) -> None:
         if "at every operation" not in row["fault"]:
             for end in cases.keys() & row["ends"].keys():
                 cases[end] += row["ends"][end]
-    assert cases["killed"] >= 300 and cases["power cut"] >= 2000 and cases["refused"] + cases["read"] >= 20_000
+    assert (
+        cases["killed"] >= 300
+        and cases["power cut"] >= 2000
+        and cases["refused"] + cases["read"] >= 20_000
+    )
     every = {(r["fault"], r["command"]) for r in rows if "at every operation" in r["fault"]}
     assert len(every) == 20  # ten jobs; the disk refuses, the process ends
     assert (RESULTS / "fault_matrix.md").read_text("utf-8") == faults.rendered(found)

@@ -1,4 +1,6 @@
-"""What a stranger wrote is read in a child: limits on its time and memory, and no answer is no success."""
+"""What a stranger wrote is read in a child: limits on its time and memory, and no answer is no
+success.
+"""
 
 from __future__ import annotations
 
@@ -38,18 +40,32 @@ def odd(): return {1, 2}
 def fine(): return 7
 """
 ENDS = {
-    "quiet": "ended with 0", "loud": "ended with 0", "forged": "ended with 0", "gone": "SystemExit",
-    "crash": "ended with -11", "sleep": "no answer in 3 s", "greedy": "MemoryError", "nan": "ValueError",
+    "quiet": "ended with 0",
+    "loud": "ended with 0",
+    "forged": "ended with 0",
+    "gone": "SystemExit",
+    "crash": "ended with -11",
+    "sleep": "no answer in 3 s",
+    "greedy": "MemoryError",
+    "nan": "ValueError",
     "odd": "TypeError",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("function", ENDS)
 def test_only_an_answer_is_an_answer(function: str, tmp_path: Path) -> None:
-    """Exit code 0 is none, nor is what it prints; a crash, a hang, no memory and a wrong type are named."""
+    """Exit code 0 is none, nor is what it prints; a crash, a hang, no memory and a wrong type are
+    named.
+    """
     (tmp_path / "f.py").write_text(SOURCE)
     with pytest.raises(child_process.NoAnswer, match=ENDS[function]):
-        child_process.ask(str(tmp_path / "f.py"), function, {}, 3.0 if "no answer" in ENDS[function] else 60.0, 2**32)
+        child_process.ask(
+            str(tmp_path / "f.py"),
+            function,
+            {},
+            3.0 if "no answer" in ENDS[function] else 60.0,
+            2**32,
+        )
     if function == "quiet":  # the others fail for what they do, not because nothing works
         assert child_process.ask(str(tmp_path / "f.py"), "fine", {}, 60.0, 2**32) == 7
 
@@ -58,7 +74,8 @@ def test_what_it_starts_ends_with_it(tmp_path: Path) -> None:
     """A process that the child left behind is gone too when the time is over."""
     pid = tmp_path / "pid"
     (tmp_path / "f.py").write_text(
-        "import os, time\ndef f(path):\n    if not os.fork():\n        open(path, 'w').write(str(os.getpid()))\n"
+        "import os, time\ndef f(path):\n    if not os.fork():\n        open(path, "
+        "'w').write(str(os.getpid()))\n"
         "        time.sleep(600)\n    time.sleep(600)\n"
     )
     with pytest.raises(child_process.NoAnswer):
@@ -81,11 +98,17 @@ def _runs(process: int) -> bool:
 
 
 ESCAPES = [
-    ESCAPE, "{{ lipsum.__globals__['os'].system('true') }}", "{{ cycler.__init__.__globals__.os.system('true') }}",
-    "{{ '{0.__class__}'.format(1) | length // 0 }}", "{{ messages.append(1) }}", "{% include '/etc/passwd' %}",
-    "{{ ''|attr('__class__')|attr('__mro__') }}", "{{ self.__init__.__globals__ }}", "{{ range(10 ** 9) | list }}",
+    ESCAPE,
+    "{{ lipsum.__globals__['os'].system('true') }}",
+    "{{ cycler.__init__.__globals__.os.system('true') }}",
+    "{{ '{0.__class__}'.format(1) | length // 0 }}",
+    "{{ messages.append(1) }}",
+    "{% include '/etc/passwd' %}",
+    "{{ ''|attr('__class__')|attr('__mro__') }}",
+    "{{ self.__init__.__globals__ }}",
+    "{{ range(10 ** 9) | list }}",
     "{{ 'a' * 3000000 }}",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("template", ESCAPES)
@@ -110,13 +133,23 @@ PATTERN = "tokenizer.json"
 def patterned(folder: Path, regex: str) -> None:
     """Let the tokenizer split by a regular expression of the stranger's."""
     content = json.loads((folder / PATTERN).read_text())
-    split: dict[str, Any] = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, content["pre_tokenizer"]]}
+    split: dict[str, Any] = {
+        "type": "Split",
+        "pattern": {"Regex": regex},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    content["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [split, content["pre_tokenizer"]],
+    }
     (folder / PATTERN).write_text(json.dumps(content))
 
 
 def test_a_regex_bomb_is_a_sentence(tmp_path: Path) -> None:
-    """`(a+)+$` on a run of letters: tokenizers panics or does not end; both in the child, and it is said."""
+    """`(a+)+$` on a run of letters: tokenizers panics or does not end; both in the child, and it is
+    said.
+    """
     folder = tiny.make(tmp_path / "bomb")
     patterned(folder, "(a+)+$")
     with pytest.raises(MisError, match="the tokenizer does not open") as caught:
@@ -125,7 +158,9 @@ def test_a_regex_bomb_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_a_panic_on_other_words_is_a_sentence(tmp_path: Path) -> None:
-    """A pattern that only the user's own text sets off: Rust's panic, which is no Exception, becomes a MisError."""
+    """A pattern that only the user's own text sets off: Rust's panic, which is no Exception,
+    becomes a MisError.
+    """
     folder = tiny.make(tmp_path / "bomb")
     patterned(folder, "(q+)+$")
     tokenizer = load.tokenizer(folder)
@@ -134,7 +169,9 @@ def test_a_panic_on_other_words_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same files in another folder are known; changed ones are tried again; a refusal is never kept."""
+    """The same files in another folder are known; changed ones are tried again; a refusal is never
+    kept.
+    """
     asked = list[str]()
     ask: Callable[..., Any] = child_process.ask
     monkeypatch.setattr(child_process, "ask", lambda *a: (asked.append(a[1]), ask(*a))[1])
@@ -153,7 +190,9 @@ def test_a_tokenizer_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "merges.txt"])
 def test_a_link_out_is_not_copied(name: str, tmp_path: Path) -> None:
     """A tokenizer file that is a link to the user's own files would be published with the model."""
-    secret, folder, out = tmp_path / "secret", tiny.make(tmp_path / "m"), tmp_path / "out"
+    secret = tmp_path / "secret"
+    folder = tiny.make(tmp_path / "m")
+    out = tmp_path / "out"
     secret.write_text("token = hf_...")
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(secret)
@@ -175,15 +214,28 @@ def test_a_tokenizer_file_of_gigabytes_is_refused(tmp_path: Path) -> None:
 
 def calls(path: Path) -> list[ast.Call]:
     """Every call in a file."""
-    return [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
+    return [
+        node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)
+    ]
 
 
 def doors(path: Path) -> list[str]:
-    """Calls of functions that may run a model's own code, without trust_remote_code=False in the same function."""
+    """Calls of functions that may run a model's own code, without trust_remote_code=False in the
+    same function.
+    """
     found = []
-    names = ("load", "load_tokenizer", "load_model", "sharded_load", "from_pretrained", "MLXLM", "snapshot_download")
+    names = (
+        "load",
+        "load_tokenizer",
+        "load_model",
+        "sharded_load",
+        "from_pretrained",
+        "MLXLM",
+        "snapshot_download",
+    )
     for call in calls(path):
-        called, whole = ast.unparse(call.func), ast.unparse(call)
+        called = ast.unparse(call.func)
+        whole = ast.unparse(call)
         foreign = called.endswith(tuple(f"utils').{n}" for n in names)) or called.startswith(
             ("utils.", "transformers.")
         )
@@ -194,15 +246,21 @@ def doors(path: Path) -> list[str]:
 
 
 def test_foreign_code_is_refused_explicitly_wherever_it_could_run() -> None:
-    """No True anywhere; False is said at each door, for a default may change; the doors without one are not used."""
+    """No True anywhere; False is said at each door, for a default may change; the doors without one
+    are not used.
+    """
     for path in PACKAGE.rglob("*.py"):
         source = path.read_text("utf-8")
-        assert "trust_remote_code=True" not in source and '"trust_remote_code": True' not in source, path
+        assert (
+            "trust_remote_code=True" not in source and '"trust_remote_code": True' not in source
+        ), path
         assert "mlx_lm.benchmark" not in source and "sharded_load" not in source, path
         assert not doors(path), doors(path)
 
 
-@pytest.mark.parametrize("line", ["load.mlx_lm('utils').load(p)", "AutoTokenizer.from_pretrained(p)"])
+@pytest.mark.parametrize(
+    "line", ["load.mlx_lm('utils').load(p)", "AutoTokenizer.from_pretrained(p)"]
+)
 def test_the_look_at_doors_can_fail(line: str, tmp_path: Path) -> None:
     """A test of the test."""
     (tmp_path / "x.py").write_text(line)
@@ -213,10 +271,17 @@ def test_nothing_is_unpickled() -> None:
     """No module reads what can run code while it is read."""
     for path in PACKAGE.rglob("*.py"):
         tree = ast.parse(path.read_text("utf-8"))
-        named = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names}
+        named = {
+            a.name
+            for n in ast.walk(tree)
+            if isinstance(n, ast.Import | ast.ImportFrom)
+            for a in n.names
+        }
         assert not named & {"pickle", "marshal", "shelve", "dill", "joblib"}, path
         for call in calls(path):
             called = ast.unparse(call.func)
-            assert called not in ("eval", "exec", "torch.load", "yaml.load"), f"{path}:{call.lineno}"
+            assert called not in ("eval", "exec", "torch.load", "yaml.load"), (
+                f"{path}:{call.lineno}"
+            )
             if called in ("np.load", "numpy.load"):
                 assert "allow_pickle=True" not in ast.unparse(call), f"{path}:{call.lineno}"

@@ -1,4 +1,6 @@
-"""One fault under one job: was anything lost, and does the job, gone on with, end with the undisturbed bytes?"""
+"""One fault under one job: was anything lost, and does the job, gone on with, end with the
+undisturbed bytes?
+"""
 
 from __future__ import annotations
 
@@ -26,28 +28,50 @@ from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import Files
 from mis_mlx.types import MisError
 from tests.faults.broken import KILLED, Killed, breaking, changed, half
-from tests.faults.jobs import LOSSES, Job, Outcome, Said, acknowledged, clean, contents, jobs, lost, sha256
+from tests.faults.jobs import (
+    LOSSES,
+    Job,
+    Outcome,
+    Said,
+    acknowledged,
+    clean,
+    contents,
+    jobs,
+    lost,
+    sha256,
+)
 from tests.faults.power import cuts, recorded
 
-FATES: dict[str, int | str] = {"disk full": errno.ENOSPC, "I/O error": errno.EIO, "end of the process": KILLED}
+FATES: dict[str, int | str] = {
+    "disk full": errno.ENOSPC,
+    "I/O error": errno.EIO,
+    "end of the process": KILLED,
+}
 
 
-rates = cache(estimates.machine_rates)  # how quick the machine is: how long a run may take, and nothing else
+# how quick the machine is: how long a run may take, and nothing else
+rates = cache(estimates.machine_rates)
 
 
-Whole = tuple[Outcome, int, float]  # what a job that nothing happens to ends with, its file operations, its seconds
+# what a job that nothing happens to ends with, its file operations, its seconds
+Whole = tuple[Outcome, int, float]
 
 
 class Bench:
-    """A job, its undisturbed outcome, and what became of the faults so far. room: an empty folder of its own.
+    """A job, its undisturbed outcome, and what became of the faults so far. room: an empty folder
+    of its own.
 
-    ends: how the job took its faults, and how often. bad: sentences about what was lost or came out wrong. A disk on
-    which every byte is as on one from which the job ended well is not gone on from again. known: filled and used.
+    ends: how the job took its faults, and how often. bad: sentences about what was lost or came out
+    wrong. A disk on which every byte is as on one from which the job ended well is not gone on from
+    again. known: filled and used.
     """
 
     def __init__(self, job: Job, room: Path, known: dict[str, Whole] | None = None):
         self.job, self.room, self.place = job, room, room / "place"
-        self.ends, self.bad, self._ended, self._said = Counter[str](), list[str](), set[str](), list[Said]()
+        self.ends = Counter[str]()
+        self.bad = list[str]()
+        self._ended = set[str]()
+        self._said = list[Said]()
         found = (known or {}).get(job.name) or self._undisturbed()
         if known is not None:
             known[job.name] = found
@@ -56,7 +80,8 @@ class Bench:
     def _undisturbed(self) -> Whole:
         place = clean(self.room / "whole")
         self.job.run(place)
-        whole, began = self.job.outcome(place), time.monotonic()
+        whole = self.job.outcome(place)
+        began = time.monotonic()
         with breaking(0, KILLED) as done:
             self.job.run(clean(place))
         seconds = time.monotonic() - began
@@ -70,7 +95,8 @@ class Bench:
 
     def operation(self, at: int, fate: int | str) -> None:
         """Operation `at` fails."""
-        place, said = clean(self.place), list[Said]()
+        place = clean(self.place)
+        said = list[Said]()
         with acknowledged(said.append), breaking(at, fate):
             try:
                 self.job.run(place)
@@ -85,11 +111,16 @@ class Bench:
         self._judge(f"operation {at}, {fate}", ended, said, place)
 
     def ends_at_each(self) -> None:
-        """The process ends at operation 1, 2, 3 ...: what lies there when half of each is done, all of one run.
+        """The process ends at operation 1, 2, 3 ...: what lies there when half of each is done, all
+        of one run.
 
-        Nothing of ours is done after a kill, so that a copy of the disk at that moment is what it leaves.
+        Nothing of ours is done after a kill, so that a copy of the disk at that moment is what it
+        leaves.
         """
-        place, said, kept, inside = clean(self.place), list[Said](), dict[str, tuple[str, Path]](), [False]
+        place = clean(self.place)
+        said = list[Said]()
+        kept = dict[str, tuple[str, Path]]()
+        inside = [False]
 
         def wrap(name: str, do: Callable[..., Any]) -> Callable[..., Any]:
             def operation(files: Files, *arguments: Any) -> Any:
@@ -101,7 +132,8 @@ class Bench:
                 shutil.copytree(place, here, symlinks=True)
                 if name not in ("scratch", "put"):  # of a file without a name nothing is left
                     half(name, do, files, (here / arguments[0].relative_to(place), *arguments[1:]))
-                state, what = self._state(here, ()), f"the end at operation {number}"
+                state = self._state(here, ())
+                what = f"the end at operation {number}"
                 if self._losses(what, said, here) or state in kept:
                     shutil.rmtree(here)
                 else:
@@ -117,31 +149,41 @@ class Bench:
             self._go_on(what, here)
 
     def power(self, count: int, forgets: str = "", resumed: int = 10**9) -> None:
-        """`count` cuts at random moments of one run. forgets: see `recorded`. resumed: the most to go on from."""
-        place, said = clean(self.place), list[Said]()
+        """`count` cuts at random moments of one run. forgets: see `recorded`. resumed: the most to
+        go on from.
+        """
+        place = clean(self.place)
+        said = list[Said]()
         with recorded(forgets) as trace, acknowledged(said.append, lambda: len(trace)):
             self.job.run(place)
         rng = random.Random(count)
-        for number, (moment, drive) in enumerate(cuts(trace, count, rng, [each.at for each in said])):
+        for number, (moment, drive) in enumerate(
+            cuts(trace, count, rng, [each.at for each in said])
+        ):
             out = clean(self.room / "cut")
             drive.after_cut(rng, place, out)
             safe = [each for each in said if each.at <= moment]
             resume = self.resumed < resumed
-            self._judge(f"cut {number}, after operation {moment}", "power cut", safe, out, (LOSSES,), resume)
+            self._judge(
+                f"cut {number}, after operation {moment}", "power cut", safe, out, (LOSSES,), resume
+            )
 
     def kill(self, wait: float) -> bool:
         """SIGKILL a process with the job after `wait` seconds; whether that came before its end.
 
-        Call it until it says no: the next process goes on with what lies there, and at the end the bytes are judged.
+        Call it until it says no: the next process goes on with what lies there, and at the end the
+        bytes are judged.
         """
         self.place.mkdir(parents=True, exist_ok=True)
         before = self._differs(self.place)
-        # A fork server has imported everything and computed nothing; Metal does not survive a fork even so.
+        # A fork server has imported everything and computed nothing; Metal does not survive a fork
+        # even so.
         context = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "forkserver")
         context.set_forkserver_preload(["tests.faults.preloaded"])
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(
-            target=_serve, args=(self.job.name, *self.job.made, self.place, estimates.machine_rates(), theirs)
+            target=_serve,
+            args=(self.job.name, *self.job.made, self.place, estimates.machine_rates(), theirs),
         )
         process.start()
         theirs.close()
@@ -172,7 +214,13 @@ class Bench:
         assert not self.kill(120.0), f"{self.job.name} does not end after {count} kills"
 
     def _judge(
-        self, what: str, ended: str, said: Sequence[Said], here: Path, but: Sequence[str] = (), resume: bool = True
+        self,
+        what: str,
+        ended: str,
+        said: Sequence[Said],
+        here: Path,
+        but: Sequence[str] = (),
+        resume: bool = True,
     ) -> None:
         self.ends[ended] += 1
         state = self._state(here, but)
@@ -198,7 +246,10 @@ class Bench:
 
     def _differs(self, here: Path, but: Sequence[str] = ()) -> list[str]:
         """Names of what is there and should not be, or the other way round, or has other bytes."""
-        ends = [{k: v for k, v in end.items() if k not in but} for end in (self.job.outcome(here), self.whole)]
+        ends = [
+            {k: v for k, v in end.items() if k not in but}
+            for end in (self.job.outcome(here), self.whole)
+        ]
         return sorted({name for name, _ in ends[0].items() ^ ends[1].items()})
 
     def _compare(self, what: str, here: Path, but: Sequence[str] = (), swept: bool = True) -> bool:
@@ -210,18 +261,26 @@ class Bench:
         return not (wrong or left)
 
     def _state(self, here: Path, but: Sequence[str]) -> str:
-        """What a resumed job finds: every byte but for times, process numbers and, after a power cut, losses."""
+        """What a resumed job finds: every byte but for times, process numbers and, after a power
+        cut, losses.
+        """
         files = {
             name: value
             for name, value in contents(here).items()
-            if not (name.endswith((".jsonl", ".lock")) or "/.tmp-" in f"/{name}" or "/.trash-" in f"/{name}")
+            if not (
+                name.endswith((".jsonl", ".lock"))
+                or "/.tmp-" in f"/{name}"
+                or "/.trash-" in f"/{name}"
+            )
         }
         losses = [] if but else [(r["number"], r["loss"]) for r in run_folder.metrics(here / "run")]
         return sha256(repr((sorted(files.items()), losses, bool(but))).encode())
 
 
 def _serve(name: str, model: Path, text: Path, place: Path, rates: Any, out: Connection) -> None:
-    """The other process's side of `kill`: it runs the job and tells what is safe as soon as it is."""
+    """The other process's side of `kill`: it runs the job and tells what is safe as soon as it
+    is.
+    """
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1), os.dup2(quiet, 2)
     mx.set_default_device(mx.cpu)

@@ -13,11 +13,17 @@ from mis_mlx.gguf_export.tensors import Part
 from mis_mlx.storage.files import DISK
 
 VALUES = np.random.default_rng(0).standard_normal((5, 64), dtype=np.float32)
-PARTS = [Part("a.weight", "", (5, 64), "Q8_0"), Part("b.weight", "", (5, 64), "F16"), Part("c.weight", "", (3,), "F32")]
+PARTS = [
+    Part("a.weight", "", (5, 64), "Q8_0"),
+    Part("b.weight", "", (5, 64), "F16"),
+    Part("c.weight", "", (3,), "F32"),
+]
 
 
 def test_the_reader_finds_what_was_written(tmp_path: Path) -> None:
-    """Facts, shapes, types and bytes, every tensor where a multiple of 32 bytes begins; the size as foretold."""
+    """Facts, shapes, types and bytes, every tensor where a multiple of 32 bytes begins; the size as
+    foretold.
+    """
     writer = GGUFWriter(None, "llama")
     writer.add_context_length(77)
     arrays = {
@@ -31,7 +37,10 @@ def test_the_reader_finds_what_was_written(tmp_path: Path) -> None:
     tensors.write(path, tensors.head(writer, PARTS), PARTS, slabs, DISK)
     reader = GGUFReader(path)
     assert reader.fields["llama.context_length"].contents() == 77
-    assert [Part(t.name, "", tuple(reversed(t.shape.tolist())), t.tensor_type.name) for t in reader.tensors] == PARTS
+    assert [
+        Part(t.name, "", tuple(reversed(t.shape.tolist())), t.tensor_type.name)
+        for t in reader.tensors
+    ] == PARTS
     for tensor in reader.tensors:
         assert tensor.data_offset % 32 == 0
         assert tensor.data.tobytes() == arrays[tensor.name].tobytes()
@@ -39,10 +48,14 @@ def test_the_reader_finds_what_was_written(tmp_path: Path) -> None:
 
 
 def test_bytes_by_hand() -> None:
-    """Q8_0: 34 bytes a block of 32; Q4_1: 20; padding to 32. A row of 48 weights has no whole blocks."""
+    """Q8_0: 34 bytes a block of 32; Q4_1: 20; padding to 32. A row of 48 weights has no whole
+    blocks.
+    """
     assert PARTS[0].nbytes == 5 * 2 * 34
     small = Part("x", "", (3, 32), "Q4_1")
-    assert small.nbytes == 60 and tensors.padded_bytes([small, Part("y", "", (8,), "F32")]) == 64 + 32
+    assert (
+        small.nbytes == 60 and tensors.padded_bytes([small, Part("y", "", (8,), "F32")]) == 64 + 32
+    )
     with pytest.raises(ValueError, match="row size \\(48\\)"):
         _ = Part("x", "", (3, 48), "Q4_1").nbytes
 

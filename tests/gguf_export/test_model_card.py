@@ -1,4 +1,6 @@
-"""gguf_export/model_card.py: the papers of an export say where the model came from, and nothing that is not known."""
+"""gguf_export/model_card.py: the papers of an export say where the model came from, and nothing
+that is not known.
+"""
 
 from __future__ import annotations
 
@@ -18,30 +20,49 @@ def test_the_card_of_a_run(finished: tuple[Path, Done]) -> None:
     from mis_mlx.models import load
 
     run, _ = finished
-    text = model_card.readme(load.open_checkpoint(run / "model"), "owner/teacher", "x.gguf", ["a fact"])
+    text = model_card.readme(
+        load.open_checkpoint(run / "model"), "owner/teacher", "x.gguf", ["a fact"]
+    )
     front = yaml.safe_load(text.split("---")[1])
-    assert front["base_model"] == "owner/teacher" and front["library_name"] == "gguf" and "license" not in front
+    assert (
+        front["base_model"] == "owner/teacher"
+        and front["library_name"] == "gguf"
+        and "license" not in front
+    )
     assert (run / "table.md").read_text().strip() in text
     assert "teacher's blocks kept: " in text and f"iters {ITERS}" in text and "- a fact" in text
     assert "ollama create run -f Modelfile" in text and "licence of owner/teacher" in text
 
 
 def test_names_and_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run's last model has the run's name, an earlier stage says so; the default teacher is known by its id."""
+    """A run's last model has the run's name, an earlier stage says so; the default teacher is known
+    by its id.
+    """
     run = tmp_path / "goral-001"
     for stage in ("model", "pruned"):
         (run / stage).mkdir(parents=True)
-    assert model_card.name_of(run / "model") == "model" and model_card.base_of(run / "model") is None
+    assert (
+        model_card.name_of(run / "model") == "model" and model_card.base_of(run / "model") is None
+    )
     (run / "config.yaml").write_text("teacher: null\n")
-    assert model_card.name_of(run / "model") == "goral-001" and model_card.name_of(run / "pruned") == "goral-001-pruned"
+    assert (
+        model_card.name_of(run / "model") == "goral-001"
+        and model_card.name_of(run / "pruned") == "goral-001-pruned"
+    )
     assert model_card.base_of(run / "model") == "HuggingFaceTB/SmolLM2-135M-Instruct"
     for teacher, base in (("/home/me/model", None), ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B")):
         (run / "config.yaml").write_text(f"teacher: {teacher}\n")
         assert model_card.base_of(run / "model") == base
-    assert model_card.name_of(tmp_path / "SmolLM2") == "SmolLM2" and model_card.base_of(tmp_path / "SmolLM2") is None
+    assert (
+        model_card.name_of(tmp_path / "SmolLM2") == "SmolLM2"
+        and model_card.base_of(tmp_path / "SmolLM2") is None
+    )
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path))
     assert model_card.base_of(tmp_path / "Qwen--Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
-    assert model_card.base_of(tmp_path / "SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert (
+        model_card.base_of(tmp_path / "SmolLM2-135M-Instruct")
+        == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    )
 
 
 def test_a_model_of_unknown_origin(llama: Checkpoint) -> None:
@@ -56,9 +77,13 @@ def modelfile(file: str, template: str, stop: str | None) -> str:
 
 
 def test_modelfile() -> None:
-    """ChatML is written out with its stop word; another template is left to Ollama; none stays none."""
+    """ChatML is written out with its stop word; another template is left to Ollama; none stays
+    none.
+    """
     text = modelfile("x.gguf", "{{ '<|im_start|>' }}", "<|im_end|>")
-    assert text.startswith("FROM ./x.gguf\nTEMPLATE ") and text.endswith('PARAMETER stop "<|im_end|>"\n')
+    assert text.startswith("FROM ./x.gguf\nTEMPLATE ") and text.endswith(
+        'PARAMETER stop "<|im_end|>"\n'
+    )
     assert "<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n" in text
     other = modelfile("x.gguf", "[INST] {{ x }}", "</s>")
     assert "TEMPLATE " not in other.split("#")[0] and "# Ollama looks" in other

@@ -1,4 +1,6 @@
-"""Re-wrapped blocks are bit-equal, rows stand as llama.cpp wants them, what has no place is refused."""
+"""Re-wrapped blocks are bit-equal, rows stand as llama.cpp wants them, what has no place is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,14 @@ def packed(
     mode: str = "affine",
     mixed: Mapping[str, int] = MappingProxyType({}),
 ) -> Checkpoint:
-    """The tiny llama with every matrix packed, affine scales and biases (scales through `tweak`) in `dtype`.
+    """The tiny llama with every matrix packed, affine scales and biases (scales through `tweak`) in
+    `dtype`.
 
     mixed: other bits of single modules, by their path.
     """
-    source = load.open_checkpoint(tiny.make(folder / "dense", intermediate_size=256, hidden_size=128, head_dim=32))
+    source = load.open_checkpoint(
+        tiny.make(folder / "dense", intermediate_size=256, hidden_size=128, head_dim=32)
+    )
     arrays: dict[str, mx.array] = {}
     for name in source.tensors:
         weight = load.dense(source, name)
@@ -60,8 +65,12 @@ def packed(
     return load.open_checkpoint(out)
 
 
-def content(checkpoint: Checkpoint, name: str, wanted: str) -> tuple[tensors.Part, np.ndarray, Counter[str]]:
-    """(the part made of tensor `name`, its values in float32 as gguf-py decodes them, the tally)."""
+def content(
+    checkpoint: Checkpoint, name: str, wanted: str
+) -> tuple[tensors.Part, np.ndarray, Counter[str]]:
+    """(the part made of tensor `name`, its values in float32 as gguf-py decodes them, the
+    tally).
+    """
     part = next(p for p in tensors.parts(checkpoint, wanted) if p.source == name)
     tally = Counter[str]()
     data = np.concatenate(list(tensors.rows(checkpoint, part, tally)))
@@ -82,8 +91,12 @@ def content(checkpoint: Checkpoint, name: str, wanted: str) -> tuple[tensors.Par
         ("nvfp4", 4, 16, "NVFP4"),
     ],
 )
-def test_every_packing_that_llama_cpp_has_is_exact(tmp_path: Path, mode: str, bits: int, group: int, kind: str) -> None:
-    """The same numbers, whatever the bits; the file's type is said accordingly, a dense model cannot be made so."""
+def test_every_packing_that_llama_cpp_has_is_exact(
+    tmp_path: Path, mode: str, bits: int, group: int, kind: str
+) -> None:
+    """The same numbers, whatever the bits; the file's type is said accordingly, a dense model
+    cannot be made so.
+    """
     checkpoint = packed(tmp_path, group, bits=bits, mode=mode)
     wanted = tensors.out_type(checkpoint)
     assert wanted == ("q4_1" if mode == "affine" else mode)
@@ -94,13 +107,21 @@ def test_every_packing_that_llama_cpp_has_is_exact(tmp_path: Path, mode: str, bi
         np.testing.assert_array_equal(values, want)
         assert np.ptp(values) > 0.1 and (part.kind, part.exact, tally["inexact"]) == (kind, True, 0)
     if mode != "affine":
-        with pytest.raises(MisError, match=f"--out-type {mode} re-wraps what MLX packed so, here nothing is"):
+        with pytest.raises(
+            MisError, match=f"--out-type {mode} re-wraps what MLX packed so, here nothing is"
+        ):
             tensors.parts(load.open_checkpoint(tmp_path / "dense"), mode)
 
 
 def test_mixed_bits_are_exact_where_they_can_be(tmp_path: Path) -> None:
-    """3, 4 and 5 bits as they are; 6 and 8 to Q8_0, within half a step of it; q4_0 keeps the wide ones wide."""
-    paths = {3: "model.layers.0.mlp.up_proj", 5: "model.layers.1.mlp.up_proj", 6: "model.layers.1.mlp.down_proj"}
+    """3, 4 and 5 bits as they are; 6 and 8 to Q8_0, within half a step of it; q4_0 keeps the wide
+    ones wide.
+    """
+    paths = {
+        3: "model.layers.0.mlp.up_proj",
+        5: "model.layers.1.mlp.up_proj",
+        6: "model.layers.1.mlp.down_proj",
+    }
     paths[8] = "model.layers.2.mlp.up_proj"
     checkpoint = packed(tmp_path, 64, mixed={path: n for n, path in paths.items()})
     assert tensors.out_type(checkpoint) == "q4_1"
@@ -110,23 +131,33 @@ def test_mixed_bits_are_exact_where_they_can_be(tmp_path: Path) -> None:
         want = np.array(load.dense(checkpoint, name))
         step = np.abs(want.reshape(-1, 32)).max(axis=1, keepdims=True) / 127
         error = np.abs(values - want).reshape(-1, 32)
-        assert (part.kind, part.exact) == (kind, bits < 6) and np.all(error <= (0.5 + 127 * 2**-11) * step)
+        assert (part.kind, part.exact) == (kind, bits < 6) and np.all(
+            error <= (0.5 + 127 * 2**-11) * step
+        )
         assert (error.max() == 0) == part.exact
     kinds = Counter(p.kind for p in tensors.parts(checkpoint, "q4_1"))
     assert kinds == {"Q4_1": 22 - 3, "Q5_1": 1, "Q8_0": 2, "F32": 7}
     assert {p.source for p in tensors.parts(checkpoint, "q4_0") if p.kind == "Q8_0"} == {
-        load.EMBEDDING + "weight", *(f"{paths[n]}.weight" for n in (5, 6, 8))
-    }  # fmt: skip
+        load.EMBEDDING + "weight",
+        *(f"{paths[n]}.weight" for n in (5, 6, 8)),
+    }
 
 
 def test_bfloat16_scales_that_float16_cannot_hold_are_counted(tmp_path: Path) -> None:
-    """bfloat16 fits float16 unless it is below 2**-14: there bits fall off, and every such scale is counted."""
+    """bfloat16 fits float16 unless it is below 2**-14: there bits fall off, and every such scale is
+    counted.
+    """
     checkpoint = packed(
-        tmp_path, 64, mx.bfloat16, tweak=lambda s: mx.where(mx.arange(s.shape[1]) == 0, s * 2.0**-14, s)
+        tmp_path,
+        64,
+        mx.bfloat16,
+        tweak=lambda s: mx.where(mx.arange(s.shape[1]) == 0, s * 2.0**-14, s),
     )
     name = "model.layers.0.mlp.down_proj.weight"
     _, values, tally = content(checkpoint, name, "q4_1")
-    arrays = load.safetensors.lazy(checkpoint.tensors, [name.replace("weight", p) for p in ("scales", "biases")])
+    arrays = load.safetensors.lazy(
+        checkpoint.tensors, [name.replace("weight", p) for p in ("scales", "biases")]
+    )
     floats = [np.array(a.astype(mx.float32)) for a in arrays.values()]
     lost = sum(int((a.astype(np.float16).astype(np.float32) != a).sum()) for a in floats)
     assert tally["inexact"] == lost and 32 <= lost <= 128
@@ -137,7 +168,8 @@ def test_bfloat16_scales_that_float16_cannot_hold_are_counted(tmp_path: Path) ->
 
 def test_slabs_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven rows at a time or all at once: the same bytes, permuted or not, packed or dense."""
-    checkpoint, dense = packed(tmp_path, 64), load.open_checkpoint(tmp_path / "dense")
+    checkpoint = packed(tmp_path, 64)
+    dense = load.open_checkpoint(tmp_path / "dense")
     whole = [content(c, Q, wanted)[1] for c, wanted in ((checkpoint, "q4_1"), (dense, "q8_0"))]
     monkeypatch.setattr(tensors, "SLAB_BYTES", 7 * 4 * 128)
     part = next(p for p in tensors.parts(checkpoint, "q4_1") if p.source == Q)
@@ -147,7 +179,9 @@ def test_slabs_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_types_of_each_kind(tmp_path: Path, models: Callable[[str], Checkpoint]) -> None:
-    """Vectors float32; four-bit files keep embedding and head in 8 bits, unless MLX had them in 4 already."""
+    """Vectors float32; four-bit files keep embedding and head in 8 bits, unless MLX had them in 4
+    already.
+    """
     kinds = {p.name: p.kind for p in tensors.parts(models("untied"), "q4_0")}
     wide = ("token_embd.weight", "output.weight")
     assert [kinds[name] for name in (*wide, "blk.0.ffn_up.weight")] == ["Q8_0", "Q8_0", "Q4_0"]
@@ -175,67 +209,123 @@ def test_a_familys_own_numbers(models: Callable[[str], Checkpoint]) -> None:
     assert gemma["attention.sliding_window"] == 7 and gemma["attention.sliding_window_pattern"] == 3
     assert gemma["rope.freq_base_swa"] == 1e3 and gemma["rope.freq_base"] == 1e4
     mistral = facts({**models("ministral3").config, "layer_types": None})
-    scaling = {k.removeprefix("rope.scaling."): v for k, v in mistral.items() if k.startswith("rope.scaling.")}
-    assert scaling == {
-        "type": "yarn", "factor": 4.0, "original_context_length": 8, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0,
-        "yarn_log_multiplier": 1.0,
-    } and mistral["attention.temperature_scale"] == 0.1  # fmt: skip
+    scaling = {
+        k.removeprefix("rope.scaling."): v
+        for k, v in mistral.items()
+        if k.startswith("rope.scaling.")
+    }
+    assert (
+        scaling
+        == {
+            "type": "yarn",
+            "factor": 4.0,
+            "original_context_length": 8,
+            "yarn_beta_fast": 32.0,
+            "yarn_beta_slow": 1.0,
+            "yarn_log_multiplier": 1.0,
+        }
+        and mistral["attention.temperature_scale"] == 0.1
+    )
     assert not any("scal" in key or "slid" in key for key in facts(models("smollm3").config))
 
 
 def test_gemmas_norms_are_what_multiplies(models: Callable[[str], Checkpoint]) -> None:
-    """One more than is stored; those of queries take the odd score divisor in, of 62 blocks another one."""
+    """One more than is stored; those of queries take the odd score divisor in, of 62 blocks another
+    one.
+    """
     gemma = models("gemma3_text")
-    q, k = ("model.layers.2.self_attn.q_norm.weight", "model.layers.2.self_attn.k_norm.weight")
+    q = "model.layers.2.self_attn.q_norm.weight"
+    k = "model.layers.2.self_attn.k_norm.weight"
     for name, gain in ((q, (16 / 20) ** 0.5), (k, 1.0), ("model.norm.weight", 1.0)):
         want = gain * (1 + np.array(load.dense(gemma, name)))
         np.testing.assert_allclose(content(gemma, name, "f16")[1], want, rtol=1e-6)
     assert (
-        tensors._query_gain({**gemma.config, "num_hidden_layers": 62}, "blk.0.attn_q_norm.weight") == (16 / 20) ** 0.5
+        tensors._query_gain({**gemma.config, "num_hidden_layers": 62}, "blk.0.attn_q_norm.weight")
+        == (16 / 20) ** 0.5
     )
-    deep = {**gemma.config, "num_hidden_layers": 62, "hidden_size": 80}  # 20 a head, which is what the scalar is
+    # 20 a head, which is what the scalar is
+    deep = {**gemma.config, "num_hidden_layers": 62, "hidden_size": 80}
     assert tensors._query_gain(deep, "blk.0.attn_q_norm.weight") == 1.0
 
 
 def test_llama_3s_frequencies_are_mlx_lms(models: Callable[[str], Checkpoint]) -> None:
-    """rope_freqs divides each frequency by what mlx-lm's own Llama3RoPE divides it by; 1 first, the factor last."""
-    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    """rope_freqs divides each frequency by what mlx-lm's own Llama3RoPE divides it by; 1 first, the
+    factor last.
+    """
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
     scaling["original_max_position_embeddings"] = 512
     llama = models("llama")
-    changed = Checkpoint(llama.path, {**llama.config, "rope_scaling": scaling, "head_dim": 64}, llama.tensors)
+    changed = Checkpoint(
+        llama.path, {**llama.config, "rope_scaling": scaling, "head_dim": 64}, llama.tensors
+    )
     part = tensors.Part("rope_freqs.weight", "", (32,), "F32")
     found = np.concatenate(list(tensors.rows(changed, part, Counter()))).view(np.float32)
     rope = load.mlx_lm("models.rope_utils").initialize_rope(64, 10000.0, False, scaling, 4096)
     plain = 10000.0 ** (np.arange(0, 64, 2) / 64)
-    np.testing.assert_allclose(found, np.array(rope._freqs) / plain, rtol=1e-5)  # theirs is computed in float32
+    # theirs is computed in float32
+    np.testing.assert_allclose(found, np.array(rope._freqs) / plain, rtol=1e-5)
     assert found[0] == 1 and found[-1] == 8 and np.any((found > 1.01) & (found < 7.99))
 
 
 def scaled(**changes: Any) -> dict[str, Any]:
     """The tiny ministral3 without windows, its positions changed."""
-    return {"layer_types": None, "rope_parameters": {**tiny.FAMILIES["ministral3"]["rope_parameters"], **changes}}
+    return {
+        "layer_types": None,
+        "rope_parameters": {**tiny.FAMILIES["ministral3"]["rope_parameters"], **changes},
+    }
 
 
 @pytest.mark.parametrize(
     ("kind", "changes", "why"),
     [
-        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "type dynamic have no place in a llama"),
-        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn without original_max_position"),
-        ("llama", {"rope_scaling": {**YARN, "attention_factor": 1.3}}, "yarn with attention_factor"),
-        ("qwen2", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "llama3 have no place in a qwen2 GGUF"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "type dynamic have no place in a llama",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            "yarn without original_max_position",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {**YARN, "attention_factor": 1.3}},
+            "yarn with attention_factor",
+        ),
+        (
+            "qwen2",
+            {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
+            "llama3 have no place in a qwen2 GGUF",
+        ),
         ("llama", {"layer_types": ["sliding_attention"] * 3}, "has no sliding windows"),
-        ("smollm3", {"no_rope_layers": [1, 1, 0, 1, 1, 1, 1]}, "all blocks but every fourth, unlike this model"),
+        (
+            "smollm3",
+            {"no_rope_layers": [1, 1, 0, 1, 1, 1, 1]},
+            "all blocks but every fourth, unlike this model",
+        ),
         ("smollm3", {"mlp_bias": True}, "llama.cpp's smollm3 has no biases"),
         ("ministral3", {}, "llama.cpp's mistral3 has no sliding windows, some layers here do"),
         ("ministral3", scaled(mscale=0.7), "yarn with mscale have no place in a mistral3"),
         ("ministral3", scaled(rope_type="linear"), "type linear have no place in a mistral3"),
-        ("gemma3_text", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "llama3 have no place in a gemma3"),
+        (
+            "gemma3_text",
+            {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
+            "llama3 have no place in a gemma3",
+        ),
     ],
-)  # fmt: skip
+)
 def test_positions_without_a_place_are_a_sentence(
     models: Callable[[str], Checkpoint], kind: str, changes: dict[str, Any], why: str
 ) -> None:
-    """llama.cpp would read them as plain ones, and the model would lose its thread without an error."""
+    """llama.cpp would read them as plain ones, and the model would lose its thread without an
+    error.
+    """
     c = models(kind)
     with pytest.raises(MisError, match=why):
         tensors.parts(Checkpoint(c.path, {**c.config, **changes}, c.tensors), "f16")
@@ -245,15 +335,20 @@ def test_rows_without_whole_blocks_are_a_sentence(tmp_path: Path) -> None:
     """48 is no multiple of 32: refused for every block type, fine in float16."""
     odd = load.open_checkpoint(tiny.make(tmp_path / "odd", intermediate_size=48))
     for wanted in ("q8_0", "q4_0", "q4_1"):
-        with pytest.raises(MisError, match="down_proj.weight has rows of 48 weights, .* use --out-type f16"):
+        with pytest.raises(
+            MisError, match="down_proj.weight has rows of 48 weights, .* use --out-type f16"
+        ):
             tensors.parts(odd, wanted)
     assert tensors.parts(odd, "f16")
 
 
 @pytest.mark.parametrize(
-    ("value", "wanted", "why"), [(float("nan"), "q8_0", "NaN"), (1e5, "f16", "float16 ends at 65504")]
+    ("value", "wanted", "why"),
+    [(float("nan"), "q8_0", "NaN"), (1e5, "f16", "float16 ends at 65504")],
 )
-def test_numbers_that_cannot_be_written(tmp_path: Path, value: float, wanted: str, why: str) -> None:
+def test_numbers_that_cannot_be_written(
+    tmp_path: Path, value: float, wanted: str, why: str
+) -> None:
     """NaN anywhere; more than float16 holds where float16 is asked for."""
     source = load.open_checkpoint(tiny.make(tmp_path / "m"))
     weight = mx.array(load.dense(source, Q))

@@ -1,8 +1,9 @@
-"""Every command end to end on a tiny model under Metal's policy: its numbers are near those of float32.
+"""Every command end to end on a tiny model under Metal's policy: its numbers are near those of
+float32.
 
-The model's weights are random, so that losses near each other say the same arithmetic was done. Bounds are for
-float16 (11 bits) against float32, on losses of some 6.3 nats: three to ten times what was seen, more where Adam's
-first steps are taken.
+The model's weights are random, so that losses near each other say the same arithmetic was done.
+Bounds are for float16 (11 bits) against float32, on losses of some 6.3 nats: three to ten times
+what was seen, more where Adam's first steps are taken.
 """
 
 from __future__ import annotations
@@ -19,7 +20,21 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx import bench, distill, dpo, evaluate, export, generate, grpo, plan, prune, quantize, report, search, sft
+from mis_mlx import (
+    bench,
+    distill,
+    dpo,
+    evaluate,
+    export,
+    generate,
+    grpo,
+    plan,
+    prune,
+    quantize,
+    report,
+    search,
+    sft,
+)
 from mis_mlx.evaluation import answering
 from mis_mlx.hardware import memory, rates
 from mis_mlx.hardware.rates import Roof
@@ -35,16 +50,37 @@ from tests.test_sft import answers  # noqa: F401  a fixture
 PROMPT = "The for statement is used to"
 SEEN: dict[str, Any] = dict(max_seq_length=32, num_samples=2)
 RUN: dict[str, Any] = dict(
-    **SEEN, reconstruct_samples=2, eval_windows=2, scenario="goral", ffn=128, iters=3, save_every=2, bench_tokens=0,
-    q_iters=2, governor="observe", learning_rate=1e-4,
-)  # fmt: skip
+    **SEEN,
+    reconstruct_samples=2,
+    eval_windows=2,
+    scenario="goral",
+    ffn=128,
+    iters=3,
+    save_every=2,
+    bench_tokens=0,
+    q_iters=2,
+    governor="observe",
+    learning_rate=1e-4,
+)
 ALIGNED: dict[str, Any] = dict(
-    iters=2, save_every=1, eval_rows=2, governor="observe", max_seq_length=96, batch_size=2, learning_rate=1e-4
+    iters=2,
+    save_every=1,
+    eval_rows=2,
+    governor="observe",
+    max_seq_length=96,
+    batch_size=2,
+    learning_rate=1e-4,
 )
 
 
 # Products of packed float16 weights are emulated here, affine ones take twice as long as mxfp4's.
-EMULATED = ("4-bit teacher", "sharded, 4-bit teacher", "gptq and tune", "sft lora 4-bit", "dpo lora 4-bit")
+EMULATED = (
+    "4-bit teacher",
+    "sharded, 4-bit teacher",
+    "gptq and tune",
+    "sft lora 4-bit",
+    "dpo lora 4-bit",
+)
 
 
 def slow_where(slow: Sequence[str], name: str, *values: Any) -> Any:
@@ -54,14 +90,20 @@ def slow_where(slow: Sequence[str], name: str, *values: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metal: None) -> None:
-    """Metal's policy, a cache of the test's own, a roof of the machine that takes no time to measure."""
+    """Metal's policy, a cache of the test's own, a roof of the machine that takes no time to
+    measure.
+    """
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("mis_mlx.hardware.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given"))
+    monkeypatch.setattr(
+        "mis_mlx.hardware.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given")
+    )
     assert policy.keeps_packed() and policy.usual_dtype() == mx.float16
 
 
 @pytest.fixture
-def in_float32(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]:
+def in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]:
     """`in_float32(work)`: what a command says under the other policy."""
 
     def run(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -74,17 +116,27 @@ def in_float32(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], dict[s
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Callable[[str], Path]:
-    """`teachers(kind)`: a narrow tiny llama stored in bfloat16, or of that in 4 bits with scales in bfloat16."""
+    """`teachers(kind)`: a narrow tiny llama stored in bfloat16, or of that in 4 bits with scales in
+    bfloat16.
+    """
     root = tmp_path_factory.mktemp("teachers")
 
     def made(kind: str) -> Path:
         if kind == "bfloat16" and not (root / kind).exists():
-            tiny.make(root / kind, dtype="BF16", torch_dtype="bfloat16", intermediate_size=192, num_hidden_layers=2)
+            tiny.make(
+                root / kind,
+                dtype="BF16",
+                torch_dtype="bfloat16",
+                intermediate_size=192,
+                num_hidden_layers=2,
+            )
         elif not (root / kind).exists():
             how: dict[str, Any] = dict(q_iters=0, q_method="round", target_bpw=None)
             if kind != "affine":
                 how |= {"q_mode": kind}
-            quantize.run(quantize.Settings(model=str(made("bfloat16")), mlx_path=str(root / kind), **how))
+            quantize.run(
+                quantize.Settings(model=str(made("bfloat16")), mlx_path=str(root / kind), **how)
+            )
         return root / kind
 
     return made
@@ -106,7 +158,9 @@ def steps(folder: Path) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Way:
-    """One `distill`: its teacher's kind, its flags, how far its losses may be from float32's, relatively."""
+    """One `distill`: its teacher's kind, its flags, how far its losses may be from float32's,
+    relatively.
+    """
 
     teacher: str
     flags: dict[str, Any]
@@ -117,28 +171,49 @@ class Way:
 
 WAYS = {
     "dense": Way("bfloat16", {}),
-    # MLX's CPU kernels for packed weights add float16 up in float16, Metal's in float32: a product of 768 terms
-    # is 0.38 % (affine) and 0.11 % (mxfp4) off here, where dense float16 is 0.036 % off. The losses are some 0.06 nats.
+    # MLX's CPU kernels for packed weights add float16 up in float16, Metal's in float32: a product
+    # of 768 terms is 0.38 % (affine) and 0.11 % (mxfp4) off here, where dense float16 is 0.036 %
+    # off. The losses are some 0.06 nats.
     "4-bit teacher": Way("affine", {}, near=0.05, held_out=0.01),
     "mxfp4 teacher": Way("mxfp4", {"quantize": 0}, near=0.02, held_out=0.01),
     "to mxfp4": Way("bfloat16", {"q_mode": "mxfp4", "q_iters": None}),
-    "cached": Way("bfloat16", {"targets": "cached", "quantize": 0}, near=0.02),  # other tokens are sampled here, there
+    # other tokens are sampled here, there
+    "cached": Way("bfloat16", {"targets": "cached", "quantize": 0}, near=0.02),
     "sharded": Way("bfloat16", {"train": "sharded", "quantize": 0}),
-    "sharded, 4-bit teacher": Way("affine", {"train": "sharded", "quantize": 0}, near=0.05, held_out=0.01),
+    "sharded, 4-bit teacher": Way(
+        "affine", {"train": "sharded", "quantize": 0}, near=0.05, held_out=0.01
+    ),
 }
 
 
-@pytest.mark.parametrize("way", [slow_where((*EMULATED, "to mxfp4"), name, way) for name, way in WAYS.items()])
+@pytest.mark.parametrize(
+    "way", [slow_where((*EMULATED, "to mxfp4"), name, way) for name, way in WAYS.items()]
+)
 def test_distill(
-    way: Way, teachers: Callable[[str], Path], text_folder: Path, tmp_path: Path, in_float32: Callable[..., Any]
+    way: Way,
+    teachers: Callable[[str], Path],
+    text_folder: Path,
+    tmp_path: Path,
+    in_float32: Callable[..., Any],
 ) -> None:
-    """All stages; every step's loss and every model's held-out loss are float32's; stock mlx-lm opens the result."""
+    """All stages; every step's loss and every model's held-out loss are float32's; stock mlx-lm
+    opens the result.
+    """
 
     def run(out: str) -> dict[str, Any]:
-        flags = {**RUN, "q_method": "round", "target_bpw": None, **way.flags, "out": str(tmp_path / out)}
-        return distill.run(distill.Settings(teacher=str(teachers(way.teacher)), data=str(text_folder), **flags))
+        flags = {
+            **RUN,
+            "q_method": "round",
+            "target_bpw": None,
+            **way.flags,
+            "out": str(tmp_path / out),
+        }
+        return distill.run(
+            distill.Settings(teacher=str(teachers(way.teacher)), data=str(text_folder), **flags)
+        )
 
-    want, found = in_float32(lambda: run("cpu")), run("metal")
+    want = in_float32(lambda: run("cpu"))
+    found = run("metal")
     np.testing.assert_allclose(steps(tmp_path / "metal"), steps(tmp_path / "cpu"), rtol=way.near)
     for key in ("nll_teacher", "nll_pruned", "nll_student", "kl_student"):
         assert found[key] == pytest.approx(want[key], abs=way.held_out)
@@ -170,10 +245,18 @@ def test_a_model_beyond_float16(
 
     def run(out: str) -> dict[str, Any]:
         if command == "distill":
-            flags = {**RUN, "q_method": "round", "target_bpw": None, "out": str(tmp_path / out), "data": data}
+            flags = {
+                **RUN,
+                "q_method": "round",
+                "target_bpw": None,
+                "out": str(tmp_path / out),
+                "data": data,
+            }
             return distill.run(distill.Settings(teacher=str(overflowing.path), **flags))
         where = {"data": data, "mlx_path": str(tmp_path / out), "model": str(overflowing.path)}
-        return quantize.run(quantize.Settings(**where, **SEEN, target_bpw=None, q_iters=2, batch_size=1))
+        return quantize.run(
+            quantize.Settings(**where, **SEEN, target_bpw=None, q_iters=2, batch_size=1)
+        )
 
     want = in_float32(lambda: run("cpu"))
     capsys.readouterr()
@@ -183,7 +266,9 @@ def test_a_model_beyond_float16(
     assert f"computing in {'float32' if emulated else 'bfloat16'}" in told
     if command == "quantize":
         students = (str(tmp_path / "cpu"), str(tmp_path / "metal"))
-        read = evaluate.Settings(str(overflowing.path), students, data, eval_windows=2, max_seq_length=32)
+        read = evaluate.Settings(
+            str(overflowing.path), students, data, eval_windows=2, max_seq_length=32
+        )
         want = found = in_float32(lambda: evaluate.run(read))["held-out"]
         want = {"kl": want["kl_cpu"], "nll": want["nll_cpu"]}
         found = {"kl": found["kl_metal"], "nll": found["nll_metal"]}
@@ -194,14 +279,20 @@ def test_a_model_beyond_float16(
 
 @pytest.mark.parametrize("overflowing", ["activations"], indirect=True)
 def test_generate_beyond_float16(overflowing: Checkpoint) -> None:  # noqa: F811
-    """Asked to compute in float16 all the same, mlx-lm's loop would write whatever comes of no numbers."""
-    flags: dict[str, Any] = dict(model=str(overflowing.path), prompt="if x", max_tokens=3, ignore_chat_template=True)
+    """Asked to compute in float16 all the same, mlx-lm's loop would write whatever comes of no
+    numbers.
+    """
+    flags: dict[str, Any] = dict(
+        model=str(overflowing.path), prompt="if x", max_tokens=3, ignore_chat_template=True
+    )
     with pytest.raises(MisError, match=r"not numbers in float16: give --compute-dtype float32"):
         generate.run(generate.Settings(**flags, compute_dtype="float16"))
 
 
 @pytest.mark.parametrize("overflowing", ["weights"], indirect=True)
-@pytest.mark.parametrize(("method", "word"), [("round", "cpu"), ("round", "metal"), ("gptq", "metal")])
+@pytest.mark.parametrize(
+    ("method", "word"), [("round", "cpu"), ("round", "metal"), ("gptq", "metal")]
+)
 def test_weights_beyond_the_scales(
     method: Any,
     word: str,
@@ -210,11 +301,19 @@ def test_weights_beyond_the_scales(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Weights that the float16 scales of a 4-bit model cannot hold: one sentence, no folder with infinity in it."""
+    """Weights that the float16 scales of a 4-bit model cannot hold: one sentence, no folder with
+    infinity in it.
+    """
     monkeypatch.setenv(policy.POLICY, word)
-    flags: dict[str, Any] = dict(**SEEN, q_method=method, target_bpw=None, q_iters=0, data=str(text_folder))
-    with pytest.raises(MisError, match="a matrix has weights beyond 65,504, where float16 scales end"):
-        quantize.run(quantize.Settings(model=str(overflowing.path), mlx_path=str(tmp_path / "out"), **flags))
+    flags: dict[str, Any] = dict(
+        **SEEN, q_method=method, target_bpw=None, q_iters=0, data=str(text_folder)
+    )
+    with pytest.raises(
+        MisError, match="a matrix has weights beyond 65,504, where float16 scales end"
+    ):
+        quantize.run(
+            quantize.Settings(model=str(overflowing.path), mlx_path=str(tmp_path / "out"), **flags)
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -226,39 +325,70 @@ def kept(out: Path) -> set[tuple[str, int]]:
 
 
 @pytest.mark.parametrize(
-    "cut", [{"scenario": "goral", "ffn": 128}, {"scenario": "none", "hidden": 48}], ids=["goral", "pca"]
+    "cut",
+    [{"scenario": "goral", "ffn": 128}, {"scenario": "none", "hidden": 48}],
+    ids=["goral", "pca"],
 )
 def test_prune(
-    cut: dict[str, Any], teachers: Callable[[str], Path], text_folder: Path, tmp_path: Path, in_float32: Any
+    cut: dict[str, Any],
+    teachers: Callable[[str], Path],
+    text_folder: Path,
+    tmp_path: Path,
+    in_float32: Any,
 ) -> None:
-    """Blocks and neurons kept are float32's but for a few; a hidden size cut along principal directions is as good."""
-    flags: dict[str, Any] = {**SEEN, "model": str(teachers("bfloat16")), "data": str(text_folder), **cut}
+    """Blocks and neurons kept are float32's but for a few; a hidden size cut along principal
+    directions is as good.
+    """
+    flags: dict[str, Any] = {
+        **SEEN,
+        "model": str(teachers("bfloat16")),
+        "data": str(text_folder),
+        **cut,
+    }
     in_float32(lambda: prune.run(prune.Settings(**flags, mlx_path=str(tmp_path / "cpu"))))
     prune.run(prune.Settings(**flags, mlx_path=str(tmp_path / "metal")))
     opens(tmp_path / "metal")
     if cut["scenario"] == "goral":
-        one, other = kept(tmp_path / "cpu"), kept(tmp_path / "metal")
+        one = kept(tmp_path / "cpu")
+        other = kept(tmp_path / "metal")
         assert len(one & other) > 0.97 * len(one)
         return
     students = (str(tmp_path / "cpu"), str(tmp_path / "metal"))
-    read = evaluate.Settings(flags["model"], students, flags["data"], eval_windows=2, max_seq_length=32)
+    read = evaluate.Settings(
+        flags["model"], students, flags["data"], eval_windows=2, max_seq_length=32
+    )
     said = evaluate.run(read)["held-out"]
     assert said["nll_metal"] == pytest.approx(said["nll_cpu"], abs=0.01)
 
 
-def test_search(teachers: Callable[[str], Path], text_folder: Path, tmp_path: Path, in_float32: Any) -> None:
+def test_search(
+    teachers: Callable[[str], Path], text_folder: Path, tmp_path: Path, in_float32: Any
+) -> None:
     """The same students are found, and measured to the same nats a byte."""
     few: dict[str, Any] = dict(
-        bytes="190KB", max_seq_length=32, num_samples=2, reconstruct_samples=0, rank_windows=2,
-        eval_windows=2, iters=2, finalists=1, learning_rate=1e-4, evaluations=3, governor="observe",
-    )  # fmt: skip
+        bytes="190KB",
+        max_seq_length=32,
+        num_samples=2,
+        reconstruct_samples=0,
+        rank_windows=2,
+        eval_windows=2,
+        iters=2,
+        finalists=1,
+        learning_rate=1e-4,
+        evaluations=3,
+        governor="observe",
+    )
 
     def run(out: str) -> dict[str, Any]:
         flags = {**few, "out": str(tmp_path / out), "data": str(text_folder)}
         return search.run(search.Settings(teacher=str(teachers("bfloat16")), **flags))
 
-    want, found = in_float32(lambda: run("cpu")), run("metal")
-    nats = [{(c["params"], c["bits"]): c["nats"] for c in result["candidates"]} for result in (want, found)]
+    want = in_float32(lambda: run("cpu"))
+    found = run("metal")
+    nats = [
+        {(c["params"], c["bits"]): c["nats"] for c in result["candidates"]}
+        for result in (want, found)
+    ]
     assert nats[0].keys() == nats[1].keys() and nats[1] == pytest.approx(nats[0], abs=2e-3)
 
 
@@ -272,19 +402,33 @@ HOWS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("how", [slow_where(EMULATED, name, how) for name, how in HOWS.items()])
 def test_quantize(
-    how: dict[str, Any], teachers: Callable[[str], Path], text_folder: Path, tmp_path: Path, in_float32: Any
+    how: dict[str, Any],
+    teachers: Callable[[str], Path],
+    text_folder: Path,
+    tmp_path: Path,
+    in_float32: Any,
 ) -> None:
-    """The 4-bit model made here is as near its original as the one that float32 makes. Over four seeds the ratio is
-    0.98 to 1.05 on 8 windows, but 0.95 to 1.12 on 2."""
+    """The 4-bit model made here is as near its original as the one that float32 makes. Over four
+    seeds the ratio is 0.98 to 1.05 on 8 windows, but 0.95 to 1.12 on 2.
+    """
 
     def run(out: str) -> dict[str, Any]:
-        flags = {**SEEN, "data": str(text_folder), "mlx_path": str(tmp_path / out), "max_seq_length": 32, **how}
+        flags = {
+            **SEEN,
+            "data": str(text_folder),
+            "mlx_path": str(tmp_path / out),
+            "max_seq_length": 32,
+            **how,
+        }
         return quantize.run(quantize.Settings(model=str(teachers("bfloat16")), **flags))
 
-    want, found = in_float32(lambda: run("cpu")), run("metal")
+    want = in_float32(lambda: run("cpu"))
+    found = run("metal")
     assert found["bits_per_weight"] == pytest.approx(want["bits_per_weight"], abs=0.05)
     students = (str(tmp_path / "cpu"), str(tmp_path / "metal"))
-    read = evaluate.Settings(str(teachers("bfloat16")), students, str(text_folder), eval_windows=8, max_seq_length=32)
+    read = evaluate.Settings(
+        str(teachers("bfloat16")), students, str(text_folder), eval_windows=8, max_seq_length=32
+    )
     said = in_float32(lambda: evaluate.run(read))["held-out"]
     assert 0 < said["kl_metal"] < 1.1 * said["kl_cpu"] + 1e-4
     opens(tmp_path / "metal")
@@ -301,7 +445,9 @@ ALIGN: dict[str, tuple[Any, str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("module", "kind", "more"), [slow_where(EMULATED, name, *way) for name, way in ALIGN.items()])
+@pytest.mark.parametrize(
+    ("module", "kind", "more"), [slow_where(EMULATED, name, *way) for name, way in ALIGN.items()]
+)
 def test_alignment(
     module: Any,
     kind: str,
@@ -311,7 +457,9 @@ def test_alignment(
     tmp_path: Path,
     in_float32: Any,
 ) -> None:
-    """The losses of every step and of the held-out rows are float32's; stock mlx-lm opens the result."""
+    """The losses of every step and of the held-out rows are float32's; stock mlx-lm opens the
+    result.
+    """
     flags = {**more, **({"teacher": str(teachers("affine"))} if "teacher" in more else {})}
 
     def run(out: str) -> dict[str, Any]:
@@ -319,10 +467,13 @@ def test_alignment(
         found: dict[str, Any] = module.run(module.Settings(**ALIGNED, **where, **flags))
         return found
 
-    want, found = in_float32(lambda: run("cpu")), run("metal")
-    ours, theirs = steps(tmp_path / "metal"), steps(tmp_path / "cpu")
+    want = in_float32(lambda: run("cpu"))
+    found = run("metal")
+    ours = steps(tmp_path / "metal")
+    theirs = steps(tmp_path / "cpu")
     assert ours[0] == pytest.approx(theirs[0], rel=1e-3)
-    # Adam's first step is the sign of each gradient, which rounding turns round where there is next to none.
+    # Adam's first step is the sign of each gradient, which rounding turns round where there is next
+    # to none.
     np.testing.assert_allclose(ours, theirs, rtol=0.02)
     assert found["held_out_best"]["loss"] == pytest.approx(want["held_out_best"]["loss"], rel=0.05)
     opens(Path(found["student"]))
@@ -330,25 +481,50 @@ def test_alignment(
 
 @pytest.mark.parametrize(
     ("kind", "tune"),
-    [("affine", "lora"), pytest.param("bfloat16", "lora", marks=pytest.mark.slow), ("bfloat16", "full")],
+    [
+        ("affine", "lora"),
+        pytest.param("bfloat16", "lora", marks=pytest.mark.slow),
+        ("bfloat16", "full"),
+    ],
 )
 def test_grpo(kind: str, tune: Any, teachers: Callable[[str], Path], tmp_path: Path) -> None:
-    """Sampling, rewards, and a reference that reads the model again in both steps: it is nearly the model itself."""
+    """Sampling, rewards, and a reference that reads the model again in both steps: it is nearly the
+    model itself.
+    """
     (tmp_path / "vowels.py").write_text(
         "def vowels(prompts, completions, answer):\n"
-        "    return [sum(c in 'aeiouy' for c in text) / max(1, len(text)) for text in completions]\n"
+        "    return [sum(c in 'aeiouy' for c in text) / max(1, len(text)) for text in "
+        "completions]\n"
     )
     (tmp_path / "data").mkdir()
-    rows = [json.dumps({"prompt": q, "answer": "1"}) for q in ("what is", "how many", "where is", "why", "who was")]
+    rows = [
+        json.dumps({"prompt": q, "answer": "1"})
+        for q in ("what is", "how many", "where is", "why", "who was")
+    ]
     for split in ("train", "valid"):
         (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
-    flags = {**ALIGNED, "batch_size": 4, "group_size": 4, "grad_accumulation_steps": 1, "max_completion_length": 6}
-    flags |= {"beta": 20.0, "fine_tune_type": tune, "reward_functions_file": str(tmp_path / "vowels.py")}
-    flags |= {"model": str(teachers(kind)), "data": str(tmp_path / "data"), "out": str(tmp_path / "run")}
+    flags = {
+        **ALIGNED,
+        "batch_size": 4,
+        "group_size": 4,
+        "grad_accumulation_steps": 1,
+        "max_completion_length": 6,
+    }
+    flags |= {
+        "beta": 20.0,
+        "fine_tune_type": tune,
+        "reward_functions_file": str(tmp_path / "vowels.py"),
+    }
+    flags |= {
+        "model": str(teachers(kind)),
+        "data": str(tmp_path / "data"),
+        "out": str(tmp_path / "run"),
+    }
     result = grpo.run(grpo.Settings(**flags))
     rows = run_folder.metrics(tmp_path / "run")
     assert all(math.isfinite(r["loss"]) and 0 < r["reward"] < 1 for r in rows)
-    assert all(abs(r["loss"]) < 1 for r in rows), rows  # 20 times k3: other weights, and it would be more than 2
+    # 20 times k3: other weights, and it would be more than 2
+    assert all(abs(r["loss"]) < 1 for r in rows), rows
     opens(Path(result["student"]))
 
 
@@ -359,7 +535,11 @@ def test_export(teachers: Callable[[str], Path], tmp_path: Path, in_float32: Any
         for word, run in (("cpu", in_float32), ("metal", lambda work: work())):
             out = tmp_path / f"{form}-{word}" / "made"
             out.parent.mkdir()
-            run(lambda: export.run(export.Settings(model=str(teachers("affine")), out=str(out), format=form)))  # noqa: B023
+            run(
+                lambda: export.run(
+                    export.Settings(model=str(teachers("affine")), out=str(out), format=form)
+                )
+            )
             (name,) = [p for p in sorted(out.iterdir()) if p.suffix in (".gguf", ".safetensors")]
             files.append(name.read_bytes())
         assert files[0] == files[1]
@@ -367,8 +547,9 @@ def test_export(teachers: Callable[[str], Path], tmp_path: Path, in_float32: Any
 
 
 def stock(folder: Path, prompt: str, count: int) -> str:
-    """The tokens of mlx_lm's `stream_generate` in float16 with packed weights: greedy, at most `count`; as text, whose
-    first space mlx_lm leaves out."""
+    """The tokens of mlx_lm's `stream_generate` in float16 with packed weights: greedy, at most
+    `count`; as text, whose first space mlx_lm leaves out.
+    """
     model, tokenizer = load.mlx_lm("utils").load(str(folder))
     model.set_dtype(mx.float16)
     said = load.mlx_lm("generate").stream_generate(model, tokenizer, prompt, max_tokens=count)
@@ -376,49 +557,78 @@ def stock(folder: Path, prompt: str, count: int) -> str:
     return text
 
 
-@pytest.mark.parametrize("kind", mostly_slow(["bfloat16", "affine", "mxfp4", "nvfp4"], "bfloat16", "affine", "mxfp4"))
-def test_generate(kind: str, teachers: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tokens of mlx_lm.generate in float16: whole, streamed under a small budget, and with a draft."""
+@pytest.mark.parametrize(
+    "kind", mostly_slow(["bfloat16", "affine", "mxfp4", "nvfp4"], "bfloat16", "affine", "mxfp4")
+)
+def test_generate(
+    kind: str, teachers: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokens of mlx_lm.generate in float16: whole, streamed under a small budget, and with a
+    draft.
+    """
     folder = teachers(kind)
-    # In mxfp4 the first prompt's first two tokens have the same float16 logit: whoever takes either is right.
+    # In mxfp4 the first prompt's first two tokens have the same float16 logit: whoever takes either
+    # is right.
     for prompt in ("if x",) if kind == "mxfp4" else (PROMPT, "if x"):
-        flags: dict[str, Any] = dict(model=str(folder), prompt=prompt, max_tokens=10, ignore_chat_template=True)
+        flags: dict[str, Any] = dict(
+            model=str(folder), prompt=prompt, max_tokens=10, ignore_chat_template=True
+        )
         want = stock(folder, prompt, 10)
         whole = generate.run(generate.Settings(**flags))
-        with monkeypatch.context() as patch:  # so small a model fits whole wherever it can be streamed
+        # so small a model fits whole wherever it can be streamed
+        with monkeypatch.context() as patch:
             patch.setattr(generate, "_whole_bytes", lambda *_: 0)
             said = generate.run(generate.Settings(**flags, dry_run=True))
-            least = estimates.enough(said["peak_bytes"] - memory.process_bytes(said["budget_bytes"]))
-            poor = generate.run(generate.Settings(**flags, budget=f"{least / 2**20 + 0.001:.3f}MiB"))
-        guessed = generate.run(generate.Settings(**flags, draft_model=str(folder), num_draft_tokens=3))
+            least = estimates.enough(
+                said["peak_bytes"] - memory.process_bytes(said["budget_bytes"])
+            )
+            poor = generate.run(
+                generate.Settings(**flags, budget=f"{least / 2**20 + 0.001:.3f}MiB")
+            )
+        guessed = generate.run(
+            generate.Settings(**flags, draft_model=str(folder), num_draft_tokens=3)
+        )
         assert whole["text"] == poor["text"] == guessed["text"] == want != ""
-        assert poor["read_bytes"] > 2 * whole["read_bytes"] and guessed["passes"] < whole["passes"] == whole["tokens"]
+        assert (
+            poor["read_bytes"] > 2 * whole["read_bytes"]
+            and guessed["passes"] < whole["passes"] == whole["tokens"]
+        )
 
 
 def test_evaluate(teachers: Callable[[str], Path], text_folder: Path, in_float32: Any) -> None:
-    """Held-out losses of a dense, a 4-bit and an mxfp4 model, and --kld's of that, are float32's."""
+    """Held-out losses of a dense, a 4-bit and an mxfp4 model, and --kld's of that, are
+    float32's.
+    """
 
     def run(windows: int, *kinds: str, **more: Any) -> dict[str, float]:
         flags = {"eval_windows": windows, "max_seq_length": 32, **more}
         students = tuple(str(teachers(kind)) for kind in kinds)
-        said = evaluate.run(evaluate.Settings(str(teachers("bfloat16")), students, str(text_folder), **flags))
+        said = evaluate.run(
+            evaluate.Settings(str(teachers("bfloat16")), students, str(text_folder), **flags)
+        )
         return said["held-out"]
 
-    want, found = in_float32(lambda: run(2, "affine", "mxfp4")), run(2, "affine", "mxfp4")
+    want = in_float32(lambda: run(2, "affine", "mxfp4"))
+    found = run(2, "affine", "mxfp4")
     names = [key for key in want if key.startswith(("nll", "kl"))]
     assert len(names) >= 5
     assert {n: found[n] for n in names} == pytest.approx({n: want[n] for n in names}, abs=2e-3)
-    want, found = in_float32(lambda: run(8, "mxfp4", kld=True)), run(8, "mxfp4", kld=True)
+    want = in_float32(lambda: run(8, "mxfp4", kld=True))
+    found = run(8, "mxfp4", kld=True)
     names = [key for key in want if key.startswith("mean_kld")]
     assert names and want["sha256_tokens"] == found["sha256_tokens"]
     assert {n: found[n] for n in names} == pytest.approx({n: want[n] for n in names}, abs=1e-3)
 
 
 def test_evaluate_tasks(
-    teachers: Callable[[str], Path], tmp_path: Path, in_float32: Any, monkeypatch: pytest.MonkeyPatch
+    teachers: Callable[[str], Path],
+    tmp_path: Path,
+    in_float32: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Likelihoods of answers, asked in many passes over blocks that stay in memory, are float32's; each is kept under
-    the type that it was computed in, and read again from there."""
+    """Likelihoods of answers, asked in many passes over blocks that stay in memory, are float32's;
+    each is kept under the type that it was computed in, and read again from there.
+    """
     monkeypatch.setattr(answering, "PART", 64)
     folder = teachers("mxfp4")
     chosen = evaluate.Settings(teacher=str(folder), tasks=("bus", "maths-written"), num_questions=2)
@@ -426,7 +636,10 @@ def test_evaluate_tasks(
     assert said[1]["recovered"].keys() == said[0]["recovered"].keys() and said[1] == said[2]
     kept = sorted((tmp_path / "cache" / "evaluations").glob("*/*.jsonl"))
     assert len(kept) == 4 and len({path.parent for path in kept}) == 2
-    logs = [np.concatenate([row["ll"] for row in answering.read(p).values() if "ll" in row] or [[0.0]]) for p in kept]
+    logs = [
+        np.concatenate([row["ll"] for row in answering.read(p).values() if "ll" in row] or [[0.0]])
+        for p in kept
+    ]
     by_type = sorted((log for log in logs if len(log) > 1), key=lambda log: str(log))
     assert len(by_type) == 2 and len(by_type[0]) >= 4
     np.testing.assert_allclose(by_type[0], by_type[1], rtol=5e-3)
@@ -436,7 +649,9 @@ def test_evaluate_tasks(
 def test_evaluate_every_task(teachers: Callable[[str], Path]) -> None:
     """All that is built in, on a dense and a 4-bit model."""
     flags: dict[str, Any] = dict(tasks=("builtin",), num_questions=2, eval_windows=1)
-    found = evaluate.run(evaluate.Settings(str(teachers("bfloat16")), (str(teachers("affine")),), **flags))
+    found = evaluate.run(
+        evaluate.Settings(str(teachers("bfloat16")), (str(teachers("affine")),), **flags)
+    )
     assert len(found["recovered"]) == 9
     assert all(math.isfinite(v) for text in found["held_out"].values() for v in text.values())
 
@@ -445,7 +660,9 @@ def test_bench(teachers: Callable[[str], Path]) -> None:
     """Both models answer, at some speed; what is timed computes in float16 and says so."""
     models = (str(teachers("bfloat16")), str(teachers("affine")))
     said = bench.run(
-        bench.Settings(model=models, prompt_tokens=4, generation_tokens=3, num_trials=1, governor="observe")
+        bench.Settings(
+            model=models, prompt_tokens=4, generation_tokens=3, num_trials=1, governor="observe"
+        )
     )
     assert [m["format"] for m in said["models"].values()] == ["float16", "4- to 8-bit"]
     rates = [m["decode_tps"] for m in said["measured"]["models"].values()]
@@ -453,8 +670,9 @@ def test_bench(teachers: Callable[[str], Path]) -> None:
 
 
 def test_plan(teachers: Callable[[str], Path], text_folder: Path, in_float32: Any) -> None:
-    """A packed teacher and a float16 one take less memory in the plan than de-quantized in float32, where their blocks
-    are what counts; never more."""
+    """A packed teacher and a float16 one take less memory in the plan than de-quantized in float32,
+    where their blocks are what counts; never more.
+    """
     for kind in ("bfloat16", "affine"):
         folder = load.open_checkpoint(teachers(kind))
         sizes = [in_float32(lambda: estimates.model_of(folder)), estimates.model_of(folder)]  # noqa: B023
@@ -467,11 +685,29 @@ def test_plan(teachers: Callable[[str], Path], text_folder: Path, in_float32: An
 def test_as_processes(
     teachers: Callable[[str], Path], text_folder: Path, tmp_path: Path, command: Callable[..., Done]
 ) -> None:
-    """The environment's word reaches child processes: a run and its report, and a generation, are Metal's."""
+    """The environment's word reaches child processes: a run and its report, and a generation, are
+    Metal's.
+    """
     assert os.environ[policy.POLICY] == "metal"
-    brief = {**RUN, "iters": 1, "eval_windows": 1, "max_seq_length": 16, "num_samples": 1, "reconstruct_samples": 1}
+    brief = {
+        **RUN,
+        "iters": 1,
+        "eval_windows": 1,
+        "max_seq_length": 16,
+        "num_samples": 1,
+        "reconstruct_samples": 1,
+    }
     flags = [f for k, v in brief.items() for f in (f"--{k.replace('_', '-')}", v)]
-    where = ("--teacher", teachers("mxfp4"), "--data", text_folder, "--out", tmp_path / "run", "--quantize", 0)
+    where = (
+        "--teacher",
+        teachers("mxfp4"),
+        "--data",
+        text_folder,
+        "--out",
+        tmp_path / "run",
+        "--quantize",
+        0,
+    )
     done = command("distill", *where, *flags)
     assert done.returncode == 0, done.stderr
     assert "de-quantized" not in (tmp_path / "run" / "table.md").read_text()

@@ -1,4 +1,6 @@
-"""The doctor's checks and the engine on a GPU; the same functions on the CPU, so that these tests are known to work."""
+"""The doctor's checks and the engine on a GPU; the same functions on the CPU, so that these tests
+are known to work.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def test_kernels(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("name", engine.CHECKS)
 def test_engine(name: str, device: str, made: engine.Models) -> None:
-    """So is the engine: streamed, kept and resident passes, decoding as mlx_lm does, equal steps, the planned peak."""
+    """So is the engine: streamed, kept and resident passes, decoding as mlx_lm does, equal steps,
+    the planned peak.
+    """
     found, bound = engine.CHECKS[name](made)
     assert found <= bound
 
@@ -61,7 +65,9 @@ def test_the_budget_holds(device: str, made: engine.Models) -> None:
     mx.reset_peak_memory()
     with memory.limited(Budget(limit)):
         checkpoint = made["4-bit"]
-        hidden = stream.Stream(checkpoint, policy.compute_dtype(checkpoint)).forward([engine.TOKENS])
+        hidden = stream.Stream(checkpoint, policy.compute_dtype(checkpoint)).forward(
+            [engine.TOKENS]
+        )
         assert np.isfinite(kernels.wide(hidden[0])).all()
     assert mx.get_peak_memory() < limit
 

@@ -1,4 +1,5 @@
-"""Metal's policy, imposed here: float16 computes, packed weights stay packed. Each of these failed before it was tried.
+"""Metal's policy, imposed here: float16 computes, packed weights stay packed. Each of these failed
+before it was tried.
 
 The faults were seen on Linux by imposing the two policies; on a Mac nobody has run these yet.
 """
@@ -34,11 +35,15 @@ TOKENS = mx.random.randint(0, 512, (1, 12), key=mx.random.key(1))
 
 
 def packed(tmp_path: Path, stored: str, mode: str = "affine", layers: int = 5) -> Checkpoint:
-    """A 4-bit folder of a tiny model whose norms are of type `stored`; narrow, for its products are emulated here."""
+    """A 4-bit folder of a tiny model whose norms are of type `stored`; narrow, for its products are
+    emulated here.
+    """
     sizes: dict[str, Any] = {"num_hidden_layers": layers, "intermediate_size": 192}
     made = tiny.make(tmp_path / "dense", dtype=stored, torch_dtype=TORCH[stored], **sizes)
     dense = load.open_checkpoint(made)
-    packed_format.write_quantized(dense, tmp_path / "packed", packed_format.layout(dense.config, 64, (), mode), DISK)  # type: ignore[arg-type]
+    packed_format.write_quantized(
+        dense, tmp_path / "packed", packed_format.layout(dense.config, 64, (), mode), DISK
+    )  # type: ignore[arg-type]
     return load.open_checkpoint(tmp_path / "packed")
 
 
@@ -51,11 +56,16 @@ def final(source: stream.Stream) -> np.ndarray:
     ("stored", "mode"),
     mostly_slow(
         product(("BF16", "F16", "F32"), ("affine", "mxfp4", "nvfp4")),
-        ("BF16", "affine"), ("F16", "mxfp4"), ("F32", "nvfp4"), of_several=True,
+        ("BF16", "affine"),
+        ("F16", "mxfp4"),
+        ("F32", "nvfp4"),
+        of_several=True,
     ),
-)  # fmt: skip
+)
 def test_packed_passes_are_equal(stored: str, mode: str, tmp_path: Path, metal: None) -> None:
-    """First, second and third pass, streamed and with all blocks kept: the resident model's states, bit for bit."""
+    """First, second and third pass, streamed and with all blocks kept: the resident model's states,
+    bit for bit.
+    """
     checkpoint = packed(tmp_path, stored, mode)
     want = np.array(load.resident(checkpoint, mx.float16).model(TOKENS).astype(mx.float32))
     for room, keeps in ((0, 0), (None, 5)):
@@ -68,7 +78,9 @@ def test_packed_passes_are_equal(stored: str, mode: str, tmp_path: Path, metal: 
 @pytest.mark.parametrize("stored", ["BF16", "F16", "F32"])
 def test_dense_passes_are_equal(stored: str, tmp_path: Path, metal: None) -> None:
     """The same for weights that are converted, or used where they were read."""
-    checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m", dtype=stored, torch_dtype=TORCH[stored]))
+    checkpoint = load.open_checkpoint(
+        tiny.make(tmp_path / "m", dtype=stored, torch_dtype=TORCH[stored])
+    )
     want = np.array(load.resident(checkpoint, mx.float16).model(TOKENS).astype(mx.float32))
     for room in (0, None):
         source = stream.Stream(checkpoint, mx.float16, room)
@@ -77,7 +89,9 @@ def test_dense_passes_are_equal(stored: str, tmp_path: Path, metal: None) -> Non
 
 
 def test_packed_and_dense_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A 4-bit folder has the same states packed in float16 as de-quantized in float32, to float16's precision."""
+    """A 4-bit folder has the same states packed in float16 as de-quantized in float32, to float16's
+    precision.
+    """
     checkpoint = packed(tmp_path, "BF16")
     dense = final(stream.Stream(checkpoint, mx.float32))
     monkeypatch.setenv(policy.POLICY, "metal")
@@ -96,10 +110,14 @@ LOSSES: dict[str, Callable[..., mx.array]] = {
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
-@pytest.mark.parametrize("types", [("float16", "float16"), ("float16", "float32"), ("bfloat16", "float32")])
+@pytest.mark.parametrize(
+    "types", [("float16", "float16"), ("float16", "float32"), ("bfloat16", "float32")]
+)
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_of_half_precision(name: str, types: tuple[str, str], frozen: bool) -> None:
-    """Behind a cast, as behind a LoRA layer, gradients come, in the type of what they are for, near float32's."""
+    """Behind a cast, as behind a LoRA layer, gradients come, in the type of what they are for, near
+    float32's.
+    """
     first, second = (policy.DTYPES[t] for t in types)
 
     def loss(kinds: tuple[mx.Dtype, mx.Dtype]) -> Callable[[mx.array, mx.array], mx.array]:
@@ -109,21 +127,34 @@ def test_gradients_of_half_precision(name: str, types: tuple[str, str], frozen: 
     _, want = mx.value_and_grad(loss((mx.float32, mx.float32)), which)(HIDDEN, HEAD)
     _, found = mx.value_and_grad(loss((first, second)), which)(HIDDEN, HEAD)
     for a, b in zip(want, found, strict=True):
-        np.testing.assert_allclose(np.array(b), np.array(a), atol=0.02 if first == mx.bfloat16 else 0.004)
+        np.testing.assert_allclose(
+            np.array(b), np.array(a), atol=0.02 if first == mx.bfloat16 else 0.004
+        )
 
 
 def adapter_gradients(checkpoint: Checkpoint, dtype: mx.Dtype) -> dict[str, np.ndarray]:
-    """Of a pair's preference loss in every adapter of a 4-bit model, the adapters set alike in both types."""
+    """Of a pair's preference loss in every adapter of a 4-bit model, the adapters set alike in both
+    types.
+    """
     model = load.resident(checkpoint, dtype)
     lora.insert(model, lora.Lora(-1, 8, 20.0), 0)
     flat: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
-    drawn = {n: mx.random.normal(flat[n].shape, key=mx.random.key(i)) for i, n in enumerate(sorted(flat))}
-    model.load_weights([(n, (0.02 * a).astype(flat[n].dtype)) for n, a in drawn.items()], strict=False)
+    drawn = {
+        n: mx.random.normal(flat[n].shape, key=mx.random.key(i)) for i, n in enumerate(sorted(flat))
+    }
+    model.load_weights(
+        [(n, (0.02 * a).astype(flat[n].dtype)) for n, a in drawn.items()], strict=False
+    )
     pairs = mx.random.randint(0, 512, (4, 24), key=mx.random.key(1))
 
     def loss(model: nn.Module) -> mx.array:
-        hidden, head = model.model(pairs)[:, :-1].reshape(-1, 64), load.head_weight(model)
-        chances = token_logps(hidden, head, pairs[:, 1:].reshape(-1), frozen_head=True).reshape(4, -1).sum(-1)
+        hidden = model.model(pairs)[:, :-1].reshape(-1, 64)
+        head = load.head_weight(model)
+        chances = (
+            token_logps(hidden, head, pairs[:, 1:].reshape(-1), frozen_head=True)
+            .reshape(4, -1)
+            .sum(-1)
+        )
         return -mx.log(mx.sigmoid(0.1 * (chances[:2] - chances[2:]))).mean()
 
     _, gradients = nn.value_and_grad(model, loss)(model)
@@ -131,7 +162,9 @@ def adapter_gradients(checkpoint: Checkpoint, dtype: mx.Dtype) -> dict[str, np.n
 
 
 def test_gradients_of_adapters_do_not_underflow(tmp_path: Path, metal: None) -> None:
-    """float16's are float32's to 3 % in every adapter of every block (1.1 % seen), and none of them is zero."""
+    """float16's are float32's to 3 % in every adapter of every block (1.1 % seen), and none of them
+    is zero.
+    """
     checkpoint = packed(tmp_path, "BF16", layers=3)
     want, found = (adapter_gradients(checkpoint, dtype) for dtype in (mx.float32, mx.float16))
     assert len(want) == 3 * 7 * 2
@@ -142,12 +175,18 @@ def test_gradients_of_adapters_do_not_underflow(tmp_path: Path, metal: None) -> 
 
 @pytest.fixture(params=["activations", "weights"])
 def overflowing(tmp_path: Path, request: pytest.FixtureRequest) -> Checkpoint:
-    """A tiny model whose residual stream passes 65,504 in its second block, by large weights; or whose weights do."""
+    """A tiny model whose residual stream passes 65,504 in its second block, by large weights; or
+    whose weights do.
+    """
     made = load.open_checkpoint(tiny.make(tmp_path / "large"))
-    large = {"up_proj": 3e3, "down_proj": 3e3} if request.param == "activations" else {"down_proj": 1e6}
+    large = (
+        {"up_proj": 3e3, "down_proj": 3e3} if request.param == "activations" else {"down_proj": 1e6}
+    )
 
     def take(name: str) -> mx.array:
-        return load.dense(made, name) * (large.get(name.split(".")[-2], 1.0) if ".1.mlp." in name else 1.0)
+        return load.dense(made, name) * (
+            large.get(name.split(".")[-2], 1.0) if ".1.mlp." in name else 1.0
+        )
 
     model_writer.write_model(made.config, take, made.path, tmp_path / "over", "float32", DISK)
     return load.open_checkpoint(tmp_path / "over")
@@ -165,7 +204,9 @@ def _chip(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     return become
 
 
-@pytest.mark.parametrize(("newer", "want"), [(False, mx.float32), (True, mx.bfloat16)], ids=["M1", "M3"])
+@pytest.mark.parametrize(
+    ("newer", "want"), [(False, mx.float32), (True, mx.bfloat16)], ids=["M1", "M3"]
+)
 def test_overflow_is_found_and_avoided(
     newer: bool,
     want: mx.Dtype,
@@ -175,8 +216,9 @@ def test_overflow_is_found_and_avoided(
     metal: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """That model computes in float32 on an M1, in bfloat16 on an M3, said in one line, once; another one in float16; a
-    command's word goes first."""
+    """That model computes in float32 on an M1, in bfloat16 on an M3, said in one line, once;
+    another one in float16; a command's word goes first.
+    """
     chip(newer)
     assert policy.compute_dtype(llama) == mx.float16 and not capsys.readouterr().err
     assert [policy.compute_dtype(overflowing) for _ in range(2)] == [want] * 2
@@ -193,8 +235,9 @@ def test_overflow_is_found_and_avoided(
 def test_float32_where_the_budget_holds_it(
     chip: Callable[[bool], None], overflowing: Checkpoint, llama: Checkpoint, metal: None
 ) -> None:
-    """On an M1 the budget decides before anything computes: float32 where one streamed pass fits, bfloat16 where not;
-    a model that float16 holds stays in float16."""
+    """On an M1 the budget decides before anything computes: float32 where one streamed pass fits,
+    bfloat16 where not; a model that float16 holds stays in float16.
+    """
     chip(False)
     whole = estimates.model_of(overflowing, dtype=mx.float32)
     need = estimates.streamed_pass("", whole, 512, 512, 512, spool=False).peak_bytes
@@ -231,7 +274,9 @@ def test_a_run_settles_its_precision_when_it_opens_the_model(
         ({}, False),
     ],
 )
-def test_which_gpus_have_bfloat16(about: dict[str, str], newer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_gpus_have_bfloat16(
+    about: dict[str, str], newer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the names that MLX gives; what nothing is known of counts as an M1."""
     monkeypatch.setattr(mx, "device_info", lambda: about)
     assert rates.computes_bfloat16() == newer
@@ -248,19 +293,24 @@ def test_weights_outside_of_blocks_count(
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_losses_are_taken_of_logits_that_are_not_rounded(dtype: mx.Dtype) -> None:
-    """Logits of 16 to 32, of a student in half precision against itself with a head that differs in its last bit: loss
-    and log-probabilities are those of numpy in float64 of the same numbers, to 1e-5. Rounded logits miss by 1e-4 and
-    more."""
+    """Logits of 16 to 32, of a student in half precision against itself with a head that differs in
+    its last bit: loss and log-probabilities are those of numpy in float64 of the same numbers, to
+    1e-5. Rounded logits miss by 1e-4 and more.
+    """
     hidden = (3 * mx.random.normal((16, 64), key=mx.random.key(0))).astype(dtype)
     head = mx.random.normal((300, 64), key=mx.random.key(1)).astype(dtype)
     near = (head * (1 + 2**-7)).astype(dtype)
     ids = mx.arange(16) * 11
     wide = [np.array(a.astype(mx.float32), np.float64) for a in (hidden, head, near)]
-    log_p, log_q = (z - np.logaddexp.reduce(z, axis=1, keepdims=True) for z in (wide[0] @ w.T for w in wide[1:]))
+    log_p, log_q = (
+        z - np.logaddexp.reduce(z, axis=1, keepdims=True) for z in (wide[0] @ w.T for w in wide[1:])
+    )
     assert np.abs(wide[0] @ wide[1].T).max() > 16
     teacher = nn.Linear(64, 300, bias=False)
     teacher.weight = head
-    found = losses.kl_sum(hidden, near, hidden, lambda h: load.wide_logits(teacher, h), mx.ones(16), rows=5)
+    found = losses.kl_sum(
+        hidden, near, hidden, lambda h: load.wide_logits(teacher, h), mx.ones(16), rows=5
+    )
     assert found.item() == pytest.approx((np.exp(log_p) * (log_p - log_q)).sum(), abs=2e-5)
     want = np.take_along_axis(log_q, np.array(ids)[:, None], 1)[:, 0]
     np.testing.assert_allclose(np.array(token_logps(hidden, near, ids)), want, atol=2e-5)
@@ -268,7 +318,9 @@ def test_losses_are_taken_of_logits_that_are_not_rounded(dtype: mx.Dtype) -> Non
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4"])
 def test_logits_of_a_packed_head_are_not_rounded(mode: str, tmp_path: Path, metal: None) -> None:
-    """A packed head stays packed, and its logits of float16 states are those of float64, to float32's precision."""
+    """A packed head stays packed, and its logits of float16 states are those of float64, to
+    float32's precision.
+    """
     checkpoint = packed(tmp_path, "F16", mode, layers=1)
     head = load.head(checkpoint, mx.float16)
     hidden = (8 * mx.random.normal((5, 64), key=mx.random.key(0))).astype(mx.float16)
@@ -286,10 +338,19 @@ def test_logits_of_a_packed_head_are_not_rounded(mode: str, tmp_path: Path, meta
 def test_nothing_is_chosen_by_numbers_that_are_none(
     work: str, overflowing: Checkpoint, text_folder: Path, tmp_path: Path, metal: None
 ) -> None:
-    """Told to compute in float16 all the same, a pass, a ranking and a rounding end in a sentence with the remedy."""
-    flags: dict[str, Any] = {"model": str(overflowing.path), "data": str(text_folder), "compute_dtype": "float16"}
+    """Told to compute in float16 all the same, a pass, a ranking and a rounding end in a sentence
+    with the remedy.
+    """
+    flags: dict[str, Any] = {
+        "model": str(overflowing.path),
+        "data": str(text_folder),
+        "compute_dtype": "float16",
+    }
     flags |= {"max_seq_length": 32, "num_samples": 4, "mlx_path": str(tmp_path / "out")}
-    with pytest.raises(MisError, match=r"(block 1|layers\.1\.).* not numbers in float16: give --compute-dtype float32"):
+    with pytest.raises(
+        MisError,
+        match=r"(block 1|layers\.1\.).* not numbers in float16: give --compute-dtype float32",
+    ):
         try:
             if work == "forward":
                 stream.Stream(overflowing, mx.float16).forward([TOKENS])
@@ -303,16 +364,29 @@ def test_nothing_is_chosen_by_numbers_that_are_none(
 
 
 def test_prune_goes_on_in_bfloat16(
-    chip: Callable[[bool], None], overflowing: Checkpoint, text_folder: Path, tmp_path: Path, metal: None
+    chip: Callable[[bool], None],
+    overflowing: Checkpoint,
+    text_folder: Path,
+    tmp_path: Path,
+    metal: None,
 ) -> None:
     """Who is kept of that model is nearly who float32 keeps, not who NaN leaves."""
     chip(True)
     kept = []
-    flags: dict[str, Any] = {"model": str(overflowing.path), "data": str(text_folder), "scenario": "none", "ffn": 384}
+    flags: dict[str, Any] = {
+        "model": str(overflowing.path),
+        "data": str(text_folder),
+        "scenario": "none",
+        "ffn": 384,
+    }
     for dtype in (None, "float32"):
         out = tmp_path / str(dtype)
         policy.use(None)
-        prune.run(prune.Settings(**flags, max_seq_length=32, num_samples=4, mlx_path=str(out), compute_dtype=dtype))  # type: ignore[arg-type]
+        prune.run(
+            prune.Settings(
+                **flags, max_seq_length=32, num_samples=4, mlx_path=str(out), compute_dtype=dtype
+            )
+        )  # type: ignore[arg-type]
         keep = model_writer.read_keep(out)
         assert keep is not None
         kept.append({(key, unit) for key, units in keep.kept.items() for unit in units})
@@ -332,9 +406,12 @@ def test_policy_words(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_look_sees_the_real_range(tmp_path: Path) -> None:
-    """The largest value that the look finds is what float32 computes on the same tokens, to float16's precision."""
+    """The largest value that the look finds is what float32 computes on the same tokens, to
+    float16's precision.
+    """
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m"))
-    source, seen = stream.Stream(checkpoint, mx.float32), 0.0
+    source = stream.Stream(checkpoint, mx.float32)
+    seen = 0.0
     ids = np.unique([*range(policy.FREQUENT), *np.linspace(0, 511, policy.SPREAD).astype(int)])
     (hidden,) = source.embed([mx.array(ids[None].astype(np.int32))])
     for _, block in source.blocks():

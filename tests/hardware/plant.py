@@ -1,7 +1,9 @@
-"""A simulated fanless laptop: two lumps (die, chassis), firmware that lowers the clock, a virtual clock.
+"""A simulated fanless laptop: two lumps (die, chassis), firmware that lowers the clock, a virtual
+clock.
 
-The parameters are engineering priors for an M1 Air, not measurements. The recording tests/data/halny.jsonl was made
-with it: the warm wind falls on the Air, 8 to 33 °C in 150 s, then six spells of hard work.
+The parameters are engineering priors for an M1 Air, not measurements. The recording
+tests/data/halny.jsonl was made with it: the warm wind falls on the Air, 8 to 33 °C in 150 s, then
+six spells of hard work.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ class Plant:
         """`seconds` of time with the GPU busy (1) or not (0)."""
         for _ in range(round(seconds / TICK_S)):
             volts = 0.70 + 0.30 * self.clock_share
-            self.power_w = self.static_w + busy * (self.gpu_w - self.static_w) * self.clock_share * volts**2
+            self.power_w = (
+                self.static_w + busy * (self.gpu_w - self.static_w) * self.clock_share * volts**2
+            )
             flow_w = (self.die_c - self.chassis_c) / self.die_to_chassis
             self.die_c += TICK_S * (self.power_w - flow_w) / self.die_capacity
             out_w = (self.chassis_c - self.air_c) / self.chassis_to_air
@@ -52,7 +56,8 @@ class Plant:
 
 
 class PlantMonitor:
-    """What `tea.after_step` wants of a monitor: reading it costs nothing, sleeping lets the plant cool.
+    """What `tea.after_step` wants of a monitor: reading it costs nothing, sleeping lets the plant
+    cool.
 
     `spoil(now, reading)` may return a spoilt reading, as a broken sensor would.
     """

@@ -1,4 +1,6 @@
-"""A fast BLAS under every command on Linux: the renamed library, its place, the threads, and who runs with it."""
+"""A fast BLAS under every command on Linux: the renamed library, its place, the threads, and who
+runs with it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "mis_mlx" / "hardware" / "blas.py"
 OURS = (blas.MARK, blas.THREADS, "LD_PRELOAD", "MLX_HOSTFILE", "MLX_RANK")
 
-# Notes how a Python process came to its end: its command line, and whether a BLAS stands before MLX's own.
+# Notes how a Python process came to its end: its command line, and whether a BLAS stands before
+# MLX's own.
 WITNESS = """
 import atexit, ctypes, json, os, sys
 def note():
@@ -42,10 +45,20 @@ class Bare:
         (folder / "sitecustomize.py").write_text(WITNESS)
         self.notes = folder / "notes"
         self.env = {name: value for name, value in os.environ.items() if name not in OURS}
-        self.env |= {"PYTHONPATH": f"{folder}:{ROOT}", "WITNESS": str(self.notes), "HOME": str(folder)}
-        self.env |= {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(folder / "cache"), "MIS_MLX_CACHE": cache}
+        self.env |= {
+            "PYTHONPATH": f"{folder}:{ROOT}",
+            "WITNESS": str(self.notes),
+            "HOME": str(folder),
+        }
+        self.env |= {
+            "HF_HUB_OFFLINE": "1",
+            "XDG_CACHE_HOME": str(folder / "cache"),
+            "MIS_MLX_CACHE": cache,
+        }
 
-    def run(self, *argv: object, **env: str) -> tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]:
+    def run(
+        self, *argv: object, **env: str
+    ) -> tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]:
         """What came of `python ARGV`, and how each of its Python processes ended."""
         self.notes.unlink(missing_ok=True)
         line = [sys.executable, *map(str, argv)]
@@ -68,15 +81,31 @@ def library() -> Path:
 
 
 def test_renamed_library_multiplies(library: Path) -> None:
-    """Under MLX's name for it, the product of float32 matrices is numpy's to 1e-4; the old name is gone."""
+    """Under MLX's name for it, the product of float32 matrices is numpy's to 1e-4; the old name is
+    gone.
+    """
     opened = ctypes.CDLL(str(library))
     a, b = (np.random.default_rng(i).standard_normal((130, 130), np.float32) for i in (1, 2))
     out = np.zeros((130, 130), np.float32)
-    pointer, one, zero = ctypes.c_void_p, ctypes.c_float(1), ctypes.c_float(0)
+    pointer = ctypes.c_void_p
+    one = ctypes.c_float(1)
+    zero = ctypes.c_float(0)
     opened.cblas_sgemm(
-        101, 111, 111, 130, 130, 130, one, pointer(a.ctypes.data), 130, pointer(b.ctypes.data), 130, zero,
-        pointer(out.ctypes.data), 130,
-    )  # fmt: skip
+        101,
+        111,
+        111,
+        130,
+        130,
+        130,
+        one,
+        pointer(a.ctypes.data),
+        130,
+        pointer(b.ctypes.data),
+        130,
+        zero,
+        pointer(out.ctypes.data),
+        130,
+    )
     np.testing.assert_allclose(out, a @ b, atol=1e-4)
     assert not hasattr(opened, "scipy_cblas_sgemm")
 
@@ -84,8 +113,11 @@ def test_renamed_library_multiplies(library: Path) -> None:
 def test_everything_that_mlx_wants_is_found(library: Path) -> None:
     """What mlx takes from its own BLAS and LAPACK: all 24 names."""
     names = [f"cblas_{kind}gemm" for kind in "sdc"] + ["cgeev_", "cgesdd_", "cheevd_"]
-    names += [f"{kind}{name}_" for kind in "sd" for name in
-              ("geev", "geqrf", "gesdd", "getrf", "getri", "orgqr", "potrf", "syevd", "trtri")]  # fmt: skip
+    names += [
+        f"{kind}{name}_"
+        for kind in "sd"
+        for name in ("geev", "geqrf", "gesdd", "getrf", "getri", "orgqr", "potrf", "syevd", "trtri")
+    ]
     opened = ctypes.CDLL(str(library))
     opened.openblas_get_config.restype = ctypes.c_char_p
     assert b"DYNAMIC_ARCH" in opened.openblas_get_config()  # kernels for every processor
@@ -94,13 +126,17 @@ def test_everything_that_mlx_wants_is_found(library: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"\x7fELF" + bytes(200), b"no library at all " * 50])
 def test_another_file_is_not_renamed(content: bytes) -> None:
-    """What is no such library raises one of the errors that `prepared` takes for "not to be had"."""
+    """What is no such library raises one of the errors that `prepared` takes for "not to be
+    had".
+    """
     with pytest.raises(blas.OTHERWISE):
         blas.renamed(content)
 
 
 def test_where_the_copy_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the environment; in the cache where that cannot be written or its name has a blank; else nowhere."""
+    """In the environment; in the cache where that cannot be written or its name has a blank; else
+    nowhere.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "env"))
     made = blas.prepared()
@@ -116,24 +152,44 @@ def test_where_the_copy_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert made and made.parent == tmp_path / "cache" / "mis_mlx"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert blas.prepared() is None
-    assert sorted(p.name for p in (tmp_path / "cache" / "mis_mlx").iterdir()) == [made.name]  # no half ones
+    # no half ones
+    assert sorted(p.name for p in (tmp_path / "cache" / "mis_mlx").iterdir()) == [made.name]
 
 
 @pytest.mark.parametrize(
     ("cores", "load", "processes", "count"),
-    [(2, 0.0, 1, 2), (2, 0.4, 1, 2), (2, 0.6, 1, 1), (2, 7.0, 1, 1), (2, 0.0, 2, 1), (8, 3.2, 1, 5), (8, 0.0, 3, 3),
-     (1, 0.0, 1, 1), (1.5, 0.0, 1, 2), (4, 0.0, 9, 1)],
-)  # fmt: skip
-def test_threads_follow_cores_and_load(cores: float, load: float, processes: int, count: int) -> None:
+    [
+        (2, 0.0, 1, 2),
+        (2, 0.4, 1, 2),
+        (2, 0.6, 1, 1),
+        (2, 7.0, 1, 1),
+        (2, 0.0, 2, 1),
+        (8, 3.2, 1, 5),
+        (8, 0.0, 3, 3),
+        (1, 0.0, 1, 1),
+        (1.5, 0.0, 1, 2),
+        (4, 0.0, 9, 1),
+    ],
+)
+def test_threads_follow_cores_and_load(
+    cores: float, load: float, processes: int, count: int
+) -> None:
     """Cores that others keep busy are left to them; nobody gets none."""
     assert blas.most(cores, load, processes) == count
 
 
-@pytest.mark.parametrize(("percent", "said", "count"), [(0.0, "0.0", "2"), (20.0, "0.4", "2"), (50.0, "1.0", "1")])
-def test_threads_go_by_what_is_busy_now(monkeypatch: pytest.MonkeyPatch, percent: float, said: str, count: str) -> None:
-    """A moment's share of all cores, whatever the last minute was like; without psutil nothing is taken as busy."""
+@pytest.mark.parametrize(
+    ("percent", "said", "count"), [(0.0, "0.0", "2"), (20.0, "0.4", "2"), (50.0, "1.0", "1")]
+)
+def test_threads_go_by_what_is_busy_now(
+    monkeypatch: pytest.MonkeyPatch, percent: float, said: str, count: str
+) -> None:
+    """A moment's share of all cores, whatever the last minute was like; without psutil nothing is
+    taken as busy.
+    """
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
-    monkeypatch.setattr(blas.Path, "read_text", lambda *_: "max 100000")  # no control group, no ring
+    # no control group, no ring
+    monkeypatch.setattr(blas.Path, "read_text", lambda *_: "max 100000")
     monkeypatch.setattr(os, "getloadavg", lambda: (9.0, 9.0, 9.0))
     monkeypatch.setattr(psutil, "cpu_percent", lambda seconds: percent)
     assert blas.threads() == (count, f"2 cores, {said} busy")
@@ -147,11 +203,16 @@ def test_program_becomes_the_command(bare: Bare) -> None:
     done, (note,) = bare.run("-I", PROGRAM, sys.executable, *line)
     assert done.stdout == "['a b', '--x=*', '']\n" and note["argv"] == list(line)
     assert note["fast"] and note["mark"] == "on" and int(note["threads"]) >= 1
-    assert done.stderr.startswith(f"mis: OPENBLAS_NUM_THREADS={note['threads']} (") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith(f"mis: OPENBLAS_NUM_THREADS={note['threads']} (")
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_what_is_set_already_stays(bare: Bare, library: Path, tmp_path: Path) -> None:
-    """A number of threads, a preloaded BLAS, another preloaded library; "off" leaves everything out."""
+    """A number of threads, a preloaded BLAS, another preloaded library; "off" leaves everything
+    out.
+    """
     command = ("-I", PROGRAM, sys.executable, "-c", "0")
     done, (note,) = bare.run(*command, OPENBLAS_NUM_THREADS="7")
     assert note["threads"] == "7" and note["fast"] and done.stderr == ""
@@ -165,7 +226,8 @@ def test_what_is_set_already_stays(bare: Bare, library: Path, tmp_path: Path) ->
 
 def test_without_a_library_the_first_line_says_so(bare: Bare) -> None:
     """How much slower, and how to mend it; the command runs all the same."""
-    done, (note,) = bare.run("-I", "-S", PROGRAM, sys.executable, "-c", "print(5)")  # -S: an environment without it
+    # -S: an environment without it
+    done, (note,) = bare.run("-I", "-S", PROGRAM, sys.executable, "-c", "print(5)")
     assert done.stdout == "5\n" and not note["fast"]
     first = done.stderr.splitlines()[0]
     assert first.startswith("mis: no OpenBLAS, so matrix products take 20 to 50 times as long: ")
@@ -173,12 +235,18 @@ def test_without_a_library_the_first_line_says_so(bare: Bare) -> None:
 
 
 def test_commands_start_again_with_it_once(bare: Bare, llama: Checkpoint) -> None:
-    """`python -m mis_mlx.plan` and `python -m mis_mlx plan`: Python's flags and ours as they were, all of them."""
+    """`python -m mis_mlx.plan` and `python -m mis_mlx plan`: Python's flags and ours as they were,
+    all of them.
+    """
     for way in (["mis_mlx.plan"], ["mis_mlx", "plan"]):
         line = ["-X", "utf8", "-W", "error", "-P", "-m", *way, "--teacher", str(llama.path)]
         done, (note,) = bare.run(*line)
         assert done.returncode == 0, done.stderr
-        assert note["argv"] == line and note["fast"] and done.stderr.count("OPENBLAS_NUM_THREADS=") == 1
+        assert (
+            note["argv"] == line
+            and note["fast"]
+            and done.stderr.count("OPENBLAS_NUM_THREADS=") == 1
+        )
         json.loads(done.stdout.splitlines()[-1])
     done, (note,) = bare.run(*line, MIS_MLX_BLAS="off")
     assert done.returncode == 0 and not note["fast"]

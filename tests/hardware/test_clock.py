@@ -9,7 +9,9 @@ from tests.hardware.plant import LidClock
 
 
 def test_a_closed_lid_is_seen():
-    """A virtual hour takes no time; asleep, only the wall clock goes on, and NTP or a user may set that: no sleep."""
+    """A virtual hour takes no time; asleep, only the wall clock goes on, and NTP or a user may set
+    that: no sleep.
+    """
     clock = LidClock()
     mark = clock.asleep()
     clock.sleep(3600)
@@ -32,7 +34,9 @@ def test_the_real_clock_agrees_with_itself():
 
 
 def test_a_mac_is_asked_for_clocks_that_nobody_slews(monkeypatch):
-    """Apple's CLOCK_MONOTONIC is corrected by NTP; the raw one less the raw time awake is sleep and nothing else."""
+    """Apple's CLOCK_MONOTONIC is corrected by NTP; the raw one less the raw time awake is sleep and
+    nothing else.
+    """
     shown = {time.CLOCK_MONOTONIC_RAW: 5000.0, 8: 1400.0}  # 8 is CLOCK_UPTIME_RAW there
     monkeypatch.setattr("sys.platform", "darwin")
     monkeypatch.setattr(time, "CLOCK_UPTIME_RAW", 8, raising=False)

@@ -16,15 +16,20 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Two lanes, whatever BLAS there is; the numbers of threads that it is told."""
     calls: list[int] = []
     monkeypatch.setenv(lanes.IN_TURN, "100000")
-    monkeypatch.setattr(lanes, "_blas", lambda: (SimpleNamespace(openblas_set_num_threads=calls.append), 2))
+    monkeypatch.setattr(
+        lanes, "_blas", lambda: (SimpleNamespace(openblas_set_num_threads=calls.append), 2)
+    )
     if lanes.count() != 2:
         pytest.skip("a GPU has one lane")
     return calls
 
 
 def test_each_gives_all_in_order_and_evaluated(told: list[int]) -> None:
-    """Five items through two lanes, three turns; the last one alone, whose products keep all threads."""
-    items, seen = [mx.full((3,), float(i)) for i in range(5)], list[mx.Stream]()
+    """Five items through two lanes, three turns; the last one alone, whose products keep all
+    threads.
+    """
+    items = [mx.full((3,), float(i)) for i in range(5)]
+    seen = list[mx.Stream]()
 
     def work(a: mx.array, b: int) -> tuple[mx.array, mx.array]:
         seen.append(mx.default_stream(mx.cpu))
@@ -39,7 +44,8 @@ def test_each_gives_all_in_order_and_evaluated(told: list[int]) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_rows_are_what_the_whole_is(told: list[int], count: int) -> None:
     """However many rows there are, one lane's among them, with gradients that flow back to each."""
-    x, w = mx.random.normal((count, 4, 8), key=mx.random.key(1)), mx.random.normal((8, 8), key=mx.random.key(2))
+    x = mx.random.normal((count, 4, 8), key=mx.random.key(1))
+    w = mx.random.normal((8, 8), key=mx.random.key(2))
 
     def total(w: mx.array, x: mx.array, apart: bool) -> mx.array:
         def work(x: mx.array) -> mx.array:
@@ -47,8 +53,12 @@ def test_rows_are_what_the_whole_is(told: list[int], count: int) -> None:
 
         return mx.square(lanes.rows(work, x) if apart else work(x)).sum()
 
-    (a, slope_a), (b, slope_b) = (mx.value_and_grad(total, argnums=(0, 1))(w, x, apart) for apart in (True, False))
-    assert mx.allclose(a, b) and all(mx.allclose(p, q, atol=1e-5) for p, q in zip(slope_a, slope_b, strict=True))
+    (a, slope_a), (b, slope_b) = (
+        mx.value_and_grad(total, argnums=(0, 1))(w, x, apart) for apart in (True, False)
+    )
+    assert mx.allclose(a, b) and all(
+        mx.allclose(p, q, atol=1e-5) for p, q in zip(slope_a, slope_b, strict=True)
+    )
 
 
 def test_uneven_lists_are_a_mistake() -> None:
@@ -58,7 +68,9 @@ def test_uneven_lists_are_a_mistake() -> None:
 
 
 def test_a_cpu_of_many_cores_has_one_lane(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its products need them all; and so has one whose BLAS is no OpenBLAS, or whose MLX ends one lane first."""
+    """Its products need them all; and so has one whose BLAS is no OpenBLAS, or whose MLX ends one
+    lane first.
+    """
     monkeypatch.setenv(lanes.IN_TURN, "100000")
     for threads, count in ((1, 1), (2, 2), (3, 2), (4, 1), (16, 1)):
         monkeypatch.setattr(lanes, "_blas", lambda threads=threads: (None, threads))
@@ -69,7 +81,9 @@ def test_a_cpu_of_many_cores_has_one_lane(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_thread_has_streams_of_its_own(told: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the system gives it the number of one that is gone: a stream belongs to the thread that made it."""
+    """Also where the system gives it the number of one that is gone: a stream belongs to the thread
+    that made it.
+    """
     monkeypatch.setattr(lanes, "get_ident", lambda: 7, raising=False)
     found = list[object]()
 

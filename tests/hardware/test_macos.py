@@ -1,4 +1,6 @@
-"""What macOS is told, with programs of our making in the place of its own. On a Mac nobody has run these yet."""
+"""What macOS is told, with programs of our making in the place of its own. On a Mac nobody has run
+these yet.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ from mis_mlx.checks import kernels
 from mis_mlx.hardware import macos
 from mis_mlx.reporting import progress
 
-# A program that believes it is on a Mac imports the package, then says what the environment holds. MLX must not have
-# been imported by then: with it the device may be open.
+# A program that believes it is on a Mac imports the package, then says what the environment holds.
+# MLX must not have been imported by then: with it the device may be open.
 ENTRY = """
 import os, sys
 sys.platform = "darwin"
@@ -53,7 +55,11 @@ def _mac(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def entered(code: str, *names: str, **environment: str) -> list[str]:
     """The values of these variables after the program `code`, which began without them."""
-    kept = {k: v for k, v in os.environ.items() if k not in (macos.WATCHDOG, macos.NO_COMPILE, macos.DEVICE)}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in (macos.WATCHDOG, macos.NO_COMPILE, macos.DEVICE)
+    }
     done = subprocess.run(
         [sys.executable, "-c", code, *names],
         env={**kept, **environment},
@@ -67,7 +73,9 @@ def entered(code: str, *names: str, **environment: str) -> list[str]:
 
 @pytest.mark.parametrize("code", [ENTRY, PART])
 def test_the_watchdogs_variable_is_set_on_every_way_in(code: str) -> None:
-    """By importing the package or a part of it, before MLX; what the user has set stays; on Linux nothing is set."""
+    """By importing the package or a part of it, before MLX; what the user has set stays; on Linux
+    nothing is set.
+    """
     assert entered(code, macos.WATCHDOG) == ["1"]
     assert entered(code, macos.WATCHDOG, **{macos.WATCHDOG: "0"}) == ["0"]
     assert entered(code.replace("darwin", "linux"), macos.WATCHDOG) == ["-"]
@@ -82,8 +90,12 @@ def test_command_buffers_are_small_on_8_gb(gib: int, want: str) -> None:
     assert entered(code, "MLX_MAX_MB_PER_BUFFER", MLX_MAX_MB_PER_BUFFER="50") == ["50"]
 
 
-@pytest.mark.parametrize(("code", "device", "want"), [(0, "cpu", "-"), (2, "cpu", "1"), (2, "gpu", "-")])
-def test_no_installer_window_for_a_run_on_the_cpu(code: int, device: str, want: str, bin: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "device", "want"), [(0, "cpu", "-"), (2, "cpu", "1"), (2, "gpu", "-")]
+)
+def test_no_installer_window_for_a_run_on_the_cpu(
+    code: int, device: str, want: str, bin: Path
+) -> None:
     """MIS_MLX_DEVICE=cpu without the command line tools: MLX compiles nothing."""
     program(bin, "xcode-select", f"[ $# = 1 ] && [ $1 = -p ] && exit {code}; exit 64")
     assert entered(ENTRY, macos.NO_COMPILE, **{macos.DEVICE: device}) == [want]
@@ -93,7 +105,9 @@ def test_no_installer_window_for_a_run_on_the_cpu(code: int, device: str, want: 
 def test_the_doctors_witness_calls_no_absent_compiler(
     installed: bool, bin: Path, mac: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The checks beside the CPU compile where there is a compiler, and not where its name opens a window."""
+    """The checks beside the CPU compile where there is a compiler, and not where its name opens a
+    window.
+    """
     program(bin, "xcode-select", f"exit {0 if installed else 2}")
     calls = list[str]()
     monkeypatch.delenv(macos.NO_COMPILE, raising=False)
@@ -105,7 +119,9 @@ def test_the_doctors_witness_calls_no_absent_compiler(
     assert calls == ([] if installed else ["off", "on"])
 
 
-def test_without_xcode_select_there_is_no_compiler(mac: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_xcode_select_there_is_no_compiler(
+    mac: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where it cannot be asked, nothing is compiled; on Linux nobody asks."""
     monkeypatch.setenv("PATH", "/nowhere")
     assert not macos.compiler_installed()
@@ -134,9 +150,12 @@ def alive(pid: int) -> bool:
 
 
 def test_a_command_keeps_a_mac_awake_until_it_ends(bin: Path, mac: None) -> None:
-    """`caffeinate -i -w OURS` runs beside a command, once, in a session of its own, so that Ctrl-C is not for it."""
+    """`caffeinate -i -w OURS` runs beside a command, once, in a session of its own, so that Ctrl-C
+    is not for it.
+    """
     program(bin, "caffeinate", CAFFEINATE)
-    seen, pid = bin / "caffeinate.seen", bin / "caffeinate.pid"
+    seen = bin / "caffeinate.seen"
+    pid = bin / "caffeinate.pid"
     with pytest.raises(KeyboardInterrupt), progress.run("distill"):
         assert until(lambda: pid.is_file() and bool(pid.read_text()))
         assert seen.read_text().split() == ["-i", "-w", str(os.getpid())]
@@ -150,7 +169,9 @@ def test_a_command_keeps_a_mac_awake_until_it_ends(bin: Path, mac: None) -> None
     assert not alive(child)
 
 
-def test_without_caffeinate_a_command_runs_all_the_same(mac: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_caffeinate_a_command_runs_all_the_same(
+    mac: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A Mac that has lost it computes."""
     monkeypatch.setenv("PATH", "/nowhere")
     with macos.awake():

@@ -1,4 +1,6 @@
-"""The budget, and MLX told of it: every limit comes back, Metal is never wired beyond what it recommends."""
+"""The budget, and MLX told of it: every limit comes back, Metal is never wired beyond what it
+recommends.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,21 @@ MIB = 2**20
 
 
 class Device:
-    """Stands for `mlx.core` on a machine of our making: remembers its limits; one that cannot wire has no such call."""
+    """Stands for `mlx.core` on a machine of our making: remembers its limits; one that cannot wire
+    has no such call.
+    """
 
-    gpu, cpu = "gpu", "cpu"
+    gpu = "gpu"
+    cpu = "cpu"
 
-    def __init__(self, kind: str = "gpu", recommended: int | None = 5_300_000_000, wires: bool = True):
-        self.kind, self.recommended = kind, recommended
+    def __init__(
+        self, kind: str = "gpu", recommended: int | None = 5_300_000_000, wires: bool = True
+    ):
+        self.kind = kind
+        self.recommended = recommended
         self.limits = {"memory": 1, "cache": 2, "wired": 3}
-        self.set_memory_limit, self.set_cache_limit = partial(self._set, "memory"), partial(self._set, "cache")
+        self.set_memory_limit = partial(self._set, "memory")
+        self.set_cache_limit = partial(self._set, "cache")
         if wires:
             self.set_wired_limit = partial(self._set, "wired")
 
@@ -37,18 +46,26 @@ class Device:
         return self.kind
 
     def device_info(self) -> dict[str, Any]:
-        return {} if self.recommended is None else {"max_recommended_working_set_size": self.recommended}
+        return (
+            {}
+            if self.recommended is None
+            else {"max_recommended_working_set_size": self.recommended}
+        )
 
     def _set(self, name: str, value: int) -> int:
         if name == "wired":
-            assert self.recommended is not None and value <= self.recommended, "Metal ends the process here"
+            assert self.recommended is not None and value <= self.recommended, (
+                "Metal ends the process here"
+            )
         before, self.limits[name] = self.limits[name], value
         return before
 
 
 @pytest.mark.parametrize("said", [None, "", "0", "yes"])
 def test_nothing_is_wired_unasked(said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a job needs, Metal's wired limit stays what it was; the other limits hold, and come back."""
+    """Whatever a job needs, Metal's wired limit stays what it was; the other limits hold, and come
+    back.
+    """
     monkeypatch.delenv("MIS_MLX_WIRE", raising=False)
     if said is not None:
         monkeypatch.setenv("MIS_MLX_WIRE", said)
@@ -58,8 +75,12 @@ def test_nothing_is_wired_unasked(said: str | None, monkeypatch: pytest.MonkeyPa
     assert device.limits == {"memory": 1, "cache": 2, "wired": 3}
 
 
-@pytest.mark.parametrize(("need", "wired"), [(0, 3), (GIB, GIB + 256 * MIB), (6 * GIB, 5_300_000_000)])
-def test_metal_wires_what_is_asked_for(need: int, wired: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("need", "wired"), [(0, 3), (GIB, GIB + 256 * MIB), (6 * GIB, 5_300_000_000)]
+)
+def test_metal_wires_what_is_asked_for(
+    need: int, wired: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """MIS_MLX_WIRE=1: the need and 256 MiB, never more than recommended, nothing where there is no
     need; all limits come back."""
     monkeypatch.setenv("MIS_MLX_WIRE", "1")
@@ -72,10 +93,13 @@ def test_metal_wires_what_is_asked_for(need: int, wired: int, monkeypatch: pytes
 
 @pytest.mark.parametrize("device", [Device("cpu"), Device(recommended=None), Device(wires=False)])
 def test_nothing_is_wired_elsewhere(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not on a CPU, not where Metal recommends nothing, not by an MLX that cannot: the other limits are set."""
+    """Not on a CPU, not where Metal recommends nothing, not by an MLX that cannot: the other limits
+    are set.
+    """
     monkeypatch.setenv("MIS_MLX_WIRE", "1")
     gpu = device.kind == "gpu"
-    memory_limit, cache = GIB - (150 if gpu else 40) * MIB, (256 if gpu else 0) * MIB
+    memory_limit = GIB - (150 if gpu else 40) * MIB
+    cache = (256 if gpu else 0) * MIB
     with memory.limited(Budget(GIB), GIB, device):
         assert device.limits == {"memory": memory_limit, "cache": cache, "wired": 3}
     assert device.limits["memory"] == 1
@@ -85,8 +109,12 @@ def test_nothing_is_wired_elsewhere(device: Device, monkeypatch: pytest.MonkeyPa
     ("device", "said", "wired"),
     [(Device(), "", 0), (Device(), "1", 3), (Device("cpu"), "", 3), (Device(wires=False), "", 3)],
 )
-def test_foreign_wiring_is_undone(device: Device, said: str, wired: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a library wired goes, unless the user wants it wired, and where there is something to wire."""
+def test_foreign_wiring_is_undone(
+    device: Device, said: str, wired: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a library wired goes, unless the user wants it wired, and where there is something to
+    wire.
+    """
     monkeypatch.setenv("MIS_MLX_WIRE", said)
     memory.undo_foreign_wiring(device)
     assert device.limits["wired"] == wired
@@ -95,8 +123,10 @@ def test_foreign_wiring_is_undone(device: Device, said: str, wired: int, monkeyp
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("limit", [64 * MIB, 600 * MIB, 4 * GIB, 64 * GIB])
 def test_the_process_and_its_arrays_are_the_budget(gpu: bool, limit: int) -> None:
-    """What the planner leaves for arrays, MLX may take, and the process's own growth fits beside it: with MLX's cache
-    on a CPU, which comes on top there; on Metal the cache lies within MLX's limit."""
+    """What the planner leaves for arrays, MLX may take, and the process's own growth fits beside
+    it: with MLX's cache on a CPU, which comes on top there; on Metal the cache lies within MLX's
+    limit.
+    """
     device = Device("gpu" if gpu else "cpu")
     with memory.limited(Budget(limit), 0, device):
         arrays = limit - memory.process_bytes(limit, gpu)
@@ -117,7 +147,9 @@ def test_the_real_one_here() -> None:
 
 
 def test_budgets() -> None:
-    """What is asked for, or the default, or 75 % of a small room; more than there is is refused with both numbers."""
+    """What is asked for, or the default, or 75 % of a small room; more than there is is refused
+    with both numbers.
+    """
     assert memory.budget(600 * MIB, GIB) == Budget(600 * MIB)
     assert memory.budget(None, 100 * GIB) == Budget(5 * GIB)
     assert memory.budget(None, 4 * GIB) == Budget(3 * GIB)
@@ -127,7 +159,9 @@ def test_budgets() -> None:
 
 
 def test_metals_rule() -> None:
-    """Two thirds of the memory in whole pages: as a hosted runner of 7 GiB says it, and an Air of 8 (5461.34 MiB)."""
+    """Two thirds of the memory in whole pages: as a hosted runner of 7 GiB says it, and an Air of 8
+    (5461.34 MiB).
+    """
     rule = {total: -(-2 * total // (3 * 2**14)) * 2**14 for total in (7_516_192_768, 8 * GIB)}
     assert rule == {7_516_192_768: 5_010_800_640, 8 * GIB: M1_AIR.room_bytes}
 
@@ -139,18 +173,26 @@ def test_metals_rule() -> None:
 def test_what_others_use_is_left_to_them(
     used: int, compressed: int, default: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """8 GiB of which others have 3 leave the ordinary default, others' 6 leave 2; this process is none
-    of them. What macOS has compressed is others' as well, though psutil's `used` leaves it out."""
+    """8 GiB of which others have 3 leave the ordinary default, others' 6 leave 2; this process is
+    none of them. What macOS has compressed is others' as well, though psutil's `used` leaves it
+    out.
+    """
     own = psutil.Process().memory_info().rss
-    seen = SimpleNamespace(total=8 * GIB, used=used + own, available=8 * GIB - used - own - compressed)
+    seen = SimpleNamespace(
+        total=8 * GIB, used=used + own, available=8 * GIB - used - own - compressed
+    )
     monkeypatch.setattr(memory, "room_bytes", lambda: M1_AIR.room_bytes)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: seen)
     found = memory.budget(None).limit_bytes
     assert found == pytest.approx(default, abs=64 * MIB)  # the process may grow between two looks
 
 
-def test_the_peak_is_the_footprint_on_a_mac(fake_apple: FakeApple, monkeypatch: pytest.MonkeyPatch) -> None:
-    """rusage_info_v4's physical footprint, now and at most: the GPU's buffers, numpy and MLX's cache together."""
+def test_the_peak_is_the_footprint_on_a_mac(
+    fake_apple: FakeApple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """rusage_info_v4's physical footprint, now and at most: the GPU's buffers, numpy and MLX's
+    cache together.
+    """
     fakes = apple_sensors.functions("memory", fake_apple.path)
     monkeypatch.setattr(apple_sensors, "functions", lambda group: fakes)
     fake_apple.footprint(300 * MIB, 400 * MIB)
@@ -165,7 +207,9 @@ def test_the_peak_is_the_footprint_on_a_mac(fake_apple: FakeApple, monkeypatch: 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS gives freed memory back by itself")
 def test_freed_memory_goes_back() -> None:
-    """200 MiB in pieces too small for pages of their own, with a living one at the end, which keeps the heap up."""
+    """200 MiB in pieces too small for pages of their own, with a living one at the end, which keeps
+    the heap up.
+    """
     before = memory.held_bytes()[0]
     pieces = [np.ones(12_800) for _ in range(2048)]  # 100 KiB
     top = np.ones(12_800)

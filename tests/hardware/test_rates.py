@@ -1,4 +1,6 @@
-"""Rates and the roof: measured really, believed for the same device only; what bounds, by pencil."""
+"""Rates and the roof: measured really, believed for the same device only; what bounds, by
+pencil.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,18 @@ def test_a_file_is_written_read_and_removed(tmp_path: Path, nbytes: int) -> None
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="a file system in memory, which refuses O_DIRECT")
+@pytest.mark.skipif(
+    not Path("/dev/shm").is_dir(), reason="a file system in memory, which refuses O_DIRECT"
+)
 def test_where_the_page_cache_cannot_be_passed() -> None:
     """Direct reading is refused there: it is read the ordinary way."""
     read, _ = rates.disk_bytes(Path("/dev/shm"), MIB)
     assert read > 0 and not list(Path("/dev/shm").glob(".tmp-rates-*"))
 
 
-def test_a_failed_measurement_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_measurement_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The disk stops answering while it is read: the error passes on, the file is gone."""
 
     def broken(*_: object) -> None:
@@ -56,12 +62,16 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     real = os.statvfs(tmp_path)
     full = os.statvfs_result([*real[:4], 10, *real[5:]])
     monkeypatch.setattr(os, "statvfs", lambda path: full)
-    with pytest.raises(MisError, match="free, a measurement wants 4.00|free, a measurement wants 128 MiB"):
+    with pytest.raises(
+        MisError, match="free, a measurement wants 4.00|free, a measurement wants 128 MiB"
+    ):
         rates.disk_bytes(tmp_path, 512 * MIB)
 
 
 def test_all_rates_and_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measured once, they come back equal; a model on a CPU is slower than products alone by a known factor."""
+    """Measured once, they come back equal; a model on a CPU is slower than products alone by a
+    known factor.
+    """
     monkeypatch.setattr(rates, "matmul_flops", lambda: rates.ELEMENTWISE * 1e9)
     found = rates.measure(tmp_path, MIB)
     assert found.source.startswith("measured 20") and not found.gpu and found.hot == 1.0
@@ -87,7 +97,11 @@ def test_a_file_that_is_not_ours(tmp_path: Path, text: str) -> None:
 def test_the_air() -> None:
     """The built-in entry: what it stands for, and that nobody measured it here."""
     air = rates.M1_AIR
-    assert (air.read_bytes_per_s, air.write_bytes_per_s, air.memory_bytes_per_s) == (2.5e9, 2.0e9, 68e9)
+    assert (air.read_bytes_per_s, air.write_bytes_per_s, air.memory_bytes_per_s) == (
+        2.5e9,
+        2.0e9,
+        68e9,
+    )
     assert (air.forward_flops_per_s, air.training_flops_per_s, air.hot) == (1.45e12, 1.1e12, 0.75)
     assert air.gpu and air.room_bytes == 5_726_633_984  # Metal's 5461.34 MiB
     assert "not measured here" in str(air)
@@ -101,7 +115,9 @@ def test_without_a_measurement_it_says_so() -> None:
 
 
 def test_a_sample_is_not_cached_on_a_mac(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """F_NOCACHE is set before the first byte is written: macOS would read cached pages back whoever asks."""
+    """F_NOCACHE is set before the first byte is written: macOS would read cached pages back whoever
+    asks.
+    """
     asked = list[tuple[int, int]]()
 
     def fcntl(fd: int, what: int, *_: int) -> int:
@@ -125,7 +141,11 @@ def test_the_longer_of_two() -> None:
 def test_the_roof_is_measured_here() -> None:
     """Positive rates, and with how many threads."""
     at = rates.measure_roof()
-    assert at.memory_bytes_per_s > 1e8 and at.flops_per_s > 1e8 and "OPENBLAS_NUM_THREADS=" in at.threads
+    assert (
+        at.memory_bytes_per_s > 1e8
+        and at.flops_per_s > 1e8
+        and "OPENBLAS_NUM_THREADS=" in at.threads
+    )
 
 
 def test_waits_are_measured_and_kept(tmp_path: Path) -> None:
@@ -134,7 +154,14 @@ def test_waits_are_measured_and_kept(tmp_path: Path) -> None:
     known = rates._rates(1e9, 1e9, 1e9, "here")
     (tmp_path / "rates.json").write_text(rates.to_json(known))
     assert rates.load(tmp_path / "rates.json") == known and known.wait_s != rates.WAIT_S
-    older = {k: v for k, v in json.loads(rates.to_json(known)).items() if k not in ("wait_s", "host_flops_per_s")}
+    older = {
+        k: v
+        for k, v in json.loads(rates.to_json(known)).items()
+        if k not in ("wait_s", "host_flops_per_s")
+    }
     (tmp_path / "rates.json").write_text(json.dumps(older))
     found = rates.load(tmp_path / "rates.json")
-    assert found is not None and (found.wait_s, found.host_flops_per_s) == (rates.WAIT_S, rates.HOST_FLOPS)
+    assert found is not None and (found.wait_s, found.host_flops_per_s) == (
+        rates.WAIT_S,
+        rates.HOST_FLOPS,
+    )

@@ -9,7 +9,9 @@ from mis_mlx.hardware import sockets
 
 
 def test_every_connection_is_asked_and_nothing_else() -> None:
-    """Two ends of one connection; a listener, a pair without TCP and a file are left alone; dead within a minute."""
+    """Two ends of one connection; a listener, a pair without TCP and a file are left alone; dead
+    within a minute.
+    """
     before = sockets.notice_the_dead()
     near, far = socket.socketpair()
     with socket.create_server(("127.0.0.1", 0)) as listener, near, far, open(__file__, "rb"):
@@ -20,7 +22,9 @@ def test_every_connection_is_asked_and_nothing_else() -> None:
                 assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
                 idle = sockets.APPLE_IDLE if sys.platform == "darwin" else socket.TCP_KEEPIDLE
                 asks = (idle, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
-                first, every, times = (end.getsockopt(socket.IPPROTO_TCP, option) for option in asks)
+                first, every, times = (
+                    end.getsockopt(socket.IPPROTO_TCP, option) for option in asks
+                )
                 assert 0 < first + every * times <= 60
             out.sendall(b"still there")
             assert back.recv(20) == b"still there"

@@ -28,37 +28,51 @@ def test_samples_by_pencil() -> None:
     x = mx.array([[[3.0, 4.0, 0.0, -2.0], [-3.0, 4.0, 6.0, 8.0]]])
     assert importance.channel_sample(x).tolist() == [3.0, 4.0, 3.0, 5.0]
     assert importance.head_sample(x, 2).tolist() == [5.0, 6.0]
-    into, out = mx.array([[[1.0, 0.0], [1.0, 0.0]]]), mx.array([[[2.0, 0.0], [0.0, 5.0]]])
+    into = mx.array([[[1.0, 0.0], [1.0, 0.0]]])
+    out = mx.array([[[2.0, 0.0], [0.0, 5.0]]])
     assert importance.block_sample(into, out).item() == pytest.approx((0 + 1) / 2)
 
 
 def test_constant_weather_is_plain_importance() -> None:
-    """With one T and h AAIS is a positive multiple of plain importance, so the kept set is the same."""
+    """With one T and h AAIS is a positive multiple of plain importance, so the kept set is the
+    same.
+    """
     samples = np.random.default_rng(0).random((6, 200))
     sums = sums_of(samples, [281.15] * 6)
-    plain, weather = importance.rms(sums), importance.aais(sums, 832.0)
+    plain = importance.rms(sums)
+    weather = importance.aais(sums, 832.0)
     np.testing.assert_allclose(weather, plain * 281.15 / 832.0, rtol=1e-12)
     for keep in (1, 50, 199):
         assert importance.top(weather, keep) == importance.top(plain, keep)
 
 
 def test_a_warm_batch_changes_who_is_kept() -> None:
-    """Pencil: channel 0 fires 2 at 10 °C, channel 1 fires 1.5 and 1.5; at 10 and 30 °C, in °C, 1 wins.
+    """Pencil: channel 0 fires 2 at 10 °C, channel 1 fires 1.5 and 1.5; at 10 and 30 °C, in °C, 1
+    wins.
 
-    Plain: sqrt(4) = 2 < sqrt(4.5), so let channel 0 fire 2.2: 2.2 > 2.12 and 0 is kept. With T_b = 10, 30:
-    channel 0 has 22 / h, channel 1 has sqrt(15^2 + 45^2) / h = 47.4 / h and is kept instead.
+    Plain: sqrt(4) = 2 < sqrt(4.5), so let channel 0 fire 2.2: 2.2 > 2.12 and 0 is kept. With T_b =
+    10, 30: channel 0 has 22 / h, channel 1 has sqrt(15^2 + 45^2) / h = 47.4 / h and is kept
+    instead.
     """
     sums = sums_of(np.array([[2.2, 1.5], [0.0, 1.5]]), [10.0, 30.0])
-    assert importance.top(importance.rms(sums), 1) == importance.top(importance.activation(sums), 1) == (0,)
+    assert (
+        importance.top(importance.rms(sums), 1)
+        == importance.top(importance.activation(sums), 1)
+        == (0,)
+    )
     assert importance.top(importance.aais(sums, 832.0), 1) == (1,)
     assert importance.aais(sums, 2.0).tolist() == pytest.approx([11.0, np.sqrt(2250) / 2])
 
 
 def test_a_neuron_that_seldom_fires_loud() -> None:
-    """3 at one token of ten against 0.5 at all: by means (0.3, 0.5) it goes, by squares (0.9, 0.25) it stays."""
+    """3 at one token of ten against 0.5 at all: by means (0.3, 0.5) it goes, by squares (0.9, 0.25)
+    it stays.
+    """
     x = mx.zeros((1, 10, 2)).at[0, 0, 0].add(3.0).at[..., 1].add(0.5)
     sums = Sums(*np.zeros((3, 2)))
-    sums.add(np.array(importance.channel_sample(x)), np.array(importance.square_sample(x)) / 10, 1.0)
+    sums.add(
+        np.array(importance.channel_sample(x)), np.array(importance.square_sample(x)) / 10, 1.0
+    )
     assert importance.activation(sums).tolist() == pytest.approx([0.3, 0.5])
     assert importance.rms(sums).tolist() == pytest.approx([0.9**0.5, 0.5])
 
@@ -79,7 +93,9 @@ def test_weight_is_kelvin_unless_asked() -> None:
 
 
 def test_what_would_reverse_a_ranking_is_refused() -> None:
-    """A negative weight, a division by the sea's altitude: one sentence; in kelvin the same air is fine."""
+    """A negative weight, a division by the sea's altitude: one sentence; in kelvin the same air is
+    fine.
+    """
     with pytest.raises(MisError, match="-3 °C.*--temperature-unit kelvin"):
         importance.weight_of(air(-3.0), "celsius")
     assert importance.weight_of(air(-3.0), "kelvin") == pytest.approx(270.15)
@@ -110,10 +126,16 @@ def layers(weight: float) -> list[Sums]:
 
 
 def test_the_size_follows_the_conditions() -> None:
-    """At 8 °C and 832 m, in both units, the fixed size; higher is smaller, one multiple at least; warmer larger."""
+    """At 8 °C and 832 m, in both units, the fixed size; higher is smaller, one multiple at least;
+    warmer larger.
+    """
     for unit, weight in (("kelvin", 281.15), ("celsius", 8.0)):
         assert importance.conditions_size(layers(weight), 512, 256, 832.0, unit) == 512
-    low, reference, high = (importance.conditions_size(layers(281.15), 512, 128, h) for h in (100.0, 832.0, 2500.0))
+    low, reference, high = (
+        importance.conditions_size(layers(281.15), 512, 128, h) for h in (100.0, 832.0, 2500.0)
+    )
     assert 1024 >= low > reference == 512 > high >= 128
-    cold, warm = (importance.conditions_size(layers(t), 512, 128, 832.0, "celsius") for t in (8.0, 16.0))
+    cold, warm = (
+        importance.conditions_size(layers(t), 512, 128, 832.0, "celsius") for t in (8.0, 16.0)
+    )
     assert warm > cold

@@ -11,7 +11,10 @@ import pytest
 
 from mis_mlx.maths import losses
 
-N, D, D_T, V = 13, 8, 6, 40
+N = 13
+D = 8
+D_T = 6
+V = 40
 Problem = dict[str, mx.array]
 
 
@@ -36,7 +39,9 @@ def ours(p: Problem, **options: Any) -> Callable[[mx.array, mx.array], mx.array]
     """kl_sum of this problem."""
 
     def loss(student: mx.array, head: mx.array) -> mx.array:
-        return losses.kl_sum(student, head, p["teacher"], lambda h: h @ p["teacher_head"].T, p["learn"], **options)
+        return losses.kl_sum(
+            student, head, p["teacher"], lambda h: h @ p["teacher_head"].T, p["learn"], **options
+        )
 
     return loss
 
@@ -52,7 +57,9 @@ def plain(
         a, b = (a - mx.logsumexp(a, axis=-1, keepdims=True) for a in (z_t, z / temperature))
         each = (1 - c) * (mx.exp(a) * (a - b)).sum(axis=-1)
         if labels is not None:
-            each = each + c * (mx.logsumexp(z, axis=-1) - mx.take_along_axis(z, labels[:, None], axis=-1)[:, 0])
+            each = each + c * (
+                mx.logsumexp(z, axis=-1) - mx.take_along_axis(z, labels[:, None], axis=-1)[:, 0]
+            )
         return (each * p["learn"]).sum()
 
     return loss
@@ -69,12 +76,18 @@ def peak_of(work: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize(("temperature", "rows"), [(1.0, 1), (1.0, None), (2.0, 4), (2.0, 13)])
 @pytest.mark.parametrize("c", [0.0, 0.25, 1.0])
-def test_the_chunked_loss_is_the_plain_formula(temperature: float, rows: int | None, c: float) -> None:
-    """Value and both gradients equal autodiff of whole logits (1e-5), however the positions are cut, cross-entropy
-    beside the KL or not; where learn is 0 the gradient is exactly 0, elsewhere it is not."""
+def test_the_chunked_loss_is_the_plain_formula(
+    temperature: float, rows: int | None, c: float
+) -> None:
+    """Value and both gradients equal autodiff of whole logits (1e-5), however the positions are
+    cut, cross-entropy beside the KL or not; where learn is 0 the gradient is exactly 0, elsewhere
+    it is not.
+    """
     p = problem()
     labels = mx.random.randint(0, V, (N,), key=mx.random.key(3)) if c else None
-    value, got = gradients(ours(p, temperature=temperature, rows=rows, labels=labels, cross_entropy=c), p)
+    value, got = gradients(
+        ours(p, temperature=temperature, rows=rows, labels=labels, cross_entropy=c), p
+    )
     wanted, want = gradients(plain(p, temperature, c, labels), p)
     assert value.item() == pytest.approx(wanted.item(), rel=1e-5)
     for a, b in zip(got, want, strict=True):
@@ -83,26 +96,41 @@ def test_the_chunked_loss_is_the_plain_formula(temperature: float, rows: int | N
 
 
 def test_the_loss_by_pencil() -> None:
-    """Two tokens, teacher 3 : 1, student 1 : 1, the text says the first: KL 0.75 ln 1.5 + 0.25 ln 0.5, CE ln 2."""
-    p = {"teacher": mx.array([[1.0]]), "teacher_head": mx.array([[np.log(3.0)], [0.0]]), "learn": mx.array([1.0])}
-    mixed = ours(p, labels=mx.array([0]), cross_entropy=0.25)(mx.array([[1.0]]), mx.array([[0.0], [0.0]]))
+    """Two tokens, teacher 3 : 1, student 1 : 1, the text says the first: KL 0.75 ln 1.5 + 0.25 ln
+    0.5, CE ln 2.
+    """
+    p = {
+        "teacher": mx.array([[1.0]]),
+        "teacher_head": mx.array([[np.log(3.0)], [0.0]]),
+        "learn": mx.array([1.0]),
+    }
+    mixed = ours(p, labels=mx.array([0]), cross_entropy=0.25)(
+        mx.array([[1.0]]), mx.array([[0.0], [0.0]])
+    )
     forward = 0.75 * np.log(1.5) + 0.25 * np.log(0.5)
     assert mixed.item() == pytest.approx(0.75 * forward + 0.25 * np.log(2), abs=1e-6)
 
 
 def test_a_frozen_head_changes_neither_value_nor_the_students_gradient() -> None:
-    """Bit for bit those with the head trained; and three times the loss has three times the gradient."""
+    """Bit for bit those with the head trained; and three times the loss has three times the
+    gradient.
+    """
     p = problem()
     trained, (want, _) = gradients(ours(p, temperature=2.0, rows=4), p)
     frozen, (got, nothing) = gradients(ours(p, temperature=2.0, rows=4, frozen_head=True), p)
-    assert frozen.item() == trained.item() and mx.array_equal(got, want) and not mx.any(nothing).item()
+    assert (
+        frozen.item() == trained.item() and mx.array_equal(got, want) and not mx.any(nothing).item()
+    )
     _, (three, _) = gradients(lambda *at: 3.0 * ours(p, temperature=2.0, rows=4)(*at), p)
     np.testing.assert_allclose(np.array(three), 3 * np.array(want), rtol=1e-6)
 
 
 def test_a_frozen_head_has_no_gradient_in_memory() -> None:
-    """A head far larger than a chunk's logits: frozen, the peak stays under one more copy of it; trained, not."""
-    vocab, n = 8192, 16
+    """A head far larger than a chunk's logits: frozen, the peak stays under one more copy of it;
+    trained, not.
+    """
+    vocab = 8192
+    n = 16
     wide, student = (mx.random.normal((size, 512), key=mx.random.key(size)) for size in (vocab, n))
     p = problem(n, vocab)
     mx.eval(wide, student, p)
@@ -115,13 +143,17 @@ def test_a_frozen_head_has_no_gradient_in_memory() -> None:
 
 
 def test_memory_is_bounded_by_the_chunk() -> None:
-    """Eight times the positions at the same chunk size: the peak grows by hidden states, not by logits.
+    """Eight times the positions at the same chunk size: the peak grows by hidden states, not by
+    logits.
 
-    Bound: 24 tensors of a chunk's logits, because each chunk has five alive and MLX prepares up to three
-    chunks ahead of the one it computes (15.5 were measured); both heads and their gradients; 8 copies of the
-    hidden states. The teacher's logits of all positions at once would alone be over it.
+    Bound: 24 tensors of a chunk's logits, because each chunk has five alive and MLX prepares up to
+    three chunks ahead of the one it computes (15.5 were measured); both heads and their gradients;
+    8 copies of the hidden states. The teacher's logits of all positions at once would alone be over
+    it.
     """
-    vocab, rows, peaks = 8192, 16, []
+    vocab = 8192
+    rows = 16
+    peaks = []
     for n in (128, 1024):
         p = problem(n, vocab)
         mx.eval(p)
@@ -133,24 +165,30 @@ def test_memory_is_bounded_by_the_chunk() -> None:
 
 
 def test_cross_entropy_takes_no_more_memory() -> None:
-    """Its softmax and labels come on top, so its chunks are smaller: at T = 2, where it needs most, the peak is no
-    higher than that of plain KL, whatever the number of positions."""
+    """Its softmax and labels come on top, so its chunks are smaller: at T = 2, where it needs most,
+    the peak is no higher than that of plain KL, whatever the number of positions.
+    """
     p = problem(1024, 8192)
     labels = mx.random.randint(0, 8192, (1024,), key=mx.random.key(3))
     mx.eval(p, labels)
-    mixed = peak_of(lambda: gradients(ours(p, temperature=2.0, labels=labels, cross_entropy=0.5), p))
+    mixed = peak_of(
+        lambda: gradients(ours(p, temperature=2.0, labels=labels, cross_entropy=0.5), p)
+    )
     assert mixed <= 1.02 * peak_of(lambda: gradients(ours(p, temperature=2.0), p))
 
 
 def test_chunk_rows_by_pencil() -> None:
-    """256 MiB hold five float32 rows of 49,152 tokens 273 times, capped to 256; of 1,000,000 tokens 13 times; never
-    fewer than 8: a chunk has its cost."""
+    """256 MiB hold five float32 rows of 49,152 tokens 273 times, capped to 256; of 1,000,000 tokens
+    13 times; never fewer than 8: a chunk has its cost.
+    """
     assert [losses.chunk_rows(vocab) for vocab in (49_152, 1_000_000, 50_000_000)] == [256, 13, 8]
 
 
 @pytest.mark.parametrize("shift", [0.0, 1e4])
 def test_softmax_lse_against_float64(shift: float) -> None:
-    """softmax and logsumexp of large logits neither overflow nor drift (relative float32 rounding)."""
+    """softmax and logsumexp of large logits neither overflow nor drift (relative float32
+    rounding).
+    """
     z = np.random.default_rng(0).normal(0, 20, (6, 300)).astype(np.float32) + np.float32(shift)
     p, lse = losses.softmax_lse(mx.array(z))
     wide = z.astype(np.float64)
@@ -169,17 +207,22 @@ def test_halny_factor_is_clipped_and_repeats() -> None:
     breeze = [losses.loss_noise_factor(0.05, 3, step) for step in range(400)]
     assert breeze == [losses.loss_noise_factor(0.05, 3, step) for step in range(400)]
     assert len(set(breeze)) > 390 and losses.loss_noise_factor(0.05, 4, 0) != breeze[0]
-    assert np.std(breeze) == pytest.approx(0.05, abs=0.01) and np.mean(breeze) == pytest.approx(1.0, abs=0.01)
+    assert np.std(breeze) == pytest.approx(0.05, abs=0.01) and np.mean(breeze) == pytest.approx(
+        1.0, abs=0.01
+    )
 
 
 @pytest.mark.parametrize("name", ["kl_sum", "token_logps"])
 def test_no_fresh_head_a_chunk(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A head's gradient is added up in parts: no product of a chunk makes a (V, D) array, and the sum is the one that
-    whole products give."""
+    """A head's gradient is added up in parts: no product of a chunk makes a (V, D) array, and the
+    sum is the one that whole products give.
+    """
     hidden = mx.random.normal((12, 8), key=mx.random.key(0))
     head = mx.random.normal((50, 8), key=mx.random.key(1))
     work = {
-        "kl_sum": lambda h, w: losses.kl_sum(h, w, h, lambda x: x @ head.T * 2, mx.ones(12), rows=5),
+        "kl_sum": lambda h, w: losses.kl_sum(
+            h, w, h, lambda x: x @ head.T * 2, mx.ones(12), rows=5
+        ),
         "token_logps": lambda h, w: losses.token_logps(h, w, mx.arange(12), rows=5).sum(),
     }[name]
     want = mx.grad(work, argnums=[0, 1])(hidden, head)

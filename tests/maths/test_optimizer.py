@@ -21,7 +21,10 @@ def net() -> nn.Module:
     """A small net with fixed weights."""
     made = nn.Sequential(nn.Linear(6, 5), nn.RMSNorm(5), nn.Linear(5, 3))
     keys = mx.random.split(mx.random.key(1), 8)
-    flat = [(n, mx.random.normal(p.shape, key=keys[i])) for i, (n, p) in enumerate(tree_flatten(made.parameters()))]
+    flat = [
+        (n, mx.random.normal(p.shape, key=keys[i]))
+        for i, (n, p) in enumerate(tree_flatten(made.parameters()))
+    ]
     made.load_weights(flat)
     return made
 
@@ -30,14 +33,18 @@ def wide() -> nn.Module:
     """A matrix whose moments fit into 8 bits, with a bias, and one too small for a group."""
     made = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 3, bias=False))
     keys = iter(mx.random.split(mx.random.key(2), 4))
-    made.update(tree_map(lambda p: 0.1 * mx.random.normal(p.shape, key=next(keys)), made.parameters()))
+    made.update(
+        tree_map(lambda p: 0.1 * mx.random.normal(p.shape, key=next(keys)), made.parameters())
+    )
     return made
 
 
 def gradients(model: nn.Module, step: int, scale: float = 1.0) -> Any:
     """Random gradients of step `step`, scaled to Euclidean norm `scale`."""
     keys = iter(mx.random.split(mx.random.key(100 + step), 16))
-    raw = tree_map(lambda p: mx.random.normal(p.shape, key=next(keys)), model.trainable_parameters())
+    raw = tree_map(
+        lambda p: mx.random.normal(p.shape, key=next(keys)), model.trainable_parameters()
+    )
     norm = global_norm(raw)
     return tree_map(lambda g: g * (scale / norm), raw)
 
@@ -51,16 +58,22 @@ def walk(optimizer: GuardedAdamW, model: nn.Module, steps: range, scale: float =
     said = []
     for step in steps:
         g = gradients(model, step, scale)
-        said.append(optimizer.update(model, g, 1.0, float(global_norm(g)), tiny.schedule(40, 1e-2, 3).rate(step)))
+        said.append(
+            optimizer.update(
+                model, g, 1.0, float(global_norm(g)), tiny.schedule(40, 1e-2, 3).rate(step)
+            )
+        )
         mx.eval(model.parameters(), optimizer.adamw.state)
     return said
 
 
 @pytest.mark.parametrize("kind", [mx.float32, mx.float16])
 def test_asleep_it_is_adamw(kind: mx.Dtype) -> None:
-    """Where the guard has nothing to do, 5 steps with a changing rate: weights and moments equal mlx.optimizers.AdamW's
-    to 1e-6 in float32, to four roundings in float16; the step count exactly."""
-    ours, theirs = net(), net()
+    """Where the guard has nothing to do, 5 steps with a changing rate: weights and moments equal
+    mlx.optimizers.AdamW's to 1e-6 in float32, to four roundings in float16; the step count exactly.
+    """
+    ours = net()
+    theirs = net()
     for model in (ours, theirs):
         model.set_dtype(kind)
     goral = GuardedAdamW(weight_decay=0.1)
@@ -81,7 +94,9 @@ def test_asleep_it_is_adamw(kind: mx.Dtype) -> None:
 
 def test_a_new_rate_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps after the first trace nothing: Python's part of the update is not entered again."""
-    model, optimizer, entered = net(), GuardedAdamW(), []
+    model = net()
+    optimizer = GuardedAdamW()
+    entered = []
     square = mx.square
     monkeypatch.setattr(mx, "square", lambda a: entered.append(a.shape) or square(a))
     seen = []
@@ -97,7 +112,8 @@ def test_a_new_rate_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf)])
 def test_a_step_that_is_not_a_number_is_skipped(loss: float, norm: float) -> None:
     """Weights, moments and step count stay as they were; the note says so."""
-    model, optimizer = net(), GuardedAdamW()
+    model = net()
+    optimizer = GuardedAdamW()
     walk(optimizer, model, range(3))
     before = flat(model.parameters()), flat(optimizer.adamw.state), list(optimizer.norms)
     bad = tree_map(lambda g: g * math.nan, gradients(model, 3))
@@ -107,7 +123,8 @@ def test_a_step_that_is_not_a_number_is_skipped(loss: float, norm: float) -> Non
 
 def test_three_bad_steps_in_a_row_stop_the_run() -> None:
     """Two and a good one are forgiven; three raise a sentence with a remedy."""
-    model, optimizer = net(), GuardedAdamW()
+    model = net()
+    optimizer = GuardedAdamW()
     for _ in range(2):
         for _ in range(PATIENCE - 1):
             optimizer.update(model, gradients(model, 0), math.nan, 1.0, 1e-2)
@@ -119,9 +136,13 @@ def test_three_bad_steps_in_a_row_stop_the_run() -> None:
 
 
 def test_a_spike_is_clipped_to_mean_plus_five_sigma() -> None:
-    """Norms 1 and 2 in turn: mean 1.5, sigma 0.5, so a 100x spike counts as 4; the moments say so too."""
-    model, twin = net(), net()
-    dog, sleepy = GuardedAdamW(), GuardedAdamW()
+    """Norms 1 and 2 in turn: mean 1.5, sigma 0.5, so a 100x spike counts as 4; the moments say so
+    too.
+    """
+    model = net()
+    twin = net()
+    dog = GuardedAdamW()
+    sleepy = GuardedAdamW()
     for step in range(WAKE):
         for optimizer, own in ((dog, model), (sleepy, twin)):
             walk(optimizer, own, range(step, step + 1), 1.0 + step % 2)
@@ -137,7 +158,8 @@ def test_a_spike_is_clipped_to_mean_plus_five_sigma() -> None:
 
 def test_it_does_not_bite_before_it_knows_the_flock() -> None:
     """Before ten norms were seen nothing is clipped."""
-    model, optimizer = net(), GuardedAdamW()
+    model = net()
+    optimizer = GuardedAdamW()
     walk(optimizer, model, range(WAKE - 1))
     assert optimizer.bound() == math.inf
     assert optimizer.update(model, gradients(model, 50, 500.0), 1.0, 500.0, 1e-2) == ""
@@ -146,7 +168,9 @@ def test_it_does_not_bite_before_it_knows_the_flock() -> None:
 @pytest.mark.parametrize("eight_bit", [False, True])
 def test_restore_continues_bit_equal(eight_bit: bool) -> None:
     """Moments, step count and the dog's memory: 6 + 6 steps over a restore equal 12 in one go."""
-    (whole, optimizer), (first, before), (second, after) = ((wide(), GuardedAdamW(eight_bit=eight_bit)) for _ in "abc")
+    (whole, optimizer), (first, before), (second, after) = (
+        (wide(), GuardedAdamW(eight_bit=eight_bit)) for _ in "abc"
+    )
     walk(optimizer, whole, range(12))
     walk(before, first, range(6))
     second.update(first.parameters())
@@ -158,25 +182,39 @@ def test_restore_continues_bit_equal(eight_bit: bool) -> None:
 
 
 def test_relative_steps_are_a_share_of_each_tensor() -> None:
-    """Scales of 8 bits are a seventeenth of those of 4 and go a seventeenth as far; AdamW takes both equally far."""
-    sizes, moved = {"four": 0.06, "eight": 0.06 * 15 / 255}, {}
+    """Scales of 8 bits are a seventeenth of those of 4 and go a seventeenth as far; AdamW takes
+    both equally far.
+    """
+    sizes = {"four": 0.06, "eight": 0.06 * 15 / 255}
+    moved = {}
     for relative in (False, True):
-        model, optimizer = nn.Module(), GuardedAdamW(weight_decay=0.0, relative=relative)
+        model = nn.Module()
+        optimizer = GuardedAdamW(weight_decay=0.0, relative=relative)
         dict.update(model, {name: mx.full((4, 2), size) for name, size in sizes.items()})
         optimizer.update(model, tree_map(mx.ones_like, model.parameters()), 1.0, 1.0, 1e-3)
-        moved[relative] = {name: abs(model[name][0, 0].item() - size) for name, size in sizes.items()}
+        moved[relative] = {
+            name: abs(model[name][0, 0].item() - size) for name, size in sizes.items()
+        }
     assert moved[False] == pytest.approx({"four": 1e-3, "eight": 1e-3}, rel=1e-3)
-    assert moved[True] == pytest.approx({name: 1e-3 * size for name, size in sizes.items()}, rel=1e-2)
+    assert moved[True] == pytest.approx(
+        {name: 1e-3 * size for name, size in sizes.items()}, rel=1e-2
+    )
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0])
 def test_eight_bits_go_nearly_where_adamw_goes(spread: float) -> None:
-    """30 steps of noise around a direction, every element on a scale of its own: where the matrix has gone differs by
-    less than 6 % from AdamW's. A bias and a small matrix have float32 moments, and the same bits."""
-    models, optimizers = [wide(), wide()], [GuardedAdamW(eight_bit=e, weight_decay=0.0) for e in (False, True)]
+    """30 steps of noise around a direction, every element on a scale of its own: where the matrix
+    has gone differs by less than 6 % from AdamW's. A bias and a small matrix have float32 moments,
+    and the same bits.
+    """
+    models = [wide(), wide()]
+    optimizers = [GuardedAdamW(eight_bit=e, weight_decay=0.0) for e in (False, True)]
     begun = dict(tree_flatten(wide().parameters()))
     keys = mx.random.split(mx.random.key(3), 33)
-    size = tree_map(lambda p: 1e-3 * mx.exp(spread * mx.random.normal(p.shape, key=keys[30])), wide().parameters())
+    size = tree_map(
+        lambda p: 1e-3 * mx.exp(spread * mx.random.normal(p.shape, key=keys[30])),
+        wide().parameters(),
+    )
     ahead = tree_map(lambda p: 0.2 * mx.random.normal(p.shape, key=keys[31]), wide().parameters())
     for step in range(30):
         noise = partial(lambda k, s, a: s * (a + mx.random.normal(s.shape, key=k)), keys[step])
@@ -187,12 +225,17 @@ def test_eight_bits_go_nearly_where_adamw_goes(spread: float) -> None:
     plain, packed = (dict(tree_flatten(model.parameters())) for model in models)
     way, other = (named["layers.0.weight"] - begun["layers.0.weight"] for named in (plain, packed))
     assert 0 < mx.linalg.norm(way - other).item() < 0.06 * mx.linalg.norm(way).item()
-    assert all(mx.array_equal(plain[name], packed[name]) for name in plain if name != "layers.0.weight")
+    assert all(
+        mx.array_equal(plain[name], packed[name]) for name in plain if name != "layers.0.weight"
+    )
 
 
 def test_eight_bits_take_two_bytes() -> None:
-    """48 x 64 moments twice, and two scales for each group of 128; all zeros, they move nothing and divide nothing."""
-    model, optimizer = wide(), GuardedAdamW(eight_bit=True, weight_decay=0.0)
+    """48 x 64 moments twice, and two scales for each group of 128; all zeros, they move nothing and
+    divide nothing.
+    """
+    model = wide()
+    optimizer = GuardedAdamW(eight_bit=True, weight_decay=0.0)
     nothing = tree_map(mx.zeros_like, model.parameters())
     optimizer.update(model, nothing, 1.0, 0.0, 1e-2)
     assert flat(model.parameters()) == flat(wide().parameters())
@@ -203,7 +246,9 @@ def test_eight_bits_take_two_bytes() -> None:
 
 
 def test_cosine_by_pencil() -> None:
-    """Warm-up 2: half, full; then down a cosine over 8 steps: halfway 0.55, at the end a tenth of the peak."""
+    """Warm-up 2: half, full; then down a cosine over 8 steps: halfway 0.55, at the end a tenth of
+    the peak.
+    """
     rates = [tiny.schedule(11, 1.0, 2).rate(step) for step in range(11)]
     assert rates[:3] == pytest.approx([0.5, 1.0, 1.0])
     assert rates[6] == pytest.approx(0.1 + 0.9 * 0.5)

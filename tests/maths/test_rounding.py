@@ -1,4 +1,6 @@
-"""Rounding by hand, against the paper's formula with explicit inverses, and never worse than to the nearest value."""
+"""Rounding by hand, against the paper's formula with explicit inverses, and never worse than to the
+nearest value.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,19 @@ KINDS = [(32, 4), (64, 4), (64, 8)]
 
 
 def correlated(seed: int, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
-    """A matrix (48, size) float32 and the gram matrix of 300 inputs that go together and have a mean."""
+    """A matrix (48, size) float32 and the gram matrix of 300 inputs that go together and have a
+    mean.
+    """
     rng = np.random.default_rng(seed)
-    inputs = rng.normal(size=(300, size)) @ rng.normal(size=(size, size)) * 0.1 + rng.normal(size=size)
+    inputs = rng.normal(size=(300, size)) @ rng.normal(size=(size, size)) * 0.1 + rng.normal(
+        size=size
+    )
     return rng.normal(size=(48, size)).astype(np.float32), inputs.T @ inputs
 
 
-def error(weight: np.ndarray, packed: rounding.Packed, gram: np.ndarray, group: int, bits: int) -> float:
+def error(
+    weight: np.ndarray, packed: rounding.Packed, gram: np.ndarray, group: int, bits: int
+) -> float:
     """trace((W - Q) G (W - Q)^T)."""
     left = weight - np.array(rounding.values(packed, group, bits), np.float64)
     return float((left * (left @ gram)).sum())
@@ -31,14 +39,17 @@ def integers(packed: mx.array, bits: int) -> np.ndarray:
 
 
 def test_by_hand() -> None:
-    """Values 0, 1 ... 15; inputs 0 and 1 go together: 3.4 becomes 3, and what that lacks takes 5.35 to 5.55, so to 6.
+    """Values 0, 1 ... 15; inputs 0 and 1 go together: 3.4 becomes 3, and what that lacks takes 5.35
+    to 5.55, so to 6.
 
-    The error is 0.4^2 + 0.65^2 - 0.4 * 0.65 = 0.3225; rounded alone it is 0.4^2 + 0.35^2 + 0.4 * 0.35 = 0.4225.
+    The error is 0.4^2 + 0.65^2 - 0.4 * 0.65 = 0.3225; rounded alone it is 0.4^2 + 0.35^2 + 0.4 *
+    0.35 = 0.4225.
     """
     gram = np.eye(32)
     gram[0, 1] = gram[1, 0] = 0.5
     weight = np.array([[3.4, 5.35, 15.0, *[0.0] * 29]], np.float32)
-    alone, made = rounding.nearest(mx.array(weight), 32, 4), rounding.compensated(weight, gram, 32, 4)
+    alone = rounding.nearest(mx.array(weight), 32, 4)
+    made = rounding.compensated(weight, gram, 32, 4)
     assert rounding.values(alone, 32, 4)[0, :3].tolist() == [3, 5, 15]
     assert rounding.values(made, 32, 4)[0, :3].tolist() == [3, 6, 15]
     assert error(weight, made, gram, 32, 4) == pytest.approx(0.3225, abs=1e-6)
@@ -46,12 +57,15 @@ def test_by_hand() -> None:
 
 
 def test_the_factor() -> None:
-    """Upper triangular, and U^T U times the damped gram matrix is 1; of no inputs at all it is the identity."""
+    """Upper triangular, and U^T U times the damped gram matrix is 1; of no inputs at all it is the
+    identity.
+    """
     _, gram = correlated(0)
     u = rounding.inverse_factor(gram)
     damped = gram + 0.01 * np.trace(gram) / 128 * np.eye(128)
     assert (np.tril(u, -1) == 0).all()
-    np.testing.assert_allclose(u.T @ u @ damped, np.eye(128), atol=1e-9)  # float64, condition about 1e4
+    # float64, condition about 1e4
+    np.testing.assert_allclose(u.T @ u @ damped, np.eye(128), atol=1e-9)
     assert (rounding.inverse_factor(np.zeros((3, 3))) == np.eye(3)).all()
 
 
@@ -60,7 +74,8 @@ def test_the_factor() -> None:
 def test_without_correlation_it_is_plain_rounding(group: int, bits: int, gram: np.ndarray) -> None:
     """Bit for bit: integers, scales, biases, their types."""
     weight, _ = correlated(1)
-    made, plain = rounding.compensated(weight, gram, group, bits), rounding.nearest(mx.array(weight), group, bits)
+    made = rounding.compensated(weight, gram, group, bits)
+    plain = rounding.nearest(mx.array(weight), group, bits)
     for a, b in zip(made, plain, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape and (a == b).all()
 
@@ -68,29 +83,44 @@ def test_without_correlation_it_is_plain_rounding(group: int, bits: int, gram: n
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(("group", "bits"), KINDS)
 def test_the_output_is_nearer_than_by_plain_rounding(seed: int, group: int, bits: int) -> None:
-    """On inputs that correlate less than half of the squared error is left (0.23 to 0.31 when this was written)."""
+    """On inputs that correlate less than half of the squared error is left (0.23 to 0.31 when this
+    was written).
+    """
     weight, gram = correlated(seed)
     plain = error(weight, rounding.nearest(mx.array(weight), group, bits), gram, group, bits)
-    assert error(weight, rounding.compensated(weight, gram, group, bits), gram, group, bits) < plain / 2
+    assert (
+        error(weight, rounding.compensated(weight, gram, group, bits), gram, group, bits)
+        < plain / 2
+    )
 
 
 def by_inverses(weight: np.ndarray, gram: np.ndarray, group: int) -> np.ndarray:
-    """The same integers by the formula of Optimal Brain Surgeon, the inverse taken anew for every column: (out, in)."""
-    w, size, done = weight.astype(np.float64), len(gram), []
+    """The same integers by the formula of Optimal Brain Surgeon, the inverse taken anew for every
+    column: (out, in).
+    """
+    w = weight.astype(np.float64)
+    size = len(gram)
+    done = []
     damped = gram + 0.01 * np.trace(gram) / size * np.eye(size)
     for j in range(size):
         if j % group == 0:
             part = mx.array(w[:, j : j + group].astype(np.float32))
-            scale, bias = (np.array(a)[:, 0] for a in mx.quantize(part, group_size=group, bits=4)[1:])
+            scale, bias = (
+                np.array(a)[:, 0] for a in mx.quantize(part, group_size=group, bits=4)[1:]
+            )
         done.append(np.clip(np.rint((w[:, j].astype(np.float32) - bias) / scale), 0, 15))
-        meant = done[-1] * scale.astype(np.float16).astype(np.float64) + bias.astype(np.float16).astype(np.float64)
+        meant = done[-1] * scale.astype(np.float16).astype(np.float64) + bias.astype(
+            np.float16
+        ).astype(np.float64)
         inverse = np.linalg.inv(damped[j:, j:])
         w[:, j:] -= np.outer((w[:, j] - meant) / inverse[0, 0], inverse[0])
     return np.stack(done, axis=1)
 
 
 def test_against_explicit_inverses() -> None:
-    """No Cholesky factor, no blocks: every one of 48 x 128 integers is the same, in both group sizes."""
+    """No Cholesky factor, no blocks: every one of 48 x 128 integers is the same, in both group
+    sizes.
+    """
     weight, gram = correlated(3)
     for group in (32, 64):
         packed, _, _ = rounding.compensated(weight, gram, group, 4)
@@ -99,7 +129,9 @@ def test_against_explicit_inverses() -> None:
 
 @pytest.mark.parametrize(("group", "bits"), KINDS)
 def test_what_is_packed_is_what_was_chosen(group: int, bits: int) -> None:
-    """mx.dequantize gives integer * scale + bias to the last bit; scales and biases are float16 as stored."""
+    """mx.dequantize gives integer * scale + bias to the last bit; scales and biases are float16 as
+    stored.
+    """
     weight, gram = correlated(4)
     packed, scales, biases = made = rounding.compensated(weight, gram, group, bits)
     scale, bias = (np.repeat(np.array(a, np.float64), group, axis=1) for a in (scales, biases))

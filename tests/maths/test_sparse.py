@@ -1,4 +1,6 @@
-"""Sparse targets: what is drawn, what is kept, and that the sampled gradient is the full one in expectation."""
+"""Sparse targets: what is drawn, what is kept, and that the sampled gradient is the full one in
+expectation.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,13 @@ def softmax(z: np.ndarray) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
-def padded(sizes: np.ndarray, ids: np.ndarray, counts: np.ndarray, n: int) -> tuple[mx.array, mx.array]:
+def padded(
+    sizes: np.ndarray, ids: np.ndarray, counts: np.ndarray, n: int
+) -> tuple[mx.array, mx.array]:
     """Ragged samples as (n, m) ids and weights."""
     filled = np.arange(sizes.max()) < sizes[:, None]
-    wide, weights = np.zeros(filled.shape, np.int32), np.zeros(filled.shape, np.float32)
+    wide = np.zeros(filled.shape, np.int32)
+    weights = np.zeros(filled.shape, np.float32)
     wide[filled], weights[filled] = ids, counts / n
     return mx.array(wide), mx.array(weights)
 
@@ -38,7 +43,9 @@ def test_a_sample_by_pencil() -> None:
 
 @pytest.mark.parametrize(("cut", "count"), [(1, 1), (5, 6), (13, 50)])
 def test_positions_are_drawn_one_by_one(cut: int, count: int) -> None:
-    """However positions are cut into calls, each gets the draws of its number; counts sum to N; ids rise."""
+    """However positions are cut into calls, each gets the draws of its number; counts sum to N; ids
+    rise.
+    """
     z = mx.random.normal((13, 300), key=mx.random.key(0))
     whole = losses.sample(z, count, 3, 1000)
     parts = [losses.sample(z[i : i + cut], count, 3, 1000 + i) for i in range(0, 13, cut)]
@@ -55,16 +62,20 @@ def test_positions_are_drawn_one_by_one(cut: int, count: int) -> None:
 def test_draws_are_independent_and_have_the_teachers_shares() -> None:
     """4,000 positions of one softmax, 8 draws each.
 
-    Counts of each token against N p: chi-square with 19 degrees of freedom, under its 1 - 1e-6 quantile (64).
-    Independence within a position: a pair of draws is equal with probability sum p^2; 5 standard errors.
+    Counts of each token against N p: chi-square with 19 degrees of freedom, under its 1 - 1e-6
+    quantile (64). Independence within a position: a pair of draws is equal with probability sum
+    p^2; 5 standard errors.
     """
-    z, n, count = np.random.default_rng(0).normal(0, 1.5, 20).astype(np.float32), 4000, 8
+    z = np.random.default_rng(0).normal(0, 1.5, 20).astype(np.float32)
+    n = 4000
+    count = 8
     p = softmax(z)
     sizes, ids, counts = losses.sample(mx.array(np.tile(z, (n, 1))), count, 1, 0)
     seen = np.bincount(ids, counts, 20)
     assert ((seen - n * count * p) ** 2 / (n * count * p)).sum() < 64
     position = np.repeat(np.arange(n), sizes)
-    equal = np.bincount(position, counts * (counts - 1.0)) / (count * (count - 1))  # share of equal pairs
+    # share of equal pairs
+    equal = np.bincount(position, counts * (counts - 1.0)) / (count * (count - 1))
     assert abs(equal.mean() - (p**2).sum()) < 5 * equal.std() / np.sqrt(n)
 
 
@@ -103,7 +114,9 @@ def naive(p: dict[str, mx.array]) -> Gradients:
 
 @pytest.mark.parametrize("rows", [1, 4, None])
 def test_the_loss_is_the_plain_formula(rows: int | None) -> None:
-    """Value and both gradients equal autodiff of dense targets (1e-5), however the positions are cut."""
+    """Value and both gradients equal autodiff of dense targets (1e-5), however the positions are
+    cut.
+    """
     p = problem()
     value, gradients = ours(p, rows)
     wanted, wanted_gradients = naive(p)
@@ -114,14 +127,18 @@ def test_the_loss_is_the_plain_formula(rows: int | None) -> None:
 
 def test_the_loss_by_pencil() -> None:
     """Student 1/2, 1/4, 1/4. Target 1/2, 1/2, -: KL = ln 2 / 2."""
-    student, head = mx.array([[1.0]]), mx.log(mx.array([[2.0], [1.0], [1.0]]))
-    learn, two = mx.ones(1), mx.array([[0, 1, 0]])
+    student = mx.array([[1.0]])
+    head = mx.log(mx.array([[2.0], [1.0], [1.0]]))
+    learn = mx.ones(1)
+    two = mx.array([[0, 1, 0]])
     kl = losses.sampled_kl_sum(student, head, learn, two, mx.array([[0.5, 0.5, 0.0]]))
     assert kl.item() == pytest.approx(np.log(2) / 2, abs=1e-6)
 
 
 def test_a_certain_student_has_a_finite_loss_and_gradient() -> None:
-    """Student logits 1,000 apart, so that shares underflow to 0: no NaN, no infinity; the sign is right."""
+    """Student logits 1,000 apart, so that shares underflow to 0: no NaN, no infinity; the sign is
+    right.
+    """
     p = problem()
     p["student"] = p["student"] * 1000
     value, (gradient, head) = ours(p, None)
@@ -130,21 +147,27 @@ def test_a_certain_student_has_a_finite_loss_and_gradient() -> None:
 
 
 def test_sampled_gradients_are_unbiased() -> None:
-    """The mean gradient of 400 stores of 10 samples approaches that of the full KL; that of the likeliest 6 never does.
+    """The mean gradient of 400 stores of 10 samples approaches that of the full KL; that of the
+    likeliest 6 never does.
 
-    A sampled gradient in a hidden state is W^T (p_s - counts / N): mean that of the full KL, covariance
-    W^T (diag p - p p^T) W / N. So each of 104 components, over its standard error, is N(0, 1): the largest
-    stays under 5 (P = 6e-5). Top-k misses the same mean by more than ten standard errors (18).
+    A sampled gradient in a hidden state is W^T (p_s - counts / N): mean that of the full KL,
+    covariance W^T (diag p - p p^T) W / N. So each of 104 components, over its standard error, is
+    N(0, 1): the largest stays under 5 (P = 6e-5). Top-k misses the same mean by more than ten
+    standard errors (18).
     """
     p = problem()
     p["learn"] = mx.ones_like(p["learn"])
-    z, stores, count = p["teacher"] @ p["teacher_head"].T, 400, 10
+    z = p["teacher"] @ p["teacher_head"].T
+    stores = 400
+    count = 10
 
     def gradient(loss: Callable[[mx.array], mx.array]) -> np.ndarray:
         return np.array(mx.grad(loss)(p["student"]), np.float64)
 
     def full(h: mx.array) -> mx.array:
-        return losses.kl_sum(h, p["head"], p["teacher"], lambda t: t @ p["teacher_head"].T, p["learn"])
+        return losses.kl_sum(
+            h, p["head"], p["teacher"], lambda t: t @ p["teacher_head"].T, p["learn"]
+        )
 
     def sampled(seed: int) -> Callable[[mx.array], mx.array]:
         ids, weights = padded(*losses.sample(z, count, seed, 0), count)
@@ -154,7 +177,8 @@ def test_sampled_gradients_are_unbiased() -> None:
     probs = mx.softmax(mx.take_along_axis(z, ids, axis=-1), axis=-1)
     wanted = gradient(full)
     mean = np.mean([gradient(sampled(seed)) for seed in range(stores)], axis=0)
-    share, w = softmax(np.array(z)), np.array(p["head"], np.float64)
+    share = softmax(np.array(z))
+    w = np.array(p["head"], np.float64)
     variance = (share @ w**2 - (share @ w) ** 2) / (count * stores)
     assert np.abs((mean - wanted) / np.sqrt(variance)).max() < 5
     biased = gradient(lambda h: losses.sampled_kl_sum(h, p["head"], p["learn"], ids, probs))

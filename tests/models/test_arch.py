@@ -1,4 +1,6 @@
-"""What a config promises: parameters, shapes, scenarios. By pencil, and against transformers and mlx-lm."""
+"""What a config promises: parameters, shapes, scenarios. By pencil, and against transformers and
+mlx-lm.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,26 @@ from mis_mlx.types import Checkpoint, MisError, TensorAt
 from tests import tiny
 
 SMOLLM2: dict[str, Any] = {
-    "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49_152, "tie_word_embeddings": True,
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49_152,
+    "tie_word_embeddings": True,
     "rms_norm_eps": 1e-5,
-}  # fmt: skip
+}
 PAPER = {
-    **SMOLLM2, "hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 96, "num_attention_heads": 64,
-    "num_key_value_heads": 8, "vocab_size": 128_256, "tie_word_embeddings": False,
-}  # fmt: skip
+    **SMOLLM2,
+    "hidden_size": 8192,
+    "intermediate_size": 28_672,
+    "num_hidden_layers": 96,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128_256,
+    "tie_word_embeddings": False,
+}
 
 
 def test_params_of_smollm2_by_pencil() -> None:
@@ -42,7 +56,10 @@ def test_params_of_smollm2_by_pencil() -> None:
 def test_tensors_are_those_of_mlx_lm(models: Callable[[str], Checkpoint], kind: str) -> None:
     """Names, shapes and their sum are what mlx-lm's own model has, for every kind."""
     config = models(kind).config
-    theirs = {name: value.shape for name, value in tree_flatten(load.resident(models(kind), mx.float32).parameters())}
+    theirs = {
+        name: value.shape
+        for name, value in tree_flatten(load.resident(models(kind), mx.float32).parameters())
+    }
     assert arch.tensors_of(config) == theirs
     assert arch.params(config) == sum(math.prod(shape) for shape in theirs.values())
 
@@ -50,7 +67,8 @@ def test_tensors_are_those_of_mlx_lm(models: Callable[[str], Checkpoint], kind: 
 @pytest.mark.parametrize(
     ("scenario", "paper", "small"),
     [
-        ("goral", {"layers": 64, "ffn": 22_528}, {"layers": 20, "ffn": 1280}),  # 1206.9, nearest multiple of 256
+        # 1206.9, nearest multiple of 256
+        ("goral", {"layers": 64, "ffn": 22_528}, {"layers": 20, "ffn": 1280}),
         ("baca", {"hidden": 6144}, {"hidden": 432}),  # 576 * 0.75 = 432 = 3 * lcm(16, 9)
         ("halny", {"ffn": 16_384}, {"ffn": 768}),  # 877.7 lies nearer to 768 than to 1024
         ("juhas", {"layers": 64}, {"layers": 20}),
@@ -58,7 +76,8 @@ def test_tensors_are_those_of_mlx_lm(models: Callable[[str], Checkpoint], kind: 
     ],
 )
 def test_scenarios(scenario: str, paper: dict[str, int], small: dict[str, int]) -> None:
-    """Exactly table 1's sizes on the paper's teacher; on SmolLM2 the same ratios, rounded to what kernels like.
+    """Exactly table 1's sizes on the paper's teacher; on SmolLM2 the same ratios, rounded to what
+    kernels like.
 
     Nothing else moves. What is given exactly wins over its ratio.
     """
@@ -81,7 +100,9 @@ def test_scenarios(scenario: str, paper: dict[str, int], small: dict[str, int]) 
         ("qwen2", {"heads": 2}, "a qwen2 cannot change hidden"),
     ],
 )
-def test_a_shape_no_loader_accepts_is_refused(kind: str, sizes: dict[str, int], sentence: str) -> None:
+def test_a_shape_no_loader_accepts_is_refused(
+    kind: str, sizes: dict[str, int], sentence: str
+) -> None:
     """One sentence with the number and what to choose."""
     with pytest.raises(MisError, match=sentence):
         arch.target_shape({**tiny.CONFIG, **tiny.KINDS[kind]}, {}, **sizes)
@@ -93,7 +114,12 @@ def test_student_config_is_what_transformers_reads(tmp_path: Any) -> None:
 
     transformers = pytest.importorskip("transformers")
     for kind, changes in tiny.KINDS.items():
-        teacher = {**tiny.CONFIG, **changes, "rope_theta": 5e5, "quantization": {"bits": 4, "group_size": 64}}
+        teacher = {
+            **tiny.CONFIG,
+            **changes,
+            "rope_theta": 5e5,
+            "quantization": {"bits": 4, "group_size": 64},
+        }
         shape = replace(shape_of(teacher), layers=2, ffn=512)
         made = arch.student_config(teacher, shape, (0, 2), "float16")
         folder = tmp_path / kind
@@ -102,7 +128,10 @@ def test_student_config_is_what_transformers_reads(tmp_path: Any) -> None:
         read = transformers.AutoConfig.from_pretrained(folder)
         assert read.model_type == teacher["model_type"]
         assert (read.num_hidden_layers, read.intermediate_size, read.hidden_size) == (2, 512, 64)
-        assert read.num_key_value_heads == 2 and read.tie_word_embeddings == teacher["tie_word_embeddings"]
+        assert (
+            read.num_key_value_heads == 2
+            and read.tie_word_embeddings == teacher["tie_word_embeddings"]
+        )
         assert getattr(read, "quantization", None) is None
         assert read.to_dict()["rope_parameters"]["rope_theta"] == 5e5
 
@@ -123,12 +152,17 @@ def test_files_and_config_must_agree() -> None:
         arch.check_tensors(checkpoint({n: s for n, s in good.items() if n != q}))
     with pytest.raises(MisError, match=rf"{q} is \[32, 64\], config.json makes it \[64, 64\]"):
         arch.check_tensors(checkpoint({**good, q: (32, 64)}))
-    with pytest.raises(MisError, match=r"holds model\.layers\.3\.x\.weight, which a llama of 3 layers"):
+    with pytest.raises(
+        MisError, match=r"holds model\.layers\.3\.x\.weight, which a llama of 3 layers"
+    ):
         arch.check_tensors(checkpoint({**good, "model.layers.3.x.weight": (1,)}))
     with pytest.raises(MisError, match=r"q_proj\.bias"):
         arch.check_tensors(checkpoint({**good, q.replace("weight", "bias"): (64,)}))
-    arch.check_tensors(checkpoint({**good, "lm_head.weight": (512, 64)}))  # tied models often carry a copy
+    # tied models often carry a copy
+    arch.check_tensors(checkpoint({**good, "lm_head.weight": (512, 64)}))
     whole = checkpoint(good)
     norm = replace(whole.tensors["model.norm.weight"], dtype="I32")
-    with pytest.raises(MisError, match=r"model\.norm\.weight is stored as I32, weights are F32, F16 or BF16"):
+    with pytest.raises(
+        MisError, match=r"model\.norm\.weight is stored as I32, weights are F32, F16 or BF16"
+    ):
         arch.check_tensors(replace(whole, tensors={**whole.tensors, "model.norm.weight": norm}))

@@ -14,17 +14,22 @@ from mis_mlx.models import attention_masks, load
 from mis_mlx.types import Checkpoint
 from tests import tiny
 
-PROMPT, ANSWERS = [5, 6, 7, 8, 9], [[11, 12, 13, 14], [21], [31, 32, 33]]
+PROMPT = [5, 6, 7, 8, 9]
+ANSWERS = [[11, 12, 13, 14], [21], [31, 32, 33]]
 
 
 def check(model: nn.Module, tolerance: float = 1e-5) -> None:
-    """Hidden states of every answer's predictions are those of prompt + answer on their own; so are gradients."""
+    """Hidden states of every answer's predictions are those of prompt + answer on their own; so are
+    gradients.
+    """
     b = attention_masks.join(PROMPT, ANSWERS)
     hidden = attention_masks.forward(model, b.tokens, b.branch, b.positions)[0]
     assert len(hidden) == len(PROMPT) + 3 + 0 + 2
     for row, answer in enumerate(ANSWERS):
         alone = model.model(mx.array([[*PROMPT, *answer]]))[0, len(PROMPT) - 1 : -1]
-        assert mx.allclose(hidden[b.at[row, : len(answer)]], alone, rtol=10 * tolerance, atol=tolerance)
+        assert mx.allclose(
+            hidden[b.at[row, : len(answer)]], alone, rtol=10 * tolerance, atol=tolerance
+        )
         assert b.targets[row, : len(answer)].tolist() == answer
         assert b.mask[row].tolist() == [float(t < len(answer)) for t in range(4)]
 
@@ -36,11 +41,15 @@ def test_every_answer_is_as_if_alone(kind: str, models: Callable[[str], Checkpoi
     before = [block.self_attn.rope for block in model.model.layers]
     # gemma4's attention has no scale, so the tiny one's roundings grow.
     check(model, 1e-4 if kind == "gemma4_text" else 1e-5)
-    assert all(block.self_attn.rope is rope for block, rope in zip(model.model.layers, before, strict=True))
+    assert all(
+        block.self_attn.rope is rope for block, rope in zip(model.model.layers, before, strict=True)
+    )
 
 
 def test_a_sliding_window_counts_positions_not_columns(tmp_path: Path) -> None:
-    """Blocks that see 3 tokens back see the prompt's end from an answer that stands far behind it."""
+    """Blocks that see 3 tokens back see the prompt's end from an answer that stands far behind
+    it.
+    """
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
     folder = tiny.make(tmp_path / "near", layer_types=layers, sliding_window=3)
     check(load.resident(load.open_checkpoint(folder), mx.float32))
@@ -53,15 +62,22 @@ def test_the_gradient_is_that_of_answers_alone(llama: Checkpoint) -> None:
 
     def picked(hidden: mx.array, targets: mx.array) -> mx.array:
         z = hidden @ load.head_weight(model).T
-        return (mx.take_along_axis(z, targets[:, None], axis=-1)[:, 0] - mx.logsumexp(z, axis=-1)).sum()
+        return (
+            mx.take_along_axis(z, targets[:, None], axis=-1)[:, 0] - mx.logsumexp(z, axis=-1)
+        ).sum()
 
     def together(m: nn.Module) -> mx.array:
         hidden = attention_masks.forward(m, b.tokens, b.branch, b.positions)[0]
         flat = np.flatnonzero(np.array(b.mask).reshape(-1))
-        return picked(hidden[b.at.reshape(-1)[mx.array(flat)]], b.targets.reshape(-1)[mx.array(flat)])
+        return picked(
+            hidden[b.at.reshape(-1)[mx.array(flat)]], b.targets.reshape(-1)[mx.array(flat)]
+        )
 
     def alone(m: nn.Module) -> mx.array:
-        parts = [picked(m.model(mx.array([[*PROMPT, *a]]))[0, len(PROMPT) - 1 : -1], mx.array(a)) for a in ANSWERS]
+        parts = [
+            picked(m.model(mx.array([[*PROMPT, *a]]))[0, len(PROMPT) - 1 : -1], mx.array(a))
+            for a in ANSWERS
+        ]
         return mx.stack(parts).sum()
 
     _, found = nn.value_and_grad(model, together)(model)

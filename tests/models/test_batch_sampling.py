@@ -24,7 +24,9 @@ def _model(request: pytest.FixtureRequest, models: Callable[[str], Checkpoint]) 
     return made
 
 
-def plainly(model: nn.Module, prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> list[int]:
+def plainly(
+    model: nn.Module, prompt: Sequence[int], count: int, stop: Sequence[int] = ()
+) -> list[int]:
     """The greedy continuation, the whole text read anew for every token."""
     ids = list(prompt)
     while len(ids) < len(prompt) + count and (len(ids) == len(prompt) or ids[-1] not in stop):
@@ -37,16 +39,24 @@ def test_greedy_is_the_models_own_text(model: nn.Module, at_once: int) -> None:
     """Prompts of 7, 1 and 3 tokens together; a stop token ends one early and is its last."""
     expected = [plainly(model, p, 9) for p in PROMPTS]
     draw = mlx_generate.sampler(0.0, 0)
-    assert mlx_generate.groups(model, PROMPTS, 2, 9, [], draw, at_once) == [[e, e] for e in expected]
+    assert mlx_generate.groups(model, PROMPTS, 2, 9, [], draw, at_once) == [
+        [e, e] for e in expected
+    ]
     stop = expected[0][4]
     expected = [plainly(model, p, 9, [stop]) for p in PROMPTS]
-    assert mlx_generate.groups(model, PROMPTS, 1, 9, [stop], draw, at_once) == [[e] for e in expected]
+    assert mlx_generate.groups(model, PROMPTS, 1, 9, [stop], draw, at_once) == [
+        [e] for e in expected
+    ]
 
 
 def test_a_group_is_drawn_from_its_prompts_distribution(llama: Checkpoint) -> None:
-    """1,000 first tokens: frequencies of the likeliest token agree with its probability at temperature 0.1."""
+    """1,000 first tokens: frequencies of the likeliest token agree with its probability at
+    temperature 0.1.
+    """
     model = load.resident(llama, mx.float32)
-    (group,) = mlx_generate.groups(model, PROMPTS[:1], 1000, 1, [], mlx_generate.sampler(0.1, 3), 1000)
+    (group,) = mlx_generate.groups(
+        model, PROMPTS[:1], 1000, 1, [], mlx_generate.sampler(0.1, 3), 1000
+    )
     p = mx.softmax(model(mx.array([PROMPTS[0]]))[0, -1] / 0.1)
     top = int(mx.argmax(p))
     share = np.mean([answer == [top] for answer in group])
@@ -54,18 +64,24 @@ def test_a_group_is_drawn_from_its_prompts_distribution(llama: Checkpoint) -> No
 
 
 def test_the_seed_decides(model: nn.Module) -> None:
-    """The same again from the same seed, others from another; MLX's global random state has no part in it."""
+    """The same again from the same seed, others from another; MLX's global random state has no part
+    in it.
+    """
     made = []
     for seed in (1, 1, 2):
         mx.random.seed(seed + len(made))
-        made.append(mlx_generate.groups(model, PROMPTS, 4, 6, [], mlx_generate.sampler(1.0, seed), 8))
+        made.append(
+            mlx_generate.groups(model, PROMPTS, 4, 6, [], mlx_generate.sampler(1.0, seed), 8)
+        )
     assert made[0] == made[1] != made[2]
     assert [len(group) for group in made[0]] == [4, 4, 4]
     assert len({tuple(answer) for answer in made[0][0]}) == 4
 
 
 def test_a_nucleus_by_hand() -> None:
-    """Of 0.5, 0.3, 0.15, 0.05 in any order: the fewest tokens that have as much together; the likeliest one always."""
+    """Of 0.5, 0.3, 0.15, 0.05 in any order: the fewest tokens that have as much together; the
+    likeliest one always.
+    """
     p = mx.array([[0.05, 0.5, 0.15, 0.3], [0.3, 0.15, 0.05, 0.5]])
 
     def kept(top_p: float) -> list[list[bool]]:
@@ -88,18 +104,24 @@ def test_a_nucleus_is_mlx_lms(spread: float, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_without_a_nucleus_draws_are_what_they_were() -> None:
-    """top_p 1 is off: the same tokens as by the plain formula; below 1, none from outside the nucleus."""
+    """top_p 1 is off: the same tokens as by the plain formula; below 1, none from outside the
+    nucleus.
+    """
     logps = mx.log(mx.softmax(mx.random.normal((400, 50), key=mx.random.key(1)), axis=-1))
     key = mx.random.split(mx.random.key(3))[0]
     plain = mx.random.categorical(logps / 0.8, key=key)
     inside = mlx_generate.sampler(0.8, 3, top_p=0.5)(logps)
     assert mlx_generate.sampler(0.8, 3)(logps).tolist() == plain.tolist() != inside.tolist()
-    chosen = mx.take_along_axis(mlx_generate.nucleus(logps, 0.5), inside[:, None].astype(mx.int32), axis=-1)
+    chosen = mx.take_along_axis(
+        mlx_generate.nucleus(logps, 0.5), inside[:, None].astype(mx.int32), axis=-1
+    )
     assert (chosen > -mx.inf).all().item()
 
 
 def test_a_sampler_of_its_own_does_not_see_the_others(model: nn.Module) -> None:
-    """A prompt's text is the same alone, beside others and behind them, where each has its own random numbers."""
+    """A prompt's text is the same alone, beside others and behind them, where each has its own
+    random numbers.
+    """
 
     def written(prompts: Sequence[Sequence[int]], at_once: int) -> dict[int, list[int]]:
         draw = [mlx_generate.sampler(1.0, len(prompt), top_p=0.9) for prompt in prompts]
@@ -111,8 +133,10 @@ def test_a_sampler_of_its_own_does_not_see_the_others(model: nn.Module) -> None:
 
 @pytest.mark.usefixtures("cpu_policy")
 def test_writing_side_by_side_takes_what_the_plan_says(llama: Checkpoint) -> None:
-    """32 texts of 100 tokens stay well below the plan, which has keys and values three times: the prompts' own caches
-    go when the batch begins. Kept, they made it six tenths and more here, and more than all of it for a real model."""
+    """32 texts of 100 tokens stay well below the plan, which has keys and values three times: the
+    prompts' own caches go when the batch begins. Kept, they made it six tenths and more here, and
+    more than all of it for a real model.
+    """
     model, _ = mlx_generate.open_model(llama.path)
     prompts = [[5, 6, 7, 8] * 15] * 32
     planned = writing.resident_bytes(estimates.model_of(llama), at_once=32, tokens=100)
@@ -129,8 +153,9 @@ def test_writing_side_by_side_takes_what_the_plan_says(llama: Checkpoint) -> Non
 def test_what_mlx_lm_wires_is_unwired(
     said: str, want: list[object], model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On Metal the generator wires all that is recommended, unasked: that goes before a token is drawn, unless
-    MIS_MLX_WIRE=1."""
+    """On Metal the generator wires all that is recommended, unasked: that goes before a token is
+    drawn, unless MIS_MLX_WIRE=1.
+    """
     calls = list[object]()
     seen = list[object]()
 

@@ -1,4 +1,6 @@
-"""A student in parts is an ordinary model at any moment, and a block of it is replaced whole or not at all."""
+"""A student in parts is an ordinary model at any moment, and a block of it is replaced whole or not
+at all.
+"""
 
 from __future__ import annotations
 
@@ -40,39 +42,56 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_one_file_per_block_that_everybody_opens(
     tmp_path: Path, models: Callable[[str], Checkpoint], kind: str
 ) -> None:
-    """All the weights, float32, the tokenizer; each block alone in its file; stock mlx_lm gives the same logits."""
+    """All the weights, float32, the tokenizer; each block alone in its file; stock mlx_lm gives the
+    same logits.
+    """
     made = model_writer.by_block(models(kind), tmp_path / "s", DISK)
     assert raw(made) == raw(models(kind))
     blocks: dict[Path, set[str]] = {}
     for name, t in made.tensors.items():
-        blocks.setdefault(t.file, set()).add(".".join(name.split(".")[:3]) if ".layers." in name else "")
+        blocks.setdefault(t.file, set()).add(
+            ".".join(name.split(".")[:3]) if ".layers." in name else ""
+        )
     assert all(len(b) == 1 for b in blocks.values()) and len(blocks) == 5
     assert mx.array_equal(stock(made, TOKENS), stock(models(kind), TOKENS))
-    assert (tmp_path / "s" / "tokenizer.json").read_bytes() == (models(kind).path / "tokenizer.json").read_bytes()
+    assert (tmp_path / "s" / "tokenizer.json").read_bytes() == (
+        models(kind).path / "tokenizer.json"
+    ).read_bytes()
 
 
-def test_half_precision_becomes_float32_and_the_cut_stays_known(tmp_path: Path, llama: Checkpoint) -> None:
+def test_half_precision_becomes_float32_and_the_cut_stays_known(
+    tmp_path: Path, llama: Checkpoint
+) -> None:
     """The values of a bfloat16 student, keep.json beside them, and the type in the config."""
     keep = KeptUnits((0, 2), {}, "by hand", {"a": 1})
     student = student_of(llama, keep, tmp_path / "f32")
     config = {**student.config, "torch_dtype": "bfloat16"}
-    extra, take = model_writer.keep_files(keep), partial(load.dense, student)
+    extra = model_writer.keep_files(keep)
+    take = partial(load.dense, student)
     model_writer.write_model(config, take, student.path, tmp_path / "b", "bfloat16", DISK, extra)
     half = load.open_checkpoint(tmp_path / "b")
     made = model_writer.by_block(half, tmp_path / "s", DISK)
     assert {t.dtype for t in made.tensors.values()} == {"F32"}
-    assert all(mx.array_equal(load.dense(made, n), load.dense(half, n).astype(mx.float32)) for n in half.tensors)
+    assert all(
+        mx.array_equal(load.dense(made, n), load.dense(half, n).astype(mx.float32))
+        for n in half.tensors
+    )
     assert model_writer.read_keep(made.path) == keep
     assert json.loads((made.path / "config.json").read_text())["torch_dtype"] == "float32"
 
 
 def test_a_replaced_block_and_no_other(tmp_path: Path, llama: Checkpoint) -> None:
-    """One file changes; our gate and stock mlx_lm see the new weights, in any order they were given.
+    """One file changes; our gate and stock mlx_lm see the new weights, in any order they were
+    given.
 
-    An array that was read lazily keeps the old values; a folder that exists is opened, not begun again.
+    An array that was read lazily keeps the old values; a folder that exists is opened, not begun
+    again.
     """
-    made, name = model_writer.by_block(llama, tmp_path / "s", DISK), "model.layers.1.mlp.up_proj.weight"
-    before, wanted, lazy = files_of(tmp_path / "s"), new_weights(made, 1), load.dense(made, name)
+    made = model_writer.by_block(llama, tmp_path / "s", DISK)
+    name = "model.layers.1.mlp.up_proj.weight"
+    before = files_of(tmp_path / "s")
+    wanted = new_weights(made, 1)
+    lazy = load.dense(made, name)
     mx.eval(wanted)
     model_writer.replace_block(made, 1, wanted, DISK)
     after = files_of(tmp_path / "s")
@@ -89,13 +108,17 @@ def test_a_replaced_block_and_no_other(tmp_path: Path, llama: Checkpoint) -> Non
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-def test_whichever_operation_fails_a_block_is_old_or_new(tmp_path: Path, llama: Checkpoint, number: int) -> None:
-    """Fail operation 1, 2, 3 ... until none is hit: one sentence, one whole block, no temporary file, and done again
-    it is the new one."""
+def test_whichever_operation_fails_a_block_is_old_or_new(
+    tmp_path: Path, llama: Checkpoint, number: int
+) -> None:
+    """Fail operation 1, 2, 3 ... until none is hit: one sentence, one whole block, no temporary
+    file, and done again it is the new one.
+    """
     refused = 0
     for at in itertools.count(1):
         made = model_writer.by_block(llama, tmp_path / str(at), DISK)
-        old, wanted = raw(made), new_weights(made, 1)
+        old = raw(made)
+        wanted = new_weights(made, 1)
         mx.eval(wanted)
         new = old | {f"model.layers.1.{n}": bytes(memoryview(v)) for n, v in wanted.items()}
         with breaking(at, number) as done:
@@ -104,7 +127,8 @@ def test_whichever_operation_fails_a_block_is_old_or_new(tmp_path: Path, llama: 
                 acknowledged = True
             except MisError as error:
                 assert "block 1 of the student" in str(error)
-                acknowledged, refused = False, refused + 1
+                acknowledged = False
+                refused = refused + 1
         now = raw(load.open_checkpoint(made.path))
         assert now == new or (now == old and not acknowledged)
         assert not [n for n in os.listdir(made.path) if n.startswith(".tmp-")]
@@ -117,7 +141,9 @@ def test_whichever_operation_fails_a_block_is_old_or_new(tmp_path: Path, llama: 
 
 def test_a_quantized_source_is_unpacked(tmp_path: Path, llama: Checkpoint) -> None:
     """Packed weights come back dense, in a folder that stock mlx_lm opens."""
-    packed_format.write_quantized(llama, tmp_path / "q4", packed_format.layout(llama.config, 64), DISK)
+    packed_format.write_quantized(
+        llama, tmp_path / "q4", packed_format.layout(llama.config, 64), DISK
+    )
     packed = load.open_checkpoint(tmp_path / "q4")
     made = model_writer.by_block(packed, tmp_path / "s", DISK)
     assert all(mx.array_equal(load.dense(made, n), load.dense(packed, n)) for n in made.tensors)

@@ -78,7 +78,9 @@ def write(folder: Path, changes: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize(("changes", "sentence"), BAD, ids=[s[:30] for _, s in BAD])
-def test_a_bad_config_is_one_sentence(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+def test_a_bad_config_is_one_sentence(
+    tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
     """Names the file and the value, in one line, and nothing else escapes."""
     with pytest.raises(MisError) as caught:
         read_config(write(tmp_path, changes))
@@ -107,52 +109,85 @@ def test_no_config_at_all(tmp_path: Path) -> None:
 
 UNKNOWN: list[tuple[dict[str, Any], list[str], str]] = [
     (
-        {"model_type": "qwen3_next", "num_experts": 8, "num_experts_per_tok": 2, "linear_num_key_heads": 4},
-        ["self_attn.q_proj", "linear_attn.in_proj_qkvz", "mlp.experts.0.gate_proj", "mlp.experts.1.gate_proj"],
-        "'qwen3_next' is not supported, the nearest is qwen3_moe, which knows nothing of linear_num_key_heads, "
+        {
+            "model_type": "qwen3_next",
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "linear_num_key_heads": 4,
+        },
+        [
+            "self_attn.q_proj",
+            "linear_attn.in_proj_qkvz",
+            "mlp.experts.0.gate_proj",
+            "mlp.experts.1.gate_proj",
+        ],
+        "'qwen3_next' is not supported, the nearest is qwen3_moe, which knows nothing of "
+        "linear_num_key_heads, "
         "linear_attn.in_proj_qkvz, mlp.experts.gate_proj; supported",
     ),
     (
-        {"model_type": "olmo2", "clip_qkv": None}, ["self_attn.q_norm", "post_attention_layernorm"],
+        {"model_type": "olmo2", "clip_qkv": None},
+        ["self_attn.q_norm", "post_attention_layernorm"],
         "the nearest is olmoe, which knows nothing of clip_qkv, self_attn.q_norm; supported",
     ),
     (
-        {"model_type": "gemma2", "query_pre_attn_scalar": 256, "final_logit_softcapping": 30.0}, [],
+        {"model_type": "gemma2", "query_pre_attn_scalar": 256, "final_logit_softcapping": 30.0},
+        [],
         "the nearest is gemma3_text, which knows nothing of final_logit_softcapping; supported",
     ),
-    ({"model_type": "strange", **{f"k{i}": i for i in range(10)}}, [], "knows nothing of k0, k1, k2, k3, k4, k5, k6, k7"
-     ", 2 more; supported"),
+    (
+        {"model_type": "strange", **{f"k{i}": i for i in range(10)}},
+        [],
+        "knows nothing of k0, k1, k2, k3, k4, k5, k6, k7, 2 more; supported",
+    ),
     ({"model_type": "qwen4"}, [], "the nearest is qwen2; supported are llama, mistral, "),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("changes", "tensors", "sentence"), UNKNOWN, ids=[str(c["model_type"]) for c, _, _ in UNKNOWN])
+@pytest.mark.parametrize(
+    ("changes", "tensors", "sentence"), UNKNOWN, ids=[str(c["model_type"]) for c, _, _ in UNKNOWN]
+)
 def test_an_unknown_family_and_its_nearest(
     tmp_path: Path, changes: dict[str, Any], tensors: list[str], sentence: str
 ) -> None:
     """What its config has that no row knows, and its tensors, where the weights are there."""
-    names = ["model.embed_tokens.weight", *(f"model.layers.{i}.{name}.weight" for i in (0, 1) for name in tensors)]
+    names = [
+        "model.embed_tokens.weight",
+        *(f"model.layers.{i}.{name}.weight" for i in (0, 1) for name in tensors),
+    ]
     if tensors:
-        mx.save_safetensors(str(tmp_path / "model.safetensors"), {name: mx.zeros((2, 2)) for name in names})
+        mx.save_safetensors(
+            str(tmp_path / "model.safetensors"), {name: mx.zeros((2, 2)) for name in names}
+        )
     with pytest.raises(MisError) as caught:
         load.open_checkpoint(write(tmp_path, changes))
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_rope_parameters_only_gives_the_same_logits(tmp_path: Path, batches: list[mx.array]) -> None:
-    """transformers 5 writes theta only into rope_parameters; theta 500,000 there equals it at the top level."""
+def test_rope_parameters_only_gives_the_same_logits(
+    tmp_path: Path, batches: list[mx.array]
+) -> None:
+    """transformers 5 writes theta only into rope_parameters; theta 500,000 there equals it at the
+    top level.
+    """
     old = tiny.make(tmp_path / "old", rope_theta=500_000.0)
     new = tiny.make(
-        tmp_path / "new", rope_theta=None, rope_parameters={"rope_theta": 500_000.0, "rope_type": "default"}
+        tmp_path / "new",
+        rope_theta=None,
+        rope_parameters={"rope_theta": 500_000.0, "rope_type": "default"},
     )
     other = tiny.make(tmp_path / "other")  # theta 10,000
-    a, b, c = (load.resident(load.open_checkpoint(f), mx.float32)(batches[0]) for f in (old, new, other))
+    a, b, c = (
+        load.resident(load.open_checkpoint(f), mx.float32)(batches[0]) for f in (old, new, other)
+    )
     assert mx.array_equal(a, b)
     assert not mx.array_equal(a, c)
 
 
 def test_rope_scaling_survives_both_spellings() -> None:
-    """A llama 3 rope: from rope_parameters to rope_scaling, and what a student's config says of it."""
+    """A llama 3 rope: from rope_parameters to rope_scaling, and what a student's config says of
+    it.
+    """
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope |= {"original_max_position_embeddings": 256}
     config = {k: v for k, v in tiny.CONFIG.items() if k != "rope_theta"}
@@ -167,7 +202,14 @@ def test_what_is_absent_is_spelled_out() -> None:
     """kv heads = heads, head_dim = hidden / heads, untied, theta of the kind."""
     config = {"model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 4}
     full = normalised(config)
-    assert (full["num_key_value_heads"], full["head_dim"], full["tie_word_embeddings"]) == (4, 16, False)
+    assert (full["num_key_value_heads"], full["head_dim"], full["tie_word_embeddings"]) == (
+        4,
+        16,
+        False,
+    )
     assert full["rope_theta"] == 1_000_000.0
     assert normalised({**config, "model_type": "llama"})["rope_theta"] == 10_000.0
-    assert str(shape_of(tiny.CONFIG)) == "3 layers, hidden 64, FFN 768, 4 heads, 2 kv heads, 512 tokens"
+    assert (
+        str(shape_of(tiny.CONFIG))
+        == "3 layers, hidden 64, FFN 768, 4 heads, 2 kv heads, 512 tokens"
+    )

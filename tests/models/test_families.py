@@ -1,4 +1,6 @@
-"""Every family of the table: what stock mlx_lm computes, streamed and whole, forwards and backwards, and cut."""
+"""Every family of the table: what stock mlx_lm computes, streamed and whole, forwards and
+backwards, and cut.
+"""
 
 from __future__ import annotations
 
@@ -45,11 +47,14 @@ def streamed(checkpoint: Checkpoint, tokens: mx.array) -> mx.array:
 
 def one_by_one(named: Mapping[str, mx.array], config: Mapping[str, Any]) -> dict[str, mx.array]:
     """Experts that mlx_lm has stacked, by their own names."""
-    found, of = dict[str, mx.array](), family(config)
+    found = dict[str, mx.array]()
+    of = family(config)
     for name, array in named.items():
         if stacked := experts.STACKED.fullmatch(name):
             matrix = of.matrices[("gate_proj", "up_proj", "down_proj").index(stacked[2])]
-            found |= {f"{stacked[1]}experts.{e}.{matrix}.{stacked[3]}": one for e, one in enumerate(array)}
+            found |= {
+                f"{stacked[1]}experts.{e}.{matrix}.{stacked[3]}": one for e, one in enumerate(array)
+            }
         else:
             found[name] = array
     return found
@@ -62,7 +67,10 @@ def narrower(config: Mapping[str, Any]) -> int:
 
 def test_every_row_has_a_tiny_model() -> None:
     """A row without a parity test is no row."""
-    kinds = {config.get("model_type", "llama") for config in (*tiny.KINDS.values(), *tiny.MODELS.values())}
+    kinds = {
+        config.get("model_type", "llama")
+        for config in (*tiny.KINDS.values(), *tiny.MODELS.values())
+    }
     assert kinds == set(FAMILIES)
 
 
@@ -83,7 +91,9 @@ def test_the_configs_of_polish_models_are_theirs(name: str, count: int) -> None:
 
 def test_bieliks_biases_are_counted() -> None:
     """Seven of every one of 60 blocks: another program dropped all of them without a word."""
-    biases = [name for name in arch.tensors_of(tiny.POLISH["Bielik-4.5B-v3"]) if name.endswith(".bias")]
+    biases = [
+        name for name in arch.tensors_of(tiny.POLISH["Bielik-4.5B-v3"]) if name.endswith(".bias")
+    ]
     assert len(biases) == 420
 
 
@@ -91,7 +101,8 @@ def test_bieliks_biases_are_counted() -> None:
 @pytest.mark.parametrize("kind", tiny.MODELS)
 def test_streamed_is_resident_is_stock(models: Models, batches: list[mx.array], kind: str) -> None:
     """Hidden states equal to the last bit; logits are stock mlx_lm's to 1e-5 of the largest."""
-    ours, stock = load.resident(models(kind), mx.float32), stock_of(models(kind).path)
+    ours = load.resident(models(kind), mx.float32)
+    stock = stock_of(models(kind).path)
     source = stream.Stream(models(kind), mx.float32)
     for tokens, hidden in zip(batches, source.forward(batches), strict=True):
         assert mx.array_equal(hidden, ours.model(tokens))
@@ -104,9 +115,14 @@ def test_streamed_is_resident_is_stock(models: Models, batches: list[mx.array], 
 @pytest.mark.usefixtures("cpu_policy")
 @pytest.mark.parametrize("kind", ["qwen3_moe", "olmoe"])
 def test_a_mixture_writes_what_stock_writes(models: Models, kind: str) -> None:
-    """Greedy tokens with nothing kept, with room for some experts, and for all; fewer bytes the more room there is."""
-    checkpoint, read = models(kind), []
-    model, prompt, want = load.resident(checkpoint, mx.float32), [5, 9, 300, 17], list[int]()
+    """Greedy tokens with nothing kept, with room for some experts, and for all; fewer bytes the
+    more room there is.
+    """
+    checkpoint = models(kind)
+    read = []
+    model = load.resident(checkpoint, mx.float32)
+    prompt = [5, 9, 300, 17]
+    want = list[int]()
     for _ in range(8):
         want.append(int(mx.argmax(model(mx.array([[*prompt, *want]]))[0, -1])))
     s = shape_of(checkpoint.config)
@@ -125,32 +141,52 @@ MIXTURES = [name for name, row in FAMILIES.items() if row.experts]
 @pytest.mark.usefixtures("cpu_policy")
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_four_bits_of_a_mixture_are_stock(
-    models: Models, batches: list[mx.array], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Models,
+    batches: list[mx.array],
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Stacked as mlx_lm has them, by our reading the same numbers: streamed, whole, and with weights kept packed."""
-    quantize.run(quantize.Settings(model=str(models(kind).path), mlx_path=str(tmp_path / "four"), q_group_size=32))
-    four, tokens = load.open_checkpoint(tmp_path / "four"), batches[0]
+    """Stacked as mlx_lm has them, by our reading the same numbers: streamed, whole, and with
+    weights kept packed.
+    """
+    quantize.run(
+        quantize.Settings(
+            model=str(models(kind).path), mlx_path=str(tmp_path / "four"), q_group_size=32
+        )
+    )
+    four = load.open_checkpoint(tmp_path / "four")
+    tokens = batches[0]
     assert any(at.stored for at in four.tensors.values())
     theirs = stock_of(four.path)(tokens)
     whole = load.resident(four, mx.float32)(tokens)
     assert mx.abs(whole - theirs).max().item() <= 1e-5 * mx.abs(theirs).max().item()
     assert mx.array_equal(streamed(four, tokens), whole)
     monkeypatch.setenv("MIS_MLX_POLICY", "metal")
-    assert mx.abs(streamed(four, tokens) - theirs).max().item() <= 2e-2 * mx.abs(theirs).max().item()
+    assert (
+        mx.abs(streamed(four, tokens) - theirs).max().item() <= 2e-2 * mx.abs(theirs).max().item()
+    )
 
 
 @pytest.mark.usefixtures("cpu_policy")
 @pytest.mark.parametrize("kind", MIXTURES)
-def test_experts_are_read_once_for_many_batches(models: Models, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bits in groups of any size; a pass reads the routed experts of a group, and no others; those that there
-    is room for are not read again."""
+def test_experts_are_read_once_for_many_batches(
+    models: Models, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits in groups of any size; a pass reads the routed experts of a group, and no
+    others; those that there is room for are not read again.
+    """
     monkeypatch.setattr("mis_mlx.storage.block_reader.GAP", 0)
-    checkpoint, s = models(kind), shape_of(models(kind).config)
+    checkpoint = models(kind)
+    s = shape_of(models(kind).config)
     tokens = [mx.random.randint(0, 512, (1, 3), key=mx.random.key(b)) for b in range(4)]
     whole = [load.resident(checkpoint, mx.float32).model(t) for t in tokens]
     expert = 3 * 4 * s.ffn * s.hidden
-    sizes = [at.nbytes for name, at in checkpoint.tensors.items() if arch.block_of(name) is not None]
-    dense, read = sum(sizes) - expert * s.experts * s.layers, {}
+    sizes = [
+        at.nbytes for name, at in checkpoint.tensors.items() if arch.block_of(name) is not None
+    ]
+    dense = sum(sizes) - expert * s.experts * s.layers
+    read = {}
     for windows in (1, 2, 4):
         monkeypatch.setattr(stream, "GROUP_BYTES", windows * 3 * 2 * 4 * s.hidden)
         source = stream.Stream(checkpoint, mx.float32)
@@ -161,7 +197,8 @@ def test_experts_are_read_once_for_many_batches(models: Models, kind: str, monke
         read[windows] = source.reader.nbytes - before
         assert all(mx.array_equal(a, b) for a, b in zip(source.norm(hidden), whole, strict=True))
     assert dense < read[4] < read[2] < read[1] and read[4] <= sum(sizes) + 4096 * len(sizes)
-    assert read[1] <= dense + 4 * s.layers * 6 * (expert + 3 * 8192) + 4096 * len(sizes)  # 3 tokens x 2 experts each
+    # 3 tokens x 2 experts each
+    assert read[1] <= dense + 4 * s.layers * 6 * (expert + 3 * 8192) + 4096 * len(sizes)
     source = stream.Stream(checkpoint, mx.float32, None)
     source.forward(tokens)
     before = source.reader.nbytes
@@ -173,16 +210,22 @@ def test_experts_are_read_once_for_many_batches(models: Models, kind: str, monke
 @pytest.mark.usefixtures("cpu_policy")
 @pytest.mark.parametrize("kind", QUICK)
 def test_gradients_are_those_of_the_whole_model(models: Models, kind: str, tmp_path: Path) -> None:
-    """The distillation step's, by numpy and in one graph, against autodiff of mlx_lm's own forward pass."""
+    """The distillation step's, by numpy and in one graph, against autodiff of mlx_lm's own forward
+    pass.
+    """
     seven = load.open_checkpoint(tiny.make(tmp_path / "teacher", seed=7, **tiny.MODELS[kind]))
-    student, teacher = load.resident(models(kind), mx.float32), live_teacher.StreamedTeacher(seven)
+    student = load.resident(models(kind), mx.float32)
+    teacher = live_teacher.StreamedTeacher(seven)
     student.train()
-    tokens, learn = mx.random.randint(0, 512, (2, 12), key=mx.random.key(3)), mx.ones((2, 12))
+    tokens = mx.random.randint(0, 512, (2, 12), key=mx.random.key(3))
+    learn = mx.ones((2, 12))
     (batch,) = teacher.micro_batches([(tokens, learn)])
-    stock, wise = stock_of(models(kind).path), stock_of(seven.path)(tokens)
+    stock = stock_of(models(kind).path)
+    wise = stock_of(seven.path)(tokens)
 
     def plain(model: nn.Module) -> mx.array:
-        z, p = nn.log_softmax(model(tokens), axis=-1), nn.log_softmax(wise, axis=-1)
+        z = nn.log_softmax(model(tokens), axis=-1)
+        p = nn.log_softmax(wise, axis=-1)
         return (mx.exp(p) * (p - z)).sum()
 
     loss, want = nn.value_and_grad(stock, plain)(stock)
@@ -202,21 +245,40 @@ def test_gradients_are_those_of_the_whole_model(models: Models, kind: str, tmp_p
 
 
 @pytest.mark.parametrize("kind", QUICK)
-def test_cut_along_every_axis_it_opens_in_stock(models: Models, kind: str, tmp_path: Path, text_folder: Path) -> None:
-    """Blocks, neurons, heads, groups, channels, as far as the family offers them: kinds stay with their blocks, and
-    streamed, resident and stock agree on the student."""
-    of, before = family(models(kind).config), models(kind).config
-    sizes: dict[str, Any] = {"layers": 4, "ffn": narrower(before), "hidden": 32, "heads": 2, "kv_heads": 1}
+def test_cut_along_every_axis_it_opens_in_stock(
+    models: Models, kind: str, tmp_path: Path, text_folder: Path
+) -> None:
+    """Blocks, neurons, heads, groups, channels, as far as the family offers them: kinds stay with
+    their blocks, and streamed, resident and stock agree on the student.
+    """
+    of = family(models(kind).config)
+    before = models(kind).config
+    sizes: dict[str, Any] = {
+        "layers": 4,
+        "ffn": narrower(before),
+        "hidden": 32,
+        "heads": 2,
+        "kv_heads": 1,
+    }
     if of.head_dim_follows:
         sizes |= {"heads": None, "kv_heads": None, "hidden": None}
     if before["num_key_value_heads"] == 1:
         sizes["kv_heads"] = None
     sizes["experts"] = "0.75x"
     asked = {axis: n for axis, n in sizes.items() if axis in of.axes}
-    prune.run(prune.Settings(
-        model=str(models(kind).path), mlx_path=str(tmp_path / "cut"), scenario="none", data=str(text_folder),
-        num_samples=2, max_seq_length=16, dtype="float32", hidden_by="importance", **asked,
-    ))  # fmt: skip
+    prune.run(
+        prune.Settings(
+            model=str(models(kind).path),
+            mlx_path=str(tmp_path / "cut"),
+            scenario="none",
+            data=str(text_folder),
+            num_samples=2,
+            max_seq_length=16,
+            dtype="float32",
+            hidden_by="importance",
+            **asked,
+        )
+    )
     student = load.open_checkpoint(tmp_path / "cut")
     kept = json.loads((student.path / "keep.json").read_text())["layers"]
     assert len(kept) == (4 if "layers" in of.axes else 7)
@@ -226,29 +288,57 @@ def test_cut_along_every_axis_it_opens_in_stock(models: Models, kind: str, tmp_p
             assert student.config[key] == [normalised(before)[key][i] for i in kept]
     tokens = mx.random.randint(0, 512, (1, 20), key=mx.random.key(5))
     theirs = stock_of(student.path)(tokens)
-    assert mx.abs(streamed(student, tokens) - theirs).max().item() <= 1e-5 * mx.abs(theirs).max().item() + 1e-6
+    assert (
+        mx.abs(streamed(student, tokens) - theirs).max().item()
+        <= 1e-5 * mx.abs(theirs).max().item() + 1e-6
+    )
 
 
-@pytest.mark.parametrize("kind", mostly_slow(tiny.MODELS, "granite", "phi3", "Bielik-4.5B-v3", "qwen2_moe"))
+@pytest.mark.parametrize(
+    "kind", mostly_slow(tiny.MODELS, "granite", "phi3", "Bielik-4.5B-v3", "qwen2_moe")
+)
 def test_the_whole_way(models: Models, kind: str, tmp_path: Path, text_folder: Path) -> None:
-    """Every family and every Polish model; gemma3_text in the short run too, as the text part of a model that sees."""
+    """Every family and every Polish model; gemma3_text in the short run too, as the text part of a
+    model that sees.
+    """
     the_whole_way(models(kind).path, tmp_path, text_folder)
 
 
 def the_whole_way(teacher: Path, tmp_path: Path, text_folder: Path, layers: int = 5) -> None:
-    """`distill` with its defaults at a small size: every folder opens in stock mlx_lm, and training lowers the KL."""
+    """`distill` with its defaults at a small size: every folder opens in stock mlx_lm, and training
+    lowers the KL.
+    """
     config = load.open_checkpoint(teacher).config
     sizes = {"layers": layers, "ffn": narrower(config), "experts": "0.75x"}
-    asked: dict[str, Any] = {axis: size for axis, size in sizes.items() if axis in family(config).axes}
-    # Stock mlx_lm is not timed where it would compute in float16: MLX's CPU gathers products of float32 alone.
+    asked: dict[str, Any] = {
+        axis: size for axis, size in sizes.items() if axis in family(config).axes
+    }
+    # Stock mlx_lm is not timed where it would compute in float16: MLX's CPU gathers products of
+    # float32 alone.
     timed = 0 if family(config).experts and policy.keeps_packed() else 2
-    result = distill.run(distill.Settings(
-        teacher=str(teacher), data=str(text_folder), out=str(tmp_path / "run"), iters=8, num_samples=2,
-        max_seq_length=32, eval_windows=2, reconstruct_samples=2, bench_tokens=timed, learning_rate=1e-4, warmup=1,
-        q_iters=2, q_group_size=32, scenario="none", **asked,
-    ))  # fmt: skip
+    result = distill.run(
+        distill.Settings(
+            teacher=str(teacher),
+            data=str(text_folder),
+            out=str(tmp_path / "run"),
+            iters=8,
+            num_samples=2,
+            max_seq_length=32,
+            eval_windows=2,
+            reconstruct_samples=2,
+            bench_tokens=timed,
+            learning_rate=1e-4,
+            warmup=1,
+            q_iters=2,
+            q_group_size=32,
+            scenario="none",
+            **asked,
+        )
+    )
     for name in ("pruned", "distilled", "model"):
-        assert np.isfinite(np.array(stock_of(tmp_path / "run" / name)(mx.array([[1, 2, 3]])).astype(mx.float32))).all()
+        assert np.isfinite(
+            np.array(stock_of(tmp_path / "run" / name)(mx.array([[1, 2, 3]])).astype(mx.float32))
+        ).all()
     assert result["kl_student"] < result["kl_pruned"] and result["nll_quantized"] is not None
 
 
@@ -259,77 +349,138 @@ def test_of_a_model_that_sees_the_opened_as_is_opened(
     """Its tensors by the text part's names, streamed and whole; what is left out is said once."""
     seen = tiny.seeing(tmp_path / "gemma3", beside)
     opened = [load.open_checkpoint(seen) for _ in range(2)][1]
-    assert capsys.readouterr().err.count("the text part is opened, a gemma3_text, without 2 tensors that see") == 1
-    plain, tokens = models("gemma3_text"), mx.array([[5, 9, 300]])
+    assert (
+        capsys.readouterr().err.count(
+            "the text part is opened, a gemma3_text, without 2 tensors that see"
+        )
+        == 1
+    )
+    plain = models("gemma3_text")
+    tokens = mx.array([[5, 9, 300]])
     assert opened.tensors.keys() == plain.tensors.keys() and opened.config["eos_token_id"] == [0]
     assert mx.array_equal(streamed(opened, tokens), streamed(plain, tokens))
-    assert mx.array_equal(load.resident(opened, mx.float32)(tokens), load.resident(plain, mx.float32)(tokens))
+    assert mx.array_equal(
+        load.resident(opened, mx.float32)(tokens), load.resident(plain, mx.float32)(tokens)
+    )
     if not beside:
         theirs = stock_of(seen)(tokens)
-        assert mx.abs(streamed(opened, tokens) - theirs).max().item() <= 1e-5 * mx.abs(theirs).max().item()
+        assert (
+            mx.abs(streamed(opened, tokens) - theirs).max().item()
+            <= 1e-5 * mx.abs(theirs).max().item()
+        )
 
 
 def test_the_whole_way_of_a_model_that_sees(tmp_path: Path, text_folder: Path) -> None:
     """Its students are gemma3_text folders; of the teacher too speed is measured."""
     seen = tiny.seeing(tmp_path / "gemma3")
     the_whole_way(seen, tmp_path, text_folder)
-    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["model_type"] == "gemma3_text"
+    assert (
+        json.loads((tmp_path / "run" / "model" / "config.json").read_text())["model_type"]
+        == "gemma3_text"
+    )
 
 
 def test_what_a_opened_as_leaves_out_is_the_familys() -> None:
     """gemma-3-4b's own config.json, which is PLLuM-4B's too; packed matrices by their names."""
-    text = {"hidden_size": 2560, "intermediate_size": 10_240, "model_type": "gemma3_text", "num_hidden_layers": 34,
-            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}  # fmt: skip
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10_240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
     packed = {"bits": 4, "group_size": 64, "language_model.model.layers.0.mlp.up_proj": {"bits": 8}}
-    whole = {"model_type": "gemma3", "text_config": text, "vision_config": {}, "quantization": packed}
+    whole = {
+        "model_type": "gemma3",
+        "text_config": text,
+        "vision_config": {},
+        "quantization": packed,
+    }
     config = _opened_as(whole, Path("config.json"))
     check_config(config, Path("config.json"))
-    assert config["quantization"]["model.layers.0.mlp.up_proj"] == {"bits": 8} and "vision_config" not in config
+    assert (
+        config["quantization"]["model.layers.0.mlp.up_proj"] == {"bits": 8}
+        and "vision_config" not in config
+    )
     assert arch.params(config) == 3_880_263_168
-    for broken, why in (({"text_config": [1]}, r"text_config is \[1\]"), ({"model_file": "x.py"}, "model_file wants")):
+    for broken, why in (
+        ({"text_config": [1]}, r"text_config is \[1\]"),
+        ({"model_file": "x.py"}, "model_file wants"),
+    ):
         with pytest.raises(MisError, match=why):
             check_config(_opened_as({**whole, **broken}, Path("config.json")), Path("config.json"))
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("Phi-4-mini-instruct", 3_836_021_760), ("Phi-3-mini-128k-instruct", 3_821_079_552)]
+    ("name", "count"),
+    [("Phi-4-mini-instruct", 3_836_021_760), ("Phi-3-mini-128k-instruct", 3_821_079_552)],
 )
 def test_the_configs_of_phis_are_theirs(name: str, count: int, tmp_path: Path) -> None:
-    """As published, their own code's name included: as many parameters, in the family's own type."""
+    """As published, their own code's name included: as many parameters, in the family's own
+    type.
+    """
     (tmp_path / "config.json").write_text(json.dumps(tiny.PHI[name]))
     config = read_config(tmp_path)
-    assert (config["model_type"], "auto_map" in config, arch.params(config)) == ("phi3", False, count)
+    assert (config["model_type"], "auto_map" in config, arch.params(config)) == (
+        "phi3",
+        False,
+        count,
+    )
     long = config["rope_scaling"]
-    assert long["long_factor"] == long["short_factor"] == tiny.PHI[name]["rope_scaling"]["long_factor"]
+    assert (
+        long["long_factor"] == long["short_factor"] == tiny.PHI[name]["rope_scaling"]["long_factor"]
+    )
 
 
 @pytest.mark.parametrize("kind", tiny.PHIS)
-def test_positions_that_are_phis_own(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_positions_that_are_phis_own(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A part of each head by plain positions; whole heads by LongRoPE: as stock mlx_lm, which takes
     the long factors at every length, and that is said."""
-    phi, tokens = load.open_checkpoint(tiny.make(tmp_path / "m", **tiny.PHIS[kind])), mx.arange(80)[None]
-    assert ("long factors count at every length" in capsys.readouterr().err) == (kind == "phi3 of whole heads")
-    theirs, z = stock_of(phi.path)(tokens), streamed(phi, tokens)
-    assert mx.array_equal(z, load.resident(phi, mx.float32)(tokens)) and phi.config["model_type"] == "phi3"
+    phi = load.open_checkpoint(tiny.make(tmp_path / "m", **tiny.PHIS[kind]))
+    tokens = mx.arange(80)[None]
+    assert ("long factors count at every length" in capsys.readouterr().err) == (
+        kind == "phi3 of whole heads"
+    )
+    theirs = stock_of(phi.path)(tokens)
+    z = streamed(phi, tokens)
+    assert (
+        mx.array_equal(z, load.resident(phi, mx.float32)(tokens))
+        and phi.config["model_type"] == "phi3"
+    )
     assert mx.abs(z - theirs).max().item() <= 1e-5 * mx.abs(theirs).max().item()
 
 
 @pytest.mark.parametrize("bits", [None, 4])
 def test_joined_matrices_are_opened_apart(models: Models, bits: int | None, tmp_path: Path) -> None:
-    """A phi3 is a llama whose matrices lie on disk as rows of another; so do MLX's packed ones, some in other bits."""
+    """A phi3 is a llama whose matrices lie on disk as rows of another; so do MLX's packed ones,
+    some in other bits.
+    """
     phi = tiny.joined(tmp_path / "phi3")
     if bits:
-        utils, phi = load.mlx_lm("utils"), tmp_path / "packed"
+        utils = load.mlx_lm("utils")
+        phi = tmp_path / "packed"
         model, config = utils.load_model(tmp_path / "phi3")
 
         def how(path: str, _: nn.Module) -> bool | dict[str, Any]:
-            return {"group_size": 64, "bits": 8, "mode": "affine"} if "layers.1.mlp.gate_up" in path else True
+            return (
+                {"group_size": 64, "bits": 8, "mode": "affine"}
+                if "layers.1.mlp.gate_up" in path
+                else True
+            )
 
         model, config = utils.quantize_model(model, config, 64, bits, quant_predicate=how)
         utils.save(phi, tmp_path / "phi3", model, load.tokenizer(tmp_path / "phi3"), config)
-    opened, tokens = load.open_checkpoint(phi), mx.array([[5, 9, 300, 17]])
-    assert set(opened.tensors) >= set(models("untied").tensors) and opened.config["model_type"] == "llama"
-    theirs, whole = stock_of(phi)(tokens), load.resident(opened, mx.float32)(tokens)
+    opened = load.open_checkpoint(phi)
+    tokens = mx.array([[5, 9, 300, 17]])
+    assert (
+        set(opened.tensors) >= set(models("untied").tensors)
+        and opened.config["model_type"] == "llama"
+    )
+    theirs = stock_of(phi)(tokens)
+    whole = load.resident(opened, mx.float32)(tokens)
     for z in (streamed(opened, tokens), whole):
         assert mx.abs(z - theirs).max().item() <= 1e-5 * mx.abs(theirs).max().item()
     if not bits:
@@ -339,35 +490,59 @@ def test_joined_matrices_are_opened_apart(models: Models, bits: int | None, tmp_
 def test_the_whole_way_of_joined_matrices(tmp_path: Path, text_folder: Path) -> None:
     """Its students are llama folders."""
     the_whole_way(tiny.joined(tmp_path / "phi3"), tmp_path, text_folder, layers=2)
-    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["model_type"] == "llama"
+    assert (
+        json.loads((tmp_path / "run" / "model" / "config.json").read_text())["model_type"]
+        == "llama"
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5, a phi3 turns an even part of each head"),
+        (
+            {"partial_rotary_factor": 1.5},
+            "partial_rotary_factor is 1.5, a phi3 turns an even part of each head",
+        ),
         ({"partial_rotary_factor": 0.7}, "partial_rotary_factor is 0.7, a phi3 turns"),
         ({"partial_rotary_factor": 1e999}, "Infinity|partial_rotary_factor is inf"),
         ({"partial_rotary_factor": "x"}, "partial_rotary_factor is 'x', a number above 0"),
-        ({"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.75}}, "is 0.75, a phi3 turns"),
+        (
+            {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.75}},
+            "is 0.75, a phi3 turns",
+        ),
         (
             {"partial_rotary_factor": 0.5, "rope_scaling": {"type": "yarn", "factor": 2.0}},
             "is 'yarn', supported are default, longrope",
         ),
         ({"rope_scaling": {**tiny.LONG, "type": "su"}}, "is 'su', supported are default, longrope"),
-        ({"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, "long_factor must be a list of 8 numbers"),
-        ({"rope_scaling": {**tiny.LONG, "short_factor": None}}, "short_factor must be a list of 8 numbers"),
-        ({"rope_scaling": {**tiny.LONG, "long_factor": [0] * 8}}, "a number of rope_scaling.long_factor is 0"),
+        (
+            {"rope_scaling": {"type": "longrope", "long_factor": [1.0]}},
+            "long_factor must be a list of 8 numbers",
+        ),
+        (
+            {"rope_scaling": {**tiny.LONG, "short_factor": None}},
+            "short_factor must be a list of 8 numbers",
+        ),
+        (
+            {"rope_scaling": {**tiny.LONG, "long_factor": [0] * 8}},
+            "a number of rope_scaling.long_factor is 0",
+        ),
         (
             {"rope_scaling": {**tiny.LONG, "attention_factor": 1.2}},
             "has attention_factor, of which mlx-lm's phi3 knows",
         ),
-        ({"rope_scaling": tiny.LONG, "max_position_embeddings": None}, "max_position_embeddings is None"),
+        (
+            {"rope_scaling": tiny.LONG, "max_position_embeddings": None},
+            "max_position_embeddings is None",
+        ),
         (
             {"rope_scaling": tiny.LONG, "original_max_position_embeddings": 1},
             "original_max_position_embeddings - 1 is 0",
         ),
-        ({"num_key_value_heads": 4}, "qkv_proj.weight has 128 rows, config.json makes it 192: download it again"),
+        (
+            {"num_key_value_heads": 4},
+            "qkv_proj.weight has 128 rows, config.json makes it 192: download it again",
+        ),
     ],
 )
 def test_what_of_phi_is_refused(change: dict[str, Any], why: str, tmp_path: Path) -> None:
@@ -382,11 +557,23 @@ def test_what_of_phi_is_refused(change: dict[str, Any], why: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("kind", "flags", "said"),
     [
-        ("gemma3_text", {"hidden": 32}, "hidden of a gemma3_text cannot be cut: its blocks have norms behind"),
+        (
+            "gemma3_text",
+            {"hidden": 32},
+            "hidden of a gemma3_text cannot be cut: its blocks have norms behind",
+        ),
         ("gemma3_text", {"scenario": "baca"}, "hidden of a gemma3_text cannot be cut"),
-        ("gemma3_text", {"layers": 2, "scenario": "none"}, "2 layers of a gemma3_text are fewer than 3"),
+        (
+            "gemma3_text",
+            {"layers": 2, "scenario": "none"},
+            "2 layers of a gemma3_text are fewer than 3",
+        ),
         ("granite", {"heads": 2, "scenario": "none"}, "a granite cannot change hidden"),
-        ("phi3", {"heads": 2, "scenario": "none"}, "heads of a phi3 cannot be cut: its heads are rows of one matrix"),
+        (
+            "phi3",
+            {"heads": 2, "scenario": "none"},
+            "heads of a phi3 cannot be cut: its heads are rows of one matrix",
+        ),
         ("phi3", {"hidden": 32, "scenario": "none"}, "hidden of a phi3 cannot be cut"),
     ],
 )
@@ -394,7 +581,11 @@ def test_an_axis_that_is_not_safe(
     models: Models, kind: str, flags: dict[str, Any], said: str, tmp_path: Path, text_folder: Path
 ) -> None:
     """One sentence that says why, before anything is read."""
-    where = {"model": str(models(kind).path), "mlx_path": str(tmp_path / "x"), "data": str(text_folder)}
+    where = {
+        "model": str(models(kind).path),
+        "mlx_path": str(tmp_path / "x"),
+        "data": str(text_folder),
+    }
     with pytest.raises(MisError, match=said):
         prune.run(prune.Settings(**where, **flags))
 
@@ -407,7 +598,11 @@ def test_an_axis_that_is_not_safe(
         ("gemma3_text", {"query_pre_attn_scalar": None}, "query_pre_attn_scalar is None"),
         ("granite", {"logits_scaling": -1}, "logits_scaling is -1"),
         ("granite", {"residual_multiplier": "x"}, "residual_multiplier is 'x'"),
-        ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "odd"}, "sliding_attention": {}}}, "odd"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"full_attention": {"rope_type": "odd"}, "sliding_attention": {}}},
+            "odd",
+        ),
     ],
 )
 def test_what_a_family_needs_is_asked_for(kind: str, change: dict[str, Any], said: str) -> None:
@@ -422,7 +617,8 @@ def table() -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in FAMILIES.values():
         axes = ["yes" if axis in row.axes else "no" for axis in ALL]
-        if row.head_dim_follows and "heads" in row.axes:  # heads, their groups and the hidden size, by the quotient
+        # heads, their groups and the hidden size, by the quotient
+        if row.head_dim_follows and "heads" in row.axes:
             axes = [*axes[:3], *["together"] * 3]
         repair = "router" if row.experts else "yes"
         rest = [repair, "float16" if row.float16 else "float32 or bfloat16", row.gguf or "no"]
@@ -434,4 +630,6 @@ def test_the_page_says_what_the_table_says() -> None:
     """docs/families.md."""
     page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
     assert table() in page, table()
-    assert all(f"`{name}`" in page and into["model_type"] in FAMILIES for name, into in OPENED_AS.items())
+    assert all(
+        f"`{name}`" in page and into["model_type"] in FAMILIES for name, into in OPENED_AS.items()
+    )

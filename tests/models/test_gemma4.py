@@ -1,4 +1,6 @@
-"""Gemma 4: what its blocks take beside hidden states, forwards, backwards, on disk. Parity is in test_families.py."""
+"""Gemma 4: what its blocks take beside hidden states, forwards, backwards, on disk. Parity is in
+test_families.py.
+"""
 
 from __future__ import annotations
 
@@ -62,8 +64,9 @@ def stock(folder: Path) -> nn.Module:
 
 
 def stock_logits(model: Checkpoint) -> mx.array:
-    """Of TOKENS, float32, by stock mlx_lm in the type that the policy gives: attention without a scale makes half
-    precision look at other tokens."""
+    """Of TOKENS, float32, by stock mlx_lm in the type that the policy gives: attention without a
+    scale makes half precision look at other tokens.
+    """
     theirs = stock(model.path)
     theirs.set_dtype(compute_dtype(model))
     return theirs(TOKENS).astype(mx.float32)
@@ -86,18 +89,24 @@ def test_who_makes_keys_and_values() -> None:
     assert arch.fixed_blocks(e2b) == {13, 14, 34}
 
 
-@pytest.mark.parametrize(("name", "tables", "total"), [
-    ("gemma-4-e2b", 262_144 * (1536 + 35 * 256), 4_628_569_379),
-    ("gemma-4-e4b", 262_144 * (2560 + 42 * 256), 7_463_013_418),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "tables", "total"),
+    [
+        ("gemma-4-e2b", 262_144 * (1536 + 35 * 256), 4_628_569_379),
+        ("gemma-4-e4b", 262_144 * (2560 + 42 * 256), 7_463_013_418),
+    ],
+)
 def test_the_published_shapes(name: str, tables: int, total: int, tmp_path: Path) -> None:
     """Rows of tables are most of E2B; every tensor that the config promises is counted."""
     (tmp_path / "config.json").write_text(json.dumps(arch.PUBLISHED[name]))
     config = read_config(tmp_path)
     assert config["vocab_size"] * arch.row_params(config) == tables
-    assert arch.params(config) == sum(int(np.prod(shape)) for shape in arch.tensors_of(config).values())
+    assert arch.params(config) == sum(
+        int(np.prod(shape)) for shape in arch.tensors_of(config).values()
+    )
     assert arch.params(config) == total
-    stock_model = load.mlx_lm("models.gemma4_text").Model(load.model_args(config))  # lazy: nothing is drawn
+    # lazy: nothing is drawn
+    stock_model = load.mlx_lm("models.gemma4_text").Model(load.model_args(config))
     assert total == sum(array.size for _, array in tree_flatten(stock_model.parameters()))
 
 
@@ -105,8 +114,9 @@ def test_the_published_shapes(name: str, tables: int, total: int, tmp_path: Path
 def test_of_a_model_that_sees_and_hears_the_text_part_is_opened(
     gemma: Checkpoint, beside: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As published and as mlx_lm.convert writes it: towers are left out, and so are the keys and values that nobody
-    uses, of blocks that share another's."""
+    """As published and as mlx_lm.convert writes it: towers are left out, and so are the keys and
+    values that nobody uses, of blocks that share another's.
+    """
     folder = tiny.hearing(tmp_path / "m", beside)
     opened = load.open_checkpoint(folder)
     assert "a gemma4_text, without 3 tensors that see or hear" in capsys.readouterr().err
@@ -119,16 +129,31 @@ def test_of_a_model_that_sees_and_hears_the_text_part_is_opened(
 @pytest.mark.parametrize("method", ["round", "gptq"])
 @pytest.mark.parametrize("policy", ["cpu", "metal"])
 def test_four_bits_are_stock(
-    gemma: Checkpoint, method: Any, policy: str, tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+    gemma: Checkpoint,
+    method: Any,
+    policy: str,
+    tmp_path: Path,
+    text_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Both tables packed, the table of per-layer inputs in parts; whole, streamed, and with weights kept packed."""
+    """Both tables packed, the table of per-layer inputs in parts; whole, streamed, and with weights
+    kept packed.
+    """
     monkeypatch.setenv("MIS_MLX_POLICY", policy)
     monkeypatch.setattr(load, "TABLE_PART", 50 * 7 * 32)
     bpw = 5.0 if method == "gptq" else None
-    quantize.run(quantize.Settings(
-        model=str(gemma.path), mlx_path=str(tmp_path / "four"), q_group_size=32, q_method=method, target_bpw=bpw,
-        data=str(text_folder), num_samples=2, max_seq_length=24,
-    ))  # fmt: skip
+    quantize.run(
+        quantize.Settings(
+            model=str(gemma.path),
+            mlx_path=str(tmp_path / "four"),
+            q_group_size=32,
+            q_method=method,
+            target_bpw=bpw,
+            data=str(text_folder),
+            num_samples=2,
+            max_seq_length=24,
+        )
+    )
     four = load.open_checkpoint(tmp_path / "four")
     formats = packed_format.formats(four)
     assert {"model.embed_tokens_per_layer", "model.embed_tokens"} < formats.keys()
@@ -142,16 +167,26 @@ def test_four_bits_are_stock(
         name = "model.embed_tokens_per_layer.weight"
         kind = formats["model.embed_tokens_per_layer"]
         packed = packed_format._by_parts(load.dense(gemma, name), kind)
-        assert mx.array_equal(load.dense(four, name, {
-            "model.embed_tokens_per_layer.weight": packed[0],
-            "model.embed_tokens_per_layer.scales": packed[1],
-            "model.embed_tokens_per_layer.biases": packed[2],
-        }), load.dense(four, name))  # fmt: skip
+        assert mx.array_equal(
+            load.dense(
+                four,
+                name,
+                {
+                    "model.embed_tokens_per_layer.weight": packed[0],
+                    "model.embed_tokens_per_layer.scales": packed[1],
+                    "model.embed_tokens_per_layer.biases": packed[2],
+                },
+            ),
+            load.dense(four, name),
+        )
 
 
-def test_tables_go_through_memory_in_parts(gemma: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_go_through_memory_in_parts(
+    gemma: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Trimmed, cut in depth and rounded: never more rows of the table at once than a part has."""
-    rows, largest = 20, list[int]()
+    rows = 20
+    largest = list[int]()
     monkeypatch.setattr(load, "TABLE_PART", rows * 7 * 32)
     read = load.Reader.rows
 
@@ -169,13 +204,18 @@ def test_tables_go_through_memory_in_parts(gemma: Checkpoint, tmp_path: Path, mo
     dense = load.dense
     monkeypatch.setattr(load, "dense", refused)
     seen = vocabulary.write(gemma, range(0, 512, 2), tmp_path / "rows", DISK)
-    packed_format.write_quantized(gemma, tmp_path / "four", packed_format.layout(gemma.config, 32), DISK)
+    packed_format.write_quantized(
+        gemma, tmp_path / "four", packed_format.layout(gemma.config, 32), DISK
+    )
     model_writer.by_block(gemma, tmp_path / "parts", DISK)
     monkeypatch.undo()
     name = f"{arch.PER_LAYER}weight"
-    assert largest and max(largest) <= max(rows, rows * 7 * 32 // 64)  # the embedding's rows are shorter
+    # the embedding's rows are shorter
+    assert largest and max(largest) <= max(rows, rows * 7 * 32 // 64)
     assert mx.array_equal(load.dense(seen, name), load.dense(gemma, name)[::2])
-    assert mx.array_equal(load.dense(load.open_checkpoint(tmp_path / "parts"), name), load.dense(gemma, name))
+    assert mx.array_equal(
+        load.dense(load.open_checkpoint(tmp_path / "parts"), name), load.dense(gemma, name)
+    )
 
 
 @pytest.mark.usefixtures("cpu_policy")
@@ -183,8 +223,9 @@ def test_tables_go_through_memory_in_parts(gemma: Checkpoint, tmp_path: Path, mo
 def test_gradients_block_by_block_are_the_whole_models(
     gemma: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, each: int, windows: int
 ) -> None:
-    """What later blocks make of a block's keys and values comes back to it: of blocks in memory, of some of them while
-    others stream past, with one window in a micro-batch and two side by side."""
+    """What later blocks make of a block's keys and values comes back to it: of blocks in memory, of
+    some of them while others stream past, with one window in a micro-batch and two side by side.
+    """
     if windows == 2:
         monkeypatch.setattr(lanes, "count", lambda: 2)
         monkeypatch.setattr(lanes, "together", lambda things: nullcontext())
@@ -192,19 +233,26 @@ def test_gradients_block_by_block_are_the_whole_models(
     for b in range(2):
         keys = mx.random.split(mx.random.key(b), 2)
         tokens = mx.random.randint(0, 512, (windows, 12), key=keys[0])
-        batches.append((tokens, mx.ones(windows * 12), mx.random.normal((windows * 12, 64), key=keys[1])))
+        batches.append(
+            (tokens, mx.ones(windows * 12), mx.random.normal((windows * 12, 64), key=keys[1]))
+        )
     cap = softcap(gemma.config)
     head = 0.5 * mx.random.normal((512, 64), key=mx.random.key(9))
 
     def loss(hidden: mx.array, table: mx.array, learn: mx.array, target: mx.array) -> mx.array:
-        return losses.kl_sum(hidden, table, target, lambda h: h @ head.T, learn, frozen_head=True, softcap=cap)
+        return losses.kl_sum(
+            hidden, table, target, lambda h: h @ head.T, learn, frozen_head=True, softcap=cap
+        )
 
     def plain(model: nn.Module) -> mx.array:
         total = mx.array(0.0)
         for tokens, _, target in batches:
             p = nn.log_softmax(target @ head.T, axis=-1)
-            # One by one: a product of other sizes is rounded otherwise, of which gradients here make a thousandth.
-            z = nn.log_softmax(mx.concatenate([model(row[None]) for row in tokens]).reshape(-1, 512), axis=-1)
+            # One by one: a product of other sizes is rounded otherwise, of which gradients here
+            # make a thousandth.
+            z = nn.log_softmax(
+                mx.concatenate([model(row[None]) for row in tokens]).reshape(-1, 512), axis=-1
+            )
             total = total + (mx.exp(p) * (p - z)).sum()
         return total
 
@@ -229,9 +277,12 @@ def test_gradients_block_by_block_are_the_whole_models(
 
 
 @pytest.mark.usefixtures("cpu_policy")
-def test_what_comes_back_to_the_first_block(gemma: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The streamed pass back against autodiff of stock mlx_lm: at the first block's input, and of what every block
-    gets of the tables."""
+def test_what_comes_back_to_the_first_block(
+    gemma: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The streamed pass back against autodiff of stock mlx_lm: at the first block's input, and of
+    what every block gets of the tables.
+    """
     monkeypatch.setattr(mx.random, "categorical", lambda z, key: mx.argmax(z, axis=-1))
     channels = dict[int, mx.array]()
 
@@ -239,7 +290,9 @@ def test_what_comes_back_to_the_first_block(gemma: Checkpoint, monkeypatch: pyte
         def each(inputs: BlockInputs, above: BlockOutputs) -> BlockInputs:
             def run(*arrays: mx.array) -> list[mx.array]:
                 given = inputs.like(arrays)
-                return stream.block_inputs.run(block, given, load.mask(args, block, given.hidden)).arrays(above)
+                return stream.block_inputs.run(
+                    block, given, load.mask(args, block, given.hidden)
+                ).arrays(above)
 
             _, below = mx.vjp(run, inputs.arrays, above.arrays(above))
             mx.eval(below)
@@ -248,7 +301,9 @@ def test_what_comes_back_to_the_first_block(gemma: Checkpoint, monkeypatch: pyte
         return lambda inputs, above: [each(*of) for of in zip(inputs, above, strict=True)]
 
     args = load.model_args(gemma.config)
-    (below,) = backward_pass.backwards(gemma, [TOKENS], visit, at_channels=lambda i, b, c: channels.update({i: c}))
+    (below,) = backward_pass.backwards(
+        gemma, [TOKENS], visit, at_channels=lambda i, b, c: channels.update({i: c})
+    )
     model = stock(gemma.path)
     inner = model.model
     hidden = inner.embed_tokens(TOKENS)
@@ -264,17 +319,26 @@ def test_what_comes_back_to_the_first_block(gemma: Checkpoint, monkeypatch: pyte
         return mx.take_along_axis(nn.log_softmax(z, axis=-1), drawn[..., None], axis=-1).sum()
 
     at_hidden, at_sides = mx.grad(likely, argnums=(0, 1))(hidden, sides)
-    assert mx.abs(below * inner.embed_scale - at_hidden).max().item() <= 1e-4 * mx.abs(at_hidden).max().item()
+    assert (
+        mx.abs(below * inner.embed_scale - at_hidden).max().item()
+        <= 1e-4 * mx.abs(at_hidden).max().item()
+    )
     ours = mx.stack([channels[i] for i in range(7)], axis=2) * 2.0**-0.5
     assert mx.abs(ours - at_sides).max().item() <= 1e-4 * mx.abs(at_sides).max().item()
 
 
-def test_bits_go_to_the_table_of_per_layer_inputs(gemma: Checkpoint, batches: list[mx.array]) -> None:
+def test_bits_go_to_the_table_of_per_layer_inputs(
+    gemma: Checkpoint, batches: list[mx.array]
+) -> None:
     """It has a cost like every matrix, more in fewer bits; rows that do not occur cost nothing."""
     found = bit_allocation.costs(gemma, batches, 32, (3, 8))
     table = found["model.embed_tokens_per_layer"]
     assert table[3] > 10 * table[8] > 0
-    matrices = {n.removesuffix(".weight") for n, shape in arch.tensors_of(gemma.config).items() if len(shape) > 1}
+    matrices = {
+        n.removesuffix(".weight")
+        for n, shape in arch.tensors_of(gemma.config).items()
+        if len(shape) > 1
+    }
     assert found.keys() == matrices - packed_format.gates(gemma.config)
 
 
@@ -293,13 +357,23 @@ def test_many_texts_are_written_as_each_alone(gemma: Checkpoint) -> None:
 
 
 def test_depth_keeps_who_makes_keys(gemma: Checkpoint, tmp_path: Path, text_folder: Path) -> None:
-    """Blocks 1, 2 and 6 stay whatever they are worth; the config says how many of those that are left share."""
+    """Blocks 1, 2 and 6 stay whatever they are worth; the config says how many of those that are
+    left share.
+    """
     for layers in (3, 5):
         out = tmp_path / f"cut-{layers}"
-        prune.run(prune.Settings(
-            model=str(gemma.path), mlx_path=str(out), scenario="none", layers=layers, data=str(text_folder),
-            num_samples=2, max_seq_length=24, dtype="float32",
-        ))  # fmt: skip
+        prune.run(
+            prune.Settings(
+                model=str(gemma.path),
+                mlx_path=str(out),
+                scenario="none",
+                layers=layers,
+                data=str(text_folder),
+                num_samples=2,
+                max_seq_length=24,
+                dtype="float32",
+            )
+        )
         student = load.open_checkpoint(out)
         keep = model_writer.read_keep(out)
         assert keep and {1, 2, 6} <= set(keep.layers) and len(keep.layers) == layers
@@ -307,22 +381,46 @@ def test_depth_keeps_who_makes_keys(gemma: Checkpoint, tmp_path: Path, text_fold
         table = load.dense(gemma, f"{arch.PER_LAYER}weight").reshape(512, 7, 32)
         mine = load.dense(student, f"{arch.PER_LAYER}weight").reshape(512, layers, 32)
         assert mx.array_equal(mine, table[:, mx.array(list(keep.layers))])
-        assert mx.abs(logits(student, TOKENS) - stock_logits(student)).max().item() <= near(1e-5, 0.02)
+        assert mx.abs(logits(student, TOKENS) - stock_logits(student)).max().item() <= near(
+            1e-5, 0.02
+        )
 
 
-@pytest.mark.parametrize("way", mostly_slow(["resident", "blocks", "sharded", "lora", "none", "cached"], "blocks"))
+@pytest.mark.parametrize(
+    "way", mostly_slow(["resident", "blocks", "sharded", "lora", "none", "cached"], "blocks")
+)
 def test_every_way_of_training(tmp_path: Path, text_folder: Path, way: str) -> None:
-    """Half of the tokens, fewer neurons and blocks: stock mlx_lm opens what comes out; training brings it nearer to its
-    teacher."""
+    """Half of the tokens, fewer neurons and blocks: stock mlx_lm opens what comes out; training
+    brings it nearer to its teacher.
+    """
     folder = tiny.make(tmp_path / "teacher", vocab_size=1024, **tiny.FAMILIES[KIND])
     tiny.write_tokenizer(folder, 1024)
     how: dict[str, Any] = {"targets": "cached"} if way == "cached" else {"train": way}
     run = tmp_path / "run"
-    result = distill.run(distill.Settings(
-        teacher=str(folder), data=str(text_folder), out=str(run), iters=6, num_samples=2, max_seq_length=32,
-        eval_windows=2, reconstruct_samples=4, bench_tokens=2, learning_rate=1e-4, q_iters=2, q_group_size=32,
-        vocab="0.5x", layers=6, ffn=512, scenario="none", target_bpw=6.0, save_every=3, warmup=1, **how,
-    ))  # fmt: skip
+    result = distill.run(
+        distill.Settings(
+            teacher=str(folder),
+            data=str(text_folder),
+            out=str(run),
+            iters=6,
+            num_samples=2,
+            max_seq_length=32,
+            eval_windows=2,
+            reconstruct_samples=4,
+            bench_tokens=2,
+            learning_rate=1e-4,
+            q_iters=2,
+            q_group_size=32,
+            vocab="0.5x",
+            layers=6,
+            ffn=512,
+            scenario="none",
+            target_bpw=6.0,
+            save_every=3,
+            warmup=1,
+            **how,
+        )
+    )
     assert result["mode"] == ("resident" if way == "cached" else way)
     for name in ("pruned", "distilled", "model"):
         student = load.open_checkpoint(run / name)
@@ -343,36 +441,65 @@ def test_every_way_of_training(tmp_path: Path, text_folder: Path, way: str) -> N
         ({"vocab_size_per_layer_input": 128}, "has 128 rows, the embedding 512"),
         ({"use_double_wide_mlp": None}, "use_double_wide_mlp is missing"),
         ({"num_kv_shared_layers": 7}, "num_kv_shared_layers is 7, plausible is 0 to 6"),
-        ({"num_kv_shared_layers": 5}, "share keys and values, none of the first 2 blocks makes any"),
-        ({"rope_parameters": None}, "rope_parameters must have full_attention and sliding_attention"),
-        ({"rope_parameters": {**tiny.GEMMA4_ROPES, "full_attention": {"rope_type": "yarn"}}}, "is 'yarn'"),
+        (
+            {"num_kv_shared_layers": 5},
+            "share keys and values, none of the first 2 blocks makes any",
+        ),
+        (
+            {"rope_parameters": None},
+            "rope_parameters must have full_attention and sliding_attention",
+        ),
+        (
+            {"rope_parameters": {**tiny.GEMMA4_ROPES, "full_attention": {"rope_type": "yarn"}}},
+            "is 'yarn'",
+        ),
     ],
 )
 def test_what_of_a_config_is_refused(change: dict[str, Any], said: str) -> None:
-    """Variants that are not built, and configs that mlx-lm and transformers would read differently."""
+    """Variants that are not built, and configs that mlx-lm and transformers would read
+    differently.
+    """
     with pytest.raises(MisError, match=said):
         check_config({**tiny.CONFIG, **tiny.FAMILIES[KIND], **change}, Path("config.json"))
 
 
-def test_what_is_not_built_is_a_sentence(gemma: Checkpoint, tmp_path: Path, text_folder: Path) -> None:
+def test_what_is_not_built_is_a_sentence(
+    gemma: Checkpoint, tmp_path: Path, text_folder: Path
+) -> None:
     """Blocks shared by machines, heads, a search of sizes, a GGUF; each before any work."""
     with pytest.raises(MisError, match="need more of each other than hidden states"):
         pipeline_parallel.Relay(gemma, mx.float32, 0, False, (7,))
-    with pytest.raises(MisError, match="heads of a gemma4_text cannot be cut: its heads have two sizes"):
-        prune.run(prune.Settings(model=str(gemma.path), mlx_path=str(tmp_path / "x"), heads=2, scenario="none"))
+    with pytest.raises(
+        MisError, match="heads of a gemma4_text cannot be cut: its heads have two sizes"
+    ):
+        prune.run(
+            prune.Settings(
+                model=str(gemma.path), mlx_path=str(tmp_path / "x"), heads=2, scenario="none"
+            )
+        )
     with pytest.raises(MisError, match="2 layers of a gemma4_text are too few: 3 blocks stay"):
-        prune.run(prune.Settings(model=str(gemma.path), mlx_path=str(tmp_path / "x"), layers=2, scenario="none"))
-    with pytest.raises(MisError, match="a search does not know what the tables of a gemma4_text weigh"):
+        prune.run(
+            prune.Settings(
+                model=str(gemma.path), mlx_path=str(tmp_path / "x"), layers=2, scenario="none"
+            )
+        )
+    with pytest.raises(
+        MisError, match="a search does not know what the tables of a gemma4_text weigh"
+    ):
         search.run(search.Settings(teacher=str(gemma.path), data=str(text_folder), params="0.5x"))
     with pytest.raises(MisError, match="a gemma4_text is not exported to GGUF"):
         export.run(export.Settings(model=str(gemma.path), out=str(tmp_path / "x.gguf")))
 
 
-def test_generate_writes_the_same_streamed_and_whole(gemma: Checkpoint, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_writes_the_same_streamed_and_whole(
+    gemma: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The command, with a budget for all of the model and for none of it."""
     said = list[str]()
     for budget in (None, "700MiB"):
-        generate.run(generate.Settings(model=str(gemma.path), prompt="The for", max_tokens=8, budget=budget))
+        generate.run(
+            generate.Settings(model=str(gemma.path), prompt="The for", max_tokens=8, budget=budget)
+        )
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and said[0].strip()
 
@@ -389,18 +516,25 @@ def test_a_teacher_and_its_own_logits(gemma: Checkpoint) -> None:
 
 
 SIZES: dict[str, Any] = {
-    **tiny.FAMILIES[KIND], "hidden_size": 128, "intermediate_size": 1024, "hidden_size_per_layer_input": 128,
+    **tiny.FAMILIES[KIND],
+    "hidden_size": 128,
+    "intermediate_size": 1024,
+    "hidden_size_per_layer_input": 128,
     "vocab_size": 2048,
-}  # fmt: skip
+}
 
 
 @pytest.mark.usefixtures("cpu_policy")
 @pytest.mark.parametrize(("windows", "length"), [(1, 64), (6, 128)])
 def test_a_pass_stays_under_the_plan(tmp_path: Path, windows: int, length: int) -> None:
-    """With the channels of every token and the keys and values that wait: MLX's peak, and not by more than half."""
+    """With the channels of every token and the keys and values that wait: MLX's peak, and not by
+    more than half.
+    """
     model = load.open_checkpoint(tiny.make(tmp_path / "m", **SIZES))
     m = estimates.model_of(model, gpu=False, dtype=mx.float32)
-    batches = [mx.random.randint(0, 2048, (1, length), key=mx.random.key(k)) for k in range(windows)]
+    batches = [
+        mx.random.randint(0, 2048, (1, length), key=mx.random.key(k)) for k in range(windows)
+    ]
     mx.eval(batches)
     mx.clear_cache()
     cache = mx.set_cache_limit(0)
@@ -409,29 +543,41 @@ def test_a_pass_stays_under_the_plan(tmp_path: Path, windows: int, length: int) 
     stream.Stream(model, mx.float32).forward(batches)
     peak = mx.get_peak_memory() - before
     mx.set_cache_limit(cache)
-    planned = estimates.streamed_pass("pass", m, windows * length, length, length, GIB, head=False).peak_bytes
+    planned = estimates.streamed_pass(
+        "pass", m, windows * length, length, length, GIB, head=False
+    ).peak_bytes
     assert planned - estimates.SMALL_BYTES < 1.5 * peak and peak < planned, (peak, planned)
 
 
 @pytest.mark.usefixtures("cpu_policy")
 @pytest.mark.parametrize("way", ["blocks", "sharded"])
 def test_training_stays_under_the_plan(tmp_path: Path, way: str) -> None:
-    """Two steps of the student block by block, all blocks in memory or two of them: under the plan, within a half."""
-    teacher, student = (load.open_checkpoint(tiny.make(tmp_path / str(seed), seed=seed, **SIZES)) for seed in (0, 1))
+    """Two steps of the student block by block, all blocks in memory or two of them: under the plan,
+    within a half.
+    """
+    teacher, student = (
+        load.open_checkpoint(tiny.make(tmp_path / str(seed), seed=seed, **SIZES)) for seed in (0, 1)
+    )
     tokens = np.random.default_rng(0).integers(0, 2048, (12, 64)).astype(np.int32)
     data = Windows(tokens, np.ones((12, 64), np.float32))
     config = TrainingConfig(iters=2, batch_size=2, grad_accumulation_steps=2, max_seq_length=64)
     large, small = (estimates.model_of(m, gpu=False, dtype=mx.float32) for m in (teacher, student))
-    asked = DistillationConfig(iters=2, batch_size=2, grad_accumulation_steps=2, max_seq_length=64, train="blocks")
+    asked = DistillationConfig(
+        iters=2, batch_size=2, grad_accumulation_steps=2, max_seq_length=64, train="blocks"
+    )
     job = spec_of(large, small, asked)
     shard = 7 if way == "blocks" else 2
-    planned = (phases.blocks(job, 2, 0) if way == "blocks" else phases.sharded(job, 2, shard)).peak_bytes
+    planned = (
+        phases.blocks(job, 2, 0) if way == "blocks" else phases.sharded(job, 2, shard)
+    ).peak_bytes
     mx.clear_cache()
     before = mx.get_active_memory()
     with memory.limited(Budget(before + planned)):
         source = live_teacher.StreamedTeacher(teacher, 0)
         parts = model_writer.by_block(student, tmp_path / "parts", DISK)
-        made = sharded.Sharded(parts, shard, 1, 0.01, DISK, 4 * small.head_params if way == "blocks" else 0)
+        made = sharded.Sharded(
+            parts, shard, 1, 0.01, DISK, 4 * small.head_params if way == "blocks" else 0
+        )
         made.begin()
         batches = partial(live_teacher.step_micro_batches, source, data, config)
         loss = partial(source.kl_sum, frozen_head=True)
@@ -482,7 +628,10 @@ def test_what_is_not_capped_is_another_loss() -> None:
         return ((mx.exp(p) * (p - nn.log_softmax(z(h, w), axis=-1))).sum(axis=-1) * learn).sum()
 
     def plain_nll(h: mx.array, w: mx.array) -> mx.array:
-        return -(mx.take_along_axis(nn.log_softmax(z(h, w) / 0.7, axis=-1), ids[:, None], axis=-1)[:, 0] * learn).sum()
+        return -(
+            mx.take_along_axis(nn.log_softmax(z(h, w) / 0.7, axis=-1), ids[:, None], axis=-1)[:, 0]
+            * learn
+        ).sum()
 
     def kl(h: mx.array, w: mx.array) -> mx.array:
         return losses.kl_sum(h, w, target, lambda t: t, learn, rows=4, softcap=3.0)
@@ -496,10 +645,14 @@ def test_what_is_not_capped_is_another_loss() -> None:
         return -(losses.token_logps(h, w, ids, 0.7, rows=4, softcap=3.0) * learn).sum()
 
     for ours, plain in ((kl, plain_kl), (sampled, plain_kl), (nll, plain_nll)):
-        (a, (ah, aw)), (b, (bh, bw)) = (mx.value_and_grad(f, argnums=(0, 1))(hidden, head) for f in (ours, plain))
+        (a, (ah, aw)), (b, (bh, bw)) = (
+            mx.value_and_grad(f, argnums=(0, 1))(hidden, head) for f in (ours, plain)
+        )
         assert a.item() == pytest.approx(b.item(), rel=1e-5)
         assert mx.allclose(ah, bh, atol=1e-5) and mx.allclose(aw, bw, atol=1e-5)
-    value, dh, dw = host_losses.kl_gradients(hidden, head, target, lambda t: t + 0.0, learn, softcap=3.0)
+    value, dh, dw = host_losses.kl_gradients(
+        hidden, head, target, lambda t: t + 0.0, learn, softcap=3.0
+    )
     want, (bh, bw) = mx.value_and_grad(plain_kl, argnums=(0, 1))(hidden, head)
     assert value == pytest.approx(want.item(), rel=1e-5)
     assert dw is not None and mx.allclose(dh, bh, atol=1e-5) and mx.allclose(dw, bw, atol=1e-5)
@@ -507,7 +660,9 @@ def test_what_is_not_capped_is_another_loss() -> None:
 
 @pytest.mark.parametrize(("teacher", "params"), [("gemma-4-e2b", 0.703), ("gemma-4-e4b", 0.766)])
 def test_the_plan_of_the_published_ones(teacher: str, params: float) -> None:
-    """Half of the tokens and nothing else by default, within 5 GiB of a laptop of 8; or cut and trained, if it fits."""
+    """Half of the tokens and nothing else by default, within 5 GiB of a laptop of 8; or cut and
+    trained, if it fits.
+    """
     asked = plan.Settings(teacher=teacher, budget="5GiB", machine="m1-air")
     made = plan.run(asked)
     assert made["params_student"] / made["params_teacher"] == pytest.approx(params, abs=0.001)
@@ -517,7 +672,12 @@ def test_the_plan_of_the_published_ones(teacher: str, params: float) -> None:
 
 
 def test_a_token_reads_no_table(gemma: Checkpoint) -> None:
-    """What a token moves is counted without the per-layer inputs of all others, and with the embedding, its head."""
+    """What a token moves is counted without the per-layer inputs of all others, and with the
+    embedding, its head.
+    """
     made = rounds.opened(gemma.path)
     table = gemma.tensors[f"{arch.PER_LAYER}weight"]
-    assert made.nbytes - made.read_bytes == table.nbytes * (2 if compute_dtype(gemma).size == 2 else 4) // 4
+    assert (
+        made.nbytes - made.read_bytes
+        == table.nbytes * (2 if compute_dtype(gemma).size == 2 else 4) // 4
+    )

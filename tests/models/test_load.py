@@ -21,9 +21,12 @@ from tests import tiny
 
 
 @pytest.mark.parametrize("kind", ["llama", "untied"])
-def test_the_embeddings_gradient_has_a_fixed_order(models: Callable[[str], Checkpoint], kind: str) -> None:
-    """`rows`'s: 2**24 + 1 + 1 + 1 for a token that occurs four times goes by pairs, to 2**24 + 2. The whole
-    model's gradient is stock mlx_lm's (1e-5 of the largest), a tied head's share with it."""
+def test_the_embeddings_gradient_has_a_fixed_order(
+    models: Callable[[str], Checkpoint], kind: str
+) -> None:
+    """`rows`'s: 2**24 + 1 + 1 + 1 for a token that occurs four times goes by pairs, to 2**24 + 2.
+    The whole model's gradient is stock mlx_lm's (1e-5 of the largest), a tied head's share with it.
+    """
     ours = load.resident(models(kind), mx.float32)
     stock, _ = load.mlx_lm("utils").load(str(models(kind).path))
     above = mx.array([2.0**24, 1.0, 1.0, 1.0])[:, None]
@@ -33,7 +36,9 @@ def test_the_embeddings_gradient_has_a_fixed_order(models: Callable[[str], Check
     for made in (ours, stock):
         made.freeze()
         made.model.embed_tokens.unfreeze()
-    mine, theirs = (nn.value_and_grad(m, lambda m: mx.square(m(tokens)).sum())(m)[1] for m in (ours, stock))
+    mine, theirs = (
+        nn.value_and_grad(m, lambda m: mx.square(m(tokens)).sum())(m)[1] for m in (ours, stock)
+    )
     mine, theirs = (g["model"]["embed_tokens"]["weight"] for g in (mine, theirs))
     assert mx.abs(mine - theirs).max().item() < 1e-5 * mx.abs(theirs).max().item()
 
@@ -44,12 +49,16 @@ def _with(embedding: nn.Module, table: mx.array) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_head_and_pieces_are_those_of_the_model(models: Callable[[str], Checkpoint], kind: str) -> None:
+def test_head_and_pieces_are_those_of_the_model(
+    models: Callable[[str], Checkpoint], kind: str
+) -> None:
     """The head read alone, the head of the resident model and its matrix make the same logits."""
     model = load.resident(models(kind), mx.float32)
     hidden = mx.random.normal((3, 64), key=mx.random.key(0))
     alone = load.logits(load.head(models(kind), mx.float32), hidden)
-    assert mx.array_equal(alone, load.logits(getattr(model, "lm_head", model.model.embed_tokens), hidden))
+    assert mx.array_equal(
+        alone, load.logits(getattr(model, "lm_head", model.model.embed_tokens), hidden)
+    )
     assert mx.allclose(alone, hidden @ load.head_weight(model).T, atol=1e-6)
 
 
@@ -82,18 +91,26 @@ def test_floats_come_in_the_type_asked_for(tmp_path: Path) -> None:
 
 def test_foreign_quantization_is_refused(tmp_path: Path, llama: Checkpoint) -> None:
     """Packed weights without MLX's settings in config.json: a sentence, not garbage."""
-    packed_format.write_quantized(llama, tmp_path / "q4", packed_format.layout(llama.config, 64), DISK)
+    packed_format.write_quantized(
+        llama, tmp_path / "q4", packed_format.layout(llama.config, 64), DISK
+    )
     packed = load.open_checkpoint(tmp_path / "q4")
-    foreign = Checkpoint(packed.path, {**packed.config, "quantization": {"quant_method": "gptq"}}, packed.tensors)
+    foreign = Checkpoint(
+        packed.path, {**packed.config, "quantization": {"quant_method": "gptq"}}, packed.tensors
+    )
     with pytest.raises(MisError, match="format other than MLX's"):
         load.dense(foreign, "model.embed_tokens.weight")
 
 
 def test_labels_are_the_shortest_ends_of_paths_that_differ() -> None:
-    """`distilled/model` and `grpo/model`, not two long paths; a name that is taken gets its parent too."""
+    """`distilled/model` and `grpo/model`, not two long paths; a name that is taken gets its parent
+    too.
+    """
     assert resolve.labels(["runs/a/pruned", "runs/a/distilled/model", "runs/a/grpo/model"]) == [
-        "pruned", "distilled/model", "grpo/model",
-    ]  # fmt: skip
+        "pruned",
+        "distilled/model",
+        "grpo/model",
+    ]
     assert resolve.labels(["x/teacher"], ("teacher",)) == ["x/teacher"]
     assert resolve.labels(["x/m", "x/m"]) == ["m", "m"]
 

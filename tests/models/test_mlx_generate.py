@@ -29,21 +29,30 @@ def test_continuation_is_the_argmax_chain(llama: Checkpoint) -> None:
 
 
 def test_a_prompt_of_exactly_so_many_tokens_is_timed(llama: Checkpoint) -> None:
-    """Cut when too long, repeated when too short; one stamp a token, the end token does not end it, nor does a cache
-    that holds some already."""
+    """Cut when too long, repeated when too short; one stamp a token, the end token does not end it,
+    nor does a cache that holds some already.
+    """
     model, tokenizer = mlx_generate.open_model(llama.path)
     ids = tokenizer.encode("for x in y")
     assert mlx_generate.prompt_ids(tokenizer, "for x in y", 2).tolist() == ids[:2]
-    assert mlx_generate.prompt_ids(tokenizer, "for x in y", 2 * len(ids) + 1).tolist() == ids * 2 + ids[:1]
+    assert (
+        mlx_generate.prompt_ids(tokenizer, "for x in y", 2 * len(ids) + 1).tolist()
+        == ids * 2 + ids[:1]
+    )
     for cache in (None, mlx_generate.filled_cache(model, 3)):
         tokens = mlx_generate.greedy(model, mlx_generate.prompt_ids(tokenizer, "if", 5), 7, cache)
         stamps, _ = rounds.clocked(tokens)
         assert len(stamps) == 7 and stamps[0] > 0 and stamps == sorted(stamps)
 
 
-def test_floats_run_in_the_quick_type(tmp_path_factory: pytest.TempPathFactory, llama: Checkpoint) -> None:
-    """A bfloat16 folder and a 4-bit one run in float32 on a CPU, float16 on Metal; packed weights stay packed."""
-    root, quick = tmp_path_factory.mktemp("speak"), policy.usual_dtype()
+def test_floats_run_in_the_quick_type(
+    tmp_path_factory: pytest.TempPathFactory, llama: Checkpoint
+) -> None:
+    """A bfloat16 folder and a 4-bit one run in float32 on a CPU, float16 on Metal; packed weights
+    stay packed.
+    """
+    root = tmp_path_factory.mktemp("speak")
+    quick = policy.usual_dtype()
     model, _ = mlx_generate.open_model(tiny.make(root / "bf16", dtype="BF16"))
     assert {p.dtype for _, p in tree_flatten(model.parameters())} == {quick}
     packed_format.write_quantized(llama, root / "q4", packed_format.layout(llama.config, 64), DISK)

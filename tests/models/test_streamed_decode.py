@@ -1,4 +1,6 @@
-"""Streamed decoding is mlx-lm's greedy decoding, token for token; a draft changes how many passes it takes."""
+"""Streamed decoding is mlx-lm's greedy decoding, token for token; a draft changes how many passes
+it takes.
+"""
 
 from __future__ import annotations
 
@@ -41,15 +43,27 @@ def flat(passes: list[list[int]]) -> list[int]:
 @pytest.fixture
 def stranger(tmp_path: Path) -> Stream:
     """A draft whose guesses are mostly wrong."""
-    return Stream(load.open_checkpoint(tiny.make(tmp_path / "s", seed=5, num_hidden_layers=1)), mx.float32, None)
+    return Stream(
+        load.open_checkpoint(tiny.make(tmp_path / "s", seed=5, num_hidden_layers=1)),
+        mx.float32,
+        None,
+    )
 
 
-@pytest.mark.parametrize("kind", mostly_slow([*tiny.KINDS, *MORE], "llama", "qwen2", "qwen3", *MORE))
+@pytest.mark.parametrize(
+    "kind", mostly_slow([*tiny.KINDS, *MORE], "llama", "qwen2", "qwen3", *MORE)
+)
 def test_the_tokens_are_mlx_lms(
-    models: Callable[[str], Checkpoint], kind: str, stranger: Stream, monkeypatch: pytest.MonkeyPatch
+    models: Callable[[str], Checkpoint],
+    kind: str,
+    stranger: Stream,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One token a pass, or with a stranger's guesses in trees of two sizes; a long prompt goes through in parts."""
-    want, passes = stock(models(kind), IDS), ours(models(kind), IDS)
+    """One token a pass, or with a stranger's guesses in trees of two sizes; a long prompt goes
+    through in parts.
+    """
+    want = stock(models(kind), IDS)
+    passes = ours(models(kind), IDS)
     assert flat(passes) == want and [len(p) for p in passes] == [1] * COUNT
     for size in (2, 64):
         assert flat(ours(models(kind), IDS, draft=stranger, size=size)) == want
@@ -59,19 +73,31 @@ def test_the_tokens_are_mlx_lms(
 
 
 def test_sliding_windows_count_positions_not_columns(tmp_path: Path, stranger: Stream) -> None:
-    """A tree's nodes lie side by side in the cache; how far a window reaches is a matter of depth."""
+    """A tree's nodes lie side by side in the cache; how far a window reaches is a matter of
+    depth.
+    """
     types = ["full_attention", "sliding_attention", "full_attention"]
-    checkpoint = load.open_checkpoint(tiny.make(tmp_path / "sliding", layer_types=types, sliding_window=6))
+    checkpoint = load.open_checkpoint(
+        tiny.make(tmp_path / "sliding", layer_types=types, sliding_window=6)
+    )
     want = stock(checkpoint, IDS)
-    assert flat(ours(checkpoint, IDS)) == flat(ours(checkpoint, IDS, draft=stranger, size=32)) == want
-    full = Checkpoint(checkpoint.path, {**checkpoint.config, "layer_types": None}, checkpoint.tensors)
+    assert (
+        flat(ours(checkpoint, IDS)) == flat(ours(checkpoint, IDS, draft=stranger, size=32)) == want
+    )
+    full = Checkpoint(
+        checkpoint.path, {**checkpoint.config, "layer_types": None}, checkpoint.tensors
+    )
     assert stock(full, IDS) != want
 
 
 @pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
 def test_scaled_positions_turn_row_by_row(tmp_path: Path, kind: str, stranger: Stream) -> None:
     """Every kind of rotary positions takes a position for each row: in a prompt, and in a tree."""
-    rope: dict[str, Any] = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 128}
+    rope: dict[str, Any] = {
+        "rope_type": kind,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+    }
     rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "scaled", rope_scaling=rope))
     assert flat(ours(checkpoint, IDS, draft=stranger, size=32)) == stock(checkpoint, IDS)
@@ -79,7 +105,9 @@ def test_scaled_positions_turn_row_by_row(tmp_path: Path, kind: str, stranger: S
 
 @pytest.mark.slow
 def test_the_real_teacher_says_the_same() -> None:
-    """SmolLM2-135M streamed with nothing kept, plain and with itself as the draft: mlx-lm's tokens."""
+    """SmolLM2-135M streamed with nothing kept, plain and with itself as the draft: mlx-lm's
+    tokens.
+    """
     checkpoint = load.open_checkpoint(resolve.resolve_model().path)
     ids = mlx_generate.encode(load.tokenizer(checkpoint.path), "What is a shepherd?")
     want = stock(checkpoint, ids)
@@ -89,22 +117,32 @@ def test_the_real_teacher_says_the_same() -> None:
 
 
 def test_a_packed_model_whose_best_draft_is_itself(tmp_path: Path, llama: Checkpoint) -> None:
-    """With some blocks kept between passes; a pass settles the depth of the tree and one more token. Nothing comes
-    after the end token, and never more than asked for, however much a pass settles."""
-    packed_format.write_quantized(llama, tmp_path / "q4", packed_format.layout(llama.config, 64), DISK)
+    """With some blocks kept between passes; a pass settles the depth of the tree and one more
+    token. Nothing comes after the end token, and never more than asked for, however much a pass
+    settles.
+    """
+    packed_format.write_quantized(
+        llama, tmp_path / "q4", packed_format.layout(llama.config, 64), DISK
+    )
     packed = load.open_checkpoint(tmp_path / "q4")
-    want, draft = stock(packed, IDS), Stream(packed, mx.float32, None)
+    want = stock(packed, IDS)
+    draft = Stream(packed, mx.float32, None)
     rooms = (Stream(packed, mx.float32, kib << 10) for kib in itertools.count(64, 16))
     source = next(stream for stream in rooms if stream.keeps == 1)
     passes = list(streamed_decode.decode(source, IDS, COUNT, draft=draft))
     assert flat(passes) == want and len(passes) <= COUNT / 3
     for guesser in (None, draft):
-        assert flat(ours(packed, IDS, draft=guesser, ends={want[5]})) == want[: want.index(want[5]) + 1]
+        assert (
+            flat(ours(packed, IDS, draft=guesser, ends={want[5]}))
+            == want[: want.index(want[5]) + 1]
+        )
         assert flat(list(streamed_decode.decode(source, IDS, 5, draft=guesser))) == want[:5]
 
 
 def test_a_tree_by_pencil() -> None:
-    """Odds of 0.6 and 0.4 everywhere: the four best of a binary tree are 0.6, 0.4, 0.36 and 0.24 (the first of two)."""
+    """Odds of 0.6 and 0.4 everywhere: the four best of a binary tree are 0.6, 0.4, 0.36 and 0.24
+    (the first of two).
+    """
 
     def after(nodes: Any) -> Any:
         rows = max(1, len(nodes))

@@ -1,4 +1,6 @@
-"""Fewer tokens, exactly: what hangs together stays together, every id moves, any text can still be written."""
+"""Fewer tokens, exactly: what hangs together stays together, every id moves, any text can still be
+written.
+"""
 
 from __future__ import annotations
 
@@ -12,58 +14,89 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from mis_mlx.models import load, tokenizer_check, trimmed_tokenizer
 from mis_mlx.models.trimmed_tokenizer import Vocabulary
 from mis_mlx.types import MisError
 from tests import tiny
 
-TEXT = "The with statement wraps the execution of a block: for x in y, if not z while 3 < 33.\n\n\tzażółć gęślą jaźń"
+TEXT = (
+    "The with statement wraps the execution of a block: for x in y, if not z while 3 < "
+    "33.\n\n\tzażółć gęślą jaźń"
+)
 SPECIAL = ["<unk>", "<s>", "</s>", "<unused0>", "<unused1>"]
 CONFIG = {"bos_token_id": 1, "eos_token_id": [2, 1], "pad_token_id": -1, "vocab_size": 1500}
 
 
 def byte_level(folder: Path) -> None:
-    """1,024 tokens; three more added behind, the last of them reserved; a template before every text."""
+    """1,024 tokens; three more added behind, the last of them reserved; a template before every
+    text.
+    """
     tiny.write_tokenizer(folder, 1024)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|reserved_special_token_7|>"])
-    tokenizer.post_processor = processors.TemplateProcessing("<|im_start|> $A", None, [("<|im_start|>", 1024)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "<|im_start|> $A", None, [("<|im_start|>", 1024)]
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def sentencepiece(folder: Path, unigram: bool = False) -> None:
-    """A BPE or a Unigram of about 900 tokens, 256 of them bytes, as transformers converts SentencePiece's. Of the BPE
-    every longer token is also listed as joined from other parts, later."""
+    """A BPE or a Unigram of about 900 tokens, 256 of them bytes, as transformers converts
+    SentencePiece's. Of the BPE every longer token is also listed as joined from other parts, later.
+    """
     from pydoc_data.topics import topics
 
     kind: Any = models.Unigram() if unigram else models.BPE(unk_token="<unk>")
     tokenizer = Tokenizer(kind)
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Replace(" ", "▁"), pre_tokenizers.Metaspace()
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer: Any = trainers.UnigramTrainer if unigram else trainers.BpeTrainer
     more = {"unk_token": "<unk>"} if unigram else {}
     tokenizer.train_from_iterator(
         [topics[name] for name in sorted(topics)[:30]],
         trainer(vocab_size=700, special_tokens=SPECIAL, show_progress=False, **more),
     )
-    spec, spelled = json.loads(tokenizer.to_str()), [f"<0x{b:02X}>" for b in range(256)]
-    model, count = spec["model"], len(SPECIAL)
+    spec = json.loads(tokenizer.to_str())
+    spelled = [f"<0x{b:02X}>" for b in range(256)]
+    model = spec["model"]
+    count = len(SPECIAL)
     model["byte_fallback"] = True
     if unigram:
         model["vocab"][count:count] = [[text, 0.0] for text in spelled]
     else:
-        tokens = [*SPECIAL, *spelled, *sorted(model["vocab"], key=model["vocab"].__getitem__)[count:]]
+        tokens = [
+            *SPECIAL,
+            *spelled,
+            *sorted(model["vocab"], key=model["vocab"].__getitem__)[count:],
+        ]
         model["vocab"], model["fuse_unk"] = {text: i for i, text in enumerate(tokens)}, True
         known = set(tokens[count + 256 :])
         model["merges"] += [
-            [t[:at], t[at:]] for t in tokens[count + 256 :] for at in range(1, len(t)) if {t[:at], t[at:]} <= known
-            and [t[:at], t[at:]] not in model["merges"]
-        ]  # fmt: skip
-    spec["pre_tokenizer"] = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious",
-                             "invert": False}  # fmt: skip
+            [t[:at], t[at:]]
+            for t in tokens[count + 256 :]
+            for at in range(1, len(t))
+            if {t[:at], t[at:]} <= known and [t[:at], t[at:]] not in model["merges"]
+        ]
+    spec["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"String": " "},
+        "behavior": "MergedWithPrevious",
+        "invert": False,
+    }
     tokenizer = Tokenizer.from_str(json.dumps(spec))
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
     tokenizer.save(str(folder / "tokenizer.json"))
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -80,7 +113,9 @@ KINDS: dict[str, Callable[[Path], None]] = {
 
 @pytest.fixture(scope="module", params=KINDS)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer of each kind that can be trimmed, made once; do not write into it."""
+    """A folder with a tokenizer of each kind that can be trimmed, made once; do not write into
+    it.
+    """
     made = tmp_path_factory.mktemp("trained")
     KINDS[request.param](made)
     return made
@@ -98,9 +133,13 @@ def opened(folder: Path) -> Tokenizer:
 
 
 def trimmed(folder: Path, size: int | None = None, text: str = TEXT) -> tuple[Path, list[int]]:
-    """(a folder with the tokenizer trimmed to `size` rows, or to what must stay and `text` uses; its rows)."""
-    whole, tokens = opened(folder), Vocabulary(folder)
-    counts = np.bincount(whole.encode(text).ids, minlength=whole.get_vocab_size() + 3)  # three rows are no token
+    """(a folder with the tokenizer trimmed to `size` rows, or to what must stay and `text` uses;
+    its rows).
+    """
+    whole = opened(folder)
+    tokens = Vocabulary(folder)
+    # three rows are no token
+    counts = np.bincount(whole.encode(text).ids, minlength=whole.get_vocab_size() + 3)
     needed = tokens.needed(CONFIG)
     used = needed.union(*map(tokens.parts, np.flatnonzero(counts).tolist()))
     rows = tokens.chosen(needed, counts, size or len(used))
@@ -113,7 +152,8 @@ def trimmed(folder: Path, size: int | None = None, text: str = TEXT) -> tuple[Pa
 
 def strings(count: int) -> list[str]:
     """Text of all planes of Unicode, from all lengths; control characters, and spaces in a row."""
-    rng, texts = random.Random(0), []
+    rng = random.Random(0)
+    texts = []
     for _ in range(count):
         tops = rng.choices([128, 0x250, 0x3000, 0x11000, 0x20000], k=rng.randrange(24))
         letters = [rng.choice([rng.randrange(top), 32, 10, 0x142]) for top in tops]
@@ -130,14 +170,18 @@ def test_text_that_chose_the_tokens_has_the_same_ones(folder: Path) -> None:
 
 
 def test_any_text_can_still_be_written(folder: Path) -> None:
-    """Ten thousand strings come back from as few tokens as there can be, as they do from all of them."""
+    """Ten thousand strings come back from as few tokens as there can be, as they do from all of
+    them.
+    """
     small = opened(trimmed(folder, text="Afrykarium")[0])
     for text in strings(10_000):
         assert small.decode(small.encode(text).ids) == text
 
 
 def test_the_parts_of_every_token_are_there(folder: Path) -> None:
-    """Of BPE: whatever joins to a kept token is kept, in its order; no merge is of a token that left."""
+    """Of BPE: whatever joins to a kept token is kept, in its order; no merge is of a token that
+    left.
+    """
     out, _ = trimmed(folder, 512)
     spec, whole = (json.loads((f / "tokenizer.json").read_text())["model"] for f in (out, folder))
     if spec["type"] == "Unigram":
@@ -164,8 +208,10 @@ def test_all_rows_are_the_identity(folder: Path) -> None:
 
 def test_rows_are_the_needed_the_frequent_and_then_the_first_merges(folder: Path) -> None:
     """A longer list holds the shorter one; reserved tokens and rows without a token come last."""
-    tokens, total = Vocabulary(folder), opened(folder).get_vocab_size() + 3
-    counts, needed = np.bincount(opened(folder).encode(TEXT).ids, minlength=total), tokens.needed(CONFIG)
+    tokens = Vocabulary(folder)
+    total = opened(folder).get_vocab_size() + 3
+    counts = np.bincount(opened(folder).encode(TEXT).ids, minlength=total)
+    needed = tokens.needed(CONFIG)
     sizes = [tokens.chosen(needed, counts, size) for size in (total, total - 3, 600, 500)]
     assert list(map(len, sizes)) == [total, total - 3, 600, 500] and sizes[0] == list(range(total))
     assert all(set(few) <= set(more) for more, few in pairwise(sizes))
@@ -174,45 +220,89 @@ def test_rows_are_the_needed_the_frequent_and_then_the_first_merges(folder: Path
 
 
 def test_ids_move_wherever_they_are(tmp_path: Path) -> None:
-    """Post-processor, padding, settings of the tokenizer, of the model and of generation; a reserved token is named
-    nowhere any more; what are no ids stay."""
+    """Post-processor, padding, settings of the tokenizer, of the model and of generation; a
+    reserved token is named nowhere any more; what are no ids stay.
+    """
     byte_level(tmp_path)
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
-    spec["padding"] = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None, "pad_id": 1025,
-                       "pad_type_id": 0, "pad_token": "<|im_end|>"}  # fmt: skip
+    spec["padding"] = {
+        "strategy": "BatchLongest",
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 1025,
+        "pad_type_id": 0,
+        "pad_token": "<|im_end|>",
+    }
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     names = ["<|im_start|>", {"content": "<|reserved_special_token_7|>"}]
     decoder = {str(i): {"content": text} for text, i in Vocabulary(tmp_path).added.items()}
-    settings = {"eos_token": "<|im_end|>", "additional_special_tokens": names, "added_tokens_decoder": decoder}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 1024}))
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 1025, "<|reserved_special_token_7|>": 1026}))
+    settings = {
+        "eos_token": "<|im_end|>",
+        "additional_special_tokens": names,
+        "added_tokens_decoder": decoder,
+    }
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "model_max_length": 1024})
+    )
+    (tmp_path / "added_tokens.json").write_text(
+        json.dumps({"<|im_end|>": 1025, "<|reserved_special_token_7|>": 1026})
+    )
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}<|im_end|>")
     (tmp_path / "vocab.json").write_text("{}")
-    generation = {"eos_token_id": [1025, 0], "suppress_tokens": [1024, 300], "max_length": 1024, "pad_token_id": None}
+    generation = {
+        "eos_token_id": [1025, 0],
+        "suppress_tokens": [1024, 300],
+        "max_length": 1024,
+        "pad_token_id": None,
+    }
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     tokens = Vocabulary(tmp_path)
     rows = tokens.chosen(tokens.needed(CONFIG), np.zeros(1027, int), 512)
     files = {name: json.loads(c) for name, c in tokens.files(rows) if name.endswith(".json")}
-    start, end = 510, 511
+    start = 510
+    end = 511
     assert [rows[start], rows[end]] == [1024, 1025] and 300 in rows
     assert [(t["content"], t["id"]) for t in files["tokenizer.json"]["added_tokens"]] == [
-        ("<|endoftext|>", 0), ("<|im_start|>", start), ("<|im_end|>", end),
-    ]  # fmt: skip
-    assert files["tokenizer.json"]["post_processor"]["special_tokens"]["<|im_start|>"]["ids"] == [start]
-    assert (files["tokenizer.json"]["padding"]["pad_id"], files["added_tokens.json"]) == (end, {"<|im_end|>": end})
+        ("<|endoftext|>", 0),
+        ("<|im_start|>", start),
+        ("<|im_end|>", end),
+    ]
+    assert files["tokenizer.json"]["post_processor"]["special_tokens"]["<|im_start|>"]["ids"] == [
+        start
+    ]
+    assert (files["tokenizer.json"]["padding"]["pad_id"], files["added_tokens.json"]) == (
+        end,
+        {"<|im_end|>": end},
+    )
     assert files["tokenizer_config.json"]["additional_special_tokens"] == ["<|im_start|>"]
-    assert files["tokenizer_config.json"]["added_tokens_decoder"].keys() == {"0", str(start), str(end)}
+    assert files["tokenizer_config.json"]["added_tokens_decoder"].keys() == {
+        "0",
+        str(start),
+        str(end),
+    }
     assert files["tokenizer_config.json"]["model_max_length"] == 1024
-    assert files["generation_config.json"] == {**generation, "eos_token_id": [end, 0],
-                                               "suppress_tokens": [start, rows.index(300)]}  # fmt: skip
+    assert files["generation_config.json"] == {
+        **generation,
+        "eos_token_id": [end, 0],
+        "suppress_tokens": [start, rows.index(300)],
+    }
     new = {old: i for i, old in enumerate(rows)}
-    moved = trimmed_tokenizer.moved_ids({**CONFIG, "eos_token_id": [1025, 0], "hidden_size": 64}, new)
+    moved = trimmed_tokenizer.moved_ids(
+        {**CONFIG, "eos_token_id": [1025, 0], "hidden_size": 64}, new
+    )
     assert moved == {**CONFIG, "bos_token_id": new[1], "eos_token_id": [end, 0], "hidden_size": 64}
     assert "chat_template.jinja" in dict(tokens.files(rows)) and "vocab.json" not in files
-    spec["post_processor"] = {"type": "RobertaProcessing", "sep": ["<|im_end|>", 1025], "cls": ["<|im_start|>", 1024],
-                              "trim_offsets": True, "add_prefix_space": False}  # fmt: skip
+    spec["post_processor"] = {
+        "type": "RobertaProcessing",
+        "sep": ["<|im_end|>", 1025],
+        "cls": ["<|im_start|>", 1024],
+        "trim_offsets": True,
+        "add_prefix_space": False,
+    }
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    processor = json.loads(dict(Vocabulary(tmp_path).files(rows))["tokenizer.json"])["post_processor"]
+    processor = json.loads(dict(Vocabulary(tmp_path).files(rows))["tokenizer.json"])[
+        "post_processor"
+    ]
     assert (processor["sep"], processor["cls"]) == (["<|im_end|>", end], ["<|im_start|>", start])
 
 
@@ -235,9 +325,18 @@ def test_stock_readers_have_the_same_ids(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"model": {"type": "WordLevel", "vocab": {"a": 0}}}, r"tokenizer \(type WordLevel, without bytes"),
-        ({"pre_tokenizer": None}, r"\(type BPE, without bytes to fall back on\) cannot be trimmed: leave --vocab out"),
-        ({"model": {"type": "BPE", "dropout": 0.1, "vocab": {}, "merges": []}}, r"\(type BPE, dropout in use\)"),
+        (
+            {"model": {"type": "WordLevel", "vocab": {"a": 0}}},
+            r"tokenizer \(type WordLevel, without bytes",
+        ),
+        (
+            {"pre_tokenizer": None},
+            r"\(type BPE, without bytes to fall back on\) cannot be trimmed: leave --vocab out",
+        ),
+        (
+            {"model": {"type": "BPE", "dropout": 0.1, "vocab": {}, "merges": []}},
+            r"\(type BPE, dropout in use\)",
+        ),
         (None, r"a model without a tokenizer.json cannot be trimmed: copy the tokenizer files"),
     ],
 )

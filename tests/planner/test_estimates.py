@@ -1,4 +1,6 @@
-"""What a pass takes: formulas by pencil, the engine's own counts beside them, refusals, rates that are kept."""
+"""What a pass takes: formulas by pencil, the engine's own counts beside them, refusals, rates that
+are kept.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,16 @@ from tests import tiny
 from tests.conftest import mostly_slow
 
 MIB = 2**20
-BLOCK = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 768 * 64 + 2 * 64  # q and o, k and v, the FFN, two norms of tiny.CONFIG
+# q and o, k and v, the FFN, two norms of tiny.CONFIG
+BLOCK = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 768 * 64 + 2 * 64
 PLAIN = Rates("pencil", False, 100.0, 50.0, 1000.0, 10.0, 5.0, "by hand", hot=0.5)
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
     """`stored(kind)`: one model of six blocks, as F32, BF16 or 4-bit files, made once."""
-    root, made = tmp_path_factory.mktemp("stored"), dict[str, Checkpoint]()
+    root = tmp_path_factory.mktemp("stored")
+    made = dict[str, Checkpoint]()
     sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 1024, "num_hidden_layers": 6}
 
     def get(kind: str) -> Checkpoint:
@@ -48,7 +52,9 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoi
 
 
 def test_sizes_by_pencil() -> None:
-    """A block of the tiny config, as float32 on a CPU (as stored), on Metal (a float16 copy), and in bfloat16."""
+    """A block of the tiny config, as float32 on a CPU (as stored), on Metal (a float16 copy), and
+    in bfloat16.
+    """
     m = estimates.model_of(tiny.CONFIG, gpu=False)
     assert (m.block_params, m.block_bytes, m.head_bytes, m.nbytes) == (
         BLOCK,
@@ -58,7 +64,12 @@ def test_sizes_by_pencil() -> None:
     )
     assert m.as_stored and m.item == 4 and m.head_work == m.head_bytes and m.body_bytes(5) == 5
     m = estimates.model_of(tiny.CONFIG, gpu=True)
-    assert (m.item, m.as_stored, m.block_work, m.body_bytes(5)) == (2, False, 2 * BLOCK, 2 * BLOCK + 5)
+    assert (m.item, m.as_stored, m.block_work, m.body_bytes(5)) == (
+        2,
+        False,
+        2 * BLOCK,
+        2 * BLOCK + 5,
+    )
     m = estimates.model_of({**tiny.CONFIG, "torch_dtype": "bfloat16"}, gpu=False)
     assert (m.block_bytes, m.block_work, m.body_bytes(5)) == (2 * BLOCK, 4 * BLOCK, 4 * BLOCK + 5)
     half = estimates.model_of({**tiny.CONFIG, "torch_dtype": "float16"}, gpu=True)
@@ -73,18 +84,32 @@ def arch_params() -> int:
 def test_four_bits_in_groups_of_64_are_four_and_a_half() -> None:
     """Used as stored on Metal; on a CPU a converted copy, and another while it is made."""
     config = {**tiny.CONFIG, "quantization": {"bits": 4, "group_size": 64}}
-    metal, cpu = estimates.model_of(config, gpu=True), estimates.model_of(config, gpu=False)
+    metal = estimates.model_of(config, gpu=True)
+    cpu = estimates.model_of(config, gpu=False)
     assert metal.block_bytes == cpu.block_bytes == int(0.5625 * BLOCK)
     assert metal.as_stored and metal.head_work == metal.head_bytes == 0.5625 * 512 * 64
-    assert not cpu.as_stored and cpu.body_bytes(5) == 8 * BLOCK and cpu.body_bytes(4 * BLOCK + 5) == 8 * BLOCK + 5
+    assert (
+        not cpu.as_stored
+        and cpu.body_bytes(5) == 8 * BLOCK
+        and cpu.body_bytes(4 * BLOCK + 5) == 8 * BLOCK + 5
+    )
 
 
 @pytest.mark.parametrize("kind", ["F32", "BF16", "4-bit"])
-def test_a_config_alone_says_what_the_files_say(stored: Callable[[str], Checkpoint], kind: str) -> None:
-    """Within the norms and, in 4 bits, the embedding's 8: both are stored wider than the config's bits."""
+def test_a_config_alone_says_what_the_files_say(
+    stored: Callable[[str], Checkpoint], kind: str
+) -> None:
+    """Within the norms and, in 4 bits, the embedding's 8: both are stored wider than the config's
+    bits.
+    """
     there = stored(kind)
-    by_files, by_config = estimates.model_of(there), estimates.model_of(dict(there.config) | DTYPE[kind])
-    assert by_files.as_stored == by_config.as_stored == (kind == ("4-bit" if policy.keeps_packed() else "F32"))
+    by_files = estimates.model_of(there)
+    by_config = estimates.model_of(dict(there.config) | DTYPE[kind])
+    assert (
+        by_files.as_stored
+        == by_config.as_stored
+        == (kind == ("4-bit" if policy.keeps_packed() else "F32"))
+    )
     assert by_files.packed == by_config.packed == (kind == "4-bit")
     assert by_config.block_bytes == pytest.approx(by_files.block_bytes, rel=0.01)
     assert by_files.nbytes == there.nbytes
@@ -94,41 +119,67 @@ DTYPE: dict[str, dict[str, Any]] = {"F32": {}, "BF16": {"torch_dtype": "bfloat16
 
 
 def test_a_pass_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
-    """128 tokens, 64 at a time: two slots, the workspace of 64, all hidden states; blocks and head read once. Two
-    lanes have a workspace each."""
+    """128 tokens, 64 at a time: two slots, the workspace of 64, all hidden states; blocks and head
+    read once. Two lanes have a workspace each.
+    """
     monkeypatch.setattr(lanes, "count", lambda: 2)
-    assert estimates.workspace_bytes(estimates.model_of(tiny.CONFIG, gpu=False), 64, 32) == 2 * 802_816
+    assert (
+        estimates.workspace_bytes(estimates.model_of(tiny.CONFIG, gpu=False), 64, 32) == 2 * 802_816
+    )
     monkeypatch.setattr(lanes, "count", lambda: 1)
     m = estimates.model_of(tiny.CONFIG, gpu=False)
     workspace = 4 * 64 * (8 * 64 + 3 * 768 + 2 * 6 * 16 + 4 * 32)
     assert estimates.workspace_bytes(m, 64, 32) == workspace == 802_816
     p = estimates.streamed_pass("pass", m, 128, 64, 32, GIB, head=False)
     assert p.peak_bytes == m.slots_bytes + MIB + workspace + 128 * 64 * 4
-    assert (p.read_bytes, p.written_bytes, p.spooled_bytes, p.held_tokens) == (3 * 4 * BLOCK, 0, 0, 128)
+    assert (p.read_bytes, p.written_bytes, p.spooled_bytes, p.held_tokens) == (
+        3 * 4 * BLOCK,
+        0,
+        0,
+        128,
+    )
     assert p.flops == 2 * 128 * 3 * (BLOCK + 4 * 16 * 32)
     with_head = estimates.streamed_pass("pass", m, 128, 64, 32, GIB)
     assert with_head.read_bytes == p.read_bytes + 4 * 512 * 64
     assert with_head.flops == p.flops + 2 * 128 * 512 * 64
     logits = 5 * 1 * 256 * 512 * 4  # one chunk of 256 positions
-    assert estimates.logit_bytes(512, 64) == logits and estimates.logit_bytes(512, 10_000) == 3 * logits
+    assert (
+        estimates.logit_bytes(512, 64) == logits
+        and estimates.logit_bytes(512, 10_000) == 3 * logits
+    )
     assert with_head.peak_bytes == m.slots_bytes + MIB + 4 * 512 * 64 + logits + 128 * 64 * 4
 
 
 def test_what_finds_no_room_is_spooled() -> None:
-    """One byte less than room for both micro-batches: one goes to disk, written and read by every block."""
+    """One byte less than room for both micro-batches: one goes to disk, written and read by every
+    block.
+    """
     m = estimates.model_of(tiny.CONFIG, gpu=False)
     whole = estimates.streamed_pass("pass", m, 128, 64, 32, GIB, head=False)
-    limit = next(n for n in range(whole.peak_bytes, 2 * whole.peak_bytes) if n - process_bytes(n) >= whole.peak_bytes)
+    limit = next(
+        n
+        for n in range(whole.peak_bytes, 2 * whole.peak_bytes)
+        if n - process_bytes(n) >= whole.peak_bytes
+    )
     assert estimates.streamed_pass("pass", m, 128, 64, 32, limit, head=False) == whole
     half = estimates.streamed_pass("pass", m, 128, 64, 32, limit - 2, head=False)
     batch = 64 * 64 * 4
-    assert (half.held_tokens, half.spooled_bytes, half.written_bytes) == (64, batch, 4 * batch)  # embedding, 3 blocks
-    assert half.read_bytes == whole.read_bytes + 4 * batch and half.peak_bytes == whole.peak_bytes - batch
-    assert estimates.streamed_pass("pass", m, 128, 64, 32, 0, head=False, spool=False).peak_bytes == whole.peak_bytes
+    # embedding, 3 blocks
+    assert (half.held_tokens, half.spooled_bytes, half.written_bytes) == (64, batch, 4 * batch)
+    assert (
+        half.read_bytes == whole.read_bytes + 4 * batch
+        and half.peak_bytes == whole.peak_bytes - batch
+    )
+    assert (
+        estimates.streamed_pass("pass", m, 128, 64, 32, 0, head=False, spool=False).peak_bytes
+        == whole.peak_bytes
+    )
 
 
 def test_time_is_the_slowest_of_three() -> None:
-    """Disk 100 and 50 bytes/s, 10 operations/s (5 in training, half of it when hot), memory 1000 bytes/s."""
+    """Disk 100 and 50 bytes/s, 10 operations/s (5 in training, half of it when hot), memory 1000
+    bytes/s.
+    """
     p = estimates.StageCost("p", 200, 100, 0, 30.0)
     assert p.seconds(PLAIN) == 2 + 2 and replace(p, flops=50.0).seconds(PLAIN) == 5
     assert replace(p, flops=30.0, updated=1).seconds(PLAIN) == 6
@@ -136,8 +187,11 @@ def test_time_is_the_slowest_of_three() -> None:
 
 
 def test_updates_come_on_top_of_the_arithmetic() -> None:
-    """28 bytes of each parameter through 1000 bytes/s of memory, on Metal, cool or hot; a CPU's rate has them in it."""
-    p, metal = estimates.StageCost("p", 0, 0, 0, 30.0, updated=1000), replace(PLAIN, gpu=True)
+    """28 bytes of each parameter through 1000 bytes/s of memory, on Metal, cool or hot; a CPU's
+    rate has them in it.
+    """
+    p = estimates.StageCost("p", 0, 0, 0, 30.0, updated=1000)
+    metal = replace(PLAIN, gpu=True)
     assert p.seconds(metal) == 6 + 28 and p.seconds(metal, hot=True) == 12 + 28
     assert p.seconds(PLAIN) == 6
 
@@ -155,21 +209,37 @@ def test_a_budget_has_no_cache_in_it() -> None:
 
 
 def test_training_by_pencil() -> None:
-    """12 bytes a parameter and gradients; beside them what is largest of activations and the vocabulary's part, the way
-    back, the update. On the host there are no gradients yet where the logits are, and then some in every lane."""
-    params, head = arch_params(), 2 * 512 * 64 * 4 + 5 * 256 * 512 * 4
+    """12 bytes a parameter and gradients; beside them what is largest of activations and the
+    vocabulary's part, the way back, the update. On the host there are no gradients yet where the
+    logits are, and then some in every lane.
+    """
+    params = arch_params()
+    head = 2 * 512 * 64 * 4 + 5 * 256 * 512 * 4
     per_token = 6 * 64 + 5 * 768 + 2 * 6 * 16 + 4 * 32
     assert estimates.activation_bytes(tiny.CONFIG, 2, 32) == 4 * 3 * 64 * per_token
-    assert compression_size.training_bytes(tiny.CONFIG, 2, 32) == 16 * params + 4 * 3 * 64 * per_token + head
+    assert (
+        compression_size.training_bytes(tiny.CONFIG, 2, 32)
+        == 16 * params + 4 * 3 * 64 * per_token + head
+    )
     wide = {**tiny.CONFIG, "intermediate_size": 30_000}
-    assert compression_size.training_bytes(wide, 1, 2) == 16 * arch.params(wide) + 2 * 4 * 64 * 30_000
-    kept, block = 4 * 3 * 64 * per_token, 4 * 64 * per_token
+    assert (
+        compression_size.training_bytes(wide, 1, 2) == 16 * arch.params(wide) + 2 * 4 * 64 * 30_000
+    )
+    kept = 4 * 3 * 64 * per_token
+    block = 4 * 64 * per_token
     assert estimates.backward_bytes(tiny.CONFIG, 2, 32) == 11 * block // 5
-    logits, head = 2 * 64 * 512 * 4, 512 * 64 * 4
+    logits = 2 * 64 * 512 * 4
+    head = 512 * 64 * 4
     for side_by_side in (1, 2):
-        back = max(kept + head, side_by_side * (4 * params - head) + 3 * head) + 11 * block // 5 - block
+        back = (
+            max(kept + head, side_by_side * (4 * params - head) + 3 * head)
+            + 11 * block // 5
+            - block
+        )
         found = compression_size.training_bytes(tiny.CONFIG, 2, 32, side_by_side)
-        assert found == 12 * params + max(kept + 2 * head + logits, back, 4 * params + 2 * 4 * 64 * 768)
+        assert found == 12 * params + max(
+            kept + 2 * head + logits, back, 4 * params + 2 * 4 * 64 * 768
+        )
         summed = compression_size.training_bytes(
             tiny.CONFIG, 2, 32, side_by_side, True
         )  # those of a micro-batch before
@@ -177,7 +247,12 @@ def test_training_by_pencil() -> None:
 
 
 PASSES = [(1, 16), (6, 64), (2, 256)]
-CASES = [(word, kind, *p) for word in ("cpu", "metal") for kind in ("F32", "BF16", "4-bit") for p in PASSES]
+CASES = [
+    (word, kind, *p)
+    for word in ("cpu", "metal")
+    for kind in ("F32", "BF16", "4-bit")
+    for p in PASSES
+]
 
 
 # Emulated float16 with packed weights is slow here: not with many tokens.
@@ -185,7 +260,9 @@ CASES = [(word, kind, *p) for word in ("cpu", "metal") for kind in ("F32", "BF16
 @pytest.mark.parametrize(
     ("word", "kind", "windows", "length"),
     [
-        *mostly_slow(CASES[:-3], *CASES[:9], ("metal", "F32", 2, 256), *CASES[12:-3], of_several=True),
+        *mostly_slow(
+            CASES[:-3], *CASES[:9], ("metal", "F32", 2, 256), *CASES[12:-3], of_several=True
+        ),
         ("metal", "4-bit", 1, 16),
     ],
 )
@@ -197,14 +274,17 @@ def test_a_real_pass_stays_under_the_plan(
     word: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """MLX's peak is under the plan's and not by more than half; bytes read agree but for the embedding's rows.
+    """MLX's peak is under the plan's and not by more than half; bytes read agree but for the
+    embedding's rows.
 
-    Under Metal's policy (float16, packed) the plan may be 3.5 times the peak: its workspace is float32's, as some of
-    Metal's kernels have it, while here half of it is float16; and a GPU holds what its commands in flight need.
+    Under Metal's policy (float16, packed) the plan may be 3.5 times the peak: its workspace is
+    float32's, as some of Metal's kernels have it, while here half of it is float16; and a GPU holds
+    what its commands in flight need.
     """
     checkpoint = stored(kind)
     monkeypatch.setenv(policy.POLICY, word)
-    m, dtype = estimates.model_of(checkpoint), policy.compute_dtype(checkpoint)
+    m = estimates.model_of(checkpoint)
+    dtype = policy.compute_dtype(checkpoint)
     assert dtype == {"cpu": mx.float32, "metal": mx.float16}[word]
     batches = [mx.random.randint(0, 512, (1, length), key=mx.random.key(k)) for k in range(windows)]
     mx.eval(batches)
@@ -220,16 +300,25 @@ def test_a_real_pass_stays_under_the_plan(
     peak = mx.get_peak_memory() - before
     mx.set_cache_limit(cache)
     p = estimates.streamed_pass("pass", m, windows * length, length, length, GIB, head=False)
-    assert source.reader.nbytes - embedded == pytest.approx(p.read_bytes, rel=0.01)  # extents: whole pages at the ends
+    # extents: whole pages at the ends
+    assert source.reader.nbytes - embedded == pytest.approx(p.read_bytes, rel=0.01)
     most = 1.5 if word == "cpu" else 3.5
-    assert p.peak_bytes - estimates.SMALL_BYTES < most * peak and peak < p.peak_bytes, (peak, p.peak_bytes)
+    assert p.peak_bytes - estimates.SMALL_BYTES < most * peak and peak < p.peak_bytes, (
+        peak,
+        p.peak_bytes,
+    )
 
 
 @pytest.mark.usefixtures("brief_look")
 @pytest.mark.parametrize(
     ("word", "kind", "kept", "beyond"),
     [
-        *[(word, kind, kept, False) for word in ("cpu", "metal") for kind in ("BF16", "4-bit") for kept in (2, 6)][:-2],
+        *[
+            (word, kind, kept, False)
+            for word in ("cpu", "metal")
+            for kind in ("BF16", "4-bit")
+            for kept in (2, 6)
+        ][:-2],
         *[pytest.param("metal", "4-bit", kept, False, marks=pytest.mark.slow) for kept in (2, 6)],
         ("metal", "4-bit", 6, True),
     ],
@@ -242,10 +331,11 @@ def test_blocks_that_stay_are_within_the_plan(
     beyond: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A first and a second pass that keep the head and so many blocks: packed ones with the buffers they lie in.
+    """A first and a second pass that keep the head and so many blocks: packed ones with the buffers
+    they lie in.
 
-    beyond: as if float16 did not hold the activations. So bfloat16 does, of as many bytes: products of packed weights
-    take a fifth of the time that they take in float16, where both are emulated.
+    beyond: as if float16 did not hold the activations. So bfloat16 does, of as many bytes: products
+    of packed weights take a fifth of the time that they take in float16, where both are emulated.
     """
     monkeypatch.setenv(policy.POLICY, word)
     if beyond:
@@ -253,7 +343,9 @@ def test_blocks_that_stay_are_within_the_plan(
         monkeypatch.setattr(rates, "computes_bfloat16", lambda: True)
         monkeypatch.setattr(policy, "largest", lambda _: float("inf"))
     checkpoint = stored(kind)
-    m, dtype, batches = estimates.model_of(checkpoint), policy.compute_dtype(checkpoint), [mx.array([[*range(64)]])]
+    m = estimates.model_of(checkpoint)
+    dtype = policy.compute_dtype(checkpoint)
+    batches = [mx.array([[*range(64)]])]
     assert dtype == (mx.float32 if word == "cpu" else mx.bfloat16 if beyond else mx.float16)
     mx.eval(batches)
     cache = mx.set_cache_limit(0)
@@ -267,7 +359,11 @@ def test_blocks_that_stay_are_within_the_plan(
     mx.set_cache_limit(cache)
     once = estimates.streamed_pass("pass", m, 64, 64, 64, spool=False)
     most = 3 if word == "cpu" else 4.5  # a GPU holds what its commands in flight need, too
-    assert peak < once.peak_bytes + kept * m.block_work < most * peak, (peak, once.peak_bytes, m.block_work)
+    assert peak < once.peak_bytes + kept * m.block_work < most * peak, (
+        peak,
+        once.peak_bytes,
+        m.block_work,
+    )
 
 
 @pytest.mark.parametrize("kind", ["F32", "BF16"])
@@ -288,34 +384,61 @@ def test_the_engine_keeps_as_many_blocks_as_planned(
     for _, block in source.blocks():
         source.through(block, hidden)
     source.head()
-    assert embedded > 0 and source.reader.nbytes - first == pytest.approx((6 - blocks) * m.block_bytes, rel=0.01)
+    assert embedded > 0 and source.reader.nbytes - first == pytest.approx(
+        (6 - blocks) * m.block_bytes, rel=0.01
+    )
 
 
 def test_a_gpu_waits_for_the_host() -> None:
-    """Waits and numpy's solvers come on top of a GPU's arithmetic; a CPU does all of it by itself, at its own rate."""
+    """Waits and numpy's solvers come on top of a GPU's arithmetic; a CPU does all of it by itself,
+    at its own rate.
+    """
     cost = estimates.StageCost("x", 0, 0, 0, 6e9, waits=100, host_flops=3e9)
-    gpu = Rates("pencil", True, 1.0, 1.0, 1e12, 1e9, 1e9, "by hand", hot=0.5, wait_s=0.01, host_flops_per_s=1e9)
+    gpu = Rates(
+        "pencil",
+        True,
+        1.0,
+        1.0,
+        1e12,
+        1e9,
+        1e9,
+        "by hand",
+        hot=0.5,
+        wait_s=0.01,
+        host_flops_per_s=1e9,
+    )
     assert cost.seconds(gpu) == 6 + 100 * 0.01 + 3
     assert cost.seconds(gpu, hot=True) == 12 + 100 * 0.01 + 6
     assert cost.operations == 9e9 and cost.seconds(replace(gpu, gpu=False)) == 9
 
 
 def test_waits_are_counted_by_pencil() -> None:
-    """Of eight windows a GPU waits once a block, beside weights and the look at the first; a CPU eight times; and once
-    a window for logits."""
-    sizes: dict[str, Any] = {"tokens": 8 * 32, "micro_tokens": 32, "length": 32, "head": False, "spool": False}
+    """Of eight windows a GPU waits once a block, beside weights and the look at the first; a CPU
+    eight times; and once a window for logits.
+    """
+    sizes: dict[str, Any] = {
+        "tokens": 8 * 32,
+        "micro_tokens": 32,
+        "length": 32,
+        "head": False,
+        "spool": False,
+    }
     waits = {
         gpu: estimates.streamed_pass("", estimates.model_of(tiny.CONFIG, gpu=gpu), **sizes).waits
         for gpu in (True, False)
     }
     assert waits == {True: 3 * (1 + 2), False: 3 * (8 + 2)}
-    headed = estimates.streamed_pass("", estimates.model_of(tiny.CONFIG, gpu=True), **{**sizes, "head": True})
+    headed = estimates.streamed_pass(
+        "", estimates.model_of(tiny.CONFIG, gpu=True), **{**sizes, "head": True}
+    )
     assert headed.waits == 3 * (1 + 2) + 8
 
 
 def test_a_gpu_holds_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten command buffers of 10 MB on a Mac of 8 GB, of 40 on a larger one, never more than the work itself; a CPU
-    holds none. Of logits as many arrays as commands in flight, beside the five alive."""
+    """Ten command buffers of 10 MB on a Mac of 8 GB, of 40 on a larger one, never more than the
+    work itself; a CPU holds none. Of logits as many arrays as commands in flight, beside the five
+    alive.
+    """
     m = estimates.model_of(tiny.CONFIG, gpu=True)
     monkeypatch.delenv("MLX_MAX_MB_PER_BUFFER", raising=False)
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
@@ -331,7 +454,9 @@ def test_a_gpu_holds_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_training_on_a_gpu_is_planned_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every way of training is planned with more on a GPU than the same in a CPU's one graph, and by 8 GB's 100 MB."""
+    """Every way of training is planned with more on a GPU than the same in a CPU's one graph, and
+    by 8 GB's 100 MB.
+    """
     monkeypatch.setattr(macos, "total_bytes", lambda: 8 * GIB)
     config = {
         **tiny.CONFIG,
@@ -343,17 +468,25 @@ def test_training_on_a_gpu_is_planned_with_it(monkeypatch: pytest.MonkeyPatch) -
     rows = estimates.chunk_rows(32_768)
     more = [compression_size.training_bytes(config, 4, 512, gpu=gpu) for gpu in (False, True)]
     assert (
-        estimates.logit_bytes(32_768, 2048, gpu=True) == estimates.logit_bytes(32_768, 2048) == 15 * rows * 4 * 32_768
+        estimates.logit_bytes(32_768, 2048, gpu=True)
+        == estimates.logit_bytes(32_768, 2048)
+        == 15 * rows * 4 * 32_768
     )
     assert more[1] - more[0] == 100_000_000
 
 
 def test_a_token_keeps_what_fits() -> None:
-    """More budget, never more read; with all of it in memory nothing, and memory's own speed is what is left."""
+    """More budget, never more read; with all of it in memory nothing, and memory's own speed is
+    what is left.
+    """
     m = estimates.model_of(tiny.CONFIG, gpu=False)
     passes = [estimates.token(m, 32, n * MIB // 4) for n in range(1, 60)]
     reads = [p.read_bytes for p in passes]
-    assert reads == sorted(reads, reverse=True) and reads[0] == 3 * 4 * BLOCK + 4 * 512 * 64 and reads[-1] == 0
+    assert (
+        reads == sorted(reads, reverse=True)
+        and reads[0] == 3 * 4 * BLOCK + 4 * 512 * 64
+        and reads[-1] == 0
+    )
     assert {p.pinned for p in passes} == {0, 1, 2, 3} and len({*reads}) >= 4
     assert all(p.peak_bytes <= n * MIB // 4 for n, p in enumerate(passes, 1) if p.pinned)
     cache = 2 * 3 * 32 * 2 * 16 * 4  # keys and values of 32 tokens
@@ -361,11 +494,17 @@ def test_a_token_keeps_what_fits() -> None:
 
 
 def test_the_papers_teacher() -> None:
-    """84.2B parameters by its shape; 70 GB at 2.5 GB/s are 28.0 s, and 137B meet them at 148 tokens a pass."""
+    """84.2B parameters by its shape; 70 GB at 2.5 GB/s are 28.0 s, and 137B meet them at 148 tokens
+    a pass.
+    """
     m = estimates.model_of(arch.PUBLISHED["mis-137b"], gpu=True)
     block = 2 * 8192**2 + 2 * 1024 * 8192 + 3 * 28672 * 8192 + 2 * 8192
     assert m.block_params == block == 855_654_400
-    assert arch.params(arch.PUBLISHED["mis-137b"]) == 96 * block + 2 * 128256 * 8192 + 8192 == 84_244_176_896
+    assert (
+        arch.params(arch.PUBLISHED["mis-137b"])
+        == 96 * block + 2 * 128256 * 8192 + 8192
+        == 84_244_176_896
+    )
     assert m.nbytes == int(0.5625 * 84_244_176_896) and m.as_stored
     assert 70e9 / M1_AIR.read_bytes_per_s == 28.0
     assert round(70e9 / M1_AIR.read_bytes_per_s * M1_AIR.forward_flops_per_s / (2 * 137e9)) == 148
@@ -378,11 +517,11 @@ def test_the_papers_teacher() -> None:
 
 
 def test_a_refusal_names_both_numbers_and_a_budget_that_does() -> None:
-    """The largest phase counts; a budget as advised is enough; a remedy of the caller's own is used."""
-    small, large = (
-        estimates.StageCost("prune", 0, 0, 100 * MIB, 0.0),
-        estimates.StageCost("measure", 0, 0, 700 * MIB + 1, 0.0),
-    )
+    """The largest phase counts; a budget as advised is enough; a remedy of the caller's own is
+    used.
+    """
+    small = estimates.StageCost("prune", 0, 0, 100 * MIB, 0.0)
+    large = estimates.StageCost("measure", 0, 0, 700 * MIB + 1, 0.0)
     enough = estimates.enough(large.peak_bytes)
     assert enough - process_bytes(enough) == large.peak_bytes
     estimates.fit(Budget(enough), small, large)
@@ -394,20 +533,27 @@ def test_a_refusal_names_both_numbers_and_a_budget_that_does() -> None:
 
 
 def test_measured_rates_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Assumed until measured; then the file's; the Air's whenever asked for; the temporary file is gone."""
+    """Assumed until measured; then the file's; the Air's whenever asked for; the temporary file is
+    gone.
+    """
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(rates, "SAMPLE_BYTES", 4 * MIB)
     assert "assumed" in estimates.machine_rates().source
     found = estimates.machine_rates(measure=True)
     assert found == estimates.machine_rates() and found.source.startswith("measured 20")
     kept = {p.name for p in (tmp_path / "cache").iterdir()} - {".lock"}
-    assert kept == {"rates.json"} and json.loads((tmp_path / "cache" / "rates.json").read_text())["gpu"] is False
+    assert (
+        kept == {"rates.json"}
+        and json.loads((tmp_path / "cache" / "rates.json").read_text())["gpu"] is False
+    )
     assert estimates.machine_rates("m1-air") is M1_AIR
     with pytest.raises(MisError, match="leave one of them out"):
         estimates.machine_rates("m1-air", measure=True)
 
 
-def test_a_cache_that_cannot_be_written_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The disk stops answering during the measurement: one sentence."""
 
     def broken(*_: object) -> int:

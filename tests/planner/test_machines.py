@@ -1,4 +1,6 @@
-"""The plan of several machines: blocks by hand, bytes by hand, refusals; what it says is what `distill` does."""
+"""The plan of several machines: blocks by hand, bytes by hand, refusals; what it says is what
+`distill` does.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,14 @@ from mis_mlx.models import pipeline_parallel
         (3, [0, 9], 4.0, [0, 3]),  # the small one has none
     ],
 )
-def test_blocks_go_where_they_cost_least(layers: int, keeps: list[int], reading: float, counts: list[int]) -> None:
+def test_blocks_go_where_they_cost_least(
+    layers: int, keeps: list[int], reading: float, counts: list[int]
+) -> None:
     """Pencil cases; where machines work one after the other, no division in two takes less."""
     assert pipeline_parallel.shared(layers, keeps, reading) == counts and sum(counts) == layers
     if len(keeps) == 2 and sum(keeps) < layers:
-        took = [sum(max(n, reading * max(0, n - k)) for n, k in zip(each, keeps, strict=True))
-                for each in (counts, *([n, layers - n] for n in range(layers + 1)))]  # fmt: skip
+        took = [
+            sum(max(n, reading * max(0, n - k)) for n, k in zip(each, keeps, strict=True))
+            for each in (counts, *([n, layers - n] for n in range(layers + 1)))
+        ]
         assert took[0] == min(took)

@@ -26,7 +26,12 @@ from tests import tiny
 from tests.planner.test_phases import JOB
 
 RECIPE = DistillationConfig(
-    iters=4, batch_size=2, grad_accumulation_steps=2, max_seq_length=16, learning_rate=1e-2, warmup=1
+    iters=4,
+    batch_size=2,
+    grad_accumulation_steps=2,
+    max_seq_length=16,
+    learning_rate=1e-2,
+    warmup=1,
 )
 OPTIONS: dict[str, dict[str, Any]] = {
     "cross-entropy": {"cross_entropy": 0.3},
@@ -36,10 +41,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def students(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
-    """Random students of the tiny llama's tokens: two narrow blocks, and one as wide as the teacher's."""
+    """Random students of the tiny llama's tokens: two narrow blocks, and one as wide as the
+    teacher's.
+    """
     root = tmp_path_factory.mktemp("students")
     sizes: dict[str, dict[str, Any]] = {
-        "narrow": {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1},
+        "narrow": {
+            "num_hidden_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        },
         "deep": {"num_hidden_layers": 1},
     }
     made = {n: tiny.make(root / n, seed=5, intermediate_size=256, **s) for n, s in sizes.items()}
@@ -74,7 +86,9 @@ def test_the_gradient_is_that_of_the_formula(
 ) -> None:
     """L = (1 - c) KL + c CE: written out on whole logits and differentiated by MLX."""
     source = StreamedTeacher(llama, None, True, 1.0, c)
-    cut = live_teacher.step_micro_batches(source, data, replace(RECIPE, grad_accumulation_steps=1), 0)
+    cut = live_teacher.step_micro_batches(
+        source, data, replace(RECIPE, grad_accumulation_steps=1), 0
+    )
     student, teacher = (load.resident(m, mx.float32) for m in (students[name], llama))
     tokens, learn, *_ = cut[0]
     logs = teacher(tokens).reshape(32, -1)
@@ -84,11 +98,15 @@ def test_the_gradient_is_that_of_the_formula(
         z = student(tokens)
         own = (z - mx.logsumexp(z, axis=-1, keepdims=True)).reshape(32, -1)
         each = (1 - c) * (mx.exp(logs) * (logs - own)).sum(axis=-1)
-        each = each - c * mx.take_along_axis(own, mx.roll(tokens, -1, 1).reshape(-1, 1), axis=-1)[:, 0]
+        each = (
+            each - c * mx.take_along_axis(own, mx.roll(tokens, -1, 1).reshape(-1, 1), axis=-1)[:, 0]
+        )
         return (each * learn).sum()
 
     loss, wanted = nn.value_and_grad(student, naive)()
-    (value, _), got = nn.value_and_grad(student, lambda *b: live_teacher.student_loss(source, student, *b))(*cut[0])
+    (value, _), got = nn.value_and_grad(
+        student, lambda *b: live_teacher.student_loss(source, student, *b)
+    )(*cut[0])
     assert value.item() == pytest.approx(loss.item(), rel=1e-5)
     largest = max(mx.abs(g).max().item() for _, g in tree_flatten(wanted))
     for (n, a), (_, b) in zip(tree_flatten(got), tree_flatten(wanted), strict=True):
@@ -96,12 +114,18 @@ def test_the_gradient_is_that_of_the_formula(
 
 
 def test_the_text_as_source_is_cross_entropy(llama: Checkpoint, data: Windows) -> None:
-    """Plain training of any resident model: the first loss is mlx's own cross-entropy, and it falls."""
+    """Plain training of any resident model: the first loss is mlx's own cross-entropy, and it
+    falls.
+    """
     few = Windows(data.tokens[:4], data.learn[:4])
     model = load.resident(llama, mx.float32)
-    z, tokens, learn = model(mx.array(few.tokens)), mx.array(few.tokens), mx.array(few.learn)
+    z = model(mx.array(few.tokens))
+    tokens = mx.array(few.tokens)
+    learn = mx.array(few.learn)
     wanted = (nn.losses.cross_entropy(z[:, :-1], tokens[:, 1:]) * learn[:, :-1]).sum() / learn.sum()
-    steps = list(live_teacher.steps(model, TextTargets(), few, replace(RECIPE, iters=12), GuardedAdamW()))
+    steps = list(
+        live_teacher.steps(model, TextTargets(), few, replace(RECIPE, iters=12), GuardedAdamW())
+    )
     assert steps[0].loss == pytest.approx(wanted.item(), rel=1e-5)
     assert steps[-1].loss < 0.8 * steps[0].loss
 
@@ -111,7 +135,10 @@ def test_the_text_as_source_is_cross_entropy(llama: Checkpoint, data: Windows) -
     [
         ({"cross_entropy": 1.5}, "cross_entropy is 1.5: give a number from 0 to 1"),
         ({"cross_entropy": float("nan")}, "cross_entropy is nan"),
-        ({"targets": "cached", "cross_entropy": 0.1}, "cross_entropy needs the teacher itself, --targets cached"),
+        (
+            {"targets": "cached", "cross_entropy": 0.1},
+            "cross_entropy needs the teacher itself, --targets cached",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_a_sentence(asked: dict[str, Any], said: str) -> None:
@@ -123,20 +150,35 @@ def test_what_does_not_go_together_is_a_sentence(asked: dict[str, Any], said: st
     assert str(caught.value).startswith(said)
 
 
-def test_training_with_cross_entropy_stays_under_the_plan(tmp_path: Path, models: Callable[[str], Checkpoint]) -> None:
-    """A large vocabulary and cross-entropy: MLX's own peak is under the plan's, no more than 4 times."""
-    vocab, length = 8192, 64
-    teacher = load.open_checkpoint(tiny.make(tmp_path / "big", vocab_size=vocab, num_hidden_layers=6))
-    small = tiny.make(tmp_path / "small", seed=1, vocab_size=vocab, num_hidden_layers=4, intermediate_size=512)
-    student, rng = load.open_checkpoint(small), np.random.default_rng(0)
-    data = Windows(rng.integers(0, vocab, (12, length)).astype(np.int32), np.ones((12, length), np.float32))
+def test_training_with_cross_entropy_stays_under_the_plan(
+    tmp_path: Path, models: Callable[[str], Checkpoint]
+) -> None:
+    """A large vocabulary and cross-entropy: MLX's own peak is under the plan's, no more than 4
+    times.
+    """
+    vocab = 8192
+    length = 64
+    teacher = load.open_checkpoint(
+        tiny.make(tmp_path / "big", vocab_size=vocab, num_hidden_layers=6)
+    )
+    small = tiny.make(
+        tmp_path / "small", seed=1, vocab_size=vocab, num_hidden_layers=4, intermediate_size=512
+    )
+    student = load.open_checkpoint(small)
+    rng = np.random.default_rng(0)
+    data = Windows(
+        rng.integers(0, vocab, (12, length)).astype(np.int32), np.ones((12, length), np.float32)
+    )
     recipe = replace(RECIPE, iters=2, max_seq_length=length)
     mx.clear_cache()
     before = mx.get_active_memory()
-    model, source = load.resident(student, mx.float32), StreamedTeacher(teacher, 0, False, 2.0, 0.5)
+    model = load.resident(student, mx.float32)
+    source = StreamedTeacher(teacher, 0, False, 2.0, 0.5)
     steps = list(live_teacher.steps(model, source, data, recipe, GuardedAdamW()))
     peak = max(s.peak_bytes for s in steps) - before
     sizes = {"batch_size": 2, "grad_accumulation_steps": 2, "max_seq_length": length}
-    job = replace(JOB, teacher=model_of(teacher), student=model_of(student), cross_entropy=0.5, **sizes)
+    job = replace(
+        JOB, teacher=model_of(teacher), student=model_of(student), cross_entropy=0.5, **sizes
+    )
     planned = phases.resident(job, 2, 0).peak_bytes
     assert planned / 4 < peak < planned, (peak / 2**20, planned / 2**20)

@@ -20,30 +20,47 @@ from tests.conftest import near
 def test_streamed_statistics_are_resident_ones(
     models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
 ) -> None:
-    """FFN, heads, blocks and hidden, gathered inside mlx-lm's whole model by hand: equal to the last bit."""
+    """FFN, heads, blocks and hidden, gathered inside mlx-lm's whole model by hand: equal to the
+    last bit.
+    """
     statistics, hidden = calibrate.calibrate(models(kind), batches)
     model = load.resident(models(kind), policy.compute_dtype(models(kind)))
     norms = np.zeros(64)
     for layer in model.model.layers:
-        for part, name in ((layer.mlp, "down_proj"), (layer.mlp, "gate_proj"), (layer.self_attn, "o_proj")):
+        for part, name in (
+            (layer.mlp, "down_proj"),
+            (layer.mlp, "gate_proj"),
+            (layer.self_attn, "o_proj"),
+        ):
             setattr(part, name, stream.InputRecorder(getattr(part, name)))
         layer.self_attn.q_proj = stream.InputRecorder(layer.self_attn.q_proj)
-    ffn, heads, squares, loud = np.zeros((3, 768)), np.zeros((3, 4)), np.zeros((3, 768)), np.zeros((3, 4))
+    ffn = np.zeros((3, 768))
+    heads = np.zeros((3, 4))
+    squares = np.zeros((3, 768))
+    loud = np.zeros((3, 4))
     for tokens, streamed in zip(batches, hidden, strict=True):
         assert mx.array_equal(model.model(tokens), streamed)
         for i, layer in enumerate(model.model.layers):
-            ffn[i] += np.array(importance.channel_sample(seen := layer.mlp.down_proj.take()), np.float64) ** 2
+            ffn[i] += (
+                np.array(importance.channel_sample(seen := layer.mlp.down_proj.take()), np.float64)
+                ** 2
+            )
             squares[i] += np.array(importance.square_sample(seen), np.float64) / tokens.size
-            norm = mx.sqrt(mx.square(attended := layer.self_attn.o_proj.take()).reshape(-1, 4, 16).sum(axis=-1))
+            norm = mx.sqrt(
+                mx.square(attended := layer.self_attn.o_proj.take()).reshape(-1, 4, 16).sum(axis=-1)
+            )
             loud[i] += np.array(mx.square(norm).mean(axis=0), np.float64)
             heads[i] += np.array(importance.head_sample(attended, 4), np.float64) ** 2
             for tap in (layer.self_attn.q_proj, layer.mlp.gate_proj):
                 norms += np.array(importance.channel_sample(tap.take()), np.float64) ** 2
     for i in range(3):
-        assert (statistics.ffn[i].mean == ffn[i]).all() and (statistics.ffn[i].square == squares[i]).all()
+        assert (statistics.ffn[i].mean == ffn[i]).all() and (
+            statistics.ffn[i].square == squares[i]
+        ).all()
         assert (statistics.heads[i].mean == heads[i]).all()
         np.testing.assert_allclose(statistics.heads[i].square, loud[i], rtol=near(1e-5, 5e-3))
-    np.testing.assert_allclose(statistics.hidden[-1].mean, norms, rtol=1e-12)  # added up in another order
+    # added up in another order
+    np.testing.assert_allclose(statistics.hidden[-1].mean, norms, rtol=1e-12)
 
 
 def test_block_importance_by_hand(llama: Checkpoint, batches: list[mx.array]) -> None:
@@ -55,7 +72,8 @@ def test_block_importance_by_hand(llama: Checkpoint, batches: list[mx.array]) ->
         out = source.through(block, list(hidden))
         cosines = []
         for a, b in zip(hidden, out, strict=True):
-            x, y = np.array(a, np.float64), np.array(b, np.float64)
+            x = np.array(a, np.float64)
+            y = np.array(b, np.float64)
             cosines.append(((x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))).mean())
         assert statistics.block[i] == pytest.approx(1 - np.mean(cosines), abs=1e-5)
         hidden = out
@@ -78,12 +96,18 @@ def test_each_batch_is_weighed_by_its_own_air(llama: Checkpoint, batches: list[m
             (both.ffn[i], first.ffn[i], second.ffn[i]),
             (both.heads[i], first.heads[i], second.heads[i]),
         ):
-            np.testing.assert_allclose(got.warm, a.square * 283.15**2 + b.square * 303.15**2, rtol=1e-12)
+            np.testing.assert_allclose(
+                got.warm, a.square * 283.15**2 + b.square * 303.15**2, rtol=1e-12
+            )
             np.testing.assert_allclose(got.mean, a.mean + b.mean, rtol=1e-12)
 
 
-def test_a_gap_in_the_weather_means_plain_importance(llama: Checkpoint, batches: list[mx.array]) -> None:
-    """One batch without T_env: all weigh 1 and `measured` is False, so nobody is favoured by a broken sensor."""
+def test_a_gap_in_the_weather_means_plain_importance(
+    llama: Checkpoint, batches: list[mx.array]
+) -> None:
+    """One batch without T_env: all weigh 1 and `measured` is False, so nobody is favoured by a
+    broken sensor.
+    """
     statistics, _ = calibrate.calibrate(llama, batches, readings(10.0, None))
     assert not statistics.measured and statistics.ambient_c == [10.0]
     assert (statistics.ffn[0].warm == statistics.ffn[0].square).all()

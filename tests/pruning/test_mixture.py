@@ -1,4 +1,6 @@
-"""Mixtures of experts: which are kept, by pencil; routers healed; little memory; a run that was stopped."""
+"""Mixtures of experts: which are kept, by pencil; routers healed; little memory; a run that was
+stopped.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,24 @@ MIXTURE = few("qwen3_moe")
 
 def cut(model: Path, out: Path, text: Path, **how: Any) -> dict[str, Any]:
     """`prune` of a few short windows, and no axis but those asked for."""
-    return prune.run(prune.Settings(
-        model=str(model), mlx_path=str(out), data=str(text), scenario="none", num_samples=4, max_seq_length=24,
-        dtype="float32", **how,
-    ))  # fmt: skip
+    return prune.run(
+        prune.Settings(
+            model=str(model),
+            mlx_path=str(out),
+            data=str(text),
+            scenario="none",
+            num_samples=4,
+            max_seq_length=24,
+            dtype="float32",
+            **how,
+        )
+    )
 
 
 def test_scores_by_pencil() -> None:
-    """Two tokens choose expert 0 by halves, outputs of norm 5 and 1; one chooses expert 2 wholly; 1 is left alone."""
+    """Two tokens choose expert 0 by halves, outputs of norm 5 and 1; one chooses expert 2 wholly; 1
+    is left alone.
+    """
     sums = importance.ExpertSums(*np.zeros((3, 3)))
     sums.add(0, np.array([0.5, 0.5]), mx.array([[3.0, 4.0], [1.0, 0.0]]), 2.0)
     sums.add(2, np.array([1.0]), mx.array([[0.0, 2.0]]), 4.0)
@@ -54,10 +66,14 @@ def test_scores_are_those_of_plain_mlx(tmp_path: Path, batches: list[mx.array]) 
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m", **MIXTURE))
     found, _ = calibrate.calibrate(checkpoint, batches)
     stock = load.mlx_lm("utils").load(str(checkpoint.path))[0]
-    s, k = shape_of(checkpoint.config), MIXTURE["num_experts_per_tok"]
-    gated, routed, neurons = np.zeros(s.experts), np.zeros(s.experts), np.zeros((s.experts, s.ffn))
+    s = shape_of(checkpoint.config)
+    k = MIXTURE["num_experts_per_tok"]
+    gated = np.zeros(s.experts)
+    routed = np.zeros(s.experts)
+    neurons = np.zeros((s.experts, s.ffn))
     for tokens in batches:
-        x, first = stock.model.embed_tokens(tokens), stock.model.layers[0]
+        x = stock.model.embed_tokens(tokens)
+        first = stock.model.layers[0]
         h = x + first.self_attn(first.input_layernorm(x), load.mask(stock.args, first, x))
         n = first.post_attention_layernorm(h).reshape(-1, s.hidden)
         odds = mx.softmax(first.mlp.gate(n), axis=-1)
@@ -74,15 +90,21 @@ def test_scores_are_those_of_plain_mlx(tmp_path: Path, batches: list[mx.array]) 
                 routed[e] += 1
                 neurons[e] += np.square(gate * np.array(wide)) / (tokens.shape[0] * tokens.shape[1])
     assert found.routed[0].tolist() == routed.tolist()
-    np.testing.assert_allclose(importance.rms(found.experts[0]), gated / np.maximum(routed, 1), rtol=near(1e-4, 5e-3))
-    np.testing.assert_allclose(found.ffn[0].square.reshape(s.experts, -1), neurons, rtol=near(1e-3, 0.05), atol=1e-9)
+    np.testing.assert_allclose(
+        importance.rms(found.experts[0]), gated / np.maximum(routed, 1), rtol=near(1e-4, 5e-3)
+    )
+    np.testing.assert_allclose(
+        found.ffn[0].square.reshape(s.experts, -1), neurons, rtol=near(1e-3, 0.05), atol=1e-9
+    )
 
 
 def test_the_weather_weighs_experts(tmp_path: Path, text_folder: Path) -> None:
     """A constant T_env cannot change which stay; it is said that AAIS ranked them."""
     model = tiny.make(tmp_path / "m", **MIXTURE)
     plain = cut(model, tmp_path / "plain", text_folder, experts="4", importance="rms")
-    warm = cut(model, tmp_path / "warm", text_folder, experts="4", temperature_c=12.0, altitude_m=800.0)
+    warm = cut(
+        model, tmp_path / "warm", text_folder, experts="4", temperature_c=12.0, altitude_m=800.0
+    )
     kept = [model_writer.read_keep(tmp_path / name) for name in ("plain", "warm")]
     assert kept[0] and kept[1] and kept[0].kept == kept[1].kept
     assert (plain["importance"], warm["importance"]) == ("rms", "aais")
@@ -93,13 +115,19 @@ def test_what_stays_is_the_teachers(tmp_path: Path, text_folder: Path, by: str) 
     """Experts with their rows of the router, in order; nothing else changes."""
     teacher = load.open_checkpoint(tiny.make(tmp_path / "m", **MIXTURE))
     report = cut(teacher.path, tmp_path / "cut", text_folder, experts="0.5x", experts_by=by)
-    student, keep = load.open_checkpoint(tmp_path / "cut"), model_writer.read_keep(tmp_path / "cut")
-    assert student.config["num_experts"] == 4 and report["params"] < report["params_before"] and keep
+    student = load.open_checkpoint(tmp_path / "cut")
+    keep = model_writer.read_keep(tmp_path / "cut")
+    assert (
+        student.config["num_experts"] == 4 and report["params"] < report["params_before"] and keep
+    )
     for name in arch.tensors_of(student.config):
-        own, i = load.dense(student, name), arch.block_of(name)
+        own = load.dense(student, name)
+        i = arch.block_of(name)
         chosen = keep.kept[i, "experts"] if i is not None else ()
         if (e := experts.expert_of(name)) is not None:
-            assert mx.array_equal(own, load.dense(teacher, name.replace(f"experts.{e}.", f"experts.{chosen[e]}.")))
+            assert mx.array_equal(
+                own, load.dense(teacher, name.replace(f"experts.{e}.", f"experts.{chosen[e]}."))
+            )
         elif experts.is_router(name):
             assert mx.array_equal(own, load.dense(teacher, name)[mx.array(chosen)])
         else:
@@ -107,18 +135,22 @@ def test_what_stays_is_the_teachers(tmp_path: Path, text_folder: Path, by: str) 
 
 
 def test_routers_are_healed(tmp_path: Path, text_folder: Path, batches: list[mx.array]) -> None:
-    """A router that was shuffled finds its way back, judged on windows it did not see; one that nothing is wrong with
-    stays as it is, to the bit."""
+    """A router that was shuffled finds its way back, judged on windows it did not see; one that
+    nothing is wrong with stays as it is, to the bit.
+    """
     teacher = load.open_checkpoint(tiny.make(tmp_path / "m", **{**MIXTURE, "num_hidden_layers": 2}))
     cut(teacher.path, tmp_path / "whole", text_folder, layers=2)
-    whole, keep = load.open_checkpoint(tmp_path / "whole"), model_writer.read_keep(tmp_path / "whole")
+    whole = load.open_checkpoint(tmp_path / "whole")
+    keep = model_writer.read_keep(tmp_path / "whole")
     assert keep
     windows = [mx.random.randint(0, 512, (1, 48), key=mx.random.key(b)) for b in range(8)]
     assert reconstruct.reconstruct(teacher, whole, keep, windows)[0] == {}
     weights = dict(load.weights(whole, "", mx.float32))
     for i in range(2):
         name = f"model.layers.{i}.mlp.gate.weight"
-        weights[name] = weights[name] + 0.03 * mx.random.normal(weights[name].shape, key=mx.random.key(i))
+        weights[name] = weights[name] + 0.03 * mx.random.normal(
+            weights[name].shape, key=mx.random.key(i)
+        )
     mx.save_safetensors(str(whole.path / "model.safetensors"), weights)
     mended, left = reconstruct.reconstruct(teacher, load.open_checkpoint(whole.path), keep, windows)
     assert mended and min(left) < 0.9 and max(left) <= 1.0
@@ -129,20 +161,28 @@ def test_routers_are_healed(tmp_path: Path, text_folder: Path, batches: list[mx.
 def test_one_window_repairs_nothing(
     tmp_path: Path, text_folder: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    """It judges, and nothing is left to learn from: every block stays as it is, and the command says what to give."""
+    """It judges, and nothing is left to learn from: every block stays as it is, and the command
+    says what to give.
+    """
     sizes = {**tiny.MODELS, **tiny.KINDS}[kind]
     teacher = load.open_checkpoint(tiny.make(tmp_path / "m", **{**sizes, "num_hidden_layers": 3}))
     cut(teacher.path, tmp_path / "cut", text_folder, layers=2)
-    student, keep = load.open_checkpoint(tmp_path / "cut"), model_writer.read_keep(tmp_path / "cut")
+    student = load.open_checkpoint(tmp_path / "cut")
+    keep = model_writer.read_keep(tmp_path / "cut")
     assert keep
     window = mx.random.randint(0, 512, (1, 48), key=mx.random.key(0))
     assert reconstruct.reconstruct(teacher, student, keep, [window]) == ({}, [1.0, 1.0])
     assert "give --reconstruct-samples 2 or more" in capsys.readouterr().err
 
 
-def test_few_tokens_fit_the_memory(tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where outputs of all experts are many, fewer windows are asked: of those to learn from and of those to judge."""
-    asked, old = list[int](), reconstruct._Asked.__init__
+def test_few_tokens_fit_the_memory(
+    tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where outputs of all experts are many, fewer windows are asked: of those to learn from and of
+    those to judge.
+    """
+    asked = list[int]()
+    old = reconstruct._Asked.__init__
 
     def counted(self: Any, source: Any, block: Any, hidden: Any, goals: Any) -> None:
         asked.append(len(hidden))
@@ -152,15 +192,20 @@ def test_few_tokens_fit_the_memory(tmp_path: Path, text_folder: Path, monkeypatc
     monkeypatch.setattr(reconstruct, "ROUTER_BYTES", 1)
     teacher = load.open_checkpoint(tiny.make(tmp_path / "m", **MIXTURE))
     cut(teacher.path, tmp_path / "cut", text_folder, experts="6")
-    student, keep = load.open_checkpoint(tmp_path / "cut"), model_writer.read_keep(tmp_path / "cut")
+    student = load.open_checkpoint(tmp_path / "cut")
+    keep = model_writer.read_keep(tmp_path / "cut")
     assert keep
     windows = [mx.random.randint(0, 512, (1, 16), key=mx.random.key(b)) for b in range(12)]
     reconstruct.reconstruct(teacher, student, keep, windows)
     assert max(asked) == 2 and min(asked) >= 1
 
 
-def test_an_eighth_of_the_model(tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calibration and cut of 75 MB of experts take less memory than an eighth of the model above what MLX held."""
+def test_an_eighth_of_the_model(
+    tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calibration and cut of 75 MB of experts take less memory than an eighth of the model above
+    what MLX held.
+    """
     monkeypatch.setattr("mis_mlx.models.stream.GROUP_BYTES", 2**20)
     big = {**MIXTURE, "num_experts": 16, "moe_intermediate_size": 1024, "num_hidden_layers": 6}
     model = tiny.make(tmp_path / "m", **big)
@@ -176,11 +221,21 @@ def test_stopped_and_resumed_to_the_same_bits(
     tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of the healing; the run goes on from the pruned folder."""
-    model, old, calls = tiny.make(tmp_path / "m", **MIXTURE), reconstruct.heal, list[int]()
+    model = tiny.make(tmp_path / "m", **MIXTURE)
+    old = reconstruct.heal
+    calls = list[int]()
     how: dict[str, Any] = {
-        "teacher": str(model), "data": str(text_folder), "num_samples": 2, "max_seq_length": 24, "eval_windows": 2,
-        "reconstruct_samples": 4, "bench_tokens": 0, "q_group_size": 32, "experts": "0.5x", "train": "none",
-    }  # fmt: skip
+        "teacher": str(model),
+        "data": str(text_folder),
+        "num_samples": 2,
+        "max_seq_length": 24,
+        "eval_windows": 2,
+        "reconstruct_samples": 4,
+        "bench_tokens": 0,
+        "q_group_size": 32,
+        "experts": "0.5x",
+        "train": "none",
+    }
 
     def stopped(*of: Any) -> Any:
         calls.append(1)
@@ -194,7 +249,9 @@ def test_stopped_and_resumed_to_the_same_bits(
     with pytest.raises(KeyboardInterrupt):
         distill.run(distill.Settings(out=str(tmp_path / "run"), **how))
     distill.run(distill.Settings(out=str(tmp_path / "run"), resume=True))
-    files = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "run")]
+    files = [
+        (tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "run")
+    ]
     assert files[0] == files[1]
 
 
@@ -204,8 +261,14 @@ def test_stopped_and_resumed_to_the_same_bits(
         ({"num_experts_per_tok": 9}, "a token meets 9 experts (num_experts_per_tok), there are 8"),
         ({"num_experts": 0}, "num_experts is 0, plausible is 1 to 4096"),
         ({"num_experts": None}, "num_experts is None, plausible is 1 to 4096"),
-        ({"mlp_only_layers": [1]}, "mlp_only_layers is [1], of a qwen3_moe only [] can be computed here"),
-        ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2, of a qwen3_moe only 1 can be computed here"),
+        (
+            {"mlp_only_layers": [1]},
+            "mlp_only_layers is [1], of a qwen3_moe only [] can be computed here",
+        ),
+        (
+            {"decoder_sparse_step": 2},
+            "decoder_sparse_step is 2, of a qwen3_moe only 1 can be computed here",
+        ),
         ({"moe_intermediate_size": 0}, "moe_intermediate_size is 0, plausible is 1 to"),
     ],
 )
@@ -226,24 +289,33 @@ def test_configs_that_do_not_fit(change: dict[str, Any], said: str) -> None:
         ("qwen3", "4", "experts of a qwen3 cannot be cut: it has none"),
     ],
 )
-def test_numbers_that_do_not_fit(tmp_path: Path, text_folder: Path, kind: str, asked: str, said: str) -> None:
+def test_numbers_that_do_not_fit(
+    tmp_path: Path, text_folder: Path, kind: str, asked: str, said: str
+) -> None:
     """One sentence, before anything is read."""
     model = tiny.make(tmp_path / "m", **{**tiny.KINDS, **tiny.MODELS}[kind])
     with pytest.raises(MisError) as caught:
         cut(model, tmp_path / "out", text_folder, experts=asked)
-    assert said in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    assert (
+        said in str(caught.value)
+        and "\n" not in str(caught.value)
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_the_plan_of_a_large_mixture(capsys: pytest.CaptureFixture[str]) -> None:
-    """Qwen3-30B-A3B by its shape: as many parameters as published, in 5 GiB; half of the experts, half of the bytes."""
+    """Qwen3-30B-A3B by its shape: as many parameters as published, in 5 GiB; half of the experts,
+    half of the bytes.
+    """
     found = {}
     for asked in ("0.75x", "0.5x"):
-        found[asked] = plan.run(plan.Settings(
-            teacher="qwen3-30b-a3b", budget="5GiB", machine="m1-air", experts=asked
-        ))  # fmt: skip
+        found[asked] = plan.run(
+            plan.Settings(teacher="qwen3-30b-a3b", budget="5GiB", machine="m1-air", experts=asked)
+        )
         out = capsys.readouterr().out
         assert (
-            "no training: the repair alone, for training has no room below" in out and "9,328.2 MB" in out
+            "no training: the repair alone, for training has no room below" in out
+            and "9,328.2 MB" in out
         ) or asked == "0.75x"
         assert found[asked]["params_teacher"] == 30_532_122_624 and not found[asked]["check_failed"]
         assert found[asked]["peak_bytes"] < 5 * 2**30
@@ -252,13 +324,28 @@ def test_the_plan_of_a_large_mixture(capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.parametrize(("kind", "way"), [("gpt_oss", "sharded"), ("mixtral", "blocks")])
 def test_trained_in_other_ways(tmp_path: Path, text_folder: Path, kind: str, way: Any) -> None:
-    """In shards, whose files hold experts one by one whatever the family has; all blocks with moments of 8 bits. The
-    student that was trained is not the pruned one, and it opens."""
+    """In shards, whose files hold experts one by one whatever the family has; all blocks with
+    moments of 8 bits. The student that was trained is not the pruned one, and it opens.
+    """
     model = tiny.make(tmp_path / "m", **few(kind))
-    result = distill.run(distill.Settings(
-        teacher=str(model), data=str(text_folder), out=str(tmp_path / "run"), iters=2, num_samples=2, max_seq_length=24,
-        eval_windows=2, reconstruct_samples=4, bench_tokens=0, q_group_size=32, experts="0.5x", train=way,
-    ))  # fmt: skip
+    result = distill.run(
+        distill.Settings(
+            teacher=str(model),
+            data=str(text_folder),
+            out=str(tmp_path / "run"),
+            iters=2,
+            num_samples=2,
+            max_seq_length=24,
+            eval_windows=2,
+            reconstruct_samples=4,
+            bench_tokens=0,
+            q_group_size=32,
+            experts="0.5x",
+            train=way,
+        )
+    )
     students = [load.open_checkpoint(tmp_path / "run" / name) for name in ("pruned", "distilled")]
     name = next(n for n in students[0].tensors if experts.expert_of(n) is not None)
-    assert result["mode"] == way and not mx.array_equal(*(load.dense(student, name) for student in students))
+    assert result["mode"] == way and not mx.array_equal(
+        *(load.dense(student, name) for student in students)
+    )

@@ -1,4 +1,6 @@
-"""The closed-form repair before training: lowers the error block by block, and touches nothing that is whole."""
+"""The closed-form repair before training: lowers the error block by block, and touches nothing that
+is whole.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,10 @@ def windows() -> list[mx.array]:
 
 
 def test_who_judges_by_pencil() -> None:
-    """Of one kind every fourth window, or the last of fewer; of several kinds the same of each, wherever its windows
-    stand; a kind of one window only teaches, and where all are such, the last window judges."""
+    """Of one kind every fourth window, or the last of fewer; of several kinds the same of each,
+    wherever its windows stand; a kind of one window only teaches, and where all are such, the last
+    window judges.
+    """
     assert reconstruct.judges([0] * 9) == [3, 7]
     assert reconstruct.judges([0] * 3) == [2]
     assert reconstruct.judges([5]) == [0]
@@ -45,7 +49,9 @@ def test_who_judges_by_pencil() -> None:
 
 @pytest.mark.parametrize("kinds", [[0] * 12, [0, 1] * 6, [0, 0, 1] * 4, [0, 0, 0, 1] * 3 + [2]])
 def test_every_kind_that_can_is_fitted_and_judged(kinds: list[int]) -> None:
-    """A kind of two windows and more has one that judges and one that does not; about a quarter of all judges."""
+    """A kind of two windows and more has one that judges and one that does not; about a quarter of
+    all judges.
+    """
     held_out = reconstruct.judges(kinds)
 
     assert held_out == sorted(set(held_out))
@@ -71,29 +77,40 @@ def mended_model(student: Checkpoint, mended: dict[str, mx.array]) -> Checkpoint
 
 
 def stream_error(
-    teacher: Checkpoint, student: Checkpoint, basis: np.ndarray, windows: list[mx.array], layers: tuple[int, ...] = ALL
+    teacher: Checkpoint,
+    student: Checkpoint,
+    basis: np.ndarray,
+    windows: list[mx.array],
+    layers: tuple[int, ...] = ALL,
 ) -> list[float]:
-    """At the end of each student block: sum over tokens of |missing|^2 / mean square of the teacher's stream.
+    """At the end of each student block: sum over tokens of |missing|^2 / mean square of the
+    teacher's stream.
 
-    basis (64, d): into the student's channels. layers: the teacher's that the student has. Behind a norm channels
-    count by their own size.
+    basis (64, d): into the student's channels. layers: the teacher's that the student has. Behind a
+    norm channels count by their own size.
     """
-    big, small = stream.Stream(teacher, mx.float32), stream.Stream(student, mx.float32)
+    big = stream.Stream(teacher, mx.float32)
+    small = stream.Stream(student, mx.float32)
     at = {0: list(big.embed(windows))}
     for i, block in big.blocks():
         at[i + 1] = list(big.through(block, list(at[i])))
-    hidden, errors = small.embed(windows), []
+    hidden = small.embed(windows)
+    errors = []
     for entrance, (_, block) in zip([*layers[1:], 3], small.blocks(), strict=True):
         small.through(block, hidden)
         goals = np.concatenate([np.array(want, np.float64)[0] @ basis for want in at[entrance]])
         missing = goals - np.concatenate([np.array(got, np.float64)[0] for got in hidden])
-        goals, missing = (x / np.sqrt(np.square(goals).mean(-1, keepdims=True)) for x in (goals, missing))
+        goals, missing = (
+            x / np.sqrt(np.square(goals).mean(-1, keepdims=True)) for x in (goals, missing)
+        )
         sizes = np.square(goals).mean(0) if reconstruct.BEHIND in block else 1.0
         errors.append(float((np.square(missing) / sizes).sum()))
     return errors
 
 
-def test_an_unpruned_student_stays_as_it_is(tmp_path: Path, llama: Checkpoint, windows: list[mx.array]) -> None:
+def test_an_unpruned_student_stays_as_it_is(
+    tmp_path: Path, llama: Checkpoint, windows: list[mx.array]
+) -> None:
     """Nothing is missing, so nothing changes."""
     keep = KeptUnits(ALL, {}, "")
     student = student_of(llama, keep, tmp_path / "s")
@@ -110,12 +127,20 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "name"), [*(("llama", name) for name in CUTS), ("gemma3_text", "ffn")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [*(("llama", name) for name in CUTS), ("gemma3_text", "ffn")]
+)
 def test_the_error_falls_block_by_block(
-    tmp_path: Path, models: Callable[[str], Checkpoint], windows: list[mx.array], kind: str, name: str
+    tmp_path: Path,
+    models: Callable[[str], Checkpoint],
+    windows: list[mx.array],
+    kind: str,
+    name: str,
 ) -> None:
-    """On other windows, teacher and mended student passed apart, each block ends nearer to the teacher's stream; with a
-    norm behind its MLP each but the last, which can add more to a small error than to a large one."""
+    """On other windows, teacher and mended student passed apart, each block ends nearer to the
+    teacher's stream; with a norm behind its MLP each but the last, which can add more to a small
+    error than to a large one.
+    """
     keep, sizes = CUTS[name]
     teacher = models(kind)
     student = student_of(teacher, keep, tmp_path / "s", **sizes)
@@ -136,8 +161,10 @@ def test_the_error_falls_block_by_block(
 def test_few_tokens_do_not_spoil_a_student(
     tmp_path: Path, models: Callable[[str], Checkpoint], count: int, length: int, kind: str
 ) -> None:
-    """Fewer tokens than the FFN has columns, which plain least squares learns by heart: on other windows no block ends
-    further from the teacher than it was. One window leaves nothing to judge by, and all as it was."""
+    """Fewer tokens than the FFN has columns, which plain least squares learns by heart: on other
+    windows no block ends further from the teacher than it was. One window leaves nothing to judge
+    by, and all as it was.
+    """
     keep, sizes = CUTS["ffn"]
     teacher = models(kind)
     student = student_of(teacher, keep, tmp_path / "s", **sizes)
@@ -151,17 +178,23 @@ def test_few_tokens_do_not_spoil_a_student(
 
 
 @pytest.mark.usefixtures("cpu_policy")
-def test_against_lstsq_in_float64(tmp_path: Path, llama: Checkpoint, windows: list[mx.array]) -> None:
-    """Block 0's new down_proj is numpy's weighted ridge solution from activations taken out by hand."""
+def test_against_lstsq_in_float64(
+    tmp_path: Path, llama: Checkpoint, windows: list[mx.array]
+) -> None:
+    """Block 0's new down_proj is numpy's weighted ridge solution from activations taken out by
+    hand.
+    """
     keep, sizes = CUTS["ffn"]
     student = student_of(llama, keep, tmp_path / "s", **sizes)
     mended, _ = reconstruct.reconstruct(llama, student, keep, windows)
-    big, small = stream.Stream(llama, mx.float32), stream.Stream(student, mx.float32)
+    big = stream.Stream(llama, mx.float32)
+    small = stream.Stream(student, mx.float32)
     _, teacher_block = next(big.blocks())
     wanted = big.through(teacher_block, big.embed(windows))
     _, block = next(small.blocks())
     block.mlp.down_proj = stream.InputRecorder(block.mlp.down_proj)
-    rows_a, rows_r = list[np.ndarray](), list[np.ndarray]()
+    rows_a = list[np.ndarray]()
+    rows_r = list[np.ndarray]()
     for into, want in zip(small.embed(windows), wanted, strict=True):
         (out,) = small.through(block, [into])
         goal = np.array(want, np.float64).reshape(-1, 64)
@@ -186,7 +219,9 @@ def test_against_lstsq_in_float64(tmp_path: Path, llama: Checkpoint, windows: li
     assert np.abs(update).max() > 0.01  # there was something to mend
 
 
-def test_one_kind_of_text_is_no_kinds(tmp_path: Path, llama: Checkpoint, windows: list[mx.array]) -> None:
+def test_one_kind_of_text_is_no_kinds(
+    tmp_path: Path, llama: Checkpoint, windows: list[mx.array]
+) -> None:
     """All of kind 3, or nothing said: bit for bit the same weights."""
     keep, sizes = CUTS["ffn"]
     student = student_of(llama, keep, tmp_path / "s", **sizes)
@@ -221,11 +256,16 @@ def test_each_kind_of_text_judges_a_block(
 
 
 @pytest.mark.usefixtures("cpu_policy")
-def test_a_wide_layer_is_refitted_beside_nothing_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a wide FFN, F = D = 512: the sums, 4 F D numbers of float32, and the new matrix. With a second copy of that in
-    float64 an 8 B model went over its budget."""
+def test_a_wide_layer_is_refitted_beside_nothing_in_float64(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a wide FFN, F = D = 512: the sums, 4 F D numbers of float32, and the new matrix. With a
+    second copy of that in float64 an 8 B model went over its budget.
+    """
     monkeypatch.setattr(reconstruction, "WIDE", 256)
-    teacher = load.open_checkpoint(tiny.make(tmp_path / "wide", hidden_size=512, num_hidden_layers=2))
+    teacher = load.open_checkpoint(
+        tiny.make(tmp_path / "wide", hidden_size=512, num_hidden_layers=2)
+    )
     keep = KeptUnits((0, 1), {(i, "ffn"): tuple(range(512)) for i in (0, 1)}, "")
     student = student_of(teacher, keep, tmp_path / "s", ffn=512)
     windows = [mx.random.randint(0, 512, (1, 256), key=mx.random.key(k)) for k in range(6)]

@@ -1,4 +1,6 @@
-"""Cutting hidden by a rotation: what stays the same function, what does not and by how much, and what opens it."""
+"""Cutting hidden by a rotation: what stays the same function, what does not and by how much, and
+what opens it.
+"""
 
 from __future__ import annotations
 
@@ -47,12 +49,16 @@ def whole(basis: np.ndarray) -> slicing.Rotation:
     return slicing.Rotation(basis, dict.fromkeys(NORMS, 1.0))
 
 
-def student_of(teacher: Checkpoint, rotation: slicing.Rotation, out: Path, dtype: str = "float32") -> Checkpoint:
+def student_of(
+    teacher: Checkpoint, rotation: slicing.Rotation, out: Path, dtype: str = "float32"
+) -> Checkpoint:
     """The teacher cut by nothing but `rotation`."""
     shape = replace(shape_of(teacher.config), hidden=rotation.basis.shape[1])
     kept = {(-1, "hidden"): tuple(range(shape.hidden))}
     keep = KeptUnits(ALL, kept, "", basis=rotation.basis.astype(np.float32))
-    slicing.write_student(teacher, shape, keep, out, dtype, DISK, tensor=slicing.rotated(teacher, rotation))
+    slicing.write_student(
+        teacher, shape, keep, out, dtype, DISK, tensor=slicing.rotated(teacher, rotation)
+    )
     return load.open_checkpoint(out)
 
 
@@ -63,8 +69,11 @@ def stock(checkpoint: Checkpoint, tokens: mx.array) -> np.ndarray:
 
 
 def entering(checkpoint: Checkpoint, windows: list[mx.array]) -> dict[str, np.ndarray]:
-    """What enters each norm, by mlx-lm's own submodules called by hand: {norm: tokens of rms 1, float64}."""
-    model, seen = load.resident(checkpoint, mx.float32), dict[str, list[np.ndarray]]()
+    """What enters each norm, by mlx-lm's own submodules called by hand: {norm: tokens of rms 1,
+    float64}.
+    """
+    model = load.resident(checkpoint, mx.float32)
+    seen = dict[str, list[np.ndarray]]()
 
     def note(name: str, x: mx.array) -> None:
         flat = np.array(x, np.float64).reshape(-1, x.shape[-1])
@@ -82,7 +91,9 @@ def entering(checkpoint: Checkpoint, windows: list[mx.array]) -> dict[str, np.nd
 
 
 def test_principal_directions_by_pencil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens (2, 1) and (1, 2), whose products have eigenvalues 9 along (1, 1) and 1 along (1, -1)."""
+    """Tokens (2, 1) and (1, 2), whose products have eigenvalues 9 along (1, 1) and 1 along (1,
+    -1).
+    """
     teacher = load.open_checkpoint(tiny.make(tmp_path / "m", tie_word_embeddings=False))
     entering = [("a norm", mx.array([[2.0, 1.0], [1.0, 2.0]]))]
     monkeypatch.setattr(slicing, "_entering", lambda *_: entering)
@@ -97,10 +108,11 @@ def test_principal_directions_by_pencil(tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_is_measured_is_what_enters_the_norms(
     models: Callable[[str], Checkpoint], windows: list[mx.array], kind: str
 ) -> None:
-    """Against float64 numpy over mlx-lm's own modules: the leading subspace, and the energy it holds at each norm.
+    """Against float64 numpy over mlx-lm's own modules: the leading subspace, and the energy it
+    holds at each norm.
 
-    1e-4: the stream itself is float32; 2e-3: float16. With a tied head the columns are turned, the subspace is the
-    same.
+    1e-4: the stream itself is float32; 2e-3: float16. With a tied head the columns are turned, the
+    subspace is the same.
     """
     teacher = models(kind)
     found = slicing.directions(teacher, windows)(48)
@@ -115,7 +127,9 @@ def test_what_is_measured_is_what_enters_the_norms(
         share = np.square(x @ lead).sum() / np.square(x).sum()
         assert found.energy[name] == pytest.approx(share, abs=near(1e-4, 2e-3))
         assert 0.75 < share < 1
-    held = [np.square(np.concatenate(list(seen.values())) @ column).sum() for column in found.basis.T]
+    held = [
+        np.square(np.concatenate(list(seen.values())) @ column).sum() for column in found.basis.T
+    ]
     assert all(a > b * (1 - near(1e-5, 5e-3)) for a, b in itertools.pairwise(held))
 
 
@@ -123,25 +137,32 @@ def test_what_is_measured_is_what_enters_the_norms(
 def test_rotated_but_not_cut_an_untied_model_is_the_same_function(
     tmp_path: Path, models: Callable[[str], Checkpoint], windows: list[mx.array], kind: str
 ) -> None:
-    """Any orthogonal basis, gains folded away: the same logits to float32 rounding, from other weights."""
+    """Any orthogonal basis, gains folded away: the same logits to float32 rounding, from other
+    weights.
+    """
     teacher = models(kind)
     if kind in ("biased", "qwen3"):
         folder = tiny.make(tmp_path / "t", **{**tiny.KINDS[kind], "tie_word_embeddings": False})
         teacher = load.open_checkpoint(folder)
     student = student_of(teacher, whole(orthogonal(64)), tmp_path / "s")
     assert all(mx.array_equal(load.dense(student, name), mx.ones((64,))) for name in NORMS)
-    before, after = stock(teacher, windows[0]), stock(student, windows[0])
+    before = stock(teacher, windows[0])
+    after = stock(student, windows[0])
     assert np.abs(after - before).max() <= 2e-5 * np.abs(before).max()
     embedding = "model.embed_tokens.weight"
-    assert not mx.allclose(load.dense(student, embedding), load.dense(teacher, embedding), atol=0.05)
+    assert not mx.allclose(
+        load.dense(student, embedding), load.dense(teacher, embedding), atol=0.05
+    )
 
 
 def test_a_tied_head_deviates_by_its_last_gain_and_by_nothing_else(
     tmp_path: Path, llama: Checkpoint, windows: list[mx.array]
 ) -> None:
-    """Rotated any way, the logits are those of the teacher with Q diag(Q^T g Q) Q^T in the place of its last gain g.
+    """Rotated any way, the logits are those of the teacher with Q diag(Q^T g Q) Q^T in the place of
+    its last gain g.
 
-    The deviation is bounded by the spread of the gains (here 10 %). Turned for g, nothing is cut and nothing is lost.
+    The deviation is bounded by the spread of the gains (here 10 %). Turned for g, nothing is cut
+    and nothing is lost.
     """
     basis = orthogonal(64)
     gain = np.array(load.dense(llama, slicing.FINAL), np.float64)
@@ -155,16 +176,22 @@ def test_a_tied_head_deviates_by_its_last_gain_and_by_nothing_else(
     assert np.abs(after - even @ nearest @ table.T).max() <= rounding
     off = np.linalg.norm(after - before) / np.linalg.norm(before)
     assert 0.03 < off < 2 * gain.std() / gain.mean()
-    turned = stock(student_of(llama, whole(slicing.turned(basis, gain)), tmp_path / "turned"), windows[0])
+    turned = stock(
+        student_of(llama, whole(slicing.turned(basis, gain)), tmp_path / "turned"), windows[0]
+    )
     assert np.abs(turned - before).max() <= rounding
 
 
 def test_turned_for_a_tied_head_the_cut_costs_less(tmp_path: Path, windows: list[mx.array]) -> None:
-    """The same 60 directions, gains of the last norm far apart: the turned basis ends nearer to the teacher."""
+    """The same 60 directions, gains of the last norm far apart: the turned basis ends nearer to the
+    teacher.
+    """
     teacher = load.open_checkpoint(tiny.make(tmp_path / "t"))
     arrays = {name: load.dense(teacher, name) for name in teacher.tensors}
     arrays[slicing.FINAL] = 1 + 0.5 * mx.random.normal((64,), key=mx.random.key(9))
-    model_writer.write_model(teacher.config, arrays.__getitem__, teacher.path, tmp_path / "g", "float32", DISK)
+    model_writer.write_model(
+        teacher.config, arrays.__getitem__, teacher.path, tmp_path / "g", "float32", DISK
+    )
     teacher = load.open_checkpoint(tmp_path / "g")
     found = slicing.directions(teacher, windows)(60)
     plain = replace(found, basis=found.basis @ orthogonal(60))  # the same subspace, turned anyhow
@@ -177,7 +204,9 @@ def test_turned_for_a_tied_head_the_cut_costs_less(tmp_path: Path, windows: list
 
 
 def test_the_rms_gain_by_pencil(tmp_path: Path, models: Callable[[str], Checkpoint]) -> None:
-    """48 of 64 numbers with 3/4 of the energy have the same rms: gain 1; with all of it sqrt(64 / 48)."""
+    """48 of 64 numbers with 3/4 of the energy have the same rms: gain 1; with all of it sqrt(64 /
+    48).
+    """
     energy = dict.fromkeys(NORMS, 0.75) | {NORMS[1]: 1.0}
     tensor = slicing.rotated(models("untied"), slicing.Rotation(orthogonal(64)[:, :48], energy))
     for name in NORMS:
@@ -186,8 +215,12 @@ def test_the_rms_gain_by_pencil(tmp_path: Path, models: Callable[[str], Checkpoi
 
 
 def low_rank(folder: Path, rank: int) -> Checkpoint:
-    """An untied tiny llama whose stream stays in a `rank`-dimensional subspace that no channel is along."""
-    plain = load.open_checkpoint(tiny.make(folder / "plain", tie_word_embeddings=False, rms_norm_eps=1e-9))
+    """An untied tiny llama whose stream stays in a `rank`-dimensional subspace that no channel is
+    along.
+    """
+    plain = load.open_checkpoint(
+        tiny.make(folder / "plain", tie_word_embeddings=False, rms_norm_eps=1e-9)
+    )
     inside = orthogonal(64, 3)[:, :rank]
     onto = mx.array((inside @ inside.T).astype(np.float32))
     arrays = {name: load.dense(plain, name) for name in plain.tensors}
@@ -195,23 +228,34 @@ def low_rank(folder: Path, rank: int) -> Checkpoint:
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             arrays[name] = onto @ a
     arrays["model.embed_tokens.weight"] = arrays["model.embed_tokens.weight"] @ onto
-    model_writer.write_model(plain.config, arrays.__getitem__, plain.path, folder / "low", "float32", DISK)
+    model_writer.write_model(
+        plain.config, arrays.__getitem__, plain.path, folder / "low", "float32", DISK
+    )
     return load.open_checkpoint(folder / "low")
 
 
 def test_on_a_low_rank_stream_the_rotation_loses_nothing_and_ranked_channels_do(
     tmp_path: Path, windows: list[mx.array]
 ) -> None:
-    """Rank 32 of 64, cut to 32: PCA is exact to 1e-4 of the logits (float16: 1e-2), a choice by importance far off."""
-    teacher, cut = low_rank(tmp_path, 32), select.PruningConfig(scenario="none", hidden=32, importance="activation")
+    """Rank 32 of 64, cut to 32: PCA is exact to 1e-4 of the logits (float16: 1e-2), a choice by
+    importance far off.
+    """
+    teacher = low_rank(tmp_path, 32)
+    cut = select.PruningConfig(scenario="none", hidden=32, importance="activation")
     before = stock(teacher, windows[0])
     off = {}
     for how in ("importance", "pca"):
         held_out = Windows(np.array(windows[1]), np.ones((1, 64), np.float32))
         select.prune(
-            teacher, windows, held_out, tmp_path / how, replace(cut, hidden_by=how),
-            dtype="float32", reading=lambda: None, files=DISK,
-        )  # fmt: skip
+            teacher,
+            windows,
+            held_out,
+            tmp_path / how,
+            replace(cut, hidden_by=how),
+            dtype="float32",
+            reading=lambda: None,
+            files=DISK,
+        )
         after = stock(load.open_checkpoint(tmp_path / how), windows[0])
         off[how] = np.linalg.norm(after - before) / np.linalg.norm(before)
     assert off["pca"] < near(1e-4, 1e-2) and off["importance"] > 0.3
@@ -221,20 +265,34 @@ def test_on_a_low_rank_stream_the_rotation_loses_nothing_and_ranked_channels_do(
 def test_the_command_writes_an_ordinary_folder(
     tmp_path: Path, models: Callable[[str], Checkpoint], text_folder: Path, kind: str
 ) -> None:
-    """Every axis at once in bfloat16: stock mlx-lm opens it, no tensor more, tied stays tied; the basis lies beside."""
+    """Every axis at once in bfloat16: stock mlx-lm opens it, no tensor more, tied stays tied; the
+    basis lies beside.
+    """
     prune.run(
         prune.Settings(
-            model=str(models(kind).path), mlx_path=str(tmp_path / "s"), data=str(text_folder), num_samples=4,
-            max_seq_length=32, layers=2, ffn=256, heads=2, hidden=48, hidden_by="pca",
+            model=str(models(kind).path),
+            mlx_path=str(tmp_path / "s"),
+            data=str(text_folder),
+            num_samples=4,
+            max_seq_length=32,
+            layers=2,
+            ffn=256,
+            heads=2,
+            hidden=48,
+            hidden_by="pca",
         )
-    )  # fmt: skip
+    )
     student = load.open_checkpoint(tmp_path / "s")
     made = replace(shape_of(models(kind).config), layers=2, ffn=256, heads=2, kv_heads=1, hidden=48)
     assert shape_of(student.config) == made
     assert student.tensors.keys() == arch.tensors_of(student.config).keys()
     assert np.isfinite(stock(student, mx.array([[1, 2, 3]]))).all()
     keep = model_writer.read_keep(tmp_path / "s")
-    assert keep is not None and keep.kept[-1, "hidden"] == tuple(range(48)) and keep.report["hidden_by"] == "pca"
+    assert (
+        keep is not None
+        and keep.kept[-1, "hidden"] == tuple(range(48))
+        and keep.report["hidden_by"] == "pca"
+    )
     assert 0.75 < keep.report["hidden_energy"] < 1
     np.testing.assert_allclose(keep.basis.T @ keep.basis, np.eye(48), atol=1e-6)
 
@@ -242,15 +300,23 @@ def test_the_command_writes_an_ordinary_folder(
 def test_spooled_hidden_states_and_a_changing_wind_make_the_same_student(
     tmp_path: Path, llama: Checkpoint, windows: list[mx.array]
 ) -> None:
-    """One batch in memory or all: the same bytes. Where AAIS keeps other neurons, both students are rotated."""
+    """One batch in memory or all: the same bytes. Where AAIS keeps other neurons, both students are
+    rotated.
+    """
     made = {}
     for name, held in (("spooled", 1), ("held", None)):
         air = iter([-20.0, 45.0, -20.0, 45.0])
         made[name] = select.prune(
-            llama, windows, Windows(np.array(windows[1]), np.ones((1, 64), np.float32)), tmp_path / name,
-            select.PruningConfig(scenario="none", ffn=256, hidden=48, hidden_by="pca"), dtype="float32", files=DISK,
-            reading=lambda air=air: Reading(0.0, ambient_c=next(air), altitude_m=832.0), held=held,
-        )  # fmt: skip
+            llama,
+            windows,
+            Windows(np.array(windows[1]), np.ones((1, 64), np.float32)),
+            tmp_path / name,
+            select.PruningConfig(scenario="none", ffn=256, hidden=48, hidden_by="pca"),
+            dtype="float32",
+            files=DISK,
+            reading=lambda air=air: Reading(0.0, ambient_c=next(air), altitude_m=832.0),
+            held=held,
+        )
     for file in ("model.safetensors", "rotation.npy"):
         assert (tmp_path / "spooled" / file).read_bytes() == (tmp_path / "held" / file).read_bytes()
     report = made["held"]
@@ -262,7 +328,9 @@ def test_spooled_hidden_states_and_a_changing_wind_make_the_same_student(
 def test_the_way_into_the_students_channels(llama: Checkpoint) -> None:
     """Unit vectors pick channels, bit for bit; any basis turns; the dtype of the stream stays."""
     hidden = mx.random.normal((1, 5, 64), key=mx.random.key(0))
-    picked = reconstruct.narrow(hidden, reconstruct.kept_columns(KeptUnits(ALL, {(-1, "hidden"): (3, 1)}, "")))
+    picked = reconstruct.narrow(
+        hidden, reconstruct.kept_columns(KeptUnits(ALL, {(-1, "hidden"): (3, 1)}, ""))
+    )
     units = KeptUnits(ALL, {(-1, "hidden"): (0, 1)}, "", basis=np.eye(64)[:, [3, 1]])
     assert mx.array_equal(picked, reconstruct.narrow(hidden, reconstruct.kept_columns(units)))
     basis = orthogonal(64)[:, :48]
@@ -276,24 +344,35 @@ def test_the_way_into_the_students_channels(llama: Checkpoint) -> None:
 def test_repair_brings_every_block_nearer_to_the_rotated_stream(
     tmp_path: Path, llama: Checkpoint, windows: list[mx.array]
 ) -> None:
-    """On a bfloat16 student read back from disk; measured apart, in float64, against Q^T times the teacher's stream."""
+    """On a bfloat16 student read back from disk; measured apart, in float64, against Q^T times the
+    teacher's stream.
+    """
     rotation = slicing.directions(llama, windows)(32)
     student = student_of(llama, rotation, tmp_path / "s", "bfloat16")
     keep = model_writer.read_keep(student.path)
     assert keep is not None
     mended, _ = reconstruct.reconstruct(llama, student, keep, windows)
     after = stream_error(llama, mended_model(student, mended), rotation.basis, windows)
-    assert all(a < b for a, b in zip(after, stream_error(llama, student, rotation.basis, windows), strict=True))
+    assert all(
+        a < b
+        for a, b in zip(after, stream_error(llama, student, rotation.basis, windows), strict=True)
+    )
 
 
 def test_a_rotation_that_does_not_fit_is_a_sentence(tmp_path: Path, llama: Checkpoint) -> None:
-    """Missing, cut short, of another model, of another kind of file: one sentence each, with the path."""
-    student = student_of(llama, slicing.Rotation(orthogonal(64)[:, :48], dict.fromkeys(NORMS, 0.75)), tmp_path / "s")
+    """Missing, cut short, of another model, of another kind of file: one sentence each, with the
+    path.
+    """
+    student = student_of(
+        llama, slicing.Rotation(orthogonal(64)[:, :48], dict.fromkeys(NORMS, 0.75)), tmp_path / "s"
+    )
     path = student.path / "rotation.npy"
     whole_file = path.read_bytes()
     for content in (whole_file[:-8], b"", b"PK", b"\x80\x04N.", None):
         path.unlink() if content is None else path.write_bytes(content)
-        with pytest.raises(MisError, match="rotation.npy is not this model's rotation .*prune the teacher again"):
+        with pytest.raises(
+            MisError, match="rotation.npy is not this model's rotation .*prune the teacher again"
+        ):
             model_writer.read_keep(student.path)
     np.save(path, np.zeros((64, 47), np.float32))
     with pytest.raises(MisError, match=r"it holds float32 \[64, 47\], the model has 48 channels"):
@@ -304,24 +383,39 @@ def test_a_rotation_that_does_not_fit_is_a_sentence(tmp_path: Path, llama: Check
 
 
 def test_the_whole_way_with_a_rotated_student(
-    tmp_path: Path, llama: Checkpoint, windows: list[mx.array], flags: tuple[object, ...], command: Callable[..., Done]
+    tmp_path: Path,
+    llama: Checkpoint,
+    windows: list[mx.array],
+    flags: tuple[object, ...],
+    command: Callable[..., Done],
 ) -> None:
-    """Pruned, distilled, quantized: each folder opens; it ends nearer to the teacher. The parts of a student that is
-    taught block by block have its basis too."""
-    out, few = tmp_path / "run", ("--iters", 2, "--hidden", 32, "--quantize", 0, "--keep-steps")
+    """Pruned, distilled, quantized: each folder opens; it ends nearer to the teacher. The parts of
+    a student that is taught block by block have its basis too.
+    """
+    out = tmp_path / "run"
+    few = ("--iters", 2, "--hidden", 32, "--quantize", 0, "--keep-steps")
     brief = ("--q-group-size", 32, "--q-iters", 2, "--iters", 20)
     done = command("distill", *flags, "--out", out, "--hidden", 32, *brief)
     assert done.returncode == 0, done.stderr
     taught = command("distill", *flags, "--out", tmp_path / "taught", "--train", "sharded", *few)
     assert taught.returncode == 0, taught.stderr
     assert last_line(done)["hidden_by"] == "pca"
-    made = {"teacher": llama} | {name: load.open_checkpoint(out / name) for name in ("pruned", "distilled", "model")}
+    made = {"teacher": llama} | {
+        name: load.open_checkpoint(out / name) for name in ("pruned", "distilled", "model")
+    }
     held_out = Windows(np.concatenate([np.array(w) for w in windows]), np.ones((4, 64), np.float32))
-    kl = {name: found.mean() for (name, metric), found in comparison.compare(made, held_out).items() if metric == "kl"}
+    kl = {
+        name: found.mean()
+        for (name, metric), found in comparison.compare(made, held_out).items()
+        if metric == "kl"
+    }
     assert kl["distilled"] < 0.9 * kl["pruned"]
     basis = (out / "pruned" / "rotation.npy").read_bytes()
     assert (out / "distilled" / "rotation.npy").read_bytes() == basis
-    assert all((tmp_path / "taught" / name / "rotation.npy").read_bytes() == basis for name in ("pruned", "parts"))
+    assert all(
+        (tmp_path / "taught" / name / "rotation.npy").read_bytes() == basis
+        for name in ("pruned", "parts")
+    )
     assert json.loads((out / "distilled" / "keep.json").read_text())["rotated"] is True
     for name in ("pruned", "distilled", "model"):
         assert np.isfinite(stock(made[name], mx.array([[1, 2, 3]]))).all()

@@ -1,4 +1,6 @@
-"""Cutting: keep all is the identity; each cut gives what a hand-made teacher without those parts gives."""
+"""Cutting: keep all is the identity; each cut gives what a hand-made teacher without those parts
+gives.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,11 @@ def raw(checkpoint: Checkpoint) -> dict[str, bytes]:
 
 
 def cut(
-    teacher: Checkpoint, out: Path, layers: tuple[int, ...], kept: dict[tuple[int, str], tuple[int, ...]], **sizes: int
+    teacher: Checkpoint,
+    out: Path,
+    layers: tuple[int, ...],
+    kept: dict[tuple[int, str], tuple[int, ...]],
+    **sizes: int,
 ) -> Checkpoint:
     """The student of a Keep written by hand, opened by our gate."""
     shape = replace(shape_of(teacher.config), layers=len(layers), **sizes)
@@ -47,10 +53,17 @@ def stock(checkpoint: Checkpoint, tokens: mx.array) -> mx.array:
 
 
 def edited(
-    teacher: Checkpoint, tokens: mx.array, edit: Callable[[dict[str, mx.array]], None], **config: Any
+    teacher: Checkpoint,
+    tokens: mx.array,
+    edit: Callable[[dict[str, mx.array]], None],
+    **config: Any,
 ) -> mx.array:
-    """Logits of the teacher after `edit(weights)` changed its weights in place; the reference of each cut."""
-    model = load.resident(Checkpoint(teacher.path, {**teacher.config, **config}, teacher.tensors), mx.float32)
+    """Logits of the teacher after `edit(weights)` changed its weights in place; the reference of
+    each cut.
+    """
+    model = load.resident(
+        Checkpoint(teacher.path, {**teacher.config, **config}, teacher.tensors), mx.float32
+    )
     weights = dict(tree_flatten(model.parameters()))
     edit(weights)
     model.load_weights(list(weights.items()))
@@ -63,10 +76,14 @@ def close(a: mx.array, b: mx.array) -> bool:
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_keep_all_is_the_identity(tmp_path: Path, models: Callable[[str], Checkpoint], kind: str) -> None:
+def test_keep_all_is_the_identity(
+    tmp_path: Path, models: Callable[[str], Checkpoint], kind: str
+) -> None:
     """The same bytes of every tensor, whether nothing is named or everything is."""
     teacher = models(kind)
-    everything = {(i, "ffn"): tuple(range(768)) for i in ALL} | {(i, "heads"): tuple(range(4)) for i in ALL}
+    everything = {(i, "ffn"): tuple(range(768)) for i in ALL} | {
+        (i, "heads"): tuple(range(4)) for i in ALL
+    }
     everything[-1, "hidden"] = tuple(range(64))
     for name, kept in (("nothing", {}), ("everything", everything)):
         assert raw(cut(teacher, tmp_path / name, ALL, kept)) == raw(teacher)
@@ -103,7 +120,9 @@ def test_cut_neurons_are_zeros(
 def test_cut_heads_are_zeros(
     tmp_path: Path, models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
 ) -> None:
-    """One head of each group, another one in each layer: the teacher with the other columns of o_proj zeroed."""
+    """One head of each group, another one in each layer: the teacher with the other columns of
+    o_proj zeroed.
+    """
     kept = {(0, "heads"): (0, 2), (1, "heads"): (1, 3), (2, "heads"): (1, 2)}
     student = cut(models(kind), tmp_path / "s", ALL, kept, heads=2)
 
@@ -121,8 +140,9 @@ def test_cut_channels_leave_the_stream(
 ) -> None:
     """48 of 64 channels: the teacher that never writes the other 16.
 
-    Its norms divide by the root mean square over 64 numbers, 16 of them zeros; the student's over 48. So the
-    reference has norm weights times sqrt(48/64) and eps times 48/64, which is the same function exactly.
+    Its norms divide by the root mean square over 64 numbers, 16 of them zeros; the student's over
+    48. So the reference has norm weights times sqrt(48/64) and eps times 48/64, which is the same
+    function exactly.
     """
     kept = tuple(j for j in range(64) if j % 4)
     student = cut(models(kind), tmp_path / "s", ALL, {(-1, "hidden"): kept}, hidden=48)
@@ -146,7 +166,9 @@ def test_cut_channels_leave_the_stream(
 
 
 def test_all_cuts_at_once_and_biases(tmp_path: Path, batches: list[mx.array]) -> None:
-    """A llama with every bias, cut along all four axes, opens in stock mlx-lm with finite logits."""
+    """A llama with every bias, cut along all four axes, opens in stock mlx-lm with finite
+    logits.
+    """
     teacher = load.open_checkpoint(tiny.make(tmp_path / "t", attention_bias=True, mlp_bias=True))
     kept: dict[tuple[int, str], tuple[int, ...]] = {(-1, "hidden"): tuple(range(0, 64, 2))}
     kept |= {(i, "ffn"): tuple(range(i, 256 + i)) for i in (0, 2)}
@@ -159,17 +181,31 @@ def test_all_cuts_at_once_and_biases(tmp_path: Path, batches: list[mx.array]) ->
 
 def test_types_are_cast_and_said(tmp_path: Path, llama: Checkpoint) -> None:
     """bfloat16: half the bytes, and config.json says so."""
-    slicing.write_student(llama, shape_of(llama.config), KeptUnits(ALL, {}, ""), tmp_path / "s", "bfloat16", DISK)
+    slicing.write_student(
+        llama, shape_of(llama.config), KeptUnits(ALL, {}, ""), tmp_path / "s", "bfloat16", DISK
+    )
     student = load.open_checkpoint(tmp_path / "s")
     assert 2 * student.nbytes == llama.nbytes and student.config["torch_dtype"] == "bfloat16"
     assert {at.dtype for at in student.tensors.values()} == {"BF16"}
 
 
 def test_keep_survives_on_disk(tmp_path: Path, llama: Checkpoint) -> None:
-    """keep.json gives back the Keep; a folder without one gives None; tokenizer files came along."""
-    keep = KeptUnits((0, 2), {(0, "ffn"): tuple(range(512)), (2, "ffn"): tuple(range(256, 768))}, "why", {"a": 1.5})
+    """keep.json gives back the Keep; a folder without one gives None; tokenizer files came
+    along.
+    """
+    keep = KeptUnits(
+        (0, 2),
+        {(0, "ffn"): tuple(range(512)), (2, "ffn"): tuple(range(256, 768))},
+        "why",
+        {"a": 1.5},
+    )
     slicing.write_student(
-        llama, replace(shape_of(llama.config), layers=2, ffn=512), keep, tmp_path / "s", "float32", DISK
+        llama,
+        replace(shape_of(llama.config), layers=2, ffn=512),
+        keep,
+        tmp_path / "s",
+        "float32",
+        DISK,
     )
     assert model_writer.read_keep(tmp_path / "s") == keep
     assert model_writer.read_keep(llama.path) is None
@@ -180,8 +216,17 @@ def test_keep_survives_on_disk(tmp_path: Path, llama: Checkpoint) -> None:
 def test_foreign_code_and_weights_are_not_copied(tmp_path: Path) -> None:
     """Only what makes a folder speak comes along."""
     (tmp_path / "from").mkdir()
-    for name in ("tokenizer.json", "evil.py", "pytorch_model.bin", "source.json", "chat_template.jinja"):
+    for name in (
+        "tokenizer.json",
+        "evil.py",
+        "pytorch_model.bin",
+        "source.json",
+        "chat_template.jinja",
+    ):
         (tmp_path / "from" / name).write_text("x")
     model_writer.write_folder({}, {}, [], tmp_path / "from", tmp_path / "to", DISK)
     own = {"config.json", "model.safetensors"}
-    assert {p.name for p in (tmp_path / "to").iterdir()} - own == {"chat_template.jinja", "tokenizer.json"}
+    assert {p.name for p in (tmp_path / "to").iterdir()} - own == {
+        "chat_template.jinja",
+        "tokenizer.json",
+    }

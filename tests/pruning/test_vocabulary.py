@@ -30,10 +30,21 @@ from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
-from tests.conftest import SMALL, Done, last_line, losses, mostly_slow, near, sentence, settings_of, weights
+from tests.conftest import (
+    SMALL,
+    Done,
+    last_line,
+    losses,
+    mostly_slow,
+    near,
+    sentence,
+    settings_of,
+    weights,
+)
 from tests.test_ranks import launched
 
-ROWS, KEPT = 1024, 512
+ROWS = 1024
+KEPT = 512
 
 
 def make(folder: Path, **changes: Any) -> Checkpoint:
@@ -52,12 +63,26 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.fixture(scope="module")
 def small(big: Checkpoint, text_folder: Path) -> tuple[object, ...]:
     """Flags of a `distill` of seconds that halves the vocabulary."""
-    return ("--teacher", big.path, "--data", text_folder, *SMALL, "--vocab", "0.5x", "--iters", 6, "--save-every", 2)
+    return (
+        "--teacher",
+        big.path,
+        "--data",
+        text_folder,
+        *SMALL,
+        "--vocab",
+        "0.5x",
+        "--iters",
+        6,
+        "--save-every",
+        2,
+    )
 
 
 @pytest.fixture(scope="module")
 def finished(
-    tmp_path_factory: pytest.TempPathFactory, small: tuple[object, ...], command: Callable[..., Done]
+    tmp_path_factory: pytest.TempPathFactory,
+    small: tuple[object, ...],
+    command: Callable[..., Done],
 ) -> tuple[Path, Done]:
     """(run folder, process) of one undisturbed run that leaves what it made on the way."""
     out = tmp_path_factory.mktemp("run") / "run"
@@ -71,9 +96,15 @@ def windows(model: Checkpoint, text_folder: Path) -> token_windows.Windows:
     return preparation.prepare(str(text_folder), load.tokenizer(model.path), 32).train
 
 
-def trimmed(teacher: Checkpoint, text_folder: Path, out: Path, rows: int = KEPT) -> tuple[Checkpoint, list[int]]:
-    """The teacher of the `rows` that the training text and the teacher itself choose, and which these are."""
-    kept = vocabulary.chosen(teacher, rows, windows(teacher, text_folder), vocabulary.VocabularyConfig())
+def trimmed(
+    teacher: Checkpoint, text_folder: Path, out: Path, rows: int = KEPT
+) -> tuple[Checkpoint, list[int]]:
+    """The teacher of the `rows` that the training text and the teacher itself choose, and which
+    these are.
+    """
+    kept = vocabulary.chosen(
+        teacher, rows, windows(teacher, text_folder), vocabulary.VocabularyConfig()
+    )
     return vocabulary.write(teacher, kept, out, DISK), kept
 
 
@@ -85,31 +116,47 @@ def test_sizes_are_multiples_of_256(big: Checkpoint, asked: str) -> None:
 
 def test_all_tokens_are_no_cut(big: Checkpoint) -> None:
     """Whatever rounds up to all rows; without --vocab as well."""
-    assert {vocabulary.size(asked, big.path, ROWS) for asked in (None, "1024", "1x", "0.9x", "800")} == {ROWS}
+    assert {
+        vocabulary.size(asked, big.path, ROWS) for asked in (None, "1024", "1x", "0.9x", "800")
+    } == {ROWS}
 
 
 @pytest.mark.parametrize(
     ("asked", "why"),
     [
         ("200", "need 257 tokens, --vocab 200 leaves 256: give 512 or more"),
-        ("0", "--vocab 0 is no number of tokens from 1 to 1,024: give one, or a share such as 0.5x"),
-        ("1025", "--vocab 1025 is no number"), ("1.5x", "is no number"), ("half", "is no number"), ("-3", "is no"),
-        ("0.5", "is no number"), ("nan", "is no number"),
+        (
+            "0",
+            "--vocab 0 is no number of tokens from 1 to 1,024: give one, or a share such as 0.5x",
+        ),
+        ("1025", "--vocab 1025 is no number"),
+        ("1.5x", "is no number"),
+        ("half", "is no number"),
+        ("-3", "is no"),
+        ("0.5", "is no number"),
+        ("nan", "is no number"),
     ],
-)  # fmt: skip
+)
 def test_a_size_that_cannot_be(big: Checkpoint, asked: str, why: str) -> None:
     """One sentence, with both numbers."""
     with pytest.raises(MisError, match=why):
         vocabulary.size(asked, big.path, ROWS)
 
 
-@pytest.mark.parametrize("kind", ["llama", "untied", "packed", "granite", "phi3", "gemma3_text", "gemma4_text"])
-def test_logits_of_the_rows_that_stay_are_the_teachers(tmp_path: Path, text_folder: Path, kind: str) -> None:
-    """On a text that uses no other tokens: the same ids but for their numbers, the same logits, and so the same
-    probabilities but for the softmax's denominator; in memory and streamed."""
+@pytest.mark.parametrize(
+    "kind", ["llama", "untied", "packed", "granite", "phi3", "gemma3_text", "gemma4_text"]
+)
+def test_logits_of_the_rows_that_stay_are_the_teachers(
+    tmp_path: Path, text_folder: Path, kind: str
+) -> None:
+    """On a text that uses no other tokens: the same ids but for their numbers, the same logits, and
+    so the same probabilities but for the softmax's denominator; in memory and streamed.
+    """
     teacher = make(tmp_path / "teacher", **{**tiny.KINDS, **tiny.FAMILIES, "packed": {}}[kind])
     if kind == "packed":
-        packed_format.write_quantized(teacher, tmp_path / "packed", packed_format.layout(teacher.config, 64), DISK)
+        packed_format.write_quantized(
+            teacher, tmp_path / "packed", packed_format.layout(teacher.config, 64), DISK
+        )
         teacher = load.open_checkpoint(tmp_path / "packed")
     text = windows(teacher, text_folder).tokens
     tokens = Vocabulary(teacher.path)
@@ -121,9 +168,11 @@ def test_logits_of_the_rows_that_stay_are_the_teachers(tmp_path: Path, text_fold
     assert seen.config["vocab_size"] == used == len(load.tokenizer(seen.path).get_vocab())
     mine = windows(seen, text_folder).tokens
     assert (np.array(kept)[mine] == text).all()
-    dtype, all_of = policy.compute_dtype(teacher), []
+    dtype = policy.compute_dtype(teacher)
+    all_of = []
     for model, tokens in ((teacher, text), (seen, mine)):
-        stream, batch = Stream(model, dtype), mx.array(tokens[:3])
+        stream = Stream(model, dtype)
+        batch = mx.array(tokens[:3])
         logits = load.resident(model, dtype)(batch).astype(mx.float32)
         again = load.logits(stream.head(), stream.forward([batch])[0]).astype(mx.float32)
         assert mx.allclose(logits, again, atol=near(1e-5, 0.05)).item()
@@ -135,7 +184,10 @@ def test_logits_of_the_rows_that_stay_are_the_teachers(tmp_path: Path, text_fold
     denominators = mx.logsumexp(whole[:, :-1], -1) - mx.logsumexp(less[:, :-1], -1)
     own = mx.logsumexp(whole[:, :-1], -1)
     own -= mx.take_along_axis(whole[:, :-1], mx.array(text[:3, 1:, None]), -1)[..., 0]
-    assert mx.abs(own - nll - denominators).max().item() < near(1e-5, 0.05) and (denominators >= 0).all().item()
+    assert (
+        mx.abs(own - nll - denominators).max().item() < near(1e-5, 0.05)
+        and (denominators >= 0).all().item()
+    )
 
 
 def test_the_plan_counts_what_is_there(big: Checkpoint, text_folder: Path, tmp_path: Path) -> None:
@@ -149,23 +201,38 @@ def test_the_plan_counts_what_is_there(big: Checkpoint, text_folder: Path, tmp_p
 
 def test_full_size_is_the_identity(tmp_path: Path, big: Checkpoint, text_folder: Path) -> None:
     """`prune --scenario none --vocab 1x`: the same bytes in every file."""
-    how = prune.Settings(model=str(big.path), data=str(text_folder), num_samples=2, max_seq_length=32, scenario="none",
-                         dtype="float32", vocab="1x", mlx_path=str(tmp_path / "same"))  # fmt: skip
+    how = prune.Settings(
+        model=str(big.path),
+        data=str(text_folder),
+        num_samples=2,
+        max_seq_length=32,
+        scenario="none",
+        dtype="float32",
+        vocab="1x",
+        mlx_path=str(tmp_path / "same"),
+    )
     prune.run(how)
     for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "same" / name).read_bytes() == (big.path / name).read_bytes()
     assert not (tmp_path / "same" / vocabulary.ROWS).exists()
 
 
-def test_prune_alone(tmp_path: Path, big: Checkpoint, text_folder: Path, command: Callable[..., Done]) -> None:
-    """The kept rows of the teacher, byte for byte; which they are; stock mlx-lm opens it. More text chooses others."""
+def test_prune_alone(
+    tmp_path: Path, big: Checkpoint, text_folder: Path, command: Callable[..., Done]
+) -> None:
+    """The kept rows of the teacher, byte for byte; which they are; stock mlx-lm opens it. More text
+    chooses others.
+    """
     flags = ("--model", big.path, "--data", text_folder, "--num-samples", 2, "--max-seq-length", 32)
     flags += ("--scenario", "none", "--dtype", "float32", "--vocab", 500)
     done = command("prune", *flags, "--mlx-path", tmp_path / "p")
     assert done.returncode == 0, done.stderr
     assert "vocabulary: 512 of 1,024 rows stay; of the " in done.stderr
-    kept, student = vocabulary.rows_of(tmp_path / "p"), load.open_checkpoint(tmp_path / "p")
-    assert kept is not None and shape_of(student.config) == replace(shape_of(big.config), vocab=KEPT)
+    kept = vocabulary.rows_of(tmp_path / "p")
+    student = load.open_checkpoint(tmp_path / "p")
+    assert kept is not None and shape_of(student.config) == replace(
+        shape_of(big.config), vocab=KEPT
+    )
     table = load.dense(big, "model.embed_tokens.weight")[mx.array(kept)]
     assert mx.array_equal(table, load.dense(student, "model.embed_tokens.weight"))
     model, tokenizer = load.mlx_lm("utils").load(str(tmp_path / "p"))
@@ -174,53 +241,76 @@ def test_prune_alone(tmp_path: Path, big: Checkpoint, text_folder: Path, command
     rows = [json.dumps({"text": "Zażółć gęślą jaźń. " * 500})]
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "train.jsonl").write_text("\n".join([*rows, json.dumps({"text": "Ćma."})]))
-    again = command("prune", *flags, "--vocab-text", tmp_path / "more", "--mlx-path", tmp_path / "q")
+    again = command(
+        "prune", *flags, "--vocab-text", tmp_path / "more", "--mlx-path", tmp_path / "q"
+    )
     assert again.returncode == 0, again.stderr
     assert vocabulary.rows_of(tmp_path / "q") != kept
 
 
-def test_bytes_and_the_same_text_in_other_tokens(big: Checkpoint, text_folder: Path, tmp_path: Path) -> None:
-    """Windows count the bytes of what they predict; read again with all tokens they are the same text, special tokens
-    included, in fewer tokens; half of a letter at an end is left out."""
+def test_bytes_and_the_same_text_in_other_tokens(
+    big: Checkpoint, text_folder: Path, tmp_path: Path
+) -> None:
+    """Windows count the bytes of what they predict; read again with all tokens they are the same
+    text, special tokens included, in fewer tokens; half of a letter at an end is left out.
+    """
     seen, _ = trimmed(big, text_folder, tmp_path / "rows")
-    small, whole = load.tokenizer(seen.path), load.tokenizer(big.path)
+    small = load.tokenizer(seen.path)
+    whole = load.tokenizer(big.path)
     text = "zażółć <|endoftext|> the statement\n"
     end = small.eos_token_id
     ids = [end, *small.encode(text, split_special_tokens=True), end, *small.encode("语 with")[1:]]
     learn = np.array([[1.0] * (len(ids) - 1) + [0.0]], np.float32)
     one = token_windows.Windows(np.array([ids], np.int32), learn)
     half = len("语".encode()) - 1
-    assert token_windows.text_bytes(one, small).tolist() == [len(text.encode()) + half + len(" with")]
+    assert token_windows.text_bytes(one, small).tolist() == [
+        len(text.encode()) + half + len(" with")
+    ]
     again = token_windows.reread(one, small, whole)
     own = [end, *whole.encode(text, split_special_tokens=True), end, *whole.encode(" with")]
     assert again.tokens.tolist() == [own] and len(own) < len(ids)
     assert again.learn.tolist() == [[1.0] * (len(own) - 1) + [0.0]]
-    assert again.text_bytes is not None and again.text_bytes.tolist() == [len(text.encode()) + len(" with")]
+    assert again.text_bytes is not None and again.text_bytes.tolist() == [
+        len(text.encode()) + len(" with")
+    ]
 
 
 def test_bits_per_byte_by_pencil() -> None:
-    """Nats of all windows over bytes of all windows, whatever a window's share; a constant ratio has no spread."""
+    """Nats of all windows over bytes of all windows, whatever a window's share; a constant ratio
+    has no spread.
+    """
     learn = np.array([[1, 1, 0, 0], [1, 1, 1, 0]], np.float32)
     held_out = token_windows.Windows(np.zeros((2, 4), np.int32), learn, np.array([4, 6]))
     nll = np.array([2.0, 3.0]) * math.log(2)
     rows = {r.metric: r for r in comparison.rows_of({("m", "nll"): nll}, held_out)}
-    assert rows["bpb"].value == pytest.approx((2 * 2 + 3 * 3) / 10) and rows["tpb"].value == pytest.approx(0.5)
-    even = comparison.rows_of({("m", "nll"): nll[:1].repeat(2)}, replace(held_out, text_bytes=np.array([4, 6])))
+    assert rows["bpb"].value == pytest.approx((2 * 2 + 3 * 3) / 10) and rows[
+        "tpb"
+    ].value == pytest.approx(0.5)
+    even = comparison.rows_of(
+        {("m", "nll"): nll[:1].repeat(2)}, replace(held_out, text_bytes=np.array([4, 6]))
+    )
     bits = next(r for r in even if r.metric == "bpb")
     assert bits.low == bits.high == pytest.approx(bits.value) == pytest.approx(1.0)
 
 
-def test_distill_end_to_end(finished: tuple[Path, Done], big: Checkpoint, text_folder: Path, tmp_path: Path) -> None:
-    """Every model has half of the rows and says which; the tables show the teacher with its own tokens, in bits per
-    byte, and no nats per token beside each other."""
+def test_distill_end_to_end(
+    finished: tuple[Path, Done], big: Checkpoint, text_folder: Path, tmp_path: Path
+) -> None:
+    """Every model has half of the rows and says which; the tables show the teacher with its own
+    tokens, in bits per byte, and no nats per token beside each other.
+    """
     out, done = finished
-    result, kept = last_line(done), vocabulary.rows_of(out / "pruned")
+    result = last_line(done)
+    kept = vocabulary.rows_of(out / "pruned")
     assert kept is not None and len(kept) == KEPT
     for name in ("pruned", "distilled", "model"):
         model, tokenizer = load.mlx_lm("utils").load(str(out / name))
         assert model(mx.array([tokenizer.encode("for x in y")])).shape[-1] == KEPT
         assert vocabulary.rows_of(out / name) == kept
-    assert result["nll_teacher"] is None is result["nll_student"] and result["params_teacher"] > 512 * 1024
+    assert (
+        result["nll_teacher"] is None is result["nll_student"]
+        and result["params_teacher"] > 512 * 1024
+    )
     table = (out / "table.md").read_text()
     assert "bits per byte of text" in table and "nats/token |" not in table.replace(
         "KL(teacher ‖ model), nats/token |", ""
@@ -228,42 +318,72 @@ def test_distill_end_to_end(finished: tuple[Path, Done], big: Checkpoint, text_f
     assert comparison.ACROSS in table
     data = preparation.prepare(str(text_folder), load.tokenizer(out / "pruned"), 32)
     chosen = comparison.chosen(data.held_out["held-out"], 3)
-    text = [load.tokenizer(out / "pruned").decode(w.tolist()).strip("\ufffd") for w in chosen.tokens]
-    nats, nbytes, tokenizer = 0.0, 0, load.tokenizer(big.path)
+    text = [
+        load.tokenizer(out / "pruned").decode(w.tolist()).strip("\ufffd") for w in chosen.tokens
+    ]
+    nats = 0.0
+    nbytes = 0
+    tokenizer = load.tokenizer(big.path)
     model = load.resident(big, mx.float32)
     for each in text:
         ids = mx.array([tokenizer.encode(each)])
         logits = model(ids[:, :-1])
-        nats += (mx.logsumexp(logits, -1) - mx.take_along_axis(logits, ids[:, 1:, None], -1)[..., 0]).sum().item()
+        nats += (
+            (mx.logsumexp(logits, -1) - mx.take_along_axis(logits, ids[:, 1:, None], -1)[..., 0])
+            .sum()
+            .item()
+        )
         nbytes += len(each.encode()) - len(tokenizer.decode(ids[0, :1].tolist()).encode())
-    assert result["bits_per_byte_teacher"] == pytest.approx(nats / nbytes / math.log(2), rel=near(1e-4, 0.02))
+    assert result["bits_per_byte_teacher"] == pytest.approx(
+        nats / nbytes / math.log(2), rel=near(1e-4, 0.02)
+    )
 
 
-def test_distill_a_phi(tmp_path: Path, small: tuple[object, ...], command: Callable[..., Done]) -> None:
+def test_distill_a_phi(
+    tmp_path: Path, small: tuple[object, ...], command: Callable[..., Done]
+) -> None:
     """Joined matrices, LongRoPE and half of the tokens: stock mlx_lm opens the 4-bit student."""
     phi = make(tmp_path / "phi", **{**tiny.FAMILIES["phi3"], "num_hidden_layers": 3})
-    done = command("distill", *small, "--teacher", phi.path, "--iters", 2, "--out", tmp_path / "run")
+    done = command(
+        "distill", *small, "--teacher", phi.path, "--iters", 2, "--out", tmp_path / "run"
+    )
     assert done.returncode == 0, done.stderr
     model, tokenizer = load.mlx_lm("utils").load(str(tmp_path / "run" / "model"))
-    assert len(tokenizer.get_vocab()) == model.args.vocab_size == KEPT and model.args.model_type == "phi3"
+    assert (
+        len(tokenizer.get_vocab()) == model.args.vocab_size == KEPT
+        and model.args.model_type == "phi3"
+    )
     assert mx.isfinite(model(mx.array([tokenizer.encode("Zażółć gęślą jaźń")]))).all().item()
 
 
 def test_nothing_but_tokens_is_cut(
     tmp_path: Path, big: Checkpoint, small: tuple[object, ...], command: Callable[..., Done]
 ) -> None:
-    """Such a student is its teacher, so nobody repairs or trains it: weights as they were, then rounded and tuned."""
-    done = command("distill", *small, "--scenario", "none", "--keep-steps", "--out", tmp_path / "run")
+    """Such a student is its teacher, so nobody repairs or trains it: weights as they were, then
+    rounded and tuned.
+    """
+    done = command(
+        "distill", *small, "--scenario", "none", "--keep-steps", "--out", tmp_path / "run"
+    )
     assert done.returncode == 0, done.stderr
     assert "no training: no block is cut, so there is nothing to mend" in done.stderr + done.stdout
     run = tmp_path / "run"
-    phases = {record["phase"] for record in run_folder.records(run / run_folder.PHASES) if "seconds" in record}
+    phases = {
+        record["phase"]
+        for record in run_folder.records(run / run_folder.PHASES)
+        if "seconds" in record
+    }
     assert phases == {"prune", "quantize", "tune", "measure"}
     student = load.open_checkpoint(run / "distilled")
     for name in (each for each in big.tensors if "layers." in each):
-        assert mx.array_equal(load.dense(student, name), load.dense(big, name).astype(mx.bfloat16)), name
+        assert mx.array_equal(
+            load.dense(student, name), load.dense(big, name).astype(mx.bfloat16)
+        ), name
     result = last_line(done)
-    assert result["bits_per_byte_distilled"] == result["bits_per_byte_pruned"] and result["mode"] == "none"
+    assert (
+        result["bits_per_byte_distilled"] == result["bits_per_byte_pruned"]
+        and result["mode"] == "none"
+    )
     assert result["kl_pruned"] == pytest.approx(0, abs=1e-4) and not result["gap_closed"]
     made = weights(run)
     (run / "result.json").unlink()
@@ -277,8 +397,12 @@ WAYS = [("--train", "sharded"), ("--train", "blocks"), ("--targets", "cached")]
 
 
 @pytest.mark.parametrize("way", mostly_slow(WAYS, WAYS[0]))
-def test_other_ways(tmp_path: Path, small: tuple[object, ...], command: Callable[..., Done], way: Any) -> None:
-    """Part by part, with the vocabulary frozen, and from targets on disk; what nobody needs goes."""
+def test_other_ways(
+    tmp_path: Path, small: tuple[object, ...], command: Callable[..., Done], way: Any
+) -> None:
+    """Part by part, with the vocabulary frozen, and from targets on disk; what nobody needs
+    goes.
+    """
     done = command("distill", *small, *way, "--q-iters", 2, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert last_line(done)["bits_per_byte_distilled"] < last_line(done)["bits_per_byte_pruned"] + 1
@@ -288,19 +412,33 @@ def test_other_ways(tmp_path: Path, small: tuple[object, ...], command: Callable
 @pytest.mark.slow
 @pytest.mark.parametrize("spread", ["whole", "layers"])
 def test_two_machines(
-    tmp_path: Path, finished: tuple[Path, Done], small: tuple[object, ...], own_home: dict[str, str], spread: str
+    tmp_path: Path,
+    finished: tuple[Path, Done],
+    small: tuple[object, ...],
+    own_home: dict[str, str],
+    spread: str,
 ) -> None:
     """One chooses the rows and writes them, the other gets them: the table of one machine."""
     (tmp_path / "how.yaml").write_text(f"spread: {spread}\n")
-    done = launched(own_home, 2, "distill", *small, "-c", tmp_path / "how.yaml", "--out", tmp_path / "run")
-    result, alone = last_line(done), last_line(finished[1])
+    done = launched(
+        own_home, 2, "distill", *small, "-c", tmp_path / "how.yaml", "--out", tmp_path / "run"
+    )
+    result = last_line(done)
+    alone = last_line(finished[1])
     for name in ("teacher", "pruned", "distilled", "4-bit"):
-        assert result[f"bits_per_byte_{name}"] == pytest.approx(alone[f"bits_per_byte_{name}"], rel=1e-3)
-    assert vocabulary.rows_of(tmp_path / "run" / "model") == vocabulary.rows_of(finished[0] / "model")
+        assert result[f"bits_per_byte_{name}"] == pytest.approx(
+            alone[f"bits_per_byte_{name}"], rel=1e-3
+        )
+    assert vocabulary.rows_of(tmp_path / "run" / "model") == vocabulary.rows_of(
+        finished[0] / "model"
+    )
 
 
 def test_resumed_after_each_stage(
-    tmp_path: Path, finished: tuple[Path, Done], small: tuple[object, ...], command: Callable[..., Done]
+    tmp_path: Path,
+    finished: tuple[Path, Done],
+    small: tuple[object, ...],
+    command: Callable[..., Done],
 ) -> None:
     """Half done, and with the teacher's rows gone: the same weights and losses, bit for bit."""
     run = shutil.copytree(finished[0], tmp_path / "run")
@@ -322,14 +460,27 @@ def test_a_student_made_earlier(
     small: tuple[object, ...],
     command: Callable[..., Done],
 ) -> None:
-    """`--student` brings its rows along: the same weights. One whose rows are not this teacher's is refused."""
+    """`--student` brings its rows along: the same weights. One whose rows are not this teacher's is
+    refused.
+    """
     flags = [f for f in small if f not in ("--vocab", "0.5x")]
-    done = command("distill", *flags, "--keep-steps", "--student", finished[0] / "pruned", "--out", tmp_path / "run")
+    done = command(
+        "distill",
+        *flags,
+        "--keep-steps",
+        "--student",
+        finished[0] / "pruned",
+        "--out",
+        tmp_path / "run",
+    )
     assert done.returncode == 0, done.stderr
     assert weights(tmp_path / "run") == weights(finished[0])
     stranger = shutil.copytree(finished[0] / "pruned", tmp_path / "stranger")
     rows = json.loads((stranger / vocabulary.ROWS).read_text())
-    rows["rows"] = [*rows["rows"][:-1], ROWS - 1 if rows["rows"][-1] < ROWS - 1 else rows["rows"][-1] - 1]
+    rows["rows"] = [
+        *rows["rows"][:-1],
+        ROWS - 1 if rows["rows"][-1] < ROWS - 1 else rows["rows"][-1] - 1,
+    ]
     (stranger / vocabulary.ROWS).write_text(json.dumps(rows))
     refused = command("distill", *flags, "--student", stranger, "--out", tmp_path / "other")
     assert "has another tokenizer than" in sentence(refused)
@@ -339,16 +490,28 @@ def test_a_student_made_earlier(
 
 
 def test_commands_on_a_trimmed_student(
-    tmp_path: Path, finished: tuple[Path, Done], big: Checkpoint, text_folder: Path, command: Callable[..., Done]
+    tmp_path: Path,
+    finished: tuple[Path, Done],
+    big: Checkpoint,
+    text_folder: Path,
+    command: Callable[..., Done],
 ) -> None:
-    """evaluate, evaluate --kld and quantize take the whole teacher beside it; generate takes no such draft."""
-    student, common = finished[0] / "distilled", ("--data", text_folder, "--max-seq-length", 32)
+    """evaluate, evaluate --kld and quantize take the whole teacher beside it; generate takes no
+    such draft.
+    """
+    student = finished[0] / "distilled"
+    common = ("--data", text_folder, "--max-seq-length", 32)
     both = ("--teacher", big.path, "--students", student, finished[0] / "model", *common)
     done = command("evaluate", *both, "--eval-windows", 3)
     assert done.returncode == 0, done.stderr
-    said, result = last_line(done)["held-out"], last_line(finished[1])
+    said = last_line(done)["held-out"]
+    result = last_line(finished[1])
     assert comparison.ACROSS in done.stdout and "perplexity" not in done.stdout
-    for key, name in (("bpb_teacher", "teacher"), ("bpb_distilled", "distilled"), ("bpb_model", "4-bit")):
+    for key, name in (
+        ("bpb_teacher", "teacher"),
+        ("bpb_distilled", "distilled"),
+        ("bpb_model", "4-bit"),
+    ):
         assert said[key] == pytest.approx(result[f"bits_per_byte_{name}"], rel=near(1e-6, 1e-3))
     done = command("evaluate", *both, "--kld", "--eval-windows", 20)
     assert done.returncode == 0 and comparison.ACROSS in done.stderr
@@ -360,8 +523,12 @@ def test_commands_on_a_trimmed_student(
     assert "has another tokenizer than" in sentence(refused)
 
 
-def test_gguf_keeps_the_parents_pre_tokenizer(tmp_path: Path, text_folder: Path, command: Callable[..., Done]) -> None:
-    """llama.cpp knows a pre-tokenizer by ids, which have changed; gguf-py reads tokens, merges and special ids."""
+def test_gguf_keeps_the_parents_pre_tokenizer(
+    tmp_path: Path, text_folder: Path, command: Callable[..., Done]
+) -> None:
+    """llama.cpp knows a pre-tokenizer by ids, which have changed; gguf-py reads tokens, merges and
+    special ids.
+    """
     from gguf import GGUFReader
 
     teacher = make(tmp_path / "teacher", bos_token_id=0, eos_token_id=0)
@@ -369,8 +536,15 @@ def test_gguf_keeps_the_parents_pre_tokenizer(tmp_path: Path, text_folder: Path,
     named = json.loads((seen.path / vocabulary.ROWS).read_text())
     assert (named["rows"], named["pre_tokenizer"]) == (kept, "gpt-2")
     (seen.path / vocabulary.ROWS).write_text(json.dumps({**named, "pre_tokenizer": "parents"}))
-    how = prune.Settings(model=str(teacher.path), data=str(text_folder), num_samples=2, max_seq_length=32,
-                         scenario="none", vocab="0.5x", mlx_path=str(tmp_path / "p"))  # fmt: skip
+    how = prune.Settings(
+        model=str(teacher.path),
+        data=str(text_folder),
+        num_samples=2,
+        max_seq_length=32,
+        scenario="none",
+        vocab="0.5x",
+        mlx_path=str(tmp_path / "p"),
+    )
     prune.run(how)
     shutil.copy(seen.path / vocabulary.ROWS, tmp_path / "p")
     done = command("export", "--model", tmp_path / "p", "--format", "gguf", "--out", tmp_path / "g")
@@ -390,8 +564,11 @@ def test_the_page_of_such_a_run(finished: tuple[Path, Done]) -> None:
     """Whole, its losses in bits a byte, since nats a token cannot be compared."""
     out, done = finished
     report.run(report.Settings((str(out),), str(out.parent / "page.html")))
-    page, bits = (out.parent / "page.html").read_text("utf-8"), last_line(done)["bits_per_byte_distilled"]
-    assert "is missing: a file is of" not in page and f"{bits:.3f} bits a byte of text" in " ".join(page.split())
+    page = (out.parent / "page.html").read_text("utf-8")
+    bits = last_line(done)["bits_per_byte_distilled"]
+    assert "is missing: a file is of" not in page and f"{bits:.3f} bits a byte of text" in " ".join(
+        page.split()
+    )
 
 
 def test_plan_follows(big: Checkpoint, command: Callable[..., Done]) -> None:
@@ -401,31 +578,54 @@ def test_plan_follows(big: Checkpoint, command: Callable[..., Done]) -> None:
         for more in ((), ("--vocab", 512))
     )
     assert whole["params_student"] - half["params_student"] == (ROWS - KEPT) * 64
-    assert whole["params_teacher"] == half["params_teacher"] and half["peak_bytes"] <= whole["peak_bytes"]
+    assert (
+        whole["params_teacher"] == half["params_teacher"]
+        and half["peak_bytes"] <= whole["peak_bytes"]
+    )
 
 
 def test_what_is_cut_by_default(big: Checkpoint, tmp_path: Path) -> None:
-    """Half of the tokens where they are an eighth of the model or more and can be fewer, and nothing else where that is
-    nearly a third of the model; what is given counts."""
+    """Half of the tokens where they are an eighth of the model or more and can be fewer, and
+    nothing else where that is nearly a third of the model; what is given counts.
+    """
     small_share = {**big.config, "intermediate_size": 4096}
     large_share = {**big.config, "num_hidden_layers": 1}
-    redyk, gazda = {"scenario": "redyk", "vocab": "0.5x"}, {"scenario": "gazda", "vocab": None}
+    redyk = {"scenario": "redyk", "vocab": "0.5x"}
+    gazda = {"scenario": "gazda", "vocab": None}
     assert vocabulary.defaults(None, None, large_share, big.path) == redyk
     assert vocabulary.defaults(None, None, large_share, None) == redyk
     assert vocabulary.defaults(None, None, small_share, big.path) == gazda
-    assert vocabulary.defaults(None, "512", small_share, big.path) == {"scenario": "redyk", "vocab": "512"}
-    assert vocabulary.defaults(None, "1x", large_share, big.path) == {"scenario": "gazda", "vocab": "1x"}
+    assert vocabulary.defaults(None, "512", small_share, big.path) == {
+        "scenario": "redyk",
+        "vocab": "512",
+    }
+    assert vocabulary.defaults(None, "1x", large_share, big.path) == {
+        "scenario": "gazda",
+        "vocab": "1x",
+    }
     assert vocabulary.defaults("redyk", None, small_share, big.path) == redyk
-    assert vocabulary.defaults("goral", None, large_share, big.path) == {"scenario": "goral", "vocab": None}
-    assert vocabulary.defaults(None, None, large_share, tmp_path) == gazda  # without a tokenizer.json
+    assert vocabulary.defaults("goral", None, large_share, big.path) == {
+        "scenario": "goral",
+        "vocab": None,
+    }
+    # without a tokenizer.json
+    assert vocabulary.defaults(None, None, large_share, tmp_path) == gazda
     mostly_tokens = {**big.config, "num_hidden_layers": 1, "intermediate_size": 64}  # 0.79 of it
-    assert vocabulary.defaults(None, None, mostly_tokens, big.path) == {"scenario": "none", "vocab": "0.5x"}
-    assert vocabulary.defaults(None, "768", mostly_tokens, big.path) == {"scenario": "redyk", "vocab": "768"}
+    assert vocabulary.defaults(None, None, mostly_tokens, big.path) == {
+        "scenario": "none",
+        "vocab": "0.5x",
+    }
+    assert vocabulary.defaults(None, "768", mostly_tokens, big.path) == {
+        "scenario": "redyk",
+        "vocab": "768",
+    }
     assert vocabulary.defaults("gazda", None, mostly_tokens, big.path) == gazda
 
 
 def test_the_teacher_knows_words_that_did_not_come_up(big: Checkpoint, text_folder: Path) -> None:
-    """What it expects are its probabilities, summed; of tokens that no window has, those it expects most are kept."""
+    """What it expects are its probabilities, summed; of tokens that no window has, those it expects
+    most are kept.
+    """
     train = windows(big, text_folder).pick(slice(0, 3))
     model = load.resident(big, policy.compute_dtype(big))
     wanted = mx.softmax(model(mx.array(train.tokens)).astype(mx.float32), axis=-1).sum(axis=(0, 1))
@@ -438,9 +638,14 @@ def test_the_teacher_knows_words_that_did_not_come_up(big: Checkpoint, text_fold
     assert inside.any() and sums[unseen[inside]].mean() > sums[unseen[~inside]].mean()
 
 
-def test_the_head_in_parts_says_the_same(monkeypatch: pytest.MonkeyPatch, big: Checkpoint, text_folder: Path) -> None:
-    """Parts of the head, for some positions at a time: what the teacher expects is as with all at once."""
-    train, shape = windows(big, text_folder).pick(slice(0, 3)), shape_of(big.config)
+def test_the_head_in_parts_says_the_same(
+    monkeypatch: pytest.MonkeyPatch, big: Checkpoint, text_folder: Path
+) -> None:
+    """Parts of the head, for some positions at a time: what the teacher expects is as with all at
+    once.
+    """
+    train = windows(big, text_folder).pick(slice(0, 3))
+    shape = shape_of(big.config)
     whole = vocabulary.expected(big, train)
     assert shape.vocab % 100
     monkeypatch.setattr(stream, "HEAD_PART", 100 * shape.hidden)
@@ -451,11 +656,44 @@ def test_the_head_in_parts_says_the_same(monkeypatch: pytest.MonkeyPatch, big: C
 def test_search_over_vocabularies(
     big: Checkpoint, text_folder: Path, tmp_path: Path, command: Callable[..., Done]
 ) -> None:
-    """Numbers of tokens are an axis: what fewer of them cost is measured, folders of the teacher's rows are made for
-    them alone, and the line that is recommended trims as well. --vocab says which."""
-    flags = ("--teacher", big.path, "--data", text_folder, "--bytes", "200KB", "--axes", "vocab", "ffn", "bits")
-    few = ("--max-seq-length", 32, "--num-samples", 4, "--rank-windows", 2, "--eval-windows", 8, "--iters", 8)
-    more = ("--reconstruct-samples", 0, "--evaluations", 2, "--finalists", 1, "--learning-rate", "2e-4")
+    """Numbers of tokens are an axis: what fewer of them cost is measured, folders of the teacher's
+    rows are made for them alone, and the line that is recommended trims as well. --vocab says
+    which.
+    """
+    flags = (
+        "--teacher",
+        big.path,
+        "--data",
+        text_folder,
+        "--bytes",
+        "200KB",
+        "--axes",
+        "vocab",
+        "ffn",
+        "bits",
+    )
+    few = (
+        "--max-seq-length",
+        32,
+        "--num-samples",
+        4,
+        "--rank-windows",
+        2,
+        "--eval-windows",
+        8,
+        "--iters",
+        8,
+    )
+    more = (
+        "--reconstruct-samples",
+        0,
+        "--evaluations",
+        2,
+        "--finalists",
+        1,
+        "--learning-rate",
+        "2e-4",
+    )
     done = command("search", *flags, *few, *more, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     result = last_line(done)
@@ -469,22 +707,47 @@ def test_search_over_vocabularies(
     only = command("search", *flags[:-4], "--axes", "ffn", "--vocab", "0.5x", *few, "--dry-run")
     assert only.returncode == 0 and "cannot be cut" not in only.stderr
     where = tmp_path / "uncut"
-    uncut = command("search", *flags[:-4], "--bytes", "260KB", "--axes", "vocab", "bits", *few, *more, "--out", where)
+    uncut = command(
+        "search",
+        *flags[:-4],
+        "--bytes",
+        "260KB",
+        "--axes",
+        "vocab",
+        "bits",
+        *few,
+        *more,
+        "--out",
+        where,
+    )
     assert uncut.returncode == 0, uncut.stderr
     (record,) = run_folder.records(where / finalists.FINALISTS)
-    assert record["steps"] == 0 and record["kl_distilled"] == record["kl_pruned"]  # its teacher: nothing to learn
+    # its teacher: nothing to learn
+    assert record["steps"] == 0 and record["kl_distilled"] == record["kl_pruned"]
 
 
 def test_words_of_a_language(big: Checkpoint, text_folder: Path) -> None:
-    """The tokens of its commonest words stay; a language without a list is a sentence with those that have one."""
+    """The tokens of its commonest words stay; a language without a list is a sentence with those
+    that have one.
+    """
     pytest.importorskip("wordfreq")
-    train, polish = windows(big, text_folder), vocabulary.VocabularyConfig(languages=("pl",))
-    alone, more = (set(vocabulary.chosen(big, KEPT, train, how)) for how in (vocabulary.VocabularyConfig(), polish))
+    train = windows(big, text_folder)
+    polish = vocabulary.VocabularyConfig(languages=("pl",))
+    alone, more = (
+        set(vocabulary.chosen(big, KEPT, train, how))
+        for how in (vocabulary.VocabularyConfig(), polish)
+    )
     listed = vocabulary.words(("pl",))
     top = sorted(listed, key=lambda word: -listed[word])[:50]
-    tokens = {i for word in top for i in load.tokenizer(big.path).encode(f" {word}", add_special_tokens=False)}
+    tokens = {
+        i
+        for word in top
+        for i in load.tokenizer(big.path).encode(f" {word}", add_special_tokens=False)
+    }
     assert len(tokens & more) == len(tokens) > len(tokens & alone)
-    with pytest.raises(MisError, match="--languages xx: there is no list of its words; give some of ar, bg"):
+    with pytest.raises(
+        MisError, match="--languages xx: there is no list of its words; give some of ar, bg"
+    ):
         vocabulary.rows_left(big, vocabulary.VocabularyConfig(languages=("pl", "xx")))
 
 
@@ -492,5 +755,7 @@ def test_words_need_a_package(monkeypatch: pytest.MonkeyPatch, big: Checkpoint) 
     """Which is named before any work."""
     monkeypatch.setitem(sys.modules, "wordfreq", None)
     vocabulary.words.cache_clear()
-    with pytest.raises(MisError, match=r"--languages needs lists of words: pip install 'mis-mlx\[languages\]'"):
+    with pytest.raises(
+        MisError, match=r"--languages needs lists of words: pip install 'mis-mlx\[languages\]'"
+    ):
         vocabulary.rows_left(big, vocabulary.VocabularyConfig(languages=("de",)))

@@ -16,7 +16,9 @@ def random_costs(seed: int, count: int = 5) -> tuple[dict[str, dict[int, float]]
     """Costs that fall about fourfold a bit, with noise that makes some of them no hull at all."""
     rng = np.random.default_rng(seed)
     costs = {
-        f"m{k}": {b: float(rng.lognormal(0, 2) * 4.0 ** (3 - b) * rng.lognormal(0, 0.5)) for b in BITS}
+        f"m{k}": {
+            b: float(rng.lognormal(0, 2) * 4.0 ** (3 - b) * rng.lognormal(0, 0.5)) for b in BITS
+        }
         for k in range(count)
     }
     return costs, {name: int(rng.integers(1, 4)) for name in costs}
@@ -29,7 +31,9 @@ def spent(chosen: dict[str, int], sizes: dict[str, int]) -> float:
 
 @pytest.mark.parametrize(("seed", "limit"), [*zip(range(8), 2 * (3.5, 4.0, 4.5, 6.0), strict=True)])
 def test_keeps_to_the_limit_and_is_near_the_best(seed: int, limit: float) -> None:
-    """Of all 3,125 choices: never over, and no worse than the best with one matrix's largest step less to spend."""
+    """Of all 3,125 choices: never over, and no worse than the best with one matrix's largest step
+    less to spend.
+    """
     costs, sizes = random_costs(seed)
     chosen = allocate(costs, sizes, limit)
     assert spent(chosen, sizes) <= limit + 1e-12
@@ -38,13 +42,17 @@ def test_keeps_to_the_limit_and_is_near_the_best(seed: int, limit: float) -> Non
         return sum(costs[n][b] for n, b in choice.items())
 
     slack = 5 * max(sizes.values()) / sum(sizes.values())
-    every = [dict(zip(costs, bits, strict=True)) for bits in itertools.product(BITS, repeat=len(costs))]
+    every = [
+        dict(zip(costs, bits, strict=True)) for bits in itertools.product(BITS, repeat=len(costs))
+    ]
     within = min(cost(c) for c in every if spent(c, sizes) <= max(3.0, limit - slack))
     assert cost(chosen) <= within + 1e-12
 
 
 def test_by_pencil() -> None:
-    """One bit to spend on two equal matrices goes where it saves more; a matrix twice as large needs two."""
+    """One bit to spend on two equal matrices goes where it saves more; a matrix twice as large
+    needs two.
+    """
     costs = {"a": {3: 1.0, 4: 0.5}, "b": {3: 1.0, 4: 0.4}}
     assert allocate(costs, {"a": 1, "b": 1}, 3.5) == {"a": 3, "b": 4}
     assert allocate(costs, {"a": 1, "b": 2}, 3.4) == {"a": 4, "b": 3}
@@ -53,7 +61,9 @@ def test_by_pencil() -> None:
 
 
 def test_one_that_is_most_of_the_model_gets_its_bits_before_the_small_ones() -> None:
-    """Greedily the ten small ones would take the bit that the large one needs whole, and leave it none."""
+    """Greedily the ten small ones would take the bit that the large one needs whole, and leave it
+    none.
+    """
     small = {f"s{k}": 1 for k in range(10)}
     costs = {"large": {3: 10.0, 4: 1.0}} | {name: {3: 1.0, 4: 0.5, 8: 0.1} for name in small}
     chosen = allocate(costs, {"large": 20, **small}, 3.81)

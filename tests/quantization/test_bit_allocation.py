@@ -39,29 +39,39 @@ def with_weight(checkpoint: Checkpoint, name: str, weight: mx.array) -> nn.Modul
 
 def kl(checkpoint: Checkpoint, name: str, error: mx.array, batches: list[mx.array]) -> float:
     """KL(model || model with `error` added to one matrix), nats per token."""
-    weight, total = load.dense(checkpoint, name), 0.0
-    model, other = load.resident(checkpoint, mx.float32), with_weight(checkpoint, name, weight + error)
+    weight = load.dense(checkpoint, name)
+    total = 0.0
+    model = load.resident(checkpoint, mx.float32)
+    other = with_weight(checkpoint, name, weight + error)
     for tokens in batches:
         p, q = (nn.log_softmax(m(tokens).astype(mx.float32), axis=-1) for m in (model, other))
         total += (mx.exp(p) * (p - q)).sum().item()
     return total / sum(t.size for t in batches)
 
 
-@pytest.mark.usefixtures("cpu_policy")  # 1e-4 is float32's; squares of sums that cancel are some % off in float16
+# 1e-4 is float32's; squares of sums that cancel are some % off in float16
+@pytest.mark.usefixtures("cpu_policy")
 @pytest.mark.parametrize(
     ("kind", "held_bytes"),
     mostly_slow(
         product(("qwen2", "biased", "phi3"), (1, rounding.HELD_BYTES)),
-        ("qwen2", 1), ("biased", rounding.HELD_BYTES), ("phi3", rounding.HELD_BYTES), of_several=True,
+        ("qwen2", 1),
+        ("biased", rounding.HELD_BYTES),
+        ("phi3", rounding.HELD_BYTES),
+        of_several=True,
     ),
-)  # fmt: skip
+)
 def test_it_is_the_gradient_of_weights_along_the_errors(
     models, batches: list[mx.array], kind: str, held_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half the mean of <d log p / dW, Q(W) - W>^2 with the whole gradient of every matrix, one window after the other
-    (1e-4, float32), however many windows are held at once and wherever slabs end."""
-    checkpoint, wanted = models(kind), dict[str, dict[int, float]]()
-    args, tokens = load.model_args(checkpoint.config), sum(b.size for b in batches)
+    """Half the mean of <d log p / dW, Q(W) - W>^2 with the whole gradient of every matrix, one
+    window after the other (1e-4, float32), however many windows are held at once and wherever slabs
+    end.
+    """
+    checkpoint = models(kind)
+    wanted = dict[str, dict[int, float]]()
+    args = load.model_args(checkpoint.config)
+    tokens = sum(b.size for b in batches)
     monkeypatch.setattr(rounding, "HELD_BYTES", held_bytes)
     monkeypatch.setattr(rounding, "SLAB", 1000 if held_bytes == 1 else rounding.SLAB)
 
@@ -70,7 +80,8 @@ def test_it_is_the_gradient_of_weights_along_the_errors(
         linears = [block[path.split(".")[0]][path.split(".")[1]] for path in paths]
 
         def each(inputs: BlockInputs, cotangents: BlockOutputs) -> BlockInputs:
-            x, above = inputs.hidden, cotangents.hidden
+            x = inputs.hidden
+            above = cotangents.hidden
 
             def run(x: mx.array, *weights: mx.array) -> mx.array:
                 for linear, weight in zip(linears, weights, strict=True):
@@ -99,20 +110,32 @@ def test_it_is_the_gradient_of_weights_along_the_errors(
 
 
 def test_many_draws_give_the_kl_itself(models, batches: list[mx.array]) -> None:
-    """The mean over 16 seeds is within 40 % of the KL that rounding one matrix to 4 bits measures."""
+    """The mean over 16 seeds is within 40 % of the KL that rounding one matrix to 4 bits
+    measures.
+    """
     checkpoint = models("qwen3")
     found = [bit_allocation.costs(checkpoint, batches, 64, (4,), seed) for seed in range(16)]
-    for path in ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj", "model.embed_tokens"):
+    for path in (
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.self_attn.v_proj",
+        "model.embed_tokens",
+    ):
         weight = load.dense(checkpoint, f"{path}.weight")
         error = rounding.values(rounding.nearest(weight, 64, 4), 64, 4) - weight
         mean = np.mean([f[path][4] for f in found])
         assert mean == pytest.approx(kl(checkpoint, f"{path}.weight", error, batches), rel=0.4)
 
 
-def test_every_matrix_of_the_blocks_and_fewer_bits_cost_more(llama: Checkpoint, batches: list[mx.array]) -> None:
-    """Each has a cost in each number of bits; in sum a bit less costs two to eight times as much."""
+def test_every_matrix_of_the_blocks_and_fewer_bits_cost_more(
+    llama: Checkpoint, batches: list[mx.array]
+) -> None:
+    """Each has a cost in each number of bits; in sum a bit less costs two to eight times as
+    much.
+    """
     found = bit_allocation.costs(llama, batches, 64, (3, 4, 5, 8))
-    assert set(found) == {n.removesuffix(".weight") for n, d in arch.tensors_of(llama.config).items() if len(d) == 2}
+    assert set(found) == {
+        n.removesuffix(".weight") for n, d in arch.tensors_of(llama.config).items() if len(d) == 2
+    }
     sums = [sum(cost[bits] for cost in found.values()) for bits in (3, 4, 5, 8)]
     assert all(2 < a / b < 10 for a, b in pairwise(sums[:3])) and sums[3] < sums[2] / 20
 
@@ -131,39 +154,59 @@ def test_mixed_formats_keep_to_the_target_and_open_in_mlx_lm(
     plan, found = bit_allocation.mixed(llama, batches, QuantizationConfig(target_bpw=4.6))
     assert len({kind.bits for path, kind in plan.items() if ".layers." in path}) > 1
     done = packed_format.write_quantized(
-        llama, tmp_path / "q", plan, DISK, extra={packed_format.SENSITIVITY: json.dumps(found).encode()}
+        llama,
+        tmp_path / "q",
+        plan,
+        DISK,
+        extra={packed_format.SENSITIVITY: json.dumps(found).encode()},
     )
     assert done["bits_per_block_weight"] == packed_format.block_bits(llama.config, plan)
     made = load.open_checkpoint(tmp_path / "q")
     assert packed_format.formats(made) == dict(plan)
     sizes = {n: math.prod(d) for n, d in arch.tensors_of(llama.config).items()}
-    stored = {n: sum(made.tensors[f"{n}.{p}"].nbytes for p in ("weight", "scales", "biases")) for n in found["bits"]}
+    stored = {
+        n: sum(made.tensors[f"{n}.{p}"].nbytes for p in ("weight", "scales", "biases"))
+        for n in found["bits"]
+    }
     assert 4.4 < 8 * sum(stored.values()) / sum(sizes[f"{n}.weight"] for n in stored) <= 4.6
     model, _ = load.mlx_lm("utils").load(str(tmp_path / "q"))
     ours = load.resident(made, mx.float32)
-    assert mx.allclose(model(batches[0]).astype(mx.float32), ours(batches[0]), atol=5e-3)  # it computes in float16
+    # it computes in float16
+    assert mx.allclose(model(batches[0]).astype(mx.float32), ours(batches[0]), atol=5e-3)
 
 
 def test_targets_out_of_reach(llama: Checkpoint, batches: list[mx.array]) -> None:
     """Fewer bits than there are, or more, is one sentence."""
-    with pytest.raises(MisError, match="--target-bpw 3.2 is below 3.5, which 3 bits in groups of 64 take: give 3.5"):
+    with pytest.raises(
+        MisError, match="--target-bpw 3.2 is below 3.5, which 3 bits in groups of 64 take: give 3.5"
+    ):
         bit_allocation.check(3.2, 64)
     bit_allocation.check(None, 64)
-    with pytest.raises(MisError, match="--target-bpw 9 is above 8.5, which 8 bits in groups of 64 take: give 8.5"):
+    with pytest.raises(
+        MisError, match="--target-bpw 9 is above 8.5, which 8 bits in groups of 64 take: give 8.5"
+    ):
         bit_allocation.check(9.0, 64)
     plan, _ = bit_allocation.mixed(llama, batches[:1], QuantizationConfig(target_bpw=8.5))
     assert {kind.bits for kind in plan.values()} <= {3, 4, 5, 6, 8}
 
 
 @pytest.mark.parametrize("mode", ["mxfp4", "nvfp4"])
-def test_microscaling_formats(mode: rounding.Mode, llama: Checkpoint, batches: list[mx.array], tmp_path: Path) -> None:
-    """Every matrix of the blocks in it, the embedding in 8 affine bits; stock mlx-lm computes what we read back."""
+def test_microscaling_formats(
+    mode: rounding.Mode, llama: Checkpoint, batches: list[mx.array], tmp_path: Path
+) -> None:
+    """Every matrix of the blocks in it, the embedding in 8 affine bits; stock mlx-lm computes what
+    we read back.
+    """
     plan = packed_format.layout(llama.config, 64, mode=mode)
     done = packed_format.write_quantized(llama, tmp_path / "q", plan, DISK)
     assert done["bits_per_block_weight"] == {"mxfp4": 4.25, "nvfp4": 4.5}[mode]
     made = load.open_checkpoint(tmp_path / "q")
     assert packed_format.formats(made) == dict(plan)
     model, _ = load.mlx_lm("utils").load(str(tmp_path / "q"))
-    assert dict(tree_flatten(model.parameters()))["model.layers.0.mlp.up_proj.scales"].dtype == mx.uint8
+    assert (
+        dict(tree_flatten(model.parameters()))["model.layers.0.mlp.up_proj.scales"].dtype
+        == mx.uint8
+    )
     ours = load.resident(made, mx.float32)
-    assert mx.allclose(model(batches[0]).astype(mx.float32), ours(batches[0]), atol=5e-3)  # it computes in float16
+    # it computes in float16
+    assert mx.allclose(model(batches[0]).astype(mx.float32), ours(batches[0]), atol=5e-3)

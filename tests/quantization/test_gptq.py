@@ -1,4 +1,6 @@
-"""Blocks rounded one after the other: on the stream of the rounded ones, nearer than plain rounding, opened by all."""
+"""Blocks rounded one after the other: on the stream of the rounded ones, nearer than plain
+rounding, opened by all.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,16 @@ from mis_mlx.types import Checkpoint, KeptUnits, MisError
 from tests import tiny
 
 
-def write(checkpoint: Checkpoint, out: Path, batches: list[mx.array], group: int = 64) -> Checkpoint:
+def write(
+    checkpoint: Checkpoint, out: Path, batches: list[mx.array], group: int = 64
+) -> Checkpoint:
     """The model rounded on `batches`, opened."""
-    plan = packed_format.layout(checkpoint.config, group, packed_format.blocks_after_removed(checkpoint))
-    packed_format.write_quantized(checkpoint, out, plan, DISK, stage.rounded_blocks(checkpoint, batches, plan))
+    plan = packed_format.layout(
+        checkpoint.config, group, packed_format.blocks_after_removed(checkpoint)
+    )
+    packed_format.write_quantized(
+        checkpoint, out, plan, DISK, stage.rounded_blocks(checkpoint, batches, plan)
+    )
     return load.open_checkpoint(out)
 
 
@@ -34,13 +42,23 @@ def write(checkpoint: Checkpoint, out: Path, batches: list[mx.array], group: int
 def test_every_kind_opens_in_stock_mlx_lm(
     tmp_path: Path, models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
 ) -> None:
-    """Same config, names, types and sizes as plain rounding; embedding, head and norms the same bytes."""
+    """Same config, names, types and sizes as plain rounding; embedding, head and norms the same
+    bytes.
+    """
     made = write(models(kind), tmp_path / "gptq", batches)
-    packed_format.write_quantized(models(kind), tmp_path / "round", packed_format.layout(models(kind).config, 64), DISK)
+    packed_format.write_quantized(
+        models(kind), tmp_path / "round", packed_format.layout(models(kind).config, 64), DISK
+    )
     plain = load.open_checkpoint(tmp_path / "round")
     assert made.config == plain.config and made.tensors.keys() == plain.tensors.keys()
-    same = {n for n in made.tensors if (load.dense(made, n) == load.dense(plain, n)).all() and not n.endswith("ases")}
-    packed = {n for n in made.tensors if arch.block_of(n) is not None and made.tensors[n].dtype == "U32"}
+    same = {
+        n
+        for n in made.tensors
+        if (load.dense(made, n) == load.dense(plain, n)).all() and not n.endswith("ases")
+    }
+    packed = {
+        n for n in made.tensors if arch.block_of(n) is not None and made.tensors[n].dtype == "U32"
+    }
     assert not same & packed and len(packed) == {"phi3": 28}.get(kind, 21)
     assert same >= {n for n in arch.tensors_of(made.config) if n not in packed}
     model, _ = load.mlx_lm("utils").load(str(tmp_path / "gptq"))
@@ -51,10 +69,12 @@ def test_every_kind_opens_in_stock_mlx_lm(
 def test_each_block_is_fitted_to_the_stream_of_the_rounded_ones(
     tmp_path: Path, llama: Checkpoint, batches: list[mx.array]
 ) -> None:
-    """Block 2 is what its own float matrices give on hidden states that the folder written, not the original, has
-    there; and what comes back from the folder is what was chosen, bit for bit."""
+    """Block 2 is what its own float matrices give on hidden states that the folder written, not the
+    original, has there; and what comes back from the folder is what was chosen, bit for bit.
+    """
     folder = write(llama, tmp_path / "q4", batches)
-    rounded, source = stream.Stream(folder, mx.float32), stream.Stream(llama, mx.float32)
+    rounded = stream.Stream(folder, mx.float32)
+    source = stream.Stream(llama, mx.float32)
     hidden = rounded.embed(batches)  # 8 bits, as in the folder
     chosen = list(stage.rounded_blocks(llama, batches, packed_format.layout(llama.config, 64)))
     for path, packed in ((p, m) for block in chosen for p, m in block.items()):
@@ -72,7 +92,9 @@ def test_each_block_is_fitted_to_the_stream_of_the_rounded_ones(
 
 
 def test_the_gram_matrices(llama: Checkpoint, batches: list[mx.array]) -> None:
-    """Of what goes into the matrices of block 0, against mlx-lm's modules step by step; the block stays whole."""
+    """Of what goes into the matrices of block 0, against mlx-lm's modules step by step; the block
+    stays whole.
+    """
     source = stream.Stream(llama, mx.float32)
     hidden = source.embed(batches)
     for _, block in source.blocks([0]):
@@ -97,19 +119,24 @@ def test_the_gram_matrices(llama: Checkpoint, batches: list[mx.array]) -> None:
 
 
 def test_the_model_stays_nearer_to_itself(tmp_path: Path) -> None:
-    """Final hidden states on text that calibration did not see: nearer to the float model's than by plain rounding.
+    """Final hidden states on text that calibration did not see: nearer to the float model's than by
+    plain rounding.
 
     (0.59 of its squared distance when this was written; ten tokens for each neuron.)
     """
     llama = load.open_checkpoint(tiny.make(tmp_path / "narrow", intermediate_size=128))
     windows = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(24)]
     made = write(llama, tmp_path / "gptq", windows[:20])
-    packed_format.write_quantized(llama, tmp_path / "round", packed_format.layout(llama.config, 64), DISK)
+    packed_format.write_quantized(
+        llama, tmp_path / "round", packed_format.layout(llama.config, 64), DISK
+    )
     want, *others = (
         stream.Stream(m, mx.float32).forward(windows[20:])
         for m in (llama, made, load.open_checkpoint(tmp_path / "round"))
     )
-    ours, plain = (sum(mx.square(a - b).sum().item() for a, b in zip(o, want, strict=True)) for o in others)
+    ours, plain = (
+        sum(mx.square(a - b).sum().item() for a, b in zip(o, want, strict=True)) for o in others
+    )
     assert ours < 0.8 * plain
 
 
@@ -118,7 +145,9 @@ def test_bridges_keep_their_eight_bits(tmp_path: Path, batches: list[mx.array]) 
     """down_proj of the blocks that stand for removed ones is what plain rounding makes of it."""
     teacher = load.open_checkpoint(tiny.make(tmp_path / "t", num_hidden_layers=4))
     shape = replace(shape_of(teacher.config), layers=3)
-    slicing.write_student(teacher, shape, KeptUnits((0, 2, 3), {}, ""), tmp_path / "s", "float32", DISK)
+    slicing.write_student(
+        teacher, shape, KeptUnits((0, 2, 3), {}, ""), tmp_path / "s", "float32", DISK
+    )
     student = load.open_checkpoint(tmp_path / "s")
     made = write(student, tmp_path / "q4", batches)
     assert packed_format.blocks_after_removed(student) == (0, 2)
@@ -130,7 +159,9 @@ def test_bridges_keep_their_eight_bits(tmp_path: Path, batches: list[mx.array]) 
     assert settings["model.layers.0.mlp.down_proj"]["bits"] == 8
 
 
-def test_hidden_states_on_disk_change_nothing(tmp_path: Path, llama: Checkpoint, batches: list[mx.array]) -> None:
+def test_hidden_states_on_disk_change_nothing(
+    tmp_path: Path, llama: Checkpoint, batches: list[mx.array]
+) -> None:
     """One window in memory, the other spooled: the same bits."""
     plan = packed_format.layout(llama.config, 32)
     spooled = stage.rounded_blocks(llama, batches, plan, Spool(tmp_path, 1, DISK))
@@ -139,20 +170,29 @@ def test_hidden_states_on_disk_change_nothing(tmp_path: Path, llama: Checkpoint,
 
 
 def spoilt(folder: Path, name: str, value: float) -> Checkpoint:
-    """A tiny model with one weight changed to `value`, or a whole matrix multiplied by it if it is a number."""
+    """A tiny model with one weight changed to `value`, or a whole matrix multiplied by it if it is
+    a number.
+    """
     whole = load.open_checkpoint(tiny.make(folder / "whole"))
     tensors = {n: load.dense(whole, n) for n in arch.tensors_of(whole.config)}
     spoil = tensors[name] * value if np.isfinite(value) else tensors[name].at[0, 0].add(value)
     (folder / "bad").mkdir()
     tensors[name] = spoil
-    write_tensors(folder / "bad", {n: ("F32", tuple(a.shape)) for n, a in tensors.items()}, tensors.items(), DISK)
+    write_tensors(
+        folder / "bad",
+        {n: ("F32", tuple(a.shape)) for n, a in tensors.items()},
+        tensors.items(),
+        DISK,
+    )
     (folder / "bad" / "config.json").write_text(json.dumps(dict(whole.config)))
     return load.open_checkpoint(folder / "bad")
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
 @pytest.mark.parametrize("method", ["round", "gptq"])
-def test_not_a_number_is_refused(tmp_path: Path, batches: list[mx.array], name: str, method: str) -> None:
+def test_not_a_number_is_refused(
+    tmp_path: Path, batches: list[mx.array], name: str, method: str
+) -> None:
     """By name, and nothing is left of the folder that was begun."""
     bad = spoilt(tmp_path, name, float("nan"))
     plan = packed_format.layout(bad.config, 64)
@@ -165,6 +205,8 @@ def test_not_a_number_is_refused(tmp_path: Path, batches: list[mx.array], name: 
 def test_inputs_that_overflow_are_refused(tmp_path: Path, batches: list[mx.array]) -> None:
     """Finite weights whose products are not: no gram matrix can be made of that."""
     bad = spoilt(tmp_path, "model.layers.1.mlp.up_proj.weight", 1e38)
-    with pytest.raises(MisError, match="model.layers.1.mlp.down_proj meets values that are not finite"):
+    with pytest.raises(
+        MisError, match="model.layers.1.mlp.down_proj meets values that are not finite"
+    ):
         write(bad, tmp_path / "q4", batches)
     assert not (tmp_path / "q4").exists()

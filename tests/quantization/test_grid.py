@@ -32,23 +32,38 @@ def packed(llama: Checkpoint, tmp_path: Path) -> Checkpoint:
 
 
 def test_computes_what_the_folder_says(packed: Checkpoint) -> None:
-    """The same logits as the model read back densely; trained are scales, biases and norms of blocks, and the norm."""
-    model, dense = packed_format.resident(packed), load.resident(packed, mx.float32)
+    """The same logits as the model read back densely; trained are scales, biases and norms of
+    blocks, and the norm.
+    """
+    model = packed_format.resident(packed)
+    dense = load.resident(packed, mx.float32)
     assert mx.allclose(model(TOKENS), dense(TOKENS), atol=1e-5)
     trained = dict(tree_flatten(model.trainable_parameters()))
     assert {n.rsplit(".", 1)[1] for n in trained} == {"scales", "biases", "weight"}
-    assert all("norm" in n for n in trained if n.endswith("weight")) and len(trained) == 3 * (2 * 7 + 2) + 1
+    assert (
+        all("norm" in n for n in trained if n.endswith("weight"))
+        and len(trained) == 3 * (2 * 7 + 2) + 1
+    )
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "biased"])
-def test_biases_stay_and_learn(models: Callable[[str], Checkpoint], tmp_path: Path, kind: str) -> None:
-    """With biases the logits are the dense model's too, every bias has its gradient, and what is learned is written."""
-    packed_format.write_quantized(models(kind), tmp_path / "q", packed_format.layout(models(kind).config, 64), DISK)
+def test_biases_stay_and_learn(
+    models: Callable[[str], Checkpoint], tmp_path: Path, kind: str
+) -> None:
+    """With biases the logits are the dense model's too, every bias has its gradient, and what is
+    learned is written.
+    """
+    packed_format.write_quantized(
+        models(kind), tmp_path / "q", packed_format.layout(models(kind).config, 64), DISK
+    )
     packed = load.open_checkpoint(tmp_path / "q")
-    model, dense = packed_format.resident(packed), load.resident(packed, mx.float32)
+    model = packed_format.resident(packed)
+    dense = load.resident(packed, mx.float32)
     assert mx.allclose(model(TOKENS), dense(TOKENS), atol=1e-5)
-    ours, theirs = (dict(tree_flatten(nn.value_and_grad(m, lambda m: mx.square(m(TOKENS)).mean())(m)[1]))
-                    for m in (model, dense))  # fmt: skip
+    ours, theirs = (
+        dict(tree_flatten(nn.value_and_grad(m, lambda m: mx.square(m(TOKENS)).mean())(m)[1]))
+        for m in (model, dense)
+    )
     names = [n for n in packed.tensors if n.endswith(".bias")]
     assert len(names) == {"qwen2": 9, "biased": 21}[kind]
     largest = max(mx.abs(theirs[n]).max().item() for n in names)
@@ -56,19 +71,31 @@ def test_biases_stay_and_learn(models: Callable[[str], Checkpoint], tmp_path: Pa
     linear = model.model.layers[1].self_attn.v_proj
     linear.bias = linear.bias + 1
     packed_format.write_learned(packed, model, tmp_path / "other", DISK)
-    other, name = load.open_checkpoint(tmp_path / "other"), "model.layers.1.self_attn.v_proj.bias"
+    other = load.open_checkpoint(tmp_path / "other")
+    name = "model.layers.1.self_attn.v_proj.bias"
     assert mx.array_equal(raw(other, name), raw(packed, name) + 1)
 
 
 def test_a_bit_more_halves_the_rate(llama: Checkpoint, tmp_path: Path) -> None:
-    """4 bits and their scales learn at the rate that is asked for, 8 at a sixteenth of it, 3 at twice of it."""
-    paths = {path for path in packed_format.layout(llama.config, 64) if path.startswith("model.layers")}
+    """4 bits and their scales learn at the rate that is asked for, 8 at a sixteenth of it, 3 at
+    twice of it.
+    """
+    paths = {
+        path for path in packed_format.layout(llama.config, 64) if path.startswith("model.layers")
+    }
     for bits, rate in ((4, 2e-4), (8, 1.25e-5), (3, 4e-4)):
-        plan = {path: packed_format.Format(bits if path in paths else 8, 64) for path in (*paths, "model.embed_tokens")}
+        plan = {
+            path: packed_format.Format(bits if path in paths else 8, 64)
+            for path in (*paths, "model.embed_tokens")
+        }
         packed_format.write_quantized(llama, tmp_path / str(bits), plan, DISK)
         rounded = load.open_checkpoint(tmp_path / str(bits))
         recipe = pipeline.tuning_recipe(DistillationConfig(), rounded, 20, 2e-4)
-        assert recipe.learning_rate == pytest.approx(rate) and recipe.iters == 20 and recipe.weight_decay == 0
+        assert (
+            recipe.learning_rate == pytest.approx(rate)
+            and recipe.iters == 20
+            and recipe.weight_decay == 0
+        )
 
 
 def test_few_files_are_open_at_once(packed: Checkpoint) -> None:
@@ -84,15 +111,22 @@ def test_few_files_are_open_at_once(packed: Checkpoint) -> None:
 
 @pytest.mark.usefixtures("cpu_policy")
 def test_gradients_are_those_of_the_dense_weights(packed: Checkpoint) -> None:
-    """d loss / d scale is the sum over the group of integer times d loss / d weight; of a bias without the integer."""
-    model, dense = packed_format.resident(packed), load.resident(packed, mx.float32)
+    """d loss / d scale is the sum over the group of integer times d loss / d weight; of a bias
+    without the integer.
+    """
+    model = packed_format.resident(packed)
+    dense = load.resident(packed, mx.float32)
 
     def loss(m: nn.Module) -> mx.array:
         return m(TOKENS).square().mean()
 
     ours = dict(tree_flatten(nn.value_and_grad(model, loss)(model)[1]))
     theirs = dict(tree_flatten(nn.value_and_grad(dense, loss)(dense)[1]))
-    for path in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "model.layers.2.mlp.up_proj"):
+    for path in (
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.mlp.down_proj",
+        "model.layers.2.mlp.up_proj",
+    ):
         owner = model.model.layers[int(path.split(".")[2])][path.split(".")[3]][path.split(".")[4]]
         slope = theirs[f"{path}.weight"].reshape(owner._integers.shape)
         assert mx.allclose(ours[f"{path}.biases"], slope.sum(axis=-1), rtol=1e-4, atol=1e-8)
@@ -101,7 +135,9 @@ def test_gradients_are_those_of_the_dense_weights(packed: Checkpoint) -> None:
 
 
 def test_written_back(packed: Checkpoint, tmp_path: Path) -> None:
-    """Untouched, the folder has the same bytes; with other scales, only those tensors differ, in the same types."""
+    """Untouched, the folder has the same bytes; with other scales, only those tensors differ, in
+    the same types.
+    """
     model = packed_format.resident(packed)
     packed_format.write_learned(packed, model, tmp_path / "same", DISK)
     same = (tmp_path / "same" / "model.safetensors").read_bytes()
@@ -116,7 +152,8 @@ def test_written_back(packed: Checkpoint, tmp_path: Path) -> None:
     changed = [n for n in packed.tensors if not (raw(other, n) == raw(packed, n)).all()]
     assert changed == ["model.layers.1.mlp.up_proj.scales"]
     stock, _ = load.mlx_lm("utils").load(str(tmp_path / "other"))
-    assert mx.allclose(stock(TOKENS).astype(mx.float32), model(TOKENS), atol=5e-3)  # it computes in float16
+    # it computes in float16
+    assert mx.allclose(stock(TOKENS).astype(mx.float32), model(TOKENS), atol=5e-3)
 
 
 def raw(checkpoint: Checkpoint, name: str) -> mx.array:

@@ -25,7 +25,9 @@ from tests import tiny
 def test_every_matrix_is_packed(
     tmp_path: Path, models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
 ) -> None:
-    """All 2-D weights are U32 with scales and biases, the rest is as it was; stock mlx_lm.load opens it."""
+    """All 2-D weights are U32 with scales and biases, the rest is as it was; stock mlx_lm.load
+    opens it.
+    """
     plan = packed_format.layout(models(kind).config, 64)
     done = packed_format.write_quantized(models(kind), tmp_path / "q4", plan, DISK)
     packed = load.open_checkpoint(tmp_path / "q4")
@@ -33,44 +35,76 @@ def test_every_matrix_is_packed(
         stem = name.removesuffix(".weight")
         if len(shape) == 2:
             assert packed.tensors[name].dtype == "U32"
-            assert packed.tensors[f"{stem}.scales"].dtype == packed.tensors[f"{stem}.biases"].dtype == "F16"
+            assert (
+                packed.tensors[f"{stem}.scales"].dtype
+                == packed.tensors[f"{stem}.biases"].dtype
+                == "F16"
+            )
         else:
             assert packed.tensors[name].dtype == "F32" and f"{stem}.scales" not in packed.tensors
     model, _ = load.mlx_lm("utils").load(str(tmp_path / "q4"))
     assert mx.isfinite(model(batches[0])).all()
     settings = packed.config["quantization"]
-    assert settings == packed.config["quantization_config"] and (settings["bits"], settings["group_size"]) == (4, 64)
+    assert settings == packed.config["quantization_config"] and (
+        settings["bits"],
+        settings["group_size"],
+    ) == (4, 64)
     assert settings["model.embed_tokens"]["bits"] == 8  # it makes the logits too
     assert done["nbytes"] == packed.nbytes
-    assert done["bits_per_weight"] == pytest.approx(8 * packed.nbytes / arch.params(models(kind).config))
+    assert done["bits_per_weight"] == pytest.approx(
+        8 * packed.nbytes / arch.params(models(kind).config)
+    )
 
 
-def test_a_large_matrix_is_rounded_in_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, llama: Checkpoint) -> None:
+def test_a_large_matrix_is_rounded_in_parts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, llama: Checkpoint
+) -> None:
     """A few rows at a time: the same file."""
     plan = packed_format.layout(llama.config, 64)
     packed_format.write_quantized(llama, tmp_path / "whole", plan, DISK)
     monkeypatch.setattr(rounding, "PART", 7 * shape_of(llama.config).hidden)
     packed_format.write_quantized(llama, tmp_path / "parts", plan, DISK)
-    whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    whole, parts = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")
+    )
     assert parts == whole
 
 
 def test_experts_are_rounded_one_at_a_time(tmp_path: Path) -> None:
-    """Those of a mixture are not all in memory before they are packed; the plan knows what they take then."""
-    sizes = {"num_experts": 32, "hidden_size": 256, "moe_intermediate_size": 512, "num_hidden_layers": 1}
-    folder = tiny.make(tmp_path / "mixture", dtype="BF16", **{**tiny.FAMILIES["qwen3_moe"], **sizes})
+    """Those of a mixture are not all in memory before they are packed; the plan knows what they
+    take then.
+    """
+    sizes = {
+        "num_experts": 32,
+        "hidden_size": 256,
+        "moe_intermediate_size": 512,
+        "num_hidden_layers": 1,
+    }
+    folder = tiny.make(
+        tmp_path / "mixture", dtype="BF16", **{**tiny.FAMILIES["qwen3_moe"], **sizes}
+    )
     mixture = load.open_checkpoint(folder)
-    before, _ = mx.get_active_memory(), mx.reset_peak_memory()
-    packed_format.write_quantized(mixture, tmp_path / "q4", packed_format.layout(mixture.config, 64), DISK)
+    before = mx.get_active_memory()
+    _ = mx.reset_peak_memory()
+    packed_format.write_quantized(
+        mixture, tmp_path / "q4", packed_format.layout(mixture.config, 64), DISK
+    )
     planned = compression_size.quantize(estimates.model_of(mixture), recipe.PLAIN, 1, 32, 0)
     assert mx.get_peak_memory() - before <= planned.peak_bytes
 
 
 def test_rounding_is_as_good_as_the_bits_allow(tmp_path: Path, llama: Checkpoint) -> None:
-    """No number is further from its original than half a step of its group, plus float16 scales' rounding."""
-    packed_format.write_quantized(llama, tmp_path / "q4", packed_format.layout(llama.config, 64), DISK)
+    """No number is further from its original than half a step of its group, plus float16 scales'
+    rounding.
+    """
+    packed_format.write_quantized(
+        llama, tmp_path / "q4", packed_format.layout(llama.config, 64), DISK
+    )
     packed = load.open_checkpoint(tmp_path / "q4")
-    for name, levels in (("model.layers.0.mlp.up_proj.weight", 15), ("model.embed_tokens.weight", 255)):
+    for name, levels in (
+        ("model.layers.0.mlp.up_proj.weight", 15),
+        ("model.embed_tokens.weight", 255),
+    ):
         groups = load.dense(llama, name).reshape(-1, 64)
         error = mx.abs(load.dense(packed, name).reshape(-1, 64) - groups).max(axis=-1)
         step = (groups.max(axis=-1) - groups.min(axis=-1)) / levels
@@ -80,19 +114,28 @@ def test_rounding_is_as_good_as_the_bits_allow(tmp_path: Path, llama: Checkpoint
 
 
 @pytest.mark.parametrize(
-    ("layers", "wide"), [((0, 1, 2), ()), ((0, 2), (0, 1)), ((1, 2), ()), ((0, 1), ()), ((0, 2, 3, 5), (0, 2, 3))]
+    ("layers", "wide"),
+    [((0, 1, 2), ()), ((0, 2), (0, 1)), ((1, 2), ()), ((0, 1), ()), ((0, 2, 3, 5), (0, 2, 3))],
 )
-def test_bridges_get_eight_bits(tmp_path: Path, layers: tuple[int, ...], wide: tuple[int, ...]) -> None:
-    """Blocks before a gap, and then the last one: their down_proj has 8 bits, and stock mlx-lm is told so."""
+def test_bridges_get_eight_bits(
+    tmp_path: Path, layers: tuple[int, ...], wide: tuple[int, ...]
+) -> None:
+    """Blocks before a gap, and then the last one: their down_proj has 8 bits, and stock mlx-lm is
+    told so.
+    """
     teacher = load.open_checkpoint(tiny.make(tmp_path / "t", num_hidden_layers=6))
     shape = replace(shape_of(teacher.config), layers=len(layers))
-    slicing.write_student(teacher, shape, KeptUnits(layers, {}, ""), tmp_path / "s", "float32", DISK)
+    slicing.write_student(
+        teacher, shape, KeptUnits(layers, {}, ""), tmp_path / "s", "float32", DISK
+    )
     student = load.open_checkpoint(tmp_path / "s")
     plan = packed_format.layout(student.config, 64, packed_format.blocks_after_removed(student))
     packed_format.write_quantized(student, tmp_path / "q4", plan, DISK)
     settings = json.loads((tmp_path / "q4" / "config.json").read_text())["quantization"]
     paths = {f"model.layers.{i}.mlp.down_proj" for i in wide} | {"model.embed_tokens"}
-    assert {path for path, own in settings.items() if isinstance(own, dict) and own["bits"] == 8} == paths
+    assert {
+        path for path, own in settings.items() if isinstance(own, dict) and own["bits"] == 8
+    } == paths
     model, _ = load.mlx_lm("utils").load(str(tmp_path / "q4"))
     assert [layer.mlp.down_proj.bits for layer in model.model.layers] == [
         8 if i in wide else 4 for i in range(len(layers))
@@ -104,10 +147,16 @@ def test_group_32_when_asked(tmp_path: Path, batches: list[mx.array]) -> None:
     with pytest.raises(MisError, match="rows of 760 weights.*multiple of 32, or --quantize 0"):
         packed_format.layout({**tiny.CONFIG, "intermediate_size": 760}, 64)
     teacher = load.open_checkpoint(tiny.make(tmp_path / "t", hidden_size=96, head_dim=24))
-    with pytest.raises(MisError, match="rows of 96 weights, which 64 does not divide: use --q-group-size 32"):
-        packed_format.write_quantized(teacher, tmp_path / "q4", packed_format.layout(teacher.config, 64), DISK)
+    with pytest.raises(
+        MisError, match="rows of 96 weights, which 64 does not divide: use --q-group-size 32"
+    ):
+        packed_format.write_quantized(
+            teacher, tmp_path / "q4", packed_format.layout(teacher.config, 64), DISK
+        )
     assert not (tmp_path / "q4").exists()
-    packed_format.write_quantized(teacher, tmp_path / "q4", packed_format.layout(teacher.config, 32), DISK)
+    packed_format.write_quantized(
+        teacher, tmp_path / "q4", packed_format.layout(teacher.config, 32), DISK
+    )
     model, _ = load.mlx_lm("utils").load(str(tmp_path / "q4"))
     assert mx.isfinite(model(batches[0])).all()
 
@@ -117,5 +166,7 @@ def test_a_quantized_model_is_refused(tmp_path: Path, llama: Checkpoint) -> None
     plan = packed_format.layout(llama.config, 64)
     packed_format.write_quantized(llama, tmp_path / "q4", plan, DISK)
     with pytest.raises(MisError, match="quantized already"):
-        packed_format.write_quantized(load.open_checkpoint(tmp_path / "q4"), tmp_path / "q44", plan, DISK)
+        packed_format.write_quantized(
+            load.open_checkpoint(tmp_path / "q4"), tmp_path / "q44", plan, DISK
+        )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["q4"]

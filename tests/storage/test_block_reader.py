@@ -1,4 +1,6 @@
-"""Whatever the layout, the bytes that arrive are those in the files; what cannot be read is one sentence."""
+"""Whatever the layout, the bytes that arrive are those in the files; what cannot be read is one
+sentence.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,11 @@ BOTH = pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct
 def written(path: Path, sizes: Mapping[str, int], seed: int = 0) -> dict[str, TensorAt]:
     """A file of random bytes: tensors of these sizes, in this order."""
     random = np.random.default_rng(seed)
-    write_arrays(path, {n: mx.array(random.integers(0, 256, size, np.uint8)) for n, size in sizes.items()}, DISK)
+    write_arrays(
+        path,
+        {n: mx.array(random.integers(0, 256, size, np.uint8)) for n, size in sizes.items()},
+        DISK,
+    )
     return check(path)[0]
 
 
@@ -35,23 +41,32 @@ def on_disk(t: TensorAt) -> bytes:
     return t.file.read_bytes()[t.offset : t.offset + t.nbytes]
 
 
-def load(source: Reader, tensors: Mapping[str, TensorAt], into: memoryview | None = None) -> dict[str, bytes]:
+def load(
+    source: Reader, tensors: Mapping[str, TensorAt], into: memoryview | None = None
+) -> dict[str, bytes]:
     """All tensors through one buffer that begins at a page, as a block of a model is read."""
     where = Layout(tensors)
     view = memoryview(mmap.mmap(-1, where.nbytes or PAGE)) if into is None else into
     wanted = [(file, begin, end, view[at:until]) for file, begin, end, at, until in where.extents]
     source.begin(wanted)()
-    return {name: bytes(view[where.at[name] : where.at[name] + t.nbytes]) for name, t in tensors.items()}
+    return {
+        name: bytes(view[where.at[name] : where.at[name] + t.nbytes]) for name, t in tensors.items()
+    }
 
 
 @BOTH
 @pytest.mark.parametrize("seed", range(3))
 def test_any_layout_gives_the_bytes_of_the_files(tmp_path: Path, seed: int, direct: bool) -> None:
-    """Several files, some tensors left out, sizes from 0 to over a gap, at any remainder by page and by element."""
+    """Several files, some tensors left out, sizes from 0 to over a gap, at any remainder by page
+    and by element.
+    """
     random = np.random.default_rng(seed)
     tensors: dict[str, TensorAt] = {}
     for f in range(random.integers(1, 4)):
-        sizes = {f"{f}.{i}": int(random.choice([0, 1, 3, 4095, 4096, 5000, GAP - 1, GAP + 5000])) for i in range(9)}
+        sizes = {
+            f"{f}.{i}": int(random.choice([0, 1, 3, 4095, 4096, 5000, GAP - 1, GAP + 5000]))
+            for i in range(9)
+        }
         tensors |= written(tmp_path / f"{f}.safetensors", sizes, seed)
     chosen = random.permutation(sorted(tensors))[: random.integers(1, len(tensors) + 1)]
     some = {str(n): tensors[str(n)] for n in chosen}
@@ -61,14 +76,20 @@ def test_any_layout_gives_the_bytes_of_the_files(tmp_path: Path, seed: int, dire
 
 
 def test_neighbours_are_read_at_once_and_far_ones_apart() -> None:
-    """Pencil: a gap of 64 KiB is read along, one byte more is not; another file is another extent."""
-    a, b = Path("a"), Path("b")
+    """Pencil: a gap of 64 KiB is read along, one byte more is not; another file is another
+    extent.
+    """
+    a = Path("a")
+    b = Path("b")
 
     def at(file: Path, offset: int, nbytes: int) -> TensorAt:
         return TensorAt(file, "U8", (nbytes,), offset, nbytes)
 
-    near, far = 4200 + GAP, 4200 + 10 + GAP + GAP + 1
-    found = Layout({"x": at(a, 4100, 100), "z": at(a, far, 5000), "y": at(a, near, 10), "w": at(b, 7, 1)})
+    near = 4200 + GAP
+    far = 4200 + 10 + GAP + GAP + 1
+    found = Layout(
+        {"x": at(a, 4100, 100), "z": at(a, far, 5000), "y": at(a, near, 10), "w": at(b, 7, 1)}
+    )
     assert found.extents == [
         (a, 4096, near + 10, 0, 17 * PAGE),
         (a, far // PAGE * PAGE, far + 5000, 17 * PAGE, 19 * PAGE),
@@ -83,28 +104,40 @@ def test_neighbours_are_read_at_once_and_far_ones_apart() -> None:
 def test_what_is_longer_than_a_piece(tmp_path: Path, direct: bool) -> None:
     """Two pieces and a rest, at an odd offset."""
     tensors = written(tmp_path / "big.safetensors", {"head": 13, "big": 2 * PIECE + 12345})
-    assert load(Reader(tensors, direct), tensors) == {name: on_disk(t) for name, t in tensors.items()}
+    assert load(Reader(tensors, direct), tensors) == {
+        name: on_disk(t) for name, t in tensors.items()
+    }
 
 
 def test_a_pass_uses_two_buffers_however_often_it_is_made(
     llama: Checkpoint, batches: list[mx.array], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that computes, one that fills: three passes over three blocks make no more, and the same numbers."""
-    made, new = [], block_reader.Slot
+    """One that computes, one that fills: three passes over three blocks make no more, and the same
+    numbers.
+    """
+    made = []
+    new = block_reader.Slot
     monkeypatch.setattr(block_reader, "Slot", lambda nbytes: made.append(new(nbytes)) or made[-1])
     source = stream.Stream(llama, mx.float32)
     first = source.forward(batches)
     for _ in range(2):
-        assert all(mx.array_equal(a, b) for a, b in zip(source.forward(batches), first, strict=True))
+        assert all(
+            mx.array_equal(a, b) for a, b in zip(source.forward(batches), first, strict=True)
+        )
     assert len(made) == 2
 
 
 def test_direct_reading_falls_back_where_the_file_system_cannot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Refused with EINVAL, as file systems in memory do, it reads through the page cache; others are errors."""
-    tensors, opened, real = written(tmp_path / "m.safetensors", {"a": 9000}), [], os.open
-    flag, source = 1 << 30, Reader(tensors, direct=True)
+    """Refused with EINVAL, as file systems in memory do, it reads through the page cache; others
+    are errors.
+    """
+    tensors = written(tmp_path / "m.safetensors", {"a": 9000})
+    opened = []
+    real = os.open
+    flag = 1 << 30
+    source = Reader(tensors, direct=True)
 
     def refuse(path: Path, flags: int, *more: int) -> int:
         opened.append(bool(flags & flag))
@@ -126,7 +159,9 @@ def test_direct_reading_falls_back_where_the_file_system_cannot(
 @BOTH
 @pytest.mark.parametrize("change", ["touched", "replaced", "grown"])
 def test_a_file_that_changed_is_refused(tmp_path: Path, change: str, direct: bool) -> None:
-    """Written to, replaced by a rename, or longer: never two halves of different models; nor an older table of it."""
+    """Written to, replaced by a rename, or longer: never two halves of different models; nor an
+    older table of it.
+    """
     path = tmp_path / "m.safetensors"
     tensors = written(path, {"a": 9000})
     source = Reader(tensors, direct)
@@ -148,14 +183,19 @@ def test_a_file_that_changed_is_refused(tmp_path: Path, change: str, direct: boo
 @BOTH
 def test_a_file_that_ends_early_and_one_that_is_gone(tmp_path: Path, direct: bool) -> None:
     """How many bytes are missing is said; the good file beside it is read to the end first."""
-    tensors = written(tmp_path / "m.safetensors", {"a": 9000}) | written(tmp_path / "n.safetensors", {"b": 9000})
+    tensors = written(tmp_path / "m.safetensors", {"a": 9000}) | written(
+        tmp_path / "n.safetensors", {"b": 9000}
+    )
     source = Reader(tensors, direct)
     end = tensors["a"].offset + 9000
     view = memoryview(mmap.mmap(-1, 8 * PAGE))
     with pytest.raises(MisError, match=r"m\.safetensors ends 30 bytes early"):
         source.begin([(tensors["a"].file, 0, end + 30, view[: 3 * PAGE])])()
     (tmp_path / "m.safetensors").unlink()
-    both = [(tensors[n].file, 0, end, view[k * 3 * PAGE : (k + 1) * 3 * PAGE]) for k, n in enumerate(("a", "b"))]
+    both = [
+        (tensors[n].file, 0, end, view[k * 3 * PAGE : (k + 1) * 3 * PAGE])
+        for k, n in enumerate(("a", "b"))
+    ]
     with pytest.raises(MisError, match=r"m\.safetensors cannot be read \(No such file"):
         source.begin(both)()
     t = tensors["b"]

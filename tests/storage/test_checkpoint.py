@@ -12,7 +12,15 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mis_mlx.storage.checkpoint import Saved, commit_folder, load_arrays, lock, newest, save_step, sweep
+from mis_mlx.storage.checkpoint import (
+    Saved,
+    commit_folder,
+    load_arrays,
+    lock,
+    newest,
+    save_step,
+    sweep,
+)
 from mis_mlx.storage.files import DISK, Files
 from mis_mlx.types import GIB, MisError
 from tests.faults.broken import breaking
@@ -30,7 +38,8 @@ def save(steps: Path, number: int, files: Files = DISK, keep: int = 2) -> Path:
 
 def is_whole(saved: Saved) -> bool:
     """The arrays and the state are those that `save` wrote."""
-    model, optimizer = load_arrays(saved, "model"), load_arrays(saved, "optimizer")
+    model = load_arrays(saved, "model")
+    optimizer = load_arrays(saved, "optimizer")
     n = saved.number
     return (
         model["w"].tolist() == [n] * 40
@@ -45,7 +54,9 @@ def names(folder: Path) -> list[str]:
 
 
 def test_the_newest_step_comes_back_and_only_two_are_kept(tmp_path: Path) -> None:
-    """Steps 7 to 10 saved: 9 and 10 are left, 10 comes back whole, though 9 is 'from the future'."""
+    """Steps 7 to 10 saved: 9 and 10 are left, 10 comes back whole, though 9 is 'from the
+    future'.
+    """
     steps = tmp_path / "steps"
     assert newest(steps) is None
     for number in range(7, 11):
@@ -54,7 +65,12 @@ def test_the_newest_step_comes_back_and_only_two_are_kept(tmp_path: Path) -> Non
     saved = newest(steps)
     assert saved is not None and (saved.number, saved.notes) == (10, ()) and is_whole(saved)
     assert names(steps) == ["step-00000009", "step-00000010"]
-    assert names(saved.path) == ["MANIFEST.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert names(saved.path) == [
+        "MANIFEST.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
 
 
 def flip(path: Path) -> None:
@@ -71,11 +87,15 @@ DAMAGE = {
     "manifest gone": (lambda s: (s / "MANIFEST.json").unlink(), "MANIFEST.json is missing"),
     "manifest a list": (lambda s: (s / "MANIFEST.json").write_text("[]"), "MANIFEST.json"),
     "manifest of another step": (
-        lambda s: (s / "MANIFEST.json").write_text((s.parent / "step-00001000/MANIFEST.json").read_text()),
+        lambda s: (s / "MANIFEST.json").write_text(
+            (s.parent / "step-00001000/MANIFEST.json").read_text()
+        ),
         "MANIFEST.json",
     ),
     "manifest edited": (
-        lambda s: (p := s / "MANIFEST.json").write_text(p.read_text().replace('"bytes": ', '"bytes": 1')),
+        lambda s: (p := s / "MANIFEST.json").write_text(
+            p.read_text().replace('"bytes": ', '"bytes": 1')
+        ),
         "MANIFEST.json",
     ),
     "file became a folder": (
@@ -87,7 +107,9 @@ DAMAGE = {
 
 @pytest.mark.parametrize("case", DAMAGE)
 def test_a_damaged_step_is_named_set_aside_and_survived(case: str, tmp_path: Path) -> None:
-    """The one before is used; the damaged one is kept under another name and its number is free again."""
+    """The one before is used; the damaged one is kept under another name and its number is free
+    again.
+    """
     save(tmp_path, 1000), save(tmp_path, 1200)
     damage, says = DAMAGE[case]
     damage(tmp_path / "step-00001200")
@@ -101,7 +123,9 @@ def test_a_damaged_step_is_named_set_aside_and_survived(case: str, tmp_path: Pat
 
 
 def test_when_every_step_is_damaged_there_is_none(tmp_path: Path) -> None:
-    """No exception and nothing deleted; so one step alone, which keep=1 would bet the run on, is never kept."""
+    """No exception and nothing deleted; so one step alone, which keep=1 would bet the run on, is
+    never kept.
+    """
     with pytest.raises(ValueError, match="keep=1"):
         save(tmp_path, 1, keep=1)
     flip(save(tmp_path, 1) / "state.json"), flip(save(tmp_path, 2) / "state.json")
@@ -119,11 +143,16 @@ def test_leftovers_are_swept_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_exists_is_refused_and_untouched(tmp_path: Path) -> None:
-    """Neither a step nor a model is ever written over, not even an empty folder or a dangling link."""
+    """Neither a step nor a model is ever written over, not even an empty folder or a dangling
+    link.
+    """
     (tmp_path / "model").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("model", "link"):
-        with pytest.raises(MisError, match="exists already"), commit_folder(tmp_path / name, DISK, 0) as tmp:
+        with (
+            pytest.raises(MisError, match="exists already"),
+            commit_folder(tmp_path / name, DISK, 0) as tmp,
+        ):
             (tmp / "x").touch()
     assert names(tmp_path) == ["link", "model"] and names(tmp_path / "model") == []
     save(tmp_path / "steps", 3)
@@ -192,7 +221,8 @@ def test_whichever_operation_fails_no_good_step_is_lost(tmp_path: Path, number: 
         assert not [name for name in names(steps) if not name.startswith("step-")]
         if len(done) < at:
             break
-    assert refused >= 14 and acknowledged == 3  # 6 operations of files, 4 of folders, fsyncs: all were hit
+    # 6 operations of files, 4 of folders, fsyncs: all were hit
+    assert refused >= 14 and acknowledged == 3
 
 
 HOLDER = """
@@ -205,13 +235,20 @@ with lock(pathlib.Path(sys.argv[1])):
 
 
 def test_a_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
-    """The sentence has the holder's number; after the holder was killed, or has raised, the run is free."""
+    """The sentence has the holder's number; after the holder was killed, or has raised, the run is
+    free.
+    """
     run = tmp_path / "runs" / "first"
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, run], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, run], stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout is not None
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(MisError, match=rf"already in use by process {holder.pid} since 2"), lock(run):
+        with (
+            pytest.raises(MisError, match=rf"already in use by process {holder.pid} since 2"),
+            lock(run),
+        ):
             pass
     finally:
         holder.kill()
@@ -226,11 +263,15 @@ def test_a_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [".tmp-m-{}", ".tmp-m-rounded-{}-{}"])
 def test_what_a_dead_process_left_is_swept(name: str, tmp_path: Path) -> None:
-    """Of the same folder, whatever it was for; not what a process that lives is making, nor of another folder."""
+    """Of the same folder, whatever it was for; not what a process that lives is making, nor of
+    another folder.
+    """
     dead = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
     ).stdout
-    left, living = (tmp_path / name.replace("{}", str(number)) for number in (int(dead), os.getppid()))
+    left, living = (
+        tmp_path / name.replace("{}", str(number)) for number in (int(dead), os.getppid())
+    )
     other = tmp_path / f".tmp-other-{int(dead)}"
     for path in (left, living, other):
         path.mkdir()

@@ -15,7 +15,9 @@ from mis_mlx.types import GIB, MisError
 
 
 def test_write_makes_a_new_file_and_extend_grows_it(tmp_path: Path) -> None:
-    """Neither touches what is there already, by a link either, nor does a misspelt name make a second file."""
+    """Neither touches what is there already, by a link either, nor does a misspelt name make a
+    second file.
+    """
     victim = tmp_path / "victim"
     DISK.write(victim, b"one")
     DISK.extend(victim, memoryview(b"two"))
@@ -29,7 +31,9 @@ def test_write_makes_a_new_file_and_extend_grows_it(tmp_path: Path) -> None:
 
 
 def test_append_keeps_a_torn_line_apart(tmp_path: Path) -> None:
-    """A half line that a crash left does not swallow the next; a folder that is gone, as a disk, is a sentence."""
+    """A half line that a crash left does not swallow the next; a folder that is gone, as a disk, is
+    a sentence.
+    """
     log = tmp_path / "metrics.jsonl"
     DISK.append(log, '{"step": 1}')
     with open(log, "a") as file:
@@ -49,7 +53,9 @@ def test_remove_tree_deletes_a_link_but_not_its_target(tmp_path: Path) -> None:
     assert not (tmp_path / "link").is_symlink() and (tmp_path / "target" / "file").exists()
 
 
-def test_fsync_falls_back_where_the_full_one_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsync_falls_back_where_the_full_one_is_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Told it is on macOS, it asks for F_FULLFSYNC, which this kernel refuses, then calls fsync."""
     synced: list[int] = []
     monkeypatch.setattr(sys, "platform", "darwin")
@@ -74,7 +80,8 @@ def test_require_space_names_both_numbers(tmp_path: Path) -> None:
     with pytest.raises(MisError) as caught:
         Short(GIB).require_space(tmp_path, GIB, "the model")
     assert str(caught.value) == (
-        f"Not enough disk space in {tmp_path}: the model needs 1.20 GiB, 1.00 GiB are free; free some and start again"
+        f"Not enough disk space in {tmp_path}: the model needs 1.20 GiB, 1.00 GiB are free; free "
+        f"some and start again"
     )
     Short(2 * GIB).require_space(tmp_path, GIB, "the model")
     assert DISK.free_bytes(tmp_path / "a" / "b") > 0  # of a folder yet to be made

@@ -26,12 +26,17 @@ def made(header: dict[str, Any] | str | bytes, data: int = 24) -> bytes:
     return struct.pack("<Q", len(text)) + text + bytes(data)
 
 
-def one(dtype: Any = "F32", shape: Any = (2, 3), span: Any = (0, 24), name: str = "w") -> dict[str, Any]:
+def one(
+    dtype: Any = "F32", shape: Any = (2, 3), span: Any = (0, 24), name: str = "w"
+) -> dict[str, Any]:
     return {name: {"dtype": dtype, "shape": shape, "data_offsets": span}}
 
 
 def two(*spans: tuple[int, int]) -> dict[str, Any]:
-    return {f"t{i}": {"dtype": "U8", "shape": [b - a], "data_offsets": [a, b]} for i, (a, b) in enumerate(spans)}
+    return {
+        f"t{i}": {"dtype": "U8", "shape": [b - a], "data_offsets": [a, b]}
+        for i, (a, b) in enumerate(spans)
+    }
 
 
 TEXT = json.dumps(GOOD["w"])
@@ -56,7 +61,9 @@ BAD = {
     "nested too deeply": made('{"a":' * 100_000, 0),
     "NaN": made('{"w": NaN}'),
     "same name, same bytes": made('{"w": ' + TEXT + ', "w": ' + TEXT + "}"),
-    "same key inside": made('{"w": {"dtype": "F32", "dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}'),
+    "same key inside": made(
+        '{"w": {"dtype": "F32", "dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}'
+    ),
     "metadata not text": made({"__metadata__": {"a": 1}, **GOOD}),
     "metadata a list": made({"__metadata__": [], **GOOD}),
     "entry not an object": made({"w": 3}),
@@ -72,7 +79,9 @@ BAD = {
     "dimension true": made(one(shape=[True], span=[0, 4]), 4),
     "rank 9": made(one(shape=[1] * 9, span=[0, 4]), 4),
     "shape a number": made(one(shape=6)),
-    "shape of 10^5000": made('{"w": {"dtype": "U8", "shape": [1' + "0" * 5000 + '], "data_offsets": [0, 0]}}', 0),
+    "shape of 10^5000": made(
+        '{"w": {"dtype": "U8", "shape": [1' + "0" * 5000 + '], "data_offsets": [0, 0]}}', 0
+    ),
     "offsets reversed": made(one(span=[24, 0])),
     "three offsets": made(one(span=[0, 24, 24])),
     "offsets negative": made(one(span=[-24, 0])),
@@ -92,7 +101,9 @@ BAD = {
 def test_bad_files_are_refused_by_name_before_mlx_sees_them(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One sentence that begins with the file; and `lazy` refuses too, without one call of mx.load."""
+    """One sentence that begins with the file; and `lazy` refuses too, without one call of
+    mx.load.
+    """
     path = tmp_path / "bad.safetensors"
     path.write_bytes(BAD[case])
     with pytest.raises(MisError) as caught:
@@ -117,12 +128,16 @@ def test_what_is_not_a_regular_file_is_refused_and_never_hangs(tmp_path: Path) -
 
 
 def test_a_good_file_is_described_to_the_byte(tmp_path: Path) -> None:
-    """Offsets count from the start of the file: the bytes there are the tensor's. Cut short, both numbers are said."""
+    """Offsets count from the start of the file: the bytes there are the tensor's. Cut short, both
+    numbers are said.
+    """
     path = tmp_path / "model.safetensors"
     text = json.dumps({"__metadata__": {"format": "mlx"}, **GOOD})
     path.write_bytes(made(text, 0) + bytes(range(24)))
     tensors, metadata = check(path)
-    assert tensors == {"w": TensorAt(path, "F32", (2, 3), 8 + len(text), 24)} and metadata == {"format": "mlx"}
+    assert tensors == {"w": TensorAt(path, "F32", (2, 3), 8 + len(text), 24)} and metadata == {
+        "format": "mlx"
+    }
     assert path.read_bytes()[tensors["w"].offset :][:24] == bytes(range(24))
     os.truncate(path, len(text) + 22)
     with pytest.raises(MisError, match=f"incomplete, {len(text) + 22} of {len(text) + 32} bytes"):

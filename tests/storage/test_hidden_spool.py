@@ -1,4 +1,6 @@
-"""A spool is a list: what is in it comes back bit for bit from memory or disk, and nothing stays behind."""
+"""A spool is a list: what is in it comes back bit for bit from memory or disk, and nothing stays
+behind.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,19 @@ def noise(key: int, dtype: mx.Dtype = mx.float32) -> mx.array:
 
 
 def same(a: list[mx.array] | Spool, b: list[mx.array] | Spool) -> bool:
-    return len(a) == len(b) and all(x.dtype == y.dtype and mx.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(
+        x.dtype == y.dtype and mx.array_equal(x, y) for x, y in zip(a, b, strict=True)
+    )
 
 
-@pytest.mark.parametrize(("held", "dtype"), [(0, mx.float32), (2, mx.float16), (2, mx.bfloat16), (99, mx.float32)])
+@pytest.mark.parametrize(
+    ("held", "dtype"), [(0, mx.float32), (2, mx.float16), (2, mx.bfloat16), (99, mx.float32)]
+)
 def test_it_does_what_a_list_does(tmp_path: Path, dtype: mx.Dtype, held: int) -> None:
     """Append, read, assign over and over, from both ends and by slice."""
-    spool, plain, random = Spool(tmp_path, held, DISK), [], np.random.default_rng(0)
+    spool = Spool(tmp_path, held, DISK)
+    plain = []
+    random = np.random.default_rng(0)
     for key in range(6):
         spool.append(noise(key, dtype))
         plain.append(noise(key, dtype))
@@ -44,7 +52,9 @@ def test_it_does_what_a_list_does(tmp_path: Path, dtype: mx.Dtype, held: int) ->
 
 
 def test_any_array_keeps_its_bits_and_the_file_has_no_name(tmp_path: Path) -> None:
-    """A transposed view not evaluated yet, values that are no numbers. No open file is left when the spool is gone."""
+    """A transposed view not evaluated yet, values that are no numbers. No open file is left when
+    the spool is gone.
+    """
     odd = mx.array([[mx.nan, -0.0, mx.inf], [1e-45, 1.0, -mx.inf]]).T
     spool = Spool(tmp_path, 0, DISK)
     spool.append(odd)
@@ -92,14 +102,18 @@ class FillsUp(Files):
 
 
 def test_a_disk_that_fills_up_is_one_sentence(tmp_path: Path) -> None:
-    """The third array of 280 bytes is torn; both numbers are said, and with room again it goes on."""
+    """The third array of 280 bytes is torn; both numbers are said, and with room again it goes
+    on.
+    """
     files = FillsUp(700)
     spool = Spool(tmp_path, 0, files)
     spool.extend([noise(0), noise(1)])
     with pytest.raises(MisError) as caught:
         spool.append(noise(2))
     start, free, end = str(caught.value).partition(" are free; ")
-    assert start.startswith(f"Not enough disk space in {tmp_path}: the spool of hidden states needs 280 bytes, ")
+    assert start.startswith(
+        f"Not enough disk space in {tmp_path}: the spool of hidden states needs 280 bytes, "
+    )
     assert free and end == "mend that and start again"
     assert same(spool, [noise(0), noise(1)])
     files.room = 10_000

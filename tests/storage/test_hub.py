@@ -44,7 +44,10 @@ class Hub(BaseHTTPRequestHandler):
             threading.Event().wait(30)
             return
         path = self.path.partition("?")[0]
-        files = [{"type": "file", "path": n, "size": len(b), "oid": git_id(b)} for n, b in CONTENT.items()]
+        files = [
+            {"type": "file", "path": n, "size": len(b), "oid": git_id(b)}
+            for n, b in CONTENT.items()
+        ]
         if path.startswith("/api/models/me/tiny/revision/") or path == "/api/models/me/tiny":
             siblings = [{"rfilename": name} for name in CONTENT]
             self.answer({"id": "me/tiny", "sha": COMMIT, "siblings": siblings})
@@ -59,7 +62,9 @@ class Hub(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def answer(self, body: object, headers: dict[str, str] | None = None, status: int = 200) -> None:
+    def answer(
+        self, body: object, headers: dict[str, str] | None = None, status: int = 200
+    ) -> None:
         """Send bytes as they are, anything else as JSON."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
@@ -78,7 +83,8 @@ def git_id(body: bytes) -> str:
 @pytest.fixture
 def server() -> Iterator[ThreadingHTTPServer]:
     """The hub, running until the test ends."""
-    Hub.asked, Hub.silent = [], False
+    Hub.asked = []
+    Hub.silent = False
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as running:
         running.daemon_threads = True
         running.block_on_close = False
@@ -88,7 +94,9 @@ def server() -> Iterator[ThreadingHTTPServer]:
 
 
 def find(name: str, where: str, tmp_path: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    """`resolve.resolve_model(name)` in a fresh process: the hub client reads its settings when imported."""
+    """`resolve.resolve_model(name)` in a fresh process: the hub client reads its settings when
+    imported.
+    """
     code = f"""
 from mis_mlx.models import resolve
 from mis_mlx.storage import hub
@@ -99,7 +107,9 @@ try:
 except MisError as error:
     print("MisError:", error)
 """
-    hidden = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "MIS_"))}
+    hidden = {
+        key: value for key, value in os.environ.items() if not key.startswith(("HF_", "MIS_"))
+    }
     env = {**hidden, "HF_HOME": str(tmp_path / "hf"), "MIS_MLX_CACHE": str(tmp_path / "cache")}
     env |= {"HF_ENDPOINT": where, "HF_HUB_DISABLE_XET": "1", **more}
     command = [sys.executable, "-W", "error::UserWarning", "-c", code]
@@ -111,7 +121,9 @@ def address(server: ThreadingHTTPServer) -> str:
     return f"http://127.0.0.1:{server.server_address[1]}"
 
 
-def test_a_model_comes_once_without_code_and_with_its_origin(server: ThreadingHTTPServer, tmp_path: Path) -> None:
+def test_a_model_comes_once_without_code_and_with_its_origin(
+    server: ThreadingHTTPServer, tmp_path: Path
+) -> None:
     """Only safetensors, json, tokenizer and template arrive, silently, in an ordinary folder."""
     done = find("me/tiny", address(server), tmp_path)
     assert done.stdout == f"Hugging Face hub me/tiny at {COMMIT[:12]}\n", done.stderr
@@ -123,10 +135,13 @@ def test_a_model_comes_once_without_code_and_with_its_origin(server: ThreadingHT
     assert all((folder / name).read_bytes() == CONTENT[name] for name in wanted)
     origin = json.loads((folder / "source.json").read_text())
     assert origin["revision"] == COMMIT and origin["quantized_origin"] is None
-    # The second time nobody is asked; without our cache, what another tool downloaded is found without the hub.
+    # The second time nobody is asked; without our cache, what another tool downloaded is found
+    # without the hub.
     asked = len(Hub.asked)
     again = find("me/tiny", address(server), tmp_path)
-    assert again.stdout == f"cache {folder} (Hugging Face hub me/tiny at {COMMIT[:12]})\n", again.stderr
+    assert again.stdout == f"cache {folder} (Hugging Face hub me/tiny at {COMMIT[:12]})\n", (
+        again.stderr
+    )
     assert len(Hub.asked) == asked > 0
     shared = find("me/tiny", "http://127.0.0.1:9", tmp_path, MIS_MLX_CACHE=str(tmp_path / "other"))
     assert shared.stdout == done.stdout, shared.stderr
@@ -142,9 +157,12 @@ def test_offline_asks_nobody(server: ThreadingHTTPServer, tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["me/none", "me/tiny"])
 def test_no_such_model_or_no_answer(server: ThreadingHTTPServer, tmp_path: Path, name: str) -> None:
     """An unknown name, and a hub that takes the question and never answers, end in one sentence."""
-    Hub.silent = name == "me/tiny"  # the client alone would wait for ever: the 60 s limit would end the test
+    # the client alone would wait for ever: the 60 s limit would end the test
+    Hub.silent = name == "me/tiny"
     done = find(name, address(server), tmp_path)
-    assert done.stdout.startswith(f"MisError: {name} did not come from the Hugging Face hub"), done.stderr
+    assert done.stdout.startswith(f"MisError: {name} did not come from the Hugging Face hub"), (
+        done.stderr
+    )
     assert done.stdout.count("\n") == 1 and done.stderr == ""
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
@@ -160,7 +178,9 @@ def test_a_model_without_safetensors_is_refused(
 
 
 def test_lock_sweeps_and_waits(tmp_path: Path) -> None:
-    """What a killed run left is gone once the lock is held, and a second process has to wait for it."""
+    """What a killed run left is gone once the lock is held, and a second process has to wait for
+    it.
+    """
     (tmp_path / ".tmp-model-1").mkdir()
     code = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
     command = [sys.executable, "-c", code, str(tmp_path / ".lock")]

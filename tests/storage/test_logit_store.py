@@ -21,7 +21,12 @@ from tests.storage.test_checkpoint import flip, names
 from tests.storage.test_files import Short
 
 SAMPLED = Spec("sampled", 6, 512, 10, 5, "t" * 64, "d" * 64, 0, part_windows=3)
-FILES = ["part-00000.safetensors", "part-00001.safetensors", "part-00002.safetensors", "part-00003.safetensors"]
+FILES = [
+    "part-00000.safetensors",
+    "part-00001.safetensors",
+    "part-00002.safetensors",
+    "part-00003.safetensors",
+]
 FILES += ["targets.json"]
 
 
@@ -52,7 +57,9 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_sampled_targets_come_back(tmp_path: Path) -> None:
-    """Ids and counts / N of every position, in any order of windows, twice the same one; filled up with weight 0."""
+    """Ids and counts / N of every position, in any order of windows, twice the same one; filled up
+    with weight 0.
+    """
     fill(tmp_path / "t")
     ids, weights = opened(tmp_path / "t").windows([9, 0, 4, 0])
     assert ids.shape == weights.shape == (4, 5, weights.shape[2])
@@ -60,13 +67,18 @@ def test_sampled_targets_come_back(tmp_path: Path) -> None:
     for row, window in enumerate([9, 0, 4, 0]):
         want = made(SAMPLED, window)
         full = weights[row] > 0
-        assert np.array_equal(full.sum(axis=1), want["sizes"]) and (np.diff(full.astype(int)) <= 0).all()
+        assert (
+            np.array_equal(full.sum(axis=1), want["sizes"])
+            and (np.diff(full.astype(int)) <= 0).all()
+        )
         assert np.array_equal(ids[row][full], want["ids"])
         np.testing.assert_allclose(weights[row][full], want["counts"] / 6, rtol=1e-7)
     np.testing.assert_allclose(weights.sum(axis=-1), 1.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("vocab", "count"), [(512, 6), (2**16, 255), (2**16 + 1, 255), (150_000, 300)])
+@pytest.mark.parametrize(
+    ("vocab", "count"), [(512, 6), (2**16, 255), (2**16 + 1, 255), (150_000, 300)]
+)
 def test_types_are_as_narrow_as_they_can_be(tmp_path: Path, vocab: int, count: int) -> None:
     """Ids up to the last of the vocabulary and counts up to N come back; bytes a token by pencil.
 
@@ -74,11 +86,15 @@ def test_types_are_as_narrow_as_they_can_be(tmp_path: Path, vocab: int, count: i
     """
     spec = Spec("sampled", count, vocab, 1, 4000, "t", "d", 0)
     store = logit_store.create(tmp_path, spec, DISK)
-    store.put(0, {"sizes": np.ones(4000), "ids": np.full(4000, vocab - 1), "counts": np.full(4000, count)})
+    store.put(
+        0, {"sizes": np.ones(4000), "ids": np.full(4000, vocab - 1), "counts": np.full(4000, count)}
+    )
     ids, weights = store.windows([0])
     assert (ids == vocab - 1).all() and (weights == 1).all()
-    small, wide = (1 if count < 256 else 2), (2 if vocab <= 2**16 else 4)
-    assert store.bytes_per_token == pytest.approx(2 * small + wide, abs=0.1)  # the header is 300 bytes
+    small = 1 if count < 256 else 2
+    wide = 2 if vocab <= 2**16 else 4
+    # the header is 300 bytes
+    assert store.bytes_per_token == pytest.approx(2 * small + wide, abs=0.1)
 
 
 def test_a_finished_store_is_not_written_again(tmp_path: Path) -> None:
@@ -88,14 +104,21 @@ def test_a_finished_store_is_not_written_again(tmp_path: Path) -> None:
     with breaking(1, errno.EIO):  # its first operation would fail
         again = fill(tmp_path / "t")
     assert again.missing() == [] and again.notes == []
-    assert before == {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in (tmp_path / "t").iterdir()}
+    assert before == {
+        p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in (tmp_path / "t").iterdir()
+    }
 
 
 def test_other_targets_are_refused_and_untouched(tmp_path: Path) -> None:
-    """Of another N or teacher: one sentence with both; the folder stays as it was. Impossible N: no folder is made."""
+    """Of another N or teacher: one sentence with both; the folder stays as it was. Impossible N: no
+    folder is made.
+    """
     fill(tmp_path / "t")
     before = bytes_of(tmp_path / "t")
-    others = {"count": (5, r"count \(6, not 5\)"), "teacher": ("x" * 64, r"teacher \(tttttttttttt, not xxxxxxxxxxxx\)")}
+    others = {
+        "count": (5, r"count \(6, not 5\)"),
+        "teacher": ("x" * 64, r"teacher \(tttttttttttt, not xxxxxxxxxxxx\)"),
+    }
     for name, (value, what) in others.items():
         with pytest.raises(MisError, match=f"another {what}: delete it, or choose another folder"):
             logit_store.create(tmp_path / "t", replace(SAMPLED, **{name: value}), DISK)
@@ -121,17 +144,23 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "cut": lambda path: os.truncate(path, 100),
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
     "gone": lambda path: path.unlink(),
-    "of another store": lambda path: path.write_bytes(path.with_name("part-00000.safetensors").read_bytes()),
+    "of another store": lambda path: path.write_bytes(
+        path.with_name("part-00000.safetensors").read_bytes()
+    ),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_a_damaged_part_is_refused_by_readers_and_made_again_by_writers(tmp_path: Path, case: str) -> None:
+def test_a_damaged_part_is_refused_by_readers_and_made_again_by_writers(
+    tmp_path: Path, case: str
+) -> None:
     """The reader names it; the writer redoes it alone, says so, and the bytes are those it had."""
     fill(tmp_path)
     before = bytes_of(tmp_path)
     DAMAGE[case](tmp_path / "part-00001.safetensors")
-    with pytest.raises(MisError, match=r"part-00001.safetensors is damaged: write the targets again"):
+    with pytest.raises(
+        MisError, match=r"part-00001.safetensors is damaged: write the targets again"
+    ):
         opened(tmp_path).windows([4])
     store = logit_store.create(tmp_path, SAMPLED, DISK)
     assert store.missing() == [3, 4, 5]
@@ -140,7 +169,9 @@ def test_a_damaged_part_is_refused_by_readers_and_made_again_by_writers(tmp_path
     assert bytes_of(tmp_path) == before
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"parts": 3}', '{"kind": "sampled", "parts": {}}', "\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"parts": 3}', '{"kind": "sampled", "parts": {}}', "\xff"]
+)
 def test_a_damaged_manifest_is_one_sentence(tmp_path: Path, text: str) -> None:
     """Never a traceback, and nothing is deleted."""
     fill(tmp_path)
@@ -152,7 +183,9 @@ def test_a_damaged_manifest_is_one_sentence(tmp_path: Path, text: str) -> None:
 
 
 def test_too_little_room_for_the_rest_is_seen_early(tmp_path: Path) -> None:
-    """After the second part 1 KiB is free: both numbers, what is kept, what to do; the two parts stay good."""
+    """After the second part 1 KiB is free: both numbers, what is kept, what to do; the two parts
+    stay good.
+    """
     files = Short(2 * GIB)
     store = logit_store.create(tmp_path, SAMPLED, files)
     with pytest.raises(MisError) as caught:
@@ -162,22 +195,30 @@ def test_too_little_room_for_the_rest_is_seen_early(tmp_path: Path) -> None:
             store.put(window, made(SAMPLED, window))
     said = str(caught.value)
     assert said.startswith(f"Not enough disk space in {tmp_path}: the rest of the targets needs ")
-    assert said.endswith(" bytes, 100 bytes are free; free some and start again, 2 of 4 parts are kept")
+    assert said.endswith(
+        " bytes, 100 bytes are free; free some and start again, 2 of 4 parts are kept"
+    )
     assert names(tmp_path) == [*FILES[:2], "targets.json"]
     assert logit_store.create(tmp_path, SAMPLED, DISK).missing() == [6, 7, 8, 9]
 
 
 def test_reading_holds_a_few_parts(tmp_path: Path) -> None:
-    """40 parts of 26 KB, all windows read one by one: never more than 6 parts' bytes are alive at once.
+    """40 parts of 26 KB, all windows read one by one: never more than 6 parts' bytes are alive at
+    once.
 
     Four are kept, one is being read, and one is for what is handed out and Python's own.
     """
     spec = Spec("sampled", 50, 512, 320, 250, "t", "d", 0, part_windows=8)
     store = logit_store.create(tmp_path, spec, DISK)
-    window = {"sizes": np.full(250, 4), "ids": np.tile(np.arange(4), 250), "counts": np.full(1000, 12)}
+    window = {
+        "sizes": np.full(250, 4),
+        "ids": np.tile(np.arange(4), 250),
+        "counts": np.full(1000, 12),
+    }
     for number in range(320):
         store.put(number, window)
-    reader, part = opened(tmp_path), store.parts[0]["bytes"]
+    reader = opened(tmp_path)
+    part = store.parts[0]["bytes"]
     tracemalloc.start()
     try:
         for number in range(320):

@@ -14,7 +14,13 @@ from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import MisError
 
-SETTINGS: dict[str, Any] = {"iters": 100, "learning_rate": 3e-4, "scenario": "goral", "budget": None, "seed": 0}
+SETTINGS: dict[str, Any] = {
+    "iters": 100,
+    "learning_rate": 3e-4,
+    "scenario": "goral",
+    "budget": None,
+    "seed": 0,
+}
 PLAN = {"mode": "resident", "micro": 2, "shard": 0}
 ORIGIN = {"teacher": "a" * 64, "data": "b" * 64, "mlx": "0.32.4"}
 FREE = frozenset({"budget"})
@@ -29,10 +35,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_names_are_counted() -> None:
     """runs/NAME-001, then -002; what is in them comes back."""
-    first, second = (run_folder.create(None, "tiny-goral", SETTINGS, ORIGIN, PLAN, DISK) for _ in range(2))
+    first, second = (
+        run_folder.create(None, "tiny-goral", SETTINGS, ORIGIN, PLAN, DISK) for _ in range(2)
+    )
     assert [str(first), str(second)] == ["runs/tiny-goral-001", "runs/tiny-goral-002"]
     assert run_folder.stored_settings(first) == SETTINGS
-    assert list(yaml.safe_load((first / run_folder.CONFIG).read_text())) == list(SETTINGS)  # plain, for -c and people
+    # plain, for -c and people
+    assert list(yaml.safe_load((first / run_folder.CONFIG).read_text())) == list(SETTINGS)
     assert run_folder.same_origin(first, ORIGIN) == []
 
 
@@ -53,14 +62,19 @@ def test_a_folder_of_ones_own(here: Path) -> None:
 
 
 def test_a_run_killed_while_it_was_made_can_be_made_again(here: Path) -> None:
-    """Before config.yaml is there nothing was done: neither --resume nor a new start may be blocked for good."""
+    """Before config.yaml is there nothing was done: neither --resume nor a new start may be blocked
+    for good.
+    """
     (here / "half").mkdir()
     (here / "half" / run_folder.ORIGIN).write_text("{}")
     (here / "half" / f".tmp-{run_folder.CONFIG}-123").write_text("it")
     with pytest.raises(MisError, match="start one there without --resume"):
         run_folder.find("half")
     run_folder.create("half", "x", SETTINGS, ORIGIN, PLAN, DISK)
-    assert run_folder.find("half") == Path("half") and run_folder.same_origin(Path("half"), ORIGIN) == []
+    assert (
+        run_folder.find("half") == Path("half")
+        and run_folder.same_origin(Path("half"), ORIGIN) == []
+    )
 
 
 def test_find_takes_the_newest_unfinished(here: Path) -> None:
@@ -78,7 +92,9 @@ def test_find_takes_the_newest_unfinished(here: Path) -> None:
 
 
 def test_a_flag_left_out_asks_for_nothing() -> None:
-    """Stored values come back; free ones follow the new command; another value is refused with both."""
+    """Stored values come back; free ones follow the new command; another value is refused with
+    both.
+    """
     stored = {**SETTINGS, "iters": 7, "budget": "1GiB"}
     given = {**SETTINGS, "iters": 7, "budget": "2GiB"}
     assert run_folder.merged(SETTINGS, SETTINGS, stored, FREE)["iters"] == 7
@@ -86,7 +102,9 @@ def test_a_flag_left_out_asks_for_nothing() -> None:
     assert run_folder.merged(SETTINGS, SETTINGS, stored, FREE)["budget"] == "1GiB"
     several = {"languages": ("pl", "de")}  # which YAML holds as a list
     for asked in ((), ("pl", "de")):
-        merged = run_folder.merged({"languages": asked}, {"languages": ()}, {"languages": ["pl", "de"]}, FREE)
+        merged = run_folder.merged(
+            {"languages": asked}, {"languages": ()}, {"languages": ["pl", "de"]}, FREE
+        )
         assert merged == several
     with pytest.raises(MisError, match=r"--iters is 8, the run has 7"):
         run_folder.merged({**SETTINGS, "iters": 8}, SETTINGS, stored, FREE)
@@ -96,7 +114,9 @@ def test_another_teacher_or_text_is_refused_another_version_is_said() -> None:
     """Named, with both hashes; a version may change last bits, no more."""
     folder = run_folder.create(None, "r", SETTINGS, ORIGIN, PLAN, DISK)
     for what in ("teacher", "data"):
-        with pytest.raises(MisError, match=rf"The {what} changed.*{ORIGIN[what][:12]} is now cccccccccccc"):
+        with pytest.raises(
+            MisError, match=rf"The {what} changed.*{ORIGIN[what][:12]} is now cccccccccccc"
+        ):
             run_folder.same_origin(folder, {**ORIGIN, what: "c" * 64})
     (note,) = run_folder.same_origin(folder, {**ORIGIN, "mlx": "0.33.0"})
     assert "mlx was 0.32.4, is now 0.33.0" in note
@@ -131,4 +151,8 @@ def test_metrics_forgive_a_torn_line_and_a_repeated_step() -> None:
     DISK.append(folder / run_folder.METRICS, json.dumps({"number": 3, "loss": 2.2}))
     with (folder / run_folder.METRICS).open("ab") as file:
         file.write(b"\xff\xfe\n[1]\n7\n" + b'{"loss": 1}\n')
-    assert [(r["number"], r["loss"]) for r in run_folder.metrics(folder)] == [(1, 3.0), (2, 2.4), (3, 2.2)]
+    assert [(r["number"], r["loss"]) for r in run_folder.metrics(folder)] == [
+        (1, 3.0),
+        (2, 2.4),
+        (3, 2.2),
+    ]

@@ -13,7 +13,15 @@ import pytest
 from safetensors import safe_open
 
 from mis_mlx.storage.files import DISK
-from mis_mlx.storage.safetensors import INDEX, cut, index, lazy, spec_of, write_arrays, write_tensors
+from mis_mlx.storage.safetensors import (
+    INDEX,
+    cut,
+    index,
+    lazy,
+    spec_of,
+    write_arrays,
+    write_tensors,
+)
 from mis_mlx.types import MisError
 
 
@@ -54,7 +62,9 @@ def assert_same(found: dict[str, Any], want: dict[str, mx.array]) -> None:
 
 @pytest.mark.parametrize("shard_bytes", [2**30, 100, 1])
 def test_what_is_written_is_read_back_equal(tmp_path: Path, shard_bytes: int) -> None:
-    """Bit for bit, in one file, several, and one per tensor; by `lazy`, by mx.load and by the reference."""
+    """Bit for bit, in one file, several, and one per tensor; by `lazy`, by mx.load and by the
+    reference.
+    """
     want = arrays()
     write_model(tmp_path / "m", want, shard_bytes)
     tensors = index(tmp_path / "m")
@@ -73,22 +83,36 @@ def test_what_is_written_is_read_back_equal(tmp_path: Path, shard_bytes: int) ->
 
 
 def test_shards_are_named_cut_and_counted(tmp_path: Path) -> None:
-    """Two tensors fit a shard, a big one is alone; the index adds up bytes and elements, names sorted."""
+    """Two tensors fit a shard, a big one is alone; the index adds up bytes and elements, names
+    sorted.
+    """
     content = {"z": mx.zeros(4), "a": mx.zeros(4), "big": mx.zeros(100), "last": mx.zeros(1)}
     write_model(tmp_path / "m", content, shard_bytes=32)
     one, two, three = (f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))
     written = json.loads((tmp_path / "m" / INDEX).read_text())
     assert written["metadata"] == {"total_size": 436, "total_parameters": 109}
-    assert list(written["weight_map"].items()) == [("a", one), ("big", two), ("last", three), ("z", one)]
+    assert list(written["weight_map"].items()) == [
+        ("a", one),
+        ("big", two),
+        ("last", three),
+        ("z", one),
+    ]
     # A uint32 holds several weights: rather no number of parameters than a wrong one.
-    write_model(tmp_path / "q", {"a": mx.zeros(4, dtype=mx.uint32), "b": mx.zeros(4)}, shard_bytes=16)
+    write_model(
+        tmp_path / "q", {"a": mx.zeros(4, dtype=mx.uint32), "b": mx.zeros(4)}, shard_bytes=16
+    )
     assert json.loads((tmp_path / "q" / INDEX).read_text())["metadata"] == {"total_size": 32}
 
 
 def test_the_writer_refuses_what_is_not_due(tmp_path: Path) -> None:
     """Another name, shape or dtype, one too many, and closing too early, are bugs of the caller."""
     specs = {"a": ("F32", (2,)), "b": ("F32", (2,))}
-    others = [("b", mx.zeros(2)), ("a", mx.zeros(3)), ("a", mx.zeros(2, dtype=mx.float16)), ("a", mx.zeros((1, 2)))]
+    others = [
+        ("b", mx.zeros(2)),
+        ("a", mx.zeros(3)),
+        ("a", mx.zeros(2, dtype=mx.float16)),
+        ("a", mx.zeros((1, 2))),
+    ]
     for number, wrong in enumerate(others):
         (tmp_path / str(number)).mkdir()
         with pytest.raises(ValueError, match="was due"):
@@ -104,7 +128,9 @@ def test_the_writer_refuses_what_is_not_due(tmp_path: Path) -> None:
 
 
 def test_a_model_is_written_with_a_few_tensors_in_memory(tmp_path: Path) -> None:
-    """Sixteen tensors of 4 MiB, made as they are due: at no time are more than three of them alive."""
+    """Sixteen tensors of 4 MiB, made as they are due: at no time are more than three of them
+    alive.
+    """
     specs = {f"t{i}": ("BF16", (2048, 1024)) for i in range(16)}
     mx.reset_peak_memory()
     before = mx.get_active_memory()
@@ -161,13 +187,21 @@ def link_out(folder: Path) -> None:
 
 FOLDERS = {
     "missing shard": (lambda f: one_shard(f).unlink(), "is missing"),
-    "stray model file": (lambda f: shutil.copy(one_shard(f), f / "model-zz.safetensors"), "model-zz"),
-    "stray model.safetensors": (lambda f: shutil.copy(one_shard(f), f / "model.safetensors"), "no index"),
+    "stray model file": (
+        lambda f: shutil.copy(one_shard(f), f / "model-zz.safetensors"),
+        "model-zz",
+    ),
+    "stray model.safetensors": (
+        lambda f: shutil.copy(one_shard(f), f / "model.safetensors"),
+        "no index",
+    ),
     "tensor in two shards": (
-        lambda f: shutil.copy(one_shard(f), sorted(f.glob("model-*"))[1]), "tensor a in both"
+        lambda f: shutil.copy(one_shard(f), sorted(f.glob("model-*"))[1]),
+        "tensor a in both",
     ),
     "name only in the index": (
-        lambda f: (f / INDEX).write_text((f / INDEX).read_text().replace('"a"', '"c"')), "disagree about"
+        lambda f: (f / INDEX).write_text((f / INDEX).read_text().replace('"a"', '"c"')),
+        "disagree about",
     ),
     "names swapped": (swap_in_index, "disagree about a"),
     "damaged shard": (lambda f: one_shard(f).write_bytes(b"x"), "incomplete"),
@@ -181,11 +215,15 @@ FOLDERS = {
     "index not JSON": (lambda f: (f / INDEX).write_text("{"), "not a usable index"),
     "index a list": (lambda f: (f / INDEX).write_text("[]"), "not a JSON object"),
     "index names a tensor twice": (
-        lambda f: (f / INDEX).write_text('{"weight_map": {"a": "x", "a": "y"}}'), "twice"
+        lambda f: (f / INDEX).write_text('{"weight_map": {"a": "x", "a": "y"}}'),
+        "twice",
     ),
     "index a folder": (lambda f: ((f / INDEX).unlink(), (f / INDEX).mkdir()), "not a regular file"),
-    "index nested too deeply": (lambda f: (f / INDEX).write_text('{"a":' * 10**5), "not a usable index"),
-}  # fmt: skip
+    "index nested too deeply": (
+        lambda f: (f / INDEX).write_text('{"a":' * 10**5),
+        "not a usable index",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", FOLDERS)
@@ -224,7 +262,9 @@ def test_links_into_a_hugging_face_cache_pass(tmp_path: Path) -> None:
     ],
 )
 def test_folders_without_safetensors_say_what_to_do(tmp_path: Path, name: str, says: str) -> None:
-    """Unsafe and foreign formats are known by their names; the files are not opened. No folder is a sentence too."""
+    """Unsafe and foreign formats are known by their names; the files are not opened. No folder is a
+    sentence too.
+    """
     (tmp_path / name).write_bytes(b"cos\nabort\n(tR.")
     with pytest.raises(MisError, match=says):
         index(tmp_path)

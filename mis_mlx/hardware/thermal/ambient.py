@@ -1,7 +1,9 @@
-"""The air around the machine: its temperature with an uncertainty, from sensors and the user, and its altitude.
+"""The air around the machine: its temperature with an uncertainty, from sensors and the user, and
+its altitude.
 
-No laptop has a room thermometer, so this is an estimate: several poor witnesses, weighed by how poor they are. No
-witness is no estimate, never a silent 20 °C. The priors are for a fanless M1 Air."""
+No laptop has a room thermometer, so this is an estimate: several poor witnesses, weighed by how
+poor they are. No witness is no estimate, never a silent 20 °C. The priors are for a fanless M1 Air.
+"""
 
 import math
 import tomllib
@@ -14,8 +16,10 @@ import numpy as np
 from mis_mlx.hardware.thermal.recording import Header
 from mis_mlx.types import MisError, Reading
 
-GIVEN_SIGMA_C, SOAK_SIGMA_C = 0.7, 0.8
-SOAK_SPREAD_C = 1.5  # after a long rest all sensors agree within this: all have the air's temperature
+GIVEN_SIGMA_C = 0.7
+SOAK_SIGMA_C = 0.8
+# after a long rest all sensors agree within this: all have the air's temperature
+SOAK_SPREAD_C = 1.5
 DRIFT_C2_PER_S = 1.0 / 3600  # how fast a past value loses worth: variance grows by 1 °C² an hour
 VIRTUAL_OFFSET_C = 1.0  # TVA0 reads that much low on M1 (20 dumps of laptops)
 INSIDE_FLOOR_C = 1.5  # sensors in one case err together, so their number does not make them surer
@@ -38,52 +42,71 @@ class Ambient:
         self._given_c = given_c
         self._virtual_sigma_c = virtual_sigma_c
         self._node = BatteryNode()
-        self._anchors: dict[str, tuple[Estimate, float, float | None]] = {}  # by source; value, time, TVA0 then
+        # by source; value, time, TVA0 then
+        self._anchors: dict[str, tuple[Estimate, float, float | None]] = {}
 
     def update(self, values: Mapping[str, Any], now_s: float, rested: bool) -> Estimate | None:
-        """The estimate after one more look; `None`: no witness. rested: just booted, or woken from a long sleep."""
+        """The estimate after one more look; `None`: no witness. rested: just booted, or woken from
+        a long sleep.
+        """
         virtual = values.get("virtual_ambient_c")
         new = [cold_soak(values) if rested else None, self._node.update(values, now_s)]
         if self._given_c is not None and "given" not in self._anchors:
             new.append(Estimate(self._given_c, GIVEN_SIGMA_C, "given"))
-        self._anchors |= {estimate.source: (estimate, now_s, virtual) for estimate in new if estimate is not None}
+        self._anchors |= {
+            estimate.source: (estimate, now_s, virtual) for estimate in new if estimate is not None
+        }
         witnesses = []
         for estimate, at_s, then in self._anchors.values():
-            # Less sure with time, and by as much as TVA0 has moved since, so that a value from before the halny came
-            # cannot outvote the sensors that feel it.
+            # Less sure with time, and by as much as TVA0 has moved since, so that a value from
+            # before the halny came cannot outvote the sensors that feel it.
             moved = virtual - then if virtual is not None and then is not None else 0.0
             variance = estimate.sigma_c**2 + DRIFT_C2_PER_S * (now_s - at_s) + moved**2
             witnesses.append(estimate._replace(sigma_c=math.sqrt(variance)))
         if virtual is not None:
-            witnesses.append(Estimate(virtual + VIRTUAL_OFFSET_C, self._virtual_sigma_c, "SMC TVA0"))
+            witnesses.append(
+                Estimate(virtual + VIRTUAL_OFFSET_C, self._virtual_sigma_c, "SMC TVA0")
+            )
         return fuse(witnesses)
 
 
 def fuse(witnesses: list[Estimate]) -> Estimate | None:
-    """Mean weighed by inverse variance. From the surest on, a witness more than 3 σ away is not heard."""
+    """Mean weighed by inverse variance. From the surest on, a witness more than 3 σ away is not
+    heard.
+    """
     heard: list[Estimate] = []
     celsius = variance = 0.0
     for witness in sorted(witnesses, key=lambda w: w.sigma_c):
-        if heard and abs(witness.celsius - celsius) > OUTLIER_SIGMAS * math.sqrt(witness.sigma_c**2 + variance):
+        if heard and abs(witness.celsius - celsius) > OUTLIER_SIGMAS * math.sqrt(
+            witness.sigma_c**2 + variance
+        ):
             continue
         heard.append(witness)
         weights = [w.sigma_c**-2 for w in heard]
         variance = 1 / sum(weights)
-        celsius = variance * sum(weight * w.celsius for weight, w in zip(weights, heard, strict=True))
+        celsius = variance * sum(
+            weight * w.celsius for weight, w in zip(weights, heard, strict=True)
+        )
     if len(heard) <= 1:
         return heard[0] if heard else None
-    floor = GIVEN_SIGMA_C if any(w.source in ("given", "cold soak") for w in heard) else INSIDE_FLOOR_C
+    floor = (
+        GIVEN_SIGMA_C if any(w.source in ("given", "cold soak") for w in heard) else INSIDE_FLOOR_C
+    )
     return Estimate(celsius, max(math.sqrt(variance), floor), " + ".join(w.source for w in heard))
 
 
 def t_env_kind(reading: Reading) -> str:
-    """What AAIS may call its T_env: "measured", "given" as soon as the user's value is part of it, "none"."""
+    """What AAIS may call its T_env: "measured", "given" as soon as the user's value is part of it,
+    "none".
+    """
     source = reading.sources.get("ambient_c")
     return "none" if source is None else "given" if "given" in source.split(" + ") else "measured"
 
 
 def cold_soak(values: Mapping[str, Any]) -> Estimate | None:
-    """The best free method: after a long rest all parts have the air's temperature, if they agree."""
+    """The best free method: after a long rest all parts have the air's temperature, if they
+    agree.
+    """
     parts = map(values.get, ("battery_c", "nand_c", "virtual_ambient_c", "soc_c"))
     known = [part for part in parts if part is not None]
     if len(known) < 3 or max(known) - min(known) > SOAK_SPREAD_C:
@@ -96,17 +119,26 @@ class BatteryNode:
 
         tau dT/dt = −(T − T_air) + r P     so     T + tau dT/dt = T_air + r P
 
-    One straight line is fitted to 10 minutes of battery temperature; a Kalman filter of two states, T_air
-    and r, takes the left side as its measurement. tau and r are first-principle priors of an M1 Air
-    (0.95 kJ/K × 1.5 K/W), wrong by a third on a given one, hence the floors under σ."""
+    One straight line is fitted to 10 minutes of battery temperature; a Kalman filter of two states,
+    T_air and r, takes the left side as its measurement. tau and r are first-principle priors of an
+    M1 Air (0.95 kJ/K × 1.5 K/W), wrong by a third on a given one, hence the floors under σ.
+    """
 
-    WINDOW_S, TAU_S = 600.0, 1500.0
-    START_SIGMA_C, START_R, START_SIGMA_R = 6.0, 0.7, 0.35  # °C, K/W, K/W
+    WINDOW_S = 600.0
+    TAU_S = 1500.0
+    # °C, K/W, K/W
+    START_SIGMA_C = 6.0
+    START_R = 0.7
+    START_SIGMA_R = 0.35
     R_DRIFT = 0.02 / 3600  # K/W a second
-    NOISE_C, TAU_ERROR = 0.15, 0.15
+    NOISE_C = 0.15
+    TAU_ERROR = 0.15
     MODEL_ERROR_C = 0.3
-    LOAD_FLOOR_C, IDLE_FLOOR_C, IDLE_W = 2.0, 1.5, 6.0
-    STEEPEST_C = 0.5  # windows in which the battery moves more are not used, nor those in which its charge rose
+    LOAD_FLOOR_C = 2.0
+    IDLE_FLOOR_C = 1.5
+    IDLE_W = 6.0
+    # windows in which the battery moves more are not used, nor those in which its charge rose
+    STEEPEST_C = 0.5
 
     def __init__(self) -> None:
         self._window: list[tuple[float, float, float, float]] = []  # seconds, °C, W, % of charge
@@ -115,7 +147,8 @@ class BatteryNode:
 
     def update(self, values: Mapping[str, Any], now_s: float) -> Estimate | None:
         """A new estimate at the end of each usable window of 10 minutes, else `None`."""
-        battery_c, power_w = values.get("battery_c"), values.get("power_w")
+        battery_c = values.get("battery_c")
+        power_w = values.get("power_w")
         if battery_c is None or power_w is None:
             return None
         look = now_s, battery_c, power_w, values.get("battery_percent") or 0.0
@@ -124,14 +157,17 @@ class BatteryNode:
             return None
         times, temperatures, powers, charges = np.array(self._window).T
         self._window = []
-        away, power_w = times - times.mean(), float(powers.mean())
+        away = times - times.mean()
+        power_w = float(powers.mean())
         spread = float(away @ away)
         slope = float(away @ temperatures) / spread
-        if abs(slope) * self.WINDOW_S > self.STEEPEST_C or charges[-1] > charges[0]:  # charging heats from inside
+        # charging heats from inside
+        if abs(slope) * self.WINDOW_S > self.STEEPEST_C or charges[-1] > charges[0]:
             return None
         noise = self.NOISE_C**2 * (1 / len(times) + self.TAU_S**2 / spread)
         variance = noise + (self.TAU_ERROR * self.TAU_S * slope) ** 2 + self.MODEL_ERROR_C**2
-        measured, weights = float(temperatures.mean()) + self.TAU_S * slope, np.array([1.0, power_w])
+        measured = float(temperatures.mean()) + self.TAU_S * slope
+        weights = np.array([1.0, power_w])
         if self._state is None:
             self._state = np.array([measured - self.START_R * power_w, self.START_R])
         self._covariance += self.WINDOW_S * np.diag([DRIFT_C2_PER_S, self.R_DRIFT**2])
@@ -140,12 +176,18 @@ class BatteryNode:
         self._state += gain * (measured - weights @ self._state)
         self._covariance -= np.outer(gain, shared)
         floor = self.LOAD_FLOOR_C if power_w > self.IDLE_W else self.IDLE_FLOOR_C
-        return Estimate(float(self._state[0]), max(math.sqrt(self._covariance[0, 0]), floor), "battery model")
+        return Estimate(
+            float(self._state[0]), max(math.sqrt(self._covariance[0, 0]), floor), "battery model"
+        )
 
 
-def find_altitude(given_m: float | None, header: Header, config: Path | None = None) -> tuple[float | None, str]:
-    """`(metres above sea level, source)`: by hand, else where the recording was made, else `altitude_m` in `config`
-    (~/.config/mis_mlx.toml), else `(None, "")`; no Mac can measure it. MisError for an impossible height."""
+def find_altitude(
+    given_m: float | None, header: Header, config: Path | None = None
+) -> tuple[float | None, str]:
+    """`(metres above sea level, source)`: by hand, else where the recording was made, else
+    `altitude_m` in `config` (~/.config/mis_mlx.toml), else `(None, "")`; no Mac can measure it.
+    MisError for an impossible height.
+    """
     config = config or Path.home() / ".config" / "mis_mlx.toml"
     if given_m is not None:
         return _height(given_m, "--altitude-m"), "given"
@@ -165,5 +207,7 @@ def find_altitude(given_m: float | None, header: Header, config: Path | None = N
 def _height(metres: Any, where: str) -> float:
     number = isinstance(metres, int | float) and not isinstance(metres, bool)
     if not number or not -430 <= metres <= 9000:  # as NaN is not either
-        raise MisError(f"{where} is {metres!r}, not between −430 and 9000 m above sea level: fix it")
+        raise MisError(
+            f"{where} is {metres!r}, not between −430 and 9000 m above sea level: fix it"
+        )
     return float(metres)

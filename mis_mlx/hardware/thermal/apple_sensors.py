@@ -1,7 +1,10 @@
-"""What a Mac with Apple silicon tells of its heat, no root: HID thermometers, the SMC's keys, thermal pressure.
+"""What a Mac with Apple silicon tells of its heat, no root: HID thermometers, the SMC's keys,
+thermal pressure.
 
-HID has some 57 thermometers on an M1 Air, by calls that are private, and stable since 2020 (sources:
-fermion-star/apple_sensors, vladkens/macmon, exelban/stats). No key is ever written (command 6 does not exist here)."""
+HID has some 57 thermometers on an M1 Air, by calls that are private, and stable since 2020
+(sources: fermion-star/apple_sensors, vladkens/macmon, exelban/stats). No key is ever written
+(command 6 does not exist here).
+"""
 
 import ctypes
 import json
@@ -16,26 +19,35 @@ from typing import Any
 
 from mis_mlx.hardware.thermal.recording import Raw, Rows
 
-# Group, file: functions, with types of result and arguments in C ("void_p": any pointer); variables ("data").
+# Group, file: functions, with types of result and arguments in C ("void_p": any pointer); variables
+# ("data").
 DECLARED = json.loads((Path(__file__).parent / "apple.json").read_text("utf-8"))
 UTF8 = 0x08000100  # kCFStringEncodingUTF8
-APPLE_VENDOR_PAGE, TEMPERATURE_USAGE, TEMPERATURE_EVENT = 0xFF00, 5, 15
+APPLE_VENDOR_PAGE = 0xFF00
+TEMPERATURE_USAGE = 5
+TEMPERATURE_EVENT = 15
 SINT32 = 3  # kCFNumberSInt32Type
 HANDLE_EVENT = 2  # kSMCHandleYPCEvent
-READ_BYTES, KEY_BY_INDEX, KEY_INFO = 5, 8, 9
+READ_BYTES = 5
+KEY_BY_INDEX = 8
+KEY_INFO = 9
 # TCMz, the firmware's own hottest spot of the die, exists from M1 on.
 KEYS = ("TCMz", "TVA0", "TB0T", "TB1T", "TB2T", "PSTR")
 
 
 @cache
 def functions(group: str, library: Path | None = None) -> Any:
-    """All of a group of `DECLARED` by name, with their types: ctypes' default int would cut every pointer to 32 bits.
-    library: in place of Apple's (the compiled fake of the tests). OSError with a sentence where this is no Mac with
-    Apple silicon, or its macOS has dropped a private function; ValueError for a variable."""
+    """All of a group of `DECLARED` by name, with their types: ctypes' default int would cut every
+    pointer to 32 bits. library: in place of Apple's (the compiled fake of the tests). OSError with
+    a sentence where this is no Mac with Apple silicon, or its macOS has dropped a private function;
+    ValueError for a variable.
+    """
     if library is None and sys.platform != "darwin":
         raise OSError("not a Mac")
     if library is None and platform.machine() != "arm64":
-        raise OSError(f"Python runs as {platform.machine()} (Intel or Rosetta), the sensors need arm64")
+        raise OSError(
+            f"Python runs as {platform.machine()} (Intel or Rosetta), the sensors need arm64"
+        )
     found = SimpleNamespace()
     for file, names in DECLARED[group].items():  # which is only in the dyld cache, and loads
         opened = ctypes.CDLL(str(library or file))
@@ -46,13 +58,16 @@ def functions(group: str, library: Path | None = None) -> Any:
                 continue
             if (function := getattr(opened, name, None)) is None:
                 raise OSError(f"{name} is missing from this macOS")
-            function.restype, function.argtypes = returns, takes
+            function.restype = returns
+            function.argtypes = takes
             setattr(found, name, function)
     return found
 
 
 class Hid:
-    """One client of the HID event system, matched to thermometers. Raises OSError when there is none."""
+    """One client of the HID event system, matched to thermometers. Raises OSError when there is
+    none.
+    """
 
     def __init__(self, library: Path | None = None):
         self._c = c = functions("Hid", library)
@@ -61,7 +76,8 @@ class Hid:
             raise OSError("IOHIDEventSystemClientCreate gave nothing")
         names = (b"Product", b"PrimaryUsagePage", b"PrimaryUsage")
         self._product, *asked = (c.CFStringCreateWithCString(None, name, UTF8) for name in names)
-        keys = (c_void_p * 2)(*asked)  # of {"PrimaryUsagePage": 0xff00, "PrimaryUsage": 5}: thermometers only
+        # of {"PrimaryUsagePage": 0xff00, "PrimaryUsage": 5}: thermometers only
+        keys = (c_void_p * 2)(*asked)
         numbers = (c_int32(APPLE_VENDOR_PAGE), c_int32(TEMPERATURE_USAGE))
         values = (c_void_p * 2)(*(c.CFNumberCreate(None, SINT32, byref(n)) for n in numbers))
         callbacks = byref(c.kCFTypeDictionaryKeyCallBacks), byref(c.kCFTypeDictionaryValueCallBacks)
@@ -77,13 +93,18 @@ class Hid:
         if not services:
             return ()
         try:
-            rows = (self._row(c.CFArrayGetValueAtIndex(services, i)) for i in range(c.CFArrayGetCount(services)))
+            rows = (
+                self._row(c.CFArrayGetValueAtIndex(services, i))
+                for i in range(c.CFArrayGetCount(services))
+            )
             return tuple(row for row in rows if row is not None)
         finally:
             c.CFRelease(services)
 
     def _row(self, service: Any) -> tuple[str, float] | None:
-        """One service, which is borrowed from its array and must not be released; its parts are ours."""
+        """One service, which is borrowed from its array and must not be released; its parts are
+        ours.
+        """
         c = self._c
         event = c.IOHIDServiceClientCopyEvent(service, TEMPERATURE_EVENT, 0, 0)
         if not event:  # some services have no event
@@ -105,23 +126,38 @@ class Hid:
 
 
 class KeyData(ctypes.Structure):
-    """The 80 bytes of every call. Another size is a 'bad argument', which looks like a privilege wall and is none."""
+    """The 80 bytes of every call. Another size is a 'bad argument', which looks like a privilege
+    wall and is none.
+    """
 
     _fields_ = (
-        ("key", c_uint32), ("version_and_limits", c_uint8 * 24), ("size", c_uint32), ("type", c_uint32),
-        ("attributes", c_uint8 * 4), ("result", c_uint8), ("status", c_uint8), ("command", c_uint8),
-        ("index", c_uint32), ("bytes", c_uint8 * 32),
-    )  # fmt: skip
+        ("key", c_uint32),
+        ("version_and_limits", c_uint8 * 24),
+        ("size", c_uint32),
+        ("type", c_uint32),
+        ("attributes", c_uint8 * 4),
+        ("result", c_uint8),
+        ("status", c_uint8),
+        ("command", c_uint8),
+        ("index", c_uint32),
+        ("bytes", c_uint8 * 32),
+    )
 
 
 def decode(text: str) -> float | None:
-    """The number in "flt :33b36b42", little-endian; `None` for another type or form, and for zeros: 'no data'."""
+    """The number in "flt :33b36b42", little-endian; `None` for another type or form, and for zeros:
+    'no data'.
+    """
     kind, _, digits = text.partition(":")
     try:
         raw = bytes.fromhex(digits)
     except ValueError:
         return None
-    return float(struct.unpack("<f", raw)[0]) if kind == "flt " and len(raw) == 4 and any(raw) else None
+    return (
+        float(struct.unpack("<f", raw)[0])
+        if kind == "flt " and len(raw) == 4 and any(raw)
+        else None
+    )
 
 
 class Smc:
@@ -130,28 +166,37 @@ class Smc:
     def __init__(self, library: Path | None = None):
         self._c = c = functions("Smc", library)
         # To the keys endpoint if there is one, else to the first AppleSMC service that opens.
-        iterator, connection = c_uint32(0), c_uint32(0)
-        if c.IOServiceGetMatchingServices(0, c.IOServiceMatching(b"AppleSMC"), byref(iterator)):  # eats the dictionary
+        iterator = c_uint32(0)
+        connection = c_uint32(0)
+        # eats the dictionary
+        if c.IOServiceGetMatchingServices(0, c.IOServiceMatching(b"AppleSMC"), byref(iterator)):
             raise OSError("IOServiceGetMatchingServices failed")
-        buffer, services = ctypes.create_string_buffer(128), []
+        buffer = ctypes.create_string_buffer(128)
+        services = []
         while service := c.IOIteratorNext(iterator.value):
             c.IORegistryEntryGetName(service, buffer)
             services.append((buffer.value != b"AppleSMCKeysEndpoint", service))
         c.IOObjectRelease(iterator.value)
         task = c.mach_task_self_.value
-        opened = any(not c.IOServiceOpen(s, task, 0, byref(connection)) for _, s in sorted(services))
+        opened = any(
+            not c.IOServiceOpen(s, task, 0, byref(connection)) for _, s in sorted(services)
+        )
         for _, service in services:
             c.IOObjectRelease(service)
         if not opened:
             raise OSError(f"none of {len(services)} AppleSMC services could be opened")
         self._connection = connection.value
-        # On some machines KEY_INFO finds nothing until one call by index was made on the connection.
+        # On some machines KEY_INFO finds nothing until one call by index was made on the
+        # connection.
         self._ask(KeyData(command=KEY_BY_INDEX, index=0))
 
     def _ask(self, question: KeyData) -> KeyData:
-        answer, size = KeyData(), c_size_t(ctypes.sizeof(KeyData))
+        answer = KeyData()
+        size = c_size_t(ctypes.sizeof(KeyData))
         call = self._c.IOConnectCallStructMethod
-        code = call(self._connection, HANDLE_EVENT, byref(question), size.value, byref(answer), byref(size))
+        code = call(
+            self._connection, HANDLE_EVENT, byref(question), size.value, byref(answer), byref(size)
+        )
         if code:
             raise OSError(f"IOConnectCallStructMethod answered 0x{code & 0xFFFFFFFF:08x}")
         return answer
@@ -167,7 +212,9 @@ class Smc:
         if not (0 < known.size <= 32 and known.type):
             return None
         # A fresh struct: leftovers are refused.
-        answer = self._ask(KeyData(key=number, command=READ_BYTES, size=known.size, type=known.type))
+        answer = self._ask(
+            KeyData(key=number, command=READ_BYTES, size=known.size, type=known.type)
+        )
         if answer.result:
             return None
         kind = known.type.to_bytes(4, "big").decode("ascii", "replace")
@@ -179,12 +226,16 @@ class Smc:
 
 
 class Pressure:
-    """notify(3) thermal pressure: 0 nominal, 1 moderate, 2 heavy, 3 trapping, 4 sleeping. An M1 may say 0 at 100 °C."""
+    """notify(3) thermal pressure: 0 nominal, 1 moderate, 2 heavy, 3 trapping, 4 sleeping. An M1 may
+    say 0 at 100 °C.
+    """
 
     def __init__(self, library: Path | None = None):
         self._c = functions("Pressure", library)
         self._token = ctypes.c_int(-1)
-        if code := self._c.notify_register_check(b"com.apple.system.thermalpressurelevel", byref(self._token)):
+        if code := self._c.notify_register_check(
+            b"com.apple.system.thermalpressurelevel", byref(self._token)
+        ):
             raise OSError(f"notify_register_check answered {code}")
 
     def read(self) -> int:
@@ -200,7 +251,9 @@ class Pressure:
 
 
 class Apple:
-    """All mechanisms of this Mac; `refused`: why those are not there that are not. OSError where there is no Mac."""
+    """All mechanisms of this Mac; `refused`: why those are not there that are not. OSError where
+    there is no Mac.
+    """
 
     def __init__(self, library: Path | None = None):
         self._c = functions("Apple", library)
@@ -213,19 +266,26 @@ class Apple:
                 self.refused[name] = str(error)
 
     def look(self, mono_s: float, wall_s: float) -> Raw:
-        """Read everything once, at these times; a mechanism that fails this time is missing this time."""
-        missing, seen = dict(self.refused), dict[str, Any]()
+        """Read everything once, at these times; a mechanism that fails this time is missing this
+        time.
+        """
+        missing = dict(self.refused)
+        seen = dict[str, Any]()
         for name, mechanism in self._open.items():
             try:
                 seen[name] = mechanism.read()
             except (OSError, ValueError) as error:
                 missing[name] = str(error)
-        hid, smc = seen.get("IOHID", ()), seen.get("SMC", {})
+        hid = seen.get("IOHID", ())
+        smc = seen.get("SMC", {})
         return Raw(mono_s, wall_s, hid, smc=smc, missing=missing, pressure=seen.get("pressure"))
 
     def system(self, name: str) -> str | None:
-        """A text `sysctl`, such as "hw.model" or "kern.osversion"; `None` when it has no such name."""
-        buffer, size = ctypes.create_string_buffer(256), c_size_t(256)
+        """A text `sysctl`, such as "hw.model" or "kern.osversion"; `None` when it has no such
+        name.
+        """
+        buffer = ctypes.create_string_buffer(256)
+        size = c_size_t(256)
         if self._c.sysctlbyname(name.encode("ascii"), buffer, byref(size), None, 0):
             return None
         return buffer.value.decode("utf8", "replace")

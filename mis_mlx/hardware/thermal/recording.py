@@ -1,6 +1,9 @@
-"""One look at the thermometers before any judgement, and recordings of looks: write, check, play back in virtual time.
+"""One look at the thermometers before any judgement, and recordings of looks: write, check, play
+back in virtual time.
 
-A recording is JSON lines: a header (which machine), then one `Raw` a line: new rules can be tried on old recordings."""
+A recording is JSON lines: a header (which machine), then one `Raw` a line: new rules can be tried
+on old recordings.
+"""
 
 import json
 import math
@@ -34,7 +37,8 @@ class Raw:
     pressure: int | None = None
     battery_percent: float | None = None
     plugged: bool | None = None
-    rested: bool = False  # just booted, or woken from 90 min of sleep: everything has the air's temperature
+    # just booted, or woken from 90 min of sleep: everything has the air's temperature
+    rested: bool = False
 
 
 def to_json(raw: Raw) -> dict[str, Any]:
@@ -43,7 +47,9 @@ def to_json(raw: Raw) -> dict[str, Any]:
     out = {name: value for name, value in vars(raw).items() if value != empty[name]}
     for name in ("hid", "linux"):
         if name in out:
-            out[name] = [[label, value if math.isfinite(value) else None] for label, value in out[name]]
+            out[name] = [
+                [label, value if math.isfinite(value) else None] for label, value in out[name]
+            ]
     return out
 
 
@@ -53,7 +59,10 @@ def _field(name: str, value: Any) -> Any:
         return value is True
     if name in ("hid", "linux"):
         try:
-            return tuple((str(label), math.nan if number is None else float(number)) for label, number in value)
+            return tuple(
+                (str(label), math.nan if number is None else float(number))
+                for label, number in value
+            )
         except (TypeError, ValueError):
             raise ValueError(f"{name} is not a list of [name, value]") from None
     if name in ("smc", "missing"):
@@ -65,7 +74,9 @@ def _field(name: str, value: Any) -> Any:
 
 
 def from_json(record: Any) -> Raw:
-    """The inverse of `to_json`. Raises ValueError with what is wrong when `record` is not such a record."""
+    """The inverse of `to_json`. Raises ValueError with what is wrong when `record` is not such a
+    record.
+    """
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     given = {"mono_s": None, "wall_s": None, **record}
@@ -84,7 +95,9 @@ class Header:
 
 @contextmanager
 def recorder(path: Path, header: Header) -> Iterator[Callable[[Raw], None]]:
-    """What adds a look to a new recording, `FILE.part` until it is done; an interrupted one has all looks so far."""
+    """What adds a look to a new recording, `FILE.part` until it is done; an interrupted one has all
+    looks so far.
+    """
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf8") as file:
 
@@ -101,16 +114,21 @@ def recorder(path: Path, header: Header) -> Iterator[Callable[[Raw], None]]:
 
 
 class Replay:
-    """A recording, checked as a whole at first, as a source of looks. Each gives a record not seen before: the newest
-    that is due by `clock`, else the next one, for which the clock is moved on; so a run's speed does not change what it
-    sees, and a wait costs nothing. After the last record its values stay, one second a look."""
+    """A recording, checked as a whole at first, as a source of looks. Each gives a record not seen
+    before: the newest that is due by `clock`, else the next one, for which the clock is moved on;
+    so a run's speed does not change what it sees, and a wait costs nothing. After the last record
+    its values stay, one second a look.
+    """
 
     def __init__(self, path: Path, clock: VirtualClock):
         self.clock = clock
         lines = _lines(path)
-        self.header, self.count = next(lines), sum(1 for _ in lines)
+        self.header = next(lines)
+        self.count = sum(1 for _ in lines)
         if not self.count:
-            raise MisError(f"{path} has a header and no record after line 1: record again for longer")
+            raise MisError(
+                f"{path} has a header and no record after line 1: record again for longer"
+            )
         self._records = _lines(path)
         next(self._records)  # the header
         self._last: Raw = next(self._records)
@@ -124,9 +142,11 @@ class Replay:
         """The next record, its `mono_s` counted by the replay's clock."""
         fresh = None
         while self._next is not None and (fresh is None or self._wait_s(self._next) <= 0):
-            fresh, self._next = self._next, next(self._records, None)
+            fresh = self._next
+            self._next = next(self._records, None)
         self.clock.sleep(AFTER_THE_END_S if fresh is None else self._wait_s(fresh))
-        self._last, self.ended = fresh or self._last, self._next is None
+        self._last = fresh or self._last
+        self.ended = self._next is None
         return replace(self._last, mono_s=self.clock.monotonic())
 
     def _wait_s(self, raw: Raw) -> float:
@@ -134,8 +154,11 @@ class Replay:
 
 
 def _lines(path: Path) -> Generator[Any, None, None]:
-    """The header, then the records one by one: days need no memory. MisError names the line that is wrong, or early."""
-    lines, last_s = rows.parsed(path), -math.inf
+    """The header, then the records one by one: days need no memory. MisError names the line that is
+    wrong, or early.
+    """
+    lines = rows.parsed(path)
+    last_s = -math.inf
     _, header, _ = next(lines, (1, None, None))
     yield _header(path, header)
     for number, record, unread in lines:
@@ -148,14 +171,19 @@ def _lines(path: Path) -> Generator[Any, None, None]:
             raise MisError(f"{why}: record again, or delete from that line on") from None
         if raw.mono_s < last_s:
             why = f"{path} line {number}: the time {raw.mono_s} s comes after {last_s} s"
-            raise MisError(f"{why}, so this is more than one recording: give each a file of its own")
+            raise MisError(
+                f"{why}, so this is more than one recording: give each a file of its own"
+            )
         last_s = raw.mono_s
         yield raw
 
 
 def _header(path: Path, header: Any) -> Header:
     if not isinstance(header, dict) or header.get("schema") != SCHEMA:
-        why = f'{path} line 1 does not say "schema": "{SCHEMA}", so it is no recording of this program'
+        why = (
+            f'{path} line 1 does not say "schema": "{SCHEMA}", so it is no recording of this '
+            f"program"
+        )
         raise MisError(f"{why}: make one with `python -m mis_mlx.thermal record`")
     altitude = header.get("altitude_m")
     if altitude is not None and not isinstance(altitude, int | float):

@@ -18,15 +18,20 @@ from mis_mlx.types import Celsius, Metres, MisError, Reading, Step
 
 HALNY_REFERENCE_C = 15.0  # of spread, which is the full HALNY_CLIP
 WAITING = "throughput", "steady"  # modes that wait for the plug
-VIRTUAL_STEP_S = 1.0  # in a replay every step takes this long, so that a replay gives the same run everywhere
+# in a replay every step takes this long, so that a replay gives the same run everywhere
+VIRTUAL_STEP_S = 1.0
 
 
 def default_mode() -> Mode:
-    """MIS_MLX_GOVERNOR, or steady: tests train with observe, so that they do not wait for a plug."""
+    """MIS_MLX_GOVERNOR, or steady: tests train with observe, so that they do not wait for a
+    plug.
+    """
     for mode in get_args(Mode):
         if mode == os.environ.get("MIS_MLX_GOVERNOR", "steady"):
             return mode
-    raise MisError(f"MIS_MLX_GOVERNOR is not one of {', '.join(get_args(Mode))}: set it to one, or not at all")
+    raise MisError(
+        f"MIS_MLX_GOVERNOR is not one of {', '.join(get_args(Mode))}: set it to one, or not at all"
+    )
 
 
 @dataclass(frozen=True)
@@ -40,27 +45,38 @@ class ThermalFlags:
     thermal_replay: str | None = None
     """a recording of `thermal record` to use in place of this machine's thermometers"""
     governor: Mode = field(default_factory=default_mode)
-    """observe: only watch; throughput, steady, cool: pause for tea at 97, 92, 85 °C set points; on battery only
-    observe and cool go on; default: MIS_MLX_GOVERNOR, or steady"""
+    """observe: only watch; throughput, steady, cool: pause for tea at 97, 92, 85 °C set points; on
+    battery only observe and cool go on; default: MIS_MLX_GOVERNOR, or steady
+    """
 
 
 def battery(flags: ThermalFlags) -> str:
-    """What the governor makes of a battery that this machine runs on now, in a sentence; empty when it does not."""
+    """What the governor makes of a battery that this machine runs on now, in a sentence; empty when
+    it does not.
+    """
     percent, plugged = battery_charge()
     if flags.thermal_replay or plugged is not False:
         return ""
-    low, enough = governor.BATTERY_LOW_PERCENT, governor.BATTERY_ENOUGH_PERCENT
-    waits = f"pauses the run after its first step until it is plugged in; plug it in, or use {governor.LAP}"
+    low = governor.BATTERY_LOW_PERCENT
+    enough = governor.BATTERY_ENOUGH_PERCENT
+    waits = (
+        f"pauses the run after its first step until it is plugged in; plug it in, or use "
+        f"{governor.LAP}"
+    )
     does = {
         "observe": "does nothing about it: the run ends when the battery does",
         "cool": f"pauses the run below {low:.0f} % until there are {enough:.0f}",
     }.get(flags.governor, waits)
-    return f"on battery{'' if percent is None else f', {percent:.0f} %'}: --governor {flags.governor} {does}"
+    return (
+        f"on battery{'' if percent is None else f', {percent:.0f} %'}: --governor "
+        f"{flags.governor} {does}"
+    )
 
 
 def check_power(flags: ThermalFlags) -> None:
-    """MisError where a run on battery would pause after its first step until the plug is back: nothing
-    has begun yet, so the user can choose."""
+    """MisError where a run on battery would pause after its first step until the plug is back:
+    nothing has begun yet, so the user can choose.
+    """
     if flags.governor in WAITING and (trouble := battery(flags)):
         raise MisError(trouble)
 
@@ -75,16 +91,22 @@ class PauseCounter:
     reasons: dict[str, int] = field(default_factory=dict)  # cause -> pauses
 
     def as_json(self) -> dict[str, Any]:
-        """`tea_breaks`, `throttled_s` (all seconds held back) and `tea_reasons`, for a run's JSON."""
+        """`tea_breaks`, `throttled_s` (all seconds held back) and `tea_reasons`, for a run's
+        JSON.
+        """
         held_s = round(self.seconds + self.napped_s, 1)
         return {"tea_breaks": self.count, "throttled_s": held_s, "tea_reasons": dict(self.reasons)}
 
 
-def after_step(monitor: Monitor, judge: Governor, breaks: PauseCounter, step_s: float) -> Iterator[Decision]:
-    """Ask the governor after a step of `step_s` seconds and wait as it says. Gives each decision before its wait, about
-    one a second in a pause, so that the caller can log it, write the checkpoint it asks for, or end the run by leaving
-    the `for`; the last one is "run" or "stop". Call it outside the timed step, after the GPU is done. A step of more
-    than a few seconds heats the die from cool to hot before anyone looks: call it after each part of such a step."""
+def after_step(
+    monitor: Monitor, judge: Governor, breaks: PauseCounter, step_s: float
+) -> Iterator[Decision]:
+    """Ask the governor after a step of `step_s` seconds and wait as it says. Gives each decision
+    before its wait, about one a second in a pause, so that the caller can log it, write the
+    checkpoint it asks for, or end the run by leaving the `for`; the last one is "run" or "stop".
+    Call it outside the timed step, after the GPU is done. A step of more than a few seconds heats
+    the die from cool to hot before anyone looks: call it after each part of such a step.
+    """
     clock = monitor.clock
     decision = judge.decide(monitor.reading(), clock.monotonic(), step_s)
     if decision.action == "pause":
@@ -92,8 +114,10 @@ def after_step(monitor: Monitor, judge: Governor, breaks: PauseCounter, step_s: 
         breaks.reasons[decision.cause] = breaks.reasons.get(decision.cause, 0) + 1
     saved = False
     while decision.action == "pause":
-        yield replace(decision, checkpoint=decision.checkpoint and not saved)  # one checkpoint a pause
-        saved, since_s = saved or decision.checkpoint, clock.monotonic()
+        # one checkpoint a pause
+        yield replace(decision, checkpoint=decision.checkpoint and not saved)
+        saved = saved or decision.checkpoint
+        since_s = clock.monotonic()
         clock.sleep(decision.sleep_s)
         reading = monitor.reading()
         breaks.seconds += clock.monotonic() - since_s
@@ -105,17 +129,25 @@ def after_step(monitor: Monitor, judge: Governor, breaks: PauseCounter, step_s: 
 
 
 class ThermalMonitor(Monitor):
-    """Use in a `with` statement. `breaks` is the account of tea breaks; it survives in a checkpoint."""
+    """Use in a `with` statement. `breaks` is the account of tea breaks; it survives in a
+    checkpoint.
+    """
 
     def __init__(self, flags: ThermalFlags, log: Path | None = None, files: Files = DISK):
         replay = None if flags.thermal_replay is None else Path(flags.thermal_replay)
-        super().__init__(replay=replay, given_ambient_c=flags.temperature_c, altitude_m=flags.altitude_m)
+        super().__init__(
+            replay=replay, given_ambient_c=flags.temperature_c, altitude_m=flags.altitude_m
+        )
         self.breaks = PauseCounter()
-        self._mode, self._log, self._files = flags.governor, log, files
+        self._mode = flags.governor
+        self._log = log
+        self._files = files
         self._governor: Governor | None = None
 
     def latest(self) -> Reading:
-        """The latest reading; of a recording the next one, and its last one again when it has ended."""
+        """The latest reading; of a recording the next one, and its last one again when it has
+        ended.
+        """
         return (self.last() if self.source.ended else None) or self.reading()
 
     def now(self) -> dict[str, float]:
@@ -123,19 +155,28 @@ class ThermalMonitor(Monitor):
         return {"time_s": round(self.clock.monotonic(), 3), "wall_s": round(self.clock.wall(), 3)}
 
     def sigma(self) -> float:
-        """Spread of eps_halny from the last hour's measured T_env (design: 0.15 * std / 15 °C); 0 if unmeasured."""
+        """Spread of eps_halny from the last hour's measured T_env (design: 0.15 * std / 15 °C); 0
+        if unmeasured.
+        """
         air = [r.ambient_c for r in self.history() if r.ambient_c is not None]
         measured = air and ambient.t_env_kind(self.history()[-1]) == "measured"
         return HALNY_CLIP * statistics.pstdev(air) / HALNY_REFERENCE_C if measured else 0.0
 
     def after(self, step: Step) -> Iterator[Decision]:
-        """Ask the governor after a step, wait as it says, log each decision. The last one is run or stop."""
+        """Ask the governor after a step, wait as it says, log each decision. The last one is run or
+        stop.
+        """
         if self.source.ended:
             return
         if self._governor is None:
-            self._governor = governor.governor_for(self._mode, self.latest(), self.reasons, apple=self.apple)
+            self._governor = governor.governor_for(
+                self._mode, self.latest(), self.reasons, apple=self.apple
+            )
             if self._governor.blind:
-                cli.say(f"governor: {self._mode}, but blind: {self.reasons.get('die_c', 'no die temperature')}")
+                cli.say(
+                    f"governor: {self._mode}, but blind: "
+                    f"{self.reasons.get('die_c', 'no die temperature')}"
+                )
         seconds = VIRTUAL_STEP_S if self.replayed else step.seconds
         pauses = self.breaks.count
         for decision in after_step(self, self._governor, self.breaks, seconds):
@@ -144,7 +185,9 @@ class ThermalMonitor(Monitor):
                 cli.say(f"tea break after step {step.number}: {decision.reason}")
             if self._log and not self._governor.blind:
                 reading = self.last()
-                values = {k: v for k, v in asdict(reading).items() if v is not None} if reading else {}
+                values = (
+                    {k: v for k, v in asdict(reading).items() if v is not None} if reading else {}
+                )
                 record = {**self.now(), "step": step.number, **values, **asdict(decision)}
                 self._files.append(self._log, json.dumps(record, ensure_ascii=False))
             yield decision
@@ -156,7 +199,9 @@ class ThermalMonitor(Monitor):
             **self.breaks.as_json(),
             "t_env_c": reading.ambient_c,
             "t_env_sigma_c": reading.ambient_sigma_c,
-            "t_env_source": reading.sources.get("ambient_c", "none: " + self.reasons.get("ambient_c", "not asked")),
+            "t_env_source": reading.sources.get(
+                "ambient_c", "none: " + self.reasons.get("ambient_c", "not asked")
+            ),
             "altitude_m": reading.altitude_m,
             "altitude_source": reading.sources.get("altitude_m", "none"),
         }

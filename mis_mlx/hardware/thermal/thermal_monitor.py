@@ -1,6 +1,9 @@
-"""The monitor: one thread looks at the thermometers once a second; anyone may ask for the last reading.
+"""The monitor: one thread looks at the thermometers once a second; anyone may ask for the last
+reading.
 
-Every value has a source; what cannot be read is `None` with a reason, never 0 and never 20 °C. Needs no root."""
+Every value has a source; what cannot be read is `None` with a reason, never 0 and never 20 °C.
+Needs no root.
+"""
 
 import sys
 import threading
@@ -20,14 +23,19 @@ from mis_mlx.hardware.thermal.recording import Header, Raw, Replay, Rows
 from mis_mlx.hardware.thermal.sensor_rules import Fact, Frozen, judge
 from mis_mlx.types import MisError, Reading
 
-PERIOD_S, HISTORY_S = 1.0, 3600.0
+PERIOD_S = 1.0
+HISTORY_S = 3600.0
 LONG_SLEEP_S = 5400.0  # after which everything in the case has the air's temperature
 JUST_BOOTED_S = 600.0
-VIRTUAL_SIGMA_C, VIRTUAL_SIGMA_LATER_C = 2.5, 4.0  # of TVA0: M1 and M2, later chips
+# of TVA0: M1 and M2, later chips
+VIRTUAL_SIGMA_C = 2.5
+VIRTUAL_SIGMA_LATER_C = 4.0
 
 
 class Live:
-    """This machine's thermometers: Apple's where there are any, else psutil's; psutil for the battery."""
+    """This machine's thermometers: Apple's where there are any, else psutil's; psutil for the
+    battery.
+    """
 
     ended = False  # as a recording is
 
@@ -42,16 +50,20 @@ class Live:
             names = ("hw.model", "machdep.cpu.brand_string", "kern.osversion")
             model, chip, build = (self.apple.system(name) for name in names)
             self.header = Header(model, chip, build)
-            self.virtual = (model or "").startswith("VirtualMac") or self.apple.system("kern.hv_vmm_present") == "\x01"
+            self.virtual = (model or "").startswith("VirtualMac") or self.apple.system(
+                "kern.hv_vmm_present"
+            ) == "\x01"
         except OSError as error:
             if sys.platform == "darwin":
                 self._missing["Apple"] = str(error)
-        self._asleep_s, self._rested = clock.asleep(), clock.uptime() < JUST_BOOTED_S
+        self._asleep_s = clock.asleep()
+        self._rested = clock.uptime() < JUST_BOOTED_S
 
     def look(self) -> Raw:
         """Ask every provider once. One that fails is missing in this look only."""
         rested = self._rested or self.clock.slept(self._asleep_s) >= LONG_SLEEP_S
-        self._rested, self._asleep_s = False, self.clock.asleep()
+        self._rested = False
+        self._asleep_s = self.clock.asleep()
         times = self.clock.monotonic(), self.clock.wall()
         if self.apple is not None:
             raw = self.apple.look(*times)
@@ -69,18 +81,30 @@ class Live:
 
 
 class Monitor:
-    """Readings of this machine, or of the recording `replay`. In a `with` statement a live one samples once a second
-    in a daemon thread; a replay has no thread: each `reading()` is the next record, and `clock` is virtual.
-    config: ~/.config/mis_mlx.toml. clock, apple_library: what tests put in their places. MisError for impossible values
-    and bad recordings. Sample in the parent process only: Apple's libraries do not survive a fork."""
+    """Readings of this machine, or of the recording `replay`. In a `with` statement a live one
+    samples once a second in a daemon thread; a replay has no thread: each `reading()` is the next
+    record, and `clock` is virtual. config: ~/.config/mis_mlx.toml. clock, apple_library: what tests
+    put in their places. MisError for impossible values and bad recordings. Sample in the parent
+    process only: Apple's libraries do not survive a fork.
+    """
 
     def __init__(
-        self, *, replay: Path | None = None, given_ambient_c: float | None = None, altitude_m: float | None = None,
-        clock: Clock | None = None, config: Path | None = None, apple_library: Path | None = None,
-    ):  # fmt: skip
+        self,
+        *,
+        replay: Path | None = None,
+        given_ambient_c: float | None = None,
+        altitude_m: float | None = None,
+        clock: Clock | None = None,
+        config: Path | None = None,
+        apple_library: Path | None = None,
+    ):
         if given_ambient_c is not None and not -60 <= given_ambient_c <= 60:
-            raise MisError(f"ambient temperature {given_ambient_c} °C is not within −60 and 60: give it in °C")
-        self.source: Live | Replay = Replay(replay, VirtualClock()) if replay else Live(clock or Clock(), apple_library)
+            raise MisError(
+                f"ambient temperature {given_ambient_c} °C is not within −60 and 60: give it in °C"
+            )
+        self.source: Live | Replay = (
+            Replay(replay, VirtualClock()) if replay else Live(clock or Clock(), apple_library)
+        )
         self.replayed = isinstance(self.source, Replay)
         # A live Mac, and no virtual one: there a run without a die temperature is not safe.
         mac = sys.platform == "darwin" or getattr(self.source, "apple", None) is not None
@@ -88,7 +112,9 @@ class Monitor:
         self.clock: Clock = self.source.clock
         self.reasons: Mapping[str, str] = {}  # field of Reading -> why it is None
         early = (self.source.header.chip or "").startswith(("Apple M1", "Apple M2"))
-        self._ambient = Ambient(given_ambient_c, VIRTUAL_SIGMA_C if early else VIRTUAL_SIGMA_LATER_C)
+        self._ambient = Ambient(
+            given_ambient_c, VIRTUAL_SIGMA_C if early else VIRTUAL_SIGMA_LATER_C
+        )
         self._altitude = find_altitude(altitude_m, self.source.header, config)
         self._frozen = Frozen()
         self._history: deque[Reading] = deque()
@@ -136,43 +162,73 @@ class Monitor:
             judged = judge(raw)
             seen = {name: fact.value for name, fact in judged.items()}
             estimate = self._ambient.update(seen, raw.mono_s, raw.rested)
-            facts = self._facts(raw, judged, estimate, self._frozen.stuck(raw.mono_s, seen["die_c"], seen["power_w"]))
-            sources = {name: source for name, (value, source, _) in facts.items() if value is not None}
+            facts = self._facts(
+                raw,
+                judged,
+                estimate,
+                self._frozen.stuck(raw.mono_s, seen["die_c"], seen["power_w"]),
+            )
+            sources = {
+                name: source for name, (value, source, _) in facts.items() if value is not None
+            }
             reading = Reading(
-                raw.mono_s, ambient_sigma_c=estimate.sigma_c if estimate else None, sources=sources,
+                raw.mono_s,
+                ambient_sigma_c=estimate.sigma_c if estimate else None,
+                sources=sources,
                 **{name: value for name, (value, _, _) in facts.items()},  # type: ignore[arg-type]
-            )  # fmt: skip
+            )
             with self._lock:
-                self.reasons = {name: reason for name, (value, _, reason) in facts.items() if value is None}
+                self.reasons = {
+                    name: reason for name, (value, _, reason) in facts.items() if value is None
+                }
                 self._history.append(reading)
                 while self._history[0].time_s < reading.time_s - HISTORY_S:
                     self._history.popleft()
         return reading
 
-    def _facts(self, raw: Raw, judged: dict[str, Fact], air: Estimate | None, stuck: bool) -> dict[str, Fact]:
-        no_air = "no --temperature-c, no start after a long rest, no SMC TVA0, no calm battery to tell it from"
+    def _facts(
+        self, raw: Raw, judged: dict[str, Fact], air: Estimate | None, stuck: bool
+    ) -> dict[str, Fact]:
+        no_air = (
+            "no --temperature-c, no start after a long rest, no SMC TVA0, no calm battery to "
+            "tell it from"
+        )
         facts = {name: judged[name] for name in ("die_c", "battery_c", "power_w")}
         if stuck:
-            facts["die_c"] = Fact(None, "", f"stuck at {judged['die_c'].value} °C for {Frozen.HOLD_S:.0f} s")
+            facts["die_c"] = Fact(
+                None, "", f"stuck at {judged['die_c'].value} °C for {Frozen.HOLD_S:.0f} s"
+            )
         facts["ambient_c"] = Fact(air.celsius, air.source, "") if air else Fact(None, "", no_air)
-        facts["pressure_level"] = Fact(raw.pressure, "notify(3)", raw.missing.get("pressure", "not a Mac"))
+        facts["pressure_level"] = Fact(
+            raw.pressure, "notify(3)", raw.missing.get("pressure", "not a Mac")
+        )
         facts["battery_percent"] = Fact(raw.battery_percent, "psutil", "no battery")
         facts["plugged"] = Fact(raw.plugged, "psutil", "no battery")
         if self.replayed:  # every witness but the user
             for name, (value, source, reason) in facts.items():
-                parts = [part if part == "given" else f"replay {part}" for part in source.split(" + ")]
+                parts = [
+                    part if part == "given" else f"replay {part}" for part in source.split(" + ")
+                ]
                 facts[name] = Fact(value, " + ".join(parts), reason)
-        return facts | {"altitude_m": Fact(*self._altitude, "no --altitude-m and none in the configuration file")}
+        return facts | {
+            "altitude_m": Fact(
+                *self._altitude, "no --altitude-m and none in the configuration file"
+            )
+        }
 
 
 def temperatures() -> Rows:
-    """`("psutil CHIP LABEL", °C)` of every thermometer that psutil knows (hwmon, else thermal_zone); none on macOS."""
+    """`("psutil CHIP LABEL", °C)` of every thermometer that psutil knows (hwmon, else
+    thermal_zone); none on macOS.
+    """
     try:
         chips: dict[str, Any] = getattr(psutil, "sensors_temperatures", dict)()
     except (OSError, ValueError):
         return ()
     parts = [(chip, part) for chip, of_chip in chips.items() for part in of_chip]
-    return tuple((f"psutil {chip} {part.label}".strip(), float(part.current)) for chip, part in parts)
+    return tuple(
+        (f"psutil {chip} {part.label}".strip(), float(part.current)) for chip, part in parts
+    )
 
 
 def battery_charge() -> tuple[float | None, bool | None]:
@@ -186,9 +242,17 @@ def battery_charge() -> tuple[float | None, bool | None]:
 
 
 def examined(monitor: Monitor) -> dict[str, Any]:
-    """What one look finds, as JSON allows it; reporting/templates/sensors.md has a sentence for each fact."""
+    """What one look finds, as JSON allows it; reporting/templates/sensors.md has a sentence for
+    each fact.
+    """
     began = time.perf_counter()
     reading = monitor.look()
-    look_ms, header = round(1000 * (time.perf_counter() - began), 1), monitor.source.header
+    look_ms = round(1000 * (time.perf_counter() - began), 1)
+    header = monitor.source.header
     about = {"model": header.model, "chip": header.chip, "build": header.build, "look_ms": look_ms}
-    return {**about, "t_env": t_env_kind(reading), "reading": asdict(reading), "reasons": dict(monitor.reasons)}
+    return {
+        **about,
+        "t_env": t_env_kind(reading),
+        "reading": asdict(reading),
+        "reasons": dict(monitor.reasons),
+    }

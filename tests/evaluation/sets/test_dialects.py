@@ -1,4 +1,6 @@
-"""Dialects: pairs out of Firefox's language packs, slots that wait for text, and which text is in the dialect."""
+"""Dialects: pairs out of Firefox's language packs, slots that wait for text, and which text is in
+the dialect.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def pack(folder: Path, language: str, ftl: str, properties: str) -> None:
 
 
 def test_pairs_out_of_language_packs(tmp_path: Path) -> None:
-    """What has one name in both and was translated; not what is short, the same, English, or has cases."""
+    """What has one name in both and was translated; not what is short, the same, English, or has
+    cases.
+    """
     pack(tmp_path / "pl", "pl", POLISH, "# no\nquit=Czy na pewno zamknąć %S?\n")
     pack(tmp_path / "szl", "szl", SILESIAN, "quit=Na zicher zawrzić %S już?\n")
     assert [(row["polish"], row["dialect"]) for row in polish.from_firefox(tmp_path)] == [
@@ -71,14 +75,21 @@ def test_pairs_out_of_language_packs(tmp_path: Path) -> None:
 
 def test_pairs_survive_their_file(tmp_path: Path) -> None:
     """Read as they are written; blank lines are fine."""
-    pairs = [{"polish": "Dzień dobry", "dialect": "Dobry dziyń"}, {"polish": "Idę do domu", "dialect": "Ida do dōm"}]
+    pairs = [
+        {"polish": "Dzień dobry", "dialect": "Dobry dziyń"},
+        {"polish": "Idę do domu", "dialect": "Ida do dōm"},
+    ]
     (tmp_path / polish.PAIRS).write_text("\n".join(map(json.dumps, pairs)) + "\n\n \n")
     assert polish.read_pairs("silesian", tmp_path) == pairs
 
 
 def test_the_validator_names_the_row(tmp_path: Path) -> None:
     """Nothing is asked with pairs that are none."""
-    rows = [{"polish": "Idę", "dialect": "Ida"}, {"polish": "Idę", "dialect": "Idę "}, {"polish": "Idę"}]
+    rows = [
+        {"polish": "Idę", "dialect": "Ida"},
+        {"polish": "Idę", "dialect": "Idę "},
+        {"polish": "Idę"},
+    ]
     (tmp_path / polish.PAIRS).write_text("\n".join(map(json.dumps, rows)))
     why = "line 2: both sentences are the same; pairs.jsonl line 3: has no 'polish' and 'dialect'"
     with pytest.raises(MisError, match=why):
@@ -88,7 +99,9 @@ def test_the_validator_names_the_row(tmp_path: Path) -> None:
 def test_an_empty_slot_says_what_to_bring(tmp_path: Path) -> None:
     """Seven slots; none is filled with text of our own."""
     slot = list(polish.SLOTS)[6]
-    with pytest.raises(MisError, match=f"the slot {slot} is empty: put attested pairs into .*pairs.jsonl"):
+    with pytest.raises(
+        MisError, match=f"the slot {slot} is empty: put attested pairs into .*pairs.jsonl"
+    ):
         polish.read_pairs(slot, tmp_path)
     (tmp_path / polish.PAIRS).write_text("\n")
     with pytest.raises(MisError, match="is empty: put attested pairs there"):
@@ -96,7 +109,9 @@ def test_an_empty_slot_says_what_to_bring(tmp_path: Path) -> None:
 
 
 def test_two_tasks_of_the_pairs() -> None:
-    """Half Polish, half dialect, each from its own pair; the dialect's place among the two says nothing."""
+    """Half Polish, half dialect, each from its own pair; the dialect's place among the two says
+    nothing.
+    """
     pairs = [{"polish": f"Po polsku {n}", "dialect": f"Po śląsku {n}"} for n in range(100)]
     label, text = polish.dialect("silesian", pairs, "made for this test")
     assert (label.name, text.name) == ("silesian-label", "silesian-text")
@@ -106,6 +121,10 @@ def test_two_tasks_of_the_pairs() -> None:
         assert (f"Tekst: Po polsku {n}\n" in q.context) == (q.answer == "polskim")
         assert q.options == (" polskim", " śląskim")
     for n, q in enumerate(text.questions):
-        assert q.answer == f"Po śląsku {n}" and q.options[q.right] == f" Po śląsku {n}" and len(q.options) == 2
+        assert (
+            q.answer == f"Po śląsku {n}"
+            and q.options[q.right] == f" Po śląsku {n}"
+            and len(q.options) == 2
+        )
     assert 30 < sum(q.right for q in text.questions) < 70
     assert text.per_character and not label.per_character

@@ -27,7 +27,9 @@ EXAMS = [
     asked(f"Bez klucza?\n{OPTIONS}", "A"),
     asked(f"Z kluczem spoza listy?\n{OPTIONS}", "[E]"),
 ]
-LEXICON = [asked(*pair) for pair in zip(("owca", "wcao", "bcaa", "baca", "x", "y"), "YNNYYY", strict=True)]
+LEXICON = [
+    asked(*pair) for pair in zip(("owca", "wcao", "bcaa", "baca", "x", "y"), "YNNYYY", strict=True)
+]
 PROVERBS = [asked(f"Przysłowie {n} na", f"słowo{n}") for n in range(6)]
 SUMS = [asked(f"dwa plus {n}", f"suma {n}") for n in range(5)]
 
@@ -37,8 +39,12 @@ def unpacked(tmp_path: Path) -> Path:
     """The four sets of a wheel with these rows."""
     wheel = tmp_path / "evals.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        for (member, _), rows in zip(polish.SETS.values(), (EXAMS, LEXICON, PROVERBS, SUMS), strict=True):
-            archive.writestr(polish.MEMBER.format(member), "".join(json.dumps(row) + "\n" for row in rows))
+        for (member, _), rows in zip(
+            polish.SETS.values(), (EXAMS, LEXICON, PROVERBS, SUMS), strict=True
+        ):
+            archive.writestr(
+                polish.MEMBER.format(member), "".join(json.dumps(row) + "\n" for row in rows)
+            )
     for file, rows in polish.exams_in(wheel).items():
         (tmp_path / file).write_text("\n".join(map(json.dumps, rows)))
     return tmp_path

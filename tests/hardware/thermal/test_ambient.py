@@ -41,22 +41,32 @@ def test_given_is_labelled_given_and_ages():
 
 def test_virtual_ambient():
     """TVA0 reads 1 °C low; ± 2.5 on M1, ± 4 on later chips."""
-    assert Ambient().update(dict(virtual_ambient_c=7.0), 0.0, False) == Estimate(8.0, 2.5, "SMC TVA0")
-    assert Ambient(virtual_sigma_c=4.0).update(dict(virtual_ambient_c=7.0), 0.0, False).sigma_c == 4.0
+    assert Ambient().update(dict(virtual_ambient_c=7.0), 0.0, False) == Estimate(
+        8.0, 2.5, "SMC TVA0"
+    )
+    assert (
+        Ambient(virtual_sigma_c=4.0).update(dict(virtual_ambient_c=7.0), 0.0, False).sigma_c == 4.0
+    )
 
 
 def test_halny_overrules_what_was_true_before():
-    """The user said 8 °C, then TVA0 climbs by 25 °C: the old value loses its say, the estimate follows."""
+    """The user said 8 °C, then TVA0 climbs by 25 °C: the old value loses its say, the estimate
+    follows.
+    """
     air = Ambient(given_c=8.0)
     for second in range(0, 301, 10):
-        estimate = air.update(dict(virtual_ambient_c=7.0 + 25 * second / 300), float(second), rested=False)
+        estimate = air.update(
+            dict(virtual_ambient_c=7.0 + 25 * second / 300), float(second), rested=False
+        )
         if second == 0:
             assert estimate.celsius == pytest.approx(8.0)
     assert estimate.celsius == pytest.approx(33.0, abs=0.5)
 
 
 def test_cold_soak():
-    """After a long rest, three sensors within 1.5 °C give their coolest minus 0.3; else they do not."""
+    """After a long rest, three sensors within 1.5 °C give their coolest minus 0.3; else they do
+    not.
+    """
     rested = dict(battery_c=8.3, nand_c=8.9, soc_c=9.1, virtual_ambient_c=8.6)
     assert cold_soak(rested) == Estimate(pytest.approx(8.0), 0.8, "cold soak")
     assert cold_soak(dict(battery_c=8.3, nand_c=8.9, soc_c=12.0)) is None
@@ -66,8 +76,13 @@ def test_cold_soak():
 
 
 def simulated_error(tau_s: float, seed: int) -> list[tuple[float, float]]:
-    """`(error, claimed σ)` of each estimate in four hours of an air at 23 °C, 40 min idle, 80 min load."""
-    noise, node, battery_c, out = random.Random(seed), BatteryNode(), 26.0, []
+    """`(error, claimed σ)` of each estimate in four hours of an air at 23 °C, 40 min idle, 80 min
+    load.
+    """
+    noise = random.Random(seed)
+    node = BatteryNode()
+    battery_c = 26.0
+    out = []
     for look in range(4 * 720):
         now_s = look * 5.0
         power_w = noise.gauss(3.0, 0.3) if now_s % 7200 < 2400 else noise.gauss(13.0, 0.5)
@@ -81,7 +96,9 @@ def simulated_error(tau_s: float, seed: int) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize("tau_s", [1500.0, 1050.0, 2100.0])
 def test_battery_model_claims_no_more_than_it_knows(tau_s):
-    """Also with a battery a third faster or slower than supposed, the error stays within 3 claimed σ."""
+    """Also with a battery a third faster or slower than supposed, the error stays within 3 claimed
+    σ.
+    """
     estimates = [pair for seed in range(3) for pair in simulated_error(tau_s, seed)]
     assert len(estimates) >= 6
     assert all(abs(error) < 3 * sigma for error, sigma in estimates)
@@ -90,7 +107,8 @@ def test_battery_model_claims_no_more_than_it_knows(tau_s):
 
 def test_battery_model_is_silent_while_charging_or_without_power():
     """Charging heats the battery from inside; without the power there is nothing to correct by."""
-    charging, blind = BatteryNode(), BatteryNode()
+    charging = BatteryNode()
+    blind = BatteryNode()
     for look in range(300):
         values = dict(battery_c=30.0, power_w=5.0, battery_percent=50.0 + look // 100)
         assert charging.update(values, look * 5.0) is None

@@ -9,7 +9,15 @@ from functools import partial
 import pytest
 
 from mis_mlx import thermal
-from mis_mlx.hardware.thermal.apple_sensors import DECLARED, Apple, Hid, KeyData, Smc, decode, functions
+from mis_mlx.hardware.thermal.apple_sensors import (
+    DECLARED,
+    Apple,
+    Hid,
+    KeyData,
+    Smc,
+    decode,
+    functions,
+)
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 
 
@@ -21,7 +29,9 @@ def test_struct_has_the_kernel_s_layout():
 
 
 def test_hid_names_values_and_services_without_an_event(fake_apple):
-    """Names repeat and may be empty; a service without an event is no row; −9202.86 comes through raw."""
+    """Names repeat and may be empty; a service without an event is no row; −9202.86 comes through
+    raw.
+    """
     fake_apple.hid("pACC MTR Temp Sensor2", 35.1)
     fake_apple.hid("gas gauge battery", 32.5)
     fake_apple.hid("gas gauge battery", 32.6)
@@ -83,7 +93,9 @@ def test_decode(kind, digits, value):
 
 
 def test_a_mac_that_reports_pressure_and_has_lost_keys(fake_apple):
-    """Pressure 2 is read; keys gone after a macOS update are absent, not zero; all is given back."""
+    """Pressure 2 is read; keys gone after a macOS update are absent, not zero; all is given
+    back.
+    """
     fake_apple.level(2)
     fake_apple.smc_float("TVA0", 27.386)
     mac = Apple(fake_apple.path)
@@ -101,7 +113,8 @@ def test_two_samplers_at_once_do_not_disturb_each_other(fake_apple):
     """Closing one leaves the other reading."""
     fake_apple.hid("PMU tdie1", 42.9)
     fake_apple.smc_float("TCMz", 58.0)
-    one, two = Apple(fake_apple.path), Apple(fake_apple.path)
+    one = Apple(fake_apple.path)
+    two = Apple(fake_apple.path)
     one.close()
     look = two.look(0.0, 0.0)
     two.close()
@@ -110,7 +123,9 @@ def test_two_samplers_at_once_do_not_disturb_each_other(fake_apple):
 
 
 def test_a_function_that_macos_dropped_is_named(fake_apple, monkeypatch):
-    """A missing private function is an OSError with its name, so that the look can give the reason."""
+    """A missing private function is an OSError with its name, so that the look can give the
+    reason.
+    """
     monkeypatch.setitem(DECLARED, "newer", {"IOKit": {"IOHIDNoSuchThing": "void_p"}})
     with pytest.raises(OSError, match="IOHIDNoSuchThing is missing"):
         functions("newer", fake_apple.path)

@@ -1,4 +1,6 @@
-"""The governor: its limits one by one, its properties on a simulated laptop, and the tea breaks it makes."""
+"""The governor: its limits one by one, its properties on a simulated laptop, and the tea breaks it
+makes.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,19 @@ from mis_mlx.types import MisError, Reading
 from tests.hardware.plant import Plant, PlantMonitor
 
 DATA = Path(__file__).parents[2] / "data"
-GOOD = Reading(0.0, die_c=70.0, battery_c=30.0, pressure_level=0, battery_percent=90.0, plugged=True)
+GOOD = Reading(
+    0.0, die_c=70.0, battery_c=30.0, pressure_level=0, battery_percent=90.0, plugged=True
+)
 
 
-def feed(governor: Governor, seconds: int, start: int = 0, step_s: float | None = 1.0, **changes) -> Decision:
+def feed(
+    governor: Governor, seconds: int, start: int = 0, step_s: float | None = 1.0, **changes
+) -> Decision:
     """One look a second; the last decision."""
     for second in range(start, start + seconds):
-        decision = governor.decide(replace(GOOD, time_s=float(second), **changes), float(second), step_s)
+        decision = governor.decide(
+            replace(GOOD, time_s=float(second), **changes), float(second), step_s
+        )
     return decision
 
 
@@ -51,10 +59,13 @@ class Course:
         return all(b - a >= 10 for a, b in itertools.pairwise(turns))
 
 
-def drive(plant: Plant, mode: Mode, seconds: float, step_s: float, seed: int = 0, **monitor) -> Course:
+def drive(
+    plant: Plant, mode: Mode, seconds: float, step_s: float, seed: int = 0, **monitor
+) -> Course:
     """Train on `plant` for `seconds` of virtual time, obeying the governor."""
     course = Course(PlantMonitor(plant, seed, **monitor))
-    governor, clock = Governor(mode), course.monitor.clock
+    governor = Governor(mode)
+    clock = course.monitor.clock
     while clock.monotonic() < seconds:
         course.monitor.work(step_s)
         for decision in after_step(course.monitor, governor, course.breaks, step_s):
@@ -65,18 +76,25 @@ def drive(plant: Plant, mode: Mode, seconds: float, step_s: float, seed: int = 0
 
 
 def odd_laptop(seed: int) -> tuple[Plant, float]:
-    """A laptop of plausible but random make, in an alpine winter or a heat wave, and its step time."""
+    """A laptop of plausible but random make, in an alpine winter or a heat wave, and its step
+    time.
+    """
     pick = random.Random(seed)
     plant = Plant(
-        air_c=pick.uniform(-15, 42), die_to_chassis=pick.uniform(4.5, 6.0), chassis_to_air=pick.uniform(1.2, 2.2),
-        gpu_w=pick.uniform(9, 15), firmware_c=pick.uniform(98, 103),
-    )  # fmt: skip
+        air_c=pick.uniform(-15, 42),
+        die_to_chassis=pick.uniform(4.5, 6.0),
+        chassis_to_air=pick.uniform(1.2, 2.2),
+        gpu_w=pick.uniform(9, 15),
+        firmware_c=pick.uniform(98, 103),
+    )
     return plant, pick.choice([0.3, 1.0, 4.0, 8.0])
 
 
 @pytest.mark.parametrize("mode", ["throughput", "steady", "cool"])
 def test_properties_on_simulated_laptops(mode):
-    """Never above stop + 3 °C, duty in [0.2, 1], turns at least 10 s apart, naps of 5 s at most, no stop."""
+    """Never above stop + 3 °C, duty in [0.2, 1], turns at least 10 s apart, naps of 5 s at most, no
+    stop.
+    """
     for seed in range(8):
         plant, step_s = odd_laptop(seed)
         course = drive(plant, mode, 1800, step_s, seed)
@@ -88,14 +106,18 @@ def test_properties_on_simulated_laptops(mode):
 
 @pytest.mark.parametrize(("mode", "set_c"), [("throughput", 97), ("steady", 92), ("cool", 85)])
 def test_each_mode_holds_its_set_point(mode, set_c):
-    """In a warm room, after 20 minutes, the hottest moment is within 1.5 °C of the mode's set-point."""
+    """In a warm room, after 20 minutes, the hottest moment is within 1.5 °C of the mode's
+    set-point.
+    """
     course = drive(Plant(air_c=30.0), mode, 1800, 1.0)
     assert course.monitor.hottest(since_s=1200) == pytest.approx(set_c, abs=1.5)
     assert course.breaks.napped_s > 100
 
 
 def test_a_laptop_on_a_pillow_pauses_and_lives():
-    """Half the cooling and firmware that allows 110 °C: tea breaks happen, and 108 °C is never reached."""
+    """Half the cooling and firmware that allows 110 °C: tea breaks happen, and 108 °C is never
+    reached.
+    """
     plant = Plant(air_c=35.0, chassis_to_air=3.0, gpu_w=15.0, firmware_c=110.0)
     plant.chassis_c = plant.die_c = 55.0
     course = drive(plant, "throughput", 3600, 1.0)
@@ -105,7 +127,9 @@ def test_a_laptop_on_a_pillow_pauses_and_lives():
 
 
 def test_readings_that_grow_old_count_as_lost():
-    """A sampling thread that hangs gives the same reading for ever; after 10 s it is worth nothing."""
+    """A sampling thread that hangs gives the same reading for ever; after 10 s it is worth
+    nothing.
+    """
     governor = Governor("steady")
     old = replace(GOOD, time_s=100.0, die_c=50.0)
     assert governor.decide(old, 105.0, 1.0).duty == 1.0
@@ -119,14 +143,17 @@ def test_readings_that_grow_old_count_as_lost():
 def test_95_degrees_is_no_reason_to_stop_or_pause():
     """An M1 Air lives at 95 to 100 °C under load: ten minutes there are slower work, not an end."""
     for mode in ("throughput", "steady", "cool"):
-        governor, actions = Governor(mode), set()
+        governor = Governor(mode)
+        actions = set()
         for start in range(0, 600, 10):
             actions.add(feed(governor, 10, start, die_c=95.0).action)
         assert actions == {"run"}
 
 
 def test_pause_resume_and_their_holds():
-    """101 °C for 3 s pauses; 90 °C for 10 s with 3 fresh samples goes on, and not a second before."""
+    """101 °C for 3 s pauses; 90 °C for 10 s with 3 fresh samples goes on, and not a second
+    before.
+    """
     governor = Governor("throughput")
     feed(governor, 30, die_c=80.0)
     actions = [feed(governor, 1, second, die_c=104.0).action for second in range(30, 45)]
@@ -179,7 +206,9 @@ def test_battery_temperature():
 
 
 def test_unplugged_and_low():
-    """On battery: a checkpoint and a pause without end, over when plugged in; `cool` goes on to 20 %."""
+    """On battery: a checkpoint and a pause without end, over when plugged in; `cool` goes on to 20
+    %.
+    """
     governor = Governor("steady")
     feed(governor, 20)
     pause = feed(governor, 1, 20, plugged=False)
@@ -197,12 +226,19 @@ def test_observe_never_interferes():
     """It says what it would have done, and always runs."""
     governor = Governor("observe")
     decision = feed(governor, 60, die_c=106.0, plugged=False)
-    assert (decision.action, decision.duty, decision.sleep_s, decision.checkpoint) == ("run", 1.0, 0.0, False)
+    assert (decision.action, decision.duty, decision.sleep_s, decision.checkpoint) == (
+        "run",
+        1.0,
+        0.0,
+        False,
+    )
     assert decision.reason.startswith("only observed: ")
 
 
 def test_blind_and_unattended():
-    """A virtual machine gets a blind governor; a Mac without a die temperature gets only `observe`."""
+    """A virtual machine gets a blind governor; a Mac without a die temperature gets only
+    `observe`.
+    """
     unseen = replace(GOOD, die_c=None)
     blind = governor_for("steady", unseen, {}, apple=False)
     assert blind.blind
@@ -222,18 +258,24 @@ def test_halny_makes_tea_breaks_in_virtual_time():
     courses = []
     for _ in range(2):
         with Monitor(replay=DATA / "halny.jsonl") as monitor:
-            governor, breaks, log = Governor("steady"), PauseCounter(), []
+            governor = Governor("steady")
+            breaks = PauseCounter()
+            log = []
             while not monitor.source.ended:
                 log += after_step(monitor, governor, breaks, step_s=0.1)
         courses.append((breaks, log))
     assert courses[0] == courses[1]
     assert (breaks.count, breaks.reasons) == (6, {"hot": 6})
     assert breaks.seconds > 300
-    assert breaks.as_json()["throttled_s"] == pytest.approx(breaks.seconds + breaks.napped_s, abs=0.06)
+    assert breaks.as_json()["throttled_s"] == pytest.approx(
+        breaks.seconds + breaks.napped_s, abs=0.06
+    )
 
 
 def test_one_checkpoint_a_pause():
-    """Unplugged for a while: the first decision asks for a checkpoint, the following ones do not."""
+    """Unplugged for a while: the first decision asks for a checkpoint, the following ones do
+    not.
+    """
 
     def unplugged(now_s: float, reading: Reading) -> Reading:
         return replace(reading, plugged=not 20 < now_s < 50)
@@ -257,7 +299,8 @@ def test_benchmarks_refuse_heat():
 
 def test_filter_looks_ahead_only_upwards():
     """Rising by 1 °C a second it is 3 °C ahead of its own lag; falling it is not ahead at all."""
-    rising, falling = DieFilter(), DieFilter()
+    rising = DieFilter()
+    falling = DieFilter()
     for second in range(60):
         rising.add(second, 50.0 + second)
         falling.add(second, 90.0 - second)

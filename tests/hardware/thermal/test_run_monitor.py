@@ -1,4 +1,6 @@
-"""The weather of a run: what is logged, where T_env came from, tea breaks in virtual time, a closed lid."""
+"""The weather of a run: what is logged, where T_env came from, tea breaks in virtual time, a closed
+lid.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,17 @@ def step(number: int) -> Step:
 
 
 def test_halny_sigma_comes_from_the_last_hour_of_the_recording() -> None:
-    """Air that warms from 8 to 33 °C gives 0.15 * std / 15 °C; before any reading, and by hand, the wind is still."""
+    """Air that warms from 8 to 33 °C gives 0.15 * std / 15 °C; before any reading, and by hand, the
+    wind is still.
+    """
     with ThermalMonitor(ThermalFlags(temperature_c=8.0, altitude_m=832.0)) as weather:
         weather.latest()
         account = weather.account()
-        assert (account["t_env_c"], account["t_env_source"], account["altitude_source"]) == (8.0, "given", "given")
+        assert (account["t_env_c"], account["t_env_source"], account["altitude_source"]) == (
+            8.0,
+            "given",
+            "given",
+        )
         assert weather.sigma() == 0.0
     with ThermalMonitor(ThermalFlags(thermal_replay=str(HALNY))) as weather:
         assert weather.sigma() == 0.0
@@ -52,7 +60,9 @@ def test_halny_sigma_comes_from_the_last_hour_of_the_recording() -> None:
 
 
 def test_tea_breaks_are_counted_logged_and_end_with_the_recording(tmp_path: Path) -> None:
-    """Hot spells pause the run in virtual time; both logs share a clock; after its end the replay is quiet."""
+    """Hot spells pause the run in virtual time; both logs share a clock; after its end the replay
+    is quiet.
+    """
     log = tmp_path / "thermal.jsonl"
     with ThermalMonitor(ThermalFlags(thermal_replay=str(HALNY), governor="steady"), log) as weather:
         actions = [[d.action for d in weather.after(step(n))] for n in range(1, 200)]
@@ -97,12 +107,16 @@ def trained(clock: VirtualClock, close: bool) -> tuple[dict[str, mx.array], list
         return mx.square(layer(x)).sum(), mx.array(2.0)
 
     with mock.patch.object(train_loop, "CLOCK", clock):
-        steps = list(train_loop.train(model, micro_batches, loss, GuardedAdamW(), tiny.schedule(3, 1e-2, 1)))
+        steps = list(
+            train_loop.train(model, micro_batches, loss, GuardedAdamW(), tiny.schedule(3, 1e-2, 1))
+        )
     return dict(tree_flatten(model.parameters())), steps
 
 
 def test_a_step_during_which_the_machine_slept_is_done_again() -> None:
-    """The lid costs one step's work and a note; the weights are those of the undisturbed run, bit for bit."""
+    """The lid costs one step's work and a note; the weights are those of the undisturbed run, bit
+    for bit.
+    """
     calm, _ = trained(VirtualClock(), close=False)
     woken, steps = trained(Lid(), close=True)
     assert [s.note for s in steps] == ["", "the machine slept 30 min; step done again.", ""]
@@ -113,16 +127,26 @@ def test_a_step_during_which_the_machine_slept_is_done_again() -> None:
 @pytest.mark.parametrize(
     ("mode", "what"),
     [
-        ("steady", "pauses the run after its first step until it is plugged in; plug it in, or use --governor cool"),
+        (
+            "steady",
+            "pauses the run after its first step until it is plugged in; plug it in, or use "
+            "--governor cool",
+        ),
         ("throughput", "pauses the run after its first step until it is plugged in"),
         ("cool", "pauses the run below 20 % until there are 30"),
         ("observe", "the run ends when the battery does"),
     ],
 )
 def test_a_run_on_battery_says_so_first(
-    mode: Mode, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    mode: Mode,
+    what: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Before its first step, with the mode's own doing; not when it is plugged in, has no battery, or replays."""
+    """Before its first step, with the mode's own doing; not when it is plugged in, has no battery,
+    or replays.
+    """
     flags = ThermalFlags(governor=mode)
     for charge in (None, SimpleNamespace(percent=55.0, power_plugged=True)):
         monkeypatch.setattr(psutil, "sensors_battery", lambda charge=charge: charge, raising=False)
@@ -141,14 +165,19 @@ def test_a_run_on_battery_says_so_first(
 def test_a_run_that_would_wait_for_the_plug_does_not_begin(
     mode: Mode, plugged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On battery, `steady` and `throughput` ask for another flag before a model is looked for; `cool`
-    and `observe` go on, and so does a --dry-run."""
+    """On battery, `steady` and `throughput` ask for another flag before a model is looked for;
+    `cool` and `observe` go on, and so does a --dry-run.
+    """
     charge = SimpleNamespace(percent=55.0, power_plugged=plugged)
     monkeypatch.setattr(psutil, "sensors_battery", lambda: charge, raising=False)
     model = str(tmp_path / "nowhere")
     settings = sft.Settings(governor=mode, model=model, out=str(tmp_path / "run"))
     waits = not plugged and mode in ("steady", "throughput")
-    want = f"^on battery, 55 %: --governor {mode} pauses .* use --governor cool" if waits else "nowhere"
+    want = (
+        f"^on battery, 55 %: --governor {mode} pauses .* use --governor cool"
+        if waits
+        else "nowhere"
+    )
     with pytest.raises(MisError, match=want):
         opened(settings, model)
     with pytest.raises(MisError, match="nowhere"):
@@ -160,39 +189,56 @@ class Unplugged:
     """A thermometer of a laptop that is plugged in after some looks."""
 
     def __init__(self, looks: int):
-        self.clock, self.looks = VirtualClock(), looks
+        self.clock = VirtualClock()
+        self.looks = looks
 
     def reading(self) -> Reading:
         """One look."""
         self.looks -= 1
-        return Reading(self.clock.monotonic(), die_c=50.0, battery_percent=60.0, plugged=self.looks < 0)
+        return Reading(
+            self.clock.monotonic(), die_c=50.0, battery_percent=60.0, plugged=self.looks < 0
+        )
 
 
-def test_a_pause_is_said_when_it_begins(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line a pause, with the flag that ends it, not one a look; none of a mode that does not pause."""
+def test_a_pause_is_said_when_it_begins(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line a pause, with the flag that ends it, not one a look; none of a mode that does not
+    pause.
+    """
     for mode, lines in (("steady", 1), ("observe", 0), ("cool", 0)):
         monkeypatch.setenv("MIS_MLX_GOVERNOR", mode)
         weather = ThermalMonitor(ThermalFlags())
         air = Unplugged(40)
-        for name, value in (("clock", air.clock), ("reading", air.reading), ("replayed", False), ("apple", True)):
+        for name, value in (
+            ("clock", air.clock),
+            ("reading", air.reading),
+            ("replayed", False),
+            ("apple", True),
+        ):
             monkeypatch.setattr(weather, name, value)
         actions = [d.action for d in weather.after(step(7))]
         said = capsys.readouterr().err.splitlines()
         assert actions[-1] == "run" and len(said) == lines
         assert (actions.count("pause") > 10) == (mode == "steady")
         assert all(
-            line.startswith("tea break after step 7: on battery: plug in") and "--governor cool" in line
+            line.startswith("tea break after step 7: on battery: plug in")
+            and "--governor cool" in line
             for line in said
         )
 
 
 def test_the_governor_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MIS_MLX_GOVERNOR is the default, the flag wins, steady is the default's default; no mode is a sentence."""
+    """MIS_MLX_GOVERNOR is the default, the flag wins, steady is the default's default; no mode is a
+    sentence.
+    """
     assert ThermalFlags().governor == "observe"  # tests/conftest.py
     monkeypatch.setenv("MIS_MLX_GOVERNOR", "cool")
     assert (ThermalFlags().governor, ThermalFlags(governor="steady").governor) == ("cool", "steady")
     monkeypatch.delenv("MIS_MLX_GOVERNOR")
     assert ThermalFlags().governor == "steady"
     monkeypatch.setenv("MIS_MLX_GOVERNOR", "hot")
-    with pytest.raises(MisError, match="MIS_MLX_GOVERNOR is not one of observe, throughput, steady, cool"):
+    with pytest.raises(
+        MisError, match="MIS_MLX_GOVERNOR is not one of observe, throughput, steady, cool"
+    ):
         ThermalFlags()

@@ -29,7 +29,9 @@ def test_idle_m1_air():
 
 
 def test_smc_of_a_13_inch_m1():
-    """The SMC dump of a MacBookPro17,1: hottest spot, virtual ambient and battery; parked cores ignored."""
+    """The SMC dump of a MacBookPro17,1: hottest spot, virtual ambient and battery; parked cores
+    ignored.
+    """
     dump = {
         **{"TCMb": 45.57, "TCMz": 58.47, "TVA0": 27.386, "TB0T": 30.2, "Te0a": 33.3, "Tp2a": 0.0},
         **{"Tg1b": 0.0, "PSTR": 4.1},
@@ -42,16 +44,27 @@ def test_smc_of_a_13_inch_m1():
 
 
 def test_only_garbage_gives_none_with_a_reason():
-    """Parked, impossible, constant, NaN, unnamed and undecodable values leave nothing, and say why."""
+    """Parked, impossible, constant, NaN, unnamed and undecodable values leave nothing, and say
+    why.
+    """
     values = judge(
         look(
             hid=(
-                *(("GPU MTR Temp Sensor1", 30.0), ("ANE MTR Temp Sensor1", 30.0), ("PMU tdev1", -9202.86)),
+                *(
+                    ("GPU MTR Temp Sensor1", 30.0),
+                    ("ANE MTR Temp Sensor1", 30.0),
+                    ("PMU tdev1", -9202.86),
+                ),
                 *(("PMU tcal", 51.85), ("PMU2 TR0Z", 51.85), ("", 0.0), ("noname", 0.0)),
                 *(("pACC MTR Temp Sensor2", math.nan), ("PMU tdie1", 0.0), ("PMU tdie2", 400.0)),
                 *(("gas gauge battery", 0.0), ("gas gauge battery", math.inf)),
             ),
-            smc={"TCMz": smc_float(6.7), "Tp2a": smc_float(-4.0), "TVA0": smc_float(0.0), "TB0T": "flt :zz"},
+            smc={
+                "TCMz": smc_float(6.7),
+                "Tp2a": smc_float(-4.0),
+                "TVA0": smc_float(0.0),
+                "TB0T": "flt :zz",
+            },
         )
     )
     measured = ("die_c", "soc_c", "battery_c", "nand_c", "virtual_ambient_c", "power_w")
@@ -83,7 +96,11 @@ def test_duplicates():
 
 def test_linux_names():
     """Die sensors are told from the board's and the disk's by chip name."""
-    rows = (("psutil coretemp Package id 0", 61.0), ("psutil nvme Composite", 70.0), ("psutil acpitz", 99.0))
+    rows = (
+        ("psutil coretemp Package id 0", 61.0),
+        ("psutil nvme Composite", 70.0),
+        ("psutil acpitz", 99.0),
+    )
     assert judge(look(linux=rows))["die_c"].value == 61.0
     assert judge(look(linux=(("thermal_zone cpu-thermal", 48.2),)))["die_c"].value == 48.2
     assert judge(look(linux=(("psutil nvme Composite", 70.0),)))["die_c"].value is None
@@ -91,7 +108,9 @@ def test_linux_names():
 
 def test_a_stuck_sensor_is_noticed_when_the_power_changes():
     """Bit-equal for 120 s counts only if the power moved by more than 3 W."""
-    stuck, idle, alive = Frozen(), Frozen(), Frozen()
+    stuck = Frozen()
+    idle = Frozen()
+    alive = Frozen()
     for second in range(120):
         assert not stuck.stuck(second, 80.0, 5.0 + second / 10)
         assert not idle.stuck(second, 80.0, 5.0)

@@ -1,4 +1,6 @@
-"""The monitor: readings with sources or reasons, from the stand-in for Apple, a made-up /sys, recordings."""
+"""The monitor: readings with sources or reasons, from the stand-in for Apple, a made-up /sys,
+recordings.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,10 @@ def no_sensors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_psutil_s_thermometers(monkeypatch):
     """On Linux a die sensor is known by its chip, and its value has that for a source."""
-    chips = {"nvme": [SimpleNamespace(label="Composite", current=70.0)],
-             "k10temp": [SimpleNamespace(label="Tctl", current=61.25)]}  # fmt: skip
+    chips = {
+        "nvme": [SimpleNamespace(label="Composite", current=70.0)],
+        "k10temp": [SimpleNamespace(label="Tctl", current=61.25)],
+    }
     monkeypatch.setattr(psutil, "sensors_temperatures", lambda: chips, raising=False)
     reading = Monitor(clock=VirtualClock(), config=NOWHERE).look()
     assert (reading.die_c, reading.sources["die_c"]) == (61.25, "psutil k10temp Tctl")
@@ -68,7 +72,9 @@ def test_impossible_ambient_is_refused(celsius):
 
 
 def test_altitude_in_order(tmp_path):
-    """Flag, then the recording's, then the file's, then none; a bad one is a sentence with the file."""
+    """Flag, then the recording's, then the file's, then none; a bad one is a sentence with the
+    file.
+    """
     config = tmp_path / "mis_mlx.toml"
     config.write_text("altitude_m = 832\n")
     here = Header(altitude_m=1987.0)
@@ -76,7 +82,13 @@ def test_altitude_in_order(tmp_path):
     assert find_altitude(None, here, config) == (1987.0, "replay header")
     assert find_altitude(None, Header(), config) == (832.0, "given in mis_mlx.toml")
     assert find_altitude(None, Header(), NOWHERE) == (None, "")
-    for text in ("altitude_m = 'location'", "altitude_m = 99999", "altitude_m = nan", "altitude_m = true", "= 3"):
+    for text in (
+        "altitude_m = 'location'",
+        "altitude_m = 99999",
+        "altitude_m = nan",
+        "altitude_m = true",
+        "= 3",
+    ):
         config.write_text(text)
         with pytest.raises(MisError, match=r"mis_mlx\.toml"):
             find_altitude(None, Header(), config)
@@ -123,7 +135,9 @@ def test_a_frozen_die_sensor_is_missing(tmp_path):
 
 
 def test_all_sensors_gone_and_back(tmp_path):
-    """A sensor that vanishes for a while is None for that while, and its reason is the provider's."""
+    """A sensor that vanishes for a while is None for that while, and its reason is the
+    provider's.
+    """
     path = tmp_path / "gone.jsonl"
     with recorder(path, Header()) as add:
         add(Raw(0.0, 0.0, hid=(("PMU tdie1", 50.0),)))
@@ -138,7 +152,9 @@ def test_all_sensors_gone_and_back(tmp_path):
 
 
 def test_halny():
-    """The recording warms from 8 to 33 °C in its first 16 looks, at 832 m, and every source says 'replay'."""
+    """The recording warms from 8 to 33 °C in its first 16 looks, at 832 m, and every source says
+    'replay'.
+    """
     with Monitor(replay=DATA / "halny.jsonl") as monitor:
         readings = [monitor.reading() for _ in range(16)]
         assert "thermometers" not in {thread.name for thread in threading.enumerate()}
@@ -170,11 +186,17 @@ def test_history_keeps_an_hour(tmp_path):
 
 
 def test_rest_is_boot_or_a_long_sleep(no_sensors):
-    """The look after 90 min of sleep is a rested one, the next is not; a nap or a set clock is no rest."""
+    """The look after 90 min of sleep is a rested one, the next is not; a nap or a set clock is no
+    rest.
+    """
     clock = LidClock()
     live = thermal_monitor.Live(clock)
     rested = [live.look().rested]
-    for act in (lambda: clock.suspend(5400), lambda: clock.suspend(60), lambda: setattr(clock, "wall_s", 1e9)):
+    for act in (
+        lambda: clock.suspend(5400),
+        lambda: clock.suspend(60),
+        lambda: setattr(clock, "wall_s", 1e9),
+    ):
         act()
         rested += [live.look().rested, live.look().rested]
     assert rested == [False, True, False, False, False, False, False]
@@ -197,10 +219,16 @@ def test_live_monitor_samples_in_a_thread(no_sensors, monkeypatch):
 
 @pytest.mark.parametrize(
     ("model", "in_vm", "real"),
-    [("VirtualMac2,1", False, False), ("MacBookAir10,1", True, False), ("MacBookAir10,1", False, True)],
+    [
+        ("VirtualMac2,1", False, False),
+        ("MacBookAir10,1", True, False),
+        ("MacBookAir10,1", False, True),
+    ],
 )
 def test_a_mac_without_thermometers(fake_apple, model, in_vm, real):
-    """A virtual one, by its name or the hypervisor's, is governed blindly; on a real one the silence is a fault."""
+    """A virtual one, by its name or the hypervisor's, is governed blindly; on a real one the
+    silence is a fault.
+    """
     fake_apple.model(model, in_vm)
     monitor = Monitor(clock=VirtualClock(), config=NOWHERE, apple_library=fake_apple.path)
     reading = monitor.look()
