@@ -71,7 +71,12 @@ def main() -> None:
             models = {"teacher": checkpoint}
             for name, (shape, keep) in chosen.items():
                 slicing.write_student(
-                    checkpoint, shape, keep, Path(folder) / name, "bfloat16", DISK
+                    checkpoint,
+                    shape,
+                    keep=keep,
+                    out=Path(folder) / name,
+                    dtype="bfloat16",
+                    files=DISK,
                 )
                 models[name] = load.open_checkpoint(Path(folder) / name)
             found = comparison.compare(models, held_out)

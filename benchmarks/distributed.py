@@ -103,7 +103,7 @@ def steps(s: Settings) -> dict[str, Any]:
     losses = []
     began = time.perf_counter()
     before = sent_bytes()
-    for step in live_teacher.steps(student, source, data, r, GuardedAdamW()):
+    for step in live_teacher.steps(student, source, data=data, recipe=r, optimizer=GuardedAdamW()):
         distributed.all_gather(0)  # nobody measures what another is still sending
         now = time.perf_counter()
         after = sent_bytes()

@@ -227,7 +227,9 @@ def seed_rows(s: Settings, seed: int, place: Path) -> dict[str, Any]:
             )
             student = load.open_checkpoint(out)
             rows[f"{share}, {by}"] = bits(s, data, student)
-            rows[f"{share}, {by}, healed"] = bits(s, data, healed(s, data, teacher, student, seed))
+            rows[f"{share}, {by}, healed"] = bits(
+                s, data, healed(s, data, teacher=teacher, student=student, seed=seed)
+            )
         distill.run(
             distill.Settings(
                 teacher=str(teacher.path),

@@ -62,8 +62,8 @@ def rows(s: Settings) -> dict[str, list[dict[str, str]]]:
     """To train on, to choose by, to measure on; no problem is in two of them. SFT learns the last
     line alone.
     """
-    held = problems.rows("test", 0, s.eval_rows + 32, [s.kind], ["en"])
-    train = problems.rows("train", 0, 300, [s.kind], ["en"])
+    held = problems.rows("test", 0, count=s.eval_rows + 32, kinds=[s.kind], languages=["en"])
+    train = problems.rows("train", 0, count=300, kinds=[s.kind], languages=["en"])
     for row in (*held, *train):
         row["completion"] = row["completion"].splitlines()[-1]
     return {"train": train, "valid": held[:32], "measured": held[32:]}
@@ -82,7 +82,14 @@ def measured(
     # answers to 32 rows at once
     settings = training.Settings(max_completion_length=s.max_completion_length, seed=7)
     functions = rewards.functions(None, None)
-    sampler = training.Sampler(settings, model, questions, prompts, tokenizer, functions)
+    sampler = training.Sampler(
+        settings=settings,
+        model=model,
+        rows=questions,
+        prompts=prompts,
+        tokenizer=tokenizer,
+        functions=functions,
+    )
     found = {}
     for name, samples in (("greedy", 0), ("sampled", s.eval_samples)):
         values = training.measure(sampler, questions, prompts, samples)

@@ -114,7 +114,15 @@ def own_text() -> Iterator[None]:
             length = data.tokens.shape[1]
             prompts = [[int(t) for t in row[:PROMPT]] for row in data.tokens[at]]
             draw = mlx_generate.sampler(1.0, 1000 * r.seed + step)
-            said = mlx_generate.groups(student, prompts, 1, length - PROMPT, (), draw, len(prompts))
+            said = mlx_generate.groups(
+                student,
+                prompts,
+                count=1,
+                max_tokens=length - PROMPT,
+                stop=(),
+                draw=draw,
+                at_once=len(prompts),
+            )
             tokens = np.array(
                 [[*prompt, *ids] for prompt, (ids,) in zip(prompts, said, strict=True)], np.int32
             )
@@ -220,7 +228,9 @@ def main(s: Settings) -> None:
                 )
             )
         for at, each in enumerate(missing):
-            rows[each] = row(each, s.seed, begun / "model", Path(temp) / f"run-{at}", folders)
+            rows[each] = row(
+                each, s.seed, begun=begun / "model", out=Path(temp) / f"run-{at}", folders=folders
+            )
             cli.say(f"{each}: {rows[each]}")
             write(
                 name,

@@ -108,7 +108,9 @@ class Bench:
     def ours(self, out: Path, how: QuantizationConfig, taught: str | None = None) -> None:
         """`quantize`, then steps against the model itself or the folder `taught`."""
         rounded = out.parent / "rounded" if how.q_iters else out
-        stage.quantize(self.path, rounded, how, DISK, self.batches, len(self.batches))
+        stage.quantize(
+            self.path, rounded, how=how, files=DISK, batches=self.batches, held=len(self.batches)
+        )
         if how.q_iters:
             checkpoint = load.open_checkpoint(rounded)
             r = pipeline.tuning_recipe(
@@ -218,7 +220,12 @@ class Bench:
                     if part in name:
                         found[name] = found[name][np.argsort(row_order(len(found[name]), count))]
         model_writer.write_model(
-            config, lambda n: mx.array(found[n]), self.path, out, "float32", DISK
+            config,
+            lambda n: mx.array(found[n]),
+            source=self.path,
+            out=out,
+            dtype="float32",
+            files=DISK,
         )
         self.nbytes = sum(int(t.n_bytes) for t in reader.tensors)
 

@@ -198,7 +198,12 @@ class Bench(Laboratory):
             fisher = self.fisher(seed) if arm.blocks == "fisher" else {}
             count = select.wanted_shape(self.checkpoint.config, arm.cut).layers
             kept = block_removal.kept(
-                arm.blocks, self.checkpoint, few, policy.usual_dtype(), count, fisher
+                arm.blocks,
+                self.checkpoint,
+                batches=few,
+                dtype=policy.usual_dtype(),
+                keep=count,
+                fisher=fisher,
             )
             found = rankings.keeping(found, kept)
         return found
@@ -209,9 +214,9 @@ class Bench(Laboratory):
             select.prune(
                 self.checkpoint,
                 self.pick(32, seed, 1),
-                self.held_out["English"],
-                out,
-                arm.cut,
+                held_out=self.held_out["English"],
+                out=out,
+                cut=arm.cut,
                 dtype="bfloat16",
                 reading=lambda: None,
                 files=DISK,
@@ -222,7 +227,9 @@ class Bench(Laboratory):
         tensor = None
         if arm.graft:
             whole, tensor = GRAFTS[arm.graft](whole, keep, self.measured(seed)[0])
-        slicing.write_student(whole, shape, keep, out, "bfloat16", DISK, tensor=tensor)
+        slicing.write_student(
+            whole, shape, keep=keep, out=out, dtype="bfloat16", files=DISK, tensor=tensor
+        )
         return load.open_checkpoint(out)
 
     def begun(
@@ -250,10 +257,10 @@ class Bench(Laboratory):
             for _ in local_steps.train(
                 self.checkpoint,
                 student,
-                taught,
-                keep,
-                windows,
-                r,
+                student=taught,
+                keep=keep,
+                batches=windows,
+                recipe=r,
                 folder=temp,
                 held=len(windows),
                 files=DISK,
@@ -280,11 +287,19 @@ class Bench(Laboratory):
         assert keep is not None
         found["start"] = self.judge(model)
         source = live_teacher.StreamedTeacher(
-            self.checkpoint, None, False, recipe.temperature, recipe.cross_entropy
+            self.checkpoint,
+            None,
+            direct=False,
+            temperature=recipe.temperature,
+            cross_entropy=recipe.cross_entropy,
         )
         model.train()
         optimizer = GuardedAdamW(weight_decay=recipe.weight_decay)
-        steps = list(live_teacher.steps(model, source, self.data.train, recipe, optimizer))
+        steps = list(
+            live_teacher.steps(
+                model, source, data=self.data.train, recipe=recipe, optimizer=optimizer
+            )
+        )
         model.eval()
         return {
             "group": arm.group,

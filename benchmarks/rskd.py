@@ -67,9 +67,9 @@ def prepare(checkpoint: Checkpoint, data: preparation.Data, held_out: Windows, o
         select.prune(
             checkpoint,
             samples,
-            held_out,
-            folder,
-            s,
+            held_out=held_out,
+            out=folder,
+            cut=s,
             dtype=pipeline.DTYPE,
             reading=lambda: None,
             files=DISK,
@@ -84,7 +84,9 @@ def prepare(checkpoint: Checkpoint, data: preparation.Data, held_out: Windows, o
         model.load_weights(list(mended.items()), strict=False)
         config = {**pruned.config, "torch_dtype": "float32"}
         weights = dict(tree_flatten(model.parameters()))
-        model_writer.write_model(config, weights.__getitem__, folder, out, "float32", DISK)
+        model_writer.write_model(
+            config, weights.__getitem__, source=folder, out=out, dtype="float32", files=DISK
+        )
 
 
 def train(
@@ -105,7 +107,13 @@ def train(
             at = live_teacher.visited(len(data.tokens), recipe)
             picked = Windows(data.tokens[at], data.learn[at])
             store = live_teacher.write_store(
-                checkpoint, lambda: source, picked, Path(temp), DISK, count=count, seed=recipe.seed
+                checkpoint,
+                lambda: source,
+                data=picked,
+                folder=Path(temp),
+                files=DISK,
+                count=count,
+                seed=recipe.seed,
             )
             cost = {
                 "bytes_per_token": round(store.bytes_per_token, 1),
@@ -114,7 +122,9 @@ def train(
             target = live_teacher.Cached(store, at)
         model = stream.load_checked(load.resident(student, mx.float32))
         model.train()
-        steps = list(live_teacher.steps(model, target, data, recipe, GuardedAdamW()))
+        steps = list(
+            live_teacher.steps(model, target, data=data, recipe=recipe, optimizer=GuardedAdamW())
+        )
     model.eval()
     return model, {**cost, "seconds": round(sum(s.seconds for s in steps), 1)}
 
@@ -137,7 +147,14 @@ def main(s: Settings) -> None:
         for seed in range(s.seeds):
             recipe = TrainingConfig(iters=s.iters, max_seq_length=s.max_seq_length, seed=seed)
             for way in WAYS:
-                model, cost = train(way, student, source, checkpoint, data.train, recipe)
+                model, cost = train(
+                    way,
+                    student,
+                    source=source,
+                    checkpoint=checkpoint,
+                    data=data.train,
+                    recipe=recipe,
+                )
                 rows.append({"seed": seed, "way": way, **judge(model), **cost})
                 print(json.dumps(rows[-1]), flush=True)
                 del model

@@ -81,7 +81,14 @@ def main(s: Settings) -> None:
         made = 0
         for n, ids in enumerate(asked):
             passes = list(
-                streamed_decode.decode(big, ids, s.max_tokens, tokenizer.eos_token_ids, draft, size)
+                streamed_decode.decode(
+                    big,
+                    ids,
+                    count=s.max_tokens,
+                    ends=tokenizer.eos_token_ids,
+                    draft=draft,
+                    size=size,
+                )
             )
             tokens = [t for new in passes for t in new]
             if size == 1:

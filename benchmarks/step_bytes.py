@@ -52,7 +52,9 @@ def kinds(way: str, teacher: Path, student: Path) -> dict[str, int]:
     mx.eval(source.logits(source.hidden([mx.array(data.tokens[:1])])[0][0, :1]))
     found["teacher"] = held() - before
     with tempfile.TemporaryDirectory() as temp:
-        steps = training.begun(way, source, small, data, WINDOWS, 2, Path(temp))
+        steps = training.begun(
+            way, source, small=small, data=data, windows=WINDOWS, steps=2, temp=Path(temp)
+        )
     found["student's weights"] = held() - before - sum(found.values())
     next(steps)
     found["moments"] = held() - before - sum(found.values())

@@ -108,7 +108,9 @@ def answers(teacher: str | None) -> list[dict[str, str]]:
     stop = set(tokenizer.eos_token_ids)
     draw = mlx_generate.sampler(0.7, 1)
     prompts = [mlx_generate.encode(tokenizer, question) for question in QUESTIONS]
-    said = mlx_generate.groups(model, prompts, 1, 256, stop, draw, len(prompts))
+    said = mlx_generate.groups(
+        model, prompts, count=1, max_tokens=256, stop=stop, draw=draw, at_once=len(prompts)
+    )
     words = [
         tokenizer.decode([token for token in ids if token not in stop]).strip() for (ids,) in said
     ]

@@ -145,13 +145,15 @@ def begun(
     if way == "resident":
         model = load.resident(small, mx.float32)
         stream.load_checked(model)
-        return live_teacher.steps(model, source, data, recipe, GuardedAdamW())
+        return live_teacher.steps(model, source, data=data, recipe=recipe, optimizer=GuardedAdamW())
     layers = int(small.config["num_hidden_layers"])
     if way == "sharded":
         small = model_writer.by_block(small, temp / "parts", DISK)
         layers = -(-layers // 2)
     adapters = partial(lora.insert, lora=ADAPTERS, seed=0) if way == "lora" else None
-    trained = sharded.Sharded(small, layers, steps, 0.01, DISK, adapters=adapters)
+    trained = sharded.Sharded(
+        small, layers, steps_per_shard=steps, weight_decay=0.01, files=DISK, adapters=adapters
+    )
     trained.begin()
     micro = partial(live_teacher.step_micro_batches, source, data, recipe)
     return trained.steps(
@@ -167,7 +169,15 @@ def ours(
         load.open_checkpoint(teacher), 0 if way == "sharded" else None
     )
     with tempfile.TemporaryDirectory() as temp:
-        taken = begun(way, source, load.open_checkpoint(student), data, windows, steps, Path(temp))
+        taken = begun(
+            way,
+            source,
+            small=load.open_checkpoint(student),
+            data=data,
+            windows=windows,
+            steps=steps,
+            temp=Path(temp),
+        )
         yield from ((s.seconds, s.peak_bytes) for s in taken)
 
 
@@ -182,9 +192,15 @@ def cell(work: str, steps: int) -> dict[str, Any]:
             teacher, student, [mx.array(data.tokens[i * windows :][:windows]) for i in range(steps)]
         )
     elif way == "mlx_lm.lora":
-        timed = mlx_lm_lora(student, data, windows, steps, Path(place) / "adapters.safetensors")
+        timed = mlx_lm_lora(
+            student,
+            data,
+            windows=windows,
+            steps=steps,
+            adapters=Path(place) / "adapters.safetensors",
+        )
     else:
-        timed = ours(way, teacher, student, data, windows, steps)
+        timed = ours(way, teacher, student=student, data=data, windows=windows, steps=steps)
     seconds, peaks = zip(*timed, strict=True)
     return {"seconds": seconds, "peak_bytes": max(peaks)}
 
@@ -275,7 +291,7 @@ def main(s: Settings) -> None:
             if not (place := Path(temp) / "models").exists():
                 models(place)
             noted += busy(f"{name}, round {number + 1}")
-            one = measured(s, place, way, windows, length)
+            one = measured(s, place, way=way, windows=windows, length=length)
             cli.say(f"{name}: {one}")
             cells[name] = {
                 **{key: min(value, known.get(key, value)) for key, value in one.items()},

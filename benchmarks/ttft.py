@@ -128,7 +128,7 @@ def main(s: Settings) -> None:
         at = Roof(**before["roof"]) if "roof" in before else rates.measure_roof()
         for length in todo:
             before = laboratory.busy("before")
-            made = row(length, subjects, models, at, s)
+            made = row(length, subjects, models=models, at=at, s=s)
             rows[length] = {
                 **made,
                 "git": laboratory.version(),

@@ -141,7 +141,7 @@ def main(s: Settings) -> None:
     model = load.resident(teacher, mx.float32)
     needed = vocabulary.needed(tokens, teacher.path)
     weight = model.model.embed_tokens.weight
-    ways = weights(s, teacher, tokenizer, train, len(weight))
+    ways = weights(s, teacher, tokenizer=tokenizer, train=train, count=len(weight))
     with tempfile.TemporaryDirectory() as place:
         read = texts(s, Path(place))
     whole = {what: bits_per_byte(model, tokenizer, text) for what, text in read.items()}

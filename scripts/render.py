@@ -94,7 +94,14 @@ def throughput(found: Found) -> str:
             label = {n: f"{n}, {fixed[n]['format']}" for n in measured}
             names += label.values()
             rows += [
-                Row(label[r.model], r.metric, r.value, r.low, r.high, r.n)
+                Row(
+                    model=label[r.model],
+                    metric=r.metric,
+                    value=r.value,
+                    low=r.low,
+                    high=r.high,
+                    n=r.n,
+                )
                 for r in rounds.rows(fixed, measured)
             ]
     given = found["given"]

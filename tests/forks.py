@@ -219,7 +219,7 @@ def start(
 ) -> Fork | subprocess.Popen[str]:
     """`python argv`, under way: a fork on Linux, a process elsewhere."""
     if sys.platform == "linux":
-        return Fork(argv, env, cwd, stdin, stdout, stderr)
+        return Fork(argv, env, cwd=cwd, stdin=stdin, stdout=stdout, stderr=stderr)
     line = [sys.executable, *map(str, argv)]
     all_env = {**env, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
@@ -231,7 +231,9 @@ def run(
     argv: Sequence[object], env: Mapping[str, str], cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """`python argv` to its end."""
-    process = start(argv, env, cwd, subprocess.DEVNULL, subprocess.PIPE, subprocess.PIPE)
+    process = start(
+        argv, env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     said = process.communicate()
     return subprocess.CompletedProcess(process.args, process.wait(), *said)
 

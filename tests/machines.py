@@ -122,7 +122,12 @@ def distilled(
     model = load.resident(student, mx.float32)
     optimizer = GuardedAdamW()
     source = live_teacher.StreamedTeacher(teacher, shares=shares)
-    return _learned(model, list(live_teacher.steps(model, source, uneven(24), RECIPE, optimizer)))
+    return _learned(
+        model,
+        list(
+            live_teacher.steps(model, source, data=uneven(24), recipe=RECIPE, optimizer=optimizer)
+        ),
+    )
 
 
 def tuned(student: Checkpoint) -> dict[str, np.ndarray]:
@@ -137,7 +142,15 @@ def tuned(student: Checkpoint) -> dict[str, np.ndarray]:
     batches = partial(rows.micro_batches, text, five)
     return _learned(
         model,
-        list(train_loop.train(model, batches, partial(rows.loss, text, False), optimizer, RECIPE)),
+        list(
+            train_loop.train(
+                model,
+                batches,
+                loss=partial(rows.loss, text, False),
+                optimizer=optimizer,
+                recipe=RECIPE,
+            )
+        ),
     )
 
 
@@ -173,7 +186,9 @@ def calibrated(teacher: Checkpoint, shares: Sequence[int] = ()) -> dict[str, np.
         else distributed.shard(readings)
     )
     own = (
-        pipeline_parallel.Relay(teacher, policy.compute_dtype(teacher), 0, False, shares)
+        pipeline_parallel.Relay(
+            teacher, policy.compute_dtype(teacher), room_bytes=0, direct=False, shares=shares
+        )
         if shares
         else None
     )

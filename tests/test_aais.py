@@ -149,7 +149,10 @@ def test_a_hot_machine_is_said_to_be_hot(
 ) -> None:
     """Times taken on a die above 80 °C carry a flag in the JSON."""
     monkeypatch.setattr(
-        "mis_mlx.hardware.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given")
+        "mis_mlx.hardware.rates.measure_roof",
+        lambda: Roof(
+            device="this one", threads="1", memory_bytes_per_s=1e9, flops_per_s=1e9, source="given"
+        ),
     )
     header, *records = HALNY.read_text().splitlines()
     hottest = max(records, key=lambda line: max(value for _, value in json.loads(line)["hid"]))

@@ -45,7 +45,10 @@ def measured_roof(
     """
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr(
-        "mis_mlx.hardware.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given")
+        "mis_mlx.hardware.rates.measure_roof",
+        lambda: Roof(
+            device="this one", threads="1", memory_bytes_per_s=1e9, flops_per_s=1e9, source="given"
+        ),
     )
     yield
 
@@ -121,16 +124,16 @@ def test_the_roof_by_pencil(llama: Checkpoint) -> None:
     GB/s.
     """
     r = Request(8, 4)
-    at = Roof("d", "", 1e9, 1e15, "given")
+    at = Roof(device="d", threads="", memory_bytes_per_s=1e9, flops_per_s=1e15, source="given")
     (nbytes, _), _ = rounds.moved(llama, 1_000_000, r)
     assert nbytes == 1_000_000 + 10 * 3 * 2 * 32 * 4
-    found = rounds.beside(llama, 1_000_000, r, at, 500.0)
+    found = rounds.beside(llama, 1_000_000, r=r, at=at, tps=500.0)
     assert found["bound"] == "memory bandwidth"
     assert found["decode_best_tps"] == pytest.approx(1e9 / nbytes)
     assert found["reached"] == pytest.approx(500 * nbytes / 1e9)
     # arithmetic is the limit: 2 operations a parameter of blocks and head
-    slow = Roof("d", "", 1e15, 1e6, "given")
-    assert rounds.beside(llama, 1_000_000, r, slow, 1.0)["bound"] == "arithmetic"
+    slow = Roof(device="d", threads="", memory_bytes_per_s=1e15, flops_per_s=1e6, source="given")
+    assert rounds.beside(llama, 1_000_000, r=r, at=slow, tps=1.0)["bound"] == "arithmetic"
     params = sum(t.nbytes for t in llama.tensors.values()) // 4
     assert rounds.moved(llama, 0, r)[0][1] == pytest.approx(2 * params, rel=0.02)
     # An M1 is computed: floats in float16, two bytes a parameter, and the keys of 10 tokens, over
@@ -198,7 +201,9 @@ def test_measure_interleaves_what_fits_and_not_what_does_not(
     monkeypatch.setattr(rounds, "trial", noted)
     for limit, wanted in ((10**9, "abababab"), (0, "aaaabbbb")):
         order.clear()
-        rows = bench.measure({"a": llama.path, "b": llama.path}, 4, 2, 3, limit)
+        rows = bench.measure(
+            {"a": llama.path, "b": llama.path}, 4, tokens=2, count=3, limit_bytes=limit
+        )
         assert "".join(order) == wanted
         assert [(r.model, r.metric, r.value) for r in rows[:2]] == [
             ("a", "ttft_ms", 1000.0),

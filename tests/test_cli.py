@@ -277,7 +277,11 @@ def test_table_by_pencil() -> None:
     """One line a metric, one column a model; half the interval after ±; a metric nobody has is left
     out.
     """
-    rows = [Row("a", "nll", 2.5, 2.4, 2.6, 9), Row("b", "nll", 3.0), Row("b", "kl", 0.25)]
+    rows = [
+        Row(model="a", metric="nll", value=2.5, low=2.4, high=2.6, n=9),
+        Row("b", "nll", 3.0),
+        Row("b", "kl", 0.25),
+    ]
     assert text.table(
         rows, ["a", "b"], {"nll": ("loss", ".2f"), "kl": ("KL", ".1f"), "x": ("X", ".0f")}
     ) == ("| | a | b |\n|---|---:|---:|\n| loss | 2.50 ± 0.10 | 3.00 |\n| KL | – | 0.2 |")
@@ -290,7 +294,16 @@ def test_progress_is_quiet_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
             show(
                 number,
                 text.step_text(
-                    Step(number, 2.5, 1.0, 1e-3, 500, 2.0, 3 * 2**20, "clipped 9.0 to 4.0")
+                    Step(
+                        number=number,
+                        loss=2.5,
+                        grad_norm=1.0,
+                        learning_rate=1e-3,
+                        tokens=500,
+                        seconds=2.0,
+                        peak_bytes=3 * 2**20,
+                        note="clipped 9.0 to 4.0",
+                    )
                 ),
             )
     shown = capsys.readouterr()
@@ -302,7 +315,15 @@ def test_progress_is_quiet_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_step_beside_what_was_planned() -> None:
     """Speed and memory beside what was planned and allowed."""
-    step = Step(3, 2.5, 1.0, 1e-3, 500, 2.0, 3 * 2**20)
+    step = Step(
+        number=3,
+        loss=2.5,
+        grad_norm=1.0,
+        learning_rate=1e-3,
+        tokens=500,
+        seconds=2.0,
+        peak_bytes=3 * 2**20,
+    )
     assert text.step_text(step, 6 * 2**20, 300.0) == "loss 2.500  250 of 300 tok/s  3 MiB of 6 MiB"
 
 

@@ -21,7 +21,13 @@ def outcome(task: str = "sums", chance: float = 0.5, **right: int) -> Outcome:
     """A task of 100 questions, the first `right` of which each model answers."""
     marks = {name: (np.arange(N) < count).astype(float) for name, count in right.items()}
     return Outcome(
-        task, "made for a test", marks, np.full(N, chance), (0.5, "option 1"), (0, N), "0" * 64
+        task=task,
+        about="made for a test",
+        marks=marks,
+        chance=np.full(N, chance),
+        constant=(0.5, "option 1"),
+        overlap=(0, N),
+        sha256="0" * 64,
     )
 
 
@@ -140,7 +146,14 @@ def test_contamination_is_counted() -> None:
     """How many, of how many, in which task."""
     o = outcome(teacher=90, student=70)
     assert "none of 100 shares 13 words in a row" in markdown([o])
-    shared = Outcome(o.task, o.about, o.marks, o.chance, o.constant, (7, 90))
+    shared = Outcome(
+        task=o.task,
+        about=o.about,
+        marks=o.marks,
+        chance=o.chance,
+        constant=o.constant,
+        overlap=(7, 90),
+    )
     assert "7 of 90 in sums share 13 words in a row" in markdown([shared])
     assert "Contamination" not in markdown([Outcome(o.task, o.about, o.marks, o.chance)])
     assert o.json()["contamination"] == {"shared": 0, "looked_up": 100}

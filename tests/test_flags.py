@@ -252,7 +252,14 @@ def test_a_parent_that_is_missing_is_made(
 ) -> None:
     """`quantize` spools beside its result, in a folder that is not there yet."""
     out = tmp_path / "new" / "deep" / "four"
-    stage.quantize(llama.path, out, QuantizationConfig(target_bpw=None), DISK, batches, 0)
+    stage.quantize(
+        llama.path,
+        out,
+        how=QuantizationConfig(target_bpw=None),
+        files=DISK,
+        batches=batches,
+        held=0,
+    )
     assert [p.name for p in out.parent.iterdir()] == ["four"]
 
 

@@ -42,7 +42,11 @@ def test_argv_folder_environment_and_exit_code(own_home: dict[str, str], tmp_pat
 def test_a_signal_is_its_end(own_home: dict[str, str], number: int) -> None:
     """The code is minus its number; SIGINT raises KeyboardInterrupt."""
     process = forks.start(
-        ["-c", "print(1, flush=True); input()"], own_home, None, subprocess.PIPE, subprocess.PIPE
+        ["-c", "print(1, flush=True); input()"],
+        own_home,
+        cwd=None,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     assert process.stdout and process.stdout.readline() == "1\n" and process.poll() is None
     with pytest.raises(subprocess.TimeoutExpired):

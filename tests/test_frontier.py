@@ -120,7 +120,7 @@ def test_another_models_loss_by_hand(
         teacher = llama
 
     run: Any = Run()
-    c = candidates.Candidates(run, data, ranking, judging, None)
+    c = candidates.Candidates(run=run, data=data, ranking=ranking, judging=judging, settings=None)
     assert c.answers is None
     values = comparison.compare({"teacher": llama, "other": other}, ranking)
     nats = {

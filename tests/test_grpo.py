@@ -221,7 +221,14 @@ def sampler(
     tokenizer = load.tokenizer(checkpoint.path)
     prompts = [mlx_generate.encode(tokenizer, q) for q in QUESTIONS]
     rows = [{"prompt": q, "answer": "1"} for q in QUESTIONS]
-    made = training.Sampler(settings, model, rows, prompts, tokenizer, functions)
+    made = training.Sampler(
+        settings=settings,
+        model=model,
+        rows=rows,
+        prompts=prompts,
+        tokenizer=tokenizer,
+        functions=functions,
+    )
     own = {name: changes.pop(name) for name in list(changes) if name in vars(made)}
     return replace(made, settings=replace(settings, **changes), **own)
 
@@ -240,7 +247,11 @@ def test_the_reference_is_the_model_as_it_was(llama: Checkpoint, folder: Path) -
     found = [
         next(
             train_loop.train(
-                made.model, lambda _, p=parts: p, made.settings.loss, GuardedAdamW(), still
+                made.model,
+                lambda _, p=parts: p,
+                loss=made.settings.loss,
+                optimizer=GuardedAdamW(),
+                recipe=still,
             )
         )
         for parts in (sampled, plain)
@@ -280,7 +291,9 @@ def test_learning_begins_at_exactly_zero(
 
     monkeypatch.setattr(nn, "value_and_grad", lambda model, work: lambda *a: (work(*a), still))
     still = tree_map(mx.zeros_like, made.model.trainable_parameters())
-    (_,) = training.train(made.model, lambda _: (apart, facts), loss, GuardedAdamW(), s)
+    (_,) = training.train(
+        made.model, lambda _: (apart, facts), loss=loss, optimizer=GuardedAdamW(), s=s
+    )
     assert len(seen) == iterations * len(apart)
     for old, b, advantage, total, clipped in seen[: len(apart)]:
         assert old is None and clipped == 0.0

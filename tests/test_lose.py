@@ -76,7 +76,7 @@ def test_the_smallest_is_the_smallest_of_all(lose: float) -> None:
     sizes = shape_search.axis_sizes(SMOLLM2, EVERY, (24_576, 36_864))
     sizes = {axis: values[-3:] for axis, values in sizes.items()}
     shapes = list(shape_search.shapes(SMOLLM2, sizes))
-    best = shape_search.smallest(SMOLLM2, shapes, losses, lose, [])
+    best = shape_search.smallest(SMOLLM2, shapes, losses=losses, lose=lose, within=[])
 
     # Heads have no point, so they seem to cost nothing.
     tried = list[tuple[float, Choice]]()
@@ -98,10 +98,10 @@ def test_other_limits_hold_beside_it() -> None:
     sizes = shape_search.axis_sizes(SMOLLM2, EVERY, (24_576, 36_864))
     shapes = list(shape_search.shapes(SMOLLM2, sizes))
     most = limits.params_limit(SMOLLM2, "0.9x")
-    found = shape_search.smallest(SMOLLM2, shapes, losses, 0.3, [most])
+    found = shape_search.smallest(SMOLLM2, shapes, losses=losses, lose=0.3, within=[most])
     assert found and all(most.cost(*choice) <= most.most for choice in found)
     assert not shape_search.smallest(
-        SMOLLM2, shapes, losses, 0.3, [limits.bytes_limit(SMOLLM2, "20MB")]
+        SMOLLM2, shapes, losses=losses, lose=0.3, within=[limits.bytes_limit(SMOLLM2, "20MB")]
     )
 
 

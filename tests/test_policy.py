@@ -141,7 +141,9 @@ def test_a_token_by_pencil() -> None:
         (1.0, [-1.28, -0.5], [1.0, 0.0]),
         (-1.0, [1.5, 0.8], [0.0, 1.0]),
     ):
-        losses, held = policy.token_losses(new, old, mx.array([advantage]), 0.2, 0.28)
+        losses, held = policy.token_losses(
+            new, old, advantage=mx.array([advantage]), epsilon=0.2, epsilon_high=0.28
+        )
         assert np.array(losses)[0] == pytest.approx(wanted) and held.tolist() == [clipped]
 
 
@@ -153,10 +155,22 @@ def test_kl_is_k3_and_never_negative() -> None:
     zero = mx.zeros((1,))
     ref = mx.full((1, 1), math.log(2))
     k3 = 0.5 * (2 - math.log(2) - 1)
-    assert policy.token_losses(same, same, zero, 0.2, 0.2, ref, 0.5)[0].item() == pytest.approx(k3)
-    assert policy.token_losses(same, same, zero, 0.2, 0.2, same, 0.5)[0].item() == 0.0
+    assert policy.token_losses(
+        same, same, advantage=zero, epsilon=0.2, epsilon_high=0.2, reference=ref, beta=0.5
+    )[0].item() == pytest.approx(k3)
+    assert (
+        policy.token_losses(
+            same, same, advantage=zero, epsilon=0.2, epsilon_high=0.2, reference=same, beta=0.5
+        )[0].item()
+        == 0.0
+    )
     broken = mx.full((1, 1), math.nan)
-    assert policy.token_losses(same, same, zero, 0.2, 0.2, broken, 0.0)[0].item() == 0.0
+    assert (
+        policy.token_losses(
+            same, same, advantage=zero, epsilon=0.2, epsilon_high=0.2, reference=broken, beta=0.0
+        )[0].item()
+        == 0.0
+    )
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,12 @@ def test_log_probabilities_in_chunks_are_those_of_the_whole(
     for one, other in zip(wanted[1], got[1], strict=True):
         assert mx.allclose(one, other, rtol=1e-4, atol=1e-5)
     frozen = mx.grad(
-        lambda h: (token_logps(h, head, targets, temperature, True, rows) * weights).sum()
+        lambda h: (
+            token_logps(
+                h, head, targets=targets, temperature=temperature, frozen_head=True, rows=rows
+            )
+            * weights
+        ).sum()
     )(hidden)
     assert mx.allclose(frozen, wanted[1][0], rtol=1e-4, atol=1e-5)
 

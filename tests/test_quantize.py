@@ -86,7 +86,9 @@ def test_gptq_on_fewer_windows_in_memory_gives_the_same_bits(
     """Hidden states of one window in memory, of three in a file without a name."""
     batches = [mx.random.randint(0, 512, (1, 32), key=mx.random.key(k)) for k in range(4)]
     for name, held in (("all", 4), ("one", 1)):
-        stage.quantize(llama.path, tmp_path / name, FOUR, DISK, batches, held)
+        stage.quantize(
+            llama.path, tmp_path / name, how=FOUR, files=DISK, batches=batches, held=held
+        )
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("all", "one")]
     assert files[0] == files[1] and len(list(tmp_path.iterdir())) == 2
 
@@ -136,7 +138,9 @@ def test_gptq_stays_under_the_plan(tmp_path: Path, kind: tuple[int, str]) -> Non
     }
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m", dtype=dtype, **sizes))
     batches = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
-    planned = compression_size.quantize(estimates.model_of(checkpoint), FOUR, 6, 64, GIB)
+    planned = compression_size.quantize(
+        estimates.model_of(checkpoint), FOUR, windows=6, length=64, limit=GIB
+    )
     assert planned.held_tokens == 6 * 64 and planned.spooled_bytes == 0
     mx.eval(batches)
     mx.clear_cache()
@@ -145,7 +149,9 @@ def test_gptq_stays_under_the_plan(tmp_path: Path, kind: tuple[int, str]) -> Non
     tracemalloc.start()
     with memory.limited(Budget(before + planned.peak_bytes)):
         mx.set_cache_limit(0)
-        stage.quantize(checkpoint.path, tmp_path / "q4", FOUR, DISK, batches, 6)
+        stage.quantize(
+            checkpoint.path, tmp_path / "q4", how=FOUR, files=DISK, batches=batches, held=6
+        )
     peak = mx.get_peak_memory() - before + tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert planned.peak_bytes / 4 < peak < planned.peak_bytes, (
@@ -160,15 +166,17 @@ def test_the_plan_of_gptq_by_pencil() -> None:
     gate and up.
     """
     m = estimates.model_of(tiny.CONFIG, gpu=False)
-    plain = compression_size.quantize(m, NEAREST, 0, 32, GIB)
-    planned = compression_size.quantize(m, FOUR, 4, 32, GIB)
-    without = estimates.streamed_pass("", m, 128, 32, 32, GIB, head=False)
+    plain = compression_size.quantize(m, NEAREST, windows=0, length=32, limit=GIB)
+    planned = compression_size.quantize(m, FOUR, windows=4, length=32, limit=GIB)
+    without = estimates.streamed_pass(
+        "", m, tokens=128, micro_tokens=32, length=32, limit_bytes=GIB, head=False
+    )
     arrays = 8 * (3 * 64**2 + 768**2) + 40 * 768**2 + 28 * 64 * 2 * 768
     assert planned.peak_bytes == without.peak_bytes + arrays and planned.flops > 2 * without.flops
     assert plain.peak_bytes < planned.peak_bytes and (plain.flops, plain.held_tokens) == (0, 0)
     assert (planned.read_bytes, planned.written_bytes) == (plain.read_bytes, plain.written_bytes)
     # every hidden state spooled: written by each block, read twice
-    poor = compression_size.quantize(m, FOUR, 4, 32, 0)
+    poor = compression_size.quantize(m, FOUR, windows=4, length=32, limit=0)
     assert poor.written_bytes - plain.written_bytes == 4 * 128 * 64 * 4
     assert poor.read_bytes - plain.read_bytes == 2 * 4 * 128 * 64 * 4
 
@@ -252,7 +260,10 @@ def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
         save_every=2,
         rounding=how,
     )
-    planned = compression_size.quantize(m, how, 6, 64, GIB), phases.tune(job, 1, GIB, 2)
+    planned = (
+        compression_size.quantize(m, how, windows=6, length=64, limit=GIB),
+        phases.tune(job, 1, GIB, 2),
+    )
     text = Windows(np.concatenate([np.array(b) for b in batches]), np.ones((6, 64), np.float32))
 
     def tune() -> None:
@@ -262,7 +273,12 @@ def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
 
     for phase, work in zip(
         planned,
-        (lambda: stage.quantize(checkpoint.path, tmp_path / "q4", how, DISK, batches, 6), tune),
+        (
+            lambda: stage.quantize(
+                checkpoint.path, tmp_path / "q4", how=how, files=DISK, batches=batches, held=6
+            ),
+            tune,
+        ),
         strict=True,
     ):
         mx.clear_cache()

@@ -222,9 +222,9 @@ def follow(recipe: Recipe, place: Path, env: Mapping[str, str], teacher: Path, t
         run(
             [*argv, *changed(name, flags, teacher, text), *more],
             n,
-            place,
-            env,
-            out if stopped else None,
+            place=place,
+            env=env,
+            out=out if stopped else None,
         )
 
 
@@ -243,7 +243,7 @@ def test_a_recipe_works(
     """Every command ends well, every file and folder that the page names is there, and a model
     folder opens.
     """
-    follow(recipe, place, env, teacher, text_folder)
+    follow(recipe, place, env=env, teacher=teacher, text=text_folder)
     for name in recipe.promised:
         assert (place / name).exists(), (
             f"{PAGE.name}, {recipe.title!r}: {name} was promised, and is not there"
@@ -265,7 +265,7 @@ def test_a_recipe_that_does_not_work_fails(
     for line in ("scripts/mis prune --no-such-flag", "cat nothing"):
         (bad,) = recipes(page.format(line))
         with pytest.raises((AssertionError, subprocess.CalledProcessError)):
-            follow(bad, place, env, teacher, text_folder)
+            follow(bad, place, env=env, teacher=teacher, text=text_folder)
     for text in ("## How?\n\n**Result:** `x/`.\n", "## How?\n\n```sh\nls\n```\n"):
         with pytest.raises(AssertionError, match="How"):
             list(recipes(text))

@@ -56,7 +56,14 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MIS_MLX_CACHE", str(root / "cache"))
         patch.setattr(
-            "mis_mlx.hardware.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given")
+            "mis_mlx.hardware.rates.measure_roof",
+            lambda: Roof(
+                device="this one",
+                threads="1",
+                memory_bytes_per_s=1e9,
+                flops_per_s=1e9,
+                source="given",
+            ),
         )
         patch.syspath_prepend(ROOT / "benchmarks")
         patch.syspath_prepend(ROOT / "scripts")

@@ -194,9 +194,24 @@ def test_memory_is_limited(tmp_path: Path) -> None:
     """
     path = tmp_path / "hungry.py"
     path.write_text("def f(size):\n    return len(bytearray(size))\n")
-    assert child_process.ask(str(path), "f", {"size": 2**20}, 10.0, rewards.MEMORY_BYTES) == 2**20
+    assert (
+        child_process.ask(
+            str(path),
+            "f",
+            arguments={"size": 2**20},
+            seconds=10.0,
+            memory_bytes=rewards.MEMORY_BYTES,
+        )
+        == 2**20
+    )
     with pytest.raises(child_process.NoAnswer, match="MemoryError"):
-        child_process.ask(str(path), "f", {"size": 2**32}, 10.0, rewards.MEMORY_BYTES)
+        child_process.ask(
+            str(path),
+            "f",
+            arguments={"size": 2**32},
+            seconds=10.0,
+            memory_bytes=rewards.MEMORY_BYTES,
+        )
 
 
 HUNGRY = """
@@ -221,13 +236,34 @@ def test_a_watchdog_limits_memory_where_the_kernel_does_not(tmp_path: Path) -> N
     with pytest.raises(
         child_process.NoAnswer, match=r"MemoryError: it holds .*, 200 MiB are allowed"
     ):
-        child_process.ask(str(tmp_path / "f.py"), "another", {}, 60.0, 200 * 2**20, watched=True)
+        child_process.ask(
+            str(tmp_path / "f.py"),
+            "another",
+            arguments={},
+            seconds=60.0,
+            memory_bytes=200 * 2**20,
+            watched=True,
+        )
     assert (
-        child_process.ask(str(tmp_path / "f.py"), "modest", {}, 60.0, 200 * 2**20, watched=True)
+        child_process.ask(
+            str(tmp_path / "f.py"),
+            "modest",
+            arguments={},
+            seconds=60.0,
+            memory_bytes=200 * 2**20,
+            watched=True,
+        )
         == 2**25
     )
     with pytest.raises(child_process.NoAnswer, match="no answer in 1 s"):
-        child_process.ask(str(tmp_path / "f.py"), "itself", {}, 1.0, 2**40, watched=True)
+        child_process.ask(
+            str(tmp_path / "f.py"),
+            "itself",
+            arguments={},
+            seconds=1.0,
+            memory_bytes=2**40,
+            watched=True,
+        )
 
 
 def test_what_a_function_starts_ends_with_it(tmp_path: Path) -> None:

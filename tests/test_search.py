@@ -193,7 +193,9 @@ def test_the_score_is_that_of_a_student_by_hand(
     statistics, _ = calibrate.calibrate(teacher, windows)
     how = select.PruningConfig(scenario="none", importance="rms", **cut)
     shape, keep = select.select_units(dict(teacher.config), statistics, how)
-    slicing.write_student(teacher, shape, keep, tmp_path / "s", "bfloat16", DISK)
+    slicing.write_student(
+        teacher, shape, keep=keep, out=tmp_path / "s", dtype="bfloat16", files=DISK
+    )
     student = load.open_checkpoint(tmp_path / "s")
     nats = bit_allocation.costs(teacher, windows, 64, rounding.BITS)
     costs = {}
@@ -290,7 +292,12 @@ def test_sensitivity_keeps_to_the_plan_of_its_own(
         run: Any = SimpleNamespace(teacher=llama, folder=place, files=DISK, plan=plan, recipe=asked)
         run.pick = lambda *_: windows
         nothing: Any = None
-        assert Candidates(run, nothing, nothing, nothing, nothing).sensitivity == {}
+        assert (
+            Candidates(
+                run=run, data=nothing, ranking=nothing, judging=nothing, settings=nothing
+            ).sensitivity
+            == {}
+        )
     assert seen[0] is None and isinstance(seen[1], Spool)
 
 

@@ -74,12 +74,22 @@ def test_texts_are_the_models_own(llama: Checkpoint, anything_goes: None, tmp_pa
     model, tokenizer = mlx_generate.open_model(llama.path)
     (tmp_path / "openings.txt").write_text("A shepherd\n")
     asked = synthesize.Settings(openings=str(tmp_path / "openings.txt"), max_tokens=24, seed=5)
-    first = [synthesize.write(asked, model, tokenizer, batch, 4) for batch in range(3)]
-    assert synthesize.write(asked, model, tokenizer, 1, 4) == first[1] != first[0]
+    first = [
+        synthesize.write(asked, model, tokenizer=tokenizer, batch=batch, at_once=4)
+        for batch in range(3)
+    ]
+    assert (
+        synthesize.write(asked, model, tokenizer=tokenizer, batch=1, at_once=4)
+        == first[1]
+        != first[0]
+    )
     written = [*first[0], *first[1], *first[2]]
     assert len(written) == 12 and sum(row["text"].startswith("A shepherd") for row in written) == 6
     sure = replace(asked, temp=0.0)
-    texts = [row.get("text", "") for row in synthesize.write(sure, model, tokenizer, 0, 4)]
+    texts = [
+        row.get("text", "")
+        for row in synthesize.write(sure, model, tokenizer=tokenizer, batch=0, at_once=4)
+    ]
     (greedy,) = {text for text in texts if text.startswith("A shepherd")}
     start = tokenizer.get_vocab().get(synthesize.DOCUMENT, tokenizer.bos_token_id)
     ids = [start, *tokenizer.encode("A shepherd", add_special_tokens=False)]
@@ -99,12 +109,19 @@ def test_a_streamed_model_writes_the_same(
     asked = synthesize.Settings(openings=str(tmp_path / "openings.txt"), max_tokens=24, temp=0.0)
     model, tokenizer = mlx_generate.open_model(llama.path)
     streamed = stream.Stream(llama, policy.compute_dtype(llama))
-    whole = synthesize.write(asked, model, tokenizer, 0, 8)
-    assert synthesize.write(asked, streamed, tokenizer, 0, 8) == whole and len(whole) == 8
+    whole = synthesize.write(asked, model, tokenizer=tokenizer, batch=0, at_once=8)
+    assert (
+        synthesize.write(asked, streamed, tokenizer=tokenizer, batch=0, at_once=8) == whole
+        and len(whole) == 8
+    )
     prompts = [[5], [7, 9, 11], [3, 4]]
-    free = streamed_decode.sampled(streamed, prompts, 8, (), partial(mx.argmax, axis=-1))
+    free = streamed_decode.sampled(
+        streamed, prompts, max_tokens=8, stop=(), draw=partial(mx.argmax, axis=-1)
+    )
     assert free == [list(mlx_generate.greedy(model, prompt, 8)) for prompt in prompts]
-    ended = streamed_decode.sampled(streamed, prompts, 8, {free[1][2]}, partial(mx.argmax, axis=-1))
+    ended = streamed_decode.sampled(
+        streamed, prompts, max_tokens=8, stop={free[1][2]}, draw=partial(mx.argmax, axis=-1)
+    )
     assert ended[1] == free[1][: free[1].index(free[1][2]) + 1]
 
 
@@ -136,7 +153,9 @@ def test_questions_are_asked_through_the_template(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     )
     model, tokenizer = mlx_generate.open_model(chat)
-    written = synthesize.write(synthesize.Settings(max_tokens=16), model, tokenizer, 0, 8)
+    written = synthesize.write(
+        synthesize.Settings(max_tokens=16), model, tokenizer=tokenizer, batch=0, at_once=8
+    )
     asked = [row for row in written if "prompt" in row]
     assert tokenizer.has_chat_template and len(asked) == 2 and len(written) == 8
     assert all(

@@ -215,36 +215,51 @@ BIASED = {**LLAMA, "attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 # the models of SpeakLeash and of PLLuM that are dense and speak only
 POLISH: dict[str, dict[str, Any]] = {
-    "Bielik-1.5B-v3": real(32, 1536, 8960, 12, 2, 32_000, **BIASED),
-    "Bielik-4.5B-v3": real(60, 2048, 11_008, 16, 2, 32_000, **BIASED),
-    "Bielik-7B-v0.1": real(32, 4096, 14_336, 32, 8, 32_000, rope_theta=1e4, sliding_window=4096),
+    "Bielik-1.5B-v3": real(32, 1536, ffn=8960, heads=12, kv_heads=2, vocab=32_000, **BIASED),
+    "Bielik-4.5B-v3": real(60, 2048, ffn=11_008, heads=16, kv_heads=2, vocab=32_000, **BIASED),
+    "Bielik-7B-v0.1": real(
+        32,
+        4096,
+        ffn=14_336,
+        heads=32,
+        kv_heads=8,
+        vocab=32_000,
+        rope_theta=1e4,
+        sliding_window=4096,
+    ),
     # Its published count of parameters is that of 32,000 rows, not of the 32,128 of the model it
     # was cut from.
-    "Bielik-Minitron-7B-v3": real(40, 4096, 11_264, 32, 8, 32_000, sliding_window=None),
-    "Bielik-11B-v3": real(50, 4096, 14_336, 32, 8, 32_128, sliding_window=None),
+    "Bielik-Minitron-7B-v3": real(
+        40, 4096, ffn=11_264, heads=32, kv_heads=8, vocab=32_000, sliding_window=None
+    ),
+    "Bielik-11B-v3": real(
+        50, 4096, ffn=14_336, heads=32, kv_heads=8, vocab=32_128, sliding_window=None
+    ),
     "Llama-PLLuM-8B": real(
         32,
         4096,
-        14_336,
-        32,
-        8,
-        128_256,
+        ffn=14_336,
+        heads=32,
+        kv_heads=8,
+        vocab=128_256,
         **LLAMA,
         attention_bias=False,
         mlp_bias=False,
         rope_theta=5e5,
         rope_scaling={**LLAMA3, "original_max_position_embeddings": 8192},
     ),
-    "PLLuM-12B": real(40, 5120, 14_336, 32, 8, 131_072, head_dim=128, sliding_window=None),
+    "PLLuM-12B": real(
+        40, 5120, ffn=14_336, heads=32, kv_heads=8, vocab=131_072, head_dim=128, sliding_window=None
+    ),
 }
 PHI: dict[str, dict[str, Any]] = {  # microsoft's, but for the factors, which are as many
     name: real(
         32,
         3072,
-        8192,
-        heads,
-        kv_heads,
-        vocab,
+        ffn=8192,
+        heads=heads,
+        kv_heads=kv_heads,
+        vocab=vocab,
         model_type="phi3",
         architectures=["Phi3ForCausalLM"],
         rope_theta=1e4,

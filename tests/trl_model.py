@@ -35,7 +35,9 @@ def checkpoint(found: dict[str, np.ndarray], role: str, folder: Path) -> Checkpo
         for name, a in found.items()
         if name.startswith(prefix)
     }
-    model_writer.write_model(config, take.__getitem__, folder.parent, folder, "float32", DISK)
+    model_writer.write_model(
+        config, take.__getitem__, source=folder.parent, out=folder, dtype="float32", files=DISK
+    )
     return load.open_checkpoint(folder)
 
 

@@ -77,7 +77,9 @@ def fisher(
             (block[part] if part else block)[name] = gated[axis]
 
         def each(inputs: BlockInputs, above: BlockOutputs) -> BlockInputs:
-            below, squares = _back(args, block, gated, shape, inputs.hidden, above.hidden)
+            below, squares = _back(
+                args, block, gated=gated, shape=shape, x=inputs.hidden, above=above.hidden
+            )
             for axis, square in squares.items():
                 key = (-1, "hidden") if axis.startswith("norm") else (i, axis)
                 found[key] = found.get(key, 0.0) + np.array(square, np.float64) / (2 * len(batches))
@@ -85,7 +87,7 @@ def fisher(
 
         return lambda inputs, above: [each(*of) for of in zip(inputs, above, strict=True)]
 
-    backwards(checkpoint, batches, visit, seed, kept)
+    backwards(checkpoint, batches, visit=visit, seed=seed, kept=kept)
     return found
 
 

@@ -157,11 +157,19 @@ def train(
             refitted = dict[str, mx.array]()
             if repair:
                 refitted["mlp.down_proj.weight"], left = reconstruct.refit(
-                    small, block, own, target, [0] * len(own), columns
+                    small, block, hidden=own, target=target, kinds=[0] * len(own), columns=columns
                 )
                 note += f": closed form left {left:.0%} of the error held out"
             begun = streams.held_out(block, small.args)
-            yield from _steps(block, small.args, streams, recipe, own_share, j * recipe.iters, note)
+            yield from _steps(
+                block,
+                small.args,
+                streams=streams,
+                recipe=recipe,
+                own_share=own_share,
+                first=j * recipe.iters,
+                note=note,
+            )
             # from disk: no second copy of a block waits meanwhile
             if streams.held_out(block, small.args) > begun:
                 cli.say(
@@ -206,7 +214,11 @@ def _steps(
     optimizer = GuardedAdamW(weight_decay=recipe.weight_decay)
     cut = partial(streams.micro_batches, recipe, own_share)
     for step in train_loop.train(
-        block, lambda n: cut(first + n), partial(error, args), optimizer, recipe
+        block,
+        lambda n: cut(first + n),
+        loss=partial(error, args),
+        optimizer=optimizer,
+        recipe=recipe,
     ):
         notes = "; ".join(filter(None, (note, step.note)))
         yield replace(

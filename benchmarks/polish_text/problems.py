@@ -123,7 +123,12 @@ def _sum(rng: random.Random, language: Language, most: int = 20) -> Problem:
     slips = [n for n in (result - 10, result - 1, result + 1, result + 10) if n >= 0]
     key = f"{min(a, b)}+{max(a, b)}" if plus else f"{a}−{b}"
     return Problem(
-        key, question, "number", f"{a} {sign} {b} = {result}", str(result), str(pick(rng, slips))
+        key=key,
+        question=question,
+        form="number",
+        working=f"{a} {sign} {b} = {result}",
+        answer=str(result),
+        wrong=str(pick(rng, slips)),
     )
 
 
@@ -171,7 +176,14 @@ def _bus(rng: random.Random, language: Language) -> Problem:
         answer = f"{Time(arrives)}"
         wrong = f"{Time(pick(rng, (arrives - every, leaves, comes + ride)))}"
     key = f"bus {first} {every} {number} {wait} {ride} {ask_wait}"
-    return Problem(key, story + asked, "amount" if ask_wait else "time", working, answer, wrong)
+    return Problem(
+        key=key,
+        question=story + asked,
+        form="amount" if ask_wait else "time",
+        working=working,
+        answer=answer,
+        wrong=wrong,
+    )
 
 
 def _recipe(rng: random.Random, language: Language) -> Problem:
@@ -200,7 +212,12 @@ def _recipe(rng: random.Random, language: Language) -> Problem:
     answer = f"{amount(after)} {unit}"
     wrong = f"{amount(pick(rng, (before, after + 1)))} {unit}"
     return Problem(
-        f"recipe {unit_en} {quarters} {before} {after}", question, "amount", working, answer, wrong
+        key=f"recipe {unit_en} {quarters} {before} {after}",
+        question=question,
+        form="amount",
+        working=working,
+        answer=answer,
+        wrong=wrong,
     )
 
 
@@ -288,7 +305,14 @@ def _logic(rng: random.Random, language: Language) -> Problem:
         form = "name"
         answer = came[ask]
         slip = pick(rng, [n for n in came if n != came[ask]])
-    return Problem(f"logic {puzzle_key(order, clues)} {ask}", question, form, working, answer, slip)
+    return Problem(
+        key=f"logic {puzzle_key(order, clues)} {ask}",
+        question=question,
+        form=form,
+        working=working,
+        answer=answer,
+        wrong=slip,
+    )
 
 
 KINDS: dict[str, Callable[[random.Random, Language], Problem]] = {

@@ -51,9 +51,13 @@ def test_streamed_gradients_are_resident_ones(
         heads = np.zeros(4)
         for b, tokens in enumerate(batches):
             key = mx.random.key(3 * len(batches) + b)
-            slopes = by_hand(models(kind), tokens, key, layer, "mlp", "down_proj")
+            slopes = by_hand(
+                models(kind), tokens, key=key, layer=layer, part="mlp", name="down_proj"
+            )
             neurons += np.square(slopes).mean(axis=0) / 4  # half of the mean over two batches
-            slopes = by_hand(models(kind), tokens, key, layer, "self_attn", "o_proj")
+            slopes = by_hand(
+                models(kind), tokens, key=key, layer=layer, part="self_attn", name="o_proj"
+            )
             heads += np.square(slopes.reshape(len(slopes), 4, -1).sum(axis=-1)).mean(axis=0) / 4
         close = near(1e-3, 0.05)  # float32, two orders of sums; or half precision against it
         np.testing.assert_allclose(found[layer, "ffn"], neurons, rtol=close, atol=near(1e-9, 1e-6))

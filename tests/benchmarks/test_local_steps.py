@@ -142,12 +142,22 @@ def test_every_step_is_the_one_by_hand(
     in.
     """
     pruned, keep = student(llama, cut, tmp_path)
-    steps = list(begin(llama, pruned, keep, windows, tmp_path, own_share=own_share, repair=False))
+    steps = list(
+        begin(
+            llama,
+            pruned,
+            keep=keep,
+            windows=windows,
+            root=tmp_path,
+            own_share=own_share,
+            repair=False,
+        )
+    )
 
     def pick(step: int, k: int) -> bool:
         return bool(np.random.default_rng([RECIPE.seed, step, 2]).random(2)[k] < own_share)
 
-    assert weights(tmp_path) == by_hand(llama, pruned, keep, windows, pick)
+    assert weights(tmp_path) == by_hand(llama, pruned, keep=keep, windows=windows, pick=pick)
     assert [s.number for s in steps] == list(range(1, 3 * len(keep.layers) + 1))
     assert {s.tokens for s in steps} == {64}
     assert steps[3].note == f"block 2 of {len(keep.layers)}"
@@ -160,7 +170,7 @@ def test_the_loss_is_the_error_per_token(
     one.
     """
     pruned, keep = student(llama, "ffn", tmp_path)
-    step = next(begin(llama, pruned, keep, windows, tmp_path, repair=False))
+    step = next(begin(llama, pruned, keep=keep, windows=windows, root=tmp_path, repair=False))
     both = []
     for checkpoint in (llama, pruned):
         source = stream.Stream(checkpoint, mx.float32)
@@ -184,10 +194,27 @@ def test_the_error_falls_in_every_block(
     windows = windows + [
         mx.random.randint(0, 512, (2, 16), key=mx.random.key(50 + k)) for k in range(27)
     ]
-    steps = list(begin(llama, pruned, keep, windows, tmp_path, recipe, own_share=1.0, repair=False))
+    steps = list(
+        begin(
+            llama,
+            pruned,
+            keep=keep,
+            windows=windows,
+            root=tmp_path,
+            recipe=recipe,
+            own_share=1.0,
+            repair=False,
+        )
+    )
     basis = np.eye(64)[:, list(keep.kept.get((-1, "hidden"), range(64)))]
-    before = stream_error(llama, pruned, basis, windows, keep.layers)
-    after = stream_error(llama, load.open_checkpoint(tmp_path / "s"), basis, windows, keep.layers)
+    before = stream_error(llama, pruned, basis=basis, windows=windows, layers=keep.layers)
+    after = stream_error(
+        llama,
+        load.open_checkpoint(tmp_path / "s"),
+        basis=basis,
+        windows=windows,
+        layers=keep.layers,
+    )
     assert all(a < b for a, b in zip(after, before, strict=True))
     assert all(steps[j + 47].loss < steps[j].loss for j in range(0, len(steps), 48))
 
@@ -199,7 +226,16 @@ def test_steps_that_spoil_a_block_are_undone(
     form left it.
     """
     pruned, keep = student(llama, "ffn", tmp_path)
-    list(begin(llama, pruned, keep, windows, tmp_path, replace(RECIPE, learning_rate=0.5)))
+    list(
+        begin(
+            llama,
+            pruned,
+            keep=keep,
+            windows=windows,
+            root=tmp_path,
+            recipe=replace(RECIPE, learning_rate=0.5),
+        )
+    )
     assert capsys.readouterr().err.count("its steps are undone") == 3
     repaired, _ = reconstruct.reconstruct(llama, pruned, keep, windows)
     made = load.open_checkpoint(tmp_path / "s")
@@ -217,7 +253,18 @@ def test_no_steps_is_the_closed_form(
     pruned, keep = student(llama, "ffn", tmp_path)
     mended, _ = reconstruct.reconstruct(llama, pruned, keep, windows)
     assert (
-        list(begin(llama, pruned, keep, windows, tmp_path, replace(RECIPE, iters=0), held=1)) == []
+        list(
+            begin(
+                llama,
+                pruned,
+                keep=keep,
+                windows=windows,
+                root=tmp_path,
+                recipe=replace(RECIPE, iters=0),
+                held=1,
+            )
+        )
+        == []
     )
     made = load.open_checkpoint(tmp_path / "s")
     for name in pruned.tensors:
@@ -234,8 +281,11 @@ def test_from_disk_or_from_memory_is_the_same(
     """
     pruned, keep = student(llama, "hidden", tmp_path)
     (tmp_path / "b").mkdir()
-    a = [s.loss for s in begin(llama, pruned, keep, windows, tmp_path)]
-    b = [s.loss for s in begin(llama, pruned, keep, windows, tmp_path / "b", held=held)]
+    a = [s.loss for s in begin(llama, pruned, keep=keep, windows=windows, root=tmp_path)]
+    b = [
+        s.loss
+        for s in begin(llama, pruned, keep=keep, windows=windows, root=tmp_path / "b", held=held)
+    ]
     assert a == b and weights(tmp_path) == weights(tmp_path / "b")
     assert sorted(os.listdir(tmp_path / "b")) == ["s"]
 
@@ -245,11 +295,11 @@ def test_a_finished_student_is_left_alone(
 ) -> None:
     """No step, no reading of a teacher that is not even there any more."""
     pruned, keep = student(llama, "ffn", tmp_path)
-    list(begin(llama, pruned, keep, windows, tmp_path))
+    list(begin(llama, pruned, keep=keep, windows=windows, root=tmp_path))
     before = weights(tmp_path)
     gone = Checkpoint(tmp_path / "gone", llama.config, {})
     assert local_steps.finished(load.open_checkpoint(tmp_path / "s")) == 3
-    assert list(begin(gone, pruned, keep, windows, tmp_path)) == []
+    assert list(begin(gone, pruned, keep=keep, windows=windows, root=tmp_path)) == []
     assert weights(tmp_path) == before
 
 
@@ -260,12 +310,17 @@ def test_a_student_half_done_goes_on_with_its_next_block(
     Every operation of the disk is tests/faults' business.
     """
     pruned, keep = student(llama, "ffn", tmp_path)
-    whole = [(s.number, s.loss) for s in begin(llama, pruned, keep, windows, tmp_path)]
+    whole = [
+        (s.number, s.loss) for s in begin(llama, pruned, keep=keep, windows=windows, root=tmp_path)
+    ]
     (tmp_path / "b").mkdir()
-    steps = begin(llama, pruned, keep, windows, tmp_path / "b")
+    steps = begin(llama, pruned, keep=keep, windows=windows, root=tmp_path / "b")
     first = [(s.number, s.loss) for s in itertools.islice(steps, 5)]
     steps.close()  # type: ignore[attr-defined]
-    rest = [(s.number, s.loss) for s in begin(llama, pruned, keep, windows, tmp_path / "b")]
+    rest = [
+        (s.number, s.loss)
+        for s in begin(llama, pruned, keep=keep, windows=windows, root=tmp_path / "b")
+    ]
     assert first == whole[:5] and rest == whole[3:] and weights(tmp_path / "b") == weights(tmp_path)
 
 
@@ -282,7 +337,7 @@ def test_a_disk_that_is_too_small_is_seen_before_anything_is_read(
     gone = Checkpoint(tmp_path / "gone", llama.config, {})
     assert local_steps.scratch_bytes(llama.config, pruned.config, 96) == 96 * 64 * 3 * 4
     with pytest.raises(MisError, match="the spool of hidden states needs 86 KiB, 78 KiB are free"):
-        next(begin(gone, pruned, keep, windows, tmp_path, files=Short(), held=2))
+        next(begin(gone, pruned, keep=keep, windows=windows, root=tmp_path, files=Short(), held=2))
 
 
 def test_memory_holds_one_block_of_each(tmp_path: Path, windows: list[mx.array]) -> None:

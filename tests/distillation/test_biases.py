@@ -43,7 +43,9 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     def take(name: str) -> mx.array:
         return load.dense(checkpoint, name) * (10 if name in names else 1)
 
-    model_writer.write_model(checkpoint.config, take, folder, wide, "float32", DISK)
+    model_writer.write_model(
+        checkpoint.config, take, source=folder, out=wide, dtype="float32", files=DISK
+    )
     return load.open_checkpoint(wide)
 
 
@@ -79,7 +81,7 @@ def test_gptq(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
     hidden: list[mx.array] = []
     plan = packed_format.layout(model.config, 64)
     rounded = stage.rounded_blocks(model, WINDOWS, plan, hidden)
-    packed_format.write_quantized(model, tmp_path / "q", plan, DISK, rounded)
+    packed_format.write_quantized(model, tmp_path / "q", plan=plan, files=DISK, rounded=rounded)
     made = load.open_checkpoint(tmp_path / "q")
     names = arch.tensors_of(model.config)
     inside = [
@@ -117,7 +119,9 @@ def test_fisher_and_sensitivity(model: Checkpoint, plain: nn.Module) -> None:
     matrices = [
         (part, name, axis) for axis, (part, names) in arch.readers(mine).items() for name in names
     ]
-    (got,), seen = bit_allocation._back(args, mine, matrices, BlockInputs(x), BlockOutputs(above))
+    (got,), seen = bit_allocation._back(
+        args, mine, matrices=matrices, inputs=BlockInputs(x), above=BlockOutputs(above)
+    )
     assert same(got, below) and same(seen[1][0].T @ seen[0]["ffn"], slope, 1e-4)
     ours = load.block(model, 1, args, mx.float32)
     gated = {
@@ -142,7 +146,11 @@ def test_sharded(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
         return (mx.logsumexp(hidden @ head.T, axis=-1) * learn).sum()
 
     student = sharded.Sharded(
-        model_writer.by_block(model, tmp_path / "parts", DISK), 1, 9, 0.0, DISK
+        model_writer.by_block(model, tmp_path / "parts", DISK),
+        1,
+        steps_per_shard=9,
+        weight_decay=0.0,
+        files=DISK,
     )
     student._enter(1)
     (value, _), (_, ours) = student.gradients([(TOKENS, learn)], loss)
@@ -163,7 +171,9 @@ def test_reconstruct(model: Checkpoint, tmp_path: Path) -> None:
     """A student from which nothing was cut: nothing to mend."""
     keep = KeptUnits((0, 1, 2), {}, "")
     student = tmp_path / "student"
-    slicing.write_student(model, shape_of(model.config), keep, student, "float32", DISK)
+    slicing.write_student(
+        model, shape_of(model.config), keep=keep, out=student, dtype="float32", files=DISK
+    )
     pruned = load.open_checkpoint(student)
     mended, left = reconstruct.reconstruct(model, pruned, keep, WINDOWS)
     assert not mended and left == [1.0] * 3
@@ -181,7 +191,9 @@ def test_lora(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
     assert len(moved) == 2 * 21
     ours.load_weights(moved, strict=False)
     take = lora.fused(model, dict(moved), how)
-    model_writer.write_model(model.config, take, model.path, tmp_path / "fused", "float32", DISK)
+    model_writer.write_model(
+        model.config, take, source=model.path, out=tmp_path / "fused", dtype="float32", files=DISK
+    )
     fused, _ = load.mlx_lm("utils").load(str(tmp_path / "fused"))
     assert same(fused(TOKENS), ours(TOKENS), 1e-4) and not same(fused(TOKENS), plain(TOKENS), 1e-2)
 
@@ -193,7 +205,7 @@ def test_slice(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
     keep = KeptUnits((0, 1, 2), {(i, "ffn"): neurons for i in range(3)}, "")
     cut = arch.target_shape(model.config, {}, ffn=len(neurons))
     assert cut.heads == size.heads
-    slicing.write_student(model, cut, keep, tmp_path / "cut", "float32", DISK)
+    slicing.write_student(model, cut, keep=keep, out=tmp_path / "cut", dtype="float32", files=DISK)
     gone = mx.array([n not in neurons for n in range(768)])
     for block in (zeroed := load.resident(model, mx.float32)).model.layers:
         block.mlp.down_proj.weight = mx.where(gone[None], 0, block.mlp.down_proj.weight)
@@ -209,12 +221,16 @@ def test_rotation(model: Checkpoint, tmp_path: Path) -> None:
         return head if name == "lm_head.weight" else load.dense(model, name)
 
     config = {**model.config, "tie_word_embeddings": False}
-    model_writer.write_model(config, take, model.path, tmp_path / "untied", "float32", DISK)
+    model_writer.write_model(
+        config, take, source=model.path, out=tmp_path / "untied", dtype="float32", files=DISK
+    )
     untied = load.open_checkpoint(tmp_path / "untied")
     basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(64, 64)))
     rotation = slicing.Rotation(basis, {n: 1.0 for n in untied.tensors if "norm" in n})
     turned = slicing.rotated(untied, rotation)
-    model_writer.write_model(config, turned, model.path, tmp_path / "turned", "float32", DISK)
+    model_writer.write_model(
+        config, turned, source=model.path, out=tmp_path / "turned", dtype="float32", files=DISK
+    )
     one, other = (load.mlx_lm("utils").load(str(tmp_path / n))[0] for n in ("untied", "turned"))
     assert same(one(TOKENS), other(TOKENS), 1e-4)
 

@@ -56,7 +56,12 @@ def some(n: int = 80) -> Windows:
 
 def write(llama: Checkpoint, data: Windows, folder: Path, **more: object) -> logit_store.Targets:
     return live_teacher.write_store(
-        llama, lambda: live_teacher.StreamedTeacher(llama), data, folder, DISK, **more
+        llama,
+        lambda: live_teacher.StreamedTeacher(llama),
+        data=data,
+        folder=folder,
+        files=DISK,
+        **more,
     )  # type: ignore[arg-type]
 
 
@@ -67,7 +72,9 @@ def train(
     recipe: TrainingConfig = RECIPE,
 ) -> tuple[nn.Module, list[Step]]:
     model = load.resident(student, mx.float32)
-    return model, list(live_teacher.steps(model, source, data, recipe, GuardedAdamW()))
+    return model, list(
+        live_teacher.steps(model, source, data=data, recipe=recipe, optimizer=GuardedAdamW())
+    )
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -95,7 +102,9 @@ def test_the_store_is_the_same_however_windows_pass(
     seen = []
     teacher = live_teacher.StreamedTeacher(llama, None)
     how = {"count": 20, "windows_per_pass": 7, "show": lambda n, text: seen.append((n, text))}
-    live_teacher.write_store(llama, lambda: teacher, some(), tmp_path, DISK, **how)
+    live_teacher.write_store(
+        llama, lambda: teacher, data=some(), folder=tmp_path, files=DISK, **how
+    )
     assert bytes_of(tmp_path) == bytes_of(whole)
     assert [n for n, _ in seen] == list(range(1, 81)) and seen[-1][1].endswith(" bytes/token")
 
@@ -205,9 +214,16 @@ def test_a_finished_store_does_not_open_its_teacher(llama: Checkpoint, whole: Pa
     def teacher() -> live_teacher.StreamedTeacher:
         raise AssertionError("opened")
 
-    assert live_teacher.write_store(llama, teacher, some(), whole, DISK, count=20).missing() == []
+    assert (
+        live_teacher.write_store(
+            llama, teacher, data=some(), folder=whole, files=DISK, count=20
+        ).missing()
+        == []
+    )
     with pytest.raises(AssertionError, match="opened"):
-        live_teacher.write_store(llama, teacher, some(3), whole.parent / "new", DISK)
+        live_teacher.write_store(
+            llama, teacher, data=some(3), folder=whole.parent / "new", files=DISK
+        )
 
 
 def test_what_a_store_cannot_do_is_said(whole: Path, student: Checkpoint) -> None:

@@ -61,11 +61,11 @@ def distil(
     steps = live_teacher.steps(
         model,
         source,
-        data,
-        recipe,
-        GuardedAdamW(),
-        0,
-        partial(loss_noise_factor, sigma, recipe.seed),
+        data=data,
+        recipe=recipe,
+        optimizer=GuardedAdamW(),
+        start=0,
+        factor=partial(loss_noise_factor, sigma, recipe.seed),
     )
     return model, list(steps)
 

@@ -80,7 +80,16 @@ def micro_batches(
 def kl(hidden: mx.array, head: mx.array, learn: mx.array, target: mx.array) -> mx.array:
     """Forward KL against a teacher with a fixed random head."""
     teacher_head = 0.05 * mx.random.normal((512, target.shape[1]), key=mx.random.key(9))
-    return losses.kl_sum(hidden, head, target, lambda h: h @ teacher_head.T, learn, 1.0, None, True)
+    return losses.kl_sum(
+        hidden,
+        head,
+        teacher=target,
+        teacher_logits=lambda h: h @ teacher_head.T,
+        learn=learn,
+        temperature=1.0,
+        rows=None,
+        frozen_head=True,
+    )
 
 
 def schedule(iters: int) -> Any:
@@ -128,7 +137,14 @@ def resident(
         arrays.append({"model": dict(tree_flatten(shard.parameters())), "optimizer": moments})
         steps.append(
             Step(
-                number + 1, total.item() / tokens, math.hypot(*norms), rate, int(tokens), 0.0, 0, ""
+                number=number + 1,
+                loss=total.item() / tokens,
+                grad_norm=math.hypot(*norms),
+                learning_rate=rate,
+                tokens=int(tokens),
+                seconds=0.0,
+                peak_bytes=0,
+                note="",
             )
         )
     return model, steps, arrays
@@ -139,7 +155,12 @@ def opened(
 ) -> sharded.Sharded:
     """`student` in parts in `folder`, ready to train."""
     made = sharded.Sharded(
-        model_writer.by_block(student, folder, files), each, VISIT, 0.01, files, **how
+        model_writer.by_block(student, folder, files),
+        each,
+        steps_per_shard=VISIT,
+        weight_decay=0.01,
+        files=files,
+        **how,
     )
     made.begin()
     return made
@@ -228,7 +249,13 @@ def test_memory_holds_a_shard_not_the_student(tmp_path: Path) -> None:
     24 x 2 hidden states of 8 KiB, head and logits, or the update (4.3 MiB measured).
     """
     source = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
-    student = sharded.Sharded(model_writer.by_block(source, tmp_path / "s", DISK), 1, 1, 0.01, DISK)
+    student = sharded.Sharded(
+        model_writer.by_block(source, tmp_path / "s", DISK),
+        1,
+        steps_per_shard=1,
+        weight_decay=0.01,
+        files=DISK,
+    )
     micro = partial(micro_batches, count=2)
     mx.eval([micro(step) for step in range(2)])
     mx.clear_cache()
@@ -302,13 +329,17 @@ def run(
     done = []
     files.make_folder(steps_dir)
     student = sharded.Sharded(
-        model_writer.by_block(source, root / "s", files), each, VISIT, 0.01, files
+        model_writer.by_block(source, root / "s", files),
+        each,
+        steps_per_shard=VISIT,
+        weight_decay=0.01,
+        files=files,
     )
 
     def save(number: int) -> None:
         arrays = {key: named for key, named in student.arrays().items() if named}
         state = {"arrays": list(arrays), "shard": student.memory()}
-        protocol.save_step(steps_dir, number, arrays, state, files)
+        protocol.save_step(steps_dir, number, arrays=arrays, state=state, files=files)
 
     if saved := protocol.newest(steps_dir, files):
         arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
@@ -410,7 +441,11 @@ def test_three_bad_batches_stop_the_run_across_visits(
 ) -> None:
     """Visits of one step: the dog counts on, and no block holds anything that is not a number."""
     student = sharded.Sharded(
-        model_writer.by_block(source("llama"), tmp_path / "s", DISK), 1, 1, 0.01, DISK
+        model_writer.by_block(source("llama"), tmp_path / "s", DISK),
+        1,
+        steps_per_shard=1,
+        weight_decay=0.01,
+        files=DISK,
     )
     student.begin()
 
@@ -459,7 +494,9 @@ def test_every_block_has_its_own_dog(tmp_path: Path, source: Callable[[str], Che
         float(bound) for bound in re.findall(r"block \d: clipped \S+ to ([0-9.]+)", last.note)
     ]
     assert len(clipped) == LAYERS and all(len(o.norms) == 11 for o in student.optimizers)
-    again = sharded.Sharded(load.open_checkpoint(tmp_path / "s"), 1, 1, 0.01, DISK)
+    again = sharded.Sharded(
+        load.open_checkpoint(tmp_path / "s"), 1, steps_per_shard=1, weight_decay=0.01, files=DISK
+    )
     again.restore(student.arrays(), student.memory())
     assert again.memory() == student.memory() and again.memory()["blocks"][0]["norms"]
 
@@ -473,7 +510,11 @@ def test_numpy_computes_the_loss_of_the_graph(
     largest.
     """
     student = sharded.Sharded(
-        model_writer.by_block(source("llama"), tmp_path / "s", DISK), shard, VISIT, 0.0, DISK
+        model_writer.by_block(source("llama"), tmp_path / "s", DISK),
+        shard,
+        steps_per_shard=VISIT,
+        weight_decay=0.0,
+        files=DISK,
     )
     student.begin()
     teacher_head = 0.05 * mx.random.normal((512, 64), key=mx.random.key(9))
@@ -482,7 +523,12 @@ def test_numpy_computes_the_loss_of_the_graph(
     def slopes(head: mx.array, given: Any, b: int, hidden: mx.array) -> tuple[float, mx.array]:
         _, learn, target = given[b]
         value, slope, none = host_losses.kl_gradients(
-            hidden, head, target, lambda h: h @ teacher_head.T, learn, frozen_head=True
+            hidden,
+            head,
+            teacher=target,
+            teacher_logits=lambda h: h @ teacher_head.T,
+            learn=learn,
+            frozen_head=True,
         )
         assert none is None
         return value, slope

@@ -20,7 +20,10 @@ def test_worse_than_pruned_is_said(distilled: float, worse: list[str], llama: Ch
     sizes = [Row(name, "params", 1.0) for name in models]
     quality = {"English": (2.0, 4.0, 2.5), "Polish": (2.0, 3.5, distilled)}
     rows = {
-        text: [Row(m, "nll", v, 0.1, 0.1, 3) for m, v in zip(models, losses, strict=True)]
+        text: [
+            Row(model=m, metric="nll", value=v, low=0.1, high=0.1, n=3)
+            for m, v in zip(models, losses, strict=True)
+        ]
         for text, losses in quality.items()
     }
     page = summary.page(models, sizes, rows, 32)
@@ -39,11 +42,17 @@ def test_the_page_begins_with_what_the_students_answer(
     """
     models = dict.fromkeys(("teacher", "pruned", "distilled", "4-bit"), llama)
     sizes = [Row(name, "params", 1.0) for name in models]
-    quality = {"English": [Row(name, "nll", 2.0, 0.1, 0.1, 3) for name in models]}
+    quality = {
+        "English": [
+            Row(model=name, metric="nll", value=2.0, low=0.1, high=0.1, n=3) for name in models
+        ]
+    }
     greedy = {"teacher": [FINE] * 8, "distilled": [], "4-bit": answers_with(loops, 8)}
     plain = summary.page(models, sizes, quality, 32)
 
-    page = summary.page(models, sizes, quality, 32, judged("eeeeeeee", greedy))
+    page = summary.page(
+        models, sizes, quality=quality, length=32, answered=judged("eeeeeeee", greedy)
+    )
 
     assert page.startswith(first)
     assert page.endswith(plain)

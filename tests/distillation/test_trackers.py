@@ -42,7 +42,17 @@ def test_tensorboard_gets_mlx_lms_keys(tmp_path: Path) -> None:
     tell = summary.reporter("tensorboard", tmp_path, {"iters": 2})
     assert tell
     for number, loss in ((1, 2.5), (2, 2.25)):
-        tell(Step(number, loss, 1.0, 1e-3, 500, 2.0, 3 * 10**9))
+        tell(
+            Step(
+                number=number,
+                loss=loss,
+                grad_norm=1.0,
+                learning_rate=1e-3,
+                tokens=500,
+                seconds=2.0,
+                peak_bytes=3 * 10**9,
+            )
+        )
     found: dict[tuple[int, str], float] = {}
     until = time.monotonic() + 30
     # a thread of its own writes

@@ -64,7 +64,13 @@ def run(
 ) -> list[Step]:
     return list(
         train_loop.train(
-            model, micro_batches, squares, optimizer, tiny.schedule(6, 1e-2, 2), start, **more
+            model,
+            micro_batches,
+            loss=squares,
+            optimizer=optimizer,
+            recipe=tiny.schedule(6, 1e-2, 2),
+            start=start,
+            **more,
         )
     )
 
@@ -101,7 +107,11 @@ def test_further_sums_come_as_means_and_tokens_as_a_number() -> None:
 
     schedule = tiny.schedule(2, 1e-2, 2)
     whole, parts = (
-        list(train_loop.train(net(), cut(sizes), telling, GuardedAdamW(), schedule))
+        list(
+            train_loop.train(
+                net(), cut(sizes), loss=telling, optimizer=GuardedAdamW(), recipe=schedule
+            )
+        )
         for sizes in ([12], [5, 1, 6])
     )
     for number, (a, b) in enumerate(zip(whole, parts, strict=True)):
@@ -120,7 +130,11 @@ def test_a_step_by_pencil() -> None:
     batch = (mx.array([[1.0], [3.0]]), mx.array([0.0, 0.0]), mx.array([1.0, 0.0]))
     schedule = tiny.schedule(1, 0.5, 1)
     (step,) = train_loop.train(
-        model, lambda _: [batch], squares, GuardedAdamW(weight_decay=0.0), schedule
+        model,
+        lambda _: [batch],
+        loss=squares,
+        optimizer=GuardedAdamW(weight_decay=0.0),
+        recipe=schedule,
     )
     assert (step.number, step.loss, step.grad_norm, step.learning_rate, step.tokens) == (
         1,
@@ -139,7 +153,11 @@ def test_all_masked_is_not_a_division_by_zero() -> None:
     x, y, learn = rows(0)
     schedule = tiny.schedule(1, 1e-2, 1)
     (step,) = train_loop.train(
-        model, lambda _: [(x, y, 0 * learn)], squares, GuardedAdamW(weight_decay=0.0), schedule
+        model,
+        lambda _: [(x, y, 0 * learn)],
+        loss=squares,
+        optimizer=GuardedAdamW(weight_decay=0.0),
+        recipe=schedule,
     )
     assert (step.loss, step.grad_norm) == (0.0, 0.0)
     assert weights(model) == weights(net())
@@ -168,7 +186,9 @@ def test_stopping_and_going_on_is_bit_equal(stop: int) -> None:
     steps = run(whole, optimizer, cut([6, 6]))
     first = net()
     before = GuardedAdamW()
-    for step in train_loop.train(first, cut([6, 6]), squares, before, tiny.schedule(6, 1e-2, 2)):
+    for step in train_loop.train(
+        first, cut([6, 6]), loss=squares, optimizer=before, recipe=tiny.schedule(6, 1e-2, 2)
+    ):
         if step.number == stop:
             break
     second = net()
@@ -195,7 +215,11 @@ def test_a_batch_of_nan_is_skipped_and_noted() -> None:
         return [(x * math.nan if step == 2 else x, y, learn)]
 
     for step in train_loop.train(
-        model, micro_batches, squares, GuardedAdamW(), tiny.schedule(4, 1e-2, 1)
+        model,
+        micro_batches,
+        loss=squares,
+        optimizer=GuardedAdamW(),
+        recipe=tiny.schedule(4, 1e-2, 1),
     ):
         seen.append((step.note, weights(model)))
     assert [note for note, _ in seen] == ["", "", "skipped: not a number", ""]

@@ -54,7 +54,10 @@ def one_set_of_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured once for all tests here, and for no test elsewhere."""
     monkeypatch.setattr(estimates, "machine_rates", lambda *_: verdicts.rates())
     monkeypatch.setattr(
-        "mis_mlx.hardware.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given")
+        "mis_mlx.hardware.rates.measure_roof",
+        lambda: Roof(
+            device="this one", threads="1", memory_bytes_per_s=1e9, flops_per_s=1e9, source="given"
+        ),
     )
 
 

@@ -185,7 +185,17 @@ def _distilled(place: Path) -> Outcome:
 
 def _store(place: Path) -> None:
     """A logit store of three parts."""
-    spec = logit_store.Spec("sampled", 4, 64, WINDOWS, LENGTH, "teacher", "data", 0, part_windows=2)
+    spec = logit_store.Spec(
+        kind="sampled",
+        count=4,
+        vocab=64,
+        windows=WINDOWS,
+        length=LENGTH,
+        teacher="teacher",
+        data="data",
+        seed=0,
+        part_windows=2,
+    )
     store = logit_store.create(place / "targets", spec, Files())
     for window in store.missing():
         at = np.arange(LENGTH)

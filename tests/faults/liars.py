@@ -337,5 +337,9 @@ def tried(
 
 if __name__ == "__main__":
     serve(
-        Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), len(sys.argv) == 5
+        Path(sys.argv[1]),
+        Path(sys.argv[2]),
+        first=int(sys.argv[3]),
+        count=int(sys.argv[4]),
+        gate=len(sys.argv) == 5,
     )

@@ -295,7 +295,7 @@ def refused(
     what[0](folder)
     before = {p.name: p.lstat() for p in folder.iterdir()}
     with pytest.raises(MisError) as caught:
-        run(command, folder, model, text, out)
+        run(command, folder, good=model, text=text, out=out)
     said = str(caught.value)
     assert re.search(what[1], said) and "\n" not in said, (fault, command, said)
     models = (
@@ -316,7 +316,7 @@ def test_a_bad_folder_is_one_sentence(
     for number, (fault, what) in enumerate(FAULTS.items()):
         if command == "plan" and fault in ("C16 GGUF", "C17 pickle"):
             continue  # it plans from a config alone where there are no weights, and reads none
-        said = refused(fault, what, command, made, tmp_path / str(number))
+        said = refused(fault, what, command=command, made=made, place=tmp_path / str(number))
         note(fault, command, {"said so": 1}, 0, said)
 
 
@@ -331,7 +331,7 @@ def test_weights_that_are_not_numbers_are_named(
             command,
             {"said so": 1},
             0,
-            refused(fault, what, command, made, tmp_path / str(number)),
+            refused(fault, what, command=command, made=made, place=tmp_path / str(number)),
         )
 
 
@@ -355,14 +355,14 @@ def test_a_stranger_s_tokenizer_is_tried_in_a_child(
             command,
             {"said so": 1},
             0,
-            refused(fault, what, command, made, tmp_path / str(number)),
+            refused(fault, what, command=command, made=made, place=tmp_path / str(number)),
         )
 
 
 def test_the_good_folder_passes(made: tuple[Path, Path], tmp_path: Path) -> None:
     """Nothing above is refused for another reason: the folder as it was made goes through."""
     for command in ("generate", "plan", "export"):
-        run(command, made[0], made[0], made[1], tmp_path / command)
+        run(command, made[0], good=made[0], text=made[1], out=tmp_path / command)
 
 
 def test_no_mark_is_left_by_foreign_code(tmp_path: Path, made: tuple[Path, Path]) -> None:
@@ -377,7 +377,13 @@ def test_no_mark_is_left_by_foreign_code(tmp_path: Path, made: tuple[Path, Path]
             (folder / name).write_text(f"open({str(mark)!r}, 'w')\nclass T: pass\nModel = T\n")
         for command in ("generate", "prune", "bench"):
             with pytest.raises(MisError, match="program code"):
-                run(command, folder, made[0], made[1], tmp_path / f"out-{number}-{command}")
+                run(
+                    command,
+                    folder,
+                    good=made[0],
+                    text=made[1],
+                    out=tmp_path / f"out-{number}-{command}",
+                )
     assert not mark.exists()
 
 
@@ -393,7 +399,7 @@ def test_code_for_a_known_type_is_named_not_run_and_not_copied(
     for name in ("evil.py", "__init__.py"):
         (folder / name).write_text(f"open({str(mark)!r}, 'w')\nclass T: pass\nModel = Config = T\n")
     for command in ("generate", "bench", "plan", "evaluate", "export", "prune", "quantize"):
-        run(command, folder, made[0], made[1], tmp_path / command)
+        run(command, folder, good=made[0], text=made[1], out=tmp_path / command)
     assert (
         capsys.readouterr().err.count("names program code of the model's own, which is not run")
         == 1

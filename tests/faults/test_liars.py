@@ -30,7 +30,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mx.eval(arrays)
     (folder / "model.safetensors").unlink()
     in_order = ((name, arrays[name]) for name in specs)
-    safetensors.write_tensors(folder, specs, in_order, DISK, safetensors.cut(specs, 150_000))
+    safetensors.write_tensors(
+        folder, specs, tensors=in_order, files=DISK, shards=safetensors.cut(specs, 150_000)
+    )
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     return folder
 

@@ -62,12 +62,17 @@ def test_only_an_answer_is_an_answer(function: str, tmp_path: Path) -> None:
         child_process.ask(
             str(tmp_path / "f.py"),
             function,
-            {},
-            3.0 if "no answer" in ENDS[function] else 60.0,
-            2**32,
+            arguments={},
+            seconds=3.0 if "no answer" in ENDS[function] else 60.0,
+            memory_bytes=2**32,
         )
     if function == "quiet":  # the others fail for what they do, not because nothing works
-        assert child_process.ask(str(tmp_path / "f.py"), "fine", {}, 60.0, 2**32) == 7
+        assert (
+            child_process.ask(
+                str(tmp_path / "f.py"), "fine", arguments={}, seconds=60.0, memory_bytes=2**32
+            )
+            == 7
+        )
 
 
 def test_what_it_starts_ends_with_it(tmp_path: Path) -> None:
@@ -197,7 +202,7 @@ def test_a_link_out_is_not_copied(name: str, tmp_path: Path) -> None:
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(secret)
     with pytest.raises(MisError, match="link out of the model folder"):
-        model_writer.write_folder({}, {}, [], folder, out, DISK)
+        model_writer.write_folder({}, {}, tensors=[], source=folder, out=out, files=DISK)
     assert not out.exists()
 
 

@@ -34,7 +34,7 @@ def test_the_reader_finds_what_was_written(tmp_path: Path) -> None:
     slabs = [iter([arrays["a.weight"][i : i + 2] for i in (0, 2, 4)])]  # of 2, 2 and 1 rows
     slabs += [iter([arrays[name]]) for name in ("b.weight", "c.weight")]
     path = tmp_path / "x.gguf"
-    tensors.write(path, tensors.head(writer, PARTS), PARTS, slabs, DISK)
+    tensors.write(path, tensors.head(writer, PARTS), parts=PARTS, rows=slabs, files=DISK)
     reader = GGUFReader(path)
     assert reader.fields["llama.context_length"].contents() == 77
     assert [
@@ -65,4 +65,4 @@ def test_a_tensor_of_the_wrong_size_is_a_bug(tmp_path: Path) -> None:
     head = tensors.head(GGUFWriter(None, "llama"), PARTS)
     short = [iter([np.zeros((4, 68), np.uint8)]), iter(()), iter(())]
     with pytest.raises(ValueError, match="a.weight: 272 bytes came, 340 were due"):
-        tensors.write(tmp_path / "x.gguf", head, PARTS, short, DISK)
+        tensors.write(tmp_path / "x.gguf", head, parts=PARTS, rows=short, files=DISK)

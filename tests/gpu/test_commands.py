@@ -95,7 +95,10 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metal: None) -> None:
     """
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(
-        "mis_mlx.hardware.rates.measure_roof", lambda: Roof("this one", "1", 1e9, 1e9, "given")
+        "mis_mlx.hardware.rates.measure_roof",
+        lambda: Roof(
+            device="this one", threads="1", memory_bytes_per_s=1e9, flops_per_s=1e9, source="given"
+        ),
     )
     assert policy.keeps_packed() and policy.usual_dtype() == mx.float16
 

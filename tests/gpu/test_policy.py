@@ -103,7 +103,7 @@ HEAD = mx.random.normal((20, 8), key=mx.random.key(1))
 IDS = mx.arange(1, 7)
 LOSSES: dict[str, Callable[..., mx.array]] = {
     "sampled_kl_sum": lambda h, w, frozen: losses.sampled_kl_sum(
-        h, w, mx.ones(6), IDS[:, None], mx.ones((6, 1)), frozen_head=frozen
+        h, w, learn=mx.ones(6), ids=IDS[:, None], weights=mx.ones((6, 1)), frozen_head=frozen
     ),
     "token_logps": lambda h, w, frozen: -token_logps(h, w, IDS, frozen_head=frozen).sum(),
 }
@@ -188,7 +188,9 @@ def overflowing(tmp_path: Path, request: pytest.FixtureRequest) -> Checkpoint:
             large.get(name.split(".")[-2], 1.0) if ".1.mlp." in name else 1.0
         )
 
-    model_writer.write_model(made.config, take, made.path, tmp_path / "over", "float32", DISK)
+    model_writer.write_model(
+        made.config, take, source=made.path, out=tmp_path / "over", dtype="float32", files=DISK
+    )
     return load.open_checkpoint(tmp_path / "over")
 
 
@@ -240,7 +242,9 @@ def test_float32_where_the_budget_holds_it(
     """
     chip(False)
     whole = estimates.model_of(overflowing, dtype=mx.float32)
-    need = estimates.streamed_pass("", whole, 512, 512, 512, spool=False).peak_bytes
+    need = estimates.streamed_pass(
+        "", whole, tokens=512, micro_tokens=512, length=512, spool=False
+    ).peak_bytes
     enough = Budget(estimates.enough(need))
     for limit, want in ((enough, mx.float32), (Budget(need), mx.bfloat16), (enough, mx.float32)):
         estimates.settle_precision(limit, overflowing, llama)
@@ -309,7 +313,12 @@ def test_losses_are_taken_of_logits_that_are_not_rounded(dtype: mx.Dtype) -> Non
     teacher = nn.Linear(64, 300, bias=False)
     teacher.weight = head
     found = losses.kl_sum(
-        hidden, near, hidden, lambda h: load.wide_logits(teacher, h), mx.ones(16), rows=5
+        hidden,
+        near,
+        teacher=hidden,
+        teacher_logits=lambda h: load.wide_logits(teacher, h),
+        learn=mx.ones(16),
+        rows=5,
     )
     assert found.item() == pytest.approx((np.exp(log_p) * (log_p - log_q)).sum(), abs=2e-5)
     want = np.take_along_axis(log_q, np.array(ids)[:, None], 1)[:, 0]

@@ -133,7 +133,7 @@ def test_a_sample_is_not_cached_on_a_mac(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_the_longer_of_two() -> None:
     """1 GB at 10 GB/s takes 0.1 s, 20 GFLOP at 100 take 0.2 s; they overlap."""
-    at = Roof("d", "t", 10e9, 100e9, "given")
+    at = Roof(device="d", threads="t", memory_bytes_per_s=10e9, flops_per_s=100e9, source="given")
     assert at.seconds(1e9, 20e9) == pytest.approx(0.2)
     assert at.seconds(1e9, 5e9) == pytest.approx(0.1)
 

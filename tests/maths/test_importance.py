@@ -130,12 +130,18 @@ def test_the_size_follows_the_conditions() -> None:
     warmer larger.
     """
     for unit, weight in (("kelvin", 281.15), ("celsius", 8.0)):
-        assert importance.conditions_size(layers(weight), 512, 256, 832.0, unit) == 512
+        assert (
+            importance.conditions_size(
+                layers(weight), 512, multiple=256, altitude_m=832.0, unit=unit
+            )
+            == 512
+        )
     low, reference, high = (
         importance.conditions_size(layers(281.15), 512, 128, h) for h in (100.0, 832.0, 2500.0)
     )
     assert 1024 >= low > reference == 512 > high >= 128
     cold, warm = (
-        importance.conditions_size(layers(t), 512, 128, 832.0, "celsius") for t in (8.0, 16.0)
+        importance.conditions_size(layers(t), 512, multiple=128, altitude_m=832.0, unit="celsius")
+        for t in (8.0, 16.0)
     )
     assert warm > cold

@@ -40,7 +40,12 @@ def ours(p: Problem, **options: Any) -> Callable[[mx.array, mx.array], mx.array]
 
     def loss(student: mx.array, head: mx.array) -> mx.array:
         return losses.kl_sum(
-            student, head, p["teacher"], lambda h: h @ p["teacher_head"].T, p["learn"], **options
+            student,
+            head,
+            teacher=p["teacher"],
+            teacher_logits=lambda h: h @ p["teacher_head"].T,
+            learn=p["learn"],
+            **options,
         )
 
     return loss
@@ -221,7 +226,7 @@ def test_no_fresh_head_a_chunk(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     head = mx.random.normal((50, 8), key=mx.random.key(1))
     work = {
         "kl_sum": lambda h, w: losses.kl_sum(
-            h, w, h, lambda x: x @ head.T * 2, mx.ones(12), rows=5
+            h, w, teacher=h, teacher_logits=lambda x: x @ head.T * 2, learn=mx.ones(12), rows=5
         ),
         "token_logps": lambda h, w: losses.token_logps(h, w, mx.arange(12), rows=5).sum(),
     }[name]

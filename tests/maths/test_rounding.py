@@ -52,8 +52,8 @@ def test_by_hand() -> None:
     made = rounding.compensated(weight, gram, 32, 4)
     assert rounding.values(alone, 32, 4)[0, :3].tolist() == [3, 5, 15]
     assert rounding.values(made, 32, 4)[0, :3].tolist() == [3, 6, 15]
-    assert error(weight, made, gram, 32, 4) == pytest.approx(0.3225, abs=1e-6)
-    assert error(weight, alone, gram, 32, 4) == pytest.approx(0.4225, abs=1e-6)
+    assert error(weight, made, gram=gram, group=32, bits=4) == pytest.approx(0.3225, abs=1e-6)
+    assert error(weight, alone, gram=gram, group=32, bits=4) == pytest.approx(0.4225, abs=1e-6)
 
 
 def test_the_factor() -> None:
@@ -87,9 +87,17 @@ def test_the_output_is_nearer_than_by_plain_rounding(seed: int, group: int, bits
     was written).
     """
     weight, gram = correlated(seed)
-    plain = error(weight, rounding.nearest(mx.array(weight), group, bits), gram, group, bits)
+    plain = error(
+        weight, rounding.nearest(mx.array(weight), group, bits), gram=gram, group=group, bits=bits
+    )
     assert (
-        error(weight, rounding.compensated(weight, gram, group, bits), gram, group, bits)
+        error(
+            weight,
+            rounding.compensated(weight, gram, group, bits),
+            gram=gram,
+            group=group,
+            bits=bits,
+        )
         < plain / 2
     )
 

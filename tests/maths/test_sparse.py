@@ -95,7 +95,9 @@ def ours(p: dict[str, mx.array], rows: int | None) -> Gradients:
     ids, weights = targets(p)
 
     def loss(student: mx.array, head: mx.array) -> mx.array:
-        return losses.sampled_kl_sum(student, head, p["learn"], ids, weights, rows=rows)
+        return losses.sampled_kl_sum(
+            student, head, learn=p["learn"], ids=ids, weights=weights, rows=rows
+        )
 
     return mx.value_and_grad(loss, argnums=(0, 1))(p["student"], p["head"])
 
@@ -131,7 +133,9 @@ def test_the_loss_by_pencil() -> None:
     head = mx.log(mx.array([[2.0], [1.0], [1.0]]))
     learn = mx.ones(1)
     two = mx.array([[0, 1, 0]])
-    kl = losses.sampled_kl_sum(student, head, learn, two, mx.array([[0.5, 0.5, 0.0]]))
+    kl = losses.sampled_kl_sum(
+        student, head, learn=learn, ids=two, weights=mx.array([[0.5, 0.5, 0.0]])
+    )
     assert kl.item() == pytest.approx(np.log(2) / 2, abs=1e-6)
 
 
@@ -166,12 +170,18 @@ def test_sampled_gradients_are_unbiased() -> None:
 
     def full(h: mx.array) -> mx.array:
         return losses.kl_sum(
-            h, p["head"], p["teacher"], lambda t: t @ p["teacher_head"].T, p["learn"]
+            h,
+            p["head"],
+            teacher=p["teacher"],
+            teacher_logits=lambda t: t @ p["teacher_head"].T,
+            learn=p["learn"],
         )
 
     def sampled(seed: int) -> Callable[[mx.array], mx.array]:
         ids, weights = padded(*losses.sample(z, count, seed, 0), count)
-        return lambda h: losses.sampled_kl_sum(h, p["head"], p["learn"], ids, weights)
+        return lambda h: losses.sampled_kl_sum(
+            h, p["head"], learn=p["learn"], ids=ids, weights=weights
+        )
 
     ids = mx.argpartition(z, -6, axis=-1)[:, -6:]
     probs = mx.softmax(mx.take_along_axis(z, ids, axis=-1), axis=-1)
@@ -181,5 +191,7 @@ def test_sampled_gradients_are_unbiased() -> None:
     w = np.array(p["head"], np.float64)
     variance = (share @ w**2 - (share @ w) ** 2) / (count * stores)
     assert np.abs((mean - wanted) / np.sqrt(variance)).max() < 5
-    biased = gradient(lambda h: losses.sampled_kl_sum(h, p["head"], p["learn"], ids, probs))
+    biased = gradient(
+        lambda h: losses.sampled_kl_sum(h, p["head"], learn=p["learn"], ids=ids, weights=probs)
+    )
     assert np.abs((biased - wanted) / np.sqrt(variance)).max() > 10

@@ -139,7 +139,10 @@ def test_student_config_is_what_transformers_reads(tmp_path: Any) -> None:
 def checkpoint(tensors: dict[str, tuple[int, ...]], **changes: Any) -> Checkpoint:
     from pathlib import Path
 
-    at = {n: TensorAt(Path("model.safetensors"), "F32", s, 0, 0) for n, s in tensors.items()}
+    at = {
+        n: TensorAt(file=Path("model.safetensors"), dtype="F32", shape=s, offset=0, nbytes=0)
+        for n, s in tensors.items()
+    }
     return Checkpoint(Path("folder"), {**tiny.CONFIG, **changes}, at)
 
 

@@ -39,14 +39,14 @@ def test_greedy_is_the_models_own_text(model: nn.Module, at_once: int) -> None:
     """Prompts of 7, 1 and 3 tokens together; a stop token ends one early and is its last."""
     expected = [plainly(model, p, 9) for p in PROMPTS]
     draw = mlx_generate.sampler(0.0, 0)
-    assert mlx_generate.groups(model, PROMPTS, 2, 9, [], draw, at_once) == [
-        [e, e] for e in expected
-    ]
+    assert mlx_generate.groups(
+        model, PROMPTS, count=2, max_tokens=9, stop=[], draw=draw, at_once=at_once
+    ) == [[e, e] for e in expected]
     stop = expected[0][4]
     expected = [plainly(model, p, 9, [stop]) for p in PROMPTS]
-    assert mlx_generate.groups(model, PROMPTS, 1, 9, [stop], draw, at_once) == [
-        [e] for e in expected
-    ]
+    assert mlx_generate.groups(
+        model, PROMPTS, count=1, max_tokens=9, stop=[stop], draw=draw, at_once=at_once
+    ) == [[e] for e in expected]
 
 
 def test_a_group_is_drawn_from_its_prompts_distribution(llama: Checkpoint) -> None:
@@ -55,7 +55,13 @@ def test_a_group_is_drawn_from_its_prompts_distribution(llama: Checkpoint) -> No
     """
     model = load.resident(llama, mx.float32)
     (group,) = mlx_generate.groups(
-        model, PROMPTS[:1], 1000, 1, [], mlx_generate.sampler(0.1, 3), 1000
+        model,
+        PROMPTS[:1],
+        count=1000,
+        max_tokens=1,
+        stop=[],
+        draw=mlx_generate.sampler(0.1, 3),
+        at_once=1000,
     )
     p = mx.softmax(model(mx.array([PROMPTS[0]]))[0, -1] / 0.1)
     top = int(mx.argmax(p))
@@ -71,7 +77,15 @@ def test_the_seed_decides(model: nn.Module) -> None:
     for seed in (1, 1, 2):
         mx.random.seed(seed + len(made))
         made.append(
-            mlx_generate.groups(model, PROMPTS, 4, 6, [], mlx_generate.sampler(1.0, seed), 8)
+            mlx_generate.groups(
+                model,
+                PROMPTS,
+                count=4,
+                max_tokens=6,
+                stop=[],
+                draw=mlx_generate.sampler(1.0, seed),
+                at_once=8,
+            )
         )
     assert made[0] == made[1] != made[2]
     assert [len(group) for group in made[0]] == [4, 4, 4]
@@ -125,7 +139,9 @@ def test_a_sampler_of_its_own_does_not_see_the_others(model: nn.Module) -> None:
 
     def written(prompts: Sequence[Sequence[int]], at_once: int) -> dict[int, list[int]]:
         draw = [mlx_generate.sampler(1.0, len(prompt), top_p=0.9) for prompt in prompts]
-        groups = mlx_generate.groups(model, prompts, 1, 8, [], draw, at_once)
+        groups = mlx_generate.groups(
+            model, prompts, count=1, max_tokens=8, stop=[], draw=draw, at_once=at_once
+        )
         return {len(prompt): ids for prompt, (ids,) in zip(prompts, groups, strict=True)}
 
     assert written(PROMPTS, 3) == written(PROMPTS[::-1], 2) == written(PROMPTS, 1)
@@ -144,7 +160,15 @@ def test_writing_side_by_side_takes_what_the_plan_says(llama: Checkpoint) -> Non
     mx.reset_peak_memory()
     before = mx.get_active_memory()
 
-    mlx_generate.groups(model, prompts, 1, 40, (), mlx_generate.sampler(0.0, 0), 32)
+    mlx_generate.groups(
+        model,
+        prompts,
+        count=1,
+        max_tokens=40,
+        stop=(),
+        draw=mlx_generate.sampler(0.0, 0),
+        at_once=32,
+    )
 
     assert 0.3 * planned < mx.get_peak_memory() - before < 0.55 * planned
 
@@ -168,5 +192,5 @@ def test_what_mlx_lm_wires_is_unwired(
     monkeypatch.setattr(memory, "_recommended", lambda device: 5 * 2**30)
     monkeypatch.setattr(mx, "set_wired_limit", calls.append)
     monkeypatch.setenv("MIS_MLX_WIRE", said)
-    mlx_generate.groups(model, PROMPTS, 1, 2, [], draw, 3)
+    mlx_generate.groups(model, PROMPTS, count=1, max_tokens=2, stop=[], draw=draw, at_once=3)
     assert seen == want

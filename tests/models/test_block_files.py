@@ -68,7 +68,15 @@ def test_half_precision_becomes_float32_and_the_cut_stays_known(
     config = {**student.config, "torch_dtype": "bfloat16"}
     extra = model_writer.keep_files(keep)
     take = partial(load.dense, student)
-    model_writer.write_model(config, take, student.path, tmp_path / "b", "bfloat16", DISK, extra)
+    model_writer.write_model(
+        config,
+        take,
+        source=student.path,
+        out=tmp_path / "b",
+        dtype="bfloat16",
+        files=DISK,
+        extra=extra,
+    )
     half = load.open_checkpoint(tmp_path / "b")
     made = model_writer.by_block(half, tmp_path / "s", DISK)
     assert {t.dtype for t in made.tensors.values()} == {"F32"}

@@ -241,7 +241,13 @@ def test_gradients_block_by_block_are_the_whole_models(
 
     def loss(hidden: mx.array, table: mx.array, learn: mx.array, target: mx.array) -> mx.array:
         return losses.kl_sum(
-            hidden, table, target, lambda h: h @ head.T, learn, frozen_head=True, softcap=cap
+            hidden,
+            table,
+            teacher=target,
+            teacher_logits=lambda h: h @ head.T,
+            learn=learn,
+            frozen_head=True,
+            softcap=cap,
         )
 
     def plain(model: nn.Module) -> mx.array:
@@ -260,7 +266,7 @@ def test_gradients_block_by_block_are_the_whole_models(
     value, want = nn.value_and_grad(model, plain)(model)
     named = dict(tree_flatten(want))
     parts = model_writer.by_block(gemma, tmp_path / "parts", DISK)
-    student = sharded.Sharded(parts, each, 1, 0.0, DISK)
+    student = sharded.Sharded(parts, each, steps_per_shard=1, weight_decay=0.0, files=DISK)
     student.begin()
     seen = set[int]()
     for visit in range(-(-7 // each)):
@@ -347,7 +353,9 @@ def test_many_texts_are_written_as_each_alone(gemma: Checkpoint) -> None:
     """Streamed, side by side, past the window; a text's tokens are stock mlx_lm's."""
     prompts = [[5, 9, 300], [44, 8, 120, 3, 77]]
     greedy = partial(mx.argmax, axis=-1)
-    ours = streamed_decode.sampled(stream.Stream(gemma, mx.float32), prompts, 12, (), greedy)
+    ours = streamed_decode.sampled(
+        stream.Stream(gemma, mx.float32), prompts, max_tokens=12, stop=(), draw=greedy
+    )
     model = stock(gemma.path)
     for prompt, text in zip(prompts, ours, strict=True):
         want = list[int]()
@@ -468,7 +476,7 @@ def test_what_is_not_built_is_a_sentence(
 ) -> None:
     """Blocks shared by machines, heads, a search of sizes, a GGUF; each before any work."""
     with pytest.raises(MisError, match="need more of each other than hidden states"):
-        pipeline_parallel.Relay(gemma, mx.float32, 0, False, (7,))
+        pipeline_parallel.Relay(gemma, mx.float32, room_bytes=0, direct=False, shares=(7,))
     with pytest.raises(
         MisError, match="heads of a gemma4_text cannot be cut: its heads have two sizes"
     ):
@@ -544,7 +552,13 @@ def test_a_pass_stays_under_the_plan(tmp_path: Path, windows: int, length: int) 
     peak = mx.get_peak_memory() - before
     mx.set_cache_limit(cache)
     planned = estimates.streamed_pass(
-        "pass", m, windows * length, length, length, GIB, head=False
+        "pass",
+        m,
+        tokens=windows * length,
+        micro_tokens=length,
+        length=length,
+        limit_bytes=GIB,
+        head=False,
     ).peak_bytes
     assert planned - estimates.SMALL_BYTES < 1.5 * peak and peak < planned, (peak, planned)
 
@@ -576,7 +590,12 @@ def test_training_stays_under_the_plan(tmp_path: Path, way: str) -> None:
         source = live_teacher.StreamedTeacher(teacher, 0)
         parts = model_writer.by_block(student, tmp_path / "parts", DISK)
         made = sharded.Sharded(
-            parts, shard, 1, 0.01, DISK, 4 * small.head_params if way == "blocks" else 0
+            parts,
+            shard,
+            steps_per_shard=1,
+            weight_decay=0.01,
+            files=DISK,
+            room_bytes=4 * small.head_params if way == "blocks" else 0,
         )
         made.begin()
         batches = partial(live_teacher.step_micro_batches, source, data, config)
@@ -634,12 +653,14 @@ def test_what_is_not_capped_is_another_loss() -> None:
         ).sum()
 
     def kl(h: mx.array, w: mx.array) -> mx.array:
-        return losses.kl_sum(h, w, target, lambda t: t, learn, rows=4, softcap=3.0)
+        return losses.kl_sum(
+            h, w, teacher=target, teacher_logits=lambda t: t, learn=learn, rows=4, softcap=3.0
+        )
 
     def sampled(h: mx.array, w: mx.array) -> mx.array:
         p = mx.softmax(target, axis=-1)
         every = mx.broadcast_to(mx.arange(40), (6, 40))
-        return losses.sampled_kl_sum(h, w, learn, every, p, rows=4, softcap=3.0)
+        return losses.sampled_kl_sum(h, w, learn=learn, ids=every, weights=p, rows=4, softcap=3.0)
 
     def nll(h: mx.array, w: mx.array) -> mx.array:
         return -(losses.token_logps(h, w, ids, 0.7, rows=4, softcap=3.0) * learn).sum()
@@ -651,7 +672,7 @@ def test_what_is_not_capped_is_another_loss() -> None:
         assert a.item() == pytest.approx(b.item(), rel=1e-5)
         assert mx.allclose(ah, bh, atol=1e-5) and mx.allclose(aw, bw, atol=1e-5)
     value, dh, dw = host_losses.kl_gradients(
-        hidden, head, target, lambda t: t + 0.0, learn, softcap=3.0
+        hidden, head, teacher=target, teacher_logits=lambda t: t + 0.0, learn=learn, softcap=3.0
     )
     want, (bh, bw) = mx.value_and_grad(plain_kl, argnums=(0, 1))(hidden, head)
     assert value == pytest.approx(want.item(), rel=1e-5)

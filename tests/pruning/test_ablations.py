@@ -70,7 +70,9 @@ def data() -> Windows:
 def distil(source: live_teacher.TargetSource, student: Checkpoint, data: Windows) -> list[Any]:
     """Losses, norms, and all weights after RECIPE."""
     model = load.resident(student, mx.float32)
-    steps = list(live_teacher.steps(model, source, data, RECIPE, GuardedAdamW()))
+    steps = list(
+        live_teacher.steps(model, source, data=data, recipe=RECIPE, optimizer=GuardedAdamW())
+    )
     return facts(steps) + [p.tolist() for _, p in tree_flatten(model.parameters())]
 
 
@@ -85,7 +87,7 @@ def test_the_gradient_is_that_of_the_formula(
     llama: Checkpoint, students: dict[str, Checkpoint], data: Windows, name: str, c: float
 ) -> None:
     """L = (1 - c) KL + c CE: written out on whole logits and differentiated by MLX."""
-    source = StreamedTeacher(llama, None, True, 1.0, c)
+    source = StreamedTeacher(llama, None, direct=True, temperature=1.0, cross_entropy=c)
     cut = live_teacher.step_micro_batches(
         source, data, replace(RECIPE, grad_accumulation_steps=1), 0
     )
@@ -124,7 +126,13 @@ def test_the_text_as_source_is_cross_entropy(llama: Checkpoint, data: Windows) -
     learn = mx.array(few.learn)
     wanted = (nn.losses.cross_entropy(z[:, :-1], tokens[:, 1:]) * learn[:, :-1]).sum() / learn.sum()
     steps = list(
-        live_teacher.steps(model, TextTargets(), few, replace(RECIPE, iters=12), GuardedAdamW())
+        live_teacher.steps(
+            model,
+            TextTargets(),
+            data=few,
+            recipe=replace(RECIPE, iters=12),
+            optimizer=GuardedAdamW(),
+        )
     )
     assert steps[0].loss == pytest.approx(wanted.item(), rel=1e-5)
     assert steps[-1].loss < 0.8 * steps[0].loss
@@ -173,8 +181,10 @@ def test_training_with_cross_entropy_stays_under_the_plan(
     mx.clear_cache()
     before = mx.get_active_memory()
     model = load.resident(student, mx.float32)
-    source = StreamedTeacher(teacher, 0, False, 2.0, 0.5)
-    steps = list(live_teacher.steps(model, source, data, recipe, GuardedAdamW()))
+    source = StreamedTeacher(teacher, 0, direct=False, temperature=2.0, cross_entropy=0.5)
+    steps = list(
+        live_teacher.steps(model, source, data=data, recipe=recipe, optimizer=GuardedAdamW())
+    )
     peak = max(s.peak_bytes for s in steps) - before
     sizes = {"batch_size": 2, "grad_accumulation_steps": 2, "max_seq_length": length}
     job = replace(

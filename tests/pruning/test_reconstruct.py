@@ -64,7 +64,7 @@ def test_every_kind_that_can_is_fitted_and_judged(kinds: list[int]) -> None:
 
 def student_of(teacher: Checkpoint, keep: KeptUnits, out: Path, **sizes: int) -> Checkpoint:
     shape = replace(shape_of(teacher.config), layers=len(keep.layers), **sizes)
-    slicing.write_student(teacher, shape, keep, out, "float32", DISK)
+    slicing.write_student(teacher, shape, keep=keep, out=out, dtype="float32", files=DISK)
     return load.open_checkpoint(out)
 
 
@@ -72,7 +72,14 @@ def mended_model(student: Checkpoint, mended: dict[str, mx.array]) -> Checkpoint
     """The student's folder with the new weights, beside the old one."""
     arrays = {n: load.dense(student, n) for n in student.tensors} | mended
     out = student.path.with_name("mended")
-    model_writer.write_model(student.config, arrays.__getitem__, student.path, out, "float32", DISK)
+    model_writer.write_model(
+        student.config,
+        arrays.__getitem__,
+        source=student.path,
+        out=out,
+        dtype="float32",
+        files=DISK,
+    )
     return load.open_checkpoint(out)
 
 
@@ -148,8 +155,10 @@ def test_the_error_falls_block_by_block(
     mended, left = reconstruct.reconstruct(teacher, student, keep, windows + more)
     basis = np.eye(64)[:, list(keep.kept.get((-1, "hidden"), range(64)))]
     others = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(100 + k)) for k in range(6)]
-    before = stream_error(teacher, student, basis, others, keep.layers)
-    after = stream_error(teacher, mended_model(student, mended), basis, others, keep.layers)
+    before = stream_error(teacher, student, basis=basis, windows=others, layers=keep.layers)
+    after = stream_error(
+        teacher, mended_model(student, mended), basis=basis, windows=others, layers=keep.layers
+    )
     nearer = [a < b for a, b in zip(after, before, strict=True)]
     assert all(nearer if kind == "llama" else nearer[:2])
     assert sum(after) < 0.9 * sum(before)

@@ -57,7 +57,13 @@ def student_of(
     kept = {(-1, "hidden"): tuple(range(shape.hidden))}
     keep = KeptUnits(ALL, kept, "", basis=rotation.basis.astype(np.float32))
     slicing.write_student(
-        teacher, shape, keep, out, dtype, DISK, tensor=slicing.rotated(teacher, rotation)
+        teacher,
+        shape,
+        keep=keep,
+        out=out,
+        dtype=dtype,
+        files=DISK,
+        tensor=slicing.rotated(teacher, rotation),
     )
     return load.open_checkpoint(out)
 
@@ -190,7 +196,12 @@ def test_turned_for_a_tied_head_the_cut_costs_less(tmp_path: Path, windows: list
     arrays = {name: load.dense(teacher, name) for name in teacher.tensors}
     arrays[slicing.FINAL] = 1 + 0.5 * mx.random.normal((64,), key=mx.random.key(9))
     model_writer.write_model(
-        teacher.config, arrays.__getitem__, teacher.path, tmp_path / "g", "float32", DISK
+        teacher.config,
+        arrays.__getitem__,
+        source=teacher.path,
+        out=tmp_path / "g",
+        dtype="float32",
+        files=DISK,
     )
     teacher = load.open_checkpoint(tmp_path / "g")
     found = slicing.directions(teacher, windows)(60)
@@ -229,7 +240,12 @@ def low_rank(folder: Path, rank: int) -> Checkpoint:
             arrays[name] = onto @ a
     arrays["model.embed_tokens.weight"] = arrays["model.embed_tokens.weight"] @ onto
     model_writer.write_model(
-        plain.config, arrays.__getitem__, plain.path, folder / "low", "float32", DISK
+        plain.config,
+        arrays.__getitem__,
+        source=plain.path,
+        out=folder / "low",
+        dtype="float32",
+        files=DISK,
     )
     return load.open_checkpoint(folder / "low")
 
@@ -249,9 +265,9 @@ def test_on_a_low_rank_stream_the_rotation_loses_nothing_and_ranked_channels_do(
         select.prune(
             teacher,
             windows,
-            held_out,
-            tmp_path / how,
-            replace(cut, hidden_by=how),
+            held_out=held_out,
+            out=tmp_path / how,
+            cut=replace(cut, hidden_by=how),
             dtype="float32",
             reading=lambda: None,
             files=DISK,
@@ -309,9 +325,9 @@ def test_spooled_hidden_states_and_a_changing_wind_make_the_same_student(
         made[name] = select.prune(
             llama,
             windows,
-            Windows(np.array(windows[1]), np.ones((1, 64), np.float32)),
-            tmp_path / name,
-            select.PruningConfig(scenario="none", ffn=256, hidden=48, hidden_by="pca"),
+            held_out=Windows(np.array(windows[1]), np.ones((1, 64), np.float32)),
+            out=tmp_path / name,
+            cut=select.PruningConfig(scenario="none", ffn=256, hidden=48, hidden_by="pca"),
             dtype="float32",
             files=DISK,
             reading=lambda air=air: Reading(0.0, ambient_c=next(air), altitude_m=832.0),

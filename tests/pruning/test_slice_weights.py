@@ -42,7 +42,14 @@ def cut(
 ) -> Checkpoint:
     """The student of a Keep written by hand, opened by our gate."""
     shape = replace(shape_of(teacher.config), layers=len(layers), **sizes)
-    slicing.write_student(teacher, shape, KeptUnits(layers, kept, "by hand"), out, "float32", DISK)
+    slicing.write_student(
+        teacher,
+        shape,
+        keep=KeptUnits(layers, kept, "by hand"),
+        out=out,
+        dtype="float32",
+        files=DISK,
+    )
     return load.open_checkpoint(out)
 
 
@@ -182,7 +189,12 @@ def test_all_cuts_at_once_and_biases(tmp_path: Path, batches: list[mx.array]) ->
 def test_types_are_cast_and_said(tmp_path: Path, llama: Checkpoint) -> None:
     """bfloat16: half the bytes, and config.json says so."""
     slicing.write_student(
-        llama, shape_of(llama.config), KeptUnits(ALL, {}, ""), tmp_path / "s", "bfloat16", DISK
+        llama,
+        shape_of(llama.config),
+        keep=KeptUnits(ALL, {}, ""),
+        out=tmp_path / "s",
+        dtype="bfloat16",
+        files=DISK,
     )
     student = load.open_checkpoint(tmp_path / "s")
     assert 2 * student.nbytes == llama.nbytes and student.config["torch_dtype"] == "bfloat16"
@@ -202,10 +214,10 @@ def test_keep_survives_on_disk(tmp_path: Path, llama: Checkpoint) -> None:
     slicing.write_student(
         llama,
         replace(shape_of(llama.config), layers=2, ffn=512),
-        keep,
-        tmp_path / "s",
-        "float32",
-        DISK,
+        keep=keep,
+        out=tmp_path / "s",
+        dtype="float32",
+        files=DISK,
     )
     assert model_writer.read_keep(tmp_path / "s") == keep
     assert model_writer.read_keep(llama.path) is None
@@ -224,7 +236,9 @@ def test_foreign_code_and_weights_are_not_copied(tmp_path: Path) -> None:
         "chat_template.jinja",
     ):
         (tmp_path / "from" / name).write_text("x")
-    model_writer.write_folder({}, {}, [], tmp_path / "from", tmp_path / "to", DISK)
+    model_writer.write_folder(
+        {}, {}, tensors=[], source=tmp_path / "from", out=tmp_path / "to", files=DISK
+    )
     own = {"config.json", "model.safetensors"}
     assert {p.name for p in (tmp_path / "to").iterdir()} - own == {
         "chat_template.jinja",

@@ -103,7 +103,7 @@ def test_it_is_the_gradient_of_weights_along_the_errors(
         return lambda x, above: [each(*of) for of in zip(x, above, strict=True)]
 
     backward_pass.backwards(checkpoint, batches, visit, 3)
-    found = bit_allocation.costs(checkpoint, batches, 64, (3, 5), 3)
+    found = bit_allocation.costs(checkpoint, batches, group=64, bits=(3, 5), seed=3)
     assert found.keys() - wanted.keys() == {"model.embed_tokens"}
     for path, cost in wanted.items():
         assert found[path] == pytest.approx(cost, rel=1e-4), path
@@ -114,7 +114,10 @@ def test_many_draws_give_the_kl_itself(models, batches: list[mx.array]) -> None:
     measures.
     """
     checkpoint = models("qwen3")
-    found = [bit_allocation.costs(checkpoint, batches, 64, (4,), seed) for seed in range(16)]
+    found = [
+        bit_allocation.costs(checkpoint, batches, group=64, bits=(4,), seed=seed)
+        for seed in range(16)
+    ]
     for path in (
         "model.layers.0.mlp.down_proj",
         "model.layers.1.self_attn.v_proj",
@@ -143,8 +146,10 @@ def test_every_matrix_of_the_blocks_and_fewer_bits_cost_more(
 def test_the_same_from_disk(llama: Checkpoint, batches: list[mx.array], tmp_path: Path) -> None:
     """Inputs of the blocks spooled, but for three: the same numbers; another seed draws others."""
     one = bit_allocation.costs(llama, batches, 64, (4,))
-    assert one == bit_allocation.costs(llama, batches, 64, (4,), 0, Spool(tmp_path, 3, DISK))
-    assert one != bit_allocation.costs(llama, batches, 64, (4,), 1)
+    assert one == bit_allocation.costs(
+        llama, batches, group=64, bits=(4,), seed=0, kept=Spool(tmp_path, 3, DISK)
+    )
+    assert one != bit_allocation.costs(llama, batches, group=64, bits=(4,), seed=1)
 
 
 def test_mixed_formats_keep_to_the_target_and_open_in_mlx_lm(

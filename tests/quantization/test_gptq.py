@@ -33,7 +33,11 @@ def write(
         checkpoint.config, group, packed_format.blocks_after_removed(checkpoint)
     )
     packed_format.write_quantized(
-        checkpoint, out, plan, DISK, stage.rounded_blocks(checkpoint, batches, plan)
+        checkpoint,
+        out,
+        plan=plan,
+        files=DISK,
+        rounded=stage.rounded_blocks(checkpoint, batches, plan),
     )
     return load.open_checkpoint(out)
 
@@ -146,7 +150,12 @@ def test_bridges_keep_their_eight_bits(tmp_path: Path, batches: list[mx.array]) 
     teacher = load.open_checkpoint(tiny.make(tmp_path / "t", num_hidden_layers=4))
     shape = replace(shape_of(teacher.config), layers=3)
     slicing.write_student(
-        teacher, shape, KeptUnits((0, 2, 3), {}, ""), tmp_path / "s", "float32", DISK
+        teacher,
+        shape,
+        keep=KeptUnits((0, 2, 3), {}, ""),
+        out=tmp_path / "s",
+        dtype="float32",
+        files=DISK,
     )
     student = load.open_checkpoint(tmp_path / "s")
     made = write(student, tmp_path / "q4", batches)
@@ -198,7 +207,7 @@ def test_not_a_number_is_refused(
     plan = packed_format.layout(bad.config, 64)
     rounded = stage.rounded_blocks(bad, batches, plan) if method == "gptq" else None
     with pytest.raises(MisError, match=f"{name} holds 1 values that are not numbers"):
-        packed_format.write_quantized(bad, tmp_path / "q4", plan, DISK, rounded)
+        packed_format.write_quantized(bad, tmp_path / "q4", plan=plan, files=DISK, rounded=rounded)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "whole"]
 
 

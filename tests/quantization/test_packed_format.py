@@ -89,7 +89,9 @@ def test_experts_are_rounded_one_at_a_time(tmp_path: Path) -> None:
     packed_format.write_quantized(
         mixture, tmp_path / "q4", packed_format.layout(mixture.config, 64), DISK
     )
-    planned = compression_size.quantize(estimates.model_of(mixture), recipe.PLAIN, 1, 32, 0)
+    planned = compression_size.quantize(
+        estimates.model_of(mixture), recipe.PLAIN, windows=1, length=32, limit=0
+    )
     assert mx.get_peak_memory() - before <= planned.peak_bytes
 
 
@@ -126,7 +128,12 @@ def test_bridges_get_eight_bits(
     teacher = load.open_checkpoint(tiny.make(tmp_path / "t", num_hidden_layers=6))
     shape = replace(shape_of(teacher.config), layers=len(layers))
     slicing.write_student(
-        teacher, shape, KeptUnits(layers, {}, ""), tmp_path / "s", "float32", DISK
+        teacher,
+        shape,
+        keep=KeptUnits(layers, {}, ""),
+        out=tmp_path / "s",
+        dtype="float32",
+        files=DISK,
     )
     student = load.open_checkpoint(tmp_path / "s")
     plan = packed_format.layout(student.config, 64, packed_format.blocks_after_removed(student))

@@ -83,7 +83,7 @@ def test_neighbours_are_read_at_once_and_far_ones_apart() -> None:
     b = Path("b")
 
     def at(file: Path, offset: int, nbytes: int) -> TensorAt:
-        return TensorAt(file, "U8", (nbytes,), offset, nbytes)
+        return TensorAt(file=file, dtype="U8", shape=(nbytes,), offset=offset, nbytes=nbytes)
 
     near = 4200 + GAP
     far = 4200 + 10 + GAP + GAP + 1

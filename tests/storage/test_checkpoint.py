@@ -33,7 +33,14 @@ def save(steps: Path, number: int, files: Files = DISK, keep: int = 2) -> Path:
         "model": {"w": mx.full((40,), number, dtype=mx.bfloat16), "b": mx.full((3,), number)},
         "optimizer": {"step": mx.array(number)},
     }
-    return save_step(steps, number, arrays, {"step": number, "rng": [1, number]}, files, keep)
+    return save_step(
+        steps,
+        number,
+        arrays=arrays,
+        state={"step": number, "rng": [1, number]},
+        files=files,
+        keep=keep,
+    )
 
 
 def is_whole(saved: Saved) -> bool:
@@ -193,7 +200,7 @@ def test_too_little_space_is_seen_before_anything_is_written(tmp_path: Path) -> 
     save(tmp_path, 1000)
     arrays = {"model": {"w": mx.zeros((GIB // 4, 3), dtype=mx.float32)}}  # lazy: never evaluated
     with pytest.raises(MisError) as caught:
-        save_step(tmp_path, 1200, arrays, {}, Short(int(1.2 * GIB)))
+        save_step(tmp_path, 1200, arrays=arrays, state={}, files=Short(int(1.2 * GIB)))
     assert str(caught.value) == (
         f"Not enough disk space in {tmp_path}: the checkpoint needs 3.60 GiB, 1.20 GiB are free; "
         "free some and start again with --resume; the last good step is 1000"

@@ -112,7 +112,7 @@ def test_bad_files_are_refused_by_name_before_mlx_sees_them(
     loaded: list[str] = []
     monkeypatch.setattr(mx, "load", loaded.append)
     with pytest.raises(MisError):
-        lazy({"w": TensorAt(path, "F32", (2, 3), 8, 24)}, ["w"])
+        lazy({"w": TensorAt(file=path, dtype="F32", shape=(2, 3), offset=8, nbytes=24)}, ["w"])
     assert loaded == []
 
 
@@ -135,9 +135,9 @@ def test_a_good_file_is_described_to_the_byte(tmp_path: Path) -> None:
     text = json.dumps({"__metadata__": {"format": "mlx"}, **GOOD})
     path.write_bytes(made(text, 0) + bytes(range(24)))
     tensors, metadata = check(path)
-    assert tensors == {"w": TensorAt(path, "F32", (2, 3), 8 + len(text), 24)} and metadata == {
-        "format": "mlx"
-    }
+    assert tensors == {
+        "w": TensorAt(file=path, dtype="F32", shape=(2, 3), offset=8 + len(text), nbytes=24)
+    } and metadata == {"format": "mlx"}
     assert path.read_bytes()[tensors["w"].offset :][:24] == bytes(range(24))
     os.truncate(path, len(text) + 22)
     with pytest.raises(MisError, match=f"incomplete, {len(text) + 22} of {len(text) + 32} bytes"):

@@ -20,7 +20,17 @@ from tests.faults.broken import breaking
 from tests.storage.test_checkpoint import flip, names
 from tests.storage.test_files import Short
 
-SAMPLED = Spec("sampled", 6, 512, 10, 5, "t" * 64, "d" * 64, 0, part_windows=3)
+SAMPLED = Spec(
+    kind="sampled",
+    count=6,
+    vocab=512,
+    windows=10,
+    length=5,
+    teacher="t" * 64,
+    data="d" * 64,
+    seed=0,
+    part_windows=3,
+)
 FILES = [
     "part-00000.safetensors",
     "part-00001.safetensors",
@@ -84,7 +94,16 @@ def test_types_are_as_narrow_as_they_can_be(tmp_path: Path, vocab: int, count: i
 
     One token a position: its size, its id and its count are 1 + 2 + 1 bytes, up to 2 + 4 + 2.
     """
-    spec = Spec("sampled", count, vocab, 1, 4000, "t", "d", 0)
+    spec = Spec(
+        kind="sampled",
+        count=count,
+        vocab=vocab,
+        windows=1,
+        length=4000,
+        teacher="t",
+        data="d",
+        seed=0,
+    )
     store = logit_store.create(tmp_path, spec, DISK)
     store.put(
         0, {"sizes": np.ones(4000), "ids": np.full(4000, vocab - 1), "counts": np.full(4000, count)}
@@ -208,7 +227,17 @@ def test_reading_holds_a_few_parts(tmp_path: Path) -> None:
 
     Four are kept, one is being read, and one is for what is handed out and Python's own.
     """
-    spec = Spec("sampled", 50, 512, 320, 250, "t", "d", 0, part_windows=8)
+    spec = Spec(
+        kind="sampled",
+        count=50,
+        vocab=512,
+        windows=320,
+        length=250,
+        teacher="t",
+        data="d",
+        seed=0,
+        part_windows=8,
+    )
     store = logit_store.create(tmp_path, spec, DISK)
     window = {
         "sizes": np.full(250, 4),

@@ -36,7 +36,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_names_are_counted() -> None:
     """runs/NAME-001, then -002; what is in them comes back."""
     first, second = (
-        run_folder.create(None, "tiny-goral", SETTINGS, ORIGIN, PLAN, DISK) for _ in range(2)
+        run_folder.create(
+            None, "tiny-goral", settings=SETTINGS, origin=ORIGIN, plan=PLAN, files=DISK
+        )
+        for _ in range(2)
     )
     assert [str(first), str(second)] == ["runs/tiny-goral-001", "runs/tiny-goral-002"]
     assert run_folder.stored_settings(first) == SETTINGS
@@ -51,13 +54,15 @@ def test_a_folder_of_ones_own(here: Path) -> None:
     (here / "locked").mkdir()
     (here / "locked" / ".lock").touch()
     for name in ("new/deep", "empty", "locked"):
-        assert run_folder.create(name, "x", SETTINGS, ORIGIN, PLAN, DISK) == Path(name)
+        assert run_folder.create(
+            name, "x", settings=SETTINGS, origin=ORIGIN, plan=PLAN, files=DISK
+        ) == Path(name)
     for name in ("empty", "new"):
         with pytest.raises(MisError, match="not empty: add --resume"):
-            run_folder.create(name, "x", SETTINGS, ORIGIN, PLAN, DISK)
+            run_folder.create(name, "x", settings=SETTINGS, origin=ORIGIN, plan=PLAN, files=DISK)
     (here / "file").write_text("x")
     with pytest.raises(MisError, match="not empty|is a file"):
-        run_folder.create("file", "x", SETTINGS, ORIGIN, PLAN, DISK)
+        run_folder.create("file", "x", settings=SETTINGS, origin=ORIGIN, plan=PLAN, files=DISK)
     assert (here / "file").read_text() == "x"
 
 
@@ -70,7 +75,7 @@ def test_a_run_killed_while_it_was_made_can_be_made_again(here: Path) -> None:
     (here / "half" / f".tmp-{run_folder.CONFIG}-123").write_text("it")
     with pytest.raises(MisError, match="start one there without --resume"):
         run_folder.find("half")
-    run_folder.create("half", "x", SETTINGS, ORIGIN, PLAN, DISK)
+    run_folder.create("half", "x", settings=SETTINGS, origin=ORIGIN, plan=PLAN, files=DISK)
     assert (
         run_folder.find("half") == Path("half")
         and run_folder.same_origin(Path("half"), ORIGIN) == []
@@ -81,7 +86,10 @@ def test_find_takes_the_newest_unfinished(here: Path) -> None:
     """Finished ones are passed over; --out names one; nothing there is a sentence."""
     with pytest.raises(MisError, match="no unfinished run"):
         run_folder.find(None)
-    a, b, c = (run_folder.create(None, "r", SETTINGS, ORIGIN, PLAN, DISK) for _ in range(3))
+    a, b, c = (
+        run_folder.create(None, "r", settings=SETTINGS, origin=ORIGIN, plan=PLAN, files=DISK)
+        for _ in range(3)
+    )
     for age, folder in ((30, a), (20, b), (10, c)):
         os.utime(folder / run_folder.CONFIG, (1e9 - age, 1e9 - age))
     (c / run_folder.RESULT).write_text("{}")
@@ -112,7 +120,7 @@ def test_a_flag_left_out_asks_for_nothing() -> None:
 
 def test_another_teacher_or_text_is_refused_another_version_is_said() -> None:
     """Named, with both hashes; a version may change last bits, no more."""
-    folder = run_folder.create(None, "r", SETTINGS, ORIGIN, PLAN, DISK)
+    folder = run_folder.create(None, "r", settings=SETTINGS, origin=ORIGIN, plan=PLAN, files=DISK)
     for what in ("teacher", "data"):
         with pytest.raises(
             MisError, match=rf"The {what} changed.*{ORIGIN[what][:12]} is now cccccccccccc"
@@ -125,7 +133,7 @@ def test_another_teacher_or_text_is_refused_another_version_is_said() -> None:
 @pytest.mark.parametrize("content", [None, b"", b"[1]", b"{", b"\xff", b"null"])
 def test_damage_is_a_sentence(content: bytes | None) -> None:
     """config.yaml, origin.json or plan.json gone, empty or garbled."""
-    folder = run_folder.create(None, "r", SETTINGS, ORIGIN, PLAN, DISK)
+    folder = run_folder.create(None, "r", settings=SETTINGS, origin=ORIGIN, plan=PLAN, files=DISK)
     assert run_folder.stored_settings(folder, run_folder.PLAN) == PLAN
     for name, read in (
         (run_folder.CONFIG, run_folder.stored_settings),
@@ -141,7 +149,7 @@ def test_damage_is_a_sentence(content: bytes | None) -> None:
 
 def test_metrics_forgive_a_torn_line_and_a_repeated_step() -> None:
     """A crash tore line 3; after the resume step 2 came again: the last one counts, in order."""
-    folder = run_folder.create(None, "r", SETTINGS, ORIGIN, PLAN, DISK)
+    folder = run_folder.create(None, "r", settings=SETTINGS, origin=ORIGIN, plan=PLAN, files=DISK)
     assert run_folder.metrics(folder) == []
     lines = [{"number": 1, "loss": 3.0}, {"number": 2, "loss": 2.5}]
     with (folder / run_folder.METRICS).open("ab") as file:

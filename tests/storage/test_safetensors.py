@@ -50,7 +50,9 @@ def arrays() -> dict[str, mx.array]:
 def write_model(folder: Path, content: dict[str, mx.array], shard_bytes: int = 2**30) -> None:
     folder.mkdir()
     specs = {n: spec_of(a) for n, a in content.items()}
-    write_tensors(folder, specs, content.items(), DISK, cut(specs, shard_bytes))
+    write_tensors(
+        folder, specs, tensors=content.items(), files=DISK, shards=cut(specs, shard_bytes)
+    )
 
 
 def assert_same(found: dict[str, Any], want: dict[str, mx.array]) -> None:
@@ -121,7 +123,13 @@ def test_the_writer_refuses_what_is_not_due(tmp_path: Path) -> None:
         folder = tmp_path / f"early{shard_bytes}"
         folder.mkdir()
         with pytest.raises(ValueError, match="nothing.* came, .*'b'.* was due"):
-            write_tensors(folder, specs, [("a", mx.zeros(2))], DISK, cut(specs, shard_bytes))
+            write_tensors(
+                folder,
+                specs,
+                tensors=[("a", mx.zeros(2))],
+                files=DISK,
+                shards=cut(specs, shard_bytes),
+            )
     (tmp_path / "late").mkdir()
     with pytest.raises(ValueError, match="c came, nothing was due"):
         write_tensors(tmp_path / "late", specs, [(name, mx.zeros(2)) for name in "abc"], DISK)
@@ -135,7 +143,7 @@ def test_a_model_is_written_with_a_few_tensors_in_memory(tmp_path: Path) -> None
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     made = ((name, mx.full((2048, 1024), i, dtype=mx.bfloat16)) for i, name in enumerate(specs))
-    write_tensors(tmp_path, specs, made, DISK, cut(specs, 10 * 2**20))
+    write_tensors(tmp_path, specs, tensors=made, files=DISK, shards=cut(specs, 10 * 2**20))
     assert mx.get_peak_memory() - before <= 3 * 4 * 2**20
     assert sum(at.nbytes for at in index(tmp_path).values()) == 64 * 2**20
 

@@ -97,7 +97,7 @@ def test_properties_on_simulated_laptops(mode):
     """
     for seed in range(8):
         plant, step_s = odd_laptop(seed)
-        course = drive(plant, mode, 1800, step_s, seed)
+        course = drive(plant, mode, seconds=1800, step_s=step_s, seed=seed)
         assert course.monitor.hottest() < 108
         assert all(0.2 <= d.duty <= 1.0 and 0.0 <= d.sleep_s <= 5.0 for _, d in course.decisions)
         assert course.never_turns_quickly()

@@ -33,7 +33,15 @@ HALNY = Path(__file__).parents[2] / "data" / "halny.jsonl"
 
 def step(number: int) -> Step:
     """A step of one second."""
-    return Step(number, 1.0, 1.0, 1e-3, 10, 1.0, 0)
+    return Step(
+        number=number,
+        loss=1.0,
+        grad_norm=1.0,
+        learning_rate=1e-3,
+        tokens=10,
+        seconds=1.0,
+        peak_bytes=0,
+    )
 
 
 def test_halny_sigma_comes_from_the_last_hour_of_the_recording() -> None:
@@ -108,7 +116,13 @@ def trained(clock: VirtualClock, close: bool) -> tuple[dict[str, mx.array], list
 
     with mock.patch.object(train_loop, "CLOCK", clock):
         steps = list(
-            train_loop.train(model, micro_batches, loss, GuardedAdamW(), tiny.schedule(3, 1e-2, 1))
+            train_loop.train(
+                model,
+                micro_batches,
+                loss=loss,
+                optimizer=GuardedAdamW(),
+                recipe=tiny.schedule(3, 1e-2, 1),
+            )
         )
     return dict(tree_flatten(model.parameters())), steps
 
@@ -155,7 +169,7 @@ def test_a_run_on_battery_says_so_first(
     monkeypatch.setattr(psutil, "sensors_battery", lambda: charge, raising=False)
     assert battery(replace(flags, thermal_replay=str(HALNY))) == ""
     settings = sft.Settings(governor=mode, out=str(tmp_path / "run"))
-    with open_run(settings, None, "x", {}, {}, Budget(GIB), 0):
+    with open_run(settings, None, name="x", origin={}, way={}, limit=Budget(GIB), wired=0):
         text = capsys.readouterr().err
     assert f"on battery, 55 %: --governor {mode} " in text and what in text
 
