@@ -125,17 +125,14 @@ def inside(folder: Path, name: str) -> None:
 def _no_weights(folder: Path) -> str:
     """The sentence for a folder without model.safetensors: what it holds, and what to do."""
     names = sorted(path.name for path in folder.iterdir())
-    remedies = (
-        (".gguf", ": GGUF is not read here, use the safetensors model it was made from"),
-        (UNSAFE, ", an unsafe format that can run code: get the safetensors version"),
-        (
-            ".safetensors",
-            f" but neither model.safetensors nor {INDEX}: add the missing one",
-        ),
-    )
-    for ending, remedy in remedies:
+    remedies = {
+        (".gguf",): ": GGUF is not read here, use the safetensors model it was made from",
+        UNSAFE: ", an unsafe format that can run code: get the safetensors version",
+        (".safetensors",): f" but neither model.safetensors nor {INDEX}: add the missing one",
+    }
+    for endings, remedy in remedies.items():
         for name in names:
-            if name.endswith(ending):
+            if name.endswith(endings):
                 return f"{folder} holds {name}{remedy}"
     return f"{folder} holds no model.safetensors: check the path, or download the model first"
 
@@ -164,38 +161,11 @@ def lazy(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[str, mx.
 
 def _rows_of(tensor: TensorAt, stored: TensorAt) -> slice | int:
     """Where the tensor is in the stored one: rows of it, or one of those that are stacked in it."""
-    row_bytes_total = max(stored.nbytes, 1)
-    first = (tensor.offset - stored.offset) * stored.shape[0] // row_bytes_total
+    stored_bytes = max(stored.nbytes, 1)
+    first = (tensor.offset - stored.offset) * stored.shape[0] // stored_bytes
     if len(tensor.shape) == len(stored.shape):
         return slice(first, first + tensor.shape[0])
     return first
-
-
-def lazy(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[str, mx.array]:
-    """The named tensors as arrays that MLX will read when they are evaluated.
-
-    Each file is checked again. Until the arrays are evaluated it must not be written over (MLX
-    would read the new bytes without a word); replacing it by rename or deleting it is harmless. If
-    an evaluation fails, drop every array: a second evaluation returns garbage without an error.
-    """
-    arrays: dict[str, mx.array] = {}
-    for path, wanted in files_of(tensors, names).items():
-        unchanged(path, tensors, wanted)
-        content: Any = mx.load(str(path))
-        for name in wanted:
-            at = tensors[name]
-            stored, whole = at.stored or (name, at)
-            arrays[name] = content[stored]
-            if at.shape != whole.shape:  # rows of it; or one of those that are stacked in it
-                first = (at.offset - whole.offset) * whole.shape[0] // max(whole.nbytes, 1)
-                part = (
-                    slice(first, first + at.shape[0])
-                    if len(at.shape) == len(whole.shape)
-                    else first
-                )
-                arrays[name] = arrays[name][part]
-        del content  # an array, once evaluated, stays in memory as long as a dict that holds it
-    return arrays
 
 
 def files_of(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[Path, list[str]]:
