@@ -175,7 +175,7 @@ class Targets:
             arrays[name] = mx.array(
                 np.concatenate([window[name] for window in windows]).astype(dtype)
             )
-        # Space is asked for all parts to come, so that the run does not stop much later.
+        # Space is asked for all parts that are left.
         left = sum(a.nbytes for a in arrays.values()) * (self.total - len(self.parts))
         what = "the rest of the targets"
         done = f"{len(self.parts)} of {self.total} parts are kept"
