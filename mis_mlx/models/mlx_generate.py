@@ -178,15 +178,19 @@ def groups(
     for each prompt, so that its draws do not depend on the other texts of its batch. at_once:
     completions generated together; a prompt's come in one batch, so that it is read once.
     """
-    completions = list[list[list[int]]]()
+    completions = []
     prompts_at_once = max(1, at_once // count)
     for start in range(0, len(prompts), prompts_at_once):
         batch_prompts = prompts[start : start + prompts_at_once]
-        batch_samplers: list[Sampler] = []
-        for number in range(start, start + len(batch_prompts)):
-            batch_samplers.append(draw if callable(draw) else draw[number])
-        batch = _completed(model, batch_prompts, count, max_tokens, stop, batch_samplers)
-        completions += [batch[i : i + count] for i in range(0, len(batch), count)]
+        if callable(draw):
+            samplers = [draw] * len(batch_prompts)
+        else:
+            samplers = list(draw[start : start + len(batch_prompts)])
+        batch = _completed(
+            model, batch_prompts, count, max_tokens=max_tokens, stop=stop, samplers=samplers
+        )
+        for i in range(0, len(batch), count):
+            completions.append(batch[i : i + count])
     return completions
 
 
@@ -199,15 +203,15 @@ def _completed(
     samplers: Sequence[Sampler],
 ) -> list[list[int]]:
     """`groups` of one batch, the completions of all prompts in one list. samplers: one a prompt."""
-    last_tokens = list[list[int]]()
-    caches = list[Any]()
+    last_tokens = []
+    caches = []
     for prompt in prompts:
         cache = load.mlx_lm("models.cache").make_prompt_cache(model)
         if len(prompt) > 1:
             model(mx.array([*prompt[:-1]])[None], cache=cache)
             evaluate_now([layer.state for layer in cache])
-        last_tokens += [list(prompt[-1:])] * count
-        caches += [cache] * count  # read only: mlx-lm merges them into a new one
+        last_tokens.extend([list(prompt[-1:])] * count)
+        caches.extend([cache] * count)  # read only: mlx-lm merges them into a new one
     generator = load.mlx_lm("generate").BatchGenerator(
         model,
         max_tokens=max_tokens,
@@ -221,10 +225,7 @@ def _completed(
         uids = generator.insert(last_tokens, caches=caches, samplers=sampler_of_each)
         del cache, caches  # the generator has copies, once it has begun
         tokens: dict[int, list[int]] = {uid: [] for uid in uids}
-        while True:
-            responses = generator.next_generated()
-            if not responses:
-                break
+        while responses := generator.next_generated():
             for response in responses:
                 tokens[response.uid].append(response.token)
     finally:

@@ -52,7 +52,7 @@ def passing(source: stream.Stream, items: Sequence[Any]) -> list[Any]:
     machines = distributed.size() if isinstance(source, Relay) else 1
     if machines == 1:
         return list(distributed.shard(items))
-    passed = []
+    passed: list[Any] = []
     for rank in range(machines):
         passed += items[rank::machines]
     return passed
@@ -165,7 +165,7 @@ class Relay(stream.Stream):
         # a broadcast out would leave the others waiting.
         begin = sum(self._counts[:rank])
         own_batches = range(begin, begin + self._counts[rank])
-        own = list[mx.array]()
+        own = []
         for b in range(len(hidden)):
             final = distributed.broadcast_array(hidden[b], last_rank)
             if b in own_batches:

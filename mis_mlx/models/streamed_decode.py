@@ -99,7 +99,7 @@ def accepted(nodes: Sequence[Node], choice: Sequence[int]) -> tuple[list[Node], 
     choice: the model's token after the text, then after each node.
     """
     rows: dict[Node | None, int] = {None: 0}
-    children: dict[tuple[Node | None, int], Node] = {}
+    children = {}
     for row, node in enumerate(nodes, 1):
         rows[node] = row
         children[node.up, node.token] = node
@@ -269,8 +269,8 @@ def _chunks(context: Context, hidden: mx.array) -> Iterator[mx.array]:
 
 def _odds(draft: Context, text: list[int], vocab: int, nodes: Sequence[Node]) -> Odds:
     """The draft's odds for the token after the text or, if there are nodes, after each of them."""
-    log_probs = list[np.ndarray]()
-    tokens = list[np.ndarray]()
+    log_probs = []
+    tokens = []
     for logits in _chunks(draft, draft.read(text, nodes)):
         logits = logits[:, :vocab].astype(mx.float32)
         likeliest = mx.argpartition(logits, -WIDTH, axis=-1)[:, -WIDTH:]
@@ -315,9 +315,8 @@ def decode(
             after = partial(_odds, guesses, text, vocab)
             nodes = grow(after, size=size - 1, depth=min(DEPTH, left - 1), ends=ends)
         # 2. One pass over the new text and the tree: the model's choice after each row.
-        best = []
-        for logits in _chunks(context, context.read(text, nodes)):
-            best.append(mx.argmax(logits, axis=-1))
+        chunks = _chunks(context, context.read(text, nodes))
+        best = [mx.argmax(logits, axis=-1) for logits in chunks]
         choice = np.array(mx.concatenate(best)).tolist()
         # 3. Guesses that agree with the model are text now, with its own next token behind them.
         #    Columns of all other guesses leave the caches.

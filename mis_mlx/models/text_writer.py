@@ -69,7 +69,7 @@ def _side_by_side(samplers: Sequence[Sampler], prompts: Sequence[Sequence[int]])
 
     def draw(log_probs: mx.array) -> mx.array:
         position = next(positions)
-        tokens = list[mx.array]()
+        tokens = []
         for number, sampler in enumerate(samplers):
             in_answer = position >= len(prompts[number]) - 1
             if in_answer:

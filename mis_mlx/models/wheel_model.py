@@ -125,7 +125,7 @@ def write_model(pinned: Pinned, gguf: Path, folder: Path) -> dict[str, Any]:
     config = pinned.files["config.json"]
     dtype = config["torch_dtype"]
     our_names = {theirs: name for name, theirs in gguf_names(config).items()}
-    specs: dict[str, safetensors.Spec] = {}
+    specs = {}
     for tensor in reader.tensors:
         # GGUF states shapes innermost first; reversed they are (out, in), as in the Hugging Face
         # layout.
@@ -168,7 +168,7 @@ def gguf_names(config: Mapping[str, Any]) -> dict[str, str | None]:
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     name_map = gguf.get_tensor_name_map(numbers[family.gguf], config["num_hidden_layers"])
     suffixes = (".weight", ".bias")
-    gguf_name = dict[str, str | None]()
+    gguf_name = {}
     for name in arch.tensors_of(config, stacked=True):
         hugging_face = re.sub(
             r"switch_mlp\.(\w+)", lambda match: f"experts.{matrices[match[1]]}", name

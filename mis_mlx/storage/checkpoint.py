@@ -102,7 +102,7 @@ def save_step(
     if keep < 2:
         raise ValueError(f"keep={keep}: with fewer than 2 steps one damaged file loses the run")
     final = steps_dir / f"step-{number:08d}"
-    listed = dict[str, Any]()
+    listed: dict[str, Any] = {}
     older = [n for n in _numbers(steps_dir) if n < number]
     last = f"the last good step is {older[-1]}" if older else "no step is saved yet"
     nbytes = sum(array.nbytes for named in arrays.values() for array in named.values())

@@ -117,7 +117,7 @@ class Targets:
         windows: list[int] = []
         for number in range(self.total):
             if number not in self.parts:
-                windows += self._within(number)
+                windows.extend(self._within(number))
         return windows
 
     def put(self, window: int, arrays: Arrays) -> None:
@@ -172,9 +172,8 @@ class Targets:
         """Write a part and list it."""
         arrays = {}
         for name, dtype in self.spec.dtypes().items():
-            arrays[name] = mx.array(
-                np.concatenate([window[name] for window in windows]).astype(dtype)
-            )
+            values = [window[name] for window in windows]
+            arrays[name] = mx.array(np.concatenate(values).astype(dtype))
         # Space is asked for all parts that are left.
         left = sum(a.nbytes for a in arrays.values()) * (self.total - len(self.parts))
         what = "the rest of the targets"

@@ -178,10 +178,8 @@ def same_origin(folder: Path, origin: Mapping[str, str]) -> list[str]:
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """Records of metrics.jsonl by step number. Torn lines are skipped; a step's last one counts."""
-    by_number = {}
-    for record in records(folder / METRICS):
-        if "number" in record:
-            by_number[record["number"]] = record
+    logged = [record for record in records(folder / METRICS) if "number" in record]
+    by_number = {record["number"]: record for record in logged}
     return [by_number[number] for number in sorted(by_number)]
 
 

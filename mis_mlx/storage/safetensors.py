@@ -144,7 +144,7 @@ def lazy(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[str, mx.
     would read the new bytes without a word); replacing it by rename or deleting it is harmless. If
     an evaluation fails, drop every array: a second evaluation returns garbage without an error.
     """
-    arrays: dict[str, mx.array] = {}
+    arrays = {}
     for path, wanted in files_of(tensors, names).items():
         unchanged(path, tensors, wanted)
         content: Any = mx.load(str(path))
@@ -226,7 +226,7 @@ def _index_content(specs: Specs, by_file: Mapping[str, Specs]) -> dict[str, Any]
     metadata = {"total_size": sum(map(spec_bytes, specs.values()))}
     if not any(dtype == "U32" for dtype, _ in specs.values()):
         metadata["total_parameters"] = sum(math.prod(shape) for _, shape in specs.values())
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for file, part in by_file.items():
         weight_map |= dict.fromkeys(part, file)
     return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
