@@ -72,7 +72,8 @@ def text(kind: Any, prog: str, every: bool) -> str:
     width = shutil.get_terminal_size().columns
     rare = frozenset[str]() if every else getattr(kind, "RARE", frozenset[str]())
     defaults = {f.name: f.default for f in fields(kind)}
-    lines = [f"usage: {prog} [flags]", "", *textwrap.wrap(inspect.getdoc(kind) or "", width)]
+    summary = inspect.getdoc(kind) or ""
+    lines = [f"usage: {prog} [flags]", "", *textwrap.wrap(summary, width)]
     for title, names in grouped(kind):
         shown = [name for name in names if name not in rare]
         if shown:
@@ -80,8 +81,9 @@ def text(kind: Any, prog: str, every: bool) -> str:
         for name in shown:
             default = defaults[name]
             switch = "no-" if default is True else ""
-            flag = f"  --{switch}{name.replace('_', '-')} {metavar(hints[name])}".rstrip()
-            lines += _entry(flag, _described(about.get(name, ""), default), width)
+            flag = f"  --{switch}{name.replace('_', '-')} {metavar(hints[name])}"
+            description = _described(about.get(name, ""), default)
+            lines += _entry(flag.rstrip(), description, width)
     lines += ["", "Every command: -v for details of plans, --version, --accept-gemma-terms"]
     if rare:
         return "\n".join([*lines, f"--help-all shows {len(rare)} more"])
@@ -107,7 +109,9 @@ def _described(about: str, default: Any) -> str:
 def _entry(flag: str, about: str, width: int) -> list[str]:
     """The lines of one flag: its description beside it or, if it is long, below it."""
     margin = " " * INDENT
-    lead = flag.ljust(INDENT) if len(flag) < INDENT - 1 else f"{flag}\n{margin}"
+    lead = flag.ljust(INDENT)
+    if len(flag) >= INDENT - 1:
+        lead = f"{flag}\n{margin}"
     body = textwrap.wrap(about.strip(), max(width, NARROW) - INDENT) or [""]
     first = (lead + body[0]).rstrip()
     return [first, *(margin + line for line in body[1:])]

@@ -119,11 +119,10 @@ def all_reduce_sums(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
     if size() == 1 or not arrays:
         return list(arrays)
     # One message for all. Float64 exists on the CPU only.
-    flat = mx.array(
-        np.concatenate([np.asarray(array, np.float64).reshape(-1) for array in arrays]),
-        mx.float64,
-    )
-    total = np.array(_settled(mx.distributed.all_sum(flat, stream=mx.cpu)))
+    flat = [np.asarray(array, np.float64).reshape(-1) for array in arrays]
+    message = mx.array(np.concatenate(flat), mx.float64)
+    del flat
+    total = np.array(_settled(mx.distributed.all_sum(message, stream=mx.cpu)))
     ends = np.cumsum([np.size(array) for array in arrays])
     sums = []
     for array, part in zip(arrays, np.split(total, ends[:-1]), strict=True):
@@ -194,7 +193,9 @@ def receive(arrays: MutableSequence[mx.array], i: int) -> None:
     """
     if not is_main():
         like = arrays[i]
-        arrays[i] = _settled(mx.distributed.recv(like.shape, like.dtype, rank() - 1, stream=mx.cpu))
+        source = rank() - 1
+        received = mx.distributed.recv(like.shape, like.dtype, source, stream=mx.cpu)
+        arrays[i] = _settled(received)
 
 
 def broadcast_arrays(arrays: Callable[[], Arrays]) -> dict[str, dict[str, mx.array]]:

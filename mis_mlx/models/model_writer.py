@@ -124,7 +124,7 @@ def write_folder(
     """
     nbytes = sum(map(spec_bytes, specs.values()))
     with protocol.commit_folder(out, files, nbytes) as folder:
-        write_tensors(folder, specs, tensors, files, shards)
+        write_tensors(folder, specs, tensors, files, shards=shards)
         files.write(folder / "config.json", json.dumps(dict(config), indent=2).encode())
         for name, value in (extra or {}).items():
             content = value if isinstance(value, bytes) else json.dumps(value).encode()
@@ -187,7 +187,9 @@ def write_model(
     if file_per_block:
         groups = itertools.groupby(specs.items(), lambda item: arch.block_of(item[0]))
         shards = [dict(group) for _, group in groups]
-    write_folder(config, specs, tensors, source, out, files, extra=extra, shards=shards)
+    write_folder(
+        config, specs, tensors, source=source, out=out, files=files, extra=extra, shards=shards
+    )
 
 
 def by_block(source: Checkpoint, folder: Path, files: Files, dtype: str = "float32") -> Checkpoint:

@@ -46,7 +46,9 @@ class TextWriter:
         greedily = mlx_generate.sampler(0.0, 0)
         if self._stream is not None:
             draw = _side_by_side(samplers, prompts) if samplers else greedily
-            return streamed_decode.sampled(self._stream, prompts, max_tokens, stop, draw)
+            return streamed_decode.sampled(
+                self._stream, prompts, max_tokens=max_tokens, stop=stop, draw=draw
+            )
         completions = mlx_generate.groups(
             self._resident,
             prompts,

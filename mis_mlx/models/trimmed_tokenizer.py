@@ -45,13 +45,13 @@ class Vocabulary:
         else:
             self.ids = dict(listed)
         self._check(model)
-        self.added = {
-            token["content"]: int(token["id"]) for token in self.spec.get("added_tokens") or ()
-        }
+        added_tokens = self.spec.get("added_tokens") or ()
+        self.added = {token["content"]: int(token["id"]) for token in added_tokens}
         self.texts = {i: text for text, i in (self.ids | self.added).items()}
         self.pairs = [_pair(merge) for merge in model.get("merges") or ()]
         self._ranks = {pair: rank for rank, pair in enumerate(self.pairs)}
-        self._joined = {left + right for left, right in self.pairs} - self.added.keys()
+        joined = {left + right for left, right in self.pairs}
+        self._joined = joined - self.added.keys()
 
     def _check(self, model: Mapping[str, Any]) -> None:
         """MisError where fewer tokens could not write every text."""
@@ -176,13 +176,14 @@ class Vocabulary:
             model["vocab"] = [entry for i, entry in enumerate(model["vocab"]) if i in new]
             model["unk_id"] = _moved(model.get("unk_id"), new, ids=True)
         else:
-            model["vocab"] = {text: new[i] for text, i in self.ids.items() if i in new}
-            # A merge needs both its parts and the token that it makes.
-            model["merges"] = [
-                merge
-                for merge, (left, right) in zip(model["merges"], self.pairs, strict=True)
-                if model["vocab"].keys() >= {left, right, left + right}
-            ]
+            vocab = _renumbered(self.ids, new)
+            merges = []
+            for merge, (left, right) in zip(model["merges"], self.pairs, strict=True):
+                # A merge needs both its parts and the token that it makes.
+                if vocab.keys() >= {left, right, left + right}:
+                    merges.append(merge)
+            model["vocab"] = vocab
+            model["merges"] = merges
         added = []
         for token in self.spec.get("added_tokens") or ():
             if token["id"] in new:
@@ -198,12 +199,11 @@ class Vocabulary:
         settings = moved_ids(read_json(path), new)
         gone = {text for text, i in self.added.items() if i not in new}
         if path.name == "added_tokens.json":
-            return {text: new[i] for text, i in settings.items() if i in new}
+            return _renumbered(settings, new)
         decoder = settings.get("added_tokens_decoder")
         if decoder:
-            settings["added_tokens_decoder"] = {
-                str(new[int(i)]): token for i, token in decoder.items() if int(i) in new
-            }
+            kept = {int(i): token for i, token in decoder.items() if int(i) in new}
+            settings["added_tokens_decoder"] = {str(new[i]): token for i, token in kept.items()}
         for key in NAMES:  # a name without a token would be added again, behind the last row
             if isinstance(settings.get(key), list):
                 settings[key] = [token for token in settings[key] if _text(token) not in gone]
@@ -217,6 +217,11 @@ def moved_ids(settings: Mapping[str, Any], new: Mapping[int, int]) -> dict[str, 
         if ID_KEYS.search(key):
             moved[key] = _moved(value, new, ids=True)
     return moved
+
+
+def _renumbered(ids: Mapping[str, int], new: Mapping[int, int]) -> dict[str, int]:
+    """{text: new id} of the tokens that stay."""
+    return {text: new[i] for text, i in ids.items() if i in new}
 
 
 def _pair(merge: Any) -> tuple[str, ...]:

@@ -107,7 +107,7 @@ def save_step(
     last = f"the last good step is {older[-1]}" if older else "no step is saved yet"
     nbytes = sum(array.nbytes for named in arrays.values() for array in named.values())
     remedy = f"free some and start again with --resume; {last}"
-    with commit_folder(final, files, nbytes, "the checkpoint", remedy) as tmp:
+    with commit_folder(final, files, nbytes, "the checkpoint", remedy=remedy) as tmp:
         for key, named in arrays.items():
             file = f"{key}.safetensors"
             listed[file] = write_arrays(tmp / file, named, files)

@@ -156,7 +156,7 @@ class Files:
         need = int(nbytes * SPARE)
         free = self.free_bytes(path)
         if free < need:
-            raise _no_space(path, what, need, free, remedy)
+            raise _no_space(path, what, need, free, remedy=remedy)
 
 
 DISK = Files()
@@ -215,7 +215,7 @@ def reported(
             free = None
             with contextlib.suppress(OSError):  # the disk that failed the write may fail this too
                 free = DISK.free_bytes(folder)
-            raise _no_space(folder, what, nbytes, free, remedy) from error
+            raise _no_space(folder, what, nbytes, free, remedy=remedy) from error
         if error.errno in BROKEN:
             raise MisError(
                 f"{BROKEN[error.errno]} in {folder}: {what} was not saved; {remedy}"

@@ -175,7 +175,8 @@ class Targets:
             values = [window[name] for window in windows]
             arrays[name] = mx.array(np.concatenate(values).astype(dtype))
         # Space is asked for all parts that are left.
-        left = sum(a.nbytes for a in arrays.values()) * (self.total - len(self.parts))
+        part_bytes = sum(array.nbytes for array in arrays.values())
+        left = part_bytes * (self.total - len(self.parts))
         what = "the rest of the targets"
         done = f"{len(self.parts)} of {self.total} parts are kept"
         remedy = f"free some and start again, {done}"
@@ -236,10 +237,10 @@ class Targets:
             raise MisError(f"{path} is damaged: write the targets again, the other parts are kept")
         tensors, _ = check(path)
         dtypes = self.spec.dtypes()
-        return {
-            name: np.frombuffer(data, dtypes[name], count=t.shape[0], offset=t.offset)
-            for name, t in tensors.items()
-        }
+        arrays: dict[str, np.ndarray] = {}
+        for name, t in tensors.items():
+            arrays[name] = np.frombuffer(data, dtypes[name], count=t.shape[0], offset=t.offset)
+        return arrays
 
 
 def _manifest(folder: Path) -> tuple[Spec, dict[int, dict[str, Any]]]:

@@ -164,16 +164,16 @@ def same_origin(folder: Path, origin: Mapping[str, str]) -> list[str]:
     before = stored_settings(folder, ORIGIN)
     for name in ("teacher", "data"):
         if before.get(name) != origin[name]:
-            why = (
-                f"The {name} changed since {folder} began ({str(before.get(name))[:12]} is now "
-                f"{origin[name][:12]})"
-            )
+            then = str(before.get(name))[:12]
+            why = f"The {name} changed since {folder} began ({then} is now {origin[name][:12]})"
             raise MisError(f"{why}: start a new run")
-    return [
-        f"{name} was {before[name]}, is now {now}: the end may differ in the last bits"
-        for name, now in origin.items()
-        if before.get(name, now) != now
-    ]
+    notes = []
+    for name, now in origin.items():
+        if before.get(name, now) != now:
+            notes.append(
+                f"{name} was {before[name]}, is now {now}: the end may differ in the last bits"
+            )
+    return notes
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
