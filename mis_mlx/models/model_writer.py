@@ -62,8 +62,7 @@ def keep_files(keep: KeptUnits | None) -> dict[str, Any]:
     }
     if keep.basis is None:
         return {KEEP: saved}
-    matrix = io.BytesIO()
-    np.save(matrix, np.asarray(keep.basis, np.float32), allow_pickle=False)
+    np.save(matrix := io.BytesIO(), np.asarray(keep.basis, np.float32), allow_pickle=False)
     return {KEEP: {**saved, "rotated": True}, ROTATION: matrix.getvalue()}
 
 
