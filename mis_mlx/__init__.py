@@ -17,7 +17,7 @@ from mis_mlx.hardware import macos
 from mis_mlx.types import Checkpoint
 from mis_mlx.types import MisError as MisError
 
-# before anything opens Metal's device: commands, console scripts and Python programs come by here
+# Before anything opens Metal's device: commands, scripts and Python programs all import this file.
 macos.settle()
 
 __version__ = "0.1.0"
@@ -26,35 +26,31 @@ WRITTEN = ("student", "mlx_path", "out")  # what a command's JSON calls the fold
 
 
 class Result(dict[str, Any]):
-    """What a command found: the JSON of its last line, by its keys. Sizes end in `_bytes`, times in
-    `_s`.
-    """
+    """A command's result: the JSON of its last line. Sizes end in `_bytes`, times in `_s`."""
 
     @property
     def folder(self) -> Path | None:
-        """The folder that was written, of a model where one was made; None: nothing was, as with
-        `dry_run=True`.
+        """The folder that was written, of the model if one was made.
+
+        None: nothing was written, as with `dry_run=True`.
         """
-        return next(
-            (Path(self[key]) for key in WRITTEN if self.get(key) and Path(self[key]).exists()), None
-        )
+        for key in WRITTEN:
+            if self.get(key) and Path(self[key]).exists():
+                return Path(self[key])
+        return None
 
 
 class Function(ModuleType):
     """A command's module, which may be called with its flags, dashes as underscores."""
 
     def __call__(self, **settings: Any) -> Result:
-        """Do what the command does with these flags. Tables and progress go to stderr. MisError,
-        one sentence, where the user can mend it; TypeError for an unknown keyword;
-        KeyboardInterrupt leaves what --resume needs.
+        """Do what the command does with these flags. Tables and progress go to stderr.
+
+        MisError, one sentence, where the user can mend it; TypeError for an unknown keyword; after
+        a KeyboardInterrupt the run can be resumed.
         """
         cli = import_module("mis_mlx.cli")
-
-        def plain(value: Any) -> Any:
-            value = tuple(map(plain, value)) if isinstance(value, list | tuple) else value
-            return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-        given = self.Settings(**{name: plain(value) for name, value in settings.items()})
+        given = self.Settings(**{name: _plain(value) for name, value in settings.items()})
         cli.check_ranges(given)
         cli.prepare()
         with redirect_stdout(sys.stderr):
@@ -65,16 +61,27 @@ class Function(ModuleType):
         return inspect.signature(self.Settings)
 
 
+def _plain(value: Any) -> Any:
+    """A setting as flags give it: lists as tuples, paths as text, at any depth."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value
+
+
 def open(folder: str | os.PathLike[str]) -> Checkpoint:
-    """The model in a folder, or the last one of a run's folder, by its headers alone: `config`,
-    `nbytes`, and `tensors`, {name: dtype, shape, where it lies}. No weight is read:
-    `mlx_lm.load(folder)` does that. MisError where the folder has no model, or one that is damaged.
+    """The model in a folder, or the last one of a run's folder, by its headers alone.
+
+    It has `config`, `nbytes`, and `tensors`, {name: dtype, shape, place in its file}. No weight is
+    read: `mlx_lm.load(folder)` does that. MisError if the folder has no model, or a damaged one.
     """
-    load, run_folder = (
-        import_module(f"mis_mlx.{name}") for name in ("models.load", "storage.run_folder")
-    )
+    load = import_module("mis_mlx.models.load")
+    run_folder = import_module("mis_mlx.storage.run_folder")
     path = Path(folder)
-    return load.open_checkpoint(path / "model" if (path / run_folder.CONFIG).is_file() else path)
+    if (path / run_folder.CONFIG).is_file():
+        path = path / "model"
+    return load.open_checkpoint(path)
 
 
 def __getattr__(name: str) -> Any:

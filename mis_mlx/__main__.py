@@ -21,21 +21,21 @@ NOT_COMMANDS = ("__init__", "__main__", "types", "cli", "flag_help")
 
 def commands() -> dict[str, str]:
     """{command: first line of its module's docstring}, in alphabetical order."""
-    paths = [
-        path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem not in NOT_COMMANDS
-    ]
-    docs = {
-        path.stem: ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "" for path in paths
-    }
-    return {name: text.partition("\n")[0] for name, text in docs.items()}
+    first_lines = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.stem not in NOT_COMMANDS:
+            docstring = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+            first_lines[path.stem] = docstring.partition("\n")[0]
+    return first_lines
 
 
 def main() -> None:
-    """Run the command that we are called by (`mis_mlx.distill`) or with (`mis_mlx distill`), else
-    list them all.
+    """Run the command that we are called by (`mis_mlx.distill`) or with (`mis_mlx distill`).
+
+    Without one, list all commands.
     """
     try:
-        from mis_mlx import cli, flag_help
+        from mis_mlx import cli
 
         known = commands()
         name = Path(sys.argv[0]).name.removeprefix("mis_mlx.")
@@ -53,14 +53,21 @@ def main() -> None:
                 )
                 sys.exit(2)
             else:
-                print(USAGE)
-                for title, names in flag_help.GROUPS["commands"].items():
-                    print(f"\n{title}")
-                    for command in names.split():
-                        print(f"  {command:<10} {known[command]}")
+                _print_commands(known)
     except KeyboardInterrupt:
         print("mis_mlx: stopped by hand before anything was begun: start it again", file=sys.stderr)
         sys.exit(130)
+
+
+def _print_commands(known: dict[str, str]) -> None:
+    """The usage, and the commands in their groups."""
+    from mis_mlx import flag_help
+
+    print(USAGE)
+    for title, names in flag_help.GROUPS["commands"].items():
+        print(f"\n{title}")
+        for command in names.split():
+            print(f"  {command:<10} {known[command]}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""A dataclass becomes flags and YAML; progress goes to stderr, the result to stdout, JSON on its
-last line.
+"""A dataclass becomes flags and YAML; progress goes to stderr, the result to stdout as JSON.
+
+The JSON is the last line.
 """
 
 import difflib
@@ -28,14 +29,14 @@ BLAS = Path(__file__).parent / "hardware" / "blas.py"  # a program of its own
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 ACCEPT = "--accept-gemma-terms"
 DETAILS = "MIS_MLX_DETAILS"
-# of every command
+# Switches of every command, and the environment that each sets.
 SWITCHES = {ACCEPT: {"MIS_MLX_ACCEPT": "gemma"}, "-v": {DETAILS: "1"}, "--verbose": {DETAILS: "1"}}
-# set by mlx.launch and mpirun, of several processes together
+# Set by mlx.launch and mpirun for each of several processes.
 RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
-# how errors of MLX begin that are the device's
+# MLX's errors that are about the device begin with one of these.
 DEVICE = re.compile(r"\[METAL\]|\[metal::|\[malloc|kIOGPU")
 MEMORY_GONE = re.compile(r"\[malloc|\[metal::malloc\]|Insufficient Memory|OutOfMemory")
-# the display of what this process does (reporting/progress.Display), if there is one
+# The display of this process's progress (reporting/progress.Display), if there is one.
 SHOWN = list[Any]()
 MOST_BYTES = 2**50
 UNITS = {
@@ -53,11 +54,13 @@ UNITS = {
 def parse_bytes(text: str, flag: str = "--budget") -> int:
     """'5GiB', '600MiB', '4e9' -> bytes. GiB are powers of two, GB powers of ten; never mixed."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
-    if not match or match[2].lower() not in UNITS:
+    unit = match[2].lower() if match else None
+    if not match or unit not in UNITS:
         raise MisError(
             f"{flag} {text!r} is not a size: write a number and a unit, such as 5GiB or 600MiB"
         )
-    if not 1 <= (nbytes := float(match[1]) * UNITS[match[2].lower()]) <= MOST_BYTES:
+    nbytes = float(match[1]) * UNITS[unit]
+    if not 1 <= nbytes <= MOST_BYTES:
         raise MisError(f"{flag} is {text!r}: give a size from 1 byte to {MOST_BYTES // GIB}GiB")
     return int(nbytes)
 
@@ -90,9 +93,26 @@ class Resumable(Budgeted):
 
 
 def read_yaml(path: str, config_type: type) -> dict[str, Any]:
-    """The YAML file's values, by field name of `config_type`. Dashes and underscores are the
-    same.
-    """
+    """The YAML file's values, by field name of `config_type`; dashes count as underscores."""
+    known = {f.name: f for f in fields(config_type)}
+    hints = get_type_hints(config_type)
+    result = {}
+    for key, value in _yaml_lines(path).items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+            raise MisError(f"{path}: {key!r} is not a setting of this command: {hint}")
+        value = _converted(value, hints[name])
+        if not _fits(value, hints[name]):
+            takes = flag_help.metavar(hints[name]) or "true or false"
+            raise MisError(f"{path}: {key} is {value!r}, the setting takes {takes}: mend that line")
+        result[name] = tuple(value) if isinstance(value, list) else value
+    return result
+
+
+def _yaml_lines(path: str) -> dict[Any, Any]:
+    """The file's `key: value` lines. MisError where it has something else."""
     import yaml
 
     try:
@@ -109,30 +129,23 @@ def read_yaml(path: str, config_type: type) -> dict[str, Any]:
         raise MisError(
             f"{path}: holds a {type(values).__name__}, not `flag: value` lines: write one a line"
         )
-    known = {f.name: f for f in fields(config_type)}
-    hints = get_type_hints(config_type)
-    result = {}
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
-            raise MisError(f"{path}: {key!r} is not a setting of this command: {hint}")
-        # YAML 1.1 reads 1e-5 (no dot) as text; every tool in this field expects a number.
-        if isinstance(value, str) and float in (hints[name], *get_args(hints[name])):
-            with suppress(ValueError):
-                value = float(value)
-        if type(value) is int and not _fits(value, hints[name]) and _fits(str(value), hints[name]):
-            value = str(value)  # `vocab: 16384`
-        if not _fits(value, hints[name]):
-            takes = flag_help.metavar(hints[name]) or "true or false"
-            raise MisError(f"{path}: {key} is {value!r}, the setting takes {takes}: mend that line")
-        result[name] = tuple(value) if isinstance(value, list) else value
-    return result
+    return values
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    """A YAML value in the type that the field wants, if YAML has read it as another."""
+    # YAML 1.1 reads 1e-5 (no dot) as text; every tool in this field expects a number.
+    if isinstance(value, str) and float in (hint, *get_args(hint)):
+        with suppress(ValueError):
+            value = float(value)
+    # `vocab: 16384` is a number, the field takes text.
+    if type(value) is int and not _fits(value, hint) and _fits(str(value), hint):
+        return str(value)
+    return value
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a YAML value is one that a field of this type admits."""
+    """Whether a field of this type admits a YAML value."""
     kind = get_origin(hint)
     inner = get_args(hint)
     if kind in (Union, UnionType):
@@ -141,34 +154,34 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(type(value) is type(i) and value == i for i in inner)
     if kind is tuple:
         return isinstance(value, list) and all(_fits(v, inner[0]) for v in value)
-    return type(value) in ((int, float) if hint is float else (hint,))
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint
 
 
 def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None = None) -> Any:
-    """Settings from flags over YAML (`-c FILE`) over the dataclass's defaults. Usage errors exit
-    with 2.
+    """Settings from flags over YAML (`-c FILE`) over the dataclass's defaults.
+
+    Usage errors exit with 2.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     default: Any = tyro.MISSING_NONPROP
     if is_dataclass(config_type) and isinstance(config_type, type):
-        args = [
-            part
-            for a in args
-            for part in (a.split("=", 1) if a.startswith(("--config=", "-c=")) else [a])
-        ]
-        if help_flags := {"-h", "--help", "--help-all"} & set(args):
-            print(flag_help.text(config_type, prog or "mis_mlx", "--help-all" in help_flags))
+        args = _config_apart(args)
+        help_flags = {"-h", "--help", "--help-all"} & set(args)
+        if help_flags:
+            every = "--help-all" in help_flags
+            print(flag_help.text(config_type, prog or "mis_mlx", every=every))
             sys.exit(0)
-        for flag in {a.partition("=")[0] for a in args if a.startswith("--")}:
-            if (name := flag.lstrip("-").replace("-", "_")) in flag_help.quiet(config_type):
-                raise MisError(
-                    f"{flag} is no flag: write `{name}: ...` in a YAML file, give it to -c"
-                )
-        file = next((b for a, b in itertools.pairwise(args) if a in ("-c", "--config")), None)
-        given = read_yaml(file, config_type) if file else {}
-        if {
-            f.name for f in fields(config_type) if f.default is f.default_factory is MISSING
-        } <= set(given):
+        _refuse_file_only(config_type, args)
+        given: dict[str, Any] = {}
+        for flag, file in itertools.pairwise(args):
+            if flag in ("-c", "--config"):
+                if file:
+                    given = read_yaml(file, config_type)
+                break
+        needed = {f.name for f in fields(config_type) if f.default is f.default_factory is MISSING}
+        if needed <= set(given):
             default = config_type(**given)
     options = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
     settings = tyro.cli(config_type, args=args, prog=prog, config=options, default=default)
@@ -176,17 +189,34 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
     return settings
 
 
+def _config_apart(args: Sequence[str]) -> list[str]:
+    """`--config=FILE` and `-c=FILE` become two arguments."""
+    parts = []
+    for arg in args:
+        joined = arg.startswith(("--config=", "-c="))
+        parts.extend(arg.split("=", 1) if joined else [arg])
+    return parts
+
+
+def _refuse_file_only(config_type: type, args: Sequence[str]) -> None:
+    """MisError for a flag of a setting that only a YAML file may give."""
+    file_only = flag_help.quiet(config_type)
+    for arg in args:
+        flag = arg.partition("=")[0]
+        name = flag.lstrip("-").replace("-", "_")
+        if flag.startswith("--") and name in file_only:
+            raise MisError(f"{flag} is no flag: write `{name}: ...` in a YAML file, give it to -c")
+
+
 def check_ranges(settings: Any) -> None:
-    """MisError where a number lies outside of what its field's annotation says (`types.Within`), or
-    a text is empty.
-    """
-    file_only = flag_help.quiet(type(settings))
-    for name, hint in get_type_hints(type(settings), include_extras=True).items():
+    """MisError where a number is outside of its field's `types.Within`, or a text is empty."""
+    config_type = type(settings)
+    file_only = flag_help.quiet(config_type)
+    for name, hint in get_type_hints(config_type, include_extras=True).items():
         value = getattr(settings, name)
         shown = name if name in file_only else f"--{name.replace('_', '-')}"
-        if "" in (value if isinstance(value, tuple) else (value,)) and value != getattr(
-            type(settings), name, None
-        ):
+        texts = value if isinstance(value, tuple) else (value,)
+        if "" in texts and value != getattr(config_type, name, None):
             raise MisError(f"{shown} is empty: give a word, or leave it out")
         for limits in _ranges(hint):
             if isinstance(value, int | float) and not limits.holds(value):
@@ -194,30 +224,33 @@ def check_ranges(settings: Any) -> None:
 
 
 def _ranges(hint: Any) -> Iterator[Within]:
+    """Every `Within` in an annotation, at any depth. The values of a Literal are no annotations."""
     if isinstance(hint, Within):
         yield hint
-    for part in (
-        () if get_origin(hint) is Literal else (*getattr(hint, "__metadata__", ()), *get_args(hint))
-    ):
+    if get_origin(hint) is Literal:
+        return
+    for part in (*getattr(hint, "__metadata__", ()), *get_args(hint)):
         yield from _ranges(part)
 
 
 def rank() -> int | None:
-    """Which of several processes that work together this one is, from 0; None where it works
-    alone.
-    """
-    hosts = os.environ.get("MLX_HOSTFILE")  # of the ring; `mlx.launch -n 1` leaves it empty
+    """Which of several processes that work together this one is, from 0; None if it works alone."""
+    file = os.environ.get("MLX_HOSTFILE")  # of the ring; `mlx.launch -n 1` leaves it empty
     with suppress(OSError, ValueError):
-        if hosts and len(json.loads(Path(hosts).read_text(encoding="utf-8").strip() or "[]")) < 2:
-            return None
-    return next(
-        (int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()), None
-    )
+        if file:
+            hosts = Path(file).read_text(encoding="utf-8").strip()
+            if len(json.loads(hosts or "[]")) < 2:
+                return None
+    for name in RANKS:
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return None
 
 
 def prepare() -> None:
-    """This process computes on the device of MIS_MLX_DEVICE, if that is set."""
-    if device := os.environ.get("MIS_MLX_DEVICE"):
+    """Compute on the device of MIS_MLX_DEVICE, if that is set."""
+    device = os.environ.get("MIS_MLX_DEVICE")
+    if device:
         import mlx.core as mx
 
         try:
@@ -229,8 +262,9 @@ def prepare() -> None:
 
 
 def device_trouble(error: RuntimeError, config_type: Any = None) -> str:
-    """What MLX's error about the GPU or memory means, the way out with flags of `config_type`; else
-    empty.
+    """What MLX's error about the GPU or memory means, with a remedy; another error: empty.
+
+    The remedy names flags of `config_type`.
     """
     text = " ".join(str(error).split())
     if not DEVICE.search(text):
@@ -241,35 +275,33 @@ def device_trouble(error: RuntimeError, config_type: Any = None) -> str:
     if MEMORY_GONE.search(text):
         what = "no memory is left"
         remedy = "close other programs"
-    smaller = " and ".join(
-        f"--{name.replace('_', '-')}" for name in ("max_seq_length", "batch_size") if name in flags
-    )
-    less = f"lower {smaller}" if smaller else "use a smaller model"
+    lower = [name for name in ("max_seq_length", "batch_size") if name in flags]
+    less = "use a smaller model"
+    if lower:
+        less = "lower " + " and ".join(f"--{name.replace('_', '-')}" for name in lower)
     again = "; --resume goes on from the last checkpoint" if "resume" in flags else ""
     return f"{what} ({text[:160]}): {remedy} or {less}{again}"
 
 
 def preload() -> None:
-    """On Linux, start a command that computes again, once, under hardware/blas.py: MLX's own
-    products are slow.
+    """On Linux, start a command that computes again, once, under hardware/blas.py.
+
+    MLX's own matrix products are slow there.
     """
-    done = "MIS_MLX_BLAS" in os.environ or (
-        "blas" in os.environ.get("LD_PRELOAD", "") and BLAS_THREADS in os.environ
-    )
-    ours = (
-        Path(getattr(sys.modules["__main__"], "__file__", None) or "").parent
-        == Path(__file__).parent
-    )
+    preloaded = "blas" in os.environ.get("LD_PRELOAD", "") and BLAS_THREADS in os.environ
+    done = preloaded or "MIS_MLX_BLAS" in os.environ
+    program = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+    ours = program.parent == Path(__file__).parent
     if sys.platform == "linux" and "mlx.core" in sys.modules and ours and not done:
-        os.execv(
-            sys.executable, [sys.executable, "-I", str(BLAS), sys.executable, *sys.orig_argv[1:]]
-        )
+        command = [sys.executable, *sys.orig_argv[1:]]
+        os.execv(sys.executable, [sys.executable, "-I", str(BLAS), *command])
 
 
 @contextmanager
 def reader() -> Iterator[None]:
-    """Where the reader of our output leaves (`| head`), end as if by SIGPIPE: without a traceback,
-    exit code 141.
+    """If the reader of our output leaves (`| head`), end without a traceback and with code 141.
+
+    That is how SIGPIPE ends a program.
     """
     try:
         try:
@@ -280,7 +312,8 @@ def reader() -> Iterator[None]:
         poll = select.poll()
         for stream in (1, 2):
             poll.register(stream, 0)
-        if not (gone := poll.poll(0)):
+        gone = poll.poll(0)
+        if not gone:
             raise  # it was another pipe
         for stream, _ in gone:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
@@ -289,13 +322,13 @@ def reader() -> Iterator[None]:
 
 @reader()
 def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool = False) -> None:
-    """Parse, run, print the result as the last stdout line. Exits: 0 done, 1 MisError, 2 usage, 3
-    check, 130 Ctrl-C. several: whether this command can be one process of several; of these only
-    the first one speaks.
+    """Parse, run, print the result as the last stdout line.
+
+    Exits: 0 done, 1 MisError, 2 usage, 3 check, 130 Ctrl-C. several: whether this command can be
+    one process of several; of these only the first one speaks.
     """
-    prog = "python -m " + (
-        sys.modules["__main__"].__spec__.name if sys.modules["__main__"].__spec__ else "mis_mlx"
-    )
+    spec = sys.modules["__main__"].__spec__
+    prog = f"python -m {spec.name if spec else 'mis_mlx'}"
     if "--version" in sys.argv[1:]:
         print(f"mis_mlx {__version__}")
         sys.exit(0)
@@ -310,19 +343,20 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool =
             raise MisError(f"{prog} is for one machine alone: start it without mlx.launch")
         result = run(settings)
     except (MisError, RuntimeError) as error:
-        said = str(error) if isinstance(error, MisError) else device_trouble(error, config_type)
-        if not said:
+        message = str(error)
+        if not isinstance(error, MisError):
+            message = device_trouble(error, config_type)
+        if not message:
             raise
         sys.stdout.flush()
-        print(f"mis_mlx: {f'machine {rank()}: ' if rank() else ''}{said}", file=sys.stderr)
+        machine = f"machine {rank()}: " if rank() else ""
+        print(f"mis_mlx: {machine}{message}", file=sys.stderr)
         sys.exit(130 if isinstance(error.__cause__, KeyboardInterrupt) else 1)
     except KeyboardInterrupt as stop:
-        how = (
-            f"what was finished is kept: go on with --out {stop} --resume"
-            if stop.args
-            else "start it again"
-        )
-        say(f"mis_mlx: stopped by hand; {how}")
+        remedy = "start it again"
+        if stop.args:
+            remedy = f"what was finished is kept: go on with --out {stop} --resume"
+        say(f"mis_mlx: stopped by hand; {remedy}")
         sys.exit(130)
     if not rank():
         print(json.dumps(result, ensure_ascii=False, allow_nan=False))
@@ -330,16 +364,20 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool =
 
 
 def say(*lines: str) -> None:
-    """Lines of progress for people, on stderr."""
-    for line in () if rank() else lines:
+    """Lines of progress for people, on stderr, from the first of several processes."""
+    if rank():
+        return
+    for line in lines:
         print(line, file=sys.stderr, flush=True)
 
 
 def counted(label: str, items: Iterable[T], total: int) -> Iterator[T]:
-    """The items, one after the other; how many are done is on display, where there is one
-    (reporting/progress).
+    """The items, one after the other; the display, if there is one, shows how many are done.
+
+    The display: reporting/progress.
     """
-    with SHOWN[0].level(label, total) if SHOWN else nullcontext(lambda done: None) as show:
+    level = SHOWN[0].level(label, total) if SHOWN else nullcontext(lambda done: None)
+    with level as show:
         for done, item in enumerate(items):
             show(done)
             yield item
@@ -356,7 +394,7 @@ def stop_asked() -> Iterator[list[int]]:
         asked.append(number)
         say("Stopping after this step; once more stops at once.")
 
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:

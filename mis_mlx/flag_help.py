@@ -1,6 +1,4 @@
-"""--help and --help-all of a command: its settings as flags, in groups, with what their docstrings
-say.
-"""
+"""--help and --help-all of a command: its settings as flags, in groups, with their docstrings."""
 
 import inspect
 import json
@@ -33,25 +31,25 @@ def quiet(kind: type) -> frozenset[str]:
 
 
 def docs(kind: type) -> dict[str, str]:
-    """{field: the string under it in the source}, of the class and those it is made of."""
-    texts = dict[str, str]()
-    for one in reversed(kind.__mro__[:-1]):
-        texts |= {
-            p.arg_name: " ".join((p.description or "").split())
-            for p in parse_from_object(one).params
-        }
+    """{field: the string under it in the source}, of the class and its bases."""
+    texts = {}
+    for base in reversed(kind.__mro__[:-1]):
+        for param in parse_from_object(base).params:
+            texts[param.arg_name] = " ".join((param.description or "").split())
     return texts
 
 
 def metavar(hint: Any) -> str:
-    """What stands behind a flag: 'INT', '{4,0}'; nothing behind a switch."""
+    """The placeholder of a flag's value: 'INT', '{4,0}'; empty for a switch."""
     kind = get_origin(hint)
     inner = get_args(hint)
     if kind is Literal:
         return "{" + ",".join(map(str, inner)) + "}"
     if kind in (Annotated, Union, UnionType):
-        return metavar(next(i for i in inner if i is not NoneType))
-    return f"[{metavar(inner[0])} ...]" if kind is tuple else WORDS.get(hint, "")
+        return metavar(next(part for part in inner if part is not NoneType))
+    if kind is tuple:
+        return f"[{metavar(inner[0])} ...]"
+    return WORDS.get(hint, "")
 
 
 def grouped(kind: Any) -> Iterator[tuple[str, list[str]]]:
@@ -59,9 +57,10 @@ def grouped(kind: Any) -> Iterator[tuple[str, list[str]]]:
     file_only = quiet(kind)
     rest = [f.name for f in fields(kind) if f.name not in file_only]
     for title, names in GROUPS["flags"].items():
-        if mine := [name for name in names.split() if name in rest]:
-            yield title, mine
-            rest = [name for name in rest if name not in mine]
+        members = [name for name in names.split() if name in rest]
+        if members:
+            yield title, members
+            rest = [name for name in rest if name not in members]
     if rest:
         yield "this command's own", rest
 
@@ -73,26 +72,46 @@ def text(kind: Any, prog: str, every: bool) -> str:
     width = shutil.get_terminal_size().columns
     rare = frozenset[str]() if every else getattr(kind, "RARE", frozenset[str]())
     defaults = {f.name: f.default for f in fields(kind)}
-    lines = [f"usage: {prog} [flags]", "", *textwrap.wrap(inspect.getdoc(kind) or "", width)]
+    summary = inspect.getdoc(kind) or ""
+    lines = [f"usage: {prog} [flags]", "", *textwrap.wrap(summary, width)]
     for title, names in grouped(kind):
-        if shown := [name for name in names if name not in rare]:
+        shown = [name for name in names if name not in rare]
+        if shown:
             lines += ["", title]
         for name in shown:
             default = defaults[name]
-            said = about.get(name, "")
-            if default is MISSING:
-                said += "" if "default:" in said else " (needed)"
-            elif default is True:
-                said += " (this turns it off)"
-            elif default is not None and default is not False and "default:" not in said.lower():
-                said += f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
-            flag = f"  --{'no-' * (default is True)}{name.replace('_', '-')} {metavar(hints[name])}".rstrip()
-            lead = flag.ljust(INDENT) if len(flag) < INDENT - 1 else flag + "\n" + " " * INDENT
-            body = textwrap.wrap(said.strip(), max(width, NARROW) - INDENT) or [""]
-            lines += [(lead + body[0]).rstrip(), *(" " * INDENT + line for line in body[1:])]
+            switch = "no-" if default is True else ""
+            flag = f"  --{switch}{name.replace('_', '-')} {metavar(hints[name])}"
+            description = _described(about.get(name, ""), default)
+            lines += _entry(flag.rstrip(), description, width)
     lines += ["", "Every command: -v for details of plans, --version, --accept-gemma-terms"]
     if rare:
-        lines += [f"--help-all shows {len(rare)} more"]
-    elif names_ := sorted(quiet(kind)):
-        lines += ["", *textwrap.wrap(f"In a YAML file (--config) only: {', '.join(names_)}", width)]
+        return "\n".join([*lines, f"--help-all shows {len(rare)} more"])
+    file_only = sorted(quiet(kind))
+    if file_only:
+        only = f"In a YAML file (--config) only: {', '.join(file_only)}"
+        lines += ["", *textwrap.wrap(only, width)]
     return "\n".join(lines)
+
+
+def _described(about: str, default: Any) -> str:
+    """A flag's docstring, with its default unless the docstring says it."""
+    if default is MISSING:
+        return about if "default:" in about else f"{about} (needed)"
+    if default is True:
+        return f"{about} (this turns it off)"
+    if default is None or default is False or "default:" in about.lower():
+        return about
+    words = default if isinstance(default, tuple) else (default,)
+    return f"{about} (default: {' '.join(map(str, words))})"
+
+
+def _entry(flag: str, about: str, width: int) -> list[str]:
+    """The lines of one flag: its description beside it or, if it is long, below it."""
+    margin = " " * INDENT
+    lead = flag.ljust(INDENT)
+    if len(flag) >= INDENT - 1:
+        lead = f"{flag}\n{margin}"
+    body = textwrap.wrap(about.strip(), max(width, NARROW) - INDENT) or [""]
+    first = (lead + body[0]).rstrip()
+    return [first, *(margin + line for line in body[1:])]

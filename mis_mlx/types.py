@@ -1,5 +1,4 @@
-"""The handful of frozen dataclasses that everything passes along. Knows nothing of MLX, files or
-models.
+"""The few frozen dataclasses that everything passes along. No MLX, files or models here.
 
 Axis letters used in every docstring:
     B sequences in a batch      T tokens in a sequence     V vocabulary
@@ -19,16 +18,12 @@ T = TypeVar("T")
 
 
 class MisError(Exception):
-    """Something the user can mend: one sentence that says what (both numbers), where, what to
-    do.
-    """
+    """Something the user can mend: one sentence with the cause, both numbers, place and remedy."""
 
 
 @dataclass(frozen=True)
 class Within:
-    """Stands in the annotation of a flag: the numbers that it takes. above: `least` itself is too
-    little.
-    """
+    """In a flag's annotation: the numbers that it takes. above: `least` itself is too little."""
 
     least: float
     most: float
@@ -36,23 +31,30 @@ class Within:
 
     def holds(self, value: float) -> bool:
         """Whether the flag takes it; NaN never."""
-        return (value > self.least if self.above else value >= self.least) and value <= self.most
+        if self.above and value == self.least:
+            return False
+        return self.least <= value <= self.most
 
     def remedy(self, value: float) -> str:
-        """What to give in place of `value`. A bound that only huge numbers pass is named to these
-        alone.
+        """What to give in place of `value`.
+
+        An upper bound that only huge numbers exceed is left out for all others.
         """
-        low, high = (f"{n:,}" if isinstance(n, int) else f"{n:g}" for n in (self.least, self.most))
+        low = _readable(self.least)
+        high = _readable(self.most)
         if self.most >= MOST and not value > self.most:
             return f"give more than {low}" if self.above else f"give {low} or more"
-        return (
-            f"give a number {'above' if self.above else 'from'} "
-            f"{low}{', up' if self.above else ''} to {high}"
-        )
+        if self.above:
+            return f"give a number above {low}, up to {high}"
+        return f"give a number from {low} to {high}"
+
+
+def _readable(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 
 MOST = 10**7
-# stands in the annotation of a setting
+# In the annotation of a setting.
 FILE_ONLY = "a YAML file and Python may give it, it is no flag"
 Count = Annotated[int, Within(1, MOST)]
 Whole = Annotated[int, Within(0, MOST)]
@@ -84,7 +86,7 @@ def duration(seconds: float) -> str:
 
 
 def grouped(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
-    """The items in groups whose sizes together are at most `most`; what is larger is alone."""
+    """The items in groups with a total size of at most `most`; a larger item is alone."""
     group = list[T]()
     taken = 0
     for item in items:
@@ -107,15 +109,13 @@ class TensorAt:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-    # what the file has there, where it is rows of it, or named otherwise
+    # The name and tensor in the file, if this is some of its rows or has another name.
     stored: "tuple[str, TensorAt] | None" = None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder that passed the gate: its config and where its tensors lie. Holds no
-    weights.
-    """
+    """A model folder that passed the gate: its config and where its tensors are. No weights."""
 
     path: Path
     config: Mapping[str, Any]
@@ -143,16 +143,14 @@ class Budget:
 
 @dataclass(frozen=True)
 class Reading:
-    """One look at the thermometers. `None` = not measured; `sources` says where each value came
-    from.
-    """
+    """One look at the thermometers. None: not measured. sources: the origin of each value."""
 
     time_s: float
     die_c: float | None = None
     battery_c: float | None = None
     ambient_c: float | None = None
     ambient_sigma_c: float | None = None
-    # thermal pressure: 0 nominal, 1 moderate, 2 heavy, 3 trapping
+    # Thermal pressure: 0 nominal, 1 moderate, 2 heavy, 3 trapping.
     pressure_level: int | None = None
     power_w: float | None = None
     battery_percent: float | None = None
@@ -163,10 +161,12 @@ class Reading:
 
 @dataclass(frozen=True)
 class KeptUnits:
-    """What a pruning keeps, and why; saved beside the model as `keep.json`. `layers`: teacher
-    layers kept, in order. `kept[(layer, space)]`: sorted indices kept in that teacher layer;
-    `kept[(-1, "hidden")]`: of the residual stream of all layers. basis (D, d): where that was
-    rotated before the cut, teacher's to student's channels; `rotation.npy`.
+    """The units that a pruning keeps, and why; saved beside the model as `keep.json`.
+
+    layers: teacher layers, in order. kept[(layer, space)]: sorted indices in that teacher layer;
+    kept[(-1, "hidden")]: channels of the residual stream, the same in all layers. basis (D, d): if
+    the stream was rotated before the cut, from the teacher's to the student's channels, saved as
+    `rotation.npy`.
     """
 
     layers: tuple[int, ...]
@@ -178,9 +178,10 @@ class KeptUnits:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step, as the loop yields it. `loss` in nats per token, before eq. (2)'s factor.
-    Alignment's losses are per what they count (tokens, pairs, answers); `more` holds further means
-    of theirs.
+    """One optimizer step, as the loop yields it.
+
+    loss: in nats per token, before eq. (2)'s factor; in alignment per token, pair or answer. more:
+    further means of an alignment's loss.
     """
 
     number: int
@@ -197,9 +198,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Row:
-    """One cell of a table: `value` with its 95 % interval [`low`, `high`] over `n` windows or
-    questions.
-    """
+    """One cell of a table: a value, its 95 % interval [low, high], its n windows or questions."""
 
     model: str
     metric: str

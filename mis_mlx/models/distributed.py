@@ -1,9 +1,8 @@
-"""Several machines on one job, started by `mlx.launch`: which one this is, and what all of them do
-together.
+"""Several machines on one job, started by `mlx.launch`: which one this is, and what they exchange.
 
 The transport is `mx.distributed`. Every machine runs the same program; the first one writes the
-run, the others work in a folder that goes with them. Alone, all of this gives back what it was
-given.
+run, and the others work in a temporary folder. On a machine that works alone, every function here
+returns what it was given.
 """
 
 import json
@@ -11,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,14 +32,22 @@ T = TypeVar("T")
 
 
 class Lost(MisError):
-    """A machine beside this one is gone. From here on this one counts as alone."""
+    """Another machine is gone. From here on this one counts as alone."""
+
+
+@dataclass
+class _World:
+    """Which machine this is, from 0, and how many there are: 1 once another one is lost."""
+
+    rank: int
+    size: int
 
 
 @cache
-def _world() -> list[int]:
-    """[which of the machines this is, from 0; how many there are, 1 once another one is lost]."""
+def _world() -> _World:
+    """The machines, which are connected at the first call."""
     if cli.rank() is None:
-        return [0, 1]
+        return _World(rank=0, size=1)
     try:
         group = mx.distributed.init(strict=True)
     except (RuntimeError, ValueError) as error:
@@ -47,17 +55,17 @@ def _world() -> list[int]:
             f"the machines do not reach each other ({error}): look at the hosts and cables"
         ) from None
     sockets.notice_the_dead()
-    return [group.rank(), group.size()]
+    return _World(group.rank(), group.size())
 
 
 def size() -> int:
     """How many machines work together."""
-    return _world()[1]
+    return _world().size
 
 
 def rank() -> int:
     """Which of them this is, from 0."""
-    return _world()[0]
+    return _world().rank
 
 
 def is_main() -> bool:
@@ -66,20 +74,25 @@ def is_main() -> bool:
 
 
 def shard(items: Any) -> Any:
-    """This machine's part of a sequence, what a step or a pass is made of: every `size`-th item;
-    perhaps none.
+    """This machine's part of a sequence: every `size`-th item, perhaps none.
+
+    The items are what a step or a pass consists of.
     """
     return items[rank() :: size()]
 
 
 def _settled(arrays: Any) -> Any:
-    """`arrays`, which others have a part in, evaluated. Lost when one of them is gone."""
+    """`arrays`, evaluated; other machines take part in computing them. Lost when one is gone.
+
+    Every exchange goes through here: MLX is lazy, so a failed exchange shows only now.
+    """
     try:
         stream.evaluate_now(arrays)
     except RuntimeError as error:
         if size() == 1 or cli.device_trouble(error):  # this machine's own
             raise
-        _world()[1] = 1
+        # No later call waits for the others.
+        _world().size = 1
         raise Lost(
             f"a machine beside this one is gone ({error}): resume on as many as there are"
         ) from None
@@ -87,43 +100,49 @@ def _settled(arrays: Any) -> Any:
 
 
 def all_reduce_gradients(named: dict[str, mx.array]) -> None:
-    """Arrays become their sums over the machines, in place, the same bits on each: a few at a time,
-    not all twice.
+    """Arrays become their sums over the machines, in place, with the same bits on each machine.
+
+    They are exchanged a few at a time, so that not all of them exist twice.
     """
-    n = size()
-    for names in (
-        grouped(list(named), lambda name: named[name].nbytes, GROUP_BYTES) if n > 1 else ()
-    ):
+    machines = size()
+    if machines == 1:
+        return
+    for names in grouped(list(named), lambda name: named[name].nbytes, GROUP_BYTES):
+        # MLX's function packs a group into one message; it divides by the number of machines.
         means = nn.average_gradients([named[name] for name in names])
-        named.update(_settled({name: mean * n for name, mean in zip(names, means, strict=True)}))
+        sums = {name: mean * machines for name, mean in zip(names, means, strict=True)}
+        named.update(_settled(sums))
 
 
 def all_reduce_sums(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Float64 arrays, of the same shapes everywhere, summed over the machines."""
     if size() == 1 or not arrays:
         return list(arrays)
-    flat = mx.array(
-        np.concatenate([np.asarray(a, np.float64).reshape(-1) for a in arrays]), mx.float64
-    )
-    whole = np.array(_settled(mx.distributed.all_sum(flat, stream=mx.cpu)))
-    ends = np.cumsum([np.size(a) for a in arrays])[:-1]
-    return [
-        part.reshape(np.shape(a)) for part, a in zip(np.split(whole, ends), arrays, strict=True)
-    ]
+    # One message for all. Float64 exists on the CPU only.
+    flat = [np.asarray(array, np.float64).reshape(-1) for array in arrays]
+    message = mx.array(np.concatenate(flat), mx.float64)
+    del flat
+    total = np.array(_settled(mx.distributed.all_sum(message, stream=mx.cpu)))
+    ends = np.cumsum([np.size(array) for array in arrays])
+    sums = []
+    for array, part in zip(arrays, np.split(total, ends[:-1]), strict=True):
+        sums.append(part.reshape(np.shape(array)))
+    return sums
 
 
 def all_gather(value: Any) -> list[Any]:
-    """A value that JSON holds, of every machine, in their order."""
-    if (n := size()) == 1:
+    """The `value` of every machine, in the machines' order. JSON must be able to hold it."""
+    machines = size()
+    if machines == 1:
         return [value]
     mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    # Gathered arrays have one shape: lengths go first, then all texts, padded to the longest.
     lengths = _settled(mx.distributed.all_gather(mx.array([len(mine)]))).tolist()
     padded = np.zeros(max(lengths), np.uint8)
     padded[: len(mine)] = mine
-    everyone = np.array(_settled(mx.distributed.all_gather(mx.array(padded)))).reshape(n, -1)
-    return [
-        json.loads(row[:length].tobytes()) for row, length in zip(everyone, lengths, strict=True)
-    ]
+    gathered = _settled(mx.distributed.all_gather(mx.array(padded)))
+    rows = np.array(gathered).reshape(machines, -1)
+    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
 
 
 def any_rank(flag: object) -> bool:
@@ -132,70 +151,90 @@ def any_rank(flag: object) -> bool:
 
 
 def broadcast_json(make: Callable[[], T]) -> T:
-    """What `make()` gives on the first machine, to all; nobody else calls it. JSON holds it."""
-    return make() if size() == 1 else all_gather(make() if is_main() else None)[0]
+    """The first machine's `make()`, on all machines; the others do not call it.
+
+    JSON must be able to hold it.
+    """
+    if size() == 1:
+        return make()
+    value = make() if is_main() else None
+    return all_gather(value)[0]
 
 
 def broadcast_array(array: mx.array, root: int = 0) -> mx.array:
-    """The array that `root` has, bit for bit; shape and dtype are the same everywhere, what others
-    have is not.
+    """The array that `root` has, bit for bit, on all machines.
+
+    Shape and dtype are the same everywhere; the values on the other machines do not matter.
     """
     if size() == 1:
         return array
+    # A sum with zeros. It is one of bytes: a sum of floats would turn -0.0 into 0.
     raw = array.reshape(-1).view(mx.uint8)
-    whole = _settled(mx.distributed.all_sum(raw if rank() == root else mx.zeros_like(raw)))
-    return whole.view(array.dtype).reshape(array.shape)
+    if rank() != root:
+        raw = mx.zeros_like(raw)
+    received = _settled(mx.distributed.all_sum(raw))
+    return received.view(array.dtype).reshape(array.shape)
 
 
 def pass_on(arrays: Sequence[mx.array], i: int) -> None:
-    """arrays[i] to the next machine, if any, which says `receive` now or later; waits until most of
-    it has left.
+    """Send arrays[i] to the next machine, if there is one, which calls `receive` now or later.
+
+    Waits until most of it has left.
     """
-    if rank() + 1 < size():
-        _settled(mx.distributed.send(arrays[i], rank() + 1, stream=mx.cpu))
+    next_rank = rank() + 1
+    if next_rank < size():
+        _settled(mx.distributed.send(arrays[i], next_rank, stream=mx.cpu))
 
 
 def receive(arrays: MutableSequence[mx.array], i: int) -> None:
-    """What the machine before this one, if there is one, passes on becomes arrays[i], of the same
-    shape and dtype.
+    """Put what the previous machine, if there is one, passes on into arrays[i].
+
+    arrays[i] has its shape and dtype already.
     """
     if not is_main():
         like = arrays[i]
-        arrays[i] = _settled(mx.distributed.recv(like.shape, like.dtype, rank() - 1, stream=mx.cpu))
+        source = rank() - 1
+        received = mx.distributed.recv(like.shape, like.dtype, source, stream=mx.cpu)
+        arrays[i] = _settled(received)
 
 
 def broadcast_arrays(arrays: Callable[[], Arrays]) -> dict[str, dict[str, mx.array]]:
-    """The arrays of the first machine, bit for bit; where there are several."""
+    """The first machine's arrays by file and name, bit for bit; the others do not call `arrays`.
+
+    Only for several machines.
+    """
     mine = arrays() if is_main() else {}
-    listed = [
-        (key, name, a.shape, str(a.dtype))
-        for key, named in mine.items()
-        for name, a in named.items()
-    ]
-    everyones: dict[str, dict[str, mx.array]] = {}
-    for key, name, shape, kind in broadcast_json(lambda: listed):
-        array = (
-            mine[key][name]
-            if is_main()
-            else mx.zeros(shape, getattr(mx, kind.removeprefix("mlx.core.")))
-        )
-        everyones.setdefault(key, {})[name] = broadcast_array(array)
-    return everyones
+    # The others must know shapes and dtypes before they can take part in a broadcast.
+    described = []
+    for key, named in mine.items():
+        for name, array in named.items():
+            described.append((key, name, array.shape, str(array.dtype)))
+    received: dict[str, dict[str, mx.array]] = {}
+    for key, name, shape, dtype_name in broadcast_json(lambda: described):
+        if is_main():
+            array = mine[key][name]
+        else:
+            dtype = getattr(mx, dtype_name.removeprefix("mlx.core."))
+            array = mx.zeros(shape, dtype)
+        received.setdefault(key, {})[name] = broadcast_array(array)
+    return received
 
 
 def broadcast_file(path: Path, files: Files, root: int = 0) -> None:
-    """A file that `root` has, and others lack, to all."""
-    nbytes = all_gather(path.stat().st_size if path.exists() else 0)[root]
+    """Send a file that `root` has to all machines, which lack it."""
+    own_bytes = path.stat().st_size if path.exists() else 0
+    nbytes = all_gather(own_bytes)[root]
     starts = range(0, nbytes, CHUNK_BYTES)
     if rank() == root:
-        for at in starts:
-            broadcast_array(mx.array(np.fromfile(path, np.uint8, CHUNK_BYTES, offset=at)), root)
+        for start in starts:  # chunks without a name: one is freed before the next is read
+            broadcast_array(mx.array(np.fromfile(path, np.uint8, CHUNK_BYTES, offset=start)), root)
         return
     with reported(path.parent, path.name, nbytes), files.replacing(path) as temp:
         files.write(temp, b"")
-        for at in starts:
-            piece = broadcast_array(mx.zeros((min(CHUNK_BYTES, nbytes - at),), mx.uint8), root)
-            files.extend(temp, np.array(piece).tobytes())
+        for start in starts:
+            length = min(CHUNK_BYTES, nbytes - start)
+            received = broadcast_array(mx.zeros((length,), mx.uint8), root)
+            files.extend(temp, np.array(received).tobytes())
         files.fsync(temp)
 
 
@@ -203,31 +242,33 @@ def broadcast_folder(folder: Path, files: Files) -> None:
     """A folder of the first machine, where there are several, made on all others."""
     if size() == 1:
         return
-    for name in broadcast_json(
-        lambda: sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-    ):
+    for name in broadcast_json(lambda: _files_under(folder)):
         files.make_folder((folder / name).parent)
         broadcast_file(folder / name, files)
 
 
+def _files_under(folder: Path) -> list[str]:
+    """Paths of all files in it, relative to it, in alphabetical order."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return sorted(str(path.relative_to(folder)) for path in paths)
+
+
 @contextmanager
 def workplace(folder: Path | None) -> Iterator[Path]:
-    """The run's folder, on the first machine; on others one of their own that goes when they are
-    done.
-    """
+    """The run's folder on the first machine; on the others a temporary one."""
     if folder and is_main():
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix=f"mis_mlx-{os.getpid()}-") as place:
-        yield Path(place)
+    with tempfile.TemporaryDirectory(prefix=f"mis_mlx-{os.getpid()}-") as temporary:
+        yield Path(temporary)
 
 
 def check_same(what: Mapping[str, Any]) -> None:
-    """MisError where machines have different things under one name."""
+    """MisError where machines have different values under one name."""
     everyone = all_gather(dict(what))
-    for number, other in enumerate(everyone):
+    for number, theirs in enumerate(everyone):
         for name, value in everyone[0].items():
-            if other[name] != value:
+            if theirs[name] != value:
                 why = f"machine {number} has another {name} than machine 0"
-                both = f"{str(other[name])[:12]}, not {str(value)[:12]}"
+                both = f"{str(theirs[name])[:12]}, not {str(value)[:12]}"
                 raise MisError(f"{why} ({both}): give all of them the same")

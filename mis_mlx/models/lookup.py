@@ -8,9 +8,10 @@ import mlx.nn as nn
 
 @mx.custom_function
 def rows(table: mx.array, ids: mx.array) -> mx.array:
-    """table (V, D), ids (...) -> (..., D). The gradient is summed in a fixed order: the same bits
-    at every run, where MLX's own adds rows up with atomic operations on a GPU, in whatever order
-    they come.
+    """table (V, D), ids (...) -> (..., D).
+
+    The gradient is summed in a fixed order, so it has the same bits at every run. MLX's own adds
+    rows up with atomic operations on a GPU, in whatever order they come.
     """
     return table[ids]
 
@@ -19,30 +20,36 @@ def rows(table: mx.array, ids: mx.array) -> mx.array:
 def _rows_vjp(
     primals: list[mx.array], cotangent: mx.array, _: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Sorted by id, every row takes in those behind it that have its id: of 1, 2, 4 ... rows after
-    each turn. Then the first of each id holds the sum, and the others go on as zeros, which may be
+    """The gradient (V, D) of the table, in float32 until it is cast to the table's type.
+
+    Rows of the cotangent are sorted by id. In each turn a row adds the row `reach` behind it if
+    that has the same id; reach is 1, 2, 4 ..., so a row holds the sum of 1, 2, 4 ... rows. In the
+    end the first row of each id holds the id's whole sum. The others become zeros, which may be
     added to it in any order.
     """
     table, ids = primals
-    flat = ids.reshape(-1).astype(mx.int64)
-    n = ids.size
-    # keys without ties: equal ids stay in their order
-    order = mx.argsort(flat * n + mx.arange(n, dtype=mx.int64))
-    flat = flat[order]
-    sums = cotangent.reshape(n, -1).astype(mx.float32)[order]
+    count = ids.size
+    flat_ids = ids.reshape(-1).astype(mx.int64)
+    # Sort keys without ties, so that equal ids stay in their order.
+    keys = flat_ids * count + mx.arange(count, dtype=mx.int64)
+    order = mx.argsort(keys)
+    sorted_ids = flat_ids[order]
+    sums = cotangent.reshape(count, -1).astype(mx.float32)[order]
     reach = 1
-    while reach < n:
-        same = (flat[reach:] == flat[:-reach])[:, None]
-        sums = mx.concatenate([sums[:-reach] + mx.where(same, sums[reach:], 0.0), sums[-reach:]])
+    while reach < count:
+        same_id = sorted_ids[reach:] == sorted_ids[:-reach]
+        behind = mx.where(same_id[:, None], sums[reach:], 0.0)
+        sums = mx.concatenate([sums[:-reach] + behind, sums[-reach:]])
         reach *= 2
-    first = mx.concatenate([mx.array([True]), flat[1:] != flat[:-1]])
-    found = mx.where(first[:, None], sums, 0.0).astype(table.dtype)
-    return mx.zeros_like(table).at[flat].add(found), mx.zeros_like(ids)
+    differs = sorted_ids[1:] != sorted_ids[:-1]
+    is_first = mx.concatenate([mx.array([True]), differs])
+    grads = mx.where(is_first[:, None], sums, 0.0).astype(table.dtype)
+    return mx.zeros_like(table).at[sorted_ids].add(grads), mx.zeros_like(ids)
 
 
 class Embedding(nn.Embedding):
     """nn.Embedding, ids (...) -> (..., D), with a gradient that has the same bits at every run."""
 
     def __call__(self, ids: mx.array) -> mx.array:
-        found: Any = rows(self.weight, ids)
-        return found
+        vectors: Any = rows(self.weight, ids)
+        return vectors

@@ -1,6 +1,4 @@
-"""LoRA through mlx-lm's own adapters: put into a model, written in mlx-lm's format, fused into
-weights on disk.
-"""
+"""LoRA through mlx-lm's own adapters: insert them, write them, fuse them into weights on disk."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -18,15 +16,16 @@ from mis_mlx.storage.files import Files
 from mis_mlx.storage.safetensors import write_arrays
 from mis_mlx.types import Checkpoint, MisError
 
-# mlx-lm's names
+# mlx-lm's names.
 FILE = "adapters.safetensors"
 CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank updates of every matrix in the last `num_layers` blocks (-1: in all): W + scale * (A
-    B)^T.
+    """Low-rank updates of every matrix in some blocks: W + scale * (A B)^T.
+
+    num_layers: in the last so many; -1: in all.
     """
 
     num_layers: int
@@ -47,14 +46,19 @@ class Lora:
     def params(self, config: Mapping[str, Any]) -> int:
         """How many numbers are trained."""
         layers = shape_of(config).layers
-        last = range(layers - (layers if self.num_layers == -1 else self.num_layers), layers)
-        shapes = [shape for i in last for shape in arch.layer_tensors(config, block=i).values()]
-        return sum(self.rank * sum(shape) for shape in shapes if len(shape) == 2)
+        trained = layers if self.num_layers == -1 else self.num_layers
+        total = 0
+        for i in range(layers - trained, layers):
+            for shape in arch.layer_tensors(config, block=i).values():
+                if len(shape) == 2:
+                    total += self.rank * sum(shape)
+        return total
 
 
 def insert(model: nn.Module, lora: Lora, seed: int) -> None:
-    """Freeze the model and put adapters into it; A is drawn from `seed`, B is 0, so nothing changes
-    yet.
+    """Freeze the model and put adapters into it.
+
+    A is drawn from `seed`, B is 0, so the model computes what it did.
     """
     model.freeze()
     mx.random.seed(seed)
@@ -68,9 +72,8 @@ def write(adapters: Mapping[str, mx.array], lora: Lora, out: Path, files: Files)
         "num_layers": lora.num_layers,
         "lora_parameters": lora.settings,
     }
-    with protocol.commit_folder(
-        out, files, sum(a.nbytes for a in adapters.values()), "the adapters"
-    ) as folder:
+    nbytes = sum(array.nbytes for array in adapters.values())
+    with protocol.commit_folder(out, files, nbytes, "the adapters") as folder:
         write_arrays(folder / FILE, adapters, files)
         files.write(folder / CONFIG, json.dumps(config, indent=2).encode())
 
@@ -78,15 +81,18 @@ def write(adapters: Mapping[str, mx.array], lora: Lora, out: Path, files: Files)
 def fused(
     checkpoint: Checkpoint, adapters: Mapping[str, mx.array], lora: Lora
 ) -> Callable[[str], mx.array]:
-    """take(name): the checkpoint's tensor with its adapter added, in float32; memory: one tensor at
-    a time.
+    """take(name): the checkpoint's tensor with its adapter added, in float32.
+
+    Memory: one tensor at a time.
     """
 
     def take(name: str) -> mx.array:
         weight = load.dense(checkpoint, name)
         stem = name.removesuffix(".weight")
-        if (a := adapters.get(f"{stem}.lora_a")) is None:
+        lora_a = adapters.get(f"{stem}.lora_a")
+        if lora_a is None:
             return weight
-        return weight.astype(mx.float32) + (lora.scale * adapters[f"{stem}.lora_b"].T) @ a.T
+        lora_b = adapters[f"{stem}.lora_b"]
+        return weight.astype(mx.float32) + (lora.scale * lora_b.T) @ lora_a.T
 
     return take

@@ -1,5 +1,6 @@
-"""Write a model's folder: weights tensor by tensor, its tokenizer, and what says how it was pruned
-(`keep.json`).
+"""Write a model's folder: weights tensor by tensor, the tokenizer, and the record of its pruning.
+
+That record is `keep.json`.
 """
 
 import io
@@ -37,20 +38,18 @@ SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 def need_tokenizer(folder: Path) -> None:
     """MisError when the folder has no tokenizer that could go along."""
-    if not any(
-        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
-    ):
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if not any((folder / name).is_file() for name in names):
         raise MisError(
             f"{folder} has no tokenizer: copy the tokenizer files of the model it was made from"
         )
 
 
 def keep_files(keep: KeptUnits | None) -> dict[str, Any]:
-    """The files that hold kept units, for `write_model`: keep.json, and rotation.npy where the
-    stream was rotated.
+    """The files that hold kept units, for `write_model`: keep.json, and perhaps rotation.npy.
 
-    keep.json: {layers, kept: {"layer/space": indices}, why, report, rotated: true where there is a
-    basis}.
+    keep.json: {layers, kept: {"layer/space": indices}, why, report, rotated}. rotated: true where
+    the residual stream was rotated; only then there is a rotation.npy, with the basis.
     """
     if keep is None:
         return {}
@@ -68,19 +67,32 @@ def keep_files(keep: KeptUnits | None) -> dict[str, Any]:
 
 
 def read_keep(folder: Path) -> KeptUnits | None:
-    """The `KeptUnits` beside a pruned model, None without them. The basis stays on disk until it is
-    used.
+    """The `KeptUnits` beside a pruned model, None without them.
+
+    The basis stays on disk until it is used.
     """
     path = folder / KEEP
     if not path.is_file():
         return None
     saved = json.loads(path.read_text(encoding="utf-8"))
-    kept = {(int(k.split("/")[0]), k.split("/")[1]): tuple(v) for k, v in saved["kept"].items()}
-    basis = _basis(folder / ROTATION, len(kept[-1, "hidden"])) if saved.get("rotated") else None
-    return KeptUnits(tuple(saved["layers"]), kept, saved["why"], saved["report"], basis)
+    kept = {}
+    for key, indices in saved["kept"].items():
+        layer, space = key.split("/")[:2]
+        kept[int(layer), space] = tuple(indices)
+    basis = None
+    if saved.get("rotated"):
+        basis = _basis(folder / ROTATION, len(kept[-1, "hidden"]))
+    return KeptUnits(
+        layers=tuple(saved["layers"]),
+        kept=kept,
+        why=saved["why"],
+        report=saved["report"],
+        basis=basis,
+    )
 
 
 def _basis(path: Path, channels: int) -> np.ndarray:
+    """The rotation (D, d) in a file, memory-mapped; d is the number of the model's channels."""
     try:
         basis = np.load(path, mmap_mode="r", allow_pickle=False)
         if basis.ndim != 2 or basis.shape[1] != channels or basis.dtype != np.float32:
@@ -104,25 +116,26 @@ def write_folder(
     extra: Mapping[str, Any] | None = None,
     shards: Sequence[Specs] | None = None,
 ) -> None:
-    """Commit the new folder `out`: `tensors` as `specs` foretell them, config.json, the tokenizer
-    files of `source`.
+    """Commit the new folder `out`: weights, config.json, the tokenizer files of `source`.
 
-    extra: more files by name: bytes as they are, all else as JSON. shards: as of `write_tensors`.
+    tensors: as `specs` say, in their order. extra: more files by name: bytes as they are, all else
+    as JSON. shards: as of `write_tensors`.
     """
-    with protocol.commit_folder(out, files, sum(map(spec_bytes, specs.values()))) as folder:
-        write_tensors(folder, specs, tensors, files, shards)
+    nbytes = sum(map(spec_bytes, specs.values()))
+    with protocol.commit_folder(out, files, nbytes) as folder:
+        write_tensors(folder, specs, tensors, files, shards=shards)
         files.write(folder / "config.json", json.dumps(dict(config), indent=2).encode())
         for name, value in (extra or {}).items():
-            files.write(
-                folder / name, value if isinstance(value, bytes) else json.dumps(value).encode()
-            )
+            content = value if isinstance(value, bytes) else json.dumps(value).encode()
+            files.write(folder / name, content)
         for path in list(tokenizer_check.present(source)):  # judges all before one is copied
             files.write(folder / path.name, path.read_bytes())
 
 
 def dense(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A checkpoint's tensor for `write_model`: `load.dense`, the table of per-layer inputs in
-    parts.
+    """A checkpoint's tensor for `write_model`: `load.dense`.
+
+    The table of per-layer inputs comes in parts, because it is too large to be whole in memory.
     """
     if name != f"{arch.PER_LAYER}weight":
         return load.dense(checkpoint, name)
@@ -131,11 +144,14 @@ def dense(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def _cast(tensor: Tensor, dtype: str) -> Tensor:
-    kind = policy.DTYPES[dtype]
+    """The tensor in another type; lazy, part by part where it comes in parts."""
+    mlx_dtype = policy.DTYPES[dtype]
     if isinstance(tensor, mx.array):
-        return tensor.astype(kind)
+        return tensor.astype(mlx_dtype)
+    _, shape = tensor.spec
     return InParts(
-        (SAFETENSORS_NAMES[dtype], tensor.spec[1]), (part.astype(kind) for part in tensor.parts)
+        spec=(SAFETENSORS_NAMES[dtype], shape),
+        parts=(part.astype(mlx_dtype) for part in tensor.parts),
     )
 
 
@@ -150,51 +166,70 @@ def write_model(
     file_per_block: bool = False,
 ) -> None:
     """`write_folder` of the dense model that `take(name)` gives tensor by tensor, cast to `dtype`.
-    What it gives in parts goes to disk part by part.
+
+    A tensor in parts goes to disk part by part. file_per_block: one shard for each block, its
+    experts not stacked: such a folder is for us alone.
     """
-    # parts are for us alone
-    shapes = arch.tensors_of(config, families.family(config).stacked and not file_per_block)
-    specs = {name: (SAFETENSORS_NAMES[dtype], dims) for name, dims in shapes.items()}
+    stacked = families.family(config).stacked and not file_per_block
+    shapes = arch.tensors_of(config, stacked=stacked)
+    specs = {name: (SAFETENSORS_NAMES[dtype], shape) for name, shape in shapes.items()}
 
-    def whole(name: str) -> Tensor:
-        taken = [_cast(take(one), dtype) for one in experts.one_by_one(name, config)]
-        parts = [one for one in taken if isinstance(one, mx.array)]
-        return mx.stack(parts) if len(parts) > 1 else taken[0]
+    def tensor(name: str) -> Tensor:
+        taken = [_cast(take(part), dtype) for part in experts.one_by_one(name, config)]
+        arrays = [part for part in taken if isinstance(part, mx.array)]
+        if len(arrays) > 1:
+            return mx.stack(arrays)
+        return taken[0]
 
-    tensors = ((name, whole(name)) for name in cli.counted("tensor", specs, len(specs)))
-    by_block = itertools.groupby(specs.items(), lambda item: arch.block_of(item[0]))
-    shards = [dict(group) for _, group in by_block] if file_per_block else None
-    write_folder(config, specs, tensors, source, out, files, extra, shards)
+    tensors = ((name, tensor(name)) for name in cli.counted("tensor", specs, len(specs)))
+    shards = None
+    if file_per_block:
+        groups = itertools.groupby(specs.items(), lambda item: arch.block_of(item[0]))
+        shards = [dict(group) for _, group in groups]
+    write_folder(
+        config, specs, tensors, source=source, out=out, files=files, extra=extra, shards=shards
+    )
 
 
 def by_block(source: Checkpoint, folder: Path, files: Files, dtype: str = "float32") -> Checkpoint:
-    """A student to train in parts: an ordinary folder of `dtype` with one file per block, replaced
-    whole, so that it is a model at any moment. Opened; made of `source` first if it is not there.
-    Memory: the largest tensor.
+    """A student to train in parts: an ordinary folder of `dtype` with one file for each block.
+
+    Made of `source` if it is not there yet, then opened. A block's file is replaced as a whole, so
+    the folder is a model at any moment. Memory: the largest tensor.
     """
     if not folder.exists():
-        config = {k: v for k, v in source.config.items() if not k.startswith("quantization")}
+        config = {
+            key: value for key, value in source.config.items() if not key.startswith("quantization")
+        }
         config["torch_dtype"] = dtype
-        extra = keep_files(read_keep(source.path))
-        write_model(config, partial(dense, source), source.path, folder, dtype, files, extra, True)
+        write_model(
+            config,
+            partial(dense, source),
+            source.path,
+            folder,
+            dtype=dtype,
+            files=files,
+            extra=keep_files(read_keep(source.path)),
+            file_per_block=True,
+        )
     return load.open_checkpoint(folder)
 
 
 def replace_block(parts: Checkpoint, i: int, weights: Mapping[str, mx.array], files: Files) -> None:
-    """Put new `weights` (names without `model.layers.N.`), of the same kind, in the place of block
-    i's, durably.
+    """Replace the weights of block i, durably, by others of the same shapes and type.
+
+    weights: by name without `model.layers.N.`.
     """
     prefix = f"model.layers.{i}."
     old = {name: t for name, t in parts.tensors.items() if name.startswith(prefix)}
     path = next(iter(old.values())).file
-    new = {
-        name: weights[name.removeprefix(prefix)]
-        for name in sorted(old, key=lambda n: old[n].offset)
-    }
-    if {n for n, t in parts.tensors.items() if t.file == path} != set(old):
+    if {name for name, t in parts.tensors.items() if t.file == path} != set(old):
         raise ValueError(f"{path} holds more than block {i}")
-    if any(spec_of(array) != (old[name].dtype, old[name].shape) for name, array in new.items()):
-        raise ValueError(f"{path}: the new block {i} has other shapes or is of another type")
+    new = {}
+    for name in sorted(old, key=lambda name: old[name].offset):
+        new[name] = weights[name.removeprefix(prefix)]
+        if spec_of(new[name]) != (old[name].dtype, old[name].shape):
+            raise ValueError(f"{path}: the new block {i} has other shapes or is of another type")
     nbytes = sum(t.nbytes for t in old.values())
     with reported(path.parent, f"block {i} of the student", nbytes), files.replacing(path) as temp:
         write_arrays(temp, new, files)

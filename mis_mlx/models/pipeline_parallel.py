@@ -1,8 +1,7 @@
-"""A model whose blocks several machines share: hidden states go from one machine to the next,
-weights stay.
+"""A model whose blocks several machines share: hidden states travel, weights stay.
 
-Every machine has the files and reads its own blocks. All make the same passes together, with own
-batches or none.
+Every machine has the files and reads its own blocks. All make the same passes together, with
+batches of their own or none.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,43 +17,52 @@ from mis_mlx.types import Checkpoint, MisError
 
 
 def shared(layers: int, keeps: Sequence[int], reading: float) -> list[int]:
-    """How many blocks each machine gets, in their order, so that a pass is as short as can be.
+    """How many blocks each machine gets, in the machines' order, for the shortest pass.
 
-    keeps: how many each has room for. Where that is enough, all work at the same time, and none
-    gets more than it must. Otherwise they work one after the other, each as long as it computes or
-    reads. reading: what a block costs that is read anew, where computing costs 1.
+    keeps: how many blocks each machine has room for. If there is room for all, the machines work at
+    the same time, and none gets more than it must. Otherwise they work one after the other, each as
+    long as it computes or reads. reading: the cost of a block that is read anew, in units of
+    computing one.
     """
     counts = [0] * len(keeps)
+    all_fit = sum(keeps) >= layers
 
-    def more(machine: int) -> tuple[float, int]:
-        n = counts[machine]
-        kept = keeps[machine]
-        if sum(keeps) >= layers:
-            return float(n >= kept), n
-        after, before = (max(float(i), reading * max(0, i - kept)) for i in (n + 1, n))
-        return after - before, n
+    def cost(machine: int, count: int) -> float:
+        reread = max(0, count - keeps[machine])
+        return max(float(count), reading * reread)
+
+    def cost_of_one_more(machine: int) -> tuple[float, int]:
+        count = counts[machine]
+        if all_fit:
+            return float(count >= keeps[machine]), count
+        return cost(machine, count + 1) - cost(machine, count), count
 
     for _ in range(layers):
-        counts[min(range(len(keeps)), key=more)] += 1
+        cheapest = min(range(len(keeps)), key=cost_of_one_more)
+        counts[cheapest] += 1
     return counts
 
 
 def passing(source: stream.Stream, items: Sequence[Any]) -> list[Any]:
-    """Of items that machines `distributed.shard`, one a batch: those whose hidden states `source`
-    has, in order.
+    """The items whose hidden states `source` has, in order.
+
+    items: one a batch, which machines divide by `distributed.shard`. A `Relay` has every machine's
+    batches, those of one machine after those of another.
     """
-    n = distributed.size() if isinstance(source, Relay) else 1
-    return (
-        [item for rank in range(n) for item in items[rank::n]]
-        if n > 1
-        else list(distributed.shard(items))
-    )
+    machines = distributed.size() if isinstance(source, Relay) else 1
+    if machines == 1:
+        return list(distributed.shard(items))
+    passed: list[Any] = []
+    for rank in range(machines):
+        passed += items[rank::machines]
+    return passed
 
 
 class Relay(stream.Stream):
-    """This machine's blocks of a model, used as a `Stream` is; `embed` takes the others' batches
-    in, `norm` gives each its own back. shares: how many blocks each machine has. room_bytes: for
-    the head, then this machine's own blocks.
+    """This machine's blocks of a model, used as a `Stream` is.
+
+    `embed` takes in the other machines' batches, and `norm` gives each machine its own back.
+    shares: how many blocks each machine has. room_bytes: for the head, then this machine's blocks.
     """
 
     def __init__(
@@ -75,40 +83,45 @@ class Relay(stream.Stream):
             )
         end = list(accumulate(shares))[distributed.rank()]
         self.mine = range(end - shares[distributed.rank()], end)
-        self._counts: list[int] = []  # batches of each machine, in the pass that is under way
+        self._counts: list[int] = []  # batches of each machine, in the current pass
         self._hidden: stream.Hidden = []
         super().__init__(checkpoint, dtype, room_bytes, direct)
         self.first = self.mine.start
 
     def embed(self, batches: stream.Batches, hidden: stream.Hidden | None = None) -> stream.Hidden:
-        """Hidden states of all machines' batches, those of one machine after those of another.
+        """Hidden states (B, T, D) of all machines' batches, machine by machine.
 
-        They are real where the first block is; elsewhere they have the right shape, until they
-        come.
+        The machine with the first block computes them. On the others they are zeros of the right
+        shape, until `blocks` or `forward` receives them.
         """
-        everyone = distributed.all_gather([np.array(b).tolist() for b in batches])
-        self._counts = [len(each) for each in everyone]
-        whole = [np.array(b, np.int32) for each in everyone for b in each]
+        # Token ids (B, T) are small, so every machine gets all of them: each then knows the number
+        # and the shapes of the hidden states that it will receive.
+        gathered = distributed.all_gather([np.array(batch).tolist() for batch in batches])
+        self._counts = []
+        all_batches = []
+        for from_machine in gathered:
+            self._counts.append(len(from_machine))
+            all_batches += [np.array(batch, np.int32) for batch in from_machine]
         hidden = [] if hidden is None else hidden
         if distributed.is_main():
-            hidden = super().embed([mx.array(b) for b in whole], hidden)
+            hidden = super().embed([mx.array(batch) for batch in all_batches], hidden)
+        # A receiver must know the dtype beforehand. Only the first machine has seen it.
         name = distributed.broadcast_json(
-            lambda: str((hidden[0] if whole else self).dtype).removeprefix("mlx.core.")
+            lambda: str((hidden[0] if all_batches else self).dtype).removeprefix("mlx.core.")
         )
         if not distributed.is_main():
-            for b in whole:
-                hidden.append(
-                    mx.zeros(
-                        (*b.shape, config.shape_of(self.checkpoint.config).hidden),
-                        getattr(mx, name),
-                    )
-                )
+            channels = config.shape_of(self.checkpoint.config).hidden
+            dtype = getattr(mx, name)
+            for batch in all_batches:
+                hidden.append(mx.zeros((*batch.shape, channels), dtype))
         self._hidden = hidden
         return hidden
 
     def blocks(self, order: Sequence[int] | None = None) -> Iterator[tuple[int, nn.Module]]:
-        """(i, block i) of this machine's own, once their input has come; what they leave goes to
-        the next machine.
+        """(i, block i) of this machine, between receiving hidden states and passing them on.
+
+        The caller changes the hidden states of `embed` in place, so what this sends at the end is
+        what the caller's last block made of them.
         """
         if order is not None:
             raise ValueError("a relay has one order")
@@ -121,17 +134,21 @@ class Relay(stream.Stream):
     def forward(
         self, batches: stream.Batches, hidden: stream.Hidden | None = None
     ) -> stream.Hidden:
-        """One pass, as of a `Stream`. Where all of a machine's blocks are in memory it passes every
-        batch on at once, and the next machine works on it meanwhile.
+        """One pass, as of a `Stream`.
+
+        If all blocks of this machine are in memory, it passes every batch on as soon as it is done,
+        and the next machine works on it meanwhile.
         """
         if self.keeps < len(self.mine):
+            # Blocks are read from disk: all batches go through one before the next is read, so that
+            # each is read once a pass.
             return super().forward(batches, hidden)
-        kept = [block for _, block in super().blocks(self.mine)]
+        resident = [block for _, block in super().blocks(self.mine)]
         hidden = self.embed(batches, hidden)
         for b in range(len(hidden)):
             distributed.receive(self._hidden, b)
-            for i, block in zip(self.mine, kept, strict=True):
-                self.at = i
+            for i, block in zip(self.mine, resident, strict=True):
+                self.at = i  # for the message of `finite`
                 out = block(hidden[b], load.mask(self.args, block, hidden[b]))
                 stream.evaluate_now(out)
                 hidden[b] = self.finite(out) if b == 0 else out
@@ -140,13 +157,18 @@ class Relay(stream.Stream):
 
     def norm(self, hidden: stream.Hidden) -> stream.Hidden:
         """This machine's own batches after the last RMSNorm."""
-        if distributed.rank() == distributed.size() - 1:
+        rank = distributed.rank()
+        last_rank = distributed.size() - 1
+        if rank == last_rank:
             super().norm(hidden)
-        begin = sum(self._counts[: distributed.rank()])
-        own = list[mx.array]()
+        # Every machine takes part in every broadcast, and keeps only its own batches: one that left
+        # a broadcast out would leave the others waiting.
+        begin = sum(self._counts[:rank])
+        own_batches = range(begin, begin + self._counts[rank])
+        own = []
         for b in range(len(hidden)):
-            whole = distributed.broadcast_array(hidden[b], distributed.size() - 1)
-            if begin <= b < begin + self._counts[distributed.rank()]:
-                own.append(whole)
+            final = distributed.broadcast_array(hidden[b], last_rank)
+            if b in own_batches:
+                own.append(final)
         self._hidden = []
         return own

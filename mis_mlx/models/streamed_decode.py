@@ -1,11 +1,10 @@
-"""Decoding of a streamed model, with keys and values kept: one pass of the weights settles a token
-or more.
+"""Decode with a streamed model and a key-value cache: one pass gives one token or more.
 
-Many texts are sampled side by side. One is decoded greedily: a small resident draft proposes a tree
-of continuations, one pass of the model reads all of it, and the longest branch that the model
-itself would have chosen is kept (arXiv 2305.09781). Tokens are those of plain greedy decoding,
-except after an exact tie: logits of a pass over n tokens differ in their last bits from those of n
-passes.
+Many texts are sampled together. One text is decoded greedily: a small resident draft proposes a
+tree of continuations, one pass of the model reads the whole tree, and the longest branch that the
+model itself would have chosen is kept (arXiv 2305.09781). The tokens are those of plain greedy
+decoding, except after an exact tie: logits of one pass over n tokens differ in their last bits from
+those of n passes.
 """
 
 from __future__ import annotations
@@ -28,14 +27,15 @@ from mis_mlx.models.stream import Stream, evaluate_now
 SIZE = 64  # rows of a pass with a draft (measured: benchmarks/speculative.py)
 ROWS = 512  # tokens of a long prompt that go through a resident block at a time
 DEPTH = 16  # tokens from the text to the furthest guess
-WIDTH = 16  # likely next tokens looked at, and nodes that the draft looks behind at once
+WIDTH = 16  # likely next tokens of a node, and nodes that the draft reads in one pass
 Odds = tuple[np.ndarray, np.ndarray]  # log-probabilities (n, WIDTH) of tokens (n, WIDTH)
 
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """A proposed token after `up` (None: after the text). `score`: log of the branch's
-    probability.
+    """A token that the draft proposes.
+
+    up: the node before it; None: it follows the text. score: log of the branch's probability.
     """
 
     token: int
@@ -45,160 +45,217 @@ class Node:
 
     def branch(self) -> list[Node]:
         """From the first proposed token to this one."""
-        return [*(self.up.branch() if self.up else ()), self]
+        if self.up is None:
+            return [self]
+        return [*self.up.branch(), self]
 
 
 def grow(
     after: Callable[[Sequence[Node]], Odds], size: int, depth: int, ends: Container[int] = ()
 ) -> list[Node]:
-    """The `size` most probable nodes of all that reach `depth` at most, parents before children.
+    """The `size` most probable nodes down to `depth`, parents before children.
 
-    after(nodes): the odds behind each of them; of no nodes: behind the text, one row. A parent is
-    asked for before its children: a branch's probability falls with every token (the draft tree of
-    EAGLE-2, arXiv 2406.16858).
+    after(nodes): the odds of what follows each node; for no nodes: of what follows the text, one
+    row. A parent is expanded before its children are, because a branch's probability falls with
+    every token (the draft tree of EAGLE-2, arXiv 2406.16858).
     """
-    best = _children(None, *(a[0] for a in after([])))
-    opened: set[Node] = set()
+    log_probs, tokens = after([])
+    candidates = _children(None, log_probs[0], tokens[0])
+    expanded: set[Node] = set()
     while True:
-        best = sorted(best, key=lambda n: -n.score)[:size]
-        fresh = [n for n in best if n not in opened and n.depth < depth and n.token not in ends][
-            :WIDTH
+        candidates.sort(key=lambda node: -node.score)
+        candidates = candidates[:size]
+        frontier = [
+            node
+            for node in candidates
+            if node not in expanded and node.depth < depth and node.token not in ends
         ]
-        if not fresh:
-            return sorted(best, key=lambda n: n.depth)
-        opened.update(fresh)
-        for node, logp, tokens in zip(fresh, *after(fresh), strict=True):
-            best += _children(node, logp, tokens)
+        if not frontier:
+            return sorted(candidates, key=lambda node: node.depth)
+        # The draft reads WIDTH nodes at a time; the others wait for the next round, in which better
+        # children may have displaced them.
+        frontier = frontier[:WIDTH]
+        expanded.update(frontier)
+        log_probs, tokens = after(frontier)
+        for parent, row, ids in zip(frontier, log_probs, tokens, strict=True):
+            candidates += _children(parent, row, ids)
 
 
-def _children(up: Node | None, logp: Iterable[float], tokens: Iterable[int]) -> list[Node]:
-    base, depth = (up.score, up.depth + 1) if up else (0.0, 1)
-    return [Node(int(t), up, depth, base + float(p)) for p, t in zip(logp, tokens, strict=True)]
+def _children(up: Node | None, log_probs: Iterable[float], tokens: Iterable[int]) -> list[Node]:
+    score = 0.0
+    depth = 1
+    if up is not None:
+        score = up.score
+        depth = up.depth + 1
+    return [
+        Node(int(token), up, depth, score + float(log_prob))
+        for log_prob, token in zip(log_probs, tokens, strict=True)
+    ]
 
 
 def accepted(nodes: Sequence[Node], choice: Sequence[int]) -> tuple[list[Node], int]:
-    """(the branch that the model chose, its next token after that). choice: after the text, then
-    after each node.
+    """The branch that the model chose, and the model's next token after it.
+
+    choice: the model's token after the text, then after each node.
     """
-    row: dict[Node | None, int] = {None: 0} | {n: r for r, n in enumerate(nodes, 1)}
-    below = {(n.up, n.token): n for n in nodes}
+    rows: dict[Node | None, int] = {None: 0}
+    children = {}
+    for row, node in enumerate(nodes, 1):
+        rows[node] = row
+        children[node.up, node.token] = node
     branch: list[Node] = []
-    node: Node | None = None
-    while (next_ := below.get((node, choice[row[node]]))) is not None:
-        branch.append(next_)
-        node = next_
-    return branch, choice[row[node]]
+    last: Node | None = None
+    while True:
+        token = choice[rows[last]]
+        child = children.get((last, token))
+        if child is None:
+            return branch, token
+        branch.append(child)
+        last = child
 
 
 @contextmanager
 def positioned(block: nn.Module, positions: np.ndarray) -> Iterator[None]:
-    """A block that turns row i by positions[i] for a while. It may stay in memory, and others use
-    it.
+    """Inside the `with`, the block's RoPE turns row i by positions[i].
+
+    The block may stay in memory, and others use it, so its own RoPE comes back at the end.
     """
     rope = block.self_attn.rope
-    each = mx.array(positions)
+    offsets = mx.array(positions)
 
-    # (1, H, n, d); the offset would be the same for all
-    def turned(x: mx.array, offset: int = 0) -> mx.array:
-        return rope(x.transpose(2, 1, 0, 3), offset=each).transpose(2, 1, 0, 3)
+    def rotate(x: mx.array, offset: int = 0) -> mx.array:
+        # x is (1, H, n, d), and `offset` would be the same for all n rows. With the rows in the
+        # batch axis, (n, H, 1, d), RoPE takes one offset a row.
+        return rope(x.transpose(2, 1, 0, 3), offset=offsets).transpose(2, 1, 0, 3)
 
-    block.self_attn.rope = turned
+    block.self_attn.rope = rotate
     try:
         yield
     finally:
         block.self_attn.rope = rope
 
 
+def _evaluate(hidden: mx.array, cache: Any) -> None:
+    """Compute a block's output and what its cache holds, before the next block takes its buffer."""
+    evaluate_now(hidden, [] if cache is None else cache.state)
+
+
 class Context:
-    """What a model has read: the text so far and, after it, nodes of a tree. One column of the
-    cache each.
-    """
+    """What a model has read: the text, then nodes of a tree; one column of the cache for each."""
 
     def __init__(self, stream: Stream):
         self.stream = stream
         self.vocab = config.shape_of(stream.checkpoint.config).vocab
         self.length = 0  # columns of text
-        self._at: dict[Node, int] = {}  # columns of nodes
-        self._positions = np.zeros(0, np.int32)
-        # Positions come from `positioned`, not from a cache's offset.
-        self._keys = [
-            load.mlx_lm("models.cache").ConcatenateKVCache() for _ in range(stream.layers)
-        ]
+        self._columns: dict[Node, int] = {}  # of the nodes that were read
+        self._positions = np.zeros(0, np.int32)  # of every column
+        # Positions come from `positioned`, not from a cache's offset: siblings in a tree stand at
+        # the same position, in different columns.
+        cache = load.mlx_lm("models.cache")
+        self._caches = [cache.ConcatenateKVCache() for _ in range(stream.layers)]
 
     def read(self, text: Sequence[int], nodes: Sequence[Node] = ()) -> mx.array:
-        """One pass over what of `text` is not here yet, then `nodes`: each sees the text and its
-        own branch.
+        """One pass over the new part of `text`, then over `nodes`.
 
-        Ancestors of a node are here or come before it. Returns final hidden states (rows, D): of
-        the last token of the text, if it was new, and of every node.
+        A node sees the text and its own branch. Its ancestors are here already or stand before it
+        in `nodes`. Returns final hidden states (rows, D): of the last token of the text, if it was
+        new, and of every node.
         """
-        fresh = text[self.length :]
-        before = len(self._positions)
-        assert not (fresh and self._at), "text is appended to text, not to a tree"
-        self._at |= {node: before + len(fresh) + j for j, node in enumerate(nodes)}
-        positions = np.array(
-            [*range(self.length, len(text)), *(len(text) - 1 + n.depth for n in nodes)], np.int32
-        )
-        rows = len(fresh) + len(nodes)
-        columns = before + len(fresh) + len(nodes)
-        sees = np.zeros((rows, columns), bool)
-        sees[: len(fresh), : len(text)] = np.tri(len(fresh), len(text), self.length, bool)
-        for row, node in enumerate(nodes, len(fresh)):
-            sees[row, : len(text)] = True
-            sees[row, [self._at[n] for n in node.branch()]] = True
+        new_text = text[self.length :]
+        assert not (new_text and self._columns), "text is appended to text, not to a tree"
+        sees = self._visible(len(text), nodes)
+        # The node at depth 1 stands right behind the text, whatever its column.
+        node_positions = [len(text) - 1 + node.depth for node in nodes]
+        positions = np.array([*range(self.length, len(text)), *node_positions], np.int32)
         self._positions = np.concatenate([self._positions, positions])
         self.length = len(text)
-        # a draft may be padded to fewer
-        tokens = np.minimum([*fresh, *(n.token for n in nodes)], self.vocab - 1)
-        hidden = self._through(mx.array(tokens[None]), sees, positions)
-        return self.stream.norm([hidden[:, -len(nodes) - bool(fresh) :]])[0][0]
+        # A draft may have a larger vocabulary by padding; its surplus ids have no row here.
+        ids = [*new_text, *(node.token for node in nodes)]
+        tokens = mx.array(np.minimum(ids, self.vocab - 1)[None])
+        hidden = self._through(tokens, sees, positions)
+        outputs = len(nodes) + bool(new_text)
+        return self.stream.norm([hidden[:, -outputs:]])[0][0]
+
+    def _visible(self, length: int, nodes: Sequence[Node]) -> np.ndarray:
+        """Give the nodes their columns; the mask (new rows, columns) of the coming pass.
+
+        length: of the text after that pass. Text is causal. A node sees all text and its branch,
+        never a sibling.
+        """
+        new_text = length - self.length
+        first_column = len(self._positions) + new_text
+        for column, node in enumerate(nodes, first_column):
+            self._columns[node] = column
+        rows = new_text + len(nodes)
+        columns = first_column + len(nodes)
+        sees = np.zeros((rows, columns), bool)
+        sees[:new_text, :length] = np.tri(new_text, length, self.length, bool)
+        for row, node in enumerate(nodes, new_text):
+            sees[row, :length] = True
+            for ancestor in node.branch():
+                sees[row, self._columns[ancestor]] = True
+        return sees
 
     def _through(self, tokens: mx.array, sees: np.ndarray, positions: np.ndarray) -> mx.array:
         """Token ids (1, n) -> hidden states (1, n, D) after the last block."""
         hidden = self.stream.embed([tokens])[0]
-        before = len(self._positions) - len(positions)
+        columns_before = len(self._positions) - len(positions)
         window = getattr(self.stream.args, "sliding_window", None)
-        near = sees & (self._positions > positions[:, None] - window) if window else sees
+        sees_window = sees
+        if window:
+            # By position, not by column: in a tree the two differ.
+            sees_window = sees & (self._positions > positions[:, None] - window)
         for i, block in self.stream.blocks():
-            mask = near if load.window(self.stream.args, block) else sees
-            done = []
-            for a in range(0, len(positions), ROWS):
-                inputs = self._inputs(i, hidden, before, slice(a, a + ROWS))
-                seen = mx.array(mask[a : a + ROWS, : before + a + inputs.hidden.shape[1]])
-                own = None if inputs.shared else self._keys[i]
-                with positioned(block, positions[a : a + ROWS]):
-                    done.append(block_inputs.run(block, inputs, seen, own).hidden)
-                evaluate_now(done[-1], own.state if own else [])
-            hidden = self.stream.finite(mx.concatenate(done, axis=1))
+            mask = sees_window if load.window(self.stream.args, block) else sees
+            parts = []
+            # A long prompt goes through the block ROWS tokens at a time, while the block is in
+            # memory. Later parts see the keys of earlier ones through the cache.
+            for start in range(0, len(positions), ROWS):
+                rows = slice(start, start + ROWS)
+                inputs = self._inputs(i, hidden, columns_before, rows)
+                columns = columns_before + start + inputs.hidden.shape[1]
+                part_mask = mx.array(mask[rows, :columns])
+                cache = None if inputs.shared else self._caches[i]
+                with positioned(block, positions[rows]):
+                    parts.append(block_inputs.run(block, inputs, part_mask, cache).hidden)
+                # Lazy results would read the block's buffer after the next block has filled it.
+                _evaluate(parts[-1], cache)
+            hidden = self.stream.finite(mx.concatenate(parts, axis=1))
         return hidden
 
-    def _inputs(self, i: int, hidden: mx.array, before: int, rows: slice) -> BlockInputs:
-        """What some rows of the pass bring into block i. Keys and values that it takes from another
-        block are in that one's cache: all of these rows, and of later ones, which are cut off.
+    def _inputs(self, i: int, hidden: mx.array, columns_before: int, rows: slice) -> BlockInputs:
+        """What some rows of the pass bring into block i.
+
+        Keys and values that it takes from another block are in that block's cache, for all of these
+        rows and for later ones, which are cut off.
         """
         sides = self.stream.sides
         part = hidden[:, rows]
-        per_layer = sides.per_layer(i, 0)[:, rows] if sides.per_layer else None
+        per_layer = None
+        if sides.per_layer:
+            per_layer = sides.per_layer(i, 0)[:, rows]
         owner = sides.owners[i]
         if owner is None:
             return BlockInputs(part, per_layer)
-        columns = before + rows.start + part.shape[1]
-        keys, values = self._keys[owner].state
-        return BlockInputs(
-            part, per_layer, KeysValues(keys[:, :, :columns], values[:, :, :columns])
-        )
+        columns = columns_before + rows.start + part.shape[1]
+        keys, values = self._caches[owner].state
+        keys = keys[:, :, :columns]
+        values = values[:, :, :columns]
+        return BlockInputs(part, per_layer, KeysValues(keys, values))
 
     def keep(self, branch: Sequence[Node]) -> None:
-        """The tree goes, except that what was read of this branch becomes text."""
-        columns = np.array(
-            [*range(self.length), *(self._at[n] for n in branch if n in self._at)], np.int32
-        )
+        """Drop the tree, except that the nodes of this branch that were read become text."""
+        branch_columns = [self._columns[node] for node in branch if node in self._columns]
+        columns = np.array([*range(self.length), *branch_columns], np.int32)
         if len(columns) < len(self._positions):
-            for cache in (cache for cache in self._keys if not cache.empty()):
-                cache.state = [a[:, :, mx.array(columns)] for a in cache.state]
+            kept_columns = mx.array(columns)
+            for cache in self._caches:
+                if cache.empty():  # of a block that uses another block's keys
+                    continue
+                cache.state = [array[:, :, kept_columns] for array in cache.state]
                 evaluate_now(cache.state)
         self._positions = self._positions[columns]
-        self._at = {}
+        self._columns = {}
         self.length = len(columns)
 
 
@@ -206,23 +263,29 @@ def _chunks(context: Context, hidden: mx.array) -> Iterator[mx.array]:
     """Logits (some, V) of hidden states (n, D), a few rows at a time."""
     head = context.stream.head()
     rows = chunk_rows(context.vocab)
-    return (load.logits(head, hidden[a : a + rows]) for a in range(0, len(hidden), rows))
+    for start in range(0, len(hidden), rows):
+        yield load.logits(head, hidden[start : start + rows])
 
 
 def _odds(draft: Context, text: list[int], vocab: int, nodes: Sequence[Node]) -> Odds:
-    """The draft's odds for what follows the text, or each of the nodes."""
-    odds = list[np.ndarray]()
-    tokens = list[np.ndarray]()
+    """The draft's odds for the token after the text or, if there are nodes, after each of them."""
+    log_probs = []
+    tokens = []
     for logits in _chunks(draft, draft.read(text, nodes)):
         logits = logits[:, :vocab].astype(mx.float32)
-        best = mx.argpartition(logits, -WIDTH, axis=-1)[:, -WIDTH:]
-        odds.append(
-            np.array(
-                mx.take_along_axis(logits, best, -1) - mx.logsumexp(logits, axis=-1, keepdims=True)
-            )
-        )
-        tokens.append(np.array(best))
-    return np.concatenate(odds), np.concatenate(tokens)
+        likeliest = mx.argpartition(logits, -WIDTH, axis=-1)[:, -WIDTH:]
+        log_total = mx.logsumexp(logits, axis=-1, keepdims=True)
+        log_probs.append(np.array(mx.take_along_axis(logits, likeliest, -1) - log_total))
+        tokens.append(np.array(likeliest))
+    return np.concatenate(log_probs), np.concatenate(tokens)
+
+
+def _until_end(tokens: list[int], ends: Container[int]) -> list[int]:
+    """The tokens up to and including the first of `ends`; a new list."""
+    for count, token in enumerate(tokens, 1):
+        if token in ends:
+            return tokens[:count]
+    return tokens[:]
 
 
 def decode(
@@ -233,33 +296,39 @@ def decode(
     draft: Stream | None = None,
     size: int = SIZE,
 ) -> Iterator[list[int]]:
-    """The model's own greedy continuation of token ids, up to `count` tokens or one of `ends`, pass
-    by pass.
+    """The model's own greedy continuation of token ids, up to `count` tokens or one of `ends`.
 
     Each item is what one pass of the model settled: one token or, with a draft, the guesses that
-    were right and one more. draft: a resident student of the same tokens. size: rows of a pass, the
-    tree's nodes and one.
+    were right and one more. draft: a resident student with the same tokens. size: rows of a pass,
+    one more than the tree's nodes.
     """
     text = list(ids)
     left = count
     context = Context(model)
     guesses = Context(draft) if draft else None
     while left > 0:
+        # 1. The draft guesses a tree, which one pass of the model will judge. Near the end no guess
+        #    may reach further than the tokens that are left.
         nodes: list[Node] = []
         if guesses and left > 1 and size > 1:
-            after = partial(_odds, guesses, text, min(context.vocab, guesses.vocab))
-            nodes = grow(after, size - 1, min(DEPTH, left - 1), ends)
-        best = [
-            mx.argmax(logits, axis=-1) for logits in _chunks(context, context.read(text, nodes))
-        ]
-        branch, last = accepted(nodes, [int(token) for token in np.array(mx.concatenate(best))])
+            vocab = min(context.vocab, guesses.vocab)
+            after = partial(_odds, guesses, text, vocab)
+            nodes = grow(after, size=size - 1, depth=min(DEPTH, left - 1), ends=ends)
+        # 2. One pass over the new text and the tree: the model's choice after each row.
+        chunks = _chunks(context, context.read(text, nodes))
+        best = [mx.argmax(logits, axis=-1) for logits in chunks]
+        choice = np.array(mx.concatenate(best)).tolist()
+        # 3. Guesses that agree with the model are text now, with its own next token behind them.
+        #    Columns of all other guesses leave the caches.
+        branch, last = accepted(nodes, choice)
         context.keep(branch)
         if guesses:
             guesses.keep(branch)
-        new = [*(n.token for n in branch), last]
-        stop = next((i + 1 for i, t in enumerate(new) if t in ends), len(new))
-        yield new[:stop]
-        if stop < len(new) or new[-1] in ends:
+        new = [*(node.token for node in branch), last]
+        settled = _until_end(new, ends)
+        ended = settled[-1] in ends
+        yield settled
+        if ended:
             return
         text = text + new
         left = left - len(new)
@@ -272,32 +341,57 @@ def sampled(
     stop: Container[int],
     draw: Callable[[mx.array], mx.array],
 ) -> list[list[int]]:
-    """A completion of each prompt, as `mlx_generate.groups`: one pass of the weights for a token of
-    all of them. Every text stands at the same place, so that none needs a mask; a longer prompt is
-    read while others write.
+    """A completion of each prompt, as `mlx_generate.groups`; one pass gives all texts a token.
+
+    All texts stand at the same position, so that none needs a mask: a longer prompt is still read
+    while the others write.
     """
-    cache = load.mlx_lm("models.cache")
     texts = [list(prompt) for prompt in prompts]
-    keys = list[Any]()
-    open_ = set(range(len(texts)))
-    for at in range(max(map(len, prompts)) + max_tokens - 1):
-        hidden = model.embed([mx.array([[text[min(at, len(text) - 1)]] for text in texts])])[0]
-        for i, block in model.blocks():
-            if i == len(keys):
-                window = load.window(model.args, block)
-                keys.append(cache.RotatingKVCache(window) if window else cache.KVCache())
-            inputs = model.sides.inputs(i, 0, hidden)
-            own = None if inputs.shared else keys[i]
-            hidden = model.sides.keep(i, 0, block_inputs.run(block, inputs, None, own))
-            evaluate_now(hidden, own.state if own else [])
-        logits = load.logits(model.head(), model.norm([model.finite(hidden)])[0][:, 0]).astype(
-            mx.float32
-        )
-        drawn = np.array(draw(logits - mx.logsumexp(logits, axis=-1, keepdims=True)))
-        for n in [n for n in open_ if at == len(texts[n]) - 1]:
-            texts[n].append(int(drawn[n]))
-            if texts[n][-1] in stop or len(texts[n]) == len(prompts[n]) + max_tokens:
-                open_.remove(n)
-        if not open_:
+    caches = list[Any]()  # one a block
+    unfinished = set(range(len(texts)))
+    longest_prompt = max(map(len, prompts))
+    for position in range(longest_prompt + max_tokens - 1):
+        # A text that is done repeats its last token, so that the batch keeps its shape.
+        column = []
+        for text in texts:
+            index = min(position, len(text) - 1)
+            column.append([text[index]])
+        hidden = _through_column(model, mx.array(column), caches)
+        drawn = np.array(draw(_log_probs(model, hidden)))
+        for number in list(unfinished):
+            text = texts[number]
+            if position != len(text) - 1:
+                continue  # its prompt goes on
+            text.append(int(drawn[number]))
+            if text[-1] in stop or len(text) == len(prompts[number]) + max_tokens:
+                unfinished.remove(number)
+        if not unfinished:
             break
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+
+
+def _through_column(model: Stream, column: mx.array, caches: list[Any]) -> mx.array:
+    """Token ids (B, 1), one a text -> hidden states (B, 1, D) after the last block.
+
+    caches: one for every block; empty before the first column, which makes them.
+    """
+    cache = load.mlx_lm("models.cache")
+    hidden = model.embed([column])[0]
+    for i, block in model.blocks():
+        if i == len(caches):
+            window = load.window(model.args, block)
+            caches.append(cache.RotatingKVCache(window) if window else cache.KVCache())
+        inputs = model.sides.inputs(i, 0, hidden)
+        own_cache = None if inputs.shared else caches[i]
+        # Unnamed outputs: keys and values that no later block uses are freed at once.
+        hidden = model.sides.keep(i, 0, block_inputs.run(block, inputs, None, own_cache))
+        _evaluate(hidden, own_cache)  # as in `Context._through`
+    return hidden
+
+
+def _log_probs(model: Stream, hidden: mx.array) -> mx.array:
+    """Hidden states (B, 1, D) after the last block -> log-probabilities (B, V) in float32."""
+    head = model.head()
+    last = model.norm([model.finite(hidden)])[0][:, 0]
+    logits = load.logits(head, last).astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)

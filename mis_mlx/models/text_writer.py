@@ -1,6 +1,7 @@
-"""A model, opened to write: whole in memory, or streamed from disk. Either way it writes the same.
+"""A model, opened to write: whole in memory, or streamed from disk. Both write the same.
 
-What it takes, and which of the two fits, says planner/writing."""
+planner/writing says what each takes, and which of them fits.
+"""
 
 import itertools
 from collections.abc import Collection, Sequence
@@ -18,7 +19,8 @@ class TextWriter:
     """A model that is read once, or once for every token.
 
     room_bytes: memory for blocks of a streamed model that stay between passes; None: the model is
-    whole in memory. direct: a streamed model is read past the page cache."""
+    whole in memory. direct: a streamed model is read past the page cache.
+    """
 
     def __init__(self, checkpoint: Checkpoint, room_bytes: int | None, direct: bool = False):
         dtype = policy.compute_dtype(checkpoint)
@@ -39,11 +41,14 @@ class TextWriter:
         """Token ids behind each prompt, all written side by side.
 
         Each ends with its stop token, or after `max_tokens`. samplers: one a prompt, so that a text
-        does not depend on those beside it; none: greedily."""
+        does not depend on the others; none: greedily.
+        """
         greedily = mlx_generate.sampler(0.0, 0)
         if self._stream is not None:
             draw = _side_by_side(samplers, prompts) if samplers else greedily
-            return streamed_decode.sampled(self._stream, prompts, max_tokens, stop, draw)
+            return streamed_decode.sampled(
+                self._stream, prompts, max_tokens=max_tokens, stop=stop, draw=draw
+            )
         completions = mlx_generate.groups(
             self._resident,
             prompts,
@@ -59,17 +64,18 @@ class TextWriter:
 def _side_by_side(samplers: Sequence[Sampler], prompts: Sequence[Sequence[int]]) -> Sampler:
     """One sampler for `streamed_decode.sampled`, which asks for a token of every text at a time.
 
-    A text's own sampler is asked from the end of its prompt on only, as where the model is whole in
-    memory."""
-    places = itertools.count()
+    A text's own sampler is first asked at the end of its prompt, as for a model that is whole in
+    memory.
+    """
+    positions = itertools.count()
 
-    def draw(logps: mx.array) -> mx.array:
-        place = next(places)
-        tokens = list[mx.array]()
+    def draw(log_probs: mx.array) -> mx.array:
+        position = next(positions)
+        tokens = []
         for number, sampler in enumerate(samplers):
-            in_answer = place >= len(prompts[number]) - 1
+            in_answer = position >= len(prompts[number]) - 1
             if in_answer:
-                tokens.append(sampler(logps[number : number + 1]))
+                tokens.append(sampler(log_probs[number : number + 1]))
             else:
                 tokens.append(mx.zeros(1, mx.uint32))
         return mx.concatenate(tokens)

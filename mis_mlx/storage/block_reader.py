@@ -1,5 +1,6 @@
-"""Tensors from safetensors files into buffers that are used again and again: in parallel, in the
-background, past the page cache if asked.
+"""Read tensors of safetensors files into buffers that are used again and again.
+
+Reading is parallel, in the background and, if asked for, past the page cache.
 """
 
 import errno
@@ -12,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -21,48 +22,68 @@ from mis_mlx.storage.header_check import DTYPES
 from mis_mlx.storage.safetensors import files_of, unchanged
 from mis_mlx.types import MisError, TensorAt, gib
 
-# what reading past the page cache wants offsets, lengths and addresses to be multiples of
+# Reads past the page cache need offsets, lengths and addresses that are multiples of this.
 PAGE = 4096
-# bytes per read: big enough for the disk, small enough that two threads share a block
+# Bytes per read: big enough for the disk, small enough that two threads share a block.
 PIECE = 8 << 20
 GAP = 1 << 16  # bytes between two tensors of a block that are read along rather than skipped
 F_NOCACHE = 48  # macOS; Python's fcntl has no name for it
 _signature = attrgetter("st_ino", "st_size", "st_mtime_ns")  # of a file's stat
 
 
+class Extent(NamedTuple):
+    """Bytes [begin, end) of a file, which go to bytes [at, until) of a buffer, rounded up to pages.
+
+    All but `end` are multiples of PAGE.
+    """
+
+    file: Path
+    begin: int
+    end: int
+    at: int
+    until: int
+
+
 class Layout:
-    """Where a group of tensors goes in one buffer of `nbytes`: each keeps its offset's remainder by
-    PAGE. Neighbours in a file are merged into few extents, and those laid out page by page: (file,
-    begin, end, at, until), of bytes [begin, end) of the file, which go to [at, until); all but end
-    are multiples of PAGE.
+    """Where a group of tensors goes in one buffer of `nbytes`.
+
+    Neighbours in a file are merged into a few `extents`, one read each. at: the offset of each
+    tensor in the buffer; it has the remainder by PAGE that the tensor's offset in the file has.
     """
 
     def __init__(self, tensors: Mapping[str, TensorAt]):
         self.tensors = tensors
         self.at = dict[str, int]()
         self.nbytes = 0
-        self.extents = list[tuple[Path, int, int, int, int]]()
-        for name, t in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
-            file, begin, end, at, _ = self.extents[-1] if self.extents else (None, 0, 0, 0, 0)
-            if file == t.file and begin <= t.offset <= end + GAP:
-                self.extents.pop()
-                end = max(end, t.offset + t.nbytes)
-            else:
-                begin = t.offset // PAGE * PAGE
-                end = t.offset + t.nbytes
-                at = self.nbytes
-            self.at[name] = at + t.offset - begin
-            self.nbytes = at + -(-(end - begin) // PAGE) * PAGE
-            self.extents.append((t.file, begin, end, at, self.nbytes))
+        self.extents = list[Extent]()
+        in_file_order = sorted(tensors.items(), key=lambda item: (item[1].file, item[1].offset))
+        for name, tensor in in_file_order:
+            self._add(name, tensor)
+
+    def _add(self, name: str, tensor: TensorAt) -> None:
+        """Put the tensor behind those before it, into their last extent if it is near."""
+        end = tensor.offset + tensor.nbytes
+        last = self.extents[-1] if self.extents else None
+        if last and last.file == tensor.file and tensor.offset <= last.end + GAP:
+            self.extents.pop()
+            begin = last.begin
+            end = max(end, last.end)
+            at = last.at
+        else:
+            begin = tensor.offset // PAGE * PAGE
+            at = self.nbytes
+        pages = -(-(end - begin) // PAGE)
+        self.nbytes = at + pages * PAGE
+        self.at[name] = at + tensor.offset - begin
+        self.extents.append(Extent(tensor.file, begin, end, at=at, until=self.nbytes))
 
 
 class Reader:
-    """Reads the files of `tensors`, and `also` others, which must stay as they were when this was
-    made.
+    """Reads the files of `tensors`, and the files `also`, as they were when it was made.
 
-    direct: past the page cache (O_DIRECT, F_NOCACHE), where the file system can: for a model that
-    the budget does not hold. On Linux it also takes less of the processor (0.1 instead of 0.4 to
-    1.5 s for 2 GB).
+    A file that has changed since then is refused. direct: past the page cache (O_DIRECT,
+    F_NOCACHE), where the file system can: for a model that the budget does not hold. On Linux it
+    also takes less of the processor (0.1 instead of 0.4 to 1.5 s for 2 GB).
     """
 
     def __init__(
@@ -70,14 +91,14 @@ class Reader:
     ):
         by_file = files_of(tensors, tensors)
         for path, names in by_file.items():
-            unchanged(path, tensors, names)  # a sentence, too, when the file is gone
+            unchanged(path, tensors, names)  # also the MisError for a file that is gone
         self._signatures = {path: _signature(os.stat(path)) for path in (*by_file, *also)}
         self._direct = direct
         self._pool = ThreadPoolExecutor(2, "reader")
         self.nbytes = 0  # asked for so far
 
     def begin(self, wanted: Iterable[tuple[Path, int, int, memoryview]]) -> Callable[[], None]:
-        """Start to read (file, begin, end) into views that are as long or, for whole pages, longer.
+        """Start to read (file, begin, end) into views of that length or, for whole pages, longer.
 
         Returns `wait`, which blocks until all is there; MisError when a file cannot be read or has
         changed. The views must stay alive and untouched until then.
@@ -85,69 +106,88 @@ class Reader:
         jobs = []
         for path, begin, end, view in wanted:
             self.nbytes += end - begin
+            # Pieces, so that both threads of the pool work on one extent.
             for start in range(0, end - begin, PIECE):
                 needed = min(PIECE, end - begin - start)
-                jobs.append(
-                    self._pool.submit(
-                        self._read, path, begin + start, needed, view[start : start + PIECE]
-                    )
-                )
+                piece = view[start : start + PIECE]
+                offset = begin + start
+                job = self._pool.submit(self._read, path, offset, needed=needed, view=piece)
+                jobs.append(job)
 
         def wait() -> None:
-            failed = [error for job in jobs if (error := job.exception())]  # waits for all of them
-            if failed:
-                raise failed[0]
+            # All jobs end before an error is raised: none may write into a view afterwards.
+            errors = [job.exception() for job in jobs]
+            for error in errors:
+                if error:
+                    raise error
 
         return wait
 
     def rows(self, t: TensorAt, ids: np.ndarray) -> mx.array:
         """Rows `ids` (rising) of a stored matrix, or elements of a vector, in one new array."""
-        size = t.nbytes // t.shape[0]
-        found: Any = mx.zeros((len(ids) * size,), mx.uint8)
-        mx.eval(found)
-        view = memoryview(found)
+        row_bytes = t.nbytes // t.shape[0]
+        raw: Any = mx.zeros((len(ids) * row_bytes,), mx.uint8)
+        mx.eval(raw)  # the buffer exists from here on, and reads go into it
+        view = memoryview(raw)
+        # Neighbouring rows are read together: a run starts where an id is not its predecessor + 1.
+        starts = np.flatnonzero(np.diff(ids, prepend=-2) != 1)
+        stops = [*starts[1:], len(ids)]
         wanted = []
-        starts = np.flatnonzero(np.diff(ids, prepend=-2) != 1)  # of runs of neighbours
-        for a, b in zip(starts, [*starts[1:], len(ids)], strict=True):
-            at = t.offset + int(ids[a]) * size
-            wanted.append((t.file, at, at + int(b - a) * size, view[a * size : b * size]))
+        for start, stop in zip(starts, stops, strict=True):
+            begin = t.offset + int(ids[start]) * row_bytes
+            end = begin + int(stop - start) * row_bytes
+            target = view[start * row_bytes : stop * row_bytes]
+            wanted.append((t.file, begin, end, target))
         self.begin(wanted)()
-        return found.view(getattr(mx, DTYPES[t.dtype][0])).reshape(len(ids), *t.shape[1:])
+        dtype = getattr(mx, DTYPES[t.dtype][0])
+        return raw.view(dtype).reshape(len(ids), *t.shape[1:])
 
     def _read(self, path: Path, offset: int, needed: int, view: memoryview) -> None:
+        """One job: `needed` bytes of the file into the view, past the page cache where possible."""
+        in_pages = offset % PAGE == 0 and len(view) % PAGE == 0
         try:
-            if self._direct and not (offset % PAGE or len(view) % PAGE):
+            if self._direct and in_pages:
                 try:
-                    return self._read_with(getattr(os, "O_DIRECT", 0), path, offset, needed, view)
+                    flags = getattr(os, "O_DIRECT", 0)  # macOS has none: F_NOCACHE below
+                    self._read_with(path, offset, needed, view, flags=flags)
+                    return
                 except OSError as error:
-                    if error.errno != errno.EINVAL:  # file systems in memory do not know it
+                    # EINVAL: file systems in memory do not know O_DIRECT.
+                    if error.errno != errno.EINVAL:
                         raise
-            self._read_with(0, path, offset, needed, view)
+            self._read_with(path, offset, needed, view)
         except OSError as error:
             raise MisError(
                 f"{path} cannot be read ({error.strerror}): check the disk, then start again"
             ) from error
 
-    def _read_with(self, flag: int, path: Path, offset: int, needed: int, view: memoryview) -> None:
-        with io.FileIO(os.open(path, os.O_RDONLY | os.O_CLOEXEC | flag)) as file:
+    def _read_with(
+        self, path: Path, offset: int, needed: int, view: memoryview, *, flags: int = 0
+    ) -> None:
+        with io.FileIO(os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)) as file:
+            # Checked at every read: a file that was replaced meanwhile has other bytes at the
+            # offsets of the header that was judged.
             if _signature(os.fstat(file.fileno())) != self._signatures[path]:
                 raise MisError(f"{path} changed while it was in use: start again")
             if self._direct and sys.platform == "darwin":
                 fcntl.fcntl(file.fileno(), F_NOCACHE, 1)
             file.seek(offset)
             done = 0
+            # One read may return fewer bytes than asked for. The view may be longer than `needed`,
+            # because direct reads take whole pages.
             while done < needed:
-                got = file.readinto(view[done:])
-                if not got:
+                count = file.readinto(view[done:])
+                if not count:
                     raise MisError(
                         f"{path} ends {needed - done} bytes early: download the model again"
                     )
-                done += got
+                done += count
 
 
 class Slot:
-    """A buffer that blocks are read into again and again; new memory for each would cost 4x the
-    time.
+    """A buffer that blocks are read into again and again.
+
+    New memory for each block would cost 4x the time.
     """
 
     def __init__(self, nbytes: int):
@@ -156,59 +196,83 @@ class Slot:
                 f"One block takes {gib(nbytes)} on disk, the most is 2 GiB: quantize the model "
                 f"first"
             )
-        self._whole = mx.zeros((nbytes + PAGE,), mx.uint8)
-        mx.eval(self._whole)
-        whole: Any = self._whole
-        view = memoryview(whole)
-        self._first = -np.frombuffer(view, np.uint8).ctypes.data % PAGE
+        # One page more than asked for: MLX does not align to pages, so the view begins at the first
+        # page boundary inside the buffer.
+        self._buffer = mx.zeros((nbytes + PAGE,), mx.uint8)
+        mx.eval(self._buffer)
+        buffer: Any = self._buffer
+        view = memoryview(buffer)
+        address = np.frombuffer(view, np.uint8).ctypes.data
+        self._first = -address % PAGE
         self.view = view[self._first : self._first + nbytes]
 
     def arrays(self, where: Layout) -> dict[str, mx.array]:
-        """The tensors as stored. They share this buffer: all that reads them is evaluated before a
-        refill.
+        """The tensors as stored, as views of this buffer.
+
+        Evaluate everything that reads them before the slot is filled again: a lazy array would
+        compute with the next block's bytes.
         """
         arrays = {}
-        for name, t in where.tensors.items():
+        for name, tensor in where.tensors.items():
             begin = self._first + where.at[name]
-            raw = self._whole[begin : begin + t.nbytes]
-            attribute, size = DTYPES[t.dtype]
-            # Metal and vector units want whole elements at whole addresses: copy
-            if t.offset % size:
+            raw = self._buffer[begin : begin + tensor.nbytes]
+            attribute, size = DTYPES[tensor.dtype]
+            # Metal and vector units want an element's address to be a multiple of its size: copy.
+            if tensor.offset % size:
                 raw = raw * 1
-            arrays[name] = raw.view(getattr(mx, attribute)).reshape(t.shape)
+            arrays[name] = raw.view(getattr(mx, attribute)).reshape(tensor.shape)
         mx.eval(arrays)
         return arrays
 
 
+class _Filling(NamedTuple):
+    """A slot that a group of tensors is being read into."""
+
+    key: Any
+    slot: Slot
+    wait: Callable[[], None]
+
+
 class Slots:
-    """Groups of tensors read from disk one after the other, the next while one is used."""
+    """Groups of tensors read from disk one after the other, the next while one is in use."""
 
     def __init__(self, reader: Reader, groups: Mapping[Any, dict[str, TensorAt]]):
         self._reader = reader
         self._layouts = {key: Layout(tensors) for key, tensors in groups.items()}
-        self.nbytes = max(at.nbytes for at in self._layouts.values())
+        self.nbytes = max(layout.nbytes for layout in self._layouts.values())
         self.free: list[Slot] = []
 
     def each(self, keys: Iterable[Any]) -> Generator[tuple[Any, Slot, dict[str, mx.array]]]:
-        """(key, slot, its tensors as stored) in turn. Whoever is done with a slot puts it among
-        those `free`.
+        """(key, slot, its tensors as stored) in turn.
+
+        The caller appends a slot to `free` when it is done with it; a slot that never comes back is
+        replaced by a new buffer.
         """
         todo = deque(keys)
-        coming = self._begin(todo.popleft()) if todo else None
+        coming = self._begin(todo)
         try:
             while coming:
-                key, slot, wait = coming
+                ready = coming
                 coming = None
-                wait()
-                coming = self._begin(todo.popleft()) if todo else None
-                yield key, slot, slot.arrays(self._layouts[key])
+                ready.wait()
+                # The disk works on the next group while the caller computes with this one.
+                coming = self._begin(todo)
+                yield ready.key, ready.slot, ready.slot.arrays(self._layouts[ready.key])
         finally:
-            if coming:  # left in the middle: nobody may still be writing into a slot that is free
-                coming[2]()
-                self.free.append(coming[1])
+            # The caller left in the middle. Threads may still write into the slot, so it is free
+            # only once they are done.
+            if coming:
+                coming.wait()
+                self.free.append(coming.slot)
 
-    def _begin(self, key: Any) -> tuple[Any, Slot, Callable[[], None]]:
+    def _begin(self, todo: deque[Any]) -> _Filling | None:
+        """Start to read the next group into a free slot, if necessary a new one; None: no more."""
+        if not todo:
+            return None
+        key = todo.popleft()
         slot = self.free.pop() if self.free else Slot(self.nbytes)
-        extents = self._layouts[key].extents
-        parts = [(file, begin, end, slot.view[at:until]) for file, begin, end, at, until in extents]
-        return key, slot, self._reader.begin(parts)
+        wanted = []
+        for extent in self._layouts[key].extents:
+            target = slot.view[extent.at : extent.until]
+            wanted.append((extent.file, extent.begin, extent.end, target))
+        return _Filling(key, slot, self._reader.begin(wanted))

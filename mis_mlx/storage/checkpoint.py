@@ -1,8 +1,8 @@
-"""The commit protocol: a folder or a training step is on disk whole, or not at all.
+"""The commit protocol: a folder or a training step is on disk as a whole, or not at all.
 
-Free space, a hidden folder beside the final place, every file and folder synced, one rename, the
-parent synced = committed; older steps are deleted only after that. Steps are ordered by number:
-clocks jump.
+A commit: check free space, fill a hidden folder next to the final place, sync every file and
+folder, rename once, sync the parent. Older steps are deleted only after that. Steps are ordered by
+number, because clocks jump.
 """
 
 import contextlib
@@ -33,8 +33,9 @@ LEFTOVER = (".tmp-", ".trash-")
 
 
 class Saved(NamedTuple):
-    """A step whose every byte was verified. `notes`: sentences about newer ones that could not be
-    used.
+    """A step whose every byte was verified.
+
+    notes: sentences about newer steps that could not be used.
     """
 
     number: int
@@ -47,25 +48,20 @@ class Saved(NamedTuple):
 def commit_folder(
     final: Path, files: Files, nbytes: int, what: str = "the model", remedy: str = AGAIN
 ) -> Iterator[Path]:
-    """Make the folder `final` of what the block writes into another, about `nbytes`: all of it,
-    durable, or nothing. MisError when it exists, when space is short (before the block begins) or
-    when the disk refuses a write.
+    """Make the folder `final` of the files that the block writes into another folder.
+
+    All of it becomes durable, or nothing. nbytes: about how much the block writes. MisError when
+    `final` exists, when space is short (before the block begins) or when the disk refuses a write.
     """
     if final.exists() or final.is_symlink():
         raise MisError(f"{final} exists already: choose another name or move it away")
-    # of a folder that is itself a step on the way to another
+    # `final` may itself be the hidden folder of another commit.
     stem = final.name.removeprefix(".tmp-")
     tmp = final.with_name(f".tmp-{stem}-{os.getpid()}")
     with reported(final.parent, what, nbytes, remedy):
         files.make_folder(final.parent)
         files.require_space(final.parent, nbytes, what, remedy)
-        # by processes that are gone, or had our number
-        for left in tmp.parent.glob(f".tmp-{glob.escape(stem)}-*"):
-            number = left.name.rpartition("-")[2]
-            if left == tmp:
-                files.remove_tree(left)
-            elif number.isdigit() and not psutil.pid_exists(int(number)):
-                files.discard(left)  # it may be another user's
+        _remove_leftovers(tmp, stem, files)
         try:
             files.mkdir(tmp)
             yield tmp
@@ -80,6 +76,16 @@ def commit_folder(
             raise
 
 
+def _remove_leftovers(tmp: Path, stem: str, files: Files) -> None:
+    """Delete hidden folders of processes that are gone, or had this process's number."""
+    for left in tmp.parent.glob(f".tmp-{glob.escape(stem)}-*"):
+        number = left.name.rpartition("-")[2]
+        if left == tmp:
+            files.remove_tree(left)
+        elif number.isdigit() and not psutil.pid_exists(int(number)):
+            files.discard(left)  # it may be another user's
+
+
 def save_step(
     steps_dir: Path,
     number: int,
@@ -88,23 +94,23 @@ def save_step(
     files: Files,
     keep: int = 2,
 ) -> Path:
-    """Commit step-<number> with one <key>.safetensors per entry of `arrays`, and state.json; return
-    its path.
+    """Commit step-<number> with one <key>.safetensors per entry of `arrays`, and state.json.
 
-    Then delete all but the last `keep` steps (2 or more). MisError leaves older steps as they were.
-    `state` comes back as JSON reads it: tuples as lists, keys as text.
+    Returns its path. Then deletes all but the last `keep` steps (2 or more). After a MisError older
+    steps are as they were. `state` comes back as JSON reads it: tuples as lists, keys as text.
     """
     if keep < 2:
         raise ValueError(f"keep={keep}: with fewer than 2 steps one damaged file loses the run")
     final = steps_dir / f"step-{number:08d}"
-    listed = dict[str, Any]()
+    listed: dict[str, Any] = {}
     older = [n for n in _numbers(steps_dir) if n < number]
     last = f"the last good step is {older[-1]}" if older else "no step is saved yet"
     nbytes = sum(array.nbytes for named in arrays.values() for array in named.values())
     remedy = f"free some and start again with --resume; {last}"
-    with commit_folder(final, files, nbytes, "the checkpoint", remedy) as tmp:
+    with commit_folder(final, files, nbytes, "the checkpoint", remedy=remedy) as tmp:
         for key, named in arrays.items():
-            listed[f"{key}.safetensors"] = write_arrays(tmp / f"{key}.safetensors", named, files)
+            file = f"{key}.safetensors"
+            listed[file] = write_arrays(tmp / file, named, files)
         text = json.dumps(state, indent=2).encode()
         files.write(tmp / STATE, text)
         listed[STATE] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
@@ -120,8 +126,9 @@ def save_step(
 
 
 def newest(steps_dir: Path, files: Files = DISK) -> Saved | None:
-    """The highest step whose manifest and hashes are right, or None; leftovers of a crash are
-    swept, a damaged step is set aside as damaged-step-..., never deleted. Hold the `lock`.
+    """The highest step whose manifest and hashes are right, or None. Hold the `lock`.
+
+    Leftovers of a crash are swept. A damaged step is set aside as damaged-step-..., never deleted.
     """
     if not steps_dir.is_dir():
         return None
@@ -129,9 +136,11 @@ def newest(steps_dir: Path, files: Files = DISK) -> Saved | None:
     damaged: list[str] = []
     for number in reversed(_numbers(steps_dir)):
         path = steps_dir / f"step-{number:08d}"
-        if not (why := _damage(path, number)):
+        why = _damage(path, number)
+        if not why:
+            state = json.loads((path / STATE).read_bytes())
             notes = tuple(f"{sentence}, using {number}" for sentence in damaged)
-            return Saved(number, path, json.loads((path / STATE).read_bytes()), notes)
+            return Saved(number, path, state, notes)
         damaged.append(f"step {number} is damaged ({why})")
         with contextlib.suppress(OSError):
             files.rename(path, steps_dir / f"damaged-{path.name}-{os.getpid()}")
@@ -145,9 +154,7 @@ def load_arrays(saved: Saved, key: str) -> dict[str, mx.array]:
 
 
 def sweep(folder: Path, files: Files = DISK) -> None:
-    """Delete what a crash left half-made or half-deleted in `folder`. Hold the `lock` of the
-    run.
-    """
+    """Delete half-made and half-deleted folders of a crash in `folder`. Hold the run's `lock`."""
     for path in folder.iterdir():
         if path.name.startswith(LEFTOVER):
             files.discard(path)
@@ -160,29 +167,28 @@ def lock(
     remedy: str = "mend that and start again",
     wait: bool = False,
 ) -> Iterator[None]:
-    """Hold a run's folder for this process; MisError names the process that holds it already, if
-    not to `wait` for it.
+    """Hold a run's folder for this process. MisError names the process that holds it already.
 
-    The kernel lets go when the holder ends, however it ends. The file .lock stays: after a deletion
-    two processes could lock two different files. A fork of the holder holds the lock too, a
-    subprocess does not.
+    wait: wait for that process instead. The kernel releases the lock when the holder ends, however
+    it ends. The file .lock stays: after a deletion two processes could lock two different files. A
+    fork of the holder holds the lock too, a subprocess does not.
     """
     with reported(folder, what, remedy=remedy):
         DISK.make_folder(folder)
         fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            operation = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
+            fcntl.flock(fd, operation)
         except BlockingIOError:
             holder = os.pread(fd, 100, 0).decode(errors="replace").strip() or "another process"
             raise MisError(
                 f"Run {folder} is already in use by {holder}: wait for it or stop it"
             ) from None
         with reported(folder, what, remedy=remedy):
+            holder = f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M')}"
             os.ftruncate(fd, 0)
-            os.pwrite(
-                fd, f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M')}".encode(), 0
-            )
+            os.pwrite(fd, holder.encode(), 0)
         yield
     finally:
         os.close(fd)
@@ -190,11 +196,12 @@ def lock(
 
 def _numbers(steps_dir: Path) -> list[int]:
     """Numbers of the steps present, rising; damaged ones included."""
-    return sorted(int(m[1]) for p in steps_dir.glob("step-*") if (m := STEP.fullmatch(p.name)))
+    matches = [STEP.fullmatch(path.name) for path in steps_dir.glob("step-*")]
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def _damage(path: Path, number: int) -> str:
-    """What is wrong with a step, in a few words; empty when every byte is as it was written."""
+    """A step's damage in a few words; empty when every byte is as it was written."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         claimed = manifest.pop("sha256")

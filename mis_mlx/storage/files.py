@@ -1,6 +1,4 @@
-"""Every file operation of a run, behind one small class, so that a test can make the N-th one
-fail.
-"""
+"""Every file operation of a run, in one small class, so that a test can make the N-th one fail."""
 
 import contextlib
 import errno
@@ -33,8 +31,7 @@ BROKEN = {
 
 
 class Files:
-    """The real disk. Methods raise OSError; whoever knows what is being written wraps them in
-    `reported`.
+    """The real disk. Methods raise OSError; callers wrap them in `reported`.
 
     Nothing here ever writes over the bytes of an existing file: an array that MLX loaded lazily
     from it would change silently. Files are made new (`write`, then `extend`) and put in place with
@@ -57,19 +54,19 @@ class Files:
             file.write(data)
 
     def add_line(self, path: Path, line: str) -> None:
-        """Add one line to the end of a file, making the file if need be; one that a crash tore
-        stays apart from it.
+        """Add one line to the end of a file, which is made if necessary.
+
+        A last line that a crash tore is ended first.
         """
         with open(path, "a+b") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                line = line if file.read() == b"\n" else "\n" + line
+                if file.read() != b"\n":
+                    line = "\n" + line
             file.write(line.encode() + b"\n")
 
     def scratch(self, folder: Path) -> int:
-        """A descriptor of a new file in `folder` that has no name any more and goes with the
-        process.
-        """
+        """A descriptor of a new file in `folder` that has no name and ends with the process."""
         with tempfile.TemporaryFile(prefix=".tmp-scratch-", dir=folder, buffering=0) as file:
             return os.dup(file.fileno())
 
@@ -86,7 +83,7 @@ class Files:
         try:
             if sys.platform == "darwin":
                 # fsync(2) on macOS leaves the bytes in the drive's own cache; F_FULLFSYNC empties
-                # that too.
+                # that cache, too.
                 try:
                     fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
                     return
@@ -102,21 +99,20 @@ class Files:
         os.rename(source, target)
 
     def remove_tree(self, path: Path) -> None:
-        """Delete a folder and what is in it, or one file; a link is deleted, never followed."""
+        """Delete a folder with its contents, or one file; a link is deleted, never followed."""
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             os.unlink(path)
 
     def free_bytes(self, path: Path) -> int:
-        """Bytes that may still be written where `path` is or, if it does not exist yet, will be."""
+        """Free bytes on the disk where `path` is or, if it does not exist yet, will be."""
         path = path.absolute()
         while not path.exists():
             path = path.parent
         return shutil.disk_usage(path).free
 
-    # What follows is made of the operations above, so a test that breaks one of those breaks these
-    # too.
+    # The methods below use those above, so a test that breaks one of those breaks these, too.
 
     def append(self, path: Path, line: str) -> None:
         """`add_line` to a log such as metrics.jsonl; MisError when the disk refuses."""
@@ -124,7 +120,7 @@ class Files:
             self.add_line(path, line)
 
     def discard(self, path: Path) -> None:
-        """`remove_tree` of what is in nobody's way but the disk's: where it refuses, it stays."""
+        """`remove_tree` of something that only takes space: if the disk refuses, it stays."""
         with contextlib.suppress(OSError):
             self.remove_tree(path)
 
@@ -137,9 +133,7 @@ class Files:
 
     @contextlib.contextmanager
     def replacing(self, path: Path) -> Iterator[Path]:
-        """Another name, under which the block writes a file and syncs it; at its end that takes
-        `path`'s place.
-        """
+        """Another path: the block writes and syncs a file there, which then replaces `path`."""
         temp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
         try:
             if temp.exists():  # an earlier process of the same number left it
@@ -152,9 +146,7 @@ class Files:
             raise
 
     def replace_text(self, path: Path, text: str) -> None:
-        """Put `text` (UTF-8) into a small file: after a crash it holds the old text or the new, no
-        mix.
-        """
+        """Put `text` (UTF-8) into a small file: after a crash it holds the old text or the new."""
         with reported(path.parent, path.name, len(text)), self.replacing(path) as temp:
             self.write(temp, text.encode())
             self.fsync(temp)
@@ -164,7 +156,7 @@ class Files:
         need = int(nbytes * SPARE)
         free = self.free_bytes(path)
         if free < need:
-            raise _no_space(path, what, need, free, remedy)
+            raise _no_space(path, what, need, free, remedy=remedy)
 
 
 DISK = Files()
@@ -177,15 +169,17 @@ def file_sha256(path: Path) -> str:
 
 
 def json_sha256(value: object) -> str:
-    """sha256 in hex of what JSON says of a value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    """sha256 in hex of a value's JSON, with its keys sorted."""
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def need_place(
     flag: str, path: str | Path, kind: Literal["folder", "new", "file"] = "folder"
 ) -> None:
-    """MisError, before any work, where what a flag names cannot be written. kind: a folder, which
-    may exist; something new; a file, which may be replaced.
+    """MisError, before any work, where the path of a flag cannot be written.
+
+    kind: "folder", which may exist; "new", which may not; "file", which may be replaced.
     """
     place = Path(path).absolute()
     try:
@@ -195,16 +189,14 @@ def need_place(
                 raise MisError(f"{path} exists already: choose another name or move it away")
             if kind == "file" and place.is_dir():
                 raise MisError(f"{flag} {path} is a folder: name a file")
-        place = place.parent if kind == "file" else place
+        if kind == "file":
+            place = place.parent
         while not os.path.lexists(place):
             place = place.parent
         os.close(DISK.scratch(place))
     except (OSError, ValueError) as error:
-        why = (
-            BROKEN.get(getattr(error, "errno", None) or 0)
-            or getattr(error, "strerror", None)
-            or error
-        )
+        number = getattr(error, "errno", None) or 0
+        why = BROKEN.get(number) or getattr(error, "strerror", None) or error
         raise MisError(f"{flag} {path} cannot be written ({why}): give another place") from None
 
 
@@ -212,8 +204,9 @@ def need_place(
 def reported(
     folder: Path, what: str, nbytes: int = 0, remedy: str = "mend that and start again"
 ) -> Iterator[None]:
-    """Turn a disk's refusal inside the block into one MisError sentence that ends with `remedy`;
-    other errors pass. `what` was being written into `folder` and takes `nbytes`.
+    """Turn a disk's refusal inside the block into one MisError sentence; other errors pass.
+
+    `what` was being written into `folder` and takes `nbytes`. The sentence ends with `remedy`.
     """
     try:
         yield
@@ -222,12 +215,12 @@ def reported(
             free = None
             with contextlib.suppress(OSError):  # the disk that failed the write may fail this too
                 free = DISK.free_bytes(folder)
-            raise _no_space(folder, what, nbytes, free, remedy) from error
+            raise _no_space(folder, what, nbytes, free, remedy=remedy) from error
         if error.errno in BROKEN:
             raise MisError(
                 f"{BROKEN[error.errno]} in {folder}: {what} was not saved; {remedy}"
             ) from error
-        # an external disk that was pulled out
+        # An external disk that was pulled out.
         if error.errno == errno.ENOENT and not folder.exists():
             raise MisError(f"{folder} vanished: {what} was not saved; {remedy}") from error
         raise

@@ -42,25 +42,25 @@ DTYPES = {
 
 
 class Refused(Exception):
-    """Why a file is refused, without its name: whoever catches it adds that and what to do."""
+    """Why a file is refused. The catcher adds the file's name and the remedy."""
 
 
 def check(path: Path) -> tuple[dict[str, TensorAt], dict[str, str]]:
-    """Read and judge only the header: ({name: TensorAt}, metadata). No tensor byte is read, MLX is
-    not used.
+    """Read and judge only the header: ({name: TensorAt}, metadata).
 
-    MisError unless it is a regular file in which every tensor has a known dtype and a sane shape of
-    exactly the bytes its offsets give, and the tensors fill the file without hole, overlap or
-    remainder. Values are not checked.
+    No tensor byte is read, and MLX is not used. MisError unless it is a regular file in which every
+    tensor has a known dtype and a sane shape of exactly the bytes its offsets give, and the tensors
+    fill the file without hole, overlap or remainder. Values are not checked.
     """
     try:
         text, size = _read_header(path)
-        (tensors, metadata) = _judged(path, text)
+        tensors, metadata = _judged(path, text)
         end = 8 + len(text)
-        for name, at in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-            if at.offset != end:
+        in_file_order = sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes))
+        for name, tensor in in_file_order:
+            if tensor.offset != end:
                 raise Refused(f"{name[:60]!r} overlaps another tensor or leaves a hole")
-            end += at.nbytes
+            end += tensor.nbytes
         if end > size:
             raise Refused(f"it is incomplete, {size} of {end} bytes ({gib(size)} of {gib(end)})")
         if end < size:
@@ -73,10 +73,7 @@ def check(path: Path) -> tuple[dict[str, TensorAt], dict[str, str]]:
 def _read_header(path: Path) -> tuple[bytes, int]:
     """The header's bytes and the size of the file."""
     try:
-        # Opening a named pipe must not wait for a writer.
-        with open(
-            path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
-        ) as file:
+        with open(path, "rb", opener=_without_waiting) as file:
             before = os.fstat(file.fileno())
             if not stat.S_ISREG(before.st_mode):
                 raise Refused("it is not a regular file")
@@ -104,9 +101,15 @@ def _read_header(path: Path) -> tuple[bytes, int]:
     return text, size
 
 
+def _without_waiting(name: str, flags: int) -> int:
+    """Opens as `open` does; a named pipe must not wait for a writer."""
+    return os.open(name, flags | os.O_NONBLOCK)
+
+
 def json_object(text: bytes) -> dict[str, Any]:
-    """A JSON object of a stranger. Refused: a key that comes twice, half a surrogate pair, NaN,
-    Infinity, no JSON.
+    """A JSON object from an untrusted file.
+
+    Refused: a key that comes twice, half a surrogate pair, NaN, Infinity, anything that is no JSON.
     """
     try:
         value = json.loads(text, object_pairs_hook=_without_twins, parse_constant=_no_constant)
@@ -122,7 +125,7 @@ def json_object(text: bytes) -> dict[str, Any]:
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     known: dict[str, Any] = {}
     for key, value in pairs:
-        # the reference parser takes the last of two that share their bytes; we take neither
+        # The reference parser takes the last of two that share their bytes; we take neither.
         if key in known:
             raise Refused(f"it names {key[:60]!r} twice")
         for text in (key, value):
@@ -138,38 +141,45 @@ def _no_constant(text: str) -> None:
 
 @lru_cache(1)  # of thousands of tensors read one by one, each asks for the same header
 def _judged(path: Path, text: bytes) -> tuple[dict[str, TensorAt], dict[str, str]]:
-    """The entries of a header, each judged alone, and its metadata. Not to be changed."""
+    """The entries of a header, each judged alone, and its metadata. Do not change them."""
     header = json_object(text)
     metadata = header.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata  # mx.save_safetensors writes null for none
-    if not (isinstance(metadata, dict) and {*map(type, metadata.values())} <= {str}):
+    if metadata is None:
+        metadata = {}  # mx.save_safetensors writes null for none
+    if not isinstance(metadata, dict) or any(type(value) is not str for value in metadata.values()):
         raise Refused("__metadata__ does not map text to text")
     if len(header) > MAX_TENSORS:
         raise Refused(f"it names {len(header)} tensors, {MAX_TENSORS} are allowed")
+    data_start = 8 + len(text)
     tensors = {}
     for name, entry in header.items():
-        short = repr(name[:60])
-        if len(name) > MAX_NAME or "\0" in name:
-            raise Refused(f"the tensor name {short} is too long or holds a NUL")
-        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-            raise Refused(f"{short} lacks dtype, shape or data_offsets")
-        dtype = entry["dtype"]
-        shape = entry["shape"]
-        span = entry["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise Refused(f"{short} has the type {str(dtype)[:20]!r}, which MLX does not read")
-        if not _whole_numbers(shape, MAX_DIM) or len(shape) > MAX_RANK:
-            raise Refused(f"{short} has an impossible shape")
-        if not _whole_numbers(span, 2**63) or len(span) != 2 or span[0] > span[1]:
-            raise Refused(f"{short} has impossible data_offsets")
-        nbytes = math.prod(shape) * DTYPES[dtype][1]  # Python's integers do not wrap
-        if nbytes != span[1] - span[0]:
-            raise Refused(
-                f"{short} needs {nbytes} bytes by its shape, its data_offsets give "
-                f"{span[1] - span[0]}"
-            )
-        tensors[name] = TensorAt(path, dtype, tuple(shape), 8 + len(text) + span[0], nbytes)
+        tensors[name] = _judged_entry(path, name, entry, data_start)
     return tensors, metadata
+
+
+def _judged_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorAt:
+    """One entry of a header. data_start: where the tensors' bytes begin in the file."""
+    short = repr(name[:60])
+    if len(name) > MAX_NAME or "\0" in name:
+        raise Refused(f"the tensor name {short} is too long or holds a NUL")
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise Refused(f"{short} lacks dtype, shape or data_offsets")
+    dtype = entry["dtype"]
+    shape = entry["shape"]
+    span = entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise Refused(f"{short} has the type {str(dtype)[:20]!r}, which MLX does not read")
+    if not _whole_numbers(shape, MAX_DIM) or len(shape) > MAX_RANK:
+        raise Refused(f"{short} has an impossible shape")
+    if not _whole_numbers(span, 2**63) or len(span) != 2 or span[0] > span[1]:
+        raise Refused(f"{short} has impossible data_offsets")
+    begin, end = span
+    nbytes = math.prod(shape) * DTYPES[dtype][1]  # Python's integers do not wrap
+    if nbytes != end - begin:
+        raise Refused(
+            f"{short} needs {nbytes} bytes by its shape, its data_offsets give {end - begin}"
+        )
+    return TensorAt(path, dtype, tuple(shape), offset=data_start + begin, nbytes=nbytes)
 
 
 def _whole_numbers(value: Any, most: int) -> bool:

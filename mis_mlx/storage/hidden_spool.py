@@ -1,6 +1,4 @@
-"""A list of equally large arrays, hidden states between two blocks: few stay in memory, the others
-live in a file.
-"""
+"""A list of hidden states between two blocks: a few stay in memory, the others live in a file."""
 
 import os
 import weakref
@@ -18,9 +16,10 @@ WHAT = "the spool of hidden states"
 
 
 class Spool(MutableSequence[mx.array]):
-    """Arrays of one shape and dtype, `held` of them in memory, the others in a file in `folder`
-    without a name: what goes there is evaluated, reading it makes a new array. MisError when the
-    disk is full.
+    """Arrays of one shape and dtype: `held` of them in memory, the others in a file.
+
+    The file is in `folder` and has no name. An array that goes there is evaluated; reading it makes
+    a new array. MisError when the disk is full.
     """
 
     def __init__(self, folder: Path, held: int, files: Files):
@@ -39,19 +38,25 @@ class Spool(MutableSequence[mx.array]):
     def __getitem__(self, b: Any) -> Any:
         if isinstance(b, slice):
             return [self[i] for i in range(self._count)[b]]
-        b = range(self._count)[b]  # counts from the end too; IndexError
-        if b < self._held:
-            return self._memory[b]
+        index = range(self._count)[b]  # counts from the end too; IndexError
+        if index < self._held:
+            return self._memory[index]
         assert self._kind
         shape, dtype = self._kind
         with reported(self._folder, WHAT, self._nbytes):
-            data = os.pread(self._fd, self._nbytes, (b - self._held) * self._nbytes)
+            data = os.pread(self._fd, self._nbytes, self._offset(index))
         if len(data) < self._nbytes:
             raise MisError(f"{self._folder}: {WHAT} was cut short: check the disk and start again")
-        return mx.array(np.frombuffer(data, np.uint8)).view(dtype).reshape(shape)
+        raw = np.frombuffer(data, np.uint8)
+        return mx.array(raw).view(dtype).reshape(shape)
 
     def __setitem__(self, b: Any, array: Any) -> None:
-        self._put(range(self._count)[b], array)
+        index = range(self._count)[b]
+        self._put(index, array)
+
+    def _offset(self, index: int) -> int:
+        """Where the array is in the file, in bytes."""
+        return (index - self._held) * self._nbytes
 
     def insert(self, b: int, array: mx.array) -> None:
         """Only at the end: this is `append`."""
@@ -63,7 +68,7 @@ class Spool(MutableSequence[mx.array]):
         if b < self._held:
             self._memory[b] = array
             return
-        kind = tuple(array.shape), array.dtype
+        kind = (tuple(array.shape), array.dtype)
         if self._kind is None:
             self._kind = kind
             self._nbytes = array.nbytes
@@ -74,8 +79,8 @@ class Spool(MutableSequence[mx.array]):
             if self._fd < 0:
                 self._fd = self._files.scratch(self._folder)
                 weakref.finalize(self, os.close, self._fd)
-            # evaluates
-            self._files.put(self._fd, (b - self._held) * self._nbytes, memoryview(raw).cast("B"))
+            data = memoryview(raw).cast("B")  # evaluates
+            self._files.put(self._fd, self._offset(b), data)
 
     def __delitem__(self, b: Any) -> None:
         raise TypeError("a spool does not shrink")

@@ -24,20 +24,16 @@ PROVENANCE = "source.json"
 
 def cache_root() -> Path:
     """The folder for downloaded models: $MIS_MLX_CACHE, else mis_mlx in the user's cache folder."""
-    own = os.environ.get("MIS_MLX_CACHE") or Path(
-        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mis_mlx"
-    )
-    return Path(own).expanduser().absolute()
+    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    root = os.environ.get("MIS_MLX_CACHE") or Path(user_cache, "mis_mlx")
+    return Path(root).expanduser().absolute()
 
 
 @contextlib.contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """Hold the cache alone, after other processes; what an earlier holder left half-made is swept
-    away.
-    """
-    with lock(
-        root, "the model cache", "set MIS_MLX_CACHE to a folder that can be written", wait=True
-    ):
+    """Hold the cache alone, after other processes. Half-made folders of earlier holders go."""
+    remedy = "set MIS_MLX_CACHE to a folder that can be written"
+    with lock(root, "the model cache", remedy, wait=True):
         sweep(root)
         yield
 
@@ -48,7 +44,8 @@ def install(folder: Path, nbytes: int, origin: dict[str, Any]) -> Iterator[Path]
     with commit_folder(folder, DISK, nbytes) as temp:
         yield temp
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        (temp / PROVENANCE).write_text(json.dumps({**origin, "date": now}, indent=2) + "\n")
+        text = json.dumps({**origin, "date": now}, indent=2)
+        (temp / PROVENANCE).write_text(text + "\n")
 
 
 def provenance(folder: Path) -> dict[str, Any]:
@@ -60,16 +57,15 @@ def provenance(folder: Path) -> dict[str, Any]:
 
 
 def snapshot(repo_id: str) -> Path:
-    """The newest commit of a model: a folder of links, named by the commit, in the Hugging Face
-    cache.
+    """The newest commit of a model, in the Hugging Face cache: a folder of links, named by it.
 
-    Without the hub (or with HF_HUB_OFFLINE) what that cache holds will do. MisError, within
+    Without the hub (or with HF_HUB_OFFLINE) the content of that cache must do. MisError, within
     seconds, when there is neither, and when the model has no safetensors weights.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
-    # bars, retries and warnings are not for the user's screen; errors still come
+    # Bars, retries and warnings are not for the user's screen; errors still come.
     disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
@@ -77,7 +73,7 @@ def snapshot(repo_id: str) -> Path:
         refusal = None
         try:
             HfApi().model_info(repo_id, timeout=ANSWER_S)  # is the hub there, within a time limit?
-        # which HTTP client, and so which exceptions, depends on the version
+        # Its exceptions depend on its HTTP client, and so on its version.
         except Exception as error:
             refusal = error
         local = refusal is not None
@@ -87,7 +83,7 @@ def snapshot(repo_id: str) -> Path:
             )
         except Exception as error:
             refusal = refusal or error
-            reason = " ".join(str(refusal).split())[:160] or "no reason given"
+            reason = _short(refusal) or "no reason given"
             why = (
                 f"{repo_id} did not come from the Hugging Face hub ({type(refusal).__name__}: "
                 f"{reason})"
@@ -105,36 +101,41 @@ def snapshot(repo_id: str) -> Path:
     return path
 
 
+def _short(error: Exception) -> str:
+    """The beginning of an error's message, on one line."""
+    return " ".join(str(error).split())[:160]
+
+
 def upload(folder: Path, repo_id: str) -> str:
-    """The address of a folder's files on the hub, where they are sent to. MisError where it
-    refuses: they stay here.
-    """
+    """Send a folder's files to the hub; returns their address. MisError where the hub refuses."""
     from huggingface_hub import HfApi
 
+    message = "Upload with mis_mlx"
     try:
         HfApi().create_repo(repo_id, exist_ok=True)
         return str(
-            HfApi().upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message="Upload with mis_mlx"
-            )
+            HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
         )
     except Exception as error:  # as above
-        why = (
-            f"{repo_id} was not uploaded ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:160]})"
-        )
+        why = f"{repo_id} was not uploaded ({type(error).__name__}: {_short(error)})"
         raise MisError(
             f"{why}: {folder} is whole: `hf auth login`, then `hf upload {repo_id} {folder}`"
         ) from None
 
 
 def adopt(snapshot: Path, folder: Path, origin: dict[str, Any]) -> None:
-    """`install` a snapshot's files, which stay when the Hugging Face cache is emptied: hard links,
-    or copies.
+    """`install` a snapshot's files, as hard links or copies.
+
+    They stay when the Hugging Face cache is emptied.
     """
     blobs = {file.name: file.resolve() for file in snapshot.iterdir()}
-    apart = [s for s in map(Path.stat, blobs.values()) if s.st_dev != folder.parent.stat().st_dev]
-    with install(folder, sum(s.st_size for s in apart), origin) as into:
+    disk = folder.parent.stat().st_dev
+    copied_bytes = 0  # links take no space; files of another disk have to be copied
+    for blob in blobs.values():
+        facts = blob.stat()
+        if facts.st_dev != disk:
+            copied_bytes += facts.st_size
+    with install(folder, copied_bytes, origin) as into:
         for name, blob in blobs.items():
             try:
                 os.link(blob, into / name)

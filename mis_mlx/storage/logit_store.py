@@ -1,8 +1,8 @@
-"""The logit store: a teacher's sparse targets on disk, written part by part, read window by window.
+"""The logit store: a teacher's sparse targets on disk, written part by part, read by windows.
 
 A folder holds part-00000.safetensors ... and targets.json, which lists every finished part with its
-size and sha256. A part is there whole or not at all; a store that was stopped anywhere goes on and
-ends with the same bytes.
+size and sha256. A part is complete or absent; a store that was stopped anywhere continues and ends
+with the same bytes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Spec:
-    """What a store holds. Equal specs, equal bytes."""
+    """What a store holds. Stores with equal specs have equal bytes."""
 
     kind: Literal["sampled"]  # stands in targets.json
     count: int  # samples of a position
@@ -42,24 +42,23 @@ class Spec:
     teacher: str  # fingerprint
     data: str  # fingerprint
     seed: int
-    # windows in a file: what a crash can cost, and what a reader reads at a time
+    # Windows in a file: a crash can cost so many, and a reader reads so many at a time.
     part_windows: int = 32
 
     def dtypes(self) -> dict[str, type]:
-        """Of a part's arrays: sizes, distinct tokens of each position; ids and counts of all
-        positions end to end.
+        """The types of a part's arrays.
+
+        sizes: distinct tokens of each position. ids, counts: of all positions, end to end.
         """
-        small = np.uint8 if self.count < 2**8 else np.uint16
-        return {
-            "sizes": small,
-            "ids": np.uint16 if self.vocab <= 2**16 else np.uint32,
-            "counts": small,
-        }
+        counts = np.uint8 if self.count < 2**8 else np.uint16
+        ids = np.uint16 if self.vocab <= 2**16 else np.uint32
+        return {"sizes": counts, "ids": ids, "counts": counts}
 
 
 def create(folder: Path, spec: Spec, files: Files) -> Targets:
-    """Begin the store in `folder`, or go on with it; damaged parts count as missing, and `notes`
-    says so. Hold the lock of the run. MisError when `folder` holds other targets.
+    """Begin the store in `folder`, or continue it. Hold the lock of the run.
+
+    Damaged parts count as missing, and `notes` says so. MisError when `folder` holds other targets.
     """
     if not 1 <= spec.count < 2**16:
         raise MisError(f"{spec.count} sampled tokens a position: take 1 to {2**16 - 1}")
@@ -67,12 +66,10 @@ def create(folder: Path, spec: Spec, files: Files) -> Targets:
         files.make_folder(folder)
     sweep(folder, files)
     new = not (folder / MANIFEST).exists()
-    there, parts = (spec, {}) if new else _manifest(folder)
-    for name, wanted in asdict(spec).items():
-        if (other := getattr(there, name)) != wanted:
-            both = f"{str(other)[:12]}, not {str(wanted)[:12]}"
-            why = f"{folder} holds targets of another {name.replace('_', ' ')} ({both})"
-            raise MisError(f"{why}: delete it, or choose another folder")
+    parts: dict[int, dict[str, Any]] = {}
+    if not new:
+        stored, parts = _manifest(folder)
+        _check_same(folder, stored, spec)
     store = Targets(folder, spec, parts, files)
     for number in sorted(parts):
         if store.sound(number) is None:
@@ -85,8 +82,18 @@ def create(folder: Path, spec: Spec, files: Files) -> Targets:
     return store
 
 
+def _check_same(folder: Path, stored: Spec, spec: Spec) -> None:
+    """MisError when the store in `folder` holds other targets than `spec`."""
+    for name, wanted in asdict(spec).items():
+        other = getattr(stored, name)
+        if other != wanted:
+            both = f"{str(other)[:12]}, not {str(wanted)[:12]}"
+            why = f"{folder} holds targets of another {name.replace('_', ' ')} ({both})"
+            raise MisError(f"{why}: delete it, or choose another folder")
+
+
 class Targets:
-    """A store that is open: `spec`, and `parts`, the finished ones: {number: {bytes, sha256}}."""
+    """An open store. `parts`: the finished ones, {number: {bytes, sha256}}."""
 
     def __init__(self, folder: Path, spec: Spec, parts: dict[int, dict[str, Any]], files: Files):
         self.folder = folder
@@ -101,24 +108,23 @@ class Targets:
     @property
     def bytes_per_token(self) -> float:
         """Bytes on disk for each position of the finished parts; 0 when there are none."""
-        tokens = sum(len(self._within(number)) for number in self.parts) * self.spec.length
-        return sum(facts["bytes"] for facts in self.parts.values()) / max(tokens, 1)
+        windows = sum(len(self._within(number)) for number in self.parts)
+        nbytes = sum(facts["bytes"] for facts in self.parts.values())
+        return nbytes / max(windows * self.spec.length, 1)
 
     def missing(self) -> list[int]:
-        """Windows of the parts that are not there, rising: what `put` wants, in the order it wants
-        them.
-        """
-        return [
-            w
-            for number in range(self.total)
-            if number not in self.parts
-            for w in self._within(number)
-        ]
+        """Windows of the parts that are not there, rising: those that `put` takes, in its order."""
+        windows: list[int] = []
+        for number in range(self.total):
+            if number not in self.parts:
+                windows.extend(self._within(number))
+        return windows
 
     def put(self, window: int, arrays: Arrays) -> None:
-        """Take the targets of one window, by the names of `Spec.dtypes`; with its last window a
-        part is committed. MisError when the disk has no room or refuses: committed ones stay.
-        ValueError when another window is due.
+        """Take the targets of one window, by the names of `Spec.dtypes`.
+
+        With its last window a part is committed. MisError when the disk has no room or refuses;
+        committed parts stay. ValueError when another window is due.
         """
         number = window // self.spec.part_windows
         within = self._within(number)
@@ -133,13 +139,13 @@ class Targets:
             self._commit(number, coming)
 
     def adopt(self, number: int) -> None:
-        """Count a part whose file was made elsewhere, and lies here now, as finished."""
+        """Count a part as finished whose file was made elsewhere and is here now."""
         path = self.path(number)
         self.parts[number] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         self.save()
 
     def path(self, number: int) -> Path:
-        """Where a part lies, or will."""
+        """The file of a part, which may not be there yet."""
         return self.folder / f"part-{number:05d}.safetensors"
 
     def sound(self, number: int) -> bytes | None:
@@ -147,22 +153,30 @@ class Targets:
         path = self.path(number)
         facts = self.parts[number]
         try:
-            data = path.read_bytes() if path.stat().st_size == facts["bytes"] else b""
+            if path.stat().st_size != facts["bytes"]:
+                return None
+            data = path.read_bytes()
         except OSError:
             return None
-        return data if hashlib.sha256(data).hexdigest() == facts["sha256"] else None
+        if hashlib.sha256(data).hexdigest() != facts["sha256"]:
+            return None
+        return data
 
     def _within(self, number: int) -> range:
+        """The windows of a part."""
         start = number * self.spec.part_windows
-        return range(start, min(start + self.spec.part_windows, self.spec.windows))
+        stop = min(start + self.spec.part_windows, self.spec.windows)
+        return range(start, stop)
 
     def _commit(self, number: int, windows: list[Arrays]) -> None:
-        kinds = self.spec.dtypes()
-        arrays = {
-            n: mx.array(np.concatenate([w[n] for w in windows]).astype(kind))
-            for n, kind in kinds.items()
-        }
-        left = sum(a.nbytes for a in arrays.values()) * (self.total - len(self.parts))
+        """Write a part and list it."""
+        arrays = {}
+        for name, dtype in self.spec.dtypes().items():
+            values = [window[name] for window in windows]
+            arrays[name] = mx.array(np.concatenate(values).astype(dtype))
+        # Space is asked for all parts that are left.
+        part_bytes = sum(array.nbytes for array in arrays.values())
+        left = part_bytes * (self.total - len(self.parts))
         what = "the rest of the targets"
         done = f"{len(self.parts)} of {self.total} parts are kept"
         remedy = f"free some and start again, {done}"
@@ -180,59 +194,62 @@ class Targets:
         self._files.replace_text(self.folder / MANIFEST, text + "\n")
 
     def windows(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Targets of n windows: ids (n, T, m) int32, weights (n, T, m) float32, which are counts /
-        N.
+        """Targets of n windows: ids (n, T, m) int32 and weights (n, T, m) float32.
 
-        m: the most that a position has; entries of weight 0 fill the others up. MisError when a
-        part is missing or damaged. Memory: the last few parts.
+        weights: counts / `Spec.count`. m: the most tokens that a position has; entries of weight 0
+        fill up the others. MisError when a part is missing or damaged. Memory: the last few parts.
         """
         windows = [self._window(int(i)) for i in indices]
-        sizes = np.stack([w["sizes"] for w in windows])
+        sizes = np.stack([window["sizes"] for window in windows])
         filled = np.arange(sizes.max()) < sizes[..., None]
         ids = np.zeros(filled.shape, np.int32)
+        ids[filled] = np.concatenate([window["ids"] for window in windows])
+        counts = np.concatenate([window["counts"] for window in windows])
         weights = np.zeros(filled.shape, np.float32)
-        ids[filled] = np.concatenate([w["ids"] for w in windows])
-        weights[filled] = np.concatenate([w["counts"] for w in windows]) / np.float32(
-            self.spec.count
-        )
+        weights[filled] = counts / np.float32(self.spec.count)
         return ids, weights
 
     def _window(self, index: int) -> Arrays:
-        number, at = divmod(index, self.spec.part_windows)
+        """One window's slice of its part's arrays."""
+        number, in_part = divmod(index, self.spec.part_windows)
         part = self._part(number)
-        length = self.spec.length
-        rows = slice(at * length, (at + 1) * length)
-        begin = int(part["sizes"][: rows.start].sum(dtype=np.int64))
-        entries = slice(begin, begin + int(part["sizes"][rows].sum(dtype=np.int64)))
+        sizes = part["sizes"]
+        start = in_part * self.spec.length
+        stop = start + self.spec.length
+        # Positions have different numbers of entries: those before this window are counted.
+        begin = int(sizes[:start].sum(dtype=np.int64))
+        end = begin + int(sizes[start:stop].sum(dtype=np.int64))
         return {
-            "sizes": part["sizes"][rows],
-            "ids": part["ids"][entries],
-            "counts": part["counts"][entries],
+            "sizes": sizes[start:stop],
+            "ids": part["ids"][begin:end],
+            "counts": part["counts"][begin:end],
         }
 
     def _read(self, number: int) -> dict[str, np.ndarray]:
+        """A part's arrays, checked against the sha256 in targets.json."""
         path = self.path(number)
         if number not in self.parts:
             raise MisError(
                 f"{path} is not written yet ({len(self.parts)} of {self.total} are): write the rest"
             )
-        if (data := self.sound(number)) is None:
+        data = self.sound(number)
+        if data is None:
             raise MisError(f"{path} is damaged: write the targets again, the other parts are kept")
         tensors, _ = check(path)
-        kinds = self.spec.dtypes()
-        return {
-            name: np.frombuffer(data, kinds[name], t.shape[0], t.offset)
-            for name, t in tensors.items()
-        }
+        dtypes = self.spec.dtypes()
+        arrays: dict[str, np.ndarray] = {}
+        for name, t in tensors.items():
+            arrays[name] = np.frombuffer(data, dtypes[name], count=t.shape[0], offset=t.offset)
+        return arrays
 
 
 def _manifest(folder: Path) -> tuple[Spec, dict[int, dict[str, Any]]]:
+    """What targets.json says: the spec, and the finished parts."""
     try:
         content = json.loads((folder / MANIFEST).read_bytes())
-        parts = {
-            int(n): {key: facts[key] for key in ("bytes", "sha256")}
-            for n, facts in content.pop("parts").items()
-        }
+        parts = {}
+        for number, facts in content.pop("parts").items():
+            parts[int(number)] = {"bytes": facts["bytes"], "sha256": facts["sha256"]}
         return Spec(**content), parts
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise MisError(

@@ -1,6 +1,4 @@
-"""The run folder: its name, its config.yaml, what a resumed run must share with the one it
-continues.
-"""
+"""The run folder: its name, its config.yaml, and the check that a resumed run is the same run."""
 
 import hashlib
 import importlib.metadata
@@ -24,11 +22,13 @@ METRICS = "metrics.jsonl"
 PLAN = "plan.json"  # how the run trains: decided once, when it begins
 NOT_STORED = ("out", "resume", "dry_run", "config")  # settings that say where and when, not what
 PHASES = "phases.jsonl"  # what each start planned, then what each phase took
-ANSWERS = "answers.jsonl"  # what the models answered to held-out prompts
+ANSWERS = "answers.jsonl"  # the models' answers to held-out prompts
 SAMPLES = "samples.jsonl"  # what each model writes after the same words
-# of an alignment, beside the run and its model: source and licence of what was learned
+# Source and licence of the data of an alignment, beside the run and its model.
 DATA = "data.json"
-SAMPLE_BYTES = 4096
+SAMPLE_BYTES = 4096  # of every tensor, for the teacher's fingerprint
+# What a crash can leave in a folder before the run's config.yaml is written. It is no run.
+_UNBORN = re.compile(rf"\.lock|{ORIGIN}|{PLAN}|\.tmp-.*")
 
 
 def create(
@@ -39,59 +39,67 @@ def create(
     plan: Mapping[str, Any],
     files: Files,
 ) -> Path:
-    """A new run folder (`out`, or the next free runs/NAME-001) with its settings, for `-c` too,
-    what it was made from, and how it trains. MisError when `out` holds a run already.
+    """A new run folder, `out` or the next free runs/NAME-001, with settings, origin and plan.
+
+    settings: for config.yaml, which `-c` reads too. origin: what it was made from. plan: how it
+    trains. MisError when `out` holds a run already.
     """
-    if out is None:
-        number = 1
-        while (folder := Path("runs") / f"{name}-{number:03d}").exists():
-            number += 1
-    else:
-        folder = Path(out)
-        # What a crash before a run's config.yaml was written can have left is no run.
-        unborn = re.compile(rf"\.lock|{ORIGIN}|{PLAN}|\.tmp-.*")
-        if folder.exists() and not (
-            folder.is_dir() and all(unborn.fullmatch(p.name) for p in folder.iterdir())
-        ):
-            raise MisError(
-                f"{folder} is not empty: add --resume to continue the run in it, or choose another "
-                f"--out"
-            )
+    folder = _next_free(name) if out is None else Path(out)
+    if out is not None and folder.exists() and not _is_unborn(folder):
+        raise MisError(
+            f"{folder} is not empty: add --resume to continue the run in it, or choose another "
+            f"--out"
+        )
     with reported(folder.parent, "the run folder"):
         files.make_folder(folder)
     for file, value in ((ORIGIN, origin), (PLAN, plan)):
         files.replace_text(folder / file, json.dumps(dict(value), indent=2))
     # Last: a folder with config.yaml is a run that can be resumed.
-    files.replace_text(
-        folder / CONFIG, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-    )
+    text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+    files.replace_text(folder / CONFIG, text)
     return folder
 
 
+def _next_free(name: str) -> Path:
+    """The first of runs/NAME-001, runs/NAME-002 ... that does not exist."""
+    number = 1
+    while True:
+        folder = Path("runs") / f"{name}-{number:03d}"
+        if not folder.exists():
+            return folder
+        number += 1
+
+
+def _is_unborn(folder: Path) -> bool:
+    """Whether it holds nothing, or only what a crash before the run began can have left."""
+    return folder.is_dir() and all(_UNBORN.fullmatch(path.name) for path in folder.iterdir())
+
+
 def find(out: str | None, under: Path = Path("runs")) -> Path:
-    """The run to continue: `out`, or the newest unfinished one right under `under`."""
+    """The run to continue: `out`, or the newest unfinished one directly under `under`."""
     if out is not None:
         if not (Path(out) / CONFIG).is_file():
             raise MisError(f"{out} holds no run to continue: start one there without --resume")
         return Path(out)
-    unfinished = [p.parent for p in under.glob(f"*/{CONFIG}") if not (p.parent / RESULT).exists()]
+    folders = [path.parent for path in under.glob(f"*/{CONFIG}")]
+    unfinished = [folder for folder in folders if not (folder / RESULT).exists()]
     if not unfinished:
         raise MisError(
             f"There is no unfinished run under {under}/: start one without --resume, or name it "
             f"with --out"
         )
-    return max(unfinished, key=lambda p: (p / CONFIG).stat().st_mtime)
+    return max(unfinished, key=lambda folder: (folder / CONFIG).stat().st_mtime)
 
 
 def stored_settings(folder: Path, file: str = CONFIG) -> dict[str, Any]:
-    """The settings in a run's config.yaml, or what another `file` of it has. MisError where that
-    does not read.
+    """The settings in a run's config.yaml, or the values in another `file` of the run.
+
+    MisError if it is missing or damaged.
     """
     path = folder / file
     try:
-        values = (yaml.safe_load if path.suffix == ".yaml" else json.loads)(
-            path.read_text(encoding="utf-8")
-        )
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         values = None
     if not isinstance(values, dict):
@@ -105,18 +113,22 @@ def merged(
     stored: Mapping[str, Any],
     free: frozenset[str],
 ) -> dict[str, Any]:
-    """Settings of a resumed run: the stored ones. MisError names a flag that asks for something
-    else; one at its default asks for nothing, and `free` ones, which do not change the weights, may
-    differ.
+    """Settings of a resumed run: the stored ones.
+
+    MisError names a flag that asks for something else. A flag at its default asks for nothing.
+    free: flags that may differ, because they do not change the weights.
     """
-    if strange := sorted(set(stored) - set(given)):
-        why = f"The run's {CONFIG} has {strange[0]}, which this command does not know"
+    unknown = sorted(set(stored) - set(given))
+    if unknown:
+        why = f"The run's {CONFIG} has {unknown[0]}, which this command does not know"
         raise MisError(f"{why}: resume it with the one that began it, or start a new run")
     result = dict(given)
     for name, value in given.items():
         if name not in stored or (name in free and value != defaults[name]):
             continue
-        before = tuple(stored[name]) if isinstance(value, tuple) else stored[name]  # YAML has lists
+        before = stored[name]
+        if isinstance(value, tuple):
+            before = tuple(before)  # YAML has lists
         if value not in (before, defaults[name]):
             why = (
                 f"The settings differ: --{name.replace('_', '-')} is {value}, the run has "
@@ -128,55 +140,58 @@ def merged(
 
 
 def origin(teacher: Checkpoint, data: str) -> dict[str, str]:
-    """What a resumed run must share: the data's fingerprint, the versions, and the teacher's: its
-    config, its table of tensors, and 4 KiB from the middle of every tensor.
+    """What a resumed run must share: the data's and the teacher's fingerprints, and versions.
+
+    The teacher's is of its config, its table of tensors, and 4 KiB from the middle of every tensor.
     """
-    table = sorted((n, t.dtype, t.shape, t.nbytes) for n, t in teacher.tensors.items())
-    digest = hashlib.sha256(json.dumps([dict(teacher.config), table], sort_keys=True).encode())
+    table = sorted((name, t.dtype, t.shape, t.nbytes) for name, t in teacher.tensors.items())
+    described = json.dumps([dict(teacher.config), table], sort_keys=True)
+    digest = hashlib.sha256(described.encode())
     for _, tensor in sorted(teacher.tensors.items()):
+        middle = max(0, tensor.nbytes // 2 - SAMPLE_BYTES // 2)
         with tensor.file.open("rb") as file:
-            file.seek(tensor.offset + max(0, tensor.nbytes // 2 - SAMPLE_BYTES // 2))
+            file.seek(tensor.offset + middle)
             digest.update(file.read(min(SAMPLE_BYTES, tensor.nbytes)))
     versions = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "numpy")}
     return {"teacher": digest.hexdigest(), "data": data, "mis_mlx": __version__, **versions}
 
 
 def same_origin(folder: Path, origin: Mapping[str, str]) -> list[str]:
-    """MisError for another teacher or other data than the run began with; returned is what else
-    changed, in words.
+    """MisError for another teacher or other data than the run began with.
+
+    Returns sentences about everything else that changed.
     """
     before = stored_settings(folder, ORIGIN)
     for name in ("teacher", "data"):
         if before.get(name) != origin[name]:
-            why = (
-                f"The {name} changed since {folder} began ({str(before.get(name))[:12]} is now "
-                f"{origin[name][:12]})"
-            )
+            then = str(before.get(name))[:12]
+            why = f"The {name} changed since {folder} began ({then} is now {origin[name][:12]})"
             raise MisError(f"{why}: start a new run")
-    changed = [(k, v) for k, v in origin.items() if before.get(k, v) != v]
-    return [
-        f"{k} was {before[k]}, is now {v}: the end may differ in the last bits" for k, v in changed
-    ]
+    notes = []
+    for name, now in origin.items():
+        if before.get(name, now) != now:
+            notes.append(
+                f"{name} was {before[name]}, is now {now}: the end may differ in the last bits"
+            )
+    return notes
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Records of metrics.jsonl by step number. A torn line is passed over; of a repeated step the
-    last counts.
-    """
-    by_number = {r["number"]: r for r in records(folder / METRICS) if "number" in r}
+    """Records of metrics.jsonl by step number. Torn lines are skipped; a step's last one counts."""
+    logged = [record for record in records(folder / METRICS) if "number" in record]
+    by_number = {record["number"]: record for record in logged}
     return [by_number[number] for number in sorted(by_number)]
 
 
 def records(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a log that `Files.append` wrote, line by line; a torn line is passed
-    over.
-    """
+    """The JSON objects of a log that `Files.append` wrote, one a line; torn lines are skipped."""
     return [record for record in parsed(path) if record is not None]
 
 
 def parsed(path: Path, most_bytes: int = -1) -> Iterator[dict[str, Any] | None]:
-    """Of each line of a log its JSON object, None where it is torn, none, or longer than
-    `most_bytes`.
+    """The JSON object of each line of a log; None for a line that is torn or holds no object.
+
+    A line longer than `most_bytes` is torn, too; -1: no line is.
     """
     with suppress(FileNotFoundError), path.open("rb") as file:
         while line := file.readline(most_bytes):

@@ -1,6 +1,4 @@
-"""A model's safetensors files: the index of a folder, lazy reading, and writing with bounded
-memory.
-"""
+"""A model's safetensors files: a folder's index, lazy reading, writing with bounded memory."""
 
 import hashlib
 import json
@@ -45,36 +43,47 @@ def index(folder: Path) -> dict[str, TensorAt]:
         raise MisError(
             f"There is no model folder {folder}: check the path, or download the model first"
         )
+    single = folder / "model.safetensors"
+    weight_map = None
     if (folder / INDEX).exists():
         weight_map = _weight_map(folder / INDEX)
         files = sorted(set(weight_map.values()))
-    elif (folder / "model.safetensors").is_symlink() or (folder / "model.safetensors").exists():
-        weight_map = None
-        files = ["model.safetensors"]
+    elif single.is_symlink() or single.exists():
+        files = [single.name]
     else:
         raise MisError(_no_weights(folder))
-    if stray := sorted({p.name for p in folder.glob("model*.safetensors")} - set(files)):
+    present = {path.name for path in folder.glob("model*.safetensors")}
+    stray = sorted(present - set(files))
+    if stray:
         raise MisError(
             f"{folder} holds {', '.join(stray)} which no index lists: move it out, mlx-lm would "
             f"load it"
         )
+    tensors = _in_files(folder, files)
+    if weight_map is not None:
+        file_of = {name: tensor.file.name for name, tensor in tensors.items()}
+        wrong = {name for name, _ in file_of.items() ^ weight_map.items()}
+        if wrong:
+            raise MisError(
+                f"{folder}: {INDEX} and the shards disagree about {min(wrong)}; download it again"
+            )
+    return tensors
+
+
+def _in_files(folder: Path, files: Sequence[str]) -> dict[str, TensorAt]:
+    """All tensors of some files of the folder. MisError when one tensor is in two of them."""
     tensors: dict[str, TensorAt] = {}
     for name in files:
         inside(folder, name)
         in_file, _ = check(folder / name)
-        if twice := tensors.keys() & in_file.keys():
+        twice = tensors.keys() & in_file.keys()
+        if twice:
             other = tensors[min(twice)].file.name
             raise MisError(
                 f"{folder} has the tensor {min(twice)} in both {other} and {name}; download it "
                 f"again"
             )
         tensors |= in_file
-    if weight_map is not None:
-        where = {name: at.file.name for name, at in tensors.items()}
-        if wrong := {name for name, _ in where.items() ^ weight_map.items()}:
-            raise MisError(
-                f"{folder}: {INDEX} and the shards disagree about {min(wrong)}; download it again"
-            )
     return tensors
 
 
@@ -101,9 +110,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def inside(folder: Path, name: str) -> None:
-    """Refuse a missing file, and a link that leads out of the folder to other than a Hugging Face
-    cache.
-    """
+    """Refuse a missing file, and a link out of the folder, except into a Hugging Face cache."""
     real = (folder / name).resolve()
     if not real.exists():
         raise MisError(f"{folder / name} is missing: download the model again")
@@ -116,26 +123,17 @@ def inside(folder: Path, name: str) -> None:
 
 
 def _no_weights(folder: Path) -> str:
-    """The sentence for a folder without model.safetensors: what is there instead, and what to
-    do.
-    """
-    names = sorted(p.name for p in folder.iterdir())
-    if gguf := [n for n in names if n.endswith(".gguf")]:
-        return (
-            f"{folder} holds {gguf[0]}: GGUF is not read here, use the safetensors model it "
-            f"was "
-            f"made from"
-        )
-    if unsafe := [n for n in names if n.endswith(UNSAFE)]:
-        return (
-            f"{folder} holds {unsafe[0]}, an unsafe format that can run code: get the "
-            f"safetensors version"
-        )
-    if other := [n for n in names if n.endswith(".safetensors")]:
-        return (
-            f"{folder} holds {other[0]} but neither model.safetensors nor {INDEX}: add the "
-            f"missing one"
-        )
+    """The sentence for a folder without model.safetensors: what it holds, and what to do."""
+    names = sorted(path.name for path in folder.iterdir())
+    remedies = {
+        (".gguf",): ": GGUF is not read here, use the safetensors model it was made from",
+        UNSAFE: ", an unsafe format that can run code: get the safetensors version",
+        (".safetensors",): f" but neither model.safetensors nor {INDEX}: add the missing one",
+    }
+    for endings, remedy in remedies.items():
+        for name in names:
+            if name.endswith(endings):
+                return f"{folder} holds {name}{remedy}"
     return f"{folder} holds no model.safetensors: check the path, or download the model first"
 
 
@@ -146,30 +144,32 @@ def lazy(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[str, mx.
     would read the new bytes without a word); replacing it by rename or deleting it is harmless. If
     an evaluation fails, drop every array: a second evaluation returns garbage without an error.
     """
-    arrays: dict[str, mx.array] = {}
+    arrays = {}
     for path, wanted in files_of(tensors, names).items():
         unchanged(path, tensors, wanted)
         content: Any = mx.load(str(path))
         for name in wanted:
-            at = tensors[name]
-            stored, whole = at.stored or (name, at)
-            arrays[name] = content[stored]
-            if at.shape != whole.shape:  # rows of it; or one of those that are stacked in it
-                first = (at.offset - whole.offset) * whole.shape[0] // max(whole.nbytes, 1)
-                part = (
-                    slice(first, first + at.shape[0])
-                    if len(at.shape) == len(whole.shape)
-                    else first
-                )
-                arrays[name] = arrays[name][part]
+            tensor = tensors[name]
+            stored_name, stored = tensor.stored or (name, tensor)
+            if tensor.shape == stored.shape:
+                arrays[name] = content[stored_name]
+            else:
+                arrays[name] = content[stored_name][_rows_of(tensor, stored)]
         del content  # an array, once evaluated, stays in memory as long as a dict that holds it
     return arrays
 
 
+def _rows_of(tensor: TensorAt, stored: TensorAt) -> slice | int:
+    """Where the tensor is in the stored one: rows of it, or one of those that are stacked in it."""
+    stored_bytes = max(stored.nbytes, 1)
+    first = (tensor.offset - stored.offset) * stored.shape[0] // stored_bytes
+    if len(tensor.shape) == len(stored.shape):
+        return slice(first, first + tensor.shape[0])
+    return first
+
+
 def files_of(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[Path, list[str]]:
-    """The files that hold the named tensors, and their names. MisError for one that is not
-    there.
-    """
+    """The names by the file that holds them. MisError for a tensor that is not there."""
     by_file: dict[Path, list[str]] = {}
     for name in names:
         if name not in tensors:
@@ -181,71 +181,78 @@ def files_of(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[Path
 
 
 def unchanged(path: Path, tensors: Mapping[str, TensorAt], names: Iterable[str]) -> None:
-    """Check a file again: MisError when one of the named tensors no longer lies where `tensors`
-    says.
-    """
+    """Check a file again: MisError when a named tensor no longer lies where `tensors` says."""
     now, _ = check(path)
-    due = [tensors[name].stored or (name, tensors[name]) for name in names]
-    if changed := [name for name, at in due if now.get(name) != at]:
-        raise MisError(f"{path} changed since it was checked (tensor {changed[0]}); start again")
+    for name in names:
+        stored_name, stored = tensors[name].stored or (name, tensors[name])
+        if now.get(stored_name) != stored:
+            raise MisError(
+                f"{path} changed since it was checked (tensor {stored_name}); start again"
+            )
 
 
 def write_tensors(
     folder: Path, specs: Specs, tensors: Named, files: Files, shards: Sequence[Specs] | None = None
 ) -> None:
-    """Write a model's tensors into `folder`, as `specs` foretell them, one in memory at a time. Use
-    it inside `checkpoint.commit_folder`. shards: the same specs in parts; more than one make an
-    index file. Default: `cut`.
+    """Write a model's tensors into `folder`, one in memory at a time.
+
+    Use it inside `checkpoint.commit_folder`. tensors: as `specs` say, in their order; ValueError
+    otherwise. shards: the same specs, divided into files; more than one make an index file.
+    Default: `cut`.
     """
     shards = shards or cut(specs)
     coming = iter(tensors)
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    by_file = (
-        dict(zip(names, shards, strict=True)) if len(shards) > 1 else {"model.safetensors": specs}
-    )
+    by_file = {"model.safetensors": specs}
+    if len(shards) > 1:
+        by_file = {}
+        for number, shard in enumerate(shards, 1):
+            by_file[f"model-{number:05d}-of-{len(shards):05d}.safetensors"] = shard
     for name, part in by_file.items():
         _write_file(folder / name, part, coming, files)
-    if more := next(coming, None):
-        raise ValueError(f"{folder}: {more[0]} came, nothing was due")
+    surplus = next(coming, None)
+    if surplus:
+        raise ValueError(f"{folder}: {surplus[0]} came, nothing was due")
     if len(shards) > 1:
-        metadata = {"total_size": sum(map(spec_bytes, specs.values()))}
-        # packed: elements are no parameters
-        if not any(dtype == "U32" for dtype, _ in specs.values()):
-            metadata["total_parameters"] = sum(math.prod(shape) for _, shape in specs.values())
-        where = {name: file for file, part in by_file.items() for name in part}
-        content = {"metadata": metadata, "weight_map": dict(sorted(where.items()))}
+        content = _index_content(specs, by_file)
         files.write(folder / INDEX, json.dumps(content, indent=2).encode())
         files.fsync(folder / INDEX)
 
 
+def _index_content(specs: Specs, by_file: Mapping[str, Specs]) -> dict[str, Any]:
+    """What an index file says. Parameters are not counted in a packed model (U32).
+
+    There an element holds several of them.
+    """
+    metadata = {"total_size": sum(map(spec_bytes, specs.values()))}
+    if not any(dtype == "U32" for dtype, _ in specs.values()):
+        metadata["total_parameters"] = sum(math.prod(shape) for _, shape in specs.values())
+    weight_map: dict[str, str] = {}
+    for file, part in by_file.items():
+        weight_map |= dict.fromkeys(part, file)
+    return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+
+
 def write_arrays(path: Path, arrays: Mapping[str, mx.array], files: Files) -> dict[str, Any]:
     """Write one safetensors file and fsync it: {"bytes": its size, "sha256": in hex}."""
-    return _write_file(
-        path, {name: spec_of(array) for name, array in arrays.items()}, iter(arrays.items()), files
-    )
+    specs = {name: spec_of(array) for name, array in arrays.items()}
+    return _write_file(path, specs, iter(arrays.items()), files)
 
 
 def _write_file(
     path: Path, specs: Specs, coming: Iterator[tuple[str, Tensor]], files: Files
 ) -> dict[str, Any]:
-    """Write the file front to back of the next that come. ValueError where one is not what is due,
-    or missing.
+    """Write the file front to back from the next tensors that come.
+
+    ValueError where one is missing, or is not the one that is due.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
-    end = 0
-    for name, (dtype, shape) in specs.items():
-        begin = end
-        end = end + spec_bytes((dtype, shape))
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    head = struct.pack("<Q", len(text)) + text
+    head, content_bytes = _head(specs)
     sha256 = hashlib.sha256(head)
     files.write(path, head)
     for due in specs.items():
         name, tensor = next(coming, ("nothing", mx.array(0)))
-        if (got := (name, spec_of(tensor))) != due:
-            raise ValueError(f"{path.name}: {got} came, {due} was due")
+        came = (name, spec_of(tensor))
+        if came != due:
+            raise ValueError(f"{path.name}: {came} came, {due} was due")
         written = 0
         for array in tensor.parts if isinstance(tensor, InParts) else [tensor]:
             if array.size:
@@ -262,15 +269,31 @@ def _write_file(
                 f"{path.name}: {name} came with {written} bytes, {spec_bytes(due[1])} were due"
             )
     files.fsync(path)  # shard by shard, so that unwritten pages do not pile up in memory
-    return {"bytes": len(head) + end, "sha256": sha256.hexdigest()}
+    return {"bytes": len(head) + content_bytes, "sha256": sha256.hexdigest()}
+
+
+def _head(specs: Specs) -> tuple[bytes, int]:
+    """A file's first bytes, its header with the length before it; and the bytes of all tensors."""
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    end = 0
+    for name, (dtype, shape) in specs.items():
+        begin = end
+        end += spec_bytes((dtype, shape))
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, end
 
 
 def _bytes_of(array: mx.array) -> memoryview:
-    """Its bytes, evaluated; numpy has no bfloat16. Bytes along the last axis only: flattened, 2 GiB
-    and more would not fit into one dimension.
+    """Its bytes, evaluated; numpy has no bfloat16.
+
+    Bytes are along the last axis only: flattened, 2 GiB and more would not fit into one dimension.
     """
-    whole: Any = mx.contiguous(array.reshape(1) if array.ndim == 0 else array).view(mx.uint8)
-    return memoryview(whole).cast("B")
+    if array.ndim == 0:
+        array = array.reshape(1)
+    raw: Any = mx.contiguous(array).view(mx.uint8)
+    return memoryview(raw).cast("B")
 
 
 def spec_of(array: Tensor) -> Spec:
@@ -289,8 +312,6 @@ def spec_bytes(spec: Spec) -> int:
 
 
 def cut(specs: Specs, shard_bytes: int = 5 * GIB) -> list[dict[str, Spec]]:
-    """Consecutive tensors, as many as fit `shard_bytes`; a bigger one is alone."""
-    return [
-        dict(group)
-        for group in grouped(specs.items(), lambda item: spec_bytes(item[1]), shard_bytes)
-    ] or [{}]
+    """Consecutive tensors in shards of at most `shard_bytes`; a bigger tensor is alone."""
+    groups = grouped(specs.items(), lambda item: spec_bytes(item[1]), shard_bytes)
+    return [dict(group) for group in groups] or [{}]
