@@ -67,13 +67,13 @@ def rows_of(
 
     answers: bits per byte. answers_excess: those above the teacher's, paired by prompt. loops,
     empty, endless: percent of the greedy answers. teacher_logprob: nats per token."""
-    rows = list[Row]()
+    rows = []
     prompts = len(of.nats)
     if of.nbytes.sum() > 0:
-        bits = _ratio(of.nats, of.nbytes)
+        bits = bits_per_byte(of.nats, of.nbytes)
         rows.append(Row(name, "answers", *bits, n=prompts))
         if teacher_bits is not None:
-            excess = _ratio(of.nats - teacher_bits.nats, of.nbytes)
+            excess = bits_per_byte(of.nats - teacher_bits.nats, of.nbytes)
             rows.append(Row(name, "answers_excess", *excess, n=prompts))
     if greedy:
         prompts = len(greedy)
@@ -86,8 +86,11 @@ def rows_of(
     return rows
 
 
-def _ratio(nats: np.ndarray, nbytes: np.ndarray) -> tuple[float, float, float]:
-    """(bits per byte of all together, low, high), as `comparison.rows_of` has it for windows."""
+def bits_per_byte(nats: np.ndarray, nbytes: np.ndarray) -> tuple[float, float, float]:
+    """(bits per byte of all texts together, low, high), from nats and bytes (N,) of each text.
+
+    The interval is 95 %, over texts; the ratio's error is linearised.
+    """
     bits = nats / math.log(2)
     ratio = bits.sum() / nbytes.sum()
     # To first order a ratio of means moves as the mean of these values does.

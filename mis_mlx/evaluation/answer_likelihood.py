@@ -39,8 +39,8 @@ def log_probabilities(
     need_template(model)
     tokenizer = load.tokenizer(model.path)
     end = _end_of_turn(tokenizer)
-    texts = list[list[int]]()
-    counts = list[int]()
+    texts = []
+    counts = []
     for prompt, answer in zip(asked, answers, strict=True):
         before, own = _tokens_of(tokenizer, prompt, answer, end)
         texts.append([*before, *own])
@@ -75,7 +75,10 @@ def _end_of_turn(tokenizer: Any) -> int:
     """The stop token that the chat template puts after an answer.
 
     The tokenizer's end token where it puts none there. MisError where there is neither."""
-    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    talk = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
     stops = set(tokenizer.eos_token_ids)
     try:
         ids, learn = token_windows.conversation({"messages": talk}, tokenizer, mask_prompt=True)
@@ -98,7 +101,7 @@ def of_last_tokens(
     in memory at a time, then parts of its head."""
     if not texts:
         return []
-    targets = list[np.ndarray]()
+    targets = []
     for text, count in zip(texts, counts, strict=True):
         targets.append(np.array(text[len(text) - count :], np.int32))
     stream = Stream(model)
@@ -127,10 +130,11 @@ def _of_targets(
             states = hidden[number][0][-len(target) - 1 : -1]
             part = load.wide_logits(head, states)
             view = host_losses.view(part)
-            of_part = host_losses.by_rows(_of_part, view, target - start).astype(np.float64)
-            normalizers[number] = np.logaddexp(normalizers[number], of_part[:, 0])
+            of_part = host_losses.by_rows(_of_part, view, target - start)
+            normalizer, logit = of_part.astype(np.float64).T
+            normalizers[number] = np.logaddexp(normalizers[number], normalizer)
             # All parts but one have -inf for the target.
-            logits[number] = np.maximum(logits[number], of_part[:, 1])
+            logits[number] = np.maximum(logits[number], logit)
     pairs = zip(logits, normalizers, strict=True)
     return [logit - normalizer for logit, normalizer in pairs]
 
@@ -139,9 +143,10 @@ def _of_part(z: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """(n, 2): the logsumexp of logits z (n, v), which are overwritten, and the target's logit.
 
     The latter is -inf where another part of the vocabulary has the target."""
-    here = (targets >= 0) & (targets < z.shape[1])
+    rows, vocab = z.shape
+    here = (targets >= 0) & (targets < vocab)
     places = np.where(here, targets, 0)
-    chosen = z[np.arange(len(z)), places]
+    chosen = z[np.arange(rows), places]
     right = np.where(here, chosen, -np.inf)
     normalizer = host_losses.softmax(z)
     return np.stack([normalizer, right], axis=1)

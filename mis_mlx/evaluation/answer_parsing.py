@@ -24,7 +24,7 @@ DIGIT_LIMIT = 30
 def _read_units() -> dict[str, tuple[str, int]]:
     """{name of a unit: (its kind, its factor to the smallest unit of that kind)}."""
     path = Path(__file__).parent / "units.json"
-    units = dict[str, tuple[str, int]]()
+    units = {}
     for kind, factors in json.loads(path.read_text("utf-8")).items():
         for factor, names in factors.items():
             for name in names.split():
@@ -189,7 +189,7 @@ def quantity(text: str, language: Language | None) -> Quantity | None:
 
 def _parts(text: str, language: Language | None) -> list[tuple[int, Quantity]]:
     """(factor of its unit, quantity) of every number in a text of nothing else; [] otherwise."""
-    parts = list[tuple[int, Quantity]]()
+    parts = []
     end = 0
     while end < len(text):
         match = _NUMBER.match(text, end)

@@ -55,7 +55,7 @@ class AnswerPair:
 
 def prompt_of(row: rows.Row) -> Prompt:
     """The prompt of a row that `prompt_fault` finds nothing wrong with."""
-    messages = list[dict[str, str]]()
+    messages = []
     for message in row["messages"]:
         messages.append({"role": message["role"], "content": message["content"]})
     return Prompt(tuple(messages), row["kind"], row["language"])
@@ -100,7 +100,7 @@ def read_pairs(path: Path) -> dict[str, AnswerPair]:
 
     Of two records of one prompt the later one counts. Lines that a crash tore, or that are no
     answers, are skipped."""
-    pairs = dict[str, AnswerPair]()
+    pairs = {}
     for record in run_folder.records(path):
         sampled = answer_of(record.get("sampled"))
         greedy = answer_of(record.get("greedy"))

@@ -49,7 +49,7 @@ def answered(
     samplers: one for each prompt; () for greedy answers."""
     stops = set(tokenizer.eos_token_ids)
     prompt_ids = [mlx_generate.chat_ids(tokenizer, prompt.messages) for prompt in batch]
-    answers = list[Answer]()
+    answers = []
     for ids in writer.write(prompt_ids, max_tokens, stop=stops, samplers=samplers):
         ended = ids[-1] in stops
         if ended:

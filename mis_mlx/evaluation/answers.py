@@ -69,7 +69,7 @@ def prompts(count: int, path: Path = PROMPTS) -> list[Prompt]:
     if not good:
         raise MisError(f"{path} holds 0 prompts: put one JSON object per line there")
     places = np.linspace(0, len(good) - 1, min(count, len(good)))
-    chosen = list[Prompt]()
+    chosen = []
     for number in np.unique(places.round().astype(int)):
         row, _ = good[number]
         chosen.append(answer_records.prompt_of(row))
@@ -193,7 +193,7 @@ def _measured(
     # Two streamed passes of the teacher: one for each kind of answer.
     sampled = log_probabilities(teacher, asked, [pair.sampled for pair in pairs])
     greedy = log_probabilities(teacher, asked, [pair.greedy for pair in pairs])
-    measured = dict[str, AnswerPair]()
+    measured = {}
     if distributed.is_main() and asked:
         DISK.make_folder(path.parent)
     for prompt, pair, of_sampled, of_greedy in zip(asked, pairs, sampled, greedy, strict=True):
@@ -219,7 +219,7 @@ def _write_missing(
 
     Each prompt has two: a sampled one, by which models are judged, and a greedy one, which is shown
     next to a student's own."""
-    written = dict[str, AnswerPair]()
+    written = {}
     tokenizer = load.tokenizer(teacher.path)
     writing_plan = answer_writing.plan(
         teacher, asked, ANSWER_TOKENS, limit, at_once=ANSWERS_AT_ONCE
@@ -354,7 +354,7 @@ def judged(
     said aloud. A prompt that one of them cannot take is left out for all.
     """
     teacher_name, teacher = next(iter(models.items()))
-    judging = dict[str, Checkpoint]()
+    judging = {}
     for name, model in models.items():
         if has_template(model):
             judging[name] = model
@@ -433,7 +433,7 @@ def plan(
     pairs = _known_pairs(teacher)
     teacher_kept = all(prompt.sha256 in pairs for prompt in taken)
     known_hashes = hashes or {}
-    students = list[Checkpoint]()
+    students = []
     for name, model in judging.items():
         kept = _kept_of_student(model, known_hashes.get(name))
         # Costs are of the teacher's answers: without these none of a student's can be kept.

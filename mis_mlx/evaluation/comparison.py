@@ -18,6 +18,7 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.data.token_windows import Windows
+from mis_mlx.evaluation.answer_figures import bits_per_byte
 from mis_mlx.maths import stats
 from mis_mlx.models import config, distributed, host_losses, load
 from mis_mlx.models.host_losses import CHUNK, GROUP
@@ -34,7 +35,7 @@ ACROSS = (
     "reads theirs, over the rows that it shares with them."
 )
 FEW = 100  # tokens; llama.cpp makes no statistics of fewer
-METRICS = ("nll", "kl", "top1")  # of a student, as `by_window` orders them after the base's nll
+METRICS = ("nll", "kl", "top1")  # of a student, in the order of `by_window`
 # {metric: (value, its standard error where there is one)}
 Figures = dict[str, tuple[float, float | None]]
 
@@ -71,7 +72,7 @@ def together(models: Models, held_out: Windows, opened: Opened) -> Means:
     Every machine must call this: the values are gathered at the end.
     """
     own_means = compare(models, own(held_out), opened=opened)
-    means = dict[tuple[str, str], np.ndarray]()
+    means = {}
     for key, values in own_means.items():
         # Window n went to machine n % size, so one value of each machine in turn restores the
         # order. A machine with one window less is padded with None.
@@ -154,8 +155,8 @@ def by_window(
     total, length = held_out.tokens.shape
     size = max(1, GROUP // length)
     for first in range(0, total, size):
-        group = range(first, min(first + size, total))
-        chunks_of = [_chunks(held_out, window) for window in group]
+        last = min(first + size, total)
+        chunks_of = [_chunks(held_out, window) for window in range(first, last)]
         chunks = list(chain.from_iterable(chunks_of))
         _compare_chunks(base, other, chunks)
         for of_window in chunks_of:
@@ -243,28 +244,26 @@ def rows_of(figures: Means, held_out: Windows | None = None) -> list[Row]:
         if held_out:
             # A window in which no prediction counts has no mean.
             counted = values[held_out.learn[:, :-1].any(axis=1)]
-        loss = stats.interval(counted)
-        rows.append(Row(name, metric, *loss, n=len(counted)))
+        count = len(counted)
+        mean, low, high = stats.interval(counted)
+        rows.append(Row(name, metric, mean, low=low, high=high, n=count))
         if metric != "nll":
             continue
-        perplexity = map(math.exp, loss)
-        rows.append(Row(name, "ppl", *perplexity, n=len(counted)))
+        perplexity = Row(
+            name,
+            metric="ppl",
+            value=math.exp(mean),
+            low=math.exp(low),
+            high=math.exp(high),
+            n=count,
+        )
+        rows.append(perplexity)
         if held_out and held_out.text_bytes is not None and held_out.text_bytes.any():
-            rows.append(_bits_per_byte(name, values, held_out))
+            bits = bits_per_byte(nats_of(values, held_out), held_out.text_bytes)
+            rows.append(Row(name, "bpb", *bits, n=len(values)))
             tokens = per_byte(np.ones(len(values)), held_out)
             rows.append(Row(name, "tpb", tokens, n=len(values)))
     return rows
-
-
-def _bits_per_byte(name: str, nll: np.ndarray, held_out: Windows) -> Row:
-    """Bits per byte: those of all windows over their bytes. A ratio's error is linearised."""
-    nbytes = held_out.text_bytes
-    bits = nats_of(nll, held_out) / math.log(2)
-    ratio = bits.sum() / nbytes.sum()
-    # To first order a ratio of means moves as the mean of these values does.
-    deviations = (bits - ratio * nbytes) / nbytes.mean()
-    interval = stats.interval(ratio + deviations)
-    return Row(name, "bpb", *interval, n=len(nll))
 
 
 def across(rows: Sequence[Row], teacher: Means, own: Windows) -> list[Row]:
@@ -283,10 +282,11 @@ def same_vocabulary(teacher: Checkpoint, other: Checkpoint) -> Checkpoint:
 
     MisError where the two tokenizer.json differ in a byte.
     """
-    teacher_file = teacher.path / "tokenizer.json"
-    other_file = other.path / "tokenizer.json"
-    both = teacher_file.is_file() and other_file.is_file()
-    if both and teacher_file.read_bytes() != other_file.read_bytes():
+    files = [model.path / "tokenizer.json" for model in (teacher, other)]
+    if not all(file.is_file() for file in files):
+        return other
+    first, second = files
+    if first.read_bytes() != second.read_bytes():
         raise MisError(
             f"{other.path} has another tokenizer than {teacher.path}: use a student of this teacher"
         )

@@ -29,13 +29,13 @@ def outcomes(
     layers: as in `answering.scores`. num_questions: of each of lm-eval's tasks. Every machine must
     call this.
     """
-    marks_of = dict[str, list[np.ndarray]]()
+    marks_of = {}
     # Model by model, not task by task: a tokenizer is opened once for all tasks.
     for name, model in models.items():
-        marks_of[name] = []
-        for task in wanted.tasks:
-            marks = answering.scores(model, hashes[name], task, limit, layers=layers)
-            marks_of[name].append(marks)
+        marks_of[name] = [
+            answering.scores(model, hashes[name], task, limit, layers=layers)
+            for task in wanted.tasks
+        ]
     for number, task in enumerate(wanted.tasks):
         levels = _levels(hashes, task)
         yield Outcome(
@@ -55,7 +55,7 @@ def outcomes(
 
 def _levels(hashes: Hashes, task: questions.Task) -> dict[str, instructions.Levels] | None:
     """{model: IFEval's two accuracies}; None for a task without instructions."""
-    levels_of = dict[str, instructions.Levels]()
+    levels_of = {}
     for name, sha256 in hashes.items():
         levels = answering.levels(sha256, task)
         if levels:

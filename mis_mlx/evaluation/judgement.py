@@ -74,7 +74,7 @@ class TeacherAnswers:
     def said(self) -> Said:
         """The teacher's answers as those of any other model."""
         nats = np.array([pair.nats or 0.0 for pair in self.pairs], np.float64)
-        logprobs = list[np.ndarray]()
+        logprobs = []
         for pair in self.pairs:
             # Only the sum over an answer is kept, so every token gets the mean.
             mean = -pair.greedy_nats / max(1, pair.greedy_tokens)

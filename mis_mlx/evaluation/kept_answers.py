@@ -62,7 +62,7 @@ class Kept:
 
     def answers(self) -> dict[str, Answer]:
         """{prompt's sha256: its greedy answer}."""
-        answers = dict[str, Answer]()
+        answers = {}
         for record in run_folder.records(self.answers_path):
             answer = answer_records.answer_of(record.get("greedy"))
             if answer is not None:
@@ -75,7 +75,7 @@ class Kept:
 
     def costs(self) -> dict[tuple[str, str], Cost]:
         """{(prompt's sha256, answer's sha256): the answer's cost}."""
-        costs = dict[tuple[str, str], Cost]()
+        costs = {}
         for record in run_folder.records(self.costs_path):
             nats = record.get("nats")
             tokens = record.get("tokens")

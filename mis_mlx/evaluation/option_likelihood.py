@@ -32,7 +32,7 @@ def encode(tokenizer: Any, context: str, options: Sequence[str]) -> Encoded:
     bare = context.rstrip()
     options = [context[len(bare) :] + option for option in options]
     before = list(tokenizer.encode(bare)) or [_first_token(tokenizer)]
-    added = list[list[int]]()
+    added = []
     for option in options:
         if bare:
             together = list(tokenizer.encode(bare + option))
@@ -77,13 +77,15 @@ class Pack(NamedTuple):
 def length(e: Encoded) -> int:
     """Tokens that a question takes in a sequence: an option's last token is predicted only."""
     context, options = e
-    return len(context) + sum(len(option) - 1 for option in options)
+    option_tokens = sum(len(option) - 1 for option in options)
+    return len(context) + option_tokens
 
 
 def packs(encoded: Sequence[Encoded], rows: int = ROWS) -> Iterator[Pack]:
     """All questions in sequences of up to `rows` tokens, those of similar length together."""
     lengths = [length(question) for question in encoded]
-    longest_first = sorted(range(len(encoded)), key=lambda number: -lengths[number])
+    # A stable sort: questions of one length stay in their order.
+    longest_first = sorted(range(len(encoded)), key=lengths.__getitem__, reverse=True)
     for which in grouped(longest_first, lengths.__getitem__, rows):
         yield _pack(encoded, which)
 
@@ -91,9 +93,9 @@ def packs(encoded: Sequence[Encoded], rows: int = ROWS) -> Iterator[Pack]:
 def _pack(encoded: Sequence[Encoded], which: Sequence[int]) -> Pack:
     """The sequence of these questions: each context, and behind it all options, side by side."""
     # for each token of the sequence: its id, position, question, branch (0: context, else option)
-    seen = list[tuple[int, int, int, int]]()
+    seen = []
     # for each predicted token: the row that predicts it, its id, question, option
-    predicted = list[tuple[int, int, int, int]]()
+    predicted = []
     for number in which:
         context, options = encoded[number]
         for position, token in enumerate(context):
@@ -102,7 +104,8 @@ def _pack(encoded: Sequence[Encoded], which: Sequence[int]) -> Pack:
         for choice, option in enumerate(options):
             # The context's last token predicts the option's first one. The option's last token is
             # predicted only: nothing follows it, so it takes no row.
-            own_rows = range(len(seen), len(seen) + len(option) - 1)
+            next_row = len(seen)
+            own_rows = range(next_row, next_row + len(option) - 1)
             for row, token in zip([last_row, *own_rows], option, strict=True):
                 predicted.append((row, token, number, choice))
             for position, token in enumerate(option[:-1], len(context)):
@@ -113,7 +116,9 @@ def _pack(encoded: Sequence[Encoded], which: Sequence[int]) -> Pack:
     earlier = order[:, None] >= order
     same_text = text[:, None] == text
     # An option sees its context and itself, not the other options.
-    same_branch = (branch == 0) | (branch[:, None] == branch)
+    in_context = branch == 0
+    same_option = branch[:, None] == branch
+    same_branch = in_context | same_option
     return Pack(
         which=tuple(which),
         tokens=mx.array(tokens[None]),
@@ -141,7 +146,7 @@ def score(
     head = stream.head()
     vocab = config.shape_of(stream.checkpoint.config).vocab
     sums = [[0.0] * len(options) for _, options in encoded]
-    own_sums = list[tuple[int, list[float]]]()
+    own_sums = []
     for states, pack in zip(hidden, own, strict=True):
         logps = _logps(head, states[0], pack, vocab)
         for (question, option), value in zip(pack.owner, logps, strict=True):
@@ -167,7 +172,13 @@ def _final_hidden(stream: Stream, packed: Sequence[Pack]) -> Hidden:
         for number, pack in enumerate(passing):
             inputs = stream.sides.inputs(layer, number, hidden[number])
             # A question's options stand side by side, so positions and mask are the pack's.
-            outputs = attention_masks.through(block, inputs, pack.sees, pack.positions, window)
+            outputs = attention_masks.through(
+                block,
+                inputs,
+                sees=pack.sees,
+                positions=pack.positions,
+                window=window,
+            )
             hidden[number] = stream.sides.keep(layer, number, outputs)
             evaluate_now(hidden[number])
     return stream.norm(hidden)
@@ -185,9 +196,11 @@ def _logps(head: nn.Module, hidden: mx.array, pack: Pack, vocab: int) -> np.ndar
     for start in range(0, len(used), step):
         rows = mx.array(used[start : start + step])
         logits = load.wide_logits(head, hidden[rows])
-        here = np.flatnonzero((place >= start) & (place < start + step))
+        in_part = (place >= start) & (place < start + step)
+        here = np.flatnonzero(in_part)
         row = mx.array(place[here] - start)
         token = mx.array(pack.token[here])
+        chosen = logits[row, token]
         normalizers = mx.logsumexp(logits, axis=-1)
-        logps[here] = np.array(logits[row, token] - normalizers[row])
+        logps[here] = np.array(chosen - normalizers[row])
     return logps

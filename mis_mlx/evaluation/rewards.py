@@ -213,7 +213,7 @@ def functions(
         raise MisError(
             f"--reward-functions names {unknown[0]}, which is not there: known are {known}"
         )
-    rewards = list[Function]()
+    rewards = []
     for name in chosen:
         if name in theirs:
             rewards.append(Function(name, str(file), name, seconds))
@@ -320,7 +320,7 @@ def _values(
         return alone
     _check_returned(function, values, len(completions))
     numbers: Values = [None if value is None else float(value) for value in values]
-    results = list[tuple[Values, str]]()
+    results = []
     start = 0
     for group in groups:
         end = start + len(group)

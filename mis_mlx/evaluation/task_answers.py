@@ -185,7 +185,7 @@ def _writer(
     stream = Stream(checkpoint, dtype, plan.room, direct=direct)
 
     def write_in_turn(prompts: Prompts) -> list[list[int]]:
-        continuations = list[list[int]]()
+        continuations = []
         for prompt in prompts:
             tokens = streamed_decode.decode(stream, prompt, max_tokens, ends)
             continuations.append(list(chain.from_iterable(tokens)))
@@ -235,9 +235,8 @@ def marks_of_checked(
             "language": question.language,
         }
         rows.append(row)
-    groups = [[text] for text in texts]
-    scored = rewards.score(rewards.functions("correct", None), rows, groups)
-    return [float(score.totals[0] or 0.0) for score in scored]
+    scored = rewards.score(rewards.functions("correct", None), rows, _groups(texts))
+    return _totals(scored)
 
 
 def count_followed(
@@ -259,14 +258,23 @@ def count_followed(
         function=instructions.followed.__name__,
         seconds=instructions.SECONDS,
     )
-    groups = [[text] for text in texts]
-    scored = rewards.score([checker], rows, groups)
+    scored = rewards.score([checker], rows, _groups(texts))
     for number, score in zip(numbers, scored, strict=True):
         for note in score.notes:
             cli.say(
                 f"{task.name} question {number + 1}: its answer counts as following nothing "
                 f"({note})"
             )
+    return _totals(scored)
+
+
+def _groups(texts: Sequence[str]) -> list[list[str]]:
+    """Each text as a group of its own: one completion of its prompt."""
+    return [[text] for text in texts]
+
+
+def _totals(scored: Sequence[rewards.Scores]) -> list[float]:
+    """The reward of the one completion of each group; 0 where it could not be scored."""
     return [float(score.totals[0] or 0.0) for score in scored]
 
 

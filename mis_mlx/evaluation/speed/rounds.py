@@ -210,8 +210,8 @@ def clocked(coming: Iterable[int]) -> tuple[list[float], list[int]]:
 
     The loop below is all that measuring adds between two tokens (benchmarks/throughput.py).
     """
-    stamps = list[float]()
-    tokens = list[int]()
+    stamps = []
+    tokens = []
     began = time.perf_counter()
     for token in coming:
         stamps.append(time.perf_counter() - began)
