@@ -351,9 +351,11 @@ def figures(
     base_nll, nll, kld: in nats. same: 1 where the top token is the same. Δp ("dp") is the change of
     the true token's probability, in percentage points.
     """
-    dp = 100.0 * (np.exp(-nll) - np.exp(-base_nll))
+    base_probability = np.exp(-base_nll)
+    probability = np.exp(-nll)
+    dp = 100.0 * (probability - base_probability)
     top = float(same.mean())
-    top_error = math.sqrt(top * (1.0 - top) / (len(same) - 1))
+    variance = top * (1.0 - top) / (len(same) - 1)
     return {
         "mean_kld": _mean(kld),
         "max_kld": _quantile(kld, 1.0),
@@ -362,7 +364,7 @@ def figures(
         "median_kld": _quantile(kld, 0.5),
         "mean_dp": _mean(dp),
         "rms_dp": _root_mean_square(dp),
-        "same_top_p": (100.0 * top, 100.0 * top_error),
+        "same_top_p": (100.0 * top, 100.0 * math.sqrt(variance)),
         "ppl": _exp(_mean(nll)),
         "ppl_base": _exp(_mean(base_nll)),
         # The error of a mean difference counts the covariance of both.

@@ -16,7 +16,8 @@ from mis_mlx.types import Row
 
 def text_bytes(answers: Sequence[Answer]) -> np.ndarray:
     """(N,) bytes of the answers' texts."""
-    return np.array([len(answer.text.encode()) for answer in answers], np.int64)
+    nbytes = [len(answer.text.encode()) for answer in answers]
+    return np.array(nbytes, np.int64)
 
 
 def mean_logprob(logprobs: Sequence[np.ndarray]) -> float:

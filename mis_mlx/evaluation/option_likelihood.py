@@ -30,7 +30,8 @@ def encode(tokenizer: Any, context: str, options: Sequence[str]) -> Encoded:
     is none. MisError where an option adds no token.
     """
     bare = context.rstrip()
-    options = [context[len(bare) :] + option for option in options]
+    space = context[len(bare) :]
+    options = [space + option for option in options]
     before = list(tokenizer.encode(bare)) or [_first_token(tokenizer)]
     added = []
     for option in options:
@@ -144,11 +145,11 @@ def score(
     own = distributed.shard(packed)
     hidden = _final_hidden(stream, packed)
     head = stream.head()
-    vocab = config.shape_of(stream.checkpoint.config).vocab
+    shape = config.shape_of(stream.checkpoint.config)
     sums = [[0.0] * len(options) for _, options in encoded]
     own_sums = []
     for states, pack in zip(hidden, own, strict=True):
-        logps = _logps(head, states[0], pack, vocab)
+        logps = _logps(head, states[0], pack, shape.vocab)
         for (question, option), value in zip(pack.owner, logps, strict=True):
             sums[question][option] += float(value)
         for number in pack.which:
