@@ -36,7 +36,7 @@ class AnswerBits:
 
 
 class Verdict(NamedTuple):
-    """What is wrong with an answer; nothing where all three are False."""
+    """The faults of an answer; it has none where all three are False."""
 
     loops: bool
     empty: bool
@@ -50,7 +50,7 @@ def loops(text: str) -> bool:
 
 
 def verdict(answer: Answer) -> Verdict:
-    """What is wrong with a greedy answer."""
+    """The faults of a greedy answer."""
     has_words = any(character.isalnum() for character in answer.text)
     return Verdict(loops=loops(answer.text), empty=not has_words, endless=not answer.ended)
 

@@ -115,6 +115,6 @@ class Judgement:
         return found
 
     def part(self, chosen: Sequence[int]) -> "Judgement":
-        """The same for some of the prompts, by number, such as those in one language."""
+        """The same for some of the prompts, by number, for instance those in one language."""
         said = {name: of_model.part(chosen) for name, of_model in self.said.items()}
         return Judgement(self.answers.part(chosen), said)

@@ -189,7 +189,7 @@ def fault(row: object) -> str | None:
 
 
 def _options_fault(options: Any, answer: str) -> str | None:
-    """What is wrong with a row's options, one of which is the answer."""
+    """Why a row's options are not usable; None where they are. One of them is the answer."""
     if not isinstance(options, list) or len(options) < 2:
         return "'options' is no list of two or more"
     for option in options:
