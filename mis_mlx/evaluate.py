@@ -249,6 +249,7 @@ def _plan(
     wanted: EvaluationSet,
     models: Models,
     hashes: Hashes,
+    *,
     limit: Budget,
     prompts: list[Prompt],
 ) -> dict[str, Any]:
