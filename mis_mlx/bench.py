@@ -20,9 +20,9 @@ from mis_mlx.hardware import memory, rates
 from mis_mlx.hardware.thermal import governor, run_monitor, thermal_monitor
 from mis_mlx.models import arch, load, policy, resolve
 from mis_mlx.reporting import progress, text
-from mis_mlx.types import MOST, MisError, Reading, Row, Seconds, Seed, Within
+from mis_mlx.types import MOST, Checkpoint, MisError, Reading, Row, Seconds, Seed, Within
 
-IDLE_S = 5.0  # of rest, whose power is taken off
+IDLE_S = 5.0  # of rest, whose power is subtracted
 
 
 @dataclass(frozen=True)
@@ -46,52 +46,60 @@ class Settings(cli.Budgeted, policy.Computing, run_monitor.ThermalFlags):
 
 
 def measure(
-    folders: Mapping[str, Path], prompt_tokens: int, tokens: int, count: int, limit_bytes: int = 0
+    folders: Mapping[str, Path],
+    prompt_tokens: int,
+    tokens: int,
+    count: int,
+    limit_bytes: int = 0,
 ) -> list[Row]:
-    """Rows `ttft_ms` and `decode_tps` of each model, medians of `count` trials; in turn if all fit
-    in `limit_bytes`.
+    """Rows `ttft_ms` and `decode_tps` of each model, medians of `count` trials.
+
+    The models are timed in turn if all of them fit in `limit_bytes` together.
     """
-    r = rounds.Request(prompt_tokens, max(tokens, 2))
-    trials = dict[str, list[rounds.Measurement]]()
-    together = (
-        sum(rounds.need_bytes(load.open_checkpoint(f), r) for f in folders.values()) <= limit_bytes
-    )
-    for name, done in cli.counted(
-        "trial", rounds.rounds(folders, together, count, r), count * len(folders)
-    ):
-        trials.setdefault(name, []).append(done)
-    figures = {name: rounds.figures(every, r) for name, every in trials.items()}
-    wanted = "ttft_ms", "decode_tps"
-    return [
-        Row(name, metric, of[metric]["median"], n=count)
-        for name, of in figures.items()
-        for metric in wanted
+    request = rounds.Request(prompt_tokens, max(tokens, 2))
+    needs = [
+        rounds.need_bytes(load.open_checkpoint(folder), request) for folder in folders.values()
     ]
+    together = sum(needs) <= limit_bytes
+    trials = rounds.rounds(folders, together, count, request)
+    by_model = dict[str, list[rounds.Measurement]]()
+    for name, trial in cli.counted("trial", trials, count * len(folders)):
+        by_model.setdefault(name, []).append(trial)
+    rows = []
+    for name, of_model in by_model.items():
+        figures = rounds.figures(of_model, request)
+        rows.append(Row(name, "ttft_ms", figures["ttft_ms"]["median"], n=count))
+        rows.append(Row(name, "decode_tps", figures["decode_tps"]["median"], n=count))
+    return rows
 
 
 class Bench:
     """One run: the models by name, and the trials that are finished."""
 
     def __init__(self, s: Settings):
+        """Open the models. MisError where one is given twice, or does not fit the budget."""
         cli.check_ranges(s)
-        self.s, self.r = s, rounds.Request(s.prompt_tokens, s.generation_tokens)
-        folders = [resolve.resolve_model(m).path for m in s.model or [None]]
+        self.s = s
+        self.r = rounds.Request(s.prompt_tokens, s.generation_tokens)
+        folders = [resolve.resolve_model(name).path for name in s.model or [None]]
         if len(set(folders)) < len(folders):
             raise MisError(
                 f"{len(folders)} models given, {len(set(folders))} different ones: give each once"
             )
-        self.models = dict(
-            zip(resolve.labels(folders), map(load.open_checkpoint, folders), strict=True)
-        )
+        self.models = dict[str, Checkpoint]()
+        for name, folder in zip(resolve.labels(folders), folders, strict=True):
+            self.models[name] = load.open_checkpoint(folder)
         limit = memory.budget(s.budget_bytes)
-        needs = {name: rounds.need_bytes(m, self.r) for name, m in self.models.items()}
-        for name, nbytes in needs.items():
+        all_bytes = 0
+        for name, model in self.models.items():
+            nbytes = rounds.need_bytes(model, self.r)
+            all_bytes += nbytes
             limit.need(
                 nbytes,
                 f"timing {name}",
                 "give a larger --budget, a smaller -p, or a model of fewer bits",
             )
-        self.together = sum(needs.values()) <= limit.limit_bytes
+        self.together = all_bytes <= limit.limit_bytes
         if not self.together and len(self.models) > 1:
             cli.say(
                 "the models do not fit in memory together: one after the other, so drift does not "
@@ -101,95 +109,116 @@ class Bench:
         self.stopped = False
 
     def go(self, monitor: thermal_monitor.Monitor | None) -> None:
-        """All trials. Ctrl-C ends them; those that are finished stay."""
-        s, total = self.s, self.s.num_trials * len(self.models)
-        folders = {name: m.path for name, m in self.models.items()}
-        every = rounds.rounds(
-            folders, self.together, s.num_trials, self.r, s.seed, s.delay, monitor, peaks=True
+        """All trials. Ctrl-C ends them; finished ones stay."""
+        total = self.s.num_trials * len(self.models)
+        trials = rounds.rounds(
+            folders={name: model.path for name, model in self.models.items()},
+            together=self.together,
+            count=self.s.num_trials,
+            r=self.r,
+            seed=self.s.seed,
+            delay=self.s.delay,
+            monitor=monitor,
+            peaks=True,
         )
         try:
             with progress.bar("trials", total) as show:
-                for at, (name, done) in enumerate(every, 1):
-                    self.done.setdefault(name, []).append(done)
-                    show(at, f"{name}: {1 / done.tpot_s:.1f} tokens/s")
+                for number, (name, trial) in enumerate(trials, 1):
+                    self.done.setdefault(name, []).append(trial)
+                    show(number, f"{name}: {1 / trial.tpot_s:.1f} tokens/s")
         except KeyboardInterrupt:
             if not self.done:
                 raise
             self.stopped = True
-            cli.say(
-                f"stopped by hand: {sum(map(len, self.done.values()))} of {total} trials are kept"
-            )
+            finished = sum(map(len, self.done.values()))
+            cli.say(f"stopped by hand: {finished} of {total} trials are kept")
 
     def fixed(self) -> dict[str, Any]:
-        """What the same command with the same seed gives again: sizes, texts, tokens."""
-        flags = ("prompt_tokens", "generation_tokens", "num_trials", "seed")
+        """The part of the result that the same command with the same seed gives again: sizes,
+        texts, tokens.
+        """
         models = dict[str, dict[str, Any]]()
-        for name, m in self.models.items():
-            texts = [(t.asked, t.tokens) for t in self.done.get(name, ())]
+        for name, model in self.models.items():
+            dtype = str(policy.compute_dtype(model)).removeprefix("mlx.core.")
+            texts = [(trial.asked, trial.tokens) for trial in self.done.get(name, ())]
             models[name] = {
-                "params": arch.params(m.config),
-                "weight_bytes": m.nbytes,
-                "format": rounds.kind(m, str(policy.compute_dtype(m)).removeprefix("mlx.core.")),
-                "m1_best_tps_computed": rounds.m1_tokens_per_s(m, self.r),
+                "params": arch.params(model.config),
+                "weight_bytes": model.nbytes,
+                "format": rounds.kind(model, dtype),
+                "m1_best_tps_computed": rounds.m1_tokens_per_s(model, self.r),
                 "trials": len(texts),
                 "texts_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
             }
-        return {**{name: getattr(self.s, name) for name in flags}, "models": models}
+        return {
+            "prompt_tokens": self.s.prompt_tokens,
+            "generation_tokens": self.s.generation_tokens,
+            "num_trials": self.s.num_trials,
+            "seed": self.s.seed,
+            "models": models,
+        }
 
     def measured(self, at: rates.Roof, idle_w: float | None) -> dict[str, dict[str, Any]]:
-        """{model: {metric: summary}} of what was timed, and beside it the roof: `*_best_*`,
-        `reached`, `moved_mb`.
+        """{model: {metric: summary}} of everything timed, with the best that the machine `at`
+        allows: `*_best_*`, `reached`, `moved_mb`.
         """
         figures: dict[str, dict[str, Any]] = {}
-        for name, done in self.done.items():
-            values = rounds.figures(done, self.r, idle_w)
-            read_bytes = done[0].read_bytes
-            beside = rounds.beside(
-                self.models[name], read_bytes, self.r, at, values["decode_tps"]["median"]
+        for name, trials in self.done.items():
+            first = trials[0]
+            values = rounds.figures(trials, self.r, idle_w)
+            best = rounds.beside(
+                self.models[name],
+                first.read_bytes,
+                self.r,
+                at=at,
+                tps=values["decode_tps"]["median"],
             )
-            figures[name] = {"load_s": done[0].load_s, **values, **beside}
+            figures[name] = {"load_s": first.load_s, **values, **best}
         return figures
 
 
 def _unfit(reading: Reading) -> str | None:
     """Why times taken now are not the model's own; None where they are."""
-    load = psutil.getloadavg()[0]
-    busy = (
-        f"load average {load:.1f}, more than there are cores"
-        if load > (os.cpu_count() or 1)
-        else None
-    )
-    return governor.unfit_for_timing(reading) or busy
+    reason = governor.unfit_for_timing(reading)
+    if reason:
+        return reason
+    load, _, _ = psutil.getloadavg()
+    if load > (os.cpu_count() or 1):
+        return f"load average {load:.1f}, more than there are cores"
+    return None
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """The command. A machine that is hot at the start or the end, or slows down, is said to be, in
-    the JSON too.
+    """The command. A machine that is hot at the start or the end, or slows down, is reported, in
+    the JSON, too.
     """
     policy.use(settings.compute_dtype)
     bench = Bench(settings)
-    with run_monitor.ThermalMonitor(settings) as weather:
-        at = rates.measure_roof()
-        first = weather.latest()
-        idle_w = None  # what this machine takes at rest, where something measures power
+    with run_monitor.ThermalMonitor(settings) as monitor:
+        roof = rates.measure_roof()
+        first = monitor.latest()
+        idle_w = None  # this machine's power at rest, where something measures power
         if first.power_w is not None:
             time.sleep(IDLE_S)
-            idle_w = rounds.mean_watts(weather, IDLE_S)
+            idle_w = rounds.mean_watts(monitor, IDLE_S)
         unfit = {"before": _unfit(first)}
-        bench.go(weather if idle_w is not None else None)
-        unfit["after"] = _unfit(weather.latest())
+        bench.go(monitor if idle_w is not None else None)
+        unfit["after"] = _unfit(monitor.latest())
     hot = [f"{when}: {why}" for when, why in unfit.items() if why]
-    hot += [why for name, done in bench.done.items() if (why := rounds.slowed(name, done))]
+    for name, trials in bench.done.items():
+        slowed = rounds.slowed(name, trials)
+        if slowed:
+            hot.append(slowed)
     fixed = bench.fixed()
-    measured = bench.measured(at, idle_w)
-    print(text.table(rounds.rows(fixed["models"], measured), list(measured), text.TABLES["bench"]))
+    measured = bench.measured(roof, idle_w)
+    rows = rounds.rows(fixed["models"], measured)
+    print(text.table(rows, list(measured), text.TABLES["bench"]))
     for flag in hot:
         cli.say(
             f"these times measure more than the model ({flag}): let it cool, close other programs, "
             f"use --delay 30"
         )
     result = {**fixed, "machine": rates.about(), "hot": hot, "stopped": bench.stopped}
-    return {**result, "measured": {"models": measured, "roof": asdict(at)}}
+    return {**result, "measured": {"models": measured, "roof": asdict(roof)}}
 
 
 if __name__ == "__main__":

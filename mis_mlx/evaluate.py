@@ -2,22 +2,27 @@
 agreement.
 """
 
-import importlib.metadata
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import numpy as np
-
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import conversations
-from mis_mlx.evaluation import answering, answers, comparison, recovery_table, task_registry
+from mis_mlx.evaluation import (
+    answering,
+    answers,
+    comparison,
+    examination,
+    recovery_table,
+    task_registry,
+)
 from mis_mlx.evaluation.answer_records import Prompt
 from mis_mlx.evaluation.comparison import Models
+from mis_mlx.evaluation.examination import Hashes
 from mis_mlx.evaluation.recovery_table import Outcome
 from mis_mlx.evaluation.task_registry import EvaluationSet
 from mis_mlx.hardware import memory
@@ -40,8 +45,8 @@ from mis_mlx.types import (
 )
 
 LENGTH = 256  # tokens in a window
-Hashes = Mapping[str, str]  # of the models, by name
-# name, title, chosen windows, what opens a model
+KLD_LENGTH = 512  # with --kld
+# name, title, chosen windows, and a function that opens a model for one pass
 Text = tuple[str, str, token_windows.Windows, comparison.Opened]
 
 
@@ -85,99 +90,129 @@ class Settings(cli.Budgeted, policy.Computing):
 
 
 def _print(words: str) -> None:
-    """On stdout; of several machines the first one speaks."""
+    """On stdout, by the first of several machines."""
     if distributed.is_main():
         print(text.aligned(words))
 
 
 def _kld(
-    models: Models, held_out: token_windows.Windows, title: str, opened: comparison.Opened
+    models: Models,
+    held_out: token_windows.Windows,
+    title: str,
+    opened: comparison.Opened,
 ) -> dict[str, Any]:
-    """Print the report on all models but the first, the reference; the same for the JSON line."""
+    """Print llama.cpp's report on all models but the first, the reference; the same for the JSON
+    line.
+    """
     held_out = comparison.second_half(held_out)
     report = comparison.kld(models, held_out, opened)
     tokens = int((held_out.learn > 0).sum())
     sha256 = token_windows.fingerprint(held_out)
     rows = []
-    result = dict[str, Any]({"tokens": tokens, "sha256_tokens": sha256})
-    for name, of in report.items():
-        for metric, (value, error) in of.items():
-            ends = () if error is None else (value - error, value + error)
-            rows.append(Row(name, metric, value, *ends))
+    result: dict[str, Any] = {"tokens": tokens, "sha256_tokens": sha256}
+    for name, figures_of in report.items():
+        for metric, (value, error) in figures_of.items():
             result[f"{metric}_{name}"] = value
-            if error is not None:
+            if error is None:
+                rows.append(Row(name, metric, value))
+            else:
+                rows.append(Row(name, metric, value, low=value - error, high=value + error))
                 result[f"{metric}_se_{name}"] = error
+    table = text.table(rows, list(report), text.TABLES["kld"])
     _print(f"\n{title}: the {tokens} tokens of their second halves, ± one standard error\n")
-    _print(
-        f"{text.table(rows, list(report), text.TABLES['kld'])}\n\nsha256 of the tokens: {sha256}"
-    )
+    _print(f"{table}\n\nsha256 of the tokens: {sha256}")
     return result
 
 
 def _texts(
-    s: Settings, models: Models, tokenizer: Any, limit: Budget, length: int
+    s: Settings,
+    models: Models,
+    tokenizer: Any,
+    limit: Budget,
+    length: int,
 ) -> Iterator[Text]:
-    """Every held-out text, used within the budget, if it fits."""
-    planned = estimates.compared(
-        [estimates.model_of(m) for m in models.values()], s.eval_windows, length
-    )
+    """Every held-out text, one after the other; the budget holds while the caller uses it.
+
+    MisError where the comparison does not fit.
+    """
+    shapes = [estimates.model_of(model) for model in models.values()]
+    planned = estimates.compared(shapes, s.eval_windows, length)
     estimates.fit(limit, planned)
+    layers = s.spread == "layers"
     # One pass is made of each model: blocks stay in memory only to take the next windows while
     # others work.
-    room = estimates.room(limit.limit_bytes, planned.peak_bytes) if s.spread == "layers" else 0
+    room = estimates.room(limit.limit_bytes, planned.peak_bytes) if layers else 0
 
     def opened(model: Checkpoint) -> stream.Stream:
         return machines.opened(
-            model, limit, room, s.eval_windows * length, length, s.spread == "layers"
+            model,
+            limit,
+            room_bytes=room,
+            tokens=s.eval_windows * length,
+            length=length,
+            layers=layers,
         )
 
     for name, held_out in preparation.prepare(s.data, tokenizer, length).held_out.items():
         chosen = comparison.chosen(held_out, s.eval_windows)
         distributed.check_same({name: token_windows.fingerprint(chosen)})
+        title = f"{name}, {len(chosen.tokens)} windows of {length} tokens"
         with memory.limited(limit):
-            yield name, f"{name}, {len(chosen.tokens)} windows of {length} tokens", chosen, opened
+            yield name, title, chosen, opened
 
 
 def _held_out(
-    s: Settings, models: Models, seen: Checkpoint, limit: Budget
+    s: Settings,
+    models: Models,
+    seen: Checkpoint,
+    limit: Budget,
 ) -> tuple[str, dict[str, Any]]:
-    """(Markdown, the same for the JSON line): one table a text. seen: the teacher with its
-    students' vocabulary.
+    """(Markdown, the same for the JSON line), one table for each text.
+
+    seen: the teacher with its students' vocabulary.
     """
     parts = []
-    said = dict[str, Any]()
+    result = dict[str, Any]()
     teacher = models["teacher"]
     tokenizer = load.tokenizer(seen.path)
-    for name, title, chosen, opened in _texts(
-        s, models, tokenizer, limit, s.max_seq_length or LENGTH
-    ):
-        rows = comparison.rows_of(
-            comparison.together({**models, "teacher": seen}, chosen, opened), chosen
-        )
+    compared = {**models, "teacher": seen}
+    length = s.max_seq_length or LENGTH
+    for name, title, chosen, opened in _texts(s, models, tokenizer, limit, length=length):
+        means = comparison.together(compared, chosen, opened)
+        rows = comparison.rows_of(means, chosen)
         if seen is not teacher:
+            # Students of a trimmed vocabulary are compared with the trimmed teacher. The teacher's
+            # own figures are those of its whole vocabulary, over the same text.
             own = token_windows.reread(chosen, tokenizer, load.tokenizer(teacher.path))
-            rows = comparison.across(
-                rows, comparison.together({"teacher": teacher}, own, opened), own
-            )
+            teacher_means = comparison.together({"teacher": teacher}, own, opened)
+            rows = comparison.across(rows, teacher_means, own)
             title = f"{title}. {comparison.ACROSS}"
-        parts.append(f"{title}\n\n{text.table(rows, list(models), text.TABLES['held-out'])}")
-        said[name] = {f"{r.metric}_{r.model}": r.value for r in rows}
-    return "\n\n".join(parts), said
+        table = text.table(rows, list(models), text.TABLES["held-out"])
+        parts.append(f"{title}\n\n{table}")
+        result[name] = {f"{row.metric}_{row.model}": row.value for row in rows}
+    return "\n\n".join(parts), result
 
 
 class _Answered(NamedTuple):
-    """What models answered. page: Markdown, a table a language. told: the same for JSON."""
+    """The models' answers to held-out prompts.
+
+    page: Markdown, a table for each language. result: the same for JSON.
+    """
 
     judgement: answers.Judgement
     page: str
-    told: dict[str, Any]
+    result: dict[str, Any]
 
 
 def _answered(
-    prompts: list[Prompt], models: Models, hashes: Hashes, limit: Budget
+    prompts: list[Prompt],
+    models: Models,
+    hashes: Hashes,
+    limit: Budget,
 ) -> _Answered | None:
-    """What all models answer to held-out prompts, on the first machine; None on others, and where
-    nobody is asked.
+    """All models' answers to held-out prompts, on the first machine.
+
+    None on others, and where there are no prompts. MisError where no prompt suits all models.
     """
     if not prompts or not distributed.is_main():
         return None
@@ -188,19 +223,20 @@ def _answered(
             "the chat templates of these models share no prompt: leave a student out, or --tasks "
             "answers"
         )
-    names = list(judgement.said)
-    told: dict[str, Any] = {
+    result: dict[str, Any] = {
         "prompts": len(judgement.answers.prompts),
         "all": _values(judgement.rows),
     }
     by_language = conversations.tables(judgement)
-    told |= {language: _values(rows) for language, rows in by_language.items()}
+    for language, rows in by_language.items():
+        result[language] = _values(rows)
+    names = list(judgement.said)
     tables = list[dict[str, Any]]()
     for language, rows in (by_language or {"all languages": judgement.rows}).items():
         table = text.table(rows, names, text.TABLES["answers"])
         tables.append({"language": language, "prompts": rows[0].n, "table": table})
     values = {"answers": tables, "verdict": "", "dialogue": "", "expectation": ""}
-    return _Answered(judgement, html.document("answers.md", values), told)
+    return _Answered(judgement, html.document("answers.md", values), result)
 
 
 def _values(rows: list[Row]) -> dict[str, float]:
@@ -213,87 +249,58 @@ def _plan(
     wanted: EvaluationSet,
     models: Models,
     hashes: Hashes,
+    *,
     limit: Budget,
     prompts: list[Prompt],
 ) -> dict[str, Any]:
-    """Peak and time of what is still to be asked, but lm-eval's; said aloud. MisError where
-    something does not fit.
+    """Peak and time of all that is still to be asked, without lm-eval's tasks; said aloud.
+
+    MisError where something does not fit.
     """
-    shapes = [estimates.model_of(m) for m in models.values()]
-    for m, model in zip(shapes, models.values(), strict=True) if wanted.harness else ():
-        need = (
-            m.shape.layers * m.block_work + m.head_work + estimates.workspace_bytes(m, 2048, 2048)
-        )
-        limit.need(
-            need,
-            f"lm-eval's tasks need {model.path} whole in memory, which",
-            "give a larger --budget",
-        )
-    asked = [
-        answering.plan(m, hashes[name], task, limit)
-        for name, m in models.items()
-        for task in wanted.tasks
-    ]
+    shapes = [estimates.model_of(model) for model in models.values()]
+    if wanted.harness:
+        for shape, model in zip(shapes, models.values(), strict=True):
+            _need_whole(shape, model, limit)
+    asked = list[estimates.StageCost | None]()
+    for name, model in models.items():
+        for task in wanted.tasks:
+            asked.append(answering.plan(model, hashes[name], task, limit))
     if prompts:
         asked.append(answers.plan(models, prompts, limit, hashes))
     phases = [phase for phase in asked if phase]
-    known = (
-        f", {len(asked) - len(phases)} of {len(asked)} known from before"
-        if len(phases) < len(asked)
-        else ""
-    )
+    known = ""
+    if len(phases) < len(asked):
+        known = f", {len(asked) - len(phases)} of {len(asked)} known from before"
     if wanted.text:
-        phases.append(estimates.compared(shapes, s.eval_windows, s.max_seq_length or LENGTH))
-        estimates.fit(limit, phases[-1])
+        comparing = estimates.compared(shapes, s.eval_windows, s.max_seq_length or LENGTH)
+        phases.append(comparing)
+        estimates.fit(limit, comparing)
     rates = estimates.machine_rates()
-    peak = max([0, *(p.peak_bytes for p in phases)])
-    seconds = sum(p.seconds(rates) for p in phases) / distributed.size()
+    peak = max((phase.peak_bytes for phase in phases), default=0)
+    # Several machines share the work.
+    seconds = sum(phase.seconds(rates) for phase in phases) / distributed.size()
     cli.say(f"peak {gib(peak)}, about {duration(seconds)}{known}")
     return {"peak_bytes": peak, "seconds": seconds}
 
 
-def _outcomes(
-    s: Settings, wanted: EvaluationSet, models: Models, hashes: Hashes, limit: Budget
-) -> Iterator[Outcome]:
-    """Our tasks, then lm-eval's; each model is asked all of them before the next one."""
-    layers = s.spread == "layers"
-    tasks = wanted.tasks
-    marks = {
-        name: [answering.scores(m, hashes[name], t, limit, layers) for t in tasks]
-        for name, m in models.items()
-    }
-    for at, task in enumerate(tasks):
-        by_model = {name: marks[name][at] for name in models}
-        levels = {
-            name: found for name, sha in hashes.items() if (found := answering.levels(sha, task))
-        }
-        yield Outcome(
-            task=task.name,
-            about=task.about,
-            marks=by_model,
-            chance=answering.chance(task),
-            constant=answering.best_constant(task),
-            overlap=wanted.known.overlap(task),
-            sha256=task.sha256,
-            uniform=answering.uniform(models["teacher"], task),
-            levels=levels or None,
-        )
-    if wanted.harness:
-        theirs = [
-            answering.by_harness(m, hashes[name], wanted.harness, s.num_questions)
-            for name, m in models.items()
-        ]
-        for rows in zip(*theirs, strict=True):
-            about = f"lm-eval {importlib.metadata.version('lm_eval')}, {rows[0]['metric']}"
-            by_model = {
-                name: np.array(row["marks"]) for name, row in zip(models, rows, strict=True)
-            }
-            yield Outcome(rows[0]["task"], about, by_model, np.array(rows[0]["chance"]))
+def _need_whole(m: estimates.ModelSize, model: Checkpoint, limit: Budget) -> None:
+    """MisError where the budget does not hold a whole model that reads 2,048 tokens at once."""
+    weights = m.shape.layers * m.block_work + m.head_work
+    limit.need(
+        weights + estimates.workspace_bytes(m, 2048, 2048),
+        f"lm-eval's tasks need {model.path} whole in memory, which",
+        "give a larger --budget",
+    )
 
 
 def _examine(
-    s: Settings, models: Models, seen: Checkpoint, hashes: Hashes, limit: Budget
+    s: Settings,
+    models: Models,
+    seen: Checkpoint,
+    hashes: Hashes,
+    limit: Budget,
 ) -> dict[str, Any]:
+    """The tasks: judge the rows, plan, ask all models, print and write the recovery table."""
     began = time.monotonic()
     wanted = task_registry.find(s.tasks, s.num_questions, s.data)
     if wanted.harness:
@@ -302,7 +309,7 @@ def _examine(
         cli.say(f"{task.name}: {len(task.questions)} questions; {task.about}")
     distributed.check_same({task.name: task.sha256 for task in wanted.tasks})
     prompts = answers.prompts(s.num_questions) if wanted.answers else []
-    plan = _plan(s, wanted, models, hashes, limit, prompts)
+    plan = _plan(s, wanted, models, hashes, limit=limit, prompts=prompts)
     if s.dry_run:
         counts = {task.name: len(task.questions) for task in wanted.tasks}
         if prompts:
@@ -312,35 +319,61 @@ def _examine(
         figures.need()
         DISK.make_folder(Path(s.out))
     answered = _answered(prompts, models, hashes, limit)
-    outcomes = list(_outcomes(s, wanted, models, hashes, limit))
-    tables, held_out = _held_out(s, models, seen, limit) if wanted.text else ("", {})
+    outcomes = list(
+        examination.outcomes(
+            wanted,
+            models,
+            hashes,
+            limit,
+            layers=s.spread == "layers",
+            num_questions=s.num_questions,
+        )
+    )
+    tables = ""
+    held_out = dict[str, Any]()
+    if wanted.text:
+        tables, held_out = _held_out(s, models, seen, limit)
     page = recovery_table.markdown(outcomes, tables)
     if answered:
         page = f"{answered.page}\n\n{page}".strip()
     _print(f"\n{page}\n")
     if s.out and distributed.is_main():
-        result = {"sha256": hashes, "tasks": [o.json() for o in outcomes], "held_out": held_out}
-        _write(Path(s.out), outcomes, page, result, answered)
-    count = sum(len(o.chance) for o in outcomes) + (len(prompts) if answered else 0)
+        result = {
+            "sha256": hashes,
+            "tasks": [outcome.json() for outcome in outcomes],
+            "held_out": held_out,
+        }
+        _write(Path(s.out), outcomes, page, result, answered=answered)
+    count = sum(len(outcome.chance) for outcome in outcomes)
+    if answered:
+        count += len(prompts)
     cli.say(f"{count} questions, {len(models)} models, {duration(time.monotonic() - began)}")
     return _summary(s, models, outcomes, answered) | {"held_out": held_out}
 
 
 def _summary(
-    s: Settings, models: Models, outcomes: list[Outcome], answered: _Answered | None
+    s: Settings,
+    models: Models,
+    outcomes: list[Outcome],
+    answered: _Answered | None,
 ) -> dict[str, Any]:
-    """What the JSON line tells, but for held-out text."""
-    students = list(models)[1:]
-    told: dict[str, Any] = {"answers": answered.told} if answered else {}
-    told["recovered"] = {o.task: {name: o.recovered(name) for name in students} for o in outcomes}
-    if any(o.levels for o in outcomes):
-        told["instructions"] = {o.task: _accuracies(o) for o in outcomes if o.levels}
-    return told | ({"out": s.out} if s.out else {})
-
-
-def _accuracies(outcome: Outcome) -> dict[str, dict[str, float]]:
-    """{model: IFEval's two accuracies and their mean}, for the JSON line."""
-    return {name: levels.json() for name, levels in (outcome.levels or {}).items()}
+    """The JSON line, without the figures of held-out text."""
+    _, *students = models
+    summary: dict[str, Any] = {"answers": answered.result} if answered else {}
+    summary["recovered"] = {}
+    accuracies = {}
+    for outcome in outcomes:
+        recovered = {name: outcome.recovered(name) for name in students}
+        summary["recovered"][outcome.task] = recovered
+        if outcome.levels:
+            accuracies[outcome.task] = {
+                name: levels.json() for name, levels in outcome.levels.items()
+            }
+    if accuracies:
+        summary["instructions"] = accuracies
+    if s.out:
+        summary["out"] = s.out
+    return summary
 
 
 def _write(
@@ -350,8 +383,9 @@ def _write(
     result: dict[str, Any],
     answered: _Answered | None,
 ) -> None:
+    """The files of --out."""
     if answered:
-        result["answers"] = answered.told
+        result["answers"] = answered.result
         conversations.keep(answered.judgement, out, DISK)
     picture = recovery_table.figure(outcomes)
     title = "The recovery table"
@@ -359,56 +393,80 @@ def _write(
     if picture:
         DISK.replace_text(out / "recovery.svg", figures.standalone(picture))
         page += "\n\n![Recovered](recovery.svg)"
+    lines = json.dumps(result, ensure_ascii=False, indent=1)
     DISK.replace_text(out / "recovery.md", page + "\n")
-    DISK.replace_text(
-        out / "recovery.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n"
-    )
+    DISK.replace_text(out / "recovery.json", lines + "\n")
     DISK.replace_text(out / "recovery.html", html.page(title, body))
 
 
-def run(settings: Settings) -> dict[str, Any]:
-    """The command: the recovery table where tasks are named, else one table a text."""
-    s = settings
-    cli.check_ranges(s)
-    policy.use(s.compute_dtype)
-    if s.out and distributed.is_main():
-        need_place("--out", s.out)
+def _check_flags(s: Settings) -> None:
+    """MisError where flags do not go together."""
     if (s.out or s.dry_run) and not s.tasks:
-        raise MisError(
-            f"{'--out' if s.out else '--dry-run'} goes with --tasks: name some, such as --tasks "
-            f"text"
-        )
+        flag = "--out" if s.out else "--dry-run"
+        raise MisError(f"{flag} goes with --tasks: name some, such as --tasks text")
     if s.kld and s.tasks:
         raise MisError("--kld and --tasks are two reports: give one of them")
     if s.kld and not s.students:
         raise MisError(
             "--kld compares two models, there is only the teacher: name the other with --students"
         )
+
+
+def _opened_models(s: Settings) -> dict[str, Checkpoint]:
+    """The teacher and its students, by name."""
     teacher = resolve.resolve_model(s.teacher).path
-    names = "teacher", *resolve.labels(s.students, ("teacher",))
-    models = dict(
-        zip(names, map(load.open_checkpoint, [teacher, *map(Path, s.students)]), strict=True)
-    )
-    limit, (_, *students) = memory.budget(s.budget_bytes), models.values()
+    names = ("teacher", *resolve.labels(s.students, ("teacher",)))
+    folders = [teacher, *map(Path, s.students)]
+    models = {}
+    for name, folder in zip(names, folders, strict=True):
+        models[name] = load.open_checkpoint(folder)
+    return models
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """The command: the recovery table where tasks are named, else one table for each text."""
+    s = settings
+    cli.check_ranges(s)
+    policy.use(s.compute_dtype)
+    if s.out and distributed.is_main():
+        need_place("--out", s.out)
+    _check_flags(s)
+    models = _opened_models(s)
+    teacher, *students = models.values()
+    limit = memory.budget(s.budget_bytes)
     estimates.settle_precision(limit, *models.values())
-    with progress.run("evaluate"), vocabulary.shared(models["teacher"], students) as seen:
-        hashed = models if s.tasks or distributed.size() > 1 else {}
-        hashes = {name: answering.sha256(model) for name, model in hashed.items()}
+    with progress.run("evaluate"), vocabulary.shared(teacher, students) as seen:
+        # Kept answers are found by the hash; several machines must have the same models.
+        hashes = dict[str, str]()
+        if s.tasks or distributed.size() > 1:
+            hashes = {name: answering.sha256(model) for name, model in models.items()}
         distributed.check_same(hashes)
         if s.tasks:
-            result = _examine(s, models, seen, hashes, limit)
+            result = _examine(s, models, seen, hashes, limit=limit)
         elif s.kld:
-            texts = _texts(s, models, load.tokenizer(seen.path), limit, s.max_seq_length or 512)
-            if seen is not models["teacher"]:
-                cli.say(comparison.ACROSS)
-            models["teacher"] = seen
-            result = {
-                name: _kld(models, chosen, title, opened) for name, title, chosen, opened in texts
-            }
+            result = _kld_reports(s, models, seen, limit)
         else:
             tables, result = _held_out(s, models, seen, limit)
             _print(f"\n{tables}")
-        return {"teacher": str(teacher), "students": list(s.students), **result}
+        return {"teacher": str(teacher.path), "students": list(s.students), **result}
+
+
+def _kld_reports(
+    s: Settings,
+    models: Models,
+    seen: Checkpoint,
+    limit: Budget,
+) -> dict[str, Any]:
+    """llama.cpp's report on each text.
+
+    seen: the teacher with its students' vocabulary, which is the reference.
+    """
+    compared = {**models, "teacher": seen}
+    length = s.max_seq_length or KLD_LENGTH
+    texts = _texts(s, compared, load.tokenizer(seen.path), limit, length=length)
+    if seen is not models["teacher"]:
+        cli.say(comparison.ACROSS)
+    return {name: _kld(compared, chosen, title, opened) for name, title, chosen, opened in texts}
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def test_measure_interleaves_what_fits_and_not_what_does_not(
     opened = rounds.opened
     count = itertools.count()
 
-    def noted(subject: Any, *_: Any) -> Measurement:
+    def noted(subject: Any, *_: Any, **__: Any) -> Measurement:
         order.append("ab"[subject.nbytes % 2])
         return stamped(1.0, 2.0)
 

@@ -1,5 +1,4 @@
-"""Figures of answers: what they cost in bits per byte, how many go wrong, and intervals over
-prompts.
+"""Figures of answers: their cost in bits per byte, how many go wrong, intervals over prompts.
 
 Texts and numbers only: no model is asked here.
 """
@@ -17,13 +16,15 @@ from mis_mlx.maths import stats
 from mis_mlx.types import Row
 
 LOOP_WORDS = 20  # an answer that loops has more
-LOOP_SHARE = 0.35  # of its bytes, and zlib packs it to fewer
-MORE_LOOPS = 10.0  # percent above the teacher's: from there on a student is said to repeat itself
+LOOP_SHARE = 0.35  # zlib packs an answer that loops to a smaller share of its bytes
+MORE_LOOPS = 10.0  # points above the teacher's loops, from which on a student is warned about
 
 
 @dataclass(frozen=True)
 class AnswerBits:
-    """Of every answer (N,): nats of its tokens under a model, with its end; bytes of its text."""
+    """The cost of N answers under a model.
+
+    nats (N,): of each answer's tokens, with its end. nbytes (N,): of its text."""
 
     nats: np.ndarray
     nbytes: np.ndarray
@@ -35,7 +36,7 @@ class AnswerBits:
 
 
 class Verdict(NamedTuple):
-    """What is wrong with an answer."""
+    """The faults of an answer; it has none where all three are False."""
 
     loops: bool
     empty: bool
@@ -49,12 +50,9 @@ def loops(text: str) -> bool:
 
 
 def verdict(answer: Answer) -> Verdict:
-    """What is wrong with a greedy answer; nothing, where all three are False."""
-    return Verdict(
-        loops=loops(answer.text),
-        empty=not any(character.isalnum() for character in answer.text),
-        endless=not answer.ended,
-    )
+    """The faults of a greedy answer."""
+    has_words = any(character.isalnum() for character in answer.text)
+    return Verdict(loops=loops(answer.text), empty=not has_words, endless=not answer.ended)
 
 
 def rows_of(
@@ -69,25 +67,32 @@ def rows_of(
 
     answers: bits per byte. answers_excess: those above the teacher's, paired by prompt. loops,
     empty, endless: percent of the greedy answers. teacher_logprob: nats per token."""
-    found = list[Row]()
-    count = len(of.nats)
+    rows = []
+    prompts = len(of.nats)
     if of.nbytes.sum() > 0:
-        found.append(Row(name, "answers", *_ratio(of.nats, of.nbytes), n=count))
+        bits = bits_per_byte(of.nats, of.nbytes)
+        rows.append(Row(name, "answers", *bits, n=prompts))
         if teacher_bits is not None:
-            excess = of.nats - teacher_bits.nats
-            found.append(Row(name, "answers_excess", *_ratio(excess, of.nbytes), n=count))
+            excess = bits_per_byte(of.nats - teacher_bits.nats, of.nbytes)
+            rows.append(Row(name, "answers_excess", *excess, n=prompts))
     if greedy:
+        prompts = len(greedy)
         verdicts = np.array([verdict(answer) for answer in greedy])
         shares = 100.0 * verdicts.mean(axis=0)
         for metric, share in zip(Verdict._fields, shares, strict=True):
-            found.append(Row(name, metric, float(share), n=len(greedy)))
+            rows.append(Row(name, metric, float(share), n=prompts))
     if logprob is not None and not math.isnan(logprob):
-        found.append(Row(name, "teacher_logprob", logprob, n=len(greedy) if greedy else count))
-    return found
+        rows.append(Row(name, "teacher_logprob", logprob, n=prompts))
+    return rows
 
 
-def _ratio(nats: np.ndarray, nbytes: np.ndarray) -> tuple[float, float, float]:
-    """(bits per byte of all together, low, high), as comparison.rows_of has it for windows."""
-    values = nats / math.log(2)
-    ratio = values.sum() / nbytes.sum()
-    return stats.interval(ratio + (values - ratio * nbytes) / nbytes.mean())
+def bits_per_byte(nats: np.ndarray, nbytes: np.ndarray) -> tuple[float, float, float]:
+    """(bits per byte of all texts together, low, high), from nats and bytes (N,) of each text.
+
+    The interval is 95 %, over texts; the ratio's error is linearised.
+    """
+    bits = nats / math.log(2)
+    ratio = bits.sum() / nbytes.sum()
+    # To first order a ratio of means moves as the mean of these values does.
+    deviations = (bits - ratio * nbytes) / nbytes.mean()
+    return stats.interval(ratio + deviations)

@@ -32,15 +32,15 @@ def log_probabilities(
     asked: Sequence[Prompt],
     answers: Sequence[Answer],
 ) -> list[np.ndarray]:
-    """[(n,) float64] of every answer, in nats: of each of its n tokens behind the prompt.
+    """The log-probabilities of every answer's tokens after its prompt, in nats: [(n,) float64].
 
     One streamed pass: one block in memory at a time, then parts of the head. MisError where the
     model has no chat template, or one that refuses a prompt."""
     need_template(model)
     tokenizer = load.tokenizer(model.path)
     end = _end_of_turn(tokenizer)
-    texts = list[list[int]]()
-    counts = list[int]()
+    texts = []
+    counts = []
     for prompt, answer in zip(asked, answers, strict=True):
         before, own = _tokens_of(tokenizer, prompt, answer, end)
         texts.append([*before, *own])
@@ -54,10 +54,11 @@ def _tokens_of(
     answer: Answer,
     end: int,
 ) -> tuple[list[int], list[int]]:
-    """(ids up to the answer, ids of the answer), as they stand when the model itself answers.
+    """(ids up to the answer, ids of the answer), as they are when the model itself answers.
 
-    Not cut out of the rendered conversation: some templates trim or rewrite an answer, which then
-    has other bytes, and a first letter may melt into the template's last one."""
+    They are not cut out of the rendered conversation: some templates trim or rewrite an answer,
+    which then has other bytes, and a tokenizer may merge its first letter with the template's last
+    one."""
     try:
         before = mlx_generate.chat_ids(tokenizer, prompt.messages)
     except Exception as error:  # a template is a program of the model's: it can raise anything
@@ -65,14 +66,19 @@ def _tokens_of(
         why = f"the chat template refuses the prompt {shown!r} ({error})"
         raise MisError(f"{why}: leave it out") from error
     own = list(tokenizer.encode(answer.text, add_special_tokens=False))
-    return before, [*own, end] if answer.ended else own
+    if answer.ended:
+        own.append(end)
+    return before, own
 
 
 def _end_of_turn(tokenizer: Any) -> int:
-    """The stop token that the chat template puts behind an answer.
+    """The stop token that the chat template puts after an answer.
 
-    The tokenizer's end token where it puts none there. MisError where there is none either."""
-    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    The tokenizer's end token where it puts none there. MisError where there is neither."""
+    talk = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
     stops = set(tokenizer.eos_token_ids)
     try:
         ids, learn = token_windows.conversation({"messages": talk}, tokenizer, mask_prompt=True)
@@ -89,13 +95,13 @@ def of_last_tokens(
     texts: Sequence[Sequence[int]],
     counts: Sequence[int],
 ) -> list[np.ndarray]:
-    """[(n,) float64]: of every text the log-probabilities, in nats, of its last n tokens.
+    """The log-probabilities of every text's last n tokens, in nats: [(n,) float64].
 
-    counts: n of every text; a token must stand before these n. One block of the model in memory at
-    a time, then parts of its head."""
+    counts: n of every text; at least one token must stand before these n. One block of the model is
+    in memory at a time, then parts of its head."""
     if not texts:
         return []
-    targets = list[np.ndarray]()
+    targets = []
     for text, count in zip(texts, counts, strict=True):
         targets.append(np.array(text[len(text) - count :], np.int32))
     stream = Stream(model)
@@ -108,10 +114,10 @@ def _of_targets(
     hidden: Hidden,
     targets: Sequence[np.ndarray],
 ) -> list[np.ndarray]:
-    """The same from the final hidden states (1, T, D) of every text.
+    """The log-probabilities of targets [(n,)], the last tokens of texts with these final states.
 
-    The head comes in parts of the vocabulary, each read once: logsumexp adds up over them, and one
-    of them has the target's logit."""
+    hidden: [(1, T, D)]. The head comes in parts of the vocabulary, each read once: logsumexp adds
+    up over them, and one of them has the target's logit."""
     shape = config.shape_of(stream.checkpoint.config)
     rows = max(1, HEAD_PART // shape.hidden)
     normalizers = [np.full(len(target), -np.inf) for target in targets]
@@ -124,20 +130,23 @@ def _of_targets(
             states = hidden[number][0][-len(target) - 1 : -1]
             part = load.wide_logits(head, states)
             view = host_losses.view(part)
-            found = host_losses.by_rows(_of_part, view, target - start).astype(np.float64)
-            normalizers[number] = np.logaddexp(normalizers[number], found[:, 0])
-            logits[number] = np.maximum(logits[number], found[:, 1])
-    differences = zip(logits, normalizers, strict=True)
-    return [logit - normalizer for logit, normalizer in differences]
+            of_part = host_losses.by_rows(_of_part, view, target - start)
+            normalizer, logit = of_part.astype(np.float64).T
+            normalizers[number] = np.logaddexp(normalizers[number], normalizer)
+            # All parts but one have -inf for the target.
+            logits[number] = np.maximum(logits[number], logit)
+    pairs = zip(logits, normalizers, strict=True)
+    return [logit - normalizer for logit, normalizer in pairs]
 
 
 def _of_part(z: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """(n, 2) of logits z (n, v), which are spent: their logsumexp, and the target's logit.
+    """(n, 2): the logsumexp of logits z (n, v), which are overwritten, and the target's logit.
 
-    -inf in its place where another part of the vocabulary has it."""
-    here = (targets >= 0) & (targets < z.shape[1])
+    The latter is -inf where another part of the vocabulary has the target."""
+    rows, vocab = z.shape
+    here = (targets >= 0) & (targets < vocab)
     places = np.where(here, targets, 0)
-    chosen = z[np.arange(len(z)), places]
+    chosen = z[np.arange(rows), places]
     right = np.where(here, chosen, -np.inf)
     normalizer = host_losses.softmax(z)
     return np.stack([normalizer, right], axis=1)

@@ -1,9 +1,8 @@
-"""Read a value out of a short text: an exact number with its unit, a time of day, or names. Polish
-and English.
+"""Read a value out of a short text: an exact number with its unit, a time of day, or names.
 
-Anything that is not one value and nothing else is no value: "5 or 7", "not 5", "about 5", digits of
-other alphabets, invisible characters, a comma of two readings. Digits are counted before they are
-converted, nothing is evaluated.
+In Polish and English. A text that holds more than one value, or anything else, has no value:
+"5 or 7", "not 5", "about 5", digits of other alphabets, invisible characters, a comma with two
+readings. Digits are counted before they are converted; nothing is evaluated.
 """
 
 import json
@@ -21,16 +20,22 @@ Language = Literal["pl", "en"]
 TEXT_LIMIT = 160
 DIGIT_LIMIT = 30
 
-_KINDS = json.loads((Path(__file__).parent / "units.json").read_text("utf-8"))
-# Name of a unit: its kind, and its factor to the smallest one of that.
-_UNITS = {
-    n: (kind, int(f))
-    for kind, factors in _KINDS.items()
-    for f, names in factors.items()
-    for n in names.split()
-}
+
+def _read_units() -> dict[str, tuple[str, int]]:
+    """{name of a unit: (its kind, its factor to the smallest unit of that kind)}."""
+    path = Path(__file__).parent / "units.json"
+    units = {}
+    for kind, factors in json.loads(path.read_text("utf-8")).items():
+        for factor, names in factors.items():
+            for name in names.split():
+                units[name] = (kind, int(factor))
+    return units
+
+
+_UNITS = _read_units()
 # no-break, thin and narrow no-break spaces, as typeset numbers have them
 _SPACES = "[\u00a0\u2009\u202f]"
+_INVISIBLE = ("Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp")  # categories of Unicode; a tab is allowed
 _NUMBER = re.compile(
     r"(?P<sign>[-+−–]|minus )? ?"
     r"(?:(?P<whole>[0-9]+) (?:i |and )?(?P<top>[0-9]{1,2}) ?/ ?(?P<bottom>[0-9]{1,3})(?![0-9.,])"
@@ -39,7 +44,7 @@ _NUMBER = re.compile(
 )
 # 1.250; 1.250.000,5
 _GROUPED = re.compile(r"[1-9][0-9]{0,2}([.,])[0-9]{3}(?:\1[0-9]{3})*(?:(?!\1)[.,][0-9]+)?")
-# and what may stand before the next number
+# a unit, and what may stand between it and the next number
 _UNIT = re.compile(r" ?([^0-9\s,;()/+−–-]*)(?:,? (?:i |and )?|$)")
 _TIME = re.compile(
     r"(?:o |at |godz\.? ?|godzina |o godzinie )?([0-9]{1,2})[:.]([0-9]{2})(?: ?([ap])\.?m\.?)?",
@@ -51,59 +56,93 @@ _LATEX = re.compile(r"([0-9]?)\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
 
 @dataclass(frozen=True)
 class Quantity:
-    """`amount` in the smallest unit of its kind, "mass": mg; "": none; "clock": minutes. `given`:
-    as written.
+    """A number with its unit.
+
+    amount: in the smallest unit of its kind. kind: "mass" (amount in mg), "clock" (minutes), "" (no
+    unit) and so on. given: the number as written; None where it has several parts ("1 kg 20 dag").
     """
 
     amount: Fraction
     kind: str = ""
-    given: Fraction | None = None  # None: of more than one part, "1 kg 20 dag"
+    given: Fraction | None = None
 
 
-Value = Quantity | tuple[str, ...]  # the words of a list of names, in lower case
+Value = Quantity | tuple[str, ...]  # a quantity, or the lower-case words of a list of names
 
 
 def clean(text: str) -> str | None:
-    """One line without markup and doubled spaces; None where it is too long or holds characters one
-    cannot see.
+    """One line without markup and doubled spaces.
+
+    None where it is too long or holds invisible characters.
     """
     if len(text) > TEXT_LIMIT:
         return None
-    text = re.sub(_SPACES, " ", unicodedata.normalize("NFC", text))
-    if any(
-        unicodedata.category(c) in ("Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp") and c != "\t"
-        for c in text
-    ):
-        return None
-    for wrapped in (r"\text{", r"\mathrm{", r"\textbf{"):
-        while (at := text.find(wrapped)) >= 0 and (end := text.find("}", at)) >= 0:
-            text = f"{text[:at]} {text[at + len(wrapped) : end]}{text[end + 1 :]}"
-    text = _LATEX.sub(lambda m: f"{m[1]} {m[2]}/{m[3]}", text)
-    for mark in ("**", "__", "`", r"\(", r"\)", r"\,", r"\ ", "~"):
-        text = text.replace(mark, " " if mark in (r"\,", r"\ ", "~") else "")
+    text = unicodedata.normalize("NFC", text)
+    text = re.sub(_SPACES, " ", text)
+    for character in text:
+        if unicodedata.category(character) in _INVISIBLE and character != "\t":
+            return None
+    for opening in (r"\text{", r"\mathrm{", r"\textbf{"):
+        text = _unwrapped(text, opening)
+    text = _LATEX.sub(r"\1 \2/\3", text)
+    for mark in ("**", "__", "`", r"\(", r"\)"):
+        text = text.replace(mark, "")
+    for space in (r"\,", r"\ ", "~"):
+        text = text.replace(space, " ")
     text = text.replace(r"\%", "%")
     if len(text) > 1 and text.count("$") == 2:
         text = text.replace("$", "")
-    return re.sub(r"\s+", " ", text).strip().strip("*_").strip()
+    text = re.sub(r"\s+", " ", text)
+    return text.strip().strip("*_").strip()
 
 
-def _fraction(m: re.Match[str], language: Language | None) -> Fraction | None:
-    """An exact number: "−3/4", "2 1/2", "1 250,5" (pl), "1,250.5" (en); None where it is none.
-    language decides what one comma or point before three digits is: in Polish a comma is decimal
+def _unwrapped(text: str, opening: str) -> str:
+    """The text with every LaTeX command `opening` ... } replaced by a space and its contents."""
+    start = text.find(opening)
+    while start >= 0:
+        end = text.find("}", start)
+        if end < 0:
+            break
+        contents = text[start + len(opening) : end]
+        text = f"{text[:start]} {contents}{text[end + 1 :]}"
+        start = text.find(opening)
+    return text
+
+
+def _fraction(match: re.Match[str], language: Language | None) -> Fraction | None:
+    """The exact number of a `_NUMBER`: "−3/4", "2 1/2", "1 250,5" (pl), "1,250.5" (en).
+
+    language decides what one comma or point before three digits is. In Polish a comma is decimal
     and "1.250" is refused, since both readings occur; in English a comma groups. None: refused
-    wherever the two would differ.
+    wherever the two would differ. The result is None where there is no number.
     """
-    if sum(c.isdigit() for c in m[0]) > DIGIT_LIMIT:
+    digits = sum(character.isdigit() for character in match[0])
+    if digits > DIGIT_LIMIT:
         return None
-    sign = -1 if (m["sign"] or "+").strip() in ("-", "−", "–", "minus") else 1
-    if m["plain"]:
-        plain = _decimal(m["plain"], language)
-        return None if plain is None else sign * Fraction(plain)
-    top, bottom = (m["top"], m["bottom"]) if m["whole"] else (m["over"], m["under"])
-    # "1 250/500" could be 1250/500
-    if int(bottom) == 0 or (m["whole"] and int(top) >= int(bottom)):
+    size = _unsigned(match, language)
+    if size is None:
         return None
-    return sign * (int(m["whole"] or 0) + Fraction(int(top), int(bottom)))
+    sign = (match["sign"] or "+").strip()
+    if sign in ("-", "−", "–", "minus"):
+        return -size
+    return size
+
+
+def _unsigned(match: re.Match[str], language: Language | None) -> Fraction | None:
+    """The number without its sign."""
+    if match["plain"]:
+        plain = _decimal(match["plain"], language)
+        return None if plain is None else Fraction(plain)
+    if not match["whole"]:
+        top = int(match["over"])
+        bottom = int(match["under"])
+        return Fraction(top, bottom) if bottom else None
+    top = int(match["top"])
+    bottom = int(match["bottom"])
+    # "1 250/500" could be 1250/500, so a mixed number needs a proper fraction.
+    if bottom == 0 or top >= bottom:
+        return None
+    return int(match["whole"]) + Fraction(top, bottom)
 
 
 def _decimal(text: str, language: Language | None) -> str | None:
@@ -114,7 +153,8 @@ def _decimal(text: str, language: Language | None) -> str | None:
     grouped = _GROUPED.fullmatch(text)
     if grouped is None or spaced:
         return text.replace(",", ".") if one_mark else None
-    if one_mark and grouped[1] == {"pl": ",", "en": "."}.get(language or ""):
+    decimal_marks = {"pl": ",", "en": "."}
+    if one_mark and grouped[1] == decimal_marks.get(language or ""):
         return text.replace(",", ".")
     if one_mark and (language, grouped[1]) != ("en", ","):
         return None
@@ -122,36 +162,53 @@ def _decimal(text: str, language: Language | None) -> str | None:
 
 
 def quantity(text: str, language: Language | None) -> Quantity | None:
-    """A number with or without a unit ("0,45 kg", "$5", "1 h 20 min"); all of `text`, or None."""
+    """A number with or without a unit ("0,45 kg", "$5", "1 h 20 min"); all of `text`, or None.
+
+    Several parts make one quantity where they have units of one kind, from the largest down, and
+    only the last is not a whole number.
+    """
     text = re.sub(r"^(?:[a-zA-Z] ?)?= ?", "", text)
     if text[:1] in ("$", "€") and len(text) > 1:
         text = f"{text[1:].strip()} {text[0]}"
-    # factor and quantity of every number with its unit
-    parts = list[tuple[int, Quantity]]()
-    at = 0
-    while at < len(text):
-        if not (match := _NUMBER.match(text, at)) or (amount := _fraction(match, language)) is None:
-            return None
-        rest = _UNIT.match(text, match.end())
-        if rest is None or (rest[1] and rest[1].lower() not in _UNITS):
-            return None
-        kind, factor = _UNITS[rest[1].lower()] if rest[1] else ("", 1)
-        parts.append((factor, Quantity(amount * factor, kind, amount)))
-        at = rest.end()
-    if len(parts) < 2:
-        return parts[0][1] if parts else None
-    *first, (_, last) = parts
-    falling = all(a > b for (a, _), (b, _) in pairwise(parts))
-    whole = all(q.amount >= 0 and (q.given or Fraction(0)).denominator == 1 for _, q in first)
-    if (
-        {q.kind for _, q in first} != {last.kind}
-        or not last.kind
-        or not falling
-        or not whole
-        or last.amount < 0
-    ):
+    parts = _parts(text, language)
+    if not parts:
         return None
-    return Quantity(sum((q.amount for _, q in parts), Fraction(0)), last.kind)
+    *first, (_, last) = parts
+    if not first:
+        return last
+    for _, part in first:
+        given = part.given or Fraction(0)
+        if part.kind != last.kind or part.amount < 0 or given.denominator != 1:
+            return None
+    falling = all(factor > following for (factor, _), (following, _) in pairwise(parts))
+    if not last.kind or not falling or last.amount < 0:
+        return None
+    total = sum((part.amount for _, part in parts), Fraction(0))
+    return Quantity(total, last.kind)
+
+
+def _parts(text: str, language: Language | None) -> list[tuple[int, Quantity]]:
+    """(factor of its unit, quantity) of every number in a text of nothing else; [] otherwise."""
+    parts = []
+    end = 0
+    while end < len(text):
+        match = _NUMBER.match(text, end)
+        if match is None:
+            return []
+        number = _fraction(match, language)
+        unit = _UNIT.match(text, match.end())
+        if number is None or unit is None:
+            return []
+        name = unit[1].lower()
+        kind = ""
+        factor = 1
+        if name:
+            if name not in _UNITS:
+                return []
+            kind, factor = _UNITS[name]
+        parts.append((factor, Quantity(number * factor, kind, given=number)))
+        end = unit.end()
+    return parts
 
 
 def clock(text: str) -> Quantity | None:
@@ -162,47 +219,57 @@ def clock(text: str) -> Quantity | None:
     hours = int(match[1])
     minutes = int(match[2])
     half = (match[3] or "").lower()
-    if minutes > 59 or hours > (12 if half else 23) or (half and hours == 0):
+    latest = 12 if half else 23
+    if minutes > 59 or hours > latest or (half and hours == 0):
         return None
     if half:
-        hours = hours % 12 + 12 * (half == "p")
+        hours = hours % 12
+    if half == "p":
+        hours += 12
     return Quantity(Fraction(60 * hours + minutes), "clock")
 
 
 def names(text: str) -> tuple[str, ...] | None:
-    """Words that are all of `text`, apart from what stands between items of a list: "Ala, Ola i
-    Ewa".
-    """
-    words = re.sub(r" ?(?:,|;|>|→|->) ?(?:(?:i|and) )?| (?:i|and|oraz) ", ",", text).split(",")
-    alike = all(re.fullmatch(r"[^\W\d_]+(?:[-'][^\W\d_]+)*", word) for word in words)
-    return tuple(word.lower() for word in words) if alike else None
+    """The words of a list that is all of `text`, in lower case: "Ala, Ola i Ewa"."""
+    separator = r" ?(?:,|;|>|→|->) ?(?:(?:i|and) )?| (?:i|and|oraz) "
+    words = re.sub(separator, ",", text).split(",")
+    for word in words:
+        if not re.fullmatch(r"[^\W\d_]+(?:[-'][^\W\d_]+)*", word):
+            return None
+    return tuple(word.lower() for word in words)
 
 
 def value(text: str, language: Language | None, like: Value | None = None) -> Value | None:
-    """A right answer's value as a data set writes it; or an answer's, read as what `like` is. None
-    where it is none.
+    """The value of a text; None where it has none.
+
+    like: a right answer's value; the text is read as the same kind of value. None: the text is a
+    right answer itself, as a data set writes it.
     """
     line = clean(text) or ""
-    # a closing full stop
-    line = line[:-1].rstrip() if line.endswith(".") and not line.endswith("..") else line
-    line = _VULGAR.sub(
-        lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("\u2044", "/"), line
-    ).strip()
+    if line.endswith(".") and not line.endswith(".."):
+        line = line[:-1].rstrip()
+    line = _VULGAR.sub(_spelled_out, line).strip()
     if like is None:
-        return (
-            clock(line)
-            if re.fullmatch(r"[0-9]{1,2}:[0-9]{2}", line)
-            else quantity(line, language) or names(line)
-        )
+        if re.fullmatch(r"[0-9]{1,2}:[0-9]{2}", line):
+            return clock(line)
+        return quantity(line, language) or names(line)
     if isinstance(like, tuple):
         return names(line)
-    return clock(line) if like.kind == "clock" else quantity(line, language)
+    if like.kind == "clock":
+        return clock(line)
+    return quantity(line, language)
+
+
+def _spelled_out(match: re.Match[str]) -> str:
+    """A fraction of one character as digits with a slash: "½" is " 1/2"."""
+    return " " + unicodedata.normalize("NFKC", match[0]).replace("\u2044", "/")
 
 
 def same(answer: Value, right: Value) -> bool:
-    """Whether an answer is the right one: exactly, with units converted. An answer without a unit
-    counts in the unit in which the right one is written; a percentage answers a question for a
-    number; no other unit where none belongs.
+    """Whether an answer is the right one: exactly, with units converted.
+
+    An answer without a unit counts in the unit of the right one. A percentage answers a question
+    for a number. No other unit is accepted where none belongs.
     """
     if isinstance(answer, tuple) or isinstance(right, tuple):
         return answer == right

@@ -1,6 +1,6 @@
-"""Prompts, the answers to them, and the files in which a teacher's answers stand.
+"""Prompts, the answers to them, and the files of a teacher's answers.
 
-Such a file is JSON lines: perhaps a header, then a record for every prompt, {"prompt_sha256",
+A file is JSON lines: an optional header, then a record for every prompt, {"prompt_sha256",
 "sampled": {"text", "ended"}, "greedy": {"text", "ended"}, "nats", "greedy_nats", "greedy_tokens"}.
 """
 
@@ -27,12 +27,13 @@ class Prompt:
     @property
     def sha256(self) -> str:
         """Of the messages, in hex."""
-        return json_sha256([[message["role"], message["content"]] for message in self.messages])
+        messages = [[message["role"], message["content"]] for message in self.messages]
+        return json_sha256(messages)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """ended: a stop token came; otherwise it was cut off."""
+    """A model's answer. ended: a stop token came; otherwise it was cut off."""
 
     text: str
     ended: bool
@@ -40,10 +41,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class AnswerPair:
-    """The teacher's answers to one prompt, and what they cost under the teacher itself.
+    """The teacher's answers to one prompt, with their cost under the teacher itself.
 
-    nats: of the sampled one, of the greedy one; None: not yet measured. greedy_tokens: of the
-    greedy one, its end among them."""
+    nats: of the sampled answer; None where the costs are not yet measured. greedy_nats,
+    greedy_tokens: of the greedy one, its end included."""
 
     sampled: Answer
     greedy: Answer
@@ -54,7 +55,7 @@ class AnswerPair:
 
 def prompt_of(row: rows.Row) -> Prompt:
     """The prompt of a row that `prompt_fault` finds nothing wrong with."""
-    messages = list[dict[str, str]]()
+    messages = []
     for message in row["messages"]:
         messages.append({"role": message["role"], "content": message["content"]})
     return Prompt(tuple(messages), row["kind"], row["language"])
@@ -76,7 +77,7 @@ def prompt_fault(row: object) -> str | None:
 
 
 def rounded(nats: float) -> float:
-    """As kept: what is measured now is what is found there later."""
+    """Nats as they are kept, so that a measured value equals the one read later."""
     return round(nats, 4)
 
 
@@ -98,18 +99,19 @@ def read_pairs(path: Path) -> dict[str, AnswerPair]:
     """{prompt's sha256: its answers} of a file; {} where there is none.
 
     Of two records of one prompt the later one counts. Lines that a crash tore, or that are no
-    answers, are passed over."""
-    found = dict[str, AnswerPair]()
+    answers, are skipped."""
+    pairs = {}
     for record in run_folder.records(path):
         sampled = answer_of(record.get("sampled"))
         greedy = answer_of(record.get("greedy"))
         if sampled is not None and greedy is not None:
-            found[str(record.get("prompt_sha256"))] = _measured(record, AnswerPair(sampled, greedy))
-    return found
+            pair = AnswerPair(sampled, greedy)
+            pairs[str(record.get("prompt_sha256"))] = _with_cost(record, pair)
+    return pairs
 
 
-def _measured(record: dict[str, Any], pair: AnswerPair) -> AnswerPair:
-    """The pair with what it costs under the teacher, where the record has that."""
+def _with_cost(record: dict[str, Any], pair: AnswerPair) -> AnswerPair:
+    """The pair with its cost under the teacher, where the record has that."""
     nats = record.get("nats")
     greedy_nats = record.get("greedy_nats")
     tokens = record.get("greedy_tokens")
@@ -123,7 +125,7 @@ def _measured(record: dict[str, Any], pair: AnswerPair) -> AnswerPair:
 
 
 def answer_of(value: Any) -> Answer | None:
-    """The answer in a record's value; None where that is none."""
+    """The answer in a record's value; None where the value is no answer."""
     if not isinstance(value, dict):
         return None
     text = value.get("text")

@@ -1,4 +1,4 @@
-"""A model writes answers to prompts: how many side by side, and what it says.
+"""A model writes answers to prompts, several at once.
 
 Nothing in here knows whose answers these are, nor where they are kept."""
 
@@ -12,7 +12,7 @@ from mis_mlx.models.text_writer import TextWriter
 from mis_mlx.planner import estimates, writing
 from mis_mlx.types import Budget, Checkpoint
 
-HALF_LETTER = "\ufffd"  # what an answer that was cut off may decode to at its end
+HALF_LETTER = "\ufffd"  # an answer that was cut off inside a letter decodes to this at its end
 
 
 def plan(
@@ -23,7 +23,7 @@ def plan(
     *,
     at_once: Sequence[int],
 ) -> writing.WritingPlan:
-    """How a model's answers are written within the budget. MisError where no way fits."""
+    """How a model's answers are written within the budget. MisError where nothing fits."""
     tokenizer = load.tokenizer(model.path)
     lengths = [len(mlx_generate.chat_ids(tokenizer, prompt.messages)) for prompt in asked]
     return writing.plan_writing(
@@ -44,13 +44,18 @@ def answered(
     *,
     samplers: Sequence[Sampler] = (),
 ) -> list[Answer]:
-    """One answer to each prompt, all written together. samplers: one a prompt; none: greedily."""
+    """One answer to each prompt, all written together.
+
+    samplers: one for each prompt; () for greedy answers."""
     stops = set(tokenizer.eos_token_ids)
     prompt_ids = [mlx_generate.chat_ids(tokenizer, prompt.messages) for prompt in batch]
-    found = list[Answer]()
+    answers = []
     for ids in writer.write(prompt_ids, max_tokens, stop=stops, samplers=samplers):
         ended = ids[-1] in stops
-        own = ids[:-1] if ended else ids
-        text = tokenizer.decode(own, clean_up_tokenization_spaces=False)
-        found.append(Answer(text if ended else text.rstrip(HALF_LETTER), ended))
-    return found
+        if ended:
+            ids = ids[:-1]
+        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        if not ended:
+            text = text.rstrip(HALF_LETTER)
+        answers.append(Answer(text, ended))
+    return answers

@@ -1,21 +1,22 @@
-"""What models answer to prompts that no training knows: what a student is judged by first.
+"""Models answer prompts that no training text holds: the first thing a student is judged by.
 
-A student with fine bits per byte of a manual may still answer nonsense. So it is asked:
+A student may predict a manual well, in bits per byte, and still answer nonsense. So it is asked:
 
-    answers                what the teacher's own sampled answers cost a model, in bits per byte
-    loops, empty, endless  how many of a model's greedy answers go wrong, in percent
-    teacher_logprob        what the teacher makes of these answers, in nats per token
+    answers                cost of the teacher's own sampled answers under a model, in bits per byte
+    loops, empty, endless  share of a model's greedy answers that go wrong, in percent
+    teacher_logprob        log-probability of these answers under the teacher, in nats per token
 
 Every model reads a prompt through its own chat template and an answer with its own tokenizer. Bytes
 are those of the answer's text, so models with different tokenizers compare. A model without a chat
-template is not judged. Answers are written once and kept: the teacher's (evaluation/answer_records;
-those of the default teacher come with the package) and its students' (evaluation/kept_answers)."""
+template is not judged.
+
+Answers are written once and kept: the teacher's (evaluation/answer_records; those of the default
+teacher come with the package) and its students' (evaluation/kept_answers)."""
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,17 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.data import rows
 from mis_mlx.evaluation import answer_records, answer_writing, answering
-from mis_mlx.evaluation.answer_figures import AnswerBits, rows_of
+from mis_mlx.evaluation.answer_figures import AnswerBits
 from mis_mlx.evaluation.answer_likelihood import has_template, log_probabilities, need_template
 from mis_mlx.evaluation.answer_records import Answer, AnswerPair, Prompt
 from mis_mlx.evaluation.answer_writing import answered
+from mis_mlx.evaluation.judgement import (
+    Judgement,
+    Said,
+    TeacherAnswers,
+    mean_logprob,
+    text_bytes,
+)
 from mis_mlx.evaluation.kept_answers import Kept, all_kept
 from mis_mlx.hardware import memory
 from mis_mlx.models import distributed, load, mlx_generate
@@ -39,128 +47,39 @@ from mis_mlx.planner.writing import ANSWER_TOKENS, ANSWERS_AT_ONCE, GREEDY_TOKEN
 from mis_mlx.reporting import progress
 from mis_mlx.storage import hub, run_folder
 from mis_mlx.storage.files import DISK, json_sha256
-from mis_mlx.types import Budget, Checkpoint, MisError, Row
+from mis_mlx.types import Budget, Checkpoint, MisError
 
 SETS = Path(__file__).parent / "sets"
 PROMPTS = SETS / "prompts.jsonl"
 SHIPPED = SETS / "teacher_answers.jsonl"  # of the default teacher, to all of PROMPTS
-VERSION = 1  # of how answers come about: kept ones of another version are not used
+VERSION = 1  # of the way answers are written: kept ones of another version are not used
 TEMPERATURE = 0.8
 TOP_P = 0.95
 SEED = 0
 LONGEST = 512  # tokens of a prompt and its sampled answer; a longer prompt is left out
 
 
-@dataclass(frozen=True)
-class TeacherAnswers:
-    """The teacher's answers to prompts, in their order, and what they cost under the teacher
-    itself.
-    """
-
-    prompts: list[Prompt]
-    pairs: list[AnswerPair]
-
-    @property
-    def sampled(self) -> list[Answer]:
-        """Those by which models are judged in bits."""
-        return [pair.sampled for pair in self.pairs]
-
-    @property
-    def greedy(self) -> list[Answer]:
-        """Those that stand beside a student's own."""
-        return [pair.greedy for pair in self.pairs]
-
-    @property
-    def said(self) -> "Said":
-        """What is known of the teacher, as of any other model."""
-        nats = [pair.nats or 0.0 for pair in self.pairs]
-        tokens = [
-            np.full(pair.greedy_tokens, -pair.greedy_nats / max(1, pair.greedy_tokens))
-            for pair in self.pairs
-        ]
-        return Said(
-            AnswerBits(np.array(nats, np.float64), _nbytes(self.sampled)), self.greedy, tokens
-        )
-
-    def part(self, chosen: Sequence[int]) -> "TeacherAnswers":
-        """Those to some of the prompts, by their numbers."""
-        return TeacherAnswers(
-            prompts=[self.prompts[number] for number in chosen],
-            pairs=[self.pairs[number] for number in chosen],
-        )
-
-
-@dataclass(frozen=True)
-class Said:
-    """What is known of one model.
-
-    bits: of the teacher's sampled answers under it. greedy: its own answers; none, where it was not
-    asked. logprobs: [(n,)], what the teacher gives to the tokens of each of these, in nats."""
-
-    bits: AnswerBits
-    greedy: list[Answer]
-    logprobs: list[np.ndarray]
-
-    @property
-    def logprob(self) -> float:
-        """Mean over the tokens of all greedy answers."""
-        return _mean(self.logprobs)
-
-    def part(self, chosen: Sequence[int]) -> "Said":
-        """The same of some of the prompts, by their numbers."""
-        return Said(
-            bits=AnswerBits(self.bits.nats[chosen], self.bits.nbytes[chosen]),
-            greedy=[self.greedy[number] for number in chosen if self.greedy],
-            logprobs=[self.logprobs[number] for number in chosen if self.logprobs],
-        )
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What was found of all models that were judged, by name; the first one is the teacher."""
-
-    answers: TeacherAnswers
-    said: dict[str, Said]
-
-    @property
-    def greedy(self) -> dict[str, list[Answer]]:
-        """By name, a model's greedy answers to `answers.prompts`."""
-        return {name: said.greedy for name, said in self.said.items()}
-
-    @property
-    def rows(self) -> list[Row]:
-        """The figures of all models, as `rows_of` has them."""
-        teacher_name = next(iter(self.said))
-        found = list[Row]()
-        for name, said in self.said.items():
-            teacher_bits = None if name == teacher_name else self.said[teacher_name].bits
-            found += rows_of(name, said.bits, said.greedy, said.logprob, teacher_bits=teacher_bits)
-        return found
-
-    def part(self, chosen: Sequence[int]) -> "Judgement":
-        """The same of some of the prompts, by their numbers: those in one language, perhaps."""
-        said = {name: of_model.part(chosen) for name, of_model in self.said.items()}
-        return Judgement(self.answers.part(chosen), said)
-
-
 def prompts(count: int, path: Path = PROMPTS) -> list[Prompt]:
     """`count` prompts of a file, spread evenly over it, or all where there are fewer.
 
     MisError lists bad rows."""
-    good, problems = rows.judged(
-        rows.parsed(path), f"{path.name} line", answer_records.prompt_fault
-    )
+    where = f"{path.name} line"
+    good, problems = rows.judged(rows.parsed(path), where, answer_records.prompt_fault)
     rows.refuse(problems)
     if not good:
         raise MisError(f"{path} holds 0 prompts: put one JSON object per line there")
-    chosen = np.linspace(0, len(good) - 1, min(count, len(good))).round().astype(int)
-    return [answer_records.prompt_of(good[number][0]) for number in np.unique(chosen)]
+    places = np.linspace(0, len(good) - 1, min(count, len(good)))
+    chosen = []
+    for number in np.unique(places.round().astype(int)):
+        row, _ = good[number]
+        chosen.append(answer_records.prompt_of(row))
+    return chosen
 
 
 def accepted(models: Sequence[Checkpoint], asked: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts that the chat templates of all these models render, short enough to be answered.
+    """The prompts that every model can take: its chat template renders them, and they are short.
 
-    A prompt and its answer have LONGEST tokens at most. What is left out is said."""
+    A prompt and its answer have LONGEST tokens at most. The number left out is said aloud."""
     left = _fitting(models, asked)
     if len(left) < len(asked):
         why = f"a chat template refuses them, or they and an answer take more than {LONGEST} tokens"
@@ -169,6 +88,7 @@ def accepted(models: Sequence[Checkpoint], asked: Sequence[Prompt]) -> list[Prom
 
 
 def _fitting(models: Sequence[Checkpoint], asked: Sequence[Prompt]) -> list[Prompt]:
+    """As `accepted`, without a word."""
     left = list(asked)
     for model in models:
         tokenizer = load.tokenizer(model.path)
@@ -177,6 +97,7 @@ def _fitting(models: Sequence[Checkpoint], asked: Sequence[Prompt]) -> list[Prom
 
 
 def _fits(tokenizer: Any, prompt: Prompt) -> bool:
+    """Whether one model can take a prompt."""
     try:
         ids = mlx_generate.chat_ids(tokenizer, prompt.messages)
     except Exception:  # a template is a program that came with the model: it can raise anything
@@ -191,7 +112,7 @@ def greedy(
     *,
     keep: Callable[[Prompt, Answer], None] | None = None,
 ) -> list[Answer]:
-    """A model's greedy answers, of GREEDY_TOKENS tokens at most.
+    """A model's greedy answers to all prompts, of GREEDY_TOKENS tokens at most.
 
     keep: takes each answer as soon as its batch is written. MisError where the model has no chat
     template, or does not fit the budget even streamed."""
@@ -200,19 +121,20 @@ def greedy(
     if not asked:
         return written
     tokenizer = load.tokenizer(model.path)
-    way = answer_writing.plan(model, asked, GREEDY_TOKENS, limit, at_once=ANSWERS_AT_ONCE)
+    writing_plan = answer_writing.plan(model, asked, GREEDY_TOKENS, limit, at_once=ANSWERS_AT_ONCE)
     label = f"answers of {model.path.name}"
     with progress.bar(label, len(asked)) as show, memory.limited(limit):
         show(0)
-        writer = TextWriter(model, way.room_bytes, way.direct)
-        for start in range(0, len(asked), way.at_once):
-            batch = asked[start : start + way.at_once]
+        writer = TextWriter(model, writing_plan.room_bytes, writing_plan.direct)
+        for start in range(0, len(asked), writing_plan.at_once):
+            batch = asked[start : start + writing_plan.at_once]
             of_batch = answered(writer, tokenizer, batch, GREEDY_TOKENS)
             written += of_batch
-            for prompt, answer in zip(batch, of_batch, strict=True):
-                if keep is not None:
+            if keep is not None:
+                for prompt, answer in zip(batch, of_batch, strict=True):
                     keep(prompt, answer)
             show(len(written))
+            # Free the buffers of this batch's keys and values, which MLX keeps for reuse.
             mx.clear_cache()
     return written
 
@@ -223,18 +145,20 @@ def teacher_answers(
     limit: Budget,
     shipped: Path = SHIPPED,
 ) -> TeacherAnswers:
-    """The teacher's answers to those of the prompts that it accepts: shipped, kept, or written now.
+    """The teacher's answers to the prompts that it accepts: shipped, kept, or written now.
 
-    Every prompt has random numbers of its own: an answer does not depend on what is written beside
-    it, nor on the budget, except for rounding. A run that was stopped goes on here.
-    MisError: there is no chat template."""
+    Every prompt has random numbers of its own, so an answer does not depend on the others in its
+    batch, nor on the budget, except for rounding. A run that was stopped continues here. MisError
+    where the teacher has no chat template."""
     need_template(teacher)
     taken = accepted([teacher], asked)
     path = _kept_path(_header(teacher))
     known = _known_pairs(teacher, shipped)
+    # A prompt may stand there twice; it is answered once.
     missing = {prompt.sha256: prompt for prompt in taken if prompt.sha256 not in known}
     if missing:
         known |= _write_missing(teacher, list(missing.values()), limit, path)
+    # Shipped answers come without their cost, and a run may have stopped before it was measured.
     unmeasured = [prompt for prompt in taken if known[prompt.sha256].nats is None]
     known |= _measured(teacher, unmeasured, known, path)
     return TeacherAnswers(taken, [known[prompt.sha256] for prompt in taken])
@@ -250,9 +174,10 @@ def _known_pairs(teacher: Checkpoint, shipped: Path = SHIPPED) -> dict[str, Answ
     """The teacher's answers that are kept, or came with the package, by a prompt's sha256."""
     header = _header(teacher)
     known = dict[str, AnswerPair]()
+    # Shipped answers of another teacher, or of other settings, are of no use.
     if answer_records.read_header(shipped) == header:
         known |= answer_records.read_pairs(shipped)
-    # which has what shipped ones cost, once that is measured
+    # The kept file comes second: it has the cost of shipped answers, once that is measured.
     known |= answer_records.read_pairs(_kept_path(header))
     return known
 
@@ -263,22 +188,24 @@ def _measured(
     known: Mapping[str, AnswerPair],
     path: Path,
 ) -> dict[str, AnswerPair]:
-    """The answers to these prompts with what they cost under the teacher itself, which is kept."""
+    """The answers to these prompts with their cost under the teacher itself, which is kept."""
     pairs = [known[prompt.sha256] for prompt in asked]
+    # Two streamed passes of the teacher: one for each kind of answer.
     sampled = log_probabilities(teacher, asked, [pair.sampled for pair in pairs])
     greedy = log_probabilities(teacher, asked, [pair.greedy for pair in pairs])
-    measured = dict[str, AnswerPair]()
+    measured = {}
     if distributed.is_main() and asked:
         DISK.make_folder(path.parent)
     for prompt, pair, of_sampled, of_greedy in zip(asked, pairs, sampled, greedy, strict=True):
-        measured[prompt.sha256] = replace(
+        with_cost = replace(
             pair,
             nats=answer_records.rounded(-float(of_sampled.sum())),
             greedy_nats=answer_records.rounded(-float(of_greedy.sum())),
             greedy_tokens=len(of_greedy),
         )
+        measured[prompt.sha256] = with_cost
         if distributed.is_main():
-            DISK.append(path, answer_records.line_of(prompt, measured[prompt.sha256]))
+            DISK.append(path, answer_records.line_of(prompt, with_cost))
     return measured
 
 
@@ -288,38 +215,45 @@ def _write_missing(
     limit: Budget,
     path: Path,
 ) -> dict[str, AnswerPair]:
-    """The answers to these prompts, by a prompt's sha256. Those of a batch are kept at once."""
-    written = dict[str, AnswerPair]()
+    """The answers to these prompts, by a prompt's sha256. Those of a batch are kept at once.
+
+    Each prompt has two: a sampled one, by which models are judged, and a greedy one, which is shown
+    next to a student's own."""
+    written = {}
     tokenizer = load.tokenizer(teacher.path)
-    way = answer_writing.plan(teacher, asked, ANSWER_TOKENS, limit, at_once=ANSWERS_AT_ONCE)
+    writing_plan = answer_writing.plan(
+        teacher, asked, ANSWER_TOKENS, limit, at_once=ANSWERS_AT_ONCE
+    )
     if distributed.is_main():
         DISK.make_folder(path.parent)
     with progress.bar("answers of the teacher", len(asked)) as show, memory.limited(limit):
         show(0)
-        writer = TextWriter(teacher, way.room_bytes, way.direct)
-        for start in range(0, len(asked), way.at_once):
-            batch = asked[start : start + way.at_once]
+        writer = TextWriter(teacher, writing_plan.room_bytes, writing_plan.direct)
+        for start in range(0, len(asked), writing_plan.at_once):
+            batch = asked[start : start + writing_plan.at_once]
             samplers = [_sampler_of(prompt) for prompt in batch]
             sampled = answered(writer, tokenizer, batch, ANSWER_TOKENS, samplers=samplers)
             greedily = answered(writer, tokenizer, batch, GREEDY_TOKENS)
-            for prompt, one, other in zip(batch, sampled, greedily, strict=True):
-                written[prompt.sha256] = AnswerPair(sampled=one, greedy=other)
+            for prompt, sampled_one, greedy_one in zip(batch, sampled, greedily, strict=True):
+                pair = AnswerPair(sampled=sampled_one, greedy=greedy_one)
+                written[prompt.sha256] = pair
                 if distributed.is_main():
-                    DISK.append(path, answer_records.line_of(prompt, written[prompt.sha256]))
+                    DISK.append(path, answer_records.line_of(prompt, pair))
             show(len(written))
             mx.clear_cache()
     return written
 
 
 def _sampler_of(prompt: Prompt) -> Sampler:
-    """The random numbers of one prompt, whatever else is asked."""
-    return mlx_generate.sampler(TEMPERATURE, SEED + int(prompt.sha256[:8], 16), TOP_P)
+    """The random numbers of one prompt: seeded by the prompt itself, whatever else is asked."""
+    seed = SEED + int(prompt.sha256[:8], 16)
+    return mlx_generate.sampler(TEMPERATURE, seed, TOP_P)
 
 
 def _header(teacher: Checkpoint) -> dict[str, Any]:
-    """What an answer depends on beside its prompt.
+    """Everything that an answer depends on, apart from its prompt.
 
-    Not the type that the teacher computes in: that changes roundings only."""
+    Without the type that the teacher computes in, which changes roundings only."""
     template = str(load.tokenizer(teacher.path).chat_template)
     settings = {
         "version": VERSION,
@@ -334,17 +268,18 @@ def _header(teacher: Checkpoint) -> dict[str, Any]:
 
 
 def _identity(teacher: Checkpoint) -> str:
+    """The teacher as a run's folder records it."""
     return run_folder.origin(teacher, "")["teacher"]
 
 
 def _kept_path(header: Mapping[str, Any]) -> Path:
-    """Where a teacher's answers are kept."""
+    """The file of a teacher's answers."""
     folder = hub.cache_root() / "evaluations" / header["teacher"][:32]
     return folder / f"answers-{json_sha256(header['settings'])[:16]}.jsonl"
 
 
 def _kept_of_student(student: Checkpoint, model_sha256: str | None) -> Kept:
-    """What is kept of a student. model_sha256: answering.sha256 of it, where that is known."""
+    """The files of a student. model_sha256: its `answering.sha256`, where that is known."""
     settings = {
         "version": VERSION,
         "greedy_tokens": GREEDY_TOKENS,
@@ -354,7 +289,7 @@ def _kept_of_student(student: Checkpoint, model_sha256: str | None) -> Kept:
 
 
 def _kept_of_teacher(teacher: Checkpoint) -> Kept:
-    """What is kept of how likely the teacher finds its students' answers."""
+    """The files of the costs of students' answers under the teacher."""
     header = _header(teacher)
     return Kept(header["teacher"], json_sha256(header["settings"]))
 
@@ -371,26 +306,22 @@ def ship(
     path: Path = SHIPPED,
 ) -> TeacherAnswers:
     """Write the file of a teacher's answers that comes with the package."""
-    found = teacher_answers(teacher, asked, limit, shipped=path)
+    answers = teacher_answers(teacher, asked, limit, shipped=path)
     lines = [json.dumps(_header(teacher))]
-    for prompt, pair in zip(found.prompts, found.pairs, strict=True):
+    for prompt, pair in zip(answers.prompts, answers.pairs, strict=True):
         lines.append(answer_records.line_of(prompt, pair))
     DISK.replace_text(path, "".join(f"{line}\n" for line in lines))
-    return found
+    return answers
 
 
 def bits(model: Checkpoint, answers: TeacherAnswers) -> AnswerBits:
-    """What the teacher's sampled answers cost under a model, in one streamed pass.
+    """The cost of the teacher's sampled answers under a model, in one streamed pass.
 
-    The end of the turn counts as a token where an answer has ended; cut off, it has no end."""
+    The end of the turn counts as a token where an answer has ended; one that was cut off has none.
+    """
     logprobs = log_probabilities(model, answers.prompts, answers.sampled)
-    nats = [-values.sum() for values in logprobs]
-    return AnswerBits(np.array(nats, np.float64), _nbytes(answers.sampled))
-
-
-def _nbytes(answers: Sequence[Answer]) -> np.ndarray:
-    """(N,) bytes of the texts."""
-    return np.array([len(answer.text.encode()) for answer in answers], np.int64)
+    nats = np.array([-values.sum() for values in logprobs], np.float64)
+    return AnswerBits(nats, text_bytes(answers.sampled))
 
 
 def teacher_logprob(
@@ -400,14 +331,9 @@ def teacher_logprob(
 ) -> float:
     """Mean log-probability per token, in nats, that the teacher gives to a student's answers.
 
-    NaN where these hold no token. Low for nonsense; high for loops, too: every model expects that
-    they go on."""
-    return _mean(log_probabilities(teacher, asked, answers))
-
-
-def _mean(logprobs: Sequence[np.ndarray]) -> float:
-    count = sum(len(values) for values in logprobs)
-    return float(np.concatenate(logprobs).mean()) if count else math.nan
+    NaN where these hold no token. Low for nonsense, but high for loops: every model expects a loop
+    to go on."""
+    return mean_logprob(log_probabilities(teacher, asked, answers))
 
 
 def judged(
@@ -418,16 +344,17 @@ def judged(
     silent: Collection[str] = (),
     hashes: Mapping[str, str] | None = None,
 ) -> Judgement | None:
-    """What all models answer, by name; the first one is the teacher.
+    """Judge all models, by name, by their answers; the first one is the teacher.
 
-    silent: names of students that are judged by the teacher's answers alone, and write none: that
-    takes most of the time. hashes: `answering.sha256` of models, by name, as far as these are
-    known; what is kept of a student is found by it. None where the teacher has no chat template;
-    another model without one is left out; both are said. A prompt that one of them cannot take is
-    left out for all.
+    silent: names of students that are judged by the teacher's answers alone and write none, since
+    writing takes most of the time. hashes: `answering.sha256` of models, by name, as far as these
+    are known; a student's kept answers are found by it.
+
+    None where the teacher has no chat template. Another model without one is left out; both are
+    said aloud. A prompt that one of them cannot take is left out for all.
     """
     teacher_name, teacher = next(iter(models.items()))
-    judging = dict[str, Checkpoint]()
+    judging = {}
     for name, model in models.items():
         if has_template(model):
             judging[name] = model
@@ -435,16 +362,24 @@ def judged(
             cli.say(f"{model.path}: no chat template: its answers are not judged")
     if teacher_name not in judging:
         return None
-    answers = teacher_answers(teacher, accepted(list(judging.values()), asked), limit)
+    # All models get the same prompts, or their figures would not compare.
+    taken = accepted(list(judging.values()), asked)
+    answers = teacher_answers(teacher, taken, limit)
     if not answers.prompts:
         return None
     said = {teacher_name: answers.said}
+    known_hashes = hashes or {}
     for name, model in judging.items():
-        if name != teacher_name:
-            kept = _kept_of_student(model, (hashes or {}).get(name))
-            said[name] = _student(
-                model, teacher, answers, limit, kept=kept, writes=name not in silent
-            )
+        if name == teacher_name:
+            continue
+        said[name] = _student(
+            model,
+            teacher,
+            answers,
+            limit,
+            kept=_kept_of_student(model, known_hashes.get(name)),
+            writes=name not in silent,
+        )
     return Judgement(answers, said)
 
 
@@ -457,20 +392,26 @@ def _student(
     kept: Kept,
     writes: bool,
 ) -> Said:
-    """What is known of a student; what is not yet kept is asked, and kept."""
+    """One student, judged; whatever is not yet kept is asked now, and kept."""
     asked = answers.prompts
     written = list[Answer]()
     logprobs = list[np.ndarray]()
     if writes:
+        # The student writes only what it has not yet written.
         known = kept.answers()
         missing = [prompt for prompt in asked if prompt.sha256 not in known]
         new = greedy(student, missing, limit, keep=kept.keep_answer)
-        known |= {prompt.sha256: answer for prompt, answer in zip(missing, new, strict=True)}
+        for prompt, answer in zip(missing, new, strict=True):
+            known[prompt.sha256] = answer
         written = [known[prompt.sha256] for prompt in asked]
+        # The teacher reads the student's answers, in one streamed pass.
         of_written = _kept_of_teacher(teacher).measured(teacher, asked, written)
         logprobs = [cost.logprobs for cost in of_written]
-    nats = [cost.nats for cost in kept.measured(student, asked, answers.sampled)]
-    return Said(AnswerBits(np.array(nats, np.float64), _nbytes(answers.sampled)), written, logprobs)
+    # The student reads the teacher's answers, in another one.
+    of_sampled = kept.measured(student, asked, answers.sampled)
+    nats = np.array([cost.nats for cost in of_sampled], np.float64)
+    bits = AnswerBits(nats, text_bytes(answers.sampled))
+    return Said(bits, written, logprobs)
 
 
 def plan(
@@ -479,11 +420,11 @@ def plan(
     limit: Budget,
     hashes: Mapping[str, str] | None = None,
 ) -> estimates.StageCost | None:
-    """What it takes to judge these models, the first of which is the teacher, by their answers.
+    """The cost of `judged` for these models, the first of which is the teacher.
 
-    hashes: as of `judged`. None where all of it is kept. A student of which all is kept costs
-    nothing, any other one as if nothing was. MisError: the teacher has no template, or the budget
-    is too small.
+    hashes: as in `judged`. None where all answers and costs are kept. A student with all of its own
+    kept costs nothing; any other one costs as if nothing were kept. MisError where the teacher has
+    no template, or the budget is too small.
     """
     (_, teacher), *others = models.items()
     need_template(teacher)
@@ -491,10 +432,12 @@ def plan(
     taken = _fitting([teacher, *judging.values()], asked)
     pairs = _known_pairs(teacher)
     teacher_kept = all(prompt.sha256 in pairs for prompt in taken)
-    students = list[Checkpoint]()
+    known_hashes = hashes or {}
+    students = []
     for name, model in judging.items():
-        kept = _kept_of_student(model, (hashes or {}).get(name))
-        if not (teacher_kept and all_kept(kept, _kept_of_teacher(teacher), taken, pairs)):
+        kept = _kept_of_student(model, known_hashes.get(name))
+        # Costs are of the teacher's answers: without these none of a student's can be kept.
+        if not teacher_kept or not all_kept(kept, _kept_of_teacher(teacher), taken, pairs):
             students.append(model)
     if not taken or (teacher_kept and not students):
         return None

@@ -1,21 +1,24 @@
 """Students against their teacher on held-out windows: loss, KL, agreement, per window. Streamed.
 
-Also llama.cpp's report (tools/perplexity, --kl-divergence) in its names and units: over the second
-half of every window; ± is one standard error over tokens, as if they were independent. Unlike
-there, the reference's probabilities are whole (llama.cpp keeps 16 bits and leaves out those under
-e^-16), and a window has no start token before it.
+Also llama.cpp's report (tools/perplexity, --kl-divergence), with its names and units. It covers
+the second half of every window; ± is one standard error over tokens, as if they were independent.
+Two things differ from llama.cpp: the reference's probabilities are complete (llama.cpp keeps
+16 bits and drops those under e^-16), and a window has no start token in front.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import zip_longest
+from dataclasses import dataclass, field
+from itertools import chain, zip_longest
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.data.token_windows import Windows
+from mis_mlx.evaluation.answer_figures import bits_per_byte
 from mis_mlx.maths import stats
 from mis_mlx.models import config, distributed, host_losses, load
 from mis_mlx.models.host_losses import CHUNK, GROUP
@@ -23,163 +26,267 @@ from mis_mlx.models.stream import HEAD_PART, Hidden, Stream, evaluate_now
 from mis_mlx.types import Checkpoint, MisError, Row
 
 Models = Mapping[str, Checkpoint]  # by name
-Opened = Callable[[Checkpoint], Stream]  # for one pass
-Means = Mapping[tuple[str, str], np.ndarray]  # (model, metric): of each window
-Passed = tuple[Checkpoint, Hidden]  # a model, and its final states [(1, T, D)] of every window
+Opened = Callable[[Checkpoint], Stream]  # opens a model for one pass
+Means = Mapping[tuple[str, str], np.ndarray]  # (model, metric) -> (N,), one value per window
+Passed = tuple[Checkpoint, Hidden]  # a model and its final states [(1, T, D)] of every window
 ACROSS = (
     "The teacher reads its own tokens, the others fewer kinds of them. KL and same top token: "
     "against a teacher that "
     "reads theirs, over the rows that it shares with them."
 )
-FEW = 100  # tokens: of no more llama.cpp makes no statistics
+FEW = 100  # tokens; llama.cpp makes no statistics of fewer
+METRICS = ("nll", "kl", "top1")  # of a student, in the order of `by_window`
 # {metric: (value, its standard error where there is one)}
 Figures = dict[str, tuple[float, float | None]]
 
 
 def chosen(held_out: Windows, count: int) -> Windows:
     """`count` windows spread evenly over the held-out text, or all when there are fewer."""
-    n = len(held_out.tokens)
-    return held_out.pick(np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(int)))
+    total = len(held_out.tokens)
+    count = min(count, total)
+    places = np.linspace(0, total - 1, count)
+    return held_out.pick(np.unique(places.round().astype(int)))
 
 
-def final_hidden(model: Checkpoint, held_out: Windows, opened: Opened = Stream) -> Hidden:
+def final_hidden(
+    model: Checkpoint,
+    held_out: Windows,
+    opened: Opened = Stream,
+) -> Hidden:
     """The model's final hidden states [(1, T, D)] of every window. Streamed."""
-    return opened(model).forward([mx.array(w[None]) for w in held_out.tokens])
+    batches = [mx.array(window[None]) for window in held_out.tokens]
+    return opened(model).forward(batches)
 
 
 def own(held_out: Windows) -> Windows:
-    """This machine's windows of those that several share; perhaps none."""
-    return Windows(distributed.shard(held_out.tokens), distributed.shard(held_out.learn))
+    """This machine's share of the windows, perhaps none; without the count of bytes."""
+    return Windows(
+        tokens=distributed.shard(held_out.tokens),
+        learn=distributed.shard(held_out.learn),
+    )
 
 
 def together(models: Models, held_out: Windows, opened: Opened) -> Means:
-    """What `compare` gives, every machine having compared its own windows."""
-    mine = compare(models, own(held_out), opened=opened)
-    whole = dict[tuple[str, str], np.ndarray]()
-    for key, values in mine.items():
-        # windows go round the machines
-        turns = zip_longest(*distributed.all_gather(values.tolist()))
-        whole[key] = np.array([value for turn in turns for value in turn if value is not None])
-    return whole
+    """The result of `compare`, with the windows shared out among the machines.
+
+    Every machine must call this: the values are gathered at the end.
+    """
+    own_means = compare(models, own(held_out), opened=opened)
+    means = {}
+    for key, values in own_means.items():
+        # Window n went to machine n % size, so one value of each machine in turn restores the
+        # order. A machine with one window less is padded with None.
+        gathered = distributed.all_gather(values.tolist())
+        in_order = chain.from_iterable(zip_longest(*gathered))
+        means[key] = np.array([value for value in in_order if value is not None])
+    return means
 
 
 def compare(
-    models: Models, held_out: Windows, hidden: Hidden | None = None, opened: Opened = Stream
+    models: Models,
+    held_out: Windows,
+    hidden: Hidden | None = None,
+    opened: Opened = Stream,
 ) -> Means:
-    """{(model, metric): per-window means (N,)} of all models; the first is the teacher. Streamed.
-    One block of one model in memory at a time, then parts of the teacher's head and of one
-    student's. hidden: what `final_hidden` gave for the teacher, where many students come one after
-    the other.
+    """Per-window means (N,) of every model, by (model, metric). Streamed.
+
+    The first model is the teacher; it has "nll" only. Students have "nll", "kl" (teacher to
+    student), both in nats, and "top1", the share of equal top tokens. A window without predictions
+    that count has 0 everywhere: leave it out, as `rows_of` does.
+
+    One block of one model is in memory at a time, then parts of the teacher's head and of one
+    student's. hidden: the teacher's `final_hidden`, where it is compared with many students in
+    several calls.
     """
     (teacher, base), *students = models.items()
-    mine = final_hidden(base, held_out, opened) if hidden is None else hidden
+    if hidden is None:
+        hidden = final_hidden(base, held_out, opened)
     means_of: dict[tuple[str, str], np.ndarray] = {}
+    # A teacher without students is compared with itself: that is how its own nll comes about.
     for name, model in students or [(teacher, base)]:
-        theirs = mine if model is base else final_hidden(model, held_out, opened)
-        means = [
-            v.mean(axis=0) if len(v) else np.zeros(4)
-            for v in by_window((base, mine), (model, theirs), held_out)
-        ]
-        own, *others = np.array(means).reshape(-1, 4).T
-        means_of.setdefault((teacher, "nll"), own)
+        states = hidden
+        if model is not base:
+            states = final_hidden(model, held_out, opened)
+        means = _window_means((base, hidden), (model, states), held_out)
+        teacher_nll, *student_means = means
+        means_of.setdefault((teacher, "nll"), teacher_nll)
         if students:
-            means_of |= {
-                (name, metric): values
-                for metric, values in zip(("nll", "kl", "top1"), others, strict=True)
-            }
+            for metric, values in zip(METRICS, student_means, strict=True):
+                means_of[name, metric] = values
     return means_of
 
 
-def by_window(base: Passed, other: Passed, held_out: Windows) -> Iterator[np.ndarray]:
-    """(n, 4) float64 of the n predictions that count in each window: the base's nll, the other's,
-    KL(base || other), in nats, whether the top token is the same. The heads come in parts, for as
-    many windows as GROUP has tokens.
+def _window_means(base: Passed, other: Passed, held_out: Windows) -> np.ndarray:
+    """(4, N): the means of `by_window` over the predictions of each window, 0 where it has none."""
+    means = []
+    for values in by_window(base, other, held_out):
+        if len(values):
+            means.append(values.mean(axis=0))
+        else:
+            means.append(np.zeros(4))
+    return np.array(means).reshape(-1, 4).T
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Up to CHUNK predictions of one window.
+
+    positions (n,): where the predictions are made. targets (n,): the tokens that follow there.
+    parts: of each part of the vocabulary so far, what `host_losses.compared` says, (n, 9).
     """
-    shapes = [config.shape_of(model.config) for model, _ in (base, other)]
-    vocab = min(s.vocab for s in shapes)
-    rows = HEAD_PART // max(s.hidden for s in shapes)
-    for first in range(0, len(held_out.tokens), size := max(1, GROUP // held_out.tokens.shape[1])):
-        group = held_out.pick(slice(first, first + size))
-        counted = [np.flatnonzero(learn[:-1]) for learn in group.learn]  # nothing follows the last
-        chunks = [
-            (w, ats[i : i + CHUNK])
-            for w, ats in enumerate(counted)
-            for i in range(0, len(ats), CHUNK)
-        ]
-        parts = [list[Any]() for _ in chunks]
-        heads = (Stream(model).head_parts(vocab, rows) for model, _ in (base, other))
-        for (start, mine), (_, theirs) in zip(*heads, strict=True):
-            sides = (mine, base[1]), (theirs, other[1])
-            for (w, at), found in zip(chunks, parts, strict=True):
-                z_t, z = (
-                    load.wide_logits(head, h[first + w][0][mx.array(at)]) for head, h in sides
-                )
-                found.append(host_losses.compared(z_t, z, group.tokens[w][at + 1], start))
-            lazy = [found for found in parts if isinstance(found[-1], mx.array)]
-            # a GPU waits once a part of the head, not once a chunk
-            evaluate_now([found[-1] for found in lazy])
-            for found in lazy:
-                found[-1] = np.asarray(found[-1])
-        values = [np.zeros((0, 4)), *(host_losses.over_parts(found) for found in parts)]
-        yield from np.split(np.concatenate(values), np.cumsum([len(ats) for ats in counted])[:-1])
+
+    window: int
+    positions: np.ndarray
+    targets: np.ndarray
+    parts: list[Any] = field(default_factory=list)
+
+
+def by_window(
+    base: Passed,
+    other: Passed,
+    held_out: Windows,
+) -> Iterator[np.ndarray]:
+    """(n, 4) float64 for each window, one row for each of its n predictions that count.
+
+    Columns: the base's nll, the other's nll, KL(base || other), all in nats, and 1 where both have
+    the same top token. The heads come in parts of the vocabulary; each part is read once for as
+    many windows as have GROUP tokens together.
+    """
+    total, length = held_out.tokens.shape
+    size = max(1, GROUP // length)
+    for first in range(0, total, size):
+        last = min(first + size, total)
+        chunks_of = [_chunks(held_out, window) for window in range(first, last)]
+        chunks = list(chain.from_iterable(chunks_of))
+        _compare_chunks(base, other, chunks)
+        for of_window in chunks_of:
+            values = [host_losses.over_parts(chunk.parts) for chunk in of_window]
+            # A window without predictions that count still has its entry, with no rows.
+            none = np.zeros((0, 4))
+            yield np.concatenate([none, *values])
+
+
+def _chunks(held_out: Windows, window: int) -> list[_Chunk]:
+    """The predictions of one window that count, in chunks, so that few rows of logits (CHUNK, v)
+    are in memory at a time.
+    """
+    tokens = held_out.tokens[window]
+    # No token follows the last one, so nothing is predicted there.
+    counted = np.flatnonzero(held_out.learn[window][:-1])
+    chunks = []
+    for start in range(0, len(counted), CHUNK):
+        positions = counted[start : start + CHUNK]
+        targets = tokens[positions + 1]
+        chunks.append(_Chunk(window, positions, targets))
+    return chunks
+
+
+def _compare_chunks(base: Passed, other: Passed, chunks: Sequence[_Chunk]) -> None:
+    """Give every chunk what each part of the vocabulary says of it.
+
+    A softmax over the vocabulary needs all logits of a row. Whole heads may not fit in memory, so
+    each part leaves its share of the normalizers, the KL, the target's logit and the top token;
+    `host_losses.over_parts` puts them together.
+    """
+    base_model, base_hidden = base
+    other_model, other_hidden = other
+    base_shape = config.shape_of(base_model.config)
+    other_shape = config.shape_of(other_model.config)
+    # A student with a trimmed vocabulary is compared over the rows that both have.
+    vocab = min(base_shape.vocab, other_shape.vocab)
+    rows = HEAD_PART // max(base_shape.hidden, other_shape.hidden)
+    base_parts = Stream(base_model).head_parts(vocab, rows)
+    other_parts = Stream(other_model).head_parts(vocab, rows)
+    # Both heads advance in step: one part of each is in memory.
+    for (start, base_head), (_, other_head) in zip(base_parts, other_parts, strict=True):
+        for chunk in chunks:
+            base_logits = _logits(base_head, base_hidden, chunk)
+            other_logits = _logits(other_head, other_hidden, chunk)
+            # This overwrites the logits.
+            part = host_losses.compared(base_logits, other_logits, chunk.targets, start)
+            chunk.parts.append(part)
+        # On a GPU the parts are lazy until here: it waits once a part of the head, not once a
+        # chunk. On a CPU they are numpy's already.
+        parts = [chunk.parts[-1] for chunk in chunks]
+        evaluate_now([part for part in parts if isinstance(part, mx.array)])
+        for chunk, part in zip(chunks, parts, strict=True):
+            chunk.parts[-1] = np.asarray(part)
+
+
+def _logits(head: nn.Module, hidden: Hidden, chunk: _Chunk) -> mx.array:
+    """(n, v) float32 logits of a chunk's n predictions, over the v tokens of a part of the head."""
+    states = hidden[chunk.window][0]
+    positions = mx.array(chunk.positions)
+    return load.wide_logits(head, states[positions])
 
 
 def nats_of(values: np.ndarray, windows: Windows) -> np.ndarray:
-    """(N,) nats of each window's text, from means over its tokens."""
-    return values * (windows.learn[:, :-1] > 0).sum(axis=1)
+    """(N,) nats of each window's text, from means (N,) over its tokens."""
+    counted = windows.learn[:, :-1] > 0
+    return values * counted.sum(axis=1)
 
 
 def per_byte(values: np.ndarray, windows: Windows) -> float:
-    """Nats a byte of the text of all windows together, from means over each one's tokens."""
-    return float(nats_of(values, windows).sum() / windows.text_bytes.sum())
+    """Nats per byte of the text of all windows together, from means (N,) over each one's tokens."""
+    nats = nats_of(values, windows)
+    return float(nats.sum() / windows.text_bytes.sum())
 
 
 def rows_of(figures: Means, held_out: Windows | None = None) -> list[Row]:
-    """One row per model and metric, with its 95 % interval over windows; perplexity from the loss,
-    and bits per byte where the bytes of `held_out` were counted: those of all windows over their
-    bytes, a ratio's error linearised.
+    """One row per model and metric, with its 95 % interval over windows.
+
+    The loss also gives perplexity, and bits per byte ("bpb") and tokens per byte ("tpb") where the
+    bytes of `held_out` were counted.
     """
     rows = []
-    nbytes = held_out.text_bytes if held_out else None
     for (name, metric), values in figures.items():
-        # A window in which no prediction counts has no mean.
-        counted = values[held_out.learn[:, :-1].any(axis=1)] if held_out else values
+        counted = values
+        if held_out:
+            # A window in which no prediction counts has no mean.
+            counted = values[held_out.learn[:, :-1].any(axis=1)]
+        count = len(counted)
         mean, low, high = stats.interval(counted)
-        rows.append(Row(name, metric, mean, low, high, len(counted)))
-        if metric == "nll":
-            rows.append(
-                Row(name, "ppl", math.exp(mean), math.exp(low), math.exp(high), len(counted))
-            )
-        if metric == "nll" and held_out and nbytes is not None and nbytes.any():
-            bits = nats_of(values, held_out) / math.log(2)
-            ratio = bits.sum() / nbytes.sum()
-            rows.append(
-                Row(
-                    name,
-                    "bpb",
-                    *stats.interval(ratio + (bits - ratio * nbytes) / nbytes.mean()),
-                    len(values),
-                )
-            )
-            rows.append(Row(name, "tpb", per_byte(np.ones(len(values)), held_out), n=len(values)))
+        rows.append(Row(name, metric, mean, low=low, high=high, n=count))
+        if metric != "nll":
+            continue
+        perplexity = Row(
+            name,
+            metric="ppl",
+            value=math.exp(mean),
+            low=math.exp(low),
+            high=math.exp(high),
+            n=count,
+        )
+        rows.append(perplexity)
+        if held_out and held_out.text_bytes is not None and held_out.text_bytes.any():
+            bits = bits_per_byte(nats_of(values, held_out), held_out.text_bytes)
+            rows.append(Row(name, "bpb", *bits, n=len(values)))
+            tokens = per_byte(np.ones(len(values)), held_out)
+            rows.append(Row(name, "tpb", tokens, n=len(values)))
     return rows
 
 
 def across(rows: Sequence[Row], teacher: Means, own: Windows) -> list[Row]:
-    """Rows of models that read other tokens than the teacher, and of it on its `own` windows; none
-    is per token.
+    """Rows of students that read other tokens than their teacher, none of which is per token.
+
+    teacher: the means of the teacher on its `own` windows; they replace its rows in `rows`.
     """
     ((name, _),) = teacher
-    both = [*rows_of(teacher, own), *(r for r in rows if r.model != name)]
-    return [r for r in both if r.metric not in ("nll", "ppl")]
+    students = [row for row in rows if row.model != name]
+    both = [*rows_of(teacher, own), *students]
+    return [row for row in both if row.metric not in ("nll", "ppl")]
 
 
 def same_vocabulary(teacher: Checkpoint, other: Checkpoint) -> Checkpoint:
-    """A student judged token by token must share the tokenizer: `other`, if the files are equal
-    byte for byte.
+    """`other`, if it has the teacher's tokenizer: a student judged token by token needs it.
+
+    MisError where the two tokenizer.json differ in a byte.
     """
-    a, b = (m.path / "tokenizer.json" for m in (teacher, other))
-    if a.is_file() and b.is_file() and a.read_bytes() != b.read_bytes():
+    files = [model.path / "tokenizer.json" for model in (teacher, other)]
+    if not all(file.is_file() for file in files):
+        return other
+    first, second = files
+    if first.read_bytes() != second.read_bytes():
         raise MisError(
             f"{other.path} has another tokenizer than {teacher.path}: use a student of this teacher"
         )
@@ -187,12 +294,14 @@ def same_vocabulary(teacher: Checkpoint, other: Checkpoint) -> Checkpoint:
 
 
 def second_half(held_out: Windows) -> Windows:
-    """The same windows, predictions in their first half not counted. MisError when too few are
-    left.
+    """The same windows, with predictions in their first half not counted.
+
+    MisError when fewer than FEW are left.
     """
     learn = held_out.learn.copy()
     learn[:, : learn.shape[1] // 2] = 0
-    if (count := int((learn > 0).sum())) < FEW:
+    count = int((learn > 0).sum())
+    if count < FEW:
         why = (
             f"{count} tokens lie in the second halves of {len(learn)} windows, statistics need "
             f"{FEW}"
@@ -201,45 +310,90 @@ def second_half(held_out: Windows) -> Windows:
     return Windows(held_out.tokens, learn)
 
 
-def kld(models: Models, held_out: Windows, opened: Opened = Stream) -> dict[str, Figures]:
-    """{name: figures} of all models but the first, the reference: of the predictions that count,
-    each machine's own.
+def kld(
+    models: Models,
+    held_out: Windows,
+    opened: Opened = Stream,
+) -> dict[str, Figures]:
+    """{name: figures} of all models but the first, which is the reference.
+
+    Over the predictions that count. Every machine must call this: each compares its own windows,
+    then all rows are gathered.
     """
     (_, base), *others = models.items()
     held_out = own(held_out)
-    mine = final_hidden(base, held_out, opened)
+    hidden = final_hidden(base, held_out, opened)
     report = {}
     for name, other in cli.counted("model", others, len(others)):
-        values = by_window((base, mine), (other, final_hidden(other, held_out, opened)), held_out)
-        each = distributed.all_gather([row for window in values for row in window.tolist()])
-        report[name] = figures(*np.array([row for part in each for row in part]).T)
+        # The other's hidden states get no name: it would keep them during the next model's pass.
+        windows = by_window(
+            base=(base, hidden),
+            other=(other, final_hidden(other, held_out, opened)),
+            held_out=held_out,
+        )
+        own_rows = list[list[float]]()
+        for values in windows:
+            own_rows += values.tolist()
+        gathered = distributed.all_gather(own_rows)
+        every = np.array(list(chain.from_iterable(gathered)))
+        report[name] = figures(*every.T)
     return report
 
 
-def figures(base_nll: np.ndarray, nll: np.ndarray, kld: np.ndarray, same: np.ndarray) -> Figures:
-    """llama.cpp's figures from (n,) values per token. Δp is the change of the true token's
-    probability.
+def figures(
+    base_nll: np.ndarray,
+    nll: np.ndarray,
+    kld: np.ndarray,
+    same: np.ndarray,
+) -> Figures:
+    """llama.cpp's figures from values per token, each (n,).
+
+    base_nll, nll, kld: in nats. same: 1 where the top token is the same. Δp ("dp") is the change of
+    the true token's probability, in percentage points.
     """
-
-    def mean(values: np.ndarray) -> tuple[float, float]:
-        return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
-
-    def exp(log: tuple[float, float]) -> tuple[float, float]:
-        return math.exp(log[0]), math.exp(log[0]) * log[1]
-
-    dp = 100.0 * (np.exp(-nll) - np.exp(-base_nll))
-    square, square_se = mean(np.square(dp))
-    rms = math.sqrt(square)
+    base_probability = np.exp(-base_nll)
+    probability = np.exp(-nll)
+    dp = 100.0 * (probability - base_probability)
     top = float(same.mean())
-    shares = {"max_kld": 1.0, "p999_kld": 0.999, "p99_kld": 0.99, "median_kld": 0.5}
+    variance = top * (1.0 - top) / (len(same) - 1)
     return {
-        "mean_kld": mean(kld),
-        **{name: (float(np.quantile(kld, share)), None) for name, share in shares.items()},
-        "mean_dp": mean(dp),
-        "rms_dp": (rms, square_se / (2 * rms) if rms else 0.0),
-        "same_top_p": (100.0 * top, 100.0 * math.sqrt(top * (1.0 - top) / (len(same) - 1))),
-        "ppl": exp(mean(nll)),
-        "ppl_base": exp(mean(base_nll)),
-        # the error of a mean difference, covariance and all
-        "ppl_ratio": exp(mean(nll - base_nll)),
+        "mean_kld": _mean(kld),
+        "max_kld": _quantile(kld, 1.0),
+        "p999_kld": _quantile(kld, 0.999),
+        "p99_kld": _quantile(kld, 0.99),
+        "median_kld": _quantile(kld, 0.5),
+        "mean_dp": _mean(dp),
+        "rms_dp": _root_mean_square(dp),
+        "same_top_p": (100.0 * top, 100.0 * math.sqrt(variance)),
+        "ppl": _exp(_mean(nll)),
+        "ppl_base": _exp(_mean(base_nll)),
+        # The error of a mean difference counts the covariance of both.
+        "ppl_ratio": _exp(_mean(nll - base_nll)),
     }
+
+
+def _mean(values: np.ndarray) -> tuple[float, float]:
+    """(mean, its standard error)."""
+    error = values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean()), float(error)
+
+
+def _quantile(values: np.ndarray, share: float) -> tuple[float, None]:
+    """The value below which this share of them lies; it has no standard error here."""
+    return float(np.quantile(values, share)), None
+
+
+def _root_mean_square(values: np.ndarray) -> tuple[float, float]:
+    """(root of the mean square, its standard error by the first derivative, 0 at 0)."""
+    square, error = _mean(np.square(values))
+    root = math.sqrt(square)
+    if not root:
+        return 0.0, 0.0
+    return root, error / (2 * root)
+
+
+def _exp(log: tuple[float, float]) -> tuple[float, float]:
+    """exp of a mean, with its standard error by the first derivative."""
+    mean, error = log
+    value = math.exp(mean)
+    return value, value * error

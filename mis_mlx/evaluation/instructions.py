@@ -1,7 +1,7 @@
 """IFEval's instructions: whether they can be checked here, and how many of them an answer follows.
 
 The package if-verifiable checks them (IFEval: Zhou et al., arXiv 2311.07911). It brings `datasets`
-and NLTK, and some checkers take their time on odd texts, so it runs in a process of its own.
+and NLTK, and some checkers are slow on odd texts, so it runs in a process of its own.
 """
 
 import json
@@ -14,7 +14,7 @@ from mis_mlx.types import MisError
 
 PACKAGE = "if_verifiable"
 INSTALL = "pip install 'mis-mlx[ifeval]'"
-# These split text into sentences with NLTK's model of English, which no package brings.
+# These split text into sentences with NLTK's model of English, which comes with no package.
 SPLITTING = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
 SPLITTER = "punkt_tab"
 SECONDS = 120.0  # for one batch of answers, with 2 s for the imports
@@ -26,7 +26,7 @@ DRESSED = '"this is the answer"'
 
 
 class Instruction(NamedTuple):
-    """One thing that an answer has to do: its name in IFEval, and the arguments of its checker."""
+    """One instruction: its name in IFEval, and the arguments of its checker."""
 
     name: str
     arguments: Mapping[str, Any]
@@ -35,12 +35,12 @@ class Instruction(NamedTuple):
 class Levels(NamedTuple):
     """IFEval's two strict accuracies of a model, from 0 to 1."""
 
-    prompt_strict: float  # prompts of which every instruction is followed
-    inst_strict: float  # instructions that are followed
+    prompt_strict: float  # share of prompts of which every instruction is followed
+    inst_strict: float  # share of instructions that are followed
 
     @property
     def mean(self) -> float:
-        """The known number, as the model cards of SmolLM2 give it."""
+        """The published number, as in the model cards of SmolLM2."""
         return (self.prompt_strict + self.inst_strict) / 2
 
     def json(self) -> dict[str, float]:
@@ -53,12 +53,13 @@ class Levels(NamedTuple):
 
 
 def levels(followed: Sequence[int], counts: Sequence[int]) -> Levels:
-    """Both accuracies. followed, counts (n,): instructions of each prompt that are followed, and
-    all of them.
+    """Both accuracies.
+
+    followed, counts (n,): how many of each prompt's instructions are followed, and how many it has.
     """
-    whole = sum(done == count for done, count in zip(followed, counts, strict=True))
+    complete = sum(done == count for done, count in zip(followed, counts, strict=True))
     return Levels(
-        prompt_strict=whole / len(counts),
+        prompt_strict=complete / len(counts),
         inst_strict=sum(followed) / sum(counts),
     )
 
@@ -72,15 +73,15 @@ def marks(followed: Sequence[int], counts: Sequence[int]) -> list[float]:
     mark above 1 when all are followed.
     """
     weight = len(counts) / sum(counts)
-    found = []
+    marks_of = []
     for done, count in zip(followed, counts, strict=True):
-        whole = 1.0 if done == count else 0.0
-        found.append((whole + weight * done) / 2)
-    return found
+        complete = float(done == count)
+        marks_of.append((complete + weight * done) / 2)
+    return marks_of
 
 
 def fault(row: Mapping[str, Any]) -> str | None:
-    """Why a row's instructions have not the form of IFEval's, or None when they have."""
+    """Why a row's instructions do not have the form of IFEval's; None where they do."""
     names = row["instruction_id_list"]
     arguments = row["kwargs"]
     if not isinstance(names, list) or not names:
@@ -95,20 +96,16 @@ def fault(row: Mapping[str, Any]) -> str | None:
 
 
 def of_row(row: Mapping[str, Any]) -> tuple[Instruction, ...]:
-    """The instructions of a row that `fault` finds nothing wrong with. Arguments that are null are
-    left out.
-    """
-    found = []
+    """The instructions of a row that `fault` finds nothing wrong with, without null arguments."""
+    instructions = []
     for name, arguments in zip(row["instruction_id_list"], row["kwargs"], strict=True):
         given = {key: value for key, value in arguments.items() if value is not None}
-        instruction = Instruction(name=name, arguments=given)
-        found.append(instruction)
-    return tuple(found)
+        instructions.append(Instruction(name=name, arguments=given))
+    return tuple(instructions)
 
 
 def check(task: str, asked: Sequence[Sequence[Instruction]]) -> list[str]:
-    """What is wrong with the instructions of each question, as sentences that name the question of
-    `task`.
+    """Problems with the instructions of a task's questions, as sentences that name the question.
 
     MisError where they cannot be checked on this machine: no package, or no model that splits
     sentences.
@@ -118,11 +115,11 @@ def check(task: str, asked: Sequence[Sequence[Instruction]]) -> list[str]:
             f"{task}: if-verifiable checks its {len(asked)} answers, which is not here: {INSTALL}"
         )
     try:
-        found = child_process.ask(__name__, _unusable.__name__, {"asked": asked}, SECONDS)
+        verdict = child_process.ask(__name__, _unusable.__name__, {"asked": asked}, SECONDS)
     except child_process.NoAnswer as error:
         raise MisError(f"{task}: if-verifiable does not work here ({error}): {INSTALL}") from None
     splitting = sum(_splits(question) for question in asked)
-    if splitting and not found["splitter"]:
+    if splitting and not verdict["splitter"]:
         why = (
             f"{task}: {splitting} of {len(asked)} questions count sentences or words with "
             f"NLTK's "
@@ -130,20 +127,20 @@ def check(task: str, asked: Sequence[Sequence[Instruction]]) -> list[str]:
         )
         raise MisError(f"{why}, which is not here: python -m nltk.downloader {SPLITTER}")
     problems = []
-    for number, why in found["problems"]:
+    for number, why in verdict["problems"]:
         problems.append(f"{task} question {number + 1}: {why}")
     return problems
 
 
 def _splits(question: Sequence[Instruction]) -> bool:
-    """Whether one of its instructions needs text split into sentences."""
+    """Whether one of a question's instructions needs text split into sentences."""
     names = {instruction.name for instruction in question}
     return not names.isdisjoint(SPLITTING)
 
 
 def _unusable(asked: Sequence[Sequence[tuple[str, Mapping[str, Any]]]]) -> dict[str, Any]:
-    """In the child. problems: (question's number from 0, what is wrong); splitter: whether NLTK can
-    split sentences.
+    """Runs in the child process. Gives "problems", [(question's number from 0, why)], and
+    "splitter", whether NLTK can split sentences.
     """
     from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
     from nltk.tokenize import sent_tokenize
@@ -161,7 +158,7 @@ def _unusable(asked: Sequence[Sequence[tuple[str, Mapping[str, Any]]]]) -> dict[
                 continue
             try:
                 INSTRUCTION_DICT[name](name).build_description(**arguments)
-            except Exception as error:  # whatever a checker says to arguments that it cannot use
+            except Exception as error:  # a checker may raise anything on arguments it cannot use
                 given = json.dumps(arguments)[:80]
                 problems.append((number, f"{name} does not take {given} ({error})"))
     return {"problems": problems, "splitter": splitter}
@@ -172,12 +169,13 @@ def followed(
     completions: Sequence[str],
     asked: Sequence[Sequence[tuple[str, Mapping[str, Any]]]],
 ) -> list[int]:
-    """In the child, as a reward (evaluation/rewards): how many instructions each completion
-    follows, strictly.
+    """How many instructions each completion follows, strictly.
+
+    Runs in the child process, as a reward (evaluation/rewards).
     """
     import langdetect
 
-    # otherwise the language of an odd text is drawn anew every time
+    # Without a seed the language of an odd text is drawn anew every time.
     langdetect.DetectorFactory.seed = 0
     counts = []
     for prompt, text, question in zip(prompts, completions, asked, strict=True):

@@ -1,8 +1,7 @@
-"""What a model answered, and how likely it finds answers, kept in the cache: nothing is asked
-twice.
+"""A model's answers and their costs, kept in the cache, so that nothing is asked twice.
 
 Both files of a model are JSON lines, a record for every prompt. Of two records of one prompt the
-later one counts; lines that a crash tore, or that are no records of ours, are passed over.
+later one counts. Lines that a crash tore, or that are no records of ours, are skipped.
 """
 
 import json
@@ -24,21 +23,21 @@ from mis_mlx.types import Checkpoint
 
 @dataclass(frozen=True)
 class Cost:
-    """Of an answer under a model: nats of all its tokens, its end among them, and their number."""
+    """One answer's cost under a model: nats of all its tokens, with its end; their number."""
 
     nats: float
     tokens: int
 
     @property
     def logprobs(self) -> np.ndarray:
-        """(tokens,) the mean log-probability of a token, in nats, at each of them."""
-        return np.full(self.tokens, -self.nats / max(1, self.tokens))
+        """(tokens,) the mean log-probability of a token, in nats, repeated for each of them."""
+        mean = -self.nats / max(1, self.tokens)
+        return np.full(self.tokens, mean)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What is known of one model with one set of settings: its greedy answers and what answers
-    cost.
+    """The kept answers and costs of one model with one set of settings.
 
     model_sha256: of the model, in hex. settings_sha256: of all else that answers depend on.
     """
@@ -47,42 +46,43 @@ class Kept:
     settings_sha256: str
 
     def _path(self, what: str) -> Path:
+        """The model's file of `what` under these settings."""
         folder = hub.cache_root() / "evaluations" / self.model_sha256[:32]
         return folder / f"{what}-{self.settings_sha256[:16]}.jsonl"
 
     @property
     def answers_path(self) -> Path:
-        """The file of its greedy answers: {"prompt_sha256", "greedy": {"text", "ended"}}."""
+        """The file of greedy answers, {"prompt_sha256", "greedy": {"text", "ended"}} a line."""
         return self._path("own-answers")
 
     @property
     def costs_path(self) -> Path:
-        """The file of costs: {"prompt_sha256", "answer_sha256", "nats", "tokens"}."""
+        """The file of costs, {"prompt_sha256", "answer_sha256", "nats", "tokens"} a line."""
         return self._path("answer-costs")
 
     def answers(self) -> dict[str, Answer]:
         """{prompt's sha256: its greedy answer}."""
-        found = dict[str, Answer]()
+        answers = {}
         for record in run_folder.records(self.answers_path):
             answer = answer_records.answer_of(record.get("greedy"))
             if answer is not None:
-                found[str(record.get("prompt_sha256"))] = answer
-        return found
+                answers[str(record.get("prompt_sha256"))] = answer
+        return answers
 
     def keep_answer(self, prompt: Prompt, answer: Answer) -> None:
         """Add one greedy answer."""
         self._add(self.answers_path, {"prompt_sha256": prompt.sha256, "greedy": asdict(answer)})
 
     def costs(self) -> dict[tuple[str, str], Cost]:
-        """{(prompt's sha256, answer's sha256): what this answer costs}."""
-        found = dict[tuple[str, str], Cost]()
+        """{(prompt's sha256, answer's sha256): the answer's cost}."""
+        costs = {}
         for record in run_folder.records(self.costs_path):
             nats = record.get("nats")
             tokens = record.get("tokens")
             if isinstance(nats, float) and math.isfinite(nats) and isinstance(tokens, int):
                 key = str(record.get("prompt_sha256")), str(record.get("answer_sha256"))
-                found[key] = Cost(nats, tokens)
-        return found
+                costs[key] = Cost(nats, tokens)
+        return costs
 
     def measured(
         self,
@@ -90,7 +90,7 @@ class Kept:
         asked: Sequence[Prompt],
         given: Sequence[Answer],
     ) -> list[Cost]:
-        """What each answer costs under the model. Those not yet known take one streamed pass."""
+        """Each answer's cost under the model. Costs not yet kept take one streamed pass."""
         known = self.costs()
         keys = [cost_key(prompt, answer) for prompt, answer in zip(asked, given, strict=True)]
         missing = [number for number, key in enumerate(keys) if key not in known]
@@ -113,14 +113,14 @@ class Kept:
         return [known[key] for key in keys]
 
     def _add(self, path: Path, record: dict[str, object]) -> None:
-        """One more line, by the first of several machines."""
+        """One more line, written by the first of several machines."""
         if distributed.is_main():
             DISK.make_folder(path.parent)
             DISK.append(path, json.dumps(record, ensure_ascii=False))
 
 
 def cost_key(prompt: Prompt, answer: Answer) -> tuple[str, str]:
-    """What the cost of an answer depends on beside the model."""
+    """(the prompt's sha256, the answer's): all that a cost depends on, apart from the model."""
     return prompt.sha256, json_sha256([answer.text, answer.ended])
 
 
@@ -130,7 +130,7 @@ def all_kept(
     asked: Sequence[Prompt],
     pairs: Mapping[str, AnswerPair],
 ) -> bool:
-    """Whether a student's own answers are kept, and all that they and the teacher's cost."""
+    """Whether a student's own answers are kept, with the costs of these and of the teacher's."""
     own = of_student.answers()
     costs = of_student.costs()
     teacher_costs = of_teacher.costs()

@@ -1,42 +1,45 @@
 """How likely each option is after its question: log-likelihoods, as lm-eval defines them. Streamed.
 
-A question is computed once for all its options, which do not see each other; questions share
-sequences, unpadded.
+A question is computed once for all its options, which do not see each other. Questions share
+sequences, without padding.
 """
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.models import attention_masks, config, distributed, load, pipeline_parallel
-from mis_mlx.models.stream import Stream, evaluate_now
+from mis_mlx.models.stream import Hidden, Stream, evaluate_now
 from mis_mlx.types import MisError, grouped
 
-# tokens of a sequence; more of them make the attention dearer, fewer the matrix products
+# tokens of a sequence; more make attention slower, fewer the matrix products
 ROWS = 256
 # token ids of the context (at least one), and of every option
 Encoded = tuple[list[int], list[list[int]]]
 
 
 def encode(tokenizer: Any, context: str, options: Sequence[str]) -> Encoded:
-    """As lm-eval does: an option is what context + option has more than the context alone. White
-    space at the end of a context goes to its options. An empty context is the start token, else the
-    end token. MisError: an empty option.
+    """Token ids of a context and of its options, as lm-eval cuts them.
+
+    An option is what context + option has more than the context alone. White space at the end of a
+    context goes to its options. An empty context is the start token, or the end token where there
+    is none. MisError where an option adds no token.
     """
     bare = context.rstrip()
-    options = [context[len(bare) :] + option for option in options]
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    before = list(tokenizer.encode(bare)) or [start]
-    if not bare:
-        wholes = [
-            [*before, *tokenizer.encode(option, add_special_tokens=False)] for option in options
-        ]
-    else:
-        wholes = [list(tokenizer.encode(bare + option)) for option in options]
-    added = [whole[len(before) :] for whole in wholes]
+    space = context[len(bare) :]
+    options = [space + option for option in options]
+    before = list(tokenizer.encode(bare)) or [_first_token(tokenizer)]
+    added = []
+    for option in options:
+        if bare:
+            together = list(tokenizer.encode(bare + option))
+            added.append(together[len(before) :])
+        else:
+            added.append(list(tokenizer.encode(option, add_special_tokens=False)))
     if not all(added):
         lost = options[added.index([])]
         raise MisError(
@@ -46,10 +49,21 @@ def encode(tokenizer: Any, context: str, options: Sequence[str]) -> Encoded:
     return before, added
 
 
+def _first_token(tokenizer: Any) -> int:
+    """The token that stands before a text without context."""
+    start = tokenizer.bos_token_id
+    if start is None:
+        start = tokenizer.eos_token_id
+    return start
+
+
 class Pack(NamedTuple):
-    """Questions in one sequence. which: their numbers. tokens (1, S), positions (S,), sees (S, S):
-    who looks at whom. Of the P predicted tokens: row (P,) of S that predicts it, token (P,), owner
-    (P, 2): question, option.
+    """Several questions with their options in one sequence of S tokens.
+
+    which: the questions' numbers. tokens (1, S). positions (S,): of each token in its own text.
+    sees (S, S): which token attends to which. The other fields describe the P predicted tokens:
+    row (P,): the place in the sequence that predicts it; token (P,): its id; owner (P, 2): its
+    question and its option.
     """
 
     which: tuple[int, ...]
@@ -62,90 +76,132 @@ class Pack(NamedTuple):
 
 
 def length(e: Encoded) -> int:
-    """Tokens that a question takes in a sequence."""
-    return len(e[0]) + sum(len(option) - 1 for option in e[1])
+    """Tokens that a question takes in a sequence: an option's last token is predicted only."""
+    context, options = e
+    option_tokens = sum(len(option) - 1 for option in options)
+    return len(context) + option_tokens
 
 
 def packs(encoded: Sequence[Encoded], rows: int = ROWS) -> Iterator[Pack]:
-    """All questions, those of like length together, in sequences of up to `rows` tokens."""
-    lengths = list(map(length, encoded))
-    for which in grouped(
-        sorted(range(len(encoded)), key=lambda n: -lengths[n]), lengths.__getitem__, rows
-    ):
-        # of each token of the sequence: itself, position, question, branch
-        seen = list[tuple[int, int, int, int]]()
-        # by which row; which token; of which question and option
-        predicted = list[tuple[int, int, int, int]]()
-        for number in which:
-            context, options = encoded[number]
-            seen += [(token, at, number, 0) for at, token in enumerate(context)]
-            last = len(seen) - 1
-            for o, option in enumerate(options):
-                rows_ = [last, *range(len(seen), len(seen) + len(option) - 1)]
-                predicted += [
-                    (row, token, number, o) for row, token in zip(rows_, option, strict=True)
-                ]
-                seen += [
-                    (token, at, number, o + 1) for at, token in enumerate(option[:-1], len(context))
-                ]
-        tokens, positions, text, branch = np.array(seen, np.int32).T
-        row, token, *owner = np.array(predicted).T
-        order = np.arange(len(tokens))
-        sees = (
-            (order[:, None] >= order)
-            & (text[:, None] == text)
-            & ((branch == 0) | (branch[:, None] == branch))
-        )
-        yield Pack(
-            tuple(which),
-            mx.array(tokens[None]),
-            positions,
-            mx.array(sees),
-            row,
-            token,
-            np.stack(owner, axis=1),
-        )
+    """All questions in sequences of up to `rows` tokens, those of similar length together."""
+    lengths = [length(question) for question in encoded]
+    # A stable sort: questions of one length stay in their order.
+    longest_first = sorted(range(len(encoded)), key=lengths.__getitem__, reverse=True)
+    for which in grouped(longest_first, lengths.__getitem__, rows):
+        yield _pack(encoded, which)
 
 
-def score(stream: Stream, encoded: Sequence[Encoded], rows: int = ROWS) -> list[list[float]]:
-    """Log-likelihood in nats of every option of every question. One pass of the weights, however
-    many there are. Of several machines each has some of the sequences, and all get the same, which
-    is what one alone would find.
+def _pack(encoded: Sequence[Encoded], which: Sequence[int]) -> Pack:
+    """The sequence of these questions: each context, and behind it all options, side by side."""
+    # for each token of the sequence: its id, position, question, branch (0: context, else option)
+    seen = []
+    # for each predicted token: the row that predicts it, its id, question, option
+    predicted = []
+    for number in which:
+        context, options = encoded[number]
+        for position, token in enumerate(context):
+            seen.append((token, position, number, 0))
+        last_row = len(seen) - 1
+        for choice, option in enumerate(options):
+            # The context's last token predicts the option's first one. The option's last token is
+            # predicted only: nothing follows it, so it takes no row.
+            next_row = len(seen)
+            own_rows = range(next_row, next_row + len(option) - 1)
+            for row, token in zip([last_row, *own_rows], option, strict=True):
+                predicted.append((row, token, number, choice))
+            for position, token in enumerate(option[:-1], len(context)):
+                seen.append((token, position, number, choice + 1))
+    tokens, positions, text, branch = np.array(seen, np.int32).T
+    row_of, token_of, *owner = np.array(predicted).T
+    order = np.arange(len(tokens))
+    earlier = order[:, None] >= order
+    same_text = text[:, None] == text
+    # An option sees its context and itself, not the other options.
+    in_context = branch == 0
+    same_option = branch[:, None] == branch
+    same_branch = in_context | same_option
+    return Pack(
+        which=tuple(which),
+        tokens=mx.array(tokens[None]),
+        positions=positions,
+        sees=mx.array(earlier & same_text & same_branch),
+        row=row_of,
+        token=token_of,
+        owner=np.stack(owner, axis=1),
+    )
+
+
+def score(
+    stream: Stream,
+    encoded: Sequence[Encoded],
+    rows: int = ROWS,
+) -> list[list[float]]:
+    """Log-likelihood in nats of every option of every question, in one pass of the weights.
+
+    Each of several machines computes some of the sequences, and all get the same result, which one
+    machine alone would find. All of them must call this.
     """
     packed = list(packs(encoded, rows))
     own = distributed.shard(packed)
-    passing = pipeline_parallel.passing(stream, packed)
-    hidden = stream.embed([p.tokens for p in own])
-    for i, block in stream.blocks():
-        window = load.window(stream.args, block)
-        for b, p in enumerate(passing):
-            inputs = stream.sides.inputs(i, b, hidden[b])
-            outputs = attention_masks.through(block, inputs, p.sees, p.positions, window)
-            hidden[b] = stream.sides.keep(i, b, outputs)
-            evaluate_now(hidden[b])
-    hidden = stream.norm(hidden)
+    hidden = _final_hidden(stream, packed)
     head = stream.head()
-    vocab = config.shape_of(stream.checkpoint.config).vocab
+    shape = config.shape_of(stream.checkpoint.config)
     sums = [[0.0] * len(options) for _, options in encoded]
-    for b, p in enumerate(own):
-        for (question, option), value in zip(
-            p.owner, _logps(head, hidden[b][0], p, vocab), strict=True
-        ):
+    own_sums = []
+    for states, pack in zip(hidden, own, strict=True):
+        logps = _logps(head, states[0], pack, shape.vocab)
+        for (question, option), value in zip(pack.owner, logps, strict=True):
             sums[question][option] += float(value)
-    for theirs in distributed.all_gather([(n, sums[n]) for p in own for n in p.which]):
-        for n, values in theirs:
-            sums[n] = values
+        for number in pack.which:
+            own_sums.append((number, sums[number]))
+    for machine_sums in distributed.all_gather(own_sums):
+        for number, values in machine_sums:
+            sums[number] = values
     return sums
 
 
-def _logps(head: Any, hidden: mx.array, p: Pack, vocab: int) -> np.ndarray:
-    """(P,) log-probabilities; no row of logits is made twice, and few are there at once."""
-    used, at = np.unique(p.row, return_inverse=True)
-    logps = np.zeros(len(at))
+def _final_hidden(stream: Stream, packed: Sequence[Pack]) -> Hidden:
+    """[(1, S, D)]: final states of this machine's own sequences among `packed`.
+
+    `pipeline_parallel.passing` gives the sequences that go through this machine's blocks.
+    """
+    own = distributed.shard(packed)
+    passing = pipeline_parallel.passing(stream, packed)
+    hidden = stream.embed([pack.tokens for pack in own])
+    for layer, block in stream.blocks():
+        window = load.window(stream.args, block)
+        for number, pack in enumerate(passing):
+            inputs = stream.sides.inputs(layer, number, hidden[number])
+            # A question's options stand side by side, so positions and mask are the pack's.
+            outputs = attention_masks.through(
+                block,
+                inputs,
+                sees=pack.sees,
+                positions=pack.positions,
+                window=window,
+            )
+            hidden[number] = stream.sides.keep(layer, number, outputs)
+            evaluate_now(hidden[number])
+    return stream.norm(hidden)
+
+
+def _logps(head: nn.Module, hidden: mx.array, pack: Pack, vocab: int) -> np.ndarray:
+    """(P,) log-probabilities of a pack's predicted tokens, from its final states hidden (S, D).
+
+    Several options begin behind the same row of their context: its logits are computed once. Only
+    `chunk_rows` rows of logits are in memory at a time.
+    """
+    used, place = np.unique(pack.row, return_inverse=True)
+    logps = np.zeros(len(place))
     step = chunk_rows(vocab)
     for start in range(0, len(used), step):
-        z = load.wide_logits(head, hidden[mx.array(used[start : start + step])])
-        mine = np.flatnonzero((at >= start) & (at < start + step))
-        row = mx.array(at[mine] - start)
-        logps[mine] = np.array(z[row, mx.array(p.token[mine])] - mx.logsumexp(z, axis=-1)[row])
+        rows = mx.array(used[start : start + step])
+        logits = load.wide_logits(head, hidden[rows])
+        in_part = (place >= start) & (place < start + step)
+        here = np.flatnonzero(in_part)
+        row = mx.array(place[here] - start)
+        token = mx.array(pack.token[here])
+        chosen = logits[row, token]
+        normalizers = mx.logsumexp(logits, axis=-1)
+        logps[here] = np.array(chosen - normalizers[row])
     return logps

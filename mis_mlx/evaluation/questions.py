@@ -1,16 +1,17 @@
-"""Questions with known answers, from rows in JSONL: choice, cloze, pairs, checked answers. All rows
-are judged.
+"""Questions with known answers, from rows in JSONL. All rows are judged before one is used.
 
 A file holds rows of one kind and is one task, named like the file:
 
-    choice   {"question", "options", "answer"}   which option is likeliest after the question;
-    "question" may be ""
-    cloze    {"text", "options", "answer"}       which option fits the blank ___ of the text
-    checked  {"prompt", "answer"}                the model writes; its last line is compared with
-    the answer
-    pairs    {"good", "bad"}                     which of two sentences is likelier, as in BLiMP
-    instructions  {"prompt", "instruction_id_list", "kwargs"}   the model writes; does it do as
-    told? as in IFEval
+    choice        {"question", "options", "answer"}
+                  Which option is likeliest after the question? "question" may be "".
+    cloze         {"text", "options", "answer"}
+                  Which option fits the blank ___ of the text?
+    checked       {"prompt", "answer"}
+                  The model writes; its last line is compared with the answer.
+    pairs         {"good", "bad"}
+                  Which of two sentences is likelier? As in BLiMP.
+    instructions  {"prompt", "instruction_id_list", "kwargs"}
+                  The model writes; does it follow the instructions? As in IFEval.
 
 "answer" is one of the options. "language" may be "pl" or "en" and decides between "Odpowiedź:" and
 "Answer:".
@@ -40,22 +41,23 @@ SHAPES: rows.Shapes = {
     "checked": ("prompt", "answer"),
     "pairs": ("good", "bad"),
 }
-# keys of SHAPES; `options` is the other one, which `rows` knows
+# keys of SHAPES that hold no text; `options` is another one, which `rows` knows
 NO_TEXTS = ("instruction_id_list", "kwargs")
 # Tokens of an answer to instructions, at most. IFEval's leaderboards allow 1,280, which takes hours
 # on a CPU.
 INSTRUCTION_TOKENS = 512
 BLANK = "___"
-# words in a row that tell of contamination; fewer words say nothing
-SPAN = 13
-LEAST = 5
+SPAN = 13  # words in a row that a question shares with the training text: contamination
+LEAST = 5  # words of a question; shorter ones are not looked up
 MARK = {"en": "Answer", "pl": "Odpowiedź"}
 T = TypeVar("T")
 
 
 class Question(NamedTuple):
-    """`options` as they continue `context`; the `right`-th is it. Without options a model writes
-    what `answer` says, or what follows all `instructions`.
+    """One question.
+
+    options: as they continue `context`; right: the number of the right one. Without options a model
+    writes, and its text is compared with `answer` or must follow `instructions`.
     """
 
     context: str
@@ -67,17 +69,17 @@ class Question(NamedTuple):
 
     @property
     def chance(self) -> float:
-        """How often somebody who cannot read is right. `answering.chance` knows it of
-        instructions.
-        """
+        """How often guessing is right. `answering.chance` has it for instructions."""
         return 1 / len(self.options) if self.options else 0.0
 
 
 @dataclass(frozen=True)
 class Task:
-    """`about`: where it comes from and what is odd about it. per_character: options of unlike
-    length are compared by log-likelihood per character, as in lm-eval's acc_norm; otherwise by
-    their sums, as in its acc.
+    """Questions of one kind.
+
+    about: where they come from, and what a reader must know about them. per_character: options are
+    compared by log-likelihood per character, as in lm-eval's acc_norm, since they differ in length;
+    otherwise by their sums, as in its acc. max_tokens: of an answer that the model writes.
     """
 
     name: str
@@ -90,42 +92,53 @@ class Task:
     @property
     def sha256(self) -> str:
         """Of everything that decides the answers, in hex."""
-        asked = [
-            [q.context, q.answer, q.language, *q.options, *q.instructions] for q in self.questions
-        ]
+        asked = []
+        for q in self.questions:
+            asked.append([q.context, q.answer, q.language, *q.options, *q.instructions])
         decisive = [self.kind, self.max_tokens, asked]
-        return hashlib.sha256(json.dumps(decisive, ensure_ascii=False).encode()).hexdigest()
+        text = json.dumps(decisive, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def chosen(self, count: int) -> Self:
         """`count` of its questions, spread evenly, or all when there are fewer."""
-        n = len(self.questions)
-        at = np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(int))
-        return replace(self, questions=tuple(self.questions[i] for i in at))
+        total = len(self.questions)
+        places = np.linspace(0, total - 1, min(count, total))
+        numbers = np.unique(places.round().astype(int))
+        questions = tuple(self.questions[number] for number in numbers)
+        return replace(self, questions=questions)
 
 
 def best_constant_answer(task: Task) -> tuple[float, str] | None:
-    """(share, answer) of U Zośki, who always recommends the same: the best constant, by name or
-    place in the list. None for instructions: `answering.best_constant` asks their checker.
+    """(share of right answers, answer) of the best constant answer: U Zośki in the table.
+
+    It is a place in the list of options, or a text. None for instructions:
+    `answering.best_constant` asks their checker.
     """
     if task.kind == "instructions":
         return None
-    counts = Counter(f"option {q.right + 1}" for q in task.questions if q.options)
-    counts.update(f"“{q.answer.strip()}”" for q in task.questions)
+    counts = Counter[str]()
+    for q in task.questions:
+        if q.options:
+            counts[f"option {q.right + 1}"] += 1
+    # Texts are counted after all places: at equal counts the first key wins.
+    for q in task.questions:
+        counts[f"“{q.answer.strip()}”"] += 1
     ((best, count),) = counts.most_common(1)
     return count / len(task.questions), best
 
 
 def folder(path: Path) -> list[Task]:
-    """A task of every .jsonl file in a folder. MisError lists the rows that are none, before
-    anything is asked.
-    """
-    if tasks := list(map(file, sorted(path.glob("*.jsonl")))):
-        return tasks
-    raise MisError(f"{path} holds no .jsonl file: put questions there, one JSON object per line")
+    """One task for every .jsonl file in a folder. MisError lists the rows that are no questions."""
+    tasks = [file(source) for source in sorted(path.glob("*.jsonl"))]
+    if not tasks:
+        raise MisError(
+            f"{path} holds no .jsonl file: put questions there, one JSON object per line"
+        )
+    return tasks
 
 
 def file(path: Path) -> Task:
-    """One file's rows as a task."""
+    """One file's rows as a task. MisError lists the rows that are no questions."""
     good, problems = rows.judged(rows.parsed(path), f"{path.name} line", fault)
     if not good and not problems:
         raise MisError(
@@ -135,7 +148,7 @@ def file(path: Path) -> Task:
     if len(kinds) > 1:
         problems.append(f"{path.name}: holds rows of {' and '.join(kinds)}, a task is of one kind")
     rows.refuse(problems)
-    asked = [row for row, _ in good if not _says_twice(row)]
+    asked = [row for row, _ in good if not _is_same_twice(row)]
     about = f"{len(asked)} rows of {path.name}"
     if len(asked) < len(good):  # BLiMP has such a pair
         about += (
@@ -150,14 +163,15 @@ def file(path: Path) -> Task:
     return task(path.stem, asked, about)
 
 
-def _says_twice(row: Mapping) -> bool:
-    """Whether a pair has one sentence only: there is nothing to choose."""
+def _is_same_twice(row: Mapping) -> bool:
+    """Whether a pair has the same sentence twice: there is nothing to choose."""
     return rows.shape_of(row, SHAPES) == "pairs" and row["good"] == row["bad"]
 
 
 def fault(row: object) -> str | None:
     """Why `row` is no question, or None when it is one."""
-    if reason := rows.fault(_texts_alone(row), SHAPES):
+    reason = rows.fault(_texts_only(row), SHAPES)
+    if reason:
         return reason
     assert isinstance(row, dict)
     if row.get("language") not in (None, *MARK):
@@ -167,28 +181,32 @@ def fault(row: object) -> str | None:
         return None
     if shape == "instructions":
         return instructions.fault(row)
-    if shape == "cloze" and row["text"].count(BLANK) != 1:
-        return f"'text' has {row['text'].count(BLANK)} blanks {BLANK}, a cloze has one"
-    options = row["options"]
-    answer = row["answer"]
+    if shape == "cloze":
+        blanks = row["text"].count(BLANK)
+        if blanks != 1:
+            return f"'text' has {blanks} blanks {BLANK}, a cloze has one"
+    return _options_fault(row["options"], row["answer"])
+
+
+def _options_fault(options: Any, answer: str) -> str | None:
+    """Why a row's options are not usable; None where they are. One of them is the answer."""
     if not isinstance(options, list) or len(options) < 2:
         return "'options' is no list of two or more"
-    if reason := next(
-        (why for option in options if (why := rows.text_fault("options", option))), None
-    ):
-        return reason
+    for option in options:
+        reason = rows.text_fault("options", option)
+        if reason:
+            return reason
     if len(set(options)) < len(options):
         return "two of its options are the same"
-    return (
-        None
-        if answer in options
-        else f"the answer {answer[:40]!r} is none of its {len(options)} options"
-    )
+    if answer not in options:
+        return f"the answer {answer[:40]!r} is none of its {len(options)} options"
+    return None
 
 
-def _texts_alone(row: object) -> object:
-    """The row for `rows.fault`, which wants text with something in it: a question may be empty, and
-    some keys hold no text.
+def _texts_only(row: object) -> object:
+    """The row as `rows.fault` may see it, which refuses empty texts and values that are no text.
+
+    A question may be empty, and some keys hold no text: a stand-in takes their place.
     """
     if not isinstance(row, dict):
         return row
@@ -198,23 +216,33 @@ def _texts_alone(row: object) -> object:
     return row | others
 
 
-def task(name: str, questions: Sequence[Mapping], about: str, per_character: bool = False) -> Task:
+def task(
+    name: str,
+    questions: Sequence[Mapping],
+    about: str,
+    per_character: bool = False,
+) -> Task:
     """Rows that `fault` finds nothing wrong with, of one kind, as a task."""
-    made = tuple(_question(row) for row in questions)
-    if made[0].instructions:
-        return Task(name, "instructions", made, about, max_tokens=INSTRUCTION_TOKENS)
-    return Task(name, "choice" if made[0].options else "checked", made, about, per_character)
+    asked = tuple(_question(row) for row in questions)
+    first = asked[0]
+    if first.instructions:
+        return Task(name, "instructions", asked, about, max_tokens=INSTRUCTION_TOKENS)
+    if first.options:
+        return Task(name, "choice", asked, about, per_character=per_character)
+    return Task(name, "checked", asked, about, per_character=per_character)
 
 
 def _pair(good: str, bad: str) -> Question:
-    """Two sentences after nothing, in the order of their hashes: no place in the list is right more
-    often.
+    """Two sentences without a context.
+
+    They stand in the order of their hashes, so that no place in the list is right more often.
     """
     options = sorted((good, bad), key=lambda sentence: hashlib.sha256(sentence.encode()).digest())
     return Question("", good, options=tuple(options), right=options.index(good))
 
 
 def _question(row: Mapping) -> Question:
+    """The question of a row that `fault` finds nothing wrong with."""
     shape = rows.shape_of(row, SHAPES)
     if shape == "instructions":
         return Question(row["prompt"], "", instructions=instructions.of_row(row))
@@ -222,43 +250,56 @@ def _question(row: Mapping) -> Question:
         return _pair(row["good"], row["bad"])
     if shape == "checked":
         return Question(row["prompt"], row["answer"], language=row.get("language"))
+    context = ""
+    lead = ""
+    after = ""
     if shape == "cloze":
         before, after = row["text"].split(BLANK)
         context = before.rstrip(" ")
-        options = [f"{before[len(context) :]}{option}{after}" for option in row["options"]]
-    else:
-        context = (
-            f"{row['question'].rstrip()}\n{MARK[row.get('language') or 'en']}:"
-            if row["question"]
-            else ""
-        )
-        options = [f" {option}" if context else option for option in row["options"]]
+        # The spaces in front of the blank belong to the options.
+        lead = before[len(context) :]
+    elif row["question"]:
+        mark = MARK[row.get("language") or "en"]
+        context = f"{row['question'].rstrip()}\n{mark}:"
+        lead = " "
     return Question(
-        context,
-        row["answer"],
-        tuple(options),
-        row["options"].index(row["answer"]),
-        row.get("language"),
+        context=context,
+        answer=row["answer"],
+        options=tuple(f"{lead}{option}{after}" for option in row["options"]),
+        right=row["options"].index(row["answer"]),
+        language=row.get("language"),
     )
 
 
 def some(rng: random.Random, items: Sequence[T], count: int) -> list[T]:
-    """`count` different items in drawn order, by rng.random() alone: a seed means the same under
-    every Python.
+    """`count` different items in drawn order.
+
+    By rng.random() alone, so that a seed means the same under every Python.
     """
     left = list(items)
-    return [left.pop(int(rng.random() * len(left))) for _ in range(count)]
+    drawn = []
+    for _ in range(count):
+        place = int(rng.random() * len(left))
+        drawn.append(left.pop(place))
+    return drawn
 
 
 def among_others(
-    seed: str, text: str, right: str, answers: Sequence[str], others: int = 3
+    seed: str,
+    text: str,
+    right: str,
+    answers: Sequence[str],
+    others: int = 3,
 ) -> dict[str, Any]:
-    """A row of a cloze: the right answer among `others` wrong ones, drawn from the answers to other
-    questions.
+    """A row of a cloze: the right answer among `others` wrong ones.
+
+    The wrong ones are drawn from the answers to other questions.
     """
     rng = random.Random(seed)
-    wrong = some(rng, [answer for answer in answers if answer != right], others)
-    return {"text": text, "options": some(rng, [right, *wrong], others + 1), "answer": right}
+    all_wrong = [answer for answer in answers if answer != right]
+    wrong = some(rng, all_wrong, others)
+    options = some(rng, [right, *wrong], others + 1)
+    return {"text": text, "options": options, "answer": right}
 
 
 def words(text: str) -> list[str]:
@@ -267,8 +308,9 @@ def words(text: str) -> list[str]:
 
 
 def training_words(data: str | None) -> list[str]:
-    """All words of a data source's training rows; None: of all built-in texts, what models wrote
-    among them.
+    """All words of a data source's training rows.
+
+    None: of all built-in texts, including those that models wrote.
     """
     if data:
         train = list(preparation.load(data).train)
@@ -276,44 +318,53 @@ def training_words(data: str | None) -> list[str]:
         train = [*preparation.load(None).train, *preparation.load(preparation.MIS).train]
         for path in sorted(preparation.WRITTEN.parent.glob("*.jsonl")):
             train += rows.read(path).rows
-    return [word for row in train for word in words(text_of(row))]
+    known = list[str]()
+    for row in train:
+        known += words(text_of(row))
+    return known
 
 
 def text_of(row: Mapping) -> str:
-    """All that a training row says."""
-    messages = row.get("messages") or []
-    return " ".join(
-        [row.get(key, "") for key in ("text", "prompt", "completion")]
-        + [m["content"] for m in messages]
-    )
+    """The whole text of a training row, of any kind."""
+    texts = [row.get(key, "") for key in ("text", "prompt", "completion")]
+    texts += [message["content"] for message in row.get("messages") or []]
+    return " ".join(texts)
 
 
 class Known:
-    """The training text, ready to be asked whether a question shares 13 words in a row with it, as
-    GPT-3's authors counted (arXiv 2005.14165, appendix C): without case and marks; a shorter
-    question is looked up whole.
+    """The training text, ready to say whether a question shares 13 words in a row with it.
+
+    As GPT-3's authors counted (arXiv 2005.14165, appendix C): without case and punctuation. A
+    question shorter than that is looked up as one phrase.
     """
 
     def __init__(self, known: Sequence[str]):
         self._runs = {hash(run) for run in _runs(known)}
-        self._whole = f" {' '.join(known)} "
+        self._text = f" {' '.join(known)} "
 
     def holds(self, q: Question) -> bool | None:
-        """Whether question and answer share a run with the training text; None: they are too short
-        to be looked up.
+        """Whether question and answer share a run with the training text.
+
+        None: they are too short to be looked up.
         """
-        asked = words(q.context + (q.options[q.right] if q.options else f" {q.answer}"))
+        answer = q.options[q.right] if q.options else f" {q.answer}"
+        asked = words(q.context + answer)
         if len(asked) >= SPAN:
             return any(hash(run) in self._runs for run in _runs(asked))
-        return f" {' '.join(asked)} " in self._whole if len(asked) >= LEAST else None
+        if len(asked) < LEAST:
+            return None
+        return f" {' '.join(asked)} " in self._text
 
     def overlap(self, task: Task) -> tuple[int, int]:
         """(questions that share a run with the training text, questions long enough to be looked
         up).
         """
-        looked_up = [held for q in task.questions if (held := self.holds(q)) is not None]
+        verdicts = [self.holds(q) for q in task.questions]
+        looked_up = [held for held in verdicts if held is not None]
         return sum(looked_up), len(looked_up)
 
 
 def _runs(known: Sequence[str]) -> Iterable[tuple[str, ...]]:
-    return zip(*(known[at:] for at in range(SPAN)), strict=False)
+    """Every SPAN words in a row."""
+    shifted = [known[start:] for start in range(SPAN)]
+    return zip(*shifted, strict=False)

@@ -1,6 +1,4 @@
-"""The recovery table in Markdown, as a figure, and what it says in plain words. Knows marks, and no
-model.
-"""
+"""The recovery table in Markdown, as a figure, and in plain words. Knows marks, and no model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,10 +11,13 @@ from mis_mlx.reporting import figures, html
 
 
 class Outcome(NamedTuple):
-    """One task. marks: {model: (n,)}, the teacher first. chance (n,). constant: U Zośki's (share,
-    answer). overlap: of `Known`. uniform (n,): expected marks of a model to which all tokens are
-    equally likely. None: not known. levels: {model: IFEval's two accuracies}, whose mean is the
-    mean of the marks; None: a task without instructions.
+    """The marks of all models on one task of n questions.
+
+    marks: {model: (n,)}, the teacher first. chance (n,): expected marks of guessing. constant:
+    (share, answer) of the best constant answer, U Zośki. overlap: as `questions.Known.overlap`.
+    uniform (n,): expected marks of a model to which all tokens are equally likely. levels: {model:
+    IFEval's two accuracies}, whose mean is the mean of the marks. None: not known, or a task
+    without instructions.
     """
 
     task: str
@@ -37,123 +38,165 @@ class Outcome(NamedTuple):
     @property
     def beats_chance(self) -> bool:
         """Whether the teacher is better than chance by more than the noise."""
-        return interval(self.teacher - self.chance)[1] > 0
+        _, low, _ = interval(self.teacher - self.chance)
+        return low > 0
 
     @property
     def knows(self) -> bool:
-        """Whether it is better, too, than counting tokens: else nothing can be recovered."""
-        return self.beats_chance and (
-            self.uniform is None or interval(self.teacher - self.uniform)[1] > 0
-        )
+        """Whether the teacher also beats a count of tokens; else nothing can be recovered."""
+        if not self.beats_chance:
+            return False
+        if self.uniform is None:
+            return True
+        _, low, _ = interval(self.teacher - self.uniform)
+        return low > 0
 
     def recovered(self, model: str) -> tuple[float, float, float] | None:
-        """(share, low, high) of what the teacher knows; None where it knows nothing."""
-        return recovery(self.marks[model], self.teacher, self.chance) if self.knows else None
+        """(share, low, high) of the teacher's knowledge that is left; None where it has none."""
+        if not self.knows:
+            return None
+        return recovery(self.marks[model], self.teacher, self.chance)
 
     def json(self) -> dict[str, Any]:
-        """Everything of it, numbers not rounded."""
+        """All of it, numbers not rounded."""
         models = {}
         for name, marks in self.marks.items():
-            models[name] = {
+            of_model: dict[str, Any] = {
                 "score": interval(marks),
                 "recovery": self.recovered(name),
                 "marks": marks.tolist(),
+                "less_teacher": interval(marks - self.teacher),
             }
-            models[name] |= {"less_teacher": interval(marks - self.teacher)}
             if self.levels:
-                models[name] |= self.levels[name].json()
-        about = {
+                of_model |= self.levels[name].json()
+            models[name] = of_model
+        constant: dict[str, Any] | None = None
+        if self.constant:
+            share, answer = self.constant
+            constant = {"share": share, "answer": answer}
+        contamination: dict[str, int] | None = None
+        if self.overlap:
+            shared, looked_up = self.overlap
+            contamination = {"shared": shared, "looked_up": looked_up}
+        return {
             "task": self.task,
             "about": self.about,
             "sha256": self.sha256,
             "n": len(self.chance),
-        }
-        about |= {"chance": float(self.chance.mean())}
-        about["u_zoski"] = self.constant and dict(
-            zip(("share", "answer"), self.constant, strict=True)
-        )
-        about["contamination"] = self.overlap and dict(
-            zip(("shared", "looked_up"), self.overlap, strict=True)
-        )
-        return about | {
+            "chance": float(self.chance.mean()),
+            "u_zoski": constant,
+            "contamination": contamination,
             "uniform": None if self.uniform is None else float(self.uniform.mean()),
             "models": models,
         }
 
 
 def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
-    """Two tables, one line a task and one column a model, and what can be said. tables: more, from
-    elsewhere.
+    """Two tables, one line a task and one column a model, with sentences about them.
+
+    tables: more of them, from elsewhere.
     """
     if not outcomes:
         return tables
-    outcomes = [o._replace(about=_about(o)) for o in outcomes]
-    knows = [o for o in outcomes if o.knows]
-    names = list(outcomes[0].marks)[1:]
-    alike = [o for o in outcomes if any(len(set(marks)) == 1 for marks in o.marks.values())]
-    constants = [(o, *o.constant) for o in knows if o.constant]
-    overlaps = [(o.task, *o.overlap) for o in outcomes if o.overlap]
+    outcomes = [outcome._replace(about=_about(outcome)) for outcome in outcomes]
+    students = _students(outcomes)
+    alike = [outcome for outcome in outcomes if _is_constant(outcome)]
+    constants = []
+    shared = []
+    looked_up = 0
+    for outcome in outcomes:
+        if outcome.knows and outcome.constant:
+            share, answer = outcome.constant
+            _, low, _ = interval(outcome.teacher - share)
+            if low <= 0:
+                constants.append(f"{outcome.task} ({answer})")
+        if outcome.overlap:
+            count, total = outcome.overlap
+            looked_up += total
+            if count:
+                shared.append(f"{count} of {total} in {outcome.task}")
     values: dict[str, Any] = {
-        "names": names,
+        "names": students,
         "interval": interval,
         "tables": tables,
         "outcomes": outcomes,
-    }
-    values |= {
-        "constant": [
-            f"{o.task} ({a})" for o, share, a in constants if interval(o.teacher - share)[1] <= 0
-        ],
-        "alike": [o.task for o in alike],
-        "fewest": min((len(o.chance) for o in alike), default=0),
-        "students": [_student(name, outcomes) for name in names],
-        "shared": [f"{count} of {total} in {task}" for task, count, total in overlaps if count],
-        "looked_up": sum(total for *_, total in overlaps),
+        "constant": constants,
+        "alike": [outcome.task for outcome in alike],
+        "fewest": min((len(outcome.chance) for outcome in alike), default=0),
+        "students": [_compared(name, outcomes) for name in students],
+        "shared": shared,
+        "looked_up": looked_up,
     }
     return html.document("recovery.md", values)
 
 
+def _students(outcomes: Sequence[Outcome]) -> list[str]:
+    """The names of all models but the teacher."""
+    _, *students = outcomes[0].marks
+    return students
+
+
+def _is_constant(outcome: Outcome) -> bool:
+    """Whether a model has the same mark on all questions, so that its interval has no width."""
+    return any(len(set(marks)) == 1 for marks in outcome.marks.values())
+
+
 def _about(outcome: Outcome) -> str:
-    """Where a task is from, and both accuracies of every model where it has them."""
+    """A task's origin, and both accuracies of every model where it has them."""
     if not outcome.levels:
         return outcome.about
-    told = []
+    accuracies = []
     for name, levels in outcome.levels.items():
-        accuracies = (
-            f"prompt {levels.prompt_strict:.1%}, instruction {levels.inst_strict:.1%}, "
+        accuracies.append(
+            f"{name}: prompt {levels.prompt_strict:.1%}, instruction {levels.inst_strict:.1%}, "
             f"mean {levels.mean:.1%}"
         )
-        told.append(f"{name}: {accuracies}")
-    return f"{outcome.about}; strict accuracies of {'; '.join(told)}"
+    return f"{outcome.about}; strict accuracies of {'; '.join(accuracies)}"
 
 
-def _student(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Tasks on which it is worse than the teacher, the same as far as one can tell, better, and
-    clearly better.
+def _compared(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """A student's tasks by how it compares with the teacher.
+
+    below: worse. same: not worse as far as one can tell, where the teacher knows something. above:
+    better, perhaps by luck. clearly: better beyond the noise.
     """
-    less = {o.task: interval(o.marks[name] - o.teacher) for o in outcomes}
-    return {
+    compared: dict[str, Any] = {
         "name": name,
-        "below": [task for task, (_, _, high) in less.items() if high < 0],
-        "same": [o.task for o in outcomes if o.knows and less[o.task][2] >= 0],
-        "above": [
-            f"{task} ({100 * mean:+.1f} points)" for task, (mean, _, _) in less.items() if mean > 0
-        ],
-        "clearly": [task for task, (mean, low, _) in less.items() if low > 0],
+        "below": [],
+        "same": [],
+        "above": [],
+        "clearly": [],
     }
+    for outcome in outcomes:
+        task = outcome.task
+        mean, low, high = interval(outcome.marks[name] - outcome.teacher)
+        if high < 0:
+            compared["below"].append(task)
+        elif outcome.knows:
+            compared["same"].append(task)
+        if mean > 0:
+            compared["above"].append(f"{task} ({100 * mean:+.1f} points)")
+        if low > 0:
+            compared["clearly"].append(task)
+    return compared
 
 
 def figure(outcomes: Sequence[Outcome]) -> str:
-    """The recoveries with their intervals as HTML; tasks of which the teacher knows nothing are not
-    in it.
+    """The recoveries with their intervals as HTML.
+
+    Without tasks of which the teacher knows nothing; "" where nothing is left.
     """
-    known = [o for o in outcomes if o.knows]
-    names = list(outcomes[0].marks)[1:] if outcomes else []
-    if not known or not names:
+    known = [outcome for outcome in outcomes if outcome.knows]
+    if not known or not _students(known):
         return ""
-    rows = {o.task: [o.recovered(name) for name in names] for o in known}
+    names = _students(known)
+    rows = {}
+    for outcome in known:
+        rows[outcome.task] = [outcome.recovered(name) for name in names]
     limits = {"chance": 0.0, "teacher": 1.0}
     about = (
         "Share of what the teacher knows above chance that a student still knows, ± 95 % "
         "intervals; 0 % is chance."
     )
-    return figures.intervals(("recovery", "Recovered", about), "recovered", rows, names, limits)
+    caption = ("recovery", "Recovered", about)
+    return figures.intervals(caption, "recovered", rows, names=names, limits=limits)

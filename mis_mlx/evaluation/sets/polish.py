@@ -1,10 +1,9 @@
-"""Polish questions that others made: seven dialects and regional languages beside Polish, exams,
-words, proverbs, sums.
+"""Polish questions that others made: dialects, exams, words, proverbs, sums.
 
-A dialect's slot is a folder with pairs.jsonl, rows {"polish", "dialect"}: the same said in both,
-attested, not made up. Only the Silesian one can be filled from here, by Firefox's translations
-(MPL-2.0); six wait for text that somebody brings. The other four sets are in the wheel of OpenAI's
-`evals`, known to the byte.
+Seven dialects and regional languages have a slot each: a folder with pairs.jsonl, rows
+{"polish", "dialect"}, the same sentence in both, attested, not made up. Only the Silesian slot can
+be filled from here, by Firefox's translations (MPL-2.0); six wait for text that the user brings.
+The other four sets are in the wheel of OpenAI's `evals`, known to the byte.
 """
 
 import json
@@ -22,19 +21,19 @@ from mis_mlx.evaluation import questions
 from mis_mlx.types import MisError
 
 ABOUT = json.loads((Path(__file__).parent / "about.json").read_text("utf-8"))
-# Slot: what it is called after "po" (adverb-like), and as a language (locative), in Polish.
+# {slot: [its name after "po" (adverb-like), its name as a language (locative)]}, in Polish
 SLOTS: dict[str, list[str]] = ABOUT["slots"]
 PAIRS = "pairs.jsonl"
 ROW = 'one {"polish": ..., "dialect": ...} a line'
 PACKS = ("langpack-pl", "langpack-szl")  # how the names of Firefox's language packs begin
-PACKAGES = ("firefox-esr-l10n-pl", "firefox-esr-l10n-szl")  # of Debian, which hold one each
-LEAST_WORDS = 4
+PACKAGES = ("firefox-esr-l10n-pl", "firefox-esr-l10n-szl")  # of Debian; each holds one pack
+LEAST_WORDS = 4  # of a message that becomes a pair
 _PROPERTY = re.compile(r"^(?!#)[ \t]*([^=\n]*?)[ \t]*=[ \t]*(.*?)[ \t\r]*$", re.M)
 _TERM = re.compile(r"(-?[\w-]+)\s*=\s*(.*)")
 _ATTRIBUTE = re.compile(r"\s+\.([\w-]+)\s*=\s*(.*)")
 EVALS = "evals"
 VERSION = "3.0.1.post1"
-# bytes, sha256
+# name, version, bytes, sha256
 WHEEL = (
     EVALS,
     VERSION,
@@ -46,9 +45,7 @@ Asked = list[tuple[str, str]]  # (question, right answer)
 
 
 def read_pairs(slot: str, folder: Path) -> list[rows.Row]:
-    """The rows of a slot. MisError says what to bring where it is empty, and which rows are
-    none.
-    """
+    """The rows of a slot. MisError says what to bring where it is empty, and lists bad rows."""
     path = folder / PAIRS
     if not path.is_file():
         raise MisError(f"the slot {slot} is empty: put attested pairs into {path}, {ROW}")
@@ -60,62 +57,77 @@ def read_pairs(slot: str, folder: Path) -> list[rows.Row]:
 
 
 def _fault(row: Any) -> str | None:
-    if why := rows.fault(row, {"pair": ("polish", "dialect")}):
-        return why
-    return (
-        "both sentences are the same" if row["polish"].strip() == row["dialect"].strip() else None
-    )
+    """Why a row is no pair; None where it is one."""
+    reason = rows.fault(row, {"pair": ("polish", "dialect")})
+    if reason:
+        return reason
+    if row["polish"].strip() == row["dialect"].strip():
+        return "both sentences are the same"
+    return None
 
 
-def dialect(slot: str, pairs: Sequence[rows.Row], origin: str) -> list[questions.Task]:
-    """Two tasks: whether a text is Polish or dialect, half of each; and which of two texts is in
-    the dialect.
-    """
+def dialect(
+    slot: str,
+    pairs: Sequence[rows.Row],
+    origin: str,
+) -> list[questions.Task]:
+    """Two tasks: is a text Polish or dialect (half of each), and which of two is in the dialect?"""
     adverb, language = SLOTS[slot]
     labels = []
     texts = []
     for number, row in enumerate(pairs):
-        polish = row["polish"]
-        dialect = row["dialect"]
-        shown, label = (polish, "polskim") if number % 2 else (dialect, language)
-        text = f"Tekst: {shown}\nTo jest tekst w języku {questions.BLANK}"
-        labels.append({"text": text, "options": ["polskim", language], "answer": label})
-        both = questions.some(random.Random(f"{slot}-{number}"), (polish, dialect), 2)
-        texts.append(
-            {"text": f"To samo {adverb}: {questions.BLANK}", "options": both, "answer": dialect}
-        )
+        if number % 2:
+            shown = row["polish"]
+            label = "polskim"
+        else:
+            shown = row["dialect"]
+            label = language
+        label_row = {
+            "text": f"Tekst: {shown}\nTo jest tekst w języku {questions.BLANK}",
+            "options": ["polskim", language],
+            "answer": label,
+        }
+        labels.append(label_row)
+        rng = random.Random(f"{slot}-{number}")
+        text_row = {
+            "text": f"To samo {adverb}: {questions.BLANK}",
+            "options": questions.some(rng, (row["polish"], row["dialect"]), 2),
+            "answer": row["dialect"],
+        }
+        texts.append(text_row)
     about = f"{len(pairs)} pairs, {origin}"
+    about_labels = f"{about}; Polish or {slot}: which one is a text in"
+    about_texts = f"{about}; the {slot} one of two sentences"
     return [
-        questions.task(
-            f"{slot}-label", labels, f"{about}; Polish or {slot}: which one is a text in"
-        ),
-        questions.task(
-            f"{slot}-text", texts, f"{about}; the {slot} one of two sentences", per_character=True
-        ),
+        questions.task(f"{slot}-label", labels, about_labels),
+        questions.task(f"{slot}-text", texts, about_texts, per_character=True),
     ]
 
 
 def from_firefox(folder: Path) -> list[rows.Row]:
-    """Rows of what Firefox's two language packs in a folder, Polish and Silesian, have under one
-    name. Left out: fewer than four words, the same in both, no letter that English lacks (never
-    translated), cases to choose from.
+    """Pairs of the messages that Firefox's Polish and Silesian language packs in a folder share.
+
+    Left out: messages of fewer than four words, the same in both, without a letter that English
+    lacks (never translated), or with cases to choose from. MisError where a pack is missing.
     """
     polish, silesian = (_messages(folder, start) for start in PACKS)
-    pairs = dict[str, str]()
-    for key, raw in silesian.items():
-        one = _plain(polish.get(key, ""))
-        other = _plain(raw)
-        translated = any(c.isalpha() and not c.isascii() for c in other)
-        if one and len(other.split()) >= LEAST_WORDS and one != other and translated:
-            pairs.setdefault(other, one)
-    return [{"polish": one, "dialect": other} for other, one in pairs.items()]
+    polish_of = dict[str, str]()
+    for key, message in silesian.items():
+        polish_text = _plain(polish.get(key, ""))
+        dialect_text = _plain(message)
+        long_enough = len(dialect_text.split()) >= LEAST_WORDS
+        translated = any(c.isalpha() and not c.isascii() for c in dialect_text)
+        if polish_text and long_enough and polish_text != dialect_text and translated:
+            polish_of.setdefault(dialect_text, polish_text)
+    return [{"polish": polish, "dialect": dialect} for dialect, polish in polish_of.items()]
 
 
 def _messages(folder: Path, start: str) -> dict[tuple[str, str], str]:
-    """{(file, key): message} of all Fluent and properties files of the language pack whose name
-    begins so.
+    """{(file, key): message} of a language pack's Fluent and properties files.
+
+    start: how the pack's name begins.
     """
-    messages = dict[tuple[str, str], str]()
+    messages = {}
     packs = sorted(folder.rglob(f"{start}*.xpi"))
     if not packs:
         raise MisError(
@@ -123,93 +135,109 @@ def _messages(folder: Path, start: str) -> dict[tuple[str, str], str]:
         )
     with zipfile.ZipFile(packs[0]) as archive:
         for name in archive.namelist():
-            if name.endswith((".properties", ".ftl")):
-                text = archive.read(name).decode()
-                place = re.sub(r"\b(pl|szl)/", "", name)
-                pairs = _fluent(text).items() if name.endswith(".ftl") else _PROPERTY.findall(text)
-                messages |= {(place, key): value for key, value in pairs}
+            if not name.endswith((".properties", ".ftl")):
+                continue
+            text = archive.read(name).decode()
+            # Without the language, so that both packs have the same key.
+            file = re.sub(r"\b(pl|szl)/", "", name)
+            is_fluent = name.endswith(".ftl")
+            in_file = _fluent(text) if is_fluent else dict(_PROPERTY.findall(text))
+            for key, message in in_file.items():
+                messages[file, key] = message
     return messages
 
 
 def _fluent(text: str) -> dict[str, str]:
-    """{term or term.attribute: message} of a Fluent file; lines that go on are joined."""
-    messages = dict[str, str]()
+    """{term or term.attribute: message} of a Fluent file; continued lines are joined."""
+    messages = {}
     term = ""
-    for line in re.sub(r"\n +(?!\.[\w-]+\s*=)(?=\S)", " ", text).splitlines():
-        if match := _TERM.match(line):
-            term = match[1]
-            messages[term] = match[2]
-        elif term and (match := _ATTRIBUTE.match(line)):
-            messages[f"{term}.{match[1]}"] = match[2]
+    joined = re.sub(r"\n +(?!\.[\w-]+\s*=)(?=\S)", " ", text)
+    for line in joined.splitlines():
+        in_term = _TERM.match(line)
+        in_attribute = _ATTRIBUTE.match(line)
+        if in_term:
+            term = in_term[1]
+            messages[term] = in_term[2]
+        elif term and in_attribute:
+            messages[f"{term}.{in_attribute[1]}"] = in_attribute[2]
         else:
             term = ""
     return messages
 
 
 def _plain(message: str) -> str:
-    """A message without marks and places to fill; empty where it has cases to choose from."""
+    """A message without markup, its placeholders filled; "" where it has cases to choose from."""
     if "->" in message or "*[" in message:
         return ""
-    message = re.sub(r"\{\s*-brand[^}]*\}", "Firefox", re.sub(r"<[^>]+>", "", message))
-    return " ".join(re.sub(r"\{+[^}]*\}+|%\d?\$?S", "X", message).split())
+    message = re.sub(r"<[^>]+>", "", message)
+    message = re.sub(r"\{\s*-brand[^}]*\}", "Firefox", message)
+    message = re.sub(r"\{+[^}]*\}+|%\d?\$?S", "X", message)
+    return " ".join(message.split())
 
 
 def exams_in(wheel: Path) -> dict[str, list[rows.Row]]:
-    """The rows of the four sets' questions, by file."""
+    """The rows of the four sets' questions, by file; those that are no questions are left out."""
     files = {}
     with zipfile.ZipFile(wheel) as archive:
         for name, (member, convert) in SETS.items():
-            samples = [
-                json.loads(line)
-                for line in archive.read(MEMBER.format(member)).decode().splitlines()
-            ]
-            pairs = [(row["input"][-1]["content"].strip(), row["ideal"].strip()) for row in samples]
-            asked = (row for row in convert(pairs) if questions.fault(row) is None)
-            files[f"{name}.jsonl"] = [{**row, "language": "pl"} for row in asked]
+            text = archive.read(MEMBER.format(member)).decode()
+            pairs = []
+            for line in text.splitlines():
+                sample = json.loads(line)
+                question = sample["input"][-1]["content"].strip()
+                pairs.append((question, sample["ideal"].strip()))
+            asked = []
+            for row in convert(pairs):
+                if questions.fault(row) is None:
+                    asked.append({**row, "language": "pl"})
+            files[f"{name}.jsonl"] = asked
     return files
 
 
 def exam(name: str, folder: Path) -> questions.Task:
-    """One of the four sets that `unpack` wrote."""
-    by_character = name in ("polish-exams", "polish-lexicon")
+    """One of the four sets, from the folder that holds the files of `exams_in`."""
+    task = questions.file(folder / f"{name}.jsonl")
     about = f"{EVALS} {VERSION}: {ABOUT['polish'][name]}"
-    return replace(
-        questions.file(folder / f"{name}.jsonl"), about=about, per_character=by_character
-    )
+    per_character = name in ("polish-exams", "polish-lexicon")
+    return replace(task, about=about, per_character=per_character)
 
 
 def _exams(pairs: Asked) -> Iterable[dict]:
+    """Questions with four options, taken out of the prompts that list them."""
     for text, key in pairs:
         match = re.fullmatch(
             r"(.*)\nA\. (.*)\nB\. (.*)\nC\. (.*)\nD\. (.*)\nAnswer:", text, re.DOTALL
         )
         letter = re.fullmatch(r"\[([A-D])\]", key)
         if match and letter:
-            options = [option.strip() for option in match.groups()[1:]]
+            question, *options = (part.strip() for part in match.groups())
             yield {
-                "question": match[1].strip(),
+                "question": question,
                 "options": options,
                 "answer": options["ABCD".index(letter[1])],
             }
 
 
 def _lexicon(pairs: Asked) -> Iterable[dict]:
-    """The made-up word comes right before the word it was made from."""
-    for (one, key), (other, other_key) in zip(pairs[::2], pairs[1::2], strict=True):
-        if {key, other_key} == {"Y", "N"}:
+    """Which of two is a word? The made-up one stands right before the word it was made from."""
+    for (first, first_key), (second, second_key) in zip(pairs[::2], pairs[1::2], strict=True):
+        if {first_key, second_key} == {"Y", "N"}:
             yield {
                 "question": "",
-                "options": sorted([one, other]),
-                "answer": one if key == "Y" else other,
+                "options": sorted([first, second]),
+                "answer": first if first_key == "Y" else second,
             }
 
 
 def _among_others(pairs: Asked, question: str) -> Iterable[dict]:
+    """Each answer among those to other questions. question: a cloze with a place for the text."""
     answers = sorted({answer for _, answer in pairs})
     for number, (text, answer) in enumerate(pairs):
-        yield questions.among_others(f"others-{number}", question.format(text), answer, answers)
+        cloze = question.format(text)
+        yield questions.among_others(f"others-{number}", cloze, answer, answers)
 
 
+# {set: (its folder in the wheel, what makes rows of its samples)}
 SETS: dict[str, tuple[str, Callable[[Asked], Iterable[dict]]]] = {
     "polish-exams": ("polish-exams-qa", _exams),
     "polish-lexicon": ("polish-lexicon", _lexicon),

@@ -1,20 +1,18 @@
-"""Models timed, in turn, round after round: requests, what the trials come to, and what a machine
-could do at best.
+"""Time models in turn, round after round, and compare with the best that the machine allows.
 
-Stock mlx-lm generates, greedy, past the end token. At best: bytes over bandwidth, operations over
-arithmetic.
+Stock mlx-lm generates, greedily, past the end token. The best times are bytes over bandwidth, and
+operations over arithmetic.
 
-Definitions (those of vLLM and AIPerf; none has the tokenizer or the text in it):
+Definitions (those of vLLM and AIPerf; none includes the tokenizer or the text):
     TTFT      from the token ids to the first new token, in the process's hands
-    ITL       the time between two tokens;  TPOT  (last - first) / (tokens - 1), one number a
-    request
+    ITL       the time between two tokens
+    TPOT      (last - first) / (tokens - 1), one number for each request
     decode    (tokens - 1) / (last - first); mlx-lm's own generation_tps counts the first token too
 """
 
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,21 +29,25 @@ from mis_mlx.models import arch, load, mlx_generate, stream
 from mis_mlx.planner import estimates, phases
 from mis_mlx.types import Checkpoint, Row
 
-WARM_UP = 4  # tokens after the whole prompt, timed by nobody
+WARM_UP = 4  # tokens after the whole prompt, which are not timed
 PREFILL = 2048  # mlx-lm's prefill_step_size
 SLOWED = 0.9  # the last trial's speed over the first's, below which something throttles
 Facts = Mapping[str, Mapping[str, Any]]  # by model
 
 
 class Request(NamedTuple):
-    """What is timed: tokens of prompt and answer (2 or more)."""
+    """The work that is timed: tokens of the prompt, and of the answer (2 or more)."""
 
     prompt: int
     answer: int
 
 
 class BenchmarkModel(NamedTuple):
-    """A model in memory. nbytes: its weights there; read_bytes: without an untied embedding."""
+    """A model in memory.
+
+    nbytes: its weights there. read_bytes: those that a token reads, without tables of which it
+    takes one row.
+    """
 
     model: nn.Module
     tokenizer: Any
@@ -55,10 +57,12 @@ class BenchmarkModel(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """One request. stamps_s: when each token was there, from the start. cached_s: TTFT of the same
-    prompt, all but its last token in the cache, if it can be trimmed. watts: from first token to
-    last. peak_bytes: its model's weights, cache and workspace. load_s, read_bytes: of its model,
-    which may be gone.
+    """One timed request.
+
+    asked, tokens: token ids of prompt and answer. stamps_s: seconds from the start to each token.
+    cached_s: TTFT of the same prompt with all but its last token in the cache; None where the cache
+    cannot be trimmed. watts: mean power from the first token to the last. peak_bytes: its model's
+    weights, cache and workspace. load_s, read_bytes: of its model, which may be gone.
     """
 
     asked: tuple[int, ...]
@@ -77,51 +81,70 @@ class Measurement(NamedTuple):
 
 
 def mean_watts(monitor: Monitor, seconds: float) -> float | None:
-    """The machine's mean power over the last `seconds`, by trapezoids, once the GPU is done; None:
-    no two readings.
+    """The machine's mean power over the last `seconds`, by trapezoids.
+
+    Call it once the GPU is done. None where there are not two readings.
     """
     since_s = monitor.clock.monotonic() - seconds
-    seen = [
-        (r.time_s, r.power_w)
-        for r in monitor.history()
-        if r.time_s >= since_s and r.power_w is not None
-    ]
-    if len(seen) < 2 or seen[-1][0] <= seen[0][0]:
+    times = []
+    powers = []
+    for reading in monitor.history():
+        if reading.time_s >= since_s and reading.power_w is not None:
+            times.append(reading.time_s)
+            powers.append(reading.power_w)
+    if len(times) < 2 or times[-1] <= times[0]:
         return None
-    times, powers = np.array(seen).T
-    return float(np.trapezoid(powers, times) / (times[-1] - times[0]))
+    joules = np.trapezoid(np.array(powers), np.array(times))
+    return float(joules / (times[-1] - times[0]))
 
 
 def opened(folder: Path) -> BenchmarkModel:
-    """A model whole in memory, with the time that took: from files that the system may have in its
-    page cache.
+    """A model, whole in memory, with the time that took.
+
+    The system may have the files in its page cache.
     """
     began = time.perf_counter()
     model, tokenizer = mlx_generate.open_model(folder)
     stream.evaluate_now(model.parameters())
     seconds = time.perf_counter() - began
     arrays = dict[str, mx.array](tree_flatten(model.parameters()))
-    read_bytes = sum(a.nbytes for n, a in arrays.items() if not n.startswith(_looked_up(arrays)))
+    tables = _table_prefixes(arrays)
+    nbytes = 0
+    read_bytes = 0
+    for name, array in arrays.items():
+        nbytes += array.nbytes
+        if not name.startswith(tables):
+            read_bytes += array.nbytes
     stream.load_checked(model, f"{folder}: ")
     return BenchmarkModel(
-        model, tokenizer, seconds, sum(a.nbytes for a in arrays.values()), read_bytes
+        model=model,
+        tokenizer=tokenizer,
+        load_s=seconds,
+        nbytes=nbytes,
+        read_bytes=read_bytes,
     )
 
 
-def _looked_up(names: Iterable[str]) -> tuple[str, ...]:
-    """What the names of tables begin with of which a token takes a row, out of a model with these
-    tensors.
+def _table_prefixes(names: Iterable[str]) -> tuple[str, ...]:
+    """How the names of tables begin of which a token takes one row, in a model with these tensors.
+
+    A tied embedding is read as a whole: it is the head, too.
     """
     has_head = any(name.startswith("lm_head.") for name in names)
-    return (arch.PER_LAYER, load.EMBEDDING) if has_head else (arch.PER_LAYER,)
+    if has_head:
+        return (arch.PER_LAYER, load.EMBEDDING)
+    return (arch.PER_LAYER,)
 
 
 def prompt(tokenizer: Any, count: int, seed: Sequence[int]) -> list[int]:
     """`count` token ids of Python's manual, from a topic that `seed` chooses."""
     rows = [f"\n\n{row['text']}" for row in preparation.load(None).train]
-    start = int(np.random.default_rng(list(seed)).integers(len(rows)))
-    text = "".join(rows[start:] + rows[:start])[: 10 * count]  # a token has 3 to 5 letters
-    return [int(i) for i in np.array(mlx_generate.prompt_ids(tokenizer, text, count))]
+    rng = np.random.default_rng(list(seed))
+    start = int(rng.integers(len(rows)))
+    from_start = "".join(rows[start:] + rows[:start])
+    text = from_start[: 10 * count]  # a token has 3 to 5 letters
+    ids = np.array(mlx_generate.prompt_ids(tokenizer, text, count))
+    return [int(token) for token in ids]
 
 
 def trial(
@@ -131,37 +154,64 @@ def trial(
     monitor: Monitor | None = None,
     peaks: bool = False,
 ) -> Measurement:
-    """One request with a prompt that `seed` chooses. monitor: of its power. peaks: count MLX's
-    highest memory anew.
+    """One request with a prompt that `seed` chooses.
+
+    monitor: measures its power. peaks: reset MLX's peak of memory, and report the request's own.
     """
     asked = prompt(s.tokenizer, r.prompt, seed)
-    kept = mlx_generate.filled_cache(s.model, 0)
-    before = mx.get_active_memory()
+    cache = mlx_generate.filled_cache(s.model, 0)
+    before_bytes = mx.get_active_memory()
     if peaks:
         mx.reset_peak_memory()
-    stamps, tokens = clocked(mlx_generate.greedy(s.model, asked, r.answer, kept))
-    watts = mean_watts(monitor, stamps[-1] - stamps[0]) if monitor else None
-    # mlx-lm has begun one more token: not to run into the next trial
-    stream.evaluate_now([c.state for c in kept])
-    peak = mx.get_peak_memory() - before + s.nbytes if peaks else None
-    caches = load.mlx_lm("models.cache")
-    cached = None
-    if caches.can_trim_prompt_cache(kept):
-        caches.trim_prompt_cache(kept, kept[0].offset - (len(asked) - 1))
-        (cached,), _ = clocked(mlx_generate.greedy(s.model, asked[-1:], 1, kept))
-        stream.evaluate_now([c.state for c in kept])
+    stamps, tokens = clocked(mlx_generate.greedy(s.model, asked, r.answer, cache))
+    watts = None
+    if monitor:
+        watts = mean_watts(monitor, stamps[-1] - stamps[0])
+    # mlx-lm has begun one more token, which must not run into the next trial.
+    stream.evaluate_now([layer.state for layer in cache])
+    peak_bytes = None
+    if peaks:
+        peak_bytes = mx.get_peak_memory() - before_bytes + s.nbytes
+    cached_s = _cached_ttft(s.model, asked, cache)
     mx.clear_cache()
     return Measurement(
-        tuple(asked), tuple(tokens), tuple(stamps), cached, watts, peak, s.load_s, s.read_bytes
+        asked=tuple(asked),
+        tokens=tuple(tokens),
+        stamps_s=tuple(stamps),
+        cached_s=cached_s,
+        watts=watts,
+        peak_bytes=peak_bytes,
+        load_s=s.load_s,
+        read_bytes=s.read_bytes,
     )
 
 
-def clocked(coming: Iterable[int]) -> tuple[list[float], list[int]]:
-    """(seconds from now to each token, the tokens). Between two, measuring adds but this:
-    benchmarks/throughput.py.
+def _cached_ttft(
+    model: nn.Module,
+    asked: Sequence[int],
+    cache: list[Any],
+) -> float | None:
+    """TTFT with all of a prompt but its last token in the cache; None where that cannot be trimmed.
+
+    cache: of the prompt with its answer.
     """
-    stamps = list[float]()
-    tokens = list[int]()
+    caches = load.mlx_lm("models.cache")
+    if not caches.can_trim_prompt_cache(cache):
+        return None
+    answered = cache[0].offset - (len(asked) - 1)
+    caches.trim_prompt_cache(cache, answered)
+    stamps, _ = clocked(mlx_generate.greedy(model, asked[-1:], 1, cache))
+    stream.evaluate_now([layer.state for layer in cache])
+    return stamps[0]
+
+
+def clocked(coming: Iterable[int]) -> tuple[list[float], list[int]]:
+    """(seconds from now to each token, the tokens).
+
+    The loop below is all that measuring adds between two tokens (benchmarks/throughput.py).
+    """
+    stamps = []
+    tokens = []
     began = time.perf_counter()
     for token in coming:
         stamps.append(time.perf_counter() - began)
@@ -170,10 +220,11 @@ def clocked(coming: Iterable[int]) -> tuple[list[float], list[int]]:
 
 
 def need_bytes(checkpoint: Checkpoint, r: Request) -> int:
-    """One model whole in stock mlx-lm, its cache, and a piece of the prompt under way."""
+    """Bytes of one model in stock mlx-lm, its cache, and a piece of the prompt in computation."""
     m = estimates.model_of(checkpoint)
-    own = phases.timed_bytes(m.params) + estimates.keys_bytes(m, r.prompt + r.answer)
-    return own + estimates.workspace_bytes(m, min(r.prompt, PREFILL), r.prompt)
+    weights = phases.timed_bytes(m.params)
+    keys = estimates.keys_bytes(m, r.prompt + r.answer)
+    return weights + keys + estimates.workspace_bytes(m, min(r.prompt, PREFILL), r.prompt)
 
 
 def rounds(
@@ -186,121 +237,160 @@ def rounds(
     monitor: Monitor | None = None,
     peaks: bool = False,
 ) -> Iterator[tuple[str, Measurement]]:
-    """Every trial as it ends, by model, but the warm-up, a whole prompt: all models in turn, A B A
-    B; or, where they do not fit in memory together, model after model. No model is handed on:
-    whoever took one would keep it in memory.
+    """Every trial as it ends, (model's name, measurement), without the warm-up.
+
+    together: all models in turn, A B A B, so that drift hits all alike; otherwise model after
+    model, where they do not fit in memory together. count: trials of each. delay: seconds of rest
+    before each. No model is yielded: a caller that held one would keep it in memory.
     """
-    for group in filter(None, [list(folders)] if together else [[name] for name in folders]):
+    groups = [[name] for name in folders]
+    if together and folders:
+        groups = [list(folders)]
+    warm_up = r._replace(answer=min(r.answer, WARM_UP))
+    for group in groups:
         subjects = {name: opened(folders[name]) for name in group}
-        for s in subjects.values():
-            trial(s, r._replace(answer=min(r.answer, WARM_UP)), (seed, 0))
+        for subject in subjects.values():
+            trial(subject, warm_up, (seed, 0))
         for number in range(1, count + 1):
-            for name, s in subjects.items():
+            for name, subject in subjects.items():
                 time.sleep(delay)
-                yield name, trial(s, r, (seed, number), monitor, peaks)
-        del s, subjects  # the next one's memory
+                yield name, trial(subject, r, (seed, number), monitor, peaks=peaks)
+        # The next group needs their memory.
+        del subject, subjects
         mx.clear_cache()
 
 
 def figures(
-    trials: Sequence[Measurement], r: Request, idle_w: float | None = None
+    trials: Sequence[Measurement],
+    r: Request,
+    idle_w: float | None = None,
 ) -> dict[str, dict[str, float]]:
-    """{metric: what the trials of one model say}; `itl_ms` is over all gaps, `joules` per token and
-    beyond `idle_w`.
+    """{metric: summary of the trials of one model}; metrics without a value are left out.
+
+    `itl_ms` is over all gaps between tokens. `joules` are per token, above the power at rest,
+    `idle_w`.
     """
-    powers = [(t, t.watts - idle_w) for t in trials if t.watts is not None and idle_w is not None]
     every: dict[str, list[float]] = {
         "ttft_ms": [1000 * t.stamps_s[0] for t in trials],
         "ttft_cached_ms": [1000 * t.cached_s for t in trials if t.cached_s is not None],
         "prefill_tps": [r.prompt / t.stamps_s[0] for t in trials],
         "tpot_ms": [1000 * t.tpot_s for t in trials],
-        "itl_ms": [1000 * (b - a) for t in trials for a, b in pairwise(t.stamps_s)],
+        "itl_ms": [],
         "decode_tps": [1 / t.tpot_s for t in trials],
         "peak_mb": [t.peak_bytes / 1e6 for t in trials if t.peak_bytes],
-        "joules": [beyond_w * t.tpot_s for t, beyond_w in powers],
+        "joules": [],
     }
+    for t in trials:
+        gaps = np.diff(t.stamps_s)
+        every["itl_ms"] += [1000 * gap for gap in gaps]
+        if t.watts is not None and idle_w is not None:
+            every["joules"].append((t.watts - idle_w) * t.tpot_s)
     return {name: summary(values) for name, values in every.items() if values}
 
 
 def slowed(name: str, trials: Sequence[Measurement]) -> str | None:
-    """Whether the last trial was a good deal slower than the first: heat, or other work on this
-    machine.
+    """A sentence where the last trial was much slower than the first; else None.
+
+    Heat does that, or other work on this machine.
     """
-    first, last = (1 / t.tpot_s for t in (trials[0], trials[-1]))
+    first = 1 / trials[0].tpot_s
+    last = 1 / trials[-1].tpot_s
     if last >= SLOWED * first:
         return None
     return f"{name} fell from {first:.1f} to {last:.1f} tokens/s between its first and last trial"
 
 
 def rows(fixed: Facts, measured: Facts) -> list[Row]:
-    """Mean ± standard deviation of what was timed, plain values of the rest."""
+    """Mean ± standard deviation of everything timed, plain values of the rest."""
     found = []
     for name, values in measured.items():
-        f = fixed[name]
-        found += [
-            Row(name, "params", f["params"] / 1e6),
-            Row(name, "weights_mb", f["weight_bytes"] / 1e6),
-        ]
-        found.append(Row(name, "m1_best_tps", f["m1_best_tps_computed"]))
+        facts = fixed[name]
+        found.append(Row(name, "params", facts["params"] / 1e6))
+        found.append(Row(name, "weights_mb", facts["weight_bytes"] / 1e6))
+        found.append(Row(name, "m1_best_tps", facts["m1_best_tps_computed"]))
         for metric, value in values.items():
             if isinstance(value, Mapping):
-                mean = value["mean"]
-                sd = value["sd"]
-                found.append(
-                    Row(name, metric, mean, *(mean - sd, mean + sd) if value["n"] > 1 else ())
-                )
-                if "p95" in value:
-                    found.append(Row(name, metric.replace("_ms", "_p95_ms"), value["p95"]))
+                found += _timed_rows(name, metric, value)
             elif metric != "bound":  # a word
                 found.append(Row(name, metric, value))
     return found
 
 
+def _timed_rows(name: str, metric: str, value: Mapping[str, Any]) -> list[Row]:
+    """A metric's mean ± standard deviation, and its 95th percentile where there is one."""
+    mean = value["mean"]
+    sd = value["sd"]
+    row = Row(name, metric, mean)
+    if value["n"] > 1:
+        row = Row(name, metric, mean, low=mean - sd, high=mean + sd)
+    if "p95" not in value:
+        return [row]
+    return [row, Row(name, metric.replace("_ms", "_p95_ms"), value["p95"])]
+
+
 def moved(
-    checkpoint: Checkpoint, weight_bytes: int, r: Request
+    checkpoint: Checkpoint,
+    weight_bytes: int,
+    r: Request,
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """(bytes to move, float operations) of one token, half-way through the answer: all weights, the
-    keys and values; and of the first one: the prompt through all blocks, then its last row through
-    the head.
+    """(bytes to move, float operations) of one token, and the same of the first token.
+
+    One token: half-way through the answer; all weights, the keys and values. The first: the prompt
+    through all blocks, then its last row through the head.
     """
     m = estimates.model_of(checkpoint)
     seen = r.prompt + r.answer // 2
-    first = estimates.forward_flops(m, r.prompt, r.prompt, head=False) + 2.0 * m.head_params
-    keys = estimates.keys_bytes(m, seen)
-    read = estimates.keys_bytes(m, r.prompt)
-    # Twice what it sees: all of it, not the half.
-    return (weight_bytes + keys, estimates.forward_flops(m, 1, 2 * seen)), (
-        weight_bytes + read,
-        first,
-    )
+    # `forward_flops` counts causal attention, half of the length; a single token sees all of it.
+    token_flops = estimates.forward_flops(m, 1, 2 * seen)
+    token_bytes = weight_bytes + estimates.keys_bytes(m, seen)
+    blocks_flops = estimates.forward_flops(m, r.prompt, r.prompt, head=False)
+    first_flops = blocks_flops + 2.0 * m.head_params
+    first_bytes = weight_bytes + estimates.keys_bytes(m, r.prompt)
+    return (token_bytes, token_flops), (first_bytes, first_flops)
 
 
 def m1_tokens_per_s(checkpoint: Checkpoint, r: Request) -> float:
-    """Computed, never run: an M1's 68 GB/s over the bytes of one sequence's token, floats in
-    float16, packed as is.
+    """The decode rate of an M1, computed, never run.
+
+    Its 68 GB/s over the bytes of a token of one sequence: floats in float16, packed weights as
+    they are.
     """
-    unread = _looked_up(checkpoint.tensors)
-    read = [t for name, t in checkpoint.tensors.items() if not name.startswith(unread)]
-    nbytes = sum(t.nbytes if t.dtype == "U32" else 2 * math.prod(t.shape) for t in read)
+    tables = _table_prefixes(checkpoint.tensors)
+    nbytes = 0
+    for name, tensor in checkpoint.tensors.items():
+        if name.startswith(tables):
+            continue
+        if tensor.dtype == "U32":
+            nbytes += tensor.nbytes
+        else:
+            nbytes += 2 * math.prod(tensor.shape)
     m = estimates.model_of(checkpoint, gpu=True)
     seen = r.prompt + r.answer // 2
     return rates.M1_AIR.memory_bytes_per_s / (nbytes + estimates.keys_bytes(m, seen))
 
 
 def beside(
-    checkpoint: Checkpoint, weight_bytes: int, r: Request, at: rates.Roof, tps: float
+    checkpoint: Checkpoint,
+    weight_bytes: int,
+    r: Request,
+    at: rates.Roof,
+    tps: float,
 ) -> dict[str, Any]:
-    """MB a token moves, the best times there could be, the share reached, and what the limit is.
-    weight_bytes: read.
+    """MB that a token moves, the best times possible, the share reached, and what limits it.
+
+    weight_bytes: read for each token. at: the machine. tps: the decode rate that was measured.
     """
     token, first = moved(checkpoint, weight_bytes, r)
-    best = {"decode_best_tps": 1 / at.seconds(*token), "ttft_best_ms": 1000 * at.seconds(*first)}
-    bound = (
-        "memory bandwidth"
-        if token[0] / at.memory_bytes_per_s >= at.seconds(*token)
-        else "arithmetic"
-    )
-    return {"moved_mb": token[0] / 1e6, **best, "reached": tps * at.seconds(*token), "bound": bound}
+    token_bytes, _ = token
+    token_s = at.seconds(*token)
+    memory_bound = token_bytes / at.memory_bytes_per_s >= token_s
+    return {
+        "moved_mb": token_bytes / 1e6,
+        "decode_best_tps": 1 / token_s,
+        "ttft_best_ms": 1000 * at.seconds(*first),
+        "reached": tps * token_s,
+        "bound": "memory bandwidth" if memory_bound else "arithmetic",
+    }
 
 
 def kind(checkpoint: Checkpoint, dtype: str) -> str:
@@ -308,13 +398,14 @@ def kind(checkpoint: Checkpoint, dtype: str) -> str:
     differ.
     """
     settings = checkpoint.config.get("quantization") or {}
-    bits = sorted(
-        s["bits"] for s in (settings, *settings.values()) if isinstance(s, Mapping) and "bits" in s
-    )
-    return (
-        dtype
-        if not bits
-        else f"{bits[0]}-bit"
-        if bits[0] == bits[-1]
-        else f"{bits[0]}- to {bits[-1]}-bit"
-    )
+    bits = []
+    for value in (settings, *settings.values()):
+        if isinstance(value, Mapping) and "bits" in value:
+            bits.append(value["bits"])
+    if not bits:
+        return dtype
+    fewest = min(bits)
+    most = max(bits)
+    if fewest == most:
+        return f"{fewest}-bit"
+    return f"{fewest}- to {most}-bit"
