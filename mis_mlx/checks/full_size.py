@@ -5,7 +5,6 @@ several blocks, and multiplies large matrices otherwise than small ones. The wit
 float64, on some rows of a large result. Every check returns (error, the largest error that passes).
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import mlx.core as mx
@@ -14,12 +13,16 @@ import numpy as np
 
 from mis_mlx.checks.kernels import (
     ROUNDING,
+    Check,
     Compared,
     Found,
+    TypedCheck,
+    chunked,
     drawn,
     exact_attention,
     exact_kl,
     exact_rms_norm,
+    in_both_types,
     kl_inputs,
     off,
     softmax,
@@ -108,15 +111,8 @@ def long_attention(dtype: mx.Dtype) -> Compared:
 def chunked_losses(dtype: mx.Dtype) -> Compared:
     """Check the KL of a whole vocabulary in chunks, and its gradients in states and head."""
     inputs = kl_inputs(dtype, positions=48, width=HIDDEN, vocab=VOCAB, divisor=24)
-    states, head, teacher_states, teacher_head = inputs
-    teacher_logits = partial(losses.wide_product, head=teacher_head)
-
-    def loss(states: mx.array, head: mx.array) -> mx.array:
-        return losses.kl_sum(
-            states, head, teacher_states, teacher_logits, learn=mx.ones(48), rows=20
-        )
-
-    value, (states_grad, head_grad) = mx.value_and_grad(loss, [0, 1])(states, head)
+    teacher_logits = partial(losses.wide_product, head=inputs[-1])
+    value, states_grad, head_grad = chunked(inputs, teacher_logits, rows=20)
     rows = _sampled_tokens()
     sampled = head_grad[mx.array(rows)]
     return [value, states_grad, sampled], exact_kl(inputs, rows)
@@ -164,7 +160,7 @@ def wide_norm(dtype: mx.Dtype) -> Compared:
     return outputs, expected
 
 
-BY_TYPE: dict[str, Callable[[mx.Dtype], Found]] = {
+BY_TYPE: dict[str, TypedCheck] = {
     "logits, 128 x 24,576": large_product,
     "gradient of a head, 24,576 x 576": head_gradient,
     "attention, 512 tokens": long_attention,
@@ -172,9 +168,8 @@ BY_TYPE: dict[str, Callable[[mx.Dtype], Found]] = {
     "packed products, 4,608 x 576": packed_matrix,
     "RMSNorm of 576 and 8,192": wide_norm,
 }
-CHECKS: dict[str, Callable[[], Found]] = {
-    **{f"{name}, float32": partial(work, mx.float32) for name, work in BY_TYPE.items()},
-    **{f"{name}, float16": partial(work, mx.float16) for name, work in BY_TYPE.items()},
+CHECKS: dict[str, Check] = {
+    **in_both_types(BY_TYPE),
     "softmax of 24,576 and 49,152": softmax_of_a_vocabulary,
     "sorting 49,152, wrong": sorting,
 }

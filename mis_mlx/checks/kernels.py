@@ -18,6 +18,9 @@ from mis_mlx.models import load, policy
 from mis_mlx.quantization.packed_format import Format
 
 Found = tuple[float, float]
+Compared = tuple[Any, Any]  # (what this device gives, what numpy gives)
+Check = Callable[[], Found]
+TypedCheck = Callable[[mx.Dtype], Found]
 # Largest error as a share of the largest value: rounding of the result, and of sums of some hundred
 # products.
 ROUNDING = {mx.float32: 2e-5, mx.float16: 8e-3, mx.bfloat16: 3e-2}
@@ -74,21 +77,26 @@ def softmax(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.exp(log), log
 
 
-Compared = tuple[Any, Any]  # (what this device gives, what numpy gives)
-
-
-def within(roundings: float) -> Callable[[Callable[..., Compared]], Callable[..., Found]]:
+def within(roundings: float) -> Callable[[Callable[..., Compared]], TypedCheck]:
     """Make a check of a function that returns what to compare.
 
     It passes where the error is at most `roundings` times the ROUNDING of the check's dtype."""
 
-    def decorate(compared: Callable[[mx.Dtype], Compared]) -> Callable[[mx.Dtype], Found]:
+    def decorate(compared: Callable[..., Compared]) -> TypedCheck:
         def check(dtype: mx.Dtype) -> Found:
             return off(*compared(dtype)), roundings * ROUNDING[dtype]
 
         return check
 
     return decorate
+
+
+def in_both_types(checks: dict[str, TypedCheck]) -> dict[str, Check]:
+    """Every check in float32, then every check in float16, by name."""
+    return {
+        **{f"{name}, float32": partial(check, mx.float32) for name, check in checks.items()},
+        **{f"{name}, float16": partial(check, mx.float16) for name, check in checks.items()},
+    }
 
 
 def exact_rms_norm(x: mx.array, weight: mx.array) -> np.ndarray:
@@ -125,6 +133,18 @@ def kl_inputs(
         drawn(2, positions, width, dtype=dtype),
         (drawn(3, vocab, width) / divisor).astype(dtype),
     ]
+
+
+def chunked(inputs: list[mx.array], teacher_logits: losses.Logits, rows: int) -> list[mx.array]:
+    """[KL summed, its gradients in states and head] of `kl_inputs`, `rows` positions at a time."""
+    states, head, teacher_states, _ = inputs
+    ones = mx.ones(len(states))
+
+    def loss(states: mx.array, head: mx.array) -> mx.array:
+        return losses.kl_sum(states, head, teacher_states, teacher_logits, learn=ones, rows=rows)
+
+    value, grads = mx.value_and_grad(loss, [0, 1])(states, head)
+    return [value, *grads]
 
 
 def exact_kl(inputs: list[mx.array], rows: Any = slice(None)) -> list[np.ndarray]:
@@ -259,18 +279,12 @@ def packed_products(dtype: mx.Dtype) -> Compared:
 def chunked_kl(dtype: mx.Dtype) -> Compared:
     """Check the KL of 40 positions, eight at a time, with its gradients in states and head."""
     inputs = kl_inputs(dtype, positions=40, width=64, vocab=512, divisor=8)
-    states, head, teacher_states, teacher_head = inputs
+    teacher_head = inputs[-1]
 
     def teacher_logits(hidden: mx.array) -> mx.array:
         return hidden @ teacher_head.T
 
-    def loss(states: mx.array, head: mx.array) -> mx.array:
-        return losses.kl_sum(
-            states, head, teacher_states, teacher_logits, learn=mx.ones(40), rows=8
-        )
-
-    value, grads = mx.value_and_grad(loss, [0, 1])(states, head)
-    return [value, *grads], exact_kl(inputs)
+    return chunked(inputs, teacher_logits, rows=8), exact_kl(inputs)
 
 
 @within(5)
@@ -329,7 +343,7 @@ def closed_form() -> Found:
     return off(fit.update(0.1), expected.T), 1e-4  # its products are float32
 
 
-BY_TYPE: dict[str, Callable[[mx.Dtype], Found]] = {
+BY_TYPE: dict[str, TypedCheck] = {
     "matrix product": product,
     "RMSNorm": rms_norm,
     "RoPE": rope,
@@ -338,9 +352,8 @@ BY_TYPE: dict[str, Callable[[mx.Dtype], Found]] = {
     "chunked KL, gradients": chunked_kl,
     "log-probabilities": logps,
 }
-CHECKS: dict[str, Callable[[], Found]] = {
-    **{f"{name}, float32": partial(work, mx.float32) for name, work in BY_TYPE.items()},
-    **{f"{name}, float16": partial(work, mx.float16) for name, work in BY_TYPE.items()},
+CHECKS: dict[str, Check] = {
+    **in_both_types(BY_TYPE),
     **{f"packing and values of {name}": partial(unpacked, name) for name in FORMATS},
     "GPTQ, integers unlike the CPU's": gptq,
     "repair, closed form": closed_form,
