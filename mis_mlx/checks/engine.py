@@ -32,6 +32,7 @@ CONFIG = json.loads((Path(__file__).parent / "model.json").read_text("utf-8"))
 MODES = {"4-bit": "affine", "mxfp4": "mxfp4", "nvfp4": "nvfp4"}
 TOKENS = mx.array(np.random.default_rng(0).integers(0, 16, (1, 16)))  # most of them several times
 Models = dict[str, Checkpoint]
+Trained = tuple[list[float], dict[str, np.ndarray]]
 
 
 def write_random(folder: Path, config: Mapping[str, Any], scale: float) -> Path:
@@ -139,8 +140,8 @@ def _loss(model: nn.Module, tokens: mx.array) -> tuple[mx.array, mx.array]:
     return kl - logps.sum(), ones.sum()
 
 
-def _trained(model: nn.Module) -> tuple[list[float], dict[str, np.ndarray]]:
-    """Train three steps; ([loss, gradient's norm, fall of the loss in two steps], tensors).
+def _trained(model: nn.Module) -> Trained:
+    """Train three steps: ([loss, gradient's norm, fall of the loss in two steps], tensors).
 
     The tensors are weights and moments after the steps. AdamW does not see how long a gradient is,
     so the norm stands for that; moments keep its last bits."""
@@ -153,7 +154,7 @@ def _trained(model: nn.Module) -> tuple[list[float], dict[str, np.ndarray]]:
     return measured, {name: wide(array) for name, array in tensors.items()}
 
 
-def _trained_whole(models: Models) -> tuple[list[float], dict[str, np.ndarray]]:
+def _trained_whole(models: Models) -> Trained:
     """Train all weights of the dense model in float32, as `_trained` says."""
     return _trained(load.resident(models["bf16"], mx.float32))
 

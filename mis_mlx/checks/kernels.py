@@ -241,21 +241,22 @@ def unpacked(name: str) -> Found:
     packed = rounding.nearest(matrix, kind.group, kind.bits, kind.mode)
     codes = _codes(packed[0], kind.bits)
     scale, *bias = (np.repeat(np.array(part), kind.group, axis=1) for part in packed[1:])
+    integers = codes
     if kind.mode == "affine":
         step = wide(scale)
         expected = codes * step + wide(bias[0])
-        near = np.abs(expected - weight) <= 1.25 * np.abs(step)
-        integers = rounding.integers(packed[0], kind.group, kind.bits)
-        right = near.all() and (wide(integers) == codes).all()
+        tolerance = 1.25 * np.abs(step)
+        integers = wide(rounding.integers(packed[0], kind.group, kind.bits))
     else:
         width = _fp4_widths(scale, kind.mode)
         sign = np.where(codes & 8, -1, 1)
         expected = sign * FP4[codes & 7] * width
-        right = (np.abs(expected - weight) <= 2 * width).all()
-    error = np.inf
-    if right:
-        error = off(rounding.values(packed, kind.group, kind.bits, kind.mode), expected)
-    return error, 1e-6
+        tolerance = 2 * width
+    near = np.abs(expected - weight) <= tolerance
+    if not near.all() or not np.array_equal(integers, codes):
+        return np.inf, 1e-6
+    values = rounding.values(packed, kind.group, kind.bits, kind.mode)
+    return off(values, expected), 1e-6
 
 
 @within(1)

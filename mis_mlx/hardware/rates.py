@@ -57,7 +57,7 @@ class Rates:
     hot: float = 1.0  # share of the computing rates that is left once the machine is hot
     room_bytes: int | None = None  # most a process should take; None: ask machine.memory
     wait_s: float = WAIT_S  # of one synchronisation with a GPU
-    host_flops_per_s: float = HOST_FLOPS  # of numpy's solvers beside a GPU, in float64
+    host_flops_per_s: float = HOST_FLOPS  # of numpy's solvers next to a GPU, in float64
 
     def __str__(self) -> str:
         read = f"{self.read_bytes_per_s / 1e9:.2f} GB/s read"

@@ -110,7 +110,7 @@ def after_step(
     Each comes before its wait, about one a second in a pause, so that the caller can log it, write
     the checkpoint it asks for, or end the run by leaving the `for`; the last one is "run" or
     "stop". Call it outside the timed step, after the GPU is done. A step of more than a few seconds
-    heats the die from cool to hot before anyone looks: call it after each part of such a step.
+    heats the die from cool to hot before anyone looks: call it after each part of a long step.
     """
     clock = monitor.clock
     decision = judge.decide(monitor.reading(), clock.monotonic(), step_s)

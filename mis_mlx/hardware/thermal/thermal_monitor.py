@@ -195,18 +195,22 @@ class Monitor:
         self, raw: Raw, judged: dict[str, Fact], air: Estimate | None, stuck: bool
     ) -> dict[str, Fact]:
         """The fact behind every field of a reading. stuck: whether the die's sensor is."""
-        facts = {name: judged[name] for name in ("die_c", "battery_c", "power_w")}
+        die = judged["die_c"]
         if stuck:
-            reason = f"stuck at {judged['die_c'].value} °C for {Frozen.HOLD_S:.0f} s"
-            facts["die_c"] = Fact(None, "", reason)
+            die = Fact(None, "", f"stuck at {die.value} °C for {Frozen.HOLD_S:.0f} s")
+        ambient = Fact(None, "", NO_AIR)
         if air:
-            facts["ambient_c"] = Fact(air.celsius, air.source, "")
-        else:
-            facts["ambient_c"] = Fact(None, "", NO_AIR)
+            ambient = Fact(air.celsius, air.source, "")
         no_pressure = raw.missing.get("pressure", "not a Mac")
-        facts["pressure_level"] = Fact(raw.pressure, "notify(3)", no_pressure)
-        facts["battery_percent"] = Fact(raw.battery_percent, "psutil", "no battery")
-        facts["plugged"] = Fact(raw.plugged, "psutil", "no battery")
+        facts = {
+            "die_c": die,
+            "battery_c": judged["battery_c"],
+            "power_w": judged["power_w"],
+            "ambient_c": ambient,
+            "pressure_level": Fact(raw.pressure, "notify(3)", no_pressure),
+            "battery_percent": Fact(raw.battery_percent, "psutil", "no battery"),
+            "plugged": Fact(raw.plugged, "psutil", "no battery"),
+        }
         if self.replayed:
             facts = {name: _replayed(fact) for name, fact in facts.items()}
         altitude_m, source = self._altitude
