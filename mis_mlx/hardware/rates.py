@@ -55,7 +55,7 @@ class Rates:
     training_flops_per_s: float
     source: str
     hot: float = 1.0  # share of the computing rates that is left once the machine is hot
-    room_bytes: int | None = None  # most a process should take; None: ask machine.memory
+    room_bytes: int | None = None  # most a process should take; None: ask hardware.memory
     wait_s: float = WAIT_S  # of one synchronisation with a GPU
     host_flops_per_s: float = HOST_FLOPS  # of numpy's solvers next to a GPU, in float64
 
