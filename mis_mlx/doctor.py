@@ -1,8 +1,8 @@
-"""Examine this machine and MLX on it: some sixty checks, each with a witness and a bound; a report
-to paste.
+"""Examine this machine and MLX on it, and write a report to paste.
 
-Takes a minute or two, needs no network and no model. Groups of checks run in processes of their
-own: one that aborts or hangs is a row, and the others go on. Exit code 3 when a check fails.
+Some sixty checks, each with a witness and a bound. Takes a minute or two, needs no network and no
+model. Groups of checks run in processes of their own: one that aborts or hangs is a row, and the
+others go on. Exit code 3 when a check fails.
 """
 
 import os
@@ -43,8 +43,9 @@ class Settings(policy.Computing):
 
 @dataclass
 class Report:
-    """Lines of Markdown, on stdout and in the file `out` as soon as they are known: a crash leaves
-    what was found.
+    """Lines of Markdown, on stdout and in the file `out` as soon as they are known.
+
+    A crash leaves everything found so far.
     """
 
     out: Path | None
@@ -54,35 +55,43 @@ class Report:
     begun: str = ""  # the check that is being done, empty between two
 
     def line(self, text: str) -> None:
-        """Say this, fit for the public."""
+        """Write a text, without private names."""
         for line in _public(text).split("\n"):
             print(line, flush=True)
             if self.out:
                 DISK.append(self.out, line)
 
     def row(self, row: Row) -> None:
-        """A check is done."""
+        """Write the row of a check that is done."""
         self.rows.append(row)
         self.begun = ""
-        found = row.error.replace("|", "¦")
-        if not found:
-            found = "not a number" if row.number is None else f"{row.number:,.3g}"
-        most = "" if row.bound is None else f" {row.bound:,.3g}"
-        self.line(f"| {'✓' if row.passed else '✗'} | {row.name} | {found} |{most} |")
+        if row.error:
+            result = _cell(row.error)
+        elif row.number is None:
+            result = "not a number"
+        else:
+            result = f"{row.number:,.3g}"
+        bound = "" if row.bound is None else f" {row.bound:,.3g}"
+        mark = "✓" if row.passed else "✗"
+        self.line(f"| {mark} | {row.name} | {result} |{bound} |")
 
     def take(self, line: dict[str, Any]) -> None:
-        """A line of a group's journal."""
+        """Take a line of a group's journal."""
         if "begun" in line:
             self.begun = line["begun"]
-            # before: where the process dies, this was it
+            # said before the check runs: where the process dies, this was it
             cli.say(f"{len(self.rows) + 1}: {self.begun}")
         if "row" in line:
-            name, passed, number, bound, error = line["row"]
-            self.row(Row(name, passed, number, bound, error))
+            self.row(Row(*line["row"]))
         if "rate" in line:
-            self.rates.append([_public(cell).replace("|", "¦") for cell in line["rate"]])
+            self.rates.append([_cell(_public(text)) for text in line["rate"]])
             self.begun = ""
         self.peak_bytes = max(self.peak_bytes, line.get("peak_bytes", 0))
+
+
+def _cell(text: str) -> str:
+    """The text with no bar that would end a cell of a table."""
+    return text.replace("|", "¦")
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -97,32 +106,34 @@ def run(settings: Settings) -> dict[str, Any]:
     report = Report(settings.out)
     groups.name_crashes()
     with tempfile.TemporaryDirectory() as name:
-        report.line(groups.guarded(lambda: _head(Path(name)), "### mis_mlx doctor\n\n- {}".format))
+        folder = Path(name)
+        report.line(groups.guarded(lambda: _head(folder), "### mis_mlx doctor\n\n- {}".format))
         report.line("\n| | check | found | at most |\n|---|---|---:|---:|")
         for group in groups.GROUPS:
-            _examine(group, Path(name), settings.compute_dtype, report)
+            _examine(group, folder, settings.compute_dtype, report)
     report.line("\n| rate | here | MacBook Air M1, published |\n|---|---:|---:|")
     for cells in report.rates:
         report.line(f"| {' | '.join(cells)} |")
     failed = [row.name for row in report.rows if not row.passed]
-    passed = f"{len(report.rows) - len(failed)} of {len(report.rows)} checks passed"
+    total = len(report.rows)
+    passed = f"{total - len(failed)} of {total} checks passed"
     held = gib(report.peak_bytes)
-    report.line(
-        f"\n**{passed}** in {duration(time.monotonic() - began)}; a group took at most {held}."
-    )
-    facts = {
-        "checks": len(report.rows),
+    took = duration(time.monotonic() - began)
+    report.line(f"\n**{passed}** in {took}; a group took at most {held}.")
+    return {
+        "checks": total,
         "failed": failed,
         "check_failed": bool(failed),
         "policy": policy.name(),
+        "device": rates.about()["computes_on"],
+        "rows": [row._replace(error=_public(row.error))._asdict() for row in report.rows],
     }
-    rows = [row._replace(error=_public(row.error))._asdict() for row in report.rows]
-    return facts | {"device": rates.about()["computes_on"], "rows": rows}
 
 
 def _examine(group: str, folder: Path, compute_dtype: str | None, report: Report) -> None:
-    """All checks of a group, in a process of its own; where that ends early, a row says during
-    what.
+    """Run all checks of a group in a process of its own.
+
+    Where that ends early, a row says during which check.
     """
     journal = folder / f"{group}.jsonl"
     place = folder / group
@@ -135,34 +146,32 @@ def _examine(group: str, folder: Path, compute_dtype: str | None, report: Report
             report.take(line)
             read = end
 
-    where = {
+    arguments = {
         "group": group,
         "folder": str(place),
         "journal": str(journal),
         "compute_dtype": compute_dtype,
     }
     try:
-        ask("mis_mlx.checks.groups", "run", where, PATIENCE_S, look=look)
+        ask("mis_mlx.checks.groups", "run", arguments, PATIENCE_S, look=look)
     except child_process.NoAnswer as trouble:
         look()
-        report.row(Row(report.begun or group, False, error=str(trouble)))
+        report.row(Row(report.begun or group, passed=False, error=str(trouble)))
     look()
 
 
 def _head(folder: Path) -> str:
-    """What is known of the machine before anything is computed."""
+    """The facts about the machine that are known before anything is computed."""
     sensors = groups.guarded(_sensors, "sensors: {}".format)
     about = rates.about()
+    facts = groups.guarded(lambda: list(system_facts.lines()), lambda why: [why])
     values = {
         "about": about,
         "room": psutil.virtual_memory(),
         "disk": shutil.disk_usage(folder),
         "budget": memory.budget(None).limit_bytes,
         "recommended": float(mx.device_info().get("max_recommended_working_set_size", 0)),
-        "lines": [
-            *sensors.splitlines(),
-            *groups.guarded(lambda: list(system_facts.lines()), lambda why: [why]),
-        ],
+        "lines": [*sensors.splitlines(), *facts],
         "policy": policy,
         "gib": gib,
     }
@@ -170,6 +179,7 @@ def _head(folder: Path) -> str:
 
 
 def _sensors() -> str:
+    """The thermometers, judged and raw."""
     with Monitor() as monitor:
         judged = html.document("sensors.md", {**examined(monitor), "monitor": monitor})
         return "\n".join([judged, *system_facts.sensors(monitor.source.look())])
@@ -177,15 +187,13 @@ def _sensors() -> str:
 
 def _public(text: str) -> str:
     """The text without folders and names of this machine and its user."""
-    text = re.sub(
-        r"(?<![\w.])[~.]?(?:/[^\s/:'\"|]+)+/([^\s/:'\"|]*)",
-        r"…/\1",
-        text.replace(str(Path.home()), "~"),
-    )
-    for name in {Path.home().name, os.uname().nodename, os.uname().nodename.partition(".")[0]} - {
-        "",
-        "root",
-    }:
+    home = Path.home()
+    text = text.replace(str(home), "~")
+    # A path of two parts or more keeps its last one.
+    text = re.sub(r"(?<![\w.])[~.]?(?:/[^\s/:'\"|]+)+/([^\s/:'\"|]*)", r"…/\1", text)
+    host = os.uname().nodename
+    short_host, _, _ = host.partition(".")
+    for name in {home.name, host, short_host} - {"", "root"}:
         text = re.sub(rf"\b{re.escape(name)}\b", "…", text)
     return text
 

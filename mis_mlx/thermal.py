@@ -11,7 +11,7 @@ import tyro
 from mis_mlx import cli
 from mis_mlx.hardware.clock import Clock
 from mis_mlx.hardware.thermal import ambient, recording, run_monitor
-from mis_mlx.hardware.thermal.governor import Mode, governor_for
+from mis_mlx.hardware.thermal.governor import Decision, Mode, governor_for
 from mis_mlx.hardware.thermal.thermal_monitor import Live, Monitor, examined
 from mis_mlx.reporting import html
 from mis_mlx.storage.files import need_place
@@ -61,12 +61,16 @@ class Doctor:
 
 
 def run(settings: Record | Replay | Doctor) -> dict[str, Any]:
-    """What the chosen command found, as JSON allows it."""
+    """Run the chosen command; returns its findings, as JSON allows them."""
     cli.check_ranges(settings)
-    if not isinstance(s := settings, Doctor):
-        return record(s) if isinstance(s, Record) else replay_decisions(s)
+    if isinstance(settings, Record):
+        return record(settings)
+    if isinstance(settings, Replay):
+        return replay_decisions(settings)
     with Monitor(
-        replay=s.thermal_replay, given_ambient_c=s.temperature_c, altitude_m=s.altitude_m
+        replay=settings.thermal_replay,
+        given_ambient_c=settings.temperature_c,
+        altitude_m=settings.altitude_m,
     ) as monitor:
         facts = examined(monitor)
         print(html.document("sensors.md", {**facts, "monitor": monitor}))
@@ -74,7 +78,7 @@ def run(settings: Record | Replay | Doctor) -> dict[str, Any]:
 
 
 def record(settings: Record) -> dict[str, Any]:
-    """Write a recording until Ctrl-C; every line is whole whenever it ends."""
+    """Write a recording until Ctrl-C; every line is complete whenever it ends."""
     need_place("FILE", settings.file, "new")
     clock = Clock()
     source = Live(clock)
@@ -90,12 +94,11 @@ def record(settings: Record) -> dict[str, Any]:
         while settings.seconds is None or clock.monotonic() - start_s <= settings.seconds:
             add(source.look())
             looks += 1
-            clock.sleep(start_s + looks * settings.every_s - clock.monotonic())
-    return {
-        "file": str(settings.file),
-        "looks": looks,
-        "seconds": round(clock.monotonic() - start_s, 1),
-    }
+            # Counted from the start, so that the time of a look does not add up.
+            next_s = start_s + looks * settings.every_s
+            clock.sleep(next_s - clock.monotonic())
+    seconds = clock.monotonic() - start_s
+    return {"file": str(settings.file), "looks": looks, "seconds": round(seconds, 1)}
 
 
 def replay_decisions(settings: Replay) -> dict[str, Any]:
@@ -106,24 +109,14 @@ def replay_decisions(settings: Replay) -> dict[str, Any]:
     with Monitor(replay=settings.file) as monitor:
         governor = governor_for(settings.mode, monitor.reading(), monitor.reasons, apple=False)
         if governor.blind:
-            cli.say(
-                f"no die temperature in the first look ({monitor.reasons['die_c']}): only power is "
-                f"governed"
-            )
+            why = monitor.reasons["die_c"]
+            cli.say(f"no die temperature in the first look ({why}): only power is governed")
         while not monitor.source.ended and action != "stop":
             monitor.clock.sleep(settings.step_s)
             steps += 1
             for decision in run_monitor.after_step(monitor, governor, breaks, settings.step_s):
                 if decision.action != action:
-                    seen = {
-                        name: getattr(monitor.last(), name)
-                        for name in ("time_s", "die_c", "ambient_c")
-                    }
-                    print(
-                        json.dumps(
-                            {**seen, **asdict(decision)}, ensure_ascii=False, allow_nan=False
-                        )
-                    )
+                    _print_decision(monitor, decision)
                 action = decision.action
         seconds = monitor.clock.monotonic()
     return {
@@ -133,6 +126,14 @@ def replay_decisions(settings: Replay) -> dict[str, Any]:
         "end": action,
         **breaks.as_json(),
     }
+
+
+def _print_decision(monitor: Monitor, decision: Decision) -> None:
+    """Print one JSON line: the time, die and air of the last reading, and the decision."""
+    reading = monitor.last()
+    seen = {name: getattr(reading, name) for name in ("time_s", "die_c", "ambient_c")}
+    line = {**seen, **asdict(decision)}
+    print(json.dumps(line, ensure_ascii=False, allow_nan=False))
 
 
 if __name__ == "__main__":

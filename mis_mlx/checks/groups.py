@@ -1,15 +1,13 @@
-"""The groups of checks. Each runs in a process of its own: one that aborts or hangs becomes a row,
-the others go on.
+"""Run the groups of checks, each in a process of its own.
 
-A group writes what it does into a journal as it does it, one JSON line each: {"begun": name} before
-a check, {"row": ...} after it, {"rate": [name, here, on an M1 Air]}, and {"peak_bytes": n} in the
-end.
+A group that aborts or hangs becomes a row, and the others go on. A group writes into a journal as
+it works, one JSON line each: {"begun": name} before a check, {"row": ...} after it, {"rate": [name,
+here, on an M1 Air]}, and {"peak_bytes": n} at the end.
 """
 
 import faulthandler
 import json
 import math
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -27,9 +25,7 @@ Emit = Callable[[dict[str, Any]], None]
 
 
 class Row(NamedTuple):
-    """One check: what was found, the most that is right, and why there is no number if there is
-    none.
-    """
+    """One check: its number, the largest number that passes, and why there is no number."""
 
     name: str
     passed: bool
@@ -39,7 +35,7 @@ class Row(NamedTuple):
 
 
 def guarded(work: Callable[[], Any], otherwise: Callable[[str], Any]) -> Any:
-    """What `work` gives, or what `otherwise` makes of the first line of its error."""
+    """Return what `work` returns, or what `otherwise` makes of the first line of its error."""
     try:
         return work()
     except Exception as error:
@@ -48,103 +44,87 @@ def guarded(work: Callable[[], Any], otherwise: Callable[[str], Any]) -> Any:
 
 
 def check(name: str, work: Callable[[], kernels.Found], emit: Emit) -> None:
-    """Do one check; what raises is one that failed."""
+    """Run one check; one that raises has failed."""
     emit({"begun": name})
     found = guarded(work, str)
     if isinstance(found, str):
-        emit({"row": Row(name, False, error=found)})
+        emit({"row": Row(name, passed=False, error=found)})
         return
-    number, bound = map(float, found)  # NaN never passes, and JSON has no word for it
-    emit({"row": Row(name, number <= bound, number if math.isfinite(number) else None, bound)})
+    number, bound = map(float, found)
+    passed = number <= bound  # NaN never passes
+    shown = number if math.isfinite(number) else None  # JSON has no word for NaN
+    emit({"row": Row(name, passed, shown, bound)})
 
 
 def of_kernels(folder: Path, emit: Emit) -> None:
-    """Small kernels and our arithmetic."""
+    """Check small kernels and our arithmetic."""
     for name, work in kernels.CHECKS.items():
         check(name, work, emit)
 
 
 def of_full_size(folder: Path, emit: Emit) -> None:
-    """Kernels at the default run's sizes."""
+    """Check kernels at the default run's sizes."""
     for name, work in full_size.CHECKS.items():
         check(name, work, emit)
 
 
 def of_engine(folder: Path, emit: Emit) -> None:
-    """The engine on a tiny model in four formats."""
-    emit({"begun": "a model made on the spot"})
+    """Check the engine on a tiny model in four formats."""
+    making = "a model made on the spot"
+    emit({"begun": making})
     models = guarded(lambda: engine.make(folder), str)
     if isinstance(models, str):
-        emit({"row": Row("a model made on the spot", False, error=models)})
+        emit({"row": Row(making, passed=False, error=models)})
         return
     for name, work in engine.CHECKS.items():
         check(name, partial(work, models), emit)
 
 
 def of_training(folder: Path, emit: Emit) -> None:
-    """A training step at the default run's width: its peak is a check, its time a rate."""
-    took = list[float]()
+    """Run a training step at the default run's width: its peak is a check, its time a rate."""
+    times = list[float]()  # stays empty where the step raises
 
     def work() -> kernels.Found:
         found, seconds = training_step.measured(folder / "student")
-        took.append(seconds)
+        times.append(seconds)
         return found
 
     check("peak of a training step / plan", work, emit)
-    for seconds in took:
+    for seconds in times:
         planned = training_step.planned_seconds(rates.M1_AIR)
-        emit(
-            {
-                "rate": [
-                    "training step of 512 tokens, 25 M parameters, s",
-                    f"{seconds:.3g}",
-                    f"{planned:.3g} by the plan",
-                ]
-            }
-        )
+        name = "training step of 512 tokens, 25 M parameters, s"
+        emit({"rate": [name, f"{seconds:.3g}", f"{planned:.3g} by the plan"]})
 
 
 def of_rates(folder: Path, emit: Emit) -> None:
-    """This machine's rates beside an M1 Air's, in billions a second; and what a synchronisation
-    costs.
-    """
+    """Measure this machine's rates, in billions a second, and what a synchronisation costs.
+
+    Each stands next to an M1 Air's."""
     air = rates.M1_AIR
-    measures: dict[str, tuple[Callable[[], float], float]] = {
-        "matrix product, GFLOP/s": (rates.matmul_flops, air.forward_flops_per_s),
-        "memory, GB/s": (rates.memory_bytes, air.memory_bytes_per_s),
-    }
-    for name, (work, there) in measures.items():
-        _rate(name, work, there, emit)
+    _rate("matrix product, GFLOP/s", rates.matmul_flops, air.forward_flops_per_s, emit)
+    _rate("memory, GB/s", rates.memory_bytes, air.memory_bytes_per_s, emit)
     emit({"begun": "disk"})
     disk = guarded(lambda: rates.disk_bytes(folder, SAMPLE_BYTES), str)
-    for name, number, there in (
-        ("read", 0, air.read_bytes_per_s),
-        ("written", 1, air.write_bytes_per_s),
-    ):
-        _rate(f"disk {name}, GB/s", partial(_either, disk, number), there, emit)
+    _rate("disk read, GB/s", partial(_either, disk, 0), air.read_bytes_per_s, emit)
+    _rate("disk written, GB/s", partial(_either, disk, 1), air.write_bytes_per_s, emit)
     emit({"begun": "tiny evaluations"})
-    tiny = guarded(lambda: f"{1e6 * rates.wait_seconds():.3g}", str)
-    emit(
-        {
-            "rate": [
-                "a tiny evaluation, of 1,000 in a row, µs",
-                tiny,
-                f"{1e6 * rates.WAIT_S:.3g}, a guess",
-            ]
-        }
-    )
+    here = guarded(lambda: f"{1e6 * rates.wait_seconds():.3g}", str)
+    name = "a tiny evaluation, of 1,000 in a row, µs"
+    emit({"rate": [name, here, f"{1e6 * rates.WAIT_S:.3g}, a guess"]})
 
 
 def _either(disk: Any, number: int) -> float:
+    """The number of a (read, written) pair; RuntimeError where `disk` is the text of an error."""
     if isinstance(disk, str):
         raise RuntimeError(disk)
     return float(disk[number])
 
 
-def _rate(name: str, work: Callable[[], float], there: float, emit: Emit) -> None:
+def _rate(name: str, work: Callable[[], float], on_air: float, emit: Emit) -> None:
+    """Measure one rate by `work` and emit it next to an M1 Air's, both in billions a second."""
     emit({"begun": name})
     here = guarded(lambda: f"{work() / 1e9:,.3g}", str)
-    emit({"rate": [name, here, f"{there / 1e9:,.3g}"]})
+    emit({"rate": [name, here, f"{on_air / 1e9:,.3g}"]})
 
 
 GROUPS: dict[str, Callable[[Path, Emit], None]] = {
@@ -157,26 +137,22 @@ GROUPS: dict[str, Callable[[Path, Emit], None]] = {
 
 
 def name_crashes() -> None:
-    """Where this process is ended by a signal, its stack goes to stderr before, if that is a real
-    file.
-    """
+    """Write this process's stack to stderr before a signal ends it, if stderr is a real file."""
     with suppress(OSError, ValueError, AttributeError):
         faulthandler.enable(sys.stderr)
 
 
 def run(group: str, folder: str, journal: str, compute_dtype: str | None = None) -> None:
-    """Do a group in this process: its files in the empty `folder`, what it finds in the file
-    `journal`.
-    """
+    """Run a group in this process.
+
+    folder: empty, for the group's files. journal: a file to which the lines are appended."""
     name_crashes()
     cli.prepare()
     before = policy.use(compute_dtype)
     peak = memory.Peak()
     try:
-        with (
-            open(journal, "a", encoding="utf-8") as file,
-            memory.limited(memory.budget(None), memory.WIRED_MARGIN_BYTES),
-        ):
+        limited = memory.limited(memory.budget(None), memory.WIRED_MARGIN_BYTES)
+        with open(journal, "a", encoding="utf-8") as file, limited:
 
             def emit(line: dict[str, Any]) -> None:
                 file.write(json.dumps(line) + "\n")
@@ -189,13 +165,13 @@ def run(group: str, folder: str, journal: str, compute_dtype: str | None = None)
 
 
 def lines(journal: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(where the next one begins, line) of the whole lines of a journal from byte `start` on."""
+    """Yield (offset of the next line, line) for the complete lines from byte `start` on."""
     if not journal.is_file():
         return
     with journal.open("rb") as file:
         file.seek(start)
         for line in file:
-            if not re.search(rb"\n$", line):
+            if not line.endswith(b"\n"):  # still being written
                 return
             start += len(line)
             yield start, json.loads(line)

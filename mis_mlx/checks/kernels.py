@@ -1,5 +1,6 @@
-"""This device's kernels and our arithmetic beside numpy in float64: (found, the most that is
-right); NaN never is.
+"""Compare this device's kernels and our arithmetic with numpy in float64.
+
+Every check returns (error, the largest error that passes). A NaN never passes.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,6 +18,9 @@ from mis_mlx.models import load, policy
 from mis_mlx.quantization.packed_format import Format
 
 Found = tuple[float, float]
+Compared = tuple[Any, Any]  # (what this device gives, what numpy gives)
+Check = Callable[[], Found]
+TypedCheck = Callable[[mx.Dtype], Found]
 # Largest error as a share of the largest value: rounding of the result, and of sums of some hundred
 # products.
 ROUNDING = {mx.float32: 2e-5, mx.float16: 8e-3, mx.bfloat16: 3e-2}
@@ -30,9 +34,9 @@ FORMATS = {
 
 @contextmanager
 def on_cpu() -> Iterator[None]:
-    """Within, the CPU computes in float32, whatever does outside: the witness of what numpy cannot
-    do.
-    """
+    """Compute on the CPU in float32 within, whatever the policy outside.
+
+    It is the witness where numpy cannot do the work."""
     before = policy.use("float32")
     try:
         with macos.no_installer(), mx.stream(mx.cpu):
@@ -42,198 +46,315 @@ def on_cpu() -> Iterator[None]:
 
 
 def wide(array: Any) -> np.ndarray:
-    """The array in float64, in memory of its own."""
-    return np.array(array.astype(mx.float32) if isinstance(array, mx.array) else array, np.float64)
+    """Copy an array of MLX or numpy to float64, in memory of its own."""
+    if isinstance(array, mx.array):
+        array = array.astype(mx.float32)  # numpy has no bfloat16
+    return np.array(array, np.float64)
 
 
 def off(found: Any, want: Any) -> float:
-    """The largest difference as a share of the largest value that was wanted; of several arrays the
-    worst.
-    """
+    """Return the largest error as a share of the largest expected value.
+
+    Of several arrays it is the worst; a NaN anywhere makes it NaN."""
     if isinstance(found, list | tuple):
-        # spreads NaN, as max() does not
-        return float(np.max([off(f, w) for f, w in zip(found, want, strict=True)]))
-    return float(np.abs(wide(found) - wide(want)).max() / np.abs(wide(want)).max())
+        errors = [off(actual, expected) for actual, expected in zip(found, want, strict=True)]
+        return float(np.max(errors))  # spreads NaN, as max() does not
+    expected = wide(want)
+    error = np.abs(wide(found) - expected).max()
+    return float(error / np.abs(expected).max())
 
 
 def drawn(seed: int, *shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
-    """Standard normal numbers."""
-    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
-
-
-def product(dtype: mx.Dtype) -> Found:
-    """A matrix product. In float32 also what tells TF32 (M5, CUDA: MLX_ENABLE_TF32=0 turns it off)
-    from float32.
-    """
-    a = drawn(0, 96, 256, dtype=dtype)
-    b = drawn(1, 128, 256, dtype=dtype)
-    return off(a @ b.T, wide(a) @ wide(b).T), ROUNDING[dtype]
-
-
-def rms_norm(dtype: mx.Dtype) -> Found:
-    """MLX's fast RMSNorm."""
-    x = 3 * drawn(0, 24, 256, dtype=dtype)
-    w = drawn(1, 256, dtype=dtype)
-    want = wide(x) / np.sqrt(np.square(wide(x)).mean(axis=-1, keepdims=True) + 1e-5) * wide(w)
-    return off(mx.fast.rms_norm(x, w, 1e-5), want), ROUNDING[dtype]
-
-
-def rope(dtype: mx.Dtype) -> Found:
-    """Rotary positions, from number 100 on."""
-    x = drawn(0, 1, 2, 24, 64, dtype=dtype)
-    half = 32
-    angle = (100 + np.arange(24))[:, None] * 10_000.0 ** (-np.arange(half) / half)
-    a = wide(x)[..., :half]
-    b = wide(x)[..., half:]
-    want = np.concatenate(
-        [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=-1
-    )
-    turned = mx.fast.rope(x, 64, traditional=False, base=10_000.0, scale=1.0, offset=100)
-    # of float32 too: Metal's quick cosine is right to 13 bits
-    return off(turned, want), ROUNDING[mx.float16]
-
-
-def attention(dtype: mx.Dtype) -> Found:
-    """Causal attention of two heads a key; of many queries and of one, which have kernels of their
-    own.
-    """
-    q, k, v = (drawn(heads, 1, heads % 6, 40, 64, dtype=dtype) for heads in (4, 2, 8))
-    z = wide(q) @ np.repeat(wide(k), 2, axis=1).swapaxes(-1, -2) / 8 + np.triu(
-        np.full((40, 40), -np.inf), 1
-    )
-    want = softmax(z)[0] @ np.repeat(wide(v), 2, axis=1)
-    work = partial(mx.fast.scaled_dot_product_attention, scale=1 / 8)
-    return off(
-        [work(q, k, v, mask="causal"), work(q[:, :, -1:], k, v)], [want, want[:, :, -1:]]
-    ), ROUNDING[dtype]
-
-
-def unpacked(name: str) -> Found:
-    """A format's integers and values, taken apart bit by bit; and whether each weight got a near
-    one. MLX cuts off up to a step at one end of an affine group, and scales in float16 move 8 bits
-    by a quarter of one.
-    """
-    kind = FORMATS[name]
-    weight = drawn(0, 32, 256)
-    packed = rounding.nearest(weight, kind.group, kind.bits, kind.mode)
-    bits = np.unpackbits(np.array(packed[0]).view(np.uint8), axis=1, bitorder="little")
-    codes = bits.reshape(32, -1, kind.bits) @ (1 << np.arange(kind.bits))
-    scale, *bias = (np.repeat(np.array(part), kind.group, axis=1) for part in packed[1:])
-    if kind.mode == "affine":
-        want = codes * wide(scale) + wide(bias[0])
-        near = np.abs(want - wide(weight)) <= 1.25 * np.abs(wide(scale))
-        right = (
-            near.all()
-            and (wide(rounding.integers(packed[0], kind.group, kind.bits)) == codes).all()
-        )
-    else:
-        power = (scale >> 3 & 15).astype(int)
-        part = scale & 7
-        e4m3 = np.where(power > 0, (1 + part / 8) * 2.0 ** (power - 7), part / 8 * 2.0**-6)
-        width = 2.0 ** (scale.astype(int) - 127) if kind.mode == "mxfp4" else e4m3
-        want = np.where(codes & 8, -1, 1) * FP4[codes & 7] * width
-        right = (np.abs(want - wide(weight)) <= 2 * width).all()
-    return off(
-        rounding.values(packed, kind.group, kind.bits, kind.mode), want
-    ) if right else np.inf, 1e-6
-
-
-def packed_products(dtype: mx.Dtype) -> Found:
-    """Products with all packed formats, of many rows and of one; the worst."""
-    x = drawn(0, 24, 256, dtype=dtype)
-    found = list[mx.array]()
-    want = list[np.ndarray]()
-    for kind in FORMATS.values():
-        layer = nn.Linear(256, 128, bias=False)
-        layer.weight = drawn(1, 128, 256, dtype=dtype)
-        layer = layer.to_quantized(kind.group, kind.bits, kind.mode)
-        found += [layer(x), layer(x[:1])]
-        dense = wide(load.dense_weight(layer))
-        want += [wide(x) @ dense.T, wide(x[:1]) @ dense.T]
-    return off(found, want), ROUNDING[dtype]
+    """Draw standard normal numbers."""
+    numbers = mx.random.normal(shape, key=mx.random.key(seed))
+    return numbers.astype(dtype)
 
 
 def softmax(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(softmax, its logarithm) over the last axis, in float64."""
-    log = z - np.logaddexp.reduce(z, axis=-1, keepdims=True)
+    log_sum = np.logaddexp.reduce(z, axis=-1, keepdims=True)
+    log = z - log_sum
     return np.exp(log), log
 
 
-def chunked_kl(dtype: mx.Dtype) -> Found:
-    """KL of 40 positions, eight at a time, with its gradients in hidden states and head."""
-    h = drawn(0, 40, 64, dtype=dtype)
-    w = (drawn(1, 512, 64) / 8).astype(dtype)
-    t = drawn(2, 40, 64, dtype=dtype)
-    work = mx.value_and_grad(
-        lambda h, w: losses.kl_sum(h, w, t, lambda x: x @ w0.T, mx.ones(40), rows=8), [0, 1]
-    )
-    w0 = (drawn(3, 512, 64) / 8).astype(dtype)
-    value, slopes = work(h, w)
-    (p, log_p) = softmax(wide(t) @ wide(w0).T)
-    (q, log_q) = softmax(wide(h) @ wide(w).T)
-    want = [np.sum(p * (log_p - log_q)), (q - p) @ wide(w), (q - p).T @ wide(h)]
-    # one rounding more for logits, their softmax, its product
-    return off([value, *slopes], want), 5 * ROUNDING[dtype]
+def within(roundings: float) -> Callable[[Callable[..., Compared]], TypedCheck]:
+    """Make a check of a function that returns what to compare.
+
+    It passes where the error is at most `roundings` times the ROUNDING of the check's dtype."""
+
+    def decorate(compared: Callable[..., Compared]) -> TypedCheck:
+        def check(dtype: mx.Dtype) -> Found:
+            return off(*compared(dtype)), roundings * ROUNDING[dtype]
+
+        return check
+
+    return decorate
 
 
-def logps(dtype: mx.Dtype) -> Found:
-    """Log-probabilities of given tokens and their gradients, behind a cast and under a float32
-    head, as LoRA has it.
-    """
-    h = drawn(0, 40, 64, dtype=dtype).astype(mx.float32)
-    w = drawn(1, 512, 64) / 8
-    ids = mx.arange(40) * 7
-    work = mx.value_and_grad(
-        lambda h, w: losses.token_logps(h.astype(dtype), w, ids, rows=8).sum(), [0, 1]
-    )
-    value, slopes = work(h, w)
-    q, log_q = softmax(wide(h) @ wide(w).T)
-    there = np.eye(512)[np.array(ids)] - q
-    want = [
-        np.take_along_axis(log_q, np.array(ids)[:, None], 1).sum(),
-        there @ wide(w),
-        there.T @ wide(h),
+def in_both_types(checks: dict[str, TypedCheck]) -> dict[str, Check]:
+    """Every check in float32, then every check in float16, by name."""
+    return {
+        **{f"{name}, float32": partial(check, mx.float32) for name, check in checks.items()},
+        **{f"{name}, float16": partial(check, mx.float16) for name, check in checks.items()},
+    }
+
+
+def exact_rms_norm(x: mx.array, weight: mx.array) -> np.ndarray:
+    """RMSNorm of x (..., D) with weight (D,) and epsilon 1e-5, in float64."""
+    exact = wide(x)
+    mean_square = np.square(exact).mean(axis=-1, keepdims=True)
+    normed = exact / np.sqrt(mean_square + 1e-5)
+    return normed * wide(weight)
+
+
+def exact_attention(queries: mx.array, keys: mx.array, values: mx.array) -> np.ndarray:
+    """Causal attention in float64, with heads of 64 and several query heads a key head.
+
+    queries: (1, heads, T, 64). keys, values: (1, key heads, T, 64)."""
+    _, heads, tokens, _ = queries.shape
+    heads_per_key = heads // keys.shape[1]
+    mask = np.triu(np.full((tokens, tokens), -np.inf), 1)
+    each_key = np.repeat(wide(keys), heads_per_key, axis=1)
+    each_value = np.repeat(wide(values), heads_per_key, axis=1)
+    scores = wide(queries) @ each_key.swapaxes(-1, -2) / 8 + mask
+    weights, _ = softmax(scores)
+    return weights @ each_value
+
+
+def kl_inputs(
+    dtype: mx.Dtype, positions: int, width: int, vocab: int, *, divisor: float
+) -> list[mx.array]:
+    """[states, head, teacher's states, teacher's head]: (positions, width), (vocab, width), twice.
+
+    Heads are normal with standard deviation 1 / divisor."""
+    return [
+        drawn(0, positions, width, dtype=dtype),
+        (drawn(1, vocab, width) / divisor).astype(dtype),
+        drawn(2, positions, width, dtype=dtype),
+        (drawn(3, vocab, width) / divisor).astype(dtype),
     ]
-    return off([value, *slopes], want), 5 * ROUNDING[dtype]
+
+
+def chunked(inputs: list[mx.array], teacher_logits: losses.Logits, rows: int) -> list[mx.array]:
+    """[KL summed, its gradients in states and head] of `kl_inputs`, `rows` positions at a time."""
+    states, head, teacher_states, _ = inputs
+    ones = mx.ones(len(states))
+
+    def loss(states: mx.array, head: mx.array) -> mx.array:
+        return losses.kl_sum(states, head, teacher_states, teacher_logits, learn=ones, rows=rows)
+
+    value, grads = mx.value_and_grad(loss, [0, 1])(states, head)
+    return [value, *grads]
+
+
+def exact_kl(inputs: list[mx.array], rows: Any = slice(None)) -> list[np.ndarray]:
+    """[KL(teacher || student) summed, its gradients in states and head] of `kl_inputs`, in float64.
+
+    rows: the tokens whose rows of the head's gradient are computed; default: all."""
+    states, head, teacher_states, teacher_head = inputs
+    p, log_p = softmax(wide(teacher_states) @ wide(teacher_head).T)
+    q, log_q = softmax(wide(states) @ wide(head).T)
+    slope = q - p  # in the logits
+    kl = np.sum(p * (log_p - log_q))
+    return [kl, slope @ wide(head), slope[:, rows].T @ wide(states)]
+
+
+@within(1)
+def product(dtype: mx.Dtype) -> Compared:
+    """Check a matrix product.
+
+    In float32 it also tells TF32 from float32 (M5, CUDA: MLX_ENABLE_TF32=0 turns TF32 off)."""
+    left = drawn(0, 96, 256, dtype=dtype)
+    right = drawn(1, 128, 256, dtype=dtype)
+    return left @ right.T, wide(left) @ wide(right).T
+
+
+@within(1)
+def rms_norm(dtype: mx.Dtype) -> Compared:
+    """Check MLX's fast RMSNorm."""
+    x = 3 * drawn(0, 24, 256, dtype=dtype)
+    weight = drawn(1, 256, dtype=dtype)
+    return mx.fast.rms_norm(x, weight, 1e-5), exact_rms_norm(x, weight)
+
+
+def rope(dtype: mx.Dtype) -> Found:
+    """Check rotary positions, from position 100 on."""
+    shape = (1, 2, 24, 64)
+    x = drawn(0, *shape, dtype=dtype)
+    half = 32
+    frequency = 10_000.0 ** (-np.arange(half) / half)
+    angle = (100 + np.arange(24))[:, None] * frequency
+    cos = np.cos(angle)
+    sin = np.sin(angle)
+    first, second = np.split(wide(x), 2, axis=-1)
+    turned_first = first * cos - second * sin
+    turned_second = second * cos + first * sin
+    expected = np.concatenate([turned_first, turned_second], axis=-1)
+    rotated = mx.fast.rope(x, 64, traditional=False, base=10_000.0, scale=1.0, offset=100)
+    # float16's bound for float32 too: Metal's quick cosine is right to 13 bits
+    return off(rotated, expected), ROUNDING[mx.float16]
+
+
+@within(1)
+def attention(dtype: mx.Dtype) -> Compared:
+    """Check causal attention with two query heads a key head, at 40 queries and at one.
+
+    MLX has a kernel of its own for each of the two."""
+    key_shape = (1, 2, 40, 64)
+    query_shape = (1, 4, 40, 64)
+    queries = drawn(4, *query_shape, dtype=dtype)
+    keys = drawn(2, *key_shape, dtype=dtype)
+    values = drawn(8, *key_shape, dtype=dtype)
+    attend = partial(mx.fast.scaled_dot_product_attention, scale=1 / 8)
+    many = attend(queries, keys, values, mask="causal")
+    single = attend(queries[:, :, -1:], keys, values)
+    expected = exact_attention(queries, keys, values)
+    return [many, single], [expected, expected[:, :, -1:]]
+
+
+def _codes(packed: mx.array, bits: int) -> np.ndarray:
+    """The integers in packed words (out, n) uint32, taken apart bit by bit."""
+    octets = np.array(packed).view(np.uint8)
+    ones = np.unpackbits(octets, axis=1, bitorder="little")
+    powers = 1 << np.arange(bits)
+    return ones.reshape(len(ones), -1, bits) @ powers
+
+
+def _fp4_widths(scale: np.ndarray, mode: str) -> np.ndarray:
+    """The numbers that scale bytes stand for: powers of two (mxfp4) or e4m3 (nvfp4)."""
+    if mode == "mxfp4":
+        return 2.0 ** (scale.astype(int) - 127)
+    power = (scale >> 3 & 15).astype(int)
+    fraction = scale & 7
+    normal = (1 + fraction / 8) * 2.0 ** (power - 7)
+    return np.where(power > 0, normal, fraction / 8 * 2.0**-6)
+
+
+def unpacked(name: str) -> Found:
+    """Check a format's integers and values bit by bit, and that each weight got a near value.
+
+    MLX cuts off up to a step at one end of an affine group, and scales in float16 move 8 bits by a
+    quarter of a step. The error is infinite where an integer is wrong or a value is not near."""
+    kind = FORMATS[name]
+    matrix = drawn(0, 32, 256)
+    weight = wide(matrix)
+    packed = rounding.nearest(matrix, kind.group, kind.bits, kind.mode)
+    codes = _codes(packed[0], kind.bits)
+    scale, *bias = (np.repeat(np.array(part), kind.group, axis=1) for part in packed[1:])
+    integers = codes
+    if kind.mode == "affine":
+        step = wide(scale)
+        expected = codes * step + wide(bias[0])
+        tolerance = 1.25 * np.abs(step)
+        integers = wide(rounding.integers(packed[0], kind.group, kind.bits))
+    else:
+        width = _fp4_widths(scale, kind.mode)
+        sign = np.where(codes & 8, -1, 1)
+        expected = sign * FP4[codes & 7] * width
+        tolerance = 2 * width
+    near = np.abs(expected - weight) <= tolerance
+    if not near.all() or not np.array_equal(integers, codes):
+        return np.inf, 1e-6
+    values = rounding.values(packed, kind.group, kind.bits, kind.mode)
+    return off(values, expected), 1e-6
+
+
+@within(1)
+def packed_products(dtype: mx.Dtype) -> Compared:
+    """Check products with all packed formats, of 24 rows and of one; the worst."""
+    x = drawn(0, 24, 256, dtype=dtype)
+    row = x[:1]
+    outputs = list[mx.array]()
+    expected = list[np.ndarray]()
+    for kind in FORMATS.values():
+        layer = nn.Linear(256, 128, bias=False)
+        layer.weight = drawn(1, 128, 256, dtype=dtype)
+        layer = layer.to_quantized(kind.group, kind.bits, kind.mode)
+        outputs += [layer(x), layer(row)]
+        dense = wide(load.dense_weight(layer))
+        expected += [wide(x) @ dense.T, wide(row) @ dense.T]
+    return outputs, expected
+
+
+@within(5)  # one rounding more for logits, their softmax, its product
+def chunked_kl(dtype: mx.Dtype) -> Compared:
+    """Check the KL of 40 positions, eight at a time, with its gradients in states and head."""
+    inputs = kl_inputs(dtype, positions=40, width=64, vocab=512, divisor=8)
+    teacher_head = inputs[-1]
+
+    def teacher_logits(hidden: mx.array) -> mx.array:
+        return hidden @ teacher_head.T
+
+    return chunked(inputs, teacher_logits, rows=8), exact_kl(inputs)
+
+
+@within(5)
+def logps(dtype: mx.Dtype) -> Compared:
+    """Check log-probabilities of given tokens and their gradients.
+
+    States pass a cast to `dtype` and meet a float32 head, as with LoRA."""
+    states = drawn(0, 40, 64, dtype=dtype).astype(mx.float32)
+    head = drawn(1, 512, 64) / 8
+    ids = mx.arange(40) * 7
+
+    def total(states: mx.array, head: mx.array) -> mx.array:
+        return losses.token_logps(states.astype(dtype), head, ids, rows=8).sum()
+
+    value, grads = mx.value_and_grad(total, [0, 1])(states, head)
+    q, log_q = softmax(wide(states) @ wide(head).T)
+    targets = np.array(ids)
+    chosen = np.take_along_axis(log_q, targets[:, None], 1)
+    slope = np.eye(512)[targets] - q  # in the logits
+    return [value, *grads], [chosen.sum(), slope @ wide(head), slope.T @ wide(states)]
 
 
 def gptq() -> Found:
-    """Share of GPTQ's integers that another device gives; a scale's last bit may turn one, and that
-    its neighbours.
-    """
+    """Check the share of GPTQ's integers that the CPU computes differently.
+
+    A scale's last bit may change one integer, and through it its neighbours."""
     weight = np.array(drawn(0, 64, 256))
     inputs = wide(drawn(1, 512, 256) @ drawn(2, 256, 256))
+    gram = inputs.T @ inputs
 
     def codes() -> np.ndarray:
-        return wide(
-            rounding.integers(rounding.compensated(weight, inputs.T @ inputs, 64, 4)[0], 64, 4)
-        )
+        packed = rounding.compensated(weight, gram, 64, 4)
+        return wide(rounding.integers(packed[0], 64, 4))
 
     here = codes()
     with on_cpu():
-        return float((here != codes()).mean()), 0.002
+        differs = here != codes()
+    return float(differs.mean()), 0.002
 
 
 def closed_form() -> Found:
-    """The repair's fit beside numpy's own solution of the same normal equations."""
-    a = drawn(0, 400, 96)
-    r = drawn(1, 400, 32)
+    """Check the repair's fit against numpy's solution of the same normal equations."""
+    inputs = drawn(0, 400, 96)
+    missing = drawn(1, 400, 32)
     weight = mx.abs(drawn(2, 400)) + 0.5
     fit = reconstruction.NormalEquations(96, 32)
-    for at in (slice(0, 150), slice(150, 400)):
-        fit.add(*fit.products(a[at], r[at], weight[at]))
-    wa, wr = (wide(of) * wide(weight)[:, None] for of in (a, r))
-    gram = wa.T @ wa
-    want = np.linalg.solve(gram + 0.1 * np.trace(gram) / 96 * np.eye(96), wa.T @ wr)
-    return off(fit.update(0.1), want.T), 1e-4  # its products are float32
+    for rows in (slice(0, 150), slice(150, 400)):
+        gram, cross = fit.products(inputs[rows], missing[rows], weight[rows])
+        fit.add(gram, cross)
+    column = wide(weight)[:, None]
+    weighted = wide(inputs) * column
+    exact_gram = weighted.T @ weighted
+    exact_cross = weighted.T @ (wide(missing) * column)
+    ridge = 0.1 * np.trace(exact_gram) / 96 * np.eye(96)
+    expected = np.linalg.solve(exact_gram + ridge, exact_cross)
+    return off(fit.update(0.1), expected.T), 1e-4  # its products are float32
 
 
-BY_TYPE = {"matrix product": product, "RMSNorm": rms_norm, "RoPE": rope, "attention": attention,
-           "packed products": packed_products, "chunked KL, gradients": chunked_kl,
-           "log-probabilities": logps}  # fmt: skip
-CHECKS: dict[str, Callable[[], Found]] = {
-    **{f"{name}, float32": partial(work, mx.float32) for name, work in BY_TYPE.items()},
-    **{f"{name}, float16": partial(work, mx.float16) for name, work in BY_TYPE.items()},
+BY_TYPE: dict[str, TypedCheck] = {
+    "matrix product": product,
+    "RMSNorm": rms_norm,
+    "RoPE": rope,
+    "attention": attention,
+    "packed products": packed_products,
+    "chunked KL, gradients": chunked_kl,
+    "log-probabilities": logps,
+}
+CHECKS: dict[str, Check] = {
+    **in_both_types(BY_TYPE),
     **{f"packing and values of {name}": partial(unpacked, name) for name in FORMATS},
     "GPTQ, integers unlike the CPU's": gptq,
     "repair, closed form": closed_form,

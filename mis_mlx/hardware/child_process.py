@@ -1,5 +1,4 @@
-"""Ask one function one question, in JSON, in a process of its own, with a limit on its time and
-memory.
+"""Call one function in a process of its own, in JSON, with limits on its time and memory.
 
 For functions that read a stranger's text, or that a user brought: what hangs, crashes or eats
 memory ends there.
@@ -28,7 +27,7 @@ PACKAGE = Path(__file__).resolve().parents[2]
 
 
 class NoAnswer(Exception):
-    """Why there is none, in a few words."""
+    """Why there is no answer, in a few words."""
 
 
 def ask(
@@ -40,36 +39,37 @@ def ask(
     watched: bool = sys.platform == "darwin",
     look: Callable[[], object] | None = None,
 ) -> Any:
-    """What `function` of `source` (a module's dotted name, or a path to a .py file) returns for
-    these arguments. Arguments that its signature does not name are left out. memory_bytes: of its
-    address space, limited by the kernel; or where it is `watched` by us, as macOS has no such
-    limit, of what it and its children hold; 0: no limit. look: called some twenty times a second
+    """Return what a function returns for these arguments, called in a process of its own.
+
+    source: a module's dotted name, or a path to a .py file. arguments: those that the function's
+    signature does not name are left out. seconds: limit on its time. memory_bytes: limit on its
+    address space, which the kernel keeps; where it is `watched` by us, as macOS has no such limit,
+    on what it and its children hold; 0: no limit. look: called some twenty times a second
     meanwhile. NoAnswer when it raises, ends its process, answers what JSON has no word for, or
-    takes more than it may.
+    exceeds a limit.
     """
-    path = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH", "")]))
-    question = json.dumps(
-        {
-            "source": source,
-            "function": function,
-            "arguments": arguments,
-            "bytes": 0 if watched else memory_bytes,
-            "seconds": math.ceil(seconds),
-        }
-    )
+    watched_bytes = memory_bytes if watched else 0
+    paths = [str(PACKAGE), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    question = {
+        "source": source,
+        "function": function,
+        "arguments": arguments,
+        "bytes": memory_bytes - watched_bytes,
+        "seconds": math.ceil(seconds),
+    }
+    text = json.dumps(question).encode()
     # A session of its own: Ctrl-C is for us, not for an answer under way; and what it starts ends
     # with it.
     with subprocess.Popen(
         [sys.executable, "-m", "mis_mlx.hardware.child_process"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path},
+        env=environment,
         start_new_session=True,
     ) as process:
         try:
-            output = _waited(
-                process, question.encode(), seconds, memory_bytes if watched else 0, look
-            )
+            output = _waited(process, text, seconds, watched_bytes, look=look)
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -78,12 +78,10 @@ def ask(
     except ValueError:
         raise NoAnswer(f"its process ended with {process.returncode}") from None
     # an exit code of 0 alone is no answer
-    if not isinstance(answer, dict) or "value" not in answer:
-        raise NoAnswer(
-            str(answer["error"])
-            if isinstance(answer, dict) and "error" in answer
-            else "its answer is none"
-        )
+    if not isinstance(answer, dict):
+        raise NoAnswer("its answer is none")
+    if "value" not in answer:
+        raise NoAnswer(str(answer.get("error", "its answer is none")))
     return answer["value"]
 
 
@@ -94,72 +92,83 @@ def _waited(
     most_bytes: int,
     look: Callable[[], object] | None = None,
 ) -> bytes:
-    """What it writes. NoAnswer when that takes longer, or it holds more than `most_bytes` (0: no
-    limit).
+    """Return what the child writes.
+
+    NoAnswer when that takes more than `seconds`, or it holds more than `most_bytes` (0: no limit).
     """
     unsent: bytes | None = question
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
+        timeout = left
+        if most_bytes or look:
+            timeout = min(LOOK_S, left)
         try:
-            return process.communicate(
-                unsent, timeout=min(LOOK_S, left) if most_bytes or look else left
-            )[0]
+            output, _ = process.communicate(unsent, timeout=timeout)
+            return output
         except subprocess.TimeoutExpired:
             unsent = None  # it has the question, and communicate takes it once
         if look:
             look()
-        if most_bytes and (held := _held(process.pid)) > most_bytes:
-            raise NoAnswer(f"MemoryError: it holds {gib(held)}, {gib(most_bytes)} are allowed")
+        if most_bytes:
+            held = _held(process.pid)
+            if held > most_bytes:
+                raise NoAnswer(f"MemoryError: it holds {gib(held)}, {gib(most_bytes)} are allowed")
     raise NoAnswer(f"no answer in {seconds:g} s")
 
 
 def _held(number: int) -> int:
-    import psutil  # not in the child, which starts the sooner
+    """Resident bytes of a process and its children."""
+    import psutil  # not at the top: the child does without it and starts faster
 
     total = 0
     with contextlib.suppress(psutil.Error):
-        first = psutil.Process(number)
-        for each in (first, *first.children(recursive=True)):
+        parent = psutil.Process(number)
+        for process in (parent, *parent.children(recursive=True)):
             with contextlib.suppress(psutil.Error):  # it has just ended
-                total += each.memory_info().rss
+                total += process.memory_info().rss
     return total
 
 
+def _limit(seconds: int, memory_bytes: int) -> None:
+    """Have the kernel limit this process: CPU time of all cores, no core dump, address space."""
+    limits = {
+        resource.RLIMIT_CPU: (seconds + 1) * (os.cpu_count() or 1),
+        resource.RLIMIT_CORE: 0,
+    }
+    if memory_bytes:
+        limits[resource.RLIMIT_AS] = memory_bytes
+    for kind, most in limits.items():
+        with contextlib.suppress(ValueError, OSError):  # macOS does not let everybody
+            resource.setrlimit(kind, (most, most))
+
+
 def _serve() -> None:
-    """The child's side: the question on stdin, the answer on what was stdout; what is printed there
-    goes to stderr.
+    """The child's side: read the question from stdin, write the answer to what was stdout.
+
+    Whatever the function prints there goes to stderr.
     """
     question = json.loads(sys.stdin.buffer.read())
     with os.fdopen(os.dup(1), "wb") as out, contextlib.redirect_stdout(sys.stderr):
         os.dup2(2, 1)
-        limits = {
-            resource.RLIMIT_CPU: (question["seconds"] + 1) * (os.cpu_count() or 1),
-            resource.RLIMIT_CORE: 0,
-        }
-        for what, most in (
-            limits | ({resource.RLIMIT_AS: question["bytes"]} if question["bytes"] else {})
-        ).items():
-            with contextlib.suppress(ValueError, OSError):  # macOS does not let everybody
-                resource.setrlimit(what, (most, most))
+        _limit(question["seconds"], question["bytes"])
         try:
-            answer = {
-                "value": _call(**{k: question[k] for k in ("source", "function", "arguments")})
-            }
-            text = json.dumps(answer, allow_nan=False)
+            value = _call(question["source"], question["function"], question["arguments"])
+            text = json.dumps({"value": value}, allow_nan=False)
         except BaseException as error:
-            text = json.dumps(
-                {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-            )
+            message = " ".join(str(error).split())[:200]
+            text = json.dumps({"error": f"{type(error).__name__}: {message}"})
         out.write(text.encode())
 
 
 def _call(source: str, function: str, arguments: Mapping[str, Any]) -> Any:
+    """Import the function and call it with those of the arguments that it names."""
     if source.endswith(".py"):
         called = runpy.run_path(source)[function]
     else:
         called = getattr(importlib.import_module(source), function)
     parameters = inspect.signature(called).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if not takes_all:
         arguments = {name: value for name, value in arguments.items() if name in parameters}
     return called(**arguments)
 

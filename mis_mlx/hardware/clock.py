@@ -1,14 +1,14 @@
-"""Time that can be read and waited for, real or virtual, and how long the machine slept
-meanwhile.
-"""
+"""Time to read and to wait for, real or virtual, and how long the machine slept meanwhile."""
 
 import sys
 import time
 
 
 class Clock:
-    """The real clock. Sleep (a closed lid) is told from the system's counters, not from a wall
-    clock that is set.
+    """The real clock.
+
+    Sleep (a closed lid) is read from the system's counters, not from a wall clock, which people and
+    NTP set.
     """
 
     def monotonic(self) -> float:
@@ -20,33 +20,34 @@ class Clock:
         return time.time()
 
     def sleep(self, seconds: float) -> None:
-        """Wait; not at all for less than nothing."""
+        """Wait; a negative time counts as 0."""
         time.sleep(max(seconds, 0.0))
 
     def uptime(self) -> float:
         """Seconds since boot, sleep included."""
-        # A Mac's raw clock counts sleep, and NTP does not slew it.
-        return time.clock_gettime(
-            time.CLOCK_MONOTONIC_RAW if sys.platform == "darwin" else time.CLOCK_BOOTTIME
-        )
+        if sys.platform == "darwin":  # its raw clock counts sleep, and NTP does not slew it
+            return time.clock_gettime(time.CLOCK_MONOTONIC_RAW)
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def asleep(self) -> float:
-        """Seconds the machine has been asleep since boot: what `slept` wants."""
+        """Seconds the machine has been asleep since boot, as `slept` takes them."""
         if sys.platform == "darwin":
             return self.uptime() - time.clock_gettime(time.CLOCK_UPTIME_RAW)
         return self.uptime() - time.clock_gettime(time.CLOCK_MONOTONIC)
 
     def slept(self, since: float) -> float:
-        """Seconds asleep since `since = clock.asleep()`; 0 below 1 s, as the counters are read in
-        turn.
+        """Seconds asleep since `since = clock.asleep()`.
+
+        0 below 1 s: the two counters are read one after the other.
         """
         gap = self.asleep() - since
         return gap if gap >= 1.0 else 0.0
 
 
 class VirtualClock(Clock):
-    """A clock that moves only when told to, for replays and tests: `sleep` returns at once. Uptime
-    is the machine's.
+    """A clock that only `sleep` moves, for replays and tests: `sleep` returns at once.
+
+    Uptime is the machine's.
     """
 
     def __init__(self) -> None:

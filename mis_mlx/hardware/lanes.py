@@ -1,4 +1,4 @@
-"""Windows that do not know of each other, side by side: on a CPU of two cores each has a core.
+"""Windows that do not depend on each other, side by side: on a CPU of two cores each has a core.
 
 MLX's CPU back end computes everything but matrix products in one thread a stream, so that one of
 two cores waits most of the time; here two windows go through two streams, each product in one
@@ -24,9 +24,7 @@ IN_TURN = "MLX_BFS_MAX_WIDTH"
 
 @cache
 def _blas() -> tuple[Any, int]:
-    """(the BLAS that products run on, the threads that it was begun with); (None, 1) where it is no
-    OpenBLAS.
-    """
+    """(the BLAS that products run on, its threads at the start); (None, 1) if it is no OpenBLAS."""
     library = ctypes.CDLL(None)
     if not hasattr(library, "openblas_set_num_threads"):
         return None, 1
@@ -34,17 +32,19 @@ def _blas() -> tuple[Any, int]:
 
 
 def count() -> int:
-    """How many windows go side by side."""
-    return (
-        2
-        if IN_TURN in os.environ and mx.default_device() == mx.cpu and 2 <= _blas()[1] < MANY
-        else 1
-    )
+    """How many windows go side by side: 2, or 1."""
+    # Without IN_TURN two streams would be computed one after the other.
+    if IN_TURN not in os.environ or mx.default_device() != mx.cpu:
+        return 1
+    _, threads = _blas()
+    return 2 if 2 <= threads < MANY else 1
 
 
 class _Streams(threading.local):
-    """Of a thread, for MLX's streams belong to the one that made them, and the system gives a
-    thread's number to another one after its end.
+    """The two streams of a thread.
+
+    MLX's streams belong to the thread that made them, and the system gives a thread's number to
+    another one after its end: a table by number would hand out a stream of a thread that is gone.
     """
 
     def __init__(self) -> None:
@@ -53,56 +53,67 @@ class _Streams(threading.local):
 
 @cache
 def _streams() -> _Streams:
+    """The streams, made when the first lane is asked for and not on import."""
     return _Streams()
 
 
 def lane(i: int) -> AbstractContextManager[Any]:
-    """Where the i-th of things side by side is made."""
-    n = count()
-    return mx.stream(_streams().all[i % n]) if n > 1 else nullcontext()
+    """Enter the stream in which the i-th of things side by side is built."""
+    lanes = count()
+    if lanes == 1:
+        return nullcontext()
+    return mx.stream(_streams().all[i % lanes])
 
 
 @contextmanager
 def together(things: int) -> Iterator[None]:
-    """What was made in lanes is evaluated in here, each matrix product in one thread, unless a
-    thing is alone.
+    """Evaluate within what was built in lanes: each matrix product runs in one thread.
+
+    things: how many were built; one alone keeps all threads of its products.
     """
     library, threads = _blas()
     if min(things, count()) < 2:
         yield
         return
+    # Two products at a time with two threads each would fight for the two cores.
     library.openblas_set_num_threads(1)
     try:
         yield
-    finally:
+    finally:  # also where the evaluation raises: later products need all threads
         library.openblas_set_num_threads(threads)
 
 
 def cut(x: mx.array) -> list[mx.array]:
-    """x (B, ...) in as many pieces of its rows as there are lanes, or rows."""
-    size = -(-len(x) // count())
+    """Cut x (B, ...) into as many pieces of its rows as there are lanes, or rows."""
+    size = -(-len(x) // count())  # rounded up, so that no row is left over
     return [x[start : start + size] for start in range(0, len(x), size)]
 
 
 def rows(work: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
-    """work(x) of x (B, ...), whose rows do not know of each other; lazy."""
+    """work(x) of x (B, ...), whose rows do not depend on each other; lazy."""
     pieces = []
     for i, piece in enumerate(cut(x)):
+        # The stream is chosen here, where the graph is built; the evaluation comes later, of all
+        # pieces at once, so that both lanes have work.
         with lane(i):
             pieces.append(work(piece))
-    return mx.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+    if len(pieces) == 1:
+        return pieces[0]
+    return mx.concatenate(pieces)
 
 
 def each(work: Callable[..., Any], *items: Iterable[Any]) -> Iterator[Any]:
-    """`work` of every item, or of the items of several lists, in order and evaluated: as many at a
-    time as lanes.
+    """Yield `work` of every item, or of the items of several lists, in order and evaluated.
+
+    As many at a time as there are lanes. ValueError where the lists differ in length.
     """
-    coming = zip(*items, strict=True)
-    while some := list(islice(coming, count())):
+    arguments = zip(*items, strict=True)
+    while batch := list(islice(arguments, count())):
         results = []
-        with together(len(some)):
-            for i, arguments in enumerate(some):
+        with together(len(batch)):
+            for i, values in enumerate(batch):
                 with lane(i):
-                    results.append(work(*arguments))
-            mx.eval(results)
-        yield from (results.pop(0) for _ in some)  # who takes one holds it alone
+                    results.append(work(*values))
+            mx.eval(results)  # one call for all, or the lanes would run one after the other
+        for _ in batch:
+            yield results.pop(0)  # the caller alone holds it, and may free it before the next one

@@ -1,5 +1,4 @@
-"""What macOS wants to be told, so that a long computation is neither ended nor put to sleep. No Mac
-has run this yet.
+"""Keep macOS from ending a long computation or putting it to sleep. No Mac has run this yet.
 
 `mis_mlx` imports this before anything else, so it imports nothing of the package, and MLX only
 inside functions.
@@ -14,14 +13,14 @@ from contextlib import contextmanager, suppress
 WATCHDOG = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
 NO_COMPILE = "MLX_DISABLE_COMPILE"  # read by MLX when it first compiles a function
 DEVICE = "MIS_MLX_DEVICE"
-SMALL_BYTES = 8 * 2**30  # a Mac of no more memory has MLX send small command buffers
+SMALL_BYTES = 8 * 2**30  # on a Mac with no more memory MLX sends small command buffers
 # The most operations and megabytes of a command buffer, read by MLX when it opens the device; else
 # 40 and 40. Metal holds the temporaries of all buffers that are in flight.
 COMMAND_BUFFERS = {"MLX_MAX_OPS_PER_BUFFER": "10", "MLX_MAX_MB_PER_BUFFER": "10"}
 
 
 def settle() -> None:
-    """Set on macOS what MLX and Metal read from the environment. What the user has set stays.
+    """Set on macOS what MLX and Metal read from the environment; the user's own settings stay.
 
     Metal reads WATCHDOG when the device is opened: without it macOS ends long computations on a GPU
     that also draws the screen (mlx issue 3267).
@@ -37,32 +36,35 @@ def settle() -> None:
 
 
 def total_bytes() -> int:
-    """This machine's memory, asked without psutil, which takes longer to import than the rest of
-    the package.
+    """This machine's memory in bytes.
+
+    Without psutil, which takes longer to import than the rest of the package.
     """
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def compiler_installed() -> bool:
-    """Whether a C++ compiler may be called. On macOS without the command line tools, `g++` opens an
-    installer window instead of running; `xcode-select -p` says whether they are there, and opens
-    none.
+    """Whether a C++ compiler may be called.
+
+    On macOS without the command line tools, `g++` opens an installer window instead of running;
+    `xcode-select -p` says whether they are there, and opens none.
     """
     if sys.platform != "darwin":
         return True
     try:
-        asked = subprocess.run(
+        answer = subprocess.run(
             ["xcode-select", "-p"], capture_output=True, stdin=subprocess.DEVNULL, check=False
         )
     except OSError:
         return False
-    return asked.returncode == 0
+    return answer.returncode == 0
 
 
 @contextmanager
 def no_installer() -> Iterator[None]:
-    """Within, MLX on the CPU does not call a compiler that is not installed: its functions run
-    uncompiled.
+    """Keep MLX on the CPU from calling a compiler that is not installed.
+
+    Its functions run uncompiled within.
     """
     import mlx.core as mx
 
@@ -78,9 +80,9 @@ def no_installer() -> Iterator[None]:
 
 @contextmanager
 def awake() -> Iterator[None]:
-    """Within, a Mac does not go to sleep because nobody types. Its display may, and a closed lid
-    still sends it.
+    """Keep a Mac from falling asleep because nobody types.
 
+    Its display may, and a closed lid still puts the Mac to sleep.
     `caffeinate -w` ends with this process, even where that is killed. A session of its own: Ctrl-C
     asks for one more step, and the machine has to stay awake for that.
     """

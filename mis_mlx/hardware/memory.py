@@ -1,5 +1,6 @@
-"""Memory of this machine and this process, and a sensible budget, which MLX is told here and
-nowhere else.
+"""Memory of this machine and this process, and a sensible budget.
+
+MLX's limits are set here and nowhere else.
 """
 
 import os
@@ -18,19 +19,20 @@ from mis_mlx.hardware.thermal import apple_sensors
 from mis_mlx.types import GIB, Budget, MisError, gib
 
 DEFAULT_BYTES = 5 * GIB
-SHARE = 0.75  # of what is there: macOS and the browser want to live too
-# by Python and libraries; Metal's runtime: until measured
+SHARE = 0.75  # of the memory there is: macOS and the browser need some, too
+# What a process grows by: Python and libraries on a CPU; Metal's runtime, until measured
 GROWN_BYTES = 40 * 2**20
 GROWN_METAL_BYTES = 150 * 2**20
-# More of each lane that trains on a CPU: BLAS's buffer; holes in glibc's heap if all gradients are
-# held at once
+# What each lane adds that trains on a CPU: BLAS's buffer; holes in glibc's heap if all gradients
+# are held at once
 TRAINED_BYTES = 32 * 2**20
 TRAINED_WHOLE_BYTES = 80 * 2**20
-# of proc_pid_rusage: its 64-bit words, a UUID first
+# proc_pid_rusage: the version asked for, and which 64-bit words of its answer count; a UUID comes
+# first
 RUSAGE_V4 = 4
 FOOTPRINT = 2 + 7
 MOST_FOOTPRINT = 2 + 28
-OPEN_FILES = 4096  # macOS allows 256 at first, which a model in many files is beyond
+OPEN_FILES = 4096  # macOS allows 256 at first, too few for a model in many files
 COMMANDS_AHEAD = 10  # command buffers that MLX sends before it waits (scheduler.h)
 MEGABYTES = "MLX_MAX_MB_PER_BUFFER"
 USUAL_MEGABYTES = "40"
@@ -38,47 +40,52 @@ WIRED_MARGIN_BYTES = 256 * 2**20  # beyond what a job needs, so that its last bu
 
 
 def room_bytes() -> int:
-    """Most that a process should take: Metal's recommended working set, or the memory available
-    now.
-    """
+    """The most a process should take: Metal's recommended working set, or the available memory."""
     return _recommended(mx) or int(psutil.virtual_memory().available)
 
 
 def _recommended(device: Any) -> int | None:
     """Metal's recommended working set in bytes; None where nothing is computed on Metal."""
-    on_metal = device.default_device() == device.gpu
-    return device.device_info().get("max_recommended_working_set_size") if on_metal else None
+    if device.default_device() != device.gpu:
+        return None
+    return device.device_info().get("max_recommended_working_set_size")
 
 
 def in_flight_bytes() -> int:
-    """Temporaries of commands that a GPU has not done yet: MLX sends some ten command buffers
-    ahead, each with as many megabytes as its environment says (`macos.COMMAND_BUFFERS`). Read in
-    MLX's source; no Mac has measured it.
+    """Temporaries of commands that a GPU has not done yet.
+
+    MLX sends some ten command buffers ahead, each with as many megabytes as its environment says
+    (`macos.COMMAND_BUFFERS`). Read in MLX's source; no Mac has measured it.
     """
-    small = macos.total_bytes() <= macos.SMALL_BYTES or mx.default_device() != mx.gpu
-    usual = macos.COMMAND_BUFFERS[MEGABYTES] if small else USUAL_MEGABYTES
+    # Without a GPU the answer is that of a small Mac.
+    usual = USUAL_MEGABYTES
+    if macos.total_bytes() <= macos.SMALL_BYTES or mx.default_device() != mx.gpu:
+        usual = macos.COMMAND_BUFFERS[MEGABYTES]
     return COMMANDS_AHEAD * int(os.environ.get(MEGABYTES) or usual) * 10**6
 
 
 def free_for_us_bytes() -> int:
-    """What others leave of this machine's memory, what this process holds among it.
+    """Memory of this machine that other processes leave, including what this process holds.
 
     macOS counts neither as used nor as available what its compressor holds, 1 to 2 GB on a busy Mac
-    of 8 GB: that is others', too, so the smaller of the two counts decides."""
-    seen = psutil.virtual_memory()
+    of 8 GB: that belongs to others, so the smaller of the two counts decides.
+    """
+    machine = psutil.virtual_memory()
     own = psutil.Process().memory_info().rss
-    unused = seen.total - max(0, seen.used - own)
-    return int(min(unused, seen.available + own))
+    unused = machine.total - max(0, machine.used - own)
+    return int(min(unused, machine.available + own))
 
 
 def budget(asked_bytes: int | None, room: int | None = None) -> Budget:
     """The user's budget, or the least of 5 GiB, 75 % of the room and what others do not use now.
-    MisError for more than there is. room: of another machine than this one, in bytes, where nothing
-    else runs.
+
+    room: bytes of another machine, on which nothing else runs; default: this one's. MisError when
+    more is asked for than there is.
     """
     most = DEFAULT_BYTES
     if room is None:
         room = room_bytes()
+        # Other programs on this machine keep what they hold.
         most = min(most, free_for_us_bytes())
     if asked_bytes is None:
         return Budget(min(most, int(SHARE * room)))
@@ -90,9 +97,10 @@ def budget(asked_bytes: int | None, room: int | None = None) -> Budget:
 
 
 def held_bytes() -> tuple[int, int]:
-    """(now, most so far) of this process: its physical footprint on a Mac, as Activity Monitor
-    shows it, buffers of the GPU among it, which the resident set has only in part; elsewhere the
-    resident set.
+    """(bytes this process holds now, the most it has held so far).
+
+    On a Mac its physical footprint, as Activity Monitor shows it, including buffers of the GPU,
+    which the resident set has only in part; elsewhere the resident set.
     """
     try:
         answer = (c_uint64 * (2 + 35))()
@@ -100,17 +108,21 @@ def held_bytes() -> tuple[int, int]:
             raise OSError("proc_pid_rusage does not answer")
         return int(answer[FOOTPRINT]), int(answer[MOST_FOOTPRINT])
     except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes, Linux KiB
-        return psutil.Process().memory_info().rss, peak if sys.platform == "darwin" else peak * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if sys.platform != "darwin":  # macOS counts bytes, Linux KiB
+            peak *= 1024
+        return psutil.Process().memory_info().rss, peak
 
 
 class Peak:
-    """The most memory the work took: the larger of MLX's own count and the growth of what the
+    """The most memory that work took, from when this was made.
+
+    It is the larger of MLX's own count, which has no arrays of numpy, and the growth of what the
     process held.
     """
 
     def __init__(self) -> None:
-        give_back()
+        give_back()  # else the work could use freed memory, and its growth would not show
         self.before_bytes = held_bytes()[0]
         self._mlx = 0
 
@@ -125,64 +137,85 @@ class Peak:
 
 
 def process_bytes(limit_bytes: int, gpu: bool | None = None, trained_bytes: int = 0) -> int:
-    """What a process takes of a budget beside its arrays, a sixth of it at most: what Python and
-    libraries grow by (measured on a CPU: 13 to 20 MiB, whatever the model). gpu: as this process
-    computes, if not said. trained_bytes: more on a CPU, of all lanes that train.
+    """What a process takes of a budget for other things than arrays, a sixth of it at most.
+
+    Python and libraries grow by 13 to 20 MiB on a CPU, whatever the model (measured). gpu: whether
+    on a GPU; default: as this process computes. trained_bytes: what all lanes that train add on a
+    CPU.
     """
-    gpu = mx.default_device() == mx.gpu if gpu is None else gpu
-    return min(GROWN_METAL_BYTES if gpu else GROWN_BYTES + trained_bytes, limit_bytes // 6)
+    if gpu is None:
+        gpu = mx.default_device() == mx.gpu
+    grown = GROWN_METAL_BYTES if gpu else GROWN_BYTES + trained_bytes
+    return min(grown, limit_bytes // 6)
 
 
 def give_back(cache: bool = True) -> None:
-    """Freed memory goes back to the system: glibc held 1.8 GB of it after training, beside the next
-    phase, and more with every step of a large vocabulary. cache: what MLX keeps, too.
+    """Return freed memory to the system.
+
+    glibc held 1.8 GB of it after training, while the next phase ran, and more with every step of a
+    large vocabulary. cache: return what MLX keeps, too.
     """
     if cache:
         mx.clear_cache()
-    if hasattr(library := CDLL(None), "malloc_trim"):
+    library = CDLL(None)
+    if hasattr(library, "malloc_trim"):  # glibc's; macOS has none
         library.malloc_trim(0)
 
 
 def wiring_asked() -> bool:
-    """Whether the user wants memory wired. Nobody gets it unasked: wired memory has frozen Macs of
-    16 GB, and the kernel has panicked under it (mlx issue 3186)."""
+    """Whether the user wants memory wired.
+
+    Nobody gets it unasked: wired memory has frozen Macs of 16 GB, and the kernel has panicked under
+    it (mlx issue 3186).
+    """
     return os.environ.get("MIS_MLX_WIRE") == "1"
 
 
 def undo_foreign_wiring(device: Any = mx) -> None:
-    """Unwire what a library has just wired without being asked: mlx-lm's batch generator wires all
-    that Metal recommends. Nothing happens with MIS_MLX_WIRE=1, or where nothing is wired. device:
-    as of `limited`.
+    """Unwire what a library has just wired without being asked.
+
+    mlx-lm's batch generator wires all that Metal recommends. Nothing happens with MIS_MLX_WIRE=1,
+    or where nothing is wired. device: as in `limited`.
     """
     if _recommended(device) and not wiring_asked() and hasattr(device, "set_wired_limit"):
         device.set_wired_limit(0)
 
 
-@contextmanager
-def limited(limit: Budget, wired_bytes: int = 0, device: Any = mx) -> Iterator[None]:
-    """MLX throttles itself at the budget, less what the process grows by, and keeps little freed
-    memory; its own limits come back after. wired_bytes: what a job is planned to take that trains a
-    model whole in memory: with MIS_MLX_WIRE=1 that much is wired on Metal, so that macOS does not
-    page it out. device: `mlx.core`, or what a test takes for it.
-    """
+def _open_more_files() -> None:
+    """Raise this process's limit on open files to OPEN_FILES, as far as the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    wanted = OPEN_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(hard, OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with suppress(OSError, ValueError):  # macOS has a limit of its own on this limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+@contextmanager
+def limited(limit: Budget, wired_bytes: int = 0, device: Any = mx) -> Iterator[None]:
+    """Keep MLX within the budget, less what the process grows by; its own limits come back after.
+
+    MLX throttles itself at the limit and keeps little freed memory. wired_bytes: what a job is
+    planned to take that trains a model whole in memory: with MIS_MLX_WIRE=1 that much is wired on
+    Metal, so that macOS does not page it out. device: `mlx.core`, or a test's substitute.
+    """
+    _open_more_files()
     gpu = device.default_device() == device.gpu
-    memory = device.set_memory_limit(limit.limit_bytes - process_bytes(limit.limit_bytes, gpu))
+    arrays = limit.limit_bytes - process_bytes(limit.limit_bytes, gpu)
+    memory = device.set_memory_limit(arrays)
     # Freed memory that MLX may keep: none on a CPU, where a step takes as long as with 2 GiB. On
     # Metal it is emptied before arrays and cache pass MLX's limit.
-    cache = device.set_cache_limit(min(GIB, limit.limit_bytes // 4) if gpu else 0)
-    most = _recommended(device)
+    cache_bytes = min(GIB, limit.limit_bytes // 4) if gpu else 0
+    cache = device.set_cache_limit(cache_bytes)
+    recommended = _recommended(device)
     wired = None
-    if wired_bytes and most and wiring_asked() and hasattr(device, "set_wired_limit"):
+    if wired_bytes and recommended and wiring_asked() and hasattr(device, "set_wired_limit"):
         # Never more than Metal recommends, that would be fatal.
-        wired = device.set_wired_limit(min(most, wired_bytes + WIRED_MARGIN_BYTES))
+        wired = device.set_wired_limit(min(recommended, wired_bytes + WIRED_MARGIN_BYTES))
     try:
         yield
-    finally:
+    finally:  # what comes after has limits of its own
         device.set_memory_limit(memory)
         device.set_cache_limit(cache)
         if wired is not None:

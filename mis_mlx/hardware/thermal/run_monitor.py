@@ -1,4 +1,4 @@
-"""The weather of one run: thermometers, governor, tea breaks, and what of it goes to disk."""
+"""The weather of one run: thermometers, governor, tea breaks, and their records on disk."""
 
 import json
 import os
@@ -16,18 +16,20 @@ from mis_mlx.maths.losses import HALNY_CLIP
 from mis_mlx.storage.files import DISK, Files
 from mis_mlx.types import Celsius, Metres, MisError, Reading, Step
 
-HALNY_REFERENCE_C = 15.0  # of spread, which is the full HALNY_CLIP
+HALNY_REFERENCE_C = 15.0  # the spread that gives the full HALNY_CLIP
 WAITING = "throughput", "steady"  # modes that wait for the plug
 # in a replay every step takes this long, so that a replay gives the same run everywhere
 VIRTUAL_STEP_S = 1.0
 
 
 def default_mode() -> Mode:
-    """MIS_MLX_GOVERNOR, or steady: tests train with observe, so that they do not wait for a
-    plug.
+    """MIS_MLX_GOVERNOR, or steady. MisError for an unknown mode.
+
+    Tests train with observe, so that they do not wait for a plug.
     """
+    wanted = os.environ.get("MIS_MLX_GOVERNOR", "steady")
     for mode in get_args(Mode):
-        if mode == os.environ.get("MIS_MLX_GOVERNOR", "steady"):
+        if mode == wanted:
             return mode
     raise MisError(
         f"MIS_MLX_GOVERNOR is not one of {', '.join(get_args(Mode))}: set it to one, or not at all"
@@ -51,33 +53,37 @@ class ThermalFlags:
 
 
 def battery(flags: ThermalFlags) -> str:
-    """What the governor makes of a battery that this machine runs on now, in a sentence; empty when
-    it does not.
+    """A sentence on what the governor does about the battery that this machine runs on now.
+
+    Empty when it does not run on one.
     """
     percent, plugged = battery_charge()
     if flags.thermal_replay or plugged is not False:
         return ""
     low = governor.BATTERY_LOW_PERCENT
     enough = governor.BATTERY_ENOUGH_PERCENT
-    waits = (
-        f"pauses the run after its first step until it is plugged in; plug it in, or use "
-        f"{governor.LAP}"
-    )
-    does = {
-        "observe": "does nothing about it: the run ends when the battery does",
-        "cool": f"pauses the run below {low:.0f} % until there are {enough:.0f}",
-    }.get(flags.governor, waits)
-    return (
-        f"on battery{'' if percent is None else f', {percent:.0f} %'}: --governor "
-        f"{flags.governor} {does}"
-    )
+    if flags.governor == "observe":
+        does = "does nothing about it: the run ends when the battery does"
+    elif flags.governor == "cool":
+        does = f"pauses the run below {low:.0f} % until there are {enough:.0f}"
+    else:
+        does = (
+            f"pauses the run after its first step until it is plugged in; plug it in, or use "
+            f"{governor.LAP}"
+        )
+    charge = "" if percent is None else f", {percent:.0f} %"
+    return f"on battery{charge}: --governor {flags.governor} {does}"
 
 
 def check_power(flags: ThermalFlags) -> None:
-    """MisError where a run on battery would pause after its first step until the plug is back:
-    nothing has begun yet, so the user can choose.
+    """MisError where a run on battery would pause after its first step until the plug is back.
+
+    Nothing has begun yet, so the user can choose.
     """
-    if flags.governor in WAITING and (trouble := battery(flags)):
+    if flags.governor not in WAITING:
+        return
+    trouble = battery(flags)
+    if trouble:
         raise MisError(trouble)
 
 
@@ -91,9 +97,7 @@ class PauseCounter:
     reasons: dict[str, int] = field(default_factory=dict)  # cause -> pauses
 
     def as_json(self) -> dict[str, Any]:
-        """`tea_breaks`, `throttled_s` (all seconds held back) and `tea_reasons`, for a run's
-        JSON.
-        """
+        """`tea_breaks`, `throttled_s` (all seconds held back), `tea_reasons`, for a run's JSON."""
         held_s = round(self.seconds + self.napped_s, 1)
         return {"tea_breaks": self.count, "throttled_s": held_s, "tea_reasons": dict(self.reasons)}
 
@@ -101,11 +105,12 @@ class PauseCounter:
 def after_step(
     monitor: Monitor, judge: Governor, breaks: PauseCounter, step_s: float
 ) -> Iterator[Decision]:
-    """Ask the governor after a step of `step_s` seconds and wait as it says. Gives each decision
-    before its wait, about one a second in a pause, so that the caller can log it, write the
-    checkpoint it asks for, or end the run by leaving the `for`; the last one is "run" or "stop".
-    Call it outside the timed step, after the GPU is done. A step of more than a few seconds heats
-    the die from cool to hot before anyone looks: call it after each part of such a step.
+    """Ask the governor after a step of `step_s` seconds, wait as it says, yield its decisions.
+
+    Each comes before its wait, about one a second in a pause, so that the caller can log it, write
+    the checkpoint it asks for, or end the run by leaving the `for`; the last one is "run" or
+    "stop". Call it outside the timed step, after the GPU is done. A step of more than a few seconds
+    heats the die from cool to hot before anyone looks: call it after each part of a long step.
     """
     clock = monitor.clock
     decision = judge.decide(monitor.reading(), clock.monotonic(), step_s)
@@ -129,8 +134,9 @@ def after_step(
 
 
 class ThermalMonitor(Monitor):
-    """Use in a `with` statement. `breaks` is the account of tea breaks; it survives in a
-    checkpoint.
+    """The monitor of a run. Use in a `with` statement.
+
+    `breaks` is the account of tea breaks; it survives in a checkpoint.
     """
 
     def __init__(self, flags: ThermalFlags, log: Path | None = None, files: Files = DISK):
@@ -145,38 +151,33 @@ class ThermalMonitor(Monitor):
         self._governor: Governor | None = None
 
     def latest(self) -> Reading:
-        """The latest reading; of a recording the next one, and its last one again when it has
-        ended.
-        """
-        return (self.last() if self.source.ended else None) or self.reading()
+        """The latest reading; of a recording the next one, and its last one again after its end."""
+        last = self.last() if self.source.ended else None
+        return last or self.reading()
 
     def now(self) -> dict[str, float]:
         """The clock that metrics.jsonl and thermal.jsonl share."""
         return {"time_s": round(self.clock.monotonic(), 3), "wall_s": round(self.clock.wall(), 3)}
 
     def sigma(self) -> float:
-        """Spread of eps_halny from the last hour's measured T_env (design: 0.15 * std / 15 °C); 0
-        if unmeasured.
+        """Spread of eps_halny from the last hour's measured T_env; 0 if unmeasured.
+
+        Design: 0.15 * std / 15 °C.
         """
         air = [r.ambient_c for r in self.history() if r.ambient_c is not None]
-        measured = air and ambient.t_env_kind(self.history()[-1]) == "measured"
-        return HALNY_CLIP * statistics.pstdev(air) / HALNY_REFERENCE_C if measured else 0.0
+        if not air or ambient.t_env_kind(self.history()[-1]) != "measured":
+            return 0.0
+        return HALNY_CLIP * statistics.pstdev(air) / HALNY_REFERENCE_C
 
     def after(self, step: Step) -> Iterator[Decision]:
-        """Ask the governor after a step, wait as it says, log each decision. The last one is run or
-        stop.
+        """Ask the governor after a step, wait as it says, log and yield each decision.
+
+        The last one is run or stop.
         """
         if self.source.ended:
             return
         if self._governor is None:
-            self._governor = governor.governor_for(
-                self._mode, self.latest(), self.reasons, apple=self.apple
-            )
-            if self._governor.blind:
-                cli.say(
-                    f"governor: {self._mode}, but blind: "
-                    f"{self.reasons.get('die_c', 'no die temperature')}"
-                )
+            self._governor = self._begin()
         seconds = VIRTUAL_STEP_S if self.replayed else step.seconds
         pauses = self.breaks.count
         for decision in after_step(self, self._governor, self.breaks, seconds):
@@ -184,24 +185,34 @@ class ThermalMonitor(Monitor):
                 pauses = self.breaks.count
                 cli.say(f"tea break after step {step.number}: {decision.reason}")
             if self._log and not self._governor.blind:
-                reading = self.last()
-                values = (
-                    {k: v for k, v in asdict(reading).items() if v is not None} if reading else {}
-                )
-                record = {**self.now(), "step": step.number, **values, **asdict(decision)}
+                record = self._record(step, decision)
                 self._files.append(self._log, json.dumps(record, ensure_ascii=False))
             yield decision
+
+    def _begin(self) -> Governor:
+        """The run's governor; says so where it is blind."""
+        judge = governor.governor_for(self._mode, self.latest(), self.reasons, apple=self.apple)
+        if judge.blind:
+            why = self.reasons.get("die_c", "no die temperature")
+            cli.say(f"governor: {self._mode}, but blind: {why}")
+        return judge
+
+    def _record(self, step: Step, decision: Decision) -> dict[str, Any]:
+        """A line of thermal.jsonl: time, step, the reading's known values, the decision."""
+        reading = self.last()
+        values: dict[str, Any] = asdict(reading) if reading else {}
+        known = {name: value for name, value in values.items() if value is not None}
+        return {**self.now(), "step": step.number, **known, **asdict(decision)}
 
     def account(self) -> dict[str, Any]:
         """For a run's JSON: tea breaks, and where T_env and altitude came from."""
         reading = self.last() or Reading(0.0)
+        no_air = "none: " + self.reasons.get("ambient_c", "not asked")
         return {
             **self.breaks.as_json(),
             "t_env_c": reading.ambient_c,
             "t_env_sigma_c": reading.ambient_sigma_c,
-            "t_env_source": reading.sources.get(
-                "ambient_c", "none: " + self.reasons.get("ambient_c", "not asked")
-            ),
+            "t_env_source": reading.sources.get("ambient_c", no_air),
             "altitude_m": reading.altitude_m,
             "altitude_source": reading.sources.get("altitude_m", "none"),
         }

@@ -1,8 +1,7 @@
-"""The monitor: one thread looks at the thermometers once a second; anyone may ask for the last
-reading.
+"""The monitor: one thread looks at the thermometers once a second; anyone may ask for a reading.
 
-Every value has a source; what cannot be read is `None` with a reason, never 0 and never 20 °C.
-Needs no root.
+Every value has a source; a value that cannot be read is `None` with a reason, never 0 and never
+20 °C. Needs no root.
 """
 
 import sys
@@ -32,12 +31,16 @@ VIRTUAL_SIGMA_C = 2.5
 VIRTUAL_SIGMA_LATER_C = 4.0
 
 
-class Live:
-    """This machine's thermometers: Apple's where there are any, else psutil's; psutil for the
-    battery.
-    """
+NO_AIR = (
+    "no --temperature-c, no start after a long rest, no SMC TVA0, no calm battery to tell it from"
+)
+NO_ALTITUDE = "no --altitude-m and none in the configuration file"
 
-    ended = False  # as a recording is
+
+class Live:
+    """This machine's thermometers: Apple's on a Mac, else psutil's; psutil for the battery."""
+
+    ended = False  # a recording ends, this does not
 
     def __init__(self, clock: Clock, apple_library: Path | None = None):
         self.clock = clock
@@ -50,9 +53,8 @@ class Live:
             names = ("hw.model", "machdep.cpu.brand_string", "kern.osversion")
             model, chip, build = (self.apple.system(name) for name in names)
             self.header = Header(model, chip, build)
-            self.virtual = (model or "").startswith("VirtualMac") or self.apple.system(
-                "kern.hv_vmm_present"
-            ) == "\x01"
+            hypervisor = self.apple.system("kern.hv_vmm_present") == "\x01"
+            self.virtual = hypervisor or (model or "").startswith("VirtualMac")
         except OSError as error:
             if sys.platform == "darwin":
                 self._missing["Apple"] = str(error)
@@ -64,13 +66,16 @@ class Live:
         rested = self._rested or self.clock.slept(self._asleep_s) >= LONG_SLEEP_S
         self._rested = False
         self._asleep_s = self.clock.asleep()
-        times = self.clock.monotonic(), self.clock.wall()
+        mono_s = self.clock.monotonic()
+        wall_s = self.clock.wall()
         if self.apple is not None:
-            raw = self.apple.look(*times)
+            raw = self.apple.look(mono_s, wall_s)
         else:
             rows = temperatures()
-            missing = {} if rows or self._missing else {"Linux": "psutil shows no thermometer"}
-            raw = Raw(*times, linux=rows, missing=self._missing | missing)
+            missing = dict(self._missing)
+            if not rows and not missing:
+                missing["Linux"] = "psutil shows no thermometer"
+            raw = Raw(mono_s, wall_s, linux=rows, missing=missing)
         percent, plugged = battery_charge()
         return replace(raw, battery_percent=percent, plugged=plugged, rested=rested)
 
@@ -81,11 +86,12 @@ class Live:
 
 
 class Monitor:
-    """Readings of this machine, or of the recording `replay`. In a `with` statement a live one
-    samples once a second in a daemon thread; a replay has no thread: each `reading()` is the next
-    record, and `clock` is virtual. config: ~/.config/mis_mlx.toml. clock, apple_library: what tests
-    put in their places. MisError for impossible values and bad recordings. Sample in the parent
-    process only: Apple's libraries do not survive a fork.
+    """Readings of this machine, or of the recording `replay`.
+
+    In a `with` statement a live monitor samples once a second in a daemon thread; a replay has no
+    thread: each `reading()` is the next record, and `clock` is virtual. config: default
+    ~/.config/mis_mlx.toml. clock, apple_library: for tests. MisError for impossible values and bad
+    recordings. Sample in the parent process only: Apple's libraries do not survive a fork.
     """
 
     def __init__(
@@ -102,19 +108,22 @@ class Monitor:
             raise MisError(
                 f"ambient temperature {given_ambient_c} °C is not within −60 and 60: give it in °C"
             )
-        self.source: Live | Replay = (
-            Replay(replay, VirtualClock()) if replay else Live(clock or Clock(), apple_library)
-        )
+        self.source: Live | Replay
+        if replay:
+            self.source = Replay(replay, VirtualClock())
+        else:
+            self.source = Live(clock or Clock(), apple_library)
         self.replayed = isinstance(self.source, Replay)
         # A live Mac, and no virtual one: there a run without a die temperature is not safe.
         mac = sys.platform == "darwin" or getattr(self.source, "apple", None) is not None
         self.apple = mac and not self.replayed and not getattr(self.source, "virtual", False)
         self.clock: Clock = self.source.clock
         self.reasons: Mapping[str, str] = {}  # field of Reading -> why it is None
-        early = (self.source.header.chip or "").startswith(("Apple M1", "Apple M2"))
-        self._ambient = Ambient(
-            given_ambient_c, VIRTUAL_SIGMA_C if early else VIRTUAL_SIGMA_LATER_C
-        )
+        chip = self.source.header.chip or ""
+        sigma_c = VIRTUAL_SIGMA_LATER_C
+        if chip.startswith(("Apple M1", "Apple M2")):
+            sigma_c = VIRTUAL_SIGMA_C
+        self._ambient = Ambient(given_ambient_c, sigma_c)
         self._altitude = find_altitude(altitude_m, self.source.header, config)
         self._frozen = Frozen()
         self._history: deque[Reading] = deque()
@@ -138,12 +147,14 @@ class Monitor:
             self.source.close()  # a thread that hangs in a system call still needs the source
 
     def _sample(self) -> None:
+        """Look once a second until the monitor is closed."""
         while not self._done.wait(PERIOD_S):
             self.look()
 
     def reading(self) -> Reading:
         """The latest reading; of a recording, the next one."""
-        return (self.last() if self._thread else None) or self.look()
+        last = self.last() if self._thread else None
+        return last or self.look()
 
     def history(self) -> list[Reading]:
         """Readings of the last hour, oldest first."""
@@ -161,26 +172,20 @@ class Monitor:
             raw = self.source.look()
             judged = judge(raw)
             seen = {name: fact.value for name, fact in judged.items()}
-            estimate = self._ambient.update(seen, raw.mono_s, raw.rested)
-            facts = self._facts(
-                raw,
-                judged,
-                estimate,
-                self._frozen.stuck(raw.mono_s, seen["die_c"], seen["power_w"]),
-            )
-            sources = {
-                name: source for name, (value, source, _) in facts.items() if value is not None
-            }
+            air = self._ambient.update(seen, raw.mono_s, raw.rested)
+            stuck = self._frozen.stuck(raw.mono_s, seen["die_c"], seen["power_w"])
+            facts = self._facts(raw, judged, air, stuck=stuck)
+            known = {name: fact for name, fact in facts.items() if fact.value is not None}
+            values: dict[str, Any] = {name: fact.value for name, fact in facts.items()}
             reading = Reading(
                 raw.mono_s,
-                ambient_sigma_c=estimate.sigma_c if estimate else None,
-                sources=sources,
-                **{name: value for name, (value, _, _) in facts.items()},  # type: ignore[arg-type]
+                ambient_sigma_c=air.sigma_c if air else None,
+                sources={name: fact.source for name, fact in known.items()},
+                **values,
             )
+            reasons = {name: fact.reason for name, fact in facts.items() if name not in known}
             with self._lock:
-                self.reasons = {
-                    name: reason for name, (value, _, reason) in facts.items() if value is None
-                }
+                self.reasons = reasons
                 self._history.append(reading)
                 while self._history[0].time_s < reading.time_s - HISTORY_S:
                     self._history.popleft()
@@ -189,46 +194,52 @@ class Monitor:
     def _facts(
         self, raw: Raw, judged: dict[str, Fact], air: Estimate | None, stuck: bool
     ) -> dict[str, Fact]:
-        no_air = (
-            "no --temperature-c, no start after a long rest, no SMC TVA0, no calm battery to "
-            "tell it from"
-        )
-        facts = {name: judged[name] for name in ("die_c", "battery_c", "power_w")}
+        """The fact behind every field of a reading. stuck: whether the die's sensor is."""
+        die = judged["die_c"]
         if stuck:
-            facts["die_c"] = Fact(
-                None, "", f"stuck at {judged['die_c'].value} °C for {Frozen.HOLD_S:.0f} s"
-            )
-        facts["ambient_c"] = Fact(air.celsius, air.source, "") if air else Fact(None, "", no_air)
-        facts["pressure_level"] = Fact(
-            raw.pressure, "notify(3)", raw.missing.get("pressure", "not a Mac")
-        )
-        facts["battery_percent"] = Fact(raw.battery_percent, "psutil", "no battery")
-        facts["plugged"] = Fact(raw.plugged, "psutil", "no battery")
-        if self.replayed:  # every witness but the user
-            for name, (value, source, reason) in facts.items():
-                parts = [
-                    part if part == "given" else f"replay {part}" for part in source.split(" + ")
-                ]
-                facts[name] = Fact(value, " + ".join(parts), reason)
-        return facts | {
-            "altitude_m": Fact(
-                *self._altitude, "no --altitude-m and none in the configuration file"
-            )
+            die = Fact(None, "", f"stuck at {die.value} °C for {Frozen.HOLD_S:.0f} s")
+        ambient = Fact(None, "", NO_AIR)
+        if air:
+            ambient = Fact(air.celsius, air.source, "")
+        no_pressure = raw.missing.get("pressure", "not a Mac")
+        facts = {
+            "die_c": die,
+            "battery_c": judged["battery_c"],
+            "power_w": judged["power_w"],
+            "ambient_c": ambient,
+            "pressure_level": Fact(raw.pressure, "notify(3)", no_pressure),
+            "battery_percent": Fact(raw.battery_percent, "psutil", "no battery"),
+            "plugged": Fact(raw.plugged, "psutil", "no battery"),
         }
+        if self.replayed:
+            facts = {name: _replayed(fact) for name, fact in facts.items()}
+        altitude_m, source = self._altitude
+        facts["altitude_m"] = Fact(altitude_m, source, NO_ALTITUDE)
+        return facts
+
+
+def _replayed(fact: Fact) -> Fact:
+    """The fact with a source that says it is a recording's, except for what the user gave."""
+    parts = fact.source.split(" + ")
+    named = [part if part == "given" else f"replay {part}" for part in parts]
+    return fact._replace(source=" + ".join(named))
 
 
 def temperatures() -> Rows:
-    """`("psutil CHIP LABEL", °C)` of every thermometer that psutil knows (hwmon, else
-    thermal_zone); none on macOS.
+    """("psutil CHIP LABEL", °C) of every thermometer that psutil knows.
+
+    hwmon, else thermal_zone; none on macOS.
     """
     try:
         chips: dict[str, Any] = getattr(psutil, "sensors_temperatures", dict)()
     except (OSError, ValueError):
         return ()
-    parts = [(chip, part) for chip, of_chip in chips.items() for part in of_chip]
-    return tuple(
-        (f"psutil {chip} {part.label}".strip(), float(part.current)) for chip, part in parts
-    )
+    rows = []
+    for chip, sensors in chips.items():
+        for sensor in sensors:
+            name = f"psutil {chip} {sensor.label}".strip()
+            rows.append((name, float(sensor.current)))
+    return tuple(rows)
 
 
 def battery_charge() -> tuple[float | None, bool | None]:
@@ -238,20 +249,25 @@ def battery_charge() -> tuple[float | None, bool | None]:
         battery = ask() if ask else None
     except (OSError, ValueError, psutil.Error):
         battery = None
-    return (None, None) if battery is None else (float(battery.percent), battery.power_plugged)
+    if battery is None:
+        return None, None
+    return float(battery.percent), battery.power_plugged
 
 
 def examined(monitor: Monitor) -> dict[str, Any]:
-    """What one look finds, as JSON allows it; reporting/templates/sensors.md has a sentence for
-    each fact.
+    """What one look finds, as JSON allows it.
+
+    reporting/templates/sensors.md has a sentence for each fact.
     """
     began = time.perf_counter()
     reading = monitor.look()
     look_ms = round(1000 * (time.perf_counter() - began), 1)
     header = monitor.source.header
-    about = {"model": header.model, "chip": header.chip, "build": header.build, "look_ms": look_ms}
     return {
-        **about,
+        "model": header.model,
+        "chip": header.chip,
+        "build": header.build,
+        "look_ms": look_ms,
         "t_env": t_env_kind(reading),
         "reading": asdict(reading),
         "reasons": dict(monitor.reasons),
