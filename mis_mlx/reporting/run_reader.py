@@ -1,8 +1,7 @@
-"""What a run folder tells, as far as it goes: every file may be missing, torn, or of another
-version.
+"""What a run folder tells: every file may be missing, torn, or of another version.
 
-Nothing in here is safe as HTML. Logs are thinned line by line: a million take a thousand's memory,
-no spike is lost.
+Nothing in here is safe as HTML. Logs are thinned line by line: a million lines take the memory of a
+thousand, and no spike is lost.
 """
 
 import math
@@ -33,8 +32,9 @@ Point = tuple[float, float]
 
 @dataclass
 class Series:
-    """Values at places that never fall; of many, the extremes of runs of neighbours, all runs
-    equally long.
+    """Values at places that never fall; of many, the extremes of each run of neighbours.
+
+    All runs are equally long.
     """
 
     count: int = 0
@@ -51,13 +51,16 @@ class Series:
             self._kept += _extremes(full)
             self._run = [last]
         if len(self._kept) > MOST_POINTS:
-            pairs = (self._kept[at : at + 4] for at in range(0, len(self._kept), 4))
-            self._kept = [point for pair in pairs for point in _extremes(pair)]
+            thinned = []
+            for start in range(0, len(self._kept), 4):
+                thinned += _extremes(self._kept[start : start + 4])
+            self._kept = thinned
             self._width *= 2
 
     def points(self) -> list[Point]:
-        """What is left, by place: every value while there are few, later the extremes of each run,
-        and the last one.
+        """The kept values by place: all while there are few, later each run's extremes.
+
+        The last value is always among them.
         """
         return sorted({*self._kept, *_extremes(self._run), *self._run[-1:]})
 
@@ -82,13 +85,13 @@ class History:
 
 
 def history_of(path: Path, names: Sequence[str]) -> History:
-    """The numbers of these names, and "tokens_per_s", in a log, if there is one; a step done twice
-    is in it twice.
+    """The numbers of these names, and "tokens_per_s", in a log, if there is one.
+
+    A step done twice is in it twice.
     """
     history = History({name: Series() for name in (*names, "tokens_per_s")})
-    # of the wall clock, since it was set back; whether the last record is of a pause
-    behind = 0.0
-    pausing = False
+    behind = 0.0  # seconds by which the wall clock was set back
+    pausing = False  # whether the last record is of a pause
     for record in run_folder.parsed(path, LINE_BYTES):
         history.lines += 1
         wall_s = None if record is None else _number(record.get("wall_s"))
@@ -97,12 +100,11 @@ def history_of(path: Path, names: Sequence[str]) -> History:
             continue
         if wall_s + behind < history.last_s - BACKWARDS_S:
             behind = history.last_s - wall_s
-        now = history.last_s = max(wall_s + behind, history.last_s)
-        history.first_s = now if history.first_s is None else history.first_s
-        values = {name: value for name in names if (value := _number(record.get(name))) is not None}
-        if values.get("seconds") and "tokens" in values:
-            values["tokens_per_s"] = values["tokens"] / values["seconds"]
-        for name, value in values.items():
+        now = max(wall_s + behind, history.last_s)
+        history.last_s = now
+        if history.first_s is None:
+            history.first_s = now
+        for name, value in _values(record, names).items():
             history.series[name].add(now, value)
         paused = record.get("action") == "pause" and (pausing or len(history.pauses) < MOST)
         if pausing:
@@ -114,6 +116,18 @@ def history_of(path: Path, names: Sequence[str]) -> History:
     return history
 
 
+def _values(record: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
+    """The numbers of these names in a record, as far as it has them; and "tokens_per_s"."""
+    values = {}
+    for name in names:
+        value = _number(record.get(name))
+        if value is not None:
+            values[name] = value
+    if values.get("seconds") and "tokens" in values:
+        values["tokens_per_s"] = values["tokens"] / values["seconds"]
+    return values
+
+
 def _number(value: Any) -> float | None:
     """A finite number, or None for anything else that JSON can hold."""
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -123,8 +137,9 @@ def _number(value: Any) -> float | None:
 
 
 class RunRecord(NamedTuple):
-    """A run; `result` is empty until its end. Where there was nothing to read, `missing` has a
-    sentence.
+    """A run; `result` is empty until its end.
+
+    Where there was nothing to read, `missing` has a sentence.
     """
 
     name: str  # of its folder
@@ -144,13 +159,11 @@ class RunRecord(NamedTuple):
     missing: Sequence[str]
 
     def took(self) -> dict[str, float]:
-        """Seconds of each phase; one that was stopped and taken up again has more than one
-        record.
-        """
-        return {
-            of["phase"]: sum(p["seconds"] for p in self.phases if p["phase"] == of["phase"])
-            for of in self.phases
-        }
+        """Seconds of each phase; one that was stopped and resumed has more than one record."""
+        seconds: dict[str, list[float]] = {}
+        for record in self.phases:
+            seconds.setdefault(record["phase"], []).append(record["seconds"])
+        return {phase: sum(parts) for phase, parts in seconds.items()}
 
 
 def _held(read: Callable[..., Any], *where: Any) -> Any:
@@ -160,66 +173,70 @@ def _held(read: Callable[..., Any], *where: Any) -> Any:
     return None
 
 
-def _without_answers(folder: Path, result: Any) -> list[str]:
-    """A sentence where a run's result says that answers were judged, and their file has none of
-    them.
-    """
+def _without_answers(folder: Path, result: Mapping[str, Any]) -> list[str]:
+    """A sentence where a run's result says that answers were judged, and their file has none."""
     path = folder / run_folder.ANSWERS
-    judged = isinstance(result, Mapping) and _number(result.get("answers_prompts"))
-    if not judged or _answers(folder):
+    if not _number(result.get("answers_prompts")) or _answers(folder):
         return []
     state = "damaged" if path.is_file() else "missing"
     return [f"{path.name} is {state}: {LOST[path.name]}"]
 
 
 def _answers(folder: Path) -> list[dict[str, Any]]:
-    return [
-        record for record in run_folder.records(folder / run_folder.ANSWERS) if "text" in record
-    ]
+    records = run_folder.records(folder / run_folder.ANSWERS)
+    return [record for record in records if "text" in record]
+
+
+def _missing(folder: Path, files: Mapping[str, Any]) -> list[str]:
+    """A sentence for each file that is missing, damaged or torn. files: {name: what it holds}."""
+    missing = []
+    for name, held in files.items():
+        log = held if isinstance(held, History) else None
+        lost = LOST[Path(name).name]
+        if not (folder / name).is_file() or (log and not log.lines):
+            missing.append(f"{name} is missing: {lost}")
+        elif held is None:
+            missing.append(f"{name} is damaged: {lost}")
+        elif log and log.torn:
+            missing.append(
+                f"{name} has {log.torn} of {log.lines} lines that are no records; passed over"
+            )
+    return missing
 
 
 def read(folder: Path) -> RunRecord:
     """Everything that is there. MisError when nothing of a run is."""
     keep = next((name for name in KEEPS if (folder / name).is_file()), KEEPS[0])
-    files: dict[str, Any] = {
-        run_folder.PHASES: run_folder.records(folder / run_folder.PHASES),
-        **{name: _held(run_folder.stored_settings, folder, name) for name in (*MAPPINGS, keep)},
-        run_folder.SAMPLES: run_folder.records(folder / run_folder.SAMPLES),
-        "table.md": _held((folder / "table.md").read_text, "utf-8", "replace"),
-        run_folder.METRICS: history_of(folder / run_folder.METRICS, STEPS),
-        "thermal.jsonl": history_of(folder / "thermal.jsonl", ("die_c", "ambient_c")),
+    phases = run_folder.records(folder / run_folder.PHASES)
+    mappings = {name: _held(run_folder.stored_settings, folder, name) for name in (*MAPPINGS, keep)}
+    samples = run_folder.records(folder / run_folder.SAMPLES)
+    table = _held((folder / "table.md").read_text, "utf-8", "replace")
+    steps = history_of(folder / run_folder.METRICS, STEPS)
+    air = history_of(folder / "thermal.jsonl", ("die_c", "ambient_c"))
+    files = {
+        run_folder.PHASES: phases,
+        **mappings,
+        run_folder.SAMPLES: samples,
+        "table.md": table,
+        run_folder.METRICS: steps,
+        "thermal.jsonl": air,
     }
-    missing = list[str]()
-    for name, held in files.items():
-        log = held if isinstance(held, History) else None
-        what = LOST[Path(name).name]
-        if not (folder / name).is_file() or (log and not log.lines):
-            missing.append(f"{name} is missing: {what}")
-        elif held is None:
-            missing.append(f"{name} is damaged: {what}")
-        elif log and log.torn:
-            missing.append(
-                f"{name} has {log.torn} of {log.lines} lines that are no records; passed over"
-            )
-    missing += _without_answers(folder, files[run_folder.RESULT])
-    phases, *mappings, samples, table, steps, air = files.values()
-    if not (phases or any(mappings) or steps.lines):
+    config, origin, result, kept = (mapping or {} for mapping in mappings.values())
+    missing = _missing(folder, files) + _without_answers(folder, result)
+    if not (phases or any(mappings.values()) or steps.lines):
         raise MisError(f"{folder} holds nothing of a run: give a run folder, such as runs/NAME-001")
     begun: Mapping[str, Any] = next((r for r in phases if isinstance(r.get("planned"), list)), {})
-    phases = [r for r in phases if isinstance(r.get("phase"), str)]
-    samples = [r for r in samples if "text" in r]
-    first = (_number(begun.get("wall_s")), steps.first_s, air.first_s)
-    place = folder.resolve().name, min((s for s in first if s is not None), default=0.0)
-    config, origin, result, kept = (m or {} for m in mappings)
+    starts = (_number(begun.get("wall_s")), steps.first_s, air.first_s)
     return RunRecord(
-        *place,
+        name=folder.resolve().name,
+        began_s=min((start for start in starts if start is not None), default=0.0),
         config=config,
         origin=origin,
         result=result,
         keep=kept,
         begun=begun,
-        phases=phases,
-        samples=samples,
+        phases=[record for record in phases if isinstance(record.get("phase"), str)],
+        samples=[record for record in samples if "text" in record],
         answers=_answers(folder),
         table=table or "",
         steps=steps,
