@@ -7,7 +7,7 @@ not this version's.
 
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ import tyro
 from mis_mlx import cli
 from mis_mlx.evaluation import answer_figures
 from mis_mlx.reporting import figures, html, run_reader
-from mis_mlx.reporting.run_reader import RunRecord, Series
+from mis_mlx.reporting.run_reader import Point, Record, RunRecord, Series
 from mis_mlx.storage import files, run_folder
 from mis_mlx.types import GIB, Count, MisError, duration, gib
 
@@ -43,7 +43,7 @@ class Settings:
     """YAML file with any of these flags"""
 
 
-def _since(story: RunRecord, series: Series, scale: float = 1.0) -> list[tuple[float, float]]:
+def _since(story: RunRecord, series: Series, scale: float = 1.0) -> list[Point]:
     """(seconds since the run began, value times `scale`) of each point."""
     return [(wall_s - story.began_s, value * scale) for wall_s, value in series.points()]
 
@@ -78,31 +78,41 @@ def answers(story: RunRecord, key: str) -> str:
     models: dict[str, None] = {}  # in their order
     for talk in talks:
         models.update(dict.fromkeys(talk.answers))
+    # the teacher is the first, the student the last
     names = list(models)
     pair = names[:1] + names[1:][-1:]
     # a torn line lacks one
-    talks = [talk for talk in talks if all(name in talk.answers for name in pair)]
-    return html.part("answers", verdict=_verdict(talks, pair), models=pair, talks=_some(talks))
+    talks = [talk for talk in talks if talk.answers.keys() >= {*pair}]
+    verdict = _verdict(talks, pair)
+    return html.part("answers", verdict=verdict, models=pair, talks=_some(talks))
 
 
-def _talks(rows: Sequence[Mapping[str, Any]]) -> list[Talk]:
+def _talks(rows: Sequence[Record]) -> list[Talk]:
     """Rows of answers.jsonl, which come prompt by prompt, the teacher's first."""
     talks: list[Talk] = []
     for row in rows:
         prompt = str(row["prompt"])
         model = str(row["model"])
         if not talks or talks[-1].prompt != prompt or model in talks[-1].answers:
-            talks.append(Talk(prompt, str(row["kind"]), str(row["language"]), {}))
-        talks[-1].answers[model] = {"text": str(row["text"]), "ended": bool(row["ended"])}
+            talk = Talk(
+                prompt=prompt,
+                kind=str(row["kind"]),
+                language=str(row["language"]),
+                answers={},
+            )
+            talks.append(talk)
+        answer = {"text": str(row["text"]), "ended": bool(row["ended"])}
+        talks[-1].answers[model] = answer
     return talks
 
 
 def _some(talks: Sequence[Talk]) -> list[Talk]:
     """About SHOWN of the prompts: as many of each language, spread evenly over its prompts."""
     languages = list(dict.fromkeys(talk.language for talk in talks))
+    first_turns = [talk for talk in talks if talk.kind != LATER]
     chosen: list[Talk] = []
     for language in languages:
-        of_language = [talk for talk in talks if talk.language == language and talk.kind != LATER]
+        of_language = [talk for talk in first_turns if talk.language == language]
         count = max(1, SHOWN // len(languages))
         every = max(1, len(of_language) // count)
         chosen += of_language[::every][:count]
@@ -113,9 +123,11 @@ def _verdict(talks: Sequence[Talk], models: Sequence[str]) -> str:
     """The sentence on a student that repeats itself more than its teacher, else ''."""
     if len(models) < 2:
         return ""
-    teacher, student = (
-        sum(answer_figures.loops(talk.answers[name]["text"]) for talk in talks) for name in models
-    )
+    loops = []
+    for name in models:
+        texts = [talk.answers[name]["text"] for talk in talks]
+        loops.append(sum(map(answer_figures.loops, texts)))
+    teacher, student = loops
     if 100 * (student - teacher) <= answer_figures.MORE_LOOPS * len(talks):
         return ""
     values = {"student": student, "teacher": teacher, "count": len(talks)}
@@ -147,29 +159,36 @@ def course(story: RunRecord, key: str) -> str:
     memory = _since(story, steps.series["peak_bytes"], 1 / GIB)
     if memory:
         panels["GiB"] = {"memory": memory}
-    breaks = [(start - story.began_s, end - story.began_s) for start, end, _ in air.pauses]
+    breaks = []
+    causes = set()
+    for start, end, cause in air.pauses:
+        breaks.append((start - story.began_s, end - story.began_s))
+        causes.add(cause)
+    budget = story.begun.get("budget_bytes") or story.result.get("budget_bytes")
     values = {
         "loss": loss,
         "count": steps.series["loss"].count,
         "warm": warm,
         "breaks": breaks,
         "speed": speed,
-        "causes": sorted({cause for _, _, cause in air.pauses}),
+        "causes": sorted(causes),
         "planned": _known("{:.0f}".format, _planned_speed(story)),
         "memory": memory,
-        "budget": _known(gib, story.begun.get("budget_bytes") or story.result.get("budget_bytes")),
+        "budget": _known(gib, budget),
     }
     words = " ".join(html.document("course.md", values).split())
     caption = (f"{key}course", "Loss, temperature, tea breaks, speed, memory", words)
-    return html.part("course", pictures=[figures.over_time(caption, panels, shaded=breaks)])
+    picture = figures.over_time(caption, panels, shaded=breaks)
+    return html.part("course", pictures=[picture])
 
 
 def _planned_speed(story: RunRecord) -> float | None:
     """Tokens a second that the plan expects of distillation, if it has that phase."""
-    seconds = {plan["phase"]: plan["seconds"] for plan in story.begun.get("planned", [])}
+    begun = story.begun
+    seconds = {plan["phase"]: plan["seconds"] for plan in begun.get("planned", [])}
     if not seconds.get("distil"):
         return None
-    return story.begun["step_tokens"] * story.begun["iters"] / seconds["distil"]
+    return begun["step_tokens"] * begun["iters"] / seconds["distil"]
 
 
 def cost(story: RunRecord, key: str) -> str:
@@ -179,7 +198,8 @@ def cost(story: RunRecord, key: str) -> str:
     for record in story.phases:
         peaks.setdefault(record["phase"], []).append(record["peak_bytes"])
     if "distil" in took:
-        peaks["distil"] += [nbytes for _, nbytes in story.steps.series["peak_bytes"].points()]
+        points = story.steps.series["peak_bytes"].points()
+        peaks["distil"] += [nbytes for _, nbytes in points]
     planned = {plan["phase"]: plan for plan in story.begun.get("planned", [])}
     rows = []
     for name in dict.fromkeys([*planned, *took]):
@@ -205,12 +225,19 @@ def pruning(story: RunRecord, key: str) -> str:
     report = story.keep.get("report") or {}
     layers = set(story.keep.get("layers", []))
     pictures = []
-    blocks = {int(i): float(v) for i, v in (report.get("block_importance") or {}).items()}
+    importance = report.get("block_importance") or {}
+    blocks = {int(number): float(value) for number, value in importance.items()}
     if blocks:
-        kept = {number: value for number, value in blocks.items() if number in layers}
-        removed = {number: value for number, value in blocks.items() if number not in layers}
-        text = f"1 − cosine of each of the {len(blocks)} blocks: how far it turns the stream. "
-        text += f"Removed: {', '.join(map(str, removed)) or 'none'}."
+        kept = {}
+        removed = {}
+        for number, value in blocks.items():
+            group = kept if number in layers else removed
+            group[number] = value
+        listed = ", ".join(map(str, removed)) or "none"
+        text = (
+            f"1 − cosine of each of the {len(blocks)} blocks: how far it turns the stream. "
+            f"Removed: {listed}."
+        )
         caption = (f"{key}blocks", "Blocks", text)
         groups = {"kept": kept, "removed": removed}
         pictures.append(figures.columns(caption, ("block", "1 − cosine"), groups))
@@ -218,7 +245,8 @@ def pruning(story: RunRecord, key: str) -> str:
     for axis in ("ffn", "heads"):
         of_blocks = []
         for name, row in (report.get("profile") or {}).items():
-            if name.endswith(f"/{axis}") and int(name.split("/")[0]) in layers:
+            number, _, ending = name.partition("/")
+            if ending == axis and int(number) in layers:
                 of_blocks.append(row["kept"])
         if of_blocks and min(of_blocks) < 1:
             shares[axis] = f"{min(of_blocks):.0%} to {max(of_blocks):.0%}"
@@ -230,7 +258,8 @@ def samples(story: RunRecord, key: str) -> str:
     texts: dict[str, dict[str, str]] = {}
     for sample in story.samples:
         prompt = f"{sample['language']}: “{sample['prompt']} …”"
-        texts.setdefault(prompt, {})[str(sample["model"])] = str(sample["text"])
+        by_model = texts.setdefault(prompt, {})
+        by_model[str(sample["model"])] = str(sample["text"])
     return html.part("samples", texts=texts)
 
 
@@ -240,7 +269,8 @@ def origins(story: RunRecord, key: str) -> str:
     for name, value in (story.begun.get("flags") or {}).items():
         words.append("--" + name.replace("_", "-"))
         if value is not True:
-            words += map(str, value if isinstance(value, list) else [value])
+            values = value if isinstance(value, list) else [value]
+            words += map(str, values)
     facts = dict(story.origin)
     rates = story.begun.get("rates") or {}
     if "device" in rates:
@@ -260,7 +290,8 @@ def comparison(stories: Sequence[RunRecord], names: list[str]) -> str:
         points = _since(story, story.steps.series["loss"])
         losses[name] = points
         if points:
-            ends.append(f"{name} ends at {points[-1][1]:.3f}")
+            _, last = points[-1]
+            ends.append(f"{name} ends at {last:.3f}")
     picture = ""
     if ends:
         text = f"Training loss of {len(losses)} runs: {'; '.join(ends)}."
@@ -271,16 +302,18 @@ def comparison(stories: Sequence[RunRecord], names: list[str]) -> str:
         results.append({k: v for k, v in story.result.items() if type(v) in (int, float)})
     numbers = []
     for name, values in _by_key(results).items():
-        numbers.append([name, *(_cell(value, values[0]) for value in values)])
+        cells = [_cell(value, values[0]) for value in values]
+        numbers.append([name, *cells])
+    configs = [story.config for story in stories]
     settings = []
-    for name, values in _by_key([story.config for story in stories]).items():
+    for name, values in _by_key(configs).items():
         texts = [str(value) for value in values]
         if len(set(texts)) > 1:
             settings.append([name, *texts])
     return html.part("comparison", picture=picture, names=names, numbers=numbers, settings=settings)
 
 
-def _by_key(mappings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def _by_key(mappings: Sequence[Record]) -> dict[str, list[Any]]:
     """{key of any of them: its value in each of them, a dash where there is none}."""
     keys: dict[str, None] = {}
     for mapping in mappings:
@@ -308,9 +341,10 @@ OF_RUN = (summary, answers, recovery, course, cost, pruning, samples, origins)
 def render(stories: Sequence[RunRecord], every_s: int | None = None) -> str:
     """The page. every_s: how often a browser is to open it anew, in seconds."""
     names = []
-    for number, story in enumerate(stories, 1):
-        alike = sum(other.name == story.name for other in stories)
-        names.append(story.name if alike == 1 else f"{story.name} ({number})")
+    folders = [story.name for story in stories]
+    for number, name in enumerate(folders, 1):
+        # no two alike
+        names.append(name if folders.count(name) == 1 else f"{name} ({number})")
     parts = [html.part("heading", text=" and ".join(names))]
     if len(stories) > 1:
         parts.append(_part(comparison, stories, names))
@@ -319,7 +353,8 @@ def render(stories: Sequence[RunRecord], every_s: int | None = None) -> str:
             parts.append(html.part("heading", text=name))
         parts += [_part(make, story, f"r{number}-") for make in OF_RUN]
         parts.append(html.part("missing", lines=story.missing))
-    return html.page(f"{', '.join(names)}: mis_mlx", "".join(parts), every_s)
+    title = f"{', '.join(names)}: mis_mlx"
+    return html.page(title, "".join(parts), every_s)
 
 
 def _part(make: Callable[..., str], *values: Any) -> str:
@@ -354,8 +389,11 @@ def run(settings: Settings) -> dict[str, Any]:
             raise MisError(
                 "There is no run under runs/: name a run folder, or make one with distill"
             )
-        folders = [max(configs, key=lambda path: path.stat().st_mtime).parent]
-    out = Path(settings.out) if settings.out else folders[0] / "report.html"
+        newest = max(configs, key=lambda path: path.stat().st_mtime)
+        folders = [newest.parent]
+    out = folders[0] / "report.html"
+    if settings.out:
+        out = Path(settings.out)
     files.need_place("--out", out, "file")
     while True:
         stories = [run_reader.read(folder) for folder in folders]

@@ -26,25 +26,30 @@ def sequence(windows: Windows, count: int, key: Sequence[int], again: bool = Tru
         raise ValueError("windows of one kind have no shares: permute them")
     # A kind without windows cannot be drawn: the others have its share.
     counts = np.bincount(windows.kind, minlength=len(windows.shares))
-    present = [kind for kind, share in enumerate(windows.shares) if share > 0 and counts[kind]]
-    total = sum(windows.shares[kind] for kind in present)
+    shares = {}
+    for kind, share in enumerate(windows.shares):
+        if share > 0 and counts[kind]:
+            shares[kind] = share
+    total = sum(shares.values())
     numbers = []
     times = []
-    for kind in present:
-        share = windows.shares[kind]
+    for kind, share in shares.items():
         of_kind = np.flatnonzero(windows.kind == kind)
         wanted = len(of_kind)
         if again:
             # one more than its share of the draw, because a kind may be a window ahead
-            wanted = int(np.ceil(count * share / total)) + 1
+            due = count * share / total
+            wanted = int(np.ceil(due)) + 1
         # Each round has its own random numbers, so that a longer draw begins as a shorter one.
+        rounds = -(-wanted // len(of_kind))
         orders = []
-        for number in range(-(-wanted // len(of_kind))):
+        for number in range(rounds):
             rng = np.random.default_rng([*key, kind, number])
             orders.append(rng.permutation(of_kind))
         numbers.append(np.concatenate(orders)[:wanted])
         # The n-th window of a kind is due when its share of the draw has come to n and a half.
-        times.append((np.arange(wanted) + 0.5) / share)
+        middles = np.arange(wanted) + 0.5
+        times.append(middles / share)
     # Merged by time, every beginning of the sequence has the kinds in their shares. The stable sort
     # puts the first kind first where two are due together: the same draw on every machine.
     by_time = np.argsort(np.concatenate(times), kind="stable")
@@ -81,5 +86,6 @@ def token_counts(windows: Windows, vocab: int) -> np.ndarray:
         tokens = windows.tokens[windows.kind == kind].reshape(-1)
         # Counted within the kind first: a kind with many windows weighs no more than its share.
         if len(tokens):
-            shares += share * np.bincount(tokens, minlength=vocab) / tokens.size
+            counts = np.bincount(tokens, minlength=vocab)
+            shares += share * counts / tokens.size
     return shares / shares.sum()

@@ -36,6 +36,7 @@ PERSONAL: dict[str, str] = yaml.safe_load(
 )
 # token ids (T,) int32, learn (T,) float32: 1 on tokens to be predicted
 Sequenced = tuple[np.ndarray, np.ndarray]
+PlacedRows = list[rows.Placed]
 
 
 class Examples(NamedTuple):
@@ -71,7 +72,7 @@ def load(
     # not the path: it goes into model cards
     source = "generated tasks" if data is None else folder.resolve().name
     train, problems = _read(folder / "train.jsonl", shapes)
-    valid: list[rows.Placed] = []
+    valid: PlacedRows = []
     if (folder / "valid.jsonl").exists():
         valid, more = _read(folder / "valid.jsonl", shapes)
         problems += more
@@ -81,8 +82,8 @@ def load(
         unknown = sorted(set(kinds).difference(known))
         if unknown:
             raise MisError(f"there are no tasks called {unknown[0]}: known are {', '.join(known)}")
-        train = [(row, place) for row, place in train if row["task"] in kinds]
-        valid = [(row, place) for row, place in valid if row["task"] in kinds]
+        train = _of_kinds(train, kinds)
+        valid = _of_kinds(valid, kinds)
     notes = []
     if not valid:
         train, valid = _held_out(train)
@@ -92,15 +93,15 @@ def load(
         )
     removed: Counter[str] = Counter()
     if scrub:
-        train = [(_scrubbed(row, removed), place) for row, place in train]
-        valid = [(_scrubbed(row, removed), place) for row, place in valid]
+        for part in (train, valid):
+            part[:] = [(_scrubbed(row, removed), place) for row, place in part]
         counts = ", ".join(f"{n} {kind}" for kind, n in removed.items())
         notes.append(f"replaced {counts or 'no personal data'}")
     licence = licence or _licence(folder)
     if not licence:
         licence = "not stated"
         notes.append("no licence or consent is stated for the data: name it with --data-licence")
-    notes.insert(0, f"{source}: {len(train)} rows to train on, {len(valid)} held out")
+    total = f"{source}: {len(train)} rows to train on, {len(valid)} held out"
     card = {
         "source": source,
         "licence": licence,
@@ -108,10 +109,14 @@ def load(
         "train_rows": len(train),
         "valid_rows": len(valid),
     }
-    return Examples(train, valid, card, notes)
+    return Examples(train, valid, card, [total, *notes])
 
 
-def _held_out(train: Sequence[rows.Placed]) -> tuple[list[rows.Placed], list[rows.Placed]]:
+def _of_kinds(tasks: PlacedRows, kinds: Sequence[str]) -> PlacedRows:
+    return [(row, place) for row, place in tasks if row["task"] in kinds]
+
+
+def _held_out(train: PlacedRows) -> tuple[PlacedRows, PlacedRows]:
     """(the others, the rows of a tenth of the prompts, by hash). MisError where none are left."""
     keys = []
     for row, _ in train:
@@ -126,7 +131,7 @@ def _held_out(train: Sequence[rows.Placed]) -> tuple[list[rows.Placed], list[row
     return others, held_out
 
 
-def _read(path: Path, shapes: Sequence[str]) -> tuple[list[rows.Placed], list[str]]:
+def _read(path: Path, shapes: Sequence[str]) -> tuple[PlacedRows, list[str]]:
     """(good rows, the faults of the others) of one file; a number as an answer becomes text."""
     wanted = {shape: SHAPES[shape] for shape in shapes}
 
@@ -137,8 +142,10 @@ def _read(path: Path, shapes: Sequence[str]) -> tuple[list[rows.Placed], list[st
         if why:
             return why
         assert isinstance(row, dict)
-        if "messages" in row and not any(m["role"] == "assistant" for m in row["messages"]):
-            return "no message is the assistant's"
+        if "messages" in row:
+            roles = [message["role"] for message in row["messages"]]
+            if "assistant" not in roles:
+                return "no message is the assistant's"
         if "chosen" in row and row["chosen"] == row.get("rejected"):
             return "chosen and rejected are the same"
         return None
@@ -173,7 +180,8 @@ def is_pesel(text: str) -> bool:
     weights = (1, 3, 7, 9, 1, 3, 7, 9, 1, 3, 1)
     total = sum(weight * int(digit) for weight, digit in zip(weights, text, strict=True))
     month = int(text[2:4]) % 20
-    return total % 10 == 0 and 1 <= month <= 12 and 1 <= int(text[4:6]) <= 31
+    day = int(text[4:6])
+    return total % 10 == 0 and 1 <= month <= 12 and 1 <= day <= 31
 
 
 def is_nip(text: str) -> bool:
@@ -191,7 +199,8 @@ def scrub(text: str, removed: Counter[str]) -> str:
         valid = checks.get(kind, bool)
         matches = [match for match in re.finditer(pattern, text) if valid(match[0])]
         for match in reversed(matches):  # from the end, so that places before it stay right
-            text = f"{text[: match.start()]}[{kind}]{text[match.end() :]}"
+            before = text[: match.start()]
+            text = f"{before}[{kind}]{text[match.end() :]}"
             removed[kind] += 1
     return text
 
@@ -229,14 +238,13 @@ def encode(
                 problems.append(f"{place}: the chat template refuses it ({why})")
                 break
             if not any(learn[1:length]):
-                taken = next((i for i, flag in enumerate(learn) if flag), len(ids))
+                taken = learn.index(1) if 1 in learn else len(ids)
                 why = f"the prompt takes {taken} tokens, --max-seq-length is {length}"
                 problems.append(f"{place}: {why}: no answer is left")
                 break
             cut += len(ids) > length
-            sequences.append(
-                (np.array(ids[:length], np.int32), np.array(learn[:length], np.float32))
-            )
+            kept = np.array(ids[:length], np.int32)
+            sequences.append((kept, np.array(learn[:length], np.float32)))
         encoded.append(sequences)
     rows.refuse(problems)
     return encoded, cut

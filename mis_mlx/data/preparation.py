@@ -19,6 +19,7 @@ import numpy as np
 
 from mis_mlx.data import draws, token_windows
 from mis_mlx.data.rows import Reading, Row, collect, read, split_off
+from mis_mlx.data.token_windows import Windows
 from mis_mlx.storage import files, hub
 from mis_mlx.types import MisError
 
@@ -217,13 +218,13 @@ class Data(NamedTuple):
     chooses sizes by their answers.
     """
 
-    train: token_windows.Windows
-    held_out: dict[str, token_windows.Windows]
+    train: Windows
+    held_out: dict[str, Windows]
     notes: tuple[str, ...]
     talks: tuple[Row, ...] = ()
 
 
-def calibration(data: token_windows.Windows, count: int, seed: int, use: int = 1) -> list[mx.array]:
+def calibration(data: Windows, count: int, seed: int, use: int = 1) -> list[mx.array]:
     """Up to `count` windows (1, T) of the training text, the same ones in every command.
 
     Another `use` gets others.
@@ -231,7 +232,7 @@ def calibration(data: token_windows.Windows, count: int, seed: int, use: int = 1
     return [mx.array(data.tokens[i][None]) for i in drawn(data, count, seed, use)]
 
 
-def drawn(data: token_windows.Windows, count: int, seed: int, use: int = 1) -> np.ndarray:
+def drawn(data: Windows, count: int, seed: int, use: int = 1) -> np.ndarray:
     """Indices of the windows that `calibration` gives, each kind of text in its share."""
     return draws.some(data, count, (seed, use, 1))
 
@@ -270,12 +271,12 @@ class _Cutter:
         """The tokens before every window."""
         return token_windows.start_of(self.tokenizer)
 
-    def text(self, rows: Sequence[Row]) -> token_windows.Windows:
+    def text(self, rows: Sequence[Row]) -> Windows:
         """Windows of rows one behind the other, cut wherever they are full."""
         tokenized = token_windows.tokenize(rows, self.tokenizer)
         return token_windows.windows(tokenized, self.length, self.start)
 
-    def conversations(self, rows: Sequence[Row]) -> token_windows.Windows:
+    def conversations(self, rows: Sequence[Row]) -> Windows:
         """Windows that begin where a conversation begins."""
         tokenized = token_windows.tokenize(rows, self.tokenizer)
         return token_windows.aligned(tokenized, self.length, self.start)
@@ -288,7 +289,7 @@ class _Mixture:
     Both are in the same order. talks: conversations that are not trained on.
     """
 
-    parts: dict[str, token_windows.Windows]
+    parts: dict[str, Windows]
     shares: dict[str, float]
     talks: tuple[Row, ...] = ()
 
@@ -304,7 +305,7 @@ class _Mixture:
         self.shares[CONVERSATIONS] = others * share / max(1e-9, 1 - share)
 
 
-def _own_parts(rows: Sequence[Row], cut: _Cutter) -> list[token_windows.Windows]:
+def _own_parts(rows: Sequence[Row], cut: _Cutter) -> list[Windows]:
     """Windows of the text rows and of the conversations of --data, as far as there are any."""
     text = [row for row in rows if "text" in row]
     conversations = [row for row in rows if "text" not in row]
@@ -317,7 +318,7 @@ def _own_parts(rows: Sequence[Row], cut: _Cutter) -> list[token_windows.Windows]
 
 
 def _own_mixture(
-    texts: Texts, parts: Sequence[token_windows.Windows], answers: Path | None, cut: _Cutter
+    texts: Texts, parts: Sequence[Windows], answers: Path | None, cut: _Cutter
 ) -> _Mixture:
     """The text of --data, each kind by its size, and the conversations of `answers`."""
     sizes = [float(len(part.tokens)) for part in parts]
@@ -332,7 +333,7 @@ def _own_mixture(
 
 
 def _built_in_mixture(
-    manual: token_windows.Windows, polish: Sequence[Row], answers: Path | None, cut: _Cutter
+    manual: Windows, polish: Sequence[Row], answers: Path | None, cut: _Cutter
 ) -> _Mixture:
     """The built-in text. answers: those of another teacher than ours."""
     parts = {
@@ -342,7 +343,7 @@ def _built_in_mixture(
     }
     # A model without a chat template cannot be asked: it learns from text alone.
     if not takes_conversations(cut.tokenizer):
-        return _Mixture(parts, TEXT_SHARES)
+        return _Mixture(parts, dict(TEXT_SHARES))
     mixture = _Mixture(parts, dict(SHARES))
     mixture.add_conversations(answers or ANSWERS, cut)
     return mixture
@@ -369,8 +370,9 @@ def prepare(source: Source | str | None, tokenizer: Any, length: int) -> Data:
     own = token_windows.windows([marks for _, marks in marked], length, cut.start)
     own_parts = _own_parts(texts.train, cut)
     own_train = token_windows.joined(own_parts)
-    # Held-out text that was trained on would measure memory. A question or a template that many
-    # conversations share does not count, only a run that is mostly text or answer.
+    # Held-out text that was trained on would measure what the model remembers. A question or a
+    # template that many conversations share does not count, only a run that is mostly text or
+    # answer.
     test, removed = token_windows.without_overlap(test, own_train, own=own.tokens == 1)
     counts = (
         f"{len(own_train.tokens)} training windows of {length} tokens, {len(test.tokens)} held out"
@@ -402,9 +404,7 @@ def prepare(source: Source | str | None, tokenizer: Any, length: int) -> Data:
     return Data(train, sized, tuple(notes), mixture.talks)
 
 
-def _mixed(
-    mixture: _Mixture, source: Source, own_train: token_windows.Windows
-) -> token_windows.Windows:
+def _mixed(mixture: _Mixture, source: Source, own_train: Windows) -> Windows:
     """The windows of all kinds, after the source's share of conversations is set."""
     if CONVERSATIONS in mixture.parts and source.share is not None:
         mixture.set_conversations_share(source.share)
@@ -412,7 +412,7 @@ def _mixed(
             del mixture.parts[CONVERSATIONS], mixture.shares[CONVERSATIONS]
             mixture.talks = ()
             if source.data is None:
-                mixture.shares = TEXT_SHARES
+                mixture.shares = dict(TEXT_SHARES)
     # Windows of one kind stay without shares: `draws` permutes them.
     if len(mixture.parts) == 1:
         return own_train

@@ -12,6 +12,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from mis_mlx.data.rows import Row
 from mis_mlx.types import MisError
 
+Ids = list[int]
+Marked = tuple[Ids, Ids]  # ids, and 1 or 0 for each
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -56,7 +59,7 @@ def joined(parts: Sequence[Windows]) -> Windows:
     )
 
 
-def tokenize(rows: Iterable[Row], tokenizer: Any) -> list[list[int]]:
+def tokenize(rows: Iterable[Row], tokenizer: Any) -> list[Ids]:
     """Ids of every row, as mlx-lm's, but a special token spelled in a text stays text.
 
     A text row gets the tokenizer's own start token, if it puts one before every text, and the end
@@ -65,9 +68,7 @@ def tokenize(rows: Iterable[Row], tokenizer: Any) -> list[list[int]]:
     return [ids for ids, _ in marked(rows, tokenizer, mask_prompt=False)]
 
 
-def marked(
-    rows: Iterable[Row], tokenizer: Any, mask_prompt: bool = True
-) -> list[tuple[list[int], list[int]]]:
+def marked(rows: Iterable[Row], tokenizer: Any, mask_prompt: bool = True) -> list[Marked]:
     """(`tokenize`'s ids, own) of every row.
 
     own: 1 at text and answers; 0 at prompts and the template, if masked.
@@ -77,7 +78,8 @@ def marked(
     tokenized = []
     for number, row in enumerate(rows, 1):
         if "text" in row:
-            ids = [*start, *_encode(tokenizer, row["text"], split=True), end]
+            text = _encode(tokenizer, row["text"], split=True)
+            ids = [*start, *text, end]
             tokenized.append((ids, [1] * len(ids)))
             continue
         try:
@@ -92,7 +94,7 @@ def marked(
     return tokenized
 
 
-def start_of(tokenizer: Any) -> list[int]:
+def start_of(tokenizer: Any) -> Ids:
     """[start token] for tokenizers that put one before every text (Gemma needs it), else []."""
     # An attribute alone does not tell: many tokenizers name a start token and never put it.
     ids = list(tokenizer.encode(""))
@@ -110,7 +112,7 @@ def end_of(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _encode(tokenizer: Any, text: str, split: bool) -> list[int]:
+def _encode(tokenizer: Any, text: str, split: bool) -> Ids:
     """Ids of `text`, nothing added. split: cut special tokens spelled in it into ordinary ones.
 
     MisError where the tokenizer's regular expression breaks down.
@@ -130,14 +132,16 @@ def _encode(tokenizer: Any, text: str, split: bool) -> list[int]:
         ) from None
 
 
-def plain(row: Row, tokenizer: Any, mask_prompt: bool) -> tuple[list[int], list[int]]:
+def plain(row: Row, tokenizer: Any, mask_prompt: bool) -> Marked:
     """(ids, learn) of a prompt/completion row without a template, with the end token.
 
     Prompt and completion are encoded apart, so that no token lies in both.
     """
-    prompt = [*start_of(tokenizer), *_encode(tokenizer, row["prompt"], split=True)]
-    answer = [*_encode(tokenizer, row["completion"], split=True), tokenizer.eos_token_id]
-    learn = [int(not mask_prompt)] * len(prompt) + [1] * len(answer)
+    prompt = start_of(tokenizer) + _encode(tokenizer, row["prompt"], split=True)
+    answer = _encode(tokenizer, row["completion"], split=True)
+    answer.append(tokenizer.eos_token_id)
+    learn = [0 if mask_prompt else 1] * len(prompt)
+    learn += [1] * len(answer)
     return prompt + answer, learn
 
 
@@ -150,7 +154,7 @@ def _messages(row: Row) -> list[Row]:
     ]
 
 
-def conversation(row: Row, tokenizer: Any, mask_prompt: bool) -> tuple[list[int], list[int]]:
+def conversation(row: Row, tokenizer: Any, mask_prompt: bool) -> Marked:
     """(ids, learn) of a prompt/completion or messages row.
 
     mask_prompt: only answers are learned, all of them. Learn starts where the ids part from those
@@ -171,7 +175,8 @@ def conversation(row: Row, tokenizer: Any, mask_prompt: bool) -> tuple[list[int]
             begin = _shared(ids, before)
         end = len(ids)
         if last < len(messages) - 1:
-            end = _shared(ids, _render(messages[: last + 1], tokenizer))
+            so_far = _render(messages[: last + 1], tokenizer)
+            end = _shared(ids, so_far)
         # A rewritten turn may part before the answer begins: then nothing of it is learned.
         learn[begin:end] = [1] * max(0, end - begin)
     return ids, learn
@@ -185,9 +190,7 @@ def _shared(left: Sequence[int], right: Sequence[int]) -> int:
     return min(len(left), len(right))
 
 
-def _render(
-    messages: Sequence[Row], tokenizer: Any, add_generation_prompt: bool = False
-) -> list[int]:
+def _render(messages: Sequence[Row], tokenizer: Any, add_generation_prompt: bool = False) -> Ids:
     """Ids of the rendered conversation, where only the template's own special tokens are special.
 
     A special token spelled in a message passes through the template as one private character and is
@@ -234,14 +237,15 @@ def windows(tokenized: Iterable[Sequence[int]], length: int, start: Sequence[int
     """
     rows = (np.asarray(row, np.int32) for row in tokenized)
     ids = np.concatenate([np.zeros(0, np.int32), *rows])
-    own = length - len(start)
+    first = len(start)
+    own = length - first
     count = len(ids) // own
     if count == 0:
         why = f"the text has {len(ids)} tokens and one window takes {own}"
         raise MisError(f"{why}: bring more text or lower --max-seq-length")
     tokens = np.empty((count, length), np.int32)
-    tokens[:, : len(start)] = start
-    tokens[:, len(start) :] = ids[: count * own].reshape(count, own)
+    tokens[:, :first] = start
+    tokens[:, first:] = ids[: count * own].reshape(count, own)
     return _all_learned(tokens)
 
 
@@ -270,7 +274,8 @@ def text_bytes(windows: Windows, tokenizer: Any) -> np.ndarray:
 
     # Each id is sized once, however often it comes up.
     ids, places = np.unique(windows.tokens, return_inverse=True)
-    sizes = np.array([size(token) for token in tokenizer.convert_ids_to_tokens(ids.tolist())])
+    names = tokenizer.convert_ids_to_tokens(ids.tolist())
+    sizes = np.array([size(name) for name in names])
     sizes_of_tokens = sizes[places.reshape(windows.tokens.shape)]
     # The prediction at place t is of the token at t + 1.
     counts = windows.learn[:, :-1] > 0
@@ -290,7 +295,7 @@ def reread(windows: Windows, tokenizer: Any, other: Any) -> Windows:
             special[i] = other.convert_tokens_to_ids(token)
     rows = []
     for window in windows.tokens.tolist():
-        row: list[int] = []
+        row: Ids = []
         begin = 0
         # Text between two special tokens is decoded in one piece, so that `other` cuts it freely.
         ends = [place for place, i in enumerate(window) if i in special]
@@ -332,7 +337,7 @@ def aligned(tokenized: Sequence[Sequence[int]], length: int, start: Sequence[int
     tokens = []
     first = 0
     while first < len(rows):
-        ids: list[int] = []
+        ids: Ids = []
         last = first
         while len(ids) < own:
             ids += rows[last % len(rows)]
@@ -353,7 +358,8 @@ def of_kinds(parts: Sequence[Windows], shares: Sequence[float]) -> Windows:
     counts = [len(part.tokens) for part in parts]
     kind = np.repeat(np.arange(len(parts), dtype=np.int32), counts)
     total = sum(shares)
-    return replace(joined(parts), kind=kind, shares=tuple(share / total for share in shares))
+    of_sum = tuple(share / total for share in shares)
+    return replace(joined(parts), kind=kind, shares=of_sum)
 
 
 def order(n_windows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
@@ -408,7 +414,8 @@ def without_overlap(
             f"all {count} held-out windows share {span} tokens in a row with train: bring other "
             f"test text"
         )
-    return held_out.pick(np.setdiff1d(np.arange(count), shared)), len(shared)
+    others = np.setdiff1d(np.arange(count), shared)
+    return held_out.pick(others), len(shared)
 
 
 def fingerprint(windows: Windows) -> str:
@@ -416,5 +423,6 @@ def fingerprint(windows: Windows) -> str:
     digest = hashlib.sha256(repr(windows.tokens.shape).encode())
     digest.update(np.ascontiguousarray(windows.tokens, dtype="<i4").tobytes())
     if windows.kind is not None:
-        digest.update(repr((windows.kind.tolist(), windows.shares)).encode())
+        kinds = (windows.kind.tolist(), windows.shares)
+        digest.update(repr(kinds).encode())
     return digest.hexdigest()

@@ -70,8 +70,11 @@ def out_type(checkpoint: Checkpoint) -> str:
     modes = Counter[str]()
     for name in arch.tensors_of(checkpoint.config):
         packing = load.packing(checkpoint, name)
-        if packing and f"{packing['mode']} {packing['bits']}" in REWRAPPED:
-            modes[packing["mode"]] += 1
+        if not packing:
+            continue
+        mode = packing["mode"]
+        if f"{mode} {packing['bits']}" in REWRAPPED:
+            modes[mode] += 1
     if not modes:
         return "q8_0"
     mode = modes.most_common(1)[0][0]
@@ -96,14 +99,23 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
     for source, size in arch.tensors_of(config, stacked=True).items():
         kind, exact = _kind(checkpoint, source, wanted, size)
         block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
-        if size[-1] % block:
+        columns = size[-1]
+        if columns % block:
             why = f"which {kind}'s block of {block} does not divide"
-            raise MisError(f"{source} has rows of {size[-1]} weights, {why}: use --out-type f16")
+            raise MisError(f"{source} has rows of {columns} weights, {why}: use --out-type f16")
         name = names[source]
         if name is None:
             raise MisError(f"llama.cpp's {family.gguf} has no place for {source}: use --format hf")
         module = source.split(".")[-2]
-        listed.append(Part(name, source, size, kind, heads=heads.get(module, 0), exact=exact))
+        part = Part(
+            name=name,
+            source=source,
+            shape=size,
+            kind=kind,
+            heads=heads.get(module, 0),
+            exact=exact,
+        )
+        listed.append(part)
     if wanted in ("mxfp4", "nvfp4"):
         kept = {part.kind for part in listed if part.exact}
         if wanted.upper() not in kept:
@@ -165,8 +177,9 @@ def _k_mixture(config: Config, name: str, columns: int) -> str:
     wide = name == "lm_head.weight" or (shape.tied and name == load.EMBEDDING + "weight")
     if block is not None and name.endswith(("v_proj.weight", "down_proj.weight")):
         eighth = shape.layers // 8
-        outer = block < eighth or block >= 7 * shape.layers // 8
-        wide = wide or outer or (block - eighth) % 3 == 2
+        last_eighth = 7 * shape.layers // 8
+        if block < eighth or block >= last_eighth or (block - eighth) % 3 == 2:
+            wide = True
     if columns % BLOCK:
         return "F16"
     if columns % K_BLOCK:
@@ -186,7 +199,8 @@ def rows(checkpoint: Checkpoint, part: Part, tally: Counter[str]) -> Iterator[np
     convert = _rewrapped if part.exact else _converted
     # A stacked tensor of the GGUF, (experts, out, in), comes from one matrix of each expert.
     shape = part.shape[-2:]
-    step = max(1, SLAB_BYTES // (4 * math.prod(shape[1:])))
+    row_bytes = 4 * shape[1] if len(shape) > 1 else 4
+    step = max(1, SLAB_BYTES // row_bytes)
     order = None
     if part.heads:
         # llama.cpp's rotation pairs neighbouring rows, Hugging Face's the halves of a head. In
@@ -196,7 +210,8 @@ def rows(checkpoint: Checkpoint, part: Part, tally: Counter[str]) -> Iterator[np
         matrix = part._replace(source=source, shape=shape)
         stem = source.removesuffix(".weight")
         names = (source, f"{stem}.scales", f"{stem}.biases")
-        raw = safetensors.lazy(checkpoint.tensors, [n for n in names if n in checkpoint.tensors])
+        stored = [name for name in names if name in checkpoint.tensors]
+        raw = safetensors.lazy(checkpoint.tensors, stored)
         # Rows do not depend on each other, so a slab of them at a time bounds the float32 copy.
         for start in range(0, shape[0], step):
             index: Any = slice(start, start + step)
@@ -242,6 +257,7 @@ def _rewrapped(
     q = np.array(rounding.integers(slab[part.source], BLOCK, packing["bits"]))
     if mode != "affine":
         return _float_blocks(q, np.array(slab[f"{stem}.scales"]), mode)
+    blocks_of_group = packing["group_size"] // BLOCK
     halves = []
     for key in ("scales", "biases"):
         stored = np.array(slab[f"{stem}.{key}"].astype(mx.float32))
@@ -249,7 +265,7 @@ def _rewrapped(
             half = stored.astype(np.float16)
         _finite(part, half)
         tally["inexact"] += int((half != stored).sum())
-        halves.append(np.repeat(half, packing["group_size"] // BLOCK, axis=1))
+        halves.append(np.repeat(half, blocks_of_group, axis=1))
     return _affine_blocks(q, np.stack(halves, axis=-1), packing["bits"])
 
 
@@ -395,13 +411,18 @@ def _of_positions(rope: str, scaling: Config, full: Config) -> dict[str, Any]:
         original = full["original_max_position_embeddings"]
         longer = max(1, full["max_position_embeddings"] / original)
         words["rope_scaling_orig_ctx_len"] = original
-        words["rope_scaling_attn_factors"] = math.sqrt(1 + math.log(longer, original))
+        factor = math.sqrt(1 + math.log(longer, original))
+        words["rope_scaling_attn_factors"] = factor
     return words
 
 
 def padded_bytes(parts: Iterable[Part]) -> int:
     """Bytes of all tensors in the file, padding included."""
-    return sum(part.nbytes + -part.nbytes % ALIGNMENT for part in parts)
+    total = 0
+    for part in parts:
+        nbytes = part.nbytes
+        total += nbytes + -nbytes % ALIGNMENT
+    return total
 
 
 def head(writer: Any, parts: Iterable[Part]) -> bytes:
@@ -412,7 +433,13 @@ def head(writer: Any, parts: Iterable[Part]) -> bytes:
     for part in parts:
         type_ = gguf.GGMLQuantizationType[part.kind]
         shape = gguf.quant_shape_to_byte_shape(part.shape, type_)
-        writer.add_tensor_info(part.name, shape, np.dtype(np.uint8), part.nbytes, raw_dtype=type_)
+        writer.add_tensor_info(
+            name=part.name,
+            tensor_shape=shape,
+            tensor_dtype=np.dtype(np.uint8),
+            tensor_nbytes=part.nbytes,
+            raw_dtype=type_,
+        )
     buffer = io.BytesIO()
     writer.fout = [buffer]
     writer.state = WriterState.EMPTY

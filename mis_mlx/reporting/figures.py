@@ -22,6 +22,9 @@ HEIGHT = 260
 MUTED = "#5b6470"
 # key, with which the ids in a picture begin, unique on the page; title; description
 Caption = tuple[str, str, str]
+Span = tuple[float, float]
+Interval = tuple[float, float, float]  # value, low, high
+Labels = tuple[str, str]  # of x and y
 Lines = Mapping[str, Sequence[run_reader.Point]]  # by name
 COLORS = ("#1f6fb2", "#c2410c", "#2e7d4f", "#8b5cb8")
 
@@ -50,7 +53,8 @@ def _html(figure: Any, caption: Caption) -> str:
     key, title, description = caption
     raw = io.BytesIO()
     figure.savefig(raw, format="svg", transparent=True, metadata={"Date": None})
-    svg = re.sub(r"^.*?<svg\b[^>]*>|</svg>\s*$", "", raw.getvalue().decode(), flags=re.DOTALL)
+    svg = raw.getvalue().decode()
+    svg = re.sub(r"^.*?<svg\b[^>]*>|</svg>\s*$", "", svg, flags=re.DOTALL)
     for tag in ("metadata", "style"):  # a style element would hold for the whole page
         svg = re.sub(rf"<{tag}\b.*?</{tag}>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', svg)
@@ -77,9 +81,7 @@ def _time_unit(longest_s: float) -> tuple[float, str]:
     return 1.0, "seconds"
 
 
-def over_time(
-    caption: Caption, panels: Mapping[str, Lines], shaded: Sequence[tuple[float, float]] = ()
-) -> str:
+def over_time(caption: Caption, panels: Mapping[str, Lines], shaded: Sequence[Span] = ()) -> str:
     """Panels above each other on one time axis: {axis label: {line: [(seconds, value)]}}.
 
     shaded: (start, end) of stretches of time, in seconds.
@@ -98,7 +100,12 @@ def over_time(
             _draw_lines(axis, lines, unit)
             for start, end in shaded:
                 visible_end = max(end, start + longest_s / 300)
-                axis.axvspan(start / unit, visible_end / unit, color=COLORS[3], alpha=0.25)
+                axis.axvspan(
+                    start / unit,
+                    visible_end / unit,
+                    color=COLORS[3],
+                    alpha=0.25,
+                )
         axes[-1, 0].set_xlabel(f"{name} since the run began")
         return _html(figure, caption)
 
@@ -108,7 +115,14 @@ def _draw_lines(axis: Any, lines: Lines, unit: float) -> None:
         if points:
             x, y = np.array(points).T
             marker = "o" if len(x) < 3 else None
-            axis.plot(x / unit, y, color=color, label=line, linewidth=1.4, marker=marker)
+            axis.plot(
+                x / unit,
+                y,
+                color=color,
+                label=line,
+                linewidth=1.4,
+                marker=marker,
+            )
     if len(lines) > 1:
         axis.legend()
 
@@ -116,7 +130,7 @@ def _draw_lines(axis: Any, lines: Lines, unit: float) -> None:
 def intervals(
     caption: Caption,
     label: str,
-    rows: Mapping[str, Sequence[tuple[float, float, float] | None]],
+    rows: Mapping[str, Sequence[Interval | None]],
     names: Sequence[str],
     limits: Mapping[str, float],
 ) -> str:
@@ -124,7 +138,8 @@ def intervals(
 
     limits: {label: share} of lines across.
     """
-    height = 90 + (16 * len(names) + 12) * len(rows)
+    height_of_row = 16 * len(names) + 12
+    height = 90 + height_of_row * len(rows)
     with _figure(height) as (figure, axes):
         places = np.arange(len(rows))[::-1]
         for i, (name, color) in enumerate(zip(names, cycle(COLORS), strict=False)):
@@ -156,14 +171,13 @@ def intervals(
 def standalone(picture: str) -> str:
     """A picture as an SVG file of its own, on white."""
     end = "</svg>"
-    svg = picture[picture.index("<svg") : picture.index(end) + len(end)]
+    start = picture.index("<svg")
+    svg = picture[start : picture.index(end) + len(end)]
     head, rest = svg.split(">", 1)
     return f'{head} font-family="sans-serif"><rect width="100%" height="100%" fill="#fff"/>{rest}\n'
 
 
-def columns(
-    caption: Caption, labels: tuple[str, str], groups: Mapping[str, Mapping[int, float]]
-) -> str:
+def columns(caption: Caption, labels: Labels, groups: Mapping[str, Mapping[int, float]]) -> str:
     """Standing bars at whole numbers, one colour a group: {group: {number: height}}.
 
     labels: of x and y.
@@ -180,7 +194,7 @@ def columns(
 
 
 def curves(
-    caption: Caption, labels: tuple[str, str], groups: Mapping[str, Sequence[tuple[float, float]]]
+    caption: Caption, labels: Labels, groups: Mapping[str, Sequence[run_reader.Point]]
 ) -> str:
     """Points (x, y), joined in the order of x, one colour a group: {group: points}.
 
@@ -190,7 +204,15 @@ def curves(
         styles = zip(cycle(COLORS), cycle("o^Ds"), groups.items(), strict=False)
         for color, marker, (name, points) in styles:
             x, y = np.array(sorted(points)).T
-            axes.plot(x, y, color=color, marker=marker, markersize=4, linewidth=1.2, label=name)
+            axes.plot(
+                x,
+                y,
+                color=color,
+                marker=marker,
+                markersize=4,
+                linewidth=1.2,
+                label=name,
+            )
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
         axes.set_ylim(bottom=min(0.0, *axes.get_ylim()))

@@ -28,6 +28,8 @@ MOST = 1000  # pauses that are kept one by one
 BACKWARDS_S = 1.0  # a wall clock that jumps back further was set, or is another machine's
 
 Point = tuple[float, float]
+Record = Mapping[str, Any]  # of a log or a settings file
+Pause = tuple[float, float, str]  # start, end, cause
 
 
 @dataclass
@@ -62,7 +64,9 @@ class Series:
 
         The last value is always among them.
         """
-        return sorted({*self._kept, *_extremes(self._run), *self._run[-1:]})
+        points = {*self._kept, *_extremes(self._run)}
+        points.update(self._run[-1:])
+        return sorted(points)
 
 
 def _extremes(points: Sequence[Point]) -> list[Point]:
@@ -80,8 +84,7 @@ class History:
     torn: int = 0  # lines that are no record
     first_s: float | None = None
     last_s: float = -math.inf
-    # (start, end, cause) of "pause" lines
-    pauses: list[tuple[float, float, str]] = field(default_factory=list)
+    pauses: list[Pause] = field(default_factory=list)  # of "pause" lines
 
 
 def history_of(path: Path, names: Sequence[str]) -> History:
@@ -106,17 +109,19 @@ def history_of(path: Path, names: Sequence[str]) -> History:
             history.first_s = now
         for name, value in _values(record, names).items():
             history.series[name].add(now, value)
-        paused = record.get("action") == "pause" and (pausing or len(history.pauses) < MOST)
+        room = pausing or len(history.pauses) < MOST
+        paused = record.get("action") == "pause" and room
         if pausing:
             start, _, cause = history.pauses[-1]
             history.pauses[-1] = (start, now, cause)
         elif paused:
-            history.pauses.append((now, now, str(record.get("cause", ""))[:80]))
+            cause = str(record.get("cause", ""))[:80]
+            history.pauses.append((now, now, cause))
         pausing = paused
     return history
 
 
-def _values(record: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
+def _values(record: Record, names: Sequence[str]) -> dict[str, float]:
     """The numbers of these names in a record, as far as it has them; and "tokens_per_s"."""
     values = {}
     for name in names:
@@ -144,15 +149,15 @@ class RunRecord(NamedTuple):
 
     name: str  # of its folder
     began_s: float  # since 1970, at which time begins on pictures
-    config: Mapping[str, Any]
-    origin: Mapping[str, Any]
-    result: Mapping[str, Any]
-    keep: Mapping[str, Any]
-    begun: Mapping[str, Any]  # what the first start planned
-    phases: Sequence[Mapping[str, Any]]
-    samples: Sequence[Mapping[str, Any]]
+    config: Record
+    origin: Record
+    result: Record
+    keep: Record
+    begun: Record  # what the first start planned
+    phases: Sequence[Record]
+    samples: Sequence[Record]
     # to held-out prompts, prompt by prompt; none where nobody was asked
-    answers: Sequence[Mapping[str, Any]]
+    answers: Sequence[Record]
     table: str
     steps: History
     air: History
@@ -173,7 +178,7 @@ def _held(read: Callable[..., Any], *where: Any) -> Any:
     return None
 
 
-def _without_answers(folder: Path, result: Mapping[str, Any]) -> list[str]:
+def _without_answers(folder: Path, result: Record) -> list[str]:
     """A sentence where a run's result says that answers were judged, and their file has none."""
     path = folder / run_folder.ANSWERS
     if not _number(result.get("answers_prompts")) or _answers(folder):
@@ -187,7 +192,7 @@ def _answers(folder: Path) -> list[dict[str, Any]]:
     return [record for record in records if "text" in record]
 
 
-def _missing(folder: Path, files: Mapping[str, Any]) -> list[str]:
+def _missing(folder: Path, files: Record) -> list[str]:
     """A sentence for each file that is missing, damaged or torn. files: {name: what it holds}."""
     missing = []
     for name, held in files.items():
@@ -206,9 +211,12 @@ def _missing(folder: Path, files: Mapping[str, Any]) -> list[str]:
 
 def read(folder: Path) -> RunRecord:
     """Everything that is there. MisError when nothing of a run is."""
-    keep = next((name for name in KEEPS if (folder / name).is_file()), KEEPS[0])
+    keeps = (name for name in KEEPS if (folder / name).is_file())
+    keep = next(keeps, KEEPS[0])
     phases = run_folder.records(folder / run_folder.PHASES)
-    mappings = {name: _held(run_folder.stored_settings, folder, name) for name in (*MAPPINGS, keep)}
+    mappings = {}
+    for name in (*MAPPINGS, keep):
+        mappings[name] = _held(run_folder.stored_settings, folder, name)
     samples = run_folder.records(folder / run_folder.SAMPLES)
     table = _held((folder / "table.md").read_text, "utf-8", "replace")
     steps = history_of(folder / run_folder.METRICS, STEPS)
@@ -225,7 +233,8 @@ def read(folder: Path) -> RunRecord:
     missing = _missing(folder, files) + _without_answers(folder, result)
     if not (phases or any(mappings.values()) or steps.lines):
         raise MisError(f"{folder} holds nothing of a run: give a run folder, such as runs/NAME-001")
-    begun: Mapping[str, Any] = next((r for r in phases if isinstance(r.get("planned"), list)), {})
+    starts_of_run = (record for record in phases if isinstance(record.get("planned"), list))
+    begun: Record = next(starts_of_run, {})
     starts = (_number(begun.get("wall_s")), steps.first_s, air.first_s)
     return RunRecord(
         name=folder.resolve().name,

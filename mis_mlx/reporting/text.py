@@ -37,9 +37,13 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], words: in
     """A Markdown table. words: how many columns, the first ones, hold words; the others numbers."""
     lines = []
     for row in (head, *rows):
-        cells = "".join(f" {cell}".rstrip() + " |" for cell in row)
-        lines.append("|" + cells)
-    lines.insert(1, "|" + "---|" * words + "---:|" * (len(head) - words))
+        line = "|"
+        for cell in row:
+            line += f" {cell}".rstrip() + " |"
+        lines.append(line)
+    numbers = len(head) - words
+    rule = "---|" * words + "---:|" * numbers
+    lines.insert(1, "|" + rule)
     return "\n".join(lines)
 
 
@@ -53,7 +57,8 @@ def aligned(page: str) -> str:
     if not sys.stdout.isatty():
         return page
     lines: list[str] = []
-    for is_table, group in groupby(page.splitlines(), key=lambda line: line.startswith("|")):
+    blocks = groupby(page.splitlines(), key=lambda line: line.startswith("|"))
+    for is_table, group in blocks:
         block = list(group)
         lines += _aligned_table(block) if is_table else block
     return "\n".join(lines)
@@ -88,7 +93,8 @@ def table(rows: Sequence[Row], models: Sequence[str], metrics: Metrics) -> str:
                 continue
             text = format(row.value, form)
             if row.low is not None and row.high is not None:
-                text += f" ± {format((row.high - row.low) / 2, form)}"
+                half = (row.high - row.low) / 2
+                text += f" ± {format(half, form)}"
             line.append(text)
         if any(text != "–" for text in line[1:]):
             lines.append(line)
