@@ -82,12 +82,17 @@ def need_bytes(checkpoint: Checkpoint, form: str, wanted: str) -> int:
     largest = max(tensor.nbytes for tensor in checkpoint.tensors.values())
     need = 5 * largest // 4 + 6 * tensors.SLAB_BYTES
     if wanted == K_QUANT:
-        most_weights = max(map(math.prod, arch.tensors_of(checkpoint.config).values()))
+        shapes = arch.tensors_of(checkpoint.config).values()
+        most_weights = max(map(math.prod, shapes))
         need = max(need, 10 * most_weights + THEIR_BYTES)
     return need + TOKEN_BYTES * shape_of(checkpoint.config).vocab
 
 
-def _facts(parts: list[tensors.Part], checkpoint: Checkpoint, inexact: int = 0) -> list[str]:
+def _facts(
+    parts: list[tensors.Part],
+    checkpoint: Checkpoint,
+    inexact: int = 0,
+) -> list[str]:
     """What became of the matrices, for people: which were re-wrapped, which rounded."""
     kinds = Counter[str]()
     again = Counter[str]()  # of matrices that were packed, and rounded once more
@@ -132,7 +137,11 @@ def _base(settings: Settings, checkpoint: Checkpoint) -> str | None:
 
 
 def _readme(
-    settings: Settings, checkpoint: Checkpoint, base: str | None, file: str, facts: list[str]
+    settings: Settings,
+    checkpoint: Checkpoint,
+    base: str | None,
+    file: str,
+    facts: list[str],
 ) -> bytes:
     """The model card. file: the GGUF's name; "" for a Hugging Face folder."""
     return model_card.readme(checkpoint, base, file, facts, licence=settings.license or "").encode()
@@ -188,12 +197,18 @@ def _gguf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, 
 def _modelfile(file: str, facts: dict[str, Any]) -> bytes:
     """Ollama's file. facts: the keys of the GGUF."""
     end = facts.get("tokenizer.ggml.eos_token_id")
-    stop = None if end is None else facts["tokenizer.ggml.tokens"][end]
+    stop = None
+    if end is not None:
+        stop = facts["tokenizer.ggml.tokens"][end]
     words = {"file": file, "template": facts.get("tokenizer.chat_template", ""), "stop": stop}
     return f"{html.document('Modelfile', words)}\n".encode()
 
 
-def _k_quantized(folder: Path, file: str, parts: list[tensors.Part]) -> list[tensors.Part]:
+def _k_quantized(
+    folder: Path,
+    file: str,
+    parts: list[tensors.Part],
+) -> list[tensors.Part]:
     """Have llama.cpp make `file` from the staged one, which goes; parts, with the types it chose.
 
     Its own version chooses them, so they are read from the file.

@@ -53,7 +53,10 @@ def _whole_bytes(checkpoint: Checkpoint, request: rounds.Request, limit: Budget)
 
 
 def _streamed_plan(
-    settings: Settings, checkpoint: Checkpoint, draft: Checkpoint | None, prompt_tokens: int
+    settings: Settings,
+    checkpoint: Checkpoint,
+    draft: Checkpoint | None,
+    prompt_tokens: int,
 ) -> estimates.StageCost:
     """What one pass of the model costs when its blocks are read from disk."""
     m = estimates.model_of(checkpoint)

@@ -128,7 +128,8 @@ def _verdict(talks: Sequence[Talk], models: Sequence[str]) -> str:
         texts = [talk.answers[name]["text"] for talk in talks]
         loops.append(sum(map(answer_figures.loops, texts)))
     teacher, student = loops
-    if 100 * (student - teacher) <= answer_figures.MORE_LOOPS * len(talks):
+    allowed = answer_figures.MORE_LOOPS * len(talks)
+    if 100 * (student - teacher) <= allowed:
         return ""
     values = {"student": student, "teacher": teacher, "count": len(talks)}
     return html.document("loops.md", values).replace("**", "")
@@ -141,9 +142,9 @@ def recovery(story: RunRecord, key: str) -> str:
 
 def course(story: RunRecord, key: str) -> str:
     """Loss with temperature and tea breaks, speed, memory: over time, in one picture."""
-    steps = story.steps
     air = story.air
-    loss = _since(story, steps.series["loss"])
+    series = story.steps.series
+    loss = _since(story, series["loss"])
     if not loss:
         return ""
     panels: dict[str, figures.Lines] = {"loss, nats a token": {"loss": loss}}
@@ -153,10 +154,10 @@ def course(story: RunRecord, key: str) -> str:
     }
     if any(warm.values()):
         panels["°C"] = warm
-    speed = _since(story, steps.series["tokens_per_s"])
+    speed = _since(story, series["tokens_per_s"])
     if speed:
         panels["tokens/s"] = {"speed": speed}
-    memory = _since(story, steps.series["peak_bytes"], 1 / GIB)
+    memory = _since(story, series["peak_bytes"], 1 / GIB)
     if memory:
         panels["GiB"] = {"memory": memory}
     breaks = []
@@ -167,7 +168,7 @@ def course(story: RunRecord, key: str) -> str:
     budget = story.begun.get("budget_bytes") or story.result.get("budget_bytes")
     values = {
         "loss": loss,
-        "count": steps.series["loss"].count,
+        "count": series["loss"].count,
         "warm": warm,
         "breaks": breaks,
         "speed": speed,
@@ -204,15 +205,14 @@ def cost(story: RunRecord, key: str) -> str:
     rows = []
     for name in dict.fromkeys([*planned, *took]):
         plan = planned.get(name, {})
-        rows.append(
-            [
-                name,
-                _known(duration, took.get(name)),
-                _known(duration, plan.get("seconds")),
-                _known(gib, max(peaks[name]) if name in peaks else None),
-                _known(gib, plan.get("peak_bytes")),
-            ]
-        )
+        row = [
+            name,
+            _known(duration, took.get(name)),
+            _known(duration, plan.get("seconds")),
+            _known(gib, max(peaks.get(name, ()), default=None)),
+            _known(gib, plan.get("peak_bytes")),
+        ]
+        rows.append(row)
     return html.part("cost", phases=rows)
 
 
@@ -231,8 +231,10 @@ def pruning(story: RunRecord, key: str) -> str:
         kept = {}
         removed = {}
         for number, value in blocks.items():
-            group = kept if number in layers else removed
-            group[number] = value
+            if number in layers:
+                kept[number] = value
+            else:
+                removed[number] = value
         listed = ", ".join(map(str, removed)) or "none"
         text = (
             f"1 − cosine of each of the {len(blocks)} blocks: how far it turns the stream. "
@@ -275,7 +277,9 @@ def origins(story: RunRecord, key: str) -> str:
     rates = story.begun.get("rates") or {}
     if "device" in rates:
         facts["machine"] = rates["device"]
-    command = shlex.join(words) if story.begun else ""
+    command = ""
+    if story.begun:
+        command = shlex.join(words)
     return html.part("origins", command=command, facts=facts, config=story.config)
 
 
@@ -287,7 +291,8 @@ def comparison(stories: Sequence[RunRecord], names: list[str]) -> str:
     losses = {}
     ends = []
     for name, story in zip(names, stories, strict=True):
-        points = _since(story, story.steps.series["loss"])
+        series = story.steps.series["loss"]
+        points = _since(story, series)
         losses[name] = points
         if points:
             _, last = points[-1]
@@ -310,7 +315,13 @@ def comparison(stories: Sequence[RunRecord], names: list[str]) -> str:
         texts = [str(value) for value in values]
         if len(set(texts)) > 1:
             settings.append([name, *texts])
-    return html.part("comparison", picture=picture, names=names, numbers=numbers, settings=settings)
+    return html.part(
+        "comparison",
+        picture=picture,
+        names=names,
+        numbers=numbers,
+        settings=settings,
+    )
 
 
 def _by_key(mappings: Sequence[Record]) -> dict[str, list[Any]]:
@@ -351,7 +362,8 @@ def render(stories: Sequence[RunRecord], every_s: int | None = None) -> str:
     for number, (name, story) in enumerate(zip(names, stories, strict=True)):
         if len(stories) > 1:
             parts.append(html.part("heading", text=name))
-        parts += [_part(make, story, f"r{number}-") for make in OF_RUN]
+        key = f"r{number}-"
+        parts += [_part(make, story, key) for make in OF_RUN]
         parts.append(html.part("missing", lines=story.missing))
     title = f"{', '.join(names)}: mis_mlx"
     return html.page(title, "".join(parts), every_s)

@@ -119,7 +119,13 @@ def way_of(s: Settings, m: estimates.ModelSize, limit: Budget) -> writing.Writin
     return writing.plan_writing(m, s.num_samples, s.max_tokens, limit, at_once=AT_ONCE)
 
 
-def write(s: Settings, model: Any, tokenizer: Any, batch: int, at_once: int) -> list[Row]:
+def write(
+    s: Settings,
+    model: Any,
+    tokenizer: Any,
+    batch: int,
+    at_once: int,
+) -> list[Row]:
     """The usable texts of a batch. Every batch has its own random numbers."""
     begun = openings(s.languages, s.openings)
     rng = np.random.default_rng([s.seed, batch])
@@ -127,15 +133,23 @@ def write(s: Settings, model: Any, tokenizer: Any, batch: int, at_once: int) -> 
     if start is None:
         start = tokenizer.eos_token_id
     stop = set(tokenizer.eos_token_ids)
-    texts = [str(rng.choice(begun)) if begun and i % 2 else "" for i in range(at_once)]
-    # Every second opening is a question.
-    chats = [bool(i % 4 == 3 and tokenizer.has_chat_template) for i in range(at_once)]
+    texts = []
+    chats = []
     heads = []
     prompts = []
-    for text, chat in zip(texts, chats, strict=True):
+    for i in range(at_once):
+        text = ""
+        if begun and i % 2:
+            text = str(rng.choice(begun))
+        chat = bool(i % 4 == 3 and tokenizer.has_chat_template)  # every second opening
         head = list(tokenizer.encode(text, add_special_tokens=False))
+        prompt = [start, *head]
+        if chat:
+            prompt = mlx_generate.encode(tokenizer, text)
+        texts.append(text)
+        chats.append(chat)
         heads.append(head)
-        prompts.append(mlx_generate.encode(tokenizer, text) if chat else [start, *head])
+        prompts.append(prompt)
     draw = mlx_generate.sampler(s.temp, int(rng.integers(2**31)))
     if isinstance(model, stream.Stream):
         completions = streamed_decode.sampled(model, prompts, s.max_tokens, stop, draw=draw)
@@ -149,8 +163,11 @@ def write(s: Settings, model: Any, tokenizer: Any, batch: int, at_once: int) -> 
         new = [token for token in ids if token not in stop]
         # decoded in one piece: head and rest apart may lose a blank
         written = tokenizer.decode(new if chat else head + new).strip()
+        row = {"text": written}
+        if chat:
+            row = {"prompt": text, "completion": written}
         if usable(written):
-            rows.append({"prompt": text, "completion": written} if chat else {"text": written})
+            rows.append(row)
     mx.clear_cache()
     return rows
 
@@ -161,7 +178,9 @@ def _stored(part: Path, head: str) -> tuple[list[tuple[Row, int]], int]:
     The last batch is written again: it may not be complete. head: the file's first line, by which a
     run of other settings is told apart.
     """
-    lines = part.read_text("utf-8").splitlines() if part.is_file() else []
+    if not part.is_file():
+        return [], 0
+    lines = part.read_text("utf-8").splitlines()
     if lines[:1] != [head]:
         return [], 0
     stored = [json.loads(line) for line in lines[1:-1]]  # the last one may be torn
@@ -172,7 +191,10 @@ def _stored(part: Path, head: str) -> tuple[list[tuple[Row, int]], int]:
 
 
 def _texts(
-    settings: Settings, checkpoint: Checkpoint, part: Path, way: writing.WritingPlan
+    settings: Settings,
+    checkpoint: Checkpoint,
+    part: Path,
+    way: writing.WritingPlan,
 ) -> list[Row]:
     """As many different texts as are asked for, each kept in the file `part`.
 
@@ -247,10 +269,11 @@ def _length(row: Row) -> int:
 
 def _drawn(rows: Sequence[Row], most: float, seed: int) -> list[Row]:
     """Passages of other text, about `most` characters of them, drawn by chance."""
-    passages = []
+    passages: list[Row] = []
     for row in rows:
         passages.extend(_passages(row))
-    order = np.random.default_rng(seed).permutation(len(passages))
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(passages))
     sizes = np.array([_length(passages[i]) for i in order])
     before = np.cumsum(sizes) - sizes  # characters drawn before each passage
     return [passages[i] for i in order[before < most]]
@@ -263,7 +286,9 @@ def run(settings: Settings) -> dict[str, Any]:
     openings(settings.languages, settings.openings)
     limit = memory.budget(settings.budget_bytes)
     way = way_of(settings, estimates.model_of(checkpoint), limit)
-    streamed = "" if way.room_bytes is None else ", read from disk for every token of them"
+    streamed = ""
+    if way.room_bytes is not None:
+        streamed = ", read from disk for every token of them"
     size = f"{gib(way.peak_bytes)} of {gib(limit.limit_bytes)}, {duration(way.seconds)}"
     cli.say(f"{settings.num_samples} texts, {way.at_once} at once{streamed}: {size}")
     planned = {"peak_bytes": way.peak_bytes, "budget_bytes": limit.limit_bytes}

@@ -12,7 +12,12 @@ import numpy as np
 from mis_mlx.data.token_windows import Windows, order
 
 
-def sequence(windows: Windows, count: int, key: Sequence[int], again: bool = True) -> np.ndarray:
+def sequence(
+    windows: Windows,
+    count: int,
+    key: Sequence[int],
+    again: bool = True,
+) -> np.ndarray:
     """Indices (`count`,) of windows, drawn by random numbers of `key`.
 
     The first n of a longer sequence are those of n. Every beginning of it has each kind in its
@@ -53,7 +58,8 @@ def sequence(windows: Windows, count: int, key: Sequence[int], again: bool = Tru
     # Merged by time, every beginning of the sequence has the kinds in their shares. The stable sort
     # puts the first kind first where two are due together: the same draw on every machine.
     by_time = np.argsort(np.concatenate(times), kind="stable")
-    return np.concatenate(numbers)[by_time][:count]
+    drawn = np.concatenate(numbers)[by_time]
+    return drawn[:count]
 
 
 def some(windows: Windows, count: int, key: Sequence[int]) -> np.ndarray:
@@ -61,7 +67,8 @@ def some(windows: Windows, count: int, key: Sequence[int]) -> np.ndarray:
     if windows.kind is not None:
         return sequence(windows, count, key, again=False)
     rng = np.random.default_rng(list(key))
-    return rng.permutation(len(windows.tokens))[:count]
+    permutation = rng.permutation(len(windows.tokens))
+    return permutation[:count]
 
 
 def batch(windows: Windows, batch_size: int, step: int, seed: int) -> np.ndarray:
@@ -73,7 +80,8 @@ def batch(windows: Windows, batch_size: int, step: int, seed: int) -> np.ndarray
     if windows.kind is None:
         return order(len(windows.tokens), batch_size, step, seed)
     start = step * batch_size
-    return sequence(windows, start + batch_size, (seed,))[start:]
+    drawn = sequence(windows, start + batch_size, (seed,))
+    return drawn[start:]
 
 
 def token_counts(windows: Windows, vocab: int) -> np.ndarray:
@@ -83,7 +91,8 @@ def token_counts(windows: Windows, vocab: int) -> np.ndarray:
         return counts / counts.sum()
     shares = np.zeros(vocab)
     for kind, share in enumerate(windows.shares):
-        tokens = windows.tokens[windows.kind == kind].reshape(-1)
+        of_kind = windows.kind == kind
+        tokens = windows.tokens[of_kind].reshape(-1)
         # Counted within the kind first: a kind with many windows weighs no more than its share.
         if len(tokens):
             counts = np.bincount(tokens, minlength=vocab)

@@ -63,14 +63,16 @@ def load(
     Without valid.jsonl a tenth of the prompts is held out, by hash. data None: generated tasks, of
     `kinds`. licence: the user's words. scrub: replace personal data. MisError lists bad rows.
     """
-    folder = BUILT_IN if data is None else Path(data).expanduser()
+    folder = BUILT_IN
+    source = "generated tasks"
+    if data is not None:
+        folder = Path(data).expanduser()
+        source = folder.resolve().name  # not the path: it goes into model cards
     if not (folder / "train.jsonl").is_file():
         raise MisError(
             f"{folder} has no train.jsonl: --data takes a folder with one JSON object per line in "
             f"it"
         )
-    # not the path: it goes into model cards
-    source = "generated tasks" if data is None else folder.resolve().name
     train, problems = _read(folder / "train.jsonl", shapes)
     valid: PlacedRows = []
     if (folder / "valid.jsonl").exists():
@@ -95,8 +97,9 @@ def load(
     if scrub:
         for part in (train, valid):
             part[:] = [(_scrubbed(row, removed), place) for row, place in part]
-        counts = ", ".join(f"{n} {kind}" for kind, n in removed.items())
-        notes.append(f"replaced {counts or 'no personal data'}")
+        counts = [f"{count} {kind}" for kind, count in removed.items()]
+        listed = ", ".join(counts) or "no personal data"
+        notes.append(f"replaced {listed}")
     licence = licence or _licence(folder)
     if not licence:
         licence = "not stated"
@@ -120,7 +123,8 @@ def _held_out(train: PlacedRows) -> tuple[PlacedRows, PlacedRows]:
     """(the others, the rows of a tenth of the prompts, by hash). MisError where none are left."""
     keys = []
     for row, _ in train:
-        asked = [m for m in row.get("messages", ()) if m["role"] != "assistant"]
+        messages = row.get("messages", ())
+        asked = [message for message in messages if message["role"] != "assistant"]
         keys.append(json_sha256(row.get("prompt", asked)))
     others, held_out = rows.split_off(train, keys)
     if not held_out:
@@ -150,7 +154,8 @@ def _read(path: Path, shapes: Sequence[str]) -> tuple[PlacedRows, list[str]]:
             return "chosen and rejected are the same"
         return None
 
-    good, problems = rows.judged(rows.parsed(path), f"{path.name} line", fault)
+    lines = rows.parsed(path)
+    good, problems = rows.judged(lines, f"{path.name} line", fault)
     if not good and not problems:
         problems = [f"{path.name}: it has no rows"]
     return good, problems

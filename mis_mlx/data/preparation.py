@@ -318,7 +318,10 @@ def _own_parts(rows: Sequence[Row], cut: _Cutter) -> list[Windows]:
 
 
 def _own_mixture(
-    texts: Texts, parts: Sequence[Windows], answers: Path | None, cut: _Cutter
+    texts: Texts,
+    parts: Sequence[Windows],
+    answers: Path | None,
+    cut: _Cutter,
 ) -> _Mixture:
     """The text of --data, each kind by its size, and the conversations of `answers`."""
     sizes = [float(len(part.tokens)) for part in parts]
@@ -333,7 +336,10 @@ def _own_mixture(
 
 
 def _built_in_mixture(
-    manual: Windows, polish: Sequence[Row], answers: Path | None, cut: _Cutter
+    manual: Windows,
+    polish: Sequence[Row],
+    answers: Path | None,
+    cut: _Cutter,
 ) -> _Mixture:
     """The built-in text. answers: those of another teacher than ours."""
     parts = {

@@ -52,7 +52,9 @@ class Reading(NamedTuple):
         notes = [f"{self.name}: {len(self.rows)} rows kept, {len(self.problems)} dropped"]
         notes += [f"{problem}; skipped" for problem in self.problems[:PROBLEMS_NOTED]]
         more = len(self.problems) - PROBLEMS_NOTED
-        return [*notes, f"{self.name}: {more} more bad rows"] if more > 0 else notes
+        if more > 0:
+            notes.append(f"{self.name}: {more} more bad rows")
+        return notes
 
 
 def read(path: Path) -> Reading:
@@ -75,7 +77,9 @@ def collect(name: str, unit: str, numbered: Iterable[Numbered]) -> Reading:
 
 
 def judged(
-    numbered: Iterable[Numbered], where: str, judge: Judge
+    numbered: Iterable[Numbered],
+    where: str,
+    judge: Judge,
 ) -> tuple[list[Placed], list[str]]:
     """(rows without fault, with their places; the faults of the others).
 
@@ -121,7 +125,9 @@ def fault(row: object, shapes: Shapes) -> str | None:
         wanted = " nor ".join(map(_quoted, shapes.values()))
         return f"has {'no' if len(shapes) == 1 else 'neither'} {wanted} (its keys: {keys})"
     if shape == "messages":
-        return "tools are not supported" if row.get("tools") else _messages_fault(row["messages"])
+        if row.get("tools"):
+            return "tools are not supported"
+        return _messages_fault(row["messages"])
     for key in shapes[shape]:
         why = None if key == "options" else text_fault(key, row[key])
         if why:

@@ -68,7 +68,11 @@ def tokenize(rows: Iterable[Row], tokenizer: Any) -> list[Ids]:
     return [ids for ids, _ in marked(rows, tokenizer, mask_prompt=False)]
 
 
-def marked(rows: Iterable[Row], tokenizer: Any, mask_prompt: bool = True) -> list[Marked]:
+def marked(
+    rows: Iterable[Row],
+    tokenizer: Any,
+    mask_prompt: bool = True,
+) -> list[Marked]:
     """(`tokenize`'s ids, own) of every row.
 
     own: 1 at text and answers; 0 at prompts and the template, if masked.
@@ -140,7 +144,7 @@ def plain(row: Row, tokenizer: Any, mask_prompt: bool) -> Marked:
     prompt = start_of(tokenizer) + _encode(tokenizer, row["prompt"], split=True)
     answer = _encode(tokenizer, row["completion"], split=True)
     answer.append(tokenizer.eos_token_id)
-    learn = [0 if mask_prompt else 1] * len(prompt)
+    learn = [int(not mask_prompt)] * len(prompt)
     learn += [1] * len(answer)
     return prompt + answer, learn
 
@@ -178,7 +182,8 @@ def conversation(row: Row, tokenizer: Any, mask_prompt: bool) -> Marked:
             so_far = _render(messages[: last + 1], tokenizer)
             end = _shared(ids, so_far)
         # A rewritten turn may part before the answer begins: then nothing of it is learned.
-        learn[begin:end] = [1] * max(0, end - begin)
+        count = max(0, end - begin)
+        learn[begin:end] = [1] * count
     return ids, learn
 
 
@@ -190,7 +195,11 @@ def _shared(left: Sequence[int], right: Sequence[int]) -> int:
     return min(len(left), len(right))
 
 
-def _render(messages: Sequence[Row], tokenizer: Any, add_generation_prompt: bool = False) -> Ids:
+def _render(
+    messages: Sequence[Row],
+    tokenizer: Any,
+    add_generation_prompt: bool = False,
+) -> Ids:
     """Ids of the rendered conversation, where only the template's own special tokens are special.
 
     A special token spelled in a message passes through the template as one private character and is
@@ -204,7 +213,8 @@ def _render(messages: Sequence[Row], tokenizer: Any, add_generation_prompt: bool
     # Code points of a private plane that no message uses.
     unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in content)
     stand_ins = dict(zip(spelled, unused, strict=False))
-    known = re.compile("|".join(map(re.escape, spelled)) or "(?!)")
+    pattern = "|".join(map(re.escape, spelled)) or "(?!)"
+    known = re.compile(pattern)
     safe = []
     for message in messages:
         text = known.sub(lambda match: stand_ins[match[0]], message["content"])
@@ -219,8 +229,10 @@ def _render(messages: Sequence[Row], tokenizer: Any, add_generation_prompt: bool
     # The brackets keep the stand-ins among the pieces: these are text, what lies between them is
     # the template's, with special tokens of its own.
     for piece in re.split(f"([{''.join(meant)}])", rendered):
-        if piece:
-            ids += _encode(tokenizer, meant.get(piece, piece), split=piece in meant)
+        if piece in meant:
+            ids += _encode(tokenizer, meant[piece], split=True)
+        elif piece:
+            ids += _encode(tokenizer, piece, split=False)
     return ids
 
 
@@ -230,7 +242,11 @@ def _special_tokens(tokenizer: Any) -> set[str]:
     return special.union(getattr(tokenizer, "all_special_tokens", ()))
 
 
-def windows(tokenized: Iterable[Sequence[int]], length: int, start: Sequence[int] = ()) -> Windows:
+def windows(
+    tokenized: Iterable[Sequence[int]],
+    length: int,
+    start: Sequence[int] = (),
+) -> Windows:
     """(N, `length`) windows of all rows' ids, back to back, each after `start` (`start_of`).
 
     A partial window at the end goes. MisError where there is not one whole window.
@@ -312,12 +328,17 @@ def reread(windows: Windows, tokenizer: Any, other: Any) -> Windows:
     for number, row in enumerate(rows):
         tokens[number, : len(row)] = row
         # the last token of a row has no next one
-        learn[number, : max(0, len(row) - 1)] = 1
+        last = max(0, len(row) - 1)
+        learn[number, :last] = 1
     again = Windows(tokens, learn)
     return replace(again, text_bytes=text_bytes(again, other))
 
 
-def aligned(tokenized: Sequence[Sequence[int]], length: int, start: Sequence[int] = ()) -> Windows:
+def aligned(
+    tokenized: Sequence[Sequence[int]],
+    length: int,
+    start: Sequence[int] = (),
+) -> Windows:
     """(N, `length`) windows that each begin with a row's first token, after `start`.
 
     A window goes on with the rows behind its first one and ends where it is full, in the middle of
@@ -329,7 +350,8 @@ def aligned(tokenized: Sequence[Sequence[int]], length: int, start: Sequence[int
     rows = []
     for row in tokenized:
         for begin in range(0, len(row), own):
-            rows.append(list(row[begin : begin + own]))
+            piece = row[begin : begin + own]
+            rows.append(list(piece))
     if not rows:
         raise MisError(
             f"0 conversations have text, one window takes {own} tokens: bring more of them"
@@ -356,7 +378,8 @@ def of_kinds(parts: Sequence[Windows], shares: Sequence[float]) -> Windows:
     Every draw takes the kinds in these shares of their sum.
     """
     counts = [len(part.tokens) for part in parts]
-    kind = np.repeat(np.arange(len(parts), dtype=np.int32), counts)
+    numbers = np.arange(len(parts), dtype=np.int32)
+    kind = np.repeat(numbers, counts)
     total = sum(shares)
     of_sum = tuple(share / total for share in shares)
     return replace(joined(parts), kind=kind, shares=of_sum)
@@ -371,11 +394,17 @@ def order(n_windows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
     if n_windows < 1 or batch_size < 1:
         raise MisError(f"{n_windows} windows in batches of {batch_size}: both must be at least 1")
     epoch, within = divmod(step, max(1, n_windows // batch_size))
-    permutation = np.random.default_rng([seed, epoch]).permutation(n_windows)
+    rng = np.random.default_rng([seed, epoch])
+    permutation = rng.permutation(n_windows)
     return np.resize(permutation[within * batch_size :], batch_size)
 
 
-def overlap(train: Windows, held_out: Windows, span: int = 32, own: Any = 1) -> np.ndarray:
+def overlap(
+    train: Windows,
+    held_out: Windows,
+    span: int = 32,
+    own: Any = 1,
+) -> np.ndarray:
     """Sorted indices of the held-out windows that share any run of `span` tokens with `train`.
 
     A window shorter than `span` shares all of it. By 64-bit polynomial hashes: a window may go
@@ -383,15 +412,18 @@ def overlap(train: Windows, held_out: Windows, span: int = 32, own: Any = 1) -> 
     share; a run counts where half of it or more is 1.
     """
     span = min(span, held_out.tokens.shape[1])
-    powers = np.uint64(0x9E3779B97F4A7C15) ** np.arange(span, dtype=np.uint64)
+    base = np.uint64(0x9E3779B97F4A7C15)
+    powers = base ** np.arange(span, dtype=np.uint64)
 
     def hashes(tokens: np.ndarray) -> np.ndarray:
         """Of every run of `span` tokens; products wrap at 2**64."""
-        return sliding_window_view(tokens.astype(np.uint64), span, axis=-1) @ powers
+        runs = sliding_window_view(tokens.astype(np.uint64), span, axis=-1)
+        return runs @ powers
 
     text = train.tokens
     # A start token that the windows got, not the text, would break every run across two windows.
-    if len(text) > 1 and (text[:, 0] == text[0, 0]).all():
+    first = text[:, 0]
+    if len(text) > 1 and (first == first[0]).all():
         text = text[:, 1:]
     own = np.broadcast_to(own, held_out.tokens.shape)
     own_share = sliding_window_view(own, span, axis=-1).mean(axis=-1)
@@ -401,7 +433,10 @@ def overlap(train: Windows, held_out: Windows, span: int = 32, own: Any = 1) -> 
 
 
 def without_overlap(
-    held_out: Windows, train: Windows, span: int = 32, own: Any = 1
+    held_out: Windows,
+    train: Windows,
+    span: int = 32,
+    own: Any = 1,
 ) -> tuple[Windows, int]:
     """(held-out windows that share no run of `span` tokens with `train`, how many were removed).
 

@@ -52,7 +52,9 @@ def base_of(folder: Path) -> str | None:
     None if it is unknown.
     """
     if folder.parent == hub.cache_root():
-        return folder.name.replace("--", "/", 1) if "--" in folder.name else resolve.DEFAULT
+        if "--" not in folder.name:
+            return resolve.DEFAULT
+        return folder.name.replace("--", "/", 1)
     run = run_of(folder)
     if run is None:
         return None
@@ -68,7 +70,11 @@ def base_of(folder: Path) -> str | None:
 
 
 def readme(
-    checkpoint: Checkpoint, base: str | None, file: str, facts: Sequence[str], licence: str = ""
+    checkpoint: Checkpoint,
+    base: str | None,
+    file: str,
+    facts: Sequence[str],
+    licence: str = "",
 ) -> str:
     """README.md: base, recipe, the run's table, use, licence.
 

@@ -130,7 +130,10 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
 
 
 def _kind(
-    checkpoint: Checkpoint, source: str, wanted: str, size: tuple[int, ...]
+    checkpoint: Checkpoint,
+    source: str,
+    wanted: str,
+    size: tuple[int, ...],
 ) -> tuple[str, bool]:
     """(ggml's type of a tensor, whether MLX's packed numbers go into it unchanged)."""
     # A router decides which experts a token meets: it is never quantized.
@@ -161,7 +164,8 @@ def _same_numbers(packing: Config, columns: int) -> str | None:
         # Scale and bias of a group are repeated in its blocks: no block may lie in two groups.
         divides = packing.get("group_size", 0) % BLOCK == 0
     else:
-        divides = columns % (NVFP4_BLOCK if mode == "nvfp4" else BLOCK) == 0
+        block = NVFP4_BLOCK if mode == "nvfp4" else BLOCK
+        divides = columns % block == 0
     return REWRAPPED.get(f"{mode} {packing.get('bits')}") if divides else None
 
 
@@ -187,7 +191,11 @@ def _k_mixture(config: Config, name: str, columns: int) -> str:
     return "Q6_K" if wide else "Q4_K"
 
 
-def rows(checkpoint: Checkpoint, part: Part, tally: Counter[str]) -> Iterator[np.ndarray]:
+def rows(
+    checkpoint: Checkpoint,
+    part: Part,
+    tally: Counter[str],
+) -> Iterator[np.ndarray]:
     """The bytes of one tensor, uint8 (rows, bytes of a row), slab by slab.
 
     Memory: the tensor as stored, and a slab. tally: "inexact" counts scales and biases that float16
@@ -199,7 +207,7 @@ def rows(checkpoint: Checkpoint, part: Part, tally: Counter[str]) -> Iterator[np
     convert = _rewrapped if part.exact else _converted
     # A stacked tensor of the GGUF, (experts, out, in), comes from one matrix of each expert.
     shape = part.shape[-2:]
-    row_bytes = 4 * shape[1] if len(shape) > 1 else 4
+    row_bytes = 4 * math.prod(shape[1:])
     step = max(1, SLAB_BYTES // row_bytes)
     order = None
     if part.heads:
@@ -230,7 +238,12 @@ def _finite(part: Part, values: np.ndarray) -> None:
         )
 
 
-def _converted(checkpoint: Checkpoint, part: Part, slab: load.Raw, _: Counter[str]) -> np.ndarray:
+def _converted(
+    checkpoint: Checkpoint,
+    part: Part,
+    slab: load.Raw,
+    _: Counter[str],
+) -> np.ndarray:
     """Rows of any kind, de-quantized to float32 and rounded to the part's type."""
     values = np.array(load.dense(checkpoint, part.source, slab).astype(mx.float32))
     if "norm" in part.source:
@@ -247,7 +260,10 @@ def _converted(checkpoint: Checkpoint, part: Part, slab: load.Raw, _: Counter[st
 
 
 def _rewrapped(
-    checkpoint: Checkpoint, part: Part, slab: load.Raw, tally: Counter[str]
+    checkpoint: Checkpoint,
+    part: Part,
+    slab: load.Raw,
+    tally: Counter[str],
 ) -> np.ndarray:
     """MLX's packed rows as ggml's blocks, uint8 (rows, bytes of a row)."""
     stem = part.source.removesuffix(".weight")

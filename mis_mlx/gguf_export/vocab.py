@@ -75,7 +75,12 @@ def add(writer: Any, folder: Path, size: int) -> list[str]:
 
 
 def _add_special(
-    writer: Any, folder: Path, size: int, letter: list[int], *, load_merges: bool
+    writer: Any,
+    folder: Path,
+    size: int,
+    letter: list[int],
+    *,
+    load_merges: bool,
 ) -> None:
     """Special ids, chat template and merges. letter: ids of a text, which show a start token."""
     import gguf  # which prune and distill do not need

@@ -37,7 +37,11 @@ def need() -> None:
 
 
 @contextmanager
-def _figure(height: int = HEIGHT, rows: int = 1, **options: Any) -> Iterator[tuple[Any, Any]]:
+def _figure(
+    height: int = HEIGHT,
+    rows: int = 1,
+    **options: Any,
+) -> Iterator[tuple[Any, Any]]:
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -81,7 +85,11 @@ def _time_unit(longest_s: float) -> tuple[float, str]:
     return 1.0, "seconds"
 
 
-def over_time(caption: Caption, panels: Mapping[str, Lines], shaded: Sequence[Span] = ()) -> str:
+def over_time(
+    caption: Caption,
+    panels: Mapping[str, Lines],
+    shaded: Sequence[Span] = (),
+) -> str:
     """Panels above each other on one time axis: {axis label: {line: [(seconds, value)]}}.
 
     shaded: (start, end) of stretches of time, in seconds.
@@ -177,7 +185,11 @@ def standalone(picture: str) -> str:
     return f'{head} font-family="sans-serif"><rect width="100%" height="100%" fill="#fff"/>{rest}\n'
 
 
-def columns(caption: Caption, labels: Labels, groups: Mapping[str, Mapping[int, float]]) -> str:
+def columns(
+    caption: Caption,
+    labels: Labels,
+    groups: Mapping[str, Mapping[int, float]],
+) -> str:
     """Standing bars at whole numbers, one colour a group: {group: {number: height}}.
 
     labels: of x and y.
@@ -194,7 +206,9 @@ def columns(caption: Caption, labels: Labels, groups: Mapping[str, Mapping[int, 
 
 
 def curves(
-    caption: Caption, labels: Labels, groups: Mapping[str, Sequence[run_reader.Point]]
+    caption: Caption,
+    labels: Labels,
+    groups: Mapping[str, Sequence[run_reader.Point]],
 ) -> str:
     """Points (x, y), joined in the order of x, one colour a group: {group: points}.
 

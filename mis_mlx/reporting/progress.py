@@ -45,7 +45,9 @@ class Level:
 
     def count(self) -> str:
         """'block 3/30'; the label alone where it is not counted."""
-        return f"{self.label} {self.done}/{self.total}" if self.total else self.label
+        if not self.total:
+            return self.label
+        return f"{self.label} {self.done}/{self.total}"
 
 
 def promise(seconds: float) -> str:
@@ -53,7 +55,9 @@ def promise(seconds: float) -> str:
     now = time.time()
     today = time.localtime(now)
     then = time.localtime(now + seconds)
-    form = "%H:%M" if then[:3] == today[:3] else "%A %H:%M"
+    form = "%A %H:%M"
+    if then[:3] == today[:3]:
+        form = "%H:%M"
     return f"about {duration(seconds)}, done at {time.strftime(form, then)}"
 
 
@@ -132,7 +136,10 @@ class Display:
         text = own.text
         if not text:
             rate = shown[-1].rate(now)
-            turns = f"{rate:.{int(rate < 10)}f}/s" if rate else duration(now - shown[-1].began_s)
+            turns = duration(now - shown[-1].began_s)
+            if rate:
+                digits = int(rate < 10)
+                turns = f"{rate:.{digits}f}/s"
             text = f"{turns}  {gib(mx.get_active_memory())}"
         if own.total and own.done >= own.total:
             blank = " " if own.text else "  "

@@ -72,7 +72,8 @@ class Series:
 def _extremes(points: Sequence[Point]) -> list[Point]:
     """The lowest and the highest, in their order."""
     by_height = sorted(points, key=lambda point: point[1])
-    return sorted({*by_height[:1], *by_height[-1:]})
+    ends = {*by_height[:1], *by_height[-1:]}
+    return sorted(ends)
 
 
 @dataclass
@@ -97,8 +98,8 @@ def history_of(path: Path, names: Sequence[str]) -> History:
     pausing = False  # whether the last record is of a pause
     for record in run_folder.parsed(path, LINE_BYTES):
         history.lines += 1
-        wall_s = None if record is None else _number(record.get("wall_s"))
-        if record is None or wall_s is None:
+        wall_s = _number(record.get("wall_s")) if record else None
+        if not record or wall_s is None:
             history.torn += 1
             continue
         if wall_s + behind < history.last_s - BACKWARDS_S:
@@ -135,9 +136,11 @@ def _values(record: Record, names: Sequence[str]) -> dict[str, float]:
 
 def _number(value: Any) -> float | None:
     """A finite number, or None for anything else that JSON can hold."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        with suppress(OverflowError):
-            return float(value) if math.isfinite(value) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    with suppress(OverflowError):
+        if math.isfinite(value):
+            return float(value)
     return None
 
 
@@ -183,8 +186,11 @@ def _without_answers(folder: Path, result: Record) -> list[str]:
     path = folder / run_folder.ANSWERS
     if not _number(result.get("answers_prompts")) or _answers(folder):
         return []
-    state = "damaged" if path.is_file() else "missing"
-    return [f"{path.name} is {state}: {LOST[path.name]}"]
+    state = "missing"
+    if path.is_file():
+        state = "damaged"
+    name = path.name
+    return [f"{name} is {state}: {LOST[name]}"]
 
 
 def _answers(folder: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,11 @@ TABLES: dict[str, Metrics] = json.loads(
 )
 
 
-def step_text(step: Step, budget_bytes: int | None = None, planned_tps: float | None = None) -> str:
+def step_text(
+    step: Step,
+    budget_bytes: int | None = None,
+    planned_tps: float | None = None,
+) -> str:
     """What the bar shows of a training step: loss, tokens/s, memory, °C, and the guard's note.
 
     Speed and memory stand with what was planned, where that is given.
@@ -33,7 +37,11 @@ def step_text(step: Step, budget_bytes: int | None = None, planned_tps: float | 
     return "  ".join(parts)
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
+def markdown_table(
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    words: int = 1,
+) -> str:
     """A Markdown table. words: how many columns, the first ones, hold words; the others numbers."""
     lines = []
     for row in (head, *rows):
