@@ -35,7 +35,7 @@ Type = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q4_k_m", "mxfp4", 
 OutType = Annotated[Type | None, tyro.conf.arg(aliases=["--outtype"])]  # llama.cpp's spelling too
 K_QUANT = "q4_k_m"  # which llama.cpp makes
 STAGED = "float16.gguf"  # what it makes it of
-THEIR_BYTES = 128 * 2**20  # of a process with llama.cpp in it, beside a model's tensors
+THEIR_BYTES = 128 * 2**20  # of a process with llama.cpp in it, besides the tensors
 HF_DTYPES = {"f16": "float16", "bf16": "bfloat16"}
 TOKEN_BYTES = 2048  # Python's memory for a token and its merge, measured on SmolLM2's 49 thousand
 PAPERS_BYTES = 64 * 1024  # README.md and Modelfile, generously

@@ -80,10 +80,7 @@ def load(
         problems += more
     rows.refuse(problems)
     if data is None and kinds:
-        known = sorted({row["task"] for row, _ in train})
-        unknown = sorted(set(kinds).difference(known))
-        if unknown:
-            raise MisError(f"there are no tasks called {unknown[0]}: known are {', '.join(known)}")
+        _check_kinds(train, kinds)
         train = _of_kinds(train, kinds)
         valid = _of_kinds(valid, kinds)
     notes = []
@@ -113,6 +110,14 @@ def load(
         "valid_rows": len(valid),
     }
     return Examples(train, valid, card, [total, *notes])
+
+
+def _check_kinds(tasks: PlacedRows, kinds: Sequence[str]) -> None:
+    """MisError for a kind of generated task that does not exist."""
+    known = sorted({row["task"] for row, _ in tasks})
+    unknown = sorted(set(kinds).difference(known))
+    if unknown:
+        raise MisError(f"there are no tasks called {unknown[0]}: known are {', '.join(known)}")
 
 
 def _of_kinds(tasks: PlacedRows, kinds: Sequence[str]) -> PlacedRows:

@@ -370,7 +370,7 @@ def prepare(source: Source | str | None, tokenizer: Any, length: int) -> Data:
     data = source.data
     texts = load(data)
     cut = _Cutter(tokenizer, length)
-    # own: windows of marks beside those of ids, 1 where a token is text or an answer.
+    # own: windows of marks in the same places, 1 where a token is text or an answer.
     marked = token_windows.marked(texts.test, tokenizer)
     test = token_windows.windows([ids for ids, _ in marked], length, cut.start)
     own = token_windows.windows([marks for _, marks in marked], length, cut.start)

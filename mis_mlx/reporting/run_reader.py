@@ -23,7 +23,7 @@ LOST: dict[str, str] = yaml.safe_load(
     (Path(__file__).parent / "templates" / "lost.yaml").read_text("utf-8")
 )
 MOST_POINTS = 2400  # that a series keeps: when it has more, its runs become twice as long
-LINE_BYTES = 1 << 16  # what is longer is no record of ours
+LINE_BYTES = 1 << 16  # a longer line is no record of ours
 MOST = 1000  # pauses that are kept one by one
 BACKWARDS_S = 1.0  # a wall clock that jumps back further was set, or is another machine's
 
