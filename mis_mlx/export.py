@@ -1,6 +1,4 @@
-"""Export a model: a GGUF for llama.cpp, LM Studio and Ollama, or an ordinary Hugging Face
-folder.
-"""
+"""Export a model: a GGUF for llama.cpp, LM Studio and Ollama, or a Hugging Face folder."""
 
 import math
 from collections import Counter
@@ -37,7 +35,7 @@ Type = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q4_k_m", "mxfp4", 
 OutType = Annotated[Type | None, tyro.conf.arg(aliases=["--outtype"])]  # llama.cpp's spelling too
 K_QUANT = "q4_k_m"  # which llama.cpp makes
 STAGED = "float16.gguf"  # what it makes it of
-THEIR_BYTES = 128 * 2**20  # of a process with llama.cpp in it, beside a model's tensors
+THEIR_BYTES = 128 * 2**20  # of a process with llama.cpp in it, besides the tensors
 HF_DTYPES = {"f16": "float16", "bf16": "bfloat16"}
 TOKEN_BYTES = 2048  # Python's memory for a token and its merge, measured on SmolLM2's 49 thousand
 PAPERS_BYTES = 64 * 1024  # README.md and Modelfile, generously
@@ -74,112 +72,155 @@ class Settings(cli.Budgeted):
 
 
 def need_bytes(checkpoint: Checkpoint, form: str, wanted: str) -> int:
-    """Peak of an export: hf de-quantizes a whole tensor; gguf holds one as stored, slabs of its
-    rows, the tokens; for a K-quant llama.cpp has a tensor in float16, in float32 and rounded, in a
-    process of its own.
+    """Peak memory of an export, in bytes.
+
+    hf de-quantizes a whole tensor. gguf holds one as stored, slabs of its rows, and the tokens. For
+    a K-quant llama.cpp has a tensor in float16, in float32 and rounded, in a process of its own.
     """
     if form == "hf":
         return estimates.tensor_bytes(estimates.model_of(checkpoint))
-    largest = max(t.nbytes for t in checkpoint.tensors.values())
-    tokens = TOKEN_BYTES * shape_of(checkpoint.config).vocab
-    theirs = 10 * max(map(math.prod, arch.tensors_of(checkpoint.config).values())) + THEIR_BYTES
-    return (
-        max(5 * largest // 4 + 6 * tensors.SLAB_BYTES, theirs if wanted == K_QUANT else 0) + tokens
-    )
+    largest = max(tensor.nbytes for tensor in checkpoint.tensors.values())
+    need = 5 * largest // 4 + 6 * tensors.SLAB_BYTES
+    if wanted == K_QUANT:
+        shapes = arch.tensors_of(checkpoint.config).values()
+        most_weights = max(map(math.prod, shapes))
+        need = max(need, 10 * most_weights + THEIR_BYTES)
+    return need + TOKEN_BYTES * shape_of(checkpoint.config).vocab
 
 
-def _facts(parts: list[tensors.Part], checkpoint: Checkpoint, inexact: int = 0) -> list[str]:
+def _facts(
+    parts: list[tensors.Part],
+    checkpoint: Checkpoint,
+    inexact: int = 0,
+) -> list[str]:
     """What became of the matrices, for people: which were re-wrapped, which rounded."""
-    again = Counter(p.kind for p in parts if not p.exact and load.packing(checkpoint, p.source))
-    facts = [
-        f"types of the tensors: "
-        f"{', '.join(f'{n} {k}' for k, n in Counter(p.kind for p in parts).items())}"
-    ]
-    if exact := sum(p.exact for p in parts):
-        off = (
-            f"but {inexact} scales or biases are not exact in float16"
-            if inexact
-            else "no number rounded again"
-        )
-        facts.append(f"{exact} matrices re-wrapped as MLX packed them, {off}")
+    kinds = Counter[str]()
+    again = Counter[str]()  # of matrices that were packed, and rounded once more
+    exact = 0
+    for part in parts:
+        kinds[part.kind] += 1
+        exact += part.exact
+        if not part.exact and load.packing(checkpoint, part.source):
+            again[part.kind] += 1
+    facts = [f"types of the tensors: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}"]
+    if exact:
+        rounding = "no number rounded again"
+        if inexact:
+            rounding = f"but {inexact} scales or biases are not exact in float16"
+        facts.append(f"{exact} matrices re-wrapped as MLX packed them, {rounding}")
     if again:
         types = ", ".join(f"{kind} ({n})" for kind, n in again.items())
         facts.append(f"{again.total()} packed matrices de-quantized and rounded again to {types}")
     return facts
 
 
-def _check_upload(s: Settings, checkpoint: Checkpoint) -> None:
+def _check_upload(settings: Settings, checkpoint: Checkpoint) -> None:
     """MisError where --upload-repo cannot be obeyed, before any work."""
-    if s.format != "hf":
+    if settings.format != "hf":
         raise MisError(
-            f"--upload-repo sends a Hugging Face folder, --format is {s.format}: add --format hf"
+            f"--upload-repo sends a Hugging Face folder, --format is {settings.format}: add "
+            f"--format hf"
         )
-    if not resolve.REPO_ID.fullmatch(s.upload_repo or ""):
+    if not resolve.REPO_ID.fullmatch(settings.upload_repo or ""):
         raise MisError(
-            f"--upload-repo {s.upload_repo!r} is no repository of the hub: write NAME/MODEL"
+            f"--upload-repo {settings.upload_repo!r} is no repository of the hub: write NAME/MODEL"
         )
-    if not s.license and (s.base_model or model_card.base_of(checkpoint.path)) != resolve.DEFAULT:
+    if not settings.license and _base(settings, checkpoint) != resolve.DEFAULT:
         raise MisError(
             "--upload-repo publishes weights, and their licence is not known: say it with --license"
         )
 
 
-def _gguf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
-    """Commit FOLDER/NAME-TYPE.gguf, Modelfile and README.md. A K-quant: llama.cpp makes it of a
-    float16 file there.
+def _base(settings: Settings, checkpoint: Checkpoint) -> str | None:
+    """The hub id of the model that this one was made from, where it is known."""
+    return settings.base_model or model_card.base_of(checkpoint.path)
+
+
+def _readme(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    base: str | None,
+    file: str,
+    facts: list[str],
+) -> bytes:
+    """The model card. file: the GGUF's name; "" for a Hugging Face folder."""
+    return model_card.readme(checkpoint, base, file, facts, licence=settings.license or "").encode()
+
+
+def _gguf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
+    """Commit FOLDER/NAME-TYPE.gguf, Modelfile and README.md.
+
+    A K-quant: llama.cpp makes it from a float16 file in that folder.
     """
     name = model_card.name_of(checkpoint.path)
     config = checkpoint.config
-    k_quant = wanted == K_QUANT
-    if k_quant:
-        programs.quantizer()  # its absence is said before the work
     parts = tensors.parts(checkpoint, wanted)
-    staged = tensors.parts(checkpoint, "f16") if k_quant else parts
+    written = parts  # in the file that is written here
+    if wanted == K_QUANT:
+        programs.quantizer()  # its absence is said before the work
+        written = tensors.parts(checkpoint, "f16")
     writer = gguf.GGUFWriter(None, families.family(config).gguf)
     tensors.describe(writer, config, name, wanted)
     notes = vocab.add(writer, checkpoint.path, shape_of(config).vocab)
     facts = {key: value.value for key, value in writer.kv_data[0].items()}
-    head = tensors.head(writer, staged)
+    head = tensors.head(writer, written)
     file = f"{name}-{wanted.upper()}.gguf"
     nbytes = len(head) + tensors.padded_bytes(parts)
+    exact = sum(part.exact for part in parts)
+    result = {"file": file, "nbytes": nbytes, "tensors": len(parts), "rewrapped": exact}
+    if settings.dry_run:
+        types = _facts(parts, checkpoint)[0]
+        return {**result, "notes": [types, *notes]}
+    base = _base(settings, checkpoint)
+    modelfile = _modelfile(file, facts)
+    room = nbytes + PAPERS_BYTES
+    if wanted == K_QUANT:
+        room += tensors.padded_bytes(written)
     tally = Counter[str]()
-    result = {
-        "file": file,
-        "nbytes": nbytes,
-        "tensors": len(parts),
-        "rewrapped": sum(p.exact for p in parts),
-    }
-    if s.dry_run:
-        return {**result, "notes": [*_facts(parts, checkpoint)[:1], *notes]}
-    end = facts.get("tokenizer.ggml.eos_token_id")
-    base = s.base_model or model_card.base_of(checkpoint.path)
-    stop = None if end is None else facts["tokenizer.ggml.tokens"][end]
-    room = nbytes + PAPERS_BYTES + (tensors.padded_bytes(staged) if k_quant else 0)
-    with protocol.commit_folder(Path(s.out), DISK, room, "the GGUF") as folder:
+    with protocol.commit_folder(Path(settings.out), DISK, room, "the GGUF") as folder:
         rows = (
             tensors.rows(checkpoint, part, tally)
-            for part in cli.counted("tensor", staged, len(staged))
+            for part in cli.counted("tensor", written, len(written))
         )
-        tensors.write(folder / (STAGED if k_quant else file), head, staged, rows, DISK)
-        final = parts
-        if k_quant:
-            programs.quantize(folder / STAGED, folder / file, wanted.upper())
-            DISK.remove_tree(folder / STAGED)
-            # by its own version
-            chosen = {t.name: t.tensor_type.name for t in gguf.GGUFReader(folder / file).tensors}
-            final = [p._replace(kind=chosen[p.name]) for p in parts]
-        notes[:0] = _facts(final, checkpoint, tally["inexact"])
-        words = {"file": file, "template": facts.get("tokenizer.chat_template", ""), "stop": stop}
-        DISK.write(folder / "Modelfile", f"{html.document('Modelfile', words)}\n".encode())
-        DISK.write(
-            folder / "README.md",
-            model_card.readme(checkpoint, base, file, notes, s.license or "").encode(),
-        )
-    result["nbytes"] = (Path(s.out) / file).stat().st_size
+        if wanted == K_QUANT:
+            tensors.write(folder / STAGED, head, written, rows, files=DISK)
+            parts = _k_quantized(folder, file, parts)
+        else:
+            tensors.write(folder / file, head, written, rows, files=DISK)
+        notes = _facts(parts, checkpoint, tally["inexact"]) + notes
+        DISK.write(folder / "Modelfile", modelfile)
+        DISK.write(folder / "README.md", _readme(settings, checkpoint, base, file, notes))
+    result["nbytes"] = (Path(settings.out) / file).stat().st_size
     return {**result, "inexact_scales": tally["inexact"], "notes": notes}
 
 
-def _hf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
+def _modelfile(file: str, facts: dict[str, Any]) -> bytes:
+    """Ollama's file. facts: the keys of the GGUF."""
+    end = facts.get("tokenizer.ggml.eos_token_id")
+    stop = None
+    if end is not None:
+        stop = facts["tokenizer.ggml.tokens"][end]
+    words = {"file": file, "template": facts.get("tokenizer.chat_template", ""), "stop": stop}
+    return f"{html.document('Modelfile', words)}\n".encode()
+
+
+def _k_quantized(
+    folder: Path,
+    file: str,
+    parts: list[tensors.Part],
+) -> list[tensors.Part]:
+    """Have llama.cpp make `file` from the staged one, which goes; parts, with the types it chose.
+
+    Its own version chooses them, so they are read from the file.
+    """
+    programs.quantize(folder / STAGED, folder / file, K_QUANT.upper())
+    DISK.remove_tree(folder / STAGED)
+    made = gguf.GGUFReader(folder / file).tensors
+    chosen = {tensor.name: tensor.tensor_type.name for tensor in made}
+    return [part._replace(kind=chosen[part.name]) for part in parts]
+
+
+def _hf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
     """Commit an ordinary folder: every weight dense in one type."""
     if wanted not in HF_DTYPES:
         raise MisError(f"--out-type {wanted} is a type of GGUF: take --format gguf, or bf16 or f16")
@@ -189,8 +230,9 @@ def _hf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
     config = arch.student_config(checkpoint.config, shape, tuple(range(shape.layers)), dtype)
     names = arch.tensors_of(checkpoint.config)
     packed = sum(load.packing(checkpoint, name) != {} for name in names)
-    rounded = [f"{packed} packed matrices de-quantized, then rounded to {dtype}"] if packed else []
-    facts = [f"weights in {dtype}", *rounded]
+    facts = [f"weights in {dtype}"]
+    if packed:
+        facts.append(f"{packed} packed matrices de-quantized, then rounded to {dtype}")
 
     def take(name: str) -> mx.array:
         weight = load.dense(checkpoint, name).astype(policy.DTYPES[dtype])
@@ -200,48 +242,71 @@ def _hf(s: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
             )
         return weight
 
-    if not s.dry_run:
-        base = s.base_model or model_card.base_of(checkpoint.path)
+    if not settings.dry_run:
         papers = {
-            "README.md": model_card.readme(checkpoint, base, "", facts, s.license or "").encode()
+            "README.md": _readme(settings, checkpoint, _base(settings, checkpoint), "", facts)
         }
-        model_writer.write_model(config, take, checkpoint.path, Path(s.out), dtype, DISK, papers)
+        model_writer.write_model(
+            config,
+            take,
+            source=checkpoint.path,
+            out=Path(settings.out),
+            dtype=dtype,
+            files=DISK,
+            extra=papers,
+        )
     return {"nbytes": 2 * arch.params(checkpoint.config), "tensors": len(names), "notes": facts}
 
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command."""
-    s = settings
-    cli.check_ranges(s)
-    need_place("--out", s.out, "new")
-    if s.model and s.model.endswith(".gguf"):
-        raise MisError(f"{s.model} is a GGUF already: give the model folder that it was made from")
-    folder = resolve.resolve_model(s.model).path
+    cli.check_ranges(settings)
+    need_place("--out", settings.out, "new")
+    if settings.model and settings.model.endswith(".gguf"):
+        raise MisError(
+            f"{settings.model} is a GGUF already: give the model folder that it was made from"
+        )
+    folder = resolve.resolve_model(settings.model).path
     checkpoint = load.open_checkpoint(folder)
     tokenizer_check.check_tokenizer(folder)
-    if s.format == "gguf" and not (of := families.family(checkpoint.config)).gguf:
-        why = "what llama.cpp reads of its per-layer inputs and shared keys was not tried"
-        raise MisError(
-            f"a {of.name} is not exported to GGUF, because {why}: use --format hf, or the folder "
-            f"in mlx-lm"
-        )
-    if s.upload_repo:
-        _check_upload(s, checkpoint)
-    limit = memory.budget(s.budget_bytes)
-    wanted = s.out_type or (tensors.out_type(checkpoint) if s.format == "gguf" else "bf16")
-    need = need_bytes(checkpoint, s.format, wanted)
-    limit.need(
-        need, "the largest tensor on its way", f"give --budget {estimates.flag(need)} or more"
+    if settings.format == "gguf":
+        _check_family(checkpoint)
+    if settings.upload_repo:
+        _check_upload(settings, checkpoint)
+    limit = memory.budget(settings.budget_bytes)
+    wanted = settings.out_type or (
+        tensors.out_type(checkpoint) if settings.format == "gguf" else "bf16"
     )
+    need = need_bytes(checkpoint, settings.format, wanted)
+    remedy = f"give --budget {estimates.flag(need)} or more"
+    limit.need(need, "the largest tensor on its way", remedy)
+    export = _gguf if settings.format == "gguf" else _hf
     with progress.run("export"), memory.limited(limit):
-        result = (_gguf if s.format == "gguf" else _hf)(s, checkpoint, wanted)
-    if s.upload_repo and not s.dry_run:
-        result["uploaded"] = hub.upload(Path(s.out), s.upload_repo)
+        result = export(settings, checkpoint, wanted)
+    if settings.upload_repo and not settings.dry_run:
+        result["uploaded"] = hub.upload(Path(settings.out), settings.upload_repo)
         result["notes"].append(f"uploaded: {result['uploaded']}")
     cli.say(*result["notes"])
-    cli.say(f"{s.out}: {gib(result['nbytes'])}{', nothing written (dry run)' if s.dry_run else ''}")
-    where = {"model": str(folder), "format": s.format, "out_type": wanted, "out": s.out}
+    dry = ", nothing written (dry run)" if settings.dry_run else ""
+    cli.say(f"{settings.out}: {gib(result['nbytes'])}{dry}")
+    where = {
+        "model": str(folder),
+        "format": settings.format,
+        "out_type": wanted,
+        "out": settings.out,
+    }
     return {**where, **result, "peak_bytes": need}
+
+
+def _check_family(checkpoint: Checkpoint) -> None:
+    """MisError for a family that is not exported to GGUF."""
+    family = families.family(checkpoint.config)
+    if not family.gguf:
+        why = "what llama.cpp reads of its per-layer inputs and shared keys was not tried"
+        raise MisError(
+            f"a {family.name} is not exported to GGUF, because {why}: use --format hf, or the "
+            f"folder in mlx-lm"
+        )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""Generate text with a model, also one bigger than memory; a small draft makes each pass of its
-weights count.
+"""Generate text with a model, also one bigger than memory; a small draft saves passes.
+
+A pass reads all weights of a model that is bigger than memory. A draft guesses several tokens, and
+one pass checks them all.
 """
 
 import time
@@ -36,116 +38,116 @@ class Settings(cli.Budgeted, policy.Computing):
 
 
 def _whole_bytes(checkpoint: Checkpoint, request: rounds.Request, limit: Budget) -> int:
-    """Memory of the model whole in mlx-lm, whose step takes a fraction of a streamed one's time; 0
-    where it does not fit, or where mlx-lm's kernels of packed weights are slower than this
+    """Memory of the whole model in mlx-lm, whose step takes a fraction of a streamed one's time.
+
+    0 where it does not fit, or where mlx-lm's kernels of packed weights are slower than this
     program's copies.
     """
     m = estimates.model_of(checkpoint)
     need = rounds.need_bytes(checkpoint, request)
-    slow = m.shape.experts or (m.packed and not policy.keeps_packed())
-    return 0 if slow or need + memory.process_bytes(limit.limit_bytes) > limit.limit_bytes else need
+    if m.shape.experts or (m.packed and not policy.keeps_packed()):
+        return 0
+    if need + memory.process_bytes(limit.limit_bytes) > limit.limit_bytes:
+        return 0
+    return need
+
+
+def _streamed_plan(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    draft: Checkpoint | None,
+    prompt_tokens: int,
+) -> estimates.StageCost:
+    """What one pass of the model costs when its blocks are read from disk."""
+    m = estimates.model_of(checkpoint)
+    length = prompt_tokens + settings.max_tokens
+    beside = estimates.keys_bytes(m, length)
+    if draft:  # the draft stays whole, and keeps keys and values too
+        small = estimates.model_of(draft)
+        blocks = small.shape.layers * small.block_work + small.slots_bytes
+        beside += estimates.keys_bytes(small, length) + small.head_work + blocks
+    # A pass has the prompt, ROWS tokens of it at a time, or the guesses and the token before them.
+    rows = max(min(prompt_tokens, streamed_decode.ROWS), settings.num_draft_tokens + 1)
+    return estimates.streamed_pass(
+        "one pass",
+        m,
+        tokens=max(prompt_tokens, rows),
+        micro_tokens=rows,
+        length=length,
+        spool=False,
+        beside_bytes=beside,
+    )
 
 
 def _settled(
-    s: Settings,
+    settings: Settings,
     checkpoint: Checkpoint,
-    small: Checkpoint | None,
+    draft: Checkpoint | None,
     ids: Sequence[int],
     ends: set[int],
+    *,
     room: int | None,
     direct: bool,
 ) -> tuple[Iterator[list[int]], Callable[[], int]]:
-    """(tokens, pass by pass; bytes read so far): of mlx-lm where room is None; else of a model read
-    from disk as far as there is no room, with the guesses of a draft.
+    """(tokens, pass by pass; bytes read so far).
+
+    room: bytes for blocks that stay in memory while the others are read from disk; None: mlx-lm has
+    the whole model. direct: read past the page cache.
     """
     if room is None:
         model, _ = mlx_generate.open_model(checkpoint.path)
         stream.load_checked(model, f"{checkpoint.path}: ")
-        tokens = mlx_generate.greedy(model, ids, s.max_tokens, where=str(checkpoint.path))
+        tokens = mlx_generate.greedy(model, ids, settings.max_tokens, where=str(checkpoint.path))
         return ([token] for token in tokens), lambda: checkpoint.nbytes
-    big = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), room, direct)
-    guesser = stream.Stream(small, policy.compute_dtype(small), None) if small else None
-    coming = streamed_decode.decode(big, ids, s.max_tokens, ends, guesser, s.num_draft_tokens + 1)
-    return coming, lambda: big.reader.nbytes
+    big = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), room, direct=direct)
+    guesser = None
+    if draft:
+        guesser = stream.Stream(draft, policy.compute_dtype(draft), None)
+    size = settings.num_draft_tokens + 1
+    passes = streamed_decode.decode(
+        big, ids, settings.max_tokens, ends=ends, draft=guesser, size=size
+    )
+    return passes, lambda: big.reader.nbytes
 
 
-def run(settings: Settings) -> dict[str, Any]:
-    """The command: text to stdout as it is settled, its cost at the end."""
-    s = settings
-    policy.use(s.compute_dtype)
-    cli.check_ranges(s)
-    checkpoint = load.open_checkpoint(resolve.resolve_model(s.model).path)
-    small = (
-        comparison.same_vocabulary(checkpoint, load.open_checkpoint(s.draft_model))
-        if s.draft_model
-        else None
-    )
-    tokenizer = load.tokenizer(checkpoint.path)
-    ids = mlx_generate.encode(tokenizer, s.prompt, s.ignore_chat_template)
-    limit = memory.budget(s.budget_bytes)
-    estimates.settle_precision(limit, checkpoint, *([small] if small else []))
-    m = estimates.model_of(checkpoint)
-    length = len(ids) + s.max_tokens
-    beside = estimates.keys_bytes(m, length)
-    if small:  # the draft stays whole, and keeps keys and values too
-        draft = estimates.model_of(small)
-        blocks = draft.shape.layers * draft.block_work + draft.slots_bytes
-        beside += estimates.keys_bytes(draft, length) + draft.head_work + blocks
-    rows = max(min(len(ids), streamed_decode.ROWS), s.num_draft_tokens + 1)
-    plan = estimates.streamed_pass(
-        "one pass", m, max(len(ids), rows), rows, length, spool=False, beside_bytes=beside
-    )
-    room = estimates.room(limit.limit_bytes, plan.peak_bytes)
-    if (
-        whole_bytes := 0
-        if small
-        else _whole_bytes(checkpoint, rounds.Request(len(ids), s.max_tokens), limit)
-    ):
-        plan = replace(plan, read_bytes=0, peak_bytes=whole_bytes)
-        cli.say(f"the model is whole in memory, {gib(whole_bytes)} of {gib(limit.limit_bytes)}")
-    else:
-        cli.say(
-            f"a pass reads {gib(plan.read_bytes)} in {gib(plan.peak_bytes)}; {gib(room)} are left "
-            f"to keep some"
-        )
-    if s.dry_run:
-        need = plan.peak_bytes + memory.process_bytes(limit.limit_bytes)
-        sizes = {"read_bytes_per_pass": plan.read_bytes, "peak_bytes": need}
-        return {
-            **sizes,
-            "budget_bytes": limit.limit_bytes,
-            "check_failed": need > limit.limit_bytes,
-        }
-    estimates.fit(limit, plan, other=", or fewer --max-tokens or --num-draft-tokens")
+def _generate(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    draft: Checkpoint | None,
+    tokenizer: Any,
+    *,
+    ids: Sequence[int],
+    limit: Budget,
+    room: int | None,
+) -> dict[str, Any]:
+    """Print the text as it is settled; the command's result."""
     began = time.monotonic()
     peak = memory.Peak()
-    tokens = list[int]()
+    tokens: list[int] = []
     passes = 0
-    text = ""
-    with memory.limited(limit), progress.bar("generate", s.max_tokens) as show:
+    printed = ""
+    with memory.limited(limit), progress.bar("generate", settings.max_tokens) as show:
         ends = set(tokenizer.eos_token_ids)
         direct = checkpoint.nbytes > limit.limit_bytes
         settled, read = _settled(
-            s, checkpoint, small, ids, ends, None if whole_bytes else room, direct
+            settings, checkpoint, draft, ids, ends=ends, room=room, direct=direct
         )
         for new in settled:
-            tokens += [t for t in new if t not in ends]
+            tokens += [token for token in new if token not in ends]
             passes += 1
-            whole = tokenizer.decode(tokens)
-            if not whole.endswith("\ufffd"):  # half of a letter waits for its other half
-                print(whole[len(text) :], end="", flush=True)
-                text = whole
-            show(
-                len(tokens),
-                f"{len(tokens) / passes:.1f} tokens/pass  {gib(read() / max(1, len(tokens)))}/token",
-            )
+            text = tokenizer.decode(tokens)
+            if not text.endswith("\ufffd"):  # half of a letter waits for its other half
+                print(text[len(printed) :], end="", flush=True)
+                printed = text
+            read_of_token = gib(read() / max(1, len(tokens)))
+            show(len(tokens), f"{len(tokens) / passes:.1f} tokens/pass  {read_of_token}/token")
             if ends.intersection(new):
                 break
     seconds = time.monotonic() - began
-    whole = tokenizer.decode(tokens)
-    print(whole[len(text) :])
+    text = tokenizer.decode(tokens)
+    print(text[len(printed) :])
     return {
-        "text": whole,
+        "text": text,
         "tokens": len(tokens),
         "passes": passes,
         "tokens_per_pass": round(len(tokens) / max(passes, 1), 3),
@@ -154,6 +156,47 @@ def run(settings: Settings) -> dict[str, Any]:
         "budget_bytes": limit.limit_bytes,
         "seconds": round(seconds, 2),
     }
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """The command: text to stdout as it is settled, its cost at the end."""
+    policy.use(settings.compute_dtype)
+    cli.check_ranges(settings)
+    checkpoint = load.open_checkpoint(resolve.resolve_model(settings.model).path)
+    models = [checkpoint]
+    draft = None
+    if settings.draft_model:
+        draft = comparison.same_vocabulary(checkpoint, load.open_checkpoint(settings.draft_model))
+        models.append(draft)
+    tokenizer = load.tokenizer(checkpoint.path)
+    ids = mlx_generate.encode(tokenizer, settings.prompt, plain=settings.ignore_chat_template)
+    limit = memory.budget(settings.budget_bytes)
+    estimates.settle_precision(limit, *models)
+    plan = _streamed_plan(settings, checkpoint, draft, len(ids))
+    room: int | None = None
+    whole_bytes = 0
+    if not draft:
+        request = rounds.Request(len(ids), settings.max_tokens)
+        whole_bytes = _whole_bytes(checkpoint, request, limit)
+    if whole_bytes:
+        plan = replace(plan, read_bytes=0, peak_bytes=whole_bytes)
+        cli.say(f"the model is whole in memory, {gib(whole_bytes)} of {gib(limit.limit_bytes)}")
+    else:
+        room = estimates.room(limit.limit_bytes, plan.peak_bytes)
+        cli.say(
+            f"a pass reads {gib(plan.read_bytes)} in {gib(plan.peak_bytes)}; {gib(room)} are left "
+            f"to keep some"
+        )
+    if settings.dry_run:
+        need = plan.peak_bytes + memory.process_bytes(limit.limit_bytes)
+        return {
+            "read_bytes_per_pass": plan.read_bytes,
+            "peak_bytes": need,
+            "budget_bytes": limit.limit_bytes,
+            "check_failed": need > limit.limit_bytes,
+        }
+    estimates.fit(limit, plan, other=", or fewer --max-tokens or --num-draft-tokens")
+    return _generate(settings, checkpoint, draft, tokenizer, ids=ids, limit=limit, room=room)
 
 
 if __name__ == "__main__":

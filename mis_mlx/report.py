@@ -1,15 +1,14 @@
-"""Report: one self-contained HTML page of a run, or of several side by side; --watch renders it
-while a run goes on.
+"""Report: one HTML page of a run, or of several side by side; --watch renders it during a run.
 
-Each part of it takes the story and a key, with which the ids of its pictures begin; what nothing is
-known of is left out. KeyError, TypeError or ValueError where values are not this version's.
+The page needs no other file. Each part of it takes the story and a key, with which the ids of its
+pictures begin, and leaves out what is unknown. KeyError, TypeError or ValueError where values are
+not this version's.
 """
 
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePath
 from typing import Annotated, Any
 
@@ -18,7 +17,7 @@ import tyro
 from mis_mlx import cli
 from mis_mlx.evaluation import answer_figures
 from mis_mlx.reporting import figures, html, run_reader
-from mis_mlx.reporting.run_reader import RunRecord, Series
+from mis_mlx.reporting.run_reader import Point, Record, RunRecord, Series
 from mis_mlx.storage import files, run_folder
 from mis_mlx.types import GIB, Count, MisError, duration, gib
 
@@ -44,26 +43,28 @@ class Settings:
     """YAML file with any of these flags"""
 
 
-def _since(story: RunRecord, series: Series, scale: float = 1.0) -> list[tuple[float, float]]:
-    return [(x - story.began_s, y * scale) for x, y in series.points()]
+def _since(story: RunRecord, series: Series, scale: float = 1.0) -> list[Point]:
+    """(seconds since the run began, value times `scale`) of each point."""
+    return [(wall_s - story.began_s, value * scale) for wall_s, value in series.points()]
 
 
 def summary(story: RunRecord, key: str) -> str:
-    """Two sentences: what was done, and what came of it; or how far it is."""
-    teacher = PurePath(
-        str(story.result.get("teacher") or story.config.get("teacher") or "the default teacher")
-    ).name
-    step, loss = (story.steps.series[name].points()[-1:] for name in ("number", "loss"))
+    """Two sentences: what was done and with what result; or how far the run is."""
+    teacher = story.result.get("teacher") or story.config.get("teacher") or "the default teacher"
     return html.part(
-        "summary", s=story, teacher=teacher, step=step, loss=loss, duration=duration, gib=gib
+        "summary",
+        s=story,
+        teacher=PurePath(str(teacher)).name,
+        step=story.steps.series["number"].points()[-1:],
+        loss=story.steps.series["loss"].points()[-1:],
+        duration=duration,
+        gib=gib,
     )
 
 
 @dataclass(frozen=True)
 class Talk:
-    """A prompt of some kind, in a language, and by model what each answers to it: {"text",
-    "ended"}.
-    """
+    """A prompt and its answers: {model: {"text", "ended"}}."""
 
     prompt: str
     kind: str
@@ -72,37 +73,46 @@ class Talk:
 
 
 def answers(story: RunRecord, key: str) -> str:
-    """What teacher and student answer to some prompts, side by side; before that whether the
-    student repeats itself.
-    """
+    """Answers of teacher and student side by side; a warning if the student repeats itself."""
     talks = _talks(story.answers)
-    models = list(dict.fromkeys(model for talk in talks for model in talk.answers))
-    pair = models[:1] + models[1:][-1:]
+    models: dict[str, None] = {}  # in their order
+    for talk in talks:
+        models.update(dict.fromkeys(talk.answers))
+    # the teacher is the first, the student the last
+    names = list(models)
+    pair = names[:1] + names[1:][-1:]
     # a torn line lacks one
-    talks = [talk for talk in talks if all(name in talk.answers for name in pair)]
-    return html.part("answers", verdict=_verdict(talks, pair), models=pair, talks=_some(talks))
+    talks = [talk for talk in talks if talk.answers.keys() >= {*pair}]
+    verdict = _verdict(talks, pair)
+    return html.part("answers", verdict=verdict, models=pair, talks=_some(talks))
 
 
-def _talks(rows: Sequence[Mapping[str, Any]]) -> list[Talk]:
+def _talks(rows: Sequence[Record]) -> list[Talk]:
     """Rows of answers.jsonl, which come prompt by prompt, the teacher's first."""
-    talks = list[Talk]()
+    talks: list[Talk] = []
     for row in rows:
         prompt = str(row["prompt"])
         model = str(row["model"])
         if not talks or talks[-1].prompt != prompt or model in talks[-1].answers:
-            talks.append(Talk(prompt, str(row["kind"]), str(row["language"]), {}))
-        talks[-1].answers[model] = {"text": str(row["text"]), "ended": bool(row["ended"])}
+            talk = Talk(
+                prompt=prompt,
+                kind=str(row["kind"]),
+                language=str(row["language"]),
+                answers={},
+            )
+            talks.append(talk)
+        answer = {"text": str(row["text"]), "ended": bool(row["ended"])}
+        talks[-1].answers[model] = answer
     return talks
 
 
 def _some(talks: Sequence[Talk]) -> list[Talk]:
-    """SHOWN of the prompts: each language has as many, spread evenly over its prompts, as far as
-    there are.
-    """
+    """About SHOWN of the prompts: as many of each language, spread evenly over its prompts."""
     languages = list(dict.fromkeys(talk.language for talk in talks))
-    chosen = list[Talk]()
+    first_turns = [talk for talk in talks if talk.kind != LATER]
+    chosen: list[Talk] = []
     for language in languages:
-        of_language = [talk for talk in talks if talk.language == language and talk.kind != LATER]
+        of_language = [talk for talk in first_turns if talk.language == language]
         count = max(1, SHOWN // len(languages))
         every = max(1, len(of_language) // count)
         chosen += of_language[::every][:count]
@@ -110,13 +120,16 @@ def _some(talks: Sequence[Talk]) -> list[Talk]:
 
 
 def _verdict(talks: Sequence[Talk], models: Sequence[str]) -> str:
-    """The sentence on a student that repeats itself more than its teacher; '' where it does not."""
+    """The sentence on a student that repeats itself more than its teacher, else ''."""
     if len(models) < 2:
         return ""
-    teacher, student = (
-        sum(answer_figures.loops(talk.answers[name]["text"]) for talk in talks) for name in models
-    )
-    if 100 * (student - teacher) <= answer_figures.MORE_LOOPS * len(talks):
+    loops = []
+    for name in models:
+        texts = [talk.answers[name]["text"] for talk in talks]
+        loops.append(sum(map(answer_figures.loops, texts)))
+    teacher, student = loops
+    allowed = answer_figures.MORE_LOOPS * len(talks)
+    if 100 * (student - teacher) <= allowed:
         return ""
     values = {"student": student, "teacher": teacher, "count": len(talks)}
     return html.document("loops.md", values).replace("**", "")
@@ -129,55 +142,77 @@ def recovery(story: RunRecord, key: str) -> str:
 
 def course(story: RunRecord, key: str) -> str:
     """Loss with temperature and tea breaks, speed, memory: over time, in one picture."""
-    steps = story.steps
     air = story.air
-    loss = _since(story, steps.series["loss"])
+    series = story.steps.series
+    loss = _since(story, series["loss"])
     if not loss:
         return ""
     panels: dict[str, figures.Lines] = {"loss, nats a token": {"loss": loss}}
-    warm = {n: _since(story, air.series[c]) for n, c in (("die", "die_c"), ("air", "ambient_c"))}
+    warm = {
+        "die": _since(story, air.series["die_c"]),
+        "air": _since(story, air.series["ambient_c"]),
+    }
     if any(warm.values()):
         panels["°C"] = warm
-    breaks = [(start - story.began_s, end - story.began_s) for start, end, _ in air.pauses]
-    if speed := _since(story, steps.series["tokens_per_s"]):
+    speed = _since(story, series["tokens_per_s"])
+    if speed:
         panels["tokens/s"] = {"speed": speed}
-    planned_s = {p["phase"]: p["seconds"] for p in story.begun.get("planned", [])}.get("distil")
-    planned = story.begun["step_tokens"] * story.begun["iters"] / planned_s if planned_s else None
-    if memory := _since(story, steps.series["peak_bytes"], 1 / GIB):
+    memory = _since(story, series["peak_bytes"], 1 / GIB)
+    if memory:
         panels["GiB"] = {"memory": memory}
+    breaks = []
+    causes = set()
+    for start, end, cause in air.pauses:
+        breaks.append((start - story.began_s, end - story.began_s))
+        causes.add(cause)
     budget = story.begun.get("budget_bytes") or story.result.get("budget_bytes")
     values = {
         "loss": loss,
-        "count": steps.series["loss"].count,
+        "count": series["loss"].count,
         "warm": warm,
         "breaks": breaks,
         "speed": speed,
-        "causes": sorted({cause for _, _, cause in air.pauses}),
-        "planned": _known("{:.0f}".format, planned),
+        "causes": sorted(causes),
+        "planned": _known("{:.0f}".format, _planned_speed(story)),
         "memory": memory,
         "budget": _known(gib, budget),
     }
     words = " ".join(html.document("course.md", values).split())
-    caption = f"{key}course", "Loss, temperature, tea breaks, speed, memory", words
-    return html.part("course", pictures=[figures.over_time(caption, panels, shaded=breaks)])
+    caption = (f"{key}course", "Loss, temperature, tea breaks, speed, memory", words)
+    picture = figures.over_time(caption, panels, shaded=breaks)
+    return html.part("course", pictures=[picture])
+
+
+def _planned_speed(story: RunRecord) -> float | None:
+    """Tokens a second that the plan expects of distillation, if it has that phase."""
+    begun = story.begun
+    seconds = {plan["phase"]: plan["seconds"] for plan in begun.get("planned", [])}
+    if not seconds.get("distil"):
+        return None
+    return begun["step_tokens"] * begun["iters"] / seconds["distil"]
 
 
 def cost(story: RunRecord, key: str) -> str:
-    """Time and memory of every phase beside what was planned."""
+    """Time and memory of every phase, as it was and as planned."""
     took = story.took()
-    peak = {name: max(p["peak_bytes"] for p in story.phases if p["phase"] == name) for name in took}
+    peaks: dict[str, list[float]] = {}
+    for record in story.phases:
+        peaks.setdefault(record["phase"], []).append(record["peak_bytes"])
     if "distil" in took:
-        peak["distil"] = max(
-            [peak["distil"], *(nbytes for _, nbytes in story.steps.series["peak_bytes"].points())]
-        )
-    planned = {p["phase"]: p for p in story.begun.get("planned", [])}
+        points = story.steps.series["peak_bytes"].points()
+        peaks["distil"] += [nbytes for _, nbytes in points]
+    planned = {plan["phase"]: plan for plan in story.begun.get("planned", [])}
     rows = []
     for name in dict.fromkeys([*planned, *took]):
         plan = planned.get(name, {})
-        times = [_known(duration, took.get(name)), _known(duration, plan.get("seconds"))]
-        rows.append(
-            [name, *times, _known(gib, peak.get(name)), _known(gib, plan.get("peak_bytes"))]
-        )
+        row = [
+            name,
+            _known(duration, took.get(name)),
+            _known(duration, plan.get("seconds")),
+            _known(gib, max(peaks.get(name, ()), default=None)),
+            _known(gib, plan.get("peak_bytes")),
+        ]
+        rows.append(row)
     return html.part("cost", phases=rows)
 
 
@@ -190,24 +225,33 @@ def pruning(story: RunRecord, key: str) -> str:
     report = story.keep.get("report") or {}
     layers = set(story.keep.get("layers", []))
     pictures = []
-    if blocks := {int(i): float(v) for i, v in (report.get("block_importance") or {}).items()}:
-        removed = {i: v for i, v in blocks.items() if i not in layers}
-        groups = {"kept": {i: v for i, v in blocks.items() if i in layers}, "removed": removed}
-        text = f"1 − cosine of each of the {len(blocks)} blocks: how far it turns the stream. "
-        text += f"Removed: {', '.join(map(str, removed)) or 'none'}."
-        pictures.append(
-            figures.columns((f"{key}blocks", "Blocks", text), ("block", "1 − cosine"), groups)
+    importance = report.get("block_importance") or {}
+    blocks = {int(number): float(value) for number, value in importance.items()}
+    if blocks:
+        kept = {}
+        removed = {}
+        for number, value in blocks.items():
+            if number in layers:
+                kept[number] = value
+            else:
+                removed[number] = value
+        listed = ", ".join(map(str, removed)) or "none"
+        text = (
+            f"1 − cosine of each of the {len(blocks)} blocks: how far it turns the stream. "
+            f"Removed: {listed}."
         )
+        caption = (f"{key}blocks", "Blocks", text)
+        groups = {"kept": kept, "removed": removed}
+        pictures.append(figures.columns(caption, ("block", "1 − cosine"), groups))
     shares = {}
     for axis in ("ffn", "heads"):
-        rows = {
-            k.split("/")[0]: v
-            for k, v in (report.get("profile") or {}).items()
-            if k.endswith(f"/{axis}")
-        }
-        kept = [rows[i]["kept"] for i in rows if int(i) in layers]
-        if kept and min(kept) < 1:
-            shares[axis] = f"{min(kept):.0%} to {max(kept):.0%}"
+        of_blocks = []
+        for name, row in (report.get("profile") or {}).items():
+            number, _, ending = name.partition("/")
+            if ending == axis and int(number) in layers:
+                of_blocks.append(row["kept"])
+        if of_blocks and min(of_blocks) < 1:
+            shares[axis] = f"{min(of_blocks):.0%} to {max(of_blocks):.0%}"
     return html.part("pruning", report=report, pictures=pictures, shares=shares)
 
 
@@ -216,7 +260,8 @@ def samples(story: RunRecord, key: str) -> str:
     texts: dict[str, dict[str, str]] = {}
     for sample in story.samples:
         prompt = f"{sample['language']}: “{sample['prompt']} …”"
-        texts.setdefault(prompt, {})[str(sample["model"])] = str(sample["text"])
+        by_model = texts.setdefault(prompt, {})
+        by_model[str(sample["model"])] = str(sample["text"])
     return html.part("samples", texts=texts)
 
 
@@ -226,40 +271,68 @@ def origins(story: RunRecord, key: str) -> str:
     for name, value in (story.begun.get("flags") or {}).items():
         words.append("--" + name.replace("_", "-"))
         if value is not True:
-            words += map(str, value if isinstance(value, list) else [value])
+            values = value if isinstance(value, list) else [value]
+            words += map(str, values)
+    facts = dict(story.origin)
     rates = story.begun.get("rates") or {}
-    facts = {**story.origin, **({"machine": rates["device"]} if "device" in rates else {})}
-    return html.part(
-        "origins",
-        command=shlex.join(words) if story.begun else "",
-        facts=facts,
-        config=story.config,
-    )
+    if "device" in rates:
+        facts["machine"] = rates["device"]
+    command = ""
+    if story.begun:
+        command = shlex.join(words)
+    return html.part("origins", command=command, facts=facts, config=story.config)
 
 
 def comparison(stories: Sequence[RunRecord], names: list[str]) -> str:
-    """Several runs side by side: losses on one picture, numbers and their difference to the first
-    run's, settings.
+    """Several runs side by side: losses in one picture, numbers, settings that differ.
+
+    Beside a number stands its difference to the first run's.
     """
-    losses = {n: _since(s, s.steps.series["loss"]) for n, s in zip(names, stories, strict=True)}
+    losses = {}
+    ends = []
+    for name, story in zip(names, stories, strict=True):
+        series = story.steps.series["loss"]
+        points = _since(story, series)
+        losses[name] = points
+        if points:
+            _, last = points[-1]
+            ends.append(f"{name} ends at {last:.3f}")
     picture = ""
-    if ends := "; ".join(
-        f"{n} ends at {points[-1][1]:.3f}" for n, points in losses.items() if points
-    ):
-        text = f"Training loss of {len(losses)} runs: {ends}."
-        picture = figures.over_time(
-            ("all-loss", "Loss of all runs", text), {"loss, nats a token": losses}
-        )
-    known = dict.fromkeys(
-        k for s in stories for k, v in s.result.items() if type(v) in (int, float)
+    if ends:
+        text = f"Training loss of {len(losses)} runs: {'; '.join(ends)}."
+        caption = ("all-loss", "Loss of all runs", text)
+        picture = figures.over_time(caption, {"loss, nats a token": losses})
+    results = []
+    for story in stories:
+        results.append({k: v for k, v in story.result.items() if type(v) in (int, float)})
+    numbers = []
+    for name, values in _by_key(results).items():
+        cells = [_cell(value, values[0]) for value in values]
+        numbers.append([name, *cells])
+    configs = [story.config for story in stories]
+    settings = []
+    for name, values in _by_key(configs).items():
+        texts = [str(value) for value in values]
+        if len(set(texts)) > 1:
+            settings.append([name, *texts])
+    return html.part(
+        "comparison",
+        picture=picture,
+        names=names,
+        numbers=numbers,
+        settings=settings,
     )
-    numbers = [
-        [k, *(_cell(s.result.get(k), stories[0].result.get(k)) for s in stories)] for k in known
-    ]
-    known = dict.fromkeys(k for s in stories for k in s.config)
-    settings = [[k, *(str(s.config.get(k, "–")) for s in stories)] for k in known]
-    settings = [row for row in settings if len(set(row[1:])) > 1]
-    return html.part("comparison", picture=picture, names=names, numbers=numbers, settings=settings)
+
+
+def _by_key(mappings: Sequence[Record]) -> dict[str, list[Any]]:
+    """{key of any of them: its value in each of them, a dash where there is none}."""
+    keys: dict[str, None] = {}
+    for mapping in mappings:
+        keys.update(dict.fromkeys(mapping))
+    values = {}
+    for key in keys:
+        values[key] = [mapping.get(key, "–") for mapping in mappings]
+    return values
 
 
 def _cell(value: Any, first: Any) -> str:
@@ -277,27 +350,31 @@ OF_RUN = (summary, answers, recovery, course, cost, pruning, samples, origins)
 
 
 def render(stories: Sequence[RunRecord], every_s: int | None = None) -> str:
-    """The page. every_s: how often a browser is to open it anew."""
-    names = [s.name for s in stories]
-    # no two alike
-    names = [n if names.count(n) == 1 else f"{n} ({i + 1})" for i, n in enumerate(names)]
+    """The page. every_s: how often a browser is to open it anew, in seconds."""
+    names = []
+    folders = [story.name for story in stories]
+    for number, name in enumerate(folders, 1):
+        # no two alike
+        names.append(name if folders.count(name) == 1 else f"{name} ({number})")
     parts = [html.part("heading", text=" and ".join(names))]
     if len(stories) > 1:
-        parts.append(_part("comparison", partial(comparison, stories, names)))
+        parts.append(_part(comparison, stories, names))
     for number, (name, story) in enumerate(zip(names, stories, strict=True)):
         if len(stories) > 1:
             parts.append(html.part("heading", text=name))
-        parts += [_part(make.__name__, partial(make, story, f"r{number}-")) for make in OF_RUN]
+        key = f"r{number}-"
+        parts += [_part(make, story, key) for make in OF_RUN]
         parts.append(html.part("missing", lines=story.missing))
-    return html.page(f"{', '.join(names)}: mis_mlx", "".join(parts), every_s)
+    title = f"{', '.join(names)}: mis_mlx"
+    return html.page(title, "".join(parts), every_s)
 
 
-def _part(name: str, make: Callable[[], str]) -> str:
+def _part(make: Callable[..., str], *values: Any) -> str:
     """A part of the page, or a sentence where a file holds what this version does not write."""
     from jinja2 import UndefinedError
 
     try:
-        return make()
+        return make(*values)
     except (
         UndefinedError,
         LookupError,
@@ -307,7 +384,7 @@ def _part(name: str, make: Callable[[], str]) -> str:
         OverflowError,
     ) as error:
         text = (
-            f"The part “{name}” is missing: a file is of another version "
+            f"The part “{make.__name__}” is missing: a file is of another version "
             f"({type(error).__name__}: {error})."
         )
         return html.part("note", text=text)
@@ -315,33 +392,35 @@ def _part(name: str, make: Callable[[], str]) -> str:
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: read, draw, write; again and again when watching."""
-    s = settings
     figures.need()
-    cli.check_ranges(s)
-    folders = [Path(name) for name in s.run]
+    cli.check_ranges(settings)
+    folders = [Path(name) for name in settings.run]
     if not folders:
         configs = list(Path("runs").glob(f"*/{run_folder.CONFIG}"))
         if not configs:
             raise MisError(
                 "There is no run under runs/: name a run folder, or make one with distill"
             )
-        folders = [max(configs, key=lambda path: path.stat().st_mtime).parent]
-    out = Path(s.out) if s.out else folders[0] / "report.html"
+        newest = max(configs, key=lambda path: path.stat().st_mtime)
+        folders = [newest.parent]
+    out = folders[0] / "report.html"
+    if settings.out:
+        out = Path(settings.out)
     files.need_place("--out", out, "file")
     while True:
         stories = [run_reader.read(folder) for folder in folders]
-        going = s.watch and not all(one.result for one in stories)
+        going = settings.watch and not all(story.result for story in stories)
         files.DISK.make_folder(out.absolute().parent)
-        page = render(stories, s.every_s if going else None)
+        page = render(stories, settings.every_s if going else None)
         files.DISK.replace_text(out, page)
         if not going:
             break
-        cli.say(
-            f"{out}: {', '.join(f'{o.steps.lines} steps of {o.name}' for o in stories)}; Ctrl-C "
-            f"ends the watch"
-        )
-        time.sleep(s.every_s)
-    missing = [f"{one.name}: {text}" for one in stories for text in one.missing]
+        progress = ", ".join(f"{story.steps.lines} steps of {story.name}" for story in stories)
+        cli.say(f"{out}: {progress}; Ctrl-C ends the watch")
+        time.sleep(settings.every_s)
+    missing = []
+    for story in stories:
+        missing += [f"{story.name}: {text}" for text in story.missing]
     return {
         "report": str(out),
         "bytes": len(page.encode()),

@@ -1,9 +1,8 @@
-"""Synthesize text: a model writes what it knows, mixed with other text; a folder for --data of
-distill and the rest.
+"""Synthesize text: a model writes what it knows, mixed with other text, into a folder for --data.
 
-Half of the texts begin with nothing, half with an opening; a chat model gets every second one as a
-question. They are drawn from the model's probabilities: text that it expects. Loops, repeats and
-what is hardly words are left out.
+Half of the texts begin with nothing, half with an opening; a chat model gets every second opening
+as a question. They are drawn from the model's probabilities: text that it expects. Loops, repeats
+and texts with few words are left out.
 """
 
 import json
@@ -47,10 +46,9 @@ DOCUMENT = "<|endoftext|>"  # what stands between documents, where a vocabulary 
 AT_ONCE = 48, 16, 4, 1  # texts, as many as fit; a token of all of them reads the weights once
 SPARE = 4  # more than are missing, for some are not usable
 TRIES = 4  # texts for each one that would do if every one were usable
-# characters; share left by compression; share of letters and blanks
-SHORT = 120
-LEAST = 0.28
-WORDLIKE = 0.6
+SHORT = 120  # characters of a usable text, at least
+LEAST = 0.28  # share of a usable text that compression leaves, at least: loops leave less
+WORDLIKE = 0.6  # share of letters and blanks in a usable text, at least
 
 
 @dataclass(frozen=True)
@@ -87,34 +85,33 @@ class Settings(cli.Budgeted, policy.Computing):
 def openings(languages: Sequence[str], file: str | None = None) -> list[str]:
     """Lines of a file, or ours in these languages. MisError where there are none."""
     known = {path.stem: path for path in sorted(OPENINGS.glob("*.txt"))}
-    if unknown := [name for name in languages if name not in known]:
+    unknown = [name for name in languages if name not in known]
+    if unknown:
         raise MisError(
             f"there are no openings in {', '.join(unknown)}: take {', '.join(known)}, or "
             f"--openings FILE"
         )
+    paths = [Path(file)] if file else [known[name] for name in languages]
+    lines = []
     try:
-        paths = [Path(file)] if file else [known[name] for name in languages]
-        lines = [
-            line.strip()
-            for path in paths
-            for line in path.read_text("utf-8").splitlines()
-            if line.strip()
-        ]
+        for path in paths:
+            lines += path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise MisError(
             f"--openings {file} cannot be read ({error}): give a text file, one opening a line"
         ) from None
-    if file and not lines:
+    filled = [line.strip() for line in lines if line.strip()]
+    if file and not filled:
         raise MisError(f"--openings {file} has 0 lines with text: write one opening a line")
-    return lines
+    return filled
 
 
 def usable(text: str) -> bool:
     """Whether a text is long enough, no loop, and made of words."""
     words = sum(char.isalpha() or char.isspace() for char in text)
-    packed = len(zlib.compress(text.encode()))
-    nbytes = len(text.encode())
-    return len(text) >= SHORT and packed >= LEAST * nbytes and words >= WORDLIKE * len(text)
+    raw = text.encode()
+    packed = zlib.compress(raw)
+    return len(text) >= SHORT and len(packed) >= LEAST * len(raw) and words >= WORDLIKE * len(text)
 
 
 def way_of(s: Settings, m: estimates.ModelSize, limit: Budget) -> writing.WritingPlan:
@@ -122,83 +119,126 @@ def way_of(s: Settings, m: estimates.ModelSize, limit: Budget) -> writing.Writin
     return writing.plan_writing(m, s.num_samples, s.max_tokens, limit, at_once=AT_ONCE)
 
 
-def write(s: Settings, model: Any, tokenizer: Any, batch: int, at_once: int) -> list[Row]:
-    """What is usable of a batch. Every batch has its own random numbers."""
+def write(
+    s: Settings,
+    model: Any,
+    tokenizer: Any,
+    batch: int,
+    at_once: int,
+) -> list[Row]:
+    """The usable texts of a batch. Every batch has its own random numbers."""
     begun = openings(s.languages, s.openings)
     rng = np.random.default_rng([s.seed, batch])
-    named = tokenizer.get_vocab().get(DOCUMENT, tokenizer.bos_token_id)
-    start = [tokenizer.eos_token_id if named is None else named]
+    start = tokenizer.get_vocab().get(DOCUMENT, tokenizer.bos_token_id)
+    if start is None:
+        start = tokenizer.eos_token_id
     stop = set(tokenizer.eos_token_ids)
-    texts = [str(rng.choice(begun)) if begun and i % 2 else "" for i in range(at_once)]
-    asked = [bool(i % 4 == 3 and tokenizer.has_chat_template) for i in range(at_once)]
-    heads = [list(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
-    each = zip(texts, asked, heads, strict=True)
-    prompts = [
-        mlx_generate.encode(tokenizer, text) if chat else start + head for text, chat, head in each
-    ]
+    texts = []
+    chats = []
+    heads = []
+    prompts = []
+    for i in range(at_once):
+        text = ""
+        if begun and i % 2:
+            text = str(rng.choice(begun))
+        chat = bool(i % 4 == 3 and tokenizer.has_chat_template)  # every second opening
+        head = list(tokenizer.encode(text, add_special_tokens=False))
+        prompt = [start, *head]
+        if chat:
+            prompt = mlx_generate.encode(tokenizer, text)
+        texts.append(text)
+        chats.append(chat)
+        heads.append(head)
+        prompts.append(prompt)
     draw = mlx_generate.sampler(s.temp, int(rng.integers(2**31)))
     if isinstance(model, stream.Stream):
-        completions = streamed_decode.sampled(model, prompts, s.max_tokens, stop, draw)
+        completions = streamed_decode.sampled(model, prompts, s.max_tokens, stop, draw=draw)
     else:
-        completions = [
-            ids
-            for (ids,) in mlx_generate.groups(model, prompts, 1, s.max_tokens, stop, draw, at_once)
-        ]
-    rows = list[Row]()
-    for text, chat, head, ids in zip(texts, asked, heads, completions, strict=True):
-        said = [token for token in ids if token not in stop]
-        # head and rest apart may lose a blank
-        whole = tokenizer.decode(said if chat else head + said).strip()
-        if usable(whole):
-            rows.append({"prompt": text, "completion": whole} if chat else {"text": whole})
+        groups = mlx_generate.groups(
+            model, prompts, 1, s.max_tokens, stop=stop, draw=draw, at_once=at_once
+        )
+        completions = [ids for (ids,) in groups]
+    rows: list[Row] = []
+    for text, chat, head, ids in zip(texts, chats, heads, completions, strict=True):
+        new = [token for token in ids if token not in stop]
+        # decoded in one piece: head and rest apart may lose a blank
+        written = tokenizer.decode(new if chat else head + new).strip()
+        row = {"text": written}
+        if chat:
+            row = {"prompt": text, "completion": written}
+        if usable(written):
+            rows.append(row)
     mx.clear_cache()
     return rows
 
 
-def _texts(s: Settings, checkpoint: Checkpoint, part: Path, way: writing.WritingPlan) -> list[Row]:
-    """As many different ones as are asked for, each kept in the file `part`: of a run that was
-    stopped, all but its last batch; then new ones. MisError where hardly any is usable.
+def _stored(part: Path, head: str) -> tuple[list[tuple[Row, int]], int]:
+    """(texts of a stopped run, each with the number of its batch; the batch to begin with).
+
+    The last batch is written again: it may not be complete. head: the file's first line, by which a
+    run of other settings is told apart.
     """
-    how = {
-        **asdict(s),
+    if not part.is_file():
+        return [], 0
+    lines = part.read_text("utf-8").splitlines()
+    if lines[:1] != [head]:
+        return [], 0
+    stored = [json.loads(line) for line in lines[1:-1]]  # the last one may be torn
+    if not stored:
+        return [], 0
+    last = stored[-1][1]
+    return [(row, batch) for row, batch in stored if batch < last], last
+
+
+def _texts(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    part: Path,
+    way: writing.WritingPlan,
+) -> list[Row]:
+    """As many different texts as are asked for, each kept in the file `part`.
+
+    Those of a stopped run come first, all but its last batch; then new ones. MisError where too few
+    are usable.
+    """
+    # what the texts depend on, and not where they go
+    depends_on = {
+        **asdict(settings),
         "model": str(checkpoint.path),
         "budget": 0,
         "out": "",
         "at_once": way.at_once,
     }
-    head = json.dumps(how, sort_keys=True)
-    lines = part.read_text("utf-8").splitlines() if part.is_file() else []
-    # the last one may be torn
-    found = [json.loads(line) for line in lines[1:-1]] if lines[:1] == [head] else []
-    batch = found[-1][1] if found else 0
-    kept = [one for one in found if one[1] < batch]
-    DISK.replace_text(part, "".join(f"{line}\n" for line in (head, *map(json.dumps, kept))))
+    head = json.dumps(depends_on, sort_keys=True)
+    stored, batch = _stored(part, head)
+    lines = [head, *map(json.dumps, stored)]
+    DISK.replace_text(part, "".join(f"{line}\n" for line in lines))
     model: Any
     if way.room_bytes is None:
         model, tokenizer = mlx_generate.open_model(checkpoint.path)
     else:
-        model = stream.Stream(
-            checkpoint, policy.compute_dtype(checkpoint), way.room_bytes, way.direct
-        )
+        dtype = policy.compute_dtype(checkpoint)
+        model = stream.Stream(checkpoint, dtype, way.room_bytes, direct=way.direct)
         tokenizer = load.tokenizer(checkpoint.path)
-    texts = {json.dumps(row): row for row, _ in kept}
-    count = len(kept)
-    most = left = TRIES * (s.num_samples + SPARE)
-    with progress.bar("text", s.num_samples) as show:
+    texts = {json.dumps(row): row for row, _ in stored}
+    count = len(stored)
+    most = TRIES * (settings.num_samples + SPARE)
+    left = most
+    with progress.bar("text", settings.num_samples) as show:
         while left > 0:
-            # of the last one: what is missing
-            size = min(way.at_once, SPARE + max(0, s.num_samples - count), left)
-            for row in write(s, model, tokenizer, batch, size):
+            missing = max(0, settings.num_samples - count)
+            size = min(way.at_once, SPARE + missing, left)
+            for row in write(settings, model, tokenizer, batch, size):
                 DISK.append(part, json.dumps([row, batch]))
                 texts[json.dumps(row)] = row
                 count += 1
                 show(len(texts))
-                if len(texts) == s.num_samples:
+                if len(texts) == settings.num_samples:
                     return list(texts.values())
-            left = left - size
-            batch = batch + 1
+            left -= size
+            batch += 1
     why = (
-        f"of {most} texts of this model only {len(texts)} are usable, {s.num_samples} were "
+        f"of {most} texts of this model only {len(texts)} are usable, {settings.num_samples} were "
         f"asked "
         f"for"
     )
@@ -206,15 +246,15 @@ def _texts(s: Settings, checkpoint: Checkpoint, part: Path, way: writing.Writing
 
 
 def _passages(row: Row) -> Iterator[Row]:
-    """A long text in passages of PIECE characters or more, whole paragraphs each; another row as it
-    is.
-    """
+    """A long text as passages of whole paragraphs, PIECE characters or more; another row as is."""
     if "text" not in row:
         yield row
         return
     passage = ""
     for paragraph in row["text"].split("\n\n"):
-        passage += ("\n\n" if passage else "") + paragraph
+        if passage:
+            passage += "\n\n"
+        passage += paragraph
         if len(passage) >= PIECE:
             yield {"text": passage}
             passage = ""
@@ -223,34 +263,38 @@ def _passages(row: Row) -> Iterator[Row]:
 
 
 def _length(row: Row) -> int:
-    """Characters, of all that it says."""
+    """Characters in all values of a row."""
     return len("".join(map(str, row.values())))
 
 
 def _drawn(rows: Sequence[Row], most: float, seed: int) -> list[Row]:
     """Passages of other text, about `most` characters of them, drawn by chance."""
-    passages = [passage for row in rows for passage in _passages(row)]
-    order = np.random.default_rng(seed).permutation(len(passages))
+    passages: list[Row] = []
+    for row in rows:
+        passages.extend(_passages(row))
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(passages))
     sizes = np.array([_length(passages[i]) for i in order])
-    return [passages[i] for i in order[np.cumsum(sizes) - sizes < most]]
+    before = np.cumsum(sizes) - sizes  # characters drawn before each passage
+    return [passages[i] for i in order[before < most]]
 
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: plan, write, mix, commit."""
-    s = settings
     out = Path(settings.out)
-    checkpoint = run_loop.opened(s, s.model, place=s.out, new="--out")
-    openings(s.languages, s.openings)
-    limit = memory.budget(s.budget_bytes)
-    m = estimates.model_of(checkpoint)
-    way = way_of(s, m, limit)
-    how = "" if way.room_bytes is None else ", read from disk for every token of them"
+    checkpoint = run_loop.opened(settings, settings.model, place=settings.out, new="--out")
+    openings(settings.languages, settings.openings)
+    limit = memory.budget(settings.budget_bytes)
+    way = way_of(settings, estimates.model_of(checkpoint), limit)
+    streamed = ""
+    if way.room_bytes is not None:
+        streamed = ", read from disk for every token of them"
     size = f"{gib(way.peak_bytes)} of {gib(limit.limit_bytes)}, {duration(way.seconds)}"
-    cli.say(f"{s.num_samples} texts, {way.at_once} at once{how}: {size}")
+    cli.say(f"{settings.num_samples} texts, {way.at_once} at once{streamed}: {size}")
     planned = {"peak_bytes": way.peak_bytes, "budget_bytes": limit.limit_bytes}
-    if s.dry_run:
+    if settings.dry_run:
         return planned
-    given = preparation.load(s.data)
+    given = preparation.load(settings.data)
     part = out.absolute().with_name(f".{out.name}.part.jsonl")
     with reported(part.parent, "the text"):
         DISK.make_folder(part.parent)
@@ -259,20 +303,22 @@ def run(settings: Settings) -> dict[str, Any]:
         progress.phase("text"),
         memory.limited(limit),
     ):
-        texts = _texts(s, checkpoint, part, way)
-    built_in = preparation.load(preparation.MIS).train if s.data is None else []
-    other = _drawn(
-        [*given.train, *built_in], sum(map(_length, texts)) * s.mix / max(1e-9, 1 - s.mix), s.seed
-    )
-    source = {**asdict(s), "model": str(checkpoint.path), "written": len(texts)}
+        texts = _texts(settings, checkpoint, part, way)
+    other = [*given.train]
+    if settings.data is None:
+        other += preparation.load(preparation.MIS).train
+    # `mix` is a share of all characters, those that the model wrote included
+    most = sum(map(_length, texts)) * settings.mix / max(1e-9, 1 - settings.mix)
+    mixed_in = _drawn(other, most, settings.seed)
+    source = {**asdict(settings), "model": str(checkpoint.path), "written": len(texts)}
+    splits = {"train": texts + mixed_in, "valid": given.valid, "test": given.test}
     with protocol.commit_folder(out, DISK, PLACE_BYTES, "the text") as folder:
-        for name, split in (("train", texts + other), ("valid", given.valid), ("test", given.test)):
-            DISK.write(
-                folder / f"{name}.jsonl", "".join(f"{json.dumps(row)}\n" for row in split).encode()
-            )
+        for name, rows in splits.items():
+            lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+            DISK.write(folder / f"{name}.jsonl", lines.encode())
         DISK.write(folder / hub.PROVENANCE, json.dumps(source, indent=1).encode())
     DISK.remove_tree(part)
-    return {"out": str(out), "written": len(texts), "mixed_in": len(other), **planned}
+    return {"out": str(out), "written": len(texts), "mixed_in": len(mixed_in), **planned}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Text from where it is, in three splits; token windows of it: train, and held-out sets that share
-nothing with it.
+"""Text in three splits, and token windows of it: held-out windows share nothing with training.
 
-From folders in mlx-lm's format, the hub, or built in: Python's manual in English (`pydoc_data`),
-the Polish Miś texts (benchmarks/polish_text), what the default teacher wrote. Every row is judged
-first; notes say what was dropped.
+The text comes from folders in mlx-lm's format or the hub, or is built in: Python's manual in
+English (`pydoc_data`), the Polish Miś texts (benchmarks/polish_text), what the default teacher
+wrote. Every row is judged first; notes say what was dropped.
 """
 
 import hashlib
@@ -20,6 +19,7 @@ import numpy as np
 
 from mis_mlx.data import draws, token_windows
 from mis_mlx.data.rows import Reading, Row, collect, read, split_off
+from mis_mlx.data.token_windows import Windows
 from mis_mlx.storage import files, hub
 from mis_mlx.types import MisError
 
@@ -50,9 +50,10 @@ TALK = {
 
 
 class Source(NamedTuple):
-    """Which text a run learns from. data: as `load` takes it. answers: a file of conversations that
-    stands beside it. share: of conversations in every draw; None: the usual one, where there are
-    any.
+    """Which text a run learns from.
+
+    data: as `load` takes it. answers: a file of conversations to learn from besides. share: of
+    conversations in every draw; None: the usual one, where there are any.
     """
 
     data: str | None = None
@@ -70,41 +71,28 @@ class Texts(NamedTuple):
 
 
 def load(data: str | None = None) -> Texts:
-    """The rows of `data`: None = the English text built in, "mis" = the Polish one, a folder, or a
-    hub id.
+    """The rows of `data`: None (the English text built in), "mis" (the Polish), a folder, a hub id.
+
+    MisError where there is no such text, or no row of it is usable.
     """
-    if data in (None, MIS):
-        splits = (
-            _manual()
-            if data is None
-            else {name: read(MIS_FOLDER / f"{name}.jsonl").rows for name in SPLITS}
-        )
-        counts = (f"{len(splits[name])} {name}" for name in SPLITS)
+    if data is None:
         version = ".".join(map(str, sys.version_info[:3]))
-        what = (
-            f"English text: the manual of Python {version}"
-            if data is None
-            else "Polish text: the Miś dataset"
-        )
+        return _built_in(f"English text: the manual of Python {version}", _manual())
+    if data == MIS:
         shared = (
             "; its splits share sentence templates, not values: a run of 32 tokens known "
             "from "
             "train is common"
         )
-        note = f"built-in {what}, {', '.join(counts)} documents{shared if data == MIS else ''}"
-        return Texts(**splits, notes=[note])
+        splits = {name: read(MIS_FOLDER / f"{name}.jsonl").rows for name in SPLITS}
+        return _built_in("Polish text: the Miś dataset", splits, shared)
     if data == TEACHER:
         raise MisError(
             "--data teacher is for distill: let `synthesize` write, and give its folder here"
         )
     folder = Path(data).expanduser()
     if folder.is_dir():  # mlx-lm's: train.jsonl and perhaps valid.jsonl, test.jsonl
-        if not (folder / "train.jsonl").exists():
-            raise MisError(f"{folder} has no train.jsonl: put one there, one JSON object per line")
-        paths = {name: folder / f"{name}.jsonl" for name in SPLITS}
-        return _splits(
-            {name: read(path) for name, path in paths.items() if path.exists()}, str(folder)
-        )
+        return _from_folder(folder)
     if folder.exists():
         raise MisError(f"{folder} is a file: --data takes the folder that holds train.jsonl")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", data):
@@ -114,35 +102,58 @@ def load(data: str | None = None) -> Texts:
     return _from_hub(data)
 
 
+def _built_in(what: str, splits: Mapping[str, Sequence[Row]], more: str = "") -> Texts:
+    counts = ", ".join(f"{len(splits[name])} {name}" for name in SPLITS)
+    return Texts(**splits, notes=[f"built-in {what}, {counts} documents{more}"])
+
+
 def _manual() -> Mapping[str, Sequence[Row]]:
-    """One document per help topic of Python's manual; the split depends on the topic's name
-    alone.
-    """
+    """One document per help topic of Python's manual."""
     from pydoc_data.topics import topics
 
     splits: dict[str, list[Row]] = {name: [] for name in SPLITS}
     for name in _without_repeats(topics):
-        bucket = int(hashlib.sha256(f"GÓRAL-{name}".encode()).hexdigest()[:8], 16) % 100
-        splits["train" if bucket < 80 else "valid" if bucket < 85 else "test"].append(
-            {"text": topics[name]}
-        )
+        # The topic's name alone decides, whatever other topics a version of Python has.
+        digest = hashlib.sha256(f"GÓRAL-{name}".encode()).hexdigest()
+        bucket = int(digest[:8], 16) % 100
+        split = "test"
+        if bucket < 80:
+            split = "train"
+        elif bucket < 85:
+            split = "valid"
+        splits[split].append({"text": topics[name]})
     return splits
 
 
 def _without_repeats(topics: Mapping[str, str]) -> list[str]:
-    """Sorted names of the topics that are not mostly a part of a longer one: a quarter of the
-    manual is there twice.
+    """Sorted names of the topics that are not mostly a part of a longer one.
+
+    A quarter of the manual is there twice: it could stand in training and be held out, too.
     """
-    kept = []
-    seen = set[str]()
+    names = []
+    seen: set[str] = set()
+    # longest first: a part comes after the topic that holds it
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
-        paragraphs = [
-            " ".join(p.split()) for p in topics[name].split("\n\n") if len(p.strip()) > 40
-        ]
-        if 2 * sum(len(p) for p in paragraphs if p in seen) <= sum(map(len, paragraphs)):
-            kept.append(name)
+        paragraphs = []
+        for paragraph in topics[name].split("\n\n"):
+            if len(paragraph.strip()) > 40:
+                paragraphs.append(" ".join(paragraph.split()))
+        repeated = sum(len(paragraph) for paragraph in paragraphs if paragraph in seen)
+        if 2 * repeated <= sum(map(len, paragraphs)):
+            names.append(name)
         seen.update(paragraphs)
-    return sorted(kept)
+    return sorted(names)
+
+
+def _from_folder(folder: Path) -> Texts:
+    if not (folder / "train.jsonl").exists():
+        raise MisError(f"{folder} has no train.jsonl: put one there, one JSON object per line")
+    readings = {}
+    for name in SPLITS:
+        path = folder / f"{name}.jsonl"
+        if path.exists():
+            readings[name] = read(path)
+    return _splits(readings, str(folder))
 
 
 def _from_hub(name: str) -> Texts:
@@ -153,45 +164,39 @@ def _from_hub(name: str) -> Texts:
             f"'{name}' is no folder here, the hub needs datasets: pip install 'mis-mlx[data]'"
         ) from error
     try:
-        found = datasets.load_dataset(name)
+        dataset = datasets.load_dataset(name)
     except Exception as error:  # the package raises dozens of kinds, all of them "could not get it"
         raise MisError(
             f"the hub did not give the dataset '{name}' ({error}): check its name"
         ) from error
     readings = {}
-    for spelling, split in {
-        "train": "train",
-        "validation": "valid",
-        "valid": "valid",
-        "test": "test",
-    }.items():
-        if spelling in found:
-            parsed = ((i, dict(row), None) for i, row in enumerate(found[spelling], 1))
-            readings[split] = collect(f"{name}[{spelling}]", "row", parsed)
+    splits = {"train": "train", "validation": "valid", "valid": "valid", "test": "test"}
+    for spelling, split in splits.items():
+        if spelling in dataset:
+            rows = ((i, dict(row), None) for i, row in enumerate(dataset[spelling], 1))
+            readings[split] = collect(f"{name}[{spelling}]", "row", rows)
     if "train" not in readings:
         raise MisError(
-            f"the dataset '{name}' has no split called train (it has {', '.join(found)}): choose "
+            f"the dataset '{name}' has no split called train (it has {', '.join(dataset)}): choose "
             f"another"
         )
     return _splits(readings, name)
 
 
 def _splits(readings: Mapping[str, Reading], source: str) -> Texts:
-    """Texts out of one to three readings, the missing splits filled in and everything doubtful
-    said.
-    """
+    """Texts out of one to three readings; missing splits are filled in, and notes say so."""
+    notes = []
     for reading in readings.values():
         if not reading.rows:
-            bad = f"{len(reading.problems)} bad ones" + (
-                f" ({reading.problems[0]})" if reading.problems else ""
-            )
+            bad = f"{len(reading.problems)} bad ones"
+            if reading.problems:
+                bad += f" ({reading.problems[0]})"
             raise MisError(f"{source}: {reading.name} has 0 usable rows and {bad}: fix that file")
-    notes = [note for reading in readings.values() for note in reading.notes()]
+        notes += reading.notes()
     rows = {name: list(reading.rows) for name, reading in readings.items()}
     if "valid" not in rows:
-        rows["train"], rows["valid"] = split_off(
-            rows["train"], [files.json_sha256(row) for row in rows["train"]]
-        )
+        # by hash: the order of the rows does not matter
+        rows["train"], rows["valid"] = _split_by_hash(rows["train"])
         notes.append(
             f"no valid split: {len(rows['valid'])} rows of train are held out for it, by hash"
         )
@@ -201,28 +206,34 @@ def _splits(readings: Mapping[str, Reading], source: str) -> Texts:
     return Texts(**rows, notes=notes)
 
 
-class Data(NamedTuple):
-    """Windows to train on, held-out windows by name (the first is the main one), and what was done,
-    in words.
+def _split_by_hash(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """(the others, a tenth of the rows, by hash)."""
+    return split_off(rows, [files.json_sha256(row) for row in rows])
 
-    talks: conversations that stand in no training window; `search` chooses sizes by their answers.
+
+class Data(NamedTuple):
+    """Windows to train on, and held-out windows by name, of which the first is the main one.
+
+    notes: what was done, in words. talks: conversations that stand in no training window; `search`
+    chooses sizes by their answers.
     """
 
-    train: token_windows.Windows
-    held_out: dict[str, token_windows.Windows]
+    train: Windows
+    held_out: dict[str, Windows]
     notes: tuple[str, ...]
     talks: tuple[Row, ...] = ()
 
 
-def calibration(data: token_windows.Windows, count: int, seed: int, use: int = 1) -> list[mx.array]:
-    """Up to `count` windows (1, T) of the training text, the same ones in every command; another
-    `use` gets others.
+def calibration(data: Windows, count: int, seed: int, use: int = 1) -> list[mx.array]:
+    """Up to `count` windows (1, T) of the training text, the same ones in every command.
+
+    Another `use` gets others.
     """
     return [mx.array(data.tokens[i][None]) for i in drawn(data, count, seed, use)]
 
 
-def drawn(data: token_windows.Windows, count: int, seed: int, use: int = 1) -> np.ndarray:
-    """Which windows `calibration` gives: their indices, each kind of text in its share."""
+def drawn(data: Windows, count: int, seed: int, use: int = 1) -> np.ndarray:
+    """Indices of the windows that `calibration` gives, each kind of text in its share."""
     return draws.some(data, count, (seed, use, 1))
 
 
@@ -241,9 +252,7 @@ def takes_conversations(tokenizer: Any) -> bool:
 
 
 def _written(tokenizer: Any) -> list[Row]:
-    """What the default teacher wrote; its answers are plain text where there is no chat template
-    that takes them.
-    """
+    """The default teacher's texts; without a chat template its answers are plain text, too."""
     rows = list(read(WRITTEN).rows)
     if not takes_conversations(tokenizer):
         rows = [{"text": row.get("text") or "\n".join(row.values())} for row in rows]
@@ -259,88 +268,117 @@ class _Cutter:
 
     @cached_property
     def start(self) -> list[int]:
-        """What stands before every window."""
+        """The tokens before every window."""
         return token_windows.start_of(self.tokenizer)
 
-    def text(self, rows: Sequence[Row]) -> token_windows.Windows:
+    def text(self, rows: Sequence[Row]) -> Windows:
         """Windows of rows one behind the other, cut wherever they are full."""
-        return token_windows.windows(
-            token_windows.tokenize(rows, self.tokenizer), self.length, self.start
-        )
+        tokenized = token_windows.tokenize(rows, self.tokenizer)
+        return token_windows.windows(tokenized, self.length, self.start)
 
-    def conversations(self, rows: Sequence[Row]) -> token_windows.Windows:
+    def conversations(self, rows: Sequence[Row]) -> Windows:
         """Windows that begin where a conversation begins."""
-        return token_windows.aligned(
-            token_windows.tokenize(rows, self.tokenizer), self.length, self.start
-        )
+        tokenized = token_windows.tokenize(rows, self.tokenizer)
+        return token_windows.aligned(tokenized, self.length, self.start)
 
 
-def _own_parts(
-    rows: Sequence[Row], cut: _Cutter
-) -> tuple[list[token_windows.Windows], list[float]]:
-    """(windows of the text rows and of the conversations of --data, as far as there are any; the
-    windows of each).
+@dataclass
+class _Mixture:
+    """Kinds of training text: {kind: its windows} and {kind: its share in every draw}.
+
+    Both are in the same order. talks: conversations that are not trained on.
     """
+
+    parts: dict[str, Windows]
+    shares: dict[str, float]
+    talks: tuple[Row, ...] = ()
+
+    def add_conversations(self, file: Path, cut: _Cutter) -> None:
+        """Train on those of a file, all but a tenth, by hash. Their share is still to be set."""
+        train, held_out = _split_by_hash(read(file).rows)
+        self.parts[CONVERSATIONS] = cut.conversations(train)
+        self.talks = tuple(held_out)
+
+    def set_conversations_share(self, share: float) -> None:
+        """Give conversations this share of every draw; the others keep theirs among each other."""
+        others = sum(self.shares.values()) - self.shares.get(CONVERSATIONS, 0)
+        self.shares[CONVERSATIONS] = others * share / max(1e-9, 1 - share)
+
+
+def _own_parts(rows: Sequence[Row], cut: _Cutter) -> list[Windows]:
+    """Windows of the text rows and of the conversations of --data, as far as there are any."""
     text = [row for row in rows if "text" in row]
-    talks = [row for row in rows if "text" not in row]
-    parts = list[token_windows.Windows]()
+    conversations = [row for row in rows if "text" not in row]
+    parts = []
     if text:
         parts.append(cut.text(text))
-    if talks:
-        parts.append(cut.conversations(talks))
-    return parts, [float(len(part.tokens)) for part in parts]
+    if conversations:
+        parts.append(cut.conversations(conversations))
+    return parts
 
 
-def _built_in_parts(
-    manual: token_windows.Windows, polish: Sequence[Row], answers: Path | None, cut: _Cutter
-) -> tuple[dict[str, token_windows.Windows], dict[str, float], tuple[Row, ...]]:
-    """({kind: its windows}, {kind: its share}, conversations held out) of the built-in text.
-    answers: those of another teacher than ours.
-    """
-    talks: tuple[Row, ...] = ()
+def _own_mixture(
+    texts: Texts,
+    parts: Sequence[Windows],
+    answers: Path | None,
+    cut: _Cutter,
+) -> _Mixture:
+    """The text of --data, each kind by its size, and the conversations of `answers`."""
+    sizes = [float(len(part.tokens)) for part in parts]
+    mixture = _Mixture({}, {}, tuple(row for row in texts.test if "text" not in row))
+    for number, (part, size) in enumerate(zip(parts, sizes, strict=True), 1):
+        mixture.parts[f"--data {number}"] = part
+        mixture.shares[f"--data {number}"] = size / sum(sizes)
+    if answers is not None and takes_conversations(cut.tokenizer):
+        mixture.add_conversations(answers, cut)
+        mixture.set_conversations_share(SHARES[CONVERSATIONS])
+    return mixture
+
+
+def _built_in_mixture(
+    manual: Windows,
+    polish: Sequence[Row],
+    answers: Path | None,
+    cut: _Cutter,
+) -> _Mixture:
+    """The built-in text. answers: those of another teacher than ours."""
     parts = {
         "Python documentation": manual,
         "Polish": cut.text(polish),
         "written by a model": cut.text(_written(cut.tokenizer)),
     }
-    if takes_conversations(cut.tokenizer):
-        train, talks = _apart(answers or ANSWERS)
-        parts[CONVERSATIONS] = cut.conversations(train)
-    return parts, {kind: SHARES[kind] for kind in parts}, talks
-
-
-def _apart(file: Path) -> tuple[list[Row], tuple[Row, ...]]:
-    """(the conversations of a file that train, a tenth of them that does not, by hash)."""
-    rows = list(read(file).rows)
-    train, held = split_off(rows, [files.json_sha256(row) for row in rows])
-    return train, tuple(held)
-
-
-def _share_beside(share: float, others: float) -> float:
-    """What is `share` of itself and the others together."""
-    return others * share / max(1e-9, 1 - share)
+    # A model without a chat template cannot be asked: it learns from text alone.
+    if not takes_conversations(cut.tokenizer):
+        return _Mixture(parts, dict(TEXT_SHARES))
+    mixture = _Mixture(parts, dict(SHARES))
+    mixture.add_conversations(answers or ANSWERS, cut)
+    return mixture
 
 
 def prepare(source: Source | str | None, tokenizer: Any, length: int) -> Data:
-    """Windows of `length` tokens, and held-out ones; of these, those that overlap training are
-    removed.
+    """Windows of `length` tokens, and held-out ones, less those that overlap training.
 
     source: text alone stands for that as --data. data None: the built-in text, in SHARES: Python's
     manual, Polish Miś texts (whose splits share sentence templates by design: there overlap stays),
     what a model wrote, and, for a tokenizer with a chat template, conversations in which the
-    default teacher answers, or those in the file `answers`. Beside another `data` conversations
-    stand only where `answers` names them. What `synthesize` wrote beside the built-in text is held
-    against the same held-out text.
+    default teacher answers, or those in the file `answers`. With other `data` there are
+    conversations only where `answers` names them. What `synthesize` wrote to add to the built-in
+    text is measured on the same held-out text.
     """
-    data, answers, share = source if isinstance(source, Source) else Source(source)
+    if not isinstance(source, Source):
+        source = Source(source)
+    data = source.data
     texts = load(data)
     cut = _Cutter(tokenizer, length)
-    held = token_windows.marked(texts.test, tokenizer)
-    test, own = (
-        token_windows.windows([row[at] for row in held], length, cut.start) for at in (0, 1)
-    )
-    own_parts, own_sizes = _own_parts(texts.train, cut)
+    # own: windows of marks in the same places, 1 where a token is text or an answer.
+    marked = token_windows.marked(texts.test, tokenizer)
+    test = token_windows.windows([ids for ids, _ in marked], length, cut.start)
+    own = token_windows.windows([marks for _, marks in marked], length, cut.start)
+    own_parts = _own_parts(texts.train, cut)
     own_train = token_windows.joined(own_parts)
+    # Held-out text that was trained on would measure what the model remembers. A question or a
+    # template that many conversations share does not count, only a run that is mostly text or
+    # answer.
     test, removed = token_windows.without_overlap(test, own_train, own=own.tokens == 1)
     counts = (
         f"{len(own_train.tokens)} training windows of {length} tokens, {len(test.tokens)} held out"
@@ -356,33 +394,32 @@ def prepare(source: Source | str | None, tokenizer: Any, length: int) -> Data:
     if data is None or hub.provenance(Path(data).expanduser()).get("data", data) is None:
         held_out = {"English": test, "Polish": cut.text(polish.test)}
     if data is None:
-        parts, shares, talks = _built_in_parts(own_train, polish.train, answers, cut)
+        mixture = _built_in_mixture(own_train, polish.train, source.answers, cut)
         notes += polish.notes
     else:
-        parts = {f"--data {number}": part for number, part in enumerate(own_parts, 1)}
-        shares = {kind: size / sum(own_sizes) for kind, size in zip(parts, own_sizes, strict=True)}
-        talks = tuple(row for row in texts.test if "text" not in row)
-        if answers is not None and takes_conversations(tokenizer):
-            train_talks, talks = _apart(answers)
-            parts[CONVERSATIONS] = cut.conversations(train_talks)
-            shares[CONVERSATIONS] = _share_beside(SHARES[CONVERSATIONS], sum(shares.values()))
-    if CONVERSATIONS in parts and share is not None:
-        shares[CONVERSATIONS] = _share_beside(share, sum(shares.values()) - shares[CONVERSATIONS])
-        if share == 0:
-            del parts[CONVERSATIONS], shares[CONVERSATIONS]
-            talks = ()
-    if data is None and CONVERSATIONS not in parts:
-        shares = dict(TEXT_SHARES)
-    train = (
-        own_train
-        if len(parts) == 1
-        else token_windows.of_kinds(list(parts.values()), list(shares.values()))
-    )
+        mixture = _own_mixture(texts, own_parts, source.answers, cut)
+    train = _mixed(mixture, source, own_train)
     if train.shares:
-        told = [f"{share:.0%} {kind}" for kind, share in zip(parts, train.shares, strict=True)]
-        notes.append(f"every draw of training windows holds {', '.join(told)}")
-    sized = {
-        name: replace(w, text_bytes=token_windows.text_bytes(w, tokenizer))
-        for name, w in held_out.items()
-    }
-    return Data(train, sized, tuple(notes), talks)
+        shares = zip(mixture.parts, train.shares, strict=True)
+        listed = ", ".join(f"{share:.0%} {kind}" for kind, share in shares)
+        notes.append(f"every draw of training windows holds {listed}")
+    sized = {}
+    for name, windows in held_out.items():
+        # a loss per byte can be compared between tokenizers, one per token cannot
+        sized[name] = replace(windows, text_bytes=token_windows.text_bytes(windows, tokenizer))
+    return Data(train, sized, tuple(notes), mixture.talks)
+
+
+def _mixed(mixture: _Mixture, source: Source, own_train: Windows) -> Windows:
+    """The windows of all kinds, after the source's share of conversations is set."""
+    if CONVERSATIONS in mixture.parts and source.share is not None:
+        mixture.set_conversations_share(source.share)
+        if source.share == 0:
+            del mixture.parts[CONVERSATIONS], mixture.shares[CONVERSATIONS]
+            mixture.talks = ()
+            if source.data is None:
+                mixture.shares = dict(TEXT_SHARES)
+    # Windows of one kind stay without shares: `draws` permutes them.
+    if len(mixture.parts) == 1:
+        return own_train
+    return token_windows.of_kinds(list(mixture.parts.values()), list(mixture.shares.values()))

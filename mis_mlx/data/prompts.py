@@ -1,8 +1,7 @@
-"""Prompts that a teacher answers, so that a student of it learns to answer (benchmarks/prompts.py
-makes them).
+"""Prompts that a teacher answers, so that its student learns to answer.
 
-Sixteen kinds in English and Polish, from explanations to second turns. What judges a student
-(evaluation/answers) is made of other templates and other words.
+benchmarks/prompts.py makes them. Sixteen kinds in English and Polish, from explanations to second
+turns. The prompts that judge a student (evaluation/answers) have other templates and other words.
 """
 
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ TRAIN = Path(__file__).parent / "prompts" / "train.jsonl"
 
 
 class Prompt(NamedTuple):
-    """turns: what the user says; the model answers each turn before it reads the next one."""
+    """turns: the user's sentences; the model answers each turn before it reads the next one."""
 
     kind: str
     language: str
@@ -23,9 +22,9 @@ class Prompt(NamedTuple):
 
 
 def train(count: int | None = None, languages: Sequence[str] = ("en", "pl")) -> list[Prompt]:
-    """The first `count` prompts in these languages (all, without a count): kinds and templates come
-    in turn.
-    """
-    rows = run_folder.records(TRAIN)
-    listed = [Prompt(row["kind"], row["language"], tuple(row["turns"])) for row in rows]
-    return [prompt for prompt in listed if prompt.language in languages][:count]
+    """The first `count` prompts in these languages; None: all. Kinds and templates come in turn."""
+    prompts = []
+    for row in run_folder.records(TRAIN):
+        if row["language"] in languages:
+            prompts.append(Prompt(row["kind"], row["language"], tuple(row["turns"])))
+    return prompts[:count]

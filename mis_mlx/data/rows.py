@@ -7,7 +7,6 @@ Rows of training text are mlx-lm's: {"text"}, {"prompt", "completion"} or {"mess
 import codecs
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -37,11 +36,12 @@ _KINDS = {
     int: "a number",
     float: "a number",
     list: "a list",
+    str: "text",
 }
 
 
 class Reading(NamedTuple):
-    """The usable rows of training text of one file, and what is wrong with the others."""
+    """The usable rows of training text of one file, and the faults of the others."""
 
     name: str
     rows: tuple[Row, ...]
@@ -52,12 +52,15 @@ class Reading(NamedTuple):
         notes = [f"{self.name}: {len(self.rows)} rows kept, {len(self.problems)} dropped"]
         notes += [f"{problem}; skipped" for problem in self.problems[:PROBLEMS_NOTED]]
         more = len(self.problems) - PROBLEMS_NOTED
-        return [*notes, f"{self.name}: {more} more bad rows"] if more > 0 else notes
+        if more > 0:
+            notes.append(f"{self.name}: {more} more bad rows")
+        return notes
 
 
 def read(path: Path) -> Reading:
-    """All usable rows of training text of a .jsonl file. A byte-order mark, CRLF and blank lines
-    are accepted.
+    """All usable rows of training text of a .jsonl file.
+
+    A byte-order mark, CRLF and blank lines are accepted. MisError where there is no such file.
     """
     if not path.is_file():
         raise MisError(f"{path} is not a regular file: put one JSON object per line into it")
@@ -65,61 +68,75 @@ def read(path: Path) -> Reading:
 
 
 def collect(name: str, unit: str, numbered: Iterable[Numbered]) -> Reading:
-    """Training text out of values, without keys that nothing reads; `unit` is what their numbers
-    count ("line").
+    """Training text out of values, without keys that nothing reads.
+
+    unit: what the numbers count, such as "line".
     """
     good, problems = judged(numbered, f"{name} {unit}", lambda row: fault(row, TEXT))
     return Reading(name, tuple(_bare(row) for row, _ in good), problems)
 
 
 def judged(
-    numbered: Iterable[Numbered], where: str, judge: Judge
+    numbered: Iterable[Numbered],
+    where: str,
+    judge: Judge,
 ) -> tuple[list[Placed], list[str]]:
-    """(rows without fault, with their places; what is wrong with the others). where: before a
-    number, "x.jsonl row".
+    """(rows without fault, with their places; the faults of the others).
+
+    where: in front of a number, such as "x.jsonl row".
     """
-    good = list[Placed]()
-    problems = list[str]()
+    good: list[Placed] = []
+    problems = []
     for number, value, unread in numbered:
-        if why := unread or judge(value):
-            problems.append(f"{where} {number}: {why}")
+        place = f"{where} {number}"
+        why = unread or judge(value)
+        if why:
+            problems.append(f"{place}: {why}")
         elif isinstance(value, dict):
-            good.append((value, f"{where} {number}"))
+            good.append((value, place))
     return good, problems
 
 
 def refuse(problems: Sequence[str]) -> None:
-    """MisError that lists what is wrong with rows, when something is."""
+    """MisError that lists the problems, where there are any."""
     if problems:
-        more = (
-            f"; and {len(problems) - PROBLEMS_LISTED} more"
-            if len(problems) > PROBLEMS_LISTED
-            else ""
-        )
         listed = "; ".join(problems[:PROBLEMS_LISTED])
-        raise MisError(f"{len(problems)} rows cannot be used: {listed}{more}: fix or remove them")
+        more = len(problems) - PROBLEMS_LISTED
+        if more > 0:
+            listed += f"; and {more} more"
+        raise MisError(f"{len(problems)} rows cannot be used: {listed}: fix or remove them")
 
 
 def shape_of(row: Mapping[str, Any], shapes: Shapes) -> str | None:
     """The first of `shapes` whose keys the row has."""
-    return next((shape for shape, keys in shapes.items() if all(key in row for key in keys)), None)
+    for shape, keys in shapes.items():
+        if all(key in row for key in keys):
+            return shape
+    return None
 
 
 def fault(row: object, shapes: Shapes) -> str | None:
-    """Why `row` is none of `shapes`, or None when it is one: its keys, texts and messages are
-    judged.
-    """
+    """Why `row` is none of `shapes`; None when it is one. Keys, texts and messages are judged."""
     if not isinstance(row, dict):
         return f"{_kind(row)}, not an object"
     shape = shape_of(row, shapes)
     if shape is None:
         keys = ", ".join(ascii(key)[:40] for key in list(row)[:4]) or "none"
-        wanted = " nor ".join(" and ".join(f"'{key}'" for key in owed) for owed in shapes.values())
+        wanted = " nor ".join(map(_quoted, shapes.values()))
         return f"has {'no' if len(shapes) == 1 else 'neither'} {wanted} (its keys: {keys})"
     if shape == "messages":
-        return "tools are not supported" if row.get("tools") else _messages_fault(row["messages"])
-    texts = [key for key in shapes[shape] if key != "options"]
-    return next((why for key in texts if (why := text_fault(key, row[key]))), None)
+        if row.get("tools"):
+            return "tools are not supported"
+        return _messages_fault(row["messages"])
+    for key in shapes[shape]:
+        why = None if key == "options" else text_fault(key, row[key])
+        if why:
+            return why
+    return None
+
+
+def _quoted(keys: Sequence[str]) -> str:
+    return " and ".join(f"'{key}'" for key in keys)
 
 
 def _messages_fault(messages: object) -> str | None:
@@ -130,10 +147,10 @@ def _messages_fault(messages: object) -> str | None:
             return f"message {number} is {_kind(message)}, not an object"
         if message.get("tool_calls"):
             return f"message {number} calls tools, which is not supported"
-        if reason := text_fault("role", message.get("role")) or text_fault(
-            "content", message.get("content")
-        ):
-            return f"message {number}: {reason}"
+        for key in ("role", "content"):
+            reason = text_fault(key, message.get(key))
+            if reason:
+                return f"message {number}: {reason}"
     return None
 
 
@@ -155,26 +172,29 @@ def text_fault(key: str, value: object) -> str | None:
 def _kind(value: object) -> str:
     if isinstance(value, list) and not value:
         return "an empty list"
-    return _KINDS.get(type(value), "text" if isinstance(value, str) else "an object")
+    return _KINDS.get(type(value), "an object")
 
 
 def _bare(row: Row) -> Row:
     keys = TEXT[shape_of(row, TEXT) or "text"]
-    if keys == ("messages",):
-        return {"messages": [{"role": m["role"], "content": m["content"]} for m in row["messages"]]}
-    return {key: row[key] for key in keys}
+    bare = {key: row[key] for key in keys}
+    if "messages" in bare:
+        bare["messages"] = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+    return bare
 
 
 def parsed(path: Path) -> Iterator[Numbered]:
-    """Every line that is not blank; one over the limit is never held whole. MisError when the disk
-    fails.
+    """Every line that is not blank; one over the limit is never held whole.
+
+    MisError when the disk fails.
     """
     try:
         with path.open("rb") as file:
-            for number, raw in enumerate(
-                iter(partial(file.readline, LINE_LIMIT_BYTES + 1), b""), 1
-            ):
-                line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+            number = 0
+            while line := file.readline(LINE_LIMIT_BYTES + 1):
+                number += 1
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if len(line) > LINE_LIMIT_BYTES and not line.endswith(b"\n"):
                     while (rest := file.readline(2**16)) and not rest.endswith(b"\n"):
                         pass
@@ -188,7 +208,7 @@ def parsed(path: Path) -> Iterator[Numbered]:
 
 
 def _value(line: bytes) -> tuple[object, str | None]:
-    """(what it says, None) or (None, why it says nothing)."""
+    """(its value, None) or (None, why it has none)."""
     try:
         return json.loads(line.decode("utf-8")), None
     except UnicodeDecodeError as error:
@@ -202,13 +222,18 @@ def _value(line: bytes) -> tuple[object, str | None]:
 
 
 def split_off(items: Sequence[T], keys: Sequence[str]) -> tuple[list[T], list[T]]:
-    """(the others, a tenth of the items, or none if no others were left): by hash of keys, equal
-    ones together.
+    """(the others, a tenth of the items by hash of their keys; equal keys stay together).
+
+    Nothing is held out where no others were left. keys: hashes in hex.
     """
     held = {key for key in keys if int(key[:8], 16) % 10 == 0} or {min(keys)}
     if held.issuperset(keys):
         return list(items), []
-    keyed = list(zip(items, keys, strict=True))
-    return [item for item, key in keyed if key not in held], [
-        item for item, key in keyed if key in held
-    ]
+    others = []
+    held_out = []
+    for item, key in zip(items, keys, strict=True):
+        if key in held:
+            held_out.append(item)
+        else:
+            others.append(item)
+    return others, held_out

@@ -12,12 +12,17 @@ from numpy.lib.stride_tricks import sliding_window_view
 from mis_mlx.data.rows import Row
 from mis_mlx.types import MisError
 
+Ids = list[int]
+Marked = tuple[Ids, Ids]  # ids, and 1 or 0 for each
+
 
 @dataclass(frozen=True)
 class Windows:
-    """Token ids (N, T) int32, and learn (N, T) float32: 1 where the prediction made there, of the
-    next token, counts; so its last column is 0. text_bytes (N,): of the text of these predictions;
-    None where that was not counted.
+    """Windows of T tokens, N of them.
+
+    tokens (N, T) int32: their ids. learn (N, T) float32: 1 where the prediction made there, of the
+    next token, counts; so its last column is 0. text_bytes (N,): bytes of text of these
+    predictions; None where that was not counted.
 
     kind (N,): the number of the kind of text that a window is of; None: all are of one kind.
     shares: of each kind, by its number, in every draw (data/draws), however many windows there are
@@ -42,36 +47,43 @@ class Windows:
 
 
 def joined(parts: Sequence[Windows]) -> Windows:
-    """Windows of one length, one text's after the other's; their bytes where all have them
-    counted.
+    """Windows of one length, one text's behind the other's.
+
+    Their bytes are kept where all parts have them counted.
     """
     sizes = [part.text_bytes for part in parts if part.text_bytes is not None]
-    tokens, learn = (
-        np.concatenate([getattr(part, name) for part in parts]) for name in ("tokens", "learn")
+    return Windows(
+        tokens=np.concatenate([part.tokens for part in parts]),
+        learn=np.concatenate([part.learn for part in parts]),
+        text_bytes=np.concatenate(sizes) if len(sizes) == len(parts) else None,
     )
-    return Windows(tokens, learn, np.concatenate(sizes) if len(sizes) == len(parts) else None)
 
 
-def tokenize(rows: Iterable[Row], tokenizer: Any) -> list[list[int]]:
-    """Ids of every row. A text row gets the tokenizer's own start token, if it has that habit, and
-    the end token; the others are rendered with its chat template. mlx-lm's ids, but a special token
-    spelled in a text stays text.
+def tokenize(rows: Iterable[Row], tokenizer: Any) -> list[Ids]:
+    """Ids of every row, as mlx-lm's, but a special token spelled in a text stays text.
+
+    A text row gets the tokenizer's own start token, if it puts one before every text, and the end
+    token; the others are rendered with its chat template.
     """
-    return [ids for ids, _ in marked(rows, tokenizer, False)]
+    return [ids for ids, _ in marked(rows, tokenizer, mask_prompt=False)]
 
 
 def marked(
-    rows: Iterable[Row], tokenizer: Any, mask_prompt: bool = True
-) -> list[tuple[list[int], list[int]]]:
-    """(`tokenize`'s ids, own) of every row. own: 1 at text and answers; 0 at prompts and the
-    template, if masked.
+    rows: Iterable[Row],
+    tokenizer: Any,
+    mask_prompt: bool = True,
+) -> list[Marked]:
+    """(`tokenize`'s ids, own) of every row.
+
+    own: 1 at text and answers; 0 at prompts and the template, if masked.
     """
     end = end_of(tokenizer)
     start = start_of(tokenizer)
-    tokenized = list[tuple[list[int], list[int]]]()
+    tokenized = []
     for number, row in enumerate(rows, 1):
         if "text" in row:
-            ids = [*start, *_encode(tokenizer, row["text"], split=True), end]
+            text = _encode(tokenizer, row["text"], split=True)
+            ids = [*start, *text, end]
             tokenized.append((ids, [1] * len(ids)))
             continue
         try:
@@ -86,10 +98,13 @@ def marked(
     return tokenized
 
 
-def start_of(tokenizer: Any) -> list[int]:
+def start_of(tokenizer: Any) -> Ids:
     """[start token] for tokenizers that put one before every text (Gemma needs it), else []."""
-    habit = list(tokenizer.encode(""))
-    return habit[:1] if habit and habit[0] == getattr(tokenizer, "bos_token_id", None) else []
+    # An attribute alone does not tell: many tokenizers name a start token and never put it.
+    ids = list(tokenizer.encode(""))
+    if ids and ids[0] == getattr(tokenizer, "bos_token_id", None):
+        return ids[:1]
+    return []
 
 
 def end_of(tokenizer: Any) -> int:
@@ -101,9 +116,10 @@ def end_of(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _encode(tokenizer: Any, text: str, split: bool) -> list[int]:
-    """Ids of `text`, nothing added; split: cut special tokens spelled in it. MisError: a regular
-    expression astray.
+def _encode(tokenizer: Any, text: str, split: bool) -> Ids:
+    """Ids of `text`, nothing added. split: cut special tokens spelled in it into ordinary ones.
+
+    MisError where the tokenizer's regular expression breaks down.
     """
     options = {"add_special_tokens": False}
     if hasattr(tokenizer, "split_special_tokens"):  # transformers' kind has this switch
@@ -120,119 +136,144 @@ def _encode(tokenizer: Any, text: str, split: bool) -> list[int]:
         ) from None
 
 
-def plain(row: Row, tokenizer: Any, mask_prompt: bool) -> tuple[list[int], list[int]]:
-    """(ids, learn) of a prompt/completion row without a template: encoded apart, no token in both;
-    and the end.
+def plain(row: Row, tokenizer: Any, mask_prompt: bool) -> Marked:
+    """(ids, learn) of a prompt/completion row without a template, with the end token.
+
+    Prompt and completion are encoded apart, so that no token lies in both.
     """
-    prompt = [*start_of(tokenizer), *_encode(tokenizer, row["prompt"], split=True)]
-    answer = [*_encode(tokenizer, row["completion"], split=True), tokenizer.eos_token_id]
-    return [*prompt, *answer], [int(not mask_prompt)] * len(prompt) + [1] * len(answer)
+    prompt = start_of(tokenizer) + _encode(tokenizer, row["prompt"], split=True)
+    answer = _encode(tokenizer, row["completion"], split=True)
+    answer.append(tokenizer.eos_token_id)
+    learn = [int(not mask_prompt)] * len(prompt)
+    learn += [1] * len(answer)
+    return prompt + answer, learn
 
 
 def _messages(row: Row) -> list[Row]:
-    pair = {"user": "prompt", "assistant": "completion"}
-    return row.get("messages") or [
-        {"role": role, "content": row[key]} for role, key in pair.items()
+    if row.get("messages"):
+        return row["messages"]
+    return [
+        {"role": "user", "content": row["prompt"]},
+        {"role": "assistant", "content": row["completion"]},
     ]
 
 
-def conversation(row: Row, tokenizer: Any, mask_prompt: bool) -> tuple[list[int], list[int]]:
-    """(ids, learn) of a prompt/completion or messages row. mask_prompt: only answers are learned,
-    all of them. Learn starts where the ids part from those of the conversation before an answer,
-    and ends where they part from those of the conversation up to it: the templates of some models
-    rewrite earlier turns.
+def conversation(row: Row, tokenizer: Any, mask_prompt: bool) -> Marked:
+    """(ids, learn) of a prompt/completion or messages row.
+
+    mask_prompt: only answers are learned, all of them. Learn starts where the ids part from those
+    of the conversation before an answer, and ends where they part from those of the conversation up
+    to it: the templates of some models rewrite earlier turns.
     """
     messages = _messages(row)
     ids = _render(messages, tokenizer)
     if not mask_prompt:
         return ids, [1] * len(ids)
     learn = [0] * len(ids)
-    for last in (at for at, message in enumerate(messages) if message["role"] == "assistant"):
-        begin = (
-            _shared(ids, _render(messages[:last], tokenizer, add_generation_prompt=True))
-            if last
-            else 0
-        )
-        end = (
-            len(ids)
-            if last == len(messages) - 1
-            else _shared(ids, _render(messages[: last + 1], tokenizer))
-        )
-        learn[begin:end] = [1] * max(0, end - begin)
+    for last, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        begin = 0
+        if last:
+            before = _render(messages[:last], tokenizer, add_generation_prompt=True)
+            begin = _shared(ids, before)
+        end = len(ids)
+        if last < len(messages) - 1:
+            so_far = _render(messages[: last + 1], tokenizer)
+            end = _shared(ids, so_far)
+        # A rewritten turn may part before the answer begins: then nothing of it is learned.
+        count = max(0, end - begin)
+        learn[begin:end] = [1] * count
     return ids, learn
 
 
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+def _shared(left: Sequence[int], right: Sequence[int]) -> int:
     """Length of the common beginning."""
-    return next(
-        (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
-        min(len(one), len(other)),
-    )
+    for length, (one, other) in enumerate(zip(left, right, strict=False)):
+        if one != other:
+            return length
+    return min(len(left), len(right))
 
 
 def _render(
-    messages: Sequence[Row], tokenizer: Any, add_generation_prompt: bool = False
-) -> list[int]:
-    """Ids of the rendered conversation, where only the template's own special tokens are special. A
-    special token spelled in a message passes through the template as one private character and is
+    messages: Sequence[Row],
+    tokenizer: Any,
+    add_generation_prompt: bool = False,
+) -> Ids:
+    """Ids of the rendered conversation, where only the template's own special tokens are special.
+
+    A special token spelled in a message passes through the template as one private character and is
     cut up afterwards. A conversation without any, nearly every one, is encoded in one go, exactly
     as mlx-lm does.
     """
     content = "".join(message["content"] for message in messages)
-    spelled = sorted(
-        (t for t in _special_tokens(tokenizer) if t in content), key=lambda t: (-len(t), t)
-    )
+    spelled = [token for token in _special_tokens(tokenizer) if token in content]
+    # The longest first, because one special token may begin another; by name for a fixed order.
+    spelled.sort(key=lambda token: (-len(token), token))
+    # Code points of a private plane that no message uses.
     unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in content)
     stand_ins = dict(zip(spelled, unused, strict=False))
-    known = re.compile("|".join(map(re.escape, spelled)) or "(?!)")
-    safe = [
-        {**m, "content": known.sub(lambda found: stand_ins[found[0]], m["content"])}
-        for m in messages
-    ]
+    pattern = "|".join(map(re.escape, spelled)) or "(?!)"
+    known = re.compile(pattern)
+    safe = []
+    for message in messages:
+        text = known.sub(lambda match: stand_ins[match[0]], message["content"])
+        safe.append({**message, "content": text})
     rendered = tokenizer.apply_chat_template(
         safe, tokenize=False, add_generation_prompt=add_generation_prompt
     )
     if not spelled:
         return _encode(tokenizer, rendered, split=False)
     meant = {stand_in: token for token, stand_in in stand_ins.items()}
-    ids = list[int]()
+    ids = []
+    # The brackets keep the stand-ins among the pieces: these are text, what lies between them is
+    # the template's, with special tokens of its own.
     for piece in re.split(f"([{''.join(meant)}])", rendered):
-        if piece:
-            ids += _encode(tokenizer, meant.get(piece, piece), split=piece in meant)
+        if piece in meant:
+            ids += _encode(tokenizer, meant[piece], split=True)
+        elif piece:
+            ids += _encode(tokenizer, piece, split=False)
     return ids
 
 
 def _special_tokens(tokenizer: Any) -> set[str]:
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    return {t.content for t in added if t.special} | set(
-        getattr(tokenizer, "all_special_tokens", ())
-    )
+    special = {token.content for token in added if token.special}
+    return special.union(getattr(tokenizer, "all_special_tokens", ()))
 
 
-def windows(tokenized: Iterable[Sequence[int]], length: int, start: Sequence[int] = ()) -> Windows:
-    """(N, `length`) windows of all rows' ids, back to back, each after `start` (`start_of`); a
-    partial one goes.
+def windows(
+    tokenized: Iterable[Sequence[int]],
+    length: int,
+    start: Sequence[int] = (),
+) -> Windows:
+    """(N, `length`) windows of all rows' ids, back to back, each after `start` (`start_of`).
+
+    A partial window at the end goes. MisError where there is not one whole window.
     """
-    ids = np.concatenate(
-        [np.asarray(row, np.int32) for row in tokenized] or [np.zeros(0, np.int32)]
-    )
-    own = length - len(start)
+    rows = (np.asarray(row, np.int32) for row in tokenized)
+    ids = np.concatenate([np.zeros(0, np.int32), *rows])
+    first = len(start)
+    own = length - first
     count = len(ids) // own
     if count == 0:
         why = f"the text has {len(ids)} tokens and one window takes {own}"
         raise MisError(f"{why}: bring more text or lower --max-seq-length")
     tokens = np.empty((count, length), np.int32)
-    learn = np.ones((count, length), np.float32)
-    tokens[:, : len(start)] = start
-    tokens[:, len(start) :] = ids[: count * own].reshape(count, own)
+    tokens[:, :first] = start
+    tokens[:, first:] = ids[: count * own].reshape(count, own)
+    return _all_learned(tokens)
+
+
+def _all_learned(tokens: np.ndarray) -> Windows:
+    """Windows whose predictions all count, but the last column's: its next token is not there."""
+    learn = np.ones(tokens.shape, np.float32)
     learn[:, -1] = 0
     return Windows(tokens, learn)
 
 
 def text_bytes(windows: Windows, tokenizer: Any) -> np.ndarray:
-    """(N,) bytes of text that the predictions that count in each window are of; a special token is
-    none of the text.
-    """
+    """(N,) bytes of text of the predictions that count in each window; special tokens have none."""
     special = _special_tokens(tokenizer)
     added = tokenizer.get_added_vocab()
     # SentencePiece's spelling; in a byte-level one each character is a byte
@@ -243,130 +284,163 @@ def text_bytes(windows: Windows, tokenizer: Any) -> np.ndarray:
             return 0
         if spaced and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
             return 1
-        return len(token.replace("▁", " ").encode()) if spaced or token in added else len(token)
+        if spaced or token in added:
+            return len(token.replace("▁", " ").encode())
+        return len(token)
 
+    # Each id is sized once, however often it comes up.
     ids, places = np.unique(windows.tokens, return_inverse=True)
-    sizes = np.array([size(token) for token in tokenizer.convert_ids_to_tokens(ids.tolist())])
-    return np.where(
-        windows.learn[:, :-1] > 0, sizes[places.reshape(windows.tokens.shape)][:, 1:], 0
-    ).sum(axis=1)
+    names = tokenizer.convert_ids_to_tokens(ids.tolist())
+    sizes = np.array([size(name) for name in names])
+    sizes_of_tokens = sizes[places.reshape(windows.tokens.shape)]
+    # The prediction at place t is of the token at t + 1.
+    counts = windows.learn[:, :-1] > 0
+    return np.where(counts, sizes_of_tokens[:, 1:], 0).sum(axis=1)
 
 
 def reread(windows: Windows, tokenizer: Any, other: Any) -> Windows:
-    """The text of each window as another model's tokenizer cuts it, (N, T') with what is behind its
-    end not counted. Special tokens stay what they are; half of a letter at either end is left out.
+    """The text of each window as another model's tokenizer cuts it: (N, T').
+
+    Padding behind a window's end is not counted. Special tokens stay what they are; half of a
+    letter at either end is left out.
     """
     names = _special_tokens(tokenizer)
-    length = 0
-    special = {
-        i: other.convert_tokens_to_ids(t) for t, i in tokenizer.get_vocab().items() if t in names
-    }
-    rows = list[list[int]]()
+    special = {}
+    for token, i in tokenizer.get_vocab().items():
+        if token in names:
+            special[i] = other.convert_tokens_to_ids(token)
+    rows = []
     for window in windows.tokens.tolist():
-        row = list[int]()
+        row: Ids = []
         begin = 0
-        for end in [*(at for at, i in enumerate(window) if i in special), len(window)]:
+        # Text between two special tokens is decoded in one piece, so that `other` cuts it freely.
+        ends = [place for place, i in enumerate(window) if i in special]
+        for end in [*ends, len(window)]:
             text = tokenizer.decode(window[begin:end], clean_up_tokenization_spaces=False)
             row += _encode(other, text.strip("\ufffd"), split=True)
-            row += [special[window[end]]] if end < len(window) else []
+            if end < len(window):
+                row.append(special[window[end]])
             begin = end + 1
         rows.append(row)
-        length = max(length, len(row))
-    learn = np.arange(length) < np.array([len(row) - 1 for row in rows])[:, None]
-    again = Windows(
-        np.array([row + [0] * (length - len(row)) for row in rows], np.int32),
-        learn.astype(np.float32),
-    )
+    length = max(map(len, rows), default=0)
+    tokens = np.zeros((len(rows), length), np.int32)
+    learn = np.zeros((len(rows), length), np.float32)
+    for number, row in enumerate(rows):
+        tokens[number, : len(row)] = row
+        # the last token of a row has no next one
+        last = max(0, len(row) - 1)
+        learn[number, :last] = 1
+    again = Windows(tokens, learn)
     return replace(again, text_bytes=text_bytes(again, other))
 
 
-def aligned(tokenized: Sequence[Sequence[int]], length: int, start: Sequence[int] = ()) -> Windows:
-    """(N, `length`) windows that each begin with a row's first token, after `start`, and go on with
-    the rows behind it.
+def aligned(
+    tokenized: Sequence[Sequence[int]],
+    length: int,
+    start: Sequence[int] = (),
+) -> Windows:
+    """(N, `length`) windows that each begin with a row's first token, after `start`.
 
-    A window ends where it is full, in the middle of a row; that row begins the next window, whole.
-    So no window begins in the middle of an answer, and no question is lost. Only a row longer than
-    a window goes on in the next one where it was cut. Behind the last row the first ones follow
-    again.
+    A window goes on with the rows behind its first one and ends where it is full, in the middle of
+    a row; that row begins the next window, whole. So no window begins in the middle of an answer,
+    and no question is lost. Only a row longer than a window goes on in the next one where it was
+    cut. Behind the last row the first ones follow again. MisError without rows.
     """
     own = length - len(start)
-    rows = list[list[int]]()
+    rows = []
     for row in tokenized:
-        rows += [list(row[at : at + own]) for at in range(0, len(row), own)]
+        for begin in range(0, len(row), own):
+            piece = row[begin : begin + own]
+            rows.append(list(piece))
     if not rows:
         raise MisError(
             f"0 conversations have text, one window takes {own} tokens: bring more of them"
         )
-    tokens = list[list[int]]()
+    tokens = []
     first = 0
     while first < len(rows):
-        ids = list[int]()
+        ids: Ids = []
         last = first
         while len(ids) < own:
             ids += rows[last % len(rows)]
             last += 1
         tokens.append([*start, *ids[:own]])
-        whole_rows = last - first if len(ids) == own else last - first - 1
-        first += max(1, whole_rows)
-    learn = np.ones((len(tokens), length), np.float32)
-    learn[:, -1] = 0
-    return Windows(np.array(tokens, np.int32), learn)
+        complete = last - first
+        if len(ids) > own:  # the last row was cut: the next window begins with it
+            complete -= 1
+        first += max(1, complete)  # a row that fills the window alone must not come again
+    return _all_learned(np.array(tokens, np.int32))
 
 
 def of_kinds(parts: Sequence[Windows], shares: Sequence[float]) -> Windows:
-    """Windows of several kinds of text, one part a kind, that every draw takes in these shares of
-    their sum.
+    """Windows of several kinds of text, one part a kind.
+
+    Every draw takes the kinds in these shares of their sum.
     """
-    kind = np.concatenate(
-        [np.full(len(part.tokens), number, np.int32) for number, part in enumerate(parts)]
-    )
+    counts = [len(part.tokens) for part in parts]
+    numbers = np.arange(len(parts), dtype=np.int32)
+    kind = np.repeat(numbers, counts)
     total = sum(shares)
-    return replace(joined(parts), kind=kind, shares=tuple(share / total for share in shares))
+    of_sum = tuple(share / total for share in shares)
+    return replace(joined(parts), kind=kind, shares=of_sum)
 
 
 def order(n_windows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
-    """Indices (batch_size,) of the windows of optimizer step `step`, counted from 0: a pure
-    function of its arguments. Each epoch is a fresh permutation, less a rest too small for a batch;
-    a batch bigger than the data goes round it.
+    """Indices (batch_size,) of the windows of optimizer step `step`, counted from 0.
+
+    A pure function of its arguments. Each epoch is a fresh permutation, less a rest too small for a
+    batch; a batch bigger than the data goes round it. MisError where either number is 0.
     """
     if n_windows < 1 or batch_size < 1:
         raise MisError(f"{n_windows} windows in batches of {batch_size}: both must be at least 1")
     epoch, within = divmod(step, max(1, n_windows // batch_size))
-    return np.resize(
-        np.random.default_rng([seed, epoch]).permutation(n_windows)[within * batch_size :],
-        batch_size,
-    )
+    rng = np.random.default_rng([seed, epoch])
+    permutation = rng.permutation(n_windows)
+    return np.resize(permutation[within * batch_size :], batch_size)
 
 
-def overlap(train: Windows, held_out: Windows, span: int = 32, own: Any = 1) -> np.ndarray:
-    """Sorted indices of the held-out windows that share any run of `span` tokens (or all, of a
-    shorter one) with the training text. By 64-bit polynomial hashes: a window may go without need,
-    once in 10^9 times. own (N, T): 0 in prompts and templates, which conversations share; a run
-    counts where half of it or more is 1.
+def overlap(
+    train: Windows,
+    held_out: Windows,
+    span: int = 32,
+    own: Any = 1,
+) -> np.ndarray:
+    """Sorted indices of the held-out windows that share any run of `span` tokens with `train`.
+
+    A window shorter than `span` shares all of it. By 64-bit polynomial hashes: a window may go
+    without need, once in 10^9 times. own (N, T): 0 in prompts and templates, which conversations
+    share; a run counts where half of it or more is 1.
     """
     span = min(span, held_out.tokens.shape[1])
-    powers = np.uint64(0x9E3779B97F4A7C15) ** np.arange(span, dtype=np.uint64)
+    base = np.uint64(0x9E3779B97F4A7C15)
+    powers = base ** np.arange(span, dtype=np.uint64)
 
     def hashes(tokens: np.ndarray) -> np.ndarray:
-        return sliding_window_view(tokens.astype(np.uint64), span, axis=-1) @ powers
+        """Of every run of `span` tokens; products wrap at 2**64."""
+        runs = sliding_window_view(tokens.astype(np.uint64), span, axis=-1)
+        return runs @ powers
 
     text = train.tokens
-    # a start token that the windows got, not the text
-    if len(text) > 1 and (text[:, 0] == text[0, 0]).all():
+    # A start token that the windows got, not the text, would break every run across two windows.
+    first = text[:, 0]
+    if len(text) > 1 and (first == first[0]).all():
         text = text[:, 1:]
-    said = sliding_window_view(np.broadcast_to(own, held_out.tokens.shape), span, axis=-1).mean(
-        axis=-1
-    )
-    return np.flatnonzero(
-        (np.isin(hashes(held_out.tokens), hashes(text.reshape(-1))) & (said >= 0.5)).any(axis=1)
-    )
+    own = np.broadcast_to(own, held_out.tokens.shape)
+    own_share = sliding_window_view(own, span, axis=-1).mean(axis=-1)
+    # The training windows lie back to back, so their runs are taken across the borders.
+    known = np.isin(hashes(held_out.tokens), hashes(text.reshape(-1)))
+    return np.flatnonzero((known & (own_share >= 0.5)).any(axis=1))
 
 
 def without_overlap(
-    held_out: Windows, train: Windows, span: int = 32, own: Any = 1
+    held_out: Windows,
+    train: Windows,
+    span: int = 32,
+    own: Any = 1,
 ) -> tuple[Windows, int]:
-    """(held-out windows that share no run of `span` tokens with the training text, how many were
-    removed).
+    """(held-out windows that share no run of `span` tokens with `train`, how many were removed).
+
+    MisError where none are left.
     """
     shared = overlap(train, held_out, span, own)
     count = len(held_out.tokens)
@@ -375,11 +449,15 @@ def without_overlap(
             f"all {count} held-out windows share {span} tokens in a row with train: bring other "
             f"test text"
         )
-    return held_out.pick(np.setdiff1d(np.arange(count), shared)), len(shared)
+    others = np.setdiff1d(np.arange(count), shared)
+    return held_out.pick(others), len(shared)
 
 
 def fingerprint(windows: Windows) -> str:
     """sha256 of the windows' shape and tokens, in hex: the same on every machine."""
-    tokens = np.ascontiguousarray(windows.tokens, dtype="<i4").tobytes()
-    kinds = "" if windows.kind is None else repr((windows.kind.tolist(), windows.shares))
-    return hashlib.sha256(repr(windows.tokens.shape).encode() + tokens + kinds.encode()).hexdigest()
+    digest = hashlib.sha256(repr(windows.tokens.shape).encode())
+    digest.update(np.ascontiguousarray(windows.tokens, dtype="<i4").tobytes())
+    if windows.kind is not None:
+        kinds = (windows.kind.tolist(), windows.shares)
+        digest.update(repr(kinds).encode())
+    return digest.hexdigest()

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -12,22 +13,32 @@ from mis_mlx.storage import hub, run_folder
 from mis_mlx.types import Checkpoint
 
 STAGES = ("model", "distilled", "pruned")  # the folders of a run
+# settings of a run that the card shows
 TOLD = (
-    "scenario vocab languages importance iters learning_rate max_seq_length "
-    "reconstruct_samples "
-    "quantize"
+    "scenario",
+    "vocab",
+    "languages",
+    "importance",
+    "iters",
+    "learning_rate",
+    "max_seq_length",
+    "reconstruct_samples",
+    "quantize",
 )
 
 
 def run_of(folder: Path) -> Path | None:
     """The run folder that a model folder lies in, if it does."""
     run = folder.resolve().parent
-    return run if folder.name in STAGES and (run / run_folder.CONFIG).is_file() else None
+    if folder.name in STAGES and (run / run_folder.CONFIG).is_file():
+        return run
+    return None
 
 
 def name_of(folder: Path) -> str:
-    """What to call the model: its folder's name, or its run's (and the stage, unless it is the last
-    one).
+    """What to call the model: its folder's name, or its run's.
+
+    A run's stage is added, unless it is the last one.
     """
     run = run_of(folder)
     if run is None:
@@ -36,51 +47,76 @@ def name_of(folder: Path) -> str:
 
 
 def base_of(folder: Path) -> str | None:
-    """The hub id of the teacher of the run that a model came from, or of the cached model itself;
-    None if unknown.
+    """The hub id of the model that a run began with, or of the cached model itself.
+
+    None if it is unknown.
     """
     if folder.parent == hub.cache_root():
-        return folder.name.replace("--", "/", 1) if "--" in folder.name else resolve.DEFAULT
-    if (run := run_of(folder)) is None:
+        if "--" not in folder.name:
+            return resolve.DEFAULT
+        return folder.name.replace("--", "/", 1)
+    run = run_of(folder)
+    if run is None:
         return None
     stored = run_folder.stored_settings(run)
-    # an aligned model's begins at a model
-    named = stored["model"] if "model" in stored else stored.get("teacher")
-    if named is not None and Path(named).is_dir():
-        return base_of(Path(named))
-    return resolve.DEFAULT if named is None else named if resolve.REPO_ID.fullmatch(named) else None
+    base = stored.get("teacher")
+    if "model" in stored:  # an aligned model's run begins at a model
+        base = stored["model"]
+    if base is None:
+        return resolve.DEFAULT
+    if Path(base).is_dir():
+        return base_of(Path(base))
+    return base if resolve.REPO_ID.fullmatch(base) else None
 
 
 def readme(
-    checkpoint: Checkpoint, base: str | None, file: str, facts: Sequence[str], licence: str = ""
+    checkpoint: Checkpoint,
+    base: str | None,
+    file: str,
+    facts: Sequence[str],
+    licence: str = "",
 ) -> str:
-    """README.md: base, recipe, the run's table, use, licence. file: the GGUF's name, if there is
-    one.
+    """README.md: base, recipe, the run's table, use, licence.
+
+    file: the GGUF's name; "" for a Hugging Face folder.
     """
-    run = run_of(checkpoint.path)
-    library = "gguf" if file else "transformers"
-    known = licence or ("apache-2.0" if base == resolve.DEFAULT else "")
-    front = {"base_model": base, "license": known, "library_name": library, "tags": ["mis_mlx"],
-             "pipeline_tag": "text-generation"}  # fmt: skip
+    if not licence and base == resolve.DEFAULT:
+        licence = "apache-2.0"
+    front = {
+        "base_model": base,
+        "license": licence,
+        "library_name": "gguf" if file else "transformers",
+        "tags": ["mis_mlx"],
+        "pipeline_tag": "text-generation",
+    }
+    stated = {key: value for key, value in front.items() if value}
     data = checkpoint.path / run_folder.DATA
-    table = run / "table.md" if run else None
-    stored = run_folder.stored_settings(run) if run else {}
-    folders = [checkpoint.path, *(run / stage for stage in STAGES if run)]
+    size = f"{arch.params(checkpoint.config) / 1e6:.1f} million parameters"
     values = {
-        "front": yaml.safe_dump(
-            {key: value for key, value in front.items() if value}, sort_keys=False
-        ).strip(),
+        "front": yaml.safe_dump(stated, sort_keys=False).strip(),
         "name": name_of(checkpoint.path),
         "base": base,
-        "size": f"{arch.params(checkpoint.config) / 1e6:.1f} million parameters: "
-        f"{config.shape_of(checkpoint.config)}",
+        "size": f"{size}: {config.shape_of(checkpoint.config)}",
         "facts": facts,
         "data": json.loads(data.read_text("utf-8")) if data.is_file() else None,
-        "keep": next(filter(None, map(model_writer.read_keep, folders)), None),
-        "settings": {k: stored[k] for k in TOLD.split() if stored.get(k) not in (None, [])}
-        if run
-        else None,
-        "table": table.read_text("utf-8").strip() if table and table.is_file() else "",
+        **_of_run(checkpoint.path),
         "file": file,
     }
     return html.document("model_card.md", values) + "\n"
+
+
+def _of_run(folder: Path) -> dict[str, Any]:
+    """What the card says of pruning, settings and results of the run that the model is of."""
+    run = run_of(folder)
+    folders = [folder]
+    settings = None
+    table = ""
+    if run:
+        stored = run_folder.stored_settings(run)
+        settings = {key: stored[key] for key in TOLD if stored.get(key) not in (None, [])}
+        folders += [run / stage for stage in STAGES]
+        path = run / "table.md"
+        if path.is_file():
+            table = path.read_text("utf-8").strip()
+    keep = next(filter(None, map(model_writer.read_keep, folders)), None)
+    return {"keep": keep, "settings": settings, "table": table}

@@ -1,16 +1,15 @@
-"""A model's tensors and facts as llama.cpp has them: names, types, order of rows, what its loader
-asks for; their file.
+"""A model's tensors and facts as llama.cpp has them, and the file of them.
 
-What MLX packed is not rounded again where llama.cpp has the same format: affine groups of up to 4
-bits are Q4_1 blocks and those of 5 bits Q5_1 (scale · q + bias, repeated in a group's blocks of
-32), mxfp4 and nvfp4 MXFP4 and NVFP4.
+Names, types, the order of rows, and every key that llama.cpp's loader asks for. What MLX packed is
+not rounded again where llama.cpp has the same format: affine groups of up to 4 bits are Q4_1 blocks
+and those of 5 bits Q5_1 (scale · q + bias, repeated in a group's blocks of 32), mxfp4 and nvfp4 are
+MXFP4 and NVFP4.
 """
 
 import io
-import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +18,9 @@ import mlx.core as mx
 import numpy as np
 from gguf.gguf_writer import WriterState
 
+from mis_mlx.gguf_export import positions
+from mis_mlx.gguf_export.positions import Config
+from mis_mlx.gguf_export.words import FILE_TYPES, FREQS, OWN, REWRAPPED, YARN
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, experts, families, load, wheel_model
 from mis_mlx.models.config import normalised, shape_of
@@ -27,21 +29,18 @@ from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint, MisError
 
 BLOCK = 32  # weights of a Q4_1 or Q5_1 block
+NVFP4_BLOCK = 64  # four groups of 16
+K_BLOCK = 256  # of llama.cpp's K types
 SLAB_BYTES = 16 * 2**20  # float32 rows converted at once
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT  # bytes, at a multiple of which every tensor begins
-# rewrapped: MLX's mode and bits, and ggml's type of the same numbers. freqs: what frequencies are
-# divided by. yarn: keys of stretched positions; own: a family's own ones; with the `GGUFWriter`'s
-# word for each. file_types: those that are not MOSTLY_ and their name.
-WORDS = json.loads((Path(__file__).parent / "words.json").read_text("utf-8"))
-REWRAPPED = WORDS["rewrapped"]
-YARN = WORDS["yarn"]
-OWN = WORDS["own"]
 
 
 class Part(NamedTuple):
-    """One tensor of the GGUF: its name there and here, shape (out, in), ggml's type. heads: of q
-    and k, whose rows llama.cpp wants interleaved; 0 leaves the order. exact: MLX's packing
-    re-wrapped.
+    """One tensor of the GGUF.
+
+    name, source: llama.cpp's name and Hugging Face's. shape: (out, in), behind the experts where
+    they are stacked. kind: ggml's type. heads: of q and k, whose rows llama.cpp wants interleaved;
+    0 leaves the order. exact: MLX's packed numbers are kept.
     """
 
     name: str
@@ -53,375 +52,417 @@ class Part(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file, without padding. ValueError when a row cannot be cut into the type's
-        blocks.
+        """Bytes in the file, without padding.
+
+        ValueError when a row cannot be cut into the type's blocks.
         """
-        return math.prod(
-            gguf.quant_shape_to_byte_shape(self.shape, gguf.GGMLQuantizationType[self.kind])
-        )
+        type_ = gguf.GGMLQuantizationType[self.kind]
+        return math.prod(gguf.quant_shape_to_byte_shape(self.shape, type_))
 
 
 def out_type(checkpoint: Checkpoint) -> str:
-    """The type that suits a model: one that holds what MLX packed exactly; q8_0 where none does;
-    f16 if not packed.
+    """The type that keeps exactly what MLX packed.
+
+    q8_0 where no type does; f16 for a model that is not packed.
     """
     if not arch.is_quantized(checkpoint.tensors):
         return "f16"
-    packed = [
-        own
-        for name in arch.tensors_of(checkpoint.config)
-        if (own := load.packing(checkpoint, name))
-    ]
-    exact = [own["mode"] for own in packed if f"{own['mode']} {own['bits']}" in REWRAPPED]
-    most = Counter(exact).most_common(1)[0][0] if exact else "q8_0"
-    return "q4_1" if most == "affine" else most
+    modes = Counter[str]()
+    for name in arch.tensors_of(checkpoint.config):
+        packing = load.packing(checkpoint, name)
+        if not packing:
+            continue
+        mode = packing["mode"]
+        if f"{mode} {packing['bits']}" in REWRAPPED:
+            modes[mode] += 1
+    if not modes:
+        return "q8_0"
+    mode = modes.most_common(1)[0][0]
+    return "q4_1" if mode == "affine" else mode
 
 
 def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
-    """Every tensor of the GGUF in order. `wanted`: --out-type. Vectors are float32. Of a packed
-    model q4_1, mxfp4 and nvfp4 keep exactly what some type of llama.cpp holds; other matrices get
-    Q8_0. q4_k_m: the types that llama.cpp will choose. MisError where rows do not divide by a
-    block, or nothing is packed in the mode that was asked for.
+    """Every tensor of the GGUF, in order. wanted: --out-type.
+
+    Vectors are float32. Of a packed model q4_1, mxfp4 and nvfp4 keep exactly what some type of
+    llama.cpp holds; other matrices get Q8_0. q4_k_m: the types that llama.cpp will choose. MisError
+    where rows do not divide by a block, or nothing is packed in the mode that was asked for.
     """
-    config, s, of = (
-        checkpoint.config,
-        shape_of(checkpoint.config),
-        families.family(checkpoint.config),
-    )
+    config = checkpoint.config
+    shape = shape_of(config)
+    family = families.family(config)
     names = wheel_model.gguf_names(config)
-    heads = {"q_proj": s.heads, "k_proj": s.kv_heads} if of.interleaved else {}
-    every = []
-    for name, shape in arch.tensors_of(config, True).items():
-        one = experts.one_by_one(name, config)[0]
-        plain = len(shape) == 1 or name.endswith(".bias") or experts.is_router(name)
-        kind, exact = ("F32", False) if plain else _kind(checkpoint, one, wanted, shape[-1])
+    heads = {}
+    if family.interleaved:
+        heads = {"q_proj": shape.heads, "k_proj": shape.kv_heads}
+    listed = []
+    for source, size in arch.tensors_of(config, stacked=True).items():
+        kind, exact = _kind(checkpoint, source, wanted, size)
         block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
-        if shape[-1] % block:
+        columns = size[-1]
+        if columns % block:
             why = f"which {kind}'s block of {block} does not divide"
-            raise MisError(f"{name} has rows of {shape[-1]} weights, {why}: use --out-type f16")
-        if (gguf_name := names[name]) is None:
-            raise MisError(f"llama.cpp's {of.gguf} has no place for {name}: use --format hf")
-        every.append(Part(gguf_name, name, shape, kind, heads.get(name.split(".")[-2], 0), exact))
-    if wanted in ("mxfp4", "nvfp4") and not any(
-        p.exact and p.kind == wanted.upper() for p in every
-    ):
-        raise MisError(
-            f"--out-type {wanted} re-wraps what MLX packed so, here nothing is: take another "
-            f"--out-type"
+            raise MisError(f"{source} has rows of {columns} weights, {why}: use --out-type f16")
+        name = names[source]
+        if name is None:
+            raise MisError(f"llama.cpp's {family.gguf} has no place for {source}: use --format hf")
+        module = source.split(".")[-2]
+        part = Part(
+            name=name,
+            source=source,
+            shape=size,
+            kind=kind,
+            heads=heads.get(module, 0),
+            exact=exact,
         )
-    freqs = WORDS["freqs"].get(_rope(config)[0], ())
-    return every + [Part(f"rope_{name}.weight", "", _freqs(config).shape, "F32") for name in freqs]
+        listed.append(part)
+    if wanted in ("mxfp4", "nvfp4"):
+        kept = {part.kind for part in listed if part.exact}
+        if wanted.upper() not in kept:
+            raise MisError(
+                f"--out-type {wanted} re-wraps what MLX packed so, here nothing is: take another "
+                f"--out-type"
+            )
+    for name in FREQS.get(positions.rope(config)[0], ()):
+        count = positions.frequency_factors(config).shape
+        listed.append(Part(f"rope_{name}.weight", "", count, "F32"))
+    return listed
 
 
-def _kind(checkpoint: Checkpoint, name: str, wanted: str, columns: int) -> tuple[str, bool]:
-    """(ggml's type of a matrix, whether MLX's packing goes into it as it is)."""
+def _kind(
+    checkpoint: Checkpoint,
+    source: str,
+    wanted: str,
+    size: tuple[int, ...],
+) -> tuple[str, bool]:
+    """(ggml's type of a tensor, whether MLX's packed numbers go into it unchanged)."""
+    # A router decides which experts a token meets: it is never quantized.
+    if len(size) == 1 or source.endswith(".bias") or experts.is_router(source):
+        return "F32", False
+    # All experts of a stacked matrix are packed alike, so the first one answers for them.
+    name = experts.one_by_one(source, checkpoint.config)[0]
     if wanted == "q4_k_m":
-        return _k_mixture(checkpoint.config, name, columns), False
+        return _k_mixture(checkpoint.config, name, size[-1]), False
     if wanted in ("f32", "f16", "bf16", "q8_0"):
         return wanted.upper(), False
-    own = load.packing(checkpoint, name)
-    common = checkpoint.config.get("quantization") or {}
-    bits, group, mode = (own.get(key, 0) for key in ("bits", "group_size", "mode"))
+    packing = load.packing(checkpoint, name)
     if wanted in ("q4_1", "mxfp4", "nvfp4") and arch.is_quantized(checkpoint.tensors):
-        whole = (
-            group % BLOCK == 0
-            if mode == "affine"
-            else columns % (64 if mode == "nvfp4" else BLOCK) == 0
-        )
-        exact = REWRAPPED.get(f"{mode} {bits}") if whole else None
+        exact = _same_numbers(packing, size[-1])
         return exact or "Q8_0", exact is not None
-    wide = name in (load.EMBEDDING + "weight", "lm_head.weight") or (
-        own and 4 < bits != common["bits"]
-    )
-    return "Q8_0" if wide else wanted.upper(), False
+    # Of 4-bit types, embedding and head keep 8 bits, and so does what MLX gave more than 4.
+    common = checkpoint.config.get("quantization") or {}
+    wide = packing and 4 < packing.get("bits", 0) != common["bits"]
+    if wide or name in (load.EMBEDDING + "weight", "lm_head.weight"):
+        return "Q8_0", False
+    return wanted.upper(), False
 
 
-def _k_mixture(config: Mapping[str, Any], name: str, columns: int) -> str:
-    """The type that llama.cpp chooses for a matrix of a Q4_K_M file (llama_tensor_get_type,
-    llama-cpp-python 0.3.36). More bits for the head, for v_proj, qkv_proj and down_proj of the
-    first and last eighth of the blocks and every third between; where a row is not of whole blocks
-    of 256, types with blocks of 32, which take 1 to 2 bits more.
+def _same_numbers(packing: Config, columns: int) -> str | None:
+    """ggml's type that holds MLX's packed numbers unchanged; None where no type does."""
+    mode = packing.get("mode")
+    if mode == "affine":
+        # Scale and bias of a group are repeated in its blocks: no block may lie in two groups.
+        divides = packing.get("group_size", 0) % BLOCK == 0
+    else:
+        block = NVFP4_BLOCK if mode == "nvfp4" else BLOCK
+        divides = columns % block == 0
+    return REWRAPPED.get(f"{mode} {packing.get('bits')}") if divides else None
+
+
+def _k_mixture(config: Config, name: str, columns: int) -> str:
+    """The type that llama.cpp chooses for a matrix of a Q4_K_M file.
+
+    From llama_tensor_get_type, llama-cpp-python 0.3.36. The head gets more bits, and so do v_proj,
+    qkv_proj and down_proj of the first and last eighth of the blocks and every third between. Where
+    256 does not divide a row, types with blocks of 32 take 1 to 2 bits more.
     """
-    s = shape_of(config)
-    i = arch.block_of(name)
-    eighth = s.layers // 8
-    more = i is not None and (i < eighth or i >= 7 * s.layers // 8 or (i - eighth) % 3 == 2)
-    wide = (
-        more and name.endswith(("v_proj.weight", "down_proj.weight"))
-    ) or name == "lm_head.weight"
-    wide = wide or (s.tied and name == load.EMBEDDING + "weight")
-    if columns % 256:
-        return "F16" if columns % BLOCK else "Q8_0" if wide else "Q5_0"
+    shape = shape_of(config)
+    block = arch.block_of(name)
+    wide = name == "lm_head.weight" or (shape.tied and name == load.EMBEDDING + "weight")
+    if block is not None and name.endswith(("v_proj.weight", "down_proj.weight")):
+        eighth = shape.layers // 8
+        last_eighth = 7 * shape.layers // 8
+        if block < eighth or block >= last_eighth or (block - eighth) % 3 == 2:
+            wide = True
+    if columns % BLOCK:
+        return "F16"
+    if columns % K_BLOCK:
+        return "Q8_0" if wide else "Q5_0"
     return "Q6_K" if wide else "Q4_K"
 
 
-def rows(checkpoint: Checkpoint, part: Part, tally: Counter[str]) -> Iterator[np.ndarray]:
-    """The bytes of one tensor, uint8 (rows, bytes of a row), slab by slab. Memory: the tensor as
-    stored, and a slab. tally: "inexact" counts scales and biases that float16 does not hold
-    exactly. MisError at NaN or infinity.
+def rows(
+    checkpoint: Checkpoint,
+    part: Part,
+    tally: Counter[str],
+) -> Iterator[np.ndarray]:
+    """The bytes of one tensor, uint8 (rows, bytes of a row), slab by slab.
+
+    Memory: the tensor as stored, and a slab. tally: "inexact" counts scales and biases that float16
+    does not hold exactly. MisError at NaN or infinity.
     """
-    if not part.source:
-        yield _freqs(checkpoint.config).view(np.uint8)
+    if not part.source:  # of the positions: no weight of the model
+        yield positions.frequency_factors(checkpoint.config).view(np.uint8)
         return
     convert = _rewrapped if part.exact else _converted
+    # A stacked tensor of the GGUF, (experts, out, in), comes from one matrix of each expert.
     shape = part.shape[-2:]
-    step = max(1, SLAB_BYTES // (4 * math.prod(shape[1:])))
-    order = wheel_model.row_order(shape[0], part.heads) if part.heads else np.arange(shape[0])
-    # one, or several that are stacked
+    row_bytes = 4 * math.prod(shape[1:])
+    step = max(1, SLAB_BYTES // row_bytes)
+    order = None
+    if part.heads:
+        # llama.cpp's rotation pairs neighbouring rows, Hugging Face's the halves of a head. In
+        # another order the model runs without an error and talks nonsense.
+        order = wheel_model.row_order(shape[0], part.heads)
     for source in experts.one_by_one(part.source, checkpoint.config):
-        one = part._replace(source=source, shape=shape)
+        matrix = part._replace(source=source, shape=shape)
         stem = source.removesuffix(".weight")
-        stored = [
-            n for n in (source, f"{stem}.scales", f"{stem}.biases") if n in checkpoint.tensors
-        ]
+        names = (source, f"{stem}.scales", f"{stem}.biases")
+        stored = [name for name in names if name in checkpoint.tensors]
         raw = safetensors.lazy(checkpoint.tensors, stored)
-        for at in range(0, shape[0], step):
-            index = mx.array(order[at : at + step]) if part.heads else slice(at, at + step)
+        # Rows do not depend on each other, so a slab of them at a time bounds the float32 copy.
+        for start in range(0, shape[0], step):
+            index: Any = slice(start, start + step)
+            if order is not None:
+                index = mx.array(order[index])
             slab = {name: array[index] for name, array in raw.items()}
-            yield np.ascontiguousarray(convert(checkpoint, one, slab, tally)).view(np.uint8)
+            yield np.ascontiguousarray(convert(checkpoint, matrix, slab, tally)).view(np.uint8)
     mx.clear_cache()
 
 
-def _finite(part: Part, *arrays: np.ndarray) -> None:
-    if not all(np.isfinite(a).all() for a in arrays):
+def _finite(part: Part, values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
         raise MisError(
             f"{part.source} holds NaN or infinity: this model is broken, export the one it was "
             f"made from"
         )
 
 
-def _converted(checkpoint: Checkpoint, part: Part, slab: load.Raw, _: Counter[str]) -> np.ndarray:
+def _converted(
+    checkpoint: Checkpoint,
+    part: Part,
+    slab: load.Raw,
+    _: Counter[str],
+) -> np.ndarray:
+    """Rows of any kind, de-quantized to float32 and rounded to the part's type."""
     values = np.array(load.dense(checkpoint, part.source, slab).astype(mx.float32))
     if "norm" in part.source:
-        values = (values + families.family(checkpoint.config).gain_offset) * _query_gain(
-            checkpoint.config, part.name
-        )
+        # llama.cpp multiplies by the weight alone; Gemma's norms multiply by 1 + weight.
+        offset = families.family(checkpoint.config).gain_offset
+        values = (values + offset) * _query_gain(checkpoint.config, part.name)
     _finite(part, values)
-    if (
-        part.kind == "F16"
-        and values.size
-        and (most := np.abs(values).max()) > np.finfo(np.float16).max
-    ):
-        raise MisError(f"{part.source} has {most:.4g}, float16 ends at 65504: use bf16")
+    if part.kind == "F16" and values.size:
+        # Beyond float16's range numbers would become infinity in silence.
+        largest = np.abs(values).max()
+        if largest > np.finfo(np.float16).max:
+            raise MisError(f"{part.source} has {largest:.4g}, float16 ends at 65504: use bf16")
     return gguf.quantize(values, gguf.GGMLQuantizationType[part.kind])
 
 
 def _rewrapped(
-    checkpoint: Checkpoint, part: Part, slab: load.Raw, tally: Counter[str]
+    checkpoint: Checkpoint,
+    part: Part,
+    slab: load.Raw,
+    tally: Counter[str],
 ) -> np.ndarray:
-    """MLX's packed rows as ggml's blocks: scale, bias, then the integers, half a block of them in
-    low nibbles.
-    """
+    """MLX's packed rows as ggml's blocks, uint8 (rows, bytes of a row)."""
     stem = part.source.removesuffix(".weight")
-    bits, group, mode = (
-        load.packing(checkpoint, part.source)[key] for key in ("bits", "group_size", "mode")
-    )
-    q = np.array(rounding.integers(slab[part.source], BLOCK, bits))  # whatever the group is
-    if mode != "affine":  # nvfp4: scales of four groups of 16 stand together
-        scales = np.array(slab[f"{stem}.scales"]).reshape(len(q), -1, 4 if mode == "nvfp4" else 1)
-        nibbles = _halves(q, 16 if mode == "nvfp4" else BLOCK).reshape(*scales.shape[:2], -1)
-        return np.concatenate([scales, nibbles], axis=-1).reshape(len(q), -1)
-    both = [np.array(slab[f"{stem}.{which}"].astype(mx.float32)) for which in ("scales", "biases")]
-    with np.errstate(over="ignore"):  # an overflow is infinity, and that is refused
-        halves = [values.astype(np.float16) for values in both]
-    _finite(part, *halves)
-    tally["inexact"] += sum(int((h != v).sum()) for h, v in zip(halves, both, strict=True))
-    head = np.stack([np.repeat(h, group // BLOCK, axis=1) for h in halves], axis=-1).view(np.uint8)
-    fifth = np.packbits(q >> 4, axis=1, bitorder="little").reshape(*head.shape[:2], -1)[
-        ..., : 4 * (bits == 5)
-    ]
-    return np.concatenate([head, fifth, _halves(q & 15, BLOCK)], axis=-1).reshape(len(q), -1)
+    packing = load.packing(checkpoint, part.source)
+    mode = packing["mode"]
+    # (rows, in) uint8. Scale 1 and bias 0 in groups of 32 unpack the integers of any group size.
+    q = np.array(rounding.integers(slab[part.source], BLOCK, packing["bits"]))
+    if mode != "affine":
+        return _float_blocks(q, np.array(slab[f"{stem}.scales"]), mode)
+    blocks_of_group = packing["group_size"] // BLOCK
+    halves = []
+    for key in ("scales", "biases"):
+        stored = np.array(slab[f"{stem}.{key}"].astype(mx.float32))
+        with np.errstate(over="ignore"):  # an overflow is infinity, and that is refused
+            half = stored.astype(np.float16)
+        _finite(part, half)
+        tally["inexact"] += int((half != stored).sum())
+        halves.append(np.repeat(half, blocks_of_group, axis=1))
+    return _affine_blocks(q, np.stack(halves, axis=-1), packing["bits"])
+
+
+def _float_blocks(q: np.ndarray, scales: np.ndarray, mode: str) -> np.ndarray:
+    """mxfp4 and nvfp4: 4-bit integers (rows, in) and 8-bit scales as blocks of both.
+
+    A block of mxfp4 is one scale and 32 weights. In nvfp4 four scales stand together, in front of
+    their four groups of 16.
+    """
+    scales_of_block = 1
+    group = BLOCK
+    if mode == "nvfp4":
+        scales_of_block = 4
+        group = 16
+    scales = scales.reshape(len(q), -1, scales_of_block)
+    nibbles = _halves(q, group).reshape(*scales.shape[:2], -1)
+    return np.concatenate([scales, nibbles], axis=-1).reshape(len(q), -1)
+
+
+def _affine_blocks(q: np.ndarray, halves: np.ndarray, bits: int) -> np.ndarray:
+    """Q4_1 and Q5_1: integers (rows, in) behind scale and bias, float16 (rows, in / 32, 2)."""
+    block = [halves.view(np.uint8)]
+    if bits == 5:
+        # Q5_1 keeps the fifth bits of a block's 32 weights in 4 bytes of their own.
+        fifth = np.packbits(q >> 4, axis=1, bitorder="little")
+        block.append(fifth.reshape(*halves.shape[:2], -1))
+    block.append(_halves(q & 15, BLOCK))
+    return np.concatenate(block, axis=-1).reshape(len(q), -1)
 
 
 def _halves(q: np.ndarray, block: int) -> np.ndarray:
-    """4-bit integers (rows, in) as bytes (rows, in / block, block / 2): weight j low, j + block / 2
-    high.
+    """4-bit integers (rows, in) as bytes (rows, in / block, block / 2).
+
+    Weight j of a block is the low nibble of byte j, weight j + block / 2 the high one.
     """
-    q = q.reshape(len(q), -1, block)
-    return q[..., : block // 2] | (q[..., block // 2 :] << 4)
+    blocks = q.reshape(len(q), -1, block)
+    low = blocks[..., : block // 2]
+    high = blocks[..., block // 2 :]
+    return low | (high << 4)
 
 
-def _query_gain(config: Mapping[str, Any], name: str) -> float:
-    """For query_pre_attn_scalar, in queries' norm: llama.cpp's gemma3 divides by head_dim, or
-    hidden / heads.
+def _query_gain(config: Config, name: str) -> float:
+    """What the queries' norm takes in for query_pre_attn_scalar; 1 for any other tensor.
+
+    llama.cpp's gemma3 divides scores by head_dim, or by hidden / heads in the model of 62 blocks,
+    whatever the config says.
     """
-    if (
-        not name.endswith("attn_q_norm.weight")
-        or "query_pre_attn_scalar" not in families.family(config).numbers
-    ):
+    divided = "query_pre_attn_scalar" in families.family(config).numbers
+    if not divided or not name.endswith("attn_q_norm.weight"):
         return 1.0
-    s = shape_of(config)
-    return math.sqrt(
-        (s.hidden // s.heads if s.layers == 62 else s.head_dim) / config["query_pre_attn_scalar"]
-    )
+    shape = shape_of(config)
+    divisor: float = shape.head_dim
+    if shape.layers == 62:
+        divisor = shape.hidden / shape.heads
+    return math.sqrt(divisor / config["query_pre_attn_scalar"])
 
 
-def _rope(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """(kind of rotary positions, its settings). MisError for one that llama.cpp cannot be told
-    of.
+def _of_mixture(config: Config) -> dict[str, int]:
+    """What llama.cpp is told of experts, by the `GGUFWriter`'s words; nothing without experts.
+
+    MisError where llama.cpp would compute another thing.
     """
-    of = families.family(config)
-    c = normalised(config)
-    arch = of.gguf
-    scaling = c.get("rope_scaling") or {}
-    rope = scaling.get("rope_type") or scaling.get("type") or "default"
-    usual = [int(i % 4 != 3) for i in range(c["num_hidden_layers"])]
-    if of.kinds and (c[of.kinds] != usual or c.get("attention_bias") or c.get("mlp_bias")):
-        why = (
-            f"llama.cpp's {arch} has no biases, and rotary positions in all blocks but every fourth"
-        )
-        raise MisError(
-            f"{why}, unlike this model: use --format hf, which transformers and mlx-lm open"
-        )
-    slides = [kind == "sliding_attention" for kind in config.get("layer_types") or ()]
-    if (
-        any(slides)
-        and not of.period
-        and not (of.sinks and slides == [i % 2 == 0 for i in range(len(slides))])
-    ):
-        raise MisError(
-            f"llama.cpp's {arch} has no sliding windows, some layers here do: use --format hf"
-        )
-    known = {"type", "rope_type", "rope_theta", *YARN} - {"mscale_all_dim"}
-    if of.scaled_queries:  # llama.cpp takes mscale for 1
-        known |= {"mscale_all_dim", "llama_4_scaling_beta"} | (
-            {"mscale"} if scaling.get("mscale", 1) == 1 else set()
-        )
-    odd = sorted(set(scaling) - known) if rope == "yarn" else []
-    lost = rope == "yarn" and not scaling.get("original_max_position_embeddings")
-    other = (
-        rope == "dynamic"
-        or (rope == "llama3" and arch != "llama")
-        or (rope != "yarn" and of.scaled_queries)
-    )
-    if other or odd or lost:
-        detail = (
-            f" with {odd[0]}"
-            if odd
-            else " without original_max_position_embeddings"
-            if lost
-            else ""
-        )
-        raise MisError(
-            f"rotary positions of type {rope}{detail} have no place in a {arch} GGUF: use --format "
-            f"hf"
-        )
-    return rope, scaling
-
-
-def _freqs(config: Mapping[str, Any]) -> np.ndarray:
-    """What llama.cpp divides each frequency by for Llama 3's long contexts or LongRoPE's, float32,
-    one for each.
-    """
-    kind, r = _rope(config)
-    if kind == "longrope":
-        return np.array(r["long_factor"], np.float32)
-    d = shape_of(config).head_dim
-    context = r["original_max_position_embeddings"]
-    turns = context * normalised(config)["rope_theta"] ** (-np.arange(0, d, 2) / d) / (2 * np.pi)
-    low = r["low_freq_factor"]
-    high = r["high_freq_factor"]
-    # 1 where a wave turns often within the old context
-    smooth = np.clip((turns - low) / (high - low), 0, 1)
-    return (1 / ((1 - smooth) / r["factor"] + smooth)).astype(np.float32)
-
-
-def _of_mixture(c: Mapping[str, Any]) -> dict[str, int]:
-    """What llama.cpp is told of experts, by the `GGUFWriter`'s words. MisError where it would
-    compute another thing.
-    """
-    s = shape_of(c)
-    of = families.family(c)
-    if not of.experts:
+    shape = shape_of(config)
+    family = families.family(config)
+    if not family.experts:
         return {}
-    if of.head_norms == "all" and s.kv_heads != s.heads:
+    if family.head_norms == "all" and shape.kv_heads != shape.heads:
         raise MisError(
-            f"llama.cpp's {of.gguf} has a key-value head for every head, this model fewer: use "
+            f"llama.cpp's {family.gguf} has a key-value head for every head, this model fewer: use "
             f"--format hf"
         )
-    if c.get("norm_topk_prob", of.gates_sum_to_1) != of.gates_sum_to_1:
+    if config.get("norm_topk_prob", family.gates_sum_to_1) != family.gates_sum_to_1:
         other = (
-            f"norm_topk_prob is {not of.gates_sum_to_1}, of which llama.cpp's {of.gguf} knows "
-            f"the other"
+            f"norm_topk_prob is {not family.gates_sum_to_1}, of which llama.cpp's {family.gguf} "
+            f"knows the other"
         )
         raise MisError(f"{other}: use --format hf")
     words = {
-        "count": s.experts,
-        "used_count": c["num_experts_per_tok"],
-        "feed_forward_length": s.ffn,
+        "expert_count": shape.experts,
+        "expert_used_count": config["num_experts_per_tok"],
+        "expert_feed_forward_length": shape.ffn,
     }
-    words |= {"shared_feed_forward_length": c[of.shared_expert]} if of.shared_expert else {}
-    return {f"expert_{word}": value for word, value in words.items()}
+    if family.shared_expert:
+        words["expert_shared_feed_forward_length"] = config[family.shared_expert]
+    return words
 
 
-def describe(writer: Any, config: Mapping[str, Any], name: str, wanted: str) -> None:
-    """Put every key that llama.cpp's loader reads of these models, tokenizer aside, into the
-    `GGUFWriter`.
+def describe(writer: Any, config: Config, name: str, wanted: str) -> None:
+    """Put every key that llama.cpp's loader reads into the `GGUFWriter`, the tokenizer's aside.
+
+    MisError where llama.cpp cannot be told how the model computes.
     """
-    s = shape_of(config)
-    c = normalised(config)
-    of = families.family(config)
-    if type(c.get("max_position_embeddings")) is not int:
+    shape = shape_of(config)
+    full = normalised(config)
+    family = families.family(config)
+    if type(full.get("max_position_embeddings")) is not int:
         raise MisError("config.json has no max_position_embeddings, which llama.cpp needs: add it")
-    rope, scaling = _rope(config)
+    rope, scaling = positions.rope(config)
+    file_type = FILE_TYPES.get(wanted, f"MOSTLY_{wanted.upper()}")
     words = {
         "type": "model",
         "name": name,
         "size_label": gguf.size_label(arch.params(config), 0, 0, 0),
-        "file_type": gguf.LlamaFileType[
-            WORDS["file_types"].get(wanted, f"MOSTLY_{wanted.upper()}")
-        ],
+        "file_type": gguf.LlamaFileType[file_type],
         "quantization_version": gguf.GGML_QUANT_VERSION,
-        "context_length": c["max_position_embeddings"],
-        "embedding_length": s.hidden,
-        "block_count": s.layers,
-        "feed_forward_length": s.ffn,
-        "vocab_size": s.vocab,
-        "head_count": s.heads,
-        "head_count_kv": s.kv_heads,
-        "key_length": s.head_dim,
-        "value_length": s.head_dim,
-        "layer_norm_rms_eps": c["rms_norm_eps"],
-        "rope_dimension_count": int(s.head_dim * c.get("partial_rotary_factor", 1)),
-        "rope_freq_base": c["rope_theta"],
-        **{OWN[key]: c.get(key) or 1.0 for key in sorted(of.own & OWN.keys())},
-        **_of_mixture(c),
+        "context_length": full["max_position_embeddings"],
+        "embedding_length": shape.hidden,
+        "block_count": shape.layers,
+        "feed_forward_length": shape.ffn,
+        "vocab_size": shape.vocab,
+        "head_count": shape.heads,
+        "head_count_kv": shape.kv_heads,
+        # said, because heads · head_dim need not be the hidden size
+        "key_length": shape.head_dim,
+        "value_length": shape.head_dim,
+        "layer_norm_rms_eps": full["rms_norm_eps"],
+        "rope_dimension_count": int(shape.head_dim * full.get("partial_rotary_factor", 1)),
+        "rope_freq_base": full["rope_theta"],
     }
-    if rope in ("linear", "yarn"):
-        words["rope_scaling_type"] = gguf.RopeScalingType(rope)
-        keys = YARN.keys() & scaling if rope == "yarn" else {"factor"}
-        words |= {f"rope_scaling_{YARN[key]}": scaling[key] for key in sorted(keys)}
-    if rope == "longrope":
-        words["rope_scaling_orig_ctx_len"] = old = c["original_max_position_embeddings"]
-        words["rope_scaling_attn_factors"] = math.sqrt(
-            1 + math.log(max(1, c["max_position_embeddings"] / old), old)
-        )
-    if of.scaled_queries:
+    for key in sorted(family.own & OWN.keys()):
+        words[OWN[key]] = full.get(key) or 1.0
+    words |= _of_mixture(full)
+    words |= _of_positions(rope, scaling, full)
+    if family.scaled_queries:
         words["attn_temperature_scale"] = scaling["llama_4_scaling_beta"]
-    if of.period or of.sinks:
+    if family.period or family.sinks:
         words["sliding_window"] = load.model_args(config).sliding_window
     for word, value in words.items():
         getattr(writer, f"add_{word}")(value)
 
 
+def _of_positions(rope: str, scaling: Config, full: Config) -> dict[str, Any]:
+    """How positions are stretched, by the `GGUFWriter`'s words; nothing where they are plain."""
+    words: dict[str, Any] = {}
+    if rope in ("linear", "yarn"):
+        words["rope_scaling_type"] = gguf.RopeScalingType(rope)
+        keys = {"factor"}
+        if rope == "yarn":
+            keys = YARN.keys() & scaling
+        for key in sorted(keys):
+            words[f"rope_scaling_{YARN[key]}"] = scaling[key]
+    if rope == "longrope":
+        original = full["original_max_position_embeddings"]
+        longer = max(1, full["max_position_embeddings"] / original)
+        words["rope_scaling_orig_ctx_len"] = original
+        factor = math.sqrt(1 + math.log(longer, original))
+        words["rope_scaling_attn_factors"] = factor
+    return words
+
+
 def padded_bytes(parts: Iterable[Part]) -> int:
     """Bytes of all tensors in the file, padding included."""
-    return sum(part.nbytes + -part.nbytes % ALIGNMENT for part in parts)
+    total = 0
+    for part in parts:
+        nbytes = part.nbytes
+        total += nbytes + -nbytes % ALIGNMENT
+    return total
 
 
 def head(writer: Any, parts: Iterable[Part]) -> bytes:
-    """Everything in front of the first tensor: the facts given to the `GGUFWriter` so far, the
-    table of tensors. The writer gets a buffer in place of its file, so that every byte goes through
-    `Files`.
+    """Everything in front of the first tensor: the facts given so far, and the table of tensors.
+
+    The `GGUFWriter` gets a buffer in place of its file, so that every byte goes through `Files`.
     """
     for part in parts:
         type_ = gguf.GGMLQuantizationType[part.kind]
         shape = gguf.quant_shape_to_byte_shape(part.shape, type_)
-        writer.add_tensor_info(part.name, shape, np.dtype(np.uint8), part.nbytes, raw_dtype=type_)
-    writer.fout, writer.state = [buffer := io.BytesIO()], WriterState.EMPTY
+        writer.add_tensor_info(
+            name=part.name,
+            tensor_shape=shape,
+            tensor_dtype=np.dtype(np.uint8),
+            tensor_nbytes=part.nbytes,
+            raw_dtype=type_,
+        )
+    buffer = io.BytesIO()
+    writer.fout = [buffer]
+    writer.state = WriterState.EMPTY
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    # The first tensor begins at a multiple of ALIGNMENT, too: the table's offsets count from there.
     return buffer.getvalue() + bytes(-buffer.tell() % ALIGNMENT)
 
 
@@ -432,8 +473,10 @@ def write(
     rows: Iterable[Iterator[np.ndarray]],
     files: Files,
 ) -> None:
-    """Write the new file `path`; `rows` gives, for each part in turn, its bytes slab by slab.
-    ValueError when a tensor has other than its due bytes. Use it inside `checkpoint.commit_folder`.
+    """Write the new file `path`, slab by slab.
+
+    rows: for each part in turn, its bytes. ValueError when a tensor has other than its due bytes.
+    Use it inside `checkpoint.commit_folder`.
     """
     files.write(path, head)
     for part, slabs in zip(parts, rows, strict=True):
@@ -441,6 +484,7 @@ def write(
         for slab in slabs:
             files.extend(path, slab.data.cast("B"))
             count += slab.nbytes
+        # One byte more or less would move every later tensor away from its offset in the table.
         if count != part.nbytes:
             raise ValueError(f"{part.name}: {count} bytes came, {part.nbytes} were due")
         files.extend(path, bytes(-count % ALIGNMENT))

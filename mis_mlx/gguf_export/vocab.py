@@ -4,6 +4,7 @@ Writes into a `gguf.GGUFWriter`, not to disk. Follows llama.cpp's conversion/bas
 
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,17 @@ USUAL = ("use_regex", True), ("trim_offsets", True), ("trim_offsets", False)
 # ids. A vocabulary of one's own has another hash, but is cut by the same "rules": steps of
 # tokenizer.json but for USUAL, ignore_merges.
 KNOWN = read_json(Path(__file__).parent / "pre_tokenizers.json")
+LOOKS_SPECIAL = re.compile(r"<(\||｜).*\1>|<pad>|<mask>|<unused.*>", re.DOTALL)
+BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+SPACE = "▁"  # SentencePiece's
 
 
 def add(writer: Any, folder: Path, size: int) -> list[str]:
     """Put the tokenizer into the writer, padded to `size` tokens, the rows of the embedding.
+
     Returns notes for people. The trap: an absent add_bos_token means true to llama.cpp for some
     pre-tokenizers, so it is always written.
     """
-    import gguf  # which prune and distill do not need
-
     spec = read_json(folder / "tokenizer.json")
     settings = read_json(folder / "tokenizer_config.json")
     if not spec:
@@ -46,9 +49,10 @@ def add(writer: Any, folder: Path, size: int) -> list[str]:
         )
     letter = _ids(folder, "a")  # also the library's own judgement of the file
     kind, pre, pieces, notes = _pieces(folder, spec)
-    spm = kind == "llama"
-    pieces |= _added(spec, spm)
-    if (last := max(pieces)) >= size:
+    sentencepiece = kind == "llama"
+    pieces |= _added(spec, sentencepiece)
+    last = max(pieces)
+    if last >= size:
         raise MisError(
             f"{folder}: the tokenizer has token {last}, the embedding {size} rows: they are of two "
             f"models"
@@ -58,77 +62,103 @@ def add(writer: Any, folder: Path, size: int) -> list[str]:
     writer.add_tokenizer_pre(pre)
     writer.add_token_list([text for text, _, _ in rows])
     writer.add_token_types([type_ for _, _, type_ in rows])
-    if spm:
+    space = settings.get("add_prefix_space")
+    if sentencepiece:
         writer.add_token_scores([score for _, score, _ in rows])
-    # Of SentencePiece's, Gemma's puts no space in front; its settings do not say so, and llama.cpp
-    # would.
-    space = settings.get(
-        "add_prefix_space", any(pieces[i][0].startswith("▁") for i in letter) if spm else None
-    )
+        # Gemma's puts no space in front; its settings do not say so, and llama.cpp would.
+        if "add_prefix_space" not in settings:
+            space = any(pieces[i][0].startswith(SPACE) for i in letter)
     if isinstance(space, bool):
         writer.add_add_space_prefix(space)
+    _add_special(writer, folder, size, letter, load_merges=not sentencepiece)
+    return notes
+
+
+def _add_special(
+    writer: Any,
+    folder: Path,
+    size: int,
+    letter: list[int],
+    *,
+    load_merges: bool,
+) -> None:
+    """Special ids, chat template and merges. letter: ids of a text, which show a start token."""
+    import gguf  # which prune and distill do not need
+
     try:
-        special = gguf.SpecialVocab(folder, load_merges=not spm, n_vocab=size)
+        special = gguf.SpecialVocab(folder, load_merges=load_merges, n_vocab=size)
     except ValueError as why:
         raise MisError(
             f"{folder}: the tokenizer's settings are damaged ({str(why)[:120]}): copy them again"
         ) from None
     if "bos" not in special.add_special_token:
-        special.add_special_token["bos"] = letter[:1] == [special.special_token_ids.get("bos")]
+        start = special.special_token_ids.get("bos")
+        special.add_special_token["bos"] = letter[:1] == [start]
     special.add_to_gguf(writer, quiet=True)
-    return notes
 
 
 def _pieces(folder: Path, spec: dict[str, Any]) -> tuple[str, str, dict[int, Piece], list[str]]:
-    """(llama.cpp's kind of tokenizer, its pre-tokenizer, pieces by id without added ones, notes for
-    people).
+    """(llama.cpp's kind of tokenizer, its pre-tokenizer, pieces by id, notes for people).
+
+    Added tokens are not among the pieces.
     """
     model = spec.get("model") or {}
-    if (kind := model.get("type")) != "BPE":
+    kind = model.get("type")
+    if kind != "BPE":
         raise MisError(
             f"{folder}: a tokenizer of type {kind} has no place in a GGUF of these models: use "
             f"--format hf"
         )
-    if not model.get("byte_fallback"):
-        digest = hashlib.sha256(str(_ids(folder, KNOWN["probe"])).encode()).hexdigest()
-        first = spec.get("pre_tokenizer") or {}
-        every = first.get("pretokenizers") or [first]
-        steps = [{k: v for k, v in step.items() if (k, v) not in USUAL} for step in every]
-        rule = {"steps": steps, "ignore_merges": bool(model.get("ignore_merges"))}
-        pre = KNOWN["names"].get(digest) or next(
-            (r["name"] for r in KNOWN["rules"] if r == r | rule), None
-        )
-        # a trimmed vocabulary is cut by its parent's rules
-        pre = read_json(folder / ROWS).get("pre_tokenizer") or pre
-        pieces = {i: (text, 0.0, NORMAL) for text, i in model["vocab"].items()}
-        unknown = (
+    if model.get("byte_fallback"):
+        return "llama", "default", _sentencepiece_pieces(model), []
+    digest = hashlib.sha256(str(_ids(folder, KNOWN["probe"])).encode()).hexdigest()
+    pre = KNOWN["names"].get(digest) or _by_rules(spec)
+    # a trimmed vocabulary is cut by its parent's rules
+    pre = read_json(folder / ROWS).get("pre_tokenizer") or pre
+    notes = []
+    if not pre:
+        notes.append(
             f"the pre-tokenizer is none that is known here by llama.cpp's hash "
             f"({digest[:12]}) or by its rules: "
+            f"'default' is written, llama.cpp may cut numbers and punctuation differently"
         )
-        unknown += "'default' is written, llama.cpp may cut numbers and punctuation differently"
-        return "gpt2", pre or "default", pieces, [] if pre else [unknown]
-    # SentencePiece's: llama.cpp joins the best-scored neighbours first, so the order of merges is
-    # the score.
-    ranks = {
-        "".join(m.split(" ") if isinstance(m, str) else m): -float(n)
-        for n, m in enumerate(model["merges"])
-    }
-    byte = re.compile(r"<0x[0-9A-Fa-f]{2}>").fullmatch
-    pieces = {
-        i: (t, ranks.get(t, 0.0), BYTE if byte(t) else NORMAL) for t, i in model["vocab"].items()
-    }
-    return "llama", "default", pieces, []
+    pieces = {i: (text, 0.0, NORMAL) for text, i in model["vocab"].items()}
+    return "gpt2", pre or "default", pieces, notes
+
+
+def _by_rules(spec: Mapping[str, Any]) -> str | None:
+    """The known pre-tokenizer that cuts by the same rules; None where there is none."""
+    first = spec.get("pre_tokenizer") or {}
+    steps = []
+    for step in first.get("pretokenizers") or [first]:
+        steps.append({key: value for key, value in step.items() if (key, value) not in USUAL})
+    rule = {"steps": steps, "ignore_merges": bool(spec["model"].get("ignore_merges"))}
+    for known in KNOWN["rules"]:
+        if known == known | rule:
+            return known["name"]
+    return None
+
+
+def _sentencepiece_pieces(model: Mapping[str, Any]) -> dict[int, Piece]:
+    """Pieces by id, with scores by the order of merges: llama.cpp joins the best-scored first."""
+    scores = {}
+    for number, merge in enumerate(model["merges"]):
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        scores["".join(parts)] = -float(number)
+    pieces = {}
+    for text, i in model["vocab"].items():
+        type_ = BYTE if BYTE_PIECE.fullmatch(text) else NORMAL
+        pieces[i] = (text, scores.get(text, 0.0), type_)
+    return pieces
 
 
 def pre_tokenizer(folder: Path) -> str | None:
-    """llama.cpp's name for how a folder's byte-level tokenizer cuts text; None where it has
-    none.
-    """
+    """llama.cpp's name for how a folder's byte-level tokenizer cuts text; None without one."""
     spec = read_json(folder / "tokenizer.json")
-    named = (
-        _pieces(folder, spec)[1] if (spec.get("model") or {}).get("type") == "BPE" else "default"
-    )
-    return None if named == "default" else named
+    if (spec.get("model") or {}).get("type") != "BPE":
+        return None
+    name = _pieces(folder, spec)[1]
+    return None if name == "default" else name
 
 
 def _ids(folder: Path, text: str) -> list[int]:
@@ -140,16 +170,15 @@ def _ids(folder: Path, text: str) -> list[int]:
         ) from None
 
 
-def _added(spec: dict[str, Any], spm: bool) -> dict[int, Piece]:
-    """Tokens that were added to the vocabulary; those that look special count as special, as in
-    llama.cpp.
-    """
+def _added(spec: dict[str, Any], sentencepiece: bool) -> dict[int, Piece]:
+    """Tokens added to the vocabulary; those that look special count as special, as in llama.cpp."""
     pieces = {}
     for token in spec.get("added_tokens") or ():
         text = token["content"]
-        control = token.get("special") or re.fullmatch(
-            r"<(\||｜).*\1>|<pad>|<mask>|<unused.*>", text, re.DOTALL
-        )
-        plain = text if control or not spm else text.replace("▁", " ")
-        pieces[int(token["id"])] = (plain, ADDED_SCORE, CONTROL if control else USER_DEFINED)
+        type_ = USER_DEFINED
+        if token.get("special") or LOOKS_SPECIAL.fullmatch(text):
+            type_ = CONTROL
+        elif sentencepiece:
+            text = text.replace(SPACE, " ")
+        pieces[int(token["id"])] = (text, ADDED_SCORE, type_)
     return pieces

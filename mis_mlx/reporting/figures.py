@@ -22,6 +22,9 @@ HEIGHT = 260
 MUTED = "#5b6470"
 # key, with which the ids in a picture begin, unique on the page; title; description
 Caption = tuple[str, str, str]
+Span = tuple[float, float]
+Interval = tuple[float, float, float]  # value, low, high
+Labels = tuple[str, str]  # of x and y
 Lines = Mapping[str, Sequence[run_reader.Point]]  # by name
 COLORS = ("#1f6fb2", "#c2410c", "#2e7d4f", "#8b5cb8")
 
@@ -34,7 +37,11 @@ def need() -> None:
 
 
 @contextmanager
-def _figure(height: int = HEIGHT, rows: int = 1, **more: Any) -> Iterator[tuple[Any, Any]]:
+def _figure(
+    height: int = HEIGHT,
+    rows: int = 1,
+    **options: Any,
+) -> Iterator[tuple[Any, Any]]:
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -43,13 +50,15 @@ def _figure(height: int = HEIGHT, rows: int = 1, **more: Any) -> Iterator[tuple[
         # a letter that matplotlib's font lacks: the browser's has it
         warnings.simplefilter("ignore")
         figure = Figure(figsize=(WIDTH / 72, height / 72))
-        yield figure, figure.subplots(rows, 1, sharex=True, **more)
+        yield figure, figure.subplots(rows, 1, sharex=True, **options)
 
 
 def _html(figure: Any, caption: Caption) -> str:
     key, title, description = caption
-    figure.savefig(raw := io.BytesIO(), format="svg", transparent=True, metadata={"Date": None})
-    svg = re.sub(r"^.*?<svg\b[^>]*>|</svg>\s*$", "", raw.getvalue().decode(), flags=re.DOTALL)
+    raw = io.BytesIO()
+    figure.savefig(raw, format="svg", transparent=True, metadata={"Date": None})
+    svg = raw.getvalue().decode()
+    svg = re.sub(r"^.*?<svg\b[^>]*>|</svg>\s*$", "", svg, flags=re.DOTALL)
     for tag in ("metadata", "style"):  # a style element would hold for the whole page
         svg = re.sub(rf"<{tag}\b.*?</{tag}>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', svg)
@@ -67,42 +76,41 @@ def _html(figure: Any, caption: Caption) -> str:
     )
 
 
+def _time_unit(longest_s: float) -> tuple[float, str]:
+    """(seconds of a unit, its name) for an axis of this length."""
+    if longest_s > 3 * 3600:
+        return 3600.0, "hours"
+    if longest_s > 3 * 60:
+        return 60.0, "minutes"
+    return 1.0, "seconds"
+
+
 def over_time(
-    caption: Caption, panels: Mapping[str, Lines], shaded: Sequence[tuple[float, float]] = ()
+    caption: Caption,
+    panels: Mapping[str, Lines],
+    shaded: Sequence[Span] = (),
 ) -> str:
-    """Panels above each other on one time axis: {axis label: {line: [(seconds, value)]}}. shaded:
-    stretches of time.
+    """Panels above each other on one time axis: {axis label: {line: [(seconds, value)]}}.
+
+    shaded: (start, end) of stretches of time, in seconds.
     """
     more = len(panels) - 1
-    with _figure(HEIGHT + 110 * more, 1 + more, squeeze=False, height_ratios=[2, *[1] * more]) as (
-        figure,
-        axes,
-    ):
-        longest_s = max(
-            (points[-1][0] for lines in panels.values() for points in lines.values() if points),
-            default=0,
-        )
-        units = ((3600.0, "hours"), (60.0, "minutes"))
-        unit, name = next((u for u in units if longest_s > 3 * u[0]), (1.0, "seconds"))
+    height = HEIGHT + 110 * more
+    ratios = [2, *[1] * more]
+    ends = []
+    for lines in panels.values():
+        ends += [points[-1][0] for points in lines.values() if points]
+    longest_s = max(ends, default=0)
+    unit, name = _time_unit(longest_s)
+    with _figure(height, 1 + more, squeeze=False, height_ratios=ratios) as (figure, axes):
         for (label, lines), axis in zip(panels.items(), axes[:, 0], strict=True):
             axis.set_ylabel(label)
-            for color, (line, points) in zip(cycle(COLORS), lines.items(), strict=False):
-                if points:
-                    x, y = np.array(points).T
-                    axis.plot(
-                        x / unit,
-                        y,
-                        color=color,
-                        label=line,
-                        linewidth=1.4,
-                        marker="o" if len(x) < 3 else None,
-                    )
-            if len(lines) > 1:
-                axis.legend()
+            _draw_lines(axis, lines, unit)
             for start, end in shaded:
+                visible_end = max(end, start + longest_s / 300)
                 axis.axvspan(
                     start / unit,
-                    max(end, start + longest_s / 300) / unit,
+                    visible_end / unit,
                     color=COLORS[3],
                     alpha=0.25,
                 )
@@ -110,24 +118,44 @@ def over_time(
         return _html(figure, caption)
 
 
+def _draw_lines(axis: Any, lines: Lines, unit: float) -> None:
+    for color, (line, points) in zip(cycle(COLORS), lines.items(), strict=False):
+        if points:
+            x, y = np.array(points).T
+            marker = "o" if len(x) < 3 else None
+            axis.plot(
+                x / unit,
+                y,
+                color=color,
+                label=line,
+                linewidth=1.4,
+                marker=marker,
+            )
+    if len(lines) > 1:
+        axis.legend()
+
+
 def intervals(
     caption: Caption,
     label: str,
-    rows: Mapping[str, Sequence[tuple[float, float, float] | None]],
+    rows: Mapping[str, Sequence[Interval | None]],
     names: Sequence[str],
     limits: Mapping[str, float],
 ) -> str:
-    """A point with its interval (value, low, high), as shares, for each row and name. limits: lines
-    across.
+    """A point with its interval (value, low, high), as shares, for each row and name.
+
+    limits: {label: share} of lines across.
     """
-    with _figure(90 + (16 * len(names) + 12) * len(rows)) as (figure, axes):
-        place = np.arange(len(rows))[::-1]
+    height_of_row = 16 * len(names) + 12
+    height = 90 + height_of_row * len(rows)
+    with _figure(height) as (figure, axes):
+        places = np.arange(len(rows))[::-1]
         for i, (name, color) in enumerate(zip(names, cycle(COLORS), strict=False)):
-            known = [
-                (y, *cell)
-                for y, cells in zip(place, rows.values(), strict=True)
-                if (cell := cells[i])
-            ]
+            known = []
+            for place, cells in zip(places, rows.values(), strict=True):
+                cell = cells[i]
+                if cell:
+                    known.append((place, *cell))
             y, value, low, high = np.array(known, np.float64).T
             y += 0.35 - 0.7 * (i + 0.5) / len(names)
             axes.errorbar(
@@ -139,9 +167,9 @@ def intervals(
                 label=name,
                 markersize=4,
             )
-        for text, at in limits.items():
-            axes.axvline(at, color=MUTED, linestyle="--" if at else ":", label=text)
-        axes.set_yticks(place, list(rows))
+        for text, share in limits.items():
+            axes.axvline(share, color=MUTED, linestyle="--" if share else ":", label=text)
+        axes.set_yticks(places, list(rows))
         axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         axes.set_xlabel(label)
         figure.legend(loc="outside upper center", ncols=3)
@@ -150,17 +178,21 @@ def intervals(
 
 def standalone(picture: str) -> str:
     """A picture as an SVG file of its own, on white."""
-    head, rest = picture[picture.index("<svg") : picture.index("</svg>") + len("</svg>")].split(
-        ">", 1
-    )
+    end = "</svg>"
+    start = picture.index("<svg")
+    svg = picture[start : picture.index(end) + len(end)]
+    head, rest = svg.split(">", 1)
     return f'{head} font-family="sans-serif"><rect width="100%" height="100%" fill="#fff"/>{rest}\n'
 
 
 def columns(
-    caption: Caption, labels: tuple[str, str], groups: Mapping[str, Mapping[int, float]]
+    caption: Caption,
+    labels: Labels,
+    groups: Mapping[str, Mapping[int, float]],
 ) -> str:
-    """Standing bars at whole numbers, one colour a group: {group: {number: height}}. labels: of x
-    and y.
+    """Standing bars at whole numbers, one colour a group: {group: {number: height}}.
+
+    labels: of x and y.
     """
     with _figure(220) as (figure, axes):
         for color, (name, values) in zip(cycle(COLORS), groups.items(), strict=False):
@@ -174,17 +206,27 @@ def columns(
 
 
 def curves(
-    caption: Caption, labels: tuple[str, str], groups: Mapping[str, Sequence[tuple[float, float]]]
+    caption: Caption,
+    labels: Labels,
+    groups: Mapping[str, Sequence[run_reader.Point]],
 ) -> str:
-    """Points (x, y), joined in the order of x, one colour a group: {group: points}. labels: of x
-    and y.
+    """Points (x, y), joined in the order of x, one colour a group: {group: points}.
+
+    labels: of x and y.
     """
     with _figure() as (figure, axes):
-        for color, mark, (name, points) in zip(
-            cycle(COLORS), cycle("o^Ds"), groups.items(), strict=False
-        ):
+        styles = zip(cycle(COLORS), cycle("o^Ds"), groups.items(), strict=False)
+        for color, marker, (name, points) in styles:
             x, y = np.array(sorted(points)).T
-            axes.plot(x, y, color=color, marker=mark, markersize=4, linewidth=1.2, label=name)
+            axes.plot(
+                x,
+                y,
+                color=color,
+                marker=marker,
+                markersize=4,
+                linewidth=1.2,
+                label=name,
+            )
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
         axes.set_ylim(bottom=min(0.0, *axes.get_ylim()))

@@ -1,5 +1,6 @@
-"""One HTML page that needs nothing else, from templates/page.html: all that is put in is escaped.
-And plain texts.
+"""One HTML page that needs nothing else, from templates/page.html; and plain texts.
+
+Everything that is put into the page is escaped.
 """
 
 import base64
@@ -9,15 +10,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mis_mlx.reporting.text import cells_of
+
 
 @cache
 def _templates() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
     files = FileSystemLoader(Path(__file__).parent / "templates")
-    how = dict[str, Any](trim_blocks=True, lstrip_blocks=True)
     return Environment(
-        loader=files, autoescape=select_autoescape(), undefined=StrictUndefined, **how
+        loader=files,
+        autoescape=select_autoescape(),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 
@@ -27,15 +33,18 @@ def document(file: str, values: dict[str, Any]) -> str:
 
 
 def part(macro: str, **values: Any) -> str:
-    """The HTML that a macro of the page makes of these values. jinja2.UndefinedError where it asks
-    for another one.
+    """The HTML that a macro of the page makes of these values.
+
+    jinja2.UndefinedError where it asks for another one.
     """
-    return str(getattr(_templates().get_template("page.html").module, macro)(**values))
+    macros = _templates().get_template("page.html").module
+    return str(getattr(macros, macro)(**values))
 
 
 def page(title: str, body: str, every_s: int | None = None) -> str:
-    """The document. A browser loads nothing, runs only our script, whatever `body` is, and opens it
-    anew `every_s`.
+    """The document, which a browser opens anew every `every_s` seconds.
+
+    The browser loads nothing and runs only our script, whatever `body` holds.
     """
     script = _templates().get_template("page.js").render()
     seal = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -43,16 +52,12 @@ def page(title: str, body: str, every_s: int | None = None) -> str:
 
 
 def markdown(text: str) -> str:
-    """Tables and paragraphs of a Markdown page of ours as HTML; anything else in it is shown as it
-    is.
-    """
+    """Tables and paragraphs of a Markdown page of ours as HTML; the rest is shown as it is."""
     blocks = []
     for block in re.split(r"\n\s*\n", text.strip()):
         lines = [line.strip().replace("± ", "±\N{NO-BREAK SPACE}") for line in block.splitlines()]
         if len(lines) > 2 and lines[0].startswith("|") and set(lines[1]) <= set("|-: "):
-            head, _, *rows = (
-                [cell.strip() for cell in line.strip("|").split("|")] for line in lines
-            )
+            head, _, *rows = map(cells_of, lines)
             blocks.append((head, rows, ""))
         else:
             blocks.append(([], [], block))

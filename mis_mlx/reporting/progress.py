@@ -1,8 +1,7 @@
-"""What moves while a command works: a bar on a terminal, elsewhere a line every 10 s; time left of
-phase and run.
+"""What moves while a command works: a bar on a terminal, elsewhere a line every 10 s.
 
-One display at a time, of a run and the phases and loops in it. Of the plan it knows only the
-seconds.
+It shows what is done and the time left of phase and run. There is one display at a time, of a run
+and the phases and loops in it. Of the plan it knows only the seconds.
 """
 
 import sys
@@ -26,8 +25,9 @@ Show = Callable[..., None]  # (done, text="")
 
 @dataclass(eq=False)
 class Level:
-    """A run, a phase or a loop. total: 0 where it is not counted. whole: a loop that is all of its
-    phase.
+    """A run, a phase or a loop.
+
+    total: 0 where it is not counted. whole: a loop that is all of its phase.
     """
 
     label: str
@@ -43,21 +43,27 @@ class Level:
         """Turns a second so far."""
         return (self.done - (self.first or 0)) / max(now_s - self.began_s, 1e-9)
 
+    def count(self) -> str:
+        """'block 3/30'; the label alone where it is not counted."""
+        if not self.total:
+            return self.label
+        return f"{self.label} {self.done}/{self.total}"
+
 
 def promise(seconds: float) -> str:
     """'about 14.9 min, done at 15:42'; with the weekday where that is not today."""
     now = time.time()
     today = time.localtime(now)
     then = time.localtime(now + seconds)
-    at = time.strftime("%H:%M" if then[:3] == today[:3] else "%A %H:%M", then)
-    return f"about {duration(seconds)}, done at {at}"
+    form = "%A %H:%M"
+    if then[:3] == today[:3]:
+        form = "%H:%M"
+    return f"about {duration(seconds)}, done at {time.strftime(form, then)}"
 
 
 @dataclass
 class Display:
-    """All levels that there are, outermost first. planned: seconds of a run's phases, in their
-    order.
-    """
+    """All levels, outermost first. planned: seconds of a run's phases, in their order."""
 
     planned: Mapping[str, float] = field(default_factory=dict)
     clock: Callable[[], float] = time.monotonic
@@ -69,71 +75,89 @@ class Display:
 
     @property
     def ratio(self) -> float:
-        """What the phases that have ended took, of what was planned for them."""
+        """Seconds that the ended phases took, as a share of what was planned for them."""
         known = [name for name in self.took if self.planned.get(name)]
-        return (
-            sum(self.took[n] for n in known) / sum(self.planned[n] for n in known) if known else 1.0
-        )
+        if not known:
+            return 1.0
+        return sum(self.took[name] for name in known) / sum(self.planned[name] for name in known)
 
     def later_s(self, phase: str) -> float:
-        """Of all phases after this one."""
+        """Seconds of all phases after this one."""
         names = list(self.planned)
-        return (
-            self.ratio * sum(self.planned[n] for n in names[names.index(phase) + 1 :])
-            if phase in names
-            else 0.0
-        )
+        if phase not in names:
+            return 0.0
+        later = names[names.index(phase) + 1 :]
+        return self.ratio * sum(self.planned[name] for name in later)
 
     def left(self) -> tuple[float | None, float | None]:
-        """Seconds of (phase or loop, run) that are left: by the rate; for many loops by the plan,
-        if that says more.
+        """Seconds that are left of (phase or loop, run); None: unknown.
+
+        By the rate of the loop. A phase of several loops: by the plan, if that says more.
         """
         now = self.clock()
         rest = None
-        if loop := next((x for x in self.levels if x.total), None):
-            rest = (loop.total - loop.done) / rate if (rate := loop.rate(now)) > 0 else None
-        phase = next((x for x in self.levels if x.label in self.planned and not x.total), None)
+        loop = next((level for level in self.levels if level.total), None)
+        if loop:
+            rate = loop.rate(now)
+            if rate > 0:
+                rest = (loop.total - loop.done) / rate
+        planned = (level for level in self.levels if level.label in self.planned)
+        phase = next((level for level in planned if not level.total), None)
         if phase is None:
             return rest, None
         if rest is None or loop is None or not loop.whole:
-            rest = max(self.ratio * self.planned[phase.label] - (now - phase.began_s), rest or 0.0)
+            by_plan = self.ratio * self.planned[phase.label] - (now - phase.began_s)
+            rest = max(by_plan, rest or 0.0)
         later = self.later_s(phase.label)
-        # what takes longer than planned: unknown
-        return (rest, rest + later) if rest > 0 else (None, later or None)
+        if rest > 0:
+            return rest, rest + later
+        return None, later or None  # it takes longer than planned
 
-    def line(self) -> str:
-        """What is done, how far that is, how long yet; then what the loop says, or its rate and
-        memory.
-        """
-        now = self.clock()
-        shown = list[Level]()
-        for level in list(self.levels)[1 if len(self.levels) > 1 and self.planned else 0 :]:
-            if shown and shown[-1].text and now - shown[-1].moved_s < STILL_S:
+    def _shown(self, now_s: float) -> list[Level]:
+        """The levels that a line names: without a planned run, and without loops that move fast."""
+        levels = list(self.levels)
+        if len(levels) > 1 and self.planned:
+            del levels[0]
+        shown: list[Level] = []
+        for level in levels:
+            if shown and shown[-1].text and now_s - shown[-1].moved_s < STILL_S:
                 break
             if shown and shown[-1].label == level.label and not shown[-1].total:
                 shown.pop()  # the phase, of which this is the loop
             shown.append(level)
-        own = next((x for x in shown if x.total), shown[-1])
-        head = ", ".join(f"{x.label} {x.done}/{x.total}" if x.total else x.label for x in shown)
+        return shown
+
+    def line(self) -> str:
+        """What is done and how long yet; then what the loop says, or its rate and memory."""
+        now = self.clock()
+        shown = self._shown(now)
+        own = next((level for level in shown if level.total), shown[-1])
+        head = ", ".join(level.count() for level in shown)
         text = own.text
         if not text:
             rate = shown[-1].rate(now)
-            turns = f"{rate:.{int(rate < 10)}f}/s" if rate else duration(now - shown[-1].began_s)
+            turns = duration(now - shown[-1].began_s)
+            if rate:
+                digits = int(rate < 10)
+                turns = f"{rate:.{digits}f}/s"
             text = f"{turns}  {gib(mx.get_active_memory())}"
         if own.total and own.done >= own.total:
-            return f"{head}{' ' if own.text else '  '}{text}".rstrip()
+            blank = " " if own.text else "  "
+            return f"{head}{blank}{text}".rstrip()
         phase, run = self.left()
-        left = "" if phase is None else f"  {duration(phase)} left"
-        return f"{head}{left}{'' if run is None else f' (run: {duration(run)})'}  {text}"
+        if phase is not None:
+            head += f"  {duration(phase)} left"
+        if run is not None:
+            head += f" (run: {duration(run)})"
+        return f"{head}  {text}"
 
     def draw(self) -> None:
         """One line, or the bar anew."""
         if self.bar is None:
             return cli.say(self.line())
-        own = next((x for x in self.levels if x.total), Level("", 0, 0.0))
-        self.bar.update(
-            self.bar.task_ids[0], total=own.total or None, completed=own.done, text=self.line()
-        )
+        own = next((level for level in self.levels if level.total), Level("", 0, 0.0))
+        task = self.bar.task_ids[0]
+        self.bar.update(task, total=own.total or None, completed=own.done, text=self.line())
 
     @contextmanager
     def level(self, label: str, total: int = 0, whole: bool = False) -> Iterator[Show]:
@@ -141,7 +165,8 @@ class Display:
         level = Level(label, total, self.clock(), whole)
 
         def update(done: int, text: str = "") -> None:
-            level.first = max(0, done - 1) if level.first is None else level.first
+            if level.first is None:
+                level.first = max(0, done - 1)
             level.done = done
             level.text = text
             level.moved_s = self.clock()
@@ -161,8 +186,9 @@ class Display:
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Draw all that happens in the block: every second at least, with rich's bar, where stderr
-        is a terminal and this process the one that speaks.
+        """Draw all that happens in the block: every second at least on a terminal.
+
+        rich's bar is on stderr, if this is the process that speaks; else a line every EVERY_S.
         """
         over = threading.Event()
 
@@ -177,11 +203,14 @@ class Display:
                 from rich.console import Console
                 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-                columns = SpinnerColumn(), BarColumn(20), TextColumn("{task.fields[text]}")
                 # What is printed meanwhile goes above the bar; but into a file that stdout is, and
                 # not to the terminal.
                 bar = Progress(
-                    *columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty()
+                    SpinnerColumn(),
+                    BarColumn(20),
+                    TextColumn("{task.fields[text]}"),
+                    console=Console(stderr=True),
+                    redirect_stdout=sys.stdout.isatty(),
                 )
                 self.bar = stack.enter_context(bar)
                 self.bar.add_task("", total=None, text="")
@@ -194,14 +223,16 @@ class Display:
 
 @contextmanager
 def run(label: str, planned: Mapping[str, float] | None = None) -> Iterator[Display]:
-    """What a command does from here on, and its phases; inside of what is shown already, if
-    anything is. A Mac stays awake until it ends.
+    """What a command does from here on, and its phases. A Mac stays awake until it ends.
+
+    Where something is shown already, it becomes a level of that.
     """
     if cli.SHOWN:
         with cli.SHOWN[0].level(label):
             yield cli.SHOWN[0]
         return
-    cli.SHOWN.append(display := Display(planned or {}))
+    display = Display(planned or {})
+    cli.SHOWN.append(display)
     try:
         with macos.awake(), display.level(label), display.drawing():
             yield display
@@ -224,12 +255,14 @@ def phase(name: str) -> Iterator[None]:
         display.last = ""
         try:
             yield
-            display.took[name] = took = display.clock() - began
-            planned = (
-                f" of {duration(display.planned[name])} planned" if name in display.planned else ""
-            )
+            took = display.clock() - began
+            display.took[name] = took
+            line = f"{display.last or name}: {duration(took)}"
+            if name in display.planned:
+                line += f" of {duration(display.planned[name])} planned"
             later = display.later_s(name)
-            run_ = f"; the run: {promise(later)}" if later else ""
-            cli.say(f"{display.last or name}: {duration(took)}{planned}{run_}")
+            if later:
+                line += f"; the run: {promise(later)}"
+            cli.say(line)
         finally:
             display.last = None

@@ -14,62 +14,96 @@ TABLES: dict[str, Metrics] = json.loads(
 )
 
 
-def step_text(step: Step, budget_bytes: int | None = None, planned_tps: float | None = None) -> str:
-    """What the bar shows beside a step: loss, speed and memory of those planned, °C, and the
-    guard.
+def step_text(
+    step: Step,
+    budget_bytes: int | None = None,
+    planned_tps: float | None = None,
+) -> str:
+    """What the bar shows of a training step: loss, tokens/s, memory, °C, and the guard's note.
+
+    Speed and memory stand with what was planned, where that is given.
     """
-    speed = f"{step.tokens / max(step.seconds, 1e-9):.0f}" + (
-        f" of {planned_tps:.0f}" if planned_tps else ""
-    )
-    used = gib(step.peak_bytes) + (f" of {gib(budget_bytes)}" if budget_bytes else "")
-    parts = [f"loss {step.loss:.3f}", f"{speed} tok/s", used]
+    speed = f"{step.tokens / max(step.seconds, 1e-9):.0f}"
+    if planned_tps:
+        speed += f" of {planned_tps:.0f}"
+    memory = gib(step.peak_bytes)
+    if budget_bytes:
+        memory += f" of {gib(budget_bytes)}"
+    parts = [f"loss {step.loss:.3f}", f"{speed} tok/s", memory]
     if step.reading and step.reading.die_c is not None:
         parts.append(f"{step.reading.die_c:.0f} °C")
-    return "  ".join([*parts, step.note] if step.note else parts)
+    if step.note:
+        parts.append(step.note)
+    return "  ".join(parts)
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
-    """A Markdown table. words: how many columns hold words, which stand left; the others hold
-    numbers.
-    """
-    lines = ["|" + "".join(f" {cell}".rstrip() + " |" for cell in row) for row in (head, *rows)]
-    lines.insert(1, "|" + "---|" * words + "---:|" * (len(head) - words))
+def markdown_table(
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    words: int = 1,
+) -> str:
+    """A Markdown table. words: how many columns, the first ones, hold words; the others numbers."""
+    lines = []
+    for row in (head, *rows):
+        line = "|"
+        for cell in row:
+            line += f" {cell}".rstrip() + " |"
+        lines.append(line)
+    numbers = len(head) - words
+    rule = "---|" * words + "---:|" * numbers
+    lines.insert(1, "|" + rule)
     return "\n".join(lines)
+
+
+def cells_of(line: str) -> list[str]:
+    """The cells of a line of a Markdown table."""
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def aligned(page: str) -> str:
-    """A Markdown page; where stdout is a terminal, its tables' columns stand below each other."""
-    lines = list[str]()
+    """A Markdown page; on a terminal, its tables' columns are aligned."""
     if not sys.stdout.isatty():
         return page
-    for is_table, group in groupby(page.splitlines(), key=lambda line: line.startswith("|")):
-        if not is_table:
-            lines += group
-            continue
-        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in group]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        right = [cell.endswith(":") for cell in cells[1]]
-        for row in cells:
-            padded = (
-                c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)
-            )
-            lines.append(f"| {' | '.join(padded)} |")
-        lines[1 - len(cells)] = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    lines: list[str] = []
+    blocks = groupby(page.splitlines(), key=lambda line: line.startswith("|"))
+    for is_table, group in blocks:
+        block = list(group)
+        lines += _aligned_table(block) if is_table else block
     return "\n".join(lines)
+
+
+def _aligned_table(lines: Sequence[str]) -> list[str]:
+    """A Markdown table whose cells are padded to the width of their column."""
+    cells = [cells_of(line) for line in lines]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = [cell.endswith(":") for cell in cells[1]]
+    aligned = []
+    for row in cells:
+        padded = []
+        for cell, width, is_number in zip(row, widths, right, strict=True):
+            padded.append(cell.rjust(width) if is_number else cell.ljust(width))
+        aligned.append(f"| {' | '.join(padded)} |")
+    rule = "|".join("-" * (width + 2) for width in widths)
+    aligned[1] = f"|{rule}|"
+    return aligned
 
 
 def table(rows: Sequence[Row], models: Sequence[str], metrics: Metrics) -> str:
     """Markdown: one line a metric, one column a model."""
-    cells = {(r.model, r.metric): r for r in rows}
+    cells = {(row.model, row.metric): row for row in rows}
     lines = []
-    for name, (label, form) in metrics.items():
-        line = []
+    for metric, (label, form) in metrics.items():
+        line = [label]
         for model in models:
-            row = cells.get((model, name))
-            text = "–" if row is None else format(row.value, form)
-            if row is not None and row.low is not None and row.high is not None:
-                text += f" ± {format((row.high - row.low) / 2, form)}"
+            row = cells.get((model, metric))
+            if row is None:
+                line.append("–")
+                continue
+            text = format(row.value, form)
+            if row.low is not None and row.high is not None:
+                half = (row.high - row.low) / 2
+                text += f" ± {format(half, form)}"
             line.append(text)
-        if any(text != "–" for text in line):
-            lines.append([label, *line])
+        if any(text != "–" for text in line[1:]):
+            lines.append(line)
     return markdown_table(["", *models], lines)

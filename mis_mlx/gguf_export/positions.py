@@ -1,0 +1,100 @@
+"""Rotary positions as llama.cpp knows them: their kind, settings, and factors of frequencies."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mis_mlx.gguf_export.words import YARN
+from mis_mlx.models import families
+from mis_mlx.models.config import normalised, shape_of
+from mis_mlx.types import MisError
+
+Config = Mapping[str, Any]  # of a model, as config.json has it
+
+
+def rope(config: Config) -> tuple[str, Config]:
+    """(kind of rotary positions, their settings).
+
+    MisError for a model that llama.cpp would compute differently. The trap: llama.cpp reads what
+    it does not know as plain positions, and the model loses its thread without an error.
+    """
+    family = families.family(config)
+    full = normalised(config)
+    scaling = full.get("rope_scaling") or {}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    _check_layers(config, full, family)
+    _check_scaling(kind, scaling, family)
+    return kind, scaling
+
+
+def _check_layers(config: Config, full: Config, family: families.Family) -> None:
+    """MisError where llama.cpp puts biases, positions or windows into other layers than the model.
+
+    full: the config with every default filled in.
+    """
+    rotated = [int(i % 4 != 3) for i in range(full["num_hidden_layers"])]
+    if family.kinds and (
+        full[family.kinds] != rotated or full.get("attention_bias") or full.get("mlp_bias")
+    ):
+        why = (
+            f"llama.cpp's {family.gguf} has no biases, and rotary positions in all blocks but "
+            f"every fourth"
+        )
+        raise MisError(
+            f"{why}, unlike this model: use --format hf, which transformers and mlx-lm open"
+        )
+    slides = [kind == "sliding_attention" for kind in config.get("layer_types") or ()]
+    # llama.cpp knows two patterns: a family's own period, and every other block where there are
+    # attention sinks.
+    alternate = [i % 2 == 0 for i in range(len(slides))]
+    if any(slides) and not family.period and not (family.sinks and slides == alternate):
+        raise MisError(
+            f"llama.cpp's {family.gguf} has no sliding windows, some layers here do: use "
+            f"--format hf"
+        )
+
+
+def _check_scaling(kind: str, scaling: Config, family: families.Family) -> None:
+    """MisError where llama.cpp has no such stretching of positions, or ignores a setting of it."""
+    known = {"type", "rope_type", "rope_theta", *YARN} - {"mscale_all_dim"}
+    if family.scaled_queries:
+        known |= {"mscale_all_dim", "llama_4_scaling_beta"}
+        if scaling.get("mscale", 1) == 1:  # llama.cpp takes mscale for 1
+            known.add("mscale")
+    unsupported = (
+        kind == "dynamic"
+        or (kind == "llama3" and family.gguf != "llama")
+        or (kind != "yarn" and family.scaled_queries)
+    )
+    detail = ""
+    if kind == "yarn":
+        unknown = sorted(set(scaling) - known)
+        if unknown:
+            detail = f" with {unknown[0]}"
+        elif not scaling.get("original_max_position_embeddings"):
+            detail = " without original_max_position_embeddings"
+    if unsupported or detail:
+        raise MisError(
+            f"rotary positions of type {kind}{detail} have no place in a {family.gguf} GGUF: use "
+            f"--format hf"
+        )
+
+
+def frequency_factors(config: Config) -> np.ndarray:
+    """(head_dim / 2,) float32: what llama.cpp divides each frequency by.
+
+    Only for Llama 3's long contexts and LongRoPE's. Llama 3: 1 for waves that turn often within
+    the original context, `factor` for those that turn rarely, a mixture between.
+    """
+    kind, scaling = rope(config)
+    if kind == "longrope":
+        return np.array(scaling["long_factor"], np.float32)
+    head_dim = shape_of(config).head_dim
+    context = scaling["original_max_position_embeddings"]
+    frequencies = normalised(config)["rope_theta"] ** (-np.arange(0, head_dim, 2) / head_dim)
+    turns = context * frequencies / (2 * np.pi)  # within the original context
+    low = scaling["low_freq_factor"]
+    high = scaling["high_freq_factor"]
+    smooth = np.clip((turns - low) / (high - low), 0, 1)  # 1: turns often
+    return (1 / ((1 - smooth) / scaling["factor"] + smooth)).astype(np.float32)
