@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Config = Mapping[str, Any]  # a config.json
 ALL = ("layers", "ffn", "experts", "heads", "kv_heads", "hidden")
 DENSE = tuple(axis for axis in ALL if axis != "experts")
 GATED = ("gate_proj", "up_proj", "down_proj")
@@ -335,6 +336,6 @@ OPENED_AS: dict[str, dict[str, Any]] = {
 }
 
 
-def family(config: Mapping[str, Any]) -> Family:
+def family(config: Config) -> Family:
     """The row of a config that was checked (`config.check_config`)."""
     return FAMILIES[config["model_type"]]
