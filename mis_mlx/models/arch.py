@@ -23,7 +23,7 @@ from mis_mlx.models.config import (
     normalised,
     shape_of,
 )
-from mis_mlx.models.families import ALL, Config, family
+from mis_mlx.models.families import ALL, Config, Shapes, family
 from mis_mlx.models.tensor_shapes import layer_tensors, side_tensors, tensors_of
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 
@@ -85,9 +85,12 @@ def places(config: Config) -> tuple[int, ...]:
 
     mlx-lm computes a block of some families by its place, counted from the first.
     """
+    period = 1
     key = family(config).period
-    period = normalised(config)[key] if key else 1
-    return tuple(int((i + 1) % period == 0) for i in range(config["num_hidden_layers"]))
+    if key:
+        period = normalised(config)[key]
+    layers = config["num_hidden_layers"]
+    return tuple(int((i + 1) % period == 0) for i in range(layers))
 
 
 def fixed_blocks(config: Config) -> set[int]:
@@ -137,9 +140,14 @@ def row_params(config: Config) -> int:
 def blocks_params(config: Config) -> int:
     """The number of parameters of all blocks."""
     layers = config["num_hidden_layers"]
-    if not family(config).sharing:
-        return int(layers * _count(layer_tensors(config, stacked=True).values()))
-    return sum(_count(layer_tensors(config, True, i).values()) for i in range(layers))
+    if not family(config).sharing:  # blocks are alike
+        block = layer_tensors(config, stacked=True)
+        return int(layers * _count(block.values()))
+    total = 0
+    for i in range(layers):
+        block = layer_tensors(config, stacked=True, block=i)
+        total += _count(block.values())
+    return total
 
 
 def met(config: Config) -> int:
@@ -168,7 +176,9 @@ def shares(config: Config) -> tuple[float, float]:
     expert = 3 * s.ffn * s.hidden
     absent = s.experts - 1
     unused = s.experts - config.get("num_experts_per_tok", 1)
-    return 1 - absent * expert / block, 1 - unused * expert / block
+    in_memory = 1 - absent * expert / block
+    active = 1 - unused * expert / block
+    return in_memory, active
 
 
 def inside(tensors: Mapping[str, TensorAt], config: Config) -> dict[str, TensorAt]:
@@ -203,7 +213,7 @@ def inside(tensors: Mapping[str, TensorAt], config: Config) -> dict[str, TensorA
 
 
 def _joined_parts(
-    name: str, tensor: TensorAt, names: Sequence[str], expected: tensor_shapes.Shapes
+    name: str, tensor: TensorAt, names: Sequence[str], expected: Shapes
 ) -> Iterator[tuple[str, TensorAt]]:
     """(own name, its rows of `tensor`) of every matrix that is joined in the stored tensor `name`.
 
@@ -336,11 +346,12 @@ def target_shape(config: Config, ratios: Mapping[str, float], **exact: int | Non
     for axis, before in sizes.items():
         wanted = exact.get(axis)
         ratio = ratios.get(axis, 1)
+        step = steps.get(axis, 1)
         _check_axis(config, axis, before, wanted, ratio=ratio)
         if wanted is not None:
             sizes[axis] = wanted
         elif axis in ratios:
-            sizes[axis] = _nearest_multiple(before, ratio, steps.get(axis, 1))
+            sizes[axis] = _nearest_multiple(before, ratio, step)
     _settle_heads(s, sizes, ratios, exact)
     _check_sizes(config, sizes)
     return replace(s, **sizes)
@@ -367,7 +378,8 @@ def _check_axis(
 def _nearest_multiple(before: int, ratio: float, step: int) -> int:
     """The multiple of `step` nearest to before * ratio; `before` where it is smaller than one."""
     steps = max(round(before * ratio / step), 1)
-    return min(steps, before // step) * step or before
+    most = before // step
+    return min(steps, most) * step or before
 
 
 def _settle_heads(
@@ -401,23 +413,7 @@ def _check_sizes(config: Config, sizes: Mapping[str, int]) -> None:
                 f"--experts leaves {experts_left}, a token meets {active} of them: keep {active} "
                 f"or more"
             )
-    _check_depth(config, sizes["layers"])
-    hidden = sizes["hidden"]
-    heads = sizes["heads"]
-    if row.heads_fill_hidden and hidden % heads:
-        why = f"is not a multiple of {heads} heads, which transformers demands of a {row.name}"
-        raise MisError(f"hidden {hidden} {why}: choose --hidden as a multiple of {heads}")
-    before = shape_of(config)
-    if row.head_dim_follows and hidden // heads != before.head_dim:
-        why = (
-            f"hidden ({before.hidden} to {hidden}) or heads alone, its head size is their quotient"
-        )
-        raise MisError(f"a {row.name} cannot change {why}: cut --layers and --ffn instead")
-
-
-def _check_depth(config: Config, layers: int) -> None:
-    """MisError where the family needs more than `layers` blocks."""
-    row = family(config)
+    layers = sizes["layers"]
     fixed = len(fixed_blocks(config))
     if layers < fixed:
         why = f"{fixed} blocks stay, those that make keys and values for others and the last one"
@@ -429,6 +425,17 @@ def _check_depth(config: Config, layers: int) -> None:
                 f"{layers} layers of a {row.name} are fewer than {period}, which mlx-lm wants: "
                 f"keep more"
             )
+    hidden = sizes["hidden"]
+    heads = sizes["heads"]
+    if row.heads_fill_hidden and hidden % heads:
+        why = f"is not a multiple of {heads} heads, which transformers demands of a {row.name}"
+        raise MisError(f"hidden {hidden} {why}: choose --hidden as a multiple of {heads}")
+    before = shape_of(config)
+    if row.head_dim_follows and hidden // heads != before.head_dim:
+        why = (
+            f"hidden ({before.hidden} to {hidden}) or heads alone, its head size is their quotient"
+        )
+        raise MisError(f"a {row.name} cannot change {why}: cut --layers and --ffn instead")
 
 
 def student_config(

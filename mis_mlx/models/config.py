@@ -82,9 +82,16 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{where}: names program code of the model's own, which is not run: it is a "
             f"{config['model_type']}"
         )
-    if family(config).own_positions:
-        for _, rope in rotary_settings(config):
-            _use_long_factors(rope, where)
+    if not family(config).own_positions:
+        return config
+    for _, rope in rotary_settings(config):
+        if rope.get("short_factor") != rope.get("long_factor"):
+            say_once(
+                f"{where}: LongRoPE's long factors count at every length, as in mlx-lm, never its "
+                f"short ones"
+            )
+            # other programs then compute the same from folders written with this config
+            rope["short_factor"] = rope["long_factor"]
     return config
 
 
@@ -103,18 +110,6 @@ def _read_json(folder: Path, where: Path) -> dict[str, Any]:
         ) from None
     except header_check.Refused as why:
         raise MisError(f"{where}: {why}: download the model again") from None
-
-
-def _use_long_factors(rope: dict[str, Any], where: Path) -> None:
-    """Replace LongRoPE's short factors, which mlx-lm does not use, by its long ones."""
-    if rope.get("short_factor") == rope.get("long_factor"):
-        return
-    say_once(
-        f"{where}: LongRoPE's long factors count at every length, as in mlx-lm, never its short "
-        f"ones"
-    )
-    # other programs then compute the same from the folders that are written with this config
-    rope["short_factor"] = rope["long_factor"]
 
 
 def _opened_as(config: dict[str, Any], where: Path) -> dict[str, Any]:
@@ -151,14 +146,10 @@ def _opened_as(config: dict[str, Any], where: Path) -> dict[str, Any]:
 
 def _has_own_positions(config: Config) -> bool:
     """Whether positions rotate a part of each head, or are LongRoPE's."""
-    places = [config]
-    for _, rope in rotary_settings(config):
-        if isinstance(rope, Mapping):
-            places.append(rope)
-    for place in places:
-        if place.get(config_checks.SHARE) not in (None, 1):
-            return True
+    for _, place in [("", config), *rotary_settings(config)]:
         if rotary_kind(place) in ("longrope", "su"):
+            return True
+        if isinstance(place, Mapping) and place.get(config_checks.SHARE) not in (None, 1):
             return True
     return False
 
@@ -181,10 +172,18 @@ def check_config(config: Config, where: Path) -> None:
 
     Each refusal is a MisError of one sentence. where: the file, which the sentence begins with.
     """
-    _check_type(config, where)
+    try:
+        _check_type(config, where.parent)
+        _check_values(config)
+    except MisError as error:
+        raise MisError(f"{where}: {error}") from None
+
+
+def _check_values(config: Config) -> None:
+    """Check every value of a config whose family is known."""
     for key, most in SIZES.items():
-        whole_number(config, key, most, where)
-    _check_heads(config, where)
+        whole_number(config, key, most)
+    _check_heads(config)
     complete = spelled_out(config)
     row = family(config)
     keys = ["rms_norm_eps", *row.numbers]
@@ -192,19 +191,19 @@ def check_config(config: Config, where: Path) -> None:
         if config.get(key):
             keys.append(key)
     for key in keys:
-        positive_number(complete.get(key), key, where)
-    config_checks.check_positions(config, where)
-    config_checks.check_kinds(config, complete, where)
-    config_checks.check_sharing(config, where)
-    _check_only(config, where)
+        positive_number(complete.get(key), key)
+    config_checks.check_positions(config)
+    config_checks.check_kinds(config, complete)
+    config_checks.check_sharing(config)
+    _check_only(config)
     if row.experts:
-        _check_experts(config, where)
+        _check_experts(config)
     for key in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         if config.get(key) not in (None, True, False):
-            raise MisError(f"{where}: {key} is {config[key]!r}, true or false was expected")
+            raise MisError(f"{key} is {config[key]!r}, true or false was expected")
 
 
-def _check_type(config: Config, where: Path) -> None:
+def _check_type(config: Config, folder: Path) -> None:
     """Refuse a model that wants to run its own code, and a family that is not in the table."""
     kind = config.get("model_type")
     known = isinstance(kind, str) and kind in FAMILIES
@@ -214,16 +213,16 @@ def _check_type(config: Config, where: Path) -> None:
     for key in code_keys:
         if config.get(key):
             why = f"{key} wants to run the model's own program code; mis_mlx never does that"
-            raise MisError(f"{where}: {why}: use a model of type {', '.join(FAMILIES)}")
+            raise MisError(f"{why}: use a model of type {', '.join(FAMILIES)}")
     if known:
         return
     why = f"model_type {kind!r} is not supported"
     if isinstance(kind, str):
-        why += _nearest(kind, config, where)
-    raise MisError(f"{where}: {why}; supported are {', '.join(FAMILIES)}")
+        why += _nearest(kind, config, folder)
+    raise MisError(f"{why}; supported are {', '.join(FAMILIES)}")
 
 
-def _nearest(kind: str, config: Config, where: Path) -> str:
+def _nearest(kind: str, config: Config, folder: Path) -> str:
     """The end of a sentence: which known family is nearest, and what it does not know.
 
     The nearest family shares most of its own keys with the config, then most of its name. The
@@ -237,7 +236,7 @@ def _nearest(kind: str, config: Config, where: Path) -> str:
     nearest = max(FAMILIES.values(), key=likeness)
     modules = set[str]()
     with contextlib.suppress(MisError):  # a config alone is enough to say something
-        for name in safetensors.index(where.parent):
+        for name in safetensors.index(folder):
             modules.add(re.sub(r"^model\.(layers\.)?|\b\d+\.|\.\w+$", "", name))
     keys = config.keys() - nearest.own - set(KEYS.values())
     unknown = []
@@ -252,48 +251,43 @@ def _nearest(kind: str, config: Config, where: Path) -> str:
     return sentence
 
 
-def _check_heads(config: Config, where: Path) -> None:
+def _check_heads(config: Config) -> None:
     """Check that heads form whole groups, and that each has an even number of channels."""
     heads = config["num_attention_heads"]
-    kv_heads = whole_number(config, "num_key_value_heads", 1024, where, default=heads)
+    kv_heads = whole_number(config, "num_key_value_heads", 1024, default=heads)
     if heads % kv_heads:
-        raise MisError(
-            f"{where}: {heads} attention heads do not divide into {kv_heads} key-value heads"
-        )
+        raise MisError(f"{heads} attention heads do not divide into {kv_heads} key-value heads")
     usual = max(1, config["hidden_size"] // heads)
-    head_dim = whole_number(config, "head_dim", 4096, where, default=usual)
+    head_dim = whole_number(config, "head_dim", 4096, default=usual)
     if head_dim % 2:
         raise MisError(
-            f"{where}: head_dim is {head_dim}, rotary positions need an even one: this is no "
-            f"usable config"
+            f"head_dim is {head_dim}, rotary positions need an even one: this is no usable config"
         )
 
 
-def _check_only(config: Config, where: Path) -> None:
+def _check_only(config: Config) -> None:
     """Check the keys of which one value alone can be computed here."""
     row = family(config)
     for key, only in row.only:
         value = config.get(key)
         if value not in (None, only):
             raise MisError(
-                f"{where}: {key} is {value!r}, of a {row.name} only {only!r} can be computed here"
+                f"{key} is {value!r}, of a {row.name} only {only!r} can be computed here"
             )
     if row.sinks and not config.get("layer_types"):
-        raise MisError(f"{where}: layer_types is missing, which says which blocks see all tokens")
+        raise MisError("layer_types is missing, which says which blocks see all tokens")
 
 
-def _check_experts(config: Config, where: Path) -> None:
+def _check_experts(config: Config) -> None:
     """Check how many experts there are, how many each token uses, and how wide they are."""
     row = family(config)
-    experts = whole_number(config, row.experts, MOST_EXPERTS, where)
-    active = whole_number(config, "num_experts_per_tok", MOST_EXPERTS, where)
+    experts = whole_number(config, row.experts, MOST_EXPERTS)
+    active = whole_number(config, "num_experts_per_tok", MOST_EXPERTS)
     if active > experts:
-        raise MisError(
-            f"{where}: a token meets {active} experts (num_experts_per_tok), there are {experts}"
-        )
+        raise MisError(f"a token meets {active} experts (num_experts_per_tok), there are {experts}")
     for key in (row.ffn, row.shared_expert):
         if key:
-            whole_number(config, key, SIZES["intermediate_size"], where)
+            whole_number(config, key, SIZES["intermediate_size"])
 
 
 def key_owners(config: Config) -> tuple[int | None, ...]:
@@ -395,7 +389,7 @@ def _spell_out_own_positions(config: dict[str, Any], rope: Mapping[str, Any]) ->
     config[share] = config.get(share) or rope.get(share) or 1.0
     context = "original_max_position_embeddings"
     config[context] = config.get(context) or 4096
-    scaling = config.get("rope_scaling")
+    scaling: Any = config.get("rope_scaling")
     if rotary_kind(scaling) == "longrope":
         config["rope_scaling"] = {**scaling, "type": "longrope", "rope_type": "longrope"}
     else:

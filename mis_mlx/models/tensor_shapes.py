@@ -2,9 +2,8 @@
 
 from mis_mlx.models import experts
 from mis_mlx.models.config import ffn_size, head_size, key_owners, shape_of
-from mis_mlx.models.families import Config, Family, family
+from mis_mlx.models.families import Config, Family, Shapes, family
 
-Shapes = dict[str, tuple[int, ...]]  # {name: (out, in)}, in forward order
 # what the names of the table of per-layer inputs begin with
 PER_LAYER = "model.embed_tokens_per_layer."
 
@@ -98,8 +97,8 @@ def largest_block(config: Config) -> int:
     """The number of a block that has as many parameters as any other."""
     if not family(config).sharing:
         return 0
-    layers = config["num_hidden_layers"]
-    return max(range(layers), key=lambda i: (ffn_size(config, i), head_size(config, i)))
+    layers = range(config["num_hidden_layers"])
+    return max(layers, key=lambda i: (ffn_size(config, i), head_size(config, i)))
 
 
 def side_tensors(config: Config) -> Shapes:
@@ -129,7 +128,8 @@ def tensors_of(config: Config, stacked: bool = False) -> Shapes:
     tensors: Shapes = {"model.embed_tokens.weight": (s.vocab, s.hidden)}
     tensors |= side_tensors(config)
     for i in range(s.layers):
-        for name, shape in layer_tensors(config, stacked, i).items():
+        block = layer_tensors(config, stacked, i)
+        for name, shape in block.items():
             tensors[f"model.layers.{i}.{name}"] = shape
     tensors["model.norm.weight"] = (s.hidden,)
     if not s.tied:
