@@ -72,12 +72,12 @@ def readers(block: Mapping[str, Any]) -> dict[str, tuple[str, list[str]]]:
 
 def widest(config: Config) -> Shape:
     """The shape, with FFN and heads as large as they are in any block."""
-    s = shape_of(config)
+    shape = shape_of(config)
     if not family(config).sharing:
-        return s
+        return shape
     ffn = ffn_size(config, tensor_shapes.largest_block(config))
-    head_dim = max(head_size(config, i) for i in range(s.layers))
-    return replace(s, ffn=ffn, head_dim=head_dim)
+    head_dim = max(head_size(config, i) for i in range(shape.layers))
+    return replace(shape, ffn=ffn, head_dim=head_dim)
 
 
 def places(config: Config) -> tuple[int, ...]:
@@ -112,11 +112,11 @@ def block_of(name: str) -> int | None:
 
 def params(config: Config) -> int:
     """The number of parameters, computed from the shape; a tied embedding counts once."""
-    s = shape_of(config)
-    embedding = s.vocab * s.hidden
-    head = 0 if s.tied else embedding
+    shape = shape_of(config)
+    embedding = shape.vocab * shape.hidden
+    head = 0 if shape.tied else embedding
     sides = _count(side_tensors(config).values())
-    return blocks_params(config) + sides + embedding + head + s.hidden
+    return blocks_params(config) + sides + embedding + head + shape.hidden
 
 
 def _count(shapes: Iterable[tuple[int, ...]]) -> int:
@@ -132,9 +132,9 @@ def channels(config: Config) -> int:
 
 def row_params(config: Config) -> int:
     """The number of parameters of one token: its rows of embedding, head and other tables."""
-    s = shape_of(config)
-    tables = 1 if s.tied else 2
-    return int(s.hidden * tables + channels(config))
+    shape = shape_of(config)
+    tables = 1 if shape.tied else 2
+    return int(shape.hidden * tables + channels(config))
 
 
 def blocks_params(config: Config) -> int:
@@ -169,13 +169,13 @@ def shares(config: Config) -> tuple[float, float]:
 
     Both are 1, except in a mixture: one expert is in memory at a time, and a token uses a few.
     """
-    s = shape_of(config)
-    if not s.experts:
+    shape = shape_of(config)
+    if not shape.experts:
         return 1.0, 1.0
     block = _count(layer_tensors(config, stacked=True).values())
-    expert = 3 * s.ffn * s.hidden
-    absent = s.experts - 1
-    unused = s.experts - config.get("num_experts_per_tok", 1)
+    expert = 3 * shape.ffn * shape.hidden
+    absent = shape.experts - 1
+    unused = shape.experts - config.get("num_experts_per_tok", 1)
     in_memory = 1 - absent * expert / block
     active = 1 - unused * expert / block
     return in_memory, active
@@ -340,9 +340,9 @@ def target_shape(config: Config, ratios: Mapping[str, float], **exact: int | Non
     By ratio the FFN is a multiple of 256 (or kept when smaller), hidden one of 16 and of the heads.
     MisError where no loader would accept the model.
     """
-    s = shape_of(config)
-    steps = {"ffn": FFN_MULTIPLE, "heads": s.kv_heads, "hidden": math.lcm(16, s.heads)}
-    sizes: dict[str, Any] = {axis: getattr(s, axis) for axis in ALL}
+    teacher = shape_of(config)
+    steps = {"ffn": FFN_MULTIPLE, "heads": teacher.kv_heads, "hidden": math.lcm(16, teacher.heads)}
+    sizes: dict[str, Any] = {axis: getattr(teacher, axis) for axis in ALL}
     for axis, before in sizes.items():
         wanted = exact.get(axis)
         ratio = ratios.get(axis, 1)
@@ -352,9 +352,9 @@ def target_shape(config: Config, ratios: Mapping[str, float], **exact: int | Non
             sizes[axis] = wanted
         elif axis in ratios:
             sizes[axis] = _nearest_multiple(before, ratio, step)
-    _settle_heads(s, sizes, ratios, exact)
+    _settle_heads(teacher, sizes, ratios, exact)
     _check_sizes(config, sizes)
-    return replace(s, **sizes)
+    return replace(teacher, **sizes)
 
 
 def _check_axis(

@@ -58,7 +58,7 @@ def backwards(
     from_last = range(source.layers - 1, -1, -1)
     for i, block in source.blocks(from_last):
         if not grads:
-            grads = _grads_at_head(source, block, kept[-n:], seed, at_head)
+            grads = _grads_at_head(source, block, kept[-n:], seed=seed, at_head=at_head)
         through = visit(i, block)
         width = source.back_at_once(grads[0])
         for first in range(0, n, width):
@@ -84,6 +84,7 @@ def _grads_at_head(
     source: stream.Stream,
     last_block: nn.Module,
     hidden: stream.Hidden,
+    *,
     seed: int,
     at_head: AtHead,
 ) -> list[mx.array]:

@@ -249,13 +249,13 @@ def block(
 
 def expert(checkpoint: Checkpoint, i: int, e: int, dtype: mx.Dtype, raw: Raw) -> Expert:
     """Expert `e` of block `i` with its weights, lazy. raw: as in `weights`."""
-    s = shape_of(checkpoint.config)
+    shape = shape_of(checkpoint.config)
     row = family(checkpoint.config)
     if row.expert_bias:
         activation = mlx_lm("models.activations").SwigluOAI()
     else:
         activation = mlx_lm("models.switch_layers").SwiGLU()
-    new = Expert(row, s.hidden, s.ffn, activation)
+    new = Expert(row, shape.hidden, shape.ffn, activation)
     prefix = f"model.layers.{i}.{row.mlp}.experts.{e}."
     _quantize(new, prefix, checkpoint)
     new.load_weights(weights(checkpoint, prefix, dtype, raw))
@@ -294,8 +294,8 @@ def window(args: Any, block: nn.Module) -> int | None:
 
 def mask(args: Any, block: nn.Module, hidden: mx.array) -> Any:
     """The attention mask that mlx-lm itself would give this block for `hidden` (B, T, D)."""
-    create = mlx_lm("models.base").create_attention_mask
-    return create(hidden, None, window_size=window(args, block))
+    base = mlx_lm("models.base")
+    return base.create_attention_mask(hidden, None, window_size=window(args, block))
 
 
 def embedding_scale(config: Config, dtype: mx.Dtype) -> mx.array | None:
@@ -314,10 +314,7 @@ def embedding_scale(config: Config, dtype: mx.Dtype) -> mx.array | None:
 def _filled(
     layer: nn.Module, prefix: str, checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None
 ) -> nn.Module:
-    """A layer that stands alone, or the packed layer in its place, with its weights, lazy.
-
-    prefix: of its tensors' names, such as "lm_head.".
-    """
+    """A layer that stands alone, packed if its weights under `prefix` ("lm_head.") are; lazy."""
     stem, dot, name = prefix[:-1].rpartition(".")
     owner = nn.Module()  # `_quantize` replaces the layers of a module
     owner[name] = layer
@@ -331,17 +328,17 @@ def embedding(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -
 
     raw: as in `weights`, or only some rows (n, D) of each of its tensors: then a table of those.
     """
-    s = shape_of(checkpoint.config)
-    rows = len(raw[EMBEDDING + "weight"]) if raw else s.vocab
-    return _filled(nn.Embedding(rows, s.hidden), EMBEDDING, checkpoint, dtype, raw)
+    shape = shape_of(checkpoint.config)
+    rows = len(raw[EMBEDDING + "weight"]) if raw else shape.vocab
+    return _filled(nn.Embedding(rows, shape.hidden), EMBEDDING, checkpoint, dtype, raw=raw)
 
 
 def side_projection(checkpoint: Checkpoint, dtype: mx.Dtype) -> SideProjection:
     """The projection that makes half of the per-layer inputs, with its weights, lazy."""
     config = checkpoint.config
-    s = shape_of(config)
+    shape = shape_of(config)
     width = config[family(config).per_layer]
-    new = SideProjection(s.hidden, s.layers, width, config["rms_norm_eps"])
+    new = SideProjection(shape.hidden, shape.layers, width, config["rms_norm_eps"])
     _quantize(new, "model.", checkpoint)
     new.load_weights(weights(checkpoint, "model.per_layer_", dtype, cut="model."))
     return new
@@ -355,7 +352,7 @@ def side_rows(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw) -> nn.Module:
     config = checkpoint.config
     rows = len(raw[PER_LAYER + "weight"])
     width = shape_of(config).layers * config[family(config).per_layer]
-    return _filled(nn.Embedding(rows, width), PER_LAYER, checkpoint, dtype, raw)
+    return _filled(nn.Embedding(rows, width), PER_LAYER, checkpoint, dtype, raw=raw)
 
 
 def final_norm(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
@@ -375,13 +372,14 @@ def head(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.
 
     raw: as in `embedding`.
     """
-    s = shape_of(checkpoint.config)
-    if s.tied:
+    shape = shape_of(checkpoint.config)
+    if shape.tied:
         table = embedding(checkpoint, dtype, raw)
         table._softcap = softcap(checkpoint.config)  # for `logits`
         return table
-    rows = len(raw["lm_head.weight"]) if raw else s.vocab
-    return _filled(nn.Linear(s.hidden, rows, bias=False), "lm_head.", checkpoint, dtype, raw)
+    rows = len(raw["lm_head.weight"]) if raw else shape.vocab
+    linear = nn.Linear(shape.hidden, rows, bias=False)
+    return _filled(linear, "lm_head.", checkpoint, dtype, raw=raw)
 
 
 def head_prefix(checkpoint: Checkpoint) -> str:

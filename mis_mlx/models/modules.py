@@ -55,13 +55,13 @@ def separate_experts(block: nn.Module, config: Config, each: Each | None = None)
 
     each: as of `Experts`; default: the experts are modules of this block, of random weights.
     """
-    s = shape_of(config)
+    shape = shape_of(config)
     row = family(config)
     part = block[row.mlp]
     activation = part.pop(row.switch).activation
     parts = []
     if not each:
-        parts = [Expert(row, s.hidden, s.ffn, activation) for _ in range(s.experts)]
+        parts = [Expert(row, shape.hidden, shape.ffn, activation) for _ in range(shape.experts)]
     part.experts = Experts(parts, each)
     if row.switch != "experts":
         # mlx-lm's code reads this attribute. It stays outside the module's tree, which has the

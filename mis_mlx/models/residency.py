@@ -62,16 +62,16 @@ def plan(
     slot_bytes: of a block's slot and of an expert's, where weights stay in them; empty where they
     leave them, so that their size in `dtype` counts.
     """
-    s = config.shape_of(checkpoint.config)
+    shape = config.shape_of(checkpoint.config)
     if room_bytes is None:
-        return True, s.layers, s.layers * s.experts
+        return True, shape.layers, shape.layers * shape.experts
     room = room_bytes - _head_bytes(checkpoint, dtype)
     if room < 0:
         return False, 0, 0
     sizes = slot_bytes or _converted_bytes(checkpoint, dtype)
-    blocks = min(s.layers, room // sizes[0])
+    blocks = min(shape.layers, room // sizes[0])
     kept_experts = 0
-    if s.experts:
+    if shape.experts:
         room -= blocks * sizes[0]
         kept_experts = room // sizes[1]
     return True, blocks, kept_experts
@@ -79,12 +79,12 @@ def plan(
 
 def _head_bytes(checkpoint: Checkpoint, dtype: mx.Dtype) -> int:
     """Bytes of the head in memory: packed as on disk, or in `dtype`."""
-    s = config.shape_of(checkpoint.config)
+    shape = config.shape_of(checkpoint.config)
     prefix = load.head_prefix(checkpoint)
     tensors = [tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)]
     if policy.keeps_packed() and any(tensor.dtype == "U32" for tensor in tensors):
         return sum(tensor.nbytes for tensor in tensors)
-    return s.vocab * s.hidden * dtype.size
+    return shape.vocab * shape.hidden * dtype.size
 
 
 def _converted_bytes(checkpoint: Checkpoint, dtype: mx.Dtype) -> list[int]:
@@ -105,11 +105,11 @@ def pass_bytes(settings: Config, tokens: int, length: int) -> int:
 
     length: of the windows.
     """
-    s = arch.widest(settings)
+    shape = arch.widest(settings)
     ffn = 3 * arch.met(settings)
-    heads = 2 * (s.heads + s.kv_heads) * s.head_dim
-    scores = s.heads * length
-    per_token = 8 * s.hidden + ffn + heads + scores
+    heads = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
+    scores = shape.heads * length
+    per_token = 8 * shape.hidden + ffn + heads + scores
     return 4 * tokens * per_token
 
 

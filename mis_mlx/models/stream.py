@@ -168,17 +168,21 @@ class Stream:
         assert self._experts
         in_memory = [e for e in numbers if (i, e) in self._hot]
         for e in in_memory:
-            self._hot.move_to_end((i, e))
-            yield e, self._hot[i, e][0]
-        coming = self._experts.each([(i, e) for e in numbers if e not in in_memory])
+            key = (i, e)
+            self._hot.move_to_end(key)
+            yield e, self._hot[key][0]
+        from_disk = [(i, e) for e in numbers if e not in in_memory]
+        coming = self._experts.each(from_disk)
         with closing(coming):
-            for (_, e), slot, raw in coming:
-                expert = load.expert(self.checkpoint, i, e, self.dtype, self._own(raw))
+            for key, slot, raw in coming:
+                _, e = key
+                expert = load.expert(self.checkpoint, i, e, self.dtype, raw=self._own(raw))
                 # its outputs are evaluated before the next expert takes its memory
                 expert.settle = evaluate_now
-                self._check_once(expert, f"model.layers.{i}.expert {e}.", slot, self._experts)
+                name = f"model.layers.{i}.expert {e}."
+                self._check_once(expert, name, slot, self._experts)
                 yield e, expert
-                self._hot[i, e] = expert, slot
+                self._hot[key] = expert, slot
                 if len(self._hot) > self.keeps_experts:
                     _, (_, slot) = self._hot.popitem(last=False)
                     if not self._copies:
@@ -276,8 +280,8 @@ class Stream:
         if self._norm is None:
             norm = load.final_norm(self.checkpoint, self.dtype, self._stored(load.NORM))
             self._norm = load_checked(norm, f"{self.checkpoint.path}: {load.NORM}")
-        for b, h in enumerate(hidden):
-            hidden[b] = self._norm(h)
+        for b, states in enumerate(hidden):
+            hidden[b] = self._norm(states)
             mx.eval(hidden[b])
         return hidden
 
@@ -405,7 +409,9 @@ class Stream:
                 gates.append(_gates(part[row.router], x, choice))
         # Then the experts in turn, each for all batches: it is read once. The block's own code
         # finds their outputs ready, and weighs and adds them.
-        part.experts.ready = part.experts.outputs(inputs, chosen, visit, gates, numbers.start)
+        part.experts.ready = part.experts.outputs(
+            inputs, chosen, visit=visit, gates=gates, first=numbers.start
+        )
         for h, x in zip(residual, inputs, strict=True):
             out = h + part(x)
             mx.eval(out)
