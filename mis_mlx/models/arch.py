@@ -1,16 +1,18 @@
-"""Which axes of a model can shrink, and what tensors a config promises: pure functions of the
-config.
+"""Which axes of a model can shrink, and how large it is: pure functions of the config.
+
+`models/tensor_shapes` names every tensor of a config; here they are counted, and compared with the
+tensors of a file.
 """
 
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.models import experts
+from mis_mlx.models import experts, tensor_shapes
 from mis_mlx.models.config import (
     Shape,
     ffn_size,
@@ -21,7 +23,8 @@ from mis_mlx.models.config import (
     normalised,
     shape_of,
 )
-from mis_mlx.models.families import ALL, family
+from mis_mlx.models.families import ALL, Config, Shapes, family
+from mis_mlx.models.tensor_shapes import layer_tensors, side_tensors, tensors_of
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 
 # A ratio per axis, kept / before. redyk and gazda: what was measured best at GÓRAL's size on
@@ -43,309 +46,276 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # configs without weights, for plans
     name: json.loads((Path(__file__).parent / f"{name}.json").read_text("utf-8"))
     for name in ("mis-137b", "qwen3-30b-a3b", "gemma-4-e2b", "gemma-4-e4b")
 }
-# what the names of the table of per-layer inputs begin with
-PER_LAYER = "model.embed_tokens_per_layer."
+PER_LAYER = tensor_shapes.PER_LAYER
 FFN_MULTIPLE = 256  # Metal's fast 4-bit kernels and GGUF K-quants need it
-READERS = {
+READERS = {  # axis: (part of a block, the matrices in it that read the axis)
     "ffn": ("mlp", ("down_proj",)),
     "heads": ("self_attn", ("o_proj",)),
     "norm1": ("self_attn", ("q_proj", "k_proj", "v_proj", "qkv_proj")),
-    # axis -> part, its readers  # fmt: skip
     "norm2": ("mlp", ("gate_proj", "up_proj", "gate_up_proj")),
 }
 
 
 def readers(block: Mapping[str, Any]) -> dict[str, tuple[str, list[str]]]:
-    """{axis: (part of the block, its matrices that read the axis)}: the input of one is that of
-    all. Of a mixture of experts those of attention.
+    """{axis: (part of the block, its matrices that read the axis)}.
+
+    All matrices of an axis have the same input. A mixture of experts has the axes of attention
+    alone.
     """
-    found = {
-        axis: (part, [n for n in names if n in block.get(part, ())])
-        for axis, (part, names) in READERS.items()
-    }
-    return {axis: (part, names) for axis, (part, names) in found.items() if names}
+    present = {}
+    for axis, (part, names) in READERS.items():
+        matrices = [name for name in names if name in block.get(part, ())]
+        if matrices:
+            present[axis] = (part, matrices)
+    return present
 
 
-def layer_tensors(
-    config: Mapping[str, Any], stacked: bool = False, block: int | None = None
-) -> dict[str, tuple[int, ...]]:
-    """Names (without `model.layers.N.`) and shapes (out, in) of one block's tensors, in forward
-    order. stacked: all experts' matrices in one (E, out, in), as mlx-lm has them. block: which one,
-    where they differ; default: the largest.
-    """
-    s = shape_of(config)
-    of = family(config)
-    block = largest_block(config) if block is None else block
-    tensors = _attention_tensors(config, block)
-    if of.experts:
-        return tensors | experts.tensors_of(config, stacked)
-    ffn = ffn_size(config, block)
-    wide = (("gate_up_proj", 2 * ffn),) if of.joined else (("gate_proj", ffn), ("up_proj", ffn))
-    for name, out, into in (
-        *((name, out, s.hidden) for name, out in wide),
-        ("down_proj", s.hidden, ffn),
-    ):
-        tensors[f"mlp.{name}.weight"] = (out, into)
-        if of.other_biases and config.get("mlp_bias"):
-            tensors[f"mlp.{name}.bias"] = (out,)
-    if of.per_layer:
-        tensors["per_layer_input_gate.weight"] = (config[of.per_layer], s.hidden)
-        tensors["per_layer_projection.weight"] = (s.hidden, config[of.per_layer])
-        tensors["post_per_layer_input_norm.weight"] = (s.hidden,)
-    if of.block_scale:
-        tensors["layer_scalar"] = (1,)
-    return tensors
-
-
-def _attention_tensors(config: Mapping[str, Any], block: int) -> dict[str, tuple[int, ...]]:
-    """Those of attention and of the norms around it and around the MLP."""
-    s = shape_of(config)
-    of = family(config)
-    head_dim = head_size(config, block)
-    shares_keys = key_owners(config)[block] is not None
-    q = s.heads * head_dim
-    kv = s.kv_heads * head_dim
-    tensors: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (s.hidden,)}
-    apart = (("q_proj", q),) if shares_keys else (("q_proj", q), ("k_proj", kv), ("v_proj", kv))
-    for name, out in (("qkv_proj", q + 2 * kv),) if of.joined else apart:
-        tensors[f"self_attn.{name}.weight"] = (out, s.hidden)
-        if config.get("attention_bias") if of.qkv_bias is None else of.qkv_bias:
-            tensors[f"self_attn.{name}.bias"] = (out,)
-    normed = {"q": q, "k": kv} if of.head_norms == "all" else {"q": head_dim, "k": head_dim}
-    for name, size in normed.items() if of.head_norms else ():
-        if name == "q" or not shares_keys:
-            tensors[f"self_attn.{name}_norm.weight"] = (size,)
-    tensors["self_attn.o_proj.weight"] = (s.hidden, q)
-    if of.other_biases and config.get("attention_bias"):
-        tensors["self_attn.o_proj.bias"] = (s.hidden,)
-    if of.sinks:
-        tensors["self_attn.sinks"] = (s.heads,)
-    tensors["post_attention_layernorm.weight"] = (s.hidden,)
-    if of.sandwich:
-        tensors |= {f"{when}_feedforward_layernorm.weight": (s.hidden,) for when in ("pre", "post")}
-    return tensors
-
-
-def largest_block(config: Mapping[str, Any]) -> int:
-    """The number of a block that has as many parameters as any."""
-    layers = config["num_hidden_layers"]
-    if not family(config).sharing:
-        return 0
-    return max(range(layers), key=lambda i: (ffn_size(config, i), head_size(config, i)))
-
-
-def widest(config: Mapping[str, Any]) -> Shape:
+def widest(config: Config) -> Shape:
     """The shape, with FFN and heads as large as they are in any block."""
-    s = shape_of(config)
+    shape = shape_of(config)
     if not family(config).sharing:
-        return s
-    sizes = [head_size(config, i) for i in range(s.layers)]
-    return replace(s, ffn=ffn_size(config, largest_block(config)), head_dim=max(sizes))
+        return shape
+    ffn = ffn_size(config, tensor_shapes.largest_block(config))
+    head_dim = max(head_size(config, i) for i in range(shape.layers))
+    return replace(shape, ffn=ffn, head_dim=head_dim)
 
 
-def side_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what makes the inputs that each block has for itself: for every token and
-    block some channels of a table, and as many that are projected from the embedding.
+def places(config: Config) -> tuple[int, ...]:
+    """A number for each block: blocks of different numbers cannot replace each other.
+
+    mlx-lm computes a block of some families by its place, counted from the first.
     """
-    s = shape_of(config)
-    of = family(config)
-    if not of.per_layer:
-        return {}
-    width = config[of.per_layer]
-    return {
-        f"{PER_LAYER}weight": (s.vocab, s.layers * width),
-        "model.per_layer_model_projection.weight": (s.layers * width, s.hidden),
-        "model.per_layer_projection_norm.weight": (width,),
-    }
+    period = 1
+    key = family(config).period
+    if key:
+        period = normalised(config)[key]
+    layers = config["num_hidden_layers"]
+    return tuple(int((i + 1) % period == 0) for i in range(layers))
 
 
-def places(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """A number for each block: those that differ are no places for each other's, because mlx-lm
-    counts them.
-    """
-    period = normalised(config)[key] if (key := family(config).period) else 1
-    return tuple(int((i + 1) % period == 0) for i in range(config["num_hidden_layers"]))
+def fixed_blocks(config: Config) -> set[int]:
+    """The blocks that no cut in depth may take.
 
-
-def fixed_blocks(config: Mapping[str, Any]) -> set[int]:
-    """Blocks that no cut in depth may take: those whose keys and values later ones use, and the
-    last one there, which transformers makes see all tokens whatever its kind is.
+    They are the blocks whose keys and values later blocks use, and in a model with such blocks also
+    the last one: transformers makes it see all tokens whatever its kind is.
     """
     owners = {owner for owner in key_owners(config) if owner is not None}
-    return owners | ({config["num_hidden_layers"] - 1} if owners else set())
+    if owners:
+        owners.add(config["num_hidden_layers"] - 1)
+    return owners
 
 
 def block_of(name: str) -> int | None:
-    """The number of the block that the tensor `model.layers.N. ...` belongs to; None outside of
-    blocks.
-    """
+    """The number N of the block of the tensor `model.layers.N. ...`; None outside of blocks."""
     return int(name.split(".")[2]) if name.startswith("model.layers.") else None
 
 
-def tensors_of(config: Mapping[str, Any], stacked: bool = False) -> dict[str, tuple[int, ...]]:
-    """{Hugging Face name: shape} of an unquantized model of this config, in forward order; stacked:
-    `layer_tensors`.
-    """
-    s = shape_of(config)
-    blocks = dict[str, tuple[int, ...]]()
-    for i in range(s.layers):
-        blocks |= {
-            f"model.layers.{i}.{name}": shape
-            for name, shape in layer_tensors(config, stacked, i).items()
-        }
-    table = {"model.embed_tokens.weight": (s.vocab, s.hidden), **side_tensors(config)}
-    head = {} if s.tied else {"lm_head.weight": (s.vocab, s.hidden)}
-    return {**table, **blocks, "model.norm.weight": (s.hidden,), **head}
+def params(config: Config) -> int:
+    """The number of parameters, computed from the shape; a tied embedding counts once."""
+    shape = shape_of(config)
+    embedding = shape.vocab * shape.hidden
+    head = 0 if shape.tied else embedding
+    sides = _count(side_tensors(config).values())
+    return blocks_params(config) + sides + embedding + head + shape.hidden
 
 
-def params(config: Mapping[str, Any]) -> int:
-    """Number of parameters, computed from the shape; a tied embedding counts once."""
-    s = shape_of(config)
-    sides = sum(math.prod(shape) for shape in side_tensors(config).values())
-    return blocks_params(config) + sides + s.vocab * s.hidden * (1 if s.tied else 2) + s.hidden
+def _count(shapes: Iterable[tuple[int, ...]]) -> int:
+    """The number of parameters of tensors of these shapes."""
+    return sum(map(math.prod, shapes))
 
 
-def channels(config: Mapping[str, Any]) -> int:
-    """Channels that all blocks together get of a token beside its hidden states."""
+def channels(config: Config) -> int:
+    """The number of per-layer input channels of a token, over all blocks."""
     key = family(config).per_layer
     return int(config["num_hidden_layers"] * config[key]) if key else 0
 
 
-def row_params(config: Mapping[str, Any]) -> int:
-    """Number of parameters that each token has for itself: a row of the embedding, the head and
-    other tables.
-    """
-    s = shape_of(config)
-    return int(s.hidden * (1 if s.tied else 2) + channels(config))
+def row_params(config: Config) -> int:
+    """The number of parameters of one token: its rows of embedding, head and other tables."""
+    shape = shape_of(config)
+    tables = 1 if shape.tied else 2
+    return int(shape.hidden * tables + channels(config))
 
 
-def blocks_params(config: Mapping[str, Any]) -> int:
-    """Number of parameters of all blocks."""
+def blocks_params(config: Config) -> int:
+    """The number of parameters of all blocks."""
     layers = config["num_hidden_layers"]
-    if not family(config).sharing:
-        return int(layers * sum(map(math.prod, layer_tensors(config, True).values())))
-    return sum(
-        math.prod(shape) for i in range(layers) for shape in layer_tensors(config, True, i).values()
-    )
+    if not family(config).sharing:  # blocks are alike
+        block = layer_tensors(config, stacked=True)
+        return int(layers * _count(block.values()))
+    total = 0
+    for i in range(layers):
+        block = layer_tensors(config, stacked=True, block=i)
+        total += _count(block.values())
+    return total
 
 
-def met(config: Mapping[str, Any]) -> int:
-    """FFN neurons that a token goes through in a block, the widest one: of several experts those of
-    as many as it meets.
+def met(config: Config) -> int:
+    """The number of FFN neurons that a token goes through in the widest block.
+
+    In a mixture they are the neurons of the experts that a token uses, and of the shared one.
     """
-    s = shape_of(config)
-    of = family(config)
-    shared = config[of.shared_expert] if of.shared_expert else 0
-    return int(widest(config).ffn * (config["num_experts_per_tok"] if s.experts else 1) + shared)
+    row = family(config)
+    active = widest(config).ffn
+    if row.experts:
+        active *= config["num_experts_per_tok"]
+    if row.shared_expert:
+        active += config[row.shared_expert]
+    return int(active)
 
 
-def shares(config: Mapping[str, Any]) -> tuple[float, float]:
-    """Of a block's parameters (those in memory at a time while it streams past, those that a token
-    meets): all, but of a mixture one expert, and as many as it meets.
+def shares(config: Config) -> tuple[float, float]:
+    """(share of a block's parameters in memory while it streams past, share that a token uses).
+
+    Both are 1, except in a mixture: one expert is in memory at a time, and a token uses a few.
     """
-    s = shape_of(config)
-    whole = sum(map(math.prod, layer_tensors(config, True).values()))
-    expert = 3 * s.ffn * s.hidden
-    here, used = (
-        s.experts - n if s.experts else 0 for n in (1, config.get("num_experts_per_tok", 1))
-    )
-    return 1 - here * expert / whole, 1 - used * expert / whole
+    shape = shape_of(config)
+    if not shape.experts:
+        return 1.0, 1.0
+    block = _count(layer_tensors(config, stacked=True).values())
+    expert = 3 * shape.ffn * shape.hidden
+    absent = shape.experts - 1
+    unused = shape.experts - config.get("num_experts_per_tok", 1)
+    in_memory = 1 - absent * expert / block
+    active = 1 - unused * expert / block
+    return in_memory, active
 
 
-def inside(tensors: Mapping[str, TensorAt], config: Mapping[str, Any]) -> dict[str, TensorAt]:
-    """Tensors by the names of the config's family. Matrices that lie joined are rows of one, in
-    their order.
+def inside(tensors: Mapping[str, TensorAt], config: Config) -> dict[str, TensorAt]:
+    """Tensors by the names that the config's family has for them.
+
+    A matrix that is stored joined with others becomes some rows of the stored one, and an expert
+    that is stored in a stack becomes a part of it. MisError where the parts do not add up.
     """
-    found = dict[str, TensorAt]()
-    due = tensors_of(config)
+    own = dict[str, TensorAt]()
+    expected = tensors_of(config)
     unused = unused_tensors(config)
-    for name, at in tensors.items():
-        if inside_names(name)[0] in unused:
+    joined_family = family(config).joined
+    for name, tensor in tensors.items():
+        names = inside_names(name)
+        if names[0] in unused:
             continue
         if name.endswith("_proj_blocks"):
             raise MisError(
-                f"{at.file}: experts lie as openai packs them: run mlx_lm.convert on the model "
+                f"{tensor.file}: experts lie as openai packs them: run mlx_lm.convert on the model "
                 f"first"
             )
-        if stacked := experts.STACKED.fullmatch(name):
-            found |= dict(experts.apart(stacked, name, at, config))
-            continue
-        if len(names := [name] if family(config).joined else inside_names(name)) == 1:
-            found[names[0]] = at if names == [name] else replace(at, stored=(name, at))
-            continue
-        row = at.nbytes // at.shape[0]
-        first = 0
-        for own in names:
-            rows = due.get(re.sub(r"\w+$", "weight", own), (0,))[0]
-            part = replace(
-                at, shape=(rows, *at.shape[1:]), offset=at.offset + first * row, nbytes=rows * row
-            )
-            found[own], first = replace(part, stored=(name, at)), first + rows
-        if first != at.shape[0]:
-            raise MisError(
-                f"{at.file}: {name} has {at.shape[0]} rows, config.json makes it {first}: download "
-                f"it again"
-            )
-    return found
+        stack = experts.STACKED.fullmatch(name)
+        if stack:
+            own |= dict(experts.apart(stack, name, tensor, config))
+        elif joined_family or names == [name]:
+            own[name] = tensor
+        elif len(names) == 1:
+            own[names[0]] = replace(tensor, stored=(name, tensor))
+        else:
+            own |= dict(_joined_parts(name, tensor, names, expected))
+    return own
 
 
-def unused_tensors(config: Mapping[str, Any]) -> set[str]:
-    """Names of keys and values that a published model still has in blocks which use those of
-    another block.
+def _joined_parts(
+    name: str, tensor: TensorAt, names: Sequence[str], expected: Shapes
+) -> Iterator[tuple[str, TensorAt]]:
+    """(own name, its rows of `tensor`) of every matrix that is joined in the stored tensor `name`.
+
+    expected: the shapes by own names, which tell how many rows each has.
     """
-    parts = [
-        f"{name}.{kind}"
-        for name in ("k_proj", "v_proj", "k_norm")
-        for kind in ("weight", "scales", "biases")
-    ]
-    shared = [i for i, owner in enumerate(key_owners(config)) if owner is not None]
-    return {f"model.layers.{i}.self_attn.{part}" for i in shared for part in parts}
+    row_bytes = tensor.nbytes // tensor.shape[0]
+    first = 0
+    for own in names:
+        # scales and biases of a packed matrix have its rows
+        rows = expected.get(re.sub(r"\w+$", "weight", own), (0,))[0]
+        part = replace(
+            tensor,
+            shape=(rows, *tensor.shape[1:]),
+            offset=tensor.offset + first * row_bytes,
+            nbytes=rows * row_bytes,
+            stored=(name, tensor),
+        )
+        yield own, part
+        first += rows
+    if first != tensor.shape[0]:
+        raise MisError(
+            f"{tensor.file}: {name} has {tensor.shape[0]} rows, config.json makes it {first}: "
+            f"download it again"
+        )
+
+
+def unused_tensors(config: Config) -> set[str]:
+    """Names of keys and values that a published model has, but does not use.
+
+    Its blocks that use those of another block still have weights for their own.
+    """
+    names = set[str]()
+    for i, owner in enumerate(key_owners(config)):
+        if owner is None:
+            continue
+        for module in ("k_proj", "v_proj", "k_norm"):
+            for kind in ("weight", "scales", "biases"):
+                names.add(f"model.layers.{i}.self_attn.{module}.{kind}")
+    return names
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
-    """Predict every tensor from the config and compare with the headers: names and shapes,
-    quantized or not.
+    """Predict every tensor from the config, and compare names and shapes with the headers.
+
+    Weights may be quantized or not. MisError names the first tensor that is missing, that has
+    another shape or type, or that the model has no place for.
     """
     stored = checkpoint.tensors
     expected = tensors_of(checkpoint.config)
     for name, shape in expected.items():
-        if (at := stored.get(name)) is None:
+        tensor = stored.get(name)
+        if tensor is None:
             lost = f"config.json promises {name} {list(shape)}, no file holds it"
             raise MisError(f"{checkpoint.path}: {lost}: download the model again")
-        packed = at.dtype == "U32" and name.removesuffix(".weight") + ".scales" in stored
-        if at.shape != shape and not (packed and len(shape) == 2 and at.shape[0] == shape[0]):
-            why = f"{name} is {list(at.shape)}, config.json makes it {list(shape)}"
-            raise MisError(f"{at.file}: {why}: files and config belong to different models")
-        if not packed and at.dtype not in ("F32", "F16", "BF16"):
-            why = f"{name} is stored as {at.dtype}, weights are F32, F16 or BF16"
-            raise MisError(
-                f"{at.file}: {why}: download the model again, or convert it with mlx_lm.convert"
-            )
-    for name, at in stored.items():
-        packing = (
-            name.endswith((".scales", ".biases")) and name.rsplit(".", 1)[0] + ".weight" in expected
-        )
-        if name in expected or name == "lm_head.weight" or "rotary_emb" in name or packing:
+        has_scales = name.removesuffix(".weight") + ".scales" in stored
+        _check_tensor(name, tensor, shape, packed=tensor.dtype == "U32" and has_scales)
+    for name, tensor in stored.items():
+        if name in expected or name == "lm_head.weight" or "rotary_emb" in name:
+            continue
+        stem, _, kind = name.rpartition(".")
+        if kind in ("scales", "biases") and f"{stem}.weight" in expected:
             continue
         model = f"a {family(checkpoint.config).name} of {shape_of(checkpoint.config)}"
         raise MisError(
-            f"{at.file}: holds {name}, which {model} has no place for: files and config differ"
+            f"{tensor.file}: holds {name}, which {model} has no place for: files and config differ"
+        )
+
+
+def _check_tensor(name: str, tensor: TensorAt, shape: tuple[int, ...], *, packed: bool) -> None:
+    """MisError where a stored tensor has another shape than the config gives it, or an odd type."""
+    fits = tensor.shape == shape
+    if packed and len(shape) == 2:  # a row of a packed matrix has fewer, larger numbers
+        fits = tensor.shape[0] == shape[0]
+    if not fits:
+        why = f"{name} is {list(tensor.shape)}, config.json makes it {list(shape)}"
+        raise MisError(f"{tensor.file}: {why}: files and config belong to different models")
+    if not packed and tensor.dtype not in ("F32", "F16", "BF16"):
+        why = f"{name} is stored as {tensor.dtype}, weights are F32, F16 or BF16"
+        raise MisError(
+            f"{tensor.file}: {why}: download the model again, or convert it with mlx_lm.convert"
         )
 
 
 def is_quantized(tensors: Mapping[str, TensorAt]) -> bool:
-    """Whether any weight is packed (has scales beside it)."""
+    """Whether any weight is packed, which the name of its scales tells."""
     return any(name.endswith(".scales") for name in tensors)
 
 
 def count(flag: str, asked: str | None, of: int, what: str) -> int | None:
-    """What `flag` leaves of so many: a number, or a share of them such as 0.5x, rounded down. None:
-    not given.
+    """The number that `flag` keeps of `of` things; None where the flag is not given.
+
+    asked: a number, or a share such as 0.5x, which is rounded down. what: the things' name, for the
+    MisError where the number is not from 1 to `of`.
     """
     if asked is None:
         return None
     match = re.fullmatch(r"\s*(\d+|(?:\d*\.)?\d+(?=x))(x?)\s*", asked)
-    wanted = float(match[1]) * (of if match[2] else 1) if match else 0.0
+    wanted = 0.0
+    if match:
+        wanted = float(match[1])
+        if match[2]:
+            wanted *= of
     if not 1 <= wanted <= of:
         raise MisError(
             f"{flag} {asked} is no number of {what} from 1 to {of:,}: give one, or a share such as "
@@ -355,133 +325,150 @@ def count(flag: str, asked: str | None, of: int, what: str) -> int | None:
 
 
 def kv_heads(before: Shape, heads: int) -> int:
-    """Key-value heads beside so many query heads: where the number allows it whole groups go, after
-    which a model ends nearer to its teacher than with a part of each gone (SmolLM2, 9 to 6: 3.354
-    nats for 3.424).
+    """The number of key-value heads for a student of `heads` query heads.
+
+    Where the number allows it, whole groups go: a model then ends nearer to its teacher than with a
+    part of each group gone (SmolLM2, 9 to 6: 3.354 nats for 3.424).
     """
-    return before.kv_heads if heads % (each := before.heads // before.kv_heads) else heads // each
+    group = before.heads // before.kv_heads
+    return before.kv_heads if heads % group else heads // group
 
 
-def target_shape(
-    config: Mapping[str, Any], ratios: Mapping[str, float], **exact: int | None
-) -> Shape:
+def target_shape(config: Config, ratios: Mapping[str, float], **exact: int | None) -> Shape:
     """The student's shape: each axis by scenario ratio, or exactly as given.
 
     By ratio the FFN is a multiple of 256 (or kept when smaller), hidden one of 16 and of the heads.
     MisError where no loader would accept the model.
     """
-    s = shape_of(config)
-    of = family(config)
-    sizes: dict[str, Any] = {axis: getattr(s, axis) for axis in ALL}
-    step = {
-        "layers": 1,
-        "ffn": FFN_MULTIPLE,
-        "experts": 1,
-        "kv_heads": 1,
-        "heads": s.kv_heads,
-        "hidden": math.lcm(16, s.heads),
-    }
+    teacher = shape_of(config)
+    steps = {"ffn": FFN_MULTIPLE, "heads": teacher.kv_heads, "hidden": math.lcm(16, teacher.heads)}
+    sizes: dict[str, Any] = {axis: getattr(teacher, axis) for axis in ALL}
     for axis, before in sizes.items():
         wanted = exact.get(axis)
-        if axis not in of.axes and (
-            wanted not in (None, before) or (wanted is None and ratios.get(axis, 1) != 1)
-        ):
-            raise MisError(
-                f"{axis} of a {of.name} cannot be cut: {of.why}; what can be is "
-                f"{', '.join(of.axes)}"
-            )
+        ratio = ratios.get(axis, 1)
+        step = steps.get(axis, 1)
+        _check_axis(config, axis, before, wanted, ratio=ratio)
         if wanted is not None:
-            if not 1 <= wanted <= before:
-                raise MisError(
-                    f"--{axis} {wanted} is outside 1 to {before}, which the teacher has: choose "
-                    f"within"
-                )
             sizes[axis] = wanted
         elif axis in ratios:
-            # the nearest multiple; of what is smaller than one, all
-            most = before // step[axis]
-            unit = step[axis]
-            sizes[axis] = min(max(round(before * ratios[axis] / unit), 1), most) * unit or before
-    if exact.get("heads") and exact.get("kv_heads") is None:
-        sizes["kv_heads"] = kv_heads(s, sizes["heads"])
-    kv = sizes["kv_heads"]
-    each = s.heads // s.kv_heads
-    if exact.get("heads") is None and "heads" not in ratios:
-        sizes["heads"] = each * kv
-    if sizes["heads"] % kv or sizes["heads"] > each * kv:
-        why = f"{kv} key-value heads, of which the teacher's have {each} query heads each"
-        remedy = f"choose a multiple of {kv}, {each * kv} at most"
-        raise MisError(f"--heads {sizes['heads']} does not divide into {why}: {remedy}")
+            sizes[axis] = _nearest_multiple(before, ratio, step)
+    _settle_heads(teacher, sizes, ratios, exact)
     _check_sizes(config, sizes)
-    return replace(s, **sizes)
+    return replace(teacher, **sizes)
 
 
-def _check_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
-    """MisError where a model of these sizes would be one that transformers or mlx-lm does not
-    build.
-    """
-    s = shape_of(config)
-    of = family(config)
-    if of.experts and sizes["experts"] < (met := config["num_experts_per_tok"]):
+def _check_axis(
+    config: Config, axis: str, before: int, wanted: int | None, *, ratio: float
+) -> None:
+    """MisError where the family's axis cannot be cut, or not to the size that is wanted."""
+    row = family(config)
+    cut = ratio != 1
+    if wanted is not None:
+        cut = wanted != before
+    if cut and axis not in row.axes:
         raise MisError(
-            f"--experts leaves {sizes['experts']}, a token meets {met} of them: keep {met} or more"
+            f"{axis} of a {row.name} cannot be cut: {row.why}; what can be is {', '.join(row.axes)}"
         )
-    if sizes["layers"] < len(fixed := fixed_blocks(config)):
+    if wanted is not None and not 1 <= wanted <= before:
+        raise MisError(
+            f"--{axis} {wanted} is outside 1 to {before}, which the teacher has: choose within"
+        )
+
+
+def _nearest_multiple(before: int, ratio: float, step: int) -> int:
+    """The multiple of `step` nearest to before * ratio; `before` where it is smaller than one."""
+    steps = max(round(before * ratio / step), 1)
+    most = before // step
+    return min(steps, most) * step or before
+
+
+def _settle_heads(
+    teacher: Shape,
+    sizes: dict[str, Any],
+    ratios: Mapping[str, float],
+    exact: Mapping[str, int | None],
+) -> None:
+    """Make the student's heads and key-value heads fit each other, or raise MisError."""
+    if exact.get("heads") and exact.get("kv_heads") is None:
+        sizes["kv_heads"] = kv_heads(teacher, sizes["heads"])
+    kv = sizes["kv_heads"]
+    group = teacher.heads // teacher.kv_heads
+    if exact.get("heads") is None and "heads" not in ratios:
+        sizes["heads"] = group * kv
+    heads = sizes["heads"]
+    if heads % kv or heads > group * kv:
+        why = f"{kv} key-value heads, of which the teacher's have {group} query heads each"
+        remedy = f"choose a multiple of {kv}, {group * kv} at most"
+        raise MisError(f"--heads {heads} does not divide into {why}: {remedy}")
+
+
+def _check_sizes(config: Config, sizes: Mapping[str, int]) -> None:
+    """MisError where transformers or mlx-lm does not build a model of these sizes."""
+    row = family(config)
+    if row.experts:
+        experts_left = sizes["experts"]
+        active = config["num_experts_per_tok"]
+        if experts_left < active:
+            raise MisError(
+                f"--experts leaves {experts_left}, a token meets {active} of them: keep {active} "
+                f"or more"
+            )
+    layers = sizes["layers"]
+    fixed = len(fixed_blocks(config))
+    if layers < fixed:
+        why = f"{fixed} blocks stay, those that make keys and values for others and the last one"
+        raise MisError(f"{layers} layers of a {row.name} are too few: {why}: keep {fixed} or more")
+    if row.period:
+        period = normalised(config)[row.period]
+        if layers < period:
+            raise MisError(
+                f"{layers} layers of a {row.name} are fewer than {period}, which mlx-lm wants: "
+                f"keep more"
+            )
+    hidden = sizes["hidden"]
+    heads = sizes["heads"]
+    if row.heads_fill_hidden and hidden % heads:
+        why = f"is not a multiple of {heads} heads, which transformers demands of a {row.name}"
+        raise MisError(f"hidden {hidden} {why}: choose --hidden as a multiple of {heads}")
+    before = shape_of(config)
+    if row.head_dim_follows and hidden // heads != before.head_dim:
         why = (
-            f"{len(fixed)} blocks stay, those that make keys and values for others and the last one"
+            f"hidden ({before.hidden} to {hidden}) or heads alone, its head size is their quotient"
         )
-        raise MisError(
-            f"{sizes['layers']} layers of a {of.name} are too few: {why}: keep {len(fixed)} or more"
-        )
-    if of.period and (n := sizes["layers"]) < (period := normalised(config)[of.period]):
-        raise MisError(
-            f"{n} layers of a {of.name} are fewer than {period}, which mlx-lm wants: keep more"
-        )
-    if of.heads_fill_hidden and sizes["hidden"] % sizes["heads"]:
-        why = (
-            f"is not a multiple of {sizes['heads']} heads, which transformers demands of a "
-            f"{of.name}"
-        )
-        raise MisError(
-            f"hidden {sizes['hidden']} {why}: choose --hidden as a multiple of {sizes['heads']}"
-        )
-    if of.head_dim_follows and sizes["hidden"] // sizes["heads"] != s.head_dim:
-        why = (
-            f"hidden ({s.hidden} to {sizes['hidden']}) or heads alone, its head size is their "
-            f"quotient"
-        )
-        raise MisError(f"a {of.name} cannot change {why}: cut --layers and --ffn instead")
+        raise MisError(f"a {row.name} cannot change {why}: cut --layers and --ffn instead")
 
 
 def student_config(
-    config: Mapping[str, Any],
+    config: Config,
     shape: Shape,
     layers: Sequence[int] | None = None,
     dtype: str = "bfloat16",
 ) -> dict[str, Any]:
-    """The teacher's config.json edited to `shape`, not quantized; what runtimes would guess
-    differently spelled out. layers: of the teacher, by default the first ones.
+    """The teacher's config.json edited to `shape`, not quantized.
+
+    Values that runtimes would guess differently are spelled out. layers: the teacher's blocks that
+    stay; default: the first ones.
     """
-    c = normalised(config)
+    edited = normalised(config)
     # transformers 5 would believe dtype, not torch_dtype
     for key in ("quantization", "quantization_config", "dtype"):
-        c.pop(key, None)
-    of = family(c)
+        edited.pop(key, None)
+    row = family(edited)
     kept = layers or range(shape.layers)
-    if of.sharing:
-        c[of.sharing] = sum(key_owners(config)[i] is not None for i in kept)
-    if of.per_layer:
-        c["vocab_size_per_layer_input"] = shape.vocab
-    for key in ("layer_types", of.kinds):
-        if c.get(key):
-            c[key] = [c[key][i] for i in kept]
-    c |= {key: getattr(shape, field) for field, key in keys_of(c).items()} | {"torch_dtype": dtype}
-    if "full_attention" not in (rope := c.get("rope_parameters") or {}):
-        rope = {
-            "rope_type": "default",
-            **rope,
-            **(c.get("rope_scaling") or {}),
-            "rope_theta": c["rope_theta"],
-        }
-        c["rope_parameters"] = rope
-    return c
+    if row.sharing:
+        owners = key_owners(config)
+        edited[row.sharing] = sum(owners[i] is not None for i in kept)
+    if row.per_layer:
+        edited["vocab_size_per_layer_input"] = shape.vocab
+    for key in ("layer_types", row.kinds):
+        if edited.get(key):
+            edited[key] = [edited[key][i] for i in kept]
+    for field, key in keys_of(edited).items():
+        edited[key] = getattr(shape, field)
+    edited["torch_dtype"] = dtype
+    rope = edited.get("rope_parameters") or {}
+    if "full_attention" not in rope:
+        scaling = edited.get("rope_scaling") or {}
+        theta = {"rope_theta": edited["rope_theta"]}
+        edited["rope_parameters"] = {"rope_type": "default", **rope, **scaling, **theta}
+    return edited

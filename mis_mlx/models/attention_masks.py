@@ -1,11 +1,10 @@
-"""Several texts in one sequence: hidden states as if each answer stood alone behind its prompt, or
-each row alone.
+"""Several texts in one sequence, each computed as if it stood alone.
 
-The prompt is computed once for all of its answers, forwards and backwards, and nothing is padded.
+A text is an answer behind its prompt, or one of several rows. The prompt is computed once for all
+of its answers, forward and backward, and nothing is padded.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -17,9 +16,11 @@ from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 
 
 class Branches(NamedTuple):
-    """tokens (1, S): the prompt, then every answer without its last token. branch (1, S): 0 for the
-    prompt, else 1, 2 positions (S,): in its own text. at (B, T): which of S predicts a token;
-    targets (B, T): that token; mask (B, T).
+    """A prompt and its B answers in one sequence of S tokens.
+
+    tokens (1, S): the prompt, then every answer without its last token. branch (1, S): 0 for the
+    prompt, else 1, 2, ... positions (S,): of each token in its own text. at (B, T): which of S
+    predicts a token; targets (B, T): that token; mask (B, T): 1 where there is one.
     """
 
     tokens: mx.array
@@ -31,47 +32,68 @@ class Branches(NamedTuple):
 
 
 def join(prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> Branches:
-    """Of one prompt and B answers, of at least one token each."""
-    shape = len(answers), max(map(len, answers))
+    """One prompt and B answers, of at least one token each, in one sequence."""
+    longest = max(map(len, answers))
+    shape = (len(answers), longest)
     at = np.zeros(shape, np.int32)
     targets = np.zeros(shape, np.int32)
     mask = np.zeros(shape, np.float32)
+    start = len(prompt)
     tokens = list(prompt)
-    branch = [0] * len(prompt)
-    positions = list(range(len(prompt)))
+    branch = [0] * start
+    positions = list(range(start))
     for row, answer in enumerate(answers):
-        at[row, : len(answer)] = [
-            len(prompt) - 1,
-            *range(len(tokens), len(tokens) + len(answer) - 1),
-        ]
-        targets[row, : len(answer)], mask[row, : len(answer)] = answer, 1.0
+        count = len(answer)
+        # The prompt's last token predicts the answer's first; nothing follows the answer's last
+        # token, so that is a target only.
+        further = count - 1
+        begin = len(tokens)
+        end = begin + further
+        at[row, :count] = [start - 1, *range(begin, end)]
+        targets[row, :count] = answer
+        mask[row, :count] = 1.0
         tokens += answer[:-1]
-        branch += [row + 1] * (len(answer) - 1)
-        positions += range(len(prompt), len(prompt) + len(answer) - 1)
-    arrays = mx.array([tokens]), mx.array([branch]), np.array(positions, np.int32)
-    return Branches(*arrays, mx.array(at), mx.array(targets), mx.array(mask))
+        branch += [row + 1] * further
+        positions += range(start, start + further)
+    return Branches(
+        tokens=mx.array([tokens]),
+        branch=mx.array([branch]),
+        positions=np.array(positions, np.int32),
+        at=mx.array(at),
+        targets=mx.array(targets),
+        mask=mx.array(mask),
+    )
 
 
 def forward(
     model: nn.Module, tokens: mx.array, branch: mx.array, positions: np.ndarray | None = None
 ) -> mx.array:
-    """Final hidden states (B, T, D) of a resident model; tokens, branch (B, T): a token looks back
-    at branch 0 and its own. positions (T,): in its own text; default: they count on from branch to
-    branch. Rotary positions act through their differences alone, so every branch still gets what it
-    would get in a window of its own.
+    """Final hidden states (B, T, D) of a resident model, each token seeing its own text alone.
+
+    tokens, branch (B, T): a token looks back at branch 0 and its own. positions (T,): in its own
+    text; default: they count on from branch to branch. Rotary positions act through their
+    differences alone, so every branch still gets what it would get in a window of its own.
     """
     inner = model.model
-    at = mx.arange(tokens.shape[1])
-    seen = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
-    sees = (seen & (at[:, None] >= at[None]))[:, None]  # for all heads
+    mask = _branch_mask(branch)
     hidden = load.embedded(model, tokens)
     sides = block_inputs.of_model(model, tokens, hidden)
     for i, block in enumerate(inner.layers):
         inputs = sides.inputs(i, 0, hidden)
-        hidden = sides.keep(
-            i, 0, through(block, inputs, sees, positions, load.window(model.args, block))
-        )
+        window = load.window(model.args, block)
+        outputs = through(block, inputs, mask, positions, window=window)
+        hidden = sides.keep(i, 0, outputs)
     return inner.norm(hidden)
+
+
+def _branch_mask(branch: mx.array) -> mx.array:
+    """(B, 1, T, T), for all heads: which tokens (last axis) a token sees, by branch (B, T)."""
+    order = mx.arange(branch.shape[1])
+    earlier = order[:, None] >= order[None]
+    of_query = branch[:, :, None]
+    of_key = branch[:, None, :]
+    same_text = (of_key == 0) | (of_query == of_key)
+    return (same_text & earlier)[:, None]
 
 
 def through(
@@ -81,11 +103,18 @@ def through(
     positions: np.ndarray | None,
     window: int | None = None,
 ) -> BlockOutputs:
-    """hidden (B, T, D) through one block: row i looks at the rows of sees (T, T), where it stands
-    at positions (T,).
+    """One block on hidden states (B, T, D): row i looks at the rows of sees (T, T).
+
+    positions (T,): where each row stands; None: in their order. window: the number of tokens that
+    the block looks back at most; None: all.
     """
     if window is not None:
-        at = mx.arange(inputs.hidden.shape[1]) if positions is None else mx.array(positions)
-        sees = sees & (at[:, None] < at[None] + window)
-    with nullcontext() if positions is None else streamed_decode.positioned(block, positions):
+        order = mx.arange(inputs.hidden.shape[1])
+        if positions is not None:
+            order = mx.array(positions)
+        near = order[:, None] < order[None] + window
+        sees = sees & near
+    if positions is None:
+        return block_inputs.run(block, inputs, sees)
+    with streamed_decode.positioned(block, positions):
         return block_inputs.run(block, inputs, sees)

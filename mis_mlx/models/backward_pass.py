@@ -1,8 +1,7 @@
-"""One streamed pass forwards and one back, from the log-probability of next tokens that the model
-itself draws.
+"""One streamed forward pass and one backward pass, one block in memory at a time.
 
-The data's own tokens would make this the empirical Fisher of arXiv 2204.09656. One block is in
-memory at a time.
+The gradient is that of the log-probability of next tokens that the model itself draws. The data's
+own tokens would make this the empirical Fisher of arXiv 2204.09656.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,8 +15,8 @@ from mis_mlx.models import block_inputs, config, host_losses, load, policy, stre
 from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.types import Checkpoint
 
-# Of as many batches as there are lanes, or as a GPU takes back in one pass: what goes into a block,
-# cotangents of what it gives -> of what goes into it.
+# For as many batches as there are lanes, or as a GPU takes back in one pass: the block's inputs and
+# the cotangents of its outputs -> the cotangents of its inputs.
 Back = Callable[[Sequence[BlockInputs], Sequence[BlockOutputs]], Sequence[BlockInputs]]
 Visit = Callable[[int, nn.Module], Back]
 AtHead = Callable[[mx.array, mx.array], None]
@@ -33,85 +32,118 @@ def backwards(
     at_head: AtHead = lambda x, above: None,
     at_channels: AtChannels = lambda i, b, below: None,
 ) -> list[mx.array]:
-    """One pass forwards, then back to the first block, d log p / d x of which is returned:
-    `visit(i, block)` gives what takes batches back.
+    """d log p / d x (B, T, D) of every batch, x the first block's input: forward, then back.
 
-    That function takes the block's inputs and d log p(drawn tokens) / d outputs of some batches; it
-    gives d log p / d inputs. Token ids [(B, T)]. kept: a place other than memory for L *
-    len(batches) hidden states (B, T, D). at_head: sees the head's inputs (n, D) and d log p / d
-    logits (n, V), some rows at a time. at_channels: sees d log p / d per-layer inputs (B, T, P) of
-    block i and batch b, where the family has them.
+    p is the probability of tokens drawn from the model, one for each position.
+
+    batches: token ids [(B, T)]. visit(i, block): gives the function that takes batches back through
+    block i, from the block's inputs and d log p / d outputs to d log p / d inputs. kept: a place
+    other than memory for L * len(batches) hidden states (B, T, D). at_head: sees the head's inputs
+    (n, D) and d log p / d logits (n, V), some rows at a time. at_channels: sees d log p / d
+    per-layer inputs (B, T, P) of block i and batch b, where the family has them.
     """
-    kept = [] if kept is None else kept
+    # Forward. `kept` holds the inputs of every block: those of block i and batch b at i n + b. The
+    # last block is left out here: it runs first in the backward pass.
+    if kept is None:
+        kept = []
     source = stream.Stream(checkpoint)
     n = len(batches)
     source.embed(batches, kept)
     for _, block in source.blocks(range(source.layers - 1)):
         kept.extend(source.through(block, kept[-n:]))
-    back: list[mx.array] = []
+
+    # Backward, from the last block to the first. `grads` holds d log p / d outputs of block i.
+    grads: list[mx.array] = []
     shared = block_inputs.Cotangents(source.sides.owners)
-    for i, block in source.blocks(range(source.layers - 1, -1, -1)):
-        if not back:
-            last = source.through(block, kept[-n:])
-            keys = (mx.random.key(seed * n + b) for b in range(n))
-            back = [
-                _drawn(checkpoint, source, h, key, at_head)
-                for h, key in zip(last, keys, strict=True)
-            ]
+    from_last = range(source.layers - 1, -1, -1)
+    for i, block in source.blocks(from_last):
+        if not grads:
+            grads = _grads_at_head(source, block, kept[-n:], seed=seed, at_head=at_head)
         through = visit(i, block)
-        width = source.back_at_once(back[0])
-        for b in range(0, n, width):
-            some = range(b, min(b + width, n))
-            inputs = [source.sides.inputs(i, k, kept[i * n + k]) for k in some]
-            above = [BlockOutputs(back[k], shared.take(i, k)) for k in some]
-            for k, below in zip(some, through(inputs, above), strict=True):
-                stream.evaluate_now(shared.add(i, k, below))
+        width = source.back_at_once(grads[0])
+        for first in range(0, n, width):
+            stop = min(first + width, n)
+            numbers = range(first, stop)
+            inputs = []
+            above = []
+            for b in numbers:
+                inputs.append(source.sides.inputs(i, b, kept[i * n + b]))
+                above.append(BlockOutputs(grads[b], shared.take(i, b)))
+            # not named: the gradients of keys and channels go as soon as they are used
+            for b, below in zip(numbers, through(inputs, above), strict=True):
+                # The sums must not remain lazy: they would hold the graph of this block, whose
+                # weights are gone when the next one comes.
+                stream.evaluate_now(shared.add(i, b, below))
                 if below.per_layer is not None:
-                    at_channels(i, k, below.per_layer)
-                back[k] = below.hidden
-    return back
+                    at_channels(i, b, below.per_layer)
+                grads[b] = below.hidden
+    return grads
 
 
-def _drawn(
-    checkpoint: Checkpoint, source: stream.Stream, hidden: mx.array, key: mx.array, at_head: AtHead
-) -> mx.array:
-    """d log p(drawn token) / d hidden (B, T, D), of the last block's output; one draw a
-    position.
+def _grads_at_head(
+    source: stream.Stream,
+    last_block: nn.Module,
+    hidden: stream.Hidden,
+    *,
+    seed: int,
+    at_head: AtHead,
+) -> list[mx.array]:
+    """d log p / d the last block's outputs [(B, T, D)]; hidden: its inputs [(B, T, D)].
+
+    Every batch draws with a key of its own, so the draws do not depend on the number of lanes.
     """
-    norm = load.final_norm(checkpoint, source.dtype)
+    outputs = source.through(last_block, hidden)
+    grads = []
+    for b, output in enumerate(outputs):
+        key = mx.random.key(seed * len(outputs) + b)
+        grads.append(_drawn(source, output, key, at_head))
+    return grads
+
+
+def _drawn(source: stream.Stream, hidden: mx.array, key: mx.array, at_head: AtHead) -> mx.array:
+    """d log p(drawn token) / d hidden (B, T, D), the last block's output.
+
+    One token is drawn for each position.
+    """
+    norm = load.final_norm(source.checkpoint, source.dtype)
     head = source.head()
-    parts = []
     flat = hidden.reshape(-1, hidden.shape[-1])
+    # Half a chunk: as many logits again are noise to draw with.
+    rows = chunk_rows(2 * config.shape_of(source.checkpoint.config).vocab)
 
     def logits(x: mx.array) -> mx.array:
         return load.wide_logits(head, norm(x))
 
-    # Half a chunk: as many logits again are noise to draw with.
-    for start in range(
-        0, len(flat), rows := chunk_rows(2 * config.shape_of(checkpoint.config).vocab)
-    ):
+    parts = []
+    for start in range(0, len(flat), rows):
         some = flat[start : start + rows]
         z = logits(some)
-        key, now = mx.random.split(key)
-        above = _pulls(z, mx.random.categorical(z, key=now))
-        parts.append(mx.vjp(logits, [some], [above])[1][0])
+        key, subkey = mx.random.split(key)
+        drawn = mx.random.categorical(z, key=subkey)
+        above = _logit_grads(z, drawn)
+        gradients = mx.vjp(logits, [some], [above])[1]
+        parts.append(gradients[0])
+        # Evaluated part by part: the logits of one part alone are in memory.
         stream.evaluate_now(parts[-1])
         at_head(norm(some), above)
     return mx.concatenate(parts).reshape(hidden.shape)
 
 
-def _pulls(z: mx.array, drawn: mx.array) -> mx.array:
-    """d log softmax(z)[drawn] / d z (n, V), for z (n, V) and drawn (n,). On a CPU z is made over
-    into it.
+def _logit_grads(z: mx.array, drawn: mx.array) -> mx.array:
+    """d log softmax(z)[drawn] / d z (n, V), for z (n, V) and drawn (n,).
+
+    It is 1 at the drawn token minus softmax(z). On a CPU the memory of z becomes the result.
     """
     if policy.name() != "cpu":
-        return (mx.arange(z.shape[-1]) == drawn[:, None]).astype(mx.float32) - mx.softmax(
-            z, axis=-1
-        )
+        tokens = mx.arange(z.shape[-1])
+        one_hot = (tokens == drawn[:, None]).astype(mx.float32)
+        return one_hot - mx.softmax(z, axis=-1)
+    # numpy writes into z, so z and everything that is made of it must be evaluated before
     stream.evaluate_now(z, drawn)
-    at = np.array(drawn)
+    columns = np.array(drawn)
     p = host_losses.view(z)
     host_losses.by_rows(host_losses.softmax, p)
     np.negative(p, out=p)
-    p[np.arange(len(p)), at] += 1.0
+    rows = np.arange(len(p))
+    p[rows, columns] += 1.0
     return z

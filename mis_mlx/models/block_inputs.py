@@ -1,11 +1,10 @@
-"""What goes into a block beside hidden states: channels of its own for every token, keys and values
-of another block.
+"""The inputs of a block besides hidden states: channels for every token, another block's keys.
 
-Most families have none of it: their blocks are called with hidden states, a mask and perhaps a
-cache, as ever.
+Most families have none of them: their blocks are called with hidden states, a mask and perhaps a
+cache. Axis P: the channels that each block gets for every token from a table of its own.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,24 +14,30 @@ import numpy as np
 
 from mis_mlx.hardware import lanes
 from mis_mlx.models import config
-from mis_mlx.models.families import family
+from mis_mlx.models.families import Config, family
 
+Channels = Callable[[int, int], mx.array]  # (block, batch) -> (B, T, P)
 PART = 2**22  # numbers of the table of per-layer inputs that are computed at a time
 
 
 class KeysValues(NamedTuple):
-    """What a block has computed for others to use: keys and values (B, K, T, d), and where the
-    first query stands.
+    """What a block has computed for others to use.
+
+    Keys and values (B, K, T, d), and the position of the first query.
     """
 
     keys: mx.array
     values: mx.array
     offset: Any = 0
 
+    def rows(self, start: int, stop: int) -> "KeysValues":
+        """The keys and values of some of the batch's windows."""
+        return KeysValues(self.keys[start:stop], self.values[start:stop], self.offset)
+
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """All that one batch brings into one block."""
+    """All inputs of one block for one batch."""
 
     hidden: mx.array  # (B, T, D)
     per_layer: mx.array | None = None  # (B, T, P)
@@ -40,33 +45,43 @@ class BlockInputs:
 
     @property
     def arrays(self) -> list[mx.array]:
-        """Those that a gradient can flow back to; `like` takes as many."""
-        per_layer = [] if self.per_layer is None else [self.per_layer]
-        shared = [] if self.shared is None else [self.shared.keys, self.shared.values]
-        return [self.hidden, *per_layer, *shared]
+        """The arrays that a gradient can flow back to; `like` takes as many."""
+        arrays = [self.hidden]
+        if self.per_layer is not None:
+            arrays.append(self.per_layer)
+        if self.shared is not None:
+            arrays += [self.shared.keys, self.shared.values]
+        return arrays
 
     def like(self, arrays: Sequence[mx.array]) -> "BlockInputs":
         """The same inputs made of other `arrays`, such as their gradients."""
-        left = list(arrays)
-        hidden = left.pop(0)
-        per_layer = None if self.per_layer is None else left.pop(0)
-        shared = self.shared
-        if shared is not None:
-            shared = KeysValues(left[0], left[1], shared.offset)
+        remaining = list(arrays)
+        hidden = remaining.pop(0)
+        per_layer = None
+        if self.per_layer is not None:
+            per_layer = remaining.pop(0)
+        shared = None
+        if self.shared is not None:
+            keys, values = remaining[:2]
+            shared = KeysValues(keys, values, self.shared.offset)
         return BlockInputs(hidden, per_layer, shared)
 
     def rows(self, start: int, stop: int) -> "BlockInputs":
-        """Those of some of the batch's windows."""
-        per_layer = None if self.per_layer is None else self.per_layer[start:stop]
+        """The inputs of some of the batch's windows."""
+        per_layer = self.per_layer
+        if per_layer is not None:
+            per_layer = per_layer[start:stop]
         shared = self.shared
         if shared is not None:
-            shared = KeysValues(shared.keys[start:stop], shared.values[start:stop], shared.offset)
-        return BlockInputs(self.hidden[start:stop], per_layer, shared)
+            shared = shared.rows(start, stop)
+        hidden = self.hidden[start:stop]
+        return BlockInputs(hidden, per_layer, shared)
 
 
 class BlockOutputs(NamedTuple):
-    """What a block gives: hidden states (B, T, D), and keys and values where the family lets others
-    use them. Or the cotangents of these; `shared` is None then where no later block has used any.
+    """What a block gives: hidden states (B, T, D), and keys and values that others may use.
+
+    Or the cotangents of these; `shared` is None then where no later block has used any.
     """
 
     hidden: mx.array
@@ -80,70 +95,76 @@ class BlockOutputs(NamedTuple):
 
 
 def run(block: nn.Module, inputs: BlockInputs, mask: Any, cache: Any = None) -> BlockOutputs:
-    """One block of mlx-lm's on one batch; lazy."""
-    more: dict[str, Any] = {}
+    """One of mlx-lm's blocks on one batch; lazy."""
+    further: dict[str, Any] = {}
     if inputs.per_layer is not None:
-        more["per_layer_input"] = inputs.per_layer
+        further["per_layer_input"] = inputs.per_layer
     if inputs.shared is not None:
-        more["shared_kv"] = inputs.shared[:2]
-        more["offset"] = inputs.shared.offset
-    return _outputs(block(inputs.hidden, mask, cache=cache, **more))
+        further["shared_kv"] = inputs.shared[:2]
+        further["offset"] = inputs.shared.offset
+    result = block(inputs.hidden, mask, cache=cache, **further)
+    if not isinstance(result, tuple):
+        return BlockOutputs(result)
+    hidden, (keys, values), offset = result
+    return BlockOutputs(hidden, KeysValues(keys, values, offset))
 
 
 def by_windows(
     block: nn.Module, inputs: BlockInputs, mask: Callable[[mx.array], Any]
 ) -> BlockOutputs:
-    """One block on one batch, whose windows go side by side; lazy. mask(hidden): of some
-    windows.
+    """One block on one batch, whose windows are computed side by side in lanes; lazy.
+
+    mask(hidden): the attention mask of some of the windows.
     """
     count = len(inputs.hidden)
     size = -(-count // lanes.count())
-    pieces = [inputs.rows(start, start + size) for start in range(0, count, size)]
-    found = list[BlockOutputs]()
-    for number, piece in enumerate(pieces):
+    outputs = list[BlockOutputs]()
+    for number, start in enumerate(range(0, count, size)):
+        piece = inputs.rows(start, start + size)
         with lanes.lane(number):
-            found.append(run(block, piece, mask(piece.hidden)))
-    if len(found) == 1:
-        return found[0]
-    hidden = mx.concatenate([each.hidden for each in found])
-    made = [each.shared for each in found if each.shared is not None]
-    if not made:
+            output = run(block, piece, mask(piece.hidden))
+        outputs.append(output)
+    if len(outputs) == 1:
+        return outputs[0]
+    # back into one batch, windows in their order
+    hidden = mx.concatenate([output.hidden for output in outputs])
+    shared = [output.shared for output in outputs if output.shared is not None]
+    if not shared:
         return BlockOutputs(hidden)
-    keys = mx.concatenate([each.keys for each in made])
-    values = mx.concatenate([each.values for each in made])
-    return BlockOutputs(hidden, KeysValues(keys, values, made[0].offset))
-
-
-def _outputs(given: Any) -> BlockOutputs:
-    if isinstance(given, tuple):
-        hidden, (keys, values), offset = given
-        return BlockOutputs(hidden, KeysValues(keys, values, offset))
-    return BlockOutputs(given)
+    keys = mx.concatenate([piece.keys for piece in shared])
+    values = mx.concatenate([piece.values for piece in shared])
+    offset = shared[0].offset
+    return BlockOutputs(hidden, KeysValues(keys, values, offset))
 
 
 @dataclass
 class Sides:
-    """Of a pass that goes through all blocks: what its batches bring into each, beside their hidden
-    states.
+    """The further inputs of all blocks, for the batches of one pass through a model.
 
     owners: for each block the one whose keys and values it uses, or None. per_layer(i, b): channels
     (B, T, P) of batch b for block i; None where the family has none.
     """
 
     owners: Sequence[int | None]
-    per_layer: Callable[[int, int], mx.array] | None = None
-    # by block and batch, for blocks to come
+    per_layer: Channels | None = None
+    # by block and batch, for later blocks
     made: dict[tuple[int, int], KeysValues] = field(default_factory=dict)
 
     def inputs(self, i: int, b: int, hidden: mx.array) -> BlockInputs:
-        """All that batch b brings into block i."""
-        per_layer = self.per_layer(i, b) if self.per_layer else None
+        """All inputs of block i for batch b."""
+        per_layer = None
+        if self.per_layer:
+            per_layer = self.per_layer(i, b)
+        shared = None
         owner = self.owners[i]
-        return BlockInputs(hidden, per_layer, None if owner is None else self.made[owner, b])
+        if owner is not None:
+            shared = self.made[owner, b]
+        return BlockInputs(hidden, per_layer, shared)
 
     def keep(self, i: int, b: int, outputs: BlockOutputs) -> mx.array:
-        """The hidden states that block i gave for batch b; its keys and values are kept if a later
-        block uses them.
+        """The hidden states that block i gave for batch b.
+
+        Its keys and values are kept if a later block uses them.
         """
         if outputs.shared is not None and i in self.owners:
             self.made[i, b] = outputs.shared
@@ -151,8 +172,10 @@ class Sides:
 
 
 class Cotangents:
-    """Of keys and values that later blocks have used, added up on the way back until it reaches who
-    made them.
+    """Cotangents of keys and values that later blocks have used.
+
+    They are added up during the backward pass, until it reaches the block that made the keys and
+    values.
     """
 
     def __init__(self, owners: Sequence[int | None]):
@@ -160,12 +183,16 @@ class Cotangents:
         self._sums: dict[tuple[int, int], KeysValues] = {}
 
     def add(self, i: int, b: int, below: BlockInputs) -> list[mx.array]:
-        """What block i sends back of the b-th batch; lazy, returned for whoever evaluates it."""
+        """Add what block i sends back for batch b; the sums, lazy, for the caller to evaluate.
+
+        below: the cotangents of the block's inputs. The list is empty where the block has used no
+        other block's keys.
+        """
         owner = self._owners[i]
         if owner is None or below.shared is None:
             return []
-        before = self._sums.get((owner, b))
         keys, values, _ = below.shared
+        before = self._sums.get((owner, b))
         if before is not None:
             keys = before.keys + keys
             values = before.values + values
@@ -173,54 +200,62 @@ class Cotangents:
         return [keys, values]
 
     def take(self, i: int, b: int) -> KeysValues | None:
-        """The sum for block i, which goes."""
+        """Remove and return the sum for block i and batch b; None: no block has used its keys."""
         return self._sums.pop((i, b), None)
 
 
-def plain(values: Mapping[str, Any]) -> bool:
+def plain(values: Config) -> bool:
     """Whether blocks of a model of this config take hidden states and nothing else."""
-    owned = any(owner is not None for owner in config.key_owners(values))
-    return not owned and not family(values).per_layer
+    owners = config.key_owners(values)
+    shares_keys = any(owner is not None for owner in owners)
+    return not shares_keys and not family(values).per_layer
 
 
-def of_config(
-    values: Mapping[str, Any], per_layer: Callable[[int, int], mx.array] | None = None
-) -> Sides:
-    """Of a pass through a model of this config."""
-    return Sides(config.key_owners(values), per_layer)
+def of_config(values: Config, per_layer: Channels | None = None) -> Sides:
+    """The further inputs for a pass through a model of this config; per_layer: as of `Sides`."""
+    owners = config.key_owners(values)
+    return Sides(owners, per_layer)
 
 
 class TokenChannels:
-    """The channels that every block gets for each token of some batches: a function of the token
-    and the block alone.
+    """The channels that every block gets for each token of some batches.
 
-    So they are computed once for each token that occurs: (n, L, P).
+    They depend on the token and the block alone, so they are computed once for each of the n
+    different tokens: a table (n, L, P).
     """
 
-    def __init__(self, values: Mapping[str, Any], batches: Sequence[mx.array]):
+    def __init__(self, values: Config, batches: Sequence[mx.array]):
         self.width = int(values[family(values).per_layer])
         self.layers = int(values["num_hidden_layers"])
-        tokens = [np.array(batch) for batch in batches]
-        flat = np.concatenate([t.reshape(-1) for t in tokens]) if tokens else np.zeros(0, np.int32)
-        self.ids, places = np.unique(flat, return_inverse=True)
-        ends = np.cumsum([t.size for t in tokens])[:-1]
-        parts = np.split(places.reshape(-1), ends) if tokens else []
-        self._places = [
-            mx.array(p.reshape(t.shape).astype(np.int32))
-            for p, t in zip(parts, tokens, strict=True)
-        ]
+        arrays = [np.array(batch) for batch in batches]
+        flat = np.zeros(0, np.int32)
+        if arrays:
+            flat = np.concatenate([tokens.reshape(-1) for tokens in arrays])
+        self.ids, rows = np.unique(flat, return_inverse=True)
+        rows = rows.reshape(-1)
+        # rows of the table, for each batch (B, T)
+        self._places = list[mx.array]()
+        start = 0
+        for tokens in arrays:
+            stop = start + tokens.size
+            places = rows[start:stop].reshape(tokens.shape)
+            self._places.append(mx.array(places.astype(np.int32)))
+            start = stop
         self._table: mx.array | None = None
 
     def fill(self, channels: Callable[[np.ndarray], mx.array], dtype: mx.Dtype) -> None:
-        """channels(ids (m,)) -> (m, L, P) of this type: asked for some tokens at a time."""
+        """Compute the table. channels(ids (m,)) -> (m, L, P) of `dtype`, for some tokens a call."""
         bits = {2: mx.uint16, 4: mx.uint32}[dtype.size]  # numpy has no bfloat16
-        found: Any = mx.zeros((len(self.ids), self.layers, self.width), bits)
-        into = np.asarray(memoryview(found))  # evaluates
-        step = max(1, PART // (self.layers * self.width))
-        for start in range(0, len(self.ids), step):
-            some = channels(self.ids[start : start + step])
-            into[start : start + step] = np.asarray(some.view(bits))
-        self._table = found.view(dtype)
+        tokens = len(self.ids)
+        table: Any = mx.zeros((tokens, self.layers, self.width), bits)
+        into = np.asarray(memoryview(table))  # evaluates
+        of_token = self.layers * self.width
+        step = max(1, PART // of_token)
+        for start in range(0, tokens, step):
+            stop = start + step
+            some = channels(self.ids[start:stop])
+            into[start:stop] = np.asarray(some.view(bits))
+        self._table = table.view(dtype)
 
     def __call__(self, i: int, b: int) -> mx.array:
         """(B, T, P) of batch b for block i."""
@@ -229,13 +264,15 @@ class TokenChannels:
 
 
 def of_model(model: nn.Module, tokens: mx.array, embedded: mx.array) -> Sides:
-    """Of a pass of one batch through a model that `load.resident` has made, with gradients that
-    flow back.
+    """The further inputs for one batch through a model that `load.resident` has made.
+
+    Gradients flow back through them. tokens (B, T), embedded (B, T, D).
     """
     values = model._config
     if not family(values).per_layer:
         return of_config(values)
     inner = model.model
     # mlx-lm names these two with an underscore; `tests/models/test_gemma4.py` notices when they go.
-    channels = inner._project_per_layer_inputs(embedded, inner._get_per_layer_inputs(tokens))
+    rows = inner._get_per_layer_inputs(tokens)
+    channels = inner._project_per_layer_inputs(embedded, rows)
     return of_config(values, lambda i, b: channels[:, :, i])

@@ -1,12 +1,14 @@
-"""A block's experts one after the other, instead of stacked as in mlx-lm's SwitchGLU, whose place
-this takes; and what their tensors are called: one by one, as on the hub and here, or stacked.
+"""A block's experts one by one, in the place of mlx-lm's SwitchGLU, which stacks them.
 
-So each can be read from disk when it is needed, has its own name as on disk, and gives the same
-bits wherever its weights come from: in memory or read, a batch at a time or many.
+Each expert can be read from disk when it is needed and has its own name as on disk. It gives the
+same bits wherever its weights come from (memory or disk), and for one batch or many.
+
+The second half of the file is about names: an expert's tensors are called one by one, as on the hub
+and here, or stacked, as mlx-lm writes them.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,72 +17,87 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.models.config import shape_of
-from mis_mlx.models.families import GATED, Family, family
+from mis_mlx.models.families import GATED, Config, Family, Shapes, family
 from mis_mlx.types import MisError, TensorAt
 
 STACKED = re.compile(r"(.*\.)(?:switch_mlp|experts)\.(gate_proj|up_proj|down_proj)\.(\w+)")
+ROUTER = re.compile(
+    r"\.(mlp|block_sparse_moe)\.(gate|router|shared_expert_gate)(\.weight|\.bias)?$"
+)
 Visit = Callable[[int, int, np.ndarray, mx.array, mx.array], None]  # see `Stream.mixed`
+Activation = Callable[[mx.array, mx.array], mx.array]  # (up, gate), both (n, F) -> (n, F)
 
 
 class Expert(nn.Module):
     """One gated MLP. Its matrices are called as on disk."""
 
-    def __init__(
-        self,
-        of: Family,
-        hidden: int,
-        ffn: int,
-        activation: Callable[[mx.array, mx.array], mx.array],
-    ):
+    def __init__(self, of: Family, hidden: int, ffn: int, activation: Activation):
         super().__init__()
         self.names = of.matrices
         self._activation = activation
-        # of what it gave, if its weights go elsewhere then
+        # Called with the outputs. A stream evaluates them here, before it reuses the memory that
+        # the weights lie in.
         self.settle: Callable[[mx.array], None] = lambda _: None
-        for name, (into, out) in zip(
-            of.matrices, ((hidden, ffn), (hidden, ffn), (ffn, hidden)), strict=True
-        ):
+        gate, up, down = of.matrices
+        sizes = {gate: (hidden, ffn), up: (hidden, ffn), down: (ffn, hidden)}
+        for name, (into, out) in sizes.items():
             self[name] = nn.Linear(into, out, bias=of.expert_bias)
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """x (n, D) -> (what its last matrix reads (n, F), what it gives (n, D))."""
-        gate, up, down = (self[name] for name in self.names)
-        neurons = self._activation(up(x), gate(x))
-        return neurons, down(neurons)
+        """x (n, D) -> (the input of the last matrix (n, F), its output (n, D))."""
+        gate_name, up_name, down_name = self.names
+        up = self[up_name](x)
+        gate = self[gate_name](x)
+        neurons = self._activation(up, gate)
+        return neurons, self[down_name](neurons)
 
 
 Each = Callable[[Sequence[int]], Iterator[tuple[int, Expert]]]
 
 
 class Experts(list[Expert]):
-    """Parts of a block, called as SwitchGLU is: x (..., D), chosen (..., k) -> (..., k, D).
+    """All experts of a block, called as SwitchGLU is: x (..., D), chosen (..., k) -> (..., k, D).
 
-    each(numbers): those experts in turn, where they are no parts of it: one may be gone when the
-    next is asked for.
+    each(numbers): yields those experts in turn, where they are not parts of the block. An expert
+    may be gone when the next one is asked for.
     """
 
     def __init__(self, parts: Iterable[Expert] = (), each: Each | None = None):
         super().__init__(parts)
-        self._each = each or (lambda numbers: ((e, self[e]) for e in numbers))
-        # (n, E, D), what every expert gives for all tokens of every call
+        self._each: Each = each or self._resident
+        # (n, E, D): what every expert gives for all tokens of every call
         self.said: mx.array | None = None
-        self.ready: list[mx.array] = []  # what the next calls give
-        self._asked: list[mx.array] | None = None  # what the calls of `chosen` were made with
+        self.ready: list[mx.array] = []  # results of the next calls, in their order
+        self._asked: list[mx.array] | None = None  # choices of the calls that `chosen` observes
+
+    def _resident(self, numbers: Sequence[int]) -> Iterator[tuple[int, Expert]]:
+        for e in numbers:
+            yield e, self[e]
 
     def __call__(self, x: mx.array, chosen: mx.array) -> mx.array:
+        # `chosen` wants to know what the router chooses: record it, compute nothing.
         if self._asked is not None:
             self._asked.append(chosen)
             return mx.zeros((*chosen.shape, x.shape[-1]), x.dtype)
+        # A router is being trained: every expert's output is known, pick k of E for each token.
         if self.said is not None:
-            every = self.said.reshape(*chosen.shape[:-1], *self.said.shape[-2:])
-            return mx.take_along_axis(every, chosen[..., None], axis=-2)
-        return self.ready.pop(0) if self.ready else self.outputs([x], [chosen])[0]
+            experts, hidden = self.said.shape[-2:]
+            outputs = self.said.reshape(*chosen.shape[:-1], experts, hidden)
+            indices = chosen[..., None]
+            return mx.take_along_axis(outputs, indices, axis=-2)
+        # `Stream.mixed` has computed this call's result together with those of other batches.
+        if self.ready:
+            return self.ready.pop(0)
+        return self.outputs([x], [chosen])[0]
 
     def chosen(self, part: nn.Module, x: mx.array) -> mx.array:
-        """Which experts (..., k) the router of `part`, whose experts these are, chooses for x (...,
-        D). Lazy.
+        """The experts (..., k) that the router of `part` chooses for x (..., D). Lazy.
+
+        part: the module that has these experts. mlx-lm's routers have no function of their own, so
+        the whole module is called, and the experts record what they are asked for.
         """
-        self._asked = asked = list[mx.array]()
+        asked = list[mx.array]()
+        self._asked = asked
         part(x)
         self._asked = None
         return asked[0]
@@ -93,118 +110,156 @@ class Experts(list[Expert]):
         gates: Sequence[np.ndarray] = (),
         first: int = 0,
     ) -> list[mx.array]:
-        """[(..., k, D)] of several batches' inputs [(..., D)] and experts [(..., k)]: each expert
-        is asked for once.
+        """[(..., k, D)] of several batches' inputs [(..., D)] and choices [(..., k)].
 
-        visit: as of `Stream.mixed`. gates: of every batch's choice, flat. first: the number of the
-        first batch.
+        Each expert is asked for once, however many batches use it. visit: as of `Stream.mixed`.
+        gates: of every batch's choice, flat. first: the number of the first batch.
         """
-        flat = [np.array(c).reshape(-1) for c in chosen]
-        places = [list[np.ndarray]() for _ in flat]
+        # Every choice is one row of the result. Token t's choices are rows t k to t k + k - 1.
+        flat = [np.array(choice).reshape(-1) for choice in chosen]
+        rows = [list[np.ndarray]() for _ in flat]  # of each batch, in the order of computing
         pieces = [list[mx.array]() for _ in flat]
-        for e, expert in self._each(np.unique(np.concatenate(flat)).tolist()):
-            for b, (x, numbers, c) in enumerate(zip(inputs, flat, chosen, strict=True)):
-                if not len(where := np.flatnonzero(numbers == e)):
+        used = np.unique(np.concatenate(flat)).tolist()
+        for e, expert in self._each(used):
+            for b, numbers in enumerate(flat):
+                where = np.flatnonzero(numbers == e)
+                if not len(where):
                     continue
-                neurons, made = expert(x.reshape(-1, x.shape[-1])[mx.array(where // c.shape[-1])])
+                tokens = mx.array(where // chosen[b].shape[-1])
+                neurons, output = expert(inputs[b].reshape(-1, inputs[b].shape[-1])[tokens])
                 if visit:
-                    visit(first + b, e, gates[b][where], neurons, made)
-                expert.settle(made)
-                places[b].append(where)
-                pieces[b].append(made)
-        back = (mx.array(np.argsort(np.concatenate(of))) for of in places)
-        outs = (mx.concatenate(of)[order] for of, order in zip(pieces, back, strict=True))
-        return [out.reshape(*c.shape, -1) for out, c in zip(outs, chosen, strict=True)]
+                    visit(first + b, e, gates[b][where], neurons, output)
+                expert.settle(output)
+                rows[b].append(where)
+                pieces[b].append(output)
+        # The pieces are sorted by expert: put their rows back into the order of the choices.
+        results = []
+        for choice, places, parts in zip(chosen, rows, pieces, strict=True):
+            order = mx.array(np.argsort(np.concatenate(places)))
+            results.append(mx.concatenate(parts)[order].reshape(*choice.shape, -1))
+        return results
 
 
 def before(block: nn.Module, x: mx.array, mask: Any) -> tuple[mx.array, mx.array]:
-    """(x behind attention, that behind the second norm), both (B, T, D): the block's output is the
-    first and what its experts make of the second. Lazy.
+    """The part of a block before its experts: x (B, T, D) -> two arrays (B, T, D). Lazy.
+
+    The first is x behind attention, the second that behind the norm, which the experts read. The
+    block's output is the first plus the experts' output.
     """
-    h = x + block.self_attn(block.input_layernorm(x), mask, None)
+    normed = block.input_layernorm(x)
+    attended = block.self_attn(normed, mask, None)
+    h = x + attended
     return h, block.post_attention_layernorm(h)
 
 
-def tensors_of(config: Mapping[str, Any], together: bool) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what a block of a mixture has in the place of an MLP: a router, experts
-    one by one or `together`, perhaps one that every token meets.
+def tensors_of(config: Config, together: bool) -> Shapes:
+    """Names and shapes of the tensors that a mixture has in the place of an MLP.
+
+    They are a router, the experts one by one or `together`, and in some families one expert that
+    every token uses.
     """
     s = shape_of(config)
-    of = family(config)
+    hidden = s.hidden
+    ffn = s.ffn
+    row = family(config)
+    tensors: Shapes = {}
 
-    def biased(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.weight": shape} | ({f"{name}.bias": shape[:-1]} if of.expert_bias else {})
+    def add(name: str, *shape: int) -> None:
+        stem = f"{row.mlp}.{name}"
+        tensors[f"{stem}.weight"] = shape
+        if row.expert_bias:
+            tensors[f"{stem}.bias"] = shape[:-1]
 
-    inside = biased(of.router, s.experts, s.hidden)
-    wide = int(config.get(of.shared_expert) or 0)
-    each = [(f"experts.{e}", of.matrices, tuple[int, ...]()) for e in range(s.experts)]
-    for place, names, stacked in [(of.switch, GATED, (s.experts,))] if together else each:
-        for name in names:
-            sizes = (s.hidden, s.ffn) if name == names[2] else (s.ffn, s.hidden)
-            inside |= biased(f"{place}.{name}", *stacked, *sizes)
-    for name in GATED if wide else ():
-        inside[f"shared_expert.{name}.weight"] = (
-            (s.hidden, wide) if name == "down_proj" else (wide, s.hidden)
-        )
-    if wide:
-        inside["shared_expert_gate.weight"] = (1, s.hidden)
-    return {f"{of.mlp}.{name}": shape for name, shape in inside.items()}
+    add(row.router, s.experts, hidden)
+    places = [f"experts.{e}" for e in range(s.experts)]
+    names = row.matrices
+    stack: tuple[int, ...] = ()
+    if together:
+        places = [row.switch]
+        names = GATED
+        stack = (s.experts,)
+    gate, up, down = names
+    for place in places:
+        add(f"{place}.{gate}", *stack, ffn, hidden)
+        add(f"{place}.{up}", *stack, ffn, hidden)
+        add(f"{place}.{down}", *stack, hidden, ffn)
+
+    shared = int(config.get(row.shared_expert) or 0)
+    if shared:
+        stem = f"{row.mlp}.shared_expert"
+        tensors[f"{stem}.gate_proj.weight"] = (shared, hidden)
+        tensors[f"{stem}.up_proj.weight"] = (shared, hidden)
+        tensors[f"{stem}.down_proj.weight"] = (hidden, shared)
+        tensors[f"{stem}_gate.weight"] = (1, hidden)
+    return tensors
 
 
 def expert_of(name: str) -> int | None:
-    """The number of the expert in its block that a tensor or module belongs to; None outside of
-    experts.
+    """The number of a tensor's or module's expert in its block; None outside of experts."""
+    match = re.search(r"\bexperts\.(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
+def one_by_one(path: str, config: Config) -> list[str]:
+    """The paths of all experts' parts of a stacked matrix; of another path, itself alone.
+
+    This is the inverse of `stacked`.
     """
-    found = re.search(r"\bexperts\.(\d+)\.", name)
-    return int(found[1]) if found else None
-
-
-def one_by_one(path: str, config: Mapping[str, Any]) -> list[str]:
-    """What the parts of a matrix that `stacked` names are called; another path alone."""
-    of = family(config)
-    stem, _, name = path.partition(f"{of.switch}.")
-    if (kind := name.split(".")[0]) not in GATED:
+    row = family(config)
+    stem, _, name = path.partition(f"{row.switch}.")
+    kind = name.split(".")[0]
+    if kind not in GATED:
         return [path]
-    own = name.replace(kind, of.matrices[GATED.index(kind)])
-    return [f"{stem}experts.{e}.{own}" for e in range(shape_of(config).experts)]
+    matrix = row.matrices[GATED.index(kind)]
+    own = name.replace(kind, matrix)
+    experts = shape_of(config).experts
+    return [f"{stem}experts.{e}.{own}" for e in range(experts)]
 
 
-def stacked(path: str, config: Mapping[str, Any]) -> str:
-    """What mlx-lm calls the matrix, of all experts, that an expert's is part of; another path as it
-    is.
+def stacked(path: str, config: Config) -> str:
+    """mlx-lm's path of the stacked matrix that an expert's matrix is part of.
+
+    Any other path is returned as it is.
     """
-    found = re.fullmatch(r"(.*\.)experts\.\d+\.(\w+)", path)
-    of = family(config)
-    return f"{found[1]}{of.switch}.{GATED[of.matrices.index(found[2])]}" if found else path
+    match = re.fullmatch(r"(.*\.)experts\.\d+\.(\w+)", path)
+    if not match:
+        return path
+    row = family(config)
+    kind = GATED[row.matrices.index(match[2])]
+    return f"{match[1]}{row.switch}.{kind}"
 
 
 def is_router(name: str) -> bool:
-    """Whether this matrix decides which experts a token meets, or how much of the shared one: it is
-    never quantized.
+    """Whether this matrix decides which experts a token uses, or how much of the shared one.
+
+    These matrices are never quantized.
     """
-    return (
-        re.search(
-            r"\.(mlp|block_sparse_moe)\.(gate|router|shared_expert_gate)(\.weight|\.bias)?$", name
-        )
-        is not None
-    )
+    return ROUTER.search(name) is not None
 
 
 def apart(
-    stacked: re.Match[str], name: str, at: TensorAt, config: Mapping[str, Any]
+    stacked: re.Match[str], name: str, at: TensorAt, config: Config
 ) -> Iterator[tuple[str, TensorAt]]:
-    """Of experts that mlx_lm.convert has stacked, (E, out, in): each expert's part, by its own
-    name.
+    """(own name, its part) of every expert in a tensor (E, out, in) that mlx_lm.convert stacked.
+
+    stacked: the match of STACKED on the tensor's `name`. MisError where E is not the config's.
     """
-    of = family(config)
+    row = family(config)
     count = shape_of(config).experts
     if at.shape[0] != count:
         raise MisError(
             f"{at.file}: {name} has {at.shape[0]} experts, config.json makes it {count}: download "
             f"it again"
         )
-    matrix = of.matrices[GATED.index(stacked[2])]
+    stem, kind, tensor = stacked.groups()
+    matrix = row.matrices[GATED.index(kind)]
     size = at.nbytes // count
     for e in range(count):
-        part = replace(at, shape=at.shape[1:], offset=at.offset + e * size, nbytes=size)
-        yield f"{stacked[1]}experts.{e}.{matrix}.{stacked[3]}", replace(part, stored=(name, at))
+        part = replace(
+            at,
+            shape=at.shape[1:],
+            offset=at.offset + e * size,
+            nbytes=size,
+            stored=(name, at),
+        )
+        yield f"{stem}experts.{e}.{matrix}.{tensor}", part

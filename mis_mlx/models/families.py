@@ -1,14 +1,15 @@
-"""Which model families there are: a row says what a block of one holds, how it may be cut and how
-it learns.
+"""The table of model families: what a block holds, how it may be cut, and how it learns.
 
-A new family is a new row; nothing else asks for a model's type. Does not read configs
-(models/config) or weights.
+A new family is a new row; nothing else asks for a model's type. This module reads no configs
+(models/config does) and no weights.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Config = Mapping[str, Any]  # a config.json
+Shapes = dict[str, tuple[int, ...]]  # {tensor: (out, in)}, in forward order
 ALL = ("layers", "ffn", "experts", "heads", "kv_heads", "hidden")
 DENSE = tuple(axis for axis in ALL if axis != "experts")
 GATED = ("gate_proj", "up_proj", "down_proj")
@@ -20,70 +21,70 @@ class Family:
 
     name: str  # the model_type
     mlx: str  # the module of mlx_lm.models
-    gguf: str  # the architecture of llama.cpp; "": it is not exported
-    block: str = ""  # the module that has its TransformerBlock, where that is another one
+    gguf: str  # the architecture of llama.cpp; "": the family is not exported
+    block: str = ""  # the module that has its TransformerBlock, where it is not `mlx`
     qkv_bias: bool | None = None  # None: as the config's attention_bias says
-    # o_proj by attention_bias, the MLP by mlp_bias: those of other families have none
+    # whether attention_bias gives o_proj a bias, and mlp_bias the MLP
     other_biases: bool = True
     # RMSNorm of every query and key head, or of all of them as one vector
     head_norms: Literal["", "each", "all"] = ""
     # RMSNorm behind attention and MLP too, so that no output is linear in down_proj
     sandwich: bool = False
-    steps: int = 1  # of distillation, as many times the default's: a repair does less for it
-    gain_offset: float = 0.0  # norms multiply by their weights and this much more
+    steps: int = 1  # factor of the default's distillation steps: a repair does less for the family
+    gain_offset: float = 0.0  # norms multiply by their weights plus this
     tied: bool = False  # where the config does not say
     rope_theta: float = 10_000.0  # where the config has none
     heads_fill_hidden: bool = True  # transformers demands that heads divide the hidden size
     # head_dim is hidden / heads, whatever the config says: neither is cut alone
     head_dim_follows: bool = False
-    float16: bool = True  # holds its activations, as far as is known
+    float16: bool = True  # whether it holds the activations, as far as is known
     joined: bool = False  # q, k and v are rows of one matrix, gate and up of another
-    own_positions: bool = False  # in a part of each head, or LongRoPE's
-    scaled_queries: bool = False  # by their positions: its blocks take one argument more
+    own_positions: bool = False  # they rotate a part of each head, or are LongRoPE's
+    scaled_queries: bool = False  # by their positions: blocks take the scale as an argument
     # the config's key with a kind for every block, beside layer_types: cut along with the blocks
     kinds: str = ""
-    # the config's key of the period in which blocks differ by their place, which mlx-lm counts
+    # the config's key of the period with which the kind of a block repeats; mlx-lm counts blocks
     period: str = ""
-    # the config's key, or "sqrt": of the hidden size, in bfloat16; or "exact sqrt"
+    # the config's key, or the square root of the hidden size: "sqrt" (in bfloat16), "exact sqrt"
     embedding_scale: str = ""
-    logit_divisor: str = ""  # the config's key of what logits are divided by
+    logit_divisor: str = ""  # the config's key of the number that logits are divided by
     numbers: tuple[str, ...] = ()  # further keys that the config must have, numbers above 0
     mlp: str = "mlp"  # the part of a block behind attention
-    # the config's key of how many experts are in there, of which a router (`gate`) chooses some
+    # the config's key of the number of experts in that part; a router chooses some of them
     experts: str = ""
     # the config's key of FFN neurons, of one expert where there are several
     ffn: str = "intermediate_size"
     matrices: tuple[str, str, str] = GATED  # of an expert: gate, up, down
-    router: str = "gate"  # what chooses among them
-    switch: str = "switch_mlp"  # what mlx-lm calls all of them, stacked
-    stacked: bool = False  # so they lie on disk, too: stock loaders open no other form
-    expert_bias: bool = False  # theirs and the router's; their activation is gpt_oss's then
-    interleaved: bool = False  # llama.cpp turns neighbours in a row of q and k by positions
+    router: str = "gate"  # the matrix that chooses among experts
+    switch: str = "switch_mlp"  # mlx-lm's name of all experts, stacked
+    stacked: bool = False  # experts are stacked on disk, too: stock loaders open no other form
+    expert_bias: bool = False  # experts and router have biases; the activation is gpt_oss's then
+    interleaved: bool = False  # llama.cpp rotates neighbouring rows of q and k by positions
     # a number for each head, in the softmax over positions; kinds of attention by layer_types
     sinks: bool = False
-    gates_sum_to_1: bool = False  # over the experts that a token meets, in llama.cpp
-    shared_expert: str = ""  # the config's key of the width of one more, which every token meets
-    # keys, and the one value that mlx-lm computes
+    gates_sum_to_1: bool = False  # over the experts that a token uses, in llama.cpp
+    shared_expert: str = ""  # the config's key of the width of an expert that every token uses
+    # keys of which mlx-lm computes one value alone, and that value
     only: tuple[tuple[str, Any], ...] = field(default=(), hash=False)
     # keys that a config must have, because mlx-lm and transformers differ without them
     stated: tuple[str, ...] = ()
-    # whole-context blocks rotate a part of each head, with frequencies of the whole head
+    # blocks that see all tokens rotate a part of each head, with frequencies of the whole head
     proportional: bool = False
-    # the config's key of how many channels each block gets of every token, from a table of its own
+    # the config's key of the number of channels that each block has for every token, in a table
     per_layer: str = ""
-    # the config's key of how many blocks, the last ones, use keys and values of an earlier block
+    # the config's key of the number of last blocks that use keys and values of an earlier block
     sharing: str = ""
     global_head_dim: str = ""  # the config's key of the head size in blocks that see all tokens
     # the config's key: whether blocks that share keys have twice the FFN neurons
     double_wide: str = ""
     softcap: str = ""  # the config's key of c, where logits are c tanh(z / c)
     block_scale: bool = False  # a number that the output of a block is multiplied by
-    axes: tuple[str, ...] = DENSE
-    why: str = "it has none"  # the others are not offered
+    axes: tuple[str, ...] = DENSE  # that can be cut
+    why: str = "it has none"  # the other axes cannot be cut; the end of a sentence
 
     @property
     def own(self) -> set[str]:
-        """The keys of config.json that it is told by."""
+        """The keys of config.json that tell this family from others."""
         keys = {
             self.kinds,
             self.period,
@@ -315,9 +316,9 @@ ROWS = (
     ),
 )
 FAMILIES = {row.name: row for row in ROWS}
-# other types that hold one of these: which, and what they may leave out
+# other types that contain one of these families: which one, and the values they may leave out
 OPENED_AS: dict[str, dict[str, Any]] = {
-    # joined, but turning as a llama does
+    # its matrices are joined, but its heads rotate as a llama's
     "phi3": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
     "gemma3": {
         "model_type": "gemma3_text",
@@ -335,6 +336,6 @@ OPENED_AS: dict[str, dict[str, Any]] = {
 }
 
 
-def family(config: Mapping[str, Any]) -> Family:
+def family(config: Config) -> Family:
     """The row of a config that was checked (`config.check_config`)."""
     return FAMILIES[config["model_type"]]

@@ -1,6 +1,7 @@
-"""The losses of a vocabulary by numpy, a few rows at a time: of training where MLX computes on a
-CPU, whose exp takes seven times as long as numpy's (maths/losses has the formulas, which a GPU
-computes with); and of comparisons.
+"""Losses over a vocabulary by numpy, a few rows at a time.
+
+Training uses them where MLX computes on a CPU, whose exp takes seven times as long as numpy's;
+comparisons use them there, too. maths/losses has the formulas, and computes them on a GPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,20 +16,19 @@ from mis_mlx.maths.losses import Logits, chunk_rows, softmax_lse, wide_product
 from mis_mlx.models import policy, stream
 
 NUMBERS = 8 * 49_152  # logits at a time: 1.5 MB
-# tokens compared in one part of the vocabulary before the next is read; those at a time
-GROUP = 4096
-CHUNK = 256
+GROUP = 4096  # tokens compared in one part of the vocabulary before the next part is read
+CHUNK = 256  # of those tokens, as many at a time
 
 
 def view(array: mx.array) -> np.ndarray:
     """The memory of an array, evaluated; numpy may write there."""
     stream.evaluate_now(array)
-    whole: Any = array
-    return np.asarray(memoryview(whole))
+    buffer: Any = array
+    return np.asarray(memoryview(buffer))
 
 
 def softmax(z: np.ndarray) -> np.ndarray:
-    """Rows z (n, V) become softmax(z), in place; their logsumexp (n,)."""
+    """Rows z (n, V) become softmax(z), in place; returns their logsumexp (n,)."""
     top = z.max(axis=1)
     z -= top[:, None]
     np.exp(z, out=z)
@@ -38,31 +38,40 @@ def softmax(z: np.ndarray) -> np.ndarray:
 
 
 def by_rows(work: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
-    """`work` of these arrays (n, ...), a few rows at a time, in as many threads as there are lanes:
-    (n, ...).
-    """
+    """`work` on arrays (n, ...), a few rows at a time, in as many threads as there are lanes.
 
-    rows = max(1, NUMBERS // arrays[0].shape[1])
+    Returns the results in the order of the rows: (n, ...).
+    """
+    count, columns = arrays[0].shape[:2]
+    rows = max(1, NUMBERS // columns)
 
     def of_piece(start: int) -> np.ndarray:
-        with np.errstate(all="ignore"):  # who gets NaN says so
-            return work(*(array[start : start + rows] for array in arrays))
+        stop = start + rows
+        pieces = [array[start:stop] for array in arrays]
+        with np.errstate(all="ignore"):  # the caller checks for NaN and says so
+            return work(*pieces)
 
+    starts = range(0, count, rows)
     with ThreadPoolExecutor(lanes.count()) as pool:
-        return np.concatenate(list(pool.map(of_piece, range(0, len(arrays[0]), rows))))
+        results = list(pool.map(of_piece, starts))
+    return np.concatenate(results)
 
 
 def _divergence(
     z: np.ndarray, target: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of rows (n, V): (KL(softmax(target) || softmax(z)) in nats, the logsumexp of target, that of
-    z, all (n,), and softmax(target)). z becomes its softmax, target is spent.
+    """For rows (n, V): KL(softmax(target) || softmax(z)) in nats, and what it is made of.
+
+    Returns the KL, the logsumexp of target, that of z, all (n,), and softmax(target) (n, V). z
+    becomes its softmax; target is overwritten.
     """
     p = target.copy()
-    lse_t = softmax(p)
+    target_lse = softmax(p)
     target -= z
     lse = softmax(z)
-    return np.einsum("ij,ij->i", p, target) - lse_t + lse, lse_t, lse, p
+    # sum p (log p - log q) = sum p (target - z) - lse(target) + lse(z)
+    kl = np.einsum("ij,ij->i", p, target) - target_lse + lse
+    return kl, target_lse, lse, p
 
 
 def kl_gradients(
@@ -75,14 +84,17 @@ def kl_gradients(
     frozen_head: bool = False,
     softcap: float = 0.0,
 ) -> tuple[float, mx.array, mx.array | None]:
-    """`losses.kl_sum` without labels: (the sum, its gradients in student (n, D) and in a head (V,
-    D) not frozen).
+    """`losses.kl_sum` without labels, and its gradients.
+
+    Returns (the sum over tokens, in nats, its gradient in student (n, D), that in head (V, D)); the
+    last is None with `frozen_head`. learn (n,): the weight of each token.
     """
 
-    # z becomes its gradient times `learn`
     def kl(z: np.ndarray, target: np.ndarray, learn: np.ndarray) -> np.ndarray:
+        """KL (n,) of some rows (n, V); z becomes its gradient times `learn`."""
         slope: np.ndarray | None = None
         if softcap:
+            # z = c tanh(z / c), whose derivative is 1 - tanh^2
             z *= 1.0 / softcap
             np.tanh(z, out=z)
             slope = 1.0 - np.square(z)
@@ -90,50 +102,66 @@ def kl_gradients(
         if temperature != 1.0:
             z *= 1.0 / temperature
             target *= 1.0 / temperature
-        each, _, _, p = _divergence(z, target)
+        divergence, _, _, p = _divergence(z, target)
+        # d KL / d z = (softmax(z) - p) / temperature; z is its softmax by now
         z -= p
         z *= (learn / temperature)[:, None]
         if slope is not None:
             z *= slope
-        return each
+        return divergence
 
     loss = 0.0
-    dh = list[mx.array]()
-    dw = None if frozen_head else mx.zeros_like(head)
+    hidden_grads = list[mx.array]()
+    head_grad = None if frozen_head else mx.zeros_like(head)
     weights = np.array(learn, np.float32)
-    for start in range(0, len(student), rows := chunk_rows(head.shape[0])):
-        at = slice(start, start + rows)
-        z = wide_product(student[at], head)
-        target = teacher_logits(teacher[at]).astype(mx.float32)
+    step = chunk_rows(head.shape[0])
+    # As many tokens at a time as a chunk of logits (rows, V) may hold: all would not fit.
+    for start in range(0, len(student), step):
+        rows = slice(start, start + step)
+        z = wide_product(student[rows], head)
+        target = teacher_logits(teacher[rows]).astype(mx.float32)
+        # numpy writes into the memory of both: nothing may still be computed from them
         stream.evaluate_now(z, target)
-        each = by_rows(kl, view(z), view(target), weights[at])
-        loss += float(each.astype(np.float64) @ weights[at])
-        # what numpy made of it; by no other name, under which it would outlive the next
+        divergence = by_rows(kl, view(z), view(target), weights[rows])
+        loss += float(divergence.astype(np.float64) @ weights[rows])
+        # z is the gradient now. The cast keeps the name: another name would outlive the next chunk.
         z = z.astype(head.dtype)
-        dh.append(z @ head)
-        dw = None if dw is None else mx.addmm(dw, z.T, student[at])
-        stream.evaluate_now(dh[-1], dw)
-    return loss, mx.concatenate(dh), dw
+        hidden_grads.append(z @ head)
+        if head_grad is not None:
+            head_grad = mx.addmm(head_grad, z.T, student[rows])
+        # z goes with the next chunk, so what is made of it is computed now
+        stream.evaluate_now(hidden_grads[-1], head_grad)
+    return loss, mx.concatenate(hidden_grads), head_grad
 
 
 def compared(
     teacher: mx.array, student: mx.array, targets: np.ndarray, start: int = 0
 ) -> np.ndarray | mx.array:
-    """What `over_parts` needs to know of logits (n, v) float32, which are made over, of a part of
-    the vocabulary: (n, 9); on a GPU lazy, so that it need not wait for numpy. targets: (n,), the
-    right tokens. start: the first token of this part.
+    """What `over_parts` needs of logits (n, v) float32 in one part of the vocabulary: (n, 9).
+
+    The logits are overwritten. On a GPU the result is lazy, so that it need not wait for numpy.
+    targets (n,): the right tokens. start: the first token of this part.
     """
     if policy.name() != "cpu":
-        return _compared_on_device(teacher, student, mx.array(targets - start), start)
+        columns = mx.array(targets - start)
+        return _compared_on_device(teacher, student, columns, start)
 
-    def of_rows(z_t: np.ndarray, z: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        here = (targets >= 0) & (targets < z.shape[1])
-        at = np.arange(len(z)), np.where(here, targets, 0)
-        known = [np.where(here, each[at], -np.inf) for each in (z_t, z)]
-        known += [
-            found for each in (z_t, z) for found in (each.max(axis=1), each.argmax(axis=1) + start)
-        ]
-        return np.stack([*_divergence(z, z_t)[:3], *known], axis=1)
+    def of_rows(teacher: np.ndarray, student: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        # The right token is in this part or in another one, where its logit is -inf.
+        in_part = (targets >= 0) & (targets < student.shape[1])
+        rows = np.arange(len(student))
+        columns = np.where(in_part, targets, 0)
+        found = []
+        for z in (teacher, student):
+            right = z[rows, columns]
+            found.append(np.where(in_part, right, -np.inf))
+        for z in (teacher, student):
+            largest = z.max(axis=1)
+            best = z.argmax(axis=1) + start
+            found += [largest, best]
+        # last, because it overwrites the logits
+        kl, teacher_lse, lse, _ = _divergence(student, teacher)
+        return np.stack([kl, teacher_lse, lse, *found], axis=1)
 
     stream.evaluate_now(teacher, student)
     return by_rows(of_rows, view(teacher), view(student), targets - start)
@@ -142,40 +170,56 @@ def compared(
 def _compared_on_device(
     teacher: mx.array, student: mx.array, targets: mx.array, start: int
 ) -> mx.array:
-    """`compared` as MLX's own operations, lazy. targets: counted from the first token of this
-    part.
+    """`compared` by MLX's own operations, lazy.
+
+    targets: counted from the first token of this part.
     """
-    p, lse_t = softmax_lse(teacher)
+    p, teacher_lse = softmax_lse(teacher)
     _, lse = softmax_lse(student)
-    kl = (p * (teacher - student)).sum(axis=-1) - lse_t + lse
-    here = (targets >= 0) & (targets < student.shape[1])
-    at = mx.where(here, targets, 0)[:, None]
-    known = [
-        mx.where(here, mx.take_along_axis(z, at, axis=-1)[:, 0], -mx.inf)
-        for z in (teacher, student)
-    ]
+    weighted = p * (teacher - student)
+    kl = weighted.sum(axis=-1) - teacher_lse + lse
+    in_part = (targets >= 0) & (targets < student.shape[1])
+    columns = mx.where(in_part, targets, 0)[:, None]
+    found = []
     for z in (teacher, student):
-        # exact up to 2^24 tokens
-        known += [z.max(axis=-1), (z.argmax(axis=-1) + start).astype(mx.float32)]
-    return mx.stack([kl, lse_t, lse, *known], axis=1)
+        right = mx.take_along_axis(z, columns, axis=-1)
+        right = right[:, 0]
+        found.append(mx.where(in_part, right, -mx.inf))
+    for z in (teacher, student):
+        largest = z.max(axis=-1)
+        best = z.argmax(axis=-1) + start
+        # float32 holds the number of a token exactly up to 2^24
+        found += [largest, best.astype(mx.float32)]
+    return mx.stack([kl, teacher_lse, lse, *found], axis=1)
 
 
 def over_parts(parts: Sequence[np.ndarray | mx.array]) -> np.ndarray:
-    """What was found in all parts (n, 9) of a vocabulary, in their order, together: (n, 4) float64,
-    the teacher's negative log-likelihood, the student's, KL(teacher || student), all in nats, 1
-    where the top token is the same.
+    """Figures of a whole vocabulary from those of its parts (n, 9), in their order: (n, 4) float64.
+
+    The four are the teacher's negative log-likelihood, the student's, KL(teacher || student), all
+    in nats, and 1 where the top token is the same.
     """
     with np.errstate(all="ignore"):
-        every = np.array([np.asarray(part) for part in parts], np.float64)
-        kl, lse_t, lse, right_t, right, top_t, best_t, top, best = np.moveaxis(every, 2, 0)
-        whole_t = np.logaddexp.reduce(lse_t)
-        whole = np.logaddexp.reduce(lse)
+        # the axes of each of the nine: (part, n)
+        stack = np.array([np.asarray(part) for part in parts], np.float64)
+        figures = np.moveaxis(stack, 2, 0)
+        part_kl, teacher_lse, lse, *found = figures
+        teacher_right, right, teacher_max, teacher_best, largest, best = found
+        teacher_total = np.logaddexp.reduce(teacher_lse)
+        total = np.logaddexp.reduce(lse)
         # A part's KL is that of the probabilities in it; its share of the teacher's weighs it.
-        kl = (np.exp(lse_t - whole_t) * (kl + lse_t - lse)).sum(axis=0) - whole_t + whole
-        same = [
-            np.take_along_axis(i, t.argmax(axis=0)[None], 0)[0]
-            for t, i in ((top_t, best_t), (top, best))
-        ]
-        return np.stack(
-            [whole_t - right_t.max(axis=0), whole - right.max(axis=0), kl, np.equal(*same)], axis=1
-        )
+        share = np.exp(teacher_lse - teacher_total)
+        weighted = share * (part_kl + teacher_lse - lse)
+        kl = weighted.sum(axis=0) - teacher_total + total
+        teacher_top = _over_all(teacher_max, teacher_best)
+        top = _over_all(largest, best)
+        same = np.equal(teacher_top, top)
+        teacher_nll = teacher_total - teacher_right.max(axis=0)
+        nll = total - right.max(axis=0)
+        return np.stack([teacher_nll, nll, kl, same], axis=1)
+
+
+def _over_all(largest: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """The top token (n,) over all parts; largest, tokens (part, n): each part's logit and token."""
+    part = largest.argmax(axis=0)[None]
+    return np.take_along_axis(tokens, part, 0)[0]

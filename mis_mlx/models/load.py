@@ -1,5 +1,6 @@
-"""Open a model folder and build mlx-lm's modules from it. The only door to mlx_lm, which takes
-seconds to import.
+"""Open a model folder and build mlx-lm's modules from it.
+
+This is the only door to mlx_lm, which takes seconds to import.
 """
 
 import importlib
@@ -18,11 +19,12 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.maths import losses, rounding
-from mis_mlx.models import arch, experts, lookup, policy, tokenizer_check
+from mis_mlx.models import arch, experts, lookup, modules, policy, tokenizer_check
 from mis_mlx.models.arch import PER_LAYER
 from mis_mlx.models.config import normalised, read_config, say_once, shape_of, softcap
-from mis_mlx.models.experts import Each, Expert, Experts
-from mis_mlx.models.families import Family, family
+from mis_mlx.models.experts import Each, Expert
+from mis_mlx.models.families import Config, Family, family
+from mis_mlx.models.modules import SideProjection
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.block_reader import Reader
 from mis_mlx.storage.safetensors import InParts
@@ -33,33 +35,35 @@ EMBEDDING = "model.embed_tokens."
 NORM = "model.norm."
 SETTINGS = ("group_size", "bits", "mode")
 TABLE_PART = 2**23  # numbers of a table that are read and written at a time
-VISION = re.compile(  # what sees or hears
-    r"(model\.)?(vision_tower|multi_modal_projector|audio_tower|embed_audio|embed_vision|vision_embedder)\."
+VISION = re.compile(  # tensors of parts that see or hear
+    r"(model\.)?(vision_tower|multi_modal_projector|audio_tower|embed_audio|embed_vision"
+    r"|vision_embedder)\."
 )
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """A folder that passed the gate: headers, config, and that they fit each other. Reads no
-    weights.
-    """
+    """A model folder whose headers and config are checked, and fit each other. Reads no weights."""
     folder = Path(path)
     config = read_config(folder)
     tensors = safetensors.index(folder)
-    if seeing := set(filter(VISION.match, tensors)):
+    seeing = set(filter(VISION.match, tensors))
+    if seeing:
         what = "see or hear" if family(config).per_layer else "see"
         say_once(
             f"{folder}: the text part is opened, a {family(config).name}, without {len(seeing)} "
             f"tensors that {what}"
         )
-        tensors = {name: at for name, at in tensors.items() if name not in seeing}
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in seeing}
     checkpoint = Checkpoint(folder, config, arch.inside(tensors, config))
     arch.check_tensors(checkpoint)
     return checkpoint
 
 
 def mlx_lm(module: str) -> ModuleType:
-    """`mlx_lm.<module>`, imported now. It would lower the hard limit on open files, which cannot be
-    raised again.
+    """`mlx_lm.<module>`, imported now.
+
+    The import would lower the hard limit on open files, which cannot be raised again; that is
+    prevented here.
     """
     setrlimit = resource.setrlimit
     resource.setrlimit = lambda *_: None  # type: ignore[assignment]
@@ -70,23 +74,28 @@ def mlx_lm(module: str) -> ModuleType:
 
 
 def _quantize(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> None:
-    """Swap the linears and embeddings under `prefix` whose weights are packed on disk for quantized
-    ones.
+    """Replace the layers under `prefix` whose weights are packed on disk by quantized ones.
+
+    A CPU reads packed weights slowly: there the layers stay, and `weights` de-quantizes.
     """
-    if arch.is_quantized(checkpoint.tensors) and policy.keeps_packed():
-        nn.quantize(
-            module,
-            class_predicate=lambda p, m: (
-                hasattr(m, "to_quantized") and packing(checkpoint, prefix + p)
-            ),
-        )
+    if not arch.is_quantized(checkpoint.tensors) or not policy.keeps_packed():
+        return
+
+    def settings(path: str, layer: nn.Module) -> bool | dict[str, Any]:
+        if not hasattr(layer, "to_quantized"):
+            return False
+        return packing(checkpoint, prefix + path)
+
+    nn.quantize(module, class_predicate=settings)
 
 
 def packing(checkpoint: Checkpoint, path: str) -> dict[str, Any]:
-    """How the matrix of a module, or of this name, is packed, in mlx-lm's words: group_size, bits,
-    mode; empty where it is not. MisError when it is not in MLX's format.
+    """How a matrix is packed, in mlx-lm's words: group_size, bits, mode; empty where it is not.
+
+    path: of the matrix or of its module. MisError where the weights are not in MLX's format.
     """
-    if f"{(path := path.removesuffix('.weight'))}.scales" not in checkpoint.tensors:
+    path = path.removesuffix(".weight")
+    if f"{path}.scales" not in checkpoint.tensors:
         return {}
     common = checkpoint.config.get("quantization") or {}
     if "bits" not in common:
@@ -95,10 +104,11 @@ def packing(checkpoint: Checkpoint, path: str) -> dict[str, Any]:
             f"{checkpoint.path}: {why}: use the unquantized model, or convert it with "
             f"mlx_lm.convert"
         )
-    own = common.get(path) or common.get(experts.stacked(path, checkpoint.config))
-    return {"mode": "affine"} | {
-        k: v for k, v in (own if isinstance(own, dict) else common).items() if k in SETTINGS
-    }
+    stacked = experts.stacked(path, checkpoint.config)
+    own = common.get(path) or common.get(stacked)
+    stated = own if isinstance(own, dict) else common
+    settings = {key: value for key, value in stated.items() if key in SETTINGS}
+    return {"mode": "affine"} | settings
 
 
 def weights(
@@ -109,79 +119,108 @@ def weights(
     *,
     cut: str | None = None,
 ) -> list[tuple[str, mx.array]]:
-    """Lazy arrays of every tensor whose name begins with `prefix`, the prefix cut off, floats cast
-    to `dtype`.
+    """(name without prefix, lazy array) of every tensor whose name begins with `prefix`.
 
-    raw: the tensors as stored, by full name, where they are in memory already. cut: another prefix,
-    to be cut off.
+    Floats are cast to `dtype`. raw: the tensors as stored, by full name, where they are in memory
+    already. cut: another prefix to cut off.
     """
-    cut = prefix if cut is None else cut
-    names = [n for n in checkpoint.tensors if n.startswith(prefix) and "rotary_emb" not in n]
+    if cut is None:
+        cut = prefix
+    names = _names_under(checkpoint, prefix)
+    if raw is None:
+        raw = safetensors.lazy(checkpoint.tensors, names)
+    elif family(checkpoint.config).experts:  # a block and its experts are read apart
+        names = [name for name in names if name in raw]
+    unpacks = not policy.keeps_packed() and arch.is_quantized(checkpoint.tensors)
+    named = []
+    for name in names:
+        if unpacks:
+            if name.endswith((".scales", ".biases")):
+                continue
+            array = dense(checkpoint, name, raw).astype(dtype)
+        else:
+            array = raw[name]
+            # Integers stay what they are: packed weights, or the 8-bit scales of mxfp4 and nvfp4.
+            if mx.issubdtype(array.dtype, mx.floating):
+                array = array.astype(dtype)
+        named.append((name.removeprefix(cut), array))
+    return named
+
+
+def _names_under(checkpoint: Checkpoint, prefix: str) -> list[str]:
+    """Names of the stored tensors that a module under `prefix` has, without computed tables."""
+    names = [name for name in checkpoint.tensors if name.startswith(prefix)]
+    names = [name for name in names if "rotary_emb" not in name]
     if shape_of(checkpoint.config).tied:
-        names = [n for n in names if not n.startswith("lm_head.")]
-    if raw is not None and family(checkpoint.config).experts:  # of a block: they come on their own
-        names = [n for n in names if n in raw]
-    raw = safetensors.lazy(checkpoint.tensors, names) if raw is None else raw
-    if not policy.keeps_packed() and arch.is_quantized(checkpoint.tensors):
-        names = [n for n in names if not n.endswith((".scales", ".biases"))]
-        return [(n.removeprefix(cut), dense(checkpoint, n, raw).astype(dtype)) for n in names]
-    # Integers are packed weights, or the 8-bit scales of mxfp4 and nvfp4: these stay what they are.
-    floats = {n for n in names if mx.issubdtype(raw[n].dtype, mx.floating)}
-    return [(n.removeprefix(cut), raw[n].astype(dtype) if n in floats else raw[n]) for n in names]
+        names = [name for name in names if not name.startswith("lm_head.")]
+    return names
 
 
 def dense(checkpoint: Checkpoint, name: str, raw: Raw | None = None) -> mx.array:
-    """One weight as stored, or de-quantized to float32 when it is packed. Lazy, if small. `raw` as
-    in `weights`.
+    """One weight as stored, or de-quantized to float32 when it is packed. Lazy, if small.
+
+    raw: as in `weights`.
     """
     stem = name.removesuffix(".weight")
-    packed = [n for n in (name, f"{stem}.scales", f"{stem}.biases") if n in checkpoint.tensors]
-    arrays = safetensors.lazy(checkpoint.tensors, packed) if raw is None else raw
-    if not (settings := packing(checkpoint, stem)):
+    names = _packed_names(checkpoint, name)
+    arrays = safetensors.lazy(checkpoint.tensors, names) if raw is None else raw
+    settings = packing(checkpoint, stem)
+    if not settings:
         return arrays[name]
-    large = (
-        not policy.keeps_packed() and arrays[name].nbytes * 8 > rounding.OPENED * settings["bits"]
-    )
-    make = rounding.opened if large else rounding.values
-    return make(tuple(arrays[n] for n in packed), *(settings[key] for key in SETTINGS))
+    values = rounding.values
+    # A large matrix goes part by part: a CPU holds several copies of what it de-quantizes.
+    large = arrays[name].nbytes * 8 > rounding.OPENED * settings["bits"]
+    if large and not policy.keeps_packed():
+        values = rounding.opened
+    packed = tuple(arrays[part] for part in names)
+    group, bits, mode = [settings[key] for key in SETTINGS]
+    return values(packed, group, bits, mode)
+
+
+def _packed_names(checkpoint: Checkpoint, name: str) -> list[str]:
+    """The names of a weight and of its scales and biases, those that are stored."""
+    stem = name.removesuffix(".weight")
+    parts = (name, f"{stem}.scales", f"{stem}.biases")
+    return [part for part in parts if part in checkpoint.tensors]
 
 
 def stored_parts(checkpoint: Checkpoint, name: str, rows: np.ndarray | None = None) -> InParts:
-    """A tensor as stored, or some of its rows (rising), as many at a time as `TABLE_PART`
-    numbers.
+    """A tensor as stored, read as many rows at a time as `TABLE_PART` numbers.
+
+    rows: their numbers, rising; default: all.
     """
-    at = checkpoint.tensors[name]
-    reader = Reader({name: at})
-    rows = np.arange(at.shape[0]) if rows is None else rows
-    step = _table_rows(at.shape)
-    parts = (reader.rows(at, rows[start : start + step]) for start in range(0, len(rows), step))
-    return InParts((at.dtype, (len(rows), *at.shape[1:])), parts)
+    tensor = checkpoint.tensors[name]
+    reader = Reader({name: tensor})
+    ids = np.arange(tensor.shape[0]) if rows is None else rows
+    step = _table_rows(tensor.shape)
+    starts = range(0, len(ids), step)
+    parts = (reader.rows(tensor, ids[start : start + step]) for start in starts)
+    spec = (tensor.dtype, (len(ids), *tensor.shape[1:]))
+    return InParts(spec, parts)
 
 
 def dense_parts(checkpoint: Checkpoint, name: str, dtype: str) -> Iterator[mx.array]:
     """The rows of `dense`, as many at a time as `TABLE_PART` numbers, in this type."""
-    stem = name.removesuffix(".weight")
-    tensors = {
-        n: checkpoint.tensors[n]
-        for n in (name, f"{stem}.scales", f"{stem}.biases")
-        if n in checkpoint.tensors
-    }
+    tensors = {part: checkpoint.tensors[part] for part in _packed_names(checkpoint, name)}
     reader = Reader(tensors)
     count = checkpoint.tensors[name].shape[0]
     step = _table_rows(arch.tensors_of(checkpoint.config)[name])
     for start in range(0, count, step):
-        ids = np.arange(start, min(start + step, count))
-        raw = {n: reader.rows(at, ids) for n, at in tensors.items()}
+        stop = min(start + step, count)
+        ids = np.arange(start, stop)
+        raw = {part: reader.rows(tensor, ids) for part, tensor in tensors.items()}
         yield dense(checkpoint, name, raw).astype(policy.DTYPES[dtype])
 
 
 def _table_rows(shape: Sequence[int]) -> int:
+    """The number of rows of a table that have `TABLE_PART` numbers."""
     return max(1, TABLE_PART // math.prod(shape[1:]))
 
 
-def model_args(config: Mapping[str, Any]) -> Any:
+def model_args(config: Config) -> Any:
     """mlx-lm's ModelArgs of a config."""
-    return mlx_lm(f"models.{family(config).mlx}").ModelArgs.from_dict(normalised(config))
+    module = mlx_lm(f"models.{family(config).mlx}")
+    return module.ModelArgs.from_dict(normalised(config))
 
 
 def block(
@@ -192,14 +231,16 @@ def block(
     raw: Raw | None = None,
     each: Each | None = None,
 ) -> nn.Module:
-    """mlx-lm's transformer block `i` with its weights, lazy. `raw` as in `weights`. each: where its
-    experts come from, if they are not to be parts of it (`Experts`).
+    """mlx-lm's transformer block `i` with its weights, lazy.
+
+    raw: as in `weights`. each: where its experts come from, if they are not parts of it.
     """
-    of = family(checkpoint.config)
+    row = family(checkpoint.config)
     prefix = f"model.layers.{i}."
-    new = _new_block(of, args, i)
-    if of.experts:
-        _apart(new, checkpoint.config, each)
+    new = _new_block(row, args, i)
+    if row.experts:  # first, for their matrices are quantized and loaded by their own names
+        modules.separate_experts(new, checkpoint.config, each)
+    # Then the layers that are packed on disk, so that the weights find a layer of their kind.
     _quantize(new, prefix, checkpoint)
     new.load_weights(weights(checkpoint, prefix, dtype, raw))
     new.eval()
@@ -207,190 +248,142 @@ def block(
 
 
 def expert(checkpoint: Checkpoint, i: int, e: int, dtype: mx.Dtype, raw: Raw) -> Expert:
-    """Expert `e` of block `i` with its weights, lazy. `raw` as in `weights`."""
-    s = shape_of(checkpoint.config)
-    of = family(checkpoint.config)
-    oai = mlx_lm("models.activations").SwigluOAI if of.expert_bias else None
-    new = Expert(of, s.hidden, s.ffn, oai() if oai else mlx_lm("models.switch_layers").SwiGLU())
-    _quantize(new, prefix := f"model.layers.{i}.{of.mlp}.experts.{e}.", checkpoint)
+    """Expert `e` of block `i` with its weights, lazy. raw: as in `weights`."""
+    shape = shape_of(checkpoint.config)
+    row = family(checkpoint.config)
+    if row.expert_bias:
+        activation = mlx_lm("models.activations").SwigluOAI()
+    else:
+        activation = mlx_lm("models.switch_layers").SwiGLU()
+    new = Expert(row, shape.hidden, shape.ffn, activation)
+    prefix = f"model.layers.{i}.{row.mlp}.experts.{e}."
+    _quantize(new, prefix, checkpoint)
     new.load_weights(weights(checkpoint, prefix, dtype, raw))
     return new
 
 
-def _apart(block: nn.Module, config: Mapping[str, Any], each: Each | None = None) -> None:
-    """Experts one by one where mlx-lm has them stacked; `each` as of `Experts`, default: modules of
-    this block.
-    """
-    s = shape_of(config)
-    of = family(config)
-    part = block[of.mlp]
-    activation = part.pop(of.switch).activation
-    part.experts = Experts(
-        (Expert(of, s.hidden, s.ffn, activation) for _ in range(0 if each else s.experts)), each
-    )
-    if of.switch != "experts":  # an attribute beside the module's tree, in which they are once
-        object.__setattr__(part, of.switch, part.experts)
-
-
-def _new_block(of: Family, args: Any, i: int) -> nn.Module:
+def _new_block(row: Family, args: Any, i: int) -> nn.Module:
     """Block `i` as mlx-lm makes it, of random weights; called with (x, mask, cache)."""
-    module = mlx_lm(f"models.{of.block or of.mlx}")
-    kind = next(
-        kind
-        for name, kind in vars(module).items()
-        if name.endswith(("TransformerBlock", "DecoderLayer"))
-    )
+    module = mlx_lm(f"models.{row.block or row.mlx}")
+    usual = ("TransformerBlock", "DecoderLayer")
+    classes = [kind for name, kind in vars(module).items() if name.endswith(usual)]
+    kind = classes[0]
     if "layer_idx" in inspect.signature(kind).parameters:
-        new: nn.Module = kind(args, layer_idx=i)
-        return new
-    types = getattr(args, "layer_types", None)
-    slides = {"use_sliding": types[i] == "sliding_attention"} if types else {}
-    new = kind(args, **({} if of.sinks else slides))
-    if of.sinks:
-        new.use_sliding = slides["use_sliding"]
-    if of.kinds and not getattr(args, of.kinds)[i]:
-        new.self_attn.rope = mlx_lm(f"models.{of.mlx}").NoPE()
-    return _uniform(new) if of.scaled_queries else new
+        return kind(args, layer_idx=i)
+    types: Any = getattr(args, "layer_types", None)
+    slides = bool(types) and types[i] == "sliding_attention"
+    options = {}
+    if types and not row.sinks:
+        options["use_sliding"] = slides
+    new = kind(args, **options)
+    if row.sinks:  # its blocks do not take their kind, and `window` asks them
+        new.use_sliding = slides
+    if row.kinds and not getattr(args, row.kinds)[i]:
+        new.self_attn.rope = mlx_lm(f"models.{row.mlx}").NoPE()
+    if row.scaled_queries:
+        return modules.uniform(new)
+    return new
 
 
 def window(args: Any, block: nn.Module) -> int | None:
-    """How many tokens back this block sees; None: all."""
-    slides = getattr(block, "use_sliding", False) or getattr(block.self_attn, "is_sliding", False)
-    return args.sliding_window if slides else None
+    """The number of tokens that this block looks back at; None: all."""
+    if getattr(block, "use_sliding", False) or getattr(block.self_attn, "is_sliding", False):
+        return args.sliding_window
+    return None
 
 
 def mask(args: Any, block: nn.Module, hidden: mx.array) -> Any:
-    """The attention mask mlx-lm itself would give this block for `hidden` (B, T, D)."""
-    return mlx_lm("models.base").create_attention_mask(
-        hidden, None, window_size=window(args, block)
-    )
+    """The attention mask that mlx-lm itself would give this block for `hidden` (B, T, D)."""
+    base = mlx_lm("models.base")
+    return base.create_attention_mask(hidden, None, window_size=window(args, block))
 
 
-def embedding_scale(config: Mapping[str, Any], dtype: mx.Dtype) -> mx.array | None:
-    """What the embedding is multiplied by on its way into the first block, as mlx-lm does it; None:
-    nothing.
-    """
+def embedding_scale(config: Config, dtype: mx.Dtype) -> mx.array | None:
+    """The factor of the embedding on its way into the first block, as mlx-lm has it; None: 1."""
     key = family(config).embedding_scale
+    root = config["hidden_size"] ** 0.5
     if key == "exact sqrt":
-        return mx.array(config["hidden_size"] ** 0.5, dtype)
+        return mx.array(root, dtype)
     if key == "sqrt":
-        return mx.array(config["hidden_size"] ** 0.5, mx.bfloat16).astype(dtype)
-    return mx.array(float(config[key]), dtype) if key and config.get(key) else None
+        return mx.array(root, mx.bfloat16).astype(dtype)
+    if key and config.get(key):
+        return mx.array(float(config[key]), dtype)
+    return None
 
 
-def _uniform(block: nn.Module) -> nn.Module:
-    """A block that may be called like every other one: without what its queries grow by, which it
-    works out itself.
-    """
-
-    class Block(type(block)):  # type: ignore[misc]
-        def __call__(self, x: mx.array, *given: Any, cache: Any = None) -> mx.array:
-            return super().__call__(x, *(given if len(given) > 1 else (None, *given)), cache=cache)
-
-    block.__class__ = Block
-    return block
-
-
-def _divided(norm: nn.Module, config: Mapping[str, Any]) -> nn.Module:
-    """The last norm, with its output divided by what the config has logits divided by, so that no
-    head has to.
-    """
-    divisor = float(config.get(family(config).logit_divisor) or 1.0)
-    if divisor == 1.0:
-        return norm
-
-    class Norm(type(norm)):  # type: ignore[misc]
-        def __call__(self, x: mx.array) -> mx.array:
-            return super().__call__(x) / divisor
-
-    norm.__class__ = Norm
-    return norm
+def _filled(
+    layer: nn.Module, prefix: str, checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None
+) -> nn.Module:
+    """A layer that stands alone, packed if its weights under `prefix` ("lm_head.") are; lazy."""
+    stem, dot, name = prefix[:-1].rpartition(".")
+    owner = nn.Module()  # `_quantize` replaces the layers of a module
+    owner[name] = layer
+    _quantize(owner, stem + dot, checkpoint)
+    owner[name].load_weights(weights(checkpoint, prefix, dtype, raw))
+    return owner[name]
 
 
 def embedding(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
-    """The embedding table (V, D), lazy. `.as_linear` makes it the head of a tied model. `raw` as in
-    `weights`, or only some rows (n, D) of each of its tensors: then a table of those.
+    """The embedding table (V, D), lazy. `.as_linear` makes it the head of a tied model.
+
+    raw: as in `weights`, or only some rows (n, D) of each of its tensors: then a table of those.
     """
-    s = shape_of(checkpoint.config)
-    owner = nn.Module()
-    owner.embed_tokens = nn.Embedding(len(raw[EMBEDDING + "weight"]) if raw else s.vocab, s.hidden)
-    _quantize(owner, "model.", checkpoint)
-    owner.embed_tokens.load_weights(weights(checkpoint, EMBEDDING, dtype, raw))
-    return owner.embed_tokens
-
-
-class SideProjection(nn.Module):
-    """What makes the channels that every block gets for each token: half of the table's, half
-    projected from the embedding, as mlx-lm computes them.
-    """
-
-    def __init__(self, hidden: int, layers: int, width: int, eps: float):
-        super().__init__()
-        self.per_layer_model_projection = nn.Linear(hidden, layers * width, bias=False)
-        self.per_layer_projection_norm = nn.RMSNorm(width, eps=eps)
-        self._hidden = hidden
-        self._width = width
-
-    def __call__(self, rows: mx.array, embedded: mx.array) -> mx.array:
-        """rows (n, L P) of the table, embedded (n, D) as the first block gets it -> (n, L, P)."""
-        projected = self.per_layer_model_projection(embedded) * self._hidden**-0.5
-        projected = self.per_layer_projection_norm(mx.unflatten(projected, -1, (-1, self._width)))
-        rows = mx.unflatten(rows * self._width**0.5, -1, (-1, self._width))
-        return (projected + rows) * 2.0**-0.5
+    shape = shape_of(checkpoint.config)
+    rows = len(raw[EMBEDDING + "weight"]) if raw else shape.vocab
+    return _filled(nn.Embedding(rows, shape.hidden), EMBEDDING, checkpoint, dtype, raw=raw)
 
 
 def side_projection(checkpoint: Checkpoint, dtype: mx.Dtype) -> SideProjection:
-    """With its weights, lazy."""
+    """The projection that makes half of the per-layer inputs, with its weights, lazy."""
     config = checkpoint.config
-    s = shape_of(config)
+    shape = shape_of(config)
     width = config[family(config).per_layer]
-    made = SideProjection(s.hidden, s.layers, width, config["rms_norm_eps"])
-    _quantize(made, "model.", checkpoint)
-    made.load_weights(weights(checkpoint, "model.per_layer_", dtype, cut="model."))
-    return made
+    new = SideProjection(shape.hidden, shape.layers, width, config["rms_norm_eps"])
+    _quantize(new, "model.", checkpoint)
+    new.load_weights(weights(checkpoint, "model.per_layer_", dtype, cut="model."))
+    return new
 
 
 def side_rows(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw) -> nn.Module:
-    """A table of those rows of the per-layer inputs that are in `raw`, as stored: ids (...) ->
-    (..., L P). Lazy.
+    """Some rows of the table of per-layer inputs: ids (...) -> (..., L P). Lazy.
+
+    raw: those rows of each of its tensors, as stored.
     """
-    width = (
-        shape_of(checkpoint.config).layers * checkpoint.config[family(checkpoint.config).per_layer]
-    )
-    owner = nn.Module()
-    owner.embed_tokens_per_layer = nn.Embedding(len(raw[PER_LAYER + "weight"]), width)
-    _quantize(owner, "model.", checkpoint)
-    owner.embed_tokens_per_layer.load_weights(weights(checkpoint, PER_LAYER, dtype, raw))
-    return owner.embed_tokens_per_layer
+    config = checkpoint.config
+    rows = len(raw[PER_LAYER + "weight"])
+    width = shape_of(config).layers * config[family(config).per_layer]
+    return _filled(nn.Embedding(rows, width), PER_LAYER, checkpoint, dtype, raw=raw)
 
 
 def final_norm(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
-    """The last RMSNorm, lazy. `raw` as in `weights`."""
-    config, of = checkpoint.config, family(checkpoint.config)
-    kind = mlx_lm(f"models.{of.mlx}").RMSNorm if of.gain_offset else nn.RMSNorm
+    """The last RMSNorm, lazy. raw: as in `weights`."""
+    config = checkpoint.config
+    row = family(config)
+    kind = nn.RMSNorm
+    if row.gain_offset:
+        kind = mlx_lm(f"models.{row.mlx}").RMSNorm
     norm = kind(config["hidden_size"], eps=config["rms_norm_eps"])
     norm.load_weights(weights(checkpoint, NORM, dtype, raw))
-    return _divided(norm, config)
+    return modules.divided(norm, config)
 
 
 def head(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
-    """The vocabulary head as a module hidden (..., D) -> logits (..., V), lazy. `raw` as in
-    `embedding`.
+    """The vocabulary head as a module hidden (..., D) -> logits (..., V), lazy.
+
+    raw: as in `embedding`.
     """
-    s = shape_of(checkpoint.config)
-    owner = nn.Module()
-    if s.tied:
+    shape = shape_of(checkpoint.config)
+    if shape.tied:
         table = embedding(checkpoint, dtype, raw)
-        table._softcap = softcap(checkpoint.config)
+        table._softcap = softcap(checkpoint.config)  # for `logits`
         return table
-    owner.lm_head = nn.Linear(s.hidden, len(raw["lm_head.weight"]) if raw else s.vocab, bias=False)
-    _quantize(owner, "", checkpoint)
-    owner.lm_head.load_weights(weights(checkpoint, "lm_head.", dtype, raw))
-    return owner.lm_head
+    rows = len(raw["lm_head.weight"]) if raw else shape.vocab
+    linear = nn.Linear(shape.hidden, rows, bias=False)
+    return _filled(linear, "lm_head.", checkpoint, dtype, raw=raw)
 
 
 def head_prefix(checkpoint: Checkpoint) -> str:
-    """What the names of the head's tensors begin with."""
+    """The prefix of the names of the head's tensors."""
     return EMBEDDING if shape_of(checkpoint.config).tied else "lm_head."
 
 
@@ -398,49 +391,58 @@ def logits(head_module: nn.Module, hidden: mx.array) -> mx.array:
     """hidden (..., D) -> logits (..., V) through a tied embedding or an untied head."""
     if not hasattr(head_module, "as_linear"):
         return head_module(hidden)
-    return losses.capped(head_module.as_linear(hidden), getattr(head_module, "_softcap", 0.0))
+    return _capped(head_module.as_linear(hidden), head_module)
 
 
 def wide_logits(head_module: nn.Module, hidden: mx.array) -> mx.array:
-    """`logits` in float32, not rounded before a loss is taken of them; a packed head stays
-    packed.
-    """
+    """`logits` in float32, not rounded before a loss is taken of them; a packed head stays so."""
     if "scales" in head_module:
-        return logits(head_module, hidden.astype(mx.float32)).astype(mx.float32)
-    return losses.capped(
-        losses.wide_product(hidden, head_module.weight), getattr(head_module, "_softcap", 0.0)
-    )
+        z = logits(head_module, hidden.astype(mx.float32))
+        return z.astype(mx.float32)
+    z = losses.wide_product(hidden, head_module.weight)
+    return _capped(z, head_module)
+
+
+def _capped(z: mx.array, head_module: nn.Module) -> mx.array:
+    """Logits z through the softcap of the model that the head belongs to."""
+    return losses.capped(z, getattr(head_module, "_softcap", 0.0))
 
 
 def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
-    """The whole model as mlx-lm's Model, lazy; the caller evaluates and counts it against the
-    budget. `model.model` gives what goes into the head, as everywhere here.
+    """The whole model as mlx-lm's Model, lazy; the caller evaluates and counts it.
+
+    `model.model` gives the head's input, as everywhere here.
     """
-    of = family(checkpoint.config)
-    model = mlx_lm(f"models.{of.mlx}").Model(model_args(checkpoint.config))
-    tables = ["embed_tokens", *(["embed_tokens_per_layer"] if of.per_layer else [])]
-    for table in tables:
-        model.model[table] = lookup.Embedding(*model.model[table].weight.shape)
-    for block in model.model.layers if of.experts else ():
-        _apart(block, checkpoint.config)
+    config = checkpoint.config
+    row = family(config)
+    model = mlx_lm(f"models.{row.mlx}").Model(model_args(config))
+    inner = model.model
+    tables = ["embed_tokens"]
+    if row.per_layer:
+        tables.append("embed_tokens_per_layer")
+    for name in tables:
+        inner[name] = lookup.Embedding(*inner[name].weight.shape)
+    if row.experts:
+        for block in inner.layers:
+            modules.separate_experts(block, config)
     named = weights(checkpoint, "", dtype)
-    if hasattr(model, "sanitize") and not of.experts:
+    if hasattr(model, "sanitize") and not row.experts:
         model.sanitize(dict(named))  # Gemma finds out in there whether it has a head
     _quantize(model, "", checkpoint)
     model.load_weights(named)
     model.eval()
-    if of.scaled_queries:
-        model.model.layers = [_uniform(block) for block in model.model.layers]
-    if of.logit_divisor:
-        model.model.norm = _divided(model.model.norm, checkpoint.config)
+    if row.scaled_queries:
+        inner.layers = [modules.uniform(block) for block in inner.layers]
+    if row.logit_divisor:  # the norm divides, so mlx-lm's own division is by 1
+        inner.norm = modules.divided(inner.norm, config)
         model.logits_scaling = 1.0
-    model._embedding_scale = embedding_scale(checkpoint.config, dtype)  # for `embedded`
-    model._config = checkpoint.config
+    model._embedding_scale = embedding_scale(config, dtype)  # for `embedded`
+    model._config = config
     return model
 
 
 def embedded(model: nn.Module, tokens: mx.array) -> mx.array:
-    """What goes into the first block (B, T, D) of a model that `resident` has made."""
+    """The first block's input (B, T, D), of a model that `resident` has made."""
     rows = model.model.embed_tokens(tokens)
     scale = model._embedding_scale
     return rows if scale is None else rows * scale  # type: ignore[no-any-return]
@@ -452,9 +454,7 @@ def activation_dtype(model: nn.Module) -> mx.Dtype:
 
 
 def head_weight(model: nn.Module) -> mx.array:
-    """The (V, D) matrix that makes logits in a resident model; de-quantized, in float32, where it
-    is packed.
-    """
+    """The (V, D) matrix that makes logits in a resident model; float32 where it is packed."""
     layer = model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens
     return dense_weight(layer) if "scales" in layer else layer.weight
 
@@ -466,23 +466,29 @@ def logit_softcap(model: nn.Module) -> float:
 
 def dense_weight(linear: nn.Module) -> mx.array:
     """The (out, in) float32 matrix of a linear layer or embedding, quantized or not. Lazy."""
-    if isinstance(linear, nn.QuantizedLinear | nn.QuantizedEmbedding):
-        how = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
-        return mx.dequantize(linear.weight, linear.scales, linear.get("biases"), **how).astype(
-            mx.float32
-        )
-    return linear.weight.astype(mx.float32)
+    if not isinstance(linear, nn.QuantizedLinear | nn.QuantizedEmbedding):
+        return linear.weight.astype(mx.float32)
+    matrix = mx.dequantize(
+        linear.weight,
+        linear.scales,
+        linear.get("biases"),
+        group_size=linear.group_size,
+        bits=linear.bits,
+        mode=linear.mode,
+    )
+    return matrix.astype(mx.float32)
 
 
 def tokenizer(path: Path) -> Any:
     """mlx-lm's tokenizer wrapper of a model folder. Foreign code is refused, not asked about."""
-    return opened_tokenizer(path, tokenizer_check.check_tokenizer(path))
+    digest = tokenizer_check.check_tokenizer(path)
+    return opened_tokenizer(path, digest)
 
 
 # a run's teacher and student: of 262 thousand tokens one takes 120 MiB, to open it 680
 @lru_cache(maxsize=2)
 def opened_tokenizer(path: Path, _digest: bytes) -> Any:
-    """The same, tried; _digest: of its files."""
+    """`tokenizer` of checked files. _digest: of the files, which may change."""
     try:
         return mlx_lm("utils").load_tokenizer(path, {"trust_remote_code": False})
     except Exception as error:

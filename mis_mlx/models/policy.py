@@ -1,5 +1,4 @@
-"""The one switch between Metal and a CPU: what type computes, and whether packed weights stay
-packed.
+"""The one switch between Metal and a CPU: the type that computes, and packed weights or not.
 
 Metal is quick in float16 and has kernels for packed weights. A CPU emulates half precision and
 reads packed weights about 30 times slower than dense float32, so there everything becomes float32.
@@ -31,16 +30,17 @@ DTYPES: dict[str, mx.Dtype] = {
     "float16": mx.float16,
     "bfloat16": mx.bfloat16,
 }
-# token ids looked at: the lowest, which are bytes and frequent words; and some of all
+# Token ids that `largest` looks at: the lowest, which are bytes and frequent words; and some of
+# all.
 FREQUENT = 192
 SPREAD = 64
-MOST = 65504 / 2  # of the residual stream on these: other texts reach more
+MOST = 65504 / 2  # of the residual stream on these tokens: other texts reach more
 _decided: dict[tuple[Path, int], mx.Dtype] = {}
 _tight: set[tuple[Path, int]] = set()  # models that the budget does not hold in float32
-_used: list[str] = []  # the type that a command was told to compute in, if it was
+_used: list[str] = []  # the type that --compute-dtype gives, if it is given
 
 
-# so that a command's own fields come first where they are given in order
+# keyword-only, so that a command's own fields come first where they are given in order
 @dataclass(frozen=True, kw_only=True)
 class Computing:
     """The flag of every command that computes with a model; its `run` gives it to `use`."""
@@ -53,37 +53,47 @@ class Computing:
 
 
 def use(compute_dtype: str | None) -> str | None:
-    """From now on all models compute in this type; None: in what their device is quick in. Returns
-    what held before.
+    """Make all models compute in this type from now on; None: in the device's usual type.
+
+    Returns the type that held before.
     """
     before = _used[0] if _used else None
-    _used[:] = [compute_dtype] if compute_dtype else []
+    _used.clear()
+    if compute_dtype:
+        _used.append(compute_dtype)
     return before
 
 
 def name() -> Literal["metal", "cpu"]:
-    """Which policy holds: the device's own, or what MIS_MLX_POLICY says, on any device."""
+    """The policy that holds: the device's own, or what MIS_MLX_POLICY says, on any device."""
     forced = os.environ.get(POLICY)
     if forced not in (None, "", "metal", "cpu"):
         raise MisError(f"{POLICY} is {forced!r}: give metal or cpu, or leave it out")
-    return "metal" if forced == "metal" or (not forced and mx.default_device() == mx.gpu) else "cpu"
+    if forced:
+        return "metal" if forced == "metal" else "cpu"
+    return "metal" if mx.default_device() == mx.gpu else "cpu"
 
 
 def keeps_packed() -> bool:
-    """Whether packed weights are computed with as they are, or de-quantized when read, to the same
-    numbers.
+    """Whether packed weights compute as they are; else they are de-quantized when they are read.
+
+    The numbers are the same.
     """
     return name() == "metal"
 
 
 def usual_dtype() -> mx.Dtype:
-    """What models compute in here, unless one of them cannot."""
-    return DTYPES[_used[0] if _used else "float16" if name() == "metal" else "float32"]
+    """The type that models compute in here, unless one of them cannot."""
+    if _used:
+        return DTYPES[_used[0]]
+    return mx.float16 if name() == "metal" else mx.float32
 
 
 def compute_dtype(model: Checkpoint) -> mx.Dtype:
-    """What this model computes in: the usual type, or its `refuge` where its activations come
-    within a factor of two of float16's end: one short pass, once a process.
+    """The type that this model computes in.
+
+    It is the usual type, or the model's `refuge` where its activations come within a factor of two
+    of float16's end. One short pass finds that out, once a process.
 
     Qwen2 and Gemma pass it in a few channels of a few tokens (the first, line ends, full stops);
     then all is NaN.
@@ -98,7 +108,7 @@ def compute_dtype(model: Checkpoint) -> mx.Dtype:
 
 
 def _judged(model: Checkpoint) -> mx.Dtype:
-    """float16, or the refuge, said in a line where a look at the model decides."""
+    """float16 or the refuge; a line says so where a pass through the model decides."""
     if not family(model.config).float16:
         return refuge(model)
     reach = largest(model)
@@ -113,15 +123,20 @@ def _judged(model: Checkpoint) -> mx.Dtype:
 
 
 def refuge(model: Checkpoint) -> mx.Dtype:
-    """What a model computes in that float16 does not hold: float32 on a GPU that emulates bfloat16,
-    unless the budget is too small for it (`settle`); else bfloat16."""
-    small = (model.path, model.nbytes) in _tight
-    return mx.bfloat16 if small or rates.computes_bfloat16() else mx.float32
+    """The type of a model whose activations float16 does not hold.
+
+    It is float32 on a GPU that emulates bfloat16, unless the budget is too small for it (`settle`);
+    else bfloat16.
+    """
+    tight = (model.path, model.nbytes) in _tight
+    return mx.bfloat16 if tight or rates.computes_bfloat16() else mx.float32
 
 
 def settle(model: Checkpoint, fits: Callable[[mx.Dtype], bool]) -> None:
-    """Note, before anything computes, whether the budget holds this model in float32. fits(dtype):
-    whether it does. Asks only where float32 may be the model's refuge."""
+    """Note, before anything computes, whether the budget holds this model in float32.
+
+    fits(dtype): whether it does. It is called only where float32 may be the model's refuge.
+    """
     if _used or usual_dtype() != mx.float16 or rates.computes_bfloat16():
         return
     key = (model.path, model.nbytes)
@@ -133,17 +148,17 @@ def settle(model: Checkpoint, fits: Callable[[mx.Dtype], bool]) -> None:
 
 
 def largest(model: Checkpoint) -> float:
-    """The largest absolute value of the residual stream in float16; infinity where it went
-    beyond.
-    """
+    """The largest absolute value of the residual stream in float16; infinity beyond its range."""
     from mis_mlx.models import stream  # which asks this module how to compute
 
     vocab = shape_of(model.config).vocab
-    ids = np.unique([*range(min(FREQUENT, vocab)), *np.linspace(0, vocab - 1, SPREAD).astype(int)])
+    lowest = range(min(FREQUENT, vocab))
+    spread = np.linspace(0, vocab - 1, SPREAD).astype(int)
+    ids = np.unique([*lowest, *spread]).astype(np.int32)
     source = stream.Stream(model, mx.float16)
     reach = 0.0
     with suppress(stream.NotNumbers):
-        hidden = source.embed([mx.array(ids[None].astype(np.int32))])
+        hidden = source.embed([mx.array(ids[None])])
         for _, block in source.blocks():
             most: Any = mx.abs(source.through(block, hidden)[0]).max()
             reach = max(reach, most.item())

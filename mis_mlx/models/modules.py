@@ -1,0 +1,104 @@
+"""Modules that mlx-lm lacks, or that must be called in another way than mlx-lm calls them."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mis_mlx.models.config import shape_of
+from mis_mlx.models.experts import Each, Expert, Experts
+from mis_mlx.models.families import Config, family
+
+
+class SideProjection(nn.Module):
+    """The channels that every block gets for each token, as mlx-lm computes them.
+
+    Half of each comes from a table, half is projected from the embedding.
+    """
+
+    def __init__(self, hidden: int, layers: int, width: int, eps: float):
+        super().__init__()
+        self.per_layer_model_projection = nn.Linear(hidden, layers * width, bias=False)
+        self.per_layer_projection_norm = nn.RMSNorm(width, eps=eps)
+        self._hidden = hidden
+        self._width = width
+
+    def __call__(self, rows: mx.array, embedded: mx.array) -> mx.array:
+        """rows (n, L P) of the table, embedded (n, D) as the first block gets it -> (n, L, P)."""
+        by_block = (-1, self._width)
+        projected = self.per_layer_model_projection(embedded) * self._hidden**-0.5
+        projected = mx.unflatten(projected, -1, by_block)
+        projected = self.per_layer_projection_norm(projected)
+        rows = mx.unflatten(rows * self._width**0.5, -1, by_block)
+        return (projected + rows) * 2.0**-0.5
+
+
+class InputRecorder(nn.Module):
+    """A module in the place of `inner` that calls it, and remembers its inputs (B, T, in)."""
+
+    def __init__(self, inner: Any):
+        super().__init__()
+        self.inner = inner
+        self._seen: list[mx.array] = []  # underscore: not a parameter
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self._seen.append(x)
+        return self.inner(x)
+
+    def take(self) -> mx.array:
+        """The input of the first call that was not taken yet."""
+        return self._seen.pop(0)
+
+
+def separate_experts(block: nn.Module, config: Config, each: Each | None = None) -> None:
+    """Replace the stacked experts of one of mlx-lm's blocks by `Experts`.
+
+    each: as of `Experts`; default: the experts are modules of this block, of random weights.
+    """
+    shape = shape_of(config)
+    row = family(config)
+    part = block[row.mlp]
+    activation = part.pop(row.switch).activation
+    parts = []
+    if not each:
+        parts = [Expert(row, shape.hidden, shape.ffn, activation) for _ in range(shape.experts)]
+    part.experts = Experts(parts, each)
+    if row.switch != "experts":
+        # mlx-lm's code reads this attribute. It stays outside the module's tree, which has the
+        # experts once, under the name that their tensors have on disk.
+        object.__setattr__(part, row.switch, part.experts)
+
+
+def uniform(block: nn.Module) -> nn.Module:
+    """The same block, callable as those of other families: block(x, mask, cache=cache).
+
+    Its class takes the factor of its queries as the second argument, and computes it where that is
+    None.
+    """
+
+    class Block(type(block)):  # type: ignore[misc]
+        def __call__(self, x: mx.array, *given: Any, cache: Any = None) -> mx.array:
+            if len(given) < 2:
+                given = (None, *given)
+            return super().__call__(x, *given, cache=cache)
+
+    # A module around the block would change the names of its parameters.
+    block.__class__ = Block
+    return block
+
+
+def divided(norm: nn.Module, config: Config) -> nn.Module:
+    """The same last norm, its output divided by the config's divisor of logits.
+
+    So no head has to divide.
+    """
+    divisor = float(config.get(family(config).logit_divisor) or 1.0)
+    if divisor == 1.0:
+        return norm
+
+    class Norm(type(norm)):  # type: ignore[misc]
+        def __call__(self, x: mx.array) -> mx.array:
+            return super().__call__(x) / divisor
+
+    norm.__class__ = Norm
+    return norm

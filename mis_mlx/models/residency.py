@@ -1,0 +1,127 @@
+"""What a streamed model holds in memory: the blocks that stay between passes, and one pass's work.
+
+A block is read into a slot: memory of the block's size, which the next block can take over. Whether
+a block needs its slot as long as it lives decides what a resident block costs.
+"""
+
+import math
+from collections import defaultdict
+
+import mlx.core as mx
+
+from mis_mlx.models import arch, block_inputs, config, experts, load, policy
+from mis_mlx.models.families import Config
+from mis_mlx.types import Checkpoint, TensorAt
+
+STACK = 8  # windows that a GPU takes through a block in one pass, at most,
+STACK_BYTES = 2**27  # and what that pass may hold
+STORED_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+Tensors = dict[str, TensorAt]
+
+
+def read_apart(
+    checkpoint: Checkpoint,
+) -> tuple[dict[int, Tensors], dict[tuple[int, int], Tensors]]:
+    """The tensors that are read together: ({block: its own}, {(block, expert): its own})."""
+    layers = checkpoint.config["num_hidden_layers"]
+    blocks: dict[int, Tensors] = {i: {} for i in range(layers)}
+    by_expert = defaultdict[tuple[int, int], Tensors](dict)
+    for name, tensor in checkpoint.tensors.items():
+        i = arch.block_of(name)
+        if i is None:
+            continue
+        e = experts.expert_of(name)
+        if e is None:
+            blocks[i][name] = tensor
+        else:
+            by_expert[i, e][name] = tensor
+    return blocks, by_expert
+
+
+def leaves_slots(checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:
+    """Whether weights are converted to `dtype`, and so leave the slot that they were read into.
+
+    Weights stored as they are computed with are used where they were read. Packed ones that stay
+    packed need their slot as long as the block lives, whatever type its norms have.
+    """
+    stored = set[str]()
+    for name, tensor in checkpoint.tensors.items():
+        if arch.block_of(name) is not None:
+            stored.add(tensor.dtype)
+    if "U32" in stored:
+        return not policy.keeps_packed()
+    return any(STORED_TYPES.get(kind, dtype) != dtype for kind in stored)
+
+
+def plan(
+    checkpoint: Checkpoint, dtype: mx.Dtype, room_bytes: int | None, slot_bytes: list[int]
+) -> tuple[bool, int, int]:
+    """(whether the head stays in memory, how many blocks stay, how many experts).
+
+    room_bytes: for the head first, then blocks, then experts; None: everything stays.
+    slot_bytes: of a block's slot and of an expert's, where weights stay in them; empty where they
+    leave them, so that their size in `dtype` counts.
+    """
+    shape = config.shape_of(checkpoint.config)
+    if room_bytes is None:
+        return True, shape.layers, shape.layers * shape.experts
+    room = room_bytes - _head_bytes(checkpoint, dtype)
+    if room < 0:
+        return False, 0, 0
+    sizes = slot_bytes or _converted_bytes(checkpoint, dtype)
+    blocks = min(shape.layers, room // sizes[0])
+    kept_experts = 0
+    if shape.experts:
+        room -= blocks * sizes[0]
+        kept_experts = room // sizes[1]
+    return True, blocks, kept_experts
+
+
+def _head_bytes(checkpoint: Checkpoint, dtype: mx.Dtype) -> int:
+    """Bytes of the head in memory: packed as on disk, or in `dtype`."""
+    shape = config.shape_of(checkpoint.config)
+    prefix = load.head_prefix(checkpoint)
+    tensors = [tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)]
+    if policy.keeps_packed() and any(tensor.dtype == "U32" for tensor in tensors):
+        return sum(tensor.nbytes for tensor in tensors)
+    return shape.vocab * shape.hidden * dtype.size
+
+
+def _converted_bytes(checkpoint: Checkpoint, dtype: mx.Dtype) -> list[int]:
+    """Bytes in `dtype` of the largest block without its experts, and of one expert."""
+    block = 0
+    expert = 0
+    for name, shape in arch.layer_tensors(checkpoint.config).items():
+        e = experts.expert_of(name)
+        if e is None:
+            block += math.prod(shape) * dtype.size
+        elif e == 0:
+            expert += math.prod(shape) * dtype.size
+    return [block, expert]
+
+
+def pass_bytes(settings: Config, tokens: int, length: int) -> int:
+    """The most bytes that a block's forward pass over so many tokens holds in float32.
+
+    length: of the windows.
+    """
+    shape = arch.widest(settings)
+    ffn = 3 * arch.met(settings)
+    heads = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
+    scores = shape.heads * length
+    per_token = 8 * shape.hidden + ffn + heads + scores
+    return 4 * tokens * per_token
+
+
+def stacked(settings: Config, tokens: int, length: int) -> int:
+    """The number of batches of so many tokens, in windows of `length`, in one pass on a GPU.
+
+    One window is little work for it, and it waits for each to be evaluated. Experts are computed
+    batch by batch, and so are blocks that take more than hidden states.
+    """
+    if config.shape_of(settings).experts or not block_inputs.plain(settings):
+        return 1
+    windows = max(1, tokens // length)
+    by_windows = STACK // windows
+    by_memory = STACK_BYTES // pass_bytes(settings, tokens, length)
+    return max(1, min(by_windows, by_memory))

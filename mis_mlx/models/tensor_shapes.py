@@ -1,0 +1,137 @@
+"""The names and shapes of the tensors that a config promises: pure functions of the config."""
+
+from mis_mlx.models import experts
+from mis_mlx.models.config import ffn_size, head_size, key_owners, shape_of
+from mis_mlx.models.families import Config, Family, Shapes, family
+
+# what the names of the table of per-layer inputs begin with
+PER_LAYER = "model.embed_tokens_per_layer."
+
+
+def layer_tensors(config: Config, stacked: bool = False, block: int | None = None) -> Shapes:
+    """Names (without `model.layers.N.`) and shapes (out, in) of one block's tensors.
+
+    They come in forward order. stacked: all experts' matrices in one (E, out, in), as mlx-lm has
+    them. block: its number, where blocks differ; default: the largest block's.
+    """
+    s = shape_of(config)
+    row = family(config)
+    if block is None:
+        block = largest_block(config)
+    tensors = _attention_tensors(config, block)
+    if row.experts:
+        return tensors | experts.tensors_of(config, stacked)
+    ffn = ffn_size(config, block)
+    bias = row.other_biases and bool(config.get("mlp_bias"))
+    sizes = {"gate_proj": ffn, "up_proj": ffn}
+    if row.joined:
+        sizes = {"gate_up_proj": 2 * ffn}
+    for name, out in sizes.items():
+        tensors |= _linear(f"mlp.{name}", out, s.hidden, bias=bias)
+    tensors |= _linear("mlp.down_proj", s.hidden, ffn, bias=bias)
+    if row.per_layer:
+        channels = config[row.per_layer]
+        tensors["per_layer_input_gate.weight"] = (channels, s.hidden)
+        tensors["per_layer_projection.weight"] = (s.hidden, channels)
+        tensors["post_per_layer_input_norm.weight"] = (s.hidden,)
+    if row.block_scale:
+        tensors["layer_scalar"] = (1,)
+    return tensors
+
+
+def _linear(name: str, out: int, into: int, *, bias: bool) -> Shapes:
+    """The tensors of one linear layer."""
+    tensors: Shapes = {f"{name}.weight": (out, into)}
+    if bias:
+        tensors[f"{name}.bias"] = (out,)
+    return tensors
+
+
+def _attention_tensors(config: Config, block: int) -> Shapes:
+    """The tensors of attention, and of the norms around attention and around the MLP."""
+    s = shape_of(config)
+    row = family(config)
+    has_keys = key_owners(config)[block] is None
+    q_size = s.heads * head_size(config, block)
+    kv_size = s.kv_heads * head_size(config, block)
+    biased = bool(config.get("attention_bias"))
+    qkv_bias = biased if row.qkv_bias is None else row.qkv_bias
+    sizes = {"q_proj": q_size}
+    if row.joined:
+        sizes = {"qkv_proj": q_size + 2 * kv_size}
+    elif has_keys:
+        sizes["k_proj"] = kv_size
+        sizes["v_proj"] = kv_size
+    tensors: Shapes = {"input_layernorm.weight": (s.hidden,)}
+    for name, out in sizes.items():
+        tensors |= _linear(f"self_attn.{name}", out, s.hidden, bias=qkv_bias)
+    if row.head_norms:
+        tensors |= _head_norms(config, row, block)
+    o_bias = row.other_biases and biased
+    tensors |= _linear("self_attn.o_proj", s.hidden, q_size, bias=o_bias)
+    if row.sinks:
+        tensors["self_attn.sinks"] = (s.heads,)
+    tensors["post_attention_layernorm.weight"] = (s.hidden,)
+    if row.sandwich:
+        tensors["pre_feedforward_layernorm.weight"] = (s.hidden,)
+        tensors["post_feedforward_layernorm.weight"] = (s.hidden,)
+    return tensors
+
+
+def _head_norms(config: Config, row: Family, block: int) -> Shapes:
+    """The norms of queries and keys: over each head, or over all heads as one vector."""
+    s = shape_of(config)
+    head_dim = head_size(config, block)
+    q_heads = 1
+    k_heads = 1
+    if row.head_norms == "all":
+        q_heads = s.heads
+        k_heads = s.kv_heads
+    norms: Shapes = {"self_attn.q_norm.weight": (q_heads * head_dim,)}
+    if key_owners(config)[block] is None:
+        norms["self_attn.k_norm.weight"] = (k_heads * head_dim,)
+    return norms
+
+
+def largest_block(config: Config) -> int:
+    """The number of a block that has as many parameters as any other."""
+    if not family(config).sharing:
+        return 0
+    layers = range(config["num_hidden_layers"])
+    return max(layers, key=lambda i: (ffn_size(config, i), head_size(config, i)))
+
+
+def side_tensors(config: Config) -> Shapes:
+    """Names and shapes of the tensors that make the per-layer inputs.
+
+    For every token and block a table has some channels, and as many are projected from the
+    embedding.
+    """
+    s = shape_of(config)
+    row = family(config)
+    if not row.per_layer:
+        return {}
+    width = config[row.per_layer]
+    return {
+        f"{PER_LAYER}weight": (s.vocab, s.layers * width),
+        "model.per_layer_model_projection.weight": (s.layers * width, s.hidden),
+        "model.per_layer_projection_norm.weight": (width,),
+    }
+
+
+def tensors_of(config: Config, stacked: bool = False) -> Shapes:
+    """{Hugging Face name: shape} of an unquantized model of this config, in forward order.
+
+    stacked: as in `layer_tensors`.
+    """
+    s = shape_of(config)
+    tensors: Shapes = {"model.embed_tokens.weight": (s.vocab, s.hidden)}
+    tensors |= side_tensors(config)
+    for i in range(s.layers):
+        block = layer_tensors(config, stacked, i)
+        for name, shape in block.items():
+            tensors[f"model.layers.{i}.{name}"] = shape
+    tensors["model.norm.weight"] = (s.hidden,)
+    if not s.tied:
+        tensors["lm_head.weight"] = (s.vocab, s.hidden)
+    return tensors
