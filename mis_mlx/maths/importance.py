@@ -182,7 +182,7 @@ def top_in_groups(
     Every group keeps equally many: keep / kept_groups.
     """
     group_size = len(scores) // groups
-    heads: list[int] = []
+    heads = []
     for group in top(group_scores(scores, groups), kept_groups):
         start = group * group_size
         in_group = scores[start : start + group_size]

@@ -63,7 +63,7 @@ def head_added(
     hidden: mx.array,
 ) -> list[mx.array]:
     """The parts of a head's gradient, plus gradient (n, V).T @ hidden (n, D)."""
-    added: list[mx.array] = []
+    added = []
     start = 0
     for part in parts:
         end = start + len(part)
@@ -233,9 +233,9 @@ def sample(
             "the teacher's logits are not numbers: it overflows in this precision, use another "
             "teacher"
         )
-    sizes: list[int] = []
-    ids: list[np.ndarray] = []
-    counts: list[np.ndarray] = []
+    sizes = []
+    ids = []
+    counts = []
     for p, u in zip(shares, uniform, strict=True):
         cdf = np.cumsum(p, dtype=np.float64)  # in float32 it would drift over a whole vocabulary
         # u < 1, but u * total may round up to the total, which no token's share exceeds.
@@ -321,7 +321,7 @@ def token_logps(
 
     @mx.custom_function
     def forward(h: mx.array, w: mx.array = head) -> mx.array:
-        logps: list[mx.array] = []
+        logps = []
         for chunk in chunks:
             z = logits(h[chunk], w, logps[-1:])
             logps.append(_at(z, targets[chunk]) - mx.logsumexp(z, axis=-1))
@@ -330,7 +330,7 @@ def token_logps(
     @forward.vjp
     def backward(primals, cotangent, output):  # type: ignore[no-untyped-def]
         h, w = (primals, head) if frozen_head else primals
-        dh: list[mx.array] = []
+        dh = []
         dw = [] if frozen_head else head_zeros(w)
         for chunk in chunks:
             z = logits(h[chunk], w, [*dw, *dh[-1:]])

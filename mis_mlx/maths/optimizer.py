@@ -54,7 +54,7 @@ def global_norm(gradients: Any, lane: Lane = nullcontext) -> mx.array:
     Sums each tensor's last axis first: float32 sums drift. lane: where MLX computes the i-th of two
     halves.
     """
-    squares: list[mx.array] = []
+    squares = []
     loads = [0, 0]
     named = dict[str, mx.array](tree_flatten(gradients))
     for gradient in named.values():
