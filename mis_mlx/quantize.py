@@ -45,7 +45,11 @@ class Settings(cli.Budgeted, policy.Computing, QuantizationConfig):
 
 
 def _planned(
-    s: Settings, checkpoint: Checkpoint, other: Checkpoint, count: int, limit: Budget
+    s: Settings,
+    checkpoint: Checkpoint,
+    other: Checkpoint,
+    count: int,
+    limit: Budget,
 ) -> list[estimates.StageCost]:
     """The costs of rounding, and of the steps after it, if any; MisError when one does not fit.
 
@@ -53,7 +57,11 @@ def _planned(
     """
     m = estimates.model_of(checkpoint)
     rounding = compression_size.quantize(
-        m, s, windows=count, length=s.max_seq_length, limit=limit.limit_bytes
+        m,
+        s,
+        windows=count,
+        length=s.max_seq_length,
+        limit=limit.limit_bytes,
     )
     remedy = ", or --q-method round without --target-bpw" if count else ""
     steps = s.steps(False)

@@ -213,7 +213,10 @@ def sum_by_chunks(
 
 
 def sample(
-    logits: mx.array, count: int, seed: int, first: int
+    logits: mx.array,
+    count: int,
+    seed: int,
+    first: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`count` tokens for each position, drawn from softmax(logits) (arXiv 2503.16870).
 

@@ -95,7 +95,10 @@ def token_losses(
 
 
 def loss_sum(
-    losses: mx.array, mask: mx.array, kind: LossType, max_tokens: int
+    losses: mx.array,
+    mask: mx.array,
+    kind: LossType,
+    max_tokens: int,
 ) -> tuple[mx.array, mx.array]:
     """(sum, count) of token losses (B, T) where mask (B, T) is 1.
 

@@ -13,7 +13,9 @@ tokens, 7B, 5 formats: 9 TB, and a wait for each matrix and batch.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice, product
 from typing import Any
 
 import mlx.core as mx
@@ -185,16 +187,15 @@ def costs(
 
     def visit(i: int, block: nn.Module) -> backward_pass.Back:
         # The pass back reaches block i: its matrices are rounded now, its windows come in turn.
-        errors = _BlockErrors(args, block, group, bits)
+        errors = _BlockErrors(args, block, group, bits, len(batches))
 
         def through(
             inputs: Sequence[BlockInputs], above: Sequence[BlockOutputs]
         ) -> list[BlockInputs]:
-            below = errors.backward(inputs, above, len(batches))
-            if errors.windows == len(batches):
-                for name, total in errors.totals().items():
-                    cost = (total / (2 * tokens)).tolist()
-                    nats[f"model.layers.{i}.{name}"] = dict(zip(bits, cost, strict=True))
+            below = errors.backward(inputs, above)
+            for name, squares in errors.complete.items():
+                cost = (squares / (2 * tokens)).tolist()
+                nats[f"model.layers.{i}.{name}"] = dict(zip(bits, cost, strict=True))
             return below
 
         return through
@@ -218,59 +219,57 @@ def costs(
 class _BlockErrors:
     """Sums of <d log p / dW, error>^2 over windows, for every matrix of one block in every format.
 
-    windows: how many batches were taken back so far.
+    coming: batches that have yet to be taken back. complete: {part.name: sums (formats,) float64}
+    of every matrix; empty until the last batch was taken back.
     """
 
-    def __init__(self, args: object, block: nn.Module, group: int, bits: Sequence[int]):
-        self._args = args
-        self._block = block
+    def __init__(
+        self,
+        args: object,
+        block: nn.Module,
+        group: int,
+        bits: Sequence[int],
+        coming: int,
+    ):
+        self.coming = coming
+        self.complete: dict[str, np.ndarray] = {}
         self._group = group
         self._bits = bits
         self._matrices: list[Matrix] = []
         for axis, (part, names) in arch.readers(block).items():
             self._matrices += [(part, name, axis) for name in names]
+        self._passes = partial(_backs, args, block, self._matrices)
         self._dense = [load.dense_weight(block[part][name]) for part, name, _ in self._matrices]
-        self._packed = self._rounded()
+        # Every matrix in every format, packed: the values are made a slab at a time.
+        pairs = product(self._dense, bits)
+        rounded = lanes.each(lambda pair: rounding.nearest(pair[0], group, pair[1]), pairs)
+        self._packed = [list(islice(rounded, len(bits))) for _ in self._dense]
         self._seen: list[Seen] = []
         # of squares over windows, (formats,) for each matrix
         self._sums = [mx.zeros((len(bits),)) for _ in self._matrices]
         self._held_bytes = max(rounding.HELD_BYTES, sum(w.nbytes for w in self._dense))
-        self.windows = 0
-
-    def _rounded(self) -> list[list[rounding.Packed]]:
-        """Every matrix in every format. Packed: their values are made a slab at a time."""
-        formats = ((weight, bits) for weight in self._dense for bits in self._bits)
-        packed = list(lanes.each(self._nearest, formats))
-        count = len(self._bits)
-        return [packed[k : k + count] for k in range(0, len(packed), count)]
-
-    def _nearest(self, matrix: tuple[mx.array, int]) -> rounding.Packed:
-        weight, bits = matrix
-        return rounding.nearest(weight, self._group, bits)
 
     def backward(
         self,
         inputs: Sequence[BlockInputs],
         above: Sequence[BlockOutputs],
-        batches: int,
     ) -> list[BlockInputs]:
-        """Cotangents of the inputs of some batches, from those of the outputs, `above`.
-
-        batches: of the whole pass; after the last one the sums are complete.
-        """
+        """Cotangents of the inputs of some batches, from those of the outputs, `above`."""
         below = []
-        passes = _backs(self._args, self._block, self._matrices, inputs, above)
-        for window, (cotangents, seen) in zip(inputs, passes, strict=True):
+        for window, (cotangents, seen) in zip(inputs, self._passes(inputs, above), strict=True):
             below.append(window.like(cotangents))
             self._seen.append(seen)
-        self.windows += len(below)
+        self.coming -= len(below)
         # Windows wait for each other, because the errors of all weights in all formats are made
         # anew for every set of windows. As many wait as fit, those that come next included.
         entered, outputs = seen
         nbytes = sum(array.nbytes for array in (*entered.values(), *outputs))
-        coming = (len(self._seen) + len(below)) * nbytes
-        if self.windows == batches or coming > self._held_bytes:
+        if not self.coming or (len(self._seen) + len(below)) * nbytes > self._held_bytes:
             self._add_windows()
+        if not self.coming:
+            sums = np.array(mx.stack(self._sums), np.float64)
+            names = [f"{part}.{name}" for part, name, _ in self._matrices]
+            self.complete = dict(zip(names, sums, strict=True))
         return below
 
     def _add_windows(self) -> None:
@@ -281,23 +280,6 @@ class _BlockErrors:
         # Evaluated before the windows go: a lazy sum would keep all of them.
         stream.evaluate_now(self._sums)
         self._seen.clear()
-
-    def totals(self) -> dict[str, np.ndarray]:
-        """{part.name: the sums (formats,) float64} of every matrix."""
-        sums = np.array(mx.stack(self._sums), np.float64)
-        totals = {}
-        for (part, name, _), total in zip(self._matrices, sums, strict=True):
-            totals[f"{part}.{name}"] = total
-        return totals
-
-
-def _shifted(linear: nn.Module, shift: mx.array) -> Callable[[mx.array], mx.array]:
-    """A linear layer whose output (B, T, out) is moved by `shift`."""
-
-    def call(x: mx.array) -> mx.array:
-        return linear(x) + shift
-
-    return call
 
 
 def _back(
@@ -321,7 +303,9 @@ def _back(
         # matrix is replaced by one that adds a shift and records its input.
         shifts = arrays[count:]
         for (part, name, _), linear, shift in zip(matrices, linears, shifts, strict=True):
-            block[part][name] = stream.InputRecorder(_shifted(linear, shift))
+            block[part][name] = stream.InputRecorder(
+                lambda x, linear=linear, shift=shift: linear(x) + shift
+            )
         outputs = block_inputs.run(block, inputs.like(arrays[:count]), mask).arrays(above)
         # Recorded inputs leave as further outputs. They get no cotangents, so no gradient either.
         recorded = [block[part][name].take() for part, name, _ in matrices]
@@ -354,11 +338,7 @@ def _backs(
     count = len(inputs)
     shapes = {window.hidden.shape for window in inputs}
     if policy.name() == "cpu" or count == 1 or len(shapes) > 1:
-
-        def work(window: BlockInputs, outputs: BlockOutputs) -> tuple[list[mx.array], Seen]:
-            return _back(args, block, matrices, window, outputs)
-
-        yield from lanes.each(work, inputs, above)
+        yield from lanes.each(partial(_back, args, block, matrices), inputs, above)
         return
     joined = BlockInputs(stream.joined([window.hidden for window in inputs]))
     pulled = BlockOutputs(stream.joined([outputs.hidden for outputs in above]))

@@ -209,7 +209,9 @@ def write_quantized(
 
 
 def _packed(
-    checkpoint: Checkpoint, plan: Layout, rounded: Rounded | None
+    checkpoint: Checkpoint,
+    plan: Layout,
+    rounded: Rounded | None,
 ) -> Iterator[tuple[str, safetensors.Tensor]]:
     """(name, tensor) of everything in the folder to be written."""
     names = arch.tensors_of(checkpoint.config, stacked=True)
@@ -242,7 +244,9 @@ def _plain(checkpoint: Checkpoint, name: str) -> mx.array:
 
 
 def _table_in_parts(
-    checkpoint: Checkpoint, how: Format, path: str
+    checkpoint: Checkpoint,
+    how: Format,
+    path: str,
 ) -> Iterator[tuple[str, safetensors.Tensor]]:
     """The table of per-layer inputs rounded to nearest values, some rows at a time.
 

@@ -66,7 +66,10 @@ def quantize(
     if how.q_mode == "affine":
         wide = packed_format.blocks_after_removed(checkpoint)
     plan: packed_format.Layout = packed_format.layout(
-        checkpoint.config, how.q_group_size, wide, how.q_mode
+        checkpoint.config,
+        how.q_group_size,
+        wide,
+        how.q_mode,
     )
     extra = {}
     if how.target_bpw is not None:
