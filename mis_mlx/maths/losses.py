@@ -136,7 +136,7 @@ def kl_sum(
         mixed = mixed.at[positions, label[0]].add(-cross_entropy)
         return (1.0 - cross_entropy) * kl + cross_entropy * entropy, mixed
 
-    targets = (teacher,)
+    targets: tuple[mx.array, ...] = (teacher,)
     if labels is not None:
         targets = (teacher, labels)
         # Cross-entropy holds up to a third more (n, V) tensors at a time (measured).
@@ -324,7 +324,7 @@ def token_logps(
 
     @mx.custom_function
     def forward(h: mx.array, w: mx.array = head) -> mx.array:
-        logps = []
+        logps: list[mx.array] = []
         for chunk in chunks:
             z = logits(h[chunk], w, logps[-1:])
             logps.append(_at(z, targets[chunk]) - mx.logsumexp(z, axis=-1))
@@ -333,7 +333,7 @@ def token_logps(
     @forward.vjp
     def backward(primals, cotangent, output):  # type: ignore[no-untyped-def]
         h, w = (primals, head) if frozen_head else primals
-        dh = []
+        dh: list[mx.array] = []
         dw = [] if frozen_head else head_zeros(w)
         for chunk in chunks:
             z = logits(h[chunk], w, [*dw, *dh[-1:]])

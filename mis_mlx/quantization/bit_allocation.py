@@ -48,7 +48,7 @@ def mixed(
     """
     group = how.q_group_size
     check(how.target_bpw, group)
-    nats = costs(checkpoint, batches, group, rounding.BITS, seed, kept)
+    nats = costs(checkpoint, batches, group, rounding.BITS, seed=seed, kept=kept)
     # Small matrices of fixed bits have no choice, but their bits count towards the mean.
     for path in packed_format.gates(checkpoint.config):
         nats[path] = {packed_format.WIDE_BITS: 0.0}
@@ -187,7 +187,7 @@ def costs(
 
     def visit(i: int, block: nn.Module) -> backward_pass.Back:
         # The pass back reaches block i: its matrices are rounded now, its windows come in turn.
-        errors = _BlockErrors(args, block, group, bits, len(batches))
+        errors = _BlockErrors(args, block, group, bits, coming=len(batches))
 
         def through(
             inputs: Sequence[BlockInputs], above: Sequence[BlockOutputs]
@@ -212,6 +212,7 @@ def costs(
         vocabulary.at_rows(ids, cotangents)
     for table in tables:
         for path, squares in table.squares.items():
+            # Half the mean over tokens; `squares` are of errors of 2^b - 1 times their size.
             nats[path] = {b: squares / (2 * tokens) / (2**b - 1) ** 2 for b in bits}
     return nats
 
@@ -275,7 +276,13 @@ class _BlockErrors:
     def _add_windows(self) -> None:
         for k, (_, _, axis) in enumerate(self._matrices):
             pairs = [(inputs[axis], above[k]) for inputs, above in self._seen]
-            products = _along(self._dense[k], self._packed[k], pairs, self._group, self._bits)
+            products = _along(
+                self._dense[k],
+                self._packed[k],
+                pairs,
+                group=self._group,
+                bits=self._bits,
+            )
             self._sums[k] = self._sums[k] + mx.square(products).sum(axis=0)
         # Evaluated before the windows go: a lazy sum would keep all of them.
         stream.evaluate_now(self._sums)
@@ -315,10 +322,10 @@ def _back(
     shifts = [mx.zeros((*x.shape[:2], len(linear.weight)), x.dtype) for linear in linears]
     cotangents = above.arrays(above)
     outputs, grads = mx.vjp(run, [*inputs.arrays, *shifts], cotangents)
-    for (part, name, _), linear in zip(matrices, linears, strict=True):
-        block[part][name] = linear
+    recorded = outputs[len(cotangents) :]
     entered = {}
-    for (_, _, axis), array in zip(matrices, outputs[len(cotangents) :], strict=True):
+    for (part, name, axis), linear, array in zip(matrices, linears, recorded, strict=True):
+        block[part][name] = linear
         entered[axis] = _flat(array)
     return grads[:count], (entered, [_flat(grad) for grad in grads[count:]])
 
@@ -342,7 +349,7 @@ def _backs(
         return
     joined = BlockInputs(stream.joined([window.hidden for window in inputs]))
     pulled = BlockOutputs(stream.joined([outputs.hidden for outputs in above]))
-    below, (entered, cotangents) = _back(args, block, matrices, joined, pulled)
+    below, (entered, cotangents) = _back(args, block, matrices, inputs=joined, above=pulled)
     stream.evaluate_now(below, entered, cotangents)
     # Apart again: the square is taken of each window's product, not of their sum.
     hidden = stream.split(below[0], count)

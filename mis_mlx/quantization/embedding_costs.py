@@ -21,8 +21,9 @@ def _group_variances(rows: mx.array, group: int) -> mx.array:
     Ranges are taken in the type that is stored: a float32 copy would be twice as large.
     """
     groups = mx.unflatten(rows, 1, (-1, group))
-    spread = groups.max(axis=-1).astype(mx.float32) - groups.min(axis=-1)
-    return mx.square(spread) / 12
+    high = groups.max(axis=-1).astype(mx.float32)
+    low = groups.min(axis=-1)
+    return mx.square(high - low) / 12
 
 
 def _row_gradients(ids: np.ndarray, below: mx.array) -> tuple[np.ndarray, np.ndarray]:
@@ -41,7 +42,8 @@ def _row_gradients(ids: np.ndarray, below: mx.array) -> tuple[np.ndarray, np.nda
 
 def _group_squares(gradients: np.ndarray, group: int) -> np.ndarray:
     """Sums of squares over each group: (n, D) -> (n, D / group)."""
-    return np.square(gradients).reshape(len(gradients), -1, group).sum(axis=-1)
+    groups = np.square(gradients).reshape(len(gradients), -1, group)
+    return groups.sum(axis=-1)
 
 
 class VocabularyCosts:
@@ -67,18 +69,18 @@ class VocabularyCosts:
 
         `above` has the mean square p (1 - p) over draws: |above| is p, or 1 - p for the drawn one.
         """
-        inputs = x.astype(mx.float32).reshape(len(x), -1, self.group)
-        squares = mx.square(inputs).sum(axis=-1)
+        inputs = mx.square(x.astype(mx.float32)).reshape(len(x), -1, self.group)
+        errors = inputs.sum(axis=-1) @ self.variances[self.head].T
         chance = mx.abs(above)
-        expected = chance * (1 - chance) * (squares @ self.variances[self.head].T)
+        expected = chance * (1 - chance) * errors
         self.squares[self.head] += float(expected.sum())
 
     def at_rows(self, ids: mx.array, below: mx.array) -> None:
         """Add a batch: its ids (B, T) and the cotangents at the first block (B, T, D)."""
         rows, gradients = _row_gradients(np.array(ids), below)
         squares = _group_squares(gradients * self.scale, self.group)
-        variances = np.array(self.variances[self.table][mx.array(rows)])
-        self.squares[self.table] += float((squares * variances).sum())
+        variances = self.variances[self.table][mx.array(rows)]
+        self.squares[self.table] += float((squares * np.array(variances)).sum())
 
 
 class PerLayerCosts:
