@@ -227,7 +227,7 @@ def _reference(
             logps = np.concatenate(parts)
             arrays = {"logps": {"chosen_rejected": mx.array(logps)}}
             state = {"fingerprint": alignment.card["fingerprint"]}
-            protocol.save_step(folder, 0, arrays, state, alignment.files)
+            protocol.save_step(folder, 0, arrays, state, files=alignment.files)
     return np.array(distributed.broadcast_array(mx.array(logps)))
 
 
@@ -266,7 +266,7 @@ def run(settings: Settings) -> dict[str, Any]:
         of_train[seen] = logps[: len(seen)]
         of_valid = logps[len(seen) :]
         batches = partial(micro_batches, parts, train, of_train)
-        held_out = partial(measure, alignment.model, s, valid, of_valid, parts.batch_size)
+        held_out = partial(measure, alignment.model, s, valid, of_valid, batch=parts.batch_size)
         judge = OF_MEANS if s.loss_type == "dpop" else "loss"
         return alignment.train(batches, s.loss, held_out, judge=judge)
 

@@ -131,7 +131,7 @@ def _run(s: Settings, checkpoint: Checkpoint, other: Checkpoint) -> dict[str, An
     limit = memory.budget(s.budget_bytes)
     count = s.num_samples if s.looks else 0
     steps = s.steps(False)
-    planned = _planned(s, checkpoint, other, count, limit)
+    planned = _planned(s, checkpoint, other, count=count, limit=limit)
     out = Path(s.mlx_path)
     files = Files()
     batches: list[mx.array] = []

@@ -113,7 +113,13 @@ def run(settings: Settings) -> dict[str, Any]:
         card=card,
         name="sft",
     ) as alignment:
-        source = _source(s, checkpoint, beside, phase.pinned, alignment.budget_bytes)
+        source = _source(
+            s,
+            checkpoint,
+            beside,
+            pinned=phase.pinned,
+            budget_bytes=alignment.budget_bytes,
+        )
         micro_batches = partial(train.micro_batches, source, parts)
         loss = partial(train.loss, source, s.lora is not None)
         return alignment.train(

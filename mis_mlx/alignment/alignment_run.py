@@ -351,7 +351,7 @@ def data(
     mask_prompt: bool = True,
 ) -> tuple[list[list[examples.Sequenced]], list[list[examples.Sequenced]], dict[str, Any]]:
     """(rows to train on, held-out rows, both encoded; facts about the data). Checks every row."""
-    rows = examples.load(s.data, shapes, s.data_licence, s.scrub_pii)
+    rows = examples.load(s.data, shapes, s.data_licence, scrub=s.scrub_pii)
     tokenizer = load.tokenizer(checkpoint.path)
     train, cut = examples.encode(
         rows.train,

@@ -177,7 +177,7 @@ class Sampler:
         kept = policy.teaches(totals)
         lines = []
         for row, group, score, teaches in zip(rows, texts, scores, kept.tolist(), strict=True):
-            lines.append(_record(step, row, group, score, teaches))
+            lines.append(_record(step, row, group, score, kept=teaches))
         for line in chain.from_iterable(distributed.all_gather(lines)):
             self.log(line)
         advantage = policy.advantages(totals, scaled=s.loss_type != "dr_grpo")

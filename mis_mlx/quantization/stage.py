@@ -76,12 +76,14 @@ def quantize(
         cli.say("sensitivity: what every matrix costs in fewer bits")
         # The pass back needs the hidden states at every block's input, so there is one per layer.
         layers = checkpoint.config["num_hidden_layers"]
-        plan, report = bit_allocation.mixed(checkpoint, batches, how, seed, hidden(layers))
+        plan, report = bit_allocation.mixed(
+            checkpoint, batches, how, seed=seed, kept=hidden(layers)
+        )
         extra[packed_format.SENSITIVITY] = json.dumps(report).encode()
     rounded = None
     if how.q_method == "gptq":
         rounded = rounded_blocks(checkpoint, batches, plan, hidden(1))
-    return packed_format.write_quantized(checkpoint, out, plan, files, rounded, extra)
+    return packed_format.write_quantized(checkpoint, out, plan, files, rounded=rounded, extra=extra)
 
 
 def rounded_blocks(
@@ -100,7 +102,7 @@ def rounded_blocks(
     for i, block in source.blocks():
         # hidden: (B, T, D) of every batch, the input of block i as the rounded blocks before it
         # make it, which is what the quantized model will have there.
-        yield _rounded_block(source, i, block, plan, hidden)
+        yield _rounded_block(source, i, block, plan=plan, hidden=hidden)
         if i + 1 < source.layers:
             # The block's weights are the rounded ones now. Nothing reads the last block's output.
             source.through(block, hidden)
@@ -123,7 +125,8 @@ def _rounded_block(
             tapped.append(axis)
     # All grams before the first matrix changes: a rounded matrix would change the later ones'
     # inputs.
-    grams = _grams(source, block, hidden, tapped, f"{source.checkpoint.path}: {prefix}")
+    where = f"{source.checkpoint.path}: {prefix}"
+    grams = _grams(source, block, hidden, tapped, where=where)
     rounded: dict[str, rounding.Packed] = {}
     for axis, (part, names) in readers.items():
         linears = {f"{prefix}{part}.{name}": block[part][name] for name in names}
