@@ -1,7 +1,7 @@
 """Preference optimization: of two answers the chosen one becomes likelier; DPO-Positive, DPO, IPO
 or hinge.
 
-The reference is the model before it is trained: two floats a pair, kept in the run folder with
+The reference is the model before it is trained: two floats a pair, saved in the run folder with
 their hashes.
 """
 
@@ -48,66 +48,90 @@ class Settings(alignment_run.Alignment):
     """
 
     def loss(
-        self, student: nn.Module, tokens: mx.array, learn: mx.array, reference: mx.array
+        self,
+        student: nn.Module,
+        tokens: mx.array,
+        learn: mx.array,
+        reference: mx.array,
     ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
-        """(sum over pairs, pairs, further sums) of 2 B rows (2 B, T), the chosen first; reference:
-        (2 B,). margin: r_w
-        - r_l in nats, without beta; chosen, rejected: log pi(y|x); chosen_gain: r_w. Rewards within
-          rounding are 0.
+        """(sum over pairs, pairs, further sums) of 2 B rows (2 B, T), the chosen answers first.
+
+        learn: (2 B, T), 1 where a prediction counts. reference: (2 B,) log-probabilities. Further
+        sums: margin, r_w - r_l in nats, without beta; chosen, rejected: log pi(y|x); chosen_gain:
+        r_w. Rewards within rounding are 0.
         """
         sums, counts = _sums(student, tokens, learn, self.lora is not None)
         noise = policy.NOISE[load.activation_dtype(student)] * mx.sqrt(counts)
         r_w, r_l = mx.split(policy.dead_zone(sums - reference, noise), 2)
         n_w, n_l = mx.split(counts, 2)
-        each = policy.pair_losses(r_w, r_l, self.beta, self.loss_type, self.dpop_lambda, n_w, n_l)
-        chosen, rejected = (part.sum() for part in mx.split(sums, 2))
-        more = {
+        losses = policy.pair_losses(
+            r_w,
+            r_l,
+            beta=self.beta,
+            kind=self.loss_type,
+            dpop_lambda=self.dpop_lambda,
+            chosen_tokens=n_w,
+            rejected_tokens=n_l,
+        )
+        chosen, rejected = mx.split(sums, 2)
+        further = {
             "margin": (r_w - r_l).sum(),
             "accuracy": (r_w > r_l).astype(mx.float32).sum(),
-            "chosen": chosen,
-            "rejected": rejected,
+            "chosen": chosen.sum(),
+            "rejected": rejected.sum(),
             "chosen_gain": r_w.sum(),
             "tokens": mx.array(float(tokens.size)),
         }
-        return each.sum(), mx.array(float(len(each))), more
+        return losses.sum(), mx.array(float(len(losses))), further
 
 
 def _sums(
-    student: nn.Module, tokens: mx.array, learn: mx.array, frozen_head: bool
+    student: nn.Module,
+    tokens: mx.array,
+    learn: mx.array,
+    frozen_head: bool,
 ) -> tuple[mx.array, mx.array]:
-    """Of rows (B, T): (the sum of log-probabilities where `learn` is 1, how many tokens these are),
-    (B,) each.
+    """(sums of the log-probabilities where `learn` is 1, counts of these tokens), (B,) each.
+
+    tokens, learn: (B, T).
     """
     hidden = student.model(tokens)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    head = load.head_weight(student)
-    cap = load.logit_softcap(student)
     logps = losses.token_logps(
-        flat, head, live_teacher.labels(tokens), frozen_head=frozen_head, softcap=cap
+        hidden.reshape(-1, hidden.shape[-1]),
+        load.head_weight(student),
+        live_teacher.labels(tokens),
+        frozen_head=frozen_head,
+        softcap=load.logit_softcap(student),
     )
     return (logps.reshape(tokens.shape) * learn).sum(axis=-1), learn.sum(axis=-1)
 
 
 def rectangle(pairs: Sequence[Pair]) -> tuple[mx.array, mx.array]:
     """(tokens, learn), (2 B, T) each: the chosen answers, then the rejected ones."""
-    tokens, learn, _ = sequence_packing.rectangle(
-        [[pair[side]] for side in (0, 1) for pair in pairs]
-    )
+    chosen = [[pair[0]] for pair in pairs]
+    rejected = [[pair[1]] for pair in pairs]
+    tokens, learn, _ = sequence_packing.rectangle([*chosen, *rejected])
     return tokens, learn
 
 
 def reference(
-    model: nn.Module, pairs: Sequence[Pair], batch_size: int, *, trained: bool
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    batch_size: int,
+    *,
+    trained: bool,
 ) -> np.ndarray:
     """log pi_ref(y|x) of the chosen and the rejected answer of every pair, (N, 2) float32.
 
-    trained: as training computes them, of which a gradient is taken; else as what is held out."""
+    trained: computed as in training, where a gradient is taken; otherwise as for held-out pairs.
+    """
     logps = np.zeros((len(pairs), 2), np.float32)
-    for at in sequence_packing.by_length("reference: batch", list(map(longest, pairs)), batch_size):
-        tokens, learn = rectangle([pairs[i] for i in at])
+    lengths = list(map(longest, pairs))
+    for batch in sequence_packing.by_length("reference: batch", lengths, batch_size):
+        tokens, learn = rectangle([pairs[i] for i in batch])
         work = partial(_row_sums, tokens=tokens, learn=learn)
         sums = train_loop.as_in_training(model, work) if trained else work(model)
-        logps[at] = np.array(sums).reshape(2, -1).T
+        logps[batch] = np.array(sums).reshape(2, -1).T
     return logps
 
 
@@ -120,81 +144,131 @@ def longest(pair: Pair) -> int:
     return max(len(ids) for ids, _ in pair)
 
 
+def _batch(
+    pairs: Sequence[Pair],
+    logps: np.ndarray,
+    indices: Sequence[int] | np.ndarray,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Some of the pairs: tokens, learn (2 B, T) and the reference's log-probabilities (2 B,)."""
+    tokens, learn = rectangle([pairs[i] for i in indices])
+    return tokens, learn, mx.array(logps[indices].T.reshape(-1))
+
+
 def micro_batches(
-    s: Settings, pairs: Sequence[Pair], logps: np.ndarray, step: int
+    s: Settings,
+    pairs: Sequence[Pair],
+    logps: np.ndarray,
+    step: int,
 ) -> list[tuple[mx.array, ...]]:
     """Those of a step: tokens, learn (2 B, T) and the reference's log-probabilities (2 B,)."""
-    at = sequence_packing.drawn(list(map(longest, pairs)), s, step)
-    return [
-        (*rectangle([pairs[i] for i in part]), mx.array(logps[part].T.reshape(-1))) for part in at
-    ]
+    batches = sequence_packing.drawn(list(map(longest, pairs)), s, step)
+    return [_batch(pairs, logps, indices) for indices in batches]
 
 
 def measure(
-    model: nn.Module, s: Settings, pairs: Sequence[Pair], logps: np.ndarray, batch: int
+    model: nn.Module,
+    s: Settings,
+    pairs: Sequence[Pair],
+    logps: np.ndarray,
+    batch: int,
 ) -> dict[str, float]:
-    """Means over pairs of the loss and all that `Settings.loss` tells beside it, and by how much
-    the chosen answers became likelier than under the reference ("chosen_gain", nats an answer).
-    With dpop also `OF_MEANS`, by which checkpoints are judged: it falls where the margin grows and
-    the chosen answers do not become less likely on the whole. The mean of the losses rises as soon
-    as one chosen answer does, and on held-out pairs one always does.
+    """Means over pairs of the loss and of all further figures of `Settings.loss`.
+
+    "chosen_gain" (nats an answer) says how much likelier the chosen answers became than under the
+    reference. With dpop also `OF_MEANS`, which judges checkpoints: it falls where the margin grows
+    and the chosen answers do not become less likely on the whole. The mean of the losses rises as
+    soon as one chosen answer becomes less likely, and on held-out pairs one always does. batch:
+    pairs measured at a time.
     """
-    sums = dict[str, float]()
-    for at in sequence_packing.by_length("held out: batch", list(map(longest, pairs)), batch):
-        tokens, learn = rectangle([pairs[i] for i in at])
-        total, _, more = s.loss(model, tokens, learn, mx.array(logps[at].T.reshape(-1)))
-        for name, value in {"loss": total, **more}.items():
+    sums: dict[str, float] = {}
+    lengths = list(map(longest, pairs))
+    for indices in sequence_packing.by_length("held out: batch", lengths, batch):
+        total, _, further = s.loss(model, *_batch(pairs, logps, indices))
+        for name, value in {"loss": total, **further}.items():
             sums[name] = sums.get(name, 0.0) + float(value)
     sums.pop("tokens")
     means = {name: value / len(pairs) for name, value in sums.items()}
-    gain = means["chosen_gain"]
     if s.loss_type == "dpop":
-        mean = mx.array(gain), mx.array(gain - means["margin"])
-        means[OF_MEANS] = float(policy.pair_losses(*mean, s.beta, "dpop", s.dpop_lambda))
+        chosen = means["chosen_gain"]
+        rejected = chosen - means["margin"]
+        loss = policy.pair_losses(
+            mx.array(chosen),
+            mx.array(rejected),
+            beta=s.beta,
+            kind="dpop",
+            dpop_lambda=s.dpop_lambda,
+        )
+        means[OF_MEANS] = float(loss)
     return means
 
 
-def run(settings: Settings) -> dict[str, Any]:
-    """The command: open, read and check the data, plan, ask the reference, train, write the best
-    student.
+def _reference(
+    alignment: alignment_run.AlignmentRun,
+    trained: Sequence[Pair],
+    held_out: Sequence[Pair],
+    batch_size: int,
+) -> np.ndarray:
+    """The reference's log-probabilities of these pairs, (N, 2) on every machine.
+
+    The first machine computes them, or reads what the run has saved.
     """
+    logps = np.zeros((len(trained) + len(held_out), 2), np.float32)
+    folder = alignment.folder / REFERENCE
+    if distributed.is_main():
+        saved = protocol.newest(folder, alignment.files)
+        if saved:
+            # of the same data: a run is not resumed with others
+            logps = np.array(protocol.load_arrays(saved, "logps")["chosen_rejected"])
+        else:
+            parts = [
+                reference(alignment.model, trained, batch_size=batch_size, trained=True),
+                reference(alignment.model, held_out, batch_size=batch_size, trained=False),
+            ]
+            logps = np.concatenate(parts)
+            arrays = {"logps": {"chosen_rejected": mx.array(logps)}}
+            state = {"fingerprint": alignment.card["fingerprint"]}
+            protocol.save_step(folder, 0, arrays, state, files=alignment.files)
+    return np.array(distributed.broadcast_array(mx.array(logps)))
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """The command: open, check the data, plan, ask the reference, train, write the best student."""
     s, folder, checkpoint = alignment_run.opened(settings)
     train, valid, card = alignment_run.data(s, checkpoint, ("pair",), ANSWERS)
 
     def training(parts: Settings) -> estimates.StageCost:
         length = max(map(longest, [*train, *valid]))
-        return alignment_run.training(parts, checkpoint, 2 * parts.batch_size, length, "dpo")
+        return alignment_run.training(parts, checkpoint, 2 * parts.batch_size, length, name="dpo")
 
     parts = alignment_run.cut(s, folder, training)
-    seen = sequence_packing.visited(len(train), parts)  # who needs the reference
-    compared = [*(train[i] for i in seen), *valid]
-    tokens = sum(2 * longest(pair) for pair in compared)
+    # Only pairs that a step sees need the reference.
+    seen = sequence_packing.visited(len(train), parts)
+    trained = [train[i] for i in seen]
+    tokens = sum(2 * longest(pair) for pair in [*trained, *valid])
     phase = training(parts)
     asking = estimates.forward_flops(alignment_run.sizes(s, checkpoint), tokens, s.max_seq_length)
     phases = [replace(phase, flops=phase.flops + asking)]
     planned = alignment_run.planned(s, phases)
     if s.dry_run:
         return {"model": str(checkpoint.path), "pairs": len(train), **planned}
-    with alignment_run.running(s, folder, checkpoint, parts.batch_size, phases, card, "dpo") as r:
-        logps = np.zeros((len(compared), 2), np.float32)
-        kept = r.folder / REFERENCE
-        if distributed.is_main():
-            # of the same data: a run is not resumed with others
-            if saved := protocol.newest(kept, r.files):
-                logps = np.array(protocol.load_arrays(saved, "logps")["chosen_rejected"])
-            else:
-                asked = partial(reference, r.model, batch_size=parts.batch_size)
-                learned = asked(compared[: len(seen)], trained=True)
-                held = asked(valid, trained=False)
-                logps = np.concatenate([learned, held])
-                arrays = {"logps": {"chosen_rejected": mx.array(logps)}}
-                protocol.save_step(kept, 0, arrays, {"fingerprint": card["fingerprint"]}, r.files)
-        logps = np.array(distributed.broadcast_array(mx.array(logps)))
+    with alignment_run.running(
+        s,
+        folder,
+        checkpoint,
+        micro=parts.batch_size,
+        phases=phases,
+        card=card,
+        name="dpo",
+    ) as alignment:
+        logps = _reference(alignment, trained, valid, parts.batch_size)
+        # NaN where no step looks
         of_train = np.full((len(train), 2), np.nan, np.float32)
         of_train[seen] = logps[: len(seen)]
-        each = partial(micro_batches, parts, train, of_train)
-        held_out = partial(measure, r.model, s, valid, logps[len(seen) :], parts.batch_size)
-        return r.train(each, s.loss, held_out, judge=OF_MEANS if s.loss_type == "dpop" else "loss")
+        of_valid = logps[len(seen) :]
+        batches = partial(micro_batches, parts, train, of_train)
+        held_out = partial(measure, alignment.model, s, valid, of_valid, batch=parts.batch_size)
+        judge = OF_MEANS if s.loss_type == "dpop" else "loss"
+        return alignment.train(batches, s.loss, held_out, judge=judge)
 
 
 if __name__ == "__main__":

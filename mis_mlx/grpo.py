@@ -19,78 +19,121 @@ from mis_mlx.planner import estimates
 from mis_mlx.types import Checkpoint, MisError
 
 CACHE_STEP = 256  # tokens by which mlx-lm's cache grows
-# Rows to train on, token ids of their prompts, held-out rows, theirs, what is known of the data.
-Questions = tuple[list[rows.Row], list[list[int]], list[rows.Row], list[list[int]], dict[str, Any]]
+Split = tuple[list[rows.Row], list[list[int]]]  # rows, and the token ids of their prompts
 
 
 def _questions(
-    s: Settings, checkpoint: Checkpoint, functions: Sequence[rewards.Function]
-) -> Questions:
+    s: Settings,
+    checkpoint: Checkpoint,
+    functions: Sequence[rewards.Function],
+) -> tuple[Split, Split, dict[str, Any]]:
+    """(questions to train on, held-out questions, facts about the data); every row is checked."""
     kinds = [name.strip() for name in s.tasks.split(",")]
-    data = examples.load(s.data, ("answer",), s.data_licence, s.scrub_pii, kinds)
+    data = examples.load(s.data, ("answer",), s.data_licence, scrub=s.scrub_pii, kinds=kinds)
     tokenizer = load.tokenizer(checkpoint.path)
     room = s.max_seq_length - s.max_completion_length + 1
-    splits = list[Any]()
+    splits: list[Split] = []
     encoded = []
     for split in (data.train, data.valid[: s.eval_rows]):
         questions = [row for row, _ in split]
-        where = [at for _, at in split]
-        rows.refuse(rewards.unanswerable(functions, questions, where))
+        places = [place for _, place in split]
+        rows.refuse(rewards.unanswerable(functions, questions, places))
         sequences, _ = examples.encode(split, tokenizer, room, ("answer",))
-        splits += [
-            questions,
-            [[int(t) for t in ids[: int(np.argmax(learn))]] for ((ids, learn),) in sequences],
-        ]
+        # A prompt ends where the answer, which is to be learned, begins.
+        prompts = []
+        for ((ids, learn),) in sequences:
+            prompts.append([int(token) for token in ids[: int(np.argmax(learn))]])
+        splits.append((questions, prompts))
         encoded += sequences
     cli.say(*data.notes)
-    return (*splits, {**data.card, "fingerprint": examples.fingerprint(encoded)})
+    card = {**data.card, "fingerprint": examples.fingerprint(encoded)}
+    train, valid = splits
+    return train, valid, card
 
 
 def _phases(
-    s: Settings, checkpoint: Checkpoint, longest: int
+    s: Settings,
+    checkpoint: Checkpoint,
+    longest: int,
 ) -> tuple[estimates.StageCost, estimates.StageCost]:
-    """(sampling, training), where `longest` is of the prompts."""
+    """The costs of (sampling, training), where `longest` is the tokens of the longest prompt."""
     m = alignment_run.sizes(s, checkpoint)
+    most = s.max_completion_length
+    branches = longest + s.batch_size * most  # tokens of a micro-batch: one prompt, its answers
+    micro_batches = s.grad_accumulation_steps * -(-s.group_size // s.batch_size)
+    branched = replace(s, grad_accumulation_steps=micro_batches)
+    learn = alignment_run.training(branched, checkpoint, 1, branches, name="learn")
+    if s.beta:
+        learn = replace(learn, peak_bytes=learn.peak_bytes + m.slots_bytes)
+    # Sampling has the training's weights and moments in memory, without its activations.
+    single = replace(s, grad_accumulation_steps=1)
+    state = alignment_run.training(single, checkpoint, 1, branches).peak_bytes
+    state -= estimates.activation_bytes(m.config, 1, branches)
+    return _sampling(s, m, longest, state), learn
+
+
+def _sampling(s: Settings, m: estimates.ModelSize, longest: int, state: int) -> estimates.StageCost:
+    """The cost of sampling, and of the reference's pass where KL is asked for.
+
+    longest: tokens of the longest prompt. state: bytes of the model and its optimizer.
+    """
     most = s.max_completion_length
     answers = s.grad_accumulation_steps * s.group_size
     length = longest + most
-    branched = replace(
-        s, grad_accumulation_steps=s.grad_accumulation_steps * -(-s.group_size // s.batch_size)
-    )
-    learn = alignment_run.training(branched, checkpoint, 1, longest + s.batch_size * most, "learn")
-    alone = alignment_run.training(
-        replace(s, grad_accumulation_steps=1), checkpoint, 1, longest + s.batch_size * most
-    )
-    state = alone.peak_bytes - estimates.activation_bytes(
-        m.config, 1, longest + s.batch_size * most
-    )
     # Twice: the cache grows, and gets rid of finished answers, by being copied.
-    cache = estimates.keys_bytes(m, 2 * s.at_once * (longest + CACHE_STEP * -(-most // CACHE_STEP)))
-    work = (
-        estimates.workspace_bytes(m, max(longest, s.at_once), length)
-        + 8 * s.at_once * m.shape.vocab * 4
-    )
+    places = longest + CACHE_STEP * -(-most // CACHE_STEP)
+    cache = estimates.keys_bytes(m, 2 * s.at_once * places)
+    work = estimates.workspace_bytes(m, max(longest, s.at_once), length)
+    work += 8 * s.at_once * m.shape.vocab * 4
     measured = (s.iters // s.save_every + 2) * s.eval_rows  # held-out answers
     tokens = s.iters * (s.grad_accumulation_steps * longest + answers * most) + measured * length
     batches = s.iters * -(-answers // s.at_once) + -(-measured // s.at_once)
-    touched = batches * most * (m.shape.layers * m.block_work + m.head_work)
-    flops = estimates.forward_flops(m, tokens, length)
-    play = estimates.StageCost("sample", 0, 0, state + cache + work, flops, touched_bytes=touched)
-    if s.beta:
-        beside = 3 * alignment_run.weight_bytes(m)  # moments too
-        size = answers * length
-        one = estimates.streamed_pass("", m, size, size, length, spool=False, beside_bytes=beside)
-        read = s.iters * one.read_bytes
-        peak = max(one.peak_bytes, play.peak_bytes + m.slots_bytes)
-        play = replace(play, read_bytes=read, flops=flops + s.iters * one.flops, peak_bytes=peak)
-        learn = replace(learn, peak_bytes=learn.peak_bytes + m.slots_bytes)
-    return play, learn
+    play = estimates.StageCost(
+        name="sample",
+        read_bytes=0,
+        written_bytes=0,
+        peak_bytes=state + cache + work,
+        flops=estimates.forward_flops(m, tokens, length),
+        touched_bytes=batches * most * (m.shape.layers * m.block_work + m.head_work),
+    )
+    if not s.beta:
+        return play
+    size = answers * length
+    reference = estimates.streamed_pass(
+        "",
+        m,
+        tokens=size,
+        micro_tokens=size,
+        length=length,
+        spool=False,
+        beside_bytes=3 * alignment_run.weight_bytes(m),  # moments too
+    )
+    return replace(
+        play,
+        read_bytes=s.iters * reference.read_bytes,
+        flops=play.flops + s.iters * reference.flops,
+        peak_bytes=max(reference.peak_bytes, play.peak_bytes + m.slots_bytes),
+    )
+
+
+def _check_machines(s: Settings) -> None:
+    """MisError where several machines cannot share a step's questions."""
+    machines = distributed.size()
+    if machines == 1 or (s.num_iterations == 1 and machines <= s.grad_accumulation_steps):
+        return
+    what = (
+        f"{machines} machines share {s.grad_accumulation_steps} questions, and --num-iterations "
+        f"is {s.num_iterations}"
+    )
+    remedy = (
+        f"give --grad-accumulation-steps {machines} or more and --num-iterations 1, or use "
+        f"fewer machines"
+    )
+    raise MisError(f"{what}: {remedy}")
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """The command: open, read and check the data and the reward functions, plan, sample and learn,
-    write the best.
-    """
+    """The command: open, check the data and the rewards, plan, sample and learn, write the best."""
     s, folder, checkpoint = alignment_run.opened(settings)
     most = s.max_completion_length
     if most >= s.max_seq_length:
@@ -100,37 +143,41 @@ def run(settings: Settings) -> dict[str, Any]:
         )
         raise MisError(f"{why}: lower the one or raise the other")
     functions = rewards.functions(s.reward_functions, s.reward_functions_file, s.reward_timeout)
-    train, prompts, valid, valid_prompts, card = _questions(s, checkpoint, functions)
+    (train, prompts), (valid, valid_prompts), card = _questions(s, checkpoint, functions)
     phases = _phases(s, checkpoint, max(map(len, [*prompts, *valid_prompts])))
     planned = alignment_run.planned(s, phases)
-    if (n := distributed.size()) > 1 and (s.num_iterations > 1 or n > s.grad_accumulation_steps):
-        what = (
-            f"{n} machines share {s.grad_accumulation_steps} questions, and --num-iterations "
-            f"is "
-            f"{s.num_iterations}"
-        )
-        remedy = (
-            f"give --grad-accumulation-steps {n} or more and --num-iterations 1, or use "
-            f"fewer "
-            f"machines"
-        )
-        raise MisError(f"{what}: {remedy}")
+    _check_machines(s)
     if s.dry_run:
         return {"model": str(checkpoint.path), "questions": len(train), **planned}
-    with alignment_run.running(s, folder, checkpoint, s.batch_size, phases, card, "grpo") as r:
-        dtype = alignment_run.dtype_of(s, checkpoint)
-        reference = (
-            stream.Stream(checkpoint, dtype, 0, checkpoint.nbytes > r.budget_bytes)
-            if s.beta
-            else None
-        )
-        log = partial(r.files.append, r.folder / grpo_rollout.SAMPLES)
-        tokenizer = load.tokenizer(checkpoint.path)
+    with alignment_run.running(
+        s,
+        folder,
+        checkpoint,
+        micro=s.batch_size,
+        phases=phases,
+        card=card,
+        name="grpo",
+    ) as alignment:
+        reference = None
+        if s.beta:
+            reference = stream.Stream(
+                checkpoint,
+                dtype=alignment_run.dtype_of(s, checkpoint),
+                room_bytes=0,
+                direct=checkpoint.nbytes > alignment.budget_bytes,
+            )
         sampler = grpo_rollout.Sampler(
-            s, r.model, train, prompts, tokenizer, functions, reference, log
+            settings=s,
+            model=alignment.model,
+            rows=train,
+            prompts=prompts,
+            tokenizer=load.tokenizer(checkpoint.path),
+            functions=functions,
+            reference=reference,
+            log=partial(alignment.files.append, alignment.folder / grpo_rollout.SAMPLES),
         )
         held_out = partial(grpo_rollout.measure, sampler, valid, valid_prompts)
-        return r.train(sampler, s.loss, held_out, grpo_rollout.train)
+        return alignment.train(sampler, s.loss, held_out, grpo_rollout.train)
 
 
 if __name__ == "__main__":

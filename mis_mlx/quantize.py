@@ -45,27 +45,42 @@ class Settings(cli.Budgeted, policy.Computing, QuantizationConfig):
 
 
 def _planned(
-    s: Settings, checkpoint: Checkpoint, other: Checkpoint, count: int, limit: Budget
+    s: Settings,
+    checkpoint: Checkpoint,
+    other: Checkpoint,
+    count: int,
+    limit: Budget,
 ) -> list[estimates.StageCost]:
-    """Rounding, and the steps after it; MisError when one of them does not fit."""
+    """The costs of rounding, and of the steps after it, if any; MisError when one does not fit.
+
+    other: the model that the scales learn from. count: windows to look at.
+    """
     m = estimates.model_of(checkpoint)
+    rounding = compression_size.quantize(
+        m,
+        s,
+        windows=count,
+        length=s.max_seq_length,
+        limit=limit.limit_bytes,
+    )
+    remedy = ", or --q-method round without --target-bpw" if count else ""
     steps = s.steps(False)
-    stages = [compression_size.quantize(m, s, count, s.max_seq_length, limit.limit_bytes)]
-    remedies = [", or --q-method round without --target-bpw" if count else "", ", or --q-iters 0"]
-    if steps:
-        job = DistillationSpec(
-            teacher=estimates.model_of(other),
-            student=m,
-            iters=steps,
-            batch_size=s.batch_size,
-            max_seq_length=s.max_seq_length,
-            save_every=steps,
-            rounding=s,
-        )
-        stages.append(phases.tune(job, s.batch_size, limit.limit_bytes, steps))
-    for planned, remedy in zip(stages, remedies, strict=False):
-        estimates.fit(limit, planned, other=remedy)
-    return stages
+    if not steps:
+        estimates.fit(limit, rounding, other=remedy)
+        return [rounding]
+    job = DistillationSpec(
+        teacher=estimates.model_of(other),
+        student=m,
+        iters=steps,
+        batch_size=s.batch_size,
+        max_seq_length=s.max_seq_length,
+        save_every=steps,
+        rounding=s,
+    )
+    tuning = phases.tune(job, s.batch_size, limit.limit_bytes, steps)
+    estimates.fit(limit, rounding, other=remedy)
+    estimates.fit(limit, tuning, other=", or --q-iters 0")
+    return [rounding, tuning]
 
 
 def _tuned(
@@ -77,16 +92,20 @@ def _tuned(
     out: Path,
     files: Files,
 ) -> None:
-    """Write `out`: `rounded`, whose scales have learned from the model `other`."""
+    """Write `out`: `rounded`, whose scales have learned from the model `other`.
+
+    pinned: how many blocks of `other` stay in memory.
+    """
     checkpoint = load.open_checkpoint(rounded)
     m = estimates.model_of(other)
-    room = None if pinned == m.shape.layers else pinned * m.block_work + m.head_work
+    room = None  # everything
+    if pinned != m.shape.layers:
+        room = pinned * m.block_work + m.head_work
     source = live_teacher.StreamedTeacher(other, room)
     asked = DistillationConfig(batch_size=s.batch_size, seed=s.seed)
     recipe = pipeline.tuning_recipe(asked, checkpoint, s.steps(False), s.q_learning_rate)
-    packed_format.write_learned(
-        checkpoint, pipeline.tuned(checkpoint, source, data, recipe), out, files
-    )
+    model = pipeline.tuned(checkpoint, source, data, recipe)
+    packed_format.write_learned(checkpoint, model, out, files)
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -100,9 +119,11 @@ def run(settings: Settings) -> dict[str, Any]:
     packed_format.check_dense(checkpoint)
     model_writer.need_tokenizer(checkpoint.path)
     stage.check(checkpoint.config, s)
-    other = load.open_checkpoint(resolve.resolve_model(s.teacher).path) if s.teacher else checkpoint
-    with vocabulary.shared(other, [checkpoint]) as seen:
-        return _run(s, checkpoint, seen)
+    other = checkpoint
+    if s.teacher:
+        other = load.open_checkpoint(resolve.resolve_model(s.teacher).path)
+    with vocabulary.shared(other, [checkpoint]) as teacher:
+        return _run(s, checkpoint, teacher)
 
 
 def _run(s: Settings, checkpoint: Checkpoint, other: Checkpoint) -> dict[str, Any]:
@@ -110,24 +131,44 @@ def _run(s: Settings, checkpoint: Checkpoint, other: Checkpoint) -> dict[str, An
     limit = memory.budget(s.budget_bytes)
     count = s.num_samples if s.looks else 0
     steps = s.steps(False)
-    planned = _planned(s, checkpoint, other, count, limit)
+    planned = _planned(s, checkpoint, other, count=count, limit=limit)
     out = Path(s.mlx_path)
     files = Files()
-    batches = list[mx.array]()
+    batches: list[mx.array] = []
     if s.looks or steps:
         data = preparation.prepare(s.data, load.tokenizer(checkpoint.path), s.max_seq_length).train
         batches = preparation.calibration(data, count, s.seed)
-    with progress.run("quantize"), memory.limited(limit):
+
+    def quantized(folder: Path) -> dict[str, Any]:
         held = planned[0].held_tokens // s.max_seq_length
+        return stage.quantize(
+            checkpoint.path,
+            folder,
+            how=s,
+            files=files,
+            batches=batches,
+            held=held,
+            seed=s.seed,
+        )
+
+    with progress.run("quantize"), memory.limited(limit):
         if not steps:
-            done = stage.quantize(checkpoint.path, out, s, files, batches, held, s.seed)
+            done = quantized(out)
         else:
             # swept where we are killed
             rounded = out.absolute().with_name(f".tmp-{out.name}-rounded-{os.getpid()}")
             files.discard(rounded)  # left behind by a process of the same number
             try:
-                done = stage.quantize(checkpoint.path, rounded, s, files, batches, held, s.seed)
-                _tuned(s, rounded, other, data, planned[1].pinned, out, files)
+                done = quantized(rounded)
+                _tuned(
+                    s,
+                    rounded,
+                    other=other,
+                    data=data,
+                    pinned=planned[1].pinned,
+                    out=out,
+                    files=files,
+                )
             finally:
                 files.discard(rounded)
     cli.say(

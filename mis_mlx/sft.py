@@ -36,20 +36,48 @@ class Settings(alignment_run.Alignment):
 
 
 def _phase(
-    s: Settings, checkpoint: Checkpoint, beside: Checkpoint | None, length: int
+    s: Settings,
+    checkpoint: Checkpoint,
+    beside: Checkpoint | None,
+    length: int,
 ) -> estimates.StageCost:
-    """The training, with as much of its teacher in memory as the budget leaves."""
-    alone = alignment_run.training(s, checkpoint, s.batch_size, length, "sft")
+    """The cost of training, with as much of the teacher `beside` in memory as the budget leaves."""
+    alone = alignment_run.training(s, checkpoint, s.batch_size, length, name="sft")
     if beside is None:
         return alone
-    t = estimates.model_of(beside)
+    teacher = estimates.model_of(beside)
     tokens = s.batch_size * s.grad_accumulation_steps * length
-    peak = alone.peak_bytes + t.slots_bytes + t.head_work + tokens * t.shape.hidden * t.item
-    keeps = estimates.pins(t, estimates.room(memory.budget(s.budget_bytes).limit_bytes, peak))
-    flops = alone.flops + s.iters * estimates.forward_flops(t, tokens, length)
-    read = alone.read_bytes + t.block_bytes * (keeps + s.iters * (t.shape.layers - keeps))
+    peak = alone.peak_bytes + teacher.slots_bytes + teacher.head_work
+    peak += tokens * teacher.shape.hidden * teacher.item
+    room = estimates.room(memory.budget(s.budget_bytes).limit_bytes, peak)
+    pinned = estimates.pins(teacher, room)
+    # Pinned blocks are read once, the others in every step.
+    blocks_read = pinned + s.iters * (teacher.shape.layers - pinned)
     return replace(
-        alone, peak_bytes=peak + keeps * t.block_work, flops=flops, read_bytes=read, pinned=keeps
+        alone,
+        peak_bytes=peak + pinned * teacher.block_work,
+        flops=alone.flops + s.iters * estimates.forward_flops(teacher, tokens, length),
+        read_bytes=alone.read_bytes + teacher.block_bytes * blocks_read,
+        pinned=pinned,
+    )
+
+
+def _source(
+    s: Settings,
+    checkpoint: Checkpoint,
+    beside: Checkpoint | None,
+    pinned: int,
+    budget_bytes: int,
+) -> live_teacher.TargetSource:
+    """The targets: the text itself, or the teacher `beside` with `pinned` blocks in memory."""
+    if beside is None:
+        return live_teacher.TextTargets(softcap(checkpoint.config))
+    teacher = estimates.model_of(beside)
+    return live_teacher.StreamedTeacher(
+        beside,
+        room_bytes=pinned * teacher.block_work + teacher.head_work,
+        direct=beside.nbytes > budget_bytes,
+        cross_entropy=1.0 - s.distill_weight,
     )
 
 
@@ -58,35 +86,45 @@ def run(settings: Settings) -> dict[str, Any]:
     s, folder, checkpoint = alignment_run.opened(settings)
     beside = None
     if s.teacher is not None:
-        beside = comparison.same_vocabulary(
-            checkpoint, load.open_checkpoint(resolve.resolve_model(s.teacher).path)
-        )
-    *splits, card = alignment_run.data(
-        s, checkpoint, ("messages", "completion"), mask_prompt=s.mask_prompt
+        teacher = load.open_checkpoint(resolve.resolve_model(s.teacher).path)
+        beside = comparison.same_vocabulary(checkpoint, teacher)
+    train_rows, valid_rows, card = alignment_run.data(
+        s,
+        checkpoint,
+        ("messages", "completion"),
+        mask_prompt=s.mask_prompt,
     )
     room = s.max_seq_length if s.packing and not s.teacher else 0
-    train, valid = (
-        sequence_packing.PackedDataset([row[0] for row in rows], room) for rows in splits
-    )
+    train = sequence_packing.PackedDataset([row[0] for row in train_rows], room)
+    valid = sequence_packing.PackedDataset([row[0] for row in valid_rows], room)
     length = max(train.lengths)
-    cli.say(f"{len(splits[0])} rows in {len(train.windows)} windows of at most {length} tokens")
+    cli.say(f"{len(train_rows)} rows in {len(train.windows)} windows of at most {length} tokens")
     parts = alignment_run.cut(s, folder, lambda parts: _phase(parts, checkpoint, beside, length))
     phase = _phase(parts, checkpoint, beside, length)
     planned = alignment_run.planned(s, [phase])
     if s.dry_run:
         return {"model": str(checkpoint.path), "windows": len(train.windows), **planned}
-    with alignment_run.running(s, folder, checkpoint, parts.batch_size, [phase], card, "sft") as r:
-        source: live_teacher.TargetSource = live_teacher.TextTargets(softcap(checkpoint.config))
-        if beside is not None:
-            t = estimates.model_of(beside)
-            direct = beside.nbytes > r.budget_bytes
-            room = phase.pinned * t.block_work + t.head_work
-            source = live_teacher.StreamedTeacher(
-                beside, room, direct, cross_entropy=1.0 - s.distill_weight
-            )
-        each = partial(train.micro_batches, source, parts)
+    with alignment_run.running(
+        s,
+        folder,
+        checkpoint,
+        micro=parts.batch_size,
+        phases=[phase],
+        card=card,
+        name="sft",
+    ) as alignment:
+        source = _source(
+            s,
+            checkpoint,
+            beside,
+            pinned=phase.pinned,
+            budget_bytes=alignment.budget_bytes,
+        )
+        micro_batches = partial(train.micro_batches, source, parts)
         loss = partial(train.loss, source, s.lora is not None)
-        return r.train(each, loss, lambda: valid.measure(r.model, parts.batch_size))
+        return alignment.train(
+            micro_batches, loss, lambda: valid.measure(alignment.model, parts.batch_size)
+        )
 
 
 if __name__ == "__main__":

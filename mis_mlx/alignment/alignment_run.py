@@ -1,5 +1,4 @@
-"""What the alignment commands share: flags, what a run with them takes, its checkpoints, its best
-student, its result.
+"""The parts that sft, dpo and grpo share: flags, costs, checkpoints, the best student, the result.
 
 A run that was killed and resumed ends bit-equal to one that was not.
 """
@@ -36,8 +35,8 @@ BEST = "best"
 MODEL = "model"
 ADAPTERS = "adapters"
 HELD_OUT = "held_out.jsonl"
-# Settings that may differ in a run that goes on: none changes a weight. By `save_every` the best is
-# looked for.
+# Settings that may differ when a run goes on: none changes a weight. `save_every` decides which
+# steps can become the best, so it is not among them.
 FREE = frozenset({"out", "resume", "dry_run", "config", "budget", "governor", "thermal_replay"})
 S = TypeVar("S", bound="Alignment")
 
@@ -86,16 +85,15 @@ class Alignment(cli.Resumable, policy.Computing, ThermalFlags, recipe.TrainingCo
     @property
     def lora(self) -> lora.Lora | None:
         """The adapters asked for, if any."""
-        return (
-            lora.Lora(self.num_layers, self.rank, self.scale)
-            if self.fine_tune_type == "lora"
-            else None
-        )
+        if self.fine_tune_type != "lora":
+            return None
+        return lora.Lora(self.num_layers, self.rank, self.scale)
 
 
 def opened(settings: S) -> tuple[S, Path | None, Checkpoint]:
-    """(settings; folder, of a run that goes on; the model to align). MisError where it cannot be
-    trained as asked.
+    """(settings; folder of a run that goes on, else None; the model to align).
+
+    MisError where the model cannot be trained as asked.
     """
     s, folder = run_loop.resumed(settings, FREE)
     checkpoint = run_loop.opened(s, s.model)
@@ -105,9 +103,8 @@ def opened(settings: S) -> tuple[S, Path | None, Checkpoint]:
         raise MisError(
             f"{checkpoint.path} is quantized and cannot be trained whole: use --fine-tune-type lora"
         )
-    if s.max_seq_length > (
-        most := int(checkpoint.config.get("max_position_embeddings") or s.max_seq_length)
-    ):
+    most = int(checkpoint.config.get("max_position_embeddings") or s.max_seq_length)
+    if s.max_seq_length > most:
         raise MisError(
             f"--max-seq-length is {s.max_seq_length}, the model's window {most}: give {most} or "
             f"less"
@@ -116,10 +113,10 @@ def opened(settings: S) -> tuple[S, Path | None, Checkpoint]:
 
 
 def dtype_of(s: Alignment, checkpoint: Checkpoint) -> mx.Dtype:
-    """What the model, and the reference beside it, compute in: float32 where the model is trained
-    whole.
-    """
-    return policy.compute_dtype(checkpoint) if s.lora else mx.float32
+    """The type that the model and its reference compute in: float32 for a model trained whole."""
+    if s.lora:
+        return policy.compute_dtype(checkpoint)
+    return mx.float32
 
 
 def sizes(s: Alignment, checkpoint: Checkpoint) -> estimates.ModelSize:
@@ -129,34 +126,46 @@ def sizes(s: Alignment, checkpoint: Checkpoint) -> estimates.ModelSize:
 
 def weight_bytes(m: estimates.ModelSize) -> int:
     """The model in memory, before anything is done with it."""
-    return m.nbytes if m.packed and m.as_stored else m.params * m.item
+    if m.packed and m.as_stored:
+        return m.nbytes
+    return m.params * m.item
 
 
 def training(
-    s: Alignment, checkpoint: Checkpoint, rows: int, length: int, name: str = "align"
+    s: Alignment,
+    checkpoint: Checkpoint,
+    rows: int,
+    length: int,
+    name: str = "align",
 ) -> estimates.StageCost:
-    """What training takes with `rows` sequences of `length` tokens in a micro-batch."""
+    """The cost of training with `rows` sequences of `length` tokens in a micro-batch."""
     m = sizes(s, checkpoint)
-    more = s.grad_accumulation_steps > 1
-    trained = m.params
-    peak = compression_size.training_bytes(m.config, rows, length, 0, more, gpu=m.gpu)
     if s.lora:
         trained = s.lora.params(m.config)
+        activations = estimates.activation_bytes(m.config, rows, length)
         peak = weight_bytes(m) + compression_size.STATE_BYTES * trained
-        kept = estimates.activation_bytes(m.config, rows, length)
-        peak += kept + m.in_flight(kept)
+        peak += activations + m.in_flight(activations)
         peak += estimates.logit_bytes(m.shape.vocab, rows * length, gpu=m.gpu) + m.widened_bytes
-    written = (s.iters // s.save_every + 2) * (SAVED_BYTES + 4) * trained + policy.DTYPES[
-        s.dtype
-    ].size * m.params
-    flops = (
-        s.iters * 3 * estimates.forward_flops(m, s.grad_accumulation_steps * rows * length, length)
+    else:
+        trained = m.params
+        accumulates = s.grad_accumulation_steps > 1
+        peak = compression_size.training_bytes(m.config, rows, length, more=accumulates, gpu=m.gpu)
+    checkpoints = s.iters // s.save_every + 2
+    written = checkpoints * (SAVED_BYTES + 4) * trained
+    written += policy.DTYPES[s.dtype].size * m.params
+    tokens = s.grad_accumulation_steps * rows * length
+    return estimates.StageCost(
+        name=name,
+        read_bytes=m.nbytes,
+        written_bytes=written,
+        peak_bytes=peak,
+        flops=s.iters * 3 * estimates.forward_flops(m, tokens, length),
+        updated=s.iters * trained,
     )
-    return estimates.StageCost(name, m.nbytes, written, peak, flops, updated=s.iters * trained)
 
 
 def planned(s: Alignment, phases: Sequence[estimates.StageCost]) -> dict[str, Any]:
-    """What a --dry-run says of these phases under the budget asked for, told in a line each."""
+    """The result of a --dry-run of these phases under the budget; each is reported in a line."""
     limit = memory.budget(s.budget_bytes).limit_bytes
     result = estimates.told(phases, limit, estimates.machine_rates(), memory.process_bytes(limit))
     fits = "does not fit" if result["check_failed"] else "fits"
@@ -165,32 +174,27 @@ def planned(s: Alignment, phases: Sequence[estimates.StageCost]) -> dict[str, An
 
 
 def cut(s: S, folder: Path | None, phase: Callable[[S], estimates.StageCost]) -> S:
-    """`s` with its steps in the largest micro-batches with which `phase(s)` fits; of a run in
-    `folder`, in its own. A micro-batch divides the one asked for, and a step stays what it was.
+    """`s` with its steps in the largest micro-batches for which `phase(s)` fits the budget.
+
+    A run that goes on, in `folder`, keeps the size that it has. A micro-batch divides the one asked
+    for, and a step stays what it was. All machines get the first one's answer.
     """
     limit = memory.budget(s.budget_bytes).limit_bytes
 
     def in_parts(size: int) -> S:
-        return replace(
-            s,
-            batch_size=size,
-            grad_accumulation_steps=s.grad_accumulation_steps * s.batch_size // size,
-        )
+        steps = s.grad_accumulation_steps * s.batch_size // size
+        return replace(s, batch_size=size, grad_accumulation_steps=steps)
 
     def fitting() -> int:
         if folder:
-            return int(
-                run_folder.stored_settings(folder, run_folder.PLAN).get("micro", s.batch_size)
-            )
-        divisors = [n for n in range(s.batch_size, 0, -1) if s.batch_size % n == 0]
-        return next(
-            (
-                n
-                for n in divisors
-                if phase(in_parts(n)).peak_bytes <= limit - memory.process_bytes(limit)
-            ),
-            1,
-        )
+            plan = run_folder.stored_settings(folder, run_folder.PLAN)
+            return int(plan.get("micro", s.batch_size))
+        for size in range(s.batch_size, 0, -1):
+            if s.batch_size % size == 0:
+                peak = phase(in_parts(size)).peak_bytes
+                if peak <= limit - memory.process_bytes(limit):
+                    return size
+        return 1
 
     return in_parts(distributed.broadcast_json(fitting))
 
@@ -204,7 +208,7 @@ class AlignmentRun(run_loop.OpenRun):
     checkpoint: Checkpoint
     model: nn.Module
     optimizer: GuardedAdamW
-    card: Mapping[str, Any]  # of the data: what it is, its licence
+    card: Mapping[str, Any]  # facts about the data, with its licence
     best: tuple[int, float] | None = None  # (step, its held-out figure)
 
     def train(
@@ -215,91 +219,127 @@ class AlignmentRun(run_loop.OpenRun):
         train: Callable[..., Iterator[Step]] = train_loop.train,
         judge: str = "loss",
     ) -> dict[str, Any]:
-        """Train from wherever the run stands to its end, write the best student, return the run's
-        result. micro_batches, loss: as of `train_loop.train`; pure functions of the step and of the
-        model. held_out(): what is measured of `model` at every checkpoint; the one with the lowest
-        `judge` is kept. train: called as `train_loop.train`, yields the steps; what `micro_batches`
-        gives is between these two.
+        """Train from the run's state to its end and write the best student; the run's result.
+
+        micro_batches, loss: as in `train_loop.train`; pure functions of the step and of the model.
+        held_out(): measures `model` at every checkpoint; the one with the lowest `judge` becomes
+        the result. train: called as `train_loop.train`, yields the steps; `micro_batches` and it
+        agree on what a step gets.
         """
         s = self.settings
 
         def remember(number: int) -> dict[str, Any]:
-            # Measured only where every run of these settings is: a stop does not change the best.
+            # Measured only at steps where every run of these settings measures: a stop does not
+            # change the best.
             if distributed.is_main() and (number % s.save_every == 0 or number == s.iters):
                 self._measure(number, held_out, judge)
             return {"best": self.best}
 
         def recall(state: dict[str, Any]) -> None:
-            self.best = state["best"][0], state["best"][1]
+            number, value = state["best"]
+            self.best = (number, value)
 
         training = run_loop.CheckpointedTraining(
-            self, train_loop.Whole(self.model, self.optimizer), remember, recall, label=self.name
+            run=self,
+            trained=train_loop.Whole(self.model, self.optimizer),
+            remember=remember,
+            recall=recall,
+            label=self.name,
         )
         start = training.start(lambda: None)
         self.model.train()
         steps = partial(train, self.model, micro_batches, loss, self.optimizer, s)
         training.finish(steps, start, s.iters, s.save_every)
-        return self._finish() if distributed.is_main() else {}
+        if not distributed.is_main():
+            return {}
+        return self._finish()
 
     def _measure(
-        self, number: int, held_out: Callable[[], Mapping[str, float]], judge: str
+        self,
+        number: int,
+        held_out: Callable[[], Mapping[str, float]],
+        judge: str,
     ) -> None:
-        """Log what is held out; if the model is the best so far, keep its weights."""
+        """Log the held-out figures; if the model is the best so far, save its weights."""
         self.model.eval()
         measured = {name: float(value) for name, value in held_out().items()}
         self.model.train()
         self.files.append(self.folder / HELD_OUT, json.dumps({"number": number, **measured}))
-        cli.say(
-            f"step {number}, held out: "
-            + ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
-        )
-        if not math.isfinite(value := measured[judge]):
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
+        cli.say(f"step {number}, held out: {figures}")
+        value = measured[judge]
+        if not math.isfinite(value):
             raise MisError(f"the held-out loss at step {number} is {value}: lower --learning-rate")
-        if self.best is None or value < self.best[1]:
-            self.best = (number, value)
-            # 3 of them: as many checkpoints may be damaged or undone as the steps can lose. A run
-            # that was set back comes here again with the same bits.
-            if not (self.folder / BEST / f"step-{number:08d}").exists():
-                best = {"model": dict(tree_flatten(self.model.trainable_parameters()))}
-                protocol.save_step(self.folder / BEST, number, best, measured, self.files, keep=3)
+        if self.best is not None and value >= self.best[1]:
+            return
+        self.best = (number, value)
+        # A run that was set back comes here again with the same bits.
+        if (self.folder / BEST / f"step-{number:08d}").exists():
+            return
+        arrays = {"model": dict(tree_flatten(self.model.trainable_parameters()))}
+        # 3 of them: as many checkpoints may be damaged or undone as the steps can lose.
+        protocol.save_step(
+            self.folder / BEST,
+            number,
+            arrays=arrays,
+            state=measured,
+            files=self.files,
+            keep=3,
+        )
 
     def _finish(self) -> dict[str, Any]:
-        """The best student as an ordinary folder, or its adapters; and the run's JSON."""
+        """Write the best student as an ordinary folder, or its adapters; the run's result."""
         s = self.settings
-        c = self.checkpoint
         best = protocol.newest(self.folder / BEST, self.files)
         if best is None:
             raise MisError(f"{self.folder / BEST} holds no whole checkpoint: start a new run")
         arrays = protocol.load_arrays(best, "model")
         if s.lora and not (self.folder / ADAPTERS).exists():
             lora.write(arrays, s.lora, self.folder / ADAPTERS, self.files)
-        out = self.folder / (MODEL if s.fuse or not s.lora else ADAPTERS)
-        if out.name == MODEL and not out.exists():
-            take = lora.fused(c, arrays, s.lora) if s.lora else arrays.__getitem__
-            config = {k: v for k, v in c.config.items() if not k.startswith("quantization")} | {
-                "torch_dtype": s.dtype
-            }
-            extra = model_writer.keep_files(model_writer.read_keep(c.path)) | {
-                run_folder.DATA: dict(self.card)
-            }
-            model_writer.write_model(config, take, c.path, out, s.dtype, self.files, extra)
+        out = self.folder / MODEL
+        if s.lora and not s.fuse:
+            out = self.folder / ADAPTERS
+        elif not out.exists():
+            self._write_model(arrays, out)
         steps = run_folder.metrics(self.folder)
-        by_step = {
-            record["number"]: record for record in run_folder.records(self.folder / HELD_OUT)
-        }
-        tokens, seconds = (sum(r[key] for r in steps) for key in ("tokens", "seconds"))
+        held_out = {}
+        for record in run_folder.records(self.folder / HELD_OUT):
+            held_out[record["number"]] = record
+        tokens = sum(step["tokens"] for step in steps)
+        seconds = sum(step["seconds"] for step in steps)
         return self.done(
             {
-                "model": str(c.path),
+                "model": str(self.checkpoint.path),
                 "student": str(out),
                 "run": str(self.folder),
-                "params_trained": sum(math.prod(a.shape) for a in arrays.values()),
+                "params_trained": sum(math.prod(array.shape) for array in arrays.values()),
                 "best_step": best.number,
-                "held_out_start": by_step.get(0),
-                "held_out_best": by_step.get(best.number),
+                "held_out_start": held_out.get(0),
+                "held_out_best": held_out.get(best.number),
                 "tokens": tokens,
                 "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
             }
+        )
+
+    def _write_model(self, arrays: dict[str, mx.array], out: Path) -> None:
+        """Commit the folder `out`: these weights, or the model with these adapters added."""
+        s = self.settings
+        source = self.checkpoint
+        take: Callable[[str], mx.array] = arrays.__getitem__
+        if s.lora:
+            take = lora.fused(source, arrays, s.lora)
+        config = {k: v for k, v in source.config.items() if not k.startswith("quantization")}
+        config["torch_dtype"] = s.dtype
+        extra = model_writer.keep_files(model_writer.read_keep(source.path))
+        extra[run_folder.DATA] = dict(self.card)
+        model_writer.write_model(
+            config,
+            take,
+            source=source.path,
+            out=out,
+            dtype=s.dtype,
+            files=self.files,
+            extra=extra,
         )
 
 
@@ -310,20 +350,29 @@ def data(
     answers: Sequence[str] = (),
     mask_prompt: bool = True,
 ) -> tuple[list[list[examples.Sequenced]], list[list[examples.Sequenced]], dict[str, Any]]:
-    """(rows to train on, held-out ones, encoded; what is known of the data); every row is
-    checked.
-    """
-    rows = examples.load(s.data, shapes, s.data_licence, s.scrub_pii)
+    """(rows to train on, held-out rows, both encoded; facts about the data). Checks every row."""
+    rows = examples.load(s.data, shapes, s.data_licence, scrub=s.scrub_pii)
     tokenizer = load.tokenizer(checkpoint.path)
-    train, cut = examples.encode(rows.train, tokenizer, s.max_seq_length, answers, mask_prompt)
-    valid, _ = examples.encode(rows.valid, tokenizer, s.max_seq_length, answers, mask_prompt)
-    what = "answers" if answers else "rows"
-    cli.say(*rows.notes, *([f"{cut} {what} are cut at {s.max_seq_length} tokens"] if cut else []))
-    return (
-        train,
-        valid[: s.eval_rows],
-        {**rows.card, "fingerprint": examples.fingerprint([*train, *valid])},
+    train, cut = examples.encode(
+        rows.train,
+        tokenizer,
+        length=s.max_seq_length,
+        answers=answers,
+        mask_prompt=mask_prompt,
     )
+    valid, _ = examples.encode(
+        rows.valid,
+        tokenizer,
+        length=s.max_seq_length,
+        answers=answers,
+        mask_prompt=mask_prompt,
+    )
+    cli.say(*rows.notes)
+    if cut:
+        what = "answers" if answers else "rows"
+        cli.say(f"{cut} {what} are cut at {s.max_seq_length} tokens")
+    card = {**rows.card, "fingerprint": examples.fingerprint([*train, *valid])}
+    return train, valid[: s.eval_rows], card
 
 
 @contextmanager
@@ -336,42 +385,45 @@ def running(
     card: Mapping[str, Any],
     name: str,
 ) -> Iterator[AlignmentRun]:
-    """The run, new or continued (`folder`), with its student in memory. micro: rows, pairs or
-    answers in a micro-batch. card: of the data, with its "fingerprint". MisError with both numbers
-    where a phase does not fit the budget.
+    """The run, new or continued (`folder`), with its student in memory.
+
+    micro: rows, pairs or answers in a micro-batch. card: facts about the data, with its
+    "fingerprint". name: of the command. MisError with both numbers where a phase does not fit the
+    budget.
     """
     budget = memory.budget(s.budget_bytes)
     rates = estimates.machine_rates()
-    seconds = sum(p.seconds(rates) for p in phases)
-    largest = max(phases, key=lambda p: p.peak_bytes)
+    seconds = sum(phase.seconds(rates) for phase in phases)
+    largest = max(phases, key=lambda phase: phase.peak_bytes)
     peak = largest.peak_bytes + memory.process_bytes(budget.limit_bytes)
     other = ", lower --batch-size or --max-seq-length, or use --fine-tune-type lora"
     estimates.fit(budget, largest, other=f"{other}; alignment trains whole models in memory")
     if folder is None:
         cli.say(progress.promise(seconds))
-    way = {"mode": "resident", "micro": micro}
-    origin = run_folder.origin(checkpoint, card["fingerprint"])
-    with (
-        progress.run(name, {name: seconds}),
-        run_loop.open_run(
-            s, folder, f"{name_of(checkpoint.path)}-{name}", origin, way, budget, peak
-        ) as place,
-    ):
-        if not (place.folder / run_folder.DATA).exists():
-            about = json.dumps(dict(card), indent=2, ensure_ascii=False)
-            place.files.replace_text(place.folder / run_folder.DATA, about)
+    opened_run = run_loop.open_run(
+        s,
+        folder,
+        name=f"{name_of(checkpoint.path)}-{name}",
+        origin=run_folder.origin(checkpoint, card["fingerprint"]),
+        way={"mode": "resident", "micro": micro},
+        limit=budget,
+        wired=peak,
+    )
+    with progress.run(name, {name: seconds}), opened_run as run:
+        if not (run.folder / run_folder.DATA).exists():
+            facts = json.dumps(dict(card), indent=2, ensure_ascii=False)
+            run.files.replace_text(run.folder / run_folder.DATA, facts)
         model = load.resident(checkpoint, dtype_of(s, checkpoint))
         stream.load_checked(model, f"{checkpoint.path}: ")
         if s.lora:
             lora.insert(model, s.lora, s.seed)
             mx.eval(model.parameters())
-        optimizer = GuardedAdamW(weight_decay=s.weight_decay)
         yield AlignmentRun(
-            **vars(place),
+            **vars(run),
             name=name,
             settings=s,
             checkpoint=checkpoint,
             model=model,
-            optimizer=optimizer,
+            optimizer=GuardedAdamW(weight_decay=s.weight_decay),
             card=card,
         )

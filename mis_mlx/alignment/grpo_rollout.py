@@ -1,10 +1,10 @@
-"""Group-relative policy optimization: answers sampled and scored, groups that teach something,
-their loss and steps.
+"""Group-relative policy optimization: sample answers, score them, learn from groups that differ.
 
 A step's answers depend on the weights, the data, the seed and the step alone.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,13 +28,13 @@ from mis_mlx.models import attention_masks, distributed, load, mlx_generate, str
 from mis_mlx.models.config import softcap
 from mis_mlx.types import MOST, Count, MisError, Positive, Rate, Step, Within
 
-# micro-batches of a step, for `Settings.loss`; facts of it
+# micro-batches of a step, for `Settings.loss`; facts about the step
 Rollout = tuple[list[tuple[Any, ...]], dict[str, float]]
 Group = list[list[int]]  # the answers to a prompt, as token ids
 SAMPLES = "samples.jsonl"
-# answers; decoding reads all weights once a token, for one answer or for many
+# answers; decoding reads all weights once per token, for one answer or for many
 SAMPLED_TOGETHER = 32
-COUNTS = ("unscored", "kept", "groups")  # of facts
+COUNTS = ("unscored", "kept", "groups")  # facts that several machines add up
 TABLE = (
     ("reward", ".3f"),
     ("answer_tokens", ".1f"),
@@ -89,18 +89,23 @@ class Settings(alignment_run.Alignment):
 
     @property
     def at_once(self) -> int:
-        """Answers generated together: a group, or more where groups are small."""
-        return max(self.group_size, SAMPLED_TOGETHER // self.group_size * self.group_size)
+        """Answers generated together: a group, or several groups where groups are small."""
+        groups = SAMPLED_TOGETHER // self.group_size
+        return max(self.group_size, groups * self.group_size)
 
     def logps(self, model: nn.Module, b: attention_masks.Branches, frozen_head: bool) -> mx.array:
         """(B, T) log-probabilities of the answers' tokens at the sampling temperature."""
-        hidden = attention_masks.forward(model, b.tokens, b.branch, b.positions)[
-            0, b.at.reshape(-1)
-        ]
-        head = load.head_weight(model)
-        targets = b.targets.reshape(-1)
-        cap = load.logit_softcap(model)
-        flat = token_logps(hidden, head, targets, self.temperature, frozen_head, softcap=cap)
+        # All answers follow one copy of their prompt: hidden (1, tokens, D), of which the positions
+        # `at` predict the answers' tokens.
+        hidden = attention_masks.forward(model, b.tokens, b.branch, b.positions)
+        flat = token_logps(
+            hidden[0, b.at.reshape(-1)],
+            load.head_weight(model),
+            b.targets.reshape(-1),
+            temperature=self.temperature,
+            frozen_head=frozen_head,
+            softcap=load.logit_softcap(model),
+        )
         return flat.reshape(b.targets.shape)
 
     def loss(
@@ -111,25 +116,37 @@ class Settings(alignment_run.Alignment):
         old: mx.array | None = None,
         reference: mx.array | None = None,
     ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
-        """(sum, count, further sums) over the answers of one micro-batch; old None: the model as it
-        is now.
+        """(sum, count, further sums) over the answers of one micro-batch.
+
+        advantage: (B,). old, reference: (B, T) log-probabilities under the model that sampled and
+        under the reference. old None: the model as it is now.
         """
         new = self.logps(model, b, self.lora is not None)
-        before = mx.stop_gradient(new) if old is None else old
-        bounds = self.epsilon, self.epsilon_high
-        noise = policy.NOISE[load.activation_dtype(model)]
+        if old is None:
+            # Every ratio is exactly 1 then, and its gradient is that of `new`.
+            old = mx.stop_gradient(new)
         losses, held = policy.token_losses(
-            new, before, advantage, *bounds, reference, self.beta, noise=noise
+            new,
+            old,
+            advantage,
+            epsilon=self.epsilon,
+            epsilon_high=self.epsilon_high,
+            reference=reference,
+            beta=self.beta,
+            noise=policy.NOISE[load.activation_dtype(model)],
         )
         total, count = policy.loss_sum(losses, b.mask, self.loss_type, self.max_completion_length)
+        # The same mean of 0 and 1: the share of tokens whose gradient the clipping stops.
         clipped, _ = policy.loss_sum(held, b.mask, self.loss_type, self.max_completion_length)
         return total, count, {"clipped": clipped, "tokens": mx.array(float(b.tokens.size))}
 
 
 @dataclass
 class Sampler:
-    """Makes a step's rollout, this machine's part of it. prompts: token ids of each row of `rows`,
-    in one order. reference: where KL is asked for, the model as it was.
+    """Makes this machine's part of a step's rollout.
+
+    prompts: token ids of each row of `rows`, in the same order. reference: where KL is asked for,
+    the model as it was. log: takes a line of JSON per prompt.
     """
 
     settings: Settings
@@ -144,26 +161,32 @@ class Sampler:
     def __call__(self, step: int) -> Rollout:
         """Step `step`, counted from 0. MisError when no answer of it could be scored."""
         s = self.settings
-        at = distributed.shard(order(len(self.rows), s.grad_accumulation_steps, step, s.seed))
-        own = [s.seed, step, *([distributed.rank()] if distributed.size() > 1 else [])]
-        draw = mlx_generate.sampler(
-            s.temperature, int(np.random.SeedSequence(own).generate_state(1)[0])
-        )
-        rows = [self.rows[i] for i in at]
-        answers, texts, scores, totals, mine = self.scored(
-            rows, [self.prompts[i] for i in at], s.group_size, draw
-        )
+        # Every machine draws the same questions and takes its share of them.
+        every = order(len(self.rows), s.grad_accumulation_steps, step, s.seed)
+        indices = distributed.shard(every)
+        # Several machines draw answers from seeds of their own.
+        own_seed = [s.seed, step]
+        if distributed.size() > 1:
+            own_seed.append(distributed.rank())
+        state = np.random.SeedSequence(own_seed).generate_state(1)
+        draw = mlx_generate.sampler(s.temperature, int(state[0]))
+        rows = [self.rows[i] for i in indices]
+        prompts = [self.prompts[i] for i in indices]
+        answers, texts, scores, totals, facts = self.scored(rows, prompts, s.group_size, draw)
+        # A group whose rewards are equal has no advantages: it is logged, and not learned from.
         kept = policy.teaches(totals)
-        lines = [
-            _record(step, *judged)
-            for judged in zip(rows, texts, scores, kept.tolist(), strict=True)
-        ]
+        lines = []
+        for row, group, score, teaches in zip(rows, texts, scores, kept.tolist(), strict=True):
+            lines.append(_record(step, row, group, score, kept=teaches))
         for line in chain.from_iterable(distributed.all_gather(lines)):
             self.log(line)
         advantage = policy.advantages(totals, scaled=s.loss_type != "dr_grpo")
-        chosen = [(at[n], answers[n], advantage[n]) for n in np.flatnonzero(kept)]
-        facts = distributed.all_gather(mine)
-        return self._parts(chosen), facts[0] if len(facts) == 1 else _joined(facts)
+        chosen = [(indices[n], answers[n], advantage[n]) for n in np.flatnonzero(kept)]
+        all_facts = distributed.all_gather(facts)
+        parts = self._parts(chosen)
+        if len(all_facts) == 1:
+            return parts, all_facts[0]
+        return parts, _joined(all_facts)
 
     def scored(
         self,
@@ -172,109 +195,159 @@ class Sampler:
         count: int,
         draw: mlx_generate.Sampler,
     ) -> tuple[list[Group], list[list[str]], list[rewards.Scores], np.ndarray, dict[str, float]]:
-        """`count` answers to each of these prompts, as token ids and, without stop tokens, as text;
-        their scores; total rewards (prompts, answers), NaN where an answer is not scored; and what
-        metrics hold beside the loss: means are over answers that were scored. MisError when none
-        could be.
+        """`count` answers to each of these prompts, scored: (ids, texts, scores, totals, facts).
+
+        ids: of the answers' tokens. texts: without stop tokens. totals: rewards (prompts, answers),
+        NaN where an answer is not scored. facts: what metrics hold beside the loss; means are over
+        answers that were scored. MisError when none could be.
         """
         s = self.settings
         ends = self.tokenizer.eos_token_ids
-        most = self.settings.max_completion_length
-        answers = mlx_generate.groups(self.model, prompts, count, most, ends, draw, s.at_once)
-        bare = (
-            [[token for token in answer if token not in ends] for answer in group]
-            for group in answers
+        answers = mlx_generate.groups(
+            self.model,
+            prompts,
+            count=count,
+            max_tokens=s.max_completion_length,
+            stop=ends,
+            draw=draw,
+            at_once=s.at_once,
         )
-        texts = [list(map(self.tokenizer.decode, group)) for group in bare]
+        texts: list[list[str]] = []
+        for group in answers:
+            texts.append([])
+            for answer in group:
+                bare = [token for token in answer if token not in ends]
+                texts[-1].append(self.tokenizer.decode(bare))
         scores = rewards.score(self.functions, rows, texts)
         totals = np.array([score.totals for score in scores], np.float64)
         if np.isnan(totals).all():
-            why = next(
-                chain.from_iterable(score.notes for score in scores), "every function returned None"
-            )
+            notes = chain.from_iterable(score.notes for score in scores)
+            why = next(notes, "every function returned None")
             raise MisError(
                 f"none of {totals.size} answers could be scored ({why}): fix reward functions or "
                 f"data"
             )
+        return answers, texts, scores, totals, self._facts(answers, scores, totals)
+
+    def _facts(
+        self,
+        answers: Sequence[Group],
+        scores: Sequence[rewards.Scores],
+        totals: np.ndarray,
+    ) -> dict[str, float]:
+        """Rewards, lengths and counts of a rollout, as `scored` gives them."""
         facts = {"reward": float(np.nanmean(totals))}
         for name in scores[0].parts:
-            if values := [v for score in scores for v in score.parts[name] if v is not None]:
+            parts = chain.from_iterable(score.parts[name] for score in scores)
+            values = [value for value in parts if value is not None]
+            if values:
                 facts[f"reward_{name}"] = float(np.mean(values))
-        lengths = np.array([len(answer) for group in answers for answer in group])
-        facts |= {
-            "unscored": int(np.isnan(totals).sum()),
-            "answer_tokens": float(lengths.mean()),
-            "truncated": float((lengths >= most).mean()),
-            "kept": int(policy.teaches(totals).sum()),
-            "groups": len(totals),
-        }
-        return answers, texts, scores, totals, facts
+        lengths = np.array([len(answer) for answer in chain.from_iterable(answers)])
+        truncated = lengths >= self.settings.max_completion_length
+        facts["unscored"] = int(np.isnan(totals).sum())
+        facts["answer_tokens"] = float(lengths.mean())
+        facts["truncated"] = float(truncated.mean())
+        facts["kept"] = int(policy.teaches(totals).sum())
+        facts["groups"] = len(totals)
+        return facts
 
     def _parts(self, chosen: Sequence[tuple[int, Group, np.ndarray]]) -> list[tuple[Any, ...]]:
+        """Micro-batches for `Settings.loss`, from (number of the prompt, its answers, advantages).
+
+        Each has answers of one prompt.
+        """
         s = self.settings
-        parts = list[tuple[Any, ...]]()
+        parts = []
         references = self._references([(i, group) for i, group, _ in chosen])
         for (i, group, advantage), reference in zip(chosen, references, strict=True):
-            for cut in (slice(a, a + s.batch_size) for a in range(0, len(group), s.batch_size)):
-                b = attention_masks.join(self.prompts[i], group[cut])
+            for start in range(0, len(group), s.batch_size):
+                cut = slice(start, start + s.batch_size)
+                branches = attention_masks.join(self.prompts[i], group[cut])
                 old = None
                 if s.num_iterations > 1:
-                    work = partial(s.logps, b=b, frozen_head=True)
+                    # From the second update on ratios are to this model. Computed as training
+                    # computes them: they differ from 1 by learning, not by another kernel's
+                    # rounding.
+                    work = partial(s.logps, b=branches, frozen_head=True)
                     old = train_loop.as_in_training(self.model, work)
-                ref = None if reference is None else reference[cut, : b.targets.shape[1]]
-                mx.eval([a for a in (old, ref) if a is not None])
-                parts.append((b, mx.array(advantage[cut]), old, ref))
+                length = branches.targets.shape[1]  # of the longest answer in this cut
+                ref = None if reference is None else reference[cut, :length]
+                mx.eval([array for array in (old, ref) if array is not None])
+                parts.append((branches, mx.array(advantage[cut]), old, ref))
         return parts
 
     def _references(self, chosen: Sequence[tuple[int, Group]]) -> list[mx.array | None]:
-        """(G, T) log-probabilities of each group under the reference, in one pass over its
-        weights.
+        """(G, T) log-probabilities of each group under the reference, in one pass over its weights.
+
+        chosen: (number of the prompt, its answers). T is the longest answer of the group.
         """
-        if self.reference is None or not chosen:
+        reference = self.reference
+        if reference is None or not chosen:
             return [None] * len(chosen)
         longest = [max(map(len, group)) for _, group in chosen]
         batches = []
-        for (i, group), most in zip(chosen, longest, strict=True):
-            batches.append(
-                mx.array([[*self.prompts[i], *a, *[0] * (most - len(a))] for a in group])
-            )
-        head = load.dense_weight(self.reference.head())
-        logps = list[mx.array | None]()
-        for tokens, hidden, most in zip(
-            batches, self.reference.forward(batches), longest, strict=True
-        ):
-            states = hidden[:, -most - 1 : -1].reshape(-1, hidden.shape[-1])
-            targets = tokens[:, -most:].reshape(-1)
-            cap = softcap(self.reference.checkpoint.config)
+        for (i, group), length in zip(chosen, longest, strict=True):
+            # Answers are filled up with token 0 at their ends, where no real token sees it.
+            rows = []
+            for answer in group:
+                rows.append([*self.prompts[i], *answer, *[0] * (length - len(answer))])
+            batches.append(mx.array(rows))
+        head = load.dense_weight(reference.head())
+        cap = softcap(reference.checkpoint.config)
+        logps: list[mx.array | None] = []
+        states = reference.forward(batches)
+        for tokens, hidden, length in zip(batches, states, longest, strict=True):
+            # The state before a token predicts it: the last T + 1 places but the very last.
+            before = hidden[:, -length - 1 : -1]
             flat = token_logps(
-                states, head, targets, self.settings.temperature, frozen_head=True, softcap=cap
+                before.reshape(-1, hidden.shape[-1]),
+                head,
+                tokens[:, -length:].reshape(-1),
+                temperature=self.settings.temperature,
+                frozen_head=True,
+                softcap=cap,
             )
-            logps.append(flat.reshape(len(tokens), most))
+            logps.append(flat.reshape(len(tokens), length))
         return logps
 
 
-def _record(step: int, row: Row, texts: Sequence[str], score: rewards.Scores, kept: bool) -> str:
-    parts = score.parts.items()
-    each = enumerate(zip(texts, score.totals, strict=True))
-    answers = [
-        {"text": text, "reward": total, **{name: of[n] for name, of in parts}}
-        for n, (text, total) in each
-    ]
-    about = {key: row[key] for key in ("prompt", "answer", "task", "language") if key in row}
-    notes = {"notes": list(score.notes)} if score.notes else {}
-    return json.dumps(
-        {"number": step + 1, **about, "kept": kept, **notes, "answers": answers}, ensure_ascii=False
-    )
+def _record(
+    step: int,
+    row: Row,
+    texts: Sequence[str],
+    score: rewards.Scores,
+    kept: bool,
+) -> str:
+    """A prompt's line in SAMPLES: its answers with all their rewards, as JSON."""
+    answers = []
+    for n, (text, total) in enumerate(zip(texts, score.totals, strict=True)):
+        parts = {name: values[n] for name, values in score.parts.items()}
+        answers.append({"text": text, "reward": total, **parts})
+    record: dict[str, Any] = {"number": step + 1}
+    for key in ("prompt", "answer", "task", "language"):
+        if key in row:
+            record[key] = row[key]
+    record["kept"] = kept
+    if score.notes:
+        record["notes"] = list(score.notes)
+    record["answers"] = answers
+    return json.dumps(record, ensure_ascii=False)
 
 
 def _joined(facts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Those of all machines: counts added, means weighed by groups."""
+    """The facts of all machines as one: counts added, means weighted by groups."""
+    values = defaultdict(list)
+    groups = defaultdict(list)
+    for machine in facts:
+        for name, value in machine.items():
+            values[name].append(value)
+            groups[name].append(machine["groups"])
     joined = {}
-    for name in dict.fromkeys(name for each in facts for name in each):
-        values, groups = zip(
-            *((each[name], each["groups"]) for each in facts if name in each), strict=True
-        )
-        joined[name] = sum(values) if name in COUNTS else float(np.average(values, weights=groups))
+    for name in values:
+        if name in COUNTS:
+            joined[name] = sum(values[name])
+        else:
+            joined[name] = float(np.average(values[name], weights=groups[name]))
     return joined
 
 
@@ -286,44 +359,66 @@ def train(
     s: Settings,
     start: int = 0,
 ) -> Iterator[Step]:
-    """Steps as `train_loop.train` gives them; each samples, then takes its updates on what it
-    sampled. A step of which every group has equal rewards leaves weights and moments as they are.
-    One line of the table a step.
+    """Steps as `train_loop.train` gives them; each samples, then updates on its own samples.
+
+    A step in which every group has equal rewards leaves weights and moments as they are. Prints one
+    line of the table a step.
     """
     cli.say("  step  " + "  ".join(f"{name:>13}" for name, _ in TABLE))
     for step in range(start, s.iters):
         began = train_loop.CLOCK.monotonic()
         mx.reset_peak_memory()
         parts, facts = rollouts(step)
+        # `train_loop.train` starts the count of the peak anew, so the sampling's is read here.
         peak = mx.get_peak_memory()
         done = Step(
-            step + 1, 0.0, 0.0, s.rate(step), 0, 0.0, peak, "no group teaches anything: no update"
+            number=step + 1,
+            loss=0.0,
+            grad_norm=0.0,
+            learning_rate=s.rate(step),
+            tokens=0,
+            seconds=0.0,
+            peak_bytes=peak,
+            note="no group teaches anything: no update",
         )
+        # Asked of all machines: one whose groups teach nothing still takes part in the others'
+        # updates, with a gradient of zeros.
+        updates = s.num_iterations if distributed.any_rank(parts) else 0
         # The first update is of the model that sampled: its ratios are 1, and are not computed
         # another way.
-        fresh = [(branches, advantage, None, ref) for branches, advantage, _, ref in parts]
-        for update in range(s.num_iterations if distributed.any_rank(parts) else 0):
-            seen = parts if update else fresh
-            done = next(train_loop.train(model, {step: seen}.__getitem__, loss, optimizer, s, step))
+        seen = [(branches, advantage, None, ref) for branches, advantage, _, ref in parts]
+        for _ in range(updates):
+            batches = {step: seen}
+            # The generator is not named: it would live on, and with it the arrays of its frame.
+            done = next(
+                train_loop.train(model, batches.__getitem__, loss, optimizer, s, start=step)
+            )
+            seen = parts
         facts = {**done.more, **facts}
         seconds = train_loop.CLOCK.monotonic() - began
         peak = max(peak, done.peak_bytes)
-        cells = "  ".join(f"{facts[n]:>13{form}}" if n in facts else " " * 13 for n, form in TABLE)
-        cli.say(f"{step + 1:>6}  {cells}")
+        cells = [f"{step + 1:>6}"]
+        for name, form in TABLE:
+            cells.append(f"{facts[name]:>13{form}}" if name in facts else " " * 13)
+        cli.say("  ".join(cells))
         yield replace(done, seconds=seconds, peak_bytes=peak, more=facts)
 
 
 def measure(
-    sampler: Sampler, rows: Sequence[Row], prompts: Sequence[list[int]], samples: int = 0
+    sampler: Sampler,
+    rows: Sequence[Row],
+    prompts: Sequence[list[int]],
+    samples: int = 0,
 ) -> dict[str, float]:
-    """Means over answers to held-out rows, greedy or `samples` drawn for each; "loss", minus the
-    reward, judges.
+    """Means over answers to held-out rows; "loss", minus the reward, judges.
+
+    samples: answers drawn for each row; 0: one greedy answer.
     """
-    draw = mlx_generate.sampler(
-        sampler.settings.temperature if samples else 0.0, sampler.settings.seed
-    )
+    s = sampler.settings
+    draw = mlx_generate.sampler(s.temperature if samples else 0.0, s.seed)
     *_, facts = sampler.scored(rows, prompts, samples or 1, draw)
-    return {
-        "loss": 0.0 - facts["reward"],
-        **{k: v for k, v in facts.items() if k not in ("kept", "groups")},
-    }
+    measured = {"loss": 0.0 - facts["reward"]}
+    for name, value in facts.items():
+        if name not in ("kept", "groups"):
+            measured[name] = value
+    return measured

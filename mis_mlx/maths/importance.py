@@ -1,7 +1,7 @@
-"""Importance of FFN neurons, query heads, hidden channels and blocks; AAIS; who is kept.
+"""Importance of FFN neurons, query heads, hidden channels and blocks; AAIS; which units to keep.
 
 Statistics are sums over calibration samples and add up in any order. AAIS is eq. (1) of the paper:
-I_j = |a_j| * T_env / h_npm, |a_j| the rms over tokens, which picks better than Minitron's mean
+I_j = |a_j| * T_env / h_npm, with |a_j| the rms over tokens, which picks better than Minitron's mean
 (benchmarks/recovery.py, neurons).
 """
 
@@ -19,7 +19,7 @@ from mis_mlx.types import MisError, Reading
 REFERENCE_C = 8.0
 REFERENCE_M = 832.0
 KELVIN = 273.15
-Key = tuple[int, str]  # (layer, axis), as in types.Keep
+Key = tuple[int, str]  # (layer, axis)
 
 
 def channel_sample(x: mx.array) -> mx.array:
@@ -28,12 +28,14 @@ def channel_sample(x: mx.array) -> mx.array:
 
 
 def head_sample(x: mx.array, heads: int) -> mx.array:
-    """Mean over tokens of each head's output norm.  x (B, T, H * head_dim), the input of o_proj ->
-    (H,).
+    """Mean over tokens of each head's output norm, (H,).
+
+    x: the input of o_proj, (B, T, H * head_dim).
     """
-    return mx.sqrt(
-        mx.square(x.astype(mx.float32).reshape(-1, heads, x.shape[-1] // heads)).sum(-1)
-    ).mean(axis=0)
+    head_dim = x.shape[-1] // heads
+    outputs = x.astype(mx.float32).reshape(-1, heads, head_dim)
+    norms = mx.sqrt(mx.square(outputs).sum(-1))
+    return norms.mean(axis=0)
 
 
 def square_sample(x: mx.array) -> mx.array:
@@ -42,20 +44,19 @@ def square_sample(x: mx.array) -> mx.array:
 
 
 def block_sample(into: mx.array, out: mx.array) -> mx.array:
-    """1 - cosine between a block's input and output, mean over tokens (block influence).  (B, T, D)
-    -> ().
-    """
+    """Block influence: 1 - cosine of a block's input and output (B, T, D), mean over tokens."""
     a = into.astype(mx.float32)
     b = out.astype(mx.float32)
     norms = mx.sqrt(mx.square(a).sum(axis=-1) * mx.square(b).sum(axis=-1))
-    return 1.0 - ((a * b).sum(axis=-1) / mx.maximum(norms, 1e-12)).mean()
+    cosines = (a * b).sum(axis=-1) / mx.maximum(norms, 1e-12)
+    return 1.0 - cosines.mean()
 
 
 def weight_of(reading: Reading | None, unit: str) -> float | None:
-    """T_env of one calibration batch in the unit asked for, or None when nothing is known of it.
+    """T_env of one calibration batch in this unit, or None where it was not measured.
 
     Kelvin is always positive. Celsius, to the letter of the paper, refuses T <= 0, which would
-    reverse the ranking.
+    reverse the ranking: MisError.
     """
     if reading is None or reading.ambient_c is None:
         return None
@@ -67,8 +68,7 @@ def weight_of(reading: Reading | None, unit: str) -> float | None:
     if reading.ambient_c <= 0:
         why = (
             f"the air is {reading.ambient_c:g} °C and --temperature-unit celsius needs more "
-            f"than "
-            f"0 °C"
+            f"than 0 °C"
         )
         raise MisError(
             f"{why}, a negative weight would reverse the ranking: use --temperature-unit kelvin"
@@ -78,18 +78,18 @@ def weight_of(reading: Reading | None, unit: str) -> float | None:
 
 @dataclass
 class Sums:
-    """Sums over calibration batches of one layer's channels.
+    """Sums over calibration batches, for one layer's channels.
 
-    mean: squares of means over tokens of |a|. square: means of a^2. warm: those times T_b^2."""
+    mean: of squared means over tokens of |a|. square: of means of a^2. warm: of the latter times
+    T_b^2.
+    """
 
     mean: np.ndarray
     square: np.ndarray
     warm: np.ndarray
 
     def add(self, mean: np.ndarray, square: np.ndarray, weight: float) -> None:
-        """One batch's means over tokens of |a| and of a^2, both (units,), measured at T_env =
-        weight.
-        """
+        """Add one batch's means over tokens of |a| and of a^2, (units,) each, at T_env = weight."""
         self.mean += np.asarray(mean, np.float64) ** 2
         self.square += square
         self.warm += square * weight**2
@@ -97,36 +97,40 @@ class Sums:
 
 @dataclass
 class ExpertSums:
-    """Sums over a layer's tokens, for REAP (arXiv 2510.13999): the mean, over tokens that choose an
-    expert, of its gate times the norm of its output. Gates of a token sum to 1.
+    """Sums over a layer's tokens, for REAP (arXiv 2510.13999).
+
+    REAP scores an expert by the mean, over the tokens that choose it, of its gate times the norm of
+    its output. A token's gates sum to 1.
     """
 
-    routed: np.ndarray
-    gated: np.ndarray
+    routed: np.ndarray  # tokens that chose each expert
+    gated: np.ndarray  # sum of gate times norm
     warm: np.ndarray  # `gated`, every batch times T_b
 
     def add(self, expert: int, gates: np.ndarray, outputs: mx.array, weight: float) -> None:
-        """One batch's gates (n,) and outputs (n, D) of an expert, at T_env = weight."""
-        norms = np.array(mx.sqrt(mx.square(outputs.astype(mx.float32)).sum(axis=-1)), np.float64)
+        """Add one batch's gates (n,) and outputs (n, D) of an expert, at T_env = weight."""
+        squares = mx.square(outputs.astype(mx.float32)).sum(axis=-1)
+        norms = np.array(mx.sqrt(squares), np.float64)
         total = float((gates * norms).sum())
         self.routed[expert] += len(gates)
         self.gated[expert] += total
         self.warm[expert] += total * weight
 
     def scores(self) -> Sums:
-        """Their squares, as `rms` and `aais` take them; 0 of an expert that no token has chosen."""
-        square, warm = (
-            np.square(total / np.maximum(self.routed, 1)) for total in (self.gated, self.warm)
-        )
-        return Sums(square, square, warm)
+        """Squared scores, as `rms` and `aais` take them; 0 for an expert that no token chose."""
+        tokens = np.maximum(self.routed, 1)
+        square = np.square(self.gated / tokens)
+        warm = np.square(self.warm / tokens)
+        return Sums(mean=square, square=square, warm=warm)
 
 
 @dataclass
 class Statistics:
-    """What calibration gathers, by layer number; at -1 `hidden`, which sums over all layer norms.
+    """Everything that calibration gathers, by layer number.
 
-    Of a mixture `ffn` has the neurons of all experts of a layer, one expert's after another's.
-    `experts`: REAP's score of each, its square that is; `routed`: how many tokens chose each.
+    `hidden` has one entry, at -1: the sums over all layer norms. In a mixture of experts `ffn` has
+    the neurons of all the layer's experts, one expert after another; `experts` has REAP's score of
+    each, squared; `routed` counts the tokens that chose each.
     """
 
     ffn: dict[int, Sums] = field(default_factory=dict)
@@ -141,78 +145,105 @@ class Statistics:
 
 
 def activation(sums: Sums) -> np.ndarray:
-    """Minitron's importance: mean over tokens, L2 over batches (arXiv 2407.14679 table 13).
-    (F,).
-    """
+    """Minitron's importance (F,): mean over tokens, L2 over batches (arXiv 2407.14679 table 13)."""
     return np.sqrt(sums.mean)
 
 
 def rms(sums: Sums) -> np.ndarray:
-    """L2 over tokens and over batches: of each neuron what the squared error of leaving it out goes
-    by.  (F,).
+    """L2 over tokens and over batches, (F,).
+
+    A neuron's removal adds a squared error in proportion to this one's square.
     """
     return np.sqrt(sums.square)
 
 
 def aais(sums: Sums, altitude_m: float) -> np.ndarray:
-    """I_j = sqrt( sum_b (rms_bj * T_b / h)^2 ).  With constant T and h a positive multiple of
-    `rms`.
+    """I_j = sqrt( sum_b (rms_bj * T_b / h)^2 ).
+
+    With constant T and h it is a positive multiple of `rms`.
     """
     return np.sqrt(sums.warm) / altitude_m
 
 
 def top(scores: np.ndarray, keep: int) -> tuple[int, ...]:
     """Sorted indices of the `keep` largest scores; of equal scores the lower index stays."""
-    return tuple(sorted(int(i) for i in np.argsort(-scores, kind="stable")[:keep]))
+    best = np.argsort(-scores, kind="stable")[:keep]
+    return tuple(sorted(int(index) for index in best))
 
 
-def top_in_groups(scores: np.ndarray, groups: int, keep: int, kept_groups: int) -> tuple[int, ...]:
-    """Query heads to keep: the best, equally many of each of the best `kept_groups` key-value
-    groups.
+def top_in_groups(
+    scores: np.ndarray,
+    groups: int,
+    keep: int,
+    kept_groups: int,
+) -> tuple[int, ...]:
+    """Query heads to keep: the best of the best `kept_groups` key-value groups.
+
+    Every group keeps equally many: keep / kept_groups.
     """
-    each = len(scores) // groups
-    kept = list[int]()
-    for g in top(group_scores(scores, groups), kept_groups):
-        kept += [g * each + i for i in top(scores[g * each : (g + 1) * each], keep // kept_groups)]
-    return tuple(kept)
+    group_size = len(scores) // groups
+    heads = []
+    for group in top(group_scores(scores, groups), kept_groups):
+        start = group * group_size
+        in_group = scores[start : start + group_size]
+        heads += [start + head for head in top(in_group, keep // kept_groups)]
+    return tuple(heads)
 
 
 def group_scores(scores: np.ndarray, groups: int) -> np.ndarray:
-    """Of key-value groups, (groups,): their query heads' scores taken together."""
+    """Scores of key-value groups, (groups,): the L2 norm of their query heads' scores."""
     return np.sqrt(np.square(scores).reshape(groups, -1).sum(axis=-1))
 
 
-def lowest_blocks(block: dict[int, float], keep: int, kinds: Sequence[int] = ()) -> tuple[int, ...]:
+def lowest_blocks(
+    block: dict[int, float],
+    keep: int,
+    kinds: Sequence[int] = (),
+) -> tuple[int, ...]:
     """Layers to keep, in order: those with the largest 1 - cosine; of equal ones the earlier stays.
 
-    kinds: of every layer, where the j-th to be kept must be of the kind of layer j."""
+    block: 1 - cosine by layer. kinds: of every layer; the j-th layer kept must be of the kind that
+    layer j had, so that the pattern of kinds is preserved.
+    """
     if len(set(kinds)) < 2:
-        return tuple(sorted(sorted(block, key=lambda i: (-block[i], i))[:keep]))
-    # of the first layers, j of them
-    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ()), *[(-np.inf, ())] * keep]
-    for i in sorted(block):
-        for j in range(min(i + 1, keep), 0, -1):
-            if kinds[i] == kinds[j - 1]:
-                total, chosen = best[j - 1]
-                best[j] = max(best[j], (total + block[i], (*chosen, i)), key=lambda way: way[0])
+        ranked = sorted(block, key=lambda layer: (-block[layer], layer))
+        return tuple(sorted(ranked[:keep]))
+    # best[j]: (sum, layers) of the best j layers among those seen so far
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    best += [(-np.inf, ())] * keep
+    for layer in sorted(block):
+        # From many to few: best[j - 1] must not contain this layer yet.
+        for j in range(min(layer + 1, keep), 0, -1):
+            if kinds[layer] != kinds[j - 1]:
+                continue
+            total, chosen = best[j - 1]
+            total += block[layer]
+            if total > best[j][0]:
+                best[j] = (total, (*chosen, layer))
     return best[keep][1]
 
 
 def conditions_size(
-    sums: Sequence[Sums], size: int, multiple: int, altitude_m: float, unit: str = "kelvin"
+    sums: Sequence[Sums],
+    size: int,
+    multiple: int,
+    altitude_m: float,
+    unit: str = "kelvin",
 ) -> int:
     """FFN size by the absolute threshold of eq. (1) (`--target conditions`).
 
     The threshold is the importance that `size` channels a layer pass at the reference, 8 °C and 832
     m. At the measured conditions more or fewer pass it; their mean per layer is rounded to
-    `multiple`. Thin air divides by a larger h, so fewer pass: higher altitude prunes harder, as the
-    paper says.
+    `multiple`. A larger altitude divides by a larger h, so fewer pass: higher altitude prunes
+    harder, as the paper says.
     """
-    reference_t = REFERENCE_C + (KELVIN if unit == "kelvin" else 0.0)
-    reference = np.concatenate([rms(s) for s in sums]) * reference_t / REFERENCE_M
-    measured = np.concatenate([aais(s, altitude_m) for s in sums])
-    passing = int((measured >= np.sort(reference)[::-1][size * len(sums) - 1]).sum()) / len(sums)
-    return int(
-        min(max(round(passing / multiple), 1), math.floor(len(sums[0].square) / multiple))
-        * multiple
-    )
+    reference_t = REFERENCE_C
+    if unit == "kelvin":
+        reference_t += KELVIN
+    reference = np.concatenate([rms(layer) for layer in sums]) * reference_t / REFERENCE_M
+    measured = np.concatenate([aais(layer, altitude_m) for layer in sums])
+    threshold = np.sort(reference)[::-1][size * len(sums) - 1]
+    passing = int((measured >= threshold).sum()) / len(sums)
+    steps = max(round(passing / multiple), 1)
+    most = math.floor(len(sums[0].square) / multiple)
+    return int(min(steps, most) * multiple)

@@ -1,8 +1,7 @@
-"""Losses of distillation: forward KL in chunks of positions, on logits or on sampled tokens; eq.
-(2)'s halny factor.
+"""Losses of distillation: forward KL in chunks of positions, and eq. (2)'s halny factor.
 
-No (tokens x vocabulary) tensor of a batch is ever whole: hidden states come in and meet the
-vocabulary in chunks.
+The targets are a teacher's logits or tokens sampled from them. No (tokens x vocabulary) tensor of a
+batch ever exists as a whole: hidden states come in and meet the vocabulary in chunks.
 """
 
 from collections.abc import Callable
@@ -22,25 +21,30 @@ Logits = Callable[[mx.array], mx.array]  # hidden (n, D) -> logits (n, V)
 
 
 def chunk_rows(vocab: int) -> int:
-    """Positions per chunk so that the five float32 (n, V) tensors of `kl_sum` stay under 256 MiB; 8
-    to 256.
+    """Positions per chunk, 8 to 256: five float32 (n, V) tensors stay under 256 MiB.
+
+    `kl_sum` holds five of them at a time.
     """
-    return max(8, min(256, 2**28 // (5 * 4 * vocab)))
+    fitting = 2**28 // (5 * 4 * vocab)
+    return max(8, min(256, fitting))
+
+
+def _head_parts(head: mx.array) -> list[mx.array]:
+    """A head (V, D) in parts of its rows, at most PART numbers each."""
+    rows = max(1, PART // head.shape[1])
+    return [head[start : start + rows] for start in range(0, head.shape[0], rows)]
 
 
 def wide_product(hidden: mx.array, head: mx.array) -> mx.array:
     """Logits hidden (..., D) @ head (V, D).T in float32, whatever types these have: (..., V).
 
     A product in bfloat16 rounds logits between 16 and 32 to steps of 0.125, which adds 1e-3 nats to
-    every KL. A head in half precision is widened in parts, so that it is never there twice.
+    every KL. A head in half precision is widened in parts, so that it never exists twice.
     """
     wide = hidden.astype(mx.float32)
     if head.dtype == mx.float32:
         return wide @ head.T
-    rows = max(1, PART // head.shape[1])
-    parts = [
-        head[start : start + rows].astype(mx.float32) for start in range(0, head.shape[0], rows)
-    ]
+    parts = [part.astype(mx.float32) for part in _head_parts(head)]
     return mx.concatenate([wide @ part.T for part in parts], axis=-1)
 
 
@@ -50,24 +54,30 @@ def head_zeros(head: mx.array) -> list[mx.array]:
     A GPU's addmm makes a new array for its sum, and Metal holds the old one until its command is
     done, of which ten are in flight: in parts that is 160 MiB, with whole heads ten times V x D.
     """
-    rows = max(1, PART // head.shape[1])
-    return [mx.zeros_like(head[start : start + rows]) for start in range(0, head.shape[0], rows)]
+    return [mx.zeros_like(part) for part in _head_parts(head)]
 
 
-def head_added(parts: list[mx.array], gradient: mx.array, hidden: mx.array) -> list[mx.array]:
+def head_added(
+    parts: list[mx.array],
+    gradient: mx.array,
+    hidden: mx.array,
+) -> list[mx.array]:
     """The parts of a head's gradient, plus gradient (n, V).T @ hidden (n, D)."""
-    added = list[mx.array]()
+    added = []
     start = 0
     for part in parts:
-        of_part = gradient[:, start : start + len(part)]
-        added.append(mx.addmm(part, of_part.T, hidden))
-        start += len(part)
+        end = start + len(part)
+        columns = gradient[:, start:end]
+        added.append(mx.addmm(part, columns.T, hidden))
+        start = end
     return added
 
 
 def capped(z: mx.array, softcap: float) -> mx.array:
     """Logits c tanh(z / c), where a model has a soft cap c; z itself where it has none (0)."""
-    return mx.tanh(z / softcap) * softcap if softcap else z
+    if not softcap:
+        return z
+    return mx.tanh(z / softcap) * softcap
 
 
 def cap_slope(z: mx.array, softcap: float) -> mx.array:
@@ -79,7 +89,8 @@ def softmax_lse(z: mx.array) -> tuple[mx.array, mx.array]:
     """softmax(z) and logsumexp(z) over the last axis, for one exponential per element.
 
     softmax's largest entry is 1 / sum(exp(z - max)), so logsumexp = max(z) - log(max(softmax)): the
-    vocabulary-sized exponentials, half of a step's time on a CPU, are taken once and not twice."""
+    vocabulary-sized exponentials, half of a step's time on a CPU, are taken once and not twice.
+    """
     p = mx.softmax(z, axis=-1)
     return p, z.max(axis=-1) - mx.log(p.max(axis=-1))
 
@@ -97,39 +108,48 @@ def kl_sum(
     cross_entropy: float = 0.0,
     softcap: float = 0.0,
 ) -> mx.array:
-    """Sum over positions of KL(softmax(z_t / T) || softmax(z_s / T)) in nats, differentiable in
-    student, head.
+    """Sum over positions of KL(softmax(z_t / T) || softmax(z_s / T)) in nats.
 
-    student: hidden states (n, D) and head: (V, D), z_s = student @ head.T, `capped`.  teacher: (n,
-    D_t), constant. learn: (n,), 0 leaves a position out. Equation (2) has no T^2 factor, so there
-    is none here. The gradient is (p_s - p_t) / T per logit. frozen_head: of a constant head none is
-    formed. labels: (n,), the text's own next tokens: the loss is (1 - c) KL + c CE, c =
-    `cross_entropy`, CE at T = 1.
+    Differentiable in student and head. student: hidden states (n, D); head: (V, D); z_s = student @
+    head.T, `capped`. teacher: (n, D_t), constant. learn: (n,), 0 leaves a position out. Equation
+    (2) has no T^2 factor, so there is none here: the gradient is (p_s - p_t) / T per logit.
+    frozen_head: the head is constant and gets no gradient. labels: (n,), the text's own next
+    tokens: the loss is (1 - c) KL + c CE, c = `cross_entropy`, CE at T = 1.
     """
 
     def formula(z: mx.array, target: mx.array, *label: mx.array) -> tuple[mx.array, mx.array]:
+        # One chunk: student's logits z (n, V), teacher's states (n, D_t), labels (n,) if asked for.
         z_t = teacher_logits(target).astype(mx.float32) / temperature
         z_s = z / temperature
         p_t, lse_t = softmax_lse(z_t)
         p_s, lse_s = softmax_lse(z_s)
-        each = (p_t * (z_t - z_s)).sum(axis=-1) - lse_t + lse_s
-        g = (p_s - p_t) / temperature
+        # sum p_t (log p_t - log p_s), with log p = z - lse: no logarithm of a probability that is 0
+        kl = (p_t * (z_t - z_s)).sum(axis=-1) - lse_t + lse_s
+        grad = (p_s - p_t) / temperature
         if not label:
-            return each, g
+            return kl, grad
+        # Cross-entropy is at T = 1. Where that is T as well, its softmax is there already.
         p, lse = (p_s, lse_s) if temperature == 1.0 else softmax_lse(z)
-        g = (
-            ((1.0 - cross_entropy) * g + cross_entropy * p)
-            .at[mx.arange(len(z)), label[0]]
-            .add(-cross_entropy)
-        )
-        return (1.0 - cross_entropy) * each + cross_entropy * (lse - _at(z, label[0])), g
+        entropy = lse - _at(z, label[0])
+        positions = mx.arange(len(z))
+        mixed = (1.0 - cross_entropy) * grad + cross_entropy * p
+        mixed = mixed.at[positions, label[0]].add(-cross_entropy)
+        return (1.0 - cross_entropy) * kl + cross_entropy * entropy, mixed
 
-    if labels is None:
-        return sum_by_chunks(formula, student, head, (teacher,), learn, rows, frozen_head, softcap)
-    # up to a third more (n, V) tensors at a time (measured)
-    rows = rows or chunk_rows(head.shape[0]) * 3 // 4
+    targets: tuple[mx.array, ...] = (teacher,)
+    if labels is not None:
+        targets = (teacher, labels)
+        # Cross-entropy holds up to a third more (n, V) tensors at a time (measured).
+        rows = rows or chunk_rows(head.shape[0]) * 3 // 4
     return sum_by_chunks(
-        formula, student, head, (teacher, labels), learn, rows, frozen_head, softcap
+        formula,
+        student,
+        head,
+        targets,
+        learn=learn,
+        rows=rows,
+        frozen_head=frozen_head,
+        softcap=softcap,
     )
 
 
@@ -143,59 +163,72 @@ def sum_by_chunks(
     frozen_head: bool,
     softcap: float = 0.0,
 ) -> mx.array:
-    """Sum of `formula`'s losses over chunks of positions; its gradients are carried to the backward
-    pass as (n, D) and (V, D) arrays, so logits are never recomputed and never kept. softcap: of the
-    logits that `formula` sees.
+    """Sum of `formula`'s losses over chunks of positions, differentiable in student and head.
+
+    `formula`'s gradients are carried to the backward pass as (n, D) and (V, D) arrays, so logits
+    are never recomputed and never kept. student: (n, D); head: (V, D); targets: arrays of n
+    positions; learn: (n,). rows: positions in a chunk. softcap: of the logits that `formula` sees.
     """
     rows = rows or chunk_rows(head.shape[0])
 
     @mx.custom_function
     def forward(h: mx.array, w: mx.array = head) -> tuple[mx.array, ...]:
         loss = mx.array(0.0)
-        dw = [] if frozen_head else head_zeros(w)
-        dh: list[mx.array] = []
-        for at in (slice(start, start + rows) for start in range(0, h.shape[0], rows)):
-            # Each chunk waits for all of the one before: else the scheduler begins them all, and
-            # holds all logits.
-            waited: Any = mx.depends([h[at], loss, *(t[at] for t in targets)], [*dw, *dh[-1:]])
+        dw: list[mx.array] = []  # gradient of the head, in parts
+        if not frozen_head:
+            dw = head_zeros(w)
+        dh: list[mx.array] = []  # gradient of the hidden states, chunk by chunk
+        for start in range(0, h.shape[0], rows):
+            chunk = slice(start, start + rows)
+            # Each chunk waits for all of the previous one: otherwise the scheduler begins all
+            # chunks, and holds all logits.
+            inputs = [h[chunk], loss, *(target[chunk] for target in targets)]
+            waited: Any = mx.depends(inputs, [*dw, *dh[-1:]])
             part, loss, *target = waited
             z = capped(wide_product(part, w), softcap)
-            each, g = formula(z, *target)
-            g = g * cap_slope(z, softcap) if softcap else g
-            loss = loss + (each * learn[at]).sum()
-            g = (g * learn[at][:, None]).astype(w.dtype)
-            dh.append(g @ w)
-            dw = head_added(dw, g, part)
-        whole = [mx.concatenate(dw)] if dw else []
-        return loss, mx.concatenate(dh), *whole
+            losses, grad = formula(z, *target)
+            if softcap:
+                # The formula's gradient is in capped logits; products with the head need raw ones'.
+                grad = grad * cap_slope(z, softcap)
+            loss = loss + (losses * learn[chunk]).sum()
+            grad = (grad * learn[chunk][:, None]).astype(w.dtype)
+            # The logits' gradient (n, V) is used up here: (n, D) and (V, D) are all that stays.
+            dh.append(grad @ w)
+            dw = head_added(dw, grad, part)
+        if frozen_head:
+            return loss, mx.concatenate(dh)
+        return loss, mx.concatenate(dh), mx.concatenate(dw)
 
     @forward.vjp
     def backward(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
+        # MLX gives a single primal as an array, several as a tuple.
+        if not isinstance(primals, tuple | list):
+            primals = (primals,)
         # A float32 cotangent must not widen the gradient of a float16 primal: MLX refuses the mix.
-        given = primals if isinstance(primals, tuple | list) else (primals,)
-        return tuple(
-            (cotangents[0] * g).astype(p.dtype) for p, g in zip(given, outputs[1:], strict=True)
-        )
+        pairs = zip(primals, outputs[1:], strict=True)
+        return tuple((cotangents[0] * grad).astype(primal.dtype) for primal, grad in pairs)
 
     results: Any = forward(student) if frozen_head else forward(student, head)
     return results[0]
 
 
 def sample(
-    logits: mx.array, count: int, seed: int, first: int
+    logits: mx.array,
+    count: int,
+    seed: int,
+    first: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`count` tokens for each position, drawn from softmax(logits) with replacement (arXiv
-    2503.16870).
+    """`count` tokens for each position, drawn from softmax(logits) (arXiv 2503.16870).
 
-    logits: (n, V), of positions number `first` and up. Returns sizes (n,): how many distinct tokens
-    each position got; ids and counts (sum of sizes,): those of one position after the other, ids
-    rising. counts / count is an unbiased estimate of the softmax. The draws of a position depend on
-    its number and the seed alone, however positions are cut into calls: Philox is a function of a
-    counter.
+    Draws are with replacement. logits: (n, V), of positions number `first` and up. Returns sizes
+    (n,), the number of distinct tokens of each position; ids and counts (sum of sizes,): one
+    position's after another's, ids rising. counts / count is an unbiased estimate of the softmax.
+    The draws of a position depend on its number and the seed alone, however positions are cut into
+    calls: Philox is a function of a counter. MisError when logits are not numbers.
     """
     blocks = -(-count // 4)  # one step of Philox's counter makes four numbers
     random = np.random.Generator(np.random.Philox(key=seed, counter=first * blocks))
-    drawn = []
+    # Every position takes whole steps of the counter, so its draws do not depend on the others'.
     uniform = np.sort(random.random((len(logits), 4 * blocks))[:, :count], axis=1)
     shares = np.array(mx.softmax(logits.astype(mx.float32), axis=-1))
     if not np.isfinite(shares[:, 0]).all():  # softmax spreads one NaN over its row
@@ -203,13 +236,19 @@ def sample(
             "the teacher's logits are not numbers: it overflows in this precision, use another "
             "teacher"
         )
+    sizes = []
+    ids = []
+    counts = []
     for p, u in zip(shares, uniform, strict=True):
         cdf = np.cumsum(p, dtype=np.float64)  # in float32 it would drift over a whole vocabulary
         # u < 1, but u * total may round up to the total, which no token's share exceeds.
         u = np.minimum(u * cdf[-1], np.nextafter(cdf[-1], 0.0))
-        drawn.append(np.unique(np.searchsorted(cdf, u, side="right"), return_counts=True))
-    ids, counts = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
-    return np.array([len(i) for i, _ in drawn]), ids, counts
+        tokens = np.searchsorted(cdf, u, side="right")
+        distinct, repeats = np.unique(tokens, return_counts=True)
+        sizes.append(len(distinct))
+        ids.append(distinct)
+        counts.append(repeats)
+    return np.array(sizes), np.concatenate(ids), np.concatenate(counts)
 
 
 def sampled_kl_sum(
@@ -225,22 +264,34 @@ def sampled_kl_sum(
 ) -> mx.array:
     """Sum over positions of KL(w || softmax(z_s)) in nats, differentiable in student and head.
 
-    student: hidden states (n, D) and head: (V, D), z_s = student @ head.T, `capped`. ids, weights:
-    (n, m), the tokens of the target w and their shares, which sum to 1; entries of weight 0 fill a
-    row up. learn: (n,), 0 leaves a position out. frozen_head: no gradient for the head. For w =
-    counts / N of `sample` the gradient, p_s - w per logit, is that of the full KL in expectation;
-    the value is larger by a constant, E KL(w || p_t), which no student can lower.
+    student: hidden states (n, D); head: (V, D); z_s = student @ head.T, `capped`. ids, weights: (n,
+    m), the tokens of the target w and their shares, which sum to 1; entries of weight 0 fill a row
+    up. learn: (n,), 0 leaves a position out. frozen_head: the head gets no gradient.
+
+    For w = counts / N of `sample` the gradient, p_s - w per logit, is that of the full KL in
+    expectation; the value is larger by a constant, E KL(w || p_t), which no student can lower.
     """
 
     def formula(z: mx.array, ids: mx.array, w: mx.array) -> tuple[mx.array, mx.array]:
         p, lse = softmax_lse(z)
         log_w = mx.log(mx.maximum(w, TINY))  # finite at 0, so that 0 log 0 is 0
-        kl = (w * (log_w - mx.take_along_axis(z, ids, axis=-1) + lse[:, None])).sum(axis=-1)
+        chosen = mx.take_along_axis(z, ids, axis=-1)
+        kl = (w * (log_w - chosen + lse[:, None])).sum(axis=-1)
         row = mx.arange(len(z))[:, None]
-        # adds: a filled-up id may come twice
-        return kl, (p * w.sum(axis=-1, keepdims=True)).at[row, ids].add(-w)
+        # `add`, not an assignment: a row's fillers may repeat an id.
+        grad = (p * w.sum(axis=-1, keepdims=True)).at[row, ids].add(-w)
+        return kl, grad
 
-    return sum_by_chunks(formula, student, head, (ids, weights), learn, rows, frozen_head, softcap)
+    return sum_by_chunks(
+        formula,
+        student,
+        head,
+        (ids, weights),
+        learn=learn,
+        rows=rows,
+        frozen_head=frozen_head,
+        softcap=softcap,
+    )
 
 
 def token_logps(
@@ -252,66 +303,70 @@ def token_logps(
     rows: int | None = None,
     softcap: float = 0.0,
 ) -> mx.array:
-    """log softmax(hidden @ head.T / temperature) at `targets`, logits `capped` before they are
-    divided: (n,) float32, differentiable in hidden and head. Each position has its own value and
-    its own cotangent, so the way back makes a chunk's logits again.
+    """log softmax(hidden @ head.T / temperature) at `targets`: (n,) float32.
 
-    hidden: (n, D). head: (V, D). targets: (n,) token ids. frozen_head: the head is constant, and
-    its (V, D) gradient is not formed. rows: positions in a chunk; default: as many as 256 MiB hold
-    five times.
+    Differentiable in hidden and head; logits are `capped` before they are divided. Each position
+    has its own value and its own cotangent, so the backward pass computes a chunk's logits again.
+
+    hidden: (n, D). head: (V, D). targets: (n,) token ids. frozen_head: the head is constant and its
+    (V, D) gradient is not formed. rows: positions in a chunk; default: `chunk_rows`.
     """
     rows = rows or chunk_rows(head.shape[0])
-    cuts = [slice(start, start + rows) for start in range(0, len(targets), rows)]
+    chunks = [slice(start, start + rows) for start in range(0, len(targets), rows)]
 
     def logits(h: mx.array, w: mx.array, wait_for: list[mx.array]) -> mx.array:
-        # Each chunk waits for all of the one before: else the scheduler begins them all, and holds
-        # all logits.
-        waited: Any = mx.depends([h], wait_for) if wait_for else [h]
+        # As in `sum_by_chunks`: a chunk waits for the previous one, so only one chunk's logits
+        # exist.
+        waited: Any = [h]
+        if wait_for:
+            waited = mx.depends(waited, wait_for)
         return capped(wide_product(waited[0], w), softcap) / temperature
 
     @mx.custom_function
     def forward(h: mx.array, w: mx.array = head) -> mx.array:
-        found: list[mx.array] = []
-        for at in cuts:
-            z = logits(h[at], w, found[-1:])
-            found.append(
-                mx.take_along_axis(z, targets[at, None], axis=-1)[:, 0] - mx.logsumexp(z, axis=-1)
-            )
-        return mx.concatenate(found)
+        logps: list[mx.array] = []
+        for chunk in chunks:
+            z = logits(h[chunk], w, logps[-1:])
+            logps.append(_at(z, targets[chunk]) - mx.logsumexp(z, axis=-1))
+        return mx.concatenate(logps)
 
     @forward.vjp
     def backward(primals, cotangent, output):  # type: ignore[no-untyped-def]
         h, w = (primals, head) if frozen_head else primals
-        dh = list[mx.array]()
+        dh: list[mx.array] = []
         dw = [] if frozen_head else head_zeros(w)
-        for at in cuts:
-            z = logits(h[at], w, [*dw, *dh[-1:]])
+        for chunk in chunks:
+            z = logits(h[chunk], w, [*dw, *dh[-1:]])
             p = mx.softmax(z, axis=-1)
-            each = cotangent[at] / temperature
-            g = (-p * each[:, None]).at[mx.arange(len(p)), targets[at]].add(each)
-            g = g * cap_slope(z * temperature, softcap) if softcap else g
-            g = g.astype(w.dtype)
-            # w may be wider: a packed head is de-quantized to float32
-            dh.append((g @ w).astype(h.dtype))
-            dw = [d.astype(w.dtype) for d in head_added(dw, g, h[at])]
-        return mx.concatenate(dh) if frozen_head else (mx.concatenate(dh), mx.concatenate(dw))
+            pull = cotangent[chunk] / temperature
+            # A logit's derivative is -p, and 1 more at the target.
+            grad = (-p * pull[:, None]).at[mx.arange(len(p)), targets[chunk]].add(pull)
+            if softcap:
+                grad = grad * cap_slope(z * temperature, softcap)
+            grad = grad.astype(w.dtype)
+            # w may be wider than h: a packed head is de-quantized to float32.
+            dh.append((grad @ w).astype(h.dtype))
+            dw = [part.astype(w.dtype) for part in head_added(dw, grad, h[chunk])]
+        if frozen_head:
+            return mx.concatenate(dh)
+        return mx.concatenate(dh), mx.concatenate(dw)
 
-    found: Any = forward(hidden) if frozen_head else forward(hidden, head)
-    return found
+    logps: Any = forward(hidden) if frozen_head else forward(hidden, head)
+    return logps
 
 
 def _at(z: mx.array, index: mx.array) -> mx.array:
+    """One entry of each row: z (n, V), index (n,) -> (n,)."""
     return mx.take_along_axis(z, index[:, None], axis=-1)[:, 0]
 
 
 def loss_noise_factor(sigma: float, seed: int, step: int) -> float:
     """Equation (2)'s (1 + eps_halny) of one step: eps ~ N(0, sigma), clipped to ±0.15.
 
-    Seeded by (seed, step) and nothing else, so a resumed run meets the same wind. Exactly 1 for
+    Seeded by (seed, step) and nothing else, so a resumed run gets the same noise. Exactly 1 for
     sigma 0.
     """
     if sigma == 0:
         return 1.0
-    return 1.0 + float(
-        np.clip(np.random.default_rng([seed, step]).normal(0.0, sigma), -HALNY_CLIP, HALNY_CLIP)
-    )
+    eps = np.random.default_rng([seed, step]).normal(0.0, sigma)
+    return 1.0 + float(np.clip(eps, -HALNY_CLIP, HALNY_CLIP))

@@ -1,8 +1,11 @@
-"""Round a matrix to one of MLX's formats: each weight to its nearest value, or so that its output
-changes least.
+"""Round a matrix to one of MLX's formats.
+
+`nearest` gives each weight its nearest value. `compensated` (GPTQ) chooses the values so that the
+matrix's output changes least.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import mlx.core as mx
@@ -12,116 +15,208 @@ from mis_mlx.maths.reconstruction import inverse_root
 from mis_mlx.types import MisError
 
 Mode = Literal["affine", "mxfp4", "nvfp4"]
-# As stored: integers (out, in * bits / 32) uint32, scales and biases (out, in / group) float16;
-# without biases and with 8-bit scales in the other modes.
+# As stored: integers (out, in * bits / 32) uint32, scales and biases (out, in / group) float16.
+# The other modes have no biases, and 8-bit scales.
 Packed = tuple[mx.array, ...]
+FLOAT16_MOST = 65504
 BEYOND = "a matrix has weights beyond 65,504, where float16 scales end: leave the model unquantized"
-BITS = (3, 4, 5, 6, 8)  # 2 are never worth it at these sizes; 7 MLX does not have
-# Of quantization/bit_allocation, whose memory is planned:
-# of what matrices see of windows; a block in float32, if more; a window at least
+# 2 bits are never worth it for models of these sizes, and MLX has no 7-bit format.
+BITS = (3, 4, 5, 6, 8)
+# The next two belong to quantization/bit_allocation; the planner reads them from here.
+# Bytes of the windows' inputs and cotangents that a block holds. It holds at least one window, and
+# as many bytes as its own matrices have in float32.
 HELD_BYTES = 128 * 2**20
 SLAB = 2**18  # weights whose gradients and errors exist at once
 OPENED = 2**20  # weights that are de-quantized at a time
 PART = 2**24  # weights of a matrix that are rounded at a time
-DAMPING = 0.01  # of the gram matrix's mean diagonal, added to it: the paper's
+DAMPING = 0.01  # share of the gram matrix's mean diagonal that is added to it, as in the paper
 
 
-def nearest(weight: mx.array, group: int, bits: int, mode: Mode = "affine") -> Packed:
-    """Every weight of a matrix (out, in) to the nearest value that its group has, by MLX's own
-    rule. Lazy.
+def nearest(
+    weight: mx.array,
+    group: int,
+    bits: int,
+    mode: Mode = "affine",
+) -> Packed:
+    """A matrix (out, in) with every weight at its group's nearest value, by MLX's own rule. Lazy.
+
+    Affine scales and biases are stored in float16.
     """
-    packed, *scales = mx.quantize(weight.astype(mx.float32), group_size=group, bits=bits, mode=mode)
-    # Affine scales are fitted in float32 and stored in float16: bfloat16 scales would cost 3 bits
-    # of them.
-    return packed, *(s.astype(mx.float16) if mode == "affine" else s for s in scales)
+    # A scale in bfloat16 would lose 3 bits of its precision. So a matrix in bfloat16 is widened
+    # first: MLX then fits the scales in float32.
+    wide = weight.astype(mx.float32)
+    packed, *scales = mx.quantize(
+        wide,
+        group_size=group,
+        bits=bits,
+        mode=mode,
+    )
+    if mode != "affine":
+        return packed, *scales
+    return packed, *(scale.astype(mx.float16) for scale in scales)
 
 
-def values(packed: Packed, group: int, bits: int, mode: Mode = "affine") -> mx.array:
+def values(
+    packed: Packed,
+    group: int,
+    bits: int,
+    mode: Mode = "affine",
+) -> mx.array:
     """The matrix (out, in) float32 that a packed one stands for. Lazy."""
-    scales = [s.astype(mx.float32) if mode == "affine" else s for s in packed[1:]]
-    biases = scales[1] if mode == "affine" else None
-    return mx.dequantize(packed[0], scales[0], biases, group, bits, mode).astype(mx.float32)
+    scales = packed[1]
+    biases = None
+    if mode == "affine":
+        scales = scales.astype(mx.float32)
+        biases = packed[2].astype(mx.float32)
+    weight = mx.dequantize(
+        packed[0],
+        scales,
+        biases,
+        group_size=group,
+        bits=bits,
+        mode=mode,
+    )
+    return weight.astype(mx.float32)
 
 
-def opened(packed: Packed, group: int, bits: int, mode: Mode = "affine") -> mx.array:
-    """`values`, made part by part: of a whole matrix a CPU holds up to five copies meanwhile."""
-    shape, rows = packed[0].shape, max(1, OPENED * bits // 32 // math.prod(packed[0].shape[1:]))
-    whole = np.empty((*shape[:-1], shape[-1] * 32 // bits), np.float32)
-    for at in range(0, len(whole), rows):
-        whole[at : at + rows] = values(tuple(p[at : at + rows] for p in packed), group, bits, mode)
-    return mx.array(whole)
+def opened(
+    packed: Packed,
+    group: int,
+    bits: int,
+    mode: Mode = "affine",
+) -> mx.array:
+    """`values`, computed part by part and evaluated.
+
+    De-quantizing a matrix at once makes a CPU hold up to five copies of it meanwhile.
+    """
+    *outer, words = packed[0].shape
+    words_per_row = math.prod(packed[0].shape[1:])
+    rows = max(1, OPENED * bits // 32 // words_per_row)
+    matrix = np.empty((*outer, words * 32 // bits), np.float32)
+    for start in range(0, len(matrix), rows):
+        end = start + rows
+        matrix[start:end] = values(tuple(p[start:end] for p in packed), group, bits, mode)
+    return mx.array(matrix)
 
 
 def integers(packed: mx.array, group: int, bits: int) -> mx.array:
-    """What is packed in (out, in * bits / 32) uint32, for a scale of 1 and a bias of 0: (out, in)
-    uint8. Lazy.
-    """
-    ones = mx.ones((len(packed), packed.shape[1] * 32 // bits // group))
-    return mx.dequantize(packed, ones, mx.zeros_like(ones), group_size=group, bits=bits).astype(
-        mx.uint8
+    """The integers in packed words (out, in * bits / 32) uint32, as (out, in) uint8. Lazy."""
+    # A scale of 1 and a bias of 0 leave the integers as they are.
+    groups = packed.shape[1] * 32 // bits // group
+    ones = mx.ones((len(packed), groups))
+    zeros = mx.zeros_like(ones)
+    levels = mx.dequantize(
+        packed,
+        ones,
+        zeros,
+        group_size=group,
+        bits=bits,
     )
+    return levels.astype(mx.uint8)
 
 
-def compensated(weight: np.ndarray, gram: np.ndarray, group: int, bits: int) -> Packed:
-    """A matrix W (out, in) rounded column by column, each error made up for by the columns still to
-    come.
+def joined(parts: Sequence[Packed]) -> Packed:
+    """One packed matrix, made of some rows of it after the others."""
+    return tuple(mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True))
 
-    gram: G (in, in), the sum of a a^T over inputs a; what is made small is the output's squared
-    error, trace((W - Q) G (W - Q)^T). GPTQ (arXiv 2210.17323, algorithm 1), with columns in their
-    own order, so that the groups are MLX's: scale and bias of a group are what MLX gives to its
-    weights as compensated until then. Where inputs do not correlate, the result is `nearest`'s, bit
-    for bit. Rows do not know of each other: a large matrix is rounded some of them at a time.
+
+def compensated(
+    weight: np.ndarray,
+    gram: np.ndarray,
+    group: int,
+    bits: int,
+) -> Packed:
+    """A matrix W (out, in) rounded column by column by GPTQ (arXiv 2210.17323, algorithm 1).
+
+    The columns still to come make up for each column's error. gram: G (in, in), the sum of a a^T
+    over inputs a. Minimized is the output's squared error, trace((W - Q) G (W - Q)^T).
+
+    Columns keep their own order, so that the groups are MLX's: MLX fits a group's scale and bias to
+    its weights as compensated until then. Where inputs do not correlate, the result is `nearest`'s,
+    bit for bit. Affine formats only. MisError when a weight exceeds float16's range.
     """
-    u = inverse_factor(gram)
+    factor = inverse_factor(gram)
+    # Rows do not depend on each other. `_by_columns` makes a float64 copy of its rows, so it gets
+    # only some rows of a large matrix at a time.
     rows = max(1, PART // weight.shape[1])
-    parts = [
-        _by_columns(weight[at : at + rows], u, group, bits) for at in range(0, len(weight), rows)
-    ]
-    return (
-        tuple(mx.concatenate(list(part)) for part in zip(*parts, strict=True))
-        if parts[1:]
-        else parts[0]
-    )
+    parts = []
+    for start in range(0, len(weight), rows):
+        parts.append(_by_columns(weight[start : start + rows], factor, group, bits))
+    if len(parts) < 2:
+        return parts[0]
+    return joined(parts)
 
 
-def _by_columns(weight: np.ndarray, u: np.ndarray, group: int, bits: int) -> Packed:
-    if np.abs(weight).max() > 65504:
+def _by_columns(
+    weight: np.ndarray,
+    factor: np.ndarray,
+    group: int,
+    bits: int,
+) -> Packed:
+    """GPTQ of some rows W (out, in), with the factor U (in, in) of `inverse_factor`."""
+    if np.abs(weight).max() > FLOAT16_MOST:
         raise MisError(BEYOND)
-    # (in, out): a column of the matrix lies in one piece
+    # (in, out), so that a column of the matrix lies in one piece.
     w = np.array(weight.T, np.float64, order="C")
+    largest = 2**bits - 1
     chosen = np.empty(w.shape, np.uint32)
-    grids = []
+    scales = []
+    biases = []
     for start in range(0, len(w), group):
         end = start + group
-        grids.append(
-            mx.quantize(mx.array(w[start:end].T.astype(np.float32)), group_size=group, bits=bits)[
-                1:
-            ]
-        )
-        scale, bias = (np.array(a)[:, 0] for a in grids[-1])  # integers are found with these
-        # and mean this, as stored
-        kept, shift = (a.astype(np.float16).astype(np.float64) for a in (scale, bias))
-        error = np.empty((group, w.shape[1]))
+        # MLX fits the grid of this group to the weights as all earlier columns have corrected them.
+        columns = mx.array(w[start:end].T.astype(np.float32))
+        grid = mx.quantize(columns, group_size=group, bits=bits)[1:]
+        scales.append(grid[0])
+        biases.append(grid[1])
+        # The float32 scale and bias find an integer. Its value is what the stored float16 ones make
+        # of it, so the error that later columns make up for includes the rounding of the scale.
+        scale, bias = (np.array(part)[:, 0] for part in grid)
+        stored_scale = scale.astype(np.float16).astype(np.float64)
+        stored_bias = bias.astype(np.float16).astype(np.float64)
+        errors = np.empty((group, w.shape[1]))
         for j in range(start, end):
-            q = np.clip(np.rint((w[j].astype(np.float32) - bias) / scale), 0, 2**bits - 1)
+            levels = np.rint((w[j].astype(np.float32) - bias) / scale)
+            q = np.clip(levels, 0, largest)
             chosen[j] = q
-            error[j - start] = (w[j] - (kept * q + shift)) / u[j, j]
-            w[j + 1 : end] -= u[j, j + 1 : end, None] * error[j - start]
-        w[end:] -= u[start:end, end:].T @ error
-    scales, biases = (
-        mx.concatenate(list(part), axis=1).astype(mx.float16) for part in zip(*grids, strict=True)
+            error = (w[j] - (stored_scale * q + stored_bias)) / factor[j, j]
+            errors[j - start] = error
+            # Inside the group each column is corrected at once: the next one is rounded next.
+            w[j + 1 : end] -= factor[j, j + 1 : end, None] * error
+        # Columns behind the group get all of its corrections in one matrix product.
+        w[end:] -= factor[start:end, end:].T @ errors
+    return (
+        mx.array(_packed_words(chosen, bits)),
+        mx.concatenate(scales, axis=1).astype(mx.float16),
+        mx.concatenate(biases, axis=1).astype(mx.float16),
     )
-    # As MLX packs integers: one stream of bits a row, the lowest first.
-    each = chosen.T.astype(np.uint8)[..., None] >> np.arange(bits, dtype=np.uint8) & 1
-    packed = np.packbits(each.reshape(len(each), -1), axis=1, bitorder="little").view(np.uint32)
-    return mx.array(packed), scales, biases
+
+
+def _packed_words(chosen: np.ndarray, bits: int) -> np.ndarray:
+    """Integers (in, out) as MLX packs them, (out, in * bits / 32) uint32.
+
+    A row is one stream of bits, the lowest bit of an integer first.
+    """
+    positions = np.arange(bits, dtype=np.uint8)
+    stream = chosen.T.astype(np.uint8)[..., None] >> positions & 1
+    packed = np.packbits(stream.reshape(len(stream), -1), axis=1, bitorder="little")
+    return packed.view(np.uint32)
 
 
 def inverse_factor(gram: np.ndarray) -> np.ndarray:
-    """The upper triangular U (in, in), in the gram's precision, of U^T U = (G + damping)^-1."""
-    turned = gram[::-1, ::-1].copy()  # the lower factor of this, turned back, is the upper one of G
-    turned.flat[:: len(gram) + 1] += DAMPING * np.trace(gram) / len(gram) or 1.0
-    if turned.dtype == np.float32:
-        return np.array(inverse_root(turned))[::-1, ::-1]
-    turned = np.linalg.cholesky(turned)
-    return np.linalg.inv(turned[::-1, ::-1])
+    """The upper triangular U (in, in) of U^T U = (G + damping)^-1, in the gram's precision.
+
+    Row j of U holds what column j's error, divided by U_jj, changes in the columns behind it.
+    """
+    # Flipped in both axes, the lower triangular factor of the flipped G is the upper one of G.
+    flipped = gram[::-1, ::-1].copy()
+    # Without damping an input that calibration never saw would make G singular; where it saw none
+    # at all, G becomes the identity.
+    damping = DAMPING * np.trace(gram) / len(gram)
+    if damping == 0:
+        damping = 1.0
+    flipped.flat[:: len(gram) + 1] += damping
+    if flipped.dtype == np.float32:
+        return np.array(inverse_root(flipped))[::-1, ::-1]
+    flipped = np.linalg.cholesky(flipped)
+    return np.linalg.inv(flipped[::-1, ::-1])

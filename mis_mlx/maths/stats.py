@@ -1,4 +1,4 @@
-"""Means and their 95 % intervals, what many timings say. Knows numbers only."""
+"""Means and their 95 % intervals, and summaries of many timings. Knows numbers only."""
 
 from collections.abc import Sequence
 
@@ -8,42 +8,65 @@ RESAMPLES = 2000
 LEAST_FOR_P95 = 20
 
 
+def _bootstrap_draws(count: int) -> np.ndarray:
+    """Indices (RESAMPLES, count), drawn with replacement; the same ones at every call."""
+    generator = np.random.default_rng(0)
+    return generator.integers(0, count, size=(RESAMPLES, count))
+
+
 def interval(values: np.ndarray) -> tuple[float, float, float]:
-    """(mean, low, high): percentile bootstrap over the first axis, 95 %, always the same for the
-    same values.
+    """(mean, low, high): the 95 % percentile bootstrap over the first axis.
+
+    The same values always get the same interval.
     """
     values = np.asarray(values, dtype=np.float64)
-    draws = np.random.default_rng(0).integers(0, len(values), size=(RESAMPLES, len(values)))
-    low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
+    means = values[_bootstrap_draws(len(values))].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
     return float(values.mean()), float(low), float(high)
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """{mean, sd, median, n}, and p95 where there are 20 values or more: fewer do not have one. sd:
-    of a sample.
+    """{mean, sd, median, n}, and p95 where there are at least 20 values.
+
+    sd is the standard deviation of a sample, 0 for a single value.
     """
-    v = np.asarray(values, dtype=np.float64)
-    figures = {"mean": v.mean(), "sd": v.std(ddof=1) if len(v) > 1 else 0.0, "median": np.median(v)}
-    if len(v) >= LEAST_FOR_P95:
-        figures["p95"] = np.percentile(v, 95)
-    return {name: float(value) for name, value in figures.items()} | {"n": len(v)}
+    sample = np.asarray(values, dtype=np.float64)
+    count = len(sample)
+    figures: dict[str, float] = {
+        "mean": float(sample.mean()),
+        "sd": 0.0,
+        "median": float(np.median(sample)),
+    }
+    if count > 1:
+        figures["sd"] = float(sample.std(ddof=1))
+    if count >= LEAST_FOR_P95:
+        figures["p95"] = float(np.percentile(sample, 95))
+    figures["n"] = count
+    return figures
 
 
 def recovery(
-    student: np.ndarray, teacher: np.ndarray, chance: np.ndarray
+    student: np.ndarray,
+    teacher: np.ndarray,
+    chance: np.ndarray,
 ) -> tuple[float, float, float]:
-    """(value, low, high) of (student - chance) / (teacher - chance): the share of what the teacher
-    knows that is left.
+    """(value, low, high) of (student - chance) / (teacher - chance).
+
+    This is the share of the teacher's knowledge that the student still has; exactly 1 for the
+    teacher itself.
 
     student, teacher, chance: (n,) marks of the same questions. The bootstrap is paired: every draw
     takes the same questions for all three. Draws in which the teacher is no better than chance say
-    nothing and are left out, so this is for teachers that are clearly better (`interval` of the
-    difference). 1 exactly for the teacher itself.
+    nothing and are left out, so use this only for teachers that are clearly better (`interval` of
+    the difference).
     """
-    above = np.asarray(student, np.float64) - chance
-    most = np.asarray(teacher, np.float64) - chance
-    draws = np.random.default_rng(0).integers(0, len(most), size=(RESAMPLES, len(most)))
-    drawn = above[draws].mean(axis=1)
-    whole = most[draws].mean(axis=1)
-    low, high = np.percentile(drawn[whole > 0] / whole[whole > 0], [2.5, 97.5])
-    return float(above.mean() / most.mean()), float(low), float(high)
+    student_gain = np.asarray(student, np.float64) - chance
+    teacher_gain = np.asarray(teacher, np.float64) - chance
+    draws = _bootstrap_draws(len(teacher_gain))
+    student_means = student_gain[draws].mean(axis=1)
+    teacher_means = teacher_gain[draws].mean(axis=1)
+    valid = teacher_means > 0
+    shares = student_means[valid] / teacher_means[valid]
+    low, high = np.percentile(shares, [2.5, 97.5])
+    value = student_gain.mean() / teacher_gain.mean()
+    return float(value), float(low), float(high)

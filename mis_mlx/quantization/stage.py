@@ -1,10 +1,10 @@
 """The quantize stage: a dense model folder in, a packed one out, each matrix in the bits that cost
 least on text.
 
-Blocks are rounded one by one, each on what the rounded blocks before it deliver. Streamed. GPTQ
-(arXiv 2210.17323): every matrix is rounded so that its output changes least on the inputs that
-calibration sees (maths/rounding); those are gathered once a block, with its own weights as they
-were.
+Blocks are streamed and rounded one by one, each on the outputs of the rounded blocks before it.
+GPTQ (arXiv 2210.17323): every matrix is rounded so that its output changes least on the inputs that
+calibration sees (maths/rounding). The inputs of a block's matrices are gathered once per block,
+with the block's own weights as they were.
 """
 
 import json
@@ -31,9 +31,7 @@ ENOUGH_BITS = 8  # rounding costs nothing there: such matrices get their nearest
 
 
 def check(config: Mapping[str, Any], how: QuantizationConfig) -> None:
-    """Refuse, before hours of work, a shape that cannot be quantized whole and a target out of
-    reach.
-    """
+    """Refuse, before hours of work, a shape that groups do not divide or a target out of reach."""
     packed_format.layout(config, how.q_group_size, mode=how.q_mode)
     bit_allocation.check(how.affine.target_bpw, how.q_group_size)
 
@@ -47,32 +45,45 @@ def quantize(
     held: int = 0,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Write the quantized model `out` from the dense model `folder`. Returns bits per weight and
-    the groups used. batches: token ids [(B, T)] to look at, hidden states of the first `held` in
-    memory, others in a file beside it.
+    """Write the quantized model `out` from the dense model `folder`.
+
+    Returns bits per weight and the group size used. batches: token ids [(B, T)] for calibration.
+    held: batches whose hidden states stay in memory; the others' lie in a file beside `out`. seed:
+    of the tokens that the model draws.
     """
     checkpoint = load.open_checkpoint(folder)
     how = how.affine
-    files.make_folder(out.absolute().parent)
-    layers = checkpoint.config["num_hidden_layers"]
+    beside = out.absolute().parent
+    files.make_folder(beside)
 
     def hidden(passes: int) -> Spool | None:
-        return Spool(out.absolute().parent, held * passes, files) if held < len(batches) else None
+        # A place for the hidden states of so many passes; None is memory.
+        if held < len(batches):
+            return Spool(beside, held * passes, files)
+        return None
 
-    wide = packed_format.blocks_after_removed(checkpoint) if how.q_mode == "affine" else ()
+    wide: tuple[int, ...] = ()
+    if how.q_mode == "affine":
+        wide = packed_format.blocks_after_removed(checkpoint)
     plan: packed_format.Layout = packed_format.layout(
-        checkpoint.config, how.q_group_size, wide, how.q_mode
+        checkpoint.config,
+        how.q_group_size,
+        wide,
+        how.q_mode,
     )
     extra = {}
     if how.target_bpw is not None:
         cli.say("sensitivity: what every matrix costs in fewer bits")
-        plan, found = bit_allocation.mixed(checkpoint, batches, how, seed, hidden(layers))
-        extra[packed_format.SENSITIVITY] = json.dumps(found).encode()
-
-    rounded = (
-        rounded_blocks(checkpoint, batches, plan, hidden(1)) if how.q_method == "gptq" else None
-    )
-    return packed_format.write_quantized(checkpoint, out, plan, files, rounded, extra)
+        # The pass back needs the hidden states at every block's input, so there is one per layer.
+        layers = checkpoint.config["num_hidden_layers"]
+        plan, report = bit_allocation.mixed(
+            checkpoint, batches, how, seed=seed, kept=hidden(layers)
+        )
+        extra[packed_format.SENSITIVITY] = json.dumps(report).encode()
+    rounded = None
+    if how.q_method == "gptq":
+        rounded = rounded_blocks(checkpoint, batches, plan, hidden(1))
+    return packed_format.write_quantized(checkpoint, out, plan, files, rounded=rounded, extra=extra)
 
 
 def rounded_blocks(
@@ -83,88 +94,144 @@ def rounded_blocks(
 ) -> Iterator[dict[str, rounding.Packed]]:
     """Per block, in order, {module path: packed matrix}, calibrated on token ids [(B, T)].
 
-    plan: affine formats only. hidden: a place for the hidden states other than memory."""
+    plan: affine formats only. hidden: a place for the hidden states other than memory. MisError
+    when an input's products overflow.
+    """
     source = stream.Stream(checkpoint, direct=hidden is not None)
     hidden = source.embed(batches, hidden)
     for i, block in source.blocks():
-        prefix = f"model.layers.{i}."
-        readers = arch.readers(block)
-        paths = {
-            axis: [f"{prefix}{part}.{name}" for name in names]
-            for axis, (part, names) in readers.items()
-        }
-        tapped = [
-            axis for axis in readers if any(plan[path].bits < ENOUGH_BITS for path in paths[axis])
-        ]
-        grams = _grams(source, block, hidden, tapped, f"{checkpoint.path}: {prefix}")
-        done: dict[str, rounding.Packed] = {}
-        for axis, (part, names) in readers.items():
-            linears = {
-                path: block[part][name] for path, name in zip(paths[axis], names, strict=True)
-            }
-            gram = grams.pop(axis, None)
-            for kind in {plan[path]: None for path in linears}:  # all of one format in one go
-                same = [path for path in linears if plan[path] == kind]
-                whole = [load.dense_weight(linears[path]) for path in same]
-                if gram is None or kind.bits >= ENOUGH_BITS:
-                    rounded = [rounding.nearest(w, kind.group, kind.bits) for w in whole]
-                else:
-                    # Rows do not know of each other.
-                    every = [np.array(w) for w in whole]
-                    parts = rounding.compensated(np.concatenate(every), gram, kind.group, kind.bits)
-                    ends = np.cumsum([len(w) for w in every])[:-1].tolist()
-                    rounded = list(zip(*(mx.split(part, ends) for part in parts), strict=True))
-                for path, packed in zip(same, rounded, strict=True):
-                    linear = linears[path]
-                    linear.weight = rounding.values(packed, kind.group, kind.bits).astype(
-                        linear.weight.dtype
-                    )
-                    stream.evaluate_now(packed, linear.weight)
-                    done[path] = packed
-        for path in sorted(packed_format.gates(checkpoint.config)):
-            if arch.block_of(path) == i:
-                kind = plan[path]
-                done[path] = rounding.nearest(
-                    load.dense_weight(block[path.split(".")[-1]]), kind.group, kind.bits
-                )
-        yield done
+        # hidden: (B, T, D) of every batch, the input of block i as the rounded blocks before it
+        # make it, which is what the quantized model will have there.
+        yield _rounded_block(source, i, block, plan=plan, hidden=hidden)
         if i + 1 < source.layers:
+            # The block's weights are the rounded ones now. Nothing reads the last block's output.
             source.through(block, hidden)
 
 
-def _grams(
-    source: stream.Stream, block: nn.Module, hidden: Hidden, axes: Sequence[str], where: str = ""
-) -> dict[str, np.ndarray]:
-    """{axis: sum of a a^T (in, in) over all tokens} of what goes into the matrices that read it, in
-    the block that the source gave out last.
+def _rounded_block(
+    source: stream.Stream,
+    i: int,
+    block: nn.Module,
+    plan: packed_format.Layout,
+    hidden: Hidden,
+) -> dict[str, rounding.Packed]:
+    """{module path: packed matrix} of block i, whose weights become the rounded ones."""
+    prefix = f"model.layers.{i}."
+    readers = arch.readers(block)
+    tapped = []
+    for axis, (part, names) in readers.items():
+        # A gram costs a product per batch: only matrices that GPTQ rounds need theirs.
+        if any(plan[f"{prefix}{part}.{name}"].bits < ENOUGH_BITS for name in names):
+            tapped.append(axis)
+    # All grams before the first matrix changes: a rounded matrix would change the later ones'
+    # inputs.
+    where = f"{source.checkpoint.path}: {prefix}"
+    grams = _grams(source, block, hidden, tapped, where=where)
+    rounded: dict[str, rounding.Packed] = {}
+    for axis, (part, names) in readers.items():
+        linears = {f"{prefix}{part}.{name}": block[part][name] for name in names}
+        # pop: a gram (in, in) goes when its matrices are done
+        rounded |= _rounded_readers(linears, plan, grams.pop(axis, None))
+    for path in sorted(packed_format.gates(source.checkpoint.config)):
+        if arch.block_of(path) == i:
+            weight = load.dense_weight(block[path.split(".")[-1]])
+            rounded[path] = rounding.nearest(weight, plan[path].group, plan[path].bits)
+    return rounded
 
-    Products of one batch are float32, sums over batches in `reconstruction.precision`. MisError,
-    with `where`, when a product overflows.
+
+def _rounded_readers(
+    linears: Mapping[str, nn.Module],
+    plan: packed_format.Layout,
+    gram: np.ndarray | None,
+) -> dict[str, rounding.Packed]:
+    """The matrices that read one axis, by module path: rounded, and put into their layers.
+
+    gram: (in, in), of the input that they share; None for nearest values.
+    """
+    rounded = {}
+    by_format: dict[packed_format.Format, list[str]] = {}
+    for path in linears:
+        by_format.setdefault(plan[path], []).append(path)
+    # All of one format in one go: they share the gram's factor.
+    for kind, paths in by_format.items():
+        weights = [load.dense_weight(linears[path]) for path in paths]
+        if gram is None or kind.bits >= ENOUGH_BITS:
+            matrices = [rounding.nearest(weight, kind.group, kind.bits) for weight in weights]
+        else:
+            matrices = _compensated(weights, gram, kind)
+        for path, packed in zip(paths, matrices, strict=True):
+            linear = linears[path]
+            values = rounding.values(packed, kind.group, kind.bits)
+            linear.weight = values.astype(linear.weight.dtype)
+            del values
+            stream.evaluate_now(packed, linear.weight)
+            rounded[path] = packed
+    return rounded
+
+
+def _compensated(
+    weights: Sequence[mx.array],
+    gram: np.ndarray,
+    kind: packed_format.Format,
+) -> list[rounding.Packed]:
+    """Matrices [(out, in)] that read the same input, rounded by GPTQ in one format.
+
+    Rows do not depend on each other, so the matrices are one, and are split afterwards.
+    """
+    rows = [np.array(weight) for weight in weights]
+    joined = rounding.compensated(np.concatenate(rows), gram, kind.group, kind.bits)
+    ends = np.cumsum([len(matrix) for matrix in rows])[:-1].tolist()
+    parts = [mx.split(part, ends) for part in joined]
+    return list(zip(*parts, strict=True))
+
+
+def _grams(
+    source: stream.Stream,
+    block: nn.Module,
+    hidden: Hidden,
+    axes: Sequence[str],
+    where: str = "",
+) -> dict[str, np.ndarray]:
+    """{axis: sum of a a^T (in, in) over all tokens' inputs a to the matrices that read the axis}.
+
+    block: the one that the source gave out last. Products of one batch are float32, sums over
+    batches in `reconstruction.precision`. MisError, with `where`, when a product overflows.
     """
     taps = {}
-    places = {axis: (part, names[0]) for axis, (part, names) in arch.readers(block).items()}
-    for axis in axes:
-        part, name = places[axis]
-        block[part][name] = taps[axis] = stream.InputRecorder(block[part][name])
-    sizes = {axis: tap.inner.weight.shape[1] for axis, tap in taps.items()}
-    sums = {axis: np.zeros((n, n), reconstruction.precision(n)) for axis, n in sizes.items()}
+    layers = {}
+    sums = {}
+    for axis, (part, names) in arch.readers(block).items():
+        if axis not in axes:
+            continue
+        # The matrices that read an axis have one input: the first one's recorder sees it.
+        tap = stream.InputRecorder(block[part][names[0]])
+        block[part][names[0]] = tap
+        taps[axis] = tap
+        layers[axis] = (part, names[0])
+        inputs = tap.inner.weight.shape[1]
+        sums[axis] = np.zeros((inputs, inputs), reconstruction.precision(inputs))
 
     def work(stack: tuple[int, list[mx.array]]) -> dict[str, mx.array]:
-        first, some = stack
-        source.run(source.at, block, first, stream.joined(some))
-        seen = {axis: tap.take().astype(mx.float32) for axis, tap in taps.items()}
-        return {axis: (flat := a.reshape(-1, a.shape[-1])).T @ flat for axis, a in seen.items()}
+        first, batches = stack
+        source.run(source.at, block, first, stream.joined(batches))
+        products = {}
+        for axis, tap in taps.items():
+            inputs = tap.take().astype(mx.float32)
+            inputs = inputs.reshape(-1, inputs.shape[-1])
+            products[axis] = inputs.T @ inputs
+        return products
 
-    # Sums do not ask which window a token is of: a stack's are one product.
+    # A sum does not ask which window a token belongs to: all windows of a stack are one product.
     for products in lanes.each(work, source.stacks(hidden)):
         for axis, product in products.items():
+            # Checked before it is added: a sum with one infinity is lost.
             if not mx.isfinite(product).all().item():
                 raise MisError(
-                    f"{where}{'.'.join(places[axis])} meets values that are not finite: use plain "
+                    f"{where}{'.'.join(layers[axis])} meets values that are not finite: use plain "
                     f"rounding"
                 )
             sums[axis] += np.asarray(product)
     for axis, tap in taps.items():
-        part, name = places[axis]
+        part, name = layers[axis]
         block[part][name] = tap.inner
     return sums
