@@ -280,8 +280,8 @@ class Sharded:
         optimizer = self.optimizers[i - self.blocks.start]
         distributed.all_reduce_gradients(grads)
         # The first machine's norm on all machines: the guard must decide alike everywhere.
-        own_norm = global_norm(grads, lanes.lane)
-        norm = distributed.broadcast_json(partial(float, own_norm)) * noise / forward.tokens
+        norm = distributed.broadcast_json(partial(float, global_norm(grads, lanes.lane)))
+        norm = norm * noise / forward.tokens
         note = optimizer.update(
             block,
             tree_unflatten(list(grads.items())),
