@@ -271,10 +271,13 @@ def train_whole(
     start = training.start(begin)
     student.train()
 
+    def factor(step: int) -> float:
+        return 1.0 if tuned else c.factor(step)  # the noise of eq. (2) is the distillation's
+
     def steps_of(recipe: DistillationConfig) -> Callable[[int], Iterator[Step]]:
-        # The noise of eq. (2) is the distillation's: tuning has none.
-        noise = {} if tuned else {"factor": c.factor}
-        return partial(live_teacher.steps, student, source, c.data, recipe, optimizer, **noise)
+        return partial(
+            live_teacher.steps, student, source, c.data, recipe, optimizer, factor=factor
+        )
 
     with c.phase(training.label):
         if tuned:
