@@ -151,8 +151,8 @@ class Settings(
 
 def _sizes(s: Settings, c: pipeline.Run, models: comparison.Models) -> list[Row]:
     """Rows of size and speed. The models that are timed also write samples, for the report."""
-    sizes = list[Row]()
-    fitting = dict[str, Path]()
+    sizes = []
+    fitting = {}
     for name, model in models.items():
         params = arch.params(model.config)
         sizes.append(Row(name, "params", params / 1e6))
@@ -269,7 +269,7 @@ def _source(s: Settings, teacher: Checkpoint, made: phases.MemoryPlan) -> prepar
 def _given_sizes(s: Settings) -> list[str]:
     """The settings of SIZES that were given, as flags."""
     defaults = Settings()
-    flags = list[str]()
+    flags = []
     for name in SIZES:
         value = getattr(s, name)
         if value != getattr(defaults, name):
@@ -358,7 +358,7 @@ def _sized(s: Settings, teacher: Checkpoint) -> Settings:
         if allowed is None:
             return s
         s = replace(s, lose=allowed)
-    given = list[str]()
+    given = []
     if s.lose is not None:
         given.append(f"--lose {s.lose:g}")
     if s.bytes:

@@ -180,7 +180,7 @@ def limits_of(
     The speed is timed now, or read where it was timed when the run in `folder` began.
     """
     config = teacher.config
-    limits = list[Limit]()
+    limits = []
     if s.bytes:
         limits.append(limiting.bytes_limit(config, s.bytes))
     if s.memory:
@@ -206,7 +206,7 @@ def _speeds(
     need = phases.timed_bytes(estimates.model_of(teacher).params)
     budget.need(need, "timing the teacher, whole in memory,", "give limits of size alone")
     cli.say("timing the teacher, whole and with half of its blocks")
-    speeds = dict[str, Timing]()
+    speeds = {}
     with memory.limited(budget):
         for flag, (cached, prompt) in s.timed_at.items():
             speeds[flag] = finalists.timed(teacher.path, cached, prompt)
@@ -239,7 +239,7 @@ def tried_sizes(s: Settings, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
     sizes = shape_search.axis_sizes(config, s.axes, rows)
     if s.vocab:
         sizes["vocab"] = (vocabulary.rows_left(teacher, s),)
-    stuck = list[str]()
+    stuck = []
     for axis, values in sizes.items():
         if axis in s.axes and len(values) == 1:
             stuck.append(f"{axis} {values[0]:,}")
@@ -321,7 +321,7 @@ def report(
     best = verdict.best if records else 0
     told = f"{len(measured)} students measured, {' '.join(scope.flags)}"
     if records:
-        teacher_seconds = dict[str, float]()
+        teacher_seconds = {}
         for flag, timing in scope.speeds.items():
             teacher_seconds[flag] = timing.seconds(before.layers)
         names = names[: len(records)]

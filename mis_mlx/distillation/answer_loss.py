@@ -63,8 +63,8 @@ def of_talks(teacher: Checkpoint, talks: Sequence[Row]) -> AnswerLoss | None:
 
     None where there are fewer than FEWEST: it would say nothing.
     """
-    prompts = list[Prompt]()
-    answers = list[Answer]()
+    prompts = []
+    answers = []
     for row in talks:
         if not _is_talk(row):
             continue

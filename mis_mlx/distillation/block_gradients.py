@@ -241,7 +241,7 @@ class BlockGradients:
         cotangents of its outputs. last: of the last block only.
         """
         start = self._blocks.start
-        trained = dict[str, mx.array]()
+        trained = {}
         if i in self._blocks:
             trained = dict(tree_flatten(block.trainable_parameters()))
         total = mx.array(0.0)
@@ -265,8 +265,8 @@ class BlockGradients:
                 new_grads = [old + new for old, new in zip(grads, new_grads, strict=True)]
             grads = new_grads
             # Below the shard nobody asks for a cotangent, so it is not computed there.
-            wanted = list[mx.array]()
-            of_owner = list[mx.array]()
+            wanted = []
+            of_owner = []
             if i > start:
                 wanted.append(below.hidden)
                 of_owner = self._sharers.add(i, b, below)

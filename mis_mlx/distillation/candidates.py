@@ -44,6 +44,8 @@ VOCABULARIES = "0.75x", "0.5x", "0.375x", "0.25x", "0.125x"
 # Bits of a weight, scales included, at which rounding is measured on answers.
 BITS_PROBED = 4.0, 5.0
 WORST = 100.0  # nats a byte of a student whose loss is not a number
+Costs = dict[str, dict[int, float]]  # module path: bits: nats
+Curve = list[tuple[float, float]]  # (size, nats a byte)
 
 
 def split(held_out: Mapping[str, Windows], ranking: int, judging: int) -> tuple[Windows, Windows]:
@@ -53,7 +55,7 @@ def split(held_out: Mapping[str, Windows], ranking: int, judging: int) -> tuple[
     text gives a third as many.
     """
     ranks = list[Windows]()
-    judges = list[Windows]()
+    judges = []
     for name, windows in held_out.items():
         share = 3 if ranks else 1
         count = len(windows.tokens)
@@ -169,7 +171,7 @@ class Candidates:
         return statistics
 
     @cached_property
-    def sensitivity(self) -> dict[str, dict[int, float]]:
+    def sensitivity(self) -> Costs:
         """{module path: {bits: nats a token}} of the teacher.
 
         Read from the run's folder, where a search that was stopped left it.
@@ -183,7 +185,7 @@ class Candidates:
             stored[name] = {int(bits): cost for bits, cost in costs.items()}
         return stored
 
-    def _measured_sensitivity(self) -> dict[str, dict[int, float]]:
+    def _measured_sensitivity(self) -> Costs:
         """`sensitivity`, measured. MisError where a cost is not a number."""
         run = self.run
         batches = self.samples[: compression_size.SENSED]
@@ -274,14 +276,14 @@ class Candidates:
 
     def losses(self, sizes: Sizes) -> Losses:
         """What every axis costs by itself: measured, or read from the log."""
-        probes = list[tuple[str, int]]()
+        probes = []  # (axis, size)
         for axis in CUTS[:-1]:
             for size in shape_search.probed(sizes[axis]):
                 probes.append((axis, size))
         for rows in sizes["vocab"]:
             if rows != self._before.vocab:
                 probes.append(("vocab", rows))
-        points: dict[str, list[tuple[float, float]]] = {axis: [] for axis in CUTS}
+        points: dict[str, Curve] = {axis: [] for axis in CUTS}
         for axis, size in cli.counted("axis alone", probes, len(probes)):
             nats = self._probe(axis, size)
             points[axis].append((size, nats))
@@ -291,7 +293,7 @@ class Candidates:
         left = shape_search.left_after(self.settings.student_iters, left)
         return Losses(self._before, points, left)
 
-    def _bits_alone(self) -> list[tuple[float, float]]:
+    def _bits_alone(self) -> Curve:
         """(bits, nats a byte) of the teacher in so many bits a weight.
 
         They are sums of what each matrix costs on calibration text. On answers bits cost something
@@ -300,7 +302,7 @@ class Candidates:
         ones = np.ones(len(self.ranking.tokens))
         tokens_a_byte = comparison.per_byte(ones, self.ranking)
         fewest, most = shape_search.bpw_range(self._group)
-        curve = list[tuple[float, float]]()
+        curve = Curve()
         for bpw in np.arange(fewest, most, 0.125):
             chosen = self._teacher_bits(float(bpw))
             costs = [self.sensitivity[path][bits] for path, bits in chosen.items()]
@@ -309,8 +311,8 @@ class Candidates:
         if self.answers is None:
             return curve
         sizes, estimated = np.array(curve).T
-        measured = np.array([self._rounded_teacher(bpw) for bpw in BITS_PROBED])
-        stretch = measured / np.interp(BITS_PROBED, sizes, estimated)
+        measured = [self._rounded_teacher(bpw) for bpw in BITS_PROBED]
+        stretch = np.array(measured) / np.interp(BITS_PROBED, sizes, estimated)
         stretched = estimated * np.interp(sizes, BITS_PROBED, stretch)
         return list(zip(sizes.tolist(), stretched.tolist(), strict=True))
 
@@ -343,7 +345,9 @@ class Candidates:
         Every weight goes to its nearest value. bits: of each matrix, by its path. group: weights
         that share a scale.
         """
-        layout = {path: packed_format.Format(width, group) for path, width in bits.items()}
+        layout = {}
+        for path, width in bits.items():
+            layout[path] = packed_format.Format(width, group)
         with self._temporary("rounded") as place:
             out = Path(place) / "model"
             packed_format.write_quantized(model, out, layout, self.run.files)
@@ -399,8 +403,8 @@ class Candidates:
         """
         before = arch.tensors_of(self.teacher.config)
         config = arch.student_config(self.teacher.config, choice.shape, layers)
-        sizes = dict[str, int]()
-        costs = dict[str, dict[int, float]]()
+        sizes = {}
+        costs = Costs()
         for name, size in arch.tensors_of(config).items():
             path = name.removesuffix(".weight")
             source = path  # in the teacher
@@ -460,7 +464,7 @@ def once(
     """The line of these sizes in a log of the run; where there is none, `measured` makes it."""
     path = run.folder / log
     for line in run_folder.records(path):
-        if all(line.get(axis) == size for axis, size in sizes.items()):
+        if sizes == {axis: line.get(axis) for axis in sizes}:
             return line
     record = {**sizes, **measured()}
     run.files.append(path, json.dumps(record))

@@ -132,7 +132,7 @@ def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: boo
 
 def tables(judgement: answers.Judgement) -> dict[str, list[Row]]:
     """Rows of every model by language, of languages with enough prompts."""
-    rows = dict[str, list[Row]]()
+    rows = {}
     for code, language in LANGUAGES.items():
         chosen = _in_language(judgement, code)
         if len(chosen) >= FEW:

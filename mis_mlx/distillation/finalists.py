@@ -86,7 +86,7 @@ def _measured(
         record["bytes"] = models["rounded"].nbytes
     record |= _judged(c, models, reader.judging)
     if c.settings.timed_at and trained:
-        seconds = dict[str, float]()
+        seconds = {}
         for flag, (cached, prompt) in c.settings.timed_at.items():
             timing = timed(trained.path, cached, prompt)
             seconds[flag] = timing.seconds(choice.shape.layers)
@@ -138,7 +138,8 @@ def _trained(own: pipeline.Run, pruned: Checkpoint, search: Path) -> Checkpoint 
             pipeline.distil(own, pruned, out)
             return load.open_checkpoint(out)
     except MisError as error:
-        raise MisError(str(error).replace(str(own.folder), str(search))) from error.__cause__
+        sentence = str(error).replace(str(own.folder), str(search))
+        raise MisError(sentence) from error.__cause__
     return None
 
 
@@ -149,7 +150,8 @@ def _judged(
 ) -> dict[str, Any]:
     """{"metric_model": bits a byte of every window, or answer} of the teacher and a finalist."""
     record = dict[str, Any]()
-    for (model, metric), values in comparison.compare(models, judging).items():
+    compared = comparison.compare(models, judging)
+    for (model, metric), values in compared.items():
         if metric in ("nll", "kl"):
             nats = comparison.nats_of(values, judging)
             bits = nats / judging.text_bytes / math.log(2)
@@ -204,8 +206,8 @@ def timed(folder: Path, cached: int, prompt: int) -> limits.Timing:
 
     total = len(layers)
     half = max(1, total // 2)
-    of_total = list[float]()
-    of_half = list[float]()
+    of_total = []
+    of_half = []
     for _ in range(ROUNDS):  # in turn, so that a slow spell hits both
         of_total.append(quickest(total))
         of_half.append(quickest(half))
@@ -236,10 +238,11 @@ def _attention_seconds(model: Any, cached: int, prompt: int) -> float:
         k = mx.zeros((1, shape.kv_heads, keys, shape.head_dim), dtype)
         mx.eval(q, k)
         began = time.perf_counter()
-        mx.eval(mx.fast.scaled_dot_product_attention(q, k, k, scale=1.0, mask=mask))
+        out = mx.fast.scaled_dot_product_attention(q, k, k, scale=1.0, mask=mask)
+        mx.eval(out)
         return time.perf_counter() - began
 
-    parts = list[tuple[int, int]]()  # (queries, keys)
+    parts = []  # (queries, keys)
     for start in range(0, prompt, rounds.PREFILL):
         end = min(start + rounds.PREFILL, prompt)
         parts.append((end - start, end))
@@ -248,14 +251,17 @@ def _attention_seconds(model: Any, cached: int, prompt: int) -> float:
 
     def seconds(window: int) -> float:
         """Of a block that sees so many tokens; the quickest of some rounds."""
-        times = list[float]()
+        times = []
         for queries, keys in parts:
             seen = min(keys, queries + window - 1)
-            times.append(min(attention(queries, seen) for _ in range(ROUNDS)))
+            tries = [attention(queries, seen) for _ in range(ROUNDS)]
+            times.append(min(tries))
         return sum(times)
 
     everything = cached + prompt + 1
-    windows = [load.window(model.args, block) or everything for block in model.model.layers]
+    windows = []
+    for block in model.model.layers:
+        windows.append(load.window(model.args, block) or everything)
     by_window = {window: seconds(window) for window in set(windows)}
     return sum(by_window[window] for window in windows) / len(windows)
 
@@ -269,12 +275,15 @@ def unstable(record: Record) -> str:
         return f"the guard had to step in at {meddled} of {record['steps']} steps"
     before = float(np.mean(record["kl_pruned"]))
     after = float(np.mean(record["kl_distilled"]))
-    return f"its KL rose from {before:.3f} to {after:.3f}" if after > before else ""
+    if after > before:
+        return f"its KL rose from {before:.3f} to {after:.3f}"
+    return ""
 
 
 def judging_metric(records: Sequence[Record]) -> str:
     """The numbers that compare finalists: bits a byte on the teacher's answers, or else on text."""
-    on_answers = all("answers_rounded" in record for record in records if not unstable(record))
+    stable = [record for record in records if not unstable(record)]
+    on_answers = all("answers_rounded" in record for record in stable)
     return "answers_rounded" if records and on_answers else "nll_rounded"
 
 
@@ -318,9 +327,9 @@ def table(
 
     speeds: the teacher's seconds.
     """
-    rows = list[Row]()
+    rows = []
     for record, name in zip(records, names, strict=True):
-        plain = dict[str, float]()
+        plain = {}
         for flag, seconds in record.get("seconds", {}).items():
             plain[flag] = speeds[flag] / seconds
         plain["params"] = record["params"] / 1e6

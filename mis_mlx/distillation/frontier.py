@@ -53,7 +53,7 @@ def curve(
     """(the students of fewest bytes for each loss of ALLOWED, as expected; their sizes)."""
     config = c.run.teacher.config
     together = _together(c, losses, shapes, within)
-    points = list[Point]()
+    points = []
     chosen = list[Choice]()
     for allowed in ALLOWED:
         nats = allowed * math.log(2) / together
@@ -135,7 +135,7 @@ def distilled(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> lis
 
     Their loss is that on other answers; on text it is KL(teacher || student), as the curve's.
     """
-    points = list[Point]()
+    points = []
     for record, name in zip(records, names, strict=True):
         values = record.get("answers_rounded") or record.get("kl_rounded") or [None]
         if None not in values and "bytes" in record:

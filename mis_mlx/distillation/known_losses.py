@@ -24,6 +24,7 @@ LOGS = (PROBES, CANDIDATES)
 # Settings that change a measured loss. The number of windows changes it by noise alone, so a
 # measurement with some windows is not repeated with others.
 MEASURED_BY = ("vocab_text", "languages")
+Identity = Mapping[str, Any]  # what a measurement depends on: `identity`
 
 
 def identity(teacher: Checkpoint, text: str, settings: Any) -> dict[str, Any]:
@@ -39,13 +40,13 @@ def identity(teacher: Checkpoint, text: str, settings: Any) -> dict[str, Any]:
     return dict(json.loads(json.dumps(identity)))
 
 
-def kept_folder(about: Mapping[str, Any]) -> Path:
+def kept_folder(about: Identity) -> Path:
     """Where the logs of this identity are kept on this machine."""
     digest = json_sha256(dict(about))
     return hub.cache_root() / "searches" / digest[:32]
 
 
-def known(about: Mapping[str, Any], log: str) -> list[dict[str, Any]]:
+def known(about: Identity, log: str) -> list[dict[str, Any]]:
     """The records of one log that came with the package or are kept on this machine."""
     records = list[dict[str, Any]]()
     for source in _sources(about):
@@ -53,13 +54,13 @@ def known(about: Mapping[str, Any], log: str) -> list[dict[str, Any]]:
     return records
 
 
-def _sources(about: Mapping[str, Any]) -> list[Path]:
+def _sources(about: Identity) -> list[Path]:
     """The folders with logs of this identity."""
     folders = [SHIPPED, kept_folder(about)]
     return [folder for folder in folders if _about(folder) == about]
 
 
-def lay_out(run: Path, about: Mapping[str, Any], files: Files) -> int:
+def lay_out(run: Path, about: Identity, files: Files) -> int:
     """Put known measurements into a run's folder; return how many lines its logs then have.
 
     Lines that the run has already stay.
@@ -74,7 +75,7 @@ def lay_out(run: Path, about: Mapping[str, Any], files: Files) -> int:
     return sum(len(run_folder.records(run / name)) for name in LOGS)
 
 
-def keep(run: Path, about: Mapping[str, Any]) -> None:
+def keep(run: Path, about: Identity) -> None:
     """Add the logs of a run to those kept on this machine."""
     folder = kept_folder(about)
     DISK.make_folder(folder)

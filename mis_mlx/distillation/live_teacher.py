@@ -87,7 +87,7 @@ class StreamedTeacher:
 
         For cross-entropy also labels (B * T,).
         """
-        micro_batches = list[MicroBatch]()
+        micro_batches = []
         # One pass for all batches, so that a streamed teacher is read once a step. Each batch goes
         # in as many pieces as there are lanes, which compute side by side.
         pieces = [lanes.cut(tokens) for tokens, _ in batches]
@@ -358,7 +358,7 @@ def _drawn(
     first: the number of the window's first position.
     """
     rows = losses.chunk_rows(spec.vocab)
-    parts = list[tuple[np.ndarray, ...]]()
+    parts = []
     for start in range(0, len(hidden), rows):
         # Without a name for the logits: the next chunk's would be made beside them.
         parts.append(
@@ -393,7 +393,7 @@ class Cached:
 
         windows: which windows of the data each batch holds, (B,).
         """
-        micro_batches = list[MicroBatch]()
+        micro_batches = []
         for (tokens, learn), wanted in zip(batches, windows, strict=True):
             rows = np.searchsorted(self._windows, wanted)
             if not np.array_equal(np.take(self._windows, rows, mode="clip"), wanted):

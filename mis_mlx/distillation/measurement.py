@@ -42,7 +42,7 @@ def quality(c: pipeline.Run, judging: Judging, models: comparison.Models) -> sum
 
     Where machines share the teacher's blocks, all of them take part in its passes.
     """
-    rows_of = dict[str, list[Row]]()
+    rows_of = {}
     teacher = models["teacher"]
     for name, (windows, own) in judging.items():
         cli.say(f"measure: {name}")
@@ -64,7 +64,7 @@ def _shared_pass(c: pipeline.Run, model: Checkpoint, windows: Windows) -> stream
     if not c.shares:
         return None
     # The first machine brings all windows, the others bring none.
-    batches = list[mx.array]()
+    batches = []
     if distributed.is_main():
         batches = [mx.array(window[None]) for window in windows.tokens]
     dtype = policy.compute_dtype(model)

@@ -96,7 +96,7 @@ def _decided(training: CheckpointedTraining, recipe: DistillationConfig) -> dict
     assert recipe.minutes is not None
     run = training.run
     log = run.folder / training.log
-    by_number = dict[int, float]()  # a step that was done again counts with its last time
+    by_number = {}  # a step that was done again counts with its last time
     for record in run_folder.records(log):
         if "number" in record:
             by_number[record["number"]] = record["seconds"]

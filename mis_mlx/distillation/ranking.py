@@ -34,7 +34,7 @@ def rank(c: candidates.Candidates, within: Sequence[Choice], sizes: Sizes) -> Ra
     with progress.phase("rank"):
         losses = c.losses(sizes)
         likely = shape_search.best(within, sizes, losses, c.settings.evaluations)
-        scores = dict[Choice, float]()
+        scores = {}
         with progress.bar("rank", len(likely)) as show:
             for number, choice in enumerate(likely, 1):
                 scores[choice] = c.score(choice, losses)
@@ -87,10 +87,12 @@ def smallest(
                     break
                 together = TOGETHER[1]
                 if math.isfinite(score):
-                    together = float(np.clip(score / losses.expected(choice), *TOGETHER))
+                    ratio = score / losses.expected(choice)
+                    together = float(np.clip(ratio, *TOGETHER))
 
     def order(choice: Choice) -> tuple[bool, float]:
-        return scores[choice] > CLOSE * lose, file_bytes(config, *choice)
+        too_much = scores[choice] > CLOSE * lose
+        return too_much, file_bytes(config, *choice)
 
     ranked = sorted(scores, key=order)
     if scores[ranked[0]] > CLOSE * lose:  # no student keeps to it: the nearest first

@@ -45,8 +45,8 @@ def plan_search(
         rows=vocabularies > 0,
         limit=limit.limit_bytes,
     )
-    stages = list[estimates.StageCost]()
-    seconds = dict[str, float]()
+    stages = []
+    seconds = {}
     for name, part in work.items():
         if part:
             stages += part

@@ -93,7 +93,7 @@ class Sharded:
 
     def arrays(self) -> dict[str, dict[str, mx.array]]:
         """The shard's weights and moments for a checkpoint, by checkpoint file."""
-        moments = dict[str, mx.array]()
+        moments = {}
         for number, optimizer in enumerate(self.optimizers):
             for name, array in optimizer.arrays().items():
                 moments[f"{number}.{name}"] = array
@@ -239,7 +239,7 @@ class Sharded:
             began, note, forward = train_loop.awake(partial(forward_of, step))
             noise = factor(step)  # eq. (2)'s (1 + eps_halny)
             rate = recipe.rate(step)
-            norms = list[float]()
+            norms = []
             notes = dict[str, None]()  # each sentence once, in order
             for i, grads in self._passes.backward_blocks(forward):
                 norm, said = self._update(i, grads, forward, noise, rate, batch=step + 1)

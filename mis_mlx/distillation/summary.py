@@ -225,7 +225,7 @@ def expectation(
         rows = {(row.model, row.metric): row.value for row in answered.rows}
         reached = rows[student, "answers_excess"]
         return {"expected_loss": expected, "reached_loss": round(reached, 4), "loss_of": "answers"}
-    above = list[float]()
+    above = []
     for rows_of_text in quality.values():
         bits = {row.model: row.value for row in rows_of_text if row.metric == "bpb"}
         above.append(bits[student] - bits["teacher"])

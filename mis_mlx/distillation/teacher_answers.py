@@ -128,7 +128,7 @@ def write(teacher: Checkpoint, how: Writing, out: Path, limit: Budget) -> int:
             done[start] = talks
             show(min(start + size, total))
             mx.clear_cache()
-    kept = list[Row]()
+    kept = []
     for start in sorted(done):
         kept += done[start]
     if len(kept) < USABLE * total:
@@ -176,7 +176,7 @@ def _conversations(
         going_on = [number for number in going_on if len(batch[number].turns) > turn]
         if not going_on:
             break
-        asked = list[answers.Prompt]()
+        asked = []
         for number in going_on:
             prompt = batch[number]
             question = {"role": "user", "content": prompt.turns[turn]}

@@ -108,7 +108,7 @@ def as_in_training(model: nn.Module, work: Callable[[nn.Module], mx.array]) -> m
     MLX then leaves out its fused attention, which has no gradient, so the last bits differ from a
     plain forward pass.
     """
-    results = list[mx.array]()
+    results = []
 
     def summed(model: nn.Module) -> mx.array:
         results.append(work(model))
