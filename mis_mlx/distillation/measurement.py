@@ -8,7 +8,7 @@ from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import conversations, pipeline, summary
 from mis_mlx.evaluation import answers, comparison
 from mis_mlx.models import distributed, load, pipeline_parallel, policy, stream
-from mis_mlx.types import Budget, Checkpoint, Row
+from mis_mlx.types import Budget, Checkpoint
 
 # By held-out text: its windows in the tokens of the students and, where the teacher has more
 # tokens, in those.
