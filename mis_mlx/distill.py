@@ -1,45 +1,36 @@
-"""Distil: teacher in, small recovered 4-bit student out, with a table of what it cost. The main
-job.
-"""
+"""Distil: teacher in, small recovered 4-bit student out, with a table of what it cost."""
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import mlx.core as mx
-
 from mis_mlx import bench, cli, plan, search, synthesize
-from mis_mlx.data import preparation, token_windows
-from mis_mlx.distillation import conversations, pipeline, run_loop, summary
-from mis_mlx.evaluation import answers, comparison
-from mis_mlx.hardware import memory
-from mis_mlx.hardware.rates import Rates
-from mis_mlx.hardware.thermal.run_monitor import battery
-from mis_mlx.models import (
-    arch,
-    distributed,
-    families,
-    load,
-    mlx_generate,
-    pipeline_parallel,
-    policy,
+from mis_mlx.data import preparation
+from mis_mlx.distillation import (
+    compression,
+    conversations,
+    measurement,
+    pipeline,
+    run_loop,
+    run_plan,
+    summary,
 )
+from mis_mlx.evaluation import comparison
+from mis_mlx.hardware import memory
+from mis_mlx.hardware.thermal.run_monitor import battery
+from mis_mlx.models import arch, distributed, families, load, mlx_generate, policy
 from mis_mlx.models.config import shape_of
-from mis_mlx.planner import estimates, machines, phases
+from mis_mlx.planner import machines, phases
 from mis_mlx.planner.recipe import (
     EVAL_PROMPTS,
-    FIRST_STEPS,
-    PLAIN,
     DistillationConfig,
-    DistillationSpec,
     QuantizationConfig,
-    spec_of,
     steps_of,
 )
 from mis_mlx.pruning import select, shape_search, vocabulary
-from mis_mlx.quantization import packed_format, stage
-from mis_mlx.reporting import html, progress, text
+from mis_mlx.quantization import packed_format
+from mis_mlx.reporting import progress, text
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, json_sha256
 from mis_mlx.types import MOST, Budget, Checkpoint, MisError, Row, Whole, Within, gib
@@ -64,9 +55,10 @@ FREE = frozenset(
     }
 )
 DEFAULT_LOSS = 0.12  # bits a byte that a run allows where nothing is said about sizes
-# folders of what teachers write; tokens of such a text, about
-WRITTEN = Path("runs/text")
-TEXT_TOKENS = 200
+WRITTEN = Path("runs/text")  # folders of texts that teachers write
+TEXT_TOKENS = 200  # of such a text, about
+# Settings that say how large the result is.
+SIZES = ("student", "scenario", *families.ALL, "target_bpw", "q_mode")
 
 
 @dataclass(frozen=True)
@@ -157,263 +149,111 @@ class Settings(
     """
 
 
-Judging = dict[str, tuple[token_windows.Windows, token_windows.Windows | None]]
-
-
-def _prune(s: Settings, c: pipeline.Run, data: preparation.Data, before: int) -> Checkpoint:
-    out = c.folder / "pruned"
-    if s.student is not None:
-        return load.open_checkpoint(s.student)
-    if not distributed.broadcast_json(out.exists):
-        cli.say("calibrate and prune")
-        held_out = comparison.chosen(next(iter(data.held_out.values())), s.eval_windows)
-        with c.phase("prune"):
-            report = select.prune(
-                c.teacher,
-                c.pick(s.num_samples, 1),
-                held_out,
-                out,
-                s,
-                dtype=pipeline.DTYPE,
-                reading=c.weather.latest,
-                files=c.files,
-                held=c.plan.held_windows("prune"),
-                shares=c.shares,
-            )
-        if distributed.is_main():
-            cli.say(html.document("pruned.md", {**report, "params_before": before}))
-    distributed.broadcast_folder(out, c.files)
-    return load.open_checkpoint(out)
-
-
-def _quantize(s: Settings, c: pipeline.Run, dense: Path) -> None:
-    """Round the student, then let its scales learn; what is there is not made again."""
-    out = c.folder / "model"
-    rounded = c.folder / ("rounded" if c.plan.tuned else "model")
-    if distributed.is_main() and not rounded.exists() and not out.exists():
-        batches = c.pick(s.num_samples * s.looks, 1)
-        held = c.plan.held_windows("quantize")
-        with c.phase("quantize"):
-            stage.quantize(dense, rounded, s, c.files, batches, held, s.seed)
-    if not distributed.broadcast_json(out.exists):
-        distributed.broadcast_folder(rounded, c.files)
-        cli.say(f"tune: {c.plan.tuned} steps of scales, biases and norms")
-        pipeline.tune(c, rounded, out, s.q_learning_rate)
-
-
-def _judging(s: Settings, c: pipeline.Run, data: preparation.Data, teacher: Checkpoint) -> Judging:
-    """By name, the held-out windows that judge and, where the teacher has more tokens, their text
-    in those.
-    """
-    found = {}
-    tokenizers = (
-        [load.tokenizer(m.path) for m in (c.teacher, teacher)] if teacher is not c.teacher else []
-    )
-    for at, (name, held_out) in enumerate(data.held_out.items()):
-        chosen = comparison.chosen(
-            held_out, s.eval_windows if at == 0 else max(1, s.eval_windows // 3)
-        )
-        found[name] = chosen, token_windows.reread(chosen, *tokenizers) if tokenizers else None
-    return found
-
-
-def _quality(c: pipeline.Run, judging: Judging, models: comparison.Models) -> summary.Quality:
-    """Rows by held-out text, on the first machine; where machines share the teacher's blocks, all
-    help.
-    """
-    quality = {}
-    teacher = models["teacher"]
-
-    def states(model: Checkpoint, chosen: token_windows.Windows) -> Any:
-        windows = [mx.array(w[None]) for w in chosen.tokens] if distributed.is_main() else []
-        whole = model, policy.compute_dtype(model), 0, c.direct
-        return pipeline_parallel.Relay(*whole, c.shares).forward(windows) if c.shares else None
-
-    for name, (chosen, own) in judging.items():
-        cli.say(f"measure: {name}")
-        hidden = states(c.teacher, chosen)
-        own_hidden = states(teacher, own) if own else None
-        if distributed.is_main():
-            rows = comparison.rows_of(
-                comparison.compare({**models, "teacher": c.teacher}, chosen, hidden), chosen
-            )
-            if own:
-                rows = comparison.across(
-                    rows, comparison.compare({"teacher": teacher}, own, own_hidden), own
-                )
-            quality[name] = rows
-    return quality
-
-
-def _answers(s: Settings, c: pipeline.Run, models: comparison.Models) -> answers.Judgement | None:
-    """What teacher, distilled and rounded student answer; None where nobody is asked, or can be."""
-    if not s.eval_prompts or c.shares:  # no machine holds a teacher whose blocks several share
-        return None
-    asked = {name: model for name, model in models.items() if name != "pruned"}
-    found = conversations.judged(asked, s.eval_prompts, Budget(c.plan.budget_bytes))
-    if found:
-        conversations.keep(found, c.folder, c.files)
-    return found
-
-
 def _sizes(s: Settings, c: pipeline.Run, models: comparison.Models) -> list[Row]:
-    """Rows of size and speed. The models that are timed also write something, for the report."""
-    sizes = [Row(n, "params", arch.params(m.config) / 1e6) for n, m in models.items()]
-    sizes += [Row(n, "bytes", m.nbytes / 1e6) for n, m in models.items()]
-    fit = {
-        n: m.path
-        for n, m in models.items()
-        if phases.timed_bytes(arch.params(m.config)) <= c.plan.budget_bytes
-    }
+    """Rows of size and speed. The models that are timed also write samples, for the report."""
+    sizes = []
+    fitting = {}
+    for name, model in models.items():
+        params = arch.params(model.config)
+        sizes.append(Row(name, "params", params / 1e6))
+        if phases.timed_bytes(params) <= c.plan.budget_bytes:
+            fitting[name] = model.path
+    sizes += [Row(name, "bytes", model.nbytes / 1e6) for name, model in models.items()]
     if s.bench_tokens:
-        cli.say(f"measure: speed of {', '.join(fit) or 'none: no model fits the budget whole'}")
-        sizes += bench.measure(fit, 2 * s.bench_tokens, s.bench_tokens, 2, c.plan.peak_bytes)
-        lines = [
-            json.dumps(one, ensure_ascii=False)
-            for one in mlx_generate.samples(fit, 2 * s.bench_tokens)
-        ]
-        c.files.replace_text(c.folder / run_folder.SAMPLES, "\n".join([*lines, ""]))
+        cli.say(f"measure: speed of {', '.join(fitting) or 'none: no model fits the budget whole'}")
+        sizes += bench.measure(
+            fitting,
+            prompt_tokens=2 * s.bench_tokens,
+            tokens=s.bench_tokens,
+            count=2,
+            limit_bytes=c.plan.peak_bytes,
+        )
+        samples = mlx_generate.samples(fitting, 2 * s.bench_tokens)
+        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+        c.files.replace_text(c.folder / run_folder.SAMPLES, "".join(lines))
     return sizes
 
 
 def _stages(
     s: Settings, c: pipeline.Run, data: preparation.Data, teacher: Checkpoint
 ) -> tuple[str, dict[str, Any]]:
-    """(the table, the result); nothing on machines beside the first one. teacher: with its own
-    vocabulary.
+    """(the table, the result); ("", {}) on machines beside the first one.
+
+    teacher: with its own vocabulary.
     """
     folder = c.folder
-    judging = _judging(s, c, data, teacher)
-    load.opened_tokenizer.cache_clear()  # each phase would have them beside it
-    models = {"teacher": teacher, "pruned": _prune(s, c, data, arch.params(teacher.config))}
+    judging = measurement.judging_windows(c, data, teacher, s.eval_windows)
+    load.opened_tokenizer.cache_clear()  # else every phase would hold them, too
+    pruned = compression.prune(s, c, data, arch.params(teacher.config))
+    models = {"teacher": teacher, "pruned": pruned}
     distilled = folder / ("distilled" if s.quantize else "model")
-    pipeline.distil(c, models["pruned"], distilled)
+    pipeline.distil(c, pruned, distilled)
     if s.quantize:
-        _quantize(s, c, distilled)
-    if not distributed.is_main() and not c.shares:  # what is left to do, the first one does
+        compression.quantize(s, c, distilled)
+    # Other machines are needed only for a teacher whose blocks are shared.
+    main = distributed.is_main()
+    if not main and not c.shares:
         return "", {}
-    if distributed.is_main():
+    if main:
         models["distilled"] = load.open_checkpoint(distilled)
         if s.quantize:
             models["4-bit"] = load.open_checkpoint(folder / "model")
     with c.phase("measure"):
-        answered = _answers(s, c, models) if distributed.is_main() else None
-        quality = _quality(c, judging, models)
-        sizes = _sizes(s, c, models) if distributed.is_main() else []
-    if not distributed.is_main():
+        answered = measurement.answered(c, models, s.eval_prompts) if main else None
+        quality = measurement.quality(c, judging, models)
+        sizes = _sizes(s, c, models) if main else []
+    if not main:
         return "", {}
     expected = summary.expectation(s.expected_loss, list(models)[-1], answered, quality)
-    told = summary.expectation_sentence(expected, s.lose) if expected else ""
-    table = summary.page(models, sizes, quality, s.max_seq_length, answered, expectation=told)
+    sentence = summary.expectation_sentence(expected, s.lose) if expected else ""
+    table = summary.page(
+        models, sizes, quality, s.max_seq_length, answered=answered, expectation=sentence
+    )
     c.files.replace_text(folder / "table.md", table + "\n")
-    said = conversations.figures(answered) if answered else {}
+    figures = conversations.figures(answered) if answered else {}
     result = summary.result(folder, models, sizes, quality)
-    result = c.done({**said, **result, **expected, "mode": c.plan.mode})
+    result = c.done({**figures, **result, **expected, "mode": c.plan.mode})
     if answered:
-        # The sentence on loops, then what the models say, then figures.
+        # On the screen: the sentence on loops, then the models' answers, then figures.
         table = summary.page(
             models,
             sizes,
             quality,
             s.max_seq_length,
-            answered,
+            answered=answered,
             dialogue=conversations.dialogue(answered),
-            expectation=told,
+            expectation=sentence,
         )
-    for name in () if s.keep_steps else pipeline.LEFT:
-        c.files.discard(folder / name)
+    if not s.keep_steps:
+        for name in pipeline.LEFT:
+            c.files.discard(folder / name)
     return table, result
 
 
-def _plan(s: Settings, teacher: Checkpoint, rows: int, folder: Path | None) -> phases.MemoryPlan:
-    """The plan of a new run; or of one that has begun, which goes on in its own way whatever the
-    budget is now. Several machines go the first one's way, each with its own budget; MisError where
-    the student is not whole there.
-    """
-    seen = vocabulary.first_rows(teacher, rows)
-    if s.student:
-        small = load.open_checkpoint(s.student).config
-    else:
-        small = arch.student_config(
-            seen.config, select.wanted_shape(seen.config, s), dtype=pipeline.DTYPE
-        )
-    if s.quantize:
-        stage.check(small, s)
-    rounding = s if s.quantize else PLAIN
-    at = estimates.machine_rates()
-    own = estimates.model_of(seen, dtype=policy.compute_dtype(teacher))
-    student, whole = (estimates.model_of(model) for model in (small, teacher))
-    asked = s.eval_prompts if preparation.takes_conversations(load.tokenizer(teacher.path)) else 0
-    job = spec_of(
-        own,
-        student,
-        s,
-        rounding,
-        s.hidden_by == "pca",
-        whole,
-        not s.student,
-        answers=asked,
-        answers_known=asked > 0 and answers.known(teacher, answers.prompts(asked)),
-    )
-    limit = memory.budget(s.budget_bytes).limit_bytes
-    if s.minutes is not None:
-        job = _paced(s.minutes, job, limit, at)
-
-    def way() -> dict[str, Any]:
-        return (
-            run_folder.stored_settings(folder, run_folder.PLAN)
-            if folder
-            else phases.make(job, limit, at).way
-        )
-
-    made = phases.one(job, limit, at, **distributed.broadcast_json(way))
-    if distributed.size() > 1 and made.mode == "sharded":
-        why = (
-            f"{distributed.size()} machines train a student whole, {gib(limit)} hold a part of "
-            f"this one"
-        )
-        raise MisError(f"{why}: give more --budget, leave out --train, or use one machine")
-    return made
-
-
-def _paced(minutes: float, job: DistillationSpec, limit: int, at: Rates) -> DistillationSpec:
-    """The job with as many steps as the plan expects to fit into the minutes.
-
-    MisError where that number must be known before the first step: --iters takes it."""
-    made = phases.make(job, limit, at)
-    seconds = made.planned.get("distil", 0.0)
-    if not seconds:
-        return job
-    iters = max(2 * FIRST_STEPS, int(60 * minutes * job.iters / seconds))
-    if made.mode == "sharded" or job.targets == "cached":
-        why = "a student in parts" if made.mode == "sharded" else "targets on disk"
-        need = f"{why} must know their number at first: give --iters {iters}"
-        raise MisError(
-            f"--minutes {minutes:g} counts steps as they are made, {need}, which should take about "
-            f"as long"
-        )
-    return replace(job, iters=iters)
-
-
 def _text(s: Settings, teacher: Checkpoint) -> str | None:
-    """--data; of the teacher's own text the folder, which `synthesize` writes once for a teacher, a
-    seed and a size.
+    """--data; for --data teacher the folder of a text that the teacher writes.
+
+    `synthesize` writes it once for a teacher, a seed and a size.
     """
     if s.data != preparation.TEACHER:
         return s.data
-    visited = (
-        steps_of(s, teacher.config) * s.batch_size * s.grad_accumulation_steps * s.max_seq_length
-    )
+    step = s.batch_size * s.grad_accumulation_steps * s.max_seq_length
+    visited = steps_of(s, teacher.config) * step
     texts = max(synthesize.Settings.num_samples, visited // (4 * TEXT_TOKENS))
-    out = (
-        WRITTEN
-        / f"{teacher.path.name}-{run_folder.origin(teacher, '')['teacher'][:8]}-{s.seed}-{texts}"
-    )
-    shared = {name: getattr(s, name) for name in ("budget", "compute_dtype", "seed", "dry_run")}
+    identity = run_folder.origin(teacher, "")["teacher"]
+    out = WRITTEN / f"{teacher.path.name}-{identity[:8]}-{s.seed}-{texts}"
     if distributed.is_main() and not out.exists():
         cli.say(f"--data teacher: the teacher writes first, into {out}")
         synthesize.run(
-            synthesize.Settings(model=str(teacher.path), out=str(out), num_samples=texts, **shared)
+            synthesize.Settings(
+                model=str(teacher.path),
+                out=str(out),
+                num_samples=texts,
+                budget=s.budget,
+                compute_dtype=s.compute_dtype,
+                seed=s.seed,
+                dry_run=s.dry_run,
+            )
         )
     if not s.dry_run:
         distributed.broadcast_folder(out, DISK)
@@ -421,35 +261,32 @@ def _text(s: Settings, teacher: Checkpoint) -> str | None:
 
 
 def _source(s: Settings, teacher: Checkpoint, made: phases.MemoryPlan) -> preparation.Source:
-    """The text of a run, which its teacher perhaps writes first: texts for --data teacher, and its
-    answers.
-    """
+    """The text of a run. Its teacher perhaps writes first: --data teacher, and its answers."""
     wanted = conversations.wanted_of(s, _text(s, teacher), made.job.iters)
     return conversations.source(teacher, wanted, Budget(made.budget_bytes), dry_run=s.dry_run)
 
 
-# settings that say how large the result is
-SIZES = ("student", "scenario", *families.ALL, "target_bpw", "q_mode")
-
-
 def _given_sizes(s: Settings) -> list[str]:
     """The settings of SIZES that were given, as flags."""
-    defaults = asdict(Settings())
-    given = {name: getattr(s, name) for name in SIZES}
-    return [
-        f"--{name.replace('_', '-')} {value}"
-        for name, value in given.items()
-        if value != defaults[name]
-    ]
+    defaults = Settings()
+    flags = []
+    for name in SIZES:
+        value = getattr(s, name)
+        if value != getattr(defaults, name):
+            flags.append(f"--{name.replace('_', '-')} {value}")
+    return flags
 
 
 def _refuse_sizes(s: Settings, flags: str, teacher: Checkpoint) -> None:
-    """MisError where sizes are given beside --lose or --bytes, which choose them, or no search
-    knows the teacher.
+    """MisError where sizes are given together with --lose or --bytes, which choose them.
+
+    Also where no search knows the teacher, or several machines would search.
     """
-    if why := search.unknown(teacher.config):
+    why = search.unknown(teacher.config)
+    if why:
         raise MisError(f"{flags} is not searched for, because {why}: {search.GIVE_SIZES}")
-    if taken := _given_sizes(s):
+    taken = _given_sizes(s)
+    if taken:
         raise MisError(f"{flags} chooses sizes and bits: leave out {', '.join(taken)}, or {flags}")
     if s.bytes and not s.quantize:
         raise MisError(f"{flags} chooses bits, --quantize 0 wants none: leave one of them out")
@@ -460,15 +297,17 @@ def _refuse_sizes(s: Settings, flags: str, teacher: Checkpoint) -> None:
 
 
 def _default_loss(s: Settings, teacher: Checkpoint) -> float | None:
-    """The loss that a run allows where nothing was said about sizes; None where it keeps to a
-    scenario, said why.
+    """The loss that a run allows where nothing was said about sizes.
+
+    None where a scenario gives its sizes; the reason is said.
     """
     if _given_sizes(s) or s.vocab or s.target == "conditions":
         return None
     if families.family(teacher.config).experts:
         return None
     kept = "sizes are a scenario's, not chosen by what is lost"
-    if why := search.unknown(teacher.config):
+    why = search.unknown(teacher.config)
+    if why:
         cli.say(f"{kept}: {why}")
         return None
     limit = memory.budget(s.budget_bytes).limit_bytes
@@ -488,26 +327,30 @@ def _default_loss(s: Settings, teacher: Checkpoint) -> float | None:
 
 
 def _searched(s: Settings, teacher: Checkpoint) -> dict[str, Any]:
-    """What a search for --lose or --bytes finds, or with --dry-run what it says.
+    """The result of a search for --lose or --bytes; with --dry-run its plan.
 
-    A search with the same settings that was stopped goes on; one that has ended is read."""
-    shared = {f.name for f in fields(search.Settings)} & {f.name for f in fields(s)}
-    own = {"out", "resume", "iters", "eval_windows"}  # other things to a search
-    given = {name: getattr(s, name) for name in shared - own}
+    A search with the same settings that was stopped goes on; one that has ended is read.
+    """
+    names = {field.name for field in fields(search.Settings)} & {field.name for field in fields(s)}
+    names -= {"out", "resume", "iters", "eval_windows"}  # a search has its own
+    given = {name: getattr(s, name) for name in names}
     asked = search.Settings(**given, finalists=0, student_iters=s.iters)
     if not s.quantize:
-        asked = replace(asked, axes=tuple(axis for axis in asked.axes if axis != "bits"))
+        axes = tuple(axis for axis in asked.axes if axis != "bits")
+        asked = replace(asked, axes=axes)
     if s.dry_run:
         return search.run(asked)
     same = {name: value for name, value in asdict(asked).items() if name not in search.FREE}
     out = search.UNDER / f"{teacher.path.name}-{json_sha256(same)[:8]}"
-    return search.run(replace(asked, out=str(out), resume=(out / run_folder.CONFIG).is_file()))
+    begun = (out / run_folder.CONFIG).is_file()
+    return search.run(replace(asked, out=str(out), resume=begun))
 
 
 def _sized(s: Settings, teacher: Checkpoint) -> Settings:
-    """The settings with the sizes that a search chooses, and what this student should lose.
+    """The settings with the sizes that a search chooses, and the loss that it expects.
 
-    As they are where sizes were given, or chosen before."""
+    Unchanged where sizes were given, or chosen before.
+    """
     if s.expected_loss is not None:
         return s
     if s.lose is None and not s.bytes:
@@ -515,13 +358,14 @@ def _sized(s: Settings, teacher: Checkpoint) -> Settings:
         if allowed is None:
             return s
         s = replace(s, lose=allowed)
-    flags = [f"--lose {s.lose:g}"] if s.lose is not None else []
-    flags += [f"--bytes {s.bytes}"] if s.bytes else []
-    _refuse_sizes(s, " ".join(flags), teacher)
-    cli.say(
-        f"{' '.join(flags)}: a search chooses sizes and bits; the plan of the rest follows when it "
-        f"has"
-    )
+    given = []
+    if s.lose is not None:
+        given.append(f"--lose {s.lose:g}")
+    if s.bytes:
+        given.append(f"--bytes {s.bytes}")
+    flags = " ".join(given)
+    _refuse_sizes(s, flags, teacher)
+    cli.say(f"{flags}: a search chooses sizes and bits; the plan of the rest follows when it has")
     found = _searched(replace(s, data=_text(s, teacher)), teacher)
     if s.dry_run:
         layers = shape_of(teacher.config).layers
@@ -544,14 +388,15 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.student is None:
         s = replace(s, **vocabulary.defaults(s.scenario, s.vocab, teacher.config, teacher.path))
     rows = vocabulary.rows_left(teacher, s, s.student)
-    made = _plan(s, teacher, rows, folder)
+    made = run_plan.plan_run(s, teacher, rows, folder)
     cli.say(text.aligned(plan.table(made)))
     if not (s.dry_run or made.fits):
         raise MisError(phases.remedy(made))
     if s.dry_run:
         if made.fits:
             _source(s, teacher, made)  # says what the teacher would write
-        if note := battery(s):  # a run says it when it begins
+        note = battery(s)  # a run says it when it begins
+        if note:
             cli.say(note)
         return plan.outcome(made, str(teacher.path))
     source = _source(s, teacher, made)
@@ -560,8 +405,16 @@ def run(settings: Settings) -> dict[str, Any]:
     with progress.run("distill", made.planned):
         # With --minutes the first steps say how many there are.
         iters = made.job.iters if s.minutes is None else None
-        decided = replace(s, iters=iters, learning_rate=made.recipe(s, teacher).learning_rate)
-        table, result = _begin(decided, source, folder, teacher, rows, made)
+        rate = made.recipe(s, teacher).learning_rate
+        decided = replace(s, iters=iters, learning_rate=rate)
+        table, result = _begin(
+            decided,
+            source,
+            folder,
+            teacher,
+            rows=rows,
+            made=made,
+        )
     if table:
         print(text.aligned(table))
         cli.say(summary.next_steps(Path(result["run"])))
@@ -573,50 +426,37 @@ def _begin(
     source: preparation.Source,
     folder: Path | None,
     teacher: Checkpoint,
+    *,
     rows: int,
     made: phases.MemoryPlan,
 ) -> tuple[str, dict[str, Any]]:
-    """Read the data, of --data or written by the teacher, enter the run folder, go through all
-    stages.
+    """Read the data, enter the run folder, go through all stages.
+
+    rows: of the vocabulary that the student has.
     """
     shares = machines.shares(made) if s.spread == "layers" else ()
     data, origin = run_loop.prepared(s, teacher, source)
-    name = f"{teacher.path.name}-{s.scenario or 'student'}"
-    wired = made.peak_bytes if made.mode != "sharded" else 0
     with run_loop.open_run(
-        s, folder, name, origin, made.way, Budget(made.budget_bytes), wired
+        s,
+        folder,
+        f"{teacher.path.name}-{s.scenario or 'student'}",
+        origin,
+        way=made.way,
+        limit=Budget(made.budget_bytes),
+        wired=made.peak_bytes if made.mode != "sharded" else 0,
     ) as place:
-        given = asdict(s)
-        defaults = asdict(Settings())
-        flags = {
-            k: v for k, v in given.items() if k not in run_folder.NOT_STORED and v != defaults[k]
-        }
-        planned = [
-            {
-                "phase": p.name,
-                "seconds": round(p.seconds(made.rates), 3),
-                "peak_bytes": p.peak_bytes,
-            }
-            for p in made.phases
-        ]
-        sizes = {
-            "budget_bytes": made.budget_bytes,
-            "step_tokens": made.job.step,
-            "iters": made.job.iters,
-        }
-        begun = {
-            **place.weather.now(),
-            "flags": flags,
-            "planned": planned,
-            "mode": made.mode,
-            **sizes,
-        }
-        place.files.append(
-            place.folder / run_folder.PHASES, json.dumps({**begun, "rates": asdict(made.rates)})
-        )
-        told = summary.reporter(s.report_to if distributed.is_main() else None, place.folder, given)
+        run_plan.log(s, place, made)
+        reported = s.report_to if distributed.is_main() else None
+        report = summary.reporter(reported, place.folder, asdict(s))
         seen, data = vocabulary.of_run(
-            teacher, s.student, rows, data, s, source, place.folder, place.files
+            teacher,
+            s.student,
+            rows,
+            data,
+            how=s,
+            source=source,
+            run=place.folder,
+            files=place.files,
         )
         c = pipeline.Run(
             **vars(place),
@@ -624,7 +464,7 @@ def _begin(
             teacher=seen,
             data=data.train,
             plan=made,
-            report=told,
+            report=report,
             shares=shares,
         )
         return _stages(s, c, data, teacher)

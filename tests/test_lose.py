@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mis_mlx import distill, search
-from mis_mlx.distillation import answer_loss, candidates, known_losses, summary
+from mis_mlx.distillation import answer_loss, candidates, known_losses, ranking, summary
 from mis_mlx.evaluation import answers
 from mis_mlx.evaluation.answer_figures import AnswerBits
 from mis_mlx.evaluation.answer_likelihood import log_probabilities
@@ -181,7 +181,7 @@ def test_a_smaller_loss_needs_more_bytes(
     assert sizes[0] < sizes[1] < sizes[2]
     assert (tmp_path / "few" / candidates.PROBES).read_text() == probes
     for lose, result in ((0.015, many), (0.007, some), (0.003, few)):
-        assert 0.6 * lose < result["expected_bits"] <= lose * search.CLOSE
+        assert 0.6 * lose < result["expected_bits"] <= lose * ranking.CLOSE
     assert many["best"].keys() >= {"scenario", "target_bpw"}
 
 

@@ -1,8 +1,9 @@
 """What a student loses on the teacher's answers: the loss by which sizes are chosen.
 
 The conversations are those of the training text's source that stand in no training window
-(`preparation.Data.talks`). The prompts of the final judge (evaluation/answers) are others, so that
-what chose a student does not judge it."""
+(`preparation.Data.talks`). The final judge (evaluation/answers) has other prompts: the ones that
+chose a student do not judge it.
+"""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from mis_mlx.evaluation.answer_likelihood import log_probabilities
 from mis_mlx.evaluation.answer_records import Answer, Prompt
 from mis_mlx.types import Checkpoint
 
-FEWEST = 8  # conversations, below which the loss is told on text
+FEWEST = 8  # conversations, below which the loss is measured on text
 MOST = 40
 
 
@@ -31,21 +32,22 @@ class AnswerLoss:
 
     @cached_property
     def nats(self) -> np.ndarray:
-        """(N,) of each answer under the teacher itself: a streamed pass, when it is first asked
-        for.
-        """
-        found = log_probabilities(self.teacher, self.prompts, self.answers)
-        return np.array([-values.sum() for values in found])
+        """(N,) nats of each answer under the teacher itself: a streamed pass, when first used."""
+        return self._nats_of(self.teacher)
+
+    def _nats_of(self, model: Checkpoint) -> np.ndarray:
+        """(N,) nats of each answer under a model: one streamed pass."""
+        by_answer = log_probabilities(model, self.prompts, self.answers)
+        return np.array([-values.sum() for values in by_answer])
 
     def by_answer(self, student: Checkpoint) -> np.ndarray:
-        """(N,) nats a byte that a student needs more than the teacher; their mean is that of all
-        bytes.
+        """(N,) nats a byte that a student needs more than the teacher.
 
-        One streamed pass. The student has its own tokenizer, perhaps with fewer tokens.
+        Their mean is that of all bytes. One streamed pass. The student has its own tokenizer,
+        perhaps with fewer tokens.
         """
-        found = log_probabilities(student, self.prompts, self.answers)
-        nats = np.array([-values.sum() for values in found])
-        return np.asarray((nats - self.nats) / self.nbytes.mean())
+        more = self._nats_of(student) - self.nats
+        return np.asarray(more / self.nbytes.mean())
 
     def excess(self, student: Checkpoint) -> float:
         """Nats a byte of all answers together that a student needs more than the teacher."""
@@ -59,9 +61,10 @@ class AnswerLoss:
 def of_talks(teacher: Checkpoint, talks: Sequence[Row]) -> AnswerLoss | None:
     """The loss on the last answer of each conversation, up to MOST of them, evenly spread.
 
-    None where there are fewer than FEWEST: it would say nothing."""
-    prompts = list[Prompt]()
-    answers = list[Answer]()
+    None where there are fewer than FEWEST: it would say nothing.
+    """
+    prompts = []
+    answers = []
     for row in talks:
         if not _is_talk(row):
             continue

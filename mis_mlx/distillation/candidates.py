@@ -1,8 +1,8 @@
-"""Students measured as pruned and rounded, and what each axis costs by itself: in nats a byte of
-text, which students of other vocabularies have in common.
+"""Students measured as pruned and rounded, and what each axis costs by itself.
 
-Every measurement is a line in a log before the next begins, so a search that was killed goes on
-from there.
+The unit is nats a byte of text, which students of other vocabularies have in common. Every
+measurement is a line in a log before the next one begins, so a search that was killed goes on from
+there.
 """
 
 import json
@@ -31,6 +31,7 @@ from mis_mlx.models import arch, load, model_writer, stream
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.planner import compression_size, estimates
 from mis_mlx.pruning import calibrate, select, shape_search, slicing, vocabulary
+from mis_mlx.pruning.shape_search import CUTS, Choice, Losses, Sizes, group_of
 from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.hidden_spool import Spool
@@ -38,47 +39,53 @@ from mis_mlx.types import Checkpoint, MisError
 
 PROBES = "probes.jsonl"
 CANDIDATES = "candidates.jsonl"
-# of the teacher's rows, that a search tries
+# Shares of the teacher's rows that a search tries.
 VOCABULARIES = "0.75x", "0.5x", "0.375x", "0.25x", "0.125x"
-# of a weight, scales included: sizes at which rounding is measured on answers
+# Bits of a weight, scales included, at which rounding is measured on answers.
 BITS_PROBED = 4.0, 5.0
-WORST = 100.0  # nats a byte, of what has no loss that is a number
+WORST = 100.0  # nats a byte of a student whose loss is not a number
+Costs = dict[str, dict[int, float]]  # module path: bits: nats
+Curve = list[tuple[float, float]]  # (size, nats a byte)
 
 
 def split(held_out: Mapping[str, Windows], ranking: int, judging: int) -> tuple[Windows, Windows]:
-    """(windows that rank candidates, others that judge finalists): what was selected on does not
-    judge. Of the first text so many, of every other one a third.
+    """(windows that rank candidates, others that judge finalists).
+
+    Windows that selected a student do not judge it. The numbers are of the first text; every other
+    text gives a third as many.
     """
-    parts = list[tuple[Windows, Windows]]()
+    ranks = list[Windows]()
+    judges = []
     for name, windows in held_out.items():
-        share = 3 if parts else 1
+        share = 3 if ranks else 1
         count = len(windows.tokens)
         if count < 4:
             raise MisError(
                 f"the text {name} has {count} windows held out, a search takes 4 or more: bring "
                 f"more text"
             )
-        at = np.unique(
-            np.linspace(0, count - 1, min(-(-ranking // share), count // 2)).round().astype(int)
-        )
-        rest = np.setdiff1d(np.arange(count), at)
-        parts.append(
-            (windows.pick(at), comparison.chosen(windows.pick(rest), -(-judging // share)))
-        )
-    first, second = zip(*parts, strict=True)
-    return token_windows.joined(first), token_windows.joined(second)
+        # Evenly spread, and no more than half of the text.
+        most = min(math.ceil(ranking / share), count // 2)
+        spread = np.linspace(0, count - 1, most)
+        picked = np.unique(spread.round().astype(int))
+        rest = np.setdiff1d(np.arange(count), picked)
+        ranks.append(windows.pick(picked))
+        others = windows.pick(rest)
+        judges.append(comparison.chosen(others, math.ceil(judging / share)))
+    return token_windows.joined(ranks), token_windows.joined(judges)
 
 
 def vocabularies(teacher: Checkpoint) -> list[int]:
-    """Numbers of rows that a student may have beside the teacher's own, as far as its tokenizer
-    allows.
+    """Numbers of rows that a student may have, apart from the teacher's own.
+
+    These are shares of the teacher's rows, as far as its tokenizer allows.
     """
     rows = set[int]()
-    whole = shape_of(teacher.config).vocab
+    all_rows = shape_of(teacher.config).vocab
     for share in VOCABULARIES:
         with suppress(MisError):
-            rows.add(vocabulary.size(share, teacher.path, whole))
-    return sorted(rows - {whole})
+            rows.add(vocabulary.size(share, teacher.path, all_rows))
+    return sorted(rows - {all_rows})
 
 
 class Reader(NamedTuple):
@@ -91,10 +98,10 @@ class Reader(NamedTuple):
 
 
 class Passed(NamedTuple):
-    """What a reader's pass over the windows that rank gave.
+    """The result of a reader's pass over the windows that rank.
 
-    hidden: its final states. nats: of a byte. lost: how many more these are than with the teacher's
-    own vocabulary.
+    hidden: its final states [(B, T, D)]. nats: of a byte. lost: how many more these are than with
+    the teacher's own vocabulary.
     """
 
     hidden: stream.Hidden
@@ -104,8 +111,10 @@ class Passed(NamedTuple):
 
 @dataclass
 class Candidates:
-    """What the measurements share. run: of the whole teacher. data: all text, in its tokens;
-    source: whence it is.
+    """What the measurements share.
+
+    run: of the teacher with all rows. data: all text, in its tokens; source: where the text is
+    from.
     """
 
     run: pipeline.Run
@@ -119,107 +128,140 @@ class Candidates:
 
     @cached_property
     def answers(self) -> answer_loss.AnswerLoss | None:
-        """What loss is told on: the teacher's answers. None: there are none, it is told on text."""
-        teacher = self.run.teacher
-        return answer_loss.of_talks(teacher, self.data.talks) if has_template(teacher) else None
+        """The teacher's answers, on which losses are measured; None: they are measured on text."""
+        if not has_template(self.teacher):
+            return None
+        return answer_loss.of_talks(self.teacher, self.data.talks)
 
     @cached_property
     def samples(self) -> stream.Batches:
-        """Windows of calibration."""
+        """Windows (1, T) of calibration."""
         return self.run.pick(self.run.recipe.num_samples, 1)
 
+    @property
+    def teacher(self) -> Checkpoint:
+        """The teacher with all rows."""
+        return self.run.teacher
+
+    @cached_property
+    def _before(self) -> Shape:
+        """The teacher's shape."""
+        return shape_of(self.teacher.config)
+
+    @cached_property
+    def _group(self) -> int:
+        """Weights of the teacher that share a scale."""
+        return group_of(self._before)
+
     def _states(self) -> stream.Hidden:
-        """A place for hidden states of calibration: in a file, as far as memory does not hold
-        them.
-        """
+        """A place for calibration's hidden states: a file for those that memory does not hold."""
         held = self.run.plan.held_windows("prune")
-        return (
-            list[mx.array]()
-            if held >= len(self.samples)
-            else Spool(self.run.folder, held, self.run.files)
-        )
+        if held >= len(self.samples):
+            return list[mx.array]()
+        return Spool(self.run.folder, held, self.run.files)
 
     @cached_property
     def statistics(self) -> Statistics:
-        """One streamed calibration, for all candidates. Without the weather: shapes must not depend
-        on the wind.
+        """One streamed calibration, for all candidates.
+
+        Without the weather: a student's shape must not depend on the machine's temperature.
         """
-        return calibrate.calibrate(self.run.teacher, self.samples, hidden=self._states())[0]
+        states = self._states()
+        statistics, _ = calibrate.calibrate(self.teacher, self.samples, hidden=states)
+        return statistics
 
     @cached_property
-    def sensitivity(self) -> dict[str, dict[int, float]]:
-        """{module path: {bits: nats a token}} of the teacher; from the run's folder where it stands
-        there.
+    def sensitivity(self) -> Costs:
+        """{module path: {bits: nats a token}} of the teacher.
+
+        Read from the run's folder, where a search that was stopped left it.
         """
-        run, path = self.run, self.run.folder / packed_format.SENSITIVITY
+        path = self.run.folder / packed_format.SENSITIVITY
         if not path.exists():
-            shape = shape_of(run.teacher.config)
-            some = self.samples[: compression_size.SENSED]
-            size, length = estimates.model_of(run.teacher), some[0].size
-            held = (
-                compression_size.sensitivity(size, length, run.plan.budget_bytes).held_tokens
-                // length
-            )
-            states = (
-                None if held >= len(some) else Spool(run.folder, held * shape.layers, run.files)
-            )
-            how = shape_search.group_of(shape), rounding.BITS, run.recipe.seed, states
-            nats = bit_allocation.costs(run.teacher, some, *how)
-            if not all(math.isfinite(cost) for costs in nats.values() for cost in costs.values()):
+            nats = self._measured_sensitivity()
+            self.run.files.replace_text(path, json.dumps(nats))
+        stored = json.loads(path.read_text("utf-8"))
+        for name, costs in stored.items():  # JSON's keys are text
+            stored[name] = {int(bits): cost for bits, cost in costs.items()}
+        return stored
+
+    def _measured_sensitivity(self) -> Costs:
+        """`sensitivity`, measured. MisError where a cost is not a number."""
+        run = self.run
+        batches = self.samples[: compression_size.SENSED]
+        length = batches[0].size
+        size = estimates.model_of(run.teacher)
+        cost = compression_size.sensitivity(size, length, run.plan.budget_bytes)
+        held = cost.held_tokens // length
+        # What enters each block is kept: as many arrays for a window as the teacher has blocks.
+        states = None
+        if held < len(batches):
+            arrays = held * self._before.layers
+            states = Spool(run.folder, arrays, run.files)
+        seed = run.recipe.seed
+        nats = bit_allocation.costs(run.teacher, batches, self._group, rounding.BITS, seed, states)
+        for costs in nats.values():
+            if not all(map(math.isfinite, costs.values())):
                 why = "what bits cost this teacher is no number, its gradients are too large"
                 raise MisError(f"{why}: leave bits out of the --axes of search, or limit --params")
-            run.files.replace_text(path, json.dumps(nats))
-        stored = json.loads(path.read_text("utf-8"))
-        return {
-            name: {int(bits): cost for bits, cost in costs.items()}
-            for name, costs in stored.items()
-        }
+        return nats
 
     @cached_property
     def _directions(self) -> slicing.Directions:
         """Of the stream, measured when the first candidate is narrower than the teacher."""
-        return slicing.directions(self.run.teacher, self.samples, self._states)
+        return slicing.directions(self.teacher, self.samples, self._states)
 
     def reader(self, rows: int) -> Reader:
-        """The teacher of so many rows, made once."""
-        if rows in self._readers:
-            return self._readers[rows]
-        run, s, whole = self.run, self.settings, shape_of(self.run.teacher.config).vocab
-        seen = run.teacher
-        train = run.data
-        ranking = self.ranking
-        judging = self.judging
-        if rows != whole:
-            place = run.folder / f"{vocabulary.FOLDER}-{rows}"
-            run.files.make_folder(place)
-            seen, data = vocabulary.of_run(
-                seen, None, rows, self.data, s, self.source, place, run.files
-            )
-            tokenizers = [load.tokenizer(model.path) for model in (run.teacher, seen)]
-            train = data.train
-            (ranking, judging) = (token_windows.reread(w, *tokenizers) for w in (ranking, judging))
-        self._readers[rows] = Reader(seen, train, ranking, judging)
+        """The teacher with so many rows, made once."""
+        if rows not in self._readers:
+            self._readers[rows] = self._new_reader(rows)
         return self._readers[rows]
 
+    def _new_reader(self, rows: int) -> Reader:
+        run = self.run
+        if rows == self._before.vocab:
+            return Reader(run.teacher, run.data, self.ranking, self.judging)
+        place = run.folder / f"{vocabulary.FOLDER}-{rows}"
+        run.files.make_folder(place)
+        teacher, data = vocabulary.of_run(
+            run.teacher,
+            None,
+            rows,
+            self.data,
+            how=self.settings,
+            source=self.source,
+            run=place,
+            files=run.files,
+        )
+        before = load.tokenizer(run.teacher.path)
+        after = load.tokenizer(teacher.path)
+        return Reader(
+            teacher=teacher,
+            train=data.train,
+            ranking=token_windows.reread(self.ranking, before, after),
+            judging=token_windows.reread(self.judging, before, after),
+        )
+
     def passed(self, rows: int) -> Passed:
-        """The pass of the teacher of so many rows over the windows that rank, made once."""
+        """The pass of the teacher with so many rows over the windows that rank, made once."""
         if rows not in self._passed:
             reader = self.reader(rows)
-            whole = shape_of(self.run.teacher.config).vocab
             hidden = comparison.final_hidden(reader.teacher, reader.ranking)
             figures = comparison.compare({"teacher": reader.teacher}, reader.ranking, hidden)
             nats = comparison.per_byte(figures["teacher", "nll"], reader.ranking)
-            lost = 0.0 if rows == whole else nats - self.passed(whole).nats
+            all_rows = self._before.vocab
+            lost = 0.0
+            if rows != all_rows:
+                lost = nats - self.passed(all_rows).nats
             self._passed[rows] = Passed(hidden, nats, lost)
         return self._passed[rows]
 
     def lost(self, student: Checkpoint, rows: int) -> float:
-        """Nats a byte that a student of so many rows loses: on the teacher's answers, or else on
-        text.
+        """Nats a byte that a student with so many rows loses, on answers or else on text.
 
+        On the teacher's answers it is what the student needs more than the teacher with all rows.
         On text it is KL(teacher || student), the teacher having the student's vocabulary, and what
-        that vocabulary costs the teacher. On answers it is what the student needs more than the
-        whole teacher.
+        that vocabulary costs the teacher.
         """
         if self.answers is not None:
             return self.answers.excess(student)
@@ -228,102 +270,113 @@ class Candidates:
         if student is reader.teacher:
             return passed.lost
         models = {"teacher": reader.teacher, "student": student}
-        values = comparison.compare(models, reader.ranking, passed.hidden)
-        return comparison.per_byte(values["student", "kl"], reader.ranking) + passed.lost
+        figures = comparison.compare(models, reader.ranking, passed.hidden)
+        divergence = comparison.per_byte(figures["student", "kl"], reader.ranking)
+        return divergence + passed.lost
 
-    def losses(self, sizes: shape_search.Sizes) -> shape_search.Losses:
-        """What every axis costs by itself, measured; from the log where it stands there."""
-        before = shape_of(self.run.teacher.config)
-        points = {axis: list[tuple[float, float]]() for axis in shape_search.CUTS}
-        wanted = [
-            (axis, size)
-            for axis in shape_search.CUTS[:-1]
-            for size in shape_search.probed(sizes[axis])
-        ]
-        wanted += [("vocab", rows) for rows in sizes["vocab"] if rows != before.vocab]
-        for axis, size in cli.counted("axis alone", wanted, len(wanted)):
-            points[axis].append((size, self._probe(axis, size)))
+    def losses(self, sizes: Sizes) -> Losses:
+        """What every axis costs by itself: measured, or read from the log."""
+        probes = []  # (axis, size)
+        for axis in CUTS[:-1]:
+            for size in shape_search.probed(sizes[axis]):
+                probes.append((axis, size))
+        for rows in sizes["vocab"]:
+            if rows != self._before.vocab:
+                probes.append(("vocab", rows))
+        points: dict[str, Curve] = {axis: [] for axis in CUTS}
+        for axis, size in cli.counted("axis alone", probes, len(probes)):
+            nats = self._probe(axis, size)
+            points[axis].append((size, nats))
         if self.settings.mixed:
             points["bits"] = self._bits_alone()
         left = shape_search.LEFT if self.answers is None else shape_search.ANSWERS_LEFT
-        return shape_search.Losses(
-            before, points, shape_search.left_after(self.settings.student_iters, left)
-        )
+        left = shape_search.left_after(self.settings.student_iters, left)
+        return Losses(self._before, points, left)
 
-    def _bits_alone(self) -> list[tuple[float, float]]:
-        """(bits, nats a byte) of the teacher in so many bits a weight, by what each matrix costs on
-        calibration text.
+    def _bits_alone(self) -> Curve:
+        """(bits, nats a byte) of the teacher in so many bits a weight.
 
-        On answers bits cost something else: some sizes are measured there, and the curve is
-        stretched to these.
+        They are sums of what each matrix costs on calibration text. On answers bits cost something
+        else: there some sizes are measured, and the curve is stretched to these.
         """
-        before = shape_of(self.run.teacher.config)
-        tokens_a_byte = comparison.per_byte(np.ones(len(self.ranking.tokens)), self.ranking)
-        curve = list[tuple[float, float]]()
-        for bpw in np.arange(*shape_search.bpw_range(shape_search.group_of(before)), 0.125):
-            bits = self._allocated(
-                shape_search.Choice(before, float(bpw)), tuple(range(before.layers))
-            )
-            nats = sum(self.sensitivity[path][each] for path, each in bits.items())
-            curve.append((float(bpw), nats * tokens_a_byte))
+        ones = np.ones(len(self.ranking.tokens))
+        tokens_a_byte = comparison.per_byte(ones, self.ranking)
+        fewest, most = shape_search.bpw_range(self._group)
+        curve = Curve()
+        for bpw in np.arange(fewest, most, 0.125):
+            chosen = self._teacher_bits(float(bpw))
+            costs = [self.sensitivity[path][bits] for path, bits in chosen.items()]
+            nats = sum(costs) * tokens_a_byte
+            curve.append((float(bpw), nats))
         if self.answers is None:
             return curve
         sizes, estimated = np.array(curve).T
-        measured = np.array([self._rounded_teacher(bpw) for bpw in BITS_PROBED])
-        stretch = measured / np.interp(BITS_PROBED, sizes, estimated)
+        measured = [self._rounded_teacher(bpw) for bpw in BITS_PROBED]
+        stretch = np.array(measured) / np.interp(BITS_PROBED, sizes, estimated)
         stretched = estimated * np.interp(sizes, BITS_PROBED, stretch)
         return list(zip(sizes.tolist(), stretched.tolist(), strict=True))
 
+    def _teacher_bits(self, bpw: float) -> dict[str, int]:
+        """{module path: bits} of the teacher in so many bits a weight."""
+        choice = Choice(self._before, bpw)
+        return self._allocated(choice, range(self._before.layers))
+
     def _rounded_teacher(self, bpw: float) -> float:
-        """Nats a byte that the teacher loses, every weight rounded to its nearest value in so many
-        bits in the mean.
+        """Nats a byte that the teacher loses when it is rounded to so many bits on average.
+
+        Every weight goes to its nearest value.
         """
-        run, before = self.run, shape_of(self.run.teacher.config)
 
         def measured() -> dict[str, Any]:
-            bits = self._allocated(shape_search.Choice(before, bpw), tuple(range(before.layers)))
-            lost, _ = self.lost_rounded(run.teacher, bits, shape_search.group_of(before))
+            bits = self._teacher_bits(bpw)
+            lost, _ = self.lost_rounded(self.teacher, bits, self._group)
             return {"nats": finite(lost)}
 
-        nats = once(run, PROBES, {"axis": "bits", "size": bpw}, measured)["nats"]
+        sizes = {"axis": "bits", "size": bpw}
+        record = once(self.run, PROBES, sizes, measured)
+        nats = record["nats"]
         return WORST if nats is None else max(float(nats), 1e-6)
 
     def lost_rounded(
         self, model: Checkpoint, bits: Mapping[str, int], group: int
     ) -> tuple[float, int]:
-        """(nats a byte that a model loses with every weight rounded to its nearest value, bytes of
-        its file then).
+        """(nats a byte that a model loses when it is rounded, bytes of its file then).
 
-        bits: of each matrix, by its path. group: weights that share a scale.
+        Every weight goes to its nearest value. bits: of each matrix, by its path. group: weights
+        that share a scale.
         """
-        layout = {path: packed_format.Format(each, group) for path, each in bits.items()}
-        with tempfile.TemporaryDirectory(prefix=".tmp-rounded-", dir=self.run.folder) as place:
+        layout = {}
+        for path, width in bits.items():
+            layout[path] = packed_format.Format(width, group)
+        with self._temporary("rounded") as place:
             out = Path(place) / "model"
             packed_format.write_quantized(model, out, layout, self.run.files)
             rounded = load.open_checkpoint(out)
-            return self.lost(rounded, shape_of(model.config).vocab), rounded.nbytes
+            rows = shape_of(model.config).vocab
+            return self.lost(rounded, rows), rounded.nbytes
+
+    def _temporary(self, name: str) -> tempfile.TemporaryDirectory[str]:
+        """A folder in the run's, which goes at the end of its `with`."""
+        return tempfile.TemporaryDirectory(prefix=f".tmp-{name}-", dir=self.run.folder)
 
     def _probe(self, axis: str, size: int) -> float:
-        config = self.run.teacher.config
-        fewer = axis == "vocab"
-        shape = (
-            replace(shape_of(config), vocab=size)
-            if fewer
-            else arch.target_shape(config, {}, **{axis: size})
-        )
+        """Nats a byte that the teacher loses when one axis is cut to a size."""
+        if axis == "vocab":
+            shape = replace(self._before, vocab=size)
+        else:
+            shape = arch.target_shape(self.teacher.config, {}, **{axis: size})
 
         def measured() -> dict[str, Any]:
-            if fewer:
-                return {"nats": finite(self.lost(self.reader(shape.vocab).teacher, shape.vocab))}
-            with tempfile.TemporaryDirectory(
-                prefix=".tmp-candidate-", dir=self.run.folder
-            ) as place:
+            if axis == "vocab":
+                teacher = self.reader(size).teacher
+                return {"nats": finite(self.lost(teacher, size))}
+            with self._temporary("candidate") as place:
                 student = self.prune(shape, Path(place) / "pruned")
                 return {"nats": finite(self.lost(student, shape.vocab))}
 
-        nats = once(
-            self.run, PROBES, {"axis": axis, "size": size, "kv_heads": shape.kv_heads}, measured
-        )["nats"]
+        sizes = {"axis": axis, "size": size, "kv_heads": shape.kv_heads}
+        record = once(self.run, PROBES, sizes, measured)
+        nats = record["nats"]
         return WORST if nats is None else float(nats)
 
     def prune(self, shape: Shape, out: Path) -> Checkpoint:
@@ -332,74 +385,92 @@ class Candidates:
         cut = select.PruningConfig(scenario="none", importance="rms")
         _, keep = select.select_units(teacher.config, self.statistics, cut, shape)
         slicing.write_student(
-            teacher, shape, keep, out, pipeline.DTYPE, self.run.files, lambda: self._directions
+            teacher,
+            shape,
+            keep,
+            out,
+            dtype=pipeline.DTYPE,
+            files=self.run.files,
+            directions=lambda: self._directions,
         )
         return load.open_checkpoint(out)
 
-    def _allocated(self, choice: shape_search.Choice, layers: Sequence[int]) -> dict[str, int]:
-        """{module path of the student: bits}: what its blocks cost in the teacher, by the weights
-        that they still have. layers: the teacher's, that stay.
+    def _allocated(self, choice: Choice, layers: Sequence[int]) -> dict[str, int]:
+        """{module path of the student: bits}, given to matrices where they pay.
+
+        A matrix costs what it costs in the teacher, by the weights that it still has. layers: the
+        teacher's, that stay.
         """
-        before = self.run.teacher.config
-        config = arch.student_config(self.run.teacher.config, choice.shape, layers)
-        whole = arch.tensors_of(before)
-        sizes = dict[str, int]()
-        costs = dict[str, dict[int, float]]()
+        before = arch.tensors_of(self.teacher.config)
+        config = arch.student_config(self.teacher.config, choice.shape, layers)
+        sizes = {}
+        costs = Costs()
         for name, size in arch.tensors_of(config).items():
             path = name.removesuffix(".weight")
+            source = path  # in the teacher
             block = arch.block_of(name)
-            source = path if block is None else path.replace(f".{block}.", f".{layers[block]}.", 1)
+            if block is not None:
+                source = path.replace(f".{block}.", f".{layers[block]}.", 1)
             if source in self.sensitivity:
                 sizes[path] = math.prod(size)
-                share = sizes[path] / math.prod(whole[f"{source}.weight"])
-                costs[path] = {
-                    bits: share * nats for bits, nats in self.sensitivity[source].items()
-                }
-        scales = packed_format.Format(0, shape_search.group_of(choice.shape)).bits_per_weight
+                weights = math.prod(before[f"{source}.weight"])
+                share = sizes[path] / weights
+                in_teacher = self.sensitivity[source]
+                costs[path] = {bits: share * nats for bits, nats in in_teacher.items()}
+        group = group_of(choice.shape)
+        scales = packed_format.Format(0, group).bits_per_weight
         return bit_allocation.allocate(costs, sizes, choice.bpw - scales)
 
-    def score(self, choice: shape_search.Choice, losses: shape_search.Losses) -> float:
-        """Nats a byte that should be left of what the student loses as pruned and rounded; from the
-        log where it stands there. What its axes cost together, over the sum of what each costs
-        alone, is that of before it learns.
+    def score(self, choice: Choice, losses: Losses) -> float:
+        """Nats a byte that should be left of the student's loss once it has learned.
+
+        The loss as pruned and rounded is measured, or read from the log. Its ratio to the sum of
+        what each axis costs alone is that of before learning; it corrects the expected loss.
         """
 
         def measured() -> dict[str, Any]:
-            group = shape_search.group_of(choice.shape)
-            with tempfile.TemporaryDirectory(prefix=".tmp-candidate-", dir=self.run.folder) as temp:
-                pruned = self.prune(choice.shape, Path(temp) / "pruned")
+            group = group_of(choice.shape)
+            with self._temporary("candidate") as place:
+                pruned = self.prune(choice.shape, Path(place) / "pruned")
                 keep = model_writer.read_keep(pruned.path)
                 assert keep is not None
-                usual = dict.fromkeys(
-                    packed_format.layout(pruned.config, group), packed_format.BITS
-                )
-                bits = self._allocated(choice, keep.layers) if self.settings.mixed else usual
+                if self.settings.mixed:
+                    bits = self._allocated(choice, keep.layers)
+                else:
+                    paths = packed_format.layout(pruned.config, group)
+                    bits = dict.fromkeys(paths, packed_format.BITS)
                 lost, nbytes = self.lost_rounded(pruned, bits, group)
-                sizes = {"params": arch.params(pruned.config), "bytes": nbytes}
-                return {**sizes, "nats": finite(lost), "predicted": losses.raw(choice)}
+                return {
+                    "params": arch.params(pruned.config),
+                    "bytes": nbytes,
+                    "nats": finite(lost),
+                    "predicted": losses.raw(choice),
+                }
 
-        nats = once(self.run, CANDIDATES, choice.sizes, measured)["nats"]
-        return (
-            math.inf
-            if nats is None
-            else losses.expected(choice) * max(nats, 0.0) / max(losses.raw(choice), 1e-9)
-        )
+        record = once(self.run, CANDIDATES, choice.sizes, measured)
+        nats = record["nats"]
+        if nats is None:
+            return math.inf
+        alone = max(losses.raw(choice), 1e-9)
+        return losses.expected(choice) * max(nats, 0.0) / alone
 
 
 def once(
-    run: OpenRun, log: str, sizes: Mapping[str, Any], measured: Callable[[], Mapping[str, Any]]
+    run: OpenRun,
+    log: str,
+    sizes: Mapping[str, Any],
+    measured: Callable[[], Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The line of these sizes in a log of the run; where there is none yet it is measured, and
-    written.
-    """
-    lines = run_folder.records(run.folder / log)
-    record = next((line for line in lines if all(line.get(a) == n for a, n in sizes.items())), None)
-    if record is None:
-        record = {**sizes, **measured()}
-        run.files.append(run.folder / log, json.dumps(record))
+    """The line of these sizes in a log of the run; where there is none, `measured` makes it."""
+    path = run.folder / log
+    for line in run_folder.records(path):
+        if sizes == {axis: line.get(axis) for axis in sizes}:
+            return line
+    record = {**sizes, **measured()}
+    run.files.append(path, json.dumps(record))
     return record
 
 
 def finite(value: float) -> float | None:
-    """The number; None, which JSON has, for what is none."""
+    """The number; None, which JSON has, where it is infinite or not a number."""
     return float(value) if math.isfinite(value) else None

@@ -1,6 +1,4 @@
-"""The conversations of a run: where they come from, and what is made of the students' answers at
-its end.
-"""
+"""The conversations of a run: where they come from, and reports of the answers at its end."""
 
 import json
 from collections.abc import Mapping
@@ -21,7 +19,7 @@ from mis_mlx.storage.files import DISK, Files, json_sha256
 from mis_mlx.types import Budget, Checkpoint, MisError, Row, duration, gib
 
 WRITTEN = Path("runs/answers")  # files of what teachers answered
-# prompts that a teacher is asked
+# Prompts that a teacher is asked.
 FEWEST = 240
 MOST = 2400
 SHOWN = 3  # prompts whose answers a run prints
@@ -31,8 +29,9 @@ FEW = 4  # prompts; of fewer in a language there is no table
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a run asks for. data: --data. share: --conversations. tokens: of conversations that its
-    training visits.
+    """What a run asks for.
+
+    data: --data. share: --conversations. tokens: of conversations that its training visits.
     """
 
     data: str | None
@@ -42,28 +41,35 @@ class Wanted:
 
 
 def wanted_of(settings: Any, data: str | None, iters: int) -> Wanted:
-    """What a run of `distill`, or the search for its sizes, asks for. iters: of the training that
-    follows.
+    """What a run of `distill`, or the search for its sizes, asks for.
+
+    iters: of the training that follows.
     """
     share = preparation.SHARES[preparation.CONVERSATIONS]
     if settings.conversations is not None:
         share = settings.conversations
     step = settings.batch_size * settings.grad_accumulation_steps * settings.max_seq_length
-    return Wanted(data, settings.conversations, int(share * iters * step), settings.seed)
+    return Wanted(
+        data=data,
+        share=settings.conversations,
+        tokens=int(share * iters * step),
+        seed=settings.seed,
+    )
 
 
 def source(
     teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: bool = False
 ) -> preparation.Source:
-    """The text of a run. Of a teacher with a chat template its own answers to our prompts are a
-    part of it: those that come with the package, or, of any other teacher, what it writes now,
-    once, which is kept and used again.
+    """The text of a run.
 
-    dry_run: says what the writing would take, and writes nothing.
+    With a teacher that has a chat template, its own answers to our prompts are a part of it. The
+    default teacher's come with the package; another teacher writes them now, once, and they are
+    kept and used again. dry_run: says what the writing would take, and writes nothing.
     """
     plain = preparation.Source(wanted.data, share=wanted.share)
+    without = preparation.Source(wanted.data, share=0.0)
     if wanted.share == 0 or not preparation.takes_conversations(load.tokenizer(teacher.path)):
-        return preparation.Source(wanted.data, share=0.0)
+        return without
     if (
         wanted.share is None
         and wanted.data is not None
@@ -73,12 +79,13 @@ def source(
     if answers.shipped_for(teacher):
         return plain if wanted.data is None else plain._replace(answers=preparation.ANSWERS)
     file = _written(teacher, wanted, limit, dry_run=dry_run)
-    return plain._replace(answers=file) if file else preparation.Source(wanted.data, share=0.0)
+    return plain._replace(answers=file) if file else without
 
 
 def _has_conversations(data: str, *, dry_run: bool) -> bool:
-    """Whether --data has conversations. A dry run goes on where its text is not there: --data
-    teacher is not yet.
+    """Whether --data has conversations.
+
+    A dry run goes on where its text is not there: with --data teacher it is written later.
     """
     try:
         return preparation.has_conversations(data)
@@ -89,8 +96,9 @@ def _has_conversations(data: str, *, dry_run: bool) -> bool:
 
 
 def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: bool) -> Path | None:
-    """The file of a teacher's answers, made now if it is not there; None where hardly any was
-    usable, which is said.
+    """The file of a teacher's answers, made now if it is not there.
+
+    None where too few answers were usable, which is said.
     """
     count = max(FEWEST, min(MOST, wanted.tokens // teacher_answers.TYPICAL_TOKENS))
     how = teacher_answers.Writing(prompts.train(count), seed=wanted.seed)
@@ -124,24 +132,26 @@ def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: boo
 
 def tables(judgement: answers.Judgement) -> dict[str, list[Row]]:
     """Rows of every model by language, of languages with enough prompts."""
-    found = dict[str, list[Row]]()
+    rows = {}
     for code, language in LANGUAGES.items():
-        chosen = [
-            number
-            for number, prompt in enumerate(judgement.answers.prompts)
-            if prompt.language == code
-        ]
+        chosen = _in_language(judgement, code)
         if len(chosen) >= FEW:
-            found[language] = judgement.part(chosen).rows
-    return found
+            rows[language] = judgement.part(chosen).rows
+    return rows
+
+
+def _in_language(judgement: answers.Judgement, code: str) -> list[int]:
+    """Numbers of the prompts in a language."""
+    prompts = enumerate(judgement.answers.prompts)
+    return [number for number, prompt in prompts if prompt.language == code]
 
 
 def shown(judgement: answers.Judgement) -> list[dict[str, Any]]:
     """Rows (prompt, language, kind, model, text, ended) of all greedy answers, prompt by prompt."""
     rows = list[dict[str, Any]]()
     for number, prompt in enumerate(judgement.answers.prompts):
-        for model, said in judgement.greedy.items():
-            if not said:
+        for model, given in judgement.greedy.items():
+            if not given:
                 continue
             rows.append(
                 {
@@ -149,21 +159,21 @@ def shown(judgement: answers.Judgement) -> list[dict[str, Any]]:
                     "language": prompt.language,
                     "kind": prompt.kind,
                     "model": model,
-                    "text": said[number].text,
-                    "ended": said[number].ended,
+                    "text": given[number].text,
+                    "ended": given[number].ended,
                 }
             )
     return rows
 
 
 def keep(judgement: answers.Judgement, folder: Path, files: Files) -> None:
-    """Write all greedy answers into a run's folder."""
+    """Write all greedy answers into a run's folder, a line each."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in shown(judgement)]
     files.replace_text(folder / run_folder.ANSWERS, "".join(lines))
 
 
 def verdict(judgement: answers.Judgement) -> str:
-    """The sentence on a student that repeats itself more than its teacher; '' where it does not."""
+    """The sentence on a student that repeats itself more than its teacher; '': it does not."""
     loops = {row.model: row for row in judgement.rows if row.metric == "loops"}
     teacher, *_, student = loops.values()
     if student.value - teacher.value <= MORE_LOOPS:
@@ -179,18 +189,19 @@ def verdict(judgement: answers.Judgement) -> str:
 
 def dialogue(judgement: answers.Judgement) -> str:
     """Some prompts with the answers of the teacher and of the last model, for the end of a run."""
-    teacher, *_, student = judgement.greedy
-    english = [
-        number for number, prompt in enumerate(judgement.answers.prompts) if prompt.language == "en"
-    ]
+    greedy = judgement.greedy
+    teacher, *_, student = greedy
+    english = _in_language(judgement, "en")
     every = max(1, len(english) // SHOWN)
-    talks = [
-        {
-            "prompt": judgement.answers.prompts[number].messages[-1]["content"],
-            "answers": {name: judgement.greedy[name][number] for name in (teacher, student)},
-        }
-        for number in english[::every][:SHOWN]
-    ]
+    talks = list[dict[str, Any]]()
+    for number in english[::every][:SHOWN]:
+        prompt = judgement.answers.prompts[number]
+        talks.append(
+            {
+                "prompt": prompt.messages[-1]["content"],
+                "answers": {name: greedy[name][number] for name in (teacher, student)},
+            }
+        )
     return html.document("dialogue.md", {"talks": talks})
 
 
@@ -203,16 +214,19 @@ def figures(judgement: answers.Judgement) -> Mapping[str, float | int]:
 
 
 def judged(models: Mapping[str, Checkpoint], count: int, limit: Budget) -> answers.Judgement | None:
-    """What teacher and students answer to `count` held-out prompts, of the students only the last
-    one in its own words. None where nothing can be judged, which is said.
+    """The teacher's and the students' answers to `count` held-out prompts, judged.
+
+    Only the teacher and the last student answer in their own words. None where nothing can be
+    judged, which is said.
     """
     cli.say("measure: answers")
     _, *others, student = models
     try:
-        found = answers.judged(models, answers.prompts(count), limit, silent=others)
+        judgement = answers.judged(models, answers.prompts(count), limit, silent=others)
     except MisError as error:
         cli.say(f"answers are not judged: {error}")
         return None
-    if found is None or student not in found.said:  # it has no chat template, which was said
+    # Without a chat template it does not answer, which was said.
+    if judgement is None or student not in judgement.said:
         return None
-    return found
+    return judgement

@@ -1,9 +1,8 @@
-"""Bytes against loss, for one teacher: what a student of so many bytes should lose, and what else
-could be had.
+"""Bytes against loss for one teacher: its students, and other models of that size.
 
-The curve is of `Losses`, corrected by what one of its students lost. Beside it stand, measured: the
-teacher as `mlx_lm.convert -q` rounds it, and other models that are named, such as its next smaller
-sibling.
+The curve of students is expected: by `Losses`, corrected by the measured loss of one student. Other
+points are measured: the teacher as `mlx_lm.convert -q` rounds it, and other models that are named,
+such as its next smaller sibling.
 """
 
 import json
@@ -29,7 +28,7 @@ from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint
 
 ALLOWED = (0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.3, 0.5)  # bits a byte: points of the curve
-MEASURED_AT = 0.1  # the point whose student says what axes cost together
+MEASURED_AT = 0.1  # the point whose student is measured, to correct the curve
 CONVERTED = (6, 4, 3)  # bits of a weight: the teacher as mlx_lm.convert rounds it, in groups of 64
 GROUP = 64
 NAME = "frontier"  # of the files in a search's folder
@@ -37,9 +36,7 @@ NAME = "frontier"  # of the files in a search's folder
 
 @dataclass(frozen=True)
 class Point:
-    """A model that one could have. loss: bits a byte above the teacher; measured, or as
-    expected.
-    """
+    """A model in the picture. loss: bits a byte above the teacher, measured or expected."""
 
     name: str
     nbytes: int
@@ -56,20 +53,22 @@ def curve(
     """(the students of fewest bytes for each loss of ALLOWED, as expected; their sizes)."""
     config = c.run.teacher.config
     together = _together(c, losses, shapes, within)
-    points = list[Point]()
+    points = []
     chosen = list[Choice]()
     for allowed in ALLOWED:
-        found = shape_search.smallest(
-            config, shapes, losses, allowed * math.log(2) / together, within
-        )
-        if not found or (chosen and found[0] == chosen[-1]):
+        nats = allowed * math.log(2) / together
+        students = shape_search.smallest(config, shapes, losses, nats, within=within)
+        if not students or (chosen and students[0] == chosen[-1]):
             continue
-        choice = found[0]
-        bits = losses.expected(choice) * together / math.log(2)
-        words = f"{shape_search.words(choice.shape, losses.before)}, {choice.bpw:.2f} bits"
-        points.append(
-            Point(words, round(limits.file_bytes(config, *choice)), round(bits, 4), measured=False)
+        choice = students[0]
+        loss = losses.expected(choice) * together / math.log(2)
+        point = Point(
+            name=f"{shape_search.words(choice.shape, losses.before)}, {choice.bpw:.2f} bits",
+            nbytes=round(limits.file_bytes(config, *choice)),
+            loss=round(loss, 4),
+            measured=False,
         )
+        points.append(point)
         chosen.append(choice)
     return points, chosen
 
@@ -80,24 +79,21 @@ def _together(
     shapes: Sequence[Shape],
     within: Sequence[limits.Limit],
 ) -> float:
-    """How many times the sum of what axes cost alone a student lost that was measured; 1 where
-    there is none.
-    """
-    found = shape_search.smallest(
-        c.run.teacher.config, shapes, losses, MEASURED_AT * math.log(2), within
-    )
-    if not found:
+    """The measured loss of one student over its expected one; 1 where none can be measured."""
+    nats = MEASURED_AT * math.log(2)
+    config = c.run.teacher.config
+    students = shape_search.smallest(config, shapes, losses, nats, within=within)
+    if not students:
         return 1.0
-    score = c.score(found[0], losses)
+    score = c.score(students[0], losses)
     if not math.isfinite(score):
         return 1.0
-    return float(np.clip(score / max(losses.expected(found[0]), 1e-9), 1 / 3, 3.0))
+    expected = max(losses.expected(students[0]), 1e-9)
+    return float(np.clip(score / expected, 1 / 3, 3.0))
 
 
 def converted(c: candidates.Candidates) -> Iterable[Point]:
-    """The teacher with every matrix in so many bits, as `mlx_lm.convert -q --q-bits N` writes it,
-    and what it loses.
-    """
+    """The teacher with every matrix in N bits, as `mlx_lm.convert -q --q-bits N` writes it."""
     teacher = c.run.teacher
     for bits in CONVERTED:
         uniform = dict.fromkeys(packed_format.layout(teacher.config, GROUP), bits)
@@ -111,9 +107,7 @@ def converted(c: candidates.Candidates) -> Iterable[Point]:
 
 
 def others(c: candidates.Candidates, names: Sequence[str]) -> Iterable[Point]:
-    """Other models, folders or hub ids, each with its own tokenizer and chat template, and what
-    they lose.
-    """
+    """Other models, folders or hub ids, each with its own tokenizer and chat template."""
     for name in names:
         source = resolve.resolve_model(name)
         cli.say(f"against {source.source}")
@@ -137,12 +131,11 @@ def _loss_of_another(c: candidates.Candidates, model: Checkpoint) -> float:
 
 
 def distilled(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Point]:
-    """Students of the curve that were trained and rounded for real: finalists, with what they lost
-    on other answers.
+    """Students of the curve that were trained and rounded for real: finalists.
 
-    On text their loss is KL(teacher || student), as the curve's.
+    Their loss is that on other answers; on text it is KL(teacher || student), as the curve's.
     """
-    points = list[Point]()
+    points = []
     for record, name in zip(records, names, strict=True):
         values = record.get("answers_rounded") or record.get("kl_rounded") or [None]
         if None not in values and "bytes" in record:
@@ -158,8 +151,9 @@ def page(
     points: Sequence[Point],
     files: Files,
 ) -> str:
-    """Write frontier.json, .svg and .html into a search's folder; the table as Markdown. on: the
-    text of the losses.
+    """Write frontier.json, .svg and .html into a search's folder; return the table as Markdown.
+
+    on: the text of the losses.
     """
     ordered = sorted(points, key=lambda point: -point.nbytes)
     rows = [
@@ -172,8 +166,8 @@ def page(
         for point in ordered
     ]
     table = text.markdown_table(["", "MB", f"bits a byte of {on} above the teacher", ""], rows)
-    found = {"teacher": teacher, "loss_of": on, "points": [asdict(point) for point in ordered]}
-    files.replace_text(folder / f"{NAME}.json", json.dumps(found, indent=1))
+    result = {"teacher": teacher, "loss_of": on, "points": [asdict(point) for point in ordered]}
+    files.replace_text(folder / f"{NAME}.json", json.dumps(result, indent=1))
     caption = (
         NAME,
         f"{teacher}: bytes against loss",

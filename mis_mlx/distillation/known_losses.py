@@ -1,9 +1,8 @@
-"""What a teacher's axes cost, measured once: the logs of searches with --lose, kept for the next
-one.
+"""Logs of searches with --lose, kept for the next one: what each of a teacher's axes costs.
 
-A search for another loss asks for the same measurements. So its run folder begins with what earlier
-ones logged, of the same teacher and text, whatever their seed was. For the default teacher and the
-built-in text the logs come with the package (benchmarks/known_losses.py).
+A search for another loss asks for the same measurements. So its run folder begins with the logs of
+earlier searches, of the same teacher and text, whatever their seed was. For the default teacher and
+the built-in text the logs come with the package (benchmarks/known_losses.py).
 """
 
 import json
@@ -22,73 +21,87 @@ SHIPPED = Path(__file__).parent / "known"
 ABOUT = "about.json"
 VERSION = 1  # of how losses are measured: logs of another version are not used
 LOGS = (PROBES, CANDIDATES)
-# Settings that change what is lost. How many windows look at the text changes it by its noise
-# alone, so what was measured with some is not measured again with others.
+# Settings that change a measured loss. The number of windows changes it by noise alone, so a
+# measurement with some windows is not repeated with others.
 MEASURED_BY = ("vocab_text", "languages")
+Identity = Mapping[str, Any]  # what a measurement depends on: `identity`
 
 
 def identity(teacher: Checkpoint, text: str, settings: Any) -> dict[str, Any]:
     """What a measurement depends on. text: a fingerprint of --data, or "built-in"."""
     given = asdict(settings)
-    measured_by = {name: given[name] for name in MEASURED_BY}
-    whose = run_folder.origin(teacher, "")["teacher"]
-    # As JSON has it, so that a stored one compares.
-    return dict(
-        json.loads(json.dumps({"version": VERSION, "teacher": whose, "text": text, **measured_by}))
-    )
+    identity = {
+        "version": VERSION,
+        "teacher": run_folder.origin(teacher, "")["teacher"],
+        "text": text,
+        **{name: given[name] for name in MEASURED_BY},
+    }
+    # As JSON has it, so that it equals a stored one.
+    return dict(json.loads(json.dumps(identity)))
 
 
-def kept_folder(about: Mapping[str, Any]) -> Path:
+def kept_folder(about: Identity) -> Path:
     """Where the logs of this identity are kept on this machine."""
-    return hub.cache_root() / "searches" / json_sha256(dict(about))[:32]
+    digest = json_sha256(dict(about))
+    return hub.cache_root() / "searches" / digest[:32]
 
 
-def known(about: Mapping[str, Any], log: str) -> list[dict[str, Any]]:
+def known(about: Identity, log: str) -> list[dict[str, Any]]:
     """The records of one log that came with the package or are kept on this machine."""
-    found = list[dict[str, Any]]()
-    for source in (SHIPPED, kept_folder(about)):
-        if _about(source) == about:
-            found += run_folder.records(source / log)
-    return found
+    records = list[dict[str, Any]]()
+    for source in _sources(about):
+        records += run_folder.records(source / log)
+    return records
 
 
-def lay_out(run: Path, about: Mapping[str, Any], files: Files) -> int:
-    """Put what is known into a run's folder: the number of lines of its logs then. What stands
-    there already stays.
+def _sources(about: Identity) -> list[Path]:
+    """The folders with logs of this identity."""
+    folders = [SHIPPED, kept_folder(about)]
+    return [folder for folder in folders if _about(folder) == about]
+
+
+def lay_out(run: Path, about: Identity, files: Files) -> int:
+    """Put known measurements into a run's folder; return how many lines its logs then have.
+
+    Lines that the run has already stay.
     """
-    for source in (SHIPPED, kept_folder(about)):
-        if _about(source) != about:
-            continue
+    sensitivity = run / SENSITIVITY
+    for source in _sources(about):
         for name in LOGS:
             _add_lines(source / name, run / name, files)
-        if (source / SENSITIVITY).is_file() and not (run / SENSITIVITY).exists():
-            files.replace_text(run / SENSITIVITY, (source / SENSITIVITY).read_text("utf-8"))
+        known_sensitivity = source / SENSITIVITY
+        if known_sensitivity.is_file() and not sensitivity.exists():
+            files.replace_text(sensitivity, known_sensitivity.read_text("utf-8"))
     return sum(len(run_folder.records(run / name)) for name in LOGS)
 
 
-def keep(run: Path, about: Mapping[str, Any]) -> None:
-    """Add the logs of a run to what is kept on this machine."""
+def keep(run: Path, about: Identity) -> None:
+    """Add the logs of a run to those kept on this machine."""
     folder = kept_folder(about)
     DISK.make_folder(folder)
     for name in LOGS:
         _add_lines(run / name, folder / name, DISK)
-    if (run / SENSITIVITY).is_file():
-        DISK.replace_text(folder / SENSITIVITY, (run / SENSITIVITY).read_text("utf-8"))
+    sensitivity = run / SENSITIVITY
+    if sensitivity.is_file():
+        DISK.replace_text(folder / SENSITIVITY, sensitivity.read_text("utf-8"))
     # Last: a folder without it is not read.
     DISK.replace_text(folder / ABOUT, json.dumps(dict(about)))
 
 
 def _about(folder: Path) -> dict[str, Any]:
-    """The identity of the logs in a folder; {} where it has none that reads."""
+    """The identity of the logs in a folder; {} where it has none that can be read."""
     try:
-        return dict(json.loads((folder / ABOUT).read_text("utf-8")))
+        stored = (folder / ABOUT).read_text("utf-8")
+        return dict(json.loads(stored))
     except (OSError, ValueError, TypeError):
         return {}
 
 
 def _add_lines(source: Path, target: Path, files: Files) -> None:
-    """Append the records of one log that the other one lacks."""
-    there = {json.dumps(record, sort_keys=True) for record in run_folder.records(target)}
+    """Append to `target` the records of `source` that it lacks."""
+    present = set[str]()
+    for record in run_folder.records(target):
+        present.add(json.dumps(record, sort_keys=True))
     for record in run_folder.records(source):
-        if json.dumps(record, sort_keys=True) not in there:
+        if json.dumps(record, sort_keys=True) not in present:
             files.append(target, json.dumps(record))

@@ -1,9 +1,8 @@
-"""The two sides of distillation: the teacher's targets for a step, and the student's loss against
-them.
+"""The teacher's targets for a step, and the student's loss against them.
 
-The teacher stays in memory or is streamed, by the plan; either way what crosses over is its final
-hidden states, and the vocabulary is met chunk by chunk (maths/losses). Or it is read once, and its
-sparse targets are on disk.
+The teacher stays in memory or is streamed, by the plan. Either way only its final hidden states are
+kept, and logits are made of them in chunks of positions (maths/losses). Or the teacher is read
+once, and its sparse targets are on disk.
 """
 
 from __future__ import annotations
@@ -39,11 +38,13 @@ MicroBatch = tuple[mx.array, ...]
 
 
 class StreamedTeacher:
-    """Final hidden states of the teacher for any batches, and its vocabulary head: hidden(token ids
-    [(B, T)]) -> [(B, T, D)], a streamed teacher read once for all of them; logits(hidden (n, D)) ->
-    (n, V). room_bytes, direct: as of `stream.Stream`. temperature: T of eq. (2). cross_entropy: as
-    of `losses.kl_sum`. same_head: a student's that is not trained is the teacher's, which need not
-    be read.
+    """The teacher's final hidden states for any batches, and its vocabulary head.
+
+    hidden(token ids [(B, T)]) -> [(B, T, D)]; a streamed teacher is read once for all of them.
+    logits(hidden (n, D)) -> (n, V). room_bytes, direct: as of `stream.Stream`. temperature: T of
+    eq. (2). cross_entropy: as of `losses.kl_sum`. shares: how many blocks each of several machines
+    has; empty: each reads the whole teacher. same_head: a student's head that is not trained is the
+    teacher's, which then need not be read.
     """
 
     def __init__(
@@ -56,8 +57,12 @@ class StreamedTeacher:
         shares: Sequence[int] = (),
         same_head: bool = False,
     ):
-        where = checkpoint, policy.compute_dtype(checkpoint), room_bytes, direct
-        self._source = pipeline_parallel.Relay(*where, shares) if shares else stream.Stream(*where)
+        dtype = policy.compute_dtype(checkpoint)
+        self._source = (
+            pipeline_parallel.Relay(checkpoint, dtype, room_bytes, direct=direct, shares=shares)
+            if shares
+            else stream.Stream(checkpoint, dtype, room_bytes, direct=direct)
+        )
         self.hidden = self._source.forward
         self.temperature = temperature
         self._cross_entropy = cross_entropy
@@ -66,11 +71,11 @@ class StreamedTeacher:
 
     @cached_property
     def logits(self) -> losses.Logits:
-        """Of hidden states; the head is read when the first of them are asked for."""
+        """Logits of hidden states; the head is read when they are first asked for."""
         return partial(load.wide_logits, self._source.head())
 
     def _logits_by(self, frozen: mx.array) -> losses.Logits:
-        """The same, beside a student's head (V, D) that is not trained."""
+        """The same, where the student's head (V, D) is not trained."""
         if not self._same_head:
             return self.logits
         return lambda hidden: losses.capped(hidden.astype(frozen.dtype) @ frozen.T, self.softcap)
@@ -78,47 +83,51 @@ class StreamedTeacher:
     def micro_batches(
         self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()
     ) -> list[MicroBatch]:
-        """Tokens (B, T), learn (B * T,), the teacher's hidden states (B * T, D); for cross-entropy
-        labels (B * T,).
+        """Tokens (B, T), learn (B * T,), the teacher's hidden states (B * T, D).
+
+        For cross-entropy also labels (B * T,).
         """
-        micro = []
+        micro_batches = []
+        # One pass for all batches, so that a streamed teacher is read once a step. Each batch goes
+        # in as many pieces as there are lanes, which compute side by side.
         pieces = [lanes.cut(tokens) for tokens, _ in batches]
-        coming = iter(self.hidden(list(chain.from_iterable(pieces))))
+        states = iter(self.hidden(list(chain.from_iterable(pieces))))
         for (tokens, learn), parts in zip(batches, pieces, strict=True):
-            hidden = mx.concatenate([next(coming) for _ in parts])
-            label = [labels(tokens)] if self._cross_entropy else []
-            micro.append((tokens, learn.reshape(-1), hidden.reshape(-1, hidden.shape[-1]), *label))
-        return micro
+            hidden = mx.concatenate([next(states) for _ in parts])
+            targets = [hidden.reshape(-1, hidden.shape[-1])]
+            if self._cross_entropy:
+                targets.append(labels(tokens))
+            micro_batches.append((tokens, learn.reshape(-1), *targets))
+        return micro_batches
+
+    def _numpy_is_quicker(self) -> bool:
+        """On a CPU MLX's exp takes seven times as long as numpy's (models/host_losses)."""
+        return policy.name() == "cpu" and not self._cross_entropy
 
     def gradient_of(self, student: nn.Module) -> Callable[..., Any] | None:
-        """As `train_loop.train` takes it."""
-        return (
-            partial(_on_host, self, student)
-            if policy.name() == "cpu" and not self._cross_entropy
-            else None
-        )
+        """The gradient by numpy's loss, as `train_loop.train` takes it; None: MLX computes it."""
+        return partial(_on_host, self, student) if self._numpy_is_quicker() else None
 
     def frozen_slopes(self) -> Callable[..., tuple[float, mx.array]] | None:
-        """As `sharded.steps` takes them."""
+        """The loss and its gradient by numpy, as `Sharded.steps` takes them; None: MLX computes."""
 
-        def of(
+        def loss_and_gradient(
             head: mx.array, batches: Sequence[MicroBatch], b: int, hidden: mx.array
         ) -> tuple[float, mx.array]:
-            (_, learn, target) = batches[b]
-            logits = self._logits_by(head)
-            loss, slope, _ = host_losses.kl_gradients(
+            _, learn, target = batches[b]
+            loss, gradient, _ = host_losses.kl_gradients(
                 hidden,
                 head,
                 target,
-                logits,
-                learn,
-                self.temperature,
+                self._logits_by(head),
+                learn=learn,
+                temperature=self.temperature,
                 frozen_head=True,
                 softcap=self.softcap,
             )
-            return loss, slope
+            return loss, gradient
 
-        return of if policy.name() == "cpu" and not self._cross_entropy else None
+        return loss_and_gradient if self._numpy_is_quicker() else None
 
     def kl_sum(
         self,
@@ -128,14 +137,17 @@ class StreamedTeacher:
         *target: mx.array,
         frozen_head: bool = False,
     ) -> mx.array:
-        """`losses.kl_sum` against this teacher's logits."""
+        """`losses.kl_sum` of a student's hidden states (n, D) and head (V, D) against this teacher.
+
+        learn: (n,). target: the teacher's hidden states, and labels for cross-entropy.
+        """
         return losses.kl_sum(
             hidden,
             head,
             target[0],
             self._logits_by(head) if frozen_head else self.logits,
-            learn,
-            self.temperature,
+            learn=learn,
+            temperature=self.temperature,
             frozen_head=frozen_head,
             labels=target[1] if self._cross_entropy else None,
             cross_entropy=self._cross_entropy,
@@ -144,8 +156,9 @@ class StreamedTeacher:
 
 
 class TextTargets:
-    """The text itself as the source: KL to a target that has all its mass on one token, which is
-    cross-entropy.
+    """The text itself as the source: a target with all its mass on one token.
+
+    KL to that is cross-entropy.
     """
 
     def __init__(self, softcap: float = 0.0):
@@ -155,14 +168,17 @@ class TextTargets:
         self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()
     ) -> list[MicroBatch]:
         """Tokens (B, T), learn (B * T,), the next tokens as ids and their weights (B * T, 1)."""
-        return [
-            (t, learn.reshape(-1), labels(t)[:, None], mx.ones((t.size, 1))) for t, learn in batches
-        ]
+        micro_batches = list[MicroBatch]()
+        for tokens, learn in batches:
+            ids = labels(tokens)[:, None]
+            micro_batches.append((tokens, learn.reshape(-1), ids, mx.ones((tokens.size, 1))))
+        return micro_batches
 
 
 def labels(tokens: mx.array) -> mx.array:
-    """The token after each of tokens (B, T), (B * T,); the last column's are nothing, `learn` is 0
-    there.
+    """The token after each of tokens (B, T): (B * T,).
+
+    The last column has none: what stands there does not count, for `learn` is 0.
     """
     return mx.roll(tokens, -1, 1).reshape(-1)
 
@@ -170,36 +186,45 @@ def labels(tokens: mx.array) -> mx.array:
 def _on_host(
     source: StreamedTeacher, student: nn.Module, tokens: mx.array, learn: mx.array, target: mx.array
 ) -> tuple[tuple[mx.array, mx.array], Any]:
-    """What `nn.value_and_grad` gives of `student_loss`, evaluated; the vocabulary by numpy, windows
-    side by side. The way back is laid out before the way forth is gone, so that only what it needs
-    is kept: from a cotangent of zeros, whose memory numpy then fills.
+    """What `nn.value_and_grad` gives of `student_loss`, evaluated; numpy computes the loss.
+
+    Windows go side by side. The backward pass is laid out before the forward pass is evaluated, so
+    that MLX keeps only what the backward pass needs: it starts from a cotangent of zeros, whose
+    memory numpy fills later.
     """
     trained = dict(tree_flatten(student.trainable_parameters()))
     cotangent = mx.zeros((tokens.size, student.args.hidden_size))
     hidden: list[mx.array] = []
 
-    def forth(*arrays: mx.array) -> mx.array:
-        student.update(tree_unflatten(list(zip(trained, arrays, strict=True))))
+    def forward(*weights: mx.array) -> mx.array:
+        student.update(tree_unflatten(list(zip(trained, weights, strict=True))))
         hidden.append(lanes.rows(student.model, tokens).reshape(cotangent.shape))
         return hidden[0]
 
     with lanes.together(len(tokens)):
-        _, slopes = mx.vjp(forth, list(trained.values()), [cotangent])
-        student.update(tree_unflatten(list(trained.items())))
+        _, grads = mx.vjp(forward, list(trained.values()), [cotangent])
+        student.update(tree_unflatten(list(trained.items())))  # `forward` left tracers there
         mx.eval(hidden, cotangent)
     name = "lm_head.weight" if hasattr(student, "lm_head") else "model.embed_tokens.weight"
-    how = source.logits, learn, source.temperature, name not in trained
-    loss, below, of_head = host_losses.kl_gradients(
-        hidden[0], load.head_weight(student), target, *how, softcap=source.softcap
+    loss, of_hidden, of_head = host_losses.kl_gradients(
+        hidden[0],
+        load.head_weight(student),
+        target,
+        source.logits,
+        learn=learn,
+        temperature=source.temperature,
+        frozen_head=name not in trained,
+        softcap=source.softcap,
     )
-    host_losses.view(cotangent)[:] = host_losses.view(below)
-    found = dict(zip(trained, slopes, strict=True))
-    del slopes
+    # Before the gradients are evaluated: the graph reads this memory.
+    host_losses.view(cotangent)[:] = host_losses.view(of_hidden)
+    named = dict(zip(trained, grads, strict=True))
+    del grads
     if of_head is not None:
-        found[name] = found[name] + of_head
+        named[name] = named[name] + of_head
     with lanes.together(len(tokens)):
-        mx.eval(found)
-    return (mx.array(loss), learn.sum()), tree_unflatten(list(found.items()))
+        mx.eval(named)
+    return (mx.array(loss), learn.sum()), tree_unflatten(list(named.items()))
 
 
 def student_loss(
@@ -215,13 +240,12 @@ def step_micro_batches(
     source: TargetSource, data: Windows, recipe: TrainingConfig, step: int
 ) -> list[MicroBatch]:
     """The micro-batches of a step, this machine's of several: a pure function of its number."""
-    at = distributed.shard(
-        draws.batch(data, recipe.batch_size * recipe.grad_accumulation_steps, step, recipe.seed)
-    )
-    parts = [at[i : i + recipe.batch_size] for i in range(0, len(at), recipe.batch_size)]
-    return source.micro_batches(
-        [(mx.array(data.tokens[p]), mx.array(data.learn[p])) for p in parts], parts
-    )
+    size = recipe.batch_size
+    windows = draws.batch(data, size * recipe.grad_accumulation_steps, step, recipe.seed)
+    own = distributed.shard(windows)
+    parts = [own[start : start + size] for start in range(0, len(own), size)]
+    batches = [(mx.array(data.tokens[part]), mx.array(data.learn[part])) for part in parts]
+    return source.micro_batches(batches, parts)
 
 
 def steps(
@@ -234,11 +258,18 @@ def steps(
     factor: Callable[[int], float] = lambda step: 1.0,
 ) -> Iterator[Step]:
     """Optimizer steps `start` to `recipe.iters`, as `train_loop.train`."""
-    micro_batches = partial(step_micro_batches, source, data, recipe)
-    loss = partial(student_loss, source)
-    quicker = source.gradient_of(student) if isinstance(source, StreamedTeacher) else None
+    gradient_of = None
+    if isinstance(source, StreamedTeacher):
+        gradient_of = source.gradient_of(student)
     return train(
-        student, micro_batches, loss, optimizer, recipe, start, factor, gradient_of=quicker
+        student,
+        partial(step_micro_batches, source, data, recipe),
+        partial(student_loss, source),
+        optimizer,
+        recipe=recipe,
+        start=start,
+        factor=factor,
+        gradient_of=gradient_of,
     )
 
 
@@ -262,35 +293,34 @@ def write_store(
     show: Callable[[int, str], None] = lambda done, text: None,
     together: bool = False,
 ) -> logit_store.Targets:
-    """The finished store of `data`'s targets in `folder`: made, or what is missing of it. Hold the
-    run's lock.
+    """The finished store of `data`'s targets in `folder`; only what is missing is made.
 
-    A window's targets depend on the teacher, the window and the seed alone: not on how many windows
-    went through the teacher together, nor on where writing was stopped.
+    Hold the run's lock. A window's targets depend on the teacher, the window and the seed alone:
+    not on how many windows went through the teacher together, nor on where writing was stopped.
 
     checkpoint: the teacher's. teacher(): opens it; not called when nothing is missing. It is passed
     through once for every `windows_per_pass` windows. count: samples a position. show(windows done,
     text). Several machines share the missing parts out, and all have the whole store in the end.
-    together: they share the teacher too (models/pipeline_parallel), so all make as many passes as
-    who makes most.
+    together: they share the teacher too (models/pipeline_parallel), so every machine makes as many
+    passes as the one that makes most.
     """
     n, length = data.tokens.shape
     spec = logit_store.Spec(
-        "sampled",
-        count,
-        shape_of(checkpoint.config).vocab,
-        n,
-        length,
-        run_folder.origin(checkpoint, "")["teacher"],
-        fingerprint(data),
-        seed,
+        kind="sampled",
+        count=count,
+        vocab=shape_of(checkpoint.config).vocab,
+        windows=n,
+        length=length,
+        teacher=run_folder.origin(checkpoint, "")["teacher"],
+        data=fingerprint(data),
+        seed=seed,
     )
     store = logit_store.create(folder, spec, files)
     parts = distributed.broadcast_json(
-        lambda: sorted({w // spec.part_windows for w in store.missing()})
+        lambda: sorted({window // spec.part_windows for window in store.missing()})
     )
-    mine = set(distributed.shard(parts))
-    missing = [w for w in store.missing() if w // spec.part_windows in mine]
+    own = set(distributed.shard(parts))
+    missing = [window for window in store.missing() if window // spec.part_windows in own]
     passes = -(-len(missing) // windows_per_pass)
     if together:
         passes = max(distributed.all_gather(passes))
@@ -298,22 +328,24 @@ def write_store(
     source = teacher() if passes else None
     for start in range(0, passes * windows_per_pass, windows_per_pass):
         assert source is not None
-        group = missing[start : start + windows_per_pass]
-        hidden = source.hidden([mx.array(data.tokens[w][None]) for w in group])
-        for at, w in enumerate(group):
-            store.put(w, _drawn(source, hidden[at][0], spec, w * length))
-            show(done := done + 1, f"{store.bytes_per_token:.0f} bytes/token")
+        group = missing[start : start + windows_per_pass]  # empty: only the others have windows
+        hidden = source.hidden([mx.array(data.tokens[window][None]) for window in group])
+        for window, states in zip(group, hidden, strict=True):
+            store.put(window, _drawn(source, states[0], spec, window * length))
+            done += 1
+            show(done, f"{store.bytes_per_token:.0f} bytes/token")
     _exchange(store, files)
     return store
 
 
 def _exchange(store: logit_store.Targets, files: Files) -> None:
-    """Every part that some machine has, to those that lack it."""
-    held = [set(numbers) for numbers in distributed.all_gather(sorted(store.parts))]
+    """Send every part that some machine has to those that lack it."""
+    parts_of = [set(numbers) for numbers in distributed.all_gather(sorted(store.parts))]
     for number in range(store.total):
-        if having := [rank for rank, numbers in enumerate(held) if number in numbers]:
-            if len(having) < len(held):
-                distributed.broadcast_file(store.path(number), files, having[0])
+        owners = [rank for rank, numbers in enumerate(parts_of) if number in numbers]
+        if owners:
+            if len(owners) < len(parts_of):
+                distributed.broadcast_file(store.path(number), files, owners[0])
             if number not in store.parts:
                 store.adopt(number)
 
@@ -321,25 +353,29 @@ def _exchange(store: logit_store.Targets, files: Files) -> None:
 def _drawn(
     teacher: StreamedTeacher, hidden: mx.array, spec: logit_store.Spec, first: int
 ) -> dict[str, np.ndarray]:
-    """A window's arrays for the store, from its hidden states (T, D); `first`: the number of its
-    first position.
+    """A window's arrays for the store, from its hidden states (T, D).
+
+    first: the number of the window's first position.
     """
-    starts, how = (
-        range(0, len(hidden), rows := losses.chunk_rows(spec.vocab)),
-        (spec.count, spec.seed),
-    )
-    parts = [
-        losses.sample(teacher.logits(hidden[at : at + rows]), *how, first + at) for at in starts
-    ]
+    rows = losses.chunk_rows(spec.vocab)
+    parts = []
+    for start in range(0, len(hidden), rows):
+        # Without a name for the logits: the next chunk's would be made beside them.
+        parts.append(
+            losses.sample(
+                teacher.logits(hidden[start : start + rows]), spec.count, spec.seed, first + start
+            )
+        )
+    arrays = zip(*parts, strict=True)
     return {
-        name: np.concatenate(arrays)
-        for name, arrays in zip(spec.dtypes(), zip(*parts, strict=True), strict=True)
+        name: np.concatenate(chunks) for name, chunks in zip(spec.dtypes(), arrays, strict=True)
     }
 
 
 class Cached:
-    """A store in the place of a teacher: `steps` trains against it, with none in memory. windows:
-    which windows of the training data the store's are, rising (`visited`). softcap: of the
+    """A store in the place of a teacher: `steps` trains against it, and no teacher is in memory.
+
+    windows: which windows of the training data the store's are, rising (`visited`). softcap: of the
     student's logits.
     """
 
@@ -353,17 +389,18 @@ class Cached:
     def micro_batches(
         self, batches: Sequence[Batch], windows: Sequence[np.ndarray]
     ) -> list[MicroBatch]:
-        """Tokens, learn, ids and weights (B * T, m). windows: which of the data each batch holds,
-        (B,).
+        """Tokens (B, T), learn (B * T,), ids and weights (B * T, m).
+
+        windows: which windows of the data each batch holds, (B,).
         """
-        made = []
+        micro_batches = []
         for (tokens, learn), wanted in zip(batches, windows, strict=True):
             rows = np.searchsorted(self._windows, wanted)
             if not np.array_equal(np.take(self._windows, rows, mode="clip"), wanted):
                 raise ValueError(f"windows {wanted} are not all in {self._store.folder}")
-            flat = [mx.array(a.reshape(learn.size, -1)) for a in self._store.windows(rows)]
-            made.append((tokens, learn.reshape(-1), *flat))
-        return made
+            targets = [mx.array(a.reshape(learn.size, -1)) for a in self._store.windows(rows)]
+            micro_batches.append((tokens, learn.reshape(-1), *targets))
+        return micro_batches
 
     def kl_sum(
         self,
@@ -373,10 +410,13 @@ class Cached:
         *target: mx.array,
         frozen_head: bool = False,
     ) -> mx.array:
-        """Sum of the KL in nats of a student's hidden states (n, D) and head (V, D) against stored
-        targets.
+        """Sum of the KL in nats of a student's hidden states (n, D) and head (V, D).
+
+        target: what `micro_batches` read from the store. MisError where the student has another
+        vocabulary.
         """
-        if head.shape[0] != (vocab := self._store.spec.vocab):
+        vocab = self._store.spec.vocab
+        if head.shape[0] != vocab:
             raise MisError(
                 f"the targets are for {vocab} tokens, the student has {head.shape[0]}: use its "
                 f"teacher"

@@ -1,7 +1,8 @@
-"""How many steps fit into the minutes that were asked for: counted by the pace of the first ones.
+"""How many steps fit into the minutes that were asked for, by the pace of the first steps.
 
 The first steps warm the learning rate up, which does not depend on how many follow. So a run that
-counted its steps has the same weights as one that was given that number with --iters."""
+counted its steps has the same weights as one that was given that number with --iters.
+"""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +16,13 @@ from mis_mlx.planner.recipe import FIRST_STEPS, DistillationConfig
 from mis_mlx.storage import run_folder
 from mis_mlx.types import MisError, Step
 
-FILE = "pace.json"  # in a run's folder: what was counted, once
+FILE = "pace.json"  # in a run's folder: the pace, counted once
 StepsOf = Callable[[DistillationConfig], Callable[[int], Iterator[Step]]]
 
 
 @dataclass(frozen=True)
 class Pace:
-    """minutes: that steps may take. seconds: of a step. iters: how many steps that makes."""
+    """minutes: that steps may take. seconds: of one step. iters: how many steps fit."""
 
     minutes: float
     seconds: float
@@ -31,12 +32,18 @@ class Pace:
 def counted(minutes: float, seconds: Sequence[float], least: int) -> Pace:
     """The pace of the first steps, which took `seconds`, and how many steps fit: `least` or more.
 
-    The very first step is left out of the pace: it also builds what all steps use."""
+    The very first step is left out of the pace: it also builds what all steps use.
+    """
     usual = seconds[1:] or seconds
     pace = sum(usual) / len(usual)
     left = 60 * minutes - sum(seconds)
-    fits = len(seconds) + max(0, int(left / max(pace, 1e-9)))
-    return Pace(minutes, round(pace, 3), max(least, fits))
+    more = int(left / max(pace, 1e-9))
+    fits = len(seconds) + max(0, more)
+    return Pace(
+        minutes=minutes,
+        seconds=round(pace, 3),
+        iters=max(least, fits),
+    )
 
 
 def finish(
@@ -46,8 +53,7 @@ def finish(
     start: int,
     save_every: int,
 ) -> None:
-    """Run the steps of a training to their end: `recipe.iters`, or as many as `recipe.minutes`
-    hold.
+    """Run a training to its end: `recipe.iters` steps, or as many as fit into `recipe.minutes`.
 
     steps_of: the steps of a recipe, from a number on.
     """
@@ -55,20 +61,21 @@ def finish(
         assert recipe.iters is not None
         training.finish(steps_of(recipe), start, recipe.iters, save_every)
         return
-    found = distributed.broadcast_json(lambda: _stored(training))
-    if found is None:
+    pace = distributed.broadcast_json(lambda: _stored(training))
+    if pace is None:
         if start < FIRST_STEPS:
             first = _first_of(steps_of(recipe))
             training.finish(first, start, FIRST_STEPS, save_every)
             start = FIRST_STEPS
-        found = distributed.broadcast_json(lambda: _decided(training, recipe))
+        pace = distributed.broadcast_json(lambda: _decided(training, recipe))
         cli.say(
-            f"{found['iters']} steps fit into {recipe.minutes:g} minutes: {found['seconds']:.1f} s "
+            f"{pace['iters']} steps fit into {recipe.minutes:g} minutes: {pace['seconds']:.1f} s "
             f"each"
         )
-    iters = int(found["iters"])
+    iters = int(pace["iters"])
     if start < iters:
-        training.finish(steps_of(replace(recipe, iters=iters)), start, iters, save_every)
+        steps = steps_of(replace(recipe, iters=iters))
+        training.finish(steps, start, iters, save_every)
 
 
 def _first_of(steps: Callable[[int], Iterator[Step]]) -> Callable[[int], Iterator[Step]]:
@@ -77,22 +84,27 @@ def _first_of(steps: Callable[[int], Iterator[Step]]) -> Callable[[int], Iterato
 
 
 def _stored(training: CheckpointedTraining) -> dict[str, float] | None:
-    """What the run counted before it was stopped; None where it had not yet."""
+    """The pace that the run counted before it was stopped; None: not yet."""
     path = training.run.folder / FILE
-    return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else None
+    if not path.is_file():
+        return None
+    return dict(json.loads(path.read_text("utf-8")))
 
 
 def _decided(training: CheckpointedTraining, recipe: DistillationConfig) -> dict[str, float]:
-    """Count by the steps in the run's log, and keep what was counted."""
+    """Count by the steps in the run's log, and keep the pace."""
     assert recipe.minutes is not None
-    log = run_folder.records(training.run.folder / training.log)
-    by_number = {record["number"]: record["seconds"] for record in log if "number" in record}
-    seconds = [by_number[number] for number in range(1, FIRST_STEPS + 1) if number in by_number]
+    run = training.run
+    log = run.folder / training.log
+    by_number = {}  # a step that was done again counts with its last time
+    for record in run_folder.records(log):
+        if "number" in record:
+            by_number[record["number"]] = record["seconds"]
+    first = range(1, FIRST_STEPS + 1)
+    seconds = [by_number[number] for number in first if number in by_number]
     if not seconds:
-        raise MisError(
-            f"{training.run.folder / training.log} has none of the first steps: start a new run"
-        )
+        raise MisError(f"{log} has none of the first steps: start a new run")
     least = max(FIRST_STEPS, recipe.warmup)
-    found = vars(counted(recipe.minutes, seconds, least))
-    training.run.files.replace_text(training.run.folder / FILE, json.dumps(found))
-    return dict(found)
+    pace = vars(counted(recipe.minutes, seconds, least))
+    run.files.replace_text(run.folder / FILE, json.dumps(pace))
+    return dict(pace)

@@ -1,12 +1,11 @@
-"""A student's training, from where it stands to its end: repaired, then distilled; once rounded,
-its scales tuned.
+"""The training of a student, from wherever it stands to its end.
 
-mlx-lm's DWQ learns from the same model before rounding; here the teacher may be another, bigger
-one.
+First it is repaired, then distilled; once it is rounded, its scales are tuned. mlx-lm's DWQ learns
+from the same model before rounding; here the teacher may be another, bigger one.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,23 +35,26 @@ from mis_mlx.types import Checkpoint, Step
 DTYPE = "bfloat16"  # of unquantized weights on disk
 TUNE_STEPS = "tune-steps"
 TUNE_LOG = "tune.jsonl"
-# nobody needs them once a run is done
+# Folders that nobody needs once a run is done.
 LEFT = ("steps", TUNE_STEPS, "rounded", "parts", "targets", vocabulary.FOLDER)
 
 
 @dataclass
 class Run(run_loop.OpenRun):
-    """What the stages share. `recipe`: as asked for, its micro-batches as planned."""
+    """What the stages share.
+
+    recipe: as asked for, its micro-batches as planned. report: is told of every step of the
+    distillation. shares: how many of the teacher's blocks each machine has; (): each has all.
+    sigma: spread of eps_halny, fixed from one checkpoint to the next, so that a resumed run has the
+    same.
+    """
 
     recipe: DistillationConfig
     teacher: Checkpoint
     data: token_windows.Windows
     plan: MemoryPlan
-    # somebody who is told of every step of the distillation
     report: Callable[[Step], None] | None = None
-    # how many of the teacher's blocks each machine has; (): each has it whole
     shares: tuple[int, ...] = ()
-    # spread of eps_halny: fixed from one checkpoint to the next, so that a resumed run has the same
     sigma: float = 0.0
 
     @property
@@ -68,10 +70,11 @@ class Run(run_loop.OpenRun):
         """The kind of text of each window that `pick` gives, by number."""
         if self.data.kind is None:
             return [0] * min(count, len(self.data.tokens))
-        return self.data.kind[preparation.drawn(self.data, count, self.recipe.seed, use)].tolist()
+        windows = preparation.drawn(self.data, count, self.recipe.seed, use)
+        return self.data.kind[windows].tolist()
 
     def remember(self, number: int) -> dict[str, Any]:
-        """Look at the weather, on the first machine: what a checkpoint keeps of it."""
+        """What a checkpoint keeps of the weather, which the first machine measures now."""
         halny = self.recipe.halny
         self.sigma = distributed.broadcast_json(
             lambda: self.weather.sigma() if halny is None else halny
@@ -79,7 +82,7 @@ class Run(run_loop.OpenRun):
         return {"halny_sigma": self.sigma}
 
     def recall(self, state: dict[str, Any]) -> None:
-        """What the checkpoint kept."""
+        """Take back what `remember` gave to a checkpoint."""
         self.sigma = state["halny_sigma"]
 
     def factor(self, step: int) -> float:
@@ -88,9 +91,7 @@ class Run(run_loop.OpenRun):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Write down what the phase that the plan knows by this name takes; also when it is stopped
-        on the way.
-        """
+        """Measure a phase, named as in the plan, and log what it takes; also when it is stopped."""
         memory.give_back()
         began = train_loop.CLOCK.monotonic()
         self.peak.note(mx.get_peak_memory())
@@ -110,26 +111,28 @@ class Run(run_loop.OpenRun):
 
 
 def distil(c: Run, pruned: Checkpoint, out: Path) -> None:
-    """Train to the end from wherever the run stands, then write the student's folder `out`, unless
-    it is there.
-    """
-    if not distributed.broadcast_json(out.exists):
-        take = train(c, pruned)
-        config = {**pruned.config, "torch_dtype": DTYPE}
-        extra = model_writer.keep_files(model_writer.read_keep(pruned.path))
-        if distributed.is_main():
-            model_writer.write_model(config, take, pruned.path, out, DTYPE, c.files, extra)
+    """Train a pruned student to its end, then write its folder `out`, unless it is there."""
+    if distributed.broadcast_json(out.exists):
+        return
+    take = train(c, pruned)
+    config = {**pruned.config, "torch_dtype": DTYPE}
+    extra = model_writer.keep_files(model_writer.read_keep(pruned.path))
+    if distributed.is_main():
+        model_writer.write_model(
+            config,
+            take,
+            pruned.path,
+            out,
+            dtype=DTYPE,
+            files=c.files,
+            extra=extra,
+        )
 
 
 def train(c: Run, pruned: Checkpoint) -> model_writer.Take:
-    """The trained weights, by name, once they are."""
+    """Train a pruned student as planned; the function gives its weights by name."""
     if c.plan.mode == "none":
-        cut = in_parts(c.plan.job, "none")
-        parts = model_writer.by_block(pruned, c.folder / "parts", c.files, DTYPE) if cut else None
-        mended = _mended(c, pruned, parts)
-        return lambda name: (
-            mended[name] if name in mended else model_writer.dense(parts or pruned, name)
-        )
+        return _repaired_only(c, pruned)
     source = source_of(c)
     if c.plan.mode != "resident":
         return _by_blocks(c, pruned, source)
@@ -143,32 +146,55 @@ def train(c: Run, pruned: Checkpoint) -> model_writer.Take:
     return dict(tree_flatten(student.parameters())).__getitem__
 
 
+def _repaired_only(c: Run, pruned: Checkpoint) -> model_writer.Take:
+    """The weights of a student that is repaired and not trained."""
+    parts = None
+    if in_parts(c.plan.job, "none"):
+        parts = model_writer.by_block(pruned, c.folder / "parts", c.files, DTYPE)
+    mended = _mended(c, pruned, parts)
+
+    def take(name: str) -> Any:
+        return mended[name] if name in mended else model_writer.dense(parts or pruned, name)
+
+    return take
+
+
+def _streamed_teacher(c: Run, room_bytes: int | None) -> live_teacher.StreamedTeacher:
+    """The run's teacher. room_bytes: for its head and blocks that stay in memory; None: all do."""
+    return live_teacher.StreamedTeacher(
+        c.teacher,
+        room_bytes,
+        direct=c.direct,
+        temperature=c.recipe.temperature,
+        cross_entropy=c.recipe.cross_entropy,
+        shares=c.shares,
+        same_head=c.plan.job.same_head,
+    )
+
+
 def source_of(c: Run) -> live_teacher.TargetSource:
-    """The teacher, live; or what it left on disk, written now as far as it is missing."""
-    r = c.recipe
-    m = c.plan.job.teacher
-
-    def teacher(room_bytes: int | None) -> live_teacher.StreamedTeacher:
-        how = r.temperature, r.cross_entropy, c.shares, c.plan.job.same_head
-        return live_teacher.StreamedTeacher(c.teacher, room_bytes, c.direct, *how)
-
-    if r.targets == "live":
-        return teacher(
-            None if c.plan.pinned == m.shape.layers else c.plan.pinned * m.block_work + m.head_work
-        )
-    at = live_teacher.visited(c.data, replace(r, iters=max(c.plan.job.iters, c.plan.tuned)))
-    data = c.data.pick(at)
-    cli.say(f"logit store: {len(at)} windows")
-    with c.phase("logit store"), progress.bar("targets", len(at)) as show:
-        at_once = max(1, c.plan.held_windows("logit store") // max(1, len(c.shares)))
+    """The teacher, live; or its targets on disk, of which the missing ones are written now."""
+    teacher = c.plan.job.teacher
+    if c.recipe.targets == "live":
+        room_bytes = None
+        if c.plan.pinned != teacher.shape.layers:
+            room_bytes = c.plan.pinned * teacher.block_work + teacher.head_work
+        return _streamed_teacher(c, room_bytes)
+    # Tuning may take more steps than the distillation: windows for either.
+    iters = max(c.plan.job.iters, c.plan.tuned)
+    windows = live_teacher.visited(c.data, replace(c.recipe, iters=iters))
+    cli.say(f"logit store: {len(windows)} windows")
+    # Each machine brings its own windows into a pass through a teacher that several share.
+    held = c.plan.held_windows("logit store")
+    with c.phase("logit store"), progress.bar("targets", len(windows)) as show:
         store = live_teacher.write_store(
             c.teacher,
-            partial(teacher, 0),
-            data,
+            partial(_streamed_teacher, c, 0),
+            c.data.pick(windows),
             c.folder / "targets",
-            c.files,
-            seed=r.seed,
-            windows_per_pass=at_once,
+            files=c.files,
+            seed=c.recipe.seed,
+            windows_per_pass=max(1, held // max(1, len(c.shares))),
             show=show,
             together=bool(c.shares),
         )
@@ -176,42 +202,54 @@ def source_of(c: Run) -> live_teacher.TargetSource:
         *store.notes,
         f"logit store: {store.bytes_per_token:.0f} bytes a token; losses are of sampled targets",
     )
-    return live_teacher.Cached(store, at, softcap(c.teacher.config))
+    return live_teacher.Cached(store, windows, softcap(c.teacher.config))
 
 
 def _mended(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict[str, mx.array]:
-    """What the closed-form repair changes, by name. parts: the student's folder, where these go at
-    once; then hidden states are on disk as far as memory does not hold them.
+    """The weights that the closed-form repair changes, by name.
+
+    parts: a folder of the student by blocks; changed weights are then written there at once, and
+    hidden states go to disk as far as memory does not hold them.
     """
-    if not (c.plan.job.reconstruct_samples and (keep := model_writer.read_keep(pruned.path))):
+    samples = c.plan.job.reconstruct_samples
+    keep = model_writer.read_keep(pruned.path) if samples else None
+    if keep is None:
         return {}
     name = reconstruct.mended_name(pruned)
     cli.say(
         f"reconstruct: refit every block's {name.removesuffix('.weight')} to the teacher's stream"
     )
-    planned = next(p for p in c.plan.phases if p.name == "repair")
-    windows = c.pick(c.plan.job.reconstruct_samples, 2)
-    kinds = c.kinds(c.plan.job.reconstruct_samples, 2)
+    planned = next(phase for phase in c.plan.phases if phase.name == "repair")
+    windows = c.pick(samples, use=2)
+    kinds = c.kinds(samples, use=2)
     c.files.require_space(c.folder, planned.spooled_bytes, "the spool of hidden states")
-    with c.phase("repair"):
-        if parts is None:
-            return reconstruct.reconstruct(c.teacher, pruned, keep, windows, c.direct, kinds=kinds)[
-                0
-            ]
-
-        def put(name: str, weight: mx.array) -> None:
-            *_, number, inside = name.split(".", 3)
-            dtype = getattr(mx, parts.config["torch_dtype"])
-            block = load.block(parts, int(number), load.model_args(parts.config), dtype)
-            block.load_weights([(inside, weight.astype(dtype))], strict=False)
-            model_writer.replace_block(
-                parts, int(number), dict(tree_flatten(block.parameters())), c.files
-            )
-
+    spool = None
+    put = None
+    if parts is not None:
         spool = partial(hidden_spool.Spool, c.folder, c.plan.held_windows("repair"), c.files)
-        return reconstruct.reconstruct(
-            c.teacher, pruned, keep, windows, c.direct, spool, put, kinds
-        )[0]
+        put = partial(_put_in_block, c, parts)
+    with c.phase("repair"):
+        mended, _ = reconstruct.reconstruct(
+            c.teacher,
+            pruned,
+            keep,
+            windows,
+            direct=c.direct,
+            spool=spool,
+            put=put,
+            kinds=kinds,
+        )
+    return mended
+
+
+def _put_in_block(c: Run, parts: Checkpoint, name: str, weight: mx.array) -> None:
+    """Replace one weight in the file of its block."""
+    *_, number, inside = name.split(".", 3)
+    dtype = getattr(mx, parts.config["torch_dtype"])
+    block = load.block(parts, int(number), load.model_args(parts.config), dtype)
+    block.load_weights([(inside, weight.astype(dtype))], strict=False)
+    weights = dict(tree_flatten(block.parameters()))
+    model_writer.replace_block(parts, int(number), weights, c.files)
 
 
 def train_whole(
@@ -221,79 +259,99 @@ def train_whole(
     begin: Callable[[], object],
     tuned: bool = False,
 ) -> None:
-    """All of `c.recipe`'s steps of a student in memory, from wherever they stand. begin: before the
-    first of them. tuned: of a packed student, whose checkpoints and log are its own.
+    """All of `c.recipe`'s steps of a student in memory, from wherever they stand.
+
+    begin: called before the first step of a new run. tuned: the student is packed, and has
+    checkpoints and a log of its own.
     """
     optimizer = GuardedAdamW(weight_decay=c.recipe.weight_decay, relative=tuned)
-    how = {"steps": TUNE_STEPS, "log": TUNE_LOG, "label": "tune"} if tuned else _beside_the_plan(c)
-    training = run_loop.CheckpointedTraining(
-        c, train_loop.Whole(student, optimizer), c.remember, c.recall, **how
-    )
+    named = {"steps": TUNE_STEPS, "log": TUNE_LOG, "label": "tune"} if tuned else _reported(c)
+    trained = train_loop.Whole(student, optimizer)
+    training = run_loop.CheckpointedTraining(c, trained, c.remember, c.recall, **named)
     start = training.start(begin)
     student.train()
+
+    def factor(step: int) -> float:
+        return 1.0 if tuned else c.factor(step)  # the noise of eq. (2) is the distillation's
+
+    def steps_of(recipe: DistillationConfig) -> Callable[[int], Iterator[Step]]:
+        return partial(
+            live_teacher.steps, student, source, c.data, recipe, optimizer, factor=factor
+        )
+
     with c.phase(training.label):
         if tuned:
-            steps = partial(live_teacher.steps, student, source, c.data, c.recipe, optimizer)
-            training.finish(steps, start, c.plan.tuned, c.recipe.save_every)
-            return
-
-        def steps_of(recipe: DistillationConfig) -> Callable[[int], Iterator[Step]]:
-            return partial(
-                live_teacher.steps, student, source, c.data, recipe, optimizer, factor=c.factor
-            )
-
-        pace.finish(training, c.recipe, steps_of, start, c.recipe.save_every)
+            training.finish(steps_of(c.recipe), start, c.plan.tuned, c.recipe.save_every)
+        else:
+            pace.finish(training, c.recipe, steps_of, start, save_every=c.recipe.save_every)
 
 
-def _beside_the_plan(c: Run) -> dict[str, Any]:
-    """What a distillation's steps are shown beside, for `CheckpointedTraining`."""
+def _reported(c: Run) -> Mapping[str, Any]:
+    """How a distillation's steps are reported, as fields of `CheckpointedTraining`."""
+    tokens = c.plan.job.step * c.plan.job.iters
     return {
-        "planned_tps": c.plan.job.step * c.plan.job.iters / max(c.plan.planned["distil"], 1e-9),
+        "planned_tps": tokens / max(c.plan.planned["distil"], 1e-9),
         "report": c.report,
     }
 
 
 def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) -> model_writer.Take:
-    r = c.recipe
+    """Train a student block by block: all of its blocks in memory, or a shard at a time."""
     job = c.plan.job
-    whole = c.plan.mode != "sharded"
-    begun = pruned if whole else model_writer.by_block(pruned, c.folder / "parts", c.files)
-    visit = job.iters if whole else steps_per_shard(job, c.plan.shard_layers)
-    room = 4 * job.student.head_params  # the head stays, the blocks stream past
-    shard = job.student.shape.layers if whole else c.plan.shard_layers
-    adapters = partial(lora.insert, lora=ADAPTERS, seed=r.seed) if c.plan.mode == "lora" else None
+    in_shards = c.plan.mode == "sharded"
+    begun = pruned
+    shard = job.student.shape.layers
+    visit = job.iters
+    if in_shards:
+        begun = model_writer.by_block(pruned, c.folder / "parts", c.files)
+        shard = c.plan.shard_layers
+        visit = steps_per_shard(job, shard)
+    adapters = None
+    if c.plan.mode == "lora":
+        adapters = partial(lora.insert, lora=ADAPTERS, seed=c.recipe.seed)
     student = sharded.Sharded(
-        begun, shard, visit, r.weight_decay, c.files, room, c.direct, adapters
+        begun,
+        shard_layers=shard,
+        steps_per_shard=visit,
+        weight_decay=c.recipe.weight_decay,
+        files=c.files,
+        room_bytes=4 * job.student.head_params,  # the head stays, the blocks are streamed
+        direct=c.direct,
+        adapters=adapters,
     )
-    training = run_loop.CheckpointedTraining(
-        c, student, c.remember, c.recall, **_beside_the_plan(c)
-    )
-    start = training.start(lambda: student.begin(_mended(c, pruned, None if whole else begun)))
-    micro_batches = partial(live_teacher.step_micro_batches, source, c.data, r)
+    training = run_loop.CheckpointedTraining(c, student, c.remember, c.recall, **_reported(c))
+    parts = begun if in_shards else None
+    start = training.start(lambda: student.begin(_mended(c, pruned, parts)))
+    micro_batches = partial(live_teacher.step_micro_batches, source, c.data, c.recipe)
     loss = partial(source.kl_sum, frozen_head=True)
-    slopes = source.frozen_slopes() if isinstance(source, live_teacher.StreamedTeacher) else None
+    slopes = None
+    if isinstance(source, live_teacher.StreamedTeacher):
+        slopes = source.frozen_slopes()
 
     def steps_of(recipe: DistillationConfig) -> Callable[[int], Iterator[Step]]:
         return partial(student.steps, micro_batches, loss, recipe, factor=c.factor, slopes=slopes)
 
+    save_every = c.recipe.save_every
     with c.phase("distil"):
-        if whole:
-            pace.finish(training, r, steps_of, start, r.save_every)
-        else:  # two checkpoints of every visit: see Sharded
-            training.finish(steps_of(r), start, job.iters, min(r.save_every, max(1, visit // 2)))
+        if in_shards:
+            # Two checkpoints of every visit: see Sharded.
+            save_every = min(save_every, max(1, visit // 2))
+            training.finish(steps_of(c.recipe), start, job.iters, save_every)
+        else:
+            pace.finish(training, c.recipe, steps_of, start, save_every=save_every)
     return student.take
 
 
 def tuning_recipe(
     asked: DistillationConfig, rounded: Checkpoint, iters: int, rate: float
 ) -> DistillationConfig:
-    """`asked` with the steps of `rounded`'s scales, and no decay, for a scale has no reason to be
-    small.
+    """`asked` with the steps of `rounded`'s scales, and no decay: a scale need not be small.
 
-    rate: of 4.5 bits a weight of the blocks; a bit more halves it, as it halves what rounding takes
-    of a weight.
+    rate: of 4.5 bits a weight of the blocks; a bit more halves it, as it halves the error that
+    rounding makes in a weight.
     """
-    rate *= 2 ** (4.5 - packed_format.block_bits(rounded.config, packed_format.formats(rounded)))
+    bits = packed_format.block_bits(rounded.config, packed_format.formats(rounded))
+    rate *= 2 ** (4.5 - bits)
     return replace(asked, iters=iters, learning_rate=rate, warmup=min(3, iters), weight_decay=0.0)
 
 
@@ -303,24 +361,28 @@ def tuned(
     data: token_windows.Windows,
     recipe: TrainingConfig,
 ) -> nn.Module:
-    """The packed model in memory after its steps, in one go: scales, biases and norms learn,
-    integers stay.
+    """The packed model in memory after its steps, without checkpoints.
+
+    Scales, biases and norms learn, integers stay.
     """
     model = packed_format.resident(rounded).train()
-    dog = GuardedAdamW(weight_decay=recipe.weight_decay, relative=True)
+    optimizer = GuardedAdamW(weight_decay=recipe.weight_decay, relative=True)
     with progress.bar("tune", recipe.iters) as show:
-        for step in live_teacher.steps(model, source, data, recipe, dog):
+        for step in live_teacher.steps(model, source, data, recipe, optimizer):
             show(step.number, text.step_text(step))
             memory.give_back(cache=False)
     return model
 
 
 def tune(c: Run, rounded: Path, out: Path, rate: float) -> None:
-    """Write the folder `out`: `rounded` after its steps. Killed on the way, it goes on from its
-    checkpoints.
+    """Write the folder `out`: the model `rounded` after its steps.
+
+    A run that was killed goes on from its checkpoints. rate: as of `tuning_recipe`.
     """
-    model = packed_format.resident(checkpoint := load.open_checkpoint(rounded))
+    checkpoint = load.open_checkpoint(rounded)
+    model = packed_format.resident(checkpoint)
     recipe = tuning_recipe(c.recipe, checkpoint, c.plan.tuned, rate)
-    train_whole(replace(c, recipe=recipe), model, source_of(c), lambda: None, tuned=True)
+    tuning = replace(c, recipe=recipe)
+    train_whole(tuning, model, source_of(c), lambda: None, tuned=True)
     if distributed.is_main():
         packed_format.write_learned(checkpoint, model, out, c.files)

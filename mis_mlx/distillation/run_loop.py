@@ -1,7 +1,7 @@
-"""One run from its flags to its end: model and folder, steps logged, rested after, stopped, and
-their checkpoints.
+"""One run from its flags to its end: its model, its folder, its steps and their checkpoints.
 
-Does not know what is trained. The protocol on disk is storage/checkpoint's.
+Steps are logged, rested after and stopped here. What is trained is not known here. The protocol on
+disk is storage/checkpoint's.
 """
 
 import json
@@ -36,9 +36,10 @@ S = TypeVar("S", bound=Any)  # a command's Settings
 
 
 def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tuple[S, Path | None]:
-    """The settings to run with; and where --resume is given, the folder of the run in `--out`, or
-    of the newest unfinished one right under `under`. MisError where settings that are not `free`
-    differ from its.
+    """The settings to run with, and with --resume the folder of the run that goes on.
+
+    That is the run in `--out`, or the newest unfinished one right under `under`. MisError where
+    settings that are not `free` differ from the run's.
     """
     if not settings.resume:
         return settings, None
@@ -46,22 +47,27 @@ def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tu
     def stored() -> tuple[dict[str, Any], str]:
         folder = run_folder.find(settings.out, under)
         defaults = asdict(type(settings)())
-        return run_folder.merged(
+        values = run_folder.merged(
             asdict(settings), defaults, run_folder.stored_settings(folder), free
-        ), str(folder)
+        )
+        return values, str(folder)
 
+    # The first machine alone has the folder.
     values, folder = distributed.broadcast_json(stored)
-    return type(settings)(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    ), Path(folder)
+    for name, value in values.items():
+        if isinstance(value, list):  # JSON has no tuples
+            values[name] = tuple(value)
+    return type(settings)(**values), Path(folder)
 
 
 def opened(
     s: Any, model: str | None, what: str = "model", place: str | Path = "runs", new: str = ""
 ) -> Checkpoint:
-    """The model that a command begins with. MisError, before it is looked for, where a flag is out
-    of its range or what it names cannot be written: --out, by default under `place`, or something
-    `new` that this flag names; and where a run would wait for the plug after its first step.
+    """The model that a command begins with, opened once the flags are checked.
+
+    MisError, before the model is looked for, where a flag is out of its range, where a run would
+    wait for the plug after its first step, or where a path cannot be written: that of --out, by
+    default under `place`, or of the flag `new`, which names something that is not there yet.
     """
     cli.check_ranges(s)
     if isinstance(s, cli.Resumable) and isinstance(s, ThermalFlags) and not s.dry_run:
@@ -73,25 +79,24 @@ def opened(
         need_place("--out", s.out or place)
     source = resolve.resolve_model(model)
     cli.say(f"{what}: {source.source}")
-    found = load.open_checkpoint(source.path)
-    estimates.settle_precision(memory.budget(s.budget_bytes), found)
-    return found
+    checkpoint = load.open_checkpoint(source.path)
+    estimates.settle_precision(memory.budget(s.budget_bytes), checkpoint)
+    return checkpoint
 
 
 def prepared(
     s: Any, teacher: Checkpoint, source: preparation.Source | None = None
 ) -> tuple[preparation.Data, dict[str, str]]:
-    """The text of --data, or of `source`, with what was done to it said aloud; and what a resumed
-    run must have begun with.
-    """
-    data = preparation.prepare(source or s.data, load.tokenizer(teacher.path), s.max_seq_length)
+    """(the text of --data, or of `source`; what a resumed run must have begun with)."""
+    tokenizer = load.tokenizer(teacher.path)
+    data = preparation.prepare(source or s.data, tokenizer, s.max_seq_length)
     cli.say(*data.notes)
     return data, run_folder.origin(teacher, token_windows.fingerprint(data.train))
 
 
 @dataclass
 class OpenRun:
-    """A run folder at work: locked, its memory limited, its air watched."""
+    """A run folder at work: locked, its memory limited, its temperatures watched."""
 
     folder: Path
     weather: ThermalMonitor
@@ -101,16 +106,16 @@ class OpenRun:
     budget_bytes: int
 
     def done(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """The run's result, with memory, weather and time, as it now stands in the folder."""
-        sizes = {"peak_bytes": self.peak.nbytes, "budget_bytes": self.budget_bytes}
-        whole = {
+        """Write the run's result into its folder, with memory, weather and time; return it."""
+        complete = {
             **result,
-            **sizes,
+            "peak_bytes": self.peak.nbytes,
+            "budget_bytes": self.budget_bytes,
             **self.weather.account(),
             "seconds": round(time.monotonic() - self.began_s, 1),
         }
-        self.files.replace_text(self.folder / run_folder.RESULT, json.dumps(whole, indent=2))
-        return whole
+        self.files.replace_text(self.folder / run_folder.RESULT, json.dumps(complete, indent=2))
+        return complete
 
 
 @contextmanager
@@ -123,9 +128,11 @@ def open_run(
     limit: Budget,
     wired: int,
 ) -> Iterator[OpenRun]:
-    """The run of the settings `s`: that in `folder`, which must have begun with `origin`, or a new
-    one called `name`. Machines beside the first one work in a folder that goes with them. way: how
-    it trains, decided once. wired: as of `memory.limited`, in bytes.
+    """The run of the settings `s`: that in `folder`, or a new one called `name`.
+
+    A run that goes on must have begun with `origin`. Machines beside the first one work in a folder
+    that is deleted at the end. way: how it trains, decided once. wired: as of `memory.limited`, in
+    bytes.
     """
     files = Files()
     distributed.check_same(origin)
@@ -133,7 +140,7 @@ def open_run(
         stored = {
             flag: value for flag, value in asdict(s).items() if flag not in run_folder.NOT_STORED
         }
-        folder = run_folder.create(s.out, name, stored, origin, way, files)
+        folder = run_folder.create(s.out, name, stored, origin, plan=way, files=files)
     elif folder and distributed.is_main():
         cli.say(*run_folder.same_origin(folder, origin))
     cli.say(f"run folder: {folder}")
@@ -145,18 +152,29 @@ def open_run(
             ThermalMonitor(s, place / "thermal.jsonl", files) as weather,
         ):
             protocol.sweep(place, files)
-            if note := battery(s):
+            note = battery(s)
+            if note:
                 cli.say(note)
-            yield OpenRun(place, weather, files, memory.Peak(), time.monotonic(), limit.limit_bytes)
+            yield OpenRun(
+                folder=place,
+                weather=weather,
+                files=files,
+                peak=memory.Peak(),
+                began_s=time.monotonic(),
+                budget_bytes=limit.limit_bytes,
+            )
     except KeyboardInterrupt:
-        # which the closing sentence of the first machine names
+        # The closing sentence names the folder.
         raise KeyboardInterrupt(folder) from None
 
 
 def _breaks(
     weather: ThermalMonitor, step: Step, show: Callable[[int, str], None], asked: list[int]
 ) -> Iterator[None]:
-    """Take the tea breaks that come after a step; yields where the governor wants a checkpoint."""
+    """Take the tea breaks that come after a step; yields where the governor wants a checkpoint.
+
+    A governor that stops the run puts a 0 into `asked`, where signals stand otherwise.
+    """
     for decision in weather.after(step):
         if decision.action != "run":
             show(step.number, f"tea break: {decision.reason}")
@@ -169,45 +187,53 @@ def _breaks(
 
 @dataclass(frozen=True)
 class CheckpointedTraining:
-    """trained: a train_loop.Whole or sharded.Sharded. remember(number): what a checkpoint keeps
-    beside it, asked for on every machine; recall(state) gets that again. planned_tps: shown beside
-    the speed. report: told of every step.
+    """A training that can be stopped and resumed at any time.
+
+    trained: a train_loop.Whole or sharded.Sharded. remember(number): further state for a
+    checkpoint, asked for on every machine; recall(state) gets it again. steps, log: the folder of
+    its checkpoints and the file of its steps, in the run's folder. planned_tps: shown beside the
+    speed. report: called with every step.
     """
 
     run: OpenRun
     trained: Any
     remember: Callable[[int], dict[str, Any]]
     recall: Callable[[dict[str, Any]], None]
-    steps: str = "steps"  # the folder of its checkpoints
+    steps: str = "steps"
     log: str = run_folder.METRICS
     label: str = "distil"
     planned_tps: float | None = None
     report: Callable[[Step], None] | None = None
 
     def start(self, begin: Callable[[], object]) -> int:
-        """Steps done: of the newest checkpoint, put back; or 0, after `begin` on the first machine,
-        and that saved.
+        """The number of steps done: of the newest checkpoint, which is put back; else 0.
+
+        A new run calls `begin` on the first machine, and saves what that made as checkpoint 0.
         """
-        if (number := self.back()) is not None:
+        number = self.back()
+        if number is not None:
             return number
         if distributed.is_main():
             begin()
             with reported(self.run.folder, "the folder of checkpoints"):
                 self.run.files.make_folder(self.run.folder / self.steps)
-        self._alike()
+        self._send_state()
         self.save(0)
         return 0
 
-    def _alike(self) -> None:
-        """Every machine gets the weights, moments and memory of the first one."""
-        if distributed.size() > 1:
-            sent = distributed.broadcast_arrays(self.trained.arrays)
-            remembered = distributed.broadcast_json(self.trained.memory)
-            if not distributed.is_main():
-                self.trained.restore({"optimizer": {}, **sent}, remembered)
+    def _send_state(self) -> None:
+        """Give every machine the weights, moments and memory of the first one."""
+        if distributed.size() == 1:
+            return
+        # Every machine takes part in both sums, the first one too.
+        arrays = distributed.broadcast_arrays(self.trained.arrays)
+        state = distributed.broadcast_json(self.trained.memory)
+        if not distributed.is_main():
+            self.trained.restore({"optimizer": {}, **arrays}, state)
 
     def back(self) -> int | None:
         """Put the newest checkpoint back on every machine: its number; None when there is none."""
+        # Machines beside the first one have none on disk: they get the first one's state.
         saved = protocol.newest(self.run.folder / self.steps, self.run.files)
         if saved:
             cli.say(*saved.notes, f"continuing from step {saved.number}")
@@ -219,24 +245,45 @@ class CheckpointedTraining:
         )
         if newest is None:
             return None
-        self._alike()
-        self.recall(newest[1])
-        return newest[0]
+        number, state = newest
+        self._send_state()
+        self.recall(state)
+        return number
 
     def save(self, number: int) -> None:
-        """One checkpoint: all that a resumed run needs."""
-        more = self.remember(number)
-        if distributed.is_main():
-            arrays = {key: named for key, named in self.trained.arrays().items() if named}
-            own = {"arrays": list(arrays), "optimizer": self.trained.memory()}
-            state = {**own, "tea": asdict(self.run.weather.breaks), **more}
-            protocol.save_step(self.run.folder / self.steps, number, arrays, state, self.run.files)
+        """Save a checkpoint: all that a resumed run needs."""
+        remembered = self.remember(number)  # all machines take part
+        if not distributed.is_main():
+            return
+        arrays = {key: named for key, named in self.trained.arrays().items() if named}
+        state = {
+            "arrays": list(arrays),
+            "optimizer": self.trained.memory(),
+            "tea": asdict(self.run.weather.breaks),
+            **remembered,
+        }
+        folder = self.run.folder / self.steps
+        protocol.save_step(folder, number, arrays, state, files=self.run.files)
+
+    def _log(self, step: Step, show: Callable[[int, str], None]) -> None:
+        """Write a step into the run's log, show it, and report it."""
+        run = self.run
+        facts = asdict(step)
+        del facts["reading"], facts["more"]
+        record = {**run.weather.now(), **facts, **step.more}
+        run.files.append(run.folder / self.log, json.dumps(record))
+        seen = replace(step, reading=run.weather.last())
+        show(step.number, text.step_text(seen, run.budget_bytes, self.planned_tps))
+        if self.report:
+            self.report(step)
 
     def _run(self, steps: Iterator[Step], iters: int, save_every: int) -> None:
-        """Run `steps` to their end. MisError after a checkpoint when Ctrl-C, SIGTERM or the
-        governor stops it, here or on any machine beside this one, or when such a machine is gone.
+        """Run `steps` to their end.
+
+        MisError after a checkpoint when Ctrl-C, SIGTERM or the governor stops it, here or on
+        another machine, or when another machine is gone.
         """
-        run, weather = self.run, self.run.weather
+        run = self.run
         where = f"go on with --out {run.folder} --resume"
         unsaved = 0  # the number of a step that no checkpoint holds
         with cli.stop_asked() as asked, progress.bar(self.label, iters) as show:
@@ -244,27 +291,22 @@ class CheckpointedTraining:
                 for step in steps:
                     memory.give_back(cache=False)
                     run.peak.note(step.peak_bytes)
-                    facts = {k: v for k, v in asdict(step).items() if k not in ("reading", "more")}
-                    run.files.append(
-                        run.folder / self.log, json.dumps({**weather.now(), **facts, **step.more})
-                    )
-                    seen = replace(step, reading=weather.last())
-                    show(step.number, text.step_text(seen, run.budget_bytes, self.planned_tps))
-                    if self.report:
-                        self.report(step)
+                    self._log(step, show)
                     unsaved = step.number
                     due = step.number % save_every == 0 or step.number == iters
-                    for _ in _breaks(weather, step, show, asked):
+                    for _ in _breaks(run.weather, step, show, asked):
                         due = True
-                        # several save together, after the break
+                        # One machine saves before it rests; several save together, afterwards.
                         if unsaved and distributed.size() == 1:
                             self.save(step.number)
                             unsaved = 0
+                    # `any_rank` is a sum over all machines: every one of them gets here, for
+                    # `unsaved` is 0 only where there is one machine.
                     if unsaved and distributed.any_rank(due or asked):
                         self.save(step.number)
                         unsaved = 0
                     if distributed.any_rank(asked):
-                        # which exit codes go by
+                        # The exit code depends on the cause: a Ctrl-C is one of its own.
                         by_hand = KeyboardInterrupt() if signal.SIGINT in asked else None
                         why = f"stopped at step {step.number} of {iters}, all of it saved: {where}"
                         raise MisError(why) from by_hand
@@ -278,15 +320,18 @@ class CheckpointedTraining:
     def finish(
         self, steps: Callable[[int], Iterator[Step]], start: int, iters: int, save_every: int
     ) -> None:
-        """Run steps(start) to their end. Three bad batches in a row go back to the last checkpoint,
-        once. On the second way these batches are left out and the learning rate is half of what it
-        was; what is bad then raises `Diverged`. A run killed before the second way has a checkpoint
-        takes both ways again, with the same bits.
+        """Run steps(start) to their end.
+
+        After three bad batches in a row it goes back to the last checkpoint, once. From there these
+        batches are left out, and the learning rate is half of what it was; further bad batches then
+        raise `Diverged`. A run that is killed before the second attempt has a checkpoint makes both
+        attempts again, with the same bits.
         """
         try:
             self._run(steps(start), iters, save_every)
         except Diverged as error:
-            number = None if self.trained.optimizers[0].calm < 1 else self.back()
+            second_attempt = self.trained.optimizers[0].calm < 1
+            number = None if second_attempt else self.back()
             if number is None:
                 raise
             for optimizer in self.trained.optimizers:

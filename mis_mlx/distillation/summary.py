@@ -1,5 +1,7 @@
-"""What a run tells: of every step, by mlx-lm's keys, to TensorBoard (by tensorboardX), Weights &
-Biases or SwanLab; in the end one dictionary for machines, one page of tables for people.
+"""Reports of a run: every step to a tracker, and the result at its end.
+
+Trackers are TensorBoard (by tensorboardX), Weights & Biases and SwanLab; steps have mlx-lm's keys.
+The result is a dictionary for machines and a page of tables for people.
 """
 
 import atexit
@@ -19,20 +21,21 @@ from mis_mlx.reporting import html, text
 from mis_mlx.storage import run_folder
 from mis_mlx.types import MisError, Row, Step
 
-# the second where models read different tokens
+# Measures of a loss and their units; the second counts where models read different tokens.
 LOSSES = (("nll", "nats/token"), ("bpb", "bits per byte"))
 
 Quality = Mapping[str, list[Row]]  # rows of every held-out text
-# in the JSON: a model
+# A model's name in the JSON -> its name in tables.
 NAMES = {"teacher": "teacher", "pruned": "pruned", "student": "distilled", "quantized": "4-bit"}
-MISSED = 0.3  # of what was expected: reached losses farther from it are said to be
-LEAST_LOSS = 0.02  # bits a byte: less is expected with an error of this size
+MISSED = 0.3  # share of the expected loss by which a reached one may differ without a remark
+LEAST_LOSS = 0.02  # bits a byte: for a smaller expected loss, MISSED is a share of this
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "swanlab": "swanlab"}
 
 
 def trackers(report_to: str | None) -> list[str]:
     """The names in `report_to`. MisError when one is unknown or its package is not installed."""
-    names = [name.strip().lower() for name in (report_to or "").split(",") if name.strip()]
+    given = (report_to or "").split(",")
+    names = [name.strip().lower() for name in given if name.strip()]
     for name in names:
         if name not in PACKAGES:
             raise MisError(
@@ -50,10 +53,9 @@ def trackers(report_to: str | None) -> list[str]:
 def reporter(
     report_to: str | None, folder: Path, config: Mapping[str, Any]
 ) -> Callable[[Step], None] | None:
-    """`tell(step)` for the services in `report_to`, of the run in `folder`; None when there are
-    none.
-    """
-    if not (names := trackers(report_to)):
+    """`tell(step)` for the services in `report_to`, of the run in `folder`; None: no services."""
+    names = trackers(report_to)
+    if not names:
         return None
     others = ",".join(name for name in names if name != "tensorboard")
     callbacks = load.mlx_lm("tuner.callbacks").get_reporting_callbacks
@@ -63,9 +65,9 @@ def reporter(
         from tensorboardX import SummaryWriter
 
         writer = SummaryWriter(str(folder / "tensorboard"), flush_secs=2)
-        # a thread of its own writes; what it has not yet written is not to be lost
+        # A thread of its own writes: at the end it must write the rest.
         atexit.register(writer.close)
-    # before it was resumed
+    # Tokens of the steps before the run was resumed.
     trained = sum(int(step["tokens"]) for step in run_folder.metrics(folder))
 
     def tell(step: Step) -> None:
@@ -92,46 +94,64 @@ def reporter(
 def result(
     folder: Path, models: comparison.Models, sizes: list[Row], quality: Quality
 ) -> dict[str, Any]:
-    """The run's JSON. `models`: teacher, pruned, distilled and perhaps 4-bit; the first text of
-    `quality` counts.
+    """The run's JSON. models: teacher, pruned, distilled and perhaps 4-bit.
+
+    The first text of `quality` counts.
     """
-    main = {(r.model, r.metric): r.value for r in next(iter(quality.values()))}
-    loss = "nll" if ("teacher", "nll") in main else "bpb"  # which is the same share of the gap
+    rows = next(iter(quality.values()))
+    main = {(row.model, row.metric): row.value for row in rows}
+    # Either gives the same share of the gap.
+    loss = "nll" if ("teacher", "nll") in main else "bpb"
     steps = run_folder.metrics(folder)
-    tokens, seconds = (sum(r[key] for r in steps) for key in ("tokens", "seconds"))
+    tokens = sum(step["tokens"] for step in steps)
+    seconds = sum(step["seconds"] for step in steps)
     gap = main["pruned", loss] - main["teacher", loss]
+    gap_closed = None
+    if round(gap, 3):
+        gap_closed = (main["pruned", loss] - main["distilled", loss]) / gap
     keep = model_writer.read_keep(models["pruned"].path)
+    pruning = dict[str, Any]()
+    if keep:
+        pruning = {name: value for name, value in keep.report.items() if name not in select.BULKY}
     return {
         "teacher": str(models["teacher"].path),
         "student": str(folder / "model"),
         "run": str(folder),
         "params_teacher": arch.params(models["teacher"].config),
         "params_student": arch.params(models["distilled"].config),
-        # none where it reads other tokens
+        # None for a model that reads other tokens.
         **{f"nll_{key}": main.get((name, "nll")) for key, name in NAMES.items()},
         **{f"bits_per_byte_{name}": main.get((name, "bpb")) for name in models},
-        "gap_closed": (main["pruned", loss] - main["distilled", loss]) / gap
-        if round(gap, 3)
-        else None,
+        "gap_closed": gap_closed,
         "kl_pruned": main["pruned", "kl"],
         "kl_student": main["distilled", "kl"],
         "top1_student": main["distilled", "top1"],
-        **{f"{r.metric}_{r.model}": round(r.value, 3) for r in sizes if r.metric != "params"},
+        **{
+            f"{row.metric}_{row.model}": round(row.value, 3)
+            for row in sizes
+            if row.metric != "params"
+        },
         "iters": len(steps),
         "tokens": tokens,
         "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
-        **({k: v for k, v in keep.report.items() if k not in select.BULKY} if keep else {}),
+        **pruning,
     }
 
 
 def _texts(quality: Quality, losses: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
     """For templates: every text, with each model's loss by the first measure that it has."""
-    texts = []
+    texts = list[dict[str, Any]]()
     for name, rows in quality.items():
-        metric, unit = next((m, u) for m, u in losses if any(r.metric == m for r in rows))
-        loss = {r.model: r.value for r in rows if r.metric == metric}
+        measured = {row.metric for row in rows}
+        metric, unit = next(loss for loss in losses if loss[0] in measured)
         texts.append(
-            {"name": name, "windows": rows[0].n, "metric": metric, "unit": unit, "loss": loss}
+            {
+                "name": name,
+                "windows": rows[0].n,
+                "metric": metric,
+                "unit": unit,
+                "loss": {row.model: row.value for row in rows if row.metric == metric},
+            }
         )
     return texts
 
@@ -146,43 +166,44 @@ def page(
     dialogue: str = "",
     expectation: str = "",
 ) -> str:
-    """Markdown: what the models answer, where they were asked; sizes and speeds; then one table a
-    text. `length` is the tokens of a held-out window. dialogue, expectation: stand before the first
-    table.
+    """Markdown: what the models answer, where they were asked; sizes and speeds; a table a text.
+
+    length: tokens of a held-out window. dialogue, expectation: stand before the first table.
     """
     names = list(models)
     texts = _texts(quality, LOSSES)
-    texts = [
-        t | {"table": text.table(quality[t["name"]], names, text.TABLES["held-out"])} for t in texts
-    ]
+    for of_text in texts:
+        rows = quality[of_text["name"]]
+        of_text["table"] = text.table(rows, names, text.TABLES["held-out"])
+    asked = list[dict[str, Any]]()
+    verdict = ""
+    if answered:
+        for language, rows in conversations.tables(answered).items():
+            table = text.table(rows, names, text.TABLES["answers"])
+            asked.append({"language": language, "prompts": rows[0].n, "table": table})
+        verdict = conversations.verdict(answered)
     values = {
         "sizes": text.table(sizes, names, text.TABLES["sizes"]),
         "texts": texts,
         "length": length,
-    }
-    asked = list[dict[str, Any]]()
-    for language, rows in conversations.tables(answered).items() if answered else ():
-        table = text.table(rows, names, text.TABLES["answers"])
-        asked.append({"language": language, "prompts": rows[0].n, "table": table})
-    values |= {"dialogue": dialogue, "expectation": expectation, "answers": asked}
-    values["verdict"] = conversations.verdict(answered) if answered else ""
-    values |= {
+        "dialogue": dialogue,
+        "expectation": expectation,
+        "answers": asked,
+        "verdict": verdict,
         "across": comparison.ACROSS,
         "dequantized": not policy.keeps_packed() and "4-bit" in models,
+        "won": won(models, sizes, quality),
     }
-    return html.document("table.md", {**values, "won": won(models, sizes, quality)})
+    return html.document("table.md", values)
 
 
 def won(models: comparison.Models, sizes: list[Row], quality: Quality) -> str:
     """A sentence: what the student gained over the teacher, and what it costs."""
-    teacher, *_, student = (
-        {r.metric: r.value for r in sizes if r.model == name} for name in models
-    )
-    fast = {r.model: r.value for r in sizes if r.metric == "decode_tps"}
+    teacher, *_, student = models
     values = {
-        "teacher": teacher,
-        "student": student,
-        "fast": fast,
+        "teacher": {row.metric: row.value for row in sizes if row.model == teacher},
+        "student": {row.metric: row.value for row in sizes if row.model == student},
+        "fast": {row.model: row.value for row in sizes if row.metric == "decode_tps"},
         "texts": _texts(quality, LOSSES[::-1]),
     }
     return html.document("won.md", values)
@@ -194,10 +215,9 @@ def expectation(
     answered: answers.Judgement | None,
     quality: Quality,
 ) -> dict[str, float | str]:
-    """What a search expected the last model to lose and what it lost, in bits a byte; {} where
-    nothing was expected.
+    """The loss that a search expected of the last model, and the loss it has, in bits a byte.
 
-    On the teacher's answers, or else the mean of the held-out texts.
+    On the teacher's answers, or else the mean of the held-out texts. {} where nothing was expected.
     """
     if expected is None:
         return {}
@@ -205,7 +225,7 @@ def expectation(
         rows = {(row.model, row.metric): row.value for row in answered.rows}
         reached = rows[student, "answers_excess"]
         return {"expected_loss": expected, "reached_loss": round(reached, 4), "loss_of": "answers"}
-    above = list[float]()
+    above = []
     for rows_of_text in quality.values():
         bits = {row.model: row.value for row in rows_of_text if row.metric == "bpb"}
         above.append(bits[student] - bits["teacher"])
@@ -217,9 +237,7 @@ def expectation(
 
 
 def expectation_sentence(found: Mapping[str, Any], lose: float | None) -> str:
-    """What was allowed, expected and reached, in a sentence; and that the expectation was wrong,
-    where it was.
-    """
+    """The allowed, expected and reached loss in a sentence, with a remark if they are far apart."""
     expected = float(found["expected_loss"])
     reached = float(found["reached_loss"])
     far = abs(reached - expected) > MISSED * max(abs(expected), LEAST_LOSS)
@@ -228,11 +246,17 @@ def expectation_sentence(found: Mapping[str, Any], lose: float | None) -> str:
 
 def next_steps(folder: Path) -> str:
     """What to do with a finished run: lines to paste."""
+    model = folder / "model"
+    exports = not model.is_dir() or families.family(read_config(model)).gguf != ""
+    values = {
+        "python": _from_here(Path(sys.executable)),
+        "run": shlex.quote(str(_from_here(folder.absolute()))),
+        "exports": exports,
+    }
+    return html.document("next.md", values)
+
+
+def _from_here(path: Path) -> Path:
+    """A path relative to the current folder, if it is in it."""
     here = Path.cwd()
-    paths = (Path(sys.executable), folder.absolute())
-    python, run = (path.relative_to(here) if path.is_relative_to(here) else path for path in paths)
-    made = folder / "model"
-    exports = not made.is_dir() or families.family(read_config(made)).gguf != ""
-    return html.document(
-        "next.md", {"python": python, "run": shlex.quote(str(run)), "exports": exports}
-    )
+    return path.relative_to(here) if path.is_relative_to(here) else path

@@ -1,10 +1,10 @@
-"""Conversations to learn from: a teacher answers our prompts, and what it says well is kept.
+"""Conversations to learn from: a teacher answers our prompts, and its usable answers are kept.
 
 A student that learns from a manual alone can read manuals; asked a question, it answers nonsense.
-So a share of every training text is what the teacher itself says when it is asked (data/prompts).
-Kept are answers that have ended, say something and do not repeat themselves. An answer depends on
-the teacher, its prompt and the seed; not on the budget, nor on what is written beside it, except
-for rounding.
+So a share of every training text is the teacher's own answers to prompts (data/prompts). An answer
+is kept if it has ended, says something and does not repeat itself. It depends on the teacher, its
+prompt and the seed; not on the budget, nor on the answers written together with it, except for
+rounding.
 """
 
 import hashlib
@@ -33,12 +33,12 @@ from mis_mlx.types import Budget, Checkpoint, MisError
 AT_ONCE = (64, 44, 24, 8, 1)  # answers written together, as many as fit
 TYPICAL_TOKENS = 96  # of a prompt of ours, with a template around it
 SENTENCE_END = re.compile(r"[.!?][\"”’)]*(?=\s|$)")
-USABLE = 0.1  # of the answers; a teacher of which fewer are is none to learn answers from
+USABLE = 0.1  # share of the answers, below which a teacher is none to learn answers from
 
 
 @dataclass(frozen=True)
 class Writing:
-    """How a teacher is asked. temperature 0: it takes the likeliest token each time."""
+    """How a teacher is asked. temperature: 0 takes the likeliest token each time."""
 
     prompts: Sequence[Prompt]
     max_tokens: int = 192
@@ -48,12 +48,10 @@ class Writing:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What answers depend on beside the teacher."""
-        asked = json_sha256(
-            [[prompt.kind, prompt.language, *prompt.turns] for prompt in self.prompts]
-        )
+        """What answers depend on, apart from the teacher."""
+        asked = [[prompt.kind, prompt.language, *prompt.turns] for prompt in self.prompts]
         return {
-            "prompts": asked,
+            "prompts": json_sha256(asked),
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -62,7 +60,7 @@ class Writing:
 
 
 def plan(model: estimates.ModelSize, how: Writing, limit: Budget) -> writing.WritingPlan:
-    """What the writing takes. MisError where the teacher does not fit the budget in any way."""
+    """Memory and time of the writing. MisError where the teacher does not fit the budget."""
     answered = sum(len(prompt.turns) for prompt in how.prompts)
     return writing.plan_writing(
         model,
@@ -76,66 +74,76 @@ def plan(model: estimates.ModelSize, how: Writing, limit: Budget) -> writing.Wri
 
 
 def template_sha256(teacher: Checkpoint) -> str:
-    """Of the chat template, in hex: another one gives other answers."""
-    return hashlib.sha256(str(load.tokenizer(teacher.path).chat_template).encode()).hexdigest()
+    """Of the chat template, in hex: another template gives other answers."""
+    template = str(load.tokenizer(teacher.path).chat_template)
+    return hashlib.sha256(template.encode()).hexdigest()
 
 
 def kept_text(answer: Answer) -> str:
-    """What is kept of an answer to learn from; '' where it says nothing or repeats itself."""
-    found = answer_figures.verdict(answer)
-    if found.loops or found.empty:
+    """The part of an answer to learn from; '' where it says nothing or repeats itself.
+
+    An answer that was cut off ends with its last whole sentence, if it has one.
+    """
+    verdict = answer_figures.verdict(answer)
+    if verdict.loops or verdict.empty:
         return ""
-    if answer.ended:
-        return answer.text.strip()
-    ends = [match.end() for match in SENTENCE_END.finditer(answer.text)]
-    return answer.text[: ends[-1]].strip() if ends else answer.text.strip()
+    text = answer.text
+    if not answer.ended:
+        ends = [match.end() for match in SENTENCE_END.finditer(text)]
+        if ends:
+            text = text[: ends[-1]]
+    return text.strip()
 
 
 def write(teacher: Checkpoint, how: Writing, out: Path, limit: Budget) -> int:
-    """Put the file `out` in place: a row {"messages": [...]} for every conversation that is kept;
-    their number.
+    """Write the file `out`: a row {"messages": [...]} for each conversation; return their number.
 
-    What is written so far stands in a file beside it: a run that was stopped goes on there, with
-    the batch that it was at. MisError where hardly any answer is usable.
+    Until it is complete, batches are kept in a file next to it: a run that was stopped goes on with
+    the batch that it was at. MisError where too few answers are usable.
     """
-    found = plan(estimates.model_of(teacher), how, limit)
+    planned = plan(estimates.model_of(teacher), how, limit)
+    size = planned.at_once
+    total = len(how.prompts)
     part = out.with_name(f".{out.name}.part")
     header = {
         "teacher": run_folder.origin(teacher, "")["teacher"],
         "template": template_sha256(teacher),
-        "at_once": found.at_once,
+        "at_once": size,
         **how.settings,
     }
     DISK.make_folder(out.parent)
     done = _done_before(part, header)
     tokenizer = load.tokenizer(teacher.path)
-    with progress.bar("teacher's answers", len(how.prompts)) as show, memory.limited(limit):
-        show(min(len(done) * found.at_once, len(how.prompts)))
-        writer = TextWriter(teacher, found.room_bytes, found.direct)
-        for start in range(0, len(how.prompts), found.at_once):
+    with progress.bar("teacher's answers", total) as show, memory.limited(limit):
+        show(min(len(done) * size, total))
+        writer = TextWriter(teacher, planned.room_bytes, planned.direct)
+        for start in range(0, total, size):
             if start in done:
                 continue
-            batch = how.prompts[start : start + found.at_once]
+            batch = how.prompts[start : start + size]
             samplers = [_sampler(how, start + number) for number in range(len(batch))]
-            talks = _conversations(writer, tokenizer, batch, how.max_tokens, samplers)
-            DISK.append(part, json.dumps({"start": start, "rows": talks}, ensure_ascii=False))
+            talks = _conversations(writer, tokenizer, batch, how.max_tokens, samplers=samplers)
+            record = {"start": start, "rows": talks}
+            DISK.append(part, json.dumps(record, ensure_ascii=False))
             done[start] = talks
-            show(min(start + found.at_once, len(how.prompts)))
+            show(min(start + size, total))
             mx.clear_cache()
-    kept = [row for start in sorted(done) for row in done[start]]
-    if len(kept) < USABLE * len(how.prompts):
-        why = (
-            f"of {len(how.prompts)} answers of this teacher {len(kept)} are neither empty nor loops"
-        )
+    kept = []
+    for start in sorted(done):
+        kept += done[start]
+    if len(kept) < USABLE * total:
+        why = f"of {total} answers of this teacher {len(kept)} are neither empty nor loops"
         raise MisError(f"{why}: give --conversations 0, or --data with conversations of your own")
-    DISK.replace_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
+    DISK.replace_text(out, "".join(lines))
     DISK.discard(part)
     return len(kept)
 
 
 def _done_before(part: Path, header: Mapping[str, Any]) -> dict[int, list[Row]]:
-    """{number of its first prompt: its rows} of every batch that stands in `part`, if that was
-    begun alike.
+    """{number of its first prompt: its rows} of every batch in `part`, if its header is the same.
+
+    Otherwise the file is begun anew.
     """
     first, *batches = run_folder.records(part) or [{}]
     if first == header:
@@ -145,8 +153,9 @@ def _done_before(part: Path, header: Mapping[str, Any]) -> dict[int, list[Row]]:
 
 
 def _sampler(how: Writing, number: int) -> mlx_generate.Sampler:
-    """The random numbers of one prompt."""
-    return mlx_generate.sampler(how.temperature, how.seed * len(how.prompts) + number, how.top_p)
+    """Draws the tokens of one prompt, with random numbers of its own."""
+    seed = how.seed * len(how.prompts) + number
+    return mlx_generate.sampler(how.temperature, seed, how.top_p)
 
 
 def _conversations(
@@ -156,29 +165,35 @@ def _conversations(
     max_tokens: int,
     samplers: Sequence[mlx_generate.Sampler],
 ) -> list[Row]:
-    """The conversations of a batch. A turn is answered once those before it are. An answer of which
-    nothing is kept, or that was cut off, ends its conversation; what was said before it stays.
+    """The conversations of a batch.
+
+    A turn is answered once those before it are. An answer of which nothing is kept, or that was cut
+    off, ends its conversation; the turns before it stay.
     """
-    talks = [list[dict[str, str]]() for _ in batch]
+    talks: list[list[dict[str, str]]] = [[] for _ in batch]
     going_on = list(range(len(batch)))
     for turn in range(max(len(prompt.turns) for prompt in batch)):
         going_on = [number for number in going_on if len(batch[number].turns) > turn]
         if not going_on:
             break
-        asked = [
-            answers.Prompt(
-                messages=(*talks[number], {"role": "user", "content": batch[number].turns[turn]}),
-                kind=batch[number].kind,
-                language=batch[number].language,
+        asked = []
+        for number in going_on:
+            prompt = batch[number]
+            question = {"role": "user", "content": prompt.turns[turn]}
+            asked.append(
+                answers.Prompt(
+                    messages=(*talks[number], question),
+                    kind=prompt.kind,
+                    language=prompt.language,
+                )
             )
-            for number in going_on
-        ]
         drawing = [samplers[number] for number in going_on]
-        said = answers.answered(writer, tokenizer, asked, max_tokens, samplers=drawing)
-        for number, prompt, answer in zip(list(going_on), asked, said, strict=True):
+        replies = answers.answered(writer, tokenizer, asked, max_tokens, samplers=drawing)
+        for number, asked_prompt, answer in zip(list(going_on), asked, replies, strict=True):
             text = kept_text(answer)
             if text:
-                talks[number] = [*prompt.messages, {"role": "assistant", "content": text}]
+                reply = {"role": "assistant", "content": text}
+                talks[number] = [*asked_prompt.messages, reply]
             if not text or not answer.ended:
                 going_on.remove(number)
     return [{"messages": talk} for talk in talks if talk]

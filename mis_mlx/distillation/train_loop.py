@@ -1,8 +1,7 @@
-"""The training loop: micro-batches in, one `Step` out per optimizer step. Works for any masked
-loss.
+"""The training loop: micro-batches in, one `Step` out per optimizer step, for any masked loss.
 
-Cutting a step into micro-batches cannot change it, nor can sharing these out to machines
-(models/distributed): losses are summed, and divided once.
+A step is the same however it is cut into micro-batches, and however these are shared out to
+machines (models/distributed): losses are summed, and divided once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +23,11 @@ CLOCK = clock.Clock()
 # scalar}, whose means come with the step. "tokens" among these is no mean: how many tokens went
 # through, where the count is of other things.
 Loss = Callable[..., tuple[Any, ...]]
-# of a step, counted from 0: what makes it up
+# number of a step, from 0 -> its micro-batches
 MicroBatches = Callable[[int], Sequence[tuple[Any, ...]]]
+# Names of the first two sums of a loss, beside those that a loss names itself.
+_LOSS = "loss, summed"
+_COUNT = "tokens that count"
 
 
 def train(
@@ -38,103 +40,121 @@ def train(
     factor: Callable[[int], float] = lambda step: 1.0,
     gradient_of: Callable[..., Any] | None = None,
 ) -> Iterator[Step]:
-    """Run steps `start` to `recipe.iters`, yielding each as it is done (`Step.number` counts from
-    1).
+    """Run steps `start` to `recipe.iters`; yield each when it is done.
 
-    micro_batches: argument tuples for `loss`. factor(step): eq. (2)'s (1 + eps_halny); it scales
-    the gradient, while the loss reported is the plain one. A step during which the machine slept
-    (the lid was closed) is discarded before it touches the weights, and done again. gradient_of:
-    what `nn.value_and_grad` gives for a micro-batch, where somebody has a quicker way there.
+    `Step.number` counts from 1. micro_batches: argument tuples for `loss`. factor(step): eq. (2)'s
+    (1 + eps_halny); it scales the gradient, while the loss reported is the plain one. gradient_of:
+    gives what `nn.value_and_grad` gives for a micro-batch, where there is a quicker way.
+
+    A step during which the machine slept (the lid was closed) is discarded before it touches the
+    weights, and done again.
     """
-    gradients = partial(
-        _gradients,
-        model,
-        gradient_of or partial(nn.value_and_grad(model, loss), model),
-        micro_batches,
-    )
+    if gradient_of is None:
+        gradient_of = partial(nn.value_and_grad(model, loss), model)
+    gradients = partial(_gradients, model, gradient_of, micro_batches)
     for step in range(start, recipe.iters):
-        began, note, (value, tokens, summed, means) = awake(partial(gradients, step))
+        began, note, (value, tokens, grads, means) = awake(partial(gradients, step))
         scale = factor(step) / tokens
         rate = recipe.rate(step)
-        # From the first machine: whoever is led by the norm is led alike.
-        norm = scale * distributed.broadcast_json(partial(float, global_norm(summed, lanes.lane)))
-        note += optimizer.update(model, summed, value, norm, rate, step + 1, scale, lanes.lane)
-        del summed
-        mx.eval(model.parameters(), optimizer.adamw.state)
-        seconds = CLOCK.monotonic() - began
-        peak = mx.get_peak_memory()
-        seen = int(means.pop("tokens", tokens))
-        yield Step(
-            step + 1,
+        # The first machine's norm on all machines: the guard must decide alike everywhere.
+        norm = scale * distributed.broadcast_json(partial(float, global_norm(grads, lanes.lane)))
+        note += optimizer.update(
+            model,
+            grads,
             value,
             norm,
-            rate * optimizer.calm,
-            seen,
-            seconds,
-            peak,
-            note.strip(),
+            learning_rate=rate,
+            batch=step + 1,
+            scale=scale,
+            lane=lanes.lane,
+        )
+        # Nothing but the lazy update holds the gradients now, so they go as it is evaluated.
+        del grads
+        mx.eval(model.parameters(), optimizer.adamw.state)
+        seconds = CLOCK.monotonic() - began
+        yield Step(
+            number=step + 1,
+            loss=value,
+            grad_norm=norm,
+            learning_rate=rate * optimizer.calm,
+            tokens=int(means.pop("tokens", tokens)),
+            seconds=seconds,
+            peak_bytes=mx.get_peak_memory(),
+            note=note.strip(),
             more=means,
         )
 
 
 def awake(work: Callable[[], Any]) -> tuple[float, str, Any]:
-    """(when `work` began, what is to be noted, what it gives): it is done again where the machine
-    slept meanwhile.
+    """(when `work` began, a note, its result); it is done again where the machine slept meanwhile.
+
+    Several machines do it again together, for the work has sums over all of them in it.
     """
     note = ""
     while True:
         began = CLOCK.monotonic()
         mark = CLOCK.asleep()
         mx.reset_peak_memory()
-        given = work()
-        if not (slept := max(distributed.all_gather(CLOCK.slept(mark)))):
-            return began, note, given
+        result = work()
+        slept = max(distributed.all_gather(CLOCK.slept(mark)))
+        if not slept:
+            return began, note, result
         note = f"the machine slept {slept / 60:.0f} min; step done again. "
 
 
 def as_in_training(model: nn.Module, work: Callable[[nn.Module], mx.array]) -> mx.array:
     """`work(model)` as it is where a gradient is taken of it, evaluated; no gradient is computed.
 
-    MLX then leaves out its fused attention, of which there is none, so the last bits differ from a
-    plain forward pass."""
-    found = list[mx.array]()
+    MLX then leaves out its fused attention, which has no gradient, so the last bits differ from a
+    plain forward pass.
+    """
+    results = []
 
-    def seen(model: nn.Module) -> mx.array:
-        found.append(work(model))
-        return found[0].sum()
+    def summed(model: nn.Module) -> mx.array:
+        results.append(work(model))
+        return results[0].sum()
 
-    _, gradients = nn.value_and_grad(model, seen)(model)
-    del gradients  # never evaluated; they would keep all activations
-    mx.eval(found)
-    return found[0]
+    _, grads = nn.value_and_grad(model, summed)(model)
+    del grads  # never evaluated; they would keep all activations
+    mx.eval(results)
+    return results[0]
 
 
 def _gradients(
     model: nn.Module, gradient_of: Callable[..., Any], micro_batches: MicroBatches, step: int
 ) -> tuple[float, float, Any, dict[str, float]]:
-    """(loss per token in nats, tokens, gradients of the *sum* over tokens, further means) of one
-    step, evaluated.
+    """(loss per token in nats, tokens, gradients of the *sum* over tokens, further means).
+
+    Of one step on all machines, evaluated.
     """
-    gradients = None
-    sums = {"loss, summed": mx.array(0.0), "tokens that count": mx.array(0.0)}
+    summed_grads = None
+    sums = {_LOSS: mx.array(0.0), _COUNT: mx.array(0.0)}
     for arguments in micro_batches(step):
-        (part, n, *more), grads = gradient_of(*arguments)
-        gradients = grads if gradients is None else tree_map(mx.add, gradients, grads)
-        found = {"loss, summed": part, "tokens that count": n, **(more[0] if more else {})}
-        sums |= {name: sums.get(name, mx.array(0.0)) + value for name, value in found.items()}
-        mx.eval(gradients, sums)
+        (loss_sum, count, *further), grads = gradient_of(*arguments)
+        summed_grads = grads if summed_grads is None else tree_map(mx.add, summed_grads, grads)
+        parts = {_LOSS: loss_sum, _COUNT: count}
+        if further:
+            parts |= further[0]
+        for name, part in parts.items():
+            sums[name] = sums.get(name, mx.array(0.0)) + part
+        # After each micro-batch: lazily, the activations of all of them would be held together.
+        mx.eval(summed_grads, sums)
         del grads
-    if gradients is None:  # a machine without a part in this step
-        gradients = tree_map(mx.zeros_like, model.trainable_parameters())
-    whole = dict[str, float]()
-    for machine in distributed.all_gather({name: float(value) for name, value in sums.items()}):
+    if summed_grads is None:  # a machine without a part in this step
+        summed_grads = tree_map(mx.zeros_like, model.trainable_parameters())
+    totals = dict[str, float]()
+    own_sums = {name: float(part) for name, part in sums.items()}
+    for machine in distributed.all_gather(own_sums):
         for name, value in machine.items():
-            whole[name] = whole.get(name, 0.0) + value
-    tokens = max(whole.pop("tokens that count"), 1.0)
-    loss = whole.pop("loss, summed") / tokens
-    means = {name: value / (1.0 if name == "tokens" else tokens) for name, value in whole.items()}
-    named = dict(tree_flatten(gradients))
-    del gradients
+            totals[name] = totals.get(name, 0.0) + value
+    tokens = max(totals.pop(_COUNT), 1.0)
+    loss = totals.pop(_LOSS) / tokens
+    means = {name: value / tokens for name, value in totals.items()}
+    if "tokens" in totals:
+        means["tokens"] = totals["tokens"]
+    # By name: the sums over machines replace the gradients one group after the other.
+    named = dict(tree_flatten(summed_grads))
+    del summed_grads
     distributed.all_reduce_gradients(named)
     return loss, tokens, tree_unflatten(list(named.items())), means
 
@@ -148,12 +168,13 @@ class Whole:
         self.memory = optimizer.memory
 
     def arrays(self) -> dict[str, dict[str, mx.array]]:
-        """Everything a resumed run needs that is an array, by checkpoint file."""
+        """The arrays that a resumed run needs, by checkpoint file."""
         trained = dict(tree_flatten(self.model.trainable_parameters()))
         return {"model": trained, "optimizer": self.optimizers[0].arrays()}
 
     def restore(self, arrays: dict[str, dict[str, mx.array]], memory: dict[str, Any]) -> None:
         """Put a checkpoint's arrays back, evaluated: a file may go once this returns."""
+        optimizer = self.optimizers[0]
         self.model.update(tree_unflatten(list(arrays["model"].items())))
-        self.optimizers[0].restore(arrays["optimizer"], memory)
-        mx.eval(self.model.parameters(), self.optimizers[0].adamw.state)
+        optimizer.restore(arrays["optimizer"], memory)
+        mx.eval(self.model.parameters(), optimizer.adamw.state)

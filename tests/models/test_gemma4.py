@@ -567,7 +567,7 @@ def test_a_pass_stays_under_the_plan(tmp_path: Path, windows: int, length: int) 
 @pytest.mark.parametrize("way", ["blocks", "sharded"])
 def test_training_stays_under_the_plan(tmp_path: Path, way: str) -> None:
     """Two steps of the student block by block, all blocks in memory or two of them: under the plan,
-    within a half.
+    within 60 %.
     """
     teacher, student = (
         load.open_checkpoint(tiny.make(tmp_path / str(seed), seed=seed, **SIZES)) for seed in (0, 1)
@@ -602,7 +602,7 @@ def test_training_stays_under_the_plan(tmp_path: Path, way: str) -> None:
         loss = partial(source.kl_sum, frozen_head=True)
         steps = list(made.steps(batches, loss, config, slopes=source.frozen_slopes()))
     peak = max(step.peak_bytes for step in steps) - before
-    assert planned / 1.5 < peak < planned, (peak, planned)
+    assert planned / 1.6 < peak < planned, (peak, planned)
 
 
 @pytest.mark.usefixtures("cpu_policy")

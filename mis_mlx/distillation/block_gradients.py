@@ -1,0 +1,318 @@
+"""Loss and gradients of a student whose blocks are not all in memory, one block at a time.
+
+A step goes forward through all blocks. Only the inputs of the blocks are kept, and on the way back
+each block is computed again from its input, for one gradient. So activations and gradients of one
+block are held at a time, whatever the model's depth.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mis_mlx.hardware import lanes
+from mis_mlx.models import block_inputs, distributed, host_losses, load, stream
+from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
+
+MicroBatch = tuple[Any, ...]  # tokens (B, T), learn (B * T,), then the targets of the loss
+# (hidden (n, D), head (V, D), learn (n,), *targets) -> sum in nats
+Loss = Callable[..., mx.array]
+# (head, a step's micro-batches, the number of one of them, its hidden states (n, D)) ->
+# (sum in nats, its gradient in these hidden states), evaluated
+Slopes = Callable[[mx.array, Sequence[MicroBatch], int, mx.array], tuple[float, mx.array]]
+
+
+@dataclass(frozen=True)
+class _LastLoss:
+    """The loss behind the last block, and where its gradient comes from.
+
+    end: (number of a micro-batch, output (B, T, D) of the block) -> its loss in nats; where numpy
+    computes that, the final hidden states (B * T, D). on_host: (number of a micro-batch, its final
+    hidden states) -> as `Slopes`.
+    """
+
+    end: Callable[[int, mx.array], mx.array]
+    on_host: Callable[[int, mx.array], tuple[float, mx.array]] | None
+
+    def cotangent(self, hidden: mx.array) -> mx.array:
+        """Where a backward pass begins: 1 for a loss, zeros (B * T, D) for `value` to fill."""
+        if self.on_host is None:
+            return mx.array(1.0)
+        windows, length, width = hidden.shape
+        return mx.zeros((windows * length, width))
+
+    def value(self, b: int, out: mx.array, cotangent: mx.array, windows: int) -> mx.array:
+        """The loss of a micro-batch; numpy also writes its gradient into `cotangent`.
+
+        The gradients of the block, which the graph makes of `cotangent`, are evaluated after this.
+        """
+        if self.on_host is None:
+            return out
+        with lanes.together(windows):
+            mx.eval(out, cotangent)
+        value, slope = self.on_host(b, out)
+        host_losses.view(cotangent)[:] = host_losses.view(slope)
+        return mx.array(value)
+
+
+@dataclass(frozen=True)
+class ForwardResult:
+    """The forward pass of one step, as far as the backward pass needs it.
+
+    loss: per token, in nats. tokens: how many count, of all machines. hidden: for every micro-batch
+    the input (B, T, D) of each block from the shard's first one on; the backward pass shortens this
+    list. micro_batches: their number. last_block: gradients of the last block, by name; {} where it
+    is not in the shard.
+    """
+
+    loss: float
+    tokens: float
+    hidden: stream.Hidden
+    micro_batches: int
+    last_block: dict[str, mx.array]
+
+
+class BlockGradients:
+    """Passes through a model of which some consecutive blocks, the shard, are in memory.
+
+    source: streams the other blocks; it also has embedding and head. norm: the final one. shard:
+    its `layers` are the `blocks` in memory; only these get gradients.
+    """
+
+    def __init__(
+        self,
+        source: stream.Stream,
+        norm: nn.Module,
+        shard: nn.Module,
+        blocks: range,
+    ):
+        self._source = source
+        self._norm = norm
+        self._shard = shard
+        self._blocks = blocks
+
+    def forward(
+        self, batches: Sequence[MicroBatch], loss: Loss, slopes: Slopes | None = None
+    ) -> ForwardResult:
+        """The micro-batches of a step through all blocks, and the last block's gradients.
+
+        The loss and the token count are those of all machines. slopes: `loss` and its gradient,
+        where numpy computes them.
+        """
+        n = len(batches)
+        top = self._source.layers - 1
+        hidden: stream.Hidden = []
+        self._source.embed([tokens for tokens, *_ in batches], hidden)
+        # Keys and values that later blocks use send cotangents back to the block that made them.
+        self._sharers = block_inputs.Cotangents(self._source.sides.owners)
+        total = 0.0
+        grads = dict[str, mx.array]()
+        for i, block in self._in_turn(range(top + 1)):
+            if i < top:
+                self._forward_block(i, block, hidden, n)
+            else:
+                # Forward and back in one go, so that it is neither read nor computed twice.
+                total, grads = self._through_last_block(
+                    block,
+                    hidden,
+                    batches,
+                    loss=loss,
+                    slopes=slopes,
+                )
+        counted = float(sum(learn.sum() for _, learn, *_ in batches))
+        machines = distributed.all_gather((total, counted))
+        total = math.fsum(nats for nats, _ in machines)
+        tokens = math.fsum(count for _, count in machines)
+        tokens = max(tokens, 1.0)  # a step without a token that counts has loss 0
+        return ForwardResult(
+            loss=total / tokens,
+            tokens=tokens,
+            hidden=hidden,
+            micro_batches=n,
+            last_block=grads,
+        )
+
+    def backward_blocks(self, forward: ForwardResult) -> Iterator[tuple[int, dict[str, mx.array]]]:
+        """(i, gradients by name) of the shard's blocks, from the last to the first, evaluated.
+
+        Gradients are this machine's *sum* over tokens. Block i may be updated when they are there:
+        the blocks below do not need it any more.
+        """
+        n = forward.micro_batches
+        hidden = forward.hidden
+        top = self._source.layers - 1
+        first = self._blocks.start
+        if top in self._blocks:
+            yield top, forward.last_block
+        for i, block in self._in_turn(range(top - 1, first - 1, -1)):
+            # Keep the inputs of this block and the cotangents of its outputs; what is behind goes.
+            del hidden[(i + 1 - first) * n + n :]
+            _, grads = self._backward_block(i, block, hidden, n)
+            if i in self._blocks:
+                yield i, grads
+        hidden.clear()
+
+    def _in_turn(self, order: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
+        """(i, block i) in `order`: the shard's from memory, the others streamed.
+
+        As with `Stream.blocks`, ask for the next block when everything is evaluated that the last
+        one went into.
+        """
+        streamed = self._source.blocks([i for i in order if i not in self._blocks])
+        for i in order:
+            if i in self._blocks:
+                yield i, self._shard.layers[i - self._blocks.start]
+            else:
+                yield next(streamed)
+        next(streamed, None)  # the stream takes its last block back
+
+    def _through(self, block: nn.Module, inputs: BlockInputs) -> BlockOutputs:
+        """A micro-batch through a block, its windows side by side; lazy."""
+        mask = partial(load.mask, self._source.args, block)
+        return block_inputs.by_windows(block, inputs, mask)
+
+    def _forward_block(self, i: int, block: nn.Module, hidden: stream.Hidden, n: int) -> None:
+        """The n micro-batches of a step through block i, evaluated one after the other.
+
+        Below the shard the outputs (B, T, D) replace the inputs, which nobody needs again. From
+        its first block on they are appended: every block's inputs stay for the backward pass.
+        """
+        sides = self._source.sides
+        below = i < self._blocks.start
+        for b in range(n):
+            place = b if below else -n  # where the block before left its output
+            inputs = sides.inputs(i, b, hidden[place])
+            outputs = self._through(block, inputs)
+            states = sides.keep(i, b, outputs)
+            with lanes.together(len(hidden[0])):
+                mx.eval(states)
+            if below:
+                hidden[b] = states
+            else:
+                hidden.append(states)
+
+    def _through_last_block(
+        self,
+        block: nn.Module,
+        hidden: stream.Hidden,
+        batches: Sequence[MicroBatch],
+        *,
+        loss: Loss,
+        slopes: Slopes | None,
+    ) -> tuple[float, dict[str, mx.array]]:
+        """(this machine's loss in nats, the last block's gradients); `hidden` gets cotangents.
+
+        The head (V, D) is read here and dies here: it is one of the largest arrays of a step.
+        """
+        head = self._source.head().weight
+
+        def end(b: int, out: mx.array) -> mx.array:
+            final = self._norm(out).reshape(-1, out.shape[-1])
+            if slopes:
+                return final
+            _, *targets = batches[b]
+            return loss(final, head, *targets)
+
+        on_host = partial(slopes, head, batches) if slopes else None
+        return self._backward_block(
+            self._source.layers - 1,
+            block,
+            hidden,
+            len(batches),
+            last=_LastLoss(end, on_host),
+        )
+
+    def _backward_block(
+        self,
+        i: int,
+        block: nn.Module,
+        hidden: stream.Hidden,
+        n: int,
+        last: _LastLoss | None = None,
+    ) -> tuple[float, dict[str, mx.array]]:
+        """n micro-batches back through block i, computed again: (sum of losses, gradients by name).
+
+        hidden: inputs (B, T, D) of the block, which their cotangents replace; behind them the
+        cotangents of its outputs. last: of the last block only.
+        """
+        start = self._blocks.start
+        trained = {}
+        if i in self._blocks:
+            trained = dict(tree_flatten(block.trainable_parameters()))
+        total = mx.array(0.0)
+        grads = [mx.zeros_like(weight) for weight in trained.values()]
+        for b in range(n):
+            at = (i - start) * n + b
+            windows = len(hidden[at])
+            above = last.cotangent(hidden[at]) if last else hidden[at + n]
+            out, new_grads, below = self._vjp(
+                block,
+                trained,
+                hidden[at],
+                above,
+                i=i,
+                b=b,
+                last=last,
+            )
+            if last:
+                total = total + last.value(b, out, above, windows)
+            if b:
+                new_grads = [old + new for old, new in zip(grads, new_grads, strict=True)]
+            grads = new_grads
+            # Below the shard nobody asks for a cotangent, so it is not computed there.
+            wanted = []
+            of_owner = []
+            if i > start:
+                wanted.append(below.hidden)
+                of_owner = self._sharers.add(i, b, below)
+            with lanes.together(windows):
+                mx.eval(total, grads, wanted, of_owner)
+            hidden[at : at + len(wanted)] = wanted
+            # Not to be held beside the next micro-batch's.
+            del above, out, new_grads, below, wanted, of_owner
+        _set_weights(block, trained, trained.values())  # `_vjp` left tracers there
+        return float(total), dict(zip(trained, grads, strict=True))
+
+    def _vjp(
+        self,
+        block: nn.Module,
+        trained: dict[str, mx.array],
+        hidden: mx.array,
+        above: mx.array,
+        *,
+        i: int,
+        b: int,
+        last: _LastLoss | None,
+    ) -> tuple[mx.array, list[mx.array], BlockInputs]:
+        """(output, gradients of `trained`, cotangents of the inputs) of micro-batch b; lazy.
+
+        The last block's output has gone through `last.end`. above: the cotangent of the output. The
+        block keeps MLX's tracers in place of its weights: put these back.
+        """
+        inputs = self._source.sides.inputs(i, b, hidden)
+        cotangents = BlockOutputs(above, self._sharers.take(i, b))
+        count = len(inputs.arrays)
+
+        def run(*primals: mx.array) -> list[mx.array]:
+            _set_weights(block, trained, primals[count:])
+            outputs = self._through(block, inputs.like(primals[:count]))
+            out, *shared = outputs.arrays(cotangents)
+            if last:
+                out = last.end(b, out)
+            return [out, *shared]
+
+        primals = [*inputs.arrays, *trained.values()]
+        outputs, grads = mx.vjp(run, primals, cotangents.arrays(cotangents))
+        below = inputs.like(grads[:count])
+        return outputs[0], grads[count:], below
+
+
+def _set_weights(block: nn.Module, names: Iterable[str], weights: Iterable[mx.array]) -> None:
+    """Put weights into a block, by their names in it."""
+    named = list(zip(names, weights, strict=True))
+    block.update(tree_unflatten(named))

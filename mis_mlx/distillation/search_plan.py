@@ -1,0 +1,86 @@
+"""The plan of a search: memory and time of its measurements and of its largest finalist."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from mis_mlx import cli
+from mis_mlx.distillation import known_losses
+from mis_mlx.distillation.candidates import PROBES
+from mis_mlx.models import arch
+from mis_mlx.models.config import shape_of
+from mis_mlx.planner import compression_size, estimates, phases
+from mis_mlx.planner.recipe import spec_of
+from mis_mlx.pruning import limits, shape_search
+from mis_mlx.pruning.shape_search import Choice, Sizes
+from mis_mlx.types import Budget, Checkpoint, MisError
+
+
+def plan_search(
+    s: Any,
+    teacher: Checkpoint,
+    within: Sequence[Choice],
+    sizes: Sizes,
+    *,
+    limit: Budget,
+    known: Mapping[str, Any],
+) -> tuple[phases.MemoryPlan, dict[str, float], dict[str, Any]]:
+    """(plan of the largest finalist; seconds by phase of the run; the result of a --dry-run).
+
+    Every stage is told in a line. s: settings of `search`. known: the identity of measurements that
+    are perhaps kept; {}: none are. MisError where the search does not fit the budget.
+    """
+    plan = _plan_of_largest(s, teacher, within, limit)
+    probes = sum(len(shape_search.probed(sizes[axis])) for axis in shape_search.CUTS[:-1])
+    all_rows = shape_of(teacher.config).vocab
+    vocabularies = sum(rows != all_rows for rows in sizes["vocab"])
+    if known and probes + vocabularies <= len(known_losses.known(known, PROBES)):
+        probes = vocabularies = 0
+        s = replace(s, evaluations=1)
+    work = compression_size.search(
+        s,
+        plan.job,
+        plan.phases,
+        probes + vocabularies,
+        rows=vocabularies > 0,
+        limit=limit.limit_bytes,
+    )
+    stages = []
+    seconds = {}
+    for name, part in work.items():
+        if part:
+            stages += part
+            seconds[name] = sum(stage.seconds(plan.rates) for stage in part)
+    outcome = estimates.told(stages, limit.limit_bytes, plan.rates)
+    cli.say(str(plan.rates))
+    if not s.dry_run:
+        _need(plan, stages, limit)
+    outcome["check_failed"] = outcome["check_failed"] or not plan.fits
+    return plan, seconds, outcome
+
+
+def _plan_of_largest(
+    s: Any, teacher: Checkpoint, within: Sequence[Choice], limit: Budget
+) -> phases.MemoryPlan:
+    """The plan that distils the largest student."""
+
+    def weights(choice: Choice) -> int:
+        return sum(limits.weights_of(teacher.config, choice.shape))
+
+    shape = max(within, key=weights).shape
+    student = estimates.model_of(arch.student_config(teacher.config, shape))
+    rounding = shape_search.rounding_of(Choice(shape, shape_search.USUAL_BPW))
+    job = spec_of(estimates.model_of(teacher), student, s, rounding)
+    return phases.make(job, limit.limit_bytes, estimates.machine_rates())
+
+
+def _need(plan: phases.MemoryPlan, stages: Sequence[estimates.StageCost], limit: Budget) -> None:
+    """MisError where the plan or a stage does not fit the budget."""
+    if not plan.fits:
+        raise MisError(phases.remedy(plan))
+    # With what the process itself takes.
+    peak, worst = max((stage.peak_bytes, stage.name) for stage in stages)
+    remedy = (
+        f"give --budget {estimates.flag(peak)} or more, or lower --max-seq-length or --batch-size"
+    )
+    limit.need(peak, worst, remedy)
