@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from mis_mlx import bench, cli, plan, search, synthesize
 from mis_mlx.data import preparation
 from mis_mlx.distillation import (
+    candidates,
     compression,
     conversations,
     measurement,
@@ -368,12 +369,25 @@ def _sized(s: Settings, teacher: Checkpoint) -> Settings:
     cli.say(f"{flags}: a search chooses sizes and bits; the plan of the rest follows when it has")
     found = _searched(replace(s, data=_text(s, teacher)), teacher)
     if s.dry_run:
-        layers = shape_of(teacher.config).layers
-        cli.say(
-            "what follows is the plan of a student that lacks one block: a smaller one takes less"
-        )
-        return replace(s, scenario="none", layers=max(1, layers - 1))
+        return _likely(s, teacher)
     return replace(s, **found["best"], expected_loss=max(0.0, found["expected_bits"]))
+
+
+def _likely(s: Settings, teacher: Checkpoint) -> Settings:
+    """The settings of the student that a --dry-run plans in place of a search's choice.
+
+    Searches take tokens and bits first. Where no tokens can go, it is a student without one block.
+    """
+    rows = candidates.vocabularies(teacher)
+    if rows:
+        cli.say(
+            f"the plan below keeps every block and {rows[-1]:,} tokens, which is what a search "
+            f"tends to choose; where it cuts blocks, repair and training take longer"
+        )
+        return replace(s, scenario="none", vocab=str(rows[-1]))
+    layers = shape_of(teacher.config).layers
+    cli.say("the plan below is of a student that lacks one block; a smaller one takes less time")
+    return replace(s, scenario="none", layers=max(1, layers - 1))
 
 
 def run(settings: Settings) -> dict[str, Any]:

@@ -21,6 +21,7 @@ SHIPPED = Path(__file__).parent / "known"
 ABOUT = "about.json"
 VERSION = 1  # of how losses are measured: logs of another version are not used
 LOGS = (PROBES, CANDIDATES)
+FILES = (*LOGS, SENSITIVITY, ABOUT)  # all that is kept of a teacher
 # Settings that change a measured loss. The number of windows changes it by noise alone, so a
 # measurement with some windows is not repeated with others.
 MEASURED_BY = ("vocab_text", "languages")
