@@ -17,8 +17,21 @@ from mis_mlx.maths.reconstruction import HELD_OUT, RIDGES, precision
 from mis_mlx.models import arch
 from mis_mlx.models.config import shape_of
 from mis_mlx.models.stream import HEAD_PART
-from mis_mlx.planner import estimates
-from mis_mlx.planner.estimates import StageCost, streamed_pass
+from mis_mlx.planner.estimates import (
+    SMALL_BYTES,
+    TENSOR_BYTES,
+    StageCost,
+    activation_bytes,
+    backward_bytes,
+    compared,
+    forward_flops,
+    logit_bytes,
+    pass_workspace,
+    room,
+    streamed_pass,
+    tensor_bytes,
+    together,
+)
 from mis_mlx.planner.model_size import ModelSize
 from mis_mlx.planner.recipe import VOCABULARY_LOGITS, VOCABULARY_WINDOWS, DistillationSpec
 from mis_mlx.planner.rounding_cost import SENSED as SENSED
@@ -47,7 +60,7 @@ def vocabulary(t: ModelSize, length: int) -> StageCost:
         "vocabulary", t, tokens=tokens, micro_tokens=length, length=length, head=False, spool=False
     )
     positions = min(length, VOCABULARY_LOGITS // vocab)
-    head = tokens * t.shape.hidden * t.item
+    head = tokens * t.hidden_bytes
     head += 4 * positions * (vocab + 2 * rows)
     head += 3 * rows * t.head_work // vocab
     head_reads = VOCABULARY_WINDOWS * math.ceil(length / positions)
@@ -55,7 +68,7 @@ def vocabulary(t: ModelSize, length: int) -> StageCost:
         final_states,
         peak_bytes=max(final_states.peak_bytes, head),
         read_bytes=final_states.read_bytes + head_reads * t.head_bytes,
-        flops=estimates.forward_flops(t, tokens, length),
+        flops=forward_flops(t, tokens, length),
     )
 
 
@@ -113,7 +126,7 @@ def copying_bytes(t: ModelSize, *, rotation: bool) -> int:
 
     rotation: the hidden size is cut along directions, so it is turned in float32 before that.
     """
-    nbytes = estimates.tensor_bytes(t)
+    nbytes = tensor_bytes(t)
     if rotation:
         nbytes += 2 * 4 * max(t.shape.vocab, t.shape.ffn) * t.shape.hidden
     return nbytes
@@ -134,7 +147,7 @@ def refit(m: ModelSize, tokens: int, workspace: int = 0) -> tuple[int, float, fl
     solving = f * (item * f + max(2 * item, 16) * d)
     if workspace and not m.as_stored:
         solving += m.block_work
-    products = 4 * estimates.together(m) * f * (f + d)
+    products = 4 * together(m) * f * (f + d)
     sums_bytes = item * f * (f + d)
     held_out = max(1, tokens // HELD_OUT)
     held_out_bytes = 4 * held_out * (f + d)
@@ -160,21 +173,21 @@ def repair(job: DistillationSpec) -> StageCost:
     students_pass = streamed_pass(
         "", m, tokens=tokens, micro_tokens=length, length=length, head=False, spool=False
     )
-    workspace = estimates.pass_workspace(m, tokens, length, length)
+    workspace = pass_workspace(m, tokens, length, length)
     beside = students_pass.peak_bytes
     beside -= m.in_flight(workspace)  # which the teacher's pass has too
     read = m.nbytes
     host_flops = 0.0
     if m.shape.experts:
-        token_bytes = m.shape.experts * m.shape.hidden * m.item  # of all experts' outputs
+        token_bytes = m.shape.experts * m.hidden_bytes  # of all experts' outputs
         outputs_bytes = 2 * min(tokens * token_bytes, ROUTER_BYTES)
-        beside += 2 * outputs_bytes + tokens * m.shape.hidden * m.item
+        beside += 2 * outputs_bytes + tokens * m.hidden_bytes
         read += students_pass.read_bytes
         asked = min(tokens, outputs_bytes // (2 * token_bytes))
         flops = 2.0 * asked * m.shape.layers * m.block_params
     else:
         fit_bytes, fit_flops, solver = refit(m, tokens)
-        teachers = t.body_bytes(estimates.pass_workspace(t, tokens, length, length))
+        teachers = t.body_bytes(pass_workspace(t, tokens, length, length))
         beside -= min(teachers, m.body_bytes(workspace) + fit_bytes)  # they take turns
         beside += fit_bytes + 4 * m.shape.layers * m.shape.hidden * m.shape.ffn
         flops = students_pass.flops + m.shape.layers * fit_flops
@@ -213,23 +226,21 @@ def repair_parts(job: DistillationSpec, limit: int, item: int) -> StageCost:
         as_stored=item == job.student.item == 4,
     )
     layers = m.shape.layers
-    teachers = t.body_bytes(estimates.pass_workspace(t, tokens, length, length))
-    students = m.body_bytes(estimates.pass_workspace(m, tokens, length, length))
+    teachers = t.body_bytes(pass_workspace(t, tokens, length, length))
+    students = m.body_bytes(pass_workspace(m, tokens, length, length))
     body = max(teachers, students)
     fit_bytes, fit_flops, solver = refit(m, tokens, body)
-    peak = t.slots_bytes + m.slots_bytes + estimates.SMALL_BYTES
+    peak = t.slots_bytes + m.slots_bytes + SMALL_BYTES
     peak += max(fit_bytes, body + 4 * m.block_params)
     peak += 4 * m.shape.ffn * m.shape.hidden
-    # of a token's hidden states
-    teacher_bytes = t.shape.hidden * t.item
-    student_bytes = m.shape.hidden * m.item
-    token_bytes = teacher_bytes + student_bytes
-    held = estimates.room(limit, peak, t.gpu) // (length * token_bytes) * length
+    token_bytes = t.hidden_bytes + m.hidden_bytes
+    held = room(limit, peak, t.gpu) // (length * token_bytes) * length
     held = min(tokens, held)
     spooled = tokens - held
-    moved = spooled * (teacher_bytes * (t.shape.layers + 1) + student_bytes * (layers + 1))
-    flops = estimates.forward_flops(t, tokens, length, head=False)
-    flops += 2 * estimates.forward_flops(m, tokens, length, head=False)
+    visits = t.hidden_bytes * (t.shape.layers + 1) + m.hidden_bytes * (layers + 1)
+    moved = spooled * visits
+    flops = forward_flops(t, tokens, length, head=False)
+    flops += 2 * forward_flops(m, tokens, length, head=False)
     return StageCost(
         name="repair",
         read_bytes=t.shape.layers * t.block_bytes + m.nbytes + moved,
@@ -261,10 +272,10 @@ def training_bytes(
     """
     s = shape_of(config)
     params = arch.params(config)
-    activations = estimates.activation_bytes(config, batch, length)
+    activations = activation_bytes(config, batch, length)
     head = 4 * s.vocab * s.hidden
-    block = estimates.backward_bytes(config, batch, length) - activations // s.layers
-    logits = estimates.logit_bytes(s.vocab, batch * length, host=bool(host_lanes), gpu=gpu)
+    block = backward_bytes(config, batch, length) - activations // s.layers
+    logits = logit_bytes(s.vocab, batch * length, host=bool(host_lanes), gpu=gpu)
     gradients = GRADIENT_BYTES * params
     forward = activations + 2 * head + logits
     backward = gradients
@@ -310,18 +321,18 @@ def search(
     t = job.teacher
     m = job.student
     length = job.max_seq_length
-    known = estimates.TENSOR_BYTES * t.tensors
+    known = TENSOR_BYTES * t.tensors
     own = known + process_bytes(max(0, limit - known))  # as in a plan, whose phases have it
     cut = next(p for p in planned if p.name == "prune")
     # of two texts
     windows = -(-4 * s.rank_windows // 3)
     judging = -(-4 * s.eval_windows // 3)
-    one = estimates.compared([t, m], windows, length)
+    one = compared([t, m], windows, length)
     # the teacher's pass, which is done once
-    teachers_flops = estimates.forward_flops(t, windows * length, length, head=False)
+    teachers_flops = forward_flops(t, windows * length, length, head=False)
     one = replace(
         one,
-        peak_bytes=max(one.peak_bytes, estimates.tensor_bytes(t)),
+        peak_bytes=max(one.peak_bytes, tensor_bytes(t)),
         flops=one.flops - teachers_flops,
     )
     rank = [_times(cut, 1, name="calibrate", written=cut.written_bytes - m.nbytes)]
@@ -341,7 +352,7 @@ def search(
         if p.name not in ("prune", "measure"):  # which a finalist does not go through
             name = f"{p.name}, {s.finalists} finalists"
             finalists.append(_times(p, s.finalists, name=name, written=p.written_bytes))
-    judged = estimates.compared([t, m, m, m], judging, length)
+    judged = compared([t, m, m, m], judging, length)
     finalists.append(_times(judged, s.finalists, name="judge them", written=2 * m.nbytes, own=own))
     return {"rank": rank, "finalists": finalists}
 

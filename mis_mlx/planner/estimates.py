@@ -118,8 +118,11 @@ def tensor_bytes(m: ModelSize) -> int:
 
     It lies there as stored, cut and converted; or, of a packed model, de-quantized and converted.
     """
-    item = 12 if m.packed else 2 * math.ceil(m.nbytes / m.params) + 2
-    return item * max(m.shape.vocab, m.shape.ffn) * m.shape.hidden + stacked_bytes(m)
+    item = 12
+    if not m.packed:
+        item = 2 * math.ceil(m.nbytes / m.params) + 2
+    largest = max(m.shape.vocab, m.shape.ffn) * m.shape.hidden
+    return item * largest + stacked_bytes(m)
 
 
 def stacked_bytes(m: ModelSize) -> int:
@@ -150,7 +153,8 @@ def side_bytes(m: ModelSize, tokens: int) -> int:
     """
     owners = {owner for owner in key_owners(m.config) if owner is not None}
     shared = sum(2 * m.shape.kv_heads * head_size(m.config, i) for i in owners)
-    return m.item * (min(tokens, m.shape.vocab) * arch.channels(m.config) + tokens * shared)
+    channels = min(tokens, m.shape.vocab) * arch.channels(m.config)
+    return m.item * (channels + tokens * shared)
 
 
 def together(m: ModelSize) -> int:
@@ -277,11 +281,10 @@ def streamed_pass(
             logits = max(logits, head_work * 3 // 2)
     fixed = beside_bytes + m.slots_bytes + SMALL_BYTES + side_bytes(m, tokens)
     peak = fixed + max(body, head_work + logits)
-    token_bytes = s.hidden * m.item
-    hidden = tokens * token_bytes
+    hidden = tokens * m.hidden_bytes
     held = hidden
     if spool:
-        batch_bytes = micro_tokens * token_bytes
+        batch_bytes = micro_tokens * m.hidden_bytes
         held = min(hidden, room(limit_bytes, peak, m.gpu) // batch_bytes * batch_bytes)
     moved = (hidden - held) * (s.layers + 1)
     peak += held
@@ -302,12 +305,19 @@ def streamed_pass(
         flops=forward_flops(m, tokens, length, head=head),
         pinned=pinned,
         spooled_bytes=hidden - held,
-        held_tokens=held // token_bytes,
+        held_tokens=held // m.hidden_bytes,
         waits=_pass_waits(m, tokens, micro_tokens, length, head=head),
     )
 
 
-def _pass_waits(m: ModelSize, tokens: int, micro_tokens: int, length: int, *, head: bool) -> int:
+def _pass_waits(
+    m: ModelSize,
+    tokens: int,
+    micro_tokens: int,
+    length: int,
+    *,
+    head: bool,
+) -> int:
     """How often the host waits for the device in one pass: block by block, then at the head."""
     batches = math.ceil(tokens / micro_tokens)
     passes = batches
@@ -378,19 +388,19 @@ def compared(models: Sequence[ModelSize], windows: int, length: int) -> StageCos
     rows = min(HEAD_PART // hidden, vocab)
     head_parts = math.ceil(vocab / rows)
     body = 0
-    hidden_states = 0
+    hidden_bytes = 0  # of a token, in all models
     flops = 0.0
     waits = 0
     for m in models:
         workspace = pass_workspace(m, tokens, length, length)
         body = max(body, m.slots_bytes + m.body_bytes(workspace))
-        hidden_states += m.shape.hidden * m.item
+        hidden_bytes += m.hidden_bytes
         flops += forward_flops(m, tokens, length)
         waits += _pass_waits(m, tokens, length, length, head=False)
     heads = [3 * rows * m.head_work // m.shape.vocab for m in models]
     logits = 3 * rows * hidden + 2 * 4 * min(length, CHUNK) * rows
     statistics = 9 * 8 * min(tokens, GROUP + length) * head_parts
-    peak = max(body, heads[0] + max(heads) + logits + statistics) + tokens * hidden_states
+    peak = max(body, heads[0] + max(heads) + logits + statistics) + tokens * hidden_bytes
     peak += max(side_bytes(m, tokens) for m in models)
     # two heads and their statistics
     waits += len(models) * 3 * head_parts * math.ceil(tokens / GROUP)
@@ -423,7 +433,8 @@ def fit(
     """
     worst = max(phases, key=lambda p: p.peak_bytes)
     need = worst.peak_bytes + process_bytes(budget.limit_bytes)
-    budget.need(need, worst.name, f"give --budget {flag(enough(worst.peak_bytes))} or more{other}")
+    budget_enough = flag(enough(worst.peak_bytes))
+    budget.need(need, worst.name, f"give --budget {budget_enough} or more{other}")
 
 
 def told(

@@ -25,7 +25,12 @@ def shares(made: phases.MemoryPlan) -> tuple[int, ...]:
 
 
 def opened(
-    checkpoint: Checkpoint, limit: Budget, room_bytes: int, tokens: int, length: int, layers: bool
+    checkpoint: Checkpoint,
+    limit: Budget,
+    room_bytes: int,
+    tokens: int,
+    length: int,
+    layers: bool,
 ) -> Stream:
     """A model for passes of `tokens` that all machines make.
 
@@ -45,7 +50,12 @@ def opened(
 
 
 def _shared(
-    m: estimates.ModelSize, pinned: int, *, tokens: int, length: int, rates: Rates
+    m: estimates.ModelSize,
+    pinned: int,
+    *,
+    tokens: int,
+    length: int,
+    rates: Rates,
 ) -> list[int]:
     """How many blocks each machine has in passes of `tokens`, by the first one's rates.
 

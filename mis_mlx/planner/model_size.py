@@ -43,8 +43,17 @@ class ModelSize:
     @property
     def blocks_params(self) -> int:
         """Parameters of all blocks; `block_params` are those of the largest."""
-        heads = 1 if self.shape.tied else 2
-        return self.params - heads * self.head_params - self.side_params - self.shape.hidden
+        return self.params - self.tables_params - self.side_params - self.shape.hidden
+
+    @property
+    def tables_params(self) -> int:
+        """Parameters of embedding and head; tied ones count once."""
+        return self.head_params if self.shape.tied else 2 * self.head_params
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of a token's hidden state (D,) in computation."""
+        return self.shape.hidden * self.item
 
     @property
     def wide(self) -> Shape:

@@ -11,8 +11,17 @@ import numpy as np
 from mis_mlx.maths.reconstruction import precision
 from mis_mlx.maths.rounding import BITS, HELD_BYTES, PART, SLAB
 from mis_mlx.models.stream import stacked
-from mis_mlx.planner import estimates
-from mis_mlx.planner.estimates import StageCost, streamed_pass
+from mis_mlx.planner.estimates import (
+    StageCost,
+    backward_bytes,
+    forward_flops,
+    logit_bytes,
+    room,
+    stacked_bytes,
+    streamed_pass,
+    together,
+    workspace_bytes,
+)
 from mis_mlx.planner.model_size import ModelSize
 from mis_mlx.planner.recipe import QuantizationConfig
 
@@ -39,12 +48,16 @@ def packed_bytes(m: ModelSize, how: QuantizationConfig) -> int:
     config = how.affine
     if config.target_bpw:
         return int(config.target_bpw * m.params / 8)
-    head = m.head_params * (1 if m.shape.tied else 2)
-    return int(((4 + BIAS_BITS / config.q_group_size) * m.params + 4 * head) / 8)
+    bits = (4 + BIAS_BITS / config.q_group_size) * m.params + 4 * m.tables_params
+    return int(bits / 8)
 
 
 def quantize(
-    m: ModelSize, how: QuantizationConfig, windows: int, length: int, limit: int
+    m: ModelSize,
+    how: QuantizationConfig,
+    windows: int,
+    length: int,
+    limit: int,
 ) -> StageCost:
     """Quantize tensor by tensor.
 
@@ -54,8 +67,9 @@ def quantize(
     config = how.affine
     # as stored, packed, and the part that is rounded at a time
     largest = max(m.shape.vocab, m.wide.ffn) * m.shape.hidden
-    peak = (math.ceil(m.nbytes / m.params) + 2) * largest + 4 * min(largest, PART)
-    peak += estimates.stacked_bytes(m)
+    stored_item = math.ceil(m.nbytes / m.params)
+    peak = (stored_item + 2) * largest + 4 * min(largest, PART)
+    peak += stacked_bytes(m)
     # scales of a table, which wait for its integers
     peak += 2 * 4 * m.side_params // config.q_group_size
     cost = StageCost(
@@ -73,7 +87,12 @@ def quantize(
 
 
 def _compensated(
-    plain: StageCost, m: ModelSize, *, tokens: int, length: int, limit_bytes: int
+    plain: StageCost,
+    m: ModelSize,
+    *,
+    tokens: int,
+    length: int,
+    limit_bytes: int,
 ) -> StageCost:
     """`plain`, rounding tensor by tensor, with a pass that makes up for the errors.
 
@@ -104,7 +123,8 @@ def _compensated(
     weights = max(inputs * outputs for inputs, outputs in sides)
     widest, _ = max(sides)
     copies = 3 if precision(widest) is np.float32 else 5
-    working = grams + copies * _square_bytes(widest) + 8 * weights + 20 * min(weights, PART)
+    working = grams + copies * _square_bytes(widest)
+    working += 8 * weights + 20 * min(weights, PART)
     one_pass = streamed_pass(
         "",
         m,
@@ -134,26 +154,35 @@ def _square_bytes(size: int) -> int:
     return np.dtype(precision(size)).itemsize * size**2
 
 
-def _sensed(plain: StageCost, m: ModelSize, *, windows: int, length: int, limit: int) -> StageCost:
+def _sensed(
+    plain: StageCost,
+    m: ModelSize,
+    *,
+    windows: int,
+    length: int,
+    limit: int,
+) -> StageCost:
     """`plain`, after a forward and a backward pass that say what bits cost (bit_allocation).
 
     Inputs of all blocks are spooled if need be. Traffic and operations are those of
     bit_allocation's docstring.
     """
-    window_bytes = length * m.shape.hidden * m.item
+    window_bytes = length * m.hidden_bytes
     one_pass = streamed_pass(
         "", m, tokens=length, micro_tokens=length, length=length, head=False, spool=False
     )
     s = m.wide
     formats = len(BITS)
     # inputs of a block's matrices, and gradients of their outputs, in one window
-    seen = 4 * length * (4 * s.hidden + 2 * (s.heads + s.kv_heads) * s.head_dim + 3 * s.ffn)
-    batch = min(windows, max(1, max(HELD_BYTES, 4 * m.block_params) // seen))
+    attention = 2 * (s.heads + s.kv_heads) * s.head_dim
+    seen = 4 * length * (4 * s.hidden + attention + 3 * s.ffn)
+    at_once = max(HELD_BYTES, 4 * m.block_params) // seen
+    batch = min(windows, max(1, at_once))
     batches = math.ceil(windows / batch)
     peak = one_pass.peak_bytes + _sensing_bytes(m, windows, length, batch * seen, batch)
     peak += 2 * windows * window_bytes
     inputs_bytes = window_bytes * m.shape.layers  # of all blocks, of a window
-    held = min(windows, estimates.room(limit, peak, m.gpu) // inputs_bytes)
+    held = min(windows, room(limit, peak, m.gpu) // inputs_bytes)
     spooled = (windows - held) * inputs_bytes
     touched = windows * (12 + 4 * formats) + batches * 20 * formats
     sensing = StageCost(
@@ -161,7 +190,7 @@ def _sensed(plain: StageCost, m: ModelSize, *, windows: int, length: int, limit:
         read_bytes=2 * m.nbytes + spooled,
         written_bytes=spooled,
         peak_bytes=peak + held * inputs_bytes,
-        flops=4 * estimates.forward_flops(m, windows * length, length),
+        flops=4 * forward_flops(m, windows * length, length),
         touched_bytes=touched * s.layers * m.block_params,
         waits=one_pass.waits + s.layers * (7 * (formats + batches) + windows),
     )
@@ -177,19 +206,20 @@ def _sensing_bytes(m: ModelSize, windows: int, length: int, seen_bytes: int, bat
     gradients and errors.
     """
     # The workspace of the forward pass is gone at the head, and the head before the way back.
-    workspace = estimates.workspace_bytes(m, length, length)
+    workspace = workspace_bytes(m, length, length)
     # Of logits three arrays were measured on a CPU, five under Metal's policy.
     head = m.head_work
-    head += estimates.logit_bytes(2 * m.shape.vocab, length, host=True) * (2 + m.gpu) // 2
+    head += logit_bytes(2 * m.shape.vocab, length, host=True) * (2 + m.gpu) // 2
     # In one lane 0.2 to 0.8 of it were measured, in two 0.4 to 1.2.
-    backward = (1 + estimates.together(m)) * estimates.backward_bytes(m.config, 1, length) // 2
+    backward = (1 + together(m)) * backward_bytes(m.config, 1, length) // 2
     formats_bytes = 4
     if m.gpu:  # half a stack goes back in one pass
         backward *= min(windows, max(1, stacked(m.config, length, length) // 2))
         formats_bytes = 8
     s = m.wide
     slab = (2 * batch + 4) * 4 * min(SLAB, s.ffn * s.hidden)
-    sensed = max(0, backward - workspace) + formats_bytes * m.block_params + seen_bytes + slab
+    sensed = max(0, backward - workspace) + seen_bytes + slab
+    sensed += formats_bytes * m.block_params
     return max(head - workspace, sensed)
 
 

@@ -9,9 +9,22 @@ import math
 from dataclasses import replace
 
 from mis_mlx.models import arch
-from mis_mlx.planner import compression_size, estimates
+from mis_mlx.planner import compression_size
 from mis_mlx.planner.compression_size import GRADIENT_BYTES, STATE_BYTES, block_state_bytes
-from mis_mlx.planner.estimates import StageCost, forward_flops, room, streamed_pass
+from mis_mlx.planner.estimates import (
+    SMALL_BYTES,
+    StageCost,
+    activation_bytes,
+    backward_bytes,
+    forward_flops,
+    logit_bytes,
+    pass_workspace,
+    pins,
+    room,
+    side_bytes,
+    streamed_pass,
+    together,
+)
 from mis_mlx.planner.recipe import ADAPTERS, DistillationSpec
 
 SAVED_BYTES = 12  # of a trained parameter in a checkpoint: weight and two moments
@@ -30,7 +43,7 @@ def store(job: DistillationSpec, limit: int) -> StageCost:
     one_window = streamed_pass(
         "", t, tokens=length, micro_tokens=length, length=length, spool=False
     )
-    window_bytes = length * t.shape.hidden * t.item + estimates.side_bytes(t, length)
+    window_bytes = length * t.hidden_bytes + side_bytes(t, length)
     extra = room(limit, one_window.peak_bytes, t.gpu) // window_bytes
     at_once = 1 + min(extra, windows - 1)
     return StageCost(
@@ -66,7 +79,7 @@ def resident(job: DistillationSpec, micro: int, limit: int) -> StageCost:
         flops=3 * forward_flops(m, job.step, length),
         updated=m.params,
     )
-    activations = estimates.activation_bytes(m.config, micro, length)
+    activations = activation_bytes(m.config, micro, length)
     return _taught(
         job, one_step, micro, limit=limit, saved=SAVED_BYTES * m.params, work=activations
     )
@@ -119,27 +132,27 @@ def way_back_bytes(job: DistillationSpec, micro: int, rank: int = 0) -> int:
     m = job.student
     s = m.shape
     length = job.max_seq_length
-    lanes = estimates.together(m)
+    lanes = together(m)
     sizes = []
     for shape in arch.layer_tensors(m.config).values():
         sizes.append(rank * sum(shape) if rank else math.prod(shape))
     gradient = 4 * sum(sizes)
     # gradients of earlier micro-batches, to which those of the next are added
     summed = gradient if job.step > micro * length else 0
-    activations = estimates.activation_bytes(m.config, micro, length) // s.layers  # of a block
-    backward = estimates.backward_bytes(m.config, micro, length)
+    activations = activation_bytes(m.config, micro, length) // s.layers  # of a block
+    backward = backward_bytes(m.config, micro, length)
     backward += min(lanes, micro) * gradient + summed
     host = bool(job.host_lanes)
-    loss = estimates.logit_bytes(s.vocab, micro * length, host=host, gpu=m.gpu)
+    loss = logit_bytes(s.vocab, micro * length, host=host, gpu=m.gpu)
     if host:
         loss += activations + summed
     else:
         loss += backward
     update = gradient + lanes * PACKED_UPDATE_ARRAYS * 4 * max(sizes)
-    sides = estimates.side_bytes(replace(m, item=4), job.step)
+    sides = side_bytes(replace(m, item=4), job.step)
     states = 4 * (s.layers * job.step + s.vocab) * s.hidden
     ahead = m.in_flight(activations)
-    return estimates.SMALL_BYTES + sides + states + max(loss, backward, update) + ahead
+    return SMALL_BYTES + sides + states + max(loss, backward, update) + ahead
 
 
 def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
@@ -151,11 +164,9 @@ def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost
     length = job.max_seq_length
     trained = 2 * m.blocks_params // job.rounding.q_group_size
     nbytes = compression_size.packed_bytes(m, job.rounding)
-    head = m.head_params * 4 * (1 if m.shape.tied else 2)
-    head += estimates.logit_bytes(
-        m.shape.vocab, micro * length, host=bool(job.host_lanes), gpu=m.gpu
-    )
-    work = estimates.activation_bytes(m.config, micro, length)
+    head = 4 * m.tables_params
+    head += logit_bytes(m.shape.vocab, micro * length, host=bool(job.host_lanes), gpu=m.gpu)
+    work = activation_bytes(m.config, micro, length)
     state = STATE_BYTES
     if job.step > micro * length:  # gradients of micro-batches add up
         state += GRADIENT_BYTES
@@ -201,14 +212,14 @@ def _taught(
     if job.targets == "live":
         # The teacher's workspace and the student's activations do not meet, its head and hidden
         # states do.
-        workspace = estimates.pass_workspace(t, job.step, micro * length, length)
+        workspace = pass_workspace(t, job.step, micro * length, length)
         peak += max(0, t.body_bytes(workspace) - work) + t.slots_bytes
         head_read = 0
         if not same_head:
             peak += t.head_work + t.widened_bytes
             head_read = t.head_bytes
-        peak += job.step * t.shape.hidden * t.item + estimates.side_bytes(t, job.step)
-        pinned = estimates.pins(t, room(limit, peak, t.gpu))
+        peak += job.step * t.hidden_bytes + side_bytes(t, job.step)
+        pinned = pins(t, room(limit, peak, t.gpu))
         read = head_read + t.block_bytes * (pinned + iters * (t.shape.layers - pinned))
         flops += forward_flops(t, job.step, length)
         waits += _teachers_pass(job, micro).waits
@@ -261,7 +272,8 @@ def sharded(job: DistillationSpec, micro: int, shard: int) -> StageCost:
     peak = 2 * block_bytes + state + way_back_bytes(job, micro)
     read = 4.0 * m.block_params * (layers - shard + again)
     block_flops = forward_flops(m, job.step, length, head=False) / layers
-    flops = block_flops * (layers - 1 + 2 * above + 3 * shard) + 4.0 * job.step * m.head_params
+    head_flops = 4.0 * job.step * m.head_params
+    flops = block_flops * (layers - 1 + 2 * above + 3 * shard) + head_flops
     if job.targets == "live":
         teacher = _teachers_pass(job, micro)
         peak += teacher.peak_bytes

@@ -28,13 +28,23 @@ def _recorders(block: nn.Module) -> dict[str, stream.InputRecorder]:
     return recorders
 
 
-def _look(block: nn.Module, heads: int, into: mx.array, out: mx.array) -> Samples:
+def _look(
+    block: nn.Module,
+    heads: int,
+    into: mx.array,
+    out: mx.array,
+) -> Samples:
     """What one batch says of one block, lazy: samples of every axis, and of the block itself."""
     seen = {axis: recorder.take() for axis, recorder in _recorders(block).items()}
     return _samples(seen, heads, into, out)
 
 
-def _samples(seen: Samples, heads: int, into: mx.array, out: mx.array) -> Samples:
+def _samples(
+    seen: Samples,
+    heads: int,
+    into: mx.array,
+    out: mx.array,
+) -> Samples:
     """Importance and squares by axis, and the block's, from the inputs of a batch's readers, lazy.
 
     into, out (B, T, D): the stream before and behind the block.
@@ -122,6 +132,7 @@ def _mixed(
         experts.add(e, gates, outputs, weight(b))
         if b not in sums:
             sums[b] = np.zeros((2, s.experts, s.ffn))
+        # |a| of the expert's neurons, as far as the token's gate lets them through
         gated = mx.abs(activations.astype(mx.float32)) * mx.array(gates)[:, None]
         both = [gated.sum(axis=0), mx.square(gated).sum(axis=0)]
         sums[b][:, e] = np.array(mx.stack(both))
@@ -145,6 +156,7 @@ def _merge(out: Statistics, experts: Mapping[int, ExpertSums], batches: int) -> 
     totals = distributed.all_reduce_sums([getattr(owner, name) for owner, name in fields])
     for (owner, name), total in zip(fields, totals, strict=True):
         setattr(owner, name, total)
+    # distances of the stream before and behind a block, as a mean over all machines' batches
     own = np.array([out.block[i] for i in sorted(out.block)])
     distances, count = distributed.all_reduce_sums([own, np.array(batches)])
     for i, distance in enumerate(distances):
@@ -224,10 +236,22 @@ def calibrate(
             block[part][name] = stream.InputRecorder(block[part][name])
         # Every batch goes through the block and leaves its samples (units,) of each axis.
         if s.experts:
-            entered = _mixed(source, block, hidden, experts[i], out.ffn[i], weight=weight)
+            entered = _mixed(
+                source,
+                block,
+                hidden,
+                experts=experts[i],
+                neurons=out.ffn[i],
+                weight=weight,
+            )
         else:
             entered = _entered(source, block, hidden, weight)
-        sums = {"ffn": out.ffn[i], "heads": out.heads[i], "norm1": norms, "norm2": norms}
+        sums = {
+            "ffn": out.ffn[i],
+            "heads": out.heads[i],
+            "norm1": norms,
+            "norm2": norms,
+        }
         distances = []
         for b, (after, samples) in enumerate(entered):
             # The first batch tells whether the block gives numbers: NotNumbers stops the pass here.

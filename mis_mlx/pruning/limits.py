@@ -28,12 +28,20 @@ class Limit(NamedTuple):
     in_bytes: bool = False
 
 
-def _number(flag: str, text: str, units: Mapping[str, float], example: str) -> tuple[float, str]:
+def _number(
+    flag: str,
+    text: str,
+    units: Mapping[str, float],
+    example: str,
+) -> tuple[float, str]:
     """(number times its unit, unit) of a flag's text; MisError with an example otherwise."""
     match = re.fullmatch(r"\s*((?:\d+\.?\d*|\.\d+)(?:e\d+)?)\s*([a-z]*)\s*", text.lower())
-    if not match or match[2] not in units or not 0 < float(match[1]) < 1e18:
-        raise MisError(f"{flag} {text!r} is not understood: write {example}")
-    return float(match[1]) * units[match[2]], match[2]
+    if match:
+        number = float(match[1])
+        unit = match[2]
+        if unit in units and 0 < number < 1e18:
+            return number * units[unit], unit
+    raise MisError(f"{flag} {text!r} is not understood: write {example}")
 
 
 def params_limit(config: Mapping[str, Any], text: str) -> Limit:
@@ -68,11 +76,18 @@ def count(n: float) -> str:
 
 def weights_of(config: Mapping[str, Any], shape: Shape) -> tuple[int, int]:
     """(weights of matrices, other numbers) of a student of this shape."""
-    block = arch.layer_tensors(arch.student_config(config, shape)).values()
-    matrices = sum(math.prod(size) for size in block if len(size) > 1)
-    others = sum(math.prod(size) for size in block if len(size) == 1)
-    ends = shape.vocab * shape.hidden * (1 if shape.tied else 2)
-    return shape.layers * matrices + ends, shape.layers * others + shape.hidden
+    student = arch.student_config(config, shape)
+    matrices = 0
+    others = 0
+    for size in arch.layer_tensors(student).values():
+        if len(size) > 1:
+            matrices += math.prod(size)
+        elif len(size) == 1:
+            others += math.prod(size)
+    tables = shape.vocab * shape.hidden
+    if not shape.tied:
+        tables *= 2
+    return shape.layers * matrices + tables, shape.layers * others + shape.hidden
 
 
 def file_bytes(config: Mapping[str, Any], shape: Shape, bpw: float) -> float:
@@ -81,7 +96,8 @@ def file_bytes(config: Mapping[str, Any], shape: Shape, bpw: float) -> float:
     tensors = 0  # of a block
     for size in arch.layer_tensors(config).values():
         tensors += 3 if len(size) > 1 else 1  # with scales and biases
-    return bpw / 8 * weights + 2 * others + TENSOR_BYTES * (shape.layers * tensors + 7)
+    header = TENSOR_BYTES * (shape.layers * tensors + 7)
+    return bpw / 8 * weights + 2 * others + header
 
 
 def bytes_limit(config: Mapping[str, Any], text: str) -> Limit:
@@ -149,13 +165,14 @@ def time_limit(config: Mapping[str, Any], flag: str, text: str, timed: Timing) -
     heads = "heads" if flag == "--ttft" else "kv_heads"
 
     def weights(shape: Shape) -> int:
-        return sum(map(math.prod, arch.layer_tensors(arch.student_config(config, shape)).values()))
+        block = arch.layer_tensors(arch.student_config(config, shape))
+        return sum(map(math.prod, block.values()))
 
     def cost(shape: Shape, _: float) -> float:
-        block = (timed.block_s - timed.attention_s) * weights(shape) / weights(before)
-        block += timed.attention_s * getattr(shape, heads) / getattr(before, heads)
-        rest = timed.rest_s * shape.hidden * shape.vocab / (before.hidden * before.vocab)
-        return shape.layers * block + rest
+        block_s = (timed.block_s - timed.attention_s) * weights(shape) / weights(before)
+        block_s += timed.attention_s * getattr(shape, heads) / getattr(before, heads)
+        table = before.hidden * before.vocab
+        return shape.layers * block_s + timed.rest_s * shape.hidden * shape.vocab / table
 
     teacher = cost(before, 0.0)
     return Limit(

@@ -196,6 +196,9 @@ class _Task:
         return narrow(want, self.columns).astype(mx.float32)
 
 
+_Rows = tuple[mx.array, mx.array]  # inputs of down_proj (n, F), what its output lacks (n, D)
+
+
 class _FitTokens:
     """The tokens that a block's down_proj is fitted to, stack by stack."""
 
@@ -230,7 +233,7 @@ class _FitTokens:
             weight = weight / length
         return into.reshape(-1, inputs), missing, weight
 
-    def products(self, stack: _Stack) -> tuple[list[mx.array], list[tuple[mx.array, mx.array]]]:
+    def products(self, stack: _Stack) -> tuple[list[mx.array], list[_Rows]]:
         """(sums of the windows that are learned from, [(inputs, missing)] of those held out).
 
         The latter are kept as tokens, for a sum of products a kind would be as large as the fit.
@@ -311,6 +314,11 @@ def _rms(rows: mx.array) -> mx.array:
     return mx.maximum(mx.sqrt(mx.square(rows).mean(axis=-1)), 1e-6)
 
 
+def _rows(states: mx.array) -> mx.array:
+    """(B, T, D) -> (B T, D)."""
+    return states.reshape(-1, states.shape[-1])
+
+
 class _PostNorm:
     """The norm behind Gemma's MLP, in a fit of the down_proj before it.
 
@@ -372,7 +380,8 @@ class _PostNorm:
         # Least squares of one number a channel: by which share its gain grows.
         growth = products / (squares + DAMPED * squares.mean())
         squares, products, missing = self._sums(self.task.held_out)
-        left = float((missing - 2 * growth * products + growth**2 * squares).sum() / self.before)
+        rest = missing - 2 * growth * products + growth**2 * squares
+        left = float(rest.sum() / self.before)
         if left >= 1.0:
             self.task.block.mlp.down_proj.weight = self.old
             return 1.0
@@ -382,7 +391,11 @@ class _PostNorm:
 
 
 def heal(
-    source: stream.Stream, block: nn.Module, hidden: Hidden, goals: Hidden, kinds: Sequence[int]
+    source: stream.Stream,
+    block: nn.Module,
+    hidden: Hidden,
+    goals: Hidden,
+    kinds: Sequence[int],
 ) -> tuple[mx.array, float]:
     """Give the block the router that best takes `hidden` to `goals`, both [(B, T, D)].
 
@@ -398,16 +411,23 @@ def heal(
     held_out = judges(kinds)
     # Outputs of all experts for a batch are E times as large as the batch: so many batches fit.
     most = max(2, ROUTER_BYTES // (hidden[0].nbytes * len(old)))
-    learning = [b for b in range(len(hidden)) if b not in held_out][:most]
-    judging = [b for b in range(len(hidden)) if b in held_out][:most]
+    numbers = range(len(hidden))
+    learning = [b for b in numbers if b not in held_out][:most]
+    judging = [b for b in numbers if b in held_out][:most]
     if not learning:
         return old.astype(mx.float32), 1.0
     # Experts answer once, for all tokens of both sets: training asks only which answers count.
     training_set = _RouterBatch(
-        source, block, [hidden[b] for b in learning], [goals[b] for b in learning]
+        source,
+        block,
+        [hidden[b] for b in learning],
+        [goals[b] for b in learning],
     )
     held_out_set = _RouterBatch(
-        source, block, [hidden[b] for b in judging], [goals[b] for b in judging]
+        source,
+        block,
+        [hidden[b] for b in judging],
+        [goals[b] for b in judging],
     )
 
     def error(weight: mx.array, batch: _RouterBatch) -> mx.array:
@@ -421,7 +441,8 @@ def heal(
     best = weight
     first = float(error(weight, held_out_set))
     least = first
-    adam = optim.Adam(RATE * float(mx.sqrt(mx.square(weight).mean())))
+    size = float(mx.sqrt(mx.square(weight).mean()))
+    adam = optim.Adam(RATE * size)
     for step in range(1, STEPS + 1):
         grads = {"gate": mx.grad(error)(weight, training_set)}
         weight = adam.apply_gradients(grads, {"gate": weight})["gate"]
@@ -442,23 +463,31 @@ class _RouterBatch:
     Rows (n, ...): n tokens of all batches together.
     """
 
-    def __init__(self, source: stream.Stream, block: nn.Module, hidden: Hidden, goals: Hidden):
+    def __init__(
+        self,
+        source: stream.Stream,
+        block: nn.Module,
+        hidden: Hidden,
+        goals: Hidden,
+    ):
         family = families.family(source.checkpoint.config)
         part = block[family.mlp]
         beside = []
         inputs = []
         for x in hidden:
             # behind attention: the stream that the mixture's output is added to, and its input
-            stream_in, experts_in = experts.before(block, x, load.mask(source.args, block, x))
+            mask = load.mask(source.args, block, x)
+            stream_in, experts_in = experts.before(block, x, mask)
             stream.evaluate_now(stream_in, experts_in)
-            beside.append(stream_in.reshape(-1, stream_in.shape[-1]))
-            inputs.append(experts_in.reshape(1, -1, experts_in.shape[-1]))
+            beside.append(_rows(stream_in))
+            inputs.append(_rows(experts_in)[None])
         self.inputs = mx.concatenate(inputs, axis=1)
         self.beside = mx.concatenate(beside).astype(mx.float32)
-        self.goal = mx.concatenate([g.reshape(-1, g.shape[-1]) for g in goals]).astype(mx.float32)
+        self.goal = mx.concatenate([_rows(goal) for goal in goals]).astype(mx.float32)
         self.weight = 1.0 / _rms(self.goal)[:, None]
         # Every token chooses every expert: (1, n, E).
         count = len(part[family.router].weight)
-        every = mx.array(np.broadcast_to(np.arange(count), (1, len(self.goal), count)))
+        numbers = np.broadcast_to(np.arange(count), (1, len(self.goal), count))
+        every = mx.array(numbers)
         self.expert_outputs = part.experts.outputs([self.inputs], [every])[0]
         stream.evaluate_now(self.inputs, self.beside, self.goal, self.weight, self.expert_outputs)

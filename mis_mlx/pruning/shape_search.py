@@ -124,15 +124,16 @@ def axis_sizes(
             # whole groups, if there are several
             fits = [n for n in fits if n % (s.heads // s.kv_heads) == 0] or fits
         sizes[axis] = (*_spread(fits), most)
-    sizes["vocab"] = (*sorted(vocab), s.vocab) if "vocab" in axes else (s.vocab,)
+    smaller = sorted(vocab) if "vocab" in axes else []
+    sizes["vocab"] = (*smaller, s.vocab)
     return sizes
 
 
 def _spread(sizes: Sequence[int]) -> list[int]:
     """SIZES of these at most, evenly spread, the first and the last among them."""
     last = max(0, len(sizes) - 1)
-    places = np.linspace(0, last, min(SIZES, len(sizes))).round().astype(int)
-    return [sizes[place] for place in np.unique(places)]
+    places = np.linspace(0, last, min(SIZES, len(sizes))).round()
+    return [sizes[place] for place in np.unique(places.astype(int))]
 
 
 def _shape(config: Mapping[str, Any], sizes: Mapping[str, int]) -> Shape | None:
@@ -151,7 +152,10 @@ def probed(sizes: Sequence[int]) -> list[int]:
     *smaller, most = sizes
     if not smaller:
         return []
-    nearest = {min(smaller, key=lambda n: abs(n - share * most)) for share in (5 / 6, 2 / 3)}
+    nearest = set[int]()
+    for share in (5 / 6, 2 / 3):
+        distances = [abs(size - share * most) for size in smaller]
+        nearest.add(smaller[distances.index(min(distances))])
     return sorted(nearest)
 
 
@@ -198,7 +202,8 @@ class Losses(NamedTuple):
         nats = [max(value, 1e-6) for _, value in points]
         power = 2.0  # as far as the second order reaches
         if len(points) > 1:
-            slope = math.log(nats[0] / nats[1]) / math.log(shares[0] / shares[1])
+            rise = math.log(nats[0] / nats[1])
+            slope = rise / math.log(shares[0] / shares[1])
             power = float(np.clip(slope, 1.0, 4.0))
         return nats[-1] * (removed / shares[-1]) ** power
 
@@ -234,9 +239,12 @@ class Losses(NamedTuple):
         first = int(fits[0])
         if first == 0:
             return float(bpw[0])
-        share = (nats[first - 1] - allowed) / max(nats[first - 1] - nats[first], 1e-12)
-        between = bpw[first - 1] + share * (bpw[first] - bpw[first - 1])
-        return float(min(bpw[first], math.ceil(100 * between) / 100))
+        # between the last that costs too much and the first that fits
+        below = first - 1
+        share = (nats[below] - allowed) / max(nats[below] - nats[first], 1e-12)
+        between = bpw[below] + share * (bpw[first] - bpw[below])
+        rounded_up = math.ceil(100 * between) / 100
+        return float(min(bpw[first], rounded_up))
 
 
 def smallest(
@@ -265,13 +273,17 @@ def smallest(
         if bpw is None or bpw < fewest:
             continue
         if all(limit.cost(shape, bpw) <= limit.most for limit in within):
-            sized.append((limits.file_bytes(config, shape, bpw), Choice(shape, bpw)))
+            nbytes = limits.file_bytes(config, shape, bpw)
+            sized.append((nbytes, Choice(shape, bpw)))
     sized.sort(key=lambda pair: pair[0])
     return [choice for _, choice in sized]
 
 
 def choices(
-    config: Mapping[str, Any], sizes: Sizes, within: Sequence[limits.Limit], bits: bool
+    config: Mapping[str, Any],
+    sizes: Sizes,
+    within: Sequence[limits.Limit],
+    bits: bool,
 ) -> list[Choice]:
     """Every student within the limits, in the most bits that they allow.
 
@@ -290,6 +302,7 @@ def choices(
         for limit, cost in costs.items():
             least[limit] = min(cost, least[limit])
         fits = all(cost <= limit.most for limit, cost in costs.items())
+        # the teacher itself is no choice, except in fewer bits
         if fits and (bits or shape != before):
             bpw = _most_bits(config, shape, costs, fewest=fewest, most=most)
             chosen.append(Choice(shape, math.floor(100 * bpw) / 100))
@@ -311,8 +324,10 @@ def _most_bits(
     if not in_bytes:
         return USUAL_BPW
     weights, _ = limits.weights_of(config, shape)
-    allowed = [fewest + 8 * (limit.most - costs[limit]) / weights for limit in in_bytes]
-    return min([most, *allowed])
+    for limit in in_bytes:
+        spare_bits = 8 * (limit.most - costs[limit])
+        most = min(most, fewest + spare_bits / weights)
+    return most
 
 
 def _no_choice(sizes: Sizes, least: Mapping[limits.Limit, float], *, bits: bool) -> MisError:
@@ -351,7 +366,10 @@ def best(candidates: Iterable[Choice], sizes: Sizes, losses: Losses, count: int)
     """
     chosen = dict[Choice, np.ndarray]()  # with its place among the sizes of each axis
     for choice in sorted(candidates, key=losses.expected):
-        place = np.array([sizes[axis].index(getattr(choice.shape, axis)) for axis in CUTS])
+        steps = []
+        for axis in CUTS:
+            steps.append(sizes[axis].index(getattr(choice.shape, axis)))
+        place = np.array(steps)
         if all(abs(place - other).sum() > 1 for other in chosen.values()):
             chosen[choice] = place
         if len(chosen) == count:
@@ -361,5 +379,8 @@ def best(candidates: Iterable[Choice], sizes: Sizes, losses: Losses, count: int)
 
 def rounding_of(choice: Choice) -> QuantizationConfig:
     """How a student of this choice is rounded."""
-    group = group_of(choice.shape)
-    return QuantizationConfig(q_group_size=group, target_bpw=choice.bpw, q_iters=0)  # type: ignore[arg-type]
+    return QuantizationConfig(
+        q_group_size=group_of(choice.shape),  # type: ignore[arg-type]
+        target_bpw=choice.bpw,
+        q_iters=0,
+    )
