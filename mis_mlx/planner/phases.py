@@ -248,12 +248,8 @@ def one(
     if job.reconstruct_samples:
         item = in_parts(job, mode)
         phases.append(repair_parts(job, left, item) if item else repair(job))
-    if mode == "resident":
-        phases.append(resident(job, micro, trained_left))
-    elif mode == "sharded":
-        phases.append(sharded(job, micro, shard))
-    elif mode != "none":
-        phases.append(blocks(job, micro, trained_left, lora=mode == "lora"))
+    if mode != "none":
+        phases.append(_distil(job, trained_left, mode=mode, micro=micro, shard=shard))
     phases.append(
         compression_size.quantize(
             job.student,
@@ -286,6 +282,15 @@ def one(
         shard_layers=shard,
         phases=tuple(planned),
     )
+
+
+def _distil(job: DistillationSpec, limit: int, *, mode: Mode, micro: int, shard: int) -> StageCost:
+    """The training itself, by this strategy."""
+    if mode == "resident":
+        return resident(job, micro, limit)
+    if mode == "sharded":
+        return sharded(job, micro, shard)
+    return blocks(job, micro, limit, lora=mode == "lora")
 
 
 def make(job: DistillationSpec, budget_bytes: int, rates: Rates) -> MemoryPlan:

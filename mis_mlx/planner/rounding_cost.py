@@ -10,6 +10,7 @@ import numpy as np
 
 from mis_mlx.maths.reconstruction import precision
 from mis_mlx.maths.rounding import BITS, HELD_BYTES, PART, SLAB
+from mis_mlx.models.config import Shape
 from mis_mlx.models.stream import stacked
 from mis_mlx.planner.estimates import (
     StageCost,
@@ -101,15 +102,7 @@ def _compensated(
     those rounded at a time. In float32 MLX factorizes it, with three.
     """
     s = m.wide
-    queries = s.heads * s.head_dim
-    keys = s.kv_heads * s.head_dim
-    # (in, out) of the matrices that share their inputs
-    sides = [
-        (s.hidden, queries + 2 * keys),
-        (queries, s.hidden),
-        (s.hidden, 2 * s.ffn),
-        (s.ffn, s.hidden),
-    ]
+    sides = _sides(s)
     grams = 0
     gram_flops = 0
     rounding_flops = 0
@@ -147,6 +140,18 @@ def _compensated(
         waits=2 * one_pass.waits,
         host_flops=float(s.layers * host_flops),
     )
+
+
+def _sides(s: Shape) -> list[tuple[int, int]]:
+    """(in, out) of a block's matrices, those with the same inputs together."""
+    queries = s.heads * s.head_dim
+    keys = s.kv_heads * s.head_dim
+    return [
+        (s.hidden, queries + 2 * keys),
+        (queries, s.hidden),
+        (s.hidden, 2 * s.ffn),
+        (s.ffn, s.hidden),
+    ]
 
 
 def _square_bytes(size: int) -> int:

@@ -206,17 +206,7 @@ def calibrate(
     batches and get the statistics of all; of a `relay` each looks at its own blocks.
     """
     s = shape_of(checkpoint.config)
-    norms = _zero_sums(s.hidden)  # all norms of all layers together: they share the hidden channels
-    out = Statistics(hidden={-1: norms})
-    experts = dict[int, ExpertSums]()
-    for i in range(s.layers):  # those that another machine looks at stay zero
-        neurons = ffn_size(checkpoint.config, i) * max(1, s.experts)
-        out.ffn[i] = _zero_sums(neurons)
-        out.block[i] = 0.0
-        out.heads[i] = _zero_sums(s.heads)
-        if s.experts:
-            routed, gated, warm = np.zeros((3, s.experts))
-            experts[i] = ExpertSums(routed, gated, warm)
+    out, experts = _nothing_yet(checkpoint.config)
     # Hidden states go to disk where the budget is small; then weights bypass the page cache, too.
     direct = not isinstance(hidden, list | None)
     source: stream.Stream | None = relay
@@ -246,12 +236,6 @@ def calibrate(
             )
         else:
             entered = _entered(source, block, hidden, weight)
-        sums = {
-            "ffn": out.ffn[i],
-            "heads": out.heads[i],
-            "norm1": norms,
-            "norm2": norms,
-        }
         distances = []
         for b, (after, samples) in enumerate(entered):
             # The first batch tells whether the block gives numbers: NotNumbers stops the pass here.
@@ -259,20 +243,45 @@ def calibrate(
             seen = {name: np.array(sample, np.float64) for name, sample in samples.items()}
             distances.append(seen["block"])
             tokens = after.shape[0] * after.shape[1]
-            _add(sums, seen, tokens, weight(b))
+            _add(out, i, seen, tokens=tokens, weight=weight(b))
         out.block[i] = float(np.sum(distances))
     _merge(out, experts, len(batches))
     _air(out, readings, unit)
     return out, source.norm(hidden)
 
 
+def _nothing_yet(config: Mapping[str, Any]) -> tuple[Statistics, dict[int, ExpertSums]]:
+    """Sums of all layers before the first batch; those that another machine looks at stay zero."""
+    s = shape_of(config)
+    # Norms of all layers together: they share the hidden channels.
+    out = Statistics(hidden={-1: _zero_sums(s.hidden)})
+    experts = dict[int, ExpertSums]()
+    for i in range(s.layers):
+        neurons = ffn_size(config, i) * max(1, s.experts)
+        out.ffn[i] = _zero_sums(neurons)
+        out.block[i] = 0.0
+        out.heads[i] = _zero_sums(s.heads)
+        if s.experts:
+            routed, gated, warm = np.zeros((3, s.experts))
+            experts[i] = ExpertSums(routed, gated, warm)
+    return out, experts
+
+
 def _add(
-    sums: Mapping[str, Sums],
+    out: Statistics,
+    layer: int,
     seen: Mapping[str, np.ndarray],
+    *,
     tokens: int,
     weight: float,
 ) -> None:
-    """Add a batch's samples, of so many tokens, to the sums of every axis that it has seen."""
+    """Add a batch's samples of a layer, of so many tokens, to the sums of every axis."""
+    sums = {
+        "ffn": out.ffn[layer],
+        "heads": out.heads[layer],
+        "norm1": out.hidden[-1],
+        "norm2": out.hidden[-1],
+    }
     for axis, axis_sums in sums.items():
         if axis in seen:
             # A head has the squares of all of its channels.

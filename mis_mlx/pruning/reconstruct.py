@@ -411,24 +411,17 @@ def heal(
     held_out = judges(kinds)
     # Outputs of all experts for a batch are E times as large as the batch: so many batches fit.
     most = max(2, ROUTER_BYTES // (hidden[0].nbytes * len(old)))
-    numbers = range(len(hidden))
-    learning = [b for b in numbers if b not in held_out][:most]
-    judging = [b for b in numbers if b in held_out][:most]
+    learning = [b for b in range(len(hidden)) if b not in held_out]
     if not learning:
         return old.astype(mx.float32), 1.0
+
+    def asked(numbers: Sequence[int]) -> _RouterBatch:
+        some = numbers[:most]
+        return _RouterBatch(source, block, [hidden[b] for b in some], [goals[b] for b in some])
+
     # Experts answer once, for all tokens of both sets: training asks only which answers count.
-    training_set = _RouterBatch(
-        source,
-        block,
-        [hidden[b] for b in learning],
-        [goals[b] for b in learning],
-    )
-    held_out_set = _RouterBatch(
-        source,
-        block,
-        [hidden[b] for b in judging],
-        [goals[b] for b in judging],
-    )
+    training_set = asked(learning)
+    held_out_set = asked(held_out)
 
     def error(weight: mx.array, batch: _RouterBatch) -> mx.array:
         router.weight = weight.astype(dtype)

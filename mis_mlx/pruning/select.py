@@ -243,18 +243,13 @@ def prune(
         """A place for the hidden states of a pass."""
         return Spool(folder, held or 0, files) if spooled else []
 
-    own = distributed.shard(batches)
-    relay = None
-    if shares:
-        dtype_here = policy.compute_dtype(checkpoint)
-        relay = pipeline_parallel.Relay(checkpoint, dtype_here, 0, direct=spooled, shares=shares)
     statistics, _ = calibrate.calibrate(
         checkpoint,
-        own,
+        distributed.shard(batches),
         reading=reading,
         unit=cut.temperature_unit,
+        relay=_relay(checkpoint, shares, direct=spooled),
         hidden=states(),
-        relay=relay,
     )
     # Every machine has brought its part; the student is the first one's to make.
     if not distributed.is_main():
@@ -275,14 +270,30 @@ def prune(
         _, plain = select_units(checkpoint.config, statistics, plain_cut, shape)
         losses = _losses({"aais": keep, "plain": plain}, write, held_out, out)
         keep = replace(keep, report={**keep.report, **losses})
-    keep = write(keep, out)
-    student = arch.student_config(checkpoint.config, shape, keep.layers, dtype)
+    return _outcome(checkpoint.config, shape, write(keep, out), dtype)
+
+
+def _outcome(
+    config: Mapping[str, Any], shape: Shape, keep: KeptUnits, dtype: str
+) -> dict[str, Any]:
+    """What a pruning has done, for the JSON line."""
+    student = arch.student_config(config, shape, keep.layers, dtype)
     return {
-        "params_before": arch.params(checkpoint.config),
+        "params_before": arch.params(config),
         "params": arch.params(student),
         "shape": str(shape),
         **{k: v for k, v in keep.report.items() if k not in BULKY},
     }
+
+
+def _relay(
+    checkpoint: Checkpoint, shares: Sequence[int], *, direct: bool
+) -> pipeline_parallel.Relay | None:
+    """This machine's blocks, where several machines share them."""
+    if not shares:
+        return None
+    dtype = policy.compute_dtype(checkpoint)
+    return pipeline_parallel.Relay(checkpoint, dtype, 0, direct=direct, shares=shares)
 
 
 def _losses(
