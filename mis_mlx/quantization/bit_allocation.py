@@ -48,7 +48,15 @@ def mixed(
     """
     group = how.q_group_size
     check(how.target_bpw, group)
-    nats = costs(checkpoint, batches, group, rounding.BITS, seed=seed, kept=kept)
+    nats = costs(
+        checkpoint,
+        batches,
+        group,
+        rounding.BITS,
+        seed=seed,
+        kept=kept,
+        fit=how.q_method == "gptq",
+    )
     # Small matrices of fixed bits have no choice, but their bits count towards the mean.
     for path in packed_format.gates(checkpoint.config):
         nats[path] = {packed_format.WIDE_BITS: 0.0}
@@ -176,10 +184,13 @@ def costs(
     bits: Sequence[int],
     seed: int = 0,
     kept: Hidden | None = None,
+    *,
+    fit: bool = False,
 ) -> dict[str, dict[int, float]]:
     """{module path: {bits: nats per token}} of every matrix, rounded in affine groups.
 
-    batches, seed, kept: as in `mixed`.
+    batches, seed, kept: as in `mixed`. fit: values are those of `rounding.fitted`, whose cost is
+    its share of the squared error that nearest values make.
     """
     args = load.model_args(checkpoint.config)
     nats: dict[str, dict[int, float]] = {}
@@ -214,7 +225,22 @@ def costs(
         for path, squares in table.squares.items():
             # Half the mean over tokens; `squares` are of errors of 2^b - 1 times their size.
             nats[path] = {b: squares / (2 * tokens) / (2**b - 1) ** 2 for b in bits}
+    if fit:
+        _count_fitted(checkpoint, nats, group)
     return nats
+
+
+def _count_fitted(
+    checkpoint: Checkpoint,
+    nats: Mapping[str, dict[int, float]],
+    group: int,
+) -> None:
+    """Turn costs of nearest values into those of fitted grids: a cost is in step with its error."""
+    for path, cost in nats.items():
+        # Some rows tell what fitted grids leave of the error; of a large table the first ones.
+        rows = next(load.dense_parts(checkpoint, f"{path}.weight", "float32"))
+        for bits in cost:
+            cost[bits] *= rounding.fit_share(rows, group, bits)
 
 
 class _BlockErrors:

@@ -83,7 +83,15 @@ def quantize(
     rounded = None
     if how.q_method == "gptq":
         rounded = rounded_blocks(checkpoint, batches, plan, hidden(1))
-    return packed_format.write_quantized(checkpoint, out, plan, files, rounded=rounded, extra=extra)
+    return packed_format.write_quantized(
+        checkpoint,
+        out,
+        plan,
+        files,
+        rounded=rounded,
+        extra=extra,
+        fit=rounded is not None,
+    )
 
 
 def rounded_blocks(
@@ -156,7 +164,7 @@ def _rounded_readers(
     for kind, paths in by_format.items():
         weights = [load.dense_weight(linears[path]) for path in paths]
         if gram is None or kind.bits >= ENOUGH_BITS:
-            matrices = [rounding.nearest(weight, kind.group, kind.bits) for weight in weights]
+            matrices = [rounding.fitted(weight, kind.group, kind.bits) for weight in weights]
         else:
             matrices = _compensated(weights, gram, kind)
         for path, packed in zip(paths, matrices, strict=True):

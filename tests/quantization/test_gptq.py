@@ -146,7 +146,7 @@ def test_the_model_stays_nearer_to_itself(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("cpu_policy")
 def test_bridges_keep_their_eight_bits(tmp_path: Path, batches: list[mx.array]) -> None:
-    """down_proj of the blocks that stand for removed ones is what plain rounding makes of it."""
+    """down_proj of the blocks that stand for removed ones has the nearest values of fitted grids."""
     teacher = load.open_checkpoint(tiny.make(tmp_path / "t", num_hidden_layers=4))
     shape = replace(shape_of(teacher.config), layers=3)
     slicing.write_student(
@@ -162,7 +162,8 @@ def test_bridges_keep_their_eight_bits(tmp_path: Path, batches: list[mx.array]) 
     assert packed_format.blocks_after_removed(student) == (0, 2)
     for i, bits in ((0, 8), (1, 4), (2, 8)):
         name = f"model.layers.{i}.mlp.down_proj.weight"
-        plain = rounding.values(rounding.nearest(load.dense(student, name), 64, bits), 64, bits)
+        nearest = rounding.fitted(load.dense(student, name), 64, bits)
+        plain = rounding.values(nearest, 64, bits)
         assert bool((load.dense(made, name) == plain).all()) == (bits == 8)
     settings = json.loads((tmp_path / "q4" / "config.json").read_text())["quantization"]
     assert settings["model.layers.0.mlp.down_proj"]["bits"] == 8
