@@ -10,6 +10,7 @@ from typing import Any, Literal
 from mis_mlx import cli
 from mis_mlx.evaluation import answers
 from mis_mlx.hardware import memory
+from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
 from mis_mlx.models import arch, load, resolve
 from mis_mlx.models.config import MOST_EXPERTS, read_config, shape_of
@@ -168,12 +169,8 @@ def _prompts(opened: Checkpoint | Mapping[str, Any]) -> int:
     return recipe.EVAL_PROMPTS if named or (opened.path / "chat_template.jinja").is_file() else 0
 
 
-def run(settings: Settings) -> dict[str, Any]:
-    """The command: print the plan."""
-    at = estimates.machine_rates(settings.machine, settings.measure)
-    print(f"{at}\n")
-    if settings.measure and settings.teacher is None:
-        return asdict(at)
+def planned(settings: Settings, at: Rates) -> tuple[phases.MemoryPlan, str]:
+    """(the plan of these settings on a machine of these rates, the teacher's path or name)."""
     opened, name = _open(settings.teacher)
     config = opened.config if isinstance(opened, Checkpoint) else opened
     settings = replace(settings, **packed_format.of_mixture(config, settings))
@@ -192,7 +189,17 @@ def run(settings: Settings) -> dict[str, Any]:
         answers=asked,
         answers_known=known,
     )
-    plan = phases.make(job, memory.budget(settings.budget_bytes, at.room_bytes).limit_bytes, at)
+    limit = memory.budget(settings.budget_bytes, at.room_bytes).limit_bytes
+    return phases.make(job, limit, at), name
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """The command: print the plan."""
+    at = estimates.machine_rates(settings.machine, settings.measure)
+    print(f"{at}\n")
+    if settings.measure and settings.teacher is None:
+        return asdict(at)
+    plan, name = planned(settings, at)
     print(text.aligned(table(plan)))
     if settings.machine == "here" and (said := battery(ThermalFlags())):
         print(f"\nThis machine is {said}.")
@@ -204,7 +211,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "read_bytes": sum(p.read_bytes for p in plan.phases),
         "written_bytes": sum(p.written_bytes for p in plan.phases),
         "disk_bytes": disk_bytes(plan),
-        "least_budget_bytes": phases.least_bytes(job, at),
+        "least_budget_bytes": phases.least_bytes(plan.job, at),
         "rates": at.source,
     }
 
