@@ -93,8 +93,12 @@ def fit_share(weight: mx.array, group: int, bits: int) -> float:
     rows = weight[::step].astype(mx.float32)
     errors = []
     for packed in (nearest(rows, group, bits), fitted(rows, group, bits)):
-        errors.append(mx.square(values(packed, group, bits) - rows).sum().item())
-    return errors[1] / errors[0] if errors[0] else 1.0
+        left = values(packed, group, bits) - rows
+        errors.append(float(mx.square(left).sum().item()))  # type: ignore[arg-type]
+    plain, best = errors
+    if not plain:
+        return 1.0
+    return best / plain
 
 
 def fit_grids(
@@ -311,7 +315,7 @@ def _by_columns(
             cost = mx.array(np.diag(factor)[start:end] ** -2.0).astype(mx.float32)
             grid = [part[:, None] for part in fit_grids(columns, bits, cost)]
         else:
-            grid = mx.quantize(columns, group_size=group, bits=bits)[1:]
+            grid = list(mx.quantize(columns, group_size=group, bits=bits)[1:])
         scales.append(grid[0])
         biases.append(grid[1])
         # The float32 scale and bias find an integer. Its value is what the stored float16 ones make
