@@ -75,7 +75,7 @@ def fitted(weight: mx.array, group: int, bits: int) -> Packed:
     parts = []
     for start in range(0, len(weight), rows):
         some = weight[start : start + rows].astype(mx.float32)
-        if mx.abs(some).max().item() > FLOAT16_MOST:
+        if (mx.abs(some) > FLOAT16_MOST).any().item():
             raise MisError(BEYOND)
         groups = some.reshape(len(some), -1, group)
         scales, biases = fit_grids(groups, bits)
