@@ -55,7 +55,7 @@ FREE = frozenset(
         "keep_steps",
     }
 )
-DEFAULT_LOSS = 0.12  # bits a byte that a run allows where nothing is said about sizes
+DEFAULT_LOSS = 0.1  # bits a byte that a run allows where nothing is said about sizes
 WRITTEN = Path("runs/text")  # folders of texts that teachers write
 TEXT_TOKENS = 200  # of such a text, about
 # Settings that say how large the result is.
