@@ -50,7 +50,8 @@ def question_rows(count: int) -> list[dict[str, Any]]:
     """Choice rows: the right answer and a likely slip, in turns."""
     made = []
     for number, row in enumerate(problems.rows("test", 0, count)):
-        wrong = row["rejected"].rpartition(f"{problems.MARK[row['language']]}: ")[2]  # type: ignore[index]
+        mark = problems.MARK[row["language"]]  # type: ignore[index]
+        wrong = row["rejected"].rpartition(f"{mark}: ")[2]
         options = [row["answer"], wrong] if number // 2 % 2 else [wrong, row["answer"]]
         made.append({"question": row["prompt"], "options": options, "answer": row["answer"]})
         made[-1]["language"] = row["language"]

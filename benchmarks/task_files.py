@@ -39,7 +39,8 @@ def choices(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
     made = []
     for number, row in enumerate(rows):
         end = problems.END[row["language"]].partition("{")[0]  # type: ignore[index]
-        wrong = row["rejected"].rpartition(f"{problems.MARK[row['language']]}: ")[2]  # type: ignore[index]
+        mark = problems.MARK[row["language"]]  # type: ignore[index]
+        wrong = row["rejected"].rpartition(f"{mark}: ")[2]
         options = [row["answer"], wrong] if number // 2 % 2 else [wrong, row["answer"]]
         question = row["prompt"].partition(f" {end}")[0]
         made.append(

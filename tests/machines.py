@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -154,8 +155,9 @@ def tuned(student: Checkpoint) -> dict[str, np.ndarray]:
     )
 
 
-def _learned(model: object, steps: Sequence[object]) -> dict[str, np.ndarray]:
-    found = {name: np.array(array) for name, array in tree_flatten(model.parameters())}  # type: ignore[attr-defined]
+def _learned(model: Any, steps: Sequence[object]) -> dict[str, np.ndarray]:
+    parameters = tree_flatten(model.parameters())
+    found = {name: np.array(array) for name, array in parameters}
     for name in ("loss", "grad_norm", "tokens"):
         found[f"steps {name}"] = np.array([getattr(step, name) for step in steps])
     return found

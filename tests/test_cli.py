@@ -450,7 +450,8 @@ def test_an_error_of_the_device_is_a_sentence(
 
 def test_tables_stand_in_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Words left, numbers right; other lines stay, and what is written to a file is not this."""
-    page = f"before\n\n{text.markdown_table(['', 'a', 'long'], [['one', '1', '2'], ['three', '100.5', '–']])}\n\nafter"
+    table = text.markdown_table(["", "a", "long"], [["one", "1", "2"], ["three", "100.5", "–"]])
+    page = f"before\n\n{table}\n\nafter"
     assert text.aligned(page) == page  # not a terminal
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert text.aligned(page).splitlines() == [

@@ -439,11 +439,13 @@ def test_words_are_spelled_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 GOOD_PAGE = """# A page
-See [it](#a-page), [below](#what-it-costs-1), ![a picture](b.svg), [the code](code.py#L2) and [the web](https://x.y/z).
+See [it](#a-page), [below](#what-it-costs-1), ![a picture](b.svg), [the code](code.py#L2) and \
+[the web](https://x.y/z).
 
 ## What it *costs*: `1`
 
-`--iters 3`, `--hostfile`, `distill --help-all`, `mlx_lm.convert --whatever`, `quantize --q-mode mxfp4`, `--no-fuse`.
+`--iters 3`, `--hostfile`, `distill --help-all`, `mlx_lm.convert --whatever`, \
+`quantize --q-mode mxfp4`, `--no-fuse`.
 
 ```sh
 scripts/mis distill --iters 3 --out $RUN   # `--nothing`

@@ -30,12 +30,15 @@ from tests.models.test_gguf_reader import llama_cpp_permute
 IDS = [5, 300, 17, 17, 400, 9, 250, 19, 0, 77]
 # What llama.cpp's loader reads of these models (llama_model_base::load_hparams,
 # llama_vocab::impl::load), by hand.
-NEEDED = """general.architecture general.type general.name general.size_label general.file_type
-general.quantization_version A.context_length A.embedding_length A.block_count A.feed_forward_length A.vocab_size
-A.attention.head_count A.attention.head_count_kv A.attention.key_length A.attention.value_length
-A.attention.layer_norm_rms_epsilon A.rope.dimension_count A.rope.freq_base tokenizer.ggml.model tokenizer.ggml.pre
-tokenizer.ggml.tokens tokenizer.ggml.token_type tokenizer.ggml.merges tokenizer.ggml.bos_token_id
-tokenizer.ggml.eos_token_id tokenizer.ggml.add_bos_token"""
+NEEDED = """
+general.architecture general.type general.name general.size_label general.file_type
+general.quantization_version A.context_length A.embedding_length A.block_count
+A.feed_forward_length A.vocab_size A.attention.head_count A.attention.head_count_kv
+A.attention.key_length A.attention.value_length A.attention.layer_norm_rms_epsilon
+A.rope.dimension_count A.rope.freq_base tokenizer.ggml.model tokenizer.ggml.pre
+tokenizer.ggml.tokens tokenizer.ggml.token_type tokenizer.ggml.merges
+tokenizer.ggml.bos_token_id tokenizer.ggml.eos_token_id tokenizer.ggml.add_bos_token
+"""
 
 
 def exported(model: Path, out: Path, **settings: Any) -> tuple[dict[str, Any], GGUFReader]:

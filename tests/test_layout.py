@@ -523,7 +523,8 @@ import importlib, os, resource, signal, sys
 import mis_mlx
 def state():
     signals = [signal.getsignal(s) for s in sorted(signal.valid_signals())]
-    return resource.getrlimit(resource.RLIMIT_NOFILE), os.getcwd(), signals, dict(os.environ), sys.warnoptions
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return files, os.getcwd(), signals, dict(os.environ), sys.warnoptions
 before = state()
 for name in sys.argv[1:]:
     importlib.import_module(name)

@@ -60,22 +60,31 @@ KINDS: dict[str, dict[str, Any]] = {
         }
     },
 }
-ODD = (
-    "a  b   c\td|line\r\nline\r\n\r\n|\n\n\n x|1234567890 3.14159 1e-5 ١٢٣ ²³ ½|I've I'VE we'll "
-    "WE'LL don't 'tis"
-)
-ODD += (
-    "|zażółć gęślą jaźń\nŁÓDŹ|Łódź–Kraków — „cudzysłów” …|😀🏔️👨‍👩‍👧 🦙 🇵🇱|日本語のテキスト 中文 한국어|مرحبا "
-    "بالعالم"
-)
-ODD += (
-    "|naïve e\u0301 é|\u200b\u00a0\u2003x|https://a.b/c?d=e&f=%20#g|if x<=3 and y!=4: "
-    "z**=2|====>>>----___***"
-)
-ODD += (
-    "|\x01\x7f|camelCase SCREAMING_CASE|100% £5 €7 zł|ﬁ Ⅷ|кириллица Ελληνικά|'''```|\u3000全角| "
-    "'s 'S 'LL't"
-)
+ODD = [
+    "a  b   c\td",
+    "line\r\nline\r\n\r\n",
+    "\n\n\n x",
+    "1234567890 3.14159 1e-5 ١٢٣ ²³ ½",
+    "I've I'VE we'll WE'LL don't 'tis",
+    "zażółć gęślą jaźń\nŁÓDŹ",
+    "Łódź–Kraków — „cudzysłów” …",
+    "😀🏔️👨‍👩‍👧 🦙 🇵🇱",
+    "日本語のテキスト 中文 한국어",
+    "مرحبا بالعالم",
+    "naïve e\u0301 é",
+    "\u200b\u00a0\u2003x",
+    "https://a.b/c?d=e&f=%20#g",
+    "if x<=3 and y!=4: z**=2",
+    "====>>>----___***",
+    "\x01\x7f",
+    "camelCase SCREAMING_CASE",
+    "100% £5 €7 zł",
+    "ﬁ Ⅷ",
+    "кириллица Ελληνικά",
+    "'''```",
+    "\u3000全角",
+    " 's 'S 'LL't",
+]
 PROMPTS = (
     "The with statement",
     "Baca wstał o świcie i",
@@ -107,7 +116,8 @@ def opened() -> Iterator[Callable[..., Any]]:
 
 def exported(model: Path, out: Path, wanted: str | None) -> Path:
     """The GGUF of an export."""
-    done = export.run(export.Settings(model=str(model), out=str(out), out_type=wanted))  # type: ignore[arg-type]
+    settings: dict[str, Any] = dict(model=str(model), out=str(out), out_type=wanted)
+    done = export.run(export.Settings(**settings))
     return out / done["file"]
 
 
@@ -323,9 +333,7 @@ def texts() -> list[str]:
     found += [
         row["text"][i : i + 200] for row in preparation.load("mis").train[:40] for i in (0, 200)
     ]
-    found = [
-        t for t in [*found, *(code[i : i + 200] for i in range(0, 6000, 200)), *ODD.split("|")] if t
-    ]
+    found = [t for t in [*found, *(code[i : i + 200] for i in range(0, 6000, 200)), *ODD] if t]
     assert len(set(found)) > 200
     return found
 

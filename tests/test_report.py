@@ -557,13 +557,19 @@ def test_a_million_steps_in_bounded_memory(count: int, copy: Path) -> None:
 
 
 ASK = """
-const cells = () => [...document.querySelector("table").tBodies[0].rows].map(row => row.cells[1].textContent);
+const rows = () => [...document.querySelector("table").tBodies[0].rows];
+const cells = () => rows().map(row => row.cells[1].textContent);
 const button = document.querySelector("th button"), found = [cells()];
 for (const turn of [1, 2]) { button.click(); found.push(cells()); }
 const boxes = [...document.querySelectorAll("svg")].map(svg => svg.getBoundingClientRect());
-document.title = JSON.stringify({found, sort: document.querySelector("th[aria-sort]").ariaSort,
-  wide: document.documentElement.scrollWidth, boxes: boxes.map(b => [b.width, b.height, b.right]),
-  loaded: performance.getEntriesByType("resource").map(entry => entry.name), foreign: window.foreign ?? null});
+document.title = JSON.stringify({
+  found,
+  sort: document.querySelector("th[aria-sort]").ariaSort,
+  wide: document.documentElement.scrollWidth,
+  boxes: boxes.map(b => [b.width, b.height, b.right]),
+  loaded: performance.getEntriesByType("resource").map(entry => entry.name),
+  foreign: window.foreign ?? null,
+});
 """
 
 

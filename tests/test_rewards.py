@@ -28,8 +28,11 @@ RECALL = 0.93
 
 def completion(case: dict[str, Any]) -> str:
     """The text; `fill` stands for what would make the file large."""
-    text = case["completion"]
-    return text.replace("{fill}", case["fill"][0] * case["fill"][1]) if "fill" in case else text  # type: ignore[no-any-return]
+    text = str(case["completion"])
+    if "fill" not in case:
+        return text
+    piece, times = case["fill"]
+    return text.replace("{fill}", piece * times)
 
 
 def test_no_wrong_answer_is_rewarded() -> None:

@@ -99,8 +99,11 @@ def test_no_problem_is_in_both_splits() -> None:
 def test_sums_are_right() -> None:
     """Read back from the prompt and computed."""
     for row in of_kind("sums", "two-digit-sums"):
-        a, sign, b = re.search(r"(\d+) ([+−]) (\d+)", row["prompt"]).groups()  # type: ignore[union-attr]
-        assert int(row["answer"]) == (int(a) + int(b) if sign == "+" else int(a) - int(b)) >= 0
+        found = re.search(r"(\d+) ([+−]) (\d+)", row["prompt"])
+        assert found is not None
+        a, sign, b = found.groups()
+        right = int(a) + int(b) if sign == "+" else int(a) - int(b)
+        assert int(row["answer"]) == right >= 0
 
 
 def test_recipes_are_right() -> None:

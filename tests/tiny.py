@@ -361,6 +361,12 @@ def make(folder: Path, seed: int = 0, dtype: str = "F32", **changes: Any) -> Pat
     return folder
 
 
+def stored_weights(folder: Path) -> dict[str, mx.array]:
+    """The weights of a model of one file, by name."""
+    weights: Any = mx.load(str(folder / "model.safetensors"))
+    return dict(weights)
+
+
 def seeing(folder: Path, beside: str = "") -> Path:
     """A gemma3 with eyes: the tiny gemma3_text of seed 0 inside, two tensors of a vision tower.
     beside: what the names of all begin with; transformers 5 writes `model.` there.
@@ -379,7 +385,7 @@ def seeing(folder: Path, beside: str = "") -> Path:
         "eos_token_id": [0],
     }
     (folder / "config.json").write_text(json.dumps(whole))
-    weights: dict[str, mx.array] = dict(mx.load(str(folder / "model.safetensors")))  # type: ignore[arg-type]
+    weights = stored_weights(folder)
     mx.eval(weights)
     inside = {
         f"{beside}language_model.{name.removeprefix(beside)}": value
@@ -409,7 +415,7 @@ def hearing(folder: Path, beside: str = "") -> Path:
     (folder / "config.json").write_text(
         json.dumps({**wrapped, **towers, "text_config": text, "eos_token_id": [0]})
     )
-    weights: dict[str, mx.array] = dict(mx.load(str(folder / "model.safetensors")))  # type: ignore[arg-type]
+    weights = stored_weights(folder)
     for name in ("k_proj", "v_proj", "k_norm"):
         for i in range(3, 7):
             weights[f"model.layers.{i}.self_attn.{name}.weight"] = mx.zeros((2, 2))
@@ -439,7 +445,7 @@ def talking(folder: Path, seed: int = 0, ending: float = 1.0) -> Path:
     """
     make(folder, seed, tie_word_embeddings=False)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    weights: dict[str, mx.array] = dict(mx.load(str(folder / "model.safetensors")))  # type: ignore[arg-type]
+    weights = stored_weights(folder)
     first = mx.arange(CONFIG["hidden_size"]) == 0
     end = mx.arange(CONFIG["vocab_size"])[:, None] == CONFIG["eos_token_id"]
     embedding = weights["model.embed_tokens.weight"]
@@ -464,7 +470,7 @@ def joined(folder: Path) -> Path:
         "partial_rotary_factor": 1.0,
     }
     (folder / "config.json").write_text(json.dumps({**config, **phi}))
-    weights: dict[str, mx.array] = dict(mx.load(str(folder / "model.safetensors")))  # type: ignore[arg-type]
+    weights = stored_weights(folder)
     mx.eval(weights)
     for i in range(config["num_hidden_layers"]):
         for whole, parts in (("self_attn.qkv", ("q", "k", "v")), ("mlp.gate_up", ("gate", "up"))):

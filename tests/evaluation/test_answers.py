@@ -141,7 +141,8 @@ def test_prompts_are_read_and_spread_evenly(tmp_path: Path) -> None:
     ]
     assert len(everything) == 9 and (three[0].kind, three[0].language) == ("list", "pl")
     assert len({prompt.sha256 for prompt in everything}) == 9
-    rows[1]["messages"] = [*rows[1]["messages"], {"role": "assistant", "content": "Tak."}]  # type: ignore[misc]
+    answered = {"role": "assistant", "content": "Tak."}
+    rows[1]["messages"] = [*rows[1]["messages"], answered]  # type: ignore[misc]
     rows[3]["language"] = "de"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(

@@ -46,8 +46,10 @@ MAY = {
 }
 WATCH = """
 import os, sys
+CALLS = ("connect", "bind", "sendto", "getaddrinfo", "gethostbyname")
+EVENTS = [f"socket.{call}" for call in CALLS]
 def hook(event, arguments):
-    if event in ("socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname"):
+    if event in EVENTS:
         with open(os.environ["MIS_MLX_SEEN"], "a") as file:
             file.write(f"{event} {arguments[1:]}\\n")
 sys.addaudithook(hook)

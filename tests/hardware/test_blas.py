@@ -30,10 +30,15 @@ OURS = (blas.MARK, blas.THREADS, "LD_PRELOAD", "MLX_HOSTFILE", "MLX_RANK")
 WITNESS = """
 import atexit, ctypes, json, os, sys
 def note():
+    end = {
+        "argv": sys.orig_argv[1:],
+        "fast": hasattr(ctypes.CDLL(None), "cblas_sgemm"),
+        "preload": os.environ.get("LD_PRELOAD"),
+        "threads": os.environ.get("OPENBLAS_NUM_THREADS"),
+        "mark": os.environ.get("MIS_MLX_BLAS"),
+    }
     with open(os.environ["WITNESS"], "a") as file:
-        print(json.dumps({"argv": sys.orig_argv[1:], "fast": hasattr(ctypes.CDLL(None), "cblas_sgemm"),
-                          "preload": os.environ.get("LD_PRELOAD"), "threads": os.environ.get("OPENBLAS_NUM_THREADS"),
-                          "mark": os.environ.get("MIS_MLX_BLAS")}), file=file)
+        print(json.dumps(end), file=file)
 atexit.register(note)
 """
 

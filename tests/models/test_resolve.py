@@ -24,10 +24,16 @@ from mis_mlx.storage.files import file_sha256
 from mis_mlx.types import MisError
 
 # Written for this test, so that no model can have been trained on it.
-ENGLISH = """The shepherd had counted his sheep twice before the fog came down from the ridge. He knew that
-the wind would turn before noon, as it always did in October, and that the path along the stream would be the
-only one left dry. So he whistled for the dog, picked up his stick, and began to walk slowly towards the old
-wooden hut, where a little smoke was already rising from the chimney and someone had put the kettle on."""
+ENGLISH = (
+    "The shepherd had counted his sheep twice before the fog came down from the ridge. "
+    "He knew that\n"
+    "the wind would turn before noon, as it always did in October, "
+    "and that the path along the stream would be the\n"
+    "only one left dry. So he whistled for the dog, picked up his stick, "
+    "and began to walk slowly towards the old\n"
+    "wooden hut, where a little smoke was already rising from the chimney "
+    "and someone had put the kettle on."
+)
 
 
 @pytest.fixture
