@@ -96,7 +96,9 @@ def theirs(adapter: Any, name: str, folder: Path) -> tuple[float, float, list[li
     )
     adapter.loglikelihood = loop
     samples = sorted(found["samples"][name], key=lambda s: s["doc_id"])
-    likelihoods = [[float(ll) for ll, _ in s["filtered_resps"]] for s in samples]
+    likelihoods = []
+    for sample in samples:
+        likelihoods.append([float(ll) for ll, _ in sample["filtered_resps"]])
     return *spent[0], likelihoods, float(np.mean([s["acc"] for s in samples]))
 
 

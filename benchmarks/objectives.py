@@ -112,7 +112,7 @@ def own_text() -> Iterator[None]:
                 len(data.tokens), r.batch_size * r.grad_accumulation_steps, step, r.seed
             )
             length = data.tokens.shape[1]
-            prompts = [[int(t) for t in row[:PROMPT]] for row in data.tokens[at]]
+            prompts = data.tokens[at, :PROMPT].tolist()
             draw = mlx_generate.sampler(1.0, 1000 * r.seed + step)
             said = mlx_generate.groups(
                 student,
@@ -194,15 +194,21 @@ def row(name: str, seed: int, begun: Path, out: Path, folders: dict[str, Path]) 
 
 def table(seeds: list[dict[str, Any]]) -> str:
     """Markdown: a column for each row that all seeds have."""
-    names = [name for name in ROWS if all(name in rows for rows in seeds)] if seeds else []
+    names = list(ROWS) if seeds else []
+    for rows in seeds:
+        names = [name for name in names if name in rows]
     texts = list(seeds[0][names[0]]["bits"]) if names else []
-    body = [
-        [text, *(", ".join(f"{rows[n]['bits'][text]:.3f}" for rows in seeds) for n in names)]
-        for text in texts
-    ]
-    body.append(
-        ["seconds", *(", ".join(f"{rows[n]['seconds']:.0f}" for rows in seeds) for n in names)]
-    )
+
+    def bits(name: str, text: str) -> str:
+        return ", ".join(f"{rows[name]['bits'][text]:.3f}" for rows in seeds)
+
+    def seconds(name: str) -> str:
+        return ", ".join(f"{rows[name]['seconds']:.0f}" for rows in seeds)
+
+    body = []
+    for text in texts:
+        body.append([text, *(bits(name, text) for name in names)])
+    body.append(["seconds", *map(seconds, names)])
     return markdown_table(["", *names], body)
 
 

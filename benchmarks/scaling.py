@@ -193,14 +193,12 @@ def tables(cells: dict[str, Any]) -> str:
         for label, points in along(axis, cells).items():
             if len(points) > 2:
                 across = [at for at, _ in points]
-                found = [
-                    [
-                        slope(across, [max(1e-3, p[kind][k]) for _, p in points])
-                        for kind in ("taken", "planned")
-                    ]
-                    for k in COUNTED[:3]
-                ]
-                slopes.append([axis, label, *(f"{a:.2f} ({b:.2f})" for a, b in found)])
+                shown = []
+                for key in COUNTED[:3]:
+                    taken = slope(across, [max(1e-3, p["taken"][key]) for _, p in points])
+                    planned = slope(across, [max(1e-3, p["planned"][key]) for _, p in points])
+                    shown.append(f"{taken:.2f} ({planned:.2f})")
+                slopes.append([axis, label, *shown])
     head = [
         "",
         "way",

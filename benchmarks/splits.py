@@ -124,7 +124,9 @@ class Teacher(live_teacher.StreamedTeacher):
 
     def micro_batches(self, batches: Any, windows: Any = ()) -> Any:
         """Remembers the windows, whose logits are asked for one by one."""
-        self._coming = [np.array(row) for tokens, _ in batches for row in tokens]
+        self._coming = list[np.ndarray]()
+        for tokens, _ in batches:
+            self._coming += map(np.array, tokens)
         return super().micro_batches(batches, windows)
 
     @cached_property

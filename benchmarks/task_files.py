@@ -69,8 +69,10 @@ def main(lessons: Path, exams: Path) -> None:
     for name, kinds in EXAMS.items():
         rows = problems.rows("test", 0, QUESTIONS, kinds)
         write(exams, name, choices(rows))
-        kept = ("prompt", "answer", "language")
-        write(exams, f"{name}-written", ({key: row[key] for key in kept} for row in rows))
+        written = []
+        for row in rows:
+            written.append({key: row[key] for key in ("prompt", "answer", "language")})
+        write(exams, f"{name}-written", written)
     for language in minimal_pairs.RULES:
         write(exams, f"grammar-{language}", minimal_pairs.rows(language, QUESTIONS))
 

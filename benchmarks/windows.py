@@ -156,10 +156,9 @@ def main(s: Settings) -> None:
         counts = [0, *(round(share * bench.layers) for share in s.shares)]
         models = {n: bench.windowed(tuple(map(int, order[:n]))) for n in counts}
         if not rows:
-            rows += [
-                {"windowed": n, **{name: bench.judge(m, name) for name in bench.held_out}}
-                for n, m in models.items()
-            ]
+            for count, model in models.items():
+                judged = {name: bench.judge(model, name) for name in bench.held_out}
+                rows.append({"windowed": count, **judged})
             keep()
         taken: dict[tuple[int, int], list[float]] = {}
         for _ in range(s.rounds):

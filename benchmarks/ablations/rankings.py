@@ -135,7 +135,9 @@ def by(statistics: Statistics, scores: Scores) -> Statistics:
     def put(key: Key) -> Sums:
         return replace(getattr(statistics, key[1])[key[0]], mean=scores(key) ** 2)
 
-    ffn, heads = ({i: put((i, axis)) for i in sorted(statistics.ffn)} for axis in ("ffn", "heads"))
+    blocks = sorted(statistics.ffn)
+    ffn = {i: put((i, "ffn")) for i in blocks}
+    heads = {i: put((i, "heads")) for i in blocks}
     return replace(statistics, ffn=ffn, heads=heads, hidden={-1: put((-1, "hidden"))})
 
 
