@@ -171,14 +171,14 @@ def test_a_table_of_two_models(
 def test_the_same_seed_gives_the_same_json_apart_from_timings(llama: Checkpoint) -> None:
     """Texts and tokens are the same ones; another seed has other texts."""
     own = ("measured", "hot")
-    one, same, other = (
-        {
-            k: v
-            for k, v in bench.run(settings(llama.path, num_trials=2, seed=seed)).items()
-            if k not in own
-        }
-        for seed in (3, 3, 4)
-    )
+
+    def measured(seed: int) -> dict[str, Any]:
+        result = bench.run(settings(llama.path, num_trials=2, seed=seed))
+        return {key: value for key, value in result.items() if key not in own}
+
+    one = measured(3)
+    same = measured(3)
+    other = measured(4)
     assert one == same
     assert one["models"]["llama"]["texts_sha256"] != other["models"]["llama"]["texts_sha256"]
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -296,21 +297,15 @@ def test_a_teacher_that_talks_has_a_student_that_is_asked(
         json.loads(line)
         for line in (tmp_path / "run" / "answers.jsonl").read_text("utf-8").splitlines()
     ]
-    assert [(row["prompt"], row["model"]) for row in rows] == [
-        (p, m) for p in asked for m in ("teacher", "4-bit")
-    ]
+    wanted = list(product(asked, ("teacher", "4-bit")))
+    assert [(row["prompt"], row["model"]) for row in rows] == wanted
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
     assert result["answers_prompts"] == 4 and result["nll_teacher"] < result["nll_pruned"]
-    figures = {
-        f"{metric}_{name}"
-        for metric in ("answers", "answers_excess")
-        for name in ("distilled", "4-bit")
-    }
-    figures |= {
-        f"{metric}_{name}"
-        for metric in ("loops", "empty", "endless")
-        for name in ("teacher", "4-bit")
-    }
+    figures = set[str]()
+    for metric in ("answers", "answers_excess"):
+        figures |= {f"{metric}_distilled", f"{metric}_4-bit"}
+    for metric in ("loops", "empty", "endless"):
+        figures |= {f"{metric}_teacher", f"{metric}_4-bit"}
     assert result.keys() >= figures | {"answers_teacher", "teacher_logprob_4-bit"}
     assert not {"loops_pruned", "answers_pruned", "loops_distilled"} & result.keys()
     above = result["answers_4-bit"] - result["answers_teacher"]

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
+from itertools import starmap
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, get_type_hints
@@ -164,11 +165,8 @@ def link_problems(page: Path, root: Path = ROOT) -> list[str]:
         targets = [piece.text] if piece.kind == "link" else []
         if piece.kind == "html":
             targets = re.findall(r"""\b(?:src|href)=["']([^"']+)""", piece.text)
-        result += [
-            f"{where(page, piece, root)}: {bad}"
-            for target in targets
-            if (bad := bad_link(page, target, root))
-        ]
+        faults = [bad_link(page, target, root) for target in targets]
+        result += [f"{where(page, piece, root)}: {fault}" for fault in faults if fault]
     return result
 
 
@@ -314,8 +312,8 @@ def command_problems(page: Path, root: Path = ROOT) -> list[str]:
         bad = list[str]()
         if piece.kind == "command" and re.search(r"scripts/mis\b|\bmis_mlx\b", piece.text):
             try:
-                calls = [call for words in parts(piece.text) if (call := ours(words))]
-                bad = [why for call in calls if (why := bad_call(*call))]
+                calls = [call for call in map(ours, parts(piece.text)) if call]
+                bad = [why for why in starmap(bad_call, calls) if why]
             except ValueError as error:
                 bad = [f"this is no line of shell ({error})"]
             bad = [f"{why}: mend the line, or see --help-all" for why in bad]
@@ -435,7 +433,8 @@ def test_words_are_spelled_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(docstrings(text) if path.suffix == ".py" else text, encoding="utf-8")
         names.append(str(path.relative_to(ROOT)))
-    assert not (bad := misspelled(tmp_path, names, monkeypatch)), "\n".join(bad)
+    bad = misspelled(tmp_path, names, monkeypatch)
+    assert not bad, "\n".join(bad)
 
 
 GOOD_PAGE = """# A page

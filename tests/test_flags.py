@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -51,11 +52,10 @@ def limits(kind: Any) -> dict[str, tuple[type, list[Within]]]:
     found = {}
     for name, hint in get_type_hints(kind, include_extras=True).items():
         every = list(parts(hint))
-        if number := next((p for p in every if p in (int, float)), None):
-            found[name] = (
-                number,
-                [m for p in every for m in getattr(p, "__metadata__", ()) if isinstance(m, Within)],
-            )
+        number = next((part for part in every if part in (int, float)), None)
+        if number:
+            notes = chain.from_iterable(getattr(part, "__metadata__", ()) for part in every)
+            found[name] = (number, [note for note in notes if isinstance(note, Within)])
     return found
 
 
@@ -343,7 +343,9 @@ def asked_before(name: str) -> set[str]:
     def owner(of: Any, flag: str) -> Any:
         return next(c for c in of.__mro__ if flag in inspect.get_annotations(c))
 
-    shared = {(owner(other, flag), flag) for other in above for flag in limits(other)}
+    shared = set[tuple[Any, str]]()
+    for other in above:
+        shared |= {(owner(other, flag), flag) for flag in limits(other)}
     return {flag for flag in limits(kind) if (owner(kind, flag), flag) in shared}
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -249,7 +250,8 @@ def docstrings(module: Module) -> list[str]:
     missing = [] if ast.get_docstring(module.tree) else ["the module"]
     classes = [node for node in module.tree.body if isinstance(node, ast.ClassDef)]
     shown = [c for c in classes if not c.name.startswith("_")]
-    for node in [*module.tree.body, *(member for c in shown for member in c.body)]:
+    members = chain.from_iterable(c.body for c in shown)
+    for node in chain(module.tree.body, members):
         named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
         if named and not node.name.startswith("_") and not ast.get_docstring(node):
             missing.append(f"{node.name}, line {node.lineno}")
@@ -461,7 +463,8 @@ def f(raw, name, dtype):
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_package_keeps_the_rule(rule: Callable[[Module], list[str]]) -> None:
     """No module breaks it."""
-    broken = {module.name: found for module in modules() if (found := rule(module))}
+    found = {module.name: rule(module) for module in modules()}
+    broken = {name: faults for name, faults in found.items() if faults}
     assert not broken, f"{rule.__doc__} Broken by: {broken}"
 
 
@@ -487,11 +490,8 @@ def test_every_command_is_listed() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "mis_mlx"], cwd=ROOT, capture_output=True, text=True
     )
-    lines = {
-        words[0]: words[1]
-        for line in run.stdout.splitlines()
-        if len(words := line.split(None, 1)) == 2
-    }
+    halves = [line.split(None, 1) for line in run.stdout.splitlines()]
+    lines = dict(words for words in halves if len(words) == 2)
     assert commands() and all(lines[name] == about != "" for name, about in commands().items())
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import mlx.core as mx
@@ -112,11 +113,7 @@ def test_every_way_ends_in_an_ordinary_model(
 
 @pytest.mark.parametrize(
     ("word", "way"),
-    [
-        pytest.param(word, way, marks=[] if (word, way) in KILLS else pytest.mark.slow)
-        for word in ("targets", "repair", "distil", "tune")
-        for way in WAYS
-    ],
+    mostly_slow(product(("targets", "repair", "distil", "tune"), WAYS), *KILLS, of_several=True),
 )
 def test_killed_in_any_phase_and_resumed(
     tmp_path: Path,

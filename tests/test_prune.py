@@ -181,7 +181,8 @@ def pencil_statistics() -> Statistics:
     made = Statistics(hidden={-1: Sums(*np.zeros((3, 64)))}, block={0: 0.5, 1: 0.1, 2: 0.3})
     made.hidden[-1].add(*both(np.arange(64)[::-1] + 1.0), 1.0)
     for i in range(3):
-        made.ffn[i], made.heads[i] = Sums(*np.zeros((3, 768))), Sums(*np.zeros((3, 4)))
+        made.ffn[i] = Sums(*np.zeros((3, 768)))
+        made.heads[i] = Sums(*np.zeros((3, 4)))
         made.ffn[i].add(*both(np.roll(np.arange(768)[::-1] + 1.0, i)), 1.0)
         made.heads[i].add(*both(np.array([4.0, 3.0, 2.0, 1.0])), 1.0)
     return made

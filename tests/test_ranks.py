@@ -150,7 +150,8 @@ def test_two_machines_give_the_run_of_one(
     assert (out / of).read_bytes() == (alone[0] / of).read_bytes()
     np.testing.assert_allclose(losses(out), losses(alone[0]), rtol=1e-4)
     own = {"thermal.jsonl", run_folder.SAMPLES}
-    names, expected = ({str(p.relative_to(run)) for p in run.rglob("*")} for run in (out, alone[0]))
+    names = {str(path.relative_to(out)) for path in out.rglob("*")}
+    expected = {str(path.relative_to(alone[0])) for path in alone[0].rglob("*")}
     assert names - own == expected - own
 
 
@@ -355,8 +356,7 @@ def test_machines_share_the_questions_of_grpo(
     said_lines = [
         json.loads(line) for line in (out / grpo_rollout.SAMPLES).read_text().splitlines()
     ]
-    by_step = {
-        step: [r["prompt"] for r in said_lines if r["number"] == step]
-        for step in {r["number"] for r in said_lines}
-    }
+    by_step: dict[int, list[str]] = {}
+    for line in said_lines:
+        by_step.setdefault(line["number"], []).append(line["prompt"])
     assert all(len(set(prompts)) == 2 for prompts in by_step.values())

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,9 @@ def test_the_page_of_a_run(finished: tuple[Path, Done], copy: Path) -> None:
     )
     policy = next(a["content"] for t, a in tags.tags if t == "meta" and "http-equiv" in a)
     assert policy and policy.startswith("default-src 'none'") and "refresh" not in page
-    links = [str(a.get(name)) for _, a in tags.tags for name in ("src", "href") if name in a]
+    links = []
+    for _, attributes in tags.tags:
+        links += [str(attributes[name]) for name in ("src", "href") if name in attributes]
     assert links and all(link.startswith(("#", "data:")) for link in links)
     assert re.search("python -m mis_mlx.distill .*--teacher", page)
     assert json.loads((copy / run_folder.ORIGIN).read_text())["data"] in page
@@ -200,14 +203,13 @@ def test_what_a_run_writes_down_for_it(finished: tuple[Path, Done], llama: Check
         == ["prune", "repair", "distil", "quantize", "tune", "measure"]
     )
     assert all(p["seconds"] > 0 and p["peak_bytes"] > 0 for p in story.phases)
-    assert {(s["model"], s["language"]) for s in story.samples} == {
-        (m, language)
-        for m in ("teacher", "pruned", "distilled", "4-bit")
-        for language in ("English", "Polish")
-    }
+    models = ("teacher", "pruned", "distilled", "4-bit")
+    shown = {(sample["model"], sample["language"]) for sample in story.samples}
+    assert shown == set(product(models, ("English", "Polish")))
     profile = story.keep["report"]["profile"]
     layers = llama.config["num_hidden_layers"]
-    assert profile.keys() == {f"{i}/{axis}" for i in range(layers) for axis in ("ffn", "heads")}
+    parts = product(range(layers), ("ffn", "heads"))
+    assert profile.keys() == {f"{i}/{axis}" for i, axis in parts}
     kept = {int(k.split("/")[0]): v["kept"] for k, v in profile.items() if k.endswith("ffn")}
     removed = set(kept) - set(story.keep["layers"])
     assert removed and all(kept[i] == 0 for i in removed)
@@ -358,15 +360,14 @@ def test_text_of_models_and_files_is_never_run(copy: Path, tmp_path: Path) -> No
     put_answers(copy, rows_of_answers("loop " * 60))
     before = Tags(written(copy)[0])
     samples = run_folder.records(copy / run_folder.SAMPLES)
-    lines = [
-        json.dumps({name: str(value) + HOSTILE for name, value in sample.items()})
-        for sample in samples
-    ]
+    lines = []
+    for sample in samples:
+        lines.append(json.dumps({name: f"{value}{HOSTILE}" for name, value in sample.items()}))
     (copy / run_folder.SAMPLES).write_text("\n".join(lines) + "\n")
-    answers = [
-        {name: value if name == "ended" else f"{value}{HOSTILE}" for name, value in row.items()}
-        for row in rows_of_answers("loop " * 60)
-    ]
+    answers = []
+    for row in rows_of_answers("loop " * 60):
+        spoilt = {name: f"{value}{HOSTILE}" for name, value in row.items()}
+        answers.append({**spoilt, "ended": row["ended"]})
     put_answers(copy, answers)
     (copy / "table.md").write_text(f"| | {HOSTILE} |\n|---|---:|\n| {HOSTILE} | 1 |\n\n{HOSTILE}\n")
     (copy / run_folder.CONFIG).write_text(
@@ -375,11 +376,9 @@ def test_text_of_models_and_files_is_never_run(copy: Path, tmp_path: Path) -> No
     (copy / run_folder.ORIGIN).write_text(json.dumps({HOSTILE: HOSTILE}))
     first, *rest = (copy / run_folder.PHASES).read_text().splitlines()
     begun = json.loads(first)
-    begun["flags"], begun["rates"]["device"], begun["rates"]["source"] = (
-        {HOSTILE: HOSTILE},
-        HOSTILE,
-        HOSTILE,
-    )
+    begun["flags"] = {HOSTILE: HOSTILE}
+    begun["rates"]["device"] = HOSTILE
+    begun["rates"]["source"] = HOSTILE
     begun["planned"].append({"phase": HOSTILE, "seconds": 1.0, "peak_bytes": 1})
     (copy / run_folder.PHASES).write_text("\n".join([json.dumps(begun), *rest, ""]))
     (copy / "thermal.jsonl").write_text(
@@ -388,7 +387,8 @@ def test_text_of_models_and_files_is_never_run(copy: Path, tmp_path: Path) -> No
     named = copy.rename(copy.with_name("<img src=x onerror=alert(3)>"))
     tags = Tags(written(named, named, out=str(tmp_path / "page.html"))[0])
     assert {t for t, _ in tags.tags} <= OURS and tags.count("script") == tags.count("style") == 1
-    assert not [name for _, attributes in tags.tags for name in attributes if name.startswith("on")]
+    for _, attributes in tags.tags:
+        assert not [name for name in attributes if name.startswith("on")]
     assert (
         HOSTILE in tags.text
         and "<img src=x onerror=alert(3)>" in tags.text
@@ -613,9 +613,10 @@ def test_in_a_browser(width: int, copy: Path, warm: Path, tmp_path: Path) -> Non
     title = re.search("<title>(.*?)</title>", done.stdout)
     assert title, done.stderr
     answer = json.loads(title[1])
-    before, rising, falling = (
-        [float(c.replace(",", "")) for c in column if c != "–"] for column in answer["found"]
-    )
+    columns = []
+    for column in answer["found"]:
+        columns.append([float(cell.replace(",", "")) for cell in column if cell != "–"])
+    before, rising, falling = columns
     assert len(before) > 10 and rising == sorted(before) != before and falling == rising[::-1]
     assert answer["sort"] == "descending" and answer["wide"] <= width and answer["foreign"] is None
     # refused by the policy

@@ -68,9 +68,10 @@ LOGS = (candidates.PROBES, candidates.CANDIDATES, finalists.FINALISTS, "table.md
 
 def as_flags(settings: dict[str, Any]) -> list[object]:
     """Keyword settings as a command line has them."""
-    return [
-        part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)
-    ]
+    flags = list[object]()
+    for name, value in settings.items():
+        flags += [f"--{name.replace('_', '-')}", value]
+    return flags
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +138,8 @@ def test_the_table_says_what_the_log_holds(done: tuple[Path, Done], llama: Check
     """
     out, run = done
     records = run_folder.records(out / finalists.FINALISTS)
-    lines = {
-        cells[1].strip(): cells[2:-1]
-        for line in run.stdout.splitlines()
-        if len(cells := line.split("|")) > 3
-    }
+    rows = [line.split("|") for line in run.stdout.splitlines()]
+    lines = {cells[1].strip(): cells[2:-1] for cells in rows if len(cells) > 3}
     for metric, (label, form) in text.TABLES["search"].items():
         if isinstance(records[0].get(metric), list):
             assert [c.split("±")[0].strip() for c in lines[label]] == [
@@ -152,9 +150,10 @@ def test_the_table_says_what_the_log_holds(done: tuple[Path, Done], llama: Check
             )
     assert all(np.mean(r["kl_distilled"]) < np.mean(r["kl_pruned"]) for r in records)
     before = shape_of(llama.config)
-    shapes = [
-        replace(before, **{a: r[a] for a in (*shape_search.CUTS, "kv_heads")}) for r in records
-    ]
+    shapes = []
+    for record in records:
+        cut = {axis: record[axis] for axis in (*shape_search.CUTS, "kv_heads")}
+        shapes.append(replace(before, **cut))
     names = [
         f"{shape_search.words(x, before)}, {r['bits']:.2f} bits"
         for x, r in zip(shapes, records, strict=True)
@@ -866,8 +865,9 @@ def test_windows_that_rank_do_not_judge() -> None:
         Windows(tokens + 100 * k, np.ones((20, 2), np.float32), np.arange(20)) for k in (0, 1)
     )
     ranking, judging = candidates.split({"English": one, "Polish": other}, 6, 24)
-    ids = [{int(row[0]) for row in part.tokens} for part in (ranking, judging)]
-    assert len(ids[0]) == 6 + 2 and len(ids[1]) == 14 + 8 and not ids[0] & ids[1]
+    ranked = set(ranking.tokens[:, 0].tolist())
+    judged = set(judging.tokens[:, 0].tolist())
+    assert len(ranked) == 6 + 2 and len(judged) == 14 + 8 and not ranked & judged
     assert ranking.text_bytes is not None and len(ranking.text_bytes) == 8
     with pytest.raises(MisError, match="the text English has 3 windows held out, a search takes 4"):
         candidates.split({"English": one.pick(slice(3))}, 6, 24)

@@ -8,8 +8,9 @@ import importlib
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from fractions import Fraction
-from itertools import permutations
+from itertools import chain, permutations
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +84,15 @@ def test_no_problem_is_in_both_splits() -> None:
     of the others.
     """
     train = {row["prompt"] for row in TRAIN}
-    written = [row for name, exam in EXAMS.items() if name.endswith("-written") for row in exam]
-    assert len(train) == len(TRAIN) and not train & {row["prompt"] for row in (*VALID, *written)}
-    sums, held_out = (
-        {
-            tuple(re.findall(r"\d+|[+−]", row["prompt"]))
-            for row in part
-            if row["task"] in ("sums", "recipe")
-        }
-        for part in (TRAIN, VALID)
-    )
-    assert not sums & held_out
+    exams = [exam for name, exam in EXAMS.items() if name.endswith("-written")]
+    judging = {row["prompt"] for row in chain(VALID, *exams)}
+    assert len(train) == len(TRAIN) and not train & judging
+
+    def sums(part: list[dict[str, Any]]) -> set[tuple[str, ...]]:
+        rows = [row for row in part if row["task"] in ("sums", "recipe")]
+        return {tuple(re.findall(r"\d+|[+−]", row["prompt"])) for row in rows}
+
+    assert not sums(TRAIN) & sums(VALID)
 
 
 def test_sums_are_right() -> None:
@@ -142,28 +141,35 @@ WORDS = {  # of the prompt, to a test on the order of names
 }
 
 
+Clue = tuple[Callable[..., bool], tuple[str, ...]]  # a test and the names in it
+
+
+def orders(names: list[str], clues: list[Clue]) -> list[tuple[str, ...]]:
+    """Every order of the names in which all clues hold."""
+
+    def fits(order: tuple[str, ...]) -> bool:
+        return all(test(order, *named) for test, named in clues)
+
+    return list(filter(fits, permutations(names)))
+
+
 def test_puzzles_have_the_one_solution_that_their_words_say() -> None:
     """Read back from the prompt, every order tried: exactly one fits, it gives the answer, and no
     clue is idle.
     """
-    ranks = {w: i for i, words in enumerate(zip(*RANKS.values(), strict=True)) for w in words}
+    ranks = {}
+    for words in RANKS.values():
+        ranks |= {word: place for place, word in enumerate(words)}
     for row in of_kind("logic"):
         listed = re.search(r": ([^.]+)\.", row["prompt"])[1].split(", ")  # type: ignore[index]
-        clues = [
-            (test, m.groups())
-            for words, test in WORDS.items()
-            for m in re.finditer(words, row["prompt"])
-        ]
-
-        def fitting(clues: list[Any], listed: list[str] = listed) -> list[tuple[str, ...]]:
-            return [
-                o for o in permutations(listed) if all(test(o, *names) for test, names in clues)
-            ]
-
-        fits = fitting(clues)
-        assert len(fits) == 1 and all(
-            len(fitting([c for c in clues if c != clue])) > 1 for clue in clues
-        )
+        clues = list[Clue]()
+        for words, test in WORDS.items():
+            clues += [(test, match.groups()) for match in re.finditer(words, row["prompt"])]
+        fits = orders(listed, clues)
+        assert len(fits) == 1
+        for clue in clues:
+            rest = [other for other in clues if other != clue]
+            assert len(orders(listed, rest)) > 1
         asked = re.search(r"(?:came|jako) (\w+)\?", row["prompt"])
         assert row["answer"] == (fits[0][ranks[asked[1]]] if asked else ", ".join(fits[0]))
 

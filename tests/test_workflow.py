@@ -4,6 +4,7 @@ it run.
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def machines(job: dict[str, Any]) -> dict[str, int]:
 
 def test_every_image_still_exists(jobs: dict[str, Any]) -> None:
     """A job on a retired image never starts."""
-    images = [image for job in jobs.values() for image in machines(job)]
+    images = list(chain.from_iterable(map(machines, jobs.values())))
     assert "macos-15" in images and not set(images) & set(RETIRED)
 
 
@@ -40,7 +41,7 @@ def test_what_stops_a_merge_runs_on_the_cpu(jobs: dict[str, Any]) -> None:
     """
     blocking = [job for job in jobs.values() if not job.get("continue-on-error")]
     assert blocking and all(job["env"]["MIS_MLX_DEVICE"] == "cpu" for job in blocking)
-    minutes = {image: n for job in blocking for image, n in machines(job).items()}
+    minutes = dict(chain.from_iterable(machines(job).items() for job in blocking))
     assert minutes["macos-15"] >= 60 > minutes["ubuntu-latest"]
 
 

@@ -252,8 +252,11 @@ POLISH: dict[str, dict[str, Any]] = {
         40, 5120, ffn=14_336, heads=32, kv_heads=8, vocab=131_072, head_dim=128, sliding_window=None
     ),
 }
-PHI: dict[str, dict[str, Any]] = {  # microsoft's, but for the factors, which are as many
-    name: real(
+
+
+def _published_phi(heads: int, kv_heads: int, vocab: int, **more: Any) -> dict[str, Any]:
+    """Microsoft's, but for the factors, which are as many."""
+    return real(
         32,
         3072,
         ffn=8192,
@@ -274,10 +277,11 @@ PHI: dict[str, dict[str, Any]] = {  # microsoft's, but for the factors, which ar
         },
         **more,
     )
-    for name, heads, kv_heads, vocab, more in (
-        ("Phi-3-mini-128k-instruct", 32, 32, 32_064, {}),
-        ("Phi-4-mini-instruct", 24, 8, 200_064, {"partial_rotary_factor": 0.75}),
-    )
+
+
+PHI: dict[str, dict[str, Any]] = {
+    "Phi-3-mini-128k-instruct": _published_phi(32, 32, 32_064),
+    "Phi-4-mini-instruct": _published_phi(24, 8, 200_064, partial_rotary_factor=0.75),
 }
 PHI["Phi-4-mini-instruct"]["tie_word_embeddings"] = True
 LONG = {"type": "longrope", "long_factor": [1.0, 1, 2, 3, 5, 8, 13, 21], "short_factor": [1.0] * 8}

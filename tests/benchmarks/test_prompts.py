@@ -123,7 +123,9 @@ def test_training_and_judge_share_no_text() -> None:
     train = runs_of([*texts_of(prompts.TRAIN), *texts_of(preparation.ANSWERS)])
     asked = texts_of(answers.PROMPTS)
     records = [json.loads(line) for line in answers.SHIPPED.read_text("utf-8").splitlines()[1:]]
-    said = [record[kind]["text"] for record in records for kind in ("sampled", "greedy")]
+    said = list[str]()
+    for record in records:
+        said += [record["sampled"]["text"], record["greedy"]["text"]]
 
     assert len(train) > 10_000
     assert runs_of(asked) & train == set()

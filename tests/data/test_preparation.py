@@ -268,11 +268,10 @@ def test_conversations_share_their_instruction_and_stay(tmp_path: Path, chat: An
     too, is one.
     """
     order = (
-        "Say in a few words of your own what the number of this letter stands for, and "
-        "nothing "
-        "more than that: "
+        "Say in a few words of your own what the number of this letter stands for, "
+        "and nothing more than that: "
     )
-    answers = [" ".join(f"{n * k}" for k in range(40, 80)) for n in range(3, 48, 3)]
+    answers = [" ".join(map(str, range(40 * n, 80 * n, n))) for n in range(3, 48, 3)]
     rows = [json.dumps({"prompt": order + str(n), "completion": a}) for n, a in enumerate(answers)]
     for name, some in {"train": rows[:10], "valid": rows[10:], "test": rows[10:]}.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(some))

@@ -203,7 +203,9 @@ def test_no_row_is_lost_and_none_begins_in_the_middle() -> None:
 
         texts = [" ".join(map(str, [*window, ""])) for window in found.tokens.tolist()]
         own = length - 1
-        pieces = [row[at : at + own] for row in rows for at in range(0, len(row), own)]
+        pieces = []
+        for row in rows:
+            pieces += [row[at : at + own] for at in range(0, len(row), own)]
         firsts = {piece[0] for piece in pieces}
         news = set[int]()
         for window in found.tokens.tolist():
@@ -248,14 +250,9 @@ def test_an_epoch_covers_every_window_once() -> None:
 
     def epochs(windows: int, batch: int, count: int) -> list[np.ndarray]:
         steps = windows // batch
+        orders = [token_windows.order(windows, batch, step, 7) for step in range(count * steps)]
         return [
-            np.concatenate(
-                [
-                    token_windows.order(windows, batch, epoch * steps + step, 7)
-                    for step in range(steps)
-                ]
-            )
-            for epoch in range(count)
+            np.concatenate(orders[epoch * steps : (epoch + 1) * steps]) for epoch in range(count)
         ]
 
     for windows, batch in ((12, 4), (12, 12), (5, 1)):
@@ -319,11 +316,11 @@ def test_overlap_equals_the_plain_set_of_spans() -> None:
     for span in (4, 6, 8):
         stream = train.tokens.reshape(-1).tolist()
         known = {tuple(stream[at : at + span]) for at in range(len(stream) - span + 1)}
-        plain = [
-            index
-            for index, row in enumerate(held_out.tokens.tolist())
-            if any(tuple(row[at : at + span]) in known for at in range(17 - span))
-        ]
+        plain = []
+        for index, row in enumerate(held_out.tokens.tolist()):
+            runs = {tuple(row[at : at + span]) for at in range(17 - span)}
+            if runs & known:
+                plain.append(index)
         assert token_windows.overlap(train, held_out, span).tolist() == plain
         assert span == 4 or 0 < len(plain) < 200
 

@@ -116,9 +116,9 @@ def test_fisher_and_sensitivity(model: Checkpoint, plain: nn.Module) -> None:
     block.mlp.down_proj = down
     args = load.model_args(model.config)
     mine = load.block(model, 1, args, mx.float32)
-    matrices = [
-        (part, name, axis) for axis, (part, names) in arch.readers(mine).items() for name in names
-    ]
+    matrices = []
+    for axis, (part, names) in arch.readers(mine).items():
+        matrices += [(part, name, axis) for name in names]
     (got,), seen = bit_allocation._back(
         args, mine, matrices=matrices, inputs=BlockInputs(x), above=BlockOutputs(above)
     )

@@ -265,12 +265,10 @@ def test_a_table_for_each_language_with_enough_prompts() -> None:
     one = conversations.tables(judged("eeeeeeeeeppp", models))
 
     assert list(both) == ["English", "Polish"] and list(one) == ["English"]
-    loops = {
-        language: [
-            (row.value, row.n) for row in rows if (row.model, row.metric) == ("student", "loops")
-        ]
-        for language, rows in both.items()
-    }
+    loops = {}
+    for language, rows in both.items():
+        chosen = [row for row in rows if (row.model, row.metric) == ("student", "loops")]
+        loops[language] = [(row.value, row.n) for row in chosen]
     assert loops == {"English": [(25.0, 8)], "Polish": [(100.0, 4)]}
 
 

@@ -47,10 +47,12 @@ def cut(sizes: list[int]) -> Any:
     """micro_batches(step) that cuts the twelve rows into parts of `sizes`."""
 
     def micro_batches(step: int) -> list[tuple[mx.array, ...]]:
-        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-        return [
-            tuple(a[end - n : end] for a in rows(step)) for n, end in zip(sizes, ends, strict=True)
-        ]
+        parts = []
+        start = 0
+        for size in sizes:
+            parts.append(tuple(array[start : start + size] for array in rows(step)))
+            start += size
+        return parts
 
     return micro_batches
 

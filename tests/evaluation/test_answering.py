@@ -152,10 +152,11 @@ def test_a_uniform_model_takes_the_option_of_fewest_tokens(llama: Checkpoint) ->
         ("the", ("if if", "if"), 0),
         ("the", ("if", "is", "if if"), 0),
     ]
-    made = tuple(
-        questions.Question(c, f" {o[r]}", tuple(f" {w}" for w in o), r) for c, o, r in asked
-    )
-    found = answering.uniform(llama, questions.Task("t", "choice", made, ""))
+    made = []
+    for context, words, right in asked:
+        options = tuple(f" {word}" for word in words)
+        made.append(questions.Question(context, options[right], options, right))
+    found = answering.uniform(llama, questions.Task("t", "choice", tuple(made), ""))
     assert found is not None and found.tolist() == [1.0, 0.0, 0.5]
     vocabulary = json.loads((llama.path / "tokenizer.json").read_text())["model"]["vocab"]
     word = max(

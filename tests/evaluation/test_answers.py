@@ -426,9 +426,9 @@ def test_what_is_shipped_unmeasured_is_measured_once(
     shipped = tmp_path / "shipped.jsonl"
     whole = answers.ship(chat, THREE, limit, shipped)
     header, *records = [json.loads(line) for line in shipped.read_text("utf-8").splitlines()]
-    bare = [
-        {key: record[key] for key in ("prompt_sha256", "sampled", "greedy")} for record in records
-    ]
+    bare = []
+    for record in records:
+        bare.append({key: record[key] for key in ("prompt_sha256", "sampled", "greedy")})
     shipped.write_text("".join(json.dumps(row) + "\n" for row in (header, *bare)))
     shutil.rmtree(cache)
     seen = asked_again(monkeypatch)

@@ -174,12 +174,11 @@ def _distilled(place: Path) -> Outcome:
     """The models that a run wrote, and every loss on the way."""
     out = place / "run"
     losses = [(r["number"], r["loss"], r["grad_norm"]) for r in run_folder.metrics(out)]
-    whole = {
-        f"{name}/{file}": value
-        for name in ("pruned", "distilled", "model")
-        for file, value in contents(out / name).items()
-        if file != "README.md"
-    }
+    whole = {}
+    for name in ("pruned", "distilled", "model"):
+        files = contents(out / name)
+        files.pop("README.md", None)
+        whole |= {f"{name}/{file}": value for file, value in files.items()}
     return {**whole, LOSSES: sha256(json.dumps(losses).encode())}
 
 

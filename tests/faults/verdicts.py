@@ -246,11 +246,8 @@ class Bench:
 
     def _differs(self, here: Path, but: Sequence[str] = ()) -> list[str]:
         """Names of what is there and should not be, or the other way round, or has other bytes."""
-        ends = [
-            {k: v for k, v in end.items() if k not in but}
-            for end in (self.job.outcome(here), self.whole)
-        ]
-        return sorted({name for name, _ in ends[0].items() ^ ends[1].items()})
+        different = self.job.outcome(here).items() ^ self.whole.items()
+        return sorted({name for name, _ in different} - set(but))
 
     def _compare(self, what: str, here: Path, but: Sequence[str] = (), swept: bool = True) -> bool:
         """swept: there was something left to do, and whoever does it sweeps up first."""

@@ -31,7 +31,8 @@ def padded(
     filled = np.arange(sizes.max()) < sizes[:, None]
     wide = np.zeros(filled.shape, np.int32)
     weights = np.zeros(filled.shape, np.float32)
-    wide[filled], weights[filled] = ids, counts / n
+    wide[filled] = ids
+    weights[filled] = counts / n
     return mx.array(wide), mx.array(weights)
 
 

@@ -73,8 +73,10 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "ffn_down": (WIDE, FFN),
         "post_ffw_norm": (WIDE,),
     }
-    every = {f"blk.{i}.{name}": shape for i in range(LAYERS) for name, shape in sizes.items()}
-    for name, shape in {"token_embd": (len(PIECES), WIDE), "output_norm": (WIDE,), **every}.items():
+    every = {"token_embd": (len(PIECES), WIDE), "output_norm": (WIDE,)}
+    for i in range(LAYERS):
+        every |= {f"blk.{i}.{name}": shape for name, shape in sizes.items()}
+    for name, shape in every.items():
         values = np.full(shape, 1.25) if "norm" in name else 0.1 * rng.standard_normal(shape)
         writer.add_tensor(f"{name}.weight", values.astype(np.float32))
     writer.write_header_to_file()

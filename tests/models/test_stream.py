@@ -166,10 +166,9 @@ def test_backwards_past_the_page_cache_and_in_parts(
     """Any order of blocks; direct reading and files of one block each give the same weights; a
     break is harmless.
     """
-    want = {
-        i: [mx.array(np.array(w)) for _, w in tree_flatten(b.parameters())]
-        for i, b in stream.Stream(llama, mx.float32).blocks()
-    }
+    want = {}
+    for i, block in stream.Stream(llama, mx.float32).blocks():
+        want[i] = [mx.array(np.array(weight)) for _, weight in tree_flatten(block.parameters())]
     source = stream.Stream(llama, mx.float32, direct=True)
     for _ in source.blocks():
         break

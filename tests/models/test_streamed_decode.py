@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def ours(checkpoint: Checkpoint, ids: list[int], **more: Any) -> list[list[int]]
 
 
 def flat(passes: list[list[int]]) -> list[int]:
-    return [t for new in passes for t in new]
+    return list(chain.from_iterable(passes))
 
 
 @pytest.fixture
@@ -157,6 +158,7 @@ def test_a_tree_by_pencil() -> None:
     first = next(n for n in nodes if n.depth == 1 and n.token == 1)
     below = next(n for n in nodes if n.up is first)
     choice = dict.fromkeys(range(len(nodes) + 1), 9)
-    choice[0], choice[1 + nodes.index(first)] = 1, below.token
+    choice[0] = 1
+    choice[1 + nodes.index(first)] = below.token
     branch, last = streamed_decode.accepted(nodes, list(choice.values()))
     assert branch == [first, below] and last == 9

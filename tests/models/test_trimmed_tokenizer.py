@@ -79,14 +79,16 @@ def sentencepiece(folder: Path, unigram: bool = False) -> None:
             *spelled,
             *sorted(model["vocab"], key=model["vocab"].__getitem__)[count:],
         ]
-        model["vocab"], model["fuse_unk"] = {text: i for i, text in enumerate(tokens)}, True
-        known = set(tokens[count + 256 :])
-        model["merges"] += [
-            [t[:at], t[at:]]
-            for t in tokens[count + 256 :]
-            for at in range(1, len(t))
-            if {t[:at], t[at:]} <= known and [t[:at], t[at:]] not in model["merges"]
-        ]
+        model["vocab"] = {text: i for i, text in enumerate(tokens)}
+        model["fuse_unk"] = True
+        learned = tokens[count + 256 :]
+        known = set(learned)
+        there = {tuple(merge) for merge in model["merges"]}
+        for token in learned:
+            for at in range(1, len(token)):
+                pair = (token[:at], token[at:])
+                if known.issuperset(pair) and pair not in there:
+                    model["merges"].append(list(pair))
     spec["pre_tokenizer"] = {
         "type": "Split",
         "pattern": {"String": " "},
@@ -190,7 +192,8 @@ def test_the_parts_of_every_token_are_there(folder: Path) -> None:
     assert sorted(spec["vocab"].values()) == list(range(len(spec["vocab"])))
     joined = [a + b for a, b in spec["merges"]]
     assert [m for m in whole["merges"] if m in spec["merges"]] == spec["merges"]
-    assert {text for a, b in spec["merges"] for text in (a, b, a + b)} <= spec["vocab"].keys()
+    for first, second in spec["merges"]:
+        assert {first, second, first + second} <= spec["vocab"].keys()
     reachable = {a + b for a, b in whole["merges"]} & spec["vocab"].keys()
     assert reachable == set(joined)
     small = Tokenizer(models.BPE(spec["vocab"], [tuple(m) for m in spec["merges"]]))

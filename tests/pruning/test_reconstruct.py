@@ -212,7 +212,8 @@ def test_against_lstsq_in_float64(
         rows_r.append(weight * (goal - np.array(out, np.float64).reshape(-1, 64)))
 
     def solution(ridge: float, at: list[int]) -> np.ndarray:
-        a, r = (np.concatenate([rows[b] for b in at]) for rows in (rows_a, rows_r))
+        a = np.concatenate([rows_a[b] for b in at])
+        r = np.concatenate([rows_r[b] for b in at])
         damped = np.vstack([a, np.sqrt(ridge * np.square(a).sum() / 256) * np.eye(256)])
         found, *_ = np.linalg.lstsq(damped, np.vstack([r, np.zeros((256, 64))]), rcond=None)
         return np.asarray(found)

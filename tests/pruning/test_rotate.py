@@ -28,7 +28,10 @@ from tests.conftest import Done, last_line, near
 from tests.pruning.test_reconstruct import mended_model, stream_error
 
 ALL = (0, 1, 2)
-NORMS = [f"model.layers.{i}.{n}_layernorm.weight" for i in ALL for n in ("input", "post_attention")]
+NORMS = list[str]()
+for number in ALL:
+    NORMS.append(f"model.layers.{number}.input_layernorm.weight")
+    NORMS.append(f"model.layers.{number}.post_attention_layernorm.weight")
 NORMS.append("model.norm.weight")
 
 

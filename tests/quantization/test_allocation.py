@@ -15,12 +15,13 @@ BITS = (3, 4, 5, 6, 8)
 def random_costs(seed: int, count: int = 5) -> tuple[dict[str, dict[int, float]], dict[str, int]]:
     """Costs that fall about fourfold a bit, with noise that makes some of them no hull at all."""
     rng = np.random.default_rng(seed)
-    costs = {
-        f"m{k}": {
-            b: float(rng.lognormal(0, 2) * 4.0 ** (3 - b) * rng.lognormal(0, 0.5)) for b in BITS
-        }
-        for k in range(count)
-    }
+
+    def cost(bits: int) -> float:
+        return float(rng.lognormal(0, 2) * 4.0 ** (3 - bits) * rng.lognormal(0, 0.5))
+
+    costs = {}
+    for k in range(count):
+        costs[f"m{k}"] = {bits: cost(bits) for bits in BITS}
     return costs, {name: int(rng.integers(1, 4)) for name in costs}
 
 

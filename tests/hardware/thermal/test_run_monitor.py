@@ -73,7 +73,10 @@ def test_tea_breaks_are_counted_logged_and_end_with_the_recording(tmp_path: Path
     """
     log = tmp_path / "thermal.jsonl"
     with ThermalMonitor(ThermalFlags(thermal_replay=str(HALNY), governor="steady"), log) as weather:
-        actions = [[d.action for d in weather.after(step(n))] for n in range(1, 200)]
+        actions = []
+        for number in range(1, 200):
+            decisions = weather.after(step(number))
+            actions.append([decision.action for decision in decisions])
         assert weather.breaks.count == 6
         assert weather.breaks.seconds > 60
         assert weather.account()["tea_reasons"] == {"hot": 6}
