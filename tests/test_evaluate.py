@@ -80,7 +80,14 @@ def test_kld_refusals(llama: Checkpoint, text_folder: Path) -> None:
     """
     with pytest.raises(MisError, match="name the other with --students"):
         evaluate.run(evaluate.Settings(str(llama.path), kld=True))
-    few = evaluate.Settings(str(llama.path), (str(llama.path),), str(text_folder), 2, 32, kld=True)
+    few = evaluate.Settings(
+        teacher=str(llama.path),
+        students=(str(llama.path),),
+        data=str(text_folder),
+        eval_windows=2,
+        max_seq_length=32,
+        kld=True,
+    )
     with pytest.raises(MisError, match="30 tokens lie in the second halves of 2 windows"):
         evaluate.run(few)
     found = evaluate.run(replace(few, eval_windows=1, max_seq_length=None))

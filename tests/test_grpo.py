@@ -285,7 +285,7 @@ def test_learning_begins_at_exactly_zero(
     seen = list[Any]()
 
     def loss(model: Any, b: Any, advantage: mx.array, old: Any, reference: mx.array) -> Any:
-        total, count, more = s.loss(model, b, advantage, old, reference)
+        total, count, more = s.loss(model, b, advantage, old=old, reference=reference)
         seen.append((old, b, advantage, float(total), float(more["clipped"])))
         return total, count, more
 

@@ -70,6 +70,7 @@ def test_what_stays_by_kl_and_by_second_order(llama: Checkpoint, batches: list[m
     """The block that costs least by itself goes; of Fisher values the least goes."""
     one = [by_hand(llama, batches, {i}) for i in range(3)]
     kept = tuple(i for i in range(3) if i != int(np.argmin(one)))
-    assert block_removal.kept("kl", llama, batches, mx.float32, 2, {}) == kept
+    how = {"dtype": mx.float32, "keep": 2}
+    assert block_removal.kept("kl", llama, batches, fisher={}, **how) == kept
     fisher = {(i, "layers"): np.array([value]) for i, value in enumerate((0.2, 0.1, 0.3))}
-    assert block_removal.kept("fisher", llama, batches, mx.float32, 2, fisher) == (0, 2)
+    assert block_removal.kept("fisher", llama, batches, fisher=fisher, **how) == (0, 2)

@@ -66,7 +66,16 @@ def begin(
     """What a command does, at the start and after a kill."""
     made = model_writer.by_block(pruned, root / "s", DISK)
     return local_steps.train(
-        teacher, pruned, made, keep, windows, recipe, folder=root, held=held, files=files, **more
+        teacher,
+        pruned,
+        student=made,
+        keep=keep,
+        batches=windows,
+        recipe=recipe,
+        folder=root,
+        held=held,
+        files=files,
+        **more,
     )
 
 
@@ -358,6 +367,14 @@ def test_memory_holds_one_block_of_each(tmp_path: Path, windows: list[mx.array])
     before = mx.get_active_memory()
     recipe = replace(RECIPE, iters=1)
     steps = local_steps.train(
-        teacher, teacher, made, keep, windows, recipe, folder=tmp_path, held=0, files=DISK
+        teacher,
+        teacher,
+        student=made,
+        keep=keep,
+        batches=windows,
+        recipe=recipe,
+        folder=tmp_path,
+        held=0,
+        files=DISK,
     )
     assert max(s.peak_bytes for s in steps) - before < limit

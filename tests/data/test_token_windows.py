@@ -90,10 +90,11 @@ def test_an_ordinary_chat_is_what_mlx_lm_trains_on(tokenizer: Any) -> None:
         {"role": "assistant", "content": "Herbatę."},
     ]
     pair = {"prompt": "Co pije Miś?", "completion": "Herbatę."}
-    expected = [
-        ChatDataset([], tokenizer, mask_prompt=True).process({"messages": messages}),
-        CompletionsDataset([], tokenizer, "prompt", "completion", True).process(pair),
-    ]
+    chat = ChatDataset([], tokenizer, mask_prompt=True)
+    completions = CompletionsDataset(
+        [], tokenizer, prompt_key="prompt", completion_key="completion", mask_prompt=True
+    )
+    expected = [chat.process({"messages": messages}), completions.process(pair)]
     for row, (want, prompt_length) in zip(({"messages": messages}, pair), expected, strict=True):
         learn = [0] * prompt_length + [1] * (len(want) - prompt_length)
         assert token_windows.conversation(row, tokenizer, True) == (want, learn)

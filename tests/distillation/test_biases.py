@@ -129,7 +129,8 @@ def test_fisher_and_sensitivity(model: Checkpoint, plain: nn.Module) -> None:
     }
     for axis, (part, name) in fisher.GATES.items():
         (ours[part] if part else ours)[name] = gated[axis]
-    got, _ = fisher._back(args, ours, gated, shape_of(model.config), x, above)
+    shape = shape_of(model.config)
+    got, _ = fisher._back(args, ours, gated=gated, shape=shape, x=x, above=above)
     assert same(got, below, 1e-4)
 
 

@@ -129,7 +129,15 @@ def resident(
         rate = schedule(iters).rate(number)
         for block, mine, o in zip(shard.layers, summed["layers"], optimizers, strict=True):
             norms.append(global_norm(mine).item() / tokens)
-            o.update(block, mine, total.item() / tokens, norms[-1], rate, number + 1, 1 / tokens)
+            o.update(
+                block,
+                mine,
+                loss=total.item() / tokens,
+                norm=norms[-1],
+                learning_rate=rate,
+                batch=number + 1,
+                scale=1 / tokens,
+            )
         mx.eval(shard.parameters(), [o.adamw.state for o in optimizers])
         moments = {}
         for index, optimizer in enumerate(optimizers):

@@ -104,8 +104,8 @@ def test_one_bad_batch_is_skipped(
         "B1 one batch that gives no number",
         "distill",
         {"skipped": 1},
-        0,
-        "step 6: skipped: not a number",
+        bad=0,
+        said="step 6: skipped: not a number",
     )
 
 
@@ -134,8 +134,8 @@ def test_three_in_a_row_go_back_and_on_without_them(
         "B2 three in a row",
         "distill",
         {"back to step 4": 1, "the end": 1},
-        0,
-        "batches 6, 7, 8 gave no numbers: back to step 4, and on without them, at half the "
+        bad=0,
+        said="batches 6, 7, 8 gave no numbers: back to step 4, and on without them, at half the "
         "learning rate",
     )
 
@@ -175,8 +175,8 @@ def test_a_sharded_run_goes_back_too(
         "B2 three in a row",
         "distill, sharded",
         {f"back to step {back}": 1},
-        0,
-        f"batches ... {sentence}",
+        bad=0,
+        said=f"batches ... {sentence}",
     )
 
 
@@ -231,7 +231,8 @@ def test_again_three_in_a_row_stop_the_run(
     assert all(mx.isfinite(a).all().item() for a in protocol.load_arrays(saved, "model").values())
     with pytest.raises(Diverged, match="10, 11 and 12"):
         distill.run(distill.Settings(out=s.out, resume=True))
-    note("B2 three in a row, twice", "distill", {"said so": 1}, 0, str(caught.value))
+    sentence = str(caught.value)
+    note("B2 three in a row, twice", "distill", {"said so": 1}, bad=0, said=sentence)
 
 
 def test_a_tuning_run_goes_back_too(
@@ -273,7 +274,7 @@ def test_a_tuning_run_goes_back_too(
         "B2 three in a row",
         "sft",
         {"back to step 3": 1, "the end": 1},
-        0,
-        "batches 4, 5, 6 gave no numbers: back to step 3, and on without them, at half the "
+        bad=0,
+        said="batches 4, 5, 6 gave no numbers: back to step 3, and on without them, at half the "
         "learning rate",
     )

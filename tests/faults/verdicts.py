@@ -164,9 +164,8 @@ class Bench:
             drive.after_cut(rng, place, out)
             safe = [each for each in said if each.at <= moment]
             resume = self.resumed < resumed
-            self._judge(
-                f"cut {number}, after operation {moment}", "power cut", safe, out, (LOSSES,), resume
-            )
+            what = f"cut {number}, after operation {moment}"
+            self._judge(what, "power cut", safe, out, but=(LOSSES,), resume=resume)
 
     def kill(self, wait: float) -> bool:
         """SIGKILL a process with the job after `wait` seconds; whether that came before its end.

@@ -265,7 +265,13 @@ def test_llama_3s_frequencies_are_mlx_lms(models: Callable[[str], Checkpoint]) -
     )
     part = tensors.Part("rope_freqs.weight", "", (32,), "F32")
     found = np.concatenate(list(tensors.rows(changed, part, Counter()))).view(np.float32)
-    rope = load.mlx_lm("models.rope_utils").initialize_rope(64, 10000.0, False, scaling, 4096)
+    rope = load.mlx_lm("models.rope_utils").initialize_rope(
+        64,
+        base=10000.0,
+        traditional=False,
+        scaling_config=scaling,
+        max_position_embeddings=4096,
+    )
     plain = 10000.0 ** (np.arange(0, 64, 2) / 64)
     # theirs is computed in float32
     np.testing.assert_allclose(found, np.array(rope._freqs) / plain, rtol=1e-5)

@@ -474,7 +474,8 @@ def test_joined_matrices_are_opened_apart(models: Models, bits: int | None, tmp_
             )
 
         model, config = utils.quantize_model(model, config, 64, bits, quant_predicate=how)
-        utils.save(phi, tmp_path / "phi3", model, load.tokenizer(tmp_path / "phi3"), config)
+        tokenizer = load.tokenizer(tmp_path / "phi3")
+        utils.save(phi, tmp_path / "phi3", model=model, tokenizer=tokenizer, config=config)
     opened = load.open_checkpoint(phi)
     tokens = mx.array([[5, 9, 300, 17]])
     assert (

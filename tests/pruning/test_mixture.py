@@ -186,7 +186,7 @@ def test_few_tokens_fit_the_memory(
 
     def counted(self: Any, source: Any, block: Any, hidden: Any, goals: Any) -> None:
         asked.append(len(hidden))
-        old(self, source, block, hidden, goals)
+        old(self, source, block=block, hidden=hidden, goals=goals)
 
     monkeypatch.setattr(reconstruct._Asked, "__init__", counted)
     monkeypatch.setattr(reconstruct, "ROUTER_BYTES", 1)
