@@ -97,11 +97,22 @@ def test_renamed_library_multiplies(library: Path) -> None:
     zero = ctypes.c_float(0)
     row_major = 101
     as_it_is = 111
-    sizes = (130, 130, 130)
-    first = (pointer(a.ctypes.data), 130)
-    second = (pointer(b.ctypes.data), 130)
-    product = (pointer(out.ctypes.data), 130)
-    opened.cblas_sgemm(row_major, as_it_is, as_it_is, *sizes, one, *first, *second, zero, *product)
+    opened.cblas_sgemm(
+        row_major,
+        as_it_is,
+        as_it_is,
+        130,
+        130,
+        130,
+        one,
+        pointer(a.ctypes.data),
+        130,
+        pointer(b.ctypes.data),
+        130,
+        zero,
+        pointer(out.ctypes.data),
+        130,
+    )
     np.testing.assert_allclose(out, a @ b, atol=1e-4)
     assert not hasattr(opened, "scipy_cblas_sgemm")
 
