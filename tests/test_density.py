@@ -17,7 +17,8 @@ NODES_A_LINE_TOGETHER = 9.0  # of all of it
 
 def _program() -> ModuleType:
     spec = importlib.util.spec_from_file_location("density", ROOT / "scripts" / "density.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
     return program

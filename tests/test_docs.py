@@ -196,7 +196,8 @@ def program(path: Path) -> ModuleType:
     sys.path.insert(0, str(path.parent))
     try:
         spec = importlib.util.spec_from_file_location(f"documented_{path.stem}", path)
-        assert spec and spec.loader
+        assert spec
+        assert spec.loader
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
@@ -510,12 +511,11 @@ def test_a_bad_page_is_found_out(root: Path) -> None:
     assert lines(links) == [2, 2, 3, 16], links
     assert lines(calls) == [3, 3, 4, 7, 8, 9, 11, 12, 13], calls
     assert "no heading of bad.md: take one of a-page" in links[0]
-    assert "no command has --no-flag" in calls[0] and "distill has no --languages" in calls[1]
-    assert (
-        "languages: ..." in calls[3]
-        and "there is no command disill" in calls[4]
-        and "--ffn" in calls[5]
-    )
+    assert "no command has --no-flag" in calls[0]
+    assert "distill has no --languages" in calls[1]
+    assert "languages: ..." in calls[3]
+    assert "there is no command disill" in calls[4]
+    assert "--ffn" in calls[5]
 
 
 def test_long_pages_are_found_out(root: Path) -> None:

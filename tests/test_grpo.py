@@ -106,14 +106,18 @@ def test_end_to_end(undisturbed: tuple[Path, Done]) -> None:
         m["groups"] == 2 and 0 <= m["kept"] <= 2 and 0 < m["answer_tokens"] <= 10 for m in metrics
     )
     samples = run_folder.records(out / training.SAMPLES)
-    assert len(samples) == 16 and {s["number"] for s in samples} == set(range(1, 9))
+    assert len(samples) == 16
+    assert {s["number"] for s in samples} == set(range(1, 9))
     for m in metrics:
         of_step = [sample["answers"] for sample in samples if sample["number"] == m["number"]]
         mine = [answer["reward"] for answer in chain.from_iterable(of_step)]
-        assert len(mine) == 16 and np.mean(mine) == pytest.approx(m["reward"])
+        assert len(mine) == 16
+        assert np.mean(mine) == pytest.approx(m["reward"])
     first = samples[0]["answers"][0]
-    assert first["vowels"] == first["reward"] and samples[0]["prompt"] in QUESTIONS
-    assert "reward" in done.stderr and "kept" in done.stderr  # the table
+    assert first["vowels"] == first["reward"]
+    assert samples[0]["prompt"] in QUESTIONS
+    assert "reward" in done.stderr
+    assert "kept" in done.stderr
     names = {p.name for p in out.iterdir()}
     assert {
         "config.yaml",
@@ -199,7 +203,8 @@ def test_lora_and_several_updates(small: tuple[object, ...], tmp_path: Path) -> 
     )
     metrics = run_folder.metrics(tmp_path / "run")
     assert max(m["clipped"] for m in metrics) > 0.01
-    assert result["params_trained"] < 100_000 and (tmp_path / "run" / "model").is_dir()
+    assert result["params_trained"] < 100_000
+    assert (tmp_path / "run" / "model").is_dir()
 
 
 def sampler(
@@ -239,7 +244,8 @@ def test_the_reference_is_the_model_as_it_was(llama: Checkpoint, folder: Path) -
     """
     made = sampler(llama, folder, reference=stream.Stream(llama, mx.float32), num_iterations=2)
     sampled, facts = made(0)
-    assert sampled and facts["kept"] == len(sampled)
+    assert sampled
+    assert facts["kept"] == len(sampled)
     for b, _, old, reference in sampled:
         assert (mx.abs(old - reference) * b.mask).max() < 1e-4
     plain = [(b, advantage, old, None) for b, advantage, old, _ in sampled]
@@ -296,7 +302,8 @@ def test_learning_begins_at_exactly_zero(
     )
     assert len(seen) == iterations * len(apart)
     for old, b, advantage, total, clipped in seen[: len(apart)]:
-        assert old is None and clipped == 0.0
+        assert old is None
+        assert clipped == 0.0
         assert total == pytest.approx(-float((b.mask * advantage[:, None]).sum()), abs=1e-6)
     assert all(old is not None for old, *_ in seen[len(apart) :])
 
@@ -313,7 +320,8 @@ def test_a_rollout_is_what_was_said(llama: Checkpoint, folder: Path) -> None:
     for line in lines:
         texts.append([answer["text"] for answer in json.loads(line)["answers"]])
     ends = made.tokenizer.eos_token_ids
-    assert texts[:3] == texts[3:] and len(sampled) == 2 * facts["kept"]
+    assert texts[:3] == texts[3:]
+    assert len(sampled) == 2 * facts["kept"]
     for (b, advantage, old, _), (_, second, _, _) in zip(sampled, again, strict=True):
         assert mx.array_equal(advantage, second)
         for row in range(len(b.targets)):
@@ -354,7 +362,8 @@ def test_nothing_scored_is_a_sentence(llama: Checkpoint, folder: Path, tmp_path:
         grad_accumulation_steps=8,
     )
     _, facts = made(0)
-    assert facts["unscored"] == 8 and facts["kept"] <= 6
+    assert facts["unscored"] == 8
+    assert facts["kept"] <= 6
 
 
 def test_the_plan_holds(small: tuple[object, ...], tmp_path: Path) -> None:
@@ -365,11 +374,9 @@ def test_the_plan_holds(small: tuple[object, ...], tmp_path: Path) -> None:
     plain, planned = (
         grpo.run(settings_of(grpo, small, out, dry_run=True, beta=beta)) for beta in (0.0, 0.1)
     )
-    assert (
-        plain["seconds"] >= 0
-        and not plain["check_failed"]
-        and planned["peak_bytes"] > plain["peak_bytes"] > 0
-    )
+    assert plain["seconds"] >= 0
+    assert not plain["check_failed"]
+    assert planned["peak_bytes"] > plain["peak_bytes"] > 0
     with pytest.raises(MisError, match="the budget is 1 MiB"):
         grpo.run(settings_of(grpo, small, out, budget="1MiB"))
     assert not out.exists()
@@ -426,7 +433,8 @@ def test_the_held_out_measure_is_greedy(llama: Checkpoint, folder: Path) -> None
     """Two measurements agree; the loss is minus the reward."""
     made = sampler(llama, folder)
     found = [training.measure(made, made.rows, made.prompts) for _ in range(2)]
-    assert found[0] == found[1] and found[0]["loss"] == -found[0]["reward"]
+    assert found[0] == found[1]
+    assert found[0]["loss"] == -found[0]["reward"]
 
 
 @pytest.mark.parametrize(("kind", "item"), [("full", 4), ("lora", 2)])

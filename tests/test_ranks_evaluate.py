@@ -86,7 +86,8 @@ def test_evaluate_says_what_one_machine_says(
         files = sorted((tmp_path / f"home-{machines}").rglob("*.jsonl"))
         return [file.read_text() for file in files]
 
-    assert kept(1) == kept(n) and len(kept(1)) == 4
+    assert kept(1) == kept(n)
+    assert len(kept(1)) == 4
 
 
 def _alike(one: object, other: object) -> None:

@@ -156,7 +156,8 @@ def test_ten_findings_of_which_some_failed() -> None:
 @each
 def test_a_finding_names_files_seeds_and_its_command(one: Finding) -> None:
     """Its files exist, and were made by the program that its command runs."""
-    assert one.files and all(path.is_file() for path, _ in one.files)
+    assert one.files
+    assert all(path.is_file() for path, _ in one.files)
     assert re.search(
         r"(?i)seeds?\b|one run|one student", PAGE.read_text("utf-8").split(f"\n{one.number}. ")[1]
     )
@@ -167,7 +168,8 @@ def test_a_finding_names_files_seeds_and_its_command(one: Finding) -> None:
 @each
 def test_every_number_stands_in_its_file(one: Finding) -> None:
     """Rounded as it is shown."""
-    assert len(numbers(one.text)) >= 3 and missing(one, one.text) == []
+    assert len(numbers(one.text)) >= 3
+    assert missing(one, one.text) == []
 
 
 @each
@@ -176,9 +178,11 @@ def test_a_changed_digit_is_noticed(one: Finding) -> None:
     others, which small numbers of the same file may hide, three times of four.
     """
     headline, *others = numbers(one.text)
-    assert one.text.startswith("**") and headline.start < 4
+    assert one.text.startswith("**")
+    assert headline.start < 4
     wrong = [bool(missing(one, text)) for text in alterations(one.text, headline)]
-    assert sum(wrong) >= 0.8 * len(wrong) and len(wrong) > 9
+    assert sum(wrong) >= 0.8 * len(wrong)
+    assert len(wrong) > 9
     wrong = []
     for number in others:
         if len(number.digits) > 1:
@@ -240,7 +244,8 @@ def test_units_and_signs() -> None:
         )
     )
     text = "69.2 % 51.3 MB 13.2 minutes −0.004 0.004 1.45x 790"
-    assert all(stands(n, found) for n in numbers(text)) and len(numbers(text)) == 7
+    assert all(stands(n, found) for n in numbers(text))
+    assert len(numbers(text)) == 7
     assert not any(
         stands(n, found) for n in numbers("69.2 51.3 13.2 +0.004 1.46x 69.3 % 51.4 million")
     )

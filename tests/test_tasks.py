@@ -86,7 +86,8 @@ def test_no_problem_is_in_both_splits() -> None:
     train = {row["prompt"] for row in TRAIN}
     exams = [exam for name, exam in EXAMS.items() if name.endswith("-written")]
     judging = {row["prompt"] for row in chain(VALID, *exams)}
-    assert len(train) == len(TRAIN) and not train & judging
+    assert len(train) == len(TRAIN)
+    assert not train & judging
 
     def sums(part: list[dict[str, Any]]) -> set[tuple[str, ...]]:
         rows = [row for row in part if row["task"] in ("sums", "recipe")]
@@ -188,5 +189,6 @@ def test_a_pair_is_one_word_apart_and_never_right_elsewhere(name: str) -> None:
         assert len(one) == len(two) and sum(a != b for a, b in zip(one, two, strict=True)) == 1, row
         right.append(row["answer"])
         wrong.append(other)
-    assert not set(right) & set(wrong) and len({*zip(right, wrong, strict=True)}) == 200
+    assert not set(right) & set(wrong)
+    assert len({*zip(right, wrong, strict=True)}) == 200
     assert 70 < sum(row["options"][0] == row["answer"] for row in EXAMS[name]) < 130

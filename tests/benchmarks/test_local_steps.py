@@ -295,7 +295,8 @@ def test_from_disk_or_from_memory_is_the_same(
         s.loss
         for s in begin(llama, pruned, keep=keep, windows=windows, root=tmp_path / "b", held=held)
     ]
-    assert a == b and weights(tmp_path) == weights(tmp_path / "b")
+    assert a == b
+    assert weights(tmp_path) == weights(tmp_path / "b")
     assert sorted(os.listdir(tmp_path / "b")) == ["s"]
 
 
@@ -330,7 +331,9 @@ def test_a_student_half_done_goes_on_with_its_next_block(
         (s.number, s.loss)
         for s in begin(llama, pruned, keep=keep, windows=windows, root=tmp_path / "b")
     ]
-    assert first == whole[:5] and rest == whole[3:] and weights(tmp_path / "b") == weights(tmp_path)
+    assert first == whole[:5]
+    assert rest == whole[3:]
+    assert weights(tmp_path / "b") == weights(tmp_path)
 
 
 def test_a_disk_that_is_too_small_is_seen_before_anything_is_read(

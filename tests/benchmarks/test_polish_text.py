@@ -154,7 +154,8 @@ def test_timetables_add_up(texts: list[str]) -> None:
         last = re.findall(r"\d+:\d\d", _hits(r"Ostatni kurs .*", [text], 1)[0][0])
         every, ride = map(int, re.findall(r"co (\d+) min\w+, jazda trwa (\d+) min", text)[0])
         times = list(map(_minutes, departures))
-        assert len(times) >= 5 and {b - a for a, b in pairwise(times)} == {every}
+        assert len(times) >= 5
+        assert {b - a for a, b in pairwise(times)} == {every}
         passing = list(map(_minutes, first))
         assert passing == sorted(set(passing))
         assert (passing[0], passing[-1]) == (times[0], times[0] + ride)

@@ -26,7 +26,8 @@ def test_a_folder_of_the_users(llama: Checkpoint, text_folder: Path) -> None:
     assert list(data.held_out) == ["held-out"]
     held_out = data.held_out["held-out"]
     assert data.train.tokens.shape[1] == held_out.tokens.shape[1] == 32
-    assert data.train.tokens.dtype == np.int32 and data.train.tokens.max() < 512
+    assert data.train.tokens.dtype == np.int32
+    assert data.train.tokens.max() < 512
     assert len(token_windows.overlap(data.train, held_out)) == 0
     again = preparation.prepare(str(text_folder), load.tokenizer(llama.path), 32)
     assert token_windows.fingerprint(again.train) == token_windows.fingerprint(data.train)

@@ -130,7 +130,8 @@ def test_the_start_token_is_given_where_the_tokenizer_gives_it(tokenizer: Any) -
             return [tokenizer.bos_token_id, *ids] if add_special_tokens else ids
 
     (ids,) = token_windows.tokenize([{"text": "baca"}], WithStart())
-    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids.count(tokenizer.bos_token_id) == 1
 
 
 def test_missing_end_token_and_refusing_templates_are_sentences(tokenizer: Any) -> None:
@@ -180,7 +181,8 @@ def test_aligned_windows_by_pencil() -> None:
 
     assert found.tokens.tolist() == [[1, 2, 3, 4], [4, 5, 6, 7], [6, 7, 8, 9], [10, 11, 12, 1]]
     assert found.learn.tolist() == [[1, 1, 1, 0]] * 4
-    assert found.tokens.dtype == np.int32 and found.learn.dtype == np.float32
+    assert found.tokens.dtype == np.int32
+    assert found.learn.dtype == np.float32
     started = token_windows.aligned([[1, 2, 3], [4]], 3, start=[9])
     assert started.tokens.tolist() == [[9, 1, 2], [9, 3, 4]]
     exact = token_windows.aligned([[1, 2], [3, 4], [], [5, 6, 7, 8]], 4)
@@ -210,7 +212,8 @@ def test_no_row_is_lost_and_none_begins_in_the_middle() -> None:
         firsts = {piece[0] for piece in pieces}
         news = set[int]()
         for window in found.tokens.tolist():
-            assert window[0] == -1 and window[1] in firsts
+            assert window[0] == -1
+            assert window[1] in firsts
             assert window[1] not in news
             news |= {piece[0] for piece in pieces if set(piece) <= set(window)}
         for piece in pieces:
@@ -236,10 +239,13 @@ def test_kinds_keep_their_windows_and_shares() -> None:
     both = token_windows.of_kinds([first, second], [3, 1])
 
     assert both.tokens.tolist() == [[1, 2], [3, 4], [5, 6], [7, 8]]
-    assert both.kind.tolist() == [0, 0, 0, 1] and both.shares == (0.75, 0.25)
-    assert both.pick([3, 0]).kind.tolist() == [1, 0] and both.pick([3, 0]).shares == both.shares
+    assert both.kind.tolist() == [0, 0, 0, 1]
+    assert both.shares == (0.75, 0.25)
+    assert both.pick([3, 0]).kind.tolist() == [1, 0]
+    assert both.pick([3, 0]).shares == both.shares
     joined = token_windows.joined([first, second])
-    assert joined.kind is None and joined.shares == ()
+    assert joined.kind is None
+    assert joined.shares == ()
     others = token_windows.of_kinds([first, second], [1, 1])
     assert len({token_windows.fingerprint(windows) for windows in (joined, both, others)}) == 3
 

@@ -485,7 +485,8 @@ def test_a_step_in_which_the_machine_slept_changes_nothing(
     one = next(plain.steps(micro_batches, kl, schedule(2), factor=lambda step: 1.1))
     monkeypatch.setattr(train_loop, "CLOCK", Lid())
     two = next(disturbed.steps(micro_batches, kl, schedule(2), factor=lambda step: 1.1))
-    assert facts([one]) == facts([two]) and two.note == "the machine slept 2 min; step done again."
+    assert facts([one]) == facts([two])
+    assert two.note == "the machine slept 2 min; step done again."
     assert all(same(plain.arrays()[key], disturbed.arrays()[key]) for key in ("model", "optimizer"))
 
 
@@ -502,12 +503,14 @@ def test_every_block_has_its_own_dog(tmp_path: Path, source: Callable[[str], Che
     clipped = [
         float(bound) for bound in re.findall(r"block \d: clipped \S+ to ([0-9.]+)", last.note)
     ]
-    assert len(clipped) == LAYERS and all(len(o.norms) == 11 for o in student.optimizers)
+    assert len(clipped) == LAYERS
+    assert all(len(o.norms) == 11 for o in student.optimizers)
     again = sharded.Sharded(
         load.open_checkpoint(tmp_path / "s"), 1, steps_per_shard=1, weight_decay=0.01, files=DISK
     )
     again.restore(student.arrays(), student.memory())
-    assert again.memory() == student.memory() and again.memory()["blocks"][0]["norms"]
+    assert again.memory() == student.memory()
+    assert again.memory()["blocks"][0]["norms"]
 
 
 @pytest.mark.usefixtures("cpu_policy")
@@ -545,7 +548,8 @@ def test_numpy_computes_the_loss_of_the_graph(
     ((a, n), *left), ((b, m), *right) = (
         list(student.gradients(batches, kl, s)) for s in (None, slopes)
     )
-    assert n == m and a == pytest.approx(b, rel=1e-6)
+    assert n == m
+    assert a == pytest.approx(b, rel=1e-6)
     assert [i for i, _ in left] == [i for i, _ in right] == list(reversed(student.blocks))
     for (_, ours), (_, theirs) in zip(left, right, strict=True):
         for name, gradient in ours.items():

@@ -27,7 +27,8 @@ def test_worse_than_pruned_is_said(distilled: float, worse: list[str], llama: Ch
         ]
     page = summary.page(models, sizes, rows, 32)
     said = [text for text in quality if f"On {text} distillation made the student worse" in page]
-    assert said == worse and ("3.900 nats/token, where it had 3.500" in page) == bool(worse)
+    assert said == worse
+    assert ("3.900 nats/token, where it had 3.500" in page) == bool(worse)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,8 @@ def test_the_page_begins_with_what_the_students_answer(
         line for line in lines if line.startswith("| own answers that repeat themselves")
     )
     cells = [cell.strip().split(" ")[0] for cell in loops_row.strip("|").split("|")]
-    assert cells[1] == "0" and cells[4] == f"{100 * loops / 8:.0f}"
+    assert cells[1] == "0"
+    assert cells[4] == f"{100 * loops / 8:.0f}"
     assert cells[2] == cells[3] != "0"  # of these nobody asked
 
 
@@ -109,5 +111,6 @@ def test_lines_to_paste_name_programs_and_folders_that_shells_take(
         ["mis_mlx", "export"],
         ["mis_mlx", "report"],
     ]
-    assert lines[2][4] == "my run" and lines[1][5] == "my run/model"
+    assert lines[2][4] == "my run"
+    assert lines[1][5] == "my run/model"
     assert all(Path(line[0]).samefile(sys.executable) for line in lines)

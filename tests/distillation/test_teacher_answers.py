@@ -133,7 +133,8 @@ def test_a_killed_run_goes_on(
         watched(patch, stop_after=batches)
         teacher_answers.write(chat, HOW, out, limit)
     part = tmp_path / ".answers.jsonl.part"
-    assert part.exists() and not out.exists()
+    assert part.exists()
+    assert not out.exists()
     with part.open("a") as file:
         file.write('{"start": 9, "ro')
     seen = watched(monkeypatch)
@@ -224,7 +225,8 @@ def test_a_second_turn_follows_the_teachers_own_first_answer(
         chat, replace(HOW, prompts=TWO_TURNS), tmp_path / "a.jsonl", memory.budget(None)
     )
 
-    assert kept == 3 and len(seen) == 2
+    assert kept == 3
+    assert len(seen) == 2
     cat, fox, cow = (row["messages"] for row in rows_of(tmp_path / "a.jsonl"))
     assert [message["content"] for message in cat] == [
         "What is a cat?",
@@ -289,10 +291,13 @@ def test_within_the_budget_or_a_sentence(chat: Checkpoint, monkeypatch: pytest.M
     one_turn = [replace_turns(prompt) for prompt in TWO_TURNS * 2]
     single = teacher_answers.plan(m, replace(HOW, prompts=one_turn), Budget(4000 * MIB))
 
-    assert much.at_once == 64 and much.room_bytes is None and 0 < much.peak_bytes < 4000 * MIB
+    assert much.at_once == 64
+    assert much.room_bytes is None
+    assert 0 < much.peak_bytes < 4000 * MIB
     assert turns.cost.flops == pytest.approx(2 * single.cost.flops)
     less = teacher_answers.plan(m, HOW, Budget(45 * MIB))
-    assert less.at_once < 64 and less.peak_bytes < much.peak_bytes
+    assert less.at_once < 64
+    assert less.peak_bytes < much.peak_bytes
     with pytest.raises(MisError, match="the budget is 1 MiB: give --budget"):
         teacher_answers.plan(m, HOW, Budget(MIB))
 

@@ -118,7 +118,8 @@ def test_further_sums_come_as_means_and_tokens_as_a_number() -> None:
     )
     for number, (a, b) in enumerate(zip(whole, parts, strict=True)):
         _, y, learn = rows(number)
-        assert a.tokens == b.tokens == 12 and set(a.more) == set(b.more) == {"target"}
+        assert a.tokens == b.tokens == 12
+        assert set(a.more) == set(b.more) == {"target"}
         assert a.more["target"] == pytest.approx(b.more["target"], rel=1e-6)
         assert a.more["target"] == pytest.approx((y * learn).sum().item() / 6, rel=1e-6)
 

@@ -58,14 +58,13 @@ def test_answers_are_kept_and_used(llama: Checkpoint) -> None:
     first = answering.scores(llama, sha256, task, limit)
     kept = likelihoods(llama, task)
     right = [float(np.argmax(ll) == q.right) for ll, q in zip(kept, task.questions, strict=True)]
-    assert first.tolist() == right and 0 < sum(right) < 30
+    assert first.tolist() == right
+    assert 0 < sum(right) < 30
     assert answering.plan(llama, sha256, task, limit) is None
     path = answering.kept(sha256, task.sha256)
     before = path.read_bytes()
-    assert (
-        answering.scores(llama, sha256, task, limit).tolist() == right
-        and path.read_bytes() == before
-    )
+    assert answering.scores(llama, sha256, task, limit).tolist() == right
+    assert path.read_bytes() == before
     odd = {"n": 0, "text": "one\u2028two\x85three"}  # U+2028 ends a line for Python, not for JSON
     path.write_text(json.dumps(odd, ensure_ascii=False) + "\n", "utf-8")
     assert answering.read(path) == {0: odd}
@@ -99,7 +98,10 @@ def test_a_small_budget_gives_the_same_marks(llama: Checkpoint) -> None:
     little = Budget(int(7.77 * MIB))
     much = Budget(1000 * MIB)
     poor, rich = (answering.plan(llama, sha256, task, limit) for limit in (little, much))
-    assert poor and rich and poor.peak_bytes <= 8 * MIB and poor.pinned == 0 < rich.pinned
+    assert poor
+    assert rich
+    assert poor.peak_bytes <= 8 * MIB
+    assert poor.pinned == 0 < rich.pinned
     assert poor.read_bytes > 5 * rich.read_bytes == 5 * llama.nbytes
     marks = answering.scores(llama, sha256, task, little)
     exact = likelihoods(llama, task)
@@ -157,7 +159,8 @@ def test_a_uniform_model_takes_the_option_of_fewest_tokens(llama: Checkpoint) ->
         options = tuple(f" {word}" for word in words)
         made.append(questions.Question(context, options[right], options, right))
     found = answering.uniform(llama, questions.Task("t", "choice", tuple(made), ""))
-    assert found is not None and found.tolist() == [1.0, 0.0, 0.5]
+    assert found is not None
+    assert found.tolist() == [1.0, 0.0, 0.5]
     vocabulary = json.loads((llama.path / "tokenizer.json").read_text())["model"]["vocab"]
     word = max(
         (token[1:] for token in vocabulary if token[0] == "Ġ" and token[1:].isalpha()), key=len
@@ -166,7 +169,8 @@ def test_a_uniform_model_takes_the_option_of_fewest_tokens(llama: Checkpoint) ->
     by_letter = answering.uniform(
         llama, questions.Task("t", "choice", (long,), "", per_character=True)
     )
-    assert by_letter is not None and by_letter.tolist() == [1.0]
+    assert by_letter is not None
+    assert by_letter.tolist() == [1.0]
     assert (
         answering.uniform(
             llama, questions.Task("t", "checked", (questions.Question("1?", "1"),), "")
@@ -195,7 +199,8 @@ def test_written_answers_are_judged_by_their_last_line(llama: Checkpoint) -> Non
     marks = answering.scores(llama, "0" * 64, task, memory.budget(None))
     assert marks.tolist() == [0, 0, 0]
     kept = answering.read(answering.kept("0" * 64, task.sha256))
-    assert len({row["text"] for row in kept.values()}) == 1 and kept[0]["text"]
+    assert len({row["text"] for row in kept.values()}) == 1
+    assert kept[0]["text"]
 
 
 def test_the_same_is_written_where_the_model_does_not_fit(llama: Checkpoint) -> None:
@@ -205,10 +210,13 @@ def test_the_same_is_written_where_the_model_does_not_fit(llama: Checkpoint) -> 
     ]
     task = replace(questions.task("written", rows, ""), max_tokens=6)
     poor, rich = (answering.plan(llama, "0" * 64, task, Budget(mib * MIB)) for mib in (8, 1000))
-    assert poor and rich and poor.peak_bytes <= 8 * MIB < rich.peak_bytes
+    assert poor
+    assert rich
+    assert poor.peak_bytes <= 8 * MIB < rich.peak_bytes
     said = []
     for mib in (8, 1000):
         answering.scores(llama, "0" * 64, task, Budget(mib * MIB))
         said.append(answering.read(answering.kept("0" * 64, task.sha256)))
         answering.kept("0" * 64, task.sha256).unlink()
-    assert said[0] == said[1] and said[0][0]["text"]
+    assert said[0] == said[1]
+    assert said[0][0]["text"]

@@ -64,7 +64,8 @@ def test_rows_have_intervals_and_perplexity() -> None:
     """exp of the mean loss and of its bounds, over five windows."""
     nll, ppl = comparison.rows_of({("m", "nll"): np.array([1.0, 2.0, 3.0, 2.0, 2.0])})
     assert (nll.metric, nll.value, nll.n) == ("nll", 2.0, 5)
-    assert nll.low is not None and nll.high is not None
+    assert nll.low is not None
+    assert nll.high is not None
     assert nll.low < 2.0 < nll.high
     assert (ppl.value, ppl.low, ppl.high) == (math.exp(2.0), math.exp(nll.low), math.exp(nll.high))
 

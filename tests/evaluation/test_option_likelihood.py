@@ -112,7 +112,8 @@ def test_encode_splits_where_lm_eval_splits(llama: Checkpoint) -> None:
     assert context + options[1] == tokenizer.encode("if the loop is")
     assert option_likelihood.encode(tokenizer, "if the ", ["loop", "loop is"]) == (context, options)
     lines = option_likelihood.encode(tokenizer, "if the\n", ["loop"])
-    assert lines[0] == context and lines[0] + lines[1][0] == tokenizer.encode("if the\nloop")
+    assert lines[0] == context
+    assert lines[0] + lines[1][0] == tokenizer.encode("if the\nloop")
     alone = option_likelihood.encode(tokenizer, "", ["if the", "while"])
     assert alone == (
         [tokenizer.bos_token_id],

@@ -92,7 +92,8 @@ def test_a_full_disk_is_waited_out(
             said.append(str(error))
         after = protocol.newest(place / "run" / "steps")
         assert steps is None or (after is not None and after.number >= steps.number)
-    assert said and job.outcome(place) == whole
+    assert said
+    assert job.outcome(place) == whole
     ends = {"said so": len(said), "the same end": 1}
     sentence = said[-1].replace(str(place), "...")
     note("A5 a real full disk, ever larger", name, ends, bad=0, said=sentence)
@@ -155,11 +156,13 @@ def test_a_disk_pulled_out(
 
     with jobs.acknowledged(pull), pytest.raises(MisError) as caught:
         job.run(place)
-    assert "vanished" in str(caught.value) and "\n" not in str(caught.value)
+    assert "vanished" in str(caught.value)
+    assert "\n" not in str(caught.value)
     jobs.clean(place).rmdir()
     away.rename(place)
     job.run(place)
-    assert job.outcome(place) == b.whole and len(run_folder.metrics(place / "run")) >= 2
+    assert job.outcome(place) == b.whole
+    assert len(run_folder.metrics(place / "run")) >= 2
     note(
         "A7 a disk that is pulled out",
         name,

@@ -186,7 +186,8 @@ class Bench:
         )
         process.start()
         theirs.close()
-        assert ours.poll(60.0) and ours.recv() == "ready"
+        assert ours.poll(60.0)
+        assert ours.recv() == "ready"
         self._said += list(_told(ours, time.monotonic() + wait))
         process.kill()
         self._said += list(_told(ours, float("inf")))

@@ -101,7 +101,8 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metal: None) -> None:
             device="this one", threads="1", memory_bytes_per_s=1e9, flops_per_s=1e9, source="given"
         ),
     )
-    assert policy.keeps_packed() and policy.usual_dtype() == mx.float16
+    assert policy.keeps_packed()
+    assert policy.usual_dtype() == mx.float16
 
 
 @pytest.fixture
@@ -150,13 +151,15 @@ def opens(folder: Path) -> None:
     """Stock mlx-lm opens the folder, and its logits are finite, not all alike."""
     model, tokenizer = load.mlx_lm("utils").load(str(folder))
     logits = np.array(model(mx.array([tokenizer.encode(PROMPT)])).astype(mx.float32))
-    assert np.isfinite(logits).all() and logits.std() > 0.01
+    assert np.isfinite(logits).all()
+    assert logits.std() > 0.01
 
 
 def steps(folder: Path) -> np.ndarray:
     """The losses of a run's steps."""
     found = np.array([row["loss"] for row in run_folder.metrics(folder)])
-    assert len(found) and np.isfinite(found).all()
+    assert len(found)
+    assert np.isfinite(found).all()
     return found
 
 
@@ -394,7 +397,8 @@ def test_search(
     found = run("metal")
     expected = {(c["params"], c["bits"]): c["nats"] for c in want["candidates"]}
     nats = {(c["params"], c["bits"]): c["nats"] for c in found["candidates"]}
-    assert nats.keys() == expected.keys() and nats == pytest.approx(expected, abs=2e-3)
+    assert nats.keys() == expected.keys()
+    assert nats == pytest.approx(expected, abs=2e-3)
 
 
 HOWS: dict[str, dict[str, Any]] = {
@@ -591,10 +595,8 @@ def test_generate(
             generate.Settings(**flags, draft_model=str(folder), num_draft_tokens=3)
         )
         assert whole["text"] == poor["text"] == guessed["text"] == want != ""
-        assert (
-            poor["read_bytes"] > 2 * whole["read_bytes"]
-            and guessed["passes"] < whole["passes"] == whole["tokens"]
-        )
+        assert poor["read_bytes"] > 2 * whole["read_bytes"]
+        assert guessed["passes"] < whole["passes"] == whole["tokens"]
 
 
 def test_evaluate(teachers: Callable[[str], Path], text_folder: Path, in_float32: Any) -> None:
@@ -618,7 +620,8 @@ def test_evaluate(teachers: Callable[[str], Path], text_folder: Path, in_float32
     want = in_float32(lambda: run(8, "mxfp4", kld=True))
     found = run(8, "mxfp4", kld=True)
     names = [key for key in want if key.startswith("mean_kld")]
-    assert names and want["sha256_tokens"] == found["sha256_tokens"]
+    assert names
+    assert want["sha256_tokens"] == found["sha256_tokens"]
     assert {n: found[n] for n in names} == pytest.approx({n: want[n] for n in names}, abs=1e-3)
 
 
@@ -635,9 +638,11 @@ def test_evaluate_tasks(
     folder = teachers("mxfp4")
     chosen = evaluate.Settings(teacher=str(folder), tasks=("bus", "maths-written"), num_questions=2)
     said = [in_float32(lambda: evaluate.run(chosen)), evaluate.run(chosen), evaluate.run(chosen)]
-    assert said[1]["recovered"].keys() == said[0]["recovered"].keys() and said[1] == said[2]
+    assert said[1]["recovered"].keys() == said[0]["recovered"].keys()
+    assert said[1] == said[2]
     kept = sorted((tmp_path / "cache" / "evaluations").glob("*/*.jsonl"))
-    assert len(kept) == 4 and len({path.parent for path in kept}) == 2
+    assert len(kept) == 4
+    assert len({path.parent for path in kept}) == 2
     logs = []
     for path in kept:
         rows = answering.read(path).values()
@@ -645,7 +650,8 @@ def test_evaluate_tasks(
         if likelihoods:
             logs.append(np.concatenate(likelihoods))
     by_type = sorted((log for log in logs if len(log) > 1), key=lambda log: str(log))
-    assert len(by_type) == 2 and len(by_type[0]) >= 4
+    assert len(by_type) == 2
+    assert len(by_type[0]) >= 4
     np.testing.assert_allclose(by_type[0], by_type[1], rtol=5e-3)
 
 
@@ -671,7 +677,8 @@ def test_bench(teachers: Callable[[str], Path]) -> None:
     )
     assert [m["format"] for m in said["models"].values()] == ["float16", "4- to 8-bit"]
     rates = [m["decode_tps"] for m in said["measured"]["models"].values()]
-    assert len(rates) == 2 and all(r["mean"] > 0 for r in rates)
+    assert len(rates) == 2
+    assert all(r["mean"] > 0 for r in rates)
 
 
 def test_plan(teachers: Callable[[str], Path], text_folder: Path, in_float32: Any) -> None:
@@ -722,7 +729,8 @@ def test_as_processes(
     assert "de-quantized" not in (tmp_path / "run" / "table.md").read_text()
     opens(Path(last_line(done)["student"]))
     page = report.run(report.Settings((str(tmp_path / "run"),)))
-    assert page["bytes"] > 10_000 and "PLACEHOLDER" not in page
+    assert page["bytes"] > 10_000
+    assert "PLACEHOLDER" not in page
     said = command("generate", "--model", teachers("mxfp4"), "--prompt", "if x", "--max-tokens", 5)
     assert said.returncode == 0, said.stderr
     assert last_line(said)["text"] == stock(teachers("mxfp4"), "if x", 5)

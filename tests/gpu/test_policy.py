@@ -222,11 +222,14 @@ def test_overflow_is_found_and_avoided(
     another one in float16; a command's word goes first.
     """
     chip(newer)
-    assert policy.compute_dtype(llama) == mx.float16 and not capsys.readouterr().err
+    assert policy.compute_dtype(llama) == mx.float16
+    assert not capsys.readouterr().err
     assert [policy.compute_dtype(overflowing) for _ in range(2)] == [want] * 2
     (line,) = capsys.readouterr().err.splitlines()
     name = str(want).removeprefix("mlx.core.")
-    assert str(overflowing.path) in line and "65,504" in line and line.endswith(f"in {name}")
+    assert str(overflowing.path) in line
+    assert "65,504" in line
+    assert line.endswith(f"in {name}")
     policy.use("float32")
     try:
         assert policy.compute_dtype(overflowing) == policy.compute_dtype(llama) == mx.float32
@@ -333,7 +336,8 @@ def test_logits_of_a_packed_head_are_not_rounded(mode: str, tmp_path: Path, meta
     head = load.head(checkpoint, mx.float16)
     hidden = (8 * mx.random.normal((5, 64), key=mx.random.key(0))).astype(mx.float16)
     found = load.wide_logits(head, hidden)
-    assert found.dtype == mx.float32 and "scales" in head
+    assert found.dtype == mx.float32
+    assert "scales" in head
     parts = [head.weight, head.scales, head.get("biases")]
     floats = [a.astype(mx.float32) if a is not None and a.dtype == mx.float16 else a for a in parts]
     how = {"group_size": head.group_size, "bits": head.bits, "mode": head.mode}
@@ -410,7 +414,8 @@ def test_policy_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment forces a policy on any device; another word is refused with one sentence."""
     for word, packs, dtype in (("metal", True, mx.float16), ("cpu", False, mx.float32)):
         monkeypatch.setenv(policy.POLICY, word)
-        assert policy.keeps_packed() == packs and policy.usual_dtype() == dtype
+        assert policy.keeps_packed() == packs
+        assert policy.usual_dtype() == dtype
     monkeypatch.setenv(policy.POLICY, "cuda")
     with pytest.raises(MisError, match="MIS_MLX_POLICY is 'cuda': give metal or cpu"):
         policy.name()

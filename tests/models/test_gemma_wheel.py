@@ -111,7 +111,9 @@ def test_the_folder_opens_everywhere(gguf: Path, tmp_path: Path) -> None:
     assert mx.array_equal(norm, mx.full(norm.shape, 0.25, mx.bfloat16))
     tokenizer = load.tokenizer(tmp_path)
     ids = tokenizer.encode("an żal")
-    assert ids[0] == 2 and ids.count(2) == 1 and tokenizer.decode(ids[1:]) == "an żal"
+    assert ids[0] == 2
+    assert ids.count(2) == 1
+    assert tokenizer.decode(ids[1:]) == "an żal"
     model, _ = load.mlx_lm("utils").load(str(tmp_path))
     model.set_dtype(mx.float32)
     source = stream.Stream(checkpoint, mx.float32)

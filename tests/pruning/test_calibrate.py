@@ -115,7 +115,8 @@ def test_a_gap_in_the_weather_means_plain_importance(
     broken sensor.
     """
     statistics, _ = calibrate.calibrate(llama, batches, readings(10.0, None))
-    assert not statistics.measured and statistics.ambient_c == [10.0]
+    assert not statistics.measured
+    assert statistics.ambient_c == [10.0]
     assert (statistics.ffn[0].warm == statistics.ffn[0].square).all()
 
 

@@ -54,7 +54,8 @@ def test_every_kind_opens_in_stock_mlx_lm(
         models(kind), tmp_path / "round", packed_format.layout(models(kind).config, 64), DISK
     )
     plain = load.open_checkpoint(tmp_path / "round")
-    assert made.config == plain.config and made.tensors.keys() == plain.tensors.keys()
+    assert made.config == plain.config
+    assert made.tensors.keys() == plain.tensors.keys()
     same = {
         n
         for n in made.tensors
@@ -63,7 +64,8 @@ def test_every_kind_opens_in_stock_mlx_lm(
     packed = {
         n for n in made.tensors if arch.block_of(n) is not None and made.tensors[n].dtype == "U32"
     }
-    assert not same & packed and len(packed) == {"phi3": 28}.get(kind, 21)
+    assert not same & packed
+    assert len(packed) == {"phi3": 28}.get(kind, 21)
     assert same >= {n for n in arch.tensors_of(made.config) if n not in packed}
     model, _ = load.mlx_lm("utils").load(str(tmp_path / "gptq"))
     assert mx.isfinite(model(batches[0])).all()
@@ -120,7 +122,8 @@ def test_the_gram_matrices(llama: Checkpoint, batches: list[mx.array]) -> None:
         scale = np.abs(seen[axis]).max()
         np.testing.assert_allclose(grams[axis], seen[axis], atol=1e-5 * scale)  # float32 products
         assert grams[axis].dtype == np.float64
-    assert grams["heads"].shape == (64, 64) and np.linalg.eigvalsh(grams["heads"]).min() > -1e-6
+    assert grams["heads"].shape == (64, 64)
+    assert np.linalg.eigvalsh(grams["heads"]).min() > -1e-6
 
 
 def test_the_model_stays_nearer_to_itself(tmp_path: Path) -> None:
