@@ -46,7 +46,8 @@ def test_the_files_are_what_the_maker_writes(
     ):
         names = sorted(path.name for path in kept.glob("*.jsonl"))
         assert names == sorted(path.name for path in made.iterdir())
-        assert all((made / name).read_bytes() == (kept / name).read_bytes() for name in names)
+        for name in names:
+            assert (made / name).read_bytes() == (kept / name).read_bytes()
 
 
 def test_the_worked_answer_is_rewarded_and_the_slip_is_not() -> None:
@@ -69,14 +70,20 @@ def test_options_are_right_and_wrong(kind: str) -> None:
     says anything.
     """
     questions = EXAMS[kind]
-    assert Counter(q["language"] for q in questions) == {"en": 100, "pl": 100}
-    assert Counter(q["options"].index(q["answer"]) for q in questions) == {0: 100, 1: 100}
-    for q in questions:
-        assert q["question"].endswith("?")  # and not how to write it down
-        mark = {"en": "Answer", "pl": "Odpowiedź"}[q["language"]]
-        for option in q["options"]:
-            score = rewards.accuracy(f"{mark}: {option}", q["answer"], q["language"])
-            assert score == float(option == q["answer"]), q
+    languages = Counter[str]()
+    places = Counter[int]()
+    for row in questions:
+        answer = row["answer"]
+        language = row["language"]
+        languages[language] += 1
+        places[row["options"].index(answer)] += 1
+        assert row["question"].endswith("?")  # and not how to write it down
+        mark = {"en": "Answer", "pl": "Odpowiedź"}[language]
+        for option in row["options"]:
+            score = rewards.accuracy(f"{mark}: {option}", answer, language)
+            assert score == float(option == answer), row
+    assert languages == {"en": 100, "pl": 100}
+    assert places == {0: 100, 1: 100}
 
 
 def test_no_problem_is_in_both_splits() -> None:
@@ -106,20 +113,25 @@ def test_sums_are_right() -> None:
         assert int(row["answer"]) == right >= 0
 
 
+def number(word: str) -> Fraction:
+    """With a point or a comma."""
+    return Fraction(word.replace(",", "."))
+
+
 def test_recipes_are_right() -> None:
     """The rule of three on the numbers of the prompt."""
     for row in of_kind("recipe"):
-        numbers = [
-            Fraction(n.replace(",", ".")) for n in re.findall(r"\d+(?:[.,]\d+)?", row["prompt"])
-        ]
-        before, amount, after = numbers
-        assert Fraction(row["answer"].split()[0].replace(",", ".")) == amount * after / before
+        words = re.findall(r"\d+(?:[.,]\d+)?", row["prompt"])
+        before, amount, after = map(number, words)
+        found, *_ = row["answer"].split()
+        assert number(found) == amount * after / before
 
 
 def test_buses_are_right() -> None:
     """The timetable written out until a bus leaves that she can take."""
     for row in of_kind("bus"):
-        first, comes = (int(h) * 60 + int(m) for h, m in re.findall(r"(\d+):(\d\d)", row["prompt"]))
+        times = re.findall(r"(\d+):(\d\d)", row["prompt"])
+        first, comes = (int(hours) * 60 + int(minutes) for hours, minutes in times)
         every, ride = (int(n) for n in re.findall(r"(\d+) min", row["prompt"]))
         leaves = first
         while leaves < comes:
@@ -186,7 +198,9 @@ def test_a_pair_is_one_word_apart_and_never_right_elsewhere(name: str) -> None:
         (other,) = set(row["options"]) - {row["answer"]}
         one = row["answer"].split()
         two = other.split()
-        assert len(one) == len(two) and sum(a != b for a, b in zip(one, two, strict=True)) == 1, row
+        assert len(one) == len(two), row
+        different = [pair for pair in zip(one, two, strict=True) if pair[0] != pair[1]]
+        assert len(different) == 1, row
         right.append(row["answer"])
         wrong.append(other)
     assert not set(right) & set(wrong)
