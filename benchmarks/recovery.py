@@ -384,8 +384,7 @@ def table() -> str:
     """
     nll = stored("recovery/teacher")["nll"]
     head = (
-        "group,student,seeds,M parameters,tokens,pruned,before distilling,after,KL "
-        "after,Polish "
+        "group,student,seeds,M parameters,tokens,pruned,before distilling,after,KL after,Polish "
         "after"
     )
     heads = [

@@ -59,8 +59,13 @@ MIDDLE = {
     "num_attention_heads": 12,
     "head_dim": 128,
 }
-LARGE = {**MIDDLE, "hidden_size": 3584, "intermediate_size": 18_944, "num_attention_heads": 28,
-         "num_key_value_heads": 4}  # fmt: skip
+LARGE = {
+    **MIDDLE,
+    "hidden_size": 3584,
+    "intermediate_size": 18_944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
 SHAPES = {"135M": SMALL, "0.5B": HALF, "1.5B": MIDDLE, "7B": LARGE}
 SHARED: dict[str, Any] = {
     "budget": "2GiB",

@@ -420,8 +420,7 @@ class Short:
         ),
         (
             "[metal::malloc] Attempting to allocate 48736917632 bytes which is greater than the "
-            "maximum allowed "
-            "buffer size of 30150672384 bytes.",
+            "maximum allowed buffer size of 30150672384 bytes.",
             "no memory is left",
             "close other programs",
         ),

@@ -546,8 +546,7 @@ def test_a_million_steps_in_bounded_memory(count: int, copy: Path) -> None:
     """
     spikes = {1: 7.0, 44_444: 0.125, count - 2: 9.5}
     form = (
-        '{{"wall_s": {}, "number": {}, "loss": {}, "tokens": 512, "seconds": 2.0, '
-        '"peak_bytes": '
+        '{{"wall_s": {}, "number": {}, "loss": {}, "tokens": 512, "seconds": 2.0, "peak_bytes": '
         "1073741824}}\n"
     )
     peaks = []

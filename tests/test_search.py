@@ -662,8 +662,12 @@ def test_losses_by_pencil() -> None:
     a share of each.
     """
     before = shape_of(SMOLLM2)
-    points = {"layers": [(20, 0.36), (25, 0.09)], "heads": [(6, 1.0)], "vocab": [(24_576, 0.05)],
-              "bits": [(3.5, 0.4), (4.5, 0.1)]}  # fmt: skip
+    points = {
+        "layers": [(20, 0.36), (25, 0.09)],
+        "heads": [(6, 1.0)],
+        "vocab": [(24_576, 0.05)],
+        "bits": [(3.5, 0.4), (4.5, 0.1)],
+    }
     losses = Losses(before, points)
     choice = Choice(replace(before, layers=15, heads=3, kv_heads=1, vocab=24_576), 4.0)
     assert losses.by_axis(choice) == pytest.approx(

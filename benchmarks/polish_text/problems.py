@@ -156,8 +156,7 @@ def _bus(rng: random.Random, language: Language) -> Problem:
         "pl": f"Pierwszy autobus z Nowego Targu do {to_place} odjeżdża o {Time(first)}, a następne "
         f"co "
         f"{Count(every):minuta}. Jazda trwa {Count(ride):minuta}. {who} przychodzi na przystanek o "
-        f"{Time(comes)} i "
-        "wsiada do najbliższego autobusu. ",
+        f"{Time(comes)} i wsiada do najbliższego autobusu. ",
     }[language]
     asked = {
         True: {"en": "How many minutes does she wait?", "pl": "Ile minut czeka?"},

@@ -96,8 +96,7 @@ def test_a_loop_by_hand() -> None:
     assert answer_figures.loops("yes " * 21)
     sentence = (
         "A bicycle has two wheels, a frame, a saddle and handlebars; you sit on it, push the "
-        "pedals, "
-        "and the chain turns the rear wheel, which moves you forward along the road."
+        "pedals, and the chain turns the rear wheel, which moves you forward along the road."
     )
     assert not answer_figures.loops(sentence)
     assert not answer_figures.loops("")

@@ -136,8 +136,11 @@ def jobs(model: Path, text: Path) -> dict[str, Job]:
     taught |= {"iters": 3, "save_every": 1}
 
     makers: dict[str, Callable[[Path], None]] = {
-        "prune": pruned, "quantize": quantized, "quantize, tuned": tuned, "export": exported,
-    }  # fmt: skip
+        "prune": pruned,
+        "quantize": quantized,
+        "quantize, tuned": tuned,
+        "export": exported,
+    }
     found = [Job(name, *_folder(maker)) for name, maker in makers.items()]
     found += [
         Job("distill", _running(distill, asked), _distilled),

@@ -124,8 +124,7 @@ UNKNOWN: list[tuple[dict[str, Any], list[str], str]] = [
             "mlp.experts.1.gate_proj",
         ],
         "'qwen3_next' is not supported, the nearest is qwen3_moe, which knows nothing of "
-        "linear_num_key_heads, "
-        "linear_attn.in_proj_qkvz, mlp.experts.gate_proj; supported",
+        "linear_num_key_heads, linear_attn.in_proj_qkvz, mlp.experts.gate_proj; supported",
     ),
     (
         {"model_type": "olmo2", "clip_qkv": None},
