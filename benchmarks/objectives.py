@@ -61,9 +61,12 @@ def entropies(hidden: mx.array, head: mx.array) -> np.ndarray:
         lse = host_losses.softmax(p)
         return lse - np.einsum("ij,ij->i", p, z)
 
-    starts = range(0, len(hidden), rows := losses.chunk_rows(head.shape[0]))
-    chunks = ((hidden[at : at + rows] @ head.T).astype(mx.float32) for at in starts)
-    return np.concatenate([host_losses.by_rows(of, host_losses.view(z)) for z in chunks])
+    rows = losses.chunk_rows(head.shape[0])
+    found = []
+    for at in range(0, len(hidden), rows):
+        logits = (hidden[at : at + rows] @ head.T).astype(mx.float32)
+        found.append(host_losses.by_rows(of, host_losses.view(logits)))
+    return np.concatenate(found)
 
 
 @contextmanager
