@@ -55,10 +55,12 @@ BRIEF: dict[str, Any] = {
     "q_iters": 2,
 }
 CASES: dict[str, dict[str, Any]] = {
-    "default": {}, "default, 300 MiB": {"budget": "300MiB", "q_iters": None},
+    "default": {},
+    "default, 300 MiB": {"budget": "300MiB", "q_iters": None},
     "0.5 B shape, 2 GiB": {"budget": "2GiB", "q_iters": None},
-    "0.5 B shape, 850 MiB": {"budget": "850MiB", "q_iters": None}, "4-bit teacher": {},
-}  # fmt: skip
+    "0.5 B shape, 850 MiB": {"budget": "850MiB", "q_iters": None},
+    "4-bit teacher": {},
+}
 
 
 @dataclass(frozen=True)

@@ -199,8 +199,7 @@ def speed(whole: Found, first: Found) -> str:
     table = words.markdown_table(["", "teacher", "student", ""], lines)
     return (
         f"{table}\n\nMedians on {on}; decoding after {given['prompt_tokens']} tokens. `bench` and "
-        f"`mlx_lm.benchmark`, "
-        f"the first token that it counts taken out, are {apart:.1%} apart."
+        f"`mlx_lm.benchmark`, the first token that it counts taken out, are {apart:.1%} apart."
     )
 
 

@@ -19,24 +19,29 @@ def correlated(seed: int, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
     mean.
     """
     rng = np.random.default_rng(seed)
-    inputs = rng.normal(size=(300, size)) @ rng.normal(size=(size, size)) * 0.1 + rng.normal(
-        size=size
-    )
-    return rng.normal(size=(48, size)).astype(np.float32), inputs.T @ inputs
+    apart = rng.normal(size=(300, size))
+    mixing = rng.normal(size=(size, size))
+    mean = rng.normal(size=size)
+    inputs = apart @ mixing * 0.1 + mean
+    weight = rng.normal(size=(48, size)).astype(np.float32)
+    return weight, inputs.T @ inputs
 
 
 def error(
     weight: np.ndarray, packed: rounding.Packed, gram: np.ndarray, group: int, bits: int
 ) -> float:
     """trace((W - Q) G (W - Q)^T)."""
-    left = weight - np.array(rounding.values(packed, group, bits), np.float64)
+    rounded = np.array(rounding.values(packed, group, bits), np.float64)
+    left = weight - rounded
     return float((left * (left @ gram)).sum())
 
 
 def integers(packed: mx.array, bits: int) -> np.ndarray:
     """(out, in) integers of a packed matrix, taken apart bit by bit."""
-    words = np.array(packed)[..., None] >> (bits * np.arange(32 // bits, dtype=np.uint32))
-    return (words & (2**bits - 1)).reshape(len(words), -1)
+    shifts = bits * np.arange(32 // bits, dtype=np.uint32)
+    shifted = np.array(packed)[..., None] >> shifts
+    found = shifted & (2**bits - 1)
+    return found.reshape(len(found), -1)
 
 
 def test_by_hand() -> None:
@@ -48,9 +53,12 @@ def test_by_hand() -> None:
     """
     gram = np.eye(32)
     gram[0, 1] = gram[1, 0] = 0.5
-    weight = np.array([[3.4, 5.35, 15.0, *[0.0] * 29]], np.float32)
+    weight = np.zeros((1, 32), np.float32)
+    weight[0, :3] = (3.4, 5.35, 15.0)
+
     alone = rounding.nearest(mx.array(weight), 32, 4)
     made = rounding.compensated(weight, gram, 32, 4, fit=False)
+
     assert rounding.values(alone, 32, 4)[0, :3].tolist() == [3, 5, 15]
     assert rounding.values(made, 32, 4)[0, :3].tolist() == [3, 6, 15]
     assert error(weight, made, gram=gram, group=32, bits=4) == pytest.approx(0.3225, abs=1e-6)
@@ -62,12 +70,15 @@ def test_the_factor() -> None:
     identity.
     """
     _, gram = correlated(0)
-    u = rounding.inverse_factor(gram)
     damped = gram + 0.01 * np.trace(gram) / 128 * np.eye(128)
-    assert (np.tril(u, -1) == 0).all()
+
+    factor = rounding.inverse_factor(gram)
+    of_nothing = rounding.inverse_factor(np.zeros((3, 3)))
+
+    assert (np.tril(factor, -1) == 0).all()
     # float64, condition about 1e4
-    np.testing.assert_allclose(u.T @ u @ damped, np.eye(128), atol=1e-9)
-    assert (rounding.inverse_factor(np.zeros((3, 3))) == np.eye(3)).all()
+    np.testing.assert_allclose(factor.T @ factor @ damped, np.eye(128), atol=1e-9)
+    assert (of_nothing == np.eye(3)).all()
 
 
 @pytest.mark.parametrize(("group", "bits"), KINDS)
@@ -77,8 +88,10 @@ def test_without_correlation_it_is_plain_rounding(group: int, bits: int, gram: n
     weight, _ = correlated(1)
     made = rounding.compensated(weight, gram, group, bits, fit=False)
     plain = rounding.nearest(mx.array(weight), group, bits)
-    for a, b in zip(made, plain, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape and (a == b).all()
+    for found, wanted in zip(made, plain, strict=True):
+        assert found.dtype == wanted.dtype
+        assert found.shape == wanted.shape
+        assert (found == wanted).all()
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -88,19 +101,13 @@ def test_the_output_is_nearer_than_by_plain_rounding(seed: int, group: int, bits
     was written).
     """
     weight, gram = correlated(seed)
-    plain = error(
-        weight, rounding.nearest(mx.array(weight), group, bits), gram=gram, group=group, bits=bits
-    )
-    assert (
-        error(
-            weight,
-            rounding.compensated(weight, gram, group, bits),
-            gram=gram,
-            group=group,
-            bits=bits,
-        )
-        < plain / 2
-    )
+    nearest = rounding.nearest(mx.array(weight), group, bits)
+    compensated = rounding.compensated(weight, gram, group, bits)
+
+    plain = error(weight, nearest, gram=gram, group=group, bits=bits)
+    ours = error(weight, compensated, gram=gram, group=group, bits=bits)
+
+    assert ours < plain / 2
 
 
 def by_inverses(weight: np.ndarray, gram: np.ndarray, group: int) -> np.ndarray:
@@ -114,15 +121,18 @@ def by_inverses(weight: np.ndarray, gram: np.ndarray, group: int) -> np.ndarray:
     for j in range(size):
         if j % group == 0:
             part = mx.array(w[:, j : j + group].astype(np.float32))
-            scale, bias = (
-                np.array(a)[:, 0] for a in mx.quantize(part, group_size=group, bits=4)[1:]
-            )
-        done.append(np.clip(np.rint((w[:, j].astype(np.float32) - bias) / scale), 0, 15))
-        meant = done[-1] * scale.astype(np.float16).astype(np.float64) + bias.astype(
-            np.float16
-        ).astype(np.float64)
+            _, scales, biases = mx.quantize(part, group_size=group, bits=4)
+            scale = np.array(scales)[:, 0]
+            bias = np.array(biases)[:, 0]
+        column = w[:, j].astype(np.float32)
+        chosen = np.clip(np.rint((column - bias) / scale), 0, 15)
+        done.append(chosen)
+        stored_scale = scale.astype(np.float16).astype(np.float64)
+        stored_bias = bias.astype(np.float16).astype(np.float64)
+        meant = chosen * stored_scale + stored_bias
         inverse = np.linalg.inv(damped[j:, j:])
-        w[:, j:] -= np.outer((w[:, j] - meant) / inverse[0, 0], inverse[0])
+        lacking = (w[:, j] - meant) / inverse[0, 0]
+        w[:, j:] -= np.outer(lacking, inverse[0])
     return np.stack(done, axis=1)
 
 
@@ -133,7 +143,8 @@ def test_against_explicit_inverses() -> None:
     weight, gram = correlated(3)
     for group in (32, 64):
         packed, _, _ = rounding.compensated(weight, gram, group, 4, fit=False)
-        assert (integers(packed, 4) == by_inverses(weight, gram, group)).all()
+        wanted = by_inverses(weight, gram, group)
+        assert (integers(packed, 4) == wanted).all()
 
 
 @pytest.mark.parametrize(("group", "bits"), KINDS)
@@ -142,9 +153,14 @@ def test_what_is_packed_is_what_was_chosen(group: int, bits: int) -> None:
     stored.
     """
     weight, gram = correlated(4)
-    packed, scales, biases = made = rounding.compensated(weight, gram, group, bits)
-    scale, bias = (np.repeat(np.array(a, np.float64), group, axis=1) for a in (scales, biases))
-    assert scales.dtype == biases.dtype == mx.float16 and packed.dtype == mx.uint32
+
+    made = rounding.compensated(weight, gram, group, bits)
+
+    packed, scales, biases = made
+    assert packed.dtype == mx.uint32
+    assert scales.dtype == biases.dtype == mx.float16
+    scale = np.repeat(np.array(scales, np.float64), group, axis=1)
+    bias = np.repeat(np.array(biases, np.float64), group, axis=1)
     chosen = (integers(packed, bits) * scale + bias).astype(np.float32)
     assert (np.array(rounding.values(made, group, bits)) == chosen).all()
 

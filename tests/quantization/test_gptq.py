@@ -54,7 +54,8 @@ def test_every_kind_opens_in_stock_mlx_lm(
         models(kind), tmp_path / "round", packed_format.layout(models(kind).config, 64), DISK
     )
     plain = load.open_checkpoint(tmp_path / "round")
-    assert made.config == plain.config and made.tensors.keys() == plain.tensors.keys()
+    assert made.config == plain.config
+    assert made.tensors.keys() == plain.tensors.keys()
     same = {
         n
         for n in made.tensors
@@ -63,7 +64,8 @@ def test_every_kind_opens_in_stock_mlx_lm(
     packed = {
         n for n in made.tensors if arch.block_of(n) is not None and made.tensors[n].dtype == "U32"
     }
-    assert not same & packed and len(packed) == {"phi3": 28}.get(kind, 21)
+    assert not same & packed
+    assert len(packed) == {"phi3": 28}.get(kind, 21)
     assert same >= {n for n in arch.tensors_of(made.config) if n not in packed}
     model, _ = load.mlx_lm("utils").load(str(tmp_path / "gptq"))
     assert mx.isfinite(model(batches[0])).all()
@@ -81,8 +83,9 @@ def test_each_block_is_fitted_to_the_stream_of_the_rounded_ones(
     source = stream.Stream(llama, mx.float32)
     hidden = rounded.embed(batches)  # 8 bits, as in the folder
     chosen = list(stage.rounded_blocks(llama, batches, packed_format.layout(llama.config, 64)))
-    for path, packed in ((p, m) for block in chosen for p, m in block.items()):
-        assert (load.dense(folder, f"{path}.weight") == rounding.values(packed, 64, 4)).all()
+    for block in chosen:
+        for path, packed in block.items():
+            assert (load.dense(folder, f"{path}.weight") == rounding.values(packed, 64, 4)).all()
     hidden = source.embed(batches)
     for i, block in rounded.blocks([0, 1]):
         assert i < 2
@@ -119,7 +122,8 @@ def test_the_gram_matrices(llama: Checkpoint, batches: list[mx.array]) -> None:
         scale = np.abs(seen[axis]).max()
         np.testing.assert_allclose(grams[axis], seen[axis], atol=1e-5 * scale)  # float32 products
         assert grams[axis].dtype == np.float64
-    assert grams["heads"].shape == (64, 64) and np.linalg.eigvalsh(grams["heads"]).min() > -1e-6
+    assert grams["heads"].shape == (64, 64)
+    assert np.linalg.eigvalsh(grams["heads"]).min() > -1e-6
 
 
 def test_the_model_stays_nearer_to_itself(tmp_path: Path) -> None:
@@ -134,14 +138,13 @@ def test_the_model_stays_nearer_to_itself(tmp_path: Path) -> None:
     packed_format.write_quantized(
         llama, tmp_path / "round", packed_format.layout(llama.config, 64), DISK
     )
-    want, *others = (
-        stream.Stream(m, mx.float32).forward(windows[20:])
-        for m in (llama, made, load.open_checkpoint(tmp_path / "round"))
-    )
-    ours, plain = (
-        sum(mx.square(a - b).sum().item() for a, b in zip(o, want, strict=True)) for o in others
-    )
-    assert ours < 0.8 * plain
+    want = stream.Stream(llama, mx.float32).forward(windows[20:])
+
+    def error(model: Checkpoint) -> float:
+        found = stream.Stream(model, mx.float32).forward(windows[20:])
+        return sum(mx.square(a - b).sum().item() for a, b in zip(found, want, strict=True))
+
+    assert error(made) < 0.8 * error(load.open_checkpoint(tmp_path / "round"))
 
 
 @pytest.mark.usefixtures("cpu_policy")
@@ -176,7 +179,8 @@ def test_hidden_states_on_disk_change_nothing(
     plan = packed_format.layout(llama.config, 32)
     spooled = stage.rounded_blocks(llama, batches, plan, Spool(tmp_path, 1, DISK))
     for a, b in zip(stage.rounded_blocks(llama, batches, plan), spooled, strict=True):
-        assert all((x == y).all() for path in a for x, y in zip(a[path], b[path], strict=True))
+        for path in a:
+            assert all((x == y).all() for x, y in zip(a[path], b[path], strict=True))
 
 
 def spoilt(folder: Path, name: str, value: float) -> Checkpoint:

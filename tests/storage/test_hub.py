@@ -134,7 +134,8 @@ def test_a_model_comes_once_without_code_and_with_its_origin(
     assert not any(path.is_symlink() for path in folder.iterdir())
     assert all((folder / name).read_bytes() == CONTENT[name] for name in wanted)
     origin = json.loads((folder / "source.json").read_text())
-    assert origin["revision"] == COMMIT and origin["quantized_origin"] is None
+    assert origin["revision"] == COMMIT
+    assert origin["quantized_origin"] is None
     # The second time nobody is asked; without our cache, what another tool downloaded is found
     # without the hub.
     asked = len(Hub.asked)
@@ -151,7 +152,8 @@ def test_offline_asks_nobody(server: ThreadingHTTPServer, tmp_path: Path) -> Non
     """HF_HUB_OFFLINE is obeyed, and the sentence says what to do."""
     done = find("me/tiny", address(server), tmp_path, HF_HUB_OFFLINE="1")
     assert done.stdout.startswith("MisError: me/tiny did not come from the Hugging Face hub")
-    assert "give the path of a model folder" in done.stdout and Hub.asked == []
+    assert "give the path of a model folder" in done.stdout
+    assert Hub.asked == []
 
 
 @pytest.mark.parametrize("name", ["me/none", "me/tiny"])
@@ -163,7 +165,8 @@ def test_no_such_model_or_no_answer(server: ThreadingHTTPServer, tmp_path: Path,
     assert done.stdout.startswith(f"MisError: {name} did not come from the Hugging Face hub"), (
         done.stderr
     )
-    assert done.stdout.count("\n") == 1 and done.stderr == ""
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
