@@ -1,6 +1,4 @@
-"""Time one or more models on this machine: first token, decode, memory, energy, beside what the
-hardware allows.
-"""
+"""Time models on this machine: first token, decoding, memory, energy."""
 
 import hashlib
 import json
@@ -27,22 +25,22 @@ IDLE_S = 5.0  # of rest, whose power is subtracted
 
 @dataclass(frozen=True)
 class Settings(cli.Budgeted, policy.Computing, run_monitor.ThermalFlags):
-    """The same texts and lengths for every model, in turn (A B A B), so that drift hits all
-    alike.
+    """Every model gets the same texts and lengths, in turns (A B A B), so drift affects all
+    equally.
     """
 
     model: tuple[str, ...] = ()
     """folders or hub ids, `--model A B`; default: SmolLM2-135M-Instruct"""
     prompt_tokens: Annotated[int, Within(1, MOST), tyro.conf.arg(aliases=["-p"])] = 512
-    """tokens in the prompt; every trial has a text of its own"""
+    """tokens per prompt; each trial uses its own text"""
     generation_tokens: Annotated[int, Within(2, MOST), tyro.conf.arg(aliases=["-g"])] = 128
-    """tokens generated, 2 or more"""
+    """tokens to generate, 2 or more"""
     num_trials: Annotated[int, Within(1, MOST), tyro.conf.arg(aliases=["-n"])] = 5
-    """trials, after a warm-up (the whole prompt, 4 tokens) that does not count"""
+    """timed trials, after an untimed warm-up (the whole prompt, 4 tokens)"""
     delay: Seconds = 0.0
-    """seconds of rest before each trial; 30 or more for a laptop without a fan"""
+    """seconds of rest before each trial; use 30 or more on a laptop without a fan"""
     seed: Seed = 0
-    """chooses the texts"""
+    """selects the texts"""
 
 
 def measure(

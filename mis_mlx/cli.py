@@ -70,7 +70,7 @@ class Budgeted:
     """Flags of every command that computes within a budget."""
 
     budget: str | None = None
-    """memory this may take, such as 5GiB or 600MiB; default: 5GiB or 75 % of what is there"""
+    """memory limit, such as 5GiB or 600MiB; default: 5GiB, or less: 75 % of RAM, or what is free"""
     config: ConfigFile = None
     """YAML file with any of these flags"""
 
@@ -89,7 +89,7 @@ class Resumable(Budgeted):
     resume: bool = False
     """continue the run in --out, or the newest unfinished one"""
     dry_run: bool = False
-    """say what it takes and stop"""
+    """show the time, memory and files it takes, and stop"""
 
 
 def read_yaml(path: str, config_type: type) -> dict[str, Any]:

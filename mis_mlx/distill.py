@@ -1,4 +1,4 @@
-"""Distil: teacher in, small recovered 4-bit student out, with a table of what it cost."""
+"""Make a small 4-bit student: prune, distill, quantize, measure."""
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
@@ -66,7 +66,7 @@ SIZES = ("student", "scenario", *families.ALL, "target_bpw", "q_mode")
 class Settings(
     cli.Resumable, policy.Computing, select.PruningConfig, QuantizationConfig, DistillationConfig
 ):
-    """One run. Every default is what was measured to work; nothing needs to be given."""
+    """Every default was chosen by measurement. No flag is required."""
 
     RARE: ClassVar = frozenset(
         {
@@ -105,48 +105,47 @@ class Settings(
         }
     )
     teacher: str | None = None
-    """folder, hub id (docs/families.md: of which families) or gemma-3-270m; default:
+    """folder, hub id (docs/families.md lists the families) or gemma-3-270m; default:
     SmolLM2-135M-Instruct
     """
     student: str | None = None
-    """folder of a student pruned earlier; default: prune now"""
+    """folder of a student that is already pruned; default: prune now"""
     data: str | None = None
-    """folder with train.jsonl (valid.jsonl, test.jsonl), or hub data set; teacher: it writes a
-    quarter of it first; default: built-in text
+    """folder with train.jsonl (valid.jsonl, test.jsonl), or hub data set; teacher: the teacher
+    writes a quarter of the text first; default: built-in text
     """
     conversations: Annotated[float | None, Within(0.0, 0.95)] = None
     """share of the training text in which the teacher answers our prompts, so that the student
-    answers, too; a teacher other than the default one writes its answers first, once. Default:
-    0.44, of a teacher with a chat template whose --data has no conversations; 0: none
+    learns to answer; any teacher but the default one writes its answers first, once. Default: 0.44
+    if the teacher has a chat template and --data has no conversations; 0: none
     """
     lose: Annotated[float | None, Within(0.0, MOST)] = None
-    """bits a byte of the teacher's answers (of text, for a teacher without a chat template) that
-    the result may be above the teacher: `search` chooses the smallest student that should keep to
-    it. Default: 0.12, where no size, no scenario and no --bytes is given
+    """bits per byte that the result may lose on the teacher's answers (on text, if the teacher has
+    no chat template): `search` chooses the smallest student that should stay within it. Default:
+    0.12, unless you give a size, a scenario or --bytes
     """
     expected_loss: Annotated[float | None, Within(0.0, MOST)] = None
-    """bits a byte that the result should be above the teacher, as the search for --lose or --bytes
-    found
+    """bits per byte that the result should lose, as predicted by the search for --lose or --bytes
     """
     bytes: str | None = None
-    """weights of the result on disk, such as 50MB: `search` chooses the sizes and bits that should
-    lose least in it
+    """size of the result's weights on disk, such as 50MB: `search` chooses the sizes and bits that
+    should lose least
     """
     quantize: Literal[4, 0] = 4
-    """bits of the result; 0 keeps it unquantized"""
+    """bits per weight of the result; 0: no quantization"""
     eval_prompts: Whole = EVAL_PROMPTS
-    """held-out prompts that teacher and student answer at the end; 0 asks none"""
+    """held-out prompts that teacher and student answer at the end; 0: none"""
     bench_tokens: Whole = 16
-    """tokens timed per model, which then writes twice as many for `report`; 0 leaves both out"""
+    """tokens timed per model; each model then writes twice as many for `report`; 0: neither"""
     report_to: str | None = None
-    """tensorboard, wandb or swanlab, which must be installed: told of every step"""
+    """tensorboard, wandb or swanlab: logs every step there; install the package first"""
     spread: Literal["whole", "layers"] = "whole"
-    """whole: each of several machines passes its windows through all of the teacher; layers: all
-    through its blocks
+    """with several machines: each passes its own windows through the whole teacher (whole), or all
+    windows through its own blocks (layers)
     """
     keep_steps: bool = False
-    """keep what --resume would need once the run is done: checkpoints, the rounded student, stored
-    targets
+    """after the run, keep the files that only --resume needs: checkpoints, the rounded student,
+    stored targets
     """
 
 

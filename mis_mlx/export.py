@@ -1,4 +1,4 @@
-"""Export a model: a GGUF for llama.cpp, LM Studio and Ollama, or a Hugging Face folder."""
+"""Write a GGUF for llama.cpp, or a Hugging Face folder."""
 
 import math
 from collections import Counter
@@ -43,32 +43,33 @@ PAPERS_BYTES = 64 * 1024  # README.md and Modelfile, generously
 
 @dataclass(frozen=True)
 class Settings(cli.Budgeted):
-    """The result is a new folder; nothing that exists is touched."""
+    """Writes a new folder and changes no existing file."""
 
     model: str | None = None
-    """folder or hub id, dense or packed by MLX; default: SmolLM2-135M-Instruct"""
+    """folder or hub id, unquantized or quantized by MLX; default: SmolLM2-135M-Instruct"""
     format: Literal["gguf", "hf"] = "gguf"
-    """gguf: one file, a Modelfile and a README.md; hf: config, safetensors, tokenizer and a
+    """gguf: one file with a Modelfile and a README.md; hf: config, safetensors, tokenizer and a
     README.md
     """
     out_type: OutType = None
-    """type of the matrices; default: gguf q4_1 for a 4-bit model, which holds it exactly, else f16;
-    hf bf16. q4_k_m is llama.cpp's own, and needs llama-quantize or llama-cpp-python
+    """type of the matrices; default: q4_1 for a 4-bit model (its 4-bit matrices stay exact, others
+    are rounded again), f16 for other GGUFs, bf16 for hf. q4_k_m is llama.cpp's own type and needs
+    llama-quantize or llama-cpp-python
     """
     out: Annotated[str, tyro.conf.arg(aliases=["--mlx-path"])] = "exported"
     """folder to write"""
     base_model: str | None = None
-    """hub id of the model it was made from, for the card; default: what its run says"""
+    """hub id of the original model, for the model card; default: from the run"""
     license: str | None = None
-    """licence of the weights for the card, in the hub's words, such as apache-2.0; default: the
-    default teacher's
+    """licence of the weights for the model card, as the hub spells it, such as apache-2.0; known
+    only for the default teacher
     """
     upload_repo: str | None = None
-    """hub repository to upload --format hf to, such as NAME/MODEL; needs --license, and `hf auth
-    login` once
+    """hub repository to which --format hf is uploaded, such as NAME/MODEL; needs --license, and `hf
+    auth login` once
     """
     dry_run: bool = False
-    """say bytes and types and stop"""
+    """show bytes and types, and stop"""
 
 
 def need_bytes(checkpoint: Checkpoint, form: str, wanted: str) -> int:

@@ -1,6 +1,4 @@
-"""Reinforcement from checked answers (GRPO, Dr. GRPO, DAPO): of a group of answers the better ones
-become likelier.
-"""
+"""Train on answers that a program can check: GRPO, Dr. GRPO, DAPO."""
 
 from collections.abc import Sequence
 from dataclasses import replace

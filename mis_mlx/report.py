@@ -1,4 +1,4 @@
-"""Report: one HTML page of a run, or of several side by side; --watch renders it during a run.
+"""Write an HTML page about a run, or about several side by side.
 
 The page needs no other file. Each part of it takes the story and a key, with which the ids of its
 pictures begin, and leaves out what is unknown. KeyError, TypeError or ValueError where values are
@@ -27,18 +27,16 @@ LATER = "second turn"  # kind of prompts that say little without the turns befor
 
 @dataclass(frozen=True)
 class Settings:
-    """Reads a run folder, writes RUN/report.html: open it in any browser, or mail it."""
+    """Reads a run folder and writes RUN/report.html: open it in any browser, or mail it."""
 
     run: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """run folders; default: the newest one under runs/"""
     out: str | None = None
     """file to write; default: report.html in the first run folder"""
     watch: bool = False
-    """write it anew while the run goes on, and let the browser open it anew; until the run ends, or
-    Ctrl-C
-    """
+    """update the page, and reload it in the browser, until the run ends or you press Ctrl-C"""
     every_s: Count = 20
-    """seconds between two looks"""
+    """seconds between updates"""
     config: cli.ConfigFile = None
     """YAML file with any of these flags"""
 

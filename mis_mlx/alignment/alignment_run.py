@@ -46,41 +46,38 @@ class Alignment(cli.Resumable, policy.Computing, ThermalFlags, recipe.TrainingCo
     """The flags that sft, dpo and grpo share."""
 
     batch_size: Count = 4
-    """rows, pairs or answers in a micro-batch; cut into smaller ones, which change nothing, where
-    memory is short
-    """
+    """rows, pairs or answers per micro-batch; split when memory is short, with the same result"""
     max_seq_length: Tokens = 512
-    """most tokens of a row; what does not fit is cut off its end, and counted"""
+    """maximum tokens per row; longer rows are truncated at the end, and counted"""
     save_every: Count = 20
-    """steps between checkpoints, at each of which the held-out rows are measured"""
+    """steps between checkpoints; each one measures the held-out rows"""
     model: str | None = None
     """folder or hub id of the model to align; default: SmolLM2-135M-Instruct"""
     data: str | None = None
-    """folder with train.jsonl and perhaps valid.jsonl; default: generated tasks"""
+    """folder with train.jsonl and, optionally, valid.jsonl; default: generated tasks"""
     data_licence: str | None = None
-    """licence of the data, or the consent it was given with; default: what a LICENSE file beside it
-    says
+    """licence of the data, or the consent it was given with; default: the LICENSE file next to it
     """
     scrub_pii: bool = False
-    """replace e-mail addresses, telephone numbers, PESEL and NIP in the data before training, and
-    count them
+    """replace e-mail addresses, phone numbers, PESEL and NIP numbers in the data before training,
+    and count them
     """
     eval_rows: Count = 64
     """held-out rows measured at every checkpoint; the best checkpoint becomes the result"""
     fine_tune_type: Literal["full", "lora"] = "full"
-    """all weights, or mlx-lm's low-rank adapters beside frozen ones"""
+    """train all weights, or mlx-lm's low-rank adapters on frozen weights"""
     num_layers: Annotated[int, Within(-1, 10**4)] = -1
-    """blocks that get adapters, counted from the last; -1: all"""
+    """blocks with adapters, counted from the last; -1: all"""
     rank: Count = 8
     """of the adapters"""
     scale: Positive = 20.0
-    """factor on the adapters"""
+    """scaling factor of the adapters"""
     fuse: bool = True
-    """add the adapters to the weights in the end; otherwise they are left beside the model, for
+    """merge the adapters into the weights at the end; otherwise they stay next to the model, for
     --adapter-path
     """
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """type of the result's weights on disk"""
+    """data type of the saved weights"""
 
     @property
     def lora(self) -> lora.Lora | None:

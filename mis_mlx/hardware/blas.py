@@ -222,7 +222,7 @@ def main() -> None:
                 with suppress(BrokenPipeError):
                     _say(lines)
     except KeyboardInterrupt:
-        sys.stderr.write("mis_mlx: stopped by hand before anything was begun: start it again\n")
+        sys.stderr.write("mis_mlx: stopped by hand before it began: start it again\n")
         os._exit(130)
     os.execvp(sys.argv[1], sys.argv[1:])
 

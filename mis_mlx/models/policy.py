@@ -46,9 +46,8 @@ class Computing:
     """The flag of every command that computes with a model; its `run` gives it to `use`."""
 
     compute_dtype: Literal["float16", "bfloat16", "float32"] | None = None
-    """type that models compute in; default: float32 on a CPU; float16 on Metal. A model whose
-    activations float16 does not hold computes in float32 on M1 and M2 where that fits, else in
-    bfloat16
+    """data type for computation; default: float32 on a CPU, float16 on Metal. If activations
+    overflow float16: float32 on M1 and M2 where it fits, otherwise bfloat16
     """
 
 

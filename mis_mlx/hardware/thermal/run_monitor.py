@@ -41,14 +41,14 @@ class ThermalFlags:
     """Air, altitude, and how hot the machine may get."""
 
     temperature_c: Celsius | None = None
-    """air temperature by hand, °C; default: measured, if this machine can"""
+    """air temperature in °C, from your own thermometer; default: measured, if this machine can"""
     altitude_m: Metres | None = None
     """metres above sea level; default: altitude_m in ~/.config/mis_mlx.toml"""
     thermal_replay: str | None = None
-    """a recording of `thermal record` to use in place of this machine's thermometers"""
+    """recording made by `thermal record`, used instead of this machine's thermometers"""
     governor: Mode = field(default_factory=default_mode)
-    """observe: only watch; throughput, steady, cool: pause for tea at 97, 92, 85 °C set points; on
-    battery only observe and cool go on; default: MIS_MLX_GOVERNOR, or steady
+    """observe: only watch; throughput, steady, cool: hold 97, 92, 85 °C with pauses (tea breaks);
+    on battery, only observe and cool continue; default: MIS_MLX_GOVERNOR, or steady
     """
 
 
