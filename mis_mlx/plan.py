@@ -1,4 +1,7 @@
-"""Estimate a run before it starts: time, memory, files, SSD wear."""
+"""Estimate a run before it starts: time, memory, files, SSD wear.
+
+Reads configs only, so the model need not be downloaded.
+"""
 
 import os
 from collections.abc import Mapping
@@ -21,30 +24,33 @@ LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple p
 
 
 def table(plan: phases.MemoryPlan) -> str:
-    """For people: what is made, time and memory of each phase, how; or what would fit. With -v
-    every byte of it.
+    """The plan for people: the student, time and memory of each phase, how; or what would fit.
+
+    With -v every byte of it.
     """
     job = plan.job
-    names = [p.name for p in plan.phases]
-    whole = job.shown or job.teacher
-    hot = sum(p.seconds(plan.rates, hot=True) for p in plan.phases)
-    others = job.modes[:-1] if plan.mode == "none" else ()  # which train, and do not fit
-    hours = duration(sum(plan.planned.values())) + (
-        f" ({duration(hot)} once hot)" if plan.rates.hot < 1 else ""
-    )
+    teacher = job.shown or job.teacher
+    hours = duration(sum(plan.planned.values()))
+    if plan.rates.hot < 1:
+        hot = sum(p.seconds(plan.rates, hot=True) for p in plan.phases)
+        hours += f" ({duration(hot)} once hot)"
+    packed = 0
+    if any(p.name == "quantize" for p in plan.phases):
+        packed = compression_size.packed_bytes(job.student, job.rounding)
+    training = 0  # the least budget of the strategies that train, where none of them fits
+    if plan.mode == "none" and len(job.modes) > 1:
+        training = phases.least_bytes(replace(job, modes=job.modes[:-1]), plan.rates)
     return html.document(
         "plan.md",
         {
             "plan": plan,
-            "before": arch.params(whole.config),
+            "before": arch.params(teacher.config),
             "after": arch.params(job.student.config),
             "gib": gib,
-            "words": shape_search.words(job.student.shape, whole.shape),
+            "words": shape_search.words(job.student.shape, teacher.shape),
             "hours": hours,
             "duration": duration,
-            "packed": compression_size.packed_bytes(job.student, job.rounding)
-            if "quantize" in names
-            else 0,
+            "packed": packed,
             "one": estimates.token(job.teacher, job.max_seq_length, plan.budget_bytes),
             "remedy": phases.remedy(plan),
             "disk": disk_bytes(plan),
@@ -52,7 +58,7 @@ def table(plan: phases.MemoryPlan) -> str:
             "visit": phases.steps_per_shard(job, plan.shard_layers or job.student.shape.layers),
             "life": LIFE_BYTES,
             "flag": estimates.flag,
-            "trains": phases.least_bytes(replace(job, modes=others), plan.rates) if others else 0,
+            "trains": training,
             "spooled": max(p.spooled_bytes for p in plan.phases),
             "written": sum(p.written_bytes for p in plan.phases),
         },
@@ -60,15 +66,15 @@ def table(plan: phases.MemoryPlan) -> str:
 
 
 def outcome(plan: phases.MemoryPlan, teacher: str) -> dict[str, Any]:
-    """For machines: what `distill --dry-run` says in its last line, too. teacher: its path or
-    name.
+    """The plan for machines: the last line of `distill --dry-run`, too.
+
+    teacher: its path or name.
     """
-    whole = plan.job.shown or plan.job.teacher
-    small = plan.job.student
+    before = plan.job.shown or plan.job.teacher
     return {
         "teacher": teacher,
-        "params_teacher": arch.params(whole.config),
-        "params_student": arch.params(small.config),
+        "params_teacher": arch.params(before.config),
+        "params_student": arch.params(plan.job.student.config),
         "mode": plan.mode,
         "peak_bytes": plan.peak_bytes,
         "budget_bytes": plan.budget_bytes,
@@ -78,17 +84,19 @@ def outcome(plan: phases.MemoryPlan, teacher: str) -> dict[str, Any]:
 
 
 def disk_bytes(plan: phases.MemoryPlan) -> int:
-    """Files there may be at once, the teacher's not among them: models, two checkpoints,
-    scratch.
-    """
+    """Files there may be at once, without the teacher's: models, two checkpoints, scratch."""
     m = plan.job.student
     params = arch.params(m.config)
-    blocks = plan.shard_layers or m.shape.layers
-    saved = blocks * compression_size.block_state_bytes(m.config)
-    saved = phases.SAVED_BYTES * params if plan.mode == "resident" else saved
-    run = 2 * saved * (plan.mode != "none") + params * phases.in_parts(plan.job, plan.mode)
-    kept = sum(p.written_bytes for p in plan.phases if p.name in ("quantize", "logit store"))
-    return 2 * m.nbytes + run + kept + max(p.spooled_bytes for p in plan.phases)
+    files = 2 * m.nbytes + params * phases.in_parts(plan.job, plan.mode)
+    if plan.mode == "resident":
+        files += 2 * phases.SAVED_BYTES * params
+    elif plan.mode != "none":
+        blocks = plan.shard_layers or m.shape.layers
+        files += 2 * blocks * compression_size.block_state_bytes(m.config)
+    for p in plan.phases:
+        if p.name in ("quantize", "logit store"):
+            files += p.written_bytes
+    return files + max(p.spooled_bytes for p in plan.phases)
 
 
 @dataclass(frozen=True)
@@ -118,82 +126,96 @@ class Settings(cli.Budgeted, recipe.QuantizationConfig, recipe.DistillationConfi
 
 
 def _open(name: str | None) -> tuple[Checkpoint | Mapping[str, Any], str]:
-    """(model or config, path or name) of a folder, with or without weights, of a hub model, or the
-    paper's teacher.
+    """(model or config, path or name) of a folder, a hub model, or the paper's teacher.
+
+    The folder may be without weights; then only its config is read.
     """
     if name in arch.PUBLISHED:
         return arch.PUBLISHED[name], name
     folder = resolve.resolve_model(name).path
-    return load.open_checkpoint(folder) if any(folder.glob("*.safetensors")) else read_config(
-        folder
-    ), str(folder)
+    if any(folder.glob("*.safetensors")):
+        return load.open_checkpoint(folder), str(folder)
+    return read_config(folder), str(folder)
 
 
 def _pair(
     s: Settings, opened: Checkpoint | Mapping[str, Any], gpu: bool
 ) -> list[estimates.ModelSize]:
-    """[teacher with the vocabulary of --vocab, student], as in `distill`; of the paper's teacher
-    the paper's.
+    """[teacher with the vocabulary of --vocab, student], as in `distill`.
+
+    Of the paper's teacher the paper's student.
     """
-    config, folder = (
-        (opened.config, opened.path) if isinstance(opened, Checkpoint) else (opened, None)
-    )
+    config: Mapping[str, Any]
+    if isinstance(opened, Checkpoint):
+        config = opened.config
+        folder = opened.path
+    else:
+        config = opened
+        folder = None
     if not s.student:
         name = s.scenario or ("goral" if s.teacher == "mis-137b" else None)
         s = replace(s, **vocabulary.defaults(name, s.vocab, config, folder))
     rows = vocabulary.size(s.vocab, folder, shape_of(config).vocab)
     config = vocabulary.with_rows(config, rows)
-    teacher = vocabulary.first_rows(opened, rows) if isinstance(opened, Checkpoint) else config
+    teacher: Checkpoint | Mapping[str, Any] = config
+    if isinstance(opened, Checkpoint):
+        teacher = vocabulary.first_rows(opened, rows)
+    student: Checkpoint | Mapping[str, Any]
     if s.student:
-        student = _open(s.student)[0]
+        student, _ = _open(s.student)
     else:
-        experts = arch.count(
-            "--experts", s.experts, shape_of(config).experts or MOST_EXPERTS, "experts"
-        )
-        shape = arch.target_shape(config, arch.SCENARIOS.get(s.scenario or "", {}), experts=experts)
-        student = arch.student_config(config, shape)
+        most = shape_of(config).experts or MOST_EXPERTS
+        experts = arch.count("--experts", s.experts, most, "experts")
+        ratios = arch.SCENARIOS.get(s.scenario or "", {})
+        student = arch.student_config(config, arch.target_shape(config, ratios, experts=experts))
     return [estimates.model_of(model, gpu) for model in (teacher, student)]
 
 
 def _prompts(opened: Checkpoint | Mapping[str, Any]) -> int:
-    """How many prompts a run's models answer at its end: none without a chat template. Its file is
-    looked for, not opened, for a plan takes no second.
+    """How many prompts a run's models answer at its end: none without a chat template.
+
+    Its file is looked for, not opened, for a plan takes no second.
     """
     if not isinstance(opened, Checkpoint):
         return 0
-    beside = opened.path / "tokenizer_config.json"
-    named = beside.is_file() and '"chat_template"' in beside.read_text("utf-8", "replace")
-    return recipe.EVAL_PROMPTS if named or (opened.path / "chat_template.jinja").is_file() else 0
+    tokenizer = opened.path / "tokenizer_config.json"
+    if tokenizer.is_file() and '"chat_template"' in tokenizer.read_text("utf-8", "replace"):
+        return recipe.EVAL_PROMPTS
+    template = opened.path / "chat_template.jinja"
+    return recipe.EVAL_PROMPTS if template.is_file() else 0
 
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: print the plan."""
-    at = estimates.machine_rates(settings.machine, settings.measure)
-    print(f"{at}\n")
+    rates = estimates.machine_rates(settings.machine, settings.measure)
+    print(f"{rates}\n")
     if settings.measure and settings.teacher is None:
-        return asdict(at)
+        return asdict(rates)
     opened, name = _open(settings.teacher)
     config = opened.config if isinstance(opened, Checkpoint) else opened
     settings = replace(settings, **packed_format.of_mixture(config, settings))
-    whole = estimates.model_of(opened, at.gpu)
-    (teacher, student) = _pair(settings, opened, at.gpu)
-    how = settings if settings.quantize else recipe.PLAIN
-    asked = _prompts(opened)
-    known = isinstance(opened, Checkpoint) and asked > 0 and answers.shipped_for(opened)
+    teacher_as_is = estimates.model_of(opened, rates.gpu)
+    teacher, student = _pair(settings, opened, rates.gpu)
+    prompts = _prompts(opened)
     job = recipe.spec_of(
         teacher,
         student,
         settings,
-        how,
-        shown=whole,
+        settings if settings.quantize else recipe.PLAIN,
+        shown=teacher_as_is,
         copied=not settings.student,
-        answers=asked,
-        answers_known=known,
+        answers=prompts,
+        answers_known=isinstance(opened, Checkpoint)
+        and prompts > 0
+        and answers.shipped_for(opened),
     )
-    plan = phases.make(job, memory.budget(settings.budget_bytes, at.room_bytes).limit_bytes, at)
+    budget = memory.budget(settings.budget_bytes, rates.room_bytes)
+    plan = phases.make(job, budget.limit_bytes, rates)
     print(text.aligned(table(plan)))
-    if settings.machine == "here" and (said := battery(ThermalFlags())):
-        print(f"\nThis machine is {said}.")
+    if settings.machine == "here":
+        state = battery(ThermalFlags())
+        if state:
+            print(f"\nThis machine is {state}.")
     return outcome(plan, name) | {
         "micro_batch": plan.micro_batch,
         "shard_layers": plan.shard_layers,
@@ -202,8 +224,8 @@ def run(settings: Settings) -> dict[str, Any]:
         "read_bytes": sum(p.read_bytes for p in plan.phases),
         "written_bytes": sum(p.written_bytes for p in plan.phases),
         "disk_bytes": disk_bytes(plan),
-        "least_budget_bytes": phases.least_bytes(job, at),
-        "rates": at.source,
+        "least_budget_bytes": phases.least_bytes(job, rates),
+        "rates": rates.source,
     }
 
 

@@ -55,21 +55,26 @@ def run(settings: Settings) -> dict[str, Any]:
     )
     copying = compression_size.copying_bytes(m, rotation=rotation)
     copied = replace(planned, name="the largest tensor on its way", peak_bytes=copying)
-    estimates.fit(
-        limit,
-        planned,
-        copied,
-        *([compression_size.vocabulary(m, length)] if rows < m.shape.vocab else []),
-    )
+    stages = [planned, copied]
+    if rows < m.shape.vocab:
+        stages.append(compression_size.vocabulary(m, length))
+    estimates.fit(limit, *stages)
     data = preparation.prepare(s.data, load.tokenizer(checkpoint.path), length)
     with (
         progress.run("prune"),
         memory.limited(limit),
-        tempfile.TemporaryDirectory(prefix="mis_mlx-") as place,
+        tempfile.TemporaryDirectory(prefix="mis_mlx-") as scratch,
         ThermalMonitor(s, None, files) as weather,
     ):
         teacher, data = vocabulary.of_run(
-            checkpoint, None, rows, data, s, s.data, Path(place), files
+            checkpoint,
+            student=None,
+            rows=rows,
+            own=data,
+            how=s,
+            source=s.data,
+            run=Path(scratch),
+            files=files,
         )
         samples = preparation.calibration(data.train, s.num_samples, s.seed)
         held_out = comparison.chosen(next(iter(data.held_out.values())), 24)

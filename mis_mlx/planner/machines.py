@@ -1,4 +1,4 @@
-"""Several machines on one job: which of a model's blocks are whose.
+"""Several machines on one job: which of a model's blocks each has.
 
 Not how they find each other (models/distributed), nor how blocks are passed through
 (models/pipeline_parallel).
@@ -17,39 +17,52 @@ def shares(made: phases.MemoryPlan) -> tuple[int, ...]:
     if distributed.size() == 1:
         return ()
     job = made.job
-    counts = _shared(job.teacher, made.pinned, job.step, job.max_seq_length, made.rates)
+    counts = _shared(
+        job.teacher, made.pinned, tokens=job.step, length=job.max_seq_length, rates=made.rates
+    )
     cli.say(f"teacher blocks by machine: {', '.join(map(str, counts))}")
     return tuple(counts)
 
 
 def opened(
-    checkpoint: Checkpoint, limit: Budget, room_bytes: int, tokens: int, length: int, layers: bool
+    checkpoint: Checkpoint,
+    limit: Budget,
+    room_bytes: int,
+    tokens: int,
+    length: int,
+    layers: bool,
 ) -> Stream:
-    """A model for passes of `tokens` that all machines make: whole for each, or its blocks shared
-    out (`layers`). room_bytes: of this machine, for the head and for blocks that stay.
+    """A model for passes of `tokens` that all machines make.
+
+    Each has all of it, or its blocks are shared out (`layers`). room_bytes: of this machine, for
+    the head and for blocks that stay.
     """
-    where = (
-        checkpoint,
-        policy.compute_dtype(checkpoint),
-        room_bytes,
-        checkpoint.nbytes > limit.limit_bytes,
-    )
+    dtype = policy.compute_dtype(checkpoint)
+    direct = checkpoint.nbytes > limit.limit_bytes
     if distributed.size() == 1 or not layers:
-        return Stream(*where)
+        return Stream(checkpoint, dtype, room_bytes, direct)
     m = estimates.model_of(checkpoint)
-    keeps = estimates.pins(m, max(0, room_bytes - m.head_work))
+    pinned = estimates.pins(m, max(0, room_bytes - m.head_work))
+    counts = _shared(m, pinned, tokens=tokens, length=length, rates=estimates.machine_rates())
     return pipeline_parallel.Relay(
-        *where, _shared(m, keeps, tokens, length, estimates.machine_rates())
+        checkpoint, dtype, room_bytes=room_bytes, direct=direct, shares=counts
     )
 
 
-def _shared(m: estimates.ModelSize, keeps: int, tokens: int, length: int, at: Rates) -> list[int]:
-    """How many blocks each machine has in passes of `tokens`, by the first one's rates. keeps:
-    those with room here.
+def _shared(
+    m: estimates.ModelSize,
+    pinned: int,
+    *,
+    tokens: int,
+    length: int,
+    rates: Rates,
+) -> list[int]:
+    """How many blocks each machine has in passes of `tokens`, by the first one's rates.
+
+    pinned: blocks with room here.
     """
-    work = (
-        estimates.forward_flops(m, tokens, length, False) / m.shape.layers / at.forward_flops_per_s
-    )
-    # of a block; work: 1
-    reading = distributed.broadcast_json(lambda: m.block_bytes / at.read_bytes_per_s / work)
-    return pipeline_parallel.shared(m.shape.layers, distributed.all_gather(keeps), reading)
+    flops = estimates.forward_flops(m, tokens, length, head=False)
+    work_s = flops / m.shape.layers / rates.forward_flops_per_s  # of a block
+    # time to read a block, as a multiple of the time to compute it
+    reading = distributed.broadcast_json(lambda: m.block_bytes / rates.read_bytes_per_s / work_s)
+    return pipeline_parallel.shared(m.shape.layers, distributed.all_gather(pinned), reading)

@@ -1,9 +1,7 @@
-"""The phases of a distillation in bytes, operations and memory, and which way of training fits a
-budget.
+"""The phases of a distillation, and which strategy of training fits a budget.
 
-Knows no flags, nor how the work is done. `resident`: the student fits with gradients and moments.
-`blocks`: with 8-bit moments and one block's gradient. `lora`: only adapters change. `sharded`:
-streamed, some blocks trainable at a time.
+In bytes, operations and memory. Knows no flags, nor how the work is done. What each strategy of
+training takes is in planner/training_cost.
 """
 
 import math
@@ -18,326 +16,98 @@ from mis_mlx.hardware.rates import Rates
 from mis_mlx.models import arch, load
 from mis_mlx.models.config import shape_of
 from mis_mlx.planner import compression_size, estimates, writing
-from mis_mlx.planner.compression_size import (
-    GRADIENT_BYTES,
-    STATE_BYTES,
-    block_state_bytes,
-    prune,
-    repair,
-    repair_parts,
-)
-from mis_mlx.planner.estimates import TENSOR_BYTES, StageCost, forward_flops, room, streamed_pass
-from mis_mlx.planner.recipe import ADAPTERS, PLAIN, RATE, DistillationConfig, DistillationSpec, Mode
+from mis_mlx.planner.compression_size import prune, repair, repair_parts
+from mis_mlx.planner.estimates import TENSOR_BYTES, StageCost
+from mis_mlx.planner.recipe import PLAIN, RATE, DistillationConfig, DistillationSpec, Mode
+from mis_mlx.planner.training_cost import SAVED_BYTES as SAVED_BYTES
+from mis_mlx.planner.training_cost import blocks, resident, sharded, store, tune
+from mis_mlx.planner.training_cost import steps_per_shard as steps_per_shard
+from mis_mlx.planner.training_cost import way_back_bytes as way_back_bytes
 from mis_mlx.types import Budget, Checkpoint, MisError, gib
 
 TRAINED_WHOLE = "resident", "blocks", "lora"  # the student, in memory
-SAVED_BYTES = 12  # of a trained parameter in a checkpoint: weight and two moments
-PACKED_UPDATE_ARRAYS = 4  # opened moments, a new weight, and codes (measured)
 RATE_OF_WEIGHTS = 5.35e-4  # learning rate, as a part of their root mean square
 TEXTS = 2  # held-out texts that models are measured on
 
 
-def store(job: DistillationSpec, limit: int) -> StageCost:
-    """The teacher's sampled logits for all training tokens: one pass for as many windows as memory
-    takes.
-    """
-    t = job.teacher
-    length = job.max_seq_length
-    steps = max(job.iters, job.rounding.steps(True))
-    windows = steps * job.batch_size * job.grad_accumulation_steps
-    one = streamed_pass("", t, length, length, length, spool=False)
-    window = length * t.shape.hidden * t.item + estimates.side_bytes(t, length)
-    at_once = 1 + min(room(limit, one.peak_bytes, t.gpu) // window, windows - 1)
-    read = math.ceil(windows / at_once) * one.read_bytes
-    written = windows * length * job.target_bytes
-    peak = one.peak_bytes + (at_once - 1) * window
-    return StageCost(
-        "logit store", read, written, peak, windows * one.flops, held_tokens=at_once * length
-    )
-
-
-def resident(job: DistillationSpec, micro: int, limit: int) -> StageCost:
-    """The student whole in memory; beside it as much of the teacher as there is room for, or its
-    store.
-    """
-    m = job.student
-    length = job.max_seq_length
-    more = job.step > micro * length
-    nbytes = compression_size.training_bytes(
-        m.config, micro, length, job.host_lanes, more, gpu=m.gpu
-    )
-    one = StageCost(
-        "distil",
-        m.nbytes,
-        m.nbytes,
-        nbytes,
-        3 * forward_flops(m, job.step, length),
-        updated=m.params,
-    )
-    return _taught(
-        job,
-        one,
-        micro,
-        limit,
-        SAVED_BYTES * m.params,
-        estimates.activation_bytes(m.config, micro, length),
-    )
-
-
-def blocks(job: DistillationSpec, micro: int, limit: int, lora: bool = False) -> StageCost:
-    """The student's blocks in memory, updated one after the other (distillation/sharded); the
-    teacher as in `resident`. lora: only their adapters, beside weights in the type that the policy
-    gives.
-    """
-    m = job.student
-    layers = job.student.shape.layers
-    state = sum(block_state_bytes(m.config, i) for i in range(layers))
-    trained = m.blocks_params // layers
-    work = way_back_bytes(job, micro, ADAPTERS.rank * lora)
-    if lora:
-        trained = ADAPTERS.params(m.config) // layers
-        state = m.blocks_params * m.item + layers * STATE_BYTES * trained
-    flops = (
-        4 * forward_flops(m, job.step, job.max_seq_length, False) + 4.0 * job.step * m.head_params
-    )
-    plain = StageCost("distil", m.nbytes, m.nbytes, state + work, flops, updated=layers * trained)
-    return _taught(job, plain, micro, limit, state, work - 4 * m.head_params, job.same_head)
-
-
-def way_back_bytes(job: DistillationSpec, micro: int, rank: int = 0) -> int:
-    """What a step in micro-batches of `micro` windows holds while a student is trained block by
-    block (distillation/sharded), beside its weights and moments: what entered each block, the head,
-    and the largest of: the loss, the way back of a block, its update. Windows side by side have a
-    gradient each. rank: of adapters.
-    """
-    m = job.student
-    length = job.max_seq_length
-    lanes = estimates.together(job.student)
-    host = bool(job.host_lanes)
-    # micro-batches than one, whose gradients add up
-    s = m.shape
-    more = job.step > micro * length
-    sizes = [
-        rank * sum(shape) if rank else math.prod(shape)
-        for shape in arch.layer_tensors(m.config).values()
-    ]
-    gradient = 4 * sum(sizes)
-    back = estimates.backward_bytes(m.config, micro, length) + (min(lanes, micro) + more) * gradient
-    loss = estimates.logit_bytes(s.vocab, micro * length, host, gpu=m.gpu)
-    loss += (
-        estimates.activation_bytes(m.config, micro, length) // s.layers + more * gradient
-        if host
-        else back
-    )
-    update = gradient + lanes * PACKED_UPDATE_ARRAYS * 4 * max(sizes)
-    ahead = m.in_flight(estimates.activation_bytes(m.config, micro, length) // s.layers)
-    sides = estimates.side_bytes(replace(m, item=4), job.step)
-    states = 4 * (s.layers * job.step + s.vocab) * s.hidden
-    return estimates.SMALL_BYTES + sides + states + max(loss, back, update) + ahead
-
-
-def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
-    """The packed student whole in memory, its scales learning: integers; float copies a lane; one
-    block's gradient.
-    """
-    m = job.student
-    s = job.student.shape
-    trained = 2 * m.blocks_params // job.rounding.q_group_size
-    nbytes = compression_size.packed_bytes(m, job.rounding)
-    head = m.head_params * 4 * (1 if s.tied else 2)
-    head += estimates.logit_bytes(
-        s.vocab, micro * job.max_seq_length, bool(job.host_lanes), gpu=m.gpu
-    )
-    work = estimates.activation_bytes(m.config, micro, job.max_seq_length)
-    # those of micro-batches add up
-    state = STATE_BYTES + GRADIENT_BYTES * (job.step > micro * job.max_seq_length)
-    copies = 2 * 4 * max(1, min(micro, job.host_lanes))  # a window goes through one lane
-    sides = m.side_params * (1 if m.gpu else 4)  # packed, or de-quantized
-    copied = (1 + copies) * m.blocks_params + 4 * m.block_params
-    peak = copied + state * trained + head + work + sides + m.in_flight(work)
-    plain = StageCost(
-        "tune",
-        nbytes,
-        nbytes,
-        peak,
-        3 * forward_flops(m, job.step, job.max_seq_length),
-        updated=trained,
-    )
-    return _taught(replace(job, iters=iters), plain, micro, limit, SAVED_BYTES * trained, work)
-
-
-def _taught(
-    job: DistillationSpec,
-    plain: StageCost,
-    micro: int,
-    limit: int,
-    saved: int,
-    work: int,
-    same_head: bool = False,
-) -> StageCost:
-    """`plain`, a student whole in memory and one step of it, with all its steps, its checkpoints of
-    `saved` bytes, its teacher. work: of its bytes those held only after the teacher's pass.
-    same_head: which the student has anyway.
-    """
-    t = job.teacher
-    length = job.max_seq_length
-    iters = job.iters
-    peak = plain.peak_bytes
-    flops = plain.flops
-    keeps = 0
-    read = iters * job.step * job.target_bytes
-    if job.targets == "live":
-        # The teacher's workspace and the student's activations do not meet, its head and hidden
-        # states do.
-        peak += max(
-            0, t.body_bytes(estimates.pass_workspace(t, job.step, micro * length, length)) - work
-        )
-        peak += t.slots_bytes + (t.head_work + t.widened_bytes) * (not same_head)
-        peak += job.step * t.shape.hidden * t.item + estimates.side_bytes(t, job.step)
-        keeps = estimates.pins(t, room(limit, peak, t.gpu))
-        read = t.head_bytes * (not same_head) + t.block_bytes * (
-            keeps + iters * (t.shape.layers - keeps)
-        )
-        flops += forward_flops(t, job.step, length)
-    written = plain.written_bytes + (iters // job.save_every + 2) * saved
-    peak = peak + keeps * t.block_work
-    read = plain.read_bytes + read
-    micros = job.step // (micro * length)
-    # of a step: loss and gradients of every micro-batch, the norm, the update
-    waits = 2 * micros + 2
-    if job.targets == "live":
-        waits += streamed_pass(
-            "", t, job.step, micro * length, length, head=False, spool=False
-        ).waits
-    return replace(
-        plain,
-        read_bytes=read,
-        written_bytes=written,
-        peak_bytes=peak,
-        flops=iters * flops,
-        pinned=keeps,
-        updated=iters * plain.updated,
-        waits=iters * waits,
-    )
-
-
-def sharded(job: DistillationSpec, micro: int, shard: int) -> StageCost:
-    """The student streamed from float32 files, `shard` blocks in memory and trained
-    (distillation/sharded).
-    """
-    t = job.teacher
-    m = job.student
-    length = job.max_seq_length
-    s = m.shape
-    b = m.block_params
-    shards = math.ceil(m.shape.layers / shard)
-    visits = math.ceil(job.iters / steps_per_shard(job, shard))
-    # blocks above each shard
-    over = [s.layers - min(s.layers, (i + 1) * shard) for i in range(shards)]
-    # the last one turns in memory
-    above, again = (sum(n) / shards for n in (over, [max(0, n - 1) for n in over]))
-    state = shard * block_state_bytes(m.config)
-    peak = 2 * 4 * b + state + way_back_bytes(job, micro)
-    read = 4.0 * b * (s.layers - shard + again)
-    forward = forward_flops(m, job.step, length, False) / s.layers  # of a block
-    flops = forward * (s.layers - 1 + 2 * above + 3 * shard) + 4.0 * job.step * m.head_params
-    if job.targets == "live":
-        signal = streamed_pass("", t, job.step, micro * length, length, head=False, spool=False)
-        peak = peak + signal.peak_bytes + t.head_work * (not job.same_head)
-        read = read + signal.read_bytes
-        flops += forward_flops(t, job.step, length)
-    else:
-        read += job.step * job.target_bytes
-    trained = 4 * b * min(s.layers, visits * shard)
-    read = job.iters * read + visits * 4 * m.head_params + trained
-    # A resume needs one checkpoint of every visit.
-    written = trained + state * max(job.iters // job.save_every + 2, 2 * visits)
-    updated = job.iters * b * shard
-    return StageCost("distil", int(read), written, peak, job.iters * flops, updated=updated)
-
-
-def steps_per_shard(job: DistillationSpec, shard: int) -> int:
-    """Steps that a shard is trained before the next one comes: all have had their turn when the run
-    ends.
-    """
-    return math.ceil(job.iters / math.ceil(job.student.shape.layers / shard))
-
-
 def measure(job: DistillationSpec, most_bytes: int, limit: int) -> StageCost:
-    """Teacher, pruned, distilled and 4-bit student on every text; then those that fit the budget
-    are timed, side by side where the phases before, which took `most_bytes`, leave room for all of
-    them, else one by one.
+    """Teacher, pruned, distilled and 4-bit student on every text; then those that fit are timed.
+
+    Side by side where the phases before, which took `most_bytes`, leave room for all of them, else
+    one by one. Then models answer prompts, where the student can write in the budget `limit`.
     """
-    four = replace(
+    four_bit = replace(
         job.student, nbytes=compression_size.packed_bytes(job.student, job.rounding), packed=True
     )
-    models = [job.shown or job.teacher, job.student, job.student, four]
-    one = estimates.compared(models, job.eval_windows, job.max_seq_length)
-    whole = [m.nbytes if m.packed else m.params * m.item for m in models]
-    alone = [n for m, n in zip(models, whole, strict=True) if timed_bytes(m.params) <= limit]
-    timed = (
-        sum(whole)
-        if sum(timed_bytes(m.params) for m in models) <= most_bytes
-        else max(alone, default=0)
-    )
-    # its head, while it is converted
-    peak = max(one.peak_bytes, timed and timed + 2 * models[0].head_params)
-    texts = replace(
-        one,
-        read_bytes=TEXTS * one.read_bytes,
-        peak_bytes=peak,
-        flops=TEXTS * one.flops,
-        waits=TEXTS * one.waits,
-    )
+    teacher = job.shown or job.teacher
+    models = [teacher, job.student, job.student, four_bit]
+    cost = estimates.compared(models, job.eval_windows, job.max_seq_length).repeated(TEXTS)
+    peak = cost.peak_bytes
+    timed = _timed_weights(models, most_bytes, limit)
+    if timed:
+        peak = max(peak, timed + 2 * teacher.head_params)  # its head, while it is converted
+    cost = replace(cost, peak_bytes=peak)
     if not job.answers:
-        return texts
-    students = [job.student, four] if job.rounding is not PLAIN else [job.student]
-    asked = [models[0], *students]
+        return cost
+    students = [job.student]
+    if job.rounding is not PLAIN:
+        students.append(four_bit)
     try:
-        said = writing.answers(
-            asked,
+        answers = writing.answers(
+            [teacher, *students],
             job.answers,
             Budget(limit),
             teacher_kept=job.answers_known,
             silent=len(students) - 1,
         )
     except MisError:  # the student cannot write in the budget, so nobody is asked
-        return texts
-    return replace(
-        texts,
-        read_bytes=texts.read_bytes + said.read_bytes,
-        peak_bytes=max(texts.peak_bytes, said.peak_bytes),
-        flops=texts.flops + said.flops,
-        touched_bytes=texts.touched_bytes + said.touched_bytes,
-        waits=texts.waits + said.waits,
-    )
+        return cost
+    return cost.then(answers)
+
+
+def _timed_weights(models: list[estimates.ModelSize], most_bytes: int, limit: int) -> int:
+    """Weights of the models that are in memory together while they are timed; 0: none is."""
+    together = 0
+    largest = 0
+    timed = 0
+    for m in models:
+        weights = m.nbytes if m.packed else m.params * m.item
+        needed = timed_bytes(m.params)
+        together += weights
+        timed += needed
+        if needed <= limit:
+            largest = max(largest, weights)
+    return together if timed <= most_bytes else largest
 
 
 def timed_bytes(params: int) -> int:
-    """Memory of stock mlx-lm with a model of so many parameters whole: as stored, and as
-    float32.
+    """Memory of stock mlx-lm with a model of so many parameters whole.
+
+    As stored, and as float32.
     """
     return 6 * params
 
 
 def usual_rate(teacher: Checkpoint) -> float:
-    """AdamW's learning rate for a student that was repaired: as large a part of the teacher's
-    weights as 1e-4 is of SmolLM2-135M's, which is what suits Gemma, too. By the attention of the
-    middle block, a matrix at a time.
+    """AdamW's learning rate for a student that was repaired.
+
+    As large a part of the teacher's weights as 1e-4 is of SmolLM2-135M's; that suits Gemma, too. By
+    the attention of the middle block, a matrix at a time.
     """
-    at = f"model.layers.{shape_of(teacher.config).layers // 2}.self_attn."
-    names = [
-        n
-        for n, shape in arch.tensors_of(teacher.config).items()
-        if n.startswith(at) and len(shape) > 1
-    ]
-    squares = [mx.square(load.dense(teacher, n).astype(mx.float32)).mean().item() for n in names]
-    return float(f"{(sum(squares) / len(squares)) ** 0.5 * RATE_OF_WEIGHTS:.1e}")
+    prefix = f"model.layers.{shape_of(teacher.config).layers // 2}.self_attn."
+    squares = []
+    for name, shape in arch.tensors_of(teacher.config).items():
+        if name.startswith(prefix) and len(shape) > 1:
+            weight = load.dense(teacher, name).astype(mx.float32)
+            squares.append(mx.square(weight).mean().item())
+            del weight  # not beside the next one
+    rms = (sum(squares) / len(squares)) ** 0.5
+    return float(f"{rms * RATE_OF_WEIGHTS:.1e}")
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """One way to do the job under a budget."""
+    """One strategy for the job under a budget."""
 
     job: DistillationSpec
     budget_bytes: int
@@ -354,7 +124,7 @@ class MemoryPlan:
 
     @property
     def way(self) -> dict[str, Any]:
-        """What a resumed run must not change, as arguments of `one`."""
+        """The strategy that a resumed run must not change, as arguments of `one`."""
         return {
             "mode": self.mode,
             "micro": self.micro_batch,
@@ -363,14 +133,15 @@ class MemoryPlan:
         }
 
     def recipe(self, asked: DistillationConfig, teacher: Checkpoint) -> DistillationConfig:
-        """The recipe that was asked for, with micro-batches as planned. Where all blocks learn at
-        once, the usual rate knows the size of the teacher's weights: at 1e-4 a Gemma unlearned its
-        repair (benchmarks/README.md).
+        """The recipe that was asked for, with micro-batches as planned.
+
+        Where all blocks learn at once, the usual rate knows the size of the teacher's weights: at
+        1e-4 a Gemma unlearned its repair (benchmarks/README.md).
         """
         parts = asked.grad_accumulation_steps * self.job.batch_size // self.micro_batch
-        rate = asked.learning_rate or (
-            usual_rate(teacher) if self.mode in ("resident", "blocks") else RATE
-        )
+        rate = asked.learning_rate
+        if not rate:
+            rate = usual_rate(teacher) if self.mode in ("resident", "blocks") else RATE
         return replace(
             asked,
             iters=self.job.iters,
@@ -381,13 +152,15 @@ class MemoryPlan:
 
     def held_windows(self, name: str) -> int:
         """How many windows of hidden states the phase of this name keeps in memory."""
-        return next(p.held_tokens for p in self.phases if p.name == name) // self.job.max_seq_length
+        phase = next(p for p in self.phases if p.name == name)
+        return phase.held_tokens // self.job.max_seq_length
 
     @property
     def tuned(self) -> int:
         """Steps after rounding."""
-        whole = self.mode in TRAINED_WHOLE or self.job.uncut
-        return any(p.name == "tune" for p in self.phases) * self.job.rounding.steps(whole)
+        if all(p.name != "tune" for p in self.phases):
+            return 0
+        return self.job.rounding.steps(whole=self.mode in TRAINED_WHOLE or self.job.uncut)
 
     @property
     def fits(self) -> bool:
@@ -405,24 +178,51 @@ class MemoryPlan:
         return next((p.pinned for p in self.phases if p.name in ("distil", "tune")), 0)
 
 
+@dataclass(frozen=True)
+class _ProcessOverhead:
+    """Memory of the process itself, which no phase has in it."""
+
+    left_bytes: int  # of the budget, without Python's notes on tensors
+    own_bytes: int  # in every phase
+    training_bytes: int  # more, in phases that train
+
+
+def _process_overhead(job: DistillationSpec, limit: int, mode: Mode) -> _ProcessOverhead:
+    """What the process takes in this budget, with the notes on the teacher's tensors."""
+    known = TENSOR_BYTES * job.teacher.tensors
+    left = max(0, limit - known)
+    lane_bytes = TRAINED_WHOLE_BYTES if mode == "resident" else TRAINED_BYTES
+    lanes_bytes = estimates.together(job.student) * lane_bytes
+    own = process_bytes(left, job.teacher.gpu)
+    training = process_bytes(left, job.teacher.gpu, lanes_bytes)
+    return _ProcessOverhead(left_bytes=left, own_bytes=known + own, training_bytes=training - own)
+
+
 def in_parts(job: DistillationSpec, mode: Mode) -> int:
-    """Bytes of a number in the files in which a student is repaired block by block; 0: in memory,
-    as all mixtures.
+    """Bytes of a number in the files in which a student is repaired block by block.
+
+    0: it is repaired in memory, as all mixtures are.
     """
-    return 0 if job.student.shape.experts else {"sharded": 4, "none": 2}.get(mode, 0)
+    if job.student.shape.experts:
+        return 0
+    return {"sharded": 4, "none": 2}.get(mode, 0)
 
 
 def ways(job: DistillationSpec) -> Iterator[tuple[Mode, int, int]]:
-    """(mode, micro-batch, shard) of all that could be tried; a micro-batch divides the one asked
-    for.
+    """(mode, micro-batch, shard) of all strategies that could be tried.
+
+    A micro-batch divides the one asked for.
     """
     small = [n for n in range(1, math.isqrt(job.batch_size) + 1) if job.batch_size % n == 0]
-    for micro in sorted({*small, *(job.batch_size // n for n in small)}, reverse=True):
+    large = [job.batch_size // n for n in small]
+    all_but_one = max(1, job.student.shape.layers - 1)
+    for micro in sorted({*small, *large}, reverse=True):
         for mode in job.modes:
-            for shard in (
-                range(max(1, job.student.shape.layers - 1), 0, -1) if mode == "sharded" else (0,)
-            ):
-                yield mode, micro, shard
+            if mode == "sharded":
+                for shard in range(all_but_one, 0, -1):
+                    yield mode, micro, shard
+            else:
+                yield mode, micro, 0
 
 
 def one(
@@ -434,47 +234,74 @@ def one(
     shard: int,
     tuned: int | None = None,
 ) -> MemoryPlan:
-    """The plan of one way, fit or not. tuned: steps after rounding; None: as asked for, else the
-    usual if they fit.
+    """The plan of one strategy, whether it fits or not.
+
+    tuned: steps after rounding; None: as asked for, else the usual number if they fit.
     """
-    known = TENSOR_BYTES * job.teacher.tensors
-    left = max(0, limit - known)
-    lane = TRAINED_WHOLE_BYTES if mode == "resident" else TRAINED_BYTES
-    own = known + process_bytes(left, job.teacher.gpu)
-    more = (
-        known + process_bytes(left, job.teacher.gpu, estimates.together(job.student) * lane) - own
-    )
-    phases = [prune(job, left), *([store(job, left)] if job.targets == "cached" else [])]
-    whole = mode in TRAINED_WHOLE
+    process = _process_overhead(job, limit, mode)
+    left = process.left_bytes
+    trained_left = left - process.training_bytes
+    training_overhead = process.own_bytes + process.training_bytes
+    phases = [prune(job, left)]
+    if job.targets == "cached":
+        phases.append(store(job, left))
     if job.reconstruct_samples:
-        phases.append(
-            repair_parts(job, left, item) if (item := in_parts(job, mode)) else repair(job)
-        )
-    if mode == "resident":
-        phases.append(resident(job, micro, left - more))
-    elif mode != "none":
-        phases.append(
-            blocks(job, micro, left - more, mode == "lora") if whole else sharded(job, micro, shard)
-        )
+        item = in_parts(job, mode)
+        phases.append(repair_parts(job, left, item) if item else repair(job))
+    if mode != "none":
+        phases.append(_distil(job, trained_left, mode=mode, micro=micro, shard=shard))
     phases.append(
         compression_size.quantize(
-            job.student, job.rounding, job.num_samples, job.max_seq_length, left
+            job.student,
+            job.rounding,
+            windows=job.num_samples,
+            length=job.max_seq_length,
+            limit=left,
         )
     )
-    steps = job.rounding.steps(whole or job.uncut) if tuned is None else tuned
-    extra = [tune(job, micro, left - more, steps)] if steps else []
-    optional = tuned is None and job.rounding.q_iters is None
-    phases += [p for p in extra if not optional or p.peak_bytes + own + more <= limit]
-    phases.append(measure(job, max(p.peak_bytes for p in phases) + own, limit))
-    phases = [replace(p, peak_bytes=p.peak_bytes + own + more * bool(p.updated)) for p in phases]
-    return MemoryPlan(job, limit, rates, mode, micro, shard, tuple(phases))
+    steps = tuned
+    if steps is None:
+        steps = job.rounding.steps(whole=mode in TRAINED_WHOLE or job.uncut)
+    if steps:
+        tuning = tune(job, micro, trained_left, steps)
+        optional = tuned is None and job.rounding.q_iters is None
+        if not optional or tuning.peak_bytes + training_overhead <= limit:
+            phases.append(tuning)
+    most_bytes = max(p.peak_bytes for p in phases) + process.own_bytes
+    phases.append(measure(job, most_bytes, limit))
+    planned = []
+    for p in phases:
+        overhead = training_overhead if p.updated else process.own_bytes
+        planned.append(replace(p, peak_bytes=p.peak_bytes + overhead))
+    return MemoryPlan(
+        job=job,
+        budget_bytes=limit,
+        rates=rates,
+        mode=mode,
+        micro_batch=micro,
+        shard_layers=shard,
+        phases=tuple(planned),
+    )
+
+
+def _distil(job: DistillationSpec, limit: int, *, mode: Mode, micro: int, shard: int) -> StageCost:
+    """The training itself, by this strategy."""
+    if mode == "resident":
+        return resident(job, micro, limit)
+    if mode == "sharded":
+        return sharded(job, micro, shard)
+    return blocks(job, micro, limit, lora=mode == "lora")
 
 
 def make(job: DistillationSpec, budget_bytes: int, rates: Rates) -> MemoryPlan:
-    """The best plan that fits: first by `job.modes`, then micro-batch, then bytes read; else that
-    of least memory.
+    """The best plan that fits, else the one of least memory.
+
+    First by `job.modes`, then micro-batch, then bytes read.
     """
-    plans = [one(job, budget_bytes, rates, *way) for way in ways(job)]
+    plans = [
+        one(job, budget_bytes, rates, mode=mode, micro=micro, shard=shard)
+        for mode, micro, shard in ways(job)
+    ]
     fitting = [p for p in plans if p.fits]
     if not fitting:
         return min(plans, key=lambda p: p.peak_bytes)
@@ -489,47 +316,49 @@ def make(job: DistillationSpec, budget_bytes: int, rates: Rates) -> MemoryPlan:
 
 
 def least_bytes(job: DistillationSpec, rates: Rates) -> int:
-    """The smallest budget in which some way of doing the job fits."""
+    """The smallest budget in which some strategy for the job fits."""
     least = 0
-    while (need := min(one(job, least, rates, *way).peak_bytes for way in ways(job))) > least:
+    while True:
+        need = min(
+            one(job, least, rates, mode=mode, micro=micro, shard=shard).peak_bytes
+            for mode, micro, shard in ways(job)
+        )
+        if need <= least:
+            return least
         least = need
-    return least
 
 
 def remedy(plan: MemoryPlan) -> str:
     """What would make it fit, in one sentence with both numbers; empty when it fits."""
     if plan.fits:
         return ""
-    job = plan.job
     worst = max(plan.phases, key=lambda p: p.peak_bytes)
-    least = estimates.flag(least_bytes(job, plan.rates))
+    least = estimates.flag(least_bytes(plan.job, plan.rates))
     text = (
         f"{worst.name} needs {gib(worst.peak_bytes)}, the budget is {gib(plan.budget_bytes)}: "
         f"give --budget {least}"
     )
-    tries = (
-        [("--reconstruct-samples 0", replace(job, reconstruct_samples=0))]
-        if job.reconstruct_samples
-        else []
-    )
+    for flags, job in _smaller_jobs(plan.job):
+        if make(job, plan.budget_bytes, plan.rates).fits:
+            return f"{text}, or {flags}"
+    return f"{text}; smaller batches or shorter windows do not help"
+
+
+def _smaller_jobs(job: DistillationSpec) -> Iterator[tuple[str, DistillationSpec]]:
+    """(flags, the job with them) that take less memory."""
+    if job.reconstruct_samples:
+        yield "--reconstruct-samples 0", replace(job, reconstruct_samples=0)
     if job.rounding.looks:
-        flags = "--q-method round" + (
-            " without --target-bpw" if job.rounding.target_bpw is not None else ""
-        )
-        tries.append(
-            (flags, replace(job, rounding=replace(job.rounding, q_method="round", target_bpw=None)))
-        )
-    if job.rounding.steps(True):
-        tries.append(("--q-iters 0", replace(job, rounding=replace(job.rounding, q_iters=0))))
+        flags = "--q-method round"
+        if job.rounding.target_bpw is not None:
+            flags += " without --target-bpw"
+        blind = replace(job.rounding, q_method="round", target_bpw=None)
+        yield flags, replace(job, rounding=blind)
+    if job.rounding.steps(whole=True):
+        yield "--q-iters 0", replace(job, rounding=replace(job.rounding, q_iters=0))
     length = job.max_seq_length
-    shorter = [n for n in (length >> k for k in range(1, 8)) if n >= 16]
-    tries += [
-        (f"--max-seq-length {n} instead of {length}", replace(job, max_seq_length=n))
-        for n in shorter
-    ]
-    fitting = [name for name, other in tries if make(other, plan.budget_bytes, plan.rates).fits]
-    return (
-        f"{text}, or {fitting[0]}"
-        if fitting
-        else f"{text}; smaller batches or shorter windows do not help"
-    )
+    for halvings in range(1, 8):
+        shorter = length >> halvings
+        if shorter >= 16:
+            flags = f"--max-seq-length {shorter} instead of {length}"
+            yield flags, replace(job, max_seq_length=shorter)

@@ -1,5 +1,6 @@
-"""What a training is asked for: its flags; a distillation in sizes and counts. Not what it takes
-(planner/phases).
+"""The settings of a training: its flags; and a distillation in sizes and counts.
+
+Not what it takes (planner/phases).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from mis_mlx import cli
 from mis_mlx.models.families import family
 from mis_mlx.models.lora import Lora
 from mis_mlx.planner import estimates
-from mis_mlx.planner.estimates import ModelSize
+from mis_mlx.planner.model_size import ModelSize
 from mis_mlx.types import (
     FILE_ONLY,
     Bits,
@@ -58,16 +59,16 @@ class TrainingConfig:
         if step < warmup:
             return self.learning_rate * (step + 1) / warmup
         done = (step - warmup) / max(1, self.iters - 1 - warmup)
-        return self.learning_rate * (
-            0.1 + (1 - 0.1) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-        )
+        cosine = 1 + math.cos(math.pi * min(1.0, done))  # from 2 to 0
+        return self.learning_rate * (0.1 + (1 - 0.1) * 0.5 * cosine)
 
 
 @dataclass(frozen=True)
 class DistillationConfig(TrainingConfig):
-    """What a student learns from, and by which way."""
+    """What a student learns from, and how."""
 
-    iters: Count | None = None  # type: ignore[assignment]  # an int wherever steps are made: MemoryPlan.recipe
+    # an int wherever steps are made: MemoryPlan.recipe
+    iters: Count | None = None  # type: ignore[assignment]
     """optimizer steps; default: 30, for a student is near its teacher once repaired; 60 where
     little or nothing is
     """
@@ -75,7 +76,8 @@ class DistillationConfig(TrainingConfig):
     """minutes that these steps may take, in place of --iters: as many as fit by the pace of the
     first ones; a student that is trained in parts takes as many as the plan expects to fit
     """
-    learning_rate: Rate | None = None  # type: ignore[assignment]  # a float wherever steps are made, as iters
+    # a float wherever steps are made, as iters
+    learning_rate: Rate | None = None  # type: ignore[assignment]
     """peak; falls to a tenth along a cosine; default: by the teacher's weights where all blocks
     learn at once (SmolLM2: 1e-4, Gemma: 2e-5), else 1e-4; thrice of it suits a student that was not
     repaired (--reconstruct-samples 0)
@@ -153,21 +155,23 @@ class QuantizationConfig:
 
     @property
     def affine(self) -> QuantizationConfig:
-        """What of these flags counts: formats that are not affine are rounded to, nothing else."""
-        return (
-            self
-            if self.q_mode == "affine"
-            else replace(self, target_bpw=None, q_method="round", q_iters=0)
-        )
+        """The flags that count: in formats that are not affine, weights are rounded, no more."""
+        if self.q_mode == "affine":
+            return self
+        return replace(self, target_bpw=None, q_method="round", q_iters=0)
 
     @property
     def looks(self) -> bool:
         """Whether rounding looks at text."""
-        return self.affine.q_method == "gptq" or self.affine.target_bpw is not None
+        how = self.affine
+        return how.q_method == "gptq" or how.target_bpw is not None
 
     def steps(self, whole: bool) -> int:
-        """Steps after rounding, of a student that is in memory whole or not."""
-        return TUNE_ITERS * whole if self.affine.q_iters is None else self.affine.q_iters
+        """Steps after rounding. whole: the student is whole in memory."""
+        asked = self.affine.q_iters
+        if asked is not None:
+            return asked
+        return TUNE_ITERS if whole else 0
 
 
 TUNE_ITERS = 20
@@ -214,16 +218,19 @@ class DistillationSpec(DistillationConfig):
 
     @property
     def host_lanes(self) -> int:
-        """How many windows go side by side where numpy computes the losses (models/host_losses);
-        else 0.
+        """How many windows go side by side where numpy computes the losses; else 0.
+
+        As in models/host_losses.
         """
-        here = self.targets == "live" and not self.teacher.gpu and not self.cross_entropy
-        return estimates.together(self.student) if here else 0
+        if self.targets != "live" or self.teacher.gpu or self.cross_entropy:
+            return 0
+        return estimates.together(self.student)
 
     @property
     def target_bytes(self) -> int:
         """A position in the logit store, at the most: a size, and id and count of every sample."""
-        return 1 + SAMPLES * ((2 if self.teacher.shape.vocab <= 2**16 else 4) + 1)
+        id_bytes = 2 if self.teacher.shape.vocab <= 2**16 else 4
+        return 1 + SAMPLES * (id_bytes + 1)
 
 
 def steps_of(asked: DistillationConfig, config: Mapping[str, Any]) -> int:
@@ -243,37 +250,50 @@ def spec_of(
     answers: int = 0,
     answers_known: bool = False,
 ) -> DistillationSpec:
-    """The distillation that a command's settings ask for. rotates: a smaller hidden size is cut
-    along directions. copied: what the student has is cut out of this teacher. answers: prompts that
-    the models answer at the end; answers_known: the teacher's answers are there already.
+    """The distillation that a command's settings ask for.
+
+    rotates: a smaller hidden size is cut along directions. shown: the teacher with its own
+    vocabulary, where the student has another. copied: the student is cut out of this teacher.
+    answers: prompts that the models answer at the end; answers_known: the teacher's answers are
+    there already.
     """
-    # A head is told by its width and type.
-    two = [
-        (m.shape.hidden, m.packed, m.config.get("torch_dtype") or m.config.get("dtype"))
-        for m in (teacher, student)
-    ]
-    known = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
-    known["iters"] = steps_of(asked, student.config)
-    modes: tuple[Mode, ...] = (
-        (*MODES, "none") if asked.reconstruct_samples or family(student.config).experts else MODES
-    )
     uncut = (
         copied
         and asked.train == "auto"
         and not asked.cross_entropy
         and student.shape == teacher.shape
     )
-    known["reconstruct_samples"] *= not uncut
+    settings = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
+    settings["iters"] = steps_of(asked, student.config)
+    if uncut:
+        settings["reconstruct_samples"] = 0
     return DistillationSpec(
-        **known,
+        **settings,
         teacher=teacher,
         student=student,
-        modes=("none",) if uncut else modes if asked.train == "auto" else (asked.train,),
+        modes=_modes(asked, student, uncut=uncut),
         rotation=rotates and student.shape.hidden < teacher.shape.hidden,
         rounding=rounding,
         shown=shown,
-        same_head=copied and two[0] == two[1],
+        same_head=copied and _head_type(teacher) == _head_type(student),
         uncut=uncut,
         answers=answers,
         answers_known=answers_known,
     )
+
+
+def _modes(asked: DistillationConfig, student: ModelSize, *, uncut: bool) -> tuple[Mode, ...]:
+    """The strategies to choose from, the best first."""
+    if uncut:
+        return ("none",)
+    if asked.train != "auto":
+        return (asked.train,)
+    if asked.reconstruct_samples or family(student.config).experts:
+        return (*MODES, "none")
+    return MODES
+
+
+def _head_type(m: ModelSize) -> tuple[Any, ...]:
+    """A head's width and type: equal ones are taken for the same head."""
+    dtype = m.config.get("torch_dtype") or m.config.get("dtype")
+    return m.shape.hidden, m.packed, dtype

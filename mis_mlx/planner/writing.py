@@ -1,4 +1,4 @@
-"""What it takes to have a model write many texts: memory, time, and how many side by side.
+"""What a model takes to write many texts: memory, time, and how many side by side.
 
 The model is whole in memory where it fits. Otherwise a token of every text is one streamed pass."""
 
@@ -33,10 +33,10 @@ class WritingPlan:
 
 
 def resident_bytes(m: estimates.ModelSize, at_once: int, tokens: int) -> int:
-    """Memory of a model that is whole and writes: its weights as stored and as they compute, keys
-    and values, logits.
+    """Memory of a model that writes, whole in memory.
 
-    tokens: of a text, its prompt included. mlx-lm holds keys and values up to three times."""
+    Its weights as stored and as they compute, keys and values, logits. tokens: of a text, its
+    prompt included. mlx-lm holds keys and values up to three times."""
     places = CACHE_STEP * -(-tokens // CACHE_STEP)
     weights = m.nbytes + m.item * (m.blocks_params + m.side_params + m.head_params)
     logits = LOGIT_COPIES * 4 * m.shape.vocab
@@ -63,13 +63,18 @@ def plan_writing(
         cost = _resident(m, count, max_tokens, prompt_tokens=prompt_tokens, at_once=size)
         need = own_bytes + cost.peak_bytes
         if need <= limit.limit_bytes:
-            return WritingPlan(size, need, cost.seconds(rates), replace(cost, name=name))
+            return WritingPlan(
+                at_once=size,
+                peak_bytes=need,
+                seconds=cost.seconds(rates),
+                cost=replace(cost, name=name),
+            )
     for size in at_once:
         one_pass = _streamed_pass(m, size, max_tokens, prompt_tokens)
         need = own_bytes + one_pass.peak_bytes
         if need <= limit.limit_bytes:
             passes = (prompt_tokens + max_tokens) * -(-count // size)
-            cost = _repeated(replace(one_pass, name=name), passes)
+            cost = replace(one_pass, name=name).repeated(passes)
             return WritingPlan(
                 at_once=size,
                 peak_bytes=need,
@@ -124,18 +129,6 @@ def _streamed_pass(
     )
 
 
-def _repeated(cost: estimates.StageCost, times: int) -> estimates.StageCost:
-    """The same work `times` times."""
-    return replace(
-        cost,
-        read_bytes=times * cost.read_bytes,
-        written_bytes=times * cost.written_bytes,
-        flops=times * cost.flops,
-        touched_bytes=times * cost.touched_bytes,
-        waits=times * cost.waits,
-    )
-
-
 def answers(
     models: Sequence[estimates.ModelSize],
     count: int,
@@ -163,25 +156,19 @@ def answers(
         if number >= silent:
             costs.append(_answering(student, count, GREEDY_TOKENS, limit))
             costs.append(_reading(teacher, count, GREEDY_TOKENS))
-    return estimates.StageCost(
-        name="answers",
-        read_bytes=sum(cost.read_bytes for cost in costs),
-        written_bytes=sum(cost.written_bytes for cost in costs),
-        peak_bytes=max(cost.peak_bytes for cost in costs),
-        flops=sum(cost.flops for cost in costs),
-        touched_bytes=sum(cost.touched_bytes for cost in costs),
-        waits=sum(cost.waits for cost in costs),
+    total = estimates.StageCost(
+        name="answers", read_bytes=0, written_bytes=0, peak_bytes=0, flops=0.0
     )
+    for cost in costs:
+        total = total.then(cost)
+    return total
 
 
 def _answering(
-    m: estimates.ModelSize,
-    count: int,
-    max_tokens: int,
-    limit: Budget,
+    m: estimates.ModelSize, count: int, max_tokens: int, limit: Budget
 ) -> estimates.StageCost:
-    """The cost of `count` answers of a model, by how they would be written in the budget."""
-    way = plan_writing(
+    """The cost of `count` answers of a model, written as the budget allows."""
+    plan = plan_writing(
         m,
         count,
         max_tokens,
@@ -189,7 +176,7 @@ def _answering(
         prompt_tokens=PROMPT_TOKENS,
         at_once=[min(size, count) for size in ANSWERS_AT_ONCE],
     )
-    return way.cost
+    return plan.cost
 
 
 def _reading(m: estimates.ModelSize, count: int, max_tokens: int) -> estimates.StageCost:

@@ -15,43 +15,64 @@ from mis_mlx.models import arch, distributed, pipeline_parallel, policy, stream
 from mis_mlx.models.config import ffn_size, shape_of
 from mis_mlx.types import Checkpoint, Reading
 
+Weight = Callable[[int], float]  # of a batch: its T_env, asked as the batch enters
+Samples = dict[str, mx.array]  # of a batch, by axis: its importance, "axis squares" its squares
+Entered = Iterator[tuple[mx.array, Samples]]  # batch by batch: the output (B, T, D), samples
 
-def _look(block: nn.Module, heads: int, into: mx.array, out: mx.array) -> dict[str, mx.array]:
-    """What one batch says of one block, lazy: importance and squares by axis, and of the block
-    itself.
-    """
-    seen = {
-        axis: block[part][name].take() for axis, (part, (name, *_)) in arch.readers(block).items()
-    }
+
+def _recorders(block: nn.Module) -> dict[str, stream.InputRecorder]:
+    """{axis: the recorder of the first matrix that reads it}, for all of them see the same."""
+    recorders = {}
+    for axis, (part, (name, *_)) in arch.readers(block).items():
+        recorders[axis] = block[part][name]
+    return recorders
+
+
+def _look(
+    block: nn.Module,
+    heads: int,
+    into: mx.array,
+    out: mx.array,
+) -> Samples:
+    """What one batch says of one block, lazy: samples of every axis, and of the block itself."""
+    seen = {axis: recorder.take() for axis, recorder in _recorders(block).items()}
     return _samples(seen, heads, into, out)
 
 
 def _samples(
-    seen: Mapping[str, mx.array], heads: int, into: mx.array, out: mx.array
-) -> dict[str, mx.array]:
-    """The same of what a batch's readers saw."""
+    seen: Samples,
+    heads: int,
+    into: mx.array,
+    out: mx.array,
+) -> Samples:
+    """Importance and squares by axis, and the block's, from the inputs of a batch's readers, lazy.
+
+    into, out (B, T, D): the stream before and behind the block.
+    """
     samples = {"block": importance.block_sample(into, out)}
     for axis, x in seen.items():
-        samples[axis] = (
-            importance.head_sample(x, heads) if axis == "heads" else importance.channel_sample(x)
-        )
+        if axis == "heads":
+            samples[axis] = importance.head_sample(x, heads)
+        else:
+            samples[axis] = importance.channel_sample(x)
         samples[axis + " squares"] = importance.square_sample(x)
     return samples
 
 
 def _entered(
-    source: stream.Stream, block: nn.Module, hidden: stream.Hidden, weight: Callable[[int], float]
-) -> Iterator[tuple[mx.array, dict[str, mx.array]]]:
-    """Every batch behind a block, and what it says of the block, evaluated. weight(batch): asked as
-    it enters.
-    """
+    source: stream.Stream,
+    block: nn.Module,
+    hidden: stream.Hidden,
+    weight: Weight,
+) -> Entered:
+    """Every batch behind a block, and its samples of the block, evaluated."""
     if policy.name() != "cpu":
         yield from _stacked(source, block, hidden, weight)
         return
     heads = shape_of(source.checkpoint.config).heads
 
-    def enter(b: int, into: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
-        weight(b)
+    def enter(b: int, into: mx.array) -> tuple[mx.array, Samples]:
+        weight(b)  # T_env is measured as the batch enters the block, not when its samples come
         after = source.run(source.at, block, b, into)
         return after, _look(block, heads, into, after)
 
@@ -59,62 +80,29 @@ def _entered(
 
 
 def _stacked(
-    source: stream.Stream, block: nn.Module, hidden: stream.Hidden, weight: Callable[[int], float]
-) -> Iterator[tuple[mx.array, dict[str, mx.array]]]:
-    """The same on a GPU: several batches in one pass, each looked at by itself."""
+    source: stream.Stream,
+    block: nn.Module,
+    hidden: stream.Hidden,
+    weight: Weight,
+) -> Entered:
+    """The same on a GPU: several batches in one pass, with samples of each by itself."""
     heads = shape_of(source.checkpoint.config).heads
-    for first, some in source.stacks(hidden):
-        count = len(some)
-        weight(first + count - 1)
-        after = stream.split(source.run(source.at, block, first, stream.joined(some)), count)
-        readers = arch.readers(block).items()
-        seen = {
-            axis: stream.split(block[part][name].take(), count)
-            for axis, (part, (name, *_)) in readers
-        }
-        found = []
+    for first, batches in source.stacks(hidden):
+        count = len(batches)
+        weight(first + count - 1)  # asks for the batches before it, too
+        outputs = source.run(source.at, block, first, stream.joined(batches))
+        after = stream.split(outputs, count)
+        del outputs  # else it would be held beside its parts
+        seen = {}
+        for axis, recorder in _recorders(block).items():
+            seen[axis] = stream.split(recorder.take(), count)
+        entered = []
         for k in range(count):
             of_batch = {axis: parts[k] for axis, parts in seen.items()}
-            found.append((after[k], _samples(of_batch, heads, some[k], after[k])))
-        stream.evaluate_now(found)
-        yield from found
-
-
-def _merge(out: Statistics, experts: Mapping[int, ExpertSums], batches: int) -> None:
-    """Sums of this machine's batches become those of all machines', and blocks' sums means."""
-    sums = [of[i] for of in (out.ffn, out.heads, out.hidden) for i in sorted(of)]
-    fields: list[tuple[Any, str]] = [(s, name) for s in sums for name in ("mean", "square", "warm")]
-    fields += [(experts[i], name) for i in sorted(experts) for name in ("routed", "gated", "warm")]
-    whole = distributed.all_reduce_sums([getattr(owner, name) for owner, name in fields])
-    for (owner, name), value in zip(fields, whole, strict=True):
-        setattr(owner, name, value)
-    mine = [np.array([out.block[i] for i in sorted(out.block)]), np.array(batches)]
-    distances, count = distributed.all_reduce_sums(mine)
-    out.block = {i: float(d / count) for i, d in enumerate(distances)}
-    out.experts = {i: of.scores() for i, of in experts.items()}
-    out.routed = {i: of.routed for i, of in experts.items()}
-
-
-def _air(out: Statistics, readings: Sequence[Reading | None], unit: str) -> None:
-    """The air and altitude of all machines' batches; where one has no T_env, none weighs more than
-    another.
-    """
-    out.measured = not distributed.any_rank(
-        None in [importance.weight_of(r, unit) for r in readings]
-    )
-    if not out.measured:
-        for sums in (
-            *out.ffn.values(),
-            *out.heads.values(),
-            *out.experts.values(),
-            *out.hidden.values(),
-        ):
-            sums.warm = sums.square.copy()
-    known = [r for r in readings if r is not None]
-    celsius = distributed.all_gather([r.ambient_c for r in known if r.ambient_c is not None])
-    out.ambient_c = list(chain.from_iterable(celsius))
-    altitudes = distributed.all_gather(known[-1].altitude_m if known else None)
-    out.altitude_m = next((m for m in altitudes if m is not None), None)
+            samples = _samples(of_batch, heads, batches[k], after[k])
+            entered.append((after[k], samples))
+        stream.evaluate_now(entered)
+        yield from entered
 
 
 def _mixed(
@@ -123,26 +111,83 @@ def _mixed(
     hidden: stream.Hidden,
     experts: ExpertSums,
     neurons: Sums,
-    weight: Callable[[int], float],
-) -> Iterator[tuple[mx.array, dict[str, mx.array]]]:
-    """Every batch behind a block of experts, and what it says of the block beside these. Added up
-    meanwhile: scores of the experts, and of their neurons, whose activations count as their
-    expert's gate lets them.
+    weight: Weight,
+) -> Entered:
+    """Every batch behind a block of experts, and its samples of all but the experts.
+
+    Added up meanwhile: scores of the experts, and of their neurons, whose activations count as
+    their expert's gate lets them.
     """
-    # of a batch: of |a| and a^2, (2, E, F)
     s = shape_of(source.checkpoint.config)
-    sums = dict[int, np.ndarray]()
+    sums = dict[int, np.ndarray]()  # of a batch: of |a| and a^2, (2, E, F)
 
-    def meet(b: int, e: int, gates: np.ndarray, activations: mx.array, made: mx.array) -> None:
-        experts.add(e, gates, made, weight(b))
+    def visit(
+        b: int,
+        e: int,
+        gates: np.ndarray,
+        activations: mx.array,
+        outputs: mx.array,
+    ) -> None:
+        """One expert's part: gates (n,), activations (n, F) and outputs (n, D) of its tokens."""
+        experts.add(e, gates, outputs, weight(b))
+        if b not in sums:
+            sums[b] = np.zeros((2, s.experts, s.ffn))
+        # |a| of the expert's neurons, as far as the token's gate lets them through
         gated = mx.abs(activations.astype(mx.float32)) * mx.array(gates)[:, None]
-        seen = sums.setdefault(b, np.zeros((2, s.experts, s.ffn)))
-        seen[:, e] = np.array(mx.stack([gated.sum(axis=0), mx.square(gated).sum(axis=0)]))
+        both = [gated.sum(axis=0), mx.square(gated).sum(axis=0)]
+        sums[b][:, e] = np.array(mx.stack(both))
 
-    for b, after in enumerate(source.mixed(block, hidden, meet)):
-        mean, square = sums.pop(b).reshape(2, -1) / (after.shape[0] * after.shape[1])
+    for b, after in enumerate(source.mixed(block, hidden, visit)):
+        # All experts have seen the batch, so its sums become means over its tokens.
+        tokens = after.shape[0] * after.shape[1]
+        mean, square = sums.pop(b).reshape(2, -1) / tokens
         neurons.add(mean, square, weight(b))
         yield after, _look(block, s.heads, hidden[b], after)
+
+
+def _merge(out: Statistics, experts: Mapping[int, ExpertSums], batches: int) -> None:
+    """Sums of this machine's batches become those of all machines', and blocks' sums means."""
+    fields = list[tuple[Any, str]]()  # the same on every machine, in the same order
+    for layers in (out.ffn, out.heads, out.hidden):
+        for i in sorted(layers):
+            fields += [(layers[i], name) for name in ("mean", "square", "warm")]
+    for i in sorted(experts):
+        fields += [(experts[i], name) for name in ("routed", "gated", "warm")]
+    totals = distributed.all_reduce_sums([getattr(owner, name) for owner, name in fields])
+    for (owner, name), total in zip(fields, totals, strict=True):
+        setattr(owner, name, total)
+    # distances of the stream before and behind a block, as a mean over all machines' batches
+    own = np.array([out.block[i] for i in sorted(out.block)])
+    distances, count = distributed.all_reduce_sums([own, np.array(batches)])
+    for i, distance in enumerate(distances):
+        out.block[i] = float(distance / count)
+    for i, layer in experts.items():
+        out.experts[i] = layer.scores()
+        out.routed[i] = layer.routed
+
+
+def _air(out: Statistics, readings: Sequence[Reading | None], unit: str) -> None:
+    """The air and altitude of all machines' batches.
+
+    Where one batch has no T_env, none weighs more than another.
+    """
+    weights = [importance.weight_of(r, unit) for r in readings]
+    out.measured = not distributed.any_rank(None in weights)
+    if not out.measured:
+        layers = (out.ffn, out.heads, out.experts, out.hidden)
+        for sums in chain.from_iterable(axis.values() for axis in layers):
+            sums.warm = sums.square.copy()
+    known = [r for r in readings if r is not None]
+    celsius = distributed.all_gather([r.ambient_c for r in known if r.ambient_c is not None])
+    out.ambient_c = list(chain.from_iterable(celsius))
+    altitudes = distributed.all_gather(known[-1].altitude_m if known else None)
+    out.altitude_m = next((m for m in altitudes if m is not None), None)
+
+
+def _zero_sums(units: int) -> Sums:
+    """Sums of an axis of so many units before the first batch."""
+    mean, square, warm = np.zeros((3, units))
+    return Sums(mean, square, warm)
 
 
 def calibrate(
@@ -153,20 +198,21 @@ def calibrate(
     hidden: stream.Hidden | None = None,
     relay: pipeline_parallel.Relay | None = None,
 ) -> tuple[Statistics, stream.Hidden]:
-    """Statistics of all layers over token ids [(B, T)], and the teacher's final hidden states [(B,
-    T, D)].
+    """Statistics of all layers over token ids [(B, T)], and the teacher's final hidden states.
 
-    `reading()` is asked once per batch, as the batch enters the model: its T_b weighs that batch in
-    AAIS. If any batch has no T_b, all weigh 1, and `measured` is False. hidden: a place for the
-    hidden states other than memory. Several machines each bring their own batches and get the
-    statistics of all; of a `relay` each looks at its own blocks.
+    These are [(B, T, D)]. `reading()` is asked once per batch, as the batch enters the model: its
+    T_b weighs that batch in AAIS. If any batch has no T_b, all weigh 1, and `measured` is False.
+    hidden: a place for the hidden states other than memory. Several machines each bring their own
+    batches and get the statistics of all; of a `relay` each looks at its own blocks.
     """
     s = shape_of(checkpoint.config)
-    out = Statistics(hidden={-1: (norms := Sums(*np.zeros((3, s.hidden))))})
+    out, experts = _nothing_yet(checkpoint.config)
+    # Hidden states go to disk where the budget is small; then weights bypass the page cache, too.
     direct = not isinstance(hidden, list | None)
-    source = relay or stream.Stream(checkpoint, policy.compute_dtype(checkpoint), direct=direct)
+    source: stream.Stream | None = relay
+    if source is None:
+        source = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), direct=direct)
     hidden = source.embed(batches, hidden)
-    experts = dict[int, ExpertSums]()
     readings = list[Reading | None]()
 
     # its T_env, measured once, as it enters the model; 1 where nothing is known
@@ -175,39 +221,70 @@ def calibrate(
             readings.append(reading())
         return importance.weight_of(readings[batch], unit) or 1.0
 
-    for i in range(s.layers):  # those that another machine looks at stay zero
-        out.ffn[i] = Sums(*np.zeros((3, ffn_size(checkpoint.config, i) * max(1, s.experts))))
-        out.block[i] = 0.0
-        out.heads[i] = Sums(*np.zeros((3, s.heads)))
-        experts |= {i: ExpertSums(*np.zeros((3, s.experts)))} if s.experts else {}
     for i, block in source.blocks():
         for part, (name, *_) in arch.readers(block).values():
             block[part][name] = stream.InputRecorder(block[part][name])
+        # Every batch goes through the block and leaves its samples (units,) of each axis.
+        if s.experts:
+            entered = _mixed(
+                source,
+                block,
+                hidden,
+                experts=experts[i],
+                neurons=out.ffn[i],
+                weight=weight,
+            )
+        else:
+            entered = _entered(source, block, hidden, weight)
         distances = []
-
-        looked = (
-            _mixed(source, block, hidden, experts[i], out.ffn[i], weight) if s.experts else None
-        )
-        for b, (after, samples) in enumerate(looked or _entered(source, block, hidden, weight)):
+        for b, (after, samples) in enumerate(entered):
+            # The first batch tells whether the block gives numbers: NotNumbers stops the pass here.
             hidden[b] = source.finite(after) if b == 0 else after
             seen = {name: np.array(sample, np.float64) for name, sample in samples.items()}
             distances.append(seen["block"])
-            for axis, sums in (
-                ("ffn", out.ffn[i]),
-                ("heads", out.heads[i]),
-                ("norm1", norms),
-                ("norm2", norms),
-            ):
-                if axis in seen:
-                    squares = seen[axis + " squares"]
-                    tokens = after.shape[0] * after.shape[1]
-                    # Of a head: its channels'.
-                    sums.add(
-                        seen[axis],
-                        squares.reshape(len(seen[axis]), -1).sum(axis=-1) / tokens,
-                        weight(b),
-                    )
+            tokens = after.shape[0] * after.shape[1]
+            _add(out, i, seen, tokens=tokens, weight=weight(b))
         out.block[i] = float(np.sum(distances))
     _merge(out, experts, len(batches))
     _air(out, readings, unit)
     return out, source.norm(hidden)
+
+
+def _nothing_yet(config: Mapping[str, Any]) -> tuple[Statistics, dict[int, ExpertSums]]:
+    """Sums of all layers before the first batch; those that another machine looks at stay zero."""
+    s = shape_of(config)
+    # Norms of all layers together: they share the hidden channels.
+    out = Statistics(hidden={-1: _zero_sums(s.hidden)})
+    experts = dict[int, ExpertSums]()
+    for i in range(s.layers):
+        neurons = ffn_size(config, i) * max(1, s.experts)
+        out.ffn[i] = _zero_sums(neurons)
+        out.block[i] = 0.0
+        out.heads[i] = _zero_sums(s.heads)
+        if s.experts:
+            routed, gated, warm = np.zeros((3, s.experts))
+            experts[i] = ExpertSums(routed, gated, warm)
+    return out, experts
+
+
+def _add(
+    out: Statistics,
+    layer: int,
+    seen: Mapping[str, np.ndarray],
+    *,
+    tokens: int,
+    weight: float,
+) -> None:
+    """Add a batch's samples of a layer, of so many tokens, to the sums of every axis."""
+    sums = {
+        "ffn": out.ffn[layer],
+        "heads": out.heads[layer],
+        "norm1": out.hidden[-1],
+        "norm2": out.hidden[-1],
+    }
+    for axis, axis_sums in sums.items():
+        if axis in seen:
+            # A head has the squares of all of its channels.
+            units = len(seen[axis])
+            squares = seen[axis + " squares"].reshape(units, -1).sum(axis=-1)
+            axis_sums.add(seen[axis], squares / tokens, weight)

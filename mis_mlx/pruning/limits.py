@@ -1,4 +1,4 @@
-"""What a student may cost at the most: bytes, memory, parameters, time. Arithmetic on configs."""
+"""What a student may cost at most: bytes, memory, parameters, time. Arithmetic on configs."""
 
 import math
 import re
@@ -16,8 +16,9 @@ TENSOR_BYTES = 120  # in a file's header
 
 
 class Limit(NamedTuple):
-    """What a student may cost at the most: parameters, bytes, or seconds. cost: of a shape, whose
-    weights have so many bits each. in_bytes: these count.
+    """What a student may cost at most: parameters, bytes, or seconds.
+
+    cost(shape, bits of a weight): of a student. in_bytes: the limit is one of bytes.
     """
 
     flag: str  # as it was given: '--bytes 50MB'
@@ -27,11 +28,20 @@ class Limit(NamedTuple):
     in_bytes: bool = False
 
 
-def _number(flag: str, text: str, units: Mapping[str, float], example: str) -> tuple[float, str]:
+def _number(
+    flag: str,
+    text: str,
+    units: Mapping[str, float],
+    example: str,
+) -> tuple[float, str]:
+    """(number times its unit, unit) of a flag's text; MisError with an example otherwise."""
     match = re.fullmatch(r"\s*((?:\d+\.?\d*|\.\d+)(?:e\d+)?)\s*([a-z]*)\s*", text.lower())
-    if not match or match[2] not in units or not 0 < float(match[1]) < 1e18:
-        raise MisError(f"{flag} {text!r} is not understood: write {example}")
-    return float(match[1]) * units[match[2]], match[2]
+    if match:
+        number = float(match[1])
+        unit = match[2]
+        if unit in units and 0 < number < 1e18:
+            return number * units[unit], unit
+    raise MisError(f"{flag} {text!r} is not understood: write {example}")
 
 
 def params_limit(config: Mapping[str, Any], text: str) -> Limit:
@@ -41,64 +51,90 @@ def params_limit(config: Mapping[str, Any], text: str) -> Limit:
         "--params", text, units, "a share of the teacher, such as 0.667x, or a number, such as 90M"
     )
     teacher = arch.params(config)
-    target = value * teacher if unit == "x" else value
+    target = value
+    if unit == "x":
+        target *= teacher
     if target >= teacher:
         given = f"that is {count(target)} parameters, the teacher has {count(teacher)}"
         raise MisError(f"--params {text}: {given}: ask for fewer")
     return Limit(
-        f"--params {text}",
-        target,
-        lambda shape, _: sum(weights_of(config, shape)),
-        lambda cost: f"{count(cost)} parameters ({cost / teacher:.3f}x)",
+        flag=f"--params {text}",
+        most=target,
+        cost=lambda shape, _: sum(weights_of(config, shape)),
+        words=lambda cost: f"{count(cost)} parameters ({cost / teacher:.3f}x)",
     )
 
 
 def count(n: float) -> str:
     """Parameters for people: '90.3M'."""
-    return f"{n / 1e9:.2f}B" if n >= 1e9 else f"{n / 1e6:.1f}M" if n >= 1e6 else f"{n / 1e3:.0f}k"
+    if n >= 1e9:
+        return f"{n / 1e9:.2f}B"
+    if n >= 1e6:
+        return f"{n / 1e6:.1f}M"
+    return f"{n / 1e3:.0f}k"
 
 
 def weights_of(config: Mapping[str, Any], shape: Shape) -> tuple[int, int]:
     """(weights of matrices, other numbers) of a student of this shape."""
-    block = arch.layer_tensors(arch.student_config(config, shape)).values()
-    matrices = sum(math.prod(size) for size in block if len(size) > 1)
-    others = sum(math.prod(size) for size in block if len(size) == 1)
-    ends = shape.vocab * shape.hidden * (1 if shape.tied else 2)
-    return shape.layers * matrices + ends, shape.layers * others + shape.hidden
+    student = arch.student_config(config, shape)
+    matrices = 0
+    others = 0
+    for size in arch.layer_tensors(student).values():
+        if len(size) > 1:
+            matrices += math.prod(size)
+        elif len(size) == 1:
+            others += math.prod(size)
+    tables = shape.vocab * shape.hidden
+    if not shape.tied:
+        tables *= 2
+    return shape.layers * matrices + tables, shape.layers * others + shape.hidden
 
 
 def file_bytes(config: Mapping[str, Any], shape: Shape, bpw: float) -> float:
-    """Of matrices in so many bits a weight, other numbers in 2 bytes, and the header."""
+    """Bytes of a student's file: matrices in `bpw` bits a weight, other numbers in 2 bytes."""
     weights, others = weights_of(config, shape)
-    # with scales and biases
-    tensors = sum(3 if len(size) > 1 else 1 for size in arch.layer_tensors(config).values())
-    return bpw / 8 * weights + 2 * others + TENSOR_BYTES * (shape.layers * tensors + 7)
+    tensors = 0  # of a block
+    for size in arch.layer_tensors(config).values():
+        tensors += 3 if len(size) > 1 else 1  # with scales and biases
+    header = TENSOR_BYTES * (shape.layers * tensors + 7)
+    return bpw / 8 * weights + 2 * others + header
 
 
 def bytes_limit(config: Mapping[str, Any], text: str) -> Limit:
     """At most so many bytes of weights on disk."""
-    most = cli.parse_bytes(text, "--bytes")
-    cost = partial(file_bytes, config)
     return Limit(
-        f"--bytes {text}", most, cost, lambda nbytes: f"{nbytes / 1e6:.4g} MB", in_bytes=True
+        flag=f"--bytes {text}",
+        most=cli.parse_bytes(text, "--bytes"),
+        cost=partial(file_bytes, config),
+        words=lambda nbytes: f"{nbytes / 1e6:.4g} MB",
+        in_bytes=True,
     )
 
 
 def memory_limit(config: Mapping[str, Any], text: str, cached: int) -> Limit:
-    """At most so many bytes in use: weights, and keys and values of `cached` tokens in 2 bytes
-    each.
+    """At most so many bytes in use: weights, and keys and values of `cached` tokens.
+
+    Keys and values in 2 bytes a number.
     """
 
     def cost(shape: Shape, bpw: float) -> float:
         m = estimates.model_of(arch.student_config(config, shape), gpu=True)
         return file_bytes(config, shape, bpw) + estimates.keys_bytes(m, cached)
 
-    return Limit(f"--memory {text}", cli.parse_bytes(text, "--memory"), cost, gib, in_bytes=True)
+    return Limit(
+        flag=f"--memory {text}",
+        most=cli.parse_bytes(text, "--memory"),
+        cost=cost,
+        words=gib,
+        in_bytes=True,
+    )
 
 
 class Timing(NamedTuple):
-    """Seconds of the teacher, for a token or for a prompt: one block, all that is not a block, and
-    of the block what queries take to look back on keys and values.
+    """Seconds of the teacher, for a token or for a prompt.
+
+    One block, all that is not a block, and of the block the attention: queries that look back on
+    keys and values.
     """
 
     block_s: float
@@ -106,42 +142,42 @@ class Timing(NamedTuple):
     attention_s: float = 0.0
 
     def seconds(self, layers: int) -> float:
-        """Of a model with so many such blocks."""
+        """Seconds of a model with so many blocks like this one."""
         return layers * self.block_s + self.rest_s
 
 
 def speed(flag: str, text: str) -> float:
     """'1.5x' as a number above 1."""
-    value, _ = _number(
-        flag, text, {"x": 1.0}, "how many times as quick as the teacher, such as 1.5x"
-    )
+    example = "how many times as quick as the teacher, such as 1.5x"
+    value, _ = _number(flag, text, {"x": 1.0}, example)
     if value <= 1:
         raise MisError(f"{flag} {text}: the teacher itself has 1x: ask for more than 1x")
     return value
 
 
 def time_limit(config: Mapping[str, Any], flag: str, text: str, timed: Timing) -> Limit:
-    """'1.5x' the teacher's speed or more. A block's seconds grow with its weights, but for
-    attention's, which grow with the heads that are looked back with or on; the rest with the width
-    of the stream and the vocabulary.
+    """'1.5x' the teacher's speed or more.
+
+    A block's seconds grow with its weights, but for attention's, which grow with the heads that are
+    looked back with (--ttft) or on; the rest with the width of the stream and the vocabulary.
     """
     before = shape_of(config)
     heads = "heads" if flag == "--ttft" else "kv_heads"
 
     def weights(shape: Shape) -> int:
-        return sum(map(math.prod, arch.layer_tensors(arch.student_config(config, shape)).values()))
+        block = arch.layer_tensors(arch.student_config(config, shape))
+        return sum(map(math.prod, block.values()))
 
     def cost(shape: Shape, _: float) -> float:
-        block = (timed.block_s - timed.attention_s) * weights(shape) / weights(before)
-        block += timed.attention_s * getattr(shape, heads) / getattr(before, heads)
-        return shape.layers * block + timed.rest_s * shape.hidden * shape.vocab / (
-            before.hidden * before.vocab
-        )
+        block_s = (timed.block_s - timed.attention_s) * weights(shape) / weights(before)
+        block_s += timed.attention_s * getattr(shape, heads) / getattr(before, heads)
+        table = before.hidden * before.vocab
+        return shape.layers * block_s + timed.rest_s * shape.hidden * shape.vocab / table
 
     teacher = cost(before, 0.0)
     return Limit(
-        f"{flag} {text}",
-        teacher / speed(flag, text),
-        cost,
-        lambda seconds: f"{teacher / seconds:.2f}x",
+        flag=f"{flag} {text}",
+        most=teacher / speed(flag, text),
+        cost=cost,
+        words=lambda seconds: f"{teacher / seconds:.2f}x",
     )

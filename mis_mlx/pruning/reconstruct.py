@@ -1,25 +1,23 @@
-"""Mend a pruned student before training: refit each block's down_proj to the teacher's stream, in
-closed form.
+"""Repair a pruned student before training: fit each block's down_proj to the teacher's stream.
 
-Teacher and student march side by side, one block of each in memory. Student block j (teacher layer
-k, next kept layer k') learns to deliver what the teacher has at the entrance of k'. Each block sees
-the mended stream of those before it. Related: FLAP and ReplaceMe (arXiv 2505.02819); here the fit
-is per block, ridge-regularised and weighted per token.
+The fit is in closed form. Teacher and student march side by side, one block of each in memory.
+Student block j (teacher layer k, next kept layer k') learns to deliver what the teacher has at the
+entrance of k'. Each block sees the repaired stream of those before it. Related: FLAP and ReplaceMe
+(arXiv 2505.02819); here the fit is per block, ridge-regularised and weighted per token.
 
-Gemma has a norm behind its MLP. There a token's rms before it is taken to stay as it is, and what
-comes of that is judged on windows held out, after the norm's gains are fitted to it. A few channels
-of Gemma's stream are a thousand times larger than the rest, so each counts by its own size, and
-those that the norm makes small are left alone.
+Gemma has a norm behind its MLP. There a token's rms before it is taken to stay as it is, and the
+result is judged on windows held out, after the norm's gains are fitted to it. A few channels of
+Gemma's stream are a thousand times larger than the rest, so each counts by its own size, and those
+that the norm makes small are left alone.
 
 Of a mixture the routers learn to choose among the experts that are left: a block's experts are
-asked once, each for all tokens; then its router alone is trained on what they said, towards the
+asked once, each for all tokens; then its router alone is trained on their outputs, towards the
 same goal (CerebrasResearch/reap, issue 3).
 """
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,9 +33,8 @@ from mis_mlx.planner.compression_size import ROUTER_BYTES
 from mis_mlx.types import Checkpoint, KeptUnits
 
 DAMPED = 0.01  # of the mean channel, by which a gain is held back
-# of Gemma's blocks; of the median gain: what counts as small
-BEHIND = "post_feedforward_layernorm"
-SMALL = 0.1
+BEHIND = "post_feedforward_layernorm"  # of Gemma's blocks
+SMALL = 0.1  # of the median gain: smaller ones count as small
 # of Adam on all tokens at once, and between looks at those held out
 STEPS = 60
 LOOK = 5
@@ -56,51 +53,60 @@ def reconstruct(
     put: Callable[[str, mx.array], None] | None = None,
     kinds: Sequence[int] = (),
 ) -> tuple[dict[str, mx.array], list[float]]:
-    """({weight name: new matrix (out, in) float32, if it changes}, share of error left per block),
-    of ids [(B, T)].
+    """({weight name: new matrix (out, in) float32, if it changes}, share of error left per block).
 
-    direct: read past the page cache. spool(): a place other than memory for hidden states.
-    put(name, array): takes what changes, which then is not returned. kinds: of text, of each batch;
-    each judges the fit (default: one).
+    batches: ids [(B, T)]. direct: read past the page cache. spool(): a place other than memory for
+    hidden states. put(name, array): takes what changes, which then is not returned. kinds: of text,
+    of each batch; each judges the fit (default: one).
     """
     if len(batches) < 2:
         why = "one window can judge a repair but not teach one, so every block stays as it is"
         cli.say(f"reconstruct: {why}: give --reconstruct-samples 2 or more, or bring more text")
+    repaired = dict[str, mx.array]()
+    if put is None:
+        put = repaired.__setitem__
+    if spool is None:
+        spool = list[mx.array]
     columns = kept_columns(keep)
-    place = spool or list[mx.array]
-    big, small = (stream.Stream(model, direct=direct) for model in (teacher, student))
-    target = big.embed(batches, place())
-    own = small.embed(batches, place())
-    marching = groups(big, keep, target)
-    of = families.family(student.config)
-    mended = dict[str, mx.array]()
-    left = list[float]()
+    family = families.family(student.config)
     kinds = kinds or [0] * len(batches)
-    for _, (j, block) in zip(marching, small.blocks(), strict=True):  # the teacher's first
-        weight, error = (heal if of.experts else partial(refit, columns=columns))(
-            small, block, own, target, kinds
-        )
+    big = stream.Stream(teacher, direct=direct)
+    small = stream.Stream(student, direct=direct)
+    # Both streams start at the embedding: every window's hidden states (B, T, D), which the blocks
+    # change in place. Twice the hidden states and one block of each model are in memory.
+    target = big.embed(batches, spool())
+    own = small.embed(batches, spool())
+    errors = list[float]()
+    # `zip` asks the teacher first: its stream stands where the student's block should arrive before
+    # that block is read.
+    for _, (j, block) in zip(groups(big, keep, target), small.blocks(), strict=True):
+        if family.experts:
+            weight, error = heal(small, block, own, target, kinds)
+        else:
+            weight, error = refit(small, block, own, target, kinds=kinds, columns=columns)
+        # The block is repaired in place, so the next one is fitted to the stream that it will see.
         small.through(block, own)
-        changed = {mended_name(student): weight} | (
-            {f"{BEHIND}.weight": block[BEHIND].weight} if of.sandwich else {}
-        )
+        changed = {mended_name(student): weight}
+        if family.sandwich:
+            changed[f"{BEHIND}.weight"] = block[BEHIND].weight
         block.clear()
         small.finite(own[0])
-        for name, new in changed.items() if error < 1.0 else ():
-            (put or mended.__setitem__)(f"model.layers.{j}.{name}", new)
-        left.append(error)
-    return mended, left
+        if error < 1.0:
+            for name, new in changed.items():
+                put(f"model.layers.{j}.{name}", new)
+        errors.append(error)
+    return repaired, errors
 
 
 def mended_name(student: Checkpoint) -> str:
-    """Of what changes in a block: the last matrix of its MLP, or the router of its experts."""
-    of = families.family(student.config)
-    return f"{of.mlp}.{of.router if of.experts else 'down_proj'}.weight"
+    """The name of the weight that changes in a block: of its MLP's last matrix, or its router."""
+    family = families.family(student.config)
+    part = family.router if family.experts else "down_proj"
+    return f"{family.mlp}.{part}.weight"
 
 
 def groups(teacher: stream.Stream, keep: KeptUnits, hidden: Hidden) -> Iterator[int]:
-    """Take `hidden`, the teacher's embedding, through the blocks that each student block stands
-    for, in place.
+    """Take `hidden`, the teacher's embedding, in place through the blocks of each student block.
 
     Yields j where student block j has to arrive: at the entrance of the next kept layer, at last
     behind the last block. The first group begins with the first block, kept or not.
@@ -116,14 +122,15 @@ def groups(teacher: stream.Stream, keep: KeptUnits, hidden: Hidden) -> Iterator[
 
 
 def judges(kinds: Sequence[int]) -> list[int]:
-    """Which windows, of these kinds of text, are held out to judge a block by: of every kind each
-    fourth, or the last of fewer. Where there are several kinds, one of a single window judges
-    nothing.
+    """Which windows, of these kinds of text, are held out to judge a block by.
+
+    Of every kind each fourth, or the last of fewer. Where there are several kinds, one of a single
+    window judges nothing.
     """
     held_out = list[int]()
     several = len(set(kinds)) > 1
     for kind in sorted(set(kinds)):
-        windows = [number for number, of in enumerate(kinds) if of == kind]
+        windows = [number for number, window_kind in enumerate(kinds) if window_kind == kind]
         every = min(HELD_OUT, len(windows))
         if not (several and every == 1):
             held_out += windows[every - 1 :: every]
@@ -131,8 +138,9 @@ def judges(kinds: Sequence[int]) -> list[int]:
 
 
 def kept_columns(keep: KeptUnits) -> mx.array | None:
-    """Which channels (d,) of the teacher's stream the student has; a basis (D, d) of floats; or
-    None: all.
+    """Which channels (d,) of the teacher's stream the student has.
+
+    Or a basis (D, d) of floats; or None: all.
     """
     if keep.basis is not None:
         return mx.array(np.asarray(keep.basis, np.float32))
@@ -141,8 +149,9 @@ def kept_columns(keep: KeptUnits) -> mx.array | None:
 
 
 def narrow(hidden: mx.array, columns: mx.array | None) -> mx.array:
-    """The teacher's hidden states (B, T, D) in the student's channels: picked, or turned into them
-    in float32.
+    """The teacher's hidden states (B, T, D) in the student's channels.
+
+    They are picked, or turned into them in float32.
     """
     if columns is None:
         return hidden
@@ -153,22 +162,95 @@ def narrow(hidden: mx.array, columns: mx.array | None) -> mx.array:
 
 @dataclass(frozen=True)
 class _Stack:
-    """Windows that go through a block in one pass: their numbers, their states and where these
-    should arrive.
-    """
+    """Windows that go through a block in one pass."""
 
     numbers: Sequence[int]
-    into: mx.array  # (n, T, D)
-    want: mx.array  # (n, T, D of the teacher)
+    into: mx.array  # their states (n, T, D)
+    want: mx.array  # where these should arrive (n, T, D of the teacher)
 
 
-def _stacks(source: stream.Stream, hidden: Hidden, target: Hidden) -> Iterator[_Stack]:
-    """All windows, as many at a time as a pass takes."""
-    for first, some in source.stacks(hidden):
-        numbers = range(first, first + len(some))
-        yield _Stack(
-            numbers, stream.joined(some), stream.joined([target[number] for number in numbers])
-        )
+@dataclass(frozen=True)
+class _Task:
+    """One block to fit, and every window's states before it and where they should arrive."""
+
+    source: stream.Stream
+    block: nn.Module
+    hidden: Hidden
+    target: Hidden
+    columns: mx.array | None  # the student's, of the teacher's channels
+    held_out: Sequence[int]  # windows that judge
+
+    def stacks(self) -> Iterator[_Stack]:
+        """All windows, as many at a time as a pass takes."""
+        for first, windows in self.source.stacks(self.hidden):
+            numbers = range(first, first + len(windows))
+            want = stream.joined([self.target[number] for number in numbers])
+            yield _Stack(numbers=numbers, into=stream.joined(windows), want=want)
+
+    def run(self, first: int, into: mx.array) -> mx.array:
+        """The block's output (n, T, d) for the windows from number `first` on, lazy."""
+        return self.source.run(self.source.at, self.block, first, into)
+
+    def goal(self, want: mx.array) -> mx.array:
+        """Where the student's stream should arrive (B, T, d), float32, lazy."""
+        return narrow(want, self.columns).astype(mx.float32)
+
+
+_Rows = tuple[mx.array, mx.array]  # inputs of down_proj (n, F), what its output lacks (n, D)
+
+
+class _FitTokens:
+    """The tokens that a block's down_proj is fitted to, stack by stack."""
+
+    def __init__(self, task: _Task, post_norm: "_PostNorm | None"):
+        self.task = task
+        self.post_norm = post_norm
+        self.linear = task.block.mlp.down_proj
+        # The recorder tells the inputs of down_proj while the block computes as before.
+        self.recorder = stream.InputRecorder(self.linear)
+        task.block.mlp.down_proj = self.recorder
+        # by which errors are divided: Granite adds only a share of what down_proj gives
+        self.scale = mx.array(getattr(task.block, "residual_multiplier", 1.0))
+        if post_norm:
+            self.scale = post_norm.sizes
+
+    def tokens(self, stack: _Stack) -> tuple[mx.array, mx.array, mx.array]:
+        """Inputs of down_proj (n, F), what its output lacks (n, D), each token's weight (n,)."""
+        task = self.task
+        outputs, inputs = self.linear.weight.shape
+        out = task.run(stack.numbers[0], stack.into)
+        goal = task.goal(stack.want).reshape(-1, outputs)
+        missing = (goal - out.astype(mx.float32).reshape(-1, outputs)) / self.scale
+        # A window's first token is a hundred times longer than the rest: unweighted, the fit would
+        # be to it alone.
+        weight = 1.0 / _rms(goal)
+        into = self.recorder.take()
+        if self.post_norm:
+            # The norm divides by this length, which is taken to stay as it is. So the matrix lacks
+            # that many times as much, and the error counts as before.
+            length = _rms(self.linear(into).astype(mx.float32).reshape(-1, outputs))
+            missing = missing * length[:, None]
+            weight = weight / length
+        return into.reshape(-1, inputs), missing, weight
+
+    def products(self, stack: _Stack) -> tuple[list[mx.array], list[_Rows]]:
+        """(sums of the windows that are learned from, [(inputs, missing)] of those held out).
+
+        The latter are kept as tokens, for a sum of products a kind would be as large as the fit.
+        """
+        parts = [stream.split(x, len(stack.numbers)) for x in self.tokens(stack)]
+        learned = []
+        held_out = []
+        for number, inputs, missing, weight in zip(stack.numbers, *parts, strict=True):
+            if number in self.task.held_out:
+                rows = HeldOut.of(inputs, missing, weight)
+                held_out.append((rows.inputs, rows.missing))
+            else:
+                learned.append((inputs, missing, weight))
+        if not learned:
+            return [], held_out
+        all_inputs, all_missing, weights = map(stream.joined, zip(*learned, strict=True))
+        return list(NormalEquations.products(all_inputs, all_missing, weights)), held_out
 
 
 def refit(
@@ -179,204 +261,226 @@ def refit(
     kinds: Sequence[int],
     columns: mx.array | None,
 ) -> tuple[mx.array, float]:
-    """Give the block the down_proj that best takes `hidden` to `target`, the teacher's stream
-    behind its group: (that matrix (D, F) float32, the share of the error that it leaves on windows
-    held out). It stays as it is, and 1 is left, where none does better there: few tokens against a
-    wide FFN are soon learned by heart.
+    """Give the block the down_proj that best takes `hidden` to `target`.
+
+    target: the teacher's stream behind the block's group. Returns (that matrix (D, F) float32, the
+    share of the error that it leaves on windows held out). The matrix stays as it is, and 1 is
+    left, where none does better there: few tokens against a wide FFN are soon learned by heart.
 
     Tokens are weighted by 1 / rms of the teacher's stream, because the next norm divides by it: the
     first token of a window is a hundred times longer than the rest.
     """
-    # of its output, added
+    task = _Task(
+        source=source,
+        block=block,
+        hidden=hidden,
+        target=target,
+        columns=columns,
+        held_out=judges(kinds),
+    )
     linear = block.mlp.down_proj
-    share = mx.array(getattr(block, "residual_multiplier", 1.0))
-    held_out = judges(kinds)
-    each: mx.array = share
-    back: np.ndarray | float = 1.0
-    settled: Callable[[], float] | None = None
-    if BEHIND in block:
-        each, back, settled = _behind(source, block, hidden, target, columns, held_out)
-    block.mlp.down_proj = tap = stream.InputRecorder(linear)
+    post_norm = _PostNorm(task) if BEHIND in block else None
+    # One pass: each stack's products are added to G (F, F) and the cross products (F, D); tokens
+    # held out stay as they are.
     outputs, inputs = linear.weight.shape
     fit = NormalEquations(inputs, outputs)
     judging = list[HeldOut]()
-
-    def tokens(stack: _Stack) -> tuple[mx.array, mx.array, mx.array]:
-        """What goes into the matrix (n, F), what its output lacks (n, D), and how much each token
-        counts (n,).
-        """
-        out = source.run(source.at, block, stack.numbers[0], stack.into)
-        goal = narrow(stack.want, columns).astype(mx.float32).reshape(-1, outputs)
-        missing = (goal - out.astype(mx.float32).reshape(-1, outputs)) / each
-        weight = 1.0 / _rms(goal)
-        into = tap.take()
-        if settled:
-            length = _rms(linear(into).astype(mx.float32).reshape(-1, outputs))
-            missing = missing * length[:, None]
-            weight = weight / length
-        return into.reshape(-1, inputs), missing, weight
-
-    def products(stack: _Stack) -> tuple[list[mx.array], list[mx.array]]:
-        """(the sums of the windows that are learned from; the tokens of those held out, for a sum
-        of products a kind would be as large as the fit).
-        """
-        parts = [stream.split(x, len(stack.numbers)) for x in tokens(stack)]
-        windows = list(zip(stack.numbers, *parts, strict=True))
-        learned = [of for number, *of in windows if number not in held_out]
-        judges_of = [HeldOut.of(*of) for number, *of in windows if number in held_out]
-        sums = (
-            list(fit.products(*map(stream.joined, zip(*learned, strict=True)))) if learned else []
-        )
-        return sums, [array for held in judges_of for array in (held.inputs, held.missing)]
-
-    coming = lanes.each(products, _stacks(source, hidden, target))
-    held_numbers = iter(sorted(held_out))
-    for sums, tokens_of in coming:
+    tokens = _FitTokens(task, post_norm)
+    held_numbers = iter(sorted(task.held_out))
+    for sums, held_out in lanes.each(tokens.products, task.stacks()):
         if sums:
             fit.add(*sums)
-        for rows, missing in zip(tokens_of[::2], tokens_of[1::2], strict=True):
+        for rows, missing in held_out:
             judging.append(HeldOut(rows, missing, kinds[next(held_numbers)]))
-        del sums, tokens_of  # as large as the fit: not beside the next ones
+        del sums, held_out  # as large as the fit: not beside the next ones
     block.mlp.down_proj = linear
-    # else those held out judge what the norm makes of it
-    update, error = fit.judged(judging, whole=not settled)
-    update *= back  # in place, as the sum is: what the fit is made of is still there
+    # The ridge is the one that does best on tokens held out, which then join the sums. Behind a
+    # norm they do not: they still have to judge what the norm makes of it.
+    update, error = fit.judged(judging, whole=post_norm is None)
+    # in place, as the sum is: what the fit is made of is still there
+    if post_norm:
+        update *= post_norm.factors
     update += np.asarray(linear.weight.astype(mx.float32))
     weight = mx.array(update.astype(np.float32, copy=False))
     linear.weight = weight.astype(linear.weight.dtype)
     stream.evaluate_now(weight, linear.weight)
-    return weight, settled() if settled and error < 1.0 else error
+    if post_norm and error < 1.0:
+        error = post_norm.fit_gains()
+    return weight, error
 
 
 def _rms(rows: mx.array) -> mx.array:
+    """(..., D) -> (...), of each row, never 0."""
     return mx.maximum(mx.sqrt(mx.square(rows).mean(axis=-1)), 1e-6)
 
 
-def _behind(
-    source: stream.Stream,
-    block: nn.Module,
-    hidden: Hidden,
-    target: Hidden,
-    columns: mx.array | None,
-    held_out: Sequence[int],
-) -> tuple[mx.array, np.ndarray, Callable[[], float]]:
-    """Of the norm behind Gemma's MLP, arguments as of `refit`: (each channel's size (D,), by which
-    its errors count; what an update (D, F) of down_proj is multiplied by (D, 1), which was fitted
-    to `missing / each`, times each token's rms; and `settled()`, which then fits the gains: the
-    share of the error that is left on windows held out. Where that is none less, it is 1, and the
-    norm and down_proj are as they were).
+def _rows(states: mx.array) -> mx.array:
+    """(B, T, D) -> (B T, D)."""
+    return states.reshape(-1, states.shape[-1])
+
+
+class _PostNorm:
+    """The norm behind Gemma's MLP, in a fit of the down_proj before it.
+
+    sizes (D,): of each channel, by which its errors count. factors (D, 1): what an update (D, F) of
+    down_proj is multiplied by, which was fitted to `missing / sizes`, times each token's rms.
     """
-    norm = block[BEHIND]
-    old = block.mlp.down_proj.weight
-    goals = (narrow(want, columns).astype(mx.float32) for want in target)
-    squares = [
-        np.array(mx.square(goal / _rms(goal)[..., None]).mean(axis=(0, 1))) for goal in goals
-    ]
-    each = mx.array(np.sqrt(np.maximum(np.mean(squares, axis=0), 1e-12)))
-    gain = np.array(norm(mx.ones_like(norm.weight)).astype(mx.float32), np.float64)
-    back = np.array(each) * gain / (gain**2 + (SMALL * np.median(np.abs(gain))) ** 2)
 
-    def sums(windows: Iterable[int]) -> np.ndarray:
-        """(3, D) of squares of what the norm gives, its products with what is missing, and squares
-        of that.
+    def __init__(self, task: _Task):
+        self.task = task
+        self.norm = task.block[BEHIND]
+        self.old = task.block.mlp.down_proj.weight
+        self.sizes = mx.array(self._channel_sizes())
+        # The gain of each channel: what the norm makes of ones. Where it is small, the inverse
+        # would blow up an update; the damped one leaves such channels alone.
+        ones = mx.ones_like(self.norm.weight)
+        self.gain = np.array(self.norm(ones).astype(mx.float32), np.float64)
+        small = SMALL * np.median(np.abs(self.gain))
+        factors = np.array(self.sizes) * self.gain / (self.gain**2 + small**2)
+        self.factors = factors[:, None]
+        self.before = self._sums(task.held_out)[2].sum()
+
+    def _channel_sizes(self) -> np.ndarray:
+        """(D,) rms of each channel of the goal, over tokens of length 1 each."""
+        squares = []
+        for want in self.task.target:
+            goal = self.task.goal(want)
+            of_channel = mx.square(goal / _rms(goal)[..., None]).mean(axis=(0, 1))
+            squares.append(np.array(of_channel))
+        return np.sqrt(np.maximum(np.mean(squares, axis=0), 1e-12))
+
+    def _sums(self, windows: Iterable[int]) -> np.ndarray:
+        """Sums over tokens (3, D): given^2, given * missing, missing^2.
+
+        given: what the norm gives. missing: what the stream lacks.
         """
-        found, block[BEHIND] = np.zeros((3, len(gain))), (tap := stream.InputRecorder(norm))
+        task = self.task
+        recorder = stream.InputRecorder(self.norm)
+        task.block[BEHIND] = recorder
+        total = np.zeros((3, len(self.gain)))
         for b in windows:
-            goal = narrow(target[b], columns).astype(mx.float32)
-            missing = goal - source.run(source.at, block, b, hidden[b]).astype(mx.float32)
-            given = norm(tap.take()).astype(mx.float32)
-            given, missing = (x / each / _rms(goal)[..., None] for x in (given, missing))
-            found += np.array(
-                mx.stack([given * given, given * missing, missing * missing]).sum(axis=(1, 2))
-            )
-        block[BEHIND] = norm
-        return found
+            goal = task.goal(task.target[b])
+            rms = _rms(goal)[..., None]
+            missing = goal - task.run(b, task.hidden[b]).astype(mx.float32)
+            missing = missing / self.sizes / rms
+            given = self.norm(recorder.take()).astype(mx.float32) / self.sizes / rms
+            # No name for the stack: it would stay beside the next window.
+            sums = mx.stack([given * given, given * missing, missing * missing]).sum(axis=(1, 2))
+            total += np.array(sums)
+        task.block[BEHIND] = self.norm
+        return total
 
-    before = sums(held_out)[2].sum()
+    def fit_gains(self) -> float:
+        """Fit the gains to the new down_proj: the share of the error left on windows held out.
 
-    def settled() -> float:
-        squares, products, _ = sums(b for b in range(len(target)) if b not in held_out)
-        more = products / (squares + DAMPED * squares.mean())  # of every channel's gain
-        squares, products, missing = sums(held_out)
-        left = float((missing - 2 * more * products + more**2 * squares).sum() / before)
-        if left < 1.0:
-            norm.weight = norm.weight + mx.array((more * gain).astype(np.float32)).astype(
-                norm.weight.dtype
-            )
-        else:
-            block.mlp.down_proj.weight = old
-        return min(left, 1.0)
-
-    return each, back[:, None], settled
+        Where that is none less, it is 1, and the norm and down_proj are as they were.
+        """
+        windows = range(len(self.task.target))
+        squares, products, _ = self._sums(b for b in windows if b not in self.task.held_out)
+        # Least squares of one number a channel: by which share its gain grows.
+        growth = products / (squares + DAMPED * squares.mean())
+        squares, products, missing = self._sums(self.task.held_out)
+        rest = missing - 2 * growth * products + growth**2 * squares
+        left = float(rest.sum() / self.before)
+        if left >= 1.0:
+            self.task.block.mlp.down_proj.weight = self.old
+            return 1.0
+        change = mx.array((growth * self.gain).astype(np.float32))
+        self.norm.weight = self.norm.weight + change.astype(self.norm.weight.dtype)
+        return left
 
 
 def heal(
-    source: stream.Stream, block: nn.Module, hidden: Hidden, goals: Hidden, kinds: Sequence[int]
+    source: stream.Stream,
+    block: nn.Module,
+    hidden: Hidden,
+    goals: Hidden,
+    kinds: Sequence[int],
 ) -> tuple[mx.array, float]:
-    """Give the block the router that best takes `hidden` to `goals`, both [(B, T, D)]: (its rows
-    (E, D) float32, the share of the error that they leave on batches held out). It stays as it is,
-    and 1 is left, where none does better there. Tokens are weighted by 1 / rms of the goal, as in
-    `refit`. Unused batches are not fetched.
+    """Give the block the router that best takes `hidden` to `goals`, both [(B, T, D)].
+
+    Returns (its rows (E, D) float32, the share of the error that they leave on batches held out).
+    It stays as it is, and 1 is left, where none does better there. Tokens are weighted by 1 / rms
+    of the goal, as in `refit`. Unused batches are not fetched.
     """
-    of = families.family(source.checkpoint.config)
-    part = block[of.mlp]
-    router = part[of.router]
+    family = families.family(source.checkpoint.config)
+    part = block[family.mlp]
+    router = part[family.router]
     old = router.weight
-    kind = hidden[0].dtype
-    most = max(2, ROUTER_BYTES // (hidden[0].nbytes * len(old)))
+    dtype = hidden[0].dtype
     held_out = judges(kinds)
-    sets = [
-        [b for b in range(len(hidden)) if (b in held_out) == held][:most] for held in (False, True)
-    ]
-    if not sets[0]:
+    # Outputs of all experts for a batch are E times as large as the batch: so many batches fit.
+    most = max(2, ROUTER_BYTES // (hidden[0].nbytes * len(old)))
+    learning = [b for b in range(len(hidden)) if b not in held_out]
+    if not learning:
         return old.astype(mx.float32), 1.0
-    parts = [
-        _Asked(source, block, [hidden[b] for b in of_set], [goals[b] for b in of_set])
-        for of_set in sets
-    ]
 
-    def error(weight: mx.array, at: _Asked) -> mx.array:
-        router.weight = weight.astype(kind)
-        part.experts.said = at.said
-        out = at.beside + part(at.inputs).reshape(at.beside.shape).astype(mx.float32)
-        return mx.square((at.goal - out) * at.weight).sum()
+    def asked(numbers: Sequence[int]) -> _RouterBatch:
+        some = numbers[:most]
+        return _RouterBatch(source, block, [hidden[b] for b in some], [goals[b] for b in some])
 
-    best = weight = old.astype(mx.float32)
-    least = first = float(error(weight, parts[1]))
-    adam = optim.Adam(RATE * float(mx.sqrt(mx.square(weight).mean())))
+    # Experts answer once, for all tokens of both sets: training asks only which answers count.
+    training_set = asked(learning)
+    held_out_set = asked(held_out)
+
+    def error(weight: mx.array, batch: _RouterBatch) -> mx.array:
+        router.weight = weight.astype(dtype)
+        part.experts.said = batch.expert_outputs
+        mixed = part(batch.inputs).reshape(batch.beside.shape).astype(mx.float32)
+        out = batch.beside + mixed
+        return mx.square((batch.goal - out) * batch.weight).sum()
+
+    weight = old.astype(mx.float32)
+    best = weight
+    first = float(error(weight, held_out_set))
+    least = first
+    size = float(mx.sqrt(mx.square(weight).mean()))
+    adam = optim.Adam(RATE * size)
     for step in range(1, STEPS + 1):
-        weight = adam.apply_gradients({"gate": mx.grad(error)(weight, parts[0])}, {"gate": weight})[
-            "gate"
-        ]
-        stream.evaluate_now(weight, adam.state)
-        if step % LOOK == 0 and (now := float(error(weight, parts[1]))) < least:
-            best = weight
-            least = now
-    part.experts.said = None
+        grads = {"gate": mx.grad(error)(weight, training_set)}
+        weight = adam.apply_gradients(grads, {"gate": weight})["gate"]
+        stream.evaluate_now(weight, adam.state)  # else sixty steps would be one graph
+        if step % LOOK == 0:
+            now = float(error(weight, held_out_set))
+            if now < least:
+                best = weight
+                least = now
+    part.experts.said = None  # the block computes its experts again
     router.weight = best.astype(old.dtype) if least < first else old
     return best, least / first if first else 1.0
 
 
-class _Asked:
-    """What all experts of a block say to some batches' tokens, and what would be right. Rows (n,
-    ...).
+class _RouterBatch:
+    """Outputs of all experts of a block for some batches' tokens, and where these should arrive.
+
+    Rows (n, ...): n tokens of all batches together.
     """
 
-    def __init__(self, source: stream.Stream, block: nn.Module, hidden: Hidden, goals: Hidden):
-        of = families.family(source.checkpoint.config)
-        part = block[of.mlp]
-        pairs = list[tuple[mx.array, mx.array]]()
+    def __init__(
+        self,
+        source: stream.Stream,
+        block: nn.Module,
+        hidden: Hidden,
+        goals: Hidden,
+    ):
+        family = families.family(source.checkpoint.config)
+        part = block[family.mlp]
+        beside = []
+        inputs = []
         for x in hidden:
-            pairs.append(experts.before(block, x, load.mask(source.args, block, x)))
-            stream.evaluate_now(*pairs[-1])
-        beside, inputs = zip(*pairs, strict=True)
-        self.inputs = mx.concatenate([n.reshape(1, -1, n.shape[-1]) for n in inputs], axis=1)
-        self.beside = mx.concatenate([h.reshape(-1, h.shape[-1]) for h in beside]).astype(
-            mx.float32
-        )
-        self.goal = mx.concatenate([g.reshape(-1, g.shape[-1]) for g in goals]).astype(mx.float32)
+            # behind attention: the stream that the mixture's output is added to, and its input
+            mask = load.mask(source.args, block, x)
+            stream_in, experts_in = experts.before(block, x, mask)
+            stream.evaluate_now(stream_in, experts_in)
+            beside.append(_rows(stream_in))
+            inputs.append(_rows(experts_in)[None])
+        self.inputs = mx.concatenate(inputs, axis=1)
+        self.beside = mx.concatenate(beside).astype(mx.float32)
+        self.goal = mx.concatenate([_rows(goal) for goal in goals]).astype(mx.float32)
         self.weight = 1.0 / _rms(self.goal)[:, None]
-        count = len(part[of.router].weight)
-        every = mx.array(np.broadcast_to(np.arange(count), (1, len(self.goal), count)))
-        self.said = part.experts.outputs([self.inputs], [every])[0]
-        stream.evaluate_now(self.inputs, self.beside, self.goal, self.weight, self.said)
+        # Every token chooses every expert: (1, n, E).
+        count = len(part[family.router].weight)
+        numbers = np.broadcast_to(np.arange(count), (1, len(self.goal), count))
+        every = mx.array(numbers)
+        self.expert_outputs = part.experts.outputs([self.inputs], [every])[0]
+        stream.evaluate_now(self.inputs, self.beside, self.goal, self.weight, self.expert_outputs)

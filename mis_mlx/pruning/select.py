@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,22 +84,20 @@ def ranking(statistics: Statistics, cut: PruningConfig) -> tuple[Ranking, str]:
         i, axis = key
         if axis == "experts" and cut.experts_by != "reap":
             routed = statistics.routed[i]
-            # another one for every calibration
-            by_lot = np.random.default_rng([i, *routed.astype(int)])
-            return routed if cut.experts_by == "frequency" else by_lot.random(len(routed))
+            if cut.experts_by == "frequency":
+                return routed
+            # another lot for every calibration
+            return np.random.default_rng([i, *routed.astype(int)]).random(len(routed))
         sums: importance.Sums = getattr(statistics, axis)[i]
         if cut.importance == "activation":
             return importance.activation(sums)
-        return (
-            importance.aais(sums, statistics.altitude_m or 1.0) if weather else importance.rms(sums)
-        )
+        if weather:
+            return importance.aais(sums, statistics.altitude_m or 1.0)
+        return importance.rms(sums)
 
-    return (
-        scores,
-        cut.importance
-        if cut.importance != "aais" or weather
-        else "rms (no T_env or altitude known)",
-    )
+    if cut.importance == "aais" and not weather:
+        return scores, "rms (no T_env or altitude known)"
+    return scores, cut.importance
 
 
 def select_units(
@@ -108,52 +106,35 @@ def select_units(
     cut: PruningConfig,
     shape: Shape | None = None,
 ) -> tuple[Shape, KeptUnits]:
-    """The student's shape, if it is not given, and who stays; with a report of how AAIS and plain
-    importance differ.
+    """The student's shape, if it is not given, and the units that stay.
+
+    These come with a report of how AAIS and plain importance differ. MisError where `--target
+    conditions` has no T_env or altitude.
     """
     shape = shape or wanted_shape(config, cut)
     before = shape_of(config)
     stays = dict.fromkeys(arch.fixed_blocks(config), math.inf)
-    layers = importance.lowest_blocks(
-        {**statistics.block, **stays}, shape.layers, arch.places(config)
-    )
+    blocks = {**statistics.block, **stays}
+    layers = importance.lowest_blocks(blocks, shape.layers, arch.places(config))
     scores, used = ranking(statistics, cut)
     if cut.target == "conditions":
-        if used != "aais" or statistics.altitude_m is None:
-            lost = "--target conditions needs T_env and altitude, one is missing"
-            raise MisError(f"{lost}: add --temperature-c and --altitude-m, or use --target fixed")
-        how = shape.ffn, arch.FFN_MULTIPLE, statistics.altitude_m, cut.temperature_unit
-        shape = replace(
-            shape, ffn=importance.conditions_size([statistics.ffn[i] for i in layers], *how)
-        )
+        shape = _shape_by_conditions(statistics, cut, shape, layers=layers, used=used)
     kept: dict[Key, tuple[int, ...]] = {}
     differ: dict[Key, int] = {}
-    experts = max(1, before.experts)  # of which equally many neurons stay of each
-    picks: dict[str, Callable[[np.ndarray], tuple[int, ...]]] = {
-        "experts": partial(importance.top, keep=shape.experts),
-        "ffn": lambda s: importance.top_in_groups(
-            s, experts, len(s) * shape.ffn // before.ffn, experts
-        ),
-        "heads": lambda s: importance.top_in_groups(
-            s, before.kv_heads, shape.heads, shape.kv_heads
-        ),
-        "hidden": partial(importance.top, keep=shape.hidden),
-    }
 
     def choose(key: Key) -> None:
-        pick = picks[key[1]]
-        kept[key] = pick(scores(key))
-        differ[key] = len(
-            set(kept[key]) - set(pick(importance.rms(getattr(statistics, key[1])[key[0]])))
-        )
+        i, axis = key
+        kept[key] = _pick(axis, scores(key), before, shape)
+        plain = importance.rms(getattr(statistics, axis)[i])
+        differ[key] = len(set(kept[key]) - set(_pick(axis, plain, before, shape)))
 
     for i in layers:
         for axis in ("experts", "ffn", "heads"):
             if getattr(shape, axis) < getattr(before, axis):
                 choose((i, axis))
         if shape.kv_heads < before.kv_heads:
-            each = before.heads // before.kv_heads
-            kept[i, "kv_heads"] = tuple(sorted({h // each for h in kept[i, "heads"]}))
+            group = before.heads // before.kv_heads
+            kept[i, "kv_heads"] = tuple(sorted({head // group for head in kept[i, "heads"]}))
     if shape.hidden < before.hidden and cut.hidden_by == "importance":
         choose((-1, "hidden"))
     air = statistics.ambient_c
@@ -172,18 +153,47 @@ def select_units(
     return shape, KeptUnits(layers, kept, used, report)
 
 
+def _shape_by_conditions(
+    statistics: Statistics, cut: PruningConfig, shape: Shape, layers: Sequence[int], used: str
+) -> Shape:
+    """The shape with the FFN size that eq. (1) gives in the measured air, of the kept layers."""
+    if used != "aais" or statistics.altitude_m is None:
+        lost = "--target conditions needs T_env and altitude, one is missing"
+        raise MisError(f"{lost}: add --temperature-c and --altitude-m, or use --target fixed")
+    ffn = importance.conditions_size(
+        [statistics.ffn[i] for i in layers],
+        size=shape.ffn,
+        multiple=arch.FFN_MULTIPLE,
+        altitude_m=statistics.altitude_m,
+        unit=cut.temperature_unit,
+    )
+    return replace(shape, ffn=ffn)
+
+
+def _pick(axis: str, scores: np.ndarray, before: Shape, shape: Shape) -> tuple[int, ...]:
+    """The units of an axis that stay when a layer of shape `before` is cut to `shape`."""
+    if axis == "ffn":
+        experts = max(1, before.experts)  # of each, equally many neurons stay
+        keep = len(scores) * shape.ffn // before.ffn
+        return importance.top_in_groups(scores, experts, keep, experts)
+    if axis == "heads":
+        return importance.top_in_groups(scores, before.kv_heads, shape.heads, shape.kv_heads)
+    return importance.top(scores, keep=getattr(shape, axis))
+
+
 def profile(
     statistics: Statistics, layers: Sequence[int], kept: Mapping[Key, Any], scores: Ranking
 ) -> dict[str, Any]:
-    """{"layer/axis": {"kept": the share of its importance that stays}} of all of the teacher's
-    layers.
-    """
+    """{"layer/axis": {"kept": share of its importance that stays}} of all teacher layers."""
     shares = {}
     for axis in ("ffn", "heads", "experts"):
         for i in sorted(getattr(statistics, axis)):
-            all_of = np.abs(scores((i, axis)))
-            stays = all_of[list(kept.get((i, axis), range(len(all_of))))].sum() * (i in layers)
-            shares[f"{i}/{axis}"] = {"kept": round(float(stays / max(all_of.sum(), 1e-30)), 4)}
+            units = np.abs(scores((i, axis)))
+            stays = 0.0
+            if i in layers:
+                stays = units[list(kept.get((i, axis), range(len(units))))].sum()
+            share = float(stays / max(units.sum(), 1e-30))
+            shares[f"{i}/{axis}"] = {"kept": round(share, 4)}
     return shares
 
 
@@ -192,17 +202,15 @@ def wanted_shape(config: Mapping[str, Any], cut: PruningConfig) -> Shape:
     ratios = arch.SCENARIOS.get(cut.scenario or "gazda", {})
     before = shape_of(config)
     exact = {axis: getattr(cut, axis) for axis in families.ALL}
-    exact["experts"] = arch.count(
-        "--experts", cut.experts, before.experts or MOST_EXPERTS, "experts"
-    )
+    most = before.experts or MOST_EXPERTS
+    exact["experts"] = arch.count("--experts", cut.experts, most, "experts")
     shape = arch.target_shape(config, ratios, **exact)
     if cut.scenario != "none" and shape == before:
         why = (
             f"--scenario {cut.scenario} would cut nothing of {before}, FFN goes in steps of "
-            f"{arch.FFN_MULTIPLE}"
+            f"{arch.FFN_MULTIPLE}, hidden in steps of {math.lcm(16, before.heads)}"
         )
-        remedy = "give --layers, --ffn or --hidden, or another scenario"
-        raise MisError(f"{why}, hidden in steps of {math.lcm(16, before.heads)}: {remedy}")
+        raise MisError(f"{why}: give --layers, --ffn or --hidden, or another scenario")
     return shape
 
 
@@ -219,55 +227,89 @@ def prune(
     held: int | None = None,
     shares: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Calibrate on token ids [(B, T)], choose, write the folder `out`. Returns what was done, for
-    the JSON line.
+    """Calibrate on token ids [(B, T)], choose, write the folder `out`.
 
-    Where AAIS keeps other channels than plain importance, a plain student is made too and the two
-    are compared on `held_out`. Of several machines the first one chooses and writes; shares: how
-    many blocks each has (a `Relay`). held: batches whose hidden states stay in memory (default:
-    all).
+    Returns what was done, for the JSON line. Where AAIS keeps other channels than plain importance,
+    a plain student is made too and the two are compared on `held_out`. Of several machines the
+    first one chooses and writes; shares: how many blocks each has (a `Relay`). held: batches whose
+    hidden states stay in memory (default: all).
     """
     wanted_shape(checkpoint.config, cut)  # refuses before the pass, not after
-    files.make_folder(out.absolute().parent)
-    short = held is not None and held < len(batches)
-    mine = distributed.shard(batches)
-    states: Callable[[], stream.Hidden] = (
-        partial(Spool, out.absolute().parent, held or 0, files) if short else list
-    )
-    relay = (
-        pipeline_parallel.Relay(checkpoint, policy.compute_dtype(checkpoint), 0, short, shares)
-        if shares
-        else None
-    )
+    folder = out.absolute().parent
+    files.make_folder(folder)
+    spooled = held is not None and held < len(batches)
+
+    def states() -> stream.Hidden:
+        """A place for the hidden states of a pass."""
+        return Spool(folder, held or 0, files) if spooled else []
+
     statistics, _ = calibrate.calibrate(
-        checkpoint, mine, reading, cut.temperature_unit, states(), relay
+        checkpoint,
+        distributed.shard(batches),
+        reading=reading,
+        unit=cut.temperature_unit,
+        relay=_relay(checkpoint, shares, direct=spooled),
+        hidden=states(),
     )
-    # who has brought its part; the student is the first one's to make
+    # Every machine has brought its part; the student is the first one's to make.
     if not distributed.is_main():
         return {}
     shape, keep = select_units(checkpoint.config, statistics, cut)
-    directions = cache(lambda: slicing.directions(checkpoint, batches, states))
-    if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
-        _, plain = select_units(
-            checkpoint.config, statistics, replace(cut, importance="rms", target="fixed"), shape
+
+    @cache  # two more passes, for both students
+    def directions() -> slicing.Directions:
+        return slicing.directions(checkpoint, batches, states)
+
+    def write(kept: KeptUnits, student: Path) -> KeptUnits:
+        return slicing.write_student(
+            checkpoint, shape, kept, out=student, dtype=dtype, files=files, directions=directions
         )
-        # The number at its end has it swept where we are killed.
-        with tempfile.TemporaryDirectory(
-            f"-{os.getpid()}", f".tmp-{out.name}-", out.absolute().parent
-        ) as temp:
-            both = {}
-            for name, kept in (("aais", keep), ("plain", plain)):
-                slicing.write_student(
-                    checkpoint, shape, kept, Path(temp) / name, dtype, files, directions
-                )
-                both[name] = load.open_checkpoint(Path(temp) / name)
-            measured = comparison.compare(both, held_out)
-        losses = {f"nll_{name}": float(measured[name, "nll"].mean()) for name in both}
+
+    if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
+        plain_cut = replace(cut, importance="rms", target="fixed")
+        _, plain = select_units(checkpoint.config, statistics, plain_cut, shape)
+        losses = _losses({"aais": keep, "plain": plain}, write, held_out, out)
         keep = replace(keep, report={**keep.report, **losses})
-    keep = slicing.write_student(checkpoint, shape, keep, out, dtype, files, directions)
+    return _outcome(checkpoint.config, shape, write(keep, out), dtype)
+
+
+def _outcome(
+    config: Mapping[str, Any], shape: Shape, keep: KeptUnits, dtype: str
+) -> dict[str, Any]:
+    """What a pruning has done, for the JSON line."""
+    student = arch.student_config(config, shape, keep.layers, dtype)
     return {
-        "params_before": arch.params(checkpoint.config),
-        "params": arch.params(arch.student_config(checkpoint.config, shape, keep.layers, dtype)),
+        "params_before": arch.params(config),
+        "params": arch.params(student),
         "shape": str(shape),
         **{k: v for k, v in keep.report.items() if k not in BULKY},
     }
+
+
+def _relay(
+    checkpoint: Checkpoint, shares: Sequence[int], *, direct: bool
+) -> pipeline_parallel.Relay | None:
+    """This machine's blocks, where several machines share them."""
+    if not shares:
+        return None
+    dtype = policy.compute_dtype(checkpoint)
+    return pipeline_parallel.Relay(checkpoint, dtype, 0, direct=direct, shares=shares)
+
+
+def _losses(
+    choices: Mapping[str, KeptUnits],
+    write: Callable[[KeptUnits, Path], KeptUnits],
+    held_out: Windows,
+    out: Path,
+) -> dict[str, float]:
+    """{"nll_name": mean loss on `held_out`} of students made beside `out` for a moment."""
+    # The number at its end has it swept where we are killed.
+    with tempfile.TemporaryDirectory(
+        f"-{os.getpid()}", f".tmp-{out.name}-", out.absolute().parent
+    ) as temp:
+        students = {}
+        for name, kept in choices.items():
+            write(kept, Path(temp) / name)
+            students[name] = load.open_checkpoint(Path(temp) / name)
+        measured = comparison.compare(students, held_out)
+    return {f"nll_{name}": float(measured[name, "nll"].mean()) for name in students}

@@ -1,8 +1,7 @@
-"""Sizes that a student could have under limits on bytes, memory and time, and which should lose
-least.
+"""Sizes that a student could have under limits, and those that should lose least.
 
-Arithmetic on configs. What is lost is told of each axis by itself and added up; it is measured
-elsewhere.
+Limits on bytes, memory and time. Arithmetic on configs. Losses are of each axis by itself and added
+up; they are measured elsewhere.
 """
 
 import itertools
@@ -35,14 +34,14 @@ FORMS = {
     "vocab": "{:,} tokens",
 }
 Sizes = Mapping[str, Sequence[int]]  # of every axis, rising, the teacher's last
-# What learning leaves of a loss, by the axis that it comes from. ffn, bits: finalists of `--bytes
-# 50MB` (distilled, 20 steps, rounded by gptq); layers, heads, hidden: less a third of each, from
-# pruned to distilled (benchmarks/README.md). vocab: that loss is told on text like that which chose
-# the tokens; five texts of other kinds lose 5 times as much (24,576 and 12,288 tokens: 0.017 and
-# 0.087 bits a byte). All of SmolLM2-135M, one seed.
+# The share of a loss that learning leaves, by the axis that it comes from. ffn, bits: finalists of
+# `--bytes 50MB` (distilled, 20 steps, rounded by gptq); layers, heads, hidden: a third of each
+# removed, from pruned to distilled (benchmarks/README.md). vocab: that loss is measured on text
+# like the one that chose the tokens; five texts of other kinds lose 5 times as much (24,576 and
+# 12,288 tokens: 0.017 and 0.087 bits a byte). All of SmolLM2-135M, one seed.
 LEFT = {"layers": 0.33, "ffn": 0.28, "heads": 0.64, "hidden": 0.72, "vocab": 5.0, "bits": 0.42}
-# The same of the teacher's answers, whose conversations are in the training text but for those that
-# tell it.
+# The same of losses on the teacher's answers. Its conversations are in the training text, except
+# those that measure this.
 ANSWERS_LEFT = {
     "layers": 0.33,
     "ffn": 0.28,
@@ -72,53 +71,69 @@ class Choice(NamedTuple):
     @property
     def sizes(self) -> dict[str, int | float]:
         """By axis, for a log."""
-        return {
-            **{axis: getattr(self.shape, axis) for axis in (*CUTS, "kv_heads")},
-            "bits": self.bpw,
-        }
+        sizes = {axis: getattr(self.shape, axis) for axis in (*CUTS, "kv_heads")}
+        return sizes | {"bits": self.bpw}
 
 
 def words(shape: Shape, before: Shape) -> str:
-    """What of the teacher's shape is cut: '20 layers, FFN 1280'."""
-    cut = [
-        form.format(getattr(shape, a))
-        for a, form in FORMS.items()
-        if getattr(shape, a) != getattr(before, a)
-    ]
-    return ", ".join(cut) or "the teacher's own"
+    """The cuts of the teacher's shape, for people: '20 layers, FFN 1280'."""
+    cuts = []
+    for axis, form in FORMS.items():
+        size = getattr(shape, axis)
+        if size != getattr(before, axis):
+            cuts.append(form.format(size))
+    return ", ".join(cuts) or "the teacher's own"
 
 
 def group_of(shape: Shape) -> int:
     """The largest group that cuts every matrix (quantization/packed_format); 0: none does."""
     rows = (shape.hidden, shape.ffn, shape.heads * shape.head_dim)
-    return next((g for g in GROUPS if not any(n % g for n in rows)), 0)
+    for group in GROUPS:
+        if all(size % group == 0 for size in rows):
+            return group
+    return 0
 
 
 def bpw_range(group: int) -> tuple[float, float]:
     """(fewest, most) bits of a weight in groups of so many, scale and bias included."""
-    return min(BITS) + 32 / group, max(BITS) + 32 / group
+    scales = 32 / group
+    return min(BITS) + scales, max(BITS) + scales
 
 
 def axis_sizes(
     config: Mapping[str, Any], axes: Sequence[str], vocab: Sequence[int]
 ) -> dict[str, tuple[int, ...]]:
-    """Of every axis the teacher's size alone where the axis is not one of `axes`; else evenly
-    spread ones before it that a student can have and bits can pack. vocab: numbers of rows.
+    """The sizes of every axis to be tried, the teacher's last.
+
+    That one alone where the axis is not one of `axes`; else evenly spread ones before it that a
+    student can have and bits can pack. vocab: numbers of rows.
     """
     s = shape_of(config)
     group = GROUPS[-1]
+    steps = {"layers": 1, "ffn": arch.FFN_MULTIPLE, "heads": 1, "hidden": group}
     sizes = dict[str, tuple[int, ...]]()
-    for axis, step in {"layers": 1, "ffn": arch.FFN_MULTIPLE, "heads": 1, "hidden": group}.items():
-        whole = getattr(s, axis)
-        steps_of = range(step, whole, step) if axis in axes else ()
-        fits = [n for n in steps_of if n >= LEAST_SHARE * whole and _shape(config, {axis: n})]
+    for axis, step in steps.items():
+        most = getattr(s, axis)
+        fits = list[int]()
+        if axis in axes:
+            for size in range(step, most, step):
+                if size >= LEAST_SHARE * most and _shape(config, {axis: size}):
+                    fits.append(size)
         if axis == "heads":
             fits = [n for n in fits if n * s.head_dim % group == 0]
             # whole groups, if there are several
             fits = [n for n in fits if n % (s.heads // s.kv_heads) == 0] or fits
-        at = np.linspace(0, max(0, len(fits) - 1), min(SIZES, len(fits))).round().astype(int)
-        sizes[axis] = (*(fits[i] for i in np.unique(at)), whole)
-    return sizes | {"vocab": (*sorted(vocab), s.vocab) if "vocab" in axes else (s.vocab,)}
+        sizes[axis] = (*_spread(fits), most)
+    smaller = sorted(vocab) if "vocab" in axes else []
+    sizes["vocab"] = (*smaller, s.vocab)
+    return sizes
+
+
+def _spread(sizes: Sequence[int]) -> list[int]:
+    """SIZES of these at most, evenly spread, the first and the last among them."""
+    last = max(0, len(sizes) - 1)
+    places = np.linspace(0, last, min(SIZES, len(sizes))).round()
+    return [sizes[place] for place in np.unique(places.astype(int))]
 
 
 def _shape(config: Mapping[str, Any], sizes: Mapping[str, int]) -> Shape | None:
@@ -130,69 +145,74 @@ def _shape(config: Mapping[str, Any], sizes: Mapping[str, int]) -> Shape | None:
 
 
 def probed(sizes: Sequence[int]) -> list[int]:
-    """The one or two sizes of an axis that are measured by themselves: nearest to 5/6 and to 2/3 of
-    the largest.
+    """The one or two sizes of an axis that are measured by themselves.
+
+    Nearest to 5/6 and to 2/3 of the largest.
     """
-    *smaller, whole = sizes
-    return sorted(
-        {min(smaller, key=lambda n: abs(n - share * whole)) for share in (5 / 6, 2 / 3)}
-        if smaller
-        else ()
-    )
+    *smaller, most = sizes
+    if not smaller:
+        return []
+    nearest = set[int]()
+    for share in (5 / 6, 2 / 3):
+        distances = [abs(size - share * most) for size in smaller]
+        nearest.add(smaller[distances.index(min(distances))])
+    return sorted(nearest)
 
 
 def left_after(iters: int | None, left: Mapping[str, float]) -> dict[str, float]:
-    """What so many steps leave of a loss, by axis; None: of the usual number."""
+    """The share of a loss that so many steps leave, by axis; None: of the usual number."""
     power = (STEPS / max(1, iters or STEPS)) ** FADING
-    return {
-        axis: share if axis in ("vocab", "bits") else share * power for axis, share in left.items()
-    }
+    shares = {}
+    for axis, share in left.items():
+        shares[axis] = share if axis in ("vocab", "bits") else share * power
+    return shares
 
 
 class Losses(NamedTuple):
     """Nats a byte that a teacher loses by one axis alone: (size, nats) of some sizes of each.
 
-    left: by axis, what learning leaves of it."""
+    left: by axis, the share that learning leaves."""
 
     before: Shape
     points: Mapping[str, Sequence[tuple[float, float]]]
     left: Mapping[str, float] = LEFT
 
     def by_axis(self, choice: Choice) -> dict[str, float]:
-        """What each axis of a student is told to cost, before it learns."""
-        values = {
-            axis: self._along(axis, getattr(choice.shape, axis))
-            for axis in CUTS
-            if self.points.get(axis)
-        }
-        if bits := self.points.get("bits"):
+        """The loss that each axis of a student should cost, before it learns."""
+        values = {}
+        for axis in CUTS:
+            if self.points.get(axis):
+                values[axis] = self._along(axis, getattr(choice.shape, axis))
+        bits = self.points.get("bits")
+        if bits:
             bpw, nats = np.array(bits).T
             values["bits"] = float(np.interp(choice.bpw, bpw, nats))
         return values
 
     def _along(self, axis: str, size: int) -> float:
         """scale * removed ** power through the points; the points themselves of the vocabulary."""
-        removed = 1 - size / getattr(self.before, axis)
+        most = getattr(self.before, axis)
+        removed = 1 - size / most
         points = self.points[axis]
         if removed == 0:
             return 0.0
         if axis == "vocab":
             return dict(points)[size]
-        shares = [1 - n / getattr(self.before, axis) for n, _ in points]
+        shares = [1 - n / most for n, _ in points]
         nats = [max(value, 1e-6) for _, value in points]
         power = 2.0  # as far as the second order reaches
         if len(points) > 1:
-            power = float(
-                np.clip(math.log(nats[0] / nats[1]) / math.log(shares[0] / shares[1]), 1.0, 4.0)
-            )
+            rise = math.log(nats[0] / nats[1])
+            slope = rise / math.log(shares[0] / shares[1])
+            power = float(np.clip(slope, 1.0, 4.0))
         return nats[-1] * (removed / shares[-1]) ** power
 
     def raw(self, choice: Choice) -> float:
-        """Of all axes together, before the student learns."""
+        """The loss of all axes together, before the student learns."""
         return sum(self.by_axis(choice).values())
 
     def expected(self, choice: Choice) -> float:
-        """What should be left of that once it has learned."""
+        """The loss that should be left once the student has learned."""
         return sum(self.expected_by_axis(choice).values())
 
     def expected_by_axis(self, choice: Choice) -> dict[str, float]:
@@ -203,10 +223,9 @@ class Losses(NamedTuple):
         return {axis: left[axis] * value for axis, value in self.by_axis(choice).items()}
 
     def fewest_bits(self, shape: Shape, lose: float, most: float) -> float | None:
-        """The fewest bits, `most` at the most, in which a student of this shape should lose `lose`
-        nats a byte or less.
+        """The fewest bits in which a student of this shape should lose `lose` nats a byte or less.
 
-        None where there are none. In hundredths of a bit, rounded up.
+        `most` at most; None where there are none. In hundredths of a bit, rounded up.
         """
         by_axis = self.expected_by_axis(Choice(shape, most))
         of_shape = sum(value for axis, value in by_axis.items() if axis != "bits")
@@ -220,9 +239,12 @@ class Losses(NamedTuple):
         first = int(fits[0])
         if first == 0:
             return float(bpw[0])
-        share = (nats[first - 1] - allowed) / max(nats[first - 1] - nats[first], 1e-12)
-        between = bpw[first - 1] + share * (bpw[first] - bpw[first - 1])
-        return float(min(bpw[first], math.ceil(100 * between) / 100))
+        # between the last that costs too much and the first that fits
+        below = first - 1
+        share = (nats[below] - allowed) / max(nats[below] - nats[first], 1e-12)
+        between = bpw[below] + share * (bpw[first] - bpw[below])
+        rounded_up = math.ceil(100 * between) / 100
+        return float(min(bpw[first], rounded_up))
 
 
 def smallest(
@@ -232,86 +254,124 @@ def smallest(
     lose: float,
     within: Sequence[limits.Limit],
 ) -> list[Choice]:
-    """Of every shape the student of the fewest bits that should lose `lose` nats a byte or less;
-    fewest bytes first.
+    """Of every shape the student of the fewest bits that should lose `lose` nats a byte or less.
 
-    Only those within the limits. Where bits are not chosen, all have the usual ones.
+    Fewest bytes first, and only those within the limits. Where bits are not chosen, all have the
+    usual ones.
     """
-    found = list[tuple[float, Choice]]()
+    sized = list[tuple[float, Choice]]()
     for shape in shapes_of:
         group = group_of(shape)
         if not group:
             continue
+        fewest, most = bpw_range(group)
+        bpw: float | None = USUAL_BPW
         if "bits" in losses.points:
-            bpw = losses.fewest_bits(shape, lose, bpw_range(group)[1])
-        else:
-            bpw = USUAL_BPW if losses.expected(Choice(shape, USUAL_BPW)) <= lose else None
-        if bpw is None or bpw < bpw_range(group)[0]:
+            bpw = losses.fewest_bits(shape, lose, most)
+        elif losses.expected(Choice(shape, USUAL_BPW)) > lose:
+            bpw = None
+        if bpw is None or bpw < fewest:
             continue
         if all(limit.cost(shape, bpw) <= limit.most for limit in within):
-            found.append((limits.file_bytes(config, shape, bpw), Choice(shape, bpw)))
-    found.sort(key=lambda each: each[0])
-    return [choice for _, choice in found]
+            nbytes = limits.file_bytes(config, shape, bpw)
+            sized.append((nbytes, Choice(shape, bpw)))
+    sized.sort(key=lambda pair: pair[0])
+    return [choice for _, choice in sized]
 
 
 def choices(
-    config: Mapping[str, Any], sizes: Sizes, within: Sequence[limits.Limit], bits: bool
+    config: Mapping[str, Any],
+    sizes: Sizes,
+    within: Sequence[limits.Limit],
+    bits: bool,
 ) -> list[Choice]:
-    """Every student within the limits, in the most bits that they allow; in the usual ones where
-    `bits` are not to be chosen, or none of the limits is in bytes. MisError where there is none:
-    the smallest number within reach, and which axes are not open.
+    """Every student within the limits, in the most bits that they allow.
+
+    In the usual ones where `bits` are not to be chosen, or none of the limits is in bytes. MisError
+    where there is none: the smallest number within reach, and which axes are not open.
     """
     before = shape_of(config)
-    found = list[Choice]()
+    chosen = list[Choice]()
     least = dict.fromkeys(within, math.inf)
-    in_bytes = [limit for limit in within if limit.in_bytes]
     for shape in shapes(config, sizes):
-        if not (group := group_of(shape)):
+        group = group_of(shape)
+        if not group:
             continue
-        weights, _ = limits.weights_of(config, shape)
         fewest, most = bpw_range(group) if bits else (USUAL_BPW, USUAL_BPW)
         costs = {limit: limit.cost(shape, fewest) for limit in within}
-        least = {limit: min(cost, least[limit]) for limit, cost in costs.items()}
-        if all(cost <= limit.most for limit, cost in costs.items()) and (bits or shape != before):
-            more = (8 * (limit.most - costs[limit]) / weights for limit in in_bytes)
-            bpw = min([most, *(fewest + each for each in more)]) if in_bytes else USUAL_BPW
-            found.append(Choice(shape, math.floor(100 * bpw) / 100))
-    if found:
-        return found
-    closed = [axis for axis in CUTS if len(sizes[axis]) == 1] + ([] if bits else ["bits"])
-    remedy = "ask for less of a cut" + (
-        f", or let {', '.join(closed)} be cut too (--axes)" if closed else ""
-    )
+        for limit, cost in costs.items():
+            least[limit] = min(cost, least[limit])
+        fits = all(cost <= limit.most for limit, cost in costs.items())
+        # the teacher itself is no choice, except in fewer bits
+        if fits and (bits or shape != before):
+            bpw = _most_bits(config, shape, costs, fewest=fewest, most=most)
+            chosen.append(Choice(shape, math.floor(100 * bpw) / 100))
+    if not chosen:
+        raise _no_choice(sizes, least, bits=bits)
+    return chosen
+
+
+def _most_bits(
+    config: Mapping[str, Any],
+    shape: Shape,
+    costs: Mapping[limits.Limit, float],
+    *,
+    fewest: float,
+    most: float,
+) -> float:
+    """The most bits of a weight that the limits in bytes allow. costs: with the fewest bits."""
+    in_bytes = [limit for limit in costs if limit.in_bytes]
+    if not in_bytes:
+        return USUAL_BPW
+    weights, _ = limits.weights_of(config, shape)
+    for limit in in_bytes:
+        spare_bits = 8 * (limit.most - costs[limit])
+        most = min(most, fewest + spare_bits / weights)
+    return most
+
+
+def _no_choice(sizes: Sizes, least: Mapping[limits.Limit, float], *, bits: bool) -> MisError:
+    """The refusal where no student is within the limits. least: the smallest within reach."""
+    closed = [axis for axis in CUTS if len(sizes[axis]) == 1]
+    if not bits:
+        closed.append("bits")
+    remedy = "ask for less of a cut"
+    if closed:
+        remedy += f", or let {', '.join(closed)} be cut too (--axes)"
     for limit, reach in least.items():
         if reach > limit.most:
             why = (
                 f"that is {limit.words(limit.most)}, the smallest student within reach has "
                 f"{limit.words(reach)}"
             )
-            raise MisError(f"{limit.flag}: {why}: {remedy}")
-    flags = " and ".join(limit.flag for limit in within)
-    raise MisError(f"{flags}: each can be met, no student meets all of them: {remedy}")
+            return MisError(f"{limit.flag}: {why}: {remedy}")
+    flags = " and ".join(limit.flag for limit in least)
+    return MisError(f"{flags}: each can be met, no student meets all of them: {remedy}")
 
 
 def shapes(config: Mapping[str, Any], sizes: Sizes) -> Iterator[Shape]:
     """All combinations that a loader accepts."""
-    for layers, ffn, heads, hidden in itertools.product(*(sizes[axis] for axis in CUTS[:-1])):
-        if shape := _shape(
-            config, {"layers": layers, "ffn": ffn, "heads": heads, "hidden": hidden}
-        ):
+    axes = CUTS[:-1]
+    for combination in itertools.product(*(sizes[axis] for axis in axes)):
+        shape = _shape(config, dict(zip(axes, combination, strict=True)))
+        if shape:
             for vocab in sizes["vocab"]:
                 yield replace(shape, vocab=vocab)
 
 
 def best(candidates: Iterable[Choice], sizes: Sizes, losses: Losses, count: int) -> list[Choice]:
-    """The `count` of which least is expected to be lost, the best first; no two are a step along
-    one axis apart.
+    """The `count` of which least is expected to be lost, the best first.
+
+    No two are a step along one axis apart.
     """
-    chosen = dict[Choice, np.ndarray]()  # and where each stands among the sizes
+    chosen = dict[Choice, np.ndarray]()  # with its place among the sizes of each axis
     for choice in sorted(candidates, key=losses.expected):
-        at = np.array([sizes[axis].index(getattr(choice.shape, axis)) for axis in CUTS])
-        if all(abs(at - other).sum() > 1 for other in chosen.values()):
-            chosen[choice] = at
+        steps = []
+        for axis in CUTS:
+            steps.append(sizes[axis].index(getattr(choice.shape, axis)))
+        place = np.array(steps)
+        if all(abs(place - other).sum() > 1 for other in chosen.values()):
+            chosen[choice] = place
         if len(chosen) == count:
             break
     return list(chosen)
@@ -319,5 +379,8 @@ def best(candidates: Iterable[Choice], sizes: Sizes, losses: Losses, count: int)
 
 def rounding_of(choice: Choice) -> QuantizationConfig:
     """How a student of this choice is rounded."""
-    group = group_of(choice.shape)
-    return QuantizationConfig(q_group_size=group, target_bpw=choice.bpw, q_iters=0)  # type: ignore[arg-type]
+    return QuantizationConfig(
+        q_group_size=group_of(choice.shape),  # type: ignore[arg-type]
+        target_bpw=choice.bpw,
+        q_iters=0,
+    )

@@ -1,12 +1,12 @@
-"""The pruned folder: of every tensor of the teacher the rows and columns that are kept; of the
-residual stream ranked channels, or the directions in which it moves, after a rotation.
+"""The pruned folder: of every tensor of the teacher the rows and columns that are kept.
 
+Of the residual stream ranked channels stay, or the directions in which it moves, after a rotation.
 The rotated model is an ordinary one: RMSNorm does not notice a rotation once its gain is folded
 into the matrices that read behind it (SliceGPT, arXiv 2401.15024, has a basis and skip matrices for
 each block; here all share one).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,8 @@ from mis_mlx.storage.files import Files
 from mis_mlx.storage.safetensors import InParts, Tensor
 from mis_mlx.types import Checkpoint, KeptUnits
 
-# axis -> modules whose weights have a row for each unit of it (and biases a number), and those with
-# a column for each
+# axis -> (modules whose weights have a row for each unit of it, and biases a number; modules whose
+# weights have a column for each)
 CUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ffn": (arch.READERS["norm2"][1], arch.READERS["ffn"][1]),
     "heads": (("q_proj",), arch.READERS["heads"][1]),
@@ -33,7 +33,7 @@ CUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 FINAL = f"{load.NORM}weight"
 HEAD = "lm_head.weight"
-# behind which READERS read the stream
+# axis -> the norm behind which READERS read the stream
 NORMS = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
 
 
@@ -50,17 +50,21 @@ class Rotation:
 
 
 Directions = Callable[[int], Rotation]  # for a cut to so many channels
+Dense = Callable[[str], mx.array]  # a teacher's tensor by its name
 
 
 def _entering(
-    checkpoint: Checkpoint, batches: stream.Batches, hidden: stream.Hidden
+    checkpoint: Checkpoint,
+    batches: stream.Batches,
+    hidden: stream.Hidden,
 ) -> Iterator[tuple[str, mx.array]]:
-    """Norm by norm, in one streamed pass: (its weight's name, float32 tokens (n, D) that enter it,
-    over their rms).
+    """Norm by norm, in one streamed pass: (its weight's name, tokens (n, D) that enter it).
+
+    Tokens are float32, over their rms.
     """
-    source = stream.Stream(
-        checkpoint, policy.compute_dtype(checkpoint), direct=not isinstance(hidden, list)
-    )
+    # Spooled hidden states: the budget is small, and weights bypass the page cache, too.
+    direct = not isinstance(hidden, list)
+    source = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), direct=direct)
     hidden = source.embed(batches, hidden)
     for i, block in source.blocks():
         for name in NORMS.values():
@@ -72,59 +76,68 @@ def _entering(
             hidden[b] = source.finite(out) if b == 0 else out
             for name, tokens in zip(NORMS.values(), seen, strict=True):
                 yield f"model.layers.{i}.{name}.weight", tokens
-    for h in hidden:
-        yield FINAL, _even(h)
+    for final in hidden:  # which enter the last norm
+        yield FINAL, _even(final)
 
 
 def _even(x: mx.array) -> mx.array:
     """(B, T, D) -> (B T, D) float32, mean square 1 each; a token of zeros stays zeros."""
     x = x.reshape(-1, x.shape[-1]).astype(mx.float32)
-    return x * mx.rsqrt(mx.maximum(mx.square(x).mean(axis=-1, keepdims=True), 1e-30))
+    mean_square = mx.square(x).mean(axis=-1, keepdims=True)
+    return x * mx.rsqrt(mx.maximum(mean_square, 1e-30))
 
 
 def turned(basis: np.ndarray, gain: np.ndarray) -> np.ndarray:
-    """The same subspace (D, d) in the coordinates in which diag(`gain`), within it, is diagonal
-    again.
-    """
-    _, turn = np.linalg.eigh(basis.T @ (gain[:, None] * basis))
+    """The same subspace (D, d) in coordinates that make diag(`gain`), within it, diagonal again."""
+    within = basis.T @ (gain[:, None] * basis)
+    _, turn = np.linalg.eigh(within)
     return basis @ turn
 
 
 def directions(
-    teacher: Checkpoint, batches: stream.Batches, hidden: Callable[[], stream.Hidden] = list
+    teacher: Checkpoint,
+    batches: stream.Batches,
+    hidden: Callable[[], stream.Hidden] = list,
 ) -> Directions:
-    """The principal directions of what enters all norms over token ids [(B, T)], all norms alike;
-    for a tied head `turned` for the last norm's gain.
+    """The principal directions of what enters all norms over token ids [(B, T)], all norms alike.
 
-    Two streamed passes: the second sees how much of each norm's input they hold. Products of one
-    batch are float32, sums over batches float64. hidden: makes a place for the hidden states of a
-    pass.
+    For a tied head they are `turned` for the last norm's gain. Two streamed passes: the second sees
+    how much of each norm's input they hold. Products of one batch are float32, sums over batches
+    float64. hidden: makes a place for the hidden states of a pass.
     """
-    moments = np.zeros((shape_of(teacher.config).hidden,) * 2)
-    for _, x in _entering(teacher, batches, hidden()):
-        moments += np.asarray(x.T @ x)
-    basis = np.ascontiguousarray(np.linalg.eigh(moments)[1][:, ::-1])  # by falling eigenvalue
+    size = shape_of(teacher.config).hidden
+    moments = np.zeros((size, size))  # sums over tokens of x x^T
+    for _, tokens in _entering(teacher, batches, hidden()):
+        moments += np.asarray(tokens.T @ tokens)
+    # Eigenvalues come in rising order; the columns stand by falling ones.
+    _, vectors = np.linalg.eigh(moments)
+    basis = np.ascontiguousarray(vectors[:, ::-1])
+    del vectors
+    # The second pass: by norm, the square of the stream along each direction (D,).
     turn = mx.array(basis.astype(np.float32))
     held: dict[str, np.ndarray] = {}
-    for name, x in _entering(teacher, batches, hidden()):
-        held[name] = held.get(name, 0.0) + np.array(mx.square(x @ turn).sum(axis=0), np.float64)
+    for name, tokens in _entering(teacher, batches, hidden()):
+        squares = np.array(mx.square(tokens @ turn).sum(axis=0), np.float64)
+        held[name] = held.get(name, 0.0) + squares
 
     def kept(size: int) -> Rotation:
-        some = basis[:, :size]
+        columns = basis[:, :size]
         if shape_of(teacher.config).tied:
-            some = turned(some, np.array(load.dense(teacher, FINAL).astype(mx.float32), np.float64))
-            some = some[:, np.argsort(-np.einsum("ij,ij->j", some, moments @ some), kind="stable")]
-        return Rotation(
-            some,
-            {name: float((square / square.sum())[:size].sum()) for name, square in held.items()},
-        )
+            gain = np.array(load.dense(teacher, FINAL).astype(mx.float32), np.float64)
+            columns = turned(columns, gain)
+            # Turned columns hold other shares than before, so they are sorted anew.
+            shares = np.einsum("ij,ij->j", columns, moments @ columns)
+            columns = columns[:, np.argsort(-shares, kind="stable")]
+        energy = {}
+        for name, square in held.items():
+            energy[name] = float((square / square.sum())[:size].sum())
+        return Rotation(columns, energy)
 
     return kept
 
 
-def rotated(teacher: Checkpoint, rotation: Rotation) -> Callable[[str], mx.array]:
-    """name -> the teacher's tensor, float32, in the d coordinates of `rotation` instead of its D
-    channels.
+def rotated(teacher: Checkpoint, rotation: Rotation) -> Dense:
+    """name -> the teacher's tensor, float32, in the d coordinates of `rotation`, not D channels.
 
     Norms get one gain for all coordinates, sqrt(D energy / d): the rms of a cut stream is over d
     numbers instead of D. Gains go into what reads behind the norm; with d = D and an untied head
@@ -136,88 +149,122 @@ def rotated(teacher: Checkpoint, rotation: Rotation) -> Callable[[str], mx.array
     q = mx.array(rotation.basis.astype(np.float32))
     tied = shape_of(teacher.config).tied
 
-    def whole(name: str) -> mx.array:
+    def dense(name: str) -> mx.array:
         return load.dense(teacher, name).astype(mx.float32)
 
     def tensor(name: str) -> mx.array:
-        block = name.rsplit(".", 3)[0]
-        (module, kind) = name.split(".")[-2:]
-        before = next(
-            (f"{block}.{n}.weight" for axis, n in NORMS.items() if module in arch.READERS[axis][1]),
-            FINAL,
-        )
-        if name in rotation.energy:
-            gain = whole(name) @ mx.square(q) if tied and name == FINAL else mx.ones((size,))
+        module, kind = name.split(".")[-2:]
+        if name in rotation.energy:  # a norm
+            gain = mx.ones((size,))
+            if tied and name == FINAL:
+                gain = dense(name) @ mx.square(q)
             return (inner * rotation.energy[name] / size) ** 0.5 * gain
-        if kind == "weight" and (before != FINAL or name == HEAD):
-            return (whole(name) * whole(before)) @ q
-        if module in ("o_proj", "down_proj"):  # what writes into the stream
-            return q.T @ whole(name)
-        return whole(name) @ q if name == f"{load.EMBEDDING}weight" else whole(name)
+        norm = _norm_before(name)
+        if kind == "weight" and (norm != FINAL or name == HEAD):  # reads the stream behind a norm
+            return (dense(name) * dense(norm)) @ q
+        if module in ("o_proj", "down_proj"):  # writes into the stream
+            return q.T @ dense(name)
+        if name == f"{load.EMBEDDING}weight":
+            return dense(name) @ q
+        return dense(name)
 
     return tensor
 
 
-def _cut(name: str, layer: int, before: Shape, keep: KeptUnits, weight: mx.array) -> mx.array:
-    """The kept part of one teacher tensor: rows, of each of joined matrices, where an axis is
-    written, else columns.
+def _norm_before(name: str) -> str:
+    """The weight of the norm behind which a block's tensor reads the stream; else the last one."""
+    block = name.rsplit(".", 3)[0]
+    module = name.split(".")[-2]
+    for axis, norm in NORMS.items():
+        if module in arch.READERS[axis][1]:
+            return f"{block}.{norm}.weight"
+    return FINAL
+
+
+def _cut(
+    name: str,
+    layer: int,
+    before: Shape,
+    keep: KeptUnits,
+    weight: mx.array,
+) -> mx.array:
+    """The kept part of one teacher tensor.
+
+    Rows, of each of joined matrices, where the module writes an axis, else columns.
     """
     module, kind = name.split(".")[-2:]
     if before.experts:
         return _mixed_cut(name, layer, before, keep, weight)
     for axis, (rows, columns) in CUTS.items():
-        kept = keep.kept.get((layer if axis != "hidden" else -1, axis))
+        place = -1 if axis == "hidden" else layer
+        kept = keep.kept.get((place, axis))
         unit = before.head_dim if axis.endswith("heads") else 1  # rows that go together
         size = getattr(before, axis) * unit
         if kept is None or len(kept) * unit == size:
             continue
-        indices = mx.array([i * unit + u for i in kept for u in range(unit)], dtype=mx.int32)
+        indices = _numbers(kept, unit)
         if module in rows:
-            weight = mx.take(
-                weight, mx.concatenate([indices + n for n in range(0, len(weight), size)]), axis=0
-            )
+            # Joined matrices (q, k and v; gate and up) lie one below the other.
+            starts = range(0, len(weight), size)
+            weight = mx.take(weight, mx.concatenate([indices + n for n in starts]), axis=0)
         elif module in columns and kind == "weight":
             weight = mx.take(weight, indices, axis=1)
     return weight
 
 
+def _numbers(units: Iterable[int], size: int) -> mx.array:
+    """The rows or columns of these units, each of `size` of them."""
+    numbers = list[int]()
+    for unit in units:
+        numbers += range(unit * size, (unit + 1) * size)
+    return mx.array(numbers, dtype=mx.int32)
+
+
 def _side(teacher: Checkpoint, name: str, layers: Sequence[int]) -> Tensor:
-    """The kept blocks' part of what makes per-layer inputs: columns of the table, rows of the
-    projection.
+    """The kept blocks' part of what makes per-layer inputs.
+
+    Columns of the table, rows of the projection.
     """
+    weight = model_writer.dense(teacher, name)
+    all_stay = len(layers) == teacher.config["num_hidden_layers"]
     width = teacher.config[families.family(teacher.config).per_layer]
-    kept = mx.array([i * width + channel for i in layers for channel in range(width)])
-    every = len(layers) == teacher.config["num_hidden_layers"]
-    whole = model_writer.dense(teacher, name)
-    if isinstance(whole, InParts):
-        rows, _ = whole.spec[1]
-        parts = whole.parts if every else (mx.take(part, kept, axis=1) for part in whole.parts)
-        return InParts((whole.spec[0], (rows, len(layers) * width)), parts)
-    is_norm = whole.ndim == 1
-    return whole if is_norm or every else mx.take(whole, kept, axis=0)
+    kept = _numbers(layers, width)
+    if isinstance(weight, InParts):  # the table, too large to be in memory whole
+        dtype, (rows, _) = weight.spec
+        parts = weight.parts
+        if not all_stay:
+            parts = (mx.take(part, kept, axis=1) for part in weight.parts)
+        return InParts((dtype, (rows, len(layers) * width)), parts)
+    if all_stay or weight.ndim == 1:  # a norm is of one block's width
+        return weight
+    return mx.take(weight, kept, axis=0)
 
 
-def _mixed_cut(name: str, layer: int, before: Shape, keep: KeptUnits, weight: mx.array) -> mx.array:
-    """The same of a tensor of a mixture: rows of the router are experts, neurons are an expert's
-    own.
+def _mixed_cut(
+    name: str,
+    layer: int,
+    before: Shape,
+    keep: KeptUnits,
+    weight: mx.array,
+) -> mx.array:
+    """The same of a tensor of a mixture.
+
+    Rows of the router are experts, and neurons are an expert's own.
     """
-    if (
-        experts.is_router(name)
-        and len(weight) == before.experts
-        and (kept := keep.kept.get((layer, "experts")))
-    ):
-        return mx.take(weight, mx.array(kept), axis=0)
-    first = (experts.expert_of(name) or 0) * before.ffn
+    chosen = keep.kept.get((layer, "experts"))
+    if chosen and experts.is_router(name) and len(weight) == before.experts:
+        return mx.take(weight, mx.array(chosen), axis=0)
     neurons = keep.kept.get((layer, "ffn"))
-    if experts.expert_of(name) is None or neurons is None:
+    expert = experts.expert_of(name)
+    if expert is None or neurons is None:
         return weight
-    if (last := name.split(".")[-2] in ("down_proj", "w2")) and weight.ndim == 1:
+    is_last = name.split(".")[-2] in ("down_proj", "w2")  # whose inputs are the neurons
+    if is_last and weight.ndim == 1:
         return weight
-    return mx.take(
-        weight,
-        mx.array([n - first for n in neurons if first <= n < first + before.ffn]),
-        axis=int(last),
-    )
+    # Neurons of all experts are numbered one expert after another.
+    first = expert * before.ffn
+    own = [n - first for n in neurons if first <= n < first + before.ffn]
+    return mx.take(weight, mx.array(own), axis=1 if is_last else 0)
 
 
 def write_student(
@@ -228,40 +275,60 @@ def write_student(
     dtype: str,
     files: Files,
     directions: Callable[[], Directions] | None = None,
-    tensor: Callable[[str], mx.array] | None = None,
+    tensor: Dense | None = None,
 ) -> KeptUnits:
-    """Commit the pruned model to the new folder `out`: what is kept. directions(): asked for where
-    hidden is cut, but `keep` does not say by which channels; then it is by the rotation that they
-    give. tensor(name): the teacher's tensor that is cut, where it is not the one on disk. Memory:
-    the largest tensor, twice.
+    """Commit the pruned model to the new folder `out`: what is kept.
+
+    directions(): asked for where hidden is cut, but `keep` does not say by which channels; then it
+    is by the rotation that they give. tensor(name): the teacher's tensor that is cut, where it is
+    not the one on disk. Memory: the largest tensor, twice.
     """
     before = shape_of(teacher.config)
     if directions and shape.hidden < before.hidden and (-1, "hidden") not in keep.kept:
+        # The first d coordinates of the rotated teacher stay, as if they were ranked channels.
         rotation = directions()(shape.hidden)
-        share = round(float(np.mean(list(rotation.energy.values()))), 4)
-        kept = {**keep.kept, (-1, "hidden"): tuple(range(shape.hidden))}
-        basis = rotation.basis.astype(np.float32)
-        report = {**keep.report, "hidden_by": "pca", "hidden_energy": share}
-        keep = replace(keep, kept=kept, report=report, basis=basis)
+        energy = list(rotation.energy.values())
+        share = round(float(np.mean(energy)), 4)
+        keep = replace(
+            keep,
+            kept={**keep.kept, (-1, "hidden"): tuple(range(shape.hidden))},
+            report={**keep.report, "hidden_by": "pca", "hidden_energy": share},
+            basis=rotation.basis.astype(np.float32),
+        )
         tensor = rotated(teacher, rotation)
-    config = arch.student_config(teacher.config, shape, keep.layers, dtype)
-    whole = tensor or partial(load.dense, teacher)
-
-    def take(name: str) -> Tensor:
-        if name in arch.side_tensors(teacher.config):
-            return _side(teacher, name, keep.layers)
-        if (number := arch.block_of(name)) is None:
-            return _cut(name, -1, before, keep, whole(name))
-        layer = keep.layers[number]
-        source = name.replace(f".layers.{number}.", f".layers.{layer}.")
-        if (e := experts.expert_of(name)) is not None and (
-            chosen := keep.kept.get((layer, "experts"))
-        ):
-            source = source.replace(f".experts.{e}.", f".experts.{chosen[e]}.")
-        block = replace(before, ffn=ffn_size(teacher.config, layer))
-        return _cut(source, layer, block, keep, whole(source))
-
+    if tensor is None:
+        tensor = partial(load.dense, teacher)
     model_writer.write_model(
-        config, take, teacher.path, out, dtype, files, model_writer.keep_files(keep)
+        arch.student_config(teacher.config, shape, keep.layers, dtype),
+        partial(_taken, teacher, keep, tensor),
+        source=teacher.path,
+        out=out,
+        dtype=dtype,
+        files=files,
+        extra=model_writer.keep_files(keep),
     )
     return keep
+
+
+def _taken(
+    teacher: Checkpoint,
+    keep: KeptUnits,
+    tensor: Dense,
+    name: str,
+) -> Tensor:
+    """The student's tensor of this name, cut out of the teacher's."""
+    if name in arch.side_tensors(teacher.config):
+        return _side(teacher, name, keep.layers)
+    before = shape_of(teacher.config)
+    number = arch.block_of(name)
+    if number is None:
+        return _cut(name, -1, before, keep, weight=tensor(name))
+    # The student's block stands for a block, and its expert for an expert, of another number.
+    layer = keep.layers[number]
+    source = name.replace(f".layers.{number}.", f".layers.{layer}.")
+    expert = experts.expert_of(name)
+    chosen = keep.kept.get((layer, "experts"))
+    if expert is not None and chosen:
+        source = source.replace(f".experts.{expert}.", f".experts.{chosen[expert]}.")
+    block = replace(before, ffn=ffn_size(teacher.config, layer))
+    return _cut(source, layer, block, keep, weight=tensor(source))

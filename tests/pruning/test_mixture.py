@@ -182,13 +182,13 @@ def test_few_tokens_fit_the_memory(
     those to judge.
     """
     asked = list[int]()
-    old = reconstruct._Asked.__init__
+    old = reconstruct._RouterBatch.__init__
 
     def counted(self: Any, source: Any, block: Any, hidden: Any, goals: Any) -> None:
         asked.append(len(hidden))
         old(self, source, block, hidden, goals)
 
-    monkeypatch.setattr(reconstruct._Asked, "__init__", counted)
+    monkeypatch.setattr(reconstruct._RouterBatch, "__init__", counted)
     monkeypatch.setattr(reconstruct, "ROUTER_BYTES", 1)
     teacher = load.open_checkpoint(tiny.make(tmp_path / "m", **MIXTURE))
     cut(teacher.path, tmp_path / "cut", text_folder, experts="6")

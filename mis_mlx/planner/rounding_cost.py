@@ -1,0 +1,234 @@
+"""What quantizing a model takes: bytes, memory, operations; and its size afterwards.
+
+Arithmetic on sizes. Does not know how it is done (quantization).
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from mis_mlx.maths.reconstruction import precision
+from mis_mlx.maths.rounding import BITS, HELD_BYTES, PART, SLAB
+from mis_mlx.models.config import Shape
+from mis_mlx.models.stream import stacked
+from mis_mlx.planner.estimates import (
+    StageCost,
+    backward_bytes,
+    forward_flops,
+    logit_bytes,
+    room,
+    stacked_bytes,
+    streamed_pass,
+    together,
+    workspace_bytes,
+)
+from mis_mlx.planner.model_size import ModelSize
+from mis_mlx.planner.recipe import QuantizationConfig
+
+BIAS_BITS = 32  # scale and bias of a group
+SENSED = 8  # windows that say what bits cost
+
+
+def solver_flops(inputs: int, factor: float, solve: float) -> float:
+    """Operations of the host for sums (F, F), F: `inputs`.
+
+    inputs^2 times `factor` to factorize them, times `solve` to use that. In float32 MLX does the
+    latter, and the former counts a quarter.
+    """
+    if precision(inputs) is np.float32:
+        return inputs**2 * factor / 4
+    return inputs**2 * (factor + solve)
+
+
+def packed_bytes(m: ModelSize, how: QuantizationConfig) -> int:
+    """Bytes of a model in the mean bits asked for.
+
+    Where no bits are asked for, in 4 bits, with the embedding and the head in 8.
+    """
+    config = how.affine
+    if config.target_bpw:
+        return int(config.target_bpw * m.params / 8)
+    bits = (4 + BIAS_BITS / config.q_group_size) * m.params + 4 * m.tables_params
+    return int(bits / 8)
+
+
+def quantize(
+    m: ModelSize,
+    how: QuantizationConfig,
+    windows: int,
+    length: int,
+    limit: int,
+) -> StageCost:
+    """Quantize tensor by tensor.
+
+    With `target_bpw`, passes over `windows` come first and say what bits cost. With GPTQ, a pass
+    over them goes along and makes up for errors.
+    """
+    config = how.affine
+    # as stored, packed, and the part that is rounded at a time
+    largest = max(m.shape.vocab, m.wide.ffn) * m.shape.hidden
+    stored_item = math.ceil(m.nbytes / m.params)
+    peak = (stored_item + 2) * largest + 4 * min(largest, PART)
+    peak += stacked_bytes(m)
+    # scales of a table, which wait for its integers
+    peak += 2 * 4 * m.side_params // config.q_group_size
+    cost = StageCost(
+        name="quantize",
+        read_bytes=m.nbytes,
+        written_bytes=packed_bytes(m, config),
+        peak_bytes=peak,
+        flops=0.0,
+    )
+    if config.q_method == "gptq":
+        cost = _compensated(cost, m, tokens=windows * length, length=length, limit_bytes=limit)
+    if config.target_bpw is not None:
+        cost = _sensed(cost, m, windows=windows, length=length, limit=limit)
+    return cost
+
+
+def _compensated(
+    plain: StageCost,
+    m: ModelSize,
+    *,
+    tokens: int,
+    length: int,
+    limit_bytes: int,
+) -> StageCost:
+    """`plain`, rounding tensor by tensor, with a pass that makes up for the errors.
+
+    As in quantization/stage. In numpy: a block's gram matrices, five of the largest to factorize
+    it, 8 bytes for each weight of the largest set of matrices with the same inputs, and 20 more for
+    those rounded at a time. In float32 MLX factorizes it, with three.
+    """
+    s = m.wide
+    sides = _sides(s)
+    grams = 0
+    gram_flops = 0
+    rounding_flops = 0
+    host_flops: float = 0  # columns are rounded by numpy
+    for inputs, outputs in sides:
+        square = inputs * inputs
+        grams += _square_bytes(inputs)
+        gram_flops += square
+        rounding_flops += square * (3 * inputs + outputs)
+        host_flops += solver_flops(inputs, 3 * inputs, 0) + square * outputs
+    weights = max(inputs * outputs for inputs, outputs in sides)
+    widest, _ = max(sides)
+    copies = 3 if precision(widest) is np.float32 else 5
+    working = grams + copies * _square_bytes(widest)
+    working += 8 * weights + 20 * min(weights, PART)
+    one_pass = streamed_pass(
+        "",
+        m,
+        tokens=tokens,
+        micro_tokens=length,
+        length=length,
+        limit_bytes=limit_bytes,
+        head=False,
+        beside_bytes=working,
+    )
+    held = one_pass.held_tokens * s.hidden * m.item + m.slots_bytes
+    block_flops = 2 * tokens * gram_flops + rounding_flops
+    return replace(
+        one_pass,
+        name=plain.name,
+        read_bytes=plain.read_bytes + 2 * one_pass.written_bytes,
+        written_bytes=plain.written_bytes + one_pass.written_bytes,
+        peak_bytes=max(one_pass.peak_bytes, plain.peak_bytes + held),
+        flops=2 * one_pass.flops + s.layers * (block_flops - host_flops),
+        waits=2 * one_pass.waits,
+        host_flops=float(s.layers * host_flops),
+    )
+
+
+def _sides(s: Shape) -> list[tuple[int, int]]:
+    """(in, out) of a block's matrices, those with the same inputs together."""
+    queries = s.heads * s.head_dim
+    keys = s.kv_heads * s.head_dim
+    return [
+        (s.hidden, queries + 2 * keys),
+        (queries, s.hidden),
+        (s.hidden, 2 * s.ffn),
+        (s.ffn, s.hidden),
+    ]
+
+
+def _square_bytes(size: int) -> int:
+    """Bytes of a matrix (size, size) in the type of its solver."""
+    return np.dtype(precision(size)).itemsize * size**2
+
+
+def _sensed(
+    plain: StageCost,
+    m: ModelSize,
+    *,
+    windows: int,
+    length: int,
+    limit: int,
+) -> StageCost:
+    """`plain`, after a forward and a backward pass that say what bits cost (bit_allocation).
+
+    Inputs of all blocks are spooled if need be. Traffic and operations are those of
+    bit_allocation's docstring.
+    """
+    window_bytes = length * m.hidden_bytes
+    one_pass = streamed_pass(
+        "", m, tokens=length, micro_tokens=length, length=length, head=False, spool=False
+    )
+    s = m.wide
+    formats = len(BITS)
+    # inputs of a block's matrices, and gradients of their outputs, in one window
+    attention = 2 * (s.heads + s.kv_heads) * s.head_dim
+    seen = 4 * length * (4 * s.hidden + attention + 3 * s.ffn)
+    at_once = max(HELD_BYTES, 4 * m.block_params) // seen
+    batch = min(windows, max(1, at_once))
+    batches = math.ceil(windows / batch)
+    peak = one_pass.peak_bytes + _sensing_bytes(m, windows, length, batch * seen, batch)
+    peak += 2 * windows * window_bytes
+    inputs_bytes = window_bytes * m.shape.layers  # of all blocks, of a window
+    held = min(windows, room(limit, peak, m.gpu) // inputs_bytes)
+    spooled = (windows - held) * inputs_bytes
+    touched = windows * (12 + 4 * formats) + batches * 20 * formats
+    sensing = StageCost(
+        name="",
+        read_bytes=2 * m.nbytes + spooled,
+        written_bytes=spooled,
+        peak_bytes=peak + held * inputs_bytes,
+        flops=4 * forward_flops(m, windows * length, length),
+        touched_bytes=touched * s.layers * m.block_params,
+        waits=one_pass.waits + s.layers * (7 * (formats + batches) + windows),
+    )
+    held_tokens = min(plain.held_tokens or windows * length, held * length)
+    return replace(plain.then(sensing), held_tokens=held_tokens)
+
+
+def _sensing_bytes(m: ModelSize, windows: int, length: int, seen_bytes: int, batch: int) -> int:
+    """What sensing holds at its peak besides a forward pass: at the head, or on the way back.
+
+    That is, besides the block: on Metal the block in float32; the block in all formats together
+    (26 bits and scales); what its matrices see of `batch` windows (`seen_bytes`); a slab of
+    gradients and errors.
+    """
+    # The workspace of the forward pass is gone at the head, and the head before the way back.
+    workspace = workspace_bytes(m, length, length)
+    # Of logits three arrays were measured on a CPU, five under Metal's policy.
+    head = m.head_work
+    head += logit_bytes(2 * m.shape.vocab, length, host=True) * (2 + m.gpu) // 2
+    # In one lane 0.2 to 0.8 of it were measured, in two 0.4 to 1.2.
+    backward = (1 + together(m)) * backward_bytes(m.config, 1, length) // 2
+    formats_bytes = 4
+    if m.gpu:  # half a stack goes back in one pass
+        backward *= min(windows, max(1, stacked(m.config, length, length) // 2))
+        formats_bytes = 8
+    s = m.wide
+    slab = (2 * batch + 4) * 4 * min(SLAB, s.ffn * s.hidden)
+    sensed = max(0, backward - workspace) + seen_bytes + slab
+    sensed += formats_bytes * m.block_params
+    return max(head - workspace, sensed)
+
+
+def sensitivity(teacher: ModelSize, length: int, limit: int) -> StageCost:
+    """See on SENSED windows what every matrix of the teacher costs in fewer bits."""
+    how = QuantizationConfig(q_method="round")
+    return quantize(teacher, how, windows=SENSED, length=length, limit=limit)

@@ -1,0 +1,304 @@
+"""What training a student takes, each strategy and what belongs to it: bytes, memory, operations.
+
+`resident`: the student fits with gradients and moments. `blocks`: with 8-bit moments and one
+block's gradient. `lora`: only adapters change. `sharded`: streamed, some blocks trainable at a
+time.
+"""
+
+import math
+from dataclasses import replace
+
+from mis_mlx.models import arch
+from mis_mlx.planner import compression_size
+from mis_mlx.planner.compression_size import GRADIENT_BYTES, STATE_BYTES, block_state_bytes
+from mis_mlx.planner.estimates import (
+    SMALL_BYTES,
+    StageCost,
+    activation_bytes,
+    backward_bytes,
+    forward_flops,
+    logit_bytes,
+    pass_workspace,
+    pins,
+    room,
+    side_bytes,
+    streamed_pass,
+    together,
+)
+from mis_mlx.planner.recipe import ADAPTERS, DistillationSpec
+
+SAVED_BYTES = 12  # of a trained parameter in a checkpoint: weight and two moments
+PACKED_UPDATE_ARRAYS = 4  # opened moments, a new weight, and codes (measured)
+
+
+def store(job: DistillationSpec, limit: int) -> StageCost:
+    """The teacher's sampled logits for all training tokens.
+
+    One pass for as many windows as memory takes.
+    """
+    t = job.teacher
+    length = job.max_seq_length
+    steps = max(job.iters, job.rounding.steps(whole=True))
+    windows = steps * job.batch_size * job.grad_accumulation_steps
+    one_window = streamed_pass(
+        "", t, tokens=length, micro_tokens=length, length=length, spool=False
+    )
+    window_bytes = length * t.hidden_bytes + side_bytes(t, length)
+    extra = room(limit, one_window.peak_bytes, t.gpu) // window_bytes
+    at_once = 1 + min(extra, windows - 1)
+    return StageCost(
+        name="logit store",
+        read_bytes=math.ceil(windows / at_once) * one_window.read_bytes,
+        written_bytes=windows * length * job.target_bytes,
+        peak_bytes=one_window.peak_bytes + (at_once - 1) * window_bytes,
+        flops=windows * one_window.flops,
+        held_tokens=at_once * length,
+    )
+
+
+def resident(job: DistillationSpec, micro: int, limit: int) -> StageCost:
+    """The student whole in memory, with as much of the teacher as there is room for.
+
+    Or with the teacher's stored logits.
+    """
+    m = job.student
+    length = job.max_seq_length
+    nbytes = compression_size.training_bytes(
+        m.config,
+        micro,
+        length,
+        host_lanes=job.host_lanes,
+        more=job.step > micro * length,
+        gpu=m.gpu,
+    )
+    one_step = StageCost(
+        name="distil",
+        read_bytes=m.nbytes,
+        written_bytes=m.nbytes,
+        peak_bytes=nbytes,
+        flops=3 * forward_flops(m, job.step, length),
+        updated=m.params,
+    )
+    activations = activation_bytes(m.config, micro, length)
+    return _taught(
+        job, one_step, micro, limit=limit, saved=SAVED_BYTES * m.params, work=activations
+    )
+
+
+def blocks(job: DistillationSpec, micro: int, limit: int, lora: bool = False) -> StageCost:
+    """The student's blocks in memory, updated one after the other (distillation/sharded).
+
+    The teacher as in `resident`. lora: only their adapters change, and the weights are in the type
+    that the policy gives.
+    """
+    m = job.student
+    layers = m.shape.layers
+    if lora:
+        trained = ADAPTERS.params(m.config) // layers
+        state = m.blocks_params * m.item + layers * STATE_BYTES * trained
+        work = way_back_bytes(job, micro, ADAPTERS.rank)
+    else:
+        trained = m.blocks_params // layers
+        state = sum(block_state_bytes(m.config, i) for i in range(layers))
+        work = way_back_bytes(job, micro)
+    flops = 4 * forward_flops(m, job.step, job.max_seq_length, head=False)
+    flops += 4.0 * job.step * m.head_params
+    one_step = StageCost(
+        name="distil",
+        read_bytes=m.nbytes,
+        written_bytes=m.nbytes,
+        peak_bytes=state + work,
+        flops=flops,
+        updated=layers * trained,
+    )
+    return _taught(
+        job,
+        one_step,
+        micro,
+        limit=limit,
+        saved=state,
+        work=work - 4 * m.head_params,
+        same_head=job.same_head,
+    )
+
+
+def way_back_bytes(job: DistillationSpec, micro: int, rank: int = 0) -> int:
+    """What a step holds besides weights and moments while a student is trained block by block.
+
+    As in distillation/sharded, in micro-batches of `micro` windows: the input of each block, the
+    head, and the largest of: the loss, the backward pass of a block, its update. Windows side by
+    side have a gradient each. rank: of adapters; 0: the blocks themselves are trained.
+    """
+    m = job.student
+    s = m.shape
+    length = job.max_seq_length
+    lanes = together(m)
+    sizes = []
+    for shape in arch.layer_tensors(m.config).values():
+        sizes.append(rank * sum(shape) if rank else math.prod(shape))
+    gradient = 4 * sum(sizes)
+    # gradients of earlier micro-batches, to which those of the next are added
+    summed = gradient if job.step > micro * length else 0
+    activations = activation_bytes(m.config, micro, length) // s.layers  # of a block
+    backward = backward_bytes(m.config, micro, length)
+    backward += min(lanes, micro) * gradient + summed
+    host = bool(job.host_lanes)
+    loss = logit_bytes(s.vocab, micro * length, host=host, gpu=m.gpu)
+    if host:
+        loss += activations + summed
+    else:
+        loss += backward
+    update = gradient + lanes * PACKED_UPDATE_ARRAYS * 4 * max(sizes)
+    sides = side_bytes(replace(m, item=4), job.step)
+    states = 4 * (s.layers * job.step + s.vocab) * s.hidden
+    ahead = m.in_flight(activations)
+    return SMALL_BYTES + sides + states + max(loss, backward, update) + ahead
+
+
+def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
+    """The packed student whole in memory, its scales learning.
+
+    Integers; a float copy for each lane; one block's gradient.
+    """
+    m = job.student
+    length = job.max_seq_length
+    trained = 2 * m.blocks_params // job.rounding.q_group_size
+    nbytes = compression_size.packed_bytes(m, job.rounding)
+    head = 4 * m.tables_params
+    head += logit_bytes(m.shape.vocab, micro * length, host=bool(job.host_lanes), gpu=m.gpu)
+    work = activation_bytes(m.config, micro, length)
+    state = STATE_BYTES
+    if job.step > micro * length:  # gradients of micro-batches add up
+        state += GRADIENT_BYTES
+    copies = 2 * 4 * max(1, min(micro, job.host_lanes))  # a window goes through one lane
+    copied = (1 + copies) * m.blocks_params + 4 * m.block_params
+    sides = m.side_params * (1 if m.gpu else 4)  # packed, or de-quantized
+    one_step = StageCost(
+        name="tune",
+        read_bytes=nbytes,
+        written_bytes=nbytes,
+        peak_bytes=copied + state * trained + head + work + sides + m.in_flight(work),
+        flops=3 * forward_flops(m, job.step, length),
+        updated=trained,
+    )
+    job = replace(job, iters=iters)
+    return _taught(job, one_step, micro, limit=limit, saved=SAVED_BYTES * trained, work=work)
+
+
+def _taught(
+    job: DistillationSpec,
+    one_step: StageCost,
+    micro: int,
+    *,
+    limit: int,
+    saved: int,
+    work: int,
+    same_head: bool = False,
+) -> StageCost:
+    """A student whole in memory with all its steps, its checkpoints, and its teacher.
+
+    one_step: the student and one step of it. saved: bytes of a checkpoint. work: of the student's
+    bytes those held only after the teacher's pass. same_head: the student has the teacher's head in
+    memory anyway.
+    """
+    t = job.teacher
+    length = job.max_seq_length
+    iters = job.iters
+    peak = one_step.peak_bytes
+    flops = one_step.flops
+    # of a step: loss and gradients of every micro-batch, the norm, the update
+    waits = 2 * (job.step // (micro * length)) + 2
+    pinned = 0
+    if job.targets == "live":
+        # The teacher's workspace and the student's activations do not meet, its head and hidden
+        # states do.
+        workspace = pass_workspace(t, job.step, micro * length, length)
+        peak += max(0, t.body_bytes(workspace) - work) + t.slots_bytes
+        head_read = 0
+        if not same_head:
+            peak += t.head_work + t.widened_bytes
+            head_read = t.head_bytes
+        peak += job.step * t.hidden_bytes + side_bytes(t, job.step)
+        pinned = pins(t, room(limit, peak, t.gpu))
+        read = head_read + t.block_bytes * (pinned + iters * (t.shape.layers - pinned))
+        flops += forward_flops(t, job.step, length)
+        waits += _teachers_pass(job, micro).waits
+    else:
+        read = iters * job.step * job.target_bytes
+    return replace(
+        one_step,
+        read_bytes=one_step.read_bytes + read,
+        written_bytes=one_step.written_bytes + (iters // job.save_every + 2) * saved,
+        peak_bytes=peak + pinned * t.block_work,
+        flops=iters * flops,
+        pinned=pinned,
+        updated=iters * one_step.updated,
+        waits=iters * waits,
+    )
+
+
+def _teachers_pass(job: DistillationSpec, micro: int) -> StageCost:
+    """The teacher's pass over one step, up to its head, hidden states in memory."""
+    length = job.max_seq_length
+    return streamed_pass(
+        "",
+        job.teacher,
+        tokens=job.step,
+        micro_tokens=micro * length,
+        length=length,
+        head=False,
+        spool=False,
+    )
+
+
+def sharded(job: DistillationSpec, micro: int, shard: int) -> StageCost:
+    """The student streamed from float32 files, `shard` blocks in memory and trained.
+
+    As in distillation/sharded.
+    """
+    t = job.teacher
+    m = job.student
+    layers = m.shape.layers
+    length = job.max_seq_length
+    block_bytes = 4 * m.block_params
+    shards = math.ceil(layers / shard)
+    visits = math.ceil(job.iters / steps_per_shard(job, shard))
+    # the mean number of blocks above a shard, and of those that are read again: the last one
+    # turns in memory
+    blocks_above = [layers - min(layers, (i + 1) * shard) for i in range(shards)]
+    above = sum(blocks_above) / shards
+    again = sum(max(0, n - 1) for n in blocks_above) / shards
+    state = shard * block_state_bytes(m.config)
+    peak = 2 * block_bytes + state + way_back_bytes(job, micro)
+    read = 4.0 * m.block_params * (layers - shard + again)
+    block_flops = forward_flops(m, job.step, length, head=False) / layers
+    head_flops = 4.0 * job.step * m.head_params
+    flops = block_flops * (layers - 1 + 2 * above + 3 * shard) + head_flops
+    if job.targets == "live":
+        teacher = _teachers_pass(job, micro)
+        peak += teacher.peak_bytes
+        if not job.same_head:
+            peak += t.head_work
+        read += teacher.read_bytes
+        flops += forward_flops(t, job.step, length)
+    else:
+        read += job.step * job.target_bytes
+    trained = block_bytes * min(layers, visits * shard)
+    # A resume needs one checkpoint of every visit.
+    checkpoints = max(job.iters // job.save_every + 2, 2 * visits)
+    return StageCost(
+        name="distil",
+        read_bytes=int(job.iters * read + visits * 4 * m.head_params + trained),
+        written_bytes=trained + state * checkpoints,
+        peak_bytes=peak,
+        flops=job.iters * flops,
+        updated=job.iters * m.block_params * shard,
+    )
+
+
+def steps_per_shard(job: DistillationSpec, shard: int) -> int:
+    """Steps that a shard is trained before the next one comes.
+
+    All have had their turn when the run ends.
+    """
+    return math.ceil(job.iters / math.ceil(job.student.shape.layers / shard))
