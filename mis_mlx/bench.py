@@ -82,7 +82,8 @@ class Bench:
         folders = [resolve.resolve_model(name).path for name in s.model or [None]]
         if len(set(folders)) < len(folders):
             raise MisError(
-                f"{len(folders)} models given, {len(set(folders))} different ones: give each once"
+                f"{len(folders)} models given, but only {len(set(folders))} different ones: "
+                f"give each once"
             )
         self.models = dict[str, Checkpoint]()
         for name, folder in zip(resolve.labels(folders), folders, strict=True):
@@ -95,13 +96,13 @@ class Bench:
             limit.need(
                 nbytes,
                 f"timing {name}",
-                "give a larger --budget, a smaller -p, or a model of fewer bits",
+                "give a larger --budget, a smaller -p, or a model with fewer bits",
             )
         self.together = all_bytes <= limit.limit_bytes
         if not self.together and len(self.models) > 1:
             cli.say(
-                "the models do not fit in memory together: one after the other, so drift does not "
-                "hit all alike"
+                "the models do not fit in memory together: they are timed one after the other, so "
+                "drift may affect some more than others"
             )
         self.done: dict[str, list[rounds.Measurement]] = {}
         self.stopped = False
@@ -181,7 +182,7 @@ def _unfit(reading: Reading) -> str | None:
         return reason
     load, _, _ = psutil.getloadavg()
     if load > (os.cpu_count() or 1):
-        return f"load average {load:.1f}, more than there are cores"
+        return f"the load average is {load:.1f}, more than the number of cores"
     return None
 
 
@@ -212,8 +213,8 @@ def run(settings: Settings) -> dict[str, Any]:
     print(text.table(rows, list(measured), text.TABLES["bench"]))
     for flag in hot:
         cli.say(
-            f"these times measure more than the model ({flag}): let it cool, close other programs, "
-            f"use --delay 30"
+            f"other causes affected these times ({flag}): let the machine cool, close other "
+            f"programs, use --delay 30"
         )
     result = {**fixed, "machine": rates.about(), "hot": hot, "stopped": bench.stopped}
     return {**result, "measured": {"models": measured, "roof": asdict(roof)}}

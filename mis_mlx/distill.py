@@ -284,15 +284,18 @@ def _refuse_sizes(s: Settings, flags: str, teacher: Checkpoint) -> None:
     """
     why = search.unknown(teacher.config)
     if why:
-        raise MisError(f"{flags} is not searched for, because {why}: {search.GIVE_SIZES}")
+        raise MisError(f"{flags} cannot be searched for, because {why}: {search.GIVE_SIZES}")
     taken = _given_sizes(s)
     if taken:
         raise MisError(f"{flags} chooses sizes and bits: leave out {', '.join(taken)}, or {flags}")
     if s.bytes and not s.quantize:
-        raise MisError(f"{flags} chooses bits, --quantize 0 wants none: leave one of them out")
+        raise MisError(
+            f"{flags} chooses bits, but --quantize 0 turns them off: leave one of them out"
+        )
     if distributed.size() > 1:
         raise MisError(
-            f"{flags} is searched for on one machine: run `search` there, then the line it prints"
+            f"{flags} needs a search, which runs on one machine: run `search` there, then the "
+            f"command it prints"
         )
 
 
@@ -305,24 +308,24 @@ def _default_loss(s: Settings, teacher: Checkpoint) -> float | None:
         return None
     if families.family(teacher.config).experts:
         return None
-    kept = "sizes are a scenario's, not chosen by what is lost"
+    kept = "the sizes come from a scenario, not from a search by loss"
     why = search.unknown(teacher.config)
     if why:
         cli.say(f"{kept}: {why}")
         return None
     limit = memory.budget(s.budget_bytes).limit_bytes
     if distributed.size() > 1:
-        why = "several machines do not search"
+        why = "a search runs on one machine only"
     elif not shape_search.group_of(shape_of(teacher.config)):
-        why = "32 does not divide the rows of this teacher's matrices"
+        why = "the rows of this teacher's matrices are not divisible by 32"
     elif 2 * teacher.nbytes > limit:
         why = (
-            f"the teacher has {gib(teacher.nbytes)}, a search for sizes would go through it "
-            f"again and again"
+            f"the teacher has {gib(teacher.nbytes)}, and a search for sizes would read it many "
+            f"times"
         )
     else:
         return DEFAULT_LOSS
-    cli.say(f"{kept}: {why}; --lose {DEFAULT_LOSS:g} chooses all the same")
+    cli.say(f"{kept}: {why}; --lose {DEFAULT_LOSS:g} searches anyway")
     return None
 
 
@@ -365,7 +368,7 @@ def _sized(s: Settings, teacher: Checkpoint) -> Settings:
         given.append(f"--bytes {s.bytes}")
     flags = " ".join(given)
     _refuse_sizes(s, flags, teacher)
-    cli.say(f"{flags}: a search chooses sizes and bits; the plan of the rest follows when it has")
+    cli.say(f"{flags}: a search chooses sizes and bits; the plan for the rest follows it")
     found = _searched(replace(s, data=_text(s, teacher)), teacher)
     if s.dry_run:
         return _likely(s, teacher)
@@ -380,12 +383,15 @@ def _likely(s: Settings, teacher: Checkpoint) -> Settings:
     rows = candidates.vocabularies(teacher)
     if rows:
         cli.say(
-            f"the plan below keeps every block and {rows[-1]:,} tokens, which is what a search "
-            f"tends to choose; where it cuts blocks, repair and training take longer"
+            f"the plan below keeps every block and {rows[-1]:,} tokens, as a search usually does; "
+            f"if it cuts blocks, repair and training take longer"
         )
         return replace(s, scenario="none", vocab=str(rows[-1]))
     layers = shape_of(teacher.config).layers
-    cli.say("the plan below is of a student that lacks one block; a smaller one takes less time")
+    cli.say(
+        "the plan below is for a student without one of the blocks; a smaller student takes less "
+        "time"
+    )
     return replace(s, scenario="none", layers=max(1, layers - 1))
 
 

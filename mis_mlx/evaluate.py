@@ -220,8 +220,8 @@ def _answered(
         judgement = answers.judged(models, prompts, limit, hashes=hashes)
     if judgement is None:
         raise MisError(
-            "the chat templates of these models share no prompt: leave a student out, or --tasks "
-            "answers"
+            "no prompt fits the chat templates of all these models: leave out a student, or the "
+            "task `answers`"
         )
     result: dict[str, Any] = {
         "prompts": len(judgement.answers.prompts),
@@ -270,7 +270,7 @@ def _plan(
     phases = [phase for phase in asked if phase]
     known = ""
     if len(phases) < len(asked):
-        known = f", {len(asked) - len(phases)} of {len(asked)} known from before"
+        known = f", {len(asked) - len(phases)} of {len(asked)} reused from an earlier run"
     if wanted.text:
         comparing = estimates.compared(shapes, s.eval_windows, s.max_seq_length or LENGTH)
         phases.append(comparing)
@@ -403,12 +403,13 @@ def _check_flags(s: Settings) -> None:
     """MisError where flags do not go together."""
     if (s.out or s.dry_run) and not s.tasks:
         flag = "--out" if s.out else "--dry-run"
-        raise MisError(f"{flag} goes with --tasks: name some, such as --tasks text")
+        raise MisError(f"{flag} needs --tasks: name some, such as --tasks text")
     if s.kld and s.tasks:
-        raise MisError("--kld and --tasks are two reports: give one of them")
+        raise MisError("--kld and --tasks are two different reports: give one of them")
     if s.kld and not s.students:
         raise MisError(
-            "--kld compares two models, there is only the teacher: name the other with --students"
+            "--kld compares two models, but only the teacher is given: name the other with "
+            "--students"
         )
 
 

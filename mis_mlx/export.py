@@ -119,16 +119,17 @@ def _check_upload(settings: Settings, checkpoint: Checkpoint) -> None:
     """MisError where --upload-repo cannot be obeyed, before any work."""
     if settings.format != "hf":
         raise MisError(
-            f"--upload-repo sends a Hugging Face folder, --format is {settings.format}: add "
+            f"--upload-repo sends a Hugging Face folder, but --format is {settings.format}: add "
             f"--format hf"
         )
     if not resolve.REPO_ID.fullmatch(settings.upload_repo or ""):
         raise MisError(
-            f"--upload-repo {settings.upload_repo!r} is no repository of the hub: write NAME/MODEL"
+            f"--upload-repo {settings.upload_repo!r} is not a hub repository: write NAME/MODEL"
         )
     if not settings.license and _base(settings, checkpoint) != resolve.DEFAULT:
         raise MisError(
-            "--upload-repo publishes weights, and their licence is not known: say it with --license"
+            "--upload-repo publishes weights, and their licence is not known: name it with "
+            "--license"
         )
 
 
@@ -224,7 +225,9 @@ def _k_quantized(
 def _hf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
     """Commit an ordinary folder: every weight dense in one type."""
     if wanted not in HF_DTYPES:
-        raise MisError(f"--out-type {wanted} is a type of GGUF: take --format gguf, or bf16 or f16")
+        raise MisError(
+            f"--out-type {wanted} is a GGUF type: use --format gguf, or --out-type bf16 or f16"
+        )
     model_writer.need_tokenizer(checkpoint.path)
     shape = shape_of(checkpoint.config)
     dtype = HF_DTYPES[wanted]
@@ -239,7 +242,8 @@ def _hf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, An
         weight = load.dense(checkpoint, name).astype(policy.DTYPES[dtype])
         if stream.not_numbers(weight):
             raise MisError(
-                f"{name} holds NaN, infinity or more than {dtype} can: try the other --out-type"
+                f"{name} holds NaN, infinity or more than {dtype} can hold: try the other "
+                f"--out-type"
             )
         return weight
 
@@ -303,7 +307,7 @@ def _check_family(checkpoint: Checkpoint) -> None:
     """MisError for a family that is not exported to GGUF."""
     family = families.family(checkpoint.config)
     if not family.gguf:
-        why = "what llama.cpp reads of its per-layer inputs and shared keys was not tried"
+        why = "llama.cpp was not tested with its per-layer inputs and shared keys"
         raise MisError(
             f"a {family.name} is not exported to GGUF, because {why}: use --format hf, or the "
             f"folder in mlx-lm"

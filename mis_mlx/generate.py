@@ -182,12 +182,12 @@ def run(settings: Settings) -> dict[str, Any]:
         whole_bytes = _whole_bytes(checkpoint, request, limit)
     if whole_bytes:
         plan = replace(plan, read_bytes=0, peak_bytes=whole_bytes)
-        cli.say(f"the model is whole in memory, {gib(whole_bytes)} of {gib(limit.limit_bytes)}")
+        cli.say(f"the whole model is in memory, {gib(whole_bytes)} of {gib(limit.limit_bytes)}")
     else:
         room = estimates.room(limit.limit_bytes, plan.peak_bytes)
         cli.say(
             f"a pass reads {gib(plan.read_bytes)} in {gib(plan.peak_bytes)}; {gib(room)} are left "
-            f"to keep some"
+            f"for weights that stay in memory"
         )
     if settings.dry_run:
         need = plan.peak_bytes + memory.process_bytes(limit.limit_bytes)

@@ -1,6 +1,6 @@
 """Estimate a run before it starts: time, memory, files, SSD wear.
 
-Reads configs only, so the model need not be downloaded.
+Only configs are read.
 """
 
 import os

@@ -117,7 +117,7 @@ def run(settings: Settings) -> dict[str, Any]:
     s = replace(s, **packed_format.of_mixture(checkpoint.config, s))
     if s.looks and s.num_samples < 1:
         flag = "--q-method gptq" if s.q_method == "gptq" else "--target-bpw"
-        raise MisError(f"{flag} looks at text, --num-samples is {s.num_samples}: give 1 or more")
+        raise MisError(f"{flag} needs text, but --num-samples is {s.num_samples}: give 1 or more")
     packed_format.check_dense(checkpoint)
     model_writer.need_tokenizer(checkpoint.path)
     stage.check(checkpoint.config, s)

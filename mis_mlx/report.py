@@ -235,7 +235,7 @@ def pruning(story: RunRecord, key: str) -> str:
                 removed[number] = value
         listed = ", ".join(map(str, removed)) or "none"
         text = (
-            f"1 − cosine of each of the {len(blocks)} blocks: how far it turns the stream. "
+            f"1 − cosine of each of the {len(blocks)} blocks: how far it turns the hidden states. "
             f"Removed: {listed}."
         )
         caption = (f"{key}blocks", "Blocks", text)
@@ -382,7 +382,7 @@ def _part(make: Callable[..., str], *values: Any) -> str:
         OverflowError,
     ) as error:
         text = (
-            f"The part “{make.__name__}” is missing: a file is of another version "
+            f"The part “{make.__name__}” is missing: a file comes from another version "
             f"({type(error).__name__}: {error})."
         )
         return html.part("note", text=text)

@@ -213,7 +213,7 @@ def unknown(config: Mapping[str, Any]) -> str:
     """Why a search refuses a dense model of this config; empty where it does not."""
     family = families.family(config)
     if family.per_layer:
-        return f"a search does not know what the tables of a {family.name} weigh"
+        return f"a search does not know the size of a {family.name}'s tables"
     return ""
 
 
@@ -222,15 +222,15 @@ def tried_sizes(s: Settings, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
     config = teacher.config
     if families.family(config).experts:
         raise MisError(
-            "a mixture of experts is cut by --experts of prune and distill: search chooses of "
-            "dense models"
+            "search supports dense models only, and --experts of prune and distill cuts a mixture "
+            "of experts"
         )
     if s.mixed and not shape_search.group_of(shape_of(config)):
         why = (
-            "32 does not divide the rows of this teacher's matrices, so what bits cost cannot be "
-            "measured"
+            "the rows of this teacher's matrices are not divisible by 32, so the cost of bits "
+            "cannot be measured"
         )
-        raise MisError(f"{why}: leave bits out of the --axes of search, or limit --params")
+        raise MisError(f"{why}: leave bits out of `search --axes`, or limit --params")
     rows = candidates.vocabularies(teacher) if "vocab" in s.axes else []
     sizes = shape_search.axis_sizes(config, s.axes, rows)
     if s.vocab:
@@ -268,7 +268,7 @@ def drawn(s: Settings, c: candidates.Candidates, scope: Scope) -> dict[str, Any]
         shapes = [choice.shape for choice in scope.within]
         points, chosen = frontier.curve(c, losses, shapes, scope.limits)
         if not points:
-            raise MisError("no student of this teacher is within the limits: ask for less of a cut")
+            raise MisError("no student of this teacher is within the limits: ask for a smaller cut")
         measured = [*frontier.converted(c), *frontier.others(c, s.against)]
     # Evenly spread students of the curve.
     count = min(s.finalists, len(chosen))
@@ -324,13 +324,13 @@ def report(
         sentence = finalists.advice(verdict, records, names, lines)
         head = (
             f"{len(names)} finalists of {told}: {c.settings.iters} steps each, "
-            f"{len(c.judging.tokens)} windows of held-out text, ± 95 %; bits and KL are those of a "
-            f"byte of text"
+            f"{len(c.judging.tokens)} windows of held-out text, ± 95 %; bits and KL are per byte "
+            f"of text"
         )
         table = finalists.table(records, names, teacher_seconds)
         page = f"{head}\n\n{table}\n\n{sentence}"
     else:
-        sentence = f"The best as pruned and rounded: {names[0]}: {lines[0]}"
+        sentence = f"The best after pruning and rounding: {names[0]}: {lines[0]}"
         page = f"{told}\n\n{sentence}"
     print(text.aligned(page))
     run.files.replace_text(run.folder / "table.md", page + "\n")
@@ -443,7 +443,8 @@ def _lay_out(place: run_loop.OpenRun, about: Mapping[str, Any]) -> None:
     lines = known_losses.lay_out(place.folder, about, place.files)
     if lines:
         cli.say(
-            f"{lines} measurements of this teacher are known from before, or came with the package"
+            f"{lines} measurements of this teacher are reused from earlier runs or came with "
+            f"the package"
         )
 
 

@@ -90,8 +90,8 @@ def openings(languages: Sequence[str], file: str | None = None) -> list[str]:
     unknown = [name for name in languages if name not in known]
     if unknown:
         raise MisError(
-            f"there are no openings in {', '.join(unknown)}: take {', '.join(known)}, or "
-            f"--openings FILE"
+            f"there are no openings in {', '.join(unknown)}: use {', '.join(known)}, or --openings "
+            f"FILE"
         )
     paths = [Path(file)] if file else [known[name] for name in languages]
     lines = []
@@ -240,9 +240,8 @@ def _texts(
             left -= size
             batch += 1
     why = (
-        f"of {most} texts of this model only {len(texts)} are usable, {settings.num_samples} were "
-        f"asked "
-        f"for"
+        f"only {len(texts)} of {most} texts of this model are usable, but {settings.num_samples} "
+        f"were requested"
     )
     raise MisError(f"{why}: ask for fewer with --num-samples, or try another --temp or --openings")
 

@@ -106,7 +106,7 @@ def replay_decisions(settings: Replay) -> dict[str, Any]:
         governor = governor_for(settings.mode, monitor.reading(), monitor.reasons, apple=False)
         if governor.blind:
             why = monitor.reasons["die_c"]
-            cli.say(f"no die temperature in the first look ({why}): only power is governed")
+            cli.say(f"no die temperature in the first reading ({why}): only power is governed")
         while not monitor.source.ended and action != "stop":
             monitor.clock.sleep(settings.step_s)
             steps += 1

@@ -137,7 +137,7 @@ class Budget:
         """Refuse before work starts when `what` needs more than the budget."""
         if nbytes > self.limit_bytes:
             raise MisError(
-                f"{what} needs {gib(nbytes)}, the budget is {gib(self.limit_bytes)}: {remedy}"
+                f"{what} needs {gib(nbytes)}, but the budget is {gib(self.limit_bytes)}: {remedy}"
             )
 
 

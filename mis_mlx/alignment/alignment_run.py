@@ -103,8 +103,8 @@ def opened(settings: S) -> tuple[S, Path | None, Checkpoint]:
     most = int(checkpoint.config.get("max_position_embeddings") or s.max_seq_length)
     if s.max_seq_length > most:
         raise MisError(
-            f"--max-seq-length is {s.max_seq_length}, the model's window {most}: give {most} or "
-            f"less"
+            f"--max-seq-length is {s.max_seq_length}, but the model's window is {most}: give "
+            f"{most} or less"
         )
     return s, folder, checkpoint
 
@@ -289,7 +289,7 @@ class AlignmentRun(run_loop.OpenRun):
         s = self.settings
         best = protocol.newest(self.folder / BEST, self.files)
         if best is None:
-            raise MisError(f"{self.folder / BEST} holds no whole checkpoint: start a new run")
+            raise MisError(f"{self.folder / BEST} holds no complete checkpoint: start a new run")
         arrays = protocol.load_arrays(best, "model")
         if s.lora and not (self.folder / ADAPTERS).exists():
             lora.write(arrays, s.lora, self.folder / ADAPTERS, self.files)
@@ -367,7 +367,7 @@ def data(
     cli.say(*rows.notes)
     if cut:
         what = "answers" if answers else "rows"
-        cli.say(f"{cut} {what} are cut at {s.max_seq_length} tokens")
+        cli.say(f"{cut} {what} are truncated to {s.max_seq_length} tokens")
     card = {**rows.card, "fingerprint": examples.fingerprint([*train, *valid])}
     return train, valid[: s.eval_rows], card
 

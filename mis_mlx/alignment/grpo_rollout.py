@@ -224,8 +224,8 @@ class Sampler:
             notes = chain.from_iterable(score.notes for score in scores)
             why = next(notes, "every function returned None")
             raise MisError(
-                f"none of {totals.size} answers could be scored ({why}): fix reward functions or "
-                f"data"
+                f"none of {totals.size} answers could be scored ({why}): fix the reward functions "
+                f"or the data"
             )
         return answers, texts, scores, totals, self._facts(answers, scores, totals)
 
@@ -379,7 +379,7 @@ def train(
             tokens=0,
             seconds=0.0,
             peak_bytes=peak,
-            note="no group teaches anything: no update",
+            note="no group has different rewards: no update",
         )
         # Asked of all machines: one whose groups teach nothing still takes part in the others'
         # updates, with a gradient of zeros.

@@ -171,7 +171,7 @@ def page(
     caption = (
         NAME,
         f"{teacher}: bytes against loss",
-        f"Bits a byte of {on} above the teacher against megabytes of weights",
+        f"Bits per byte of {on} above the teacher, against megabytes of weights",
     )
     lines = {
         "students, as expected": [_xy(point) for point in ordered if not point.measured],

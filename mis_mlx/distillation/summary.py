@@ -39,8 +39,8 @@ def trackers(report_to: str | None) -> list[str]:
     for name in names:
         if name not in PACKAGES:
             raise MisError(
-                f"--report-to {name} is not known: give {', '.join(PACKAGES)}, or several with "
-                f"commas"
+                f"--report-to {name} is not known: give {', '.join(PACKAGES)}, or several, "
+                f"separated by commas"
             )
         if find_spec(PACKAGES[name]) is None:
             raise MisError(

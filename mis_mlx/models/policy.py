@@ -67,7 +67,7 @@ def name() -> Literal["metal", "cpu"]:
     """The policy that holds: the device's own, or what MIS_MLX_POLICY says, on any device."""
     forced = os.environ.get(POLICY)
     if forced not in (None, "", "metal", "cpu"):
-        raise MisError(f"{POLICY} is {forced!r}: give metal or cpu, or leave it out")
+        raise MisError(f"{POLICY} is {forced!r}: set it to metal or cpu, or unset it")
     if forced:
         return "metal" if forced == "metal" else "cpu"
     return "metal" if mx.default_device() == mx.gpu else "cpu"
@@ -116,7 +116,8 @@ def _judged(model: Checkpoint) -> mx.Dtype:
     dtype = refuge(model)
     name = str(dtype).removeprefix("mlx.core.")
     cli.say(
-        f"{model.path}: activations reach {reach:,.0f}, float16 ends at 65,504: computing in {name}"
+        f"{model.path}: activations reach {reach:,.0f}, but float16 ends at 65,504: computing "
+        f"in {name}"
     )
     return dtype
 

@@ -32,7 +32,8 @@ def default_mode() -> Mode:
         if mode == wanted:
             return mode
     raise MisError(
-        f"MIS_MLX_GOVERNOR is not one of {', '.join(get_args(Mode))}: set it to one, or not at all"
+        f"MIS_MLX_GOVERNOR is not one of {', '.join(get_args(Mode))}: set it to one of them, "
+        f"or unset it"
     )
 
 
@@ -194,7 +195,7 @@ class ThermalMonitor(Monitor):
         judge = governor.governor_for(self._mode, self.latest(), self.reasons, apple=self.apple)
         if judge.blind:
             why = self.reasons.get("die_c", "no die temperature")
-            cli.say(f"governor: {self._mode}, but blind: {why}")
+            cli.say(f"governor: {self._mode}, but without temperatures: {why}")
         return judge
 
     def _record(self, step: Step, decision: Decision) -> dict[str, Any]:
