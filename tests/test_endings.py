@@ -169,13 +169,13 @@ def test_ctrl_c_in_a_run_names_its_folder(
                 cli.main(distill.Settings, distill.run)
             codes.append(caught.value.code)
             how = (
-                f"at {hit[-1]} of 2, all of it saved"
+                f"at {hit[-1]} of 2; everything is saved"
                 if "step" in hit[-1]
-                else "by hand; what was finished is kept"
+                else "by hand; finished work is kept"
             )
             if codes[-1] == 130:
                 assert capsys.readouterr().err.endswith(
-                    f"stopped {how}: go on with --out {out} --resume\n"
+                    f"stopped {how}: continue with --out {out} --resume\n"
                 )
     finally:
         signal.signal(signal.SIGINT, before)

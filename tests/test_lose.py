@@ -207,7 +207,7 @@ def test_what_cannot_be_kept_is_a_sentence(
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
     with pytest.raises(MisError) as none:
         searched(llama, text_folder, tmp_path / "none", lose=0.0)
-    assert "--lose 0 cannot be kept: the nearest student should lose" in str(none.value)
+    assert "--lose 0 cannot be reached: the nearest student should lose" in str(none.value)
     assert "give --lose" in str(none.value)
     with pytest.raises(MisError) as both:
         searched(llama, text_folder, tmp_path / "both", lose=0.0, bytes="190KB")
@@ -318,14 +318,14 @@ def test_what_no_search_knows_keeps_to_a_scenario(
     assert distill._default_loss(plain, gemma) is None
     assert distill._sized(plain, gemma) == plain
     told = capsys.readouterr().err
-    why = "a search does not know what the tables of a gemma4_text weigh"
+    why = "a search does not know the size of a gemma4_text's tables"
     assert (
-        f"sizes are a scenario's, not chosen by what is lost: {why}\n" in told
+        f"the sizes come from a scenario, not from a search by loss: {why}\n" in told
         and "--lose" not in told
     )
     for given, flags in (({"lose": 0.1}, "--lose 0.1"), ({"bytes": "1MB"}, "--bytes 1MB")):
         with pytest.raises(
-            MisError, match=f"{flags} is not searched for, because {why}: give sizes"
+            MisError, match=f"{flags} cannot be searched for, because {why}: give sizes"
         ):
             distill.run(replace(plain, data="teacher", **given))  # type: ignore[arg-type]
 

@@ -318,8 +318,8 @@ def count(flag: str, asked: str | None, of: int, what: str) -> int | None:
             wanted *= of
     if not 1 <= wanted <= of:
         raise MisError(
-            f"{flag} {asked} is not a number of {what} from 1 to {of:,}: give one, or a share such as "
-            f"0.5x"
+            f"{flag} {asked} is not a number of {what} from 1 to {of:,}: give one, or a "
+            f"share such as 0.5x"
         )
     return int(wanted)
 

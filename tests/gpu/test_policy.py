@@ -410,7 +410,7 @@ def test_policy_words(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(policy.POLICY, word)
         assert policy.keeps_packed() == packs and policy.usual_dtype() == dtype
     monkeypatch.setenv(policy.POLICY, "cuda")
-    with pytest.raises(MisError, match="MIS_MLX_POLICY is 'cuda': give metal or cpu"):
+    with pytest.raises(MisError, match="MIS_MLX_POLICY is 'cuda': set it to metal or cpu"):
         policy.name()
 
 

@@ -230,7 +230,9 @@ def test_without_a_library_the_first_line_says_so(bare: Bare) -> None:
     done, (note,) = bare.run("-I", "-S", PROGRAM, sys.executable, "-c", "print(5)")
     assert done.stdout == "5\n" and not note["fast"]
     first = done.stderr.splitlines()[0]
-    assert first.startswith("mis: no OpenBLAS, so matrix products take 20 to 50 times as long: ")
+    assert first.startswith(
+        "mis: OpenBLAS is missing, so matrix products take 20 to 50 times as long: "
+    )
     assert f"{sys.executable} -m pip install" in first
 
 
