@@ -145,7 +145,7 @@ def course(story: RunRecord, key: str) -> str:
     loss = _since(story, series["loss"])
     if not loss:
         return ""
-    panels: dict[str, figures.Lines] = {"loss, nats a token": {"loss": loss}}
+    panels: dict[str, figures.Lines] = {"loss, nats per token": {"loss": loss}}
     warm = {
         "die": _since(story, air.series["die_c"]),
         "air": _since(story, air.series["ambient_c"]),
@@ -299,7 +299,7 @@ def comparison(stories: Sequence[RunRecord], names: list[str]) -> str:
     if ends:
         text = f"Training loss of {len(losses)} runs: {'; '.join(ends)}."
         caption = ("all-loss", "Loss of all runs", text)
-        picture = figures.over_time(caption, {"loss, nats a token": losses})
+        picture = figures.over_time(caption, {"loss, nats per token": losses})
     results = []
     for story in stories:
         results.append({k: v for k, v in story.result.items() if type(v) in (int, float)})

@@ -243,7 +243,7 @@ def tried_sizes(s: Settings, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
     all_rows = shape_of(config).vocab
     asked_vocab = s.vocab and sizes["vocab"] != (all_rows,)
     if stuck and not (asked_vocab and len(stuck) == 1):
-        cli.say(f"this teacher cannot be cut along every axis: {', '.join(stuck)} stay as they are")
+        cli.say(f"this teacher cannot be cut along every axis: {', '.join(stuck)} stay unchanged")
     return sizes
 
 

@@ -282,7 +282,7 @@ def test_a_distillation_by_its_loss(
     assert result["loss_of"] == "text" and 0 < result["expected_loss"] < 0.04
     stored = run_folder.stored_settings(tmp_path / "run")
     assert stored["lose"] == 0.03 and stored["expected_loss"] == result["expected_loss"]
-    assert f"{result['expected_loss']:.3f} were expected" in done.stdout
+    assert f"{result['expected_loss']:.3f} was expected" in done.stdout
     again = command(
         "distill", "-c", tmp_path / "run" / "config.yaml", "--out", tmp_path / "again", cwd=tmp_path
     )
@@ -344,7 +344,8 @@ def test_what_was_expected_beside_what_was_reached(reached: float, far: bool) ->
     assert found == {"expected_loss": 0.1, "reached_loss": reached, "loss_of": "text"}
     told = summary.expectation_sentence(found, 0.11)
     assert (
-        f"{reached:.3f} bits a byte of held-out text above the teacher, 0.100 were expected" in told
+        f"{reached:.3f} bits per byte above the teacher on held-out text; 0.100 was expected"
+        in told
     )
     assert "0.110 allowed" in told
     assert ("off by more than 30 %" in told) == far

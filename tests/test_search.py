@@ -754,7 +754,7 @@ def test_a_teacher_that_cannot_be_cut_everywhere(
         "search", "--teacher", stuck, "--params", "0.8x", "--dry-run", "--max-seq-length", 32
     )
     assert done.returncode == 0, done.stderr
-    assert "ffn 64, heads 1, vocab 512 stay as they are" in done.stderr
+    assert "ffn 64, heads 1, vocab 512 stay unchanged" in done.stderr
     said = sentence(command("search", "--teacher", stuck, "--params", "0.1x"))
     assert (
         "the smallest possible student has" in said
@@ -828,7 +828,7 @@ def test_the_verdict_by_pencil() -> None:
     assert (found.best, found.second, found.clear) == (0, 1, True)
     assert found.gap is not None and found.gap[0] == pytest.approx(0.1) == found.gap[1]
     said = finalists.advice(found, clear, ["A", "B"], ["line a", "line b"])
-    assert said.startswith("A is best, by 0.100 bits a byte") and said.endswith(": line a")
+    assert said.startswith("A is best, by 0.100 bits per byte") and said.endswith(": line a")
     noisy = [finalist([0.5, 0.1, 0.5, 0.1]), finalist([0.1, 0.5, 0.15, 0.5])]
     found = finalists.best_candidate(noisy)
     assert (found.best, found.clear) == (0, False)

@@ -568,7 +568,7 @@ def test_the_page_of_such_a_run(finished: tuple[Path, Done]) -> None:
     bits = last_line(done)["bits_per_byte_distilled"]
     assert (
         "is missing: a file comes from" not in page
-        and f"{bits:.3f} bits a byte of text" in " ".join(page.split())
+        and f"{bits:.3f} bits per byte of text" in " ".join(page.split())
     )
 
 
