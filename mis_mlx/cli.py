@@ -70,7 +70,7 @@ class Budgeted:
     """Flags of every command that computes within a budget."""
 
     budget: str | None = None
-    """memory limit, such as 5GiB or 600MiB; default: 5GiB, or less: 75 % of RAM, or what is free"""
+    """memory limit, such as 5GiB or 600MiB; default: the least of 5GiB, 75 % of RAM and free RAM"""
     config: ConfigFile = None
     """YAML file with any of these flags"""
 

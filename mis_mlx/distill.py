@@ -111,8 +111,8 @@ class Settings(
     student: str | None = None
     """folder of a student that is already pruned; default: prune now"""
     data: str | None = None
-    """folder with train.jsonl (valid.jsonl, test.jsonl), or hub data set; teacher: the teacher
-    writes a quarter of the text first; default: built-in text
+    """folder with train.jsonl (valid.jsonl, test.jsonl), or hub data set; `--data teacher`: the
+    teacher writes a quarter of the text first; default: built-in text
     """
     conversations: Annotated[float | None, Within(0.0, 0.95)] = None
     """share of the training text in which the teacher answers our prompts, so that the student

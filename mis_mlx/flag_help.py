@@ -100,18 +100,20 @@ def _described(about: str, default: Any) -> str:
         return about if "default:" in about else f"{about} (required)"
     if default is True:
         return f"{about} (this flag turns it off)"
-    if default is None or default is False or "default:" in about.lower():
+    unset = default is None or default is False or default == ()
+    if unset or "default:" in about.lower():
         return about
     words = default if isinstance(default, tuple) else (default,)
     return f"{about} (default: {' '.join(map(str, words))})"
 
 
 def _entry(flag: str, about: str, width: int) -> list[str]:
-    """The lines of one flag: its description beside it or, if it is long, below it."""
+    """The lines of one flag: its description next to it or, if it is long, below it."""
     margin = " " * INDENT
     lead = flag.ljust(INDENT)
     if len(flag) >= INDENT - 1:
         lead = f"{flag}\n{margin}"
-    body = textwrap.wrap(about.strip(), max(width, NARROW) - INDENT) or [""]
+    room = max(width, NARROW) - INDENT
+    body = textwrap.wrap(about.strip(), room, break_on_hyphens=False) or [""]
     first = (lead + body[0]).rstrip()
     return [first, *(margin + line for line in body[1:])]

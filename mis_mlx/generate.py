@@ -30,7 +30,9 @@ class Settings(cli.Budgeted, policy.Computing):
     no gain where the model fits in memory
     """
     prompt: str = "What is a shepherd?"
+    """what the model answers or continues"""
     max_tokens: Count = 100
+    """maximum tokens to generate"""
     num_draft_tokens: Whole = streamed_decode.SIZE - 1
     """tokens guessed per pass, as a tree; 15 was faster than 63 on our Linux machine"""
     ignore_chat_template: bool = False

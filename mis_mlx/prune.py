@@ -36,6 +36,7 @@ class Settings(cli.Budgeted, policy.Computing, select.PruningConfig):
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """data type of the saved weights"""
     seed: Seed = 0
+    """selects the calibration windows"""
 
 
 def run(settings: Settings) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class Settings(cli.Budgeted, policy.Computing):
     max_tokens: Tokens = 256
     """maximum tokens per text"""
     temp: Positive = 1.0
-    """of the sampling"""
+    """sampling temperature"""
     languages: tuple[str, ...] = ("en", "pl")
     """languages of our openings; text in a language that the model writes badly still helps the
     student to read it
@@ -80,6 +80,7 @@ class Settings(cli.Budgeted, policy.Computing):
     openings: str | None = None
     """file with one opening per line, instead of ours"""
     seed: Seed = 0
+    """selects the text that is mixed in, and the tokens that the model draws"""
     dry_run: bool = False
     """show bytes and time, and stop"""
 

@@ -9,6 +9,7 @@ import ast
 import importlib
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -136,6 +137,17 @@ def test_strings_that_are_not_docstrings_are_found() -> None:
     """Messages and f-strings whole, over their lines; no docstring, of a field either."""
     source = '"""Hardly."""\nclass A:\n    x: int = 1\n    """hardly"""\nf("a " f"{b} c")\n'
     assert list(spoken(source)) == [(5, "a {…} c")]
+
+
+@pytest.mark.parametrize("name", commands())
+def test_every_flag_is_explained(name: str) -> None:
+    """No line of help is a name and a default alone, and no default is empty."""
+    settings = getattr(importlib.import_module(f"mis_mlx.{name}"), "Settings", None)
+    if settings is None:
+        pytest.skip("tyro writes this command's help")
+    about = flag_help.docs(settings)
+    assert not [field.name for field in fields(settings) if not about.get(field.name)]
+    assert "(default: )" not in flag_help.text(settings, name, every=True)
 
 
 def test_help_is_plain_english() -> None:

@@ -69,7 +69,7 @@ class Alignment(cli.Resumable, policy.Computing, ThermalFlags, recipe.TrainingCo
     num_layers: Annotated[int, Within(-1, 10**4)] = -1
     """blocks with adapters, counted from the last; -1: all"""
     rank: Count = 8
-    """of the adapters"""
+    """rank of the adapters"""
     scale: Positive = 20.0
     """scaling factor of the adapters"""
     fuse: bool = True

@@ -61,7 +61,7 @@ class Settings(alignment_run.Alignment):
     max_completion_length: Count = 128
     """maximum tokens per answer"""
     temperature: Positive = 1.0
-    """of the sampling"""
+    """sampling temperature"""
     loss_type: policy.LossType = "dapo"
     """dapo: mean over all tokens of a step; grpo: mean over answers; dr_grpo: constant divisor,
     unscaled advantages

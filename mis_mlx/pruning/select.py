@@ -33,8 +33,8 @@ class PruningConfig(ThermalFlags, vocabulary.VocabularyConfig):
     """What to prune and how to judge: shared by `prune` and `distill`."""
 
     scenario: Scenario | None = None
-    """sizes as ratios: redyk (half of the vocabulary, a third of the FFN), gazda (half of the FFN,
-    few layers), or table 1 of the paper: goral (layers, FFN), baca (hidden), halny (FFN), juhas
+    """what to cut: redyk (half of the vocabulary, a third of the FFN), gazda (half of the FFN, few
+    layers), or as in table 1 of the paper: goral (layers, FFN), baca (hidden), halny (FFN), juhas
     (layers), zbojnik (layers, FFN). Default: in distill, sizes by --lose. Otherwise stado (three
     quarters of the experts) for a mixture of experts; redyk if the vocabulary holds an eighth of
     the parameters or more; none (only tokens go) if half of the vocabulary holds nearly a third;
