@@ -215,7 +215,7 @@ def test_refusals_of_tasks_are_sentences(
         "--dry-run needs --tasks" in sentence(command(*common, "--dry-run"))
         and not (tmp_path / "none").exists()
     )
-    assert "--kld and --tasks are two reports" in sentence(
+    assert "--kld and --tasks are two different reports" in sentence(
         command(*common, "--kld", "--tasks", "logic")
     )
     assert "--num-questions is 1: give 2 or more" in sentence(

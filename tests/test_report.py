@@ -508,7 +508,7 @@ def test_watch_ends_with_the_run(copy: Path, own_home: dict[str, str]) -> None:
         and "is being made" in going
         and "step 10 of 18" in going
     )
-    assert "1 of 11 lines that are no records" in going
+    assert "1 of 11 lines that are not records" in going
     assert child.returncode == 0 and json.loads(out.splitlines()[-1])["runs"] == 1
     assert "refresh" not in page.read_text() and "of the gap is closed" in page.read_text()
     assert not list(copy.glob(".tmp-*"))

@@ -40,7 +40,7 @@ def plan_run(s: Any, teacher: Checkpoint, rows: int, folder: Path | None) -> pha
     plan = phases.one(job, limit, rates, **distributed.broadcast_json(way))
     if distributed.size() > 1 and plan.mode == "sharded":
         why = (
-            f"{distributed.size()} machines need the whole student in memory each, but "
+            f"with {distributed.size()} machines, each must hold the whole student, but "
             f"{gib(limit)} hold only a part of it"
         )
         raise MisError(f"{why}: raise --budget, leave out --train, or use one machine")

@@ -28,11 +28,12 @@ def test_worse_than_pruned_is_said(distilled: float, worse: list[str], llama: Ch
     }
     page = summary.page(models, sizes, rows, 32)
     said = [text for text in quality if f"On {text} distillation made the student worse" in page]
-    assert said == worse and ("3.900 nats/token, where it had 3.500" in page) == bool(worse)
+    assert said == worse and ("3.900 nats/token, after 3.500" in page) == bool(worse)
 
 
 @pytest.mark.parametrize(
-    ("loops", "first"), [(5, "**The student repeats itself**: 5 of 8 "), (0, "Answers in English")]
+    ("loops", "first"),
+    [(5, "**The student repeats itself**: 5 of its 8 "), (0, "Answers in English")],
 )
 def test_the_page_begins_with_what_the_students_answer(
     loops: int, first: str, llama: Checkpoint
