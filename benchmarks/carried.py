@@ -107,7 +107,7 @@ def main(s: Settings) -> None:
         for label in missing:
             rows[label] = row(label, s, Path(temp) / label.replace(" ", "-"), folders)
             cli.say(
-                f"{label}: {mean(rows[label]):.3f} bits a byte above the teacher, {rows[label]}"
+                f"{label}: {mean(rows[label]):.3f} bits per byte above the teacher, {rows[label]}"
             )
             write(
                 name,

@@ -151,7 +151,7 @@ class Rows:
             }
             self.rows[label] = row | {"bits": self.judge.bits(folder)}
         over = self.rows[label]["excess"] = excess(self.rows[label], self.rows["teacher"])
-        cli.say(f"{label}: {self.rows[label]['bytes'] / 1e6:.1f} MB, {over:+.3f} bits a byte")
+        cli.say(f"{label}: {self.rows[label]['bytes'] / 1e6:.1f} MB, {over:+.3f} bits per byte")
         self.keep()
 
     def keep(self) -> None:

@@ -46,7 +46,7 @@ class Function(ModuleType):
     def __call__(self, **settings: Any) -> Result:
         """Do what the command does with these flags. Tables and progress go to stderr.
 
-        MisError, one sentence, where the user can mend it; TypeError for an unknown keyword; after
+        MisError, one sentence, where the user can fix it; TypeError for an unknown keyword; after
         a KeyboardInterrupt the run can be resumed.
         """
         cli = import_module("mis_mlx.cli")

@@ -6,14 +6,17 @@ is one sentence.
 """
 
 import ast
+import difflib
+import json
 import runpy
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from mis_mlx import __version__
 
 USAGE = (
-    "Makes a language model smaller on the laptop it will run on. Usage: scripts/mis COMMAND "
+    "Makes a language model smaller on the laptop that will run it. Usage: scripts/mis COMMAND "
     "[flags]"
 )
 NOT_COMMANDS = ("__init__", "__main__", "types", "cli", "flag_help")
@@ -35,36 +38,46 @@ def main() -> None:
     Without one, list all commands.
     """
     try:
-        from mis_mlx import cli
-
         known = commands()
         name = Path(sys.argv[0]).name.removeprefix("mis_mlx.")
         if name not in known:
             name = sys.argv.pop(1) if set(sys.argv[1:2]) & set(known) else ""
-        with cli.reader():
+        with _reader():
             if "--version" in sys.argv:
                 print(f"mis_mlx {__version__}")
             elif name:
                 runpy.run_module(f"mis_mlx.{name}", run_name="__main__", alter_sys=True)
             elif set(sys.argv[1:]) - {"-h", "--help"}:
-                print(
-                    f"mis_mlx: there is no command {sys.argv[1]}: `mis_mlx` lists them",
-                    file=sys.stderr,
-                )
+                print(f"mis_mlx: {_unknown(sys.argv[1], known)}", file=sys.stderr)
                 sys.exit(2)
             else:
                 _print_commands(known)
     except KeyboardInterrupt:
-        print("mis_mlx: stopped by hand before anything was begun: start it again", file=sys.stderr)
+        print("mis_mlx: stopped by hand before it began: start it again", file=sys.stderr)
         sys.exit(130)
+
+
+def _reader() -> AbstractContextManager[None]:
+    """cli.reader; nothing before the packages are installed, when scripts/mis lists commands."""
+    try:
+        from mis_mlx import cli
+    except ModuleNotFoundError:
+        return nullcontext()
+    return cli.reader()
+
+
+def _unknown(name: str, known: dict[str, str]) -> str:
+    """The sentence about a word that is not a command, with the nearest command."""
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"there is no command {name}: {hint}`mis_mlx` lists all commands"
 
 
 def _print_commands(known: dict[str, str]) -> None:
     """The usage, and the commands in their groups."""
-    from mis_mlx import flag_help
-
     print(USAGE)
-    for title, names in flag_help.GROUPS["commands"].items():
+    groups = json.loads((Path(__file__).parent / "help.json").read_text("utf-8"))
+    for title, names in groups["commands"].items():
         print(f"\n{title}")
         for command in names.split():
             print(f"  {command:<10} {known[command]}")

@@ -1,6 +1,4 @@
-"""Time one or more models on this machine: first token, decode, memory, energy, beside what the
-hardware allows.
-"""
+"""Time models on this machine: first token, decoding, memory, energy."""
 
 import hashlib
 import json
@@ -27,22 +25,22 @@ IDLE_S = 5.0  # of rest, whose power is subtracted
 
 @dataclass(frozen=True)
 class Settings(cli.Budgeted, policy.Computing, run_monitor.ThermalFlags):
-    """The same texts and lengths for every model, in turn (A B A B), so that drift hits all
-    alike.
+    """Every model gets the same texts and lengths, in turns (A B A B), so drift affects all
+    equally.
     """
 
     model: tuple[str, ...] = ()
     """folders or hub ids, `--model A B`; default: SmolLM2-135M-Instruct"""
     prompt_tokens: Annotated[int, Within(1, MOST), tyro.conf.arg(aliases=["-p"])] = 512
-    """tokens in the prompt; every trial has a text of its own"""
+    """tokens per prompt; each trial uses its own text"""
     generation_tokens: Annotated[int, Within(2, MOST), tyro.conf.arg(aliases=["-g"])] = 128
-    """tokens generated, 2 or more"""
+    """tokens to generate, 2 or more"""
     num_trials: Annotated[int, Within(1, MOST), tyro.conf.arg(aliases=["-n"])] = 5
-    """trials, after a warm-up (the whole prompt, 4 tokens) that does not count"""
+    """timed trials, after an untimed warm-up (the whole prompt, 4 tokens)"""
     delay: Seconds = 0.0
-    """seconds of rest before each trial; 30 or more for a laptop without a fan"""
+    """seconds of rest before each trial; use 30 or more on a laptop without a fan"""
     seed: Seed = 0
-    """chooses the texts"""
+    """selects the texts"""
 
 
 def measure(
@@ -84,7 +82,8 @@ class Bench:
         folders = [resolve.resolve_model(name).path for name in s.model or [None]]
         if len(set(folders)) < len(folders):
             raise MisError(
-                f"{len(folders)} models given, {len(set(folders))} different ones: give each once"
+                f"{len(folders)} models given, but only {len(set(folders))} different ones: "
+                f"give each once"
             )
         self.models = dict[str, Checkpoint]()
         for name, folder in zip(resolve.labels(folders), folders, strict=True):
@@ -97,13 +96,13 @@ class Bench:
             limit.need(
                 nbytes,
                 f"timing {name}",
-                "give a larger --budget, a smaller -p, or a model of fewer bits",
+                "give a larger --budget, a smaller -p, or a model with fewer bits",
             )
         self.together = all_bytes <= limit.limit_bytes
         if not self.together and len(self.models) > 1:
             cli.say(
-                "the models do not fit in memory together: one after the other, so drift does not "
-                "hit all alike"
+                "the models do not fit in memory together: they are timed one after the other, so "
+                "drift may affect some more than others"
             )
         self.done: dict[str, list[rounds.Measurement]] = {}
         self.stopped = False
@@ -183,7 +182,7 @@ def _unfit(reading: Reading) -> str | None:
         return reason
     load, _, _ = psutil.getloadavg()
     if load > (os.cpu_count() or 1):
-        return f"load average {load:.1f}, more than there are cores"
+        return f"the load average is {load:.1f}, more than the number of cores"
     return None
 
 
@@ -214,8 +213,8 @@ def run(settings: Settings) -> dict[str, Any]:
     print(text.table(rows, list(measured), text.TABLES["bench"]))
     for flag in hot:
         cli.say(
-            f"these times measure more than the model ({flag}): let it cool, close other programs, "
-            f"use --delay 30"
+            f"other causes affected these times ({flag}): let the machine cool, close other "
+            f"programs, use --delay 30"
         )
     result = {**fixed, "machine": rates.about(), "hot": hot, "stopped": bench.stopped}
     return {**result, "measured": {"models": measured, "roof": asdict(roof)}}

@@ -70,7 +70,7 @@ class Budgeted:
     """Flags of every command that computes within a budget."""
 
     budget: str | None = None
-    """memory this may take, such as 5GiB or 600MiB; default: 5GiB or 75 % of what is there"""
+    """memory limit, such as 5GiB or 600MiB; default: the least of 5GiB, 75 % of RAM and free RAM"""
     config: ConfigFile = None
     """YAML file with any of these flags"""
 
@@ -89,7 +89,7 @@ class Resumable(Budgeted):
     resume: bool = False
     """continue the run in --out, or the newest unfinished one"""
     dry_run: bool = False
-    """say what it takes and stop"""
+    """show the time, memory and files it takes, and stop"""
 
 
 def read_yaml(path: str, config_type: type) -> dict[str, Any]:
@@ -101,12 +101,18 @@ def read_yaml(path: str, config_type: type) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+            hint = (
+                f"did you mean {near[0]}?"
+                if near
+                else f"known settings: {', '.join(sorted(known))}"
+            )
             raise MisError(f"{path}: {key!r} is not a setting of this command: {hint}")
         value = _converted(value, hints[name])
         if not _fits(value, hints[name]):
             takes = flag_help.metavar(hints[name]) or "true or false"
-            raise MisError(f"{path}: {key} is {value!r}, the setting takes {takes}: mend that line")
+            raise MisError(
+                f"{path}: {key} is {value!r}, but the setting takes {takes}: fix that line"
+            )
         result[name] = tuple(value) if isinstance(value, list) else value
     return result
 
@@ -123,11 +129,11 @@ def _yaml_lines(path: str) -> dict[Any, Any]:
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise MisError(
-            f"{path}: is not YAML ({' '.join(str(error).split())[:120]}): mend that line"
+            f"{path}: is not YAML ({' '.join(str(error).split())[:120]}): fix that line"
         ) from None
     if not isinstance(values, dict):
         raise MisError(
-            f"{path}: holds a {type(values).__name__}, not `flag: value` lines: write one a line"
+            f"{path}: holds a {type(values).__name__}, not `flag: value` lines: write one per line"
         )
     return values
 
@@ -205,7 +211,9 @@ def _refuse_file_only(config_type: type, args: Sequence[str]) -> None:
         flag = arg.partition("=")[0]
         name = flag.lstrip("-").replace("-", "_")
         if flag.startswith("--") and name in file_only:
-            raise MisError(f"{flag} is no flag: write `{name}: ...` in a YAML file, give it to -c")
+            raise MisError(
+                f"{flag} is not a flag: write `{name}: ...` in a YAML file, and give that to -c"
+            )
 
 
 def check_ranges(settings: Any) -> None:
@@ -217,7 +225,7 @@ def check_ranges(settings: Any) -> None:
         shown = name if name in file_only else f"--{name.replace('_', '-')}"
         texts = value if isinstance(value, tuple) else (value,)
         if "" in texts and value != getattr(config_type, name, None):
-            raise MisError(f"{shown} is empty: give a word, or leave it out")
+            raise MisError(f"{shown} is empty: give a value, or leave it out")
         for limits in _ranges(hint):
             if isinstance(value, int | float) and not limits.holds(value):
                 raise MisError(f"{shown} is {value:g}: {limits.remedy(value)}")
@@ -257,7 +265,8 @@ def prepare() -> None:
             mx.set_default_device({"cpu": mx.cpu, "gpu": mx.gpu}[device])
         except (KeyError, ValueError):
             raise MisError(
-                f"MIS_MLX_DEVICE is {device!r}, which is not here: set it to cpu, gpu or nothing"
+                f"MIS_MLX_DEVICE is {device!r}, which this machine does not have: set it to "
+                f"cpu or gpu, or unset it"
             ) from None
 
 
@@ -270,16 +279,16 @@ def device_trouble(error: RuntimeError, config_type: Any = None) -> str:
     if not DEVICE.search(text):
         return ""
     flags = [f.name for f in fields(config_type)] if is_dataclass(config_type) else []
-    what = "macOS ended a computation on the GPU"
-    remedy = "let the display sleep, leave AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1, which mis_mlx sets,"
+    what = "macOS stopped a computation on the GPU"
+    remedy = "let the display sleep, keep AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 (mis_mlx sets it)"
     if MEMORY_GONE.search(text):
-        what = "no memory is left"
+        what = "the memory is full"
         remedy = "close other programs"
     lower = [name for name in ("max_seq_length", "batch_size") if name in flags]
     less = "use a smaller model"
     if lower:
         less = "lower " + " and ".join(f"--{name.replace('_', '-')}" for name in lower)
-    again = "; --resume goes on from the last checkpoint" if "resume" in flags else ""
+    again = "; --resume continues from the last checkpoint" if "resume" in flags else ""
     return f"{what} ({text[:160]}): {remedy} or {less}{again}"
 
 
@@ -340,7 +349,7 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool =
         preload()
         prepare()
         if rank() is not None and not several:
-            raise MisError(f"{prog} is for one machine alone: start it without mlx.launch")
+            raise MisError(f"{prog} runs on one machine only: start it without mlx.launch")
         result = run(settings)
     except (MisError, RuntimeError) as error:
         message = str(error)
@@ -355,7 +364,7 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool =
     except KeyboardInterrupt as stop:
         remedy = "start it again"
         if stop.args:
-            remedy = f"what was finished is kept: go on with --out {stop} --resume"
+            remedy = f"finished work is kept: continue with --out {stop} --resume"
         say(f"mis_mlx: stopped by hand; {remedy}")
         sys.exit(130)
     if not rank():
@@ -392,7 +401,7 @@ def stop_asked() -> Iterator[list[int]]:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
-        say("Stopping after this step; once more stops at once.")
+        say("Stopping after this step. Press Ctrl-C again to stop now.")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,4 +1,4 @@
-"""Distil: teacher in, small recovered 4-bit student out, with a table of what it cost."""
+"""Make a small 4-bit student: prune, distill, quantize, measure."""
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
@@ -66,7 +66,7 @@ SIZES = ("student", "scenario", *families.ALL, "target_bpw", "q_mode")
 class Settings(
     cli.Resumable, policy.Computing, select.PruningConfig, QuantizationConfig, DistillationConfig
 ):
-    """One run. Every default is what was measured to work; nothing needs to be given."""
+    """Every default was measured to work. No flag is required."""
 
     RARE: ClassVar = frozenset(
         {
@@ -105,48 +105,47 @@ class Settings(
         }
     )
     teacher: str | None = None
-    """folder, hub id (docs/families.md: of which families) or gemma-3-270m; default:
+    """folder, hub id (docs/families.md lists the families) or gemma-3-270m; default:
     SmolLM2-135M-Instruct
     """
     student: str | None = None
-    """folder of a student pruned earlier; default: prune now"""
+    """folder of a student that is already pruned; default: prune now"""
     data: str | None = None
-    """folder with train.jsonl (valid.jsonl, test.jsonl), or hub data set; teacher: it writes a
-    quarter of it first; default: built-in text
+    """folder with train.jsonl (valid.jsonl, test.jsonl), or hub data set; `--data teacher`: the
+    teacher writes a quarter of the text first; default: built-in text
     """
     conversations: Annotated[float | None, Within(0.0, 0.95)] = None
     """share of the training text in which the teacher answers our prompts, so that the student
-    answers, too; a teacher other than the default one writes its answers first, once. Default:
-    0.44, of a teacher with a chat template whose --data has no conversations; 0: none
+    learns to answer; any teacher but the default one writes its answers first, once. Default: 0.44
+    if the teacher has a chat template and --data has no conversations; 0: none
     """
     lose: Annotated[float | None, Within(0.0, MOST)] = None
-    """bits a byte of the teacher's answers (of text, for a teacher without a chat template) that
-    the result may be above the teacher: `search` chooses the smallest student that should keep to
-    it. Default: 0.12, where no size, no scenario and no --bytes is given
+    """bits per byte that the result may lose on the teacher's answers (on text, if the teacher has
+    no chat template): `search` chooses the smallest student that should stay within it. Default:
+    0.12, unless you give a size, a scenario or --bytes
     """
     expected_loss: Annotated[float | None, Within(0.0, MOST)] = None
-    """bits a byte that the result should be above the teacher, as the search for --lose or --bytes
-    found
+    """bits per byte that the result should lose, as predicted by the search for --lose or --bytes
     """
     bytes: str | None = None
-    """weights of the result on disk, such as 50MB: `search` chooses the sizes and bits that should
-    lose least in it
+    """size of the result's weights on disk, such as 50MB: `search` chooses the sizes and bits that
+    should lose least
     """
     quantize: Literal[4, 0] = 4
-    """bits of the result; 0 keeps it unquantized"""
+    """bits per weight of the result; 0: no quantization"""
     eval_prompts: Whole = EVAL_PROMPTS
-    """held-out prompts that teacher and student answer at the end; 0 asks none"""
+    """held-out prompts that teacher and student answer at the end; 0: none"""
     bench_tokens: Whole = 16
-    """tokens timed per model, which then writes twice as many for `report`; 0 leaves both out"""
+    """tokens timed per model; each model then writes twice as many for `report`; 0: neither"""
     report_to: str | None = None
-    """tensorboard, wandb or swanlab, which must be installed: told of every step"""
+    """tensorboard, wandb or swanlab: logs every step there; install the package first"""
     spread: Literal["whole", "layers"] = "whole"
-    """whole: each of several machines passes its windows through all of the teacher; layers: all
-    through its blocks
+    """with several machines: each passes its own windows through the whole teacher (whole), or all
+    windows through its own blocks (layers)
     """
     keep_steps: bool = False
-    """keep what --resume would need once the run is done: checkpoints, the rounded student, stored
-    targets
+    """after the run, keep the files that only --resume needs: checkpoints, the rounded student,
+    stored targets
     """
 
 
@@ -285,15 +284,18 @@ def _refuse_sizes(s: Settings, flags: str, teacher: Checkpoint) -> None:
     """
     why = search.unknown(teacher.config)
     if why:
-        raise MisError(f"{flags} is not searched for, because {why}: {search.GIVE_SIZES}")
+        raise MisError(f"{flags} cannot be searched for, because {why}: {search.GIVE_SIZES}")
     taken = _given_sizes(s)
     if taken:
         raise MisError(f"{flags} chooses sizes and bits: leave out {', '.join(taken)}, or {flags}")
     if s.bytes and not s.quantize:
-        raise MisError(f"{flags} chooses bits, --quantize 0 wants none: leave one of them out")
+        raise MisError(
+            f"{flags} chooses bits, but --quantize 0 turns them off: leave one of them out"
+        )
     if distributed.size() > 1:
         raise MisError(
-            f"{flags} is searched for on one machine: run `search` there, then the line it prints"
+            f"{flags} needs a search, which runs on one machine: run `search` there, then the "
+            f"command it prints"
         )
 
 
@@ -306,24 +308,24 @@ def _default_loss(s: Settings, teacher: Checkpoint) -> float | None:
         return None
     if families.family(teacher.config).experts:
         return None
-    kept = "sizes are a scenario's, not chosen by what is lost"
+    kept = "the sizes come from a scenario, not from a search by loss"
     why = search.unknown(teacher.config)
     if why:
         cli.say(f"{kept}: {why}")
         return None
     limit = memory.budget(s.budget_bytes).limit_bytes
     if distributed.size() > 1:
-        why = "several machines do not search"
+        why = "a search runs on one machine only"
     elif not shape_search.group_of(shape_of(teacher.config)):
-        why = "32 does not divide the rows of this teacher's matrices"
+        why = "the rows of this teacher's matrices are not divisible by 32"
     elif 2 * teacher.nbytes > limit:
         why = (
-            f"the teacher has {gib(teacher.nbytes)}, a search for sizes would go through it "
-            f"again and again"
+            f"the teacher has {gib(teacher.nbytes)}, and a search for sizes would read it many "
+            f"times"
         )
     else:
         return DEFAULT_LOSS
-    cli.say(f"{kept}: {why}; --lose {DEFAULT_LOSS:g} chooses all the same")
+    cli.say(f"{kept}: {why}; --lose {DEFAULT_LOSS:g} searches anyway")
     return None
 
 
@@ -366,7 +368,7 @@ def _sized(s: Settings, teacher: Checkpoint) -> Settings:
         given.append(f"--bytes {s.bytes}")
     flags = " ".join(given)
     _refuse_sizes(s, flags, teacher)
-    cli.say(f"{flags}: a search chooses sizes and bits; the plan of the rest follows when it has")
+    cli.say(f"{flags}: a search chooses sizes and bits; the plan for the rest follows it")
     found = _searched(replace(s, data=_text(s, teacher)), teacher)
     if s.dry_run:
         return _likely(s, teacher)
@@ -381,12 +383,15 @@ def _likely(s: Settings, teacher: Checkpoint) -> Settings:
     rows = candidates.vocabularies(teacher)
     if rows:
         cli.say(
-            f"the plan below keeps every block and {rows[-1]:,} tokens, which is what a search "
-            f"tends to choose; where it cuts blocks, repair and training take longer"
+            f"the plan below keeps every block and {rows[-1]:,} tokens, as a search usually does; "
+            f"if it cuts blocks, repair and training take longer"
         )
         return replace(s, scenario="none", vocab=str(rows[-1]))
     layers = shape_of(teacher.config).layers
-    cli.say("the plan below is of a student that lacks one block; a smaller one takes less time")
+    cli.say(
+        "the plan below is for a student without one of the blocks; a smaller student takes less "
+        "time"
+    )
     return replace(s, scenario="none", layers=max(1, layers - 1))
 
 

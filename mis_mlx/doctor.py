@@ -1,4 +1,4 @@
-"""Examine this machine and MLX on it, and write a report to paste.
+"""Check this machine and MLX on it; paste the report into an issue.
 
 Some sixty checks, each with a witness and a bound. Takes a minute or two, needs no network and no
 model. Groups of checks run in processes of their own: one that aborts or hangs is a row, and the
@@ -33,12 +33,10 @@ ask = child_process.ask
 
 @dataclass(frozen=True)
 class Settings(policy.Computing):
-    """Examine this machine and MLX on it; the report on stdout is made to be pasted into an
-    issue.
-    """
+    """Prints the report to stdout. Takes a minute or two and needs no network."""
 
     out: Path | None = None
-    """write the report, Markdown, to this new file too"""
+    """also write the report, in Markdown, to this new file"""
 
 
 @dataclass

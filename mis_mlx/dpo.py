@@ -1,5 +1,4 @@
-"""Preference optimization: of two answers the chosen one becomes likelier; DPO-Positive, DPO, IPO
-or hinge.
+"""Train on pairs of better and worse answers: DPO-Positive, DPO, IPO.
 
 The reference is the model before it is trained: two floats a pair, saved in the run folder with
 their hashes.
@@ -32,19 +31,17 @@ Pair = Sequence[Sequenced]  # (chosen, rejected), prompts included
 
 @dataclass(frozen=True)
 class Settings(alignment_run.Alignment):
-    """One run. Rows: {"prompt", "chosen", "rejected"}."""
+    """Trains on rows of {"prompt", "chosen", "rejected"}."""
 
     learning_rate: Rate = 5e-6
-    """peak; falls to a tenth along a cosine; 1e-6 suits a model of billions"""
+    """peak learning rate; decays to a tenth along a cosine; for billions of parameters, try 1e-6"""
     loss_type: policy.PairLoss = "dpop"
-    """dpop: DPO that does not let the chosen answer become less likely; sigmoid: plain DPO; ipo;
-    hinge
-    """
+    """dpop: DPO that keeps the chosen answer likely; sigmoid: plain DPO; ipo; hinge"""
     beta: Positive = 0.1
-    """how far the model may go from the one it was"""
+    """how strongly the model is held to its original self"""
     dpop_lambda: Annotated[float, Within(0.0, 1e4)] = 5.0
-    """weight of the penalty in dpop, inside beta; 0 is plain DPO; at 50, the paper's, the default
-    model learns the chosen answers and prefers nothing (measured)
+    """weight of dpop's penalty, inside beta; 0 is plain DPO; at the paper's 50, the default model
+    learns the chosen answers but no preference (measured)
     """
 
     def loss(

@@ -1,6 +1,4 @@
-"""Evaluate students against their teacher: the recovery table on tasks, or held-out loss, KL and
-agreement.
-"""
+"""Compare students with their teacher on answers, tasks and text."""
 
 import json
 import time
@@ -52,40 +50,42 @@ Text = tuple[str, str, token_windows.Windows, comparison.Opened]
 
 @dataclass(frozen=True)
 class Settings(cli.Budgeted, policy.Computing):
-    """Compare any number of models with one teacher that shares their tokenizer."""
+    """Compares any number of models with one teacher that shares their tokenizer."""
 
     teacher: str | None = None
     """folder or hub id; default: SmolLM2-135M-Instruct"""
     students: tuple[str, ...] = ()
     """model folders"""
     data: str | None = None
-    """what the students were distilled on: a folder with train.jsonl and test.jsonl, or a hub id;
-    default: built in
+    """text that the students were distilled on: a folder with train.jsonl and test.jsonl, or a hub
+    id; default: built-in text
     """
     eval_windows: Count = 24
     """held-out windows"""
     max_seq_length: Tokens | None = None
-    """tokens in a window; default: 256, with --kld 512"""
+    """tokens per window; default: 256, with --kld 512"""
     kld: bool = False
-    """llama.cpp's quality report instead, with the teacher as reference, over the second half of
-    every window
+    """print llama.cpp's quality report instead, with the teacher as reference, over the second half
+    of every window
     """
     tasks: tuple[str, ...] = ()
-    """answers, builtin, polish-offline, dialects, polish, english, a part of these, lm_eval/ID,
-    folders or .jsonl files of yours; none: held-out text
+    """answers, builtin, polish-offline, dialects, polish, english, one of their tasks, lm_eval/ID,
+    your own folders or .jsonl files; without --tasks: held-out text
     """
     num_questions: Annotated[int, Within(2, MOST)] = 100
-    """of each task, and prompts of `answers`"""
+    """questions per task, and prompts for `answers`"""
     out: str | None = None
-    """folder for recovery.md, .json, .svg and .html, and answers.jsonl; default: the table on
-    stdout alone
+    """folder for recovery.md, .json, .svg and .html, and answers.jsonl; default: print the table
+    only
     """
     dry_run: bool = False
-    """judge all rows, count questions, bytes and time, with --tasks; ask no model"""
+    """with --tasks: check all rows, count questions, bytes and time, and stop before any model
+    answers
+    """
     spread: Literal["whole", "layers"] = "whole"
-    """of several machines (mlx.launch): each passes its windows and questions through whole models,
-    or through its own blocks and sends them on to the next machine, which a model needs that no
-    machine holds alone
+    """with several machines (mlx.launch): each passes its share of windows and questions through
+    whole models (whole), or all of them through its own blocks and on to the next machine (layers),
+    for models that no machine can hold alone
     """
 
 
@@ -220,8 +220,8 @@ def _answered(
         judgement = answers.judged(models, prompts, limit, hashes=hashes)
     if judgement is None:
         raise MisError(
-            "the chat templates of these models share no prompt: leave a student out, or --tasks "
-            "answers"
+            "no prompt fits the chat templates of all these models: leave out a student, or the "
+            "task `answers`"
         )
     result: dict[str, Any] = {
         "prompts": len(judgement.answers.prompts),
@@ -270,7 +270,7 @@ def _plan(
     phases = [phase for phase in asked if phase]
     known = ""
     if len(phases) < len(asked):
-        known = f", {len(asked) - len(phases)} of {len(asked)} known from before"
+        known = f", {len(asked) - len(phases)} of {len(asked)} reused from an earlier run"
     if wanted.text:
         comparing = estimates.compared(shapes, s.eval_windows, s.max_seq_length or LENGTH)
         phases.append(comparing)
@@ -403,12 +403,13 @@ def _check_flags(s: Settings) -> None:
     """MisError where flags do not go together."""
     if (s.out or s.dry_run) and not s.tasks:
         flag = "--out" if s.out else "--dry-run"
-        raise MisError(f"{flag} goes with --tasks: name some, such as --tasks text")
+        raise MisError(f"{flag} needs --tasks: name some, such as --tasks text")
     if s.kld and s.tasks:
-        raise MisError("--kld and --tasks are two reports: give one of them")
+        raise MisError("--kld and --tasks are two different reports: give one of them")
     if s.kld and not s.students:
         raise MisError(
-            "--kld compares two models, there is only the teacher: name the other with --students"
+            "--kld compares two models, but only the teacher is given: name the other with "
+            "--students"
         )
 
 

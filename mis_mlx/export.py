@@ -1,4 +1,4 @@
-"""Export a model: a GGUF for llama.cpp, LM Studio and Ollama, or a Hugging Face folder."""
+"""Write a GGUF for llama.cpp, or a Hugging Face folder."""
 
 import math
 from collections import Counter
@@ -43,32 +43,33 @@ PAPERS_BYTES = 64 * 1024  # README.md and Modelfile, generously
 
 @dataclass(frozen=True)
 class Settings(cli.Budgeted):
-    """The result is a new folder; nothing that exists is touched."""
+    """Writes a new folder and changes no existing file."""
 
     model: str | None = None
-    """folder or hub id, dense or packed by MLX; default: SmolLM2-135M-Instruct"""
+    """folder or hub id, unquantized or quantized by MLX; default: SmolLM2-135M-Instruct"""
     format: Literal["gguf", "hf"] = "gguf"
-    """gguf: one file, a Modelfile and a README.md; hf: config, safetensors, tokenizer and a
+    """gguf: one file with a Modelfile and a README.md; hf: config, safetensors, tokenizer and a
     README.md
     """
     out_type: OutType = None
-    """type of the matrices; default: gguf q4_1 for a 4-bit model, which holds it exactly, else f16;
-    hf bf16. q4_k_m is llama.cpp's own, and needs llama-quantize or llama-cpp-python
+    """type of the matrices; default: q4_1 for a 4-bit model (its 4-bit matrices stay exact, others
+    are rounded again), f16 for other GGUFs, bf16 for hf. q4_k_m is llama.cpp's own type and needs
+    llama-quantize or llama-cpp-python
     """
     out: Annotated[str, tyro.conf.arg(aliases=["--mlx-path"])] = "exported"
     """folder to write"""
     base_model: str | None = None
-    """hub id of the model it was made from, for the card; default: what its run says"""
+    """hub id of the original model, for the model card; default: from the run"""
     license: str | None = None
-    """licence of the weights for the card, in the hub's words, such as apache-2.0; default: the
-    default teacher's
+    """licence of the weights for the model card, as the hub spells it, such as apache-2.0; known
+    only for the default teacher
     """
     upload_repo: str | None = None
-    """hub repository to upload --format hf to, such as NAME/MODEL; needs --license, and `hf auth
-    login` once
+    """hub repository to which --format hf is uploaded, such as NAME/MODEL; needs --license, and `hf
+    auth login` once
     """
     dry_run: bool = False
-    """say bytes and types and stop"""
+    """show bytes and types, and stop"""
 
 
 def need_bytes(checkpoint: Checkpoint, form: str, wanted: str) -> int:
@@ -118,16 +119,17 @@ def _check_upload(settings: Settings, checkpoint: Checkpoint) -> None:
     """MisError where --upload-repo cannot be obeyed, before any work."""
     if settings.format != "hf":
         raise MisError(
-            f"--upload-repo sends a Hugging Face folder, --format is {settings.format}: add "
+            f"--upload-repo sends a Hugging Face folder, but --format is {settings.format}: add "
             f"--format hf"
         )
     if not resolve.REPO_ID.fullmatch(settings.upload_repo or ""):
         raise MisError(
-            f"--upload-repo {settings.upload_repo!r} is no repository of the hub: write NAME/MODEL"
+            f"--upload-repo {settings.upload_repo!r} is not a hub repository: write NAME/MODEL"
         )
     if not settings.license and _base(settings, checkpoint) != resolve.DEFAULT:
         raise MisError(
-            "--upload-repo publishes weights, and their licence is not known: say it with --license"
+            "--upload-repo publishes weights, and their licence is not known: name it with "
+            "--license"
         )
 
 
@@ -223,7 +225,9 @@ def _k_quantized(
 def _hf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
     """Commit an ordinary folder: every weight dense in one type."""
     if wanted not in HF_DTYPES:
-        raise MisError(f"--out-type {wanted} is a type of GGUF: take --format gguf, or bf16 or f16")
+        raise MisError(
+            f"--out-type {wanted} is a GGUF type: use --format gguf, or --out-type bf16 or f16"
+        )
     model_writer.need_tokenizer(checkpoint.path)
     shape = shape_of(checkpoint.config)
     dtype = HF_DTYPES[wanted]
@@ -238,7 +242,8 @@ def _hf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, An
         weight = load.dense(checkpoint, name).astype(policy.DTYPES[dtype])
         if stream.not_numbers(weight):
             raise MisError(
-                f"{name} holds NaN, infinity or more than {dtype} can: try the other --out-type"
+                f"{name} holds NaN, infinity or more than {dtype} can hold: try the other "
+                f"--out-type"
             )
         return weight
 
@@ -302,7 +307,7 @@ def _check_family(checkpoint: Checkpoint) -> None:
     """MisError for a family that is not exported to GGUF."""
     family = families.family(checkpoint.config)
     if not family.gguf:
-        why = "what llama.cpp reads of its per-layer inputs and shared keys was not tried"
+        why = "llama.cpp was not tested with its per-layer inputs and shared keys"
         raise MisError(
             f"a {family.name} is not exported to GGUF, because {why}: use --format hf, or the "
             f"folder in mlx-lm"

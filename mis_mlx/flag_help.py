@@ -62,7 +62,7 @@ def grouped(kind: Any) -> Iterator[tuple[str, list[str]]]:
             yield title, members
             rest = [name for name in rest if name not in members]
     if rest:
-        yield "this command's own", rest
+        yield "this command only", rest
 
 
 def text(kind: Any, prog: str, every: bool) -> str:
@@ -84,12 +84,12 @@ def text(kind: Any, prog: str, every: bool) -> str:
             flag = f"  --{switch}{name.replace('_', '-')} {metavar(hints[name])}"
             description = _described(about.get(name, ""), default)
             lines += _entry(flag.rstrip(), description, width)
-    lines += ["", "Every command: -v for details of plans, --version, --accept-gemma-terms"]
+    lines += ["", "All commands: -v for detailed plans, --version, --accept-gemma-terms"]
     if rare:
-        return "\n".join([*lines, f"--help-all shows {len(rare)} more"])
+        return "\n".join([*lines, f"--help-all shows {len(rare)} more flags"])
     file_only = sorted(quiet(kind))
     if file_only:
-        only = f"In a YAML file (--config) only: {', '.join(file_only)}"
+        only = f"Only in a YAML file (--config): {', '.join(file_only)}"
         lines += ["", *textwrap.wrap(only, width)]
     return "\n".join(lines)
 
@@ -97,21 +97,23 @@ def text(kind: Any, prog: str, every: bool) -> str:
 def _described(about: str, default: Any) -> str:
     """A flag's docstring, with its default unless the docstring says it."""
     if default is MISSING:
-        return about if "default:" in about else f"{about} (needed)"
+        return about if "default:" in about else f"{about} (required)"
     if default is True:
-        return f"{about} (this turns it off)"
-    if default is None or default is False or "default:" in about.lower():
+        return f"{about} (this flag turns it off)"
+    unset = default is None or default is False or default == ()
+    if unset or "default:" in about.lower():
         return about
     words = default if isinstance(default, tuple) else (default,)
     return f"{about} (default: {' '.join(map(str, words))})"
 
 
 def _entry(flag: str, about: str, width: int) -> list[str]:
-    """The lines of one flag: its description beside it or, if it is long, below it."""
+    """The lines of one flag: its description next to it or, if it is long, below it."""
     margin = " " * INDENT
     lead = flag.ljust(INDENT)
     if len(flag) >= INDENT - 1:
         lead = f"{flag}\n{margin}"
-    body = textwrap.wrap(about.strip(), max(width, NARROW) - INDENT) or [""]
+    room = max(width, NARROW) - INDENT
+    body = textwrap.wrap(about.strip(), room, break_on_hyphens=False) or [""]
     first = (lead + body[0]).rstrip()
     return [first, *(margin + line for line in body[1:])]

@@ -1,6 +1,4 @@
-"""Reinforcement from checked answers (GRPO, Dr. GRPO, DAPO): of a group of answers the better ones
-become likelier.
-"""
+"""Train on answers that a program can check: GRPO, Dr. GRPO, DAPO."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -141,7 +139,7 @@ def run(settings: Settings) -> dict[str, Any]:
             f"--max-completion-length {most} leaves no room for a prompt in --max-seq-length "
             f"{s.max_seq_length}"
         )
-        raise MisError(f"{why}: lower the one or raise the other")
+        raise MisError(f"{why}: lower the first or raise the second")
     functions = rewards.functions(s.reward_functions, s.reward_functions_file, s.reward_timeout)
     (train, prompts), (valid, valid_prompts), card = _questions(s, checkpoint, functions)
     phases = _phases(s, checkpoint, max(map(len, [*prompts, *valid_prompts])))

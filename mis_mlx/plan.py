@@ -1,6 +1,6 @@
-"""Plan: what fits, bytes, passes, hours and SSD wear of a distillation, before any work.
+"""Estimate a run before it starts: time, memory, files, SSD wear.
 
-From the configs alone.
+Only configs are read.
 """
 
 import os
@@ -102,28 +102,28 @@ def disk_bytes(plan: phases.MemoryPlan) -> int:
 
 @dataclass(frozen=True)
 class Settings(cli.Budgeted, recipe.QuantizationConfig, recipe.DistillationConfig):
-    """What would `distill` take with these flags? Reads configs, computes, starts nothing."""
+    """Shows what `distill` would take with these flags. Reads configs only and starts nothing."""
 
     teacher: str | None = None
     """folder (config.json is enough), hub id, mis-137b (the paper's), qwen3-30b-a3b, gemma-4-e2b or
     gemma-4-e4b; default: SmolLM2-135M-Instruct
     """
     student: str | None = None
-    """folder of a student pruned earlier; default: what --scenario gives"""
+    """folder of a student that is already pruned; default: from --scenario"""
     scenario: select.Scenario | None = None
-    """sizes as in `prune`; of mis-137b the default is goral, the paper's own student"""
+    """sizes as in `prune`; for mis-137b the default is goral, the paper's own student"""
     machine: Literal["here", "m1-air"] = "here"
-    """m1-air: an 8 GB fanless laptop, by published figures"""
+    """m1-air: plan for a fanless 8 GB laptop, from published figures"""
     measure: bool = False
-    """take this machine's rates first, in 20 s; later plans use them; without --teacher that is
-    all
+    """measure this machine's speed first, in 20 s, for this and later plans; without --teacher,
+    only measure
     """
     experts: str | None = None
-    """experts of a mixture that stay, as in `prune`"""
+    """experts to keep, as in `prune`"""
     vocab: str | None = None
-    """tokens that stay, as in `prune`"""
+    """tokens to keep, as in `prune`"""
     quantize: Literal[4, 0] = 4
-    """bits of the result; 0 keeps it unquantized"""
+    """bits per weight of the result; 0: no quantization"""
 
 
 def _open(name: str | None) -> tuple[Checkpoint | Mapping[str, Any], str]:

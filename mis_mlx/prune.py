@@ -1,7 +1,4 @@
-"""Prune a model: drop blocks, FFN neurons, heads, hidden channels or tokens.
-
-By an importance that knows the weather.
-"""
+"""Remove blocks, neurons, experts, heads, channels or tokens."""
 
 import tempfile
 from dataclasses import dataclass, replace
@@ -24,21 +21,22 @@ from mis_mlx.types import Count, Seed, Tokens
 
 @dataclass(frozen=True)
 class Settings(cli.Budgeted, policy.Computing, select.PruningConfig):
-    """Prune only; `distill` does this and the rest."""
+    """Only prunes; `distill` runs the whole pipeline."""
 
     model: str | None = None
     """folder or hub id of the model to prune; default: SmolLM2-135M-Instruct"""
     mlx_path: str = "pruned"
     """folder to write"""
     data: str | None = None
-    """calibration text: a folder with train.jsonl, or a hub data set; default: built in"""
+    """calibration text: a folder with train.jsonl, or a hub data set; default: built-in text"""
     num_samples: Count = 32
     """calibration windows"""
     max_seq_length: Tokens = 256
-    """tokens in a window"""
+    """tokens per window"""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """type of the weights written"""
+    """data type of the saved weights"""
     seed: Seed = 0
+    """selects the calibration windows"""
 
 
 def run(settings: Settings) -> dict[str, Any]:

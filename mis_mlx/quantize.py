@@ -1,4 +1,4 @@
-"""Quantize a model so that every linear is really quantized and stock mlx-lm opens the result."""
+"""Quantize every linear layer; stock mlx-lm opens the result."""
 
 import os
 from dataclasses import dataclass, replace
@@ -24,24 +24,26 @@ from mis_mlx.types import Budget, Checkpoint, Count, MisError, Seed, Tokens, Who
 
 @dataclass(frozen=True)
 class Settings(cli.Budgeted, policy.Computing, QuantizationConfig):
-    """Quantize only; `distill` does this as its last stages."""
+    """Only quantizes; `distill` does this in its last stages."""
 
     model: str | None = None
     """folder or hub id of an unquantized model; default: SmolLM2-135M-Instruct"""
     teacher: str | None = None
-    """folder or hub id that scales learn from in --q-iters steps; default: the model as it was"""
+    """folder or hub id of the model that the scales learn from in --q-iters steps; default: the
+    unquantized model
+    """
     mlx_path: str = "quantized"
     """folder to write"""
     data: str | None = None
-    """text to look at: a folder with train.jsonl, or a hub data set; default: built in"""
+    """calibration text: a folder with train.jsonl, or a hub data set; default: built-in text"""
     num_samples: Whole = 32
-    """windows of text for gptq and target_bpw"""
+    """calibration windows for --q-method gptq and --target-bpw"""
     max_seq_length: Tokens = 256
-    """tokens in a window"""
+    """tokens per window"""
     batch_size: Count = 2
-    """windows in a step of q_iters"""
+    """windows per --q-iters step"""
     seed: Seed = 0
-    """which windows, and which tokens the model draws after them"""
+    """selects the windows, and the tokens that the model samples after them"""
 
 
 def _planned(
@@ -115,7 +117,7 @@ def run(settings: Settings) -> dict[str, Any]:
     s = replace(s, **packed_format.of_mixture(checkpoint.config, s))
     if s.looks and s.num_samples < 1:
         flag = "--q-method gptq" if s.q_method == "gptq" else "--target-bpw"
-        raise MisError(f"{flag} looks at text, --num-samples is {s.num_samples}: give 1 or more")
+        raise MisError(f"{flag} needs text, but --num-samples is {s.num_samples}: give 1 or more")
     packed_format.check_dense(checkpoint)
     model_writer.need_tokenizer(checkpoint.path)
     stage.check(checkpoint.config, s)

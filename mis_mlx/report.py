@@ -1,4 +1,4 @@
-"""Report: one HTML page of a run, or of several side by side; --watch renders it during a run.
+"""Write an HTML page about a run, or about several side by side.
 
 The page needs no other file. Each part of it takes the story and a key, with which the ids of its
 pictures begin, and leaves out what is unknown. KeyError, TypeError or ValueError where values are
@@ -27,18 +27,16 @@ LATER = "second turn"  # kind of prompts that say little without the turns befor
 
 @dataclass(frozen=True)
 class Settings:
-    """Reads a run folder, writes RUN/report.html: open it in any browser, or mail it."""
+    """Reads a run folder and writes RUN/report.html: open it in any browser, or mail it."""
 
     run: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """run folders; default: the newest one under runs/"""
     out: str | None = None
     """file to write; default: report.html in the first run folder"""
     watch: bool = False
-    """write it anew while the run goes on, and let the browser open it anew; until the run ends, or
-    Ctrl-C
-    """
+    """update the page, and reload it in the browser, until the run ends or you press Ctrl-C"""
     every_s: Count = 20
-    """seconds between two looks"""
+    """seconds between updates"""
     config: cli.ConfigFile = None
     """YAML file with any of these flags"""
 
@@ -147,7 +145,7 @@ def course(story: RunRecord, key: str) -> str:
     loss = _since(story, series["loss"])
     if not loss:
         return ""
-    panels: dict[str, figures.Lines] = {"loss, nats a token": {"loss": loss}}
+    panels: dict[str, figures.Lines] = {"loss, nats per token": {"loss": loss}}
     warm = {
         "die": _since(story, air.series["die_c"]),
         "air": _since(story, air.series["ambient_c"]),
@@ -237,7 +235,7 @@ def pruning(story: RunRecord, key: str) -> str:
                 removed[number] = value
         listed = ", ".join(map(str, removed)) or "none"
         text = (
-            f"1 − cosine of each of the {len(blocks)} blocks: how far it turns the stream. "
+            f"1 − cosine of each of the {len(blocks)} blocks: how far it turns the hidden states. "
             f"Removed: {listed}."
         )
         caption = (f"{key}blocks", "Blocks", text)
@@ -301,7 +299,7 @@ def comparison(stories: Sequence[RunRecord], names: list[str]) -> str:
     if ends:
         text = f"Training loss of {len(losses)} runs: {'; '.join(ends)}."
         caption = ("all-loss", "Loss of all runs", text)
-        picture = figures.over_time(caption, {"loss, nats a token": losses})
+        picture = figures.over_time(caption, {"loss, nats per token": losses})
     results = []
     for story in stories:
         results.append({k: v for k, v in story.result.items() if type(v) in (int, float)})
@@ -384,7 +382,7 @@ def _part(make: Callable[..., str], *values: Any) -> str:
         OverflowError,
     ) as error:
         text = (
-            f"The part “{make.__name__}” is missing: a file is of another version "
+            f"The part “{make.__name__}” is missing: a file comes from another version "
             f"({type(error).__name__}: {error})."
         )
         return html.part("note", text=text)

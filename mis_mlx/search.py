@@ -1,4 +1,4 @@
-"""Search for the student that loses least within limits on bytes, memory and time.
+"""Find the smallest student for a loss, or the best within limits.
 
 Layers, neurons, heads, vocabulary and bits are chosen together.
 """
@@ -53,48 +53,46 @@ Axis = Literal["layers", "ffn", "heads", "hidden", "vocab", "bits"]
 class Settings(
     cli.Resumable, policy.Computing, ThermalFlags, vocabulary.VocabularyConfig, DistillationConfig
 ):
-    """What the student may lose (--lose), then it is the smallest that does; and what it may cost
-    at the most: one or more of --bytes, --memory, --params, --decode, --ttft. Default: --params
-    0.667x.
+    """Give the allowed loss (--lose) to find the smallest student; give limits (one or more of
+    --bytes, --memory, --params, --decode, --ttft) to find the one that loses least. Default:
+    --params 0.667x.
     """
 
     lose: Annotated[float | None, Within(0.0, MOST)] = None
-    """bits a byte that the student, distilled and rounded, may be above the teacher: on the
-    teacher's answers, where it has a chat template, else on text. The fewest bytes that should keep
-    to it are looked for
+    """bits per byte that the student may lose, distilled and rounded: on the teacher's answers if
+    it has a chat template, otherwise on text. Finds the fewest bytes that should stay within it
     """
     bytes: str | None = None
-    """weights on disk, such as 50MB"""
+    """limit for the weights on disk, such as 50MB"""
     memory: str | None = None
-    """memory in use, such as 3GiB: weights, and keys and values of --max-kv-size tokens"""
+    """limit for memory in use, such as 3GiB: weights, plus keys and values of --max-kv-size tokens
+    """
     frontier: bool = False
-    """draw bytes against loss: what students should lose, and beside them the teacher in 6, 4 and 3
-    bits; --finalists of the curve are distilled for real
+    """plot loss against bytes: the expected loss of students, next to the teacher in 6, 4 and 3
+    bits; --finalists students of the curve are actually distilled
     """
     against: tuple[str, ...] = ()
-    """other models for that picture, folders or hub ids: the teacher's next smaller sibling, or it
-    as mlx_lm.dwq or mlx_lm.dynamic_quant wrote it
+    """other models for that plot, as folders or hub ids: the teacher's next smaller sibling, or the
+    teacher as quantized by mlx_lm.dwq or mlx_lm.dynamic_quant
     """
     params: str | None = None
-    """parameters: a share of the teacher's, such as 0.667x, or a number, such as 90M"""
+    """limit for parameters: a share of the teacher's, such as 0.667x, or a number, such as 90M"""
     decode: str | None = None
-    """decoding speed, such as 1.5x the teacher's here with --max-kv-size tokens in its cache:
-    estimated from two timings of the teacher; finalists are timed
+    """decoding speed, such as 1.5x the teacher's on this machine with --max-kv-size tokens in the
+    cache: estimated from two timings of the teacher; finalists are timed
     """
     ttft: str | None = None
-    """time to the first token of a prompt of --prompt-tokens, such as 1.5x the teacher's speed;
-    estimated likewise
+    """speed to the first token after --prompt-tokens, such as 1.5x the teacher's; estimated in the
+    same way
     """
     max_kv_size: Count = 2048
-    """tokens of context in --memory and --decode"""
+    """context tokens for --memory and --decode"""
     prompt_tokens: Count = 512
-    """tokens of the prompt in --ttft"""
+    """prompt tokens for --ttft"""
     axes: tuple[Axis, ...] = ("layers", "ffn", "heads", "vocab", "bits")
-    """what may be cut: layers, ffn, heads, hidden, vocab, bits; bits only where a limit is one of
-    bytes
-    """
+    """what may be cut: layers, ffn, heads, hidden, vocab, bits; bits need a limit in bytes"""
     teacher: str | None = None
-    """folder, hub id (docs/families.md: of which families) or gemma-3-270m; default:
+    """folder, hub id (docs/families.md lists the families) or gemma-3-270m; default:
     SmolLM2-135M-Instruct
     """
     data: str | None = None
@@ -102,25 +100,23 @@ class Settings(
     conversations: Annotated[float | None, Within(0.0, 0.95), FILE_ONLY] = None
     """share of the training text in which the teacher answers our prompts, as in distill"""
     evaluations: Count = 10
-    """students measured as pruned and rounded: those that should lose least by what each axis costs
-    alone
+    """students measured after pruning and rounding: those with the lowest loss as predicted from
+    each axis alone
     """
     finalists: Whole = 3
-    """the best of them, distilled for --iters steps and rounded; 0: the best as pruned is
-    recommended
+    """best students, distilled for --iters steps and rounded; 0: recommend the best one without
+    distilling
     """
     iters: Count = 20
-    """optimizer steps of each finalist; Minitron's rankings were stable after about 300, 20 are a
-    first look
+    """optimizer steps per finalist; Minitron's rankings were stable after about 300, 20 give a
+    first impression
     """
     student_iters: Annotated[Count | None, FILE_ONLY] = None
-    """optimizer steps that the student gets in the end, on which depends what it should lose;
-    default: 30
-    """
+    """optimizer steps of the final student, on which its expected loss depends; default: 30"""
     rank_windows: Count = 6
-    """held-out windows that rank; a third as many of every other text"""
+    """held-out windows for ranking; a third as many of every other text"""
     eval_windows: Annotated[int, Within(2, MOST)] = 24
-    """other held-out windows, that judge finalists; a third as many of every other text"""
+    """further held-out windows, to judge finalists; a third as many of every other text"""
 
     @property
     def mixed(self) -> bool:
@@ -217,7 +213,7 @@ def unknown(config: Mapping[str, Any]) -> str:
     """Why a search refuses a dense model of this config; empty where it does not."""
     family = families.family(config)
     if family.per_layer:
-        return f"a search does not know what the tables of a {family.name} weigh"
+        return f"a search does not know the size of a {family.name}'s tables"
     return ""
 
 
@@ -226,15 +222,15 @@ def tried_sizes(s: Settings, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
     config = teacher.config
     if families.family(config).experts:
         raise MisError(
-            "a mixture of experts is cut by --experts of prune and distill: search chooses of "
-            "dense models"
+            "search supports dense models only, and --experts of prune and distill cuts a mixture "
+            "of experts"
         )
     if s.mixed and not shape_search.group_of(shape_of(config)):
         why = (
-            "32 does not divide the rows of this teacher's matrices, so what bits cost cannot be "
-            "measured"
+            "the rows of this teacher's matrices are not divisible by 32, so the cost of bits "
+            "cannot be measured"
         )
-        raise MisError(f"{why}: leave bits out of the --axes of search, or limit --params")
+        raise MisError(f"{why}: leave bits out of `search --axes`, or limit --params")
     rows = candidates.vocabularies(teacher) if "vocab" in s.axes else []
     sizes = shape_search.axis_sizes(config, s.axes, rows)
     if s.vocab:
@@ -247,7 +243,7 @@ def tried_sizes(s: Settings, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
     all_rows = shape_of(config).vocab
     asked_vocab = s.vocab and sizes["vocab"] != (all_rows,)
     if stuck and not (asked_vocab and len(stuck) == 1):
-        cli.say(f"this teacher cannot be cut along every axis: {', '.join(stuck)} stay as they are")
+        cli.say(f"this teacher cannot be cut along every axis: {', '.join(stuck)} stay unchanged")
     return sizes
 
 
@@ -272,7 +268,7 @@ def drawn(s: Settings, c: candidates.Candidates, scope: Scope) -> dict[str, Any]
         shapes = [choice.shape for choice in scope.within]
         points, chosen = frontier.curve(c, losses, shapes, scope.limits)
         if not points:
-            raise MisError("no student of this teacher is within the limits: ask for less of a cut")
+            raise MisError("no student of this teacher is within the limits: ask for a smaller cut")
         measured = [*frontier.converted(c), *frontier.others(c, s.against)]
     # Evenly spread students of the curve.
     count = min(s.finalists, len(chosen))
@@ -328,13 +324,13 @@ def report(
         sentence = finalists.advice(verdict, records, names, lines)
         head = (
             f"{len(names)} finalists of {told}: {c.settings.iters} steps each, "
-            f"{len(c.judging.tokens)} windows of held-out text, ± 95 %; bits and KL are those of a "
-            f"byte of text"
+            f"{len(c.judging.tokens)} windows of held-out text, ± 95 %; bits and KL are per byte "
+            f"of text"
         )
         table = finalists.table(records, names, teacher_seconds)
         page = f"{head}\n\n{table}\n\n{sentence}"
     else:
-        sentence = f"The best as pruned and rounded: {names[0]}: {lines[0]}"
+        sentence = f"The best after pruning and rounding: {names[0]}: {lines[0]}"
         page = f"{told}\n\n{sentence}"
     print(text.aligned(page))
     run.files.replace_text(run.folder / "table.md", page + "\n")
@@ -447,7 +443,8 @@ def _lay_out(place: run_loop.OpenRun, about: Mapping[str, Any]) -> None:
     lines = known_losses.lay_out(place.folder, about, place.files)
     if lines:
         cli.say(
-            f"{lines} measurements of this teacher are known from before, or came with the package"
+            f"{lines} measurements of this teacher are reused from earlier runs or came with "
+            f"the package"
         )
 
 

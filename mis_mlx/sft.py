@@ -1,6 +1,4 @@
-"""Supervised fine-tuning: a model learns the answers of conversations, whole or with LoRA, perhaps
-beside a teacher.
-"""
+"""Fine-tune on conversations: all weights or LoRA; teacher optional."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,20 +17,22 @@ from mis_mlx.types import Checkpoint, Rate
 
 @dataclass(frozen=True)
 class Settings(alignment_run.Alignment):
-    """One run. Rows: {"messages": [...]} or {"prompt", "completion"}."""
+    """Trains on rows of {"messages": [...]} or {"prompt", "completion"}."""
 
     learning_rate: Rate = 1e-4
-    """peak; falls to a tenth along a cosine; 2e-5 suits a model of billions"""
+    """peak learning rate; decays to a tenth along a cosine; for billions of parameters, try 2e-5"""
     mask_prompt: bool = True
-    """learn answers only: the completion, or every turn of the assistant; otherwise all tokens"""
+    """train on answers only: the completion, or every turn of the assistant; otherwise on all
+    tokens
+    """
     packing: bool = True
-    """several rows in a window, none of which sees another; off beside a teacher, which reads row
-    by row
+    """pack several rows into one window, where they do not see each other; off with --teacher,
+    which reads row by row
     """
     teacher: str | None = None
-    """folder or hub id of a model with the same tokenizer to learn from beside the text"""
+    """folder or hub id of a model with the same tokenizer, to learn from in addition to the text"""
     distill_weight: Rate = 0.5
-    """share of the loss that is KL to the teacher, if there is one; the rest is cross-entropy"""
+    """share of the loss that is KL to --teacher; the rest is cross-entropy"""
 
 
 def _phase(

@@ -1,4 +1,4 @@
-"""Synthesize text: a model writes what it knows, mixed with other text, into a folder for --data.
+"""Let a model write training text, into a folder for --data.
 
 Half of the texts begin with nothing, half with an opening; a chat model gets every second opening
 as a question. They are drawn from the model's probabilities: text that it expects. Loops, repeats
@@ -53,33 +53,36 @@ WORDLIKE = 0.6  # share of letters and blanks in a usable text, at least
 
 @dataclass(frozen=True)
 class Settings(cli.Budgeted, policy.Computing):
-    """The result is a new folder with train.jsonl, valid.jsonl and test.jsonl. Stopped, the same
-    command goes on.
+    """Writes a new folder with train.jsonl, valid.jsonl and test.jsonl. If you stop it, the same
+    command continues.
     """
 
     model: str | None = None
-    """folder or hub id of the model that writes, the teacher to be; default:
+    """folder or hub id of the model that writes, usually the later teacher; default:
     SmolLM2-135M-Instruct
     """
     out: str = "text"
     """folder to write"""
     data: str | None = None
-    """text that is mixed in, and of which the held-out splits are; default: built in"""
+    """text to mix in, which also provides the held-out splits; default: built-in text"""
     mix: Share = 0.75
-    """share of the characters in train.jsonl that are of --data"""
+    """share of train.jsonl's characters that come from --data"""
     num_samples: Count = 144
     """texts that the model writes"""
     max_tokens: Tokens = 256
-    """most tokens of a text"""
+    """maximum tokens per text"""
     temp: Positive = 1.0
-    """of the sampling"""
+    """sampling temperature"""
     languages: tuple[str, ...] = ("en", "pl")
-    """of our openings; one in which the model writes badly still helps the student to read it"""
+    """languages of our openings; text in a language that the model writes badly still helps the
+    student to read it
+    """
     openings: str | None = None
-    """file with an opening a line, in place of ours"""
+    """file with one opening per line, instead of ours"""
     seed: Seed = 0
+    """selects the text that is mixed in, and the tokens that the model draws"""
     dry_run: bool = False
-    """say bytes and time and stop"""
+    """show bytes and time, and stop"""
 
 
 def openings(languages: Sequence[str], file: str | None = None) -> list[str]:
@@ -88,8 +91,8 @@ def openings(languages: Sequence[str], file: str | None = None) -> list[str]:
     unknown = [name for name in languages if name not in known]
     if unknown:
         raise MisError(
-            f"there are no openings in {', '.join(unknown)}: take {', '.join(known)}, or "
-            f"--openings FILE"
+            f"there are no openings in {', '.join(unknown)}: use {', '.join(known)}, or --openings "
+            f"FILE"
         )
     paths = [Path(file)] if file else [known[name] for name in languages]
     lines = []
@@ -238,9 +241,8 @@ def _texts(
             left -= size
             batch += 1
     why = (
-        f"of {most} texts of this model only {len(texts)} are usable, {settings.num_samples} were "
-        f"asked "
-        f"for"
+        f"only {len(texts)} of {most} texts of this model are usable, but {settings.num_samples} "
+        f"were requested"
     )
     raise MisError(f"{why}: ask for fewer with --num-samples, or try another --temp or --openings")
 

@@ -1,4 +1,4 @@
-"""Record and replay temperatures, or ask the doctor what this machine can measure."""
+"""Record and replay temperatures, or check what can be measured."""
 
 import json
 from contextlib import closing, suppress
@@ -20,42 +20,38 @@ from mis_mlx.types import Celsius, Metres, Positive, Seconds
 
 @dataclass(frozen=True)
 class Record:
-    """Write raw readings to FILE (JSON lines) until Ctrl-C; any command takes it as
+    """Write raw readings to FILE (JSON lines) until Ctrl-C; other commands replay them with
     --thermal-replay FILE.
     """
 
     file: tyro.conf.Positional[Path]
     seconds: Seconds | None = None
-    """Stop after so many seconds."""
+    """Stop after this many seconds."""
     every_s: Positive = 1.0
-    """Seconds between looks."""
+    """Seconds between readings."""
     altitude_m: Metres | None = None
     """Metres above sea level, if not in ~/.config/mis_mlx.toml; goes into the recording."""
 
 
 @dataclass(frozen=True)
 class Replay:
-    """Show what the governor would have done with the recording FILE, one JSON line a change of
-    mind.
-    """
+    """Show what the governor would have done with the recording FILE, one JSON line per change."""
 
     file: tyro.conf.Positional[Path]
     mode: Mode = "steady"
     """The governor's mode."""
     step_s: Positive = 1.0
-    """Seconds a step of the imagined training takes."""
+    """Seconds per step of the simulated training."""
 
 
 @dataclass(frozen=True)
 class Doctor:
-    """Say in plain words what this machine offers, what is missing, and whether AAIS has a measured
-    T_env.
-    """
+    """Show what this machine can measure, what is missing, and where AAIS gets its T_env."""
 
     thermal_replay: Path | None = None
-    """Examine this recording instead."""
+    """Check this recording instead."""
     temperature_c: Celsius | None = None
-    """What your own thermometer says, °C."""
+    """Air temperature from your own thermometer, in °C."""
     altitude_m: Metres | None = None
     """Metres above sea level, if not in ~/.config/mis_mlx.toml."""
 
@@ -110,7 +106,7 @@ def replay_decisions(settings: Replay) -> dict[str, Any]:
         governor = governor_for(settings.mode, monitor.reading(), monitor.reasons, apple=False)
         if governor.blind:
             why = monitor.reasons["die_c"]
-            cli.say(f"no die temperature in the first look ({why}): only power is governed")
+            cli.say(f"no die temperature in the first reading ({why}): only power is governed")
         while not monitor.source.ended and action != "stop":
             monitor.clock.sleep(settings.step_s)
             steps += 1

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class MisError(Exception):
-    """Something the user can mend: one sentence with the cause, both numbers, place and remedy."""
+    """Something the user can fix: one sentence with the cause, both numbers, place and remedy."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def _readable(number: float) -> str:
 
 MOST = 10**7
 # In the annotation of a setting.
-FILE_ONLY = "a YAML file and Python may give it, it is no flag"
+FILE_ONLY = "a YAML file and Python may give it, but it is not a flag"
 Count = Annotated[int, Within(1, MOST)]
 Whole = Annotated[int, Within(0, MOST)]
 Tokens = Annotated[int, Within(2, 2**20)]  # in a window: one predicts the next
@@ -137,7 +137,7 @@ class Budget:
         """Refuse before work starts when `what` needs more than the budget."""
         if nbytes > self.limit_bytes:
             raise MisError(
-                f"{what} needs {gib(nbytes)}, the budget is {gib(self.limit_bytes)}: {remedy}"
+                f"{what} needs {gib(nbytes)}, but the budget is {gib(self.limit_bytes)}: {remedy}"
             )
 
 

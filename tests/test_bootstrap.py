@@ -255,6 +255,16 @@ def test_unknown_commands_install_nothing(machine: Machine) -> None:
     assert not machine.venv.exists()
 
 
+def test_a_misspelled_command_gets_the_nearest_one(machine: Machine) -> None:
+    """The phase is called `distil`, the command `distill`; a stranger gets no guess."""
+    (machine.bin / "python3").unlink()
+    (machine.bin / "python3").symlink_to(sys.executable)
+    for name, hint in (("distil", "did you mean distill? "), ("xyzzy", "")):
+        said = f"mis: there is no command {name}: {hint}scripts/mis --help lists all commands\n"
+        assert machine.mis(name).stderr == said
+    assert not machine.venv.exists()
+
+
 def test_help_lists_commands_without_installing(machine: Machine) -> None:
     """Nothing is downloaded for a look at what there is."""
     for args in ((), ("--help",)):

@@ -88,16 +88,16 @@ def test_long_spellings_of_c(tmp_path: Path) -> None:
             "learning_rat: 1\n",
             "'learning_rat' is not a setting of this command: did you mean learning_rate?",
         ),
-        ("xyzzy: 1\n", "'xyzzy' is not a setting of this command: known are"),
-        ("learning_rate: fast\n", "learning_rate is 'fast', the setting takes FLOAT"),
+        ("xyzzy: 1\n", "'xyzzy' is not a setting of this command: known settings:"),
+        ("learning_rate: fast\n", "learning_rate is 'fast', but the setting takes FLOAT"),
         ("- iters\n", "holds a list"),
         ("iters: [\n", "is not YAML"),
         ("iters: 1\n\tseed: 2\n", "is not YAML"),
-        ("iters: 1.5\n", "iters is 1.5, the setting takes INT"),
-        ("scenario: gorral\n", "scenario is 'gorral', the setting takes {redyk,"),
-        ("quantize: 3\n", "quantize is 3, the setting takes {4,0}"),
-        ("resume: perhaps\n", "resume is 'perhaps', the setting takes true or false"),
-        ("learning_rate: [1, 2]\n", "learning_rate is [1, 2], the setting takes FLOAT"),
+        ("iters: 1.5\n", "iters is 1.5, but the setting takes INT"),
+        ("scenario: gorral\n", "scenario is 'gorral', but the setting takes {redyk,"),
+        ("quantize: 3\n", "quantize is 3, but the setting takes {4,0}"),
+        ("resume: perhaps\n", "resume is 'perhaps', but the setting takes true or false"),
+        ("learning_rate: [1, 2]\n", "learning_rate is [1, 2], but the setting takes FLOAT"),
     ],
 )
 def test_bad_yaml_is_a_sentence(tmp_path: Path, yaml: str, sentence: str) -> None:
@@ -197,11 +197,11 @@ def test_distill_has_no_more_than_44_flags() -> None:
     assert len(fields(distill.Settings)) - len(quiet) <= 44
     assert {"warmup", "kv_heads"} <= quiet
     with pytest.raises(
-        MisError, match="--kv-heads is no flag: write `kv_heads: ...` in a YAML file"
+        MisError, match="--kv-heads is not a flag: write `kv_heads: ...` in a YAML file"
     ):
         cli.parse(distill.Settings, ["--kv-heads", "1"])
     assert not [
-        title for title, _ in flag_help.grouped(distill.Settings) if title == "this command's own"
+        title for title, _ in flag_help.grouped(distill.Settings) if title == "this command only"
     ]
 
 
@@ -409,24 +409,25 @@ class Short:
         (
             "[METAL] Command buffer execution failed: Impacting Interactivity "
             "(0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)",
-            "macOS ended a computation on the GPU",
+            "macOS stopped a computation on the GPU",
             "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1",
         ),
         (
             "[METAL] Command buffer execution failed: Insufficient Memory "
             "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)",
-            "no memory is left",
+            "the memory is full",
             "close other programs",
         ),
         (
             "[metal::malloc] Attempting to allocate 48736917632 bytes which is greater than the "
-            "maximum allowed buffer size of 30150672384 bytes.",
-            "no memory is left",
+            "maximum allowed "
+            "buffer size of 30150672384 bytes.",
+            "the memory is full",
             "close other programs",
         ),
         (
             "[malloc] Unable to allocate 17179869184 bytes.",
-            "no memory is left",
+            "the memory is full",
             "close other programs",
         ),
     ],
@@ -447,10 +448,8 @@ def test_an_error_of_the_device_is_a_sentence(
 
     assert ended(run, monkeypatch) == 1
     said = capsys.readouterr().err
-    assert said.startswith(f"mis_mlx: {what} ({error[:60]}")
-    assert said.count("\n") == 1
-    assert remedy in said
-    assert "lower --max-seq-length and --batch-size; --resume goes on" in said
+    assert said.startswith(f"mis_mlx: {what} ({error[:60]}") and said.count("\n") == 1
+    assert remedy in said and "lower --max-seq-length and --batch-size; --resume continues" in said
     short = cli.device_trouble(RuntimeError(error), Short)
     assert short.endswith("lower --max-seq-length")
     assert "--resume" not in short

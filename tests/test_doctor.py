@@ -117,7 +117,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "packed products, 4,608 x 576, float32": (mx, "quantized_matmul", wrong),
     "RMSNorm of 576 and 8,192, float32": (mx.fast, "rms_norm", wrong),
     "softmax of 24,576 and 49,152": (mx, "logsumexp", wrong),
-    "sorting 49,152, wrong": (mx, "argsort", lambda f: lambda *a, **k: f(*a, **k)[..., ::-1]),
+    "sorting 49,152, errors": (mx, "argsort", lambda f: lambda *a, **k: f(*a, **k)[..., ::-1]),
     "repair, closed form": (
         NormalEquations,
         "update",
@@ -148,7 +148,7 @@ def test_gptq_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
         return whole(w, *rest)
 
     monkeypatch.setattr(rounding, "compensated", bent)
-    found, bound = kernels.CHECKS["GPTQ, integers unlike the CPU's"]()
+    found, bound = kernels.CHECKS["GPTQ, integers that differ from the CPU's"]()
     assert found > bound
 
 
@@ -168,15 +168,15 @@ def greedy_for_memory(work: Callable[..., Any]) -> Callable[..., Any]:
 
 
 ENGINE_FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
-    "states, bf16, beside the CPU": (mx.fast, "rms_norm", wrong),
-    "states, mxfp4, beside the CPU": (
+    "states, bf16, against the CPU": (mx.fast, "rms_norm", wrong),
+    "states, mxfp4, against the CPU": (
         load,
         "mask",
         lambda f: lambda *a: f(*a) if policy._used else None,
     ),
-    "training steps, beside the CPU": (losses, "softmax_lse", bent_softmax),
-    "calibration, beside the CPU": (importance, "square_sample", wrong),
-    "generate, 4-bit, beside mlx_lm": (
+    "training steps, against the CPU": (losses, "softmax_lse", bent_softmax),
+    "calibration, against the CPU": (importance, "square_sample", wrong),
+    "generate, 4-bit, against mlx_lm": (
         streamed_decode,
         "positioned",
         lambda f: lambda block, at: f(block, at * 0),
@@ -216,7 +216,7 @@ def test_repeated_steps_check_can_fail(
         return right(self, model, gradients, *rest)
 
     monkeypatch.setattr(GuardedAdamW, "update", update)
-    found, bound = engine.CHECKS["training again, tensors unlike"](made)
+    found, bound = engine.CHECKS["training again, different tensors"](made)
     assert found > bound
 
 
@@ -236,7 +236,7 @@ def test_aliased_blocks_are_found(
         raise RuntimeError(f"no room in {tmp_path}/deep/file.bin\nand more")
 
     aliased = "streamed = resident = again, 4-bit"
-    checks = {name: engine.CHECKS[name] for name in (aliased, "states, bf16, beside the CPU")}
+    checks = {name: engine.CHECKS[name] for name in (aliased, "states, bf16, against the CPU")}
     monkeypatch.setattr(stream.Stream, "__init__", faulty)
     monkeypatch.setattr(
         engine, "CHECKS", {"raises": raising, "no number": lambda _: (np.nan, 1.0), **checks}

@@ -104,7 +104,7 @@ def test_ctrl_c_in_the_first_second(tmp_path: Path, module: str) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert done.returncode == 130
-    assert done.stderr == "mis_mlx: stopped by hand before anything was begun: start it again\n"
+    assert done.stderr == "mis_mlx: stopped by hand before it began: start it again\n"
     assert not (tmp_path / "run").exists()
 
 
@@ -174,13 +174,13 @@ def test_ctrl_c_in_a_run_names_its_folder(
                 cli.main(distill.Settings, distill.run)
             codes.append(caught.value.code)
             how = (
-                f"at {hit[-1]} of 2, all of it saved"
+                f"at {hit[-1]} of 2; everything is saved"
                 if "step" in hit[-1]
-                else "by hand; what was finished is kept"
+                else "by hand; finished work is kept"
             )
             if codes[-1] == 130:
                 assert capsys.readouterr().err.endswith(
-                    f"stopped {how}: go on with --out {out} --resume\n"
+                    f"stopped {how}: continue with --out {out} --resume\n"
                 )
     finally:
         signal.signal(signal.SIGINT, before)
@@ -209,4 +209,12 @@ def test_mis_mlx_runs_commands_and_refuses_others(llama: Checkpoint) -> None:
         [sys.executable, "-m", "mis_mlx", "destill"], cwd=ROOT, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "mis_mlx: there is no command destill: `mis_mlx` lists them\n"
+    said = "there is no command destill: did you mean distill? `mis_mlx` lists all commands"
+    assert done.stderr == f"mis_mlx: {said}\n"
+
+
+def test_the_list_of_commands_needs_no_package() -> None:
+    """A fresh checkout lists its commands before anything is installed."""
+    line = [sys.executable, "-S", "-m", "mis_mlx"]
+    done = subprocess.run(line, cwd=ROOT, env={"PATH": ""}, capture_output=True, text=True)
+    assert done.returncode == 0 and "distill" in done.stdout, done.stderr

@@ -92,7 +92,7 @@ def test_end_to_end(tmp_path: Path, chat: Path, command: Callable[..., Done]) ->
     assert {row["model"] for row in rows} == {"teacher", "copy", "student"}
     assert "Answers in English" in (tmp_path / "out" / "recovery.html").read_text()
     assert last_line(again)["answers"]["all"] == pytest.approx(found["all"], abs=1e-3)
-    assert "4 of 4 known from before" in again.stderr
+    assert "4 of 4 reused from an earlier run" in again.stderr
     assert "answers of student" in done.stderr
     assert "answers of student" not in again.stderr
 
@@ -254,5 +254,5 @@ def test_no_prompt_for_all_is_a_sentence(llama: Checkpoint, chat: Path, tmp_path
     (refusing / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
 
     settings = evaluate.Settings(str(chat), (str(refusing),), tasks=("answers",), num_questions=4)
-    with pytest.raises(MisError, match="share no prompt: leave a student out"):
+    with pytest.raises(MisError, match="no prompt fits the chat templates"):
         evaluate.run(settings)

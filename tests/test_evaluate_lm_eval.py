@@ -127,4 +127,4 @@ def test_without_lm_eval_the_extra_is_named(
 ) -> None:
     """One sentence, with the command that brings it."""
     said = sentence(command("evaluate", "--teacher", llama.path, "--tasks", "english"))
-    assert "need lm-eval, which is not here: pip install 'mis-mlx[evaluate]'" in said
+    assert "need lm-eval, which is not installed: pip install 'mis-mlx[evaluate]'" in said

@@ -99,21 +99,21 @@ def test_differences_are_told_from_noise() -> None:
     """A clear loss, one that may be none, and a gain that luck explains."""
     lost = markdown([outcome(teacher=90, student=60), outcome("bus", teacher=80, student=80)])
     assert "student is worse than the teacher, by more than the noise, on sums." in lost
-    assert "Between student and the teacher no loss can be told from noise on bus." in lost
+    assert "On bus, a loss of student against the teacher cannot be told from noise." in lost
     lucky = markdown([outcome(teacher=80, student=81)])
     assert (
         "student has more than the teacher on sums (+1.0 points), within the noise: luck explains "
         "it." in lucky
     )
     clear = markdown([outcome(teacher=70, student=95)])
-    assert "by more than the noise on sums; of 1 tasks one in 40 does so by luck" in clear
+    assert "by more than the noise on sums. One in 40 tasks does so by luck (here are 1)" in clear
 
 
 def test_a_constant_as_good_as_the_teacher_is_named() -> None:
     """Better than chance, and yet no better than who always says the same."""
     o = outcome(chance=0.25, teacher=51, student=30)
     assert (
-        "U Zośki, who always says the same, does as well as the teacher on sums (option 1)."
+        "U Zośki, the best constant answer, does as well as the teacher on sums (option 1)."
         in markdown([o])
     )
 
@@ -127,7 +127,7 @@ def test_what_counting_tokens_gives_is_not_knowledge() -> None:
     assert o.recovered("student")
     assert counted.recovered("student") is None
     assert (
-        "On sums the teacher is not better than a model to which all tokens are equally likely"
+        "On sums the teacher is not better than the uniform model, which finds all tokens equally likely"
         in markdown([counted])
     )
     assert "not better than chance" not in markdown([counted])
@@ -140,8 +140,9 @@ def test_what_counting_tokens_gives_is_not_knowledge() -> None:
 
 def test_no_spread_is_not_certainty() -> None:
     """All wrong in 100 questions: 3 % cannot be excluded, whatever a bootstrap says."""
-    assert "(sums), ± 0 means no spread was seen; up to 3% the other way fits" in markdown(
-        [outcome(teacher=90, student=0)]
+    assert (
+        "(sums), ± 0 means that no spread was seen; up to 3% of the opposite is possible"
+        in markdown([outcome(teacher=90, student=0)])
     )
     assert "± 0 means" not in markdown([outcome(teacher=90, student=70)])
 

@@ -104,7 +104,7 @@ def test_other_refusals_are_sentences(tmp_path: Path) -> None:
         examples.load(str(tmp_path / "none"), SHAPES)
     with pytest.raises(MisError, match="train.jsonl: it has no rows"):
         examples.load(str(write(tmp_path, train=[])), SHAPES)
-    with pytest.raises(MisError, match="3 rows with 1 prompts: nothing can be held out"):
+    with pytest.raises(MisError, match="3 rows with 1 prompts, so nothing can be held out"):
         examples.load(str(write(tmp_path, train=[GOOD["completion"]] * 3)), SHAPES)
 
 
@@ -150,7 +150,8 @@ def test_the_built_in_rows_are_of_every_shape_but_messages() -> None:
     assert {row["task"] for row, _ in (*some.train, *some.valid)} == {"bus", "logic"}
     assert len(some.train) == 160
     with pytest.raises(
-        MisError, match="no tasks called chess: known are bus, logic, recipe, sums, two-digit-sums"
+        MisError,
+        match="no tasks called chess: known tasks: bus, logic, recipe, sums, two-digit-sums",
     ):
         examples.load(None, ["answer"], kinds=["chess"])
 

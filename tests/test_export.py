@@ -307,7 +307,7 @@ def test_refusals_write_nothing(tmp_path: Path, llama: Checkpoint) -> None:
         assert not out.exists()
 
     refused("is a GGUF already", tmp_path / "x.gguf")
-    refused("q8_0 is a type of GGUF", format="hf", out_type="q8_0")
+    refused("q8_0 is a GGUF type", format="hf", out_type="q8_0")
     refused("give --budget", budget="1MiB")
     (tmp_path / "there").mkdir()
     for form in ("gguf", "hf"):
@@ -335,7 +335,7 @@ def test_k_quants_without_llama_cpp(
     for dry in (True, False):
         with pytest.raises(
             MisError,
-            match="`brew install llama.cpp`, or `pip install llama-cpp-python`, or another",
+            match="`brew install llama.cpp`, or `pip install llama-cpp-python`, or use another",
         ):
             exported(llama.path, tmp_path / "out", out_type="q4_k_m", dry_run=dry)
     assert not list(tmp_path.iterdir())
@@ -345,8 +345,8 @@ def test_k_quants_without_llama_cpp(
     ("script", "why"),
     [
         ("head -c 999 $1 >$2; echo 'failed: no room' >&2; exit 1", "exit code 1: failed: no room"),
-        ("head -c 999 $1 >$2; kill -9 $$", "exit code -9: without a word"),
-        ("exit 0", "exit code 0: without a word"),
+        ("head -c 999 $1 >$2; kill -9 $$", "exit code -9: no message"),
+        ("exit 0", "exit code 0: no message"),
     ],
 )
 def test_a_llama_cpp_that_fails(
@@ -361,7 +361,7 @@ def test_a_llama_cpp_that_fails(
     place.mkdir()
     monkeypatch.setenv("PATH", str(program.parent), prepend=":")
     with pytest.raises(
-        MisError, match=f"llama.cpp could not make llama-Q4_K_M.gguf \\({why}\\): look at"
+        MisError, match=f"llama.cpp could not make llama-Q4_K_M.gguf \\({why}\\): check"
     ):
         exported(llama.path, place / "out", out_type="q4_k_m")
     assert not list(place.iterdir())
@@ -461,7 +461,7 @@ def test_upload_sends_the_folder_and_no_other(
     [
         ({"format": "gguf"}, "add --format hf"),
         ({"upload_repo": "small"}, "write NAME/MODEL"),
-        ({"license": None}, "their licence is not known: say it with --license"),
+        ({"license": None}, "their licence is not known: name it with --license"),
     ],
 )
 def test_upload_is_refused_before_any_work(

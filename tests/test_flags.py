@@ -138,11 +138,11 @@ def test_no_word_is_empty(kind: Any, tmp_path: Path) -> None:
             words[field.name] = ("",) if tuple in map(get_origin, hints) else ""
     for name, value in words.items():
         shown = name if name in flag_help.quiet(kind) else f"--{name.replace('_', '-')}"
-        said = f"{shown} is empty: give a word, or leave it out"
+        said = f"{shown} is empty: give a value, or leave it out"
         with pytest.raises(MisError, match=said):
             cli.check_ranges(replace(base, **{name: value}))
     for name in [n for n in words if n != "config" and words[n] == ""][-1:]:
-        said = f"--{name.replace('_', '-')} is empty: give a word, or leave it out"
+        said = f"--{name.replace('_', '-')} is empty: give a value, or leave it out"
         assert ended(kind, [said.split()[0], ""]) == said
         (tmp_path / "s.yaml").write_text(f"{name}: ''\n")
         assert ended(kind, ["-c", str(tmp_path / "s.yaml")]) == said

@@ -47,7 +47,7 @@ def test_refusals_are_sentences(
     assert "--max-tokens is 0: give 1 or more" in refused("--max-tokens", 0)
     other = tiny.make(tmp_path / "other")
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
-    assert "has another tokenizer" in refused("--draft-model", other)
+    assert "has a different tokenizer" in refused("--draft-model", other)
     dry = command("generate", "--model", llama.path, "--dry-run", "--budget", "1MiB")
     assert dry.returncode == 3
     assert last_line(dry)["peak_bytes"] > 2**20

@@ -419,7 +419,8 @@ def test_answers_that_nothing_could_match_are_named_in_time(
     settings = settings_of(grpo, small, tmp_path / "run", data=str(tmp_path), dry_run=True)
     assert grpo.run(settings)["questions"] == 2
     with pytest.raises(
-        MisError, match="train.jsonl line 2: the answer 'see figure 3' is no number, time or names"
+        MisError,
+        match="train.jsonl line 2: the answer 'see figure 3' is not a number, a time or names",
     ):
         grpo.run(replace(settings, reward_functions="vowels,correct"))
     (tmp_path / "train.jsonl").write_text('{"prompt": "a", "answer": 5}\n{"prompt": "b"}\n')

@@ -210,7 +210,7 @@ def test_what_cannot_be_kept_is_a_sentence(
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
     with pytest.raises(MisError) as none:
         searched(llama, text_folder, tmp_path / "none", lose=0.0)
-    assert "--lose 0 cannot be kept: the nearest student should lose" in str(none.value)
+    assert "--lose 0 cannot be reached: the nearest student should lose" in str(none.value)
     assert "give --lose" in str(none.value)
     with pytest.raises(MisError) as both:
         searched(llama, text_folder, tmp_path / "both", lose=0.0, bytes="190KB")
@@ -286,9 +286,8 @@ def test_a_distillation_by_its_loss(
     assert result["loss_of"] == "text"
     assert 0 < result["expected_loss"] < 0.04
     stored = run_folder.stored_settings(tmp_path / "run")
-    assert stored["lose"] == 0.03
-    assert stored["expected_loss"] == result["expected_loss"]
-    assert f"{result['expected_loss']:.3f} were expected" in done.stdout
+    assert stored["lose"] == 0.03 and stored["expected_loss"] == result["expected_loss"]
+    assert f"{result['expected_loss']:.3f} was expected" in done.stdout
     again = command(
         "distill", "-c", tmp_path / "run" / "config.yaml", "--out", tmp_path / "again", cwd=tmp_path
     )
@@ -325,12 +324,14 @@ def test_what_no_search_knows_keeps_to_a_scenario(
     assert distill._default_loss(plain, gemma) is None
     assert distill._sized(plain, gemma) == plain
     told = capsys.readouterr().err
-    why = "a search does not know what the tables of a gemma4_text weigh"
-    assert f"sizes are a scenario's, not chosen by what is lost: {why}\n" in told
-    assert "--lose" not in told
+    why = "a search does not know the size of a gemma4_text's tables"
+    assert (
+        f"the sizes come from a scenario, not from a search by loss: {why}\n" in told
+        and "--lose" not in told
+    )
     for given, flags in (({"lose": 0.1}, "--lose 0.1"), ({"bytes": "1MB"}, "--bytes 1MB")):
         with pytest.raises(
-            MisError, match=f"{flags} is not searched for, because {why}: give sizes"
+            MisError, match=f"{flags} cannot be searched for, because {why}: give sizes"
         ):
             distill.run(replace(plain, data="teacher", **given))  # type: ignore[arg-type]
 
@@ -349,7 +350,8 @@ def test_what_was_expected_beside_what_was_reached(reached: float, far: bool) ->
     assert found == {"expected_loss": 0.1, "reached_loss": reached, "loss_of": "text"}
     told = summary.expectation_sentence(found, 0.11)
     assert (
-        f"{reached:.3f} bits a byte of held-out text above the teacher, 0.100 were expected" in told
+        f"{reached:.3f} bits per byte above the teacher on held-out text; 0.100 was expected"
+        in told
     )
     assert "0.110 allowed" in told
     assert ("off by more than 30 %" in told) == far

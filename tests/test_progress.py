@@ -131,7 +131,9 @@ def test_every_phase_of_a_run_is_told(finished: tuple[Path, Done]) -> None:
     out, done = finished
     lines = done.stderr.splitlines()
     plan = next(
-        n for n, line in enumerate(lines) if line.endswith("-v: bytes, operations, SSD wear")
+        n
+        for n, line in enumerate(lines)
+        if line.endswith("-v shows bytes, operations and SSD wear")
     )
     assert lines[plan + 1].startswith("about ")
     assert ", done at " in lines[plan + 1]

@@ -224,7 +224,7 @@ def test_mixed_bits_and_steps_end_to_end(
         (("--target-bpw", 3.2), "--target-bpw 3.2 is below 3.5"),
         (
             ("--q-group-size", 128),
-            "rows of 64 weights, which 128 does not divide: use --q-group-size 64",
+            "rows of 64 weights, which are not divisible by 128: use --q-group-size 64",
         ),
         (
             ("--q-method", "round", "--target-bpw", "None", "--q-iters", 3, "--budget", "10MiB"),

@@ -56,11 +56,11 @@ def packed(folder: Path) -> Path:
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a dimension that does not divide": (
         lambda folder: tiny.make(folder, intermediate_size=760),
-        r"down_proj.weight has rows of 760 weights, which 64 does not divide: prune that axis",
+        r"down_proj.weight has rows of 760 weights, which are not divisible by 64: prune that axis",
     ),
     "a dimension that only a smaller group divides": (
         lambda folder: tiny.make(folder, intermediate_size=736),
-        r"rows of 736 weights, which 64 does not divide: use --q-group-size 32",
+        r"rows of 736 weights, which are not divisible by 64: use --q-group-size 32",
     ),
     "quantized already": (packed, "four is quantized already: start from the unquantized model"),
     "NaN in a norm": (

@@ -72,7 +72,7 @@ def test_evaluate_says_what_one_machine_says(
             assert [d.returncode for d in done] == [0] * machines, [d.stderr for d in done]
             assert not any(d.stdout or d.stderr for d in done[1:])
             said[kind, machines] = done[0]
-    assert "4 of 4 known from before" in said["again", n].stderr
+    assert "4 of 4 reused from an earlier run" in said["again", n].stderr
     for kind in ("table", "kld"):
         one, many = (last_line(said[kind, machines]) for machines in (1, n))
         one.pop("out", None), many.pop("out", None)

@@ -175,8 +175,10 @@ def test_the_page_of_a_run(finished: tuple[Path, Done], copy: Path) -> None:
     assert all(f"<h2>{head}</h2>" in page for head in heads)
     assert "another version" not in page
     values = last_line(finished[1])
-    assert f"{values['nll_student']:.3f} nats a token" in page
-    assert f"{values['tokens']:,} tokens" in page
+    assert (
+        f"{values['nll_student']:.3f} nats per token" in page
+        and f"{values['tokens']:,} tokens" in page
+    )
     policy = next(a["content"] for t, a in tags.tags if t == "meta" and "http-equiv" in a)
     assert policy
     assert policy.startswith("default-src 'none'")
@@ -235,8 +237,8 @@ def test_weather_and_aais(warm: Path, tmp_path: Path) -> None:
     assert "Die from" in page
     assert "Air from" in page
     differ = (
-        f"{account['channels_differing_from_plain']} of {account['channels_kept']} kept "
-        f"channels are others"
+        f"{account['channels_differing_from_plain']} of {account['channels_kept']} kept channels "
+        f"differ"
     )
     assert f" °C. {differ}" in page
     assert f"with plain importance {account['nll_plain']:.4f}" in page
@@ -301,7 +303,7 @@ def test_a_student_that_loops_is_named_first(loops: int, said: bool, copy: Path)
     page, _ = written(copy)
 
     sentence_at = page.find(
-        f"The student repeats itself: {loops} of 12 answers are loops, of the teacher&#39;s 0."
+        f"The student repeats itself: {loops} of its 12 answers are loops; the teacher has 0."
     )
     assert (sentence_at > 0) == said
     assert sentence_at < page.index("<h3>Prompt 0?</h3>")
@@ -329,7 +331,7 @@ def test_answers_that_are_not_there(copy: Path) -> None:
         in written(copy)[1]["missing"][-1]
     )
     (copy / run_folder.ANSWERS).write_text(json.dumps({"text": 1}) + "\n")
-    assert "The part “answers” is missing: a file is of another version" in written(copy)[0]
+    assert "The part “answers” is missing: a file comes from another version" in written(copy)[0]
     (copy / run_folder.ANSWERS).unlink()
     page, result = written(copy)
     assert "answers.jsonl is missing: what teacher and student answered" in result["missing"][-1]
@@ -465,7 +467,7 @@ def test_what_is_no_run_is_a_sentence(
     tmp_path: Path, command: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An empty folder, no runs at all, no time between looks; no matplotlib: what to install."""
-    assert "holds nothing of a run" in sentence(command("report", tmp_path))
+    assert "is not a run folder" in sentence(command("report", tmp_path))
     assert "There is no run under runs/" in sentence(command("report", cwd=tmp_path))
     with pytest.raises(MisError, match="--every-s is 0: give 1 or more"):
         report.run(report.Settings((str(tmp_path),), every_s=0))
@@ -512,14 +514,14 @@ def test_watch_ends_with_the_run(copy: Path, own_home: dict[str, str]) -> None:
         going = page.read_text()
         done.rename(copy / run_folder.RESULT)
         out, _ = child.communicate(timeout=60)
-    assert 'http-equiv="refresh" content="1"' in going
-    assert "is being made" in going
-    assert "step 10 of 18" in going
-    assert "1 of 11 lines that are no records" in going
-    assert child.returncode == 0
-    assert json.loads(out.splitlines()[-1])["runs"] == 1
-    assert "refresh" not in page.read_text()
-    assert "of the gap is closed" in page.read_text()
+    assert (
+        'http-equiv="refresh" content="1"' in going
+        and "is being made" in going
+        and "step 10 of 18" in going
+    )
+    assert "1 of 11 lines that are not records" in going
+    assert child.returncode == 0 and json.loads(out.splitlines()[-1])["runs"] == 1
+    assert "refresh" not in page.read_text() and "of the gap is closed" in page.read_text()
     assert not list(copy.glob(".tmp-*"))
 
 

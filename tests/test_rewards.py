@@ -299,17 +299,19 @@ def test_what_a_function_starts_ends_with_it(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     """Unknown names, files that are none, lists of the wrong length."""
-    with pytest.raises(MisError, match="names nice, which is not there: known are correct, format"):
+    with pytest.raises(
+        MisError, match="names nice, which does not exist. Known functions: correct, format"
+    ):
         rewards.functions("nice", None)
-    with pytest.raises(MisError, match="does not read as Python"):
+    with pytest.raises(MisError, match="is not valid Python"):
         functions(tmp_path, "def f(:\n")
     with pytest.raises(MisError, match="has 0 functions"):
         functions(tmp_path, "x = 1\n")
-    with pytest.raises(MisError, match="does not read as Python"):
+    with pytest.raises(MisError, match="is not valid Python"):
         rewards.functions(None, str(tmp_path / "none.py"))
     short = functions(tmp_path, "def f(prompts, completions, answer):\n    return [1]\n")
     with pytest.raises(
-        MisError, match="the reward function f returned .1.: it owes a list of 5 numbers"
+        MisError, match="the reward function f returned .1.: it must return a list of 5 numbers"
     ):
         rewards.score(short, ROWS, GROUPS)
 

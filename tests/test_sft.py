@@ -238,7 +238,7 @@ def test_a_stopped_run_ends_with_the_same_bits(
         return drawn(lengths, recipe, step)
 
     monkeypatch.setattr(sequence_packing, "drawn", stopping)
-    with pytest.raises(MisError, match="stopped at step 3 of 6, all of it saved"):
+    with pytest.raises(MisError, match="stopped at step 3 of 6; everything is saved"):
         sft.run(settings)
     settings = replace(settings, resume=True)
     result = sft.run(settings)
@@ -428,7 +428,7 @@ def test_the_plan_holds(undisturbed: tuple[Path, Done], small: Any) -> None:
     [
         ({"iters": 0}, "--iters is 0: give 1 or more"),
         ({"max_seq_length": 10_000}, "the model's window 512"),
-        ({"fine_tune_type": "lora", "num_layers": 9}, "--num-layers is 9, the model has 3"),
+        ({"fine_tune_type": "lora", "num_layers": 9}, "--num-layers is 9, but the model has 3"),
         ({"fine_tune_type": "lora", "rank": 0}, "--rank is 0"),
     ],
 )
@@ -445,5 +445,5 @@ def test_a_resume_with_other_settings_is_refused(
 ) -> None:
     """--save-every counts here: the best checkpoint is looked for by it."""
     settings = settings_of(sft, small, undisturbed[0], resume=True, save_every=3)
-    with pytest.raises(MisError, match="--save-every is 3, the run has 2"):
+    with pytest.raises(MisError, match="--save-every is 3, but the run has 2"):
         sft.run(settings)

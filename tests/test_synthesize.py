@@ -61,7 +61,7 @@ def test_our_openings_are_there_and_differ() -> None:
     assert len(polish) >= 60
     assert len({*english, *polish}) == len(english) + len(polish)
     assert synthesize.openings(("en", "pl")) == english + polish
-    with pytest.raises(MisError, match="no openings in de: take en, pl, or --openings FILE"):
+    with pytest.raises(MisError, match="no openings in de: use en, pl, or --openings FILE"):
         synthesize.openings(("pl", "de"))
 
 
@@ -239,7 +239,7 @@ def test_distill_has_its_teacher_write(
         6,
         8,
     ]
-    with pytest.raises(MisError, match="--data teacher is for distill"):
+    with pytest.raises(MisError, match="--data teacher works with distill only"):
         preparation.load("teacher")
 
 
@@ -322,7 +322,7 @@ def test_what_cannot_be_is_a_sentence(
         2,
     )
     cases = {
-        ("--max-tokens", 4): "of this model only 0 are usable, 2 were asked for",
+        ("--max-tokens", 4): "of this model are usable, but 2 were requested",
         ("--openings", tmp_path / "empty.txt"): "has 0 lines with text",
         ("--openings", tmp_path): "cannot be read",
         ("--languages", "xx"): "no openings in xx",

@@ -68,7 +68,7 @@ def test_doctor_on_this_machine(capsys):
     for name in ("die_c", "battery_c", "ambient_c", "pressure_level", "power_w", "altitude_m"):
         assert (reading[name] is None) == (name in found["reasons"])
         assert (reading[name] is None) == (name not in reading["sources"])
-    assert "one look takes" in capsys.readouterr().out
+    assert "a reading takes" in capsys.readouterr().out
 
 
 def test_record_and_replay_of_it(tmp_path):

@@ -46,41 +46,38 @@ class Alignment(cli.Resumable, policy.Computing, ThermalFlags, recipe.TrainingCo
     """The flags that sft, dpo and grpo share."""
 
     batch_size: Count = 4
-    """rows, pairs or answers in a micro-batch; cut into smaller ones, which change nothing, where
-    memory is short
-    """
+    """rows, pairs or answers per micro-batch; split when memory is short, with the same result"""
     max_seq_length: Tokens = 512
-    """most tokens of a row; what does not fit is cut off its end, and counted"""
+    """maximum tokens per row; longer rows are truncated at the end, and counted"""
     save_every: Count = 20
-    """steps between checkpoints, at each of which the held-out rows are measured"""
+    """steps between checkpoints; each one measures the held-out rows"""
     model: str | None = None
     """folder or hub id of the model to align; default: SmolLM2-135M-Instruct"""
     data: str | None = None
-    """folder with train.jsonl and perhaps valid.jsonl; default: generated tasks"""
+    """folder with train.jsonl and, optionally, valid.jsonl; default: generated tasks"""
     data_licence: str | None = None
-    """licence of the data, or the consent it was given with; default: what a LICENSE file beside it
-    says
+    """licence of the data, or the consent it was given with; default: the LICENSE file next to it
     """
     scrub_pii: bool = False
-    """replace e-mail addresses, telephone numbers, PESEL and NIP in the data before training, and
-    count them
+    """replace e-mail addresses, phone numbers, PESEL and NIP numbers in the data before training,
+    and count them
     """
     eval_rows: Count = 64
     """held-out rows measured at every checkpoint; the best checkpoint becomes the result"""
     fine_tune_type: Literal["full", "lora"] = "full"
-    """all weights, or mlx-lm's low-rank adapters beside frozen ones"""
+    """train all weights, or mlx-lm's low-rank adapters on frozen weights"""
     num_layers: Annotated[int, Within(-1, 10**4)] = -1
-    """blocks that get adapters, counted from the last; -1: all"""
+    """blocks with adapters, counted from the last; -1: all"""
     rank: Count = 8
-    """of the adapters"""
+    """rank of the adapters"""
     scale: Positive = 20.0
-    """factor on the adapters"""
+    """scaling factor of the adapters"""
     fuse: bool = True
-    """add the adapters to the weights in the end; otherwise they are left beside the model, for
+    """merge the adapters into the weights at the end; otherwise they stay next to the model, for
     --adapter-path
     """
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """type of the result's weights on disk"""
+    """data type of the saved weights"""
 
     @property
     def lora(self) -> lora.Lora | None:
@@ -106,8 +103,8 @@ def opened(settings: S) -> tuple[S, Path | None, Checkpoint]:
     most = int(checkpoint.config.get("max_position_embeddings") or s.max_seq_length)
     if s.max_seq_length > most:
         raise MisError(
-            f"--max-seq-length is {s.max_seq_length}, the model's window {most}: give {most} or "
-            f"less"
+            f"--max-seq-length is {s.max_seq_length}, but the model's window is {most}: give "
+            f"{most} or less"
         )
     return s, folder, checkpoint
 
@@ -292,7 +289,7 @@ class AlignmentRun(run_loop.OpenRun):
         s = self.settings
         best = protocol.newest(self.folder / BEST, self.files)
         if best is None:
-            raise MisError(f"{self.folder / BEST} holds no whole checkpoint: start a new run")
+            raise MisError(f"{self.folder / BEST} holds no complete checkpoint: start a new run")
         arrays = protocol.load_arrays(best, "model")
         if s.lora and not (self.folder / ADAPTERS).exists():
             lora.write(arrays, s.lora, self.folder / ADAPTERS, self.files)
@@ -370,7 +367,7 @@ def data(
     cli.say(*rows.notes)
     if cut:
         what = "answers" if answers else "rows"
-        cli.say(f"{cut} {what} are cut at {s.max_seq_length} tokens")
+        cli.say(f"{cut} {what} are truncated to {s.max_seq_length} tokens")
     card = {**rows.card, "fingerprint": examples.fingerprint([*train, *valid])}
     return train, valid[: s.eval_rows], card
 

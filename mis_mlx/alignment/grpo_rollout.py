@@ -46,46 +46,46 @@ TABLE = (
 
 @dataclass(frozen=True)
 class Settings(alignment_run.Alignment):
-    """One run. Rows: {"prompt", "answer"}."""
+    """Trains on rows of {"prompt", "answer"}."""
 
     learning_rate: Rate = 1e-6
-    """peak; falls to a tenth along a cosine"""
+    """peak learning rate; decays to a tenth along a cosine"""
     iters: Count = 60
-    """steps, each of which samples and learns"""
+    """steps; each one samples answers and learns from them"""
     grad_accumulation_steps: Count = 4
-    """prompts in a step, each with a group of answers"""
+    """prompts per step, each with a group of answers"""
     batch_size: Count = 8
-    """answers of one prompt in a micro-batch"""
+    """answers to one prompt per micro-batch"""
     group_size: Annotated[int, Within(2, MOST)] = 8
-    """answers to a prompt, which are compared with each other"""
+    """answers per prompt, which are compared with each other"""
     max_completion_length: Count = 128
-    """most tokens of an answer"""
+    """maximum tokens per answer"""
     temperature: Positive = 1.0
-    """of the sampling"""
+    """sampling temperature"""
     loss_type: policy.LossType = "dapo"
-    """dapo: mean over all tokens of a step; grpo: over answers; dr_grpo: constant divisor,
-    advantages not scaled
+    """dapo: mean over all tokens of a step; grpo: mean over answers; dr_grpo: constant divisor,
+    unscaled advantages
     """
     epsilon: Annotated[float, Within(0.0, 0.999, above=True)] = 0.2
-    """how far below 1 a token's ratio may fall and still count"""
+    """how far below 1 a token's ratio may fall before it is clipped"""
     epsilon_high: Positive = 0.28
-    """how far above 1 (DAPO's clip-higher)"""
+    """how far above 1 the ratio may rise (DAPO's clip-higher)"""
     beta: Annotated[float, Within(0.0, 1e3)] = 0.0
-    """weight of KL to the model as it was; above 0 that model is streamed once a step"""
+    """weight of the KL to the original model; above 0, that model is streamed once per step"""
     num_iterations: Count = 1
-    """updates of the weights in a step, all on the same answers; with 1 every ratio is 1 and
-    nothing is clipped
+    """weight updates per step, all on the same answers; with 1, every ratio is 1 and nothing is
+    clipped
     """
     reward_functions: str | None = None
-    """names with commas, whose rewards are added up; default: correct,format, or all functions of
-    the file
+    """names, separated by commas; their rewards are added; default: correct,format, or all
+    functions in the file
     """
     reward_functions_file: str | None = None
-    """Python file of functions f(prompts, completions, answer) -> list of numbers or None"""
+    """Python file with functions f(prompts, completions, answer) -> list of numbers or None"""
     reward_timeout: Positive = rewards.SECONDS
-    """seconds that a function of the file may take for the answers of a step"""
+    """seconds that a function in the file may take per step"""
     tasks: str = "sums,two-digit-sums,bus,recipe,logic"
-    """generated tasks, where no data is given"""
+    """number of generated tasks, if you give no --data"""
 
     @property
     def at_once(self) -> int:
@@ -224,8 +224,8 @@ class Sampler:
             notes = chain.from_iterable(score.notes for score in scores)
             why = next(notes, "every function returned None")
             raise MisError(
-                f"none of {totals.size} answers could be scored ({why}): fix reward functions or "
-                f"data"
+                f"none of {totals.size} answers could be scored ({why}): fix the reward functions "
+                f"or the data"
             )
         return answers, texts, scores, totals, self._facts(answers, scores, totals)
 
@@ -379,7 +379,7 @@ def train(
             tokens=0,
             seconds=0.0,
             peak_bytes=peak,
-            note="no group teaches anything: no update",
+            note="no group has different rewards: no update",
         )
         # Asked of all machines: one whose groups teach nothing still takes part in the others'
         # updates, with a gradient of zeros.

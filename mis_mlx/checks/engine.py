@@ -212,13 +212,13 @@ KINDS = ("bf16", *MODES)
 CHECKS: dict[str, Callable[[Models], Found]] = {
     **{f"streamed = resident = again, {kind}": partial(passes, kind) for kind in KINDS},
     **{
-        f"states, {kind}, beside the CPU": partial(beside_cpu, partial(states, kind), 2e-4, 0.02)
+        f"states, {kind}, against the CPU": partial(beside_cpu, partial(states, kind), 2e-4, 0.02)
         for kind in KINDS
     },
-    "training steps, beside the CPU": partial(beside_cpu, steps, 1e-3, 1e-3),
-    "LoRA steps, 4-bit, beside the CPU": partial(beside_cpu, lora_steps, 1e-3, 0.05),
-    "calibration, beside the CPU": partial(beside_cpu, statistics, 2e-4, 0.02),
-    "generate, 4-bit, beside mlx_lm": greedy,
-    "training again, tensors unlike": repeated,
+    "training steps, against the CPU": partial(beside_cpu, steps, 1e-3, 1e-3),
+    "LoRA steps, 4-bit, against the CPU": partial(beside_cpu, lora_steps, 1e-3, 0.05),
+    "calibration, against the CPU": partial(beside_cpu, statistics, 2e-4, 0.02),
+    "generate, 4-bit, against mlx_lm": greedy,
+    "training again, different tensors": repeated,
     "peak of a streamed pass / plan": peak,
 }

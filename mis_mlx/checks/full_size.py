@@ -171,5 +171,5 @@ BY_TYPE: dict[str, TypedCheck] = {
 CHECKS: dict[str, Check] = {
     **in_both_types(BY_TYPE),
     "softmax of 24,576 and 49,152": softmax_of_a_vocabulary,
-    "sorting 49,152, wrong": sorting,
+    "sorting 49,152, errors": sorting,
 }

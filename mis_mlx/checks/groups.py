@@ -70,7 +70,7 @@ def of_full_size(folder: Path, emit: Emit) -> None:
 
 def of_engine(folder: Path, emit: Emit) -> None:
     """Check the engine on a tiny model in four formats."""
-    making = "a model made on the spot"
+    making = "a small model made here"
     emit({"begun": making})
     models = guarded(lambda: engine.make(folder), str)
     if isinstance(models, str):
@@ -109,7 +109,7 @@ def of_rates(folder: Path, emit: Emit) -> None:
     _rate("disk written, GB/s", partial(_either, disk, 1), air.write_bytes_per_s, emit)
     emit({"begun": "tiny evaluations"})
     here = guarded(lambda: f"{1e6 * rates.wait_seconds():.3g}", str)
-    name = "a tiny evaluation, of 1,000 in a row, µs"
+    name = "a tiny evaluation, 1,000 in a row, µs"
     emit({"rate": [name, here, f"{1e6 * rates.WAIT_S:.3g}, a guess"]})
 
 

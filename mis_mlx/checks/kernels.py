@@ -356,6 +356,6 @@ BY_TYPE: dict[str, TypedCheck] = {
 CHECKS: dict[str, Check] = {
     **in_both_types(BY_TYPE),
     **{f"packing and values of {name}": partial(unpacked, name) for name in FORMATS},
-    "GPTQ, integers unlike the CPU's": gptq,
+    "GPTQ, integers that differ from the CPU's": gptq,
     "repair, closed form": closed_form,
 }

@@ -87,7 +87,7 @@ def load(
     if not valid:
         train, valid = _held_out(train)
         notes.append(
-            f"no valid.jsonl: {len(valid)} rows of train are held out for it, by hash of their "
+            f"no valid.jsonl: {len(valid)} rows of train are held out instead, by a hash of their "
             f"prompts"
         )
     removed: Counter[str] = Counter()
@@ -101,7 +101,7 @@ def load(
     if not licence:
         licence = "not stated"
         notes.append("no licence or consent is stated for the data: name it with --data-licence")
-    total = f"{source}: {len(train)} rows to train on, {len(valid)} held out"
+    total = f"{source}: {len(train)} training rows, {len(valid)} held out"
     card = {
         "source": source,
         "licence": licence,
@@ -117,7 +117,7 @@ def _check_kinds(tasks: PlacedRows, kinds: Sequence[str]) -> None:
     known = sorted({row["task"] for row, _ in tasks})
     unknown = sorted(set(kinds).difference(known))
     if unknown:
-        raise MisError(f"there are no tasks called {unknown[0]}: known are {', '.join(known)}")
+        raise MisError(f"there are no tasks called {unknown[0]}: known tasks: {', '.join(known)}")
 
 
 def _of_kinds(tasks: PlacedRows, kinds: Sequence[str]) -> PlacedRows:
@@ -134,7 +134,7 @@ def _held_out(train: PlacedRows) -> tuple[PlacedRows, PlacedRows]:
     others, held_out = rows.split_off(train, keys)
     if not held_out:
         raise MisError(
-            f"{len(others)} rows with {len(set(keys))} prompts: nothing can be held out: add "
+            f"{len(others)} rows with {len(set(keys))} prompts, so nothing can be held out: add "
             f"valid.jsonl"
         )
     return others, held_out
@@ -249,8 +249,8 @@ def encode(
                 break
             if not any(learn[1:length]):
                 taken = learn.index(1) if 1 in learn else len(ids)
-                why = f"the prompt takes {taken} tokens, --max-seq-length is {length}"
-                problems.append(f"{place}: {why}: no answer is left")
+                why = f"the prompt takes {taken} tokens, but --max-seq-length is {length}"
+                problems.append(f"{place}: {why}: no room is left for an answer")
                 break
             cut += len(ids) > length
             kept = np.array(ids[:length], np.int32)

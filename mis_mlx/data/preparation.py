@@ -80,15 +80,14 @@ def load(data: str | None = None) -> Texts:
         return _built_in(f"English text: the manual of Python {version}", _manual())
     if data == MIS:
         shared = (
-            "; its splits share sentence templates, not values: a run of 32 tokens known "
-            "from "
-            "train is common"
+            "; its splits share sentence templates but not values, so runs of 32 tokens from train "
+            "are common"
         )
         splits = {name: read(MIS_FOLDER / f"{name}.jsonl").rows for name in SPLITS}
         return _built_in("Polish text: the Miś dataset", splits, shared)
     if data == TEACHER:
         raise MisError(
-            "--data teacher is for distill: let `synthesize` write, and give its folder here"
+            "--data teacher works with distill only: run `synthesize`, and give its folder here"
         )
     folder = Path(data).expanduser()
     if folder.is_dir():  # mlx-lm's: train.jsonl and perhaps valid.jsonl, test.jsonl
@@ -161,13 +160,14 @@ def _from_hub(name: str) -> Texts:
         import datasets
     except ImportError as error:
         raise MisError(
-            f"'{name}' is no folder here, the hub needs datasets: pip install 'mis-mlx[data]'"
+            f"'{name}' is not a folder here, and hub data sets need a package: pip install "
+            f"'mis-mlx[data]'"
         ) from error
     try:
         dataset = datasets.load_dataset(name)
     except Exception as error:  # the package raises dozens of kinds, all of them "could not get it"
         raise MisError(
-            f"the hub did not give the dataset '{name}' ({error}): check its name"
+            f"the hub did not deliver the dataset '{name}' ({error}): check its name"
         ) from error
     readings = {}
     splits = {"train": "train", "validation": "valid", "valid": "valid", "test": "test"}
@@ -198,11 +198,11 @@ def _splits(readings: Mapping[str, Reading], source: str) -> Texts:
         # by hash: the order of the rows does not matter
         rows["train"], rows["valid"] = _split_by_hash(rows["train"])
         notes.append(
-            f"no valid split: {len(rows['valid'])} rows of train are held out for it, by hash"
+            f"no valid split: {len(rows['valid'])} rows of train are held out instead, by a hash"
         )
     if "test" not in rows:
         rows["test"] = rows["valid"]
-        notes.append(f"no test split: the {len(rows['valid'])} rows of valid serve as test too")
+        notes.append(f"no test split: the {len(rows['valid'])} rows of valid also serve as test")
     return Texts(**rows, notes=notes)
 
 
@@ -402,7 +402,7 @@ def prepare(source: Source | str | None, tokenizer: Any, length: int) -> Data:
     if train.shares:
         shares = zip(mixture.parts, train.shares, strict=True)
         listed = ", ".join(f"{share:.0%} {kind}" for kind, share in shares)
-        notes.append(f"every draw of training windows holds {listed}")
+        notes.append(f"training windows are {listed}")
     sized = {}
     for name, windows in held_out.items():
         # a loss per byte can be compared between tokenizers, one per token cannot

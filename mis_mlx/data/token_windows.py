@@ -132,7 +132,7 @@ def _encode(tokenizer: Any, text: str, split: bool) -> Ids:
             raise
         why = " ".join(str(error).split())[:120]
         raise MisError(
-            f"the tokenizer breaks down on {text[:40]!r} ({why}): drop it, or use another model"
+            f"the tokenizer fails on {text[:40]!r} ({why}): remove that text, or use another model"
         ) from None
 
 
@@ -257,8 +257,8 @@ def windows(
     own = length - first
     count = len(ids) // own
     if count == 0:
-        why = f"the text has {len(ids)} tokens and one window takes {own}"
-        raise MisError(f"{why}: bring more text or lower --max-seq-length")
+        why = f"the text has {len(ids)} tokens, but one window takes {own}"
+        raise MisError(f"{why}: add text, or lower --max-seq-length")
     tokens = np.empty((count, length), np.int32)
     tokens[:, :first] = start
     tokens[:, first:] = ids[: count * own].reshape(count, own)
@@ -354,7 +354,7 @@ def aligned(
             rows.append(list(piece))
     if not rows:
         raise MisError(
-            f"0 conversations have text, one window takes {own} tokens: bring more of them"
+            f"no conversation has text, and one window takes {own} tokens: add conversations"
         )
     tokens = []
     first = 0
@@ -446,8 +446,8 @@ def without_overlap(
     count = len(held_out.tokens)
     if len(shared) == count:
         raise MisError(
-            f"all {count} held-out windows share {span} tokens in a row with train: bring other "
-            f"test text"
+            f"all {count} held-out windows share {span} tokens in a row with train: use other test "
+            f"text"
         )
     others = np.setdiff1d(np.arange(count), shared)
     return held_out.pick(others), len(shared)

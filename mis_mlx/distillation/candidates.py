@@ -61,8 +61,8 @@ def split(held_out: Mapping[str, Windows], ranking: int, judging: int) -> tuple[
         count = len(windows.tokens)
         if count < 4:
             raise MisError(
-                f"the text {name} has {count} windows held out, a search takes 4 or more: bring "
-                f"more text"
+                f"the text {name} has {count} held-out windows, but a search needs 4 or more: add "
+                f"text"
             )
         # Evenly spread, and no more than half of the text.
         most = min(math.ceil(ranking / share), count // 2)
@@ -210,8 +210,11 @@ class Candidates:
         )
         for costs in nats.values():
             if not all(map(math.isfinite, costs.values())):
-                why = "what bits cost this teacher is no number, its gradients are too large"
-                raise MisError(f"{why}: leave bits out of the --axes of search, or limit --params")
+                why = (
+                    "the cost of bits cannot be measured, because this teacher's gradients are too "
+                    "large"
+                )
+                raise MisError(f"{why}: leave bits out of `search --axes`, or limit --params")
         return nats
 
     @cached_property

@@ -108,7 +108,7 @@ def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: boo
     file = folder / "answers.jsonl"
     if distributed.broadcast_json(file.exists):
         distributed.broadcast_folder(folder, DISK)
-        cli.say(f"conversations: the teacher's answers of before, {file}")
+        cli.say(f"conversations: reusing the teacher's answers in {file}")
         return file
     plan = teacher_answers.plan(estimates.model_of(teacher), how, limit)
     size = f"{gib(plan.peak_bytes)} of {gib(limit.limit_bytes)}, about {duration(plan.seconds)}"

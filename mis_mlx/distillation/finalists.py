@@ -269,7 +269,7 @@ def _attention_seconds(model: Any, cached: int, prompt: int) -> float:
 def unstable(record: Record) -> str:
     """Why a finalist's training was not stable; empty where it was."""
     if record["diverged"] or None in record["kl_distilled"] or None in record["nll_rounded"]:
-        return "its loss became no number"
+        return "its loss became NaN or infinite"
     meddled = record["skipped"] + record["clipped"]
     if meddled > OFTEN * record["steps"]:
         return f"the guard had to step in at {meddled} of {record['steps']} steps"

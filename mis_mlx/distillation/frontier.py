@@ -165,13 +165,13 @@ def page(
         ]
         for point in ordered
     ]
-    table = text.markdown_table(["", "MB", f"bits a byte of {on} above the teacher", ""], rows)
+    table = text.markdown_table(["", "MB", f"bits per byte of {on} above the teacher", ""], rows)
     result = {"teacher": teacher, "loss_of": on, "points": [asdict(point) for point in ordered]}
     files.replace_text(folder / f"{NAME}.json", json.dumps(result, indent=1))
     caption = (
         NAME,
         f"{teacher}: bytes against loss",
-        f"Bits a byte of {on} above the teacher against megabytes of weights",
+        f"Bits per byte of {on} above the teacher, against megabytes of weights",
     )
     lines = {
         "students, as expected": [_xy(point) for point in ordered if not point.measured],
@@ -181,7 +181,7 @@ def page(
     }
     drawn = {name: values for name, values in lines.items() if values}
     picture = figures.curves(
-        caption, ("MB of weights", f"bits a byte of {on} above the teacher"), drawn
+        caption, ("MB of weights", f"bits per byte of {on} above the teacher"), drawn
     )
     files.replace_text(folder / f"{NAME}.svg", figures.standalone(picture))
     body = f"<h1>{caption[1]}</h1>{picture}{html.markdown(table)}"

@@ -418,7 +418,7 @@ class Cached:
         vocab = self._store.spec.vocab
         if head.shape[0] != vocab:
             raise MisError(
-                f"the targets are for {vocab} tokens, the student has {head.shape[0]}: use its "
+                f"the targets are for {vocab} tokens, but the student has {head.shape[0]}: use its "
                 f"teacher"
             )
         return losses.sampled_kl_sum(

@@ -103,7 +103,7 @@ def _decided(training: CheckpointedTraining, recipe: DistillationConfig) -> dict
     first = range(1, FIRST_STEPS + 1)
     seconds = [by_number[number] for number in first if number in by_number]
     if not seconds:
-        raise MisError(f"{log} has none of the first steps: start a new run")
+        raise MisError(f"{log} does not hold the first steps: start a new run")
     least = max(FIRST_STEPS, recipe.warmup)
     pace = vars(counted(recipe.minutes, seconds, least))
     run.files.replace_text(run.folder / FILE, json.dumps(pace))

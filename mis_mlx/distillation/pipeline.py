@@ -200,7 +200,7 @@ def source_of(c: Run) -> live_teacher.TargetSource:
         )
     cli.say(
         *store.notes,
-        f"logit store: {store.bytes_per_token:.0f} bytes a token; losses are of sampled targets",
+        f"logit store: {store.bytes_per_token:.0f} bytes per token; losses use sampled targets",
     )
     return live_teacher.Cached(store, windows, softcap(c.teacher.config))
 
@@ -217,7 +217,8 @@ def _mended(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict
         return {}
     name = reconstruct.mended_name(pruned)
     cli.say(
-        f"reconstruct: refit every block's {name.removesuffix('.weight')} to the teacher's stream"
+        f"reconstruct: fit every block's {name.removesuffix('.weight')} to the teacher's "
+        f"hidden states"
     )
     planned = next(phase for phase in c.plan.phases if phase.name == "repair")
     windows = c.pick(samples, use=2)

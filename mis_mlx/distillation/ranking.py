@@ -42,13 +42,13 @@ def rank(c: candidates.Candidates, within: Sequence[Choice], sizes: Sizes) -> Ra
     finite = [choice for choice, score in scores.items() if math.isfinite(score)]
     if not finite:
         raise MisError(
-            f"none of {len(scores)} candidates has a loss that is a number: ask for less of a cut"
+            f"none of {len(scores)} candidates has a loss that is a number: ask for a smaller cut"
         )
     return sorted(finite, key=lambda choice: scores[choice]), scores
 
 
 def _shown(choice: Choice, score: float) -> str:
-    return f"{choice.name}  {score / math.log(2):.3f} bits a byte"
+    return f"{choice.name}  {score / math.log(2):.3f} bits per byte"
 
 
 def smallest(
@@ -120,14 +120,14 @@ def _nearest(
         if students:
             break
         if least > candidates.WORST:
-            return f"{asked}: no student within reach keeps to it: ask for less of a cut"
+            return f"{asked}: no possible student stays within it: ask for a smaller cut"
         least *= 1.1
     megabytes = file_bytes(config, *students[0]) / 1e6
-    what = f"the nearest student should lose {least:.2g} bits a byte, in {megabytes:.4g} MB"
+    what = f"the nearest student should lose {least:.2g} bits per byte, with {megabytes:.4g} MB"
     remedy = f"give --lose {_rounded_up(least)}"
     if limits:
         remedy += f", or leave out {limits[0].flag}"
-    return f"{asked} cannot be kept: {what}: {remedy}"
+    return f"{asked} cannot be reached: {what}: {remedy}"
 
 
 def _rounded_up(value: float) -> str:

@@ -284,7 +284,7 @@ class CheckpointedTraining:
         another machine, or when another machine is gone.
         """
         run = self.run
-        where = f"go on with --out {run.folder} --resume"
+        where = f"continue with --out {run.folder} --resume"
         unsaved = 0  # the number of a step that no checkpoint holds
         with cli.stop_asked() as asked, progress.bar(self.label, iters) as show:
             try:
@@ -308,14 +308,17 @@ class CheckpointedTraining:
                     if distributed.any_rank(asked):
                         # The exit code depends on the cause: a Ctrl-C is one of its own.
                         by_hand = KeyboardInterrupt() if signal.SIGINT in asked else None
-                        why = f"stopped at step {step.number} of {iters}, all of it saved: {where}"
+                        why = (
+                            f"stopped at step {step.number} of {iters}; everything is saved: "
+                            f"{where}"
+                        )
                         raise MisError(why) from by_hand
             except distributed.Lost as lost:
                 if not distributed.is_main():
                     raise
                 if unsaved:  # the last step that all machines did
                     self.save(unsaved)
-                raise MisError(f"{lost}; all steps that were done are saved, {where}") from None
+                raise MisError(f"{lost}; all finished steps are saved: {where}") from None
 
     def finish(
         self, steps: Callable[[int], Iterator[Step]], start: int, iters: int, save_every: int
@@ -336,8 +339,9 @@ class CheckpointedTraining:
                 raise
             for optimizer in self.trained.optimizers:
                 optimizer.pass_over(error.batches)
-            what = f"batches {', '.join(map(str, error.batches))} gave no numbers"
+            what = f"batches {', '.join(map(str, error.batches))} gave NaN or infinity"
             cli.say(
-                f"{what}: back to step {number}, and on without them, at half the learning rate"
+                f"{what}: going back to step {number}, and on without them, at half the "
+                f"learning rate"
             )
             self._run(steps(number), iters, save_every)

@@ -40,10 +40,10 @@ def plan_run(s: Any, teacher: Checkpoint, rows: int, folder: Path | None) -> pha
     plan = phases.one(job, limit, rates, **distributed.broadcast_json(way))
     if distributed.size() > 1 and plan.mode == "sharded":
         why = (
-            f"{distributed.size()} machines train a student whole, {gib(limit)} hold a part of "
-            f"this one"
+            f"with {distributed.size()} machines, each must hold the whole student, but "
+            f"{gib(limit)} hold only a part of it"
         )
-        raise MisError(f"{why}: give more --budget, leave out --train, or use one machine")
+        raise MisError(f"{why}: raise --budget, leave out --train, or use one machine")
     return plan
 
 
@@ -85,9 +85,9 @@ def _paced(minutes: float, job: DistillationSpec, limit: int, rates: Rates) -> D
     iters = max(2 * FIRST_STEPS, int(60 * minutes * job.iters / seconds))
     if plan.mode == "sharded" or job.targets == "cached":
         why = "a student in parts" if plan.mode == "sharded" else "targets on disk"
-        need = f"{why} must know their number at first: give --iters {iters}"
+        need = f"but {why} must know the number first: give --iters {iters}"
         raise MisError(
-            f"--minutes {minutes:g} counts steps as they are made, {need}, which should take about "
+            f"--minutes {minutes:g} counts steps during training, {need}, which should take about "
             f"as long"
         )
     return replace(job, iters=iters)

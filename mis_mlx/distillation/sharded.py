@@ -150,11 +150,11 @@ class Sharded:
             written = json.loads(path.read_text(encoding="utf-8"))
         if written <= visit:
             return
-        begun = "no checkpoint is whole"
+        begun = "no checkpoint is complete"
         if visit >= 0:
-            begun = f"the newest whole checkpoint is of visit {visit}"
+            begun = f"the newest complete checkpoint is from visit {visit}"
         raise MisError(
-            f"{self._student.path} holds blocks of visit {written}, but {begun}: start a new run"
+            f"{self._student.path} holds blocks from visit {written}, but {begun}: start a new run"
         )
 
     def _enter(self, visit: int, mended: Named | None = None, stored: Named | None = None) -> None:

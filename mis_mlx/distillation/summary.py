@@ -17,7 +17,7 @@ from mis_mlx.evaluation import answers, comparison
 from mis_mlx.models import arch, families, load, model_writer, policy
 from mis_mlx.models.config import read_config
 from mis_mlx.pruning import select
-from mis_mlx.reporting import html, text
+from mis_mlx.reporting import figures, html, text
 from mis_mlx.storage import run_folder
 from mis_mlx.types import MisError, Row, Step
 
@@ -39,8 +39,8 @@ def trackers(report_to: str | None) -> list[str]:
     for name in names:
         if name not in PACKAGES:
             raise MisError(
-                f"--report-to {name} is not known: give {', '.join(PACKAGES)}, or several with "
-                f"commas"
+                f"--report-to {name} is not known: give {', '.join(PACKAGES)}, or several, "
+                f"separated by commas"
             )
         if find_spec(PACKAGES[name]) is None:
             raise MisError(
@@ -252,6 +252,8 @@ def next_steps(folder: Path) -> str:
         "python": _from_here(Path(sys.executable)),
         "run": shlex.quote(str(_from_here(folder.absolute()))),
         "exports": exports,
+        "draws": find_spec("matplotlib") is not None,
+        "package": figures.PACKAGE,
     }
     return html.document("next.md", values)
 

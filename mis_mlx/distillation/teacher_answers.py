@@ -132,7 +132,7 @@ def write(teacher: Checkpoint, how: Writing, out: Path, limit: Budget) -> int:
     for start in sorted(done):
         kept += done[start]
     if len(kept) < USABLE * total:
-        why = f"of {total} answers of this teacher {len(kept)} are neither empty nor loops"
+        why = f"only {len(kept)} of this teacher's {total} answers are neither empty nor loops"
         raise MisError(f"{why}: give --conversations 0, or --data with conversations of your own")
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
     DISK.replace_text(out, "".join(lines))

@@ -72,7 +72,7 @@ def prompt_fault(row: object) -> str | None:
         return f"its last message is the {last}'s, not the user's"
     language = row.get("language")
     if language not in LANGUAGES:
-        return f"'language' is {language!r}, known are {', '.join(LANGUAGES)}"
+        return f"'language' is {language!r}, known: {', '.join(LANGUAGES)}"
     return rows.text_fault("kind", row.get("kind"))
 
 

@@ -209,7 +209,7 @@ def check_harness(ids: Sequence[str]) -> None:
     """MisError where lm-eval is not installed, or does not have one of these tasks."""
     if find_spec("lm_eval") is None:
         raise MisError(
-            "lm-eval's tasks need lm-eval, which is not here: pip install 'mis-mlx[evaluate]'"
+            "lm-eval's tasks need lm-eval, which is not installed: pip install 'mis-mlx[evaluate]'"
         )
     with _hushed():
         known = _manager().all_tasks
@@ -248,7 +248,10 @@ def samples(folder: Path, name: str, count: int) -> dict[str, list[Sample]]:
         except (OSError, ValueError, RuntimeError) as error:
             message = " ".join(str(error).split())[:160]
             why = f"{name} ({type(error).__name__}: {message})"
-            remedy = "check the network, for the hub's data, or take --tasks polish-offline"
+            remedy = (
+                "check the network, because the data comes from the hub, or use --tasks "
+                "polish-offline"
+            )
             raise MisError(f"lm-eval could not run {why}: {remedy}") from None
     return results["samples"]
 
@@ -263,7 +266,7 @@ def marks(name: str, found: Sequence[Sample]) -> dict[str, Any]:
     ordered = sorted(same_filter, key=lambda sample: sample["doc_id"])
     metric = next((metric for metric in METRICS if metric in ordered[0]), None)
     if metric is None:
-        raise MisError(f"{name} is scored by none of {', '.join(METRICS)}: take a task that is")
+        raise MisError(f"{name} has none of the metrics {', '.join(METRICS)}: use another task")
     is_choice = ordered[0].get("resps") and metric == "acc"
     chance = []
     for sample in ordered:
@@ -387,7 +390,8 @@ def _choosing(
     if longest > most:
         which = f"{task.name} question {left[lengths.index(longest)] + 1}"
         raise MisError(
-            f"{which} takes {longest} tokens, {checkpoint.path} reads {most}: shorten or remove it"
+            f"{which} takes {longest} tokens, but {checkpoint.path} reads {most}: shorten or "
+            f"remove it"
         )
     parts = _parts(estimates.model_of(checkpoint), task.name, lengths, limit)
 

@@ -30,9 +30,8 @@ Opened = Callable[[Checkpoint], Stream]  # opens a model for one pass
 Means = Mapping[tuple[str, str], np.ndarray]  # (model, metric) -> (N,), one value per window
 Passed = tuple[Checkpoint, Hidden]  # a model and its final states [(1, T, D)] of every window
 ACROSS = (
-    "The teacher reads its own tokens, the others fewer kinds of them. KL and same top token: "
-    "against a teacher that "
-    "reads theirs, over the rows that it shares with them."
+    "The other models have a smaller vocabulary than the teacher. For KL and same top token, the "
+    "teacher reads their tokens, and only the shared rows count."
 )
 FEW = 100  # tokens; llama.cpp makes no statistics of fewer
 METRICS = ("nll", "kl", "top1")  # of a student, in the order of `by_window`
@@ -288,7 +287,8 @@ def same_vocabulary(teacher: Checkpoint, other: Checkpoint) -> Checkpoint:
     first, second = files
     if first.read_bytes() != second.read_bytes():
         raise MisError(
-            f"{other.path} has another tokenizer than {teacher.path}: use a student of this teacher"
+            f"{other.path} has a different tokenizer from {teacher.path}: use a student of "
+            f"this teacher"
         )
     return other
 
@@ -303,10 +303,10 @@ def second_half(held_out: Windows) -> Windows:
     count = int((learn > 0).sum())
     if count < FEW:
         why = (
-            f"{count} tokens lie in the second halves of {len(learn)} windows, statistics need "
-            f"{FEW}"
+            f"{count} tokens lie in the second halves of {len(learn)} windows, but the statistics "
+            f"need {FEW}"
         )
-        raise MisError(f"{why}: raise --eval-windows, or bring more test text")
+        raise MisError(f"{why}: raise --eval-windows, or add test text")
     return Windows(held_out.tokens, learn)
 
 

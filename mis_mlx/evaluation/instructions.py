@@ -85,11 +85,11 @@ def fault(row: Mapping[str, Any]) -> str | None:
     names = row["instruction_id_list"]
     arguments = row["kwargs"]
     if not isinstance(names, list) or not names:
-        return "'instruction_id_list' is no list of one or more names"
+        return "'instruction_id_list' is not a list of one or more names"
     if not all(isinstance(name, str) for name in names):
-        return "'instruction_id_list' holds something else than names"
+        return "'instruction_id_list' holds something other than names"
     if not isinstance(arguments, list) or not all(isinstance(given, dict) for given in arguments):
-        return "'kwargs' is no list of objects"
+        return "'kwargs' is not a list of objects"
     if len(names) != len(arguments):
         return f"{len(names)} instructions have {len(arguments)} 'kwargs': give one object for each"
     return None
@@ -112,7 +112,8 @@ def check(task: str, asked: Sequence[Sequence[Instruction]]) -> list[str]:
     """
     if find_spec(PACKAGE) is None:
         raise MisError(
-            f"{task}: if-verifiable checks its {len(asked)} answers, which is not here: {INSTALL}"
+            f"{task}: its {len(asked)} answers need if-verifiable, which is not installed: "
+            f"{INSTALL}"
         )
     try:
         verdict = child_process.ask(__name__, _unusable.__name__, {"asked": asked}, SECONDS)
@@ -125,7 +126,7 @@ def check(task: str, asked: Sequence[Sequence[Instruction]]) -> list[str]:
             f"NLTK's "
             f"{SPLITTER}"
         )
-        raise MisError(f"{why}, which is not here: python -m nltk.downloader {SPLITTER}")
+        raise MisError(f"{why}, which is not installed: python -m nltk.downloader {SPLITTER}")
     problems = []
     for number, why in verdict["problems"]:
         problems.append(f"{task} question {number + 1}: {why}")

@@ -146,13 +146,15 @@ def file(path: Path) -> Task:
         )
     kinds = sorted({rows.shape_of(row, SHAPES) or "" for row, _ in good})
     if len(kinds) > 1:
-        problems.append(f"{path.name}: holds rows of {' and '.join(kinds)}, a task is of one kind")
+        problems.append(
+            f"{path.name}: holds rows of {' and '.join(kinds)}, but a task has one kind"
+        )
     rows.refuse(problems)
     asked = [row for row, _ in good if not _is_same_twice(row)]
     about = f"{len(asked)} rows of {path.name}"
     if len(asked) < len(good):  # BLiMP has such a pair
         about += (
-            f"; pairs whose sentences are the same left out, {len(good) - len(asked)} of "
+            f"; pairs with two equal sentences are left out, {len(good) - len(asked)} of "
             f"{len(good)}"
         )
     if not asked:
@@ -175,7 +177,7 @@ def fault(row: object) -> str | None:
         return reason
     assert isinstance(row, dict)
     if row.get("language") not in (None, *MARK):
-        return f"'language' is {row['language']!r}, known are {', '.join(MARK)}"
+        return f"'language' is {row['language']!r}, known: {', '.join(MARK)}"
     shape = rows.shape_of(row, SHAPES)
     if shape in ("checked", "pairs"):
         return None
@@ -184,14 +186,14 @@ def fault(row: object) -> str | None:
     if shape == "cloze":
         blanks = row["text"].count(BLANK)
         if blanks != 1:
-            return f"'text' has {blanks} blanks {BLANK}, a cloze has one"
+            return f"'text' has {blanks} blanks {BLANK}, but a cloze has one"
     return _options_fault(row["options"], row["answer"])
 
 
 def _options_fault(options: Any, answer: str) -> str | None:
     """Why a row's options are not usable; None where they are. One of them is the answer."""
     if not isinstance(options, list) or len(options) < 2:
-        return "'options' is no list of two or more"
+        return "'options' is not a list of two or more"
     for option in options:
         reason = rows.text_fault("options", option)
         if reason:
@@ -199,7 +201,7 @@ def _options_fault(options: Any, answer: str) -> str | None:
     if len(set(options)) < len(options):
         return "two of its options are the same"
     if answer not in options:
-        return f"the answer {answer[:40]!r} is none of its {len(options)} options"
+        return f"the answer {answer[:40]!r} is not one of its {len(options)} options"
     return None
 
 

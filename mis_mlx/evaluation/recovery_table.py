@@ -195,8 +195,8 @@ def figure(outcomes: Sequence[Outcome]) -> str:
         rows[outcome.task] = [outcome.recovered(name) for name in names]
     limits = {"chance": 0.0, "teacher": 1.0}
     about = (
-        "Share of what the teacher knows above chance that a student still knows, ± 95 % "
-        "intervals; 0 % is chance."
+        "How much of the teacher's score above chance a student keeps, ± 95 % intervals; 0 % is "
+        "chance."
     )
     caption = ("recovery", "Recovered", about)
     return figures.intervals(caption, "recovered", rows, names=names, limits=limits)

@@ -211,7 +211,7 @@ def functions(
     if unknown:
         known = ", ".join([*theirs, *OURS])
         raise MisError(
-            f"--reward-functions names {unknown[0]}, which is not there: known are {known}"
+            f"--reward-functions names {unknown[0]}, which does not exist. Known functions: {known}"
         )
     rewards = []
     for name in chosen:
@@ -228,7 +228,7 @@ def _public(file: str) -> list[str]:
         tree = ast.parse(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError) as error:
         raise MisError(
-            f"--reward-functions-file {file} does not read as Python ({error}): fix it"
+            f"--reward-functions-file {file} is not valid Python ({error}): fix it"
         ) from None
     names = []
     for node in tree.body:
@@ -254,8 +254,8 @@ def unanswerable(functions: Sequence[Function], rows: Sequence[Row], where: Text
         answer = row["answer"]
         if _right(answer, row.get("language")) is None:
             problems.append(
-                f"{place}: the answer {answer[:40]!r} is no number, time or names that could be "
-                f"checked"
+                f"{place}: the answer {answer[:40]!r} is not a number, a time or names, so it "
+                f"cannot be checked"
             )
     return problems
 
@@ -335,4 +335,6 @@ def _check_returned(function: Function, values: Any, count: int) -> None:
     if not right or not all(isinstance(value, int | float | None) for value in values):
         owed = f"a list of {count} numbers or None"
         returned = str(values)[:60]
-        raise MisError(f"the reward function {function.name} returned {returned}: it owes {owed}")
+        raise MisError(
+            f"the reward function {function.name} returned {returned}: it must return {owed}"
+        )

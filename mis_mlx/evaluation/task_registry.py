@@ -122,17 +122,17 @@ def _brought(name: str) -> list[questions.Task]:
     folder = Path(name).expanduser()
     if folder.name in polish.SLOTS and (folder / polish.PAIRS).is_file():
         pairs = polish.read_pairs(folder.name, folder)
-        return polish.dialect(folder.name, pairs, f"brought by you in {folder.name}")
+        return polish.dialect(folder.name, pairs, f"your own, in {folder.name}")
     if folder.is_dir():
         return questions.folder(folder)
     if folder.suffix == ".jsonl":
         return [questions.file(folder)]
     known = [*PRESETS, *ABOUT, *polish.SETS, CONTINUE, "dialects", *polish.SLOTS, TEXT, ANSWERS]
-    hint = f"known are {', '.join(known)}"
+    hint = f"known tasks: {', '.join(known)}"
     near = difflib.get_close_matches(name, known, 3, 0.5)
     if near:
         hint = f"did you mean {' or '.join(near)}?"
-    raise MisError(f"--tasks names {name}, which is no task, no folder and no .jsonl file: {hint}")
+    raise MisError(f"--tasks names {name}, which is not a task, a folder or a .jsonl file: {hint}")
 
 
 def _continued(data: str | None, known: questions.Known) -> list[questions.Task]:
@@ -151,9 +151,8 @@ def _continued(data: str | None, known: questions.Known) -> list[questions.Task]
         new = tuple(q for q in task.questions if not known.holds(q))
         if len(new) < 2:
             why = (
-                f"of {len(places)} places in the held-out text {len(new)} share no 13 words "
-                f"with "
-                f"the training text"
+                f"only {len(new)} of {len(places)} places in the held-out text share no 13 words "
+                f"with the training text"
             )
             raise MisError(
                 f"{why}, the task {CONTINUE} needs 2: give another test.jsonl, or leave the task "
@@ -247,7 +246,7 @@ def _dialect(slot: str) -> list[questions.Task]:
         pairs = polish.from_firefox(folder)
         return polish.dialect(slot, pairs, f"Firefox's language packs in {folder}")
     pairs = polish.read_pairs(slot, folder)
-    origin = hub.provenance(folder).get("source", "brought by you")
+    origin = hub.provenance(folder).get("source", "your own")
     return polish.dialect(slot, pairs, origin)
 
 

@@ -50,7 +50,7 @@ def _check_layers(config: Config, full: Config, family: families.Family) -> None
     alternate = [i % 2 == 0 for i in range(len(slides))]
     if any(slides) and not family.period and not (family.sinks and slides == alternate):
         raise MisError(
-            f"llama.cpp's {family.gguf} has no sliding windows, some layers here do: use "
+            f"llama.cpp's {family.gguf} has no sliding windows, but some layers here do: use "
             f"--format hf"
         )
 

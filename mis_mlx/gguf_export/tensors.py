@@ -120,8 +120,8 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
         kept = {part.kind for part in listed if part.exact}
         if wanted.upper() not in kept:
             raise MisError(
-                f"--out-type {wanted} re-wraps what MLX packed so, here nothing is: take another "
-                f"--out-type"
+                f"--out-type {wanted} needs matrices that MLX packed in this way, and this model "
+                f"has none: use another --out-type"
             )
     for name in FREQS.get(positions.rope(config)[0], ()):
         count = positions.frequency_factors(config).shape
@@ -255,7 +255,7 @@ def _converted(
         # Beyond float16's range numbers would become infinity in silence.
         largest = np.abs(values).max()
         if largest > np.finfo(np.float16).max:
-            raise MisError(f"{part.source} has {largest:.4g}, float16 ends at 65504: use bf16")
+            raise MisError(f"{part.source} has {largest:.4g}, but float16 ends at 65504: use bf16")
     return gguf.quantize(values, gguf.GGMLQuantizationType[part.kind])
 
 
@@ -350,13 +350,13 @@ def _of_mixture(config: Config) -> dict[str, int]:
         return {}
     if family.head_norms == "all" and shape.kv_heads != shape.heads:
         raise MisError(
-            f"llama.cpp's {family.gguf} has a key-value head for every head, this model fewer: use "
-            f"--format hf"
+            f"llama.cpp's {family.gguf} has a key-value head for every head, but this model has "
+            f"fewer: use --format hf"
         )
     if config.get("norm_topk_prob", family.gates_sum_to_1) != family.gates_sum_to_1:
         other = (
-            f"norm_topk_prob is {not family.gates_sum_to_1}, of which llama.cpp's {family.gguf} "
-            f"knows the other"
+            f"norm_topk_prob is {not family.gates_sum_to_1}, but llama.cpp's {family.gguf} only "
+            f"knows the opposite"
         )
         raise MisError(f"{other}: use --format hf")
     words = {

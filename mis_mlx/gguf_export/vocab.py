@@ -54,8 +54,8 @@ def add(writer: Any, folder: Path, size: int) -> list[str]:
     last = max(pieces)
     if last >= size:
         raise MisError(
-            f"{folder}: the tokenizer has token {last}, the embedding {size} rows: they are of two "
-            f"models"
+            f"{folder}: the tokenizer has token {last}, but the embedding has {size} rows: they "
+            f"belong to different models"
         )
     rows = [pieces.get(i, (f"[PAD{i}]", NO_SCORE, UNUSED)) for i in range(size)]
     writer.add_tokenizer_model(kind)
@@ -118,9 +118,9 @@ def _pieces(folder: Path, spec: dict[str, Any]) -> tuple[str, str, dict[int, Pie
     notes = []
     if not pre:
         notes.append(
-            f"the pre-tokenizer is none that is known here by llama.cpp's hash "
-            f"({digest[:12]}) or by its rules: "
-            f"'default' is written, llama.cpp may cut numbers and punctuation differently"
+            f"the pre-tokenizer is not known here by llama.cpp's hash ({digest[:12]}) or by its "
+            f"rules, so 'default' is written: llama.cpp may split numbers and punctuation "
+            f"differently"
         )
     pieces = {i: (text, 0.0, NORMAL) for text, i in model["vocab"].items()}
     return "gpt2", pre or "default", pieces, notes

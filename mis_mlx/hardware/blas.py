@@ -21,10 +21,9 @@ PREFIX = b"scipy_"
 # What `renamed` and the file system raise where the library is unknown or cannot be written.
 OTHERWISE = (OSError, ValueError, LookupError, ArithmeticError, AttributeError, struct.error)
 SLOW = (
-    f"no OpenBLAS, so matrix products take 20 to 50 times as long: {sys.executable} -m pip install "
-    f"--force-reinstall "
-    "scipy-openblas32, and XDG_CACHE_HOME must be a folder that can be written, without a blank in "
-    "its name"
+    f"OpenBLAS is missing, so matrix products take 20 to 50 times as long: {sys.executable} -m pip "
+    f"install --force-reinstall scipy-openblas32, and XDG_CACHE_HOME must be a writable folder "
+    f"without a space in its name"
 )
 # ELF: types of sections and of entries of the dynamic section, and the bytes of one symbol.
 SHT_DYNSYM = 11
@@ -222,7 +221,7 @@ def main() -> None:
                 with suppress(BrokenPipeError):
                     _say(lines)
     except KeyboardInterrupt:
-        sys.stderr.write("mis_mlx: stopped by hand before anything was begun: start it again\n")
+        sys.stderr.write("mis_mlx: stopped by hand before it began: start it again\n")
         os._exit(130)
     os.execvp(sys.argv[1], sys.argv[1:])
 

@@ -79,9 +79,9 @@ def ask(
         raise NoAnswer(f"its process ended with {process.returncode}") from None
     # an exit code of 0 alone is no answer
     if not isinstance(answer, dict):
-        raise NoAnswer("its answer is none")
+        raise NoAnswer("it gave no answer")
     if "value" not in answer:
-        raise NoAnswer(str(answer.get("error", "its answer is none")))
+        raise NoAnswer(str(answer.get("error", "it gave no answer")))
     return answer["value"]
 
 

@@ -91,7 +91,7 @@ def budget(asked_bytes: int | None, room: int | None = None) -> Budget:
         return Budget(min(most, int(SHARE * room)))
     if asked_bytes > room:
         raise MisError(
-            f"--budget {gib(asked_bytes)} is more than the {gib(room)} there are: ask for less"
+            f"--budget {gib(asked_bytes)} is more than the available {gib(room)}: ask for less"
         )
     return Budget(asked_bytes)
 

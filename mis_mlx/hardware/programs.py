@@ -74,7 +74,7 @@ def unpack_debian(names: Sequence[str], into: Path) -> list[str]:
     MisError when apt is absent or has no such package.
     """
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        raise MisError(f"this system has no apt to bring {' and '.join(names)}")
+        raise MisError(f"this system has no apt to install {' and '.join(names)}")
     _download(
         ["apt-get", "download", "-qq", *names],
         f"apt could not download {' and '.join(names)}",
@@ -103,8 +103,8 @@ def quantizer() -> list[str]:
     if importlib.util.find_spec("llama_cpp"):
         return [sys.executable, "-c", QUANTIZE]
     raise MisError(
-        "no llama.cpp: `brew install llama.cpp`, or `pip install llama-cpp-python`, or another "
-        "--out-type"
+        "llama.cpp is not installed: `brew install llama.cpp`, or `pip install llama-cpp-python`, "
+        "or use another --out-type"
     )
 
 
@@ -117,6 +117,6 @@ def quantize(source: Path, target: Path, kind: str) -> None:
     code, lines = _run([*quantizer(), str(source), str(target), kind])
     if code or not target.is_file():
         errors = [line for line in lines if "failed" in line or "rror" in line]
-        last = ["without a word", *lines, *errors][-1][:200]
+        last = ["no message", *lines, *errors][-1][:200]
         why = f"llama.cpp could not make {target.name} (exit code {code}: {last})"
-        raise MisError(f"{why}: look at the free space, or take another --out-type")
+        raise MisError(f"{why}: check the free space, or use another --out-type")

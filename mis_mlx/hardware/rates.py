@@ -221,7 +221,7 @@ def disk_bytes(folder: Path, nbytes: int) -> tuple[float, float]:
     piece = min(nbytes, PIECE)
     if free < 4 * piece:
         raise MisError(
-            f"{folder} has {gib(free)} free, a measurement wants {gib(4 * piece)}: free some"
+            f"{folder} has {gib(free)} free, but a measurement needs {gib(4 * piece)}: free some"
         )
     path = folder / f".tmp-rates-{os.getpid()}"
     try:

@@ -197,8 +197,8 @@ def inside(tensors: Mapping[str, TensorAt], config: Config) -> dict[str, TensorA
             continue
         if name.endswith("_proj_blocks"):
             raise MisError(
-                f"{tensor.file}: experts lie as openai packs them: run mlx_lm.convert on the model "
-                f"first"
+                f"{tensor.file}: the experts are packed in OpenAI's own format: run mlx_lm.convert "
+                f"on the model first"
             )
         stack = experts.STACKED.fullmatch(name)
         if stack:
@@ -235,7 +235,7 @@ def _joined_parts(
         first += rows
     if first != tensor.shape[0]:
         raise MisError(
-            f"{tensor.file}: {name} has {tensor.shape[0]} rows, config.json makes it {first}: "
+            f"{tensor.file}: {name} has {tensor.shape[0]} rows, but config.json says {first}: "
             f"download it again"
         )
 
@@ -266,7 +266,7 @@ def check_tensors(checkpoint: Checkpoint) -> None:
     for name, shape in expected.items():
         tensor = stored.get(name)
         if tensor is None:
-            lost = f"config.json promises {name} {list(shape)}, no file holds it"
+            lost = f"config.json lists {name} {list(shape)}, but no file holds it"
             raise MisError(f"{checkpoint.path}: {lost}: download the model again")
         has_scales = name.removesuffix(".weight") + ".scales" in stored
         _check_tensor(name, tensor, shape, packed=tensor.dtype == "U32" and has_scales)
@@ -288,10 +288,10 @@ def _check_tensor(name: str, tensor: TensorAt, shape: tuple[int, ...], *, packed
     if packed and len(shape) == 2:  # a row of a packed matrix has fewer, larger numbers
         fits = tensor.shape[0] == shape[0]
     if not fits:
-        why = f"{name} is {list(tensor.shape)}, config.json makes it {list(shape)}"
+        why = f"{name} is {list(tensor.shape)}, but config.json says {list(shape)}"
         raise MisError(f"{tensor.file}: {why}: files and config belong to different models")
     if not packed and tensor.dtype not in ("F32", "F16", "BF16"):
-        why = f"{name} is stored as {tensor.dtype}, weights are F32, F16 or BF16"
+        why = f"{name} is stored as {tensor.dtype}, but weights must be F32, F16 or BF16"
         raise MisError(
             f"{tensor.file}: {why}: download the model again, or convert it with mlx_lm.convert"
         )
@@ -318,8 +318,8 @@ def count(flag: str, asked: str | None, of: int, what: str) -> int | None:
             wanted *= of
     if not 1 <= wanted <= of:
         raise MisError(
-            f"{flag} {asked} is no number of {what} from 1 to {of:,}: give one, or a share such as "
-            f"0.5x"
+            f"{flag} {asked} is not a number of {what} from 1 to {of:,}: give one, or a "
+            f"share such as 0.5x"
         )
     return int(wanted)
 
@@ -367,11 +367,12 @@ def _check_axis(
         cut = wanted != before
     if cut and axis not in row.axes:
         raise MisError(
-            f"{axis} of a {row.name} cannot be cut: {row.why}; what can be is {', '.join(row.axes)}"
+            f"{axis} of a {row.name} cannot be cut: {row.why}; you can cut {', '.join(row.axes)}"
         )
     if wanted is not None and not 1 <= wanted <= before:
         raise MisError(
-            f"--{axis} {wanted} is outside 1 to {before}, which the teacher has: choose within"
+            f"--{axis} {wanted} is outside 1 to {before}, the teacher's size: choose a number "
+            f"in between"
         )
 
 
@@ -397,7 +398,7 @@ def _settle_heads(
         sizes["heads"] = group * kv
     heads = sizes["heads"]
     if heads % kv or heads > group * kv:
-        why = f"{kv} key-value heads, of which the teacher's have {group} query heads each"
+        why = f"{kv} key-value heads with {group} query heads each, as in the teacher"
         remedy = f"choose a multiple of {kv}, {group * kv} at most"
         raise MisError(f"--heads {heads} does not divide into {why}: {remedy}")
 
@@ -410,30 +411,34 @@ def _check_sizes(config: Config, sizes: Mapping[str, int]) -> None:
         active = config["num_experts_per_tok"]
         if experts_left < active:
             raise MisError(
-                f"--experts leaves {experts_left}, a token meets {active} of them: keep {active} "
-                f"or more"
+                f"--experts leaves {experts_left}, but a token uses {active} of them: keep "
+                f"{active} or more"
             )
     layers = sizes["layers"]
     fixed = len(fixed_blocks(config))
     if layers < fixed:
-        why = f"{fixed} blocks stay, those that make keys and values for others and the last one"
+        why = (
+            f"{fixed} blocks must stay: those that make keys and values for others, and the last "
+            f"one"
+        )
         raise MisError(f"{layers} layers of a {row.name} are too few: {why}: keep {fixed} or more")
     if row.period:
         period = normalised(config)[row.period]
         if layers < period:
             raise MisError(
-                f"{layers} layers of a {row.name} are fewer than {period}, which mlx-lm wants: "
+                f"{layers} layers of a {row.name} are fewer than {period}, which mlx-lm needs: "
                 f"keep more"
             )
     hidden = sizes["hidden"]
     heads = sizes["heads"]
     if row.heads_fill_hidden and hidden % heads:
-        why = f"is not a multiple of {heads} heads, which transformers demands of a {row.name}"
+        why = f"is not a multiple of {heads} heads, as transformers requires for a {row.name}"
         raise MisError(f"hidden {hidden} {why}: choose --hidden as a multiple of {heads}")
     before = shape_of(config)
     if row.head_dim_follows and hidden // heads != before.head_dim:
         why = (
-            f"hidden ({before.hidden} to {hidden}) or heads alone, its head size is their quotient"
+            f"hidden ({before.hidden} to {hidden}) or heads alone, because its head size is "
+            f"their quotient"
         )
         raise MisError(f"a {row.name} cannot change {why}: cut --layers and --ffn instead")
 

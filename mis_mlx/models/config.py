@@ -79,7 +79,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     check_config(config, where)
     if config.pop("auto_map", None):
         say_once(
-            f"{where}: names program code of the model's own, which is not run: it is a "
+            f"{where}: names the model's own program code, which is never run: it is read as a "
             f"{config['model_type']}"
         )
     if not family(config).own_positions:
@@ -87,8 +87,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     for _, rope in rotary_settings(config):
         if rope.get("short_factor") != rope.get("long_factor"):
             say_once(
-                f"{where}: LongRoPE's long factors count at every length, as in mlx-lm, never its "
-                f"short ones"
+                f"{where}: uses LongRoPE's long factors at every length, as mlx-lm does, and never "
+                f"the short ones"
             )
             # other programs then compute the same from folders written with this config
             rope["short_factor"] = rope["long_factor"]
@@ -102,7 +102,7 @@ def _read_json(folder: Path, where: Path) -> dict[str, Any]:
             raise OSError
         size = where.stat().st_size
         if size > MOST_BYTES:
-            raise header_check.Refused(f"is {size} bytes long, plausible is under {MOST_BYTES:,}")
+            raise header_check.Refused(f"is {size} bytes long, but should be under {MOST_BYTES:,}")
         return header_check.json_object(where.read_bytes())
     except OSError:
         raise MisError(
@@ -127,7 +127,7 @@ def _opened_as(config: dict[str, Any], where: Path) -> dict[str, Any]:
     text = config.get("text_config", {})
     if not isinstance(text, dict):
         raise MisError(
-            f"{where}: text_config is {str(text)[:40]}, no JSON object: download the model again"
+            f"{where}: text_config is {str(text)[:40]}, not a JSON object: download the model again"
         )
 
     outer = dict[str, Any]()
@@ -200,7 +200,7 @@ def _check_values(config: Config) -> None:
         _check_experts(config)
     for key in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         if config.get(key) not in (None, True, False):
-            raise MisError(f"{key} is {config[key]!r}, true or false was expected")
+            raise MisError(f"{key} is {config[key]!r}, but must be true or false")
 
 
 def _check_type(config: Config, folder: Path) -> None:
@@ -219,7 +219,7 @@ def _check_type(config: Config, folder: Path) -> None:
     why = f"model_type {kind!r} is not supported"
     if isinstance(kind, str):
         why += _nearest(kind, config, folder)
-    raise MisError(f"{why}; supported are {', '.join(FAMILIES)}")
+    raise MisError(f"{why}; supported: {', '.join(FAMILIES)}")
 
 
 def _nearest(kind: str, config: Config, folder: Path) -> str:
@@ -247,7 +247,7 @@ def _nearest(kind: str, config: Config, folder: Path) -> str:
         unknown[8:] = [f"{len(unknown) - 8} more"]
     sentence = f", the nearest is {nearest.name}"
     if unknown:
-        sentence += f", which knows nothing of {', '.join(unknown)}"
+        sentence += f", which does not know {', '.join(unknown)}"
     return sentence
 
 
@@ -261,7 +261,8 @@ def _check_heads(config: Config) -> None:
     head_dim = whole_number(config, "head_dim", 4096, default=usual)
     if head_dim % 2:
         raise MisError(
-            f"head_dim is {head_dim}, rotary positions need an even one: this is no usable config"
+            f"head_dim is {head_dim}, but rotary positions need an even one: this config is "
+            f"not usable"
         )
 
 
@@ -271,9 +272,7 @@ def _check_only(config: Config) -> None:
     for key, only in row.only:
         value = config.get(key)
         if value not in (None, only):
-            raise MisError(
-                f"{key} is {value!r}, of a {row.name} only {only!r} can be computed here"
-            )
+            raise MisError(f"{key} is {value!r}, but for a {row.name} only {only!r} is supported")
     if row.sinks and not config.get("layer_types"):
         raise MisError("layer_types is missing, which says which blocks see all tokens")
 
@@ -284,7 +283,9 @@ def _check_experts(config: Config) -> None:
     experts = whole_number(config, row.experts, MOST_EXPERTS)
     active = whole_number(config, "num_experts_per_tok", MOST_EXPERTS)
     if active > experts:
-        raise MisError(f"a token meets {active} experts (num_experts_per_tok), there are {experts}")
+        raise MisError(
+            f"a token uses {active} experts (num_experts_per_tok), but there are only {experts}"
+        )
     for key in (row.ffn, row.shared_expert):
         if key:
             whole_number(config, key, SIZES["intermediate_size"])

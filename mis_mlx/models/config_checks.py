@@ -33,14 +33,14 @@ def whole_number(config: Config, key: str, most: int, default: Any = None) -> in
     if value is None:
         value = default
     if type(value) is not int or not 1 <= value <= most:
-        raise MisError(f"{key} is {value!r}, plausible is 1 to {most}: this is not a usable config")
+        raise MisError(f"{key} is {value!r}, but should be 1 to {most}: this config is not usable")
     return value
 
 
 def positive_number(value: Any, key: str) -> None:
     """MisError unless `value`, which config.json has under `key`, is a number above 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise MisError(f"{key} is {value!r}, a number above 0 was expected")
+        raise MisError(f"{key} is {value!r}, but must be a number above 0")
 
 
 def rotary_settings(config: Config) -> Iterator[tuple[str, Any]]:
@@ -78,7 +78,7 @@ def check_positions(config: Config) -> None:
         kind = rotary_kind(rope)
         if kind not in kinds:
             value = rope if kind is None else kind
-            raise MisError(f"{key} is {value!r}, supported are {', '.join(kinds)}")
+            raise MisError(f"{key} is {value!r}, supported: {', '.join(kinds)}")
         needed = ROPE_NEEDS.get(kind, ())
         if "rope_theta" in rope:
             needed += ("rope_theta",)
@@ -115,7 +115,7 @@ def _rotated_channels(config: Config) -> int:
         expected = "whole heads"
         if row.own_positions:
             expected = f"an even part of each head, {share!r} or another"
-        raise MisError(f"{SHARE} is {wrong!r}, a {row.name} turns {expected}")
+        raise MisError(f"{SHARE} is {wrong!r}, but a {row.name} rotates {expected}")
     return rotated
 
 
@@ -128,8 +128,7 @@ def _check_long_rope(config: Config, key: str, rope: Mapping[str, Any], *, pairs
     unknown = sorted(rope.keys() - LONG_KEYS - {"long_factor", "short_factor"})
     if unknown:
         raise MisError(
-            f"{key} has {', '.join(unknown)}, of which mlx-lm's phi3 knows nothing: use "
-            f"another model"
+            f"{key} has {', '.join(unknown)}, which mlx-lm's phi3 does not know: use another model"
         )
     for name in ("long_factor", "short_factor"):
         factors = rope.get(name)
@@ -167,14 +166,14 @@ def _check_two_ropes(config: Config) -> None:
         key = f"rope_parameters.{attention}"
         kind = rotary_kind(rope)
         if kind != expected:
-            raise MisError(f"{key} is {kind!r}, of a {name} it is {expected!r}")
+            raise MisError(f"{key} is {kind!r}, but for a {name} it must be {expected!r}")
         positive_number(rope.get("rope_theta"), f"{key}.rope_theta")
         share = rope.get(SHARE, 1.0)
         positive_number(share, f"{key}.{SHARE}")
         if share > 1 or (share < 1 and expected == "default"):
-            raise MisError(f"{key}.{SHARE} is {share}, 1 was expected")
+            raise MisError(f"{key}.{SHARE} is {share}, but must be 1")
         if rope.get("factor", 1.0) != 1.0:
-            raise MisError(f"{key}.factor is {rope['factor']!r}, only 1 can be computed here")
+            raise MisError(f"{key}.factor is {rope['factor']!r}, but only 1 is supported")
 
 
 def check_kinds(config: Config, complete: Config) -> None:
@@ -203,29 +202,32 @@ def check_sharing(config: Config) -> None:
     row = family(config)
     for key in row.stated:
         if config.get(key) is None:
-            why = f"{key} is missing, which mlx-lm and transformers take for different things then"
+            why = f"{key} is missing, and mlx-lm and transformers then assume different things"
             raise MisError(f"{why}: use a model whose config.json has it")
     if row.per_layer:
         rows = config["vocab_size_per_layer_input"]
         vocab = config["vocab_size"]
         if rows != vocab:
-            why = f"the table of per-layer inputs has {rows:,} rows, the embedding {vocab:,}"
-            raise MisError(f"{why}: only tables of as many rows can be computed here")
+            why = f"the table of per-layer inputs has {rows:,} rows, but the embedding {vocab:,}"
+            raise MisError(f"{why}: only tables with equally many rows are supported")
     if not row.sharing:
         return
     # The last blocks must find keys and values of their own kind in the blocks before.
     layers = config["num_hidden_layers"]
     shared = config[row.sharing]
     if type(shared) is not int or not 0 <= shared < layers:
-        raise MisError(f"{row.sharing} is {shared!r}, plausible is 0 to {layers - 1}")
+        raise MisError(f"{row.sharing} is {shared!r}, but should be 0 to {layers - 1}")
     own = layers - shared
     kinds = config["layer_types"]
     lost = set(kinds[own:]) - set(kinds[:own])
     if lost:
         why = (
-            f"blocks of {min(lost)} share keys and values, none of the first {own} blocks makes any"
+            f"blocks of {min(lost)} share keys and values, but none of the first {own} blocks "
+            f"makes any"
         )
-        raise MisError(f"{why}: this is no usable config")
+        raise MisError(f"{why}: this config is not usable")
     head_dim = whole_number(config, row.global_head_dim, 4096)
     if head_dim % 2:
-        raise MisError(f"{row.global_head_dim} is {head_dim}, rotary positions need an even one")
+        raise MisError(
+            f"{row.global_head_dim} is {head_dim}, but rotary positions need an even one"
+        )

@@ -52,7 +52,7 @@ def _world() -> _World:
         group = mx.distributed.init(strict=True)
     except (RuntimeError, ValueError) as error:
         raise MisError(
-            f"the machines do not reach each other ({error}): look at the hosts and cables"
+            f"the machines cannot reach each other ({error}): check the hosts and cables"
         ) from None
     sockets.notice_the_dead()
     return _World(group.rank(), group.size())
@@ -93,9 +93,7 @@ def _settled(arrays: Any) -> Any:
             raise
         # No later call waits for the others.
         _world().size = 1
-        raise Lost(
-            f"a machine beside this one is gone ({error}): resume on as many as there are"
-        ) from None
+        raise Lost(f"another machine is gone ({error}): resume on the remaining machines") from None
     return arrays
 
 
@@ -269,6 +267,6 @@ def check_same(what: Mapping[str, Any]) -> None:
     for number, theirs in enumerate(everyone):
         for name, value in everyone[0].items():
             if theirs[name] != value:
-                why = f"machine {number} has another {name} than machine 0"
+                why = f"machine {number} has a different {name} from machine 0"
                 both = f"{str(theirs[name])[:12]}, not {str(value)[:12]}"
                 raise MisError(f"{why} ({both}): give all of them the same")

@@ -248,7 +248,7 @@ def apart(
     count = shape_of(config).experts
     if at.shape[0] != count:
         raise MisError(
-            f"{at.file}: {name} has {at.shape[0]} experts, config.json makes it {count}: download "
+            f"{at.file}: {name} has {at.shape[0]} experts, but config.json says {count}: download "
             f"it again"
         )
     stem, kind, tensor = stacked.groups()

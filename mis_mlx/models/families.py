@@ -98,7 +98,7 @@ class Family:
 
 
 MIXED = ("layers", "ffn", "experts")
-MIXED_WHY = "in a mixture of experts that is not built"
+MIXED_WHY = "this is not implemented for mixtures of experts"
 ROWS = (
     Family("llama", "llama", "llama", interleaved=True),
     Family("mistral", "llama", "llama", interleaved=True),
@@ -162,7 +162,7 @@ ROWS = (
         own_positions=True,
         head_dim_follows=True,
         axes=("layers", "ffn"),
-        why="its heads are rows of one matrix, of which none is cut out",
+        why="its heads are rows of one matrix, which cannot be cut",
     ),
     Family(
         "gemma3_text",
@@ -182,8 +182,8 @@ ROWS = (
         embedding_scale="sqrt",
         numbers=("rope_local_base_freq", "query_pre_attn_scalar"),
         axes=("layers", "ffn", "heads", "kv_heads"),
-        why="its blocks have norms behind attention and MLP, through which channels cannot be "
-        "ranked or rotated",
+        why="its blocks have norms after attention and MLP, so channels cannot be ranked or "
+        "rotated",
     ),
     Family(
         "gemma4_text",
@@ -224,7 +224,7 @@ ROWS = (
         softcap="final_logit_softcapping",
         block_scale=True,
         axes=("layers", "ffn"),
-        why="its heads have two sizes, and norms stand behind attention and MLP",
+        why="its heads have two sizes, and norms follow attention and MLP",
     ),
     Family(
         "qwen3_moe",

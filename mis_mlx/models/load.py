@@ -50,8 +50,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if seeing:
         what = "see or hear" if family(config).per_layer else "see"
         say_once(
-            f"{folder}: the text part is opened, a {family(config).name}, without {len(seeing)} "
-            f"tensors that {what}"
+            f"{folder}: only the text part is opened, a {family(config).name}, without "
+            f"{len(seeing)} tensors that {what}"
         )
         tensors = {name: tensor for name, tensor in tensors.items() if name not in seeing}
     checkpoint = Checkpoint(folder, config, arch.inside(tensors, config))

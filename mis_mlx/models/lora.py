@@ -40,7 +40,7 @@ class Lora:
     def check(self, layers: int) -> None:
         """MisError where a model of so many layers cannot have these."""
         if not (self.num_layers == -1 or 1 <= self.num_layers <= layers):
-            why = f"--num-layers is {self.num_layers}, the model has {layers}"
+            why = f"--num-layers is {self.num_layers}, but the model has {layers} blocks"
             raise MisError(f"{why}: give 1 to {layers}, or -1 for all")
 
     def params(self, config: Mapping[str, Any]) -> int:

@@ -97,7 +97,7 @@ def _basis(path: Path, channels: int) -> np.ndarray:
         basis = np.load(path, mmap_mode="r", allow_pickle=False)
         if basis.ndim != 2 or basis.shape[1] != channels or basis.dtype != np.float32:
             raise ValueError(
-                f"it holds {basis.dtype} {list(basis.shape)}, the model has {channels} channels"
+                f"it holds {basis.dtype} {list(basis.shape)}, but the model has {channels} channels"
             )
     except (OSError, EOFError, ValueError) as error:
         raise MisError(

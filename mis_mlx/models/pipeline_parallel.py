@@ -75,11 +75,11 @@ class Relay(stream.Stream):
     ):
         if not block_inputs.plain(checkpoint.config):
             why = (
-                f"blocks of a {families.family(checkpoint.config).name} need more of each other "
-                f"than hidden states"
+                f"blocks of a {families.family(checkpoint.config).name} exchange more than hidden "
+                f"states"
             )
             raise MisError(
-                f"{why}, which machines that share blocks do not send: use --spread whole"
+                f"{why}, and machines that share blocks send nothing else: use --spread whole"
             )
         end = list(accumulate(shares))[distributed.rank()]
         self.mine = range(end - shares[distributed.rank()], end)

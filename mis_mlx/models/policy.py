@@ -46,9 +46,8 @@ class Computing:
     """The flag of every command that computes with a model; its `run` gives it to `use`."""
 
     compute_dtype: Literal["float16", "bfloat16", "float32"] | None = None
-    """type that models compute in; default: float32 on a CPU; float16 on Metal. A model whose
-    activations float16 does not hold computes in float32 on M1 and M2 where that fits, else in
-    bfloat16
+    """data type for computation; default: float32 on a CPU, float16 on Metal. If activations
+    overflow float16: float32 on M1 and M2 where it fits, otherwise bfloat16
     """
 
 
@@ -68,7 +67,7 @@ def name() -> Literal["metal", "cpu"]:
     """The policy that holds: the device's own, or what MIS_MLX_POLICY says, on any device."""
     forced = os.environ.get(POLICY)
     if forced not in (None, "", "metal", "cpu"):
-        raise MisError(f"{POLICY} is {forced!r}: give metal or cpu, or leave it out")
+        raise MisError(f"{POLICY} is {forced!r}: set it to metal or cpu, or unset it")
     if forced:
         return "metal" if forced == "metal" else "cpu"
     return "metal" if mx.default_device() == mx.gpu else "cpu"
@@ -117,7 +116,8 @@ def _judged(model: Checkpoint) -> mx.Dtype:
     dtype = refuge(model)
     name = str(dtype).removeprefix("mlx.core.")
     cli.say(
-        f"{model.path}: activations reach {reach:,.0f}, float16 ends at 65,504: computing in {name}"
+        f"{model.path}: activations reach {reach:,.0f}, but float16 ends at 65,504: computing "
+        f"in {name}"
     )
     return dtype
 

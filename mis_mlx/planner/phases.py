@@ -335,7 +335,7 @@ def remedy(plan: MemoryPlan) -> str:
     worst = max(plan.phases, key=lambda p: p.peak_bytes)
     least = estimates.flag(least_bytes(plan.job, plan.rates))
     text = (
-        f"{worst.name} needs {gib(worst.peak_bytes)}, the budget is {gib(plan.budget_bytes)}: "
+        f"{worst.name} needs {gib(worst.peak_bytes)}, but the budget is {gib(plan.budget_bytes)}: "
         f"give --budget {least}"
     )
     for flags, job in _smaller_jobs(plan.job):

@@ -37,21 +37,21 @@ class TrainingConfig:
     iters: Count = 60
     """optimizer steps"""
     batch_size: Count = 2
-    """windows in a micro-batch"""
+    """windows per micro-batch"""
     grad_accumulation_steps: Count = 1
-    """micro-batches in a step"""
+    """micro-batches per step"""
     max_seq_length: Tokens = 256
-    """tokens in a window"""
+    """tokens per window"""
     learning_rate: Rate = 3e-4
-    """peak; falls to a tenth along a cosine"""
+    """peak learning rate; decays to a tenth along a cosine"""
     warmup: Annotated[Whole, FILE_ONLY] = 5
-    """steps until the peak"""
+    """steps to the peak learning rate"""
     weight_decay: Annotated[Share, FILE_ONLY] = 0.01
-    """AdamW's"""
+    """weight decay of AdamW"""
     save_every: Count = 20
     """steps between checkpoints"""
     seed: Seed = 0
-    """of batch order, calibration windows and eps_halny"""
+    """seed of batch order, calibration windows and eps_halny"""
 
     def rate(self, step: int) -> float:
         """Learning rate of 0-based `step`: linear warm-up, then a cosine to a tenth of the peak."""
@@ -69,60 +69,58 @@ class DistillationConfig(TrainingConfig):
 
     # an int wherever steps are made: MemoryPlan.recipe
     iters: Count | None = None  # type: ignore[assignment]
-    """optimizer steps; default: 30, for a student is near its teacher once repaired; 60 where
-    little or nothing is
+    """optimizer steps; default: 30 after a repair, which brings the student near its teacher, or 60
+    where little or nothing is repaired
     """
     minutes: Annotated[float | None, Within(0.05, 1e5)] = None
-    """minutes that these steps may take, in place of --iters: as many as fit by the pace of the
-    first ones; a student that is trained in parts takes as many as the plan expects to fit
+    """training time in minutes, instead of --iters: times the first steps, and makes as many as
+    fit; --train sharded and --targets cached need --iters
     """
     # a float wherever steps are made, as iters
     learning_rate: Rate | None = None  # type: ignore[assignment]
-    """peak; falls to a tenth along a cosine; default: by the teacher's weights where all blocks
-    learn at once (SmolLM2: 1e-4, Gemma: 2e-5), else 1e-4; thrice of it suits a student that was not
-    repaired (--reconstruct-samples 0)
+    """peak learning rate, which decays to a tenth along a cosine; default: from the teacher's
+    weights if all blocks learn at once (SmolLM2: 1e-4, Gemma: 2e-5), otherwise 1e-4; without repair
+    (--reconstruct-samples 0), use 3x
     """
     temperature: Annotated[Positive, FILE_ONLY] = 1.0
-    """T of eq. (2), which softens both distributions"""
+    """T in eq. (2); softens both distributions"""
     halny: Annotated[Share | None, FILE_ONLY] = None
-    """spread of eps_halny in eq. (2); 0 switches it off; default: from measured T_env, 0 when
-    unmeasured
-    """
+    """spread of eps_halny in eq. (2); 0: off; default: from measured T_env, 0 when unmeasured"""
     train: Literal["auto", "resident", "blocks", "lora", "sharded", "none"] = "auto"
-    """the student whole in memory; so, but block by block, with 8-bit moments, embedding and head
-    as they are; so, but only mlx-lm's low-rank adapters, which are added in the end; some blocks of
-    it at a time; or repaired and no more (none). Default: the first that fits, adapters left out
+    """resident: all of the student in memory; blocks: the same block by block, with 8-bit moments
+    and frozen embedding and head; lora: only mlx-lm's low-rank adapters, merged at the end;
+    sharded: some blocks at a time; none: repair only. Default: the first that fits, except lora
     """
     targets: Literal["live", "cached"] = "live"
-    """the teacher at every step; or its sampled logits, written down once, and no teacher in
-    memory
+    """live: run the teacher at every step; cached: store its sampled logits once, and then train
+    without it
     """
     reconstruct_samples: Whole = 64
-    """windows for the closed-form repair before training; 0 leaves it out"""
+    """windows for the closed-form repair before training; 0: no repair"""
     cross_entropy: Annotated[Share, FILE_ONLY] = 0.0
     """share of the loss that is plain cross-entropy on the text; the rest is KL to the teacher"""
     num_samples: Count = 32
     """calibration windows for importance"""
     eval_windows: Count = 24
-    """held-out windows measured; a third as many of the second text"""
+    """held-out windows to measure; a third as many of the second text"""
 
     def check(self) -> None:
         """MisError where values make no sense or flags do not go together."""
         cli.check_ranges(self)
         if self.minutes is not None and self.iters is not None:
             raise MisError(
-                f"--minutes {self.minutes:g} counts the steps, --iters {self.iters} says them: "
-                f"give one"
+                f"--minutes {self.minutes:g} and --iters {self.iters} both set the number of "
+                f"steps: give one"
             )
         if self.targets == "cached" and self.temperature != 1.0:
             raise MisError(
-                f"--targets cached are those of temperature 1, not {self.temperature:g}: use "
+                f"--targets cached holds targets of temperature 1, not {self.temperature:g}: use "
                 f"--targets live"
             )
         if self.targets == "cached" and self.cross_entropy:
             raise MisError(
-                "cross_entropy needs the teacher itself, --targets cached has samples: use "
-                "--targets live"
+                "cross_entropy needs the teacher itself, but --targets cached has only samples: "
+                "use --targets live"
             )
 
 
@@ -133,24 +131,24 @@ class QuantizationConfig:
     q_group_size: Literal[32, 64, 128] = 64
     """weights that share one scale"""
     q_mode: Literal["affine", "mxfp4", "nvfp4"] = "affine"
-    """format of the blocks' weights; the embedding is 8-bit affine in the others. What follows is
-    for affine only
+    """format of the blocks' weights; with mxfp4 and nvfp4, the embedding is 8-bit affine and the
+    flags below have no effect
     """
     target_bpw: Bits | None = 4.5
-    """bits per weight, scales included: 3 to 8 bits for each matrix, by what they cost on text.
-    None: 4 bits each, and 8 for the embedding and for down_proj where blocks are missing
+    """average bits per weight, including scales: each matrix gets 3 to 8 bits, by the measured loss
+    on text. None: 4 bits, and 8 for the embedding and for down_proj next to removed blocks
     """
     q_method: Literal["round", "gptq"] = "gptq"
-    """every weight to its nearest value (round), or so that outputs on num_samples windows change
-    least (gptq)
+    """round: each weight to its nearest value; gptq: so that outputs on calibration windows change
+    least
     """
     q_iters: Whole | None = None
-    """steps of distilling scales, biases and norms; integers stay; default: 20 in `distill` of a
-    student in memory
+    """steps in which scales, biases and norms learn from the teacher, and integers stay; default:
+    20 in `distill`, if the student fits in memory
     """
     q_learning_rate: Annotated[Rate, FILE_ONLY] = 2e-4
-    """peak, of those steps, a share of what learns, in 4.5 bits; a bit more halves it; falls along
-    a cosine
+    """peak learning rate of these steps, relative to the trained values, at 4.5 bits; one more bit
+    halves it; decays along a cosine
     """
 
     @property

@@ -55,7 +55,7 @@ def params_limit(config: Mapping[str, Any], text: str) -> Limit:
     if unit == "x":
         target *= teacher
     if target >= teacher:
-        given = f"that is {count(target)} parameters, the teacher has {count(teacher)}"
+        given = f"that is {count(target)} parameters, but the teacher has only {count(teacher)}"
         raise MisError(f"--params {text}: {given}: ask for fewer")
     return Limit(
         flag=f"--params {text}",
@@ -148,7 +148,7 @@ class Timing(NamedTuple):
 
 def speed(flag: str, text: str) -> float:
     """'1.5x' as a number above 1."""
-    example = "how many times as quick as the teacher, such as 1.5x"
+    example = "a multiple of the teacher's speed, such as 1.5x"
     value, _ = _number(flag, text, {"x": 1.0}, example)
     if value <= 1:
         raise MisError(f"{flag} {text}: the teacher itself has 1x: ask for more than 1x")

@@ -60,8 +60,8 @@ def reconstruct(
     of each batch; each judges the fit (default: one).
     """
     if len(batches) < 2:
-        why = "one window can judge a repair but not teach one, so every block stays as it is"
-        cli.say(f"reconstruct: {why}: give --reconstruct-samples 2 or more, or bring more text")
+        why = "one window can judge a repair but not fit one, so every block stays unchanged"
+        cli.say(f"reconstruct: {why}: give --reconstruct-samples 2 or more, or add text")
     repaired = dict[str, mx.array]()
     if put is None:
         put = repaired.__setitem__

@@ -33,44 +33,45 @@ class PruningConfig(ThermalFlags, vocabulary.VocabularyConfig):
     """What to prune and how to judge: shared by `prune` and `distill`."""
 
     scenario: Scenario | None = None
-    """sizes as ratios: redyk (half of the vocabulary, a third of the FFN), gazda (half of the FFN,
-    few layers), or table 1 of the paper: goral (layers, FFN), baca (hidden), halny (FFN), juhas
-    (layers), zbojnik (layers, FFN). Default: in distill, sizes by --lose; else stado (three
-    quarters of the experts) for a mixture of experts; redyk where the vocabulary is an eighth of
-    the model or more, none where half of it is nearly a third; else gazda
+    """what to cut: redyk (half of the vocabulary, a third of the FFN), gazda (half of the FFN, few
+    layers), or as in table 1 of the paper: goral (layers, FFN), baca (hidden), halny (FFN), juhas
+    (layers), zbojnik (layers, FFN). Default: in distill, sizes by --lose. Otherwise stado (three
+    quarters of the experts) for a mixture of experts; redyk if the vocabulary holds an eighth of
+    the parameters or more; none (only tokens go) if half of the vocabulary holds nearly a third;
+    else gazda
     """
     layers: Count | None = None
     """keep this many layers"""
     ffn: Count | None = None
-    """keep this many FFN neurons a layer"""
+    """keep this many FFN neurons per layer"""
     experts: str | None = None
-    """experts of a mixture that stay in every block: a number, or a share such as 0.75x"""
+    """keep this many experts per block of a mixture: a number, or a share such as 0.75x"""
     experts_by: Literal["reap", "frequency", "random"] = "reap"
-    """how experts are ranked: by gate times norm of output, mean over the tokens that choose one
-    (reap, with the weather under aais); by how many choose it; by lot
+    """how to rank experts. reap: gate times output norm, averaged over the tokens that choose the
+    expert (with aais, times air temperature over altitude); frequency: number of such tokens;
+    random
     """
     heads: Count | None = None
-    """keep this many query heads, in whole groups with their key-value head where the number allows
-    it
+    """keep this many query heads, in whole groups with their key-value head if the number permits
     """
     kv_heads: Count | None = None
     """keep this many key-value heads, with their query heads"""
     hidden: Count | None = None
     """keep this many hidden channels"""
     importance: Literal["aais", "rms", "activation"] = "aais"
-    """how neurons, heads and channels are ranked: by root mean square of activations (rms), that
-    with the weather (aais), or their mean (activation: Minitron)
+    """how to rank neurons, heads and channels. rms: root mean square of activations; aais: that
+    times air temperature over altitude; activation: mean, as in Minitron
     """
     hidden_by: Literal["importance", "pca"] = "pca"
-    """how hidden is cut: ranked channels (importance), or the directions in which the stream moves,
-    after a rotation that an ordinary model folder holds (pca; two more passes over the teacher)
+    """how to cut the hidden size. importance: drop the lowest channels; pca: rotate to principal
+    directions first, and store an ordinary model (two more passes over the teacher)
     """
     target: Literal["fixed", "conditions"] = "fixed"
-    """fixed: exact sizes; conditions: FFN size by eq. (1)'s threshold at the measured air and
-    altitude
+    """fixed: exact sizes; conditions: FFN size from the threshold of eq. (1) at the measured air
+    temperature and altitude
     """
     temperature_unit: Literal["kelvin", "celsius"] = "kelvin"
-    """unit of T_env in AAIS; celsius is the paper to the letter and refuses 0 and below"""
+    """unit of T_env in AAIS; celsius follows the paper exactly and needs more than 0"""
 
 
 Ranking = Callable[[Key], np.ndarray]  # (layer, axis) -> scores (units,); the highest stay
@@ -158,7 +159,7 @@ def _shape_by_conditions(
 ) -> Shape:
     """The shape with the FFN size that eq. (1) gives in the measured air, of the kept layers."""
     if used != "aais" or statistics.altitude_m is None:
-        lost = "--target conditions needs T_env and altitude, one is missing"
+        lost = "--target conditions needs T_env and the altitude, and one is missing"
         raise MisError(f"{lost}: add --temperature-c and --altitude-m, or use --target fixed")
     ffn = importance.conditions_size(
         [statistics.ffn[i] for i in layers],
@@ -207,8 +208,8 @@ def wanted_shape(config: Mapping[str, Any], cut: PruningConfig) -> Shape:
     shape = arch.target_shape(config, ratios, **exact)
     if cut.scenario != "none" and shape == before:
         why = (
-            f"--scenario {cut.scenario} would cut nothing of {before}, FFN goes in steps of "
-            f"{arch.FFN_MULTIPLE}, hidden in steps of {math.lcm(16, before.heads)}"
+            f"--scenario {cut.scenario} would cut nothing of {before}, because FFN goes in steps "
+            f"of {arch.FFN_MULTIPLE}, hidden in steps of {math.lcm(16, before.heads)}"
         )
         raise MisError(f"{why}: give --layers, --ffn or --hidden, or another scenario")
     return shape

@@ -335,18 +335,18 @@ def _no_choice(sizes: Sizes, least: Mapping[limits.Limit, float], *, bits: bool)
     closed = [axis for axis in CUTS if len(sizes[axis]) == 1]
     if not bits:
         closed.append("bits")
-    remedy = "ask for less of a cut"
+    remedy = "ask for a smaller cut"
     if closed:
-        remedy += f", or let {', '.join(closed)} be cut too (--axes)"
+        remedy += f", or add {' '.join(closed)} to `search --axes`"
     for limit, reach in least.items():
         if reach > limit.most:
             why = (
-                f"that is {limit.words(limit.most)}, the smallest student within reach has "
+                f"that is {limit.words(limit.most)}, but the smallest possible student has "
                 f"{limit.words(reach)}"
             )
             return MisError(f"{limit.flag}: {why}: {remedy}")
     flags = " and ".join(limit.flag for limit in least)
-    return MisError(f"{flags}: each can be met, no student meets all of them: {remedy}")
+    return MisError(f"{flags}: each limit can be met, but no student meets all of them: {remedy}")
 
 
 def shapes(config: Mapping[str, Any], sizes: Sizes) -> Iterator[Shape]:

@@ -50,14 +50,14 @@ class VocabularyConfig:
     """How many tokens stay, and the text that says which."""
 
     vocab: str | None = None
-    """tokens that stay: a number, rounded up to a multiple of 256, or a share of them, such as
-    0.5x; those most frequent in --data or expected there by the teacher, special ones and bytes in
-    any case. Default: all
+    """tokens to keep: a number, rounded up to a multiple of 256, or a share such as 0.5x; keeps
+    special tokens, bytes, and the tokens that are most frequent in --data or that the teacher
+    expects there. Default: as the scenario or the search says
     """
     vocab_text: str | None = None
-    """more text that counts for that, like --data"""
+    """more text to count tokens in, like --data"""
     languages: tuple[str, ...] = ()
-    """languages whose commonest words count for that, such as pl de; needs pip install
+    """languages whose most common words are counted too, such as pl de; needs pip install
     'mis-mlx[languages]'
     """
 
@@ -79,9 +79,8 @@ def size(asked: str | None, model: Path | None, rows: int) -> int:
     least = len(needed(Vocabulary(model), model))
     if least > rounded:
         why = (
-            f"bytes, special tokens and the chat template need {least:,} tokens, --vocab "
-            f"{asked} "
-            f"leaves {rounded:,}"
+            f"bytes, special tokens and the chat template need {least:,} tokens, but "
+            f"--vocab {asked} leaves {rounded:,}"
         )
         raise MisError(f"{model}: {why}: give {_round_up(least)} or more")
     return rounded
@@ -198,14 +197,12 @@ def words(languages: tuple[str, ...]) -> dict[str, float]:
     try:
         import wordfreq
     except ImportError:
-        raise MisError(
-            "--languages needs lists of words: pip install 'mis-mlx[languages]'"
-        ) from None
+        raise MisError("--languages needs word lists: pip install 'mis-mlx[languages]'") from None
     available = wordfreq.available_languages()
     for language in languages:
         if language not in available:
             raise MisError(
-                f"--languages {language}: there is no list of its words; give some of "
+                f"--languages {language}: there is no word list for it; choose from "
                 f"{', '.join(sorted(available))}"
             )
     shares: dict[str, float] = {}
@@ -253,8 +250,7 @@ def chosen(
     share = counts[kept].sum() / counts.sum()
     cli.say(
         f"vocabulary: {rows:,} of {len(counts):,} rows stay; of the {used:,} tokens that the text "
-        f"uses they have "
-        f"{used_kept:,}, {share:.2%} of all of it"
+        f"uses they have {used_kept:,}, {share:.2%} of all of it"
     )
     return kept
 

@@ -102,7 +102,7 @@ def of_mixture(config: Mapping[str, Any], how: QuantizationConfig) -> dict[str, 
     if how.q_method != "round" or how.target_bpw is not None or how.q_iters:
         cli.say(
             "a mixture of experts is rounded to 4 bits: gptq, --target-bpw and --q-iters are for "
-            "models without"
+            "dense models"
         )
     return {"q_method": "round", "target_bpw": None, "q_iters": 0}
 
@@ -135,8 +135,8 @@ def layout(
         group = max(plan[path].group, 32)  # MLX packs no shorter rows
         if shape[-1] % group:
             raise MisError(
-                f"{path}.weight has rows of {shape[-1]} weights, which {group} does not divide: "
-                f"{_group_remedy(shapes)}"
+                f"{path}.weight has rows of {shape[-1]} weights, which are not divisible by "
+                f"{group}: {_group_remedy(shapes)}"
             )
     return plan
 

@@ -73,7 +73,7 @@ def quantize(
     )
     extra = {}
     if how.target_bpw is not None:
-        cli.say("sensitivity: what every matrix costs in fewer bits")
+        cli.say("sensitivity: what fewer bits cost in each matrix")
         # The pass back needs the hidden states at every block's input, so there is one per layer.
         layers = checkpoint.config["num_hidden_layers"]
         plan, report = bit_allocation.mixed(

@@ -26,13 +26,14 @@ Span = tuple[float, float]
 Interval = tuple[float, float, float]  # value, low, high
 Labels = tuple[str, str]  # of x and y
 Lines = Mapping[str, Sequence[run_reader.Point]]  # by name
+PACKAGE = "'matplotlib>=3.9,<4'"  # not among the package's own dependencies
 COLORS = ("#1f6fb2", "#c2410c", "#2e7d4f", "#8b5cb8")
 
 
 def need() -> None:
     """MisError when matplotlib is not there."""
     if find_spec("matplotlib") is None:
-        remedy = f"{sys.executable} -m pip install 'matplotlib>=3.9,<4'"
+        remedy = f"{sys.executable} -m pip install {PACKAGE}"
         raise MisError(f"the report's pictures need matplotlib, which is not installed: {remedy}")
 
 

@@ -210,7 +210,7 @@ def _missing(folder: Path, files: Record) -> list[str]:
             missing.append(f"{name} is damaged: {lost}")
         elif log and log.torn:
             missing.append(
-                f"{name} has {log.torn} of {log.lines} lines that are no records; passed over"
+                f"{name} has {log.torn} of {log.lines} lines that are not records; they are skipped"
             )
     return missing
 
@@ -238,7 +238,7 @@ def read(folder: Path) -> RunRecord:
     config, origin, result, kept = (mapping or {} for mapping in mappings.values())
     missing = _missing(folder, files) + _without_answers(folder, result)
     if not (phases or any(mappings.values()) or steps.lines):
-        raise MisError(f"{folder} holds nothing of a run: give a run folder, such as runs/NAME-001")
+        raise MisError(f"{folder} is not a run folder: give one, such as runs/NAME-001")
     starts_of_run = (record for record in phases if isinstance(record.get("planned"), list))
     begun: Record = next(starts_of_run, {})
     starts = (_number(begun.get("wall_s")), steps.first_s, air.first_s)

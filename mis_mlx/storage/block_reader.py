@@ -193,8 +193,8 @@ class Slot:
     def __init__(self, nbytes: int):
         if nbytes + PAGE >= 2**31:
             raise MisError(
-                f"One block takes {gib(nbytes)} on disk, the most is 2 GiB: quantize the model "
-                f"first"
+                f"One block takes {gib(nbytes)} on disk, but at most 2 GiB can be read: quantize "
+                f"the model first"
             )
         # One page more than asked for: MLX does not align to pages, so the view begins at the first
         # page boundary inside the buffer.

@@ -164,7 +164,7 @@ def sweep(folder: Path, files: Files = DISK) -> None:
 def lock(
     folder: Path,
     what: str = "the lock of the run",
-    remedy: str = "mend that and start again",
+    remedy: str = "fix that and start again",
     wait: bool = False,
 ) -> Iterator[None]:
     """Hold a run's folder for this process. MisError names the process that holds it already.

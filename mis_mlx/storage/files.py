@@ -21,7 +21,7 @@ SPARE = 1.2  # free space asked for, as a multiple of what will be written
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 BROKEN = {
-    errno.EFBIG: "The disk does not take files this large",
+    errno.EFBIG: "The disk does not accept files this large",
     **dict.fromkeys(
         (errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE), "The disk stopped answering"
     ),
@@ -197,12 +197,12 @@ def need_place(
     except (OSError, ValueError) as error:
         number = getattr(error, "errno", None) or 0
         why = BROKEN.get(number) or getattr(error, "strerror", None) or error
-        raise MisError(f"{flag} {path} cannot be written ({why}): give another place") from None
+        raise MisError(f"{flag} {path} cannot be written ({why}): choose another place") from None
 
 
 @contextlib.contextmanager
 def reported(
-    folder: Path, what: str, nbytes: int = 0, remedy: str = "mend that and start again"
+    folder: Path, what: str, nbytes: int = 0, remedy: str = "fix that and start again"
 ) -> Iterator[None]:
     """Turn a disk's refusal inside the block into one MisError sentence; other errors pass.
 

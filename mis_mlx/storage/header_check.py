@@ -59,7 +59,7 @@ def check(path: Path) -> tuple[dict[str, TensorAt], dict[str, str]]:
         in_file_order = sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes))
         for name, tensor in in_file_order:
             if tensor.offset != end:
-                raise Refused(f"{name[:60]!r} overlaps another tensor or leaves a hole")
+                raise Refused(f"{name[:60]!r} overlaps another tensor or leaves a gap")
             end += tensor.nbytes
         if end > size:
             raise Refused(f"it is incomplete, {size} of {end} bytes ({gib(size)} of {gib(end)})")
@@ -136,7 +136,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(text: str) -> None:
-    raise Refused(f"it holds {text}, which is no number")
+    raise Refused(f"it holds {text}, which is not a number")
 
 
 @lru_cache(1)  # of thousands of tensors read one by one, each asks for the same header
@@ -149,7 +149,7 @@ def _judged(path: Path, text: bytes) -> tuple[dict[str, TensorAt], dict[str, str
     if not isinstance(metadata, dict) or any(type(value) is not str for value in metadata.values()):
         raise Refused("__metadata__ does not map text to text")
     if len(header) > MAX_TENSORS:
-        raise Refused(f"it names {len(header)} tensors, {MAX_TENSORS} are allowed")
+        raise Refused(f"it names {len(header)} tensors, but {MAX_TENSORS} are allowed")
     data_start = 8 + len(text)
     tensors = {}
     for name, entry in header.items():

@@ -85,8 +85,8 @@ def snapshot(repo_id: str) -> Path:
             refusal = refusal or error
             reason = _short(refusal) or "no reason given"
             why = (
-                f"{repo_id} did not come from the Hugging Face hub ({type(refusal).__name__}: "
-                f"{reason})"
+                f"{repo_id} could not be downloaded from the Hugging Face hub "
+                f"({type(refusal).__name__}: {reason})"
             )
             raise MisError(
                 f"{why}: check the name and the network, or give the path of a model folder"
@@ -94,8 +94,8 @@ def snapshot(repo_id: str) -> Path:
     path = Path(name)
     if not (path / "config.json").exists() or not any(path.glob("model*.safetensors")):
         why = (
-            f"{repo_id} on the Hugging Face hub has no config.json with model*.safetensors "
-            f"beside it"
+            f"{repo_id} on the Hugging Face hub has no config.json with model*.safetensors next to "
+            f"it"
         )
         raise MisError(f"{why}: choose a model published as safetensors")
     return path
@@ -119,7 +119,7 @@ def upload(folder: Path, repo_id: str) -> str:
     except Exception as error:  # as above
         why = f"{repo_id} was not uploaded ({type(error).__name__}: {_short(error)})"
         raise MisError(
-            f"{why}: {folder} is whole: `hf auth login`, then `hf upload {repo_id} {folder}`"
+            f"{why}, but {folder} is complete: `hf auth login`, then `hf upload {repo_id} {folder}`"
         ) from None
 
 

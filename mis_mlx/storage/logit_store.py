@@ -61,7 +61,7 @@ def create(folder: Path, spec: Spec, files: Files) -> Targets:
     Damaged parts count as missing, and `notes` says so. MisError when `folder` holds other targets.
     """
     if not 1 <= spec.count < 2**16:
-        raise MisError(f"{spec.count} sampled tokens a position: take 1 to {2**16 - 1}")
+        raise MisError(f"{spec.count} sampled tokens per position: choose 1 to {2**16 - 1}")
     with reported(folder, "the targets"):
         files.make_folder(folder)
     sweep(folder, files)

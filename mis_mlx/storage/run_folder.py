@@ -121,7 +121,7 @@ def merged(
     unknown = sorted(set(stored) - set(given))
     if unknown:
         why = f"The run's {CONFIG} has {unknown[0]}, which this command does not know"
-        raise MisError(f"{why}: resume it with the one that began it, or start a new run")
+        raise MisError(f"{why}: resume it with the command that began it, or start a new run")
     result = dict(given)
     for name, value in given.items():
         if name not in stored or (name in free and value != defaults[name]):
@@ -131,7 +131,7 @@ def merged(
             before = tuple(before)  # YAML has lists
         if value not in (before, defaults[name]):
             why = (
-                f"The settings differ: --{name.replace('_', '-')} is {value}, the run has "
+                f"The settings differ: --{name.replace('_', '-')} is {value}, but the run has "
                 f"{stored[name]}"
             )
             raise MisError(f"{why}: leave the flag out to continue, or start a new run")
@@ -171,7 +171,7 @@ def same_origin(folder: Path, origin: Mapping[str, str]) -> list[str]:
     for name, now in origin.items():
         if before.get(name, now) != now:
             notes.append(
-                f"{name} was {before[name]}, is now {now}: the end may differ in the last bits"
+                f"{name} was {before[name]}, is now {now}: the result may differ in the last bits"
             )
     return notes
 

@@ -115,10 +115,7 @@ def test_built_in_text_without_a_chat_template(llama: Checkpoint) -> None:
     assert all(len(w.tokens) >= 3 for w in data.held_out.values())
     wanted = [5 / 8, 1 / 8, 2 / 8]
     assert data.train.shares == pytest.approx(wanted)
-    assert (
-        f"every draw of training windows holds 62% {MANUAL}, 12% {POLISH}, 25% {WRITTEN}"
-        in data.notes
-    )
+    assert f"training windows are 62% {MANUAL}, 12% {POLISH}, 25% {WRITTEN}" in data.notes
     for count, seed, use in ((8, 0, 1), (64, 1, 1), (64, 0, 2)):
         at = preparation.drawn(data.train, count, seed, use)
         assert shares_of(data.train, at) == pytest.approx(wanted, abs=1 / count)

@@ -113,7 +113,7 @@ def test_missing_splits_are_filled_in(tmp_path: Path) -> None:
     """
     texts = load(_write(tmp_path, train=["a", "b"], valid=["c"]))
     assert texts.test == texts.valid == [{"text": "c"}]
-    assert "no test split: the 1 rows of valid serve as test too" in texts.notes
+    assert "no test split: the 1 rows of valid also serve as test" in texts.notes
     (tmp_path / "valid.jsonl").unlink()
     texts = load(_write(tmp_path, train=[f"row {i}" for i in range(30)], test=["d"]))
     assert _texts(texts.test) == ["d"]
@@ -199,7 +199,7 @@ def test_hub_rows_are_judged_like_lines(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_hub_failures_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the package raises, and a set without a train split, become a MisError."""
-    offline = (OSError("offline"), r"did not give the dataset 'a/b' \(offline\)")
+    offline = (OSError("offline"), r"did not deliver the dataset 'a/b' \(offline\)")
     for found, sentence in (offline, ({"dev": []}, "no split called train")):
         _fake_hub(monkeypatch, found)
         with pytest.raises(MisError, match=sentence):

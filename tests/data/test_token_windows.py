@@ -168,7 +168,7 @@ def test_less_than_one_window_is_refused() -> None:
     """Both numbers and the remedy."""
     for count, rows in ((0, []), (2, [[1, 2]])):
         with pytest.raises(
-            MisError, match=rf"has {count} tokens and one window takes 3: bring more text"
+            MisError, match=rf"has {count} tokens, but one window takes 3: add text"
         ):
             token_windows.windows(rows, 3)
 
@@ -226,7 +226,7 @@ def test_no_row_is_lost_and_none_begins_in_the_middle() -> None:
 def test_no_conversation_is_refused() -> None:
     """Rows of nothing are none."""
     with pytest.raises(
-        MisError, match=r"0 conversations have text, one window takes 7 tokens: bring more"
+        MisError, match=r"no conversation has text, and one window takes 7 tokens: add"
     ):
         token_windows.aligned([[], []], 8, start=[1])
 

@@ -237,5 +237,5 @@ def test_what_a_store_cannot_do_is_said(whole: Path, student: Checkpoint) -> Non
     arguments = source.micro_batches(
         [(mx.zeros((1, 16), mx.int32), mx.ones((1, 16)))], [np.array([0])]
     )[0]
-    with pytest.raises(MisError, match="for 512 tokens, the student has 500"):
+    with pytest.raises(MisError, match="for 512 tokens, but the student has 500"):
         live_teacher.student_loss(source, model, *arguments)

@@ -100,7 +100,7 @@ def test_another_teacher_writes_its_own_once(
     assert f"conversations: {len(rows)} of 6 are kept" in said
     monkeypatch.setattr(teacher_answers, "write", lambda *_: pytest.fail("written again"))
     assert source(chat, wanted()) == first
-    assert f"the teacher's answers of before, {first.answers}" in capsys.readouterr().err
+    assert f"reusing the teacher's answers in {first.answers}" in capsys.readouterr().err
     again = source(chat, wanted(str(text_folder), share=0.7))
     assert again == preparation.Source(str(text_folder), answers=first.answers, share=0.7)
     monkeypatch.undo()
@@ -170,7 +170,7 @@ def test_a_teacher_that_answers_nonsense_is_none_to_learn_answers_from(
     assert source(silent, wanted()) == preparation.Source(None, share=0.0)
 
     said = capsys.readouterr().err
-    why = "of 6 answers of this teacher 0 are neither empty nor loops"
+    why = "only 0 of this teacher's 6 answers are neither empty nor loops"
     assert f"conversations are left out of the training text: {why}" in said
 
 
@@ -252,9 +252,9 @@ def test_a_student_that_repeats_itself_is_named(
 
     assert bool(sentence) == said
     if said:
-        counts = f"{of_student} of 10 answers are loops, of the teacher's {of_teacher}."
+        counts = f"{of_student} of its 10 answers are loops; the teacher has {of_teacher}."
         assert sentence.startswith(
-            f"**The student repeats itself**: {counts} Let it lose less: --lose 0.05"
+            f"**The student repeats itself**: {counts} Allow less loss: --lose 0.05"
         )
 
 

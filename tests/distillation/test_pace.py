@@ -115,9 +115,9 @@ def test_where_the_number_must_be_known_it_is_asked_for(
     fit.
     """
     asked = (*flags[: flags.index("--iters")], "--minutes", 1, *more)
-    with pytest.raises(MisError, match=r"must know their number at first: give --iters \d+"):
+    with pytest.raises(MisError, match=r"must know the number first: give --iters \d+"):
         distill.run(settings_of(distill, asked, tmp_path / "run"))
     with pytest.raises(
-        MisError, match="--minutes 1 counts the steps, --iters 18 says them: give one"
+        MisError, match="--minutes 1 and --iters 18 both set the number of steps: give one"
     ):
         distill.run(settings_of(distill, (*flags, "--minutes", 1), tmp_path / "run"))

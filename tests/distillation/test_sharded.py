@@ -425,12 +425,12 @@ def test_what_cannot_be_exact_is_refused(tmp_path: Path, smallest: Checkpoint) -
     before = contents(root / "s")
     with pytest.raises(
         MisError,
-        match=r"run/s holds blocks of visit 1, but the newest whole checkpoint is of visit 0",
+        match=r"run/s holds blocks from visit 1, but the newest complete checkpoint is from visit 0",
     ):
         run(smallest, root, each=1, every=100, iters=8)
     damage(root / "steps" / "step-00000000")
     with pytest.raises(
-        MisError, match=r"holds blocks of visit 1, but no checkpoint is whole: start a new run"
+        MisError, match=r"holds blocks from visit 1, but no checkpoint is complete: start a new run"
     ):
         run(smallest, root, each=1, every=100, iters=8)
     assert contents(root / "s") == before

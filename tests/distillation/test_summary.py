@@ -27,12 +27,12 @@ def test_worse_than_pruned_is_said(distilled: float, worse: list[str], llama: Ch
         ]
     page = summary.page(models, sizes, rows, 32)
     said = [text for text in quality if f"On {text} distillation made the student worse" in page]
-    assert said == worse
-    assert ("3.900 nats/token, where it had 3.500" in page) == bool(worse)
+    assert said == worse and ("3.900 nats/token, after 3.500" in page) == bool(worse)
 
 
 @pytest.mark.parametrize(
-    ("loops", "first"), [(5, "**The student repeats itself**: 5 of 8 "), (0, "Answers in English")]
+    ("loops", "first"),
+    [(5, "**The student repeats itself**: 5 of its 8 "), (0, "Answers in English")],
 )
 def test_the_page_begins_with_what_the_students_answer(
     loops: int, first: str, llama: Checkpoint
@@ -114,3 +114,14 @@ def test_lines_to_paste_name_programs_and_folders_that_shells_take(
     assert lines[2][4] == "my run"
     assert lines[1][5] == "my run/model"
     assert all(Path(line[0]).samefile(sys.executable) for line in lines)
+
+
+def test_the_way_to_the_page_names_the_package_that_draws_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fresh install has no matplotlib: the line before `report` installs it."""
+    for found, count in ((None, 4), (object(), 3)):
+        monkeypatch.setattr(summary, "find_spec", lambda name, found=found: found)
+        lines = summary.next_steps(tmp_path).splitlines()[1:]
+        assert len(lines) == count and " -m mis_mlx report " in lines[-1]
+        assert ("pip install 'matplotlib>=3.9,<4'" in lines[-2]) == (found is None)

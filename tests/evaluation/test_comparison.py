@@ -114,7 +114,8 @@ def test_which_tokens_count(halves: Windows) -> None:
     assert halves.learn.sum(axis=1).tolist() == [19, 14, 19, 19, 19, 19]
     assert np.flatnonzero(halves.learn[0]).tolist() == list(range(20, 39))
     with pytest.raises(
-        MisError, match="19 tokens lie in the second halves of 1 windows, statistics need 100"
+        MisError,
+        match="19 tokens lie in the second halves of 1 windows, but the statistics need 100",
     ):
         comparison.second_half(Windows(halves.tokens[:1], halves.learn[:1]))
 

@@ -119,17 +119,17 @@ def test_the_hash_is_of_the_instructions_too() -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"instruction_id_list": []}, "'instruction_id_list' is no list of one or more names"),
+        ({"instruction_id_list": []}, "'instruction_id_list' is not a list of one or more names"),
         (
             {"instruction_id_list": NO_COMMA},
-            "'instruction_id_list' is no list of one or more names",
+            "'instruction_id_list' is not a list of one or more names",
         ),
         (
             {"instruction_id_list": [NO_COMMA, 3]},
-            "'instruction_id_list' holds something else than names",
+            "'instruction_id_list' holds something other than names",
         ),
-        ({"kwargs": None}, "'kwargs' is no list of objects"),
-        ({"kwargs": [{}, None]}, "'kwargs' is no list of objects"),
+        ({"kwargs": None}, "'kwargs' is not a list of objects"),
+        ({"kwargs": [{}, None]}, "'kwargs' is not a list of objects"),
         ({"kwargs": [{}]}, "2 instructions have 1 'kwargs': give one object for each"),
         ({"prompt": " "}, "'prompt' is empty"),
     ],
@@ -153,7 +153,7 @@ def test_without_the_package_a_sentence_says_what_to_install(
 
     with pytest.raises(
         MisError,
-        match=r"ifeval: if-verifiable checks its 1 answers, .*: pip install 'mis-mlx\[ifeval\]'",
+        match=r"ifeval: its 1 answers need if-verifiable, .*: pip install 'mis-mlx\[ifeval\]'",
     ):
         task_registry.find([str(path)], 10)
 

@@ -61,12 +61,12 @@ def test_the_three_formats_as_a_model_reads_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "why"),
     [
-        ({**CHOICE, "answer": "6"}, "the answer '6' is none of its 3 options"),
-        ({**CHOICE, "options": ["4"]}, "'options' is no list of two or more"),
+        ({**CHOICE, "answer": "6"}, "the answer '6' is not one of its 3 options"),
+        ({**CHOICE, "options": ["4"]}, "'options' is not a list of two or more"),
         ({**CHOICE, "options": ["4", "4"]}, "two of its options are the same"),
         ({**CHOICE, "options": ["4", None]}, "'options' is null, not text"),
-        ({**CHOICE, "language": "de"}, "'language' is 'de', known are en, pl"),
-        ({**CLOZE, "text": "___ and ___"}, "'text' has 2 blanks ___, a cloze has one"),
+        ({**CHOICE, "language": "de"}, "'language' is 'de', known: en, pl"),
+        ({**CLOZE, "text": "___ and ___"}, "'text' has 2 blanks ___, but a cloze has one"),
         ({**CHECKED, "prompt": "\n"}, "'prompt' is empty"),
         ({**PAIR, "bad": ""}, "'bad' is empty"),
         ({**PAIR, "good": 3}, "'good' is a number, not text"),
@@ -124,7 +124,7 @@ def test_pairs_of_one_sentence_are_left_out_and_counted(tmp_path: Path) -> None:
 
     assert len(task.questions) == 2
     assert (
-        task.about == "2 rows of blimp.jsonl; pairs whose sentences are the same left out, 1 of 3"
+        task.about == "2 rows of blimp.jsonl; pairs with two equal sentences are left out, 1 of 3"
     )
     with pytest.raises(
         MisError, match="in all 1 pairs 'good' and 'bad' are the same: give pairs that differ"
@@ -138,7 +138,7 @@ def test_files_that_are_no_task(tmp_path: Path) -> None:
         questions.folder(tmp_path)
     with pytest.raises(MisError, match=r"empty.jsonl is empty: put questions there"):
         questions.file(write(tmp_path / "empty.jsonl", "", " "))
-    with pytest.raises(MisError, match="holds rows of choice and cloze, a task is of one kind"):
+    with pytest.raises(MisError, match="holds rows of choice and cloze, but a task has one kind"):
         questions.file(write(tmp_path / "mixed.jsonl", CHOICE, CLOZE))
     with pytest.raises(MisError, match="cannot be read"):
         questions.file(tmp_path / "missing.jsonl")

@@ -87,13 +87,16 @@ def test_any_held_out_text_becomes_a_task(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("maths-writen", "did you mean maths-written"), ("qqq", "known are builtin, polish-offline")],
+    [
+        ("maths-writen", "did you mean maths-written"),
+        ("qqq", "known tasks: builtin, polish-offline"),
+    ],
 )
 def test_a_typo_brings_the_nearest_names(name: str, nearest: str) -> None:
     """No traceback, no download."""
     with pytest.raises(
         MisError,
-        match=f"--tasks names {name}, which is no task, no folder and no .jsonl file: {nearest}",
+        match=f"--tasks names {name}, which is not a task, a folder or a .jsonl file: {nearest}",
     ):
         task_registry.find([name], 10)
 
@@ -130,7 +133,8 @@ def test_an_answer_that_nobody_can_check_is_refused(tmp_path: Path) -> None:
     rows = [{"prompt": "1 + 1?", "answer": "2"}, {"prompt": "Why?", "answer": "because it is so"}]
     (tmp_path / "quiz.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(
-        MisError, match="quiz question 2: the answer 'because it is so' is no number, time or names"
+        MisError,
+        match="quiz question 2: the answer 'because it is so' is not a number, a time or names",
     ):
         task_registry.find([str(tmp_path)], 10)
 

@@ -112,7 +112,7 @@ def test_a_write_that_stops_halfway(
     place.mkdir()
     with files_up_to(60_000):
         said = refused(job, place)
-    assert "The disk does not take files this large" in said
+    assert "The disk does not accept files this large" in said
     assert not [p for p in place.rglob("*.safetensors") if ".tmp-" not in str(p)]
     job.run(place)
     assert job.outcome(place) == whole

@@ -170,7 +170,7 @@ def test_a_panic_on_other_words_is_a_sentence(tmp_path: Path) -> None:
     folder = tiny.make(tmp_path / "bomb")
     patterned(folder, "(q+)+$")
     tokenizer = load.tokenizer(folder)
-    with pytest.raises(MisError, match="breaks down on 'qqqq"):
+    with pytest.raises(MisError, match="fails on 'qqqq"):
         token_windows.tokenize([{"text": "q" * 64 + "!"}], tokenizer)
 
 

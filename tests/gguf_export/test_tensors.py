@@ -109,7 +109,7 @@ def test_every_packing_that_llama_cpp_has_is_exact(
         assert (part.kind, part.exact, tally["inexact"]) == (kind, True, 0)
     if mode != "affine":
         with pytest.raises(
-            MisError, match=f"--out-type {mode} re-wraps what MLX packed so, here nothing is"
+            MisError, match=f"--out-type {mode} needs matrices that MLX packed in this way"
         ):
             tensors.parts(load.open_checkpoint(tmp_path / "dense"), mode)
 
@@ -318,7 +318,7 @@ def scaled(**changes: Any) -> dict[str, Any]:
             "all blocks but every fourth, unlike this model",
         ),
         ("smollm3", {"mlp_bias": True}, "llama.cpp's smollm3 has no biases"),
-        ("ministral3", {}, "llama.cpp's mistral3 has no sliding windows, some layers here do"),
+        ("ministral3", {}, "llama.cpp's mistral3 has no sliding windows, but some layers here do"),
         ("ministral3", scaled(mscale=0.7), "yarn with mscale have no place in a mistral3"),
         ("ministral3", scaled(rope_type="linear"), "type linear have no place in a mistral3"),
         (

@@ -220,7 +220,7 @@ def test_what_cannot_go_along_is_a_sentence(bpe: Path) -> None:
         with pytest.raises(MisError, match=why):
             facts(bpe, size)
 
-    refused("token 511, the embedding 500 rows", 500)
+    refused("token 511, but the embedding has 500 rows", 500)
     edit(bpe / "config.json", pad_token_id=-1)
     refused("settings are damaged .*pad: -1")
     edit(bpe / "tokenizer.json", model={"type": "BPE"})

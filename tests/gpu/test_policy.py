@@ -417,7 +417,7 @@ def test_policy_words(monkeypatch: pytest.MonkeyPatch) -> None:
         assert policy.keeps_packed() == packs
         assert policy.usual_dtype() == dtype
     monkeypatch.setenv(policy.POLICY, "cuda")
-    with pytest.raises(MisError, match="MIS_MLX_POLICY is 'cuda': give metal or cpu"):
+    with pytest.raises(MisError, match="MIS_MLX_POLICY is 'cuda': set it to metal or cpu"):
         policy.name()
 
 

@@ -244,7 +244,9 @@ def test_without_a_library_the_first_line_says_so(bare: Bare) -> None:
     assert done.stdout == "5\n"
     assert not note["fast"]
     first = done.stderr.splitlines()[0]
-    assert first.startswith("mis: no OpenBLAS, so matrix products take 20 to 50 times as long: ")
+    assert first.startswith(
+        "mis: OpenBLAS is missing, so matrix products take 20 to 50 times as long: "
+    )
     assert f"{sys.executable} -m pip install" in first
 
 

@@ -65,7 +65,7 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     full = os.statvfs_result([*real[:4], 10, *real[5:]])
     monkeypatch.setattr(os, "statvfs", lambda path: full)
     with pytest.raises(
-        MisError, match="free, a measurement wants 4.00|free, a measurement wants 128 MiB"
+        MisError, match="free, but a measurement needs 4.00|free, but a measurement needs 128 MiB"
     ):
         rates.disk_bytes(tmp_path, 512 * MIB)
 

@@ -151,7 +151,7 @@ def test_files_and_config_must_agree() -> None:
     q = "model.layers.1.self_attn.q_proj.weight"
     with pytest.raises(MisError, match=rf"promises {q} \[64, 64\]"):
         arch.check_tensors(checkpoint({n: s for n, s in good.items() if n != q}))
-    with pytest.raises(MisError, match=rf"{q} is \[32, 64\], config.json makes it \[64, 64\]"):
+    with pytest.raises(MisError, match=rf"{q} is \[32, 64\], but config.json says \[64, 64\]"):
         arch.check_tensors(checkpoint({**good, q: (32, 64)}))
     with pytest.raises(
         MisError, match=r"holds model\.layers\.3\.x\.weight, which a llama of 3 layers"
@@ -164,6 +164,7 @@ def test_files_and_config_must_agree() -> None:
     whole = checkpoint(good)
     norm = replace(whole.tensors["model.norm.weight"], dtype="I32")
     with pytest.raises(
-        MisError, match=r"model\.norm\.weight is stored as I32, weights are F32, F16 or BF16"
+        MisError,
+        match=r"model\.norm\.weight is stored as I32, but weights must be F32, F16 or BF16",
     ):
         arch.check_tensors(replace(whole, tensors={**whole.tensors, "model.norm.weight": norm}))

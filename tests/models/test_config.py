@@ -39,9 +39,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"rms_norm_eps": GONE}, "rms_norm_eps is None"),
     ({"rope_theta": -1.0}, "rope_theta is -1.0"),
     ({"rope_theta": True}, "rope_theta is True"),
-    ({"rope_parameters": "default"}, "rope_parameters is 'default', supported are"),
+    ({"rope_parameters": "default"}, "rope_parameters is 'default', supported:"),
     ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0"),
-    ({"rope_scaling": {"type": "spiral"}}, "rope_scaling is 'spiral', supported are"),
+    ({"rope_scaling": {"type": "spiral"}}, "rope_scaling is 'spiral', supported:"),
     ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is None"),
     ({"layer_types": ["full_attention"]}, "layer_types"),
     ({"layer_types": ["full_attention", "magic", "magic"]}, "layer_types"),
@@ -54,7 +54,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"model_type": GONE}, "model_type None is not supported"),
     ({"model_file": "evil.py"}, "model_file wants to run"),
     ({"auto_map": {"AutoModel": "evil.Model"}, "model_type": "evil"}, "auto_map wants to run"),
-    ({"rope_scaling": {"type": [1]}}, "rope_scaling is [1], supported are"),
+    ({"rope_scaling": {"type": [1]}}, "rope_scaling is [1], supported:"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, a llama turns whole heads"),
 ]
 BROKEN = [
@@ -123,25 +123,26 @@ UNKNOWN: list[tuple[dict[str, Any], list[str], str]] = [
             "mlp.experts.0.gate_proj",
             "mlp.experts.1.gate_proj",
         ],
-        "'qwen3_next' is not supported, the nearest is qwen3_moe, which knows nothing of "
-        "linear_num_key_heads, linear_attn.in_proj_qkvz, mlp.experts.gate_proj; supported",
+        "'qwen3_next' is not supported, the nearest is qwen3_moe, which does not know "
+        "linear_num_key_heads, "
+        "linear_attn.in_proj_qkvz, mlp.experts.gate_proj; supported",
     ),
     (
         {"model_type": "olmo2", "clip_qkv": None},
         ["self_attn.q_norm", "post_attention_layernorm"],
-        "the nearest is olmoe, which knows nothing of clip_qkv, self_attn.q_norm; supported",
+        "the nearest is olmoe, which does not know clip_qkv, self_attn.q_norm; supported",
     ),
     (
         {"model_type": "gemma2", "query_pre_attn_scalar": 256, "final_logit_softcapping": 30.0},
         [],
-        "the nearest is gemma3_text, which knows nothing of final_logit_softcapping; supported",
+        "the nearest is gemma3_text, which does not know final_logit_softcapping; supported",
     ),
     (
         {"model_type": "strange", **{f"k{i}": i for i in range(10)}},
         [],
-        "knows nothing of k0, k1, k2, k3, k4, k5, k6, k7, 2 more; supported",
+        "does not know k0, k1, k2, k3, k4, k5, k6, k7, 2 more; supported",
     ),
-    ({"model_type": "qwen4"}, [], "the nearest is qwen2; supported are llama, mistral, "),
+    ({"model_type": "qwen4"}, [], "the nearest is qwen2; supported: llama, mistral, "),
 ]
 
 

@@ -444,7 +444,7 @@ def test_positions_that_are_phis_own(
     the long factors at every length, and that is said."""
     phi = load.open_checkpoint(tiny.make(tmp_path / "m", **tiny.PHIS[kind]))
     tokens = mx.arange(80)[None]
-    assert ("long factors count at every length" in capsys.readouterr().err) == (
+    assert ("long factors at every length" in capsys.readouterr().err) == (
         kind == "phi3 of whole heads"
     )
     theirs = stock_of(phi.path)(tokens)
@@ -505,16 +505,19 @@ def test_the_whole_way_of_joined_matrices(tmp_path: Path, text_folder: Path) -> 
         ),
         ({"partial_rotary_factor": 0.7}, "partial_rotary_factor is 0.7, a phi3 turns"),
         ({"partial_rotary_factor": 1e999}, "Infinity|partial_rotary_factor is inf"),
-        ({"partial_rotary_factor": "x"}, "partial_rotary_factor is 'x', a number above 0"),
+        (
+            {"partial_rotary_factor": "x"},
+            "partial_rotary_factor is 'x', but must be a number above 0",
+        ),
         (
             {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.75}},
             "is 0.75, a phi3 turns",
         ),
         (
             {"partial_rotary_factor": 0.5, "rope_scaling": {"type": "yarn", "factor": 2.0}},
-            "is 'yarn', supported are default, longrope",
+            "is 'yarn', supported: default, longrope",
         ),
-        ({"rope_scaling": {**tiny.LONG, "type": "su"}}, "is 'su', supported are default, longrope"),
+        ({"rope_scaling": {**tiny.LONG, "type": "su"}}, "is 'su', supported: default, longrope"),
         (
             {"rope_scaling": {"type": "longrope", "long_factor": [1.0]}},
             "long_factor must be a list of 8 numbers",
@@ -529,7 +532,7 @@ def test_the_whole_way_of_joined_matrices(tmp_path: Path, text_folder: Path) -> 
         ),
         (
             {"rope_scaling": {**tiny.LONG, "attention_factor": 1.2}},
-            "has attention_factor, of which mlx-lm's phi3 knows",
+            "has attention_factor, which mlx-lm's phi3 does not know",
         ),
         (
             {"rope_scaling": tiny.LONG, "max_position_embeddings": None},
@@ -541,7 +544,7 @@ def test_the_whole_way_of_joined_matrices(tmp_path: Path, text_folder: Path) -> 
         ),
         (
             {"num_key_value_heads": 4},
-            "qkv_proj.weight has 128 rows, config.json makes it 192: download it again",
+            "qkv_proj.weight has 128 rows, but config.json says 192: download it again",
         ),
     ],
 )
@@ -560,7 +563,7 @@ def test_what_of_phi_is_refused(change: dict[str, Any], why: str, tmp_path: Path
         (
             "gemma3_text",
             {"hidden": 32},
-            "hidden of a gemma3_text cannot be cut: its blocks have norms behind",
+            "hidden of a gemma3_text cannot be cut: its blocks have norms after",
         ),
         ("gemma3_text", {"scenario": "baca"}, "hidden of a gemma3_text cannot be cut"),
         (

@@ -449,12 +449,12 @@ def test_every_way_of_training(tmp_path: Path, text_folder: Path, way: str) -> N
         ({"enable_moe_block": True}, "enable_moe_block is True, of a gemma4_text only False"),
         ({"attention_k_eq_v": True}, "attention_k_eq_v is True, of a gemma4_text only False"),
         ({"hidden_size_per_layer_input": 0}, "hidden_size_per_layer_input is 0"),
-        ({"vocab_size_per_layer_input": 128}, "has 128 rows, the embedding 512"),
+        ({"vocab_size_per_layer_input": 128}, "has 128 rows, but the embedding 512"),
         ({"use_double_wide_mlp": None}, "use_double_wide_mlp is missing"),
-        ({"num_kv_shared_layers": 7}, "num_kv_shared_layers is 7, plausible is 0 to 6"),
+        ({"num_kv_shared_layers": 7}, "num_kv_shared_layers is 7, but should be 0 to 6"),
         (
             {"num_kv_shared_layers": 5},
-            "share keys and values, none of the first 2 blocks makes any",
+            "share keys and values, but none of the first 2 blocks makes any",
         ),
         (
             {"rope_parameters": None},
@@ -478,7 +478,7 @@ def test_what_is_not_built_is_a_sentence(
     gemma: Checkpoint, tmp_path: Path, text_folder: Path
 ) -> None:
     """Blocks shared by machines, heads, a search of sizes, a GGUF; each before any work."""
-    with pytest.raises(MisError, match="need more of each other than hidden states"):
+    with pytest.raises(MisError, match="exchange more than hidden states"):
         pipeline_parallel.Relay(gemma, mx.float32, room_bytes=0, direct=False, shares=(7,))
     with pytest.raises(
         MisError, match="heads of a gemma4_text cannot be cut: its heads have two sizes"
@@ -494,9 +494,7 @@ def test_what_is_not_built_is_a_sentence(
                 model=str(gemma.path), mlx_path=str(tmp_path / "x"), layers=2, scenario="none"
             )
         )
-    with pytest.raises(
-        MisError, match="a search does not know what the tables of a gemma4_text weigh"
-    ):
+    with pytest.raises(MisError, match="a search does not know the size of a gemma4_text's tables"):
         search.run(search.Settings(teacher=str(gemma.path), data=str(text_folder), params="0.5x"))
     with pytest.raises(MisError, match="a gemma4_text is not exported to GGUF"):
         export.run(export.Settings(model=str(gemma.path), out=str(tmp_path / "x.gguf")))

@@ -48,7 +48,7 @@ def test_a_folder_is_used_as_it_is(tmp_path: Path, cache: Path) -> None:
     hub is not asked.
     """
     (tmp_path / "x.gguf").touch()
-    with pytest.raises(MisError, match=r"x.gguf is a file, a model is a folder"):
+    with pytest.raises(MisError, match=r"x.gguf is a file, but a model is a folder"):
         resolve.resolve_model(str(tmp_path / "x.gguf"))
     assert resolve.resolve_model(str(tmp_path)) == resolve.Found(tmp_path, f"folder {tmp_path}")
     assert not cache.exists()

@@ -574,7 +574,7 @@ def test_a_refusal_names_both_numbers_and_a_budget_that_does() -> None:
     enough = estimates.enough(large.peak_bytes)
     assert enough - process_bytes(enough) == large.peak_bytes
     estimates.fit(Budget(enough), small, large)
-    numbers = "measure needs 740 MiB, the budget is 600 MiB: give --budget 741MiB or"
+    numbers = "measure needs 740 MiB, but the budget is 600 MiB: give --budget 741MiB or"
     with pytest.raises(MisError, match=f"{numbers} more, or lower"):
         estimates.fit(Budget(600 * MIB), small, large)
     with pytest.raises(MisError, match=f"{numbers} more, or pray"):

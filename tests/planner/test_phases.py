@@ -431,7 +431,9 @@ def test_the_least_budget_is_enough_and_one_byte_less_is_not(change: dict[str, A
     assert not plan.fits
     assert phases.remedy(phases.make(job, least, M1_AIR)) == ""
     said = phases.remedy(plan)
-    assert re.match(r"\w+ needs [\d.]+ MiB, the budget is [\d.]+ MiB: give --budget \d+MiB", said)
+    assert re.match(
+        r"\w+ needs [\d.]+ MiB, but the budget is [\d.]+ MiB: give --budget \d+MiB", said
+    )
     advised = re.search(r"--budget (\S+?)[,;]", said)
     assert advised
     assert phases.make(job, parse_bytes(advised[1]), M1_AIR).fits

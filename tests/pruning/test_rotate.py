@@ -394,7 +394,9 @@ def test_a_rotation_that_does_not_fit_is_a_sentence(tmp_path: Path, llama: Check
         ):
             model_writer.read_keep(student.path)
     np.save(path, np.zeros((64, 47), np.float32))
-    with pytest.raises(MisError, match=r"it holds float32 \[64, 47\], the model has 48 channels"):
+    with pytest.raises(
+        MisError, match=r"it holds float32 \[64, 47\], but the model has 48 channels"
+    ):
         model_writer.read_keep(student.path)
     path.write_bytes(whole_file)
     keep = model_writer.read_keep(student.path)

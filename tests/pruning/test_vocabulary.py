@@ -358,7 +358,7 @@ def test_nothing_but_tokens_is_cut(
         "distill", *small, "--scenario", "none", "--keep-steps", "--out", tmp_path / "run"
     )
     assert done.returncode == 0, done.stderr
-    assert "no training: no block is cut, so there is nothing to mend" in done.stderr + done.stdout
+    assert "no training: no block is cut, so nothing needs repair" in done.stderr + done.stdout
     run = tmp_path / "run"
     phases = {
         record["phase"]
@@ -440,9 +440,8 @@ def test_resumed_after_each_stage(
     (run / "result.json").unlink()
     done = command("distill", "--resume", "--out", run)
     assert done.returncode == 0, done.stderr
-    assert weights(run) == weights(finished[0])
-    assert losses(run) == losses(finished[0])
-    with pytest.raises(MisError, match=r"--vocab is 700, the run has 0\.5x"):
+    assert weights(run) == weights(finished[0]) and losses(run) == losses(finished[0])
+    with pytest.raises(MisError, match=r"--vocab is 700, but the run has 0\.5x"):
         distill.run(replace(settings_of(distill, small, run), resume=True, vocab="700"))
 
 
@@ -476,7 +475,7 @@ def test_a_student_made_earlier(
     ]
     (stranger / vocabulary.ROWS).write_text(json.dumps(rows))
     refused = command("distill", *flags, "--student", stranger, "--out", tmp_path / "other")
-    assert "has another tokenizer than" in sentence(refused)
+    assert "has a different tokenizer from" in sentence(refused)
     (stranger / vocabulary.ROWS).write_text("{}")
     refused = command("distill", *flags, "--student", stranger, "--out", tmp_path / "third")
     assert "vocabulary.json does not say which rows it has" in sentence(refused)
@@ -515,7 +514,7 @@ def test_commands_on_a_trimmed_student(
     assert done.returncode == 0, done.stderr
     assert vocabulary.rows_of(tmp_path / "q") == vocabulary.rows_of(student)
     refused = command("generate", "--model", big.path, "--draft-model", student)
-    assert "has another tokenizer than" in sentence(refused)
+    assert "has a different tokenizer from" in sentence(refused)
 
 
 def test_gguf_keeps_the_parents_pre_tokenizer(
@@ -562,8 +561,10 @@ def test_the_page_of_such_a_run(finished: tuple[Path, Done]) -> None:
     report.run(report.Settings((str(out),), str(out.parent / "page.html")))
     page = (out.parent / "page.html").read_text("utf-8")
     bits = last_line(done)["bits_per_byte_distilled"]
-    assert "is missing: a file is of" not in page
-    assert f"{bits:.3f} bits a byte of text" in " ".join(page.split())
+    assert (
+        "is missing: a file comes from" not in page
+        and f"{bits:.3f} bits per byte of text" in " ".join(page.split())
+    )
 
 
 def test_plan_follows(big: Checkpoint, command: Callable[..., Done]) -> None:
@@ -740,7 +741,7 @@ def test_words_of_a_language(big: Checkpoint, text_folder: Path) -> None:
         tokens |= set(load.tokenizer(big.path).encode(f" {word}", add_special_tokens=False))
     assert len(tokens & more) == len(tokens) > len(tokens & alone)
     with pytest.raises(
-        MisError, match="--languages xx: there is no list of its words; give some of ar, bg"
+        MisError, match="--languages xx: there is no word list for it; choose from ar, bg"
     ):
         vocabulary.rows_left(big, vocabulary.VocabularyConfig(languages=("pl", "xx")))
 
@@ -750,6 +751,6 @@ def test_words_need_a_package(monkeypatch: pytest.MonkeyPatch, big: Checkpoint) 
     monkeypatch.setitem(sys.modules, "wordfreq", None)
     vocabulary.words.cache_clear()
     with pytest.raises(
-        MisError, match=r"--languages needs lists of words: pip install 'mis-mlx\[languages\]'"
+        MisError, match=r"--languages needs word lists: pip install 'mis-mlx\[languages\]'"
     ):
         vocabulary.rows_left(big, vocabulary.VocabularyConfig(languages=("de",)))

@@ -157,7 +157,7 @@ def test_group_32_when_asked(tmp_path: Path, batches: list[mx.array]) -> None:
         packed_format.layout({**tiny.CONFIG, "intermediate_size": 760}, 64)
     teacher = load.open_checkpoint(tiny.make(tmp_path / "t", hidden_size=96, head_dim=24))
     with pytest.raises(
-        MisError, match="rows of 96 weights, which 64 does not divide: use --q-group-size 32"
+        MisError, match="rows of 96 weights, which are not divisible by 64: use --q-group-size 32"
     ):
         packed_format.write_quantized(
             teacher, tmp_path / "q4", packed_format.layout(teacher.config, 64), DISK

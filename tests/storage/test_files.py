@@ -126,7 +126,7 @@ def test_replace_text_is_all_or_nothing(tmp_path: Path, broken: str) -> None:
     [
         (errno.ENOSPC, r"Not enough disk space in .*: it needs 3\.00 GiB, .* free; do this"),
         (errno.EDQUOT, "Not enough disk space"),
-        (errno.EFBIG, "does not take files this large"),
+        (errno.EFBIG, "does not accept files this large"),
         (errno.EIO, "stopped answering in .*: it was not saved; do this"),
         (errno.EROFS, "read-only"),
         (errno.EACCES, "not allowed"),

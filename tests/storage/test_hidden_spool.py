@@ -116,8 +116,7 @@ def test_a_disk_that_fills_up_is_one_sentence(tmp_path: Path) -> None:
     assert start.startswith(
         f"Not enough disk space in {tmp_path}: the spool of hidden states needs 280 bytes, "
     )
-    assert free
-    assert end == "mend that and start again"
+    assert free and end == "fix that and start again"
     assert same(spool, [noise(0), noise(1)])
     files.room = 10_000
     spool.append(noise(3))

@@ -112,7 +112,7 @@ def test_a_flag_left_out_asks_for_nothing() -> None:
             {"languages": asked}, {"languages": ()}, {"languages": ["pl", "de"]}, FREE
         )
         assert merged == several
-    with pytest.raises(MisError, match=r"--iters is 8, the run has 7"):
+    with pytest.raises(MisError, match=r"--iters is 8, but the run has 7"):
         run_folder.merged({**SETTINGS, "iters": 8}, SETTINGS, stored, FREE)
 
 

@@ -291,7 +291,9 @@ class Governor:
             cause, reason = power
         elif self._hot.lasted(PAUSE_HOLD_S, samples=2):
             cause = "hot"
-            reason = f"die {reading.die_c:.1f} °C, pause at {PAUSE_C:.0f}, go on at {RESUME_C:.0f}"
+            reason = (
+                f"die {reading.die_c:.1f} °C, pause at {PAUSE_C:.0f}, continue at {RESUME_C:.0f}"
+            )
         else:
             return None
         return Decision(
@@ -306,10 +308,10 @@ class Governor:
     def _power_trouble(self, reading: Reading, enough_percent: float) -> tuple[str, str] | None:
         """(cause, reason) to wait for power. Mode `cool` runs on battery until that is low."""
         if reading.plugged is False and self.mode != "cool":
-            return "unplugged", f"on battery: plug in to go on, or stop and --resume with {LAP}"
+            return "unplugged", f"on battery: plug in to continue, or stop and --resume with {LAP}"
         percent = reading.battery_percent
         if percent is not None and percent < enough_percent:
-            reason = f"battery {percent:.0f} %, go on at {BATTERY_ENOUGH_PERCENT:.0f}: charge it"
+            reason = f"battery {percent:.0f} %, continue at {BATTERY_ENOUGH_PERCENT:.0f}: charge it"
             return "battery low", reason
         return None
 
@@ -361,7 +363,7 @@ def governor_for(
         )
         raise MisError(
             f"{why} this Mac: see `python -m mis_mlx.thermal doctor`, or choose mode observe and "
-            f"stay by it"
+            f"stay with the machine"
         )
     return Governor(mode, blind=blind)
 

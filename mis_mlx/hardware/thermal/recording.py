@@ -183,9 +183,7 @@ def _lines(path: Path) -> Generator[Any, None, None]:
             raise MisError(f"{why}: record again, or delete from that line on") from None
         if raw.mono_s < last_s:
             why = f"{path} line {number}: the time {raw.mono_s} s comes after {last_s} s"
-            raise MisError(
-                f"{why}, so this is more than one recording: give each a file of its own"
-            )
+            raise MisError(f"{why}, so this is more than one recording: put each in its own file")
         last_s = raw.mono_s
         yield raw
 
@@ -194,8 +192,8 @@ def _header(path: Path, header: Any) -> Header:
     """The header from the record of line 1. MisError when it is none."""
     if not isinstance(header, dict) or header.get("schema") != SCHEMA:
         why = (
-            f'{path} line 1 does not say "schema": "{SCHEMA}", so it is no recording of this '
-            f"program"
+            f'{path} line 1 does not say "schema": "{SCHEMA}", so it is not a recording of '
+            f"this program"
         )
         raise MisError(f"{why}: make one with `python -m mis_mlx.thermal record`")
     altitude = header.get("altitude_m")

@@ -32,7 +32,8 @@ def default_mode() -> Mode:
         if mode == wanted:
             return mode
     raise MisError(
-        f"MIS_MLX_GOVERNOR is not one of {', '.join(get_args(Mode))}: set it to one, or not at all"
+        f"MIS_MLX_GOVERNOR is not one of {', '.join(get_args(Mode))}: set it to one of them, "
+        f"or unset it"
     )
 
 
@@ -41,14 +42,14 @@ class ThermalFlags:
     """Air, altitude, and how hot the machine may get."""
 
     temperature_c: Celsius | None = None
-    """air temperature by hand, °C; default: measured, if this machine can"""
+    """air temperature in °C, from your own thermometer; default: measured, if this machine can"""
     altitude_m: Metres | None = None
     """metres above sea level; default: altitude_m in ~/.config/mis_mlx.toml"""
     thermal_replay: str | None = None
-    """a recording of `thermal record` to use in place of this machine's thermometers"""
+    """recording made by `thermal record`, used instead of this machine's thermometers"""
     governor: Mode = field(default_factory=default_mode)
-    """observe: only watch; throughput, steady, cool: pause for tea at 97, 92, 85 °C set points; on
-    battery only observe and cool go on; default: MIS_MLX_GOVERNOR, or steady
+    """observe: only watch; throughput, steady, cool: hold 97, 92, 85 °C with pauses (tea breaks);
+    on battery, only observe and cool continue; default: MIS_MLX_GOVERNOR, or steady
     """
 
 
@@ -194,7 +195,7 @@ class ThermalMonitor(Monitor):
         judge = governor.governor_for(self._mode, self.latest(), self.reasons, apple=self.apple)
         if judge.blind:
             why = self.reasons.get("die_c", "no die temperature")
-            cli.say(f"governor: {self._mode}, but blind: {why}")
+            cli.say(f"governor: {self._mode}, but without temperatures: {why}")
         return judge
 
     def _record(self, step: Step, decision: Decision) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def _reason(raw: Raw) -> str:
     reason = "no sensor answered"
     answers = len(raw.hid) + len(raw.smc) + len(raw.linux)
     if answers:
-        reason = f"none of {answers} sensors gives a believable value"
+        reason = f"none of {answers} sensors gives a plausible value"
     providers = "; ".join(f"{name}: {why}" for name, why in sorted(raw.missing.items()))
     if providers:
         reason += f" ({providers})"

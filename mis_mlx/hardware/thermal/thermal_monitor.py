@@ -32,7 +32,8 @@ VIRTUAL_SIGMA_LATER_C = 4.0
 
 
 NO_AIR = (
-    "no --temperature-c, no start after a long rest, no SMC TVA0, no calm battery to tell it from"
+    "no --temperature-c, no start after a long rest, no SMC TVA0, no idle battery to estimate "
+    "it from"
 )
 NO_ALTITUDE = "no --altitude-m and none in the configuration file"
 

@@ -69,7 +69,7 @@ def test_only_garbage_gives_none_with_a_reason():
     )
     measured = ("die_c", "soc_c", "battery_c", "nand_c", "virtual_ambient_c", "power_w")
     assert [values[name].value for name in measured] == [None] * 6
-    assert values["die_c"].reason == "none of 16 sensors gives a believable value"
+    assert values["die_c"].reason == "none of 16 sensors gives a plausible value"
 
 
 def test_a_parked_gpu_is_not_the_hottest_spot():
