@@ -193,8 +193,8 @@ def test_builtin_end_to_end(
 def test_refusals_of_tasks_are_sentences(
     tmp_path: Path, llama: Checkpoint, command: Callable[..., Done]
 ) -> None:
-    """Before any model is asked: a bad row, an empty file, a typo, a different tokenizer, too small a
-    budget. A dry run judges the same rows, and says questions, bytes and time.
+    """Before any model is asked: a bad row, an empty file, a typo, a different tokenizer, too small
+    a budget. A dry run judges the same rows, and says questions, bytes and time.
     """
     common = ("evaluate", "--teacher", llama.path)
     bad = {"question": "2 + 2?", "options": ["3", "5"], "answer": "4"}

@@ -127,8 +127,8 @@ def test_what_counting_tokens_gives_is_not_knowledge() -> None:
     assert o.recovered("student")
     assert counted.recovered("student") is None
     assert (
-        "On sums the teacher is not better than the uniform model, which finds all tokens equally likely"
-        in markdown([counted])
+        "On sums the teacher is not better than the uniform model, which finds all tokens equally "
+        "likely" in markdown([counted])
     )
     assert "not better than chance" not in markdown([counted])
     assert "| sums | 100 | 25.0% | 50.0% | 62.5% |" in markdown([counted])

@@ -124,7 +124,8 @@ def test_three_in_a_row_go_back_and_on_without_them(
     distill.run(s)
     said = capsys.readouterr().err
     assert (
-        "batches 6, 7, 8 gave NaN or infinity: going back to step 4, and on without them, at half the "
+        "batches 6, 7, 8 gave NaN or infinity: going back to step 4, and on without them, at half "
+        "the "
         "learning rate" in said
     )
     assert notes(str(s.out)) == dict.fromkeys((6, 7, 8), "skipped: not a number before")
@@ -137,7 +138,8 @@ def test_three_in_a_row_go_back_and_on_without_them(
         "distill",
         {"back to step 4": 1, "the end": 1},
         bad=0,
-        said="batches 6, 7, 8 gave NaN or infinity: going back to step 4, and on without them, at half the "
+        said="batches 6, 7, 8 gave NaN or infinity: going back to step 4, and on without them, at "
+        "half the "
         "learning rate",
     )
 
@@ -161,7 +163,11 @@ def test_a_sharded_run_goes_back_too(
     s, cut = (replace(settings(name), train="sharded") for name in ("whole", "cut"))
     bad |= {first, first + 1, first + 2}
     distill.run(s)
-    sentence = f"gave NaN or infinity: going back to step {back}, and on without them, at half the learning rate"
+    sentence = (
+        f"gave NaN or infinity: going back to step {back}, and on without them, at half "
+        f"the "
+        f"learning rate"
+    )
     assert sentence in capsys.readouterr().err
     noted = notes(str(s.out))
     assert set(noted) == bad
@@ -280,6 +286,7 @@ def test_a_tuning_run_goes_back_too(
         "sft",
         {"back to step 3": 1, "the end": 1},
         bad=0,
-        said="batches 4, 5, 6 gave NaN or infinity: going back to step 3, and on without them, at half the "
+        said="batches 4, 5, 6 gave NaN or infinity: going back to step 3, and on without them, at "
+        "half the "
         "learning rate",
     )

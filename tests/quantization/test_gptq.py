@@ -149,7 +149,9 @@ def test_the_model_stays_nearer_to_itself(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("cpu_policy")
 def test_bridges_keep_their_eight_bits(tmp_path: Path, batches: list[mx.array]) -> None:
-    """down_proj of the blocks that stand for removed ones has the nearest values of fitted grids."""
+    """down_proj of the blocks that stand for removed ones has the nearest values of fitted
+    grids.
+    """
     teacher = load.open_checkpoint(tiny.make(tmp_path / "t", num_hidden_layers=4))
     shape = replace(shape_of(teacher.config), layers=3)
     slicing.write_student(
