@@ -122,7 +122,7 @@ class Settings(
     lose: Annotated[float | None, Within(0.0, MOST)] = None
     """bits per byte that the result may lose on the teacher's answers (on text, if the teacher has
     no chat template): `search` chooses the smallest student that should stay within it. Default:
-    0.12, unless you give a size, a scenario or --bytes
+    0.1, unless you give a size, a scenario or --bytes
     """
     expected_loss: Annotated[float | None, Within(0.0, MOST)] = None
     """bits per byte that the result should lose, as predicted by the search for --lose or --bytes
