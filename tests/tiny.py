@@ -348,7 +348,7 @@ def make(folder: Path, seed: int = 0, dtype: str = "F32", **changes: Any) -> Pat
     if "vocab_size_per_layer_input" in config:
         config["vocab_size_per_layer_input"] = config["vocab_size"]
     folder.mkdir(parents=True)
-    tensors = arch.tensors_of(config, family(config).stacked)
+    tensors = arch.tensors_of(config, stacked=family(config).stacked)
     kind = {"F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16}[dtype]
 
     def drawn() -> Iterator[tuple[str, mx.array]]:
