@@ -89,9 +89,9 @@ def when_tokens_are_chosen(begin: Callable[[], None]) -> None:
     """Have `begin` called before the choice of tokens, which the plan has in `prune`."""
     chosen = vocabulary.of_run
 
-    def of_run(*given: Any, **named: Any) -> Any:
+    def of_run(*of: Any) -> Any:
         begin()
-        return chosen(*given, **named)
+        return chosen(*of)
 
     vocabulary.of_run = of_run  # type: ignore[assignment]
 

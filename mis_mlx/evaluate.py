@@ -129,7 +129,6 @@ def _texts(
     models: Models,
     tokenizer: Any,
     limit: Budget,
-    *,
     length: int,
 ) -> Iterator[Text]:
     """Every held-out text, one after the other; the budget holds while the caller uses it.
@@ -299,7 +298,6 @@ def _examine(
     models: Models,
     seen: Checkpoint,
     hashes: Hashes,
-    *,
     limit: Budget,
 ) -> dict[str, Any]:
     """The tasks: judge the rows, plan, ask all models, print and write the recovery table."""
@@ -383,7 +381,6 @@ def _write(
     outcomes: list[Outcome],
     page: str,
     result: dict[str, Any],
-    *,
     answered: _Answered | None,
 ) -> None:
     """The files of --out."""

@@ -140,7 +140,7 @@ def _open(name: str | None) -> tuple[Checkpoint | Mapping[str, Any], str]:
 
 
 def _pair(
-    s: Settings, opened: Checkpoint | Mapping[str, Any], *, gpu: bool
+    s: Settings, opened: Checkpoint | Mapping[str, Any], gpu: bool
 ) -> list[estimates.ModelSize]:
     """[teacher with the vocabulary of --vocab, student], as in `distill`.
 
@@ -192,7 +192,7 @@ def planned(settings: Settings, rates: Rates) -> tuple[phases.MemoryPlan, str]:
     config = opened.config if isinstance(opened, Checkpoint) else opened
     settings = replace(settings, **packed_format.of_mixture(config, settings))
     teacher_as_is = estimates.model_of(opened, rates.gpu)
-    teacher, student = _pair(settings, opened, gpu=rates.gpu)
+    teacher, student = _pair(settings, opened, rates.gpu)
     prompts = _prompts(opened)
     job = recipe.spec_of(
         teacher,
@@ -212,7 +212,7 @@ def planned(settings: Settings, rates: Rates) -> tuple[phases.MemoryPlan, str]:
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: print the plan."""
-    rates = estimates.machine_rates(settings.machine, measure=settings.measure)
+    rates = estimates.machine_rates(settings.machine, settings.measure)
     print(f"{rates}\n")
     if settings.measure and settings.teacher is None:
         return asdict(rates)

@@ -51,7 +51,6 @@ def _planned(
     checkpoint: Checkpoint,
     other: Checkpoint,
     count: int,
-    *,
     limit: Budget,
 ) -> list[estimates.StageCost]:
     """The costs of rounding, and of the steps after it, if any; MisError when one does not fit.
@@ -91,7 +90,6 @@ def _tuned(
     rounded: Path,
     other: Checkpoint,
     data: Windows,
-    *,
     pinned: int,
     out: Path,
     files: Files,

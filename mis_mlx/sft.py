@@ -67,7 +67,6 @@ def _source(
     checkpoint: Checkpoint,
     beside: Checkpoint | None,
     pinned: int,
-    *,
     budget_bytes: int,
 ) -> live_teacher.TargetSource:
     """The targets: the text itself, or the teacher `beside` with `pinned` blocks in memory."""

@@ -594,7 +594,7 @@ def test_choices_are_all_that_meet_the_limits() -> None:
     assert len(sizes_of["layers"]) == 13  # twelve below the teacher's, evenly spread
     few = {axis: values[-3:] for axis, values in sizes_of.items()}
     limit = limits.bytes_limit(SMOLLM2, "45MB")
-    found = list(shape_search.choices(SMOLLM2, few, [limit], bits=True))
+    found = list(shape_search.choices(SMOLLM2, few, [limit], True))
     tried = set()
     for layers, ffn, heads, hidden, vocab in itertools.product(
         *(few[axis] for axis in shape_search.CUTS)
@@ -617,13 +617,11 @@ def test_choices_are_all_that_meet_the_limits() -> None:
             or limit.cost(choice.shape, choice.bpw + 0.01) > 45_000_000
             or (shape_search.group_of(choice.shape) == 32)
         )
-    usual = list(shape_search.choices(SMOLLM2, few, [limit], bits=False))
+    usual = list(shape_search.choices(SMOLLM2, few, [limit], False))
     assert usual
     assert {choice.bpw for choice in usual} == {4.5}
     named = limits.params_limit(SMOLLM2, "0.667x")
-    assert all(
-        choice.bpw == 4.5 for choice in shape_search.choices(SMOLLM2, few, [named], bits=True)
-    )
+    assert all(choice.bpw == 4.5 for choice in shape_search.choices(SMOLLM2, few, [named], True))
 
 
 def test_heads_go_with_their_keys_where_the_number_allows_it() -> None:
@@ -694,7 +692,7 @@ def test_the_best_are_not_neighbours() -> None:
         shape_of(SMOLLM2), {"layers": [(20, 1.0)], "ffn": [(1024, 1.0)], "heads": [(6, 2.0)]}
     )
     within = list(
-        shape_search.choices(SMOLLM2, sizes_of, [limits.params_limit(SMOLLM2, "0.667x")], bits=True)
+        shape_search.choices(SMOLLM2, sizes_of, [limits.params_limit(SMOLLM2, "0.667x")], True)
     )
     best = shape_search.best(within, sizes_of, losses, 5)
     assert best[0] == min(within, key=losses.expected)
@@ -800,7 +798,7 @@ def test_every_kind_has_students_that_loaders_take(kind: str) -> None:
     config = {**tiny.CONFIG, **tiny.KINDS[kind]}
     sizes_of = shape_search.axis_sizes(config, EVERY, ())
     found = list(
-        shape_search.choices(config, sizes_of, [limits.bytes_limit(config, "200KB")], bits=True)
+        shape_search.choices(config, sizes_of, [limits.bytes_limit(config, "200KB")], True)
     )
     assert found
     for shape, _ in found:

@@ -16,7 +16,6 @@ def sequence(
     windows: Windows,
     count: int,
     key: Sequence[int],
-    *,
     again: bool = True,
 ) -> np.ndarray:
     """Indices (`count`,) of windows, drawn by random numbers of `key`.

@@ -51,7 +51,6 @@ class StreamedTeacher:
         self,
         checkpoint: Checkpoint,
         room_bytes: int | None = 0,
-        *,
         direct: bool = False,
         temperature: float = 1.0,
         cross_entropy: float = 0.0,
@@ -185,12 +184,7 @@ def labels(tokens: mx.array) -> mx.array:
 
 
 def _on_host(
-    source: StreamedTeacher,
-    student: nn.Module,
-    tokens: mx.array,
-    learn: mx.array,
-    *,
-    target: mx.array,
+    source: StreamedTeacher, student: nn.Module, tokens: mx.array, learn: mx.array, target: mx.array
 ) -> tuple[tuple[mx.array, mx.array], Any]:
     """What `nn.value_and_grad` gives of `student_loss`, evaluated; numpy computes the loss.
 
@@ -259,7 +253,6 @@ def steps(
     source: TargetSource,
     data: Windows,
     recipe: TrainingConfig,
-    *,
     optimizer: GuardedAdamW,
     start: int = 0,
     factor: Callable[[int], float] = lambda step: 1.0,
@@ -292,8 +285,8 @@ def write_store(
     teacher: Callable[[], StreamedTeacher],
     data: Windows,
     folder: Path,
-    *,
     files: Files,
+    *,
     count: int = SAMPLES,
     seed: int = 0,
     windows_per_pass: int = 64,

@@ -222,7 +222,6 @@ def task(
     name: str,
     questions: Sequence[Mapping],
     about: str,
-    *,
     per_character: bool = False,
 ) -> Task:
     """Rows that `fault` finds nothing wrong with, of one kind, as a task."""
@@ -292,7 +291,6 @@ def among_others(
     text: str,
     right: str,
     answers: Sequence[str],
-    *,
     others: int = 3,
 ) -> dict[str, Any]:
     """A row of a cloze: the right answer among `others` wrong ones.

@@ -57,7 +57,6 @@ def asking(
     tokenizer: Any,
     task: Task,
     left: Sequence[int],
-    *,
     limit: Budget,
 ) -> Asking:
     """How a model writes answers, greedily, to the questions `left`, by number.

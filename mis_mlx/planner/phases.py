@@ -230,7 +230,6 @@ def one(
     limit: int,
     rates: Rates,
     mode: Mode,
-    *,
     micro: int,
     shard: int,
     tuned: int | None = None,

@@ -242,7 +242,6 @@ def spec_of(
     student: ModelSize,
     asked: DistillationConfig,
     rounding: QuantizationConfig = PLAIN,
-    *,
     rotates: bool = True,
     shown: ModelSize | None = None,
     copied: bool = False,

@@ -252,7 +252,6 @@ def smallest(
     shapes_of: Iterable[Shape],
     losses: Losses,
     lose: float,
-    *,
     within: Sequence[limits.Limit],
 ) -> list[Choice]:
     """Of every shape the student of the fewest bits that should lose `lose` nats a byte or less.
@@ -284,7 +283,6 @@ def choices(
     config: Mapping[str, Any],
     sizes: Sizes,
     within: Sequence[limits.Limit],
-    *,
     bits: bool,
 ) -> list[Choice]:
     """Every student within the limits, in the most bits that they allow.

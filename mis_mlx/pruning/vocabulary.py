@@ -344,7 +344,6 @@ def of_run(
     student: str | None,
     rows: int,
     own: preparation.Data,
-    *,
     how: VocabularyConfig,
     source: preparation.Source | str | None,
     run: Path,

@@ -38,7 +38,6 @@ def mixed(
     batches: Batches,
     how: QuantizationConfig,
     seed: int = 0,
-    *,
     kept: Hidden | None = None,
 ) -> tuple[packed_format.Layout, dict[str, Any]]:
     """(a format for every matrix; the costs behind the choice, ready for JSON).
@@ -183,9 +182,9 @@ def costs(
     batches: Batches,
     group: int,
     bits: Sequence[int],
-    *,
     seed: int = 0,
     kept: Hidden | None = None,
+    *,
     fit: bool = False,
 ) -> dict[str, dict[int, float]]:
     """{module path: {bits: nats per token}} of every matrix, rounded in affine groups.
@@ -257,7 +256,6 @@ class _BlockErrors:
         block: nn.Module,
         group: int,
         bits: Sequence[int],
-        *,
         coming: int,
     ):
         self.coming = coming
@@ -285,9 +283,7 @@ class _BlockErrors:
     ) -> list[BlockInputs]:
         """Cotangents of the inputs of some batches, from those of the outputs, `above`."""
         below = []
-        for window, (cotangents, seen) in zip(
-            inputs, self._passes(inputs=inputs, above=above), strict=True
-        ):
+        for window, (cotangents, seen) in zip(inputs, self._passes(inputs, above), strict=True):
             below.append(window.like(cotangents))
             self._seen.append(seen)
         self.coming -= len(below)
@@ -324,7 +320,6 @@ def _back(
     block: nn.Module,
     matrices: Sequence[Matrix],
     inputs: BlockInputs,
-    *,
     above: BlockOutputs,
 ) -> tuple[list[mx.array], Seen]:
     """(cotangents of the block's inputs, what its `matrices` saw), lazy.
@@ -366,7 +361,6 @@ def _backs(
     block: nn.Module,
     matrices: Sequence[Matrix],
     inputs: Sequence[BlockInputs],
-    *,
     above: Sequence[BlockOutputs],
 ) -> Iterator[tuple[list[mx.array], Seen]]:
     """`_back` of every batch, evaluated.
@@ -402,7 +396,6 @@ def _along(
     packed: Sequence[rounding.Packed],
     pairs: Sequence[tuple[mx.array, mx.array]],
     group: int,
-    *,
     bits: Sequence[int],
 ) -> mx.array:
     """(windows, formats): <d log p / dW, error> of a matrix (out, in) in each format.

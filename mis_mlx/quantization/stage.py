@@ -41,7 +41,6 @@ def quantize(
     out: Path,
     how: QuantizationConfig,
     files: Files,
-    *,
     batches: Batches = (),
     held: int = 0,
     seed: int = 0,
@@ -122,7 +121,6 @@ def _rounded_block(
     i: int,
     block: nn.Module,
     plan: packed_format.Layout,
-    *,
     hidden: Hidden,
 ) -> dict[str, rounding.Packed]:
     """{module path: packed matrix} of block i, whose weights become the rounded ones."""
@@ -200,7 +198,6 @@ def _grams(
     block: nn.Module,
     hidden: Hidden,
     axes: Sequence[str],
-    *,
     where: str = "",
 ) -> dict[str, np.ndarray]:
     """{axis: sum of a a^T (in, in) over all tokens' inputs a to the matrices that read the axis}.

@@ -36,7 +36,6 @@ def create(
     name: str,
     settings: Mapping[str, Any],
     origin: Mapping[str, str],
-    *,
     plan: Mapping[str, Any],
     files: Files,
 ) -> Path:

@@ -623,7 +623,7 @@ def test_log_probabilities_know_the_cap(gemma: Checkpoint) -> None:
     model = load.resident(gemma, mx.float32)
     learn = mx.array([[1.0] * 11 + [0.0]])
     for frozen in (False, True):
-        sums, count = dpo._sums(model, TOKENS, learn, frozen_head=frozen)
+        sums, count = dpo._sums(model, TOKENS, learn, frozen)
         assert count.item() == 11
         assert sums.item() == pytest.approx(each.sum(), rel=1e-5)
     ids = TOKENS[0].tolist()

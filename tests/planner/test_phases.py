@@ -101,7 +101,7 @@ def test_blocks_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
     p = phases.blocks(replace(JOB, targets="cached"), 4, GIB)
     b = SMALL.block_params
     state = 4 * compression_size.block_state_bytes(SMALL.config)
-    assert p.flops == 10 * (4 * forward_flops(SMALL, 384, 32, head=False) + 4 * 384 * 512 * 64)
+    assert p.flops == 10 * (4 * forward_flops(SMALL, 384, 32, False) + 4 * 384 * 512 * 64)
     assert p.updated == 10 * 4 * b
     assert p.written_bytes == SMALL.nbytes + 4 * state
     kept = MIB + 4 * (4 * 384 + 512) * 64
@@ -185,7 +185,7 @@ def test_sharded_by_pencil() -> None:
     one = phases.sharded(job, 4, 1)
     assert one.read_bytes == 10 * (int(3.75 * 4 * b) + 384 * 151) + 4 * 4 * 512 * 64 + 4 * 4 * b
     assert p.peak_bytes - one.peak_bytes == state
-    block = forward_flops(SMALL, 384, 32, head=False) / 4
+    block = forward_flops(SMALL, 384, 32, False) / 4
     assert p.flops == 10 * (block * (4 - 1 + 2 * 1 + 3 * 2) + 4 * 384 * 512 * 64)
     live = phases.sharded(JOB, 4, 2)
     assert live.flops == p.flops + 10 * forward_flops(BIG, 384, 32)

@@ -152,7 +152,6 @@ def trial(
     r: Request,
     seed: Sequence[int],
     monitor: Monitor | None = None,
-    *,
     peaks: bool = False,
 ) -> Measurement:
     """One request with a prompt that `seed` chooses.
@@ -230,7 +229,6 @@ def need_bytes(checkpoint: Checkpoint, r: Request) -> int:
 
 def rounds(
     folders: Mapping[str, Path],
-    *,
     together: bool,
     count: int,
     r: Request,
@@ -376,7 +374,6 @@ def beside(
     weight_bytes: int,
     r: Request,
     at: rates.Roof,
-    *,
     tps: float,
 ) -> dict[str, Any]:
     """MB that a token moves, the best times possible, the share reached, and what limits it.
