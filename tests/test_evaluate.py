@@ -183,7 +183,7 @@ def test_builtin_end_to_end(
 def test_refusals_of_tasks_are_sentences(
     tmp_path: Path, llama: Checkpoint, command: Callable[..., Done]
 ) -> None:
-    """Before any model is asked: a bad row, an empty file, a typo, a different tokenizer, too small a
+    """Before any model is asked: a bad row, an empty file, a typo, another tokenizer, too small a
     budget. A dry run judges the same rows, and says questions, bytes and time.
     """
     common = ("evaluate", "--teacher", llama.path)

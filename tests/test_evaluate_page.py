@@ -123,8 +123,8 @@ def test_what_counting_tokens_gives_is_not_knowledge() -> None:
     counted = o._replace(uniform=np.array([0.0, 1.0, 1.0, 0.5] * 25))
     assert o.recovered("student") and counted.recovered("student") is None
     assert (
-        "On sums the teacher is not better than the uniform model, which finds all tokens equally likely"
-        in markdown([counted])
+        "On sums the teacher is not better than the uniform model, which finds all tokens "
+        "equally likely" in markdown([counted])
     )
     assert "not better than chance" not in markdown([counted])
     assert "| sums | 100 | 25.0% | 50.0% | 62.5% |" in markdown(

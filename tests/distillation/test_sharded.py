@@ -416,7 +416,10 @@ def test_what_cannot_be_exact_is_refused(tmp_path: Path, smallest: Checkpoint) -
     before = contents(root / "s")
     with pytest.raises(
         MisError,
-        match=r"run/s holds blocks from visit 1, but the newest complete checkpoint is from visit 0",
+        match=(
+            r"run/s holds blocks from visit 1, but the newest complete checkpoint is from "
+            r"visit 0"
+        ),
     ):
         run(smallest, root, each=1, every=100, iters=8)
     damage(root / "steps" / "step-00000000")

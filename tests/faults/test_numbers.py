@@ -122,7 +122,8 @@ def test_three_in_a_row_go_back_and_on_without_them(
     distill.run(s)
     said = capsys.readouterr().err
     assert (
-        "batches 6, 7, 8 gave NaN or infinity: going back to step 4, and on without them, at half the "
+        "batches 6, 7, 8 gave NaN or infinity: going back to step 4, and on without them, at "
+        "half the "
         "learning rate" in said
     )
     assert notes(str(s.out)) == dict.fromkeys((6, 7, 8), "skipped: not a number before")
@@ -134,7 +135,8 @@ def test_three_in_a_row_go_back_and_on_without_them(
         "distill",
         {"back to step 4": 1, "the end": 1},
         0,
-        "batches 6, 7, 8 gave NaN or infinity: going back to step 4, and on without them, at half the "
+        "batches 6, 7, 8 gave NaN or infinity: going back to step 4, and on without them, at "
+        "half the "
         "learning rate",
     )
 
@@ -158,7 +160,10 @@ def test_a_sharded_run_goes_back_too(
     s, cut = (replace(settings(name), train="sharded") for name in ("whole", "cut"))
     bad |= {first, first + 1, first + 2}
     distill.run(s)
-    sentence = f"gave NaN or infinity: going back to step {back}, and on without them, at half the learning rate"
+    sentence = (
+        f"gave NaN or infinity: going back to step {back}, and on without them, at half "
+        f"the learning rate"
+    )
     assert sentence in capsys.readouterr().err
     noted = notes(str(s.out))
     assert set(noted) == bad and noted[first + 2] == "skipped: not a number before"
@@ -271,6 +276,7 @@ def test_a_tuning_run_goes_back_too(
         "sft",
         {"back to step 3": 1, "the end": 1},
         0,
-        "batches 4, 5, 6 gave NaN or infinity: going back to step 3, and on without them, at half the "
+        "batches 4, 5, 6 gave NaN or infinity: going back to step 3, and on without them, at "
+        "half the "
         "learning rate",
     )

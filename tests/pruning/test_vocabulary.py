@@ -127,7 +127,8 @@ def test_all_tokens_are_no_cut(big: Checkpoint) -> None:
         ("200", "need 257 tokens, but --vocab 200 leaves 256: give 512 or more"),
         (
             "0",
-            "--vocab 0 is not a number of tokens from 1 to 1,024: give one, or a share such as 0.5x",
+            "--vocab 0 is not a number of tokens from 1 to 1,024: give one, or a share such as "
+            "0.5x",
         ),
         ("1025", "--vocab 1025 is not a number"),
         ("1.5x", "is not a number"),
