@@ -50,7 +50,8 @@ def question_rows(count: int) -> list[dict[str, Any]]:
     """Choice rows: the right answer and a likely slip, in turns."""
     made = []
     for number, row in enumerate(problems.rows("test", 0, count)):
-        wrong = row["rejected"].rpartition(f"{problems.MARK[row['language']]}: ")[2]  # type: ignore[index]
+        mark = problems.MARK[row["language"]]  # type: ignore[index]
+        wrong = row["rejected"].rpartition(f"{mark}: ")[2]
         options = [row["answer"], wrong] if number // 2 % 2 else [wrong, row["answer"]]
         made.append({"question": row["prompt"], "options": options, "answer": row["answer"]})
         made[-1]["language"] = row["language"]
@@ -95,7 +96,9 @@ def theirs(adapter: Any, name: str, folder: Path) -> tuple[float, float, list[li
     )
     adapter.loglikelihood = loop
     samples = sorted(found["samples"][name], key=lambda s: s["doc_id"])
-    likelihoods = [[float(ll) for ll, _ in s["filtered_resps"]] for s in samples]
+    likelihoods = []
+    for sample in samples:
+        likelihoods.append([float(ll) for ll, _ in sample["filtered_resps"]])
     return *spent[0], likelihoods, float(np.mean([s["acc"] for s in samples]))
 
 

@@ -47,7 +47,9 @@ def told(command: Any, settings: Any, name: str) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
     result = command.run(replace(settings, out=str(out)))
     keys = ("best_step", "params_trained", "tokens", "tokens_per_s", "peak_bytes", "seconds")
-    held_out = [{k: round(v, 4) for k, v in r.items()} for r in run_folder.records(out / HELD_OUT)]
+    held_out = []
+    for record in run_folder.records(out / HELD_OUT):
+        held_out.append({key: round(value, 4) for key, value in record.items()})
     asked = {key: getattr(settings, key) for key in TOLD}
     losses = [round(r["loss"], 4) for r in run_folder.metrics(out)]
     return {

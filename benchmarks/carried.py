@@ -77,14 +77,17 @@ def mean(row: dict[str, Any]) -> float:
 
 def table() -> str:
     """Markdown: every text, seeds beside each other."""
-    found = [rows for seed in SEEDS if (rows := stored(f"carried-{seed}").get("rows"))]
-    labels = [label for label in ROWS if any(label in rows for rows in found)]
+    seeds = [stored(f"carried-{seed}").get("rows") for seed in SEEDS]
+    found = [rows for rows in seeds if rows]
+    measured = set().union(*found)
+    labels = [label for label in ROWS if label in measured]
 
     def cells(value: Any) -> list[str]:
-        return [
-            ", ".join(f"{value(rows[label]):.3f}" for rows in found if label in rows)
-            for label in labels
-        ]
+        made = []
+        for label in labels:
+            of_seeds = [f"{value(rows[label]):.3f}" for rows in found if label in rows]
+            made.append(", ".join(of_seeds))
+        return made
 
     texts = list(found[0][labels[0]]["bits"]) if found else []
     body = [[text, *cells(lambda row, text=text: row["bits"][text])] for text in texts]

@@ -173,11 +173,8 @@ def together(s: Settings, n: int, work: str) -> dict[str, Any]:
     if any(process.returncode for process in made):
         raise SystemExit(f"{work} in {n} processes did not end well")
     found = [json.loads(text.splitlines()[-1]) for text in said]
-    sent = [
-        max(each)
-        for each in zip(*(f["sent_bytes"] for f in found), strict=True)
-        if None not in each
-    ]
+    by_machine = [f["sent_bytes"] for f in found]
+    sent = [max(each) for each in zip(*by_machine, strict=True) if None not in each]
     first = found[0] | {"sent_bytes": statistics.median(sent) if sent else None}
     return first | {"median_s": statistics.median(first["seconds"])}
 

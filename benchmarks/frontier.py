@@ -269,8 +269,7 @@ def page(name: str, teacher: str, rows: dict[str, Any]) -> None:
     that loads nothing.
     """
     said = (
-        "Bits per byte above the teacher's, in the mean of all texts and in each; MB are of "
-        "the "
+        "Bits per byte above the teacher's, in the mean of all texts and in each; MB are of the "
         "weights."
     )
     body = f"<h1>{teacher}: what a budget of bytes buys</h1>"

@@ -78,7 +78,10 @@ def measured(
     tokenizer = load.tokenizer(folder)
     placed = [(row, f"question {n}") for n, row in enumerate(questions, 1)]
     encoded, _ = examples.encode(placed, tokenizer, 512, ("answer",))
-    prompts = [[int(t) for t in ids[: int(learn.argmax())]] for ((ids, learn),) in encoded]
+    prompts = []
+    for ((ids, learn),) in encoded:
+        answer_starts = int(learn.argmax())
+        prompts.append(list(map(int, ids[:answer_starts])))
     # answers to 32 rows at once
     settings = training.Settings(max_completion_length=s.max_completion_length, seed=7)
     functions = rewards.functions(None, None)
@@ -155,11 +158,12 @@ def one(s: Settings) -> None:
         after = measured(s, out / "model", sets["measured"])
         print(json.dumps({"after": after}), flush=True)
         keys = ("number", "reward", "reward_correct", "answer_tokens", "kept", "seconds")
-        steps = [{k: round(m[k], 4) for k in keys} for m in run_folder.metrics(out)]
-        chosen = [
-            {k: r[k] for k in ("number", "reward", "reward_correct")}
-            for r in run_folder.records(out / "held_out.jsonl")
-        ]
+        steps = []
+        for metrics in run_folder.metrics(out):
+            steps.append({key: round(metrics[key], 4) for key in keys})
+        chosen = []
+        for record in run_folder.records(out / "held_out.jsonl"):
+            chosen.append({key: record[key] for key in ("number", "reward", "reward_correct")})
     found = {
         "settings": {k: v for k, v in asdict(s).items() if k != "plot"},
         "rows": {name: len(part) for name, part in sets.items()},
@@ -179,7 +183,8 @@ def plot() -> None:
     """
     from matplotlib.figure import Figure
 
-    found: dict[int, Any] = {n: one for n in range(10) if (one := stored(f"grpo-{n}"))}
+    seeds = {seed: stored(f"grpo-{seed}") for seed in range(10)}
+    found: dict[int, Any] = {seed: one for seed, one in seeds.items() if one}
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     for at, (seed, one) in enumerate(found.items()):

@@ -83,10 +83,10 @@ def recovered(student: Path, questions: int) -> dict[str, list[float]]:
     done = evaluate.run(
         evaluate.Settings(students=(str(student),), tasks=TASKS, num_questions=questions)
     )
-    return {
-        task: [round(value, 3) for value in of[student.name]]
-        for task, of in done["recovered"].items()
-    }
+    shares = {}
+    for task, by_student in done["recovered"].items():
+        shares[task] = [round(value, 3) for value in by_student[student.name]]
+    return shares
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:

@@ -61,9 +61,12 @@ def entropies(hidden: mx.array, head: mx.array) -> np.ndarray:
         lse = host_losses.softmax(p)
         return lse - np.einsum("ij,ij->i", p, z)
 
-    starts = range(0, len(hidden), rows := losses.chunk_rows(head.shape[0]))
-    chunks = ((hidden[at : at + rows] @ head.T).astype(mx.float32) for at in starts)
-    return np.concatenate([host_losses.by_rows(of, host_losses.view(z)) for z in chunks])
+    rows = losses.chunk_rows(head.shape[0])
+    found = []
+    for at in range(0, len(hidden), rows):
+        logits = (hidden[at : at + rows] @ head.T).astype(mx.float32)
+        found.append(host_losses.by_rows(of, host_losses.view(logits)))
+    return np.concatenate(found)
 
 
 @contextmanager
@@ -112,7 +115,7 @@ def own_text() -> Iterator[None]:
                 len(data.tokens), r.batch_size * r.grad_accumulation_steps, step, r.seed
             )
             length = data.tokens.shape[1]
-            prompts = [[int(t) for t in row[:PROMPT]] for row in data.tokens[at]]
+            prompts = data.tokens[at, :PROMPT].tolist()
             draw = mlx_generate.sampler(1.0, 1000 * r.seed + step)
             said = mlx_generate.groups(
                 student,
@@ -194,15 +197,21 @@ def row(name: str, seed: int, begun: Path, out: Path, folders: dict[str, Path]) 
 
 def table(seeds: list[dict[str, Any]]) -> str:
     """Markdown: a column for each row that all seeds have."""
-    names = [name for name in ROWS if all(name in rows for rows in seeds)] if seeds else []
+    names = list(ROWS) if seeds else []
+    for rows in seeds:
+        names = [name for name in names if name in rows]
     texts = list(seeds[0][names[0]]["bits"]) if names else []
-    body = [
-        [text, *(", ".join(f"{rows[n]['bits'][text]:.3f}" for rows in seeds) for n in names)]
-        for text in texts
-    ]
-    body.append(
-        ["seconds", *(", ".join(f"{rows[n]['seconds']:.0f}" for rows in seeds) for n in names)]
-    )
+
+    def bits(name: str, text: str) -> str:
+        return ", ".join(f"{rows[name]['bits'][text]:.3f}" for rows in seeds)
+
+    def seconds(name: str) -> str:
+        return ", ".join(f"{rows[name]['seconds']:.0f}" for rows in seeds)
+
+    body = []
+    for text in texts:
+        body.append([text, *(bits(name, text) for name in names)])
+    body.append(["seconds", *map(seconds, names)])
     return markdown_table(["", *names], body)
 
 

@@ -57,13 +57,12 @@ def table(plan: MemoryPlan, tokens: int) -> str:
         cells += [f"{reading / n:.1f} s, {n / reading:.3f} tokens/s" for n in (1, *ACCEPTED)]
         columns.append(cells)
         best = ACCEPTED[-1] / reading  # tokens/s
-        word = (
-            "possible"
-            if best >= 0.45
-            else "possible at its lower end"
-            if best >= 0.3
-            else "not possible"
-        )
+        if best >= 0.45:
+            word = "possible"
+        elif best >= 0.3:
+            word = "possible at its lower end"
+        else:
+            word = "not possible"
         verdicts.append(
             f"{word}, {0.3 * reading:.1f} to {0.45 * reading:.1f} guesses a pass would have to be "
             f"right"

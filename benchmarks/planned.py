@@ -55,10 +55,12 @@ BRIEF: dict[str, Any] = {
     "q_iters": 2,
 }
 CASES: dict[str, dict[str, Any]] = {
-    "default": {}, "default, 300 MiB": {"budget": "300MiB", "q_iters": None},
+    "default": {},
+    "default, 300 MiB": {"budget": "300MiB", "q_iters": None},
     "0.5 B shape, 2 GiB": {"budget": "2GiB", "q_iters": None},
-    "0.5 B shape, 850 MiB": {"budget": "850MiB", "q_iters": None}, "4-bit teacher": {},
-}  # fmt: skip
+    "0.5 B shape, 850 MiB": {"budget": "850MiB", "q_iters": None},
+    "4-bit teacher": {},
+}
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,9 @@ def when_tokens_are_chosen(begin: Callable[[], None]) -> None:
     """Have `begin` called before the choice of tokens, which the plan has in `prune`."""
     chosen = vocabulary.of_run
 
-    def of_run(*of: Any) -> Any:
+    def of_run(*given: Any, **named: Any) -> Any:
         begin()
-        return chosen(*of)
+        return chosen(*given, **named)
 
     vocabulary.of_run = of_run  # type: ignore[assignment]
 

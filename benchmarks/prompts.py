@@ -125,20 +125,19 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def main() -> None:
     """Both files."""
-    train = [
-        [
-            {"kind": kind, "language": language, "turns": turns}
-            for kind, turns in drawn(source, count, seed=0)
-        ]
-        for language, source, count in (("en", ENGLISH, 2400), ("pl", POLISH, 400))
-    ]
-    held_out = [
-        [
-            {"kind": kind, "language": language, "messages": conversation(turns)}
-            for kind, turns in drawn(source, count, 1)
-        ]
-        for language, source, count in (("en", HELD_OUT_ENGLISH, 120), ("pl", HELD_OUT_POLISH, 24))
-    ]
+    train = []
+    for language, source, count in (("en", ENGLISH, 2400), ("pl", POLISH, 400)):
+        rows = drawn(source, count, seed=0)
+        train.append([{"kind": kind, "language": language, "turns": turns} for kind, turns in rows])
+    held_out = []
+    for language, source, count in (("en", HELD_OUT_ENGLISH, 120), ("pl", HELD_OUT_POLISH, 24)):
+        rows = drawn(source, count, seed=1)
+        held_out.append(
+            [
+                {"kind": kind, "language": language, "messages": conversation(turns)}
+                for kind, turns in rows
+            ]
+        )
     write(prompts.TRAIN, mixed(*train))
     write(answers.PROMPTS, mixed(*held_out))
 

@@ -132,7 +132,9 @@ class Bench:
 
     def save(self, out: Path, model: Any, tokenizer: Any, config: dict[str, Any]) -> None:
         """As mlx_lm does."""
-        load.mlx_lm("utils").save(out, str(self.path), model, tokenizer, config)
+        load.mlx_lm("utils").save(
+            out, str(self.path), model=model, tokenizer=tokenizer, config=config
+        )
 
     def convert(self, out: Path) -> None:
         """mlx_lm.convert -q."""
@@ -143,7 +145,9 @@ class Bench:
         """mlx_lm.gptq's function."""
         model, tokenizer, config = self.opened()
         data = mx.concatenate(self.batches)
-        model, how = load.mlx_lm("quant.gptq").gptq_quantize(model, data, 4, 64, 8, 64)
+        model, how = load.mlx_lm("quant.gptq").gptq_quantize(
+            model, data, bits=4, group_size=64, fallback_bits=8, fallback_group_size=64
+        )
         self.save(out, model, tokenizer, {**config, "quantization": how})
 
     def awq(self, out: Path) -> None:
@@ -154,7 +158,16 @@ class Bench:
         model, tokenizer, config = self.opened()
         data = mx.concatenate(self.batches[: len(self.batches) // 4])
         how = program.AWQ_MODEL_CONFIGS[config["model_type"]]
-        program.awq_quantize(model, data, how, 64, 4, 64, 8, n_grid=10)
+        program.awq_quantize(
+            model,
+            inputs=data,
+            awq_config=how,
+            group_size=64,
+            bits=4,
+            embed_group_size=64,
+            embed_bits=8,
+            n_grid=10,
+        )
         program.update_config(model, config)
         self.save(out, model, tokenizer, config)
 
@@ -170,14 +183,14 @@ class Bench:
         adam = load.mlx_lm("quant.dwq").optimizers.Adam(learning_rate=1e-6, bias_correction=True)
         program.dwq_quantize(
             small,
-            lambda batch, i, split: model(batch),
-            adam,
-            rows[4:],
-            rows[:4],
-            2,
-            self.s.max_seq_length,
-            0,
-            mx.float32,
+            target_fn=lambda batch, i, split: model(batch),
+            opt=adam,
+            train_data=rows[4:],
+            valid_data=rows[:4],
+            batch_size=2,
+            max_seq_length=self.s.max_seq_length,
+            seed=0,
+            dtype=mx.float32,
         )
         self.save(out, small, tokenizer, config)
 
@@ -188,13 +201,11 @@ class Bench:
         program = load.mlx_lm("quant.dynamic_quant")
         utils = load.mlx_lm("utils")
         model, tokenizer, config = self.opened()
-        low = (4, 64)
-        high = (5, 64)
-        costs = dict(
-            program.estimate_sensitivities(model, mx.concatenate(self.batches), *low, *high)
-        )
-        threshold = program.estimate_threshold(model, costs, MIXED.target_bpw, *low, *high)
-        better = {"bits": high[0], "group_size": high[1]}
+        formats = {"low_bits": 4, "low_group_size": 64, "high_bits": 5, "high_group_size": 64}
+        data = mx.concatenate(self.batches)
+        costs = dict(program.estimate_sensitivities(model, data, **formats))
+        threshold = program.estimate_threshold(model, costs, MIXED.target_bpw, **formats)
+        better = {"bits": 5, "group_size": 64}
 
         def choose(name: str, part: Any) -> Any:
             return hasattr(part, "to_quantized") and (costs[name] <= threshold or better)
@@ -283,12 +294,11 @@ def table(name: str) -> str:
     rows = []
     for label in ROWS:
         if r := stored(f"quality_4bit/{name}-{label.replace(', ', '-').replace(' ', '-')}"):
-            texts = [r[text] for text in ("English", "Polish")]
-            values = [
-                f"{t[key][0]:.3f} ± {t[key][1]:.3f}"
-                for t in texts
-                for key in ("mean_kld", "added_nats")
-            ]
+            texts = [r["English"], r["Polish"]]
+            values = []
+            for text in texts:
+                for mean, error in (text["mean_kld"], text["added_nats"]):
+                    values.append(f"{mean:.3f} ± {error:.3f}")
             rows.append([label, f"{r['bits_per_weight']:.2f}", f"{r['nbytes'] / 1e6:.1f}", *values])
     return markdown_table(head, rows)
 

@@ -15,9 +15,10 @@ benchmarks/results/<machine>/recovery/<arm>-<seed>.json; scripts/render.py makes
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -371,14 +372,19 @@ def shifted(teacher: Checkpoint, keep: KeptUnits, moments: Measured) -> tuple[Ch
 GRAFTS = {"merge": merged, "mean-shift": shifted}
 
 
+def by_seed(name: str, seeds: Iterable[int]) -> dict[int, Any]:
+    """The stored rows of an arm, of these seeds that it has been run with."""
+    rows = {seed: stored(f"recovery/{name}-{seed}") for seed in seeds}
+    return {seed: row for seed, row in rows.items() if row}
+
+
 def table() -> str:
     """Markdown of all rows there are: means over seeds, and what is closed of the gap that the
     baseline leaves.
     """
     nll = stored("recovery/teacher")["nll"]
     head = (
-        "group,student,seeds,M parameters,tokens,pruned,before distilling,after,KL "
-        "after,Polish "
+        "group,student,seeds,M parameters,tokens,pruned,before distilling,after,KL after,Polish "
         "after"
     )
     heads = [
@@ -387,26 +393,28 @@ def table() -> str:
     ]
     lines = []
     for name, arm in ARMS.items():
-        rows = {seed: row for seed in range(10) if (row := stored(f"recovery/{name}-{seed}"))}
+        rows = by_seed(name, range(10))
         if not rows:
             continue
-        base = {seed: row["end"] for seed in rows if (row := stored(f"recovery/minitron-{seed}"))}
-        against = {} if arm.short or name == "minitron" else base
-        closed = [
-            f"{(b[m] - rows[seed]['end'][m]) / (b[m] - nll[text]):+.0%}"
-            for m, text in (("nll", "English"), ("nll_polish", "Polish"))
-            for seed, b in against.items()
-        ]
-        values = [
-            f"{np.mean([row[when][metric] for row in rows.values()]):.3f}"
-            for when, metric in (
-                ("pruned", "nll"),
-                ("start", "nll"),
-                ("end", "nll"),
-                ("end", "kl"),
-                ("end", "nll_polish"),
-            )
-        ]
+        against = {}
+        if not arm.short and name != "minitron":
+            against = by_seed("minitron", rows)
+        closed = []
+        for metric, text in (("nll", "English"), ("nll_polish", "Polish")):
+            for seed, row in against.items():
+                base = row["end"][metric]
+                gap = base - nll[text]
+                closed.append(f"{(base - rows[seed]['end'][metric]) / gap:+.0%}")
+        values = []
+        for when, metric in (
+            ("pruned", "nll"),
+            ("start", "nll"),
+            ("end", "nll"),
+            ("end", "kl"),
+            ("end", "nll_polish"),
+        ):
+            mean = np.mean([row[when][metric] for row in rows.values()])
+            values.append(f"{mean:.3f}")
         row = next(iter(rows.values()))
         sizes = [str(len(rows)), f"{row['params'] / 1e6:.1f}", str(row["tokens"])]
         lines.append([arm.group, name, *sizes, *values, " ".join(closed) or "–"])
@@ -419,7 +427,8 @@ def main(s: Settings) -> None:
         print(table())
         return
     names = [n for n, a in ARMS.items() if not s.only or n in s.only or a.group in s.only]
-    todo = [(n, seed) for seed in s.seeds for n in names if not stored(f"recovery/{n}-{seed}")]
+    asked = [(name, seed) for seed, name in product(s.seeds, names)]
+    todo = [(name, seed) for name, seed in asked if not stored(f"recovery/{name}-{seed}")]
     cli.say(f"{len(todo)} rows to make")
     if not todo:
         return

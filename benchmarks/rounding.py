@@ -67,10 +67,10 @@ def main(folder: Path) -> None:
     rows = []
     for group in (64, 32):
         for name, four in sets.items():
-            cut = {
-                n: rounded(w, 4 if four(n) else 8, group) if w.ndim == 2 else w
-                for n, w in dense.items()
-            }
+            cut = dict(dense)
+            for label, weight in dense.items():
+                if weight.ndim == 2:
+                    cut[label] = rounded(weight, 4 if four(label) else 8, group)
             model.load_weights(list(cut.items()))
             rows.append({"group_size": group, "in 4 bits": name, "nats": round(loss() - start, 4)})
             print(json.dumps(rows[-1]), flush=True)

@@ -160,11 +160,10 @@ def main(s: Settings) -> None:
                 del model
                 mx.clear_cache()
     full = {r["seed"]: r["nll"] for r in rows if r["way"] == "full"}
-    gap = {
-        way: [round(r["nll"] - full[r["seed"]], 4) for r in rows if r["way"] == way]
-        for way in WAYS
-        if way != "full"
-    }
+    gap = {way: list[float]() for way in WAYS if way != "full"}
+    for row in rows:
+        if row["way"] in gap:
+            gap[row["way"]].append(round(row["nll"] - full[row["seed"]], 4))
     print(json.dumps({"nll_minus_full": gap}))
     flags = [
         f"--{name.replace('_', '-')} {value}"

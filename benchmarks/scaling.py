@@ -59,8 +59,13 @@ MIDDLE = {
     "num_attention_heads": 12,
     "head_dim": 128,
 }
-LARGE = {**MIDDLE, "hidden_size": 3584, "intermediate_size": 18_944, "num_attention_heads": 28,
-         "num_key_value_heads": 4}  # fmt: skip
+LARGE = {
+    **MIDDLE,
+    "hidden_size": 3584,
+    "intermediate_size": 18_944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
 SHAPES = {"135M": SMALL, "0.5B": HALF, "1.5B": MIDDLE, "7B": LARGE}
 SHARED: dict[str, Any] = {
     "budget": "2GiB",
@@ -193,14 +198,12 @@ def tables(cells: dict[str, Any]) -> str:
         for label, points in along(axis, cells).items():
             if len(points) > 2:
                 across = [at for at, _ in points]
-                found = [
-                    [
-                        slope(across, [max(1e-3, p[kind][k]) for _, p in points])
-                        for kind in ("taken", "planned")
-                    ]
-                    for k in COUNTED[:3]
-                ]
-                slopes.append([axis, label, *(f"{a:.2f} ({b:.2f})" for a, b in found)])
+                shown = []
+                for key in COUNTED[:3]:
+                    taken = slope(across, [max(1e-3, p["taken"][key]) for _, p in points])
+                    planned = slope(across, [max(1e-3, p["planned"][key]) for _, p in points])
+                    shown.append(f"{taken:.2f} ({planned:.2f})")
+                slopes.append([axis, label, *shown])
     head = [
         "",
         "way",

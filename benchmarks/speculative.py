@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import laboratory
@@ -90,7 +91,7 @@ def main(s: Settings) -> None:
                     size=size,
                 )
             )
-            tokens = [t for new in passes for t in new]
+            tokens = list(chain.from_iterable(passes))
             if size == 1:
                 plain.append(tokens)
             same += tokens == plain[n]

@@ -71,7 +71,9 @@ class Folded:
         second = np.full(count, -1)
         first[rows] = np.arange(len(rows))
         for token in set(range(count)) - set(rows):
-            first[token], second[token] = (piece.id for piece in bpe.tokenize(texts[token])[:2])
+            one, two, *_ = bpe.tokenize(texts[token])
+            first[token] = one.id
+            second[token] = two.id
         order = np.argsort(first, kind="stable")
         self._starts = np.append(np.searchsorted(first[order], np.arange(len(rows))), count)
         self._second = second[order]
@@ -80,17 +82,20 @@ class Folded:
 
     def __call__(self, hidden: mx.array, tokens: np.ndarray | None = None) -> mx.array:
         """tokens (n,): those that were read, for the pieces behind the first."""
-        p = np.array(mx.softmax(hidden.astype(mx.float32) @ self._head.T, axis=-1))
+        logits = hidden.astype(mx.float32) @ self._head.T
+        p = np.array(mx.softmax(logits, axis=-1))
         q = np.add.reduceat(p, self._starts[:-1], axis=1)
         tokens = np.zeros(0, int) if tokens is None else tokens
         for i in range(1, len(tokens)):
-            of_piece = slice(*self._starts[tokens[i] : tokens[i] + 2])
-            before = p[i - 1, of_piece]
-            second = self._second[of_piece]
+            start, end = self._starts[tokens[i] : tokens[i] + 2]
+            before = p[i - 1, start:end]
+            second = self._second[start:end]
             gone = second >= 0
-            if (mass := before[gone].sum()) > 0:
-                q[i] *= 1 - mass / before.sum()
-                np.add.at(q[i], second[gone], before[gone] / before.sum())
+            mass = before[gone].sum()
+            if mass > 0:
+                whole = before.sum()
+                q[i] *= 1 - mass / whole
+                np.add.at(q[i], second[gone], before[gone] / whole)
         return mx.array(np.log(np.maximum(q, 1e-30)))
 
 
@@ -98,22 +103,23 @@ def teacher_row(
     teacher: Checkpoint, seen: Checkpoint, folded: Folded, windows: Windows
 ) -> dict[str, float]:
     """{"own": bits per byte of its own tokens, way: how many more}."""
-    own = token_windows.reread(windows, *(load.tokenizer(model.path) for model in (seen, teacher)))
-    nats = {"own": comparison.per_byte(comparison.compare({"": teacher}, own)["", "nll"], own)}
-    nats[WAYS[0]] = comparison.per_byte(comparison.compare({"": seen}, windows)["", "nll"], windows)
+    own = token_windows.reread(windows, load.tokenizer(seen.path), load.tokenizer(teacher.path))
+    of_own = comparison.compare({"": teacher}, own)["", "nll"]
+    of_seen = comparison.compare({"": seen}, windows)["", "nll"]
+    nats = {"own": comparison.per_byte(of_own, own)}
+    nats[WAYS[0]] = comparison.per_byte(of_seen, windows)
     sums = np.zeros(2)
     nbytes = windows.text_bytes.sum()
     states = comparison.final_hidden(seen, windows)
     for tokens, learn, hidden in zip(windows.tokens, windows.learn, states, strict=True):
         at = np.flatnonzero(learn[:-1])
         for k, read in enumerate((None, tokens)):
-            sums[k] -= np.array(folded(hidden[0], read))[at, tokens[at + 1]].sum()
+            log_p = np.array(folded(hidden[0], read))
+            sums[k] -= log_p[at, tokens[at + 1]].sum()
     nats |= dict(zip(WAYS[1:], (sums / nbytes).tolist(), strict=True))
     bits = {name: value / math.log(2) for name, value in nats.items()}
-    return {
-        name: round(value - (0.0 if name == "own" else bits["own"]), 4)
-        for name, value in bits.items()
-    }
+    found = {name: round(value - bits["own"], 4) for name, value in bits.items()}
+    return found | {"own": round(bits["own"], 4)}
 
 
 class Teacher(live_teacher.StreamedTeacher):
@@ -124,7 +130,9 @@ class Teacher(live_teacher.StreamedTeacher):
 
     def micro_batches(self, batches: Any, windows: Any = ()) -> Any:
         """Remembers the windows, whose logits are asked for one by one."""
-        self._coming = [np.array(row) for tokens, _ in batches for row in tokens]
+        self._coming = list[np.ndarray]()
+        for tokens, _ in batches:
+            self._coming += map(np.array, tokens)
         return super().micro_batches(batches, windows)
 
     @cached_property
@@ -173,21 +181,18 @@ def main(s: Settings) -> None:
             for name, folder in folders.items():
                 other = preparation.prepare(str(folder), load.tokenizer(seen.path), LENGTH)
                 texts[name] = next(iter(other.held_out.values()))
-            found["teacher"] = {
-                name: teacher_row(
-                    teacher, seen, folded, comparison.chosen(windows, minutes.EVAL_WINDOWS)
-                )
-                for name, windows in texts.items()
-            }
+            found["teacher"] = {}
+            for name, windows in texts.items():
+                chosen = comparison.chosen(windows, minutes.EVAL_WINDOWS)
+                found["teacher"][name] = teacher_row(teacher, seen, folded, chosen)
             write("splits", command, {"given": given, **found})
         for way in WAYS[1:] if s.students and not s.table else ():
             if way not in found.setdefault("students", {}):
                 Teacher.whole = teacher
                 Teacher.inner = way == WAYS[2]
                 live_teacher.StreamedTeacher = Teacher  # type: ignore[misc]
-                found["students"][way] = minutes.row(
-                    30, 0, Path(temp) / f"run-{WAYS.index(way)}", folders
-                )
+                run = Path(temp) / f"run-{WAYS.index(way)}"
+                found["students"][way] = minutes.row(30, 0, run, folders)
                 write("splits", command, {"given": given, **found})
     print(table(found))
 

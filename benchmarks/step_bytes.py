@@ -73,12 +73,10 @@ def main(s: Settings) -> None:
             way: kinds(way, place / "teacher", place / "student") for way in ("resident", "blocks")
         }
     write("step_bytes", "scripts/mis benchmarks/step_bytes.py", {"kinds": found})
-    names = list(found["resident"])
-    print(
-        markdown_table(
-            ["MB", *found], [[n, *(f"{of[n] / 1e6:,.0f}" for of in found.values())] for n in names]
-        )
-    )
+    body = []
+    for name in found["resident"]:
+        body.append([name, *(f"{of[name] / 1e6:,.0f}" for of in found.values())])
+    print(markdown_table(["MB", *found], body))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ def choices(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
     made = []
     for number, row in enumerate(rows):
         end = problems.END[row["language"]].partition("{")[0]  # type: ignore[index]
-        wrong = row["rejected"].rpartition(f"{problems.MARK[row['language']]}: ")[2]  # type: ignore[index]
+        mark = problems.MARK[row["language"]]  # type: ignore[index]
+        wrong = row["rejected"].rpartition(f"{mark}: ")[2]
         options = [row["answer"], wrong] if number // 2 % 2 else [wrong, row["answer"]]
         question = row["prompt"].partition(f" {end}")[0]
         made.append(
@@ -68,8 +69,10 @@ def main(lessons: Path, exams: Path) -> None:
     for name, kinds in EXAMS.items():
         rows = problems.rows("test", 0, QUESTIONS, kinds)
         write(exams, name, choices(rows))
-        kept = ("prompt", "answer", "language")
-        write(exams, f"{name}-written", ({key: row[key] for key in kept} for row in rows))
+        written = []
+        for row in rows:
+            written.append({key: row[key] for key in ("prompt", "answer", "language")})
+        write(exams, f"{name}-written", written)
     for language in minimal_pairs.RULES:
         write(exams, f"grammar-{language}", minimal_pairs.rows(language, QUESTIONS))
 

@@ -78,7 +78,8 @@ def other_texts(share: Path) -> dict[str, str]:
     tutor = next(share.glob("vim/vim*/tutor"))
     found = {"Vim's tutor": (tutor / "tutor1").read_text("utf-8")}
     found["Vim's tutor, Polish"] = (tutor / "tutor1.pl.utf-8").read_text("utf-8")
-    long = [doc for name in sorted(np.__all__) if len(doc := str(getattr(np, name).__doc__)) > 2000]
+    docstrings = [str(getattr(np, name).__doc__) for name in sorted(np.__all__)]
+    long = [text for text in docstrings if len(text) > 2000]
     found["numpy's docstrings"] = "\n\n".join(long)[:24_000]
     fortunes = share / "games" / "fortunes"
     found["aphorisms"] = "".join(
@@ -111,9 +112,10 @@ def answers(teacher: str | None) -> list[dict[str, str]]:
     said = mlx_generate.groups(
         model, prompts, count=1, max_tokens=256, stop=stop, draw=draw, at_once=len(prompts)
     )
-    words = [
-        tokenizer.decode([token for token in ids if token not in stop]).strip() for (ids,) in said
-    ]
+    words = []
+    for (ids,) in said:
+        answer = [token for token in ids if token not in stop]
+        words.append(tokenizer.decode(answer).strip())
     return [{"prompt": q, "completion": a} for q, a in zip(QUESTIONS, words, strict=True) if a]
 
 

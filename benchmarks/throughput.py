@@ -31,7 +31,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -249,13 +249,12 @@ def profile(big: Path, s: Settings) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temp:
         kinds = {"dense": {"teacher": big, "student": Path(s.student)}}
         kinds["4-bit"] = packed_pair(big, Path(s.student), Path(temp))
-        return {
-            kind: {
-                name: by_part(rounds.opened(folder), s.prompt_tokens)
-                for name, folder in folders.items()
-            }
-            for kind, folders in kinds.items()
-        }
+        found: dict[str, Any] = {}
+        for kind, folders in kinds.items():
+            found[kind] = {}
+            for name, folder in folders.items():
+                found[kind][name] = by_part(rounds.opened(folder), s.prompt_tokens)
+        return found
 
 
 def by_part(
@@ -296,9 +295,11 @@ def by_part(
         for label, value in taken.items():
             times.setdefault(label, []).append(value)
     found = {label: {"ms": statistics.median(values)} for label, values in times.items()}
-    keys = sum(
-        a.nbytes // a.shape[2] * (depth + tokens) for c in kept for a in c.state[:2]
-    )  # the array has room for more
+    keys = 0
+    for cache in kept:
+        for array in cache.state[:2]:
+            # the array has room for more
+            keys += array.nbytes // array.shape[2] * (depth + tokens)
     for label, nbytes in (
         ("attention", keys + sum(_nbytes(b.self_attn) for b in inner.layers)),
         ("FFN", sum(_nbytes(b.mlp) for b in inner.layers)),
@@ -353,6 +354,15 @@ def verdict(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return said
 
 
+def _total_ms(parts: Iterable[dict[str, float]]) -> float:
+    return sum(part["ms"] for part in parts)
+
+
+def _without_bytes(model: dict[str, dict[str, float]]) -> list[dict[str, float]]:
+    """Parts whose bytes were not counted."""
+    return [part for part in model.values() if "mb" not in part]
+
+
 def reasons(found: dict[str, Any]) -> list[str]:
     """Where a token goes, part by part: how much smaller the student's part is, and how much
     quicker.
@@ -366,8 +376,8 @@ def reasons(found: dict[str, Any]) -> list[str]:
             f"{big[part]['mb'] / small[part]['mb']:.2f}x the bytes)"
             for part in ("attention", "FFN", "vocabulary head")
         ]
-        rest = [sum(v["ms"] for v in m.values() if "mb" not in v) for m in (big, small)]
-        whole = [sum(v["ms"] for v in m.values()) for m in (big, small)]
+        whole = [_total_ms(model.values()) for model in (big, small)]
+        rest = [_total_ms(_without_bytes(model)) for model in (big, small)]
         said.append(
             f"{kind}, teacher to student: {', '.join(parts)}, the rest {rest[0]:.2f} to "
             f"{rest[1]:.2f} ms; "
@@ -380,12 +390,12 @@ def draw(found: dict[str, Any], axes: Any) -> None:
     """Decode speed against the bytes a token moves, both logarithmic: a bandwidth is a straight
     line.
     """
-    points = [
-        (m["moved_mb"], m["decode_tps"], f"{name}, {found[kind]['models'][name]['format']}")
-        for kind in ("dense", "4-bit")
-        for name, m in found[kind]["measured"]["models"].items()
-        if "moved_mb" in m
-    ]
+    points = []
+    for kind in ("dense", "4-bit"):
+        for name, measured in found[kind]["measured"]["models"].items():
+            if "moved_mb" in measured:
+                label = f"{name}, {found[kind]['models'][name]['format']}"
+                points.append((measured["moved_mb"], measured["decode_tps"], label))
     here = found["dense"]["measured"]["roof"]["memory_bytes_per_s"]
     m1 = M1_AIR.memory_bytes_per_s
     ends = [min(p[0] for p in points) / 1.5, max(p[0] for p in points) * 1.5]

@@ -64,15 +64,11 @@ def drop_shared(training: Path, judging: Path) -> int:
     A teacher begins many mails with the same sentences.
     """
     records = run_folder.records(judging)
-    texts = [
-        record[kind]["text"]
-        for record in records
-        for kind in ("sampled", "greedy")
-        if kind in record
-    ]
     known = set[tuple[str, ...]]()
-    for text in texts:
-        known |= runs_of(text)
+    for record in records:
+        for kind in ("sampled", "greedy"):
+            if kind in record:
+                known |= runs_of(record[kind]["text"])
     lines = training.read_text("utf-8").splitlines()
     left = [line for line in lines if not known & runs_of(questions.text_of(json.loads(line)))]
     training.write_text("".join(f"{line}\n" for line in left), "utf-8")

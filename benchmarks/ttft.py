@@ -169,7 +169,8 @@ def draw(rows: list[dict[str, Any]], kind: str, axes: Any) -> None:
             ("cold_ms", "cold", "o-"),
             ("cached_ms", "prompt in the cache", "s--"),
         ):
-            means, spread = ([row[name][key][k] for row in rows] for k in ("mean", "sd"))
+            means = [row[name][key]["mean"] for row in rows]
+            spread = [row[name][key]["sd"] for row in rows]
             axes.errorbar(
                 lengths,
                 means,

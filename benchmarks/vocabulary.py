@@ -54,7 +54,8 @@ def tutor(file: str) -> str:
 def other_texts() -> dict[str, str]:
     """Of kinds that nobody trained on, by name."""
     found = {name: tutor(file) for name, file in TUTORS.items()}
-    long = [doc for name in sorted(np.__all__) if len(doc := str(getattr(np, name).__doc__)) > 2000]
+    docstrings = [str(getattr(np, name).__doc__) for name in sorted(np.__all__)]
+    long = [text for text in docstrings if len(text) > 2000]
     # windows enough for all of it, in either vocabulary
     found["numpy's docstrings"] = "\n\n".join(long)[:24_000]
     return found

@@ -121,10 +121,10 @@ def weights(
 def table(rows: dict[str, dict[str, float]]) -> str:
     """Markdown: bits per byte of the whole, and how many % more."""
     names = list(rows.get(WHOLE, {}))
-    body = [
-        [way, *(f"{r[name]:.3f}" if way == WHOLE else f"{r[name]:+.1%}" for name in names)]
-        for way, r in rows.items()
-    ]
+    body = []
+    for way, row in rows.items():
+        form = ".3f" if way == WHOLE else "+.1%"
+        body.append([way, *(format(row[name], form) for name in names)])
     return markdown_table(["", *names], body)
 
 

@@ -61,7 +61,8 @@ class Bench:
     """The model as it is, its text, and the same with windows."""
 
     def __init__(self, s: Settings):
-        self.s, self.path = s, resolve.resolve_model(s.model).path
+        self.s = s
+        self.path = resolve.resolve_model(s.model).path
         tokenizer = load.tokenizer(self.path)
         data = preparation.prepare(None, tokenizer, s.length)
         self.checkpoint = load.open_checkpoint(self.path)
@@ -80,11 +81,11 @@ class Bench:
 
     def windowed(self, blocks: tuple[int, ...]) -> Any:
         """mlx-lm's model in float32."""
-        kinds = [
-            "sliding_attention" if i in blocks else "full_attention" for i in range(self.layers)
-        ]
+        kinds = ["full_attention"] * self.layers
+        for block in blocks:
+            kinds[block] = "sliding_attention"
         how = {"layer_types": kinds, "sliding_window": self.s.window}
-        model = load.mlx_lm("utils").load_model(self.path, model_config=how)[0]
+        model, _ = load.mlx_lm("utils").load_model(self.path, model_config=how)
         model.set_dtype(mx.float32)
         return model
 
@@ -100,17 +101,20 @@ class Bench:
         """
         text = self.texts[name]
         before = (self.checkpoint, self.states[name])
-        each = comparison.by_window(before, (self.checkpoint, self.hidden(model, text)), text)
+        after = (self.checkpoint, self.hidden(model, text))
+        each = comparison.by_window(before, after, text)
         _, nll, kl, _ = np.array([values.mean(axis=0) for values in each]).T
-        known = text.text_bytes is not None and text.text_bytes.any()
-        bits = {"bits_per_byte": comparison.per_byte(nll, text) / math.log(2)} if known else {}
-        return {"kl": float(kl.mean()), **bits}
+        found = {"kl": float(kl.mean())}
+        if text.text_bytes is not None and text.text_bytes.any():
+            found["bits_per_byte"] = comparison.per_byte(nll, text) / math.log(2)
+        return found
 
     def first_token(self, model: Any, tokens: int) -> float:
         """Seconds."""
         ids = mx.array(np.resize(self.rank.tokens[0], tokens))
+        generate_step = load.mlx_lm("generate").generate_step
         began = time.perf_counter()
-        next(load.mlx_lm("generate").generate_step(ids, model, max_tokens=1, prefill_step_size=512))
+        next(generate_step(ids, model, max_tokens=1, prefill_step_size=512))
         return time.perf_counter() - began
 
 
@@ -120,9 +124,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     prompts = list(rows[0].get("first_s", ()))
     lines = []
     for row in rows:
-        texts = [f"{row[name]['bits_per_byte']:.3f} (KL {row[name]['kl']:.3f})" for name in names]
-        sooner = [f"{rows[0]['first_s'][p] / row['first_s'][p]:.2f}x" for p in prompts]
-        lines.append([str(row["windowed"]), *texts, *sooner])
+        cells = [str(row["windowed"])]
+        for name in names:
+            judged = row[name]
+            cells.append(f"{judged['bits_per_byte']:.3f} (KL {judged['kl']:.3f})")
+        for prompt in prompts:
+            sooner = rows[0]["first_s"][prompt] / row["first_s"][prompt]
+            cells.append(f"{sooner:.2f}x")
+        lines.append(cells)
     head = [
         *(f"bits per byte, {n}" for n in names),
         *(f"first token at {p} tokens" for p in prompts),
@@ -130,14 +139,29 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown_table(["blocks windowed", *head], lines)
 
 
+def asked(s: Settings) -> dict[str, Any]:
+    """What the rows depend on."""
+    given = {}
+    for name, value in asdict(s).items():
+        if name not in ("model", "table", "name", "rounds", "prompts"):
+            given[name] = list(value) if isinstance(value, tuple) else value
+    return given
+
+
+def first_tokens(bench: Bench, models: dict[int, Any]) -> dict[tuple[int, int], float]:
+    """{(blocks windowed, tokens of the prompt): seconds}, the least of all rounds."""
+    taken: dict[tuple[int, int], float] = {}
+    for _ in range(bench.s.rounds):
+        for prompt in bench.s.prompts:
+            for count, model in models.items():
+                seconds = bench.first_token(model, prompt)
+                taken[count, prompt] = min(seconds, taken.get((count, prompt), math.inf))
+    return taken
+
+
 def main(s: Settings) -> None:
     """Rank, then window more and more."""
-    given = {
-        k: v
-        for k, v in asdict(s).items()
-        if k not in ("model", "table", "name", "rounds", "prompts")
-    }
-    given |= {k: list(v) for k, v in given.items() if isinstance(v, tuple)}
+    given = asked(s)
     found = laboratory.resumed(s.name, given, ["costs", "rows"])
     costs = found.get("costs", {})
     rows = found.get("rows", [])
@@ -148,26 +172,24 @@ def main(s: Settings) -> None:
         def keep() -> None:
             laboratory.write(s.name, command, {"given": given, "costs": costs, "rows": rows})
 
-        for block in [i for i in range(bench.layers) if str(i) not in costs]:
-            costs[str(block)] = bench.judge(bench.windowed((block,)), "rank")["kl"]
-            cli.say(f"block {block}: {costs[str(block)]:.5f} nats")
-            keep()
-        order = sorted(costs, key=lambda name: costs[name])
+        for block in range(bench.layers):
+            if str(block) not in costs:
+                cost = bench.judge(bench.windowed((block,)), "rank")["kl"]
+                cli.say(f"block {block}: {cost:.5f} nats")
+                costs[str(block)] = cost
+                keep()
+        order = [int(block) for block in sorted(costs, key=lambda name: costs[name])]
         counts = [0, *(round(share * bench.layers) for share in s.shares)]
-        models = {n: bench.windowed(tuple(map(int, order[:n]))) for n in counts}
+        models = {count: bench.windowed(tuple(order[:count])) for count in counts}
         if not rows:
-            rows += [
-                {"windowed": n, **{name: bench.judge(m, name) for name in bench.held_out}}
-                for n, m in models.items()
-            ]
+            for count, model in models.items():
+                judged = {name: bench.judge(model, name) for name in bench.held_out}
+                rows.append({"windowed": count, **judged})
             keep()
-        taken: dict[tuple[int, int], list[float]] = {}
-        for _ in range(s.rounds):
-            for prompt in s.prompts:
-                for n, model in models.items():
-                    taken.setdefault((n, prompt), []).append(bench.first_token(model, prompt))
+        taken = first_tokens(bench, models)
         for row in rows if taken else ():
-            row["first_s"] = {str(p): min(taken[row["windowed"], p]) for p in s.prompts}
+            count = row["windowed"]
+            row["first_s"] = {str(prompt): taken[count, prompt] for prompt in s.prompts}
         keep()
     print(table(rows))
 

@@ -48,6 +48,7 @@ def measure(
     prompt_tokens: int,
     tokens: int,
     count: int,
+    *,
     limit_bytes: int = 0,
 ) -> list[Row]:
     """Rows `ttft_ms` and `decode_tps` of each model, medians of `count` trials.
@@ -59,7 +60,7 @@ def measure(
         rounds.need_bytes(load.open_checkpoint(folder), request) for folder in folders.values()
     ]
     together = sum(needs) <= limit_bytes
-    trials = rounds.rounds(folders, together, count, request)
+    trials = rounds.rounds(folders, together=together, count=count, r=request)
     by_model = dict[str, list[rounds.Measurement]]()
     for name, trial in cli.counted("trial", trials, count * len(folders)):
         by_model.setdefault(name, []).append(trial)

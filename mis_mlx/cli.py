@@ -330,7 +330,7 @@ def reader() -> Iterator[None]:
 
 
 @reader()
-def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool = False) -> None:
+def main(config_type: Any, run: Callable[[Any], dict[str, Any]], *, several: bool = False) -> None:
     """Parse, run, print the result as the last stdout line.
 
     Exits: 0 done, 1 MisError, 2 usage, 3 check, 130 Ctrl-C. several: whether this command can be

@@ -55,7 +55,7 @@ FREE = frozenset(
         "keep_steps",
     }
 )
-DEFAULT_LOSS = 0.12  # bits a byte that a run allows where nothing is said about sizes
+DEFAULT_LOSS = 0.1  # bits a byte that a run allows where nothing is said about sizes
 WRITTEN = Path("runs/text")  # folders of texts that teachers write
 TEXT_TOKENS = 200  # of such a text, about
 # Settings that say how large the result is.
@@ -122,7 +122,7 @@ class Settings(
     lose: Annotated[float | None, Within(0.0, MOST)] = None
     """bits per byte that the result may lose on the teacher's answers (on text, if the teacher has
     no chat template): `search` chooses the smallest student that should stay within it. Default:
-    0.12, unless you give a size, a scenario or --bytes
+    0.1, unless you give a size, a scenario or --bytes
     """
     expected_loss: Annotated[float | None, Within(0.0, MOST)] = None
     """bits per byte that the result should lose, as predicted by the search for --lose or --bytes

@@ -57,7 +57,7 @@ class Settings(alignment_run.Alignment):
         sums: margin, r_w - r_l in nats, without beta; chosen, rejected: log pi(y|x); chosen_gain:
         r_w. Rewards within rounding are 0.
         """
-        sums, counts = _sums(student, tokens, learn, self.lora is not None)
+        sums, counts = _sums(student, tokens, learn, frozen_head=self.lora is not None)
         noise = policy.NOISE[load.activation_dtype(student)] * mx.sqrt(counts)
         r_w, r_l = mx.split(policy.dead_zone(sums - reference, noise), 2)
         n_w, n_l = mx.split(counts, 2)
@@ -86,6 +86,7 @@ def _sums(
     student: nn.Module,
     tokens: mx.array,
     learn: mx.array,
+    *,
     frozen_head: bool,
 ) -> tuple[mx.array, mx.array]:
     """(sums of the log-probabilities where `learn` is 1, counts of these tokens), (B,) each.
@@ -167,6 +168,7 @@ def measure(
     s: Settings,
     pairs: Sequence[Pair],
     logps: np.ndarray,
+    *,
     batch: int,
 ) -> dict[str, float]:
     """Means over pairs of the loss and of all further figures of `Settings.loss`.

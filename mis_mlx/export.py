@@ -143,6 +143,7 @@ def _readme(
     checkpoint: Checkpoint,
     base: str | None,
     file: str,
+    *,
     facts: list[str],
 ) -> bytes:
     """The model card. file: the GGUF's name; "" for a Hugging Face folder."""
@@ -191,7 +192,7 @@ def _gguf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, 
             tensors.write(folder / file, head, written, rows, files=DISK)
         notes = _facts(parts, checkpoint, tally["inexact"]) + notes
         DISK.write(folder / "Modelfile", modelfile)
-        DISK.write(folder / "README.md", _readme(settings, checkpoint, base, file, notes))
+        DISK.write(folder / "README.md", _readme(settings, checkpoint, base, file, facts=notes))
     result["nbytes"] = (Path(settings.out) / file).stat().st_size
     return {**result, "inexact_scales": tally["inexact"], "notes": notes}
 
@@ -249,7 +250,7 @@ def _hf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, An
 
     if not settings.dry_run:
         papers = {
-            "README.md": _readme(settings, checkpoint, _base(settings, checkpoint), "", facts)
+            "README.md": _readme(settings, checkpoint, _base(settings, checkpoint), "", facts=facts)
         }
         model_writer.write_model(
             config,

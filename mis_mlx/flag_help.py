@@ -65,7 +65,7 @@ def grouped(kind: Any) -> Iterator[tuple[str, list[str]]]:
         yield "this command only", rest
 
 
-def text(kind: Any, prog: str, every: bool) -> str:
+def text(kind: Any, prog: str, *, every: bool) -> str:
     """The help. every: with the flags that the class lists as `RARE`."""
     hints = get_type_hints(kind, include_extras=True)
     about = docs(kind)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from mis_mlx import cli
 from mis_mlx.evaluation import answers
 from mis_mlx.hardware import memory
+from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
 from mis_mlx.models import arch, load, resolve
 from mis_mlx.models.config import MOST_EXPERTS, read_config, shape_of
@@ -139,7 +140,7 @@ def _open(name: str | None) -> tuple[Checkpoint | Mapping[str, Any], str]:
 
 
 def _pair(
-    s: Settings, opened: Checkpoint | Mapping[str, Any], gpu: bool
+    s: Settings, opened: Checkpoint | Mapping[str, Any], *, gpu: bool
 ) -> list[estimates.ModelSize]:
     """[teacher with the vocabulary of --vocab, student], as in `distill`.
 
@@ -185,17 +186,13 @@ def _prompts(opened: Checkpoint | Mapping[str, Any]) -> int:
     return recipe.EVAL_PROMPTS if template.is_file() else 0
 
 
-def run(settings: Settings) -> dict[str, Any]:
-    """The command: print the plan."""
-    rates = estimates.machine_rates(settings.machine, settings.measure)
-    print(f"{rates}\n")
-    if settings.measure and settings.teacher is None:
-        return asdict(rates)
+def planned(settings: Settings, rates: Rates) -> tuple[phases.MemoryPlan, str]:
+    """(the plan of these settings on a machine of these rates, the teacher's path or name)."""
     opened, name = _open(settings.teacher)
     config = opened.config if isinstance(opened, Checkpoint) else opened
     settings = replace(settings, **packed_format.of_mixture(config, settings))
     teacher_as_is = estimates.model_of(opened, rates.gpu)
-    teacher, student = _pair(settings, opened, rates.gpu)
+    teacher, student = _pair(settings, opened, gpu=rates.gpu)
     prompts = _prompts(opened)
     job = recipe.spec_of(
         teacher,
@@ -210,7 +207,16 @@ def run(settings: Settings) -> dict[str, Any]:
         and answers.shipped_for(opened),
     )
     budget = memory.budget(settings.budget_bytes, rates.room_bytes)
-    plan = phases.make(job, budget.limit_bytes, rates)
+    return phases.make(job, budget.limit_bytes, rates), name
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """The command: print the plan."""
+    rates = estimates.machine_rates(settings.machine, measure=settings.measure)
+    print(f"{rates}\n")
+    if settings.measure and settings.teacher is None:
+        return asdict(rates)
+    plan, name = planned(settings, rates)
     print(text.aligned(table(plan)))
     if settings.machine == "here":
         state = battery(ThermalFlags())
@@ -224,7 +230,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "read_bytes": sum(p.read_bytes for p in plan.phases),
         "written_bytes": sum(p.written_bytes for p in plan.phases),
         "disk_bytes": disk_bytes(plan),
-        "least_budget_bytes": phases.least_bytes(job, rates),
+        "least_budget_bytes": phases.least_bytes(plan.job, rates),
         "rates": rates.source,
     }
 

@@ -84,7 +84,7 @@ def run(settings: Settings) -> dict[str, Any]:
             samples,
             held_out,
             Path(s.mlx_path),
-            s,
+            cut=s,
             dtype=s.dtype,
             reading=weather.latest,
             files=files,

@@ -51,6 +51,7 @@ def _planned(
     checkpoint: Checkpoint,
     other: Checkpoint,
     count: int,
+    *,
     limit: Budget,
 ) -> list[estimates.StageCost]:
     """The costs of rounding, and of the steps after it, if any; MisError when one does not fit.
@@ -90,6 +91,7 @@ def _tuned(
     rounded: Path,
     other: Checkpoint,
     data: Windows,
+    *,
     pinned: int,
     out: Path,
     files: Files,

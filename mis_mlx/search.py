@@ -255,7 +255,7 @@ def _within(
     With --lose and --frontier these are all shapes, whose bits are chosen later.
     """
     if s.lose is None and not s.frontier:
-        return shape_search.choices(teacher.config, sizes, limits, "bits" in s.axes)
+        return shape_search.choices(teacher.config, sizes, limits, bits="bits" in s.axes)
     shapes = shape_search.shapes(teacher.config, sizes)
     bpw = shape_search.USUAL_BPW
     return [Choice(shape, bpw) for shape in shapes if shape_search.group_of(shape)]

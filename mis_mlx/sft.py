@@ -67,6 +67,7 @@ def _source(
     checkpoint: Checkpoint,
     beside: Checkpoint | None,
     pinned: int,
+    *,
     budget_bytes: int,
 ) -> live_teacher.TargetSource:
     """The targets: the text itself, or the teacher `beside` with `pinned` blocks in memory."""

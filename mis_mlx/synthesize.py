@@ -127,6 +127,7 @@ def write(
     model: Any,
     tokenizer: Any,
     batch: int,
+    *,
     at_once: int,
 ) -> list[Row]:
     """The usable texts of a batch. Every batch has its own random numbers."""
@@ -231,7 +232,7 @@ def _texts(
         while left > 0:
             missing = max(0, settings.num_samples - count)
             size = min(way.at_once, SPARE + missing, left)
-            for row in write(settings, model, tokenizer, batch, size):
+            for row in write(settings, model, tokenizer, batch, at_once=size):
                 DISK.append(part, json.dumps([row, batch]))
                 texts[json.dumps(row)] = row
                 count += 1

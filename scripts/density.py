@@ -86,9 +86,10 @@ def nested_comprehensions(tree: ast.Module) -> list[int]:
     """A comprehension inside a comprehension, or one with two `for`."""
     lines = []
     for node in ast.walk(tree):
-        if isinstance(node, COMPREHENSIONS):
-            if len(node.generators) > 1 or _holds(node, COMPREHENSIONS):
-                lines.append(node.lineno)
+        if not isinstance(node, COMPREHENSIONS):
+            continue
+        if len(node.generators) > 1 or _holds(node, COMPREHENSIONS):
+            lines.append(node.lineno)
     return lines
 
 

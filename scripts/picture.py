@@ -50,8 +50,14 @@ class Settings:
 
 def drawn(found: dict[str, Any]) -> str:
     """The picture, SVG."""
-    style = {"svg.fonttype": "none", "svg.hashsalt": "mis_mlx", "font.size": 9, "axes.spines.top": False,
-             "axes.spines.right": False, "axes.spines.left": False}  # fmt: skip
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "mis_mlx",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+    }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(8.4, 2.3), layout="constrained")
         for axis, (title, (key, form, start)) in zip(

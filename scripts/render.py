@@ -1,5 +1,5 @@
-"""Write the tables of README.md, docs/results.md and benchmarks/README.md from the files under
-benchmarks/results.
+"""Write the tables of README.md, docs/results.md, docs/models.md and benchmarks/README.md from the
+files under benchmarks/results.
 
     scripts/mis scripts/render.py             # after a measurement
     scripts/mis scripts/render.py --check     # exit 1, with the lines, where a table is not what
@@ -23,10 +23,10 @@ from typing import Any
 from mis_mlx import cli
 from mis_mlx.evaluation.speed import rounds
 from mis_mlx.reporting import text as words
-from mis_mlx.types import MisError, Row
+from mis_mlx.types import MisError, Row, duration, gib
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/results.md", "benchmarks/README.md")
+PAGES = ("README.md", "docs/results.md", "docs/models.md", "benchmarks/README.md")
 BLOCK = re.compile(
     r"^<!-- table: (\S+) -->\n(.*?)(?:^<!-- end -->|(?=^<!-- table: )|\Z)", re.MULTILINE | re.DOTALL
 )
@@ -199,14 +199,120 @@ def speed(whole: Found, first: Found) -> str:
     table = words.markdown_table(["", "teacher", "student", ""], lines)
     return (
         f"{table}\n\nMedians on {on}; decoding after {given['prompt_tokens']} tokens. `bench` and "
-        f"`mlx_lm.benchmark`, "
-        f"the first token that it counts taken out, are {apart:.1%} apart."
+        f"`mlx_lm.benchmark`, the first token that it counts taken out, are {apart:.1%} apart."
     )
 
 
 def default_run(markdown: str) -> str:
     """The table that `distill` wrote itself."""
     return markdown.strip()
+
+
+# What a plan's way of training is called in a table.
+TRAINED = {
+    "resident": "`resident`",
+    "blocks": "`blocks`",
+    "sharded": "`sharded`",
+    "none": "`none`: repaired alone",
+}
+
+
+def planned_cells(student: Found) -> list[str]:
+    """What a plan says of a student: parameters, size, memory, time, training."""
+    training = "none needed" if student["uncut"] else TRAINED[student["mode"]]
+    time = duration(3600 * student["hours"])
+    if not student["fits"]:
+        training = "**does not fit**"
+        time = "–"
+    return [
+        f"{student['params'] / 1e9:.2f} B",
+        f"{student['bytes'] / 1e9:.2f} GB",
+        gib(student["peak_bytes"]),
+        time,
+        training,
+    ]
+
+
+def hours(value: float | None) -> str:
+    """Hours as people read them; a dash where there are none."""
+    return duration(3600 * value) if value is not None else "–"
+
+
+def computed(found: Found) -> str:
+    """Where a table of plans comes from."""
+    given = found["given"]
+    return (
+        f"Computed by `{found['command']}`, commit {found['git']}: `{given['machine']}` rates "
+        f"{given['rates']}."
+    )
+
+
+def models_half(found: Found) -> str:
+    """A line a model: what it is, and what comes of it with half of its tokens."""
+    head = ["model", "parameters", "bf16", "student", "result", "peak memory", "time", "training"]
+    head += ["answers first", "answers last"]
+    lines = list[list[str]]()
+    for row in found["rows"].values():
+        student = row["students"]["half"]
+        answers = student["hours_of_answers"]
+        before = [row["title"], f"{row['params'] / 1e9:.2f} B", f"{row['bytes'] / 1e9:.2f} GB"]
+        after = [hours(answers["before"]), hours(answers["at_end"])]
+        lines.append([*before, *planned_cells(student), *after])
+    return "\n".join([words.markdown_table(head, lines), "", computed(found)])
+
+
+def models_default(found: Found) -> str:
+    """A line a model: the student that is planned where nothing is said about sizes."""
+    head = ["model", "`distill` takes", "the plan counts", "student", "result", "peak memory"]
+    head += ["time", "training"]
+    lines = list[list[str]]()
+    for row in found["rows"].values():
+        taken = f"`--scenario {row['without_sizes']}`"
+        counted = "the same"
+        if row["without_sizes"] == "search":
+            taken = f"a search, `--lose {found['given']['lose']}`"
+            counted = f"`--scenario {row['scenario']}`"
+        cells = planned_cells(row["students"]["default"])
+        lines.append([row["title"], taken, counted, *cells])
+    return "\n".join([words.markdown_table(head, lines, words=3), "", computed(found)])
+
+
+# Line of the table of runs: the file, what ran.
+RUNS = (
+    ("distill-default", "SmolLM2-135M-Instruct, default: sizes by a search"),
+    ("distill-gemma-half", "gemma-3-270m, half of the tokens"),
+    ("distill-gemma", "gemma-3-270m, `redyk`, 60 steps"),
+    ("distill-gemma-600MiB", "gemma-3-270m, half of the tokens, `--budget 600MiB`"),
+)
+SHAPES = ("0.5 B shape, 2 GiB", "0.5 B shape, 850 MiB")  # of planned.json
+
+
+def models_measured(*files: Found) -> str:
+    """A line a run: what really ran here, of which file. The last file has shapes alone."""
+    head = ["what ran", "file", "parameters", "weights", "student", "result", "peak memory"]
+    head += ["time", "training"]
+    *runs, shapes = files
+    lines = list[list[str]]()
+    for (name, title), run in zip(RUNS, runs, strict=True):
+        big = [f"{run['params_teacher'] / 1e6:.1f} M", f"{run['bytes_teacher']:.0f} MB"]
+        small = [f"{run['params_student'] / 1e6:.1f} M", f"{run['bytes_4-bit']:.1f} MB"]
+        untouched = run["mode"] == "none" and "repair" not in run["phases"]
+        training = "none needed" if untouched else TRAINED[run["mode"]]
+        took = [gib(run["peak_bytes"]), duration(run["seconds"]), training]
+        lines.append([title, results_link(f"{name}.json"), *big, *small, *took])
+    for name in SHAPES:
+        case = shapes["cases"][name]
+        peak = max(measured for _, measured in case["phases"].values())
+        unknown = ["–", "–", "–", "–"]
+        took = [gib(peak), "–", TRAINED[case["mode"]]]
+        title = f"{name}: random weights, 2 steps"
+        lines.append([title, results_link("planned.json"), *unknown, *took])
+    return words.markdown_table(head, lines, words=2)
+
+
+def results_link(name: str) -> str:
+    """A link from a page in docs/ to a results file of the machine that these runs are of."""
+    return f"[{name}](../benchmarks/results/linux-x86_64/{name})"
 
 
 # Table: what arranges it, the files it is made of.
@@ -216,8 +322,18 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "ttft-4bit": (ttft, ("ttft-4bit.json",)),
     "speed": (speed, ("throughput.json", "ttft.json")),
     "distill-default": (default_run, ("distill-default.md",)),
+    "models-half": (models_half, ("models.json",)),
+    "models-default": (models_default, ("models.json",)),
+    "models-measured": (
+        models_measured,
+        (*(f"{name}.json" for name, _ in RUNS), "planned.json"),
+    ),
 }
-PROGRAMS = {"distill-default": "distill.py default", "ttft-4bit": "ttft.py --four-bit"}
+PROGRAMS = {
+    "distill-default": "distill.py default",
+    "ttft-4bit": "ttft.py --four-bit",
+    "models": "models_table.py",
+}
 
 
 def table(root: Path, name: str) -> str:

@@ -31,7 +31,8 @@ Done = subprocess.CompletedProcess[str]
 Once = Callable[[str, Callable[[Path], object]], Path]
 # For this process and all that it starts: a laptop on battery would wait for its plug, and bits are
 # stated for a CPU.
-os.environ["MIS_MLX_GOVERNOR"], os.environ["MIS_MLX_DEVICE"] = "observe", "cpu"
+os.environ["MIS_MLX_GOVERNOR"] = "observe"
+os.environ["MIS_MLX_DEVICE"] = "cpu"
 os.fsync = forks.not_synced
 ITERS = 18
 EVERY = 4
@@ -282,12 +283,13 @@ def mostly_slow(cases: Iterable[Any], *quick: Any, of_several: bool = False) -> 
     """The cases of a parametrization, slow but for the quick ones. of_several: a case has a value
     for each name.
     """
-    return [
-        case
-        if case in quick
-        else pytest.param(*(case if of_several else (case,)), marks=pytest.mark.slow)
-        for case in cases
-    ]
+    marked = []
+    for case in cases:
+        if case not in quick:
+            values = case if of_several else (case,)
+            case = pytest.param(*values, marks=pytest.mark.slow)
+        marked.append(case)
+    return marked
 
 
 def weights(run: Path) -> dict[str, bytes]:

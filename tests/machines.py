@@ -18,7 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -100,7 +102,8 @@ def uneven(n: int, length: int = 16) -> Windows:
     """Windows of which some tokens count; of every seventh window none does."""
     rng = np.random.default_rng(2)
     learn = (rng.random((n, length)) < 0.7).astype(np.float32)
-    learn[:, -1], learn[::7] = 0, 0
+    learn[:, -1] = 0
+    learn[::7] = 0
     return Windows(rng.integers(0, 512, (n, length)).astype(np.int32), learn)
 
 
@@ -132,12 +135,10 @@ def distilled(
 
 def tuned(student: Checkpoint) -> dict[str, np.ndarray]:
     """Ten steps on rows of uneven lengths, 5 a step: of 3 machines one has fewer."""
-    model, optimizer, rows, text = (
-        load.resident(student, mx.float32),
-        GuardedAdamW(),
-        lesson(),
-        live_teacher.TextTargets(),
-    )
+    model = load.resident(student, mx.float32)
+    optimizer = GuardedAdamW()
+    rows = lesson()
+    text = live_teacher.TextTargets()
     five = replace(RECIPE, batch_size=5, grad_accumulation_steps=1, seed=0)
     batches = partial(rows.micro_batches, text, five)
     return _learned(
@@ -154,8 +155,9 @@ def tuned(student: Checkpoint) -> dict[str, np.ndarray]:
     )
 
 
-def _learned(model: object, steps: Sequence[object]) -> dict[str, np.ndarray]:
-    found = {name: np.array(array) for name, array in tree_flatten(model.parameters())}  # type: ignore[attr-defined]
+def _learned(model: Any, steps: Sequence[object]) -> dict[str, np.ndarray]:
+    parameters = tree_flatten(model.parameters())
+    found = {name: np.array(array) for name, array in parameters}
     for name in ("loss", "grad_norm", "tokens"):
         found[f"steps {name}"] = np.array([getattr(step, name) for step in steps])
     return found
@@ -180,30 +182,23 @@ def calibrated(teacher: Checkpoint, shares: Sequence[int] = ()) -> dict[str, np.
     whole = [mx.random.randint(0, 512, (1, 8 + 5 * k), key=mx.random.key(k)) for k in range(5)]
     readings = [Reading(float(k), ambient_c=10.0 + 3 * k, altitude_m=832.0) for k in range(5)]
     n = distributed.size()
-    air = iter(
-        [r for rank in range(n) for r in readings[rank::n]]
-        if shares
-        else distributed.shard(readings)
-    )
-    own = (
-        pipeline_parallel.Relay(
-            teacher, policy.compute_dtype(teacher), room_bytes=0, direct=False, shares=shares
-        )
-        if shares
-        else None
-    )
-    s, _ = calibrate.calibrate(teacher, distributed.shard(whole), lambda: next(air), relay=own)
+    air = iter(distributed.shard(readings))
+    relay = None
+    if shares:
+        air = chain.from_iterable(readings[rank::n] for rank in range(n))
+        dtype = policy.compute_dtype(teacher)
+        relay = pipeline_parallel.Relay(teacher, dtype, room_bytes=0, direct=False, shares=shares)
+    s, _ = calibrate.calibrate(teacher, distributed.shard(whole), lambda: next(air), relay=relay)
     found = {
-        f"{axis} {i} {key}": np.asarray(getattr(sums, key), np.float64)
-        for axis, of in (("ffn", s.ffn), ("heads", s.heads), ("hidden", s.hidden))
-        for i, sums in of.items()
-        for key in ("mean", "square", "warm")
-    }
-    return found | {
         "block": np.array([s.block[i] for i in sorted(s.block)]),
         "measured": np.array(s.measured),
         "ambient": np.array(sorted(set(s.ambient_c))),
     }
+    for axis, of in (("ffn", s.ffn), ("heads", s.heads), ("hidden", s.hidden)):
+        for i, sums in of.items():
+            for key in ("mean", "square", "warm"):
+                found[f"{axis} {i} {key}"] = np.asarray(getattr(sums, key), np.float64)
+    return found
 
 
 def work(teacher: Path, student: Path, out: Path) -> None:
@@ -218,29 +213,28 @@ def work(teacher: Path, student: Path, out: Path) -> None:
         "calibrated": calibrated(big),
     }
     shares = {1: (), 2: (1, 2), 3: (2, 1, 0)}[distributed.size()]
-    made["read"], made["kept"] = passed(big, shares, 0), passed(big, shares, None)
-    made["calibrated in layers"], made["distilled in layers"] = (
-        calibrated(big, shares),
-        distilled(big, small, shares),
-    )
+    made["read"] = passed(big, shares, 0)
+    made["kept"] = passed(big, shares, None)
+    made["calibrated in layers"] = calibrated(big, shares)
+    made["distilled in layers"] = distilled(big, small, shares)
     rank = distributed.shard(range(distributed.size()))[0]
     Teacher = live_teacher.StreamedTeacher
     write = live_teacher.write_store
     store = write(
         big,
         lambda: Teacher(big),
-        uneven(80),
-        out / f"targets-{rank}",
-        DISK,
+        data=uneven(80),
+        folder=out / f"targets-{rank}",
+        files=DISK,
         count=20,
         windows_per_pass=7,
     )
     other = write(
         big,
         lambda: Teacher(big, 0, shares=shares),
-        uneven(80),
-        out / f"layers-{rank}",
-        DISK,
+        data=uneven(80),
+        folder=out / f"layers-{rank}",
+        files=DISK,
         count=20,
         windows_per_pass=9,
         together=bool(shares),

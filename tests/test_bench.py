@@ -114,7 +114,8 @@ def test_power_by_trapezoids() -> None:
 def test_who_slows_down_is_named() -> None:
     """From 10 to 8 tokens/s is said, from 10 to 9.5 is not."""
     slow = rounds.slowed("m", [stamped(1.0, 1.1), stamped(1.0, 1.125)])
-    assert slow is not None and "10.0 to 8.0" in slow
+    assert slow is not None
+    assert "10.0 to 8.0" in slow
     assert rounds.slowed("m", [stamped(1.0, 1.1), stamped(1.0, 1.105)]) is None
 
 
@@ -165,20 +166,21 @@ def test_a_table_of_two_models(
         )
         assert nbytes < 1e6 * m["peak_mb"]["mean"] < nbytes + 1e6
     out = capsys.readouterr().out
-    assert "| | llama | small |" in out and "computed" in out
+    assert "| | llama | small |" in out
+    assert "computed" in out
 
 
 def test_the_same_seed_gives_the_same_json_apart_from_timings(llama: Checkpoint) -> None:
     """Texts and tokens are the same ones; another seed has other texts."""
     own = ("measured", "hot")
-    one, same, other = (
-        {
-            k: v
-            for k, v in bench.run(settings(llama.path, num_trials=2, seed=seed)).items()
-            if k not in own
-        }
-        for seed in (3, 3, 4)
-    )
+
+    def measured(seed: int) -> dict[str, Any]:
+        result = bench.run(settings(llama.path, num_trials=2, seed=seed))
+        return {key: value for key, value in result.items() if key not in own}
+
+    one = measured(3)
+    same = measured(3)
+    other = measured(4)
     assert one == same
     assert one["models"]["llama"]["texts_sha256"] != other["models"]["llama"]["texts_sha256"]
 
@@ -273,7 +275,8 @@ def test_flags_of_mlx_lm_and_two_models(
 def test_what_comes_between_two_tokens_is_clocked() -> None:
     """Every token has its time."""
     stamps, tokens = rounds.clocked(iter([1, 2]))
-    assert 0 <= stamps[0] <= stamps[1] and tokens == [1, 2]
+    assert 0 <= stamps[0] <= stamps[1]
+    assert tokens == [1, 2]
 
 
 def test_a_format_says_all_its_bits() -> None:
@@ -303,11 +306,10 @@ def test_ctrl_c_keeps_the_finished_trials(llama: Checkpoint, own_home: dict[str,
     said, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     result = json.loads(said.splitlines()[-1])
-    assert result["stopped"] and "stopped by hand" in err
-    assert (
-        2 < (kept := result["models"]["llama"]["trials"]) < 10_000
-        and f"{kept} of 10000 trials are kept" in err
-    )
+    assert result["stopped"]
+    assert "stopped by hand" in err
+    assert 2 < (kept := result["models"]["llama"]["trials"]) < 10_000
+    assert f"{kept} of 10000 trials are kept" in err
     assert (
         result["measured"]["models"]["llama"]["decode_tps"]["n"]
         == result["models"]["llama"]["trials"]

@@ -22,7 +22,8 @@ def test_it_starts(
     """Up to its first work: --help where it has flags."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     spec = importlib.util.spec_from_file_location(f"started_{path.stem}", path)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     program = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, program)
     spec.loader.exec_module(program)
@@ -34,4 +35,5 @@ def test_it_starts(
     if hasattr(program, "Settings"):
         with pytest.raises(SystemExit) as ended:
             cli.parse(program.Settings, ["--help"])
-        assert ended.value.code == 0 and "usage: " in capsys.readouterr().out
+        assert ended.value.code == 0
+        assert "usage: " in capsys.readouterr().out

@@ -112,7 +112,9 @@ def test_other_systems_are_refused(
     )
     machine.tool("sysctl", f"echo {int('Rosetta' in system)}")
     run = machine.mis("distill")
-    assert run.returncode == 1 and sentence in run.stderr and run.stderr.count("\n") == 1
+    assert run.returncode == 1
+    assert sentence in run.stderr
+    assert run.stderr.count("\n") == 1
     assert not machine.venv.exists()
 
 
@@ -123,9 +125,11 @@ def test_installs_once_and_runs_where_it_was_called(machine: Machine) -> None:
     first = machine.mis("distill", "--iters", "4 5")
     second = machine.mis("distill")
     assert first.returncode == second.returncode == 0, first.stderr
-    assert f"ran in {machine.cwd} with" in first.stdout and machine.installs() == 1
+    assert f"ran in {machine.cwd} with" in first.stdout
+    assert machine.installs() == 1
     assert "-P -m mis_mlx distill --iters 4 5" in machine.log.read_text()
-    assert "installing" in first.stderr and "installing" not in second.stderr
+    assert "installing" in first.stderr
+    assert "installing" not in second.stderr
 
 
 def test_a_killed_installation_is_done_again(machine: Machine) -> None:
@@ -137,7 +141,8 @@ def test_a_killed_installation_is_done_again(machine: Machine) -> None:
     (machine.venv / "mis-state").write_text(f"building {gone.stdout}")
     (machine.venv / "half").touch()
     assert machine.mis("distill").returncode == 0
-    assert machine.installs() == 2 and not (machine.venv / "half").exists()
+    assert machine.installs() == 2
+    assert not (machine.venv / "half").exists()
 
 
 def test_two_at_once_do_not_build_the_same_venv(machine: Machine) -> None:
@@ -145,7 +150,8 @@ def test_two_at_once_do_not_build_the_same_venv(machine: Machine) -> None:
     machine.mis("distill")
     (machine.venv / "mis-state").write_text(f"building {os.getpid()}\n")
     run = machine.mis("distill")
-    assert run.returncode == 1 and f"process {os.getpid()} is installing" in run.stderr
+    assert run.returncode == 1
+    assert f"process {os.getpid()} is installing" in run.stderr
     assert machine.installs() == 1
 
 
@@ -159,9 +165,8 @@ def test_new_dependencies_and_the_test_extra_are_installed(machine: Machine) -> 
     machine.mis("test", "-x")
     machine.mis("distill")
     assert machine.installs() == 3
-    assert (
-        "check out[test]" in machine.log.read_text() and "-m pytest -x" in machine.log.read_text()
-    )
+    assert "check out[test]" in machine.log.read_text()
+    assert "-m pytest -x" in machine.log.read_text()
 
 
 def test_all_tests_or_a_few(machine: Machine) -> None:
@@ -185,27 +190,28 @@ def test_a_failed_update_leaves_the_old_installation(machine: Machine) -> None:
     old = project.read_text()
     project.write_text(old + "# changed\n")
     run = machine.mis("distill", PIP_FAILS="1")
-    assert (
-        run.returncode == 1
-        and "no network" in run.stderr
-        and "the installation failed" in run.stderr
-    )
+    assert run.returncode == 1
+    assert "no network" in run.stderr
+    assert "the installation failed" in run.stderr
     project.write_text(old)
-    assert machine.mis("distill").returncode == 0 and machine.installs() == 2
+    assert machine.mis("distill").returncode == 0
+    assert machine.installs() == 2
 
 
 def test_someone_elses_venv_is_not_deleted(machine: Machine) -> None:
     """A .venv that is no Python environment and not ours stays where it is."""
     (machine.venv / "precious").mkdir(parents=True)
     run = machine.mis("distill")
-    assert run.returncode == 1 and "move it away" in run.stderr
+    assert run.returncode == 1
+    assert "move it away" in run.stderr
     assert (machine.venv / "precious").exists()
 
 
 def test_no_python(machine: Machine) -> None:
     """No Python that will do and no uv: a sentence with the way out, and no .venv left."""
     run = machine.mis("distill", TOO_OLD="1")
-    assert run.returncode == 1 and "no Python 3.11 or newer" in run.stderr
+    assert run.returncode == 1
+    assert "no Python 3.11 or newer" in run.stderr
     assert not machine.venv.exists()
 
 
@@ -234,9 +240,8 @@ def test_on_a_mac_long_computations_are_not_ended(machine: Machine) -> None:
 def test_version_without_installing(machine: Machine) -> None:
     """As `mis_mlx --version` says it."""
     shutil.copy(ROOT / "mis_mlx" / "__init__.py", machine.checkout / "mis_mlx")
-    assert (
-        machine.mis("--version").stdout == f"mis_mlx {__version__}\n" and not machine.venv.exists()
-    )
+    assert machine.mis("--version").stdout == f"mis_mlx {__version__}\n"
+    assert not machine.venv.exists()
 
 
 def test_unknown_commands_install_nothing(machine: Machine) -> None:
@@ -245,7 +250,8 @@ def test_unknown_commands_install_nothing(machine: Machine) -> None:
     """
     for name in ("destill", "../scripts", "types", "__main__"):
         run = machine.mis(name)
-        assert run.returncode == 2 and f"there is no command {name}" in run.stderr
+        assert run.returncode == 2
+        assert f"there is no command {name}" in run.stderr
     assert not machine.venv.exists()
 
 
@@ -263,8 +269,10 @@ def test_help_lists_commands_without_installing(machine: Machine) -> None:
     """Nothing is downloaded for a look at what there is."""
     for args in ((), ("--help",)):
         run = machine.mis(*args)
-        assert run.returncode == 0 and "ruff and mypy" in run.stdout
-    assert not machine.venv.exists() and machine.installs() == 0
+        assert run.returncode == 0
+        assert "ruff and mypy" in run.stdout
+    assert not machine.venv.exists()
+    assert machine.installs() == 0
 
 
 def test_tests_and_programs_run_with_fast_products(machine: Machine) -> None:
@@ -277,10 +285,8 @@ def test_tests_and_programs_run_with_fast_products(machine: Machine) -> None:
     log = machine.log.read_text()
     blas = machine.checkout / "mis_mlx" / "hardware" / "blas.py"
     python = f"python -I {blas} {machine.venv}/bin/python"
-    assert (
-        f"{python} {machine.checkout}/program.py --rounds 2\n" in log
-        and f"{python} -m pytest -x -n {WORKERS} --dist loadfile\n" in log
-    )
+    assert f"{python} {machine.checkout}/program.py --rounds 2\n" in log
+    assert f"{python} -m pytest -x -n {WORKERS} --dist loadfile\n" in log
     assert (ROOT / blas.relative_to(machine.checkout)).is_file()
     given = machine.mis("distill", LD_PRELOAD="/nowhere/libopenblas.so.0").stdout
     assert "with LD_PRELOAD=/nowhere/libopenblas.so.0\n" in given
@@ -314,4 +320,5 @@ def test_ctrl_c_in_the_installation(machine: Machine, tmp_path: Path, update: bo
         "mis: stopped by hand in the installation: start the same command again, it begins anew"
     ]
     (machine.venv / "half").touch()
-    assert machine.mis("distill").returncode == 0 and not (machine.venv / "half").exists()
+    assert machine.mis("distill").returncode == 0
+    assert not (machine.venv / "half").exists()

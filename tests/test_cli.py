@@ -105,7 +105,9 @@ def test_bad_yaml_is_a_sentence(tmp_path: Path, yaml: str, sentence: str) -> Non
     with pytest.raises(MisError) as caught:
         parsed(tmp_path, yaml)
     said = str(caught.value)
-    assert sentence in said and str(tmp_path / "settings.yaml") in said and "\n" not in said
+    assert sentence in said
+    assert str(tmp_path / "settings.yaml") in said
+    assert "\n" not in said
 
 
 def test_no_yaml_there(tmp_path: Path) -> None:
@@ -170,7 +172,8 @@ def test_a_switch_that_is_on_is_shown_as_it_is_turned_off(
     with pytest.raises(SystemExit):
         cli.parse(sft.Settings, ["--help-all"])
     said = capsys.readouterr().out
-    assert "  --no-fuse " in said and "  --fuse" not in said
+    assert "  --no-fuse " in said
+    assert "  --fuse" not in said
     assert not cli.parse(sft.Settings, ["--no-fuse"]).fuse
 
 
@@ -191,7 +194,8 @@ def test_verbose_is_a_switch_of_every_command(
 def test_distill_has_no_more_than_44_flags() -> None:
     """The rest is for a YAML file, and a flag of such a name says so."""
     quiet = flag_help.quiet(distill.Settings)
-    assert len(fields(distill.Settings)) - len(quiet) <= 44 and {"warmup", "kv_heads"} <= quiet
+    assert len(fields(distill.Settings)) - len(quiet) <= 44
+    assert {"warmup", "kv_heads"} <= quiet
     with pytest.raises(
         MisError, match="--kv-heads is not a flag: write `kv_heads: ...` in a YAML file"
     ):
@@ -242,7 +246,8 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 
     assert ended(lambda s: {"batch_size": s.batch_size, "name": "Miś"}, monkeypatch) == 0
     shown = capsys.readouterr()
-    assert shown.err == "" and json.loads(shown.out.splitlines()[-1]) == {
+    assert shown.err == ""
+    assert json.loads(shown.out.splitlines()[-1]) == {
         "batch_size": 2,
         "name": "Miś",
     }
@@ -381,7 +386,8 @@ def test_the_device_is_chosen_by_the_environment(monkeypatch: pytest.MonkeyPatch
     assert json.loads(run_here(DEVICE, MIS_MLX_DEVICE="cpu").stdout) == {"cpu": True}
     for device in ("tpu", *(() if mx.is_available(mx.gpu) else ("gpu",))):
         done = run_here(DEVICE, MIS_MLX_DEVICE=device)
-        assert done.returncode == 1 and f"mis_mlx: MIS_MLX_DEVICE is '{device}'" in done.stderr
+        assert done.returncode == 1
+        assert f"mis_mlx: MIS_MLX_DEVICE is '{device}'" in done.stderr
     chosen = list[object]()
     monkeypatch.setattr(mx, "set_default_device", chosen.append)
     for device in ("gpu", "cpu"):
@@ -445,12 +451,14 @@ def test_an_error_of_the_device_is_a_sentence(
     assert said.startswith(f"mis_mlx: {what} ({error[:60]}") and said.count("\n") == 1
     assert remedy in said and "lower --max-seq-length and --batch-size; --resume continues" in said
     short = cli.device_trouble(RuntimeError(error), Short)
-    assert short.endswith("lower --max-seq-length") and "--resume" not in short
+    assert short.endswith("lower --max-seq-length")
+    assert "--resume" not in short
 
 
 def test_tables_stand_in_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Words left, numbers right; other lines stay, and what is written to a file is not this."""
-    page = f"before\n\n{text.markdown_table(['', 'a', 'long'], [['one', '1', '2'], ['three', '100.5', '–']])}\n\nafter"
+    table = text.markdown_table(["", "a", "long"], [["one", "1", "2"], ["three", "100.5", "–"]])
+    page = f"before\n\n{table}\n\nafter"
     assert text.aligned(page) == page  # not a terminal
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert text.aligned(page).splitlines() == [

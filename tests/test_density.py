@@ -17,7 +17,8 @@ NODES_A_LINE_TOGETHER = 9.0  # of all of it
 
 def _program() -> ModuleType:
     spec = importlib.util.spec_from_file_location("density", ROOT / "scripts" / "density.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
     return program
@@ -71,12 +72,11 @@ def test_the_package_is_plain() -> None:
 @pytest.mark.parametrize("tree", density.TREES)
 def test_no_line_is_longer_than_the_page(tree: str) -> None:
     """100 columns, also where ruff lets a pragma or a long word pass."""
-    long = [
-        f"{name}:{number}"
-        for name, text in density.sources(tree).items()
-        for number, line in enumerate(text.splitlines(), 1)
-        if len(line) > density.COLUMNS
-    ]
+    long = []
+    for name, text in density.sources(tree).items():
+        for number, line in enumerate(text.splitlines(), 1):
+            if len(line) > density.COLUMNS:
+                long.append(f"{name}:{number}")
     assert not long
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,11 @@ def test_the_last_line_is_the_result(finished: tuple[Path, Done], llama: Checkpo
         arch.params(llama.config),
         arch.params(student.config),
     )
-    assert result["kl_student"] >= 0 and 0 <= result["top1_student"] <= 1
+    assert result["kl_student"] >= 0
+    assert 0 <= result["top1_student"] <= 1
     assert 0 < result["peak_bytes"] < result["budget_bytes"]
-    assert result["tokens"] == ITERS * 2 * 31 and result["tokens_per_s"] > 0
+    assert result["tokens"] == ITERS * 2 * 31
+    assert result["tokens_per_s"] > 0
     assert all(
         result[f"decode_tps_{name}"] > 0 for name in ("teacher", "pruned", "distilled", "4-bit")
     )
@@ -127,7 +130,8 @@ def test_a_run_that_is_done_keeps_no_checkpoints(
     done = command("distill", *few, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     left = {p.name for p in (tmp_path / "run").iterdir()}
-    assert not left & set(pipeline.LEFT) and {"pruned", "distilled", "model", "result.json"} <= left
+    assert not left & set(pipeline.LEFT)
+    assert {"pruned", "distilled", "model", "result.json"} <= left
 
 
 def test_all_four_folders_open_and_speak(finished: tuple[Path, Done], llama: Checkpoint) -> None:
@@ -174,14 +178,14 @@ def test_a_dry_run_or_too_small_a_budget_writes_nothing(
     done = command("distill", *flags, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = last_line(done)
-    assert (
-        0 < result["peak_bytes"] < result["budget_bytes"]
-        and result["params_student"] < result["params_teacher"]
-    )
-    assert "| all | " in done.stderr and " of 5.00 GiB |" in done.stderr
+    assert 0 < result["peak_bytes"] < result["budget_bytes"]
+    assert result["params_student"] < result["params_teacher"]
+    assert "| all | " in done.stderr
+    assert " of 5.00 GiB |" in done.stderr
     assert command("distill", *flags, "--dry-run", "--budget", "1MiB", cwd=tmp_path).returncode == 3
     said = sentence(command("distill", *flags, "--budget", "1MiB", cwd=tmp_path))
-    assert "the budget is 1 MiB" in said and "give --budget" in said
+    assert "the budget is 1 MiB" in said
+    assert "give --budget" in said
     assert "is more than the" in sentence(
         command("distill", *flags, "--budget", "900000GiB", cwd=tmp_path)
     )
@@ -200,12 +204,10 @@ def test_flags_from_yaml(
     )
     assert done.returncode == 0, done.stderr
     assert max(r["learning_rate"] for r in run_folder.metrics(out)) == pytest.approx(1e-3)
-    assert not (out / "distilled").exists() and not arch.is_quantized(
-        load.open_checkpoint(out / "model").tensors
-    )
-    assert last_line(done)["nll_quantized"] is None and last_line(done)["student"] == str(
-        out / "model"
-    )
+    assert not (out / "distilled").exists()
+    assert not arch.is_quantized(load.open_checkpoint(out / "model").tensors)
+    assert last_line(done)["nll_quantized"] is None
+    assert last_line(done)["student"] == str(out / "model")
 
 
 def refused(out: Path, **changes: Any) -> str:
@@ -227,7 +229,8 @@ def test_a_budget_that_no_model_fits_whole(
     assert distill.run(s)["params_student"]
     assert "no model fits the budget whole" in "".join(capfd.readouterr())
     table = (tmp_path / "run" / "table.md").read_text("utf-8")
-    assert "weights on disk" in table and "first token" not in table
+    assert "weights on disk" in table
+    assert "first token" not in table
     page = tmp_path / "page.html"
     report.run(report.Settings((str(tmp_path / "run"),), str(page)))
     assert "weights on disk" in page.read_text("utf-8")
@@ -282,7 +285,8 @@ def test_a_teacher_that_talks_has_a_student_that_is_asked(
     assert "training windows are 56% --data 1, 44% conversations" in out.err
     shown = [line for line in out.out.splitlines() if line]
     asked = [prompt.messages[-1]["content"] for prompt in answers.prompts(4)]
-    assert shown[0] == f"> {asked[0]}" and shown[1].startswith("teacher:")
+    assert shown[0] == f"> {asked[0]}"
+    assert shown[1].startswith("teacher:")
     table = shown.index("Answers in English to 2 prompts that no training knows, ± 95 %")
     assert [line for line in shown[:table] if line.startswith(">")] == [
         f"> {asked[0]}",
@@ -296,21 +300,16 @@ def test_a_teacher_that_talks_has_a_student_that_is_asked(
         json.loads(line)
         for line in (tmp_path / "run" / "answers.jsonl").read_text("utf-8").splitlines()
     ]
-    assert [(row["prompt"], row["model"]) for row in rows] == [
-        (p, m) for p in asked for m in ("teacher", "4-bit")
-    ]
+    wanted = list(product(asked, ("teacher", "4-bit")))
+    assert [(row["prompt"], row["model"]) for row in rows] == wanted
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
-    assert result["answers_prompts"] == 4 and result["nll_teacher"] < result["nll_pruned"]
-    figures = {
-        f"{metric}_{name}"
-        for metric in ("answers", "answers_excess")
-        for name in ("distilled", "4-bit")
-    }
-    figures |= {
-        f"{metric}_{name}"
-        for metric in ("loops", "empty", "endless")
-        for name in ("teacher", "4-bit")
-    }
+    assert result["answers_prompts"] == 4
+    assert result["nll_teacher"] < result["nll_pruned"]
+    figures = set[str]()
+    for metric in ("answers", "answers_excess"):
+        figures |= {f"{metric}_distilled", f"{metric}_4-bit"}
+    for metric in ("loops", "empty", "endless"):
+        figures |= {f"{metric}_teacher", f"{metric}_4-bit"}
     assert result.keys() >= figures | {"answers_teacher", "teacher_logprob_4-bit"}
     assert not {"loops_pruned", "answers_pruned", "loops_distilled"} & result.keys()
     above = result["answers_4-bit"] - result["answers_teacher"]
@@ -455,7 +454,8 @@ def test_streaming_the_teacher_gives_the_same_student(
         2,
     )
     resident = command("distill", *common, "--out", tmp_path / "resident")
-    assert resident.returncode == 0 and "stays in memory" in resident.stderr
+    assert resident.returncode == 0
+    assert "stays in memory" in resident.stderr
     streamed = command(
         "distill", *common, "--out", tmp_path / "streamed", "--budget", f"{budget}MiB"
     )

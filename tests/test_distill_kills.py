@@ -79,7 +79,8 @@ def test_killed_and_resumed_is_the_undisturbed_run(
         killed += child.end().returncode == -signal.SIGKILL
     done = start(out, flags, own_home).end()
     assert done.returncode == 0 and killed >= 3, done.stderr
-    assert weights(out) == weights(finished[0]) and losses(out) == losses(finished[0])
+    assert weights(out) == weights(finished[0])
+    assert losses(out) == losses(finished[0])
     assert sorted(p.name for p in (out / "steps").iterdir()) == ["step-00000016", "step-00000018"]
     assert not [*out.rglob(".tmp-*"), *out.rglob(".trash-*")]
 
@@ -100,12 +101,15 @@ def test_sigterm_stops_after_the_step(
     child.process.terminate()
     said = sentence(child.end())
     step = int(said.split("stopped at step ")[1].split()[0])
-    assert 3 <= step < ITERS and f"--out {out} --resume" in said
-    assert (out / "steps" / f"step-{step:08d}").is_dir() and not (out / "distilled").exists()
+    assert 3 <= step < ITERS
+    assert f"--out {out} --resume" in said
+    assert (out / "steps" / f"step-{step:08d}").is_dir()
+    assert not (out / "distilled").exists()
     done = command("distill", "--out", out, "--resume")
     assert done.returncode == 0, done.stderr
     assert f"continuing from step {step}" in done.stderr
-    assert weights(out) == weights(finished[0]) and losses(out) == losses(finished[0])
+    assert weights(out) == weights(finished[0])
+    assert losses(out) == losses(finished[0])
 
 
 def test_a_damaged_checkpoint_costs_steps_not_the_run(
@@ -125,4 +129,5 @@ def test_a_damaged_checkpoint_costs_steps_not_the_run(
     done = command("distill", "--out", out, "--resume")
     assert done.returncode == 0, done.stderr
     assert "step 18 is damaged (model.safetensors), using 16" in done.stderr
-    assert weights(out) == weights(finished[0]) and losses(out) == losses(finished[0])
+    assert weights(out) == weights(finished[0])
+    assert losses(out) == losses(finished[0])

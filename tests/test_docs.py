@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
+from itertools import starmap
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, get_type_hints
@@ -164,11 +165,8 @@ def link_problems(page: Path, root: Path = ROOT) -> list[str]:
         targets = [piece.text] if piece.kind == "link" else []
         if piece.kind == "html":
             targets = re.findall(r"""\b(?:src|href)=["']([^"']+)""", piece.text)
-        result += [
-            f"{where(page, piece, root)}: {bad}"
-            for target in targets
-            if (bad := bad_link(page, target, root))
-        ]
+        faults = [bad_link(page, target, root) for target in targets]
+        result += [f"{where(page, piece, root)}: {fault}" for fault in faults if fault]
     return result
 
 
@@ -198,7 +196,8 @@ def program(path: Path) -> ModuleType:
     sys.path.insert(0, str(path.parent))
     try:
         spec = importlib.util.spec_from_file_location(f"documented_{path.stem}", path)
-        assert spec and spec.loader
+        assert spec
+        assert spec.loader
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
@@ -314,8 +313,8 @@ def command_problems(page: Path, root: Path = ROOT) -> list[str]:
         bad = list[str]()
         if piece.kind == "command" and re.search(r"scripts/mis\b|\bmis_mlx\b", piece.text):
             try:
-                calls = [call for words in parts(piece.text) if (call := ours(words))]
-                bad = [why for call in calls if (why := bad_call(*call))]
+                calls = [call for call in map(ours, parts(piece.text)) if call]
+                bad = [why for why in starmap(bad_call, calls) if why]
             except ValueError as error:
                 bad = [f"this is no line of shell ({error})"]
             bad = [f"{why}: mend the line, or see --help-all" for why in bad]
@@ -435,15 +434,18 @@ def test_words_are_spelled_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(docstrings(text) if path.suffix == ".py" else text, encoding="utf-8")
         names.append(str(path.relative_to(ROOT)))
-    assert not (bad := misspelled(tmp_path, names, monkeypatch)), "\n".join(bad)
+    bad = misspelled(tmp_path, names, monkeypatch)
+    assert not bad, "\n".join(bad)
 
 
 GOOD_PAGE = """# A page
-See [it](#a-page), [below](#what-it-costs-1), ![a picture](b.svg), [the code](code.py#L2) and [the web](https://x.y/z).
+See [it](#a-page), [below](#what-it-costs-1), ![a picture](b.svg), [the code](code.py#L2) and \
+[the web](https://x.y/z).
 
 ## What it *costs*: `1`
 
-`--iters 3`, `--hostfile`, `distill --help-all`, `mlx_lm.convert --whatever`, `quantize --q-mode mxfp4`, `--no-fuse`.
+`--iters 3`, `--hostfile`, `distill --help-all`, `mlx_lm.convert --whatever`, \
+`quantize --q-mode mxfp4`, `--no-fuse`.
 
 ```sh
 scripts/mis distill --iters 3 --out $RUN   # `--nothing`
@@ -509,12 +511,11 @@ def test_a_bad_page_is_found_out(root: Path) -> None:
     assert lines(links) == [2, 2, 3, 16], links
     assert lines(calls) == [3, 3, 4, 7, 8, 9, 11, 12, 13], calls
     assert "no heading of bad.md: take one of a-page" in links[0]
-    assert "no command has --no-flag" in calls[0] and "distill has no --languages" in calls[1]
-    assert (
-        "languages: ..." in calls[3]
-        and "there is no command disill" in calls[4]
-        and "--ffn" in calls[5]
-    )
+    assert "no command has --no-flag" in calls[0]
+    assert "distill has no --languages" in calls[1]
+    assert "languages: ..." in calls[3]
+    assert "there is no command disill" in calls[4]
+    assert "--ffn" in calls[5]
 
 
 def test_long_pages_are_found_out(root: Path) -> None:

@@ -61,14 +61,13 @@ def test_it_passes_here(word: str, brief: bool, own_home: dict[str, str], tmp_pa
     assert done.returncode == 0, done.stdout + done.stderr
     found = last_line(done)
     report = (home / "report.md").read_text()
-    assert (
-        found["failed"] == []
-        and found["checks"] == len(found["rows"]) > 30
-        and found["policy"] == word
-    )
+    assert found["failed"] == []
+    assert found["checks"] == len(found["rows"]) > 30
+    assert found["policy"] == word
     assert all(row["number"] <= row["bound"] for row in found["rows"])
     assert report.strip() == done.stdout[: done.stdout.rindex("\n{")].strip()
-    assert f"policy {word}" in report and report.count("| ✓ |") == found["checks"]
+    assert f"policy {word}" in report
+    assert report.count("| ✓ |") == found["checks"]
     for private in ("gasienica", str(ROOT), os.uname().nodename, "/tmp", "/home"):
         assert private not in done.stdout
 
@@ -81,7 +80,8 @@ def test_public_lines() -> None:
     )
     line = doctor._public(said)
     assert "…/x.safetensors: on …, 3 GB/s of 2/3" in line
-    assert str(Path.home()) not in line and "ola" not in line
+    assert str(Path.home()) not in line
+    assert "ola" not in line
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +141,12 @@ def test_kernel_checks_can_fail(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_gptq_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scales that another device fits otherwise give other integers."""
     whole = rounding.compensated
-    bent = lambda w, *rest: whole(
-        w if policy._used else w * np.linspace(0.9, 1.1, w.shape[1]), *rest
-    )
+
+    def bent(w: np.ndarray, *rest: Any) -> Any:
+        if not policy._used:
+            w = w * np.linspace(0.9, 1.1, w.shape[1])
+        return whole(w, *rest)
+
     monkeypatch.setattr(rounding, "compensated", bent)
     found, bound = kernels.CHECKS["GPTQ, integers that differ from the CPU's"]()
     assert found > bound
@@ -245,13 +248,14 @@ def test_aliased_blocks_are_found(
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path))
     found = doctor.run(doctor.Settings())
     report = capsys.readouterr().out
-    assert found["failed"] == ["raises", "no number", aliased] and found["check_failed"]
-    assert (
-        "| ✗ | raises | RuntimeError: no room in …/file.bin |" in report
-        and "and more" not in report
-    )
-    assert "| ✗ | no number | not a number | 1 |" in report and f"| ✗ | {aliased} |" in report
-    assert "| ✓ | states, bf16" in report and str(tmp_path) not in report
+    assert found["failed"] == ["raises", "no number", aliased]
+    assert found["check_failed"]
+    assert "| ✗ | raises | RuntimeError: no room in …/file.bin |" in report
+    assert "and more" not in report
+    assert "| ✗ | no number | not a number | 1 |" in report
+    assert f"| ✗ | {aliased} |" in report
+    assert "| ✓ | states, bf16" in report
+    assert str(tmp_path) not in report
     json.dumps(found, allow_nan=False)
 
 
@@ -307,7 +311,8 @@ def test_a_group_that_dies_is_a_row(
         ("b", True, ""),
     ]
     out, err = capfd.readouterr()
-    assert f"| ✗ | the last one | {said} |" in out and "**2 of 3 checks passed**" in out
+    assert f"| ✗ | the last one | {said} |" in out
+    assert "**2 of 3 checks passed**" in out
     # faulthandler, with where it was
     assert how != "os.abort" or "Fatal Python error: Aborted" in err
 
@@ -331,17 +336,16 @@ def test_rows_are_written_as_they_come(
         journal.write_text(row + row[:9])
         look()
         look()
-        assert (
-            out.read_text().endswith("| ✓ | early | 1 | 2 |\n")
-            and out.read_text().count("early") == 1
-        )
+        assert out.read_text().endswith("| ✓ | early | 1 | 2 |\n")
+        assert out.read_text().count("early") == 1
         assert capsys.readouterr().out.endswith("| ✓ | early | 1 | 2 |\n")
         journal.write_text(row + row.replace("early", "late"))
 
     monkeypatch.setattr(doctor, "ask", ask)
     monkeypatch.setattr(groups, "GROUPS", {"one": None})
     found = doctor.run(doctor.Settings(out=out))
-    assert [row["name"] for row in found["rows"]] == ["early", "late"] and not found["check_failed"]
+    assert [row["name"] for row in found["rows"]] == ["early", "late"]
+    assert not found["check_failed"]
 
 
 def test_the_training_step_is_held_to_the_plan(
@@ -356,7 +360,8 @@ def test_the_training_step_is_held_to_the_plan(
         {**training_step.CONFIG, "num_hidden_layers": 2, "vocab_size": 4096},
     )
     (found, most), seconds = training_step.measured(tmp_path / "one")
-    assert 0.5 < found <= most and seconds > 0
+    assert 0.5 < found <= most
+    assert seconds > 0
     planned = training_step.planned_bytes()
     monkeypatch.setattr(training_step, "planned_bytes", lambda: planned // 3)
     (found, most), _ = training_step.measured(tmp_path / "two")
@@ -389,9 +394,8 @@ def test_what_a_mac_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "iogpu.wired_limit_mb: (refused: exit code 1, unknown oid)",
         "low power mode: 1",
     } <= set(said)
-    assert "power: Now drawing from 'AC Power'" in said and any(
-        line.startswith("MLX's device: ") for line in said
-    )
+    assert "power: Now drawing from 'AC Power'" in said
+    assert any(line.startswith("MLX's device: ") for line in said)
     assert any(
         "MLX_METAL_GPU_ARCH=applegpu_g13g" in line
         for line in said

@@ -43,14 +43,14 @@ def test_end_to_end(undisturbed: tuple[Path, Done]) -> None:
     result = last_line(done)
     start = result["held_out_start"]
     best = result["held_out_best"]
-    assert start["loss"] == pytest.approx(math.log(2), abs=1e-7) and start["margin"] == 0.0
-    assert (
-        best["loss"] < start["loss"] - 0.01 and best["margin"] > 0.1 and best["chosen_gain"] > 0.0
-    )
+    assert start["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert start["margin"] == 0.0
+    assert best["loss"] < start["loss"] - 0.01
+    assert best["margin"] > 0.1
+    assert best["chosen_gain"] > 0.0
     first = run_folder.metrics(out)[0]
-    assert {"margin", "accuracy", "chosen", "rejected", "loss", "tokens"} <= set(first) and first[
-        "tokens"
-    ] > 0
+    assert {"margin", "accuracy", "chosen", "rejected", "loss", "tokens"} <= set(first)
+    assert first["tokens"] > 0
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
     model, tokenizer = mlx_generate.open_model(out / "model")
     assert isinstance(mlx_generate.continuation(model, tokenizer, "how many", 4), str)
@@ -61,7 +61,9 @@ def test_the_reference_is_two_floats_a_pair(undisturbed: tuple[Path, Done]) -> N
     saved = protocol.newest(undisturbed[0] / dpo.REFERENCE)
     assert saved is not None
     values = protocol.load_arrays(saved, "logps")["chosen_rejected"]
-    assert values.shape == (12 + 8, 2) and values.dtype == mx.float32 and (values < 0).all()
+    assert values.shape == (12 + 8, 2)
+    assert values.dtype == mx.float32
+    assert (values < 0).all()
     assert (
         json.loads((undisturbed[0] / "data.json").read_text())["fingerprint"]
         == saved.state["fingerprint"]
@@ -100,12 +102,10 @@ def test_a_stopped_run_ends_with_the_same_bits_and_asks_the_reference_once(
         (folder / "model/model.safetensors").read_bytes()
         for folder in (tmp_path / "run", undisturbed[0])
     ]
-    assert (
-        weights[0] == weights[1]
-        and losses(tmp_path / "run") == losses(undisturbed[0])
-        and sum(asked) == 20
-        and len(asked) == 2
-    )
+    assert weights[0] == weights[1]
+    assert losses(tmp_path / "run") == losses(undisturbed[0])
+    assert sum(asked) == 20
+    assert len(asked) == 2
 
 
 def test_a_damaged_reference_is_made_again(small: Any, tmp_path: Path) -> None:

@@ -72,11 +72,14 @@ def test_help_into_a_closed_pipe(line: str) -> None:
 def test_results_and_progress_into_a_closed_pipe(llama: Checkpoint) -> None:
     """A command that has computed: neither stream, once closed, leaves a traceback on the other."""
     code, said = unread("-m", "mis_mlx.plan", "--teacher", llama.path)
-    assert code == 141 and "Traceback" not in said and "BrokenPipe" not in said
+    assert code == 141
+    assert "Traceback" not in said
+    assert "BrokenPipe" not in said
     code, said = unread(
         "-m", "mis_mlx.generate", "--model", llama.path, "--max-tokens", "3", stream="stderr"
     )
-    assert code in (0, 141) and "Traceback" not in said
+    assert code in (0, 141)
+    assert "Traceback" not in said
 
 
 def test_another_closed_pipe_is_not_hidden() -> None:
@@ -85,7 +88,8 @@ def test_another_closed_pipe_is_not_hidden() -> None:
     """
     code = "from mis_mlx import cli\nwith cli.reader():\n    raise BrokenPipeError('theirs')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "BrokenPipeError: theirs" in done.stderr
+    assert done.returncode == 1
+    assert "BrokenPipeError: theirs" in done.stderr
 
 
 @pytest.mark.parametrize("module", ["tyro", "numpy"])
@@ -119,7 +123,8 @@ def test_ctrl_c_later_says_how_to_go_on(tmp_path: Path, llama: Checkpoint) -> No
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    assert done.returncode == 130 and "Traceback" not in done.stderr
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
     assert done.stderr.endswith("mis_mlx: stopped by hand; start it again\n")
 
 
@@ -198,7 +203,8 @@ def test_mis_mlx_runs_commands_and_refuses_others(llama: Checkpoint) -> None:
     """`mis_mlx plan` is `mis_mlx.plan`; a word that is no command is a sentence and exit code 2."""
     line = [sys.executable, "-m", "mis_mlx", "plan", "--teacher", str(llama.path)]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 0
+    assert json.loads(done.stdout.splitlines()[-1])
     done = subprocess.run(
         [sys.executable, "-m", "mis_mlx", "destill"], cwd=ROOT, capture_output=True, text=True
     )

@@ -35,8 +35,10 @@ def test_end_to_end(
     *table, last = done.stdout.splitlines()
     found = json.loads(last)["held-out"]
     assert found["nll_a/model"] == found["nll_teacher"]
-    assert abs(found["kl_a/model"]) < 1e-5 and found["top1_a/model"] == 1.0
-    assert found["kl_b/model"] > 0.01 and found["top1_b/model"] < 0.9
+    assert abs(found["kl_a/model"]) < 1e-5
+    assert found["top1_a/model"] == 1.0
+    assert found["kl_b/model"] > 0.01
+    assert found["top1_b/model"] < 0.9
     assert "| | teacher | a/model | b/model |" in table
     assert any("100.0% ± 0.0%" in line for line in table)
 
@@ -54,23 +56,21 @@ def test_kld_end_to_end(
     assert done.returncode == 0, done.stderr
     *table, last = done.stdout.splitlines()
     found = json.loads(last)["held-out"]
-    assert found["tokens"] == 5 * 31 and len(found["sha256_tokens"]) == 64
+    assert found["tokens"] == 5 * 31
+    assert len(found["sha256_tokens"]) == 64
     assert found["mean_kld_copy"] == found["mean_kld_se_copy"] == found["max_kld_copy"] == 0
-    assert found["same_top_p_copy"] == 100 and found["ppl_ratio_copy"] == 1
-    assert (
-        found["mean_kld_stranger"] > found["mean_kld_se_stranger"] > 0
-        and found["rms_dp_stranger"] > 0
-    )
+    assert found["same_top_p_copy"] == 100
+    assert found["ppl_ratio_copy"] == 1
+    assert found["mean_kld_stranger"] > found["mean_kld_se_stranger"] > 0
+    assert found["rms_dp_stranger"] > 0
     assert (
         found["ppl_base_copy"]
         == found["ppl_base_stranger"]
         == found["ppl_copy"]
         != found["ppl_stranger"]
     )
-    assert (
-        "| | copy | stranger |" in table
-        and f"sha256 of the tokens: {found['sha256_tokens']}" in table
-    )
+    assert "| | copy | stranger |" in table
+    assert f"sha256 of the tokens: {found['sha256_tokens']}" in table
     assert any(line.startswith("| Mean KLD, nats | 0.000000 ± 0.000000 |") for line in table)
 
 
@@ -80,7 +80,14 @@ def test_kld_refusals(llama: Checkpoint, text_folder: Path) -> None:
     """
     with pytest.raises(MisError, match="name the other with --students"):
         evaluate.run(evaluate.Settings(str(llama.path), kld=True))
-    few = evaluate.Settings(str(llama.path), (str(llama.path),), str(text_folder), 2, 32, kld=True)
+    few = evaluate.Settings(
+        teacher=str(llama.path),
+        students=(str(llama.path),),
+        data=str(text_folder),
+        eval_windows=2,
+        max_seq_length=32,
+        kld=True,
+    )
     with pytest.raises(MisError, match="30 tokens lie in the second halves of 2 windows"):
         evaluate.run(few)
     found = evaluate.run(replace(few, eval_windows=1, max_seq_length=None))
@@ -143,7 +150,8 @@ def test_the_recovery_table(
     assert -0.4 < recovered["random"][1] < 0 < recovered["random"][2] < 0.4
     assert last_line(done)["held_out"]["held-out"]["kl_copy"] == 0
     page = (tmp_path / "out" / "recovery.md").read_text()
-    assert "| by-heart | 240 | 50.0% |" in page and "| 100% [100%, 100%] |" in page
+    assert "| by-heart | 240 | 50.0% |" in page
+    assert "| 100% [100%, 100%] |" in page
     assert page.partition("\n\n![")[0] in done.stdout
     found = json.loads((tmp_path / "out" / "recovery.json").read_text())
     assert found["sha256"]["teacher"] == found["sha256"]["copy"] != found["sha256"]["random"]
@@ -173,18 +181,20 @@ def test_builtin_end_to_end(
     )
     done = command("evaluate", *flags, "--max-seq-length", 64, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert len(last_line(done)["recovered"]) == 9 and set(last_line(done)["held_out"]) == {
+    assert len(last_line(done)["recovered"]) == 9
+    assert set(last_line(done)["held_out"]) == {
         "English",
         "Polish",
     }
-    assert "| grammar-pl | 4 | 50.0% |" in done.stdout and not list(tmp_path.iterdir())
+    assert "| grammar-pl | 4 | 50.0% |" in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 def test_refusals_of_tasks_are_sentences(
     tmp_path: Path, llama: Checkpoint, command: Callable[..., Done]
 ) -> None:
-    """Before any model is asked: a bad row, an empty file, a typo, another tokenizer, too small a
-    budget. A dry run judges the same rows, and says questions, bytes and time.
+    """Before any model is asked: a bad row, an empty file, a typo, a different tokenizer, too small
+    a budget. A dry run judges the same rows, and says questions, bytes and time.
     """
     common = ("evaluate", "--teacher", llama.path)
     bad = {"question": "2 + 2?", "options": ["3", "5"], "answer": "4"}

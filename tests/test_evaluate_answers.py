@@ -195,7 +195,9 @@ def test_a_stopped_student_goes_on(
     again = answers.judged(models, prompts, limit)
     third = answers.judged(models, prompts, limit)
 
-    assert whole is not None and again is not None and third is not None
+    assert whole is not None
+    assert again is not None
+    assert third is not None
     assert missing == [2, 0]
     assert again.greedy == third.greedy == whole.greedy
     for one, two in zip(whole.rows, third.rows, strict=True):

@@ -91,7 +91,8 @@ def test_its_marks_come_in_order_with_their_chance(folder: Path, llama: Checkpoi
     )
     task = questions.file(folder / "generated.jsonl")
     ours = answering.scores(llama, "0" * 64, task, memory.budget(None))[:30]
-    assert found["metric"] == "acc" and found["marks"] == ours.tolist()
+    assert found["metric"] == "acc"
+    assert found["marks"] == ours.tolist()
     assert found["chance"] == [q.chance for q in task.questions[:30]]
 
 
@@ -105,7 +106,8 @@ def test_a_model_that_does_not_fit_is_a_sentence(
             "evaluate", "--teacher", llama.path, "--tasks", "lm_eval/arc_easy", "--budget", "5MiB"
         )
     )
-    assert "whole in memory" in said and "the budget is 5 MiB: give a larger --budget" in said
+    assert "whole in memory" in said
+    assert "the budget is 5 MiB: give a larger --budget" in said
 
 
 @here

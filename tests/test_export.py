@@ -30,12 +30,15 @@ from tests.models.test_gguf_reader import llama_cpp_permute
 IDS = [5, 300, 17, 17, 400, 9, 250, 19, 0, 77]
 # What llama.cpp's loader reads of these models (llama_model_base::load_hparams,
 # llama_vocab::impl::load), by hand.
-NEEDED = """general.architecture general.type general.name general.size_label general.file_type
-general.quantization_version A.context_length A.embedding_length A.block_count A.feed_forward_length A.vocab_size
-A.attention.head_count A.attention.head_count_kv A.attention.key_length A.attention.value_length
-A.attention.layer_norm_rms_epsilon A.rope.dimension_count A.rope.freq_base tokenizer.ggml.model tokenizer.ggml.pre
-tokenizer.ggml.tokens tokenizer.ggml.token_type tokenizer.ggml.merges tokenizer.ggml.bos_token_id
-tokenizer.ggml.eos_token_id tokenizer.ggml.add_bos_token"""
+NEEDED = """
+general.architecture general.type general.name general.size_label general.file_type
+general.quantization_version A.context_length A.embedding_length A.block_count
+A.feed_forward_length A.vocab_size A.attention.head_count A.attention.head_count_kv
+A.attention.key_length A.attention.value_length A.attention.layer_norm_rms_epsilon
+A.rope.dimension_count A.rope.freq_base tokenizer.ggml.model tokenizer.ggml.pre
+tokenizer.ggml.tokens tokenizer.ggml.token_type tokenizer.ggml.merges
+tokenizer.ggml.bos_token_id tokenizer.ggml.eos_token_id tokenizer.ggml.add_bos_token
+"""
 
 
 def exported(model: Path, out: Path, **settings: Any) -> tuple[dict[str, Any], GGUFReader]:
@@ -163,15 +166,15 @@ def test_another_program_runs_the_file_as_mlx_runs_the_folder(tmp_path: Path, ki
     )
     assert [f[f"A.{key}"] for key in sizes] == [512, 64, 3, 768, 512]
     heads = ("head_count", "head_count_kv", "key_length", "value_length")
-    assert [f[f"A.attention.{key}"] for key in heads] == [4, 2, 16, 16] and f[
-        "A.rope.dimension_count"
-    ] == 16
-    assert f["A.rope.freq_base"] == 10000.0 and f[
-        "A.attention.layer_norm_rms_epsilon"
-    ] == np.float32(1e-5)
+    assert [f[f"A.attention.{key}"] for key in heads] == [4, 2, 16, 16]
+    assert f["A.rope.dimension_count"] == 16
+    assert f["A.rope.freq_base"] == 10000.0
+    assert f["A.attention.layer_norm_rms_epsilon"] == np.float32(1e-5)
     assert f["general.architecture"] == {"qwen2": "qwen2", "qwen3": "qwen3"}.get(kind, "llama")
-    assert f["general.file_type"] == 1 and f["general.name"] == kind  # 1: MOSTLY_F16
-    assert len(f["tokenizer.ggml.tokens"]) == 512 and f["tokenizer.ggml.add_bos_token"] is False
+    assert f["general.file_type"] == 1
+    assert f["general.name"] == kind
+    assert len(f["tokenizer.ggml.tokens"]) == 512
+    assert f["tokenizer.ggml.add_bos_token"] is False
 
 
 def test_stretched_positions(tmp_path: Path) -> None:
@@ -187,16 +190,16 @@ def test_stretched_positions(tmp_path: Path) -> None:
     for name, scaling in (("linear", {"type": "linear", "factor": 2.0}), ("yarn", yarn)):
         model = tiny.make(tmp_path / name, rope_scaling=scaling)
         f = facts(exported(model, tmp_path / f"{name}-out")[1])
-        assert f["A.rope.scaling.type"] == name and f["A.rope.scaling.factor"] == scaling["factor"]
-    assert (
-        f["A.rope.scaling.original_context_length"] == 128
-        and f["A.rope.scaling.yarn_beta_fast"] == 16.0
-    )
+        assert f["A.rope.scaling.type"] == name
+        assert f["A.rope.scaling.factor"] == scaling["factor"]
+    assert f["A.rope.scaling.original_context_length"] == 128
+    assert f["A.rope.scaling.yarn_beta_fast"] == 16.0
     llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     llama3["original_max_position_embeddings"] = 128
     model = tiny.make(tmp_path / "llama3", rope_scaling=llama3)
     found = tensors(exported(model, tmp_path / "llama3-out")[1])
-    assert found["rope_freqs.weight"].shape == (8,) and found["rope_freqs.weight"][-1] == 8.0
+    assert found["rope_freqs.weight"].shape == (8,)
+    assert found["rope_freqs.weight"][-1] == 8.0
 
 
 @pytest.mark.parametrize(
@@ -216,10 +219,8 @@ def test_a_dense_model_in_each_type(
     error = np.abs(tensors(reader)[name].reshape(-1, 32) - want).max(axis=1)
     # q4_0's eighth level on the far side does not exist: a whole step there; half of one, and
     # float16's 2**-10, else
-    assert (
-        np.all(error <= size * step * (1.0 if wanted == "q4_0" else 0.5) + size * 2**-10)
-        and error.max() > 0
-    )
+    assert np.all(error <= size * step * (1.0 if wanted == "q4_0" else 0.5) + size * 2**-10)
+    assert error.max() > 0
 
 
 def test_four_bits_are_rewrapped_not_rounded(tmp_path: Path, four: Path) -> None:
@@ -229,7 +230,9 @@ def test_four_bits_are_rewrapped_not_rounded(tmp_path: Path, four: Path) -> None
     done, reader = exported(four, tmp_path / "out")
     c = load.open_checkpoint(four)
     found = tensors(reader)
-    assert done["out_type"] == "q4_1" and done["rewrapped"] == 21 and done["inexact_scales"] == 0
+    assert done["out_type"] == "q4_1"
+    assert done["rewrapped"] == 21
+    assert done["inexact_scales"] == 0
     for part in export.tensors.parts(c, "q4_1"):
         want = np.array(load.dense(c, part.source))
         want = llama_cpp_permute(want, part.heads) if part.heads else want
@@ -253,21 +256,19 @@ def test_end_to_end(tmp_path: Path, four: Path, command: Callable[..., Done]) ->
     """
     flags = ("--model", four, "--outtype", "q4_1", "--mlx-path", tmp_path / "out")
     dry = command("export", *flags, "--dry-run")
-    assert dry.returncode == 0 and not (tmp_path / "out").exists()
+    assert dry.returncode == 0
+    assert not (tmp_path / "out").exists()
     done = command("export", *flags)
     assert done.returncode == 0, done.stderr
     result = last_line(done)
     assert sorted(os.listdir(tmp_path / "out")) == ["Modelfile", "README.md", "four-Q4_1.gguf"]
     file = tmp_path / "out" / result["file"]
     assert result["nbytes"] == last_line(dry)["nbytes"] == file.stat().st_size
-    assert last_line(dry)["notes"][0] == result["notes"][0] and result["notes"][0].startswith(
-        "types of the tensors: "
-    )
+    assert last_line(dry)["notes"][0] == result["notes"][0]
+    assert result["notes"][0].startswith("types of the tensors: ")
     assert (tmp_path / "out" / "Modelfile").read_text().startswith("FROM ./four-Q4_1.gguf\n")
-    assert (
-        "21 matrices re-wrapped" in (tmp_path / "out" / "README.md").read_text()
-        and result["peak_bytes"] > 0
-    )
+    assert "21 matrices re-wrapped" in (tmp_path / "out" / "README.md").read_text()
+    assert result["peak_bytes"] > 0
 
 
 @pytest.mark.parametrize(("wanted", "ulp"), [("bf16", 2**-8), ("f16", 2**-11)])
@@ -280,18 +281,16 @@ def test_a_hugging_face_folder(tmp_path: Path, four: Path, wanted: str, ulp: flo
     )  # type: ignore[arg-type]
     before = load.open_checkpoint(four)
     after = load.open_checkpoint(tmp_path / "hf")
-    assert not arch.is_quantized(after.tensors) and "quantization" not in after.config
-    assert (
-        after.config["torch_dtype"] == export.HF_DTYPES[wanted] and done["nbytes"] == after.nbytes
-    )
+    assert not arch.is_quantized(after.tensors)
+    assert "quantization" not in after.config
+    assert after.config["torch_dtype"] == export.HF_DTYPES[wanted]
+    assert done["nbytes"] == after.nbytes
     for name in arch.tensors_of(before.config):
         want, got = (np.array(load.dense(c, name).astype(mx.float32)) for c in (before, after))
         np.testing.assert_allclose(got, want, rtol=ulp, atol=2**-25, err_msg=name)
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
-    assert (
-        "de-quantized" in (tmp_path / "hf" / "README.md").read_text()
-        and "de-quantized" in done["notes"][1]
-    )
+    assert "de-quantized" in (tmp_path / "hf" / "README.md").read_text()
+    assert "de-quantized" in done["notes"][1]
 
 
 def test_refusals_write_nothing(tmp_path: Path, llama: Checkpoint) -> None:
@@ -451,7 +450,8 @@ def test_upload_sends_the_folder_and_no_other(
     line += ["--license", "apache-2.0", "--upload-repo", "me/small"]
     done = subprocess.run([*map(str, line)], env=hub_here, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "/api/repos/create" in Hub.paths and "uploaded" in last_line(done)
+    assert "/api/repos/create" in Hub.paths
+    assert "uploaded" in last_line(done)
     assert Hub.got == {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()}
     assert b"license: apache-2.0" in Hub.got["README.md"]
 
@@ -497,9 +497,7 @@ def test_an_upload_that_fails_leaves_the_folder_and_says_so(
     ]
     line += ["--license", "mit", "--upload-repo", "me/small"]
     done = subprocess.run([*map(str, line)], env=env, capture_output=True, text=True)
-    assert (
-        done.returncode == 1
-        and "me/small was not uploaded" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 1
+    assert "me/small was not uploaded" in done.stderr
+    assert "Traceback" not in done.stderr
     assert (tmp_path / "hf" / "model.safetensors").is_file()

@@ -31,11 +31,10 @@ def test_argv_folder_environment_and_exit_code(own_home: dict[str, str], tmp_pat
             stdout=subprocess.PIPE,
         )
         said, nothing = process.communicate(timeout=60)
-        assert (
-            said == f"['1', 'x y'] ['1', 'x y'] {tmp_path / word} {word} {process.pid}\n"
-            and nothing is None
-        )
-        assert process.returncode == process.wait() == 5 and process.pid != os.getpid()
+        assert said == f"['1', 'x y'] ['1', 'x y'] {tmp_path / word} {word} {process.pid}\n"
+        assert nothing is None
+        assert process.returncode == process.wait() == 5
+        assert process.pid != os.getpid()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -48,7 +47,9 @@ def test_a_signal_is_its_end(own_home: dict[str, str], number: int) -> None:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
-    assert process.stdout and process.stdout.readline() == "1\n" and process.poll() is None
+    assert process.stdout
+    assert process.stdout.readline() == "1\n"
+    assert process.poll() is None
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0)
     process.send_signal(number)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -249,7 +250,8 @@ def docstrings(module: Module) -> list[str]:
     missing = [] if ast.get_docstring(module.tree) else ["the module"]
     classes = [node for node in module.tree.body if isinstance(node, ast.ClassDef)]
     shown = [c for c in classes if not c.name.startswith("_")]
-    for node in [*module.tree.body, *(member for c in shown for member in c.body)]:
+    members = chain.from_iterable(c.body for c in shown)
+    for node in chain(module.tree.body, members):
         named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
         if named and not node.name.startswith("_") and not ast.get_docstring(node):
             missing.append(f"{node.name}, line {node.lineno}")
@@ -461,7 +463,8 @@ def f(raw, name, dtype):
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_package_keeps_the_rule(rule: Callable[[Module], list[str]]) -> None:
     """No module breaks it."""
-    broken = {module.name: found for module in modules() if (found := rule(module))}
+    found = {module.name: rule(module) for module in modules()}
+    broken = {name: faults for name, faults in found.items() if faults}
     assert not broken, f"{rule.__doc__} Broken by: {broken}"
 
 
@@ -487,12 +490,10 @@ def test_every_command_is_listed() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "mis_mlx"], cwd=ROOT, capture_output=True, text=True
     )
-    lines = {
-        words[0]: words[1]
-        for line in run.stdout.splitlines()
-        if len(words := line.split(None, 1)) == 2
-    }
-    assert commands() and all(lines[name] == about != "" for name, about in commands().items())
+    halves = [line.split(None, 1) for line in run.stdout.splitlines()]
+    lines = dict(words for words in halves if len(words) == 2)
+    assert commands()
+    assert all(lines[name] == about != "" for name, about in commands().items())
 
 
 def test_help_imports_nothing_slow() -> None:
@@ -523,7 +524,8 @@ import importlib, os, resource, signal, sys
 import mis_mlx
 def state():
     signals = [signal.getsignal(s) for s in sorted(signal.valid_signals())]
-    return resource.getrlimit(resource.RLIMIT_NOFILE), os.getcwd(), signals, dict(os.environ), sys.warnoptions
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return files, os.getcwd(), signals, dict(os.environ), sys.warnoptions
 before = state()
 for name in sys.argv[1:]:
     importlib.import_module(name)
@@ -542,6 +544,7 @@ def test_the_walk_names_files_that_exist() -> None:
     """docs/architecture.md, every `file.py` of it; and all packages have their place there."""
     text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
     named = re.findall(r"`([a-z_/]+\.py)`", text)
-    assert len(named) > 30 and not [name for name in named if not (PACKAGE / name).is_file()]
+    assert len(named) > 30
+    assert not [name for name in named if not (PACKAGE / name).is_file()]
     packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert packages == {name for name in packages if re.search(rf"^  {name}/ ", text, re.M)}

@@ -99,7 +99,8 @@ def test_other_limits_hold_beside_it() -> None:
     shapes = list(shape_search.shapes(SMOLLM2, sizes))
     most = limits.params_limit(SMOLLM2, "0.9x")
     found = shape_search.smallest(SMOLLM2, shapes, losses=losses, lose=0.3, within=[most])
-    assert found and all(most.cost(*choice) <= most.most for choice in found)
+    assert found
+    assert all(most.cost(*choice) <= most.most for choice in found)
     assert not shape_search.smallest(
         SMOLLM2, shapes, losses=losses, lose=0.3, within=[limits.bytes_limit(SMOLLM2, "20MB")]
     )
@@ -111,8 +112,10 @@ def test_more_steps_leave_less() -> None:
     many = shape_search.left_after(300, shape_search.ANSWERS_LEFT)
     assert few == pytest.approx(shape_search.ANSWERS_LEFT)
     assert shape_search.left_after(None, shape_search.ANSWERS_LEFT) == few
-    assert many["ffn"] < few["ffn"] and many["layers"] < few["layers"]
-    assert many["vocab"] == few["vocab"] and many["bits"] == few["bits"]
+    assert many["ffn"] < few["ffn"]
+    assert many["layers"] < few["layers"]
+    assert many["vocab"] == few["vocab"]
+    assert many["bits"] == few["bits"]
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +233,8 @@ def test_what_is_kept_is_of_this_teacher_and_text(
         llama, "a", replace(asked, lose=0.2, seed=3, max_seq_length=128)
     )
     shipped = json.loads((known_losses.SHIPPED / known_losses.ABOUT).read_text())
-    assert shipped.keys() == about.keys() and shipped["text"] == "built-in"
+    assert shipped.keys() == about.keys()
+    assert shipped["text"] == "built-in"
     assert shipped["version"] == known_losses.VERSION
 
 
@@ -279,7 +283,8 @@ def test_a_distillation_by_its_loss(
     done = command("distill", *flags, "--lose", "0.03", "--out", tmp_path / "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = last_line(done)
-    assert result["loss_of"] == "text" and 0 < result["expected_loss"] < 0.04
+    assert result["loss_of"] == "text"
+    assert 0 < result["expected_loss"] < 0.04
     stored = run_folder.stored_settings(tmp_path / "run")
     assert stored["lose"] == 0.03 and stored["expected_loss"] == result["expected_loss"]
     assert f"{result['expected_loss']:.3f} was expected" in done.stdout
@@ -287,7 +292,8 @@ def test_a_distillation_by_its_loss(
         "distill", "-c", tmp_path / "run" / "config.yaml", "--out", tmp_path / "again", cwd=tmp_path
     )
     assert again.returncode == 0, again.stderr
-    assert "a search chooses" in done.stderr and "a search chooses" not in again.stderr
+    assert "a search chooses" in done.stderr
+    assert "a search chooses" not in again.stderr
     assert last_line(again)["reached_loss"] == result["reached_loss"]
     assert "leave out --layers 2, or --lose" in sentence(
         command("distill", *flags, "--lose", "0.03", "--layers", 2)

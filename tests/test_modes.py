@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import mlx.core as mx
@@ -112,11 +113,7 @@ def test_every_way_ends_in_an_ordinary_model(
 
 @pytest.mark.parametrize(
     ("word", "way"),
-    [
-        pytest.param(word, way, marks=[] if (word, way) in KILLS else pytest.mark.slow)
-        for word in ("targets", "repair", "distil", "tune")
-        for way in WAYS
-    ],
+    mostly_slow(product(("targets", "repair", "distil", "tune"), WAYS), *KILLS, of_several=True),
 )
 def test_killed_in_any_phase_and_resumed(
     tmp_path: Path,
@@ -162,7 +159,8 @@ def test_a_frozen_vocabulary_stays_as_it_is(
     before, after = (load.open_checkpoint(out / name) for name in ("pruned", "model"))
     arrays = [safetensors.lazy(c.tensors, list(c.tensors)) for c in (before, after)]
     same = {name for name in before.tensors if (arrays[0][name] == arrays[1][name]).all()}
-    assert "model.embed_tokens.weight" in same and not [n for n in same if "proj" in n]
+    assert "model.embed_tokens.weight" in same
+    assert not [n for n in same if "proj" in n]
     name = "model.layers.0.mlp.up_proj.weight"  # which no repair changes
     change = arrays[1][name].astype(mx.float32) - arrays[0][name].astype(mx.float32)
     sizes = np.linalg.svd(np.array(change), compute_uv=False)
@@ -176,16 +174,17 @@ def test_scales_learn_what_rounding_cost(whole: Callable[[str], tuple[Path, Done
     out, done = whole("tuned")
     rounded = load.open_checkpoint(out / "rounded")
     model = load.open_checkpoint(out / "model")
-    assert rounded.config == model.config and (out / "model" / packed_format.SENSITIVITY).is_file()
+    assert rounded.config == model.config
+    assert (out / "model" / packed_format.SENSITIVITY).is_file()
     logged = [json.loads(line) for line in (out / pipeline.TUNE_LOG).read_text().splitlines()]
-    assert [r["number"] for r in logged] == [1, 2, 3, 4, 5] and logged[-1]["loss"] < logged[0][
-        "loss"
-    ]
+    assert [r["number"] for r in logged] == [1, 2, 3, 4, 5]
+    assert logged[-1]["loss"] < logged[0]["loss"]
     before, after = (safetensors.lazy(c.tensors, list(c.tensors)) for c in (rounded, model))
     differ = {name for name in before if not (before[name] == after[name]).all()}
     assert all(name.endswith(("scales", "biases")) or "norm" in name for name in differ)
     assert {n for n in before if n.endswith("scales") and "layers" in n} <= differ
-    assert "model.embed_tokens.scales" not in differ and "tune" in done.stderr
+    assert "model.embed_tokens.scales" not in differ
+    assert "tune" in done.stderr
 
 
 def test_cached_targets_have_one_temperature(llama: Checkpoint) -> None:
@@ -210,4 +209,5 @@ def test_a_model_eight_times_the_budget(tmp_path: Path) -> None:
     limit = 280 * 2**20
     assert load.open_checkpoint(folder).nbytes > 8 * limit
     found = program["budget"](folder, tmp_path / "run", "280MiB")
-    assert found["mode"] == "sharded" and found["peak_bytes"] < limit == found["budget_bytes"]
+    assert found["mode"] == "sharded"
+    assert found["peak_bytes"] < limit == found["budget_bytes"]

@@ -43,27 +43,23 @@ def test_end_to_end(llama: Checkpoint, command: Callable[..., Done]) -> None:
         0,
     )
     assert rows(done.stdout) == [*PHASES[:4], "tune", PHASES[4], "all"]
-    assert (
-        "assumed" in done.stdout
-        and " of 1.00 GiB |" in done.stdout
-        and "MB when quantized" in done.stdout
-    )
+    assert "assumed" in done.stdout
+    assert " of 1.00 GiB |" in done.stdout
+    assert "MB when quantized" in done.stdout
     done = command(
         "plan", "--teacher", llama.path, "--budget", "1GiB", "--max-seq-length", 32, "-v"
     )
-    assert (
-        rows(done.stdout) == [*PHASES[:4], "tune", *PHASES[4:]] and "fits the budget" in done.stdout
-    )
+    assert rows(done.stdout) == [*PHASES[:4], "tune", *PHASES[4:]]
+    assert "fits the budget" in done.stdout
     assert {**last_line(done), "seconds": 0} == {**result, "seconds": 0}
     done = command("plan", "--teacher", llama.path, "--budget", "1MiB", "--max-seq-length", 32)
-    assert (
-        done.returncode == 3
-        and "This does NOT fit: " in done.stdout
-        and "the budget is 1 MiB" in done.stdout
-    )
+    assert done.returncode == 3
+    assert "This does NOT fit: " in done.stdout
+    assert "the budget is 1 MiB" in done.stdout
     assert last_line(done)["check_failed"] is True
     done = command("plan", "--teacher", llama.path, "--scenario", "tatry")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
 
 
 def test_a_config_is_enough(
@@ -127,7 +123,8 @@ def test_the_decision_in_words(
     result = plan.run(settings)
     text = capsys.readouterr().out
     assert not result["check_failed"] and result["mode"] == mode and named in text, text
-    assert "once hot) in all, " in text and "of an SSD's life of 150 TB" in text
+    assert "once hot) in all, " in text
+    assert "of an SSD's life of 150 TB" in text
     assert ("logit store" in rows(text)) == (settings.targets == "cached")
 
 
@@ -198,12 +195,12 @@ def test_the_papers_figures(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert f"| {label} | {ours} | {papers} |" in printed, label
     verdicts = [line for line in printed.splitlines() if line.startswith('- "')]
-    assert len(verdicts) == 4 and all("possible" in line for line in verdicts)
-    assert (
-        "137B not possible, 8.4 to 12.6 guesses" in verdicts[2]
-        and "possible at its lower end" in verdicts[2]
-    )
-    assert "77.1 GB" in verdicts[1] and "0.7 to 1.0 million" in verdicts[3]
+    assert len(verdicts) == 4
+    assert all("possible" in line for line in verdicts)
+    assert "137B not possible, 8.4 to 12.6 guesses" in verdicts[2]
+    assert "possible at its lower end" in verdicts[2]
+    assert "77.1 GB" in verdicts[1]
+    assert "0.7 to 1.0 million" in verdicts[3]
 
 
 def test_measure_then_plan(
@@ -218,10 +215,12 @@ def test_measure_then_plan(
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path))
     monkeypatch.setattr(rates, "SAMPLE_BYTES", 2**20)
     result = plan.run(plan.Settings(measure=True))
-    assert result["source"].startswith("measured 20") and result["read_bytes_per_s"] > 0
+    assert result["source"].startswith("measured 20")
+    assert result["read_bytes_per_s"] > 0
     assert rows(capsys.readouterr().out) == []
     later = plan.run(plan.Settings(teacher=str(llama.path), max_seq_length=32))
-    assert later["rates"] == result["source"] and result["source"] in capsys.readouterr().out
+    assert later["rates"] == result["source"]
+    assert result["source"] in capsys.readouterr().out
 
 
 def test_refusals_are_sentences(tmp_path: Path, command: Callable[..., Done]) -> None:

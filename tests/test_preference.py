@@ -68,7 +68,8 @@ def gradients(
     policy: nn.Module, objective: Settings, *arguments: mx.array
 ) -> tuple[float, float, Any]:
     """(sum, count, gradients of the sum)."""
-    (total, count, _), made = nn.value_and_grad(policy, partial(objective.loss))(policy, *arguments)
+    work = nn.value_and_grad(policy, partial(objective.loss))
+    (total, count, _), made = work(policy, *arguments)
     return float(total), float(count), made
 
 
@@ -80,10 +81,13 @@ def test_losses_and_gradients_are_trls(
     penalty, here of 50, multiplies the 2e-5 nats that count as rounding, which TRL counts as
     rewards.
     """
-    total, count, made = gradients(policy, CASES[case], *batch(pairs, found["dpo/reference"]))
-    assert total / count == pytest.approx(
-        float(found[f"{case}/loss"]), rel=2 * LOSS if case == "dpop" else LOSS
-    )
+    theirs = float(found[f"{case}/loss"])
+    tolerance = 2 * LOSS if case == "dpop" else LOSS
+    arguments = batch(pairs, found["dpo/reference"])
+
+    total, count, made = gradients(policy, CASES[case], *arguments)
+
+    assert total / count == pytest.approx(theirs, rel=tolerance)
     assert trl_model.worst(made, found, case, count) < GRADIENT
 
 
@@ -105,15 +109,17 @@ def test_by_hand() -> None:
     """
     one = mx.array([1.0])
     two = mx.array([-2.0])
-    sigma = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
     loss = partial(pair_losses, beta=0.5)
-    assert loss(one, two, kind="sigmoid").item() == pytest.approx(-math.log(sigma(1.5)))
-    assert loss(one, two, kind="dpop", dpop_lambda=50.0).item() == pytest.approx(
-        -math.log(sigma(1.5))
-    )
-    assert loss(-one, two, kind="dpop", dpop_lambda=3.0).item() == pytest.approx(
-        -math.log(sigma(0.5 * (1 - 3)))
-    )
+
+    def log_sigma(x: float) -> float:
+        return -math.log(1 + math.exp(-x))
+
+    sigmoid = loss(one, two, kind="sigmoid").item()
+    dpop = loss(one, two, kind="dpop", dpop_lambda=50.0).item()
+    with_penalty = loss(-one, two, kind="dpop", dpop_lambda=3.0).item()
+    assert sigmoid == pytest.approx(-log_sigma(1.5))
+    assert dpop == pytest.approx(-log_sigma(1.5))
+    assert with_penalty == pytest.approx(-log_sigma(0.5 * (1 - 3)))
     assert loss(one, two, kind="hinge").item() == 0.0
     assert loss(-one, two, kind="hinge").item() == pytest.approx(0.5)
     ipo = loss(one, two, kind="ipo", chosen_tokens=mx.array([2.0]), rejected_tokens=mx.array([4.0]))
@@ -138,7 +144,12 @@ def test_rounding_is_no_reward() -> None:
     apart = mx.array([-0.5, -0.1, 0.0, 0.05, 0.3])
     np.testing.assert_allclose(np.array(dead_zone(apart, 0.1)), [-0.4, 0, 0, 0, 0.2], atol=1e-7)
     assert dead_zone(apart, 0.1)[1:4].tolist() == [0.0] * 3
-    slopes = mx.grad(lambda x: (2 * dead_zone(x, mx.array([0.1] * 5))).sum())(apart)
+
+    def twice(x: mx.array) -> mx.array:
+        zone = dead_zone(x, mx.array([0.1] * 5))
+        return (2 * zone).sum()
+
+    slopes = mx.grad(twice)(apart)
     assert slopes.tolist() == [2.0] * 5
 
 
@@ -151,14 +162,18 @@ def test_micro_batches_are_one_batch(
     """
     objective = Settings(loss_type=kind, beta=0.3, dpop_lambda=50.0)
     by_side = found["dpo/reference"].reshape(2, -1)
-    whole = gradients(policy, objective, *batch(pairs, by_side.reshape(-1)))
-    parts = [
-        gradients(policy, objective, *batch(pairs[at], by_side[:, at].reshape(-1)))
-        for at in (slice(0, 1), slice(1, 4))
-    ]
-    assert sum(p[0] for p in parts) == pytest.approx(whole[0], rel=1e-6)
-    assert sum(p[1] for p in parts) == whole[1] == 4
-    assert close(whole[2], tree_map(mx.add, parts[0][2], parts[1][2]))
+
+    def of(at: slice) -> tuple[float, float, Any]:
+        arguments = batch(pairs[at], by_side[:, at].reshape(-1))
+        return gradients(policy, objective, *arguments)
+
+    total, count, whole = of(slice(0, 4))
+    first_total, first_count, first = of(slice(0, 1))
+    rest_total, rest_count, rest = of(slice(1, 4))
+
+    assert first_total + rest_total == pytest.approx(total, rel=1e-6)
+    assert first_count + rest_count == count == 4
+    assert close(whole, tree_map(mx.add, first, rest))
 
 
 @pytest.mark.parametrize(("rows", "temperature"), [(None, 1.0), (1, 0.7), (5, 0.7), (64, 1.0)])
@@ -168,34 +183,36 @@ def test_log_probabilities_in_chunks_are_those_of_the_whole(
     """Values and gradients of hidden states and head, each position with its own cotangent, against
     log_softmax.
     """
-    hidden, head = (
-        mx.random.normal(s, key=mx.random.key(k)) for k, s in ((4, (23, 16)), (5, (50, 16)))
-    )
+    hidden = mx.random.normal((23, 16), key=mx.random.key(4))
+    head = mx.random.normal((50, 16), key=mx.random.key(5))
     targets = mx.arange(23) * 2
     weights = mx.random.normal((23,), key=mx.random.key(6))
 
     def plain(h: mx.array, w: mx.array) -> mx.array:
         z = (h @ w.T) / temperature
-        return (
-            (mx.take_along_axis(z, targets[:, None], -1)[:, 0] - mx.logsumexp(z, -1)) * weights
-        ).sum()
+        of_targets = mx.take_along_axis(z, targets[:, None], -1)[:, 0]
+        log_p = of_targets - mx.logsumexp(z, -1)
+        return (log_p * weights).sum()
 
-    def chunked(h: mx.array, w: mx.array) -> mx.array:
-        return (token_logps(h, w, targets, temperature, rows=rows) * weights).sum()
+    def chunked(h: mx.array, w: mx.array, frozen_head: bool = False) -> mx.array:
+        log_p = token_logps(
+            h,
+            w,
+            targets=targets,
+            temperature=temperature,
+            frozen_head=frozen_head,
+            rows=rows,
+        )
+        return (log_p * weights).sum()
 
-    wanted, got = (mx.value_and_grad(f, argnums=(0, 1))(hidden, head) for f in (plain, chunked))
-    assert got[0].item() == pytest.approx(wanted[0].item(), rel=1e-5)
-    for one, other in zip(wanted[1], got[1], strict=True):
+    wanted, wanted_gradients = mx.value_and_grad(plain, argnums=(0, 1))(hidden, head)
+    found, found_gradients = mx.value_and_grad(chunked, argnums=(0, 1))(hidden, head)
+    frozen = mx.grad(lambda h: chunked(h, head, frozen_head=True))(hidden)
+
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+    for one, other in zip(wanted_gradients, found_gradients, strict=True):
         assert mx.allclose(one, other, rtol=1e-4, atol=1e-5)
-    frozen = mx.grad(
-        lambda h: (
-            token_logps(
-                h, head, targets=targets, temperature=temperature, frozen_head=True, rows=rows
-            )
-            * weights
-        ).sum()
-    )(hidden)
-    assert mx.allclose(frozen, wanted[1][0], rtol=1e-4, atol=1e-5)
+    assert mx.allclose(frozen, wanted_gradients[0], rtol=1e-4, atol=1e-5)
 
 
 def close(one: Any, other: Any) -> bool:

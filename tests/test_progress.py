@@ -72,9 +72,8 @@ def test_what_is_named() -> None:
         show(1, "loss 2.5")
         with display.level("block", 30) as inner:
             inner(3)
-            assert display.line().startswith("distil 1/60  ") and display.line().endswith(
-                "  loss 2.5"
-            )
+            assert display.line().startswith("distil 1/60  ")
+            assert display.line().endswith("  loss 2.5")
             assert "block" not in display.line()
             clock.now_s += progress.STILL_S
             assert display.line().startswith("distil 1/60, block 3/30  ")
@@ -107,7 +106,8 @@ def test_a_log_hears_of_a_phase_in_which_nothing_ends(monkeypatch: pytest.Monkey
     assert progress.EVERY_S == 10
     monkeypatch.setattr(cli, "say", say)
     monkeypatch.setattr(progress, "EVERY_S", 0.05)
-    assert list(cli.counted("block", [7, 8], 2)) == [7, 8] and not said
+    assert list(cli.counted("block", [7, 8], 2)) == [7, 8]
+    assert not said
     with progress.run("prune"):
         for _ in cli.counted("block", range(1), 1):
             assert twice.wait(60)
@@ -135,7 +135,8 @@ def test_every_phase_of_a_run_is_told(finished: tuple[Path, Done]) -> None:
         for n, line in enumerate(lines)
         if line.endswith("-v shows bytes, operations and SSD wear")
     )
-    assert lines[plan + 1].startswith("about ") and ", done at " in lines[plan + 1]
+    assert lines[plan + 1].startswith("about ")
+    assert ", done at " in lines[plan + 1]
     names = [r["phase"] for r in run_folder.records(out / run_folder.PHASES) if "phase" in r]
     assert names == ["prune", "repair", "distil", "quantize", "tune", "measure"]
     for name in names:

@@ -128,7 +128,8 @@ def test_every_kind_along_every_axis_it_can(
     model, _ = load.mlx_lm("utils").load(str(tmp_path / "s"))
     assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all()
     keep = model_writer.read_keep(tmp_path / "s")
-    assert keep is not None and len(keep.layers) == 2
+    assert keep is not None
+    assert len(keep.layers) == 2
     assert {axis for _, axis in keep.kept} == axes.keys() - {"layers"}
 
 
@@ -152,7 +153,8 @@ def test_a_group_that_says_nothing_can_go(
     student = load.open_checkpoint(tmp_path / "s")
     assert shape_of(student.config) == replace(shape_of(llama.config), heads=2, kv_heads=1)
     keep = model_writer.read_keep(tmp_path / "s")
-    assert keep is not None and [keep.kept[i, "kv_heads"] for i in range(3)] == [(1,), (0,), (1,)]
+    assert keep is not None
+    assert [keep.kept[i, "kv_heads"] for i in range(3)] == [(1,), (0,), (1,)]
     tokens = mx.array([[5, 9, 300, 7]])
     whole, less = (
         load.mlx_lm("utils").load(str(path))[0](tokens) for path in (mute, tmp_path / "s")
@@ -181,7 +183,8 @@ def pencil_statistics() -> Statistics:
     made = Statistics(hidden={-1: Sums(*np.zeros((3, 64)))}, block={0: 0.5, 1: 0.1, 2: 0.3})
     made.hidden[-1].add(*both(np.arange(64)[::-1] + 1.0), 1.0)
     for i in range(3):
-        made.ffn[i], made.heads[i] = Sums(*np.zeros((3, 768))), Sums(*np.zeros((3, 4)))
+        made.ffn[i] = Sums(*np.zeros((3, 768)))
+        made.heads[i] = Sums(*np.zeros((3, 4)))
         made.ffn[i].add(*both(np.roll(np.arange(768)[::-1] + 1.0, i)), 1.0)
         made.heads[i].add(*both(np.array([4.0, 3.0, 2.0, 1.0])), 1.0)
     return made
@@ -202,15 +205,15 @@ def test_who_stays_by_pencil() -> None:
         importance="activation",
     )
     shape, keep = select.select_units(tiny.CONFIG, pencil_statistics(), cut)
-    assert keep.layers == (0, 2) and shape.layers == 2
-    assert keep.kept[0, "ffn"] == tuple(range(256)) and keep.kept[2, "ffn"] == tuple(range(2, 258))
+    assert keep.layers == (0, 2)
+    assert shape.layers == 2
+    assert keep.kept[0, "ffn"] == tuple(range(256))
+    assert keep.kept[2, "ffn"] == tuple(range(2, 258))
     assert keep.kept[0, "heads"] == (0, 2)
     assert keep.kept[-1, "hidden"] == tuple(range(32))
     assert (1, "ffn") not in keep.kept
-    assert (
-        keep.report["channels_kept"] == 2 * (256 + 2) + 32
-        and keep.report["channels_differing_from_plain"] == 0
-    )
+    assert keep.report["channels_kept"] == 2 * (256 + 2) + 32
+    assert keep.report["channels_differing_from_plain"] == 0
 
 
 def test_no_weather_no_aais() -> None:
@@ -290,5 +293,6 @@ def test_a_budget_too_small_is_a_sentence(
     done = command(
         "prune", "--model", llama.path, "--mlx-path", tmp_path / "out", "--budget", "1MiB"
     )
-    assert done.returncode == 1 and "the budget is 1 MiB: give --budget" in done.stderr
+    assert done.returncode == 1
+    assert "the budget is 1 MiB: give --budget" in done.stderr
     assert not list(tmp_path.iterdir())

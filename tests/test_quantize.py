@@ -48,7 +48,8 @@ def test_end_to_end(tmp_path: Path, llama: Checkpoint, command: Callable[..., Do
     result = json.loads(done.stdout.splitlines()[-1])
     packed = load.open_checkpoint(tmp_path / "q4")
     assert result["nbytes"] == packed.nbytes < llama.nbytes / 4
-    assert result["group_size"] == 32 and 4 < result["bits_per_weight"] < 7
+    assert result["group_size"] == 32
+    assert 4 < result["bits_per_weight"] < 7
     model, tokenizer = mlx_generate.open_model(tmp_path / "q4")
     assert isinstance(mlx_generate.continuation(model, tokenizer, "The with statement", 4), str)
 
@@ -75,7 +76,9 @@ def test_gptq_end_to_end(
         assert result["nbytes"] == load.open_checkpoint(tmp_path / name).nbytes
         weights.append((tmp_path / name / "model.safetensors").read_bytes())
     plain, a, b, c = weights
-    assert a == b and len({plain, a, c}) == 3 and len(plain) == len(a)
+    assert a == b
+    assert len({plain, a, c}) == 3
+    assert len(plain) == len(a)
     model, tokenizer = mlx_generate.open_model(tmp_path / "a")
     assert isinstance(mlx_generate.continuation(model, tokenizer, "The with statement", 4), str)
 
@@ -90,7 +93,8 @@ def test_gptq_on_fewer_windows_in_memory_gives_the_same_bits(
             llama.path, tmp_path / name, how=FOUR, files=DISK, batches=batches, held=held
         )
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("all", "one")]
-    assert files[0] == files[1] and len(list(tmp_path.iterdir())) == 2
+    assert files[0] == files[1]
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_gptq_refusals_write_nothing(
@@ -112,11 +116,9 @@ def test_gptq_refusals_write_nothing(
         == 0
     )
     said = sentence(command("quantize", "--model", llama.path, *out, *flags, *few))
-    assert (
-        "quantize needs" in said
-        and "the budget is 10 MiB: give --budget" in said
-        and "or --q-method round" in said
-    )
+    assert "quantize needs" in said
+    assert "the budget is 10 MiB: give --budget" in said
+    assert "or --q-method round" in said
     said = sentence(command("quantize", "--model", tmp_path / "plain", *out, *flags))
     assert "quantized already" in said
     assert [p.name for p in tmp_path.iterdir()] == ["plain"]
@@ -141,7 +143,8 @@ def test_gptq_stays_under_the_plan(tmp_path: Path, kind: tuple[int, str]) -> Non
     planned = compression_size.quantize(
         estimates.model_of(checkpoint), FOUR, windows=6, length=64, limit=GIB
     )
-    assert planned.held_tokens == 6 * 64 and planned.spooled_bytes == 0
+    assert planned.held_tokens == 6 * 64
+    assert planned.spooled_bytes == 0
     mx.eval(batches)
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -172,8 +175,10 @@ def test_the_plan_of_gptq_by_pencil() -> None:
         "", m, tokens=128, micro_tokens=32, length=32, limit_bytes=GIB, head=False
     )
     arrays = 8 * (3 * 64**2 + 768**2) + 40 * 768**2 + 28 * 64 * 2 * 768
-    assert planned.peak_bytes == without.peak_bytes + arrays and planned.flops > 2 * without.flops
-    assert plain.peak_bytes < planned.peak_bytes and (plain.flops, plain.held_tokens) == (0, 0)
+    assert planned.peak_bytes == without.peak_bytes + arrays
+    assert planned.flops > 2 * without.flops
+    assert plain.peak_bytes < planned.peak_bytes
+    assert (plain.flops, plain.held_tokens) == (0, 0)
     assert (planned.read_bytes, planned.written_bytes) == (plain.read_bytes, plain.written_bytes)
     # every hidden state spooled: written by each block, read twice
     poor = compression_size.quantize(m, FOUR, windows=4, length=32, limit=0)
@@ -200,16 +205,15 @@ def test_mixed_bits_and_steps_end_to_end(
         assert 4.4 < result["bits_per_weight"] <= 4.7  # norms are in 16 bits
     plain, own = (load.open_checkpoint(tmp_path / name) for name in ("plain", "own"))
     path = "model.layers.0.mlp.up_proj"
-    assert (
-        plain.config == own.config
-        and (load.dense(own, "model.norm.weight") != load.dense(plain, "model.norm.weight")).any()
-    )
+    assert plain.config == own.config
+    assert (load.dense(own, "model.norm.weight") != load.dense(plain, "model.norm.weight")).any()
     assert not (load.dense(own, f"{path}.weight") == load.dense(plain, f"{path}.weight")).all()
     assert (tmp_path / "own" / "model.safetensors").read_bytes() == (
         tmp_path / "taught" / "model.safetensors"
     ).read_bytes()
     nats = json.loads((tmp_path / "own" / packed_format.SENSITIVITY).read_text())["nats"]
-    assert set(nats) == set(packed_format.formats(own)) and set(nats[path]) == set("34568")
+    assert set(nats) == set(packed_format.formats(own))
+    assert set(nats[path]) == set("34568")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["own", "plain", "taught"]
     mlx_generate.open_model(tmp_path / "own")
 

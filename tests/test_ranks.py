@@ -84,7 +84,9 @@ def launched(
         text=True,
     )
     try:
-        assert process.stdin and process.stdout and process.stderr
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
         # More than a pipe holds, which nobody reads: mlx.launch keeps a core busy while it could
         # write to a machine.
         with contextlib.suppress(BrokenPipeError):  # they have ended already
@@ -138,7 +140,8 @@ def test_two_machines_give_the_run_of_one(
         with started(2, ["-m", "mis_mlx.distill", *brief, "--out", out], env) as made:
             done, second = ended(made)
         assert done.returncode == second.returncode == 0, done.stderr
-        assert not second.stdout and not second.stderr
+        assert not second.stdout
+        assert not second.stderr
     else:
         done = launched(env, 2, "distill", *brief, "--out", out)
     one_voice(done, scratch)
@@ -150,7 +153,8 @@ def test_two_machines_give_the_run_of_one(
     assert (out / of).read_bytes() == (alone[0] / of).read_bytes()
     np.testing.assert_allclose(losses(out), losses(alone[0]), rtol=1e-4)
     own = {"thermal.jsonl", run_folder.SAMPLES}
-    names, expected = ({str(p.relative_to(run)) for p in run.rglob("*")} for run in (out, alone[0]))
+    names = {str(path.relative_to(out)) for path in out.rglob("*")}
+    expected = {str(path.relative_to(alone[0])) for path in alone[0].rglob("*")}
     assert names - own == expected - own
 
 
@@ -172,8 +176,10 @@ def test_one_machine_dies_and_any_number_goes_on(
         made[1].send_signal(signal.SIGKILL)
         first = ended(made, seconds=60)[0]
     step = len(run_folder.metrics(out))
-    assert GONE in said(first) and f"--out {out} --resume" in said(first)
-    assert 6 <= step < ITERS and (out / "steps" / f"step-{step:08d}").is_dir()
+    assert GONE in said(first)
+    assert f"--out {out} --resume" in said(first)
+    assert 6 <= step < ITERS
+    assert (out / "steps" / f"step-{step:08d}").is_dir()
     for n in numbers:
         copy = shutil.copytree(out, tmp_path / str(n))
         with started(n, ["-m", "mis_mlx.distill", "--out", copy, "--resume"], own_home) as made:
@@ -293,7 +299,8 @@ def test_a_pulled_cable_is_noticed_within_a_minute(first: str, own_home: dict[st
         argv, env={**own_home, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
     )
     seconds = [float(word) for word in done.stdout.split()]
-    assert len(seconds) == 2 and max(seconds[first == "busy" :]) < 60
+    assert len(seconds) == 2
+    assert max(seconds[first == "busy" :]) < 60
 
 
 SOON = ("--iters", 6, "--save-every", 2, "--max-seq-length", 96, "--dtype", "float32")
@@ -326,10 +333,8 @@ def test_alignment_is_that_of_one_machine(
         assert [d.returncode for d in done] == [0] * n, [d.stderr for d in done]
         results.append(last_line(done[0]))
     np.testing.assert_allclose(losses(tmp_path / "2"), losses(tmp_path / "1"), rtol=1e-4, atol=1e-6)
-    assert (
-        results[0]["tokens"] == results[1]["tokens"]
-        and results[0]["best_step"] == results[1]["best_step"]
-    )
+    assert results[0]["tokens"] == results[1]["tokens"]
+    assert results[0]["best_step"] == results[1]["best_step"]
     assert results[1]["held_out_best"]["loss"] == pytest.approx(
         results[0]["held_out_best"]["loss"], rel=1e-4
     )
@@ -355,8 +360,7 @@ def test_machines_share_the_questions_of_grpo(
     said_lines = [
         json.loads(line) for line in (out / grpo_rollout.SAMPLES).read_text().splitlines()
     ]
-    by_step = {
-        step: [r["prompt"] for r in said_lines if r["number"] == step]
-        for step in {r["number"] for r in said_lines}
-    }
+    by_step: dict[int, list[str]] = {}
+    for line in said_lines:
+        by_step.setdefault(line["number"], []).append(line["prompt"])
     assert all(len(set(prompts)) == 2 for prompts in by_step.values())

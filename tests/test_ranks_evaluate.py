@@ -81,10 +81,13 @@ def test_evaluate_says_what_one_machine_says(
         (tmp_path / f"home-{machines}" / "out" / "recovery.md").read_text() for machines in (1, n)
     )
     assert one_page == page
-    kept = [
-        [p.read_text() for p in sorted((tmp_path / f"home-{m}").rglob("*.jsonl"))] for m in (1, n)
-    ]
-    assert kept[0] == kept[1] and len(kept[0]) == 4
+
+    def kept(machines: int) -> list[str]:
+        files = sorted((tmp_path / f"home-{machines}").rglob("*.jsonl"))
+        return [file.read_text() for file in files]
+
+    assert kept(1) == kept(n)
+    assert len(kept(1)) == 4
 
 
 def _alike(one: object, other: object) -> None:

@@ -108,10 +108,8 @@ def test_the_numbers_are_in_order(run: tuple[Path, dict[str, Any]]) -> None:
     assert result["nll_teacher"] < result["nll_student"] < result["nll_pruned"]
     assert result["nll_student"] - 0.05 < result["nll_quantized"] < result["nll_student"] + 1.0
     assert result["bytes_4-bit"] < 0.6 * result["bytes_distilled"]
-    assert (
-        all(np.isfinite(r["loss"]) for r in run_folder.metrics(out))
-        and len(run_folder.metrics(out)) == 4
-    )
+    assert all(np.isfinite(r["loss"]) for r in run_folder.metrics(out))
+    assert len(run_folder.metrics(out)) == 4
 
 
 def test_the_planned_peak_holds(run: tuple[Path, dict[str, Any]], real: Checkpoint) -> None:

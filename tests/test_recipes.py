@@ -254,7 +254,8 @@ def test_a_recipe_works(
 
 def test_eleven_recipes_promise_something() -> None:
     """But for the evaluation, whose result is on stdout."""
-    assert len(RECIPES) == 11 and sum(bool(r.promised) for r in RECIPES) == 10
+    assert len(RECIPES) == 11
+    assert sum(bool(r.promised) for r in RECIPES) == 10
 
 
 def test_a_recipe_that_does_not_work_fails(

@@ -117,10 +117,8 @@ def test_all_parts_are_measured_and_stored(
     pictures.
     """
     found = measured["throughput"]
-    assert (
-        set(PARTS) <= found.keys()
-        and {"chip", "memory_gib", "release", "mlx", "git"} <= found.keys()
-    )
+    assert set(PARTS) <= found.keys()
+    assert {"chip", "memory_gib", "release", "mlx", "git"} <= found.keys()
     assert found["command"].startswith(
         "scripts/mis benchmarks/throughput.py --student RUN/distilled"
     )
@@ -129,7 +127,8 @@ def test_all_parts_are_measured_and_stored(
     formats = {name: m["format"] for name, m in found["4-bit"]["models"].items()}
     kind = str(policy.usual_dtype()).removeprefix("mlx.core.")
     assert formats == {"teacher": "4-bit", "student": "4-bit", "student by quantize": kind}
-    assert len(found["verdict"]) == 6 and len(found["reasons"]) == 2
+    assert len(found["verdict"]) == 6
+    assert len(found["reasons"]) == 2
     assert len(set(found["given"]["weights_sha256"].values())) == 2
     assert f"Time to first token, {kind}, on a CPU" in (lab.results / "ttft.svg").read_text()
     for name in ("throughput", "ttft"):
@@ -156,7 +155,8 @@ def test_what_was_finished_stays_after_ctrl_c(
         lab.laboratory.start(lab.throughput.Settings, lab.throughput.main)
     assert "the same command goes on" in capsys.readouterr().err
     kept = json.loads((lab.results / "stopped.json").read_text())
-    assert "dense" in kept and "4-bit" not in kept
+    assert "dense" in kept
+    assert "4-bit" not in kept
     monkeypatch.setattr(
         sys, "argv", [*argv, "--four-bit", str(lab.root / "nowhere"), "--name", "nowhere"]
     )
@@ -173,7 +173,8 @@ def test_clocks_agree_on_what_they_count(measured: dict[str, dict[str, Any]]) ->
     assert a["bench_over_mlx_lm"]["median"] == pytest.approx(
         np.median(all_tps["bench"] / all_tps["mlx_lm"] * 4 / 3)
     )
-    assert a["overhead"]["n"] == 1 and a["own_us_per_token"] > 0
+    assert a["overhead"]["n"] == 1
+    assert a["own_us_per_token"] > 0
     program = a["all_mlx_lm_benchmark_tps"]
     assert a["bench_over_mlx_lm_benchmark"]["median"] == pytest.approx(
         program["bench"][0] / program["mlx_lm.benchmark"][0] * 4 / 3
@@ -210,7 +211,9 @@ def test_the_verdict_by_pencil(lab: SimpleNamespace) -> None:
     assert holds(14.5, ratio=0.979, overhead=0.011) == [True, False, True, False, True]
     rows = {n: {"speed_up": {"cold_ms": lead}} for n, lead in ((32, 1.5), (64, 0.9))}
     (said,) = lab.ttft.verdict(rows).items()
-    assert "at 64 tokens" in said[0] and not said[1]["holds"] and said[1]["shown"] == "0.90x"
+    assert "at 64 tokens" in said[0]
+    assert not said[1]["holds"]
+    assert said[1]["shown"] == "0.90x"
 
 
 def page(lab: SimpleNamespace, tmp_path: Path, text: str = PAGE) -> Path:
@@ -235,15 +238,14 @@ def test_tables_are_written_and_drift_is_seen(
     assert (root / "README.md").read_text() == PAGE
     assert lab.render.main(lab.render.Settings(root=str(root))) == 0
     text = (root / "README.md").read_text()
-    assert text.startswith(
-        "# A page\n\nbefore\n<!-- table: here/throughput -->\n| |"
-    ) and text.endswith("\nafter\n")
-    assert (
-        "an old" not in text
-        and "Not measured yet: `scripts/mis benchmarks/ttft.py --four-bit`" in text
-    )
+    assert text.startswith("# A page\n\nbefore\n<!-- table: here/throughput -->\n| |")
+    assert text.endswith("\nafter\n")
+    assert "an old" not in text
+    assert "Not measured yet: `scripts/mis benchmarks/ttft.py --four-bit`" in text
     mean = measured["throughput"]["dense"]["measured"]["models"]["student"]["decode_tps"]["mean"]
-    assert f"| {mean:.2f} |" in text and "computed" in text and "| 16 |" in text
+    assert f"| {mean:.2f} |" in text
+    assert "computed" in text
+    assert "| 16 |" in text
     assert lab.render.main(check) == 0
     capsys.readouterr()
     (root / "README.md").write_text(text.replace(f"| {mean:.2f} |", f"| {mean + 1:.2f} |"))

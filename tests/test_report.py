@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,8 @@ def test_the_page_of_a_run(finished: tuple[Path, Done], copy: Path) -> None:
     """Every part is there, nothing is of another version, and the browser may load nothing."""
     page, result = written(copy)
     tags = Tags(page)
-    assert result["bytes"] == len(page.encode()) < 2**20 and result["runs"] == 1
+    assert result["bytes"] == len(page.encode()) < 2**20
+    assert result["runs"] == 1
     heads = (
         "Recovery",
         "How it went",
@@ -178,9 +180,14 @@ def test_the_page_of_a_run(finished: tuple[Path, Done], copy: Path) -> None:
         and f"{values['tokens']:,} tokens" in page
     )
     policy = next(a["content"] for t, a in tags.tags if t == "meta" and "http-equiv" in a)
-    assert policy and policy.startswith("default-src 'none'") and "refresh" not in page
-    links = [str(a.get(name)) for _, a in tags.tags for name in ("src", "href") if name in a]
-    assert links and all(link.startswith(("#", "data:")) for link in links)
+    assert policy
+    assert policy.startswith("default-src 'none'")
+    assert "refresh" not in page
+    links = []
+    for _, attributes in tags.tags:
+        links += [str(attributes[name]) for name in ("src", "href") if name in attributes]
+    assert links
+    assert all(link.startswith(("#", "data:")) for link in links)
     assert re.search("python -m mis_mlx.distill .*--teacher", page)
     assert json.loads((copy / run_folder.ORIGIN).read_text())["data"] in page
     cost = page[page.index("<h2>What it cost") : page.index("<h2>What was kept")]
@@ -200,24 +207,22 @@ def test_what_a_run_writes_down_for_it(finished: tuple[Path, Done], llama: Check
         == ["prune", "repair", "distil", "quantize", "tune", "measure"]
     )
     assert all(p["seconds"] > 0 and p["peak_bytes"] > 0 for p in story.phases)
-    assert {(s["model"], s["language"]) for s in story.samples} == {
-        (m, language)
-        for m in ("teacher", "pruned", "distilled", "4-bit")
-        for language in ("English", "Polish")
-    }
+    models = ("teacher", "pruned", "distilled", "4-bit")
+    shown = {(sample["model"], sample["language"]) for sample in story.samples}
+    assert shown == set(product(models, ("English", "Polish")))
     profile = story.keep["report"]["profile"]
     layers = llama.config["num_hidden_layers"]
-    assert profile.keys() == {f"{i}/{axis}" for i in range(layers) for axis in ("ffn", "heads")}
+    parts = product(range(layers), ("ffn", "heads"))
+    assert profile.keys() == {f"{i}/{axis}" for i, axis in parts}
     kept = {int(k.split("/")[0]): v["kept"] for k, v in profile.items() if k.endswith("ffn")}
     removed = set(kept) - set(story.keep["layers"])
-    assert removed and all(kept[i] == 0 for i in removed)
+    assert removed
+    assert all(kept[i] == 0 for i in removed)
     # The best five sixths of the neurons hold more than five sixths of the importance.
     share = len(story.keep["kept"]["0/ffn"]) / llama.config["intermediate_size"]
     assert all(share < kept[i] < 1 for i in story.keep["layers"])
-    assert (
-        story.begun["flags"].keys() >= {"save_every", "teacher"}
-        and "out" not in story.begun["flags"]
-    )
+    assert story.begun["flags"].keys() >= {"save_every", "teacher"}
+    assert "out" not in story.begun["flags"]
 
 
 def test_weather_and_aais(warm: Path, tmp_path: Path) -> None:
@@ -226,18 +231,19 @@ def test_weather_and_aais(warm: Path, tmp_path: Path) -> None:
     """
     page, _ = written(warm, out=str(tmp_path / "page.html"))
     account = json.loads((warm / run_folder.RESULT).read_text())
-    assert account["tea_breaks"] > 0 and account["channels_differing_from_plain"] > 0
-    assert (
-        f"Tea breaks: {account['tea_breaks']} (hot), shaded." in page
-        and "Die from" in page
-        and "Air from" in page
-    )
+    assert account["tea_breaks"] > 0
+    assert account["channels_differing_from_plain"] > 0
+    assert f"Tea breaks: {account['tea_breaks']} (hot), shaded." in page
+    assert "Die from" in page
+    assert "Air from" in page
     differ = (
         f"{account['channels_differing_from_plain']} of {account['channels_kept']} kept channels "
         f"differ"
     )
-    assert f" °C. {differ}" in page and f"with plain importance {account['nll_plain']:.4f}" in page
-    assert "of the importance of ffn." in page and "of the importance of heads." in page
+    assert f" °C. {differ}" in page
+    assert f"with plain importance {account['nll_plain']:.4f}" in page
+    assert "of the importance of ffn." in page
+    assert "of the importance of heads." in page
     assert "another version" not in page
     per_layer = json.loads((warm / "pruned" / "keep.json").read_text())["report"]["differing"]
     assert sum(per_layer.values()) == account["channels_differing_from_plain"]
@@ -280,9 +286,8 @@ def test_answers_come_first(copy: Path) -> None:
     assert "<b>teacher</b><p>Teacher&#39;s 4.</p>" in section
     assert section.count("<b>4-bit</b><p>Well, it depends …</p>") == 6
     assert "repeats itself" not in section
-    assert result["missing"] == written(copy)[1]["missing"] and "answers.jsonl" not in " ".join(
-        result["missing"]
-    )
+    assert result["missing"] == written(copy)[1]["missing"]
+    assert "answers.jsonl" not in " ".join(result["missing"])
 
 
 @pytest.mark.parametrize(("loops", "said"), [(1, False), (2, True)])
@@ -310,13 +315,15 @@ def test_answers_that_are_not_there(copy: Path) -> None:
     lines are passed over; another version is a sentence.
     """
     page, result = written(copy)
-    assert "Answers" not in page and "answers.jsonl" not in " ".join(result["missing"])
+    assert "Answers" not in page
+    assert "answers.jsonl" not in " ".join(result["missing"])
 
     put_answers(copy, rows_of_answers("Fine."))
     whole = (copy / run_folder.ANSWERS).read_text()
     (copy / run_folder.ANSWERS).write_text(whole[: len(whole) // 2])
     page, result = written(copy)
-    assert "<h3>Prompt 0?</h3>" in page and "another version" not in page
+    assert "<h3>Prompt 0?</h3>" in page
+    assert "another version" not in page
 
     (copy / run_folder.ANSWERS).write_text("[1, 2]\n" + whole[:30])
     assert (
@@ -341,7 +348,8 @@ def test_answers_of_one_model(copy: Path) -> None:
     page, _ = written(copy)
 
     section = page[page.index("<h2>Answers") : page.index("<h2>Recovery")]
-    assert "<b>teacher</b><p>(nothing)</p>" in section and "4-bit" not in section
+    assert "<b>teacher</b><p>(nothing)</p>" in section
+    assert "4-bit" not in section
     assert re.findall(r"<h3>Prompt (\d+)\?</h3>", section) == ["0", "4", "6", "1", "5", "9"]
 
 
@@ -358,15 +366,14 @@ def test_text_of_models_and_files_is_never_run(copy: Path, tmp_path: Path) -> No
     put_answers(copy, rows_of_answers("loop " * 60))
     before = Tags(written(copy)[0])
     samples = run_folder.records(copy / run_folder.SAMPLES)
-    lines = [
-        json.dumps({name: str(value) + HOSTILE for name, value in sample.items()})
-        for sample in samples
-    ]
+    lines = []
+    for sample in samples:
+        lines.append(json.dumps({name: f"{value}{HOSTILE}" for name, value in sample.items()}))
     (copy / run_folder.SAMPLES).write_text("\n".join(lines) + "\n")
-    answers = [
-        {name: value if name == "ended" else f"{value}{HOSTILE}" for name, value in row.items()}
-        for row in rows_of_answers("loop " * 60)
-    ]
+    answers = []
+    for row in rows_of_answers("loop " * 60):
+        spoilt = {name: f"{value}{HOSTILE}" for name, value in row.items()}
+        answers.append({**spoilt, "ended": row["ended"]})
     put_answers(copy, answers)
     (copy / "table.md").write_text(f"| | {HOSTILE} |\n|---|---:|\n| {HOSTILE} | 1 |\n\n{HOSTILE}\n")
     (copy / run_folder.CONFIG).write_text(
@@ -375,11 +382,9 @@ def test_text_of_models_and_files_is_never_run(copy: Path, tmp_path: Path) -> No
     (copy / run_folder.ORIGIN).write_text(json.dumps({HOSTILE: HOSTILE}))
     first, *rest = (copy / run_folder.PHASES).read_text().splitlines()
     begun = json.loads(first)
-    begun["flags"], begun["rates"]["device"], begun["rates"]["source"] = (
-        {HOSTILE: HOSTILE},
-        HOSTILE,
-        HOSTILE,
-    )
+    begun["flags"] = {HOSTILE: HOSTILE}
+    begun["rates"]["device"] = HOSTILE
+    begun["rates"]["source"] = HOSTILE
     begun["planned"].append({"phase": HOSTILE, "seconds": 1.0, "peak_bytes": 1})
     (copy / run_folder.PHASES).write_text("\n".join([json.dumps(begun), *rest, ""]))
     (copy / "thermal.jsonl").write_text(
@@ -387,13 +392,13 @@ def test_text_of_models_and_files_is_never_run(copy: Path, tmp_path: Path) -> No
     )
     named = copy.rename(copy.with_name("<img src=x onerror=alert(3)>"))
     tags = Tags(written(named, named, out=str(tmp_path / "page.html"))[0])
-    assert {t for t, _ in tags.tags} <= OURS and tags.count("script") == tags.count("style") == 1
-    assert not [name for _, attributes in tags.tags for name in attributes if name.startswith("on")]
-    assert (
-        HOSTILE in tags.text
-        and "<img src=x onerror=alert(3)>" in tags.text
-        and "another version" not in tags.text
-    )
+    assert {t for t, _ in tags.tags} <= OURS
+    assert tags.count("script") == tags.count("style") == 1
+    for _, attributes in tags.tags:
+        assert not [name for name in attributes if name.startswith("on")]
+    assert HOSTILE in tags.text
+    assert "<img src=x onerror=alert(3)>" in tags.text
+    assert "another version" not in tags.text
     assert tags.count("svg") == 2 * before.count("svg") + 1
 
 
@@ -431,13 +436,16 @@ def test_one_file_missing_or_of_another_version(name: str, copy: Path) -> None:
     """
     (copy / name).write_text(json.dumps(FOREIGN))
     page, _ = written(copy)
-    assert page.endswith("</html>\n") and page.count("<section>") >= 4
+    assert page.endswith("</html>\n")
+    assert page.count("<section>") >= 4
     (copy / name).unlink()
     if name.startswith("pruned"):
         (copy / "distilled" / "keep.json").unlink()
     page, result = written(copy)
     assert any(name in text for text in result["missing"])
-    assert f"<li>{name} is missing" in page and page.count("<h2>") >= 6 and "<svg" in page
+    assert f"<li>{name} is missing" in page
+    assert page.count("<h2>") >= 6
+    assert "<svg" in page
 
 
 @pytest.mark.parametrize("text", ["[1, 2, 3]", "[" * 10_000])
@@ -449,7 +457,8 @@ def test_damaged_files_leave_a_page_of_the_steps(text: str, copy: Path) -> None:
         if name != run_folder.METRICS:
             (copy / name).write_text(text)
     page, result = written(copy)
-    assert "steps logged" in page and "another version" not in page
+    assert "steps logged" in page
+    assert "another version" not in page
     for name in ("config.yaml", "origin.json", "result.json", "pruned/keep.json"):
         assert any(f"{name} is damaged" in line for line in result["missing"])
 
@@ -474,7 +483,8 @@ def test_several_runs_side_by_side(copy: Path, warm: Path, tmp_path: Path) -> No
     that differ.
     """
     page, result = written(copy, warm, out=str(tmp_path / "both.html"))
-    assert result["runs"] == 2 and "<h2>Side by side</h2>" in page
+    assert result["runs"] == 2
+    assert "<h2>Side by side</h2>" in page
     first, second = (
         json.loads((f / run_folder.RESULT).read_text())["nll_student"] for f in (copy, warm)
     )
@@ -485,7 +495,8 @@ def test_several_runs_side_by_side(copy: Path, warm: Path, tmp_path: Path) -> No
     assert "<td>scenario</td><td>goral</td><td>none</td>" in page
     assert "<td>batch_size</td><td>2</td><td>2</td>" not in page
     ids = [a["id"] for _, a in Tags(page).tags if "id" in a]
-    assert len(ids) == len(set(ids)) and "<h1>run (1)</h1>" in page
+    assert len(ids) == len(set(ids))
+    assert "<h1>run (1)</h1>" in page
 
 
 def test_watch_ends_with_the_run(copy: Path, own_home: dict[str, str]) -> None:
@@ -537,8 +548,7 @@ def test_a_million_steps_in_bounded_memory(count: int, copy: Path) -> None:
     """
     spikes = {1: 7.0, 44_444: 0.125, count - 2: 9.5}
     form = (
-        '{{"wall_s": {}, "number": {}, "loss": {}, "tokens": 512, "seconds": 2.0, '
-        '"peak_bytes": '
+        '{{"wall_s": {}, "number": {}, "loss": {}, "tokens": 512, "seconds": 2.0, "peak_bytes": '
         "1073741824}}\n"
     )
     peaks = []
@@ -549,21 +559,27 @@ def test_a_million_steps_in_bounded_memory(count: int, copy: Path) -> None:
                 for i in range(1, lines + 1)
             )
         peaks.append(peak_of_child(copy))
-    assert (copy / run_folder.METRICS).stat().st_size > 80 * count and peaks[1] - peaks[
-        0
-    ] < 16 * 2**20
+    assert (copy / run_folder.METRICS).stat().st_size > 80 * count
+    assert peaks[1] - peaks[0] < 16 * 2**20
     page = (copy / "report.html").read_text()
-    assert f"between 0.125 and 9.500, {count:,} steps logged" in page and len(page) < 2**20
+    assert f"between 0.125 and 9.500, {count:,} steps logged" in page
+    assert len(page) < 2**20
 
 
 ASK = """
-const cells = () => [...document.querySelector("table").tBodies[0].rows].map(row => row.cells[1].textContent);
+const rows = () => [...document.querySelector("table").tBodies[0].rows];
+const cells = () => rows().map(row => row.cells[1].textContent);
 const button = document.querySelector("th button"), found = [cells()];
 for (const turn of [1, 2]) { button.click(); found.push(cells()); }
 const boxes = [...document.querySelectorAll("svg")].map(svg => svg.getBoundingClientRect());
-document.title = JSON.stringify({found, sort: document.querySelector("th[aria-sort]").ariaSort,
-  wide: document.documentElement.scrollWidth, boxes: boxes.map(b => [b.width, b.height, b.right]),
-  loaded: performance.getEntriesByType("resource").map(entry => entry.name), foreign: window.foreign ?? null});
+document.title = JSON.stringify({
+  found,
+  sort: document.querySelector("th[aria-sort]").ariaSort,
+  wide: document.documentElement.scrollWidth,
+  boxes: boxes.map(b => [b.width, b.height, b.right]),
+  loaded: performance.getEntriesByType("resource").map(entry => entry.name),
+  foreign: window.foreign ?? null,
+});
 """
 
 
@@ -581,7 +597,8 @@ def test_in_a_browser(width: int, copy: Path, warm: Path, tmp_path: Path) -> Non
         base64.b64encode(hashlib.sha256(t.encode()).digest()).decode()
         for t in (script, script + ASK)
     )
-    assert script in page and ours in page
+    assert script in page
+    assert ours in page
     bad = (
         "<script>window.foreign = 1</script><img src='https://example.invalid/' "
         "onerror='window.foreign = 2'>"
@@ -607,11 +624,17 @@ def test_in_a_browser(width: int, copy: Path, warm: Path, tmp_path: Path) -> Non
     title = re.search("<title>(.*?)</title>", done.stdout)
     assert title, done.stderr
     answer = json.loads(title[1])
-    before, rising, falling = (
-        [float(c.replace(",", "")) for c in column if c != "–"] for column in answer["found"]
-    )
-    assert len(before) > 10 and rising == sorted(before) != before and falling == rising[::-1]
-    assert answer["sort"] == "descending" and answer["wide"] <= width and answer["foreign"] is None
+    columns = []
+    for column in answer["found"]:
+        columns.append([float(cell.replace(",", "")) for cell in column if cell != "–"])
+    before, rising, falling = columns
+    assert len(before) > 10
+    assert rising == sorted(before) != before
+    assert falling == rising[::-1]
+    assert answer["sort"] == "descending"
+    assert answer["wide"] <= width
+    assert answer["foreign"] is None
     # refused by the policy
-    assert answer["loaded"] == ["https://example.invalid/"] and len(answer["boxes"]) >= 4
+    assert answer["loaded"] == ["https://example.invalid/"]
+    assert len(answer["boxes"]) >= 4
     assert all(wide > 200 and high > 60 and right <= width for wide, high, right in answer["boxes"])

@@ -111,16 +111,26 @@ def stands(number: Number, found: list[float]) -> bool:
     places = len(written.partition(".")[2])
     for scale in UNITS.get(number.unit, (1.0,)):
         for value in found:
-            agrees = value >= 0 if number.sign == "+" else value < 0 if number.sign else True
+            if number.sign == "+":
+                agrees = value >= 0
+            else:
+                agrees = value < 0 or not number.sign
             if agrees and f"{abs(value) / scale:.{places}f}" == written:
                 return True
     return False
 
 
+def linked_values(one: Finding) -> list[float]:
+    """Every number of the files that it links, or of their parts."""
+    found = list[float]()
+    for path, words in one.files:
+        found += values(part_of(json.loads(path.read_text("utf-8")), words))
+    return found
+
+
 def missing(one: Finding, text: str) -> list[str]:
     """Numbers of the text, which is `one`'s or an altered one, that no file of it has."""
-    parts = [part_of(json.loads(path.read_text("utf-8")), words) for path, words in one.files]
-    found = [value for part in parts for value in values(part)]
+    found = linked_values(one)
     return [f"{n.sign}{n.digits} {n.unit}".strip() for n in numbers(text) if not stands(n, found)]
 
 
@@ -146,7 +156,8 @@ def test_ten_findings_of_which_some_failed() -> None:
 @each
 def test_a_finding_names_files_seeds_and_its_command(one: Finding) -> None:
     """Its files exist, and were made by the program that its command runs."""
-    assert one.files and all(path.is_file() for path, _ in one.files)
+    assert one.files
+    assert all(path.is_file() for path, _ in one.files)
     assert re.search(
         r"(?i)seeds?\b|one run|one student", PAGE.read_text("utf-8").split(f"\n{one.number}. ")[1]
     )
@@ -157,7 +168,8 @@ def test_a_finding_names_files_seeds_and_its_command(one: Finding) -> None:
 @each
 def test_every_number_stands_in_its_file(one: Finding) -> None:
     """Rounded as it is shown."""
-    assert len(numbers(one.text)) >= 3 and missing(one, one.text) == []
+    assert len(numbers(one.text)) >= 3
+    assert missing(one, one.text) == []
 
 
 @each
@@ -166,27 +178,26 @@ def test_a_changed_digit_is_noticed(one: Finding) -> None:
     others, which small numbers of the same file may hide, three times of four.
     """
     headline, *others = numbers(one.text)
-    assert one.text.startswith("**") and headline.start < 4
+    assert one.text.startswith("**")
+    assert headline.start < 4
     wrong = [bool(missing(one, text)) for text in alterations(one.text, headline)]
-    assert sum(wrong) >= 0.8 * len(wrong) and len(wrong) > 9
-    wrong = [
-        bool(missing(one, text))
-        for n in others
-        if len(n.digits) > 1
-        for text in alterations(one.text, n)
-    ]
+    assert sum(wrong) >= 0.8 * len(wrong)
+    assert len(wrong) > 9
+    wrong = []
+    for number in others:
+        if len(number.digits) > 1:
+            wrong += [bool(missing(one, text)) for text in alterations(one.text, number)]
     assert sum(wrong) >= 0.75 * len(wrong)
 
 
 def blocks(page: Path) -> list[Finding]:
     """Of another page: the paragraphs, list items and table rows that link a results file."""
     text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
-    parts = [
-        part
-        for block in re.split(r"\n\s*\n", text)
-        for part in re.split(r"\n(?=- |\d+\. |\|)", block)
-    ]
-    return [one for part in parts if (one := finding(0, " ".join(part.split()))).files]
+    found = list[Finding]()
+    for block in re.split(r"\n\s*\n", text):
+        for part in re.split(r"\n(?=- |\d+\. |\|)", block):
+            found.append(finding(0, " ".join(part.split())))
+    return [one for one in found if one.files]
 
 
 @pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.stem)
@@ -195,11 +206,7 @@ def test_the_other_pages_quote_the_files_they_link(page: Path) -> None:
     be settings.
     """
     for one in blocks(page):
-        found = [
-            value
-            for path, words in one.files
-            for value in values(part_of(json.loads(path.read_text()), words))
-        ]
+        found = linked_values(one)
         measured = [n for n in numbers(one.text) if "." in n.digits or n.unit == "%"]
         wrong = [n.digits for n in measured if not stands(n, found)]
         assert not wrong, (
@@ -209,8 +216,11 @@ def test_the_other_pages_quote_the_files_they_link(page: Path) -> None:
 
 def test_enough_of_them_is_checked(tmp_path: Path) -> None:
     """There are such blocks, and a wrong one is found."""
-    quoting = [one for page in ROOT.glob("docs/*.md") for one in blocks(page)]
-    assert sum("." in n.digits for one in quoting for n in numbers(one.text)) > 80
+    decimals = 0
+    for page in ROOT.glob("docs/*.md"):
+        for one in blocks(page):
+            decimals += sum("." in number.digits for number in numbers(one.text))
+    assert decimals > 80
     (tmp_path / "a.json").write_text('{"loss": 1.25}')
     one = finding(0, "the loss is 1.25 ([a](a.json)), or 1.35")._replace(
         files=((tmp_path / "a.json", ""),)
@@ -234,7 +244,8 @@ def test_units_and_signs() -> None:
         )
     )
     text = "69.2 % 51.3 MB 13.2 minutes −0.004 0.004 1.45x 790"
-    assert all(stands(n, found) for n in numbers(text)) and len(numbers(text)) == 7
+    assert all(stands(n, found) for n in numbers(text))
+    assert len(numbers(text)) == 7
     assert not any(
         stands(n, found) for n in numbers("69.2 51.3 13.2 +0.004 1.46x 69.3 % 51.4 million")
     )

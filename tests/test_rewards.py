@@ -28,8 +28,11 @@ RECALL = 0.93
 
 def completion(case: dict[str, Any]) -> str:
     """The text; `fill` stands for what would make the file large."""
-    text = case["completion"]
-    return text.replace("{fill}", case["fill"][0] * case["fill"][1]) if "fill" in case else text  # type: ignore[no-any-return]
+    text = str(case["completion"])
+    if "fill" not in case:
+        return text
+    piece, times = case["fill"]
+    return text.replace("{fill}", piece * times)
 
 
 def test_no_wrong_answer_is_rewarded() -> None:
@@ -38,11 +41,13 @@ def test_no_wrong_answer_is_rewarded() -> None:
     """
     began = time.process_time()
     scored = [(c, rewards.accuracy(completion(c), c["answer"], c["language"])) for c in CASES]
-    assert len(CASES) >= 200 and {c["language"] for c in CASES} == {"pl", "en", None}
+    assert len(CASES) >= 200
+    assert {c["language"] for c in CASES} == {"pl", "en", None}
     assert sum(not c["right"] for c in CASES) >= 100
     assert [c["about"] for c, score in scored if score != 0.0 and not c["right"]] == []
     right = [score for c, score in scored if c["right"]]
-    assert None not in right and sum(right) / len(right) >= RECALL
+    assert None not in right
+    assert sum(right) / len(right) >= RECALL
     assert time.process_time() - began < 20
 
 
@@ -109,7 +114,8 @@ def test_units_by_pencil() -> None:
         ("2 kg 5 dag", 2050000, "mass"),
     ):
         found = answer_parsing.quantity(text, "pl")
-        assert found is not None and (found.amount, found.kind) == (amount, kind)
+        assert found is not None
+        assert (found.amount, found.kind) == (amount, kind)
     for text in (
         "1 kg 5 ml",
         "5 dag 2 kg",
@@ -316,4 +322,5 @@ def test_the_users_file_is_not_run_here(tmp_path: Path) -> None:
     found = functions(
         tmp_path, f"open({str(mark)!r}, 'w')\ndef f(prompts, completions, answer): return [0]\n"
     )
-    assert [f.name for f in found] == ["f"] and not mark.exists()
+    assert [f.name for f in found] == ["f"]
+    assert not mark.exists()

@@ -68,9 +68,10 @@ LOGS = (candidates.PROBES, candidates.CANDIDATES, finalists.FINALISTS, "table.md
 
 def as_flags(settings: dict[str, Any]) -> list[object]:
     """Keyword settings as a command line has them."""
-    return [
-        part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)
-    ]
+    flags = list[object]()
+    for name, value in settings.items():
+        flags += [f"--{name.replace('_', '-')}", value]
+    return flags
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +112,8 @@ def test_end_to_end(done: tuple[Path, Done], llama: Checkpoint) -> None:
         150_000 < each["bytes"] <= 190_000 for each in result["candidates"] + result["finalists"]
     )
     measured = [sizes(each) for each in result["candidates"]]
-    assert (
-        all(sizes(each) in measured for each in result["finalists"])
-        and len(result["finalists"]) == 2
-    )
+    assert all(sizes(each) in measured for each in result["finalists"])
+    assert len(result["finalists"]) == 2
     assert {p.name for p in out.iterdir()} - {"thermal.jsonl", ".lock"} == {
         "config.yaml",
         "origin.json",
@@ -126,7 +125,8 @@ def test_end_to_end(done: tuple[Path, Done], llama: Checkpoint) -> None:
     }
     assert not list((out / "finalists").iterdir())
     assert f"students within --bytes 190KB: {result['students']}; 3 are measured" in run.stderr
-    assert (out / "table.md").read_text() in run.stdout and "Traceback" not in run.stderr
+    assert (out / "table.md").read_text() in run.stdout
+    assert "Traceback" not in run.stderr
     axes = {record["axis"] for record in run_folder.records(out / candidates.PROBES)}
     assert axes == {"layers", "ffn", "heads"}  # the tiny tokenizer is as small as can be
 
@@ -137,24 +137,21 @@ def test_the_table_says_what_the_log_holds(done: tuple[Path, Done], llama: Check
     """
     out, run = done
     records = run_folder.records(out / finalists.FINALISTS)
-    lines = {
-        cells[1].strip(): cells[2:-1]
-        for line in run.stdout.splitlines()
-        if len(cells := line.split("|")) > 3
-    }
+    rows = [line.split("|") for line in run.stdout.splitlines()]
+    lines = {cells[1].strip(): cells[2:-1] for cells in rows if len(cells) > 3}
     for metric, (label, form) in text.TABLES["search"].items():
         if isinstance(records[0].get(metric), list):
             assert [c.split("±")[0].strip() for c in lines[label]] == [
                 format(np.mean(r[metric]), form) for r in records
             ]
-            assert all("±" in cell for cell in lines[label]) and all(
-                len(r[metric]) == 6 for r in records
-            )
+            assert all("±" in cell for cell in lines[label])
+            assert all(len(r[metric]) == 6 for r in records)
     assert all(np.mean(r["kl_distilled"]) < np.mean(r["kl_pruned"]) for r in records)
     before = shape_of(llama.config)
-    shapes = [
-        replace(before, **{a: r[a] for a in (*shape_search.CUTS, "kv_heads")}) for r in records
-    ]
+    shapes = []
+    for record in records:
+        cut = {axis: record[axis] for axis in (*shape_search.CUTS, "kv_heads")}
+        shapes.append(replace(before, **cut))
     names = [
         f"{shape_search.words(x, before)}, {r['bits']:.2f} bits"
         for x, r in zip(shapes, records, strict=True)
@@ -257,14 +254,15 @@ def test_distill_in_so_many_bytes(
     again = command(
         "distill", *flags, "--bytes", "190KB", "--out", tmp_path / "again", cwd=tmp_path
     )
-    assert again.returncode == 0 and weights(tmp_path / "again") == weights(tmp_path / "run")
+    assert again.returncode == 0
+    assert weights(tmp_path / "again") == weights(tmp_path / "run")
     assert [path.name for path, at in measured.items() if path.stat().st_mtime_ns != at] == []
     size = (tmp_path / "run" / "model" / "model.safetensors").stat().st_size
     assert 0.9 * 190_000 < size <= 190_000
     stored = run_folder.stored_settings(tmp_path / "run")
-    assert (
-        stored["bytes"] == "190KB" and stored["scenario"] == "none" and stored["target_bpw"] > 3.5
-    )
+    assert stored["bytes"] == "190KB"
+    assert stored["scenario"] == "none"
+    assert stored["target_bpw"] > 3.5
     assert result["params_student"] < arch.params(llama.config)
     refused = {
         ("--layers", 2): "leave out --layers 2, or --bytes",
@@ -298,7 +296,8 @@ def test_sensitivity_keeps_to_the_plan_of_its_own(
             ).sensitivity
             == {}
         )
-    assert seen[0] is None and isinstance(seen[1], Spool)
+    assert seen[0] is None
+    assert isinstance(seen[1], Spool)
 
 
 def test_distill_in_so_many_bytes_is_for_one_machine(
@@ -457,12 +456,11 @@ def test_times_are_measured_on_the_teacher_and_on_finalists(
         assert 0 < stored[flag]["attention_s"] <= stored[flag]["block_s"]
         assert all(each["seconds"][flag] > 0 for each in result["finalists"])
     out = capsys.readouterr().out
-    assert (
-        "decode, times the teacher's" in out
-        and "first token, times as soon as the teacher's" in out
-    )
+    assert "decode, times the teacher's" in out
+    assert "first token, times as soon as the teacher's" in out
     again = search.run(search.Settings(resume=True, out=s.out))
-    assert again["candidates"] == result["candidates"] and again["students"] == result["students"]
+    assert again["candidates"] == result["candidates"]
+    assert again["students"] == result["students"]
 
 
 def test_a_busy_machine_does_not_make_blocks_free(
@@ -515,14 +513,15 @@ def test_memory_as_a_user_asks_for_it(llama: Checkpoint, command: Callable[..., 
     done = command("search", *flags)
     assert done.returncode == 0, done.stderr
     result = last_line(done)
-    assert (
-        result["peak_bytes"] <= result["budget_bytes"]
-        and result["read_bytes"] > result["written_bytes"] > 0
-    )
-    assert "calibrate: " in done.stderr and "finalists" in done.stderr
-    assert "run" not in result and "candidates" not in result
+    assert result["peak_bytes"] <= result["budget_bytes"]
+    assert result["read_bytes"] > result["written_bytes"] > 0
+    assert "calibrate: " in done.stderr
+    assert "finalists" in done.stderr
+    assert "run" not in result
+    assert "candidates" not in result
     done = command("search", *flags, "--budget", "1MiB")
-    assert done.returncode == 3 and last_line(done)["check_failed"] is True
+    assert done.returncode == 3
+    assert last_line(done)["check_failed"] is True
 
 
 def test_times_by_pencil() -> None:
@@ -566,10 +565,8 @@ def test_attention_is_timed_on_a_block_s_own_shapes(
         tiny.make(tmp_path / "slides", **tiny.FAMILIES["gemma3_text"])
     )
     monkeypatch.setattr(finalists.mx.fast, "scaled_dot_product_attention", watched)
-    assert (
-        finalists._attention_seconds(model, 0, 100) > 0
-        and finalists._attention_seconds(model, 9, 0) > 0
-    )
+    assert finalists._attention_seconds(model, 0, 100) > 0
+    assert finalists._attention_seconds(model, 9, 0) > 0
     s = model.shape
     sizes = [(48, 48, "causal"), (48, 96, "causal"), (4, 100, "causal"), (1, 10, None)]
     assert seen == [
@@ -590,12 +587,14 @@ def test_choices_are_all_that_meet_the_limits() -> None:
     bits that fit.
     """
     sizes_of = shape_search.axis_sizes(SMOLLM2, EVERY, ROWS)
-    assert sizes_of["heads"] == (3, 6, 9) and sizes_of["ffn"] == (512, 768, 1024, 1280, 1536)
-    assert sizes_of["vocab"] == (*ROWS, 49_152) and sizes_of["hidden"] == (288, 576)
+    assert sizes_of["heads"] == (3, 6, 9)
+    assert sizes_of["ffn"] == (512, 768, 1024, 1280, 1536)
+    assert sizes_of["vocab"] == (*ROWS, 49_152)
+    assert sizes_of["hidden"] == (288, 576)
     assert len(sizes_of["layers"]) == 13  # twelve below the teacher's, evenly spread
     few = {axis: values[-3:] for axis, values in sizes_of.items()}
     limit = limits.bytes_limit(SMOLLM2, "45MB")
-    found = list(shape_search.choices(SMOLLM2, few, [limit], True))
+    found = list(shape_search.choices(SMOLLM2, few, [limit], bits=True))
     tried = set()
     for layers, ffn, heads, hidden, vocab in itertools.product(
         *(few[axis] for axis in shape_search.CUTS)
@@ -609,7 +608,8 @@ def test_choices_are_all_that_meet_the_limits() -> None:
             continue
         if limit.cost(shape := replace(shape, vocab=vocab), 3.5) <= 45_000_000:
             tried.add(shape)
-    assert {choice.shape for choice in found} == tried and len(found) == len(tried) > 20
+    assert {choice.shape for choice in found} == tried
+    assert len(found) == len(tried) > 20
     for choice in found:
         assert limit.cost(*choice) <= 45_000_000
         assert (
@@ -617,10 +617,13 @@ def test_choices_are_all_that_meet_the_limits() -> None:
             or limit.cost(choice.shape, choice.bpw + 0.01) > 45_000_000
             or (shape_search.group_of(choice.shape) == 32)
         )
-    usual = list(shape_search.choices(SMOLLM2, few, [limit], False))
-    assert usual and {choice.bpw for choice in usual} == {4.5}
+    usual = list(shape_search.choices(SMOLLM2, few, [limit], bits=False))
+    assert usual
+    assert {choice.bpw for choice in usual} == {4.5}
     named = limits.params_limit(SMOLLM2, "0.667x")
-    assert all(choice.bpw == 4.5 for choice in shape_search.choices(SMOLLM2, few, [named], True))
+    assert all(
+        choice.bpw == 4.5 for choice in shape_search.choices(SMOLLM2, few, [named], bits=True)
+    )
 
 
 def test_heads_go_with_their_keys_where_the_number_allows_it() -> None:
@@ -643,7 +646,8 @@ def test_heads_go_with_their_keys_where_the_number_allows_it() -> None:
     ]
     asked = cli.parse(distill.Settings, given)
     assert select.wanted_shape(SMOLLM2, asked) == choice.shape
-    assert "kv_heads" in choice.sizes and "6h2" in choice.name
+    assert "kv_heads" in choice.sizes
+    assert "6h2" in choice.name
     few, single = ({**SMOLLM2, "num_attention_heads": 20, "num_key_value_heads": n} for n in (4, 1))
     heads = [
         shape_search.axis_sizes({**of, "hidden_size": 1280}, ("heads",), ())["heads"]
@@ -659,8 +663,12 @@ def test_losses_by_pencil() -> None:
     a share of each.
     """
     before = shape_of(SMOLLM2)
-    points = {"layers": [(20, 0.36), (25, 0.09)], "heads": [(6, 1.0)], "vocab": [(24_576, 0.05)],
-              "bits": [(3.5, 0.4), (4.5, 0.1)]}  # fmt: skip
+    points = {
+        "layers": [(20, 0.36), (25, 0.09)],
+        "heads": [(6, 1.0)],
+        "vocab": [(24_576, 0.05)],
+        "bits": [(3.5, 0.4), (4.5, 0.1)],
+    }
     losses = Losses(before, points)
     choice = Choice(replace(before, layers=15, heads=3, kv_heads=1, vocab=24_576), 4.0)
     assert losses.by_axis(choice) == pytest.approx(
@@ -686,10 +694,11 @@ def test_the_best_are_not_neighbours() -> None:
         shape_of(SMOLLM2), {"layers": [(20, 1.0)], "ffn": [(1024, 1.0)], "heads": [(6, 2.0)]}
     )
     within = list(
-        shape_search.choices(SMOLLM2, sizes_of, [limits.params_limit(SMOLLM2, "0.667x")], True)
+        shape_search.choices(SMOLLM2, sizes_of, [limits.params_limit(SMOLLM2, "0.667x")], bits=True)
     )
     best = shape_search.best(within, sizes_of, losses, 5)
-    assert best[0] == min(within, key=losses.expected) and len(best) == 5
+    assert best[0] == min(within, key=losses.expected)
+    assert len(best) == 5
     for one, other in itertools.combinations(best, 2):
         steps = [
             abs(v.index(getattr(one.shape, a)) - v.index(getattr(other.shape, a)))
@@ -736,7 +745,8 @@ def test_what_cannot_be_is_a_sentence(
         search.run(
             search.Settings(teacher=str(llama.path), data=str(text_folder), out=str(out), **flags)
         )
-    assert said in str(error.value) and not out.exists()
+    assert said in str(error.value)
+    assert not out.exists()
 
 
 def test_a_teacher_that_cannot_be_cut_everywhere(
@@ -790,7 +800,7 @@ def test_every_kind_has_students_that_loaders_take(kind: str) -> None:
     config = {**tiny.CONFIG, **tiny.KINDS[kind]}
     sizes_of = shape_search.axis_sizes(config, EVERY, ())
     found = list(
-        shape_search.choices(config, sizes_of, [limits.bytes_limit(config, "200KB")], True)
+        shape_search.choices(config, sizes_of, [limits.bytes_limit(config, "200KB")], bits=True)
     )
     assert found
     for shape, _ in found:
@@ -826,15 +836,18 @@ def test_the_verdict_by_pencil() -> None:
     clear = [finalist([0.2, 0.4, 0.1, 0.6]), finalist([0.3, 0.5, 0.2, 0.7])]
     found = finalists.best_candidate(clear)
     assert (found.best, found.second, found.clear) == (0, 1, True)
-    assert found.gap is not None and found.gap[0] == pytest.approx(0.1) == found.gap[1]
+    assert found.gap is not None
+    assert found.gap[0] == pytest.approx(0.1) == found.gap[1]
     said = finalists.advice(found, clear, ["A", "B"], ["line a", "line b"])
     assert said.startswith("A is best, by 0.100 bits per byte") and said.endswith(": line a")
     noisy = [finalist([0.5, 0.1, 0.5, 0.1]), finalist([0.1, 0.5, 0.15, 0.5])]
     found = finalists.best_candidate(noisy)
     assert (found.best, found.clear) == (0, False)
     said = finalists.advice(found, noisy, ["A", "B"], ["line a", "line b"])
-    assert "Between A and B the difference is smaller than the noise" in said and "line a" in said
-    assert finalists.best_candidate([clear[0]]).clear and finalists.best_candidate([]).best is None
+    assert "Between A and B the difference is smaller than the noise" in said
+    assert "line a" in said
+    assert finalists.best_candidate([clear[0]]).clear
+    assert finalists.best_candidate([]).best is None
 
 
 def test_the_least_sure_comparison_counts() -> None:

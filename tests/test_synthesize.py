@@ -57,11 +57,9 @@ def test_our_openings_are_there_and_differ() -> None:
     """In both languages, dozens, none twice; an unknown language is named."""
     english = synthesize.openings(("en",))
     polish = synthesize.openings(("pl",))
-    assert (
-        len(english) >= 80
-        and len(polish) >= 60
-        and len({*english, *polish}) == len(english) + len(polish)
-    )
+    assert len(english) >= 80
+    assert len(polish) >= 60
+    assert len({*english, *polish}) == len(english) + len(polish)
     assert synthesize.openings(("en", "pl")) == english + polish
     with pytest.raises(MisError, match="no openings in de: use en, pl, or --openings FILE"):
         synthesize.openings(("pl", "de"))
@@ -84,7 +82,8 @@ def test_texts_are_the_models_own(llama: Checkpoint, anything_goes: None, tmp_pa
         != first[0]
     )
     written = [*first[0], *first[1], *first[2]]
-    assert len(written) == 12 and sum(row["text"].startswith("A shepherd") for row in written) == 6
+    assert len(written) == 12
+    assert sum(row["text"].startswith("A shepherd") for row in written) == 6
     sure = replace(asked, temp=0.0)
     texts = [
         row.get("text", "")
@@ -110,10 +109,8 @@ def test_a_streamed_model_writes_the_same(
     model, tokenizer = mlx_generate.open_model(llama.path)
     streamed = stream.Stream(llama, policy.compute_dtype(llama))
     whole = synthesize.write(asked, model, tokenizer=tokenizer, batch=0, at_once=8)
-    assert (
-        synthesize.write(asked, streamed, tokenizer=tokenizer, batch=0, at_once=8) == whole
-        and len(whole) == 8
-    )
+    assert synthesize.write(asked, streamed, tokenizer=tokenizer, batch=0, at_once=8) == whole
+    assert len(whole) == 8
     prompts = [[5], [7, 9, 11], [3, 4]]
     free = streamed_decode.sampled(
         streamed, prompts, max_tokens=8, stop=(), draw=partial(mx.argmax, axis=-1)
@@ -138,10 +135,10 @@ def test_what_does_not_fit_is_streamed(tmp_path: Path) -> None:
     ways = [
         synthesize.way_of(s, m, Budget(nbytes)) for nbytes in (2**34, whole + 2**20, whole - 2**12)
     ]
-    assert [way.at_once for way in ways[:2]] == [48, 1] and ways[0].room_bytes is ways[
-        1
-    ].room_bytes is None
-    assert ways[2].room_bytes is not None and all(way.seconds > 0 for way in ways)
+    assert [way.at_once for way in ways[:2]] == [48, 1]
+    assert ways[0].room_bytes is ways[1].room_bytes is None
+    assert ways[2].room_bytes is not None
+    assert all(way.seconds > 0 for way in ways)
 
 
 def test_questions_are_asked_through_the_template(
@@ -157,7 +154,9 @@ def test_questions_are_asked_through_the_template(
         synthesize.Settings(max_tokens=16), model, tokenizer=tokenizer, batch=0, at_once=8
     )
     asked = [row for row in written if "prompt" in row]
-    assert tokenizer.has_chat_template and len(asked) == 2 and len(written) == 8
+    assert tokenizer.has_chat_template
+    assert len(asked) == 2
+    assert len(written) == 8
     assert all(
         row["prompt"] in synthesize.openings(("en", "pl")) and row["completion"] for row in asked
     )
@@ -181,17 +180,21 @@ def test_end_to_end(
     train = rows(out)
     written = train[: found["written"]]
     mixed = train[found["written"] :]
-    assert len(written) == 6 and len(mixed) == found["mixed_in"] > 0
-    lengths = [sum(len(row["text"]) for row in part) for part in (written, mixed)]
-    assert lengths[0] <= lengths[1] <= lengths[0] + synthesize.PIECE * 2
-    assert all(any(row["text"] in other["text"] for other in rows(text_folder)) for row in mixed)
+    assert len(written) == 6
+    assert len(mixed) == found["mixed_in"] > 0
+    own = sum(len(row["text"]) for row in written)
+    added = sum(len(row["text"]) for row in mixed)
+    assert own <= added <= own + synthesize.PIECE * 2
+    for row in mixed:
+        assert any(row["text"] in other["text"] for other in rows(text_folder))
     assert rows(out, "test") == rows(text_folder, "test")
     assert [row for row in preparation.load(str(out)).train if row in mixed] == mixed
     assert not list(tmp_path.glob(".text*"))
     alone = synthesize.Settings(
         model=str(llama.path), out=str(tmp_path / "b"), data=str(text_folder), mix=0.0, **QUICK
     )
-    assert synthesize.run(alone)["mixed_in"] == 0 and rows(tmp_path / "b") == written
+    assert synthesize.run(alone)["mixed_in"] == 0
+    assert rows(tmp_path / "b") == written
 
 
 def test_distill_has_its_teacher_write(
@@ -219,13 +222,17 @@ def test_distill_has_its_teacher_write(
         bench_tokens=0,
         **small,
     )
-    assert distill.run(replace(s, dry_run=True)) and not Path("runs/text").exists()
+    assert distill.run(replace(s, dry_run=True))
+    assert not Path("runs/text").exists()
     result = distill.run(s)
     (folder,) = Path("runs/text").iterdir()
     source = json.loads((folder / hub.PROVENANCE).read_text())
-    assert source["written"] == 6 and source["data"] is None and source["model"] == str(llama.path)
+    assert source["written"] == 6
+    assert source["data"] is None
+    assert source["model"] == str(llama.path)
     table = Path("run/table.md").read_text()
-    assert "English, " in table and "Polish, " in table
+    assert "English, " in table
+    assert "Polish, " in table
     assert distill.run(replace(s, resume=True))["params_student"] == result["params_student"]
     distill.run(replace(s, iters=8, out="longer", dry_run=False))
     assert sorted(int(path.name.rpartition("-")[2]) for path in Path("runs/text").iterdir()) == [
@@ -264,7 +271,8 @@ def test_a_resumed_run_asks_for_the_same_text(
     folder = distill._text(begun, teacher)
     assert folder == distill._text(stored, teacher)
     assert folder != distill._text(replace(begun, iters=4 * (stored.iters or 0)), teacher)
-    assert asked[0] == asked[1] < asked[2] and asked[0] > synthesize.Settings.num_samples
+    assert asked[0] == asked[1] < asked[2]
+    assert asked[0] > synthesize.Settings.num_samples
 
 
 def test_stopped_and_started_again_it_writes_the_same(
@@ -293,9 +301,9 @@ def test_stopped_and_started_again_it_writes_the_same(
     real = synthesize.write
     monkeypatch.setattr(synthesize, "write", lambda *a: written.append(a[3]) or real(*a))
     synthesize.run(synthesize.Settings(out=str(tmp_path / "half"), **s))
-    assert (
-        rows(tmp_path / "half") == rows(tmp_path / "whole") and written[0] > 0 and not part.exists()
-    )
+    assert rows(tmp_path / "half") == rows(tmp_path / "whole")
+    assert written[0] > 0
+    assert not part.exists()
 
 
 def test_what_cannot_be_is_a_sentence(
@@ -327,8 +335,6 @@ def test_what_cannot_be_is_a_sentence(
         )
     assert not (tmp_path / "text").exists()
     done = command("synthesize", *flags, "--dry-run")
-    assert (
-        done.returncode == 0
-        and last_line(done)["peak_bytes"] > 0
-        and not (tmp_path / "text").exists()
-    )
+    assert done.returncode == 0
+    assert last_line(done)["peak_bytes"] > 0
+    assert not (tmp_path / "text").exists()

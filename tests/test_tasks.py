@@ -8,8 +8,9 @@ import importlib
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from fractions import Fraction
-from itertools import permutations
+from itertools import chain, permutations
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def test_the_files_are_what_the_maker_writes(
     ):
         names = sorted(path.name for path in kept.glob("*.jsonl"))
         assert names == sorted(path.name for path in made.iterdir())
-        assert all((made / name).read_bytes() == (kept / name).read_bytes() for name in names)
+        for name in names:
+            assert (made / name).read_bytes() == (kept / name).read_bytes()
 
 
 def test_the_worked_answer_is_rewarded_and_the_slip_is_not() -> None:
@@ -68,14 +70,20 @@ def test_options_are_right_and_wrong(kind: str) -> None:
     says anything.
     """
     questions = EXAMS[kind]
-    assert Counter(q["language"] for q in questions) == {"en": 100, "pl": 100}
-    assert Counter(q["options"].index(q["answer"]) for q in questions) == {0: 100, 1: 100}
-    for q in questions:
-        assert q["question"].endswith("?")  # and not how to write it down
-        mark = {"en": "Answer", "pl": "Odpowiedź"}[q["language"]]
-        for option in q["options"]:
-            score = rewards.accuracy(f"{mark}: {option}", q["answer"], q["language"])
-            assert score == float(option == q["answer"]), q
+    languages = Counter[str]()
+    places = Counter[int]()
+    for row in questions:
+        answer = row["answer"]
+        language = row["language"]
+        languages[language] += 1
+        places[row["options"].index(answer)] += 1
+        assert row["question"].endswith("?")  # and not how to write it down
+        mark = {"en": "Answer", "pl": "Odpowiedź"}[language]
+        for option in row["options"]:
+            score = rewards.accuracy(f"{mark}: {option}", answer, language)
+            assert score == float(option == answer), row
+    assert languages == {"en": 100, "pl": 100}
+    assert places == {0: 100, 1: 100}
 
 
 def test_no_problem_is_in_both_splits() -> None:
@@ -83,40 +91,47 @@ def test_no_problem_is_in_both_splits() -> None:
     of the others.
     """
     train = {row["prompt"] for row in TRAIN}
-    written = [row for name, exam in EXAMS.items() if name.endswith("-written") for row in exam]
-    assert len(train) == len(TRAIN) and not train & {row["prompt"] for row in (*VALID, *written)}
-    sums, held_out = (
-        {
-            tuple(re.findall(r"\d+|[+−]", row["prompt"]))
-            for row in part
-            if row["task"] in ("sums", "recipe")
-        }
-        for part in (TRAIN, VALID)
-    )
-    assert not sums & held_out
+    exams = [exam for name, exam in EXAMS.items() if name.endswith("-written")]
+    judging = {row["prompt"] for row in chain(VALID, *exams)}
+    assert len(train) == len(TRAIN)
+    assert not train & judging
+
+    def sums(part: list[dict[str, Any]]) -> set[tuple[str, ...]]:
+        rows = [row for row in part if row["task"] in ("sums", "recipe")]
+        return {tuple(re.findall(r"\d+|[+−]", row["prompt"])) for row in rows}
+
+    assert not sums(TRAIN) & sums(VALID)
 
 
 def test_sums_are_right() -> None:
     """Read back from the prompt and computed."""
     for row in of_kind("sums", "two-digit-sums"):
-        a, sign, b = re.search(r"(\d+) ([+−]) (\d+)", row["prompt"]).groups()  # type: ignore[union-attr]
-        assert int(row["answer"]) == (int(a) + int(b) if sign == "+" else int(a) - int(b)) >= 0
+        found = re.search(r"(\d+) ([+−]) (\d+)", row["prompt"])
+        assert found is not None
+        a, sign, b = found.groups()
+        right = int(a) + int(b) if sign == "+" else int(a) - int(b)
+        assert int(row["answer"]) == right >= 0
+
+
+def number(word: str) -> Fraction:
+    """With a point or a comma."""
+    return Fraction(word.replace(",", "."))
 
 
 def test_recipes_are_right() -> None:
     """The rule of three on the numbers of the prompt."""
     for row in of_kind("recipe"):
-        numbers = [
-            Fraction(n.replace(",", ".")) for n in re.findall(r"\d+(?:[.,]\d+)?", row["prompt"])
-        ]
-        before, amount, after = numbers
-        assert Fraction(row["answer"].split()[0].replace(",", ".")) == amount * after / before
+        words = re.findall(r"\d+(?:[.,]\d+)?", row["prompt"])
+        before, amount, after = map(number, words)
+        found, *_ = row["answer"].split()
+        assert number(found) == amount * after / before
 
 
 def test_buses_are_right() -> None:
     """The timetable written out until a bus leaves that she can take."""
     for row in of_kind("bus"):
-        first, comes = (int(h) * 60 + int(m) for h, m in re.findall(r"(\d+):(\d\d)", row["prompt"]))
+        times = re.findall(r"(\d+):(\d\d)", row["prompt"])
+        first, comes = (int(hours) * 60 + int(minutes) for hours, minutes in times)
         every, ride = (int(n) for n in re.findall(r"(\d+) min", row["prompt"]))
         leaves = first
         while leaves < comes:
@@ -139,28 +154,35 @@ WORDS = {  # of the prompt, to a test on the order of names
 }
 
 
+Clue = tuple[Callable[..., bool], tuple[str, ...]]  # a test and the names in it
+
+
+def orders(names: list[str], clues: list[Clue]) -> list[tuple[str, ...]]:
+    """Every order of the names in which all clues hold."""
+
+    def fits(order: tuple[str, ...]) -> bool:
+        return all(test(order, *named) for test, named in clues)
+
+    return list(filter(fits, permutations(names)))
+
+
 def test_puzzles_have_the_one_solution_that_their_words_say() -> None:
     """Read back from the prompt, every order tried: exactly one fits, it gives the answer, and no
     clue is idle.
     """
-    ranks = {w: i for i, words in enumerate(zip(*RANKS.values(), strict=True)) for w in words}
+    ranks = {}
+    for words in RANKS.values():
+        ranks |= {word: place for place, word in enumerate(words)}
     for row in of_kind("logic"):
         listed = re.search(r": ([^.]+)\.", row["prompt"])[1].split(", ")  # type: ignore[index]
-        clues = [
-            (test, m.groups())
-            for words, test in WORDS.items()
-            for m in re.finditer(words, row["prompt"])
-        ]
-
-        def fitting(clues: list[Any], listed: list[str] = listed) -> list[tuple[str, ...]]:
-            return [
-                o for o in permutations(listed) if all(test(o, *names) for test, names in clues)
-            ]
-
-        fits = fitting(clues)
-        assert len(fits) == 1 and all(
-            len(fitting([c for c in clues if c != clue])) > 1 for clue in clues
-        )
+        clues = list[Clue]()
+        for words, test in WORDS.items():
+            clues += [(test, match.groups()) for match in re.finditer(words, row["prompt"])]
+        fits = orders(listed, clues)
+        assert len(fits) == 1
+        for clue in clues:
+            rest = [other for other in clues if other != clue]
+            assert len(orders(listed, rest)) > 1
         asked = re.search(r"(?:came|jako) (\w+)\?", row["prompt"])
         assert row["answer"] == (fits[0][ranks[asked[1]]] if asked else ", ".join(fits[0]))
 
@@ -176,8 +198,11 @@ def test_a_pair_is_one_word_apart_and_never_right_elsewhere(name: str) -> None:
         (other,) = set(row["options"]) - {row["answer"]}
         one = row["answer"].split()
         two = other.split()
-        assert len(one) == len(two) and sum(a != b for a, b in zip(one, two, strict=True)) == 1, row
+        assert len(one) == len(two), row
+        different = [pair for pair in zip(one, two, strict=True) if pair[0] != pair[1]]
+        assert len(different) == 1, row
         right.append(row["answer"])
         wrong.append(other)
-    assert not set(right) & set(wrong) and len({*zip(right, wrong, strict=True)}) == 200
+    assert not set(right) & set(wrong)
+    assert len({*zip(right, wrong, strict=True)}) == 200
     assert 70 < sum(row["options"][0] == row["answer"] for row in EXAMS[name]) < 130

@@ -127,6 +127,5 @@ def test_the_main_job_by_the_console_command(
         "mis_mlx.distill", *flags, "--iters", 2, "--q-iters", 1, "--out", tmp_path / "run", **home
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "model" / "model.safetensors").is_file() and last_line(done)[
-        "student"
-    ]
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert last_line(done)["student"]

@@ -4,6 +4,7 @@ it run.
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ def machines(job: dict[str, Any]) -> dict[str, int]:
 
 def test_every_image_still_exists(jobs: dict[str, Any]) -> None:
     """A job on a retired image never starts."""
-    images = [image for job in jobs.values() for image in machines(job)]
-    assert "macos-15" in images and not set(images) & set(RETIRED)
+    images = list(chain.from_iterable(map(machines, jobs.values())))
+    assert "macos-15" in images
+    assert not set(images) & set(RETIRED)
 
 
 def test_what_stops_a_merge_runs_on_the_cpu(jobs: dict[str, Any]) -> None:
@@ -39,8 +41,9 @@ def test_what_stops_a_merge_runs_on_the_cpu(jobs: dict[str, Any]) -> None:
     processes take.
     """
     blocking = [job for job in jobs.values() if not job.get("continue-on-error")]
-    assert blocking and all(job["env"]["MIS_MLX_DEVICE"] == "cpu" for job in blocking)
-    minutes = {image: n for job in blocking for image, n in machines(job).items()}
+    assert blocking
+    assert all(job["env"]["MIS_MLX_DEVICE"] == "cpu" for job in blocking)
+    minutes = dict(chain.from_iterable(machines(job).items() for job in blocking))
     assert minutes["macos-15"] >= 60 > minutes["ubuntu-latest"]
 
 
@@ -49,7 +52,8 @@ def test_metals_job_stands_by_itself(jobs: dict[str, Any]) -> None:
     an M1, and keeps the doctor's report whatever happened.
     """
     metal = jobs["metal"]
-    assert metal["continue-on-error"] is True and "macos" in metal["runs-on"]
+    assert metal["continue-on-error"] is True
+    assert "macos" in metal["runs-on"]
     assert metal["env"] == {"METAL_DEVICE_WRAPPER_TYPE": "1", "MLX_METAL_GPU_ARCH": "applegpu_g13g"}
     steps = {step.get("uses", step.get("run", "")): step for step in metal["steps"]}
     doctor = next(command for command in steps if "scripts/mis doctor" in command)
@@ -59,4 +63,5 @@ def test_metals_job_stands_by_itself(jobs: dict[str, Any]) -> None:
     limits = [
         step["timeout-minutes"] for step in metal["steps"] if "scripts/mis" in step.get("run", "")
     ]
-    assert len(limits) == 2 and sum(limits) < metal["timeout-minutes"]
+    assert len(limits) == 2
+    assert sum(limits) < metal["timeout-minutes"]

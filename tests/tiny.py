@@ -252,8 +252,11 @@ POLISH: dict[str, dict[str, Any]] = {
         40, 5120, ffn=14_336, heads=32, kv_heads=8, vocab=131_072, head_dim=128, sliding_window=None
     ),
 }
-PHI: dict[str, dict[str, Any]] = {  # microsoft's, but for the factors, which are as many
-    name: real(
+
+
+def _published_phi(heads: int, kv_heads: int, vocab: int, **more: Any) -> dict[str, Any]:
+    """Microsoft's, but for the factors, which are as many."""
+    return real(
         32,
         3072,
         ffn=8192,
@@ -274,10 +277,11 @@ PHI: dict[str, dict[str, Any]] = {  # microsoft's, but for the factors, which ar
         },
         **more,
     )
-    for name, heads, kv_heads, vocab, more in (
-        ("Phi-3-mini-128k-instruct", 32, 32, 32_064, {}),
-        ("Phi-4-mini-instruct", 24, 8, 200_064, {"partial_rotary_factor": 0.75}),
-    )
+
+
+PHI: dict[str, dict[str, Any]] = {
+    "Phi-3-mini-128k-instruct": _published_phi(32, 32, 32_064),
+    "Phi-4-mini-instruct": _published_phi(24, 8, 200_064, partial_rotary_factor=0.75),
 }
 PHI["Phi-4-mini-instruct"]["tie_word_embeddings"] = True
 LONG = {"type": "longrope", "long_factor": [1.0, 1, 2, 3, 5, 8, 13, 21], "short_factor": [1.0] * 8}
@@ -344,7 +348,7 @@ def make(folder: Path, seed: int = 0, dtype: str = "F32", **changes: Any) -> Pat
     if "vocab_size_per_layer_input" in config:
         config["vocab_size_per_layer_input"] = config["vocab_size"]
     folder.mkdir(parents=True)
-    tensors = arch.tensors_of(config, family(config).stacked)
+    tensors = arch.tensors_of(config, stacked=family(config).stacked)
     kind = {"F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16}[dtype]
 
     def drawn() -> Iterator[tuple[str, mx.array]]:
@@ -359,6 +363,12 @@ def make(folder: Path, seed: int = 0, dtype: str = "F32", **changes: Any) -> Pat
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(folder)
     return folder
+
+
+def stored_weights(folder: Path) -> dict[str, mx.array]:
+    """The weights of a model of one file, by name."""
+    weights: Any = mx.load(str(folder / "model.safetensors"))
+    return dict(weights)
 
 
 def seeing(folder: Path, beside: str = "") -> Path:
@@ -379,7 +389,7 @@ def seeing(folder: Path, beside: str = "") -> Path:
         "eos_token_id": [0],
     }
     (folder / "config.json").write_text(json.dumps(whole))
-    weights: dict[str, mx.array] = dict(mx.load(str(folder / "model.safetensors")))  # type: ignore[arg-type]
+    weights = stored_weights(folder)
     mx.eval(weights)
     inside = {
         f"{beside}language_model.{name.removeprefix(beside)}": value
@@ -409,7 +419,7 @@ def hearing(folder: Path, beside: str = "") -> Path:
     (folder / "config.json").write_text(
         json.dumps({**wrapped, **towers, "text_config": text, "eos_token_id": [0]})
     )
-    weights: dict[str, mx.array] = dict(mx.load(str(folder / "model.safetensors")))  # type: ignore[arg-type]
+    weights = stored_weights(folder)
     for name in ("k_proj", "v_proj", "k_norm"):
         for i in range(3, 7):
             weights[f"model.layers.{i}.self_attn.{name}.weight"] = mx.zeros((2, 2))
@@ -439,7 +449,7 @@ def talking(folder: Path, seed: int = 0, ending: float = 1.0) -> Path:
     """
     make(folder, seed, tie_word_embeddings=False)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    weights: dict[str, mx.array] = dict(mx.load(str(folder / "model.safetensors")))  # type: ignore[arg-type]
+    weights = stored_weights(folder)
     first = mx.arange(CONFIG["hidden_size"]) == 0
     end = mx.arange(CONFIG["vocab_size"])[:, None] == CONFIG["eos_token_id"]
     embedding = weights["model.embed_tokens.weight"]
@@ -464,7 +474,7 @@ def joined(folder: Path) -> Path:
         "partial_rotary_factor": 1.0,
     }
     (folder / "config.json").write_text(json.dumps({**config, **phi}))
-    weights: dict[str, mx.array] = dict(mx.load(str(folder / "model.safetensors")))  # type: ignore[arg-type]
+    weights = stored_weights(folder)
     mx.eval(weights)
     for i in range(config["num_hidden_layers"]):
         for whole, parts in (("self_attn.qkv", ("q", "k", "v")), ("mlp.gate_up", ("gate", "up"))):

@@ -53,7 +53,8 @@ def worst(gradients: Any, found: dict[str, np.ndarray], case: str, count: float 
     ours = dict(tree_flatten(gradients))
     prefix = f"{case}/grad/"
     theirs = {name.removeprefix(prefix): a for name, a in found.items() if name.startswith(prefix)}
-    assert theirs and set(theirs) == set(ours)
+    assert theirs
+    assert set(theirs) == set(ours)
     return max(
         float(np.abs(np.array(ours[n]) / count - a).max() / np.abs(a).max())
         for n, a in theirs.items()

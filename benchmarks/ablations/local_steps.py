@@ -131,7 +131,9 @@ def train(
     marched up to it: it ends with the same bits.
     """
     sweep(student.path, files)
-    if (done := finished(student)) == (layers := len(keep.layers)):
+    done = finished(student)
+    layers = len(keep.layers)
+    if done == layers:
         return
     nbytes = scratch_bytes(teacher.config, pruned.config, sum(b.size for b in batches[held:]))
     files.require_space(folder, nbytes, "the spool of hidden states")

@@ -60,7 +60,8 @@ def fluctuation(moments: Moments, unit: int = 1) -> np.ndarray:
     """FLAP: how much a channel moves around its mean, Var(a_j) * |W_:j|^2 (arXiv 2312.11983 eq. 5),
     summed over the `unit` channels of a head. What does not move, a bias could replace.
     """
-    return (moments.variance * moments.columns).reshape(-1, unit).sum(axis=-1)
+    of_channels = moments.variance * moments.columns
+    return of_channels.reshape(-1, unit).sum(axis=-1)
 
 
 def _squares(block: nn.Module) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -69,10 +70,9 @@ def _squares(block: nn.Module) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     for part, names in arch.readers(block).values():
         for name in names:
             square = mx.square(load.dense_weight(block[part][name]))
-            found[name] = (
-                np.array(square.sum(axis=1), np.float64),
-                np.array(square.sum(axis=0), np.float64),
-            )
+            rows = np.array(square.sum(axis=1), np.float64)
+            columns = np.array(square.sum(axis=0), np.float64)
+            found[name] = (rows, columns)
     return found
 
 
@@ -88,18 +88,18 @@ def measured(
     source = stream.Stream(checkpoint, dtype)
     hidden = source.embed(batches)
     for i, block in source.blocks():
-        w = _squares(block)
+        squares = _squares(block)
+        rows = {name: of_rows for name, (of_rows, _) in squares.items()}
+        columns = {name: of_columns for name, (_, of_columns) in squares.items()}
         readers_of = arch.readers(block)
         for axis, (_, readers) in readers_of.items():
-            moments[i, axis] = Moments.zeros(np.sum([w[r][1] for r in readers], axis=0))
-        lengths[i, "ffn"] = w["gate_proj"][0] + w["up_proj"][0] + w["down_proj"][1]
-        lengths[i, "heads"] = (w["q_proj"][0] + w["o_proj"][1]).reshape(heads, -1).sum(axis=-1)
-        own = (
-            w["o_proj"][0]
-            + w["down_proj"][0]
-            + moments[i, "norm1"].columns
-            + moments[i, "norm2"].columns
-        )
+            read = np.sum([columns[name] for name in readers], axis=0)
+            moments[i, axis] = Moments.zeros(read)
+        lengths[i, "ffn"] = rows["gate_proj"] + rows["up_proj"] + columns["down_proj"]
+        of_channels = rows["q_proj"] + columns["o_proj"]
+        lengths[i, "heads"] = of_channels.reshape(heads, -1).sum(axis=-1)
+        own = rows["o_proj"] + rows["down_proj"]
+        own = own + moments[i, "norm1"].columns + moments[i, "norm2"].columns
         lengths[-1, "hidden"] = lengths.get((-1, "hidden"), 0.0) + own
         for part, (name, *_) in readers_of.values():
             block[part][name] = stream.InputRecorder(block[part][name])
@@ -115,10 +115,12 @@ def moving(moments: dict[Key, Moments], head_dim: int) -> Scores:
     """By `fluctuation`; of hidden channels that behind all norms together."""
 
     def scores(key: Key) -> np.ndarray:
-        at = [k for k in moments if k[1].startswith("norm")] if key[1] == "hidden" else [key]
-        return np.sum(
-            [fluctuation(moments[k], head_dim if key[1] == "heads" else 1) for k in at], axis=0
-        )
+        _, axis = key
+        unit = head_dim if axis == "heads" else 1
+        keys = [key]
+        if axis == "hidden":
+            keys = [(layer, name) for layer, name in moments if name.startswith("norm")]
+        return np.sum([fluctuation(moments[each], unit) for each in keys], axis=0)
 
     return scores
 
@@ -126,16 +128,26 @@ def moving(moments: dict[Key, Moments], head_dim: int) -> Scores:
 def random(statistics: Statistics, seed: int) -> Scores:
     """Drawn layer by layer, each axis by itself."""
     draws = {axis: np.random.default_rng(seed) for axis in ("ffn", "heads", "hidden")}
-    return lambda key: draws[key[1]].random(len(getattr(statistics, key[1])[key[0]].square))
+
+    def scores(key: Key) -> np.ndarray:
+        layer, axis = key
+        sums = getattr(statistics, axis)[layer]
+        return draws[axis].random(len(sums.square))
+
+    return scores
 
 
 def by(statistics: Statistics, scores: Scores) -> Statistics:
     """Statistics whose `importance.activation` are these scores."""
 
     def put(key: Key) -> Sums:
-        return replace(getattr(statistics, key[1])[key[0]], mean=scores(key) ** 2)
+        layer, axis = key
+        sums = getattr(statistics, axis)[layer]
+        return replace(sums, mean=scores(key) ** 2)
 
-    ffn, heads = ({i: put((i, axis)) for i in sorted(statistics.ffn)} for axis in ("ffn", "heads"))
+    blocks = sorted(statistics.ffn)
+    ffn = {i: put((i, "ffn")) for i in blocks}
+    heads = {i: put((i, "heads")) for i in blocks}
     return replace(statistics, ffn=ffn, heads=heads, hidden={-1: put((-1, "hidden"))})
 
 

@@ -156,8 +156,7 @@ def _bus(rng: random.Random, language: Language) -> Problem:
         "pl": f"Pierwszy autobus z Nowego Targu do {to_place} odjeżdża o {Time(first)}, a następne "
         f"co "
         f"{Count(every):minuta}. Jazda trwa {Count(ride):minuta}. {who} przychodzi na przystanek o "
-        f"{Time(comes)} i "
-        "wsiada do najbliższego autobusu. ",
+        f"{Time(comes)} i wsiada do najbliższego autobusu. ",
     }[language]
     asked = {
         True: {"en": "How many minutes does she wait?", "pl": "Ile minut czeka?"},
@@ -195,7 +194,10 @@ def _recipe(rng: random.Random, language: Language) -> Problem:
 
     def amount(portions: int) -> str:
         whole, rest = divmod(quarters * portions, 4)
-        return f"{whole}{(',' if language == 'pl' else '.') + ('25', '5', '75')[rest - 1] if rest else ''}"
+        if not rest:
+            return str(whole)
+        point = "," if language == "pl" else "."
+        return f"{whole}{point}{('25', '5', '75')[rest - 1]}"
 
     question = {
         "en": f"A recipe for {before} portions takes {amount(before)} {unit} of {english}. "
@@ -243,7 +245,11 @@ class Clue:
 
 def solutions(people: int, clues: Sequence[Clue]) -> list[tuple[int, ...]]:
     """Every order of `people` people in which all clues hold."""
-    return [order for order in permutations(range(people)) if all(c.holds(order) for c in clues)]
+
+    def fits(order: tuple[int, ...]) -> bool:
+        return all(clue.holds(order) for clue in clues)
+
+    return [order for order in permutations(range(people)) if fits(order)]
 
 
 def puzzle(rng: random.Random, people: int) -> tuple[tuple[int, ...], list[Clue]]:
@@ -264,11 +270,13 @@ def puzzle(rng: random.Random, people: int) -> tuple[tuple[int, ...], list[Clue]
 
 
 def _clues(people: int) -> list[Clue]:
-    pairs = [(a, b) for a in range(people) for b in range(people) if a != b]
-    single = [Clue(kind, a) for a in range(people) for kind in ("not_first", "not_last")]  # type: ignore[arg-type]
-    return (
-        [Clue("before", a, b) for a, b in pairs] + [Clue("next", a, b) for a, b in pairs] + single
-    )
+    pairs = list(permutations(range(people), 2))
+    before = [Clue("before", a, b) for a, b in pairs]
+    after = [Clue("next", a, b) for a, b in pairs]
+    single = list[Clue]()
+    for person in range(people):
+        single += [Clue("not_first", person), Clue("not_last", person)]
+    return before + after + single
 
 
 def puzzle_key(order: Sequence[int], clues: Sequence[Clue]) -> str:

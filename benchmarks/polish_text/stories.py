@@ -51,8 +51,10 @@ STORIES = (
         answer="{Kto} zapłacił{a} {wynik}, czyli {wynik:słownie}.",
     ),
     Story(
-        text="Rachunek w bacówce wyniósł {cena}, a {kto} położył{a} na ladzie {banknot}. Ile reszty "
-        "wydał baca?",
+        text=(
+            "Rachunek w bacówce wyniósł {cena}, a {kto} położył{a} na ladzie {banknot}. "
+            "Ile reszty wydał baca?"
+        ),
         draw={"cena": _money(610, 4990), "banknot": _money(5000, 20000, 5000)},
         working="{banknot} − {cena} = {wynik}",
         kind=Money,
@@ -60,8 +62,11 @@ STORIES = (
         answer="Baca wydał {wynik} reszty, słownie: {wynik:słownie}.",
     ),
     Story(
-        text="Na hali {n:!pasła} się {n:owca}. Przed burzą {kto} sprowadził{a} do zagrody {m:owca}. "
-        "Ile owiec zostało na hali?",
+        text=(
+            "Na hali {n:!pasła} się {n:owca}. "
+            "Przed burzą {kto} sprowadził{a} do zagrody {m:owca}. "
+            "Ile owiec zostało na hali?"
+        ),
         draw={"n": _count(45, 140), "m": _count(12, 40)},
         working="{n} − {m} = {wynik}",
         kind=Count,
@@ -69,7 +74,10 @@ STORIES = (
         answer="Na hali {wynik:!została} {wynik:owca}.",
     ),
     Story(
-        text="{Kto} wydoił{a} {n:owca}, a każda dała {ile:litr} mleka. Ile litrów mleka jest w kotle?",
+        text=(
+            "{Kto} wydoił{a} {n:owca}, a każda dała {ile:litr} mleka. "
+            "Ile litrów mleka jest w kotle?"
+        ),
         draw={"n": _count(6, 48), "ile": _count(2, 4)},
         working="{n} · {ile} = {wynik}",
         kind=Count,
@@ -77,8 +85,10 @@ STORIES = (
         answer="Razem to {wynik:litr} mleka.",
     ),
     Story(
-        text="Jeden oscypek wymaga {ile} litrów mleka, a {kto} nalał{a} do kotła {razem:litr}. Ile "
-        "oscypków z tego będzie?",
+        text=(
+            "Jeden oscypek wymaga {ile} litrów mleka, a {kto} nalał{a} do kotła {razem:litr}. "
+            "Ile oscypków z tego będzie?"
+        ),
         draw={"ile": _count(4, 9), "n": _count(3, 24)},
         working="{razem} : {ile} = {wynik}",
         kind=Count,
@@ -87,8 +97,11 @@ STORIES = (
         derived={"razem": lambda ile, n: ile * n},
     ),
     Story(
-        text="Tabliczka obiecuje {m:minuta} marszu w górę i {d:minuta} w dół, a halny dołożył jeszcze "
-        "{h:minuta}. Ile minut wędrował{a} {kto}?",
+        text=(
+            "Tabliczka obiecuje {m:minuta} marszu w górę i {d:minuta} w dół, "
+            "a halny dołożył jeszcze {h:minuta}. "
+            "Ile minut wędrował{a} {kto}?"
+        ),
         draw={"m": _count(65, 190), "d": _count(40, 120), "h": _count(5, 35)},
         working="{m} + {d} + {h} = {wynik}",
         kind=Count,
@@ -96,7 +109,10 @@ STORIES = (
         answer="Wędrówka trwała {wynik:minuta}.",
     ),
     Story(
-        text="{Kto} podzielił{a} {razem:moskol} po równo między {k} juhasów. Ile moskoli dostał każdy?",
+        text=(
+            "{Kto} podzielił{a} {razem:moskol} po równo między {k} juhasów. "
+            "Ile moskoli dostał każdy?"
+        ),
         draw={"k": _count(2, 9), "n": _count(2, 12)},
         working="{razem} : {k} = {wynik}",
         kind=Count,
@@ -105,8 +121,10 @@ STORIES = (
         derived={"razem": lambda k, n: k * n},
     ),
     Story(
-        text="Miś pije codziennie {n:kubek} herbaty, o czym dobrze wie {kto}. Ile kubków wypije przez "
-        "{d:dzień}?",
+        text=(
+            "Miś pije codziennie {n:kubek} herbaty, o czym dobrze wie {kto}. "
+            "Ile kubków wypije przez {d:dzień}?"
+        ),
         draw={"n": _count(2, 9), "d": _count(5, 31)},
         working="{n} · {d} = {wynik}",
         kind=Count,
@@ -114,8 +132,11 @@ STORIES = (
         answer="Przez {d:dzień} Miś wypije {wynik:kubek} herbaty.",
     ),
     Story(
-        text="Z Nowego Targu jechało autobusem {n} pasażerów. W Szaflarach {m} wysiadło, a {w} wsiadło, "
-        "wśród nich {kto}. Ilu pasażerów pojechało dalej?",
+        text=(
+            "Z Nowego Targu jechało autobusem {n} pasażerów. "
+            "W Szaflarach {m} wysiadło, a {w} wsiadło, wśród nich {kto}. "
+            "Ilu pasażerów pojechało dalej?"
+        ),
         draw={"n": _count(24, 52), "m": _count(5, 19), "w": _count(5, 14)},
         working="{n} − {m} + {w} = {wynik}",
         kind=Count,
@@ -123,8 +144,11 @@ STORIES = (
         answer="Dalej pojechało {wynik} pasażerów.",
     ),
     Story(
-        text="{Kto} zapakował{a} do plecaka {o:gram} oscypka, {c:gram} chleba i {k:gram} kiełbasy. "
-        "Ile gramów waży prowiant?",
+        text=(
+            "{Kto} zapakował{a} do plecaka {o:gram} oscypka, "
+            "{c:gram} chleba i {k:gram} kiełbasy. "
+            "Ile gramów waży prowiant?"
+        ),
         draw={"o": _count(150, 650, 10), "c": _count(200, 900, 10), "k": _count(100, 480, 10)},
         working="{o} + {c} + {k} = {wynik}",
         kind=Count,
@@ -132,9 +156,10 @@ STORIES = (
         answer="Prowiant waży {wynik:gram}.",
     ),
     Story(
-        text="Para skarpet z owczej wełny kosztuje {cena}, a rękawice są o {więcej} droższe. Ile "
-        "zapłaci {kto} za "
-        "{n:para} skarpet i jedne rękawice?",
+        text=(
+            "Para skarpet z owczej wełny kosztuje {cena}, a rękawice są o {więcej} droższe. "
+            "Ile zapłaci {kto} za {n:para} skarpet i jedne rękawice?"
+        ),
         draw={"cena": _money(1800, 4490), "więcej": _money(250, 1990), "n": _count(2, 6)},
         working="{n} · {cena} + {cena} + {więcej} = {wynik}",
         kind=Money,
@@ -142,8 +167,11 @@ STORIES = (
         answer="Razem {wynik}, czyli {wynik:słownie}.",
     ),
     Story(
-        text="O świcie {kto} odczytał{a} na termometrze −{t} °C, a do południa halny ogrzał powietrze o "
-        "{d:stopień}. Ile stopni było w południe?",
+        text=(
+            "O świcie {kto} odczytał{a} na termometrze −{t} °C, "
+            "a do południa halny ogrzał powietrze o {d:stopień}. "
+            "Ile stopni było w południe?"
+        ),
         draw={"t": _count(2, 11), "d": _count(12, 24)},
         working="−{t} + {d} = {wynik}",
         kind=Count,
@@ -151,8 +179,11 @@ STORIES = (
         answer="W południe było {wynik} °C.",
     ),
     Story(
-        text="{Kto} porąbał{a} {n:kłoda}, każdą na {k:szczapa}, a do pieca dorzucił{a} {m:szczapa}. Ile "
-        "szczap zostało?",
+        text=(
+            "{Kto} porąbał{a} {n:kłoda}, każdą na {k:szczapa}, "
+            "a do pieca dorzucił{a} {m:szczapa}. "
+            "Ile szczap zostało?"
+        ),
         draw={"n": _count(5, 19), "k": _count(4, 9), "m": _count(3, 18)},
         working="{n} · {k} − {m} = {wynik}",
         kind=Count,
@@ -160,9 +191,10 @@ STORIES = (
         answer="Pod ścianą {wynik:!została} {wynik:szczapa}.",
     ),
     Story(
-        text="Bilet normalny kosztuje {cena}, a ulgowy połowę tej kwoty. Ile zapłaci {kto} za jeden "
-        "bilet "
-        "normalny i {n:bilet} {n:!ulgowy}?",
+        text=(
+            "Bilet normalny kosztuje {cena}, a ulgowy połowę tej kwoty. "
+            "Ile zapłaci {kto} za jeden bilet normalny i {n:bilet} {n:!ulgowy}?"
+        ),
         draw={"cena": _money(600, 2600, 20), "n": _count(2, 7)},
         working="{cena} + {n} · {cena} : 2 = {wynik}",
         kind=Money,
@@ -170,8 +202,11 @@ STORIES = (
         answer="Za wszystkie bilety {kto} zapłaci {wynik}.",
     ),
     Story(
-        text="Sklep „U Zośki” obniżył cenę kierpców z {cena} o {p} procent, bo tak poradził{a} {kto}. "
-        "Ile kosztują teraz?",
+        text=(
+            "Sklep „U Zośki” obniżył cenę kierpców z {cena} o {p} procent, "
+            "bo tak poradził{a} {kto}. "
+            "Ile kosztują teraz?"
+        ),
         draw={"cena": _money(9000, 26000, 1000), "p": _count(5, 40, 5)},
         working="{cena} − {cena} · {p} : 100 = {wynik}",
         kind=Money,

@@ -155,7 +155,8 @@ DISHES: tuple[tuple[str, tuple[tuple[str, int, str], ...], tuple[str, ...]], ...
         (
             "Ziemniaki i cebulę zetrzyj na drobnej tarce, a palce zabierz w porę.",
             "Odcedź masę na sicie przez {s:minuta} i zostaw skrobię, która osiadła na dnie.",
-            "Wymieszaj wszystko z mąką, solą i jajkiem, aż ciasto będzie gęste jak mgła na reglach.",
+            "Wymieszaj wszystko z mąką, solą i jajkiem, "
+            "aż ciasto będzie gęste jak mgła na reglach.",
             "Smaż cienkie placki na złoto, po {s2:minuta} z każdej strony.",
             "Podawaj natychmiast, bo placek czeka krócej niż autobus.",
         ),

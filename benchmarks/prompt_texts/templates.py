@@ -254,17 +254,14 @@ PARAGRAPHS: tuple[str, ...] = (
     "Now {name} writes every "
     "morning, walks in the afternoon, and has already made {m} new friends.",
     "The museum in {town} lost a painting on {day}. A {job} found it {m} days later behind a door. "
-    "Nobody knows who put "
-    "it there, but {name}, who leads the museum, is very happy.",
+    "Nobody knows who put it there, but {name}, who leads the museum, is very happy.",
     "A storm came over {town} on {day} night. {n} houses had no light, and the bridge was closed. "
-    "{name}, a {job}, helped "
-    "the neighbours and cooked soup for all of them.",
+    "{name}, a {job}, helped the neighbours and cooked soup for all of them.",
 )
 
 HELD_OUT_PARAGRAPHS: tuple[str, ...] = (
     "Every {month} there is a race in {town}. This year {n} people ran in the rain. {name}, who is "
-    "a {job}, came last but "
-    "got the loudest cheers, because {name} had run with a broken shoe.",
+    "a {job}, came last but got the loudest cheers, because {name} had run with a broken shoe.",
     "{name} wanted to sell an old piano. For {m} weeks nobody called. Then a {shop} in {town} took "
     "it, and since {day} "
     "anybody who passes by may play on it for free.",
@@ -272,8 +269,7 @@ HELD_OUT_PARAGRAPHS: tuple[str, ...] = (
 
 PARAGRAPHS_PL: tuple[str, ...] = (
     "W {dzień} {imię} otwiera sklep w {miasto}. Pierwszych {n} klientów dostało prezent. Sklep "
-    "działa do wieczora, bo "
-    "czynsz jest wysoki.",
+    "działa do wieczora, bo czynsz jest wysoki.",
     "Burza przeszła w {dzień} nad domami w {miasto}. Bez światła zostało {n} domów. Sąsiadom "
     "pomaga {imię}, gotując zupę.",
 )

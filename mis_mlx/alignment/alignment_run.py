@@ -133,6 +133,7 @@ def training(
     checkpoint: Checkpoint,
     rows: int,
     length: int,
+    *,
     name: str = "align",
 ) -> estimates.StageCost:
     """The cost of training with `rows` sequences of `length` tokens in a micro-batch."""
@@ -214,6 +215,7 @@ class AlignmentRun(run_loop.OpenRun):
         loss: train_loop.Loss,
         held_out: Callable[[], Mapping[str, float]],
         train: Callable[..., Iterator[Step]] = train_loop.train,
+        *,
         judge: str = "loss",
     ) -> dict[str, Any]:
         """Train from the run's state to its end and write the best student; the run's result.
@@ -345,6 +347,7 @@ def data(
     checkpoint: Checkpoint,
     shapes: Sequence[str],
     answers: Sequence[str] = (),
+    *,
     mask_prompt: bool = True,
 ) -> tuple[list[list[examples.Sequenced]], list[list[examples.Sequenced]], dict[str, Any]]:
     """(rows to train on, held-out rows, both encoded; facts about the data). Checks every row."""
@@ -378,6 +381,7 @@ def running(
     folder: Path | None,
     checkpoint: Checkpoint,
     micro: int,
+    *,
     phases: Sequence[estimates.StageCost],
     card: Mapping[str, Any],
     name: str,

@@ -93,7 +93,9 @@ class Settings(alignment_run.Alignment):
         groups = SAMPLED_TOGETHER // self.group_size
         return max(self.group_size, groups * self.group_size)
 
-    def logps(self, model: nn.Module, b: attention_masks.Branches, frozen_head: bool) -> mx.array:
+    def logps(
+        self, model: nn.Module, b: attention_masks.Branches, *, frozen_head: bool
+    ) -> mx.array:
         """(B, T) log-probabilities of the answers' tokens at the sampling temperature."""
         # All answers follow one copy of their prompt: hidden (1, tokens, D), of which the positions
         # `at` predict the answers' tokens.
@@ -121,7 +123,7 @@ class Settings(alignment_run.Alignment):
         advantage: (B,). old, reference: (B, T) log-probabilities under the model that sampled and
         under the reference. old None: the model as it is now.
         """
-        new = self.logps(model, b, self.lora is not None)
+        new = self.logps(model, b, frozen_head=self.lora is not None)
         if old is None:
             # Every ratio is exactly 1 then, and its gradient is that of `new`.
             old = mx.stop_gradient(new)
@@ -316,6 +318,7 @@ def _record(
     row: Row,
     texts: Sequence[str],
     score: rewards.Scores,
+    *,
     kept: bool,
 ) -> str:
     """A prompt's line in SAMPLES: its answers with all their rewards, as JSON."""
@@ -356,6 +359,7 @@ def train(
     rollouts: Callable[[int], Rollout],
     loss: train_loop.Loss,
     optimizer: GuardedAdamW,
+    *,
     s: Settings,
     start: int = 0,
 ) -> Iterator[Step]:
@@ -391,7 +395,7 @@ def train(
             batches = {step: seen}
             # The generator is not named: it would live on, and with it the arrays of its frame.
             done = next(
-                train_loop.train(model, batches.__getitem__, loss, optimizer, s, start=step)
+                train_loop.train(model, batches.__getitem__, loss, optimizer, recipe=s, start=step)
             )
             seen = parts
         facts = {**done.more, **facts}

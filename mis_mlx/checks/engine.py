@@ -147,7 +147,7 @@ def _trained(model: nn.Module) -> Trained:
     so the norm stands for that; moments keep its last bits."""
     optimizer = GuardedAdamW()
     settings = recipe.TrainingConfig(iters=3, learning_rate=1e-3, warmup=0)
-    steps = list(train(model, lambda step: [(TOKENS,)], _loss, optimizer, settings))
+    steps = list(train(model, lambda step: [(TOKENS,)], _loss, optimizer, recipe=settings))
     tensors = dict(tree_flatten(model.trainable_parameters())) | optimizer.arrays()
     first = steps[0]
     measured = [first.loss, first.grad_norm, first.loss - steps[-1].loss]

@@ -48,6 +48,7 @@ def _loss(
     teacher_head: mx.array,
     student: nn.Module,
     tokens: mx.array,
+    *,
     learn: mx.array,
 ) -> tuple[mx.array, mx.array]:
     """(KL summed over positions, number of positions)."""
@@ -103,7 +104,7 @@ def measured(folder: Path) -> tuple[Found, float]:
     settings = recipe.TrainingConfig(iters=STEPS, learning_rate=1e-4, warmup=0)
     batch = (tokens, mx.ones(tokens.size))
     loss = partial(_loss, teacher_states, teacher_head)
-    steps = list(train(student, lambda step: [batch], loss, GuardedAdamW(), settings))
+    steps = list(train(student, lambda step: [batch], loss, GuardedAdamW(), recipe=settings))
     peak_bytes = max(step.peak_bytes for step in steps) - before
     seconds = min(step.seconds for step in steps)
     return (peak_bytes / planned_bytes(), 1.05), seconds

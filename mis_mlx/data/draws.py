@@ -16,6 +16,7 @@ def sequence(
     windows: Windows,
     count: int,
     key: Sequence[int],
+    *,
     again: bool = True,
 ) -> np.ndarray:
     """Indices (`count`,) of windows, drawn by random numbers of `key`.

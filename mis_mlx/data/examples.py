@@ -55,6 +55,7 @@ def load(
     data: str | None,
     shapes: Sequence[str],
     licence: str | None = None,
+    *,
     scrub: bool = False,
     kinds: Sequence[str] = (),
 ) -> Examples:
@@ -220,6 +221,7 @@ def encode(
     tokenizer: Any,
     length: int,
     answers: Sequence[str] = (),
+    *,
     mask_prompt: bool = True,
 ) -> tuple[list[list[Sequenced]], int]:
     """(token sequences of every row, how many of these were cut at `length`).
@@ -239,9 +241,11 @@ def encode(
         for version in versions or [row]:
             try:
                 if templated or "messages" in version:
-                    ids, learn = token_windows.conversation(version, tokenizer, mask_prompt)
+                    ids, learn = token_windows.conversation(
+                        version, tokenizer, mask_prompt=mask_prompt
+                    )
                 else:
-                    ids, learn = token_windows.plain(version, tokenizer, mask_prompt)
+                    ids, learn = token_windows.plain(version, tokenizer, mask_prompt=mask_prompt)
             # a template is a program that came with the model: it can raise anything
             except Exception as error:
                 why = " ".join(str(error).split())[:80]

@@ -71,6 +71,7 @@ def tokenize(rows: Iterable[Row], tokenizer: Any) -> list[Ids]:
 def marked(
     rows: Iterable[Row],
     tokenizer: Any,
+    *,
     mask_prompt: bool = True,
 ) -> list[Marked]:
     """(`tokenize`'s ids, own) of every row.
@@ -87,7 +88,7 @@ def marked(
             tokenized.append((ids, [1] * len(ids)))
             continue
         try:
-            tokenized.append(conversation(row, tokenizer, mask_prompt))
+            tokenized.append(conversation(row, tokenizer, mask_prompt=mask_prompt))
         except MisError:
             raise
         # a template is a program that came with the model: it can raise anything
@@ -116,7 +117,7 @@ def end_of(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _encode(tokenizer: Any, text: str, split: bool) -> Ids:
+def _encode(tokenizer: Any, text: str, *, split: bool) -> Ids:
     """Ids of `text`, nothing added. split: cut special tokens spelled in it into ordinary ones.
 
     MisError where the tokenizer's regular expression breaks down.
@@ -136,7 +137,7 @@ def _encode(tokenizer: Any, text: str, split: bool) -> Ids:
         ) from None
 
 
-def plain(row: Row, tokenizer: Any, mask_prompt: bool) -> Marked:
+def plain(row: Row, tokenizer: Any, *, mask_prompt: bool) -> Marked:
     """(ids, learn) of a prompt/completion row without a template, with the end token.
 
     Prompt and completion are encoded apart, so that no token lies in both.
@@ -158,7 +159,7 @@ def _messages(row: Row) -> list[Row]:
     ]
 
 
-def conversation(row: Row, tokenizer: Any, mask_prompt: bool) -> Marked:
+def conversation(row: Row, tokenizer: Any, *, mask_prompt: bool) -> Marked:
     """(ids, learn) of a prompt/completion or messages row.
 
     mask_prompt: only answers are learned, all of them. Learn starts where the ids part from those
@@ -198,6 +199,7 @@ def _shared(left: Sequence[int], right: Sequence[int]) -> int:
 def _render(
     messages: Sequence[Row],
     tokenizer: Any,
+    *,
     add_generation_prompt: bool = False,
 ) -> Ids:
     """Ids of the rendered conversation, where only the template's own special tokens are special.

@@ -199,7 +199,15 @@ class Candidates:
             arrays = held * self._before.layers
             states = Spool(run.folder, arrays, run.files)
         seed = run.recipe.seed
-        nats = bit_allocation.costs(run.teacher, batches, self._group, rounding.BITS, seed, states)
+        nats = bit_allocation.costs(
+            run.teacher,
+            batches,
+            self._group,
+            rounding.BITS,
+            seed=seed,
+            kept=states,
+            fit=True,
+        )
         for costs in nats.values():
             if not all(map(math.isfinite, costs.values())):
                 why = (
@@ -353,7 +361,7 @@ class Candidates:
             layout[path] = packed_format.Format(width, group)
         with self._temporary("rounded") as place:
             out = Path(place) / "model"
-            packed_format.write_quantized(model, out, layout, self.run.files)
+            packed_format.write_quantized(model, out, layout, self.run.files, fit=True)
             rounded = load.open_checkpoint(out)
             rows = shape_of(model.config).vocab
             return self.lost(rounded, rows), rounded.nbytes

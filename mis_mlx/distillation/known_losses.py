@@ -19,7 +19,7 @@ from mis_mlx.types import Checkpoint
 
 SHIPPED = Path(__file__).parent / "known"
 ABOUT = "about.json"
-VERSION = 1  # of how losses are measured: logs of another version are not used
+VERSION = 2  # of how losses are measured: logs of another version are not used
 LOGS = (PROBES, CANDIDATES)
 FILES = (*LOGS, SENSITIVITY, ABOUT)  # all that is kept of a teacher
 # Settings that change a measured loss. The number of windows changes it by noise alone, so a

@@ -51,6 +51,7 @@ class StreamedTeacher:
         self,
         checkpoint: Checkpoint,
         room_bytes: int | None = 0,
+        *,
         direct: bool = False,
         temperature: float = 1.0,
         cross_entropy: float = 0.0,
@@ -184,7 +185,12 @@ def labels(tokens: mx.array) -> mx.array:
 
 
 def _on_host(
-    source: StreamedTeacher, student: nn.Module, tokens: mx.array, learn: mx.array, target: mx.array
+    source: StreamedTeacher,
+    student: nn.Module,
+    tokens: mx.array,
+    learn: mx.array,
+    *,
+    target: mx.array,
 ) -> tuple[tuple[mx.array, mx.array], Any]:
     """What `nn.value_and_grad` gives of `student_loss`, evaluated; numpy computes the loss.
 
@@ -253,6 +259,7 @@ def steps(
     source: TargetSource,
     data: Windows,
     recipe: TrainingConfig,
+    *,
     optimizer: GuardedAdamW,
     start: int = 0,
     factor: Callable[[int], float] = lambda step: 1.0,
@@ -285,8 +292,8 @@ def write_store(
     teacher: Callable[[], StreamedTeacher],
     data: Windows,
     folder: Path,
-    files: Files,
     *,
+    files: Files,
     count: int = SAMPLES,
     seed: int = 0,
     windows_per_pass: int = 64,

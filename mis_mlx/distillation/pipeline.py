@@ -258,6 +258,7 @@ def train_whole(
     student: nn.Module,
     source: live_teacher.TargetSource,
     begin: Callable[[], object],
+    *,
     tuned: bool = False,
 ) -> None:
     """All of `c.recipe`'s steps of a student in memory, from wherever they stand.
@@ -276,9 +277,18 @@ def train_whole(
         return 1.0 if tuned else c.factor(step)  # the noise of eq. (2) is the distillation's
 
     def steps_of(recipe: DistillationConfig) -> Callable[[int], Iterator[Step]]:
-        return partial(
-            live_teacher.steps, student, source, c.data, recipe, optimizer, factor=factor
-        )
+        def steps(number: int) -> Iterator[Step]:
+            return live_teacher.steps(
+                student,
+                source,
+                c.data,
+                recipe,
+                optimizer=optimizer,
+                start=number,
+                factor=factor,
+            )
+
+        return steps
 
     with c.phase(training.label):
         if tuned:
@@ -369,7 +379,7 @@ def tuned(
     model = packed_format.resident(rounded).train()
     optimizer = GuardedAdamW(weight_decay=recipe.weight_decay, relative=True)
     with progress.bar("tune", recipe.iters) as show:
-        for step in live_teacher.steps(model, source, data, recipe, optimizer):
+        for step in live_teacher.steps(model, source, data, recipe, optimizer=optimizer):
             show(step.number, text.step_text(step))
             memory.give_back(cache=False)
     return model

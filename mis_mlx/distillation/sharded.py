@@ -67,6 +67,7 @@ class Sharded:
         shard_layers: int,
         steps_per_shard: int,
         weight_decay: float,
+        *,
         files: Files,
         room_bytes: int = 0,
         direct: bool = False,
@@ -163,7 +164,9 @@ class Sharded:
         mended: of the whole model. stored: of the shard, as `arrays` gave them.
         """
         # A new stream: the old one refuses files that changed since it was made.
-        self._source = stream.Stream(self._student, mx.float32, self._room_bytes, self._direct)
+        self._source = stream.Stream(
+            self._student, mx.float32, self._room_bytes, direct=self._direct
+        )
         layers = self._source.layers
         size = self._shard_layers
         shards = -(-layers // size)
@@ -242,7 +245,7 @@ class Sharded:
             norms = []
             notes = dict[str, None]()  # each sentence once, in order
             for i, grads in self._passes.backward_blocks(forward):
-                norm, said = self._update(i, grads, forward, noise, rate, batch=step + 1)
+                norm, said = self._update(i, grads, forward, noise, rate=rate, batch=step + 1)
                 norms.append(norm)
                 if said.startswith("clipped"):  # every block has a bound of its own
                     said = f"block {i}: {said}"
@@ -268,8 +271,8 @@ class Sharded:
         grads: dict[str, mx.array],
         forward: ForwardResult,
         noise: float,
-        rate: float,
         *,
+        rate: float,
         batch: int,
     ) -> tuple[float, str]:
         """Update block i: (its gradient norm per token, what the guard did).

@@ -116,7 +116,7 @@ def write(teacher: Checkpoint, how: Writing, out: Path, limit: Budget) -> int:
     tokenizer = load.tokenizer(teacher.path)
     with progress.bar("teacher's answers", total) as show, memory.limited(limit):
         show(min(len(done) * size, total))
-        writer = TextWriter(teacher, planned.room_bytes, planned.direct)
+        writer = TextWriter(teacher, planned.room_bytes, direct=planned.direct)
         for start in range(0, total, size):
             if start in done:
                 continue
@@ -163,6 +163,7 @@ def _conversations(
     tokenizer: Any,
     batch: Sequence[Prompt],
     max_tokens: int,
+    *,
     samplers: Sequence[mlx_generate.Sampler],
 ) -> list[Row]:
     """The conversations of a batch.

@@ -35,6 +35,7 @@ def train(
     micro_batches: MicroBatches,
     loss: Loss,
     optimizer: GuardedAdamW,
+    *,
     recipe: TrainingConfig,
     start: int = 0,
     factor: Callable[[int], float] = lambda step: 1.0,

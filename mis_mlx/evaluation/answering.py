@@ -103,6 +103,7 @@ def scores(
     model_sha256: str,
     task: Task,
     limit: Budget,
+    *,
     layers: bool = False,
 ) -> np.ndarray:
     """(n,) the mark of every question.

@@ -125,7 +125,7 @@ def greedy(
     label = f"answers of {model.path.name}"
     with progress.bar(label, len(asked)) as show, memory.limited(limit):
         show(0)
-        writer = TextWriter(model, writing_plan.room_bytes, writing_plan.direct)
+        writer = TextWriter(model, writing_plan.room_bytes, direct=writing_plan.direct)
         for start in range(0, len(asked), writing_plan.at_once):
             batch = asked[start : start + writing_plan.at_once]
             of_batch = answered(writer, tokenizer, batch, GREEDY_TOKENS)
@@ -228,7 +228,7 @@ def _write_missing(
         DISK.make_folder(path.parent)
     with progress.bar("answers of the teacher", len(asked)) as show, memory.limited(limit):
         show(0)
-        writer = TextWriter(teacher, writing_plan.room_bytes, writing_plan.direct)
+        writer = TextWriter(teacher, writing_plan.room_bytes, direct=writing_plan.direct)
         for start in range(0, len(asked), writing_plan.at_once):
             batch = asked[start : start + writing_plan.at_once]
             samplers = [_sampler_of(prompt) for prompt in batch]

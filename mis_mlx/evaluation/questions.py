@@ -222,6 +222,7 @@ def task(
     name: str,
     questions: Sequence[Mapping],
     about: str,
+    *,
     per_character: bool = False,
 ) -> Task:
     """Rows that `fault` finds nothing wrong with, of one kind, as a task."""
@@ -291,6 +292,7 @@ def among_others(
     text: str,
     right: str,
     answers: Sequence[str],
+    *,
     others: int = 3,
 ) -> dict[str, Any]:
     """A row of a cloze: the right answer among `others` wrong ones.

@@ -57,6 +57,7 @@ def asking(
     tokenizer: Any,
     task: Task,
     left: Sequence[int],
+    *,
     limit: Budget,
 ) -> Asking:
     """How a model writes answers, greedily, to the questions `left`, by number.

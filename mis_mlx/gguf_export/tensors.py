@@ -471,6 +471,7 @@ def write(
     head: bytes,
     parts: Sequence[Part],
     rows: Iterable[Iterator[np.ndarray]],
+    *,
     files: Files,
 ) -> None:
     """Write the new file `path`, slab by slab.

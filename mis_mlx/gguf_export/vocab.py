@@ -50,7 +50,7 @@ def add(writer: Any, folder: Path, size: int) -> list[str]:
     letter = _ids(folder, "a")  # also the library's own judgement of the file
     kind, pre, pieces, notes = _pieces(folder, spec)
     sentencepiece = kind == "llama"
-    pieces |= _added(spec, sentencepiece)
+    pieces |= _added(spec, sentencepiece=sentencepiece)
     last = max(pieces)
     if last >= size:
         raise MisError(
@@ -170,7 +170,7 @@ def _ids(folder: Path, text: str) -> list[int]:
         ) from None
 
 
-def _added(spec: dict[str, Any], sentencepiece: bool) -> dict[int, Piece]:
+def _added(spec: dict[str, Any], *, sentencepiece: bool) -> dict[int, Piece]:
     """Tokens added to the vocabulary; those that look special count as special, as in llama.cpp."""
     pieces = {}
     for token in spec.get("added_tokens") or ():

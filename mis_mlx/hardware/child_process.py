@@ -35,6 +35,7 @@ def ask(
     function: str,
     arguments: Mapping[str, Any],
     seconds: float,
+    *,
     memory_bytes: int = 0,
     watched: bool = sys.platform == "darwin",
     look: Callable[[], object] | None = None,
@@ -90,6 +91,7 @@ def _waited(
     question: bytes,
     seconds: float,
     most_bytes: int,
+    *,
     look: Callable[[], object] | None = None,
 ) -> bytes:
     """Return what the child writes.

@@ -149,7 +149,7 @@ def process_bytes(limit_bytes: int, gpu: bool | None = None, trained_bytes: int 
     return min(grown, limit_bytes // 6)
 
 
-def give_back(cache: bool = True) -> None:
+def give_back(*, cache: bool = True) -> None:
     """Return freed memory to the system.
 
     glibc held 1.8 GB of it after training, while the next phase ran, and more with every step of a

@@ -85,6 +85,7 @@ def _weight(
     m: mx.array,
     v: mx.array,
     rate: mx.array,
+    *,
     root: mx.array,
     decay: mx.array,
     eps: float,
@@ -161,6 +162,7 @@ def _weight_of_root(
     m: mx.array,
     r: mx.array,
     rate: mx.array,
+    *,
     root: mx.array,
     decay: mx.array,
     eps: float,
@@ -181,6 +183,7 @@ def _first_of_code(
     top: mx.array,
     g: mx.array,
     scale: mx.array,
+    *,
     beta: float,
 ) -> mx.array:
     # code int8 (groups, GROUP), top (groups, 1): m = sign * share^2 * top, then its usual update
@@ -194,6 +197,7 @@ def _root_of_code(
     top: mx.array,
     g: mx.array,
     scale: mx.array,
+    *,
     beta: float,
 ) -> mx.array:
     # The root is stored and v is averaged, so it is squared, updated, and its root taken again.

@@ -30,7 +30,7 @@ def dead_zone(apart: mx.array, width: mx.array | float) -> mx.array:
     return apart - mx.stop_gradient(mx.clip(apart, -width, width))
 
 
-def advantages(rewards: np.ndarray, scaled: bool) -> np.ndarray:
+def advantages(rewards: np.ndarray, *, scaled: bool) -> np.ndarray:
     """How much better each answer is than its group: (N, G) float32, from rewards (N, G).
 
     reward - mean, where `scaled` over the standard deviation (with Bessel's correction, + 1e-4);
@@ -66,10 +66,10 @@ def token_losses(
     old: mx.array,
     advantage: mx.array,
     epsilon: float,
+    *,
     epsilon_high: float,
     reference: mx.array | None = None,
     beta: float = 0.0,
-    *,
     noise: float = 0.0,
 ) -> tuple[mx.array, mx.array]:
     """(losses (B, T), (B, T): 1 where clipping stops a token's gradient, else 0).
@@ -120,6 +120,7 @@ def pair_losses(
     rejected: mx.array,
     beta: float,
     kind: PairLoss = "dpop",
+    *,
     dpop_lambda: float = 5.0,
     chosen_tokens: mx.array | float = 1.0,
     rejected_tokens: mx.array | float = 1.0,

@@ -92,6 +92,7 @@ class NormalEquations:
         self,
         held_out: Sequence[HeldOut],
         ridges: Sequence[float] = RIDGES,
+        *,
         whole: bool = True,
     ) -> tuple[np.ndarray, float]:
         """(U (D, F), the share of the held-out error that remains), for the best of the ridges.

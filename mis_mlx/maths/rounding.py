@@ -6,6 +6,7 @@ matrix's output changes least.
 
 import math
 from collections.abc import Sequence
+from itertools import product
 from typing import Literal
 
 import mlx.core as mx
@@ -29,6 +30,14 @@ HELD_BYTES = 128 * 2**20
 SLAB = 2**18  # weights whose gradients and errors exist at once
 OPENED = 2**20  # weights that are de-quantized at a time
 PART = 2**24  # weights of a matrix that are rounded at a time
+SAMPLED = 2**15  # weights of a matrix on which `fit_share` is measured, at least a row
+FITTED = 2**20  # weights whose grids are fitted at a time
+# How much of a group's range is cut off at an end in a step, by bits; four steps are tried. Of 8
+# bits nothing is cut off: the range costs next to nothing there.
+RANGE_STEPS = {2: 0.12, 3: 0.1, 4: 0.1, 5: 0.04, 6: 0.02}
+REFINED = 2  # least-squares fits after the best range is found
+LEAST_SCALE = 1e-12
+LEAST_VARIANCE = 1e-9
 DAMPING = 0.01  # share of the gram matrix's mean diagonal that is added to it, as in the paper
 
 
@@ -54,6 +63,135 @@ def nearest(
     if mode != "affine":
         return packed, *scales
     return packed, *(scale.astype(mx.float16) for scale in scales)
+
+
+def fitted(weight: mx.array, group: int, bits: int) -> Packed:
+    """A matrix (out, in) with every weight at its group's nearest value, on grids of `fit_grids`.
+
+    In groups of 64 its squared error is 75 % of `nearest`'s at 3 bits for normal weights, and 82 %
+    at 4. Evaluated, some rows at a time. MisError when a weight exceeds float16's range.
+    """
+    rows = max(1, FITTED // weight.shape[1])
+    parts = []
+    for start in range(0, len(weight), rows):
+        some = weight[start : start + rows].astype(mx.float32)
+        if (mx.abs(some) > FLOAT16_MOST).any().item():
+            raise MisError(BEYOND)
+        groups = some.reshape(len(some), -1, group)
+        scales, biases = fit_grids(groups, bits)
+        levels = _levels(groups, scales, biases, bits).reshape(some.shape)
+        stored = (scales.astype(mx.float16), biases.astype(mx.float16))
+        mx.eval(levels, stored)
+        words = _packed_words(np.array(levels).T, bits)
+        parts.append((mx.array(words), *stored))
+    return parts[0] if len(parts) == 1 else joined(parts)
+
+
+def fit_share(weight: mx.array, group: int, bits: int) -> float:
+    """The share of `nearest`'s squared error that `fitted` leaves, on some rows of a matrix."""
+    step = max(1, weight.size // SAMPLED)
+    rows = weight[::step].astype(mx.float32)
+    errors = []
+    for packed in (nearest(rows, group, bits), fitted(rows, group, bits)):
+        left = values(packed, group, bits) - rows
+        errors.append(float(mx.square(left).sum().item()))  # type: ignore[arg-type]
+    plain, best = errors
+    if not plain:
+        return 1.0
+    return best / plain
+
+
+def fit_grids(
+    groups: mx.array,
+    bits: int,
+    importance: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """(scales, biases) (...,) float32 of groups (..., G) whose rounded values are near them. Lazy.
+
+    importance: (G,) or (..., G), what a squared error of each weight counts; None: all the same.
+
+    MLX spreads the values from a group's least weight to its largest one, and moves an end so that
+    zero is among them. A narrower range rounds most weights better and cuts a few off. So several
+    ranges are tried, each end by itself. The best one is refined: while its integers are fixed,
+    scale and bias are a line fitted by least squares. MLX's own grid is the first candidate, so the
+    error is never larger than with that.
+    """
+    if importance is None:
+        importance = mx.ones(groups.shape[-1])
+    fit = _GridFit(groups, bits, importance)
+    low = groups.min(axis=-1)
+    high = groups.max(axis=-1)
+    for low_share, high_share in product(_range_shares(bits), repeat=2):
+        width = high * high_share - low * low_share
+        fit.offer(width / (2**bits - 1), low * low_share)
+    for _ in range(REFINED):
+        fit.offer(*fit.line())
+    return fit.scales, fit.biases
+
+
+class _GridFit:
+    """The best grids of groups (..., G) so far: scales and biases (...), and their errors (...).
+
+    importance: as of `fit_grids`. MLX's own grids are the first.
+    """
+
+    def __init__(self, groups: mx.array, bits: int, importance: mx.array):
+        self.groups = groups
+        self.bits = bits
+        self.shares = importance / importance.sum(axis=-1, keepdims=True)
+        size = groups.shape[-1]
+        own = mx.quantize(groups.reshape(-1, size), group_size=size, bits=bits)
+        self.scales = own[1].reshape(groups.shape[:-1])
+        self.biases = own[2].reshape(groups.shape[:-1])
+        self.errors = self._error(self.scales, self.biases)
+
+    def offer(self, scales: mx.array, biases: mx.array) -> None:
+        """Take these grids for the groups where their error is smaller."""
+        # A group of equal weights has no range: it keeps MLX's grid.
+        usable = mx.abs(scales) > LEAST_SCALE
+        safe = mx.where(usable, scales, 1.0)
+        errors = self._error(safe, biases)
+        wins = usable & (errors < self.errors)
+        self.errors = mx.where(wins, errors, self.errors)
+        self.scales = mx.where(wins, scales, self.scales)
+        self.biases = mx.where(wins, biases, self.biases)
+
+    def line(self) -> tuple[mx.array, mx.array]:
+        """Scales and biases of least squares, where the integers stay as they are now."""
+        levels = _levels(self.groups, self.scales, self.biases, self.bits)
+        mean_level = self._mean(levels)
+        mean_weight = self._mean(self.groups)
+        off_mean = levels - mean_level[..., None]
+        variance = self._mean(mx.square(off_mean))
+        covariance = self._mean(off_mean * self.groups)
+        scales = covariance / mx.maximum(variance, LEAST_VARIANCE)
+        return scales, mean_weight - scales * mean_level
+
+    def _error(self, scales: mx.array, biases: mx.array) -> mx.array:
+        levels = _levels(self.groups, scales, biases, self.bits)
+        # float16 is stored: of 8 bits its rounding is a good part of the error.
+        scale = scales.astype(mx.float16).astype(mx.float32)[..., None]
+        bias = biases.astype(mx.float16).astype(mx.float32)[..., None]
+        rounded = levels * scale + bias
+        return self._mean(mx.square(self.groups - rounded))
+
+    def _mean(self, values: mx.array) -> mx.array:
+        """The mean (...) over a group (..., G), each weight counted by its share."""
+        return (values * self.shares).sum(axis=-1)
+
+
+def _levels(groups: mx.array, scales: mx.array, biases: mx.array, bits: int) -> mx.array:
+    """The integers (..., G) float32 nearest to groups (..., G), on grids (...)."""
+    levels = mx.round((groups - biases[..., None]) / scales[..., None])
+    return mx.clip(levels, 0, 2**bits - 1)
+
+
+def _range_shares(bits: int) -> tuple[float, ...]:
+    """Shares of a group's least and of its largest weight that are tried as ends of its range."""
+    step = RANGE_STEPS.get(bits)
+    if step is None:
+        return (1.0,)
+    return tuple(1.0 - step * number for number in range(4))
 
 
 def values(
@@ -125,15 +263,18 @@ def compensated(
     gram: np.ndarray,
     group: int,
     bits: int,
+    *,
+    fit: bool = True,
 ) -> Packed:
     """A matrix W (out, in) rounded column by column by GPTQ (arXiv 2210.17323, algorithm 1).
 
     The columns still to come make up for each column's error. gram: G (in, in), the sum of a a^T
     over inputs a. Minimized is the output's squared error, trace((W - Q) G (W - Q)^T).
 
-    Columns keep their own order, so that the groups are MLX's: MLX fits a group's scale and bias to
-    its weights as compensated until then. Where inputs do not correlate, the result is `nearest`'s,
-    bit for bit. Affine formats only. MisError when a weight exceeds float16's range.
+    Columns keep their own order, so that the groups are MLX's. `fit_grids` fits a group's scale and
+    bias to its weights as compensated until then. Without `fit` it is MLX's rule; where inputs do
+    not correlate, the result is then `nearest`'s, bit for bit. Affine formats only. MisError when a
+    weight exceeds float16's range.
     """
     factor = inverse_factor(gram)
     # Rows do not depend on each other. `_by_columns` makes a float64 copy of its rows, so it gets
@@ -141,7 +282,8 @@ def compensated(
     rows = max(1, PART // weight.shape[1])
     parts = []
     for start in range(0, len(weight), rows):
-        parts.append(_by_columns(weight[start : start + rows], factor, group, bits))
+        some = weight[start : start + rows]
+        parts.append(_by_columns(some, factor, group, bits, fit=fit))
     if len(parts) < 2:
         return parts[0]
     return joined(parts)
@@ -152,6 +294,8 @@ def _by_columns(
     factor: np.ndarray,
     group: int,
     bits: int,
+    *,
+    fit: bool,
 ) -> Packed:
     """GPTQ of some rows W (out, in), with the factor U (in, in) of `inverse_factor`."""
     if np.abs(weight).max() > FLOAT16_MOST:
@@ -164,9 +308,14 @@ def _by_columns(
     biases = []
     for start in range(0, len(w), group):
         end = start + group
-        # MLX fits the grid of this group to the weights as all earlier columns have corrected them.
+        # The grid of this group is fitted to its weights as earlier columns have corrected them.
         columns = mx.array(w[start:end].T.astype(np.float32))
-        grid = mx.quantize(columns, group_size=group, bits=bits)[1:]
+        if fit:
+            # What an error of column j costs in the end, once later columns have made up for it.
+            cost = mx.array(np.diag(factor)[start:end] ** -2.0).astype(mx.float32)
+            grid = [part[:, None] for part in fit_grids(columns, bits, cost)]
+        else:
+            grid = list(mx.quantize(columns, group_size=group, bits=bits)[1:])
         scales.append(grid[0])
         biases.append(grid[1])
         # The float32 scale and bias find an integer. Its value is what the stored float16 ones make

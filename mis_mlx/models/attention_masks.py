@@ -101,6 +101,7 @@ def through(
     inputs: BlockInputs,
     sees: mx.array,
     positions: np.ndarray | None,
+    *,
     window: int | None = None,
 ) -> BlockOutputs:
     """One block on hidden states (B, T, D): row i looks at the rows of sees (T, T).

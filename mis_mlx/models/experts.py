@@ -108,6 +108,7 @@ class Experts(list[Expert]):
         chosen: Sequence[mx.array],
         visit: Visit | None = None,
         gates: Sequence[np.ndarray] = (),
+        *,
         first: int = 0,
     ) -> list[mx.array]:
         """[(..., k, D)] of several batches' inputs [(..., D)] and choices [(..., k)].
@@ -152,7 +153,7 @@ def before(block: nn.Module, x: mx.array, mask: Any) -> tuple[mx.array, mx.array
     return h, block.post_attention_layernorm(h)
 
 
-def tensors_of(config: Config, together: bool) -> Shapes:
+def tensors_of(config: Config, *, together: bool) -> Shapes:
     """Names and shapes of the tensors that a mixture has in the place of an MLP.
 
     They are a router, the experts one by one or `together`, and in some families one expert that

@@ -79,6 +79,7 @@ def kl_gradients(
     head: mx.array,
     teacher: mx.array,
     teacher_logits: Logits,
+    *,
     learn: mx.array,
     temperature: float = 1.0,
     frozen_head: bool = False,

@@ -228,6 +228,7 @@ def block(
     i: int,
     args: Any,
     dtype: mx.Dtype,
+    *,
     raw: Raw | None = None,
     each: Each | None = None,
 ) -> nn.Module:
@@ -247,7 +248,7 @@ def block(
     return new
 
 
-def expert(checkpoint: Checkpoint, i: int, e: int, dtype: mx.Dtype, raw: Raw) -> Expert:
+def expert(checkpoint: Checkpoint, i: int, e: int, dtype: mx.Dtype, *, raw: Raw) -> Expert:
     """Expert `e` of block `i` with its weights, lazy. raw: as in `weights`."""
     shape = shape_of(checkpoint.config)
     row = family(checkpoint.config)
@@ -312,7 +313,7 @@ def embedding_scale(config: Config, dtype: mx.Dtype) -> mx.array | None:
 
 
 def _filled(
-    layer: nn.Module, prefix: str, checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None
+    layer: nn.Module, prefix: str, checkpoint: Checkpoint, dtype: mx.Dtype, *, raw: Raw | None
 ) -> nn.Module:
     """A layer that stands alone, packed if its weights under `prefix` ("lm_head.") are; lazy."""
     stem, dot, name = prefix[:-1].rpartition(".")

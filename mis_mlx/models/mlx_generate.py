@@ -39,7 +39,7 @@ def open_model(folder: Path) -> tuple[nn.Module, Any]:
     return model, tokenizer
 
 
-def encode(tokenizer: Any, prompt: str, plain: bool = False) -> list[int]:
+def encode(tokenizer: Any, prompt: str, *, plain: bool = False) -> list[int]:
     """Token ids of a prompt, through the chat template if there is one.
 
     plain: without it.
@@ -97,7 +97,7 @@ def continuation(model: nn.Module, tokenizer: Any, prompt: str, count: int) -> s
 
 
 def greedy(
-    model: nn.Module, ids: Any, count: int, cache: list[Any] | None = None, where: str = ""
+    model: nn.Module, ids: Any, count: int, cache: list[Any] | None = None, *, where: str = ""
 ) -> Iterator[int]:
     """The `count` tokens that mlx_lm's own loop puts after the token ids `ids`.
 
@@ -168,6 +168,7 @@ def groups(
     prompts: Sequence[Sequence[int]],
     count: int,
     max_tokens: int,
+    *,
     stop: Collection[int],
     draw: Sampler | Sequence[Sampler],
     at_once: int,
@@ -199,6 +200,7 @@ def _completed(
     prompts: Sequence[Sequence[int]],
     count: int,
     max_tokens: int,
+    *,
     stop: Collection[int],
     samplers: Sequence[Sampler],
 ) -> list[list[int]]:

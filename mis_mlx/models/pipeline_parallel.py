@@ -70,6 +70,7 @@ class Relay(stream.Stream):
         checkpoint: Checkpoint,
         dtype: mx.Dtype,
         room_bytes: int | None,
+        *,
         direct: bool,
         shares: Sequence[int],
     ):
@@ -85,7 +86,7 @@ class Relay(stream.Stream):
         self.mine = range(end - shares[distributed.rank()], end)
         self._counts: list[int] = []  # batches of each machine, in the current pass
         self._hidden: stream.Hidden = []
-        super().__init__(checkpoint, dtype, room_bytes, direct)
+        super().__init__(checkpoint, dtype, room_bytes, direct=direct)
         self.first = self.mine.start
 
     def embed(self, batches: stream.Batches, hidden: stream.Hidden | None = None) -> stream.Hidden:

@@ -65,6 +65,7 @@ class Stream:
         checkpoint: Checkpoint,
         dtype: mx.Dtype | None = None,
         room_bytes: int | None = 0,
+        *,
         direct: bool = False,
     ):
         self.checkpoint = checkpoint
@@ -73,7 +74,7 @@ class Stream:
         self.layers = int(checkpoint.config["num_hidden_layers"])
 
         # Blocks and experts are read into slots, one in use while the next one is filled.
-        self.reader = Reader(checkpoint.tensors, direct)
+        self.reader = Reader(checkpoint.tensors, direct=direct)
         by_block, by_expert = residency.read_apart(checkpoint)
         self._blocks = Slots(self.reader, by_block)
         self._experts: Slots | None = None

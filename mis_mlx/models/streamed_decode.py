@@ -293,6 +293,7 @@ def decode(
     ids: Sequence[int],
     count: int,
     ends: Container[int] = (),
+    *,
     draft: Stream | None = None,
     size: int = SIZE,
 ) -> Iterator[list[int]]:
@@ -339,6 +340,7 @@ def sampled(
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     stop: Container[int],
+    *,
     draw: Callable[[mx.array], mx.array],
 ) -> list[list[int]]:
     """A completion of each prompt, as `mlx_generate.groups`; one pass gives all texts a token.

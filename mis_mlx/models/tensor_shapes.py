@@ -8,7 +8,7 @@ from mis_mlx.models.families import Config, Family, Shapes, family
 PER_LAYER = "model.embed_tokens_per_layer."
 
 
-def layer_tensors(config: Config, stacked: bool = False, block: int | None = None) -> Shapes:
+def layer_tensors(config: Config, *, stacked: bool = False, block: int | None = None) -> Shapes:
     """Names (without `model.layers.N.`) and shapes (out, in) of one block's tensors.
 
     They come in forward order. stacked: all experts' matrices in one (E, out, in), as mlx-lm has
@@ -20,7 +20,7 @@ def layer_tensors(config: Config, stacked: bool = False, block: int | None = Non
         block = largest_block(config)
     tensors = _attention_tensors(config, block)
     if row.experts:
-        return tensors | experts.tensors_of(config, stacked)
+        return tensors | experts.tensors_of(config, together=stacked)
     ffn = ffn_size(config, block)
     bias = row.other_biases and bool(config.get("mlp_bias"))
     sizes = {"gate_proj": ffn, "up_proj": ffn}
@@ -119,7 +119,7 @@ def side_tensors(config: Config) -> Shapes:
     }
 
 
-def tensors_of(config: Config, stacked: bool = False) -> Shapes:
+def tensors_of(config: Config, *, stacked: bool = False) -> Shapes:
     """{Hugging Face name: shape} of an unquantized model of this config, in forward order.
 
     stacked: as in `layer_tensors`.
@@ -128,7 +128,7 @@ def tensors_of(config: Config, stacked: bool = False) -> Shapes:
     tensors: Shapes = {"model.embed_tokens.weight": (s.vocab, s.hidden)}
     tensors |= side_tensors(config)
     for i in range(s.layers):
-        block = layer_tensors(config, stacked, i)
+        block = layer_tensors(config, stacked=stacked, block=i)
         for name, shape in block.items():
             tensors[f"model.layers.{i}.{name}"] = shape
     tensors["model.norm.weight"] = (s.hidden,)

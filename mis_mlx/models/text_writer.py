@@ -22,14 +22,14 @@ class TextWriter:
     whole in memory. direct: a streamed model is read past the page cache.
     """
 
-    def __init__(self, checkpoint: Checkpoint, room_bytes: int | None, direct: bool = False):
+    def __init__(self, checkpoint: Checkpoint, room_bytes: int | None, *, direct: bool = False):
         dtype = policy.compute_dtype(checkpoint)
         self._resident: Any = None
         self._stream: Stream | None = None
         if room_bytes is None:
             self._resident = load_checked(load.resident(checkpoint, dtype), f"{checkpoint.path}: ")
         else:
-            self._stream = Stream(checkpoint, dtype, room_bytes, direct)
+            self._stream = Stream(checkpoint, dtype, room_bytes, direct=direct)
 
     def write(
         self,

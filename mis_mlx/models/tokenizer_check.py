@@ -63,7 +63,9 @@ def check_tokenizer(folder: Path) -> bytes:
     fingerprint = digest.digest()
     if fingerprint not in PASSED:
         try:
-            child_process.ask(__name__, "attempt", {"folder": str(folder)}, SECONDS, MEMORY_BYTES)
+            child_process.ask(
+                __name__, "attempt", {"folder": str(folder)}, SECONDS, memory_bytes=MEMORY_BYTES
+            )
         except child_process.NoAnswer as why:
             remedy = "copy its files again, from a model that you trust"
             raise MisError(f"{folder}: the tokenizer does not open ({why}): {remedy}") from None

@@ -258,8 +258,8 @@ def training_bytes(
     batch: int,
     length: int,
     host_lanes: int = 0,
-    more: bool = False,
     *,
+    more: bool = False,
     gpu: bool = False,
 ) -> int:
     """Memory to train a student that is whole in memory, on micro-batches (`batch`, `length`).
@@ -288,7 +288,7 @@ def training_bytes(
         backward += gradients
     if not host_lanes:
         forward += gradients
-    largest = max(map(math.prod, arch.tensors_of(config, True).values()))
+    largest = max(map(math.prod, arch.tensors_of(config, stacked=True).values()))
     update = gradients + UPDATE_ARRAYS * 4 * largest
     ahead = min(activations, in_flight_bytes()) if gpu else 0
     return (STATE_BYTES - GRADIENT_BYTES) * params + max(forward, backward, update) + ahead
@@ -311,7 +311,13 @@ def block_state_bytes(config: Mapping[str, Any], block: int | None = None) -> in
 
 
 def search(
-    s: Any, job: DistillationSpec, planned: Sequence[StageCost], probes: int, rows: bool, limit: int
+    s: Any,
+    job: DistillationSpec,
+    planned: Sequence[StageCost],
+    probes: int,
+    *,
+    rows: bool,
+    limit: int,
 ) -> dict[str, list[StageCost]]:
     """What a search with these settings takes: {"rank": stages, "finalists": stages}.
 

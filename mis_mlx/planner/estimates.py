@@ -130,7 +130,7 @@ def stacked_bytes(m: ModelSize) -> int:
     return 2 * 5 * m.shape.experts * m.shape.ffn * m.shape.hidden // 8
 
 
-def forward_flops(m: ModelSize, tokens: int, length: int, head: bool = True) -> float:
+def forward_flops(m: ModelSize, tokens: int, length: int, *, head: bool = True) -> float:
     """Operations of a forward pass over `tokens` in windows of `length`.
 
     2 for each parameter a token meets (looking up an embedding is free), and causal attention.
@@ -214,7 +214,7 @@ def backward_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
     return 11 * kept // (arrays * shape_of(config).layers)
 
 
-def logit_bytes(vocab: int, tokens: int, host: bool = False, *, gpu: bool = False) -> int:
+def logit_bytes(vocab: int, tokens: int, *, host: bool = False, gpu: bool = False) -> int:
     """Logits in flight: chunks of five float32 arrays (maths/losses).
 
     host: numpy computes the loss, with two arrays of one chunk (host_losses). gpu: a GPU holds the
@@ -253,9 +253,9 @@ def streamed_pass(
     m: ModelSize,
     tokens: int,
     micro_tokens: int,
+    *,
     length: int,
     limit_bytes: int = 0,
-    *,
     head: bool = True,
     spool: bool = True,
     again: bool = False,
@@ -463,7 +463,9 @@ def told(
     }
 
 
-def machine_rates(name: Literal["here", "m1-air"] = "here", measure: bool = False) -> rates.Rates:
+def machine_rates(
+    name: Literal["here", "m1-air"] = "here", *, measure: bool = False
+) -> rates.Rates:
     """Rates of this machine, or the published ones of an M1 Air.
 
     This machine's are measured now, measured earlier (kept in the cache folder), or assumed.

@@ -29,6 +29,7 @@ def opened(
     limit: Budget,
     room_bytes: int,
     tokens: int,
+    *,
     length: int,
     layers: bool,
 ) -> Stream:
@@ -40,7 +41,7 @@ def opened(
     dtype = policy.compute_dtype(checkpoint)
     direct = checkpoint.nbytes > limit.limit_bytes
     if distributed.size() == 1 or not layers:
-        return Stream(checkpoint, dtype, room_bytes, direct)
+        return Stream(checkpoint, dtype, room_bytes, direct=direct)
     m = estimates.model_of(checkpoint)
     pinned = estimates.pins(m, max(0, room_bytes - m.head_work))
     counts = _shared(m, pinned, tokens=tokens, length=length, rates=estimates.machine_rates())

@@ -139,8 +139,8 @@ def model_of(
         dtype = dtype or _dtype_here(source)
     shape = shape_of(config)
     if dtype is None:
-        dtype = _dtype_of_m1(config, gpu)
-    block_params = sum(map(math.prod, arch.layer_tensors(config, True).values()))
+        dtype = _dtype_of_m1(config, gpu=gpu)
+    block_params = sum(map(math.prod, arch.layer_tensors(config, stacked=True).values()))
     params = arch.params(config)
     if isinstance(source, Checkpoint):
         stored = _stored(source, shape.layers)
@@ -176,7 +176,7 @@ def _dtype_here(source: Checkpoint | Mapping[str, Any]) -> mx.Dtype:
     return policy.usual_dtype()
 
 
-def _dtype_of_m1(config: Mapping[str, Any], gpu: bool) -> mx.Dtype:
+def _dtype_of_m1(config: Mapping[str, Any], *, gpu: bool) -> mx.Dtype:
     """The type that an M1 computes in: it emulates bfloat16."""
     if gpu and families.family(config).float16:
         return policy.DTYPES["float16"]

@@ -230,6 +230,7 @@ def one(
     limit: int,
     rates: Rates,
     mode: Mode,
+    *,
     micro: int,
     shard: int,
     tuned: int | None = None,

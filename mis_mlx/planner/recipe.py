@@ -242,6 +242,7 @@ def spec_of(
     student: ModelSize,
     asked: DistillationConfig,
     rounding: QuantizationConfig = PLAIN,
+    *,
     rotates: bool = True,
     shown: ModelSize | None = None,
     copied: bool = False,

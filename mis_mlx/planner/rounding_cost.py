@@ -58,6 +58,7 @@ def quantize(
     how: QuantizationConfig,
     windows: int,
     length: int,
+    *,
     limit: int,
 ) -> StageCost:
     """Quantize tensor by tensor.
@@ -184,7 +185,7 @@ def _sensed(
     at_once = max(HELD_BYTES, 4 * m.block_params) // seen
     batch = min(windows, max(1, at_once))
     batches = math.ceil(windows / batch)
-    peak = one_pass.peak_bytes + _sensing_bytes(m, windows, length, batch * seen, batch)
+    peak = one_pass.peak_bytes + _sensing_bytes(m, windows, length, batch * seen, batch=batch)
     peak += 2 * windows * window_bytes
     inputs_bytes = window_bytes * m.shape.layers  # of all blocks, of a window
     held = min(windows, room(limit, peak, m.gpu) // inputs_bytes)
@@ -203,7 +204,7 @@ def _sensed(
     return replace(plain.then(sensing), held_tokens=held_tokens)
 
 
-def _sensing_bytes(m: ModelSize, windows: int, length: int, seen_bytes: int, batch: int) -> int:
+def _sensing_bytes(m: ModelSize, windows: int, length: int, seen_bytes: int, *, batch: int) -> int:
     """What sensing holds at its peak besides a forward pass: at the head, or on the way back.
 
     That is, besides the block: on Metal the block in float32; the block in all formats together

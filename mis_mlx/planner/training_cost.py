@@ -85,7 +85,7 @@ def resident(job: DistillationSpec, micro: int, limit: int) -> StageCost:
     )
 
 
-def blocks(job: DistillationSpec, micro: int, limit: int, lora: bool = False) -> StageCost:
+def blocks(job: DistillationSpec, micro: int, limit: int, *, lora: bool = False) -> StageCost:
     """The student's blocks in memory, updated one after the other (distillation/sharded).
 
     The teacher as in `resident`. lora: only their adapters change, and the weights are in the type

@@ -26,10 +26,14 @@ class WritingPlan:
 
     at_once: int
     peak_bytes: int  # with what the process itself takes
-    seconds: float  # on this machine
     cost: estimates.StageCost  # its peak is without what the process takes
     room_bytes: int | None = None
     direct: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """How long it takes here. Rates are measured for it where none are kept, for a second."""
+        return self.cost.seconds(estimates.machine_rates())
 
 
 def resident_bytes(m: estimates.ModelSize, at_once: int, tokens: int) -> int:
@@ -58,7 +62,6 @@ def plan_writing(
     The first plan that fits: whole before streamed, and the most texts side by side first, which
     `at_once` lists in falling order. MisError where none fits."""
     own_bytes = memory.process_bytes(limit.limit_bytes)
-    rates = estimates.machine_rates()
     for size in at_once:
         cost = _resident(m, count, max_tokens, prompt_tokens=prompt_tokens, at_once=size)
         need = own_bytes + cost.peak_bytes
@@ -66,7 +69,6 @@ def plan_writing(
             return WritingPlan(
                 at_once=size,
                 peak_bytes=need,
-                seconds=cost.seconds(rates),
                 cost=replace(cost, name=name),
             )
     for size in at_once:
@@ -78,7 +80,6 @@ def plan_writing(
             return WritingPlan(
                 at_once=size,
                 peak_bytes=need,
-                seconds=cost.seconds(rates),
                 cost=cost,
                 room_bytes=estimates.room(limit.limit_bytes, one_pass.peak_bytes),
                 direct=m.nbytes > limit.limit_bytes,

@@ -110,6 +110,7 @@ def _mixed(
     block: nn.Module,
     hidden: stream.Hidden,
     experts: ExpertSums,
+    *,
     neurons: Sums,
     weight: Weight,
 ) -> Entered:
@@ -195,6 +196,7 @@ def calibrate(
     batches: stream.Batches,
     reading: Callable[[], Reading | None] = lambda: None,
     unit: str = "kelvin",
+    *,
     hidden: stream.Hidden | None = None,
     relay: pipeline_parallel.Relay | None = None,
 ) -> tuple[Statistics, stream.Hidden]:

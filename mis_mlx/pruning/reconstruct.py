@@ -48,6 +48,7 @@ def reconstruct(
     student: Checkpoint,
     keep: KeptUnits,
     batches: Batches,
+    *,
     direct: bool = False,
     spool: Callable[[], Hidden] | None = None,
     put: Callable[[str, mx.array], None] | None = None,
@@ -81,7 +82,7 @@ def reconstruct(
     # that block is read.
     for _, (j, block) in zip(groups(big, keep, target), small.blocks(), strict=True):
         if family.experts:
-            weight, error = heal(small, block, own, target, kinds)
+            weight, error = heal(small, block, own, target, kinds=kinds)
         else:
             weight, error = refit(small, block, own, target, kinds=kinds, columns=columns)
         # The block is repaired in place, so the next one is fitted to the stream that it will see.
@@ -258,6 +259,7 @@ def refit(
     block: nn.Module,
     hidden: Hidden,
     target: Hidden,
+    *,
     kinds: Sequence[int],
     columns: mx.array | None,
 ) -> tuple[mx.array, float]:
@@ -395,6 +397,7 @@ def heal(
     block: nn.Module,
     hidden: Hidden,
     goals: Hidden,
+    *,
     kinds: Sequence[int],
 ) -> tuple[mx.array, float]:
     """Give the block the router that best takes `hidden` to `goals`, both [(B, T, D)].

@@ -186,6 +186,7 @@ def _cut(
     layer: int,
     before: Shape,
     keep: KeptUnits,
+    *,
     weight: mx.array,
 ) -> mx.array:
     """The kept part of one teacher tensor.
@@ -194,7 +195,7 @@ def _cut(
     """
     module, kind = name.split(".")[-2:]
     if before.experts:
-        return _mixed_cut(name, layer, before, keep, weight)
+        return _mixed_cut(name, layer, before, keep, weight=weight)
     for axis, (rows, columns) in CUTS.items():
         place = -1 if axis == "hidden" else layer
         kept = keep.kept.get((place, axis))
@@ -245,6 +246,7 @@ def _mixed_cut(
     layer: int,
     before: Shape,
     keep: KeptUnits,
+    *,
     weight: mx.array,
 ) -> mx.array:
     """The same of a tensor of a mixture.
@@ -272,6 +274,7 @@ def write_student(
     shape: Shape,
     keep: KeptUnits,
     out: Path,
+    *,
     dtype: str,
     files: Files,
     directions: Callable[[], Directions] | None = None,

@@ -344,6 +344,7 @@ def of_run(
     student: str | None,
     rows: int,
     own: preparation.Data,
+    *,
     how: VocabularyConfig,
     source: preparation.Source | str | None,
     run: Path,

@@ -38,6 +38,7 @@ def mixed(
     batches: Batches,
     how: QuantizationConfig,
     seed: int = 0,
+    *,
     kept: Hidden | None = None,
 ) -> tuple[packed_format.Layout, dict[str, Any]]:
     """(a format for every matrix; the costs behind the choice, ready for JSON).
@@ -48,7 +49,15 @@ def mixed(
     """
     group = how.q_group_size
     check(how.target_bpw, group)
-    nats = costs(checkpoint, batches, group, rounding.BITS, seed=seed, kept=kept)
+    nats = costs(
+        checkpoint,
+        batches,
+        group,
+        rounding.BITS,
+        seed=seed,
+        kept=kept,
+        fit=how.q_method == "gptq",
+    )
     # Small matrices of fixed bits have no choice, but their bits count towards the mean.
     for path in packed_format.gates(checkpoint.config):
         nats[path] = {packed_format.WIDE_BITS: 0.0}
@@ -174,12 +183,15 @@ def costs(
     batches: Batches,
     group: int,
     bits: Sequence[int],
+    *,
     seed: int = 0,
     kept: Hidden | None = None,
+    fit: bool = False,
 ) -> dict[str, dict[int, float]]:
     """{module path: {bits: nats per token}} of every matrix, rounded in affine groups.
 
-    batches, seed, kept: as in `mixed`.
+    batches, seed, kept: as in `mixed`. fit: values are those of `rounding.fitted`, whose cost is
+    its share of the squared error that nearest values make.
     """
     args = load.model_args(checkpoint.config)
     nats: dict[str, dict[int, float]] = {}
@@ -214,7 +226,22 @@ def costs(
         for path, squares in table.squares.items():
             # Half the mean over tokens; `squares` are of errors of 2^b - 1 times their size.
             nats[path] = {b: squares / (2 * tokens) / (2**b - 1) ** 2 for b in bits}
+    if fit:
+        _count_fitted(checkpoint, nats, group)
     return nats
+
+
+def _count_fitted(
+    checkpoint: Checkpoint,
+    nats: Mapping[str, dict[int, float]],
+    group: int,
+) -> None:
+    """Turn costs of nearest values into those of fitted grids: a cost is in step with its error."""
+    for path, cost in nats.items():
+        # Some rows tell what fitted grids leave of the error; of a large table the first ones.
+        rows = next(load.dense_parts(checkpoint, f"{path}.weight", "float32"))
+        for bits in cost:
+            cost[bits] *= rounding.fit_share(rows, group, bits)
 
 
 class _BlockErrors:
@@ -230,6 +257,7 @@ class _BlockErrors:
         block: nn.Module,
         group: int,
         bits: Sequence[int],
+        *,
         coming: int,
     ):
         self.coming = coming
@@ -257,7 +285,9 @@ class _BlockErrors:
     ) -> list[BlockInputs]:
         """Cotangents of the inputs of some batches, from those of the outputs, `above`."""
         below = []
-        for window, (cotangents, seen) in zip(inputs, self._passes(inputs, above), strict=True):
+        for window, (cotangents, seen) in zip(
+            inputs, self._passes(inputs=inputs, above=above), strict=True
+        ):
             below.append(window.like(cotangents))
             self._seen.append(seen)
         self.coming -= len(below)
@@ -294,6 +324,7 @@ def _back(
     block: nn.Module,
     matrices: Sequence[Matrix],
     inputs: BlockInputs,
+    *,
     above: BlockOutputs,
 ) -> tuple[list[mx.array], Seen]:
     """(cotangents of the block's inputs, what its `matrices` saw), lazy.
@@ -335,6 +366,7 @@ def _backs(
     block: nn.Module,
     matrices: Sequence[Matrix],
     inputs: Sequence[BlockInputs],
+    *,
     above: Sequence[BlockOutputs],
 ) -> Iterator[tuple[list[mx.array], Seen]]:
     """`_back` of every batch, evaluated.
@@ -370,6 +402,7 @@ def _along(
     packed: Sequence[rounding.Packed],
     pairs: Sequence[tuple[mx.array, mx.array]],
     group: int,
+    *,
     bits: Sequence[int],
 ) -> mx.array:
     """(windows, formats): <d log p / dW, error> of a matrix (out, in) in each format.

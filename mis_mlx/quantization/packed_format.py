@@ -164,14 +164,17 @@ def write_quantized(
     out: Path,
     plan: Layout,
     files: Files,
+    *,
     rounded: Rounded | None = None,
     extra: Mapping[str, bytes] | None = None,
+    fit: bool = False,
 ) -> dict[str, Any]:
     """Commit the new folder `out`, which stock mlx-lm reads.
 
     It has packed weights, and scales and biases in float16 (or scales of 8 bits, in other modes).
     rounded: the blocks' matrices, from quantization/stage; default: the nearest values. extra: more
-    files, by name. Returns the bits per weight, bytes and the group size used most. MisError when
+    files, by name. fit: nearest values are those of `rounding.fitted` in place of MLX's own, in
+    affine formats. Returns the bits per weight, bytes and the group size used most. MisError when
     the model is quantized already, or has weights that are not numbers or too large.
     """
     check_dense(checkpoint)
@@ -193,7 +196,7 @@ def write_quantized(
     model_writer.write_folder(
         config,
         specs,
-        _packed(checkpoint, plan, rounded),
+        _packed(checkpoint, plan, rounded, fit=fit),
         source=checkpoint.path,
         out=out,
         files=files,
@@ -212,6 +215,8 @@ def _packed(
     checkpoint: Checkpoint,
     plan: Layout,
     rounded: Rounded | None,
+    *,
+    fit: bool,
 ) -> Iterator[tuple[str, safetensors.Tensor]]:
     """(name, tensor) of everything in the folder to be written."""
     names = arch.tensors_of(checkpoint.config, stacked=True)
@@ -222,13 +227,13 @@ def _packed(
             yield name, _plain(checkpoint, name)
             continue
         if name == f"{arch.PER_LAYER}weight":
-            yield from _table_in_parts(checkpoint, plan[path], path)
+            yield from _table_in_parts(checkpoint, plan[path], path, fit=fit)
             continue
         while rounded and arch.block_of(name) is not None and path not in block:
             block = dict(next(rounded))
         parts = block.pop(path, None)
         if parts is None:
-            parts = _nearest(checkpoint, plan[path], name)
+            parts = _nearest(checkpoint, plan[path], name, fit=fit)
         for part, array in zip(PARTS, parts, strict=False):
             if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
                 raise MisError(f"{checkpoint.path}: {name}: {rounding.BEYOND}")
@@ -247,6 +252,8 @@ def _table_in_parts(
     checkpoint: Checkpoint,
     how: Format,
     path: str,
+    *,
+    fit: bool,
 ) -> Iterator[tuple[str, safetensors.Tensor]]:
     """The table of per-layer inputs rounded to nearest values, some rows at a time.
 
@@ -260,7 +267,7 @@ def _table_in_parts(
     def integers() -> Iterator[mx.array]:
         for rows in load.dense_parts(checkpoint, name, "float32"):
             _refuse_not_numbers(checkpoint, name, rows)
-            packed, *others = rounding.nearest(rows, how.group, how.bits, how.mode)
+            packed, *others = _rounded_rows(rows, how, fit=fit)
             stream.evaluate_now(packed, others)
             scales.append(others)
             yield packed
@@ -270,17 +277,23 @@ def _table_in_parts(
         yield f"{path}.{part}", mx.concatenate(list(arrays))
 
 
-def _nearest(checkpoint: Checkpoint, how: Format, name: str) -> rounding.Packed:
+def _nearest(
+    checkpoint: Checkpoint,
+    how: Format,
+    name: str,
+    *,
+    fit: bool,
+) -> rounding.Packed:
     """A matrix, or those of all experts stacked, rounded to nearest values."""
     rounded = []
     for part in experts.one_by_one(name, checkpoint.config):
-        rounded.append(_by_parts(_finite(checkpoint, part), how))
+        rounded.append(_by_parts(_finite(checkpoint, part), how, fit=fit))
     if len(rounded) == 1:
         return rounded[0]
     return tuple(mx.stack(list(arrays)) for arrays in zip(*rounded, strict=True))
 
 
-def _by_parts(weight: mx.array, how: Format) -> rounding.Packed:
+def _by_parts(weight: mx.array, how: Format, *, fit: bool) -> rounding.Packed:
     """A matrix (out, in) rounded to nearest values, some rows at a time.
 
     An embedding can be most of a model, too large to be widened as a whole.
@@ -289,9 +302,16 @@ def _by_parts(weight: mx.array, how: Format) -> rounding.Packed:
     step = max(1, rounding.PART // weight.shape[1])
     for start in range(0, len(weight), step):
         end = start + step
-        parts.append(rounding.nearest(weight[start:end], how.group, how.bits, how.mode))
+        parts.append(_rounded_rows(weight[start:end], how, fit=fit))
         stream.evaluate_now(*parts[-1])
     return rounding.joined(parts)
+
+
+def _rounded_rows(rows: mx.array, how: Format, *, fit: bool) -> rounding.Packed:
+    """Rows (n, in) of a matrix rounded to nearest values, on fitted grids or on MLX's."""
+    if fit and how.mode == "affine":
+        return rounding.fitted(rows, how.group, how.bits)
+    return rounding.nearest(rows, how.group, how.bits, how.mode)
 
 
 def formats(checkpoint: Checkpoint) -> dict[str, Format]:

@@ -41,6 +41,7 @@ def quantize(
     out: Path,
     how: QuantizationConfig,
     files: Files,
+    *,
     batches: Batches = (),
     held: int = 0,
     seed: int = 0,
@@ -83,7 +84,15 @@ def quantize(
     rounded = None
     if how.q_method == "gptq":
         rounded = rounded_blocks(checkpoint, batches, plan, hidden(1))
-    return packed_format.write_quantized(checkpoint, out, plan, files, rounded=rounded, extra=extra)
+    return packed_format.write_quantized(
+        checkpoint,
+        out,
+        plan,
+        files,
+        rounded=rounded,
+        extra=extra,
+        fit=rounded is not None,
+    )
 
 
 def rounded_blocks(
@@ -113,6 +122,7 @@ def _rounded_block(
     i: int,
     block: nn.Module,
     plan: packed_format.Layout,
+    *,
     hidden: Hidden,
 ) -> dict[str, rounding.Packed]:
     """{module path: packed matrix} of block i, whose weights become the rounded ones."""
@@ -156,7 +166,7 @@ def _rounded_readers(
     for kind, paths in by_format.items():
         weights = [load.dense_weight(linears[path]) for path in paths]
         if gram is None or kind.bits >= ENOUGH_BITS:
-            matrices = [rounding.nearest(weight, kind.group, kind.bits) for weight in weights]
+            matrices = [rounding.fitted(weight, kind.group, kind.bits) for weight in weights]
         else:
             matrices = _compensated(weights, gram, kind)
         for path, packed in zip(paths, matrices, strict=True):
@@ -190,6 +200,7 @@ def _grams(
     block: nn.Module,
     hidden: Hidden,
     axes: Sequence[str],
+    *,
     where: str = "",
 ) -> dict[str, np.ndarray]:
     """{axis: sum of a a^T (in, in) over all tokens' inputs a to the matrices that read the axis}.

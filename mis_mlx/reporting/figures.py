@@ -141,6 +141,7 @@ def intervals(
     label: str,
     rows: Mapping[str, Sequence[Interval | None]],
     names: Sequence[str],
+    *,
     limits: Mapping[str, float],
 ) -> str:
     """A point with its interval (value, low, high), as shares, for each row and name.

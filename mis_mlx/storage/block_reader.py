@@ -87,7 +87,7 @@ class Reader:
     """
 
     def __init__(
-        self, tensors: Mapping[str, TensorAt], direct: bool = False, also: Sequence[Path] = ()
+        self, tensors: Mapping[str, TensorAt], *, direct: bool = False, also: Sequence[Path] = ()
     ):
         by_file = files_of(tensors, tensors)
         for path, names in by_file.items():

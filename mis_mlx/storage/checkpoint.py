@@ -46,7 +46,7 @@ class Saved(NamedTuple):
 
 @contextlib.contextmanager
 def commit_folder(
-    final: Path, files: Files, nbytes: int, what: str = "the model", remedy: str = AGAIN
+    final: Path, files: Files, nbytes: int, what: str = "the model", *, remedy: str = AGAIN
 ) -> Iterator[Path]:
     """Make the folder `final` of the files that the block writes into another folder.
 
@@ -91,6 +91,7 @@ def save_step(
     number: int,
     arrays: Arrays,
     state: Mapping[str, Any],
+    *,
     files: Files,
     keep: int = 2,
 ) -> Path:
@@ -165,6 +166,7 @@ def lock(
     folder: Path,
     what: str = "the lock of the run",
     remedy: str = "fix that and start again",
+    *,
     wait: bool = False,
 ) -> Iterator[None]:
     """Hold a run's folder for this process. MisError names the process that holds it already.

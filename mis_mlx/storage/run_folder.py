@@ -36,6 +36,7 @@ def create(
     name: str,
     settings: Mapping[str, Any],
     origin: Mapping[str, str],
+    *,
     plan: Mapping[str, Any],
     files: Files,
 ) -> Path:

@@ -66,7 +66,16 @@ def begin(
     """What a command does, at the start and after a kill."""
     made = model_writer.by_block(pruned, root / "s", DISK)
     return local_steps.train(
-        teacher, pruned, made, keep, windows, recipe, folder=root, held=held, files=files, **more
+        teacher,
+        pruned,
+        student=made,
+        keep=keep,
+        batches=windows,
+        recipe=recipe,
+        folder=root,
+        held=held,
+        files=files,
+        **more,
     )
 
 
@@ -286,7 +295,8 @@ def test_from_disk_or_from_memory_is_the_same(
         s.loss
         for s in begin(llama, pruned, keep=keep, windows=windows, root=tmp_path / "b", held=held)
     ]
-    assert a == b and weights(tmp_path) == weights(tmp_path / "b")
+    assert a == b
+    assert weights(tmp_path) == weights(tmp_path / "b")
     assert sorted(os.listdir(tmp_path / "b")) == ["s"]
 
 
@@ -321,7 +331,9 @@ def test_a_student_half_done_goes_on_with_its_next_block(
         (s.number, s.loss)
         for s in begin(llama, pruned, keep=keep, windows=windows, root=tmp_path / "b")
     ]
-    assert first == whole[:5] and rest == whole[3:] and weights(tmp_path / "b") == weights(tmp_path)
+    assert first == whole[:5]
+    assert rest == whole[3:]
+    assert weights(tmp_path / "b") == weights(tmp_path)
 
 
 def test_a_disk_that_is_too_small_is_seen_before_anything_is_read(
@@ -358,6 +370,14 @@ def test_memory_holds_one_block_of_each(tmp_path: Path, windows: list[mx.array])
     before = mx.get_active_memory()
     recipe = replace(RECIPE, iters=1)
     steps = local_steps.train(
-        teacher, teacher, made, keep, windows, recipe, folder=tmp_path, held=0, files=DISK
+        teacher,
+        teacher,
+        student=made,
+        keep=keep,
+        batches=windows,
+        recipe=recipe,
+        folder=tmp_path,
+        held=0,
+        files=DISK,
     )
     assert max(s.peak_bytes for s in steps) - before < limit

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -39,11 +39,18 @@ def _minutes(time: str) -> int:
     return 60 * int(hours) + int(minutes)
 
 
+def _spans(text: str) -> set[str]:
+    """Every 32 characters in a row."""
+    return {text[at : at + 32] for at in range(len(text) - 31)}
+
+
 def _hits(pattern: str, texts: list[str], at_least: int) -> list[re.Match[str]]:
     """All matches, and the assurance that there are enough of them for the test to mean
     something.
     """
-    found = [match for text in texts for match in re.finditer(pattern, text)]
+    found = list[re.Match[str]]()
+    for text in texts:
+        found += re.finditer(pattern, text)
     assert len(found) >= at_least
     return found
 
@@ -93,10 +100,10 @@ def test_no_two_documents_are_near_copies(texts: list[str]) -> None:
     """Of the 32-character spans of two documents of one kind, less than half are shared, 6 % on
     average.
     """
-    spans = [{text[at : at + 32] for at in range(len(text) - 31)} for text in texts]
+    spans = [_spans(text) for text in texts]
     for kind in range(5):
-        mine = spans[kind::5]
-        shares = [len(a & b) / len(a | b) for i, a in enumerate(mine) for b in mine[:i]]
+        pairs = combinations(spans[kind::5], 2)
+        shares = [len(a & b) / len(a | b) for a, b in pairs]
         assert max(shares) < 0.5
         assert sum(shares) / len(shares) < 0.06
 
@@ -107,7 +114,7 @@ def test_train_and_test_share_sentences_but_not_values() -> None:
     """
 
     def spans(texts: list[str]) -> set[str]:
-        cut = {text[at : at + 32] for text in texts for at in range(len(text) - 31)}
+        cut = set[str]().union(*map(_spans, texts))
         return {span for span in cut if len(re.findall(r"\d+", span)) >= 3}
 
     test = spans(documents(2, 75))
@@ -147,7 +154,8 @@ def test_timetables_add_up(texts: list[str]) -> None:
         last = re.findall(r"\d+:\d\d", _hits(r"Ostatni kurs .*", [text], 1)[0][0])
         every, ride = map(int, re.findall(r"co (\d+) min\w+, jazda trwa (\d+) min", text)[0])
         times = list(map(_minutes, departures))
-        assert len(times) >= 5 and {b - a for a, b in pairwise(times)} == {every}
+        assert len(times) >= 5
+        assert {b - a for a, b in pairwise(times)} == {every}
         passing = list(map(_minutes, first))
         assert passing == sorted(set(passing))
         assert (passing[0], passing[-1]) == (times[0], times[0] + ride)

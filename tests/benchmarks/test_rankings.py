@@ -57,7 +57,8 @@ def test_moments_and_lengths_are_those_of_the_resident_model(
     np.testing.assert_allclose(lengths[1, "heads"], heads, rtol=1e-5)
     np.testing.assert_allclose(moments[1, "ffn"].columns, w["mlp.down_proj"].sum(0), rtol=1e-5)
     moving = rankings.moving(moments, 16)
-    assert moving((0, "heads")).shape == (4,) and moving((-1, "hidden")).shape == (64,)
+    assert moving((0, "heads")).shape == (4,)
+    assert moving((-1, "hidden")).shape == (64,)
 
 
 def test_pruning_goes_by_the_scores_it_is_given(llama: Checkpoint, batches: list[mx.array]) -> None:
@@ -70,11 +71,13 @@ def test_pruning_goes_by_the_scores_it_is_given(llama: Checkpoint, batches: list
         rankings.by(found, lambda key: np.arange(4.0 if key[1] == "heads" else 768.0)), (0, 1)
     )
     _, keep = select.select_units(dict(llama.config), rising, cut)
-    assert keep.layers == (0, 1) and keep.kept[1, "ffn"] == tuple(range(512, 768))
+    assert keep.layers == (0, 1)
+    assert keep.kept[1, "ffn"] == tuple(range(512, 768))
     kept = [
         select.select_units(
             dict(llama.config), rankings.by(found, rankings.random(found, seed)), cut
         )[1].kept
         for seed in (0, 0, 1)
     ]
-    assert kept[0] == kept[1] != kept[2] and kept[0][keep.layers[0], "ffn"] != keep.kept[0, "ffn"]
+    assert kept[0] == kept[1] != kept[2]
+    assert kept[0][keep.layers[0], "ffn"] != keep.kept[0, "ffn"]

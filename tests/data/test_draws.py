@@ -18,7 +18,8 @@ BUILT_IN = tuple(preparation.SHARES.values())
 def with_talk(share: float) -> tuple[float, ...]:
     """The built-in kinds, of which conversations have this share."""
     *others, _ = BUILT_IN
-    return (*(each * (1 - share) / sum(others) for each in others), share)
+    rest = (1 - share) / sum(others)
+    return (*(each * rest for each in others), share)
 
 
 def of_kinds(counts: Sequence[int], shares: Sequence[float]) -> Windows:
@@ -26,9 +27,22 @@ def of_kinds(counts: Sequence[int], shares: Sequence[float]) -> Windows:
     firsts = np.cumsum([0, *counts])
     parts = list[Windows]()
     for first, count in zip(firsts, counts, strict=False):
-        tokens = np.arange(2 * first, 2 * (first + count), dtype=np.int32).reshape(count, 2)
-        parts.append(Windows(tokens, np.ones((count, 2), np.float32)))
+        ids = np.arange(2 * first, 2 * (first + count), dtype=np.int32)
+        learn = np.ones((count, 2), np.float32)
+        parts.append(Windows(ids.reshape(count, 2), learn))
     return token_windows.of_kinds(parts, shares)
+
+
+def random_kinds(rng: np.random.Generator, kinds: int, most: int) -> Windows:
+    """Up to `most` windows of each kind, in random shares."""
+    counts = rng.integers(1, most, kinds).tolist()
+    shares = rng.dirichlet(np.ones(kinds)).tolist()
+    return of_kinds(counts, shares)
+
+
+def seen(windows: Windows, drawn: np.ndarray, kind: int) -> np.ndarray:
+    """How many windows of a kind each beginning of a draw has."""
+    return np.cumsum(windows.kind[drawn] == kind)
 
 
 def furthest(windows: Windows, drawn: np.ndarray) -> float:
@@ -38,8 +52,8 @@ def furthest(windows: Windows, drawn: np.ndarray) -> float:
     lengths = np.arange(1, len(drawn) + 1)
     distances = list[float]()
     for kind, share in enumerate(windows.shares):
-        counts = np.cumsum(windows.kind[drawn] == kind)
-        distances.append(float(np.abs(counts - lengths * share).max()))
+        apart = seen(windows, drawn, kind) - lengths * share
+        distances.append(float(np.abs(apart).max()))
     return max(distances)
 
 
@@ -48,8 +62,9 @@ def late(windows: Windows, drawn: np.ndarray) -> int:
     lengths = np.arange(1, len(drawn) + 1)
     found = 0
     for kind, share in enumerate(windows.shares):
-        counts = np.cumsum(windows.kind[drawn] == kind)
-        found += int(((lengths * share >= 1) & (counts == 0)).sum())
+        due = lengths * share >= 1
+        lacking = seen(windows, drawn, kind) == 0
+        found += int((due & lacking).sum())
     return found
 
 
@@ -74,7 +89,8 @@ def test_the_built_in_kinds_are_in_every_beginning(share: float, seed: int) -> N
     n windows have n times its share of each kind, give or take one, and one as soon as a whole one
     is due.
     """
-    windows = of_kinds([300, 12, 40, 100], with_talk(share) if share else (*BUILT_IN[:3], 0.0))
+    shares = with_talk(share) if share else (*BUILT_IN[:3], 0.0)
+    windows = of_kinds([300, 12, 40, 100], shares)
 
     drawn = draws.sequence(windows, 400, (seed, 2, 1))
 
@@ -89,10 +105,10 @@ def test_any_shares_are_in_every_beginning(kinds: int, most: float) -> None:
     """
     rng = np.random.default_rng(kinds)
     for seed in range(40):
-        windows = of_kinds(
-            rng.integers(1, 40, kinds).tolist(), rng.dirichlet(np.ones(kinds)).tolist()
-        )
-        drawn = draws.sequence(windows, int(rng.integers(1, 300)), (seed,))
+        windows = random_kinds(rng, kinds, most=40)
+        count = int(rng.integers(1, 300))
+
+        drawn = draws.sequence(windows, count, (seed,))
 
         assert furthest(windows, drawn) <= most + 1e-9, windows.shares
         assert late(windows, drawn) == 0, windows.shares
@@ -102,15 +118,19 @@ def test_a_longer_draw_begins_with_a_shorter_one() -> None:
     """Of any shares and any key; another key gives other windows of the same kinds."""
     rng = np.random.default_rng(5)
     for seed in range(30):
-        windows = of_kinds(rng.integers(1, 30, 4).tolist(), rng.dirichlet(np.ones(4)).tolist())
-        whole = draws.sequence(windows, 200, (seed, 7))
+        windows = random_kinds(rng, 4, most=30)
         count = int(rng.integers(0, 200))
 
-        assert draws.sequence(windows, count, (seed, 7)).tolist() == whole[:count].tolist()
+        whole = draws.sequence(windows, 200, (seed, 7))
+        part = draws.sequence(windows, count, (seed, 7))
         other = draws.sequence(windows, 200, (seed, 8))
+
+        assert part.tolist() == whole[:count].tolist()
         assert windows.kind[other].tolist() == windows.kind[whole].tolist()
     many = of_kinds([50, 50], [1, 1])
-    assert draws.sequence(many, 60, (0, 1)).tolist() != draws.sequence(many, 60, (0, 2)).tolist()
+    one = draws.sequence(many, 60, (0, 1))
+    other = draws.sequence(many, 60, (0, 2))
+    assert one.tolist() != other.tolist()
 
 
 def test_a_kind_that_is_used_up_begins_anew() -> None:
@@ -119,10 +139,11 @@ def test_a_kind_that_is_used_up_begins_anew() -> None:
 
     drawn = draws.sequence(windows, 60, (0,))
 
-    small = drawn[windows.kind[drawn] == 0].reshape(-1, 3)
+    kinds = windows.kind[drawn]
+    small = drawn[kinds == 0].reshape(-1, 3)
+    large = drawn[kinds == 1]
     assert np.sort(small).tolist() == [[0, 1, 2]] * 10
-    assert len({tuple(each) for each in small.tolist()}) > 1
-    large = drawn[windows.kind[drawn] == 1]
+    assert len(set(map(tuple, small.tolist()))) > 1
     assert len(set(large.tolist())) == 30
 
 
@@ -132,19 +153,27 @@ def test_what_has_no_share_or_no_windows_is_not_drawn() -> None:
     """
     windows = of_kinds([5, 5, 5], [1, 0, 1])
     lacking = Windows(
-        windows.tokens[:10], windows.learn[:10], kind=windows.kind[:10], shares=(0.25, 0.25, 0.5)
+        windows.tokens[:10],
+        windows.learn[:10],
+        kind=windows.kind[:10],
+        shares=(0.25, 0.25, 0.5),
     )
 
-    assert set(windows.kind[draws.sequence(windows, 40, (0,))]) == {0, 2}
-    assert set(windows.kind[draws.some(windows, 40, (0,))]) == {0, 2}
+    in_order = draws.sequence(windows, 40, (0,))
+    some = draws.some(windows, 40, (0,))
     drawn = draws.sequence(lacking, 40, (0,))
-    assert len(drawn) == 40 and set(lacking.kind[drawn]) == {0, 1}
+
+    assert set(windows.kind[in_order]) == {0, 2}
+    assert set(windows.kind[some]) == {0, 2}
+    assert len(drawn) == 40
+    assert set(lacking.kind[drawn]) == {0, 1}
 
 
 def test_windows_of_one_kind_have_no_shares() -> None:
     """Asked for a draw by shares, that is a mistake in the program."""
+    windows = Windows(np.zeros((3, 2), np.int32), np.ones((3, 2), np.float32))
     with pytest.raises(ValueError, match="one kind"):
-        draws.sequence(Windows(np.zeros((3, 2), np.int32), np.ones((3, 2), np.float32)), 2, (0,))
+        draws.sequence(windows, 2, (0,))
 
 
 @pytest.mark.parametrize("counts", [(300, 300, 300, 300), (40, 3, 9, 2), (1, 1, 1, 1)])
@@ -157,9 +186,11 @@ def test_some_windows_never_come_twice(counts: tuple[int, ...]) -> None:
         for count in (1, 7, 64, 5000):
             drawn = draws.some(windows, count, (seed, 1, 1))
 
-            assert len(set(drawn.tolist())) == len(drawn) == min(count, sum(counts))
-            used = np.array([(np.cumsum(windows.kind[drawn] == kind)) for kind in range(4)])
-            until = (used < np.array(counts)[:, None]).all(axis=0).argmin() or len(drawn)
+            assert len(drawn) == min(count, sum(counts))
+            assert len(set(drawn.tolist())) == len(drawn)
+            used = np.array([seen(windows, drawn, kind) for kind in range(4)])
+            all_left = (used < np.array(counts)[:, None]).all(axis=0)
+            until = all_left.argmin() or len(drawn)
             assert furthest(windows, drawn[:until]) <= 1 + 1e-9
 
 
@@ -169,19 +200,23 @@ def test_a_batch_is_a_pure_function_of_its_step() -> None:
     """
     windows = of_kinds([40, 5, 9, 25], BUILT_IN)
 
-    forwards = [draws.batch(windows, 8, step, seed=3).tolist() for step in range(40)]
-    backwards = [draws.batch(windows, 8, step, seed=3).tolist() for step in reversed(range(40))]
+    def batches(steps: Sequence[int], seed: int) -> list[list[int]]:
+        return [draws.batch(windows, 8, step, seed=seed).tolist() for step in steps]
+
+    forwards = batches(range(40), seed=3)
+    backwards = batches(range(39, -1, -1), seed=3)
 
     assert forwards == backwards[::-1]
     whole = np.array(forwards).reshape(-1)
     assert whole.tolist() == draws.sequence(windows, 320, (3,)).tolist()
     assert furthest(windows, whole) <= 1 + 1e-9
-    assert forwards != [draws.batch(windows, 8, step, seed=4).tolist() for step in range(40)]
+    assert forwards != batches(range(40), seed=4)
 
 
 def test_one_kind_is_drawn_as_it_was() -> None:
     """Bit for bit: the permutation of a seed and a use, and `token_windows.order`."""
-    windows = Windows(np.arange(40, dtype=np.int32).reshape(20, 2), np.ones((20, 2), np.float32))
+    tokens = np.arange(40, dtype=np.int32).reshape(20, 2)
+    windows = Windows(tokens, np.ones((20, 2), np.float32))
 
     for key in ((0, 1, 1), (7, 2, 1)):
         wanted = np.random.default_rng(list(key)).permutation(20)[:9]
@@ -191,9 +226,8 @@ def test_one_kind_is_drawn_as_it_was() -> None:
         assert draws.batch(windows, 6, step, 5).tolist() == wanted.tolist()
     again = preparation.calibration(windows, 3, seed=7, use=2)
     at = np.random.default_rng([7, 2, 1]).permutation(20)[:3]
-    assert [window.tolist() for window in again] == [
-        [windows.tokens[number].tolist()] for number in at
-    ]
+    wanted = [[tokens[number].tolist()] for number in at]
+    assert [window.tolist() for window in again] == wanted
 
 
 def test_shares_of_tokens_by_pencil() -> None:
@@ -204,8 +238,11 @@ def test_shares_of_tokens_by_pencil() -> None:
     first = Windows(np.array([[0, 1], [1, 0]], np.int32), learn)
     second = Windows(np.array([[1, 1]], np.int32), learn[:1])
 
-    shares = draws.token_counts(token_windows.of_kinds([first, second], [1, 1]), vocab=3)
-    as_one = draws.token_counts(token_windows.joined([first, second]), vocab=3)
+    halves = token_windows.of_kinds([first, second], [1, 1])
+    one_kind = token_windows.joined([first, second])
+
+    shares = draws.token_counts(halves, vocab=3)
+    as_one = draws.token_counts(one_kind, vocab=3)
 
     assert shares.tolist() == pytest.approx([1 / 4, 3 / 4, 0])
     assert as_one.tolist() == pytest.approx([2 / 6, 4 / 6, 0])
@@ -214,5 +251,10 @@ def test_shares_of_tokens_by_pencil() -> None:
 def test_shares_of_tokens_where_a_kind_has_no_windows() -> None:
     """The others make up the whole."""
     learn = np.ones((1, 2), np.float32)
-    windows = token_windows.of_kinds([Windows(np.array([[0, 1]], np.int32), learn)] * 2, [3, 1])
-    assert draws.token_counts(windows.pick(slice(0, 1)), vocab=2).tolist() == [0.5, 0.5]
+    one = Windows(np.array([[0, 1]], np.int32), learn)
+    windows = token_windows.of_kinds([one, one], [3, 1])
+    without_the_second = windows.pick(slice(0, 1))
+
+    shares = draws.token_counts(without_the_second, vocab=2)
+
+    assert shares.tolist() == [0.5, 0.5]

@@ -26,13 +26,13 @@ def test_a_folder_of_the_users(llama: Checkpoint, text_folder: Path) -> None:
     assert list(data.held_out) == ["held-out"]
     held_out = data.held_out["held-out"]
     assert data.train.tokens.shape[1] == held_out.tokens.shape[1] == 32
-    assert data.train.tokens.dtype == np.int32 and data.train.tokens.max() < 512
+    assert data.train.tokens.dtype == np.int32
+    assert data.train.tokens.max() < 512
     assert len(token_windows.overlap(data.train, held_out)) == 0
     again = preparation.prepare(str(text_folder), load.tokenizer(llama.path), 32)
     assert token_windows.fingerprint(again.train) == token_windows.fingerprint(data.train)
-    assert any(
-        f"{len(data.train.tokens)} training windows of 32 tokens" in note for note in data.notes
-    )
+    sentence = f"{len(data.train.tokens)} training windows of 32 tokens"
+    assert any(sentence in note for note in data.notes)
 
 
 def test_held_out_text_that_is_also_trained_on_is_removed(
@@ -42,13 +42,16 @@ def test_held_out_text_that_is_also_trained_on_is_removed(
     train = (text_folder / "train.jsonl").read_text().splitlines()
     (tmp_path / "train.jsonl").write_text("\n".join(train))
     fresh = (text_folder / "test.jsonl").read_text().splitlines()
-    (tmp_path / "test.jsonl").write_text(
-        "\n".join([*fresh, json.dumps({"text": json.loads(train[3])["text"][100:]})])
-    )
-    data = preparation.prepare(str(tmp_path), load.tokenizer(llama.path), 32)
-    assert len(token_windows.overlap(data.train, data.held_out["held-out"])) == 0
-    alone = preparation.prepare(str(text_folder), load.tokenizer(llama.path), 32)
-    assert abs(len(data.held_out["held-out"].tokens) - len(alone.held_out["held-out"].tokens)) <= 1
+    copied = {"text": json.loads(train[3])["text"][100:]}
+    (tmp_path / "test.jsonl").write_text("\n".join([*fresh, json.dumps(copied)]))
+    tokenizer = load.tokenizer(llama.path)
+    without = preparation.prepare(str(text_folder), tokenizer, 32).held_out["held-out"]
+
+    data = preparation.prepare(str(tmp_path), tokenizer, 32)
+
+    held_out = data.held_out["held-out"]
+    assert len(token_windows.overlap(data.train, held_out)) == 0
+    assert abs(len(held_out.tokens) - len(without.tokens)) <= 1
 
 
 MANUAL, POLISH, WRITTEN, TALK = preparation.SHARES
@@ -86,7 +89,19 @@ def answers_of(path: Path, count: int = 9) -> tuple[Path, list[dict[str, Any]]]:
 
 def shares_of(windows: token_windows.Windows, at: Any) -> list[float]:
     """Of a draw: how much of it each kind is."""
-    return (np.bincount(windows.kind[at], minlength=len(windows.shares)) / len(at)).tolist()
+    counts = np.bincount(windows.kind[at], minlength=len(windows.shares))
+    return (counts / len(at)).tolist()
+
+
+def tokens_of(windows: token_windows.Windows, kind: int) -> list[list[int]]:
+    """The windows of one kind."""
+    return windows.tokens[windows.kind == kind].tolist()
+
+
+def cut(rows: Sequence[Any], tokenizer: Any, length: int) -> list[list[int]]:
+    """The windows of these conversations alone."""
+    ids = token_windows.tokenize(rows, tokenizer)
+    return token_windows.aligned(ids, length).tokens.tolist()
 
 
 def test_built_in_text_without_a_chat_template(llama: Checkpoint) -> None:
@@ -105,9 +120,8 @@ def test_built_in_text_without_a_chat_template(llama: Checkpoint) -> None:
         at = preparation.drawn(data.train, count, seed, use)
         assert shares_of(data.train, at) == pytest.approx(wanted, abs=1 / count)
         windows = preparation.calibration(data.train, count, seed, use)
-        assert [np.array(window)[0].tolist() for window in windows] == data.train.tokens[
-            at
-        ].tolist()
+        found = [np.array(window)[0].tolist() for window in windows]
+        assert found == data.train.tokens[at].tolist()
     visited = np.concatenate([draws.batch(data.train, 2, step, seed=0) for step in range(60)])
     assert shares_of(data.train, visited) == pytest.approx(wanted, abs=1 / 120)
 
@@ -125,7 +139,8 @@ def test_conversations_held_out_are_in_no_training_window(chat: Any, tmp_path: P
 
     rows = preparation.read(preparation.ANSWERS).rows
     assert 0.05 * len(rows) < len(data.talks) < 0.15 * len(rows)
-    trained_ids = " ".join(map(str, data.train.tokens.reshape(-1).tolist()))
+    flat = data.train.tokens.reshape(-1).tolist()
+    trained_ids = " ".join(map(str, flat))
     for ids in token_windows.tokenize(data.talks, chat):
         assert " ".join(map(str, ids[-32:])) not in trained_ids
     assert preparation.prepare(preparation.Source(share=0.0), chat, 256).talks == ()
@@ -147,10 +162,9 @@ def test_with_a_chat_template_much_is_conversations(chat: Any) -> None:
     assert data.train.shares == pytest.approx(tuple(preparation.SHARES.values()))
     assert sum(data.train.shares) == pytest.approx(1.0)
     rows = trained(preparation.read(preparation.ANSWERS).rows)
-    wanted = token_windows.aligned(token_windows.tokenize(rows, chat), 256)
-    talks = data.train.tokens[data.train.kind == 3]
-    assert talks.tolist() == wanted.tokens.tolist()
-    assert chat.decode(talks[0][:8].tolist()).startswith("user\n")
+    talks = tokens_of(data.train, 3)
+    assert talks == cut(rows, chat, 256)
+    assert chat.decode(talks[0][:8]).startswith("user\n")
     assert without.train.shares == pytest.approx((5 / 8, 1 / 8, 2 / 8))
     assert without.train.tokens.tolist() == data.train.tokens[data.train.kind < 3].tolist()
     for name, held_out in data.held_out.items():
@@ -168,8 +182,7 @@ def test_another_teachers_answers_in_any_share(chat: Any, tmp_path: Path) -> Non
     others = 1 - preparation.SHARES[TALK]
     wanted = [0.8 * preparation.SHARES[kind] / others for kind in (MANUAL, POLISH, WRITTEN)]
     assert data.train.shares == pytest.approx([*wanted, 0.2])
-    talks = token_windows.aligned(token_windows.tokenize(trained(rows), chat), 64)
-    assert data.train.tokens[data.train.kind == 3].tolist() == talks.tokens.tolist()
+    assert tokens_of(data.train, 3) == cut(trained(rows), chat, 64)
 
 
 @pytest.mark.parametrize(("share", "wanted"), [(None, 0.44), (0.25, 0.25), (0.95, 0.95)])
@@ -182,18 +195,17 @@ def test_answers_stand_beside_a_folder(
     path, rows = answers_of(tmp_path / "answers.jsonl")
     alone = preparation.prepare(str(text_folder), chat, 64)
 
-    data = preparation.prepare(
-        preparation.Source(str(text_folder), answers=path, share=share), chat, 64
-    )
+    source = preparation.Source(str(text_folder), answers=path, share=share)
+    talks = cut(trained(rows), chat, 64)
+
+    data = preparation.prepare(source, chat, 64)
 
     assert data.train.shares == pytest.approx((1 - wanted, wanted))
-    assert data.train.tokens[data.train.kind == 0].tolist() == alone.train.tokens.tolist()
-    talks = token_windows.aligned(token_windows.tokenize(trained(rows), chat), 64)
-    assert data.train.tokens[data.train.kind == 1].tolist() == talks.tokens.tolist()
+    assert tokens_of(data.train, 0) == alone.train.tokens.tolist()
+    assert tokens_of(data.train, 1) == talks
     at = preparation.drawn(data.train, 12, seed=3)
-    assert shares_of(data.train, at)[1] == pytest.approx(
-        min(wanted, len(talks.tokens) / 12), abs=1 / 12
-    )
+    _, of_talks = shares_of(data.train, at)
+    assert of_talks == pytest.approx(min(wanted, len(talks) / 12), abs=1 / 12)
     held_out = data.held_out["held-out"].tokens
     assert held_out.tolist() == alone.held_out["held-out"].tokens.tolist()
 
@@ -219,10 +231,9 @@ def test_answers_without_a_chat_template_are_left_out(
     """A tokenizer that has no way to say who speaks."""
     path, _ = answers_of(tmp_path / "answers.jsonl")
     tokenizer = load.tokenizer(llama.path)
+    source = preparation.Source(str(text_folder), answers=path, share=0.5)
 
-    data = preparation.prepare(
-        preparation.Source(str(text_folder), answers=path, share=0.5), tokenizer, 64
-    )
+    data = preparation.prepare(source, tokenizer, 64)
 
     assert data.train.kind is None
     assert not preparation.takes_conversations(tokenizer)
@@ -240,16 +251,14 @@ def test_text_and_conversations_of_a_folder_are_two_kinds(
     data = preparation.prepare(str(folder), chat, 64)
 
     alone = preparation.prepare(str(text_folder), chat, 64)
-    talks = token_windows.aligned(token_windows.tokenize(rows, chat), 64)
-    assert data.train.tokens[data.train.kind == 0].tolist() == alone.train.tokens.tolist()
-    assert data.train.tokens[data.train.kind == 1].tolist() == talks.tokens.tolist()
+    text = alone.train.tokens.tolist()
+    talks = cut(rows, chat, 64)
+    assert tokens_of(data.train, 0) == text
+    assert tokens_of(data.train, 1) == talks
     count = len(data.train.tokens)
-    assert data.train.shares == pytest.approx(
-        (len(alone.train.tokens) / count, len(talks.tokens) / count)
-    )
-    assert preparation.has_conversations(str(folder)) and not preparation.has_conversations(
-        str(text_folder)
-    )
+    assert data.train.shares == pytest.approx((len(text) / count, len(talks) / count))
+    assert preparation.has_conversations(str(folder))
+    assert not preparation.has_conversations(str(text_folder))
 
 
 def test_too_little_text_is_a_sentence(tmp_path: Path, llama: Checkpoint) -> None:
@@ -265,11 +274,10 @@ def test_conversations_share_their_instruction_and_stay(tmp_path: Path, chat: An
     too, is one.
     """
     order = (
-        "Say in a few words of your own what the number of this letter stands for, and "
-        "nothing "
-        "more than that: "
+        "Say in a few words of your own what the number of this letter stands for, "
+        "and nothing more than that: "
     )
-    answers = [" ".join(f"{n * k}" for k in range(40, 80)) for n in range(3, 48, 3)]
+    answers = [" ".join(map(str, range(40 * n, 80 * n, n))) for n in range(3, 48, 3)]
     rows = [json.dumps({"prompt": order + str(n), "completion": a}) for n, a in enumerate(answers)]
     for name, some in {"train": rows[:10], "valid": rows[10:], "test": rows[10:]}.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(some))

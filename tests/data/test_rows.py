@@ -64,7 +64,8 @@ def test_a_bad_line_is_skipped_and_named(tmp_path: Path, name: str) -> None:
     reading = rows.read(_file(tmp_path, GOOD + line + b"\n" + GOOD))
     assert reading.rows == ({"text": "Dzień dobry"},) * 2
     (problem,) = reading.problems
-    assert problem.startswith("train.jsonl line 2: ") and reason in problem
+    assert problem.startswith("train.jsonl line 2: ")
+    assert reason in problem
 
 
 def test_only_the_first_faults_are_listed_and_all_are_counted(tmp_path: Path) -> None:

@@ -68,8 +68,11 @@ def test_the_manual_s_test_text_is_not_in_its_training_text() -> None:
     texts = load()
 
     def spans(rows: Sequence[dict[str, Any]]) -> set[str]:
-        flat = [" ".join(text.split()) for text in _texts(rows)]
-        return {text[at : at + 100] for text in flat for at in range(len(text) - 99)}
+        found = set[str]()
+        for text in _texts(rows):
+            flat = " ".join(text.split())
+            found |= {flat[at : at + 100] for at in range(len(flat) - 99)}
+        return found
 
     test = spans(texts.test)
     assert len(test & spans(texts.train)) < 0.01 * len(test)
@@ -113,7 +116,8 @@ def test_missing_splits_are_filled_in(tmp_path: Path) -> None:
     assert "no test split: the 1 rows of valid also serve as test" in texts.notes
     (tmp_path / "valid.jsonl").unlink()
     texts = load(_write(tmp_path, train=[f"row {i}" for i in range(30)], test=["d"]))
-    assert _texts(texts.test) == ["d"] and texts.valid
+    assert _texts(texts.test) == ["d"]
+    assert texts.valid
     assert set(_texts(texts.valid)) | set(_texts(texts.train)) == {f"row {i}" for i in range(30)}
 
 
@@ -135,7 +139,9 @@ def test_two_different_rows_are_enough_to_hold_one_out(tmp_path: Path) -> None:
     0 rows.
     """
     texts = load(_write(tmp_path, train=["a", "a", "b", "b"]))
-    assert texts.train and texts.test and not set(_texts(texts.train)) & set(_texts(texts.test))
+    assert texts.train
+    assert texts.test
+    assert not set(_texts(texts.train)) & set(_texts(texts.test))
     texts = load(_write(tmp_path, train=["a"]))
     assert (len(texts.train), len(texts.valid), len(texts.test)) == (1, 0, 0)
     assert any("0 rows of train are held out" in note for note in texts.notes)

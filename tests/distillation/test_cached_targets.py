@@ -106,7 +106,8 @@ def test_the_store_is_the_same_however_windows_pass(
         llama, lambda: teacher, data=some(), folder=tmp_path, files=DISK, **how
     )
     assert bytes_of(tmp_path) == bytes_of(whole)
-    assert [n for n, _ in seen] == list(range(1, 81)) and seen[-1][1].endswith(" bytes/token")
+    assert [n for n, _ in seen] == list(range(1, 81))
+    assert seen[-1][1].endswith(" bytes/token")
 
 
 def test_what_is_stored_is_drawn_from_the_teacher(llama: Checkpoint, whole: Path) -> None:
@@ -143,9 +144,9 @@ def test_only_visited_windows_need_targets(
     data = some()
     at = live_teacher.visited(data, RECIPE)
     steps = [order(80, 4, step, RECIPE.seed) for step in range(6)]
-    assert (
-        len(at) == 24 and set(at) == {int(w) for s in steps for w in s} and (np.diff(at) > 0).all()
-    )
+    assert len(at) == 24
+    assert set(at) == set(np.concatenate(steps).tolist())
+    assert (np.diff(at) > 0).all()
     picked = Windows(data.tokens[at], data.learn[at])
     source = live_teacher.Cached(write(llama, picked, tmp_path, count=MANY), at)
     live = train(student, live_teacher.StreamedTeacher(llama, None), data)[1]
@@ -173,7 +174,8 @@ def test_steps_take_kinds_of_text_in_their_shares(
 
     assert picked.kind.tolist() == [0] * 12 + [1] * 4
     steps = [draws.batch(data, 4, step, RECIPE.seed) for step in range(6)]
-    assert set(at) == set(np.concatenate(steps)) and (np.diff(at) > 0).all()
+    assert set(at) == set(np.concatenate(steps))
+    assert (np.diff(at) > 0).all()
     live = train(student, live_teacher.StreamedTeacher(llama, None), data)[1]
     assert [s.loss for s in train(student, source, data)[1]] == near(live)
     assert [s.tokens for s in live] == [data.learn[step].sum() for step in steps]
@@ -205,7 +207,8 @@ def test_a_damaged_part_is_made_again_from_the_teacher(
     with pytest.raises(MisError, match=r"part-00001.safetensors is damaged"):
         source.micro_batches([(mx.zeros((1, 16)), mx.zeros((1, 16)))], [np.array([40])])
     store = write(llama, some(), folder, count=20)
-    assert len(store.notes) == 1 and bytes_of(folder) == bytes_of(whole)
+    assert len(store.notes) == 1
+    assert bytes_of(folder) == bytes_of(whole)
 
 
 def test_a_finished_store_does_not_open_its_teacher(llama: Checkpoint, whole: Path) -> None:

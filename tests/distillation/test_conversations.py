@@ -91,13 +91,13 @@ def test_another_teacher_writes_its_own_once(
     first = source(chat, wanted())
 
     said = capsys.readouterr().err
-    assert first.answers is not None and first.answers.is_relative_to("runs/answers")
+    assert first.answers is not None
+    assert first.answers.is_relative_to("runs/answers")
     rows = [json.loads(line) for line in first.answers.read_text("utf-8").splitlines()]
-    assert 0 < len(rows) <= 6 and all(row["messages"][-1]["role"] == "assistant" for row in rows)
-    assert (
-        "the teacher answers 6 prompts first" in said
-        and f"conversations: {len(rows)} of 6 are kept" in said
-    )
+    assert 0 < len(rows) <= 6
+    assert all(row["messages"][-1]["role"] == "assistant" for row in rows)
+    assert "the teacher answers 6 prompts first" in said
+    assert f"conversations: {len(rows)} of 6 are kept" in said
     monkeypatch.setattr(teacher_answers, "write", lambda *_: pytest.fail("written again"))
     assert source(chat, wanted()) == first
     assert f"reusing the teacher's answers in {first.answers}" in capsys.readouterr().err
@@ -147,14 +147,16 @@ def test_data_with_conversations_of_its_own(
 
     assert source(chat, wanted(str(folder))) == preparation.Source(str(folder))
     beside = source(chat, wanted(str(folder), share=0.5), dry_run=True)
-    assert beside.answers is not None and beside.share == 0.5
+    assert beside.answers is not None
+    assert beside.share == 0.5
 
 
 def test_a_dry_run_does_not_look_for_text_that_is_not_written_yet(chat: Checkpoint) -> None:
     """--data teacher names a folder that `synthesize` would make; a real run reads it."""
     planned = source(chat, wanted("runs/text/teacher-0"), dry_run=True)
 
-    assert planned.data == "runs/text/teacher-0" and planned.answers is not None
+    assert planned.data == "runs/text/teacher-0"
+    assert planned.answers is not None
     with pytest.raises(MisError, match="there is no folder runs/text/teacher-0"):
         source(chat, wanted("runs/text/teacher-0"))
 
@@ -193,7 +195,8 @@ def test_what_is_shipped_is_of_these_settings() -> None:
     firsts = {prompt.turns[0] for prompt in prompts.train()}
     for row in preparation.read(preparation.ANSWERS).rows:
         first, *rest = row["messages"]
-        assert first["content"] in firsts and rest[-1]["role"] == "assistant"
+        assert first["content"] in firsts
+        assert rest[-1]["role"] == "assistant"
         said = [
             Answer(message["content"], ended=True)
             for message in rest
@@ -264,13 +267,12 @@ def test_a_table_for_each_language_with_enough_prompts() -> None:
     both = conversations.tables(judged("eeeeeeeepppp", models))
     one = conversations.tables(judged("eeeeeeeeeppp", models))
 
-    assert list(both) == ["English", "Polish"] and list(one) == ["English"]
-    loops = {
-        language: [
-            (row.value, row.n) for row in rows if (row.model, row.metric) == ("student", "loops")
-        ]
-        for language, rows in both.items()
-    }
+    assert list(both) == ["English", "Polish"]
+    assert list(one) == ["English"]
+    loops = {}
+    for language, rows in both.items():
+        chosen = [row for row in rows if (row.model, row.metric) == ("student", "loops")]
+        loops[language] = [(row.value, row.n) for row in chosen]
     assert loops == {"English": [(25.0, 8)], "Polish": [(100.0, 4)]}
 
 
@@ -321,10 +323,8 @@ def test_all_answers_are_kept(tmp_path: Path) -> None:
         2.0,
         3.0,
     )
-    assert (
-        figures["answers_excess_4-bit"] == 2.0
-        and figures["loops_4-bit"] == figures["loops_teacher"] == 50.0
-    )
+    assert figures["answers_excess_4-bit"] == 2.0
+    assert figures["loops_4-bit"] == figures["loops_teacher"] == 50.0
     assert "loops_distilled" not in figures
     json.dumps(figures, allow_nan=False)
 
@@ -346,4 +346,5 @@ def test_a_student_without_a_template_is_not_judged(
             f"{llama.path}: no chat template: its answers are not judged" in capsys.readouterr().err
         )
     found = conversations.judged({"teacher": chat, "distilled": chat, "4-bit": chat}, 2, limit)
-    assert found is not None and [len(said.greedy) for said in found.said.values()] == [2, 0, 2]
+    assert found is not None
+    assert [len(said.greedy) for said in found.said.values()] == [2, 0, 2]

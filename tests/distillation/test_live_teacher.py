@@ -114,7 +114,8 @@ def test_a_head_that_both_have_is_read_once(
         found.append(mx.value_and_grad(kl)(student, head, learn, hidden))
     half = len(found) // 2
     for (loss, slope), (other, others) in zip(found[:half], found[half:], strict=True):
-        assert float(loss) == pytest.approx(float(other), rel=near(0.0, 1e-3)) and float(loss) > 0
+        assert float(loss) == pytest.approx(float(other), rel=near(0.0, 1e-3))
+        assert float(loss) > 0
         assert mx.allclose(slope, others, rtol=near(0.0, 0.05), atol=near(0.0, 1e-3))
 
 
@@ -124,7 +125,8 @@ def test_streaming_does_not_change_the_student(
     """Three steps with either teacher: the same losses and weights to the last bit."""
     a, steps_a = distil(llama, student, data)
     b, steps_b = distil(llama, student, data, resident=False)
-    assert [s.loss for s in steps_a] == [s.loss for s in steps_b] and furthest(a, b) == 0.0
+    assert [s.loss for s in steps_a] == [s.loss for s in steps_b]
+    assert furthest(a, b) == 0.0
 
 
 @pytest.mark.usefixtures("cpu_policy")
@@ -146,9 +148,8 @@ def test_lanes_do_not_change_the_student(
     monkeypatch.setenv(policy.POLICY, "cpu")
     monkeypatch.setattr(lanes, "count", lambda: 2)
     _, (two,) = distil(llama, student, data, recipe)
-    assert two.loss == pytest.approx(one.loss, rel=1e-5) and two.grad_norm == pytest.approx(
-        one.grad_norm, rel=1e-5
-    )
+    assert two.loss == pytest.approx(one.loss, rel=1e-5)
+    assert two.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -201,5 +202,6 @@ def test_micro_batches_line_up(llama: Checkpoint) -> None:
     learn = mx.array([[1.0] * 7 + [0.0], [0.0] * 8])
     teacher = live_teacher.StreamedTeacher(llama, None)
     ((got, mask, hidden),) = teacher.micro_batches([(tokens, learn)])
-    assert mx.array_equal(got, tokens) and mask.tolist() == [1.0] * 7 + [0.0] * 9
+    assert mx.array_equal(got, tokens)
+    assert mask.tolist() == [1.0] * 7 + [0.0] * 9
     assert mx.array_equal(hidden, teacher.hidden([tokens])[0].reshape(16, 64))

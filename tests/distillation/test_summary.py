@@ -19,13 +19,12 @@ def test_worse_than_pruned_is_said(distilled: float, worse: list[str], llama: Ch
     models = dict.fromkeys(("teacher", "pruned", "distilled"), llama)
     sizes = [Row(name, "params", 1.0) for name in models]
     quality = {"English": (2.0, 4.0, 2.5), "Polish": (2.0, 3.5, distilled)}
-    rows = {
-        text: [
-            Row(model=m, metric="nll", value=v, low=0.1, high=0.1, n=3)
-            for m, v in zip(models, losses, strict=True)
+    rows = {}
+    for text, losses in quality.items():
+        rows[text] = [
+            Row(model=name, metric="nll", value=loss, low=0.1, high=0.1, n=3)
+            for name, loss in zip(models, losses, strict=True)
         ]
-        for text, losses in quality.items()
-    }
     page = summary.page(models, sizes, rows, 32)
     said = [text for text in quality if f"On {text} distillation made the student worse" in page]
     assert said == worse and ("3.900 nats/token, after 3.500" in page) == bool(worse)
@@ -64,7 +63,8 @@ def test_the_page_begins_with_what_the_students_answer(
         line for line in lines if line.startswith("| own answers that repeat themselves")
     )
     cells = [cell.strip().split(" ")[0] for cell in loops_row.strip("|").split("|")]
-    assert cells[1] == "0" and cells[4] == f"{100 * loops / 8:.0f}"
+    assert cells[1] == "0"
+    assert cells[4] == f"{100 * loops / 8:.0f}"
     assert cells[2] == cells[3] != "0"  # of these nobody asked
 
 
@@ -73,13 +73,14 @@ def test_what_was_won_and_lost_is_one_sentence(llama: Checkpoint) -> None:
     teacher's.
     """
     models = dict.fromkeys(("teacher", "pruned", "distilled", "4-bit"), llama)
-    figures = {"params": (150.0, 100.0, 100.0, 100.0), "bytes": (300.0, 200.0, 200.0, 60.0),
-               "decode_tps": (10.0, 15.0, 15.0, 30.0)}  # fmt: skip
-    sizes = [
-        Row(n, metric, v)
-        for metric, values in figures.items()
-        for n, v in zip(models, values, strict=True)
-    ]
+    figures = {
+        "params": (150.0, 100.0, 100.0, 100.0),
+        "bytes": (300.0, 200.0, 200.0, 60.0),
+        "decode_tps": (10.0, 15.0, 15.0, 30.0),
+    }
+    sizes = []
+    for metric, values in figures.items():
+        sizes += [Row(name, metric, value) for name, value in zip(models, values, strict=True)]
     rows = {
         "English": [Row(n, "bpb", v) for n, v in zip(models, (1.0, 1.5, 1.1, 1.14), strict=True)]
     }
@@ -110,7 +111,8 @@ def test_lines_to_paste_name_programs_and_folders_that_shells_take(
         ["mis_mlx", "export"],
         ["mis_mlx", "report"],
     ]
-    assert lines[2][4] == "my run" and lines[1][5] == "my run/model"
+    assert lines[2][4] == "my run"
+    assert lines[1][5] == "my run/model"
     assert all(Path(line[0]).samefile(sys.executable) for line in lines)
 
 

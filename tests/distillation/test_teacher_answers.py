@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +94,8 @@ def test_what_is_kept_is_what_says_something(
 
     kept = teacher_answers.write(chat, replace(HOW, prompts=one_turn), out, memory.budget(None))
 
-    good = [
-        (prompt, text) for prompt, answer in said if (text := teacher_answers.kept_text(answer))
-    ]
+    texts = [(prompt, teacher_answers.kept_text(answer)) for prompt, answer in said]
+    good = [(prompt, text) for prompt, text in texts if text]
     assert 0 < kept == len(good) <= len(said) == len(one_turn)
     wanted = [[*prompt.messages, {"role": "assistant", "content": text}] for prompt, text in good]
     assert [row["messages"] for row in rows_of(out)] == wanted
@@ -133,19 +133,16 @@ def test_a_killed_run_goes_on(
         watched(patch, stop_after=batches)
         teacher_answers.write(chat, HOW, out, limit)
     part = tmp_path / ".answers.jsonl.part"
-    assert part.exists() and not out.exists()
+    assert part.exists()
+    assert not out.exists()
     with part.open("a") as file:
         file.write('{"start": 9, "ro')
     seen = watched(monkeypatch)
 
     teacher_answers.write(chat, HOW, out, limit)
 
-    firsts = [
-        prompt.messages[0]["content"]
-        for batch in seen
-        for prompt in batch
-        if len(prompt.messages) == 1
-    ]
+    openings = [prompt for prompt in chain.from_iterable(seen) if len(prompt.messages) == 1]
+    firsts = [prompt.messages[0]["content"] for prompt in openings]
     assert firsts == [prompt.turns[0] for prompt in ASKED[3 * batches :]]
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not part.exists()
@@ -171,7 +168,7 @@ def test_what_was_begun_otherwise_begins_anew(
         with monkeypatch.context() as patch:
             seen = watched(patch)
             teacher_answers.write(teacher, how, out, limit)
-        firsts = [prompt for batch in seen for prompt in batch if len(prompt.messages) == 1]
+        firsts = [prompt for prompt in chain.from_iterable(seen) if len(prompt.messages) == 1]
         assert len(firsts) == len(how.prompts)
 
 
@@ -228,7 +225,8 @@ def test_a_second_turn_follows_the_teachers_own_first_answer(
         chat, replace(HOW, prompts=TWO_TURNS), tmp_path / "a.jsonl", memory.budget(None)
     )
 
-    assert kept == 3 and len(seen) == 2
+    assert kept == 3
+    assert len(seen) == 2
     cat, fox, cow = (row["messages"] for row in rows_of(tmp_path / "a.jsonl"))
     assert [message["content"] for message in cat] == [
         "What is a cat?",
@@ -259,7 +257,7 @@ def test_second_turns_of_a_real_teacher(
     )
 
     rows = [row["messages"] for row in rows_of(tmp_path / "a.jsonl")]
-    asked = [list(prompt.messages) for batch in seen for prompt in batch]
+    asked = [list(prompt.messages) for prompt in chain.from_iterable(seen)]
     assert {len(row) for row in rows} == {2, 4, 6}
     for row in rows:
         assert all(row[:end] in asked for end in range(1, len(row), 2))
@@ -293,10 +291,13 @@ def test_within_the_budget_or_a_sentence(chat: Checkpoint, monkeypatch: pytest.M
     one_turn = [replace_turns(prompt) for prompt in TWO_TURNS * 2]
     single = teacher_answers.plan(m, replace(HOW, prompts=one_turn), Budget(4000 * MIB))
 
-    assert much.at_once == 64 and much.room_bytes is None and 0 < much.peak_bytes < 4000 * MIB
+    assert much.at_once == 64
+    assert much.room_bytes is None
+    assert 0 < much.peak_bytes < 4000 * MIB
     assert turns.cost.flops == pytest.approx(2 * single.cost.flops)
     less = teacher_answers.plan(m, HOW, Budget(45 * MIB))
-    assert less.at_once < 64 and less.peak_bytes < much.peak_bytes
+    assert less.at_once < 64
+    assert less.peak_bytes < much.peak_bytes
     with pytest.raises(MisError, match="the budget is 1 MiB: give --budget"):
         teacher_answers.plan(m, HOW, Budget(MIB))
 

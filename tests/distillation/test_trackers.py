@@ -16,9 +16,8 @@ from tests.conftest import Done, sentence
 def test_nobody_to_tell(tmp_path: Path) -> None:
     """No name, no reporter, and mlx-lm is not even imported."""
     summary.trackers(None)
-    assert (
-        summary.reporter(None, tmp_path, {}) is None and summary.reporter("", tmp_path, {}) is None
-    )
+    assert summary.reporter(None, tmp_path, {}) is None
+    assert summary.reporter("", tmp_path, {}) is None
 
 
 def test_unknown_and_missing_are_sentences(
@@ -64,6 +63,9 @@ def test_tensorboard_gets_mlx_lms_keys(tmp_path: Path) -> None:
             event = Event.FromString(raw[at + 12 : at + 12 + size])
             found |= {(event.step, v.tag): v.simple_value for v in event.summary.value}
             at += 16 + size
-    assert found[1, "train_loss"] == 2.5 and found[2, "train_loss"] == 2.25
-    assert found[2, "tokens_per_second"] == 250.0 and found[2, "trained_tokens"] == 1000.0
-    assert found[1, "peak_memory"] == 3.0 and found[1, "iterations_per_second"] == 0.5
+    assert found[1, "train_loss"] == 2.5
+    assert found[2, "train_loss"] == 2.25
+    assert found[2, "tokens_per_second"] == 250.0
+    assert found[2, "trained_tokens"] == 1000.0
+    assert found[1, "peak_memory"] == 3.0
+    assert found[1, "iterations_per_second"] == 0.5

@@ -57,15 +57,15 @@ def test_answers_are_kept_and_used(llama: Checkpoint) -> None:
     assert answering.plan(llama, sha256, task, limit) is not None
     first = answering.scores(llama, sha256, task, limit)
     kept = likelihoods(llama, task)
-    right = [float(np.argmax(ll) == q.right) for ll, q in zip(kept, task.questions, strict=True)]
-    assert first.tolist() == right and 0 < sum(right) < 30
+    pairs = zip(kept, task.questions, strict=True)
+    right = [float(np.argmax(ll) == question.right) for ll, question in pairs]
+    assert first.tolist() == right
+    assert 0 < sum(right) < 30
     assert answering.plan(llama, sha256, task, limit) is None
     path = answering.kept(sha256, task.sha256)
     before = path.read_bytes()
-    assert (
-        answering.scores(llama, sha256, task, limit).tolist() == right
-        and path.read_bytes() == before
-    )
+    assert answering.scores(llama, sha256, task, limit).tolist() == right
+    assert path.read_bytes() == before
     odd = {"n": 0, "text": "one\u2028two\x85three"}  # U+2028 ends a line for Python, not for JSON
     path.write_text(json.dumps(odd, ensure_ascii=False) + "\n", "utf-8")
     assert answering.read(path) == {0: odd}
@@ -98,8 +98,12 @@ def test_a_small_budget_gives_the_same_marks(llama: Checkpoint) -> None:
     sha256 = answering.sha256(llama)
     little = Budget(int(7.77 * MIB))
     much = Budget(1000 * MIB)
-    poor, rich = (answering.plan(llama, sha256, task, limit) for limit in (little, much))
-    assert poor and rich and poor.peak_bytes <= 8 * MIB and poor.pinned == 0 < rich.pinned
+    poor = answering.plan(llama, sha256, task, little)
+    rich = answering.plan(llama, sha256, task, much)
+    assert poor
+    assert rich
+    assert poor.peak_bytes <= 8 * MIB
+    assert poor.pinned == 0 < rich.pinned
     assert poor.read_bytes > 5 * rich.read_bytes == 5 * llama.nbytes
     marks = answering.scores(llama, sha256, task, little)
     exact = likelihoods(llama, task)
@@ -136,11 +140,11 @@ def test_options_of_unlike_length_are_compared_per_character(llama: Checkpoint) 
     task = quiz(30, per_character=True)
     found = answering.scores(llama, "0" * 64, task, memory.budget(None))
     kept = answering.read(answering.kept("0" * 64, task.sha256))
-    for n, q in enumerate(task.questions):
-        per = [
-            ll / len(option.strip()) for ll, option in zip(kept[n]["ll"], q.options, strict=True)
-        ]
-        assert found[n] == (int(np.argmax(per)) == q.right)
+    for n, question in enumerate(task.questions):
+        characters = np.array([len(option.strip()) for option in question.options])
+        per_character = np.array(kept[n]["ll"]) / characters
+        likeliest = int(np.argmax(per_character))
+        assert found[n] == (likeliest == question.right)
 
 
 def test_a_uniform_model_takes_the_option_of_fewest_tokens(llama: Checkpoint) -> None:
@@ -152,26 +156,23 @@ def test_a_uniform_model_takes_the_option_of_fewest_tokens(llama: Checkpoint) ->
         ("the", ("if if", "if"), 0),
         ("the", ("if", "is", "if if"), 0),
     ]
-    made = tuple(
-        questions.Question(c, f" {o[r]}", tuple(f" {w}" for w in o), r) for c, o, r in asked
-    )
-    found = answering.uniform(llama, questions.Task("t", "choice", made, ""))
-    assert found is not None and found.tolist() == [1.0, 0.0, 0.5]
+    made = []
+    for context, words, right in asked:
+        options = tuple(f" {word}" for word in words)
+        made.append(questions.Question(context, options[right], options, right))
+    found = answering.uniform(llama, questions.Task("t", "choice", tuple(made), ""))
+    assert found is not None
+    assert found.tolist() == [1.0, 0.0, 0.5]
     vocabulary = json.loads((llama.path / "tokenizer.json").read_text())["model"]["vocab"]
-    word = max(
-        (token[1:] for token in vocabulary if token[0] == "Ġ" and token[1:].isalpha()), key=len
-    )
+    begins_with_space = [token[1:] for token in vocabulary if token[0] == "Ġ"]
+    word = max(filter(str.isalpha, begins_with_space), key=len)
     long = questions.Question("the", f" {word}", (" if", f" {word}"), 1)
-    by_letter = answering.uniform(
-        llama, questions.Task("t", "choice", (long,), "", per_character=True)
-    )
-    assert by_letter is not None and by_letter.tolist() == [1.0]
-    assert (
-        answering.uniform(
-            llama, questions.Task("t", "checked", (questions.Question("1?", "1"),), "")
-        )
-        is None
-    )
+    per_character = questions.Task("t", "choice", (long,), "", per_character=True)
+    by_letter = answering.uniform(llama, per_character)
+    assert by_letter is not None
+    assert by_letter.tolist() == [1.0]
+    checked = questions.Task("t", "checked", (questions.Question("1?", "1"),), "")
+    assert answering.uniform(llama, checked) is None
 
 
 def test_a_question_too_long_is_named_before_any_is_asked(llama: Checkpoint) -> None:
@@ -194,20 +195,24 @@ def test_written_answers_are_judged_by_their_last_line(llama: Checkpoint) -> Non
     marks = answering.scores(llama, "0" * 64, task, memory.budget(None))
     assert marks.tolist() == [0, 0, 0]
     kept = answering.read(answering.kept("0" * 64, task.sha256))
-    assert len({row["text"] for row in kept.values()}) == 1 and kept[0]["text"]
+    assert len({row["text"] for row in kept.values()}) == 1
+    assert kept[0]["text"]
 
 
 def test_the_same_is_written_where_the_model_does_not_fit(llama: Checkpoint) -> None:
     """Token by token from disk instead of many answers at once in memory."""
-    rows = [
-        {"prompt": "if the loop is true " * 60 + name, "answer": "4"} for name in ("Ala", "Ola")
-    ]
+    prompt = "if the loop is true " * 60
+    rows = [{"prompt": prompt + name, "answer": "4"} for name in ("Ala", "Ola")]
     task = replace(questions.task("written", rows, ""), max_tokens=6)
-    poor, rich = (answering.plan(llama, "0" * 64, task, Budget(mib * MIB)) for mib in (8, 1000))
-    assert poor and rich and poor.peak_bytes <= 8 * MIB < rich.peak_bytes
+    poor = answering.plan(llama, "0" * 64, task, Budget(8 * MIB))
+    rich = answering.plan(llama, "0" * 64, task, Budget(1000 * MIB))
+    assert poor
+    assert rich
+    assert poor.peak_bytes <= 8 * MIB < rich.peak_bytes
     said = []
     for mib in (8, 1000):
         answering.scores(llama, "0" * 64, task, Budget(mib * MIB))
         said.append(answering.read(answering.kept("0" * 64, task.sha256)))
         answering.kept("0" * 64, task.sha256).unlink()
-    assert said[0] == said[1] and said[0][0]["text"]
+    assert said[0] == said[1]
+    assert said[0][0]["text"]

@@ -96,8 +96,7 @@ def test_a_loop_by_hand() -> None:
     assert answer_figures.loops("yes " * 21)
     sentence = (
         "A bicycle has two wheels, a frame, a saddle and handlebars; you sit on it, push the "
-        "pedals, "
-        "and the chain turns the rear wheel, which moves you forward along the road."
+        "pedals, and the chain turns the rear wheel, which moves you forward along the road."
     )
     assert not answer_figures.loops(sentence)
     assert not answer_figures.loops("")
@@ -139,9 +138,11 @@ def test_prompts_are_read_and_spread_evenly(tmp_path: Path) -> None:
         "Pytanie 4",
         "Pytanie 8",
     ]
-    assert len(everything) == 9 and (three[0].kind, three[0].language) == ("list", "pl")
+    assert len(everything) == 9
+    assert (three[0].kind, three[0].language) == ("list", "pl")
     assert len({prompt.sha256 for prompt in everything}) == 9
-    rows[1]["messages"] = [*rows[1]["messages"], {"role": "assistant", "content": "Tak."}]  # type: ignore[misc]
+    answered = {"role": "assistant", "content": "Tak."}
+    rows[1]["messages"] = [*rows[1]["messages"], answered]  # type: ignore[misc]
     rows[3]["language"] = "de"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(
@@ -153,7 +154,8 @@ def test_prompts_are_read_and_spread_evenly(tmp_path: Path) -> None:
 def test_our_prompts_are_read() -> None:
     """At least 120, none twice, in both languages."""
     found = answers.prompts(10_000)
-    assert len(found) >= 120 and len({prompt.sha256 for prompt in found}) == len(found)
+    assert len(found) >= 120
+    assert len({prompt.sha256 for prompt in found}) == len(found)
     assert {prompt.language for prompt in found} == {"en", "pl"}
 
 
@@ -189,7 +191,8 @@ def test_these_ids_are_those_that_training_learns(chat: Checkpoint) -> None:
     )
 
     assert [*before, *own] == ids[: last + 1]
-    assert learn[len(before) : last + 1] == [1] * len(own) and learn[len(before) - 1] == 0
+    assert learn[len(before) : last + 1] == [1] * len(own)
+    assert learn[len(before) - 1] == 0
 
 
 def test_an_answer_that_was_cut_off_has_no_end(chat: Checkpoint) -> None:
@@ -212,13 +215,16 @@ def test_an_answer_that_was_cut_off_has_no_end(chat: Checkpoint) -> None:
     ]
     end = plain_log_probabilities(chat, ids, 1)
     assert both.nats[0] - both.nats[1] == pytest.approx(-end[0], abs=near(1e-4, 5e-2))
-    assert found.nbytes.tolist() == [11, 11] and both.nbytes.tolist() == [5, 5]
+    assert found.nbytes.tolist() == [11, 11]
+    assert both.nbytes.tolist() == [5, 5]
 
 
 def test_an_empty_answer_is_its_end(chat: Checkpoint) -> None:
     """One token's nats where it ended; nothing at all where it did not."""
     found = answers.bits(chat, fixed(Answer("", ended=True), Answer("", ended=False)))
-    assert found.nats[0] > 0 and found.nats[1] == 0 and found.nbytes.tolist() == [0, 0]
+    assert found.nats[0] > 0
+    assert found.nats[1] == 0
+    assert found.nbytes.tolist() == [0, 0]
     assert [row.metric for row in answer_figures.rows_of("m", found)] == []
     assert math.isnan(answers.teacher_logprob(chat, THREE[:1], [Answer("", ended=False)]))
 
@@ -231,9 +237,8 @@ def test_the_head_in_parts_is_the_head(chat: Checkpoint, monkeypatch: pytest.Mon
     parts = answer_likelihood.of_last_tokens(chat, texts, [5, 1])
     for one, other in zip(whole, parts, strict=True):
         np.testing.assert_allclose(one, other, atol=near(1e-5, 1e-2))
-    assert [len(values) for values in parts] == [5, 1] and len(
-        answers.log_probabilities(chat, [], [])
-    ) == 0
+    assert [len(values) for values in parts] == [5, 1]
+    assert len(answers.log_probabilities(chat, [], [])) == 0
 
 
 def test_each_model_reads_with_its_own_tokenizer(chat: Checkpoint, tmp_path: Path) -> None:
@@ -338,10 +343,8 @@ def test_answers_do_not_depend_on_the_batch(
 
     apart = answers.teacher_answers(chat, THREE[::-1], memory.budget(None))
 
-    assert (
-        apart.sampled[::-1] == together.sampled
-        and len({answer.text for answer in apart.sampled}) == 3
-    )
+    assert apart.sampled[::-1] == together.sampled
+    assert len({answer.text for answer in apart.sampled}) == 3
 
 
 def asked_again(monkeypatch: pytest.MonkeyPatch) -> list[list[Prompt]]:
@@ -370,7 +373,8 @@ def test_a_stopped_run_goes_on(chat: Checkpoint, monkeypatch: pytest.MonkeyPatch
     again = answers.teacher_answers(chat, THREE, limit)
     third = answers.teacher_answers(chat, [*THREE, THREE[0]], limit)
 
-    assert len(lines) == 6 and again == whole  # three written, three measured
+    assert len(lines) == 6
+    assert again == whole
     assert seen == [THREE[1:]]
     assert set(answer_records.read_pairs(path)) == {prompt.sha256 for prompt in THREE}
     assert third.sampled == [*whole.sampled, whole.sampled[0]]
@@ -396,8 +400,10 @@ def test_shipped_answers_are_used_for_their_own_teacher(
     seen = asked_again(monkeypatch)
 
     from_shipped = answers.teacher_answers(copy, THREE[:2], limit, shipped)
-    assert from_shipped == whole and seen == []
-    assert answers.shipped_for(copy, shipped) and not answers.shipped_for(other, shipped)
+    assert from_shipped == whole
+    assert seen == []
+    assert answers.shipped_for(copy, shipped)
+    assert not answers.shipped_for(other, shipped)
     assert not answers.shipped_for(copy, tmp_path / "none.jsonl")
     answers.teacher_answers(copy, THREE, limit, shipped)
     assert seen == [THREE[2:]]
@@ -408,8 +414,10 @@ def test_shipped_answers_are_used_for_their_own_teacher(
     answers.teacher_answers(copy, THREE[:2], limit, shipped)
     assert seen.pop() == THREE[:2]
     header, *rows = [json.loads(line) for line in shipped.read_text("utf-8").splitlines()]
-    assert set(header) == {"teacher", "settings"} and len(rows) == 2
-    assert rows[0]["prompt_sha256"] == THREE[0].sha256 and set(rows[0]["greedy"]) == {
+    assert set(header) == {"teacher", "settings"}
+    assert len(rows) == 2
+    assert rows[0]["prompt_sha256"] == THREE[0].sha256
+    assert set(rows[0]["greedy"]) == {
         "text",
         "ended",
     }
@@ -425,9 +433,9 @@ def test_what_is_shipped_unmeasured_is_measured_once(
     shipped = tmp_path / "shipped.jsonl"
     whole = answers.ship(chat, THREE, limit, shipped)
     header, *records = [json.loads(line) for line in shipped.read_text("utf-8").splitlines()]
-    bare = [
-        {key: record[key] for key in ("prompt_sha256", "sampled", "greedy")} for record in records
-    ]
+    bare = []
+    for record in records:
+        bare.append({key: record[key] for key in ("prompt_sha256", "sampled", "greedy")})
     shipped.write_text("".join(json.dumps(row) + "\n" for row in (header, *bare)))
     shutil.rmtree(cache)
     seen = asked_again(monkeypatch)
@@ -438,7 +446,9 @@ def test_what_is_shipped_unmeasured_is_measured_once(
     )
     kept = answers.teacher_answers(chat, THREE, limit, shipped)
 
-    assert measured == whole and kept == whole and seen == []
+    assert measured == whole
+    assert kept == whole
+    assert seen == []
     assert all(pair.nats and pair.greedy_nats > 0 and pair.greedy_tokens > 0 for pair in kept.pairs)
 
 
@@ -458,14 +468,17 @@ def test_silent_students_are_judged_by_the_teachers_answers_alone(
     some = answers.judged(models, THREE, limit, silent=["distilled"])
     everybody = answers.judged(models, THREE, limit)
 
-    assert some is not None and everybody is not None
-    assert some.greedy["distilled"] == [] and len(some.greedy["4-bit"]) == 3
+    assert some is not None
+    assert everybody is not None
+    assert some.greedy["distilled"] == []
+    assert len(some.greedy["4-bit"]) == 3
     metrics = [(row.model, row.metric) for row in some.rows]
     assert [metric for name, metric in metrics if name == "distilled"] == [
         "answers",
         "answers_excess",
     ]
-    assert ("4-bit", "loops") in metrics and ("teacher", "loops") in metrics
+    assert ("4-bit", "loops") in metrics
+    assert ("teacher", "loops") in metrics
     shared = [row for row in everybody.rows if (row.model, row.metric) in metrics]
     assert some.rows == shared
 
@@ -480,14 +493,16 @@ def test_the_teacher_is_known_by_what_is_kept() -> None:
 
     teacher = TeacherAnswers(THREE[:2], pairs)
 
-    assert teacher.said.bits.nats.tolist() == [3.0, 5.0] and teacher.said.bits.nbytes.tolist() == [
+    assert teacher.said.bits.nats.tolist() == [3.0, 5.0]
+    assert teacher.said.bits.nbytes.tolist() == [
         4,
         4,
     ]
     assert teacher.said.logprob == pytest.approx(-4 / 6)
     assert teacher.said.greedy == teacher.sampled == teacher.greedy == said
     second = teacher.part([1])
-    assert second.prompts == THREE[1:2] and second.said.logprob == pytest.approx(-1.0)
+    assert second.prompts == THREE[1:2]
+    assert second.said.logprob == pytest.approx(-1.0)
 
 
 def test_a_model_without_a_template_is_not_judged(llama: Checkpoint, chat: Checkpoint) -> None:
@@ -495,7 +510,8 @@ def test_a_model_without_a_template_is_not_judged(llama: Checkpoint, chat: Check
     limit = memory.budget(None)
     assert answers.judged({"teacher": llama, "student": chat}, THREE, limit) is None
     found = answers.judged({"teacher": chat, "student": llama}, THREE, limit)
-    assert found is not None and {row.model for row in found.rows} == {"teacher"}
+    assert found is not None
+    assert {row.model for row in found.rows} == {"teacher"}
     for ask in (
         lambda: answers.greedy(llama, THREE, limit),
         lambda: answers.bits(llama, fixed(Answer("If", ended=True))),
@@ -516,7 +532,8 @@ def test_a_prompt_that_one_template_refuses_is_left_out_for_all(
         {"teacher": chat, "student": strict}, [THREE[0], LATER, long], memory.budget(None)
     )
 
-    assert found is not None and found.answers.prompts == [THREE[0]]
+    assert found is not None
+    assert found.answers.prompts == [THREE[0]]
     assert "2 of 3 prompts are left out" in capsys.readouterr().err
     with pytest.raises(
         MisError, match=r"refuses the prompt 'Why\?' \(one turn only\): leave it out"
@@ -533,7 +550,8 @@ def test_a_student_is_judged_beside_its_teacher(chat: Checkpoint, tmp_path: Path
 
     found = answers.judged(models, [*THREE, LATER], memory.budget(None))
 
-    assert found is not None and set(found.greedy) == set(models)
+    assert found is not None
+    assert set(found.greedy) == set(models)
     value = {(row.model, row.metric): row for row in found.rows}
     excess = value["copy", "answers_excess"]
     assert (excess.value, excess.low, excess.high) == (0, 0, 0)
@@ -559,9 +577,11 @@ def test_a_part_of_a_judgement_is_one_of_these_prompts(chat: Checkpoint, tmp_pat
     whole = answers.judged(models, [*THREE, LATER], limit)
     alone = answers.judged(models, [THREE[1], LATER], limit)
 
-    assert whole is not None and alone is not None
+    assert whole is not None
+    assert alone is not None
     part = whole.part([1, 3])
-    assert part.answers.prompts == alone.answers.prompts and part.greedy == alone.greedy
+    assert part.answers.prompts == alone.answers.prompts
+    assert part.greedy == alone.greedy
     assert part.answers.sampled == alone.answers.sampled
     for one, wanted in zip(part.rows, alone.rows, strict=True):
         assert (one.model, one.metric, one.n) == (wanted.model, wanted.metric, wanted.n)
@@ -587,9 +607,8 @@ def test_rows_by_pencil() -> None:
     }
 
     assert (found["answers"].value, found["answers"].n) == (pytest.approx(2.0), 2)
-    assert found["answers"].low == pytest.approx(1.5) and found["answers"].high == pytest.approx(
-        2.5
-    )
+    assert found["answers"].low == pytest.approx(1.5)
+    assert found["answers"].high == pytest.approx(2.5)
     assert found["answers_excess"].value == pytest.approx(1.0)
     # the same for both prompts: no doubt is left
     assert found["answers_excess"].low == pytest.approx(1.0)
@@ -611,8 +630,11 @@ def test_planned_before_anything_is_asked(tmp_path: Path) -> None:
     two = writing.answers([m, m, m], 8, much)
     kept = writing.answers([m, m], 8, much, teacher_kept=True)
     poor = writing.answers([m, m], 8, Budget(20 * MIB))
-    assert one.flops < two.flops and kept.flops < one.flops and kept.peak_bytes <= one.peak_bytes
-    assert one.seconds(estimates.machine_rates()) > 0 and poor.read_bytes > 100 * one.read_bytes
+    assert one.flops < two.flops
+    assert kept.flops < one.flops
+    assert kept.peak_bytes <= one.peak_bytes
+    assert one.seconds(estimates.machine_rates()) > 0
+    assert poor.read_bytes > 100 * one.read_bytes
     assert poor.peak_bytes < 20 * MIB
     with pytest.raises(MisError, match="the budget is 1 MiB: give --budget"):
         writing.answers([m], 8, Budget(MIB))

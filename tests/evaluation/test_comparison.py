@@ -32,12 +32,9 @@ def held_out() -> Windows:
 
 def log_p(checkpoint: Checkpoint, tokens: np.ndarray) -> np.ndarray:
     """Log-probabilities (T - 1, V) of the resident model, float64."""
-    z = np.array(load.resident(checkpoint, mx.float32)(mx.array(tokens[None]))[0, :-1], np.float64)
-    return (
-        z
-        - z.max(-1, keepdims=True)
-        - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True))
-    )
+    model = load.resident(checkpoint, mx.float32)
+    logits = np.array(model(mx.array(tokens[None]))[0, :-1], np.float64)
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
 
 
 @pytest.mark.usefixtures("cpu_policy")
@@ -45,38 +42,31 @@ def test_against_float64(tmp_path: Path, llama: Checkpoint, held_out: Windows) -
     """Per window, masked positions left out: nll, KL(teacher || student), same top token (1e-5)."""
     other = load.open_checkpoint(tiny.make(tmp_path / "other", seed=1))
     found = comparison.compare({"teacher": llama, "student": other}, held_out)
+
     for w in range(5):
-        t = log_p(llama, held_out.tokens[w])
-        s = log_p(other, held_out.tokens[w])
+        teacher = log_p(llama, held_out.tokens[w])
+        student = log_p(other, held_out.tokens[w])
         learn = held_out.learn[w][:-1]
-        next_token = held_out.tokens[w][1:]
-        n = learn.sum()
-        at = np.arange(39)
-        assert found["teacher", "nll"][w] == pytest.approx(
-            (-t[at, next_token] * learn).sum() / n, abs=1e-5
-        )
-        assert found["student", "nll"][w] == pytest.approx(
-            (-s[at, next_token] * learn).sum() / n, abs=1e-5
-        )
-        assert found["student", "kl"][w] == pytest.approx(
-            ((np.exp(t) * (t - s)).sum(-1) * learn).sum() / n, abs=1e-5
-        )
-        assert found["student", "top1"][w] == pytest.approx(
-            ((t.argmax(-1) == s.argmax(-1)) * learn).sum() / n
-        )
-    assert set(found) == {
-        ("teacher", "nll"),
-        ("student", "nll"),
-        ("student", "kl"),
-        ("student", "top1"),
-    }
+        at = (np.arange(39), held_out.tokens[w][1:])
+        kl = (np.exp(teacher) * (teacher - student)).sum(-1)
+        same = teacher.argmax(-1) == student.argmax(-1)
+        wanted = {
+            ("teacher", "nll"): np.average(-teacher[at], weights=learn),
+            ("student", "nll"): np.average(-student[at], weights=learn),
+            ("student", "kl"): np.average(kl, weights=learn),
+            ("student", "top1"): np.average(same, weights=learn),
+        }
+        assert found["student", "top1"][w] == pytest.approx(wanted["student", "top1"])
+        assert {key: values[w] for key, values in found.items()} == pytest.approx(wanted, abs=1e-5)
 
 
 def test_rows_have_intervals_and_perplexity() -> None:
     """exp of the mean loss and of its bounds, over five windows."""
     nll, ppl = comparison.rows_of({("m", "nll"): np.array([1.0, 2.0, 3.0, 2.0, 2.0])})
     assert (nll.metric, nll.value, nll.n) == ("nll", 2.0, 5)
-    assert nll.low is not None and nll.high is not None and nll.low < 2.0 < nll.high
+    assert nll.low is not None
+    assert nll.high is not None
+    assert nll.low < 2.0 < nll.high
     assert (ppl.value, ppl.low, ppl.high) == (math.exp(2.0), math.exp(nll.low), math.exp(nll.high))
 
 
@@ -86,19 +76,27 @@ def test_a_window_without_predictions_has_no_mean(llama: Checkpoint, held_out: W
     """
     learn = held_out.learn.copy()
     learn[2] = 0
-    windows = Windows(held_out.tokens, learn, np.where(np.arange(5) == 2, 0, 100))
+    text_bytes = np.array([100, 100, 0, 100, 100])
+    windows = Windows(held_out.tokens, learn, text_bytes)
     others = windows.pick([0, 1, 3, 4])
-    rows, fewer = (
-        comparison.rows_of(comparison.compare({"m": llama}, w), w) for w in (windows, others)
-    )
-    assert [(r.metric, r.n) for r in rows] == [("nll", 4), ("ppl", 4), ("bpb", 5), ("tpb", 5)]
-    assert [r.value for r in rows] == pytest.approx([r.value for r in fewer], rel=1e-6)
+
+    rows = comparison.rows_of(comparison.compare({"m": llama}, windows), windows)
+    fewer = comparison.rows_of(comparison.compare({"m": llama}, others), others)
+
+    assert [(row.metric, row.n) for row in rows] == [
+        ("nll", 4),
+        ("ppl", 4),
+        ("bpb", 5),
+        ("tpb", 5),
+    ]
+    assert [row.value for row in rows] == pytest.approx([row.value for row in fewer], rel=1e-6)
 
 
 def test_windows_are_chosen_evenly(held_out: Windows) -> None:
     """Spread over the text, first and last included; all of them when more are asked for."""
     for count, kept in ((1, [0]), (2, [0, 4]), (3, [0, 2, 4]), (99, list(range(5)))):
-        assert (comparison.chosen(held_out, count).tokens == held_out.tokens[kept]).all()
+        found = comparison.chosen(held_out, count)
+        assert (found.tokens == held_out.tokens[kept]).all()
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +105,8 @@ def halves() -> Windows:
     learn = np.ones((6, 40), np.float32)
     learn[:, -1] = 0
     learn[1, 25:30] = 0
-    return comparison.second_half(
-        Windows(np.random.default_rng(0).integers(0, 512, (6, 40)).astype(np.int32), learn)
-    )
+    tokens = np.random.default_rng(0).integers(0, 512, (6, 40)).astype(np.int32)
+    return comparison.second_half(Windows(tokens, learn))
 
 
 def test_which_tokens_count(halves: Windows) -> None:
@@ -125,25 +122,28 @@ def test_which_tokens_count(halves: Windows) -> None:
 
 def test_kld_by_pencil() -> None:
     """Four tokens of probability 1/2, 1/4, 1/2, 1/4; the other model's: 1/4, 1/4, 1/2, 1/2."""
+    sqrt = math.sqrt
+    log2 = math.log(2)
     base = np.array([0.5, 0.25, 0.5, 0.25])
     other = np.array([0.25, 0.25, 0.5, 0.5])
-    found = comparison.figures(
-        -np.log(base), -np.log(other), np.array([0.1, 0.2, 0.4, 0.9]), np.array([1, 1, 0, 1.0])
-    )
-    assert found["mean_kld"] == pytest.approx((0.4, math.sqrt((0.09 + 0.04 + 0 + 0.25) / 3 / 4)))
-    assert found["max_kld"] == (0.9, None) and found["median_kld"] == (pytest.approx(0.3), None)
+    kl = np.array([0.1, 0.2, 0.4, 0.9])
+    same = np.array([1, 1, 0, 1.0])
+
+    found = comparison.figures(-np.log(base), -np.log(other), kl, same)
+
+    kl_variance = (0.09 + 0.04 + 0 + 0.25) / 3
+    assert found["mean_kld"] == pytest.approx((0.4, sqrt(kl_variance / 4)))
+    assert found["max_kld"] == (0.9, None)
+    assert found["median_kld"] == (pytest.approx(0.3), None)
     # place 0.99 * 3 of the sorted four
     assert found["p99_kld"][0] == pytest.approx(0.4 + 0.97 * 0.5)
     assert found["p999_kld"][0] == pytest.approx(0.4 + 0.997 * 0.5)
-    assert found["mean_dp"] == pytest.approx((0.0, math.sqrt(2 * 625 / 3 / 4)))  # -25, 0, 0, 25 %
-    square_se = math.sqrt(4 * 312.5**2 / 3 / 4)  # 625, 0, 0, 625 have mean 312.5
-    assert found["rms_dp"] == pytest.approx((math.sqrt(312.5), square_se / 2 / math.sqrt(312.5)))
-    assert found["same_top_p"] == pytest.approx((75, 100 * math.sqrt(0.75 * 0.25 / 3)))
-    log2 = math.log(2)
-    sqrt = math.sqrt
-    assert found["ppl_base"] == pytest.approx(
-        (sqrt(8), sqrt(8) * sqrt(4 * (log2 / 2) ** 2 / 3 / 4))
-    )
+    assert found["mean_dp"] == pytest.approx((0.0, sqrt(2 * 625 / 3 / 4)))  # -25, 0, 0, 25 %
+    square_se = sqrt(4 * 312.5**2 / 3 / 4)  # 625, 0, 0, 625 have mean 312.5
+    assert found["rms_dp"] == pytest.approx((sqrt(312.5), square_se / 2 / sqrt(312.5)))
+    assert found["same_top_p"] == pytest.approx((75, 100 * sqrt(0.75 * 0.25 / 3)))
+    loss_se = sqrt(4 * (log2 / 2) ** 2 / 3 / 4)
+    assert found["ppl_base"] == pytest.approx((sqrt(8), sqrt(8) * loss_se))
     assert found["ppl"] == pytest.approx(found["ppl_base"])
     # log ratios ln 2, 0, 0, -ln 2
     assert found["ppl_ratio"] == pytest.approx((1, sqrt(2 * log2**2 / 3 / 4)))
@@ -165,13 +165,19 @@ def test_logits_come_in_chunks(
         return made
 
     monkeypatch.setattr(comparison.load, "wide_logits", watched)
-    for name, value in {"CHUNK": 8, "HEAD_PART": 100 * 64, "GROUP": halves.tokens.shape[1]}.items():
-        monkeypatch.setattr(comparison, name, value)
+    monkeypatch.setattr(comparison, "CHUNK", 8)
+    monkeypatch.setattr(comparison, "HEAD_PART", 100 * 64)
+    monkeypatch.setattr(comparison, "GROUP", halves.tokens.shape[1])
+
     small = comparison.kld({"base": llama, "m": llama}, halves)["m"]
-    assert {n for _, n in seen} == {100, 12} and max(n for n, _ in seen) == 8
-    assert sum(n for n, _ in seen) == 2 * 6 * halves.learn.sum()
+
+    positions = [count for count, _ in seen]
+    assert {tokens for _, tokens in seen} == {100, 12}
+    assert max(positions) == 8
+    assert sum(positions) == 2 * 6 * halves.learn.sum()
     assert small["ppl"][0] == pytest.approx(whole["ppl"][0], rel=1e-5)
-    assert small["mean_kld"] == (0, 0) and small["same_top_p"] == (100, 0)
+    assert small["mean_kld"] == (0, 0)
+    assert small["same_top_p"] == (100, 0)
 
 
 @pytest.mark.parametrize("kind", ["llama", "untied"])
@@ -184,8 +190,6 @@ def test_the_teacher_against_itself(
     for name in ("mean_kld", "mean_dp", "rms_dp"):
         assert found[name] == (0, 0)
     assert found["max_kld"] == found["p99_kld"] == found["median_kld"] == (0, None)
-    assert (
-        found["same_top_p"] == (100, 0)
-        and found["ppl_ratio"] == (1, 0)
-        and found["ppl"] == found["ppl_base"]
-    )
+    assert found["same_top_p"] == (100, 0)
+    assert found["ppl_ratio"] == (1, 0)
+    assert found["ppl"] == found["ppl_base"]

@@ -49,7 +49,8 @@ def test_all_training_rows_are_read(tmp_path: Path) -> None:
     for split in ("valid", "test"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": "secret"}) + "\n")
     found = questions.training_words(str(tmp_path))
-    assert {"text", "prompt", "completion", "message"} <= set(found) and "secret" not in found
+    assert {"text", "prompt", "completion", "message"} <= set(found)
+    assert "secret" not in found
 
 
 def test_the_built_in_training_text_is_known() -> None:
@@ -58,9 +59,8 @@ def test_the_built_in_training_text_is_known() -> None:
     known = questions.Known(said)
     assert len(said) > 100_000
     run = said[5000:5020]
-    assert known.overlap(task(" ".join(run))) == (1, 1) and known.overlap(
-        task(" ".join(run[::-1]))
-    ) == (0, 1)
+    assert known.overlap(task(" ".join(run))) == (1, 1)
+    assert known.overlap(task(" ".join(run[::-1]))) == (0, 1)
 
 
 def test_what_models_wrote_is_known_too() -> None:

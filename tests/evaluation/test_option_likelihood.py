@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +91,9 @@ def test_company_changes_nothing(llama: Checkpoint) -> None:
     """
     encoded = asked(load.tokenizer(llama.path), 40)
     packed = list(option_likelihood.packs(encoded, 64))
-    assert sorted(n for p in packed for n in p.which) == list(range(40))
-    assert (
-        all(p.tokens.size <= 64 or len(p.which) == 1 for p in packed)
-        and max(len(p.which) for p in packed) > 2
-    )
+    assert sorted(chain.from_iterable(pack.which for pack in packed)) == list(range(40))
+    assert all(pack.tokens.size <= 64 or len(pack.which) == 1 for pack in packed)
+    assert max(len(pack.which) for pack in packed) > 2
     alone, together = (
         option_likelihood.score(Stream(llama, mx.float32), encoded, rows) for rows in (1, 256)
     )
@@ -113,7 +112,8 @@ def test_encode_splits_where_lm_eval_splits(llama: Checkpoint) -> None:
     assert context + options[1] == tokenizer.encode("if the loop is")
     assert option_likelihood.encode(tokenizer, "if the ", ["loop", "loop is"]) == (context, options)
     lines = option_likelihood.encode(tokenizer, "if the\n", ["loop"])
-    assert lines[0] == context and lines[0] + lines[1][0] == tokenizer.encode("if the\nloop")
+    assert lines[0] == context
+    assert lines[0] + lines[1][0] == tokenizer.encode("if the\nloop")
     alone = option_likelihood.encode(tokenizer, "", ["if the", "while"])
     assert alone == (
         [tokenizer.bos_token_id],

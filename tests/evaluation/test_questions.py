@@ -40,7 +40,8 @@ def test_the_three_formats_as_a_model_reads_them(tmp_path: Path) -> None:
     choice, cloze, checked = questions.folder(tmp_path)
     assert [t.name for t in (choice, cloze, checked)] == ["a", "b", "c"]
     assert [q.context for q in choice.questions] == ["2 + 2?\nAnswer:", "2 + 2?\nOdpowiedź:", ""]
-    assert choice.questions[0].options == (" 3", " 4", " 5") and choice.questions[2].options == (
+    assert choice.questions[0].options == (" 3", " 4", " 5")
+    assert choice.questions[2].options == (
         "3",
         "4",
         "5",

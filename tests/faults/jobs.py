@@ -136,8 +136,11 @@ def jobs(model: Path, text: Path) -> dict[str, Job]:
     taught |= {"iters": 3, "save_every": 1}
 
     makers: dict[str, Callable[[Path], None]] = {
-        "prune": pruned, "quantize": quantized, "quantize, tuned": tuned, "export": exported,
-    }  # fmt: skip
+        "prune": pruned,
+        "quantize": quantized,
+        "quantize, tuned": tuned,
+        "export": exported,
+    }
     found = [Job(name, *_folder(maker)) for name, maker in makers.items()]
     found += [
         Job("distill", _running(distill, asked), _distilled),
@@ -174,12 +177,11 @@ def _distilled(place: Path) -> Outcome:
     """The models that a run wrote, and every loss on the way."""
     out = place / "run"
     losses = [(r["number"], r["loss"], r["grad_norm"]) for r in run_folder.metrics(out)]
-    whole = {
-        f"{name}/{file}": value
-        for name in ("pruned", "distilled", "model")
-        for file, value in contents(out / name).items()
-        if file != "README.md"
-    }
+    whole = {}
+    for name in ("pruned", "distilled", "model"):
+        files = contents(out / name)
+        files.pop("README.md", None)
+        whole |= {f"{name}/{file}": value for file, value in files.items()}
     return {**whole, LOSSES: sha256(json.dumps(losses).encode())}
 
 

@@ -194,7 +194,9 @@ def liar(folder: Path, whole: dict[str, bytes], rng: random.Random) -> None:
     kind = rng.randrange(8)
     if kind:
         change = lying if name.endswith(".safetensors") else odd
-        data = (flipped if kind == 1 else change)(data, rng)
+        if kind == 1:
+            change = flipped
+        data = change(data, rng)
     for each in whole:
         path = folder / each
         if each == name or not path.exists() or path.read_bytes() != whole[each]:

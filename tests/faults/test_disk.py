@@ -92,9 +92,11 @@ def test_a_full_disk_is_waited_out(
             said.append(str(error))
         after = protocol.newest(place / "run" / "steps")
         assert steps is None or (after is not None and after.number >= steps.number)
-    assert said and job.outcome(place) == whole
+    assert said
+    assert job.outcome(place) == whole
     ends = {"said so": len(said), "the same end": 1}
-    note("A5 a real full disk, ever larger", name, ends, 0, said[-1].replace(str(place), "..."))
+    sentence = said[-1].replace(str(place), "...")
+    note("A5 a real full disk, ever larger", name, ends, bad=0, said=sentence)
 
 
 @pytest.mark.parametrize("name", ["quantize", "distill", "sft"])
@@ -118,8 +120,8 @@ def test_a_write_that_stops_halfway(
         "A5 a write that stops halfway (RLIMIT_FSIZE)",
         name,
         {"said so": 1, "the same end": 1},
-        0,
-        said.replace(str(tmp_path), "..."),
+        bad=0,
+        said=said.replace(str(tmp_path), "..."),
     )
 
 
@@ -132,7 +134,8 @@ def test_a_disk_that_is_read_only(
     mount("-o", "remount,ro", place)
     said = refused(all_jobs[name], place)
     assert "The disk is read-only" in said
-    note("A7 a read-only disk", name, {"said so": 1}, 0, said.replace(str(place), "..."))
+    sentence = said.replace(str(place), "...")
+    note("A7 a read-only disk", name, {"said so": 1}, bad=0, said=sentence)
 
 
 @pytest.mark.parametrize("name", ["distill", "sft"])
@@ -153,15 +156,17 @@ def test_a_disk_pulled_out(
 
     with jobs.acknowledged(pull), pytest.raises(MisError) as caught:
         job.run(place)
-    assert "vanished" in str(caught.value) and "\n" not in str(caught.value)
+    assert "vanished" in str(caught.value)
+    assert "\n" not in str(caught.value)
     jobs.clean(place).rmdir()
     away.rename(place)
     job.run(place)
-    assert job.outcome(place) == b.whole and len(run_folder.metrics(place / "run")) >= 2
+    assert job.outcome(place) == b.whole
+    assert len(run_folder.metrics(place / "run")) >= 2
     note(
         "A7 a disk that is pulled out",
         name,
         {"said so": 1, "the same end": 1},
-        0,
-        str(caught.value).replace(str(place), "..."),
+        bad=0,
+        said=str(caught.value).replace(str(place), "..."),
     )

@@ -317,7 +317,7 @@ def test_a_bad_folder_is_one_sentence(
         if command == "plan" and fault in ("C16 GGUF", "C17 pickle"):
             continue  # it plans from a config alone where there are no weights, and reads none
         said = refused(fault, what, command=command, made=made, place=tmp_path / str(number))
-        note(fault, command, {"said so": 1}, 0, said)
+        note(fault, command, {"said so": 1}, bad=0, said=said)
 
 
 @pytest.mark.parametrize("command", READERS)
@@ -326,13 +326,8 @@ def test_weights_that_are_not_numbers_are_named(
 ) -> None:
     """The tensor, how many, and no model out of them."""
     for number, (fault, what) in enumerate(NUMBERS.items()):
-        note(
-            fault,
-            command,
-            {"said so": 1},
-            0,
-            refused(fault, what, command=command, made=made, place=tmp_path / str(number)),
-        )
+        said = refused(fault, what, command=command, made=made, place=tmp_path / str(number))
+        note(fault, command, {"said so": 1}, bad=0, said=said)
 
 
 @pytest.mark.parametrize("command", SPEAKERS)
@@ -350,13 +345,8 @@ def test_a_stranger_s_tokenizer_is_tried_in_a_child(
         if "endless" in fault and command != "generate":
             continue  # the same door for all, and two seconds each
         monkeypatch.setattr(tokenizer_check, "SECONDS", 2.0 if "endless" in fault else 60.0)
-        note(
-            fault,
-            command,
-            {"said so": 1},
-            0,
-            refused(fault, what, command=command, made=made, place=tmp_path / str(number)),
-        )
+        said = refused(fault, what, command=command, made=made, place=tmp_path / str(number))
+        note(fault, command, {"said so": 1}, bad=0, said=said)
 
 
 def test_the_good_folder_passes(made: tuple[Path, Path], tmp_path: Path) -> None:

@@ -96,15 +96,17 @@ def test_one_bad_batch_is_skipped(
     bad.add(6)
     distill.run(s)
     assert notes(str(s.out)) == {6: "skipped: not a number"}
-    losses = [[r["loss"] for r in run_folder.metrics(Path(str(x.out)))] for x in (s, clean)]
-    assert losses[0][:5] == losses[1][:5] and len(losses[0]) == ITERS
+    losses = [row["loss"] for row in run_folder.metrics(Path(str(s.out)))]
+    undisturbed = [row["loss"] for row in run_folder.metrics(Path(str(clean.out)))]
+    assert losses[:5] == undisturbed[:5]
+    assert len(losses) == ITERS
     assert all_numbers(Path(str(s.out)) / "model")
     note(
         "B1 one batch that gives no number",
         "distill",
         {"skipped": 1},
-        0,
-        "step 6: skipped: not a number",
+        bad=0,
+        said="step 6: skipped: not a number",
     )
 
 
@@ -122,20 +124,21 @@ def test_three_in_a_row_go_back_and_on_without_them(
     distill.run(s)
     said = capsys.readouterr().err
     assert (
-        "batches 6, 7, 8 gave NaN or infinity: going back to step 4, and on without them, at "
-        "half the "
+        "batches 6, 7, 8 gave NaN or infinity: going back to step 4, and on without them, at half "
+        "the "
         "learning rate" in said
     )
     assert notes(str(s.out)) == dict.fromkeys((6, 7, 8), "skipped: not a number before")
     rates = {r["number"]: r["learning_rate"] for r in run_folder.metrics(Path(str(s.out)))}
-    assert rates[5] == pytest.approx(s.rate(4) / 2) and rates[4] == pytest.approx(s.rate(3))
+    assert rates[5] == pytest.approx(s.rate(4) / 2)
+    assert rates[4] == pytest.approx(s.rate(3))
     assert all_numbers(Path(str(s.out)) / "model")
     note(
         "B2 three in a row",
         "distill",
         {"back to step 4": 1, "the end": 1},
-        0,
-        "batches 6, 7, 8 gave NaN or infinity: going back to step 4, and on without them, at "
+        bad=0,
+        said="batches 6, 7, 8 gave NaN or infinity: going back to step 4, and on without them, at "
         "half the "
         "learning rate",
     )
@@ -162,11 +165,13 @@ def test_a_sharded_run_goes_back_too(
     distill.run(s)
     sentence = (
         f"gave NaN or infinity: going back to step {back}, and on without them, at half "
-        f"the learning rate"
+        f"the "
+        f"learning rate"
     )
     assert sentence in capsys.readouterr().err
     noted = notes(str(s.out))
-    assert set(noted) == bad and noted[first + 2] == "skipped: not a number before"
+    assert set(noted) == bad
+    assert noted[first + 2] == "skipped: not a number before"
     rates = {r["number"]: r["learning_rate"] for r in run_folder.metrics(Path(str(s.out)))}
     assert rates[ITERS] == pytest.approx(s.rate(ITERS - 1) / 2)
     assert all_numbers(Path(str(s.out)) / "model")
@@ -177,8 +182,8 @@ def test_a_sharded_run_goes_back_too(
         "B2 three in a row",
         "distill, sharded",
         {f"back to step {back}": 1},
-        0,
-        f"batches ... {sentence}",
+        bad=0,
+        said=f"batches ... {sentence}",
     )
 
 
@@ -227,13 +232,17 @@ def test_again_three_in_a_row_stop_the_run(
     bad |= {2, 3, 4, 10, 11, 12}
     with pytest.raises(MisError, match="3 steps in a row, of batches 10, 11 and 12") as caught:
         distill.run(s)
-    assert isinstance(caught.value, Diverged) and caught.value.batches == (10, 11, 12)
+    assert isinstance(caught.value, Diverged)
+    assert caught.value.batches == (10, 11, 12)
     saved = protocol.newest(Path(str(s.out)) / "steps")
-    assert saved and saved.number == 8 and saved.state["optimizer"]["passed"] == [2, 3, 4]
+    assert saved
+    assert saved.number == 8
+    assert saved.state["optimizer"]["passed"] == [2, 3, 4]
     assert all(mx.isfinite(a).all().item() for a in protocol.load_arrays(saved, "model").values())
     with pytest.raises(Diverged, match="10, 11 and 12"):
         distill.run(distill.Settings(out=s.out, resume=True))
-    note("B2 three in a row, twice", "distill", {"said so": 1}, 0, str(caught.value))
+    sentence = str(caught.value)
+    note("B2 three in a row, twice", "distill", {"said so": 1}, bad=0, said=sentence)
 
 
 def test_a_tuning_run_goes_back_too(
@@ -270,13 +279,14 @@ def test_a_tuning_run_goes_back_too(
         )
     )
     assert notes(str(out)) == dict.fromkeys((4, 5, 6), "skipped: not a number before")
-    assert all_numbers(out / "model") and len(run_folder.metrics(out)) == 9
+    assert all_numbers(out / "model")
+    assert len(run_folder.metrics(out)) == 9
     note(
         "B2 three in a row",
         "sft",
         {"back to step 3": 1, "the end": 1},
-        0,
-        "batches 4, 5, 6 gave NaN or infinity: going back to step 3, and on without them, at "
+        bad=0,
+        said="batches 4, 5, 6 gave NaN or infinity: going back to step 3, and on without them, at "
         "half the "
         "learning rate",
     )

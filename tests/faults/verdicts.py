@@ -164,9 +164,8 @@ class Bench:
             drive.after_cut(rng, place, out)
             safe = [each for each in said if each.at <= moment]
             resume = self.resumed < resumed
-            self._judge(
-                f"cut {number}, after operation {moment}", "power cut", safe, out, (LOSSES,), resume
-            )
+            what = f"cut {number}, after operation {moment}"
+            self._judge(what, "power cut", safe, out, but=(LOSSES,), resume=resume)
 
     def kill(self, wait: float) -> bool:
         """SIGKILL a process with the job after `wait` seconds; whether that came before its end.
@@ -187,7 +186,8 @@ class Bench:
         )
         process.start()
         theirs.close()
-        assert ours.poll(60.0) and ours.recv() == "ready"
+        assert ours.poll(60.0)
+        assert ours.recv() == "ready"
         self._said += list(_told(ours, time.monotonic() + wait))
         process.kill()
         self._said += list(_told(ours, float("inf")))
@@ -246,11 +246,8 @@ class Bench:
 
     def _differs(self, here: Path, but: Sequence[str] = ()) -> list[str]:
         """Names of what is there and should not be, or the other way round, or has other bytes."""
-        ends = [
-            {k: v for k, v in end.items() if k not in but}
-            for end in (self.job.outcome(here), self.whole)
-        ]
-        return sorted({name for name, _ in ends[0].items() ^ ends[1].items()})
+        different = self.job.outcome(here).items() ^ self.whole.items()
+        return sorted({name for name, _ in different} - set(but))
 
     def _compare(self, what: str, here: Path, but: Sequence[str] = (), swept: bool = True) -> bool:
         """swept: there was something left to do, and whoever does it sweeps up first."""

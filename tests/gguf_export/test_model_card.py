@@ -24,14 +24,15 @@ def test_the_card_of_a_run(finished: tuple[Path, Done]) -> None:
         load.open_checkpoint(run / "model"), "owner/teacher", "x.gguf", ["a fact"]
     )
     front = yaml.safe_load(text.split("---")[1])
-    assert (
-        front["base_model"] == "owner/teacher"
-        and front["library_name"] == "gguf"
-        and "license" not in front
-    )
+    assert front["base_model"] == "owner/teacher"
+    assert front["library_name"] == "gguf"
+    assert "license" not in front
     assert (run / "table.md").read_text().strip() in text
-    assert "teacher's blocks kept: " in text and f"iters {ITERS}" in text and "- a fact" in text
-    assert "ollama create run -f Modelfile" in text and "licence of owner/teacher" in text
+    assert "teacher's blocks kept: " in text
+    assert f"iters {ITERS}" in text
+    assert "- a fact" in text
+    assert "ollama create run -f Modelfile" in text
+    assert "licence of owner/teacher" in text
 
 
 def test_names_and_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,22 +42,17 @@ def test_names_and_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     run = tmp_path / "goral-001"
     for stage in ("model", "pruned"):
         (run / stage).mkdir(parents=True)
-    assert (
-        model_card.name_of(run / "model") == "model" and model_card.base_of(run / "model") is None
-    )
+    assert model_card.name_of(run / "model") == "model"
+    assert model_card.base_of(run / "model") is None
     (run / "config.yaml").write_text("teacher: null\n")
-    assert (
-        model_card.name_of(run / "model") == "goral-001"
-        and model_card.name_of(run / "pruned") == "goral-001-pruned"
-    )
+    assert model_card.name_of(run / "model") == "goral-001"
+    assert model_card.name_of(run / "pruned") == "goral-001-pruned"
     assert model_card.base_of(run / "model") == "HuggingFaceTB/SmolLM2-135M-Instruct"
     for teacher, base in (("/home/me/model", None), ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B")):
         (run / "config.yaml").write_text(f"teacher: {teacher}\n")
         assert model_card.base_of(run / "model") == base
-    assert (
-        model_card.name_of(tmp_path / "SmolLM2") == "SmolLM2"
-        and model_card.base_of(tmp_path / "SmolLM2") is None
-    )
+    assert model_card.name_of(tmp_path / "SmolLM2") == "SmolLM2"
+    assert model_card.base_of(tmp_path / "SmolLM2") is None
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path))
     assert model_card.base_of(tmp_path / "Qwen--Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
     assert (
@@ -68,8 +64,11 @@ def test_names_and_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_model_of_unknown_origin(llama: Checkpoint) -> None:
     """No base, no licence claimed, no table, no empty headings."""
     text = model_card.readme(llama, None, "", ["weights in bfloat16"])
-    assert "base_model" not in text and "license:" not in text and "## Measured" not in text
-    assert "library_name: transformers" in text and "weights in bfloat16" in text
+    assert "base_model" not in text
+    assert "license:" not in text
+    assert "## Measured" not in text
+    assert "library_name: transformers" in text
+    assert "weights in bfloat16" in text
 
 
 def modelfile(file: str, template: str, stop: str | None) -> str:
@@ -81,10 +80,10 @@ def test_modelfile() -> None:
     none.
     """
     text = modelfile("x.gguf", "{{ '<|im_start|>' }}", "<|im_end|>")
-    assert text.startswith("FROM ./x.gguf\nTEMPLATE ") and text.endswith(
-        'PARAMETER stop "<|im_end|>"\n'
-    )
+    assert text.startswith("FROM ./x.gguf\nTEMPLATE ")
+    assert text.endswith('PARAMETER stop "<|im_end|>"\n')
     assert "<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n" in text
     other = modelfile("x.gguf", "[INST] {{ x }}", "</s>")
-    assert "TEMPLATE " not in other.split("#")[0] and "# Ollama looks" in other
+    assert "TEMPLATE " not in other.split("#")[0]
+    assert "# Ollama looks" in other
     assert modelfile("x.gguf", "", None) == "FROM ./x.gguf\n"

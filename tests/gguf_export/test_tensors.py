@@ -105,7 +105,8 @@ def test_every_packing_that_llama_cpp_has_is_exact(
         want = np.array(load.dense(checkpoint, name))
         want = llama_cpp_permute(want, 4) if name == Q else want
         np.testing.assert_array_equal(values, want)
-        assert np.ptp(values) > 0.1 and (part.kind, part.exact, tally["inexact"]) == (kind, True, 0)
+        assert np.ptp(values) > 0.1
+        assert (part.kind, part.exact, tally["inexact"]) == (kind, True, 0)
     if mode != "affine":
         with pytest.raises(
             MisError, match=f"--out-type {mode} needs matrices that MLX packed in this way"
@@ -131,9 +132,8 @@ def test_mixed_bits_are_exact_where_they_can_be(tmp_path: Path) -> None:
         want = np.array(load.dense(checkpoint, name))
         step = np.abs(want.reshape(-1, 32)).max(axis=1, keepdims=True) / 127
         error = np.abs(values - want).reshape(-1, 32)
-        assert (part.kind, part.exact) == (kind, bits < 6) and np.all(
-            error <= (0.5 + 127 * 2**-11) * step
-        )
+        assert (part.kind, part.exact) == (kind, bits < 6)
+        assert np.all(error <= (0.5 + 127 * 2**-11) * step)
         assert (error.max() == 0) == part.exact
     kinds = Counter(p.kind for p in tensors.parts(checkpoint, "q4_1"))
     assert kinds == {"Q4_1": 22 - 3, "Q5_1": 1, "Q8_0": 2, "F32": 7}
@@ -160,7 +160,8 @@ def test_bfloat16_scales_that_float16_cannot_hold_are_counted(tmp_path: Path) ->
     )
     floats = [np.array(a.astype(mx.float32)) for a in arrays.values()]
     lost = sum(int((a.astype(np.float16).astype(np.float32) != a).sum()) for a in floats)
-    assert tally["inexact"] == lost and 32 <= lost <= 128
+    assert tally["inexact"] == lost
+    assert 32 <= lost <= 128
     np.testing.assert_allclose(values, np.array(load.dense(checkpoint, name)), rtol=2e-3, atol=2e-6)
     clean = packed(tmp_path / "clean", 64, mx.bfloat16)
     assert content(clean, name, "q4_1")[2]["inexact"] == 0
@@ -206,26 +207,25 @@ def test_a_familys_own_numbers(models: Callable[[str], Checkpoint]) -> None:
     assert [granite[f"{n}_scale"] for n in ("embedding", "residual", "logit")] == [12.0, 0.22, 1.0]
     assert granite["attention.scale"] == 0.1
     gemma = facts(models("gemma3_text").config)
-    assert gemma["attention.sliding_window"] == 7 and gemma["attention.sliding_window_pattern"] == 3
-    assert gemma["rope.freq_base_swa"] == 1e3 and gemma["rope.freq_base"] == 1e4
+    assert gemma["attention.sliding_window"] == 7
+    assert gemma["attention.sliding_window_pattern"] == 3
+    assert gemma["rope.freq_base_swa"] == 1e3
+    assert gemma["rope.freq_base"] == 1e4
     mistral = facts({**models("ministral3").config, "layer_types": None})
     scaling = {
         k.removeprefix("rope.scaling."): v
         for k, v in mistral.items()
         if k.startswith("rope.scaling.")
     }
-    assert (
-        scaling
-        == {
-            "type": "yarn",
-            "factor": 4.0,
-            "original_context_length": 8,
-            "yarn_beta_fast": 32.0,
-            "yarn_beta_slow": 1.0,
-            "yarn_log_multiplier": 1.0,
-        }
-        and mistral["attention.temperature_scale"] == 0.1
-    )
+    assert scaling == {
+        "type": "yarn",
+        "factor": 4.0,
+        "original_context_length": 8,
+        "yarn_beta_fast": 32.0,
+        "yarn_beta_slow": 1.0,
+        "yarn_log_multiplier": 1.0,
+    }
+    assert mistral["attention.temperature_scale"] == 0.1
     assert not any("scal" in key or "slid" in key for key in facts(models("smollm3").config))
 
 
@@ -265,11 +265,19 @@ def test_llama_3s_frequencies_are_mlx_lms(models: Callable[[str], Checkpoint]) -
     )
     part = tensors.Part("rope_freqs.weight", "", (32,), "F32")
     found = np.concatenate(list(tensors.rows(changed, part, Counter()))).view(np.float32)
-    rope = load.mlx_lm("models.rope_utils").initialize_rope(64, 10000.0, False, scaling, 4096)
+    rope = load.mlx_lm("models.rope_utils").initialize_rope(
+        64,
+        base=10000.0,
+        traditional=False,
+        scaling_config=scaling,
+        max_position_embeddings=4096,
+    )
     plain = 10000.0 ** (np.arange(0, 64, 2) / 64)
     # theirs is computed in float32
     np.testing.assert_allclose(found, np.array(rope._freqs) / plain, rtol=1e-5)
-    assert found[0] == 1 and found[-1] == 8 and np.any((found > 1.01) & (found < 7.99))
+    assert found[0] == 1
+    assert found[-1] == 8
+    assert np.any((found > 1.01) & (found < 7.99))
 
 
 def scaled(**changes: Any) -> dict[str, Any]:

@@ -86,11 +86,12 @@ def test_bpe_cuts_text_as_the_original(bpe: Path) -> None:
     again.decoder = decoders.ByteLevel()
     before = Tokenizer.from_file(str(bpe / "tokenizer.json"))
     for text in (TEXT, "Zażółć gęślą jaźń 🦙, 832 m n.p.m."):
-        assert (
-            again.encode(text).ids == before.encode(text).ids and len(again.encode(text).ids) > 10
-        )
+        assert again.encode(text).ids == before.encode(text).ids
+        assert len(again.encode(text).ids) > 10
         assert again.decode(again.encode(text).ids) == text
-    assert f["model"] == "gpt2" and len(f["merges"]) > 100 and "scores" not in f
+    assert f["model"] == "gpt2"
+    assert len(f["merges"]) > 100
+    assert "scores" not in f
 
 
 def test_types_and_special_ids(bpe: Path) -> None:
@@ -110,10 +111,8 @@ def test_types_and_special_ids(bpe: Path) -> None:
         USER_DEFINED,
         UNUSED,
     ]
-    assert (
-        f["tokens"][512:516] == ["<|x|>", "mountain", "[PAD514]", "[PAD515]"]
-        and len(f["tokens"]) == 520
-    )
+    assert f["tokens"][512:516] == ["<|x|>", "mountain", "[PAD514]", "[PAD515]"]
+    assert len(f["tokens"]) == 520
     assert (f["bos_token_id"], f["eos_token_id"], f["padding_token_id"]) == (0, 0, 512)
     assert f["chat_template"] == "{{ messages }}"
 
@@ -140,16 +139,20 @@ def test_pre_tokenizer_by_llama_cpps_hash(bpe: Path, monkeypatch: pytest.MonkeyP
     'default'.
     """
     f, notes = facts(bpe, 512)
-    assert f["pre"] == "gpt-2" and notes == []
+    assert f["pre"] == "gpt-2"
+    assert notes == []
     spec = json.loads((bpe / "tokenizer.json").read_text())
     edit(bpe / "tokenizer.json", pre_tokenizer={**spec["pre_tokenizer"], "add_prefix_space": True})
     f, notes = facts(bpe, 512)
     ids = Tokenizer.from_file(str(bpe / "tokenizer.json")).encode(vocab.KNOWN["probe"]).ids
     digest = hashlib.sha256(str(ids).encode()).hexdigest()
-    assert f["pre"] == "default" and len(notes) == 1 and digest[:12] in notes[0]
+    assert f["pre"] == "default"
+    assert len(notes) == 1
+    assert digest[:12] in notes[0]
     monkeypatch.setitem(vocab.KNOWN["names"], digest, "smollm")
     f, notes = facts(bpe, 512)
-    assert f["pre"] == "smollm" and notes == []
+    assert f["pre"] == "smollm"
+    assert notes == []
 
 
 def test_the_probe_is_llama_cpps_to_the_letter() -> None:
@@ -184,7 +187,9 @@ def test_merges_with_byte_fallback_become_scores(tmp_path: Path) -> None:
     before = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text in ("if the statement is", "ż for"):
         assert greedy(text, f) == before.encode(text).ids
-    assert f["model"] == "llama" and f["pre"] == "default" and notes == []
+    assert f["model"] == "llama"
+    assert f["pre"] == "default"
+    assert notes == []
     assert [f["token_type"][i] for i in (1, 299, 300, 556, 557)] == [
         CONTROL,
         NORMAL,
@@ -192,8 +197,10 @@ def test_merges_with_byte_fallback_become_scores(tmp_path: Path) -> None:
         USER_DEFINED,
         UNUSED,
     ]
-    assert f["tokens"][556] == " hello there" and f["scores"][556:558] == [-1000.0, -10000.0]
-    assert f["add_space_prefix"] is False and f["add_bos_token"] is True
+    assert f["tokens"][556] == " hello there"
+    assert f["scores"][556:558] == [-1000.0, -10000.0]
+    assert f["add_space_prefix"] is False
+    assert f["add_bos_token"] is True
     edit(tmp_path / "tokenizer_config.json", add_prefix_space=None)
     assert "add_space_prefix" not in facts(tmp_path, 560)[0]
     for pre, space in (

@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metal: None) -> None:
             device="this one", threads="1", memory_bytes_per_s=1e9, flops_per_s=1e9, source="given"
         ),
     )
-    assert policy.keeps_packed() and policy.usual_dtype() == mx.float16
+    assert policy.keeps_packed()
+    assert policy.usual_dtype() == mx.float16
 
 
 @pytest.fixture
@@ -149,13 +151,15 @@ def opens(folder: Path) -> None:
     """Stock mlx-lm opens the folder, and its logits are finite, not all alike."""
     model, tokenizer = load.mlx_lm("utils").load(str(folder))
     logits = np.array(model(mx.array([tokenizer.encode(PROMPT)])).astype(mx.float32))
-    assert np.isfinite(logits).all() and logits.std() > 0.01
+    assert np.isfinite(logits).all()
+    assert logits.std() > 0.01
 
 
 def steps(folder: Path) -> np.ndarray:
     """The losses of a run's steps."""
     found = np.array([row["loss"] for row in run_folder.metrics(folder)])
-    assert len(found) and np.isfinite(found).all()
+    assert len(found)
+    assert np.isfinite(found).all()
     return found
 
 
@@ -324,7 +328,10 @@ def kept(out: Path) -> set[tuple[str, int]]:
     """Every unit that a pruned model kept."""
     keep = model_writer.read_keep(out)
     assert keep is not None
-    return {(key, unit) for key, units in keep.kept.items() for unit in units}
+    found = set[tuple[str, int]]()
+    for key, units in keep.kept.items():
+        found |= {(key, unit) for unit in units}
+    return found
 
 
 @pytest.mark.parametrize(
@@ -388,11 +395,10 @@ def test_search(
 
     want = in_float32(lambda: run("cpu"))
     found = run("metal")
-    nats = [
-        {(c["params"], c["bits"]): c["nats"] for c in result["candidates"]}
-        for result in (want, found)
-    ]
-    assert nats[0].keys() == nats[1].keys() and nats[1] == pytest.approx(nats[0], abs=2e-3)
+    expected = {(c["params"], c["bits"]): c["nats"] for c in want["candidates"]}
+    nats = {(c["params"], c["bits"]): c["nats"] for c in found["candidates"]}
+    assert nats.keys() == expected.keys()
+    assert nats == pytest.approx(expected, abs=2e-3)
 
 
 HOWS: dict[str, dict[str, Any]] = {
@@ -538,11 +544,8 @@ def test_export(teachers: Callable[[str], Path], tmp_path: Path, in_float32: Any
         for word, run in (("cpu", in_float32), ("metal", lambda work: work())):
             out = tmp_path / f"{form}-{word}" / "made"
             out.parent.mkdir()
-            run(
-                lambda: export.run(
-                    export.Settings(model=str(teachers("affine")), out=str(out), format=form)
-                )
-            )
+            settings = export.Settings(model=str(teachers("affine")), out=str(out), format=form)
+            run(partial(export.run, settings))
             (name,) = [p for p in sorted(out.iterdir()) if p.suffix in (".gguf", ".safetensors")]
             files.append(name.read_bytes())
         assert files[0] == files[1]
@@ -592,10 +595,8 @@ def test_generate(
             generate.Settings(**flags, draft_model=str(folder), num_draft_tokens=3)
         )
         assert whole["text"] == poor["text"] == guessed["text"] == want != ""
-        assert (
-            poor["read_bytes"] > 2 * whole["read_bytes"]
-            and guessed["passes"] < whole["passes"] == whole["tokens"]
-        )
+        assert poor["read_bytes"] > 2 * whole["read_bytes"]
+        assert guessed["passes"] < whole["passes"] == whole["tokens"]
 
 
 def test_evaluate(teachers: Callable[[str], Path], text_folder: Path, in_float32: Any) -> None:
@@ -619,7 +620,8 @@ def test_evaluate(teachers: Callable[[str], Path], text_folder: Path, in_float32
     want = in_float32(lambda: run(8, "mxfp4", kld=True))
     found = run(8, "mxfp4", kld=True)
     names = [key for key in want if key.startswith("mean_kld")]
-    assert names and want["sha256_tokens"] == found["sha256_tokens"]
+    assert names
+    assert want["sha256_tokens"] == found["sha256_tokens"]
     assert {n: found[n] for n in names} == pytest.approx({n: want[n] for n in names}, abs=1e-3)
 
 
@@ -636,15 +638,20 @@ def test_evaluate_tasks(
     folder = teachers("mxfp4")
     chosen = evaluate.Settings(teacher=str(folder), tasks=("bus", "maths-written"), num_questions=2)
     said = [in_float32(lambda: evaluate.run(chosen)), evaluate.run(chosen), evaluate.run(chosen)]
-    assert said[1]["recovered"].keys() == said[0]["recovered"].keys() and said[1] == said[2]
+    assert said[1]["recovered"].keys() == said[0]["recovered"].keys()
+    assert said[1] == said[2]
     kept = sorted((tmp_path / "cache" / "evaluations").glob("*/*.jsonl"))
-    assert len(kept) == 4 and len({path.parent for path in kept}) == 2
-    logs = [
-        np.concatenate([row["ll"] for row in answering.read(p).values() if "ll" in row] or [[0.0]])
-        for p in kept
-    ]
+    assert len(kept) == 4
+    assert len({path.parent for path in kept}) == 2
+    logs = []
+    for path in kept:
+        rows = answering.read(path).values()
+        likelihoods = [row["ll"] for row in rows if "ll" in row]
+        if likelihoods:
+            logs.append(np.concatenate(likelihoods))
     by_type = sorted((log for log in logs if len(log) > 1), key=lambda log: str(log))
-    assert len(by_type) == 2 and len(by_type[0]) >= 4
+    assert len(by_type) == 2
+    assert len(by_type[0]) >= 4
     np.testing.assert_allclose(by_type[0], by_type[1], rtol=5e-3)
 
 
@@ -656,7 +663,8 @@ def test_evaluate_every_task(teachers: Callable[[str], Path]) -> None:
         evaluate.Settings(str(teachers("bfloat16")), (str(teachers("affine")),), **flags)
     )
     assert len(found["recovered"]) == 9
-    assert all(math.isfinite(v) for text in found["held_out"].values() for v in text.values())
+    for text in found["held_out"].values():
+        assert all(map(math.isfinite, text.values()))
 
 
 def test_bench(teachers: Callable[[str], Path]) -> None:
@@ -669,7 +677,8 @@ def test_bench(teachers: Callable[[str], Path]) -> None:
     )
     assert [m["format"] for m in said["models"].values()] == ["float16", "4- to 8-bit"]
     rates = [m["decode_tps"] for m in said["measured"]["models"].values()]
-    assert len(rates) == 2 and all(r["mean"] > 0 for r in rates)
+    assert len(rates) == 2
+    assert all(r["mean"] > 0 for r in rates)
 
 
 def test_plan(teachers: Callable[[str], Path], text_folder: Path, in_float32: Any) -> None:
@@ -678,11 +687,13 @@ def test_plan(teachers: Callable[[str], Path], text_folder: Path, in_float32: An
     """
     for kind in ("bfloat16", "affine"):
         folder = load.open_checkpoint(teachers(kind))
-        sizes = [in_float32(lambda: estimates.model_of(folder)), estimates.model_of(folder)]  # noqa: B023
-        assert 0 < sizes[1].block_work < 0.6 * sizes[0].block_work
+        dense = in_float32(partial(estimates.model_of, folder))
+        native = estimates.model_of(folder)
+        assert 0 < native.block_work < 0.6 * dense.block_work
         flags: dict[str, Any] = dict(teacher=str(teachers(kind)), scenario="goral")
-        want = in_float32(lambda: plan.run(plan.Settings(**flags)))  # noqa: B023
-        assert 0 < plan.run(plan.Settings(**flags))["peak_bytes"] <= want["peak_bytes"]
+        want = in_float32(partial(plan.run, plan.Settings(**flags)))
+        found = plan.run(plan.Settings(**flags))
+        assert 0 < found["peak_bytes"] <= want["peak_bytes"]
 
 
 def test_as_processes(
@@ -700,7 +711,9 @@ def test_as_processes(
         "num_samples": 1,
         "reconstruct_samples": 1,
     }
-    flags = [f for k, v in brief.items() for f in (f"--{k.replace('_', '-')}", v)]
+    flags = []
+    for name, value in brief.items():
+        flags += [f"--{name.replace('_', '-')}", value]
     where = (
         "--teacher",
         teachers("mxfp4"),
@@ -716,7 +729,8 @@ def test_as_processes(
     assert "de-quantized" not in (tmp_path / "run" / "table.md").read_text()
     opens(Path(last_line(done)["student"]))
     page = report.run(report.Settings((str(tmp_path / "run"),)))
-    assert page["bytes"] > 10_000 and "PLACEHOLDER" not in page
+    assert page["bytes"] > 10_000
+    assert "PLACEHOLDER" not in page
     said = command("generate", "--model", teachers("mxfp4"), "--prompt", "if x", "--max-tokens", 5)
     assert said.returncode == 0, said.stderr
     assert last_line(said)["text"] == stock(teachers("mxfp4"), "if x", 5)

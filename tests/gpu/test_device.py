@@ -81,4 +81,5 @@ def test_doctor(tmp_path: Path) -> None:
         found = doctor.run(doctor.Settings(out=tmp_path / "report.md"))
     finally:
         mx.set_default_device(before)
-    assert found["failed"] == [] and found["device"] == "GPU"
+    assert found["failed"] == []
+    assert found["device"] == "GPU"

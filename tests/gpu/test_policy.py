@@ -222,11 +222,14 @@ def test_overflow_is_found_and_avoided(
     another one in float16; a command's word goes first.
     """
     chip(newer)
-    assert policy.compute_dtype(llama) == mx.float16 and not capsys.readouterr().err
+    assert policy.compute_dtype(llama) == mx.float16
+    assert not capsys.readouterr().err
     assert [policy.compute_dtype(overflowing) for _ in range(2)] == [want] * 2
     (line,) = capsys.readouterr().err.splitlines()
     name = str(want).removeprefix("mlx.core.")
-    assert str(overflowing.path) in line and "65,504" in line and line.endswith(f"in {name}")
+    assert str(overflowing.path) in line
+    assert "65,504" in line
+    assert line.endswith(f"in {name}")
     policy.use("float32")
     try:
         assert policy.compute_dtype(overflowing) == policy.compute_dtype(llama) == mx.float32
@@ -306,9 +309,8 @@ def test_losses_are_taken_of_logits_that_are_not_rounded(dtype: mx.Dtype) -> Non
     near = (head * (1 + 2**-7)).astype(dtype)
     ids = mx.arange(16) * 11
     wide = [np.array(a.astype(mx.float32), np.float64) for a in (hidden, head, near)]
-    log_p, log_q = (
-        z - np.logaddexp.reduce(z, axis=1, keepdims=True) for z in (wide[0] @ w.T for w in wide[1:])
-    )
+    logits = [wide[0] @ matrix.T for matrix in wide[1:]]
+    log_p, log_q = (z - np.logaddexp.reduce(z, axis=1, keepdims=True) for z in logits)
     assert np.abs(wide[0] @ wide[1].T).max() > 16
     teacher = nn.Linear(64, 300, bias=False)
     teacher.weight = head
@@ -334,7 +336,8 @@ def test_logits_of_a_packed_head_are_not_rounded(mode: str, tmp_path: Path, meta
     head = load.head(checkpoint, mx.float16)
     hidden = (8 * mx.random.normal((5, 64), key=mx.random.key(0))).astype(mx.float16)
     found = load.wide_logits(head, hidden)
-    assert found.dtype == mx.float32 and "scales" in head
+    assert found.dtype == mx.float32
+    assert "scales" in head
     parts = [head.weight, head.scales, head.get("biases")]
     floats = [a.astype(mx.float32) if a is not None and a.dtype == mx.float16 else a for a in parts]
     how = {"group_size": head.group_size, "bits": head.bits, "mode": head.mode}
@@ -398,7 +401,10 @@ def test_prune_goes_on_in_bfloat16(
         )  # type: ignore[arg-type]
         keep = model_writer.read_keep(out)
         assert keep is not None
-        kept.append({(key, unit) for key, units in keep.kept.items() for unit in units})
+        units = set[tuple[str, int]]()
+        for key, chosen in keep.kept.items():
+            units |= {(key, unit) for unit in chosen}
+        kept.append(units)
     policy.use(None)
     assert len(kept[0]) == len(kept[1]) == 3 * 384
     assert len(kept[0] & kept[1]) > 0.95 * len(kept[1])
@@ -408,7 +414,8 @@ def test_policy_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment forces a policy on any device; another word is refused with one sentence."""
     for word, packs, dtype in (("metal", True, mx.float16), ("cpu", False, mx.float32)):
         monkeypatch.setenv(policy.POLICY, word)
-        assert policy.keeps_packed() == packs and policy.usual_dtype() == dtype
+        assert policy.keeps_packed() == packs
+        assert policy.usual_dtype() == dtype
     monkeypatch.setenv(policy.POLICY, "cuda")
     with pytest.raises(MisError, match="MIS_MLX_POLICY is 'cuda': set it to metal or cpu"):
         policy.name()

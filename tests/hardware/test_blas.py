@@ -30,10 +30,15 @@ OURS = (blas.MARK, blas.THREADS, "LD_PRELOAD", "MLX_HOSTFILE", "MLX_RANK")
 WITNESS = """
 import atexit, ctypes, json, os, sys
 def note():
+    end = {
+        "argv": sys.orig_argv[1:],
+        "fast": hasattr(ctypes.CDLL(None), "cblas_sgemm"),
+        "preload": os.environ.get("LD_PRELOAD"),
+        "threads": os.environ.get("OPENBLAS_NUM_THREADS"),
+        "mark": os.environ.get("MIS_MLX_BLAS"),
+    }
     with open(os.environ["WITNESS"], "a") as file:
-        print(json.dumps({"argv": sys.orig_argv[1:], "fast": hasattr(ctypes.CDLL(None), "cblas_sgemm"),
-                          "preload": os.environ.get("LD_PRELOAD"), "threads": os.environ.get("OPENBLAS_NUM_THREADS"),
-                          "mark": os.environ.get("MIS_MLX_BLAS")}), file=file)
+        print(json.dumps(end), file=file)
 atexit.register(note)
 """
 
@@ -90,10 +95,12 @@ def test_renamed_library_multiplies(library: Path) -> None:
     pointer = ctypes.c_void_p
     one = ctypes.c_float(1)
     zero = ctypes.c_float(0)
+    row_major = 101
+    as_it_is = 111
     opened.cblas_sgemm(
-        101,
-        111,
-        111,
+        row_major,
+        as_it_is,
+        as_it_is,
         130,
         130,
         130,
@@ -113,15 +120,13 @@ def test_renamed_library_multiplies(library: Path) -> None:
 def test_everything_that_mlx_wants_is_found(library: Path) -> None:
     """What mlx takes from its own BLAS and LAPACK: all 24 names."""
     names = [f"cblas_{kind}gemm" for kind in "sdc"] + ["cgeev_", "cgesdd_", "cheevd_"]
-    names += [
-        f"{kind}{name}_"
-        for kind in "sd"
-        for name in ("geev", "geqrf", "gesdd", "getrf", "getri", "orgqr", "potrf", "syevd", "trtri")
-    ]
+    for name in ("geev", "geqrf", "gesdd", "getrf", "getri", "orgqr", "potrf", "syevd", "trtri"):
+        names += [f"s{name}_", f"d{name}_"]
     opened = ctypes.CDLL(str(library))
     opened.openblas_get_config.restype = ctypes.c_char_p
     assert b"DYNAMIC_ARCH" in opened.openblas_get_config()  # kernels for every processor
-    assert len(names) == 24 and [name for name in names if not hasattr(opened, name)] == []
+    assert len(names) == 24
+    assert [name for name in names if not hasattr(opened, name)] == []
 
 
 @pytest.mark.parametrize("content", [b"", b"\x7fELF" + bytes(200), b"no library at all " * 50])
@@ -140,16 +145,19 @@ def test_where_the_copy_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "env"))
     made = blas.prepared()
-    assert made and made.parent == tmp_path / "env" / "lib"
+    assert made
+    assert made.parent == tmp_path / "env" / "lib"
     made.unlink()  # not overwritten: it is open in this process
     made.write_bytes(b"half")  # as after a power cut
     again = blas.prepared()
-    assert again == made and made.stat().st_size > 10**6
+    assert again == made
+    assert made.stat().st_size > 10**6
     (tmp_path / "file").touch()
     for bad in (tmp_path / "my env", tmp_path / "file"):
         monkeypatch.setattr(sys, "prefix", str(bad))
         made = blas.prepared()
-        assert made and made.parent == tmp_path / "cache" / "mis_mlx"
+        assert made
+        assert made.parent == tmp_path / "cache" / "mis_mlx"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert blas.prepared() is None
     # no half ones
@@ -201,12 +209,13 @@ def test_program_becomes_the_command(bare: Bare) -> None:
     """The same process, arguments to the letter, with BLAS and threads said in one line."""
     line = ("-X", "utf8", "-c", "import sys; print(sys.argv[1:])", "a b", "--x=*", "")
     done, (note,) = bare.run("-I", PROGRAM, sys.executable, *line)
-    assert done.stdout == "['a b', '--x=*', '']\n" and note["argv"] == list(line)
-    assert note["fast"] and note["mark"] == "on" and int(note["threads"]) >= 1
-    assert (
-        done.stderr.startswith(f"mis: OPENBLAS_NUM_THREADS={note['threads']} (")
-        and done.stderr.count("\n") == 1
-    )
+    assert done.stdout == "['a b', '--x=*', '']\n"
+    assert note["argv"] == list(line)
+    assert note["fast"]
+    assert note["mark"] == "on"
+    assert int(note["threads"]) >= 1
+    assert done.stderr.startswith(f"mis: OPENBLAS_NUM_THREADS={note['threads']} (")
+    assert done.stderr.count("\n") == 1
 
 
 def test_what_is_set_already_stays(bare: Bare, library: Path, tmp_path: Path) -> None:
@@ -215,20 +224,25 @@ def test_what_is_set_already_stays(bare: Bare, library: Path, tmp_path: Path) ->
     """
     command = ("-I", PROGRAM, sys.executable, "-c", "0")
     done, (note,) = bare.run(*command, OPENBLAS_NUM_THREADS="7")
-    assert note["threads"] == "7" and note["fast"] and done.stderr == ""
+    assert note["threads"] == "7"
+    assert note["fast"]
+    assert done.stderr == ""
     theirs = tmp_path / "libopenblas.so.0"
     theirs.write_bytes(library.read_bytes())
     assert bare.run(*command, LD_PRELOAD=str(theirs))[1][0]["preload"] == str(theirs)
     assert bare.run(*command, LD_PRELOAD="libm.so.6")[1][0]["preload"] == f"{library}:libm.so.6"
     done, (note,) = bare.run(*command, MIS_MLX_BLAS="off")
-    assert not note["fast"] and note["threads"] is None and done.stderr == ""
+    assert not note["fast"]
+    assert note["threads"] is None
+    assert done.stderr == ""
 
 
 def test_without_a_library_the_first_line_says_so(bare: Bare) -> None:
     """How much slower, and how to mend it; the command runs all the same."""
     # -S: an environment without it
     done, (note,) = bare.run("-I", "-S", PROGRAM, sys.executable, "-c", "print(5)")
-    assert done.stdout == "5\n" and not note["fast"]
+    assert done.stdout == "5\n"
+    assert not note["fast"]
     first = done.stderr.splitlines()[0]
     assert first.startswith(
         "mis: OpenBLAS is missing, so matrix products take 20 to 50 times as long: "
@@ -244,14 +258,13 @@ def test_commands_start_again_with_it_once(bare: Bare, llama: Checkpoint) -> Non
         line = ["-X", "utf8", "-W", "error", "-P", "-m", *way, "--teacher", str(llama.path)]
         done, (note,) = bare.run(*line)
         assert done.returncode == 0, done.stderr
-        assert (
-            note["argv"] == line
-            and note["fast"]
-            and done.stderr.count("OPENBLAS_NUM_THREADS=") == 1
-        )
+        assert note["argv"] == line
+        assert note["fast"]
+        assert done.stderr.count("OPENBLAS_NUM_THREADS=") == 1
         json.loads(done.stdout.splitlines()[-1])
     done, (note,) = bare.run(*line, MIS_MLX_BLAS="off")
-    assert done.returncode == 0 and not note["fast"]
+    assert done.returncode == 0
+    assert not note["fast"]
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--no-such-flag"]])
@@ -259,4 +272,5 @@ def test_nothing_starts_again_where_nothing_is_computed(bare: Bare, flags: list[
     """Help, version and wrong usage answer at once."""
     done, (note,) = bare.run("-m", "mis_mlx.plan", *flags)
     assert done.returncode == (2 if "no-such" in flags[0] else 0)
-    assert not note["fast"] and "OPENBLAS" not in done.stderr
+    assert not note["fast"]
+    assert "OPENBLAS" not in done.stderr

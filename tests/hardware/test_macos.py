@@ -160,11 +160,13 @@ def test_a_command_keeps_a_mac_awake_until_it_ends(bin: Path, mac: None) -> None
         assert until(lambda: pid.is_file() and bool(pid.read_text()))
         assert seen.read_text().split() == ["-i", "-w", str(os.getpid())]
         child = int(pid.read_text())
-        assert alive(child) and os.getsid(child) == child
+        assert alive(child)
+        assert os.getsid(child) == child
         seen.unlink()
         with progress.bar("targets", 3):
             time.sleep(0.2)
-        assert not seen.exists() and alive(child)
+        assert not seen.exists()
+        assert alive(child)
         raise KeyboardInterrupt
     assert not alive(child)
 

@@ -216,4 +216,5 @@ def test_freed_memory_goes_back() -> None:
     assert memory.held_bytes()[0] > before + 150 * MIB
     del pieces
     memory.give_back()
-    assert memory.held_bytes()[0] < before + 50 * MIB and top.sum() == 12_800
+    assert memory.held_bytes()[0] < before + 50 * MIB
+    assert top.sum() == 12_800

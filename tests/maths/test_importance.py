@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -54,25 +56,33 @@ def test_a_warm_batch_changes_who_is_kept() -> None:
     10, 30: channel 0 has 22 / h, channel 1 has sqrt(15^2 + 45^2) / h = 47.4 / h and is kept
     instead.
     """
-    sums = sums_of(np.array([[2.2, 1.5], [0.0, 1.5]]), [10.0, 30.0])
-    assert (
-        importance.top(importance.rms(sums), 1)
-        == importance.top(importance.activation(sums), 1)
-        == (0,)
-    )
-    assert importance.top(importance.aais(sums, 832.0), 1) == (1,)
-    assert importance.aais(sums, 2.0).tolist() == pytest.approx([11.0, np.sqrt(2250) / 2])
+    samples = np.array([[2.2, 1.5], [0.0, 1.5]])
+    sums = sums_of(samples, [10.0, 30.0])
+
+    by_square = importance.rms(sums)
+    by_mean = importance.activation(sums)
+    by_weather = importance.aais(sums, 832.0)
+    at_two_metres = importance.aais(sums, 2.0)
+
+    assert importance.top(by_square, 1) == (0,)
+    assert importance.top(by_mean, 1) == (0,)
+    assert importance.top(by_weather, 1) == (1,)
+    assert at_two_metres.tolist() == pytest.approx([11.0, np.sqrt(2250) / 2])
 
 
 def test_a_neuron_that_seldom_fires_loud() -> None:
     """3 at one token of ten against 0.5 at all: by means (0.3, 0.5) it goes, by squares (0.9, 0.25)
     it stays.
     """
-    x = mx.zeros((1, 10, 2)).at[0, 0, 0].add(3.0).at[..., 1].add(0.5)
+    x = mx.zeros((1, 10, 2))
+    x[0, 0, 0] = 3.0
+    x[..., 1] = 0.5
+    mean = np.array(importance.channel_sample(x))
+    mean_square = np.array(importance.square_sample(x)) / 10
     sums = Sums(*np.zeros((3, 2)))
-    sums.add(
-        np.array(importance.channel_sample(x)), np.array(importance.square_sample(x)) / 10, 1.0
-    )
+
+    sums.add(mean, mean_square, 1.0)
+
     assert importance.activation(sums).tolist() == pytest.approx([0.3, 0.5])
     assert importance.rms(sums).tolist() == pytest.approx([0.9**0.5, 0.5])
 
@@ -116,32 +126,38 @@ def test_heads_are_kept_group_by_group() -> None:
     assert importance.top_in_groups(scores, 2, 4, 2) == (0, 1, 4, 7)
     for keep in (2, 4, 6, 8):
         kept = importance.top_in_groups(scores, 2, keep, 2)
-        assert sum(i < 4 for i in kept) == sum(i >= 4 for i in kept) == keep // 2
+        of_first_group = [head for head in kept if head < 4]
+        assert len(of_first_group) == keep // 2
+        assert len(kept) == keep
 
 
 def layers(weight: float) -> list[Sums]:
     """Three layers of 1,024 channels whose importance falls smoothly."""
     falling = np.exp(-np.arange(1024) / 400.0)
-    return [sums_of(np.stack([falling * scale] * 2), [weight] * 2) for scale in (1.0, 1.1, 0.9)]
+    made = []
+    for scale in (1.0, 1.1, 0.9):
+        samples = np.stack([falling * scale] * 2)
+        made.append(sums_of(samples, [weight, weight]))
+    return made
 
 
 def test_the_size_follows_the_conditions() -> None:
     """At 8 °C and 832 m, in both units, the fixed size; higher is smaller, one multiple at least;
     warmer larger.
     """
-    for unit, weight in (("kelvin", 281.15), ("celsius", 8.0)):
-        assert (
-            importance.conditions_size(
-                layers(weight), 512, multiple=256, altitude_m=832.0, unit=unit
-            )
-            == 512
+
+    def size(weight: float, altitude_m: float = 832.0, multiple: int = 128, **unit: Any) -> int:
+        statistics = layers(weight)
+        return importance.conditions_size(
+            statistics, 512, multiple=multiple, altitude_m=altitude_m, **unit
         )
-    low, reference, high = (
-        importance.conditions_size(layers(281.15), 512, 128, h) for h in (100.0, 832.0, 2500.0)
-    )
+
+    assert size(281.15, multiple=256, unit="kelvin") == 512
+    assert size(8.0, multiple=256, unit="celsius") == 512
+    low = size(281.15, altitude_m=100.0)
+    reference = size(281.15)
+    high = size(281.15, altitude_m=2500.0)
     assert 1024 >= low > reference == 512 > high >= 128
-    cold, warm = (
-        importance.conditions_size(layers(t), 512, multiple=128, altitude_m=832.0, unit="celsius")
-        for t in (8.0, 16.0)
-    )
+    cold = size(8.0, unit="celsius")
+    warm = size(16.0, unit="celsius")
     assert warm > cold

@@ -55,16 +55,20 @@ def plain(
     p: Problem, temperature: float, c: float = 0.0, labels: mx.array | None = None
 ) -> Callable[[mx.array, mx.array], mx.array]:
     """(1 - c) KL + c CE as they are written, on whole logits."""
-    z_t = p["teacher"] @ p["teacher_head"].T / temperature
+
+    def log_softmax(logits: mx.array) -> mx.array:
+        return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+    log_t = log_softmax(p["teacher"] @ p["teacher_head"].T / temperature)
 
     def loss(student: mx.array, head: mx.array) -> mx.array:
-        z = student @ head.T
-        a, b = (a - mx.logsumexp(a, axis=-1, keepdims=True) for a in (z_t, z / temperature))
-        each = (1 - c) * (mx.exp(a) * (a - b)).sum(axis=-1)
+        logits = student @ head.T
+        log_s = log_softmax(logits / temperature)
+        kl = (mx.exp(log_t) * (log_t - log_s)).sum(axis=-1)
+        each = (1 - c) * kl
         if labels is not None:
-            each = each + c * (
-                mx.logsumexp(z, axis=-1) - mx.take_along_axis(z, labels[:, None], axis=-1)[:, 0]
-            )
+            of_labels = mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+            each = each + c * (mx.logsumexp(logits, axis=-1) - of_labels)
         return (each * p["learn"]).sum()
 
     return loss
@@ -90,14 +94,16 @@ def test_the_chunked_loss_is_the_plain_formula(
     """
     p = problem()
     labels = mx.random.randint(0, V, (N,), key=mx.random.key(3)) if c else None
-    value, got = gradients(
-        ours(p, temperature=temperature, rows=rows, labels=labels, cross_entropy=c), p
-    )
-    wanted, want = gradients(plain(p, temperature, c, labels), p)
-    assert value.item() == pytest.approx(wanted.item(), rel=1e-5)
-    for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-5, atol=1e-5)
-    assert np.array_equal(np.abs(np.array(got[0])).sum(axis=1) > 0, np.array(p["learn"]) == 1)
+    loss = ours(p, temperature=temperature, rows=rows, labels=labels, cross_entropy=c)
+
+    value, found = gradients(loss, p)
+    wanted_value, wanted = gradients(plain(p, temperature, c, labels), p)
+
+    assert value.item() == pytest.approx(wanted_value.item(), rel=1e-5)
+    for gradient, expected in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(np.array(gradient), np.array(expected), rtol=1e-5, atol=1e-5)
+    taught = np.abs(np.array(found[0])).sum(axis=1) > 0
+    assert np.array_equal(taught, np.array(p["learn"]) == 1)
 
 
 def test_the_loss_by_pencil() -> None:
@@ -109,9 +115,11 @@ def test_the_loss_by_pencil() -> None:
         "teacher_head": mx.array([[np.log(3.0)], [0.0]]),
         "learn": mx.array([1.0]),
     }
-    mixed = ours(p, labels=mx.array([0]), cross_entropy=0.25)(
-        mx.array([[1.0]]), mx.array([[0.0], [0.0]])
-    )
+    student = mx.array([[1.0]])
+    head = mx.array([[0.0], [0.0]])
+
+    mixed = ours(p, labels=mx.array([0]), cross_entropy=0.25)(student, head)
+
     forward = 0.75 * np.log(1.5) + 0.25 * np.log(0.5)
     assert mixed.item() == pytest.approx(0.75 * forward + 0.25 * np.log(2), abs=1e-6)
 
@@ -121,12 +129,16 @@ def test_a_frozen_head_changes_neither_value_nor_the_students_gradient() -> None
     gradient.
     """
     p = problem()
-    trained, (want, _) = gradients(ours(p, temperature=2.0, rows=4), p)
-    frozen, (got, nothing) = gradients(ours(p, temperature=2.0, rows=4, frozen_head=True), p)
-    assert (
-        frozen.item() == trained.item() and mx.array_equal(got, want) and not mx.any(nothing).item()
-    )
-    _, (three, _) = gradients(lambda *at: 3.0 * ours(p, temperature=2.0, rows=4)(*at), p)
+    loss = ours(p, temperature=2.0, rows=4)
+    of_frozen = ours(p, temperature=2.0, rows=4, frozen_head=True)
+
+    trained, (want, _) = gradients(loss, p)
+    frozen, (got, nothing) = gradients(of_frozen, p)
+    _, (three, _) = gradients(lambda student, head: 3.0 * loss(student, head), p)
+
+    assert frozen.item() == trained.item()
+    assert mx.array_equal(got, want)
+    assert not mx.any(nothing).item()
     np.testing.assert_allclose(np.array(three), 3 * np.array(want), rtol=1e-6)
 
 
@@ -136,13 +148,15 @@ def test_a_frozen_head_has_no_gradient_in_memory() -> None:
     """
     vocab = 8192
     n = 16
-    wide, student = (mx.random.normal((size, 512), key=mx.random.key(size)) for size in (vocab, n))
+    wide = mx.random.normal((vocab, 512), key=mx.random.key(vocab))
+    student = mx.random.normal((n, 512), key=mx.random.key(n))
     p = problem(n, vocab)
     mx.eval(wide, student, p)
 
     def peak(frozen: bool) -> int:
         loss = ours(p, rows=8, frozen_head=frozen)
-        return peak_of(lambda: mx.value_and_grad(lambda h: loss(h, wide))(student))
+        gradient = mx.value_and_grad(lambda h: loss(h, wide))
+        return peak_of(lambda: gradient(student))
 
     assert peak(True) <= wide.nbytes < peak(False)
 
@@ -163,7 +177,10 @@ def test_memory_is_bounded_by_the_chunk() -> None:
         p = problem(n, vocab)
         mx.eval(p)
         peaks.append(peak_of(lambda p=p: gradients(ours(p, rows=rows), p)))
-        bound = 24 * rows * vocab * 4 + 4 * vocab * D * 4 + 8 * n * D * 4
+        chunk = rows * vocab * 4
+        heads = 4 * vocab * D * 4
+        hidden = n * D * 4
+        bound = 24 * chunk + heads + 8 * hidden
         assert peaks[-1] < bound
     assert n * vocab * 4 > bound
     assert peaks[1] < 1.5 * peaks[0]
@@ -176,10 +193,13 @@ def test_cross_entropy_takes_no_more_memory() -> None:
     p = problem(1024, 8192)
     labels = mx.random.randint(0, 8192, (1024,), key=mx.random.key(3))
     mx.eval(p, labels)
-    mixed = peak_of(
-        lambda: gradients(ours(p, temperature=2.0, labels=labels, cross_entropy=0.5), p)
-    )
-    assert mixed <= 1.02 * peak_of(lambda: gradients(ours(p, temperature=2.0), p))
+    plain_kl = ours(p, temperature=2.0)
+    mixed = ours(p, temperature=2.0, labels=labels, cross_entropy=0.5)
+
+    peak_of_mixed = peak_of(lambda: gradients(mixed, p))
+    peak_of_plain = peak_of(lambda: gradients(plain_kl, p))
+
+    assert peak_of_mixed <= 1.02 * peak_of_plain
 
 
 def test_chunk_rows_by_pencil() -> None:
@@ -194,27 +214,35 @@ def test_softmax_lse_against_float64(shift: float) -> None:
     """softmax and logsumexp of large logits neither overflow nor drift (relative float32
     rounding).
     """
-    z = np.random.default_rng(0).normal(0, 20, (6, 300)).astype(np.float32) + np.float32(shift)
-    p, lse = losses.softmax_lse(mx.array(z))
-    wide = z.astype(np.float64)
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 20, (6, 300)).astype(np.float32) + np.float32(shift)
+    wide = logits.astype(np.float64)
     top = wide.max(-1, keepdims=True)
-    total = np.exp(wide - top).sum(-1)
-    np.testing.assert_allclose(np.array(lse), top[:, 0] + np.log(total), rtol=1e-6, atol=1e-5)
-    np.testing.assert_allclose(np.array(p), np.exp(wide - top) / total[:, None], atol=1e-6)
+    powers = np.exp(wide - top)
+    total = powers.sum(-1, keepdims=True)
+    wanted_lse = (top + np.log(total))[:, 0]
+
+    p, lse = losses.softmax_lse(mx.array(logits))
+
+    np.testing.assert_allclose(np.array(lse), wanted_lse, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(np.array(p), powers / total, atol=1e-6)
 
 
 def test_halny_factor_is_clipped_and_repeats() -> None:
     """No wind is exactly 1; a storm (sigma 10) stays within ±0.15; a seed and step
     always meet the same wind, others another."""
-    assert losses.loss_noise_factor(0.0, 0, 5) == 1.0
     storm = [losses.loss_noise_factor(10.0, 0, step) for step in range(50)]
-    assert min(storm) == pytest.approx(0.85) and max(storm) == pytest.approx(1.15)
     breeze = [losses.loss_noise_factor(0.05, 3, step) for step in range(400)]
-    assert breeze == [losses.loss_noise_factor(0.05, 3, step) for step in range(400)]
-    assert len(set(breeze)) > 390 and losses.loss_noise_factor(0.05, 4, 0) != breeze[0]
-    assert np.std(breeze) == pytest.approx(0.05, abs=0.01) and np.mean(breeze) == pytest.approx(
-        1.0, abs=0.01
-    )
+    again = [losses.loss_noise_factor(0.05, 3, step) for step in range(400)]
+
+    assert losses.loss_noise_factor(0.0, 0, 5) == 1.0
+    assert min(storm) == pytest.approx(0.85)
+    assert max(storm) == pytest.approx(1.15)
+    assert breeze == again
+    assert len(set(breeze)) > 390
+    assert losses.loss_noise_factor(0.05, 4, 0) != breeze[0]
+    assert np.std(breeze) == pytest.approx(0.05, abs=0.01)
+    assert np.mean(breeze) == pytest.approx(1.0, abs=0.01)
 
 
 @pytest.mark.parametrize("name", ["kl_sum", "token_logps"])

@@ -16,49 +16,67 @@ N = 90
 
 def draw(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Inputs (N, F), missing outputs (N, D), weights (N,)."""
-    r = np.random.default_rng(seed)
-    a = r.normal(size=(N, F))
-    miss = r.normal(size=(N, D))
-    w = r.uniform(0.2, 3.0, N)
-    return a.astype(np.float32), miss.astype(np.float32), w.astype(np.float32)
+    rng = np.random.default_rng(seed)
+    inputs = rng.normal(size=(N, F)).astype(np.float32)
+    missing = rng.normal(size=(N, D)).astype(np.float32)
+    weights = rng.uniform(0.2, 3.0, N).astype(np.float32)
+    return inputs, missing, weights
 
 
-def sums(a: np.ndarray, r: np.ndarray, w: np.ndarray, parts: int = 3) -> NormalEquations:
+def sums(
+    inputs: np.ndarray, missing: np.ndarray, weights: np.ndarray, parts: int = 3
+) -> NormalEquations:
     """The sums of all tokens, added in parts."""
     made = NormalEquations(F, D)
-    for at in np.array_split(np.arange(len(a)), parts):
-        made.add(*made.products(mx.array(a[at]), mx.array(r[at]), mx.array(w[at])))
+    for at in np.array_split(np.arange(len(inputs)), parts):
+        part = mx.array(inputs[at])
+        products = made.products(part, mx.array(missing[at]), mx.array(weights[at]))
+        made.add(*products)
     return made
 
 
-def judging(a: np.ndarray, r: np.ndarray, w: np.ndarray, kind: int = 0) -> HeldOut:
+def judging(inputs: np.ndarray, missing: np.ndarray, weights: np.ndarray, kind: int = 0) -> HeldOut:
     """These tokens, as they judge a fit."""
-    return HeldOut.of(mx.array(a), mx.array(r), mx.array(w), kind)
+    return HeldOut.of(mx.array(inputs), mx.array(missing), mx.array(weights), kind)
+
+
+def weighted(
+    inputs: np.ndarray, missing: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(inputs, missing outputs), every token times its weight, in float64."""
+    wide = weights[:, None].astype(np.float64)
+    return inputs * wide, missing * wide
 
 
 def test_against_lstsq() -> None:
     """Noise too: the weighted least squares solution, and the share of the error it leaves."""
-    a, r, w = draw()
-    fit = sums(a, r, w)
-    update = fit.update(0.0)
-    remaining = left([judging(a, r, w)], update)
-    wide = w[:, None].astype(np.float64)
-    want, *_ = np.linalg.lstsq(a * wide, r * wide, rcond=None)
-    np.testing.assert_allclose(update, want.T, atol=1e-5)
-    error = np.square(wide * (r - a @ want)).sum() / np.square(wide * r).sum()
-    assert remaining == pytest.approx(error, abs=1e-6) and 0 < remaining < 1
+    tokens = draw()
+    inputs, missing = weighted(*tokens)
+    wanted, *_ = np.linalg.lstsq(inputs, missing, rcond=None)
+    error = np.square(missing - inputs @ wanted).sum()
+    share = error / np.square(missing).sum()
+
+    update = sums(*tokens).update(0.0)
+    remaining = left([judging(*tokens)], update)
+
+    np.testing.assert_allclose(update, wanted.T, atol=1e-5)
+    assert remaining == pytest.approx(share, abs=1e-6)
+    assert 0 < remaining < 1
 
 
 def test_the_ridge_is_the_documented_one() -> None:
     """lstsq with sqrt(ridge * mean(diag G)) rows added below gives the same U."""
-    a, r, w = draw(1)
-    wide = w[:, None].astype(np.float64)
-    gram = (a * wide).T @ (a * wide)
+    tokens = draw(1)
+    inputs, missing = weighted(*tokens)
+    gram = inputs.T @ inputs
     extra = np.sqrt(0.3 * np.trace(gram) / F) * np.eye(F)
-    want, *_ = np.linalg.lstsq(
-        np.vstack([a * wide, extra]), np.vstack([r * wide, np.zeros((F, D))]), rcond=None
-    )
-    np.testing.assert_allclose(sums(a, r, w).update(0.3), want.T, atol=1e-5)
+    damped = np.vstack([inputs, extra])
+    goals = np.vstack([missing, np.zeros((F, D))])
+    wanted, *_ = np.linalg.lstsq(damped, goals, rcond=None)
+
+    update = sums(*tokens).update(0.3)
+
+    np.testing.assert_allclose(update, wanted.T, atol=1e-5)
 
 
 def test_wide_layers_are_solved_in_half_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,88 +84,110 @@ def test_wide_layers_are_solved_in_half_the_bytes(monkeypatch: pytest.MonkeyPatc
     the error.
     """
     fit = sums(*draw())
+    wanted = fit.update(0.1)
     monkeypatch.setattr(reconstruction, "WIDE", F - 1)
     wide = sums(*draw())
-    update = wide.update(0.1)
-    assert (
-        {a.dtype for a in (wide.gram, wide.cross, update)}
-        == {np.dtype(np.float32)}
-        != {fit.gram.dtype}
-    )
-    np.testing.assert_allclose(update, want := fit.update(0.1), atol=1e-5)
     tokens = [judging(*draw())]
-    assert left(tokens, update) == pytest.approx(left(tokens, want), abs=1e-5)
+
+    update = wide.update(0.1)
+
+    for array in (wide.gram, wide.cross, update):
+        assert array.dtype == np.float32
+    assert fit.gram.dtype != np.float32
+    np.testing.assert_allclose(update, wanted, atol=1e-5)
+    assert left(tokens, update) == pytest.approx(left(tokens, wanted), abs=1e-5)
 
 
 def test_parts_merge_in_any_order() -> None:
     """One batch or five, forwards or backwards: the same update (float32 products, float64
     sums).
     """
-    a, r, w = draw(2)
-    one = sums(a, r, w, 1).update(0.1)
-    np.testing.assert_allclose(sums(a, r, w, 5).update(0.1), one, atol=1e-6)
-    np.testing.assert_allclose(sums(a[::-1], r[::-1], w[::-1], 5).update(0.1), one, atol=1e-6)
+    tokens = draw(2)
+    reversed_tokens = [array[::-1] for array in tokens]
+
+    one = sums(*tokens, parts=1).update(0.1)
+    forwards = sums(*tokens, parts=5).update(0.1)
+    backwards = sums(*reversed_tokens, parts=5).update(0.1)
+
+    np.testing.assert_allclose(forwards, one, atol=1e-6)
+    np.testing.assert_allclose(backwards, one, atol=1e-6)
 
 
 def test_a_direction_never_seen_stays() -> None:
     """Input 3 is always 0: its column of the update is exactly 0 with a ridge, and nothing is left
     undefined.
     """
-    a, r, w = draw(3)
-    a[:, 3] = 0
-    update = sums(a, r, w).update(0.1)
-    assert (update[:, 3] == 0).all() and np.isfinite(update).all()
+    inputs, missing, weights = draw(3)
+    inputs[:, 3] = 0
+
+    update = sums(inputs, missing, weights).update(0.1)
+
+    assert (update[:, 3] == 0).all()
+    assert np.isfinite(update).all()
 
 
 def test_nothing_missing_nothing_changed() -> None:
     """r = 0: zero update, and the error that remains is called 1, not 0/0."""
-    a, r, w = draw()
-    fit = sums(a, 0 * r, w)
-    update = fit.update(0.1)
-    assert (update == 0).all() and left([judging(a, 0 * r, w)], update) == 1.0
+    inputs, missing, weights = draw()
+    nothing = 0 * missing
+
+    update = sums(inputs, nothing, weights).update(0.1)
+
+    assert (update == 0).all()
+    assert left([judging(inputs, nothing, weights)], update) == 1.0
 
 
 def test_the_ridge_is_the_one_that_leaves_least_held_out() -> None:
     """Of four by numpy, tried on tokens that no solution saw; the update is then that of all
     tokens.
     """
-    a, r, w = draw(4)
-    wide = w[:, None].astype(np.float64)
+    inputs, noise, weights = draw(4)
+    slope = np.linspace(-0.5, 0.5, F * D).reshape(F, D)
+    missing = (inputs @ slope + noise).astype(np.float32)  # something to be learned, and noise
+    wide_inputs, wide_missing = weighted(inputs, missing, weights)
     ridges = (1e-3, 0.1, 1.0, 1e3)
     seen = np.s_[:12]
     judge = np.s_[12:40]
 
     def by_hand(ridge: float, at: slice) -> np.ndarray:
-        rows = (a * wide)[at].astype(np.float64)
+        rows = wide_inputs[at]
         gram = rows.T @ rows
         damped = gram + ridge * np.trace(gram) / F * np.eye(F)
-        return np.asarray(np.linalg.solve(damped, rows.T @ (r * wide)[at]))
+        cross = rows.T @ wide_missing[at]
+        return np.asarray(np.linalg.solve(damped, cross))
 
     def left_by_hand(update: np.ndarray) -> float:
-        missing = (r * wide)[judge]
-        return float(
-            np.square(missing - (a * wide)[judge] @ update).sum() / np.square(missing).sum()
-        )
+        goal = wide_missing[judge]
+        error = np.square(goal - wide_inputs[judge] @ update).sum()
+        return float(error / np.square(goal).sum())
 
-    r[:] = a @ np.linspace(-0.5, 0.5, F * D).reshape(F, D) + r  # something to be learned, and noise
     shares = [left_by_hand(by_hand(ridge, seen)) for ridge in ridges]
     best = int(np.argmin(shares))
-    assert 0 < best < len(ridges) - 1 and shares[best] < 1 < shares[0]
-    update, held_out = sums(a[seen], r[seen], w[seen]).judged(
-        [judging(a[judge], r[judge], w[judge])], ridges
-    )
-    assert held_out == pytest.approx(shares[best], abs=1e-6)
-    np.testing.assert_allclose(update, by_hand(ridges[best], np.s_[:40]).T, atol=1e-5)
+    assert 0 < best < len(ridges) - 1
+    assert shares[best] < 1 < shares[0]
+    wanted = by_hand(ridges[best], np.s_[:40])
+
+    fit = sums(inputs[seen], missing[seen], weights[seen])
+    held_out = judging(inputs[judge], missing[judge], weights[judge])
+    update, remaining = fit.judged([held_out], ridges)
+
+    assert remaining == pytest.approx(shares[best], abs=1e-6)
+    np.testing.assert_allclose(update, wanted.T, atol=1e-5)
 
 
 def test_noise_is_not_learned() -> None:
     """Nothing to be learned, fewer tokens than inputs: no update, and 1 is left."""
-    a, r, w = draw(5)
-    fit = sums(a[:5], r[:5], w[:5])
-    judge = judging(a[5:], -r[5:], w[5:])
-    assert left([judging(a[:5], r[:5], w[:5])], fit.update(0.1)) < 0.9  # by heart
+    inputs, missing, weights = draw(5)
+    few = (inputs[:5], missing[:5], weights[:5])
+    fit = sums(*few)
+    judge = judging(inputs[5:], -missing[5:], weights[5:])
+    by_heart = left([judging(*few)], fit.update(0.1))
+
     update, held_out = fit.judged([judge], (0.1, 1.0))
-    assert held_out == 1.0 and not update.any()
+
+    assert by_heart < 0.9
+    assert held_out == 1.0
+    assert not update.any()
 
 
 def ones(inputs: list[list[float]], missing: list[list[float]], kind: int) -> HeldOut:
@@ -166,9 +206,12 @@ def test_what_is_left_of_two_kinds_by_pencil() -> None:
     halves = [ones([[1.0]], [[1.0]], kind=0) for _ in range(9)]
     many = ones([[2.0]] * 6, [[-2.0]] * 6, kind=7)
 
+    both = left([first, second], update)
+
     assert left([first], update) == pytest.approx(1 / 4)
     assert left([second], update) == pytest.approx(9 / 4)
-    assert left([first, second], update) == left([second, first], update) == pytest.approx(7 / 4)
+    assert both == pytest.approx(7 / 4)
+    assert left([second, first], update) == both
     assert left([*halves, many], update) == pytest.approx(7 / 4)
 
 
@@ -176,17 +219,21 @@ def test_a_kind_without_an_error_is_left_as_it_is() -> None:
     """Nothing is missing there: 1, as where nothing is done; the other kind's quarter makes (5/8 +
     1) / 2.
     """
+    update = np.array([[0.5]])
+    quarter = ones([[2.0]], [[2.0]], kind=0)
     whole = ones([[0.0]], [[0.0]], kind=1)
-    assert left([ones([[2.0]], [[2.0]], kind=0), whole], np.array([[0.5]])) == pytest.approx(
-        13 / 16
-    )
+
+    assert left([quarter, whole], update) == pytest.approx(13 / 16)
 
 
 def test_weights_count_in_what_is_left() -> None:
     """By pencil: of weight 3 a token's 4 and 1 are 36 and 9; with a lost one of weight 1, 10 of 37
     are left.
     """
-    tokens = HeldOut.of(mx.array([[2.0], [0.0]]), mx.array([[2.0], [1.0]]), mx.array([3.0, 1.0]))
+    inputs = mx.array([[2.0], [0.0]])
+    missing = mx.array([[2.0], [1.0]])
+    tokens = HeldOut.of(inputs, missing, mx.array([3.0, 1.0]))
+
     assert left([tokens], np.array([[0.5]])) == pytest.approx(10 / 37)
 
 
@@ -199,22 +246,25 @@ def test_what_serves_one_kind_and_spoils_the_other_is_not_chosen() -> None:
     seldom = rng.normal(size=(10, 2)).astype(np.float32)
     weight = np.ones(90, np.float32)
 
-    def fitted(rows: np.ndarray, missing: np.ndarray) -> NormalEquations:
+    wanted = often[:, :1]
+
+    def fitted() -> NormalEquations:
         equations = NormalEquations(2, 1)
-        equations.add(*equations.products(mx.array(rows), mx.array(missing), mx.ones(len(rows))))
+        products = equations.products(mx.array(often), mx.array(wanted), mx.ones(90))
+        equations.add(*products)
         return equations
 
-    as_one = [
-        judging(often, often[:, :1], weight, kind=0),
-        judging(seldom, -seldom[:, :1], weight[:10], kind=0),
-    ]
-    as_two = [as_one[0], as_one[1]._replace(kind=1)]
+    most = judging(often, wanted, weight, kind=0)
+    few = judging(seldom, -seldom[:, :1], weight[:10], kind=0)
+    few_of_another_kind = few._replace(kind=1)
 
-    one_kind, left_of_one = fitted(often, often[:, :1]).judged(as_one)
-    spoiled, left_of_spoiled = fitted(often, often[:, :1]).judged(as_two)
+    one_kind, left_of_one = fitted().judged([most, few])
+    spoiled, left_of_spoiled = fitted().judged([most, few_of_another_kind])
 
-    assert one_kind[0, 0] > 0.3 and left_of_one < 1
-    assert not spoiled.any() and left_of_spoiled == 1.0
+    assert one_kind[0, 0] > 0.3
+    assert left_of_one < 1
+    assert not spoiled.any()
+    assert left_of_spoiled == 1.0
 
 
 def test_the_ridge_is_the_one_for_both_kinds() -> None:
@@ -223,7 +273,8 @@ def test_the_ridge_is_the_one_for_both_kinds() -> None:
     neither of these is taken.
     """
     fit = NormalEquations(1, 1)
-    fit.add(*fit.products(mx.ones((8, 1)), mx.ones((8, 1)), mx.ones(8)))
+    products = fit.products(mx.ones((8, 1)), mx.ones((8, 1)), mx.ones(8))
+    fit.add(*products)
     ridges = (1e-6, 0.5, 1.5)  # updates of 1, 2/3 and 0.4
     wants_all = ones([[1.0]], [[1.0]], kind=0)
     wants_less = ones([[1.0]], [[0.5]], kind=1)

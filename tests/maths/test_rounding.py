@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mis_mlx.maths import rounding
+from mis_mlx.types import MisError
 
 KINDS = [(32, 4), (64, 4), (64, 8)]
 
@@ -18,24 +19,29 @@ def correlated(seed: int, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
     mean.
     """
     rng = np.random.default_rng(seed)
-    inputs = rng.normal(size=(300, size)) @ rng.normal(size=(size, size)) * 0.1 + rng.normal(
-        size=size
-    )
-    return rng.normal(size=(48, size)).astype(np.float32), inputs.T @ inputs
+    apart = rng.normal(size=(300, size))
+    mixing = rng.normal(size=(size, size))
+    mean = rng.normal(size=size)
+    inputs = apart @ mixing * 0.1 + mean
+    weight = rng.normal(size=(48, size)).astype(np.float32)
+    return weight, inputs.T @ inputs
 
 
 def error(
     weight: np.ndarray, packed: rounding.Packed, gram: np.ndarray, group: int, bits: int
 ) -> float:
     """trace((W - Q) G (W - Q)^T)."""
-    left = weight - np.array(rounding.values(packed, group, bits), np.float64)
+    rounded = np.array(rounding.values(packed, group, bits), np.float64)
+    left = weight - rounded
     return float((left * (left @ gram)).sum())
 
 
 def integers(packed: mx.array, bits: int) -> np.ndarray:
     """(out, in) integers of a packed matrix, taken apart bit by bit."""
-    words = np.array(packed)[..., None] >> (bits * np.arange(32 // bits, dtype=np.uint32))
-    return (words & (2**bits - 1)).reshape(len(words), -1)
+    shifts = bits * np.arange(32 // bits, dtype=np.uint32)
+    shifted = np.array(packed)[..., None] >> shifts
+    found = shifted & (2**bits - 1)
+    return found.reshape(len(found), -1)
 
 
 def test_by_hand() -> None:
@@ -47,9 +53,12 @@ def test_by_hand() -> None:
     """
     gram = np.eye(32)
     gram[0, 1] = gram[1, 0] = 0.5
-    weight = np.array([[3.4, 5.35, 15.0, *[0.0] * 29]], np.float32)
+    weight = np.zeros((1, 32), np.float32)
+    weight[0, :3] = (3.4, 5.35, 15.0)
+
     alone = rounding.nearest(mx.array(weight), 32, 4)
-    made = rounding.compensated(weight, gram, 32, 4)
+    made = rounding.compensated(weight, gram, 32, 4, fit=False)
+
     assert rounding.values(alone, 32, 4)[0, :3].tolist() == [3, 5, 15]
     assert rounding.values(made, 32, 4)[0, :3].tolist() == [3, 6, 15]
     assert error(weight, made, gram=gram, group=32, bits=4) == pytest.approx(0.3225, abs=1e-6)
@@ -61,12 +70,15 @@ def test_the_factor() -> None:
     identity.
     """
     _, gram = correlated(0)
-    u = rounding.inverse_factor(gram)
     damped = gram + 0.01 * np.trace(gram) / 128 * np.eye(128)
-    assert (np.tril(u, -1) == 0).all()
+
+    factor = rounding.inverse_factor(gram)
+    of_nothing = rounding.inverse_factor(np.zeros((3, 3)))
+
+    assert (np.tril(factor, -1) == 0).all()
     # float64, condition about 1e4
-    np.testing.assert_allclose(u.T @ u @ damped, np.eye(128), atol=1e-9)
-    assert (rounding.inverse_factor(np.zeros((3, 3))) == np.eye(3)).all()
+    np.testing.assert_allclose(factor.T @ factor @ damped, np.eye(128), atol=1e-9)
+    assert (of_nothing == np.eye(3)).all()
 
 
 @pytest.mark.parametrize(("group", "bits"), KINDS)
@@ -74,10 +86,12 @@ def test_the_factor() -> None:
 def test_without_correlation_it_is_plain_rounding(group: int, bits: int, gram: np.ndarray) -> None:
     """Bit for bit: integers, scales, biases, their types."""
     weight, _ = correlated(1)
-    made = rounding.compensated(weight, gram, group, bits)
+    made = rounding.compensated(weight, gram, group, bits, fit=False)
     plain = rounding.nearest(mx.array(weight), group, bits)
-    for a, b in zip(made, plain, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape and (a == b).all()
+    for found, wanted in zip(made, plain, strict=True):
+        assert found.dtype == wanted.dtype
+        assert found.shape == wanted.shape
+        assert (found == wanted).all()
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -87,19 +101,13 @@ def test_the_output_is_nearer_than_by_plain_rounding(seed: int, group: int, bits
     was written).
     """
     weight, gram = correlated(seed)
-    plain = error(
-        weight, rounding.nearest(mx.array(weight), group, bits), gram=gram, group=group, bits=bits
-    )
-    assert (
-        error(
-            weight,
-            rounding.compensated(weight, gram, group, bits),
-            gram=gram,
-            group=group,
-            bits=bits,
-        )
-        < plain / 2
-    )
+    nearest = rounding.nearest(mx.array(weight), group, bits)
+    compensated = rounding.compensated(weight, gram, group, bits)
+
+    plain = error(weight, nearest, gram=gram, group=group, bits=bits)
+    ours = error(weight, compensated, gram=gram, group=group, bits=bits)
+
+    assert ours < plain / 2
 
 
 def by_inverses(weight: np.ndarray, gram: np.ndarray, group: int) -> np.ndarray:
@@ -113,15 +121,18 @@ def by_inverses(weight: np.ndarray, gram: np.ndarray, group: int) -> np.ndarray:
     for j in range(size):
         if j % group == 0:
             part = mx.array(w[:, j : j + group].astype(np.float32))
-            scale, bias = (
-                np.array(a)[:, 0] for a in mx.quantize(part, group_size=group, bits=4)[1:]
-            )
-        done.append(np.clip(np.rint((w[:, j].astype(np.float32) - bias) / scale), 0, 15))
-        meant = done[-1] * scale.astype(np.float16).astype(np.float64) + bias.astype(
-            np.float16
-        ).astype(np.float64)
+            _, scales, biases = mx.quantize(part, group_size=group, bits=4)
+            scale = np.array(scales)[:, 0]
+            bias = np.array(biases)[:, 0]
+        column = w[:, j].astype(np.float32)
+        chosen = np.clip(np.rint((column - bias) / scale), 0, 15)
+        done.append(chosen)
+        stored_scale = scale.astype(np.float16).astype(np.float64)
+        stored_bias = bias.astype(np.float16).astype(np.float64)
+        meant = chosen * stored_scale + stored_bias
         inverse = np.linalg.inv(damped[j:, j:])
-        w[:, j:] -= np.outer((w[:, j] - meant) / inverse[0, 0], inverse[0])
+        lacking = (w[:, j] - meant) / inverse[0, 0]
+        w[:, j:] -= np.outer(lacking, inverse[0])
     return np.stack(done, axis=1)
 
 
@@ -131,8 +142,9 @@ def test_against_explicit_inverses() -> None:
     """
     weight, gram = correlated(3)
     for group in (32, 64):
-        packed, _, _ = rounding.compensated(weight, gram, group, 4)
-        assert (integers(packed, 4) == by_inverses(weight, gram, group)).all()
+        packed, _, _ = rounding.compensated(weight, gram, group, 4, fit=False)
+        wanted = by_inverses(weight, gram, group)
+        assert (integers(packed, 4) == wanted).all()
 
 
 @pytest.mark.parametrize(("group", "bits"), KINDS)
@@ -141,8 +153,103 @@ def test_what_is_packed_is_what_was_chosen(group: int, bits: int) -> None:
     stored.
     """
     weight, gram = correlated(4)
-    packed, scales, biases = made = rounding.compensated(weight, gram, group, bits)
-    scale, bias = (np.repeat(np.array(a, np.float64), group, axis=1) for a in (scales, biases))
-    assert scales.dtype == biases.dtype == mx.float16 and packed.dtype == mx.uint32
+
+    made = rounding.compensated(weight, gram, group, bits)
+
+    packed, scales, biases = made
+    assert packed.dtype == mx.uint32
+    assert scales.dtype == biases.dtype == mx.float16
+    scale = np.repeat(np.array(scales, np.float64), group, axis=1)
+    bias = np.repeat(np.array(biases, np.float64), group, axis=1)
     chosen = (integers(packed, bits) * scale + bias).astype(np.float32)
     assert (np.array(rounding.values(made, group, bits)) == chosen).all()
+
+
+@pytest.mark.parametrize("bits", rounding.BITS)
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_fitted_grids_leave_less_error(group: int, bits: int) -> None:
+    """Of normal weights at most 93 % of MLX's squared error, 85 % at 3 and 4 bits; never more in a
+    group.
+
+    0.75, 0.82, 0.83, 0.84 and 0.87 at 3, 4, 5, 6 and 8 bits in groups of 64 when this was written.
+    """
+    weight = mx.array(np.random.default_rng(5).normal(size=(64, 256)).astype(np.float32))
+    errors = []
+    for packed in (
+        rounding.nearest(weight, group, bits),
+        rounding.fitted(weight, group, bits),
+    ):
+        left = weight - rounding.values(packed, group, bits)
+        errors.append(np.array(mx.square(left)).reshape(64, -1, group).sum(axis=-1))
+    plain, fitted = errors
+    most = 0.85 if bits < 5 else 0.93
+    assert fitted.sum() < most * plain.sum()
+    assert (fitted <= 1.0001 * plain).all()
+    share = rounding.fit_share(weight, group, bits)
+    assert share == pytest.approx(fitted.sum() / plain.sum(), rel=1e-3)
+
+
+def test_fitted_integers_are_packed_as_mlx_packs_them() -> None:
+    """In every number of bits the integers that MLX unpacks are those of the grid."""
+    weight = mx.array(np.random.default_rng(6).normal(size=(8, 128)).astype(np.float32))
+    for bits in rounding.BITS:
+        packed, scales, biases = rounding.fitted(weight, 64, bits)
+        levels = np.array(rounding.integers(packed, 64, bits), np.float32)
+        scale, bias = (np.repeat(np.array(a, np.float32), 64, axis=1) for a in (scales, biases))
+        assert np.abs(levels * scale + bias - np.array(weight)).max() < 3 * scale.max()
+        assert levels.max() == 2**bits - 1 and levels.min() == 0
+
+
+def test_a_group_of_equal_weights_stays_as_it_is() -> None:
+    """Zeros, and one value in all places, which no range can be cut off of."""
+    weight = mx.concatenate([mx.zeros((1, 64)), mx.full((1, 64), 0.75)])
+    for bits in rounding.BITS:
+        values = rounding.values(rounding.fitted(weight, 64, bits), 64, bits)
+        assert mx.abs(values - weight).max().item() < 1e-6
+
+
+def test_the_line_is_that_of_least_squares() -> None:
+    """Scale and bias of fixed integers, against numpy's weighted fit; the error falls by it."""
+    rng = np.random.default_rng(7)
+    group = rng.normal(size=64)
+    importance = rng.uniform(0.5, 2.0, size=64)
+    fit = rounding._GridFit(
+        groups=mx.array(group[None].astype(np.float32)),
+        bits=4,
+        importance=mx.array(importance.astype(np.float32)),
+    )
+    levels = np.array(rounding._levels(fit.groups, fit.scales, fit.biases, 4))[0]
+    slope, start = np.polyfit(levels, group, deg=1, w=np.sqrt(importance))
+    scale, bias = fit.line()
+    assert scale.item() == pytest.approx(slope, rel=1e-4)
+    assert bias.item() == pytest.approx(start, rel=1e-4)
+    before = fit.errors.item()
+    fit.offer(scale, bias)
+    assert fit.errors.item() < before
+
+
+def test_what_is_important_is_rounded_better() -> None:
+    """A weight whose error counts ten thousand times is nearly exact."""
+    weight = mx.array(np.random.default_rng(8).normal(size=(1, 64)).astype(np.float32))
+    importance = np.ones(64, np.float32)
+    importance[9] = 1e4
+    scales, biases = rounding.fit_grids(weight, 3, mx.array(importance))
+    levels = rounding._levels(weight, scales, biases, 3)
+    left = np.abs(np.array(levels * scales[..., None] + biases[..., None] - weight))[0]
+    assert left[9] < 0.02 < left.max()
+
+
+def test_without_correlation_gptq_rounds_to_fitted_grids() -> None:
+    """Bit for bit what `fitted` gives, for nothing is made up for."""
+    weight, _ = correlated(9)
+    made = rounding.compensated(weight, np.eye(128), 64, 4)
+    fitted = rounding.fitted(mx.array(weight), 64, 4)
+    for a, b in zip(made, fitted, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape and (a == b).all()
+
+
+def test_weights_beyond_float16_are_refused() -> None:
+    """With the sentence that says what to do."""
+    weight = mx.full((2, 64), 70_000.0)
+    with pytest.raises(MisError, match="leave the model unquantized"):
+        rounding.fitted(weight, 64, 4)

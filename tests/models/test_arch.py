@@ -128,10 +128,8 @@ def test_student_config_is_what_transformers_reads(tmp_path: Any) -> None:
         read = transformers.AutoConfig.from_pretrained(folder)
         assert read.model_type == teacher["model_type"]
         assert (read.num_hidden_layers, read.intermediate_size, read.hidden_size) == (2, 512, 64)
-        assert (
-            read.num_key_value_heads == 2
-            and read.tie_word_embeddings == teacher["tie_word_embeddings"]
-        )
+        assert read.num_key_value_heads == 2
+        assert read.tie_word_embeddings == teacher["tie_word_embeddings"]
         assert getattr(read, "quantization", None) is None
         assert read.to_dict()["rope_parameters"]["rope_theta"] == 5e5
 

@@ -18,6 +18,12 @@ PROMPT = [5, 6, 7, 8, 9]
 ANSWERS = [[11, 12, 13, 14], [21], [31, 32, 33]]
 
 
+def alone(model: nn.Module, answer: list[int]) -> mx.array:
+    """Hidden states (T, D) that predict one answer, after the prompt and nothing else."""
+    hidden = model.model(mx.array([[*PROMPT, *answer]]))
+    return hidden[0, len(PROMPT) - 1 : -1]
+
+
 def check(model: nn.Module, tolerance: float = 1e-5) -> None:
     """Hidden states of every answer's predictions are those of prompt + answer on their own; so are
     gradients.
@@ -26,10 +32,9 @@ def check(model: nn.Module, tolerance: float = 1e-5) -> None:
     hidden = attention_masks.forward(model, b.tokens, b.branch, b.positions)[0]
     assert len(hidden) == len(PROMPT) + 3 + 0 + 2
     for row, answer in enumerate(ANSWERS):
-        alone = model.model(mx.array([[*PROMPT, *answer]]))[0, len(PROMPT) - 1 : -1]
-        assert mx.allclose(
-            hidden[b.at[row, : len(answer)]], alone, rtol=10 * tolerance, atol=tolerance
-        )
+        found = hidden[b.at[row, : len(answer)]]
+        wanted = alone(model, answer)
+        assert mx.allclose(found, wanted, rtol=10 * tolerance, atol=tolerance)
         assert b.targets[row, : len(answer)].tolist() == answer
         assert b.mask[row].tolist() == [float(t < len(answer)) for t in range(4)]
 
@@ -41,9 +46,8 @@ def test_every_answer_is_as_if_alone(kind: str, models: Callable[[str], Checkpoi
     before = [block.self_attn.rope for block in model.model.layers]
     # gemma4's attention has no scale, so the tiny one's roundings grow.
     check(model, 1e-4 if kind == "gemma4_text" else 1e-5)
-    assert all(
-        block.self_attn.rope is rope for block, rope in zip(model.model.layers, before, strict=True)
-    )
+    for block, rope in zip(model.model.layers, before, strict=True):
+        assert block.self_attn.rope is rope
 
 
 def test_a_sliding_window_counts_positions_not_columns(tmp_path: Path) -> None:
@@ -61,27 +65,27 @@ def test_the_gradient_is_that_of_answers_alone(llama: Checkpoint) -> None:
     b = attention_masks.join(PROMPT, ANSWERS)
 
     def picked(hidden: mx.array, targets: mx.array) -> mx.array:
-        z = hidden @ load.head_weight(model).T
-        return (
-            mx.take_along_axis(z, targets[:, None], axis=-1)[:, 0] - mx.logsumexp(z, axis=-1)
-        ).sum()
+        logits = hidden @ load.head_weight(model).T
+        of_targets = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        return (of_targets - mx.logsumexp(logits, axis=-1)).sum()
 
     def together(m: nn.Module) -> mx.array:
         hidden = attention_masks.forward(m, b.tokens, b.branch, b.positions)[0]
-        flat = np.flatnonzero(np.array(b.mask).reshape(-1))
-        return picked(
-            hidden[b.at.reshape(-1)[mx.array(flat)]], b.targets.reshape(-1)[mx.array(flat)]
-        )
+        learned = mx.array(np.flatnonzero(np.array(b.mask).reshape(-1)))
+        positions = b.at.reshape(-1)[learned]
+        targets = b.targets.reshape(-1)[learned]
+        return picked(hidden[positions], targets)
 
-    def alone(m: nn.Module) -> mx.array:
-        parts = [
-            picked(m.model(mx.array([[*PROMPT, *a]]))[0, len(PROMPT) - 1 : -1], mx.array(a))
-            for a in ANSWERS
-        ]
+    def one_by_one(m: nn.Module) -> mx.array:
+        parts = [picked(alone(m, answer), mx.array(answer)) for answer in ANSWERS]
         return mx.stack(parts).sum()
 
     _, found = nn.value_and_grad(model, together)(model)
-    _, expected = nn.value_and_grad(model, alone)(model)
+    _, expected = nn.value_and_grad(model, one_by_one)(model)
+
+    ours = found["model"]["layers"][0]["self_attn"]
+    theirs = expected["model"]["layers"][0]["self_attn"]
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        a, e = (g["model"]["layers"][0]["self_attn"][name]["weight"] for g in (found, expected))
-        assert mx.abs(a - e).max() < 5e-5 * mx.abs(e).max(), name
+        wanted = theirs[name]["weight"]
+        apart = mx.abs(ours[name]["weight"] - wanted).max()
+        assert apart < 5e-5 * mx.abs(wanted).max(), name

@@ -52,7 +52,8 @@ def test_one_file_per_block_that_everybody_opens(
         blocks.setdefault(t.file, set()).add(
             ".".join(name.split(".")[:3]) if ".layers." in name else ""
         )
-    assert all(len(b) == 1 for b in blocks.values()) and len(blocks) == 5
+    assert all(len(b) == 1 for b in blocks.values())
+    assert len(blocks) == 5
     assert mx.array_equal(stock(made, TOKENS), stock(models(kind), TOKENS))
     assert (tmp_path / "s" / "tokenizer.json").read_bytes() == (
         models(kind).path / "tokenizer.json"
@@ -106,7 +107,8 @@ def test_a_replaced_block_and_no_other(tmp_path: Path, llama: Checkpoint) -> Non
     assert mx.array_equal(lazy, load.dense(llama, name))
     assert [n for n in after if after[n] != before.get(n)] == [made.tensors[name].file.name]
     again = model_writer.by_block(llama, tmp_path / "s", DISK)
-    assert files_of(tmp_path / "s") == after and again.tensors == made.tensors
+    assert files_of(tmp_path / "s") == after
+    assert again.tensors == made.tensors
     for name, value in wanted.items():
         assert mx.array_equal(load.dense(again, f"model.layers.1.{name}"), value)
     assert not mx.array_equal(stock(again, TOKENS), stock(llama, TOKENS))
@@ -144,7 +146,8 @@ def test_whichever_operation_fails_a_block_is_old_or_new(
         assert raw(load.open_checkpoint(made.path)) == new
         if len(done) < at:
             break
-    assert acknowledged and refused >= 12  # a header, nine tensors, two fsyncs, a rename
+    assert acknowledged
+    assert refused >= 12
 
 
 def test_a_quantized_source_is_unpacked(tmp_path: Path, llama: Checkpoint) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def test_a_mixture_writes_what_stock_writes(models: Models, kind: str) -> None:
     head = 4 * s.vocab * s.hidden
     for room in (0, head + checkpoint.nbytes // 2, None):
         source = stream.Stream(checkpoint, mx.float32, room)
-        got = [token for new in streamed_decode.decode(source, prompt, 8) for token in new]
+        got = list(chain.from_iterable(streamed_decode.decode(source, prompt, 8)))
         assert got == want
         read.append(source.reader.nbytes)
     assert read[0] > 1.5 * read[1] > 1.5 * read[2]
@@ -196,14 +197,16 @@ def test_experts_are_read_once_for_many_batches(
             source.through(block, hidden)
         read[windows] = source.reader.nbytes - before
         assert all(mx.array_equal(a, b) for a, b in zip(source.norm(hidden), whole, strict=True))
-    assert dense < read[4] < read[2] < read[1] and read[4] <= sum(sizes) + 4096 * len(sizes)
+    assert dense < read[4] < read[2] < read[1]
+    assert read[4] <= sum(sizes) + 4096 * len(sizes)
     # 3 tokens x 2 experts each
     assert read[1] <= dense + 4 * s.layers * 6 * (expert + 3 * 8192) + 4096 * len(sizes)
     source = stream.Stream(checkpoint, mx.float32, None)
     source.forward(tokens)
     before = source.reader.nbytes
     source.forward(tokens)
-    rows = 4 * s.hidden * len({int(t) for b in tokens for t in np.array(b).reshape(-1)})
+    distinct = set[int]().union(*(np.array(batch).reshape(-1).tolist() for batch in tokens))
+    rows = 4 * s.hidden * len(distinct)
     assert source.reader.nbytes - before <= 4 * rows
 
 
@@ -339,7 +342,8 @@ def the_whole_way(teacher: Path, tmp_path: Path, text_folder: Path, layers: int 
         assert np.isfinite(
             np.array(stock_of(tmp_path / "run" / name)(mx.array([[1, 2, 3]])).astype(mx.float32))
         ).all()
-    assert result["kl_student"] < result["kl_pruned"] and result["nll_quantized"] is not None
+    assert result["kl_student"] < result["kl_pruned"]
+    assert result["nll_quantized"] is not None
 
 
 @pytest.mark.parametrize("beside", ["", "model."])
@@ -357,7 +361,8 @@ def test_of_a_model_that_sees_the_opened_as_is_opened(
     )
     plain = models("gemma3_text")
     tokens = mx.array([[5, 9, 300]])
-    assert opened.tensors.keys() == plain.tensors.keys() and opened.config["eos_token_id"] == [0]
+    assert opened.tensors.keys() == plain.tensors.keys()
+    assert opened.config["eos_token_id"] == [0]
     assert mx.array_equal(streamed(opened, tokens), streamed(plain, tokens))
     assert mx.array_equal(
         load.resident(opened, mx.float32)(tokens), load.resident(plain, mx.float32)(tokens)
@@ -399,10 +404,8 @@ def test_what_a_opened_as_leaves_out_is_the_familys() -> None:
     }
     config = _opened_as(whole, Path("config.json"))
     check_config(config, Path("config.json"))
-    assert (
-        config["quantization"]["model.layers.0.mlp.up_proj"] == {"bits": 8}
-        and "vision_config" not in config
-    )
+    assert config["quantization"]["model.layers.0.mlp.up_proj"] == {"bits": 8}
+    assert "vision_config" not in config
     assert arch.params(config) == 3_880_263_168
     for broken, why in (
         ({"text_config": [1]}, r"text_config is \[1\]"),
@@ -446,10 +449,8 @@ def test_positions_that_are_phis_own(
     )
     theirs = stock_of(phi.path)(tokens)
     z = streamed(phi, tokens)
-    assert (
-        mx.array_equal(z, load.resident(phi, mx.float32)(tokens))
-        and phi.config["model_type"] == "phi3"
-    )
+    assert mx.array_equal(z, load.resident(phi, mx.float32)(tokens))
+    assert phi.config["model_type"] == "phi3"
     assert mx.abs(z - theirs).max().item() <= 1e-5 * mx.abs(theirs).max().item()
 
 
@@ -472,13 +473,12 @@ def test_joined_matrices_are_opened_apart(models: Models, bits: int | None, tmp_
             )
 
         model, config = utils.quantize_model(model, config, 64, bits, quant_predicate=how)
-        utils.save(phi, tmp_path / "phi3", model, load.tokenizer(tmp_path / "phi3"), config)
+        tokenizer = load.tokenizer(tmp_path / "phi3")
+        utils.save(phi, tmp_path / "phi3", model=model, tokenizer=tokenizer, config=config)
     opened = load.open_checkpoint(phi)
     tokens = mx.array([[5, 9, 300, 17]])
-    assert (
-        set(opened.tensors) >= set(models("untied").tensors)
-        and opened.config["model_type"] == "llama"
-    )
+    assert set(opened.tensors) >= set(models("untied").tensors)
+    assert opened.config["model_type"] == "llama"
     theirs = stock_of(phi)(tokens)
     whole = load.resident(opened, mx.float32)(tokens)
     for z in (streamed(opened, tokens), whole):

@@ -162,9 +162,11 @@ def test_config_is_explicit(tiny: Path) -> None:
     folder = converted(tiny, "bfloat16")
     assert {t.dtype for t in safetensors.index(folder).values()} == {"BF16"}
     config = json.loads((folder / "config.json").read_text())
-    assert config["head_dim"] == HEAD_DIM and config["tie_word_embeddings"] is True
+    assert config["head_dim"] == HEAD_DIM
+    assert config["tie_word_embeddings"] is True
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 100_000.0
-    assert config["rms_norm_eps"] == 1e-5 and config["torch_dtype"] == "bfloat16"
+    assert config["rms_norm_eps"] == 1e-5
+    assert config["torch_dtype"] == "bfloat16"
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
 
 

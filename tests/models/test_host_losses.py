@@ -13,13 +13,18 @@ from mis_mlx.models import host_losses, policy
 from tests.maths.test_losses import Problem, gradients, ours, problem
 
 
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last axis."""
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+
 def exact(p: Problem, temperature: float) -> float:
     """The loss in numpy float64."""
-    a = {k: np.array(v, dtype=np.float64) for k, v in p.items()}
-    z_t = a["teacher"] @ a["teacher_head"].T / temperature
-    z_s = a["student"] @ a["head"].T / temperature
-    log_t, log_s = (z - np.log(np.exp(z).sum(-1, keepdims=True)) for z in (z_t, z_s))
-    return float(((np.exp(log_t) * (log_t - log_s)).sum(-1) * a["learn"]).sum())
+    wide = {name: np.array(array, dtype=np.float64) for name, array in p.items()}
+    log_t = log_softmax(wide["teacher"] @ wide["teacher_head"].T / temperature)
+    log_s = log_softmax(wide["student"] @ wide["head"].T / temperature)
+    kl = (np.exp(log_t) * (log_t - log_s)).sum(-1)
+    return float((kl * wide["learn"]).sum())
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -33,16 +38,30 @@ def test_kl_and_its_gradients(
     """
     monkeypatch.setattr(lanes, "count", lambda: count)
     p = problem(n, vocab)
-    where = p["student"], p["head"], p["teacher"], lambda h: h @ p["teacher_head"].T, p["learn"]
-    total, dh, dw = host_losses.kl_gradients(*where, temperature)
     want, (want_dh, want_dw) = gradients(ours(p, temperature=temperature), p)
-    assert total == pytest.approx(exact(p, temperature), rel=1e-5) and total == pytest.approx(
-        want.item(), rel=1e-4
-    )
+
+    def found(*, frozen_head: bool) -> tuple[float, mx.array, mx.array | None]:
+        return host_losses.kl_gradients(
+            p["student"],
+            p["head"],
+            teacher=p["teacher"],
+            teacher_logits=lambda h: h @ p["teacher_head"].T,
+            learn=p["learn"],
+            temperature=temperature,
+            frozen_head=frozen_head,
+        )
+
+    total, dh, dw = found(frozen_head=False)
+    frozen_total, frozen_dh, nothing = found(frozen_head=True)
+
+    assert total == pytest.approx(exact(p, temperature), rel=1e-5)
+    assert total == pytest.approx(want.item(), rel=1e-4)
+    assert mx.allclose(dh, want_dh, atol=1e-5)
     assert dw is not None
-    assert mx.allclose(dh, want_dh, atol=1e-5) and mx.allclose(dw, want_dw, atol=1e-4)
-    frozen = host_losses.kl_gradients(*where, temperature, frozen_head=True)
-    assert frozen[2] is None and frozen[0] == total and mx.array_equal(frozen[1], dh)
+    assert mx.allclose(dw, want_dw, atol=1e-4)
+    assert frozen_total == total
+    assert mx.array_equal(frozen_dh, dh)
+    assert nothing is None
 
 
 @pytest.mark.parametrize("word", ["cpu", "metal"])
@@ -54,20 +73,26 @@ def test_what_a_comparison_says(
     token; by numpy on a CPU, by MLX, which nobody waits for, on a GPU.
     """
     monkeypatch.setenv(policy.POLICY, word)
-    z_t, z = (3 * mx.random.normal((21, 50), key=mx.random.key(k)) for k in (1, 2))
-    z = 0.5 * z + z_t
+    teacher = 3 * mx.random.normal((21, 50), key=mx.random.key(1))
+    noise = 3 * mx.random.normal((21, 50), key=mx.random.key(2))
+    student = 0.5 * noise + teacher
     targets = np.random.default_rng(3).integers(0, 50, 21)
-    log_t, log = (
-        each - np.logaddexp.reduce(each, 1)[:, None]
-        for each in (np.array(z_t, np.float64), np.array(z))
-    )
-    at = np.arange(21), targets
-    same = log_t.argmax(1) == log.argmax(1)
-    want = np.stack([-log_t[at], -log[at], (np.exp(log_t) * (log_t - log)).sum(1), same], 1)
-    parts = [host_losses.compared(z_t[:, a:b], z[:, a:b], targets, a) for a, b in pairwise(cuts)]
-    assert 0 < same.sum() < 21 and {type(part) for part in parts} == {
-        np.ndarray if word == "cpu" else mx.array
-    }
+    log_t = log_softmax(np.array(teacher, np.float64))
+    log_s = log_softmax(np.array(student))
+    at = (np.arange(21), targets)
+    kl = (np.exp(log_t) * (log_t - log_s)).sum(1)
+    same = log_t.argmax(1) == log_s.argmax(1)
+    assert 0 < same.sum() < 21
+    want = np.stack([-log_t[at], -log_s[at], kl, same], 1)
+
+    parts = []
+    for start, end in pairwise(cuts):
+        of_teacher = teacher[:, start:end]
+        of_student = student[:, start:end]
+        parts.append(host_losses.compared(of_teacher, of_student, targets, start))
+
+    kind = np.ndarray if word == "cpu" else mx.array
+    assert all(type(part) is kind for part in parts)
     np.testing.assert_allclose(host_losses.over_parts(parts), want, atol=1e-5)
 
 
@@ -80,9 +105,11 @@ def test_a_comparison_by_pencil() -> None:
     def found(student: list[float]) -> np.ndarray:
         teacher = mx.array([[np.log(3.0), 0.0]])
         right = np.array([0])
-        return host_losses.over_parts([host_losses.compared(teacher, mx.array([student]), right)])
+        part = host_losses.compared(teacher, mx.array([student]), right)
+        return host_losses.over_parts([part])
 
-    np.testing.assert_allclose(found([0.0, 0.0]), [[np.log(4 / 3), np.log(2), kl, 1.0]], atol=1e-6)
+    want = [[np.log(4 / 3), np.log(2), kl, 1.0]]
+    np.testing.assert_allclose(found([0.0, 0.0]), want, atol=1e-6)
     assert found([0.0, 1.0])[0, 3] == 0.0
 
 

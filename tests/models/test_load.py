@@ -86,7 +86,8 @@ def test_floats_come_in_the_type_asked_for(tmp_path: Path) -> None:
     stored = load.dense(checkpoint, name)
     assert stored.dtype == mx.bfloat16
     (wide,) = (a for n, a in load.weights(checkpoint, "", mx.float32) if n == name)
-    assert wide.dtype == mx.float32 and mx.array_equal(wide.astype(mx.bfloat16), stored)
+    assert wide.dtype == mx.float32
+    assert mx.array_equal(wide.astype(mx.bfloat16), stored)
 
 
 def test_foreign_quantization_is_refused(tmp_path: Path, llama: Checkpoint) -> None:
@@ -122,4 +123,5 @@ def test_a_tokenizer_is_opened_once_until_its_files_change(tmp_path: Path) -> No
     assert load.tokenizer(folder) is first
     settings = folder / "tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 77}))
-    assert load.tokenizer(folder) is not first and load.tokenizer(folder).model_max_length == 77
+    assert load.tokenizer(folder) is not first
+    assert load.tokenizer(folder).model_max_length == 77

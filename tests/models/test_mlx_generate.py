@@ -25,7 +25,8 @@ def test_continuation_is_the_argmax_chain(llama: Checkpoint) -> None:
         if token in tokenizer.eos_token_ids:
             break
         want.append(token)
-    assert said == tokenizer.decode(want) and want
+    assert said == tokenizer.decode(want)
+    assert want
 
 
 def test_a_prompt_of_exactly_so_many_tokens_is_timed(llama: Checkpoint) -> None:
@@ -42,7 +43,9 @@ def test_a_prompt_of_exactly_so_many_tokens_is_timed(llama: Checkpoint) -> None:
     for cache in (None, mlx_generate.filled_cache(model, 3)):
         tokens = mlx_generate.greedy(model, mlx_generate.prompt_ids(tokenizer, "if", 5), 7, cache)
         stamps, _ = rounds.clocked(tokens)
-        assert len(stamps) == 7 and stamps[0] > 0 and stamps == sorted(stamps)
+        assert len(stamps) == 7
+        assert stamps[0] > 0
+        assert stamps == sorted(stamps)
 
 
 def test_floats_run_in_the_quick_type(

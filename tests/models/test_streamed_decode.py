@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def ours(checkpoint: Checkpoint, ids: list[int], **more: Any) -> list[list[int]]
 
 
 def flat(passes: list[list[int]]) -> list[int]:
-    return [t for new in passes for t in new]
+    return list(chain.from_iterable(passes))
 
 
 @pytest.fixture
@@ -64,7 +65,8 @@ def test_the_tokens_are_mlx_lms(
     """
     want = stock(models(kind), IDS)
     passes = ours(models(kind), IDS)
-    assert flat(passes) == want and [len(p) for p in passes] == [1] * COUNT
+    assert flat(passes) == want
+    assert [len(p) for p in passes] == [1] * COUNT
     for size in (2, 64):
         assert flat(ours(models(kind), IDS, draft=stranger, size=size)) == want
     monkeypatch.setattr(streamed_decode, "ROWS", 48)
@@ -113,7 +115,8 @@ def test_the_real_teacher_says_the_same() -> None:
     want = stock(checkpoint, ids)
     assert flat(ours(checkpoint, ids)) == want
     drafted = ours(checkpoint, ids, draft=Stream(checkpoint, mx.float32, None))
-    assert flat(drafted) == want and len(drafted) < COUNT / 2
+    assert flat(drafted) == want
+    assert len(drafted) < COUNT / 2
 
 
 def test_a_packed_model_whose_best_draft_is_itself(tmp_path: Path, llama: Checkpoint) -> None:
@@ -130,7 +133,8 @@ def test_a_packed_model_whose_best_draft_is_itself(tmp_path: Path, llama: Checkp
     rooms = (Stream(packed, mx.float32, kib << 10) for kib in itertools.count(64, 16))
     source = next(stream for stream in rooms if stream.keeps == 1)
     passes = list(streamed_decode.decode(source, IDS, COUNT, draft=draft))
-    assert flat(passes) == want and len(passes) <= COUNT / 3
+    assert flat(passes) == want
+    assert len(passes) <= COUNT / 3
     for guesser in (None, draft):
         assert (
             flat(ours(packed, IDS, draft=guesser, ends={want[5]}))
@@ -157,6 +161,8 @@ def test_a_tree_by_pencil() -> None:
     first = next(n for n in nodes if n.depth == 1 and n.token == 1)
     below = next(n for n in nodes if n.up is first)
     choice = dict.fromkeys(range(len(nodes) + 1), 9)
-    choice[0], choice[1 + nodes.index(first)] = 1, below.token
+    choice[0] = 1
+    choice[1 + nodes.index(first)] = below.token
     branch, last = streamed_decode.accepted(nodes, list(choice.values()))
-    assert branch == [first, below] and last == 9
+    assert branch == [first, below]
+    assert last == 9

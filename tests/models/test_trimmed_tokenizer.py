@@ -79,14 +79,16 @@ def sentencepiece(folder: Path, unigram: bool = False) -> None:
             *spelled,
             *sorted(model["vocab"], key=model["vocab"].__getitem__)[count:],
         ]
-        model["vocab"], model["fuse_unk"] = {text: i for i, text in enumerate(tokens)}, True
-        known = set(tokens[count + 256 :])
-        model["merges"] += [
-            [t[:at], t[at:]]
-            for t in tokens[count + 256 :]
-            for at in range(1, len(t))
-            if {t[:at], t[at:]} <= known and [t[:at], t[at:]] not in model["merges"]
-        ]
+        model["vocab"] = {text: i for i, text in enumerate(tokens)}
+        model["fuse_unk"] = True
+        learned = tokens[count + 256 :]
+        known = set(learned)
+        there = {tuple(merge) for merge in model["merges"]}
+        for token in learned:
+            for at in range(1, len(token)):
+                pair = (token[:at], token[at:])
+                if known.issuperset(pair) and pair not in there:
+                    model["merges"].append(list(pair))
     spec["pre_tokenizer"] = {
         "type": "Split",
         "pattern": {"String": " "},
@@ -190,13 +192,15 @@ def test_the_parts_of_every_token_are_there(folder: Path) -> None:
     assert sorted(spec["vocab"].values()) == list(range(len(spec["vocab"])))
     joined = [a + b for a, b in spec["merges"]]
     assert [m for m in whole["merges"] if m in spec["merges"]] == spec["merges"]
-    assert {text for a, b in spec["merges"] for text in (a, b, a + b)} <= spec["vocab"].keys()
+    for first, second in spec["merges"]:
+        assert {first, second, first + second} <= spec["vocab"].keys()
     reachable = {a + b for a, b in whole["merges"]} & spec["vocab"].keys()
     assert reachable == set(joined)
     small = Tokenizer(models.BPE(spec["vocab"], [tuple(m) for m in spec["merges"]]))
     big = Tokenizer(models.BPE(whole["vocab"], [tuple(m) for m in whole["merges"]]))
     alone = [text for text in reachable if len(big.encode(text).ids) == 1]
-    assert len(alone) > 50 and all(len(small.encode(text).ids) == 1 for text in alone)
+    assert len(alone) > 50
+    assert all(len(small.encode(text).ids) == 1 for text in alone)
 
 
 def test_all_rows_are_the_identity(folder: Path) -> None:
@@ -213,10 +217,13 @@ def test_rows_are_the_needed_the_frequent_and_then_the_first_merges(folder: Path
     counts = np.bincount(opened(folder).encode(TEXT).ids, minlength=total)
     needed = tokens.needed(CONFIG)
     sizes = [tokens.chosen(needed, counts, size) for size in (total, total - 3, 600, 500)]
-    assert list(map(len, sizes)) == [total, total - 3, 600, 500] and sizes[0] == list(range(total))
+    assert list(map(len, sizes)) == [total, total - 3, 600, 500]
+    assert sizes[0] == list(range(total))
     assert all(set(few) <= set(more) for more, few in pairwise(sizes))
     reserved = {i for text, i in tokens.added.items() if "nused" in text or "reserved" in text}
-    assert reserved and not reserved & set(sizes[2]) and needed <= set(sizes[3])
+    assert reserved
+    assert not reserved & set(sizes[2])
+    assert needed <= set(sizes[3])
 
 
 def test_ids_move_wherever_they_are(tmp_path: Path) -> None:
@@ -261,7 +268,8 @@ def test_ids_move_wherever_they_are(tmp_path: Path) -> None:
     files = {name: json.loads(c) for name, c in tokens.files(rows) if name.endswith(".json")}
     start = 510
     end = 511
-    assert [rows[start], rows[end]] == [1024, 1025] and 300 in rows
+    assert [rows[start], rows[end]] == [1024, 1025]
+    assert 300 in rows
     assert [(t["content"], t["id"]) for t in files["tokenizer.json"]["added_tokens"]] == [
         ("<|endoftext|>", 0),
         ("<|im_start|>", start),
@@ -291,7 +299,8 @@ def test_ids_move_wherever_they_are(tmp_path: Path) -> None:
         {**CONFIG, "eos_token_id": [1025, 0], "hidden_size": 64}, new
     )
     assert moved == {**CONFIG, "bos_token_id": new[1], "eos_token_id": [end, 0], "hidden_size": 64}
-    assert "chat_template.jinja" in dict(tokens.files(rows)) and "vocab.json" not in files
+    assert "chat_template.jinja" in dict(tokens.files(rows))
+    assert "vocab.json" not in files
     spec["post_processor"] = {
         "type": "RobertaProcessing",
         "sep": ["<|im_end|>", 1025],

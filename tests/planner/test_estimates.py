@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,10 @@ def test_sizes_by_pencil() -> None:
         4 * 512 * 64,
         4 * arch_params(),
     )
-    assert m.as_stored and m.item == 4 and m.head_work == m.head_bytes and m.body_bytes(5) == 5
+    assert m.as_stored
+    assert m.item == 4
+    assert m.head_work == m.head_bytes
+    assert m.body_bytes(5) == 5
     m = estimates.model_of(tiny.CONFIG, gpu=True)
     assert (m.item, m.as_stored, m.block_work, m.body_bytes(5)) == (
         2,
@@ -83,7 +87,8 @@ def test_sizes_by_pencil() -> None:
     m = estimates.model_of({**tiny.CONFIG, "torch_dtype": "bfloat16"}, gpu=False)
     assert (m.block_bytes, m.block_work, m.body_bytes(5)) == (2 * BLOCK, 4 * BLOCK, 4 * BLOCK + 5)
     half = estimates.model_of({**tiny.CONFIG, "torch_dtype": "float16"}, gpu=True)
-    assert half.as_stored and half.block_bytes == 2 * BLOCK
+    assert half.as_stored
+    assert half.block_bytes == 2 * BLOCK
 
 
 def arch_params() -> int:
@@ -97,12 +102,11 @@ def test_four_bits_in_groups_of_64_are_four_and_a_half() -> None:
     metal = estimates.model_of(config, gpu=True)
     cpu = estimates.model_of(config, gpu=False)
     assert metal.block_bytes == cpu.block_bytes == int(0.5625 * BLOCK)
-    assert metal.as_stored and metal.head_work == metal.head_bytes == 0.5625 * 512 * 64
-    assert (
-        not cpu.as_stored
-        and cpu.body_bytes(5) == 8 * BLOCK
-        and cpu.body_bytes(4 * BLOCK + 5) == 8 * BLOCK + 5
-    )
+    assert metal.as_stored
+    assert metal.head_work == metal.head_bytes == 0.5625 * 512 * 64
+    assert not cpu.as_stored
+    assert cpu.body_bytes(5) == 8 * BLOCK
+    assert cpu.body_bytes(4 * BLOCK + 5) == 8 * BLOCK + 5
 
 
 @pytest.mark.parametrize("kind", ["F32", "BF16", "4-bit"])
@@ -157,10 +161,8 @@ def test_a_pass_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
     assert with_head.read_bytes == p.read_bytes + 4 * 512 * 64
     assert with_head.flops == p.flops + 2 * 128 * 512 * 64
     logits = 5 * 1 * 256 * 512 * 4  # one chunk of 256 positions
-    assert (
-        estimates.logit_bytes(512, 64) == logits
-        and estimates.logit_bytes(512, 10_000) == 3 * logits
-    )
+    assert estimates.logit_bytes(512, 64) == logits
+    assert estimates.logit_bytes(512, 10_000) == 3 * logits
     assert with_head.peak_bytes == m.slots_bytes + MIB + 4 * 512 * 64 + logits + 128 * 64 * 4
 
 
@@ -189,10 +191,8 @@ def test_what_finds_no_room_is_spooled() -> None:
     batch = 64 * 64 * 4
     # embedding, 3 blocks
     assert (half.held_tokens, half.spooled_bytes, half.written_bytes) == (64, batch, 4 * batch)
-    assert (
-        half.read_bytes == whole.read_bytes + 4 * batch
-        and half.peak_bytes == whole.peak_bytes - batch
-    )
+    assert half.read_bytes == whole.read_bytes + 4 * batch
+    assert half.peak_bytes == whole.peak_bytes - batch
     assert (
         estimates.streamed_pass(
             "pass",
@@ -213,9 +213,11 @@ def test_time_is_the_slowest_of_three() -> None:
     bytes/s.
     """
     p = estimates.StageCost(name="p", read_bytes=200, written_bytes=100, peak_bytes=0, flops=30.0)
-    assert p.seconds(PLAIN) == 2 + 2 and replace(p, flops=50.0).seconds(PLAIN) == 5
+    assert p.seconds(PLAIN) == 2 + 2
+    assert replace(p, flops=50.0).seconds(PLAIN) == 5
     assert replace(p, flops=30.0, updated=1).seconds(PLAIN) == 6
-    assert p.seconds(PLAIN, hot=True) == 6 and replace(p, touched_bytes=9000).seconds(PLAIN) == 9
+    assert p.seconds(PLAIN, hot=True) == 6
+    assert replace(p, touched_bytes=9000).seconds(PLAIN) == 9
 
 
 def test_updates_come_on_top_of_the_arithmetic() -> None:
@@ -226,7 +228,8 @@ def test_updates_come_on_top_of_the_arithmetic() -> None:
         name="p", read_bytes=0, written_bytes=0, peak_bytes=0, flops=30.0, updated=1000
     )
     metal = replace(PLAIN, gpu=True)
-    assert p.seconds(metal) == 6 + 28 and p.seconds(metal, hot=True) == 12 + 28
+    assert p.seconds(metal) == 6 + 28
+    assert p.seconds(metal, hot=True) == 12 + 28
     assert p.seconds(PLAIN) == 6
 
 
@@ -282,10 +285,8 @@ def test_training_by_pencil() -> None:
 
 PASSES = [(1, 16), (6, 64), (2, 256)]
 CASES = [
-    (word, kind, *p)
-    for word in ("cpu", "metal")
-    for kind in ("F32", "BF16", "4-bit")
-    for p in PASSES
+    (word, kind, *windows)
+    for word, kind, windows in product(("cpu", "metal"), ("F32", "BF16", "4-bit"), PASSES)
 ]
 
 
@@ -355,12 +356,7 @@ def test_a_real_pass_stays_under_the_plan(
 @pytest.mark.parametrize(
     ("word", "kind", "kept", "beyond"),
     [
-        *[
-            (word, kind, kept, False)
-            for word in ("cpu", "metal")
-            for kind in ("BF16", "4-bit")
-            for kept in (2, 6)
-        ][:-2],
+        *list(product(("cpu", "metal"), ("BF16", "4-bit"), (2, 6), (False,)))[:-2],
         *[pytest.param("metal", "4-bit", kept, False, marks=pytest.mark.slow) for kept in (2, 6)],
         ("metal", "4-bit", 6, True),
     ],
@@ -388,7 +384,10 @@ def test_blocks_that_stay_are_within_the_plan(
     m = estimates.model_of(checkpoint)
     dtype = policy.compute_dtype(checkpoint)
     batches = [mx.array([[*range(64)]])]
-    assert dtype == (mx.float32 if word == "cpu" else mx.bfloat16 if beyond else mx.float16)
+    if word == "cpu":
+        assert dtype == mx.float32
+    else:
+        assert dtype == (mx.bfloat16 if beyond else mx.float16)
     mx.eval(batches)
     cache = mx.set_cache_limit(0)
     before = mx.get_active_memory()
@@ -426,9 +425,8 @@ def test_the_engine_keeps_as_many_blocks_as_planned(
     for _, block in source.blocks():
         source.through(block, hidden)
     source.head()
-    assert embedded > 0 and source.reader.nbytes - first == pytest.approx(
-        (6 - blocks) * m.block_bytes, rel=0.01
-    )
+    assert embedded > 0
+    assert source.reader.nbytes - first == pytest.approx((6 - blocks) * m.block_bytes, rel=0.01)
 
 
 def test_a_gpu_waits_for_the_host() -> None:
@@ -453,7 +451,8 @@ def test_a_gpu_waits_for_the_host() -> None:
     )
     assert cost.seconds(gpu) == 6 + 100 * 0.01 + 3
     assert cost.seconds(gpu, hot=True) == 12 + 100 * 0.01 + 6
-    assert cost.operations == 9e9 and cost.seconds(replace(gpu, gpu=False)) == 9
+    assert cost.operations == 9e9
+    assert cost.seconds(replace(gpu, gpu=False)) == 9
 
 
 def test_waits_are_counted_by_pencil() -> None:
@@ -526,12 +525,11 @@ def test_a_token_keeps_what_fits() -> None:
     m = estimates.model_of(tiny.CONFIG, gpu=False)
     passes = [estimates.token(m, 32, n * MIB // 4) for n in range(1, 60)]
     reads = [p.read_bytes for p in passes]
-    assert (
-        reads == sorted(reads, reverse=True)
-        and reads[0] == 3 * 4 * BLOCK + 4 * 512 * 64
-        and reads[-1] == 0
-    )
-    assert {p.pinned for p in passes} == {0, 1, 2, 3} and len({*reads}) >= 4
+    assert reads == sorted(reads, reverse=True)
+    assert reads[0] == 3 * 4 * BLOCK + 4 * 512 * 64
+    assert reads[-1] == 0
+    assert {p.pinned for p in passes} == {0, 1, 2, 3}
+    assert len({*reads}) >= 4
     assert all(p.peak_bytes <= n * MIB // 4 for n, p in enumerate(passes, 1) if p.pinned)
     cache = 2 * 3 * 32 * 2 * 16 * 4  # keys and values of 32 tokens
     assert passes[-1].touched_bytes == 3 * m.block_work + 4 * 512 * 64 + cache
@@ -549,7 +547,8 @@ def test_the_papers_teacher() -> None:
         == 96 * block + 2 * 128256 * 8192 + 8192
         == 84_244_176_896
     )
-    assert m.nbytes == int(0.5625 * 84_244_176_896) and m.as_stored
+    assert m.nbytes == int(0.5625 * 84_244_176_896)
+    assert m.as_stored
     assert 70e9 / M1_AIR.read_bytes_per_s == 28.0
     assert round(70e9 / M1_AIR.read_bytes_per_s * M1_AIR.forward_flops_per_s / (2 * 137e9)) == 148
     p = estimates.streamed_pass("pass", m, tokens=1, micro_tokens=1, length=1, spool=False)
@@ -590,12 +589,11 @@ def test_measured_rates_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(rates, "SAMPLE_BYTES", 4 * MIB)
     assert "assumed" in estimates.machine_rates().source
     found = estimates.machine_rates(measure=True)
-    assert found == estimates.machine_rates() and found.source.startswith("measured 20")
+    assert found == estimates.machine_rates()
+    assert found.source.startswith("measured 20")
     kept = {p.name for p in (tmp_path / "cache").iterdir()} - {".lock"}
-    assert (
-        kept == {"rates.json"}
-        and json.loads((tmp_path / "cache" / "rates.json").read_text())["gpu"] is False
-    )
+    assert kept == {"rates.json"}
+    assert json.loads((tmp_path / "cache" / "rates.json").read_text())["gpu"] is False
     assert estimates.machine_rates("m1-air") is M1_AIR
     with pytest.raises(MisError, match="leave one of them out"):
         estimates.machine_rates("m1-air", measure=True)

@@ -25,10 +25,13 @@ def test_blocks_go_where_they_cost_least(
     layers: int, keeps: list[int], reading: float, counts: list[int]
 ) -> None:
     """Pencil cases; where machines work one after the other, no division in two takes less."""
-    assert pipeline_parallel.shared(layers, keeps, reading) == counts and sum(counts) == layers
+    assert pipeline_parallel.shared(layers, keeps, reading) == counts
+    assert sum(counts) == layers
     if len(keeps) == 2 and sum(keeps) < layers:
-        took = [
-            sum(max(n, reading * max(0, n - k)) for n, k in zip(each, keeps, strict=True))
-            for each in (counts, *([n, layers - n] for n in range(layers + 1)))
-        ]
-        assert took[0] == min(took)
+
+        def took(shares: list[int]) -> float:
+            pairs = zip(shares, keeps, strict=True)
+            return sum(max(count, reading * max(0, count - kept)) for count, kept in pairs)
+
+        others = [took([first, layers - first]) for first in range(layers + 1)]
+        assert took(counts) <= min(others)

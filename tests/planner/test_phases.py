@@ -101,20 +101,16 @@ def test_blocks_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
     p = phases.blocks(replace(JOB, targets="cached"), 4, GIB)
     b = SMALL.block_params
     state = 4 * compression_size.block_state_bytes(SMALL.config)
-    assert (
-        p.flops == 10 * (4 * forward_flops(SMALL, 384, 32, False) + 4 * 384 * 512 * 64)
-        and p.updated == 10 * 4 * b
-    )
+    assert p.flops == 10 * (4 * forward_flops(SMALL, 384, 32, head=False) + 4 * 384 * 512 * 64)
+    assert p.updated == 10 * 4 * b
     assert p.written_bytes == SMALL.nbytes + 4 * state
     kept = MIB + 4 * (4 * 384 + 512) * 64
     ways = dict[int, int]()
     for count in (2, 1):
         monkeypatch.setattr(estimates.lanes, "count", lambda n=count: n)
         ways[count] = phases.way_back_bytes(JOB, 4) - kept
-    assert (
-        ways[1] == estimates.backward_bytes(SMALL.config, 4, 32) + 2 * 4 * b
-        and ways[2] == ways[1] + 4 * b
-    )
+    assert ways[1] == estimates.backward_bytes(SMALL.config, 4, 32) + 2 * 4 * b
+    assert ways[2] == ways[1] + 4 * b
     wide = model_of({**SMALL.config, "intermediate_size": 90_000}, gpu=False)
     single = replace(JOB, student=wide, batch_size=1, grad_accumulation_steps=1, max_seq_length=1)
     once = phases.way_back_bytes(single, 1)
@@ -135,7 +131,8 @@ def test_a_streamed_teacher_is_read_at_every_step_but_for_what_stays() -> None:
                 if estimates.room(n, bare) >= kept * BIG.block_work
             ),
         )
-        assert p.pinned == kept and p.peak_bytes == bare + kept * BIG.block_work
+        assert p.pinned == kept
+        assert p.peak_bytes == bare + kept * BIG.block_work
         assert p.read_bytes == SMALL.nbytes + BIG.head_bytes + BIG.block_bytes * (
             kept + 10 * (6 - kept)
         )
@@ -147,19 +144,21 @@ def test_the_logit_store_by_pencil() -> None:
     """
     job = replace(JOB, targets="cached")
     p = phases.store(job, GIB)
-    assert (
-        p.written_bytes == 120 * 32 * 151 and p.read_bytes == 6 * BIG.block_bytes + BIG.head_bytes
-    )
-    assert p.held_tokens == 120 * 32 and p.flops == forward_flops(BIG, 120 * 32, 32)
+    assert p.written_bytes == 120 * 32 * 151
+    assert p.read_bytes == 6 * BIG.block_bytes + BIG.head_bytes
+    assert p.held_tokens == 120 * 32
+    assert p.flops == forward_flops(BIG, 120 * 32, 32)
     least = phases.store(job, 0)
-    assert least.held_tokens == 32 and least.read_bytes == 120 * p.read_bytes
+    assert least.held_tokens == 32
+    assert least.read_bytes == 120 * p.read_bytes
     assert p.peak_bytes - least.peak_bytes == 119 * 32 * 64 * 4
     plan = phases.make(job, GIB, M1_AIR)
     own = 3 * 1024 * BIG.tensors
     assert named(plan)["logit store"] == replace(
         p, peak_bytes=p.peak_bytes + own + process_bytes(GIB - own)
     )
-    assert plan.held_windows("logit store") == 120 and plan.pinned == 0
+    assert plan.held_windows("logit store") == 120
+    assert plan.pinned == 0
     assert named(plan)["distil"].read_bytes == SMALL.nbytes + 120 * 32 * 151
     wide = {**tiny.CONFIG, "vocab_size": 70_000}
     assert replace(job, teacher=model_of(wide, gpu=False)).target_bytes == 1 + 50 * 5
@@ -172,29 +171,25 @@ def test_sharded_by_pencil() -> None:
     job = replace(JOB, targets="cached")
     b = SMALL.block_params
     p = phases.sharded(job, 4, 2)
-    assert (
-        phases.steps_per_shard(job, 2) == 5
-        and phases.steps_per_shard(job, 3) == 5
-        and phases.steps_per_shard(job, 1) == 3
-    )
+    assert phases.steps_per_shard(job, 2) == 5
+    assert phases.steps_per_shard(job, 3) == 5
+    assert phases.steps_per_shard(job, 1) == 3
     # Two blocks forth; back to the lower shard (half of the steps) two, of which the last is there
     # already. Each visit reads head and shard once.
     steps = 10 * (int(2.5 * 4 * b) + 384 * 151)
     assert p.read_bytes == steps + 2 * 4 * 512 * 64 + 4 * 4 * b
     state = compression_size.block_state_bytes(SMALL.config)
-    assert p.written_bytes == 4 * 4 * b + 2 * state * 4 and state == pytest.approx(
-        (4 + 2 + 8 / 128) * b, rel=0.01
-    )
+    assert p.written_bytes == 4 * 4 * b + 2 * state * 4
+    assert state == pytest.approx((4 + 2 + 8 / 128) * b, rel=0.01)
     # three forth; 3, 2, 1 and 0 are above, so 2, 1, 0 and 0 are read back
     one = phases.sharded(job, 4, 1)
     assert one.read_bytes == 10 * (int(3.75 * 4 * b) + 384 * 151) + 4 * 4 * 512 * 64 + 4 * 4 * b
     assert p.peak_bytes - one.peak_bytes == state
-    block = forward_flops(SMALL, 384, 32, False) / 4
+    block = forward_flops(SMALL, 384, 32, head=False) / 4
     assert p.flops == 10 * (block * (4 - 1 + 2 * 1 + 3 * 2) + 4 * 384 * 512 * 64)
     live = phases.sharded(JOB, 4, 2)
-    assert (
-        live.flops == p.flops + 10 * forward_flops(BIG, 384, 32) and live.peak_bytes > p.peak_bytes
-    )
+    assert live.flops == p.flops + 10 * forward_flops(BIG, 384, 32)
+    assert live.peak_bytes > p.peak_bytes
     assert live.read_bytes == p.read_bytes - 10 * 384 * 151 + 10 * 6 * BIG.block_bytes
 
 
@@ -212,7 +207,8 @@ def test_the_repair_of_parts_by_pencil() -> None:
     # two slots of half the size, and a block's float32 copy beside the solving
     assert half.peak_bytes == p.peak_bytes
     width = 64 * 4 + 64 * 4
-    assert (p.held_tokens, p.spooled_bytes) == (128, 0) and (
+    assert (p.held_tokens, p.spooled_bytes) == (128, 0)
+    assert (
         poor.held_tokens,
         poor.spooled_bytes,
     ) == (0, 128 * width)
@@ -238,11 +234,9 @@ def test_budgets_choose() -> None:
         seen.append((plan.fits, plan.mode, plan.pinned == BIG.shape.layers))
         assert plan.peak_bytes <= budget * MIB or not plan.fits
     order = list(dict.fromkeys(seen))
-    assert (
-        order[0] == (False, "sharded", False)
-        and order[-1] == (True, "resident", True)
-        and len(order) > 3
-    )
+    assert order[0] == (False, "sharded", False)
+    assert order[-1] == (True, "resident", True)
+    assert len(order) > 3
     modes = list(dict.fromkeys(mode for fits, mode, _ in order if fits))
     assert modes in (["sharded", "blocks", "resident"], ["sharded", "resident"])
     wordy = replace(
@@ -251,7 +245,8 @@ def test_budgets_choose() -> None:
     less = phases.resident(wordy, 4, 0).peak_bytes - phases.blocks(wordy, 4, 0).peak_bytes
     assert less >= 8 * 30_000 * 64  # two moments of the embedding
     plans = [phases.make(replace(wordy, modes=MODES[1:]), n * MIB, M1_AIR) for n in (4, 300)]
-    assert plans[1].mode == "blocks" and plans[1].way == {
+    assert plans[1].mode == "blocks"
+    assert plans[1].way == {
         "mode": "blocks",
         "micro": 4,
         "shard": 0,
@@ -295,10 +290,12 @@ def test_a_student_that_is_its_teacher(
     teacher = model_of({**tiny.CONFIG, **change})
     student = model_of(tiny.CONFIG)
     job = spec_of(teacher, student, DistillationConfig(**asked), QuantizationConfig(), copied=True)
-    assert job.uncut == uncut and not spec_of(teacher, student, DistillationConfig(**asked)).uncut
+    assert job.uncut == uncut
+    assert not spec_of(teacher, student, DistillationConfig(**asked)).uncut
     plan = phases.make(job, GIB, M1_AIR)
     assert {"repair", "distil"}.isdisjoint(p.name for p in plan.phases) == uncut
-    assert plan.tuned == TUNE_ITERS and (plan.mode == "none") == uncut
+    assert plan.tuned == TUNE_ITERS
+    assert (plan.mode == "none") == uncut
 
 
 @pytest.mark.parametrize(
@@ -333,7 +330,8 @@ def test_the_usual_rate_knows_the_weights(
     folder = tiny.make(tmp_path / "m", **{**tiny.KINDS, **tiny.FAMILIES}[family])
     for times in (1, 4):
         file = next(folder.glob("*.safetensors"))
-        grown = {name: times * np.array(weight) for name, weight in mx.load(str(file)).items()}  # type: ignore[union-attr]
+        weights: Any = mx.load(str(file))
+        grown = {name: times * np.array(weight) for name, weight in weights.items()}
         mx.save_safetensors(str(file), {name: mx.array(weight) for name, weight in grown.items()})
         teacher = load.open_checkpoint(folder)
         model = model_of(teacher)
@@ -367,13 +365,16 @@ def test_more_budget_never_reads_more(targets: Any) -> None:
     )
     plans = [phases.make(job, n * MIB // 8, M1_AIR) for n in range(40, 8 * 120, 2)]
     plans = [p for p in plans if p.fits]
+
+    def read_bytes(plan: Any) -> int:
+        return sum(phase.read_bytes for phase in plan.phases)
+
     for mode in MODES:
-        reads = [sum(f.read_bytes for f in p.phases) for p in plans if p.mode == mode]
+        reads = [read_bytes(plan) for plan in plans if plan.mode == mode]
         assert reads == sorted(reads, reverse=True)
-    assert len({sum(f.read_bytes for f in p.phases) for p in plans}) >= 5
-    assert {p.mode for p in plans} >= {"resident", "sharded"} and len(
-        {p.shard_layers for p in plans}
-    ) > 2
+    assert len(set(map(read_bytes, plans))) >= 5
+    assert {p.mode for p in plans} >= {"resident", "sharded"}
+    assert len({p.shard_layers for p in plans}) > 2
 
 
 def test_steps_after_rounding_go_where_nobody_asked_for_them() -> None:
@@ -383,7 +384,8 @@ def test_steps_after_rounding_go_where_nobody_asked_for_them() -> None:
     plain = QuantizationConfig(q_method="round", target_bpw=None)  # which takes little itself
     job = replace(JOB, rounding=plain, modes=("blocks",), targets="cached")  # no blocks that stay
     whole = phases.one(job, GIB, rates=M1_AIR, mode="blocks", micro=4, shard=0)
-    assert whole.tuned == 20 and list(named(whole))[-2:] == ["tune", "measure"]
+    assert whole.tuned == 20
+    assert list(named(whole))[-2:] == ["tune", "measure"]
     less = replace(job, rounding=replace(job.rounding, q_iters=20))
     most = max(p.peak_bytes for name, p in named(whole).items() if name != "tune")
     assert named(whole)["tune"].peak_bytes > most
@@ -426,13 +428,15 @@ def test_the_least_budget_is_enough_and_one_byte_less_is_not(change: dict[str, A
     least = phases.least_bytes(job, M1_AIR)
     assert phases.make(job, least, M1_AIR).fits
     plan = phases.make(job, least - 1, M1_AIR)
-    assert not plan.fits and phases.remedy(phases.make(job, least, M1_AIR)) == ""
+    assert not plan.fits
+    assert phases.remedy(phases.make(job, least, M1_AIR)) == ""
     said = phases.remedy(plan)
     assert re.match(
         r"\w+ needs [\d.]+ MiB, but the budget is [\d.]+ MiB: give --budget \d+MiB", said
     )
     advised = re.search(r"--budget (\S+?)[,;]", said)
-    assert advised and phases.make(job, parse_bytes(advised[1]), M1_AIR).fits
+    assert advised
+    assert phases.make(job, parse_bytes(advised[1]), M1_AIR).fits
 
 
 def test_the_remedy_is_one_that_helps() -> None:
@@ -469,15 +473,14 @@ def test_what_models_answer_is_part_of_measuring() -> None:
         texts = phases.measure(job, GIB, GIB)
         both = phases.measure(replace(job, answers=24, answers_known=True), GIB, GIB)
         said = writing.answers(models, 24, Budget(GIB), teacher_kept=True, silent=len(models) - 2)
-        assert (
-            both.flops == texts.flops + said.flops
-            and both.read_bytes == texts.read_bytes + said.read_bytes
-        )
+        assert both.flops == texts.flops + said.flops
+        assert both.read_bytes == texts.read_bytes + said.read_bytes
         assert both.touched_bytes == texts.touched_bytes + said.touched_bytes
         assert both.peak_bytes == max(texts.peak_bytes, said.peak_bytes)
     new = phases.measure(replace(JOB, answers=24), GIB, GIB)
     known = phases.measure(replace(JOB, answers=24, answers_known=True), GIB, GIB)
-    assert new.flops > known.flops and new.touched_bytes > known.touched_bytes
+    assert new.flops > known.flops
+    assert new.touched_bytes > known.touched_bytes
     assert phases.measure(replace(JOB, answers=24), GIB, MIB) == phases.measure(JOB, GIB, MIB)
 
 

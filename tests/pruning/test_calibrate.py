@@ -16,6 +16,11 @@ from tests import tiny
 from tests.conftest import near
 
 
+def wide(array: mx.array) -> np.ndarray:
+    """In float64."""
+    return np.array(array, np.float64)
+
+
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_streamed_statistics_are_resident_ones(
     models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
@@ -41,22 +46,19 @@ def test_streamed_statistics_are_resident_ones(
     for tokens, streamed in zip(batches, hidden, strict=True):
         assert mx.array_equal(model.model(tokens), streamed)
         for i, layer in enumerate(model.model.layers):
-            ffn[i] += (
-                np.array(importance.channel_sample(seen := layer.mlp.down_proj.take()), np.float64)
-                ** 2
-            )
-            squares[i] += np.array(importance.square_sample(seen), np.float64) / tokens.size
-            norm = mx.sqrt(
-                mx.square(attended := layer.self_attn.o_proj.take()).reshape(-1, 4, 16).sum(axis=-1)
-            )
-            loud[i] += np.array(mx.square(norm).mean(axis=0), np.float64)
-            heads[i] += np.array(importance.head_sample(attended, 4), np.float64) ** 2
+            seen = layer.mlp.down_proj.take()
+            ffn[i] += wide(importance.channel_sample(seen)) ** 2
+            squares[i] += wide(importance.square_sample(seen)) / tokens.size
+            attended = layer.self_attn.o_proj.take()
+            by_head = mx.square(attended).reshape(-1, 4, 16)
+            norm = mx.sqrt(by_head.sum(axis=-1))
+            loud[i] += wide(mx.square(norm).mean(axis=0))
+            heads[i] += wide(importance.head_sample(attended, 4)) ** 2
             for tap in (layer.self_attn.q_proj, layer.mlp.gate_proj):
-                norms += np.array(importance.channel_sample(tap.take()), np.float64) ** 2
+                norms += wide(importance.channel_sample(tap.take())) ** 2
     for i in range(3):
-        assert (statistics.ffn[i].mean == ffn[i]).all() and (
-            statistics.ffn[i].square == squares[i]
-        ).all()
+        assert (statistics.ffn[i].mean == ffn[i]).all()
+        assert (statistics.ffn[i].square == squares[i]).all()
         assert (statistics.heads[i].mean == heads[i]).all()
         np.testing.assert_allclose(statistics.heads[i].square, loud[i], rtol=near(1e-5, 5e-3))
     # added up in another order
@@ -71,10 +73,12 @@ def test_block_importance_by_hand(llama: Checkpoint, batches: list[mx.array]) ->
     for i, block in source.blocks():
         out = source.through(block, list(hidden))
         cosines = []
-        for a, b in zip(hidden, out, strict=True):
-            x = np.array(a, np.float64)
-            y = np.array(b, np.float64)
-            cosines.append(((x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))).mean())
+        for before, after in zip(hidden, out, strict=True):
+            x = wide(before)
+            y = wide(after)
+            lengths = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
+            cosine = (x * y).sum(-1) / lengths
+            cosines.append(cosine.mean())
         assert statistics.block[i] == pytest.approx(1 - np.mean(cosines), abs=1e-5)
         hidden = out
 
@@ -90,16 +94,18 @@ def test_each_batch_is_weighed_by_its_own_air(llama: Checkpoint, batches: list[m
     both, _ = calibrate.calibrate(llama, batches, readings(10.0, 30.0))
     first, _ = calibrate.calibrate(llama, batches[:1])
     second, _ = calibrate.calibrate(llama, batches[1:])
-    assert both.measured and both.ambient_c == [10.0, 30.0] and both.altitude_m == 832.0
+
+    assert both.measured
+    assert both.ambient_c == [10.0, 30.0]
+    assert both.altitude_m == 832.0
     for i in range(3):
-        for got, a, b in (
+        for found, cold, hot in (
             (both.ffn[i], first.ffn[i], second.ffn[i]),
             (both.heads[i], first.heads[i], second.heads[i]),
         ):
-            np.testing.assert_allclose(
-                got.warm, a.square * 283.15**2 + b.square * 303.15**2, rtol=1e-12
-            )
-            np.testing.assert_allclose(got.mean, a.mean + b.mean, rtol=1e-12)
+            weighed = cold.square * 283.15**2 + hot.square * 303.15**2
+            np.testing.assert_allclose(found.warm, weighed, rtol=1e-12)
+            np.testing.assert_allclose(found.mean, cold.mean + hot.mean, rtol=1e-12)
 
 
 def test_a_gap_in_the_weather_means_plain_importance(
@@ -109,7 +115,8 @@ def test_a_gap_in_the_weather_means_plain_importance(
     broken sensor.
     """
     statistics, _ = calibrate.calibrate(llama, batches, readings(10.0, None))
-    assert not statistics.measured and statistics.ambient_c == [10.0]
+    assert not statistics.measured
+    assert statistics.ambient_c == [10.0]
     assert (statistics.ffn[0].warm == statistics.ffn[0].square).all()
 
 

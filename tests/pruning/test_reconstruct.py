@@ -8,6 +8,7 @@ import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -26,10 +27,18 @@ ALL = (0, 1, 2)
 SOME = tuple(range(0, 768, 3))
 
 
+def random_windows(count: int, length: int = 64, first: int = 0) -> list[mx.array]:
+    """So many windows; `first` is the seed of the first one."""
+    made = []
+    for seed in range(first, first + count):
+        made.append(mx.random.randint(0, 512, (1, length), key=mx.random.key(seed)))
+    return made
+
+
 @pytest.fixture(scope="module")
 def windows() -> list[mx.array]:
     """Six windows of 64 tokens."""
-    return [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
+    return random_windows(6)
 
 
 def test_who_judges_by_pencil() -> None:
@@ -106,12 +115,14 @@ def stream_error(
     for entrance, (_, block) in zip([*layers[1:], 3], small.blocks(), strict=True):
         small.through(block, hidden)
         goals = np.concatenate([np.array(want, np.float64)[0] @ basis for want in at[entrance]])
-        missing = goals - np.concatenate([np.array(got, np.float64)[0] for got in hidden])
-        goals, missing = (
-            x / np.sqrt(np.square(goals).mean(-1, keepdims=True)) for x in (goals, missing)
-        )
-        sizes = np.square(goals).mean(0) if reconstruct.BEHIND in block else 1.0
-        errors.append(float((np.square(missing) / sizes).sum()))
+        found = np.concatenate([np.array(got, np.float64)[0] for got in hidden])
+        root_mean_square = np.sqrt(np.square(goals).mean(-1, keepdims=True))
+        missing = (goals - found) / root_mean_square
+        sizes = 1.0
+        if reconstruct.BEHIND in block:
+            sizes = np.square(goals / root_mean_square).mean(0)
+        error = np.square(missing) / sizes
+        errors.append(float(error.sum()))
     return errors
 
 
@@ -121,8 +132,11 @@ def test_an_unpruned_student_stays_as_it_is(
     """Nothing is missing, so nothing changes."""
     keep = KeptUnits(ALL, {}, "")
     student = student_of(llama, keep, tmp_path / "s")
+
     mended, left = reconstruct.reconstruct(llama, student, keep, windows)
-    assert not mended and left == [1.0] * 3
+
+    assert not mended
+    assert left == [1.0] * 3
 
 
 CUTS = {
@@ -151,14 +165,18 @@ def test_the_error_falls_block_by_block(
     keep, sizes = CUTS[name]
     teacher = models(kind)
     student = student_of(teacher, keep, tmp_path / "s", **sizes)
-    more = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(1000 + k)) for k in range(18)]
-    mended, left = reconstruct.reconstruct(teacher, student, keep, windows + more)
-    basis = np.eye(64)[:, list(keep.kept.get((-1, "hidden"), range(64)))]
-    others = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(100 + k)) for k in range(6)]
-    before = stream_error(teacher, student, basis=basis, windows=others, layers=keep.layers)
-    after = stream_error(
-        teacher, mended_model(student, mended), basis=basis, windows=others, layers=keep.layers
+    more = random_windows(18, first=1000)
+    channels = list(keep.kept.get((-1, "hidden"), range(64)))
+    judging: dict[str, Any] = dict(
+        basis=np.eye(64)[:, channels],
+        windows=random_windows(6, first=100),
+        layers=keep.layers,
     )
+
+    mended, left = reconstruct.reconstruct(teacher, student, keep, windows + more)
+
+    before = stream_error(teacher, student, **judging)
+    after = stream_error(teacher, mended_model(student, mended), **judging)
     nearer = [a < b for a, b in zip(after, before, strict=True)]
     assert all(nearer if kind == "llama" else nearer[:2])
     assert sum(after) < 0.9 * sum(before)
@@ -177,13 +195,17 @@ def test_few_tokens_do_not_spoil_a_student(
     keep, sizes = CUTS["ffn"]
     teacher = models(kind)
     student = student_of(teacher, keep, tmp_path / "s", **sizes)
-    few = [mx.random.randint(0, 512, (1, length), key=mx.random.key(k)) for k in range(count)]
+    few = random_windows(count, length)
+    others = random_windows(6, first=100)
+
     mended, left = reconstruct.reconstruct(teacher, student, keep, few)
-    others = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(100 + k)) for k in range(6)]
+
     before = stream_error(teacher, student, np.eye(64), others)
     after = stream_error(teacher, mended_model(student, mended), np.eye(64), others)
     assert all(a <= 1.001 * b for a, b in zip(after, before, strict=True)), (after, before)
-    assert count > 1 or (after == before and left == [1.0] * 3)
+    if count == 1:
+        assert after == before
+        assert left == [1.0] * 3
 
 
 @pytest.mark.usefixtures("cpu_policy")
@@ -208,18 +230,26 @@ def test_against_lstsq_in_float64(
         (out,) = small.through(block, [into])
         goal = np.array(want, np.float64).reshape(-1, 64)
         weight = 1 / np.sqrt(np.square(goal).mean(-1, keepdims=True))
-        rows_a.append(weight * np.array(block.mlp.down_proj.take(), np.float64).reshape(-1, 256))
-        rows_r.append(weight * (goal - np.array(out, np.float64).reshape(-1, 64)))
+        inputs = np.array(block.mlp.down_proj.take(), np.float64).reshape(-1, 256)
+        found = np.array(out, np.float64).reshape(-1, 64)
+        rows_a.append(weight * inputs)
+        rows_r.append(weight * (goal - found))
 
     def solution(ridge: float, at: list[int]) -> np.ndarray:
-        a, r = (np.concatenate([rows[b] for b in at]) for rows in (rows_a, rows_r))
-        damped = np.vstack([a, np.sqrt(ridge * np.square(a).sum() / 256) * np.eye(256)])
-        found, *_ = np.linalg.lstsq(damped, np.vstack([r, np.zeros((256, 64))]), rcond=None)
+        a = np.concatenate([rows_a[b] for b in at])
+        r = np.concatenate([rows_r[b] for b in at])
+        damping = np.sqrt(ridge * np.square(a).sum() / 256)
+        damped = np.vstack([a, damping * np.eye(256)])
+        goals = np.vstack([r, np.zeros((256, 64))])
+        found, *_ = np.linalg.lstsq(damped, goals, rcond=None)
         return np.asarray(found)
 
     judge = 3  # the fourth window
     seen = [b for b in range(6) if b != judge]
-    errors = [np.square(rows_r[judge] - rows_a[judge] @ solution(x, seen)).sum() for x in RIDGES]
+    errors = []
+    for ridge in RIDGES:
+        left = rows_r[judge] - rows_a[judge] @ solution(ridge, seen)
+        errors.append(np.square(left).sum())
     assert min(errors) < np.square(rows_r[judge]).sum()
     update = solution(RIDGES[int(np.argmin(errors))], list(range(6)))
     name = "model.layers.0.mlp.down_proj.weight"
@@ -239,7 +269,8 @@ def test_one_kind_of_text_is_no_kinds(
     of_kind, left_of_kind = reconstruct.reconstruct(llama, student, keep, windows, kinds=[3] * 6)
 
     assert left_of_kind == left
-    assert plain and plain.keys() == of_kind.keys()
+    assert plain
+    assert plain.keys() == of_kind.keys()
     assert all(mx.array_equal(plain[name], of_kind[name]).item() for name in plain)
 
 
@@ -277,12 +308,13 @@ def test_a_wide_layer_is_refitted_beside_nothing_in_float64(
     )
     keep = KeptUnits((0, 1), {(i, "ffn"): tuple(range(512)) for i in (0, 1)}, "")
     student = student_of(teacher, keep, tmp_path / "s", ffn=512)
-    windows = [mx.random.randint(0, 512, (1, 256), key=mx.random.key(k)) for k in range(6)]
+    windows = random_windows(6, length=256)
     tracemalloc.start()
     try:
         mended, left = reconstruct.reconstruct(teacher, student, keep, windows)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(mended) == 2 and max(left) < 1
+    assert len(mended) == 2
+    assert max(left) < 1
     assert peak < 4 * 512**2 * (4 + 2.5)

@@ -197,7 +197,8 @@ def test_types_are_cast_and_said(tmp_path: Path, llama: Checkpoint) -> None:
         files=DISK,
     )
     student = load.open_checkpoint(tmp_path / "s")
-    assert 2 * student.nbytes == llama.nbytes and student.config["torch_dtype"] == "bfloat16"
+    assert 2 * student.nbytes == llama.nbytes
+    assert student.config["torch_dtype"] == "bfloat16"
     assert {at.dtype for at in student.tensors.values()} == {"BF16"}
 
 

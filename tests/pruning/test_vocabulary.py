@@ -185,10 +185,8 @@ def test_logits_of_the_rows_that_stay_are_the_teachers(
     denominators = mx.logsumexp(whole[:, :-1], -1) - mx.logsumexp(less[:, :-1], -1)
     own = mx.logsumexp(whole[:, :-1], -1)
     own -= mx.take_along_axis(whole[:, :-1], mx.array(text[:3, 1:, None]), -1)[..., 0]
-    assert (
-        mx.abs(own - nll - denominators).max().item() < near(1e-5, 0.05)
-        and (denominators >= 0).all().item()
-    )
+    assert mx.abs(own - nll - denominators).max().item() < near(1e-5, 0.05)
+    assert (denominators >= 0).all().item()
 
 
 def test_the_plan_counts_what_is_there(big: Checkpoint, text_folder: Path, tmp_path: Path) -> None:
@@ -231,9 +229,8 @@ def test_prune_alone(
     assert "vocabulary: 512 of 1,024 rows stay; of the " in done.stderr
     kept = vocabulary.rows_of(tmp_path / "p")
     student = load.open_checkpoint(tmp_path / "p")
-    assert kept is not None and shape_of(student.config) == replace(
-        shape_of(big.config), vocab=KEPT
-    )
+    assert kept is not None
+    assert shape_of(student.config) == replace(shape_of(big.config), vocab=KEPT)
     table = load.dense(big, "model.embed_tokens.weight")[mx.array(kept)]
     assert mx.array_equal(table, load.dense(student, "model.embed_tokens.weight"))
     model, tokenizer = load.mlx_lm("utils").load(str(tmp_path / "p"))
@@ -269,11 +266,11 @@ def test_bytes_and_the_same_text_in_other_tokens(
     ]
     again = token_windows.reread(one, small, whole)
     own = [end, *whole.encode(text, split_special_tokens=True), end, *whole.encode(" with")]
-    assert again.tokens.tolist() == [own] and len(own) < len(ids)
+    assert again.tokens.tolist() == [own]
+    assert len(own) < len(ids)
     assert again.learn.tolist() == [[1.0] * (len(own) - 1) + [0.0]]
-    assert again.text_bytes is not None and again.text_bytes.tolist() == [
-        len(text.encode()) + len(" with")
-    ]
+    assert again.text_bytes is not None
+    assert again.text_bytes.tolist() == [len(text.encode()) + len(" with")]
 
 
 def test_bits_per_byte_by_pencil() -> None:
@@ -284,9 +281,8 @@ def test_bits_per_byte_by_pencil() -> None:
     held_out = token_windows.Windows(np.zeros((2, 4), np.int32), learn, np.array([4, 6]))
     nll = np.array([2.0, 3.0]) * math.log(2)
     rows = {r.metric: r for r in comparison.rows_of({("m", "nll"): nll}, held_out)}
-    assert rows["bpb"].value == pytest.approx((2 * 2 + 3 * 3) / 10) and rows[
-        "tpb"
-    ].value == pytest.approx(0.5)
+    assert rows["bpb"].value == pytest.approx((2 * 2 + 3 * 3) / 10)
+    assert rows["tpb"].value == pytest.approx(0.5)
     even = comparison.rows_of(
         {("m", "nll"): nll[:1].repeat(2)}, replace(held_out, text_bytes=np.array([4, 6]))
     )
@@ -303,19 +299,17 @@ def test_distill_end_to_end(
     out, done = finished
     result = last_line(done)
     kept = vocabulary.rows_of(out / "pruned")
-    assert kept is not None and len(kept) == KEPT
+    assert kept is not None
+    assert len(kept) == KEPT
     for name in ("pruned", "distilled", "model"):
         model, tokenizer = load.mlx_lm("utils").load(str(out / name))
         assert model(mx.array([tokenizer.encode("for x in y")])).shape[-1] == KEPT
         assert vocabulary.rows_of(out / name) == kept
-    assert (
-        result["nll_teacher"] is None is result["nll_student"]
-        and result["params_teacher"] > 512 * 1024
-    )
+    assert result["nll_teacher"] is None is result["nll_student"]
+    assert result["params_teacher"] > 512 * 1024
     table = (out / "table.md").read_text()
-    assert "bits per byte of text" in table and "nats/token |" not in table.replace(
-        "KL(teacher ‖ model), nats/token |", ""
-    )
+    assert "bits per byte of text" in table
+    assert "nats/token |" not in table.replace("KL(teacher ‖ model), nats/token |", "")
     assert comparison.ACROSS in table
     data = preparation.prepare(str(text_folder), load.tokenizer(out / "pruned"), 32)
     chosen = comparison.chosen(data.held_out["held-out"], 3)
@@ -350,10 +344,8 @@ def test_distill_a_phi(
     )
     assert done.returncode == 0, done.stderr
     model, tokenizer = load.mlx_lm("utils").load(str(tmp_path / "run" / "model"))
-    assert (
-        len(tokenizer.get_vocab()) == model.args.vocab_size == KEPT
-        and model.args.model_type == "phi3"
-    )
+    assert len(tokenizer.get_vocab()) == model.args.vocab_size == KEPT
+    assert model.args.model_type == "phi3"
     assert mx.isfinite(model(mx.array([tokenizer.encode("Zażółć gęślą jaźń")]))).all().item()
 
 
@@ -381,17 +373,17 @@ def test_nothing_but_tokens_is_cut(
             load.dense(student, name), load.dense(big, name).astype(mx.bfloat16)
         ), name
     result = last_line(done)
-    assert (
-        result["bits_per_byte_distilled"] == result["bits_per_byte_pruned"]
-        and result["mode"] == "none"
-    )
-    assert result["kl_pruned"] == pytest.approx(0, abs=1e-4) and not result["gap_closed"]
+    assert result["bits_per_byte_distilled"] == result["bits_per_byte_pruned"]
+    assert result["mode"] == "none"
+    assert result["kl_pruned"] == pytest.approx(0, abs=1e-4)
+    assert not result["gap_closed"]
     made = weights(run)
     (run / "result.json").unlink()
     for name in ("model", "rounded", "tune-steps", "distilled"):
         shutil.rmtree(run / name)
     again = command("distill", "--resume", "--out", run)
-    assert again.returncode == 0 and weights(run) == made
+    assert again.returncode == 0
+    assert weights(run) == made
 
 
 WAYS = [("--train", "sharded"), ("--train", "blocks"), ("--targets", "cached")]
@@ -507,7 +499,8 @@ def test_commands_on_a_trimmed_student(
     assert done.returncode == 0, done.stderr
     said = last_line(done)["held-out"]
     result = last_line(finished[1])
-    assert comparison.ACROSS in done.stdout and "perplexity" not in done.stdout
+    assert comparison.ACROSS in done.stdout
+    assert "perplexity" not in done.stdout
     for key, name in (
         ("bpb_teacher", "teacher"),
         ("bpb_distilled", "distilled"),
@@ -515,7 +508,8 @@ def test_commands_on_a_trimmed_student(
     ):
         assert said[key] == pytest.approx(result[f"bits_per_byte_{name}"], rel=near(1e-6, 1e-3))
     done = command("evaluate", *both, "--kld", "--eval-windows", 20)
-    assert done.returncode == 0 and comparison.ACROSS in done.stderr
+    assert done.returncode == 0
+    assert comparison.ACROSS in done.stderr
     flags = ("--num-samples", 2, "--q-iters", 2, "--mlx-path", tmp_path / "q")
     done = command("quantize", "--model", student, "--teacher", big.path, *common, *flags)
     assert done.returncode == 0, done.stderr
@@ -556,7 +550,8 @@ def test_gguf_keeps_the_parents_pre_tokenizer(
         return reader.fields[f"tokenizer.ggml.{name}"].contents()
 
     spec = json.loads((tmp_path / "p" / "tokenizer.json").read_text())["model"]
-    assert field("pre") == "parents" and field("eos_token_id") == 0
+    assert field("pre") == "parents"
+    assert field("eos_token_id") == 0
     assert {text: i for i, text in enumerate(field("tokens"))} == spec["vocab"]
     assert [m.split(" ") for m in field("merges")] == spec["merges"]
 
@@ -580,10 +575,8 @@ def test_plan_follows(big: Checkpoint, command: Callable[..., Done]) -> None:
         for more in ((), ("--vocab", 512))
     )
     assert whole["params_student"] - half["params_student"] == (ROWS - KEPT) * 64
-    assert (
-        whole["params_teacher"] == half["params_teacher"]
-        and half["peak_bytes"] <= whole["peak_bytes"]
-    )
+    assert whole["params_teacher"] == half["params_teacher"]
+    assert half["peak_bytes"] <= whole["peak_bytes"]
 
 
 def test_what_is_cut_by_default(big: Checkpoint, tmp_path: Path) -> None:
@@ -637,7 +630,8 @@ def test_the_teacher_knows_words_that_did_not_come_up(big: Checkpoint, text_fold
     kept = vocabulary.chosen(big, KEPT, train, vocabulary.VocabularyConfig())
     unseen = np.setdiff1d(np.arange(ROWS), train.tokens)
     inside = np.isin(unseen, kept)
-    assert inside.any() and sums[unseen[inside]].mean() > sums[unseen[~inside]].mean()
+    assert inside.any()
+    assert sums[unseen[inside]].mean() > sums[unseen[~inside]].mean()
 
 
 def test_the_head_in_parts_says_the_same(
@@ -707,7 +701,8 @@ def test_search_over_vocabularies(
     dry = command("distill", *result["command"].split()[2:], "--dry-run", "--max-seq-length", 32)
     assert last_line(dry)["params_student"] == result["finalists"][0]["params"]
     only = command("search", *flags[:-4], "--axes", "ffn", "--vocab", "0.5x", *few, "--dry-run")
-    assert only.returncode == 0 and "cannot be cut" not in only.stderr
+    assert only.returncode == 0
+    assert "cannot be cut" not in only.stderr
     where = tmp_path / "uncut"
     uncut = command(
         "search",
@@ -725,7 +720,8 @@ def test_search_over_vocabularies(
     assert uncut.returncode == 0, uncut.stderr
     (record,) = run_folder.records(where / finalists.FINALISTS)
     # its teacher: nothing to learn
-    assert record["steps"] == 0 and record["kl_distilled"] == record["kl_pruned"]
+    assert record["steps"] == 0
+    assert record["kl_distilled"] == record["kl_pruned"]
 
 
 def test_words_of_a_language(big: Checkpoint, text_folder: Path) -> None:
@@ -741,11 +737,9 @@ def test_words_of_a_language(big: Checkpoint, text_folder: Path) -> None:
     )
     listed = vocabulary.words(("pl",))
     top = sorted(listed, key=lambda word: -listed[word])[:50]
-    tokens = {
-        i
-        for word in top
-        for i in load.tokenizer(big.path).encode(f" {word}", add_special_tokens=False)
-    }
+    tokens = set[int]()
+    for word in top:
+        tokens |= set(load.tokenizer(big.path).encode(f" {word}", add_special_tokens=False))
     assert len(tokens & more) == len(tokens) > len(tokens & alone)
     with pytest.raises(
         MisError, match="--languages xx: there is no word list for it; choose from ar, bg"

@@ -54,7 +54,8 @@ def test_every_kind_opens_in_stock_mlx_lm(
         models(kind), tmp_path / "round", packed_format.layout(models(kind).config, 64), DISK
     )
     plain = load.open_checkpoint(tmp_path / "round")
-    assert made.config == plain.config and made.tensors.keys() == plain.tensors.keys()
+    assert made.config == plain.config
+    assert made.tensors.keys() == plain.tensors.keys()
     same = {
         n
         for n in made.tensors
@@ -63,7 +64,8 @@ def test_every_kind_opens_in_stock_mlx_lm(
     packed = {
         n for n in made.tensors if arch.block_of(n) is not None and made.tensors[n].dtype == "U32"
     }
-    assert not same & packed and len(packed) == {"phi3": 28}.get(kind, 21)
+    assert not same & packed
+    assert len(packed) == {"phi3": 28}.get(kind, 21)
     assert same >= {n for n in arch.tensors_of(made.config) if n not in packed}
     model, _ = load.mlx_lm("utils").load(str(tmp_path / "gptq"))
     assert mx.isfinite(model(batches[0])).all()
@@ -81,8 +83,9 @@ def test_each_block_is_fitted_to_the_stream_of_the_rounded_ones(
     source = stream.Stream(llama, mx.float32)
     hidden = rounded.embed(batches)  # 8 bits, as in the folder
     chosen = list(stage.rounded_blocks(llama, batches, packed_format.layout(llama.config, 64)))
-    for path, packed in ((p, m) for block in chosen for p, m in block.items()):
-        assert (load.dense(folder, f"{path}.weight") == rounding.values(packed, 64, 4)).all()
+    for block in chosen:
+        for path, packed in block.items():
+            assert (load.dense(folder, f"{path}.weight") == rounding.values(packed, 64, 4)).all()
     hidden = source.embed(batches)
     for i, block in rounded.blocks([0, 1]):
         assert i < 2
@@ -119,7 +122,8 @@ def test_the_gram_matrices(llama: Checkpoint, batches: list[mx.array]) -> None:
         scale = np.abs(seen[axis]).max()
         np.testing.assert_allclose(grams[axis], seen[axis], atol=1e-5 * scale)  # float32 products
         assert grams[axis].dtype == np.float64
-    assert grams["heads"].shape == (64, 64) and np.linalg.eigvalsh(grams["heads"]).min() > -1e-6
+    assert grams["heads"].shape == (64, 64)
+    assert np.linalg.eigvalsh(grams["heads"]).min() > -1e-6
 
 
 def test_the_model_stays_nearer_to_itself(tmp_path: Path) -> None:
@@ -134,19 +138,20 @@ def test_the_model_stays_nearer_to_itself(tmp_path: Path) -> None:
     packed_format.write_quantized(
         llama, tmp_path / "round", packed_format.layout(llama.config, 64), DISK
     )
-    want, *others = (
-        stream.Stream(m, mx.float32).forward(windows[20:])
-        for m in (llama, made, load.open_checkpoint(tmp_path / "round"))
-    )
-    ours, plain = (
-        sum(mx.square(a - b).sum().item() for a, b in zip(o, want, strict=True)) for o in others
-    )
-    assert ours < 0.8 * plain
+    want = stream.Stream(llama, mx.float32).forward(windows[20:])
+
+    def error(model: Checkpoint) -> float:
+        found = stream.Stream(model, mx.float32).forward(windows[20:])
+        return sum(mx.square(a - b).sum().item() for a, b in zip(found, want, strict=True))
+
+    assert error(made) < 0.8 * error(load.open_checkpoint(tmp_path / "round"))
 
 
 @pytest.mark.usefixtures("cpu_policy")
 def test_bridges_keep_their_eight_bits(tmp_path: Path, batches: list[mx.array]) -> None:
-    """down_proj of the blocks that stand for removed ones is what plain rounding makes of it."""
+    """down_proj of the blocks that stand for removed ones has the nearest values of fitted
+    grids.
+    """
     teacher = load.open_checkpoint(tiny.make(tmp_path / "t", num_hidden_layers=4))
     shape = replace(shape_of(teacher.config), layers=3)
     slicing.write_student(
@@ -162,7 +167,8 @@ def test_bridges_keep_their_eight_bits(tmp_path: Path, batches: list[mx.array]) 
     assert packed_format.blocks_after_removed(student) == (0, 2)
     for i, bits in ((0, 8), (1, 4), (2, 8)):
         name = f"model.layers.{i}.mlp.down_proj.weight"
-        plain = rounding.values(rounding.nearest(load.dense(student, name), 64, bits), 64, bits)
+        nearest = rounding.fitted(load.dense(student, name), 64, bits)
+        plain = rounding.values(nearest, 64, bits)
         assert bool((load.dense(made, name) == plain).all()) == (bits == 8)
     settings = json.loads((tmp_path / "q4" / "config.json").read_text())["quantization"]
     assert settings["model.layers.0.mlp.down_proj"]["bits"] == 8
@@ -175,7 +181,8 @@ def test_hidden_states_on_disk_change_nothing(
     plan = packed_format.layout(llama.config, 32)
     spooled = stage.rounded_blocks(llama, batches, plan, Spool(tmp_path, 1, DISK))
     for a, b in zip(stage.rounded_blocks(llama, batches, plan), spooled, strict=True):
-        assert all((x == y).all() for path in a for x, y in zip(a[path], b[path], strict=True))
+        for path in a:
+            assert all((x == y).all() for x, y in zip(a[path], b[path], strict=True))
 
 
 def spoilt(folder: Path, name: str, value: float) -> Checkpoint:

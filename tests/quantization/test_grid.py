@@ -40,10 +40,8 @@ def test_computes_what_the_folder_says(packed: Checkpoint) -> None:
     assert mx.allclose(model(TOKENS), dense(TOKENS), atol=1e-5)
     trained = dict(tree_flatten(model.trainable_parameters()))
     assert {n.rsplit(".", 1)[1] for n in trained} == {"scales", "biases", "weight"}
-    assert (
-        all("norm" in n for n in trained if n.endswith("weight"))
-        and len(trained) == 3 * (2 * 7 + 2) + 1
-    )
+    assert all("norm" in n for n in trained if n.endswith("weight"))
+    assert len(trained) == 3 * (2 * 7 + 2) + 1
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "biased"])
@@ -91,11 +89,9 @@ def test_a_bit_more_halves_the_rate(llama: Checkpoint, tmp_path: Path) -> None:
         packed_format.write_quantized(llama, tmp_path / str(bits), plan, DISK)
         rounded = load.open_checkpoint(tmp_path / str(bits))
         recipe = pipeline.tuning_recipe(DistillationConfig(), rounded, 20, 2e-4)
-        assert (
-            recipe.learning_rate == pytest.approx(rate)
-            and recipe.iters == 20
-            and recipe.weight_decay == 0
-        )
+        assert recipe.learning_rate == pytest.approx(rate)
+        assert recipe.iters == 20
+        assert recipe.weight_decay == 0
 
 
 def test_few_files_are_open_at_once(packed: Checkpoint) -> None:
@@ -146,7 +142,8 @@ def test_written_back(packed: Checkpoint, tmp_path: Path) -> None:
     linear.scales = linear.scales * 1.5
     packed_format.write_learned(packed, model, tmp_path / "other", DISK)
     other = load.open_checkpoint(tmp_path / "other")
-    assert other.config == packed.config and {n: t.dtype for n, t in other.tensors.items()} == {
+    assert other.config == packed.config
+    assert {n: t.dtype for n, t in other.tensors.items()} == {
         n: t.dtype for n, t in packed.tensors.items()
     }
     changed = [n for n in packed.tensors if not (raw(other, n) == raw(packed, n)).all()]

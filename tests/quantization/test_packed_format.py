@@ -41,11 +41,13 @@ def test_every_matrix_is_packed(
                 == "F16"
             )
         else:
-            assert packed.tensors[name].dtype == "F32" and f"{stem}.scales" not in packed.tensors
+            assert packed.tensors[name].dtype == "F32"
+            assert f"{stem}.scales" not in packed.tensors
     model, _ = load.mlx_lm("utils").load(str(tmp_path / "q4"))
     assert mx.isfinite(model(batches[0])).all()
     settings = packed.config["quantization"]
-    assert settings == packed.config["quantization_config"] and (
+    assert settings == packed.config["quantization_config"]
+    assert (
         settings["bits"],
         settings["group_size"],
     ) == (4, 64)

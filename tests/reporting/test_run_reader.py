@@ -25,9 +25,8 @@ def test_few_values_stay_and_of_many_every_spike() -> None:
     many = run_reader.Series()
     for i in range(run_reader.MOST_POINTS):
         few.add(i, -i)
-    assert (
-        few.points() == [(i, -i) for i in range(few.count)] and few.count == run_reader.MOST_POINTS
-    )
+    assert few.points() == [(i, -i) for i in range(few.count)]
+    assert few.count == run_reader.MOST_POINTS
     spikes = {0: 9.0, 12_345: -7.5, 77_777: 8.25, 99_998: -8.0}
     for i in range(100_000):
         many.add(float(i), spikes.get(i, (i % 10) / 10))
@@ -51,7 +50,8 @@ def test_only_numbers_count(tmp_path: Path) -> None:
     )
     history = run_reader.history_of(path, ("loss", "tokens", "seconds"))
     assert history.series["loss"].points() == [(2.0, 3.0)]
-    assert history.series["tokens_per_s"].points() == [(2.0, 4.0)] and history.torn == 0
+    assert history.series["tokens_per_s"].points() == [(2.0, 4.0)]
+    assert history.torn == 0
 
 
 def test_torn_and_foreign_lines_are_counted(tmp_path: Path) -> None:
@@ -71,7 +71,8 @@ def test_torn_and_foreign_lines_are_counted(tmp_path: Path) -> None:
         file.write(b'{"wall_s": 2, "loss": 2.0}\n{"wall_s": 3, "loss": 3.')
     history = run_reader.history_of(path, ("loss",))
     assert history.series["loss"].points() == [(1.0, 1.0), (2.0, 2.0)]
-    assert history.torn == 8 and history.lines == 10
+    assert history.torn == 8
+    assert history.lines == 10
     assert run_reader.history_of(tmp_path / "none", ("loss",)).lines == 0
 
 

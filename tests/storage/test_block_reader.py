@@ -70,7 +70,7 @@ def test_any_layout_gives_the_bytes_of_the_files(tmp_path: Path, seed: int, dire
         tensors |= written(tmp_path / f"{f}.safetensors", sizes, seed)
     chosen = random.permutation(sorted(tensors))[: random.integers(1, len(tensors) + 1)]
     some = {str(n): tensors[str(n)] for n in chosen}
-    source = Reader(tensors, direct)
+    source = Reader(tensors, direct=direct)
     assert load(source, some) == {name: on_disk(t) for name, t in some.items()}
     assert source.nbytes == sum(end - begin for _, begin, end, *_ in Layout(some).extents)
 
@@ -104,7 +104,7 @@ def test_neighbours_are_read_at_once_and_far_ones_apart() -> None:
 def test_what_is_longer_than_a_piece(tmp_path: Path, direct: bool) -> None:
     """Two pieces and a rest, at an odd offset."""
     tensors = written(tmp_path / "big.safetensors", {"head": 13, "big": 2 * PIECE + 12345})
-    assert load(Reader(tensors, direct), tensors) == {
+    assert load(Reader(tensors, direct=direct), tensors) == {
         name: on_disk(t) for name, t in tensors.items()
     }
 
@@ -164,7 +164,7 @@ def test_a_file_that_changed_is_refused(tmp_path: Path, change: str, direct: boo
     """
     path = tmp_path / "m.safetensors"
     tensors = written(path, {"a": 9000})
-    source = Reader(tensors, direct)
+    source = Reader(tensors, direct=direct)
     assert load(source, tensors)
     if change == "touched":
         os.utime(path, ns=(1, 1))
@@ -186,7 +186,7 @@ def test_a_file_that_ends_early_and_one_that_is_gone(tmp_path: Path, direct: boo
     tensors = written(tmp_path / "m.safetensors", {"a": 9000}) | written(
         tmp_path / "n.safetensors", {"b": 9000}
     )
-    source = Reader(tensors, direct)
+    source = Reader(tensors, direct=direct)
     end = tensors["a"].offset + 9000
     view = memoryview(mmap.mmap(-1, 8 * PAGE))
     with pytest.raises(MisError, match=r"m\.safetensors ends 30 bytes early"):

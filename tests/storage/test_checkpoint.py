@@ -70,7 +70,9 @@ def test_the_newest_step_comes_back_and_only_two_are_kept(tmp_path: Path) -> Non
         save(steps, number)
     os.utime(steps / "step-00000009", (2**32, 2**32))
     saved = newest(steps)
-    assert saved is not None and (saved.number, saved.notes) == (10, ()) and is_whole(saved)
+    assert saved is not None
+    assert (saved.number, saved.notes) == (10, ())
+    assert is_whole(saved)
     assert names(steps) == ["step-00000009", "step-00000010"]
     assert names(saved.path) == [
         "MANIFEST.json",
@@ -121,12 +123,16 @@ def test_a_damaged_step_is_named_set_aside_and_survived(case: str, tmp_path: Pat
     damage, says = DAMAGE[case]
     damage(tmp_path / "step-00001200")
     saved = newest(tmp_path)
-    assert saved is not None and saved.number == 1000 and is_whole(saved)
+    assert saved is not None
+    assert saved.number == 1000
+    assert is_whole(saved)
     assert saved.notes == (f"step 1200 is damaged ({says}), using 1000",)
     assert names(tmp_path) == [f"damaged-step-00001200-{os.getpid()}", "step-00001000"]
     save(tmp_path, 1200)
     again = newest(tmp_path)
-    assert again is not None and (again.number, again.notes) == (1200, ()) and is_whole(again)
+    assert again is not None
+    assert (again.number, again.notes) == (1200, ())
+    assert is_whole(again)
 
 
 def test_when_every_step_is_damaged_there_is_none(tmp_path: Path) -> None:
@@ -136,7 +142,8 @@ def test_when_every_step_is_damaged_there_is_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="keep=1"):
         save(tmp_path, 1, keep=1)
     flip(save(tmp_path, 1) / "state.json"), flip(save(tmp_path, 2) / "state.json")
-    assert newest(tmp_path) is None and len(names(tmp_path)) == 2
+    assert newest(tmp_path) is None
+    assert len(names(tmp_path)) == 2
 
 
 def test_leftovers_are_swept_and_nothing_else(tmp_path: Path) -> None:
@@ -161,7 +168,8 @@ def test_a_folder_that_exists_is_refused_and_untouched(tmp_path: Path) -> None:
             commit_folder(tmp_path / name, DISK, 0) as tmp,
         ):
             (tmp / "x").touch()
-    assert names(tmp_path) == ["link", "model"] and names(tmp_path / "model") == []
+    assert names(tmp_path) == ["link", "model"]
+    assert names(tmp_path / "model") == []
     save(tmp_path / "steps", 3)
     with pytest.raises(MisError, match="step-00000003 exists already"):
         save(tmp_path / "steps", 3)
@@ -224,12 +232,15 @@ def test_whichever_operation_fails_no_good_step_is_lost(tmp_path: Path, number: 
                 acknowledged = 2
                 assert str(error).endswith("the last good step is 2")
         saved = newest(steps)
-        assert saved is not None and acknowledged <= saved.number <= 3 and is_whole(saved)
+        assert saved is not None
+        assert acknowledged <= saved.number <= 3
+        assert is_whole(saved)
         assert not [name for name in names(steps) if not name.startswith("step-")]
         if len(done) < at:
             break
     # 6 operations of files, 4 of folders, fsyncs: all were hit
-    assert refused >= 14 and acknowledged == 3
+    assert refused >= 14
+    assert acknowledged == 3
 
 
 HOLDER = """
@@ -285,5 +296,7 @@ def test_what_a_dead_process_left_is_swept(name: str, tmp_path: Path) -> None:
         (path / "half").write_bytes(b"x")
     with commit_folder(tmp_path / "m", DISK, 1) as tmp:
         DISK.write(tmp / "whole", b"y")
-    assert not left.exists() and living.exists() and other.exists()
+    assert not left.exists()
+    assert living.exists()
+    assert other.exists()
     assert [p.name for p in (tmp_path / "m").iterdir()] == ["whole"]

@@ -50,7 +50,8 @@ def test_remove_tree_deletes_a_link_but_not_its_target(tmp_path: Path) -> None:
     (tmp_path / "target" / "file").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "target")
     DISK.remove_tree(tmp_path / "link")
-    assert not (tmp_path / "link").is_symlink() and (tmp_path / "target" / "file").exists()
+    assert not (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target" / "file").exists()
 
 
 def test_fsync_falls_back_where_the_full_one_is_unknown(
@@ -97,7 +98,8 @@ def test_make_folder_syncs_every_parent_it_changes(tmp_path: Path) -> None:
 
     for _ in range(2):
         Listening().make_folder(tmp_path / "a" / "b")
-    assert synced == [tmp_path, tmp_path / "a"] and (tmp_path / "a" / "b").is_dir()
+    assert synced == [tmp_path, tmp_path / "a"]
+    assert (tmp_path / "a" / "b").is_dir()
 
 
 @pytest.mark.parametrize("broken", ["write", "fsync", "rename"])
@@ -113,7 +115,8 @@ def test_replace_text_is_all_or_nothing(tmp_path: Path, broken: str) -> None:
     setattr(files, broken, refuse)
     with pytest.raises(MisError, match="Not enough disk space"):
         files.replace_text(path, "new")
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["state.json"]
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["state.json"]
     DISK.replace_text(path, "new: Miś")
     assert path.read_text() == "new: Miś"
 

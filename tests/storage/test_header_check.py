@@ -108,7 +108,8 @@ def test_bad_files_are_refused_by_name_before_mlx_sees_them(
     path.write_bytes(BAD[case])
     with pytest.raises(MisError) as caught:
         check(path)
-    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
     loaded: list[str] = []
     monkeypatch.setattr(mx, "load", loaded.append)
     with pytest.raises(MisError):
@@ -137,7 +138,8 @@ def test_a_good_file_is_described_to_the_byte(tmp_path: Path) -> None:
     tensors, metadata = check(path)
     assert tensors == {
         "w": TensorAt(file=path, dtype="F32", shape=(2, 3), offset=8 + len(text), nbytes=24)
-    } and metadata == {"format": "mlx"}
+    }
+    assert metadata == {"format": "mlx"}
     assert path.read_bytes()[tensors["w"].offset :][:24] == bytes(range(24))
     os.truncate(path, len(text) + 22)
     with pytest.raises(MisError, match=f"incomplete, {len(text) + 22} of {len(text) + 32} bytes"):

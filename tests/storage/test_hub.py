@@ -134,7 +134,8 @@ def test_a_model_comes_once_without_code_and_with_its_origin(
     assert not any(path.is_symlink() for path in folder.iterdir())
     assert all((folder / name).read_bytes() == CONTENT[name] for name in wanted)
     origin = json.loads((folder / "source.json").read_text())
-    assert origin["revision"] == COMMIT and origin["quantized_origin"] is None
+    assert origin["revision"] == COMMIT
+    assert origin["quantized_origin"] is None
     # The second time nobody is asked; without our cache, what another tool downloaded is found
     # without the hub.
     asked = len(Hub.asked)

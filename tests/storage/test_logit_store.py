@@ -77,10 +77,8 @@ def test_sampled_targets_come_back(tmp_path: Path) -> None:
     for row, window in enumerate([9, 0, 4, 0]):
         want = made(SAMPLED, window)
         full = weights[row] > 0
-        assert (
-            np.array_equal(full.sum(axis=1), want["sizes"])
-            and (np.diff(full.astype(int)) <= 0).all()
-        )
+        assert np.array_equal(full.sum(axis=1), want["sizes"])
+        assert (np.diff(full.astype(int)) <= 0).all()
         assert np.array_equal(ids[row][full], want["ids"])
         np.testing.assert_allclose(weights[row][full], want["counts"] / 6, rtol=1e-7)
     np.testing.assert_allclose(weights.sum(axis=-1), 1.0, rtol=1e-6)
@@ -109,7 +107,8 @@ def test_types_are_as_narrow_as_they_can_be(tmp_path: Path, vocab: int, count: i
         0, {"sizes": np.ones(4000), "ids": np.full(4000, vocab - 1), "counts": np.full(4000, count)}
     )
     ids, weights = store.windows([0])
-    assert (ids == vocab - 1).all() and (weights == 1).all()
+    assert (ids == vocab - 1).all()
+    assert (weights == 1).all()
     small = 1 if count < 256 else 2
     wide = 2 if vocab <= 2**16 else 4
     # the header is 300 bytes
@@ -122,7 +121,8 @@ def test_a_finished_store_is_not_written_again(tmp_path: Path) -> None:
     before = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in (tmp_path / "t").iterdir()}
     with breaking(1, errno.EIO):  # its first operation would fail
         again = fill(tmp_path / "t")
-    assert again.missing() == [] and again.notes == []
+    assert again.missing() == []
+    assert again.notes == []
     assert before == {
         p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in (tmp_path / "t").iterdir()
     }
@@ -144,7 +144,8 @@ def test_other_targets_are_refused_and_untouched(tmp_path: Path) -> None:
     for count in (0, 2**16):
         with pytest.raises(MisError, match="take 1 to"):
             logit_store.create(tmp_path / "new", replace(SAMPLED, count=count), DISK)
-    assert bytes_of(tmp_path / "t") == before and names(tmp_path) == ["t"]
+    assert bytes_of(tmp_path / "t") == before
+    assert names(tmp_path) == ["t"]
 
 
 def test_an_unfinished_store_can_be_read_as_far_as_it_goes(tmp_path: Path) -> None:
@@ -153,7 +154,8 @@ def test_an_unfinished_store_can_be_read_as_far_as_it_goes(tmp_path: Path) -> No
     for window in range(7):
         store.put(window, made(SAMPLED, window))
     reader = opened(tmp_path)
-    assert reader.windows([5])[0].shape[:2] == (1, 5) and reader.missing() == [6, 7, 8, 9]
+    assert reader.windows([5])[0].shape[:2] == (1, 5)
+    assert reader.missing() == [6, 7, 8, 9]
     with pytest.raises(MisError, match=r"part-00002.safetensors is not written yet \(2 of 4 are\)"):
         reader.windows([0, 6])
 

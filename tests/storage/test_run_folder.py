@@ -76,10 +76,8 @@ def test_a_run_killed_while_it_was_made_can_be_made_again(here: Path) -> None:
     with pytest.raises(MisError, match="start one there without --resume"):
         run_folder.find("half")
     run_folder.create("half", "x", settings=SETTINGS, origin=ORIGIN, plan=PLAN, files=DISK)
-    assert (
-        run_folder.find("half") == Path("half")
-        and run_folder.same_origin(Path("half"), ORIGIN) == []
-    )
+    assert run_folder.find("half") == Path("half")
+    assert run_folder.same_origin(Path("half"), ORIGIN) == []
 
 
 def test_find_takes_the_newest_unfinished(here: Path) -> None:

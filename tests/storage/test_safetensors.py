@@ -244,7 +244,8 @@ def test_bad_model_folders_are_refused(case: str, tmp_path: Path) -> None:
     damage(folder)
     with pytest.raises(MisError, match=says) as caught:
         index(folder)
-    assert str(caught.value).startswith(str(folder)) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(str(folder))
+    assert "\n" not in str(caught.value)
 
 
 def test_links_into_a_hugging_face_cache_pass(tmp_path: Path) -> None:

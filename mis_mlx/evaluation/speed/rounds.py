@@ -152,6 +152,7 @@ def trial(
     r: Request,
     seed: Sequence[int],
     monitor: Monitor | None = None,
+    *,
     peaks: bool = False,
 ) -> Measurement:
     """One request with a prompt that `seed` chooses.
@@ -229,6 +230,7 @@ def need_bytes(checkpoint: Checkpoint, r: Request) -> int:
 
 def rounds(
     folders: Mapping[str, Path],
+    *,
     together: bool,
     count: int,
     r: Request,
@@ -374,6 +376,7 @@ def beside(
     weight_bytes: int,
     r: Request,
     at: rates.Roof,
+    *,
     tps: float,
 ) -> dict[str, Any]:
     """MB that a token moves, the best times possible, the share reached, and what limits it.

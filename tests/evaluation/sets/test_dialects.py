@@ -121,10 +121,9 @@ def test_two_tasks_of_the_pairs() -> None:
         assert (f"Tekst: Po polsku {n}\n" in q.context) == (q.answer == "polskim")
         assert q.options == (" polskim", " śląskim")
     for n, q in enumerate(text.questions):
-        assert (
-            q.answer == f"Po śląsku {n}"
-            and q.options[q.right] == f" Po śląsku {n}"
-            and len(q.options) == 2
-        )
+        assert q.answer == f"Po śląsku {n}"
+        assert q.options[q.right] == f" Po śląsku {n}"
+        assert len(q.options) == 2
     assert 30 < sum(q.right for q in text.questions) < 70
-    assert text.per_character and not label.per_character
+    assert text.per_character
+    assert not label.per_character

@@ -57,7 +57,8 @@ def test_exams_keep_their_options_and_key(unpacked: Path) -> None:
         ("Co robi baca?\nOdpowiedź:", 0),
         ("Ile nóg\nma owca?\nOdpowiedź:", 3),
     ]
-    assert task.questions[1].options == (" 1", " 2", " 3", " 4") and task.per_character
+    assert task.questions[1].options == (" 1", " 2", " 3", " 4")
+    assert task.per_character
 
 
 def test_words_beside_what_was_made_of_them(unpacked: Path) -> None:
@@ -77,5 +78,7 @@ def test_wrong_options_are_answers_to_other_questions(unpacked: Path, name: str)
     assert len(task.questions) == len(answers) > 4
     for q in task.questions:
         said = [option.strip() for option in q.options]
-        assert len(set(said)) == 4 and set(said) <= answers and said[q.right] == q.answer
+        assert len(set(said)) == 4
+        assert set(said) <= answers
+        assert said[q.right] == q.answer
     assert len({q.right for q in task.questions}) > 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import chain
 
 import pytest
 
@@ -99,7 +100,7 @@ def test_battery_model_claims_no_more_than_it_knows(tau_s):
     """Also with a battery a third faster or slower than supposed, the error stays within 3 claimed
     σ.
     """
-    estimates = [pair for seed in range(3) for pair in simulated_error(tau_s, seed)]
+    estimates = list(chain.from_iterable(simulated_error(tau_s, seed) for seed in range(3)))
     assert len(estimates) >= 6
     assert all(abs(error) < 3 * sigma for error, sigma in estimates)
     assert all(sigma >= 1.5 for _, sigma in estimates)

@@ -73,7 +73,10 @@ def test_tea_breaks_are_counted_logged_and_end_with_the_recording(tmp_path: Path
     """
     log = tmp_path / "thermal.jsonl"
     with ThermalMonitor(ThermalFlags(thermal_replay=str(HALNY), governor="steady"), log) as weather:
-        actions = [[d.action for d in weather.after(step(n))] for n in range(1, 200)]
+        actions = []
+        for number in range(1, 200):
+            decisions = weather.after(step(number))
+            actions.append([decision.action for decision in decisions])
         assert weather.breaks.count == 6
         assert weather.breaks.seconds > 60
         assert weather.account()["tea_reasons"] == {"hot": 6}
@@ -171,7 +174,8 @@ def test_a_run_on_battery_says_so_first(
     settings = sft.Settings(governor=mode, out=str(tmp_path / "run"))
     with open_run(settings, None, name="x", origin={}, way={}, limit=Budget(GIB), wired=0):
         text = capsys.readouterr().err
-    assert f"on battery, 55 %: --governor {mode} " in text and what in text
+    assert f"on battery, 55 %: --governor {mode} " in text
+    assert what in text
 
 
 @pytest.mark.parametrize("mode", ["steady", "throughput", "cool", "observe"])
@@ -233,7 +237,8 @@ def test_a_pause_is_said_when_it_begins(
             monkeypatch.setattr(weather, name, value)
         actions = [d.action for d in weather.after(step(7))]
         said = capsys.readouterr().err.splitlines()
-        assert actions[-1] == "run" and len(said) == lines
+        assert actions[-1] == "run"
+        assert len(said) == lines
         assert (actions.count("pause") > 10) == (mode == "steady")
         assert all(
             line.startswith("tea break after step 7: on battery: plug in")

@@ -1,0 +1,220 @@
+"""What `plan` says of models that people have, for the table of docs/models.md. Computed, not
+measured.
+
+    scripts/mis benchmarks/models_table.py    # minutes; nothing is downloaded
+    scripts/mis scripts/render.py             # writes the page's tables from it
+
+The shapes are in benchmarks/model_configs/, each with its source; those of Gemma 4 come with the
+package. The machine is an 8 GB MacBook Air M1 by published rates, the budget what `distill` takes
+there by itself. Two students of each model: one that keeps half of the tokens and loses nothing
+else, and the one that `plan` and `distill` take where nothing is said about sizes and no search
+looks for them.
+
+A config alone does not say whether a model has a chat template. Of one that has, `distill` lets the
+teacher answer prompts before the run, and teacher and student others at its end. The hours of both
+are computed here, too, and stored beside the plan's.
+
+Writes benchmarks/results/<machine>/models.json.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import laboratory
+
+from mis_mlx import cli, distill, plan, search
+from mis_mlx.data import prompts
+from mis_mlx.distillation import conversations, teacher_answers
+from mis_mlx.hardware import rates
+from mis_mlx.models import arch
+from mis_mlx.models.config import read_config
+from mis_mlx.models.families import family
+from mis_mlx.planner import compression_size, phases
+from mis_mlx.planner.recipe import EVAL_PROMPTS
+from mis_mlx.pruning import vocabulary
+from mis_mlx.types import Budget, MisError
+
+CONFIGS = Path(__file__).parent / "model_configs"
+BUDGET = "5GiB"  # what `distill` takes by itself of the 5.3 GiB that an 8 GB Mac has to give
+# Student: flags of `plan`.
+RECIPES: dict[str, dict[str, Any]] = {
+    "half": {"scenario": "none", "vocab": "0.5x"},
+    "default": {},
+}
+PACKAGED = {"gemma-4-e2b": "Gemma 4 E2B, text part", "gemma-4-e4b": "Gemma 4 E4B, text part"}
+PACKAGED_SOURCE = (
+    "mis_mlx/models/{}.json; tests/models/test_gemma4.py compares its parameters with the "
+    "published number"
+)
+ORDER = (
+    "llama-3.2-1b",
+    "llama-3.2-3b",
+    "qwen3-0.6b",
+    "qwen3-1.7b",
+    "qwen3-4b",
+    "qwen3-8b",
+    "gemma-3-1b",
+    "gemma-3-4b",
+    "gemma-4-e2b",
+    "gemma-4-e4b",
+    "smollm3-3b",
+    "bielik-1.5b-v3",
+    "bielik-4.5b-v3",
+    "bielik-11b",
+    "gpt-oss-20b",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which models."""
+
+    only: tuple[str, ...] = ()
+    """names, such as qwen3-4b; these are printed and nothing is stored; default: all"""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the table. config: what is in its config.json, without weights."""
+
+    name: str
+    title: str
+    source: list[str]
+    config: Mapping[str, Any]
+
+
+def opened(name: str) -> Model:
+    """The model of this name, packaged or in model_configs."""
+    if name in PACKAGED:
+        return Model(
+            name=name,
+            title=PACKAGED[name],
+            source=[PACKAGED_SOURCE.format(name)],
+            config=arch.PUBLISHED[name],
+        )
+    found = json.loads((CONFIGS / f"{name}.json").read_text("utf-8"))
+    title = found.pop("title")
+    source = found.pop("source")
+    return Model(name=name, title=title, source=source, config=found)
+
+
+def chosen_without_sizes(config: Mapping[str, Any], budget_bytes: int) -> str:
+    """What `distill` does with this model in this budget where nothing is said about sizes.
+
+    "search" where it looks for sizes; else flags. As distill's own rule, but without weights: a
+    tokenizer is taken for one that can be trimmed."""
+    nbytes = 2 * arch.params(config)
+    searched = not family(config).experts and not search.unknown(config)
+    if searched and 2 * nbytes <= budget_bytes:
+        return "search"
+    flags = vocabulary.defaults(name=None, asked=None, config=config, model=None)
+    if flags["scenario"] == "none":
+        return f"none --vocab {flags['vocab']}"
+    return str(flags["scenario"])
+
+
+def hours_of_answers(made: phases.MemoryPlan) -> dict[str, float | None]:
+    """Hours that a teacher with a chat template adds.
+
+    before: it answers the fewest prompts that a run asks for, once. at_end: it and its student
+    answer others. None where a model cannot write in the budget, so that nobody is asked."""
+    before = None
+    try:
+        writing = teacher_answers.plan(
+            model=made.job.shown or made.job.teacher,
+            how=teacher_answers.Writing(prompts.train(conversations.FEWEST)),
+            limit=Budget(made.budget_bytes),
+        )
+        before = writing.cost.seconds(made.rates) / 3600
+    except MisError:
+        pass
+    asked = phases.one(
+        job=replace(made.job, answers=EVAL_PROMPTS),
+        limit=made.budget_bytes,
+        rates=made.rates,
+        **made.way,
+    )
+    at_end = asked.planned["measure"] - made.planned["measure"]
+    return {
+        "before": round(before, 3) if before is not None else None,
+        "at_end": round(at_end / 3600, 3) if at_end else None,
+    }
+
+
+def row(model: Model, folder: Path) -> dict[str, Any]:
+    """Everything that is stored of a model. folder: an empty one, which gets its config.json."""
+    teacher = model.name
+    if model.name not in PACKAGED:
+        (folder / "config.json").write_text(json.dumps(model.config), "utf-8")
+        read_config(folder)  # refuses what no loader would take
+        teacher = str(folder)
+    students = {}
+    for recipe, flags in RECIPES.items():
+        settings = plan.Settings(teacher=teacher, machine="m1-air", budget=BUDGET, **flags)
+        made, _ = plan.planned(settings, rates.M1_AIR)
+        students[recipe] = student(made)
+        budget_bytes = made.budget_bytes
+    return {
+        "title": model.title,
+        "source": model.source,
+        "model_type": model.config["model_type"],
+        "params": arch.params(model.config),
+        "bytes": 2 * arch.params(model.config),
+        "without_sizes": chosen_without_sizes(model.config, budget_bytes),
+        "scenario": vocabulary.defaults(None, None, model.config, None)["scenario"],
+        "students": students,
+    }
+
+
+def student(made: phases.MemoryPlan) -> dict[str, Any]:
+    """What a plan says of the student that it makes."""
+    small = made.job.student
+    return {
+        "params": arch.params(small.config),
+        "bytes": compression_size.packed_bytes(small, made.job.rounding),
+        "shape": str(small.shape),
+        "peak_bytes": made.peak_bytes,
+        "fits": made.fits,
+        "hours": round(sum(made.planned.values()) / 3600, 3),
+        "hours_hot": round(sum(p.seconds(made.rates, hot=True) for p in made.phases) / 3600, 3),
+        "hours_of_answers": hours_of_answers(made),
+        "mode": made.mode,
+        "uncut": made.job.uncut,
+        "disk_bytes": plan.disk_bytes(made),
+    }
+
+
+def main(s: Settings) -> None:
+    """Plan for every model; store the rows."""
+    rows = {}
+    for name in s.only or ORDER:
+        with tempfile.TemporaryDirectory() as folder:
+            rows[name] = row(opened(name), Path(folder))
+        cli.say(f"{name}: {rows[name]['students']['half']['hours']} h")
+    if s.only:
+        print(json.dumps(rows, indent=1))
+        return
+    given = {
+        "machine": "m1-air",
+        "rates": rates.M1_AIR.source,
+        "budget": BUDGET,
+        "recipes": RECIPES,
+        "lose": distill.DEFAULT_LOSS,
+        "answers_before": conversations.FEWEST,
+        "answers_at_end": EVAL_PROMPTS,
+    }
+    laboratory.write(
+        name="models",
+        command="scripts/mis benchmarks/models_table.py",
+        found={"given": given, "rows": rows},
+    )
+
+
+if __name__ == "__main__":
+    laboratory.start(Settings, main)

@@ -1,0 +1,118 @@
+"""The table of models: the page says what the stored file says, every shape has a source, and the
+sums of one are those of a pencil.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mis_mlx.models import arch
+from mis_mlx.models.config import read_config
+from tests.test_docs import program
+
+ROOT = Path(__file__).parents[2]
+STORED = ROOT / "benchmarks/results/linux-x86_64/models.json"
+CONFIGS = sorted((ROOT / "benchmarks/model_configs").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def made() -> SimpleNamespace:
+    """The program and the renderer."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        return SimpleNamespace(
+            models=program(ROOT / "benchmarks/models_table.py"),
+            render=program(ROOT / "scripts/render.py"),
+        )
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture
+def stored() -> dict[str, Any]:
+    """The results file."""
+    found: dict[str, Any] = json.loads(STORED.read_text("utf-8"))
+    return found
+
+
+def test_the_page_says_what_the_file_says(made: SimpleNamespace, stored: dict[str, Any]) -> None:
+    """All three tables, and that a changed number would be seen."""
+    page = (ROOT / "docs/models.md").read_text("utf-8")
+    assert made.render.rendered(ROOT, page, "docs/models.md") == page
+    students = stored["rows"]["qwen3-4b"]["students"]
+    tables = {"half": made.render.models_half, "default": made.render.models_default}
+    for recipe, table in tables.items():
+        assert table(stored) in page
+        students[recipe]["params"] += 10_000_000
+        assert table(stored) not in page
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shape_has_a_source_and_opens(path: Path, made: SimpleNamespace, tmp_path: Path) -> None:
+    """It is in the table, says where it is from, and is a config.json as it lies there."""
+    assert path.stem in made.models.ORDER
+    model = made.models.opened(path.stem)
+    assert model.title and model.source
+    assert all(len(source) > 20 for source in model.source)
+    (tmp_path / "config.json").write_bytes(path.read_bytes())
+    assert arch.params(read_config(tmp_path)) == arch.params(model.config)
+
+
+def test_all_rows_are_there(made: SimpleNamespace, stored: dict[str, Any]) -> None:
+    """Those of the program, with the sources and the parameters of now."""
+    assert tuple(stored["rows"]) == made.models.ORDER
+    for name, row in stored["rows"].items():
+        model = made.models.opened(name)
+        assert row["source"] == model.source
+        assert row["params"] == arch.params(model.config)
+
+
+def test_llama_by_pencil(stored: dict[str, Any]) -> None:
+    """Llama 3.2 1B: 16 blocks, a tied embedding; with half of the tokens in 4.5 bits."""
+    attention = 2 * 2048 * 2048 + 2 * 2048 * 512
+    mlp = 3 * 2048 * 8192
+    norms = 2 * 2048
+    blocks = 16 * (attention + mlp + norms)
+    row = stored["rows"]["llama-3.2-1b"]
+    assert row["params"] == blocks + 128_256 * 2048 + 2048
+    tokens = 64_256  # half is 64,128, the next multiple of 256 is this
+    half = row["students"]["half"]
+    assert half["params"] == blocks + tokens * 2048 + 2048
+    assert half["bytes"] == int(half["params"] * 4.5 / 8)
+    assert half["mode"] == "none" and half["uncut"]
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [
+        ("qwen3-0.6b", "search"),
+        ("qwen3-1.7b", "redyk"),
+        ("qwen3-4b", "gazda"),
+        ("gemma-4-e2b", "none --vocab 0.5x"),
+        ("gpt-oss-20b", "stado"),
+    ],
+)
+def test_what_is_taken_without_sizes(made: SimpleNamespace, name: str, chosen: str) -> None:
+    """Twice the teacher within 5 GiB: a search. Else by the vocabulary's share, of a mixture its
+    experts.
+    """
+    config = made.models.opened(name).config
+    assert made.models.chosen_without_sizes(config, 5 * 2**30) == chosen
+
+
+def test_a_row_is_made_again(made: SimpleNamespace, stored: dict[str, Any], tmp_path: Path) -> None:
+    """The stored plan of a small model is today's, but for answers, which are planned by the
+    machine that does it.
+    """
+    row = made.models.row(made.models.opened("qwen3-0.6b"), tmp_path)
+    there = stored["rows"]["qwen3-0.6b"]
+    for found in (row, there):
+        for student in found["students"].values():
+            assert student.pop("hours_of_answers")
+    assert row == there
