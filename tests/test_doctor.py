@@ -207,13 +207,13 @@ def test_repeated_steps_check_can_fail(
     calls = list[int]()
     right = GuardedAdamW.update
 
-    def update(self: GuardedAdamW, model: Any, gradients: Any, *rest: Any) -> str:
+    def update(self: GuardedAdamW, model: Any, gradients: Any, *rest: Any, **more: Any) -> str:
         calls.append(1)
         if len(calls) == 2:
             gradients["model"]["embed_tokens"]["weight"] = gradients["model"]["embed_tokens"][
                 "weight"
             ] * (1 + 2e-7)
-        return right(self, model, gradients, *rest)
+        return right(self, model, gradients, *rest, **more)
 
     monkeypatch.setattr(GuardedAdamW, "update", update)
     found, bound = engine.CHECKS["training again, different tensors"](made)

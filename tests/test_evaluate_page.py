@@ -102,7 +102,7 @@ def test_differences_are_told_from_noise() -> None:
     assert "On bus, a loss of student against the teacher cannot be told from noise." in lost
     lucky = markdown([outcome(teacher=80, student=81)])
     assert (
-        "student has more than the teacher on sums (+1.0 points), within the noise: luck explains "
+        "student scores above the teacher on sums (+1.0 points), within the noise: luck explains "
         "it." in lucky
     )
     clear = markdown([outcome(teacher=70, student=95)])

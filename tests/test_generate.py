@@ -21,7 +21,7 @@ def test_the_same_text_under_any_budget_and_draft(
     common = ("--model", deep, "--prompt", "if x", "--max-tokens", 12)
     done = command("generate", *common)
     plain = last_line(done)
-    assert "the model is whole in memory" in done.stderr
+    assert "the whole model is in memory" in done.stderr
     assert plain["read_bytes"] == load.open_checkpoint(deep).nbytes
     assert plain["peak_bytes"] < plain["budget_bytes"]
     # A GPU also holds what commands in flight need.

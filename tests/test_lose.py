@@ -214,7 +214,7 @@ def test_what_cannot_be_kept_is_a_sentence(
     assert "give --lose" in str(none.value)
     with pytest.raises(MisError) as both:
         searched(llama, text_folder, tmp_path / "both", lose=0.0, bytes="190KB")
-    assert "--lose 0 and --bytes 190KB cannot be kept" in str(both.value)
+    assert "--lose 0 and --bytes 190KB cannot be reached" in str(both.value)
     assert "or leave out --bytes 190KB" in str(both.value)
 
 
@@ -353,7 +353,7 @@ def test_what_was_expected_beside_what_was_reached(reached: float, far: bool) ->
         f"{reached:.3f} bits per byte above the teacher on held-out text; 0.100 was expected"
         in told
     )
-    assert "0.110 allowed" in told
+    assert "0.110 is allowed" in told
     assert ("off by more than 30 %" in told) == far
     assert summary.expectation(None, "4-bit", None, {"English": rows}) == {}
 

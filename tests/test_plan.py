@@ -231,6 +231,6 @@ def test_refusals_are_sentences(tmp_path: Path, command: Callable[..., Done]) ->
     said = sentence(
         command("plan", "--teacher", "mis-137b", "--machine", "m1-air", "--budget", "14GB")
     )
-    assert "--budget 13.04 GiB is more than the 5.33 GiB there are" in said
+    assert "--budget 13.04 GiB is more than the available 5.33 GiB" in said
     with pytest.raises(MisError, match="leave one of them out"):
         plan.run(plan.Settings(machine="m1-air", measure=True))

@@ -242,8 +242,8 @@ def test_weather_and_aais(warm: Path, tmp_path: Path) -> None:
     )
     assert f" °C. {differ}" in page
     assert f"with plain importance {account['nll_plain']:.4f}" in page
-    assert "of the importance of ffn stays." in page
-    assert "of the importance of heads stays." in page
+    assert "of the importance of ffn." in page
+    assert "of the importance of heads." in page
     assert "another version" not in page
     per_layer = json.loads((warm / "pruned" / "keep.json").read_text())["report"]["differing"]
     assert sum(per_layer.values()) == account["channels_differing_from_plain"]

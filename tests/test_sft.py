@@ -427,7 +427,7 @@ def test_the_plan_holds(undisturbed: tuple[Path, Done], small: Any) -> None:
     ("changes", "why"),
     [
         ({"iters": 0}, "--iters is 0: give 1 or more"),
-        ({"max_seq_length": 10_000}, "the model's window 512"),
+        ({"max_seq_length": 10_000}, "the model's window is 512"),
         ({"fine_tune_type": "lora", "num_layers": 9}, "--num-layers is 9, but the model has 3"),
         ({"fine_tune_type": "lora", "rank": 0}, "--rank is 0"),
     ],

@@ -155,8 +155,8 @@ def _continued(data: str | None, known: questions.Known) -> list[questions.Task]
                 f"with the training text"
             )
             raise MisError(
-                f"{why}, the task {CONTINUE} needs 2: give another test.jsonl, or leave the task "
-                f"out"
+                f"{why}, and the task {CONTINUE} needs 2: give another test.jsonl, or leave the "
+                f"task out"
             )
         about = (
             "held-out text; the next 6 words of 30 against three endings from elsewhere; "

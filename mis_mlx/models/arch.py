@@ -418,8 +418,8 @@ def _check_sizes(config: Config, sizes: Mapping[str, int]) -> None:
     fixed = len(fixed_blocks(config))
     if layers < fixed:
         why = (
-            f"{fixed} blocks must stay: those that make keys and values for others, and the last "
-            f"one"
+            f"{fixed} blocks must stay (those that make keys and values for others, and the last "
+            f"one)"
         )
         raise MisError(f"{layers} layers of a {row.name} are too few: {why}: keep {fixed} or more")
     if row.period:

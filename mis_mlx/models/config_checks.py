@@ -114,7 +114,7 @@ def _rotated_channels(config: Config) -> int:
         wrong = others[0] if others else share
         expected = "whole heads"
         if row.own_positions:
-            expected = f"an even part of each head, {share!r} or another"
+            expected = f"{share!r} of each head" if others else "an even part of each head"
         raise MisError(f"{SHARE} is {wrong!r}, but a {row.name} rotates {expected}")
     return rotated
 

@@ -74,7 +74,7 @@ class DistillationConfig(TrainingConfig):
     """
     minutes: Annotated[float | None, Within(0.05, 1e5)] = None
     """training time in minutes, instead of --iters: times the first steps, and makes as many as
-    fit; --train sharded and --targets cached need --iters
+    fit; sharded training and cached targets need --iters
     """
     # a float wherever steps are made, as iters
     learning_rate: Rate | None = None  # type: ignore[assignment]

@@ -75,7 +75,7 @@ def test_any_held_out_text_becomes_a_task(tmp_path: Path) -> None:
     again = {"text": counted(1000, 150)}
     (tmp_path / "train.jsonl").write_text(json.dumps(again))
     (tmp_path / "test.jsonl").write_text(json.dumps(again))
-    with pytest.raises(MisError, match="of 5 places in the held-out text 0 share no 13 words"):
+    with pytest.raises(MisError, match="only 0 of 5 places in the held-out text share no 13 words"):
         task_registry.find(["continue"], 100, str(tmp_path))
     (tmp_path / "test.jsonl").write_text(json.dumps(rows[0]))
     with pytest.raises(

@@ -191,8 +191,8 @@ def _stopped_at(number: int, s: distill.Settings) -> None:
     """A run until its checkpoint at step `number` is there."""
     save = protocol.save_step
 
-    def stop(folder: Path, n: int, *a: Any) -> Path:
-        path = save(folder, n, *a)
+    def stop(folder: Path, n: int, *a: Any, **more: Any) -> Path:
+        path = save(folder, n, *a, **more)
         if n == number:
             raise KeyboardInterrupt
         return path

@@ -153,7 +153,7 @@ def test_budgets() -> None:
     assert memory.budget(600 * MIB, GIB) == Budget(600 * MIB)
     assert memory.budget(None, 100 * GIB) == Budget(5 * GIB)
     assert memory.budget(None, 4 * GIB) == Budget(3 * GIB)
-    with pytest.raises(MisError, match=r"8.00 GiB is more than the 4.00 GiB there are"):
+    with pytest.raises(MisError, match=r"8.00 GiB is more than the available 4.00 GiB"):
         memory.budget(8 * GIB, 4 * GIB)
     assert 0 < memory.room_bytes() <= psutil.virtual_memory().total
 

@@ -149,7 +149,7 @@ def test_files_and_config_must_agree() -> None:
     good = arch.tensors_of(tiny.CONFIG)
     arch.check_tensors(checkpoint(good))
     q = "model.layers.1.self_attn.q_proj.weight"
-    with pytest.raises(MisError, match=rf"promises {q} \[64, 64\]"):
+    with pytest.raises(MisError, match=rf"lists {q} \[64, 64\]"):
         arch.check_tensors(checkpoint({n: s for n, s in good.items() if n != q}))
     with pytest.raises(MisError, match=rf"{q} is \[32, 64\], but config.json says \[64, 64\]"):
         arch.check_tensors(checkpoint({**good, q: (32, 64)}))

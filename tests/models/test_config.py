@@ -55,7 +55,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"model_file": "evil.py"}, "model_file wants to run"),
     ({"auto_map": {"AutoModel": "evil.Model"}, "model_type": "evil"}, "auto_map wants to run"),
     ({"rope_scaling": {"type": [1]}}, "rope_scaling is [1], supported:"),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, a llama turns whole heads"),
+    (
+        {"partial_rotary_factor": 0.5},
+        "partial_rotary_factor is 0.5, but a llama rotates whole heads",
+    ),
 ]
 BROKEN = [
     (b"", "not valid JSON"),

@@ -501,9 +501,9 @@ def test_the_whole_way_of_joined_matrices(tmp_path: Path, text_folder: Path) -> 
     [
         (
             {"partial_rotary_factor": 1.5},
-            "partial_rotary_factor is 1.5, a phi3 turns an even part of each head",
+            "partial_rotary_factor is 1.5, but a phi3 rotates an even part of each head",
         ),
-        ({"partial_rotary_factor": 0.7}, "partial_rotary_factor is 0.7, a phi3 turns"),
+        ({"partial_rotary_factor": 0.7}, "partial_rotary_factor is 0.7, but a phi3 rotates"),
         ({"partial_rotary_factor": 1e999}, "Infinity|partial_rotary_factor is inf"),
         (
             {"partial_rotary_factor": "x"},
@@ -511,7 +511,7 @@ def test_the_whole_way_of_joined_matrices(tmp_path: Path, text_folder: Path) -> 
         ),
         (
             {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.75}},
-            "is 0.75, a phi3 turns",
+            "is 0.75, but a phi3 rotates",
         ),
         (
             {"partial_rotary_factor": 0.5, "rope_scaling": {"type": "yarn", "factor": 2.0}},

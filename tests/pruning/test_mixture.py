@@ -294,9 +294,9 @@ def test_configs_that_do_not_fit(change: dict[str, Any], said: str) -> None:
     ("kind", "asked", "said"),
     [
         ("qwen3_moe", "1", "--experts leaves 1, but a token uses 2 of them: keep 2 or more"),
-        ("qwen3_moe", "9", "--experts 9 is no number of experts from 1 to 8"),
-        ("qwen3_moe", "2.5x", "--experts 2.5x is no number of experts from 1 to 8"),
-        ("qwen3_moe", "half", "--experts half is no number of experts from 1 to 8"),
+        ("qwen3_moe", "9", "--experts 9 is not a number of experts from 1 to 8"),
+        ("qwen3_moe", "2.5x", "--experts 2.5x is not a number of experts from 1 to 8"),
+        ("qwen3_moe", "half", "--experts half is not a number of experts from 1 to 8"),
         ("qwen3", "4", "experts of a qwen3 cannot be cut: it has none"),
     ],
 )

@@ -124,17 +124,18 @@ def test_all_tokens_are_no_cut(big: Checkpoint) -> None:
 @pytest.mark.parametrize(
     ("asked", "why"),
     [
-        ("200", "need 257 tokens, --vocab 200 leaves 256: give 512 or more"),
+        ("200", "need 257 tokens, but --vocab 200 leaves 256: give 512 or more"),
         (
             "0",
-            "--vocab 0 is no number of tokens from 1 to 1,024: give one, or a share such as 0.5x",
+            "--vocab 0 is not a number of tokens from 1 to 1,024: give one, or a share such as "
+            "0.5x",
         ),
-        ("1025", "--vocab 1025 is no number"),
-        ("1.5x", "is no number"),
-        ("half", "is no number"),
+        ("1025", "--vocab 1025 is not a number"),
+        ("1.5x", "is not a number"),
+        ("half", "is not a number"),
         ("-3", "is no"),
-        ("0.5", "is no number"),
-        ("nan", "is no number"),
+        ("0.5", "is not a number"),
+        ("nan", "is not a number"),
     ],
 )
 def test_a_size_that_cannot_be(big: Checkpoint, asked: str, why: str) -> None:
