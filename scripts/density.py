@@ -10,6 +10,7 @@ import argparse
 import ast
 import io
 import json
+import math
 import tokenize
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ TREES = ("mis_mlx", "tests", "benchmarks")
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 NODES_A_STATEMENT = 40
+NODES_A_LINE = 10.0  # of a file of the package
+DENSITY = "nodes a line"  # what the ratchet calls it
 POSITIONAL = 5
 COLUMNS = 100
 SHORT_FILE = 20  # lines of code; a density of fewer says nothing
@@ -182,9 +185,14 @@ def together(tree: str) -> tuple[int, int]:
     return sum(map(nodes, texts)), sum(map(code_lines, texts))
 
 
-def ratchet() -> dict[str, dict[str, int]]:
-    """What the code has today: rule -> file -> how often."""
-    found = {}
+def ratchet() -> dict[str, dict[str, float]]:
+    """What the code has today: rule -> file -> how often. Files of the package that have more than
+    NODES_A_LINE stand under that name, with what they have.
+    """
+    found: dict[str, dict[str, float]] = {DENSITY: {}}
+    for name, nodes_a_line in densities("mis_mlx").items():
+        if nodes_a_line > NODES_A_LINE:
+            found[DENSITY][name] = math.ceil(10 * nodes_a_line) / 10
     for word, rule in RULES.items():
         found[word] = {name: count for tree in TREES for name, count in broken(rule, tree).items()}
     return found
@@ -201,8 +209,9 @@ def main() -> None:
         count, lines = together(tree)
         print(f"{tree}: {count:,} nodes, {lines:,} lines of code, {count / lines:.1f} a line")
         for word, files in found.items():
-            broken_here = [n for name, n in files.items() if name.startswith(f"{tree}/")]
-            print(f"  {word}: {sum(broken_here)} in {len(broken_here)} files")
+            here = [n for name, n in files.items() if name.startswith(f"{tree}/")]
+            total = "" if word == DENSITY else f"{sum(here):.0f} in "
+            print(f"  {word}: {total}{len(here)} files")
         ranked = sorted(densities(tree).items(), key=lambda item: -item[1])
         for name, density in ranked[: arguments.files]:
             print(f"  {density:5.1f}  {name}")
