@@ -7,7 +7,7 @@ from typing import Any
 
 from mis_mlx.hardware import jobs
 from mis_mlx.hardware.jobs import Answer
-from mis_mlx.studio_page import runs, wishes
+from mis_mlx.studio_page import places, runs, wishes
 from mis_mlx.studio_page.studio_state import Alert, Studio
 from mis_mlx.studio_page.wishes import Wishes
 from mis_mlx.types import MisError, duration, gib
@@ -15,6 +15,7 @@ from mis_mlx.types import MisError, duration, gib
 WAIT_S = 0.5  # after the last move of a slider
 STEP_MIB = 256
 NIGHT_MIN = 600
+MOST_MB = 8000  # of a model that is not here
 MODES = {
     "resident": "the student is trained whole in memory",
     "sharded": "the student is trained in parts",
@@ -54,34 +55,52 @@ class _Decide:
         names = dict(wishes.DECIDES)
         decides = ui.toggle(names, value=chosen.decides).bind_value(chosen, "decides")
         decides.on_value_change(self.follow).props('aria-label="What decides the size"')
-        for name, (field, label, least, most, step) in {
-            "loss": ("loss", "loss {} bits a byte above the model's own answers", 0.02, 0.6, 0.01),
-            "bytes": ("megabytes", "{} MB of weights", 1, 300, 1),
-        }.items():
-            box = ui.column().classes("w-full gap-0")
-            box.bind_visibility_from(chosen, "decides", value=name)
-            with box:
-                self._slider(field, label, least=least, most=most, step=step)
-        scenario = ui.select([chosen.scenario], value=chosen.scenario, label="Scenario")
-        scenario.bind_value(chosen, "scenario").on_value_change(self.follow)
-        scenario.bind_visibility_from(chosen, "decides", value="scenario").classes("w-full")
-        self.scenario = scenario
-        self._slider("minutes", "{} minutes of training; 0: 30 steps", 0, most=NIGHT_MIN, step=5)
+        loss = self._box("loss")
+        with loss:
+            label = "Loss: {} bits a byte above the model's own answers"
+            self._slider("loss", label, 0.02, most=0.6, step=0.01)
+        size = self._box("bytes")
+        with size:
+            label = "Size: {} MB of weights"
+            self.size = self._slider("megabytes", label, 1, most=MOST_MB, step=1)
+        self.scenario = ui.select([chosen.scenario], value=chosen.scenario, label="Scenario")
+        self.scenario.bind_value(chosen, "scenario").on_value_change(self.follow)
+        self.scenario.bind_visibility_from(chosen, "decides", value="scenario")
+        self.scenario.classes("w-full")
+        usual = "Training: 30 steps, a demonstration"
+        label = "Training: {} minutes"
+        self._slider("minutes", label, 0, most=NIGHT_MIN, step=5, nothing=usual)
         most = jobs.total_bytes() // wishes.MIB // STEP_MIB * STEP_MIB
-        label = "{} MiB of memory; 0: three quarters of what is free, 5 GiB at the most"
-        self._slider("memory_mib", label, 0, most=most, step=STEP_MIB)
+        usual = "Memory: three quarters of what is free, 5 GiB at the most"
+        label = "Memory: {} MiB"
+        self._slider("memory_mib", label, 0, most=most, step=STEP_MIB, nothing=usual)
 
-    def _slider(self, field: str, label: str, least: float, most: float, step: float) -> None:
+    def _box(self, decides: str) -> Any:
+        """Shown while this decides the size."""
+        box = self.studio.ui.column().classes("w-full gap-0")
+        return box.bind_visibility_from(self.chosen, "decides", value=decides)
+
+    def _slider(
+        self,
+        field: str,
+        label: str,
+        least: float,
+        most: float,
+        step: float,
+        nothing: str = "",
+    ) -> Any:
+        """A slider with its value in words above it. nothing: the words for 0."""
         ui = self.studio.ui
 
         def words(value: float) -> str:
-            return label.format(f"{value:g}")
+            return label.format(f"{value:g}") if value or not nothing else nothing
 
         shown = ui.label(words(getattr(self.chosen, field))).classes("q-mt-sm")
         slider = ui.slider(min=least, max=most, step=step, value=getattr(self.chosen, field))
         slider.bind_value(self.chosen, field).on_value_change(self.follow)
-        slider.props(f'aria-label="{label.format("").strip()}"')
+        slider.props(f'aria-label="{label.partition(":")[0]}"')
         shown.bind_text_from(slider, "value", words)
+        return slider
 
     def _plan(self) -> None:
         ui = self.studio.ui
@@ -129,11 +148,24 @@ class _Decide:
         model = wishes.model_of(self.chosen, self.studio.more)
         self.curve = await self.studio.curve(model) if self._built_in() else []
         self.scenario.set_options(await self.studio.scenarios())
+        self._limit_size()
         if self.curve:
             self.chart.options.clear()
             self.chart.options.update(picture(self.curve, self._point()))
             self.chart.update()
         self.chart.set_visibility(bool(self.curve))
+
+    def _limit_size(self) -> None:
+        """The slider of bytes ends where the model does."""
+        most = MOST_MB
+        for place in places.models(self.studio.more):
+            if place.key == self.chosen.model:
+                most = max(1, round(place.nbytes / 1e6))
+        if self.curve:
+            most = round(max(point["nbytes"] for point in self.curve) / 1e6)
+        self.size.props(f"max={most}")
+        if self.size.value > most:
+            self.size.set_value(most)
 
     def _built_in(self) -> bool:
         """Losses are known of the built-in text."""
@@ -185,7 +217,7 @@ def plan_words(result: Mapping[str, Any], point: Mapping[str, Any] | None) -> st
     if point:
         lines.append(
             f"{point['nbytes'] / 1e6:.1f} MB of weights, expected to lose {point['loss']:.3f} bits "
-            f"a byte ({point['words']})"
+            f"a byte ({point['words']}); a search measures that first"
         )
     before = result.get("params_teacher")
     after = result.get("params_student")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_mlx.hardware import jobs
-from mis_mlx.studio_page import places, run_panel, runs
+from mis_mlx.studio_page import places, run_panel, runs, wishes
 from mis_mlx.studio_page.runs import FINISHED, Listed
 from mis_mlx.studio_page.studio_state import Alert, Studio
 from mis_mlx.studio_page.wishes import Wishes
@@ -197,10 +197,10 @@ def prompt_of(value: object) -> str:
 
 def tokens_of(value: object) -> int:
     """How many tokens an answer may have. MisError for no whole number from 1 to MOST_TOKENS."""
-    good = isinstance(value, int | float) and value == value // 1 and 1 <= value <= MOST_TOKENS
-    if not good:
-        raise MisError(f"Tokens is {value!r}: give a whole number from 1 to {MOST_TOKENS}")
-    return int(str(value).partition(".")[0])
+    tokens = wishes.number(value, 1, MOST_TOKENS, "the number of tokens")
+    if tokens != int(tokens):
+        raise MisError(f"the number of tokens is {tokens:g}: give a whole number")
+    return int(tokens)
 
 
 def pair(run: Listed, more: tuple[Path, ...]) -> tuple[places.Place, places.Place]:

@@ -27,6 +27,7 @@ REPORT_POLICY = (
     "sandbox allow-scripts; default-src 'none'; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; img-src data:"
 )
+PRIMARY = "#2b7bb9"  # white on it and it on black have a contrast of 4.4 and more
 STYLE = """
 .said { white-space: pre-wrap; overflow-wrap: anywhere; }
 .q-tab-panel { padding: 16px 0; }
@@ -74,6 +75,7 @@ def _page(studio: Studio) -> None:
     ui = studio.ui
     wishes = Wishes()
     ui.add_css(STYLE)
+    ui.colors(primary=PRIMARY)
     with ui.header().classes("items-center q-py-xs"):
         ui.label(TITLE).classes("text-h6").props("role=heading aria-level=1")
         with ui.tabs().props("inline-label outside-arrows mobile-arrows dense") as tabs:

@@ -14,6 +14,7 @@ from mis_mlx.types import GIB, MisError, duration, gib
 
 EVERY_S = 2.0
 LINES = 4  # of what the process says
+GREY = {"color": "#888888"}  # reads on light and dark
 ICONS = {RUNNING: "play_circle", FINISHED: "check_circle", "stopped": "pause_circle"}
 
 
@@ -210,8 +211,8 @@ def picture(title: str, lines: Mapping[str, Sequence[Point]]) -> dict[str, Any]:
     return {
         "animation": False,
         "grid": {"left": 50, "right": 20, "top": 34, "bottom": 24},
-        "title": {"text": title, "textStyle": {"fontSize": 12, "color": "#888888"}},
-        "legend": {"right": 0, "textStyle": {"color": "#888888"}},
+        "title": {"text": title, "textStyle": {**GREY, "fontSize": 12}},
+        "legend": {"show": len(lines) > 1, "right": 0, "top": 0, "textStyle": GREY},
         "xAxis": {"type": "value", "axisLabel": {"formatter": "{value} min"}},
         "yAxis": {"type": "value", "scale": True},
         "series": series,

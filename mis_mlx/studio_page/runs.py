@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def _listed(name: str) -> Listed:
     with contextlib.suppress(OSError):
         for file in (folder / "model").glob("*.safetensors"):
             model_bytes += file.stat().st_size
-    return Listed(name, state, began_s, job, model_bytes)
+    return Listed(name=name, state=state, began_s=began_s, job=job, model_bytes=model_bytes)
 
 
 def _job(name: str) -> Job | None:
@@ -139,7 +139,7 @@ def _locked(path: Path) -> bool:
 def _alone() -> Iterator[None]:
     """Nobody else starts, resumes or deletes meanwhile, in this process or another."""
     with reported(RUNS, "the list of runs"):
-        DISK.make_folder(BOOKS)
+        BOOKS.mkdir(parents=True, exist_ok=True)  # which two may do at the same moment
         with (BOOKS / ".lock").open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -181,7 +181,7 @@ def _begin(name: str, job: Job, line: Sequence[str]) -> None:
     record = BOOKS / f"{name}.json"
     _write(record, job)  # a full disk says so before anything runs
     started = jobs.start("distill", line, BOOKS / f"{name}.log")
-    known = Job(job.flags, started.pid, started.created_s, began_s=time.time())
+    known = replace(job, **started._asdict(), began_s=time.time())
     try:
         _write(record, known)
     except MisError:

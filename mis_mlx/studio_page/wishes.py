@@ -48,7 +48,7 @@ def model_of(wishes: Wishes, more: Sequence[Path]) -> str | None:
     return str(places.chosen(places.models(more), wishes.model, "model").path)
 
 
-def _number(value: object, least: float, most: float, what: str) -> float:
+def number(value: object, least: float, most: float, what: str) -> float:
     """A slider's value. MisError for anything that a slider does not send."""
     good = isinstance(value, int | float) and not isinstance(value, bool)
     if good and least <= float(str(value)) <= most:
@@ -69,10 +69,10 @@ def base_flags(wishes: Wishes, more: Sequence[Path]) -> list[str]:
     if wishes.settings != NONE:
         file = places.chosen(places.settings_files(), wishes.settings, "settings file")
         flags += ["--config", str(file.path)]
-    minutes = _number(wishes.minutes, 0, 10_000, "the time in minutes")
+    minutes = number(wishes.minutes, 0, 10_000, "the time in minutes")
     if minutes:
         flags += ["--minutes", f"{minutes:g}"]
-    memory = _number(wishes.memory_mib, 0, 2**30, "the memory in MiB")
+    memory = number(wishes.memory_mib, 0, 2**30, "the memory in MiB")
     if memory:
         flags += ["--budget", f"{memory:.0f}MiB"]
     return flags
@@ -81,9 +81,9 @@ def base_flags(wishes: Wishes, more: Sequence[Path]) -> list[str]:
 def size_flags(wishes: Wishes, scenarios: Sequence[str]) -> list[str]:
     """Flags that say how large the result is."""
     if wishes.decides == "loss":
-        return ["--lose", f"{_number(wishes.loss, 0, 10, 'the allowed loss'):g}"]
+        return ["--lose", f"{number(wishes.loss, 0, 10, 'the allowed loss'):g}"]
     if wishes.decides == "bytes":
-        size = _number(wishes.megabytes, 0.001, 1e7, "the size in MB")
+        size = number(wishes.megabytes, 0.001, 1e7, "the size in MB")
         return ["--bytes", f"{size:g}MB"]
     if wishes.decides == "scenario":
         if wishes.scenario not in scenarios:
