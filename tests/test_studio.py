@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -84,12 +85,20 @@ def test_a_folder_that_is_none_and_a_port_that_is_taken(tmp_path: Path) -> None:
     """Two sentences."""
     with pytest.raises(MisError, match="nowhere is no folder: give one that holds"):
         studio.run(studio.Settings(models=(str(tmp_path / "nowhere"),)))
-    with contextlib.closing(http.client.socket.socket()) as taken:  # type: ignore[attr-defined]
+    with contextlib.closing(socket.socket()) as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(MisError, match=f"--port {port} is taken"):
             studio.run(studio.Settings(port=port, no_browser=True))
+
+
+class Answered(NamedTuple):
+    """Status, text, and the cookie that came with it."""
+
+    status: int
+    text: str
+    cookie: str
 
 
 class Served(NamedTuple):
@@ -104,12 +113,15 @@ class Served(NamedTuple):
         """Host and port."""
         return urlsplit(self.address).netloc
 
-    def get(self, path: str, **headers: str) -> http.client.HTTPResponse:
+    def get(self, path: str, **headers: str) -> Answered:
         """An answer to a request with these headers, as any program can send it."""
         connection = http.client.HTTPConnection(self.place, timeout=PATIENCE_S)
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        connection.request("GET", path, headers=named)
-        return connection.getresponse()
+        with contextlib.closing(connection):
+            connection.request("GET", path, headers=named)
+            with connection.getresponse() as answer:
+                cookie = (answer.getheader("set-cookie") or "").partition(";")[0]
+                return Answered(answer.status, answer.read().decode(), cookie)
 
 
 @contextlib.contextmanager
@@ -117,6 +129,7 @@ def page_of(folder: Path, env: dict[str, str], *flags: str) -> Iterator[Served]:
     """The page's process; a run that it started ends with the test."""
     line = [sys.executable, "-m", "mis_mlx.studio", "--no-browser", *flags]
     whole = {**env, "PYTHONPATH": str(forks.ROOT)}
+    whole.pop("PYTEST_CURRENT_TEST", None)  # NiceGUI would take it for a test of itself
     with (
         (folder / "studio.err").open("w") as err,
         subprocess.Popen(
@@ -171,7 +184,7 @@ def test_nobody_else_gets_in(folder: Path, home: dict[str, str]) -> None:
         for path in ("/", "/report/x", "/_nicegui_ws/socket.io/?EIO=4&transport=polling", "/docs"):
             answer = served.get(path)
             assert answer.status == 403, path
-            assert outside in answer.read().decode().lower()
+            assert outside in answer.text.lower()
         assert served.get(f"/?{token}", Host="evil.example").status == 403
         assert served.get(f"/?{token}", Origin="http://evil.example").status == 403
         upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec_WebSocket_Version": "13"}
@@ -180,7 +193,7 @@ def test_nobody_else_gets_in(folder: Path, home: dict[str, str]) -> None:
         assert served.get(socket_path, **upgrade).status == 403
         entered = served.get(f"/?{token}")
         assert entered.status == 303
-        cookie = (entered.getheader("set-cookie") or "").partition(";")[0]
+        cookie = entered.cookie
         assert served.get(f"/?{token}").status == 403
         assert served.get("/", Cookie=cookie).status == 200
         assert served.get(socket_path, Cookie=cookie, **upgrade).status == 101
@@ -189,7 +202,7 @@ def test_nobody_else_gets_in(folder: Path, home: dict[str, str]) -> None:
         for name in ("..", "%2e%2e", "..%2f..", ".studio", "%2fetc%2fpasswd", "x%00", "a/b"):
             answer = served.get(f"/report/{name}", Cookie=cookie)
             assert answer.status in (403, 404), name
-            assert "not yours" not in answer.read().decode()
+            assert "not yours" not in answer.text
         for path in ("/docs", "/openapi.json", "/redoc", "/static/..%2f..%2fquick.yaml"):
             assert served.get(path, Cookie=cookie).status == 404, path
         listening = psutil.Process(served.process.pid).net_connections("tcp")
@@ -428,8 +441,8 @@ def test_the_first_page_is_quick(folder: Path, home: dict[str, str]) -> None:
     began = time.monotonic()
     with page_of(folder, home) as served:
         _, _, token = served.address.partition("?")
-        cookie = served.get(f"/?{token}").getheader("set-cookie") or ""
-        page = served.get("/", Cookie=cookie.partition(";")[0]).read()
-        print(f"first page: {time.monotonic() - began:.2f} s, {len(page):,} bytes")
+        cookie = served.get(f"/?{token}").cookie
+        page = served.get("/", Cookie=cookie).text
+        print(f"first page: {time.monotonic() - began:.2f} s, {len(page):,} characters")
         assert len(page) < 200_000
         assert psutil.Process(served.process.pid).memory_info().rss < MOST_BYTES

@@ -23,6 +23,7 @@ from mis_mlx.types import MisError
 
 PACKAGE = Path(__file__).resolve().parents[2]
 NEAR_S = 2.0  # two readings of a process's start that lie so near are of the same process
+LOOK_S = 0.02  # between two tries to connect
 CHUNK = 4096  # bytes of a stream that are passed on together
 
 
@@ -226,6 +227,16 @@ def port(wanted: int) -> int:
             why = f"--port {wanted} is taken or not allowed ({error.strerror})"
             raise MisError(f"{why}: give another one, or 0 for any") from None
         return int(listener.getsockname()[1])
+
+
+async def listening(host: str, number: int) -> None:
+    """Return when somebody listens there."""
+    while True:
+        with contextlib.suppress(OSError):
+            _, writer = await asyncio.open_connection(host, number)
+            writer.close()
+            return
+        await asyncio.sleep(LOOK_S)
 
 
 def open_browser(address: str) -> bool:

@@ -46,12 +46,13 @@ def serve(
     nicegui.app.get("/report/{name}")(_report(nicegui))
     nicegui.ui.page("/", title=TITLE)(lambda: _page(studio))
 
-    def opened() -> None:
+    async def opened() -> None:
+        await jobs.listening(HOST, door.port)
         say(door.address)
         if browser:
             jobs.open_browser(door.address)
 
-    nicegui.app.on_startup(opened)
+    nicegui.app.on_startup(lambda: nicegui.background_tasks.create(opened()))
     with contextlib.suppress(KeyboardInterrupt):
         nicegui.ui.run(
             host=HOST,
