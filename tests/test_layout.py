@@ -38,6 +38,7 @@ ORDER = (
     "distillation",
     "alignment",
     "checks",
+    "studio_page",
 )
 COMMAND_FLOOR = len(ORDER)
 FILE_LINES = 500

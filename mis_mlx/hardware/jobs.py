@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import webbrowser
@@ -19,11 +18,8 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from mis_mlx.types import MisError
-
 PACKAGE = Path(__file__).resolve().parents[2]
 NEAR_S = 2.0  # two readings of a process's start that lie so near are of the same process
-LOOK_S = 0.02  # between two tries to connect
 CHUNK = 4096  # bytes of a stream that are passed on together
 
 
@@ -215,28 +211,6 @@ def _last_json(text: str) -> dict[str, Any]:
         if isinstance(value, dict):
             return value
     return {}
-
-
-def port(wanted: int) -> int:
-    """A port of 127.0.0.1 where nobody listens: the wanted one, or any for 0. MisError if taken."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", wanted))
-        except OSError as error:
-            why = f"--port {wanted} is taken or not allowed ({error.strerror})"
-            raise MisError(f"{why}: give another one, or 0 for any") from None
-        return int(listener.getsockname()[1])
-
-
-async def listening(host: str, number: int) -> None:
-    """Return when somebody listens there."""
-    while True:
-        with contextlib.suppress(OSError):
-            _, writer = await asyncio.open_connection(host, number)
-            writer.close()
-            return
-        await asyncio.sleep(LOOK_S)
 
 
 def open_browser(address: str) -> bool:

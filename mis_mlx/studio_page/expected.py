@@ -28,7 +28,9 @@ from mis_mlx.types import Checkpoint, MisError
 
 AXES = ("layers", "ffn", "heads", "vocab", "bits")  # those that `search` cuts
 POINTS = 24  # of the curve
-LEAST_BITS, MOST_BITS = 0.02, 0.6  # a byte: the ends of the curve
+# Bits a byte: the ends of the curve.
+LEAST_BITS = 0.02
+MOST_BITS = 0.6
 
 
 class Known(candidates.Candidates):
@@ -85,7 +87,8 @@ def _complete(sizes: shape_search.Sizes, probes: list[dict[str, Any]], whole: in
     """Whether every size that a search measures by itself is among the known ones."""
     wanted = set[tuple[str, float]]()
     for axis in shape_search.CUTS[:-1]:
-        wanted |= {(axis, size) for size in shape_search.probed(sizes[axis])}
+        for size in shape_search.probed(sizes[axis]):
+            wanted.add((axis, size))
     wanted |= {("vocab", rows) for rows in sizes["vocab"] if rows != whole}
     wanted |= {("bits", bits) for bits in candidates.BITS_PROBED}
     return wanted <= {(probe["axis"], probe["size"]) for probe in probes}
@@ -94,11 +97,9 @@ def _complete(sizes: shape_search.Sizes, probes: list[dict[str, Any]], whole: in
 def _losses(teacher: Checkpoint, folder: Path, sizes: shape_search.Sizes) -> shape_search.Losses:
     """What every axis costs by itself, as the logs in the folder have it."""
     # Bits are measured on answers; how many tokens a byte of text has cancels out there.
-    window = Windows(
-        tokens=np.zeros((1, 2), np.int32),
-        learn=np.array([[1.0, 0.0]], np.float32),
-        text_bytes=np.ones(1),
-    )
+    tokens = np.zeros((1, 2), np.int32)
+    learn = np.array([[1.0, 0.0]], np.float32)
+    window = Windows(tokens, learn, text_bytes=np.ones(1))
     run: Any = SimpleNamespace(teacher=teacher, folder=folder, files=DISK)
     nothing: Any = None
     known = Known(
@@ -134,7 +135,7 @@ def _points(
     points = list[dict[str, Any]]()
     for allowed in np.geomspace(LEAST_BITS, MOST_BITS, POINTS):
         nats = float(allowed) * math.log(2) / together
-        found = shape_search.smallest(config, shapes, losses, nats, ())
+        found = shape_search.smallest(config, shapes, losses=losses, lose=nats, within=())
         if not found:
             continue
         choice = found[0]

@@ -12,6 +12,7 @@ from mis_mlx.studio_page.studio_state import Alert, Studio
 from mis_mlx.studio_page.wishes import Wishes
 from mis_mlx.types import MisError, gib
 
+SHORT = 60  # characters of a prompt on its button
 PROMPTS = 6  # held-out ones to click
 PROMPT_CHARACTERS = 8000
 PROCESS_BYTES = 200 * 2**20  # of a process that generates, beside the weights
@@ -48,6 +49,7 @@ class _Judge:
     def _chat(self) -> None:
         ui = self.studio.ui
         self.prompts = ui.row().classes("gap-1")
+        self.prompts.props('role=group aria-label="Held-out prompts"')
         self.prompt = ui.textarea("Ask both").classes("w-full").props("autogrow rows=2")
         self.prompt.props(f"maxlength={PROMPT_CHARACTERS}")
         with ui.row().classes("items-center"):
@@ -65,7 +67,10 @@ class _Judge:
     def _shown(self, tab: str) -> None:
         if tab != "Judge":
             return
-        names = [run.name for run in runs.listed() if run.state == FINISHED and run.model_bytes]
+        names = []
+        for run in runs.listed():
+            if run.state == FINISHED and run.model_bytes:
+                names.append(run.name)
         value = self.run.value
         if self.chosen.run in names:
             value = self.chosen.run
@@ -83,14 +88,11 @@ class _Judge:
         run = runs.named(self.run.value)
         self.chosen.run = run.name
         self._link(run)
-        story = run_panel.story_of(run)
-        prompts = list(dict.fromkeys(str(row["prompt"]) for row in story.answers)) if story else []
-        every = max(1, len(prompts) // PROMPTS)
         self.prompts.clear()
         with self.prompts:
-            for prompt in prompts[::every][:PROMPTS]:
-                short = prompt if len(prompt) < 60 else f"{prompt[:57]}…"
-                button = self.studio.ui.button(short).props("outline dense no-caps size=sm")
+            for prompt in held_out(run):
+                button = self.studio.ui.button(shortened(prompt))
+                button.props("outline dense no-caps size=sm")
                 button.on_click(lambda text=prompt: self.prompt.set_value(text))
 
     def _link(self, run: Listed) -> None:
@@ -131,13 +133,17 @@ class _Judge:
             teacher, student = pair(run, self.studio.more)
             both = {"teacher": teacher, "student": student}
             for name, model in both.items():
-                runs.check_fits(f"The {name}", model.nbytes + PROCESS_BYTES)
+                need = model.nbytes + PROCESS_BYTES
+                runs.check_fits(f"The {name}", need)
+            labels = {}
             with self.talk:
                 self.studio.ui.chat_message(prompt, name="you", sent=True)
                 with self.studio.ui.element("div").classes("w-full row"):
-                    places_of = {name: self._place(name, model) for name, model in both.items()}
+                    for name, model in both.items():
+                        labels[name] = self._place(name, model)
             for name, model in both.items():
-                await self._answer(model, prompt, tokens, *places_of[name])
+                text, figures = labels[name]
+                await self._answer(model, prompt, tokens, text=text, figures=figures)
         except MisError as error:
             self.alert.say(error)
         finally:
@@ -171,6 +177,24 @@ class _Judge:
             raise MisError(answer.sentence)
         text.set_text(str(answer.result.get("text", said)).strip() or "(nothing)")
         figures.set_text(figure_words(answer.result, time.monotonic() - first_s))
+
+
+def held_out(run: Listed) -> list[str]:
+    """Some of the prompts that a run was judged by."""
+    story = run_panel.story_of(run)
+    prompts: dict[str, None] = {}  # in their order
+    for row in story.answers if story else ():
+        prompts[str(row.get("prompt", ""))] = None
+    every = max(1, len(prompts) // PROMPTS)
+    spread = list(prompts)[::every]
+    return spread[:PROMPTS]
+
+
+def shortened(prompt: str) -> str:
+    """As much of it as a button shows."""
+    if len(prompt) < SHORT:
+        return prompt
+    return f"{prompt[: SHORT - 3]}…"
 
 
 def figure_words(result: dict[str, Any], seconds: float) -> str:

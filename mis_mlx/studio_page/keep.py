@@ -142,8 +142,10 @@ class _Keep:
         with ui.dialog() as dialog, ui.card():
             ui.label(question).classes("said")
             with ui.row():
-                ui.button("Cancel", on_click=lambda: dialog.submit(False)).props("autofocus")
-                ui.button(yes, on_click=lambda: dialog.submit(True)).props("flat")
+                cancel = ui.button("Cancel")
+                cancel.on_click(lambda: dialog.submit(False)).props("autofocus")
+                confirm = ui.button(yes)
+                confirm.on_click(lambda: dialog.submit(True)).props("flat")
         answer = await dialog
         dialog.delete()
         return bool(answer)

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mis_mlx.hardware import jobs
+from mis_mlx.hardware import jobs, sockets
 from mis_mlx.studio_page import choose, decide, judge, keep, run_panel, runs
 from mis_mlx.studio_page.guard import HOST, Door, Guard
 from mis_mlx.studio_page.studio_state import Studio
@@ -40,14 +40,14 @@ def serve(
 ) -> dict[str, Any]:
     """Show the page until Ctrl-C. say: is told its address, when it is there to be opened."""
     nicegui = importlib.import_module("nicegui")
-    door = Door(jobs.port(port))
+    door = Door(sockets.port(port))
     studio = Studio(more=tuple(more), nicegui=nicegui)
     nicegui.app.add_middleware(Guard, door=door)
     nicegui.app.get("/report/{name}")(_report(nicegui))
     nicegui.ui.page("/", title=TITLE)(lambda: _page(studio))
 
     async def opened() -> None:
-        await jobs.listening(HOST, door.port)
+        await sockets.listening(HOST, door.port)
         say(door.address)
         if browser:
             jobs.open_browser(door.address)

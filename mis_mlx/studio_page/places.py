@@ -78,8 +78,10 @@ def _candidates(more: Sequence[Path]) -> Iterator[tuple[str, Path]]:
     for folder in _folders(hub.cache_root(), "*"):
         yield f"{folder.name.replace('--', '/')} (mis_mlx's cache)", folder
     for folder in _folders(_hub_cache(), "models--*/snapshots/*"):
-        name = folder.parents[1].name.removeprefix("models--").replace("--", "/")
-        yield f"{name} (Hugging Face cache, {folder.name[:7]})", folder
+        repository_name = folder.parents[1].name.removeprefix("models--")
+        name = repository_name.replace("--", "/")
+        revision = folder.name[:7]
+        yield f"{name} (Hugging Face cache, {revision})", folder
     for root in lm_studio_folders():
         for folder in _folders(root, "*/*"):
             yield f"{folder.parent.name}/{folder.name} (LM Studio)", folder
@@ -115,10 +117,18 @@ def texts() -> list[Place]:
     for name, inner, files in os.walk(here):
         folder = Path(name)
         depth = len(folder.relative_to(here).parts)
-        hidden = [each for each in inner if each.startswith(".") or each in SKIPPED]
-        inner[:] = sorted(set(inner) - set(hidden)) if depth < DEEPEST else []
+        inner[:] = _looked_into(inner) if depth < DEEPEST else []
         if "train.jsonl" in files and len(found) < MOST:
             found.append(Place(_key(folder), str(folder.relative_to(here)), folder))
+    return found
+
+
+def _looked_into(names: Sequence[str]) -> list[str]:
+    """The folders of these names that may hold a user's text."""
+    found = []
+    for name in sorted(names):
+        if not name.startswith(".") and name not in SKIPPED:
+            found.append(name)
     return found
 
 

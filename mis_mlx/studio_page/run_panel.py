@@ -1,11 +1,10 @@
 """Run: all runs; of one the phases, time left, loss, memory and temperature; stop and resume."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mis_mlx.reporting import run_reader
-from mis_mlx.reporting.run_reader import Point, RunRecord
+from mis_mlx.reporting.run_reader import Point, RunRecord, Series
 from mis_mlx.studio_page import runs
 from mis_mlx.studio_page.runs import FINISHED, RUNNING, Listed
 from mis_mlx.studio_page.studio_state import Alert, Studio
@@ -13,7 +12,11 @@ from mis_mlx.studio_page.wishes import Wishes
 from mis_mlx.types import GIB, MisError, duration, gib
 
 EVERY_S = 2.0
+FEW = 30  # points, which are drawn as such
 LINES = 4  # of what the process says
+LOSS = "loss, nats a token"
+MEMORY = "memory, GiB"
+HEAT = "°C"
 GREY = {"color": "#888888"}  # reads on light and dark
 ICONS = {RUNNING: "play_circle", FINISHED: "check_circle", "stopped": "pause_circle"}
 
@@ -42,22 +45,26 @@ class _Run:
                 self._buttons()
             self.phases = ui.label().classes("said").style("font-family: monospace")
             self.facts = ui.label().classes("said")
-            self.charts = {
-                name: self._chart(name) for name in ("loss, nats a token", "memory, GiB", "°C")
-            }
+            self.charts = {name: self._chart(name) for name in (LOSS, MEMORY, HEAT)}
         self.card.set_visibility(False)
         ui.timer(EVERY_S, self.refresh, immediate=True)
 
     def _buttons(self) -> None:
         ui = self.studio.ui
-        self.stop = ui.button("Stop", icon="pause", on_click=lambda: self._end(at_once=False))
-        self.kill = ui.button("Stop at once", on_click=lambda: self._end(at_once=True))
+        self.stop = ui.button("Stop", icon="pause")
+        self.stop.on_click(lambda: self._end(at_once=False))
+        self.kill = ui.button("Stop at once")
+        self.kill.on_click(lambda: self._end(at_once=True))
         self.kill.props("flat")
-        self.resume = ui.button("Resume", icon="play_arrow", on_click=self._resume)
-        self.judge = ui.button("Judge", on_click=lambda: self.tabs.set_value("Judge"))
+        self.resume = ui.button("Resume", icon="play_arrow")
+        self.resume.on_click(self._resume)
+        self.judge = ui.button("Judge")
+        self.judge.on_click(lambda: self.tabs.set_value("Judge"))
 
     def _chart(self, name: str) -> Any:
-        chart = self.studio.ui.echart({"series": []}).classes("w-full").style("height: 11rem")
+        chart = self.studio.ui.echart({"series": []})
+        chart.classes("w-full")
+        chart.style("height: 11rem")
         chart.props(f'role=img aria-label="{name} over time"')
         chart.set_visibility(False)
         return chart
@@ -70,15 +77,16 @@ class _Run:
         if self.studio.ui.context.client.is_deleted:
             return
         self._list(found)
-        run = next((each for each in found if each.name == self.chosen.run), None)
-        self.card.set_visibility(run is not None)
-        if run:
-            self._show(run, story)
+        self.card.set_visibility(bool(found))
+        for run in found:
+            if run.name == self.chosen.run:
+                self._show(run, story)
 
     def _look(self) -> tuple[list[Listed], RunRecord | None]:
         found = runs.listed()
-        if found and self.chosen.run not in {run.name for run in found}:
-            self.chosen.run = found[0].name
+        names = [run.name for run in found]
+        if names and self.chosen.run not in names:
+            self.chosen.run = names[0]
         story = None
         for run in found:
             if run.name == self.chosen.run:
@@ -87,8 +95,9 @@ class _Run:
 
     def _list(self, found: Sequence[Listed]) -> None:
         """Buttons, made anew only where something is different: they may have the focus."""
-        now = [(run.name, run.state) for run in found]
-        now.append((self.chosen.run, "chosen"))
+        now = [("chosen", self.chosen.run)]
+        for run in found:
+            now.append((run.name, run.state))
         if now == self.seen:
             return
         self.seen = now
@@ -99,8 +108,9 @@ class _Run:
                 ui.label("No run yet: choose a model, decide, start.")
             for run in found:
                 words = f"{run.name}: {run.state}"
-                if run.model_bytes:
-                    words += f", {run.model_bytes / 1e6:,.1f} MB"
+                megabytes = run.model_bytes / 1e6
+                if megabytes:
+                    words += f", {megabytes:,.1f} MB"
                 button = ui.button(words, icon=ICONS[run.state])
                 button.on_click(lambda name=run.name: self._choose(name))
                 button.props("flat no-caps align=left").classes("w-full")
@@ -113,22 +123,31 @@ class _Run:
 
     def _show(self, run: Listed, story: RunRecord | None) -> None:
         self.title.set_text(f"{run.name}: {run.state}")
-        self.said.set_text("\n".join(runs.last_lines(run, LINES)))
+        said = runs.last_lines(run, LINES)
+        self.said.set_text("\n".join(said))
         mine = run.state == RUNNING and run.job is not None
         self.stop.set_visibility(mine)
         self.kill.set_visibility(mine)
         self.resume.set_visibility(run.state == "stopped")
         self.judge.set_visibility(run.state == FINISHED)
-        self.phases.set_text(phase_words(story) if story else "")
-        self.facts.set_text(fact_words(story) if story else "")
-        lines = curves(story) if story else {}
+        lines: dict[str, dict[str, list[Point]]] = {}
+        phases = ""
+        facts = ""
+        if story:
+            phases = phase_words(story)
+            facts = fact_words(story)
+            lines = curves(story)
+        self.phases.set_text(phases)
+        self.facts.set_text(facts)
         for name, chart in self.charts.items():
             values = lines.get(name, {})
             chart.set_visibility(bool(values))
-            if values:
-                chart.options.clear()
-                chart.options.update(picture(name, values))
-                chart.update()
+            if not values:
+                continue
+            options = picture(name, values)
+            chart.options.clear()
+            chart.options.update(options)
+            chart.update()
 
     async def _end(self, at_once: bool) -> None:
         await self._do(runs.stop, self.chosen.run, at_once)
@@ -156,63 +175,99 @@ def story_of(run: Listed) -> RunRecord | None:
 def phase_words(story: RunRecord) -> str:
     """A line a phase: what it took, of what was planned."""
     took = story.took()
-    planned = {each["phase"]: each["seconds"] for each in story.begun.get("planned", [])}
+    planned = {}
+    for phase in story.begun.get("planned", []):
+        planned[phase["phase"]] = phase["seconds"]
     lines = []
     for name in dict.fromkeys([*planned, *took]):
-        now = duration(took[name]) if name in took else "–"
-        plan = duration(planned[name]) if name in planned else "–"
+        now = _time(took.get(name))
+        plan = _time(planned.get(name))
         lines.append(f"{name:<12} {now:>10} of {plan} planned")
     return "\n".join(lines)
+
+
+def _time(seconds: float | None) -> str:
+    return "–" if seconds is None else duration(seconds)
 
 
 def fact_words(story: RunRecord) -> str:
     """Steps, loss, memory against the budget, temperature."""
     words = []
-    steps = story.steps.series["number"].points()
-    loss = story.steps.series["loss"].points()
-    if steps and loss:
-        words.append(f"step {steps[-1][1]:.0f} of {story.begun.get('iters', '?')}")
-        words.append(f"loss {loss[-1][1]:.3f}")
-    peaks = [record["peak_bytes"] for record in story.phases if "peak_bytes" in record]
-    peaks += [value for _, value in story.steps.series["peak_bytes"].points()]
+    series = story.steps.series
+    number = _last(series["number"])
+    loss = _last(series["loss"])
+    if number is not None and loss is not None:
+        steps = story.begun.get("iters", "?")
+        words.append(f"step {number:.0f} of {steps}")
+        words.append(f"loss {loss:.3f}")
+    peaks = [record.get("peak_bytes", 0) for record in story.phases]
+    for _, nbytes in series["peak_bytes"].points():
+        peaks.append(nbytes)
     budget = story.begun.get("budget_bytes")
     if peaks and budget:
-        words.append(f"memory {gib(max(peaks))} of {gib(budget)}")
-    die = story.air.series["die_c"].points()
-    words.append(f"{die[-1][1]:.0f} °C" if die else "no temperature measured")
+        most = max(peaks)
+        words.append(f"memory {gib(most)} of {gib(budget)}")
+    die_c = _last(story.air.series["die_c"])
+    if die_c is None:
+        words.append("no temperature measured")
+    else:
+        words.append(f"{die_c:.0f} °C")
     return ", ".join(words)
+
+
+def _last(series: Series) -> float | None:
+    """The last value; None where there is none."""
+    points = series.points()
+    if not points:
+        return None
+    _, value = points[-1]
+    return value
 
 
 def curves(story: RunRecord) -> dict[str, dict[str, list[Point]]]:
     """{title: {name: (seconds since the run began, value)}}, for charts."""
-    loss = _since(story, "loss")
-    memory = _since(story, "peak_bytes", 1 / GIB)
-    lines = {"loss, nats a token": {"loss": loss}, "memory, GiB": {"memory": memory}}
+    loss = _since(story, story.steps.series["loss"])
+    memory = _since(story, story.steps.series["peak_bytes"], 1 / GIB)
+    lines: dict[str, dict[str, list[Point]]] = {}
+    if loss:
+        lines[LOSS] = {"loss": loss}
+    if memory:
+        lines[MEMORY] = {"memory": memory}
     budget = story.begun.get("budget_bytes")
     if memory and budget:
-        ends = [memory[0][0], memory[-1][0]]
-        lines["memory, GiB"]["budget"] = [(x, budget / GIB) for x in ends]
-    die = [(x - story.began_s, y) for x, y in story.air.series["die_c"].points()]
-    lines["°C"] = {"die": die}
-    return {title: found for title, found in lines.items() if any(found.values())}
+        height = budget / GIB
+        first_s, _ = memory[0]
+        last_s, _ = memory[-1]
+        lines[MEMORY]["budget"] = [(first_s, height), (last_s, height)]
+    die = _since(story, story.air.series["die_c"])
+    if die:
+        lines[HEAT] = {"die": die}
+    return lines
 
 
-def _since(story: RunRecord, name: str, scale: float = 1.0) -> list[Point]:
-    points = story.steps.series[name].points()
-    return [(wall_s - story.began_s, value * scale) for wall_s, value in points]
+def _since(story: RunRecord, series: Series, scale: float = 1.0) -> list[Point]:
+    points = []
+    for wall_s, value in series.points():
+        points.append((wall_s - story.began_s, value * scale))
+    return points
 
 
 def picture(title: str, lines: Mapping[str, Sequence[Point]]) -> dict[str, Any]:
     """Values over minutes, as ECharts takes them."""
     series = []
     for name, points in lines.items():
-        data = [[round(x / 60, 3), y] for x, y in points if math.isfinite(y)]
-        series.append({"type": "line", "name": name, "data": data, "showSymbol": len(data) < 30})
+        data = []
+        for seconds, value in points:
+            minutes = round(seconds / 60, 3)
+            data.append([minutes, value])
+        few = len(data) < FEW
+        series.append({"type": "line", "name": name, "data": data, "showSymbol": few})
+    several = len(lines) > 1
     return {
         "animation": False,
         "grid": {"left": 50, "right": 20, "top": 34, "bottom": 24},
         "title": {"text": title, "textStyle": {**GREY, "fontSize": 12}},
-        "legend": {"show": len(lines) > 1, "right": 0, "top": 0, "textStyle": GREY},
+        "legend": {"show": several, "right": 0, "top": 0, "textStyle": GREY},
         "xAxis": {"type": "value", "axisLabel": {"formatter": "{value} min"}},
         "yAxis": {"type": "value", "scale": True},
         "series": series,
