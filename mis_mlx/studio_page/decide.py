@@ -47,7 +47,7 @@ class _Decide:
         self._plan()
         self.alert = Alert(studio)
         tabs.on_value_change(lambda event: self._shown(event.value))
-        ui.context.client.on_disconnect(self._forget)
+        ui.context.client.on_delete(self._forget)
 
     def _sliders(self) -> None:
         ui = self.studio.ui

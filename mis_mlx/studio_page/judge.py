@@ -44,7 +44,7 @@ class _Judge:
         self._chat()
         self.alert = Alert(studio)
         tabs.on_value_change(lambda event: self._shown(event.value))
-        ui.context.client.on_disconnect(self._stop)
+        ui.context.client.on_delete(self._stop)
 
     def _chat(self) -> None:
         ui = self.studio.ui

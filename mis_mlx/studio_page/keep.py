@@ -51,7 +51,9 @@ class _Keep:
 
     def _exports(self) -> None:
         ui = self.studio.ui
-        labels = {key: label for key, (label, _) in FORMS.items()}
+        labels = {}
+        for key, (label, _) in FORMS.items():
+            labels[key] = label
         with ui.row().classes("items-center w-full"):
             self.form = ui.select(labels, value="gguf", label="Form").classes("col-grow")
             self._button("Export", self._export)
@@ -157,7 +159,8 @@ class _Keep:
             ui.label(f"This cannot be undone. Write {name} to delete it.").classes("said")
             written = ui.input("Name of the run").classes("w-full").props("autofocus")
             with ui.row():
-                ui.button("Cancel", on_click=lambda: dialog.submit(""))
+                cancel = ui.button("Cancel")
+                cancel.on_click(lambda: dialog.submit(""))
                 last = ui.button("Delete for good", color="negative")
                 last.on_click(lambda: dialog.submit(written.value))
         answer = await dialog

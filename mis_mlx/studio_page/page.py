@@ -22,6 +22,8 @@ PANELS = {
     "Judge": judge.build,
     "Keep": keep.build,
 }
+# A machine that trains is slow: a page that did not answer for so long keeps what was chosen.
+PATIENCE_S = 120.0
 # A report is a page with scripts of its own and words of models: a browser shows it apart.
 REPORT_POLICY = (
     "sandbox allow-scripts; default-src 'none'; style-src 'unsafe-inline'; "
@@ -62,6 +64,7 @@ def serve(
             dark=None,
             reload=False,
             show=False,
+            reconnect_timeout=PATIENCE_S,
             show_welcome_message=False,
             timeout_graceful_shutdown=1,
             access_log=False,

@@ -6,7 +6,7 @@ from typing import Any
 from mis_mlx.reporting import run_reader
 from mis_mlx.reporting.run_reader import Point, RunRecord, Series
 from mis_mlx.studio_page import runs
-from mis_mlx.studio_page.runs import FINISHED, RUNNING, Listed
+from mis_mlx.studio_page.runs import FINISHED, RUNNING, STOPPED, Listed
 from mis_mlx.studio_page.studio_state import Alert, Studio
 from mis_mlx.studio_page.wishes import Wishes
 from mis_mlx.types import GIB, MisError, duration, gib
@@ -18,7 +18,7 @@ LOSS = "loss, nats a token"
 MEMORY = "memory, GiB"
 HEAT = "°C"
 GREY = {"color": "#888888"}  # reads on light and dark
-ICONS = {RUNNING: "play_circle", FINISHED: "check_circle", "stopped": "pause_circle"}
+ICONS = {RUNNING: "play_circle", FINISHED: "check_circle", STOPPED: "pause_circle"}
 
 
 def build(studio: Studio, chosen: Wishes, tabs: Any) -> None:
@@ -44,7 +44,8 @@ class _Run:
             with ui.row():
                 self._buttons()
             self.phases = ui.label().classes("said").style("font-family: monospace")
-            self.facts = ui.label().classes("said")
+            self.facts = ui.label()
+            self.facts.classes("said")
             self.charts = {name: self._chart(name) for name in (LOSS, MEMORY, HEAT)}
         self.card.set_visibility(False)
         ui.timer(EVERY_S, self.refresh, immediate=True)
@@ -113,7 +114,8 @@ class _Run:
                     words += f", {megabytes:,.1f} MB"
                 button = ui.button(words, icon=ICONS[run.state])
                 button.on_click(lambda name=run.name: self._choose(name))
-                button.props("flat no-caps align=left").classes("w-full")
+                button.props("flat no-caps align=left")
+                button.classes("w-full")
                 if run.name == self.chosen.run:
                     button.props("aria-current=true outline")
 
@@ -126,10 +128,12 @@ class _Run:
         said = runs.last_lines(run, LINES)
         self.said.set_text("\n".join(said))
         mine = run.state == RUNNING and run.job is not None
+        stopped = run.state == STOPPED
+        finished = run.state == FINISHED
         self.stop.set_visibility(mine)
         self.kill.set_visibility(mine)
-        self.resume.set_visibility(run.state == "stopped")
-        self.judge.set_visibility(run.state == FINISHED)
+        self.resume.set_visibility(stopped)
+        self.judge.set_visibility(finished)
         lines: dict[str, dict[str, list[Point]]] = {}
         phases = ""
         facts = ""
