@@ -39,6 +39,7 @@ ORDER = (
     "distillation",
     "alignment",
     "checks",
+    "studio_page",
 )
 COMMAND_FLOOR = len(ORDER)
 FILE_LINES = 500
@@ -213,6 +214,7 @@ def only_names(module: Module) -> list[str]:
         ast.Import,
         ast.ImportFrom,
         ast.FunctionDef,
+        ast.AsyncFunctionDef,
         ast.ClassDef,
         ast.Assign,
         ast.AnnAssign,

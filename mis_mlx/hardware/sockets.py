@@ -5,11 +5,15 @@ power or its cable, or falls asleep, says nothing: the system asks it every few 
 it as dead after half a minute.
 """
 
+import asyncio
+import contextlib
 import os
 import socket
 import sys
 
 import psutil
+
+from mis_mlx.types import MisError
 
 # seconds of silence before the first question, seconds between questions, how many questions
 IDLE_S = 10
@@ -18,6 +22,7 @@ TIMES = 4
 # TCP_KEEPALIVE, TCP_RXT_CONNDROPTIME of macOS, in seconds
 APPLE_IDLE = 0x10
 APPLE_DROP = 0x80
+LOOK_S = 0.02  # between two tries to connect
 
 
 def notice_the_dead() -> int:
@@ -38,3 +43,25 @@ def notice_the_dead() -> int:
             for option, value in options.items():
                 end.setsockopt(socket.IPPROTO_TCP, option, value)
     return len(connected)
+
+
+def port(wanted: int) -> int:
+    """A port of 127.0.0.1 where nobody listens: the wanted one, or any for 0. MisError if taken."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", wanted))
+        except OSError as error:
+            why = f"--port {wanted} is taken or not allowed ({error.strerror})"
+            raise MisError(f"{why}: give another one, or 0 for any") from None
+        return int(listener.getsockname()[1])
+
+
+async def listening(host: str, number: int) -> None:
+    """Return when somebody listens there."""
+    while True:
+        with contextlib.suppress(OSError):
+            _, writer = await asyncio.open_connection(host, number)
+            writer.close()
+            return
+        await asyncio.sleep(LOOK_S)

@@ -42,7 +42,7 @@ MAY = {
     "data/preparation.py": "a data set from the hub",
     "evaluation/questions.py": "a data set from the hub",
     "hardware/sockets.py": "asks of connections that mlx.launch made whether the other end lives; "
-    "opens none",
+    "opens none to others; finds a free port of this machine for the page of `studio`",
 }
 WATCH = """
 import os, sys

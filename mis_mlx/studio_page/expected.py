@@ -1,0 +1,167 @@
+"""What students of a teacher should lose, from measurements that are known: bytes against loss.
+
+A search measures; this only reads what it kept, or what came with the package. It computes nothing
+of its own: `Candidates.losses` adds up, as in a search, and finds every measurement in its logs.
+"""
+
+import math
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import numpy as np
+
+from mis_mlx.data.token_windows import Windows
+from mis_mlx.distillation import candidates, known_losses
+from mis_mlx.evaluation.answer_likelihood import has_template
+from mis_mlx.models import families, load, resolve
+from mis_mlx.models.config import Shape, shape_of
+from mis_mlx.planner.recipe import ITERS
+from mis_mlx.pruning import limits, select, shape_search
+from mis_mlx.pruning.vocabulary import VocabularyConfig
+from mis_mlx.quantization import packed_format
+from mis_mlx.storage import hub, run_folder
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import Checkpoint, MisError
+
+AXES = ("layers", "ffn", "heads", "vocab", "bits")  # those that `search` cuts
+POINTS = 24  # of the curve
+# Bits a byte: the ends of the curve.
+LEAST_BITS = 0.02
+MOST_BITS = 0.6
+
+
+class Known(candidates.Candidates):
+    """Candidates of which every measurement is in a log, so that no text is read."""
+
+    @cached_property
+    def answers(self) -> Any:
+        """The scale of losses: answers. `losses` only asks whether there are some."""
+        return "known"
+
+
+def curve(teacher: str | None) -> list[dict[str, Any]]:
+    """Students of a teacher in this folder: `loss` (bits a byte), `nbytes`, `words`, `flags`.
+
+    None: the default teacher, if it is here. flags: of `distill`, which make the student. The
+    fewest bytes for each loss, from the least loss to the most. Empty where its measurements are
+    not all known, or no search knows the teacher.
+    """
+    folder = Path(teacher or hub.cache_root() / resolve.DEFAULT.split("/")[-1])
+    try:
+        return _known_curve(load.open_checkpoint(folder))
+    except MisError:
+        return []
+
+
+def scenarios() -> list[str]:
+    """Names that --scenario takes."""
+    return list(get_args(select.Scenario))
+
+
+def _known_curve(teacher: Checkpoint) -> list[dict[str, Any]]:
+    family = families.family(teacher.config)
+    before = shape_of(teacher.config)
+    if family.experts or family.per_layer or not shape_search.group_of(before):
+        return []
+    if not has_template(teacher):
+        return []
+    about = known_losses.identity(teacher, "built-in", VocabularyConfig())
+    sizes = shape_search.axis_sizes(teacher.config, AXES, candidates.vocabularies(teacher))
+    probes = known_losses.known(about, candidates.PROBES)
+    if not _complete(sizes, probes, before.vocab):
+        return []
+    with tempfile.TemporaryDirectory(prefix="mis-mlx-") as place:
+        folder = Path(place)
+        known_losses.lay_out(folder, about, DISK)
+        if not (folder / packed_format.SENSITIVITY).is_file():
+            return []
+        losses = _losses(teacher, folder, sizes)
+        together = _together(folder, losses)
+    return _points(teacher, losses, sizes, together)
+
+
+def _complete(sizes: shape_search.Sizes, probes: list[dict[str, Any]], whole: int) -> bool:
+    """Whether every size that a search measures by itself is among the known ones."""
+    wanted = set[tuple[str, float]]()
+    for axis in shape_search.CUTS[:-1]:
+        for size in shape_search.probed(sizes[axis]):
+            wanted.add((axis, size))
+    wanted |= {("vocab", rows) for rows in sizes["vocab"] if rows != whole}
+    wanted |= {("bits", bits) for bits in candidates.BITS_PROBED}
+    return wanted <= {(probe["axis"], probe["size"]) for probe in probes}
+
+
+def _losses(teacher: Checkpoint, folder: Path, sizes: shape_search.Sizes) -> shape_search.Losses:
+    """What every axis costs by itself, as the logs in the folder have it."""
+    # Bits are measured on answers; how many tokens a byte of text has cancels out there.
+    tokens = np.zeros((1, 2), np.int32)
+    learn = np.array([[1.0, 0.0]], np.float32)
+    window = Windows(tokens, learn, text_bytes=np.ones(1))
+    run: Any = SimpleNamespace(teacher=teacher, folder=folder, files=DISK)
+    nothing: Any = None
+    known = Known(
+        run=run,
+        data=nothing,
+        ranking=window,
+        judging=nothing,
+        settings=SimpleNamespace(mixed=True, student_iters=ITERS),
+    )
+    return known.losses(sizes)
+
+
+def _together(folder: Path, losses: shape_search.Losses) -> float:
+    """Times the sum of its axes alone that a measured student lost: the median of those known."""
+    ratios = []
+    for record in run_folder.records(folder / candidates.CANDIDATES):
+        if record.get("nats") and record.get("predicted"):
+            ratios.append(record["nats"] / record["predicted"])
+    if not ratios:
+        return 1.0
+    return float(np.clip(np.median(ratios), 1 / 3, 3.0))
+
+
+def _points(
+    teacher: Checkpoint,
+    losses: shape_search.Losses,
+    sizes: shape_search.Sizes,
+    together: float,
+) -> list[dict[str, Any]]:
+    config = teacher.config
+    before = losses.before
+    shapes = list(shape_search.shapes(config, sizes))
+    points = list[dict[str, Any]]()
+    for allowed in np.geomspace(LEAST_BITS, MOST_BITS, POINTS):
+        nats = float(allowed) * math.log(2) / together
+        found = shape_search.smallest(config, shapes, losses=losses, lose=nats, within=())
+        if not found:
+            continue
+        choice = found[0]
+        bits = losses.expected(choice) * together / math.log(2)
+        nbytes = round(limits.file_bytes(config, *choice))
+        words = f"{shape_search.words(choice.shape, before)}, {choice.bpw:.2f} bits"
+        if points and nbytes >= points[-1]["nbytes"]:
+            continue
+        point = {
+            "loss": round(bits, 4),
+            "nbytes": nbytes,
+            "words": words,
+            "flags": flags_of(choice, before),
+        }
+        points.append(point)
+    return points
+
+
+def flags_of(choice: shape_search.Choice, before: Shape) -> list[str]:
+    """Flags of `distill` and `plan` that make this student, as `search` prints them."""
+    flags = ["--scenario", "none", "--target-bpw", str(choice.bpw)]
+    for axis in shape_search.CUTS:
+        size = getattr(choice.shape, axis)
+        if size != getattr(before, axis):
+            flags += [f"--{axis}", str(size)]
+    group = shape_search.group_of(choice.shape)
+    if group != shape_search.GROUPS[0]:
+        flags += ["--q-group-size", str(group)]
+    return flags

@@ -1,0 +1,242 @@
+"""Judge: the report, and a talk with teacher and student side by side."""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+from mis_mlx.hardware import jobs
+from mis_mlx.studio_page import places, run_panel, runs, wishes
+from mis_mlx.studio_page.runs import FINISHED, Listed
+from mis_mlx.studio_page.studio_state import Alert, Studio
+from mis_mlx.studio_page.wishes import Wishes
+from mis_mlx.types import MisError, gib
+
+SHORT = 60  # characters of a prompt on its button
+PROMPTS = 6  # held-out ones to click
+PROMPT_CHARACTERS = 8000
+PROCESS_BYTES = 200 * 2**20  # of a process that generates, beside the weights
+MOST_TOKENS = 512
+
+
+def build(studio: Studio, chosen: Wishes, tabs: Any) -> None:
+    """The panel."""
+    _Judge(studio, chosen, tabs)
+
+
+class _Judge:
+    """One finished run at a time."""
+
+    def __init__(self, studio: Studio, chosen: Wishes, tabs: Any) -> None:
+        self.studio = studio
+        self.chosen = chosen
+        self.task: asyncio.Task[None] | None = None
+        self.asked: list[str] = []
+        ui = studio.ui
+        ui.label("Is it good?").classes("text-h6")
+        self.run = ui.select([], label="Run").classes("w-full")
+        self.run.on_value_change(self._of_run)
+        with ui.row().classes("items-center"):
+            self.make = ui.button("Make the report", icon="summarize", on_click=self._report)
+            self.link = ui.link("Open the report", "/", new_tab=True)
+            self.link.set_visibility(False)
+        ui.separator()
+        self._chat()
+        self.alert = Alert(studio)
+        tabs.on_value_change(lambda event: self._shown(event.value))
+        ui.context.client.on_delete(self._stop)
+
+    def _chat(self) -> None:
+        ui = self.studio.ui
+        self.prompts = ui.row().classes("gap-1")
+        self.prompts.props('role=group aria-label="Held-out prompts"')
+        self.prompt = ui.textarea("Ask both").classes("w-full").props("autogrow rows=2")
+        self.prompt.props(f"maxlength={PROMPT_CHARACTERS}")
+        with ui.row().classes("items-center"):
+            self.send = ui.button("Ask both", icon="send", on_click=self._ask)
+            self.halt = ui.button("Stop", on_click=self._stop).props("flat")
+            self.halt.disable()
+            tokens = ui.number("Tokens", min=1, max=MOST_TOKENS, precision=0)
+            tokens.bind_value(self.chosen, "max_tokens").classes("w-24")
+        ui.label(
+            "Both answer the same prompt greedily, the teacher first, one after the other, so "
+            "that their speeds compare. Each prompt is a conversation of its own."
+        ).classes("text-caption")
+        self.talk = ui.column().classes("w-full").props('role=log aria-label="Answers"')
+
+    def _shown(self, tab: str) -> None:
+        if tab != "Judge":
+            return
+        names = []
+        for run in runs.listed():
+            if run.state == FINISHED and run.model_bytes:
+                names.append(run.name)
+        value = self.run.value
+        if self.chosen.run in names:
+            value = self.chosen.run
+        elif value not in names:
+            value = names[0] if names else None
+        self.run.set_options(names, value=value)
+        self._of_run()
+        if not names:
+            self.alert.say("No run is finished yet.")
+
+    def _of_run(self, *_: object) -> None:
+        self.alert.clear()
+        if not self.run.value:
+            return
+        run = runs.named(self.run.value)
+        self.chosen.run = run.name
+        self._link(run)
+        self.prompts.clear()
+        with self.prompts:
+            for prompt in held_out(run):
+                button = self.studio.ui.button(shortened(prompt))
+                button.props("outline dense no-caps size=sm")
+                button.on_click(lambda text=prompt: self.prompt.set_value(text))
+
+    def _link(self, run: Listed) -> None:
+        there = (run.folder / "report.html").is_file()
+        self.link.set_visibility(there)
+        self.link.props(f'href="/report/{run.name}"')
+
+    async def _report(self) -> None:
+        self.alert.clear()
+        self.make.disable()
+        try:
+            run = runs.named(self.run.value)
+            answer = await jobs.ask("report", [str(run.folder)])
+            if answer.sentence:
+                raise MisError(answer.sentence)
+            self._link(run)
+        except MisError as error:
+            self.alert.say(error)
+        finally:
+            self.make.enable()
+
+    def _stop(self) -> None:
+        if self.task:
+            self.task.cancel()
+
+    def _ask(self) -> None:
+        if self.task is None or self.task.done():
+            self.task = asyncio.create_task(self._both())
+
+    async def _both(self) -> None:
+        self.alert.clear()
+        self.send.disable()
+        self.halt.enable()
+        try:
+            prompt = prompt_of(self.prompt.value)
+            tokens = tokens_of(self.chosen.max_tokens)
+            run = runs.named(self.run.value)
+            teacher, student = pair(run, self.studio.more)
+            both = {"teacher": teacher, "student": student}
+            for name, model in both.items():
+                need = model.nbytes + PROCESS_BYTES
+                runs.check_fits(f"The {name}", need)
+            labels = {}
+            with self.talk:
+                self.studio.ui.chat_message(prompt, name="you", sent=True)
+                with self.studio.ui.element("div").classes("w-full row"):
+                    for name, model in both.items():
+                        labels[name] = self._place(name, model)
+            for name, model in both.items():
+                text, figures = labels[name]
+                await self._answer(model, prompt, tokens, text=text, figures=figures)
+        except MisError as error:
+            self.alert.say(error)
+        finally:
+            self.send.enable()
+            self.halt.disable()
+
+    def _place(self, name: str, model: places.Place) -> tuple[Any, Any]:
+        """(label of the answer, label of its figures)."""
+        ui = self.studio.ui
+        with ui.column().classes("col-12 col-sm-6 q-pa-sm gap-1"):
+            ui.label(f"{name}, {model.nbytes / 1e6:,.1f} MB").classes("text-weight-bold")
+            text = ui.label("…").classes("said")
+            figures = ui.label().classes("text-caption")
+        return text, figures
+
+    async def _answer(
+        self, model: places.Place, prompt: str, tokens: int, text: Any, figures: Any
+    ) -> None:
+        said = ""
+        first_s = 0.0
+
+        def show(piece: str) -> None:
+            nonlocal said, first_s
+            first_s = first_s or time.monotonic()
+            said += piece
+            text.set_text(said)
+
+        flags = ["--model", str(model.path), f"--prompt={prompt}", "--max-tokens", str(tokens)]
+        answer = await jobs.stream("generate", flags, show)
+        if answer.sentence:
+            raise MisError(answer.sentence)
+        text.set_text(str(answer.result.get("text", said)).strip() or "(nothing)")
+        figures.set_text(figure_words(answer.result, time.monotonic() - first_s))
+
+
+def held_out(run: Listed) -> list[str]:
+    """Some of the prompts that a run was judged by."""
+    story = run_panel.story_of(run)
+    prompts: dict[str, None] = {}  # in their order
+    for row in story.answers if story else ():
+        prompts[str(row.get("prompt", ""))] = None
+    every = max(1, len(prompts) // PROMPTS)
+    spread = list(prompts)[::every]
+    return spread[:PROMPTS]
+
+
+def shortened(prompt: str) -> str:
+    """As much of it as a button shows."""
+    if len(prompt) < SHORT:
+        return prompt
+    return f"{prompt[: SHORT - 3]}…"
+
+
+def figure_words(result: dict[str, Any], seconds: float) -> str:
+    """Tokens, their speed behind the first one, memory."""
+    tokens = int(result.get("tokens", 0))
+    words = [f"{tokens} tokens"]
+    if tokens > 1 and seconds > 0:
+        words.append(f"{(tokens - 1) / seconds:.1f} tokens/s")
+    if "peak_bytes" in result:
+        words.append(f"{gib(result['peak_bytes'])} of memory")
+    return ", ".join(words)
+
+
+def prompt_of(value: object) -> str:
+    """What is asked. MisError where that is nothing, or too much."""
+    text = str(value or "").replace("\0", "").strip()
+    if not text:
+        raise MisError("There is no prompt: write one, or click one")
+    if len(text) > PROMPT_CHARACTERS:
+        why = f"The prompt has {len(text)} characters, {PROMPT_CHARACTERS} are taken"
+        raise MisError(f"{why}: shorten it")
+    return text
+
+
+def tokens_of(value: object) -> int:
+    """How many tokens an answer may have. MisError for no whole number from 1 to MOST_TOKENS."""
+    tokens = wishes.number(value, 1, MOST_TOKENS, "the number of tokens")
+    if tokens != int(tokens):
+        raise MisError(f"the number of tokens is {tokens:g}: give a whole number")
+    return int(tokens)
+
+
+def pair(run: Listed, more: tuple[Path, ...]) -> tuple[places.Place, places.Place]:
+    """(teacher, student) of a finished run. MisError where one is not among the models found."""
+    found = {place.path: place for place in places.models(more)}
+    story = run_panel.story_of(run)
+    named = Path(str(story.result.get("teacher", ""))) if story else Path()
+    teacher = found.get(named.absolute())
+    if teacher is None:
+        why = f"The teacher {named} is not among the models found here"
+        raise MisError(f"{why}: start `mis_mlx studio --models FOLDER` with the folder it is in")
+    student = found.get((run.folder / "model").absolute())
+    if student is None:
+        raise MisError(f"{run.name} has no model any more: choose another run")
+    return teacher, student

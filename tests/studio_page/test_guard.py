@@ -1,0 +1,151 @@
+"""Who is let in: requests as ASGI has them, against a door of one start."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import pytest
+
+from mis_mlx.studio_page.guard import Door, Guard
+
+PORT = 4321
+HERE = f"127.0.0.1:{PORT}"
+Sent = list[MutableMapping[str, Any]]
+
+
+async def _page(scope: Any, receive: Any, send: Any) -> None:
+    """What the guard stands before."""
+    headers = [(b"x-frame-options", b"SAMEORIGIN")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"inside"})
+
+
+def sent(door: Door, headers: Mapping[str, str], query: str = "", kind: str = "http") -> Sent:
+    """What comes back."""
+    scope = {
+        "type": kind,
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        "query_string": query.encode(),
+    }
+    answers: Sent = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        answers.append(message)
+
+    async def receive() -> MutableMapping[str, Any]:
+        raise AssertionError("nobody reads before the door is open")
+
+    asyncio.run(Guard(_page, door)(scope, receive, send))
+    return answers
+
+
+def cookie_of(door: Door) -> str:
+    """A cookie, got as the browser gets it."""
+    _, _, token = door.address.partition("?")
+    start, _ = sent(door, {"host": HERE}, token)
+    assert start["status"] == 303
+    headers = dict(start["headers"])
+    assert headers[b"location"] == b"/"
+    cookie = headers[b"set-cookie"].decode()
+    assert "HttpOnly" in cookie
+    assert "SameSite=Strict" in cookie
+    return cookie.partition(";")[0]
+
+
+def inside(answers: Sent) -> bool:
+    """Whether the page answered."""
+    return answers[-1].get("body") == b"inside"
+
+
+def test_the_address_lets_one_browser_in() -> None:
+    """Its token is good once; the cookie is good from then on, for both names of this machine."""
+    door = Door(PORT)
+    _, _, token = door.address.partition("?")
+    cookie = cookie_of(door)
+    assert inside(sent(door, {"host": HERE, "cookie": cookie}))
+    assert inside(sent(door, {"host": f"localhost:{PORT}", "cookie": f"other=1; {cookie}"}))
+    again = sent(door, {"host": HERE}, token)
+    assert again[0]["status"] == 403
+    assert inside(sent(door, {"host": HERE, "cookie": cookie}, token))
+
+
+REFUSED = {
+    "another host": {"host": f"evil.example:{PORT}"},
+    "another port": {"host": "127.0.0.1:1"},
+    "no host": {},
+    "an address that only looks alike": {"host": f"{HERE}.evil.example"},
+    "another page": {"host": HERE, "origin": "http://evil.example"},
+    "another program on this machine": {"host": HERE, "origin": "http://127.0.0.1:1"},
+    "this machine over TLS": {"host": HERE, "origin": f"https://{HERE}"},
+    "a page without an origin": {"host": HERE, "origin": "null"},
+    "a picture in another page": {"host": HERE, "sec-fetch-site": "cross-site"},
+    "a page of another port": {"host": HERE, "sec-fetch-site": "same-site"},
+}
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+@pytest.mark.parametrize("what", REFUSED)
+def test_others_stay_outside_even_with_the_cookie(what: str, kind: str) -> None:
+    """Nor does a token help them, which stays good for the browser that it is for."""
+    door = Door(PORT)
+    _, _, token = door.address.partition("?")
+    first = sent(door, REFUSED[what], token, kind)
+    assert not inside(first)
+    cookie = cookie_of(door)
+    answers = sent(door, {**REFUSED[what], "cookie": cookie}, kind=kind)
+    assert not inside(answers)
+    if kind == "http":
+        assert answers[0]["status"] == 403
+    else:
+        assert answers == [{**answers[0], "type": "websocket.close", "code": 1008}]
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+def test_without_the_cookie_nobody_is_let_in(kind: str) -> None:
+    """No token, a wrong one, somebody else's cookie, a damaged one; a WebSocket takes no token."""
+    door = Door(PORT)
+    other = Door(PORT)
+    cookies = ["", f"{door.cookie}=x", f"{door.cookie}={other.key}", f"{door.cookie}=\x00;;=", "é"]
+    for cookie in cookies:
+        assert not inside(sent(door, {"host": HERE, "cookie": cookie}, kind=kind)), cookie
+    for query in ("", "token=", "token=x", f"token={other.key}", "token=%ff"):
+        assert not inside(sent(door, {"host": HERE}, query, kind)), query
+    if kind == "websocket":
+        _, _, token = door.address.partition("?")
+        assert not inside(sent(door, {"host": HERE}, token, kind))
+
+
+def test_a_header_that_comes_twice_fits_nothing() -> None:
+    """Two hosts, of which a program behind might read the other one."""
+    door = Door(PORT)
+    cookie = cookie_of(door)
+    pairs = [(b"host", HERE.encode()), (b"host", b"evil.example"), (b"cookie", cookie.encode())]
+    scope = {"type": "http", "headers": pairs, "query_string": b""}
+    answers: Sent = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        answers.append(message)
+
+    asyncio.run(Guard(_page, door)(scope, send, send))
+    assert answers[0]["status"] == 403
+
+
+def test_pages_load_nothing_from_elsewhere() -> None:
+    """The policy is in every answer; a page's own header stays."""
+    door = Door(PORT)
+    start, _ = sent(door, {"host": HERE, "cookie": cookie_of(door)})
+    headers = dict(start["headers"])
+    assert b"default-src 'self'" in headers[b"content-security-policy"]
+    assert b"frame-ancestors 'none'" in headers[b"content-security-policy"]
+    assert headers[b"x-frame-options"] == b"SAMEORIGIN"
+    assert headers[b"referrer-policy"] == b"no-referrer"
+
+
+def test_two_starts_share_no_secret() -> None:
+    """Nor do two ports share a cookie's name."""
+    first = Door(1)
+    second = Door(2)
+    assert len({first.key, second.key, first.address, second.address}) == 4
+    assert first.cookie != second.cookie

@@ -1,0 +1,255 @@
+"""Runs that a page starts: processes of `distill` on a tiny model, and what is done to them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mis_mlx.hardware import jobs
+from mis_mlx.hardware.jobs import Started
+from mis_mlx.storage import run_folder
+from mis_mlx.studio_page import runs
+from mis_mlx.studio_page.runs import FINISHED, RUNNING, STOPPED
+from mis_mlx.types import Checkpoint, MisError
+from tests import forks
+from tests.conftest import SMALL, files_up_to, mostly_slow
+
+PATIENCE_S = 120
+STEPS = 200  # of a run that is stopped in the middle
+NAMES = ["..", ".", "", "../other", "/etc", ".studio", "a/b", "nothing-001", None, 3, "x\0"]
+START = """
+import sys
+from mis_mlx.studio_page import runs
+from mis_mlx.types import MisError
+try:
+    print(runs.start("tiny", sys.argv[1:]))
+except MisError as error:
+    print(f"refused: {error}")
+"""
+
+
+@pytest.fixture
+def here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_home: dict[str, str]
+) -> Iterator[Path]:
+    """A user's folder. Whatever still runs in it ends with the test."""
+    monkeypatch.chdir(tmp_path)
+    own = ("HOME", "HF_HOME", "HF_HUB_OFFLINE", "MIS_MLX_CACHE", "OPENBLAS_NUM_THREADS")
+    for name in own:
+        monkeypatch.setenv(name, own_home[name])
+    yield tmp_path
+    for run in runs.listed():
+        if run.job:
+            jobs.stop(run.job.started, at_once=True)
+
+
+@pytest.fixture
+def line(llama: Checkpoint, text_folder: Path) -> list[str]:
+    """Flags of a run that takes a while; of the last ones given, the last counts."""
+    flags = ("--teacher", llama.path, "--data", text_folder, *SMALL)
+    more = ("--iters", STEPS, "--eval-prompts", 0)
+    return [str(flag) for flag in (*flags, *more)]
+
+
+def wait(over: Callable[[], bool], what: str) -> None:
+    """Until it is so."""
+    until = time.monotonic() + PATIENCE_S
+    while not over():
+        assert time.monotonic() < until, f"{what}: {[vars(run) for run in runs.listed()]}"
+        time.sleep(0.1)
+
+
+def state(name: str) -> str:
+    """Of a run."""
+    return runs.named(name).state
+
+
+def trained(name: str) -> bool:
+    """Whether it has made some steps, more than it has saved at once."""
+    return len(run_folder.metrics(runs.RUNS / name)) > 5
+
+
+@pytest.mark.parametrize("at_once", mostly_slow([False, True], True))
+def test_a_run_is_stopped_and_goes_on(here: Path, line: list[str], at_once: bool) -> None:
+    """Asked to, or killed: it is listed as what it is, resumed where it was, and finishes."""
+    name = runs.start("tiny", line)
+    assert name == "tiny-001"
+    assert state(name) == RUNNING
+    with pytest.raises(MisError, match="is running: stop it first"):
+        runs.delete(name)
+    with pytest.raises(MisError, match="tiny-001 is running, and one run at a time fits"):
+        runs.start("tiny", line)
+    with pytest.raises(MisError, match="tiny-001 is running"):
+        runs.resume(name)
+    wait(lambda: trained(name), "steps")
+    runs.stop(name, at_once)
+    wait(lambda: state(name) == STOPPED, "stopped")
+    with pytest.raises(MisError, match="nothing to stop"):
+        runs.stop(name, at_once)
+    last = run_folder.metrics(runs.RUNS / name)[-1]["number"]
+    assert last < STEPS
+    runs.resume(name)
+    assert state(name) == RUNNING
+    wait(lambda: state(name) != RUNNING, "the end")
+    run = runs.named(name)
+    assert run.state == FINISHED, runs.last_lines(run, 5)
+    assert run.model_bytes > 0
+    assert "continuing from step" in run.log.read_text()
+    assert len(run_folder.metrics(run.folder)) == STEPS
+    with pytest.raises(MisError, match="is finished"):
+        runs.resume(name)
+    assert runs.delete(name) > run.model_bytes
+    assert runs.listed() == []
+    assert {path.name for path in runs.BOOKS.iterdir()} == {".lock"}
+
+
+def test_many_pages_start_one_run(here: Path, line: list[str]) -> None:
+    """Four processes at the same moment."""
+    env = {**os.environ, "PYTHONPATH": str(forks.ROOT)}
+    starters = [
+        subprocess.Popen(
+            [sys.executable, "-c", START, *line], env=env, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(4)
+    ]
+    said = [starter.communicate()[0].strip() for starter in starters]
+    assert said.count("tiny-001") == 1
+    refused = [words for words in said if words.startswith("refused: tiny-001 is running")]
+    assert len(refused) == 3
+    assert [run.name for run in runs.listed()] == ["tiny-001"]
+
+
+def test_a_run_outlives_who_started_it(here: Path, line: list[str]) -> None:
+    """The starter is killed with its whole session, as a terminal that is closed does."""
+    env = {**os.environ, "PYTHONPATH": str(forks.ROOT)}
+    code = START + "\nimport os, signal\nsys.stdout.flush()\nos.killpg(0, signal.SIGKILL)\n"
+    subprocess.run(
+        [sys.executable, "-c", code, *line], env=env, start_new_session=True, check=False
+    )
+    assert state("tiny-001") == RUNNING
+    wait(lambda: trained("tiny-001"), "steps")
+    runs.stop("tiny-001", at_once=False)
+    wait(lambda: state("tiny-001") == STOPPED, "stopped")
+    assert "all of it saved" in runs.last_lines(runs.named("tiny-001"), 1)[0]
+
+
+def test_a_run_that_is_refused_says_why(here: Path, line: list[str]) -> None:
+    """It has no folder, but a log; the next one gets another name."""
+    name = runs.start("tiny", [*line, "--budget", "1MiB"])
+    wait(lambda: state(name) == STOPPED, "refused")
+    run = runs.named(name)
+    assert not run.folder.exists()
+    (last,) = runs.last_lines(run, 1)
+    assert last.startswith("mis_mlx: ")
+    assert runs.start("tiny", line) == "tiny-002"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_no_path(here: Path, name: object) -> None:
+    """Nothing outside of runs/ is stopped, resumed or deleted."""
+    for folder in (here / "other", here / "runs" / "real-001"):
+        folder.mkdir(parents=True)
+        (folder / run_folder.CONFIG).write_text("iters: 1\n")
+    before = sorted(here.rglob("*"))
+    for act in (runs.named, runs.resume, runs.delete, lambda name: runs.stop(name, at_once=True)):
+        with pytest.raises(MisError):
+            act(name)
+    after = [path for path in sorted(here.rglob("*")) if ".studio" not in path.parts]
+    assert after == before
+
+
+def test_a_link_is_no_run(here: Path) -> None:
+    """What it leads to is not listed, so not deleted."""
+    outside = here / "precious"
+    outside.mkdir()
+    (outside / run_folder.CONFIG).write_text("iters: 1\n")
+    (here / "runs").mkdir()
+    (here / "runs" / "link-001").symlink_to(outside)
+    assert runs.listed() == []
+    with pytest.raises(MisError):
+        runs.delete("link-001")
+    assert (outside / run_folder.CONFIG).is_file()
+
+
+def test_links_in_a_run_are_not_followed(here: Path) -> None:
+    """A deletion takes the link."""
+    outside = here / "precious"
+    outside.mkdir()
+    (outside / "file").write_text("stays")
+    run = here / "runs" / "mine-001"
+    run.mkdir(parents=True)
+    (run / run_folder.CONFIG).write_text("iters: 1\n")
+    (run / "model").symlink_to(outside)
+    runs.delete("mine-001")
+    assert not run.exists()
+    assert (outside / "file").read_text() == "stays"
+
+
+def test_where_nothing_can_be_written_nothing_runs(here: Path, line: list[str]) -> None:
+    """A sentence, no process, and afterwards the page works as before."""
+    with files_up_to(0), pytest.raises(MisError, match="was not saved"):
+        runs.start("tiny", line)
+    assert runs.listed() == []
+    assert runs.start("tiny", line) == "tiny-001"
+
+
+def test_damaged_records_harm_nobody(here: Path) -> None:
+    """Torn, of another version, of a process number that is somebody else's by now."""
+    own = jobs.Started(os.getpid(), 0.0)
+    assert not jobs.alive(own)
+    reused = {"flags": [], "pid": own.pid, "created_s": 0.0, "began_s": 2.0}
+    texts = {"torn": '{"flags', "other": "[1]", "more": '{"flags": [], "x": 1}'}
+    texts["reused"] = json.dumps(reused)
+    runs.BOOKS.mkdir(parents=True)
+    for name, text in texts.items():
+        (runs.BOOKS / f"{name}.json").write_text(text)
+    assert {run.name: run.state for run in runs.listed()} == dict.fromkeys(texts, STOPPED)
+    assert runs.running() is None
+    with pytest.raises(MisError, match="nothing to stop"):
+        runs.stop("reused", at_once=True)
+    for name in texts:
+        runs.delete(name)
+    assert runs.listed() == []
+
+
+def test_a_run_of_the_terminal_is_listed(here: Path, line: list[str]) -> None:
+    """It counts as the one that runs, and is not ours to stop."""
+    command = [sys.executable, "-m", "mis_mlx.distill", *line, "--out", "runs/mine"]
+    env = {**os.environ, "PYTHONPATH": str(forks.ROOT)}
+    with subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) as process:
+        try:
+            wait(lambda: any(run.state == RUNNING for run in runs.listed()), "listed")
+            with pytest.raises(MisError, match="mine is running"):
+                runs.start("tiny", line)
+            with pytest.raises(MisError, match="was not started here"):
+                runs.stop("mine", at_once=True)
+        finally:
+            process.kill()
+    assert state("mine") == STOPPED
+
+
+def test_a_model_has_to_fit(here: Path, line: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the run at work, which may still take all of its budget."""
+    runs.check_fits("A model", 2**20)
+    with pytest.raises(MisError, match="close other programs"):
+        runs.check_fits("A model", 2**50)
+    name = runs.start("tiny", [*line, "--budget", "1GiB"])
+    wait(lambda: trained(name), "steps")
+    monkeypatch.setattr(jobs, "free_bytes", lambda: 2**30)
+    with pytest.raises(MisError, match=r"needs 512 MiB, .* free beside tiny-001: wait for the run"):
+        runs.check_fits("A model", 2**29)
+
+
+def test_a_record_names_one_process() -> None:
+    """One that has ended is not alive, whether or not somebody waited for it."""
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as process:
+        started = Started(process.pid, time.time())
+    assert not jobs.alive(started)
+    jobs.stop(started, at_once=True)
