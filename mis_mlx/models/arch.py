@@ -24,7 +24,13 @@ from mis_mlx.models.config import (
     shape_of,
 )
 from mis_mlx.models.families import ALL, Config, Shapes, family
-from mis_mlx.models.tensor_shapes import layer_tensors, side_tensors, tensors_of
+from mis_mlx.models.tensor_shapes import (
+    end_tensors,
+    layer_tensors,
+    side_tensors,
+    tensors_of,
+    versions,
+)
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 
 # A ratio per axis, kept / before. redyk and gazda: what was measured best at GÓRAL's size on
@@ -47,6 +53,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # configs without weights, for plans
     for name in ("mis-137b", "qwen3-30b-a3b", "gemma-4-e2b", "gemma-4-e4b")
 }
 PER_LAYER = tensor_shapes.PER_LAYER
+COEFFICIENTS = tensor_shapes.COEFFICIENTS
 FFN_MULTIPLE = 256  # Metal's fast 4-bit kernels and GGUF K-quants need it
 READERS = {  # axis: (part of a block, the matrices in it that read the axis)
     "ffn": ("mlp", ("down_proj",)),
@@ -115,7 +122,7 @@ def params(config: Config) -> int:
     shape = shape_of(config)
     embedding = shape.vocab * shape.hidden
     head = 0 if shape.tied else embedding
-    sides = _count(side_tensors(config).values())
+    sides = _count(side_tensors(config).values()) + _count(end_tensors(config).values())
     return blocks_params(config) + sides + embedding + head + shape.hidden
 
 
@@ -246,13 +253,32 @@ def unused_tensors(config: Config) -> set[str]:
     Its blocks that use those of another block still have weights for their own.
     """
     names = set[str]()
+    for name in unused_shapes(config):
+        stem = name.removesuffix("weight")
+        for kind in ("weight", "scales", "biases"):
+            names.add(stem + kind)
+    return names
+
+
+def unused_shapes(config: Config) -> Shapes:
+    """Names and shapes of these weights."""
+    shape = shape_of(config)
+    unused: Shapes = {}
     for i, owner in enumerate(key_owners(config)):
         if owner is None:
             continue
-        for module in ("k_proj", "v_proj", "k_norm"):
-            for kind in ("weight", "scales", "biases"):
-                names.add(f"model.layers.{i}.self_attn.{module}.{kind}")
-    return names
+        head_dim = head_size(config, i)
+        rows = shape.kv_heads * head_dim
+        stem = f"model.layers.{i}.self_attn"
+        unused[f"{stem}.k_proj.weight"] = (rows, shape.hidden)
+        unused[f"{stem}.v_proj.weight"] = (rows, shape.hidden)
+        unused[f"{stem}.k_norm.weight"] = (head_dim,)
+    return unused
+
+
+def outer_name(name: str) -> str:
+    """The name that one of our tensors or modules has in a model that contains this one."""
+    return re.sub(r"^model\.", "model.language_model.", name)
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
@@ -458,16 +484,20 @@ def student_config(
     if row.sharing:
         owners = key_owners(config)
         edited[row.sharing] = sum(owners[i] is not None for i in kept)
-    if row.per_layer:
+    if row.per_layer and shape.vocab != shape_of(config).vocab:
         edited["vocab_size_per_layer_input"] = shape.vocab
-    for key in ("layer_types", row.kinds):
+    for key in ("layer_types", row.kinds, row.sparsity):
         if edited.get(key):
             edited[key] = [edited[key][i] for i in kept]
     for field, key in keys_of(edited).items():
         edited[key] = getattr(shape, field)
     edited["torch_dtype"] = dtype
     rope = edited.get("rope_parameters") or {}
-    if "full_attention" not in rope:
+    if row.versions:
+        local = {"rope_type": "default", "rope_theta": edited["rope_local_base_freq"]}
+        usual = {"rope_type": "default", "rope_theta": edited["rope_theta"]}
+        edited["rope_parameters"] = {"full_attention": usual, "sliding_attention": local}
+    elif "full_attention" not in rope:
         scaling = edited.get("rope_scaling") or {}
         theta = {"rope_theta": edited["rope_theta"]}
         edited["rope_parameters"] = {"rope_type": "default", **rope, **scaling, **theta}

@@ -19,7 +19,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.maths import losses, rounding
-from mis_mlx.models import arch, experts, lookup, modules, policy, tokenizer_check
+from mis_mlx.models import altup, arch, experts, lookup, modules, policy, tokenizer_check
 from mis_mlx.models.arch import PER_LAYER
 from mis_mlx.models.config import normalised, read_config, say_once, shape_of, softcap
 from mis_mlx.models.experts import Each, Expert
@@ -218,9 +218,11 @@ def _table_rows(shape: Sequence[int]) -> int:
 
 
 def model_args(config: Config) -> Any:
-    """mlx-lm's ModelArgs of a config."""
-    module = mlx_lm(f"models.{family(config).mlx}")
-    return module.ModelArgs.from_dict(normalised(config))
+    """mlx-lm's ModelArgs of a config, or what it has in their place for the text part."""
+    row = family(config)
+    module = mlx_lm(f"models.{row.mlx}")
+    kind = module.TextConfig if row.written_as else module.ModelArgs
+    return kind.from_dict(normalised(config))
 
 
 def block(
@@ -265,6 +267,8 @@ def expert(checkpoint: Checkpoint, i: int, e: int, dtype: mx.Dtype, raw: Raw) ->
 def _new_block(row: Family, args: Any, i: int) -> nn.Module:
     """Block `i` as mlx-lm makes it, of random weights; called with (x, mask, cache)."""
     module = mlx_lm(f"models.{row.block or row.mlx}")
+    if row.versions:
+        return altup.block(module, args, i)
     usual = ("TransformerBlock", "DecoderLayer")
     classes = [kind for name, kind in vars(module).items() if name.endswith(usual)]
     kind = classes[0]
@@ -355,10 +359,42 @@ def side_rows(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw) -> nn.Module:
     return _filled(nn.Embedding(rows, width), PER_LAYER, checkpoint, dtype, raw=raw)
 
 
+def side_row_ids(checkpoint: Checkpoint, ids: np.ndarray) -> np.ndarray:
+    """The rows that tokens have in the table of per-layer inputs.
+
+    Tokens behind its end have the row of token 0, as in mlx-lm.
+    """
+    rows = checkpoint.config["vocab_size_per_layer_input"]
+    return np.where(ids < rows, ids, 0)
+
+
+def entrance(checkpoint: Checkpoint, dtype: mx.Dtype) -> altup.Entrance | None:
+    """What makes the first block's input of the scaled embedding, lazy; None: nothing does."""
+    versions = arch.versions(checkpoint.config)
+    if versions == 1:
+        return None
+    new = altup.Entrance(shape_of(checkpoint.config).hidden, versions)
+    _quantize(new, "model.", checkpoint)
+    new.load_weights(weights(checkpoint, "model.altup_projections.", dtype, cut="model."))
+    return new
+
+
 def final_norm(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
-    """The last RMSNorm, lazy. raw: as in `weights`."""
+    """The last RMSNorm, lazy. raw: as in `weights`.
+
+    Where blocks pass several versions of the hidden states on, also what makes one of them:
+    (..., A D) -> (..., D).
+    """
     config = checkpoint.config
     row = family(config)
+    if row.versions:
+        hidden = config["hidden_size"]
+        last = altup.Exit(hidden, arch.versions(config), config["rms_norm_eps"])
+        _quantize(last, "model.", checkpoint)
+        named = weights(checkpoint, NORM, dtype, raw, cut="model.")
+        named += weights(checkpoint, "model.altup_unembed_projections.", dtype, cut="model.")
+        last.load_weights(named)
+        return last
     kind = nn.RMSNorm
     if row.gain_offset:
         kind = mlx_lm(f"models.{row.mlx}").RMSNorm
@@ -415,7 +451,11 @@ def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
     """
     config = checkpoint.config
     row = family(config)
-    model = mlx_lm(f"models.{row.mlx}").Model(model_args(config))
+    module = mlx_lm(f"models.{row.mlx}")
+    if row.versions:
+        model = altup.Model(module, model_args(config), config)
+    else:
+        model = module.Model(model_args(config))
     inner = model.model
     tables = ["embed_tokens"]
     if row.per_layer:
@@ -442,10 +482,24 @@ def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
 
 
 def embedded(model: nn.Module, tokens: mx.array) -> mx.array:
-    """The first block's input (B, T, D), of a model that `resident` has made."""
+    """The scaled embedding (B, T, D), of a model that `resident` has made."""
     rows = model.model.embed_tokens(tokens)
     scale = model._embedding_scale
     return rows if scale is None else rows * scale  # type: ignore[no-any-return]
+
+
+def entered(model: nn.Module, embedding: mx.array) -> mx.array:
+    """The first block's input, of `embedded`; the same array where a family adds nothing."""
+    if not family(model._config).versions:
+        return embedding
+    return model.model.enter(embedding)  # type: ignore[no-any-return]
+
+
+def final_states(model: nn.Module, hidden: mx.array) -> mx.array:
+    """The head's input (B, T, D), of the last block's output."""
+    if family(model._config).versions:
+        return model.model.leave(hidden)  # type: ignore[no-any-return]
+    return model.model.norm(hidden)  # type: ignore[no-any-return]
 
 
 def activation_dtype(model: nn.Module) -> mx.Dtype:

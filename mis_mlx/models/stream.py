@@ -88,6 +88,7 @@ class Stream:
         self._kept: dict[int, nn.Module] = {}
         self._hot = OrderedDict[tuple[int, int], tuple[Expert, Slot]]()
         self._norm: nn.Module | None = None
+        self._entrance: nn.Module | None = None
         self._head: nn.Module | None = None
         slot_bytes = []
         if not self._copies:
@@ -198,11 +199,38 @@ class Stream:
         self.sides = block_inputs.of_config(self.checkpoint.config, self._channels(batches))
         for tokens in batches:
             ids, rows = np.unique(np.array(tokens), return_inverse=True)
-            hidden.append(self._embedded(ids, rows.reshape(tokens.shape)))
+            embedded = self._embedded(ids, rows.reshape(tokens.shape))
+            hidden.append(self.entered(embedded))
         return hidden
 
+    def entered(self, embedded: mx.array) -> mx.array:
+        """The first block's input, evaluated, of the scaled embedding (B, T, D).
+
+        It is the same array, except where blocks pass several versions on (models/altup).
+        """
+        if arch.versions(self.checkpoint.config) == 1:
+            return embedded
+        if self._entrance is None:
+            entrance = load.entrance(self.checkpoint, self.dtype)
+            assert entrance is not None
+            self._entrance = load_checked(entrance, f"{self.checkpoint.path}: ")
+        out: mx.array = self._entrance(embedded)
+        evaluate_now(out)
+        return out
+
+    def left_entrance(self, hidden: mx.array, above: mx.array) -> mx.array:
+        """Cotangents at the scaled embedding (B, T, D), of those at the first block's input.
+
+        hidden: that input, whose first version is the embedding.
+        """
+        if self._entrance is None:
+            return above
+        embedded = hidden[..., : self.checkpoint.config["hidden_size"]]
+        _, (below,) = mx.vjp(self._entrance, [embedded], [above])
+        return below
+
     def _embedded(self, ids: np.ndarray, rows: np.ndarray) -> mx.array:
-        """The first block's input (..., D) for token ids[rows]; ids rise."""
+        """The scaled embedding (..., D) of token ids[rows]; ids rise."""
         table = load.embedding(self.checkpoint, self.dtype, self._stored(load.EMBEDDING, ids))
         load_checked(table, f"{self.checkpoint.path}: {load.EMBEDDING}")
         scale = load.embedding_scale(self.checkpoint.config, self.dtype)
@@ -226,10 +254,12 @@ class Stream:
         def of_tokens(ids: np.ndarray) -> mx.array:
             """Channels (m, L, P) of token ids (m,)."""
             # Nothing is named that can go while the result is computed: all of it is large.
-            table = load.side_rows(self.checkpoint, self.dtype, self._stored(arch.PER_LAYER, ids))
+            rows = load.side_row_ids(self.checkpoint, ids)
+            own, places = np.unique(rows, return_inverse=True)
+            table = load.side_rows(self.checkpoint, self.dtype, self._stored(arch.PER_LAYER, own))
             load_checked(table, f"{where}{arch.PER_LAYER}")
             every = np.arange(len(ids))
-            index = mx.array(every.astype(np.int32))
+            index = mx.array(places.reshape(-1).astype(np.int32))
             projected = projection(table(index), self._embedded(ids, every))
             mx.eval(projected)
             return projected
