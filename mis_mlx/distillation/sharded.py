@@ -322,7 +322,7 @@ class Sharded:
 
     def _last(self, out: mx.array) -> mx.array:
         """Final hidden states (B * T, D)."""
-        return self._norm(out).reshape(-1, out.shape[-1])
+        return self._norm(out).reshape(-1, self._student.config["hidden_size"])
 
     def _back(
         self,
@@ -357,7 +357,8 @@ class Sharded:
             at = (i - self.blocks.start) * len(ends) + b
             above = mx.array(1.0) if end else kept[at + len(ends)]
             if slopes:
-                above = mx.zeros((kept[at].shape[0] * kept[at].shape[1], kept[at].shape[2]))
+                tokens = kept[at].shape[0] * kept[at].shape[1]
+                above = mx.zeros((tokens, self._student.config["hidden_size"]))
             inputs = self._source.sides.inputs(i, b, kept[at])
             cotangents = BlockOutputs(above, self._shared.take(i, b))
             (out, *_), found = mx.vjp(

@@ -187,11 +187,13 @@ def _packed_names(checkpoint: Checkpoint, name: str) -> list[str]:
 def stored_parts(checkpoint: Checkpoint, name: str, rows: np.ndarray | None = None) -> InParts:
     """A tensor as stored, read as many rows at a time as `TABLE_PART` numbers.
 
-    rows: their numbers, rising; default: all.
+    rows: their numbers, rising; default: all. Of the table of per-layer inputs: of which tokens.
     """
     tensor = checkpoint.tensors[name]
     reader = Reader({name: tensor})
     ids = np.arange(tensor.shape[0]) if rows is None else rows
+    if name.startswith(PER_LAYER):
+        ids = side_row_ids(checkpoint, ids)
     step = _table_rows(tensor.shape)
     starts = range(0, len(ids), step)
     parts = (reader.rows(tensor, ids[start : start + step]) for start in starts)

@@ -163,7 +163,7 @@ def _outer_config(
         "architectures": [families.WRAPPERS[outer]],
         "text_config": text,
     }
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "vocab_size"):
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype"):
         if key in config:
             whole[key] = config[key]
     if packing:

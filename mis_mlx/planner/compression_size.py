@@ -341,7 +341,7 @@ def _compensated(
     factor = (3 if precision(widest) is np.float32 else 5) * square[widest]
     beside = grams + factor + 8 * weights + 20 * min(weights, PART)
     p = streamed_pass("", m, tokens, length, length, limit_bytes, head=False, beside_bytes=beside)
-    held = p.held_tokens * s.hidden * m.item + m.slots_bytes
+    held = p.held_tokens * m.channels * m.item + m.slots_bytes
     # columns are rounded by numpy
     host = sum(_solver(n, 3 * n, 0) + n * n * out for n, out in sides)
     each = 2 * tokens * sum(n * n for n, _ in sides) + sum(
@@ -369,7 +369,7 @@ def _sensed(then: StageCost, m: ModelSize, windows: int, length: int, limit: int
     what its matrices see of some windows, and a slab of gradients and errors. Traffic and
     operations are those of its docstring.
     """
-    window = length * m.shape.hidden * m.item
+    window = length * m.channels * m.item
     one = streamed_pass("", m, length, length, length, head=False, spool=False)
     # Of logits three arrays were measured on a CPU, five by the way of Metal.
     head = m.head_work + estimates.logit_bytes(2 * m.shape.vocab, length, True) * (2 + m.gpu) // 2

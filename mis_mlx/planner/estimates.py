@@ -61,6 +61,11 @@ class ModelSize:
     side_params: int = 0  # of the table of per-layer inputs and of what is projected beside it
 
     @property
+    def channels(self) -> int:
+        """The channels of a token between two blocks: D, or AltUp's A D."""
+        return self.shape.hidden * arch.versions(self.config)
+
+    @property
     def blocks_params(self) -> int:
         """Parameters of all blocks; `block_params` are those of the largest."""
         head = self.head_params * (1 if self.shape.tied else 2)
@@ -165,7 +170,7 @@ def model_of(
         head, nbytes, block_bytes = (int(per * n) for n in (s.vocab * s.hidden, params, block))
     as_stored = gpu if packed else floats == {str(dtype).removeprefix("mlx.core.")}
     known = dtype.size, packed, as_stored, count, gpu, *arch.shares(config)
-    sides = sum(map(math.prod, arch.side_tensors(config).values()))
+    sides = sum(map(math.prod, (arch.side_tensors(config) | arch.end_tensors(config)).values()))
     return ModelSize(config, s, params, block, block_bytes, head, nbytes, *known, side_params=sides)
 
 
@@ -230,7 +235,8 @@ def forward_flops(m: ModelSize, tokens: int, length: int, head: bool = True) -> 
     """
     s = m.wide
     attention = s.heads * s.head_dim * length  # 2 products x 2 x length / 2 positions seen
-    projected = m.side_params - m.shape.vocab * arch.channels(m.config)
+    rows = m.config.get("vocab_size_per_layer_input", 0)
+    projected = m.side_params - rows * arch.channels(m.config)
     blocks = m.met * m.blocks_params + s.layers * attention + projected
     return 2.0 * tokens * (blocks + (m.head_params if head else 0))
 
@@ -275,7 +281,7 @@ def activation_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
     """
     s = arch.widest(config)
     more = families.family(config).sandwich
-    per_token = (6 + 4 * more) * s.hidden + (5 + 5 * more) * arch.met(config)
+    per_token = (6 + 4 * more) * s.hidden * arch.versions(config) + (5 + 5 * more) * arch.met(config)
     per_token += 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length
     sides = 4 * arch.channels(config)  # rows, what is projected, that behind its norm, and the sum
     return 4 * batch * length * (s.layers * per_token + sides)
@@ -349,7 +355,7 @@ def streamed_pass(
     fixed = beside_bytes + m.slots_bytes + SMALL_BYTES + side_bytes(m, tokens)
     peak = fixed + max(body, head_work + logits)
     kept_head = fixed + max(body, logits) + head_work
-    hidden, batch = tokens * s.hidden * m.item, micro_tokens * s.hidden * m.item
+    hidden, batch = tokens * m.channels * m.item, micro_tokens * m.channels * m.item
     held = min(hidden, room(limit_bytes, peak, m.gpu) // batch * batch) if spool else hidden
     moved = (hidden - held) * (s.layers + 1)
     keeps = 0
@@ -375,7 +381,7 @@ def streamed_pass(
         flops,
         pinned=keeps,
         spooled_bytes=hidden - held,
-        held_tokens=held // (s.hidden * m.item),
+        held_tokens=held // (m.channels * m.item),
         waits=s.layers * (passes + BLOCK_WAITS) + (batches if head else 0),
     )
 

@@ -46,7 +46,7 @@ def store(job: DistillationSpec, limit: int) -> StageCost:
     steps = max(job.iters, job.rounding.steps(True))
     windows = steps * job.batch_size * job.grad_accumulation_steps
     one = streamed_pass("", t, length, length, length, spool=False)
-    window = length * t.shape.hidden * t.item + estimates.side_bytes(t, length)
+    window = length * t.channels * t.item + estimates.side_bytes(t, length)
     at_once = 1 + min(room(limit, one.peak_bytes, t.gpu) // window, windows - 1)
     read = math.ceil(windows / at_once) * one.read_bytes
     written = windows * length * job.target_bytes
@@ -132,7 +132,7 @@ def way_back_bytes(job: DistillationSpec, micro: int, rank: int = 0) -> int:
     update = gradient + lanes * PACKED_UPDATE_ARRAYS * 4 * max(sizes)
     ahead = m.in_flight(estimates.activation_bytes(m.config, micro, length) // s.layers)
     sides = estimates.side_bytes(replace(m, item=4), job.step)
-    states = 4 * (s.layers * job.step + s.vocab) * s.hidden
+    states = 4 * (s.layers * job.step * m.channels + s.vocab * s.hidden)
     return estimates.SMALL_BYTES + sides + states + max(loss, back, update) + ahead
 
 
@@ -193,7 +193,7 @@ def _taught(
             0, t.body_bytes(estimates.pass_workspace(t, job.step, micro * length, length)) - work
         )
         peak += t.slots_bytes + (t.head_work + t.widened_bytes) * (not same_head)
-        peak += job.step * t.shape.hidden * t.item + estimates.side_bytes(t, job.step)
+        peak += job.step * t.channels * t.item + estimates.side_bytes(t, job.step)
         keeps = estimates.pins(t, room(limit, peak, t.gpu))
         read = t.head_bytes * (not same_head) + t.block_bytes * (
             keeps + iters * (t.shape.layers - keeps)

@@ -228,7 +228,8 @@ class DistillationSpec(DistillationConfig):
 
 def steps_of(asked: DistillationConfig, config: Mapping[str, Any]) -> int:
     """--iters, or the usual number of steps for a model of this config's family."""
-    usual = ITERS * (family(config).steps if asked.reconstruct_samples else 2)
+    repaired = asked.reconstruct_samples and not family(config).versions
+    usual = ITERS * (family(config).steps if repaired else 2)
     return asked.iters or usual
 
 
@@ -254,8 +255,12 @@ def spec_of(
     ]
     known = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
     known["iters"] = steps_of(asked, student.config)
+    if family(student.config).versions:  # no fit knows what comes of several hidden states
+        known["reconstruct_samples"] = 0
     modes: tuple[Mode, ...] = (
-        (*MODES, "none") if asked.reconstruct_samples or family(student.config).experts else MODES
+        (*MODES, "none")
+        if known["reconstruct_samples"] or family(student.config).experts
+        else MODES
     )
     uncut = (
         copied

@@ -95,7 +95,10 @@ class PerLayerCosts:
         self._width = int(checkpoint.config[families.family(checkpoint.config).per_layer])
         # of a row on its way into a block (load.SideProjection)
         self._scale = self._width**0.5 * 2.0**-0.5
-        self._batches = [np.array(batch).reshape(-1) for batch in batches]
+        self._batches = []
+        for batch in batches:
+            ids = np.array(batch).reshape(-1)
+            self._batches.append(load.side_row_ids(checkpoint, ids))
         self._ids = np.unique(np.concatenate(self._batches))
         self._path = arch.PER_LAYER.rstrip(".")
         table = checkpoint.tensors[f"{arch.PER_LAYER}weight"]
