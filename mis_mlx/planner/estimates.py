@@ -17,7 +17,7 @@ from mis_mlx import cli
 from mis_mlx.hardware import lanes, rates
 from mis_mlx.hardware.memory import COMMANDS_AHEAD, in_flight_bytes, process_bytes
 from mis_mlx.maths.losses import PART, chunk_rows
-from mis_mlx.models import arch, families, load, policy
+from mis_mlx.models import arch, block_inputs, families, load, policy
 from mis_mlx.models.config import Shape, head_size, key_owners, shape_of
 from mis_mlx.models.host_losses import CHUNK, GROUP
 from mis_mlx.models.stream import GROUP_BYTES, HEAD_PART, pass_bytes, stacked
@@ -248,7 +248,19 @@ def side_bytes(m: ModelSize, tokens: int) -> int:
     """
     owners = {owner for owner in key_owners(m.config) if owner is not None}
     shared = sum(2 * m.shape.kv_heads * head_size(m.config, i) for i in owners)
-    return m.item * (min(tokens, m.shape.vocab) * arch.channels(m.config) + tokens * shared)
+    ends = sum(map(math.prod, arch.end_tensors(m.config).values()))
+    channels = min(tokens, m.shape.vocab) * arch.channels(m.config)
+    return m.item * (channels + tokens * shared + ends)
+
+
+def filling_bytes(m: ModelSize, tokens: int) -> int:
+    """The peak before any block runs: channels of so many tokens, and what some are made of.
+
+    That is rows as stored and as looked up, what is projected, that behind its norm, and their sum:
+    5.4 times the channels, measured.
+    """
+    numbers = min(tokens, m.shape.vocab) * arch.channels(m.config)
+    return side_bytes(m, tokens) + 11 * m.item * min(numbers, block_inputs.PART) // 2
 
 
 def together(m: ModelSize) -> int:
@@ -365,6 +377,7 @@ def streamed_pass(
         keeps = pins(m, room(limit_bytes, kept_head + held, m.gpu))
         head_read = 0
         peak = kept_head + held + keeps * m.block_work
+    peak = max(peak, beside_bytes + filling_bytes(m, tokens))
     # A block's experts are read once a group of tokens (stream.Stream.mixed).
     parts = 1 + max(
         0, math.ceil(hidden * m.config.get("num_experts_per_tok", 0) / GROUP_BYTES) - 1
