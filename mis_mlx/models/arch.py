@@ -50,7 +50,14 @@ SCENARIOS: dict[str, dict[str, float]] = {
 # The paper's teacher; it leaves kv heads and vocabulary open: those of today's 70B models.
 PUBLISHED: dict[str, dict[str, Any]] = {  # configs without weights, for plans
     name: json.loads((Path(__file__).parent / f"{name}.json").read_text("utf-8"))
-    for name in ("mis-137b", "qwen3-30b-a3b", "gemma-4-e2b", "gemma-4-e4b")
+    for name in (
+        "mis-137b",
+        "qwen3-30b-a3b",
+        "gemma-3n-e2b",
+        "gemma-3n-e4b",
+        "gemma-4-e2b",
+        "gemma-4-e4b",
+    )
 }
 PER_LAYER = tensor_shapes.PER_LAYER
 COEFFICIENTS = tensor_shapes.COEFFICIENTS
