@@ -6,7 +6,7 @@ A times as wide. The embedding enters as the first version; behind the last bloc
 through the last norm. AltUp is arXiv 2301.13310.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mis_mlx.maths import losses
 from mis_mlx.models import block_inputs, lookup
 from mis_mlx.models.config import key_owners
-from mis_mlx.models.families import Config
+from mis_mlx.models.families import Config, family
 from mis_mlx.models.modules import SideProjection
 
 
@@ -84,6 +84,53 @@ class Exit(nn.Module):
         return self.norm(left(stacked, self.altup_unembed_projections))
 
 
+def enter(model: nn.Module, embedded: mx.array) -> mx.array:
+    """The first block's input in a resident model, of its scaled embedding (B, T, D).
+
+    The same array, where a family's blocks pass one version on.
+    """
+    if not family(model._config).versions:
+        return embedded
+    return model.model.enter(embedded)  # type: ignore[no-any-return]
+
+
+def leave(model: nn.Module, hidden: mx.array) -> mx.array:
+    """The head's input (B, T, D) in a resident model, of its last block's output."""
+    if not family(model._config).versions:
+        return model.model.norm(hidden)  # type: ignore[no-any-return]
+    return model.model.leave(hidden)  # type: ignore[no-any-return]
+
+
+class Door:
+    """The way into the first block of a streamed model; what it needs is read at first use.
+
+    read: gives an `Entrance`, evaluated. Where blocks pass one version on, nothing is read.
+    """
+
+    def __init__(self, config: Config, read: Callable[[], nn.Module]):
+        self._hidden = config["hidden_size"]
+        self._read = read if family(config).versions else None
+        self._entrance: nn.Module | None = None
+
+    def enter(self, embedded: mx.array) -> mx.array:
+        """The first block's input of the scaled embedding (B, T, D); lazy."""
+        if self._read is None:
+            return embedded
+        if self._entrance is None:
+            self._entrance = self._read()
+        return self._entrance(embedded)  # type: ignore[no-any-return]
+
+    def back(self, hidden: mx.array, above: mx.array) -> mx.array:
+        """Cotangents at the scaled embedding, of those at the first block's input; lazy.
+
+        hidden: that input, whose first version is the embedding.
+        """
+        if self._entrance is None:
+            return above
+        _, (below,) = mx.vjp(self._entrance, [hidden[..., : self._hidden]], [above])
+        return below
+
+
 class _Keys:
     """In the place of mlx-lm's cache: keeps what a block attends to, for blocks that share it.
 
@@ -130,7 +177,7 @@ def _classes(module: ModuleType) -> tuple[Any, Any]:
     class Block(module.Gemma3nDecoderLayer):  # type: ignore[misc, name-defined]
         """mlx-lm's, called as the other families' blocks that share keys."""
 
-        def __init__(self, args: Any, i: int, shares_keys: bool):  # noqa: FBT001
+        def __init__(self, args: Any, i: int, shares_keys: bool):
             super().__init__(args, i, shares_keys)
             self.altup = AltUp(args)
             if shares_keys:  # mlx-lm makes them, and never uses them where there is a cache
@@ -214,7 +261,9 @@ class _Inner(SideProjection):
         window = self._args.sliding_window if slides else None
         return self._module.create_attention_mask(embedded, of_keys, window_size=window)
 
-    def __call__(self, tokens: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
+    def __call__(  # type: ignore[override]
+        self, tokens: mx.array, cache: Sequence[Any] | None = None
+    ) -> mx.array:
         """(B, T) -> (B, T, D). cache: mlx-lm's, one for each block that makes keys and values."""
         embedded = self.embed_tokens(tokens) * self._args.hidden_size**0.5
         channels = self.side_channels(tokens, embedded)

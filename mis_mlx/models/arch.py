@@ -24,13 +24,7 @@ from mis_mlx.models.config import (
     shape_of,
 )
 from mis_mlx.models.families import ALL, Config, Shapes, family
-from mis_mlx.models.tensor_shapes import (
-    end_tensors,
-    layer_tensors,
-    side_tensors,
-    tensors_of,
-    versions,
-)
+from mis_mlx.models.tensor_shapes import end_tensors, layer_tensors, side_tensors, tensors_of
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 
 # A ratio per axis, kept / before. redyk and gazda: what was measured best at GÓRAL's size on
@@ -203,7 +197,7 @@ def inside(tensors: Mapping[str, TensorAt], config: Config) -> dict[str, TensorA
     """
     own = dict[str, TensorAt]()
     expected = tensors_of(config)
-    unused = unused_tensors(config)
+    unused = tensor_shapes.unused_tensors(config)
     joined_family = family(config).joined
     for name, tensor in tensors.items():
         names = inside_names(name)
@@ -252,40 +246,6 @@ def _joined_parts(
             f"{tensor.file}: {name} has {tensor.shape[0]} rows, config.json makes it {first}: "
             f"download it again"
         )
-
-
-def unused_tensors(config: Config) -> set[str]:
-    """Names of keys and values that a published model has, but does not use.
-
-    Its blocks that use those of another block still have weights for their own.
-    """
-    names = set[str]()
-    for name in unused_shapes(config):
-        stem = name.removesuffix("weight")
-        for kind in ("weight", "scales", "biases"):
-            names.add(stem + kind)
-    return names
-
-
-def unused_shapes(config: Config) -> Shapes:
-    """Names and shapes of these weights."""
-    shape = shape_of(config)
-    unused: Shapes = {}
-    for i, owner in enumerate(key_owners(config)):
-        if owner is None:
-            continue
-        head_dim = head_size(config, i)
-        rows = shape.kv_heads * head_dim
-        stem = f"model.layers.{i}.self_attn"
-        unused[f"{stem}.k_proj.weight"] = (rows, shape.hidden)
-        unused[f"{stem}.v_proj.weight"] = (rows, shape.hidden)
-        unused[f"{stem}.k_norm.weight"] = (head_dim,)
-    return unused
-
-
-def outer_name(name: str) -> str:
-    """The name that one of our tensors or modules has in a model that contains this one."""
-    return re.sub(r"^model\.", "model.language_model.", name)
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:

@@ -77,8 +77,8 @@ def backwards(
                 if below.per_layer is not None:
                     at_channels(i, b, below.per_layer)
                 grads[b] = below.hidden
-    for b, above in enumerate(grads):
-        grads[b] = source.left_entrance(kept[b], above)
+    for b, at_block in enumerate(grads):
+        grads[b] = source.door.back(kept[b], at_block)
         stream.evaluate_now(grads[b])
     return grads
 

@@ -347,6 +347,12 @@ def softcap(config: Config) -> float:
     return float(config[key]) if key else 0.0
 
 
+def versions(config: Config) -> int:
+    """The number of versions of the hidden states that blocks pass on: 1, or AltUp's."""
+    key = family(config).versions
+    return int(config[key]) if key else 1
+
+
 def spelled_out(config: Config) -> dict[str, Any]:
     """A copy in which a family's own keys have their defaults where the file has no value.
 

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mis_mlx.models import arch, load
+from mis_mlx.models import arch, load, tensor_shapes
 from mis_mlx.models.config import shape_of
 from mis_mlx.models.families import family
 from mis_mlx.storage import checkpoint as protocol
@@ -94,7 +94,7 @@ def write(
     settings: dict[str, Any] = dict(lora.settings)
     if family(config).written_as:
         settings["keys"] = sorted({name.split(".", 3)[3].rpartition(".")[0] for name in adapters})
-        adapters = {arch.outer_name(name): array for name, array in adapters.items()}
+        adapters = {tensor_shapes.outer_name(name): array for name, array in adapters.items()}
     adapter_config = {
         "fine_tune_type": "lora",
         "num_layers": lora.num_layers,

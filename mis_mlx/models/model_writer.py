@@ -15,7 +15,15 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.models import arch, experts, families, load, policy, tokenizer_check
+from mis_mlx.models import (
+    arch,
+    experts,
+    families,
+    load,
+    policy,
+    tensor_shapes,
+    tokenizer_check,
+)
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import Files, reported
 from mis_mlx.storage.safetensors import (
@@ -36,7 +44,11 @@ ROTATION = "rotation.npy"
 Take = Callable[[str], Tensor]  # a model's tensor by its name
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 MLX_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
-ZEROS = {"group_size": 32, "bits": 2, "mode": "affine"}  # how matrices of zeros are packed
+ZEROS: dict[str, Any] = {
+    "group_size": 32,
+    "bits": 2,
+    "mode": "affine",
+}  # how matrices of zeros are packed
 
 
 def need_tokenizer(folder: Path) -> None:
@@ -120,7 +132,7 @@ def published(
     outer = families.family(config).written_as
     if not outer:
         return dict(config), specs, tensors
-    unused = arch.unused_shapes(config)
+    unused = tensor_shapes.unused_shapes(config)
     packing = dict[str, Any](config.get("quantization") or {})
     if packing:
         unused_specs = dict[str, Spec]()
@@ -135,10 +147,12 @@ def published(
         kind = next(iter(specs.values()))[0]
         unused_specs = {name: (kind, shape) for name, shape in unused.items()}
     whole = {**specs, **unused_specs}
-    zeros = ((name, mx.zeros(shape, MLX_TYPES[kind])) for name, (kind, shape) in unused_specs.items())
+    zeros = (
+        (name, mx.zeros(shape, MLX_TYPES[kind])) for name, (kind, shape) in unused_specs.items()
+    )
     named = itertools.chain(tensors, zeros)
-    renamed = ((arch.outer_name(name), tensor) for name, tensor in named)
-    outer_specs = {arch.outer_name(name): spec for name, spec in whole.items()}
+    renamed = ((tensor_shapes.outer_name(name), tensor) for name, tensor in named)
+    outer_specs = {tensor_shapes.outer_name(name): spec for name, spec in whole.items()}
     return _outer_config(config, outer, packing), outer_specs, renamed
 
 
@@ -167,7 +181,7 @@ def _outer_config(
         if key in config:
             whole[key] = config[key]
     if packing:
-        settings = {arch.outer_name(key): value for key, value in packing.items()}
+        settings = {tensor_shapes.outer_name(key): value for key, value in packing.items()}
         whole["quantization"] = settings
         whole["quantization_config"] = settings
     return whole

@@ -110,7 +110,7 @@ def pass_bytes(settings: Config, tokens: int, length: int) -> int:
     ffn = (3 + sparse) * arch.met(settings)
     heads = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
     scores = shape.heads * length
-    per_token = 8 * shape.hidden * arch.versions(settings) + ffn + heads + scores
+    per_token = 8 * shape.hidden * config.versions(settings) + ffn + heads + scores
     return 4 * tokens * per_token
 
 

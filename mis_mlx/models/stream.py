@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.hardware import lanes
-from mis_mlx.models import arch, block_inputs, experts, families, load, policy, residency
+from mis_mlx.models import altup, arch, block_inputs, experts, families, load, policy, residency
 from mis_mlx.models.experts import Expert, Visit
 from mis_mlx.models.modules import InputRecorder as InputRecorder
 from mis_mlx.models.residency import STACK_BYTES as STACK_BYTES
@@ -88,7 +88,7 @@ class Stream:
         self._kept: dict[int, nn.Module] = {}
         self._hot = OrderedDict[tuple[int, int], tuple[Expert, Slot]]()
         self._norm: nn.Module | None = None
-        self._entrance: nn.Module | None = None
+        self.door = altup.Door(checkpoint.config, self._read_entrance)
         self._head: nn.Module | None = None
         slot_bytes = []
         if not self._copies:
@@ -200,34 +200,14 @@ class Stream:
         for tokens in batches:
             ids, rows = np.unique(np.array(tokens), return_inverse=True)
             embedded = self._embedded(ids, rows.reshape(tokens.shape))
-            hidden.append(self.entered(embedded))
+            entered = self.door.enter(embedded)
+            evaluate_now(entered)
+            hidden.append(entered)
         return hidden
 
-    def entered(self, embedded: mx.array) -> mx.array:
-        """The first block's input, evaluated, of the scaled embedding (B, T, D).
-
-        It is the same array, except where blocks pass several versions on (models/altup).
-        """
-        if arch.versions(self.checkpoint.config) == 1:
-            return embedded
-        if self._entrance is None:
-            entrance = load.entrance(self.checkpoint, self.dtype)
-            assert entrance is not None
-            self._entrance = load_checked(entrance, f"{self.checkpoint.path}: ")
-        out: mx.array = self._entrance(embedded)
-        evaluate_now(out)
-        return out
-
-    def left_entrance(self, hidden: mx.array, above: mx.array) -> mx.array:
-        """Cotangents at the scaled embedding (B, T, D), of those at the first block's input.
-
-        hidden: that input, whose first version is the embedding.
-        """
-        if self._entrance is None:
-            return above
-        embedded = hidden[..., : self.checkpoint.config["hidden_size"]]
-        _, (below,) = mx.vjp(self._entrance, [embedded], [above])
-        return below
+    def _read_entrance(self) -> nn.Module:
+        entrance = load.entrance(self.checkpoint, self.dtype)
+        return load_checked(entrance, f"{self.checkpoint.path}: ")
 
     def _embedded(self, ids: np.ndarray, rows: np.ndarray) -> mx.array:
         """The scaled embedding (..., D) of token ids[rows]; ids rise."""
@@ -254,7 +234,7 @@ class Stream:
         def of_tokens(ids: np.ndarray) -> mx.array:
             """Channels (m, L, P) of token ids (m,)."""
             # Nothing is named that can go while the result is computed: all of it is large.
-            rows = load.side_row_ids(self.checkpoint, ids)
+            rows = block_inputs.table_rows(self.checkpoint.config, ids)
             own, places = np.unique(rows, return_inverse=True)
             table = load.side_rows(self.checkpoint, self.dtype, self._stored(arch.PER_LAYER, own))
             load_checked(table, f"{where}{arch.PER_LAYER}")

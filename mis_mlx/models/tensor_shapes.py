@@ -1,7 +1,9 @@
 """The names and shapes of the tensors that a config promises: pure functions of the config."""
 
+import re
+
 from mis_mlx.models import experts
-from mis_mlx.models.config import ffn_size, head_size, key_owners, shape_of
+from mis_mlx.models.config import ffn_size, head_size, key_owners, shape_of, versions
 from mis_mlx.models.families import Config, Family, Shapes, family
 
 # what the names of small matrices end with, whose rows are too short to be packed
@@ -154,12 +156,6 @@ def end_tensors(config: Config) -> Shapes:
     return tensors
 
 
-def versions(config: Config) -> int:
-    """The number of versions of the hidden states that blocks pass on: 1, or AltUp's."""
-    key = family(config).versions
-    return int(config[key]) if key else 1
-
-
 def tensors_of(config: Config, stacked: bool = False) -> Shapes:
     """{Hugging Face name: shape} of an unquantized model of this config, in forward order.
 
@@ -177,3 +173,37 @@ def tensors_of(config: Config, stacked: bool = False) -> Shapes:
     if not s.tied:
         tensors["lm_head.weight"] = (s.vocab, s.hidden)
     return tensors
+
+
+def unused_tensors(config: Config) -> set[str]:
+    """Names of keys and values that a published model has, but does not use.
+
+    Its blocks that use those of another block still have weights for their own.
+    """
+    names = set[str]()
+    for name in unused_shapes(config):
+        stem = name.removesuffix("weight")
+        for kind in ("weight", "scales", "biases"):
+            names.add(stem + kind)
+    return names
+
+
+def unused_shapes(config: Config) -> Shapes:
+    """Names and shapes of these weights."""
+    shape = shape_of(config)
+    unused: Shapes = {}
+    for i, owner in enumerate(key_owners(config)):
+        if owner is None:
+            continue
+        head_dim = head_size(config, i)
+        rows = shape.kv_heads * head_dim
+        stem = f"model.layers.{i}.self_attn"
+        unused[f"{stem}.k_proj.weight"] = (rows, shape.hidden)
+        unused[f"{stem}.v_proj.weight"] = (rows, shape.hidden)
+        unused[f"{stem}.k_norm.weight"] = (head_dim,)
+    return unused
+
+
+def outer_name(name: str) -> str:
+    """The name that one of our tensors or modules has in a model that contains this one."""
+    return re.sub(r"^model\.", "model.language_model.", name)

@@ -18,7 +18,7 @@ from mis_mlx.hardware import lanes, rates
 from mis_mlx.hardware.memory import COMMANDS_AHEAD, in_flight_bytes, process_bytes
 from mis_mlx.maths.losses import PART, chunk_rows
 from mis_mlx.models import arch, block_inputs, families, load, policy
-from mis_mlx.models.config import Shape, head_size, key_owners, shape_of
+from mis_mlx.models.config import Shape, head_size, key_owners, shape_of, versions
 from mis_mlx.models.host_losses import CHUNK, GROUP
 from mis_mlx.models.stream import GROUP_BYTES, HEAD_PART, pass_bytes, stacked
 from mis_mlx.storage import hub
@@ -63,7 +63,7 @@ class ModelSize:
     @property
     def channels(self) -> int:
         """The channels of a token between two blocks: D, or AltUp's A D."""
-        return self.shape.hidden * arch.versions(self.config)
+        return self.shape.hidden * versions(self.config)
 
     @property
     def blocks_params(self) -> int:
@@ -293,7 +293,8 @@ def activation_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
     """
     s = arch.widest(config)
     more = families.family(config).sandwich
-    per_token = (6 + 4 * more) * s.hidden * arch.versions(config) + (5 + 5 * more) * arch.met(config)
+    per_token = (6 + 4 * more) * s.hidden * versions(config)
+    per_token += (5 + 5 * more) * arch.met(config)
     per_token += 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length
     sides = 4 * arch.channels(config)  # rows, what is projected, that behind its norm, and the sum
     return 4 * batch * length * (s.layers * per_token + sides)
@@ -442,7 +443,7 @@ def compared(models: Sequence[ModelSize], windows: int, length: int) -> StageCos
     beside = 3 * rows * hidden + 2 * 4 * min(length, CHUNK) * rows
     found = 9 * 8 * min(tokens, GROUP + length) * math.ceil(vocab / rows)
     peak = max(body, parts[0] + max(parts) + beside + found) + tokens * sum(
-        m.shape.hidden * m.item for m in models
+        m.channels * m.item for m in models
     )
     peak += max(side_bytes(m, tokens) for m in models)
     flops = sum(forward_flops(m, tokens, length) for m in models)

@@ -623,6 +623,8 @@ def table() -> str:
         if row.head_dim_follows and "heads" in row.axes:
             axes = [*axes[:3], *["together"] * 3]
         repair = "router" if row.experts else "yes"
+        if row.versions:
+            repair = "no"
         rest = [repair, "float16" if row.float16 else "float32 or bfloat16", row.gguf or "no"]
         lines.append("| " + " | ".join([row.name, *axes, *rest]) + " |")
     return "\n".join(lines)

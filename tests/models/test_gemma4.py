@@ -122,7 +122,10 @@ def test_the_published_shapes(name: str, tables: int, total: int, tmp_path: Path
 
 @pytest.mark.parametrize("beside", ["", "model."])
 def test_of_a_model_that_sees_and_hears_the_text_part_is_opened(
-    models: Callable[[str], Checkpoint], beside: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    models: Callable[[str], Checkpoint],
+    beside: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """As published and as mlx_lm.convert writes it: towers are left out, and so are the keys and
     values that nobody uses, of blocks that share another's.
@@ -581,7 +584,8 @@ def test_training_stays_under_the_plan(tmp_path: Path, kind: str, way: str) -> N
     within a half.
     """
     teacher, student = (
-        load.open_checkpoint(tiny.make(tmp_path / str(seed), seed=seed, **LARGER[kind])) for seed in (0, 1)
+        load.open_checkpoint(tiny.make(tmp_path / str(seed), seed=seed, **LARGER[kind]))
+        for seed in (0, 1)
     )
     tokens = np.random.default_rng(0).integers(0, 2048, (12, 64)).astype(np.int32)
     data = Windows(tokens, np.ones((12, 64), np.float32))
