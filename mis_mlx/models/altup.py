@@ -35,7 +35,8 @@ def entered(embedded: mx.array, projections: Sequence[nn.Module]) -> mx.array:
     versions = [embedded]
     for projection in projections:
         version = projection(embedded)
-        versions.append(version * (target / magnitude(version)))
+        factor = target / magnitude(version)
+        versions.append(version * factor)
     return mx.concatenate(versions, axis=-1)
 
 
@@ -50,7 +51,8 @@ def left(stacked: mx.array, projections: Sequence[nn.Module]) -> mx.array:
     total = first
     for version, projection in zip(others, projections, strict=True):
         projected = projection(version)
-        total = total + projected * (target / magnitude(projected))
+        factor = target / magnitude(projected)
+        total = total + projected * factor
     return total / count
 
 
@@ -194,13 +196,17 @@ def _classes(module: ModuleType) -> tuple[Any, Any]:
             offset: Any = None,
         ) -> tuple[mx.array, Any, Any]:
             if offset is None:
-                # a copy: the cache may count on in the same array
-                offset = 0 if cache is None else mx.array(cache.offset)
+                offset = 0
+                if cache is not None:
+                    # a copy: the cache may count on in the same array
+                    offset = mx.array(cache.offset)
             versions = self.config.altup_num_inputs
-            stacked = mx.moveaxis(mx.unflatten(x, -1, (versions, -1)), -2, 0)
+            apart = mx.unflatten(x, -1, (versions, -1))
+            stacked = mx.moveaxis(apart, -2, 0)
             keys = _Keys(cache, shared_kv)
             out = super().__call__(stacked, mask, keys, per_layer_input, offset=offset)
-            flat = mx.flatten(mx.moveaxis(out, 0, -2), -2)
+            behind = mx.moveaxis(out, 0, -2)
+            flat = mx.flatten(behind, -2)
             return flat, keys.kept, offset
 
     return Block, AltUp
@@ -229,12 +235,14 @@ class _Inner(SideProjection):
         self._args = args
         self._owners = key_owners(config)
         rows = args.vocab_size_per_layer_input
-        self.embed_tokens = lookup.Embedding(args.vocab_size, args.hidden_size)
+        hidden = args.hidden_size
+        versions = args.altup_num_inputs
+        self.embed_tokens = lookup.Embedding(args.vocab_size, hidden)
         self.embed_tokens_per_layer = lookup.Embedding(rows, layers * width)
-        self.altup_projections = _projections(args.hidden_size, args.altup_num_inputs)
-        self.altup_unembed_projections = _projections(args.hidden_size, args.altup_num_inputs)
+        self.altup_projections = _projections(hidden, versions)
+        self.altup_unembed_projections = _projections(hidden, versions)
         self.layers = [block(module, args, i) for i in range(layers)]
-        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.norm = nn.RMSNorm(hidden, eps=args.rms_norm_eps)
 
     def side_channels(self, tokens: mx.array, embedded: mx.array) -> mx.array:
         """(B, T, L, P) of token ids (B, T), embedded (B, T, D) as for the first block.
@@ -255,11 +263,17 @@ class _Inner(SideProjection):
 
     def _mask(self, i: int, embedded: mx.array, cache: Sequence[Any]) -> Any:
         """The attention mask of block i, before any cache is filled."""
-        slides = self.layers[i].self_attn.is_sliding
         owner = self._owners[i]
-        of_keys = cache[i if owner is None else owner] if cache else None
-        window = self._args.sliding_window if slides else None
-        return self._module.create_attention_mask(embedded, of_keys, window_size=window)
+        if owner is None:
+            owner = i
+        of_keys = None
+        if cache:
+            of_keys = cache[owner]
+        window = None
+        if self.layers[i].self_attn.is_sliding:
+            window = self._args.sliding_window
+        create = self._module.create_attention_mask
+        return create(embedded, of_keys, window_size=window)
 
     def __call__(  # type: ignore[override]
         self, tokens: mx.array, cache: Sequence[Any] | None = None

@@ -368,7 +368,8 @@ def streamed_pass(
     fixed = beside_bytes + m.slots_bytes + SMALL_BYTES + side_bytes(m, tokens)
     peak = fixed + max(body, head_work + logits)
     kept_head = fixed + max(body, logits) + head_work
-    hidden, batch = tokens * m.channels * m.item, micro_tokens * m.channels * m.item
+    hidden = tokens * m.channels * m.item
+    batch = micro_tokens * m.channels * m.item
     held = min(hidden, room(limit_bytes, peak, m.gpu) // batch * batch) if spool else hidden
     moved = (hidden - held) * (s.layers + 1)
     keeps = 0
