@@ -337,7 +337,7 @@ def families(module: Module) -> list[str]:
 
 def systems(module: Module) -> list[str]:
     """/proc, which device computes, and limits on the process: only hardware/. models/policy.py
-    asks for the device, and models/load.py keeps mlx_lm from changing a limit.
+    asks for the device, and models/mlx_modules.py keeps mlx_lm from changing a limit.
     """
     if module.zone == "hardware":
         return []
@@ -346,7 +346,9 @@ def systems(module: Module) -> list[str]:
     ]
     used = [n.attr for n in module.nodes if isinstance(n, ast.Attribute)]
     used += [i.split(".")[-1] for i in imports(module)]
-    allowed = {"models.policy": "default_device", "models.load": "setrlimit"}.get(module.name)
+    allowed = {"models.policy": "default_device", "models.mlx_modules": "setrlimit"}.get(
+        module.name
+    )
     bad = [name for name in used if name in ("default_device", "setrlimit") and name != allowed]
     return bad + [text for text in texts if re.search(r"/proc\b", text)]
 

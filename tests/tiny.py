@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mis_mlx.models import arch
+from mis_mlx.models import arch, model_writer
 from mis_mlx.models.families import family
 from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.storage.files import DISK
@@ -132,6 +132,24 @@ FAMILIES["gemma4_text"] = {  # blocks 1 and 2 make keys and values for the last 
     "attention_k_eq_v": False,
     "enable_moe_block": False,
     "rope_theta": None,
+}
+FAMILIES["gemma3n_text"] = {  # the same kinds of blocks, with AltUp's versions between them
+    "architectures": ["Gemma3nForCausalLM"],
+    "num_key_value_heads": 1,
+    "sliding_window": 7,
+    "layer_types": FAMILIES["gemma4_text"]["layer_types"],
+    "num_kv_shared_layers": 4,
+    "activation_sparsity_pattern": [0.9, 0.9, 0.0, 0.0, 0.0, 0.0, 0.0],
+    "final_logit_softcapping": 3.0,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": 512,
+    "laurel_rank": 32,
+    "altup_num_inputs": 3,
+    "altup_active_idx": 1,
+    "altup_coef_clip": 0.1,
+    "altup_correct_scale": True,
+    "rope_local_base_freq": 1e3,
+    "rope_theta": 1e4,
 }
 MIXTURE: dict[str, Any] = {
     "num_experts_per_tok": 2,
@@ -345,7 +363,7 @@ def make(folder: Path, seed: int = 0, dtype: str = "F32", **changes: Any) -> Pat
     `seed`.
     """
     config = {**CONFIG, **changes}
-    if "vocab_size_per_layer_input" in config:
+    if config.get("vocab_size_per_layer_input") == CONFIG["vocab_size"]:
         config["vocab_size_per_layer_input"] = config["vocab_size"]
     folder.mkdir(parents=True)
     tensors = arch.tensors_of(config, stacked=family(config).stacked)
@@ -359,8 +377,10 @@ def make(folder: Path, seed: int = 0, dtype: str = "F32", **changes: Any) -> Pat
             )
             yield name, value.astype(kind)
 
-    write_tensors(folder, {name: (dtype, shape) for name, shape in tensors.items()}, drawn(), DISK)
-    (folder / "config.json").write_text(json.dumps(config))
+    specs = {name: (dtype, shape) for name, shape in tensors.items()}
+    written, specs, named = model_writer.published(config, specs, drawn())
+    write_tensors(folder, specs, named, DISK)
+    (folder / "config.json").write_text(json.dumps(written))
     write_tokenizer(folder)
     return folder
 

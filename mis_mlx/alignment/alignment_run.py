@@ -292,7 +292,8 @@ class AlignmentRun(run_loop.OpenRun):
             raise MisError(f"{self.folder / BEST} holds no complete checkpoint: start a new run")
         arrays = protocol.load_arrays(best, "model")
         if s.lora and not (self.folder / ADAPTERS).exists():
-            lora.write(arrays, s.lora, self.folder / ADAPTERS, self.files)
+            config = self.checkpoint.config
+            lora.write(arrays, s.lora, self.folder / ADAPTERS, self.files, config=config)
         out = self.folder / MODEL
         if s.lora and not s.fuse:
             out = self.folder / ADAPTERS

@@ -33,18 +33,19 @@ class _LastLoss:
 
     end: (number of a micro-batch, output (B, T, D) of the block) -> its loss in nats; where numpy
     computes that, the final hidden states (B * T, D). on_host: (number of a micro-batch, its final
-    hidden states) -> as `Slopes`.
+    hidden states) -> as `Slopes`. width: D, which AltUp's hidden states between blocks exceed.
     """
 
     end: Callable[[int, mx.array], mx.array]
     on_host: Callable[[int, mx.array], tuple[float, mx.array]] | None
+    width: int
 
     def cotangent(self, hidden: mx.array) -> mx.array:
         """Where a backward pass begins: 1 for a loss, zeros (B * T, D) for `value` to fill."""
         if self.on_host is None:
             return mx.array(1.0)
-        windows, length, width = hidden.shape
-        return mx.zeros((windows * length, width))
+        windows, length, _ = hidden.shape
+        return mx.zeros((windows * length, self.width))
 
     def value(self, b: int, out: mx.array, cotangent: mx.array, windows: int) -> mx.array:
         """The loss of a micro-batch; numpy also writes its gradient into `cotangent`.
@@ -211,8 +212,10 @@ class BlockGradients:
         """
         head = self._source.head().weight
 
+        width = self._source.checkpoint.config["hidden_size"]
+
         def end(b: int, out: mx.array) -> mx.array:
-            final = self._norm(out).reshape(-1, out.shape[-1])
+            final = self._norm(out).reshape(-1, width)
             if slopes:
                 return final
             _, *targets = batches[b]
@@ -224,7 +227,7 @@ class BlockGradients:
             block,
             hidden,
             len(batches),
-            last=_LastLoss(end, on_host),
+            last=_LastLoss(end, on_host, width),
         )
 
     def _backward_block(

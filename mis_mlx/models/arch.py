@@ -24,7 +24,7 @@ from mis_mlx.models.config import (
     shape_of,
 )
 from mis_mlx.models.families import ALL, Config, Shapes, family
-from mis_mlx.models.tensor_shapes import layer_tensors, side_tensors, tensors_of
+from mis_mlx.models.tensor_shapes import end_tensors, layer_tensors, side_tensors, tensors_of
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 
 # A ratio per axis, kept / before. redyk and gazda: what was measured best at GÓRAL's size on
@@ -44,9 +44,17 @@ SCENARIOS: dict[str, dict[str, float]] = {
 # The paper's teacher; it leaves kv heads and vocabulary open: those of today's 70B models.
 PUBLISHED: dict[str, dict[str, Any]] = {  # configs without weights, for plans
     name: json.loads((Path(__file__).parent / f"{name}.json").read_text("utf-8"))
-    for name in ("mis-137b", "qwen3-30b-a3b", "gemma-4-e2b", "gemma-4-e4b")
+    for name in (
+        "mis-137b",
+        "qwen3-30b-a3b",
+        "gemma-3n-e2b",
+        "gemma-3n-e4b",
+        "gemma-4-e2b",
+        "gemma-4-e4b",
+    )
 }
 PER_LAYER = tensor_shapes.PER_LAYER
+COEFFICIENTS = tensor_shapes.COEFFICIENTS
 FFN_MULTIPLE = 256  # Metal's fast 4-bit kernels and GGUF K-quants need it
 READERS = {  # axis: (part of a block, the matrices in it that read the axis)
     "ffn": ("mlp", ("down_proj",)),
@@ -115,7 +123,7 @@ def params(config: Config) -> int:
     shape = shape_of(config)
     embedding = shape.vocab * shape.hidden
     head = 0 if shape.tied else embedding
-    sides = _count(side_tensors(config).values())
+    sides = _count(side_tensors(config).values()) + _count(end_tensors(config).values())
     return blocks_params(config) + sides + embedding + head + shape.hidden
 
 
@@ -189,7 +197,7 @@ def inside(tensors: Mapping[str, TensorAt], config: Config) -> dict[str, TensorA
     """
     own = dict[str, TensorAt]()
     expected = tensors_of(config)
-    unused = unused_tensors(config)
+    unused = tensor_shapes.unused_tensors(config)
     joined_family = family(config).joined
     for name, tensor in tensors.items():
         names = inside_names(name)
@@ -238,21 +246,6 @@ def _joined_parts(
             f"{tensor.file}: {name} has {tensor.shape[0]} rows, but config.json says {first}: "
             f"download it again"
         )
-
-
-def unused_tensors(config: Config) -> set[str]:
-    """Names of keys and values that a published model has, but does not use.
-
-    Its blocks that use those of another block still have weights for their own.
-    """
-    names = set[str]()
-    for i, owner in enumerate(key_owners(config)):
-        if owner is None:
-            continue
-        for module in ("k_proj", "v_proj", "k_norm"):
-            for kind in ("weight", "scales", "biases"):
-                names.add(f"model.layers.{i}.self_attn.{module}.{kind}")
-    return names
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
@@ -463,16 +456,20 @@ def student_config(
     if row.sharing:
         owners = key_owners(config)
         edited[row.sharing] = sum(owners[i] is not None for i in kept)
-    if row.per_layer:
+    if row.per_layer and shape.vocab != shape_of(config).vocab:
         edited["vocab_size_per_layer_input"] = shape.vocab
-    for key in ("layer_types", row.kinds):
+    for key in ("layer_types", row.kinds, row.sparsity):
         if edited.get(key):
             edited[key] = [edited[key][i] for i in kept]
     for field, key in keys_of(edited).items():
         edited[key] = getattr(shape, field)
     edited["torch_dtype"] = dtype
     rope = edited.get("rope_parameters") or {}
-    if "full_attention" not in rope:
+    if row.versions:
+        local = {"rope_type": "default", "rope_theta": edited["rope_local_base_freq"]}
+        usual = {"rope_type": "default", "rope_theta": edited["rope_theta"]}
+        edited["rope_parameters"] = {"full_attention": usual, "sliding_attention": local}
+    elif "full_attention" not in rope:
         scaling = edited.get("rope_scaling") or {}
         theta = {"rope_theta": edited["rope_theta"]}
         edited["rope_parameters"] = {"rope_type": "default", **rope, **scaling, **theta}

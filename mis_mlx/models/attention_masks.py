@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.models import block_inputs, load, streamed_decode
+from mis_mlx.models import altup, block_inputs, load, streamed_decode
 from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 
 
@@ -76,14 +76,15 @@ def forward(
     """
     inner = model.model
     mask = _branch_mask(branch)
-    hidden = load.embedded(model, tokens)
-    sides = block_inputs.of_model(model, tokens, hidden)
+    embedded = load.embedded(model, tokens)
+    sides = block_inputs.of_model(model, tokens, embedded)
+    hidden = altup.enter(model, embedded)
     for i, block in enumerate(inner.layers):
         inputs = sides.inputs(i, 0, hidden)
         window = load.window(model.args, block)
         outputs = through(block, inputs, mask, positions, window=window)
         hidden = sides.keep(i, 0, outputs)
-    return inner.norm(hidden)
+    return altup.leave(model, hidden)
 
 
 def _branch_mask(branch: mx.array) -> mx.array:

@@ -32,7 +32,7 @@ def backwards(
     at_head: AtHead = lambda x, above: None,
     at_channels: AtChannels = lambda i, b, below: None,
 ) -> list[mx.array]:
-    """d log p / d x (B, T, D) of every batch, x the first block's input: forward, then back.
+    """d log p / d x (B, T, D) of every batch, x the scaled embedding: forward, then back.
 
     p is the probability of tokens drawn from the model, one for each position.
 
@@ -77,6 +77,9 @@ def backwards(
                 if below.per_layer is not None:
                     at_channels(i, b, below.per_layer)
                 grads[b] = below.hidden
+    for b, at_block in enumerate(grads):
+        grads[b] = source.door.back(kept[b], at_block)
+        stream.evaluate_now(grads[b])
     return grads
 
 

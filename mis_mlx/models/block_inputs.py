@@ -39,7 +39,7 @@ class KeysValues(NamedTuple):
 class BlockInputs:
     """All inputs of one block for one batch."""
 
-    hidden: mx.array  # (B, T, D)
+    hidden: mx.array  # (B, T, D); of AltUp's versions (B, T, A D)
     per_layer: mx.array | None = None  # (B, T, P)
     shared: KeysValues | None = None  # of an earlier block, which this one uses
 
@@ -217,6 +217,14 @@ def of_config(values: Config, per_layer: Channels | None = None) -> Sides:
     return Sides(owners, per_layer)
 
 
+def table_rows(values: Config, ids: np.ndarray) -> np.ndarray:
+    """The rows that tokens have in the table of per-layer inputs.
+
+    Tokens behind its end have the row of token 0, as in mlx-lm.
+    """
+    return np.where(ids < values["vocab_size_per_layer_input"], ids, 0)
+
+
 class TokenChannels:
     """The channels that every block gets for each token of some batches.
 
@@ -272,6 +280,9 @@ def of_model(model: nn.Module, tokens: mx.array, embedded: mx.array) -> Sides:
     if not family(values).per_layer:
         return of_config(values)
     inner = model.model
+    if family(values).versions:
+        made = inner.side_channels(tokens, embedded)
+        return of_config(values, lambda i, b: made[:, :, i])
     # mlx-lm names these two with an underscore; `tests/models/test_gemma4.py` notices when they go.
     rows = inner._get_per_layer_inputs(tokens)
     channels = inner._project_per_layer_inputs(embedded, rows)

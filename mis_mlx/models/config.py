@@ -76,6 +76,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     where = folder / "config.json"
     config = _opened_as(_read_json(folder, where), where)
+    _settle_width(config, where)
     check_config(config, where)
     if config.pop("auto_map", None):
         say_once(
@@ -144,6 +145,21 @@ def _opened_as(config: dict[str, Any], where: Path) -> dict[str, Any]:
     return {**left_out, **text, **outer}
 
 
+def _settle_width(config: dict[str, Any], where: Path) -> None:
+    """Write one FFN width where the file has one for every block; MisError where they differ."""
+    widths = config.get("intermediate_size")
+    if not isinstance(widths, list) or len(widths) != config.get("num_hidden_layers"):
+        return
+    if not widths:
+        return
+    if any(width != widths[0] for width in widths):
+        raise MisError(
+            f"{where}: intermediate_size is {min(widths)} in some blocks and {max(widths)} in "
+            f"others: only blocks of one width are supported: use another model"
+        )
+    config["intermediate_size"] = widths[0]
+
+
 def _has_own_positions(config: Config) -> bool:
     """Whether positions rotate a part of each head, or are LongRoPE's."""
     for _, place in [("", config), *rotary_settings(config)]:
@@ -195,6 +211,7 @@ def _check_values(config: Config) -> None:
     config_checks.check_positions(config)
     config_checks.check_kinds(config, complete)
     config_checks.check_sharing(config)
+    config_checks.check_versions(config)
     _check_only(config)
     if row.experts:
         _check_experts(config)
@@ -333,6 +350,12 @@ def softcap(config: Config) -> float:
     return float(config[key]) if key else 0.0
 
 
+def versions(config: Config) -> int:
+    """The number of versions of the hidden states that blocks pass on: 1, or AltUp's."""
+    key = family(config).versions
+    return int(config[key]) if key else 1
+
+
 def spelled_out(config: Config) -> dict[str, Any]:
     """A copy in which a family's own keys have their defaults where the file has no value.
 
@@ -344,10 +367,11 @@ def spelled_out(config: Config) -> dict[str, Any]:
         interval = full.get("no_rope_layer_interval") or 4
         layers = full["num_hidden_layers"]
         full["no_rope_layers"] = [int((i + 1) % interval != 0) for i in range(layers)]
-    if row.period:
+    if row.period or row.versions:
         ropes = full.get("rope_parameters") or {}
         local = ropes.get("sliding_attention", {})
         full.setdefault("rope_local_base_freq", local.get("rope_theta", 10_000.0))
+    if row.period:
         full.setdefault("sliding_window_pattern", full.get("_sliding_window_pattern", 6))
     return full
 

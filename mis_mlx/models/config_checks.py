@@ -74,6 +74,8 @@ def check_positions(config: Config) -> None:
     kinds = tuple(ROPE_NEEDS)
     if row.own_positions:
         kinds = ("default", "longrope")
+    if row.versions:
+        kinds = ("default",)
     for key, rope in rotary_settings(config):
         kind = rotary_kind(rope)
         if kind not in kinds:
@@ -207,7 +209,7 @@ def check_sharing(config: Config) -> None:
     if row.per_layer:
         rows = config["vocab_size_per_layer_input"]
         vocab = config["vocab_size"]
-        if rows != vocab:
+        if rows > vocab or (rows != vocab and not row.versions):
             why = f"the table of per-layer inputs has {rows:,} rows, but the embedding {vocab:,}"
             raise MisError(f"{why}: only tables with equally many rows are supported")
     if not row.sharing:
@@ -226,8 +228,29 @@ def check_sharing(config: Config) -> None:
             f"makes any"
         )
         raise MisError(f"{why}: this config is not usable")
+    if not row.global_head_dim:
+        return
     head_dim = whole_number(config, row.global_head_dim, 4096)
     if head_dim % 2:
         raise MisError(
             f"{row.global_head_dim} is {head_dim}, but rotary positions need an even one"
         )
+
+
+def check_versions(config: Config) -> None:
+    """Check AltUp: how many versions there are, which one is computed, which neurons are silent."""
+    row = family(config)
+    if not row.versions:
+        return
+    count = whole_number(config, row.versions, 64)
+    active = config.get("altup_active_idx")
+    if type(active) is not int or not 0 <= active < count:
+        raise MisError(f"altup_active_idx is {active!r}, but should be 0 to {count - 1}")
+    whole_number(config, row.laurel, 65_536)
+    layers = config["num_hidden_layers"]
+    shares = config[row.sparsity]
+    if not isinstance(shares, list) or len(shares) != layers:
+        raise MisError(f"{row.sparsity} must be a list of {layers}, one number for each block")
+    for share in shares:
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+            raise MisError(f"a number of {row.sparsity} is {share!r}, but must be 0 to 1")

@@ -79,6 +79,14 @@ class Family:
     double_wide: str = ""
     softcap: str = ""  # the config's key of c, where logits are c tanh(z / c)
     block_scale: bool = False  # a number that the output of a block is multiplied by
+    # the config's key of the number of versions of the hidden states that blocks pass on (altup)
+    versions: str = ""
+    # the config's key of the rank of a block's second way around attention
+    laurel: str = ""
+    # the config's key of the share of FFN neurons that are silent, for every block
+    sparsity: str = ""
+    # the type of a model that contains this one; stock mlx_lm opens no other form
+    written_as: str = ""
     axes: tuple[str, ...] = DENSE  # that can be cut
     why: str = "it has none"  # the other axes cannot be cut; the end of a sentence
 
@@ -94,6 +102,7 @@ class Family:
             self.shared_expert,
         }
         keys |= {self.per_layer, self.sharing, self.global_head_dim, self.double_wide, self.softcap}
+        keys |= {self.versions, self.laurel, self.sparsity}
         return {*keys, *self.numbers} - {"", "sqrt", "exact sqrt"}
 
 
@@ -227,6 +236,42 @@ ROWS = (
         why="its heads have two sizes, and norms follow attention and MLP",
     ),
     Family(
+        "gemma3n_text",
+        "gemma3n",
+        "",
+        qkv_bias=False,
+        other_biases=False,
+        head_norms="each",
+        sandwich=True,
+        steps=2,
+        tied=True,
+        rope_theta=1e6,
+        heads_fill_hidden=False,
+        float16=False,
+        embedding_scale="exact sqrt",
+        numbers=(
+            "hidden_size_per_layer_input",
+            "vocab_size_per_layer_input",
+            "sliding_window",
+            "rope_local_base_freq",
+            "final_logit_softcapping",
+            "num_kv_shared_layers",
+            "altup_coef_clip",
+        ),
+        stated=("layer_types", "activation_sparsity_pattern", "altup_correct_scale"),
+        only=(("rope_scaling", None), ("tie_word_embeddings", True)),
+        per_layer="hidden_size_per_layer_input",
+        sharing="num_kv_shared_layers",
+        softcap="final_logit_softcapping",
+        versions="altup_num_inputs",
+        laurel="laurel_rank",
+        sparsity="activation_sparsity_pattern",
+        written_as="gemma3n",
+        axes=("layers", "ffn"),
+        why="its blocks pass several versions of the hidden states on, and norms stand behind "
+        "attention and MLP",
+    ),
+    Family(
         "qwen3_moe",
         "qwen3_moe",
         "qwen3moe",
@@ -333,7 +378,10 @@ OPENED_AS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131_072,
     },
     "gemma4": {"model_type": "gemma4_text", "architectures": ["Gemma4ForCausalLM"]},
+    "gemma3n": {"model_type": "gemma3n_text", "architectures": ["Gemma3nForCausalLM"]},
 }
+# architectures of the types that `Family.written_as` names
+WRAPPERS = {"gemma3n": "Gemma3nForConditionalGeneration"}
 
 
 def family(config: Config) -> Family:

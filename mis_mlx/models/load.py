@@ -1,17 +1,10 @@
-"""Open a model folder and build mlx-lm's modules from it.
+"""Open a model folder and fill mlx-lm's modules from it."""
 
-This is the only door to mlx_lm, which takes seconds to import.
-"""
-
-import importlib
-import inspect
 import math
 import re
-import resource
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -19,11 +12,26 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.maths import losses, rounding
-from mis_mlx.models import arch, experts, lookup, modules, policy, tokenizer_check
+from mis_mlx.models import (
+    altup,
+    arch,
+    block_inputs,
+    experts,
+    lookup,
+    modules,
+    policy,
+    tokenizer_check,
+)
 from mis_mlx.models.arch import PER_LAYER
-from mis_mlx.models.config import normalised, read_config, say_once, shape_of, softcap
+from mis_mlx.models.config import read_config, say_once, shape_of, softcap
+from mis_mlx.models.config import versions as versions_of
 from mis_mlx.models.experts import Each, Expert
-from mis_mlx.models.families import Config, Family, family
+from mis_mlx.models.families import Config, family
+from mis_mlx.models.mlx_modules import mask as mask
+from mis_mlx.models.mlx_modules import mlx_lm as mlx_lm
+from mis_mlx.models.mlx_modules import model_args as model_args
+from mis_mlx.models.mlx_modules import new_block
+from mis_mlx.models.mlx_modules import window as window
 from mis_mlx.models.modules import SideProjection
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.block_reader import Reader
@@ -57,20 +65,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     checkpoint = Checkpoint(folder, config, arch.inside(tensors, config))
     arch.check_tensors(checkpoint)
     return checkpoint
-
-
-def mlx_lm(module: str) -> ModuleType:
-    """`mlx_lm.<module>`, imported now.
-
-    The import would lower the hard limit on open files, which cannot be raised again; that is
-    prevented here.
-    """
-    setrlimit = resource.setrlimit
-    resource.setrlimit = lambda *_: None  # type: ignore[assignment]
-    try:
-        return importlib.import_module(f"mlx_lm.{module}")
-    finally:
-        resource.setrlimit = setrlimit
 
 
 def _quantize(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> None:
@@ -187,11 +181,13 @@ def _packed_names(checkpoint: Checkpoint, name: str) -> list[str]:
 def stored_parts(checkpoint: Checkpoint, name: str, rows: np.ndarray | None = None) -> InParts:
     """A tensor as stored, read as many rows at a time as `TABLE_PART` numbers.
 
-    rows: their numbers, rising; default: all.
+    rows: their numbers, rising; default: all. Of the table of per-layer inputs: of which tokens.
     """
     tensor = checkpoint.tensors[name]
     reader = Reader({name: tensor})
     ids = np.arange(tensor.shape[0]) if rows is None else rows
+    if name.startswith(PER_LAYER):
+        ids = block_inputs.table_rows(checkpoint.config, ids)
     step = _table_rows(tensor.shape)
     starts = range(0, len(ids), step)
     parts = (reader.rows(tensor, ids[start : start + step]) for start in starts)
@@ -217,12 +213,6 @@ def _table_rows(shape: Sequence[int]) -> int:
     return max(1, TABLE_PART // math.prod(shape[1:]))
 
 
-def model_args(config: Config) -> Any:
-    """mlx-lm's ModelArgs of a config."""
-    module = mlx_lm(f"models.{family(config).mlx}")
-    return module.ModelArgs.from_dict(normalised(config))
-
-
 def block(
     checkpoint: Checkpoint,
     i: int,
@@ -237,7 +227,7 @@ def block(
     """
     row = family(checkpoint.config)
     prefix = f"model.layers.{i}."
-    new = _new_block(row, args, i)
+    new = new_block(row, args, i)
     if row.experts:  # first, for their matrices are quantized and loaded by their own names
         modules.separate_experts(new, checkpoint.config, each)
     # Then the layers that are packed on disk, so that the weights find a layer of their kind.
@@ -260,42 +250,6 @@ def expert(checkpoint: Checkpoint, i: int, e: int, dtype: mx.Dtype, raw: Raw) ->
     _quantize(new, prefix, checkpoint)
     new.load_weights(weights(checkpoint, prefix, dtype, raw))
     return new
-
-
-def _new_block(row: Family, args: Any, i: int) -> nn.Module:
-    """Block `i` as mlx-lm makes it, of random weights; called with (x, mask, cache)."""
-    module = mlx_lm(f"models.{row.block or row.mlx}")
-    usual = ("TransformerBlock", "DecoderLayer")
-    classes = [kind for name, kind in vars(module).items() if name.endswith(usual)]
-    kind = classes[0]
-    if "layer_idx" in inspect.signature(kind).parameters:
-        return kind(args, layer_idx=i)
-    types: Any = getattr(args, "layer_types", None)
-    slides = bool(types) and types[i] == "sliding_attention"
-    options = {}
-    if types and not row.sinks:
-        options["use_sliding"] = slides
-    new = kind(args, **options)
-    if row.sinks:  # its blocks do not take their kind, and `window` asks them
-        new.use_sliding = slides
-    if row.kinds and not getattr(args, row.kinds)[i]:
-        new.self_attn.rope = mlx_lm(f"models.{row.mlx}").NoPE()
-    if row.scaled_queries:
-        return modules.uniform(new)
-    return new
-
-
-def window(args: Any, block: nn.Module) -> int | None:
-    """The number of tokens that this block looks back at; None: all."""
-    if getattr(block, "use_sliding", False) or getattr(block.self_attn, "is_sliding", False):
-        return args.sliding_window
-    return None
-
-
-def mask(args: Any, block: nn.Module, hidden: mx.array) -> Any:
-    """The attention mask that mlx-lm itself would give this block for `hidden` (B, T, D)."""
-    base = mlx_lm("models.base")
-    return base.create_attention_mask(hidden, None, window_size=window(args, block))
 
 
 def embedding_scale(config: Config, dtype: mx.Dtype) -> mx.array | None:
@@ -355,10 +309,31 @@ def side_rows(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw) -> nn.Module:
     return _filled(nn.Embedding(rows, width), PER_LAYER, checkpoint, dtype, raw=raw)
 
 
+def entrance(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
+    """What makes AltUp's versions of the scaled embedding, the first block's input; lazy."""
+    config = checkpoint.config
+    new = altup.Entrance(shape_of(config).hidden, versions_of(config))
+    _quantize(new, "model.", checkpoint)
+    new.load_weights(weights(checkpoint, "model.altup_projections.", dtype, cut="model."))
+    return new
+
+
 def final_norm(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
-    """The last RMSNorm, lazy. raw: as in `weights`."""
+    """The last RMSNorm, lazy. raw: as in `weights`.
+
+    Where blocks pass several versions of the hidden states on, also what makes one of them:
+    (..., A D) -> (..., D).
+    """
     config = checkpoint.config
     row = family(config)
+    if row.versions:
+        hidden = config["hidden_size"]
+        last = altup.Exit(hidden, versions_of(config), config["rms_norm_eps"])
+        _quantize(last, "model.", checkpoint)
+        named = weights(checkpoint, NORM, dtype, raw, cut="model.")
+        named += weights(checkpoint, "model.altup_unembed_projections.", dtype, cut="model.")
+        last.load_weights(named)
+        return last
     kind = nn.RMSNorm
     if row.gain_offset:
         kind = mlx_lm(f"models.{row.mlx}").RMSNorm
@@ -415,7 +390,12 @@ def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
     """
     config = checkpoint.config
     row = family(config)
-    model = mlx_lm(f"models.{row.mlx}").Model(model_args(config))
+    module = mlx_lm(f"models.{row.mlx}")
+    model: nn.Module
+    if row.versions:
+        model = altup.Model(module, model_args(config), config)
+    else:
+        model = module.Model(model_args(config))
     inner = model.model
     tables = ["embed_tokens"]
     if row.per_layer:
@@ -442,7 +422,7 @@ def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
 
 
 def embedded(model: nn.Module, tokens: mx.array) -> mx.array:
-    """The first block's input (B, T, D), of a model that `resident` has made."""
+    """The scaled embedding (B, T, D), of a model that `resident` has made."""
     rows = model.model.embed_tokens(tokens)
     scale = model._embedding_scale
     return rows if scale is None else rows * scale  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """LoRA through mlx-lm's own adapters: insert them, write them, fuse them into weights on disk."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mis_mlx.models import arch, load
+from mis_mlx.models import arch, load, tensor_shapes
 from mis_mlx.models.config import shape_of
+from mis_mlx.models.families import family
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.safetensors import write_arrays
@@ -62,20 +63,47 @@ def insert(model: nn.Module, lora: Lora, seed: int) -> None:
     """
     model.freeze()
     mx.random.seed(seed)
-    load.mlx_lm("tuner.utils").linear_to_lora_layers(model, lora.num_layers, lora.settings)
+    settings = {**lora.settings, "keys": _adapted(model.layers)}
+    load.mlx_lm("tuner.utils").linear_to_lora_layers(model, lora.num_layers, settings)
 
 
-def write(adapters: Mapping[str, mx.array], lora: Lora, out: Path, files: Files) -> None:
-    """Commit the new folder `out`, which mlx_lm takes as --adapter-path."""
-    config = {
+def _adapted(blocks: Sequence[nn.Module]) -> set[str] | None:
+    """Names in a block of the matrices that get an adapter; None: all.
+
+    AltUp's coefficients get none: they are clipped, so what computes reads them itself.
+    """
+    if not any("altup" in block for block in blocks):
+        return None
+    names = set[str]()
+    for block in blocks:
+        for name, module in block.named_modules():
+            linear = isinstance(module, nn.Linear | nn.QuantizedLinear)
+            if linear and not name.startswith("altup."):
+                names.add(name)
+    return names
+
+
+def write(
+    adapters: Mapping[str, mx.array],
+    lora: Lora,
+    out: Path,
+    files: Files,
+    config: Mapping[str, Any],
+) -> None:
+    """Commit the new folder `out`, which mlx_lm takes as --adapter-path. config: the model's."""
+    settings: dict[str, Any] = dict(lora.settings)
+    if family(config).written_as:
+        settings["keys"] = sorted({name.split(".", 3)[3].rpartition(".")[0] for name in adapters})
+        adapters = {tensor_shapes.outer_name(name): array for name, array in adapters.items()}
+    adapter_config = {
         "fine_tune_type": "lora",
         "num_layers": lora.num_layers,
-        "lora_parameters": lora.settings,
+        "lora_parameters": settings,
     }
     nbytes = sum(array.nbytes for array in adapters.values())
     with protocol.commit_folder(out, files, nbytes, "the adapters") as folder:
         write_arrays(folder / FILE, adapters, files)
-        files.write(folder / CONFIG, json.dumps(config, indent=2).encode())
+        files.write(folder / CONFIG, json.dumps(adapter_config, indent=2).encode())
 
 
 def fused(

@@ -83,7 +83,8 @@ def filled_cache(model: nn.Module, cached: int) -> list[Any]:
 
 def _dtype(model: nn.Module) -> mx.Dtype:
     """The type that an opened model computes in."""
-    return model.model.norm.weight.dtype
+    inner = model.model
+    return getattr(inner, "language_model", inner).norm.weight.dtype
 
 
 def continuation(model: nn.Module, tokenizer: Any, prompt: str, count: int) -> str:

@@ -15,12 +15,21 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.models import arch, experts, families, load, policy, tokenizer_check
+from mis_mlx.models import (
+    arch,
+    experts,
+    families,
+    load,
+    policy,
+    tensor_shapes,
+    tokenizer_check,
+)
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import Files, reported
 from mis_mlx.storage.safetensors import (
     InParts,
     Named,
+    Spec,
     Specs,
     Tensor,
     spec_bytes,
@@ -34,6 +43,12 @@ KEEP = "keep.json"
 ROTATION = "rotation.npy"
 Take = Callable[[str], Tensor]  # a model's tensor by its name
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+MLX_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
+ZEROS: dict[str, Any] = {
+    "group_size": 32,
+    "bits": 2,
+    "mode": "affine",
+}  # how matrices of zeros are packed
 
 
 def need_tokenizer(folder: Path) -> None:
@@ -106,6 +121,72 @@ def _basis(path: Path, channels: int) -> np.ndarray:
     return basis
 
 
+def published(
+    config: Mapping[str, Any], specs: Specs, tensors: Named
+) -> tuple[dict[str, Any], Specs, Named]:
+    """A text part in the form that stock mlx_lm opens: config, shapes and tensors of its whole.
+
+    Keys and values of blocks that share another's come at the end, as zeros: mlx-lm wants them and
+    uses none. Other families stay as they are. The arguments are those of `write_folder`.
+    """
+    outer = families.family(config).written_as
+    if not outer:
+        return dict(config), specs, tensors
+    unused = tensor_shapes.unused_shapes(config)
+    packing = dict[str, Any](config.get("quantization") or {})
+    if packing:
+        unused_specs = dict[str, Spec]()
+        for name, shape in unused.items():
+            if len(shape) == 1:
+                unused_specs[name] = ("F16", shape)
+                continue
+            path = name.removesuffix(".weight")
+            packing[path] = ZEROS
+            unused_specs |= _packed_zeros(path, shape)
+    else:
+        kind = next(iter(specs.values()))[0]
+        unused_specs = {name: (kind, shape) for name, shape in unused.items()}
+    whole = {**specs, **unused_specs}
+    zeros = (
+        (name, mx.zeros(shape, MLX_TYPES[kind])) for name, (kind, shape) in unused_specs.items()
+    )
+    named = itertools.chain(tensors, zeros)
+    renamed = ((tensor_shapes.outer_name(name), tensor) for name, tensor in named)
+    outer_specs = {tensor_shapes.outer_name(name): spec for name, spec in whole.items()}
+    return _outer_config(config, outer, packing), outer_specs, renamed
+
+
+def _packed_zeros(path: str, shape: Sequence[int]) -> dict[str, Spec]:
+    """Specs of a matrix (out, in) packed as `ZEROS` says."""
+    rows, columns = shape
+    groups = (rows, columns // ZEROS["group_size"])
+    return {
+        f"{path}.weight": ("U32", (rows, columns * ZEROS["bits"] // 32)),
+        f"{path}.scales": ("F16", groups),
+        f"{path}.biases": ("F16", groups),
+    }
+
+
+def _outer_config(
+    config: Mapping[str, Any], outer: str, packing: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The config of a whole model whose text part has this one. packing: by our module paths."""
+    text = {key: value for key, value in config.items() if not key.startswith("quantization")}
+    whole: dict[str, Any] = {
+        "model_type": outer,
+        "architectures": [families.WRAPPERS[outer]],
+        "text_config": text,
+    }
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype"):
+        if key in config:
+            whole[key] = config[key]
+    if packing:
+        settings = {tensor_shapes.outer_name(key): value for key, value in packing.items()}
+        whole["quantization"] = settings
+        whole["quantization_config"] = settings
+    return whole
+
+
 def write_folder(
     config: Mapping[str, Any],
     specs: Specs,
@@ -119,8 +200,10 @@ def write_folder(
     """Commit the new folder `out`: weights, config.json, the tokenizer files of `source`.
 
     tensors: as `specs` say, in their order. extra: more files by name: bytes as they are, all else
-    as JSON. shards: as of `write_tensors`.
+    as JSON. shards: as of `write_tensors`; such a folder is for us alone.
     """
+    if shards is None:
+        config, specs, tensors = published(config, specs, tensors)
     nbytes = sum(map(spec_bytes, specs.values()))
     with protocol.commit_folder(out, files, nbytes) as folder:
         write_tensors(folder, specs, tensors, files, shards=shards)

@@ -25,6 +25,10 @@ class SideProjection(nn.Module):
 
     def __call__(self, rows: mx.array, embedded: mx.array) -> mx.array:
         """rows (n, L P) of the table, embedded (n, D) as the first block gets it -> (n, L, P)."""
+        return self.channels(rows, embedded)
+
+    def channels(self, rows: mx.array, embedded: mx.array) -> mx.array:
+        """The same; for a model that is called in another way."""
         by_block = (-1, self._width)
         projected = self.per_layer_model_projection(embedded) * self._hidden**-0.5
         projected = mx.unflatten(projected, -1, by_block)

@@ -9,7 +9,7 @@ from collections import defaultdict
 
 import mlx.core as mx
 
-from mis_mlx.models import arch, block_inputs, config, experts, load, policy
+from mis_mlx.models import arch, block_inputs, config, experts, families, load, policy
 from mis_mlx.models.families import Config
 from mis_mlx.types import Checkpoint, TensorAt
 
@@ -106,10 +106,11 @@ def pass_bytes(settings: Config, tokens: int, length: int) -> int:
     length: of the windows.
     """
     shape = arch.widest(settings)
-    ffn = 3 * arch.met(settings)
+    sparse = 2 if families.family(settings).sparsity else 0  # what a cut-off is computed with
+    ffn = (3 + sparse) * arch.met(settings)
     heads = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
     scores = shape.heads * length
-    per_token = 8 * shape.hidden + ffn + heads + scores
+    per_token = 8 * shape.hidden * config.versions(settings) + ffn + heads + scores
     return 4 * tokens * per_token
 
 

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.hardware import lanes
-from mis_mlx.models import arch, block_inputs, experts, families, load, policy, residency
+from mis_mlx.models import altup, arch, block_inputs, experts, families, load, policy, residency
 from mis_mlx.models.experts import Expert, Visit
 from mis_mlx.models.modules import InputRecorder as InputRecorder
 from mis_mlx.models.residency import STACK_BYTES as STACK_BYTES
@@ -86,6 +86,7 @@ class Stream:
         self._kept: dict[int, nn.Module] = {}
         self._hot = OrderedDict[tuple[int, int], tuple[Expert, Slot]]()
         self._norm: nn.Module | None = None
+        self.door = altup.Door(checkpoint.config, self._read_entrance)
         self._head: nn.Module | None = None
         slot_bytes = []
         if not self._copies:
@@ -196,11 +197,18 @@ class Stream:
         self.sides = block_inputs.of_config(self.checkpoint.config, self._channels(batches))
         for tokens in batches:
             ids, rows = np.unique(np.array(tokens), return_inverse=True)
-            hidden.append(self._embedded(ids, rows.reshape(tokens.shape)))
+            embedded = self._embedded(ids, rows.reshape(tokens.shape))
+            entered = self.door.enter(embedded)
+            evaluate_now(entered)
+            hidden.append(entered)
         return hidden
 
+    def _read_entrance(self) -> nn.Module:
+        entrance = load.entrance(self.checkpoint, self.dtype)
+        return load_checked(entrance, f"{self.checkpoint.path}: ")
+
     def _embedded(self, ids: np.ndarray, rows: np.ndarray) -> mx.array:
-        """The first block's input (..., D) for token ids[rows]; ids rise."""
+        """The scaled embedding (..., D) of token ids[rows]; ids rise."""
         table = load.embedding(self.checkpoint, self.dtype, self._stored(load.EMBEDDING, ids))
         load_checked(table, f"{self.checkpoint.path}: {load.EMBEDDING}")
         scale = load.embedding_scale(self.checkpoint.config, self.dtype)
@@ -224,10 +232,12 @@ class Stream:
         def of_tokens(ids: np.ndarray) -> mx.array:
             """Channels (m, L, P) of token ids (m,)."""
             # Nothing is named that can go while the result is computed: all of it is large.
-            table = load.side_rows(self.checkpoint, self.dtype, self._stored(arch.PER_LAYER, ids))
+            rows = block_inputs.table_rows(self.checkpoint.config, ids)
+            own, places = np.unique(rows, return_inverse=True)
+            table = load.side_rows(self.checkpoint, self.dtype, self._stored(arch.PER_LAYER, own))
             load_checked(table, f"{where}{arch.PER_LAYER}")
             every = np.arange(len(ids))
-            index = mx.array(every.astype(np.int32))
+            index = mx.array(places.reshape(-1).astype(np.int32))
             projected = projection(table(index), self._embedded(ids, every))
             mx.eval(projected)
             return projected

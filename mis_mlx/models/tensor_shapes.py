@@ -1,9 +1,13 @@
 """The names and shapes of the tensors that a config promises: pure functions of the config."""
 
+import re
+
 from mis_mlx.models import experts
-from mis_mlx.models.config import ffn_size, head_size, key_owners, shape_of
+from mis_mlx.models.config import ffn_size, head_size, key_owners, shape_of, versions
 from mis_mlx.models.families import Config, Family, Shapes, family
 
+# what the names of small matrices end with, whose rows are too short to be packed
+COEFFICIENTS = ("_coefs.weight", ".modality_router.weight")
 # what the names of the table of per-layer inputs begin with
 PER_LAYER = "model.embed_tokens_per_layer."
 
@@ -18,7 +22,7 @@ def layer_tensors(config: Config, stacked: bool = False, block: int | None = Non
     row = family(config)
     if block is None:
         block = largest_block(config)
-    tensors = _attention_tensors(config, block)
+    tensors = _altup_tensors(config) | _attention_tensors(config, block)
     if row.experts:
         return tensors | experts.tensors_of(config, stacked)
     ffn = ffn_size(config, block)
@@ -36,6 +40,26 @@ def layer_tensors(config: Config, stacked: bool = False, block: int | None = Non
         tensors["post_per_layer_input_norm.weight"] = (s.hidden,)
     if row.block_scale:
         tensors["layer_scalar"] = (1,)
+    return tensors
+
+
+def _altup_tensors(config: Config) -> Shapes:
+    """What predicts and corrects a block's versions of the hidden states, and its second way."""
+    hidden = shape_of(config).hidden
+    row = family(config)
+    tensors: Shapes = {}
+    if row.versions:
+        versions = config[row.versions]
+        tensors["altup.correct_output_scale"] = (hidden,)
+        tensors["altup.correction_coefs.weight"] = (versions, versions)
+        tensors["altup.prediction_coefs.weight"] = (versions**2, versions)
+        tensors["altup.modality_router.weight"] = (versions, hidden)
+        tensors["altup.router_norm.weight"] = (hidden,)
+    if row.laurel:
+        rank = config[row.laurel]
+        tensors["laurel.linear_left.weight"] = (rank, hidden)
+        tensors["laurel.linear_right.weight"] = (hidden, rank)
+        tensors["laurel.post_laurel_norm.weight"] = (hidden,)
     return tensors
 
 
@@ -113,10 +137,23 @@ def side_tensors(config: Config) -> Shapes:
         return {}
     width = config[row.per_layer]
     return {
-        f"{PER_LAYER}weight": (s.vocab, s.layers * width),
+        f"{PER_LAYER}weight": (config["vocab_size_per_layer_input"], s.layers * width),
         "model.per_layer_model_projection.weight": (s.layers * width, s.hidden),
         "model.per_layer_projection_norm.weight": (width,),
     }
+
+
+def end_tensors(config: Config) -> Shapes:
+    """Names and shapes of the matrices between the embedding and all versions of the hidden states.
+
+    There is one at the first block and one behind the last for all versions but the first.
+    """
+    hidden = shape_of(config).hidden
+    tensors: Shapes = {}
+    for kind in ("altup_projections", "altup_unembed_projections"):
+        for number in range(versions(config) - 1):
+            tensors[f"model.{kind}.{number}.weight"] = (hidden, hidden)
+    return tensors
 
 
 def tensors_of(config: Config, stacked: bool = False) -> Shapes:
@@ -127,6 +164,7 @@ def tensors_of(config: Config, stacked: bool = False) -> Shapes:
     s = shape_of(config)
     tensors: Shapes = {"model.embed_tokens.weight": (s.vocab, s.hidden)}
     tensors |= side_tensors(config)
+    tensors |= end_tensors(config)
     for i in range(s.layers):
         block = layer_tensors(config, stacked, i)
         for name, shape in block.items():
@@ -135,3 +173,37 @@ def tensors_of(config: Config, stacked: bool = False) -> Shapes:
     if not s.tied:
         tensors["lm_head.weight"] = (s.vocab, s.hidden)
     return tensors
+
+
+def unused_tensors(config: Config) -> set[str]:
+    """Names of keys and values that a published model has, but does not use.
+
+    Its blocks that use those of another block still have weights for their own.
+    """
+    names = set[str]()
+    for name in unused_shapes(config):
+        stem = name.removesuffix("weight")
+        for kind in ("weight", "scales", "biases"):
+            names.add(stem + kind)
+    return names
+
+
+def unused_shapes(config: Config) -> Shapes:
+    """Names and shapes of these weights."""
+    shape = shape_of(config)
+    unused: Shapes = {}
+    for i, owner in enumerate(key_owners(config)):
+        if owner is None:
+            continue
+        head_dim = head_size(config, i)
+        rows = shape.kv_heads * head_dim
+        stem = f"model.layers.{i}.self_attn"
+        unused[f"{stem}.k_proj.weight"] = (rows, shape.hidden)
+        unused[f"{stem}.v_proj.weight"] = (rows, shape.hidden)
+        unused[f"{stem}.k_norm.weight"] = (head_dim,)
+    return unused
+
+
+def outer_name(name: str) -> str:
+    """The name that one of our tensors or modules has in a model that contains this one."""
+    return re.sub(r"^model\.", "model.language_model.", name)

@@ -60,7 +60,7 @@ def vocabulary(t: ModelSize, length: int) -> StageCost:
         "vocabulary", t, tokens=tokens, micro_tokens=length, length=length, head=False, spool=False
     )
     positions = min(length, VOCABULARY_LOGITS // vocab)
-    head = tokens * t.hidden_bytes
+    head = tokens * t.shape.hidden * t.item
     head += 4 * positions * (vocab + 2 * rows)
     head += 3 * rows * t.head_work // vocab
     head_reads = VOCABULARY_WINDOWS * math.ceil(length / positions)

@@ -13,7 +13,7 @@ import mlx.core as mx
 from mis_mlx.hardware.memory import COMMANDS_AHEAD, in_flight_bytes
 from mis_mlx.maths.losses import PART
 from mis_mlx.models import arch, families, load, policy
-from mis_mlx.models.config import Shape, shape_of
+from mis_mlx.models.config import Shape, shape_of, versions
 from mis_mlx.types import Checkpoint
 
 SLOT_BYTES = 16 * 2**10  # by which a buffer for a block is larger than the block: whole pages
@@ -38,7 +38,7 @@ class ModelSize:
     gpu: bool = False  # computes on Metal
     here: float = 1.0  # share of a block's parameters in memory at a time while it streams past
     met: float = 1.0  # share of a block's parameters that a token uses
-    side_params: int = 0  # of the table of per-layer inputs and of its projection
+    side_params: int = 0  # of the table of per-layer inputs, of its projection, and AltUp's ends
 
     @property
     def blocks_params(self) -> int:
@@ -51,9 +51,14 @@ class ModelSize:
         return self.head_params if self.shape.tied else 2 * self.head_params
 
     @property
+    def channels(self) -> int:
+        """The channels of a token between two blocks: D, or AltUp's A D."""
+        return self.shape.hidden * versions(self.config)
+
+    @property
     def hidden_bytes(self) -> int:
-        """Bytes of a token's hidden state (D,) in computation."""
-        return self.shape.hidden * self.item
+        """Bytes of a token's hidden state between two blocks (D,) or (A D,) in computation."""
+        return self.channels * self.item
 
     @property
     def wide(self) -> Shape:
@@ -84,6 +89,11 @@ class ModelSize:
         """The two buffers that blocks are read into in turn; a mixture has two more for experts."""
         buffers = 2 if self.shape.experts else 1
         return 2 * int(self.here * self.block_bytes + SLOT_BYTES * buffers)
+
+    def side_numbers(self, tokens: int) -> int:
+        """Numbers in the per-layer channels of all blocks, for each token that occurs."""
+        occurring = min(tokens, self.shape.vocab)
+        return occurring * arch.channels(self.config)
 
     def in_flight(self, work: int) -> int:
         """Temporaries that a GPU still holds when a CPU has freed them.
@@ -150,6 +160,7 @@ def model_of(
     if stored.packed:
         as_stored = gpu
     here, met = arch.shares(config)
+    sides = arch.side_tensors(config) | arch.end_tensors(config)
     return ModelSize(
         config=config,
         shape=shape,
@@ -165,7 +176,7 @@ def model_of(
         gpu=gpu,
         here=here,
         met=met,
-        side_params=sum(map(math.prod, arch.side_tensors(config).values())),
+        side_params=sum(map(math.prod, sides.values())),
     )
 
 

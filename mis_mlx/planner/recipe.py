@@ -233,7 +233,8 @@ class DistillationSpec(DistillationConfig):
 
 def steps_of(asked: DistillationConfig, config: Mapping[str, Any]) -> int:
     """--iters, or the usual number of steps for a model of this config's family."""
-    usual = ITERS * (family(config).steps if asked.reconstruct_samples else 2)
+    repaired = asked.reconstruct_samples and not family(config).versions
+    usual = ITERS * (family(config).steps if repaired else 2)
     return asked.iters or usual
 
 
@@ -263,7 +264,8 @@ def spec_of(
     )
     settings = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
     settings["iters"] = steps_of(asked, student.config)
-    if uncut:
+    # No fit knows what comes of several hidden states.
+    if uncut or family(student.config).versions:
         settings["reconstruct_samples"] = 0
     return DistillationSpec(
         **settings,
@@ -286,7 +288,9 @@ def _modes(asked: DistillationConfig, student: ModelSize, *, uncut: bool) -> tup
         return ("none",)
     if asked.train != "auto":
         return (asked.train,)
-    if asked.reconstruct_samples or family(student.config).experts:
+    row = family(student.config)
+    repaired = asked.reconstruct_samples and not row.versions
+    if repaired or row.experts:
         return (*MODES, "none")
     return MODES
 

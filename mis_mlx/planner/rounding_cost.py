@@ -128,7 +128,7 @@ def _compensated(
         head=False,
         beside_bytes=working,
     )
-    held = one_pass.held_tokens * s.hidden * m.item + m.slots_bytes
+    held = one_pass.held_tokens * m.hidden_bytes + m.slots_bytes
     block_flops = 2 * tokens * gram_flops + rounding_flops
     return replace(
         one_pass,

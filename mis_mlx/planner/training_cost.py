@@ -150,7 +150,7 @@ def way_back_bytes(job: DistillationSpec, micro: int, rank: int = 0) -> int:
         loss += backward
     update = gradient + lanes * PACKED_UPDATE_ARRAYS * 4 * max(sizes)
     sides = side_bytes(replace(m, item=4), job.step)
-    states = 4 * (s.layers * job.step + s.vocab) * s.hidden
+    states = 4 * (s.layers * job.step * m.channels + s.vocab * s.hidden)
     ahead = m.in_flight(activations)
     return SMALL_BYTES + sides + states + max(loss, backward, update) + ahead
 

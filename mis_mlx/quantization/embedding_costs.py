@@ -9,7 +9,7 @@ sum over tokens of the mean of <d log p / dW, error>^2}, for errors of 2^bits - 
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.models import arch, families, load, stream
+from mis_mlx.models import arch, block_inputs, families, load, stream
 from mis_mlx.models.stream import Batches
 from mis_mlx.storage.block_reader import Reader
 from mis_mlx.types import Checkpoint
@@ -95,7 +95,10 @@ class PerLayerCosts:
         self._width = int(checkpoint.config[families.family(checkpoint.config).per_layer])
         # of a row on its way into a block (load.SideProjection)
         self._scale = self._width**0.5 * 2.0**-0.5
-        self._batches = [np.array(batch).reshape(-1) for batch in batches]
+        self._batches = []
+        for batch in batches:
+            ids = np.array(batch).reshape(-1)
+            self._batches.append(block_inputs.table_rows(checkpoint.config, ids))
         self._ids = np.unique(np.concatenate(self._batches))
         self._path = arch.PER_LAYER.rstrip(".")
         table = checkpoint.tensors[f"{arch.PER_LAYER}weight"]

@@ -126,6 +126,8 @@ def layout(
     for name, shape in arch.tensors_of(config, stacked=True).items():
         if len(shape) < 2 or name.endswith(".bias") or experts.is_router(name):
             continue
+        if name.endswith(arch.COEFFICIENTS):
+            continue
         path = name.removesuffix(".weight")
         shapes[path] = shape
         plan[path] = usual
@@ -149,13 +151,20 @@ def _group_remedy(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def gates(config: Mapping[str, Any]) -> set[str]:
-    """Module paths of the small matrices through which per-layer inputs come in: always 8 bits."""
-    if not families.family(config).per_layer:
+    """Module paths of the small matrices that always have 8 bits.
+
+    Per-layer inputs come in through them; AltUp's ends and second ways have such ones, too.
+    """
+    row = families.family(config)
+    if not row.per_layer:
         return set()
     paths = {"model.per_layer_model_projection"}
+    inside = ["per_layer_input_gate", "per_layer_projection"]
+    if row.laurel:
+        inside += ["laurel.linear_left", "laurel.linear_right"]
     for i in range(config["num_hidden_layers"]):
-        paths.add(f"model.layers.{i}.per_layer_input_gate")
-        paths.add(f"model.layers.{i}.per_layer_projection")
+        paths.update(f"model.layers.{i}.{name}" for name in inside)
+    paths.update(name.removesuffix(".weight") for name in arch.end_tensors(config))
     return paths
 
 
@@ -407,6 +416,9 @@ def resident(checkpoint: Checkpoint) -> nn.Module:
     for name, part in model.model.children().items():
         if name in ("embed_tokens", "embed_tokens_per_layer", "per_layer_model_projection"):
             part.freeze()
+        if name.startswith("altup_"):  # a list of matrices
+            for matrix in part:
+                matrix.freeze()
     if hasattr(model, "lm_head"):
         model.lm_head.freeze()
     return stream.load_checked(model, f"{checkpoint.path}: ")

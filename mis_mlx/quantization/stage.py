@@ -142,7 +142,8 @@ def _rounded_block(
         rounded |= _rounded_readers(linears, plan, grams.pop(axis, None))
     for path in sorted(packed_format.gates(source.checkpoint.config)):
         if arch.block_of(path) == i:
-            weight = load.dense_weight(block[path.split(".")[-1]])
+            linear = dict(block.named_modules())[path.removeprefix(prefix)]
+            weight = load.dense_weight(linear)
             rounded[path] = rounding.nearest(weight, plan[path].group, plan[path].bits)
     return rounded
 

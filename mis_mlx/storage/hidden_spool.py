@@ -1,5 +1,6 @@
 """A list of hidden states between two blocks: a few stay in memory, the others live in a file."""
 
+import math
 import os
 import weakref
 from collections.abc import MutableSequence
@@ -16,7 +17,7 @@ WHAT = "the spool of hidden states"
 
 
 class Spool(MutableSequence[mx.array]):
-    """Arrays of one shape and dtype: `held` of them in memory, the others in a file.
+    """Arrays of one shape and dtype, or narrower: `held` of them in memory, the others in a file.
 
     The file is in `folder` and has no name. An array that goes there is evaluated; reading it makes
     a new array. MisError when the disk is full.
@@ -29,8 +30,10 @@ class Spool(MutableSequence[mx.array]):
         self._memory: dict[int, mx.array] = {}
         self._count = 0
         self._fd = -1
-        self._kind: tuple[tuple[int, ...], mx.Dtype] | None = None
-        self._nbytes = 0  # of one array
+        # of the arrays in the file, each: its shape and type
+        self._kinds: dict[int, tuple[tuple[int, ...], mx.Dtype]] = {}
+        self._first: tuple[tuple[int, ...], mx.Dtype] = ((), mx.float32)
+        self._nbytes = 0  # that each may have in the file, as many as the first of them
 
     def __len__(self) -> int:
         return self._count
@@ -41,11 +44,11 @@ class Spool(MutableSequence[mx.array]):
         index = range(self._count)[b]  # counts from the end too; IndexError
         if index < self._held:
             return self._memory[index]
-        assert self._kind
-        shape, dtype = self._kind
-        with reported(self._folder, WHAT, self._nbytes):
-            data = os.pread(self._fd, self._nbytes, self._offset(index))
-        if len(data) < self._nbytes:
+        shape, dtype = self._kinds[index]
+        nbytes = math.prod(shape) * dtype.size
+        with reported(self._folder, WHAT, nbytes):
+            data = os.pread(self._fd, nbytes, self._offset(index))
+        if len(data) < nbytes:
             raise MisError(f"{self._folder}: {WHAT} was cut short: check the disk and start again")
         raw = np.frombuffer(data, np.uint8)
         return mx.array(raw).view(dtype).reshape(shape)
@@ -68,12 +71,16 @@ class Spool(MutableSequence[mx.array]):
         if b < self._held:
             self._memory[b] = array
             return
-        kind = (tuple(array.shape), array.dtype)
-        if self._kind is None:
-            self._kind = kind
+        shape = tuple(array.shape)
+        if not self._kinds:
             self._nbytes = array.nbytes
-        if kind != self._kind:
-            raise ValueError(f"a spool of {self._kind} was given {kind}")
+            self._first = (shape, array.dtype)
+        first_shape, dtype = self._first
+        # the last norm makes one version of hidden states of several: fewer channels, no more
+        fits = shape[:-1] == first_shape[:-1] and shape[-1] <= first_shape[-1]
+        if array.dtype != dtype or not fits:
+            raise ValueError(f"a spool of {self._first} was given {(shape, array.dtype)}")
+        self._kinds[b] = (shape, dtype)
         raw: Any = mx.contiguous(array).view(mx.uint8)  # bytes: numpy has no bfloat16
         with reported(self._folder, WHAT, self._nbytes):
             if self._fd < 0:

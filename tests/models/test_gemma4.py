@@ -1,5 +1,5 @@
-"""Gemma 4: what its blocks take beside hidden states, forwards, backwards, on disk. Parity is in
-test_families.py.
+"""Gemma 4, and Gemma 3n where it has the same: what their blocks take beside hidden states,
+forwards, backwards, on disk. Parity is in test_families.py, what 3n alone has in test_gemma3n.py.
 """
 
 from __future__ import annotations
@@ -46,21 +46,22 @@ from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget, Checkpoint, MisError
+from tests import stock as stock_models
 from tests import tiny
 from tests.conftest import mostly_slow, near
 
 KIND = "gemma4_text"
+BOTH = (KIND, "gemma3n_text")
 TOKENS = mx.array([[5, 9, 300, 17, 44, 44, 8, 120, 3, 77, 201, 9]])
 
 
-@pytest.fixture(scope="module")
-def gemma(models: Callable[[str], Checkpoint]) -> Checkpoint:
-    return models(KIND)
+@pytest.fixture(scope="module", params=BOTH)
+def gemma(request: pytest.FixtureRequest, models: Callable[[str], Checkpoint]) -> Checkpoint:
+    return models(request.param)
 
 
 def stock(folder: Path) -> nn.Module:
-    model: nn.Module = load.mlx_lm("utils").load(str(folder))[0]
-    return model
+    return stock_models.opened(folder)
 
 
 def stock_logits(model: Checkpoint) -> mx.array:
@@ -70,6 +71,15 @@ def stock_logits(model: Checkpoint) -> mx.array:
     theirs = stock(model.path)
     theirs.set_dtype(compute_dtype(model))
     return theirs(TOKENS).astype(mx.float32)
+
+
+def matrices_of(model: Checkpoint) -> set[str]:
+    """Module paths of what is packed: all matrices but AltUp's coefficients."""
+    return {
+        name.removesuffix(".weight")
+        for name, shape in arch.tensors_of(model.config).items()
+        if len(shape) > 1 and not name.endswith(arch.COEFFICIENTS)
+    }
 
 
 def logits(model: Checkpoint, tokens: mx.array) -> mx.array:
@@ -112,11 +122,15 @@ def test_the_published_shapes(name: str, tables: int, total: int, tmp_path: Path
 
 @pytest.mark.parametrize("beside", ["", "model."])
 def test_of_a_model_that_sees_and_hears_the_text_part_is_opened(
-    gemma: Checkpoint, beside: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    models: Callable[[str], Checkpoint],
+    beside: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """As published and as mlx_lm.convert writes it: towers are left out, and so are the keys and
     values that nobody uses, of blocks that share another's.
     """
+    gemma = models(KIND)
     folder = tiny.hearing(tmp_path / "m", beside)
     opened = load.open_checkpoint(folder)
     assert "a gemma4_text, without 3 tensors that see or hear" in capsys.readouterr().err
@@ -158,7 +172,7 @@ def test_four_bits_are_stock(
     formats = packed_format.formats(four)
     assert {"model.embed_tokens_per_layer", "model.embed_tokens"} < formats.keys()
     assert all(formats[path].bits == 8 for path in packed_format.gates(four.config))
-    assert len(formats) == sum(len(shape) > 1 for shape in arch.tensors_of(four.config).values())
+    assert formats.keys() == matrices_of(four)
     theirs = stock_logits(four)
     assert mx.abs(logits(four, TOKENS) - theirs).max().item() <= (1e-4 if policy == "cpu" else 2e-2)
     if policy == "cpu":
@@ -265,7 +279,7 @@ def test_gradients_block_by_block_are_the_whole_models(
 
     model = stock(gemma.path)
     value, want = nn.value_and_grad(model, plain)(model)
-    named = dict(tree_flatten(want))
+    named = stock_models.ours(dict(tree_flatten(want)), gemma.config)
     parts = model_writer.by_block(gemma, tmp_path / "parts", DISK)
     student = sharded.Sharded(parts, each, steps_per_shard=1, weight_decay=0.0, files=DISK)
     student.begin()
@@ -285,11 +299,12 @@ def test_gradients_block_by_block_are_the_whole_models(
 
 @pytest.mark.usefixtures("cpu_policy")
 def test_what_comes_back_to_the_first_block(
-    gemma: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    models: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The streamed pass back against autodiff of stock mlx_lm: at the first block's input, and of
     what every block gets of the tables.
     """
+    gemma = models(KIND)
     monkeypatch.setattr(mx.random, "categorical", lambda z, key: mx.argmax(z, axis=-1))
     channels = dict[int, mx.array]()
 
@@ -341,12 +356,7 @@ def test_bits_go_to_the_table_of_per_layer_inputs(
     found = bit_allocation.costs(gemma, batches, 32, (3, 8))
     table = found["model.embed_tokens_per_layer"]
     assert table[3] > 10 * table[8] > 0
-    matrices = {
-        n.removesuffix(".weight")
-        for n, shape in arch.tensors_of(gemma.config).items()
-        if len(shape) > 1
-    }
-    assert found.keys() == matrices - packed_format.gates(gemma.config)
+    assert found.keys() == matrices_of(gemma) - packed_format.gates(gemma.config)
 
 
 @pytest.mark.usefixtures("cpu_policy")
@@ -400,11 +410,12 @@ def test_depth_keeps_who_makes_keys(gemma: Checkpoint, tmp_path: Path, text_fold
 @pytest.mark.parametrize(
     "way", mostly_slow(["resident", "blocks", "sharded", "lora", "none", "cached"], "blocks")
 )
-def test_every_way_of_training(tmp_path: Path, text_folder: Path, way: str) -> None:
+@pytest.mark.parametrize("kind", BOTH)
+def test_every_way_of_training(tmp_path: Path, text_folder: Path, kind: str, way: str) -> None:
     """Half of the tokens, fewer neurons and blocks: stock mlx_lm opens what comes out; training
     brings it nearer to its teacher.
     """
-    folder = tiny.make(tmp_path / "teacher", vocab_size=1024, **tiny.FAMILIES[KIND])
+    folder = tiny.make(tmp_path / "teacher", vocab_size=1024, **tiny.FAMILIES[kind])
     tiny.write_tokenizer(folder, 1024)
     how: dict[str, Any] = {"targets": "cached"} if way == "cached" else {"train": way}
     run = tmp_path / "run"
@@ -475,9 +486,10 @@ def test_what_of_a_config_is_refused(change: dict[str, Any], said: str) -> None:
 
 
 def test_what_is_not_built_is_a_sentence(
-    gemma: Checkpoint, tmp_path: Path, text_folder: Path
+    models: Callable[[str], Checkpoint], tmp_path: Path, text_folder: Path
 ) -> None:
     """Blocks shared by machines, heads, a search of sizes, a GGUF; each before any work."""
+    gemma = models(KIND)
     with pytest.raises(MisError, match="exchange more than hidden states"):
         pipeline_parallel.Relay(gemma, mx.float32, room_bytes=0, direct=False, shares=(7,))
     with pytest.raises(
@@ -526,21 +538,22 @@ def test_a_teacher_and_its_own_logits(gemma: Checkpoint) -> None:
 
 
 SIZES: dict[str, Any] = {
-    **tiny.FAMILIES[KIND],
     "hidden_size": 128,
     "intermediate_size": 1024,
     "hidden_size_per_layer_input": 128,
     "vocab_size": 2048,
 }
+LARGER = {kind: {**tiny.FAMILIES[kind], **SIZES} for kind in BOTH}
 
 
 @pytest.mark.usefixtures("cpu_policy")
 @pytest.mark.parametrize(("windows", "length"), [(1, 64), (6, 128)])
-def test_a_pass_stays_under_the_plan(tmp_path: Path, windows: int, length: int) -> None:
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_pass_stays_under_the_plan(tmp_path: Path, kind: str, windows: int, length: int) -> None:
     """With the channels of every token and the keys and values that wait: MLX's peak, and not by
     more than half.
     """
-    model = load.open_checkpoint(tiny.make(tmp_path / "m", **SIZES))
+    model = load.open_checkpoint(tiny.make(tmp_path / "m", **LARGER[kind]))
     m = estimates.model_of(model, gpu=False, dtype=mx.float32)
     batches = [
         mx.random.randint(0, 2048, (1, length), key=mx.random.key(k)) for k in range(windows)
@@ -567,12 +580,14 @@ def test_a_pass_stays_under_the_plan(tmp_path: Path, windows: int, length: int) 
 
 @pytest.mark.usefixtures("cpu_policy")
 @pytest.mark.parametrize("way", ["blocks", "sharded"])
-def test_training_stays_under_the_plan(tmp_path: Path, way: str) -> None:
+@pytest.mark.parametrize("kind", BOTH)
+def test_training_stays_under_the_plan(tmp_path: Path, kind: str, way: str) -> None:
     """Two steps of the student block by block, all blocks in memory or two of them: under the plan,
     within 60 %.
     """
     teacher, student = (
-        load.open_checkpoint(tiny.make(tmp_path / str(seed), seed=seed, **SIZES)) for seed in (0, 1)
+        load.open_checkpoint(tiny.make(tmp_path / str(seed), seed=seed, **LARGER[kind]))
+        for seed in (0, 1)
     )
     tokens = np.random.default_rng(0).integers(0, 2048, (12, 64)).astype(np.int32)
     data = Windows(tokens, np.ones((12, 64), np.float32))

@@ -186,14 +186,15 @@ def test_sensitivity(llama: Checkpoint, batches: list[mx.array], under: Any) -> 
         near([*found[path].values()], [*costs.values()])
 
 
+@pytest.mark.parametrize("kind", ["gemma4_text", "gemma3n_text"])
 def test_what_takes_more_than_hidden_states(
-    models: Callable[[str], Checkpoint], batches: list[mx.array], under: Any
+    models: Callable[[str], Checkpoint], batches: list[mx.array], under: Any, kind: str
 ) -> None:
-    """A gemma4_text, whose blocks get channels of each token and another block's keys, goes window
+    """A model whose blocks get channels of each token and another block's keys, goes window
     by window: a pass, calibration, and GPTQ's sums in a block that uses others' keys are a CPU's to
     the bit. So are costs but for the softmax that they begin with.
     """
-    gemma = models("gemma4_text")
+    gemma = models(kind)
 
     def sums() -> dict[str, np.ndarray]:
         source = stream.Stream(gemma)

@@ -25,7 +25,7 @@ from mis_mlx.data import preparation
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.maths.stats import summary
-from mis_mlx.models import arch, load, mlx_generate, stream
+from mis_mlx.models import arch, config, load, mlx_generate, stream
 from mis_mlx.planner import estimates, phases
 from mis_mlx.types import Checkpoint, Row
 
@@ -113,7 +113,7 @@ def opened(folder: Path) -> BenchmarkModel:
     read_bytes = 0
     for name, array in arrays.items():
         nbytes += array.nbytes
-        if not name.startswith(tables):
+        if not config.inside_names(name)[0].startswith(tables):
             read_bytes += array.nbytes
     stream.load_checked(model, f"{folder}: ")
     return BenchmarkModel(

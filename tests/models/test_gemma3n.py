@@ -1,0 +1,370 @@
+"""Gemma 3n alone: AltUp's versions of the hidden states, its folders, its refusals. What it shares
+with Gemma 4 is in test_gemma4.py, parity in test_families.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mis_mlx import plan, prune, quantize, sft
+from mis_mlx.models import altup, arch, backward_pass, load, model_writer, stream, tensor_shapes
+from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
+from mis_mlx.models.config import check_config, key_owners, read_config
+from mis_mlx.planner import estimates
+from mis_mlx.planner.recipe import DistillationConfig, spec_of
+from mis_mlx.pruning import calibrate, vocabulary
+from mis_mlx.storage.files import DISK
+from mis_mlx.storage.hidden_spool import Spool
+from mis_mlx.types import GIB, Checkpoint, MisError
+from tests import stock, tiny
+
+KIND = "gemma3n_text"
+CONFIG = {**tiny.CONFIG, **tiny.FAMILIES[KIND]}
+TOKENS = mx.array([[5, 9, 300, 17, 44, 44, 8, 120, 3, 77, 201, 9]])
+
+
+@pytest.fixture(scope="module")
+def gemma(models: Callable[[str], Checkpoint]) -> Checkpoint:
+    return models(KIND)
+
+
+def streamed(model: Checkpoint, tokens: mx.array) -> mx.array:
+    """Logits (B, T, V) in float32, block by block."""
+    source = stream.Stream(model, mx.float32)
+    return load.logits(source.head(), source.forward([tokens])[0])
+
+
+def apart(a: mx.array, b: mx.array) -> float:
+    """The largest difference."""
+    return float(mx.abs(a.astype(mx.float32) - b.astype(mx.float32)).max())
+
+
+@pytest.mark.parametrize(("name", "total"), [("gemma-3n-e2b", 4_456_156_768), ("gemma-3n-e4b", 0)])
+def test_the_published_shapes(name: str, total: int, tmp_path: Path) -> None:
+    """As many parameters as mlx-lm's modules have: ours, and the unused keys and values.
+
+    The text part of E2B is published as 4.46 billion.
+    """
+    (tmp_path / "config.json").write_text(json.dumps(arch.PUBLISHED[name]))
+    config = read_config(tmp_path)
+    unused = sum(int(np.prod(shape)) for shape in tensor_shapes.unused_shapes(config).values())
+    tensors = arch.tensors_of(config)
+    ours = sum(int(np.prod(shape)) for shape in tensors.values())
+    assert arch.params(config) == ours
+    # lazy: nothing is drawn
+    module = load.mlx_lm("models.gemma3n")
+    theirs = module.LanguageModel(load.model_args(config))
+    assert ours + unused == sum(a.size for _, a in tree_flatten(theirs.parameters()))
+    assert total in (0, ours + unused)
+    own = config["num_hidden_layers"] - config["num_kv_shared_layers"]
+    assert set(key_owners(config)[own:]) == {own - 1, own - 2}
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_ends_are_mlx_lms() -> None:
+    """The first block's input and the last norm's, by the formulas written out in float64."""
+    entrance = altup.Entrance(16, 4)
+    last = altup.Exit(16, 4, 1e-6)
+    x = mx.random.normal((2, 3, 16), key=mx.random.key(1))
+    stacked = mx.random.normal((2, 3, 64), key=mx.random.key(2))
+
+    def evened(versions: Sequence[np.ndarray]) -> np.ndarray:
+        sizes = [np.sqrt(np.square(v).mean(axis=-1, keepdims=True)) for v in versions]
+        return np.stack([v * sizes[0] / size for v, size in zip(versions, sizes, strict=True)])
+
+    def projected(v: Sequence[np.ndarray], matrices: Sequence[nn.Module]) -> list[np.ndarray]:
+        weights = [np.array(matrix.weight, np.float64) for matrix in matrices]
+        return [v[0], *(part @ w.T for part, w in zip(v[1:], weights, strict=True))]
+
+    wide = np.array(x, np.float64)
+    want = evened(projected([wide] * 4, entrance.altup_projections))
+    got = np.array(entrance(x)).reshape(2, 3, 4, 16)
+    assert np.allclose(np.moveaxis(got, 2, 0), want, atol=1e-5)
+
+    versions = list(np.moveaxis(np.array(stacked, np.float64).reshape(2, 3, 4, 16), 2, 0))
+    mean = evened(projected(versions, last.altup_unembed_projections)).mean(axis=0)
+    size = np.sqrt(np.square(mean).mean(axis=-1, keepdims=True) + 1e-6)
+    assert np.allclose(np.array(last(stacked)), mean / size, atol=1e-5)
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_weights_are_not_changed_by_a_pass(gemma: Checkpoint) -> None:
+    """mlx-lm's AltUp clips its coefficients in place, so a pass would train them; ours does not."""
+    model = load.resident(gemma, mx.float32)
+    name = "model.layers.0.altup.prediction_coefs.weight"
+    before = dict(tree_flatten(model.parameters()))[name]
+    assert mx.abs(before).max() > CONFIG["altup_coef_clip"]
+    mx.eval(model(TOKENS))
+    after = dict(tree_flatten(model.parameters()))[name]
+    assert mx.array_equal(after, before)
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("steps", [[12], [5, 1, 1, 5], [1] * 12])
+def test_whole_with_a_cache(gemma: Checkpoint, steps: Sequence[int]) -> None:
+    """A text in pieces, past the window, as mlx_lm's generation asks for it."""
+    model = load.resident(gemma, mx.float32)
+    theirs = load.mlx_lm("utils").load(str(gemma.path))[0]
+    caches = [model.make_cache(), theirs.make_cache()]
+    assert [type(c) for c in caches[0]] == [type(c) for c in caches[1]]
+    start = 0
+    for count in steps:
+        some = TOKENS[:, start : start + count]
+        start += count
+        ours = model(some, cache=caches[0])
+        assert apart(ours, theirs(some, cache=caches[1])) <= 1e-5
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("packed", [False, True])
+def test_tokens_behind_the_end_of_the_table(tmp_path: Path, packed: bool) -> None:
+    """The published table of per-layer inputs has fewer rows than the embedding: token 0's count
+    for the others, also in a teacher of some of the tokens.
+    """
+    sizes = {**tiny.FAMILIES[KIND], "vocab_size_per_layer_input": 256}
+    model = load.open_checkpoint(tiny.make(tmp_path / "m", **sizes))
+    if packed:
+        quantize.run(
+            quantize.Settings(
+                model=str(model.path),
+                mlx_path=str(tmp_path / "four"),
+                q_group_size=32,
+                q_method="round",
+            )
+        )
+        model = load.open_checkpoint(tmp_path / "four")
+    # stock de-quantizes by scales of half precision, unless it is told
+    theirs = stock.opened(model.path)
+    theirs.set_dtype(mx.float32)
+    want = theirs(TOKENS)
+    assert TOKENS.max() > 256
+    assert apart(streamed(model, TOKENS), want) <= 1e-5
+    assert apart(load.resident(model, mx.float32)(TOKENS), want) <= 1e-5
+
+    kept = [*range(0, 512, 3), 5, 17, 44, 8, 77, 511]
+    kept = sorted(set(kept) | set(TOKENS[0].tolist()))
+    seen = vocabulary.write(model, kept, tmp_path / "rows", DISK)
+    places = [[kept.index(token) for token in TOKENS[0].tolist()]]
+    assert seen.config["vocab_size_per_layer_input"] == len(kept)
+    less = streamed(seen, mx.array(places))
+    assert apart(less, want[..., mx.array(kept)]) <= 1e-5
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_the_published_form_is_opened(
+    gemma: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Towers and unused keys are left out, a width for each block becomes one; the same logits."""
+    folder = tiny.make(tmp_path / "m", **tiny.FAMILIES[KIND])
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["intermediate_size"] = [768] * 7
+    config["text_config"]["rope_scaling"] = None
+    config |= {"vision_config": {"hidden_size": 8}, "audio_config": {"hidden_size": 8}}
+    (folder / "config.json").write_text(json.dumps(config))
+    stored: Any = mx.load(str(folder / "model.safetensors"))
+    weights: dict[str, mx.array] = dict(stored)
+    mx.eval(weights)
+    assert not mx.any(weights["model.language_model.layers.6.self_attn.k_proj.weight"])
+    for name in ("vision_tower.patch", "audio_tower.conv", "embed_vision.embedding"):
+        weights[f"model.{name}.weight"] = mx.zeros((2, 2))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    opened = load.open_checkpoint(folder)
+    assert "a gemma3n_text, without 3 tensors that see or hear" in capsys.readouterr().err
+    assert opened.tensors.keys() == gemma.tensors.keys()
+    assert mx.array_equal(streamed(opened, TOKENS), streamed(gemma, TOKENS))
+    assert apart(streamed(opened, TOKENS), stock.opened(folder)(TOKENS)) <= 1e-5
+
+
+def test_a_cut_carries_the_sparsity_of_its_blocks(
+    gemma: Checkpoint, tmp_path: Path, text_folder: Path
+) -> None:
+    """A block keeps its kind and its share of silent neurons; mlx_lm opens it."""
+    out = tmp_path / "cut"
+    prune.run(
+        prune.Settings(
+            model=str(gemma.path),
+            mlx_path=str(out),
+            scenario="none",
+            layers=5,
+            ffn=512,
+            data=str(text_folder),
+            num_samples=2,
+            max_seq_length=24,
+            dtype="float32",
+        )
+    )
+    keep = model_writer.read_keep(out)
+    assert keep
+    student = load.open_checkpoint(out)
+    for key in ("activation_sparsity_pattern", "layer_types"):
+        assert student.config[key] == [CONFIG[key][i] for i in keep.layers]
+    written = json.loads((out / "config.json").read_text())
+    assert written["model_type"] == "gemma3n"
+    ropes = written["text_config"]["rope_parameters"]
+    assert ropes["sliding_attention"]["rope_theta"] == 1e3
+    assert apart(streamed(student, TOKENS), stock.opened(out)(TOKENS)) <= 1e-5
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_what_comes_back_to_the_embedding(
+    gemma: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The streamed pass back, through blocks and entrance, against autodiff of stock mlx_lm."""
+    monkeypatch.setattr(mx.random, "categorical", lambda z, key: mx.argmax(z, axis=-1))
+    channels = dict[int, mx.array]()
+    args = load.model_args(gemma.config)
+
+    def visit(i: int, block: nn.Module) -> backward_pass.Back:
+        def each(inputs: BlockInputs, above: BlockOutputs) -> BlockInputs:
+            def run(*arrays: mx.array) -> list[mx.array]:
+                given = inputs.like(arrays)
+                mask = load.mask(args, block, given.hidden)
+                return stream.block_inputs.run(block, given, mask).arrays(above)
+
+            _, below = mx.vjp(run, inputs.arrays, above.arrays(above))
+            mx.eval(below)
+            return inputs.like(below)
+
+        return lambda inputs, above: [each(*of) for of in zip(inputs, above, strict=True)]
+
+    (below,) = backward_pass.backwards(
+        gemma, [TOKENS], visit, at_channels=lambda i, b, c: channels.update({i: c})
+    )
+    model = load.mlx_lm("utils").load(str(gemma.path))[0]
+    inner = model.model.language_model
+    drawn = mx.argmax(model(TOKENS, cache=model.make_cache()), axis=-1)
+    rows = inner.get_per_layer_inputs(TOKENS)
+    embedded = inner.embed_tokens(TOKENS) * 8.0
+    project = inner.project_per_layer_inputs
+
+    def likely(hidden: mx.array, rows: mx.array) -> mx.array:
+        # `hidden` reaches the blocks alone: what is projected from it is another path
+        made = project(mx.stop_gradient(hidden), rows)
+        object.__setattr__(inner, "project_per_layer_inputs", lambda *_: made)
+        z = model(TOKENS, cache=model.make_cache(), input_embeddings=hidden)
+        return mx.take_along_axis(nn.log_softmax(z, axis=-1), drawn[..., None], axis=-1).sum()
+
+    at_hidden, at_rows = mx.grad(likely, argnums=(0, 1))(embedded, rows)
+    assert below.shape == (1, 12, 64)
+    assert apart(below, at_hidden) <= 1e-4 * float(mx.abs(at_hidden).max())
+    ours = mx.stack([channels[i] for i in range(7)], axis=2) * 2.0**-0.5
+    assert apart(ours, at_rows) <= 1e-4 * float(mx.abs(at_rows).max())
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_hidden_states_on_disk_are_as_wide(
+    gemma: Checkpoint, batches: list[mx.array], tmp_path: Path
+) -> None:
+    """All versions go through a spool, and what the last norm makes of them comes out of it."""
+    plain, states = calibrate.calibrate(gemma, batches)
+    spooled, again = calibrate.calibrate(gemma, batches, hidden=Spool(tmp_path, 1, DISK))
+    assert plain.block == spooled.block
+    for b, state in enumerate(states):
+        assert state.shape == (1, 24, 64)
+        assert mx.array_equal(state, again[b])
+
+
+@pytest.mark.parametrize("policy", ["cpu", "metal"])
+def test_adapters_open_in_stock(
+    gemma: Checkpoint, tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoRA leaves AltUp's coefficients alone; mlx_lm takes what comes out as --adapter-path."""
+    monkeypatch.setenv("MIS_MLX_POLICY", policy)
+    out = tmp_path / "run"
+    row = json.dumps({"prompt": "The for statement", "completion": " is used to iterate"})
+    (tmp_path / "data").mkdir()
+    for split in ("train", "valid"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text(f"{row}\n" * 4)
+    sft.run(
+        sft.Settings(
+            model=str(gemma.path),
+            data=str(tmp_path / "data"),
+            out=str(out),
+            iters=2,
+            batch_size=1,
+            max_seq_length=32,
+            fine_tune_type="lora",
+            num_layers=3,
+            learning_rate=1e-2,
+        )
+    )
+    stored: Any = mx.load(str(out / "adapters" / "adapters.safetensors"))
+    named = dict(stored)
+    assert named and all(name.startswith("model.language_model.layers.") for name in named)
+    assert not any("altup" in name for name in named)
+    theirs = load.mlx_lm("utils").load(str(gemma.path), adapter_path=str(out / "adapters"))[0]
+    fused = load.open_checkpoint(out / "model")
+    theirs.set_dtype(mx.float32)
+    want = theirs(TOKENS, cache=theirs.make_cache())
+    before = streamed(gemma, TOKENS)
+    # the folder has bfloat16 numbers
+    assert apart(streamed(fused, TOKENS), want) < 0.1 * apart(want, before)
+
+
+def test_nothing_is_fitted_in_closed_form(gemma: Checkpoint) -> None:
+    """No output of a block is linear in down_proj: training begins at the pruned student."""
+    m = estimates.model_of(gemma, gpu=False, dtype=mx.float32)
+    job = spec_of(m, m, DistillationConfig(reconstruct_samples=8))
+    assert job.reconstruct_samples == 0 and "none" not in job.modes
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"altup_active_idx": 3}, "altup_active_idx is 3, but should be 0 to 2"),
+        ({"altup_num_inputs": None}, "altup_num_inputs is None"),
+        ({"altup_coef_clip": None}, "altup_coef_clip is None, but must be a number above 0"),
+        ({"laurel_rank": 0}, "laurel_rank is 0"),
+        ({"activation_sparsity_pattern": None}, "activation_sparsity_pattern is missing"),
+        ({"activation_sparsity_pattern": [0.9]}, "must be a list of 7"),
+        ({"activation_sparsity_pattern": [1.0] * 7}, "is 1.0, but must be 0 to 1"),
+        ({"num_kv_shared_layers": 0}, "num_kv_shared_layers is 0, but must be a number above 0"),
+        ({"vocab_size_per_layer_input": 600}, "has 600 rows, but the embedding 512"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "supported: default"),
+        ({"tie_word_embeddings": False}, "only True is supported"),
+    ],
+)
+def test_what_of_a_config_is_refused(change: dict[str, Any], said: str) -> None:
+    """Values that nobody's Gemma 3n has, and that mlx-lm computes otherwise or not at all."""
+    with pytest.raises(MisError, match=said):
+        check_config({**CONFIG, **change}, Path("config.json"))
+
+
+def test_blocks_of_several_widths_are_refused(tmp_path: Path) -> None:
+    """Sizes between E2B and E4B, mixed out of both."""
+    folder = tiny.make(tmp_path / "m", **tiny.FAMILIES[KIND])
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["intermediate_size"] = [512] * 3 + [768] * 4
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MisError, match="intermediate_size is 512 in some blocks and 768 in others"):
+        load.open_checkpoint(folder)
+
+
+def test_heads_are_not_cut(gemma: Checkpoint, tmp_path: Path) -> None:
+    """Said before any work."""
+    asked = prune.Settings(
+        model=str(gemma.path), mlx_path=str(tmp_path / "x"), heads=2, scenario="none"
+    )
+    with pytest.raises(MisError, match="its blocks pass several versions of the hidden states on"):
+        prune.run(asked)
+
+
+def test_the_plan_of_the_published_ones() -> None:
+    """Half of the tokens and no training by default: E2B in 5 GiB; E4B where it is rounded."""
+    asked = plan.Settings(teacher="gemma-3n-e2b", budget="5GiB", machine="m1-air")
+    made = plan.run(asked)
+    assert made["mode"] == "none" and not made["check_failed"] and made["peak_bytes"] < 5 * GIB
+    assert made["params_student"] / made["params_teacher"] == pytest.approx(0.713, abs=0.001)
+    large = plan.run(
+        plan.Settings(teacher="gemma-3n-e4b", budget="5GiB", machine="m1-air", q_method="round")
+    )
+    assert not large["check_failed"]

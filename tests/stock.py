@@ -1,0 +1,45 @@
+"""Models as stock mlx_lm opens them, called alike; their tensors by our names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mis_mlx.models import load, tensor_shapes
+from mis_mlx.models.config import inside_names, read_config
+from mis_mlx.models.families import family
+
+
+class Cached(nn.Module):
+    """mlx_lm's gemma3n with a new cache at every call: through it alone blocks share keys."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """Token ids (B, T) -> logits (B, T, V)."""
+        return self.inner(tokens, cache=self.inner.make_cache())
+
+
+def opened(folder: Path) -> nn.Module:
+    """The model in a folder, called with token ids alone."""
+    model: nn.Module = load.mlx_lm("utils").load(str(folder))[0]
+    if family(read_config(folder)).versions:
+        return Cached(model)
+    return model
+
+
+def ours(named: Mapping[str, mx.array], config: Mapping[str, Any]) -> dict[str, mx.array]:
+    """Arrays by the names that tensors of such a config have here, without those nobody uses."""
+    unused = tensor_shapes.unused_tensors(config)
+    found = {}
+    for name, array in named.items():
+        (inside,) = inside_names(name.removeprefix("inner."))
+        if inside not in unused:
+            found[inside] = array
+    return found
