@@ -40,7 +40,7 @@ def run(settings: Settings) -> dict[str, Any]:
     folders = [Path(name).expanduser() for name in settings.models]
     for folder in folders:
         if not folder.is_dir():
-            raise MisError(f"--models {folder} is no folder: give one that holds model folders")
+            raise MisError(f"--models {folder} is not a folder: give one that holds model folders")
     from mis_mlx.studio_page import page
 
     return page.serve(folders, settings.port, browser=not settings.no_browser, say=_say)

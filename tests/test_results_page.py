@@ -24,6 +24,8 @@ UNITS = {
     "MiB": (2**20,),
     "GiB": (2**30,),
     "minutes": (60.0,),
+    "min": (60.0,),
+    "M": (1e6,),
     "thousand": (1e3,),
     "million": (1e6,),
     "billion": (1e9,),

@@ -207,7 +207,7 @@ def test_the_score_is_that_of_a_student_by_hand(
     group = shape_search.group_of(shape)
     bits = bit_allocation.allocate(costs, weights, record["bits"] - 32 / group)
     layout = {path: packed_format.Format(each, group) for path, each in bits.items()}
-    packed_format.write_quantized(student, tmp_path / "m", layout, DISK)
+    packed_format.write_quantized(student, tmp_path / "m", layout, DISK, fit=True)
     held_out = comparison.chosen(data.held_out["held-out"], 3)
     both = {"teacher": teacher, "student": load.open_checkpoint(tmp_path / "m")}
     kl = comparison.compare(both, held_out)["student", "kl"]
@@ -280,7 +280,9 @@ def test_sensitivity_keeps_to_the_plan_of_its_own(
     block alone.
     """
     seen = list[Any]()
-    monkeypatch.setattr(bit_allocation, "costs", lambda *given: seen.append(given[-1]) or {})
+    monkeypatch.setattr(
+        bit_allocation, "costs", lambda *given, **named: seen.append(named["kept"]) or {}
+    )
     windows = [mx.zeros((1, 32), mx.int32)] * 8
     for name, budget_bytes in (("much", 2**30), ("little", 2**20)):
         (tmp_path / name).mkdir()

@@ -83,7 +83,7 @@ assert not {"nicegui", "fastapi", "uvicorn"} & set(sys.modules)
 @needs_extra
 def test_a_folder_that_is_none_and_a_port_that_is_taken(tmp_path: Path) -> None:
     """Two sentences."""
-    with pytest.raises(MisError, match="nowhere is no folder: give one that holds"):
+    with pytest.raises(MisError, match="nowhere is not a folder: give one that holds"):
         studio.run(studio.Settings(models=(str(tmp_path / "nowhere"),)))
     with contextlib.closing(socket.socket()) as taken:
         taken.bind(("127.0.0.1", 0))

@@ -31,7 +31,7 @@ SLAB = 2**18  # weights whose gradients and errors exist at once
 OPENED = 2**20  # weights that are de-quantized at a time
 PART = 2**24  # weights of a matrix that are rounded at a time
 SAMPLED = 2**15  # weights of a matrix on which `fit_share` is measured, at least a row
-FITTED = 2**20  # weights whose grids are fitted at a time
+FITTED = 2**18  # weights whose grids are fitted at a time
 # How much of a group's range is cut off at an end in a step, by bits; four steps are tried. Of 8
 # bits nothing is cut off: the range costs next to nothing there.
 RANGE_STEPS = {2: 0.12, 3: 0.1, 4: 0.1, 5: 0.04, 6: 0.02}
@@ -80,9 +80,9 @@ def fitted(weight: mx.array, group: int, bits: int) -> Packed:
         groups = some.reshape(len(some), -1, group)
         scales, biases = fit_grids(groups, bits)
         levels = _levels(groups, scales, biases, bits).reshape(some.shape)
-        stored = (scales.astype(mx.float16), biases.astype(mx.float16))
-        mx.eval(levels, stored)
         words = _packed_words(np.array(levels).T, bits)
+        # By numpy, so that both are evaluated: a lazy one would keep all candidates' arrays.
+        stored = [mx.array(np.array(part.astype(mx.float16))) for part in (scales, biases)]
         parts.append((mx.array(words), *stored))
     return parts[0] if len(parts) == 1 else joined(parts)
 

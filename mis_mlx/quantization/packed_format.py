@@ -302,7 +302,7 @@ def _nearest(
     return tuple(mx.stack(list(arrays)) for arrays in zip(*rounded, strict=True))
 
 
-def _by_parts(weight: mx.array, how: Format, *, fit: bool) -> rounding.Packed:
+def _by_parts(weight: mx.array, how: Format, *, fit: bool = False) -> rounding.Packed:
     """A matrix (out, in) rounded to nearest values, some rows at a time.
 
     An embedding can be most of a model, too large to be widened as a whole.

@@ -1,7 +1,6 @@
 """Keep: export, other programs' folders, upload, delete."""
 
 import re
-import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from mis_mlx.studio_page.wishes import Wishes
 from mis_mlx.types import MisError
 
 EXPORTED = Path("exported")
+COPIED = 2**24  # bytes of a file that are copied at a time
 # key: label, flags of `export`
 FORMS = {
     "gguf": ("GGUF, as the model is packed", ["--format", "gguf"]),
@@ -216,11 +216,15 @@ def to_lm_studio(model: Path, name: str) -> Path:
     roots = [root for root in places.lm_studio_folders() if root.is_dir()]
     if not roots:
         looked = places.lm_studio_folders()[0]
-        raise MisError(f"{looked} is not there: start LM Studio once, then copy again")
+        raise MisError(f"{looked} does not exist: start LM Studio once, then copy again")
     files = [path for path in sorted(model.iterdir()) if path.is_file()]
     nbytes = sum(path.stat().st_size for path in files)
     final = roots[0] / "mis_mlx" / name
     with commit_folder(final, DISK, nbytes) as folder:
         for path in files:
-            shutil.copyfile(path, folder / path.name)
+            target = folder / path.name
+            DISK.write(target, b"")
+            with path.open("rb") as source:
+                while part := source.read(COPIED):
+                    DISK.extend(target, part)
     return final

@@ -145,7 +145,7 @@ def repository(text: object) -> str:
     """An `owner/model` of the Hugging Face hub. MisError for anything else."""
     name = str(text or "").strip()
     if not HUB_ID.fullmatch(name) or ".." in name:
-        raise MisError(f"{name[:80]!r} is no model of the Hugging Face hub: write owner/model")
+        raise MisError(f"{name[:80]!r} is not a model of the Hugging Face hub: write owner/model")
     return name
 
 

@@ -84,7 +84,7 @@ def named(name: object) -> Listed:
     for run in listed():
         if run.name == name:
             return run
-    raise MisError("this run is not there any more: choose another one")
+    raise MisError("this run does not exist any more: choose another one")
 
 
 def _listed(name: str) -> Listed:
@@ -139,7 +139,9 @@ def _locked(path: Path) -> bool:
 def _alone() -> Iterator[None]:
     """Nobody else starts, resumes or deletes meanwhile, in this process or another."""
     with reported(RUNS, "the list of runs"):
-        BOOKS.mkdir(parents=True, exist_ok=True)  # which two may do at the same moment
+        while not BOOKS.is_dir():
+            with contextlib.suppress(FileExistsError):  # two may make it at the same moment
+                DISK.make_folder(BOOKS)
         with (BOOKS / ".lock").open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -277,7 +279,7 @@ def check_fits(what: str, nbytes: int) -> None:
         # What the run may still take, it will.
         if isinstance(budget, int):
             left -= max(0, budget - jobs.held_bytes(busy.job.pid))
-        beside = f" beside {busy.name}"
+        beside = f" next to {busy.name}"
     if nbytes > left:
         why = f"{what} needs {gib(nbytes)}, {gib(max(0, left))} are free{beside}"
         remedy = "wait for the run or stop it" if busy else "close other programs"

@@ -41,6 +41,10 @@ MAY = {
     "storage/hub.py": "a model from the Hugging Face hub",
     "data/preparation.py": "a data set from the hub",
     "evaluation/questions.py": "a data set from the hub",
+    "studio_page/decide.py": "asyncio's threads; opens nothing",
+    "studio_page/judge.py": "asyncio's threads; opens nothing",
+    "studio_page/guard.py": "takes the addresses of requests to the page apart",
+    "hardware/jobs.py": "asyncio's child processes; opens nothing",
     "hardware/sockets.py": "asks of connections that mlx.launch made whether the other end lives; "
     "opens none to others; finds a free port of this machine for the page of `studio`",
 }

@@ -142,7 +142,7 @@ def test_other_targets_are_refused_and_untouched(tmp_path: Path) -> None:
         with pytest.raises(MisError, match=f"another {what}: delete it, or choose another folder"):
             logit_store.create(tmp_path / "t", replace(SAMPLED, **{name: value}), DISK)
     for count in (0, 2**16):
-        with pytest.raises(MisError, match="take 1 to"):
+        with pytest.raises(MisError, match="choose 1 to"):
             logit_store.create(tmp_path / "new", replace(SAMPLED, count=count), DISK)
     assert bytes_of(tmp_path / "t") == before
     assert names(tmp_path) == ["t"]

@@ -137,7 +137,7 @@ def test_a_run_outlives_who_started_it(here: Path, line: list[str]) -> None:
     wait(lambda: trained("tiny-001"), "steps")
     runs.stop("tiny-001", at_once=False)
     wait(lambda: state("tiny-001") == STOPPED, "stopped")
-    assert "all of it saved" in runs.last_lines(runs.named("tiny-001"), 1)[0]
+    assert "everything is saved" in runs.last_lines(runs.named("tiny-001"), 1)[0]
 
 
 def test_a_run_that_is_refused_says_why(here: Path, line: list[str]) -> None:
@@ -243,7 +243,9 @@ def test_a_model_has_to_fit(here: Path, line: list[str], monkeypatch: pytest.Mon
     name = runs.start("tiny", [*line, "--budget", "1GiB"])
     wait(lambda: trained(name), "steps")
     monkeypatch.setattr(jobs, "free_bytes", lambda: 2**30)
-    with pytest.raises(MisError, match=r"needs 512 MiB, .* free beside tiny-001: wait for the run"):
+    with pytest.raises(
+        MisError, match=r"needs 512 MiB, .* free next to tiny-001: wait for the run"
+    ):
         runs.check_fits("A model", 2**29)
 
 
