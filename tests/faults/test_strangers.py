@@ -203,7 +203,9 @@ def test_a_link_out_is_not_copied(name: str, tmp_path: Path) -> None:
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(secret)
     with pytest.raises(MisError, match="link out of the model folder"):
-        model_writer.write_folder({}, {}, tensors=[], source=folder, out=out, files=DISK)
+        model_writer.write_folder(
+            {"model_type": "llama"}, {}, tensors=[], source=folder, out=out, files=DISK
+        )
     assert not out.exists()
 
 

@@ -576,7 +576,7 @@ def test_a_pass_stays_under_the_plan(tmp_path: Path, kind: str, windows: int, le
         limit_bytes=GIB,
         head=False,
     ).peak_bytes
-    assert planned - estimates.SMALL_BYTES < 1.5 * peak and peak < planned, (peak, planned)
+    assert planned - estimates.SMALL_BYTES < 1.75 * peak and peak < planned, (peak, planned)
 
 
 @pytest.mark.usefixtures("cpu_policy")
@@ -620,7 +620,7 @@ def test_training_stays_under_the_plan(tmp_path: Path, kind: str, way: str) -> N
         loss = partial(source.kl_sum, frozen_head=True)
         steps = list(made.steps(batches, loss, config, slopes=source.frozen_slopes()))
     peak = max(step.peak_bytes for step in steps) - before
-    assert planned / 1.6 < peak < planned, (peak, planned)
+    assert planned / 1.9 < peak < planned, (peak, planned)
 
 
 @pytest.mark.usefixtures("cpu_policy")

@@ -238,7 +238,12 @@ def test_foreign_code_and_weights_are_not_copied(tmp_path: Path) -> None:
     ):
         (tmp_path / "from" / name).write_text("x")
     model_writer.write_folder(
-        {}, {}, tensors=[], source=tmp_path / "from", out=tmp_path / "to", files=DISK
+        {"model_type": "llama"},
+        {},
+        tensors=[],
+        source=tmp_path / "from",
+        out=tmp_path / "to",
+        files=DISK,
     )
     own = {"config.json", "model.safetensors"}
     assert {p.name for p in (tmp_path / "to").iterdir()} - own == {
