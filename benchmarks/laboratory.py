@@ -79,10 +79,10 @@ def weights_sha256(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def packed(folder: Path, out: Path) -> Path:
-    """`out`: the model as `mlx_lm.convert -q` packs it, 4 bits, groups of 64."""
+def packed(folder: Path, out: Path, bits: int = 4) -> Path:
+    """`out`: the model as `mlx_lm.convert -q` packs it, in groups of 64."""
     load.mlx_lm("convert").convert(
-        str(folder), str(out), quantize=True, q_group_size=64, q_bits=4, dtype="float16"
+        str(folder), str(out), quantize=True, q_group_size=64, q_bits=bits, dtype="float16"
     )
     return out
 

@@ -35,7 +35,7 @@ from mis_mlx.hardware import rates
 from mis_mlx.models import arch
 from mis_mlx.models.config import read_config
 from mis_mlx.models.families import family
-from mis_mlx.planner import compression_size, phases
+from mis_mlx.planner import phases, rounding_cost
 from mis_mlx.planner.recipe import EVAL_PROMPTS
 from mis_mlx.pruning import vocabulary
 from mis_mlx.types import Budget, MisError
@@ -177,7 +177,7 @@ def student(made: phases.MemoryPlan) -> dict[str, Any]:
     small = made.job.student
     return {
         "params": arch.params(small.config),
-        "bytes": compression_size.packed_bytes(small, made.job.rounding),
+        "bytes": rounding_cost.packed_bytes(small, made.job.rounding),
         "shape": str(small.shape),
         "peak_bytes": made.peak_bytes,
         "fits": made.fits,

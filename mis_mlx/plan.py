@@ -15,7 +15,14 @@ from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
 from mis_mlx.models import arch, load, resolve
 from mis_mlx.models.config import MOST_EXPERTS, read_config, shape_of
-from mis_mlx.planner import compression_size, estimates, phases, recipe
+from mis_mlx.planner import (
+    compression_size,
+    estimates,
+    phases,
+    recipe,
+    rounding_cost,
+    training_cost,
+)
 from mis_mlx.pruning import select, shape_search, vocabulary
 from mis_mlx.quantization import packed_format
 from mis_mlx.reporting import html, text
@@ -37,7 +44,8 @@ def table(plan: phases.MemoryPlan) -> str:
         hours += f" ({duration(hot)} once hot)"
     packed = 0
     if any(p.name == "quantize" for p in plan.phases):
-        packed = compression_size.packed_bytes(job.student, job.rounding)
+        packed = rounding_cost.packed_bytes(job.student, job.rounding)
+    layers = plan.shard_layers or job.student.shape.layers
     training = 0  # the least budget of the strategies that train, where none of them fits
     if plan.mode == "none" and len(job.modes) > 1:
         training = phases.least_bytes(replace(job, modes=job.modes[:-1]), plan.rates)
@@ -56,7 +64,7 @@ def table(plan: phases.MemoryPlan) -> str:
             "remedy": phases.remedy(plan),
             "disk": disk_bytes(plan),
             "verbose": cli.DETAILS in os.environ,
-            "visit": phases.steps_per_shard(job, plan.shard_layers or job.student.shape.layers),
+            "visit": training_cost.steps_per_shard(job, layers),
             "life": LIFE_BYTES,
             "flag": estimates.flag,
             "trains": training,
@@ -90,7 +98,7 @@ def disk_bytes(plan: phases.MemoryPlan) -> int:
     params = arch.params(m.config)
     files = 2 * m.nbytes + params * phases.in_parts(plan.job, plan.mode)
     if plan.mode == "resident":
-        files += 2 * phases.SAVED_BYTES * params
+        files += 2 * training_cost.SAVED_BYTES * params
     elif plan.mode != "none":
         blocks = plan.shard_layers or m.shape.layers
         files += 2 * blocks * compression_size.block_state_bytes(m.config)

@@ -13,7 +13,7 @@ from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, pipeline, run_loop
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, model_writer, policy, resolve
-from mis_mlx.planner import compression_size, estimates, phases
+from mis_mlx.planner import estimates, phases, rounding_cost
 from mis_mlx.planner.recipe import DistillationConfig, DistillationSpec, QuantizationConfig
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format, stage
@@ -58,7 +58,7 @@ def _planned(
     other: the model that the scales learn from. count: windows to look at.
     """
     m = estimates.model_of(checkpoint)
-    rounding = compression_size.quantize(
+    rounding = rounding_cost.quantize(
         m,
         s,
         windows=count,

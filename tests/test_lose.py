@@ -257,29 +257,7 @@ def test_a_distillation_by_its_loss(
     """A search, then a run with its sizes; what was expected stands beside what was reached, and a
     resumed run keeps both. Sizes beside it are refused.
     """
-    few = (
-        "--max-seq-length",
-        32,
-        "--num-samples",
-        4,
-        "--reconstruct-samples",
-        2,
-        "--eval-windows",
-        2,
-        "--q-iters",
-        1,
-    )
-    flags = (
-        "--teacher",
-        llama.path,
-        "--data",
-        text_folder,
-        *few,
-        "--iters",
-        4,
-        "--bench-tokens",
-        0,
-    )
+    flags = tiny.run_flags(llama.path, text_folder)
     done = command("distill", *flags, "--lose", "0.03", "--out", tmp_path / "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = last_line(done)

@@ -222,29 +222,7 @@ def test_distill_in_so_many_bytes(
     """`distill --bytes`: a search without finalists, then a run with its sizes and bits, which a
     resumed one keeps; the file is no larger than asked for.
     """
-    few = (
-        "--max-seq-length",
-        32,
-        "--num-samples",
-        4,
-        "--reconstruct-samples",
-        2,
-        "--eval-windows",
-        2,
-        "--q-iters",
-        1,
-    )
-    flags = (
-        "--teacher",
-        llama.path,
-        "--data",
-        text_folder,
-        *few,
-        "--iters",
-        4,
-        "--bench-tokens",
-        0,
-    )
+    flags = tiny.run_flags(llama.path, text_folder)
     done = command("distill", *flags, "--bytes", "190KB", "--out", tmp_path / "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = last_line(done)

@@ -511,3 +511,10 @@ def joined(folder: Path) -> Path:
 def schedule(iters: int, peak: float, warmup: int) -> TrainingConfig:
     """So many steps, with this learning rate at the end of the warm-up."""
     return TrainingConfig(iters=iters, learning_rate=peak, warmup=warmup)
+
+
+def run_flags(teacher: Path, text: Path) -> tuple[object, ...]:
+    """Flags of a `distill` of a tiny teacher that takes seconds and does everything once."""
+    sizes = ("--max-seq-length", 32, "--num-samples", 4, "--reconstruct-samples", 2)
+    steps = ("--iters", 4, "--q-iters", 1, "--eval-windows", 2, "--bench-tokens", 0)
+    return ("--teacher", teacher, "--data", text, *sizes, *steps)

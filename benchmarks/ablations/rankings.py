@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.maths.importance import Key, Statistics, Sums
-from mis_mlx.models import arch, load, stream
+from mis_mlx.models import arch, load, modules, stream
 from mis_mlx.models.config import shape_of
 from mis_mlx.types import Checkpoint
 
@@ -102,7 +102,7 @@ def measured(
         own = own + moments[i, "norm1"].columns + moments[i, "norm2"].columns
         lengths[-1, "hidden"] = lengths.get((-1, "hidden"), 0.0) + own
         for part, (name, *_) in readers_of.values():
-            block[part][name] = stream.InputRecorder(block[part][name])
+            block[part][name] = modules.InputRecorder(block[part][name])
         for b, into in enumerate(hidden):
             hidden[b] = block(into, load.mask(source.args, block, into))
             for axis, (part, (name, *_)) in readers_of.items():

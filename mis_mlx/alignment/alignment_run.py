@@ -25,7 +25,7 @@ from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, distributed, load, lora, model_writer, policy, stream
 from mis_mlx.planner import compression_size, estimates, recipe
-from mis_mlx.planner.phases import SAVED_BYTES
+from mis_mlx.planner.training_cost import SAVED_BYTES
 from mis_mlx.reporting import progress
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder

@@ -29,7 +29,7 @@ from mis_mlx.maths import rounding
 from mis_mlx.maths.importance import Statistics
 from mis_mlx.models import arch, load, model_writer, stream
 from mis_mlx.models.config import Shape, shape_of
-from mis_mlx.planner import compression_size, estimates
+from mis_mlx.planner import compression_size, estimates, rounding_cost
 from mis_mlx.pruning import calibrate, select, shape_search, slicing, vocabulary
 from mis_mlx.pruning.shape_search import CUTS, Choice, Losses, Sizes, group_of
 from mis_mlx.quantization import bit_allocation, packed_format
@@ -86,6 +86,21 @@ def vocabularies(teacher: Checkpoint) -> list[int]:
         with suppress(MisError):
             rows.add(vocabulary.size(share, teacher.path, all_rows))
     return sorted(rows - {all_rows})
+
+
+def probes_of(sizes: Sizes, all_rows: int) -> list[tuple[str, int]]:
+    """(axis, size) of every student that is measured to learn what one axis costs alone.
+
+    all_rows: of the teacher's vocabulary. Bits are measured apart, at BITS_PROBED.
+    """
+    probes = []
+    for axis in CUTS[:-1]:
+        for size in shape_search.probed(sizes[axis]):
+            probes.append((axis, size))
+    for rows in sizes["vocab"]:
+        if rows != all_rows:
+            probes.append(("vocab", rows))
+    return probes
 
 
 class Reader(NamedTuple):
@@ -188,7 +203,7 @@ class Candidates:
     def _measured_sensitivity(self) -> Costs:
         """`sensitivity`, measured. MisError where a cost is not a number."""
         run = self.run
-        batches = self.samples[: compression_size.SENSED]
+        batches = self.samples[: rounding_cost.SENSED]
         length = batches[0].size
         size = estimates.model_of(run.teacher)
         cost = compression_size.sensitivity(size, length, run.plan.budget_bytes)
@@ -287,13 +302,7 @@ class Candidates:
 
     def losses(self, sizes: Sizes) -> Losses:
         """What every axis costs by itself: measured, or read from the log."""
-        probes = []  # (axis, size)
-        for axis in CUTS[:-1]:
-            for size in shape_search.probed(sizes[axis]):
-                probes.append((axis, size))
-        for rows in sizes["vocab"]:
-            if rows != self._before.vocab:
-                probes.append(("vocab", rows))
+        probes = probes_of(sizes, self._before.vocab)
         points: dict[str, Curve] = {axis: [] for axis in CUTS}
         for axis, size in cli.counted("axis alone", probes, len(probes)):
             nats = self._probe(axis, size)

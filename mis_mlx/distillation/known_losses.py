@@ -6,7 +6,7 @@ the built-in text the logs come with the package (benchmarks/known_losses.py).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,12 @@ def known(about: Identity, log: str) -> list[dict[str, Any]]:
     for source in _sources(about):
         records += run_folder.records(source / log)
     return records
+
+
+def all_known(about: Identity, probes: Iterable[tuple[str, float]]) -> bool:
+    """Whether the losses of all these (axis, size) are known."""
+    measured = {(record["axis"], record["size"]) for record in known(about, PROBES)}
+    return measured.issuperset(probes)
 
 
 def _sources(about: Identity) -> list[Path]:

@@ -24,8 +24,9 @@ from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, load, lora, model_writer, stream
 from mis_mlx.models.config import softcap
-from mis_mlx.planner.phases import MemoryPlan, in_parts, steps_per_shard
+from mis_mlx.planner.phases import MemoryPlan, in_parts
 from mis_mlx.planner.recipe import ADAPTERS, DistillationConfig, TrainingConfig
+from mis_mlx.planner.training_cost import steps_per_shard
 from mis_mlx.pruning import reconstruct, vocabulary
 from mis_mlx.quantization import packed_format
 from mis_mlx.reporting import progress, text

@@ -6,7 +6,7 @@ from typing import Any
 
 from mis_mlx import cli
 from mis_mlx.distillation import known_losses
-from mis_mlx.distillation.candidates import PROBES
+from mis_mlx.distillation.candidates import probes_of
 from mis_mlx.models import arch
 from mis_mlx.models.config import shape_of
 from mis_mlx.planner import compression_size, estimates, phases
@@ -31,18 +31,16 @@ def plan_search(
     are perhaps kept; {}: none are. MisError where the search does not fit the budget.
     """
     plan = _plan_of_largest(s, teacher, within, limit)
-    probes = sum(len(shape_search.probed(sizes[axis])) for axis in shape_search.CUTS[:-1])
-    all_rows = shape_of(teacher.config).vocab
-    vocabularies = sum(rows != all_rows for rows in sizes["vocab"])
-    if known and probes + vocabularies <= len(known_losses.known(known, PROBES)):
-        probes = vocabularies = 0
+    probes = probes_of(sizes, shape_of(teacher.config).vocab)
+    if known and known_losses.all_known(known, probes):
+        probes = []
         s = replace(s, evaluations=1)
     work = compression_size.search(
         s,
         plan.job,
         plan.phases,
-        probes + vocabularies,
-        rows=vocabularies > 0,
+        len(probes),
+        rows=any(axis == "vocab" for axis, _ in probes),
         limit=limit.limit_bytes,
     )
     stages = []

@@ -26,6 +26,12 @@ LOOK_S = 0.05  # between two looks at the memory of a child that the kernel does
 PACKAGE = Path(__file__).resolve().parents[2]
 
 
+def environment() -> dict[str, str]:
+    """The environment in which a child finds this package, wherever it was started."""
+    paths = [str(PACKAGE), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 class NoAnswer(Exception):
     """Why there is no answer, in a few words."""
 
@@ -49,8 +55,6 @@ def ask(
     exceeds a limit.
     """
     watched_bytes = memory_bytes if watched else 0
-    paths = [str(PACKAGE), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     question = {
         "source": source,
         "function": function,
@@ -65,7 +69,7 @@ def ask(
         [sys.executable, "-m", "mis_mlx.hardware.child_process"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=environment,
+        env=environment(),
         start_new_session=True,
     ) as process:
         try:

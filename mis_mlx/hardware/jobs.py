@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import psutil
 
-PACKAGE = Path(__file__).resolve().parents[2]
+from mis_mlx.hardware import child_process
+
 NEAR_S = 2.0  # two readings of a process's start that lie so near are of the same process
 CHUNK = 4096  # bytes of a stream that are passed on together
 
@@ -46,11 +47,6 @@ class Answer(NamedTuple):
         return last.removeprefix("mis_mlx: ")
 
 
-def _environment() -> dict[str, str]:
-    paths = [str(PACKAGE), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-
-
 def _line(command: str, flags: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", f"mis_mlx.{command}", *flags]
 
@@ -63,7 +59,7 @@ def start(command: str, flags: Sequence[str], log: Path) -> Started:
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
-            env=_environment(),
+            env=child_process.environment(),
             start_new_session=True,
         )
     process.returncode = 0  # nobody waits for it: `alive` asks for it by its number
@@ -164,7 +160,7 @@ async def _run(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=_environment(),
+        env=child_process.environment(),
         start_new_session=True,
     )
     assert process.stdout is not None

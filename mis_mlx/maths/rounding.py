@@ -34,7 +34,7 @@ SAMPLED = 2**15  # weights of a matrix on which `fit_share` is measured, at leas
 FITTED = 2**18  # weights whose grids are fitted at a time
 # How much of a group's range is cut off at an end in a step, by bits; four steps are tried. Of 8
 # bits nothing is cut off: the range costs next to nothing there.
-RANGE_STEPS = {2: 0.12, 3: 0.1, 4: 0.1, 5: 0.04, 6: 0.02}
+RANGE_STEPS = {3: 0.1, 4: 0.1, 5: 0.04, 6: 0.02}
 REFINED = 2  # least-squares fits after the best range is found
 LEAST_SCALE = 1e-12
 LEAST_VARIANCE = 1e-9
@@ -84,7 +84,7 @@ def fitted(weight: mx.array, group: int, bits: int) -> Packed:
         # By numpy, so that both are evaluated: a lazy one would keep all candidates' arrays.
         stored = [mx.array(np.array(part.astype(mx.float16))) for part in (scales, biases)]
         parts.append((mx.array(words), *stored))
-    return parts[0] if len(parts) == 1 else joined(parts)
+    return joined(parts)
 
 
 def fit_share(weight: mx.array, group: int, bits: int) -> float:
@@ -255,6 +255,8 @@ def integers(packed: mx.array, group: int, bits: int) -> mx.array:
 
 def joined(parts: Sequence[Packed]) -> Packed:
     """One packed matrix, made of some rows of it after the others."""
+    if len(parts) == 1:
+        return parts[0]
     return tuple(mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True))
 
 
@@ -284,8 +286,6 @@ def compensated(
     for start in range(0, len(weight), rows):
         some = weight[start : start + rows]
         parts.append(_by_columns(some, factor, group, bits, fit=fit))
-    if len(parts) < 2:
-        return parts[0]
     return joined(parts)
 
 

@@ -153,7 +153,10 @@ class _Keys:
         return self.kept
 
     def keys_and_values(self) -> tuple[mx.array, mx.array] | None:
-        """Those that this block, or the one that it takes them from, attended to last."""
+        """Those that this block, or the one that it takes them from, attended to last.
+
+        mlx_lm's attention calls this where blocks share keys and values.
+        """
         return self.kept
 
 

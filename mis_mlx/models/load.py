@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -197,15 +197,34 @@ def stored_parts(checkpoint: Checkpoint, name: str, rows: np.ndarray | None = No
 
 def dense_parts(checkpoint: Checkpoint, name: str, dtype: str) -> Iterator[mx.array]:
     """The rows of `dense`, as many at a time as `TABLE_PART` numbers, in this type."""
-    tensors = {part: checkpoint.tensors[part] for part in _packed_names(checkpoint, name)}
-    reader = Reader(tensors)
+    rows_of = _dense_rows(checkpoint, name, dtype)
     count = checkpoint.tensors[name].shape[0]
     step = _table_rows(arch.tensors_of(checkpoint.config)[name])
     for start in range(0, count, step):
-        stop = min(start + step, count)
-        ids = np.arange(start, stop)
+        yield rows_of(np.arange(start, min(start + step, count)))
+
+
+def dense_sample(checkpoint: Checkpoint, name: str, dtype: str, numbers: int) -> mx.array:
+    """Evenly spread rows of the first part of `dense_parts`, with about so many numbers.
+
+    Nothing else of the matrix is read.
+    """
+    shape = arch.tensors_of(checkpoint.config)[name]
+    count = min(shape[0], _table_rows(shape))
+    step = max(1, count * math.prod(shape[1:]) // numbers)
+    return _dense_rows(checkpoint, name, dtype)(np.arange(0, count, step))
+
+
+def _dense_rows(checkpoint: Checkpoint, name: str, dtype: str) -> Callable[[np.ndarray], mx.array]:
+    """What reads rows of `dense`, by their numbers (n,), in this type."""
+    tensors = {part: checkpoint.tensors[part] for part in _packed_names(checkpoint, name)}
+    reader = Reader(tensors)
+
+    def rows_of(ids: np.ndarray) -> mx.array:
         raw = {part: reader.rows(tensor, ids) for part, tensor in tensors.items()}
-        yield dense(checkpoint, name, raw).astype(policy.DTYPES[dtype])
+        return dense(checkpoint, name, raw).astype(policy.DTYPES[dtype])
+
+    return rows_of
 
 
 def _table_rows(shape: Sequence[int]) -> int:

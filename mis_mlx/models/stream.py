@@ -21,10 +21,6 @@ from mis_mlx import cli
 from mis_mlx.hardware import lanes
 from mis_mlx.models import altup, arch, block_inputs, experts, families, load, policy, residency
 from mis_mlx.models.experts import Expert, Visit
-from mis_mlx.models.modules import InputRecorder as InputRecorder
-from mis_mlx.models.residency import STACK_BYTES as STACK_BYTES
-from mis_mlx.models.residency import pass_bytes as pass_bytes
-from mis_mlx.models.residency import stacked as stacked
 from mis_mlx.storage.block_reader import PAGE, Reader, Slot, Slots
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 
@@ -366,7 +362,7 @@ class Stream:
         if policy.name() == "cpu":
             return 1
         windows, length, _ = batch.shape
-        return stacked(self.checkpoint.config, windows * length, length)
+        return residency.stacked(self.checkpoint.config, windows * length, length)
 
     def back_at_once(self, batch: mx.array) -> int:
         """The number of batches like this one that go back through a block together.

@@ -34,9 +34,6 @@ from mis_mlx.planner.estimates import (
 )
 from mis_mlx.planner.model_size import ModelSize
 from mis_mlx.planner.recipe import VOCABULARY_LOGITS, VOCABULARY_WINDOWS, DistillationSpec
-from mis_mlx.planner.rounding_cost import SENSED as SENSED
-from mis_mlx.planner.rounding_cost import packed_bytes as packed_bytes
-from mis_mlx.planner.rounding_cost import quantize as quantize
 from mis_mlx.planner.rounding_cost import sensitivity, solver_flops
 
 ROUTER_BYTES = 2**28  # of outputs of all experts of a block (pruning/reconstruct)

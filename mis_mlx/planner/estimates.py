@@ -20,7 +20,8 @@ from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.models import arch, block_inputs, families, policy
 from mis_mlx.models.config import head_size, key_owners, shape_of, versions
 from mis_mlx.models.host_losses import CHUNK, GROUP
-from mis_mlx.models.stream import GROUP_BYTES, HEAD_PART, pass_bytes, stacked
+from mis_mlx.models.residency import pass_bytes, stacked
+from mis_mlx.models.stream import GROUP_BYTES, HEAD_PART
 from mis_mlx.planner.model_size import ModelSize, model_of
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, reported
@@ -191,7 +192,7 @@ def workspace_bytes(m: ModelSize, tokens: int, length: int) -> int:
 def pass_workspace(m: ModelSize, tokens: int, micro_tokens: int, length: int) -> int:
     """The workspace of a pass over `tokens` in micro-batches.
 
-    A GPU takes several micro-batches at once (`stream.stacked`).
+    A GPU takes several micro-batches at once (`residency.stacked`).
     """
     workspace = workspace_bytes(m, micro_tokens, length)
     if m.gpu:

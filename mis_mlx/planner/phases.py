@@ -15,14 +15,11 @@ from mis_mlx.hardware.memory import TRAINED_BYTES, TRAINED_WHOLE_BYTES, process_
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.models import arch, load
 from mis_mlx.models.config import shape_of
-from mis_mlx.planner import compression_size, estimates, writing
+from mis_mlx.planner import estimates, rounding_cost, writing
 from mis_mlx.planner.compression_size import prune, repair, repair_parts
 from mis_mlx.planner.estimates import TENSOR_BYTES, StageCost
 from mis_mlx.planner.recipe import PLAIN, RATE, DistillationConfig, DistillationSpec, Mode
-from mis_mlx.planner.training_cost import SAVED_BYTES as SAVED_BYTES
 from mis_mlx.planner.training_cost import blocks, resident, sharded, store, tune
-from mis_mlx.planner.training_cost import steps_per_shard as steps_per_shard
-from mis_mlx.planner.training_cost import way_back_bytes as way_back_bytes
 from mis_mlx.types import Budget, Checkpoint, MisError, gib
 
 TRAINED_WHOLE = "resident", "blocks", "lora"  # the student, in memory
@@ -37,7 +34,7 @@ def measure(job: DistillationSpec, most_bytes: int, limit: int) -> StageCost:
     one by one. Then models answer prompts, where the student can write in the budget `limit`.
     """
     four_bit = replace(
-        job.student, nbytes=compression_size.packed_bytes(job.student, job.rounding), packed=True
+        job.student, nbytes=rounding_cost.packed_bytes(job.student, job.rounding), packed=True
     )
     teacher = job.shown or job.teacher
     models = [teacher, job.student, job.student, four_bit]
@@ -251,7 +248,7 @@ def one(
     if mode != "none":
         phases.append(_distil(job, trained_left, mode=mode, micro=micro, shard=shard))
     phases.append(
-        compression_size.quantize(
+        rounding_cost.quantize(
             job.student,
             job.rounding,
             windows=job.num_samples,

@@ -11,7 +11,7 @@ import numpy as np
 from mis_mlx.maths.reconstruction import precision
 from mis_mlx.maths.rounding import BITS, HELD_BYTES, PART, SLAB
 from mis_mlx.models.config import Shape
-from mis_mlx.models.stream import stacked
+from mis_mlx.models.residency import stacked
 from mis_mlx.planner.estimates import (
     StageCost,
     backward_bytes,

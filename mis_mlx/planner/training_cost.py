@@ -9,7 +9,7 @@ import math
 from dataclasses import replace
 
 from mis_mlx.models import arch
-from mis_mlx.planner import compression_size
+from mis_mlx.planner import compression_size, rounding_cost
 from mis_mlx.planner.compression_size import GRADIENT_BYTES, STATE_BYTES, block_state_bytes
 from mis_mlx.planner.estimates import (
     SMALL_BYTES,
@@ -163,7 +163,7 @@ def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost
     m = job.student
     length = job.max_seq_length
     trained = 2 * m.blocks_params // job.rounding.q_group_size
-    nbytes = compression_size.packed_bytes(m, job.rounding)
+    nbytes = rounding_cost.packed_bytes(m, job.rounding)
     head = 4 * m.tables_params
     head += logit_bytes(m.shape.vocab, micro * length, host=bool(job.host_lanes), gpu=m.gpu)
     work = activation_bytes(m.config, micro, length)

@@ -11,7 +11,7 @@ import numpy as np
 from mis_mlx.hardware import lanes
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import ExpertSums, Statistics, Sums
-from mis_mlx.models import arch, distributed, pipeline_parallel, policy, stream
+from mis_mlx.models import arch, distributed, modules, pipeline_parallel, policy, stream
 from mis_mlx.models.config import ffn_size, shape_of
 from mis_mlx.types import Checkpoint, Reading
 
@@ -20,7 +20,7 @@ Samples = dict[str, mx.array]  # of a batch, by axis: its importance, "axis squa
 Entered = Iterator[tuple[mx.array, Samples]]  # batch by batch: the output (B, T, D), samples
 
 
-def _recorders(block: nn.Module) -> dict[str, stream.InputRecorder]:
+def _recorders(block: nn.Module) -> dict[str, modules.InputRecorder]:
     """{axis: the recorder of the first matrix that reads it}, for all of them see the same."""
     recorders = {}
     for axis, (part, (name, *_)) in arch.readers(block).items():
@@ -223,7 +223,7 @@ def calibrate(
 
     for i, block in source.blocks():
         for part, (name, *_) in arch.readers(block).values():
-            block[part][name] = stream.InputRecorder(block[part][name])
+            block[part][name] = modules.InputRecorder(block[part][name])
         # Every batch goes through the block and leaves its samples (units,) of each axis.
         if s.experts:
             entered = _mixed(

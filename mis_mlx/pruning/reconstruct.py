@@ -27,7 +27,7 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.hardware import lanes
 from mis_mlx.maths.reconstruction import HELD_OUT, HeldOut, NormalEquations
-from mis_mlx.models import experts, families, load, stream
+from mis_mlx.models import experts, families, load, modules, stream
 from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.planner.compression_size import ROUTER_BYTES
 from mis_mlx.types import Checkpoint, KeptUnits
@@ -207,7 +207,7 @@ class _FitTokens:
         self.post_norm = post_norm
         self.linear = task.block.mlp.down_proj
         # The recorder tells the inputs of down_proj while the block computes as before.
-        self.recorder = stream.InputRecorder(self.linear)
+        self.recorder = modules.InputRecorder(self.linear)
         task.block.mlp.down_proj = self.recorder
         # by which errors are divided: Granite adds only a share of what down_proj gives
         self.scale = mx.array(getattr(task.block, "residual_multiplier", 1.0))
@@ -355,7 +355,7 @@ class _PostNorm:
         given: what the norm gives. missing: what the stream lacks.
         """
         task = self.task
-        recorder = stream.InputRecorder(self.norm)
+        recorder = modules.InputRecorder(self.norm)
         task.block[BEHIND] = recorder
         total = np.zeros((3, len(self.gain)))
         for b in windows:

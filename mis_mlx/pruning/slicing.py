@@ -14,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.models import arch, experts, families, load, model_writer, policy, stream
+from mis_mlx.models import arch, experts, families, load, model_writer, modules, policy, stream
 from mis_mlx.models.config import Shape, ffn_size, shape_of
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.safetensors import InParts, Tensor
@@ -68,7 +68,7 @@ def _entering(
     hidden = source.embed(batches, hidden)
     for i, block in source.blocks():
         for name in NORMS.values():
-            block[name] = stream.InputRecorder(block[name])
+            block[name] = modules.InputRecorder(block[name])
         for b, into in enumerate(hidden):
             out = source.run(i, block, b, into)
             seen = [_even(block[name].take()) for name in NORMS.values()]

@@ -24,7 +24,16 @@ import numpy as np
 
 from mis_mlx.hardware import lanes
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, backward_pass, block_inputs, families, load, policy, stream
+from mis_mlx.models import (
+    arch,
+    backward_pass,
+    block_inputs,
+    families,
+    load,
+    modules,
+    policy,
+    stream,
+)
 from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.planner.recipe import QuantizationConfig
@@ -237,8 +246,9 @@ def _count_fitted(
 ) -> None:
     """Turn costs of nearest values into those of fitted grids: a cost is in step with its error."""
     for path, cost in nats.items():
-        # Some rows tell what fitted grids leave of the error; of a large table the first ones.
-        rows = next(load.dense_parts(checkpoint, f"{path}.weight", "float32"))
+        # Some rows tell what fitted grids leave of the error; of a large table some first ones.
+        name = f"{path}.weight"
+        rows = load.dense_sample(checkpoint, name, "float32", rounding.SAMPLED)
         for bits in cost:
             cost[bits] *= rounding.fit_share(rows, group, bits)
 
@@ -336,7 +346,7 @@ def _back(
         # matrix is replaced by one that adds a shift and records its input.
         shifts = arrays[count:]
         for (part, name, _), linear, shift in zip(matrices, linears, shifts, strict=True):
-            block[part][name] = stream.InputRecorder(
+            block[part][name] = modules.InputRecorder(
                 lambda x, linear=linear, shift=shift: linear(x) + shift
             )
         outputs = block_inputs.run(block, inputs.like(arrays[:count]), mask).arrays(above)
@@ -366,7 +376,7 @@ def _backs(
     """`_back` of every batch, evaluated.
 
     On a GPU batches of one shape go through in one pass; otherwise they go side by side. A GPU gets
-    several only for blocks that take hidden states alone (`stream.stacked`).
+    several only for blocks that take hidden states alone (`residency.stacked`).
     """
     count = len(inputs)
     shapes = {window.hidden.shape for window in inputs}

@@ -19,7 +19,7 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.hardware import lanes
 from mis_mlx.maths import reconstruction, rounding
-from mis_mlx.models import arch, load, stream
+from mis_mlx.models import arch, load, modules, stream
 from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.quantization import bit_allocation, packed_format
@@ -213,7 +213,7 @@ def _grams(
         if axis not in axes:
             continue
         # The matrices that read an axis have one input: the first one's recorder sees it.
-        tap = stream.InputRecorder(block[part][names[0]])
+        tap = modules.InputRecorder(block[part][names[0]])
         block[part][names[0]] = tap
         taps[axis] = tap
         layers[axis] = (part, names[0])

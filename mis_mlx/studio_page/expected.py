@@ -14,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import candidates, known_losses
+from mis_mlx.distillation import candidates, known_losses, ranking
 from mis_mlx.evaluation.answer_likelihood import has_template
 from mis_mlx.models import families, load, resolve
 from mis_mlx.models.config import Shape, shape_of
@@ -70,8 +70,9 @@ def _known_curve(teacher: Checkpoint) -> list[dict[str, Any]]:
         return []
     about = known_losses.identity(teacher, "built-in", VocabularyConfig())
     sizes = shape_search.axis_sizes(teacher.config, AXES, candidates.vocabularies(teacher))
-    probes = known_losses.known(about, candidates.PROBES)
-    if not _complete(sizes, probes, before.vocab):
+    wanted: list[tuple[str, float]] = [("bits", bits) for bits in candidates.BITS_PROBED]
+    wanted += candidates.probes_of(sizes, before.vocab)
+    if not known_losses.all_known(about, wanted):
         return []
     with tempfile.TemporaryDirectory(prefix="mis-mlx-") as place:
         folder = Path(place)
@@ -81,17 +82,6 @@ def _known_curve(teacher: Checkpoint) -> list[dict[str, Any]]:
         losses = _losses(teacher, folder, sizes)
         together = _together(folder, losses)
     return _points(teacher, losses, sizes, together)
-
-
-def _complete(sizes: shape_search.Sizes, probes: list[dict[str, Any]], whole: int) -> bool:
-    """Whether every size that a search measures by itself is among the known ones."""
-    wanted = set[tuple[str, float]]()
-    for axis in shape_search.CUTS[:-1]:
-        for size in shape_search.probed(sizes[axis]):
-            wanted.add((axis, size))
-    wanted |= {("vocab", rows) for rows in sizes["vocab"] if rows != whole}
-    wanted |= {("bits", bits) for bits in candidates.BITS_PROBED}
-    return wanted <= {(probe["axis"], probe["size"]) for probe in probes}
 
 
 def _losses(teacher: Checkpoint, folder: Path, sizes: shape_search.Sizes) -> shape_search.Losses:
@@ -120,7 +110,7 @@ def _together(folder: Path, losses: shape_search.Losses) -> float:
             ratios.append(record["nats"] / record["predicted"])
     if not ratios:
         return 1.0
-    return float(np.clip(np.median(ratios), 1 / 3, 3.0))
+    return float(np.clip(np.median(ratios), *ranking.TOGETHER))
 
 
 def _points(
@@ -141,7 +131,7 @@ def _points(
         choice = found[0]
         bits = losses.expected(choice) * together / math.log(2)
         nbytes = round(limits.file_bytes(config, *choice))
-        words = f"{shape_search.words(choice.shape, before)}, {choice.bpw:.2f} bits"
+        words = ranking.named([choice], before)[0]
         if points and nbytes >= points[-1]["nbytes"]:
             continue
         point = {
@@ -156,12 +146,7 @@ def _points(
 
 def flags_of(choice: shape_search.Choice, before: Shape) -> list[str]:
     """Flags of `distill` and `plan` that make this student, as `search` prints them."""
-    flags = ["--scenario", "none", "--target-bpw", str(choice.bpw)]
-    for axis in shape_search.CUTS:
-        size = getattr(choice.shape, axis)
-        if size != getattr(before, axis):
-            flags += [f"--{axis}", str(size)]
-    group = shape_search.group_of(choice.shape)
-    if group != shape_search.GROUPS[0]:
-        flags += ["--q-group-size", str(group)]
+    flags = []
+    for name, value in ranking.flags_of(choice, before).items():
+        flags += [f"--{name.replace('_', '-')}", str(value)]
     return flags

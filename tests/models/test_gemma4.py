@@ -4,6 +4,7 @@ forwards, backwards, on disk. Parity is in test_families.py, what 3n alone has i
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -562,11 +563,16 @@ def test_a_pass_stays_under_the_plan(tmp_path: Path, kind: str, windows: int, le
     mx.eval(batches)
     mx.clear_cache()
     cache = mx.set_cache_limit(0)
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    stream.Stream(model, mx.float32).forward(batches)
-    peak = mx.get_peak_memory() - before
+    peaks = []
+    for _ in range(4):
+        gc.collect()  # what an earlier test left would be freed during the pass
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        stream.Stream(model, mx.float32).forward(batches)
+        peaks.append(mx.get_peak_memory() - before)
     mx.set_cache_limit(cache)
+    # How many temporaries are alive at once depends on how the threads are scheduled.
+    peak = max(peaks)
     planned = estimates.streamed_pass(
         "pass",
         m,

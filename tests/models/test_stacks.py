@@ -16,7 +16,7 @@ import pytest
 
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import load, policy, stream
+from mis_mlx.models import load, policy, residency, stream
 from mis_mlx.planner import estimates
 from mis_mlx.pruning import reconstruct
 from mis_mlx.pruning.calibrate import calibrate
@@ -83,9 +83,9 @@ def test_how_many_go_together() -> None:
     several windows.
     """
     s = tiny.CONFIG
-    assert stream.stacked(s, 32, 32) == 8
-    assert stream.stacked(s, 4 * 32, 32) == 2
-    assert stream.stacked(s, 16 * 32, 32) == 1
+    assert residency.stacked(s, 32, 32) == 8
+    assert residency.stacked(s, 4 * 32, 32) == 2
+    assert residency.stacked(s, 16 * 32, 32) == 1
     wide = {
         **s,
         "hidden_size": 896,
@@ -93,12 +93,12 @@ def test_how_many_go_together() -> None:
         "num_attention_heads": 14,
         "head_dim": 64,
     }
-    held = stream.pass_bytes(wide, 512, 512)
-    assert stream.stacked(wide, 512, 512) == stream.STACK_BYTES // held == 2
-    assert stream.stacked({**s, **tiny.FAMILIES["qwen3_moe"]}, 32, 32) == 1
+    held = residency.pass_bytes(wide, 512, 512)
+    assert residency.stacked(wide, 512, 512) == residency.STACK_BYTES // held == 2
+    assert residency.stacked({**s, **tiny.FAMILIES["qwen3_moe"]}, 32, 32) == 1
     gemma = {**s, **tiny.FAMILIES["gemma4_text"], "model_type": "gemma4_text"}
-    assert stream.stacked(gemma, 32, 32) == 1
-    assert stream.stacked({**gemma, "num_kv_shared_layers": 0}, 32, 32) == 1
+    assert residency.stacked(gemma, 32, 32) == 1
+    assert residency.stacked({**gemma, "num_kv_shared_layers": 0}, 32, 32) == 1
 
 
 def test_a_pass(llama: Checkpoint, batches: list[mx.array], under: Any) -> None:

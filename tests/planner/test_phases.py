@@ -26,7 +26,14 @@ from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, load, model_writer
 from mis_mlx.models.lora import insert
-from mis_mlx.planner import compression_size, estimates, phases, writing
+from mis_mlx.planner import (
+    compression_size,
+    estimates,
+    phases,
+    rounding_cost,
+    training_cost,
+    writing,
+)
 from mis_mlx.planner.estimates import forward_flops, model_of
 from mis_mlx.planner.recipe import (
     ADAPTERS,
@@ -108,12 +115,12 @@ def test_blocks_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
     ways = dict[int, int]()
     for count in (2, 1):
         monkeypatch.setattr(estimates.lanes, "count", lambda n=count: n)
-        ways[count] = phases.way_back_bytes(JOB, 4) - kept
+        ways[count] = training_cost.way_back_bytes(JOB, 4) - kept
     assert ways[1] == estimates.backward_bytes(SMALL.config, 4, 32) + 2 * 4 * b
     assert ways[2] == ways[1] + 4 * b
     wide = model_of({**SMALL.config, "intermediate_size": 90_000}, gpu=False)
     single = replace(JOB, student=wide, batch_size=1, grad_accumulation_steps=1, max_seq_length=1)
-    once = phases.way_back_bytes(single, 1)
+    once = training_cost.way_back_bytes(single, 1)
     assert once == MIB + 4 * (4 + 512) * 64 + 4 * wide.block_params + 4 * 4 * 64 * 90_000
 
 
@@ -171,9 +178,9 @@ def test_sharded_by_pencil() -> None:
     job = replace(JOB, targets="cached")
     b = SMALL.block_params
     p = phases.sharded(job, 4, 2)
-    assert phases.steps_per_shard(job, 2) == 5
-    assert phases.steps_per_shard(job, 3) == 5
-    assert phases.steps_per_shard(job, 1) == 3
+    assert training_cost.steps_per_shard(job, 2) == 5
+    assert training_cost.steps_per_shard(job, 3) == 5
+    assert training_cost.steps_per_shard(job, 1) == 3
     # Two blocks forth; back to the lower shard (half of the steps) two, of which the last is there
     # already. Each visit reads head and shard once.
     steps = 10 * (int(2.5 * 4 * b) + 384 * 151)
@@ -465,9 +472,7 @@ def test_what_models_answer_is_part_of_measuring() -> None:
     work first. Where no student can write in the budget nobody is asked.
     """
     rounded = replace(JOB, rounding=QuantizationConfig())
-    four = replace(
-        SMALL, nbytes=compression_size.packed_bytes(SMALL, rounded.rounding), packed=True
-    )
+    four = replace(SMALL, nbytes=rounding_cost.packed_bytes(SMALL, rounded.rounding), packed=True)
 
     for job, models in ((rounded, [BIG, SMALL, four]), (JOB, [BIG, SMALL])):
         texts = phases.measure(job, GIB, GIB)

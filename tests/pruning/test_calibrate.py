@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mis_mlx.maths import importance
-from mis_mlx.models import load, policy, stream
+from mis_mlx.models import load, modules, policy, stream
 from mis_mlx.pruning import calibrate
 from mis_mlx.types import Checkpoint, MisError, Reading
 from tests import tiny
@@ -37,8 +37,8 @@ def test_streamed_statistics_are_resident_ones(
             (layer.mlp, "gate_proj"),
             (layer.self_attn, "o_proj"),
         ):
-            setattr(part, name, stream.InputRecorder(getattr(part, name)))
-        layer.self_attn.q_proj = stream.InputRecorder(layer.self_attn.q_proj)
+            setattr(part, name, modules.InputRecorder(getattr(part, name)))
+        layer.self_attn.q_proj = modules.InputRecorder(layer.self_attn.q_proj)
     ffn = np.zeros((3, 768))
     heads = np.zeros((3, 4))
     squares = np.zeros((3, 768))

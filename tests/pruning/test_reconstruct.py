@@ -16,7 +16,7 @@ import pytest
 
 from mis_mlx.maths import reconstruction
 from mis_mlx.maths.reconstruction import RIDGES
-from mis_mlx.models import load, model_writer, stream
+from mis_mlx.models import load, model_writer, modules, stream
 from mis_mlx.models.config import shape_of
 from mis_mlx.pruning import reconstruct, slicing
 from mis_mlx.storage.files import DISK
@@ -223,7 +223,7 @@ def test_against_lstsq_in_float64(
     _, teacher_block = next(big.blocks())
     wanted = big.through(teacher_block, big.embed(windows))
     _, block = next(small.blocks())
-    block.mlp.down_proj = stream.InputRecorder(block.mlp.down_proj)
+    block.mlp.down_proj = modules.InputRecorder(block.mlp.down_proj)
     rows_a = list[np.ndarray]()
     rows_r = list[np.ndarray]()
     for into, want in zip(small.embed(windows), wanted, strict=True):

@@ -13,7 +13,7 @@ import pytest
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, load
 from mis_mlx.models.config import shape_of
-from mis_mlx.planner import compression_size, estimates, recipe
+from mis_mlx.planner import estimates, recipe, rounding_cost
 from mis_mlx.pruning import slicing
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
@@ -91,7 +91,7 @@ def test_experts_are_rounded_one_at_a_time(tmp_path: Path) -> None:
     packed_format.write_quantized(
         mixture, tmp_path / "q4", packed_format.layout(mixture.config, 64), DISK
     )
-    planned = compression_size.quantize(
+    planned = rounding_cost.quantize(
         estimates.model_of(mixture), recipe.PLAIN, windows=1, length=32, limit=0
     )
     assert mx.get_peak_memory() - before <= planned.peak_bytes

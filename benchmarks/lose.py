@@ -1,0 +1,149 @@
+"""Does `--lose` keep its word: runs for several losses and seeds, beside the teacher in MLX's bits.
+
+    scripts/mis benchmarks/lose.py                          # a run takes 10 minutes on 2 cores
+    scripts/mis benchmarks/lose.py --teacher gemma-3-270m
+    scripts/mis benchmarks/lose.py --losses 0.2 --seeds 1
+    scripts/mis benchmarks/lose.py --table
+
+Every run is `distill --lose LOSS --seed SEED` with distill's defaults. It is judged by the run
+itself: bits per byte above the teacher of the teacher's answers to held-out prompts, and how many
+of the student's own greedy answers repeat themselves; a teacher without a chat template is judged
+on text. The baselines are the whole teacher as `mlx_lm.convert -q` rounds it, judged on the same
+prompts. Finished rows are not made again. Writes benchmarks/results/<machine>/lose-<teacher>.json
+after every row.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from laboratory import packed, resumed, start, stored, write
+
+from mis_mlx import cli, distill
+from mis_mlx.evaluation import answers
+from mis_mlx.evaluation.answer_likelihood import has_template
+from mis_mlx.hardware import memory
+from mis_mlx.models import load, resolve
+from mis_mlx.planner import recipe
+from mis_mlx.reporting import run_reader
+from mis_mlx.reporting.text import markdown_table
+
+PACKED_BITS = 4, 3
+KEPT_RESULTS = (
+    "params_student",
+    "bytes_4-bit",
+    "expected_loss",
+    "reached_loss",
+    "loss_of",
+    "loops_teacher",
+    "loops_4-bit",
+    "answers_excess_distilled",
+    "peak_bytes",
+)
+HEADER = ["", "MB", "expected", "reached", "loops, %", "teacher's, %", "minutes"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which rows."""
+
+    teacher: str | None = None
+    """folder, hub id or gemma-3-270m; default: SmolLM2-135M-Instruct"""
+    losses: tuple[float, ...] = (0.1, 0.03, 0.2)
+    """values of --lose"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """of batches and windows; the first seed of every loss comes first"""
+    table: bool = False
+    """print what there is, and make nothing"""
+
+
+def run_row(teacher: str | None, loss: float, seed: int) -> dict[str, Any]:
+    """One run, from the search to the measurement, without its timed part."""
+    with tempfile.TemporaryDirectory() as temp:
+        out = Path(temp) / "run"
+        settings = distill.Settings(
+            teacher=teacher, lose=loss, seed=seed, out=str(out), bench_tokens=0
+        )
+        result = distill.run(settings)
+        seconds = run_reader.read(out).took()
+    row = {name: result[name] for name in KEPT_RESULTS if name in result}
+    row["seconds"] = {name: round(took, 1) for name, took in seconds.items()}
+    return row
+
+
+def packed_row(teacher: str | None, bits: int) -> dict[str, Any]:
+    """The teacher in MLX's bits, judged as a run judges its student."""
+    whole = load.open_checkpoint(resolve.resolve_model(teacher).path)
+    with tempfile.TemporaryDirectory() as temp:
+        rounded = load.open_checkpoint(packed(whole.path, Path(temp) / "packed", bits))
+        row: dict[str, Any] = {"bytes_4-bit": round(rounded.nbytes / 1e6, 3)}
+        if has_template(whole):
+            # As float32 weights: MLX's 4-bit kernels are ten times slower on a CPU.
+            wide = Path(temp) / "wide"
+            load.mlx_lm("convert").convert(
+                str(rounded.path), str(wide), dequantize=True, dtype="float32"
+            )
+            models = {"teacher": whole, "rounded": load.open_checkpoint(wide)}
+            judgement = answers.judged(
+                models, answers.prompts(recipe.EVAL_PROMPTS), memory.budget(None)
+            )
+            assert judgement is not None  # both have a template
+            figures = {(r.metric, r.model): round(r.value, 4) for r in judgement.rows}
+            row["reached_loss"] = figures["answers_excess", "rounded"]
+            row["loops_teacher"] = figures["loops", "teacher"]
+            row["loops_4-bit"] = figures["loops", "rounded"]
+    return row
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Markdown, in the order of the rows' names."""
+    body = []
+    for name in sorted(rows):
+        row = rows[name]
+        expected = row.get("expected_loss")
+        minutes = sum(row.get("seconds", {}).values()) / 60
+        body.append(
+            [
+                name,
+                f"{row['bytes_4-bit']:.1f}",
+                "" if expected is None else f"{expected:.3f}",
+                f"{row['reached_loss']:.3f}" if "reached_loss" in row else "",
+                f"{row['loops_4-bit']:.0f}" if "loops_4-bit" in row else "",
+                f"{row['loops_teacher']:.0f}" if "loops_teacher" in row else "",
+                f"{minutes:.1f}" if minutes else "",
+            ]
+        )
+    return markdown_table(HEADER, body)
+
+
+def main(s: Settings) -> None:
+    """Every row that is not there yet."""
+    name = "lose" if s.teacher is None else f"lose-{Path(s.teacher).name}"
+    rows = resumed(name, {}, ["rows"]).get("rows", {})
+    command = "scripts/mis benchmarks/lose.py"
+    if s.teacher is not None:
+        command += f" --teacher {s.teacher}"
+
+    def keep(label: str, row: dict[str, Any]) -> None:
+        rows[label] = row
+        cli.say(f"{label}: {row}")
+        write(name, command, {"given": {}, "rows": rows})
+
+    if not s.table:
+        for seed in s.seeds:
+            for loss in s.losses:
+                label = f"--lose {loss}, seed {seed}"
+                if label not in rows:
+                    keep(label, run_row(s.teacher, loss, seed))
+        for bits in PACKED_BITS:
+            label = f"teacher in MLX's {bits} bits"
+            if label not in rows:
+                keep(label, packed_row(s.teacher, bits))
+    cli.say(table(stored(name)["rows"]))
+
+
+if __name__ == "__main__":
+    start(Settings, main)
