@@ -39,7 +39,7 @@ def main() -> None:
     """Run all seeds, print one table, write one JSON file."""
     checkpoint = load.open_checkpoint(resolve.resolve_model().path)
     data = preparation.prepare(None, load.tokenizer(checkpoint.path), LENGTH)
-    held_out = comparison.chosen(data.held_out["English"], HELD_OUT)
+    held_out = comparison.spread_windows(data.held_out["English"], HELD_OUT)
     cut = select.PruningConfig(scenario="goral")
     rows = []
     sizes = {}
@@ -49,15 +49,15 @@ def main() -> None:
         readings = []
 
         def reading(log=readings):
-            log.append(weather.latest())
+            log.append(thermal_monitor.latest())
             return log[-1]
 
-        with ThermalMonitor(ThermalFlags(thermal_replay=str(REPLAY))) as weather:
+        with ThermalMonitor(ThermalFlags(thermal_replay=str(REPLAY))) as thermal_monitor:
             kelvin, _ = calibrate.calibrate(checkpoint, batches, reading)
         replayed = iter(readings)
         celsius, _ = calibrate.calibrate(checkpoint, batches, lambda r=replayed: next(r), "celsius")
         if seed == SEEDS[0]:
-            sums = [kelvin.ffn[i] for i in importance.lowest_blocks(kelvin.block, 20)]
+            sums = [kelvin.ffn[i] for i in importance.select_blocks(kelvin.block, 20)]
             for metres in (100.0, 832.0, 2500.0):
                 sizes[metres] = importance.conditions_size(sums, 1280, arch.FFN_MULTIPLE, metres)
         chosen = {

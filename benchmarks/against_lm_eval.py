@@ -68,7 +68,7 @@ def ours(
     answering.scores(checkpoint, "0" * 64, task, memory.budget(None))
     wall = time.monotonic() - wall
     used = time.process_time() - used
-    kept = answering.read(answering.kept("0" * 64, task.sha256))
+    kept = answering.read(answering.answers_path("0" * 64, task.sha256))
     return wall, used, [kept[n]["ll"] for n in range(len(task.questions))]
 
 

@@ -90,7 +90,7 @@ def answered(
         return {}
     if said:
         with Path(said).open("a", encoding="utf-8") as file:
-            for shown in conversations.shown(judged):
+            for shown in conversations.answer_rows(judged):
                 file.write(json.dumps(shown, ensure_ascii=False) + "\n")
     found = dict[str, dict[str, float]]()
     for language, rows in conversations.tables(judged).items():

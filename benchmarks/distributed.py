@@ -95,7 +95,7 @@ def steps(s: Settings) -> dict[str, Any]:
     data = preparation.prepare(None, load.tokenizer(big.path), s.length).train
     sizes = {"batch_size": 1, "grad_accumulation_steps": s.windows, "max_seq_length": s.length}
     r = DistillationConfig(iters=s.steps + 1, learning_rate=RATE, **sizes)  # type: ignore[arg-type]
-    student = load.resident(small, mx.float32)
+    student = load.resident_model(small, mx.float32)
     source = live_teacher.StreamedTeacher(big, None)
     stream.load_checked(student)
     seconds = []
@@ -123,7 +123,7 @@ def layers(s: Settings) -> dict[str, Any]:
     big = load.open_checkpoint(resolve.resolve_model(None).path)
     data = preparation.prepare(None, load.tokenizer(big.path), s.length).train
     n = distributed.size()
-    counts = pipeline_parallel.shared(int(big.config["num_hidden_layers"]), [999] * n, 1.0)
+    counts = pipeline_parallel.share_blocks(int(big.config["num_hidden_layers"]), [999] * n, 1.0)
     where = big, policy.compute_dtype(big), None, False
     source = pipeline_parallel.Relay(*where, counts) if n > 1 else stream.Stream(*where)
     mine = distributed.shard([mx.array(w[None]) for w in data.tokens[: s.windows]])
@@ -216,7 +216,7 @@ def computed(s: Settings) -> list[dict[str, Any]]:
         asked = distill.Settings(
             batch_size=1, grad_accumulation_steps=2 * count, max_seq_length=s.length
         )
-        plan = phases.make(spec_of(big, small, asked, asked), AIR_BYTES, at)
+        plan = phases.best_plan(spec_of(big, small, asked, asked), AIR_BYTES, at)
         one = step_seconds(plan, 1, 1.0)
         row: dict[str, Any] = {"windows": 2 * count, "tokens": plan.job.step, "one_s": one}
         row["link_bytes"] = gradient_bytes(plan.job, 2)

@@ -137,7 +137,7 @@ def mixture(s: Settings, seed: int, folder: Path) -> Checkpoint:
         noise = mx.random.normal(shape, key=mx.random.key(1000 * seed + number))
         named[name] = mx.ones(shape) if "norm" in name else 0.02 * noise
     mx.save_safetensors(str(folder / "model.safetensors"), named)
-    model = load.resident(load.open_checkpoint(folder), mx.float32)
+    model = load.resident_model(load.open_checkpoint(folder), mx.float32)
     gates = []
     for block in model.model.layers:
         part = block[families.family(config).mlp]
@@ -157,8 +157,8 @@ def mixture(s: Settings, seed: int, folder: Path) -> Checkpoint:
     step: Callable[..., Any] = nn.value_and_grad(model, loss)
     for number in range(s.iters):
         batch = mx.array(tokens[random.integers(0, len(tokens), 8)])
-        value, slopes = step(model, batch)
-        adam.update(model, slopes)
+        value, host_gradients = step(model, batch)
+        adam.update(model, host_gradients)
         mx.eval(model.parameters(), adam.state, value)
         if number % 50 == 0 or number == s.iters - 1:
             cli.say(
@@ -173,7 +173,7 @@ def bits(s: Settings, data: preparation.Data, model: Checkpoint) -> dict[str, fl
     """Bits per byte by held-out text."""
     found = {}
     for name, held_out in data.held_out.items():
-        chosen = comparison.chosen(held_out, s.eval_windows)
+        chosen = comparison.spread_windows(held_out, s.eval_windows)
         rows = comparison.rows_of(comparison.compare({"model": model}, chosen), chosen)
         found[name] = round(next(r.value for r in rows if r.metric == "bpb"), 4)
     return found

@@ -77,7 +77,9 @@ class Judge:
                 str(data) if data else None, self.tokenizer, 256
             ).held_out
             for text, windows in held_out.items():
-                self.windows[name or f"built in, {text}"] = comparison.chosen(windows, count)
+                self.windows[name or f"built in, {text}"] = comparison.spread_windows(
+                    windows, count
+                )
 
     def bits(self, folder: Path) -> dict[str, float]:
         """{text: bits per byte}, of a model folder or a GGUF."""
@@ -91,7 +93,7 @@ class Judge:
         trimmed = vocabulary.rows_of(folder) is not None
         for name, windows in self.windows.items():
             own = (
-                token_windows.reread(windows, self.tokenizer, load.tokenizer(folder))
+                token_windows.retokenized(windows, self.tokenizer, load.tokenizer(folder))
                 if trimmed
                 else windows
             )
@@ -108,10 +110,10 @@ def by_llama_cpp(file: Path, windows: Windows) -> np.ndarray:
         str(file), n_ctx=windows.tokens.shape[1], logits_all=True, verbose=False
     )
     found = []
-    for ids, learn in zip(windows.tokens, windows.learn, strict=True):
+    for ids, loss_mask in zip(windows.tokens, windows.loss_mask, strict=True):
         model.reset()
         model.eval(ids.tolist())
-        at = np.flatnonzero(learn[:-1])
+        at = np.flatnonzero(loss_mask[:-1])
         z = mx.array(np.array(model.scores)[at])
         told = mx.take_along_axis(z, mx.array(ids[at + 1].astype(np.int32))[:, None], axis=-1)[:, 0]
         found.append((mx.logsumexp(z, axis=-1) - told).mean().item())
@@ -192,7 +194,9 @@ class Rows:
             prune.Settings(model=self.s.teacher, mlx_path=str(out.with_name("pruned")), **scenario)
         )
         student = load.open_checkpoint(out.with_name("pruned"))
-        plan = packed_format.layout(student.config, 64, packed_format.blocks_after_removed(student))
+        plan = packed_format.formats_of(
+            student.config, 64, packed_format.blocks_after_removed(student)
+        )
         packed_format.write_quantized(student, out, plan, DISK)
         return out, scenario
 

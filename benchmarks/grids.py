@@ -38,7 +38,7 @@ class Settings:
 
 def shares_of(weight: mx.array) -> dict[int, float]:
     """{bits: share of the squared error that is left} of one matrix."""
-    return {bits: rounding.fit_share(weight, GROUP, bits) for bits in rounding.BITS}
+    return {bits: rounding.fit_share(weight, GROUP, bits) for bits in rounding.CANDIDATE_BITS}
 
 
 def of_normal_numbers() -> dict[str, dict[int, float]]:
@@ -60,7 +60,7 @@ def of_model(checkpoint: Checkpoint) -> dict[str, dict[int, float]]:
         else:
             blocks.append(shares)
     means = {}
-    for bits in rounding.BITS:
+    for bits in rounding.CANDIDATE_BITS:
         means[bits] = float(np.mean([shares[bits] for shares in blocks]))
     return {"blocks": means, **found}
 

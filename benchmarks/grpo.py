@@ -74,13 +74,13 @@ def measured(
 ) -> dict[str, dict[str, float]]:
     """{"greedy", "sampled"} of a model folder on the questions."""
     checkpoint = load.open_checkpoint(folder)
-    model = stream.load_checked(load.resident(checkpoint, mx.float32))
+    model = stream.load_checked(load.resident_model(checkpoint, mx.float32))
     tokenizer = load.tokenizer(folder)
     placed = [(row, f"question {n}") for n, row in enumerate(questions, 1)]
     encoded, _ = examples.encode(placed, tokenizer, 512, ("answer",))
     prompts = []
-    for ((ids, learn),) in encoded:
-        answer_starts = int(learn.argmax())
+    for ((ids, loss_mask),) in encoded:
+        answer_starts = int(loss_mask.argmax())
         prompts.append(list(map(int, ids[:answer_starts])))
     # answers to 32 rows at once
     settings = training.Settings(max_completion_length=s.max_completion_length, seed=7)

@@ -212,8 +212,8 @@ class Judge:
         head = load.head_weight(student)
         means = []
         rows = losses.chunk_rows(head.shape[0])
-        for tokens, learn, target in zip(
-            self.held_out.tokens, self.held_out.learn, self.hidden, strict=True
+        for tokens, loss_mask, target in zip(
+            self.held_out.tokens, self.held_out.loss_mask, self.hidden, strict=True
         ):
             hidden = student.model(mx.array(tokens[None]))[0]
             found = []
@@ -224,7 +224,8 @@ class Judge:
                 whole = host_losses.compared(theirs, hidden[at] @ head.T, right)
                 found.append(host_losses.over_parts([whole])[:, 1:].T)
             means.append(
-                (np.concatenate(found, axis=1) * learn[:-1]).sum(axis=1) / max(learn.sum(), 1.0)
+                (np.concatenate(found, axis=1) * loss_mask[:-1]).sum(axis=1)
+                / max(loss_mask.sum(), 1.0)
             )
         return dict(zip(METRICS, np.mean(means, axis=0).tolist(), strict=True))
 
@@ -237,7 +238,7 @@ class Laboratory:
         self.data = preparation.prepare(None, load.tokenizer(self.checkpoint.path), length)
         self.source = live_teacher.StreamedTeacher(self.checkpoint, None)
         self.held_out = {
-            name: comparison.chosen(text, max(1, eval_windows // (1 if at == 0 else 3)))
+            name: comparison.spread_windows(text, max(1, eval_windows // (1 if at == 0 else 3)))
             for at, (name, text) in enumerate(self.data.held_out.items())
         }
         self.judges = {name: Judge(self.source, text) for name, text in self.held_out.items()}
@@ -256,7 +257,7 @@ class Laboratory:
 
     def teacher_nll(self) -> dict[str, float]:
         """The teacher's own held-out loss, by text."""
-        model = load.resident(self.checkpoint, mx.float32)
+        model = load.resident_model(self.checkpoint, mx.float32)
         return {name: round(judge(model)["nll"], 5) for name, judge in self.judges.items()}
 
     def pick(self, count: int, seed: int, use: int) -> list[mx.array]:

@@ -134,11 +134,11 @@ def hours_of_answers(made: phases.MemoryPlan) -> dict[str, float | None]:
         before = writing.cost.seconds(made.rates) / 3600
     except MisError:
         pass
-    asked = phases.one(
+    asked = phases.plan_strategy(
         job=replace(made.job, answers=EVAL_PROMPTS),
         limit=made.budget_bytes,
         rates=made.rates,
-        **made.way,
+        **made.strategy,
     )
     at_end = asked.planned["measure"] - made.planned["measure"]
     return {

@@ -81,18 +81,18 @@ def unsure() -> Iterator[None]:
         head: mx.array,
         teacher: mx.array,
         logits: Any,
-        learn: mx.array,
+        loss_mask: mx.array,
         *more: Any,
     ) -> Any:
-        counts = np.array(learn, np.float32)
+        counts = np.array(loss_mask, np.float32)
         known = np.where(counts > 0, entropies(student, head), -1.0)
         at = np.sort(np.argsort(known)[-round(UNSURE * np.count_nonzero(counts)) :])
         weights = mx.array(counts[at] * (counts.sum() / counts[at].sum()))
         rows = mx.array(at)
         loss, below, of_head = whole(student[rows], head, teacher[rows], logits, weights, *more)
-        slopes = mx.zeros_like(student)
-        slopes[rows] = below
-        return loss, slopes, of_head
+        host_gradients = mx.zeros_like(student)
+        host_gradients[rows] = below
+        return loss, host_gradients, of_head
 
     host_losses.kl_gradients = some  # type: ignore[assignment]
     try:
@@ -129,11 +129,11 @@ def own_text() -> Iterator[None]:
             tokens = np.array(
                 [[*prompt, *ids] for prompt, (ids,) in zip(prompts, said, strict=True)], np.int32
             )
-            learn = np.zeros(tokens.shape, np.float32)
-            learn[:, PROMPT - 1 : -1] = 1
+            loss_mask = np.zeros(tokens.shape, np.float32)
+            loss_mask[:, PROMPT - 1 : -1] = 1
             parts = np.array_split(np.arange(len(at)), r.grad_accumulation_steps)
             return source.micro_batches(
-                [(mx.array(tokens[p]), mx.array(learn[p])) for p in parts], parts
+                [(mx.array(tokens[p]), mx.array(loss_mask[p])) for p in parts], parts
             )
 
         live_teacher.step_micro_batches = written  # type: ignore[assignment]

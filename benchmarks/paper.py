@@ -69,7 +69,7 @@ def table(plan: MemoryPlan, tokens: int) -> str:
         )
     shape = arch.params(m.config) / 1e9
     least = phases.least_bytes(plan.job, at)
-    room = memory.room_bytes() if at.room_bytes is None else at.room_bytes
+    room = memory.usable_memory_bytes() if at.room_bytes is None else at.room_bytes
     read = [hours * 3600 * at.forward_flops_per_s * at.hot / 2 / 137e9 / 1e6 for hours in (48, 72)]
     head = ["", f"by its shape: {shape:.1f}B, {m.nbytes / 1e9:.1f} GB", "by the paper: 137B, 70 GB"]
     return "\n".join(
@@ -99,7 +99,7 @@ def main(s: Settings) -> None:
     teacher, small = (estimates.model_of(config, gpu=True) for config in (whole, student))
     job = spec_of(teacher, small, plan.Settings(), plan.Settings())
     budget = memory.budget(None, rates.M1_AIR.room_bytes)
-    print(table(phases.make(job, budget.limit_bytes, rates.M1_AIR), s.tokens))
+    print(table(phases.best_plan(job, budget.limit_bytes, rates.M1_AIR), s.tokens))
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ class Bench:
         self.train = data.train
         self.batches = preparation.calibration(data.train, s.num_samples, 0)
         self.held_out = {
-            name: comparison.chosen(text, max(1, s.eval_windows // (1 if at == 0 else 3)))
+            name: comparison.spread_windows(text, max(1, s.eval_windows // (1 if at == 0 else 3)))
             for at, (name, text) in enumerate(data.held_out.items())
         }
         self.mine = {
@@ -121,7 +121,10 @@ class Bench:
             ) as teacher:
                 source = live_teacher.StreamedTeacher(teacher, None)
                 packed_format.write_learned(
-                    checkpoint, pipeline.tuned(checkpoint, source, self.train, r), out, DISK
+                    checkpoint,
+                    pipeline.tuned_in_memory(checkpoint, source, self.train, r),
+                    out,
+                    DISK,
                 )
 
     def opened(self) -> tuple[Any, Any, dict[str, Any]]:

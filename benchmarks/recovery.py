@@ -244,7 +244,9 @@ class Bench(Laboratory):
         found = dict[str, Any]()
         assert keep is not None
         if arm.local:
-            found["pruned"] = self.judge(stream.load_checked(load.resident(student, mx.float32)))
+            found["pruned"] = self.judge(
+                stream.load_checked(load.resident_model(student, mx.float32))
+            )
             taught = model_writer.by_block(student, temp / "parts", DISK)
             r = replace(
                 recipe,
@@ -267,13 +269,13 @@ class Bench(Laboratory):
                 files=DISK,
             ):
                 pass
-            return stream.load_checked(load.resident(taught, mx.float32)), student, found
-        model = stream.load_checked(load.resident(student, mx.float32))
+            return stream.load_checked(load.resident_model(taught, mx.float32)), student, found
+        model = stream.load_checked(load.resident_model(student, mx.float32))
         if arm.repair:
             found["pruned"] = self.judge(model)
             windows = self.pick(recipe.reconstruct_samples, seed, 2)
-            mended, _ = reconstruct.reconstruct(self.checkpoint, student, keep, windows)
-            model.load_weights(list(mended.items()), strict=False)
+            repaired, _ = reconstruct.reconstruct(self.checkpoint, student, keep, windows)
+            model.load_weights(list(repaired.items()), strict=False)
             stream.load_checked(model)
         if arm.start == "random":
             forget(model, seed)

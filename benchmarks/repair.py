@@ -24,7 +24,7 @@ from laboratory import start, stored, write
 from recovery import WIDE, Arm, Bench, cut
 
 from mis_mlx import cli
-from mis_mlx.maths.reconstruction import HeldOut, NormalEquations, left
+from mis_mlx.maths.reconstruction import HeldOut, NormalEquations, remaining_error
 from mis_mlx.models import load, model_writer, resolve
 from mis_mlx.pruning import reconstruct
 
@@ -58,14 +58,14 @@ def plain() -> Iterator[None]:
         for rows in held_out:
             self.add(rows.inputs.T @ rows.inputs, rows.inputs.T @ rows.missing)
         update = self.update(0.1)
-        return update, left(held_out, update)
+        return update, remaining_error(held_out, update)
 
-    judged = NormalEquations.judged
-    NormalEquations.judged = solved  # type: ignore[method-assign,assignment]
+    judged = NormalEquations.best_update
+    NormalEquations.best_update = solved  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
-        NormalEquations.judged = judged  # type: ignore[method-assign]
+        NormalEquations.best_update = judged  # type: ignore[method-assign]
 
 
 def main(s: Settings) -> None:
@@ -94,15 +94,15 @@ def main(s: Settings) -> None:
                     row := f"{seed}, {count} windows, {how}" if count else f"{seed}, pruned"
                 ) in rows:
                     continue
-                student = load.resident(pruned, mx.float32)
+                student = load.resident_model(pruned, mx.float32)
                 left = list[float]()
                 if count:
                     windows = bench.pick(count, seed, 2)
                     with plain() if how == "plain" else nullcontext():
-                        mended, left = reconstruct.reconstruct(
+                        repaired, left = reconstruct.reconstruct(
                             bench.checkpoint, pruned, keep, windows
                         )
-                    student.load_weights(list(mended.items()), strict=False)
+                    student.load_weights(list(repaired.items()), strict=False)
                 rows[row] = {**bench.judge(student), "blocks_kept_as_they_were": left.count(1.0)}
                 cli.say(f"seed {row}: {rows[row]}")
                 write(name, command, {"given": given, "rows": rows})

@@ -34,9 +34,9 @@ def rounded(weight: mx.array, bits: int, group: int) -> mx.array:
 def main(folder: Path) -> None:
     """Print and store one row per set of matrices."""
     student = load.open_checkpoint(folder)
-    model = stream.load_checked(load.resident(student, mx.float32))
+    model = stream.load_checked(load.resident_model(student, mx.float32))
     dense = dict(tree_flatten(model.parameters()))
-    held_out = comparison.chosen(
+    held_out = comparison.spread_windows(
         preparation.prepare(None, load.tokenizer(folder), 256).held_out["English"], 12
     )
     batches = [mx.array(w[None]) for w in held_out.tokens]

@@ -77,11 +77,11 @@ def prepare(checkpoint: Checkpoint, data: preparation.Data, held_out: Windows, o
         pruned = load.open_checkpoint(folder)
         keep = model_writer.read_keep(folder)
         assert keep is not None
-        mended, _ = reconstruct.reconstruct(
+        repaired, _ = reconstruct.reconstruct(
             checkpoint, pruned, keep, pick(s.reconstruct_samples, 2)
         )
-        model = load.resident(pruned, mx.float32)
-        model.load_weights(list(mended.items()), strict=False)
+        model = load.resident_model(pruned, mx.float32)
+        model.load_weights(list(repaired.items()), strict=False)
         config = {**pruned.config, "torch_dtype": "float32"}
         weights = dict(tree_flatten(model.parameters()))
         model_writer.write_model(
@@ -104,8 +104,8 @@ def train(
         target: live_teacher.TargetSource = source
         if count:
             began = time.monotonic()
-            at = live_teacher.visited(len(data.tokens), recipe)
-            picked = Windows(data.tokens[at], data.learn[at])
+            at = live_teacher.visited_windows(len(data.tokens), recipe)
+            picked = Windows(data.tokens[at], data.loss_mask[at])
             store = live_teacher.write_store(
                 checkpoint,
                 lambda: source,
@@ -119,8 +119,8 @@ def train(
                 "bytes_per_token": round(store.bytes_per_token, 1),
                 "write_s": round(time.monotonic() - began, 1),
             }
-            target = live_teacher.Cached(store, at)
-        model = stream.load_checked(load.resident(student, mx.float32))
+            target = live_teacher.CachedTeacher(store, at)
+        model = stream.load_checked(load.resident_model(student, mx.float32))
         model.train()
         steps = list(
             live_teacher.steps(model, target, data=data, recipe=recipe, optimizer=GuardedAdamW())
@@ -133,7 +133,7 @@ def main(s: Settings) -> None:
     """All seeds and ways; print one line each, write one JSON file."""
     checkpoint = load.open_checkpoint(resolve.resolve_model().path)
     data = preparation.prepare(None, load.tokenizer(checkpoint.path), s.max_seq_length)
-    held_out = comparison.chosen(data.held_out["English"], s.eval_windows)
+    held_out = comparison.spread_windows(data.held_out["English"], s.eval_windows)
     rows = []
     with tempfile.TemporaryDirectory() as temp:
         folder = Path(s.student or Path(temp) / "student")
@@ -142,7 +142,7 @@ def main(s: Settings) -> None:
         student = load.open_checkpoint(folder)
         source = live_teacher.StreamedTeacher(checkpoint, None)
         judge = Judge(source, held_out)
-        start = judge(stream.load_checked(load.resident(student, mx.float32)))
+        start = judge(stream.load_checked(load.resident_model(student, mx.float32)))
         print(json.dumps({"way": "before training", **start}), flush=True)
         for seed in range(s.seeds):
             recipe = TrainingConfig(iters=s.iters, max_seq_length=s.max_seq_length, seed=seed)

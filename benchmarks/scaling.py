@@ -186,7 +186,7 @@ def along(axis: str, cells: dict[str, Any]) -> dict[str, list[tuple[float, dict[
 def tables(cells: dict[str, Any]) -> str:
     """Markdown: every phase of every cell, then the slopes."""
     lines = []
-    slopes = []
+    host_gradients = []
     for name, one in cells.items():
         for label, both in one["phases"].items():
             pairs = [
@@ -203,7 +203,7 @@ def tables(cells: dict[str, Any]) -> str:
                     taken = slope(across, [max(1e-3, p["taken"][key]) for _, p in points])
                     planned = slope(across, [max(1e-3, p["planned"][key]) for _, p in points])
                     shown.append(f"{taken:.2f} ({planned:.2f})")
-                slopes.append([axis, label, *shown])
+                host_gradients.append([axis, label, *shown])
     head = [
         "",
         "way",
@@ -216,7 +216,7 @@ def tables(cells: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             markdown_table(head, lines),
-            markdown_table(["axis", "phase", "s", "peak", "read"], slopes),
+            markdown_table(["axis", "phase", "s", "peak", "read"], host_gradients),
         ]
     )
 

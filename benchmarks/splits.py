@@ -103,7 +103,9 @@ def teacher_row(
     teacher: Checkpoint, seen: Checkpoint, folded: Folded, windows: Windows
 ) -> dict[str, float]:
     """{"own": bits per byte of its own tokens, way: how many more}."""
-    own = token_windows.reread(windows, load.tokenizer(seen.path), load.tokenizer(teacher.path))
+    own = token_windows.retokenized(
+        windows, load.tokenizer(seen.path), load.tokenizer(teacher.path)
+    )
     of_own = comparison.compare({"": teacher}, own)["", "nll"]
     of_seen = comparison.compare({"": seen}, windows)["", "nll"]
     nats = {"own": comparison.per_byte(of_own, own)}
@@ -111,8 +113,8 @@ def teacher_row(
     sums = np.zeros(2)
     nbytes = windows.text_bytes.sum()
     states = comparison.final_hidden(seen, windows)
-    for tokens, learn, hidden in zip(windows.tokens, windows.learn, states, strict=True):
-        at = np.flatnonzero(learn[:-1])
+    for tokens, loss_mask, hidden in zip(windows.tokens, windows.loss_mask, states, strict=True):
+        at = np.flatnonzero(loss_mask[:-1])
         for k, read in enumerate((None, tokens)):
             log_p = np.array(folded(hidden[0], read))
             sums[k] -= log_p[at, tokens[at + 1]].sum()
@@ -183,7 +185,7 @@ def main(s: Settings) -> None:
                 texts[name] = next(iter(other.held_out.values()))
             found["teacher"] = {}
             for name, windows in texts.items():
-                chosen = comparison.chosen(windows, minutes.EVAL_WINDOWS)
+                chosen = comparison.spread_windows(windows, minutes.EVAL_WINDOWS)
                 found["teacher"][name] = teacher_row(teacher, seen, folded, chosen)
             write("splits", command, {"given": given, **found})
         for way in WAYS[1:] if s.students and not s.table else ():

@@ -187,7 +187,7 @@ def overlap(checkpoint: Checkpoint) -> list[dict[str, float]]:
                 with timed(into, checkpoint):
                     for _, block in source.blocks():
                         if into is not reading:
-                            source.through(block, hidden)
+                            source.run_block(block, hidden)
         read, compute, streamed = map(statistics.median, (reading, computing, streaming))
         row = {"tokens": tokens, "read_s": read, "compute_s": compute, "streamed_s": streamed}
         rows.append(

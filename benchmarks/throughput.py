@@ -132,7 +132,7 @@ def agreement(_: Path, s: Settings) -> dict[str, Any]:
     """Tokens per second of the same model by several clocks in turn, the order changing from round
     to round.
     """
-    subject = rounds.opened(Path(s.student))
+    subject = rounds.load_model(Path(s.student))
     count = s.agreement_tokens
     subject.tokenizer._eos_token_ids = {}  # as mlx_lm.benchmark does
     generate = load.mlx_lm("generate")
@@ -172,7 +172,7 @@ def agreement(_: Path, s: Settings) -> dict[str, Any]:
     ours_tps = np.array(found["bench"])
     bare_tps = np.array(found["bare"])
     began = time.perf_counter()
-    rounds.clocked(7 for _ in range(READY))
+    rounds.token_times(7 for _ in range(READY))
     own_s = (time.perf_counter() - began) / READY
     return {
         "generation_tokens": count,
@@ -253,7 +253,7 @@ def profile(big: Path, s: Settings) -> dict[str, Any]:
         for kind, folders in kinds.items():
             found[kind] = {}
             for name, folder in folders.items():
-                found[kind][name] = by_part(rounds.opened(folder), s.prompt_tokens)
+                found[kind][name] = by_part(rounds.load_model(folder), s.prompt_tokens)
         return found
 
 

@@ -143,7 +143,7 @@ def begun(
         iters=steps, batch_size=windows, max_seq_length=length, learning_rate=RATE
     )
     if way == "resident":
-        model = load.resident(small, mx.float32)
+        model = load.resident_model(small, mx.float32)
         stream.load_checked(model)
         return live_teacher.steps(model, source, data=data, recipe=recipe, optimizer=GuardedAdamW())
     layers = int(small.config["num_hidden_layers"])
@@ -157,12 +157,20 @@ def begun(
     trained.begin()
     micro = partial(live_teacher.step_micro_batches, source, data, recipe)
     return trained.steps(
-        micro, partial(source.kl_sum, frozen_head=True), recipe, slopes=source.frozen_slopes()
+        micro,
+        partial(source.kl_sum, frozen_head=True),
+        recipe,
+        host_gradients=source.host_gradients(),
     )
 
 
 def ours(
-    way: str, teacher: Path, student: Path, data: token_windows.Windows, windows: int, steps: int
+    way: str,
+    teacher: Path,
+    student: Path,
+    data: token_windows.Windows,
+    windows: int,
+    steps: int,
 ) -> Timed:
     """A way of `--train`."""
     source = live_teacher.StreamedTeacher(

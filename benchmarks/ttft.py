@@ -84,7 +84,7 @@ def row(
     found: dict[str, Any] = {"prompt_tokens": length}
     for name, model in subjects.items():
         figures = rounds.figures(every[name], r)
-        best = 1000 * at.seconds(*rounds.moved(models[name], model.read_bytes, r)[1])
+        best = 1000 * at.seconds(*rounds.token_traffic(models[name], model.read_bytes, r)[1])
         found[name] = {
             "cold_ms": figures["ttft_ms"],
             "cached_ms": figures["ttft_cached_ms"],
@@ -123,7 +123,7 @@ def main(s: Settings) -> None:
         if s.four_bit and todo:
             temp = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             folders = {n: laboratory.packed(f, temp / n) for n, f in folders.items()}
-        subjects = {n: rounds.opened(f) for n, f in folders.items()} if todo else {}
+        subjects = {n: rounds.load_model(f) for n, f in folders.items()} if todo else {}
         models = {n: load.open_checkpoint(f) for n, f in folders.items()}
         at = Roof(**before["roof"]) if "roof" in before else rates.measure_roof()
         for length in todo:

@@ -87,7 +87,7 @@ def texts(s: Settings, place: Path) -> dict[str, str]:
 def bits_per_byte(model: nn.Module, tokenizer: Any, text: str) -> float:
     """Of a text, every token but the first after what stands before it."""
     ids = tokenizer.encode(text, add_special_tokens=False)
-    start = token_windows.start_of(tokenizer)
+    start = token_windows.start_tokens(tokenizer)
     nll = 0.0
     for at in range(0, len(ids), WINDOW):
         window = mx.array([[*start, *ids[max(0, at - BEFORE) : at + WINDOW]]])
@@ -102,8 +102,8 @@ def weights(
     """(V,) how much each token is wanted, by the way of choosing."""
     of_model = train.pick(train.kind == list(preparation.TEXT_SHARES).index("written by a model"))
     counted = np.bincount(train.tokens.reshape(-1), minlength=count).astype(float)
-    also = vocabulary.expected(teacher, comparison.chosen(train, VOCABULARY_WINDOWS))
-    more = vocabulary.expected(teacher, comparison.chosen(of_model, MORE_WINDOWS))
+    also = vocabulary.expected(teacher, comparison.spread_windows(train, VOCABULARY_WINDOWS))
+    more = vocabulary.expected(teacher, comparison.spread_windows(of_model, MORE_WINDOWS))
     place = 1 / (PLACES + np.arange(count))
     one, two, three, four = (each / each.sum() for each in (counted, also, more, place))
     ways = {"merge order": np.zeros(count), "counted": one, "expected": two, "both": one + two}
@@ -138,7 +138,7 @@ def main(s: Settings) -> None:
     tokenizer = load.tokenizer(teacher.path)
     tokens = Vocabulary(teacher.path)
     train = preparation.prepare(None, tokenizer, 256).train
-    model = load.resident(teacher, mx.float32)
+    model = load.resident_model(teacher, mx.float32)
     needed = vocabulary.needed(tokens, teacher.path)
     weight = model.model.embed_tokens.weight
     ways = weights(s, teacher, tokenizer=tokenizer, train=train, count=len(weight))

@@ -67,9 +67,10 @@ class Bench:
         data = preparation.prepare(None, tokenizer, s.length)
         self.checkpoint = load.open_checkpoint(self.path)
         self.layers = int(self.checkpoint.config["num_hidden_layers"])
-        self.rank = comparison.chosen(data.train, s.rank_windows)
+        self.rank = comparison.spread_windows(data.train, s.rank_windows)
         self.held_out = {
-            name: comparison.chosen(text, s.eval_windows) for name, text in data.held_out.items()
+            name: comparison.spread_windows(text, s.eval_windows)
+            for name, text in data.held_out.items()
         }
         self.base = self.windowed(())
         self.states = {name: self.hidden(self.base, text) for name, text in self.texts.items()}

@@ -58,12 +58,14 @@ def main() -> None:
 
 
 def _reader() -> AbstractContextManager[None]:
-    """cli.reader; nothing before the packages are installed, when scripts/mis lists commands."""
+    """cli.end_quietly_on_closed_pipe; nothing before the packages are installed, when scripts/mis
+    lists commands.
+    """
     try:
         from mis_mlx import cli
     except ModuleNotFoundError:
         return nullcontext()
-    return cli.reader()
+    return cli.end_quietly_on_closed_pipe()
 
 
 def _unknown(name: str, known: dict[str, str]) -> str:

@@ -61,7 +61,7 @@ def measure(
     together = sum(needs) <= limit_bytes
     trials = rounds.rounds(folders, together, count, request)
     by_model = dict[str, list[rounds.Measurement]]()
-    for name, trial in cli.counted("trial", trials, count * len(folders)):
+    for name, trial in cli.show_progress("trial", trials, count * len(folders)):
         by_model.setdefault(name, []).append(trial)
     rows = []
     for name, of_model in by_model.items():
@@ -143,7 +143,7 @@ class Bench:
             models[name] = {
                 "params": arch.params(model.config),
                 "weight_bytes": model.nbytes,
-                "format": rounds.kind(model, dtype),
+                "format": rounds.format_name(model, dtype),
                 "m1_best_tps_computed": rounds.m1_tokens_per_s(model, self.r),
                 "trials": len(texts),
                 "texts_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
@@ -164,7 +164,7 @@ class Bench:
         for name, trials in self.done.items():
             first = trials[0]
             values = rounds.figures(trials, self.r, idle_w)
-            best = rounds.beside(
+            best = rounds.compare_to_roof(
                 self.models[name],
                 first.read_bytes,
                 self.r,
@@ -204,7 +204,7 @@ def run(settings: Settings) -> dict[str, Any]:
         unfit["after"] = _unfit(monitor.latest())
     hot = [f"{when}: {why}" for when, why in unfit.items() if why]
     for name, trials in bench.done.items():
-        slowed = rounds.slowed(name, trials)
+        slowed = rounds.slowdown_note(name, trials)
         if slowed:
             hot.append(slowed)
     fixed = bench.fixed()

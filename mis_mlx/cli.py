@@ -307,7 +307,7 @@ def preload() -> None:
 
 
 @contextmanager
-def reader() -> Iterator[None]:
+def end_quietly_on_closed_pipe() -> Iterator[None]:
     """If the reader of our output leaves (`| head`), end without a traceback and with code 141.
 
     That is how SIGPIPE ends a program.
@@ -329,7 +329,7 @@ def reader() -> Iterator[None]:
         sys.exit(141)
 
 
-@reader()
+@end_quietly_on_closed_pipe()
 def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool = False) -> None:
     """Parse, run, print the result as the last stdout line.
 
@@ -380,7 +380,7 @@ def say(*lines: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def counted(label: str, items: Iterable[T], total: int) -> Iterator[T]:
+def show_progress(label: str, items: Iterable[T], total: int) -> Iterator[T]:
     """The items, one after the other; the display, if there is one, shows how many are done.
 
     The display: reporting/progress.

@@ -206,16 +206,16 @@ def _stages(
         return "", {}
     expected = summary.expectation(s.expected_loss, list(models)[-1], answered, quality)
     sentence = summary.expectation_sentence(expected, s.lose) if expected else ""
-    table = summary.page(
+    table = summary.result_page(
         models, sizes, quality, s.max_seq_length, answered=answered, expectation=sentence
     )
     c.files.replace_text(folder / "table.md", table + "\n")
     figures = conversations.figures(answered) if answered else {}
     result = summary.result(folder, models, sizes, quality)
-    result = c.done({**figures, **result, **expected, "mode": c.plan.mode})
+    result = c.finish({**figures, **result, **expected, "mode": c.plan.mode})
     if answered:
         # On the screen: the sentence on loops, then the models' answers, then figures.
-        table = summary.page(
+        table = summary.result_page(
             models,
             sizes,
             quality,
@@ -225,7 +225,7 @@ def _stages(
             expectation=sentence,
         )
     if not s.keep_steps:
-        for name in pipeline.LEFT:
+        for name in pipeline.TEMPORARY:
             c.files.discard(folder / name)
     return table, result
 
@@ -400,7 +400,7 @@ def run(settings: Settings) -> dict[str, Any]:
     s, folder = run_loop.resumed(settings, FREE)
     s.check()
     summary.trackers(s.report_to)
-    teacher = run_loop.opened(s, s.teacher, "teacher")
+    teacher = run_loop.open_model(s, s.teacher, "teacher")
     if folder is None:
         s = _sized(s, teacher)
     s = replace(s, **packed_format.of_mixture(teacher.config, s))
@@ -453,14 +453,14 @@ def _begin(
 
     rows: of the vocabulary that the student has.
     """
-    shares = machines.shares(made) if s.spread == "layers" else ()
-    data, origin = run_loop.prepared(s, teacher, source)
+    shares = machines.blocks_by_machine(made) if s.spread == "layers" else ()
+    data, origin = run_loop.prepare_text(s, teacher, source)
     with run_loop.open_run(
         s,
         folder,
         f"{teacher.path.name}-{s.scenario or 'student'}",
         origin,
-        way=made.way,
+        strategy=made.strategy,
         limit=Budget(made.budget_bytes),
         wired=made.peak_bytes if made.mode != "sharded" else 0,
     ) as place:

@@ -24,7 +24,7 @@ from mis_mlx.hardware import child_process, memory, rates, system_facts
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor, examined
 from mis_mlx.models import policy
 from mis_mlx.reporting import html
-from mis_mlx.storage.files import DISK, need_place, reported
+from mis_mlx.storage.files import DISK, as_mis_error, need_place
 from mis_mlx.types import duration, gib
 
 PATIENCE_S = 240.0  # for a group; a hosted runner's GPU hangs at times
@@ -96,7 +96,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """Examine, write the report as it comes, and say what failed."""
     if settings.out:
         need_place("--out", settings.out, "new")
-        with reported(settings.out, "the report"):
+        with as_mis_error(settings.out, "the report"):
             DISK.make_folder(settings.out.absolute().parent)
             DISK.replace_text(settings.out, "")
     policy.use(settings.compute_dtype)

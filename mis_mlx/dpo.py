@@ -17,7 +17,7 @@ from mis_mlx import cli
 from mis_mlx.alignment import alignment_run, sequence_packing
 from mis_mlx.data.examples import Sequenced
 from mis_mlx.distillation import live_teacher, train_loop
-from mis_mlx.maths import losses, policy
+from mis_mlx.maths import losses, rl_losses
 from mis_mlx.models import distributed, load
 from mis_mlx.planner import estimates
 from mis_mlx.storage import checkpoint as protocol
@@ -35,7 +35,7 @@ class Settings(alignment_run.Alignment):
 
     learning_rate: Rate = 5e-6
     """peak learning rate; decays to a tenth along a cosine; for billions of parameters, try 1e-6"""
-    loss_type: policy.PairLoss = "dpop"
+    loss_type: rl_losses.PairLoss = "dpop"
     """dpop: DPO that keeps the chosen answer likely; sigmoid: plain DPO; ipo; hinge"""
     beta: Positive = 0.1
     """how strongly the model is held to its original self"""
@@ -48,20 +48,20 @@ class Settings(alignment_run.Alignment):
         self,
         student: nn.Module,
         tokens: mx.array,
-        learn: mx.array,
+        loss_mask: mx.array,
         reference: mx.array,
     ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
         """(sum over pairs, pairs, further sums) of 2 B rows (2 B, T), the chosen answers first.
 
-        learn: (2 B, T), 1 where a prediction counts. reference: (2 B,) log-probabilities. Further
-        sums: margin, r_w - r_l in nats, without beta; chosen, rejected: log pi(y|x); chosen_gain:
-        r_w. Rewards within rounding are 0.
+        loss_mask: (2 B, T), 1 where a prediction counts. reference: (2 B,) log-probabilities.
+        Further sums: margin, r_w - r_l in nats, without beta; chosen, rejected: log pi(y|x);
+        chosen_gain: r_w. Rewards within rounding are 0.
         """
-        sums, counts = _sums(student, tokens, learn, self.lora is not None)
-        noise = policy.NOISE[load.activation_dtype(student)] * mx.sqrt(counts)
-        r_w, r_l = mx.split(policy.dead_zone(sums - reference, noise), 2)
+        sums, counts = _sums(student, tokens, loss_mask, self.lora is not None)
+        noise = rl_losses.NOISE[load.activation_dtype(student)] * mx.sqrt(counts)
+        r_w, r_l = mx.split(rl_losses.dead_zone(sums - reference, noise), 2)
         n_w, n_l = mx.split(counts, 2)
-        losses = policy.pair_losses(
+        losses = rl_losses.pair_losses(
             r_w,
             r_l,
             beta=self.beta,
@@ -85,30 +85,30 @@ class Settings(alignment_run.Alignment):
 def _sums(
     student: nn.Module,
     tokens: mx.array,
-    learn: mx.array,
+    loss_mask: mx.array,
     frozen_head: bool,
 ) -> tuple[mx.array, mx.array]:
-    """(sums of the log-probabilities where `learn` is 1, counts of these tokens), (B,) each.
+    """(sums of the log-probabilities where `loss_mask` is 1, counts of these tokens), (B,) each.
 
-    tokens, learn: (B, T).
+    tokens, loss_mask: (B, T).
     """
     hidden = student.model(tokens)
     logps = losses.token_logps(
         hidden.reshape(-1, hidden.shape[-1]),
         load.head_weight(student),
-        live_teacher.labels(tokens),
+        live_teacher.next_tokens(tokens),
         frozen_head=frozen_head,
         softcap=load.logit_softcap(student),
     )
-    return (logps.reshape(tokens.shape) * learn).sum(axis=-1), learn.sum(axis=-1)
+    return (logps.reshape(tokens.shape) * loss_mask).sum(axis=-1), loss_mask.sum(axis=-1)
 
 
-def rectangle(pairs: Sequence[Pair]) -> tuple[mx.array, mx.array]:
+def padded_pairs(pairs: Sequence[Pair]) -> tuple[mx.array, mx.array]:
     """(tokens, learn), (2 B, T) each: the chosen answers, then the rejected ones."""
     chosen = [[pair[0]] for pair in pairs]
     rejected = [[pair[1]] for pair in pairs]
-    tokens, learn, _ = sequence_packing.rectangle([*chosen, *rejected])
-    return tokens, learn
+    tokens, loss_mask, _ = sequence_packing.padded_windows([*chosen, *rejected])
+    return tokens, loss_mask
 
 
 def reference(
@@ -123,20 +123,20 @@ def reference(
     trained: computed as in training, where a gradient is taken; otherwise as for held-out pairs.
     """
     logps = np.zeros((len(pairs), 2), np.float32)
-    lengths = list(map(longest, pairs))
+    lengths = list(map(longer_answer_tokens, pairs))
     for batch in sequence_packing.by_length("reference: batch", lengths, batch_size):
-        tokens, learn = rectangle([pairs[i] for i in batch])
-        work = partial(_row_sums, tokens=tokens, learn=learn)
+        tokens, loss_mask = padded_pairs([pairs[i] for i in batch])
+        work = partial(_row_sums, tokens=tokens, loss_mask=loss_mask)
         sums = train_loop.as_in_training(model, work) if trained else work(model)
         logps[batch] = np.array(sums).reshape(2, -1).T
     return logps
 
 
-def _row_sums(model: nn.Module, tokens: mx.array, learn: mx.array) -> mx.array:
-    return _sums(model, tokens, learn, frozen_head=True)[0]
+def _row_sums(model: nn.Module, tokens: mx.array, loss_mask: mx.array) -> mx.array:
+    return _sums(model, tokens, loss_mask, frozen_head=True)[0]
 
 
-def longest(pair: Pair) -> int:
+def longer_answer_tokens(pair: Pair) -> int:
     """Tokens of the longer answer of a pair, its prompt included."""
     return max(len(ids) for ids, _ in pair)
 
@@ -147,8 +147,8 @@ def _batch(
     indices: Sequence[int] | np.ndarray,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Some of the pairs: tokens, learn (2 B, T) and the reference's log-probabilities (2 B,)."""
-    tokens, learn = rectangle([pairs[i] for i in indices])
-    return tokens, learn, mx.array(logps[indices].T.reshape(-1))
+    tokens, loss_mask = padded_pairs([pairs[i] for i in indices])
+    return tokens, loss_mask, mx.array(logps[indices].T.reshape(-1))
 
 
 def micro_batches(
@@ -158,7 +158,7 @@ def micro_batches(
     step: int,
 ) -> list[tuple[mx.array, ...]]:
     """Those of a step: tokens, learn (2 B, T) and the reference's log-probabilities (2 B,)."""
-    batches = sequence_packing.drawn(list(map(longest, pairs)), s, step)
+    batches = sequence_packing.drawn_indices(list(map(longer_answer_tokens, pairs)), s, step)
     return [_batch(pairs, logps, indices) for indices in batches]
 
 
@@ -178,7 +178,7 @@ def measure(
     pairs measured at a time.
     """
     sums: dict[str, float] = {}
-    lengths = list(map(longest, pairs))
+    lengths = list(map(longer_answer_tokens, pairs))
     for indices in sequence_packing.by_length("held out: batch", lengths, batch):
         total, _, further = s.loss(model, *_batch(pairs, logps, indices))
         for name, value in {"loss": total, **further}.items():
@@ -188,7 +188,7 @@ def measure(
     if s.loss_type == "dpop":
         chosen = means["chosen_gain"]
         rejected = chosen - means["margin"]
-        loss = policy.pair_losses(
+        loss = rl_losses.pair_losses(
             mx.array(chosen),
             mx.array(rejected),
             beta=s.beta,
@@ -230,25 +230,29 @@ def _reference(
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, check the data, plan, ask the reference, train, write the best student."""
-    s, folder, checkpoint = alignment_run.opened(settings)
+    s, folder, checkpoint = alignment_run.open_run_model(settings)
     train, valid, card = alignment_run.data(s, checkpoint, ("pair",), ANSWERS)
 
     def training(parts: Settings) -> estimates.StageCost:
-        length = max(map(longest, [*train, *valid]))
-        return alignment_run.training(parts, checkpoint, 2 * parts.batch_size, length, name="dpo")
+        length = max(map(longer_answer_tokens, [*train, *valid]))
+        return alignment_run.training_cost(
+            parts, checkpoint, 2 * parts.batch_size, length, name="dpo"
+        )
 
-    parts = alignment_run.cut(s, folder, training)
+    parts = alignment_run.fit_micro_batches(s, folder, training)
     # Only pairs that a step sees need the reference.
-    seen = sequence_packing.visited(len(train), parts)
+    seen = sequence_packing.visited_rows(len(train), parts)
     trained = [train[i] for i in seen]
-    tokens = sum(2 * longest(pair) for pair in [*trained, *valid])
+    tokens = sum(2 * longer_answer_tokens(pair) for pair in [*trained, *valid])
     phase = training(parts)
-    asking = estimates.forward_flops(alignment_run.sizes(s, checkpoint), tokens, s.max_seq_length)
+    asking = estimates.forward_flops(
+        alignment_run.model_size(s, checkpoint), tokens, s.max_seq_length
+    )
     phases = [replace(phase, flops=phase.flops + asking)]
-    planned = alignment_run.planned(s, phases)
+    planned = alignment_run.report_plan(s, phases)
     if s.dry_run:
         return {"model": str(checkpoint.path), "pairs": len(train), **planned}
-    with alignment_run.running(
+    with alignment_run.start_run(
         s,
         folder,
         checkpoint,

@@ -45,7 +45,7 @@ from mis_mlx.types import (
 LENGTH = 256  # tokens in a window
 KLD_LENGTH = 512  # with --kld
 # name, title, chosen windows, and a function that opens a model for one pass
-Text = tuple[str, str, token_windows.Windows, comparison.Opened]
+Text = tuple[str, str, token_windows.Windows, comparison.OpenStream]
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,14 @@ def _kld(
     models: Models,
     held_out: token_windows.Windows,
     title: str,
-    opened: comparison.Opened,
+    opened: comparison.OpenStream,
 ) -> dict[str, Any]:
     """Print llama.cpp's report on all models but the first, the reference; the same for the JSON
     line.
     """
     held_out = comparison.second_half(held_out)
     report = comparison.kld(models, held_out, opened)
-    tokens = int((held_out.learn > 0).sum())
+    tokens = int((held_out.loss_mask > 0).sum())
     sha256 = token_windows.fingerprint(held_out)
     rows = []
     result: dict[str, Any] = {"tokens": tokens, "sha256_tokens": sha256}
@@ -136,25 +136,25 @@ def _texts(
     MisError where the comparison does not fit.
     """
     shapes = [estimates.model_of(model) for model in models.values()]
-    planned = estimates.compared(shapes, s.eval_windows, length)
-    estimates.fit(limit, planned)
+    planned = estimates.comparison_cost(shapes, s.eval_windows, length)
+    estimates.require_fit(limit, planned)
     layers = s.spread == "layers"
     # One pass is made of each model: blocks stay in memory only to take the next windows while
     # others work.
-    room = estimates.room(limit.limit_bytes, planned.peak_bytes) if layers else 0
+    room = estimates.headroom_bytes(limit.limit_bytes, planned.peak_bytes) if layers else 0
 
     def opened(model: Checkpoint) -> stream.Stream:
-        return machines.opened(
+        return machines.open_stream(
             model,
             limit,
-            room_bytes=room,
+            headroom_bytes=room,
             tokens=s.eval_windows * length,
             length=length,
             layers=layers,
         )
 
     for name, held_out in preparation.prepare(s.data, tokenizer, length).held_out.items():
-        chosen = comparison.chosen(held_out, s.eval_windows)
+        chosen = comparison.spread_windows(held_out, s.eval_windows)
         distributed.check_same({name: token_windows.fingerprint(chosen)})
         title = f"{name}, {len(chosen.tokens)} windows of {length} tokens"
         with memory.limited(limit):
@@ -178,14 +178,14 @@ def _held_out(
     compared = {**models, "teacher": seen}
     length = s.max_seq_length or LENGTH
     for name, title, chosen, opened in _texts(s, models, tokenizer, limit, length=length):
-        means = comparison.together(compared, chosen, opened)
+        means = comparison.compare_across_machines(compared, chosen, opened)
         rows = comparison.rows_of(means, chosen)
         if seen is not teacher:
             # Students of a trimmed vocabulary are compared with the trimmed teacher. The teacher's
             # own figures are those of its whole vocabulary, over the same text.
-            own = token_windows.reread(chosen, tokenizer, load.tokenizer(teacher.path))
-            teacher_means = comparison.together({"teacher": teacher}, own, opened)
-            rows = comparison.across(rows, teacher_means, own)
+            own = token_windows.retokenized(chosen, tokenizer, load.tokenizer(teacher.path))
+            teacher_means = comparison.compare_across_machines({"teacher": teacher}, own, opened)
+            rows = comparison.rows_across_vocabularies(rows, teacher_means, own)
             title = f"{title}. {comparison.ACROSS}"
         table = text.table(rows, list(models), text.TABLES["held-out"])
         parts.append(f"{title}\n\n{table}")
@@ -230,7 +230,7 @@ def _answered(
     by_language = conversations.tables(judgement)
     for language, rows in by_language.items():
         result[language] = _values(rows)
-    names = list(judgement.said)
+    names = list(judgement.models)
     tables = list[dict[str, Any]]()
     for language, rows in (by_language or {"all languages": judgement.rows}).items():
         table = text.table(rows, names, text.TABLES["answers"])
@@ -272,9 +272,9 @@ def _plan(
     if len(phases) < len(asked):
         known = f", {len(asked) - len(phases)} of {len(asked)} reused from an earlier run"
     if wanted.text:
-        comparing = estimates.compared(shapes, s.eval_windows, s.max_seq_length or LENGTH)
+        comparing = estimates.comparison_cost(shapes, s.eval_windows, s.max_seq_length or LENGTH)
         phases.append(comparing)
-        estimates.fit(limit, comparing)
+        estimates.require_fit(limit, comparing)
     rates = estimates.machine_rates()
     peak = max((phase.peak_bytes for phase in phases), default=0)
     # Several machines share the work.
@@ -386,7 +386,7 @@ def _write(
     """The files of --out."""
     if answered:
         result["answers"] = answered.result
-        conversations.keep(answered.judgement, out, DISK)
+        conversations.write_answers(answered.judgement, out, DISK)
     picture = recovery_table.figure(outcomes)
     title = "The recovery table"
     body = f"<h1>{title}</h1>" + html.markdown(page) + html.part("figures", pictures=[picture])

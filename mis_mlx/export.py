@@ -182,7 +182,7 @@ def _gguf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, 
     with protocol.commit_folder(Path(settings.out), DISK, room, "the GGUF") as folder:
         rows = (
             tensors.rows(checkpoint, part, tally)
-            for part in cli.counted("tensor", written, len(written))
+            for part in cli.show_progress("tensor", written, len(written))
         )
         if wanted == K_QUANT:
             tensors.write(folder / STAGED, head, written, rows, files=DISK)
@@ -283,7 +283,7 @@ def run(settings: Settings) -> dict[str, Any]:
         tensors.out_type(checkpoint) if settings.format == "gguf" else "bf16"
     )
     need = need_bytes(checkpoint, settings.format, wanted)
-    remedy = f"give --budget {estimates.flag(need)} or more"
+    remedy = f"give --budget {estimates.budget_flag(need)} or more"
     limit.need(need, "the largest tensor on its way", remedy)
     export = _gguf if settings.format == "gguf" else _hf
     with progress.run("export"), memory.limited(limit):

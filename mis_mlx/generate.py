@@ -90,20 +90,20 @@ def _settled(
     ids: Sequence[int],
     ends: set[int],
     *,
-    room: int | None,
+    headroom_bytes: int | None,
     direct: bool,
 ) -> tuple[Iterator[list[int]], Callable[[], int]]:
     """(tokens, pass by pass; bytes read so far).
 
-    room: bytes for blocks that stay in memory while the others are read from disk; None: mlx-lm has
-    the whole model. direct: read past the page cache.
+    headroom_bytes: bytes for blocks that stay in memory while the others are read from disk; None:
+    mlx-lm has the whole model. direct: read past the page cache.
     """
-    if room is None:
+    if headroom_bytes is None:
         model, _ = mlx_generate.open_model(checkpoint.path)
         stream.load_checked(model, f"{checkpoint.path}: ")
         tokens = mlx_generate.greedy(model, ids, settings.max_tokens, where=str(checkpoint.path))
         return ([token] for token in tokens), lambda: checkpoint.nbytes
-    big = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), room, direct=direct)
+    big = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), headroom_bytes, direct=direct)
     guesser = None
     if draft:
         guesser = stream.Stream(draft, policy.compute_dtype(draft), None)
@@ -122,7 +122,7 @@ def _generate(
     *,
     ids: Sequence[int],
     limit: Budget,
-    room: int | None,
+    headroom_bytes: int | None,
 ) -> dict[str, Any]:
     """Print the text as it is settled; the command's result."""
     began = time.monotonic()
@@ -134,7 +134,13 @@ def _generate(
         ends = set(tokenizer.eos_token_ids)
         direct = checkpoint.nbytes > limit.limit_bytes
         settled, read = _settled(
-            settings, checkpoint, draft, ids, ends=ends, room=room, direct=direct
+            settings,
+            checkpoint,
+            draft,
+            ids,
+            ends=ends,
+            headroom_bytes=headroom_bytes,
+            direct=direct,
         )
         for new in settled:
             tokens += [token for token in new if token not in ends]
@@ -177,7 +183,7 @@ def run(settings: Settings) -> dict[str, Any]:
     limit = memory.budget(settings.budget_bytes)
     estimates.settle_precision(limit, *models)
     plan = _streamed_plan(settings, checkpoint, draft, len(ids))
-    room: int | None = None
+    headroom_bytes: int | None = None
     whole_bytes = 0
     if not draft:
         request = rounds.Request(len(ids), settings.max_tokens)
@@ -186,10 +192,10 @@ def run(settings: Settings) -> dict[str, Any]:
         plan = replace(plan, read_bytes=0, peak_bytes=whole_bytes)
         cli.say(f"the whole model is in memory, {gib(whole_bytes)} of {gib(limit.limit_bytes)}")
     else:
-        room = estimates.room(limit.limit_bytes, plan.peak_bytes)
+        headroom_bytes = estimates.headroom_bytes(limit.limit_bytes, plan.peak_bytes)
         cli.say(
-            f"a pass reads {gib(plan.read_bytes)} in {gib(plan.peak_bytes)}; {gib(room)} are left "
-            f"for weights that stay in memory"
+            f"a pass reads {gib(plan.read_bytes)} in {gib(plan.peak_bytes)}; {gib(headroom_bytes)} "
+            f"are left for weights that stay in memory"
         )
     if settings.dry_run:
         need = plan.peak_bytes + memory.process_bytes(limit.limit_bytes)
@@ -199,8 +205,10 @@ def run(settings: Settings) -> dict[str, Any]:
             "budget_bytes": limit.limit_bytes,
             "check_failed": need > limit.limit_bytes,
         }
-    estimates.fit(limit, plan, other=", or fewer --max-tokens or --num-draft-tokens")
-    return _generate(settings, checkpoint, draft, tokenizer, ids=ids, limit=limit, room=room)
+    estimates.require_fit(limit, plan, other=", or fewer --max-tokens or --num-draft-tokens")
+    return _generate(
+        settings, checkpoint, draft, tokenizer, ids=ids, limit=limit, headroom_bytes=headroom_bytes
+    )
 
 
 if __name__ == "__main__":

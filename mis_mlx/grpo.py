@@ -39,8 +39,8 @@ def _questions(
         sequences, _ = examples.encode(split, tokenizer, room, ("answer",))
         # A prompt ends where the answer, which is to be learned, begins.
         prompts = []
-        for ((ids, learn),) in sequences:
-            prompts.append([int(token) for token in ids[: int(np.argmax(learn))]])
+        for ((ids, loss_mask),) in sequences:
+            prompts.append([int(token) for token in ids[: int(np.argmax(loss_mask))]])
         splits.append((questions, prompts))
         encoded += sequences
     cli.say(*data.notes)
@@ -55,19 +55,19 @@ def _phases(
     longest: int,
 ) -> tuple[estimates.StageCost, estimates.StageCost]:
     """The costs of (sampling, training), where `longest` is the tokens of the longest prompt."""
-    m = alignment_run.sizes(s, checkpoint)
+    m = alignment_run.model_size(s, checkpoint)
     most = s.max_completion_length
     branches = longest + s.batch_size * most  # tokens of a micro-batch: one prompt, its answers
     micro_batches = s.grad_accumulation_steps * -(-s.group_size // s.batch_size)
     branched = replace(s, grad_accumulation_steps=micro_batches)
-    learn = alignment_run.training(branched, checkpoint, 1, branches, name="learn")
+    updating = alignment_run.training_cost(branched, checkpoint, 1, branches, name="learn")
     if s.beta:
-        learn = replace(learn, peak_bytes=learn.peak_bytes + m.slots_bytes)
+        updating = replace(updating, peak_bytes=updating.peak_bytes + m.slots_bytes)
     # Sampling has the training's weights and moments in memory, without its activations.
     single = replace(s, grad_accumulation_steps=1)
-    state = alignment_run.training(single, checkpoint, 1, branches).peak_bytes
+    state = alignment_run.training_cost(single, checkpoint, 1, branches).peak_bytes
     state -= estimates.activation_bytes(m.config, 1, branches)
-    return _sampling(s, m, longest, state), learn
+    return _sampling(s, m, longest, state), updating
 
 
 def _sampling(s: Settings, m: estimates.ModelSize, longest: int, state: int) -> estimates.StageCost:
@@ -132,7 +132,7 @@ def _check_machines(s: Settings) -> None:
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, check the data and the rewards, plan, sample and learn, write the best."""
-    s, folder, checkpoint = alignment_run.opened(settings)
+    s, folder, checkpoint = alignment_run.open_run_model(settings)
     most = s.max_completion_length
     if most >= s.max_seq_length:
         why = (
@@ -143,11 +143,11 @@ def run(settings: Settings) -> dict[str, Any]:
     functions = rewards.functions(s.reward_functions, s.reward_functions_file, s.reward_timeout)
     (train, prompts), (valid, valid_prompts), card = _questions(s, checkpoint, functions)
     phases = _phases(s, checkpoint, max(map(len, [*prompts, *valid_prompts])))
-    planned = alignment_run.planned(s, phases)
+    planned = alignment_run.report_plan(s, phases)
     _check_machines(s)
     if s.dry_run:
         return {"model": str(checkpoint.path), "questions": len(train), **planned}
-    with alignment_run.running(
+    with alignment_run.start_run(
         s,
         folder,
         checkpoint,
@@ -161,7 +161,7 @@ def run(settings: Settings) -> dict[str, Any]:
             reference = stream.Stream(
                 checkpoint,
                 dtype=alignment_run.dtype_of(s, checkpoint),
-                room_bytes=0,
+                headroom_bytes=0,
                 direct=checkpoint.nbytes > alignment.budget_bytes,
             )
         sampler = grpo_rollout.Sampler(

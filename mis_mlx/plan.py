@@ -60,13 +60,13 @@ def table(plan: phases.MemoryPlan) -> str:
             "hours": hours,
             "duration": duration,
             "packed": packed,
-            "one": estimates.token(job.teacher, job.max_seq_length, plan.budget_bytes),
+            "one": estimates.token_cost(job.teacher, job.max_seq_length, plan.budget_bytes),
             "remedy": phases.remedy(plan),
             "disk": disk_bytes(plan),
             "verbose": cli.DETAILS in os.environ,
             "visit": training_cost.steps_per_shard(job, layers),
             "life": LIFE_BYTES,
-            "flag": estimates.flag,
+            "flag": estimates.budget_flag,
             "trains": training,
             "spooled": max(p.spooled_bytes for p in plan.phases),
             "written": sum(p.written_bytes for p in plan.phases),
@@ -206,7 +206,7 @@ def planned(settings: Settings, rates: Rates) -> tuple[phases.MemoryPlan, str]:
         teacher,
         student,
         settings,
-        settings if settings.quantize else recipe.PLAIN,
+        settings if settings.quantize else recipe.ROUND_TO_NEAREST,
         shown=teacher_as_is,
         copied=not settings.student,
         answers=prompts,
@@ -215,7 +215,7 @@ def planned(settings: Settings, rates: Rates) -> tuple[phases.MemoryPlan, str]:
         and answers.shipped_for(opened),
     )
     budget = memory.budget(settings.budget_bytes, rates.room_bytes)
-    return phases.make(job, budget.limit_bytes, rates), name
+    return phases.best_plan(job, budget.limit_bytes, rates), name
 
 
 def run(settings: Settings) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """The command: find the model, read the text, prune."""
     s = settings
     files = Files()
-    checkpoint = run_loop.opened(s, s.model, place=s.mlx_path, new="--mlx-path")
+    checkpoint = run_loop.open_model(s, s.model, place=s.mlx_path, new="--mlx-path")
     s = replace(s, **vocabulary.defaults(s.scenario, s.vocab, checkpoint.config, checkpoint.path))
     rows = vocabulary.rows_left(checkpoint, s)
     limit = memory.budget(s.budget_bytes)
@@ -51,21 +51,21 @@ def run(settings: Settings) -> dict[str, Any]:
     m = estimates.model_of(checkpoint)
     narrower = select.wanted_shape(checkpoint.config, s).hidden < m.shape.hidden
     rotation = narrower and s.hidden_by == "pca"
-    planned = compression_size.calibration(
+    planned = compression_size.calibration_cost(
         m, s.num_samples, length, limit.limit_bytes, rotation=rotation
     )
     copying = compression_size.copying_bytes(m, rotation=rotation)
     copied = replace(planned, name="the largest tensor on its way", peak_bytes=copying)
     stages = [planned, copied]
     if rows < m.shape.vocab:
-        stages.append(compression_size.vocabulary(m, length))
-    estimates.fit(limit, *stages)
+        stages.append(compression_size.vocabulary_cost(m, length))
+    estimates.require_fit(limit, *stages)
     data = preparation.prepare(s.data, load.tokenizer(checkpoint.path), length)
     with (
         progress.run("prune"),
         memory.limited(limit),
         tempfile.TemporaryDirectory(prefix="mis_mlx-") as scratch,
-        ThermalMonitor(s, None, files) as weather,
+        ThermalMonitor(s, None, files) as thermal_monitor,
     ):
         teacher, data = vocabulary.of_run(
             checkpoint,
@@ -78,7 +78,7 @@ def run(settings: Settings) -> dict[str, Any]:
             files=files,
         )
         samples = preparation.calibration(data.train, s.num_samples, s.seed)
-        held_out = comparison.chosen(next(iter(data.held_out.values())), 24)
+        held_out = comparison.spread_windows(next(iter(data.held_out.values())), 24)
         report = select.prune(
             teacher,
             samples,
@@ -86,7 +86,7 @@ def run(settings: Settings) -> dict[str, Any]:
             Path(s.mlx_path),
             s,
             dtype=s.dtype,
-            reading=weather.latest,
+            reading=thermal_monitor.latest,
             files=files,
             held=planned.held_tokens // length,
         )
@@ -96,7 +96,7 @@ def run(settings: Settings) -> dict[str, Any]:
             "model": str(checkpoint.path),
             "mlx_path": s.mlx_path,
             **report,
-            **weather.account(),
+            **thermal_monitor.account(),
         }
 
 

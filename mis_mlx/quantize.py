@@ -58,7 +58,7 @@ def _planned(
     other: the model that the scales learn from. count: windows to look at.
     """
     m = estimates.model_of(checkpoint)
-    rounding = rounding_cost.quantize(
+    rounding = rounding_cost.quantizing_cost(
         m,
         s,
         windows=count,
@@ -68,7 +68,7 @@ def _planned(
     remedy = ", or --q-method round without --target-bpw" if count else ""
     steps = s.steps(False)
     if not steps:
-        estimates.fit(limit, rounding, other=remedy)
+        estimates.require_fit(limit, rounding, other=remedy)
         return [rounding]
     job = DistillationSpec(
         teacher=estimates.model_of(other),
@@ -79,9 +79,9 @@ def _planned(
         save_every=steps,
         rounding=s,
     )
-    tuning = phases.tune(job, s.batch_size, limit.limit_bytes, steps)
-    estimates.fit(limit, rounding, other=remedy)
-    estimates.fit(limit, tuning, other=", or --q-iters 0")
+    tuning = phases.tuning_cost(job, s.batch_size, limit.limit_bytes, steps)
+    estimates.require_fit(limit, rounding, other=remedy)
+    estimates.require_fit(limit, tuning, other=", or --q-iters 0")
     return [rounding, tuning]
 
 
@@ -106,14 +106,14 @@ def _tuned(
     source = live_teacher.StreamedTeacher(other, room)
     asked = DistillationConfig(batch_size=s.batch_size, seed=s.seed)
     recipe = pipeline.tuning_recipe(asked, checkpoint, s.steps(False), s.q_learning_rate)
-    model = pipeline.tuned(checkpoint, source, data, recipe)
+    model = pipeline.tuned_in_memory(checkpoint, source, data, recipe)
     packed_format.write_learned(checkpoint, model, out, files)
 
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command."""
     s = settings
-    checkpoint = run_loop.opened(s, s.model, place=s.mlx_path, new="--mlx-path")
+    checkpoint = run_loop.open_model(s, s.model, place=s.mlx_path, new="--mlx-path")
     s = replace(s, **packed_format.of_mixture(checkpoint.config, s))
     if s.looks and s.num_samples < 1:
         flag = "--q-method gptq" if s.q_method == "gptq" else "--target-bpw"

@@ -205,7 +205,7 @@ def _speeds(
     speeds = {}
     with memory.limited(budget):
         for flag, (cached, prompt) in s.timed_at.items():
-            speeds[flag] = finalists.timed(teacher.path, cached, prompt)
+            speeds[flag] = finalists.timed_token(teacher.path, cached, prompt)
     return speeds
 
 
@@ -266,10 +266,10 @@ def drawn(s: Settings, c: candidates.Candidates, scope: Scope) -> dict[str, Any]
     with progress.phase("rank"):
         losses = c.losses(scope.sizes)
         shapes = [choice.shape for choice in scope.within]
-        points, chosen = frontier.curve(c, losses, shapes, scope.limits)
+        points, chosen = frontier.expected_curve(c, losses, shapes, scope.limits)
         if not points:
             raise MisError("no student of this teacher is within the limits: ask for a smaller cut")
-        measured = [*frontier.converted(c), *frontier.others(c, s.against)]
+        measured = [*frontier.converted_teachers(c), *frontier.other_models(c, s.against)]
     # Evenly spread students of the curve.
     count = min(s.finalists, len(chosen))
     spread = np.linspace(0, len(chosen) - 1, count)
@@ -278,7 +278,7 @@ def drawn(s: Settings, c: candidates.Candidates, scope: Scope) -> dict[str, Any]
     names = [points[number].name for number in numbers]
     every_point = [*points, *measured, *frontier.distilled(records, names)]
     on = "text" if c.answers is None else "the teacher's answers"
-    table = frontier.page(
+    table = frontier.write_page(
         c.run.folder,
         c.teacher.path.name,
         on,
@@ -295,9 +295,9 @@ def _distilled(c: candidates.Candidates, choices: Sequence[Choice]) -> list[dict
     records = list[dict[str, Any]]()
     if choices:
         with progress.phase("finalists"):
-            for choice in cli.counted("finalist", choices, len(choices)):
+            for choice in cli.show_progress("finalist", choices, len(choices)):
                 cli.say(f"finalist {choice.name}")
-                records.append(finalists.final(c, choice))
+                records.append(finalists.measured_finalist(c, choice))
     return records
 
 
@@ -390,7 +390,7 @@ def run(settings: Settings) -> dict[str, Any]:
     s.check()
     if s.frontier:
         figures.need()
-    teacher = run_loop.opened(s, s.teacher, "teacher", UNDER)
+    teacher = run_loop.open_model(s, s.teacher, "teacher", UNDER)
     why = unknown(teacher.config)
     if why:
         raise MisError(f"{why}: {GIVE_SIZES}")
@@ -411,13 +411,13 @@ def run(settings: Settings) -> dict[str, Any]:
         return {**result, **outcome}
     if folder is None:
         cli.say(progress.promise(sum(seconds.values())))
-    data, origin = run_loop.prepared(s, teacher, source)
+    data, origin = run_loop.prepare_text(s, teacher, source)
     opening = run_loop.open_run(
         s,
         folder,
         f"{UNDER.name}/{teacher.path.name}",
         origin,
-        way={flag: timing._asdict() for flag, timing in scope.speeds.items()},
+        strategy={flag: timing._asdict() for flag, timing in scope.speeds.items()},
         limit=limit,
         wired=plan.peak_bytes if plan.mode != "sharded" else 0,
     )
@@ -425,13 +425,13 @@ def run(settings: Settings) -> dict[str, Any]:
         about = known or known_losses.identity(teacher, origin["data"], s)
         if s.reuses:
             _lay_out(place, about)
-        ranks, judges = candidates.split(data.held_out, s.rank_windows, s.eval_windows)
+        ranks, judges = candidates.split_held_out(data.held_out, s.rank_windows, s.eval_windows)
         course = pipeline.Run(**vars(place), recipe=s, teacher=teacher, data=data.train, plan=plan)
         c = candidates.Candidates(course, data, ranks, judges, settings=s, source=source)
         result |= _found(s, c, scope)
         if s.reuses:
-            known_losses.keep(place.folder, about)
-        result = course.done({**result, "run": str(course.folder)})
+            known_losses.keep_logs(place.folder, about)
+        result = course.finish({**result, "run": str(course.folder)})
         # Teachers of fewer rows: nobody needs them once a search is done.
         for rows in course.folder.glob(f"{vocabulary.FOLDER}-*"):
             course.files.remove_tree(rows)
@@ -440,7 +440,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
 def _lay_out(place: run_loop.OpenRun, about: Mapping[str, Any]) -> None:
     """Begin with the measurements of earlier searches. about: their identity."""
-    lines = known_losses.lay_out(place.folder, about, place.files)
+    lines = known_losses.copy_into_run(place.folder, about, place.files)
     if lines:
         cli.say(
             f"{lines} measurements of this teacher are reused from earlier runs or came with "

@@ -42,15 +42,15 @@ def _phase(
     length: int,
 ) -> estimates.StageCost:
     """The cost of training, with as much of the teacher `beside` in memory as the budget leaves."""
-    alone = alignment_run.training(s, checkpoint, s.batch_size, length, name="sft")
+    alone = alignment_run.training_cost(s, checkpoint, s.batch_size, length, name="sft")
     if beside is None:
         return alone
     teacher = estimates.model_of(beside)
     tokens = s.batch_size * s.grad_accumulation_steps * length
     peak = alone.peak_bytes + teacher.slots_bytes + teacher.head_work
     peak += tokens * teacher.shape.hidden * teacher.item
-    room = estimates.room(memory.budget(s.budget_bytes).limit_bytes, peak)
-    pinned = estimates.pins(teacher, room)
+    room = estimates.headroom_bytes(memory.budget(s.budget_bytes).limit_bytes, peak)
+    pinned = estimates.resident_blocks(teacher, room)
     # Pinned blocks are read once, the others in every step.
     blocks_read = pinned + s.iters * (teacher.shape.layers - pinned)
     return replace(
@@ -75,7 +75,7 @@ def _source(
     teacher = estimates.model_of(beside)
     return live_teacher.StreamedTeacher(
         beside,
-        room_bytes=pinned * teacher.block_work + teacher.head_work,
+        headroom_bytes=pinned * teacher.block_work + teacher.head_work,
         direct=beside.nbytes > budget_bytes,
         cross_entropy=1.0 - s.distill_weight,
     )
@@ -83,7 +83,7 @@ def _source(
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, read and check the data, plan, train, write the best student."""
-    s, folder, checkpoint = alignment_run.opened(settings)
+    s, folder, checkpoint = alignment_run.open_run_model(settings)
     beside = None
     if s.teacher is not None:
         teacher = load.open_checkpoint(resolve.resolve_model(s.teacher).path)
@@ -99,12 +99,14 @@ def run(settings: Settings) -> dict[str, Any]:
     valid = sequence_packing.PackedDataset([row[0] for row in valid_rows], room)
     length = max(train.lengths)
     cli.say(f"{len(train_rows)} rows in {len(train.windows)} windows of at most {length} tokens")
-    parts = alignment_run.cut(s, folder, lambda parts: _phase(parts, checkpoint, beside, length))
+    parts = alignment_run.fit_micro_batches(
+        s, folder, lambda parts: _phase(parts, checkpoint, beside, length)
+    )
     phase = _phase(parts, checkpoint, beside, length)
-    planned = alignment_run.planned(s, [phase])
+    planned = alignment_run.report_plan(s, [phase])
     if s.dry_run:
         return {"model": str(checkpoint.path), "windows": len(train.windows), **planned}
-    with alignment_run.running(
+    with alignment_run.start_run(
         s,
         folder,
         checkpoint,

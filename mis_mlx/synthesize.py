@@ -25,7 +25,7 @@ from mis_mlx.planner import estimates, writing
 from mis_mlx.reporting import progress
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import hub
-from mis_mlx.storage.files import DISK, reported
+from mis_mlx.storage.files import DISK, as_mis_error
 from mis_mlx.types import (
     Budget,
     Checkpoint,
@@ -197,7 +197,7 @@ def _texts(
     settings: Settings,
     checkpoint: Checkpoint,
     part: Path,
-    way: writing.WritingPlan,
+    writing_plan: writing.WritingPlan,
 ) -> list[Row]:
     """As many different texts as are asked for, each kept in the file `part`.
 
@@ -210,18 +210,20 @@ def _texts(
         "model": str(checkpoint.path),
         "budget": 0,
         "out": "",
-        "at_once": way.at_once,
+        "at_once": writing_plan.at_once,
     }
     head = json.dumps(depends_on, sort_keys=True)
     stored, batch = _stored(part, head)
     lines = [head, *map(json.dumps, stored)]
     DISK.replace_text(part, "".join(f"{line}\n" for line in lines))
     model: Any
-    if way.room_bytes is None:
+    if writing_plan.headroom_bytes is None:
         model, tokenizer = mlx_generate.open_model(checkpoint.path)
     else:
         dtype = policy.compute_dtype(checkpoint)
-        model = stream.Stream(checkpoint, dtype, way.room_bytes, direct=way.direct)
+        model = stream.Stream(
+            checkpoint, dtype, writing_plan.headroom_bytes, direct=writing_plan.direct
+        )
         tokenizer = load.tokenizer(checkpoint.path)
     texts = {json.dumps(row): row for row, _ in stored}
     count = len(stored)
@@ -230,7 +232,7 @@ def _texts(
     with progress.bar("text", settings.num_samples) as show:
         while left > 0:
             missing = max(0, settings.num_samples - count)
-            size = min(way.at_once, SPARE + missing, left)
+            size = min(writing_plan.at_once, SPARE + missing, left)
             for row in write(settings, model, tokenizer, batch, size):
                 DISK.append(part, json.dumps([row, batch]))
                 texts[json.dumps(row)] = row
@@ -284,28 +286,29 @@ def _drawn(rows: Sequence[Row], most: float, seed: int) -> list[Row]:
 def run(settings: Settings) -> dict[str, Any]:
     """The command: plan, write, mix, commit."""
     out = Path(settings.out)
-    checkpoint = run_loop.opened(settings, settings.model, place=settings.out, new="--out")
+    checkpoint = run_loop.open_model(settings, settings.model, place=settings.out, new="--out")
     openings(settings.languages, settings.openings)
     limit = memory.budget(settings.budget_bytes)
-    way = way_of(settings, estimates.model_of(checkpoint), limit)
+    writing_plan = way_of(settings, estimates.model_of(checkpoint), limit)
     streamed = ""
-    if way.room_bytes is not None:
+    if writing_plan.headroom_bytes is not None:
         streamed = ", read from disk for every token of them"
-    size = f"{gib(way.peak_bytes)} of {gib(limit.limit_bytes)}, {duration(way.seconds)}"
-    cli.say(f"{settings.num_samples} texts, {way.at_once} at once{streamed}: {size}")
-    planned = {"peak_bytes": way.peak_bytes, "budget_bytes": limit.limit_bytes}
+    seconds = duration(writing_plan.seconds)
+    size = f"{gib(writing_plan.peak_bytes)} of {gib(limit.limit_bytes)}, {seconds}"
+    cli.say(f"{settings.num_samples} texts, {writing_plan.at_once} at once{streamed}: {size}")
+    planned = {"peak_bytes": writing_plan.peak_bytes, "budget_bytes": limit.limit_bytes}
     if settings.dry_run:
         return planned
     given = preparation.load(settings.data)
     part = out.absolute().with_name(f".{out.name}.part.jsonl")
-    with reported(part.parent, "the text"):
+    with as_mis_error(part.parent, "the text"):
         DISK.make_folder(part.parent)
     with (
-        progress.run("synthesize", {"text": way.seconds}),
+        progress.run("synthesize", {"text": writing_plan.seconds}),
         progress.phase("text"),
         memory.limited(limit),
     ):
-        texts = _texts(settings, checkpoint, part, way)
+        texts = _texts(settings, checkpoint, part, writing_plan)
     other = [*given.train]
     if settings.data is None:
         other += preparation.load(preparation.MIS).train

@@ -101,10 +101,10 @@ def ended(processes: Processes, seconds: float = 300) -> list[subprocess.Complet
 def uneven(n: int, length: int = 16) -> Windows:
     """Windows of which some tokens count; of every seventh window none does."""
     rng = np.random.default_rng(2)
-    learn = (rng.random((n, length)) < 0.7).astype(np.float32)
-    learn[:, -1] = 0
-    learn[::7] = 0
-    return Windows(rng.integers(0, 512, (n, length)).astype(np.int32), learn)
+    loss_mask = (rng.random((n, length)) < 0.7).astype(np.float32)
+    loss_mask[:, -1] = 0
+    loss_mask[::7] = 0
+    return Windows(rng.integers(0, 512, (n, length)).astype(np.int32), loss_mask)
 
 
 def lesson() -> sequence_packing.PackedDataset:
@@ -122,7 +122,7 @@ def distilled(
     teacher: Checkpoint, student: Checkpoint, shares: Sequence[int] = ()
 ) -> dict[str, np.ndarray]:
     """Ten steps from the live teacher."""
-    model = load.resident(student, mx.float32)
+    model = load.resident_model(student, mx.float32)
     optimizer = GuardedAdamW()
     source = live_teacher.StreamedTeacher(teacher, shares=shares)
     return _learned(
@@ -135,7 +135,7 @@ def distilled(
 
 def tuned(student: Checkpoint) -> dict[str, np.ndarray]:
     """Ten steps on rows of uneven lengths, 5 a step: of 3 machines one has fewer."""
-    model = load.resident(student, mx.float32)
+    model = load.resident_model(student, mx.float32)
     optimizer = GuardedAdamW()
     rows = lesson()
     text = live_teacher.TextTargets()
@@ -164,13 +164,13 @@ def _learned(model: Any, steps: Sequence[object]) -> dict[str, np.ndarray]:
 
 
 def passed(
-    teacher: Checkpoint, shares: Sequence[int], room_bytes: int | None
+    teacher: Checkpoint, shares: Sequence[int], headroom_bytes: int | None
 ) -> dict[str, np.ndarray]:
     """Final hidden states of this machine's part of five windows of different lengths, in two
     passes; by window.
     """
     batches = [mx.random.randint(0, 512, (1, 8 + 5 * k), key=mx.random.key(k)) for k in range(5)]
-    where = teacher, mx.float32, room_bytes, False
+    where = teacher, mx.float32, headroom_bytes, False
     source = pipeline_parallel.Relay(*where, shares) if shares else stream.Stream(*where)
     source.forward(distributed.shard(batches[:1]))
     hidden = source.forward(distributed.shard(batches))
@@ -187,7 +187,9 @@ def calibrated(teacher: Checkpoint, shares: Sequence[int] = ()) -> dict[str, np.
     if shares:
         air = chain.from_iterable(readings[rank::n] for rank in range(n))
         dtype = policy.compute_dtype(teacher)
-        relay = pipeline_parallel.Relay(teacher, dtype, room_bytes=0, direct=False, shares=shares)
+        relay = pipeline_parallel.Relay(
+            teacher, dtype, headroom_bytes=0, direct=False, shares=shares
+        )
     s, _ = calibrate.calibrate(teacher, distributed.shard(whole), lambda: next(air), relay=relay)
     found = {
         "block": np.array([s.block[i] for i in sorted(s.block)]),
@@ -196,7 +198,7 @@ def calibrated(teacher: Checkpoint, shares: Sequence[int] = ()) -> dict[str, np.
     }
     for axis, of in (("ffn", s.ffn), ("heads", s.heads), ("hidden", s.hidden)):
         for i, sums in of.items():
-            for key in ("mean", "square", "warm"):
+            for key in ("mean", "square", "env_weighted"):
                 found[f"{axis} {i} {key}"] = np.asarray(getattr(sums, key), np.float64)
     return found
 

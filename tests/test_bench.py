@@ -113,10 +113,10 @@ def test_power_by_trapezoids() -> None:
 
 def test_who_slows_down_is_named() -> None:
     """From 10 to 8 tokens/s is said, from 10 to 9.5 is not."""
-    slow = rounds.slowed("m", [stamped(1.0, 1.1), stamped(1.0, 1.125)])
+    slow = rounds.slowdown_note("m", [stamped(1.0, 1.1), stamped(1.0, 1.125)])
     assert slow is not None
     assert "10.0 to 8.0" in slow
-    assert rounds.slowed("m", [stamped(1.0, 1.1), stamped(1.0, 1.105)]) is None
+    assert rounds.slowdown_note("m", [stamped(1.0, 1.1), stamped(1.0, 1.105)]) is None
 
 
 @pytest.mark.usefixtures("cpu_policy")  # bytes of float32
@@ -126,17 +126,17 @@ def test_the_roof_by_pencil(llama: Checkpoint) -> None:
     """
     r = Request(8, 4)
     at = Roof(device="d", threads="", memory_bytes_per_s=1e9, flops_per_s=1e15, source="given")
-    (nbytes, _), _ = rounds.moved(llama, 1_000_000, r)
+    (nbytes, _), _ = rounds.token_traffic(llama, 1_000_000, r)
     assert nbytes == 1_000_000 + 10 * 3 * 2 * 32 * 4
-    found = rounds.beside(llama, 1_000_000, r=r, at=at, tps=500.0)
+    found = rounds.compare_to_roof(llama, 1_000_000, r=r, at=at, tps=500.0)
     assert found["bound"] == "memory bandwidth"
     assert found["decode_best_tps"] == pytest.approx(1e9 / nbytes)
     assert found["reached"] == pytest.approx(500 * nbytes / 1e9)
     # arithmetic is the limit: 2 operations a parameter of blocks and head
     slow = Roof(device="d", threads="", memory_bytes_per_s=1e15, flops_per_s=1e6, source="given")
-    assert rounds.beside(llama, 1_000_000, r=r, at=slow, tps=1.0)["bound"] == "arithmetic"
+    assert rounds.compare_to_roof(llama, 1_000_000, r=r, at=slow, tps=1.0)["bound"] == "arithmetic"
     params = sum(t.nbytes for t in llama.tensors.values()) // 4
-    assert rounds.moved(llama, 0, r)[0][1] == pytest.approx(2 * params, rel=0.02)
+    assert rounds.token_traffic(llama, 0, r)[0][1] == pytest.approx(2 * params, rel=0.02)
     # An M1 is computed: floats in float16, two bytes a parameter, and the keys of 10 tokens, over
     # 68 GB/s.
     assert rounds.m1_tokens_per_s(llama, r) == pytest.approx(
@@ -190,7 +190,7 @@ def test_measure_interleaves_what_fits_and_not_what_does_not(
 ) -> None:
     """A B A B within the limit, A A B B beyond it; the warm-up of each before."""
     order = list[str]()
-    opened = rounds.opened
+    opened = rounds.load_model
     count = itertools.count()
 
     def noted(subject: Any, *_: Any, **__: Any) -> Measurement:
@@ -198,7 +198,7 @@ def test_measure_interleaves_what_fits_and_not_what_does_not(
         return stamped(1.0, 2.0)
 
     monkeypatch.setattr(
-        rounds, "opened", lambda folder: opened(folder)._replace(nbytes=next(count))
+        rounds, "load_model", lambda folder: opened(folder)._replace(nbytes=next(count))
     )
     monkeypatch.setattr(rounds, "trial", noted)
     for limit, wanted in ((10**9, "abababab"), (0, "aaaabbbb")):
@@ -220,7 +220,7 @@ def test_one_by_one_there_is_one_model_in_memory(
     in its hands.
     """
     alive = list[Any]()
-    opened = rounds.opened
+    opened = rounds.load_model
 
     def noted(folder: Path) -> rounds.BenchmarkModel:
         assert all(kept() is None for kept in alive)
@@ -228,7 +228,7 @@ def test_one_by_one_there_is_one_model_in_memory(
         alive.append(weakref.ref(found.model))
         return found
 
-    monkeypatch.setattr(rounds, "opened", noted)
+    monkeypatch.setattr(rounds, "load_model", noted)
     bench.measure(dict.fromkeys("abc", llama.path), 4, 2, 2)
     run = bench.Bench(settings(llama.path))
     run.together = False
@@ -274,7 +274,7 @@ def test_flags_of_mlx_lm_and_two_models(
 
 def test_what_comes_between_two_tokens_is_clocked() -> None:
     """Every token has its time."""
-    stamps, tokens = rounds.clocked(iter([1, 2]))
+    stamps, tokens = rounds.token_times(iter([1, 2]))
     assert 0 <= stamps[0] <= stamps[1]
     assert tokens == [1, 2]
 
@@ -284,7 +284,7 @@ def test_a_format_says_all_its_bits() -> None:
 
     def kind(**quantization: Any) -> str:
         config = {"quantization": quantization} if quantization else {}
-        return rounds.kind(Checkpoint(Path(), config, {}), "float32")
+        return rounds.format_name(Checkpoint(Path(), config, {}), "float32")
 
     assert kind() == "float32"
     assert kind(bits=4, group_size=64, **{"model.layers.0.mlp.up_proj": {"bits": 4}}) == "4-bit"

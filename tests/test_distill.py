@@ -130,7 +130,7 @@ def test_a_run_that_is_done_keeps_no_checkpoints(
     done = command("distill", *few, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     left = {p.name for p in (tmp_path / "run").iterdir()}
-    assert not left & set(pipeline.LEFT)
+    assert not left & set(pipeline.TEMPORARY)
     assert {"pruned", "distilled", "model", "result.json"} <= left
 
 

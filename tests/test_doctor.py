@@ -140,14 +140,14 @@ def test_kernel_checks_can_fail(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_gptq_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scales that another device fits otherwise give other integers."""
-    whole = rounding.compensated
+    whole = rounding.gptq
 
     def bent(w: np.ndarray, *rest: Any) -> Any:
         if not policy._used:
             w = w * np.linspace(0.9, 1.1, w.shape[1])
         return whole(w, *rest)
 
-    monkeypatch.setattr(rounding, "compensated", bent)
+    monkeypatch.setattr(rounding, "gptq", bent)
     found, bound = kernels.CHECKS["GPTQ, integers that differ from the CPU's"]()
     assert found > bound
 

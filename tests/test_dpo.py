@@ -77,7 +77,7 @@ def test_a_stopped_run_ends_with_the_same_bits_and_asks_the_reference_once(
     from disk.
     """
     settings = settings_of(dpo, small, tmp_path / "run")
-    rectangle = dpo.rectangle
+    rectangle = dpo.padded_pairs
     asked = []
 
     def counting(model: nn.Module, pairs: Sequence[dpo.Pair], **how: Any) -> np.ndarray:
@@ -94,7 +94,7 @@ def test_a_stopped_run_ends_with_the_same_bits_and_asks_the_reference_once(
     reference = dpo.reference
     stopped = list[bool]()
     monkeypatch.setattr(dpo, "reference", counting)
-    monkeypatch.setattr(dpo, "rectangle", stopping)
+    monkeypatch.setattr(dpo, "padded_pairs", stopping)
     with pytest.raises(MisError, match="stopped at step 3 of 6"):
         dpo.run(settings)
     dpo.run(replace(settings, resume=True))

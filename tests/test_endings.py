@@ -86,7 +86,11 @@ def test_another_closed_pipe_is_not_hidden() -> None:
     """A BrokenPipeError while our own readers are there is a bug like any other, with its
     traceback.
     """
-    code = "from mis_mlx import cli\nwith cli.reader():\n    raise BrokenPipeError('theirs')"
+    code = (
+        "from mis_mlx import cli\n"
+        "with cli.end_quietly_on_closed_pipe():\n"
+        "    raise BrokenPipeError('theirs')"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "BrokenPipeError: theirs" in done.stderr
@@ -194,7 +198,10 @@ def test_version(way: str) -> None:
     imported.
     """
     done = subprocess.run(
-        [sys.executable, "-m", *way.split(), "--version"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", *way.split(), "--version"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, f"mis_mlx {__version__}\n", "")
 

@@ -65,12 +65,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_log_likelihoods_are_lm_evals(folder: Path, llama: Checkpoint) -> None:
     """Every option of every question to 1e-4 nats; both accuracies question by question."""
     witness = sorted(
-        answering.samples(llama.path, "generated", COUNT)["generated"], key=lambda s: s["doc_id"]
+        answering.harness_samples(llama.path, "generated", COUNT)["generated"],
+        key=lambda s: s["doc_id"],
     )
     task = questions.file(folder / "generated.jsonl")
     limit = memory.budget(None)
     marks = answering.scores(llama, "0" * 64, task, limit)
-    kept = answering.read(answering.kept("0" * 64, task.sha256))
+    kept = answering.read(answering.answers_path("0" * 64, task.sha256))
     assert len(witness) == len(task.questions) == COUNT
     for n, sample in enumerate(witness):
         theirs = [float(ll) for ll, _ in sample["filtered_resps"]]
@@ -86,8 +87,8 @@ def test_log_likelihoods_are_lm_evals(folder: Path, llama: Checkpoint) -> None:
 @here
 def test_its_marks_come_in_order_with_their_chance(folder: Path, llama: Checkpoint) -> None:
     """What `evaluate` takes from lm-eval is what we count ourselves."""
-    found = answering.marks(
-        "generated", answering.samples(llama.path, "generated", 30)["generated"]
+    found = answering.harness_marks(
+        "generated", answering.harness_samples(llama.path, "generated", 30)["generated"]
     )
     task = questions.file(folder / "generated.jsonl")
     ours = answering.scores(llama, "0" * 64, task, memory.budget(None))[:30]

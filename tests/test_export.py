@@ -125,7 +125,9 @@ def forward(reader: GGUFReader, ids: list[int]) -> np.ndarray:
 
 def mlx_logits(folder: Path, ids: list[int]) -> np.ndarray:
     """Logits (T, V) of mlx-lm's own model in float32."""
-    return np.array(load.resident(load.open_checkpoint(folder), mx.float32)(mx.array(ids)[None])[0])
+    return np.array(
+        load.resident_model(load.open_checkpoint(folder), mx.float32)(mx.array(ids)[None])[0]
+    )
 
 
 @pytest.fixture

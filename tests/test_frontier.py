@@ -92,7 +92,7 @@ def test_the_teacher_in_fewer_bits_is_what_mlx_lm_writes(llama: Checkpoint, tmp_
         q_bits=4,
         dtype="float16",
     )
-    paths = packed_format.layout(llama.config, frontier.GROUP)
+    paths = packed_format.formats_of(llama.config, frontier.GROUP)
     packed_format.write_quantized(
         llama,
         tmp_path / "ours",
@@ -116,7 +116,7 @@ def test_another_models_loss_by_hand(
     """On text: its bits a byte less the teacher's, of the windows that rank."""
     other = load.open_checkpoint(tiny.make(tmp_path / "other", seed=7))
     data = preparation.prepare(str(text_folder), load.tokenizer(llama.path), 32)
-    ranking, judging = candidates.split(data.held_out, 3, 6)
+    ranking, judging = candidates.split_held_out(data.held_out, 3, 6)
 
     class Run:
         teacher = llama
@@ -128,7 +128,7 @@ def test_another_models_loss_by_hand(
     nats = {
         name: comparison.per_byte(values[name, "nll"], ranking) for name in ("teacher", "other")
     }
-    (point,) = frontier.others(c, [str(other.path)])
+    (point,) = frontier.other_models(c, [str(other.path)])
     by_hand = (nats["other"] - nats["teacher"]) / math.log(2)
     assert point.loss == pytest.approx(by_hand, abs=0.02)
     assert point.nbytes == other.nbytes

@@ -23,7 +23,7 @@ from mis_mlx import dpo, grpo
 from mis_mlx.alignment import alignment_run
 from mis_mlx.alignment import grpo_rollout as training
 from mis_mlx.distillation import train_loop
-from mis_mlx.maths import policy as rl_losses
+from mis_mlx.maths import rl_losses as rl_losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load, mlx_generate, policy, stream
 from mis_mlx.storage import run_folder
@@ -177,7 +177,7 @@ def test_equal_rewards_leave_the_model_as_it_was(
     ] * 2
     assert all("no update" in m["note"] for m in run_folder.metrics(out))
     last = mx.load(str(out / "steps/step-00000002/model.safetensors"))
-    model = load.resident(llama, mx.float32)
+    model = load.resident_model(llama, mx.float32)
     flat: list[tuple[str, mx.array]] = tree_flatten(model.parameters())
     assert all(mx.array_equal(last[name], weight) for name, weight in flat)
     assert result["tokens"] == 0
@@ -211,7 +211,7 @@ def sampler(
     checkpoint: Checkpoint, folder: Path, dtype: mx.Dtype = mx.float32, **changes: Any
 ) -> training.Sampler:
     """One that rewards vowels."""
-    model = load.resident(checkpoint, dtype)
+    model = load.resident_model(checkpoint, dtype)
     mx.eval(model.parameters())
     functions = training.rewards.functions(None, str(folder / "vowels.py"))
     settings = training.Settings(
@@ -447,5 +447,5 @@ def test_the_reference_is_planned_in_the_type_of_training(
     """
     monkeypatch.setenv(policy.POLICY, "metal")
     for settings in (dpo.Settings(fine_tune_type=kind), grpo.Settings(fine_tune_type=kind)):
-        assert alignment_run.sizes(settings, llama).item == item
+        assert alignment_run.model_size(settings, llama).item == item
         assert alignment_run.dtype_of(settings, llama).size == item

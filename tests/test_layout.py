@@ -191,9 +191,9 @@ def speaking(module: Module) -> list[str]:
 
 def evaluating(module: Module) -> list[str]:
     """mx.eval: only models/stream.py, storage/block_reader.py, what trains or times,
-    hardware/clock.py, hardware/lanes.py and commands.
+    hardware/clock.py, hardware/streams.py and commands.
     """
-    here = ("models.stream", "storage.block_reader", "hardware.clock", "hardware.lanes")
+    here = ("models.stream", "storage.block_reader", "hardware.clock", "hardware.streams")
     trains = module.zone in ("distillation", "alignment", "checks") or module.name.startswith(
         "evaluation.speed"
     )

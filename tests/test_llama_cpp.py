@@ -143,7 +143,7 @@ def ours(folder: Path, dtype: mx.Dtype) -> Callable[[list[int]], np.ndarray]:
     are.
     """
     checkpoint = load.open_checkpoint(folder)
-    model = load.resident(checkpoint, mx.float32)
+    model = load.resident_model(checkpoint, mx.float32)
     for name, weight in load.weights(checkpoint, "", mx.float32):
         if mx.issubdtype(weight.dtype, mx.floating):
             model.load_weights([(name, weight.astype(dtype).astype(mx.float32))], strict=False)

@@ -108,10 +108,10 @@ def test_other_limits_hold_beside_it() -> None:
 
 def test_more_steps_leave_less() -> None:
     """Of what is cut; not of tokens or bits, which no step of the student gives back."""
-    few = shape_search.left_after(30, shape_search.ANSWERS_LEFT)
-    many = shape_search.left_after(300, shape_search.ANSWERS_LEFT)
-    assert few == pytest.approx(shape_search.ANSWERS_LEFT)
-    assert shape_search.left_after(None, shape_search.ANSWERS_LEFT) == few
+    few = shape_search.remaining_after(30, shape_search.REMAINING_ANSWER_LOSS)
+    many = shape_search.remaining_after(300, shape_search.REMAINING_ANSWER_LOSS)
+    assert few == pytest.approx(shape_search.REMAINING_ANSWER_LOSS)
+    assert shape_search.remaining_after(None, shape_search.REMAINING_ANSWER_LOSS) == few
     assert many["ffn"] < few["ffn"]
     assert many["layers"] < few["layers"]
     assert many["vocab"] == few["vocab"]
@@ -314,10 +314,10 @@ def test_what_no_search_knows_keeps_to_a_scenario(
             distill.run(replace(plain, data="teacher", **given))  # type: ignore[arg-type]
 
 
-def said(excess: float) -> answers.Said:
+def said(excess: float) -> answers.ModelAnswers:
     """A model that needs so many bits a byte for the one answer of 100 bytes."""
     bits = AnswerBits(np.array([100 * math.log(2) * (1 + excess)]), np.array([100.0]))
-    return answers.Said(bits, [], [])
+    return answers.ModelAnswers(bits, [], [])
 
 
 @pytest.mark.parametrize(("reached", "far"), [(0.12, False), (0.14, True), (0.06, True)])
@@ -345,14 +345,14 @@ def test_a_stopped_search_begins_with_what_is_known(llama: Checkpoint, tmp_path:
     (run / candidates.PROBES).write_text('{"axis": "ffn", "size": 1, "nats": 0.5}\n')
     about = {"version": known_losses.VERSION, "teacher": "somebody", "text": "t"}
     folder = known_losses.kept_folder(about)
-    known_losses.keep(run, about)
-    known_losses.keep(run, about)
+    known_losses.keep_logs(run, about)
+    known_losses.keep_logs(run, about)
     assert run_folder.records(folder / candidates.PROBES) == [
         {"axis": "ffn", "size": 1, "nats": 0.5}
     ]
 
     new = tmp_path / "new"
     new.mkdir()
-    assert known_losses.lay_out(new, {**about, "text": "another"}, DISK) == 0
-    assert known_losses.lay_out(new, about, DISK) == 1
-    assert known_losses.lay_out(new, about, DISK) == 1
+    assert known_losses.copy_into_run(new, {**about, "text": "another"}, DISK) == 0
+    assert known_losses.copy_into_run(new, about, DISK) == 1
+    assert known_losses.copy_into_run(new, about, DISK) == 1

@@ -16,7 +16,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from mis_mlx.alignment.grpo_rollout import Settings
-from mis_mlx.maths import policy
+from mis_mlx.maths import rl_losses
 from mis_mlx.models import attention_masks, load
 from mis_mlx.types import Checkpoint
 from tests import trl_model
@@ -79,7 +79,7 @@ def test_trl_agrees(case: str, tmp_path: Path) -> None:
         max_completion_length=about["max_tokens"],
         temperature=given.get("temperature", 1.0),
     )
-    advantage = policy.advantages(
+    advantage = rl_losses.advantages(
         found["rewards"].astype(np.float64), scaled=given["loss_type"] != "dr_grpo"
     )
     assert np.abs(advantage - found[f"{case}/advantages"]).max() < 1e-5
@@ -107,12 +107,12 @@ def test_advantages_by_pencil() -> None:
     """Two right of four: mean 1/2, deviation sqrt(1/3) with Bessel's correction; unscaled they are
     +1/2 and -1/2.
     """
-    made = policy.advantages(rewards([1, 0, 0, 1]), scaled=True)
+    made = rl_losses.advantages(rewards([1, 0, 0, 1]), scaled=True)
     assert made == pytest.approx(np.array([[1, -1, -1, 1]]) * 0.5 / (math.sqrt(1 / 3) + 1e-4))
-    assert policy.advantages(rewards([1, 0, 0, 1]), scaled=False).tolist() == [
+    assert rl_losses.advantages(rewards([1, 0, 0, 1]), scaled=False).tolist() == [
         [0.5, -0.5, -0.5, 0.5]
     ]
-    shifted = policy.advantages(rewards([8, 7, 7, 8]), scaled=True)
+    shifted = rl_losses.advantages(rewards([8, 7, 7, 8]), scaled=True)
     assert shifted == pytest.approx(made)
 
 
@@ -124,11 +124,11 @@ def test_equal_rewards_teach_nothing_and_are_numbers() -> None:
     table = rewards(
         [1, 1, 1], [0, 0, 0], [0.1, 0.1, 0.1], [1, nan, nan], [nan, nan, nan], [1, 0, nan]
     )
-    assert policy.teaches(table).tolist() == [False] * 5 + [True]
-    made = policy.advantages(table, scaled=False)
+    assert rl_losses.teaches(table).tolist() == [False] * 5 + [True]
+    made = rl_losses.advantages(table, scaled=False)
     assert not made[:5].any()
     assert made[5].tolist() == [0.5, -0.5, 0.0]
-    assert np.isfinite(policy.advantages(table, scaled=True)).all()
+    assert np.isfinite(rl_losses.advantages(table, scaled=True)).all()
 
 
 def test_a_token_by_pencil() -> None:
@@ -142,7 +142,7 @@ def test_a_token_by_pencil() -> None:
         (1.0, [-1.28, -0.5], [1.0, 0.0]),
         (-1.0, [1.5, 0.8], [0.0, 1.0]),
     ):
-        losses, held = policy.token_losses(
+        losses, held = rl_losses.token_losses(
             new, old, advantage=mx.array([advantage]), epsilon=0.2, epsilon_high=0.28
         )
         assert np.array(losses)[0] == pytest.approx(wanted)
@@ -157,18 +157,18 @@ def test_kl_is_k3_and_never_negative() -> None:
     zero = mx.zeros((1,))
     ref = mx.full((1, 1), math.log(2))
     k3 = 0.5 * (2 - math.log(2) - 1)
-    assert policy.token_losses(
+    assert rl_losses.token_losses(
         same, same, advantage=zero, epsilon=0.2, epsilon_high=0.2, reference=ref, beta=0.5
     )[0].item() == pytest.approx(k3)
     assert (
-        policy.token_losses(
+        rl_losses.token_losses(
             same, same, advantage=zero, epsilon=0.2, epsilon_high=0.2, reference=same, beta=0.5
         )[0].item()
         == 0.0
     )
     broken = mx.full((1, 1), math.nan)
     assert (
-        policy.token_losses(
+        rl_losses.token_losses(
             same, same, advantage=zero, epsilon=0.2, epsilon_high=0.2, reference=broken, beta=0.0
         )[0].item()
         == 0.0
@@ -178,12 +178,14 @@ def test_kl_is_k3_and_never_negative() -> None:
 @pytest.mark.parametrize(
     ("kind", "expected"), [("grpo", (4 / 2 + 9 / 3) / 2), ("dapo", 13 / 5), ("dr_grpo", 13 / 20)]
 )
-def test_the_three_divisors_by_pencil(kind: policy.LossType, expected: float) -> None:
+def test_the_three_divisors_by_pencil(kind: rl_losses.LossType, expected: float) -> None:
     """Answers of 2 and 3 tokens, losses 2 and 3 each, at most 10 tokens; what is masked may be
     infinite.
     """
     losses = mx.array([[2.0, 2.0, math.inf], [3.0, 3.0, 3.0]])
-    total, count = policy.loss_sum(losses, mx.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]), kind, 10)
+    total, count = rl_losses.loss_sum(
+        losses, mx.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]), kind, 10
+    )
     assert float(total) / float(count) == pytest.approx(expected)
 
 
@@ -193,7 +195,7 @@ ANSWERS = [[11, 12, 13, 0], [21, 22], [31, 32, 33, 34, 35], [41]]
 
 @pytest.fixture(name="model")
 def _model(llama: Checkpoint) -> nn.Module:
-    made = load.resident(llama, mx.float32)
+    made = load.resident_model(llama, mx.float32)
     mx.eval(made.parameters())
     return made
 

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_map
 from mis_mlx import dpo
 from mis_mlx.dpo import Pair, Settings
 from mis_mlx.maths.losses import token_logps
-from mis_mlx.maths.policy import PairLoss, dead_zone, pair_losses
+from mis_mlx.maths.rl_losses import PairLoss, dead_zone, pair_losses
 from tests import trl_model
 
 # float32 on a CPU, two frameworks: measured 1e-6 and 5e-6
@@ -61,7 +61,7 @@ def pairs(found: dict[str, np.ndarray]) -> list[Pair]:
 
 def batch(pairs: list[Pair], reference: np.ndarray) -> tuple[mx.array, ...]:
     """A micro-batch, as training makes it. reference: (2 B,)."""
-    return (*dpo.rectangle(pairs), mx.array(reference))
+    return (*dpo.padded_pairs(pairs), mx.array(reference))
 
 
 def gradients(
@@ -149,8 +149,8 @@ def test_rounding_is_no_reward() -> None:
         zone = dead_zone(x, mx.array([0.1] * 5))
         return (2 * zone).sum()
 
-    slopes = mx.grad(twice)(apart)
-    assert slopes.tolist() == [2.0] * 5
+    host_gradients = mx.grad(twice)(apart)
+    assert host_gradients.tolist() == [2.0] * 5
 
 
 @pytest.mark.parametrize("kind", ["dpop", "ipo"])

@@ -89,7 +89,7 @@ def test_a_rotation_is_part_of_the_plan(
         phases.extend(planned)
         raise MisError("no more of it")
 
-    monkeypatch.setattr(estimates, "fit", refused)
+    monkeypatch.setattr(estimates, "require_fit", refused)
     for hidden in (None, 48):
         with pytest.raises(MisError, match="no more of it"):
             prune.run(

@@ -140,7 +140,7 @@ def test_gptq_stays_under_the_plan(tmp_path: Path, kind: tuple[int, str]) -> Non
     }
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m", dtype=dtype, **sizes))
     batches = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
-    planned = rounding_cost.quantize(
+    planned = rounding_cost.quantizing_cost(
         estimates.model_of(checkpoint), FOUR, windows=6, length=64, limit=GIB
     )
     assert planned.held_tokens == 6 * 64
@@ -161,7 +161,7 @@ def test_gptq_stays_under_the_plan(tmp_path: Path, kind: tuple[int, str]) -> Non
         peak / 2**20,
         planned.peak_bytes / 2**20,
     )
-    assert packed_format.layout(checkpoint.config, 64)
+    assert packed_format.formats_of(checkpoint.config, 64)
 
 
 def test_the_plan_of_gptq_by_pencil() -> None:
@@ -169,8 +169,8 @@ def test_the_plan_of_gptq_by_pencil() -> None:
     gate and up.
     """
     m = estimates.model_of(tiny.CONFIG, gpu=False)
-    plain = rounding_cost.quantize(m, NEAREST, windows=0, length=32, limit=GIB)
-    planned = rounding_cost.quantize(m, FOUR, windows=4, length=32, limit=GIB)
+    plain = rounding_cost.quantizing_cost(m, NEAREST, windows=0, length=32, limit=GIB)
+    planned = rounding_cost.quantizing_cost(m, FOUR, windows=4, length=32, limit=GIB)
     without = estimates.streamed_pass(
         "", m, tokens=128, micro_tokens=32, length=32, limit_bytes=GIB, head=False
     )
@@ -181,7 +181,7 @@ def test_the_plan_of_gptq_by_pencil() -> None:
     assert (plain.flops, plain.held_tokens) == (0, 0)
     assert (planned.read_bytes, planned.written_bytes) == (plain.read_bytes, plain.written_bytes)
     # every hidden state spooled: written by each block, read twice
-    poor = rounding_cost.quantize(m, FOUR, windows=4, length=32, limit=0)
+    poor = rounding_cost.quantizing_cost(m, FOUR, windows=4, length=32, limit=0)
     assert poor.written_bytes - plain.written_bytes == 4 * 128 * 64 * 4
     assert poor.read_bytes - plain.read_bytes == 2 * 4 * 128 * 64 * 4
 
@@ -265,15 +265,15 @@ def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
         rounding=how,
     )
     planned = (
-        rounding_cost.quantize(m, how, windows=6, length=64, limit=GIB),
-        phases.tune(job, 1, GIB, 2),
+        rounding_cost.quantizing_cost(m, how, windows=6, length=64, limit=GIB),
+        phases.tuning_cost(job, 1, GIB, 2),
     )
     text = Windows(np.concatenate([np.array(b) for b in batches]), np.ones((6, 64), np.float32))
 
     def tune() -> None:
         source = live_teacher.StreamedTeacher(checkpoint, None)
         recipe = DistillationConfig(iters=2, batch_size=1, learning_rate=1e-4)
-        pipeline.tuned(load.open_checkpoint(tmp_path / "q4"), source, text, recipe)
+        pipeline.tuned_in_memory(load.open_checkpoint(tmp_path / "q4"), source, text, recipe)
 
     for phase, work in zip(
         planned,

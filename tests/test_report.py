@@ -151,8 +151,10 @@ def warm(
         "--iters",
         20,
     )
-    (weather := out.with_name("air.yaml")).write_text(f"thermal_replay: {DATA / 'halny.jsonl'}\n")
-    air = ("-c", weather, "--altitude-m", 832, "--governor", "steady")
+    (thermal_monitor := out.with_name("air.yaml")).write_text(
+        f"thermal_replay: {DATA / 'halny.jsonl'}\n"
+    )
+    air = ("-c", thermal_monitor, "--altitude-m", 832, "--governor", "steady")
     done = command("distill", *flags, *air, "--out", out)
     assert done.returncode == 0, done.stderr
     return out

@@ -194,7 +194,7 @@ def test_the_score_is_that_of_a_student_by_hand(
         teacher, shape, keep=keep, out=tmp_path / "s", dtype="bfloat16", files=DISK
     )
     student = load.open_checkpoint(tmp_path / "s")
-    nats = bit_allocation.costs(teacher, windows, 64, rounding.BITS, fit=True)
+    nats = bit_allocation.costs(teacher, windows, 64, rounding.CANDIDATE_BITS, fit=True)
     costs = {}
     weights = {}
     for name, size in arch.tensors_of(student.config).items():
@@ -208,7 +208,7 @@ def test_the_score_is_that_of_a_student_by_hand(
     bits = bit_allocation.allocate(costs, weights, record["bits"] - 32 / group)
     layout = {path: packed_format.Format(each, group) for path, each in bits.items()}
     packed_format.write_quantized(student, tmp_path / "m", layout, DISK, fit=True)
-    held_out = comparison.chosen(data.held_out["held-out"], 3)
+    held_out = comparison.spread_windows(data.held_out["held-out"], 3)
     both = {"teacher": teacher, "student": load.open_checkpoint(tmp_path / "m")}
     kl = comparison.compare(both, held_out)["student", "kl"]
     assert held_out.text_bytes is not None
@@ -456,17 +456,19 @@ def test_a_busy_machine_does_not_make_blocks_free(
     )
     monkeypatch.setattr(finalists.rounds, "clocked", lambda coming: (list(accumulate(coming)), []))
     monkeypatch.setattr(finalists, "_attention_seconds", lambda *_: 0.22)
-    assert finalists.timed(deep, 0, 0) == Timing(0.25, 0.0, 0.22)
+    assert finalists.timed_token(deep, 0, 0) == Timing(0.25, 0.0, 0.22)
     clock[2] = 0.6
-    assert finalists.timed(deep, 0, 0) == Timing(*[pytest.approx(0.2)] * 3)
-    assert finalists.timed(deep, 0, 32) == Timing(*[pytest.approx(0.2)] * 3)
+    assert finalists.timed_token(deep, 0, 0) == Timing(*[pytest.approx(0.2)] * 3)
+    assert finalists.timed_token(deep, 0, 32) == Timing(*[pytest.approx(0.2)] * 3)
 
 
 def test_bytes_and_memory_are_what_is_written(tmp_path: Path, llama: Checkpoint) -> None:
     """Bytes: of the file that `quantize` writes, header and all, give or take a hundredth. Memory:
     that, and 2 bytes of each key and value.
     """
-    four = {path: packed_format.Format(4, 64) for path in packed_format.layout(llama.config, 64)}
+    four = {
+        path: packed_format.Format(4, 64) for path in packed_format.formats_of(llama.config, 64)
+    }
     packed_format.write_quantized(llama, tmp_path / "q4", four, DISK)
     before = shape_of(llama.config)
     on_disk = limits.bytes_limit(llama.config, "1MB").cost(before, 4.5)
@@ -653,14 +655,14 @@ def test_losses_by_pencil() -> None:
         {"layers": 0.81, "heads": 4.0, "vocab": 0.05, "bits": 0.25}
     )
     assert losses.raw(choice) == pytest.approx(5.11)
-    left = shape_search.LEFT
+    left = shape_search.REMAINING_LOSS
     expected = (
         0.81 * left["layers"] + 4.0 * left["heads"] + 0.05 * left["vocab"] + 0.25 * left["bits"]
     )
     assert losses.expected(choice) == pytest.approx(expected)
     parts = Choice(replace(choice.shape, kv_heads=3), 4.0)  # of every group
     assert losses.expected(parts) == pytest.approx(
-        expected + 4.0 * (shape_search.PART_LEFT - left["heads"])
+        expected + 4.0 * (shape_search.REMAINING_LOSS_OF_PARTIAL_GROUPS - left["heads"])
     )
     assert losses.raw(Choice(before, 4.5)) == pytest.approx(0.1)
 
@@ -852,7 +854,7 @@ def test_the_least_sure_comparison_counts() -> None:
 )
 def test_unstable_by_pencil(record: dict[str, Any], why: str) -> None:
     """Not finite, the guard too often (more than a tenth of the steps), or worse than before."""
-    assert finalists.unstable(record) == why
+    assert finalists.instability(record) == why
 
 
 def test_windows_that_rank_do_not_judge() -> None:
@@ -861,19 +863,19 @@ def test_windows_that_rank_do_not_judge() -> None:
     one, other = (
         Windows(tokens + 100 * k, np.ones((20, 2), np.float32), np.arange(20)) for k in (0, 1)
     )
-    ranking, judging = candidates.split({"English": one, "Polish": other}, 6, 24)
+    ranking, judging = candidates.split_held_out({"English": one, "Polish": other}, 6, 24)
     ids = [{int(row[0]) for row in part.tokens} for part in (ranking, judging)]
     assert len(ids[0]) == 6 + 2 and len(ids[1]) == 14 + 8 and not ids[0] & ids[1]
     assert ranking.text_bytes is not None and len(ranking.text_bytes) == 8
     with pytest.raises(
         MisError, match="the text English has 3 held-out windows, but a search needs 4"
     ):
-        candidates.split({"English": one.pick(slice(3))}, 6, 24)
+        candidates.split_held_out({"English": one.pick(slice(3))}, 6, 24)
 
 
 def test_guard_notes_are_counted() -> None:
     """As `GuardedAdamW.update` words them."""
     slept = "the machine slept 3 min; step done again. clipped 4.0 to 2.0"
     notes = ["", "skipped: not a number", "clipped 9.0 to 3.0", slept]
-    counts = finalists.guarded([{"note": note} for note in notes], object())
+    counts = finalists.guard_report([{"note": note} for note in notes], object())
     assert counts == {"steps": 4, "skipped": 1, "clipped": 2, "diverged": False}

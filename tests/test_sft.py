@@ -132,10 +132,10 @@ def test_rows_in_one_window_do_not_see_each_other(
     """Hidden states of packed rows are those of each row alone; another neighbour changes nothing
     at all.
     """
-    model = load.resident(models(kind), mx.float32)
+    model = load.resident_model(models(kind), mx.float32)
     rng = np.random.default_rng(0)
     rows = [(rng.integers(1, 500, n).astype(np.int32), np.ones(n, np.float32)) for n in (9, 14, 5)]
-    tokens, _, own = sequence_packing.rectangle([rows])
+    tokens, _, own = sequence_packing.padded_windows([rows])
     packed = attention_masks.forward(model, tokens, own)
     begin = 0
     for ids, _ in rows:
@@ -152,11 +152,11 @@ def test_a_sliding_window_holds_inside_a_row(tmp_path: Path) -> None:
     """Blocks that see 4 tokens back see no more of their own row in a shared window."""
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
     folder = tiny.make(tmp_path / "near", layer_types=layers, sliding_window=4)
-    model = load.resident(load.open_checkpoint(folder), mx.float32)
+    model = load.resident_model(load.open_checkpoint(folder), mx.float32)
     rows = [
         (np.arange(start, start + 12, dtype=np.int32), np.ones(12, np.float32)) for start in (5, 90)
     ]
-    tokens, _, own = sequence_packing.rectangle([rows])
+    tokens, _, own = sequence_packing.padded_windows([rows])
     packed = attention_masks.forward(model, tokens, own)
     for at, (ids, _) in enumerate(rows):
         assert mx.allclose(
@@ -170,7 +170,7 @@ def test_a_sliding_window_holds_inside_a_row(tmp_path: Path) -> None:
 def test_best_fit_places_every_row_once() -> None:
     """No window overflows, none of the rows is lost, and few windows are taken."""
     lengths = np.random.default_rng(1).integers(1, 60, 200).tolist()
-    windows = sequence_packing.packed(lengths, 60)
+    windows = sequence_packing.pack(lengths, 60)
     assert sorted(chain.from_iterable(windows)) == list(range(200))
     filled = [np.take(lengths, window).sum() for window in windows]
     assert max(filled) <= 60
@@ -186,7 +186,7 @@ def test_a_step_draws_the_same_rows_however_it_is_cut() -> None:
             for b, p in ((8, 1), (2, 4))
         ]
         whole, parts = (
-            np.concatenate(sequence_packing.drawn(lengths, cut, number)) for cut in cuts
+            np.concatenate(sequence_packing.drawn_indices(lengths, cut, number)) for cut in cuts
         )
         assert np.array_equal(whole, parts)
         assert sorted(lengths[i] for i in whole) == [lengths[i] for i in whole]
@@ -230,14 +230,14 @@ def test_a_stopped_run_ends_with_the_same_bits(
     where it always is.
     """
     settings = settings_of(sft, small, tmp_path / "run")
-    drawn = sequence_packing.drawn
+    drawn = sequence_packing.drawn_indices
 
     def stopping(lengths: Sequence[int], recipe: TrainingConfig, step: int) -> list[np.ndarray]:
         if step == 2 and not settings.resume:
             os.kill(os.getpid(), signal.SIGTERM)
         return drawn(lengths, recipe, step)
 
-    monkeypatch.setattr(sequence_packing, "drawn", stopping)
+    monkeypatch.setattr(sequence_packing, "drawn_indices", stopping)
     with pytest.raises(MisError, match="stopped at step 3 of 6; everything is saved"):
         sft.run(settings)
     settings = replace(settings, resume=True)
@@ -329,7 +329,7 @@ def test_packed_weights_in_memory_take_adapters(
     quantize.run(quantize.Settings(model=str(folder), mlx_path=str(tmp_path / "q4"), **PLAIN))
     monkeypatch.setenv("MIS_MLX_POLICY", "metal")
     checkpoint = load.open_checkpoint(tmp_path / "q4")
-    model = load.resident(checkpoint, mx.float32)
+    model = load.resident_model(checkpoint, mx.float32)
     assert load.head_weight(model).shape == (512, 64)
     assert load.head_weight(model).dtype == mx.float32
     lora.insert(model, lora.Lora(-1, 4, 2.0), 0)
@@ -389,7 +389,7 @@ def test_steps_are_cut_where_memory_is_short_and_stay_so(small: Any, tmp_path: P
     one, still so.
     """
     wide = settings_of(sft, small, tmp_path / "wide", packing=False, iters=2, batch_size=4)
-    *_, checkpoint = alignment_run.opened(wide)
+    *_, checkpoint = alignment_run.open_run_model(wide)
 
     def phase(s: sft.Settings) -> estimates.StageCost:
         return sft._phase(s, checkpoint, None, 32)
@@ -402,23 +402,23 @@ def test_steps_are_cut_where_memory_is_short_and_stay_so(small: Any, tmp_path: P
     limit = next(n for n in range(2**23, 2**26, 2**12) if peaks[0] + memory.process_bytes(n) <= n)
     assert min(peaks[1:]) + memory.process_bytes(limit) > limit
     tight = replace(wide, out=str(tmp_path / "tight"), budget=f"{limit}")
-    cut = alignment_run.cut(tight, None, phase)
+    cut = alignment_run.fit_micro_batches(tight, None, phase)
     assert (cut.batch_size, cut.grad_accumulation_steps) == (1, 4)
-    assert alignment_run.cut(wide, None, phase) == wide
+    assert alignment_run.fit_micro_batches(wide, None, phase) == wide
     sft.run(wide)
     sft.run(tight)
     one, other = (run_folder.metrics(tmp_path / name) for name in ("wide", "tight"))
     assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in other], rel=1e-5)
     assert run_folder.stored_settings(tmp_path / "tight", run_folder.PLAN)["micro"] == 1
     again = replace(tight, budget=None, resume=True)
-    assert alignment_run.cut(again, tmp_path / "tight", phase).batch_size == 1
+    assert alignment_run.fit_micro_batches(again, tmp_path / "tight", phase).batch_size == 1
 
 
 def test_the_plan_holds(undisturbed: tuple[Path, Done], small: Any) -> None:
     """MLX never held more than was planned, over all steps."""
     s = settings_of(sft, small, Path("unused"))
     checkpoint = load.open_checkpoint(str(s.model))
-    planned = alignment_run.training(s, checkpoint, s.batch_size, 96).peak_bytes
+    planned = alignment_run.training_cost(s, checkpoint, s.batch_size, 96).peak_bytes
     held = max(r["peak_bytes"] for r in run_folder.metrics(undisturbed[0]))
     assert held <= planned < 3 * held
 

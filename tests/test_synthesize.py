@@ -136,8 +136,8 @@ def test_what_does_not_fit_is_streamed(tmp_path: Path) -> None:
         synthesize.way_of(s, m, Budget(nbytes)) for nbytes in (2**34, whole + 2**20, whole - 2**12)
     ]
     assert [way.at_once for way in ways[:2]] == [48, 1]
-    assert ways[0].room_bytes is ways[1].room_bytes is None
-    assert ways[2].room_bytes is not None
+    assert ways[0].headroom_bytes is ways[1].headroom_bytes is None
+    assert ways[2].headroom_bytes is not None
     assert all(way.seconds > 0 for way in ways)
 
 

@@ -57,7 +57,9 @@ def same_logits(folder: Path, ids: list[int], dtype: torch.dtype) -> None:
     assert not any(told.values()), told  # no weight missing, left over or of another shape
     with torch.no_grad():
         theirs = model(torch.tensor([ids])).logits[0].numpy()
-    ours = np.array(load.resident(load.open_checkpoint(folder), mx.float32)(mx.array(ids)[None])[0])
+    ours = np.array(
+        load.resident_model(load.open_checkpoint(folder), mx.float32)(mx.array(ids)[None])[0]
+    )
     assert np.ptp(ours) > 0.5
     np.testing.assert_allclose(theirs, ours, atol=1e-3)
 

@@ -43,7 +43,7 @@ def checkpoint(found: dict[str, np.ndarray], role: str, folder: Path) -> Checkpo
 
 def model(found: dict[str, np.ndarray], role: str, folder: Path) -> nn.Module:
     """`checkpoint` in memory."""
-    made = load.resident(checkpoint(found, role, folder / role), mx.float32)
+    made = load.resident_model(checkpoint(found, role, folder / role), mx.float32)
     mx.eval(made.parameters())
     return made
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx.maths import losses
-from mis_mlx.maths.importance import Key, lowest_blocks
+from mis_mlx.maths.importance import Key, select_blocks
 from mis_mlx.models import host_losses, load, stream
 from mis_mlx.models.config import shape_of
 from mis_mlx.types import Checkpoint
@@ -38,8 +38,8 @@ def kl_without(
             if i in without:
                 begun.setdefault(v, list(whole))
             elif v in begun:
-                source.through(block, begun[v])
-        source.through(block, whole)
+                source.run_block(block, begun[v])
+        source.run_block(block, whole)
     source.norm(whole)
     head = source.head()
     rows = losses.chunk_rows(shape_of(checkpoint.config).vocab) // 2
@@ -73,10 +73,10 @@ def kept(
     """
     layers = range(int(checkpoint.config["num_hidden_layers"]))
     if how == "fisher":
-        return lowest_blocks({i: float(fisher[i, "layers"][0]) for i in layers}, keep)
+        return select_blocks({i: float(fisher[i, "layers"][0]) for i in layers}, keep)
     if how == "kl":
         costs = kl_without(checkpoint, batches, dtype, [{i} for i in layers])
-        return lowest_blocks(dict(enumerate(costs.tolist())), keep)
+        return select_blocks(dict(enumerate(costs.tolist())), keep)
     return {"greedy": greedy, "contiguous": contiguous}[how](checkpoint, batches, dtype, keep)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from mis_mlx.maths.importance import Key
 from mis_mlx.models import load, stream
-from mis_mlx.models.backward_pass import Back, backwards
+from mis_mlx.models.backward_pass import BlockBackward, input_gradients
 from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.types import Checkpoint
@@ -68,7 +68,7 @@ def fisher(
     found = dict[Key, np.ndarray]()
     args = load.model_args(checkpoint.config)
 
-    def visit(i: int, block: nn.Module) -> Back:
+    def visit(i: int, block: nn.Module) -> BlockBackward:
         gated = {
             axis: _Gated((block[part] if part else block)[name], not part)
             for axis, (part, name) in GATES.items()
@@ -87,7 +87,7 @@ def fisher(
 
         return lambda inputs, above: [each(*of) for of in zip(inputs, above, strict=True)]
 
-    backwards(checkpoint, batches, visit=visit, seed=seed, kept=kept)
+    input_gradients(checkpoint, batches, visit=visit, seed=seed, kept=kept)
     return found
 
 
@@ -117,10 +117,10 @@ def _back(
         return x + gates[-1] * (block(x, mask) - x)
 
     ones = [mx.ones((*x.shape[:2], units[axis]), x.dtype) for axis in (*gated, "layers")]
-    _, (below, *slopes) = mx.vjp(run, [x, *ones], [above])
+    _, (below, *host_gradients) = mx.vjp(run, [x, *ones], [above])
     squares = {
         axis: mx.square(g.astype(mx.float32)).mean(axis=(0, 1))
-        for axis, g in zip((*gated, "layers"), slopes, strict=True)
+        for axis, g in zip((*gated, "layers"), host_gradients, strict=True)
     }
     stream.evaluate_now(below, squares)
     return below, squares

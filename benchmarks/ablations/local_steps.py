@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 from mis_mlx import cli
 from mis_mlx.data import token_windows
 from mis_mlx.distillation import train_loop
-from mis_mlx.hardware import lanes
+from mis_mlx.hardware import streams
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load, model_writer, policy, stream
 from mis_mlx.models.config import shape_of
@@ -65,7 +65,7 @@ class _Streams:
     def judges(self) -> Sequence[int]:
         """Which batches no step is made of; none where there are too few."""
         return (
-            reconstruct.judges([0] * n)
+            reconstruct.held_out_windows([0] * n)
             if (n := len(self.target)) >= reconstruct.HELD_OUT
             else range(0)
         )
@@ -76,11 +76,13 @@ class _Streams:
         """
 
         def both(own: mx.array, target: mx.array) -> mx.array:
-            return mx.stack([*error(args, block, own, reconstruct.narrow(target, self.columns))])
+            return mx.stack(
+                [*error(args, block, own, reconstruct.in_student_channels(target, self.columns))]
+            )
 
         # some are on disk
         one_by_one = (map(hidden.__getitem__, self.judges) for hidden in (self.own, self.target))
-        of_batches = lanes.each(both, *one_by_one)
+        of_batches = streams.parallel_map(both, *one_by_one)
         wrong, tokens = sum((np.array(each, np.float64) for each in of_batches), start=np.zeros(2))
         return float(wrong / max(tokens, 1.0))
 
@@ -95,7 +97,7 @@ class _Streams:
         for i, own in zip(chosen.tolist(), mine, strict=True):
             b = seen[i]
             into = (self.own if own else self.given)[b]
-            out = reconstruct.narrow(self.target[b], self.columns)
+            out = reconstruct.in_student_channels(self.target[b], self.columns)
             pairs.append((into.astype(mx.float32), out.astype(mx.float32)))
         return pairs
 
@@ -144,11 +146,11 @@ def train(
     target = big.embed(batches, spool())
     own = small.embed(batches, spool())
     columns = reconstruct.kept_columns(keep)
-    marching = reconstruct.groups(big, keep, target)
+    marching = reconstruct.advance_teacher(big, keep, target)
     for j in range(layers):
         streams = _Streams(spool(), own, target, columns)
         for h in target if own_share < 1 and j >= done else ():
-            streams.given.append(entrance := reconstruct.narrow(h, columns))
+            streams.given.append(entrance := reconstruct.in_student_channels(h, columns))
             mx.eval(entrance)
         next(marching)
         block = stream.load_checked(
@@ -158,7 +160,7 @@ def train(
             note = f"block {j + 1} of {layers}"
             refitted = dict[str, mx.array]()
             if repair:
-                refitted["mlp.down_proj.weight"], left = reconstruct.refit(
+                refitted["mlp.down_proj.weight"], left = reconstruct.fit_down_proj(
                     small, block, hidden=own, target=target, kinds=[0] * len(own), columns=columns
                 )
                 note += f": closed form left {left:.0%} of the error held out"
@@ -183,7 +185,7 @@ def train(
             model_writer.replace_block(student, j, dict(tree_flatten(block.parameters())), files)
             files.replace_text(student.path / RECORD, json.dumps({"blocks": j + 1}))
         if j + 1 < layers:
-            small.through(block, own)
+            small.run_block(block, own)
         del block, streams
 
 

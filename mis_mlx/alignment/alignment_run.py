@@ -87,13 +87,13 @@ class Alignment(cli.Resumable, policy.Computing, ThermalFlags, recipe.TrainingCo
         return lora.Lora(self.num_layers, self.rank, self.scale)
 
 
-def opened(settings: S) -> tuple[S, Path | None, Checkpoint]:
+def open_run_model(settings: S) -> tuple[S, Path | None, Checkpoint]:
     """(settings; folder of a run that goes on, else None; the model to align).
 
     MisError where the model cannot be trained as asked.
     """
     s, folder = run_loop.resumed(settings, FREE)
-    checkpoint = run_loop.opened(s, s.model)
+    checkpoint = run_loop.open_model(s, s.model)
     if s.lora:
         s.lora.check(int(checkpoint.config["num_hidden_layers"]))
     elif arch.is_quantized(checkpoint.tensors):
@@ -116,7 +116,7 @@ def dtype_of(s: Alignment, checkpoint: Checkpoint) -> mx.Dtype:
     return mx.float32
 
 
-def sizes(s: Alignment, checkpoint: Checkpoint) -> estimates.ModelSize:
+def model_size(s: Alignment, checkpoint: Checkpoint) -> estimates.ModelSize:
     """The model in bytes, as it computes here."""
     return estimates.model_of(checkpoint, dtype=dtype_of(s, checkpoint))
 
@@ -128,7 +128,7 @@ def weight_bytes(m: estimates.ModelSize) -> int:
     return m.params * m.item
 
 
-def training(
+def training_cost(
     s: Alignment,
     checkpoint: Checkpoint,
     rows: int,
@@ -136,7 +136,7 @@ def training(
     name: str = "align",
 ) -> estimates.StageCost:
     """The cost of training with `rows` sequences of `length` tokens in a micro-batch."""
-    m = sizes(s, checkpoint)
+    m = model_size(s, checkpoint)
     if s.lora:
         trained = s.lora.params(m.config)
         activations = estimates.activation_bytes(m.config, rows, length)
@@ -161,16 +161,18 @@ def training(
     )
 
 
-def planned(s: Alignment, phases: Sequence[estimates.StageCost]) -> dict[str, Any]:
+def report_plan(s: Alignment, phases: Sequence[estimates.StageCost]) -> dict[str, Any]:
     """The result of a --dry-run of these phases under the budget; each is reported in a line."""
     limit = memory.budget(s.budget_bytes).limit_bytes
-    result = estimates.told(phases, limit, estimates.machine_rates(), memory.process_bytes(limit))
+    result = estimates.report_costs(
+        phases, limit, estimates.machine_rates(), memory.process_bytes(limit)
+    )
     fits = "does not fit" if result["check_failed"] else "fits"
     cli.say(f"peak {gib(result['peak_bytes'])} {fits} the budget of {gib(limit)}")
     return result
 
 
-def cut(s: S, folder: Path | None, phase: Callable[[S], estimates.StageCost]) -> S:
+def fit_micro_batches(s: S, folder: Path | None, phase: Callable[[S], estimates.StageCost]) -> S:
     """`s` with its steps in the largest micro-batches for which `phase(s)` fits the budget.
 
     A run that goes on, in `folder`, keeps the size that it has. A micro-batch divides the one asked
@@ -198,7 +200,7 @@ def cut(s: S, folder: Path | None, phase: Callable[[S], estimates.StageCost]) ->
 
 @dataclass
 class AlignmentRun(run_loop.OpenRun):
-    """A student in memory and the folder of its run. Made by `running`."""
+    """A student in memory and the folder of its run. Made by `start_run`."""
 
     name: str  # of the command
     settings: Alignment
@@ -238,7 +240,7 @@ class AlignmentRun(run_loop.OpenRun):
 
         training = run_loop.CheckpointedTraining(
             run=self,
-            trained=train_loop.Whole(self.model, self.optimizer),
+            trained=train_loop.WholeModel(self.model, self.optimizer),
             remember=remember,
             recall=recall,
             label=self.name,
@@ -305,7 +307,7 @@ class AlignmentRun(run_loop.OpenRun):
             held_out[record["number"]] = record
         tokens = sum(step["tokens"] for step in steps)
         seconds = sum(step["seconds"] for step in steps)
-        return self.done(
+        return self.finish(
             {
                 "model": str(self.checkpoint.path),
                 "student": str(out),
@@ -374,7 +376,7 @@ def data(
 
 
 @contextmanager
-def running(
+def start_run(
     s: Alignment,
     folder: Path | None,
     checkpoint: Checkpoint,
@@ -395,7 +397,9 @@ def running(
     largest = max(phases, key=lambda phase: phase.peak_bytes)
     peak = largest.peak_bytes + memory.process_bytes(budget.limit_bytes)
     other = ", lower --batch-size or --max-seq-length, or use --fine-tune-type lora"
-    estimates.fit(budget, largest, other=f"{other}; alignment trains whole models in memory")
+    estimates.require_fit(
+        budget, largest, other=f"{other}; alignment trains whole models in memory"
+    )
     if folder is None:
         cli.say(progress.promise(seconds))
     opened_run = run_loop.open_run(
@@ -403,7 +407,7 @@ def running(
         folder,
         name=f"{name_of(checkpoint.path)}-{name}",
         origin=run_folder.origin(checkpoint, card["fingerprint"]),
-        way={"mode": "resident", "micro": micro},
+        strategy={"mode": "resident", "micro": micro},
         limit=budget,
         wired=peak,
     )
@@ -411,7 +415,7 @@ def running(
         if not (run.folder / run_folder.DATA).exists():
             facts = json.dumps(dict(card), indent=2, ensure_ascii=False)
             run.files.replace_text(run.folder / run_folder.DATA, facts)
-        model = load.resident(checkpoint, dtype_of(s, checkpoint))
+        model = load.resident_model(checkpoint, dtype_of(s, checkpoint))
         stream.load_checked(model, f"{checkpoint.path}: ")
         if s.lora:
             lora.insert(model, s.lora, s.seed)

@@ -21,7 +21,7 @@ from mis_mlx.data.rows import Row
 from mis_mlx.data.token_windows import order
 from mis_mlx.distillation import train_loop
 from mis_mlx.evaluation import rewards
-from mis_mlx.maths import policy
+from mis_mlx.maths import rl_losses
 from mis_mlx.maths.losses import token_logps
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import attention_masks, distributed, load, mlx_generate, stream
@@ -62,7 +62,7 @@ class Settings(alignment_run.Alignment):
     """maximum tokens per answer"""
     temperature: Positive = 1.0
     """sampling temperature"""
-    loss_type: policy.LossType = "dapo"
+    loss_type: rl_losses.LossType = "dapo"
     """dapo: mean over all tokens of a step; grpo: mean over answers; dr_grpo: constant divisor,
     unscaled advantages
     """
@@ -99,7 +99,7 @@ class Settings(alignment_run.Alignment):
         # `at` predict the answers' tokens.
         hidden = attention_masks.forward(model, b.tokens, b.branch, b.positions)
         flat = token_logps(
-            hidden[0, b.at.reshape(-1)],
+            hidden[0, b.logit_positions.reshape(-1)],
             load.head_weight(model),
             b.targets.reshape(-1),
             temperature=self.temperature,
@@ -125,7 +125,7 @@ class Settings(alignment_run.Alignment):
         if old is None:
             # Every ratio is exactly 1 then, and its gradient is that of `new`.
             old = mx.stop_gradient(new)
-        losses, held = policy.token_losses(
+        losses, held = rl_losses.token_losses(
             new,
             old,
             advantage,
@@ -133,11 +133,13 @@ class Settings(alignment_run.Alignment):
             epsilon_high=self.epsilon_high,
             reference=reference,
             beta=self.beta,
-            noise=policy.NOISE[load.activation_dtype(model)],
+            noise=rl_losses.NOISE[load.activation_dtype(model)],
         )
-        total, count = policy.loss_sum(losses, b.mask, self.loss_type, self.max_completion_length)
+        total, count = rl_losses.loss_sum(
+            losses, b.mask, self.loss_type, self.max_completion_length
+        )
         # The same mean of 0 and 1: the share of tokens whose gradient the clipping stops.
-        clipped, _ = policy.loss_sum(held, b.mask, self.loss_type, self.max_completion_length)
+        clipped, _ = rl_losses.loss_sum(held, b.mask, self.loss_type, self.max_completion_length)
         return total, count, {"clipped": clipped, "tokens": mx.array(float(b.tokens.size))}
 
 
@@ -174,13 +176,13 @@ class Sampler:
         prompts = [self.prompts[i] for i in indices]
         answers, texts, scores, totals, facts = self.scored(rows, prompts, s.group_size, draw)
         # A group whose rewards are equal has no advantages: it is logged, and not learned from.
-        kept = policy.teaches(totals)
+        kept = rl_losses.teaches(totals)
         lines = []
         for row, group, score, teaches in zip(rows, texts, scores, kept.tolist(), strict=True):
             lines.append(_record(step, row, group, score, kept=teaches))
         for line in chain.from_iterable(distributed.all_gather(lines)):
             self.log(line)
-        advantage = policy.advantages(totals, scaled=s.loss_type != "dr_grpo")
+        advantage = rl_losses.advantages(totals, scaled=s.loss_type != "dr_grpo")
         chosen = [(indices[n], answers[n], advantage[n]) for n in np.flatnonzero(kept)]
         all_facts = distributed.all_gather(facts)
         parts = self._parts(chosen)
@@ -247,7 +249,7 @@ class Sampler:
         facts["unscored"] = int(np.isnan(totals).sum())
         facts["answer_tokens"] = float(lengths.mean())
         facts["truncated"] = float(truncated.mean())
-        facts["kept"] = int(policy.teaches(totals).sum())
+        facts["kept"] = int(rl_losses.teaches(totals).sum())
         facts["groups"] = len(totals)
         return facts
 

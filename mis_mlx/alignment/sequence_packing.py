@@ -13,7 +13,7 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.data import examples, token_windows
-from mis_mlx.distillation.live_teacher import MicroBatch, TargetSource, labels
+from mis_mlx.distillation.live_teacher import MicroBatch, TargetSource, next_tokens
 from mis_mlx.maths.losses import token_logps
 from mis_mlx.models import attention_masks, distributed, load
 from mis_mlx.planner.recipe import TrainingConfig
@@ -22,8 +22,8 @@ MULTIPLE = 8  # of padded lengths: fewer different shapes, for which memory is k
 PADDING = -1  # number of the row that padding belongs to
 
 
-def packed(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Indices of sequences that share a window of `room` tokens: best fit, longest first.
+def pack(lengths: Sequence[int], window_tokens: int) -> list[list[int]]:
+    """Indices of sequences that share a window of `window_tokens` tokens: best fit, longest first.
 
     Every index occurs once. Sequences of equal length keep their order.
     """
@@ -36,14 +36,14 @@ def packed(lengths: Sequence[int], room: int) -> list[list[int]]:
             left, window = free.pop(fit)
             windows[window].append(index)
         else:
-            left = room
+            left = window_tokens
             window = len(windows)
             windows.append([index])
         insort(free, (left - length, window))
     return windows
 
 
-def rectangle(
+def padded_windows(
     windows: Sequence[Sequence[examples.Sequenced]],
 ) -> tuple[mx.array, mx.array, mx.array]:
     """(tokens, learn, rows), (B, T) each: one window a line, its sequences in order, then padding.
@@ -56,7 +56,7 @@ def rectangle(
         lengths.append(sum(len(ids) for ids, _ in window))
     shape = (len(windows), -(-max(lengths) // MULTIPLE) * MULTIPLE)
     tokens = np.zeros(shape, np.int32)
-    learn = np.zeros(shape, np.float32)
+    loss_mask = np.zeros(shape, np.float32)
     rows = np.full(shape, PADDING, np.int32)
     for line, window in enumerate(windows):
         begin = 0
@@ -65,12 +65,12 @@ def rectangle(
             tokens[line, begin:end] = ids
             rows[line, begin:end] = number
             # A mark belongs to a token; the prediction of that token is made one place before.
-            learn[line, begin : end - 1] = marks[1:]
+            loss_mask[line, begin : end - 1] = marks[1:]
             begin = end
-    return mx.array(tokens), mx.array(learn), mx.array(rows)
+    return mx.array(tokens), mx.array(loss_mask), mx.array(rows)
 
 
-def drawn(lengths: Sequence[int], s: TrainingConfig, step: int) -> list[np.ndarray]:
+def drawn_indices(lengths: Sequence[int], s: TrainingConfig, step: int) -> list[np.ndarray]:
     """This machine's part of the indices of a step's micro-batches.
 
     A pure function of its arguments. Sequences of like length come together, which saves padding
@@ -83,7 +83,7 @@ def drawn(lengths: Sequence[int], s: TrainingConfig, step: int) -> list[np.ndarr
     return [own[start : start + s.batch_size] for start in range(0, len(own), s.batch_size)]
 
 
-def visited(count: int, s: TrainingConfig) -> np.ndarray:
+def visited_rows(count: int, s: TrainingConfig) -> np.ndarray:
     """The rows, of `count`, that the steps of a training see, rising."""
     in_a_step = s.batch_size * s.grad_accumulation_steps
     batches = [token_windows.order(count, in_a_step, step, s.seed) for step in range(s.iters)]
@@ -97,21 +97,21 @@ def by_length(label: str, lengths: Sequence[int], batch_size: int) -> Iterator[l
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    yield from cli.counted(label, batches, len(batches))
+    yield from cli.show_progress(label, batches, len(batches))
 
 
 class PackedDataset:
     """Rows of (ids, learn) as windows to draw micro-batches from.
 
-    room: tokens of a shared window; 0: one row each.
+    window_tokens: tokens of a shared window; 0: one row each.
     """
 
-    def __init__(self, rows: Sequence[examples.Sequenced], room: int = 0):
+    def __init__(self, rows: Sequence[examples.Sequenced], window_tokens: int = 0):
         lengths = [len(ids) for ids, _ in rows]
         groups = [[index] for index in range(len(rows))]
-        if room:
-            groups = packed(lengths, room)
-        self.shared = bool(room)
+        if window_tokens:
+            groups = pack(lengths, window_tokens)
+        self.shared = bool(window_tokens)
         self.windows: list[list[examples.Sequenced]] = []
         self.lengths: list[int] = []
         for group in groups:
@@ -120,12 +120,12 @@ class PackedDataset:
 
     def micro_batches(self, source: TargetSource, s: TrainingConfig, step: int) -> list[MicroBatch]:
         """Those of a step: tokens and rows (B, T), then learn (B * T,) and the source's targets."""
-        indices = drawn(self.lengths, s, step)
+        indices = drawn_indices(self.lengths, s, step)
         batches = []
         rows_of_batches = []
         for batch in indices:
-            tokens, learn, rows = rectangle([self.windows[index] for index in batch])
-            batches.append((tokens, learn))
+            tokens, loss_mask, rows = padded_windows([self.windows[index] for index in batch])
+            batches.append((tokens, loss_mask))
             rows_of_batches.append(rows)
         targets = source.micro_batches(batches, indices)
         micro_batches = []
@@ -140,14 +140,14 @@ class PackedDataset:
         student: nn.Module,
         tokens: mx.array,
         rows: mx.array,
-        learn: mx.array,
+        loss_mask: mx.array,
         *target: mx.array,
     ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
         """(sum in nats, tokens that count, {"tokens": all}) of a micro-batch."""
         hidden = self.hidden(student, tokens, rows)
         head = load.head_weight(student)
-        total = source.kl_sum(hidden, head, learn, *target, frozen_head=frozen_head)
-        return total, learn.sum(), {"tokens": (rows != PADDING).sum()}
+        total = source.kl_sum(hidden, head, loss_mask, *target, frozen_head=frozen_head)
+        return total, loss_mask.sum(), {"tokens": (rows != PADDING).sum()}
 
     def hidden(self, student: nn.Module, tokens: mx.array, rows: mx.array) -> mx.array:
         """Final hidden states (B * T, D) of tokens and rows (B, T)."""
@@ -163,13 +163,13 @@ class PackedDataset:
         total = 0.0
         count = 0.0
         for batch in by_length("held out: batch", self.lengths, batch_size):
-            tokens, learn, rows = rectangle([self.windows[index] for index in batch])
+            tokens, loss_mask, rows = padded_windows([self.windows[index] for index in batch])
             logps = token_logps(
                 self.hidden(student, tokens, rows),
                 load.head_weight(student),
-                labels(tokens),
+                next_tokens(tokens),
                 softcap=load.logit_softcap(student),
             )
-            total -= float((logps * learn.reshape(-1)).sum())
-            count += float(learn.sum())
+            total -= float((logps * loss_mask.reshape(-1)).sum())
+            count += float(loss_mask.sum())
         return {"loss": total / max(count, 1.0)}

@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mis_mlx.checks.kernels import Found, drawn, off, on_cpu, wide
+from mis_mlx.checks.kernels import Found, on_cpu, random_normal, relative_error, to_float64
 from mis_mlx.distillation.train_loop import train
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
@@ -44,7 +44,7 @@ def write_random(folder: Path, config: Mapping[str, Any], scale: float) -> Path:
 
     def tensors() -> Iterator[tuple[str, mx.array]]:
         for seed, (name, shape) in enumerate(shapes.items()):
-            noise = drawn(seed, *shape)
+            noise = random_normal(seed, *shape)
             tensor = 1 + 0.1 * noise if "norm" in name else scale * noise
             yield name, tensor.astype(mx.bfloat16)
 
@@ -61,7 +61,7 @@ def make(folder: Path) -> Models:
     dense = load.open_checkpoint(write_random(folder / "bf16", CONFIG, scale=0.08))
     models = {"bf16": dense}
     for kind, mode in MODES.items():
-        plan = packed_format.layout(CONFIG, 64, (), mode)  # type: ignore[arg-type]
+        plan = packed_format.formats_of(CONFIG, 64, (), mode)  # type: ignore[arg-type]
         packed_format.write_quantized(dense, folder / kind, plan, files.DISK)
         models[kind] = load.open_checkpoint(folder / kind)
     return models
@@ -73,11 +73,11 @@ def passes(kind: str, models: Models) -> Found:
     One stream reads every block again; the other keeps its blocks and passes twice."""
     checkpoint = models[kind]
     dtype = policy.compute_dtype(checkpoint)
-    expected = wide(load.resident(checkpoint, dtype).model(TOKENS))
-    reading = stream.Stream(checkpoint, dtype, room_bytes=0)
-    keeping = stream.Stream(checkpoint, dtype, room_bytes=None)
-    outputs = [wide(source.forward([TOKENS])[0]) for source in (reading, keeping, keeping)]
-    return off(outputs, [expected] * 3), 0.0
+    expected = to_float64(load.resident_model(checkpoint, dtype).model(TOKENS))
+    reading = stream.Stream(checkpoint, dtype, headroom_bytes=0)
+    keeping = stream.Stream(checkpoint, dtype, headroom_bytes=None)
+    outputs = [to_float64(source.forward([TOKENS])[0]) for source in (reading, keeping, keeping)]
+    return relative_error(outputs, [expected] * 3), 0.0
 
 
 def beside_cpu(work: Callable[[Models], Any], float32: float, half: float, models: Models) -> Found:
@@ -87,7 +87,7 @@ def beside_cpu(work: Callable[[Models], Any], float32: float, half: float, model
     here = work(models)
     with on_cpu():
         expected = work(models)
-    return off(here, expected), _bound(float32, half)
+    return relative_error(here, expected), _bound(float32, half)
 
 
 def _bound(float32: float, half: float) -> float:
@@ -98,7 +98,7 @@ def _bound(float32: float, half: float) -> float:
 
 def states(kind: str, models: Models) -> np.ndarray:
     """Compute the final states of a streamed pass."""
-    return wide(stream.Stream(models[kind]).forward([TOKENS])[0])
+    return to_float64(stream.Stream(models[kind]).forward([TOKENS])[0])
 
 
 def greedy(models: Models) -> Found:
@@ -113,13 +113,13 @@ def greedy(models: Models) -> Found:
     source = stream.Stream(checkpoint, dtype, None)
     ours = list(chain.from_iterable(streamed_decode.decode(source, prompt, count)))
     del source  # before the resident model comes
-    model = load.resident(checkpoint, dtype)
+    model = load.resident_model(checkpoint, dtype)
     theirs = list(mlx_generate.greedy(model, prompt, count))
     bound = _bound(1e-4, 0.02)
     for same in range(count):
         if ours[same] != theirs[same]:
             context = mx.array([prompt + theirs[:same]])
-            logits = wide(model(context)[0, -1])
+            logits = to_float64(model(context)[0, -1])
             return float(logits.max() - logits[ours[same]]), bound
     return 0.0, bound
 
@@ -128,14 +128,14 @@ def _loss(model: nn.Module, tokens: mx.array) -> tuple[mx.array, mx.array]:
     """(KL from a teacher of random states less log-probabilities of the next tokens, count)."""
     hidden = model.model(tokens)[0]
     head = load.head_weight(model)
-    teacher_states = drawn(7, len(hidden), 128)
-    teacher_head = drawn(8, 256, 128) / 12
+    teacher_states = random_normal(7, len(hidden), 128)
+    teacher_head = random_normal(8, 256, 128) / 12
     ones = mx.ones(len(hidden))
 
     def teacher_logits(states: mx.array) -> mx.array:
         return states @ teacher_head.T
 
-    kl = losses.kl_sum(hidden, head, teacher_states, teacher_logits, learn=ones)
+    kl = losses.kl_sum(hidden, head, teacher_states, teacher_logits, loss_mask=ones)
     logps = losses.token_logps(hidden[:-1], head, tokens[0, 1:])
     return kl - logps.sum(), ones.sum()
 
@@ -151,12 +151,12 @@ def _trained(model: nn.Module) -> Trained:
     tensors = dict(tree_flatten(model.trainable_parameters())) | optimizer.arrays()
     first = steps[0]
     measured = [first.loss, first.grad_norm, first.loss - steps[-1].loss]
-    return measured, {name: wide(array) for name, array in tensors.items()}
+    return measured, {name: to_float64(array) for name, array in tensors.items()}
 
 
 def _trained_whole(models: Models) -> Trained:
     """Train all weights of the dense model in float32, as `_trained` says."""
-    return _trained(load.resident(models["bf16"], mx.float32))
+    return _trained(load.resident_model(models["bf16"], mx.float32))
 
 
 def repeated(models: Models) -> Found:
@@ -202,7 +202,7 @@ def steps(models: Models) -> list[float]:
 def lora_steps(models: Models) -> list[float]:
     """Measure training steps of adapters on the 4-bit model."""
     checkpoint = models["4-bit"]
-    model = load.resident(checkpoint, policy.compute_dtype(checkpoint))
+    model = load.resident_model(checkpoint, policy.compute_dtype(checkpoint))
     lora.insert(model, lora.Lora(num_layers=-1, rank=4, scale=10.0), 0)
     measured, _ = _trained(model)
     return measured

@@ -17,17 +17,17 @@ from mis_mlx.checks.kernels import (
     Compared,
     Found,
     TypedCheck,
+    check_within,
     chunked,
-    drawn,
     exact_attention,
     exact_kl,
     exact_rms_norm,
     in_both_types,
     kl_inputs,
-    off,
+    random_normal,
+    relative_error,
     softmax,
-    wide,
-    within,
+    to_float64,
 )
 from mis_mlx.maths import losses
 from mis_mlx.models import load
@@ -52,44 +52,44 @@ def softmax_of_a_vocabulary() -> Found:
     outputs = list[mx.array]()
     expected = list[np.ndarray]()
     for columns in (VOCAB, ALL_TOKENS):
-        logits = 4 * drawn(columns, SEEN, columns)
-        probabilities, log = softmax(wide(logits))
-        log_sums = wide(logits)[:, 0] - log[:, 0]
+        logits = 4 * random_normal(columns, SEEN, columns)
+        probabilities, log = softmax(to_float64(logits))
+        log_sums = to_float64(logits)[:, 0] - log[:, 0]
         outputs += [mx.softmax(logits, axis=-1), mx.logsumexp(logits, axis=-1)]
         expected += [probabilities, log_sums]
     # a sum of 49,152; MLX's CPU is off by 8e-5
-    return off(outputs, expected), 25 * ROUNDING[mx.float32]
+    return relative_error(outputs, expected), 25 * ROUNDING[mx.float32]
 
 
 def large_product(dtype: mx.Dtype) -> Found:
     """Check logits of 128 positions under a head (24,576, 576), in `dtype` and widened to float32.
 
     The error is a share of what each of the two may be off."""
-    hidden = drawn(0, 128, HIDDEN, dtype=dtype)
-    head = drawn(1, VOCAB, HIDDEN, dtype=dtype)
-    expected = wide(hidden[:SEEN]) @ wide(head).T
+    hidden = random_normal(0, 128, HIDDEN, dtype=dtype)
+    head = random_normal(1, VOCAB, HIDDEN, dtype=dtype)
+    expected = to_float64(hidden[:SEEN]) @ to_float64(head).T
     plain = (hidden @ head.T)[:SEEN]
     widened = losses.wide_product(hidden, head)[:SEEN]
-    plain_share = off(plain, expected) / ROUNDING[dtype]
-    widened_share = off(widened, expected) / ROUNDING[mx.float32]
+    plain_share = relative_error(plain, expected) / ROUNDING[dtype]
+    widened_share = relative_error(widened, expected) / ROUNDING[mx.float32]
     return max(plain_share, widened_share), 1.0
 
 
-@within(1)
+@check_within(1)
 def head_gradient(dtype: mx.Dtype) -> Compared:
     """Check the gradient of a head, added by `addmm`.
 
     A transposed (128, 24,576) times (128, 576) is added to (24,576, 576)."""
-    slope = drawn(0, 128, VOCAB, dtype=dtype)
-    hidden = drawn(1, 128, HIDDEN, dtype=dtype)
-    before = drawn(2, VOCAB, HIDDEN, dtype=dtype)
+    gradient = random_normal(0, 128, VOCAB, dtype=dtype)
+    hidden = random_normal(1, 128, HIDDEN, dtype=dtype)
+    before = random_normal(2, VOCAB, HIDDEN, dtype=dtype)
     rows = _sampled_tokens()
-    expected = wide(before)[rows] + wide(slope)[:, rows].T @ wide(hidden)
-    total = mx.addmm(before, slope.T, hidden)
+    expected = to_float64(before)[rows] + to_float64(gradient)[:, rows].T @ to_float64(hidden)
+    total = mx.addmm(before, gradient.T, hidden)
     return total[mx.array(rows)], expected
 
 
-@within(1)
+@check_within(1)
 def long_attention(dtype: mx.Dtype) -> Compared:
     """Check causal attention of 9 query heads over 3 key heads at 512 tokens.
 
@@ -97,9 +97,9 @@ def long_attention(dtype: mx.Dtype) -> Compared:
     gradients."""
     query_shape = (1, QUERY_HEADS, TOKENS, HEAD_SIZE)
     key_shape = (1, KEY_HEADS, TOKENS, HEAD_SIZE)
-    queries = drawn(0, *query_shape, dtype=dtype)
-    keys = drawn(1, *key_shape, dtype=dtype)
-    values = drawn(2, *key_shape, dtype=dtype)
+    queries = random_normal(0, *query_shape, dtype=dtype)
+    keys = random_normal(1, *key_shape, dtype=dtype)
+    values = random_normal(2, *key_shape, dtype=dtype)
     expected = exact_attention(queries, keys, values)
     attend = partial(mx.fast.scaled_dot_product_attention, scale=1 / 8, mask="causal")
     (trained,), _ = mx.vjp(attend, [queries, keys, values], [mx.ones_like(queries)])
@@ -107,7 +107,7 @@ def long_attention(dtype: mx.Dtype) -> Compared:
     return [fused, trained], [expected, expected]
 
 
-@within(5)
+@check_within(5)
 def chunked_losses(dtype: mx.Dtype) -> Compared:
     """Check the KL of a whole vocabulary in chunks, and its gradients in states and head."""
     inputs = kl_inputs(dtype, positions=48, width=HIDDEN, vocab=VOCAB, divisor=24)
@@ -122,7 +122,7 @@ def sorting() -> Found:
     """Check sorting of 49,152 numbers a row: values, their order, and the 1,024 largest.
 
     The error is the share of numbers that are wrong; none may be."""
-    x = drawn(0, 4, ALL_TOKENS)
+    x = random_normal(0, 4, ALL_TOKENS)
     exact = np.sort(np.array(x), axis=1)
     order = mx.argsort(x, axis=-1)
     ordered = mx.take_along_axis(x, order, axis=-1)
@@ -135,26 +135,26 @@ def sorting() -> Found:
     return float(max(differs.mean() for differs in wrong)), 0.0
 
 
-@within(2)  # sums of 576
+@check_within(2)  # sums of 576
 def packed_matrix(dtype: mx.Dtype) -> Compared:
     """Check products with a 4-bit matrix (4,608, 576), of 40 rows and of one."""
-    x = drawn(0, 40, HIDDEN, dtype=dtype)
+    x = random_normal(0, 40, HIDDEN, dtype=dtype)
     layer = nn.Linear(HIDDEN, 8 * HIDDEN, bias=False)
-    layer.weight = drawn(1, 8 * HIDDEN, HIDDEN, dtype=dtype)
+    layer.weight = random_normal(1, 8 * HIDDEN, HIDDEN, dtype=dtype)
     layer = layer.to_quantized(64, 4)
     outputs = [layer(x)[:SEEN], layer(x[:1])]
-    expected = wide(x[:SEEN]) @ wide(load.dense_weight(layer)).T
+    expected = to_float64(x[:SEEN]) @ to_float64(load.dense_weight(layer)).T
     return outputs, [expected, expected[:1]]
 
 
-@within(1)
+@check_within(1)
 def wide_norm(dtype: mx.Dtype) -> Compared:
     """Check RMSNorm over 576 and 8,192 columns."""
     outputs = list[mx.array]()
     expected = list[np.ndarray]()
     for columns in (HIDDEN, 8192):
-        x = 3 * drawn(columns, SEEN, columns, dtype=dtype)
-        weight = drawn(1, columns, dtype=dtype)
+        x = 3 * random_normal(columns, SEEN, columns, dtype=dtype)
+        weight = random_normal(1, columns, dtype=dtype)
         outputs.append(mx.fast.rms_norm(x, weight, 1e-5))
         expected.append(exact_rms_norm(x, weight))
     return outputs, expected

@@ -45,26 +45,28 @@ def on_cpu() -> Iterator[None]:
         policy.use(before)
 
 
-def wide(array: Any) -> np.ndarray:
+def to_float64(array: Any) -> np.ndarray:
     """Copy an array of MLX or numpy to float64, in memory of its own."""
     if isinstance(array, mx.array):
         array = array.astype(mx.float32)  # numpy has no bfloat16
     return np.array(array, np.float64)
 
 
-def off(found: Any, want: Any) -> float:
+def relative_error(found: Any, want: Any) -> float:
     """Return the largest error as a share of the largest expected value.
 
     Of several arrays it is the worst; a NaN anywhere makes it NaN."""
     if isinstance(found, list | tuple):
-        errors = [off(actual, expected) for actual, expected in zip(found, want, strict=True)]
+        errors = [
+            relative_error(actual, expected) for actual, expected in zip(found, want, strict=True)
+        ]
         return float(np.max(errors))  # spreads NaN, as max() does not
-    expected = wide(want)
-    error = np.abs(wide(found) - expected).max()
+    expected = to_float64(want)
+    error = np.abs(to_float64(found) - expected).max()
     return float(error / np.abs(expected).max())
 
 
-def drawn(seed: int, *shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+def random_normal(seed: int, *shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
     """Draw standard normal numbers."""
     numbers = mx.random.normal(shape, key=mx.random.key(seed))
     return numbers.astype(dtype)
@@ -77,14 +79,14 @@ def softmax(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.exp(log), log
 
 
-def within(roundings: float) -> Callable[[Callable[..., Compared]], TypedCheck]:
+def check_within(roundings: float) -> Callable[[Callable[..., Compared]], TypedCheck]:
     """Make a check of a function that returns what to compare.
 
     It passes where the error is at most `roundings` times the ROUNDING of the check's dtype."""
 
     def decorate(compared: Callable[..., Compared]) -> TypedCheck:
         def check(dtype: mx.Dtype) -> Found:
-            return off(*compared(dtype)), roundings * ROUNDING[dtype]
+            return relative_error(*compared(dtype)), roundings * ROUNDING[dtype]
 
         return check
 
@@ -101,10 +103,10 @@ def in_both_types(checks: dict[str, TypedCheck]) -> dict[str, Check]:
 
 def exact_rms_norm(x: mx.array, weight: mx.array) -> np.ndarray:
     """RMSNorm of x (..., D) with weight (D,) and epsilon 1e-5, in float64."""
-    exact = wide(x)
+    exact = to_float64(x)
     mean_square = np.square(exact).mean(axis=-1, keepdims=True)
     normed = exact / np.sqrt(mean_square + 1e-5)
-    return normed * wide(weight)
+    return normed * to_float64(weight)
 
 
 def exact_attention(queries: mx.array, keys: mx.array, values: mx.array) -> np.ndarray:
@@ -114,9 +116,9 @@ def exact_attention(queries: mx.array, keys: mx.array, values: mx.array) -> np.n
     _, heads, tokens, _ = queries.shape
     heads_per_key = heads // keys.shape[1]
     mask = np.triu(np.full((tokens, tokens), -np.inf), 1)
-    each_key = np.repeat(wide(keys), heads_per_key, axis=1)
-    each_value = np.repeat(wide(values), heads_per_key, axis=1)
-    scores = wide(queries) @ each_key.swapaxes(-1, -2) / 8 + mask
+    each_key = np.repeat(to_float64(keys), heads_per_key, axis=1)
+    each_value = np.repeat(to_float64(values), heads_per_key, axis=1)
+    scores = to_float64(queries) @ each_key.swapaxes(-1, -2) / 8 + mask
     weights, _ = softmax(scores)
     return weights @ each_value
 
@@ -128,10 +130,10 @@ def kl_inputs(
 
     Heads are normal with standard deviation 1 / divisor."""
     return [
-        drawn(0, positions, width, dtype=dtype),
-        (drawn(1, vocab, width) / divisor).astype(dtype),
-        drawn(2, positions, width, dtype=dtype),
-        (drawn(3, vocab, width) / divisor).astype(dtype),
+        random_normal(0, positions, width, dtype=dtype),
+        (random_normal(1, vocab, width) / divisor).astype(dtype),
+        random_normal(2, positions, width, dtype=dtype),
+        (random_normal(3, vocab, width) / divisor).astype(dtype),
     ]
 
 
@@ -141,7 +143,9 @@ def chunked(inputs: list[mx.array], teacher_logits: losses.Logits, rows: int) ->
     ones = mx.ones(len(states))
 
     def loss(states: mx.array, head: mx.array) -> mx.array:
-        return losses.kl_sum(states, head, teacher_states, teacher_logits, learn=ones, rows=rows)
+        return losses.kl_sum(
+            states, head, teacher_states, teacher_logits, loss_mask=ones, rows=rows
+        )
 
     value, grads = mx.value_and_grad(loss, [0, 1])(states, head)
     return [value, *grads]
@@ -152,59 +156,59 @@ def exact_kl(inputs: list[mx.array], rows: Any = slice(None)) -> list[np.ndarray
 
     rows: the tokens whose rows of the head's gradient are computed; default: all."""
     states, head, teacher_states, teacher_head = inputs
-    p, log_p = softmax(wide(teacher_states) @ wide(teacher_head).T)
-    q, log_q = softmax(wide(states) @ wide(head).T)
-    slope = q - p  # in the logits
+    p, log_p = softmax(to_float64(teacher_states) @ to_float64(teacher_head).T)
+    q, log_q = softmax(to_float64(states) @ to_float64(head).T)
+    gradient = q - p  # in the logits
     kl = np.sum(p * (log_p - log_q))
-    return [kl, slope @ wide(head), slope[:, rows].T @ wide(states)]
+    return [kl, gradient @ to_float64(head), gradient[:, rows].T @ to_float64(states)]
 
 
-@within(1)
+@check_within(1)
 def product(dtype: mx.Dtype) -> Compared:
     """Check a matrix product.
 
     In float32 it also tells TF32 from float32 (M5, CUDA: MLX_ENABLE_TF32=0 turns TF32 off)."""
-    left = drawn(0, 96, 256, dtype=dtype)
-    right = drawn(1, 128, 256, dtype=dtype)
-    return left @ right.T, wide(left) @ wide(right).T
+    left = random_normal(0, 96, 256, dtype=dtype)
+    right = random_normal(1, 128, 256, dtype=dtype)
+    return left @ right.T, to_float64(left) @ to_float64(right).T
 
 
-@within(1)
+@check_within(1)
 def rms_norm(dtype: mx.Dtype) -> Compared:
     """Check MLX's fast RMSNorm."""
-    x = 3 * drawn(0, 24, 256, dtype=dtype)
-    weight = drawn(1, 256, dtype=dtype)
+    x = 3 * random_normal(0, 24, 256, dtype=dtype)
+    weight = random_normal(1, 256, dtype=dtype)
     return mx.fast.rms_norm(x, weight, 1e-5), exact_rms_norm(x, weight)
 
 
 def rope(dtype: mx.Dtype) -> Found:
     """Check rotary positions, from position 100 on."""
     shape = (1, 2, 24, 64)
-    x = drawn(0, *shape, dtype=dtype)
+    x = random_normal(0, *shape, dtype=dtype)
     half = 32
     frequency = 10_000.0 ** (-np.arange(half) / half)
     angle = (100 + np.arange(24))[:, None] * frequency
     cos = np.cos(angle)
     sin = np.sin(angle)
-    first, second = np.split(wide(x), 2, axis=-1)
+    first, second = np.split(to_float64(x), 2, axis=-1)
     turned_first = first * cos - second * sin
     turned_second = second * cos + first * sin
     expected = np.concatenate([turned_first, turned_second], axis=-1)
     rotated = mx.fast.rope(x, 64, traditional=False, base=10_000.0, scale=1.0, offset=100)
     # float16's bound for float32 too: Metal's quick cosine is right to 13 bits
-    return off(rotated, expected), ROUNDING[mx.float16]
+    return relative_error(rotated, expected), ROUNDING[mx.float16]
 
 
-@within(1)
+@check_within(1)
 def attention(dtype: mx.Dtype) -> Compared:
     """Check causal attention with two query heads a key head, at 40 queries and at one.
 
     MLX has a kernel of its own for each of the two."""
     key_shape = (1, 2, 40, 64)
     query_shape = (1, 4, 40, 64)
-    queries = drawn(4, *query_shape, dtype=dtype)
-    keys = drawn(2, *key_shape, dtype=dtype)
-    values = drawn(8, *key_shape, dtype=dtype)
+    queries = random_normal(4, *query_shape, dtype=dtype)
+    keys = random_normal(2, *key_shape, dtype=dtype)
+    values = random_normal(8, *key_shape, dtype=dtype)
     attend = partial(mx.fast.scaled_dot_product_attention, scale=1 / 8)
     many = attend(queries, keys, values, mask="causal")
     single = attend(queries[:, :, -1:], keys, values)
@@ -236,17 +240,17 @@ def unpacked(name: str) -> Found:
     MLX cuts off up to a step at one end of an affine group, and scales in float16 move 8 bits by a
     quarter of a step. The error is infinite where an integer is wrong or a value is not near."""
     kind = FORMATS[name]
-    matrix = drawn(0, 32, 256)
-    weight = wide(matrix)
+    matrix = random_normal(0, 32, 256)
+    weight = to_float64(matrix)
     packed = rounding.nearest(matrix, kind.group, kind.bits, kind.mode)
     codes = _codes(packed[0], kind.bits)
     scale, *bias = (np.repeat(np.array(part), kind.group, axis=1) for part in packed[1:])
     integers = codes
     if kind.mode == "affine":
-        step = wide(scale)
-        expected = codes * step + wide(bias[0])
+        step = to_float64(scale)
+        expected = codes * step + to_float64(bias[0])
         tolerance = 1.25 * np.abs(step)
-        integers = wide(rounding.integers(packed[0], kind.group, kind.bits))
+        integers = to_float64(rounding.integers(packed[0], kind.group, kind.bits))
     else:
         width = _fp4_widths(scale, kind.mode)
         sign = np.where(codes & 8, -1, 1)
@@ -256,27 +260,27 @@ def unpacked(name: str) -> Found:
     if not near.all() or not np.array_equal(integers, codes):
         return np.inf, 1e-6
     values = rounding.values(packed, kind.group, kind.bits, kind.mode)
-    return off(values, expected), 1e-6
+    return relative_error(values, expected), 1e-6
 
 
-@within(1)
+@check_within(1)
 def packed_products(dtype: mx.Dtype) -> Compared:
     """Check products with all packed formats, of 24 rows and of one; the worst."""
-    x = drawn(0, 24, 256, dtype=dtype)
+    x = random_normal(0, 24, 256, dtype=dtype)
     row = x[:1]
     outputs = list[mx.array]()
     expected = list[np.ndarray]()
     for kind in FORMATS.values():
         layer = nn.Linear(256, 128, bias=False)
-        layer.weight = drawn(1, 128, 256, dtype=dtype)
+        layer.weight = random_normal(1, 128, 256, dtype=dtype)
         layer = layer.to_quantized(kind.group, kind.bits, kind.mode)
         outputs += [layer(x), layer(row)]
-        dense = wide(load.dense_weight(layer))
-        expected += [wide(x) @ dense.T, wide(row) @ dense.T]
+        dense = to_float64(load.dense_weight(layer))
+        expected += [to_float64(x) @ dense.T, to_float64(row) @ dense.T]
     return outputs, expected
 
 
-@within(5)  # one rounding more for logits, their softmax, its product
+@check_within(5)  # one rounding more for logits, their softmax, its product
 def chunked_kl(dtype: mx.Dtype) -> Compared:
     """Check the KL of 40 positions, eight at a time, with its gradients in states and head."""
     inputs = kl_inputs(dtype, positions=40, width=64, vocab=512, divisor=8)
@@ -288,37 +292,41 @@ def chunked_kl(dtype: mx.Dtype) -> Compared:
     return chunked(inputs, teacher_logits, rows=8), exact_kl(inputs)
 
 
-@within(5)
+@check_within(5)
 def logps(dtype: mx.Dtype) -> Compared:
     """Check log-probabilities of given tokens and their gradients.
 
     States pass a cast to `dtype` and meet a float32 head, as with LoRA."""
-    states = drawn(0, 40, 64, dtype=dtype).astype(mx.float32)
-    head = drawn(1, 512, 64) / 8
+    states = random_normal(0, 40, 64, dtype=dtype).astype(mx.float32)
+    head = random_normal(1, 512, 64) / 8
     ids = mx.arange(40) * 7
 
     def total(states: mx.array, head: mx.array) -> mx.array:
         return losses.token_logps(states.astype(dtype), head, ids, rows=8).sum()
 
     value, grads = mx.value_and_grad(total, [0, 1])(states, head)
-    q, log_q = softmax(wide(states) @ wide(head).T)
+    q, log_q = softmax(to_float64(states) @ to_float64(head).T)
     targets = np.array(ids)
     chosen = np.take_along_axis(log_q, targets[:, None], 1)
-    slope = np.eye(512)[targets] - q  # in the logits
-    return [value, *grads], [chosen.sum(), slope @ wide(head), slope.T @ wide(states)]
+    gradient = np.eye(512)[targets] - q  # in the logits
+    return [value, *grads], [
+        chosen.sum(),
+        gradient @ to_float64(head),
+        gradient.T @ to_float64(states),
+    ]
 
 
 def gptq() -> Found:
     """Check the share of GPTQ's integers that the CPU computes differently.
 
     A scale's last bit may change one integer, and through it its neighbours."""
-    weight = np.array(drawn(0, 64, 256))
-    inputs = wide(drawn(1, 512, 256) @ drawn(2, 256, 256))
+    weight = np.array(random_normal(0, 64, 256))
+    inputs = to_float64(random_normal(1, 512, 256) @ random_normal(2, 256, 256))
     gram = inputs.T @ inputs
 
     def codes() -> np.ndarray:
-        packed = rounding.compensated(weight, gram, 64, 4)
-        return wide(rounding.integers(packed[0], 64, 4))
+        packed = rounding.gptq(weight, gram, 64, 4)
+        return to_float64(rounding.integers(packed[0], 64, 4))
 
     here = codes()
     with on_cpu():
@@ -328,20 +336,20 @@ def gptq() -> Found:
 
 def closed_form() -> Found:
     """Check the repair's fit against numpy's solution of the same normal equations."""
-    inputs = drawn(0, 400, 96)
-    missing = drawn(1, 400, 32)
-    weight = mx.abs(drawn(2, 400)) + 0.5
+    inputs = random_normal(0, 400, 96)
+    missing = random_normal(1, 400, 32)
+    weight = mx.abs(random_normal(2, 400)) + 0.5
     fit = reconstruction.NormalEquations(96, 32)
     for rows in (slice(0, 150), slice(150, 400)):
         gram, cross = fit.products(inputs[rows], missing[rows], weight[rows])
         fit.add(gram, cross)
-    column = wide(weight)[:, None]
-    weighted = wide(inputs) * column
+    column = to_float64(weight)[:, None]
+    weighted = to_float64(inputs) * column
     exact_gram = weighted.T @ weighted
-    exact_cross = weighted.T @ (wide(missing) * column)
+    exact_cross = weighted.T @ (to_float64(missing) * column)
     ridge = 0.1 * np.trace(exact_gram) / 96 * np.eye(96)
     expected = np.linalg.solve(exact_gram + ridge, exact_cross)
-    return off(fit.update(0.1), expected.T), 1e-4  # its products are float32
+    return relative_error(fit.update(0.1), expected.T), 1e-4  # its products are float32
 
 
 BY_TYPE: dict[str, TypedCheck] = {

@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.checks import engine
-from mis_mlx.checks.kernels import Found, drawn
+from mis_mlx.checks.kernels import Found, random_normal
 from mis_mlx.distillation.train_loop import train
 from mis_mlx.hardware import rates
 from mis_mlx.maths import losses
@@ -48,13 +48,13 @@ def _loss(
     teacher_head: mx.array,
     student: nn.Module,
     tokens: mx.array,
-    learn: mx.array,
+    loss_mask: mx.array,
 ) -> tuple[mx.array, mx.array]:
     """(KL summed over positions, number of positions)."""
     hidden = student.model(tokens).reshape(-1, CONFIG["hidden_size"])
     logits = partial(losses.wide_product, head=teacher_head)
     head = load.head_weight(student)
-    return losses.kl_sum(hidden, head, teacher_states, logits, learn=learn), learn.sum()
+    return losses.kl_sum(hidden, head, teacher_states, logits, loss_mask=loss_mask), loss_mask.sum()
 
 
 def planned_bytes() -> int:
@@ -91,12 +91,12 @@ def measured(folder: Path) -> tuple[Found, float]:
     quickest step)."""
     mx.clear_cache()
     before = mx.get_active_memory()
-    student = load.resident(load.open_checkpoint(make(folder)), mx.float32)
+    student = load.resident_model(load.open_checkpoint(make(folder)), mx.float32)
     mx.eval(student.parameters())
     dtype = policy.usual_dtype()
     tokens = mx.array(np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (WINDOWS, LENGTH)))
-    teacher_states = drawn(7, tokens.size, CONFIG["hidden_size"], dtype=dtype)
-    noise = drawn(8, CONFIG["vocab_size"], CONFIG["hidden_size"])
+    teacher_states = random_normal(7, tokens.size, CONFIG["hidden_size"], dtype=dtype)
+    noise = random_normal(8, CONFIG["vocab_size"], CONFIG["hidden_size"])
     teacher_head = (noise / 24).astype(dtype)
     del noise  # else the peak counts it
     mx.eval(tokens, teacher_states, teacher_head)

@@ -12,7 +12,7 @@ import numpy as np
 from mis_mlx.data.token_windows import Windows, order
 
 
-def sequence(
+def drawn_sequence(
     windows: Windows,
     count: int,
     key: Sequence[int],
@@ -62,16 +62,16 @@ def sequence(
     return drawn[:count]
 
 
-def some(windows: Windows, count: int, key: Sequence[int]) -> np.ndarray:
+def drawn_windows(windows: Windows, count: int, key: Sequence[int]) -> np.ndarray:
     """Indices of up to `count` different windows, each kind in its share."""
     if windows.kind is not None:
-        return sequence(windows, count, key, again=False)
+        return drawn_sequence(windows, count, key, again=False)
     rng = np.random.default_rng(list(key))
     permutation = rng.permutation(len(windows.tokens))
     return permutation[:count]
 
 
-def batch(windows: Windows, batch_size: int, step: int, seed: int) -> np.ndarray:
+def drawn_batch(windows: Windows, batch_size: int, step: int, seed: int) -> np.ndarray:
     """Indices (`batch_size`,) of the windows of optimizer step `step`, counted from 0.
 
     A pure function of its arguments, so a resumed run draws what an uninterrupted one would.
@@ -80,7 +80,7 @@ def batch(windows: Windows, batch_size: int, step: int, seed: int) -> np.ndarray
     if windows.kind is None:
         return order(len(windows.tokens), batch_size, step, seed)
     start = step * batch_size
-    drawn = sequence(windows, start + batch_size, (seed,))
+    drawn = drawn_sequence(windows, start + batch_size, (seed,))
     return drawn[start:]
 
 

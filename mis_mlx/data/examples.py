@@ -228,7 +228,7 @@ def encode(
     the row is a conversation, all of whose assistant's turns are learned, or prompt/completion.
     MisError lists rows whose prompt fills the window and those the template refuses.
     """
-    token_windows.end_of(tokenizer)
+    token_windows.end_token(tokenizer)
     templated = getattr(tokenizer, "chat_template", None) is not None
     encoded = []
     cut = 0
@@ -239,22 +239,22 @@ def encode(
         for version in versions or [row]:
             try:
                 if templated or "messages" in version:
-                    ids, learn = token_windows.conversation(version, tokenizer, mask_prompt)
+                    ids, loss_mask = token_windows.conversation(version, tokenizer, mask_prompt)
                 else:
-                    ids, learn = token_windows.plain(version, tokenizer, mask_prompt)
+                    ids, loss_mask = token_windows.plain(version, tokenizer, mask_prompt)
             # a template is a program that came with the model: it can raise anything
             except Exception as error:
                 why = " ".join(str(error).split())[:80]
                 problems.append(f"{place}: the chat template refuses it ({why})")
                 break
-            if not any(learn[1:length]):
-                taken = learn.index(1) if 1 in learn else len(ids)
+            if not any(loss_mask[1:length]):
+                taken = loss_mask.index(1) if 1 in loss_mask else len(ids)
                 why = f"the prompt takes {taken} tokens, but --max-seq-length is {length}"
                 problems.append(f"{place}: {why}: no room is left for an answer")
                 break
             cut += len(ids) > length
             kept = np.array(ids[:length], np.int32)
-            sequences.append((kept, np.array(learn[:length], np.float32)))
+            sequences.append((kept, np.array(loss_mask[:length], np.float32)))
         encoded.append(sequences)
     rows.refuse(problems)
     return encoded, cut
@@ -264,8 +264,8 @@ def fingerprint(encoded: Iterable[Sequence[Sequenced]]) -> str:
     """sha256 of token ids and masks, in hex: the same on every machine."""
     digest = hashlib.sha256()
     for row in encoded:
-        for ids, learn in row:
+        for ids, loss_mask in row:
             digest.update(len(ids).to_bytes(8, "little"))
             digest.update(ids.astype("<i4").tobytes())
-            digest.update(learn.astype("<f4").tobytes())
+            digest.update(loss_mask.astype("<f4").tobytes())
     return digest.hexdigest()

@@ -229,12 +229,12 @@ def calibration(data: Windows, count: int, seed: int, use: int = 1) -> list[mx.a
 
     Another `use` gets others.
     """
-    return [mx.array(data.tokens[i][None]) for i in drawn(data, count, seed, use)]
+    return [mx.array(data.tokens[i][None]) for i in calibration_indices(data, count, seed, use)]
 
 
-def drawn(data: Windows, count: int, seed: int, use: int = 1) -> np.ndarray:
+def calibration_indices(data: Windows, count: int, seed: int, use: int = 1) -> np.ndarray:
     """Indices of the windows that `calibration` gives, each kind of text in its share."""
-    return draws.some(data, count, (seed, use, 1))
+    return draws.drawn_windows(data, count, (seed, use, 1))
 
 
 def has_conversations(data: str) -> bool:
@@ -269,7 +269,7 @@ class _Cutter:
     @cached_property
     def start(self) -> list[int]:
         """The tokens before every window."""
-        return token_windows.start_of(self.tokenizer)
+        return token_windows.start_tokens(self.tokenizer)
 
     def text(self, rows: Sequence[Row]) -> Windows:
         """Windows of rows one behind the other, cut wherever they are full."""
@@ -375,7 +375,7 @@ def prepare(source: Source | str | None, tokenizer: Any, length: int) -> Data:
     test = token_windows.windows([ids for ids, _ in marked], length, cut.start)
     own = token_windows.windows([marks for _, marks in marked], length, cut.start)
     own_parts = _own_parts(texts.train, cut)
-    own_train = token_windows.joined(own_parts)
+    own_train = token_windows.concatenated(own_parts)
     # Held-out text that was trained on would measure what the model remembers. A question or a
     # template that many conversations share does not count, only a run that is mostly text or
     # answer.
@@ -422,4 +422,4 @@ def _mixed(mixture: _Mixture, source: Source, own_train: Windows) -> Windows:
     # Windows of one kind stay without shares: `draws` permutes them.
     if len(mixture.parts) == 1:
         return own_train
-    return token_windows.of_kinds(list(mixture.parts.values()), list(mixture.shares.values()))
+    return token_windows.mixed_kinds(list(mixture.parts.values()), list(mixture.shares.values()))

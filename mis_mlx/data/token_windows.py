@@ -30,7 +30,7 @@ class Windows:
     """
 
     tokens: np.ndarray
-    learn: np.ndarray
+    loss_mask: np.ndarray
     text_bytes: Any = None
     kind: Any = None
     shares: tuple[float, ...] = ()
@@ -40,13 +40,13 @@ class Windows:
         return replace(
             self,
             tokens=self.tokens[at],
-            learn=self.learn[at],
+            loss_mask=self.loss_mask[at],
             text_bytes=None if self.text_bytes is None else self.text_bytes[at],
             kind=None if self.kind is None else self.kind[at],
         )
 
 
-def joined(parts: Sequence[Windows]) -> Windows:
+def concatenated(parts: Sequence[Windows]) -> Windows:
     """Windows of one length, one text's behind the other's.
 
     Their bytes are kept where all parts have them counted.
@@ -54,7 +54,7 @@ def joined(parts: Sequence[Windows]) -> Windows:
     sizes = [part.text_bytes for part in parts if part.text_bytes is not None]
     return Windows(
         tokens=np.concatenate([part.tokens for part in parts]),
-        learn=np.concatenate([part.learn for part in parts]),
+        loss_mask=np.concatenate([part.loss_mask for part in parts]),
         text_bytes=np.concatenate(sizes) if len(sizes) == len(parts) else None,
     )
 
@@ -77,8 +77,8 @@ def marked(
 
     own: 1 at text and answers; 0 at prompts and the template, if masked.
     """
-    end = end_of(tokenizer)
-    start = start_of(tokenizer)
+    end = end_token(tokenizer)
+    start = start_tokens(tokenizer)
     tokenized = []
     for number, row in enumerate(rows, 1):
         if "text" in row:
@@ -98,7 +98,7 @@ def marked(
     return tokenized
 
 
-def start_of(tokenizer: Any) -> Ids:
+def start_tokens(tokenizer: Any) -> Ids:
     """[start token] for tokenizers that put one before every text (Gemma needs it), else []."""
     # An attribute alone does not tell: many tokenizers name a start token and never put it.
     ids = list(tokenizer.encode(""))
@@ -107,7 +107,7 @@ def start_of(tokenizer: Any) -> Ids:
     return []
 
 
-def end_of(tokenizer: Any) -> int:
+def end_token(tokenizer: Any) -> int:
     """The end token. MisError where there is none."""
     if tokenizer.eos_token_id is None:
         raise MisError(
@@ -141,12 +141,12 @@ def plain(row: Row, tokenizer: Any, mask_prompt: bool) -> Marked:
 
     Prompt and completion are encoded apart, so that no token lies in both.
     """
-    prompt = start_of(tokenizer) + _encode(tokenizer, row["prompt"], split=True)
+    prompt = start_tokens(tokenizer) + _encode(tokenizer, row["prompt"], split=True)
     answer = _encode(tokenizer, row["completion"], split=True)
     answer.append(tokenizer.eos_token_id)
-    learn = [int(not mask_prompt)] * len(prompt)
-    learn += [1] * len(answer)
-    return prompt + answer, learn
+    loss_mask = [int(not mask_prompt)] * len(prompt)
+    loss_mask += [1] * len(answer)
+    return prompt + answer, loss_mask
 
 
 def _messages(row: Row) -> list[Row]:
@@ -169,7 +169,7 @@ def conversation(row: Row, tokenizer: Any, mask_prompt: bool) -> Marked:
     ids = _render(messages, tokenizer)
     if not mask_prompt:
         return ids, [1] * len(ids)
-    learn = [0] * len(ids)
+    loss_mask = [0] * len(ids)
     for last, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -183,8 +183,8 @@ def conversation(row: Row, tokenizer: Any, mask_prompt: bool) -> Marked:
             end = _shared(ids, so_far)
         # A rewritten turn may part before the answer begins: then nothing of it is learned.
         count = max(0, end - begin)
-        learn[begin:end] = [1] * count
-    return ids, learn
+        loss_mask[begin:end] = [1] * count
+    return ids, loss_mask
 
 
 def _shared(left: Sequence[int], right: Sequence[int]) -> int:
@@ -247,7 +247,7 @@ def windows(
     length: int,
     start: Sequence[int] = (),
 ) -> Windows:
-    """(N, `length`) windows of all rows' ids, back to back, each after `start` (`start_of`).
+    """(N, `length`) windows of all rows' ids, back to back, each after `start` (`start_tokens`).
 
     A partial window at the end goes. MisError where there is not one whole window.
     """
@@ -267,9 +267,9 @@ def windows(
 
 def _all_learned(tokens: np.ndarray) -> Windows:
     """Windows whose predictions all count, but the last column's: its next token is not there."""
-    learn = np.ones(tokens.shape, np.float32)
-    learn[:, -1] = 0
-    return Windows(tokens, learn)
+    loss_mask = np.ones(tokens.shape, np.float32)
+    loss_mask[:, -1] = 0
+    return Windows(tokens, loss_mask)
 
 
 def text_bytes(windows: Windows, tokenizer: Any) -> np.ndarray:
@@ -294,11 +294,11 @@ def text_bytes(windows: Windows, tokenizer: Any) -> np.ndarray:
     sizes = np.array([size(name) for name in names])
     sizes_of_tokens = sizes[places.reshape(windows.tokens.shape)]
     # The prediction at place t is of the token at t + 1.
-    counts = windows.learn[:, :-1] > 0
+    counts = windows.loss_mask[:, :-1] > 0
     return np.where(counts, sizes_of_tokens[:, 1:], 0).sum(axis=1)
 
 
-def reread(windows: Windows, tokenizer: Any, other: Any) -> Windows:
+def retokenized(windows: Windows, tokenizer: Any, other: Any) -> Windows:
     """The text of each window as another model's tokenizer cuts it: (N, T').
 
     Padding behind a window's end is not counted. Special tokens stay what they are; half of a
@@ -324,13 +324,13 @@ def reread(windows: Windows, tokenizer: Any, other: Any) -> Windows:
         rows.append(row)
     length = max(map(len, rows), default=0)
     tokens = np.zeros((len(rows), length), np.int32)
-    learn = np.zeros((len(rows), length), np.float32)
+    loss_mask = np.zeros((len(rows), length), np.float32)
     for number, row in enumerate(rows):
         tokens[number, : len(row)] = row
         # the last token of a row has no next one
         last = max(0, len(row) - 1)
-        learn[number, :last] = 1
-    again = Windows(tokens, learn)
+        loss_mask[number, :last] = 1
+    again = Windows(tokens, loss_mask)
     return replace(again, text_bytes=text_bytes(again, other))
 
 
@@ -372,7 +372,7 @@ def aligned(
     return _all_learned(np.array(tokens, np.int32))
 
 
-def of_kinds(parts: Sequence[Windows], shares: Sequence[float]) -> Windows:
+def mixed_kinds(parts: Sequence[Windows], shares: Sequence[float]) -> Windows:
     """Windows of several kinds of text, one part a kind.
 
     Every draw takes the kinds in these shares of their sum.
@@ -382,7 +382,7 @@ def of_kinds(parts: Sequence[Windows], shares: Sequence[float]) -> Windows:
     kind = np.repeat(numbers, counts)
     total = sum(shares)
     of_sum = tuple(share / total for share in shares)
-    return replace(joined(parts), kind=kind, shares=of_sum)
+    return replace(concatenated(parts), kind=kind, shares=of_sum)
 
 
 def order(n_windows: int, batch_size: int, step: int, seed: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mis_mlx.hardware import lanes
+from mis_mlx.hardware import streams
 from mis_mlx.models import block_inputs, distributed, host_losses, load, stream
 from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 
@@ -24,7 +24,7 @@ MicroBatch = tuple[Any, ...]  # tokens (B, T), learn (B * T,), then the targets 
 Loss = Callable[..., mx.array]
 # (head, a step's micro-batches, the number of one of them, its hidden states (n, D)) ->
 # (sum in nats, its gradient in these hidden states), evaluated
-Slopes = Callable[[mx.array, Sequence[MicroBatch], int, mx.array], tuple[float, mx.array]]
+HostGradients = Callable[[mx.array, Sequence[MicroBatch], int, mx.array], tuple[float, mx.array]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class _LastLoss:
 
     end: (number of a micro-batch, output (B, T, D) of the block) -> its loss in nats; where numpy
     computes that, the final hidden states (B * T, D). on_host: (number of a micro-batch, its final
-    hidden states) -> as `Slopes`. width: D, which AltUp's hidden states between blocks exceed.
+    hidden states) -> as `HostGradients`. width: D, which AltUp's hidden states between blocks
+    exceed.
     """
 
     end: Callable[[int, mx.array], mx.array]
@@ -54,10 +55,10 @@ class _LastLoss:
         """
         if self.on_host is None:
             return out
-        with lanes.together(windows):
+        with streams.single_threaded_blas(windows):
             mx.eval(out, cotangent)
-        value, slope = self.on_host(b, out)
-        host_losses.view(cotangent)[:] = host_losses.view(slope)
+        value, gradient = self.on_host(b, out)
+        host_losses.view(cotangent)[:] = host_losses.view(gradient)
         return mx.array(value)
 
 
@@ -98,12 +99,12 @@ class BlockGradients:
         self._blocks = blocks
 
     def forward(
-        self, batches: Sequence[MicroBatch], loss: Loss, slopes: Slopes | None = None
+        self, batches: Sequence[MicroBatch], loss: Loss, host_gradients: HostGradients | None = None
     ) -> ForwardResult:
         """The micro-batches of a step through all blocks, and the last block's gradients.
 
-        The loss and the token count are those of all machines. slopes: `loss` and its gradient,
-        where numpy computes them.
+        The loss and the token count are those of all machines. host_gradients: `loss` and its
+        gradient, where numpy computes them.
         """
         n = len(batches)
         top = self._source.layers - 1
@@ -118,14 +119,14 @@ class BlockGradients:
                 self._forward_block(i, block, hidden, n)
             else:
                 # Forward and back in one go, so that it is neither read nor computed twice.
-                total, grads = self._through_last_block(
+                total, grads = self._run_last_block(
                     block,
                     hidden,
                     batches,
                     loss=loss,
-                    slopes=slopes,
+                    host_gradients=host_gradients,
                 )
-        counted = float(sum(learn.sum() for _, learn, *_ in batches))
+        counted = float(sum(loss_mask.sum() for _, loss_mask, *_ in batches))
         machines = distributed.all_gather((total, counted))
         total = math.fsum(nats for nats, _ in machines)
         tokens = math.fsum(count for _, count in machines)
@@ -172,7 +173,7 @@ class BlockGradients:
                 yield next(streamed)
         next(streamed, None)  # the stream takes its last block back
 
-    def _through(self, block: nn.Module, inputs: BlockInputs) -> BlockOutputs:
+    def _run_block(self, block: nn.Module, inputs: BlockInputs) -> BlockOutputs:
         """A micro-batch through a block, its windows side by side; lazy."""
         mask = partial(load.mask, self._source.args, block)
         return block_inputs.by_windows(block, inputs, mask)
@@ -188,23 +189,23 @@ class BlockGradients:
         for b in range(n):
             place = b if below else -n  # where the block before left its output
             inputs = sides.inputs(i, b, hidden[place])
-            outputs = self._through(block, inputs)
+            outputs = self._run_block(block, inputs)
             states = sides.keep(i, b, outputs)
-            with lanes.together(len(hidden[0])):
+            with streams.single_threaded_blas(len(hidden[0])):
                 mx.eval(states)
             if below:
                 hidden[b] = states
             else:
                 hidden.append(states)
 
-    def _through_last_block(
+    def _run_last_block(
         self,
         block: nn.Module,
         hidden: stream.Hidden,
         batches: Sequence[MicroBatch],
         *,
         loss: Loss,
-        slopes: Slopes | None,
+        host_gradients: HostGradients | None,
     ) -> tuple[float, dict[str, mx.array]]:
         """(this machine's loss in nats, the last block's gradients); `hidden` gets cotangents.
 
@@ -216,12 +217,12 @@ class BlockGradients:
 
         def end(b: int, out: mx.array) -> mx.array:
             final = self._norm(out).reshape(-1, width)
-            if slopes:
+            if host_gradients:
                 return final
             _, *targets = batches[b]
             return loss(final, head, *targets)
 
-        on_host = partial(slopes, head, batches) if slopes else None
+        on_host = partial(host_gradients, head, batches) if host_gradients else None
         return self._backward_block(
             self._source.layers - 1,
             block,
@@ -273,7 +274,7 @@ class BlockGradients:
             if i > start:
                 wanted.append(below.hidden)
                 of_owner = self._sharers.add(i, b, below)
-            with lanes.together(windows):
+            with streams.single_threaded_blas(windows):
                 mx.eval(total, grads, wanted, of_owner)
             hidden[at : at + len(wanted)] = wanted
             # Not to be held beside the next micro-batch's.
@@ -303,7 +304,7 @@ class BlockGradients:
 
         def run(*primals: mx.array) -> list[mx.array]:
             _set_weights(block, trained, primals[count:])
-            outputs = self._through(block, inputs.like(primals[:count]))
+            outputs = self._run_block(block, inputs.like(primals[:count]))
             out, *shared = outputs.arrays(cotangents)
             if last:
                 out = last.end(b, out)

@@ -48,7 +48,9 @@ Costs = dict[str, dict[int, float]]  # module path: bits: nats
 Curve = list[tuple[float, float]]  # (size, nats a byte)
 
 
-def split(held_out: Mapping[str, Windows], ranking: int, judging: int) -> tuple[Windows, Windows]:
+def split_held_out(
+    held_out: Mapping[str, Windows], ranking: int, judging: int
+) -> tuple[Windows, Windows]:
     """(windows that rank candidates, others that judge finalists).
 
     Windows that selected a student do not judge it. The numbers are of the first text; every other
@@ -71,8 +73,8 @@ def split(held_out: Mapping[str, Windows], ranking: int, judging: int) -> tuple[
         rest = np.setdiff1d(np.arange(count), picked)
         ranks.append(windows.pick(picked))
         others = windows.pick(rest)
-        judges.append(comparison.chosen(others, math.ceil(judging / share)))
-    return token_windows.joined(ranks), token_windows.joined(judges)
+        judges.append(comparison.spread_windows(others, math.ceil(judging / share)))
+    return token_windows.concatenated(ranks), token_windows.concatenated(judges)
 
 
 def vocabularies(teacher: Checkpoint) -> list[int]:
@@ -103,7 +105,7 @@ def probes_of(sizes: Sizes, all_rows: int) -> list[tuple[str, int]]:
     return probes
 
 
-class Reader(NamedTuple):
+class TrimmedTeacher(NamedTuple):
     """The teacher with the vocabulary of some students, and the texts in its tokens."""
 
     teacher: Checkpoint
@@ -112,7 +114,7 @@ class Reader(NamedTuple):
     judging: Windows
 
 
-class Passed(NamedTuple):
+class RankingPass(NamedTuple):
     """The result of a reader's pass over the windows that rank.
 
     hidden: its final states [(B, T, D)]. nats: of a byte. lost: how many more these are than with
@@ -138,8 +140,8 @@ class Candidates:
     judging: Windows
     settings: Any
     source: preparation.Source | str | None = None
-    _readers: dict[int, Reader] = field(default_factory=dict)
-    _passed: dict[int, Passed] = field(default_factory=dict)
+    _trimmed_teachers: dict[int, TrimmedTeacher] = field(default_factory=dict)
+    _ranking_passes: dict[int, RankingPass] = field(default_factory=dict)
 
     @cached_property
     def answers(self) -> answer_loss.AnswerLoss | None:
@@ -206,7 +208,7 @@ class Candidates:
         batches = self.samples[: rounding_cost.SENSED]
         length = batches[0].size
         size = estimates.model_of(run.teacher)
-        cost = compression_size.sensitivity(size, length, run.plan.budget_bytes)
+        cost = compression_size.sensitivity_cost(size, length, run.plan.budget_bytes)
         held = cost.held_tokens // length
         # What enters each block is kept: as many arrays for a window as the teacher has blocks.
         states = None
@@ -218,7 +220,7 @@ class Candidates:
             run.teacher,
             batches,
             self._group,
-            rounding.BITS,
+            rounding.CANDIDATE_BITS,
             seed=seed,
             kept=states,
             fit=True,
@@ -235,18 +237,18 @@ class Candidates:
     @cached_property
     def _directions(self) -> slicing.Directions:
         """Of the stream, measured when the first candidate is narrower than the teacher."""
-        return slicing.directions(self.teacher, self.samples, self._states)
+        return slicing.principal_directions(self.teacher, self.samples, self._states)
 
-    def reader(self, rows: int) -> Reader:
+    def trimmed_teacher(self, rows: int) -> TrimmedTeacher:
         """The teacher with so many rows, made once."""
-        if rows not in self._readers:
-            self._readers[rows] = self._new_reader(rows)
-        return self._readers[rows]
+        if rows not in self._trimmed_teachers:
+            self._trimmed_teachers[rows] = self._new_trimmed_teacher(rows)
+        return self._trimmed_teachers[rows]
 
-    def _new_reader(self, rows: int) -> Reader:
+    def _new_trimmed_teacher(self, rows: int) -> TrimmedTeacher:
         run = self.run
         if rows == self._before.vocab:
-            return Reader(run.teacher, run.data, self.ranking, self.judging)
+            return TrimmedTeacher(run.teacher, run.data, self.ranking, self.judging)
         place = run.folder / f"{vocabulary.FOLDER}-{rows}"
         run.files.make_folder(place)
         teacher, data = vocabulary.of_run(
@@ -261,28 +263,28 @@ class Candidates:
         )
         before = load.tokenizer(run.teacher.path)
         after = load.tokenizer(teacher.path)
-        return Reader(
+        return TrimmedTeacher(
             teacher=teacher,
             train=data.train,
-            ranking=token_windows.reread(self.ranking, before, after),
-            judging=token_windows.reread(self.judging, before, after),
+            ranking=token_windows.retokenized(self.ranking, before, after),
+            judging=token_windows.retokenized(self.judging, before, after),
         )
 
-    def passed(self, rows: int) -> Passed:
+    def ranking_pass(self, rows: int) -> RankingPass:
         """The pass of the teacher with so many rows over the windows that rank, made once."""
-        if rows not in self._passed:
-            reader = self.reader(rows)
+        if rows not in self._ranking_passes:
+            reader = self.trimmed_teacher(rows)
             hidden = comparison.final_hidden(reader.teacher, reader.ranking)
             figures = comparison.compare({"teacher": reader.teacher}, reader.ranking, hidden)
             nats = comparison.per_byte(figures["teacher", "nll"], reader.ranking)
             all_rows = self._before.vocab
             lost = 0.0
             if rows != all_rows:
-                lost = nats - self.passed(all_rows).nats
-            self._passed[rows] = Passed(hidden, nats, lost)
-        return self._passed[rows]
+                lost = nats - self.ranking_pass(all_rows).nats
+            self._ranking_passes[rows] = RankingPass(hidden, nats, lost)
+        return self._ranking_passes[rows]
 
-    def lost(self, student: Checkpoint, rows: int) -> float:
+    def excess_loss(self, student: Checkpoint, rows: int) -> float:
         """Nats a byte that a student with so many rows loses, on answers or else on text.
 
         On the teacher's answers it is what the student needs more than the teacher with all rows.
@@ -291,8 +293,8 @@ class Candidates:
         """
         if self.answers is not None:
             return self.answers.excess(student)
-        reader = self.reader(rows)
-        passed = self.passed(rows)
+        reader = self.trimmed_teacher(rows)
+        passed = self.ranking_pass(rows)
         if student is reader.teacher:
             return passed.lost
         models = {"teacher": reader.teacher, "student": student}
@@ -304,14 +306,16 @@ class Candidates:
         """What every axis costs by itself: measured, or read from the log."""
         probes = probes_of(sizes, self._before.vocab)
         points: dict[str, Curve] = {axis: [] for axis in CUTS}
-        for axis, size in cli.counted("axis alone", probes, len(probes)):
+        for axis, size in cli.show_progress("axis alone", probes, len(probes)):
             nats = self._probe(axis, size)
             points[axis].append((size, nats))
         if self.settings.mixed:
             points["bits"] = self._bits_alone()
-        left = shape_search.LEFT if self.answers is None else shape_search.ANSWERS_LEFT
-        left = shape_search.left_after(self.settings.student_iters, left)
-        return Losses(self._before, points, left)
+        remaining = shape_search.REMAINING_LOSS
+        if self.answers is not None:
+            remaining = shape_search.REMAINING_ANSWER_LOSS
+        remaining = shape_search.remaining_after(self.settings.student_iters, remaining)
+        return Losses(self._before, points, remaining)
 
     def _bits_alone(self) -> Curve:
         """(bits, nats a byte) of the teacher in so many bits a weight.
@@ -349,15 +353,15 @@ class Candidates:
 
         def measured() -> dict[str, Any]:
             bits = self._teacher_bits(bpw)
-            lost, _ = self.lost_rounded(self.teacher, bits, self._group)
-            return {"nats": finite(lost)}
+            lost, _ = self.rounded_excess_loss(self.teacher, bits, self._group)
+            return {"nats": finite_or_none(lost)}
 
         sizes = {"axis": "bits", "size": bpw}
-        record = once(self.run, PROBES, sizes, measured)
+        record = logged_or_measured(self.run, PROBES, sizes, measured)
         nats = record["nats"]
         return WORST if nats is None else max(float(nats), 1e-6)
 
-    def lost_rounded(
+    def rounded_excess_loss(
         self, model: Checkpoint, bits: Mapping[str, int], group: int
     ) -> tuple[float, int]:
         """(nats a byte that a model loses when it is rounded, bytes of its file then).
@@ -373,7 +377,7 @@ class Candidates:
             packed_format.write_quantized(model, out, layout, self.run.files, fit=True)
             rounded = load.open_checkpoint(out)
             rows = shape_of(model.config).vocab
-            return self.lost(rounded, rows), rounded.nbytes
+            return self.excess_loss(rounded, rows), rounded.nbytes
 
     def _temporary(self, name: str) -> tempfile.TemporaryDirectory[str]:
         """A folder in the run's, which goes at the end of its `with`."""
@@ -388,20 +392,20 @@ class Candidates:
 
         def measured() -> dict[str, Any]:
             if axis == "vocab":
-                teacher = self.reader(size).teacher
-                return {"nats": finite(self.lost(teacher, size))}
+                teacher = self.trimmed_teacher(size).teacher
+                return {"nats": finite_or_none(self.excess_loss(teacher, size))}
             with self._temporary("candidate") as place:
                 student = self.prune(shape, Path(place) / "pruned")
-                return {"nats": finite(self.lost(student, shape.vocab))}
+                return {"nats": finite_or_none(self.excess_loss(student, shape.vocab))}
 
         sizes = {"axis": axis, "size": size, "kv_heads": shape.kv_heads}
-        record = once(self.run, PROBES, sizes, measured)
+        record = logged_or_measured(self.run, PROBES, sizes, measured)
         nats = record["nats"]
         return WORST if nats is None else float(nats)
 
     def prune(self, shape: Shape, out: Path) -> Checkpoint:
         """The teacher cut to `shape` by plain importance, as the new folder `out`."""
-        teacher = self.reader(shape.vocab).teacher
+        teacher = self.trimmed_teacher(shape.vocab).teacher
         cut = select.PruningConfig(scenario="none", importance="rms")
         _, keep = select.select_units(teacher.config, self.statistics, cut, shape)
         slicing.write_student(
@@ -457,17 +461,17 @@ class Candidates:
                 if self.settings.mixed:
                     bits = self._allocated(choice, keep.layers)
                 else:
-                    paths = packed_format.layout(pruned.config, group)
-                    bits = dict.fromkeys(paths, packed_format.BITS)
-                lost, nbytes = self.lost_rounded(pruned, bits, group)
+                    paths = packed_format.formats_of(pruned.config, group)
+                    bits = dict.fromkeys(paths, packed_format.USUAL_BITS)
+                lost, nbytes = self.rounded_excess_loss(pruned, bits, group)
                 return {
                     "params": arch.params(pruned.config),
                     "bytes": nbytes,
-                    "nats": finite(lost),
+                    "nats": finite_or_none(lost),
                     "predicted": losses.raw(choice),
                 }
 
-        record = once(self.run, CANDIDATES, choice.sizes, measured)
+        record = logged_or_measured(self.run, CANDIDATES, choice.sizes, measured)
         nats = record["nats"]
         if nats is None:
             return math.inf
@@ -475,7 +479,7 @@ class Candidates:
         return losses.expected(choice) * max(nats, 0.0) / alone
 
 
-def once(
+def logged_or_measured(
     run: OpenRun,
     log: str,
     sizes: Mapping[str, Any],
@@ -491,6 +495,6 @@ def once(
     return record
 
 
-def finite(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
     """The number; None, which JSON has, where it is infinite or not a number."""
     return float(value) if math.isfinite(value) else None

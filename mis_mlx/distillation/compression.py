@@ -30,7 +30,7 @@ def prune(
     if not distributed.broadcast_json(out.exists):
         cli.say("calibrate and prune")
         first_text = next(iter(data.held_out.values()))
-        held_out = comparison.chosen(first_text, s.eval_windows)
+        held_out = comparison.spread_windows(first_text, s.eval_windows)
         with c.phase("prune"):
             report = select.prune(
                 c.teacher,
@@ -39,7 +39,7 @@ def prune(
                 out,
                 cut=s,
                 dtype=pipeline.DTYPE,
-                reading=c.weather.latest,
+                reading=c.thermal_monitor.latest,
                 files=c.files,
                 held=c.plan.held_windows("prune"),
                 shares=c.shares,

@@ -146,7 +146,7 @@ def _in_language(judgement: answers.Judgement, code: str) -> list[int]:
     return [number for number, prompt in prompts if prompt.language == code]
 
 
-def shown(judgement: answers.Judgement) -> list[dict[str, Any]]:
+def answer_rows(judgement: answers.Judgement) -> list[dict[str, Any]]:
     """Rows (prompt, language, kind, model, text, ended) of all greedy answers, prompt by prompt."""
     rows = list[dict[str, Any]]()
     for number, prompt in enumerate(judgement.answers.prompts):
@@ -166,13 +166,13 @@ def shown(judgement: answers.Judgement) -> list[dict[str, Any]]:
     return rows
 
 
-def keep(judgement: answers.Judgement, folder: Path, files: Files) -> None:
+def write_answers(judgement: answers.Judgement, folder: Path, files: Files) -> None:
     """Write all greedy answers into a run's folder, a line each."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in shown(judgement)]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in answer_rows(judgement)]
     files.replace_text(folder / run_folder.ANSWERS, "".join(lines))
 
 
-def verdict(judgement: answers.Judgement) -> str:
+def loop_warning(judgement: answers.Judgement) -> str:
     """The sentence on a student that repeats itself more than its teacher; '': it does not."""
     loops = {row.model: row for row in judgement.rows if row.metric == "loops"}
     teacher, *_, student = loops.values()
@@ -213,7 +213,9 @@ def figures(judgement: answers.Judgement) -> Mapping[str, float | int]:
     return {"answers_prompts": len(judgement.answers.prompts), **found}
 
 
-def judged(models: Mapping[str, Checkpoint], count: int, limit: Budget) -> answers.Judgement | None:
+def judged_answers(
+    models: Mapping[str, Checkpoint], count: int, limit: Budget
+) -> answers.Judgement | None:
     """The teacher's and the students' answers to `count` held-out prompts, judged.
 
     Only the teacher and the last student answer in their own words. None where nothing can be
@@ -227,6 +229,6 @@ def judged(models: Mapping[str, Checkpoint], count: int, limit: Budget) -> answe
         cli.say(f"answers are not judged: {error}")
         return None
     # Without a chat template it does not answer, which was said.
-    if judgement is None or student not in judgement.said:
+    if judgement is None or student not in judgement.models:
         return None
     return judgement

@@ -37,11 +37,11 @@ ROUNDS = 3  # of timings, of which the quickest counts
 Record = Mapping[str, Any]  # of a finalist, or of a step
 
 
-def final(c: candidates.Candidates, choice: shape_search.Choice) -> dict[str, Any]:
+def measured_finalist(c: candidates.Candidates, choice: shape_search.Choice) -> dict[str, Any]:
     """The record of a finalist: distilled for a few steps, rounded and judged; or from the log."""
     folder = c.run.folder / "finalists" / choice.name
     measured = partial(_measured, c, choice, folder)
-    record = candidates.once(c.run, FINALISTS, choice.sizes, measured)
+    record = candidates.logged_or_measured(c.run, FINALISTS, choice.sizes, measured)
     c.run.files.discard(folder)
     return record
 
@@ -51,8 +51,8 @@ def _measured(
 ) -> dict[str, Any]:
     """Distil and round a finalist in a folder of its own; a training that began there goes on."""
     run = c.run
-    reader = c.reader(choice.shape.vocab)
-    with files.reported(run.folder, "the folder of a finalist"):
+    reader = c.trimmed_teacher(choice.shape.vocab)
+    with files.as_mis_error(run.folder, "the folder of a finalist"):
         run.files.make_folder(folder)
     protocol.sweep(folder, run.files)
     rounding = shape_search.rounding_of(choice)
@@ -65,7 +65,7 @@ def _measured(
     trained = _trained(own, pruned, run.folder)
     record: dict[str, Any] = {
         "params": arch.params(pruned.config),
-        **guarded(run_folder.metrics(folder), trained),
+        **guard_report(run_folder.metrics(folder), trained),
     }
     models = {"teacher": reader.teacher, "pruned": pruned}
     if trained:
@@ -88,7 +88,7 @@ def _measured(
     if c.settings.timed_at and trained:
         seconds = {}
         for flag, (cached, prompt) in c.settings.timed_at.items():
-            timing = timed(trained.path, cached, prompt)
+            timing = timed_token(trained.path, cached, prompt)
             seconds[flag] = timing.seconds(choice.shape.layers)
         record["seconds"] = seconds
     return record
@@ -105,17 +105,17 @@ def _own_run(
     How it trains is decided once and kept in the folder: a run that was stopped goes on that way.
     """
     run = c.run
-    reader = c.reader(choice.shape.vocab)
+    reader = c.trimmed_teacher(choice.shape.vocab)
     teacher = reader.teacher
     student = estimates.model_of(arch.student_config(teacher.config, choice.shape))
     job = spec_of(estimates.model_of(teacher), student, run.recipe, rounding, copied=True)
     budget_bytes = run.plan.budget_bytes
     rates = run.plan.rates
     if not (folder / run_folder.PLAN).exists():
-        way = phases.make(job, budget_bytes, rates).way
-        run.files.replace_text(folder / run_folder.PLAN, json.dumps(way))
-    way = run_folder.stored_settings(folder, run_folder.PLAN)
-    plan = phases.one(job, budget_bytes, rates, **way)
+        strategy = phases.best_plan(job, budget_bytes, rates).strategy
+        run.files.replace_text(folder / run_folder.PLAN, json.dumps(strategy))
+    strategy = run_folder.stored_settings(folder, run_folder.PLAN)
+    plan = phases.plan_strategy(job, budget_bytes, rates, **strategy)
     return replace(
         run,
         recipe=plan.recipe(run.recipe, teacher),
@@ -155,17 +155,17 @@ def _judged(
         if metric in ("nll", "kl"):
             nats = comparison.nats_of(values, judging)
             bits = nats / judging.text_bytes / math.log(2)
-            record[f"{metric}_{model}"] = [candidates.finite(value) for value in bits]
+            record[f"{metric}_{model}"] = [candidates.finite_or_none(value) for value in bits]
     if c.answers is None:
         return record
     for model, checkpoint in models.items():
         if model != "teacher":
             bits = c.answers.bits(checkpoint)
-            record[f"answers_{model}"] = [candidates.finite(value) for value in bits]
+            record[f"answers_{model}"] = [candidates.finite_or_none(value) for value in bits]
     return record
 
 
-def guarded(steps: Sequence[Record], trained: object) -> dict[str, Any]:
+def guard_report(steps: Sequence[Record], trained: object) -> dict[str, Any]:
     """What the guard did in a training: steps skipped and clipped, and whether it had to stop it.
 
     trained: None where it had to.
@@ -179,7 +179,7 @@ def guarded(steps: Sequence[Record], trained: object) -> dict[str, Any]:
     }
 
 
-def timed(folder: Path, cached: int, prompt: int) -> limits.Timing:
+def timed_token(folder: Path, cached: int, prompt: int) -> limits.Timing:
     """Seconds of one token with `cached` tokens in the KV cache, by stock mlx-lm.
 
     Where prompt is not 0: seconds from a prompt of so many tokens to the first token. The quickest
@@ -197,7 +197,7 @@ def timed(folder: Path, cached: int, prompt: int) -> limits.Timing:
         try:
             cache = mlx_generate.filled_cache(model, cached)
             tokens = mlx_generate.greedy(model, ids, 1 if prompt else TOKENS, cache)
-            stamps, _ = rounds.clocked(tokens)
+            stamps, _ = rounds.token_times(tokens)
         finally:
             model.model.layers = layers
         if prompt:
@@ -266,7 +266,7 @@ def _attention_seconds(model: Any, cached: int, prompt: int) -> float:
     return sum(by_window[window] for window in windows) / len(windows)
 
 
-def unstable(record: Record) -> str:
+def instability(record: Record) -> str:
     """Why a finalist's training was not stable; empty where it was."""
     if record["diverged"] or None in record["kl_distilled"] or None in record["nll_rounded"]:
         return "its loss became NaN or infinite"
@@ -282,7 +282,7 @@ def unstable(record: Record) -> str:
 
 def judging_metric(records: Sequence[Record]) -> str:
     """The numbers that compare finalists: bits a byte on the teacher's answers, or else on text."""
-    stable = [record for record in records if not unstable(record)]
+    stable = [record for record in records if not instability(record)]
     on_answers = all("answers_rounded" in record for record in stable)
     return "answers_rounded" if records and on_answers else "nll_rounded"
 
@@ -307,7 +307,7 @@ def best_candidate(records: Sequence[Record]) -> Verdict:
     judged = judging_metric(records)
     bits = dict[int | None, np.ndarray]()
     for number, record in enumerate(records):
-        if not unstable(record):
+        if not instability(record):
             bits[number] = np.array(record[judged])
     best = min(bits, key=lambda number: bits[number].mean(), default=None)
     others = [number for number in bits if number != best]
@@ -360,7 +360,7 @@ def advice(
         "found": found,
         "best": best,
         "second": None if found.second is None else names[found.second],
-        "why": zip(names, map(unstable, records), strict=True),
+        "why": zip(names, map(instability, records), strict=True),
         "count": len(best.get(judged, ())),
         "unit": "answers" if judged == "answers_rounded" else "windows",
     }
@@ -373,4 +373,4 @@ def means(record: Record) -> dict[str, Any]:
     for name, values in record.items():
         if isinstance(values, list):
             shown[name] = None if None in values else float(np.mean(values))
-    return {**shown, "unstable": unstable(record)}
+    return {**shown, "unstable": instability(record)}

@@ -44,7 +44,7 @@ class Point:
     measured: bool
 
 
-def curve(
+def expected_curve(
     c: candidates.Candidates,
     losses: Losses,
     shapes: Sequence[Shape],
@@ -52,7 +52,7 @@ def curve(
 ) -> tuple[list[Point], list[Choice]]:
     """(the students of fewest bytes for each loss of ALLOWED, as expected; their sizes)."""
     config = c.run.teacher.config
-    together = _together(c, losses, shapes, within)
+    together = _measured_over_expected(c, losses, shapes, within)
     points = []
     chosen = list[Choice]()
     for allowed in ALLOWED:
@@ -73,7 +73,7 @@ def curve(
     return points, chosen
 
 
-def _together(
+def _measured_over_expected(
     c: candidates.Candidates,
     losses: Losses,
     shapes: Sequence[Shape],
@@ -92,12 +92,12 @@ def _together(
     return float(np.clip(score / expected, 1 / 3, 3.0))
 
 
-def converted(c: candidates.Candidates) -> Iterable[Point]:
+def converted_teachers(c: candidates.Candidates) -> Iterable[Point]:
     """The teacher with every matrix in N bits, as `mlx_lm.convert -q --q-bits N` writes it."""
     teacher = c.run.teacher
     for bits in CONVERTED:
-        uniform = dict.fromkeys(packed_format.layout(teacher.config, GROUP), bits)
-        lost, nbytes = c.lost_rounded(teacher, uniform, GROUP)
+        uniform = dict.fromkeys(packed_format.formats_of(teacher.config, GROUP), bits)
+        lost, nbytes = c.rounded_excess_loss(teacher, uniform, GROUP)
         yield Point(
             f"teacher, mlx_lm.convert in {bits} bits",
             nbytes,
@@ -106,7 +106,7 @@ def converted(c: candidates.Candidates) -> Iterable[Point]:
         )
 
 
-def others(c: candidates.Candidates, names: Sequence[str]) -> Iterable[Point]:
+def other_models(c: candidates.Candidates, names: Sequence[str]) -> Iterable[Point]:
     """Other models, folders or hub ids, each with its own tokenizer and chat template."""
     for name in names:
         source = resolve.resolve_model(name)
@@ -122,7 +122,9 @@ def _loss_of_another(c: candidates.Candidates, model: Checkpoint) -> float:
         return c.answers.excess(model)
     teacher = c.run.teacher
     windows = c.ranking
-    own = token_windows.reread(windows, load.tokenizer(teacher.path), load.tokenizer(model.path))
+    own = token_windows.retokenized(
+        windows, load.tokenizer(teacher.path), load.tokenizer(model.path)
+    )
     nats = comparison.per_byte(comparison.compare({"model": model}, own)["model", "nll"], own)
     base = comparison.per_byte(
         comparison.compare({"teacher": teacher}, windows)["teacher", "nll"], windows
@@ -144,7 +146,7 @@ def distilled(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> lis
     return points
 
 
-def page(
+def write_page(
     folder: Path,
     teacher: str,
     on: str,

@@ -47,7 +47,7 @@ def kept_folder(about: Identity) -> Path:
     return hub.cache_root() / "searches" / digest[:32]
 
 
-def known(about: Identity, log: str) -> list[dict[str, Any]]:
+def known_records(about: Identity, log: str) -> list[dict[str, Any]]:
     """The records of one log that came with the package or are kept on this machine."""
     records = list[dict[str, Any]]()
     for source in _sources(about):
@@ -57,7 +57,7 @@ def known(about: Identity, log: str) -> list[dict[str, Any]]:
 
 def all_known(about: Identity, probes: Iterable[tuple[str, float]]) -> bool:
     """Whether the losses of all these (axis, size) are known."""
-    measured = {(record["axis"], record["size"]) for record in known(about, PROBES)}
+    measured = {(record["axis"], record["size"]) for record in known_records(about, PROBES)}
     return measured.issuperset(probes)
 
 
@@ -67,7 +67,7 @@ def _sources(about: Identity) -> list[Path]:
     return [folder for folder in folders if _about(folder) == about]
 
 
-def lay_out(run: Path, about: Identity, files: Files) -> int:
+def copy_into_run(run: Path, about: Identity, files: Files) -> int:
     """Put known measurements into a run's folder; return how many lines its logs then have.
 
     Lines that the run has already stay.
@@ -82,7 +82,7 @@ def lay_out(run: Path, about: Identity, files: Files) -> int:
     return sum(len(run_folder.records(run / name)) for name in LOGS)
 
 
-def keep(run: Path, about: Identity) -> None:
+def keep_logs(run: Path, about: Identity) -> None:
     """Add the logs of a run to those kept on this machine."""
     folder = kept_folder(about)
     DISK.make_folder(folder)

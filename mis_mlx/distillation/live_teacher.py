@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mis_mlx.data import draws
 from mis_mlx.data.token_windows import Windows, fingerprint
 from mis_mlx.distillation.train_loop import train
-from mis_mlx.hardware import lanes
+from mis_mlx.hardware import streams
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, host_losses, load, pipeline_parallel, policy, stream
@@ -41,16 +41,16 @@ class StreamedTeacher:
     """The teacher's final hidden states for any batches, and its vocabulary head.
 
     hidden(token ids [(B, T)]) -> [(B, T, D)]; a streamed teacher is read once for all of them.
-    logits(hidden (n, D)) -> (n, V). room_bytes, direct: as of `stream.Stream`. temperature: T of
-    eq. (2). cross_entropy: as of `losses.kl_sum`. shares: how many blocks each of several machines
-    has; empty: each reads the whole teacher. same_head: a student's head that is not trained is the
-    teacher's, which then need not be read.
+    logits(hidden (n, D)) -> (n, V). headroom_bytes, direct: as of `stream.Stream`. temperature: T
+    of eq. (2). cross_entropy: as of `losses.kl_sum`. shares: how many blocks each of several
+    machines has; empty: each reads the whole teacher. same_head: a student's head that is not
+    trained is the teacher's, which then need not be read.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        room_bytes: int | None = 0,
+        headroom_bytes: int | None = 0,
         direct: bool = False,
         temperature: float = 1.0,
         cross_entropy: float = 0.0,
@@ -59,9 +59,9 @@ class StreamedTeacher:
     ):
         dtype = policy.compute_dtype(checkpoint)
         self._source = (
-            pipeline_parallel.Relay(checkpoint, dtype, room_bytes, direct=direct, shares=shares)
+            pipeline_parallel.Relay(checkpoint, dtype, headroom_bytes, direct=direct, shares=shares)
             if shares
-            else stream.Stream(checkpoint, dtype, room_bytes, direct=direct)
+            else stream.Stream(checkpoint, dtype, headroom_bytes, direct=direct)
         )
         self.hidden = self._source.forward
         self.temperature = temperature
@@ -78,7 +78,9 @@ class StreamedTeacher:
         """The same, where the student's head (V, D) is not trained."""
         if not self._same_head:
             return self.logits
-        return lambda hidden: losses.capped(hidden.astype(frozen.dtype) @ frozen.T, self.softcap)
+        return lambda hidden: losses.apply_softcap(
+            hidden.astype(frozen.dtype) @ frozen.T, self.softcap
+        )
 
     def micro_batches(
         self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()
@@ -90,14 +92,14 @@ class StreamedTeacher:
         micro_batches = []
         # One pass for all batches, so that a streamed teacher is read once a step. Each batch goes
         # in as many pieces as there are lanes, which compute side by side.
-        pieces = [lanes.cut(tokens) for tokens, _ in batches]
+        pieces = [streams.split_rows(tokens) for tokens, _ in batches]
         states = iter(self.hidden(list(chain.from_iterable(pieces))))
-        for (tokens, learn), parts in zip(batches, pieces, strict=True):
+        for (tokens, loss_mask), parts in zip(batches, pieces, strict=True):
             hidden = mx.concatenate([next(states) for _ in parts])
             targets = [hidden.reshape(-1, hidden.shape[-1])]
             if self._cross_entropy:
-                targets.append(labels(tokens))
-            micro_batches.append((tokens, learn.reshape(-1), *targets))
+                targets.append(next_tokens(tokens))
+            micro_batches.append((tokens, loss_mask.reshape(-1), *targets))
         return micro_batches
 
     def _numpy_is_quicker(self) -> bool:
@@ -108,19 +110,19 @@ class StreamedTeacher:
         """The gradient by numpy's loss, as `train_loop.train` takes it; None: MLX computes it."""
         return partial(_on_host, self, student) if self._numpy_is_quicker() else None
 
-    def frozen_slopes(self) -> Callable[..., tuple[float, mx.array]] | None:
+    def host_gradients(self) -> Callable[..., tuple[float, mx.array]] | None:
         """The loss and its gradient by numpy, as `Sharded.steps` takes them; None: MLX computes."""
 
         def loss_and_gradient(
             head: mx.array, batches: Sequence[MicroBatch], b: int, hidden: mx.array
         ) -> tuple[float, mx.array]:
-            _, learn, target = batches[b]
+            _, loss_mask, target = batches[b]
             loss, gradient, _ = host_losses.kl_gradients(
                 hidden,
                 head,
                 target,
                 self._logits_by(head),
-                learn=learn,
+                loss_mask=loss_mask,
                 temperature=self.temperature,
                 frozen_head=True,
                 softcap=self.softcap,
@@ -133,20 +135,20 @@ class StreamedTeacher:
         self,
         hidden: mx.array,
         head: mx.array,
-        learn: mx.array,
+        loss_mask: mx.array,
         *target: mx.array,
         frozen_head: bool = False,
     ) -> mx.array:
         """`losses.kl_sum` of a student's hidden states (n, D) and head (V, D) against this teacher.
 
-        learn: (n,). target: the teacher's hidden states, and labels for cross-entropy.
+        loss_mask: (n,). target: the teacher's hidden states, and labels for cross-entropy.
         """
         return losses.kl_sum(
             hidden,
             head,
             target[0],
             self._logits_by(head) if frozen_head else self.logits,
-            learn=learn,
+            loss_mask=loss_mask,
             temperature=self.temperature,
             frozen_head=frozen_head,
             labels=target[1] if self._cross_entropy else None,
@@ -169,13 +171,13 @@ class TextTargets:
     ) -> list[MicroBatch]:
         """Tokens (B, T), learn (B * T,), the next tokens as ids and their weights (B * T, 1)."""
         micro_batches = list[MicroBatch]()
-        for tokens, learn in batches:
-            ids = labels(tokens)[:, None]
-            micro_batches.append((tokens, learn.reshape(-1), ids, mx.ones((tokens.size, 1))))
+        for tokens, loss_mask in batches:
+            ids = next_tokens(tokens)[:, None]
+            micro_batches.append((tokens, loss_mask.reshape(-1), ids, mx.ones((tokens.size, 1))))
         return micro_batches
 
 
-def labels(tokens: mx.array) -> mx.array:
+def next_tokens(tokens: mx.array) -> mx.array:
     """The token after each of tokens (B, T): (B * T,).
 
     The last column has none: what stands there does not count, for `learn` is 0.
@@ -184,7 +186,11 @@ def labels(tokens: mx.array) -> mx.array:
 
 
 def _on_host(
-    source: StreamedTeacher, student: nn.Module, tokens: mx.array, learn: mx.array, target: mx.array
+    source: StreamedTeacher,
+    student: nn.Module,
+    tokens: mx.array,
+    loss_mask: mx.array,
+    target: mx.array,
 ) -> tuple[tuple[mx.array, mx.array], Any]:
     """What `nn.value_and_grad` gives of `student_loss`, evaluated; numpy computes the loss.
 
@@ -198,10 +204,10 @@ def _on_host(
 
     def forward(*weights: mx.array) -> mx.array:
         student.update(tree_unflatten(list(zip(trained, weights, strict=True))))
-        hidden.append(lanes.rows(student.model, tokens).reshape(cotangent.shape))
+        hidden.append(streams.map_rows(student.model, tokens).reshape(cotangent.shape))
         return hidden[0]
 
-    with lanes.together(len(tokens)):
+    with streams.single_threaded_blas(len(tokens)):
         _, grads = mx.vjp(forward, list(trained.values()), [cotangent])
         student.update(tree_unflatten(list(trained.items())))  # `forward` left tracers there
         mx.eval(hidden, cotangent)
@@ -211,7 +217,7 @@ def _on_host(
         load.head_weight(student),
         target,
         source.logits,
-        learn=learn,
+        loss_mask=loss_mask,
         temperature=source.temperature,
         frozen_head=name not in trained,
         softcap=source.softcap,
@@ -222,18 +228,22 @@ def _on_host(
     del grads
     if of_head is not None:
         named[name] = named[name] + of_head
-    with lanes.together(len(tokens)):
+    with streams.single_threaded_blas(len(tokens)):
         mx.eval(named)
-    return (mx.array(loss), learn.sum()), tree_unflatten(list(named.items()))
+    return (mx.array(loss), loss_mask.sum()), tree_unflatten(list(named.items()))
 
 
 def student_loss(
-    source: TargetSource, student: nn.Module, tokens: mx.array, learn: mx.array, *target: mx.array
+    source: TargetSource,
+    student: nn.Module,
+    tokens: mx.array,
+    loss_mask: mx.array,
+    *target: mx.array,
 ) -> tuple[mx.array, mx.array]:
     """(sum of KL in nats, tokens that count) of a micro-batch, of a resident student."""
     hidden = student.model(tokens)
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    return source.kl_sum(hidden, load.head_weight(student), learn, *target), learn.sum()
+    return source.kl_sum(hidden, load.head_weight(student), loss_mask, *target), loss_mask.sum()
 
 
 def step_micro_batches(
@@ -241,10 +251,10 @@ def step_micro_batches(
 ) -> list[MicroBatch]:
     """The micro-batches of a step, this machine's of several: a pure function of its number."""
     size = recipe.batch_size
-    windows = draws.batch(data, size * recipe.grad_accumulation_steps, step, recipe.seed)
+    windows = draws.drawn_batch(data, size * recipe.grad_accumulation_steps, step, recipe.seed)
     own = distributed.shard(windows)
     parts = [own[start : start + size] for start in range(0, len(own), size)]
-    batches = [(mx.array(data.tokens[part]), mx.array(data.learn[part])) for part in parts]
+    batches = [(mx.array(data.tokens[part]), mx.array(data.loss_mask[part])) for part in parts]
     return source.micro_batches(batches, parts)
 
 
@@ -273,10 +283,12 @@ def steps(
     )
 
 
-def visited(data: Windows, recipe: TrainingConfig) -> np.ndarray:
+def visited_windows(data: Windows, recipe: TrainingConfig) -> np.ndarray:
     """The windows of the data that a run's steps train on, rising: those that need targets."""
     in_a_step = recipe.batch_size * recipe.grad_accumulation_steps
-    batches = [draws.batch(data, in_a_step, step, recipe.seed) for step in range(recipe.iters)]
+    batches = [
+        draws.drawn_batch(data, in_a_step, step, recipe.seed) for step in range(recipe.iters)
+    ]
     return np.unique(np.concatenate(batches))
 
 
@@ -372,11 +384,11 @@ def _drawn(
     }
 
 
-class Cached:
+class CachedTeacher:
     """A store in the place of a teacher: `steps` trains against it, and no teacher is in memory.
 
-    windows: which windows of the training data the store's are, rising (`visited`). softcap: of the
-    student's logits.
+    windows: which windows of the training data the store's are, rising (`visited_windows`).
+    softcap: of the student's logits.
     """
 
     def __init__(self, store: logit_store.Targets, windows: np.ndarray, softcap: float = 0.0):
@@ -394,19 +406,19 @@ class Cached:
         windows: which windows of the data each batch holds, (B,).
         """
         micro_batches = []
-        for (tokens, learn), wanted in zip(batches, windows, strict=True):
+        for (tokens, loss_mask), wanted in zip(batches, windows, strict=True):
             rows = np.searchsorted(self._windows, wanted)
             if not np.array_equal(np.take(self._windows, rows, mode="clip"), wanted):
                 raise ValueError(f"windows {wanted} are not all in {self._store.folder}")
-            targets = [mx.array(a.reshape(learn.size, -1)) for a in self._store.windows(rows)]
-            micro_batches.append((tokens, learn.reshape(-1), *targets))
+            targets = [mx.array(a.reshape(loss_mask.size, -1)) for a in self._store.windows(rows)]
+            micro_batches.append((tokens, loss_mask.reshape(-1), *targets))
         return micro_batches
 
     def kl_sum(
         self,
         hidden: mx.array,
         head: mx.array,
-        learn: mx.array,
+        loss_mask: mx.array,
         *target: mx.array,
         frozen_head: bool = False,
     ) -> mx.array:
@@ -422,8 +434,8 @@ class Cached:
                 f"teacher"
             )
         return losses.sampled_kl_sum(
-            hidden, head, learn, *target, frozen_head=frozen_head, softcap=self._softcap
+            hidden, head, loss_mask, *target, frozen_head=frozen_head, softcap=self._softcap
         )
 
 
-TargetSource = StreamedTeacher | TextTargets | Cached  # where a step's targets come from
+TargetSource = StreamedTeacher | TextTargets | CachedTeacher  # where a step's targets come from

@@ -31,8 +31,8 @@ def judging_windows(
     judging: Judging = {}
     for name, held_out in data.held_out.items():
         most = max(1, count // 3) if judging else count
-        windows = comparison.chosen(held_out, most)
-        own = token_windows.reread(windows, *tokenizers) if tokenizers else None
+        windows = comparison.spread_windows(held_out, most)
+        own = token_windows.retokenized(windows, *tokenizers) if tokenizers else None
         judging[name] = windows, own
     return judging
 
@@ -54,7 +54,7 @@ def quality(c: pipeline.Run, judging: Judging, models: comparison.Models) -> sum
         rows = comparison.rows_of(compared, windows)
         if own:
             of_teacher = comparison.compare({"teacher": teacher}, own, own_hidden)
-            rows = comparison.across(rows, of_teacher, own)
+            rows = comparison.rows_across_vocabularies(rows, of_teacher, own)
         rows_of[name] = rows
     return rows_of
 
@@ -84,7 +84,7 @@ def answered(
     if not prompts or c.shares:  # no machine holds a teacher whose blocks several share
         return None
     asked = {name: model for name, model in models.items() if name != "pruned"}
-    judgement = conversations.judged(asked, prompts, Budget(c.plan.budget_bytes))
+    judgement = conversations.judged_answers(asked, prompts, Budget(c.plan.budget_bytes))
     if judgement:
-        conversations.keep(judgement, c.folder, c.files)
+        conversations.write_answers(judgement, c.folder, c.files)
     return judgement

@@ -37,7 +37,7 @@ DTYPE = "bfloat16"  # of unquantized weights on disk
 TUNE_STEPS = "tune-steps"
 TUNE_LOG = "tune.jsonl"
 # Folders that nobody needs once a run is done.
-LEFT = ("steps", TUNE_STEPS, "rounded", "parts", "targets", vocabulary.FOLDER)
+TEMPORARY = ("steps", TUNE_STEPS, "rounded", "parts", "targets", vocabulary.FOLDER)
 
 
 @dataclass
@@ -71,14 +71,14 @@ class Run(run_loop.OpenRun):
         """The kind of text of each window that `pick` gives, by number."""
         if self.data.kind is None:
             return [0] * min(count, len(self.data.tokens))
-        windows = preparation.drawn(self.data, count, self.recipe.seed, use)
+        windows = preparation.calibration_indices(self.data, count, self.recipe.seed, use)
         return self.data.kind[windows].tolist()
 
     def remember(self, number: int) -> dict[str, Any]:
         """What a checkpoint keeps of the weather, which the first machine measures now."""
         halny = self.recipe.halny
         self.sigma = distributed.broadcast_json(
-            lambda: self.weather.sigma() if halny is None else halny
+            lambda: self.thermal_monitor.sigma() if halny is None else halny
         )
         return {"halny_sigma": self.sigma}
 
@@ -103,7 +103,7 @@ class Run(run_loop.OpenRun):
         finally:
             seconds = round(train_loop.CLOCK.monotonic() - began, 3)
             record = {
-                **self.weather.now(),
+                **self.thermal_monitor.now(),
                 "phase": name,
                 "seconds": seconds,
                 "peak_bytes": mx.get_peak_memory(),
@@ -134,13 +134,13 @@ def train(c: Run, pruned: Checkpoint) -> model_writer.Take:
     """Train a pruned student as planned; the function gives its weights by name."""
     if c.plan.mode == "none":
         return _repaired_only(c, pruned)
-    source = source_of(c)
+    source = target_source(c)
     if c.plan.mode != "resident":
         return _by_blocks(c, pruned, source)
-    student = load.resident(pruned, mx.float32)
+    student = load.resident_model(pruned, mx.float32)
 
     def begin() -> None:
-        student.load_weights(list(_mended(c, pruned).items()), strict=False)
+        student.load_weights(list(_repaired(c, pruned).items()), strict=False)
         stream.load_checked(student, f"{pruned.path}: ")
 
     train_whole(c, student, source, begin)
@@ -152,19 +152,22 @@ def _repaired_only(c: Run, pruned: Checkpoint) -> model_writer.Take:
     parts = None
     if in_parts(c.plan.job, "none"):
         parts = model_writer.by_block(pruned, c.folder / "parts", c.files, DTYPE)
-    mended = _mended(c, pruned, parts)
+    repaired = _repaired(c, pruned, parts)
 
     def take(name: str) -> Any:
-        return mended[name] if name in mended else model_writer.dense(parts or pruned, name)
+        return repaired[name] if name in repaired else model_writer.dense(parts or pruned, name)
 
     return take
 
 
-def _streamed_teacher(c: Run, room_bytes: int | None) -> live_teacher.StreamedTeacher:
-    """The run's teacher. room_bytes: for its head and blocks that stay in memory; None: all do."""
+def _streamed_teacher(c: Run, headroom_bytes: int | None) -> live_teacher.StreamedTeacher:
+    """The run's teacher.
+
+    headroom_bytes: for its head and blocks that stay in memory; None: all do.
+    """
     return live_teacher.StreamedTeacher(
         c.teacher,
-        room_bytes,
+        headroom_bytes,
         direct=c.direct,
         temperature=c.recipe.temperature,
         cross_entropy=c.recipe.cross_entropy,
@@ -173,17 +176,17 @@ def _streamed_teacher(c: Run, room_bytes: int | None) -> live_teacher.StreamedTe
     )
 
 
-def source_of(c: Run) -> live_teacher.TargetSource:
+def target_source(c: Run) -> live_teacher.TargetSource:
     """The teacher, live; or its targets on disk, of which the missing ones are written now."""
     teacher = c.plan.job.teacher
     if c.recipe.targets == "live":
-        room_bytes = None
+        headroom_bytes = None
         if c.plan.pinned != teacher.shape.layers:
-            room_bytes = c.plan.pinned * teacher.block_work + teacher.head_work
-        return _streamed_teacher(c, room_bytes)
+            headroom_bytes = c.plan.pinned * teacher.block_work + teacher.head_work
+        return _streamed_teacher(c, headroom_bytes)
     # Tuning may take more steps than the distillation: windows for either.
     iters = max(c.plan.job.iters, c.plan.tuned)
-    windows = live_teacher.visited(c.data, replace(c.recipe, iters=iters))
+    windows = live_teacher.visited_windows(c.data, replace(c.recipe, iters=iters))
     cli.say(f"logit store: {len(windows)} windows")
     # Each machine brings its own windows into a pass through a teacher that several share.
     held = c.plan.held_windows("logit store")
@@ -203,10 +206,10 @@ def source_of(c: Run) -> live_teacher.TargetSource:
         *store.notes,
         f"logit store: {store.bytes_per_token:.0f} bytes per token; losses use sampled targets",
     )
-    return live_teacher.Cached(store, windows, softcap(c.teacher.config))
+    return live_teacher.CachedTeacher(store, windows, softcap(c.teacher.config))
 
 
-def _mended(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict[str, mx.array]:
+def _repaired(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict[str, mx.array]:
     """The weights that the closed-form repair changes, by name.
 
     parts: a folder of the student by blocks; changed weights are then written there at once, and
@@ -216,7 +219,7 @@ def _mended(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict
     keep = model_writer.read_keep(pruned.path) if samples else None
     if keep is None:
         return {}
-    name = reconstruct.mended_name(pruned)
+    name = reconstruct.repaired_name(pruned)
     cli.say(
         f"reconstruct: fit every block's {name.removesuffix('.weight')} to the teacher's "
         f"hidden states"
@@ -231,7 +234,7 @@ def _mended(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict
         spool = partial(hidden_spool.Spool, c.folder, c.plan.held_windows("repair"), c.files)
         put = partial(_put_in_block, c, parts)
     with c.phase("repair"):
-        mended, _ = reconstruct.reconstruct(
+        repaired, _ = reconstruct.reconstruct(
             c.teacher,
             pruned,
             keep,
@@ -241,7 +244,7 @@ def _mended(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict
             put=put,
             kinds=kinds,
         )
-    return mended
+    return repaired
 
 
 def _put_in_block(c: Run, parts: Checkpoint, name: str, weight: mx.array) -> None:
@@ -268,7 +271,7 @@ def train_whole(
     """
     optimizer = GuardedAdamW(weight_decay=c.recipe.weight_decay, relative=tuned)
     named = {"steps": TUNE_STEPS, "log": TUNE_LOG, "label": "tune"} if tuned else _reported(c)
-    trained = train_loop.Whole(student, optimizer)
+    trained = train_loop.WholeModel(student, optimizer)
     training = run_loop.CheckpointedTraining(c, trained, c.remember, c.recall, **named)
     start = training.start(begin)
     student.train()
@@ -317,21 +320,28 @@ def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) ->
         steps_per_shard=visit,
         weight_decay=c.recipe.weight_decay,
         files=c.files,
-        room_bytes=4 * job.student.head_params,  # the head stays, the blocks are streamed
+        headroom_bytes=4 * job.student.head_params,  # the head stays, the blocks are streamed
         direct=c.direct,
         adapters=adapters,
     )
     training = run_loop.CheckpointedTraining(c, student, c.remember, c.recall, **_reported(c))
     parts = begun if in_shards else None
-    start = training.start(lambda: student.begin(_mended(c, pruned, parts)))
+    start = training.start(lambda: student.begin(_repaired(c, pruned, parts)))
     micro_batches = partial(live_teacher.step_micro_batches, source, c.data, c.recipe)
     loss = partial(source.kl_sum, frozen_head=True)
-    slopes = None
+    host_gradients = None
     if isinstance(source, live_teacher.StreamedTeacher):
-        slopes = source.frozen_slopes()
+        host_gradients = source.host_gradients()
 
     def steps_of(recipe: DistillationConfig) -> Callable[[int], Iterator[Step]]:
-        return partial(student.steps, micro_batches, loss, recipe, factor=c.factor, slopes=slopes)
+        return partial(
+            student.steps,
+            micro_batches,
+            loss,
+            recipe,
+            factor=c.factor,
+            host_gradients=host_gradients,
+        )
 
     save_every = c.recipe.save_every
     with c.phase("distil"):
@@ -357,7 +367,7 @@ def tuning_recipe(
     return replace(asked, iters=iters, learning_rate=rate, warmup=min(3, iters), weight_decay=0.0)
 
 
-def tuned(
+def tuned_in_memory(
     rounded: Checkpoint,
     source: live_teacher.TargetSource,
     data: token_windows.Windows,
@@ -367,7 +377,7 @@ def tuned(
 
     Scales, biases and norms learn, integers stay.
     """
-    model = packed_format.resident(rounded).train()
+    model = packed_format.load_trainable(rounded).train()
     optimizer = GuardedAdamW(weight_decay=recipe.weight_decay, relative=True)
     with progress.bar("tune", recipe.iters) as show:
         for step in live_teacher.steps(model, source, data, recipe, optimizer):
@@ -382,9 +392,9 @@ def tune(c: Run, rounded: Path, out: Path, rate: float) -> None:
     A run that was killed goes on from its checkpoints. rate: as of `tuning_recipe`.
     """
     checkpoint = load.open_checkpoint(rounded)
-    model = packed_format.resident(checkpoint)
+    model = packed_format.load_trainable(checkpoint)
     recipe = tuning_recipe(c.recipe, checkpoint, c.plan.tuned, rate)
     tuning = replace(c, recipe=recipe)
-    train_whole(tuning, model, source_of(c), lambda: None, tuned=True)
+    train_whole(tuning, model, target_source(c), lambda: None, tuned=True)
     if distributed.is_main():
         packed_format.write_learned(checkpoint, model, out, c.files)

@@ -29,7 +29,7 @@ from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress, text
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import Files, need_place, reported
+from mis_mlx.storage.files import Files, as_mis_error, need_place
 from mis_mlx.types import Budget, Checkpoint, MisError, Step
 
 S = TypeVar("S", bound=Any)  # a command's Settings
@@ -60,7 +60,7 @@ def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tu
     return type(settings)(**values), Path(folder)
 
 
-def opened(
+def open_model(
     s: Any, model: str | None, what: str = "model", place: str | Path = "runs", new: str = ""
 ) -> Checkpoint:
     """The model that a command begins with, opened once the flags are checked.
@@ -84,7 +84,7 @@ def opened(
     return checkpoint
 
 
-def prepared(
+def prepare_text(
     s: Any, teacher: Checkpoint, source: preparation.Source | None = None
 ) -> tuple[preparation.Data, dict[str, str]]:
     """(the text of --data, or of `source`; what a resumed run must have begun with)."""
@@ -99,19 +99,19 @@ class OpenRun:
     """A run folder at work: locked, its memory limited, its temperatures watched."""
 
     folder: Path
-    weather: ThermalMonitor
+    thermal_monitor: ThermalMonitor
     files: Files
     peak: memory.Peak
     began_s: float
     budget_bytes: int
 
-    def done(self, result: Mapping[str, Any]) -> dict[str, Any]:
+    def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write the run's result into its folder, with memory, weather and time; return it."""
         complete = {
             **result,
             "peak_bytes": self.peak.nbytes,
             "budget_bytes": self.budget_bytes,
-            **self.weather.account(),
+            **self.thermal_monitor.account(),
             "seconds": round(time.monotonic() - self.began_s, 1),
         }
         self.files.replace_text(self.folder / run_folder.RESULT, json.dumps(complete, indent=2))
@@ -124,15 +124,15 @@ def open_run(
     folder: Path | None,
     name: str,
     origin: Mapping[str, str],
-    way: Mapping[str, Any],
+    strategy: Mapping[str, Any],
     limit: Budget,
     wired: int,
 ) -> Iterator[OpenRun]:
     """The run of the settings `s`: that in `folder`, or a new one called `name`.
 
     A run that goes on must have begun with `origin`. Machines beside the first one work in a folder
-    that is deleted at the end. way: how it trains, decided once. wired: as of `memory.limited`, in
-    bytes.
+    that is deleted at the end. strategy: how it trains, decided once. wired: as of
+    `memory.limited`, in bytes.
     """
     files = Files()
     distributed.check_same(origin)
@@ -140,7 +140,7 @@ def open_run(
         stored = {
             flag: value for flag, value in asdict(s).items() if flag not in run_folder.NOT_STORED
         }
-        folder = run_folder.create(s.out, name, stored, origin, plan=way, files=files)
+        folder = run_folder.create(s.out, name, stored, origin, plan=strategy, files=files)
     elif folder and distributed.is_main():
         cli.say(*run_folder.same_origin(folder, origin))
     cli.say(f"run folder: {folder}")
@@ -149,7 +149,7 @@ def open_run(
             distributed.workplace(folder) as place,
             protocol.lock(place),
             memory.limited(limit, wired),
-            ThermalMonitor(s, place / "thermal.jsonl", files) as weather,
+            ThermalMonitor(s, place / "thermal.jsonl", files) as thermal_monitor,
         ):
             protocol.sweep(place, files)
             note = battery(s)
@@ -157,7 +157,7 @@ def open_run(
                 cli.say(note)
             yield OpenRun(
                 folder=place,
-                weather=weather,
+                thermal_monitor=thermal_monitor,
                 files=files,
                 peak=memory.Peak(),
                 began_s=time.monotonic(),
@@ -168,14 +168,14 @@ def open_run(
         raise KeyboardInterrupt(folder) from None
 
 
-def _breaks(
-    weather: ThermalMonitor, step: Step, show: Callable[[int, str], None], asked: list[int]
+def _cooldowns(
+    thermal_monitor: ThermalMonitor, step: Step, show: Callable[[int, str], None], asked: list[int]
 ) -> Iterator[None]:
     """Take the tea breaks that come after a step; yields where the governor wants a checkpoint.
 
     A governor that stops the run puts a 0 into `asked`, where signals stand otherwise.
     """
-    for decision in weather.after(step):
+    for decision in thermal_monitor.after(step):
         if decision.action != "run":
             show(step.number, f"tea break: {decision.reason}")
         if decision.action == "stop":
@@ -189,7 +189,7 @@ def _breaks(
 class CheckpointedTraining:
     """A training that can be stopped and resumed at any time.
 
-    trained: a train_loop.Whole or sharded.Sharded. remember(number): further state for a
+    trained: a train_loop.WholeModel or sharded.Sharded. remember(number): further state for a
     checkpoint, asked for on every machine; recall(state) gets it again. steps, log: the folder of
     its checkpoints and the file of its steps, in the run's folder. planned_tps: shown beside the
     speed. report: called with every step.
@@ -210,12 +210,12 @@ class CheckpointedTraining:
 
         A new run calls `begin` on the first machine, and saves what that made as checkpoint 0.
         """
-        number = self.back()
+        number = self.restore_newest()
         if number is not None:
             return number
         if distributed.is_main():
             begin()
-            with reported(self.run.folder, "the folder of checkpoints"):
+            with as_mis_error(self.run.folder, "the folder of checkpoints"):
                 self.run.files.make_folder(self.run.folder / self.steps)
         self._send_state()
         self.save(0)
@@ -231,7 +231,7 @@ class CheckpointedTraining:
         if not distributed.is_main():
             self.trained.restore({"optimizer": {}, **arrays}, state)
 
-    def back(self) -> int | None:
+    def restore_newest(self) -> int | None:
         """Put the newest checkpoint back on every machine: its number; None when there is none."""
         # Machines beside the first one have none on disk: they get the first one's state.
         saved = protocol.newest(self.run.folder / self.steps, self.run.files)
@@ -239,7 +239,7 @@ class CheckpointedTraining:
             cli.say(*saved.notes, f"continuing from step {saved.number}")
             arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
             self.trained.restore({"optimizer": {}, **arrays}, saved.state["optimizer"])
-            self.run.weather.breaks = PauseCounter(**saved.state["tea"])
+            self.run.thermal_monitor.breaks = PauseCounter(**saved.state["tea"])
         newest: Any = distributed.broadcast_json(
             lambda: [saved.number, saved.state] if saved else None
         )
@@ -259,7 +259,7 @@ class CheckpointedTraining:
         state = {
             "arrays": list(arrays),
             "optimizer": self.trained.memory(),
-            "tea": asdict(self.run.weather.breaks),
+            "tea": asdict(self.run.thermal_monitor.breaks),
             **remembered,
         }
         folder = self.run.folder / self.steps
@@ -270,9 +270,9 @@ class CheckpointedTraining:
         run = self.run
         facts = asdict(step)
         del facts["reading"], facts["more"]
-        record = {**run.weather.now(), **facts, **step.more}
+        record = {**run.thermal_monitor.now(), **facts, **step.more}
         run.files.append(run.folder / self.log, json.dumps(record))
-        seen = replace(step, reading=run.weather.last())
+        seen = replace(step, reading=run.thermal_monitor.last())
         show(step.number, text.step_text(seen, run.budget_bytes, self.planned_tps))
         if self.report:
             self.report(step)
@@ -294,7 +294,7 @@ class CheckpointedTraining:
                     self._log(step, show)
                     unsaved = step.number
                     due = step.number % save_every == 0 or step.number == iters
-                    for _ in _breaks(run.weather, step, show, asked):
+                    for _ in _cooldowns(run.thermal_monitor, step, show, asked):
                         due = True
                         # One machine saves before it rests; several save together, afterwards.
                         if unsaved and distributed.size() == 1:
@@ -333,12 +333,12 @@ class CheckpointedTraining:
         try:
             self._run(steps(start), iters, save_every)
         except Diverged as error:
-            second_attempt = self.trained.optimizers[0].calm < 1
-            number = None if second_attempt else self.back()
+            second_attempt = self.trained.optimizers[0].lr_scale < 1
+            number = None if second_attempt else self.restore_newest()
             if number is None:
                 raise
             for optimizer in self.trained.optimizers:
-                optimizer.pass_over(error.batches)
+                optimizer.skip_batches(error.batches)
             what = f"batches {', '.join(map(str, error.batches))} gave NaN or infinity"
             cli.say(
                 f"{what}: going back to step {number}, and on without them, at half the "

@@ -13,7 +13,7 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.models import arch, distributed, load, policy
 from mis_mlx.planner import estimates, phases
-from mis_mlx.planner.recipe import FIRST_STEPS, PLAIN, DistillationSpec, spec_of
+from mis_mlx.planner.recipe import FIRST_STEPS, ROUND_TO_NEAREST, DistillationSpec, spec_of
 from mis_mlx.pruning import select, vocabulary
 from mis_mlx.quantization import stage
 from mis_mlx.storage import run_folder
@@ -32,12 +32,12 @@ def plan_run(s: Any, teacher: Checkpoint, rows: int, folder: Path | None) -> pha
     if s.minutes is not None:
         job = _paced(s.minutes, job, limit, rates)
 
-    def way() -> dict[str, Any]:
+    def strategy() -> dict[str, Any]:
         if folder:
             return run_folder.stored_settings(folder, run_folder.PLAN)
-        return phases.make(job, limit, rates).way
+        return phases.best_plan(job, limit, rates).strategy
 
-    plan = phases.one(job, limit, rates, **distributed.broadcast_json(way))
+    plan = phases.plan_strategy(job, limit, rates, **distributed.broadcast_json(strategy))
     if distributed.size() > 1 and plan.mode == "sharded":
         why = (
             f"with {distributed.size()} machines, each must hold the whole student, but "
@@ -64,7 +64,7 @@ def _job(s: Any, teacher: Checkpoint, rows: int) -> DistillationSpec:
         estimates.model_of(seen, dtype=policy.compute_dtype(teacher)),
         estimates.model_of(config),
         s,
-        rounding=s if s.quantize else PLAIN,
+        rounding=s if s.quantize else ROUND_TO_NEAREST,
         rotates=s.hidden_by == "pca",
         shown=estimates.model_of(teacher),
         copied=not s.student,
@@ -78,7 +78,7 @@ def _paced(minutes: float, job: DistillationSpec, limit: int, rates: Rates) -> D
 
     MisError where that number must be known before the first step: --iters takes it.
     """
-    plan = phases.make(job, limit, rates)
+    plan = phases.best_plan(job, limit, rates)
     seconds = plan.planned.get("distil", 0.0)
     if not seconds:
         return job
@@ -110,7 +110,7 @@ def log(s: Any, place: OpenRun, plan: phases.MemoryPlan) -> None:
         for phase in plan.phases
     ]
     record = {
-        **place.weather.now(),
+        **place.thermal_monitor.now(),
         "flags": flags,
         "planned": planned,
         "mode": plan.mode,

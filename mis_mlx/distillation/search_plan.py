@@ -35,7 +35,7 @@ def plan_search(
     if known and known_losses.all_known(known, probes):
         probes = []
         s = replace(s, evaluations=1)
-    work = compression_size.search(
+    work = compression_size.search_cost(
         s,
         plan.job,
         plan.phases,
@@ -49,7 +49,7 @@ def plan_search(
         if part:
             stages += part
             seconds[name] = sum(stage.seconds(plan.rates) for stage in part)
-    outcome = estimates.told(stages, limit.limit_bytes, plan.rates)
+    outcome = estimates.report_costs(stages, limit.limit_bytes, plan.rates)
     cli.say(str(plan.rates))
     if not s.dry_run:
         _need(plan, stages, limit)
@@ -69,7 +69,7 @@ def _plan_of_largest(
     student = estimates.model_of(arch.student_config(teacher.config, shape))
     rounding = shape_search.rounding_of(Choice(shape, shape_search.USUAL_BPW))
     job = spec_of(estimates.model_of(teacher), student, s, rounding)
-    return phases.make(job, limit.limit_bytes, estimates.machine_rates())
+    return phases.best_plan(job, limit.limit_bytes, estimates.machine_rates())
 
 
 def _need(plan: phases.MemoryPlan, stages: Sequence[estimates.StageCost], limit: Budget) -> None:
@@ -78,7 +78,6 @@ def _need(plan: phases.MemoryPlan, stages: Sequence[estimates.StageCost], limit:
         raise MisError(phases.remedy(plan))
     # With what the process itself takes.
     peak, worst = max((stage.peak_bytes, stage.name) for stage in stages)
-    remedy = (
-        f"give --budget {estimates.flag(peak)} or more, or lower --max-seq-length or --batch-size"
-    )
+    enough = estimates.budget_flag(peak)
+    remedy = f"give --budget {enough} or more, or lower --max-seq-length or --batch-size"
     limit.need(peak, worst, remedy)

@@ -24,11 +24,11 @@ from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.block_gradients import (
     BlockGradients,
     ForwardResult,
+    HostGradients,
     Loss,
     MicroBatch,
-    Slopes,
 )
-from mis_mlx.hardware import lanes
+from mis_mlx.hardware import streams
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
 from mis_mlx.models import arch, distributed, load, model_writer, policy, stream
 from mis_mlx.planner.recipe import TrainingConfig
@@ -49,10 +49,10 @@ class Sharded:
     which one shard is trained, with optimizers of its own; visit v trains shard v modulo their
     number. A shard of all blocks has one visit, and its folder is only read.
 
-    room_bytes, direct: as in `stream.Stream`. adapters: adds adapters to the shard, which are then
-    the only weights that learn. Every block has a gradient guard of its own, because a block is
-    updated before the norms of the next ones are known. A loss that is not a number skips the step
-    in all blocks.
+    headroom_bytes, direct: as in `stream.Stream`. adapters: adds adapters to the shard, which are
+    then the only weights that learn. Every block has a gradient guard of its own, because a block
+    is updated before the norms of the next ones are known. A loss that is not a number skips the
+    step in all blocks.
 
     Why a resume is exact: a checkpoint holds the shard of its visit, and every other block is on
     disk as it was then, as long as no later visit has written its blocks. A visit writes its
@@ -68,7 +68,7 @@ class Sharded:
         steps_per_shard: int,
         weight_decay: float,
         files: Files,
-        room_bytes: int = 0,
+        headroom_bytes: int = 0,
         direct: bool = False,
         adapters: Callable[[nn.Module], None] | None = None,
     ):
@@ -78,18 +78,18 @@ class Sharded:
         self._shard_layers = shard_layers
         self._steps_per_shard = steps_per_shard
         self._weight_decay = weight_decay
-        self._room_bytes = room_bytes
+        self._headroom_bytes = headroom_bytes
         self._direct = direct
         norm = load.final_norm(student, mx.float32)
         self._norm = stream.load_checked(norm, f"{student.path}: model.norm.")
 
-    def begin(self, mended: Named | None = None) -> None:
+    def begin(self, repaired: Named | None = None) -> None:
         """Enter the first visit of a new run.
 
-        mended: weights that replace stored ones. MisError in a folder that was trained before.
+        repaired: weights that replace stored ones. MisError in a folder that was trained before.
         """
         self._check(-1)
-        self._enter(0, mended)
+        self._enter(0, repaired)
 
     def arrays(self) -> dict[str, dict[str, mx.array]]:
         """The shard's weights and moments for a checkpoint, by checkpoint file."""
@@ -157,13 +157,15 @@ class Sharded:
             f"{self._student.path} holds blocks from visit {written}, but {begun}: start a new run"
         )
 
-    def _enter(self, visit: int, mended: Named | None = None, stored: Named | None = None) -> None:
+    def _enter(
+        self, visit: int, repaired: Named | None = None, stored: Named | None = None
+    ) -> None:
         """Load the shard of a visit, with new optimizers.
 
-        mended: of the whole model. stored: of the shard, as `arrays` gave them.
+        repaired: of the whole model. stored: of the shard, as `arrays` gave them.
         """
         # A new stream: the old one refuses files that changed since it was made.
-        self._source = stream.Stream(self._student, mx.float32, self._room_bytes, self._direct)
+        self._source = stream.Stream(self._student, mx.float32, self._headroom_bytes, self._direct)
         layers = self._source.layers
         size = self._shard_layers
         shards = -(-layers // size)
@@ -184,7 +186,7 @@ class Sharded:
         ]
         replaced = [
             (name.removeprefix("model."), weight.astype(dtype))
-            for name, weight in (mended or {}).items()
+            for name, weight in (repaired or {}).items()
         ]
         self.shard.load_weights(replaced, strict=False)
         if self._adapters:
@@ -214,8 +216,8 @@ class Sharded:
         self._enter(self.visit + 1)
         for optimizer in self.optimizers:
             optimizer.bad = before.bad
-            optimizer.passed = before.passed
-            optimizer.calm = before.calm
+            optimizer.skipped = before.skipped
+            optimizer.lr_scale = before.lr_scale
 
     def steps(
         self,
@@ -224,19 +226,19 @@ class Sharded:
         recipe: TrainingConfig,
         start: int = 0,
         factor: Callable[[int], float] = lambda step: 1.0,
-        slopes: Slopes | None = None,
+        host_gradients: HostGradients | None = None,
     ) -> Iterator[Step]:
         """Run steps `start` to `recipe.iters` as `train_loop.train` does.
 
-        slopes: as in `BlockGradients.forward`.
+        host_gradients: as in `BlockGradients.forward`.
         """
 
         def forward_of(step: int) -> ForwardResult:
-            return self._passes.forward(micro_batches(step), loss, slopes)
+            return self._passes.forward(micro_batches(step), loss, host_gradients)
 
         for step in range(start, recipe.iters):
             # The forward pass changes no weight, so it can be redone after the machine slept.
-            began, note, forward = train_loop.awake(partial(forward_of, step))
+            began, note, forward = train_loop.redone_after_sleep(partial(forward_of, step))
             noise = factor(step)  # eq. (2)'s (1 + eps_halny)
             rate = recipe.rate(step)
             norms = []
@@ -253,7 +255,7 @@ class Sharded:
                 number=step + 1,
                 loss=forward.loss,
                 grad_norm=math.hypot(*norms),
-                learning_rate=rate * self.optimizers[0].calm,
+                learning_rate=rate * self.optimizers[0].lr_scale,
                 tokens=int(forward.tokens),
                 seconds=seconds,
                 peak_bytes=mx.get_peak_memory(),
@@ -280,7 +282,7 @@ class Sharded:
         optimizer = self.optimizers[i - self.blocks.start]
         distributed.all_reduce_gradients(grads)
         # The first machine's norm on all machines: the guard must decide alike everywhere.
-        norm = distributed.broadcast_json(partial(float, global_norm(grads, lanes.lane)))
+        norm = distributed.broadcast_json(partial(float, global_norm(grads, streams.stream)))
         norm = norm * noise / forward.tokens
         note = optimizer.update(
             block,
@@ -290,7 +292,7 @@ class Sharded:
             learning_rate=rate,
             batch=batch,
             scale=noise / forward.tokens,
-            lane=lanes.lane,
+            stream_of=streams.stream,
         )
         # Nothing but the lazy update holds the gradients now, so they go as it is evaluated.
         grads.clear()
@@ -298,9 +300,9 @@ class Sharded:
         return norm, note
 
     def gradients(
-        self, batches: Sequence[MicroBatch], loss: Loss, slopes: Slopes | None = None
+        self, batches: Sequence[MicroBatch], loss: Loss, host_gradients: HostGradients | None = None
     ) -> Iterator[tuple[Any, Any]]:
         """First (loss per token in nats, tokens) of a step, then what `backward_blocks` yields."""
-        forward = self._passes.forward(batches, loss, slopes)
+        forward = self._passes.forward(batches, loss, host_gradients)
         yield forward.loss, forward.tokens
         yield from self._passes.backward_blocks(forward)

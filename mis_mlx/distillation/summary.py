@@ -156,7 +156,7 @@ def _texts(quality: Quality, losses: Sequence[tuple[str, str]]) -> list[dict[str
     return texts
 
 
-def page(
+def result_page(
     models: comparison.Models,
     sizes: list[Row],
     quality: Quality,
@@ -181,7 +181,7 @@ def page(
         for language, rows in conversations.tables(answered).items():
             table = text.table(rows, names, text.TABLES["answers"])
             asked.append({"language": language, "prompts": rows[0].n, "table": table})
-        verdict = conversations.verdict(answered)
+        verdict = conversations.loop_warning(answered)
     values = {
         "sizes": text.table(sizes, names, text.TABLES["sizes"]),
         "texts": texts,
@@ -192,12 +192,12 @@ def page(
         "verdict": verdict,
         "across": comparison.ACROSS,
         "dequantized": not policy.keeps_packed() and "4-bit" in models,
-        "won": won(models, sizes, quality),
+        "won": gain_sentence(models, sizes, quality),
     }
     return html.document("table.md", values)
 
 
-def won(models: comparison.Models, sizes: list[Row], quality: Quality) -> str:
+def gain_sentence(models: comparison.Models, sizes: list[Row], quality: Quality) -> str:
     """A sentence: what the student gained over the teacher, and what it costs."""
     teacher, *_, student = models
     values = {

@@ -116,7 +116,7 @@ def write(teacher: Checkpoint, how: Writing, out: Path, limit: Budget) -> int:
     tokenizer = load.tokenizer(teacher.path)
     with progress.bar("teacher's answers", total) as show, memory.limited(limit):
         show(min(len(done) * size, total))
-        writer = TextWriter(teacher, planned.room_bytes, planned.direct)
+        writer = TextWriter(teacher, planned.headroom_bytes, planned.direct)
         for start in range(0, total, size):
             if start in done:
                 continue

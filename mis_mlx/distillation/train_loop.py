@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mis_mlx.hardware import clock, lanes
+from mis_mlx.hardware import clock, streams
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
 from mis_mlx.models import distributed
 from mis_mlx.planner.recipe import TrainingConfig
@@ -53,11 +53,13 @@ def train(
         gradient_of = partial(nn.value_and_grad(model, loss), model)
     gradients = partial(_gradients, model, gradient_of, micro_batches)
     for step in range(start, recipe.iters):
-        began, note, (value, tokens, grads, means) = awake(partial(gradients, step))
+        began, note, (value, tokens, grads, means) = redone_after_sleep(partial(gradients, step))
         scale = factor(step) / tokens
         rate = recipe.rate(step)
         # The first machine's norm on all machines: the guard must decide alike everywhere.
-        norm = scale * distributed.broadcast_json(partial(float, global_norm(grads, lanes.lane)))
+        norm = scale * distributed.broadcast_json(
+            partial(float, global_norm(grads, streams.stream))
+        )
         note += optimizer.update(
             model,
             grads,
@@ -66,7 +68,7 @@ def train(
             learning_rate=rate,
             batch=step + 1,
             scale=scale,
-            lane=lanes.lane,
+            stream_of=streams.stream,
         )
         # Nothing but the lazy update holds the gradients now, so they go as it is evaluated.
         del grads
@@ -76,7 +78,7 @@ def train(
             number=step + 1,
             loss=value,
             grad_norm=norm,
-            learning_rate=rate * optimizer.calm,
+            learning_rate=rate * optimizer.lr_scale,
             tokens=int(means.pop("tokens", tokens)),
             seconds=seconds,
             peak_bytes=mx.get_peak_memory(),
@@ -85,7 +87,7 @@ def train(
         )
 
 
-def awake(work: Callable[[], Any]) -> tuple[float, str, Any]:
+def redone_after_sleep(work: Callable[[], Any]) -> tuple[float, str, Any]:
     """(when `work` began, a note, its result); it is done again where the machine slept meanwhile.
 
     Several machines do it again together, for the work has sums over all of them in it.
@@ -159,7 +161,7 @@ def _gradients(
     return loss, tokens, tree_unflatten(list(named.items())), means
 
 
-class Whole:
+class WholeModel:
     """A model that `train` trains, as `run_loop.CheckpointedTraining` saves it and puts it back."""
 
     def __init__(self, model: nn.Module, optimizer: GuardedAdamW):

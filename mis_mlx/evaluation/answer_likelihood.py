@@ -81,13 +81,13 @@ def _end_of_turn(tokenizer: Any) -> int:
     ]
     stops = set(tokenizer.eos_token_ids)
     try:
-        ids, learn = token_windows.conversation({"messages": talk}, tokenizer, mask_prompt=True)
+        ids, loss_mask = token_windows.conversation({"messages": talk}, tokenizer, mask_prompt=True)
     except Exception:  # as above
-        return token_windows.end_of(tokenizer)
-    for token, own in zip(ids, learn, strict=True):
+        return token_windows.end_token(tokenizer)
+    for token, own in zip(ids, loss_mask, strict=True):
         if own and token in stops:
             return token
-    return token_windows.end_of(tokenizer)
+    return token_windows.end_token(tokenizer)
 
 
 def of_last_tokens(

@@ -52,14 +52,14 @@ def sha256(checkpoint: Checkpoint) -> str:
     files |= {path for path in checkpoint.path.glob("tokenizer*") if path.is_file()}
     files |= set(checkpoint.path.glob("*.jinja"))
     known = []
-    for file in cli.counted("hash: file", files, len(files)):
+    for file in cli.show_progress("hash: file", files, len(files)):
         known.append((file.name, file_sha256(file)))
     # Not the folder's name: a copy elsewhere is the same model.
     decisive = [VERSION, str(policy.compute_dtype(checkpoint)), sorted(known)]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
-def kept(model_sha256: str, key: str) -> Path:
+def answers_path(model_sha256: str, key: str) -> Path:
     """The file of a model's answers to a task. key: the task's sha256."""
     return hub.cache_root() / "evaluations" / model_sha256[:32] / f"{key[:32]}.jsonl"
 
@@ -70,12 +70,12 @@ def read(path: Path) -> Asked:
     return {row["n"]: row for row in records if isinstance(row.get("n"), int)}
 
 
-def todo(model_sha256: str, task: Task) -> tuple[Path, Asked, list[int]]:
+def unanswered(model_sha256: str, task: Task) -> tuple[Path, Asked, list[int]]:
     """(file of the answers, those that are kept, numbers of the questions that are left).
 
     The first of several machines reads the file; all of them must call this.
     """
-    path = kept(model_sha256, task.sha256)
+    path = answers_path(model_sha256, task.sha256)
     rows = distributed.broadcast_json(lambda: list(read(path).values()))
     answers = {row["n"]: row for row in rows}
     left = [n for n in range(len(task.questions)) if n not in answers]
@@ -92,7 +92,7 @@ def plan(
 
     MisError where it cannot be done in the budget, before anything is asked.
     """
-    _, _, left = todo(model_sha256, task)
+    _, _, left = unanswered(model_sha256, task)
     if not left:
         return None
     return _asking(checkpoint, task, left, limit, layers=False).cost
@@ -111,7 +111,7 @@ def scores(
     `instructions.marks`. Several machines ask together, and all of them must call this. layers: the
     model's blocks are shared out among them, where options are chosen.
     """
-    path, answers, left = todo(model_sha256, task)
+    path, answers, left = unanswered(model_sha256, task)
     if distributed.is_main():
         DISK.make_folder(path.parent)
     label = f"{checkpoint.path.name} {task.name}"
@@ -149,14 +149,14 @@ def levels(model_sha256: str, task: Task) -> instructions.Levels | None:
     """
     if task.kind != "instructions":
         return None
-    _, answers, _ = todo(model_sha256, task)
+    _, answers, _ = unanswered(model_sha256, task)
     return instructions.levels(*_followed_of(task, answers))
 
 
 def chance(task: Task) -> np.ndarray:
     """(n,) expected marks of guessing; for instructions those of the constant answer PLAIN."""
     if task.kind == "instructions":
-        return _constant_marks(task, instructions.PLAIN)
+        return _constant_marks(task, instructions.CONSTANT_ANSWER)
     return np.array([question.chance for question in task.questions])
 
 
@@ -166,8 +166,8 @@ def best_constant(task: Task) -> tuple[float, str] | None:
     For instructions the constant is DRESSED.
     """
     if task.kind == "instructions":
-        marks = _constant_marks(task, instructions.DRESSED)
-        return float(marks.mean()), instructions.DRESSED
+        marks = _constant_marks(task, instructions.FORMATTED_ANSWER)
+        return float(marks.mean()), instructions.FORMATTED_ANSWER
     return questions.best_constant_answer(task)
 
 
@@ -219,7 +219,7 @@ def check_harness(ids: Sequence[str]) -> None:
             raise MisError(f"lm-eval has no task {name}: did you mean {' or '.join(near)}?")
 
 
-def samples(folder: Path, name: str, count: int) -> dict[str, list[Sample]]:
+def harness_samples(folder: Path, name: str, count: int) -> dict[str, list[Sample]]:
     """{task: lm-eval's own records} of `count` questions, asked greedily.
 
     name: a task, or a group, which gives several tasks. MisError where its data did not come.
@@ -256,7 +256,7 @@ def samples(folder: Path, name: str, count: int) -> dict[str, list[Sample]]:
     return results["samples"]
 
 
-def marks(name: str, found: Sequence[Sample]) -> dict[str, Any]:
+def harness_marks(name: str, found: Sequence[Sample]) -> dict[str, Any]:
     """A task of lm-eval, for JSON: its name, marks from 0 to 1, chance of all questions, metric.
 
     Where a task has several filters, the first one's records count. MisError where it has none of
@@ -286,7 +286,7 @@ def by_harness(
     ids: Sequence[str],
     count: int,
 ) -> list[dict[str, Any]]:
-    """`marks` of the first `count` questions of each; a group gives several.
+    """`harness_marks` of the first `count` questions of each; a group gives several.
 
     The first of several machines asks; all of them must call this.
     """
@@ -306,13 +306,13 @@ def _harness_rows(
     name: str,
     count: int,
 ) -> list[dict[str, Any]]:
-    """`marks` of one task or group, kept or asked now."""
+    """`harness_marks` of one task or group, kept or asked now."""
     key = f"lm_eval {importlib.metadata.version('lm_eval')} {name} {count}"
-    path = kept(model_sha256, hashlib.sha256(key.encode()).hexdigest())
+    path = answers_path(model_sha256, hashlib.sha256(key.encode()).hexdigest())
     if not path.is_file():
-        by_task = samples(checkpoint.path, name, count)
+        by_task = harness_samples(checkpoint.path, name, count)
         DISK.make_folder(path.parent)
-        lines = [json.dumps(marks(task, found)) + "\n" for task, found in by_task.items()]
+        lines = [json.dumps(harness_marks(task, found)) + "\n" for task, found in by_task.items()]
         DISK.replace_text(path, "".join(lines))
     return run_folder.records(path)
 
@@ -371,7 +371,7 @@ class _Parts(NamedTuple):
 
     cost: estimates.StageCost
     tokens: int
-    room: int
+    headroom_bytes: int
 
 
 def _choosing(
@@ -398,10 +398,10 @@ def _choosing(
     def records() -> Iterator[Record]:
         # All machines make parts of one size: the smallest that any of them has planned.
         tokens = min(distributed.all_gather(parts.tokens))
-        stream = machines.opened(
+        stream = machines.open_stream(
             checkpoint,
             limit,
-            room_bytes=parts.room,
+            headroom_bytes=parts.headroom_bytes,
             tokens=tokens,
             length=option_likelihood.ROWS,
             layers=layers,
@@ -455,12 +455,12 @@ def _parts(
         )
 
     least = one_pass(rows)
-    estimates.fit(limit, least, other="")
+    estimates.require_fit(limit, least, other="")
     part = PART
     all_stay = one_pass(min(total, PART), again=True).pinned == m.shape.layers
     if not all_stay:
         # What the budget leaves holds hidden states, 2 D numbers a token.
-        spare = estimates.room(limit.limit_bytes, least.peak_bytes)
+        spare = estimates.headroom_bytes(limit.limit_bytes, least.peak_bytes)
         part = max(rows, min(total, spare // (2 * m.shape.hidden * m.item)))
     first = one_pass(min(total, part), again=all_stay or part < total)
     without_weights = first.peak_bytes - first.pinned * m.block_work - m.head_work
@@ -470,4 +470,6 @@ def _parts(
         read_bytes=m.nbytes + (passes - 1) * first.read_bytes,
         flops=estimates.forward_flops(m, total, rows),
     )
-    return _Parts(cost, part, room=estimates.room(limit.limit_bytes, without_weights))
+    return _Parts(
+        cost, part, headroom_bytes=estimates.headroom_bytes(limit.limit_bytes, without_weights)
+    )

@@ -32,7 +32,7 @@ from mis_mlx.evaluation.answer_records import Answer, AnswerPair, Prompt
 from mis_mlx.evaluation.answer_writing import answered
 from mis_mlx.evaluation.judgement import (
     Judgement,
-    Said,
+    ModelAnswers,
     TeacherAnswers,
     mean_logprob,
     text_bytes,
@@ -125,7 +125,7 @@ def greedy(
     label = f"answers of {model.path.name}"
     with progress.bar(label, len(asked)) as show, memory.limited(limit):
         show(0)
-        writer = TextWriter(model, writing_plan.room_bytes, writing_plan.direct)
+        writer = TextWriter(model, writing_plan.headroom_bytes, writing_plan.direct)
         for start in range(0, len(asked), writing_plan.at_once):
             batch = asked[start : start + writing_plan.at_once]
             of_batch = answered(writer, tokenizer, batch, GREEDY_TOKENS)
@@ -228,7 +228,7 @@ def _write_missing(
         DISK.make_folder(path.parent)
     with progress.bar("answers of the teacher", len(asked)) as show, memory.limited(limit):
         show(0)
-        writer = TextWriter(teacher, writing_plan.room_bytes, writing_plan.direct)
+        writer = TextWriter(teacher, writing_plan.headroom_bytes, writing_plan.direct)
         for start in range(0, len(asked), writing_plan.at_once):
             batch = asked[start : start + writing_plan.at_once]
             samplers = [_sampler_of(prompt) for prompt in batch]
@@ -367,7 +367,7 @@ def judged(
     answers = teacher_answers(teacher, taken, limit)
     if not answers.prompts:
         return None
-    said = {teacher_name: answers.said}
+    said = {teacher_name: answers.as_model}
     known_hashes = hashes or {}
     for name, model in judging.items():
         if name == teacher_name:
@@ -391,7 +391,7 @@ def _student(
     *,
     kept: Kept,
     writes: bool,
-) -> Said:
+) -> ModelAnswers:
     """One student, judged; whatever is not yet kept is asked now, and kept."""
     asked = answers.prompts
     written = list[Answer]()
@@ -411,7 +411,7 @@ def _student(
     of_sampled = kept.measured(student, asked, answers.sampled)
     nats = np.array([cost.nats for cost in of_sampled], np.float64)
     bits = AnswerBits(nats, text_bytes(answers.sampled))
-    return Said(bits, written, logprobs)
+    return ModelAnswers(bits, written, logprobs)
 
 
 def plan(
@@ -442,6 +442,6 @@ def plan(
     if not taken or (teacher_kept and not students):
         return None
     shapes = [estimates.model_of(model) for model in (teacher, *students)]
-    cost = writing.answers(shapes, len(taken), limit, teacher_kept=teacher_kept)
-    estimates.fit(limit, cost, other="")
+    cost = writing.answers_cost(shapes, len(taken), limit, teacher_kept=teacher_kept)
+    estimates.require_fit(limit, cost, other="")
     return cost

@@ -26,7 +26,7 @@ from mis_mlx.models.stream import HEAD_PART, Hidden, Stream, evaluate_now
 from mis_mlx.types import Checkpoint, MisError, Row
 
 Models = Mapping[str, Checkpoint]  # by name
-Opened = Callable[[Checkpoint], Stream]  # opens a model for one pass
+OpenStream = Callable[[Checkpoint], Stream]  # opens a model for one pass
 Means = Mapping[tuple[str, str], np.ndarray]  # (model, metric) -> (N,), one value per window
 Passed = tuple[Checkpoint, Hidden]  # a model and its final states [(1, T, D)] of every window
 ACROSS = (
@@ -39,7 +39,7 @@ METRICS = ("nll", "kl", "top1")  # of a student, in the order of `by_window`
 Figures = dict[str, tuple[float, float | None]]
 
 
-def chosen(held_out: Windows, count: int) -> Windows:
+def spread_windows(held_out: Windows, count: int) -> Windows:
     """`count` windows spread evenly over the held-out text, or all when there are fewer."""
     total = len(held_out.tokens)
     count = min(count, total)
@@ -50,27 +50,27 @@ def chosen(held_out: Windows, count: int) -> Windows:
 def final_hidden(
     model: Checkpoint,
     held_out: Windows,
-    opened: Opened = Stream,
+    opened: OpenStream = Stream,
 ) -> Hidden:
     """The model's final hidden states [(1, T, D)] of every window. Streamed."""
     batches = [mx.array(window[None]) for window in held_out.tokens]
     return opened(model).forward(batches)
 
 
-def own(held_out: Windows) -> Windows:
+def own_windows(held_out: Windows) -> Windows:
     """This machine's share of the windows, perhaps none; without the count of bytes."""
     return Windows(
         tokens=distributed.shard(held_out.tokens),
-        learn=distributed.shard(held_out.learn),
+        loss_mask=distributed.shard(held_out.loss_mask),
     )
 
 
-def together(models: Models, held_out: Windows, opened: Opened) -> Means:
+def compare_across_machines(models: Models, held_out: Windows, opened: OpenStream) -> Means:
     """The result of `compare`, with the windows shared out among the machines.
 
     Every machine must call this: the values are gathered at the end.
     """
-    own_means = compare(models, own(held_out), opened=opened)
+    own_means = compare(models, own_windows(held_out), opened=opened)
     means = {}
     for key, values in own_means.items():
         # Window n went to machine n % size, so one value of each machine in turn restores the
@@ -85,7 +85,7 @@ def compare(
     models: Models,
     held_out: Windows,
     hidden: Hidden | None = None,
-    opened: Opened = Stream,
+    opened: OpenStream = Stream,
 ) -> Means:
     """Per-window means (N,) of every model, by (model, metric). Streamed.
 
@@ -171,7 +171,7 @@ def _chunks(held_out: Windows, window: int) -> list[_Chunk]:
     """
     tokens = held_out.tokens[window]
     # No token follows the last one, so nothing is predicted there.
-    counted = np.flatnonzero(held_out.learn[window][:-1])
+    counted = np.flatnonzero(held_out.loss_mask[window][:-1])
     chunks = []
     for start in range(0, len(counted), CHUNK):
         positions = counted[start : start + CHUNK]
@@ -221,7 +221,7 @@ def _logits(head: nn.Module, hidden: Hidden, chunk: _Chunk) -> mx.array:
 
 def nats_of(values: np.ndarray, windows: Windows) -> np.ndarray:
     """(N,) nats of each window's text, from means (N,) over its tokens."""
-    counted = windows.learn[:, :-1] > 0
+    counted = windows.loss_mask[:, :-1] > 0
     return values * counted.sum(axis=1)
 
 
@@ -242,7 +242,7 @@ def rows_of(figures: Means, held_out: Windows | None = None) -> list[Row]:
         counted = values
         if held_out:
             # A window in which no prediction counts has no mean.
-            counted = values[held_out.learn[:, :-1].any(axis=1)]
+            counted = values[held_out.loss_mask[:, :-1].any(axis=1)]
         count = len(counted)
         mean, low, high = stats.interval(counted)
         rows.append(Row(name, metric, mean, low=low, high=high, n=count))
@@ -265,10 +265,10 @@ def rows_of(figures: Means, held_out: Windows | None = None) -> list[Row]:
     return rows
 
 
-def across(rows: Sequence[Row], teacher: Means, own: Windows) -> list[Row]:
+def rows_across_vocabularies(rows: Sequence[Row], teacher: Means, own: Windows) -> list[Row]:
     """Rows of students that read other tokens than their teacher, none of which is per token.
 
-    teacher: the means of the teacher on its `own` windows; they replace its rows in `rows`.
+    teacher: the means of the teacher on its `own_windows` windows; they replace its rows in `rows`.
     """
     ((name, _),) = teacher
     students = [row for row in rows if row.model != name]
@@ -298,22 +298,22 @@ def second_half(held_out: Windows) -> Windows:
 
     MisError when fewer than FEW are left.
     """
-    learn = held_out.learn.copy()
-    learn[:, : learn.shape[1] // 2] = 0
-    count = int((learn > 0).sum())
+    loss_mask = held_out.loss_mask.copy()
+    loss_mask[:, : loss_mask.shape[1] // 2] = 0
+    count = int((loss_mask > 0).sum())
     if count < FEW:
         why = (
-            f"{count} tokens lie in the second halves of {len(learn)} windows, but the statistics "
-            f"need {FEW}"
+            f"{count} tokens lie in the second halves of {len(loss_mask)} windows, but the "
+            f"statistics need {FEW}"
         )
         raise MisError(f"{why}: raise --eval-windows, or add test text")
-    return Windows(held_out.tokens, learn)
+    return Windows(held_out.tokens, loss_mask)
 
 
 def kld(
     models: Models,
     held_out: Windows,
-    opened: Opened = Stream,
+    opened: OpenStream = Stream,
 ) -> dict[str, Figures]:
     """{name: figures} of all models but the first, which is the reference.
 
@@ -321,10 +321,10 @@ def kld(
     then all rows are gathered.
     """
     (_, base), *others = models.items()
-    held_out = own(held_out)
+    held_out = own_windows(held_out)
     hidden = final_hidden(base, held_out, opened)
     report = {}
-    for name, other in cli.counted("model", others, len(others)):
+    for name, other in cli.show_progress("model", others, len(others)):
         # The other's hidden states get no name: it would keep them during the next model's pass.
         windows = by_window(
             base=(base, hidden),

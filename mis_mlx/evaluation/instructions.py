@@ -21,8 +21,8 @@ SECONDS = 120.0  # for one batch of answers, with 2 s for the imports
 # Many instructions forbid or limit something, so a text that ignores the prompt follows some. Of
 # all 541 prompts IFEval gives 17.2 % to PLAIN, which stands for chance, and 27.3 % to DRESSED,
 # which U Zośki says.
-PLAIN = "ok"
-DRESSED = '"this is the answer"'
+CONSTANT_ANSWER = "ok"
+FORMATTED_ANSWER = '"this is the answer"'
 
 
 class Instruction(NamedTuple):

@@ -29,7 +29,7 @@ def mean_logprob(logprobs: Sequence[np.ndarray]) -> float:
 
 
 @dataclass(frozen=True)
-class Said:
+class ModelAnswers:
     """One model's answers, and how they and the teacher's are judged.
 
     bits: cost of the teacher's sampled answers under this model. greedy: its own answers, [] where
@@ -45,9 +45,9 @@ class Said:
         """Mean over the tokens of all greedy answers, in nats."""
         return mean_logprob(self.logprobs)
 
-    def part(self, chosen: Sequence[int]) -> "Said":
+    def part(self, chosen: Sequence[int]) -> "ModelAnswers":
         """The same for some of the prompts, by number."""
-        return Said(
+        return ModelAnswers(
             bits=AnswerBits(self.bits.nats[chosen], self.bits.nbytes[chosen]),
             greedy=[self.greedy[number] for number in chosen if self.greedy],
             logprobs=[self.logprobs[number] for number in chosen if self.logprobs],
@@ -72,7 +72,7 @@ class TeacherAnswers:
         return [pair.greedy for pair in self.pairs]
 
     @property
-    def said(self) -> Said:
+    def as_model(self) -> ModelAnswers:
         """The teacher's answers as those of any other model."""
         nats = np.array([pair.nats or 0.0 for pair in self.pairs], np.float64)
         logprobs = []
@@ -81,7 +81,7 @@ class TeacherAnswers:
             mean = -pair.greedy_nats / max(1, pair.greedy_tokens)
             logprobs.append(np.full(pair.greedy_tokens, mean))
         bits = AnswerBits(nats, text_bytes(self.sampled))
-        return Said(bits, self.greedy, logprobs)
+        return ModelAnswers(bits, self.greedy, logprobs)
 
     def part(self, chosen: Sequence[int]) -> "TeacherAnswers":
         """The answers to some of the prompts, by number."""
@@ -96,25 +96,25 @@ class Judgement:
     """All models that were judged, by name; the first one is the teacher."""
 
     answers: TeacherAnswers
-    said: dict[str, Said]
+    models: dict[str, ModelAnswers]
 
     @property
     def greedy(self) -> dict[str, list[Answer]]:
         """By name, each model's greedy answers to `answers.prompts`."""
-        return {name: said.greedy for name, said in self.said.items()}
+        return {name: said.greedy for name, said in self.models.items()}
 
     @property
     def rows(self) -> list[Row]:
         """The figures of all models, as in `rows_of`."""
-        teacher_name = next(iter(self.said))
+        teacher_name = next(iter(self.models))
         found = list[Row]()
-        for name, said in self.said.items():
+        for name, said in self.models.items():
             # Nothing is "above the teacher" in the teacher's own row.
-            teacher_bits = None if name == teacher_name else self.said[teacher_name].bits
+            teacher_bits = None if name == teacher_name else self.models[teacher_name].bits
             found += rows_of(name, said.bits, said.greedy, said.logprob, teacher_bits=teacher_bits)
         return found
 
     def part(self, chosen: Sequence[int]) -> "Judgement":
         """The same for some of the prompts, by number, for instance those in one language."""
-        said = {name: of_model.part(chosen) for name, of_model in self.said.items()}
+        said = {name: of_model.part(chosen) for name, of_model in self.models.items()}
         return Judgement(self.answers.part(chosen), said)

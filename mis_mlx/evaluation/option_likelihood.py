@@ -173,7 +173,7 @@ def _final_hidden(stream: Stream, packed: Sequence[Pack]) -> Hidden:
         for number, pack in enumerate(passing):
             inputs = stream.sides.inputs(layer, number, hidden[number])
             # A question's options stand side by side, so positions and mask are the pack's.
-            outputs = attention_masks.through(
+            outputs = attention_masks.run_masked_block(
                 block,
                 inputs,
                 sees=pack.sees,

@@ -273,7 +273,7 @@ def _question(row: Mapping) -> Question:
     )
 
 
-def some(rng: random.Random, items: Sequence[T], count: int) -> list[T]:
+def drawn_items(rng: random.Random, items: Sequence[T], count: int) -> list[T]:
     """`count` different items in drawn order.
 
     By rng.random() alone, so that a seed means the same under every Python.
@@ -286,7 +286,7 @@ def some(rng: random.Random, items: Sequence[T], count: int) -> list[T]:
     return drawn
 
 
-def among_others(
+def cloze_row(
     seed: str,
     text: str,
     right: str,
@@ -299,8 +299,8 @@ def among_others(
     """
     rng = random.Random(seed)
     all_wrong = [answer for answer in answers if answer != right]
-    wrong = some(rng, all_wrong, others)
-    options = some(rng, [right, *wrong], others + 1)
+    wrong = drawn_items(rng, all_wrong, others)
+    options = drawn_items(rng, [right, *wrong], others + 1)
     return {"text": text, "options": options, "answer": right}
 
 

@@ -43,13 +43,13 @@ class _Plan(NamedTuple):
     """How a model writes.
 
     at_once: answers written together. whole: the model is whole in memory; otherwise it is
-    streamed, with `room` bytes for blocks that stay.
+    streamed, with `headroom_bytes` bytes for blocks that stay.
     """
 
     cost: estimates.StageCost
     at_once: int
     whole: bool
-    room: int
+    headroom_bytes: int
 
 
 def asking(
@@ -104,7 +104,7 @@ def _plan(
     longest = max(lengths)
     written = len(prompts) * most
     flops = estimates.forward_flops(m, sum(lengths) + written, longest)
-    one_token = estimates.token(m, longest + most, limit.limit_bytes)
+    one_token = estimates.token_cost(m, longest + most, limit.limit_bytes)
     for at_once in AT_ONCE:
         peak_bytes = resident_bytes(m, at_once, longest=longest, max_tokens=most, limit=limit)
         if peak_bytes <= limit.limit_bytes:
@@ -118,8 +118,8 @@ def _plan(
                 flops=flops,
                 touched_bytes=steps * one_token.touched_bytes,
             )
-            return _Plan(cost, at_once, whole=True, room=0)
-    estimates.fit(limit, one_token, other="")
+            return _Plan(cost, at_once, whole=True, headroom_bytes=0)
+    estimates.require_fit(limit, one_token, other="")
     # Blocks that stay between tokens are in the peak; the room is what they may take.
     without_blocks = one_token.peak_bytes - one_token.pinned * m.block_work
     cost = replace(
@@ -128,8 +128,8 @@ def _plan(
         flops=flops,
         touched_bytes=written * one_token.touched_bytes,
     )
-    room = estimates.room(limit.limit_bytes, without_blocks)
-    return _Plan(cost, AT_ONCE[-1], whole=False, room=room)
+    headroom_bytes = estimates.headroom_bytes(limit.limit_bytes, without_blocks)
+    return _Plan(cost, AT_ONCE[-1], whole=False, headroom_bytes=headroom_bytes)
 
 
 def resident_bytes(
@@ -165,7 +165,7 @@ def _writer(
     """Open the model; the result writes up to `max_tokens` tokens after each prompt."""
     dtype = policy.compute_dtype(checkpoint)
     if plan.whole:
-        model = load_checked(load.resident(checkpoint, dtype), f"{checkpoint.path}: ")
+        model = load_checked(load.resident_model(checkpoint, dtype), f"{checkpoint.path}: ")
         draw = mlx_generate.sampler(0.0, 0)
 
         def write_together(prompts: Prompts) -> list[list[int]]:
@@ -182,7 +182,7 @@ def _writer(
 
         return write_together
     direct = checkpoint.nbytes > limit.limit_bytes
-    stream = Stream(checkpoint, dtype, plan.room, direct=direct)
+    stream = Stream(checkpoint, dtype, plan.headroom_bytes, direct=direct)
 
     def write_in_turn(prompts: Prompts) -> list[list[int]]:
         continuations = []

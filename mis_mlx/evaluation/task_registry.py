@@ -191,7 +191,7 @@ def _places(texts: Sequence[str]) -> list[dict]:
         raise MisError(f"{why}: give a longer test.jsonl, or leave the task out")
     cloze = []
     for number, (context, right) in enumerate(places):
-        row = questions.among_others(
+        row = questions.cloze_row(
             seed=f"endings-{number}",
             text=f"{context} {questions.BLANK}",
             right=right,

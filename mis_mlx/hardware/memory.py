@@ -39,7 +39,7 @@ USUAL_MEGABYTES = "40"
 WIRED_MARGIN_BYTES = 256 * 2**20  # beyond what a job needs, so that its last buffers are wired too
 
 
-def room_bytes() -> int:
+def usable_memory_bytes() -> int:
     """The most a process should take: Metal's recommended working set, or the available memory."""
     return _recommended(mx) or int(psutil.virtual_memory().available)
 
@@ -76,22 +76,23 @@ def free_for_us_bytes() -> int:
     return int(min(unused, machine.available + own))
 
 
-def budget(asked_bytes: int | None, room: int | None = None) -> Budget:
+def budget(asked_bytes: int | None, usable_bytes: int | None = None) -> Budget:
     """The user's budget, or the least of 5 GiB, 75 % of the room and what others do not use now.
 
-    room: bytes of another machine, on which nothing else runs; default: this one's. MisError when
-    more is asked for than there is.
+    usable_bytes: bytes of another machine, on which nothing else runs; default: this one's.
+    MisError when more is asked for than there is.
     """
     most = DEFAULT_BYTES
-    if room is None:
-        room = room_bytes()
+    if usable_bytes is None:
+        usable_bytes = usable_memory_bytes()
         # Other programs on this machine keep what they hold.
         most = min(most, free_for_us_bytes())
     if asked_bytes is None:
-        return Budget(min(most, int(SHARE * room)))
-    if asked_bytes > room:
+        return Budget(min(most, int(SHARE * usable_bytes)))
+    if asked_bytes > usable_bytes:
         raise MisError(
-            f"--budget {gib(asked_bytes)} is more than the available {gib(room)}: ask for less"
+            f"--budget {gib(asked_bytes)} is more than the available {gib(usable_bytes)}: "
+            f"ask for less"
         )
     return Budget(asked_bytes)
 

@@ -86,13 +86,13 @@ class Sums:
 
     mean: np.ndarray
     square: np.ndarray
-    warm: np.ndarray
+    env_weighted: np.ndarray
 
     def add(self, mean: np.ndarray, square: np.ndarray, weight: float) -> None:
         """Add one batch's means over tokens of |a| and of a^2, (units,) each, at T_env = weight."""
         self.mean += np.asarray(mean, np.float64) ** 2
         self.square += square
-        self.warm += square * weight**2
+        self.env_weighted += square * weight**2
 
 
 @dataclass
@@ -105,7 +105,7 @@ class ExpertSums:
 
     routed: np.ndarray  # tokens that chose each expert
     gated: np.ndarray  # sum of gate times norm
-    warm: np.ndarray  # `gated`, every batch times T_b
+    env_weighted: np.ndarray  # `gated`, every batch times T_b
 
     def add(self, expert: int, gates: np.ndarray, outputs: mx.array, weight: float) -> None:
         """Add one batch's gates (n,) and outputs (n, D) of an expert, at T_env = weight."""
@@ -114,14 +114,14 @@ class ExpertSums:
         total = float((gates * norms).sum())
         self.routed[expert] += len(gates)
         self.gated[expert] += total
-        self.warm[expert] += total * weight
+        self.env_weighted[expert] += total * weight
 
     def scores(self) -> Sums:
         """Squared scores, as `rms` and `aais` take them; 0 for an expert that no token chose."""
         tokens = np.maximum(self.routed, 1)
         square = np.square(self.gated / tokens)
-        warm = np.square(self.warm / tokens)
-        return Sums(mean=square, square=square, warm=warm)
+        env_weighted = np.square(self.env_weighted / tokens)
+        return Sums(mean=square, square=square, env_weighted=env_weighted)
 
 
 @dataclass
@@ -162,7 +162,7 @@ def aais(sums: Sums, altitude_m: float) -> np.ndarray:
 
     With constant T and h it is a positive multiple of `rms`.
     """
-    return np.sqrt(sums.warm) / altitude_m
+    return np.sqrt(sums.env_weighted) / altitude_m
 
 
 def top(scores: np.ndarray, keep: int) -> tuple[int, ...]:
@@ -195,7 +195,7 @@ def group_scores(scores: np.ndarray, groups: int) -> np.ndarray:
     return np.sqrt(np.square(scores).reshape(groups, -1).sum(axis=-1))
 
 
-def lowest_blocks(
+def select_blocks(
     block: dict[int, float],
     keep: int,
     kinds: Sequence[int] = (),

@@ -73,15 +73,15 @@ def head_added(
     return added
 
 
-def capped(z: mx.array, softcap: float) -> mx.array:
+def apply_softcap(z: mx.array, softcap: float) -> mx.array:
     """Logits c tanh(z / c), where a model has a soft cap c; z itself where it has none (0)."""
     if not softcap:
         return z
     return mx.tanh(z / softcap) * softcap
 
 
-def cap_slope(z: mx.array, softcap: float) -> mx.array:
-    """d z / d raw logits (n, V), for `capped` logits z (n, V)."""
+def softcap_gradient(z: mx.array, softcap: float) -> mx.array:
+    """d z / d raw logits (n, V), for `apply_softcap` logits z (n, V)."""
     return 1.0 - mx.square(z / softcap)
 
 
@@ -100,7 +100,7 @@ def kl_sum(
     head: mx.array,
     teacher: mx.array,
     teacher_logits: Logits,
-    learn: mx.array,
+    loss_mask: mx.array,
     temperature: float = 1.0,
     rows: int | None = None,
     frozen_head: bool = False,
@@ -111,9 +111,9 @@ def kl_sum(
     """Sum over positions of KL(softmax(z_t / T) || softmax(z_s / T)) in nats.
 
     Differentiable in student and head. student: hidden states (n, D); head: (V, D); z_s = student @
-    head.T, `capped`. teacher: (n, D_t), constant. learn: (n,), 0 leaves a position out. Equation
-    (2) has no T^2 factor, so there is none here: the gradient is (p_s - p_t) / T per logit.
-    frozen_head: the head is constant and gets no gradient. labels: (n,), the text's own next
+    head.T, `apply_softcap`. teacher: (n, D_t), constant. loss_mask: (n,), 0 leaves a position out.
+    Equation (2) has no T^2 factor, so there is none here: the gradient is (p_s - p_t) / T per
+    logit. frozen_head: the head is constant and gets no gradient. labels: (n,), the text's own next
     tokens: the loss is (1 - c) KL + c CE, c = `cross_entropy`, CE at T = 1.
     """
 
@@ -146,7 +146,7 @@ def kl_sum(
         student,
         head,
         targets,
-        learn=learn,
+        loss_mask=loss_mask,
         rows=rows,
         frozen_head=frozen_head,
         softcap=softcap,
@@ -158,7 +158,7 @@ def sum_by_chunks(
     student: mx.array,
     head: mx.array,
     targets: tuple[mx.array, ...],
-    learn: mx.array,
+    loss_mask: mx.array,
     rows: int | None,
     frozen_head: bool,
     softcap: float = 0.0,
@@ -167,7 +167,8 @@ def sum_by_chunks(
 
     `formula`'s gradients are carried to the backward pass as (n, D) and (V, D) arrays, so logits
     are never recomputed and never kept. student: (n, D); head: (V, D); targets: arrays of n
-    positions; learn: (n,). rows: positions in a chunk. softcap: of the logits that `formula` sees.
+    positions; loss_mask: (n,). rows: positions in a chunk. softcap: of the logits that `formula`
+    sees.
     """
     rows = rows or chunk_rows(head.shape[0])
 
@@ -185,13 +186,13 @@ def sum_by_chunks(
             inputs = [h[chunk], loss, *(target[chunk] for target in targets)]
             waited: Any = mx.depends(inputs, [*dw, *dh[-1:]])
             part, loss, *target = waited
-            z = capped(wide_product(part, w), softcap)
+            z = apply_softcap(wide_product(part, w), softcap)
             losses, grad = formula(z, *target)
             if softcap:
                 # The formula's gradient is in capped logits; products with the head need raw ones'.
-                grad = grad * cap_slope(z, softcap)
-            loss = loss + (losses * learn[chunk]).sum()
-            grad = (grad * learn[chunk][:, None]).astype(w.dtype)
+                grad = grad * softcap_gradient(z, softcap)
+            loss = loss + (losses * loss_mask[chunk]).sum()
+            grad = (grad * loss_mask[chunk][:, None]).astype(w.dtype)
             # The logits' gradient (n, V) is used up here: (n, D) and (V, D) are all that stays.
             dh.append(grad @ w)
             dw = head_added(dw, grad, part)
@@ -254,7 +255,7 @@ def sample(
 def sampled_kl_sum(
     student: mx.array,
     head: mx.array,
-    learn: mx.array,
+    loss_mask: mx.array,
     ids: mx.array,
     weights: mx.array,
     *,
@@ -264,9 +265,10 @@ def sampled_kl_sum(
 ) -> mx.array:
     """Sum over positions of KL(w || softmax(z_s)) in nats, differentiable in student and head.
 
-    student: hidden states (n, D); head: (V, D); z_s = student @ head.T, `capped`. ids, weights: (n,
-    m), the tokens of the target w and their shares, which sum to 1; entries of weight 0 fill a row
-    up. learn: (n,), 0 leaves a position out. frozen_head: the head gets no gradient.
+    student: hidden states (n, D); head: (V, D); z_s = student @ head.T, `apply_softcap`. ids,
+    weights: (n, m), the tokens of the target w and their shares, which sum to 1; entries of weight
+    0 fill a row up. loss_mask: (n,), 0 leaves a position out. frozen_head: the head gets no
+    gradient.
 
     For w = counts / N of `sample` the gradient, p_s - w per logit, is that of the full KL in
     expectation; the value is larger by a constant, E KL(w || p_t), which no student can lower.
@@ -287,7 +289,7 @@ def sampled_kl_sum(
         student,
         head,
         (ids, weights),
-        learn=learn,
+        loss_mask=loss_mask,
         rows=rows,
         frozen_head=frozen_head,
         softcap=softcap,
@@ -305,8 +307,9 @@ def token_logps(
 ) -> mx.array:
     """log softmax(hidden @ head.T / temperature) at `targets`: (n,) float32.
 
-    Differentiable in hidden and head; logits are `capped` before they are divided. Each position
-    has its own value and its own cotangent, so the backward pass computes a chunk's logits again.
+    Differentiable in hidden and head; logits are `apply_softcap` before they are divided. Each
+    position has its own value and its own cotangent, so the backward pass computes a chunk's logits
+    again.
 
     hidden: (n, D). head: (V, D). targets: (n,) token ids. frozen_head: the head is constant and its
     (V, D) gradient is not formed. rows: positions in a chunk; default: `chunk_rows`.
@@ -320,7 +323,7 @@ def token_logps(
         waited: Any = [h]
         if wait_for:
             waited = mx.depends(waited, wait_for)
-        return capped(wide_product(waited[0], w), softcap) / temperature
+        return apply_softcap(wide_product(waited[0], w), softcap) / temperature
 
     @mx.custom_function
     def forward(h: mx.array, w: mx.array = head) -> mx.array:
@@ -342,7 +345,7 @@ def token_logps(
             # A logit's derivative is -p, and 1 more at the target.
             grad = (-p * pull[:, None]).at[mx.arange(len(p)), targets[chunk]].add(pull)
             if softcap:
-                grad = grad * cap_slope(z * temperature, softcap)
+                grad = grad * softcap_gradient(z * temperature, softcap)
             grad = grad.astype(w.dtype)
             # w may be wider than h: a packed head is de-quantized to float32.
             dh.append((grad @ w).astype(h.dtype))

@@ -38,7 +38,9 @@ class Diverged(MisError):
         )
 
 
-Lane = Callable[[int], AbstractContextManager[Any]]  # where MLX computes the i-th of several things
+StreamOf = Callable[
+    [int], AbstractContextManager[Any]
+]  # where MLX computes the i-th of several things
 
 
 def _lightest(loads: list[int], size: int) -> int:
@@ -48,17 +50,17 @@ def _lightest(loads: list[int], size: int) -> int:
     return i
 
 
-def global_norm(gradients: Any, lane: Lane = nullcontext) -> mx.array:
+def global_norm(gradients: Any, stream_of: StreamOf = nullcontext) -> mx.array:
     """Euclidean norm over all gradients, a scalar.
 
-    Sums each tensor's last axis first: float32 sums drift. lane: where MLX computes the i-th of two
-    halves.
+    Sums each tensor's last axis first: float32 sums drift. stream_of: where MLX computes the i-th
+    of two halves.
     """
     squares = []
     loads = [0, 0]
     named = dict[str, mx.array](tree_flatten(gradients))
     for gradient in named.values():
-        with lane(_lightest(loads, gradient.size)):
+        with stream_of(_lightest(loads, gradient.size)):
             rows = mx.square(gradient.astype(mx.float32)).sum(axis=-1)
             squares.append(rows.sum())
     return mx.sqrt(sum(squares, mx.array(0.0)))
@@ -103,7 +105,7 @@ class _Fused(optim.AdamW):
     """
 
     scale: float
-    lane: Lane
+    stream_of: StreamOf
     relative: bool
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
@@ -127,7 +129,7 @@ class _Fused(optim.AdamW):
         state: dict[str, mx.array],
     ) -> mx.array:
         """The new weight; the moments in `state` with it. Lazy."""
-        with self.lane(_lightest(self._loads, parameter.size)):
+        with self.stream_of(_lightest(self._loads, parameter.size)):
             # In the gradient's type: a float32 scalar array would widen half precision.
             scale, rate, root, decay = (a.astype(gradient.dtype) for a in self._shared)
             if self.relative:
@@ -236,7 +238,7 @@ class _Packed(_Fused):
     ) -> mx.array:
         if "m_top" not in state:
             return super().apply_single(gradient, parameter, state)
-        with self.lane(_lightest(self._loads, parameter.size)):
+        with self.stream_of(_lightest(self._loads, parameter.size)):
             scale, rate, root, decay = (a.astype(gradient.dtype) for a in self._shared)
             # (groups, group), as the moments lie
             g = gradient.reshape(state["m"].shape)
@@ -283,9 +285,9 @@ class GuardedAdamW:
         self.adamw = kind(0.0, betas=[0.9, 0.95], weight_decay=weight_decay, bias_correction=True)
         self.adamw.relative = relative
         self.bad: list[int] = []  # bad batches in a row, up to now
-        self.passed: list[int] = []  # batches left out from now on
+        self.skipped: list[int] = []  # batches left out from now on
         self.norms: list[float] = []  # of the last WINDOW steps, clipped ones as clipped
-        self.calm = 1.0  # factor on every learning rate
+        self.lr_scale = 1.0  # factor on every learning rate
 
     def bound(self) -> float:
         """The largest gradient norm that passes unclipped now."""
@@ -295,11 +297,11 @@ class GuardedAdamW:
         variance = sum((norm - mean) ** 2 for norm in self.norms) / len(self.norms)
         return mean + SIGMAS * math.sqrt(variance)
 
-    def pass_over(self, batches: Sequence[int]) -> None:
+    def skip_batches(self, batches: Sequence[int]) -> None:
         """From now on leave these batches out, and learn at half the rate."""
         self.bad = []
-        self.passed = [*self.passed, *batches]
-        self.calm = self.calm / 2
+        self.skipped = [*self.skipped, *batches]
+        self.lr_scale = self.lr_scale / 2
 
     def update(
         self,
@@ -310,14 +312,14 @@ class GuardedAdamW:
         learning_rate: float,
         batch: int = 0,
         scale: float = 1.0,
-        lane: Lane = nullcontext,
+        stream_of: StreamOf = nullcontext,
     ) -> str:
         """One step on `model`'s trainable parameters, lazily. Returns a note on the guard's action.
 
         The note is '' where the guard did nothing. scale: of the gradients; `norm` is that of the
-        scaled ones. lane: where MLX computes the i-th of several weights. Raises `Diverged`.
+        scaled ones. stream_of: where MLX computes the i-th of several weights. Raises `Diverged`.
         """
-        if batch in self.passed:
+        if batch in self.skipped:
             return "skipped: not a number before"
         # Before the update: moments that have taken in a NaN never lose it again.
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -333,9 +335,9 @@ class GuardedAdamW:
             note = f"clipped {norm:.1f} to {bound:.1f}"
         # A clipped norm is remembered as clipped: otherwise one outlier would raise the bound.
         self.norms = [*self.norms, min(norm, bound)][-WINDOW:]
-        self.adamw.learning_rate = learning_rate * self.calm
+        self.adamw.learning_rate = learning_rate * self.lr_scale
         self.adamw.scale = scale
-        self.adamw.lane = lane
+        self.adamw.stream_of = stream_of
         self.adamw.update(model, gradients)
         return note
 
@@ -348,8 +350,8 @@ class GuardedAdamW:
         return {
             "norms": self.norms,
             "bad": self.bad,
-            "passed": self.passed,
-            "calm": self.calm,
+            "passed": self.skipped,
+            "calm": self.lr_scale,
         }
 
     def restore(self, arrays: dict[str, mx.array], memory: dict[str, Any]) -> None:
@@ -357,5 +359,5 @@ class GuardedAdamW:
         self.adamw.state = tree_unflatten(list(arrays.items()))
         self.norms = memory["norms"]
         self.bad = memory["bad"]
-        self.passed = memory["passed"]
-        self.calm = memory["calm"]
+        self.skipped = memory["passed"]
+        self.lr_scale = memory["calm"]

@@ -88,7 +88,7 @@ class NormalEquations:
         finally:
             diagonal[:] = before
 
-    def judged(
+    def best_update(
         self,
         held_out: Sequence[HeldOut],
         ridges: Sequence[float] = RIDGES,
@@ -96,14 +96,14 @@ class NormalEquations:
     ) -> tuple[np.ndarray, float]:
         """(U (D, F), the share of the held-out error that remains), for the best of the ridges.
 
-        The best ridge is the one that leaves least error, measured by `left`. With `whole` U is
-        then fitted to all tokens, the held-out ones included. Where no ridge improves anything, U
-        is 0 and the share 1.
+        The best ridge is the one that leaves least error, measured by `remaining_error`. With
+        `whole` U is then fitted to all tokens, the held-out ones included. Where no ridge improves
+        anything, U is 0 and the share 1.
         """
         best = None
         least = 1.0
         for ridge in ridges:
-            share = left(held_out, self.update(ridge))
+            share = remaining_error(held_out, self.update(ridge))
             if share < least:
                 best = ridge
                 least = share
@@ -135,7 +135,7 @@ class HeldOut(NamedTuple):
         return cls(inputs.astype(mx.float32) * weights, missing.astype(mx.float32) * weights, kind)
 
 
-def left(held_out: Sequence[HeldOut], update: np.ndarray) -> float:
+def remaining_error(held_out: Sequence[HeldOut], update: np.ndarray) -> float:
     """The share of the weighted squared error on held-out tokens that an update U (D, F) leaves.
 
     Kinds of text count alike, however many tokens each has. The kind that gains least counts as

@@ -1,6 +1,6 @@
 """Round a matrix to one of MLX's formats.
 
-`nearest` gives each weight its nearest value. `compensated` (GPTQ) chooses the values so that the
+`nearest` gives each weight its nearest value. `gptq` (GPTQ) chooses the values so that the
 matrix's output changes least.
 """
 
@@ -22,7 +22,7 @@ Packed = tuple[mx.array, ...]
 FLOAT16_MOST = 65504
 BEYOND = "a matrix has weights beyond 65,504, where float16 scales end: leave the model unquantized"
 # 2 bits are never worth it for models of these sizes, and MLX has no 7-bit format.
-BITS = (3, 4, 5, 6, 8)
+CANDIDATE_BITS = (3, 4, 5, 6, 8)
 # The next two belong to quantization/bit_allocation; the planner reads them from here.
 # Bytes of the windows' inputs and cotangents that a block holds. It holds at least one window, and
 # as many bytes as its own matrices have in float32.
@@ -84,7 +84,7 @@ def fitted(weight: mx.array, group: int, bits: int) -> Packed:
         # By numpy, so that both are evaluated: a lazy one would keep all candidates' arrays.
         stored = [mx.array(np.array(part.astype(mx.float16))) for part in (scales, biases)]
         parts.append((mx.array(words), *stored))
-    return joined(parts)
+    return concatenated(parts)
 
 
 def fit_share(weight: mx.array, group: int, bits: int) -> float:
@@ -217,7 +217,7 @@ def values(
     return weight.astype(mx.float32)
 
 
-def opened(
+def dequantized(
     packed: Packed,
     group: int,
     bits: int,
@@ -253,14 +253,14 @@ def integers(packed: mx.array, group: int, bits: int) -> mx.array:
     return levels.astype(mx.uint8)
 
 
-def joined(parts: Sequence[Packed]) -> Packed:
+def concatenated(parts: Sequence[Packed]) -> Packed:
     """One packed matrix, made of some rows of it after the others."""
     if len(parts) == 1:
         return parts[0]
     return tuple(mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True))
 
 
-def compensated(
+def gptq(
     weight: np.ndarray,
     gram: np.ndarray,
     group: int,
@@ -286,7 +286,7 @@ def compensated(
     for start in range(0, len(weight), rows):
         some = weight[start : start + rows]
         parts.append(_by_columns(some, factor, group, bits, fit=fit))
-    return joined(parts)
+    return concatenated(parts)
 
 
 def _by_columns(

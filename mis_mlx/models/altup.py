@@ -313,7 +313,7 @@ class Model(nn.Module):
         """Token ids (B, T) -> logits (B, T, V)."""
         hidden = self.model(tokens, cache)
         z = self.model.embed_tokens.as_linear(hidden)
-        return losses.capped(z, self.args.final_logit_softcapping)
+        return losses.apply_softcap(z, self.args.final_logit_softcapping)
 
     @property
     def layers(self) -> list[nn.Module]:

@@ -88,7 +88,7 @@ def widest(config: Config) -> Shape:
     return replace(shape, ffn=ffn, head_dim=head_dim)
 
 
-def places(config: Config) -> tuple[int, ...]:
+def layer_phase(config: Config) -> tuple[int, ...]:
     """A number for each block: blocks of different numbers cannot replace each other.
 
     mlx-lm computes a block of some families by its place, counted from the first.
@@ -158,7 +158,7 @@ def blocks_params(config: Config) -> int:
     return total
 
 
-def met(config: Config) -> int:
+def active_ffn_size(config: Config) -> int:
     """The number of FFN neurons that a token goes through in the widest block.
 
     In a mixture they are the neurons of the experts that a token uses, and of the shared one.
@@ -172,7 +172,7 @@ def met(config: Config) -> int:
     return int(active)
 
 
-def shares(config: Config) -> tuple[float, float]:
+def expert_shares(config: Config) -> tuple[float, float]:
     """(share of a block's parameters in memory while it streams past, share that a token uses).
 
     Both are 1, except in a mixture: one expert is in memory at a time, and a token uses a few.
@@ -210,7 +210,7 @@ def inside(tensors: Mapping[str, TensorAt], config: Config) -> dict[str, TensorA
             )
         stack = experts.STACKED.fullmatch(name)
         if stack:
-            own |= dict(experts.apart(stack, name, tensor, config))
+            own |= dict(experts.unstack(stack, name, tensor, config))
         elif joined_family or names == [name]:
             own[name] = tensor
         elif len(names) == 1:

@@ -26,7 +26,7 @@ class Branches(NamedTuple):
     tokens: mx.array
     branch: mx.array
     positions: np.ndarray
-    at: mx.array
+    logit_positions: mx.array
     targets: mx.array
     mask: mx.array
 
@@ -59,7 +59,7 @@ def join(prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> Branches:
         tokens=mx.array([tokens]),
         branch=mx.array([branch]),
         positions=np.array(positions, np.int32),
-        at=mx.array(at),
+        logit_positions=mx.array(at),
         targets=mx.array(targets),
         mask=mx.array(mask),
     )
@@ -82,7 +82,7 @@ def forward(
     for i, block in enumerate(inner.layers):
         inputs = sides.inputs(i, 0, hidden)
         window = load.window(model.args, block)
-        outputs = through(block, inputs, mask, positions, window=window)
+        outputs = run_masked_block(block, inputs, mask, positions, window=window)
         hidden = sides.keep(i, 0, outputs)
     return altup.leave(model, hidden)
 
@@ -97,7 +97,7 @@ def _branch_mask(branch: mx.array) -> mx.array:
     return (same_text & earlier)[:, None]
 
 
-def through(
+def run_masked_block(
     block: nn.Module,
     inputs: BlockInputs,
     sees: mx.array,

@@ -17,16 +17,16 @@ from mis_mlx.types import Checkpoint
 
 # For as many batches as there are lanes, or as a GPU takes back in one pass: the block's inputs and
 # the cotangents of its outputs -> the cotangents of its inputs.
-Back = Callable[[Sequence[BlockInputs], Sequence[BlockOutputs]], Sequence[BlockInputs]]
-Visit = Callable[[int, nn.Module], Back]
+BlockBackward = Callable[[Sequence[BlockInputs], Sequence[BlockOutputs]], Sequence[BlockInputs]]
+BlockVisitor = Callable[[int, nn.Module], BlockBackward]
 AtHead = Callable[[mx.array, mx.array], None]
 AtChannels = Callable[[int, int, mx.array], None]
 
 
-def backwards(
+def input_gradients(
     checkpoint: Checkpoint,
     batches: stream.Batches,
-    visit: Visit,
+    visit: BlockVisitor,
     seed: int = 0,
     kept: stream.Hidden | None = None,
     at_head: AtHead = lambda x, above: None,
@@ -50,7 +50,7 @@ def backwards(
     n = len(batches)
     source.embed(batches, kept)
     for _, block in source.blocks(range(source.layers - 1)):
-        kept.extend(source.through(block, kept[-n:]))
+        kept.extend(source.run_block(block, kept[-n:]))
 
     # Backward, from the last block to the first. `grads` holds d log p / d outputs of block i.
     grads: list[mx.array] = []
@@ -95,7 +95,7 @@ def _grads_at_head(
 
     Every batch draws with a key of its own, so the draws do not depend on the number of lanes.
     """
-    outputs = source.through(last_block, hidden)
+    outputs = source.run_block(last_block, hidden)
     grads = []
     for b, output in enumerate(outputs):
         key = mx.random.key(seed * len(outputs) + b)

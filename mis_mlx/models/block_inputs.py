@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.hardware import lanes
+from mis_mlx.hardware import streams
 from mis_mlx.models import config
 from mis_mlx.models.families import Config, family
 
@@ -117,11 +117,11 @@ def by_windows(
     mask(hidden): the attention mask of some of the windows.
     """
     count = len(inputs.hidden)
-    size = -(-count // lanes.count())
+    size = -(-count // streams.count())
     outputs = list[BlockOutputs]()
     for number, start in enumerate(range(0, count, size)):
         piece = inputs.rows(start, start + size)
-        with lanes.lane(number):
+        with streams.stream(number):
             output = run(block, piece, mask(piece.hidden))
         outputs.append(output)
     if len(outputs) == 1:
@@ -272,7 +272,7 @@ class TokenChannels:
 
 
 def of_model(model: nn.Module, tokens: mx.array, embedded: mx.array) -> Sides:
-    """The further inputs for one batch through a model that `load.resident` has made.
+    """The further inputs for one batch through a model that `load.resident_model` has made.
 
     Gradients flow back through them. tokens (B, T), embedded (B, T, D).
     """

@@ -23,7 +23,7 @@ from mis_mlx import cli
 from mis_mlx.hardware import sockets
 from mis_mlx.models import stream
 from mis_mlx.storage.checkpoint import Arrays
-from mis_mlx.storage.files import Files, reported
+from mis_mlx.storage.files import Files, as_mis_error
 from mis_mlx.types import MisError, grouped
 
 CHUNK_BYTES = 1 << 26  # of a file, sent in one go
@@ -174,8 +174,9 @@ def broadcast_array(array: mx.array, root: int = 0) -> mx.array:
     return received.view(array.dtype).reshape(array.shape)
 
 
-def pass_on(arrays: Sequence[mx.array], i: int) -> None:
-    """Send arrays[i] to the next machine, if there is one, which calls `receive` now or later.
+def send_to_next(arrays: Sequence[mx.array], i: int) -> None:
+    """Send arrays[i] to the next machine, if there is one, which calls `receive_from_previous` now
+    or later.
 
     Waits until most of it has left.
     """
@@ -184,7 +185,7 @@ def pass_on(arrays: Sequence[mx.array], i: int) -> None:
         _settled(mx.distributed.send(arrays[i], next_rank, stream=mx.cpu))
 
 
-def receive(arrays: MutableSequence[mx.array], i: int) -> None:
+def receive_from_previous(arrays: MutableSequence[mx.array], i: int) -> None:
     """Put what the previous machine, if there is one, passes on into arrays[i].
 
     arrays[i] has its shape and dtype already.
@@ -227,7 +228,7 @@ def broadcast_file(path: Path, files: Files, root: int = 0) -> None:
         for start in starts:  # chunks without a name: one is freed before the next is read
             broadcast_array(mx.array(np.fromfile(path, np.uint8, CHUNK_BYTES, offset=start)), root)
         return
-    with reported(path.parent, path.name, nbytes), files.replacing(path) as temp:
+    with as_mis_error(path.parent, path.name, nbytes), files.replacing(path) as temp:
         files.write(temp, b"")
         for start in starts:
             length = min(CHUNK_BYTES, nbytes - start)

@@ -24,7 +24,7 @@ STACKED = re.compile(r"(.*\.)(?:switch_mlp|experts)\.(gate_proj|up_proj|down_pro
 ROUTER = re.compile(
     r"\.(mlp|block_sparse_moe)\.(gate|router|shared_expert_gate)(\.weight|\.bias)?$"
 )
-Visit = Callable[[int, int, np.ndarray, mx.array, mx.array], None]  # see `Stream.mixed`
+Visit = Callable[[int, int, np.ndarray, mx.array, mx.array], None]  # see `Stream.run_experts`
 Activation = Callable[[mx.array, mx.array], mx.array]  # (up, gate), both (n, F) -> (n, F)
 
 
@@ -37,7 +37,7 @@ class Expert(nn.Module):
         self._activation = activation
         # Called with the outputs. A stream evaluates them here, before it reuses the memory that
         # the weights lie in.
-        self.settle: Callable[[mx.array], None] = lambda _: None
+        self.on_output: Callable[[mx.array], None] = lambda _: None
         gate, up, down = of.matrices
         sizes = {gate: (hidden, ffn), up: (hidden, ffn), down: (ffn, hidden)}
         for name, (into, out) in sizes.items():
@@ -52,7 +52,7 @@ class Expert(nn.Module):
         return neurons, self[down_name](neurons)
 
 
-Each = Callable[[Sequence[int]], Iterator[tuple[int, Expert]]]
+ReadExperts = Callable[[Sequence[int]], Iterator[tuple[int, Expert]]]
 
 
 class Experts(list[Expert]):
@@ -62,13 +62,15 @@ class Experts(list[Expert]):
     may be gone when the next one is asked for.
     """
 
-    def __init__(self, parts: Iterable[Expert] = (), each: Each | None = None):
+    def __init__(self, parts: Iterable[Expert] = (), each: ReadExperts | None = None):
         super().__init__(parts)
-        self._each: Each = each or self._resident
+        self._read_experts: ReadExperts = each or self._resident
         # (n, E, D): what every expert gives for all tokens of every call
-        self.said: mx.array | None = None
+        self.expert_outputs: mx.array | None = None
         self.ready: list[mx.array] = []  # results of the next calls, in their order
-        self._asked: list[mx.array] | None = None  # choices of the calls that `chosen` observes
+        self._observed_choices: list[mx.array] | None = (
+            None  # choices of the calls that `chosen` observes
+        )
 
     def _resident(self, numbers: Sequence[int]) -> Iterator[tuple[int, Expert]]:
         for e in numbers:
@@ -76,16 +78,16 @@ class Experts(list[Expert]):
 
     def __call__(self, x: mx.array, chosen: mx.array) -> mx.array:
         # `chosen` wants to know what the router chooses: record it, compute nothing.
-        if self._asked is not None:
-            self._asked.append(chosen)
+        if self._observed_choices is not None:
+            self._observed_choices.append(chosen)
             return mx.zeros((*chosen.shape, x.shape[-1]), x.dtype)
         # A router is being trained: every expert's output is known, pick k of E for each token.
-        if self.said is not None:
-            experts, hidden = self.said.shape[-2:]
-            outputs = self.said.reshape(*chosen.shape[:-1], experts, hidden)
+        if self.expert_outputs is not None:
+            experts, hidden = self.expert_outputs.shape[-2:]
+            outputs = self.expert_outputs.reshape(*chosen.shape[:-1], experts, hidden)
             indices = chosen[..., None]
             return mx.take_along_axis(outputs, indices, axis=-2)
-        # `Stream.mixed` has computed this call's result together with those of other batches.
+        # `Stream.run_experts` has computed this call's result together with those of other batches.
         if self.ready:
             return self.ready.pop(0)
         return self.outputs([x], [chosen])[0]
@@ -97,9 +99,9 @@ class Experts(list[Expert]):
         the whole module is called, and the experts record what they are asked for.
         """
         asked = list[mx.array]()
-        self._asked = asked
+        self._observed_choices = asked
         part(x)
-        self._asked = None
+        self._observed_choices = None
         return asked[0]
 
     def outputs(
@@ -112,15 +114,16 @@ class Experts(list[Expert]):
     ) -> list[mx.array]:
         """[(..., k, D)] of several batches' inputs [(..., D)] and choices [(..., k)].
 
-        Each expert is asked for once, however many batches use it. visit: as of `Stream.mixed`.
-        gates: of every batch's choice, flat. first: the number of the first batch.
+        Each expert is asked for once, however many batches use it. visit: as of
+        `Stream.run_experts`. gates: of every batch's choice, flat. first: the number of the first
+        batch.
         """
         # Every choice is one row of the result. Token t's choices are rows t k to t k + k - 1.
         flat = [np.array(choice).reshape(-1) for choice in chosen]
         rows = [list[np.ndarray]() for _ in flat]  # of each batch, in the order of computing
         pieces = [list[mx.array]() for _ in flat]
         used = np.unique(np.concatenate(flat)).tolist()
-        for e, expert in self._each(used):
+        for e, expert in self._read_experts(used):
             for b, numbers in enumerate(flat):
                 where = np.flatnonzero(numbers == e)
                 if not len(where):
@@ -129,7 +132,7 @@ class Experts(list[Expert]):
                 neurons, output = expert(inputs[b].reshape(-1, inputs[b].shape[-1])[tokens])
                 if visit:
                     visit(first + b, e, gates[b][where], neurons, output)
-                expert.settle(output)
+                expert.on_output(output)
                 rows[b].append(where)
                 pieces[b].append(output)
         # The pieces are sorted by expert: put their rows back into the order of the choices.
@@ -140,7 +143,7 @@ class Experts(list[Expert]):
         return results
 
 
-def before(block: nn.Module, x: mx.array, mask: Any) -> tuple[mx.array, mx.array]:
+def attention_part(block: nn.Module, x: mx.array, mask: Any) -> tuple[mx.array, mx.array]:
     """The part of a block before its experts: x (B, T, D) -> two arrays (B, T, D). Lazy.
 
     The first is x behind attention, the second that behind the norm, which the experts read. The
@@ -152,11 +155,11 @@ def before(block: nn.Module, x: mx.array, mask: Any) -> tuple[mx.array, mx.array
     return h, block.post_attention_layernorm(h)
 
 
-def tensors_of(config: Config, together: bool) -> Shapes:
+def tensors_of(config: Config, stack_experts: bool) -> Shapes:
     """Names and shapes of the tensors that a mixture has in the place of an MLP.
 
-    They are a router, the experts one by one or `together`, and in some families one expert that
-    every token uses.
+    They are a router, the experts one by one or `stack_experts`, and in some families one expert
+    that every token uses.
     """
     s = shape_of(config)
     hidden = s.hidden
@@ -174,7 +177,7 @@ def tensors_of(config: Config, together: bool) -> Shapes:
     places = [f"experts.{e}" for e in range(s.experts)]
     names = row.matrices
     stack: tuple[int, ...] = ()
-    if together:
+    if stack_experts:
         places = [row.switch]
         names = GATED
         stack = (s.experts,)
@@ -237,7 +240,7 @@ def is_router(name: str) -> bool:
     return ROUTER.search(name) is not None
 
 
-def apart(
+def unstack(
     stacked: re.Match[str], name: str, at: TensorAt, config: Config
 ) -> Iterator[tuple[str, TensorAt]]:
     """(own name, its part) of every expert in a tensor (E, out, in) that mlx_lm.convert stacked.

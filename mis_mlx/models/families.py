@@ -29,7 +29,7 @@ class Family:
     # RMSNorm of every query and key head, or of all of them as one vector
     head_norms: Literal["", "each", "all"] = ""
     # RMSNorm behind attention and MLP too, so that no output is linear in down_proj
-    sandwich: bool = False
+    post_norms: bool = False
     steps: int = 1  # factor of the default's distillation steps: a repair does less for the family
     gain_offset: float = 0.0  # norms multiply by their weights plus this
     tied: bool = False  # where the config does not say
@@ -180,7 +180,7 @@ ROWS = (
         qkv_bias=False,
         other_biases=False,
         head_norms="each",
-        sandwich=True,
+        post_norms=True,
         steps=2,
         gain_offset=1.0,
         tied=True,
@@ -201,7 +201,7 @@ ROWS = (
         qkv_bias=False,
         other_biases=False,
         head_norms="each",
-        sandwich=True,
+        post_norms=True,
         steps=2,
         tied=True,
         rope_theta=1e6,
@@ -242,7 +242,7 @@ ROWS = (
         qkv_bias=False,
         other_biases=False,
         head_norms="each",
-        sandwich=True,
+        post_norms=True,
         steps=2,
         tied=True,
         rope_theta=1e6,

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.hardware import lanes
+from mis_mlx.hardware import streams
 from mis_mlx.maths.losses import Logits, chunk_rows, softmax_lse, wide_product
 from mis_mlx.models import policy, stream
 
@@ -52,7 +52,7 @@ def by_rows(work: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
             return work(*pieces)
 
     starts = range(0, count, rows)
-    with ThreadPoolExecutor(lanes.count()) as pool:
+    with ThreadPoolExecutor(streams.count()) as pool:
         results = list(pool.map(of_piece, starts))
     return np.concatenate(results)
 
@@ -79,7 +79,7 @@ def kl_gradients(
     head: mx.array,
     teacher: mx.array,
     teacher_logits: Logits,
-    learn: mx.array,
+    loss_mask: mx.array,
     temperature: float = 1.0,
     frozen_head: bool = False,
     softcap: float = 0.0,
@@ -87,17 +87,17 @@ def kl_gradients(
     """`losses.kl_sum` without labels, and its gradients.
 
     Returns (the sum over tokens, in nats, its gradient in student (n, D), that in head (V, D)); the
-    last is None with `frozen_head`. learn (n,): the weight of each token.
+    last is None with `frozen_head`. loss_mask (n,): the weight of each token.
     """
 
-    def kl(z: np.ndarray, target: np.ndarray, learn: np.ndarray) -> np.ndarray:
-        """KL (n,) of some rows (n, V); z becomes its gradient times `learn`."""
-        slope: np.ndarray | None = None
+    def kl(z: np.ndarray, target: np.ndarray, loss_mask: np.ndarray) -> np.ndarray:
+        """KL (n,) of some rows (n, V); z becomes its gradient times `loss_mask`."""
+        gradient: np.ndarray | None = None
         if softcap:
             # z = c tanh(z / c), whose derivative is 1 - tanh^2
             z *= 1.0 / softcap
             np.tanh(z, out=z)
-            slope = 1.0 - np.square(z)
+            gradient = 1.0 - np.square(z)
             z *= softcap
         if temperature != 1.0:
             z *= 1.0 / temperature
@@ -105,15 +105,15 @@ def kl_gradients(
         divergence, _, _, p = _divergence(z, target)
         # d KL / d z = (softmax(z) - p) / temperature; z is its softmax by now
         z -= p
-        z *= (learn / temperature)[:, None]
-        if slope is not None:
-            z *= slope
+        z *= (loss_mask / temperature)[:, None]
+        if gradient is not None:
+            z *= gradient
         return divergence
 
     loss = 0.0
     hidden_grads = list[mx.array]()
     head_grad = None if frozen_head else mx.zeros_like(head)
-    weights = np.array(learn, np.float32)
+    weights = np.array(loss_mask, np.float32)
     step = chunk_rows(head.shape[0])
     # As many tokens at a time as a chunk of logits (rows, V) may hold: all would not fit.
     for start in range(0, len(student), step):

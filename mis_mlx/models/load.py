@@ -25,7 +25,7 @@ from mis_mlx.models import (
 from mis_mlx.models.arch import PER_LAYER
 from mis_mlx.models.config import read_config, say_once, shape_of, softcap
 from mis_mlx.models.config import versions as versions_of
-from mis_mlx.models.experts import Each, Expert
+from mis_mlx.models.experts import Expert, ReadExperts
 from mis_mlx.models.families import Config, family
 from mis_mlx.models.mlx_modules import mask as mask
 from mis_mlx.models.mlx_modules import mlx_lm as mlx_lm
@@ -165,7 +165,7 @@ def dense(checkpoint: Checkpoint, name: str, raw: Raw | None = None) -> mx.array
     # A large matrix goes part by part: a CPU holds several copies of what it de-quantizes.
     large = arrays[name].nbytes * 8 > rounding.OPENED * settings["bits"]
     if large and not policy.keeps_packed():
-        values = rounding.opened
+        values = rounding.dequantized
     packed = tuple(arrays[part] for part in names)
     group, bits, mode = [settings[key] for key in SETTINGS]
     return values(packed, group, bits, mode)
@@ -238,7 +238,7 @@ def block(
     args: Any,
     dtype: mx.Dtype,
     raw: Raw | None = None,
-    each: Each | None = None,
+    each: ReadExperts | None = None,
 ) -> nn.Module:
     """mlx-lm's transformer block `i` with its weights, lazy.
 
@@ -399,10 +399,10 @@ def wide_logits(head_module: nn.Module, hidden: mx.array) -> mx.array:
 
 def _capped(z: mx.array, head_module: nn.Module) -> mx.array:
     """Logits z through the softcap of the model that the head belongs to."""
-    return losses.capped(z, getattr(head_module, "_softcap", 0.0))
+    return losses.apply_softcap(z, getattr(head_module, "_softcap", 0.0))
 
 
-def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
+def resident_model(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
     """The whole model as mlx-lm's Model, lazy; the caller evaluates and counts it.
 
     `model.model` gives the head's input, as everywhere here.
@@ -441,7 +441,7 @@ def resident(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
 
 
 def embedded(model: nn.Module, tokens: mx.array) -> mx.array:
-    """The scaled embedding (B, T, D), of a model that `resident` has made."""
+    """The scaled embedding (B, T, D), of a model that `resident_model` has made."""
     rows = model.model.embed_tokens(tokens)
     scale = model._embedding_scale
     return rows if scale is None else rows * scale  # type: ignore[no-any-return]

@@ -118,7 +118,7 @@ def samples(folders: Mapping[str, Path], count: int) -> Iterator[dict[str, str]]
 
     One model is in memory at a time.
     """
-    for name, folder in cli.counted("samples of model", folders.items(), len(folders)):
+    for name, folder in cli.show_progress("samples of model", folders.items(), len(folders)):
         model, tokenizer = open_model(folder)
         for language, prompt in PROMPTS.items():
             text = continuation(model, tokenizer, prompt, count)

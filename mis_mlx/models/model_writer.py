@@ -25,7 +25,7 @@ from mis_mlx.models import (
     tokenizer_check,
 )
 from mis_mlx.storage import checkpoint as protocol
-from mis_mlx.storage.files import Files, reported
+from mis_mlx.storage.files import Files, as_mis_error
 from mis_mlx.storage.safetensors import (
     InParts,
     Named,
@@ -264,7 +264,7 @@ def write_model(
             return mx.stack(arrays)
         return taken[0]
 
-    tensors = ((name, tensor(name)) for name in cli.counted("tensor", specs, len(specs)))
+    tensors = ((name, tensor(name)) for name in cli.show_progress("tensor", specs, len(specs)))
     shards = None
     if file_per_block:
         groups = itertools.groupby(specs.items(), lambda item: arch.block_of(item[0]))
@@ -314,5 +314,8 @@ def replace_block(parts: Checkpoint, i: int, weights: Mapping[str, mx.array], fi
         if spec_of(new[name]) != (old[name].dtype, old[name].shape):
             raise ValueError(f"{path}: the new block {i} has other shapes or is of another type")
     nbytes = sum(t.nbytes for t in old.values())
-    with reported(path.parent, f"block {i} of the student", nbytes), files.replacing(path) as temp:
+    with (
+        as_mis_error(path.parent, f"block {i} of the student", nbytes),
+        files.replacing(path) as temp,
+    ):
         write_arrays(temp, new, files)

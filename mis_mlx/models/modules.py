@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mis_mlx.models.config import shape_of
-from mis_mlx.models.experts import Each, Expert, Experts
+from mis_mlx.models.experts import Expert, Experts, ReadExperts
 from mis_mlx.models.families import Config, family
 
 
@@ -54,7 +54,7 @@ class InputRecorder(nn.Module):
         return self._seen.pop(0)
 
 
-def separate_experts(block: nn.Module, config: Config, each: Each | None = None) -> None:
+def separate_experts(block: nn.Module, config: Config, each: ReadExperts | None = None) -> None:
     """Replace the stacked experts of one of mlx-lm's blocks by `Experts`.
 
     each: as of `Experts`; default: the experts are modules of this block, of random weights.

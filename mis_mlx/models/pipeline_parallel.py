@@ -16,7 +16,7 @@ from mis_mlx.models import block_inputs, config, distributed, families, load, st
 from mis_mlx.types import Checkpoint, MisError
 
 
-def shared(layers: int, keeps: Sequence[int], reading: float) -> list[int]:
+def share_blocks(layers: int, keeps: Sequence[int], reading: float) -> list[int]:
     """How many blocks each machine gets, in the machines' order, for the shortest pass.
 
     keeps: how many blocks each machine has room for. If there is room for all, the machines work at
@@ -62,14 +62,15 @@ class Relay(stream.Stream):
     """This machine's blocks of a model, used as a `Stream` is.
 
     `embed` takes in the other machines' batches, and `norm` gives each machine its own back.
-    shares: how many blocks each machine has. room_bytes: for the head, then this machine's blocks.
+    shares: how many blocks each machine has. headroom_bytes: for the head, then this machine's
+    blocks.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         dtype: mx.Dtype,
-        room_bytes: int | None,
+        headroom_bytes: int | None,
         direct: bool,
         shares: Sequence[int],
     ):
@@ -85,7 +86,7 @@ class Relay(stream.Stream):
         self.mine = range(end - shares[distributed.rank()], end)
         self._counts: list[int] = []  # batches of each machine, in the current pass
         self._hidden: stream.Hidden = []
-        super().__init__(checkpoint, dtype, room_bytes, direct)
+        super().__init__(checkpoint, dtype, headroom_bytes, direct)
         self.first = self.mine.start
 
     def embed(self, batches: stream.Batches, hidden: stream.Hidden | None = None) -> stream.Hidden:
@@ -126,10 +127,10 @@ class Relay(stream.Stream):
         if order is not None:
             raise ValueError("a relay has one order")
         for b in range(len(self._hidden)):
-            distributed.receive(self._hidden, b)
+            distributed.receive_from_previous(self._hidden, b)
         yield from super().blocks(self.mine)
         for b in range(len(self._hidden)):
-            distributed.pass_on(self._hidden, b)
+            distributed.send_to_next(self._hidden, b)
 
     def forward(
         self, batches: stream.Batches, hidden: stream.Hidden | None = None
@@ -139,20 +140,20 @@ class Relay(stream.Stream):
         If all blocks of this machine are in memory, it passes every batch on as soon as it is done,
         and the next machine works on it meanwhile.
         """
-        if self.keeps < len(self.mine):
+        if self.resident_blocks < len(self.mine):
             # Blocks are read from disk: all batches go through one before the next is read, so that
             # each is read once a pass.
             return super().forward(batches, hidden)
         resident = [block for _, block in super().blocks(self.mine)]
         hidden = self.embed(batches, hidden)
         for b in range(len(hidden)):
-            distributed.receive(self._hidden, b)
+            distributed.receive_from_previous(self._hidden, b)
             for i, block in zip(self.mine, resident, strict=True):
-                self.at = i  # for the message of `finite`
+                self.block_index = i  # for the message of `finite`
                 out = block(hidden[b], load.mask(self.args, block, hidden[b]))
                 stream.evaluate_now(out)
                 hidden[b] = self.finite(out) if b == 0 else out
-            distributed.pass_on(self._hidden, b)
+            distributed.send_to_next(self._hidden, b)
         return self.norm(hidden)
 
     def norm(self, hidden: stream.Hidden) -> stream.Hidden:

@@ -30,11 +30,11 @@ DTYPES: dict[str, mx.Dtype] = {
     "float16": mx.float16,
     "bfloat16": mx.bfloat16,
 }
-# Token ids that `largest` looks at: the lowest, which are bytes and frequent words; and some of
-# all.
+# Token ids that `largest_activation` looks at: the lowest, which are bytes and frequent words; and
+# some of all.
 FREQUENT = 192
 SPREAD = 64
-MOST = 65504 / 2  # of the residual stream on these tokens: other texts reach more
+LARGEST_ALLOWED = 65504 / 2  # of the residual stream on these tokens: other texts reach more
 _decided: dict[tuple[Path, int], mx.Dtype] = {}
 _tight: set[tuple[Path, int]] = set()  # models that the budget does not hold in float32
 _used: list[str] = []  # the type that --compute-dtype gives, if it is given
@@ -91,8 +91,8 @@ def usual_dtype() -> mx.Dtype:
 def compute_dtype(model: Checkpoint) -> mx.Dtype:
     """The type that this model computes in.
 
-    It is the usual type, or the model's `refuge` where its activations come within a factor of two
-    of float16's end. One short pass finds that out, once a process.
+    It is the usual type, or the model's `fallback_dtype` where its activations come within a factor
+    of two of float16's end. One short pass finds that out, once a process.
 
     Qwen2 and Gemma pass it in a few channels of a few tokens (the first, line ends, full stops);
     then all is NaN.
@@ -109,11 +109,11 @@ def compute_dtype(model: Checkpoint) -> mx.Dtype:
 def _judged(model: Checkpoint) -> mx.Dtype:
     """float16 or the refuge; a line says so where a pass through the model decides."""
     if not family(model.config).float16:
-        return refuge(model)
-    reach = largest(model)
-    if reach <= MOST:
+        return fallback_dtype(model)
+    reach = largest_activation(model)
+    if reach <= LARGEST_ALLOWED:
         return mx.float16
-    dtype = refuge(model)
+    dtype = fallback_dtype(model)
     name = str(dtype).removeprefix("mlx.core.")
     cli.say(
         f"{model.path}: activations reach {reach:,.0f}, but float16 ends at 65,504: computing "
@@ -122,17 +122,17 @@ def _judged(model: Checkpoint) -> mx.Dtype:
     return dtype
 
 
-def refuge(model: Checkpoint) -> mx.Dtype:
+def fallback_dtype(model: Checkpoint) -> mx.Dtype:
     """The type of a model whose activations float16 does not hold.
 
-    It is float32 on a GPU that emulates bfloat16, unless the budget is too small for it (`settle`);
-    else bfloat16.
+    It is float32 on a GPU that emulates bfloat16, unless the budget is too small for it
+    (`settle_fallback`); else bfloat16.
     """
     tight = (model.path, model.nbytes) in _tight
     return mx.bfloat16 if tight or rates.computes_bfloat16() else mx.float32
 
 
-def settle(model: Checkpoint, fits: Callable[[mx.Dtype], bool]) -> None:
+def settle_fallback(model: Checkpoint, fits: Callable[[mx.Dtype], bool]) -> None:
     """Note, before anything computes, whether the budget holds this model in float32.
 
     fits(dtype): whether it does. It is called only where float32 may be the model's refuge.
@@ -147,7 +147,7 @@ def settle(model: Checkpoint, fits: Callable[[mx.Dtype], bool]) -> None:
     _decided.pop(key, None)
 
 
-def largest(model: Checkpoint) -> float:
+def largest_activation(model: Checkpoint) -> float:
     """The largest absolute value of the residual stream in float16; infinity beyond its range."""
     from mis_mlx.models import stream  # which asks this module how to compute
 
@@ -160,7 +160,7 @@ def largest(model: Checkpoint) -> float:
     with suppress(stream.NotNumbers):
         hidden = source.embed([mx.array(ids[None])])
         for _, block in source.blocks():
-            most: Any = mx.abs(source.through(block, hidden)[0]).max()
+            most: Any = mx.abs(source.run_block(block, hidden)[0]).max()
             reach = max(reach, most.item())
         source.finite(source.norm(hidden)[0])
         return reach

@@ -19,7 +19,7 @@ STORED_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 Tensors = dict[str, TensorAt]
 
 
-def read_apart(
+def slot_groups(
     checkpoint: Checkpoint,
 ) -> tuple[dict[int, Tensors], dict[tuple[int, int], Tensors]]:
     """The tensors that are read together: ({block: its own}, {(block, expert): its own})."""
@@ -38,7 +38,7 @@ def read_apart(
     return blocks, by_expert
 
 
-def leaves_slots(checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:
+def leaves_its_slot(checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:
     """Whether weights are converted to `dtype`, and so leave the slot that they were read into.
 
     Weights stored as they are computed with are used where they were read. Packed ones that stay
@@ -54,26 +54,26 @@ def leaves_slots(checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:
 
 
 def plan(
-    checkpoint: Checkpoint, dtype: mx.Dtype, room_bytes: int | None, slot_bytes: list[int]
+    checkpoint: Checkpoint, dtype: mx.Dtype, headroom_bytes: int | None, slot_bytes: list[int]
 ) -> tuple[bool, int, int]:
     """(whether the head stays in memory, how many blocks stay, how many experts).
 
-    room_bytes: for the head first, then blocks, then experts; None: everything stays.
+    headroom_bytes: for the head first, then blocks, then experts; None: everything stays.
     slot_bytes: of a block's slot and of an expert's, where weights stay in them; empty where they
     leave them, so that their size in `dtype` counts.
     """
     shape = config.shape_of(checkpoint.config)
-    if room_bytes is None:
+    if headroom_bytes is None:
         return True, shape.layers, shape.layers * shape.experts
-    room = room_bytes - _head_bytes(checkpoint, dtype)
-    if room < 0:
+    left_bytes = headroom_bytes - _head_bytes(checkpoint, dtype)
+    if left_bytes < 0:
         return False, 0, 0
     sizes = slot_bytes or _converted_bytes(checkpoint, dtype)
-    blocks = min(shape.layers, room // sizes[0])
+    blocks = min(shape.layers, left_bytes // sizes[0])
     kept_experts = 0
     if shape.experts:
-        room -= blocks * sizes[0]
-        kept_experts = room // sizes[1]
+        left_bytes -= blocks * sizes[0]
+        kept_experts = left_bytes // sizes[1]
     return True, blocks, kept_experts
 
 
@@ -107,14 +107,14 @@ def pass_bytes(settings: Config, tokens: int, length: int) -> int:
     """
     shape = arch.widest(settings)
     sparse = 2 if families.family(settings).sparsity else 0  # what a cut-off is computed with
-    ffn = (3 + sparse) * arch.met(settings)
+    ffn = (3 + sparse) * arch.active_ffn_size(settings)
     heads = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
     scores = shape.heads * length
     per_token = 8 * shape.hidden * config.versions(settings) + ffn + heads + scores
     return 4 * tokens * per_token
 
 
-def stacked(settings: Config, tokens: int, length: int) -> int:
+def batches_per_pass(settings: Config, tokens: int, length: int) -> int:
     """The number of batches of so many tokens, in windows of `length`, in one pass on a GPU.
 
     One window is little work for it, and it waits for each to be evaluated. Experts are computed

@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mis_mlx import cli
-from mis_mlx.hardware import lanes
+from mis_mlx.hardware import streams
 from mis_mlx.models import altup, arch, block_inputs, experts, families, load, policy, residency
 from mis_mlx.models.experts import Expert, Visit
 from mis_mlx.storage.block_reader import PAGE, Reader, Slot, Slots
@@ -51,16 +51,16 @@ class NotNumbers(MisError):
 class Stream:
     """One model on disk, computed block by block.
 
-    dtype: of its computations; default: the policy's. room_bytes: memory for what may stay between
-    passes: the head first, then blocks 0, 1, 2 ...; None: everything. direct: read past the page
-    cache; for a model that the budget does not hold.
+    dtype: of its computations; default: the policy's. headroom_bytes: memory for what may stay
+    between passes: the head first, then blocks 0, 1, 2 ...; None: everything. direct: read past the
+    page cache; for a model that the budget does not hold.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         dtype: mx.Dtype | None = None,
-        room_bytes: int | None = 0,
+        headroom_bytes: int | None = 0,
         direct: bool = False,
     ):
         self.checkpoint = checkpoint
@@ -70,13 +70,13 @@ class Stream:
 
         # Blocks and experts are read into slots, one in use while the next one is filled.
         self.reader = Reader(checkpoint.tensors, direct)
-        by_block, by_expert = residency.read_apart(checkpoint)
+        by_block, by_expert = residency.slot_groups(checkpoint)
         self._blocks = Slots(self.reader, by_block)
         self._experts: Slots | None = None
         if by_expert:
             self._experts = Slots(self.reader, by_expert)
         # whether weights leave their slot, which is free then; else the block keeps it
-        self._copies = residency.leaves_slots(checkpoint, self.dtype)
+        self._copies = residency.leaves_its_slot(checkpoint, self.dtype)
 
         # What stays in memory. Experts: the ones last used, the latest at the end.
         self._kept: dict[int, nn.Module] = {}
@@ -89,12 +89,12 @@ class Stream:
             for slots in (self._blocks, self._experts):
                 if slots:
                     slot_bytes.append(slots.nbytes + PAGE)
-        self._keep_head, self.keeps, self.keeps_experts = residency.plan(
-            checkpoint, self.dtype, room_bytes, slot_bytes
+        self._keep_head, self.resident_blocks, self.resident_experts = residency.plan(
+            checkpoint, self.dtype, headroom_bytes, slot_bytes
         )
 
         self._checked: set[str] = set()  # modules whose weights were searched for NaN
-        self.at = 0  # block that was given out last
+        self.block_index = 0  # block that was given out last
         self.sides = block_inputs.of_config(checkpoint.config)  # of the pass that is under way
         self.first = 0  # of the blocks that may stay
 
@@ -108,21 +108,21 @@ class Stream:
             order = range(self.layers)
         coming = self._blocks.each([i for i in order if i not in self._kept])
         with closing(coming):  # left in the middle, the read under way must still end
-            for i in cli.counted("block", order, len(order)):
-                self.at = i
+            for i in cli.show_progress("block", order, len(order)):
+                self.block_index = i
                 if i in self._kept:
                     yield i, self._kept[i]
                     continue
                 _, slot, raw = next(coming)
                 each = None
                 if self._experts:  # they are read when the block asks for them
-                    each = partial(self._each_expert, i)
+                    each = partial(self._read_experts, i)
                 block = load.block(
                     self.checkpoint, i, self.args, self.dtype, raw=self._own(raw), each=each
                 )
                 self._check_once(block, f"model.layers.{i}.", slot, self._blocks)
                 yield i, block
-                if i - self.first < self.keeps:
+                if i - self.first < self.resident_blocks:
                     self._kept[i] = block
                     continue
                 # the caller's loop variable still names the module: let go of its weights now
@@ -155,7 +155,7 @@ class Stream:
         if self._copies:
             slots.free.append(slot)
 
-    def _each_expert(self, i: int, numbers: Sequence[int]) -> Iterator[tuple[int, Expert]]:
+    def _read_experts(self, i: int, numbers: Sequence[int]) -> Iterator[tuple[int, Expert]]:
         """(e, expert e of block i): first those in memory, then the others from disk.
 
         The experts that stay in memory are the ones last used.
@@ -173,12 +173,12 @@ class Stream:
                 _, e = key
                 expert = load.expert(self.checkpoint, i, e, self.dtype, raw=self._own(raw))
                 # its outputs are evaluated before the next expert takes its memory
-                expert.settle = evaluate_now
+                expert.on_output = evaluate_now
                 name = f"model.layers.{i}.expert {e}."
                 self._check_once(expert, name, slot, self._experts)
                 yield e, expert
                 self._hot[key] = expert, slot
-                if len(self._hot) > self.keeps_experts:
+                if len(self._hot) > self.resident_experts:
                     _, (_, slot) = self._hot.popitem(last=False)
                     if not self._copies:
                         self._experts.free.append(slot)
@@ -313,18 +313,20 @@ class Stream:
             stop = min(start + rows, vocab)
             yield start, self._read_head(np.arange(start, stop))
 
-    def through(self, block: nn.Module, hidden: Hidden) -> Hidden:
+    def run_block(self, block: nn.Module, hidden: Hidden) -> Hidden:
         """Every batch's hidden states (B, T, D) through one block, in place, evaluated in turn."""
-        outs = self.each(partial(self.run, self.at, block), hidden)
+        outs = self.map_batches(partial(self.run, self.block_index, block), hidden)
         if self._experts:
-            outs = self.mixed(block, hidden)
+            outs = self.run_experts(block, hidden)
         for b, out in enumerate(outs):
             if b == 0:  # one batch tells whether the block's values are numbers
                 self.finite(out)
             hidden[b] = out
         return hidden
 
-    def each(self, work: Callable[[int, mx.array], mx.array], hidden: Hidden) -> Iterator[mx.array]:
+    def map_batches(
+        self, work: Callable[[int, mx.array], mx.array], hidden: Hidden
+    ) -> Iterator[mx.array]:
         """`work` of every batch's number and (B, T, D), in order and evaluated.
 
         On a GPU several batches go in one pass, under the number of the first of them; on a CPU
@@ -332,7 +334,7 @@ class Stream:
         one by one, but for their last bits.
         """
         if policy.name() == "cpu":
-            yield from lanes.each(work, range(len(hidden)), hidden)
+            yield from streams.parallel_map(work, range(len(hidden)), hidden)
             return
         for first, stack in self.stacks(hidden):
             out = work(first, joined(stack))
@@ -362,7 +364,7 @@ class Stream:
         if policy.name() == "cpu":
             return 1
         windows, length, _ = batch.shape
-        return residency.stacked(self.checkpoint.config, windows * length, length)
+        return residency.batches_per_pass(self.checkpoint.config, windows * length, length)
 
     def back_at_once(self, batch: mx.array) -> int:
         """The number of batches like this one that go back through a block together.
@@ -370,10 +372,10 @@ class Stream:
         They are as many as lanes on a CPU, half a stack on a GPU.
         """
         if policy.name() == "cpu":
-            return lanes.count()
+            return streams.count()
         return max(1, self._at_once(batch) // 2)
 
-    def mixed(
+    def run_experts(
         self, block: nn.Module, hidden: Hidden, visit: Visit | None = None
     ) -> Iterator[mx.array]:
         """Every batch's hidden states (B, T, D) behind a block that has experts, evaluated.
@@ -389,12 +391,12 @@ class Stream:
             size = max(1, GROUP_BYTES // output_bytes)
         for first in range(0, count, size):
             numbers = range(first, min(first + size, count))
-            yield from self._mixed_group(block, hidden, numbers, visit)
+            yield from self._run_expert_group(block, hidden, numbers, visit)
 
-    def _mixed_group(
+    def _run_expert_group(
         self, block: nn.Module, hidden: Hidden, numbers: range, visit: Visit | None
     ) -> Iterator[mx.array]:
-        """`mixed` for the batches of these numbers."""
+        """`run_experts` for the batches of these numbers."""
         row = families.family(self.checkpoint.config)
         part = block[row.mlp]
         # First everything before the experts, for all batches, and which experts each token chose.
@@ -403,7 +405,7 @@ class Stream:
         chosen = list[mx.array]()
         gates = list[np.ndarray]()
         for b in numbers:
-            h, x = experts.before(block, hidden[b], load.mask(self.args, block, hidden[b]))
+            h, x = experts.attention_part(block, hidden[b], load.mask(self.args, block, hidden[b]))
             choice = part.experts.chosen(part, x)
             mx.eval(h, x, choice)
             residual.append(h)
@@ -427,7 +429,7 @@ class Stream:
         NotNumbers where it holds NaN or infinity.
         """
         if not mx.isfinite(out).all().item():
-            what = f"block {self.at} of {self.layers} gives values that are not numbers"
+            what = f"block {self.block_index} of {self.layers} gives values that are not numbers"
             raise NotNumbers(f"{self.checkpoint.path}: {what}", self.dtype)
         return out
 
@@ -439,7 +441,7 @@ class Stream:
         """
         hidden = self.embed(batches, hidden)
         for _, block in self.blocks():
-            self.through(block, hidden)
+            self.run_block(block, hidden)
         return self.norm(hidden)
 
 

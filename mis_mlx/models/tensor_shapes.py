@@ -96,7 +96,7 @@ def _attention_tensors(config: Config, block: int) -> Shapes:
     if row.sinks:
         tensors["self_attn.sinks"] = (s.heads,)
     tensors["post_attention_layernorm.weight"] = (s.hidden,)
-    if row.sandwich:
+    if row.post_norms:
         tensors["pre_feedforward_layernorm.weight"] = (s.hidden,)
         tensors["post_feedforward_layernorm.weight"] = (s.hidden,)
     return tensors

@@ -18,18 +18,20 @@ from mis_mlx.types import Checkpoint
 class TextWriter:
     """A model that is read once, or once for every token.
 
-    room_bytes: memory for blocks of a streamed model that stay between passes; None: the model is
-    whole in memory. direct: a streamed model is read past the page cache.
+    headroom_bytes: memory for blocks of a streamed model that stay between passes; None: the model
+    is whole in memory. direct: a streamed model is read past the page cache.
     """
 
-    def __init__(self, checkpoint: Checkpoint, room_bytes: int | None, direct: bool = False):
+    def __init__(self, checkpoint: Checkpoint, headroom_bytes: int | None, direct: bool = False):
         dtype = policy.compute_dtype(checkpoint)
         self._resident: Any = None
         self._stream: Stream | None = None
-        if room_bytes is None:
-            self._resident = load_checked(load.resident(checkpoint, dtype), f"{checkpoint.path}: ")
+        if headroom_bytes is None:
+            self._resident = load_checked(
+                load.resident_model(checkpoint, dtype), f"{checkpoint.path}: "
+            )
         else:
-            self._stream = Stream(checkpoint, dtype, room_bytes, direct)
+            self._stream = Stream(checkpoint, dtype, headroom_bytes, direct)
 
     def write(
         self,

@@ -14,7 +14,7 @@ from typing import Any
 
 from mis_mlx.hardware import child_process
 from mis_mlx.storage.header_check import Refused, json_object
-from mis_mlx.storage.safetensors import inside
+from mis_mlx.storage.safetensors import require_inside
 from mis_mlx.types import GIB, MisError, gib
 
 ROWS = "vocabulary.json"  # which rows of its parent's a trimmed vocabulary has
@@ -80,7 +80,7 @@ def present(folder: Path) -> Iterator[Path]:
         path = folder / name
         if not os.path.lexists(path):
             continue
-        inside(folder, name)
+        require_inside(folder, name)
         if not path.is_file():
             raise MisError(f"{path} is not a regular file: copy the tokenizer files again")
         nbytes = path.stat().st_size

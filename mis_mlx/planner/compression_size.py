@@ -23,18 +23,18 @@ from mis_mlx.planner.estimates import (
     StageCost,
     activation_bytes,
     backward_bytes,
-    compared,
+    comparison_cost,
     forward_flops,
+    headroom_bytes,
     logit_bytes,
+    parallel_windows,
     pass_workspace,
-    room,
     streamed_pass,
     tensor_bytes,
-    together,
 )
 from mis_mlx.planner.model_size import ModelSize
 from mis_mlx.planner.recipe import VOCABULARY_LOGITS, VOCABULARY_WINDOWS, DistillationSpec
-from mis_mlx.planner.rounding_cost import sensitivity, solver_flops
+from mis_mlx.planner.rounding_cost import sensitivity_cost, solver_flops
 
 ROUTER_BYTES = 2**28  # of outputs of all experts of a block (pruning/reconstruct)
 # a clipped gradient; the rest of an update is written over what it is made of (measured)
@@ -44,7 +44,7 @@ STATE_BYTES = 16
 GRADIENT_BYTES = 4
 
 
-def vocabulary(t: ModelSize, length: int) -> StageCost:
+def vocabulary_cost(t: ModelSize, length: int) -> StageCost:
     """Ask a teacher with all of its tokens which it expects.
 
     Final states of all windows, then logits of all tokens at some positions, with two parts of the
@@ -69,13 +69,13 @@ def vocabulary(t: ModelSize, length: int) -> StageCost:
     )
 
 
-def prune(job: DistillationSpec, limit: int) -> StageCost:
+def pruning_cost(job: DistillationSpec, limit: int) -> StageCost:
     """Choose the tokens, calibrate, then copy what is kept, tensor by tensor."""
     t = job.teacher
     length = job.max_seq_length
-    cost = calibration(t, job.num_samples, length, limit, rotation=job.rotation)
+    cost = calibration_cost(t, job.num_samples, length, limit, rotation=job.rotation)
     if job.shown and job.shown.shape != t.shape:
-        tokens = vocabulary(job.shown, length)
+        tokens = vocabulary_cost(job.shown, length)
         cost = cost.then(replace(tokens, waits=0))  # its waits are not counted
     return replace(
         cost,
@@ -86,7 +86,7 @@ def prune(job: DistillationSpec, limit: int) -> StageCost:
     )
 
 
-def calibration(
+def calibration_cost(
     t: ModelSize, windows: int, length: int, limit: int, *, rotation: bool
 ) -> StageCost:
     """The passes that say what to keep: one, and two more for a rotation.
@@ -129,7 +129,7 @@ def copying_bytes(t: ModelSize, *, rotation: bool) -> int:
     return nbytes
 
 
-def refit(m: ModelSize, tokens: int, workspace: int = 0) -> tuple[int, float, float]:
+def fit_cost(m: ModelSize, tokens: int, workspace: int = 0) -> tuple[int, float, float]:
     """(bytes, operations, operations of the host's solver) of a closed-form fit.
 
     Normal equations, and tokens held out as they are; besides them what a block's pass takes
@@ -144,7 +144,7 @@ def refit(m: ModelSize, tokens: int, workspace: int = 0) -> tuple[int, float, fl
     solving = f * (item * f + max(2 * item, 16) * d)
     if workspace and not m.as_stored:
         solving += m.block_work
-    products = 4 * together(m) * f * (f + d)
+    products = 4 * parallel_windows(m) * f * (f + d)
     sums_bytes = item * f * (f + d)
     held_out = max(1, tokens // HELD_OUT)
     held_out_bytes = 4 * held_out * (f + d)
@@ -156,7 +156,7 @@ def refit(m: ModelSize, tokens: int, workspace: int = 0) -> tuple[int, float, fl
     return nbytes, total - host, host
 
 
-def repair(job: DistillationSpec) -> StageCost:
+def repair_cost(job: DistillationSpec) -> StageCost:
     """Both models side by side, every down_proj fitted anew (pruning/reconstruct).
 
     The new matrices wait in memory, and a pass goes on. Of a mixture the routers are trained: every
@@ -183,7 +183,7 @@ def repair(job: DistillationSpec) -> StageCost:
         asked = min(tokens, outputs_bytes // (2 * token_bytes))
         flops = 2.0 * asked * m.shape.layers * m.block_params
     else:
-        fit_bytes, fit_flops, solver = refit(m, tokens)
+        fit_bytes, fit_flops, solver = fit_cost(m, tokens)
         teachers = t.body_bytes(pass_workspace(t, tokens, length, length))
         beside -= min(teachers, m.body_bytes(workspace) + fit_bytes)  # they take turns
         beside += fit_bytes + 4 * m.shape.layers * m.shape.hidden * m.shape.ffn
@@ -208,7 +208,7 @@ def repair(job: DistillationSpec) -> StageCost:
     )
 
 
-def repair_parts(job: DistillationSpec, limit: int, item: int) -> StageCost:
+def repair_by_block_cost(job: DistillationSpec, limit: int, item: int) -> StageCost:
     """The repair of a student in parts of `item` bytes a number, each of which is written.
 
     A window at a time, hidden states on disk as far as they find no room, and a block's output
@@ -226,12 +226,12 @@ def repair_parts(job: DistillationSpec, limit: int, item: int) -> StageCost:
     teachers = t.body_bytes(pass_workspace(t, tokens, length, length))
     students = m.body_bytes(pass_workspace(m, tokens, length, length))
     body = max(teachers, students)
-    fit_bytes, fit_flops, solver = refit(m, tokens, body)
+    fit_bytes, fit_flops, solver = fit_cost(m, tokens, body)
     peak = t.slots_bytes + m.slots_bytes + SMALL_BYTES
     peak += max(fit_bytes, body + 4 * m.block_params)
     peak += 4 * m.shape.ffn * m.shape.hidden
     token_bytes = t.hidden_bytes + m.hidden_bytes
-    held = room(limit, peak, t.gpu) // (length * token_bytes) * length
+    held = headroom_bytes(limit, peak, t.gpu) // (length * token_bytes) * length
     held = min(tokens, held)
     spooled = tokens - held
     visits = t.hidden_bytes * (t.shape.layers + 1) + m.hidden_bytes * (layers + 1)
@@ -254,7 +254,7 @@ def training_bytes(
     config: Mapping[str, Any],
     batch: int,
     length: int,
-    host_lanes: int = 0,
+    host_streams: int = 0,
     more: bool = False,
     *,
     gpu: bool = False,
@@ -262,7 +262,7 @@ def training_bytes(
     """Memory to train a student that is whole in memory, on micro-batches (`batch`, `length`).
 
     Weights and moments, and the largest of: activations and the vocabulary's part of the loss; the
-    backward pass; the update. host_lanes: windows side by side where numpy computes the loss
+    backward pass; the update. host_streams: windows side by side where numpy computes the loss
     between the passes (live_teacher), each with gradients; 0: all in one graph, of which the least
     that can be promised is the sum. more: several micro-batches, so that the gradients of earlier
     ones wait meanwhile. gpu: with temporaries of the commands in flight.
@@ -272,18 +272,18 @@ def training_bytes(
     activations = activation_bytes(config, batch, length)
     head = 4 * s.vocab * s.hidden
     block = backward_bytes(config, batch, length) - activations // s.layers
-    logits = logit_bytes(s.vocab, batch * length, host=bool(host_lanes), gpu=gpu)
+    logits = logit_bytes(s.vocab, batch * length, host=bool(host_streams), gpu=gpu)
     gradients = GRADIENT_BYTES * params
     forward = activations + 2 * head + logits
     backward = gradients
-    if host_lanes:
-        lane_gradients = min(batch, host_lanes) * (gradients - head)
+    if host_streams:
+        lane_gradients = min(batch, host_streams) * (gradients - head)
         backward = max(activations + head, lane_gradients + 3 * head)
     backward += block
     if more:
         forward += gradients
         backward += gradients
-    if not host_lanes:
+    if not host_streams:
         forward += gradients
     largest = max(map(math.prod, arch.tensors_of(config, True).values()))
     update = gradients + UPDATE_ARRAYS * 4 * largest
@@ -307,7 +307,7 @@ def block_state_bytes(config: Mapping[str, Any], block: int | None = None) -> in
     return total
 
 
-def search(
+def search_cost(
     s: Any, job: DistillationSpec, planned: Sequence[StageCost], probes: int, rows: bool, limit: int
 ) -> dict[str, list[StageCost]]:
     """What a search with these settings takes: {"rank": stages, "finalists": stages}.
@@ -324,7 +324,7 @@ def search(
     # of two texts
     windows = -(-4 * s.rank_windows // 3)
     judging = -(-4 * s.eval_windows // 3)
-    one = compared([t, m], windows, length)
+    one = comparison_cost([t, m], windows, length)
     # the teacher's pass, which is done once
     teachers_flops = forward_flops(t, windows * length, length, head=False)
     one = replace(
@@ -334,14 +334,14 @@ def search(
     )
     rank = [_times(cut, 1, name="calibrate", written=cut.written_bytes - m.nbytes)]
     if s.mixed:
-        bits = sensitivity(t, length, limit)
+        bits = sensitivity_cost(t, length, limit)
         rank.append(_times(bits, 1, name="sensitivity", own=own))
     rank.append(_times(one, probes, name=f"{probes} axes alone", written=m.nbytes, own=own))
     rank.append(
         _times(one, s.evaluations, name=f"rank {s.evaluations}", written=2 * m.nbytes, own=own)
     )
     if rows:
-        rank.append(_times(vocabulary(t, length), 1, name="choose tokens", own=own))
+        rank.append(_times(vocabulary_cost(t, length), 1, name="choose tokens", own=own))
     if not s.finalists:
         return {"rank": rank, "finalists": []}
     finalists = []
@@ -349,7 +349,7 @@ def search(
         if p.name not in ("prune", "measure"):  # which a finalist does not go through
             name = f"{p.name}, {s.finalists} finalists"
             finalists.append(_times(p, s.finalists, name=name, written=p.written_bytes))
-    judged = compared([t, m, m, m], judging, length)
+    judged = comparison_cost([t, m, m, m], judging, length)
     finalists.append(_times(judged, s.finalists, name="judge them", written=2 * m.nbytes, own=own))
     return {"rank": rank, "finalists": finalists}
 

@@ -14,17 +14,17 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from mis_mlx import cli
-from mis_mlx.hardware import lanes, rates
+from mis_mlx.hardware import rates, streams
 from mis_mlx.hardware.memory import COMMANDS_AHEAD, process_bytes
 from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.models import arch, block_inputs, families, policy
 from mis_mlx.models.config import head_size, key_owners, shape_of, versions
 from mis_mlx.models.host_losses import CHUNK, GROUP
-from mis_mlx.models.residency import pass_bytes, stacked
+from mis_mlx.models.residency import batches_per_pass, pass_bytes
 from mis_mlx.models.stream import GROUP_BYTES, HEAD_PART
 from mis_mlx.planner.model_size import ModelSize, model_of
 from mis_mlx.storage import hub
-from mis_mlx.storage.files import DISK, reported
+from mis_mlx.storage.files import DISK, as_mis_error
 from mis_mlx.types import Budget, Checkpoint, MisError, duration, gib
 
 SMALL_BYTES = 2**20  # norms, masks, whole pages: too little for a formula
@@ -141,7 +141,7 @@ def forward_flops(m: ModelSize, tokens: int, length: int, head: bool = True) -> 
     attention = s.heads * s.head_dim * length  # 2 products x 2 x length / 2 positions seen
     rows = m.config.get("vocab_size_per_layer_input", 0)
     projected = m.side_params - rows * arch.channels(m.config)
-    params = m.met * m.blocks_params + s.layers * attention + projected
+    params = m.active_share * m.blocks_params + s.layers * attention + projected
     if head:
         params += m.head_params
     return 2.0 * tokens * params
@@ -173,9 +173,9 @@ def filling_bytes(m: ModelSize, tokens: int) -> int:
     return side_bytes(m, tokens) + made_of
 
 
-def together(m: ModelSize) -> int:
+def parallel_windows(m: ModelSize) -> int:
     """How many windows go through a block side by side."""
-    return 1 if m.gpu else lanes.count()
+    return 1 if m.gpu else streams.count()
 
 
 def workspace_bytes(m: ModelSize, tokens: int, length: int) -> int:
@@ -183,21 +183,18 @@ def workspace_bytes(m: ModelSize, tokens: int, length: int) -> int:
 
     Times the number of micro-batches that go side by side here.
     """
-    workspace = together(m) * pass_bytes(m.config, tokens, length)
+    workspace = parallel_windows(m) * pass_bytes(m.config, tokens, length)
     if m.shape.experts:
         workspace += 2 * GROUP_BYTES
     return workspace
 
 
 def pass_workspace(m: ModelSize, tokens: int, micro_tokens: int, length: int) -> int:
-    """The workspace of a pass over `tokens` in micro-batches.
-
-    A GPU takes several micro-batches at once (`residency.stacked`).
-    """
+    """The workspace of a pass over `tokens` in micro-batches; a GPU takes several at once."""
     workspace = workspace_bytes(m, micro_tokens, length)
     if m.gpu:
         batches = math.ceil(tokens / micro_tokens)
-        workspace *= min(batches, stacked(m.config, micro_tokens, length))
+        workspace *= min(batches, batches_per_pass(m.config, micro_tokens, length))
     return workspace
 
 
@@ -210,10 +207,11 @@ def activation_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
     s = arch.widest(config)
     hidden_arrays = 6
     ffn_arrays = 5
-    if families.family(config).sandwich:
+    if families.family(config).post_norms:
         hidden_arrays = 10
         ffn_arrays = 10
-    per_token = hidden_arrays * s.hidden * versions(config) + ffn_arrays * arch.met(config)
+    per_token = hidden_arrays * s.hidden * versions(config)
+    per_token += ffn_arrays * arch.active_ffn_size(config)
     per_token += 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length
     # rows, their projection, that behind its norm, and the sum
     side_channels = 4 * arch.channels(config)
@@ -226,7 +224,7 @@ def backward_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
     Without the block's gradients. Measured; as much in a Gemma's block, though that keeps more.
     """
     kept = activation_bytes(config, batch, length)
-    arrays = 8 if families.family(config).sandwich else 5
+    arrays = 8 if families.family(config).post_norms else 5
     return 11 * kept // (arrays * shape_of(config).layers)
 
 
@@ -251,7 +249,7 @@ def keys_bytes(m: ModelSize, tokens: int) -> int:
     return 2 * m.shape.layers * tokens * m.shape.kv_heads * m.shape.head_dim * m.item
 
 
-def room(limit_bytes: int, taken_bytes: int, gpu: bool | None = None) -> int:
+def headroom_bytes(limit_bytes: int, taken_bytes: int, gpu: bool | None = None) -> int:
     """What a budget leaves for things that are welcome but not needed.
 
     gpu: whose process takes `memory.process_bytes`; default: this one's.
@@ -259,9 +257,9 @@ def room(limit_bytes: int, taken_bytes: int, gpu: bool | None = None) -> int:
     return max(0, limit_bytes - process_bytes(limit_bytes, gpu) - taken_bytes)
 
 
-def pins(m: ModelSize, room_bytes: int) -> int:
+def resident_blocks(m: ModelSize, headroom_bytes: int) -> int:
     """How many blocks, counted from the first, stay in memory for good in so many bytes."""
-    return min(m.shape.layers, room_bytes // m.block_work)
+    return min(m.shape.layers, headroom_bytes // m.block_work)
 
 
 def streamed_pass(
@@ -301,18 +299,18 @@ def streamed_pass(
     held = hidden
     if spool:
         batch_bytes = micro_tokens * m.hidden_bytes
-        held = min(hidden, room(limit_bytes, peak, m.gpu) // batch_bytes * batch_bytes)
+        held = min(hidden, headroom_bytes(limit_bytes, peak, m.gpu) // batch_bytes * batch_bytes)
     moved = (hidden - held) * (s.layers + 1)
     peak += held
     pinned = 0
     with_head = fixed + max(body, logits) + head_work + held
     if again and with_head + process_bytes(limit_bytes, m.gpu) <= limit_bytes:
-        pinned = pins(m, room(limit_bytes, with_head, m.gpu))
+        pinned = resident_blocks(m, headroom_bytes(limit_bytes, with_head, m.gpu))
         head_read = 0
         peak = with_head + pinned * m.block_work
-    # A block's experts are read once a group of tokens (stream.Stream.mixed).
+    # A block's experts are read once a group of tokens (stream.Stream.run_experts).
     groups = math.ceil(hidden * m.config.get("num_experts_per_tok", 0) / GROUP_BYTES)
-    reads = 1 + max(0, groups - 1) * (1 - m.here)
+    reads = 1 + max(0, groups - 1) * (1 - m.memory_share)
     return StageCost(
         name=name,
         read_bytes=int((s.layers - pinned) * m.block_bytes * reads) + head_read + moved,
@@ -338,7 +336,7 @@ def _pass_waits(
     batches = math.ceil(tokens / micro_tokens)
     passes = batches
     if m.gpu:
-        passes = math.ceil(batches / stacked(m.config, micro_tokens, length))
+        passes = math.ceil(batches / batches_per_pass(m.config, micro_tokens, length))
     waits = m.shape.layers * (passes + BLOCK_WAITS)
     if head:
         waits += batches
@@ -349,10 +347,10 @@ def settle_precision(limit: Budget, *models: Checkpoint) -> None:
     """Decide, before a run computes anything, which of its models the budget holds in float32.
 
     Those do of which one pass streamed from disk fits. Matters where float16 does not hold a model
-    (`policy.settle`).
+    (`policy.settle_fallback`).
     """
     for model in models:
-        policy.settle(model, partial(_pass_fits, limit.limit_bytes, model))
+        policy.settle_fallback(model, partial(_pass_fits, limit.limit_bytes, model))
 
 
 def _pass_fits(limit_bytes: int, checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:
@@ -368,7 +366,7 @@ def _pass_fits(limit_bytes: int, checkpoint: Checkpoint, dtype: mx.Dtype) -> boo
     return cost.peak_bytes + process_bytes(limit_bytes) <= limit_bytes
 
 
-def token(m: ModelSize, length: int, limit_bytes: int) -> StageCost:
+def token_cost(m: ModelSize, length: int, limit_bytes: int) -> StageCost:
     """One token generated after `length` others.
 
     Blocks are kept from the token before as far as they fit.
@@ -387,12 +385,12 @@ def token(m: ModelSize, length: int, limit_bytes: int) -> StageCost:
     )
     return replace(
         cost,
-        read_bytes=int(m.met * cost.read_bytes),
-        touched_bytes=int(m.met * m.shape.layers * m.block_work) + m.head_work + cache,
+        read_bytes=int(m.active_share * cost.read_bytes),
+        touched_bytes=int(m.active_share * m.shape.layers * m.block_work) + m.head_work + cache,
     )
 
 
-def compared(models: Sequence[ModelSize], windows: int, length: int) -> StageCost:
+def comparison_cost(models: Sequence[ModelSize], windows: int, length: int) -> StageCost:
     """A pass of each model over the same windows, then their heads in parts (as in comparison).
 
     Parts of the first one's head and of each other's: two of each, and the temporaries that make
@@ -430,17 +428,17 @@ def compared(models: Sequence[ModelSize], windows: int, length: int) -> StageCos
     )
 
 
-def flag(nbytes: int) -> str:
+def budget_flag(nbytes: int) -> str:
     """A size as --budget takes it, rounded up: '612MiB'."""
     return f"{math.ceil(nbytes / 2**20)}MiB"
 
 
-def enough(arrays: int) -> int:
+def enough_budget(arrays: int) -> int:
     """The smallest budget for so many bytes and what the process takes besides them."""
     return arrays + process_bytes(arrays + arrays // 5)
 
 
-def fit(
+def require_fit(
     budget: Budget, *phases: StageCost, other: str = ", or lower --max-seq-length or --batch-size"
 ) -> None:
     """Refuse before work starts when the largest phase does not fit with its process.
@@ -449,11 +447,11 @@ def fit(
     """
     worst = max(phases, key=lambda p: p.peak_bytes)
     need = worst.peak_bytes + process_bytes(budget.limit_bytes)
-    budget_enough = flag(enough(worst.peak_bytes))
+    budget_enough = budget_flag(enough_budget(worst.peak_bytes))
     budget.need(need, worst.name, f"give --budget {budget_enough} or more{other}")
 
 
-def told(
+def report_costs(
     phases: Sequence[StageCost], limit_bytes: int, at: rates.Rates, own_bytes: int = 0
 ) -> dict[str, Any]:
     """Say what each phase takes; returned is what a --dry-run says of them.
@@ -494,7 +492,7 @@ def machine_rates(name: Literal["here", "m1-air"] = "here", measure: bool = Fals
     path = hub.cache_root() / "rates.json"
     if not measure:
         return rates.load(path) or rates.assumed()
-    with hub.locked(path.parent), reported(path.parent, "a measurement of the disk"):
+    with hub.locked(path.parent), as_mis_error(path.parent, "a measurement of the disk"):
         measured = rates.measure(path.parent)
         DISK.replace_text(path, rates.to_json(measured))
     return measured

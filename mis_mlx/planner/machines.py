@@ -12,7 +12,7 @@ from mis_mlx.planner import estimates, phases
 from mis_mlx.types import Budget, Checkpoint
 
 
-def shares(made: phases.MemoryPlan) -> tuple[int, ...]:
+def blocks_by_machine(made: phases.MemoryPlan) -> tuple[int, ...]:
     """How many of the teacher's blocks each machine has; () where there is one machine."""
     if distributed.size() == 1:
         return ()
@@ -24,28 +24,28 @@ def shares(made: phases.MemoryPlan) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def opened(
+def open_stream(
     checkpoint: Checkpoint,
     limit: Budget,
-    room_bytes: int,
+    headroom_bytes: int,
     tokens: int,
     length: int,
     layers: bool,
 ) -> Stream:
     """A model for passes of `tokens` that all machines make.
 
-    Each has all of it, or its blocks are shared out (`layers`). room_bytes: of this machine, for
-    the head and for blocks that stay.
+    Each has all of it, or its blocks are shared out (`layers`). headroom_bytes: of this machine,
+    for the head and for blocks that stay.
     """
     dtype = policy.compute_dtype(checkpoint)
     direct = checkpoint.nbytes > limit.limit_bytes
     if distributed.size() == 1 or not layers:
-        return Stream(checkpoint, dtype, room_bytes, direct)
+        return Stream(checkpoint, dtype, headroom_bytes, direct)
     m = estimates.model_of(checkpoint)
-    pinned = estimates.pins(m, max(0, room_bytes - m.head_work))
+    pinned = estimates.resident_blocks(m, max(0, headroom_bytes - m.head_work))
     counts = _shared(m, pinned, tokens=tokens, length=length, rates=estimates.machine_rates())
     return pipeline_parallel.Relay(
-        checkpoint, dtype, room_bytes=room_bytes, direct=direct, shares=counts
+        checkpoint, dtype, headroom_bytes=headroom_bytes, direct=direct, shares=counts
     )
 
 
@@ -65,4 +65,4 @@ def _shared(
     work_s = flops / m.shape.layers / rates.forward_flops_per_s  # of a block
     # time to read a block, as a multiple of the time to compute it
     reading = distributed.broadcast_json(lambda: m.block_bytes / rates.read_bytes_per_s / work_s)
-    return pipeline_parallel.shared(m.shape.layers, distributed.all_gather(pinned), reading)
+    return pipeline_parallel.share_blocks(m.shape.layers, distributed.all_gather(pinned), reading)

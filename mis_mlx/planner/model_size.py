@@ -36,8 +36,10 @@ class ModelSize:
     as_stored: bool  # computes from the bytes that were read, without a converted copy
     tensors: int  # on disk
     gpu: bool = False  # computes on Metal
-    here: float = 1.0  # share of a block's parameters in memory at a time while it streams past
-    met: float = 1.0  # share of a block's parameters that a token uses
+    memory_share: float = (
+        1.0  # share of a block's parameters in memory at a time while it streams past
+    )
+    active_share: float = 1.0  # share of a block's parameters that a token uses
     side_params: int = 0  # of the table of per-layer inputs, of its projection, and AltUp's ends
 
     @property
@@ -88,7 +90,7 @@ class ModelSize:
     def slots_bytes(self) -> int:
         """The two buffers that blocks are read into in turn; a mixture has two more for experts."""
         buffers = 2 if self.shape.experts else 1
-        return 2 * int(self.here * self.block_bytes + SLOT_BYTES * buffers)
+        return 2 * int(self.memory_share * self.block_bytes + SLOT_BYTES * buffers)
 
     def side_numbers(self, tokens: int) -> int:
         """Numbers in the per-layer channels of all blocks, for each token that occurs."""
@@ -117,7 +119,7 @@ class ModelSize:
         """
         if self.as_stored:
             return workspace
-        copy = int(self.here * self.block_work)
+        copy = int(self.memory_share * self.block_work)
         if self.packed:
             return copy + max(workspace, copy)
         return copy + workspace
@@ -159,7 +161,7 @@ def model_of(
     as_stored = stored.dtypes == {str(dtype).removeprefix("mlx.core.")}
     if stored.packed:
         as_stored = gpu
-    here, met = arch.shares(config)
+    memory_share, active_share = arch.expert_shares(config)
     sides = arch.side_tensors(config) | arch.end_tensors(config)
     return ModelSize(
         config=config,
@@ -174,8 +176,8 @@ def model_of(
         as_stored=as_stored,
         tensors=stored.tensors,
         gpu=gpu,
-        here=here,
-        met=met,
+        memory_share=memory_share,
+        active_share=active_share,
         side_params=sum(map(math.prod, sides.values())),
     )
 

@@ -16,10 +16,22 @@ from mis_mlx.hardware.rates import Rates
 from mis_mlx.models import arch, load
 from mis_mlx.models.config import shape_of
 from mis_mlx.planner import estimates, rounding_cost, writing
-from mis_mlx.planner.compression_size import prune, repair, repair_parts
+from mis_mlx.planner.compression_size import pruning_cost, repair_by_block_cost, repair_cost
 from mis_mlx.planner.estimates import TENSOR_BYTES, StageCost
-from mis_mlx.planner.recipe import PLAIN, RATE, DistillationConfig, DistillationSpec, Mode
-from mis_mlx.planner.training_cost import blocks, resident, sharded, store, tune
+from mis_mlx.planner.recipe import (
+    RATE,
+    ROUND_TO_NEAREST,
+    DistillationConfig,
+    DistillationSpec,
+    Mode,
+)
+from mis_mlx.planner.training_cost import (
+    blockwise_cost,
+    resident_cost,
+    sharded_cost,
+    store_cost,
+    tuning_cost,
+)
 from mis_mlx.types import Budget, Checkpoint, MisError, gib
 
 TRAINED_WHOLE = "resident", "blocks", "lora"  # the student, in memory
@@ -27,7 +39,7 @@ RATE_OF_WEIGHTS = 5.35e-4  # learning rate, as a part of their root mean square
 TEXTS = 2  # held-out texts that models are measured on
 
 
-def measure(job: DistillationSpec, most_bytes: int, limit: int) -> StageCost:
+def measuring_cost(job: DistillationSpec, most_bytes: int, limit: int) -> StageCost:
     """Teacher, pruned, distilled and 4-bit student on every text; then those that fit are timed.
 
     Side by side where the phases before, which took `most_bytes`, leave room for all of them, else
@@ -38,7 +50,7 @@ def measure(job: DistillationSpec, most_bytes: int, limit: int) -> StageCost:
     )
     teacher = job.shown or job.teacher
     models = [teacher, job.student, job.student, four_bit]
-    cost = estimates.compared(models, job.eval_windows, job.max_seq_length).repeated(TEXTS)
+    cost = estimates.comparison_cost(models, job.eval_windows, job.max_seq_length).repeated(TEXTS)
     peak = cost.peak_bytes
     timed = _timed_weights(models, most_bytes, limit)
     if timed:
@@ -47,10 +59,10 @@ def measure(job: DistillationSpec, most_bytes: int, limit: int) -> StageCost:
     if not job.answers:
         return cost
     students = [job.student]
-    if job.rounding is not PLAIN:
+    if job.rounding is not ROUND_TO_NEAREST:
         students.append(four_bit)
     try:
-        answers = writing.answers(
+        answers = writing.answers_cost(
             [teacher, *students],
             job.answers,
             Budget(limit),
@@ -120,8 +132,8 @@ class MemoryPlan:
         return max(p.peak_bytes for p in self.phases)
 
     @property
-    def way(self) -> dict[str, Any]:
-        """The strategy that a resumed run must not change, as arguments of `one`."""
+    def strategy(self) -> dict[str, Any]:
+        """The strategy that a resumed run must not change, as arguments of `plan_strategy`."""
         return {
             "mode": self.mode,
             "micro": self.micro_batch,
@@ -188,10 +200,10 @@ def _process_overhead(job: DistillationSpec, limit: int, mode: Mode) -> _Process
     """What the process takes in this budget, with the notes on the teacher's tensors."""
     known = TENSOR_BYTES * job.teacher.tensors
     left = max(0, limit - known)
-    lane_bytes = TRAINED_WHOLE_BYTES if mode == "resident" else TRAINED_BYTES
-    lanes_bytes = estimates.together(job.student) * lane_bytes
+    stream_bytes = TRAINED_WHOLE_BYTES if mode == "resident" else TRAINED_BYTES
+    streams_bytes = estimates.parallel_windows(job.student) * stream_bytes
     own = process_bytes(left, job.teacher.gpu)
-    training = process_bytes(left, job.teacher.gpu, lanes_bytes)
+    training = process_bytes(left, job.teacher.gpu, streams_bytes)
     return _ProcessOverhead(left_bytes=left, own_bytes=known + own, training_bytes=training - own)
 
 
@@ -205,7 +217,7 @@ def in_parts(job: DistillationSpec, mode: Mode) -> int:
     return {"sharded": 4, "none": 2}.get(mode, 0)
 
 
-def ways(job: DistillationSpec) -> Iterator[tuple[Mode, int, int]]:
+def candidate_strategies(job: DistillationSpec) -> Iterator[tuple[Mode, int, int]]:
     """(mode, micro-batch, shard) of all strategies that could be tried.
 
     A micro-batch divides the one asked for.
@@ -222,7 +234,7 @@ def ways(job: DistillationSpec) -> Iterator[tuple[Mode, int, int]]:
                 yield mode, micro, 0
 
 
-def one(
+def plan_strategy(
     job: DistillationSpec,
     limit: int,
     rates: Rates,
@@ -239,16 +251,16 @@ def one(
     left = process.left_bytes
     trained_left = left - process.training_bytes
     training_overhead = process.own_bytes + process.training_bytes
-    phases = [prune(job, left)]
+    phases = [pruning_cost(job, left)]
     if job.targets == "cached":
-        phases.append(store(job, left))
+        phases.append(store_cost(job, left))
     if job.reconstruct_samples:
         item = in_parts(job, mode)
-        phases.append(repair_parts(job, left, item) if item else repair(job))
+        phases.append(repair_by_block_cost(job, left, item) if item else repair_cost(job))
     if mode != "none":
         phases.append(_distil(job, trained_left, mode=mode, micro=micro, shard=shard))
     phases.append(
-        rounding_cost.quantize(
+        rounding_cost.quantizing_cost(
             job.student,
             job.rounding,
             windows=job.num_samples,
@@ -260,12 +272,12 @@ def one(
     if steps is None:
         steps = job.rounding.steps(whole=mode in TRAINED_WHOLE or job.uncut)
     if steps:
-        tuning = tune(job, micro, trained_left, steps)
+        tuning = tuning_cost(job, micro, trained_left, steps)
         optional = tuned is None and job.rounding.q_iters is None
         if not optional or tuning.peak_bytes + training_overhead <= limit:
             phases.append(tuning)
     most_bytes = max(p.peak_bytes for p in phases) + process.own_bytes
-    phases.append(measure(job, most_bytes, limit))
+    phases.append(measuring_cost(job, most_bytes, limit))
     planned = []
     for p in phases:
         overhead = training_overhead if p.updated else process.own_bytes
@@ -284,20 +296,20 @@ def one(
 def _distil(job: DistillationSpec, limit: int, *, mode: Mode, micro: int, shard: int) -> StageCost:
     """The training itself, by this strategy."""
     if mode == "resident":
-        return resident(job, micro, limit)
+        return resident_cost(job, micro, limit)
     if mode == "sharded":
-        return sharded(job, micro, shard)
-    return blocks(job, micro, limit, lora=mode == "lora")
+        return sharded_cost(job, micro, shard)
+    return blockwise_cost(job, micro, limit, lora=mode == "lora")
 
 
-def make(job: DistillationSpec, budget_bytes: int, rates: Rates) -> MemoryPlan:
+def best_plan(job: DistillationSpec, budget_bytes: int, rates: Rates) -> MemoryPlan:
     """The best plan that fits, else the one of least memory.
 
     First by `job.modes`, then micro-batch, then bytes read.
     """
     plans = [
-        one(job, budget_bytes, rates, mode=mode, micro=micro, shard=shard)
-        for mode, micro, shard in ways(job)
+        plan_strategy(job, budget_bytes, rates, mode=mode, micro=micro, shard=shard)
+        for mode, micro, shard in candidate_strategies(job)
     ]
     fitting = [p for p in plans if p.fits]
     if not fitting:
@@ -317,8 +329,8 @@ def least_bytes(job: DistillationSpec, rates: Rates) -> int:
     least = 0
     while True:
         need = min(
-            one(job, least, rates, mode=mode, micro=micro, shard=shard).peak_bytes
-            for mode, micro, shard in ways(job)
+            plan_strategy(job, least, rates, mode=mode, micro=micro, shard=shard).peak_bytes
+            for mode, micro, shard in candidate_strategies(job)
         )
         if need <= least:
             return least
@@ -330,13 +342,13 @@ def remedy(plan: MemoryPlan) -> str:
     if plan.fits:
         return ""
     worst = max(plan.phases, key=lambda p: p.peak_bytes)
-    least = estimates.flag(least_bytes(plan.job, plan.rates))
+    least = estimates.budget_flag(least_bytes(plan.job, plan.rates))
     text = (
         f"{worst.name} needs {gib(worst.peak_bytes)}, but the budget is {gib(plan.budget_bytes)}: "
         f"give --budget {least}"
     )
     for flags, job in _smaller_jobs(plan.job):
-        if make(job, plan.budget_bytes, plan.rates).fits:
+        if best_plan(job, plan.budget_bytes, plan.rates).fits:
             return f"{text}, or {flags}"
     return f"{text}; smaller batches or shorter windows do not help"
 

@@ -179,7 +179,7 @@ FIRST_STEPS = 4  # whose pace says how many fit into --minutes; fewer than `warm
 ITERS = 30
 RATE = 1e-4
 # costs nothing beside the student
-PLAIN = QuantizationConfig(target_bpw=None, q_method="round", q_iters=0)
+ROUND_TO_NEAREST = QuantizationConfig(target_bpw=None, q_method="round", q_iters=0)
 VOCABULARY_WINDOWS = 16  # in which the teacher says which tokens it expects, where not all stay
 VOCABULARY_LOGITS = 2**25  # of all its tokens that are held then, in float32
 SAMPLES = 50  # tokens of a position in the logit store
@@ -201,7 +201,7 @@ class DistillationSpec(DistillationConfig):
     # the student's is the teacher's to the bit, until one of them is trained
     same_head: bool = False
     rotation: bool = False  # the hidden size is cut along principal directions
-    rounding: QuantizationConfig = PLAIN  # of the trained student
+    rounding: QuantizationConfig = ROUND_TO_NEAREST  # of the trained student
     # the teacher with its own vocabulary, where the student has another
     shown: ModelSize | None = None
     answers: int = 0  # held-out prompts that teacher and student answer at the end
@@ -215,14 +215,14 @@ class DistillationSpec(DistillationConfig):
         return self.batch_size * self.grad_accumulation_steps * self.max_seq_length
 
     @property
-    def host_lanes(self) -> int:
+    def host_streams(self) -> int:
         """How many windows go side by side where numpy computes the losses; else 0.
 
         As in models/host_losses.
         """
         if self.targets != "live" or self.teacher.gpu or self.cross_entropy:
             return 0
-        return estimates.together(self.student)
+        return estimates.parallel_windows(self.student)
 
     @property
     def target_bytes(self) -> int:
@@ -242,7 +242,7 @@ def spec_of(
     teacher: ModelSize,
     student: ModelSize,
     asked: DistillationConfig,
-    rounding: QuantizationConfig = PLAIN,
+    rounding: QuantizationConfig = ROUND_TO_NEAREST,
     rotates: bool = True,
     shown: ModelSize | None = None,
     copied: bool = False,

@@ -9,18 +9,18 @@ from dataclasses import replace
 import numpy as np
 
 from mis_mlx.maths.reconstruction import precision
-from mis_mlx.maths.rounding import BITS, HELD_BYTES, PART, SLAB
+from mis_mlx.maths.rounding import CANDIDATE_BITS, HELD_BYTES, PART, SLAB
 from mis_mlx.models.config import Shape
-from mis_mlx.models.residency import stacked
+from mis_mlx.models.residency import batches_per_pass
 from mis_mlx.planner.estimates import (
     StageCost,
     backward_bytes,
     forward_flops,
+    headroom_bytes,
     logit_bytes,
-    room,
+    parallel_windows,
     stacked_bytes,
     streamed_pass,
-    together,
     workspace_bytes,
 )
 from mis_mlx.planner.model_size import ModelSize
@@ -53,7 +53,7 @@ def packed_bytes(m: ModelSize, how: QuantizationConfig) -> int:
     return int(bits / 8)
 
 
-def quantize(
+def quantizing_cost(
     m: ModelSize,
     how: QuantizationConfig,
     windows: int,
@@ -177,7 +177,7 @@ def _sensed(
         "", m, tokens=length, micro_tokens=length, length=length, head=False, spool=False
     )
     s = m.wide
-    formats = len(BITS)
+    formats = len(CANDIDATE_BITS)
     # inputs of a block's matrices, and gradients of their outputs, in one window
     attention = 2 * (s.heads + s.kv_heads) * s.head_dim
     seen = 4 * length * (4 * s.hidden + attention + 3 * s.ffn)
@@ -187,7 +187,7 @@ def _sensed(
     peak = one_pass.peak_bytes + _sensing_bytes(m, windows, length, batch * seen, batch)
     peak += 2 * windows * window_bytes
     inputs_bytes = window_bytes * m.shape.layers  # of all blocks, of a window
-    held = min(windows, room(limit, peak, m.gpu) // inputs_bytes)
+    held = min(windows, headroom_bytes(limit, peak, m.gpu) // inputs_bytes)
     spooled = (windows - held) * inputs_bytes
     touched = windows * (12 + 4 * formats) + batches * 20 * formats
     sensing = StageCost(
@@ -216,10 +216,10 @@ def _sensing_bytes(m: ModelSize, windows: int, length: int, seen_bytes: int, bat
     head = m.head_work
     head += logit_bytes(2 * m.shape.vocab, length, host=True) * (2 + m.gpu) // 2
     # In one lane 0.2 to 0.8 of it were measured, in two 0.4 to 1.2.
-    backward = (1 + together(m)) * backward_bytes(m.config, 1, length) // 2
+    backward = (1 + parallel_windows(m)) * backward_bytes(m.config, 1, length) // 2
     formats_bytes = 4
     if m.gpu:  # half a stack goes back in one pass
-        backward *= min(windows, max(1, stacked(m.config, length, length) // 2))
+        backward *= min(windows, max(1, batches_per_pass(m.config, length, length) // 2))
         formats_bytes = 8
     s = m.wide
     slab = (2 * batch + 4) * 4 * min(SLAB, s.ffn * s.hidden)
@@ -228,7 +228,7 @@ def _sensing_bytes(m: ModelSize, windows: int, length: int, seen_bytes: int, bat
     return max(head - workspace, sensed)
 
 
-def sensitivity(teacher: ModelSize, length: int, limit: int) -> StageCost:
+def sensitivity_cost(teacher: ModelSize, length: int, limit: int) -> StageCost:
     """See on SENSED windows what every matrix of the teacher costs in fewer bits."""
     how = QuantizationConfig(q_method="round")
-    return quantize(teacher, how, windows=SENSED, length=length, limit=limit)
+    return quantizing_cost(teacher, how, windows=SENSED, length=length, limit=limit)

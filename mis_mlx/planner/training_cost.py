@@ -1,8 +1,8 @@
 """What training a student takes, each strategy and what belongs to it: bytes, memory, operations.
 
-`resident`: the student fits with gradients and moments. `blocks`: with 8-bit moments and one
-block's gradient. `lora`: only adapters change. `sharded`: streamed, some blocks trainable at a
-time.
+`resident_cost`: the student fits with gradients and moments. `blockwise_cost`: with 8-bit moments
+and one block's gradient. `lora`: only adapters change. `sharded_cost`: streamed, some blocks
+trainable at a time.
 """
 
 import math
@@ -17,13 +17,13 @@ from mis_mlx.planner.estimates import (
     activation_bytes,
     backward_bytes,
     forward_flops,
+    headroom_bytes,
     logit_bytes,
+    parallel_windows,
     pass_workspace,
-    pins,
-    room,
+    resident_blocks,
     side_bytes,
     streamed_pass,
-    together,
 )
 from mis_mlx.planner.recipe import ADAPTERS, DistillationSpec
 
@@ -31,7 +31,7 @@ SAVED_BYTES = 12  # of a trained parameter in a checkpoint: weight and two momen
 PACKED_UPDATE_ARRAYS = 4  # opened moments, a new weight, and codes (measured)
 
 
-def store(job: DistillationSpec, limit: int) -> StageCost:
+def store_cost(job: DistillationSpec, limit: int) -> StageCost:
     """The teacher's sampled logits for all training tokens.
 
     One pass for as many windows as memory takes.
@@ -44,7 +44,7 @@ def store(job: DistillationSpec, limit: int) -> StageCost:
         "", t, tokens=length, micro_tokens=length, length=length, spool=False
     )
     window_bytes = length * t.hidden_bytes + side_bytes(t, length)
-    extra = room(limit, one_window.peak_bytes, t.gpu) // window_bytes
+    extra = headroom_bytes(limit, one_window.peak_bytes, t.gpu) // window_bytes
     at_once = 1 + min(extra, windows - 1)
     return StageCost(
         name="logit store",
@@ -56,7 +56,7 @@ def store(job: DistillationSpec, limit: int) -> StageCost:
     )
 
 
-def resident(job: DistillationSpec, micro: int, limit: int) -> StageCost:
+def resident_cost(job: DistillationSpec, micro: int, limit: int) -> StageCost:
     """The student whole in memory, with as much of the teacher as there is room for.
 
     Or with the teacher's stored logits.
@@ -67,7 +67,7 @@ def resident(job: DistillationSpec, micro: int, limit: int) -> StageCost:
         m.config,
         micro,
         length,
-        host_lanes=job.host_lanes,
+        host_streams=job.host_streams,
         more=job.step > micro * length,
         gpu=m.gpu,
     )
@@ -85,22 +85,22 @@ def resident(job: DistillationSpec, micro: int, limit: int) -> StageCost:
     )
 
 
-def blocks(job: DistillationSpec, micro: int, limit: int, lora: bool = False) -> StageCost:
+def blockwise_cost(job: DistillationSpec, micro: int, limit: int, lora: bool = False) -> StageCost:
     """The student's blocks in memory, updated one after the other (distillation/sharded).
 
-    The teacher as in `resident`. lora: only their adapters change, and the weights are in the type
-    that the policy gives.
+    The teacher as in `resident_cost`. lora: only their adapters change, and the weights are in the
+    type that the policy gives.
     """
     m = job.student
     layers = m.shape.layers
     if lora:
         trained = ADAPTERS.params(m.config) // layers
         state = m.blocks_params * m.item + layers * STATE_BYTES * trained
-        work = way_back_bytes(job, micro, ADAPTERS.rank)
+        work = backward_peak_bytes(job, micro, ADAPTERS.rank)
     else:
         trained = m.blocks_params // layers
         state = sum(block_state_bytes(m.config, i) for i in range(layers))
-        work = way_back_bytes(job, micro)
+        work = backward_peak_bytes(job, micro)
     flops = 4 * forward_flops(m, job.step, job.max_seq_length, head=False)
     flops += 4.0 * job.step * m.head_params
     one_step = StageCost(
@@ -122,7 +122,7 @@ def blocks(job: DistillationSpec, micro: int, limit: int, lora: bool = False) ->
     )
 
 
-def way_back_bytes(job: DistillationSpec, micro: int, rank: int = 0) -> int:
+def backward_peak_bytes(job: DistillationSpec, micro: int, rank: int = 0) -> int:
     """What a step holds besides weights and moments while a student is trained block by block.
 
     As in distillation/sharded, in micro-batches of `micro` windows: the input of each block, the
@@ -132,7 +132,7 @@ def way_back_bytes(job: DistillationSpec, micro: int, rank: int = 0) -> int:
     m = job.student
     s = m.shape
     length = job.max_seq_length
-    lanes = together(m)
+    streams = parallel_windows(m)
     sizes = []
     for shape in arch.layer_tensors(m.config).values():
         sizes.append(rank * sum(shape) if rank else math.prod(shape))
@@ -141,21 +141,21 @@ def way_back_bytes(job: DistillationSpec, micro: int, rank: int = 0) -> int:
     summed = gradient if job.step > micro * length else 0
     activations = activation_bytes(m.config, micro, length) // s.layers  # of a block
     backward = backward_bytes(m.config, micro, length)
-    backward += min(lanes, micro) * gradient + summed
-    host = bool(job.host_lanes)
+    backward += min(streams, micro) * gradient + summed
+    host = bool(job.host_streams)
     loss = logit_bytes(s.vocab, micro * length, host=host, gpu=m.gpu)
     if host:
         loss += activations + summed
     else:
         loss += backward
-    update = gradient + lanes * PACKED_UPDATE_ARRAYS * 4 * max(sizes)
+    update = gradient + streams * PACKED_UPDATE_ARRAYS * 4 * max(sizes)
     sides = side_bytes(replace(m, item=4), job.step)
     states = 4 * (s.layers * job.step * m.channels + s.vocab * s.hidden)
     ahead = m.in_flight(activations)
     return SMALL_BYTES + sides + states + max(loss, backward, update) + ahead
 
 
-def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
+def tuning_cost(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
     """The packed student whole in memory, its scales learning.
 
     Integers; a float copy for each lane; one block's gradient.
@@ -165,12 +165,12 @@ def tune(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost
     trained = 2 * m.blocks_params // job.rounding.q_group_size
     nbytes = rounding_cost.packed_bytes(m, job.rounding)
     head = 4 * m.tables_params
-    head += logit_bytes(m.shape.vocab, micro * length, host=bool(job.host_lanes), gpu=m.gpu)
+    head += logit_bytes(m.shape.vocab, micro * length, host=bool(job.host_streams), gpu=m.gpu)
     work = activation_bytes(m.config, micro, length)
     state = STATE_BYTES
     if job.step > micro * length:  # gradients of micro-batches add up
         state += GRADIENT_BYTES
-    copies = 2 * 4 * max(1, min(micro, job.host_lanes))  # a window goes through one lane
+    copies = 2 * 4 * max(1, min(micro, job.host_streams))  # a window goes through one lane
     copied = (1 + copies) * m.blocks_params + 4 * m.block_params
     sides = m.side_params * (1 if m.gpu else 4)  # packed, or de-quantized
     one_step = StageCost(
@@ -219,7 +219,7 @@ def _taught(
             peak += t.head_work + t.widened_bytes
             head_read = t.head_bytes
         peak += job.step * t.hidden_bytes + side_bytes(t, job.step)
-        pinned = pins(t, room(limit, peak, t.gpu))
+        pinned = resident_blocks(t, headroom_bytes(limit, peak, t.gpu))
         read = head_read + t.block_bytes * (pinned + iters * (t.shape.layers - pinned))
         flops += forward_flops(t, job.step, length)
         waits += _teachers_pass(job, micro).waits
@@ -251,7 +251,7 @@ def _teachers_pass(job: DistillationSpec, micro: int) -> StageCost:
     )
 
 
-def sharded(job: DistillationSpec, micro: int, shard: int) -> StageCost:
+def sharded_cost(job: DistillationSpec, micro: int, shard: int) -> StageCost:
     """The student streamed from float32 files, `shard` blocks in memory and trained.
 
     As in distillation/sharded.
@@ -269,7 +269,7 @@ def sharded(job: DistillationSpec, micro: int, shard: int) -> StageCost:
     above = sum(blocks_above) / shards
     again = sum(max(0, n - 1) for n in blocks_above) / shards
     state = shard * block_state_bytes(m.config)
-    peak = 2 * block_bytes + state + way_back_bytes(job, micro)
+    peak = 2 * block_bytes + state + backward_peak_bytes(job, micro)
     read = 4.0 * m.block_params * (layers - shard + again)
     block_flops = forward_flops(m, job.step, length, head=False) / layers
     head_flops = 4.0 * job.step * m.head_params

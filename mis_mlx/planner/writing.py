@@ -27,7 +27,7 @@ class WritingPlan:
     at_once: int
     peak_bytes: int  # with what the process itself takes
     cost: estimates.StageCost  # its peak is without what the process takes
-    room_bytes: int | None = None
+    headroom_bytes: int | None = None
     direct: bool = False
 
     @property
@@ -81,13 +81,13 @@ def plan_writing(
                 at_once=size,
                 peak_bytes=need,
                 cost=cost,
-                room_bytes=estimates.room(limit.limit_bytes, one_pass.peak_bytes),
+                headroom_bytes=estimates.headroom_bytes(limit.limit_bytes, one_pass.peak_bytes),
                 direct=m.nbytes > limit.limit_bytes,
             )
     limit.need(
         need,
         what="a model that writes, read from disk,",
-        remedy=f"give --budget {estimates.flag(need)}",
+        remedy=f"give --budget {estimates.budget_flag(need)}",
     )
     raise AssertionError("what does not fit is refused above")
 
@@ -98,7 +98,7 @@ def _resident(
     """The cost of a model that is whole in memory: every step of a batch fetches all weights."""
     length = prompt_tokens + max_tokens
     steps = max_tokens * -(-count // at_once)
-    met_bytes = int(m.met * m.shape.layers * m.block_work) + m.head_work
+    met_bytes = int(m.active_share * m.shape.layers * m.block_work) + m.head_work
     return estimates.StageCost(
         name="write",
         read_bytes=m.nbytes,
@@ -130,7 +130,7 @@ def _streamed_pass(
     )
 
 
-def answers(
+def answers_cost(
     models: Sequence[estimates.ModelSize],
     count: int,
     limit: Budget,
@@ -182,4 +182,4 @@ def _answering(
 
 def _reading(m: estimates.ModelSize, count: int, max_tokens: int) -> estimates.StageCost:
     """One pass over all prompts with their answers, whose hidden states stay; then the head."""
-    return estimates.compared([m], windows=count, length=PROMPT_TOKENS + max_tokens)
+    return estimates.comparison_cost([m], windows=count, length=PROMPT_TOKENS + max_tokens)

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.hardware import lanes
+from mis_mlx.hardware import streams
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import ExpertSums, Statistics, Sums
 from mis_mlx.models import arch, distributed, modules, pipeline_parallel, policy, stream
@@ -73,10 +73,10 @@ def _entered(
 
     def enter(b: int, into: mx.array) -> tuple[mx.array, Samples]:
         weight(b)  # T_env is measured as the batch enters the block, not when its samples come
-        after = source.run(source.at, block, b, into)
+        after = source.run(source.block_index, block, b, into)
         return after, _look(block, heads, into, after)
 
-    yield from lanes.each(enter, range(len(hidden)), hidden)
+    yield from streams.parallel_map(enter, range(len(hidden)), hidden)
 
 
 def _stacked(
@@ -90,7 +90,7 @@ def _stacked(
     for first, batches in source.stacks(hidden):
         count = len(batches)
         weight(first + count - 1)  # asks for the batches before it, too
-        outputs = source.run(source.at, block, first, stream.joined(batches))
+        outputs = source.run(source.block_index, block, first, stream.joined(batches))
         after = stream.split(outputs, count)
         del outputs  # else it would be held beside its parts
         seen = {}
@@ -137,7 +137,7 @@ def _mixed(
         both = [gated.sum(axis=0), mx.square(gated).sum(axis=0)]
         sums[b][:, e] = np.array(mx.stack(both))
 
-    for b, after in enumerate(source.mixed(block, hidden, visit)):
+    for b, after in enumerate(source.run_experts(block, hidden, visit)):
         # All experts have seen the batch, so its sums become means over its tokens.
         tokens = after.shape[0] * after.shape[1]
         mean, square = sums.pop(b).reshape(2, -1) / tokens
@@ -150,9 +150,9 @@ def _merge(out: Statistics, experts: Mapping[int, ExpertSums], batches: int) -> 
     fields = list[tuple[Any, str]]()  # the same on every machine, in the same order
     for layers in (out.ffn, out.heads, out.hidden):
         for i in sorted(layers):
-            fields += [(layers[i], name) for name in ("mean", "square", "warm")]
+            fields += [(layers[i], name) for name in ("mean", "square", "env_weighted")]
     for i in sorted(experts):
-        fields += [(experts[i], name) for name in ("routed", "gated", "warm")]
+        fields += [(experts[i], name) for name in ("routed", "gated", "env_weighted")]
     totals = distributed.all_reduce_sums([getattr(owner, name) for owner, name in fields])
     for (owner, name), total in zip(fields, totals, strict=True):
         setattr(owner, name, total)
@@ -176,7 +176,7 @@ def _air(out: Statistics, readings: Sequence[Reading | None], unit: str) -> None
     if not out.measured:
         layers = (out.ffn, out.heads, out.experts, out.hidden)
         for sums in chain.from_iterable(axis.values() for axis in layers):
-            sums.warm = sums.square.copy()
+            sums.env_weighted = sums.square.copy()
     known = [r for r in readings if r is not None]
     celsius = distributed.all_gather([r.ambient_c for r in known if r.ambient_c is not None])
     out.ambient_c = list(chain.from_iterable(celsius))

@@ -25,22 +25,22 @@ import mlx.optimizers as optim
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.hardware import lanes
+from mis_mlx.hardware import streams
 from mis_mlx.maths.reconstruction import HELD_OUT, HeldOut, NormalEquations
 from mis_mlx.models import experts, families, load, modules, stream
 from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.planner.compression_size import ROUTER_BYTES
 from mis_mlx.types import Checkpoint, KeptUnits
 
-DAMPED = 0.01  # of the mean channel, by which a gain is held back
-BEHIND = "post_feedforward_layernorm"  # of Gemma's blocks
-SMALL = 0.1  # of the median gain: smaller ones count as small
+GAIN_DAMPING = 0.01  # of the mean channel, by which a gain is held back
+POST_MLP_NORM = "post_feedforward_layernorm"  # of Gemma's blocks
+SMALL_GAIN = 0.1  # of the median gain: smaller ones count as small
 # of Adam on all tokens at once, and between looks at those held out
-STEPS = 60
-LOOK = 5
+ROUTER_STEPS = 60
+ROUTER_LOOK_STEPS = 5
 # of Adam, times the root mean square of the router's weights: ten times as much unlearns what is
 # rare
-RATE = 5e-4
+ROUTER_RATE = 5e-4
 
 
 def reconstruct(
@@ -79,16 +79,16 @@ def reconstruct(
     errors = list[float]()
     # `zip` asks the teacher first: its stream stands where the student's block should arrive before
     # that block is read.
-    for _, (j, block) in zip(groups(big, keep, target), small.blocks(), strict=True):
+    for _, (j, block) in zip(advance_teacher(big, keep, target), small.blocks(), strict=True):
         if family.experts:
-            weight, error = heal(small, block, own, target, kinds)
+            weight, error = train_router(small, block, own, target, kinds)
         else:
-            weight, error = refit(small, block, own, target, kinds=kinds, columns=columns)
+            weight, error = fit_down_proj(small, block, own, target, kinds=kinds, columns=columns)
         # The block is repaired in place, so the next one is fitted to the stream that it will see.
-        small.through(block, own)
-        changed = {mended_name(student): weight}
-        if family.sandwich:
-            changed[f"{BEHIND}.weight"] = block[BEHIND].weight
+        small.run_block(block, own)
+        changed = {repaired_name(student): weight}
+        if family.post_norms:
+            changed[f"{POST_MLP_NORM}.weight"] = block[POST_MLP_NORM].weight
         block.clear()
         small.finite(own[0])
         if error < 1.0:
@@ -98,14 +98,14 @@ def reconstruct(
     return repaired, errors
 
 
-def mended_name(student: Checkpoint) -> str:
+def repaired_name(student: Checkpoint) -> str:
     """The name of the weight that changes in a block: of its MLP's last matrix, or its router."""
     family = families.family(student.config)
     part = family.router if family.experts else "down_proj"
     return f"{family.mlp}.{part}.weight"
 
 
-def groups(teacher: stream.Stream, keep: KeptUnits, hidden: Hidden) -> Iterator[int]:
+def advance_teacher(teacher: stream.Stream, keep: KeptUnits, hidden: Hidden) -> Iterator[int]:
     """Take `hidden`, the teacher's embedding, in place through the blocks of each student block.
 
     Yields j where student block j has to arrive: at the entrance of the next kept layer, at last
@@ -115,13 +115,13 @@ def groups(teacher: stream.Stream, keep: KeptUnits, hidden: Hidden) -> Iterator[
     done = 0
     for j, end in enumerate([*keep.layers[1:], teacher.layers]):
         for _, block in itertools.islice(blocks, end - done):
-            teacher.through(block, hidden)
+            teacher.run_block(block, hidden)
             block.clear()  # its weights are not to lie beside a fit
         done = end
         yield j
 
 
-def judges(kinds: Sequence[int]) -> list[int]:
+def held_out_windows(kinds: Sequence[int]) -> list[int]:
     """Which windows, of these kinds of text, are held out to judge a block by.
 
     Of every kind each fourth, or the last of fewer. Where there are several kinds, one of a single
@@ -148,7 +148,7 @@ def kept_columns(keep: KeptUnits) -> mx.array | None:
     return None if channels is None else mx.array(list(channels))
 
 
-def narrow(hidden: mx.array, columns: mx.array | None) -> mx.array:
+def in_student_channels(hidden: mx.array, columns: mx.array | None) -> mx.array:
     """The teacher's hidden states (B, T, D) in the student's channels.
 
     They are picked, or turned into them in float32.
@@ -189,11 +189,11 @@ class _Task:
 
     def run(self, first: int, into: mx.array) -> mx.array:
         """The block's output (n, T, d) for the windows from number `first` on, lazy."""
-        return self.source.run(self.source.at, self.block, first, into)
+        return self.source.run(self.source.block_index, self.block, first, into)
 
     def goal(self, want: mx.array) -> mx.array:
         """Where the student's stream should arrive (B, T, d), float32, lazy."""
-        return narrow(want, self.columns).astype(mx.float32)
+        return in_student_channels(want, self.columns).astype(mx.float32)
 
 
 _Rows = tuple[mx.array, mx.array]  # inputs of down_proj (n, F), what its output lacks (n, D)
@@ -253,7 +253,7 @@ class _FitTokens:
         return list(NormalEquations.products(all_inputs, all_missing, weights)), held_out
 
 
-def refit(
+def fit_down_proj(
     source: stream.Stream,
     block: nn.Module,
     hidden: Hidden,
@@ -276,10 +276,10 @@ def refit(
         hidden=hidden,
         target=target,
         columns=columns,
-        held_out=judges(kinds),
+        held_out=held_out_windows(kinds),
     )
     linear = block.mlp.down_proj
-    post_norm = _PostNorm(task) if BEHIND in block else None
+    post_norm = _PostNorm(task) if POST_MLP_NORM in block else None
     # One pass: each stack's products are added to G (F, F) and the cross products (F, D); tokens
     # held out stay as they are.
     outputs, inputs = linear.weight.shape
@@ -287,7 +287,7 @@ def refit(
     judging = list[HeldOut]()
     tokens = _FitTokens(task, post_norm)
     held_numbers = iter(sorted(task.held_out))
-    for sums, held_out in lanes.each(tokens.products, task.stacks()):
+    for sums, held_out in streams.parallel_map(tokens.products, task.stacks()):
         if sums:
             fit.add(*sums)
         for rows, missing in held_out:
@@ -296,7 +296,7 @@ def refit(
     block.mlp.down_proj = linear
     # The ridge is the one that does best on tokens held out, which then join the sums. Behind a
     # norm they do not: they still have to judge what the norm makes of it.
-    update, error = fit.judged(judging, whole=post_norm is None)
+    update, error = fit.best_update(judging, whole=post_norm is None)
     # in place, as the sum is: what the fit is made of is still there
     if post_norm:
         update *= post_norm.factors
@@ -328,14 +328,14 @@ class _PostNorm:
 
     def __init__(self, task: _Task):
         self.task = task
-        self.norm = task.block[BEHIND]
+        self.norm = task.block[POST_MLP_NORM]
         self.old = task.block.mlp.down_proj.weight
         self.sizes = mx.array(self._channel_sizes())
         # The gain of each channel: what the norm makes of ones. Where it is small, the inverse
         # would blow up an update; the damped one leaves such channels alone.
         ones = mx.ones_like(self.norm.weight)
         self.gain = np.array(self.norm(ones).astype(mx.float32), np.float64)
-        small = SMALL * np.median(np.abs(self.gain))
+        small = SMALL_GAIN * np.median(np.abs(self.gain))
         factors = np.array(self.sizes) * self.gain / (self.gain**2 + small**2)
         self.factors = factors[:, None]
         self.before = self._sums(task.held_out)[2].sum()
@@ -356,7 +356,7 @@ class _PostNorm:
         """
         task = self.task
         recorder = modules.InputRecorder(self.norm)
-        task.block[BEHIND] = recorder
+        task.block[POST_MLP_NORM] = recorder
         total = np.zeros((3, len(self.gain)))
         for b in windows:
             goal = task.goal(task.target[b])
@@ -367,7 +367,7 @@ class _PostNorm:
             # No name for the stack: it would stay beside the next window.
             sums = mx.stack([given * given, given * missing, missing * missing]).sum(axis=(1, 2))
             total += np.array(sums)
-        task.block[BEHIND] = self.norm
+        task.block[POST_MLP_NORM] = self.norm
         return total
 
     def fit_gains(self) -> float:
@@ -378,7 +378,7 @@ class _PostNorm:
         windows = range(len(self.task.target))
         squares, products, _ = self._sums(b for b in windows if b not in self.task.held_out)
         # Least squares of one number a channel: by which share its gain grows.
-        growth = products / (squares + DAMPED * squares.mean())
+        growth = products / (squares + GAIN_DAMPING * squares.mean())
         squares, products, missing = self._sums(self.task.held_out)
         rest = missing - 2 * growth * products + growth**2 * squares
         left = float(rest.sum() / self.before)
@@ -390,7 +390,7 @@ class _PostNorm:
         return left
 
 
-def heal(
+def train_router(
     source: stream.Stream,
     block: nn.Module,
     hidden: Hidden,
@@ -401,14 +401,14 @@ def heal(
 
     Returns (its rows (E, D) float32, the share of the error that they leave on batches held out).
     It stays as it is, and 1 is left, where none does better there. Tokens are weighted by 1 / rms
-    of the goal, as in `refit`. Unused batches are not fetched.
+    of the goal, as in `fit_down_proj`. Unused batches are not fetched.
     """
     family = families.family(source.checkpoint.config)
     part = block[family.mlp]
     router = part[family.router]
     old = router.weight
     dtype = hidden[0].dtype
-    held_out = judges(kinds)
+    held_out = held_out_windows(kinds)
     # Outputs of all experts for a batch are E times as large as the batch: so many batches fit.
     most = max(2, ROUTER_BYTES // (hidden[0].nbytes * len(old)))
     learning = [b for b in range(len(hidden)) if b not in held_out]
@@ -425,7 +425,7 @@ def heal(
 
     def error(weight: mx.array, batch: _RouterBatch) -> mx.array:
         router.weight = weight.astype(dtype)
-        part.experts.said = batch.expert_outputs
+        part.experts.expert_outputs = batch.expert_outputs
         mixed = part(batch.inputs).reshape(batch.beside.shape).astype(mx.float32)
         out = batch.beside + mixed
         return mx.square((batch.goal - out) * batch.weight).sum()
@@ -435,17 +435,17 @@ def heal(
     first = float(error(weight, held_out_set))
     least = first
     size = float(mx.sqrt(mx.square(weight).mean()))
-    adam = optim.Adam(RATE * size)
-    for step in range(1, STEPS + 1):
+    adam = optim.Adam(ROUTER_RATE * size)
+    for step in range(1, ROUTER_STEPS + 1):
         grads = {"gate": mx.grad(error)(weight, training_set)}
         weight = adam.apply_gradients(grads, {"gate": weight})["gate"]
         stream.evaluate_now(weight, adam.state)  # else sixty steps would be one graph
-        if step % LOOK == 0:
+        if step % ROUTER_LOOK_STEPS == 0:
             now = float(error(weight, held_out_set))
             if now < least:
                 best = weight
                 least = now
-    part.experts.said = None  # the block computes its experts again
+    part.experts.expert_outputs = None  # the block computes its experts again
     router.weight = best.astype(old.dtype) if least < first else old
     return best, least / first if first else 1.0
 
@@ -470,7 +470,7 @@ class _RouterBatch:
         for x in hidden:
             # behind attention: the stream that the mixture's output is added to, and its input
             mask = load.mask(source.args, block, x)
-            stream_in, experts_in = experts.before(block, x, mask)
+            stream_in, experts_in = experts.attention_part(block, x, mask)
             stream.evaluate_now(stream_in, experts_in)
             beside.append(_rows(stream_in))
             inputs.append(_rows(experts_in)[None])

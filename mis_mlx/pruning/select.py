@@ -79,7 +79,9 @@ Ranking = Callable[[Key], np.ndarray]  # (layer, axis) -> scores (units,); the h
 
 def ranking(statistics: Statistics, cut: PruningConfig) -> tuple[Ranking, str]:
     """How `cut` ranks a layer's units, and the name of that."""
-    weather = cut.importance == "aais" and statistics.measured and statistics.altitude_m is not None
+    thermal_monitor = (
+        cut.importance == "aais" and statistics.measured and statistics.altitude_m is not None
+    )
 
     def scores(key: Key) -> np.ndarray:
         i, axis = key
@@ -92,11 +94,11 @@ def ranking(statistics: Statistics, cut: PruningConfig) -> tuple[Ranking, str]:
         sums: importance.Sums = getattr(statistics, axis)[i]
         if cut.importance == "activation":
             return importance.activation(sums)
-        if weather:
+        if thermal_monitor:
             return importance.aais(sums, statistics.altitude_m or 1.0)
         return importance.rms(sums)
 
-    if cut.importance == "aais" and not weather:
+    if cut.importance == "aais" and not thermal_monitor:
         return scores, "rms (no T_env or altitude known)"
     return scores, cut.importance
 
@@ -116,7 +118,7 @@ def select_units(
     before = shape_of(config)
     stays = dict.fromkeys(arch.fixed_blocks(config), math.inf)
     blocks = {**statistics.block, **stays}
-    layers = importance.lowest_blocks(blocks, shape.layers, arch.places(config))
+    layers = importance.select_blocks(blocks, shape.layers, arch.layer_phase(config))
     scores, used = ranking(statistics, cut)
     if cut.target == "conditions":
         shape = _shape_by_conditions(statistics, cut, shape, layers=layers, used=used)
@@ -259,7 +261,7 @@ def prune(
 
     @cache  # two more passes, for both students
     def directions() -> slicing.Directions:
-        return slicing.directions(checkpoint, batches, states)
+        return slicing.principal_directions(checkpoint, batches, states)
 
     def write(kept: KeptUnits, student: Path) -> KeptUnits:
         return slicing.write_student(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mis_mlx.maths.rounding import BITS
+from mis_mlx.maths.rounding import CANDIDATE_BITS
 from mis_mlx.models import arch
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.planner.recipe import QuantizationConfig
@@ -39,10 +39,17 @@ Sizes = Mapping[str, Sequence[int]]  # of every axis, rising, the teacher's last
 # removed, from pruned to distilled (benchmarks/README.md). vocab: that loss is measured on text
 # like the one that chose the tokens; five texts of other kinds lose 5 times as much (24,576 and
 # 12,288 tokens: 0.017 and 0.087 bits a byte). All of SmolLM2-135M, one seed.
-LEFT = {"layers": 0.33, "ffn": 0.28, "heads": 0.64, "hidden": 0.72, "vocab": 5.0, "bits": 0.42}
+REMAINING_LOSS = {
+    "layers": 0.33,
+    "ffn": 0.28,
+    "heads": 0.64,
+    "hidden": 0.72,
+    "vocab": 5.0,
+    "bits": 0.42,
+}
 # The same of losses on the teacher's answers. Its conversations are in the training text, except
 # those that measure this.
-ANSWERS_LEFT = {
+REMAINING_ANSWER_LOSS = {
     "layers": 0.33,
     "ffn": 0.28,
     "heads": 0.64,
@@ -53,7 +60,7 @@ ANSWERS_LEFT = {
 STEPS = 30  # after which so much is left
 # of 30, 300 and 2,400 steps the teacher's answers kept 0.463, 0.405, 0.393 (benchmarks/README.md)
 FADING = 0.06
-PART_LEFT = 0.30  # of heads, where a part of every group goes
+REMAINING_LOSS_OF_PARTIAL_GROUPS = 0.30  # of heads, where a part of every group goes
 
 
 class Choice(NamedTuple):
@@ -97,7 +104,7 @@ def group_of(shape: Shape) -> int:
 def bpw_range(group: int) -> tuple[float, float]:
     """(fewest, most) bits of a weight in groups of so many, scale and bias included."""
     scales = 32 / group
-    return min(BITS) + scales, max(BITS) + scales
+    return min(CANDIDATE_BITS) + scales, max(CANDIDATE_BITS) + scales
 
 
 def axis_sizes(
@@ -159,7 +166,7 @@ def probed(sizes: Sequence[int]) -> list[int]:
     return sorted(nearest)
 
 
-def left_after(iters: int | None, left: Mapping[str, float]) -> dict[str, float]:
+def remaining_after(iters: int | None, left: Mapping[str, float]) -> dict[str, float]:
     """The share of a loss that so many steps leave, by axis; None: of the usual number."""
     power = (STEPS / max(1, iters or STEPS)) ** FADING
     shares = {}
@@ -175,7 +182,7 @@ class Losses(NamedTuple):
 
     before: Shape
     points: Mapping[str, Sequence[tuple[float, float]]]
-    left: Mapping[str, float] = LEFT
+    remaining: Mapping[str, float] = REMAINING_LOSS
 
     def by_axis(self, choice: Choice) -> dict[str, float]:
         """The loss that each axis of a student should cost, before it learns."""
@@ -203,8 +210,8 @@ class Losses(NamedTuple):
         power = 2.0  # as far as the second order reaches
         if len(points) > 1:
             rise = math.log(nats[0] / nats[1])
-            slope = rise / math.log(shares[0] / shares[1])
-            power = float(np.clip(slope, 1.0, 4.0))
+            gradient = rise / math.log(shares[0] / shares[1])
+            power = float(np.clip(gradient, 1.0, 4.0))
         return nats[-1] * (removed / shares[-1]) ** power
 
     def raw(self, choice: Choice) -> float:
@@ -217,9 +224,9 @@ class Losses(NamedTuple):
 
     def expected_by_axis(self, choice: Choice) -> dict[str, float]:
         """The same, of each axis."""
-        left = dict(self.left)
+        left = dict(self.remaining)
         if choice.shape.kv_heads == self.before.kv_heads:
-            left["heads"] = min(left["heads"], PART_LEFT)
+            left["heads"] = min(left["heads"], REMAINING_LOSS_OF_PARTIAL_GROUPS)
         return {axis: left[axis] * value for axis, value in self.by_axis(choice).items()}
 
     def fewest_bits(self, shape: Shape, lose: float, most: float) -> float | None:
@@ -229,7 +236,7 @@ class Losses(NamedTuple):
         """
         by_axis = self.expected_by_axis(Choice(shape, most))
         of_shape = sum(value for axis, value in by_axis.items() if axis != "bits")
-        allowed = (lose - of_shape) / self.left["bits"]
+        allowed = (lose - of_shape) / self.remaining["bits"]
         bpw, nats = np.array(self.points["bits"]).T
         # Bits that cost more than that are too few. What more bits cost never rises, so the first
         # that fits counts.

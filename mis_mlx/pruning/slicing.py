@@ -87,23 +87,23 @@ def _even(x: mx.array) -> mx.array:
     return x * mx.rsqrt(mx.maximum(mean_square, 1e-30))
 
 
-def turned(basis: np.ndarray, gain: np.ndarray) -> np.ndarray:
+def rotated_basis(basis: np.ndarray, gain: np.ndarray) -> np.ndarray:
     """The same subspace (D, d) in coordinates that make diag(`gain`), within it, diagonal again."""
     within = basis.T @ (gain[:, None] * basis)
     _, turn = np.linalg.eigh(within)
     return basis @ turn
 
 
-def directions(
+def principal_directions(
     teacher: Checkpoint,
     batches: stream.Batches,
     hidden: Callable[[], stream.Hidden] = list,
 ) -> Directions:
     """The principal directions of what enters all norms over token ids [(B, T)], all norms alike.
 
-    For a tied head they are `turned` for the last norm's gain. Two streamed passes: the second sees
-    how much of each norm's input they hold. Products of one batch are float32, sums over batches
-    float64. hidden: makes a place for the hidden states of a pass.
+    For a tied head they are `rotated_basis` for the last norm's gain. Two streamed passes: the
+    second sees how much of each norm's input they hold. Products of one batch are float32, sums
+    over batches float64. hidden: makes a place for the hidden states of a pass.
     """
     size = shape_of(teacher.config).hidden
     moments = np.zeros((size, size))  # sums over tokens of x x^T
@@ -124,7 +124,7 @@ def directions(
         columns = basis[:, :size]
         if shape_of(teacher.config).tied:
             gain = np.array(load.dense(teacher, FINAL).astype(mx.float32), np.float64)
-            columns = turned(columns, gain)
+            columns = rotated_basis(columns, gain)
             # Turned columns hold other shares than before, so they are sorted anew.
             shares = np.einsum("ij,ij->j", columns, moments @ columns)
             columns = columns[:, np.argsort(-shares, kind="stable")]
@@ -136,14 +136,14 @@ def directions(
     return kept
 
 
-def rotated(teacher: Checkpoint, rotation: Rotation) -> Dense:
+def rotated_teacher(teacher: Checkpoint, rotation: Rotation) -> Dense:
     """name -> the teacher's tensor, float32, in the d coordinates of `rotation`, not D channels.
 
     Norms get one gain for all coordinates, sqrt(D energy / d): the rms of a cut stream is over d
     numbers instead of D. Gains go into what reads behind the norm; with d = D and an untied head
     the function is the teacher's, to rounding. A tied head cannot take the last gain, for the
     embedding also writes the stream: there the last norm keeps diag(Q^T diag(gain) Q), all of the
-    gain that stays within the subspace when the basis is `turned` for it.
+    gain that stays within the subspace when the basis is `rotated_basis` for it.
     """
     inner, size = rotation.basis.shape
     q = mx.array(rotation.basis.astype(np.float32))
@@ -295,7 +295,7 @@ def write_student(
             report={**keep.report, "hidden_by": "pca", "hidden_energy": share},
             basis=rotation.basis.astype(np.float32),
         )
-        tensor = rotated(teacher, rotation)
+        tensor = rotated_teacher(teacher, rotation)
     if tensor is None:
         tensor = partial(load.dense, teacher)
     model_writer.write_model(

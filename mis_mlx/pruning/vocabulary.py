@@ -41,8 +41,8 @@ MULTIPLE = 256  # rows: Metal's fast kernels and GGUF's K-quants need it
 TENSORS = (load.EMBEDDING, arch.PER_LAYER, "lm_head.")
 FOLDER = "vocabulary"  # in a run, of the teacher's rows
 # the tokens that a teacher expects in windows: a search asks for each vocabulary
-EXPECTED = dict[tuple[Path, str], np.ndarray]()
-PLAIN = {"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}
+EXPECTED_SHARES = dict[tuple[Path, str], np.ndarray]()
+SHORTEST_CHAT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def needed(tokens: Vocabulary, model: Path) -> set[int]:
     """Rows that must stay, with those of the text that a chat template writes around messages."""
     rows = tokens.needed(read_config(model))
     with suppress(MisError):  # of a model without a template, or one that refuses
-        for ids in token_windows.tokenize([{"messages": PLAIN}], load.tokenizer(model)):
+        for ids in token_windows.tokenize([{"messages": SHORTEST_CHAT}], load.tokenizer(model)):
             for token in ids:
                 rows |= tokens.parts(token)
     return rows
@@ -174,7 +174,7 @@ def expected(teacher: Checkpoint, windows: token_windows.Windows) -> np.ndarray:
     for states in hidden:
         for first in range(0, states.shape[1], step):
             chunks.append(states[0][first : first + step])
-    for chunk in cli.counted("window", chunks, len(chunks)):
+    for chunk in cli.show_progress("window", chunks, len(chunks)):
         logits = list[mx.array]()
         for _, head in source.head_parts(s.vocab, rows):
             logits.append(load.wide_logits(head, chunk))
@@ -222,10 +222,10 @@ def chosen(
     (benchmarks/vocabulary_choice.py). Words of languages count as much as these two.
     """
     # What the teacher expects in a few windows: a streamed pass, kept for the next vocabulary.
-    some = train.pick(draws.some(train, VOCABULARY_WINDOWS, (0, 0, 1)))
+    some = train.pick(draws.drawn_windows(train, VOCABULARY_WINDOWS, (0, 0, 1)))
     key = (teacher.path, token_windows.fingerprint(some))
-    if key not in EXPECTED:
-        EXPECTED[key] = expected(teacher, some)
+    if key not in EXPECTED_SHARES:
+        EXPECTED_SHARES[key] = expected(teacher, some)
         memory.give_back()  # before the lists of merges
     # What the text has: counts (V,) of all its windows, and of more text by its length beside that
     # of the training text.
@@ -242,7 +242,7 @@ def chosen(
         # A word inside a sentence has a space before it; a token may come up twice in it.
         np.add.at(listed, tokenizer.encode(f" {word}", add_special_tokens=False), share)
     # Each of the three counts by its shares of one.
-    listed += counts / counts.sum() + EXPECTED[key] / EXPECTED[key].sum()
+    listed += counts / counts.sum() + EXPECTED_SHARES[key] / EXPECTED_SHARES[key].sum()
     tokens = Vocabulary(teacher.path)
     kept = tokens.chosen(needed(tokens, teacher.path), listed, rows)
     used = np.count_nonzero(counts)
@@ -276,10 +276,10 @@ def write(teacher: Checkpoint, rows: Sequence[int], out: Path, files: Files) -> 
             files.write(folder / name, content)
         files.write(folder / "config.json", json.dumps(config).encode())
         files.write(folder / ROWS, json.dumps(rows_file).encode())
-    return opened(teacher, out)
+    return open_trimmed(teacher, out)
 
 
-def opened(teacher: Checkpoint, folder: Path) -> Checkpoint:
+def open_trimmed(teacher: Checkpoint, folder: Path) -> Checkpoint:
     """The teacher with the rows and the tokenizer in `folder`, which `write` made."""
     return Checkpoint(folder, read_config(folder), {**teacher.tensors, **safetensors.index(folder)})
 
@@ -362,7 +362,7 @@ def of_run(
             kept = chosen(teacher, rows, own.train, how)
         write(teacher, kept, out, files)
     distributed.broadcast_folder(out, files)
-    seen = opened(teacher, out)
+    seen = open_trimmed(teacher, out)
     if student:
         comparison.same_vocabulary(seen, load.open_checkpoint(student))
     length = own.train.tokens.shape[1]

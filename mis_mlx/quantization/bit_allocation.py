@@ -22,7 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.hardware import lanes
+from mis_mlx.hardware import streams
 from mis_mlx.maths import rounding
 from mis_mlx.models import (
     arch,
@@ -48,12 +48,12 @@ def mixed(
     how: QuantizationConfig,
     seed: int = 0,
     kept: Hidden | None = None,
-) -> tuple[packed_format.Layout, dict[str, Any]]:
+) -> tuple[packed_format.Formats, dict[str, Any]]:
     """(a format for every matrix; the costs behind the choice, ready for JSON).
 
     The formats take at most `how.target_bpw` bits per weight on average. batches: token ids [(B,
-    T)]. seed: of the tokens that the model draws. kept: as in `backward_pass.backwards`. MisError
-    as in `check`.
+    T)]. seed: of the tokens that the model draws. kept: as in `backward_pass.input_gradients`.
+    MisError as in `check`.
     """
     group = how.q_group_size
     check(how.target_bpw, group)
@@ -61,13 +61,13 @@ def mixed(
         checkpoint,
         batches,
         group,
-        rounding.BITS,
+        rounding.CANDIDATE_BITS,
         seed=seed,
         kept=kept,
         fit=how.q_method == "gptq",
     )
     # Small matrices of fixed bits have no choice, but their bits count towards the mean.
-    for path in packed_format.gates(checkpoint.config):
+    for path in packed_format.wide_projections(checkpoint.config):
         nats[path] = {packed_format.WIDE_BITS: 0.0}
     shapes = arch.tensors_of(checkpoint.config)
     sizes = {path: math.prod(shapes[f"{path}.weight"]) for path in nats}
@@ -149,8 +149,8 @@ def _hull(cost: Mapping[int, float], size: int) -> list[tuple[float, int]]:
     start = 0
     while start + 1 < len(bits):
         before = bits[start]
-        slopes = [(cost[before] - cost[b]) / (b - before) for b in bits[start + 1 :]]
-        end = start + 1 + slopes.index(max(slopes))
+        host_gradients = [(cost[before] - cost[b]) / (b - before) for b in bits[start + 1 :]]
+        end = start + 1 + host_gradients.index(max(host_gradients))
         saved = cost[before] - cost[bits[end]]
         if saved <= 0:
             break
@@ -161,9 +161,11 @@ def _hull(cost: Mapping[int, float], size: int) -> list[tuple[float, int]]:
 
 
 def check(target_bpw: float | None, group: int) -> None:
-    """MisError when the target lies outside the bits per weight that rounding.BITS can make."""
-    few = min(rounding.BITS)
-    many = max(rounding.BITS)
+    """MisError when the target lies outside the bits per weight that rounding.CANDIDATE_BITS can
+    make.
+    """
+    few = min(rounding.CANDIDATE_BITS)
+    many = max(rounding.CANDIDATE_BITS)
     least = packed_format.Format(few, group).bits_per_weight
     most = packed_format.Format(many, group).bits_per_weight
     if target_bpw is None or least <= target_bpw <= most:
@@ -205,7 +207,7 @@ def costs(
     nats: dict[str, dict[int, float]] = {}
     tokens = sum(batch.size for batch in batches)
 
-    def visit(i: int, block: nn.Module) -> backward_pass.Back:
+    def visit(i: int, block: nn.Module) -> backward_pass.BlockBackward:
         # The pass back reaches block i: its matrices are rounded now, its windows come in turn.
         errors = _BlockErrors(args, block, group, bits, coming=len(batches))
 
@@ -227,7 +229,7 @@ def costs(
         per_layer = PerLayerCosts(checkpoint, batches, group)
         tables.append(per_layer)
         hooks["at_channels"] = per_layer.at_channels
-    below = backward_pass.backwards(checkpoint, batches, visit, seed=seed, kept=kept, **hooks)
+    below = backward_pass.input_gradients(checkpoint, batches, visit, seed=seed, kept=kept, **hooks)
     for ids, cotangents in zip(batches, below, strict=True):
         vocabulary.at_rows(ids, cotangents)
     for table in tables:
@@ -279,7 +281,9 @@ class _BlockErrors:
         self._dense = [load.dense_weight(block[part][name]) for part, name, _ in self._matrices]
         # Every matrix in every format, packed: the values are made a slab at a time.
         pairs = product(self._dense, bits)
-        rounded = lanes.each(lambda pair: rounding.nearest(pair[0], group, pair[1]), pairs)
+        rounded = streams.parallel_map(
+            lambda pair: rounding.nearest(pair[0], group, pair[1]), pairs
+        )
         self._packed = [list(islice(rounded, len(bits))) for _ in self._dense]
         self._seen: list[Seen] = []
         # of squares over windows, (formats,) for each matrix
@@ -376,12 +380,12 @@ def _backs(
     """`_back` of every batch, evaluated.
 
     On a GPU batches of one shape go through in one pass; otherwise they go side by side. A GPU gets
-    several only for blocks that take hidden states alone (`residency.stacked`).
+    several only for blocks that take hidden states alone (`residency.batches_per_pass`).
     """
     count = len(inputs)
     shapes = {window.hidden.shape for window in inputs}
     if policy.name() == "cpu" or count == 1 or len(shapes) > 1:
-        yield from lanes.each(partial(_back, args, block, matrices), inputs, above)
+        yield from streams.parallel_map(partial(_back, args, block, matrices), inputs, above)
         return
     joined = BlockInputs(stream.joined([window.hidden for window in inputs]))
     pulled = BlockOutputs(stream.joined([outputs.hidden for outputs in above]))
@@ -425,6 +429,6 @@ def _along(
             products.append(grads @ error.reshape(-1))
         return mx.stack(products, axis=1)
 
-    step = max(1, rounding.SLAB // lanes.count() // dense.shape[1])
+    step = max(1, rounding.SLAB // streams.count() // dense.shape[1])
     slabs = [slice(start, start + step) for start in range(0, len(dense), step)]
-    return sum(lanes.each(of_slab, slabs), mx.zeros((len(pairs), len(bits))))
+    return sum(streams.parallel_map(of_slab, slabs), mx.zeros((len(pairs), len(bits))))

@@ -27,7 +27,7 @@ from mis_mlx.types import Checkpoint, MisError
 PARTS = ("weight", "scales", "biases")
 # beside a mixed model: the cost of every matrix in every number of bits
 SENSITIVITY = "sensitivity.json"
-BITS = 4
+USUAL_BITS = 4
 # where 4 bits cost most: the embedding, which makes the logits too when it is tied, and the blocks
 # of `blocks_after_removed`
 WIDE_BITS = 8
@@ -69,7 +69,7 @@ class Format(NamedTuple):
 
 
 GROUPS = {"mxfp4": 32, "nvfp4": 16}  # the formats that have only one group size
-Layout = Mapping[str, Format]  # by module path
+Formats = Mapping[str, Format]  # by module path
 Rounded = Iterator[Mapping[str, rounding.Packed]]  # block by block, {module path: its matrix}
 
 
@@ -107,7 +107,7 @@ def of_mixture(config: Mapping[str, Any], how: QuantizationConfig) -> dict[str, 
     return {"q_method": "round", "target_bpw": None, "q_iters": 0}
 
 
-def layout(
+def formats_of(
     config: Mapping[str, Any],
     group_size: int,
     wide: tuple[int, ...] = (),
@@ -115,12 +115,12 @@ def layout(
 ) -> dict[str, Format]:
     """The format of every matrix, by module path: 4 bits, or 8 affine ones.
 
-    8 bits are for the embedding, the head, `gates`, and down_proj of blocks `wide`. MisError when a
-    matrix cannot be cut into groups.
+    8 bits are for the embedding, the head, `wide_projections`, and down_proj of blocks `wide`.
+    MisError when a matrix cannot be cut into groups.
     """
     eight_bit = {f"model.layers.{i}.mlp.down_proj" for i in wide}
-    eight_bit |= {"model.embed_tokens", "lm_head"} | gates(config)
-    usual = Format(BITS, GROUPS.get(mode, group_size), mode)
+    eight_bit |= {"model.embed_tokens", "lm_head"} | wide_projections(config)
+    usual = Format(USUAL_BITS, GROUPS.get(mode, group_size), mode)
     shapes = {}
     plan = {}
     for name, shape in arch.tensors_of(config, stacked=True).items():
@@ -150,7 +150,7 @@ def _group_remedy(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return "prune that axis to a multiple of 32, or --quantize 0"
 
 
-def gates(config: Mapping[str, Any]) -> set[str]:
+def wide_projections(config: Mapping[str, Any]) -> set[str]:
     """Module paths of the small matrices that always have 8 bits.
 
     Per-layer inputs come in through them; AltUp's ends and second ways have such ones, too.
@@ -171,7 +171,7 @@ def gates(config: Mapping[str, Any]) -> set[str]:
 def write_quantized(
     checkpoint: Checkpoint,
     out: Path,
-    plan: Layout,
+    plan: Formats,
     files: Files,
     rounded: Rounded | None = None,
     extra: Mapping[str, bytes] | None = None,
@@ -222,7 +222,7 @@ def write_quantized(
 
 def _packed(
     checkpoint: Checkpoint,
-    plan: Layout,
+    plan: Formats,
     rounded: Rounded | None,
     *,
     fit: bool,
@@ -230,7 +230,7 @@ def _packed(
     """(name, tensor) of everything in the folder to be written."""
     names = arch.tensors_of(checkpoint.config, stacked=True)
     block: dict[str, rounding.Packed] = {}
-    for name in cli.counted("tensor", names, len(names)):
+    for name in cli.show_progress("tensor", names, len(names)):
         path = name.removesuffix(".weight")
         if path not in plan:
             yield name, _plain(checkpoint, name)
@@ -313,7 +313,7 @@ def _by_parts(weight: mx.array, how: Format, *, fit: bool = False) -> rounding.P
         end = start + step
         parts.append(_rounded_rows(weight[start:end], how, fit=fit))
         stream.evaluate_now(*parts[-1])
-    return rounding.joined(parts)
+    return rounding.concatenated(parts)
 
 
 def _rounded_rows(rows: mx.array, how: Format, *, fit: bool) -> rounding.Packed:
@@ -340,7 +340,7 @@ def check_dense(checkpoint: Checkpoint) -> None:
         raise MisError(f"{checkpoint.path} is quantized already: start from the unquantized model")
 
 
-def block_bits(config: Mapping[str, Any], plan: Layout) -> float:
+def block_bits(config: Mapping[str, Any], plan: Formats) -> float:
     """Mean bits per weight of the blocks' matrices, scales and biases included."""
     shapes = arch.tensors_of(config, stacked=True)
     bits = 0.0
@@ -394,12 +394,12 @@ class TrainableQuantizedLinear(nn.Module):
         return x @ weight
 
 
-def resident(checkpoint: Checkpoint) -> nn.Module:
+def load_trainable(checkpoint: Checkpoint) -> nn.Module:
     """mlx-lm's Model of an affinely quantized folder, in float32, evaluated.
 
     The scales and biases of every matrix in the blocks can learn, and the norms.
     """
-    model = load.resident(checkpoint, mx.float32)
+    model = load.resident_model(checkpoint, mx.float32)
     for path, kind in formats(checkpoint).items():
         layer = arch.block_of(path)
         if layer is None:

@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.hardware import lanes
+from mis_mlx.hardware import streams
 from mis_mlx.maths import reconstruction, rounding
 from mis_mlx.models import arch, load, modules, stream
 from mis_mlx.models.stream import Batches, Hidden
@@ -32,7 +32,7 @@ ENOUGH_BITS = 8  # rounding costs nothing there: such matrices get their nearest
 
 def check(config: Mapping[str, Any], how: QuantizationConfig) -> None:
     """Refuse, before hours of work, a shape that groups do not divide or a target out of reach."""
-    packed_format.layout(config, how.q_group_size, mode=how.q_mode)
+    packed_format.formats_of(config, how.q_group_size, mode=how.q_mode)
     bit_allocation.check(how.affine.target_bpw, how.q_group_size)
 
 
@@ -65,7 +65,7 @@ def quantize(
     wide: tuple[int, ...] = ()
     if how.q_mode == "affine":
         wide = packed_format.blocks_after_removed(checkpoint)
-    plan: packed_format.Layout = packed_format.layout(
+    plan: packed_format.Formats = packed_format.formats_of(
         checkpoint.config,
         how.q_group_size,
         wide,
@@ -97,7 +97,7 @@ def quantize(
 def rounded_blocks(
     checkpoint: Checkpoint,
     batches: Batches,
-    plan: packed_format.Layout,
+    plan: packed_format.Formats,
     hidden: Hidden | None = None,
 ) -> Iterator[dict[str, rounding.Packed]]:
     """Per block, in order, {module path: packed matrix}, calibrated on token ids [(B, T)].
@@ -113,14 +113,14 @@ def rounded_blocks(
         yield _rounded_block(source, i, block, plan=plan, hidden=hidden)
         if i + 1 < source.layers:
             # The block's weights are the rounded ones now. Nothing reads the last block's output.
-            source.through(block, hidden)
+            source.run_block(block, hidden)
 
 
 def _rounded_block(
     source: stream.Stream,
     i: int,
     block: nn.Module,
-    plan: packed_format.Layout,
+    plan: packed_format.Formats,
     hidden: Hidden,
 ) -> dict[str, rounding.Packed]:
     """{module path: packed matrix} of block i, whose weights become the rounded ones."""
@@ -140,7 +140,7 @@ def _rounded_block(
         linears = {f"{prefix}{part}.{name}": block[part][name] for name in names}
         # pop: a gram (in, in) goes when its matrices are done
         rounded |= _rounded_readers(linears, plan, grams.pop(axis, None))
-    for path in sorted(packed_format.gates(source.checkpoint.config)):
+    for path in sorted(packed_format.wide_projections(source.checkpoint.config)):
         if arch.block_of(path) == i:
             linear = dict(block.named_modules())[path.removeprefix(prefix)]
             weight = load.dense_weight(linear)
@@ -150,7 +150,7 @@ def _rounded_block(
 
 def _rounded_readers(
     linears: Mapping[str, nn.Module],
-    plan: packed_format.Layout,
+    plan: packed_format.Formats,
     gram: np.ndarray | None,
 ) -> dict[str, rounding.Packed]:
     """The matrices that read one axis, by module path: rounded, and put into their layers.
@@ -188,7 +188,7 @@ def _compensated(
     Rows do not depend on each other, so the matrices are one, and are split afterwards.
     """
     rows = [np.array(weight) for weight in weights]
-    joined = rounding.compensated(np.concatenate(rows), gram, kind.group, kind.bits)
+    joined = rounding.gptq(np.concatenate(rows), gram, kind.group, kind.bits)
     ends = np.cumsum([len(matrix) for matrix in rows])[:-1].tolist()
     parts = [mx.split(part, ends) for part in joined]
     return list(zip(*parts, strict=True))
@@ -222,7 +222,7 @@ def _grams(
 
     def work(stack: tuple[int, list[mx.array]]) -> dict[str, mx.array]:
         first, batches = stack
-        source.run(source.at, block, first, stream.joined(batches))
+        source.run(source.block_index, block, first, stream.joined(batches))
         products = {}
         for axis, tap in taps.items():
             inputs = tap.take().astype(mx.float32)
@@ -231,7 +231,7 @@ def _grams(
         return products
 
     # A sum does not ask which window a token belongs to: all windows of a stack are one product.
-    for products in lanes.each(work, source.stacks(hidden)):
+    for products in streams.parallel_map(work, source.stacks(hidden)):
         for axis, product in products.items():
             # Checked before it is added: a sum with one infinity is lost.
             if not mx.isfinite(product).all().item():

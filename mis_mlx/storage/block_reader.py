@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx.storage.header_check import DTYPES
-from mis_mlx.storage.safetensors import files_of, unchanged
+from mis_mlx.storage.safetensors import files_of, require_unchanged
 from mis_mlx.types import MisError, TensorAt, gib
 
 # Reads past the page cache need offsets, lengths and addresses that are multiples of this.
@@ -91,7 +91,7 @@ class Reader:
     ):
         by_file = files_of(tensors, tensors)
         for path, names in by_file.items():
-            unchanged(path, tensors, names)  # also the MisError for a file that is gone
+            require_unchanged(path, tensors, names)  # also the MisError for a file that is gone
         self._signatures = {path: _signature(os.stat(path)) for path in (*by_file, *also)}
         self._direct = direct
         self._pool = ThreadPoolExecutor(2, "reader")

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import psutil
 
-from mis_mlx.storage.files import AGAIN, DISK, Files, file_sha256, json_sha256, reported
+from mis_mlx.storage.files import AGAIN, DISK, Files, as_mis_error, file_sha256, json_sha256
 from mis_mlx.storage.header_check import check
 from mis_mlx.storage.safetensors import lazy, write_arrays
 from mis_mlx.types import MisError
@@ -58,7 +58,7 @@ def commit_folder(
     # `final` may itself be the hidden folder of another commit.
     stem = final.name.removeprefix(".tmp-")
     tmp = final.with_name(f".tmp-{stem}-{os.getpid()}")
-    with reported(final.parent, what, nbytes, remedy):
+    with as_mis_error(final.parent, what, nbytes, remedy):
         files.make_folder(final.parent)
         files.require_space(final.parent, nbytes, what, remedy)
         _remove_leftovers(tmp, stem, files)
@@ -173,7 +173,7 @@ def lock(
     it ends. The file .lock stays: after a deletion two processes could lock two different files. A
     fork of the holder holds the lock too, a subprocess does not.
     """
-    with reported(folder, what, remedy=remedy):
+    with as_mis_error(folder, what, remedy=remedy):
         DISK.make_folder(folder)
         fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
@@ -185,7 +185,7 @@ def lock(
             raise MisError(
                 f"Run {folder} is already in use by {holder}: wait for it or stop it"
             ) from None
-        with reported(folder, what, remedy=remedy):
+        with as_mis_error(folder, what, remedy=remedy):
             holder = f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M')}"
             os.ftruncate(fd, 0)
             os.pwrite(fd, holder.encode(), 0)

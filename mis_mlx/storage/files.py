@@ -31,7 +31,7 @@ BROKEN = {
 
 
 class Files:
-    """The real disk. Methods raise OSError; callers wrap them in `reported`.
+    """The real disk. Methods raise OSError; callers wrap them in `as_mis_error`.
 
     Nothing here ever writes over the bytes of an existing file: an array that MLX loaded lazily
     from it would change silently. Files are made new (`write`, then `extend`) and put in place with
@@ -116,7 +116,7 @@ class Files:
 
     def append(self, path: Path, line: str) -> None:
         """`add_line` to a log such as metrics.jsonl; MisError when the disk refuses."""
-        with reported(path.parent, f"the log {path.name}"):
+        with as_mis_error(path.parent, f"the log {path.name}"):
             self.add_line(path, line)
 
     def discard(self, path: Path) -> None:
@@ -147,7 +147,7 @@ class Files:
 
     def replace_text(self, path: Path, text: str) -> None:
         """Put `text` (UTF-8) into a small file: after a crash it holds the old text or the new."""
-        with reported(path.parent, path.name, len(text)), self.replacing(path) as temp:
+        with as_mis_error(path.parent, path.name, len(text)), self.replacing(path) as temp:
             self.write(temp, text.encode())
             self.fsync(temp)
 
@@ -201,7 +201,7 @@ def need_place(
 
 
 @contextlib.contextmanager
-def reported(
+def as_mis_error(
     folder: Path, what: str, nbytes: int = 0, remedy: str = "fix that and start again"
 ) -> Iterator[None]:
     """Turn a disk's refusal inside the block into one MisError sentence; other errors pass.

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.storage.files import Files, reported
+from mis_mlx.storage.files import Files, as_mis_error
 from mis_mlx.types import MisError
 
 WHAT = "the spool of hidden states"
@@ -46,7 +46,7 @@ class Spool(MutableSequence[mx.array]):
             return self._memory[index]
         shape, dtype = self._kinds[index]
         nbytes = math.prod(shape) * dtype.size
-        with reported(self._folder, WHAT, nbytes):
+        with as_mis_error(self._folder, WHAT, nbytes):
             data = os.pread(self._fd, nbytes, self._offset(index))
         if len(data) < nbytes:
             raise MisError(f"{self._folder}: {WHAT} was cut short: check the disk and start again")
@@ -82,7 +82,7 @@ class Spool(MutableSequence[mx.array]):
             raise ValueError(f"a spool of {self._first} was given {(shape, array.dtype)}")
         self._kinds[b] = (shape, dtype)
         raw: Any = mx.contiguous(array).view(mx.uint8)  # bytes: numpy has no bfloat16
-        with reported(self._folder, WHAT, self._nbytes):
+        with as_mis_error(self._folder, WHAT, self._nbytes):
             if self._fd < 0:
                 self._fd = self._files.scratch(self._folder)
                 weakref.finalize(self, os.close, self._fd)

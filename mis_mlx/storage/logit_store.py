@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx.storage.checkpoint import sweep
-from mis_mlx.storage.files import Files, file_sha256, reported
+from mis_mlx.storage.files import Files, as_mis_error, file_sha256
 from mis_mlx.storage.header_check import check
 from mis_mlx.storage.safetensors import write_arrays
 from mis_mlx.types import MisError
@@ -62,7 +62,7 @@ def create(folder: Path, spec: Spec, files: Files) -> Targets:
     """
     if not 1 <= spec.count < 2**16:
         raise MisError(f"{spec.count} sampled tokens per position: choose 1 to {2**16 - 1}")
-    with reported(folder, "the targets"):
+    with as_mis_error(folder, "the targets"):
         files.make_folder(folder)
     sweep(folder, files)
     new = not (folder / MANIFEST).exists()
@@ -180,7 +180,7 @@ class Targets:
         what = "the rest of the targets"
         done = f"{len(self.parts)} of {self.total} parts are kept"
         remedy = f"free some and start again, {done}"
-        with reported(self.folder, what, left, remedy):
+        with as_mis_error(self.folder, what, left, remedy):
             self._files.require_space(self.folder, left, what, remedy)
             with self._files.replacing(self.path(number)) as temp:
                 facts = write_arrays(temp, arrays, self._files)

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from mis_mlx import __version__
-from mis_mlx.storage.files import Files, reported
+from mis_mlx.storage.files import Files, as_mis_error
 from mis_mlx.types import Checkpoint, MisError
 
 CONFIG = "config.yaml"
@@ -50,7 +50,7 @@ def create(
             f"{folder} is not empty: add --resume to continue the run in it, or choose another "
             f"--out"
         )
-    with reported(folder.parent, "the run folder"):
+    with as_mis_error(folder.parent, "the run folder"):
         files.make_folder(folder)
     for file, value in ((ORIGIN, origin), (PLAN, plan)):
         files.replace_text(folder / file, json.dumps(dict(value), indent=2))

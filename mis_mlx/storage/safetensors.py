@@ -74,7 +74,7 @@ def _in_files(folder: Path, files: Sequence[str]) -> dict[str, TensorAt]:
     """All tensors of some files of the folder. MisError when one tensor is in two of them."""
     tensors: dict[str, TensorAt] = {}
     for name in files:
-        inside(folder, name)
+        require_inside(folder, name)
         in_file, _ = check(folder / name)
         twice = tensors.keys() & in_file.keys()
         if twice:
@@ -109,7 +109,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def inside(folder: Path, name: str) -> None:
+def require_inside(folder: Path, name: str) -> None:
     """Refuse a missing file, and a link out of the folder, except into a Hugging Face cache."""
     real = (folder / name).resolve()
     if not real.exists():
@@ -146,7 +146,7 @@ def lazy(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[str, mx.
     """
     arrays = {}
     for path, wanted in files_of(tensors, names).items():
-        unchanged(path, tensors, wanted)
+        require_unchanged(path, tensors, wanted)
         content: Any = mx.load(str(path))
         for name in wanted:
             tensor = tensors[name]
@@ -180,7 +180,7 @@ def files_of(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[Path
     return by_file
 
 
-def unchanged(path: Path, tensors: Mapping[str, TensorAt], names: Iterable[str]) -> None:
+def require_unchanged(path: Path, tensors: Mapping[str, TensorAt], names: Iterable[str]) -> None:
     """Check a file again: MisError when a named tensor no longer lies where `tensors` says."""
     now, _ = check(path)
     for name in names:
@@ -198,9 +198,9 @@ def write_tensors(
 
     Use it inside `checkpoint.commit_folder`. tensors: as `specs` say, in their order; ValueError
     otherwise. shards: the same specs, divided into files; more than one make an index file.
-    Default: `cut`.
+    Default: `split_into_shards`.
     """
-    shards = shards or cut(specs)
+    shards = shards or split_into_shards(specs)
     coming = iter(tensors)
     by_file = {"model.safetensors": specs}
     if len(shards) > 1:
@@ -311,7 +311,7 @@ def spec_bytes(spec: Spec) -> int:
     return math.prod(spec[1]) * DTYPES[spec[0]][1]
 
 
-def cut(specs: Specs, shard_bytes: int = 5 * GIB) -> list[dict[str, Spec]]:
+def split_into_shards(specs: Specs, shard_bytes: int = 5 * GIB) -> list[dict[str, Spec]]:
     """Consecutive tensors in shards of at most `shard_bytes`; a bigger tensor is alone."""
     groups = grouped(specs.items(), lambda item: spec_bytes(item[1]), shard_bytes)
     return [dict(group) for group in groups] or [{}]

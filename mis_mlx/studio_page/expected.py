@@ -76,7 +76,7 @@ def _known_curve(teacher: Checkpoint) -> list[dict[str, Any]]:
         return []
     with tempfile.TemporaryDirectory(prefix="mis-mlx-") as place:
         folder = Path(place)
-        known_losses.lay_out(folder, about, DISK)
+        known_losses.copy_into_run(folder, about, DISK)
         if not (folder / packed_format.SENSITIVITY).is_file():
             return []
         losses = _losses(teacher, folder, sizes)
@@ -88,8 +88,8 @@ def _losses(teacher: Checkpoint, folder: Path, sizes: shape_search.Sizes) -> sha
     """What every axis costs by itself, as the logs in the folder have it."""
     # Bits are measured on answers; how many tokens a byte of text has cancels out there.
     tokens = np.zeros((1, 2), np.int32)
-    learn = np.array([[1.0, 0.0]], np.float32)
-    window = Windows(tokens, learn, text_bytes=np.ones(1))
+    loss_mask = np.array([[1.0, 0.0]], np.float32)
+    window = Windows(tokens, loss_mask, text_bytes=np.ones(1))
     run: Any = SimpleNamespace(teacher=teacher, folder=folder, files=DISK)
     nothing: Any = None
     known = Known(

@@ -18,7 +18,7 @@ from typing import Any
 from mis_mlx.hardware import jobs
 from mis_mlx.hardware.jobs import Started
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import DISK, reported
+from mis_mlx.storage.files import DISK, as_mis_error
 from mis_mlx.types import MisError, gib
 
 RUNS = Path("runs")
@@ -138,7 +138,7 @@ def _locked(path: Path) -> bool:
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     """Nobody else starts, resumes or deletes meanwhile, in this process or another."""
-    with reported(RUNS, "the list of runs"):
+    with as_mis_error(RUNS, "the list of runs"):
         while not BOOKS.is_dir():
             with contextlib.suppress(FileExistsError):  # two may make it at the same moment
                 DISK.make_folder(BOOKS)

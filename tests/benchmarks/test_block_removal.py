@@ -17,8 +17,8 @@ from mis_mlx.types import Checkpoint
 
 def by_hand(model: Checkpoint, batches: list[mx.array], without: Collection[int]) -> float:
     """KL of mlx-lm's whole model to itself without some layers, nats per token."""
-    whole = load.resident(model, mx.float32)
-    less = load.resident(model, mx.float32)
+    whole = load.resident_model(model, mx.float32)
+    less = load.resident_model(model, mx.float32)
     less.model.layers = [layer for i, layer in enumerate(less.model.layers) if i not in without]
     means = []
     for tokens in batches:

@@ -22,7 +22,7 @@ def by_hand(
     """Gradients (T, in) of the drawn tokens' log p in gates before one matrix of the resident
     model.
     """
-    whole = load.resident(model, mx.float32)
+    whole = load.resident_model(model, mx.float32)
     owner = whole.model.layers[layer][part]
     inner = owner[name]
     _, own_key = mx.random.split(key)
@@ -58,10 +58,16 @@ def test_streamed_gradients_are_resident_ones(
         heads = np.zeros(4)
         for b, tokens in enumerate(batches):
             key = mx.random.key(3 * len(batches) + b)
-            slopes = by_hand(model, tokens, key=key, layer=layer, part="mlp", name="down_proj")
-            neurons += np.square(slopes).mean(axis=0) / 4  # half of the mean over two batches
-            slopes = by_hand(model, tokens, key=key, layer=layer, part="self_attn", name="o_proj")
-            by_head = slopes.reshape(len(slopes), 4, -1).sum(axis=-1)
+            host_gradients = by_hand(
+                model, tokens, key=key, layer=layer, part="mlp", name="down_proj"
+            )
+            neurons += (
+                np.square(host_gradients).mean(axis=0) / 4
+            )  # half of the mean over two batches
+            host_gradients = by_hand(
+                model, tokens, key=key, layer=layer, part="self_attn", name="o_proj"
+            )
+            by_head = host_gradients.reshape(len(host_gradients), 4, -1).sum(axis=-1)
             heads += np.square(by_head).mean(axis=0) / 4
         np.testing.assert_allclose(found[layer, "ffn"], neurons, **close)
         np.testing.assert_allclose(found[layer, "heads"], heads, **close)
@@ -84,7 +90,7 @@ def test_it_is_the_kl_of_a_gate_half_closed(llama: Checkpoint, batches: list[mx.
     hidden = source.embed(batches)
     for _, block in source.blocks():
         into = list(hidden)
-        source.through(block, hidden)
+        source.run_block(block, hidden)
     pairs = zip(into, hidden, strict=True)
     damped = source.norm([x + (1 - eps) * (h - x) for x, h in pairs])
     head = source.head()

@@ -93,8 +93,8 @@ def by_hand(
     """The same training with both models whole in memory and mlx's AdamW. pick(step, k): from the
     own stream?
     """
-    big = load.resident(teacher, mx.float32).model
-    small = load.resident(pruned, mx.float32).model
+    big = load.resident_model(teacher, mx.float32).model
+    small = load.resident_model(pruned, mx.float32).model
 
     def run(layers: list[nn.Module], hidden: list[mx.array]) -> list[mx.array]:
         for layer in layers:
@@ -185,7 +185,7 @@ def test_the_loss_is_the_error_per_token(
         source = stream.Stream(checkpoint, mx.float32)
         blocks = source.blocks()
         hidden = source.embed(windows)
-        both.append([np.array(h, np.float64) for h in source.through(next(blocks)[1], hidden)])
+        both.append([np.array(h, np.float64) for h in source.run_block(next(blocks)[1], hidden)])
     shares = [np.square(s - t).sum(-1) / np.square(t).sum(-1) for t, s in zip(*both, strict=True)]
     expected = np.mean([shares[SEEN[at]] for at in order(4, 2, 0, RECIPE.seed)])
     assert step.loss == pytest.approx(expected, rel=1e-5)  # float32
@@ -260,7 +260,7 @@ def test_no_steps_is_the_closed_form(
     block's output is that of before and what the change adds, here it is computed anew.
     """
     pruned, keep = student(llama, "ffn", tmp_path)
-    mended, _ = reconstruct.reconstruct(llama, pruned, keep, windows)
+    repaired, _ = reconstruct.reconstruct(llama, pruned, keep, windows)
     assert (
         list(
             begin(
@@ -277,7 +277,7 @@ def test_no_steps_is_the_closed_form(
     )
     made = load.open_checkpoint(tmp_path / "s")
     for name in pruned.tensors:
-        want = mended[name] if name in mended else load.dense(pruned, name)
+        want = repaired[name] if name in repaired else load.dense(pruned, name)
         assert mx.allclose(load.dense(made, name), want, rtol=1e-3, atol=1e-5), name
 
 

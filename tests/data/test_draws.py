@@ -28,9 +28,9 @@ def of_kinds(counts: Sequence[int], shares: Sequence[float]) -> Windows:
     parts = list[Windows]()
     for first, count in zip(firsts, counts, strict=False):
         ids = np.arange(2 * first, 2 * (first + count), dtype=np.int32)
-        learn = np.ones((count, 2), np.float32)
-        parts.append(Windows(ids.reshape(count, 2), learn))
-    return token_windows.of_kinds(parts, shares)
+        loss_mask = np.ones((count, 2), np.float32)
+        parts.append(Windows(ids.reshape(count, 2), loss_mask))
+    return token_windows.mixed_kinds(parts, shares)
 
 
 def random_kinds(rng: np.random.Generator, kinds: int, most: int) -> Windows:
@@ -75,8 +75,8 @@ def test_a_draw_by_pencil() -> None:
     halves = of_kinds([9, 9], [1, 1])
     quarters = of_kinds([9, 9], [3, 1])
 
-    of_halves = draws.sequence(halves, 6, (0,))
-    of_quarters = draws.sequence(quarters, 8, (0,))
+    of_halves = draws.drawn_sequence(halves, 6, (0,))
+    of_quarters = draws.drawn_sequence(quarters, 8, (0,))
 
     assert halves.kind[of_halves].tolist() == [0, 1, 0, 1, 0, 1]
     assert quarters.kind[of_quarters].tolist() == [0, 0, 1, 0, 0, 0, 1, 0]
@@ -92,7 +92,7 @@ def test_the_built_in_kinds_are_in_every_beginning(share: float, seed: int) -> N
     shares = with_talk(share) if share else (*BUILT_IN[:3], 0.0)
     windows = of_kinds([300, 12, 40, 100], shares)
 
-    drawn = draws.sequence(windows, 400, (seed, 2, 1))
+    drawn = draws.drawn_sequence(windows, 400, (seed, 2, 1))
 
     assert furthest(windows, drawn) <= 1 + 1e-9
     assert late(windows, drawn) == 0
@@ -108,7 +108,7 @@ def test_any_shares_are_in_every_beginning(kinds: int, most: float) -> None:
         windows = random_kinds(rng, kinds, most=40)
         count = int(rng.integers(1, 300))
 
-        drawn = draws.sequence(windows, count, (seed,))
+        drawn = draws.drawn_sequence(windows, count, (seed,))
 
         assert furthest(windows, drawn) <= most + 1e-9, windows.shares
         assert late(windows, drawn) == 0, windows.shares
@@ -121,15 +121,15 @@ def test_a_longer_draw_begins_with_a_shorter_one() -> None:
         windows = random_kinds(rng, 4, most=30)
         count = int(rng.integers(0, 200))
 
-        whole = draws.sequence(windows, 200, (seed, 7))
-        part = draws.sequence(windows, count, (seed, 7))
-        other = draws.sequence(windows, 200, (seed, 8))
+        whole = draws.drawn_sequence(windows, 200, (seed, 7))
+        part = draws.drawn_sequence(windows, count, (seed, 7))
+        other = draws.drawn_sequence(windows, 200, (seed, 8))
 
         assert part.tolist() == whole[:count].tolist()
         assert windows.kind[other].tolist() == windows.kind[whole].tolist()
     many = of_kinds([50, 50], [1, 1])
-    one = draws.sequence(many, 60, (0, 1))
-    other = draws.sequence(many, 60, (0, 2))
+    one = draws.drawn_sequence(many, 60, (0, 1))
+    other = draws.drawn_sequence(many, 60, (0, 2))
     assert one.tolist() != other.tolist()
 
 
@@ -137,7 +137,7 @@ def test_a_kind_that_is_used_up_begins_anew() -> None:
     """Three windows of a half: each comes once in every three, and not always in the same order."""
     windows = of_kinds([3, 1000], [1, 1])
 
-    drawn = draws.sequence(windows, 60, (0,))
+    drawn = draws.drawn_sequence(windows, 60, (0,))
 
     kinds = windows.kind[drawn]
     small = drawn[kinds == 0].reshape(-1, 3)
@@ -154,14 +154,14 @@ def test_what_has_no_share_or_no_windows_is_not_drawn() -> None:
     windows = of_kinds([5, 5, 5], [1, 0, 1])
     lacking = Windows(
         windows.tokens[:10],
-        windows.learn[:10],
+        windows.loss_mask[:10],
         kind=windows.kind[:10],
         shares=(0.25, 0.25, 0.5),
     )
 
-    in_order = draws.sequence(windows, 40, (0,))
-    some = draws.some(windows, 40, (0,))
-    drawn = draws.sequence(lacking, 40, (0,))
+    in_order = draws.drawn_sequence(windows, 40, (0,))
+    some = draws.drawn_windows(windows, 40, (0,))
+    drawn = draws.drawn_sequence(lacking, 40, (0,))
 
     assert set(windows.kind[in_order]) == {0, 2}
     assert set(windows.kind[some]) == {0, 2}
@@ -173,7 +173,7 @@ def test_windows_of_one_kind_have_no_shares() -> None:
     """Asked for a draw by shares, that is a mistake in the program."""
     windows = Windows(np.zeros((3, 2), np.int32), np.ones((3, 2), np.float32))
     with pytest.raises(ValueError, match="one kind"):
-        draws.sequence(windows, 2, (0,))
+        draws.drawn_sequence(windows, 2, (0,))
 
 
 @pytest.mark.parametrize("counts", [(300, 300, 300, 300), (40, 3, 9, 2), (1, 1, 1, 1)])
@@ -184,7 +184,7 @@ def test_some_windows_never_come_twice(counts: tuple[int, ...]) -> None:
     windows = of_kinds(counts, BUILT_IN)
     for seed in range(5):
         for count in (1, 7, 64, 5000):
-            drawn = draws.some(windows, count, (seed, 1, 1))
+            drawn = draws.drawn_windows(windows, count, (seed, 1, 1))
 
             assert len(drawn) == min(count, sum(counts))
             assert len(set(drawn.tolist())) == len(drawn)
@@ -201,14 +201,14 @@ def test_a_batch_is_a_pure_function_of_its_step() -> None:
     windows = of_kinds([40, 5, 9, 25], BUILT_IN)
 
     def batches(steps: Sequence[int], seed: int) -> list[list[int]]:
-        return [draws.batch(windows, 8, step, seed=seed).tolist() for step in steps]
+        return [draws.drawn_batch(windows, 8, step, seed=seed).tolist() for step in steps]
 
     forwards = batches(range(40), seed=3)
     backwards = batches(range(39, -1, -1), seed=3)
 
     assert forwards == backwards[::-1]
     whole = np.array(forwards).reshape(-1)
-    assert whole.tolist() == draws.sequence(windows, 320, (3,)).tolist()
+    assert whole.tolist() == draws.drawn_sequence(windows, 320, (3,)).tolist()
     assert furthest(windows, whole) <= 1 + 1e-9
     assert forwards != batches(range(40), seed=4)
 
@@ -220,10 +220,10 @@ def test_one_kind_is_drawn_as_it_was() -> None:
 
     for key in ((0, 1, 1), (7, 2, 1)):
         wanted = np.random.default_rng(list(key)).permutation(20)[:9]
-        assert draws.some(windows, 9, key).tolist() == wanted.tolist()
+        assert draws.drawn_windows(windows, 9, key).tolist() == wanted.tolist()
     for step in range(12):
         wanted = token_windows.order(20, 6, step, 5)
-        assert draws.batch(windows, 6, step, 5).tolist() == wanted.tolist()
+        assert draws.drawn_batch(windows, 6, step, 5).tolist() == wanted.tolist()
     again = preparation.calibration(windows, 3, seed=7, use=2)
     at = np.random.default_rng([7, 2, 1]).permutation(20)[:3]
     wanted = [[tokens[number].tolist()] for number in at]
@@ -234,12 +234,12 @@ def test_shares_of_tokens_by_pencil() -> None:
     """Half of the draw is two windows of token 0 and 1, half is one window of token 1 twice: 1/4
     and 3/4. As one kind, every token counts alike: 2 of 6 and 4 of 6.
     """
-    learn = np.ones((2, 2), np.float32)
-    first = Windows(np.array([[0, 1], [1, 0]], np.int32), learn)
-    second = Windows(np.array([[1, 1]], np.int32), learn[:1])
+    loss_mask = np.ones((2, 2), np.float32)
+    first = Windows(np.array([[0, 1], [1, 0]], np.int32), loss_mask)
+    second = Windows(np.array([[1, 1]], np.int32), loss_mask[:1])
 
-    halves = token_windows.of_kinds([first, second], [1, 1])
-    one_kind = token_windows.joined([first, second])
+    halves = token_windows.mixed_kinds([first, second], [1, 1])
+    one_kind = token_windows.concatenated([first, second])
 
     shares = draws.token_counts(halves, vocab=3)
     as_one = draws.token_counts(one_kind, vocab=3)
@@ -250,9 +250,9 @@ def test_shares_of_tokens_by_pencil() -> None:
 
 def test_shares_of_tokens_where_a_kind_has_no_windows() -> None:
     """The others make up the whole."""
-    learn = np.ones((1, 2), np.float32)
-    one = Windows(np.array([[0, 1]], np.int32), learn)
-    windows = token_windows.of_kinds([one, one], [3, 1])
+    loss_mask = np.ones((1, 2), np.float32)
+    one = Windows(np.array([[0, 1]], np.int32), loss_mask)
+    windows = token_windows.mixed_kinds([one, one], [3, 1])
     without_the_second = windows.pick(slice(0, 1))
 
     shares = draws.token_counts(without_the_second, vocab=2)

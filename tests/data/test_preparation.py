@@ -117,12 +117,12 @@ def test_built_in_text_without_a_chat_template(llama: Checkpoint) -> None:
     assert data.train.shares == pytest.approx(wanted)
     assert f"training windows are 62% {MANUAL}, 12% {POLISH}, 25% {WRITTEN}" in data.notes
     for count, seed, use in ((8, 0, 1), (64, 1, 1), (64, 0, 2)):
-        at = preparation.drawn(data.train, count, seed, use)
+        at = preparation.calibration_indices(data.train, count, seed, use)
         assert shares_of(data.train, at) == pytest.approx(wanted, abs=1 / count)
         windows = preparation.calibration(data.train, count, seed, use)
         found = [np.array(window)[0].tolist() for window in windows]
         assert found == data.train.tokens[at].tolist()
-    visited = np.concatenate([draws.batch(data.train, 2, step, seed=0) for step in range(60)])
+    visited = np.concatenate([draws.drawn_batch(data.train, 2, step, seed=0) for step in range(60)])
     assert shares_of(data.train, visited) == pytest.approx(wanted, abs=1 / 120)
 
 
@@ -203,7 +203,7 @@ def test_answers_stand_beside_a_folder(
     assert data.train.shares == pytest.approx((1 - wanted, wanted))
     assert tokens_of(data.train, 0) == alone.train.tokens.tolist()
     assert tokens_of(data.train, 1) == talks
-    at = preparation.drawn(data.train, 12, seed=3)
+    at = preparation.calibration_indices(data.train, 12, seed=3)
     _, of_talks = shares_of(data.train, at)
     assert of_talks == pytest.approx(min(wanted, len(talks) / 12), abs=1 / 12)
     held_out = data.held_out["held-out"].tokens

@@ -80,7 +80,7 @@ def test_gptq(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
     the stream that the last block was fitted to; biases keep their bytes.
     """
     hidden: list[mx.array] = []
-    plan = packed_format.layout(model.config, 64)
+    plan = packed_format.formats_of(model.config, 64)
     rounded = stage.rounded_blocks(model, WINDOWS, plan, hidden)
     packed_format.write_quantized(model, tmp_path / "q", plan=plan, files=DISK, rounded=rounded)
     made = load.open_checkpoint(tmp_path / "q")
@@ -96,7 +96,7 @@ def test_gptq(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
     other.load_weights(inside, strict=False)
     assert same(hidden[0], entering(other, 2))
     other.load_weights(outside, strict=False)
-    assert same(load.resident(made, mx.float32)(TOKENS), other(TOKENS))
+    assert same(load.resident_model(made, mx.float32)(TOKENS), other(TOKENS))
     assert not same(other(TOKENS), plain(TOKENS), 1e-3)
     for name in names:
         if name.endswith(".bias"):
@@ -115,7 +115,7 @@ def test_fisher_and_sensitivity(model: Checkpoint, plain: nn.Module) -> None:
     def forward(hidden: mx.array, weight: mx.array) -> mx.array:
         return _with(block, weight)(hidden, "causal")
 
-    _, (below, slope) = mx.vjp(forward, [x, down.weight], [above])
+    _, (below, gradient) = mx.vjp(forward, [x, down.weight], [above])
     block.mlp.down_proj = down
     args = load.model_args(model.config)
     mine = load.block(model, 1, args, mx.float32)
@@ -126,7 +126,7 @@ def test_fisher_and_sensitivity(model: Checkpoint, plain: nn.Module) -> None:
         args, mine, matrices=matrices, inputs=BlockInputs(x), above=BlockOutputs(above)
     )
     assert same(got, below)
-    assert same(seen[1][0].T @ seen[0]["ffn"], slope, 1e-4)
+    assert same(seen[1][0].T @ seen[0]["ffn"], gradient, 1e-4)
     ours = load.block(model, 1, args, mx.float32)
     gated = {}
     for axis, (part, name) in fisher.GATES.items():
@@ -145,20 +145,20 @@ def _with(block: nn.Module, weight: mx.array) -> nn.Module:
 
 def test_sharded(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
     """Loss and gradients of the middle block, biases too, are the plain model's."""
-    learn = mx.ones((32,))
+    loss_mask = mx.ones((32,))
 
-    def loss(hidden: mx.array, head: mx.array, learn: mx.array) -> mx.array:
-        return (mx.logsumexp(hidden @ head.T, axis=-1) * learn).sum()
+    def loss(hidden: mx.array, head: mx.array, loss_mask: mx.array) -> mx.array:
+        return (mx.logsumexp(hidden @ head.T, axis=-1) * loss_mask).sum()
 
     parts = model_writer.by_block(model, tmp_path / "parts", DISK)
     student = sharded.Sharded(parts, 1, steps_per_shard=9, weight_decay=0.0, files=DISK)
     student._enter(1)
-    (value, _), (_, ours) = student.gradients([(TOKENS, learn)], loss)
+    (value, _), (_, ours) = student.gradients([(TOKENS, loss_mask)], loss)
 
     def whole(m: nn.Module) -> mx.array:
         head = m.lm_head.weight if hasattr(m, "lm_head") else m.model.embed_tokens.weight
         hidden = m.model(TOKENS).reshape(32, -1)
-        return loss(hidden, mx.stop_gradient(head), learn)
+        return loss(hidden, mx.stop_gradient(head), loss_mask)
 
     wanted, gradients = nn.value_and_grad(plain, whole)(plain)
     assert value == pytest.approx(wanted.item() / 32, rel=1e-5)
@@ -177,14 +177,14 @@ def test_reconstruct(model: Checkpoint, tmp_path: Path) -> None:
         model, shape_of(model.config), keep=keep, out=student, dtype="float32", files=DISK
     )
     pruned = load.open_checkpoint(student)
-    mended, left = reconstruct.reconstruct(model, pruned, keep, WINDOWS)
-    assert not mended
+    repaired, left = reconstruct.reconstruct(model, pruned, keep, WINDOWS)
+    assert not repaired
     assert left == [1.0] * 3
 
 
 def test_lora(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
     """Adapters of zeros change nothing; fused ones give what they gave beside the weights."""
-    ours = load.resident(model, mx.float32)
+    ours = load.resident_model(model, mx.float32)
     how = lora.Lora(-1, 4, 2.0)
     lora.insert(ours, how, 0)
     assert same(ours(TOKENS), plain(TOKENS))
@@ -210,7 +210,7 @@ def test_slice(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
     assert cut.heads == size.heads
     slicing.write_student(model, cut, keep=keep, out=tmp_path / "cut", dtype="float32", files=DISK)
     gone = mx.array([n not in neurons for n in range(768)])
-    zeroed = load.resident(model, mx.float32)
+    zeroed = load.resident_model(model, mx.float32)
     for block in zeroed.model.layers:
         block.mlp.down_proj.weight = mx.where(gone[None], 0, block.mlp.down_proj.weight)
     made, _ = load.mlx_lm("utils").load(str(tmp_path / "cut"))
@@ -232,7 +232,7 @@ def test_rotation(model: Checkpoint, tmp_path: Path) -> None:
     untied = load.open_checkpoint(tmp_path / "untied")
     basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(64, 64)))
     rotation = slicing.Rotation(basis, {n: 1.0 for n in untied.tensors if "norm" in n})
-    turned = slicing.rotated(untied, rotation)
+    turned = slicing.rotated_teacher(untied, rotation)
     model_writer.write_model(
         config, turned, source=model.path, out=tmp_path / "turned", dtype="float32", files=DISK
     )
@@ -249,7 +249,7 @@ def test_gguf(model: Checkpoint, tmp_path: Path, wanted: str) -> None:
     source = model
     if wanted == "q4_1":
         packed_format.write_quantized(
-            model, tmp_path / "q", packed_format.layout(model.config, 64), DISK
+            model, tmp_path / "q", packed_format.formats_of(model.config, 64), DISK
         )
         source = load.open_checkpoint(tmp_path / "q")
     found = tensors.parts(source, wanted)
@@ -272,7 +272,10 @@ def test_gguf(model: Checkpoint, tmp_path: Path, wanted: str) -> None:
 def test_tune(model: Checkpoint, tmp_path: Path) -> None:
     """Before its first step the packed model that learns answers what the packed model does."""
     packed_format.write_quantized(
-        model, tmp_path / "q", packed_format.layout(model.config, 64), DISK
+        model, tmp_path / "q", packed_format.formats_of(model.config, 64), DISK
     )
     packed = load.open_checkpoint(tmp_path / "q")
-    assert same(packed_format.resident(packed)(TOKENS), load.resident(packed, mx.float32)(TOKENS))
+    assert same(
+        packed_format.load_trainable(packed)(TOKENS),
+        load.resident_model(packed, mx.float32)(TOKENS),
+    )

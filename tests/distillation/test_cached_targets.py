@@ -49,9 +49,9 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def some(n: int = 80) -> Windows:
     """Windows of 16 tokens that count in part."""
     rng = np.random.default_rng(2)
-    learn = (rng.random((n, 16)) < 0.7).astype(np.float32)
-    learn[:, -1] = 0
-    return Windows(rng.integers(0, 512, (n, 16)).astype(np.int32), learn)
+    loss_mask = (rng.random((n, 16)) < 0.7).astype(np.float32)
+    loss_mask[:, -1] = 0
+    return Windows(rng.integers(0, 512, (n, 16)).astype(np.int32), loss_mask)
 
 
 def write(llama: Checkpoint, data: Windows, folder: Path, **more: object) -> logit_store.Targets:
@@ -71,7 +71,7 @@ def train(
     data: Windows,
     recipe: TrainingConfig = RECIPE,
 ) -> tuple[nn.Module, list[Step]]:
-    model = load.resident(student, mx.float32)
+    model = load.resident_model(student, mx.float32)
     return model, list(
         live_teacher.steps(model, source, data=data, recipe=recipe, optimizer=GuardedAdamW())
     )
@@ -116,7 +116,7 @@ def test_what_is_stored_is_drawn_from_the_teacher(llama: Checkpoint, whole: Path
     """
     data = some()
     shares = []
-    model = load.resident(llama, mx.float32)
+    model = load.resident_model(llama, mx.float32)
     for window in data.tokens:
         shares.append(np.array(mx.softmax(model(mx.array(window[None]))[0], axis=-1), np.float64))
     p = np.concatenate(shares)
@@ -142,20 +142,20 @@ def test_only_visited_windows_need_targets(
     a bug.
     """
     data = some()
-    at = live_teacher.visited(data, RECIPE)
+    at = live_teacher.visited_windows(data, RECIPE)
     steps = [order(80, 4, step, RECIPE.seed) for step in range(6)]
     assert len(at) == 24
     assert set(at) == set(np.concatenate(steps).tolist())
     assert (np.diff(at) > 0).all()
-    picked = Windows(data.tokens[at], data.learn[at])
-    source = live_teacher.Cached(write(llama, picked, tmp_path, count=MANY), at)
+    picked = Windows(data.tokens[at], data.loss_mask[at])
+    source = live_teacher.CachedTeacher(write(llama, picked, tmp_path, count=MANY), at)
     live = train(student, live_teacher.StreamedTeacher(llama, None), data)[1]
     assert [s.loss for s in train(student, source, data)[1]] == near(live)
     other = next(w for w in range(80) if w not in at)
     with pytest.raises(ValueError, match="are not all in"):
         source.micro_batches([(mx.zeros((1, 16)), mx.zeros((1, 16)))], [np.array([other])])
     with pytest.raises(ValueError, match="5 windows for a store of 24"):
-        live_teacher.Cached(opened(tmp_path), at[:5])
+        live_teacher.CachedTeacher(opened(tmp_path), at[:5])
 
 
 def test_steps_take_kinds_of_text_in_their_shares(
@@ -166,19 +166,19 @@ def test_steps_take_kinds_of_text_in_their_shares(
     """
     data = some(20)
     kinds = np.repeat(np.array([0, 1], np.int32), [16, 4])
-    data = Windows(data.tokens, data.learn, kind=kinds, shares=(0.5, 0.5))
+    data = Windows(data.tokens, data.loss_mask, kind=kinds, shares=(0.5, 0.5))
 
-    at = live_teacher.visited(data, RECIPE)
+    at = live_teacher.visited_windows(data, RECIPE)
     picked = data.pick(at)
-    source = live_teacher.Cached(write(llama, picked, tmp_path, count=MANY), at)
+    source = live_teacher.CachedTeacher(write(llama, picked, tmp_path, count=MANY), at)
 
     assert picked.kind.tolist() == [0] * 12 + [1] * 4
-    steps = [draws.batch(data, 4, step, RECIPE.seed) for step in range(6)]
+    steps = [draws.drawn_batch(data, 4, step, RECIPE.seed) for step in range(6)]
     assert set(at) == set(np.concatenate(steps))
     assert (np.diff(at) > 0).all()
     live = train(student, live_teacher.StreamedTeacher(llama, None), data)[1]
     assert [s.loss for s in train(student, source, data)[1]] == near(live)
-    assert [s.tokens for s in live] == [data.learn[step].sum() for step in steps]
+    assert [s.tokens for s in live] == [data.loss_mask[step].sum() for step in steps]
 
 
 def test_another_teacher_other_data_or_another_seed_are_refused(
@@ -189,7 +189,7 @@ def test_another_teacher_other_data_or_another_seed_are_refused(
     data = some()
     for checkpoint, windows, more, says in (
         (student, data, {}, "another teacher"),
-        (llama, Windows(data.tokens[::-1].copy(), data.learn), {}, "another data"),
+        (llama, Windows(data.tokens[::-1].copy(), data.loss_mask), {}, "another data"),
         (llama, data, {"seed": 1}, "another seed"),
     ):
         with pytest.raises(MisError, match=says):
@@ -203,7 +203,7 @@ def test_a_damaged_part_is_made_again_from_the_teacher(
     """One bit flipped: training refuses it, writing mends it and says so."""
     folder = shutil.copytree(whole, tmp_path / "t")
     flip(folder / "part-00001.safetensors")
-    source = live_teacher.Cached(opened(folder), np.arange(len(some().tokens)))
+    source = live_teacher.CachedTeacher(opened(folder), np.arange(len(some().tokens)))
     with pytest.raises(MisError, match=r"part-00001.safetensors is damaged"):
         source.micro_batches([(mx.zeros((1, 16)), mx.zeros((1, 16)))], [np.array([40])])
     store = write(llama, some(), folder, count=20)
@@ -231,8 +231,8 @@ def test_a_finished_store_does_not_open_its_teacher(llama: Checkpoint, whole: Pa
 
 def test_what_a_store_cannot_do_is_said(whole: Path, student: Checkpoint) -> None:
     """A student of another vocabulary needs its own."""
-    source = live_teacher.Cached(opened(whole), np.arange(len(some().tokens)))
-    model = load.resident(student, mx.float32)
+    source = live_teacher.CachedTeacher(opened(whole), np.arange(len(some().tokens)))
+    model = load.resident_model(student, mx.float32)
     model.model.embed_tokens.weight = model.model.embed_tokens.weight[:500]
     arguments = source.micro_batches(
         [(mx.zeros((1, 16), mx.int32), mx.ones((1, 16)))], [np.array([0])]

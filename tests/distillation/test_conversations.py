@@ -18,7 +18,7 @@ from mis_mlx.distillation.conversations import Wanted
 from mis_mlx.evaluation import answer_records, answers
 from mis_mlx.evaluation.answer_figures import AnswerBits
 from mis_mlx.evaluation.answer_records import Answer, AnswerPair, Prompt
-from mis_mlx.evaluation.answers import Judgement, Said, TeacherAnswers
+from mis_mlx.evaluation.answers import Judgement, ModelAnswers, TeacherAnswers
 from mis_mlx.hardware import memory
 from mis_mlx.models import load
 from mis_mlx.planner import writing
@@ -214,10 +214,10 @@ def judged(languages: str, greedy: dict[str, Sequence[Answer]]) -> Judgement:
         message = {"role": "user", "content": f"Question {number}?"}
         asked.append(Prompt((message,), "explain", {"e": "en", "p": "pl"}[letter]))
     nbytes = np.full(len(asked), 10)
-    said = dict[str, Said]()
+    said = dict[str, ModelAnswers]()
     for number, (name, own) in enumerate(greedy.items()):
         bits = AnswerBits(math.log(2) * (number + 1.0) * nbytes, nbytes)
-        said[name] = Said(bits, list(own), [np.full(4, -1.5) for _ in own])
+        said[name] = ModelAnswers(bits, list(own), [np.full(4, -1.5) for _ in own])
     pairs = [
         AnswerPair(sampled=FINE, greedy=answer, nats=1.0, greedy_nats=1.0, greedy_tokens=4)
         for answer in next(iter(greedy.values()))
@@ -248,7 +248,7 @@ def test_a_student_that_repeats_itself_is_named(
         },
     )
 
-    sentence = conversations.verdict(found)
+    sentence = conversations.loop_warning(found)
 
     assert bool(sentence) == said
     if said:
@@ -297,7 +297,7 @@ def test_all_answers_are_kept(tmp_path: Path) -> None:
     """
     found = judged("ep", {"teacher": [FINE, LOOP], "distilled": [], "4-bit": [LOOP, FINE]})
 
-    conversations.keep(found, tmp_path, DISK)
+    conversations.write_answers(found, tmp_path, DISK)
     figures = conversations.figures(found)
 
     rows = [
@@ -341,10 +341,12 @@ def test_a_student_without_a_template_is_not_judged(
     limit = memory.budget(None)
 
     for models in ({"teacher": chat, "distilled": llama}, {"teacher": llama, "distilled": chat}):
-        assert conversations.judged(models, 2, limit) is None
+        assert conversations.judged_answers(models, 2, limit) is None
         assert (
             f"{llama.path}: no chat template: its answers are not judged" in capsys.readouterr().err
         )
-    found = conversations.judged({"teacher": chat, "distilled": chat, "4-bit": chat}, 2, limit)
+    found = conversations.judged_answers(
+        {"teacher": chat, "distilled": chat, "4-bit": chat}, 2, limit
+    )
     assert found is not None
-    assert [len(said.greedy) for said in found.said.values()] == [2, 0, 2]
+    assert [len(said.greedy) for said in found.models.values()] == [2, 0, 2]

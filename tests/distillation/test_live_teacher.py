@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher
-from mis_mlx.hardware import lanes
+from mis_mlx.hardware import streams
 from mis_mlx.maths.losses import loss_noise_factor
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load, policy, stream
@@ -37,10 +37,10 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def data() -> Windows:
     """Twenty windows of 16 tokens; some windows count in part only."""
     rng = np.random.default_rng(2)
-    learn = (rng.random((20, 16)) < 0.7).astype(np.float32)
-    learn[:, -1] = 0
-    learn[3] = 0
-    return Windows(rng.integers(0, 512, (20, 16)).astype(np.int32), learn)
+    loss_mask = (rng.random((20, 16)) < 0.7).astype(np.float32)
+    loss_mask[:, -1] = 0
+    loss_mask[3] = 0
+    return Windows(rng.integers(0, 512, (20, 16)).astype(np.int32), loss_mask)
 
 
 RECIPE = TrainingConfig(iters=3, batch_size=4, max_seq_length=16, learning_rate=1e-2, warmup=1)
@@ -56,7 +56,7 @@ def distil(
     temperature: float = 1.0,
     sigma: float = 0.0,
 ) -> tuple[nn.Module, list[Step]]:
-    model = load.resident(student, mx.float32)
+    model = load.resident_model(student, mx.float32)
     source = live_teacher.StreamedTeacher(teacher, None if resident else 0, temperature=temperature)
     steps = live_teacher.steps(
         model,
@@ -98,7 +98,7 @@ def test_a_head_that_both_have_is_read_once(
     is never read.
     """
     (hidden,) = live_teacher.StreamedTeacher(models(kind)).hidden(batches[:1])
-    hidden, learn = hidden.reshape(-1, hidden.shape[-1]), mx.ones(hidden.shape[1])
+    hidden, loss_mask = hidden.reshape(-1, hidden.shape[-1]), mx.ones(hidden.shape[1])
     head = load.dense_weight(stream.Stream(models(kind)).head())
     found = []
     for same_head in (False, True):
@@ -107,16 +107,16 @@ def test_a_head_that_both_have_is_read_once(
             monkeypatch.setattr(
                 stream.Stream, "head", lambda self: pytest.fail("the head was read")
             )
-        of_step = source.frozen_slopes()
+        of_step = source.host_gradients()
         kl = partial(source.kl_sum, frozen_head=True)
         student = hidden * 0.9
-        found += [of_step(head, [(batches[0], learn, hidden)], 0, student)] if of_step else []
-        found.append(mx.value_and_grad(kl)(student, head, learn, hidden))
+        found += [of_step(head, [(batches[0], loss_mask, hidden)], 0, student)] if of_step else []
+        found.append(mx.value_and_grad(kl)(student, head, loss_mask, hidden))
     half = len(found) // 2
-    for (loss, slope), (other, others) in zip(found[:half], found[half:], strict=True):
+    for (loss, gradient), (other, others) in zip(found[:half], found[half:], strict=True):
         assert float(loss) == pytest.approx(float(other), rel=near(0.0, 1e-3))
         assert float(loss) > 0
-        assert mx.allclose(slope, others, rtol=near(0.0, 0.05), atol=near(0.0, 1e-3))
+        assert mx.allclose(gradient, others, rtol=near(0.0, 0.05), atol=near(0.0, 1e-3))
 
 
 def test_streaming_does_not_change_the_student(
@@ -146,7 +146,7 @@ def test_lanes_do_not_change_the_student(
     _, (one,) = distil(llama, student, data, recipe)
     monkeypatch.undo()
     monkeypatch.setenv(policy.POLICY, "cpu")
-    monkeypatch.setattr(lanes, "count", lambda: 2)
+    monkeypatch.setattr(streams, "count", lambda: 2)
     _, (two,) = distil(llama, student, data, recipe)
     assert two.loss == pytest.approx(one.loss, rel=1e-5)
     assert two.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
@@ -168,13 +168,14 @@ def test_the_loss_is_kl_per_token(
         logs = []
         for checkpoint in (llama, student):
             z = np.array(
-                load.resident(checkpoint, mx.float32)(mx.array(data.tokens[w][None]))[0], np.float64
+                load.resident_model(checkpoint, mx.float32)(mx.array(data.tokens[w][None]))[0],
+                np.float64,
             )
             z /= temperature
             logs.append(z - np.log(np.exp(z).sum(-1, keepdims=True)))
-        total += float(((np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1) * data.learn[w]).sum())
-    assert steps[0].loss == pytest.approx(total / data.learn[at].sum(), rel=1e-5)
-    assert steps[0].tokens == data.learn[at].sum()
+        total += float(((np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1) * data.loss_mask[w]).sum())
+    assert steps[0].loss == pytest.approx(total / data.loss_mask[at].sum(), rel=1e-5)
+    assert steps[0].tokens == data.loss_mask[at].sum()
 
 
 def test_halny_zero_is_plain_and_wind_scales_the_gradient(
@@ -199,9 +200,9 @@ def test_micro_batches_line_up(llama: Checkpoint) -> None:
     positions.
     """
     tokens = mx.random.randint(0, 512, (2, 8), key=mx.random.key(0))
-    learn = mx.array([[1.0] * 7 + [0.0], [0.0] * 8])
+    loss_mask = mx.array([[1.0] * 7 + [0.0], [0.0] * 8])
     teacher = live_teacher.StreamedTeacher(llama, None)
-    ((got, mask, hidden),) = teacher.micro_batches([(tokens, learn)])
+    ((got, mask, hidden),) = teacher.micro_batches([(tokens, loss_mask)])
     assert mx.array_equal(got, tokens)
     assert mask.tolist() == [1.0] * 7 + [0.0] * 9
     assert mx.array_equal(hidden, teacher.hidden([tokens])[0].reshape(16, 64))

@@ -71,13 +71,13 @@ def micro_batches(
     made: list[tuple[mx.array, ...]] = []
     for b in range(count):
         keys = mx.random.split(mx.random.key(100 * step + b), 3)
-        learn = (mx.random.uniform(shape=(windows * 16,), key=keys[0]) < 0.7) * float(b != 1)
+        loss_mask = (mx.random.uniform(shape=(windows * 16,), key=keys[0]) < 0.7) * float(b != 1)
         tokens = mx.random.randint(0, 512, (windows, 16), key=keys[1])
-        made.append((tokens, learn, mx.random.normal((windows * 16, width), key=keys[2])))
+        made.append((tokens, loss_mask, mx.random.normal((windows * 16, width), key=keys[2])))
     return made
 
 
-def kl(hidden: mx.array, head: mx.array, learn: mx.array, target: mx.array) -> mx.array:
+def kl(hidden: mx.array, head: mx.array, loss_mask: mx.array, target: mx.array) -> mx.array:
     """Forward KL against a teacher with a fixed random head."""
     teacher_head = 0.05 * mx.random.normal((512, target.shape[1]), key=mx.random.key(9))
     return losses.kl_sum(
@@ -85,7 +85,7 @@ def kl(hidden: mx.array, head: mx.array, learn: mx.array, target: mx.array) -> m
         head,
         teacher=target,
         teacher_logits=lambda h: h @ teacher_head.T,
-        learn=learn,
+        loss_mask=loss_mask,
         temperature=1.0,
         rows=None,
         frozen_head=True,
@@ -102,14 +102,14 @@ def resident(
     """The same training with everything in memory, all gradients first: the model, the steps,
     weights and moments after each. Every block has an optimizer of its own.
     """
-    model = stream.load_checked(load.resident(student, mx.float32))
+    model = stream.load_checked(load.resident_model(student, mx.float32))
     steps: list[Step] = []
     arrays: list[Arrays] = []
     shard = nn.Module()
 
-    def loss(_: nn.Module, tokens: mx.array, learn: mx.array, target: mx.array) -> mx.array:
+    def loss(_: nn.Module, tokens: mx.array, loss_mask: mx.array, target: mx.array) -> mx.array:
         hidden = model.model(tokens)
-        return kl(hidden.reshape(-1, hidden.shape[-1]), load.head_weight(model), learn, target)
+        return kl(hidden.reshape(-1, hidden.shape[-1]), load.head_weight(model), loss_mask, target)
 
     for number in range(iters):
         # of all blocks there is one visit
@@ -238,7 +238,7 @@ def test_room_and_the_page_cache_change_no_bit(
     block = sum(t.nbytes for n, t in source("llama").tensors.items() if ".layers.1." in n) + 4096
     hows: dict[str, dict[str, Any]] = {
         "plain": {},
-        "room": {"room_bytes": head + 2 * block},
+        "room": {"headroom_bytes": head + 2 * block},
         "direct": {"direct": True},
     }
     read = {}
@@ -460,7 +460,10 @@ def test_three_bad_batches_stop_the_run_across_visits(
     student.begin()
 
     def poisoned(step: int) -> list[tuple[mx.array, ...]]:
-        return [(tokens, learn, target * math.nan) for tokens, learn, target in micro_batches(step)]
+        return [
+            (tokens, loss_mask, target * math.nan)
+            for tokens, loss_mask, target in micro_batches(step)
+        ]
 
     with pytest.raises(MisError, match="3 steps in a row"):
         list(student.steps(poisoned, kl, schedule(9)))
@@ -533,21 +536,23 @@ def test_numpy_computes_the_loss_of_the_graph(
     teacher_head = 0.05 * mx.random.normal((512, 64), key=mx.random.key(9))
     batches = micro_batches(0)
 
-    def slopes(head: mx.array, given: Any, b: int, hidden: mx.array) -> tuple[float, mx.array]:
-        _, learn, target = given[b]
-        value, slope, none = host_losses.kl_gradients(
+    def host_gradients(
+        head: mx.array, given: Any, b: int, hidden: mx.array
+    ) -> tuple[float, mx.array]:
+        _, loss_mask, target = given[b]
+        value, gradient, none = host_losses.kl_gradients(
             hidden,
             head,
             teacher=target,
             teacher_logits=lambda h: h @ teacher_head.T,
-            learn=learn,
+            loss_mask=loss_mask,
             frozen_head=True,
         )
         assert none is None
-        return value, slope
+        return value, gradient
 
     ((a, n), *left), ((b, m), *right) = (
-        list(student.gradients(batches, kl, s)) for s in (None, slopes)
+        list(student.gradients(batches, kl, s)) for s in (None, host_gradients)
     )
     assert n == m
     assert a == pytest.approx(b, rel=1e-6)

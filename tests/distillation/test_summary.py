@@ -25,7 +25,7 @@ def test_worse_than_pruned_is_said(distilled: float, worse: list[str], llama: Ch
             Row(model=name, metric="nll", value=loss, low=0.1, high=0.1, n=3)
             for name, loss in zip(models, losses, strict=True)
         ]
-    page = summary.page(models, sizes, rows, 32)
+    page = summary.result_page(models, sizes, rows, 32)
     said = [text for text in quality if f"On {text} distillation made the student worse" in page]
     assert said == worse and ("3.900 nats/token, after 3.500" in page) == bool(worse)
 
@@ -48,9 +48,9 @@ def test_the_page_begins_with_what_the_students_answer(
         ]
     }
     greedy = {"teacher": [FINE] * 8, "distilled": [], "4-bit": answers_with(loops, 8)}
-    plain = summary.page(models, sizes, quality, 32)
+    plain = summary.result_page(models, sizes, quality, 32)
 
-    page = summary.page(
+    page = summary.result_page(
         models, sizes, quality=quality, length=32, answered=judged("eeeeeeee", greedy)
     )
 
@@ -84,16 +84,16 @@ def test_what_was_won_and_lost_is_one_sentence(llama: Checkpoint) -> None:
     rows = {
         "English": [Row(n, "bpb", v) for n, v in zip(models, (1.0, 1.5, 1.1, 1.14), strict=True)]
     }
-    assert summary.won(models, sizes, rows) == (
+    assert summary.gain_sentence(models, sizes, rows) == (
         "The student against its teacher: 33% fewer parameters, 300.0 -> 60.0 MB, decodes 1.5x as "
         "fast unquantized; "
         "English +0.100 bits per byte, 4 bits add 0.040."
     )
     # whole it fits no budget
     large = [row for row in sizes if (row.model, row.metric) != ("teacher", "decode_tps")]
-    assert "decodes" not in summary.won(models, large, rows)
+    assert "decodes" not in summary.gain_sentence(models, large, rows)
     dense = dict.fromkeys(("teacher", "pruned", "distilled"), llama)
-    assert summary.won(dense, [Row(n, "params", 1.0) for n in dense], rows) == (
+    assert summary.gain_sentence(dense, [Row(n, "params", 1.0) for n in dense], rows) == (
         "The student against its teacher: 0% fewer parameters; English +0.100 bits per byte, 4 "
         "bits add 0.040."
     )

@@ -292,7 +292,7 @@ def test_within_the_budget_or_a_sentence(chat: Checkpoint, monkeypatch: pytest.M
     single = teacher_answers.plan(m, replace(HOW, prompts=one_turn), Budget(4000 * MIB))
 
     assert much.at_once == 64
-    assert much.room_bytes is None
+    assert much.headroom_bytes is None
     assert 0 < much.peak_bytes < 4000 * MIB
     assert turns.cost.flops == pytest.approx(2 * single.cost.flops)
     less = teacher_answers.plan(m, HOW, Budget(45 * MIB))

@@ -31,16 +31,16 @@ def net() -> nn.Module:
 
 
 def squares(
-    model: nn.Module, x: mx.array, y: mx.array, learn: mx.array
+    model: nn.Module, x: mx.array, y: mx.array, loss_mask: mx.array
 ) -> tuple[mx.array, mx.array]:
-    return (mx.square(model(x)[:, 0] - y) * learn).sum(), learn.sum()
+    return (mx.square(model(x)[:, 0] - y) * loss_mask).sum(), loss_mask.sum()
 
 
 def rows(step: int) -> tuple[mx.array, mx.array, mx.array]:
     """Twelve rows of a step, with an uneven learn mask."""
     k = mx.random.split(mx.random.key(step), 2)
-    learn = mx.array([1.0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0.0])
-    return mx.random.normal((12, 4), key=k[0]), mx.random.normal((12,), key=k[1]), learn
+    loss_mask = mx.array([1.0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0.0])
+    return mx.random.normal((12, 4), key=k[0]), mx.random.normal((12,), key=k[1]), loss_mask
 
 
 def cut(sizes: list[int]) -> Any:
@@ -103,9 +103,9 @@ def test_further_sums_come_as_means_and_tokens_as_a_number() -> None:
     step then names.
     """
 
-    def telling(model: nn.Module, x: mx.array, y: mx.array, learn: mx.array) -> tuple[Any, ...]:
-        total, count = squares(model, x, y, learn)
-        return total, count, {"target": (y * learn).sum(), "tokens": mx.array(float(len(y)))}
+    def telling(model: nn.Module, x: mx.array, y: mx.array, loss_mask: mx.array) -> tuple[Any, ...]:
+        total, count = squares(model, x, y, loss_mask)
+        return total, count, {"target": (y * loss_mask).sum(), "tokens": mx.array(float(len(y)))}
 
     schedule = tiny.schedule(2, 1e-2, 2)
     whole, parts = (
@@ -117,11 +117,11 @@ def test_further_sums_come_as_means_and_tokens_as_a_number() -> None:
         for sizes in ([12], [5, 1, 6])
     )
     for number, (a, b) in enumerate(zip(whole, parts, strict=True)):
-        _, y, learn = rows(number)
+        _, y, loss_mask = rows(number)
         assert a.tokens == b.tokens == 12
         assert set(a.more) == set(b.more) == {"target"}
         assert a.more["target"] == pytest.approx(b.more["target"], rel=1e-6)
-        assert a.more["target"] == pytest.approx((y * learn).sum().item() / 6, rel=1e-6)
+        assert a.more["target"] == pytest.approx((y * loss_mask).sum().item() / 6, rel=1e-6)
 
 
 def test_a_step_by_pencil() -> None:
@@ -153,11 +153,11 @@ def test_a_step_by_pencil() -> None:
 def test_all_masked_is_not_a_division_by_zero() -> None:
     """No token counts: loss 0, gradient 0, and only weight decay moves the weights."""
     model = net()
-    x, y, learn = rows(0)
+    x, y, loss_mask = rows(0)
     schedule = tiny.schedule(1, 1e-2, 1)
     (step,) = train_loop.train(
         model,
-        lambda _: [(x, y, 0 * learn)],
+        lambda _: [(x, y, 0 * loss_mask)],
         loss=squares,
         optimizer=GuardedAdamW(weight_decay=0.0),
         recipe=schedule,
@@ -196,8 +196,8 @@ def test_stopping_and_going_on_is_bit_equal(stop: int) -> None:
             break
     second = net()
     after = GuardedAdamW()
-    train_loop.Whole(second, after).restore(
-        train_loop.Whole(first, before).arrays(), before.memory()
+    train_loop.WholeModel(second, after).restore(
+        train_loop.WholeModel(first, before).arrays(), before.memory()
     )
     rest = run(second, after, cut([6, 6]), start=stop)
     assert [s.number for s in rest] == list(range(stop + 1, 7))
@@ -214,8 +214,8 @@ def test_a_batch_of_nan_is_skipped_and_noted() -> None:
     seen = []
 
     def micro_batches(step: int) -> list[tuple[mx.array, ...]]:
-        x, y, learn = rows(step)
-        return [(x * math.nan if step == 2 else x, y, learn)]
+        x, y, loss_mask = rows(step)
+        return [(x * math.nan if step == 2 else x, y, loss_mask)]
 
     for step in train_loop.train(
         model,

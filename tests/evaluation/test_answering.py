@@ -45,7 +45,7 @@ def quiz(count: int, **more: Any) -> questions.Task:
 
 def likelihoods(checkpoint: Checkpoint, task: questions.Task) -> list[list[float]]:
     """What is kept for it."""
-    found = answering.read(answering.kept(answering.sha256(checkpoint), task.sha256))
+    found = answering.read(answering.answers_path(answering.sha256(checkpoint), task.sha256))
     return [found[n]["ll"] for n in range(len(task.questions))]
 
 
@@ -62,7 +62,7 @@ def test_answers_are_kept_and_used(llama: Checkpoint) -> None:
     assert first.tolist() == right
     assert 0 < sum(right) < 30
     assert answering.plan(llama, sha256, task, limit) is None
-    path = answering.kept(sha256, task.sha256)
+    path = answering.answers_path(sha256, task.sha256)
     before = path.read_bytes()
     assert answering.scores(llama, sha256, task, limit).tolist() == right
     assert path.read_bytes() == before
@@ -79,11 +79,11 @@ def test_a_stopped_run_goes_on(llama: Checkpoint) -> None:
     sha256 = answering.sha256(llama)
     limit = memory.budget(None)
     whole = answering.scores(llama, sha256, task, limit)
-    path = answering.kept(sha256, task.sha256)
+    path = answering.answers_path(sha256, task.sha256)
     exact = likelihoods(llama, task)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:10]) + lines[10][: len(lines[10]) // 2])
-    assert len(answering.todo(sha256, task)[2]) == 20
+    assert len(answering.unanswered(sha256, task)[2]) == 20
     assert answering.scores(llama, sha256, task, limit).tolist() == whole.tolist()
     asked_again = {json.loads(line)["n"] for line in path.read_text().splitlines()[11:]}
     assert asked_again == set(range(30)) - {json.loads(line)["n"] for line in lines[:10]}
@@ -107,7 +107,7 @@ def test_a_small_budget_gives_the_same_marks(llama: Checkpoint) -> None:
     assert poor.read_bytes > 5 * rich.read_bytes == 5 * llama.nbytes
     marks = answering.scores(llama, sha256, task, little)
     exact = likelihoods(llama, task)
-    answering.kept(sha256, task.sha256).unlink()
+    answering.answers_path(sha256, task.sha256).unlink()
     assert answering.scores(llama, sha256, task, much).tolist() == marks.tolist()
     for one, other in zip(likelihoods(llama, task), exact, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
@@ -139,7 +139,7 @@ def test_options_of_unlike_length_are_compared_per_character(llama: Checkpoint) 
     """lm-eval's acc_norm: the space before an option is none of its characters."""
     task = quiz(30, per_character=True)
     found = answering.scores(llama, "0" * 64, task, memory.budget(None))
-    kept = answering.read(answering.kept("0" * 64, task.sha256))
+    kept = answering.read(answering.answers_path("0" * 64, task.sha256))
     for n, question in enumerate(task.questions):
         characters = np.array([len(option.strip()) for option in question.options])
         per_character = np.array(kept[n]["ll"]) / characters
@@ -194,7 +194,7 @@ def test_written_answers_are_judged_by_their_last_line(llama: Checkpoint) -> Non
     assert task_answers.marks_of_checked(task, range(3), texts) == [1.0, 0.0, 0.0]
     marks = answering.scores(llama, "0" * 64, task, memory.budget(None))
     assert marks.tolist() == [0, 0, 0]
-    kept = answering.read(answering.kept("0" * 64, task.sha256))
+    kept = answering.read(answering.answers_path("0" * 64, task.sha256))
     assert len({row["text"] for row in kept.values()}) == 1
     assert kept[0]["text"]
 
@@ -212,7 +212,7 @@ def test_the_same_is_written_where_the_model_does_not_fit(llama: Checkpoint) -> 
     said = []
     for mib in (8, 1000):
         answering.scores(llama, "0" * 64, task, Budget(mib * MIB))
-        said.append(answering.read(answering.kept("0" * 64, task.sha256)))
-        answering.kept("0" * 64, task.sha256).unlink()
+        said.append(answering.read(answering.answers_path("0" * 64, task.sha256)))
+        answering.answers_path("0" * 64, task.sha256).unlink()
     assert said[0] == said[1]
     assert said[0][0]["text"]

@@ -82,7 +82,7 @@ def fixed(*given: Answer) -> TeacherAnswers:
 
 def plain_log_probabilities(model: Checkpoint, ids: list[int], count: int) -> np.ndarray:
     """(count,) of the last tokens, by the resident model and float64."""
-    z = np.array(load.resident(model, mx.float32)(mx.array([ids]))[0], np.float64)
+    z = np.array(load.resident_model(model, mx.float32)(mx.array([ids]))[0], np.float64)
     z -= z.max(axis=-1, keepdims=True)
     log_p = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
     return np.array([log_p[place - 1, ids[place]] for place in range(len(ids) - count, len(ids))])
@@ -183,7 +183,7 @@ def test_these_ids_are_those_that_training_learns(chat: Checkpoint) -> None:
     tokenizer = load.tokenizer(chat.path)
     said = Answer("A statement.", ended=True)
     row = {"messages": [*LATER.messages, {"role": "assistant", "content": said.text}]}
-    ids, learn = token_windows.conversation(row, tokenizer, mask_prompt=True)
+    ids, loss_mask = token_windows.conversation(row, tokenizer, mask_prompt=True)
     last = max(place for place, token in enumerate(ids) if token == tokenizer.eos_token_id)
 
     before, own = answer_likelihood._tokens_of(
@@ -191,8 +191,8 @@ def test_these_ids_are_those_that_training_learns(chat: Checkpoint) -> None:
     )
 
     assert [*before, *own] == ids[: last + 1]
-    assert learn[len(before) : last + 1] == [1] * len(own)
-    assert learn[len(before) - 1] == 0
+    assert loss_mask[len(before) : last + 1] == [1] * len(own)
+    assert loss_mask[len(before) - 1] == 0
 
 
 def test_an_answer_that_was_cut_off_has_no_end(chat: Checkpoint) -> None:
@@ -310,10 +310,10 @@ def test_a_streamed_model_answers_the_same(tmp_path: Path, monkeypatch: pytest.M
     opened = text_writer.TextWriter.__init__
 
     def watched(
-        self: Any, checkpoint: Checkpoint, room_bytes: int | None, direct: bool = False
+        self: Any, checkpoint: Checkpoint, headroom_bytes: int | None, direct: bool = False
     ) -> None:
-        kinds.append(room_bytes)
-        opened(self, checkpoint, room_bytes, direct)
+        kinds.append(headroom_bytes)
+        opened(self, checkpoint, headroom_bytes, direct)
 
     monkeypatch.setattr(text_writer.TextWriter, "__init__", watched)
     deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
@@ -493,16 +493,16 @@ def test_the_teacher_is_known_by_what_is_kept() -> None:
 
     teacher = TeacherAnswers(THREE[:2], pairs)
 
-    assert teacher.said.bits.nats.tolist() == [3.0, 5.0]
-    assert teacher.said.bits.nbytes.tolist() == [
+    assert teacher.as_model.bits.nats.tolist() == [3.0, 5.0]
+    assert teacher.as_model.bits.nbytes.tolist() == [
         4,
         4,
     ]
-    assert teacher.said.logprob == pytest.approx(-4 / 6)
-    assert teacher.said.greedy == teacher.sampled == teacher.greedy == said
+    assert teacher.as_model.logprob == pytest.approx(-4 / 6)
+    assert teacher.as_model.greedy == teacher.sampled == teacher.greedy == said
     second = teacher.part([1])
     assert second.prompts == THREE[1:2]
-    assert second.said.logprob == pytest.approx(-1.0)
+    assert second.as_model.logprob == pytest.approx(-1.0)
 
 
 def test_a_model_without_a_template_is_not_judged(llama: Checkpoint, chat: Checkpoint) -> None:
@@ -626,10 +626,10 @@ def test_planned_before_anything_is_asked(tmp_path: Path) -> None:
     deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
     m = estimates.model_of(deep)
     much = Budget(2000 * MIB)
-    one = writing.answers([m, m], 8, much)
-    two = writing.answers([m, m, m], 8, much)
-    kept = writing.answers([m, m], 8, much, teacher_kept=True)
-    poor = writing.answers([m, m], 8, Budget(20 * MIB))
+    one = writing.answers_cost([m, m], 8, much)
+    two = writing.answers_cost([m, m, m], 8, much)
+    kept = writing.answers_cost([m, m], 8, much, teacher_kept=True)
+    poor = writing.answers_cost([m, m], 8, Budget(20 * MIB))
     assert one.flops < two.flops
     assert kept.flops < one.flops
     assert kept.peak_bytes <= one.peak_bytes
@@ -637,7 +637,7 @@ def test_planned_before_anything_is_asked(tmp_path: Path) -> None:
     assert poor.read_bytes > 100 * one.read_bytes
     assert poor.peak_bytes < 20 * MIB
     with pytest.raises(MisError, match="the budget is 1 MiB: give --budget"):
-        writing.answers([m], 8, Budget(MIB))
+        writing.answers_cost([m], 8, Budget(MIB))
 
 
 def test_by_metals_policy(metal: None, chat: Checkpoint, tmp_path: Path) -> None:

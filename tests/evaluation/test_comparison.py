@@ -24,15 +24,15 @@ from tests import tiny
 def held_out() -> Windows:
     """Five windows of 40 tokens; the last column never counts, and of window 1 only a part does."""
     rng = np.random.default_rng(0)
-    learn = np.ones((5, 40), np.float32)
-    learn[:, -1] = 0
-    learn[1, :30] = 0
-    return Windows(rng.integers(0, 512, (5, 40)).astype(np.int32), learn)
+    loss_mask = np.ones((5, 40), np.float32)
+    loss_mask[:, -1] = 0
+    loss_mask[1, :30] = 0
+    return Windows(rng.integers(0, 512, (5, 40)).astype(np.int32), loss_mask)
 
 
 def log_p(checkpoint: Checkpoint, tokens: np.ndarray) -> np.ndarray:
     """Log-probabilities (T - 1, V) of the resident model, float64."""
-    model = load.resident(checkpoint, mx.float32)
+    model = load.resident_model(checkpoint, mx.float32)
     logits = np.array(model(mx.array(tokens[None]))[0, :-1], np.float64)
     return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
 
@@ -46,15 +46,15 @@ def test_against_float64(tmp_path: Path, llama: Checkpoint, held_out: Windows) -
     for w in range(5):
         teacher = log_p(llama, held_out.tokens[w])
         student = log_p(other, held_out.tokens[w])
-        learn = held_out.learn[w][:-1]
+        loss_mask = held_out.loss_mask[w][:-1]
         at = (np.arange(39), held_out.tokens[w][1:])
         kl = (np.exp(teacher) * (teacher - student)).sum(-1)
         same = teacher.argmax(-1) == student.argmax(-1)
         wanted = {
-            ("teacher", "nll"): np.average(-teacher[at], weights=learn),
-            ("student", "nll"): np.average(-student[at], weights=learn),
-            ("student", "kl"): np.average(kl, weights=learn),
-            ("student", "top1"): np.average(same, weights=learn),
+            ("teacher", "nll"): np.average(-teacher[at], weights=loss_mask),
+            ("student", "nll"): np.average(-student[at], weights=loss_mask),
+            ("student", "kl"): np.average(kl, weights=loss_mask),
+            ("student", "top1"): np.average(same, weights=loss_mask),
         }
         assert found["student", "top1"][w] == pytest.approx(wanted["student", "top1"])
         assert {key: values[w] for key, values in found.items()} == pytest.approx(wanted, abs=1e-5)
@@ -74,10 +74,10 @@ def test_a_window_without_predictions_has_no_mean(llama: Checkpoint, held_out: W
     """It is left out of what is per token; bits per byte are a ratio of sums, to which it adds
     nothing.
     """
-    learn = held_out.learn.copy()
-    learn[2] = 0
+    loss_mask = held_out.loss_mask.copy()
+    loss_mask[2] = 0
     text_bytes = np.array([100, 100, 0, 100, 100])
-    windows = Windows(held_out.tokens, learn, text_bytes)
+    windows = Windows(held_out.tokens, loss_mask, text_bytes)
     others = windows.pick([0, 1, 3, 4])
 
     rows = comparison.rows_of(comparison.compare({"m": llama}, windows), windows)
@@ -95,29 +95,29 @@ def test_a_window_without_predictions_has_no_mean(llama: Checkpoint, held_out: W
 def test_windows_are_chosen_evenly(held_out: Windows) -> None:
     """Spread over the text, first and last included; all of them when more are asked for."""
     for count, kept in ((1, [0]), (2, [0, 4]), (3, [0, 2, 4]), (99, list(range(5)))):
-        found = comparison.chosen(held_out, count)
+        found = comparison.spread_windows(held_out, count)
         assert (found.tokens == held_out.tokens[kept]).all()
 
 
 @pytest.fixture(scope="module")
 def halves() -> Windows:
     """Six windows of 40 tokens, their second halves counted but for some of window 1."""
-    learn = np.ones((6, 40), np.float32)
-    learn[:, -1] = 0
-    learn[1, 25:30] = 0
+    loss_mask = np.ones((6, 40), np.float32)
+    loss_mask[:, -1] = 0
+    loss_mask[1, 25:30] = 0
     tokens = np.random.default_rng(0).integers(0, 512, (6, 40)).astype(np.int32)
-    return comparison.second_half(Windows(tokens, learn))
+    return comparison.second_half(Windows(tokens, loss_mask))
 
 
 def test_which_tokens_count(halves: Windows) -> None:
     """Predictions 20 to 38 of 40: llama.cpp's n_ctx - 1 - n_ctx / 2."""
-    assert halves.learn.sum(axis=1).tolist() == [19, 14, 19, 19, 19, 19]
-    assert np.flatnonzero(halves.learn[0]).tolist() == list(range(20, 39))
+    assert halves.loss_mask.sum(axis=1).tolist() == [19, 14, 19, 19, 19, 19]
+    assert np.flatnonzero(halves.loss_mask[0]).tolist() == list(range(20, 39))
     with pytest.raises(
         MisError,
         match="19 tokens lie in the second halves of 1 windows, but the statistics need 100",
     ):
-        comparison.second_half(Windows(halves.tokens[:1], halves.learn[:1]))
+        comparison.second_half(Windows(halves.tokens[:1], halves.loss_mask[:1]))
 
 
 def test_kld_by_pencil() -> None:
@@ -174,7 +174,7 @@ def test_logits_come_in_chunks(
     positions = [count for count, _ in seen]
     assert {tokens for _, tokens in seen} == {100, 12}
     assert max(positions) == 8
-    assert sum(positions) == 2 * 6 * halves.learn.sum()
+    assert sum(positions) == 2 * 6 * halves.loss_mask.sum()
     assert small["ppl"][0] == pytest.approx(whole["ppl"][0], rel=1e-5)
     assert small["mean_kld"] == (0, 0)
     assert small["same_top_p"] == (100, 0)

@@ -259,7 +259,7 @@ def test_a_model_writes_and_is_marked(llama: Checkpoint, monkeypatch: pytest.Mon
 
     assert levels == Levels(prompt_strict=1 / 3, inst_strict=3 / 5)
     assert marks.mean() == pytest.approx(levels.mean)
-    kept = answering.read(answering.kept("0" * 64, task.sha256))
+    kept = answering.read(answering.answers_path("0" * 64, task.sha256))
     assert [kept[n]["followed"] for n in range(3)] == [2.0, 0.0, 1.0]
     assert answering.plan(llama, "0" * 64, task, limit) is None
     assert (
@@ -320,7 +320,7 @@ def test_chance_and_the_best_constant_are_what_their_texts_earn() -> None:
 
     # An instruction has the weight 2 / 3: one of three followed, no prompt whole.
     assert chance.tolist() == pytest.approx([1 / 3, 0.0])
-    assert constant == (pytest.approx(1 / 6), instructions.DRESSED)
+    assert constant == (pytest.approx(1 / 6), instructions.FORMATTED_ANSWER)
 
 
 def test_chance_of_other_tasks_stays_what_it_is() -> None:

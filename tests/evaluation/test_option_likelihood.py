@@ -57,7 +57,7 @@ def asked(tokenizer: Any, count: int) -> list[option_likelihood.Encoded]:
 
 def plain(checkpoint: Checkpoint, encoded: list[option_likelihood.Encoded]) -> list[list[float]]:
     """Every option in a pass of its own, after its whole context, through mlx-lm's model."""
-    model = load.resident(checkpoint, mx.float32)
+    model = load.resident_model(checkpoint, mx.float32)
     found = []
     for context, options in encoded:
         found.append([])
@@ -126,7 +126,7 @@ def test_encode_splits_where_lm_eval_splits(llama: Checkpoint) -> None:
 def test_packed_weights_are_scored_as_they_are(tmp_path: Path, llama: Checkpoint) -> None:
     """A 4-bit student's numbers are those of its own rounded weights."""
     packed_format.write_quantized(
-        llama, tmp_path / "4bit", packed_format.layout(llama.config, 64), DISK
+        llama, tmp_path / "4bit", packed_format.formats_of(llama.config, 64), DISK
     )
     student = load.open_checkpoint(tmp_path / "4bit")
     encoded = asked(load.tokenizer(student.path), 8)

@@ -247,7 +247,7 @@ def opened(folder: Path) -> str:
             else np.zeros(0, np.uint8)
         )
         assert raw.tobytes() == bytes(theirs["data"]), name
-    model = load.resident(checkpoint, mx.float32)
+    model = load.resident_model(checkpoint, mx.float32)
     logits = model(mx.array([[1, 2, 3]]))
     mx.eval(logits)
     assert logits.shape == (1, 3, checkpoint.config["vocab_size"])

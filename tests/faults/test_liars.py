@@ -31,7 +31,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "model.safetensors").unlink()
     in_order = ((name, arrays[name]) for name in specs)
     safetensors.write_tensors(
-        folder, specs, tensors=in_order, files=DISK, shards=safetensors.cut(specs, 150_000)
+        folder,
+        specs,
+        tensors=in_order,
+        files=DISK,
+        shards=safetensors.split_into_shards(specs, 150_000),
     )
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     return folder

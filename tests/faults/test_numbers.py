@@ -158,8 +158,12 @@ def test_a_sharded_run_goes_back_too(
     block is on disk already. Without these batches in the next visit too; killed on the second way,
     it ends with the same bytes.
     """
-    ways = phases.ways
-    monkeypatch.setattr(phases, "ways", lambda job: (way for way in ways(job) if way[2] == 1))
+    ways = phases.candidate_strategies
+    monkeypatch.setattr(
+        phases,
+        "candidate_strategies",
+        lambda job: (way for way in ways(job) if way[2] == 1),
+    )
     s, cut = (replace(settings(name), train="sharded") for name in ("whole", "cut"))
     bad |= {first, first + 1, first + 2}
     distill.run(s)

@@ -455,7 +455,8 @@ ALIGN: dict[str, tuple[Any, str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(
-    ("module", "kind", "more"), [slow_where(EMULATED, name, *way) for name, way in ALIGN.items()]
+    ("module", "kind", "more"),
+    [slow_where(EMULATED, name, *way) for name, way in ALIGN.items()],
 )
 def test_alignment(
     module: Any,
@@ -585,7 +586,7 @@ def test_generate(
         with monkeypatch.context() as patch:
             patch.setattr(generate, "_whole_bytes", lambda *_: 0)
             said = generate.run(generate.Settings(**flags, dry_run=True))
-            least = estimates.enough(
+            least = estimates.enough_budget(
                 said["peak_bytes"] - memory.process_bytes(said["budget_bytes"])
             )
             poor = generate.run(

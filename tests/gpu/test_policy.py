@@ -42,7 +42,7 @@ def packed(tmp_path: Path, stored: str, mode: str = "affine", layers: int = 5) -
     made = tiny.make(tmp_path / "dense", dtype=stored, torch_dtype=TORCH[stored], **sizes)
     dense = load.open_checkpoint(made)
     packed_format.write_quantized(
-        dense, tmp_path / "packed", packed_format.layout(dense.config, 64, (), mode), DISK
+        dense, tmp_path / "packed", packed_format.formats_of(dense.config, 64, (), mode), DISK
     )  # type: ignore[arg-type]
     return load.open_checkpoint(tmp_path / "packed")
 
@@ -67,12 +67,12 @@ def test_packed_passes_are_equal(stored: str, mode: str, tmp_path: Path, metal: 
     bit for bit.
     """
     checkpoint = packed(tmp_path, stored, mode)
-    want = np.array(load.resident(checkpoint, mx.float16).model(TOKENS).astype(mx.float32))
+    want = np.array(load.resident_model(checkpoint, mx.float16).model(TOKENS).astype(mx.float32))
     for room, keeps in ((0, 0), (None, 5)):
         source = stream.Stream(checkpoint, mx.float16, room)
         for _ in range(3):
             np.testing.assert_array_equal(final(source), want)
-        assert source.keeps == keeps
+        assert source.resident_blocks == keeps
 
 
 @pytest.mark.parametrize("stored", ["BF16", "F16", "F32"])
@@ -81,7 +81,7 @@ def test_dense_passes_are_equal(stored: str, tmp_path: Path, metal: None) -> Non
     checkpoint = load.open_checkpoint(
         tiny.make(tmp_path / "m", dtype=stored, torch_dtype=TORCH[stored])
     )
-    want = np.array(load.resident(checkpoint, mx.float16).model(TOKENS).astype(mx.float32))
+    want = np.array(load.resident_model(checkpoint, mx.float16).model(TOKENS).astype(mx.float32))
     for room in (0, None):
         source = stream.Stream(checkpoint, mx.float16, room)
         for _ in range(3):
@@ -103,7 +103,7 @@ HEAD = mx.random.normal((20, 8), key=mx.random.key(1))
 IDS = mx.arange(1, 7)
 LOSSES: dict[str, Callable[..., mx.array]] = {
     "sampled_kl_sum": lambda h, w, frozen: losses.sampled_kl_sum(
-        h, w, learn=mx.ones(6), ids=IDS[:, None], weights=mx.ones((6, 1)), frozen_head=frozen
+        h, w, loss_mask=mx.ones(6), ids=IDS[:, None], weights=mx.ones((6, 1)), frozen_head=frozen
     ),
     "token_logps": lambda h, w, frozen: -token_logps(h, w, IDS, frozen_head=frozen).sum(),
 }
@@ -136,7 +136,7 @@ def adapter_gradients(checkpoint: Checkpoint, dtype: mx.Dtype) -> dict[str, np.n
     """Of a pair's preference loss in every adapter of a 4-bit model, the adapters set alike in both
     types.
     """
-    model = load.resident(checkpoint, dtype)
+    model = load.resident_model(checkpoint, dtype)
     lora.insert(model, lora.Lora(-1, 8, 20.0), 0)
     flat: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
     drawn = {
@@ -248,7 +248,7 @@ def test_float32_where_the_budget_holds_it(
     need = estimates.streamed_pass(
         "", whole, tokens=512, micro_tokens=512, length=512, spool=False
     ).peak_bytes
-    enough = Budget(estimates.enough(need))
+    enough = Budget(estimates.enough_budget(need))
     for limit, want in ((enough, mx.float32), (Budget(need), mx.bfloat16), (enough, mx.float32)):
         estimates.settle_precision(limit, overflowing, llama)
         assert policy.compute_dtype(overflowing) == want
@@ -265,7 +265,7 @@ def test_a_run_settles_its_precision_when_it_opens_the_model(
     chip(False)
     for budget, want in (("1GiB", mx.float32), ("2MiB", mx.bfloat16)):
         settings = sft.Settings(model=str(overflowing.path), budget=budget, dry_run=True)
-        run_loop.opened(settings, settings.model)
+        run_loop.open_model(settings, settings.model)
         assert policy.compute_dtype(overflowing) == want
 
 
@@ -319,7 +319,7 @@ def test_losses_are_taken_of_logits_that_are_not_rounded(dtype: mx.Dtype) -> Non
         near,
         teacher=hidden,
         teacher_logits=lambda h: load.wide_logits(teacher, h),
-        learn=mx.ones(16),
+        loss_mask=mx.ones(16),
         rows=5,
     )
     assert found.item() == pytest.approx((np.exp(log_p) * (log_p - log_q)).sum(), abs=2e-5)
@@ -433,4 +433,4 @@ def test_the_look_sees_the_real_range(tmp_path: Path) -> None:
     for _, block in source.blocks():
         hidden = block(hidden, load.mask(source.args, block, hidden))
         seen = max(seen, float(np.abs(np.array(hidden)).max()))
-    assert policy.largest(checkpoint) == pytest.approx(seen, rel=2e-3)
+    assert policy.largest_activation(checkpoint) == pytest.approx(seen, rel=2e-3)

@@ -155,7 +155,7 @@ def test_budgets() -> None:
     assert memory.budget(None, 4 * GIB) == Budget(3 * GIB)
     with pytest.raises(MisError, match=r"8.00 GiB is more than the available 4.00 GiB"):
         memory.budget(8 * GIB, 4 * GIB)
-    assert 0 < memory.room_bytes() <= psutil.virtual_memory().total
+    assert 0 < memory.usable_memory_bytes() <= psutil.virtual_memory().total
 
 
 def test_metals_rule() -> None:
@@ -181,7 +181,7 @@ def test_what_others_use_is_left_to_them(
     seen = SimpleNamespace(
         total=8 * GIB, used=used + own, available=8 * GIB - used - own - compressed
     )
-    monkeypatch.setattr(memory, "room_bytes", lambda: M1_AIR.room_bytes)
+    monkeypatch.setattr(memory, "usable_memory_bytes", lambda: M1_AIR.room_bytes)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: seen)
     found = memory.budget(None).limit_bytes
     assert found == pytest.approx(default, abs=64 * MIB)  # the process may grow between two looks

@@ -42,10 +42,10 @@ def test_constant_weather_is_plain_importance() -> None:
     samples = np.random.default_rng(0).random((6, 200))
     sums = sums_of(samples, [281.15] * 6)
     plain = importance.rms(sums)
-    weather = importance.aais(sums, 832.0)
-    np.testing.assert_allclose(weather, plain * 281.15 / 832.0, rtol=1e-12)
+    thermal_monitor = importance.aais(sums, 832.0)
+    np.testing.assert_allclose(thermal_monitor, plain * 281.15 / 832.0, rtol=1e-12)
     for keep in (1, 50, 199):
-        assert importance.top(weather, keep) == importance.top(plain, keep)
+        assert importance.top(thermal_monitor, keep) == importance.top(plain, keep)
 
 
 def test_a_warm_batch_changes_who_is_kept() -> None:
@@ -117,7 +117,7 @@ def test_ties_keep_the_lower_index() -> None:
     """Equal scores: the first stay; the result is sorted."""
     assert importance.top(np.array([1.0, 2.0, 2.0, 1.0, 1.0]), 3) == (0, 1, 2)
     assert importance.top(np.zeros(5), 2) == (0, 1)
-    assert importance.lowest_blocks({0: 0.5, 1: 0.1, 2: 0.1, 3: 0.9}, 3) == (0, 1, 3)
+    assert importance.select_blocks({0: 0.5, 1: 0.1, 2: 0.1, 3: 0.9}, 3) == (0, 1, 3)
 
 
 def test_heads_are_kept_group_by_group() -> None:

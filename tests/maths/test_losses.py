@@ -44,7 +44,7 @@ def ours(p: Problem, **options: Any) -> Callable[[mx.array, mx.array], mx.array]
             head,
             teacher=p["teacher"],
             teacher_logits=lambda h: h @ p["teacher_head"].T,
-            learn=p["learn"],
+            loss_mask=p["learn"],
             **options,
         )
 
@@ -254,7 +254,7 @@ def test_no_fresh_head_a_chunk(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     head = mx.random.normal((50, 8), key=mx.random.key(1))
     work = {
         "kl_sum": lambda h, w: losses.kl_sum(
-            h, w, teacher=h, teacher_logits=lambda x: x @ head.T * 2, learn=mx.ones(12), rows=5
+            h, w, teacher=h, teacher_logits=lambda x: x @ head.T * 2, loss_mask=mx.ones(12), rows=5
         ),
         "token_logps": lambda h, w: losses.token_logps(h, w, mx.arange(12), rows=5).sum(),
     }[name]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mis_mlx.maths import reconstruction
-from mis_mlx.maths.reconstruction import HeldOut, NormalEquations, left
+from mis_mlx.maths.reconstruction import HeldOut, NormalEquations, remaining_error
 
 F = 7
 D = 4
@@ -57,7 +57,7 @@ def test_against_lstsq() -> None:
     share = error / np.square(missing).sum()
 
     update = sums(*tokens).update(0.0)
-    remaining = left([judging(*tokens)], update)
+    remaining = remaining_error([judging(*tokens)], update)
 
     np.testing.assert_allclose(update, wanted.T, atol=1e-5)
     assert remaining == pytest.approx(share, abs=1e-6)
@@ -95,7 +95,9 @@ def test_wide_layers_are_solved_in_half_the_bytes(monkeypatch: pytest.MonkeyPatc
         assert array.dtype == np.float32
     assert fit.gram.dtype != np.float32
     np.testing.assert_allclose(update, wanted, atol=1e-5)
-    assert left(tokens, update) == pytest.approx(left(tokens, wanted), abs=1e-5)
+    assert remaining_error(tokens, update) == pytest.approx(
+        remaining_error(tokens, wanted), abs=1e-5
+    )
 
 
 def test_parts_merge_in_any_order() -> None:
@@ -134,7 +136,7 @@ def test_nothing_missing_nothing_changed() -> None:
     update = sums(inputs, nothing, weights).update(0.1)
 
     assert (update == 0).all()
-    assert left([judging(inputs, nothing, weights)], update) == 1.0
+    assert remaining_error([judging(inputs, nothing, weights)], update) == 1.0
 
 
 def test_the_ridge_is_the_one_that_leaves_least_held_out() -> None:
@@ -142,8 +144,8 @@ def test_the_ridge_is_the_one_that_leaves_least_held_out() -> None:
     tokens.
     """
     inputs, noise, weights = draw(4)
-    slope = np.linspace(-0.5, 0.5, F * D).reshape(F, D)
-    missing = (inputs @ slope + noise).astype(np.float32)  # something to be learned, and noise
+    gradient = np.linspace(-0.5, 0.5, F * D).reshape(F, D)
+    missing = (inputs @ gradient + noise).astype(np.float32)  # something to be learned, and noise
     wide_inputs, wide_missing = weighted(inputs, missing, weights)
     ridges = (1e-3, 0.1, 1.0, 1e3)
     seen = np.s_[:12]
@@ -169,7 +171,7 @@ def test_the_ridge_is_the_one_that_leaves_least_held_out() -> None:
 
     fit = sums(inputs[seen], missing[seen], weights[seen])
     held_out = judging(inputs[judge], missing[judge], weights[judge])
-    update, remaining = fit.judged([held_out], ridges)
+    update, remaining = fit.best_update([held_out], ridges)
 
     assert remaining == pytest.approx(shares[best], abs=1e-6)
     np.testing.assert_allclose(update, wanted.T, atol=1e-5)
@@ -181,9 +183,9 @@ def test_noise_is_not_learned() -> None:
     few = (inputs[:5], missing[:5], weights[:5])
     fit = sums(*few)
     judge = judging(inputs[5:], -missing[5:], weights[5:])
-    by_heart = left([judging(*few)], fit.update(0.1))
+    by_heart = remaining_error([judging(*few)], fit.update(0.1))
 
-    update, held_out = fit.judged([judge], (0.1, 1.0))
+    update, held_out = fit.best_update([judge], (0.1, 1.0))
 
     assert by_heart < 0.9
     assert held_out == 1.0
@@ -206,13 +208,13 @@ def test_what_is_left_of_two_kinds_by_pencil() -> None:
     halves = [ones([[1.0]], [[1.0]], kind=0) for _ in range(9)]
     many = ones([[2.0]] * 6, [[-2.0]] * 6, kind=7)
 
-    both = left([first, second], update)
+    both = remaining_error([first, second], update)
 
-    assert left([first], update) == pytest.approx(1 / 4)
-    assert left([second], update) == pytest.approx(9 / 4)
+    assert remaining_error([first], update) == pytest.approx(1 / 4)
+    assert remaining_error([second], update) == pytest.approx(9 / 4)
     assert both == pytest.approx(7 / 4)
-    assert left([second, first], update) == both
-    assert left([*halves, many], update) == pytest.approx(7 / 4)
+    assert remaining_error([second, first], update) == both
+    assert remaining_error([*halves, many], update) == pytest.approx(7 / 4)
 
 
 def test_a_kind_without_an_error_is_left_as_it_is() -> None:
@@ -223,7 +225,7 @@ def test_a_kind_without_an_error_is_left_as_it_is() -> None:
     quarter = ones([[2.0]], [[2.0]], kind=0)
     whole = ones([[0.0]], [[0.0]], kind=1)
 
-    assert left([quarter, whole], update) == pytest.approx(13 / 16)
+    assert remaining_error([quarter, whole], update) == pytest.approx(13 / 16)
 
 
 def test_weights_count_in_what_is_left() -> None:
@@ -234,7 +236,7 @@ def test_weights_count_in_what_is_left() -> None:
     missing = mx.array([[2.0], [1.0]])
     tokens = HeldOut.of(inputs, missing, mx.array([3.0, 1.0]))
 
-    assert left([tokens], np.array([[0.5]])) == pytest.approx(10 / 37)
+    assert remaining_error([tokens], np.array([[0.5]])) == pytest.approx(10 / 37)
 
 
 def test_what_serves_one_kind_and_spoils_the_other_is_not_chosen() -> None:
@@ -258,8 +260,8 @@ def test_what_serves_one_kind_and_spoils_the_other_is_not_chosen() -> None:
     few = judging(seldom, -seldom[:, :1], weight[:10], kind=0)
     few_of_another_kind = few._replace(kind=1)
 
-    one_kind, left_of_one = fitted().judged([most, few])
-    spoiled, left_of_spoiled = fitted().judged([most, few_of_another_kind])
+    one_kind, left_of_one = fitted().best_update([most, few])
+    spoiled, left_of_spoiled = fitted().best_update([most, few_of_another_kind])
 
     assert one_kind[0, 0] > 0.3
     assert left_of_one < 1
@@ -281,13 +283,13 @@ def test_the_ridge_is_the_one_for_both_kinds() -> None:
 
     chosen = list[float]()
     for held_out in ([wants_all], [wants_less], [wants_all, wants_less]):
-        shares = [left(held_out, fit.update(ridge)) for ridge in ridges]
-        update, least = fit.judged(held_out, ridges, whole=False)
+        shares = [remaining_error(held_out, fit.update(ridge)) for ridge in ridges]
+        update, least = fit.best_update(held_out, ridges, whole=False)
         assert least == pytest.approx(min(shares), abs=1e-6)
         chosen.append(round(float(update[0, 0]), 3))
 
     assert chosen == [1.0, 0.4, 0.667]
     # By pencil: (1 - u)^2 and ((0.5 - u) / 0.5)^2 at u = 1, 2/3, 0.4 are 0, 1/9, 0.36 and 1, 1/9,
     # 0.04.
-    both = [left([wants_all, wants_less], np.array([[u]])) for u in (1.0, 2 / 3, 0.4)]
+    both = [remaining_error([wants_all, wants_less], np.array([[u]])) for u in (1.0, 2 / 3, 0.4)]
     assert both == pytest.approx([(0.5 + 1) / 2, 1 / 9, (0.2 + 0.36) / 2], abs=1e-6)

@@ -57,7 +57,7 @@ def test_by_hand() -> None:
     weight[0, :3] = (3.4, 5.35, 15.0)
 
     alone = rounding.nearest(mx.array(weight), 32, 4)
-    made = rounding.compensated(weight, gram, 32, 4, fit=False)
+    made = rounding.gptq(weight, gram, 32, 4, fit=False)
 
     assert rounding.values(alone, 32, 4)[0, :3].tolist() == [3, 5, 15]
     assert rounding.values(made, 32, 4)[0, :3].tolist() == [3, 6, 15]
@@ -86,7 +86,7 @@ def test_the_factor() -> None:
 def test_without_correlation_it_is_plain_rounding(group: int, bits: int, gram: np.ndarray) -> None:
     """Bit for bit: integers, scales, biases, their types."""
     weight, _ = correlated(1)
-    made = rounding.compensated(weight, gram, group, bits, fit=False)
+    made = rounding.gptq(weight, gram, group, bits, fit=False)
     plain = rounding.nearest(mx.array(weight), group, bits)
     for found, wanted in zip(made, plain, strict=True):
         assert found.dtype == wanted.dtype
@@ -102,7 +102,7 @@ def test_the_output_is_nearer_than_by_plain_rounding(seed: int, group: int, bits
     """
     weight, gram = correlated(seed)
     nearest = rounding.nearest(mx.array(weight), group, bits)
-    compensated = rounding.compensated(weight, gram, group, bits)
+    compensated = rounding.gptq(weight, gram, group, bits)
 
     plain = error(weight, nearest, gram=gram, group=group, bits=bits)
     ours = error(weight, compensated, gram=gram, group=group, bits=bits)
@@ -142,7 +142,7 @@ def test_against_explicit_inverses() -> None:
     """
     weight, gram = correlated(3)
     for group in (32, 64):
-        packed, _, _ = rounding.compensated(weight, gram, group, 4, fit=False)
+        packed, _, _ = rounding.gptq(weight, gram, group, 4, fit=False)
         wanted = by_inverses(weight, gram, group)
         assert (integers(packed, 4) == wanted).all()
 
@@ -154,7 +154,7 @@ def test_what_is_packed_is_what_was_chosen(group: int, bits: int) -> None:
     """
     weight, gram = correlated(4)
 
-    made = rounding.compensated(weight, gram, group, bits)
+    made = rounding.gptq(weight, gram, group, bits)
 
     packed, scales, biases = made
     assert packed.dtype == mx.uint32
@@ -165,7 +165,7 @@ def test_what_is_packed_is_what_was_chosen(group: int, bits: int) -> None:
     assert (np.array(rounding.values(made, group, bits)) == chosen).all()
 
 
-@pytest.mark.parametrize("bits", rounding.BITS)
+@pytest.mark.parametrize("bits", rounding.CANDIDATE_BITS)
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_fitted_grids_leave_less_error(group: int, bits: int) -> None:
     """Of normal weights at most 93 % of MLX's squared error, 85 % at 3 and 4 bits; never more in a
@@ -192,7 +192,7 @@ def test_fitted_grids_leave_less_error(group: int, bits: int) -> None:
 def test_fitted_integers_are_packed_as_mlx_packs_them() -> None:
     """In every number of bits the integers that MLX unpacks are those of the grid."""
     weight = mx.array(np.random.default_rng(6).normal(size=(8, 128)).astype(np.float32))
-    for bits in rounding.BITS:
+    for bits in rounding.CANDIDATE_BITS:
         packed, scales, biases = rounding.fitted(weight, 64, bits)
         levels = np.array(rounding.integers(packed, 64, bits), np.float32)
         scale, bias = (np.repeat(np.array(a, np.float32), 64, axis=1) for a in (scales, biases))
@@ -203,7 +203,7 @@ def test_fitted_integers_are_packed_as_mlx_packs_them() -> None:
 def test_a_group_of_equal_weights_stays_as_it_is() -> None:
     """Zeros, and one value in all places, which no range can be cut off of."""
     weight = mx.concatenate([mx.zeros((1, 64)), mx.full((1, 64), 0.75)])
-    for bits in rounding.BITS:
+    for bits in rounding.CANDIDATE_BITS:
         values = rounding.values(rounding.fitted(weight, 64, bits), 64, bits)
         assert mx.abs(values - weight).max().item() < 1e-6
 
@@ -219,9 +219,9 @@ def test_the_line_is_that_of_least_squares() -> None:
         importance=mx.array(importance.astype(np.float32)),
     )
     levels = np.array(rounding._levels(fit.groups, fit.scales, fit.biases, 4))[0]
-    slope, start = np.polyfit(levels, group, deg=1, w=np.sqrt(importance))
+    gradient, start = np.polyfit(levels, group, deg=1, w=np.sqrt(importance))
     scale, bias = fit.line()
-    assert scale.item() == pytest.approx(slope, rel=1e-4)
+    assert scale.item() == pytest.approx(gradient, rel=1e-4)
     assert bias.item() == pytest.approx(start, rel=1e-4)
     before = fit.errors.item()
     fit.offer(scale, bias)
@@ -242,7 +242,7 @@ def test_what_is_important_is_rounded_better() -> None:
 def test_without_correlation_gptq_rounds_to_fitted_grids() -> None:
     """Bit for bit what `fitted` gives, for nothing is made up for."""
     weight, _ = correlated(9)
-    made = rounding.compensated(weight, np.eye(128), 64, 4)
+    made = rounding.gptq(weight, np.eye(128), 64, 4)
     fitted = rounding.fitted(mx.array(weight), 64, 4)
     for a, b in zip(made, fitted, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape and (a == b).all()

@@ -119,7 +119,7 @@ def ours(p: dict[str, mx.array], rows: int | None) -> Gradients:
 
     def loss(student: mx.array, head: mx.array) -> mx.array:
         return losses.sampled_kl_sum(
-            student, head, learn=p["learn"], ids=ids, weights=weights, rows=rows
+            student, head, loss_mask=p["learn"], ids=ids, weights=weights, rows=rows
         )
 
     return mx.value_and_grad(loss, argnums=(0, 1))(p["student"], p["head"])
@@ -157,11 +157,11 @@ def test_the_loss_by_pencil() -> None:
     """Student 1/2, 1/4, 1/4. Target 1/2, 1/2, -: KL = ln 2 / 2."""
     student = mx.array([[1.0]])
     head = mx.log(mx.array([[2.0], [1.0], [1.0]]))
-    learn = mx.ones(1)
+    loss_mask = mx.ones(1)
     ids = mx.array([[0, 1, 0]])
     weights = mx.array([[0.5, 0.5, 0.0]])
 
-    kl = losses.sampled_kl_sum(student, head, learn=learn, ids=ids, weights=weights)
+    kl = losses.sampled_kl_sum(student, head, loss_mask=loss_mask, ids=ids, weights=weights)
 
     assert kl.item() == pytest.approx(np.log(2) / 2, abs=1e-6)
 
@@ -204,13 +204,13 @@ def test_sampled_gradients_are_unbiased() -> None:
             p["head"],
             teacher=p["teacher"],
             teacher_logits=lambda t: t @ p["teacher_head"].T,
-            learn=p["learn"],
+            loss_mask=p["learn"],
         )
 
     def on_targets(ids: mx.array, weights: mx.array) -> np.ndarray:
         return gradient(
             lambda h: losses.sampled_kl_sum(
-                h, p["head"], learn=p["learn"], ids=ids, weights=weights
+                h, p["head"], loss_mask=p["learn"], ids=ids, weights=weights
             )
         )
 

@@ -58,7 +58,7 @@ def test_tensors_are_those_of_mlx_lm(models: Callable[[str], Checkpoint], kind: 
     config = models(kind).config
     theirs = {
         name: value.shape
-        for name, value in tree_flatten(load.resident(models(kind), mx.float32).parameters())
+        for name, value in tree_flatten(load.resident_model(models(kind), mx.float32).parameters())
     }
     assert arch.tensors_of(config) == theirs
     assert arch.params(config) == sum(math.prod(shape) for shape in theirs.values())

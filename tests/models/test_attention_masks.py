@@ -32,7 +32,7 @@ def check(model: nn.Module, tolerance: float = 1e-5) -> None:
     hidden = attention_masks.forward(model, b.tokens, b.branch, b.positions)[0]
     assert len(hidden) == len(PROMPT) + 3 + 0 + 2
     for row, answer in enumerate(ANSWERS):
-        found = hidden[b.at[row, : len(answer)]]
+        found = hidden[b.parents[row, : len(answer)]]
         wanted = alone(model, answer)
         assert mx.allclose(found, wanted, rtol=10 * tolerance, atol=tolerance)
         assert b.targets[row, : len(answer)].tolist() == answer
@@ -42,7 +42,7 @@ def check(model: nn.Module, tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma4_text", "gemma3n_text"])
 def test_every_answer_is_as_if_alone(kind: str, models: Callable[[str], Checkpoint]) -> None:
     """In every architecture; the blocks' own rotary modules are back in their place afterwards."""
-    model = load.resident(models(kind), mx.float32)
+    model = load.resident_model(models(kind), mx.float32)
     before = [block.self_attn.rope for block in model.model.layers]
     # their attention has no scale, so the tiny ones' roundings grow.
     check(model, 1e-4 if kind in ("gemma4_text", "gemma3n_text") else 1e-5)
@@ -56,12 +56,12 @@ def test_a_sliding_window_counts_positions_not_columns(tmp_path: Path) -> None:
     """
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
     folder = tiny.make(tmp_path / "near", layer_types=layers, sliding_window=3)
-    check(load.resident(load.open_checkpoint(folder), mx.float32))
+    check(load.resident_model(load.open_checkpoint(folder), mx.float32))
 
 
 def test_the_gradient_is_that_of_answers_alone(llama: Checkpoint) -> None:
     """Through the shared prompt too: sums of log-probabilities, differentiated both ways."""
-    model = load.resident(llama, mx.float32)
+    model = load.resident_model(llama, mx.float32)
     b = attention_masks.join(PROMPT, ANSWERS)
 
     def picked(hidden: mx.array, targets: mx.array) -> mx.array:
@@ -72,7 +72,7 @@ def test_the_gradient_is_that_of_answers_alone(llama: Checkpoint) -> None:
     def together(m: nn.Module) -> mx.array:
         hidden = attention_masks.forward(m, b.tokens, b.branch, b.positions)[0]
         learned = mx.array(np.flatnonzero(np.array(b.mask).reshape(-1)))
-        positions = b.at.reshape(-1)[learned]
+        positions = b.logit_positions.reshape(-1)[learned]
         targets = b.targets.reshape(-1)[learned]
         return picked(hidden[positions], targets)
 

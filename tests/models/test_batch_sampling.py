@@ -19,7 +19,7 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [40], [21, 22, 23]]
 
 @pytest.fixture(name="model", params=["llama", "qwen3"])
 def _model(request: pytest.FixtureRequest, models: Callable[[str], Checkpoint]) -> nn.Module:
-    made = load.resident(models(request.param), mx.float32)
+    made = load.resident_model(models(request.param), mx.float32)
     mx.eval(made.parameters())
     return made
 
@@ -53,7 +53,7 @@ def test_a_group_is_drawn_from_its_prompts_distribution(llama: Checkpoint) -> No
     """1,000 first tokens: frequencies of the likeliest token agree with its probability at
     temperature 0.1.
     """
-    model = load.resident(llama, mx.float32)
+    model = load.resident_model(llama, mx.float32)
     (group,) = mlx_generate.groups(
         model,
         PROMPTS[:1],

@@ -112,7 +112,7 @@ def test_a_replaced_block_and_no_other(tmp_path: Path, llama: Checkpoint) -> Non
     for name, value in wanted.items():
         assert mx.array_equal(load.dense(again, f"model.layers.1.{name}"), value)
     assert not mx.array_equal(stock(again, TOKENS), stock(llama, TOKENS))
-    plain = load.resident(llama, mx.float32)
+    plain = load.resident_model(llama, mx.float32)
     plain.load_weights([(f"model.layers.1.{n}", v) for n, v in wanted.items()], strict=False)
     assert mx.array_equal(stock(again, TOKENS), plain(TOKENS))
 
@@ -153,7 +153,7 @@ def test_whichever_operation_fails_a_block_is_old_or_new(
 def test_a_quantized_source_is_unpacked(tmp_path: Path, llama: Checkpoint) -> None:
     """Packed weights come back dense, in a folder that stock mlx_lm opens."""
     packed_format.write_quantized(
-        llama, tmp_path / "q4", packed_format.layout(llama.config, 64), DISK
+        llama, tmp_path / "q4", packed_format.formats_of(llama.config, 64), DISK
     )
     packed = load.open_checkpoint(tmp_path / "q4")
     made = model_writer.by_block(packed, tmp_path / "s", DISK)

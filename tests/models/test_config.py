@@ -183,7 +183,8 @@ def test_rope_parameters_only_gives_the_same_logits(
     )
     other = tiny.make(tmp_path / "other")  # theta 10,000
     a, b, c = (
-        load.resident(load.open_checkpoint(f), mx.float32)(batches[0]) for f in (old, new, other)
+        load.resident_model(load.open_checkpoint(f), mx.float32)(batches[0])
+        for f in (old, new, other)
     )
     assert mx.array_equal(a, b)
     assert not mx.array_equal(a, c)

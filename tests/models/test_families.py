@@ -104,13 +104,13 @@ def test_bieliks_biases_are_counted() -> None:
 @pytest.mark.parametrize("kind", tiny.MODELS)
 def test_streamed_is_resident_is_stock(models: Models, batches: list[mx.array], kind: str) -> None:
     """Hidden states equal to the last bit; logits are stock mlx_lm's to 1e-5 of the largest."""
-    ours = load.resident(models(kind), mx.float32)
+    ours = load.resident_model(models(kind), mx.float32)
     whole = stock_of(models(kind).path)
     source = stream.Stream(models(kind), mx.float32)
     for tokens, hidden in zip(batches, source.forward(batches), strict=True):
         assert mx.array_equal(hidden, ours.model(tokens))
         theirs = whole(tokens)
-        by_hand = losses.capped(hidden @ load.head_weight(ours).T, load.logit_softcap(ours))
+        by_hand = losses.apply_softcap(hidden @ load.head_weight(ours).T, load.logit_softcap(ours))
         for z in (load.logits(source.head(), hidden), ours(tokens), by_hand):
             assert mx.abs(z - theirs).max().item() <= 1e-5 * mx.abs(theirs).max().item()
 
@@ -123,7 +123,7 @@ def test_a_mixture_writes_what_stock_writes(models: Models, kind: str) -> None:
     """
     checkpoint = models(kind)
     read = []
-    model = load.resident(checkpoint, mx.float32)
+    model = load.resident_model(checkpoint, mx.float32)
     prompt = [5, 9, 300, 17]
     want = list[int]()
     for _ in range(8):
@@ -162,7 +162,7 @@ def test_four_bits_of_a_mixture_are_stock(
     tokens = batches[0]
     assert any(at.stored for at in four.tensors.values())
     theirs = stock_of(four.path)(tokens)
-    whole = load.resident(four, mx.float32)(tokens)
+    whole = load.resident_model(four, mx.float32)(tokens)
     assert mx.abs(whole - theirs).max().item() <= 1e-5 * mx.abs(theirs).max().item()
     assert mx.array_equal(streamed(four, tokens), whole)
     monkeypatch.setenv("MIS_MLX_POLICY", "metal")
@@ -183,7 +183,7 @@ def test_experts_are_read_once_for_many_batches(
     checkpoint = models(kind)
     s = shape_of(models(kind).config)
     tokens = [mx.random.randint(0, 512, (1, 3), key=mx.random.key(b)) for b in range(4)]
-    whole = [load.resident(checkpoint, mx.float32).model(t) for t in tokens]
+    whole = [load.resident_model(checkpoint, mx.float32).model(t) for t in tokens]
     expert = 3 * 4 * s.ffn * s.hidden
     sizes = [
         at.nbytes for name, at in checkpoint.tensors.items() if arch.block_of(name) is not None
@@ -196,7 +196,7 @@ def test_experts_are_read_once_for_many_batches(
         hidden = source.embed(tokens)
         before = source.reader.nbytes
         for _, block in source.blocks():
-            source.through(block, hidden)
+            source.run_block(block, hidden)
         read[windows] = source.reader.nbytes - before
         assert all(mx.array_equal(a, b) for a, b in zip(source.norm(hidden), whole, strict=True))
     assert dense < read[4] < read[2] < read[1]
@@ -219,12 +219,12 @@ def test_gradients_are_those_of_the_whole_model(models: Models, kind: str, tmp_p
     pass.
     """
     seven = load.open_checkpoint(tiny.make(tmp_path / "teacher", seed=7, **tiny.MODELS[kind]))
-    student = load.resident(models(kind), mx.float32)
+    student = load.resident_model(models(kind), mx.float32)
     teacher = live_teacher.StreamedTeacher(seven)
     student.train()
     tokens = mx.random.randint(0, 512, (2, 12), key=mx.random.key(3))
-    learn = mx.ones((2, 12))
-    (batch,) = teacher.micro_batches([(tokens, learn)])
+    loss_mask = mx.ones((2, 12))
+    (batch,) = teacher.micro_batches([(tokens, loss_mask)])
     plainly = stock_of(models(kind).path)
     wise = stock_of(seven.path)(tokens)
 
@@ -287,7 +287,7 @@ def test_cut_along_every_axis_it_opens_in_stock(
     student = load.open_checkpoint(tmp_path / "cut")
     kept = json.loads((student.path / "keep.json").read_text())["layers"]
     assert len(kept) == (4 if "layers" in of.axes else 7)
-    assert [arch.places(before)[i] for i in kept] == list(arch.places(student.config))
+    assert [arch.layer_phase(before)[i] for i in kept] == list(arch.layer_phase(student.config))
     for key in ("layer_types", "no_rope_layers"):
         if normalised(before).get(key):
             assert student.config[key] == [normalised(before)[key][i] for i in kept]
@@ -367,7 +367,8 @@ def test_of_a_model_that_sees_the_opened_as_is_opened(
     assert opened.config["eos_token_id"] == [0]
     assert mx.array_equal(streamed(opened, tokens), streamed(plain, tokens))
     assert mx.array_equal(
-        load.resident(opened, mx.float32)(tokens), load.resident(plain, mx.float32)(tokens)
+        load.resident_model(opened, mx.float32)(tokens),
+        load.resident_model(plain, mx.float32)(tokens),
     )
     if not beside:
         theirs = stock_of(seen)(tokens)
@@ -451,7 +452,7 @@ def test_positions_that_are_phis_own(
     )
     theirs = stock_of(phi.path)(tokens)
     z = streamed(phi, tokens)
-    assert mx.array_equal(z, load.resident(phi, mx.float32)(tokens))
+    assert mx.array_equal(z, load.resident_model(phi, mx.float32)(tokens))
     assert phi.config["model_type"] == "phi3"
     assert mx.abs(z - theirs).max().item() <= 1e-5 * mx.abs(theirs).max().item()
 
@@ -482,11 +483,11 @@ def test_joined_matrices_are_opened_apart(models: Models, bits: int | None, tmp_
     assert set(opened.tensors) >= set(models("untied").tensors)
     assert opened.config["model_type"] == "llama"
     theirs = stock_of(phi)(tokens)
-    whole = load.resident(opened, mx.float32)(tokens)
+    whole = load.resident_model(opened, mx.float32)(tokens)
     for z in (streamed(opened, tokens), whole):
         assert mx.abs(z - theirs).max().item() <= 1e-5 * mx.abs(theirs).max().item()
     if not bits:
-        assert mx.array_equal(whole, load.resident(models("untied"), mx.float32)(tokens))
+        assert mx.array_equal(whole, load.resident_model(models("untied"), mx.float32)(tokens))
 
 
 def test_the_whole_way_of_joined_matrices(tmp_path: Path, text_folder: Path) -> None:

@@ -99,7 +99,7 @@ def test_ends_are_mlx_lms() -> None:
 @pytest.mark.usefixtures("cpu_policy")
 def test_weights_are_not_changed_by_a_pass(gemma: Checkpoint) -> None:
     """mlx-lm's AltUp clips its coefficients in place, so a pass would train them; ours does not."""
-    model = load.resident(gemma, mx.float32)
+    model = load.resident_model(gemma, mx.float32)
     name = "model.layers.0.altup.prediction_coefs.weight"
     before = dict(tree_flatten(model.parameters()))[name]
     assert mx.abs(before).max() > CONFIG["altup_coef_clip"]
@@ -112,7 +112,7 @@ def test_weights_are_not_changed_by_a_pass(gemma: Checkpoint) -> None:
 @pytest.mark.parametrize("steps", [[12], [5, 1, 1, 5], [1] * 12])
 def test_whole_with_a_cache(gemma: Checkpoint, steps: Sequence[int]) -> None:
     """A text in pieces, past the window, as mlx_lm's generation asks for it."""
-    model = load.resident(gemma, mx.float32)
+    model = load.resident_model(gemma, mx.float32)
     theirs = load.mlx_lm("utils").load(str(gemma.path))[0]
     caches = [model.make_cache(), theirs.make_cache()]
     assert [type(c) for c in caches[0]] == [type(c) for c in caches[1]]
@@ -148,7 +148,7 @@ def test_tokens_behind_the_end_of_the_table(tmp_path: Path, packed: bool) -> Non
     want = theirs(TOKENS)
     assert TOKENS.max() > 256
     assert apart(streamed(model, TOKENS), want) <= 1e-5
-    assert apart(load.resident(model, mx.float32)(TOKENS), want) <= 1e-5
+    assert apart(load.resident_model(model, mx.float32)(TOKENS), want) <= 1e-5
 
     kept = [*range(0, 512, 3), 5, 17, 44, 8, 77, 511]
     kept = sorted(set(kept) | set(TOKENS[0].tolist()))
@@ -223,7 +223,7 @@ def test_what_comes_back_to_the_embedding(
     channels = dict[int, mx.array]()
     args = load.model_args(gemma.config)
 
-    def visit(i: int, block: nn.Module) -> backward_pass.Back:
+    def visit(i: int, block: nn.Module) -> backward_pass.BlockBackward:
         def each(inputs: BlockInputs, above: BlockOutputs) -> BlockInputs:
             def run(*arrays: mx.array) -> list[mx.array]:
                 given = inputs.like(arrays)
@@ -236,7 +236,7 @@ def test_what_comes_back_to_the_embedding(
 
         return lambda inputs, above: [each(*of) for of in zip(inputs, above, strict=True)]
 
-    (below,) = backward_pass.backwards(
+    (below,) = backward_pass.input_gradients(
         gemma, [TOKENS], visit, at_channels=lambda i, b, c: channels.update({i: c})
     )
     model = load.mlx_lm("utils").load(str(gemma.path))[0]

@@ -24,7 +24,7 @@ from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, sharded
 from mis_mlx.evaluation import option_likelihood
 from mis_mlx.evaluation.speed import rounds
-from mis_mlx.hardware import lanes, memory
+from mis_mlx.hardware import memory, streams
 from mis_mlx.maths import losses
 from mis_mlx.models import (
     arch,
@@ -172,12 +172,12 @@ def test_four_bits_are_stock(
     four = load.open_checkpoint(tmp_path / "four")
     formats = packed_format.formats(four)
     assert {"model.embed_tokens_per_layer", "model.embed_tokens"} < formats.keys()
-    assert all(formats[path].bits == 8 for path in packed_format.gates(four.config))
+    assert all(formats[path].bits == 8 for path in packed_format.wide_projections(four.config))
     assert formats.keys() == matrices_of(four)
     theirs = stock_logits(four)
     assert mx.abs(logits(four, TOKENS) - theirs).max().item() <= (1e-4 if policy == "cpu" else 2e-2)
     if policy == "cpu":
-        whole = load.resident(four, mx.float32)(TOKENS)
+        whole = load.resident_model(four, mx.float32)(TOKENS)
         assert mx.abs(whole - theirs).max().item() <= 1e-4
         name = "model.embed_tokens_per_layer.weight"
         kind = formats["model.embed_tokens_per_layer"]
@@ -221,7 +221,7 @@ def test_tables_go_through_memory_in_parts(
     monkeypatch.setattr(load, "dense", refused)
     seen = vocabulary.write(gemma, range(0, 512, 2), tmp_path / "rows", DISK)
     packed_format.write_quantized(
-        gemma, tmp_path / "four", packed_format.layout(gemma.config, 32), DISK
+        gemma, tmp_path / "four", packed_format.formats_of(gemma.config, 32), DISK
     )
     model_writer.by_block(gemma, tmp_path / "parts", DISK)
     monkeypatch.undo()
@@ -244,8 +244,8 @@ def test_gradients_block_by_block_are_the_whole_models(
     some of them while others stream past, with one window in a micro-batch and two side by side.
     """
     if windows == 2:
-        monkeypatch.setattr(lanes, "count", lambda: 2)
-        monkeypatch.setattr(lanes, "together", lambda things: nullcontext())
+        monkeypatch.setattr(streams, "count", lambda: 2)
+        monkeypatch.setattr(streams, "single_threaded_blas", lambda things: nullcontext())
     batches = list[tuple[mx.array, ...]]()
     for b in range(2):
         keys = mx.random.split(mx.random.key(b), 2)
@@ -256,13 +256,13 @@ def test_gradients_block_by_block_are_the_whole_models(
     cap = softcap(gemma.config)
     head = 0.5 * mx.random.normal((512, 64), key=mx.random.key(9))
 
-    def loss(hidden: mx.array, table: mx.array, learn: mx.array, target: mx.array) -> mx.array:
+    def loss(hidden: mx.array, table: mx.array, loss_mask: mx.array, target: mx.array) -> mx.array:
         return losses.kl_sum(
             hidden,
             table,
             teacher=target,
             teacher_logits=lambda h: h @ head.T,
-            learn=learn,
+            loss_mask=loss_mask,
             frozen_head=True,
             softcap=cap,
         )
@@ -310,7 +310,7 @@ def test_what_comes_back_to_the_first_block(
     monkeypatch.setattr(mx.random, "categorical", lambda z, key: mx.argmax(z, axis=-1))
     channels = dict[int, mx.array]()
 
-    def visit(i: int, block: nn.Module) -> backward_pass.Back:
+    def visit(i: int, block: nn.Module) -> backward_pass.BlockBackward:
         def each(inputs: BlockInputs, above: BlockOutputs) -> BlockInputs:
             def run(*arrays: mx.array) -> list[mx.array]:
                 given = inputs.like(arrays)
@@ -325,7 +325,7 @@ def test_what_comes_back_to_the_first_block(
         return lambda inputs, above: [each(*of) for of in zip(inputs, above, strict=True)]
 
     args = load.model_args(gemma.config)
-    (below,) = backward_pass.backwards(
+    (below,) = backward_pass.input_gradients(
         gemma, [TOKENS], visit, at_channels=lambda i, b, c: channels.update({i: c})
     )
     model = stock(gemma.path)
@@ -358,7 +358,7 @@ def test_bits_go_to_the_table_of_per_layer_inputs(
     found = bit_allocation.costs(gemma, batches, 32, (3, 8))
     table = found["model.embed_tokens_per_layer"]
     assert table[3] > 10 * table[8] > 0
-    assert found.keys() == matrices_of(gemma) - packed_format.gates(gemma.config)
+    assert found.keys() == matrices_of(gemma) - packed_format.wide_projections(gemma.config)
 
 
 @pytest.mark.usefixtures("cpu_policy")
@@ -493,7 +493,7 @@ def test_what_is_not_built_is_a_sentence(
     """Blocks shared by machines, heads, a search of sizes, a GGUF; each before any work."""
     gemma = models(KIND)
     with pytest.raises(MisError, match="exchange more than hidden states"):
-        pipeline_parallel.Relay(gemma, mx.float32, room_bytes=0, direct=False, shares=(7,))
+        pipeline_parallel.Relay(gemma, mx.float32, headroom_bytes=0, direct=False, shares=(7,))
     with pytest.raises(
         MisError, match="heads of a gemma4_text cannot be cut: its heads have two sizes"
     ):
@@ -606,7 +606,7 @@ def test_training_stays_under_the_plan(tmp_path: Path, kind: str, way: str) -> N
     job = spec_of(large, small, asked)
     shard = 7 if way == "blocks" else 2
     planned = (
-        phases.blocks(job, 2, 0) if way == "blocks" else phases.sharded(job, 2, shard)
+        phases.blockwise_cost(job, 2, 0) if way == "blocks" else phases.sharded_cost(job, 2, shard)
     ).peak_bytes
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -619,12 +619,12 @@ def test_training_stays_under_the_plan(tmp_path: Path, kind: str, way: str) -> N
             steps_per_shard=1,
             weight_decay=0.01,
             files=DISK,
-            room_bytes=4 * small.head_params if way == "blocks" else 0,
+            headroom_bytes=4 * small.head_params if way == "blocks" else 0,
         )
         made.begin()
         batches = partial(live_teacher.step_micro_batches, source, data, config)
         loss = partial(source.kl_sum, frozen_head=True)
-        steps = list(made.steps(batches, loss, config, slopes=source.frozen_slopes()))
+        steps = list(made.steps(batches, loss, config, host_gradients=source.host_gradients()))
     peak = max(step.peak_bytes for step in steps) - before
     assert planned / 1.9 < peak < planned, (peak, planned)
 
@@ -642,10 +642,10 @@ def test_log_probabilities_know_the_cap(gemma: Checkpoint) -> None:
     """Of preference pairs, and of options of a question, beside stock mlx_lm's logits."""
     z = nn.log_softmax(stock(gemma.path)(TOKENS), axis=-1)[0]
     each = np.array(mx.take_along_axis(z[:-1], TOKENS[0, 1:, None], axis=-1))[:, 0]
-    model = load.resident(gemma, mx.float32)
-    learn = mx.array([[1.0] * 11 + [0.0]])
+    model = load.resident_model(gemma, mx.float32)
+    loss_mask = mx.array([[1.0] * 11 + [0.0]])
     for frozen in (False, True):
-        sums, count = dpo._sums(model, TOKENS, learn, frozen)
+        sums, count = dpo._sums(model, TOKENS, loss_mask, frozen)
         assert count.item() == 11
         assert sums.item() == pytest.approx(each.sum(), rel=1e-5)
     ids = TOKENS[0].tolist()
@@ -662,33 +662,41 @@ def test_what_is_not_capped_is_another_loss() -> None:
     head = mx.random.normal((40, 16), key=keys[1])
     target = mx.random.normal((6, 40), key=keys[2])
     ids = mx.random.randint(0, 40, (6,), key=keys[3])
-    learn = mx.array([1.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+    loss_mask = mx.array([1.0, 0.0, 1.0, 1.0, 1.0, 1.0])
 
     def z(h: mx.array, w: mx.array) -> mx.array:
         return 3.0 * mx.tanh(h @ w.T / 3.0)
 
     def plain_kl(h: mx.array, w: mx.array) -> mx.array:
         p = nn.log_softmax(target, axis=-1)
-        return ((mx.exp(p) * (p - nn.log_softmax(z(h, w), axis=-1))).sum(axis=-1) * learn).sum()
+        return ((mx.exp(p) * (p - nn.log_softmax(z(h, w), axis=-1))).sum(axis=-1) * loss_mask).sum()
 
     def plain_nll(h: mx.array, w: mx.array) -> mx.array:
         return -(
             mx.take_along_axis(nn.log_softmax(z(h, w) / 0.7, axis=-1), ids[:, None], axis=-1)[:, 0]
-            * learn
+            * loss_mask
         ).sum()
 
     def kl(h: mx.array, w: mx.array) -> mx.array:
         return losses.kl_sum(
-            h, w, teacher=target, teacher_logits=lambda t: t, learn=learn, rows=4, softcap=3.0
+            h,
+            w,
+            teacher=target,
+            teacher_logits=lambda t: t,
+            loss_mask=loss_mask,
+            rows=4,
+            softcap=3.0,
         )
 
     def sampled(h: mx.array, w: mx.array) -> mx.array:
         p = mx.softmax(target, axis=-1)
         every = mx.broadcast_to(mx.arange(40), (6, 40))
-        return losses.sampled_kl_sum(h, w, learn=learn, ids=every, weights=p, rows=4, softcap=3.0)
+        return losses.sampled_kl_sum(
+            h, w, loss_mask=loss_mask, ids=every, weights=p, rows=4, softcap=3.0
+        )
 
     def nll(h: mx.array, w: mx.array) -> mx.array:
-        return -(losses.token_logps(h, w, ids, 0.7, rows=4, softcap=3.0) * learn).sum()
+        return -(losses.token_logps(h, w, ids, 0.7, rows=4, softcap=3.0) * loss_mask).sum()
 
     for ours, plain in ((kl, plain_kl), (sampled, plain_kl), (nll, plain_nll)):
         (a, (ah, aw)), (b, (bh, bw)) = (
@@ -698,7 +706,12 @@ def test_what_is_not_capped_is_another_loss() -> None:
         assert mx.allclose(ah, bh, atol=1e-5)
         assert mx.allclose(aw, bw, atol=1e-5)
     value, dh, dw = host_losses.kl_gradients(
-        hidden, head, teacher=target, teacher_logits=lambda t: t + 0.0, learn=learn, softcap=3.0
+        hidden,
+        head,
+        teacher=target,
+        teacher_logits=lambda t: t + 0.0,
+        loss_mask=loss_mask,
+        softcap=3.0,
     )
     want, (bh, bw) = mx.value_and_grad(plain_kl, argnums=(0, 1))(hidden, head)
     assert value == pytest.approx(want.item(), rel=1e-5)
@@ -727,7 +740,7 @@ def test_a_token_reads_no_table(gemma: Checkpoint) -> None:
     """What a token moves is counted without the per-layer inputs of all others, and with the
     embedding, its head.
     """
-    made = rounds.opened(gemma.path)
+    made = rounds.load_model(gemma.path)
     table = gemma.tensors[f"{arch.PER_LAYER}weight"]
     assert (
         made.nbytes - made.read_bytes

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.hardware import lanes
+from mis_mlx.hardware import streams
 from mis_mlx.models import host_losses, policy
 from tests.maths.test_losses import Problem, gradients, ours, problem
 
@@ -36,7 +36,7 @@ def test_kl_and_its_gradients(
     """Beside `losses.kl_sum` and float64; more positions than a chunk, more and fewer than a piece,
     two threads.
     """
-    monkeypatch.setattr(lanes, "count", lambda: count)
+    monkeypatch.setattr(streams, "count", lambda: count)
     p = problem(n, vocab)
     want, (want_dh, want_dw) = gradients(ours(p, temperature=temperature), p)
 
@@ -46,7 +46,7 @@ def test_kl_and_its_gradients(
             p["head"],
             teacher=p["teacher"],
             teacher_logits=lambda h: h @ p["teacher_head"].T,
-            learn=p["learn"],
+            loss_mask=p["learn"],
             temperature=temperature,
             frozen_head=frozen_head,
         )
@@ -122,6 +122,6 @@ def test_what_is_no_number_stays_so_without_a_warning() -> None:
         p["head"],
         teacher=p["teacher"],
         teacher_logits=lambda h: h @ p["teacher_head"].T,
-        learn=mx.ones((13,)),
+        loss_mask=mx.ones((13,)),
     )
     assert not np.isfinite(total)

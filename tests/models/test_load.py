@@ -27,11 +27,13 @@ def test_the_embeddings_gradient_has_a_fixed_order(
     """`rows`'s: 2**24 + 1 + 1 + 1 for a token that occurs four times goes by pairs, to 2**24 + 2.
     The whole model's gradient is stock mlx_lm's (1e-5 of the largest), a tied head's share with it.
     """
-    ours = load.resident(models(kind), mx.float32)
+    ours = load.resident_model(models(kind), mx.float32)
     stock, _ = load.mlx_lm("utils").load(str(models(kind).path))
     above = mx.array([2.0**24, 1.0, 1.0, 1.0])[:, None]
-    slope = mx.grad(lambda t: (_with(ours.model.embed_tokens, t)(mx.array([7] * 4)) * above).sum())
-    assert slope(ours.model.embed_tokens.weight)[7, 0].item() == 2.0**24 + 2
+    gradient = mx.grad(
+        lambda t: (_with(ours.model.embed_tokens, t)(mx.array([7] * 4)) * above).sum()
+    )
+    assert gradient(ours.model.embed_tokens.weight)[7, 0].item() == 2.0**24 + 2
     tokens = mx.array([[7, 9, 7, 7, 300, 9], [7, 0, 0, 1, 2, 511]])
     for made in (ours, stock):
         made.freeze()
@@ -53,7 +55,7 @@ def test_head_and_pieces_are_those_of_the_model(
     models: Callable[[str], Checkpoint], kind: str
 ) -> None:
     """The head read alone, the head of the resident model and its matrix make the same logits."""
-    model = load.resident(models(kind), mx.float32)
+    model = load.resident_model(models(kind), mx.float32)
     hidden = mx.random.normal((3, 64), key=mx.random.key(0))
     alone = load.logits(load.head(models(kind), mx.float32), hidden)
     assert mx.array_equal(
@@ -93,7 +95,7 @@ def test_floats_come_in_the_type_asked_for(tmp_path: Path) -> None:
 def test_foreign_quantization_is_refused(tmp_path: Path, llama: Checkpoint) -> None:
     """Packed weights without MLX's settings in config.json: a sentence, not garbage."""
     packed_format.write_quantized(
-        llama, tmp_path / "q4", packed_format.layout(llama.config, 64), DISK
+        llama, tmp_path / "q4", packed_format.formats_of(llama.config, 64), DISK
     )
     packed = load.open_checkpoint(tmp_path / "q4")
     foreign = Checkpoint(

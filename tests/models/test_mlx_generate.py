@@ -21,7 +21,9 @@ def test_continuation_is_the_argmax_chain(llama: Checkpoint) -> None:
     said = mlx_generate.continuation(model, tokenizer, "The for statement", 6)
     want: list[int] = []
     while len(want) < 6:
-        token = load.resident(llama, mx.float32)(mx.array([[*ids, *want]]))[0, -1].argmax().item()
+        token = (
+            load.resident_model(llama, mx.float32)(mx.array([[*ids, *want]]))[0, -1].argmax().item()
+        )
         if token in tokenizer.eos_token_ids:
             break
         want.append(token)
@@ -42,7 +44,7 @@ def test_a_prompt_of_exactly_so_many_tokens_is_timed(llama: Checkpoint) -> None:
     )
     for cache in (None, mlx_generate.filled_cache(model, 3)):
         tokens = mlx_generate.greedy(model, mlx_generate.prompt_ids(tokenizer, "if", 5), 7, cache)
-        stamps, _ = rounds.clocked(tokens)
+        stamps, _ = rounds.token_times(tokens)
         assert len(stamps) == 7
         assert stamps[0] > 0
         assert stamps == sorted(stamps)
@@ -58,7 +60,9 @@ def test_floats_run_in_the_quick_type(
     quick = policy.usual_dtype()
     model, _ = mlx_generate.open_model(tiny.make(root / "bf16", dtype="BF16"))
     assert {p.dtype for _, p in tree_flatten(model.parameters())} == {quick}
-    packed_format.write_quantized(llama, root / "q4", packed_format.layout(llama.config, 64), DISK)
+    packed_format.write_quantized(
+        llama, root / "q4", packed_format.formats_of(llama.config, 64), DISK
+    )
     model, tokenizer = mlx_generate.open_model(root / "q4")
     assert {p.dtype for _, p in tree_flatten(model.parameters())} == {quick, mx.uint32}
     assert isinstance(mlx_generate.continuation(model, tokenizer, "The if statement", 4), str)

@@ -40,9 +40,9 @@ def _batches() -> list[mx.array]:
 def _windows(batches: list[mx.array]) -> Windows:
     """The same as held-out text, of which all but the first three predictions count."""
     tokens = np.concatenate([np.array(batch) for batch in batches]).astype(np.int32)
-    learn = np.ones(tokens.shape, np.float32)
-    learn[:, :3] = 0
-    return Windows(tokens, learn)
+    loss_mask = np.ones(tokens.shape, np.float32)
+    loss_mask[:, :3] = 0
+    return Windows(tokens, loss_mask)
 
 
 @pytest.fixture(name="under")
@@ -83,9 +83,9 @@ def test_how_many_go_together() -> None:
     several windows.
     """
     s = tiny.CONFIG
-    assert residency.stacked(s, 32, 32) == 8
-    assert residency.stacked(s, 4 * 32, 32) == 2
-    assert residency.stacked(s, 16 * 32, 32) == 1
+    assert residency.batches_per_pass(s, 32, 32) == 8
+    assert residency.batches_per_pass(s, 4 * 32, 32) == 2
+    assert residency.batches_per_pass(s, 16 * 32, 32) == 1
     wide = {
         **s,
         "hidden_size": 896,
@@ -94,11 +94,11 @@ def test_how_many_go_together() -> None:
         "head_dim": 64,
     }
     held = residency.pass_bytes(wide, 512, 512)
-    assert residency.stacked(wide, 512, 512) == residency.STACK_BYTES // held == 2
-    assert residency.stacked({**s, **tiny.FAMILIES["qwen3_moe"]}, 32, 32) == 1
+    assert residency.batches_per_pass(wide, 512, 512) == residency.STACK_BYTES // held == 2
+    assert residency.batches_per_pass({**s, **tiny.FAMILIES["qwen3_moe"]}, 32, 32) == 1
     gemma = {**s, **tiny.FAMILIES["gemma4_text"], "model_type": "gemma4_text"}
-    assert residency.stacked(gemma, 32, 32) == 1
-    assert residency.stacked({**gemma, "num_kv_shared_layers": 0}, 32, 32) == 1
+    assert residency.batches_per_pass(gemma, 32, 32) == 1
+    assert residency.batches_per_pass({**gemma, "num_kv_shared_layers": 0}, 32, 32) == 1
 
 
 def test_a_pass(llama: Checkpoint, batches: list[mx.array], under: Any) -> None:
@@ -202,7 +202,7 @@ def test_what_takes_more_than_hidden_states(
         for i, block in source.blocks():
             if i == source.layers - 1:
                 return stage._grams(source, block, hidden, ["ffn", "norm1"])
-            source.through(block, hidden)
+            source.run_block(block, hidden)
         raise AssertionError
 
     def forth() -> list[np.ndarray]:
@@ -210,7 +210,7 @@ def test_what_takes_more_than_hidden_states(
         found = [np.array(h) for h in (*states, *stream.Stream(gemma).forward(batches[:3]))]
         found += [
             np.array([*statistics.block.values()]),
-            *(of.warm for of in statistics.ffn.values()),
+            *(of.env_weighted for of in statistics.ffn.values()),
         ]
         return [*found, *sums().values()]
 

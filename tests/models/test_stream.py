@@ -34,7 +34,7 @@ def test_streamed_is_resident_bit_for_bit(
     bit.
     """
     streamed = stream.Stream(models(kind), mx.float32).forward(batches)
-    model = load.resident(models(kind), mx.float32)
+    model = load.resident_model(models(kind), mx.float32)
     whole = [model.model(tokens) for tokens in batches]
     stock, _ = load.mlx_lm("utils").load(str(models(kind).path))
     for a, b, logits, tokens in zip(
@@ -56,10 +56,10 @@ def test_a_quantized_folder_streams(
     The kernels de-quantize to the same numbers but with float16 scales and add up in another order.
     """
     packed_format.write_quantized(
-        models(kind), tmp_path / "q4", packed_format.layout(models(kind).config, 64), DISK
+        models(kind), tmp_path / "q4", packed_format.formats_of(models(kind).config, 64), DISK
     )
     packed = load.open_checkpoint(tmp_path / "q4")
-    plain = load.resident(models(kind), mx.float32)
+    plain = load.resident_model(models(kind), mx.float32)
     plain.load_weights([(n, load.dense(packed, n)) for n in models(kind).tensors])
     stock, _ = load.mlx_lm("utils").load(str(tmp_path / "q4"))
     stock.set_dtype(mx.float32)
@@ -125,7 +125,7 @@ def test_what_has_room_is_read_once(
     head = 512 * 64 * 4
     for room, keeps in ((head - 1, 0), (head + block, 0), (head + 5 * block // 2, 2), (None, 3)):
         source = stream.Stream(checkpoint, mx.float32, room)
-        assert source.keeps == keeps
+        assert source.resident_blocks == keeps
         passes = []
         for _ in range(2):
             before = source.reader.nbytes
@@ -142,10 +142,10 @@ def test_what_has_room_is_read_once(
         )
 
 
-@pytest.mark.parametrize("room_bytes", [0, None])
+@pytest.mark.parametrize("headroom_bytes", [0, None])
 @pytest.mark.parametrize("shares", [(), (3,)])
 def test_a_block_whose_output_is_no_number_is_named(
-    tmp_path: Path, batches: list[mx.array], shares: tuple[int, ...], room_bytes: int | None
+    tmp_path: Path, batches: list[mx.array], shares: tuple[int, ...], headroom_bytes: int | None
 ) -> None:
     """Streamed or kept in memory, by one machine or by several that share the blocks."""
     folder = tiny.make(tmp_path / "m")
@@ -153,7 +153,7 @@ def test_a_block_whose_output_is_no_number_is_named(
     weights["model.layers.1.mlp.down_proj.weight"] = mx.full((64, 768), 3e38)
     mx.eval(weights)
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
-    where = load.open_checkpoint(folder), mx.float32, room_bytes, False
+    where = load.open_checkpoint(folder), mx.float32, headroom_bytes, False
     source = pipeline_parallel.Relay(*where, shares) if shares else stream.Stream(*where)
     with pytest.raises(stream.NotNumbers, match="block 1 of 3 gives values that are not numbers"):
         source.forward(batches)

@@ -29,7 +29,7 @@ IDS = [5, 9, 300, 41, 7, 7, 120]
 
 def stock(checkpoint: Checkpoint, ids: list[int]) -> list[int]:
     """mlx-lm's own resident greedy decoding, in float32."""
-    return list(mlx_generate.greedy(load.resident(checkpoint, mx.float32), ids, COUNT))
+    return list(mlx_generate.greedy(load.resident_model(checkpoint, mx.float32), ids, COUNT))
 
 
 def ours(checkpoint: Checkpoint, ids: list[int], **more: Any) -> list[list[int]]:
@@ -125,13 +125,13 @@ def test_a_packed_model_whose_best_draft_is_itself(tmp_path: Path, llama: Checkp
     settles.
     """
     packed_format.write_quantized(
-        llama, tmp_path / "q4", packed_format.layout(llama.config, 64), DISK
+        llama, tmp_path / "q4", packed_format.formats_of(llama.config, 64), DISK
     )
     packed = load.open_checkpoint(tmp_path / "q4")
     want = stock(packed, IDS)
     draft = Stream(packed, mx.float32, None)
     rooms = (Stream(packed, mx.float32, kib << 10) for kib in itertools.count(64, 16))
-    source = next(stream for stream in rooms if stream.keeps == 1)
+    source = next(stream for stream in rooms if stream.resident_blocks == 1)
     passes = list(streamed_decode.decode(source, IDS, COUNT, draft=draft))
     assert flat(passes) == want
     assert len(passes) <= COUNT / 3

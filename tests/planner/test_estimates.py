@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mis_mlx.hardware import lanes, macos, rates
+from mis_mlx.hardware import macos, rates, streams
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR, Rates
 from mis_mlx.models import arch, load, policy, stream
@@ -52,7 +52,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoi
         if kind not in made:
             if kind == "4-bit":
                 packed_format.write_quantized(
-                    get("F32"), root / kind, packed_format.layout(get("F32").config, 64), DISK
+                    get("F32"), root / kind, packed_format.formats_of(get("F32").config, 64), DISK
                 )
             else:
                 tiny.make(root / kind, dtype=kind, **sizes)
@@ -136,11 +136,11 @@ def test_a_pass_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
     """128 tokens, 64 at a time: two slots, the workspace of 64, all hidden states; blocks and head
     read once. Two lanes have a workspace each.
     """
-    monkeypatch.setattr(lanes, "count", lambda: 2)
+    monkeypatch.setattr(streams, "count", lambda: 2)
     assert (
         estimates.workspace_bytes(estimates.model_of(tiny.CONFIG, gpu=False), 64, 32) == 2 * 802_816
     )
-    monkeypatch.setattr(lanes, "count", lambda: 1)
+    monkeypatch.setattr(streams, "count", lambda: 1)
     m = estimates.model_of(tiny.CONFIG, gpu=False)
     workspace = 4 * 64 * (8 * 64 + 3 * 768 + 2 * 6 * 16 + 4 * 32)
     assert estimates.workspace_bytes(m, 64, 32) == workspace == 802_816
@@ -235,14 +235,14 @@ def test_updates_come_on_top_of_the_arithmetic() -> None:
 
 def test_a_budget_has_no_cache_in_it() -> None:
     """150 MiB for the process on Metal, whatever computes here; on a CPU 40."""
-    assert estimates.room(GIB, 100 * MIB, True) == GIB - 250 * MIB
-    assert estimates.room(GIB, 100 * MIB, False) == GIB - (40 + 100) * MIB
-    assert estimates.room(GIB, 0) == estimates.room(GIB, 0, False)
+    assert estimates.headroom_bytes(GIB, 100 * MIB, True) == GIB - 250 * MIB
+    assert estimates.headroom_bytes(GIB, 100 * MIB, False) == GIB - (40 + 100) * MIB
+    assert estimates.headroom_bytes(GIB, 0) == estimates.headroom_bytes(GIB, 0, False)
     for gpu in (False, True):  # what finds room is decided by the model's device
         m = estimates.model_of({**tiny.CONFIG, "num_hidden_layers": 4000}, gpu)
-        one = estimates.token(m, 16, GIB)
+        one = estimates.token_cost(m, 16, GIB)
         least = one.peak_bytes - one.pinned * m.block_work
-        assert 0 < one.pinned == estimates.room(GIB, least, gpu) // m.block_work < 4000
+        assert 0 < one.pinned == estimates.headroom_bytes(GIB, least, gpu) // m.block_work < 4000
 
 
 def test_training_by_pencil() -> None:
@@ -278,7 +278,7 @@ def test_training_by_pencil() -> None:
             kept + 2 * head + logits, back, 4 * params + 2 * 4 * 64 * 768
         )
         summed = compression_size.training_bytes(
-            tiny.CONFIG, 2, length=32, host_lanes=side_by_side, more=True
+            tiny.CONFIG, 2, length=32, host_streams=side_by_side, more=True
         )  # those of a micro-batch before
         assert summed == 16 * params + max(kept + 2 * head + logits, back)
 
@@ -330,7 +330,7 @@ def test_a_real_pass_stays_under_the_plan(
     hidden = source.embed(batches)
     embedded = source.reader.nbytes
     for _, block in source.blocks():
-        source.through(block, hidden)
+        source.run_block(block, hidden)
     source.norm(hidden)
     peak = mx.get_peak_memory() - before
     mx.set_cache_limit(cache)
@@ -379,7 +379,7 @@ def test_blocks_that_stay_are_within_the_plan(
     if beyond:
         monkeypatch.setattr(policy, "_decided", {})
         monkeypatch.setattr(rates, "computes_bfloat16", lambda: True)
-        monkeypatch.setattr(policy, "largest", lambda _: float("inf"))
+        monkeypatch.setattr(policy, "largest_activation", lambda _: float("inf"))
     checkpoint = stored(kind)
     m = estimates.model_of(checkpoint)
     dtype = policy.compute_dtype(checkpoint)
@@ -393,7 +393,7 @@ def test_blocks_that_stay_are_within_the_plan(
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     source = stream.Stream(checkpoint, dtype, m.head_work + kept * m.block_work)
-    assert source.keeps == kept
+    assert source.resident_blocks == kept
     for _ in range(2):
         mx.eval(load.logits(source.head(), source.forward(batches)[0]))
     peak = mx.get_peak_memory() - before
@@ -415,7 +415,7 @@ def test_the_engine_keeps_as_many_blocks_as_planned(
     """Given the head and so many blocks' room, `Stream` keeps the head and exactly these blocks."""
     m = estimates.model_of(stored(kind))
     source = stream.Stream(stored(kind), policy.usual_dtype(), m.head_work + blocks * m.block_work)
-    assert source.keeps == blocks == estimates.pins(m, blocks * m.block_work)
+    assert source.resident_blocks == blocks == estimates.resident_blocks(m, blocks * m.block_work)
     batches = [mx.array([[1, 2, 3]])]
     source.forward(batches)
     source.head()
@@ -423,7 +423,7 @@ def test_the_engine_keeps_as_many_blocks_as_planned(
     hidden = source.embed(batches)
     first, embedded = source.reader.nbytes, source.reader.nbytes - first
     for _, block in source.blocks():
-        source.through(block, hidden)
+        source.run_block(block, hidden)
     source.head()
     assert embedded > 0
     assert source.reader.nbytes - first == pytest.approx((6 - blocks) * m.block_bytes, rel=0.01)
@@ -523,7 +523,7 @@ def test_a_token_keeps_what_fits() -> None:
     what is left.
     """
     m = estimates.model_of(tiny.CONFIG, gpu=False)
-    passes = [estimates.token(m, 32, n * MIB // 4) for n in range(1, 60)]
+    passes = [estimates.token_cost(m, 32, n * MIB // 4) for n in range(1, 60)]
     reads = [p.read_bytes for p in passes]
     assert reads == sorted(reads, reverse=True)
     assert reads[0] == 3 * 4 * BLOCK + 4 * 512 * 64
@@ -571,14 +571,14 @@ def test_a_refusal_names_both_numbers_and_a_budget_that_does() -> None:
     large = estimates.StageCost(
         name="measure", read_bytes=0, written_bytes=0, peak_bytes=700 * MIB + 1, flops=0.0
     )
-    enough = estimates.enough(large.peak_bytes)
+    enough = estimates.enough_budget(large.peak_bytes)
     assert enough - process_bytes(enough) == large.peak_bytes
-    estimates.fit(Budget(enough), small, large)
+    estimates.require_fit(Budget(enough), small, large)
     numbers = "measure needs 740 MiB, but the budget is 600 MiB: give --budget 741MiB or"
     with pytest.raises(MisError, match=f"{numbers} more, or lower"):
-        estimates.fit(Budget(600 * MIB), small, large)
+        estimates.require_fit(Budget(600 * MIB), small, large)
     with pytest.raises(MisError, match=f"{numbers} more, or pray"):
-        estimates.fit(Budget(600 * MIB), large, other=", or pray")
+        estimates.require_fit(Budget(600 * MIB), large, other=", or pray")
 
 
 def test_measured_rates_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ def test_blocks_go_where_they_cost_least(
     layers: int, keeps: list[int], reading: float, counts: list[int]
 ) -> None:
     """Pencil cases; where machines work one after the other, no division in two takes less."""
-    assert pipeline_parallel.shared(layers, keeps, reading) == counts
+    assert pipeline_parallel.share_blocks(layers, keeps, reading) == counts
     assert sum(counts) == layers
     if len(keeps) == 2 and sum(keeps) < layers:
 

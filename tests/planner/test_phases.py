@@ -85,7 +85,7 @@ def test_resident_by_pencil() -> None:
     """10 steps of 384 tokens: forward and twice back for the student, forward for the teacher; four
     checkpoints.
     """
-    plan = phases.make(JOB, GIB, M1_AIR)
+    plan = phases.best_plan(JOB, GIB, M1_AIR)
     p = named(plan)["distil"]
     assert (plan.mode, plan.micro_batch, plan.pinned) == ("resident", 4, 6)
     assert p.flops == 10 * (3 * forward_flops(SMALL, 384, 32) + forward_flops(BIG, 384, 32))
@@ -93,11 +93,14 @@ def test_resident_by_pencil() -> None:
     assert p.written_bytes == 4 * 12 * arch.params(SMALL.config) + SMALL.nbytes
     # with training's share of the process
     own = 3 * 1024 * BIG.tensors
-    more = estimates.together(SMALL) * 80 * MIB
-    arrays = phases.resident(JOB, 4, GIB - own - more).peak_bytes
+    more = estimates.parallel_windows(SMALL) * 80 * MIB
+    arrays = phases.resident_cost(JOB, 4, GIB - own - more).peak_bytes
     assert p.peak_bytes == arrays + own + process_bytes(GIB - own) + more
     assert list(named(plan)) == ["prune", "distil", "quantize", "measure"]
-    assert list(named(phases.make(replace(JOB, reconstruct_samples=2), GIB, M1_AIR)))[1] == "repair"
+    assert (
+        list(named(phases.best_plan(replace(JOB, reconstruct_samples=2), GIB, M1_AIR)))[1]
+        == "repair"
+    )
 
 
 def test_blocks_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +108,7 @@ def test_blocks_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
     moments of 8 bits the head, 12 windows at 4 entrances, and one block's gradient with its way
     back or its update.
     """
-    p = phases.blocks(replace(JOB, targets="cached"), 4, GIB)
+    p = phases.blockwise_cost(replace(JOB, targets="cached"), 4, GIB)
     b = SMALL.block_params
     state = 4 * compression_size.block_state_bytes(SMALL.config)
     assert p.flops == 10 * (4 * forward_flops(SMALL, 384, 32, False) + 4 * 384 * 512 * 64)
@@ -115,27 +118,27 @@ def test_blocks_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
     ways = dict[int, int]()
     for count in (2, 1):
         monkeypatch.setattr(estimates.lanes, "count", lambda n=count: n)
-        ways[count] = training_cost.way_back_bytes(JOB, 4) - kept
+        ways[count] = training_cost.backward_peak_bytes(JOB, 4) - kept
     assert ways[1] == estimates.backward_bytes(SMALL.config, 4, 32) + 2 * 4 * b
     assert ways[2] == ways[1] + 4 * b
     wide = model_of({**SMALL.config, "intermediate_size": 90_000}, gpu=False)
     single = replace(JOB, student=wide, batch_size=1, grad_accumulation_steps=1, max_seq_length=1)
-    once = training_cost.way_back_bytes(single, 1)
+    once = training_cost.backward_peak_bytes(single, 1)
     assert once == MIB + 4 * (4 + 512) * 64 + 4 * wide.block_params + 4 * 4 * 64 * 90_000
 
 
 def test_a_streamed_teacher_is_read_at_every_step_but_for_what_stays() -> None:
     """Each block's room less, one block more is read ten times instead of once."""
-    everything = phases.resident(JOB, 4, GIB)
+    everything = phases.resident_cost(JOB, 4, GIB)
     bare = everything.peak_bytes - 6 * BIG.block_work
     for kept in range(7):
-        p = phases.resident(
+        p = phases.resident_cost(
             JOB,
             4,
             next(
                 n
                 for n in range(bare, GIB, 1000)
-                if estimates.room(n, bare) >= kept * BIG.block_work
+                if estimates.headroom_bytes(n, bare) >= kept * BIG.block_work
             ),
         )
         assert p.pinned == kept
@@ -150,16 +153,16 @@ def test_the_logit_store_by_pencil() -> None:
     handful of windows.
     """
     job = replace(JOB, targets="cached")
-    p = phases.store(job, GIB)
+    p = phases.store_cost(job, GIB)
     assert p.written_bytes == 120 * 32 * 151
     assert p.read_bytes == 6 * BIG.block_bytes + BIG.head_bytes
     assert p.held_tokens == 120 * 32
     assert p.flops == forward_flops(BIG, 120 * 32, 32)
-    least = phases.store(job, 0)
+    least = phases.store_cost(job, 0)
     assert least.held_tokens == 32
     assert least.read_bytes == 120 * p.read_bytes
     assert p.peak_bytes - least.peak_bytes == 119 * 32 * 64 * 4
-    plan = phases.make(job, GIB, M1_AIR)
+    plan = phases.best_plan(job, GIB, M1_AIR)
     own = 3 * 1024 * BIG.tensors
     assert named(plan)["logit store"] == replace(
         p, peak_bytes=p.peak_bytes + own + process_bytes(GIB - own)
@@ -177,7 +180,7 @@ def test_sharded_by_pencil() -> None:
     """
     job = replace(JOB, targets="cached")
     b = SMALL.block_params
-    p = phases.sharded(job, 4, 2)
+    p = phases.sharded_cost(job, 4, 2)
     assert training_cost.steps_per_shard(job, 2) == 5
     assert training_cost.steps_per_shard(job, 3) == 5
     assert training_cost.steps_per_shard(job, 1) == 3
@@ -189,12 +192,12 @@ def test_sharded_by_pencil() -> None:
     assert p.written_bytes == 4 * 4 * b + 2 * state * 4
     assert state == pytest.approx((4 + 2 + 8 / 128) * b, rel=0.01)
     # three forth; 3, 2, 1 and 0 are above, so 2, 1, 0 and 0 are read back
-    one = phases.sharded(job, 4, 1)
+    one = phases.sharded_cost(job, 4, 1)
     assert one.read_bytes == 10 * (int(3.75 * 4 * b) + 384 * 151) + 4 * 4 * 512 * 64 + 4 * 4 * b
     assert p.peak_bytes - one.peak_bytes == state
     block = forward_flops(SMALL, 384, 32, False) / 4
     assert p.flops == 10 * (block * (4 - 1 + 2 * 1 + 3 * 2) + 4 * 384 * 512 * 64)
-    live = phases.sharded(JOB, 4, 2)
+    live = phases.sharded_cost(JOB, 4, 2)
     assert live.flops == p.flops + 10 * forward_flops(BIG, 384, 32)
     assert live.peak_bytes > p.peak_bytes
     assert live.read_bytes == p.read_bytes - 10 * 384 * 151 + 10 * 6 * BIG.block_bytes
@@ -206,10 +209,10 @@ def test_the_repair_of_parts_by_pencil() -> None:
     """
     job = replace(JOB, reconstruct_samples=4)
     b = SMALL.block_params
-    p, poor = (compression_size.repair_parts(job, limit, 4) for limit in (GIB, 0))
+    p, poor = (compression_size.repair_by_block_cost(job, limit, 4) for limit in (GIB, 0))
     assert p.read_bytes == 6 * BIG.block_bytes + SMALL.nbytes
     assert p.written_bytes == 4 * (arch.params(SMALL.config) + 4 * b)
-    half = compression_size.repair_parts(job, GIB, 2)
+    half = compression_size.repair_by_block_cost(job, GIB, 2)
     assert 2 * half.written_bytes == p.written_bytes
     # two slots of half the size, and a block's float32 copy beside the solving
     assert half.peak_bytes == p.peak_bytes
@@ -223,7 +226,10 @@ def test_the_repair_of_parts_by_pencil() -> None:
     moved = 128 * (64 * 4 * 7 + 64 * 4 * 5)
     assert poor.written_bytes - p.written_bytes == moved == poor.read_bytes - p.read_bytes
     assert [
-        f.name for f in phases.one(job, GIB, rates=M1_AIR, mode="sharded", micro=1, shard=1).phases
+        f.name
+        for f in phases.plan_strategy(
+            job, GIB, rates=M1_AIR, mode="sharded", micro=1, shard=1
+        ).phases
     ][:3] == [
         "prune",
         "repair",
@@ -237,7 +243,7 @@ def test_budgets_choose() -> None:
     """
     seen = []
     for budget in range(1, 100):
-        plan = phases.make(BLOCKY, budget * MIB, M1_AIR)
+        plan = phases.best_plan(BLOCKY, budget * MIB, M1_AIR)
         seen.append((plan.fits, plan.mode, plan.pinned == BIG.shape.layers))
         assert plan.peak_bytes <= budget * MIB or not plan.fits
     order = list(dict.fromkeys(seen))
@@ -249,11 +255,13 @@ def test_budgets_choose() -> None:
     wordy = replace(
         BLOCKY, student=model_of({**BLOCKY.student.config, "vocab_size": 30_000}, gpu=False)
     )
-    less = phases.resident(wordy, 4, 0).peak_bytes - phases.blocks(wordy, 4, 0).peak_bytes
+    less = (
+        phases.resident_cost(wordy, 4, 0).peak_bytes - phases.blockwise_cost(wordy, 4, 0).peak_bytes
+    )
     assert less >= 8 * 30_000 * 64  # two moments of the embedding
-    plans = [phases.make(replace(wordy, modes=MODES[1:]), n * MIB, M1_AIR) for n in (4, 300)]
+    plans = [phases.best_plan(replace(wordy, modes=MODES[1:]), n * MIB, M1_AIR) for n in (4, 300)]
     assert plans[1].mode == "blocks"
-    assert plans[1].way == {
+    assert plans[1].strategy == {
         "mode": "blocks",
         "micro": 4,
         "shard": 0,
@@ -299,7 +307,7 @@ def test_a_student_that_is_its_teacher(
     job = spec_of(teacher, student, DistillationConfig(**asked), QuantizationConfig(), copied=True)
     assert job.uncut == uncut
     assert not spec_of(teacher, student, DistillationConfig(**asked)).uncut
-    plan = phases.make(job, GIB, M1_AIR)
+    plan = phases.best_plan(job, GIB, M1_AIR)
     assert {"repair", "distil"}.isdisjoint(p.name for p in plan.phases) == uncut
     assert plan.tuned == TUNE_ITERS
     assert (plan.mode == "none") == uncut
@@ -342,7 +350,7 @@ def test_the_usual_rate_knows_the_weights(
         mx.save_safetensors(str(file), {name: mx.array(weight) for name, weight in grown.items()})
         teacher = load.open_checkpoint(folder)
         model = model_of(teacher)
-        plan = phases.one(
+        plan = phases.plan_strategy(
             spec_of(model, model, asked),
             GIB,
             rates=M1_AIR,
@@ -370,7 +378,7 @@ def test_more_budget_never_reads_more(targets: Any) -> None:
         targets=targets,
         num_samples=64,
     )
-    plans = [phases.make(job, n * MIB // 8, M1_AIR) for n in range(40, 8 * 120, 2)]
+    plans = [phases.best_plan(job, n * MIB // 8, M1_AIR) for n in range(40, 8 * 120, 2)]
     plans = [p for p in plans if p.fits]
 
     def read_bytes(plan: Any) -> int:
@@ -390,21 +398,21 @@ def test_steps_after_rounding_go_where_nobody_asked_for_them() -> None:
     """
     plain = QuantizationConfig(q_method="round", target_bpw=None)  # which takes little itself
     job = replace(JOB, rounding=plain, modes=("blocks",), targets="cached")  # no blocks that stay
-    whole = phases.one(job, GIB, rates=M1_AIR, mode="blocks", micro=4, shard=0)
+    whole = phases.plan_strategy(job, GIB, rates=M1_AIR, mode="blocks", micro=4, shard=0)
     assert whole.tuned == 20
     assert list(named(whole))[-2:] == ["tune", "measure"]
     less = replace(job, rounding=replace(job.rounding, q_iters=20))
     most = max(p.peak_bytes for name, p in named(whole).items() if name != "tune")
     assert named(whole)["tune"].peak_bytes > most
     plans = [
-        phases.one(job, n * MIB // 16, rates=M1_AIR, mode="blocks", micro=4, shard=0)
+        phases.plan_strategy(job, n * MIB // 16, rates=M1_AIR, mode="blocks", micro=4, shard=0)
         for n in range(64, 800)
     ]
     plan = next(plan for plan in plans if plan.fits and plan.tuned == 0)
-    assert not phases.one(
+    assert not phases.plan_strategy(
         less, plan.budget_bytes, rates=M1_AIR, mode="blocks", micro=4, shard=0
     ).fits
-    assert phases.one(job, GIB, M1_AIR, **plan.way) != whole
+    assert phases.plan_strategy(job, GIB, M1_AIR, **plan.strategy) != whole
 
 
 def test_micro_batches_divide_the_step(tmp_path: Path) -> None:
@@ -412,12 +420,12 @@ def test_micro_batches_divide_the_step(tmp_path: Path) -> None:
     step.
     """
     job = replace(JOB, batch_size=6)
-    assert {micro for _, micro, _ in phases.ways(job)} == {6, 3, 2, 1}
-    plan = phases.one(job, GIB, rates=M1_AIR, mode="resident", micro=2, shard=0)
+    assert {micro for _, micro, _ in phases.candidate_strategies(job)} == {6, 3, 2, 1}
+    plan = phases.plan_strategy(job, GIB, rates=M1_AIR, mode="resident", micro=2, shard=0)
     asked = DistillationConfig(batch_size=6, grad_accumulation_steps=3, learning_rate=RATE)
     recipe = plan.recipe(asked, load.open_checkpoint(tiny.make(tmp_path / "m")))
     assert (recipe.batch_size, recipe.grad_accumulation_steps) == (2, 9)
-    assert phases.one(job, GIB, M1_AIR, **plan.way) == plan
+    assert phases.plan_strategy(job, GIB, M1_AIR, **plan.strategy) == plan
 
 
 @pytest.mark.parametrize(
@@ -433,17 +441,17 @@ def test_the_least_budget_is_enough_and_one_byte_less_is_not(change: dict[str, A
     """And the sentence of a refusal names it, rounded up, with the need and the budget."""
     job = replace(JOB, **change)
     least = phases.least_bytes(job, M1_AIR)
-    assert phases.make(job, least, M1_AIR).fits
-    plan = phases.make(job, least - 1, M1_AIR)
+    assert phases.best_plan(job, least, M1_AIR).fits
+    plan = phases.best_plan(job, least - 1, M1_AIR)
     assert not plan.fits
-    assert phases.remedy(phases.make(job, least, M1_AIR)) == ""
+    assert phases.remedy(phases.best_plan(job, least, M1_AIR)) == ""
     said = phases.remedy(plan)
     assert re.match(
         r"\w+ needs [\d.]+ MiB, but the budget is [\d.]+ MiB: give --budget \d+MiB", said
     )
     advised = re.search(r"--budget (\S+?)[,;]", said)
     assert advised
-    assert phases.make(job, parse_bytes(advised[1]), M1_AIR).fits
+    assert phases.best_plan(job, parse_bytes(advised[1]), M1_AIR).fits
 
 
 def test_the_remedy_is_one_that_helps() -> None:
@@ -454,16 +462,16 @@ def test_the_remedy_is_one_that_helps() -> None:
         modes=("resident",),
         student=model_of({**SMALL.config, "intermediate_size": 6144}, False),
     )
-    plain = phases.make(replace(repair, reconstruct_samples=0), GIB, M1_AIR)
+    plain = phases.best_plan(replace(repair, reconstruct_samples=0), GIB, M1_AIR)
     assert "--reconstruct-samples 0" in phases.remedy(
-        phases.make(repair, plain.peak_bytes + MIB, M1_AIR)
+        phases.best_plan(repair, plain.peak_bytes + MIB, M1_AIR)
     )
     long = replace(JOB, max_seq_length=512, batch_size=1)
     budget = phases.least_bytes(replace(long, max_seq_length=128), M1_AIR)
-    said = phases.remedy(phases.make(long, budget, M1_AIR))
+    said = phases.remedy(phases.best_plan(long, budget, M1_AIR))
     assert "--max-seq-length 128 instead of 512" in said
-    assert phases.make(replace(long, max_seq_length=128), budget, M1_AIR).fits
-    assert "do not help" in phases.remedy(phases.make(long, MIB, M1_AIR))
+    assert phases.best_plan(replace(long, max_seq_length=128), budget, M1_AIR).fits
+    assert "do not help" in phases.remedy(phases.best_plan(long, MIB, M1_AIR))
 
 
 def test_what_models_answer_is_part_of_measuring() -> None:
@@ -475,18 +483,22 @@ def test_what_models_answer_is_part_of_measuring() -> None:
     four = replace(SMALL, nbytes=rounding_cost.packed_bytes(SMALL, rounded.rounding), packed=True)
 
     for job, models in ((rounded, [BIG, SMALL, four]), (JOB, [BIG, SMALL])):
-        texts = phases.measure(job, GIB, GIB)
-        both = phases.measure(replace(job, answers=24, answers_known=True), GIB, GIB)
-        said = writing.answers(models, 24, Budget(GIB), teacher_kept=True, silent=len(models) - 2)
+        texts = phases.measuring_cost(job, GIB, GIB)
+        both = phases.measuring_cost(replace(job, answers=24, answers_known=True), GIB, GIB)
+        said = writing.answers_cost(
+            models, 24, Budget(GIB), teacher_kept=True, silent=len(models) - 2
+        )
         assert both.flops == texts.flops + said.flops
         assert both.read_bytes == texts.read_bytes + said.read_bytes
         assert both.touched_bytes == texts.touched_bytes + said.touched_bytes
         assert both.peak_bytes == max(texts.peak_bytes, said.peak_bytes)
-    new = phases.measure(replace(JOB, answers=24), GIB, GIB)
-    known = phases.measure(replace(JOB, answers=24, answers_known=True), GIB, GIB)
+    new = phases.measuring_cost(replace(JOB, answers=24), GIB, GIB)
+    known = phases.measuring_cost(replace(JOB, answers=24, answers_known=True), GIB, GIB)
     assert new.flops > known.flops
     assert new.touched_bytes > known.touched_bytes
-    assert phases.measure(replace(JOB, answers=24), GIB, MIB) == phases.measure(JOB, GIB, MIB)
+    assert phases.measuring_cost(replace(JOB, answers=24), GIB, MIB) == phases.measuring_cost(
+        JOB, GIB, MIB
+    )
 
 
 @pytest.mark.parametrize(
@@ -520,9 +532,9 @@ def test_resident_training_stays_under_the_plan(
         grad_accumulation_steps=1,
         max_seq_length=length,
     )
-    planned = phases.resident(job, batch, GIB if resident else 0)
+    planned = phases.resident_cost(job, batch, GIB if resident else 0)
     with memory.limited(Budget(before + planned.peak_bytes)):
-        model = load.resident(student, mx.float32)
+        model = load.resident_model(student, mx.float32)
         source = live_teacher.StreamedTeacher(teacher, None if resident else 0)
         steps = list(
             live_teacher.steps(model, source, data=data, recipe=recipe, optimizer=GuardedAdamW())
@@ -600,7 +612,7 @@ def test_training_by_blocks_stays_under_the_plan(
         max_seq_length=length,
         same_head=same_head,
     )
-    planned = phases.blocks(job, batch, GIB if resident else 0, lora)
+    planned = phases.blockwise_cost(job, batch, GIB if resident else 0, lora)
     mx.clear_cache()
     before = mx.get_active_memory()
     with memory.limited(Budget(before + planned.peak_bytes)):
@@ -614,13 +626,13 @@ def test_training_by_blocks_stays_under_the_plan(
             steps_per_shard=2,
             weight_decay=0.01,
             files=DISK,
-            room_bytes=4 * small.head_params,
+            headroom_bytes=4 * small.head_params,
             adapters=adapters,
         )
         student.begin()
         micro_batches = partial(live_teacher.step_micro_batches, source, data, recipe)
         how = partial(source.kl_sum, frozen_head=True), recipe
-        steps = list(student.steps(micro_batches, *how, slopes=source.frozen_slopes()))
+        steps = list(student.steps(micro_batches, *how, host_gradients=source.host_gradients()))
     peak = max(s.peak_bytes for s in steps) - before
     assert planned.pinned == (5 if resident else 0)
     assert planned.peak_bytes / (1.25 if lora else 1.2) < peak < planned.peak_bytes, (
@@ -646,7 +658,7 @@ def test_sharded_training_stays_under_the_plan(
         grad_accumulation_steps=2,
         targets="cached",
     )
-    planned = phases.sharded(job, 1, shard).peak_bytes
+    planned = phases.sharded_cost(job, 1, shard).peak_bytes
     mx.clear_cache()
     before = mx.get_active_memory()
     with memory.limited(Budget(before + planned)):
@@ -670,14 +682,14 @@ def test_sharded_training_stays_under_the_plan(
 
 
 def _against_itself(
-    hidden: mx.array, weight: mx.array, learn: mx.array, target: mx.array, head: Any
+    hidden: mx.array, weight: mx.array, loss_mask: mx.array, target: mx.array, head: Any
 ) -> mx.array:
     return losses.kl_sum(
         hidden,
         weight,
         teacher=target,
         teacher_logits=partial(load.logits, head),
-        learn=learn,
+        loss_mask=loss_mask,
         frozen_head=True,
     )
 
@@ -694,7 +706,7 @@ def test_pruning_stays_under_the_plan(
     shape = select.wanted_shape(teacher.config, cut)
     small = model_of(arch.student_config(teacher.config, shape, tuple(range(4)), "float32"))
     asked = replace(Distilled(), **{**how, "num_samples": 6, "max_seq_length": 64})
-    planned = phases.prune(spec_of(model_of(teacher), small, asked), GIB)
+    planned = phases.pruning_cost(spec_of(model_of(teacher), small, asked), GIB)
     batches = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
     held_out = Windows(np.zeros((1, 8), np.int32), np.ones((1, 8), np.float32))
     mx.eval(batches)
@@ -727,7 +739,7 @@ def test_comparing_stays_under_the_plan(
     """
     teacher, student = wide
     packed_format.write_quantized(
-        student, tmp_path / "4-bit", packed_format.layout(student.config, 64), DISK
+        student, tmp_path / "4-bit", packed_format.formats_of(student.config, 64), DISK
     )
     models = {
         "teacher": teacher,
@@ -735,7 +747,7 @@ def test_comparing_stays_under_the_plan(
         "4-bit": load.open_checkpoint(tmp_path / "4-bit"),
     }
     tokens = np.random.default_rng(0).integers(0, 512, (3, 64)).astype(np.int32)
-    planned = estimates.compared([model_of(m) for m in models.values()], 3, 64).peak_bytes
+    planned = estimates.comparison_cost([model_of(m) for m in models.values()], 3, 64).peak_bytes
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()

@@ -62,14 +62,14 @@ def students(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
 def data() -> Windows:
     """Twelve windows of 16 tokens, some counted in part; the last column never is."""
     rng = np.random.default_rng(2)
-    learn = (rng.random((12, 16)) < 0.7).astype(np.float32)
-    learn[:, -1] = 0
-    return Windows(rng.integers(0, 512, (12, 16)).astype(np.int32), learn)
+    loss_mask = (rng.random((12, 16)) < 0.7).astype(np.float32)
+    loss_mask[:, -1] = 0
+    return Windows(rng.integers(0, 512, (12, 16)).astype(np.int32), loss_mask)
 
 
 def distil(source: live_teacher.TargetSource, student: Checkpoint, data: Windows) -> list[Any]:
     """Losses, norms, and all weights after RECIPE."""
-    model = load.resident(student, mx.float32)
+    model = load.resident_model(student, mx.float32)
     steps = list(
         live_teacher.steps(model, source, data=data, recipe=RECIPE, optimizer=GuardedAdamW())
     )
@@ -91,8 +91,8 @@ def test_the_gradient_is_that_of_the_formula(
     cut = live_teacher.step_micro_batches(
         source, data, replace(RECIPE, grad_accumulation_steps=1), 0
     )
-    student, teacher = (load.resident(m, mx.float32) for m in (students[name], llama))
-    tokens, learn, *_ = cut[0]
+    student, teacher = (load.resident_model(m, mx.float32) for m in (students[name], llama))
+    tokens, loss_mask, *_ = cut[0]
     logs = teacher(tokens).reshape(32, -1)
     logs = logs - mx.logsumexp(logs, axis=-1, keepdims=True)
 
@@ -103,7 +103,7 @@ def test_the_gradient_is_that_of_the_formula(
         each = (
             each - c * mx.take_along_axis(own, mx.roll(tokens, -1, 1).reshape(-1, 1), axis=-1)[:, 0]
         )
-        return (each * learn).sum()
+        return (each * loss_mask).sum()
 
     loss, wanted = nn.value_and_grad(student, naive)()
     (value, _), got = nn.value_and_grad(
@@ -119,12 +119,14 @@ def test_the_text_as_source_is_cross_entropy(llama: Checkpoint, data: Windows) -
     """Plain training of any resident model: the first loss is mlx's own cross-entropy, and it
     falls.
     """
-    few = Windows(data.tokens[:4], data.learn[:4])
-    model = load.resident(llama, mx.float32)
+    few = Windows(data.tokens[:4], data.loss_mask[:4])
+    model = load.resident_model(llama, mx.float32)
     z = model(mx.array(few.tokens))
     tokens = mx.array(few.tokens)
-    learn = mx.array(few.learn)
-    wanted = (nn.losses.cross_entropy(z[:, :-1], tokens[:, 1:]) * learn[:, :-1]).sum() / learn.sum()
+    loss_mask = mx.array(few.loss_mask)
+    wanted = (
+        nn.losses.cross_entropy(z[:, :-1], tokens[:, 1:]) * loss_mask[:, :-1]
+    ).sum() / loss_mask.sum()
     steps = list(
         live_teacher.steps(
             model,
@@ -180,7 +182,7 @@ def test_training_with_cross_entropy_stays_under_the_plan(
     recipe = replace(RECIPE, iters=2, max_seq_length=length)
     mx.clear_cache()
     before = mx.get_active_memory()
-    model = load.resident(student, mx.float32)
+    model = load.resident_model(student, mx.float32)
     source = StreamedTeacher(teacher, 0, direct=False, temperature=2.0, cross_entropy=0.5)
     steps = list(
         live_teacher.steps(model, source, data=data, recipe=recipe, optimizer=GuardedAdamW())
@@ -190,5 +192,5 @@ def test_training_with_cross_entropy_stays_under_the_plan(
     job = replace(
         JOB, teacher=model_of(teacher), student=model_of(student), cross_entropy=0.5, **sizes
     )
-    planned = phases.resident(job, 2, 0).peak_bytes
+    planned = phases.resident_cost(job, 2, 0).peak_bytes
     assert planned / 4 < peak < planned, (peak / 2**20, planned / 2**20)

@@ -29,7 +29,7 @@ def test_streamed_statistics_are_resident_ones(
     last bit.
     """
     statistics, hidden = calibrate.calibrate(models(kind), batches)
-    model = load.resident(models(kind), policy.compute_dtype(models(kind)))
+    model = load.resident_model(models(kind), policy.compute_dtype(models(kind)))
     norms = np.zeros(64)
     for layer in model.model.layers:
         for part, name in (
@@ -71,7 +71,7 @@ def test_block_importance_by_hand(llama: Checkpoint, batches: list[mx.array]) ->
     source = stream.Stream(llama, mx.float32)
     hidden = source.embed(batches)
     for i, block in source.blocks():
-        out = source.through(block, list(hidden))
+        out = source.run_block(block, list(hidden))
         cosines = []
         for before, after in zip(hidden, out, strict=True):
             x = wide(before)
@@ -104,7 +104,7 @@ def test_each_batch_is_weighed_by_its_own_air(llama: Checkpoint, batches: list[m
             (both.heads[i], first.heads[i], second.heads[i]),
         ):
             weighed = cold.square * 283.15**2 + hot.square * 303.15**2
-            np.testing.assert_allclose(found.warm, weighed, rtol=1e-12)
+            np.testing.assert_allclose(found.env_weighted, weighed, rtol=1e-12)
             np.testing.assert_allclose(found.mean, cold.mean + hot.mean, rtol=1e-12)
 
 
@@ -117,7 +117,7 @@ def test_a_gap_in_the_weather_means_plain_importance(
     statistics, _ = calibrate.calibrate(llama, batches, readings(10.0, None))
     assert not statistics.measured
     assert statistics.ambient_c == [10.0]
-    assert (statistics.ffn[0].warm == statistics.ffn[0].square).all()
+    assert (statistics.ffn[0].env_weighted == statistics.ffn[0].square).all()
 
 
 def test_frost_in_celsius_stops_the_pass(llama: Checkpoint, batches: list[mx.array]) -> None:

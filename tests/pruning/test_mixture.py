@@ -154,11 +154,13 @@ def test_routers_are_healed(tmp_path: Path, text_folder: Path, batches: list[mx.
             weights[name].shape, key=mx.random.key(i)
         )
     mx.save_safetensors(str(whole.path / "model.safetensors"), weights)
-    mended, left = reconstruct.reconstruct(teacher, load.open_checkpoint(whole.path), keep, windows)
-    assert mended
+    repaired, left = reconstruct.reconstruct(
+        teacher, load.open_checkpoint(whole.path), keep, windows
+    )
+    assert repaired
     assert min(left) < 0.9
     assert max(left) <= 1.0
-    assert all(name.endswith(".mlp.gate.weight") for name in mended)
+    assert all(name.endswith(".mlp.gate.weight") for name in repaired)
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "llama"])
@@ -228,7 +230,7 @@ def test_stopped_and_resumed_to_the_same_bits(
 ) -> None:
     """In the middle of the healing; the run goes on from the pruned folder."""
     model = tiny.make(tmp_path / "m", **MIXTURE)
-    old = reconstruct.heal
+    old = reconstruct.train_router
     calls = list[int]()
     how: dict[str, Any] = {
         "teacher": str(model),
@@ -252,7 +254,7 @@ def test_stopped_and_resumed_to_the_same_bits(
     whole = distill.run(distill.Settings(out=str(tmp_path / "whole"), **how))
     assert whole["mode"] == "none"
     assert "nll_student" in whole
-    monkeypatch.setattr(reconstruct, "heal", stopped)
+    monkeypatch.setattr(reconstruct, "train_router", stopped)
     with pytest.raises(KeyboardInterrupt):
         distill.run(distill.Settings(out=str(tmp_path / "run"), **how))
     distill.run(distill.Settings(out=str(tmp_path / "run"), resume=True))

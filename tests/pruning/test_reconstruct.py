@@ -46,14 +46,14 @@ def test_who_judges_by_pencil() -> None:
     wherever its windows stand; a kind of one window only teaches, and where all are such, the last
     window judges.
     """
-    assert reconstruct.judges([0] * 9) == [3, 7]
-    assert reconstruct.judges([0] * 3) == [2]
-    assert reconstruct.judges([5]) == [0]
-    assert reconstruct.judges([0, 1] * 4) == [6, 7]
-    assert reconstruct.judges([1, 0, 0, 1, 0, 0, 0, 0, 0]) == [3, 5]
-    assert reconstruct.judges([0, 0, 0, 0, 1]) == [3]
-    assert reconstruct.judges([0, 0, 2]) == [1]
-    assert reconstruct.judges([0, 1, 2]) == [2]
+    assert reconstruct.held_out_windows([0] * 9) == [3, 7]
+    assert reconstruct.held_out_windows([0] * 3) == [2]
+    assert reconstruct.held_out_windows([5]) == [0]
+    assert reconstruct.held_out_windows([0, 1] * 4) == [6, 7]
+    assert reconstruct.held_out_windows([1, 0, 0, 1, 0, 0, 0, 0, 0]) == [3, 5]
+    assert reconstruct.held_out_windows([0, 0, 0, 0, 1]) == [3]
+    assert reconstruct.held_out_windows([0, 0, 2]) == [1]
+    assert reconstruct.held_out_windows([0, 1, 2]) == [2]
 
 
 @pytest.mark.parametrize("kinds", [[0] * 12, [0, 1] * 6, [0, 0, 1] * 4, [0, 0, 0, 1] * 3 + [2]])
@@ -61,7 +61,7 @@ def test_every_kind_that_can_is_fitted_and_judged(kinds: list[int]) -> None:
     """A kind of two windows and more has one that judges and one that does not; about a quarter of
     all judges.
     """
-    held_out = reconstruct.judges(kinds)
+    held_out = reconstruct.held_out_windows(kinds)
 
     assert held_out == sorted(set(held_out))
     assert len(held_out) <= max(len(set(kinds)), len(kinds) / 3)
@@ -77,9 +77,9 @@ def student_of(teacher: Checkpoint, keep: KeptUnits, out: Path, **sizes: int) ->
     return load.open_checkpoint(out)
 
 
-def mended_model(student: Checkpoint, mended: dict[str, mx.array]) -> Checkpoint:
+def mended_model(student: Checkpoint, repaired: dict[str, mx.array]) -> Checkpoint:
     """The student's folder with the new weights, beside the old one."""
-    arrays = {n: load.dense(student, n) for n in student.tensors} | mended
+    arrays = {n: load.dense(student, n) for n in student.tensors} | repaired
     out = student.path.with_name("mended")
     model_writer.write_model(
         student.config,
@@ -109,17 +109,17 @@ def stream_error(
     small = stream.Stream(student, mx.float32)
     at = {0: list(big.embed(windows))}
     for i, block in big.blocks():
-        at[i + 1] = list(big.through(block, list(at[i])))
+        at[i + 1] = list(big.run_block(block, list(at[i])))
     hidden = small.embed(windows)
     errors = []
     for entrance, (_, block) in zip([*layers[1:], 3], small.blocks(), strict=True):
-        small.through(block, hidden)
+        small.run_block(block, hidden)
         goals = np.concatenate([np.array(want, np.float64)[0] @ basis for want in at[entrance]])
         found = np.concatenate([np.array(got, np.float64)[0] for got in hidden])
         root_mean_square = np.sqrt(np.square(goals).mean(-1, keepdims=True))
         missing = (goals - found) / root_mean_square
         sizes = 1.0
-        if reconstruct.BEHIND in block:
+        if reconstruct.POST_MLP_NORM in block:
             sizes = np.square(goals / root_mean_square).mean(0)
         error = np.square(missing) / sizes
         errors.append(float(error.sum()))
@@ -133,9 +133,9 @@ def test_an_unpruned_student_stays_as_it_is(
     keep = KeptUnits(ALL, {}, "")
     student = student_of(llama, keep, tmp_path / "s")
 
-    mended, left = reconstruct.reconstruct(llama, student, keep, windows)
+    repaired, left = reconstruct.reconstruct(llama, student, keep, windows)
 
-    assert not mended
+    assert not repaired
     assert left == [1.0] * 3
 
 
@@ -173,10 +173,10 @@ def test_the_error_falls_block_by_block(
         layers=keep.layers,
     )
 
-    mended, left = reconstruct.reconstruct(teacher, student, keep, windows + more)
+    repaired, left = reconstruct.reconstruct(teacher, student, keep, windows + more)
 
     before = stream_error(teacher, student, **judging)
-    after = stream_error(teacher, mended_model(student, mended), **judging)
+    after = stream_error(teacher, mended_model(student, repaired), **judging)
     nearer = [a < b for a, b in zip(after, before, strict=True)]
     assert all(nearer if kind == "llama" else nearer[:2])
     assert sum(after) < 0.9 * sum(before)
@@ -198,10 +198,10 @@ def test_few_tokens_do_not_spoil_a_student(
     few = random_windows(count, length)
     others = random_windows(6, first=100)
 
-    mended, left = reconstruct.reconstruct(teacher, student, keep, few)
+    repaired, left = reconstruct.reconstruct(teacher, student, keep, few)
 
     before = stream_error(teacher, student, np.eye(64), others)
-    after = stream_error(teacher, mended_model(student, mended), np.eye(64), others)
+    after = stream_error(teacher, mended_model(student, repaired), np.eye(64), others)
     assert all(a <= 1.001 * b for a, b in zip(after, before, strict=True)), (after, before)
     if count == 1:
         assert after == before
@@ -217,17 +217,17 @@ def test_against_lstsq_in_float64(
     """
     keep, sizes = CUTS["ffn"]
     student = student_of(llama, keep, tmp_path / "s", **sizes)
-    mended, _ = reconstruct.reconstruct(llama, student, keep, windows)
+    repaired, _ = reconstruct.reconstruct(llama, student, keep, windows)
     big = stream.Stream(llama, mx.float32)
     small = stream.Stream(student, mx.float32)
     _, teacher_block = next(big.blocks())
-    wanted = big.through(teacher_block, big.embed(windows))
+    wanted = big.run_block(teacher_block, big.embed(windows))
     _, block = next(small.blocks())
     block.mlp.down_proj = modules.InputRecorder(block.mlp.down_proj)
     rows_a = list[np.ndarray]()
     rows_r = list[np.ndarray]()
     for into, want in zip(small.embed(windows), wanted, strict=True):
-        (out,) = small.through(block, [into])
+        (out,) = small.run_block(block, [into])
         goal = np.array(want, np.float64).reshape(-1, 64)
         weight = 1 / np.sqrt(np.square(goal).mean(-1, keepdims=True))
         inputs = np.array(block.mlp.down_proj.take(), np.float64).reshape(-1, 256)
@@ -253,7 +253,7 @@ def test_against_lstsq_in_float64(
     assert min(errors) < np.square(rows_r[judge]).sum()
     update = solution(RIDGES[int(np.argmin(errors))], list(range(6)))
     name = "model.layers.0.mlp.down_proj.weight"
-    change = np.array(mended[name]) - np.array(load.dense(student, name))
+    change = np.array(repaired[name]) - np.array(load.dense(student, name))
     np.testing.assert_allclose(change, update.T, atol=1e-4 * np.abs(update).max())
     assert np.abs(update).max() > 0.01  # there was something to mend
 
@@ -279,13 +279,13 @@ def test_each_kind_of_text_judges_a_block(
 ) -> None:
     """The held-out windows come with their kinds, of six with three kinds the second of each."""
     seen = list[list[int]]()
-    real = reconstruction.left
+    real = reconstruction.remaining_error
 
     def watched(held_out: Sequence[reconstruction.HeldOut], update: np.ndarray) -> float:
         seen.append([rows.kind for rows in held_out])
         return real(held_out, update)
 
-    monkeypatch.setattr(reconstruction, "left", watched)
+    monkeypatch.setattr(reconstruction, "remaining_error", watched)
     keep, sizes = CUTS["ffn"]
     student = student_of(llama, keep, tmp_path / "s", **sizes)
 
@@ -311,10 +311,10 @@ def test_a_wide_layer_is_refitted_beside_nothing_in_float64(
     windows = random_windows(6, length=256)
     tracemalloc.start()
     try:
-        mended, left = reconstruct.reconstruct(teacher, student, keep, windows)
+        repaired, left = reconstruct.reconstruct(teacher, student, keep, windows)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(mended) == 2
+    assert len(repaired) == 2
     assert max(left) < 1
     assert peak < 4 * 512**2 * (4 + 2.5)

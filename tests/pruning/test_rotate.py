@@ -66,7 +66,7 @@ def student_of(
         out=out,
         dtype=dtype,
         files=DISK,
-        tensor=slicing.rotated(teacher, rotation),
+        tensor=slicing.rotated_teacher(teacher, rotation),
     )
     return load.open_checkpoint(out)
 
@@ -81,7 +81,7 @@ def entering(checkpoint: Checkpoint, windows: list[mx.array]) -> dict[str, np.nd
     """What enters each norm, by mlx-lm's own submodules called by hand: {norm: tokens of rms 1,
     float64}.
     """
-    model = load.resident(checkpoint, mx.float32)
+    model = load.resident_model(checkpoint, mx.float32)
     seen = dict[str, list[np.ndarray]]()
 
     def note(name: str, x: mx.array) -> None:
@@ -107,7 +107,7 @@ def test_principal_directions_by_pencil(tmp_path: Path, monkeypatch: pytest.Monk
     entering = [("a norm", mx.array([[2.0, 1.0], [1.0, 2.0]]))]
     monkeypatch.setattr(slicing, "_entering", lambda *_: entering)
     monkeypatch.setattr(slicing, "shape_of", lambda _: SimpleNamespace(hidden=2, tied=False))
-    found = slicing.directions(teacher, [])(1)
+    found = slicing.principal_directions(teacher, [])(1)
     np.testing.assert_allclose(np.abs(found.basis), np.full((2, 1), 0.5**0.5))
     np.testing.assert_allclose(found.basis[0], found.basis[1])
     assert found.energy == {"a norm": pytest.approx(0.9)}
@@ -124,7 +124,7 @@ def test_what_is_measured_is_what_enters_the_norms(
     subspace is the same.
     """
     teacher = models(kind)
-    found = slicing.directions(teacher, windows)(48)
+    found = slicing.principal_directions(teacher, windows)(48)
     seen = entering(teacher, windows)
     np.testing.assert_allclose(found.basis.T @ found.basis, np.eye(48), atol=1e-12)
     values, vectors = np.linalg.eigh(sum(x.T @ x for x in seen.values()))
@@ -186,7 +186,8 @@ def test_a_tied_head_deviates_by_its_last_gain_and_by_nothing_else(
     off = np.linalg.norm(after - before) / np.linalg.norm(before)
     assert 0.03 < off < 2 * gain.std() / gain.mean()
     turned = stock(
-        student_of(llama, whole(slicing.turned(basis, gain)), tmp_path / "turned"), windows[0]
+        student_of(llama, whole(slicing.rotated_basis(basis, gain)), tmp_path / "turned"),
+        windows[0],
     )
     assert np.abs(turned - before).max() <= rounding
 
@@ -207,7 +208,7 @@ def test_turned_for_a_tied_head_the_cut_costs_less(tmp_path: Path, windows: list
         files=DISK,
     )
     teacher = load.open_checkpoint(tmp_path / "g")
-    found = slicing.directions(teacher, windows)(60)
+    found = slicing.principal_directions(teacher, windows)(60)
     plain = replace(found, basis=found.basis @ orthogonal(60))  # the same subspace, turned anyhow
     before = stock(teacher, windows[0])
     off = [
@@ -222,7 +223,9 @@ def test_the_rms_gain_by_pencil(tmp_path: Path, models: Callable[[str], Checkpoi
     48).
     """
     energy = dict.fromkeys(NORMS, 0.75) | {NORMS[1]: 1.0}
-    tensor = slicing.rotated(models("untied"), slicing.Rotation(orthogonal(64)[:, :48], energy))
+    tensor = slicing.rotated_teacher(
+        models("untied"), slicing.Rotation(orthogonal(64)[:, :48], energy)
+    )
     for name in NORMS:
         want = (64 / 48) ** 0.5 if name == NORMS[1] else 1.0
         np.testing.assert_allclose(np.array(tensor(name)), np.full(48, want), rtol=1e-6)
@@ -347,14 +350,18 @@ def test_spooled_hidden_states_and_a_changing_wind_make_the_same_student(
 def test_the_way_into_the_students_channels(llama: Checkpoint) -> None:
     """Unit vectors pick channels, bit for bit; any basis turns; the dtype of the stream stays."""
     hidden = mx.random.normal((1, 5, 64), key=mx.random.key(0))
-    picked = reconstruct.narrow(
+    picked = reconstruct.in_student_channels(
         hidden, reconstruct.kept_columns(KeptUnits(ALL, {(-1, "hidden"): (3, 1)}, ""))
     )
     units = KeptUnits(ALL, {(-1, "hidden"): (0, 1)}, "", basis=np.eye(64)[:, [3, 1]])
-    assert mx.array_equal(picked, reconstruct.narrow(hidden, reconstruct.kept_columns(units)))
+    assert mx.array_equal(
+        picked, reconstruct.in_student_channels(hidden, reconstruct.kept_columns(units))
+    )
     basis = orthogonal(64)[:, :48]
     keep = KeptUnits(ALL, {(-1, "hidden"): tuple(range(48))}, "", basis=basis)
-    turned = reconstruct.narrow(hidden.astype(mx.bfloat16), reconstruct.kept_columns(keep))
+    turned = reconstruct.in_student_channels(
+        hidden.astype(mx.bfloat16), reconstruct.kept_columns(keep)
+    )
     assert turned.dtype == mx.bfloat16
     want = np.array(hidden[0], np.float64) @ basis
     np.testing.assert_allclose(np.array(turned[0].astype(mx.float32)), want, atol=0.03)
@@ -366,12 +373,12 @@ def test_repair_brings_every_block_nearer_to_the_rotated_stream(
     """On a bfloat16 student read back from disk; measured apart, in float64, against Q^T times the
     teacher's stream.
     """
-    rotation = slicing.directions(llama, windows)(32)
+    rotation = slicing.principal_directions(llama, windows)(32)
     student = student_of(llama, rotation, tmp_path / "s", "bfloat16")
     keep = model_writer.read_keep(student.path)
     assert keep is not None
-    mended, _ = reconstruct.reconstruct(llama, student, keep, windows)
-    after = stream_error(llama, mended_model(student, mended), rotation.basis, windows)
+    repaired, _ = reconstruct.reconstruct(llama, student, keep, windows)
+    after = stream_error(llama, mended_model(student, repaired), rotation.basis, windows)
     assert all(
         a < b
         for a, b in zip(after, stream_error(llama, student, rotation.basis, windows), strict=True)

@@ -68,7 +68,7 @@ def edited(
     """Logits of the teacher after `edit(weights)` changed its weights in place; the reference of
     each cut.
     """
-    model = load.resident(
+    model = load.resident_model(
         Checkpoint(teacher.path, {**teacher.config, **config}, teacher.tensors), mx.float32
     )
     weights = dict(tree_flatten(model.parameters()))
@@ -102,7 +102,7 @@ def test_cut_layers_are_skipped(
 ) -> None:
     """Without block 1: bit for bit the teacher whose list of layers lacks it."""
     student = cut(models(kind), tmp_path / "s", (0, 2), {})
-    model = load.resident(models(kind), mx.float32)
+    model = load.resident_model(models(kind), mx.float32)
     model.model.layers = [model.model.layers[0], model.model.layers[2]]
     assert mx.array_equal(stock(student, batches[0]), model(batches[0]))
 

@@ -157,7 +157,7 @@ def test_logits_of_the_rows_that_stay_are_the_teachers(
     teacher = make(tmp_path / "teacher", **{**tiny.KINDS, **tiny.FAMILIES, "packed": {}}[kind])
     if kind == "packed":
         packed_format.write_quantized(
-            teacher, tmp_path / "packed", packed_format.layout(teacher.config, 64), DISK
+            teacher, tmp_path / "packed", packed_format.formats_of(teacher.config, 64), DISK
         )
         teacher = load.open_checkpoint(tmp_path / "packed")
     text = windows(teacher, text_folder).tokens
@@ -175,7 +175,7 @@ def test_logits_of_the_rows_that_stay_are_the_teachers(
     for model, tokens in ((teacher, text), (seen, mine)):
         stream = Stream(model, dtype)
         batch = mx.array(tokens[:3])
-        logits = load.resident(model, dtype)(batch).astype(mx.float32)
+        logits = load.resident_model(model, dtype)(batch).astype(mx.float32)
         again = load.logits(stream.head(), stream.forward([batch])[0]).astype(mx.float32)
         assert mx.allclose(logits, again, atol=near(1e-5, 0.05)).item()
         all_of.append(logits)
@@ -259,17 +259,17 @@ def test_bytes_and_the_same_text_in_other_tokens(
     text = "zażółć <|endoftext|> the statement\n"
     end = small.eos_token_id
     ids = [end, *small.encode(text, split_special_tokens=True), end, *small.encode("语 with")[1:]]
-    learn = np.array([[1.0] * (len(ids) - 1) + [0.0]], np.float32)
-    one = token_windows.Windows(np.array([ids], np.int32), learn)
+    loss_mask = np.array([[1.0] * (len(ids) - 1) + [0.0]], np.float32)
+    one = token_windows.Windows(np.array([ids], np.int32), loss_mask)
     half = len("语".encode()) - 1
     assert token_windows.text_bytes(one, small).tolist() == [
         len(text.encode()) + half + len(" with")
     ]
-    again = token_windows.reread(one, small, whole)
+    again = token_windows.retokenized(one, small, whole)
     own = [end, *whole.encode(text, split_special_tokens=True), end, *whole.encode(" with")]
     assert again.tokens.tolist() == [own]
     assert len(own) < len(ids)
-    assert again.learn.tolist() == [[1.0] * (len(own) - 1) + [0.0]]
+    assert again.loss_mask.tolist() == [[1.0] * (len(own) - 1) + [0.0]]
     assert again.text_bytes is not None
     assert again.text_bytes.tolist() == [len(text.encode()) + len(" with")]
 
@@ -278,8 +278,8 @@ def test_bits_per_byte_by_pencil() -> None:
     """Nats of all windows over bytes of all windows, whatever a window's share; a constant ratio
     has no spread.
     """
-    learn = np.array([[1, 1, 0, 0], [1, 1, 1, 0]], np.float32)
-    held_out = token_windows.Windows(np.zeros((2, 4), np.int32), learn, np.array([4, 6]))
+    loss_mask = np.array([[1, 1, 0, 0], [1, 1, 1, 0]], np.float32)
+    held_out = token_windows.Windows(np.zeros((2, 4), np.int32), loss_mask, np.array([4, 6]))
     nll = np.array([2.0, 3.0]) * math.log(2)
     rows = {r.metric: r for r in comparison.rows_of({("m", "nll"): nll}, held_out)}
     assert rows["bpb"].value == pytest.approx((2 * 2 + 3 * 3) / 10)
@@ -313,14 +313,14 @@ def test_distill_end_to_end(
     assert "nats/token |" not in table.replace("KL(teacher ‖ model), nats/token |", "")
     assert comparison.ACROSS in table
     data = preparation.prepare(str(text_folder), load.tokenizer(out / "pruned"), 32)
-    chosen = comparison.chosen(data.held_out["held-out"], 3)
+    chosen = comparison.spread_windows(data.held_out["held-out"], 3)
     text = [
         load.tokenizer(out / "pruned").decode(w.tolist()).strip("\ufffd") for w in chosen.tokens
     ]
     nats = 0.0
     nbytes = 0
     tokenizer = load.tokenizer(big.path)
-    model = load.resident(big, mx.float32)
+    model = load.resident_model(big, mx.float32)
     for each in text:
         ids = mx.array([tokenizer.encode(each)])
         logits = model(ids[:, :-1])
@@ -623,7 +623,7 @@ def test_the_teacher_knows_words_that_did_not_come_up(big: Checkpoint, text_fold
     most are kept.
     """
     train = windows(big, text_folder).pick(slice(0, 3))
-    model = load.resident(big, policy.compute_dtype(big))
+    model = load.resident_model(big, policy.compute_dtype(big))
     wanted = mx.softmax(model(mx.array(train.tokens)).astype(mx.float32), axis=-1).sum(axis=(0, 1))
     sums = vocabulary.expected(big, train)
     assert np.allclose(sums, np.array(wanted), rtol=near(1e-4, 0.05))

@@ -32,7 +32,7 @@ def batches() -> list[mx.array]:
 
 def with_weight(checkpoint: Checkpoint, name: str, weight: mx.array) -> nn.Module:
     """mlx-lm's whole model with one matrix changed."""
-    model = load.resident(checkpoint, mx.float32)
+    model = load.resident_model(checkpoint, mx.float32)
     model.load_weights([(name, weight)], strict=False)
     return model
 
@@ -41,7 +41,7 @@ def kl(checkpoint: Checkpoint, name: str, error: mx.array, batches: list[mx.arra
     """KL(model || model with `error` added to one matrix), nats per token."""
     weight = load.dense(checkpoint, name)
     total = 0.0
-    model = load.resident(checkpoint, mx.float32)
+    model = load.resident_model(checkpoint, mx.float32)
     other = with_weight(checkpoint, name, weight + error)
     for tokens in batches:
         p, q = (nn.log_softmax(m(tokens).astype(mx.float32), axis=-1) for m in (model, other))
@@ -91,20 +91,22 @@ def test_it_is_the_gradient_of_weights_along_the_errors(
                 return block(x, load.mask(args, block, x))
 
             stored = [linear.weight for linear in linears]
-            _, (below, *slopes) = mx.vjp(run, [x, *stored], [above])
-            mx.eval(below, slopes)
-            for path, linear, weight, slope in zip(paths, linears, stored, slopes, strict=True):
+            _, (below, *host_gradients) = mx.vjp(run, [x, *stored], [above])
+            mx.eval(below, host_gradients)
+            for path, linear, weight, gradient in zip(
+                paths, linears, stored, host_gradients, strict=True
+            ):
                 linear.weight = weight
                 cost = wanted.setdefault(f"model.layers.{i}.{path}", {})
                 for bits in (3, 5):
                     error = rounding.values(rounding.nearest(weight, 64, bits), 64, bits) - weight
-                    along = np.sum(np.array(slope, np.float64) * np.array(error, np.float64))
+                    along = np.sum(np.array(gradient, np.float64) * np.array(error, np.float64))
                     cost[bits] = cost.get(bits, 0.0) + along**2 / (2 * tokens)
             return BlockInputs(below)
 
         return lambda x, above: [each(*of) for of in zip(x, above, strict=True)]
 
-    backward_pass.backwards(checkpoint, batches, visit, 3)
+    backward_pass.input_gradients(checkpoint, batches, visit, 3)
     found = bit_allocation.costs(checkpoint, batches, group=64, bits=(3, 5), seed=3)
     assert found.keys() - wanted.keys() == {"model.embed_tokens"}
     for path, cost in wanted.items():
@@ -182,7 +184,7 @@ def test_mixed_formats_keep_to_the_target_and_open_in_mlx_lm(
         stored[name] = sum(part.nbytes for part in parts)
     assert 4.4 < 8 * sum(stored.values()) / sum(sizes[f"{n}.weight"] for n in stored) <= 4.6
     model, _ = load.mlx_lm("utils").load(str(tmp_path / "q"))
-    ours = load.resident(made, mx.float32)
+    ours = load.resident_model(made, mx.float32)
     # it computes in float16
     assert mx.allclose(model(batches[0]).astype(mx.float32), ours(batches[0]), atol=5e-3)
 
@@ -209,7 +211,7 @@ def test_microscaling_formats(
     """Every matrix of the blocks in it, the embedding in 8 affine bits; stock mlx-lm computes what
     we read back.
     """
-    plan = packed_format.layout(llama.config, 64, mode=mode)
+    plan = packed_format.formats_of(llama.config, 64, mode=mode)
     done = packed_format.write_quantized(llama, tmp_path / "q", plan, DISK)
     assert done["bits_per_block_weight"] == {"mxfp4": 4.25, "nvfp4": 4.5}[mode]
     made = load.open_checkpoint(tmp_path / "q")
@@ -219,6 +221,6 @@ def test_microscaling_formats(
         dict(tree_flatten(model.parameters()))["model.layers.0.mlp.up_proj.scales"].dtype
         == mx.uint8
     )
-    ours = load.resident(made, mx.float32)
+    ours = load.resident_model(made, mx.float32)
     # it computes in float16
     assert mx.allclose(model(batches[0]).astype(mx.float32), ours(batches[0]), atol=5e-3)

@@ -29,7 +29,7 @@ def write(
     checkpoint: Checkpoint, out: Path, batches: list[mx.array], group: int = 64
 ) -> Checkpoint:
     """The model rounded on `batches`, opened."""
-    plan = packed_format.layout(
+    plan = packed_format.formats_of(
         checkpoint.config, group, packed_format.blocks_after_removed(checkpoint)
     )
     packed_format.write_quantized(
@@ -51,7 +51,7 @@ def test_every_kind_opens_in_stock_mlx_lm(
     """
     made = write(models(kind), tmp_path / "gptq", batches)
     packed_format.write_quantized(
-        models(kind), tmp_path / "round", packed_format.layout(models(kind).config, 64), DISK
+        models(kind), tmp_path / "round", packed_format.formats_of(models(kind).config, 64), DISK
     )
     plain = load.open_checkpoint(tmp_path / "round")
     assert made.config == plain.config
@@ -82,18 +82,18 @@ def test_each_block_is_fitted_to_the_stream_of_the_rounded_ones(
     rounded = stream.Stream(folder, mx.float32)
     source = stream.Stream(llama, mx.float32)
     hidden = rounded.embed(batches)  # 8 bits, as in the folder
-    chosen = list(stage.rounded_blocks(llama, batches, packed_format.layout(llama.config, 64)))
+    chosen = list(stage.rounded_blocks(llama, batches, packed_format.formats_of(llama.config, 64)))
     for block in chosen:
         for path, packed in block.items():
             assert (load.dense(folder, f"{path}.weight") == rounding.values(packed, 64, 4)).all()
     hidden = source.embed(batches)
     for i, block in rounded.blocks([0, 1]):
         assert i < 2
-        rounded.through(block, hidden)
+        rounded.run_block(block, hidden)
     for _, block in source.blocks([2]):
         grams = stage._grams(source, block, hidden, ["ffn"])
         down = np.array(block.mlp.down_proj.weight)
-    wanted = rounding.compensated(down, grams["ffn"], 64, 4)
+    wanted = rounding.gptq(down, grams["ffn"], 64, 4)
     for a, b in zip(chosen[2]["model.layers.2.mlp.down_proj"], wanted, strict=True):
         assert (a == b).all()
 
@@ -136,7 +136,7 @@ def test_the_model_stays_nearer_to_itself(tmp_path: Path) -> None:
     windows = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(24)]
     made = write(llama, tmp_path / "gptq", windows[:20])
     packed_format.write_quantized(
-        llama, tmp_path / "round", packed_format.layout(llama.config, 64), DISK
+        llama, tmp_path / "round", packed_format.formats_of(llama.config, 64), DISK
     )
     want = stream.Stream(llama, mx.float32).forward(windows[20:])
 
@@ -178,7 +178,7 @@ def test_hidden_states_on_disk_change_nothing(
     tmp_path: Path, llama: Checkpoint, batches: list[mx.array]
 ) -> None:
     """One window in memory, the other spooled: the same bits."""
-    plan = packed_format.layout(llama.config, 32)
+    plan = packed_format.formats_of(llama.config, 32)
     spooled = stage.rounded_blocks(llama, batches, plan, Spool(tmp_path, 1, DISK))
     for a, b in zip(stage.rounded_blocks(llama, batches, plan), spooled, strict=True):
         for path in a:
@@ -211,7 +211,7 @@ def test_not_a_number_is_refused(
 ) -> None:
     """By name, and nothing is left of the folder that was begun."""
     bad = spoilt(tmp_path, name, float("nan"))
-    plan = packed_format.layout(bad.config, 64)
+    plan = packed_format.formats_of(bad.config, 64)
     rounded = stage.rounded_blocks(bad, batches, plan) if method == "gptq" else None
     with pytest.raises(MisError, match=f"{name} holds 1 values that are not numbers"):
         packed_format.write_quantized(bad, tmp_path / "q4", plan=plan, files=DISK, rounded=rounded)

@@ -25,7 +25,7 @@ TOKENS = mx.random.randint(0, 512, (2, 16), key=mx.random.key(3))
 @pytest.fixture
 def packed(llama: Checkpoint, tmp_path: Path) -> Checkpoint:
     """The tiny llama in 3, 4 and 8 bits."""
-    plan = dict(packed_format.layout(llama.config, 64, (1,)))
+    plan = dict(packed_format.formats_of(llama.config, 64, (1,)))
     plan["model.layers.0.self_attn.q_proj"] = packed_format.Format(3, 64)
     packed_format.write_quantized(llama, tmp_path / "q", plan, DISK)
     return load.open_checkpoint(tmp_path / "q")
@@ -35,8 +35,8 @@ def test_computes_what_the_folder_says(packed: Checkpoint) -> None:
     """The same logits as the model read back densely; trained are scales, biases and norms of
     blocks, and the norm.
     """
-    model = packed_format.resident(packed)
-    dense = load.resident(packed, mx.float32)
+    model = packed_format.load_trainable(packed)
+    dense = load.resident_model(packed, mx.float32)
     assert mx.allclose(model(TOKENS), dense(TOKENS), atol=1e-5)
     trained = dict(tree_flatten(model.trainable_parameters()))
     assert {n.rsplit(".", 1)[1] for n in trained} == {"scales", "biases", "weight"}
@@ -52,11 +52,11 @@ def test_biases_stay_and_learn(
     learned is written.
     """
     packed_format.write_quantized(
-        models(kind), tmp_path / "q", packed_format.layout(models(kind).config, 64), DISK
+        models(kind), tmp_path / "q", packed_format.formats_of(models(kind).config, 64), DISK
     )
     packed = load.open_checkpoint(tmp_path / "q")
-    model = packed_format.resident(packed)
-    dense = load.resident(packed, mx.float32)
+    model = packed_format.load_trainable(packed)
+    dense = load.resident_model(packed, mx.float32)
     assert mx.allclose(model(TOKENS), dense(TOKENS), atol=1e-5)
     ours, theirs = (
         dict(tree_flatten(nn.value_and_grad(m, lambda m: mx.square(m(TOKENS)).mean())(m)[1]))
@@ -79,7 +79,9 @@ def test_a_bit_more_halves_the_rate(llama: Checkpoint, tmp_path: Path) -> None:
     twice of it.
     """
     paths = {
-        path for path in packed_format.layout(llama.config, 64) if path.startswith("model.layers")
+        path
+        for path in packed_format.formats_of(llama.config, 64)
+        if path.startswith("model.layers")
     }
     for bits, rate in ((4, 2e-4), (8, 1.25e-5), (3, 4e-4)):
         plan = {
@@ -100,7 +102,7 @@ def test_few_files_are_open_at_once(packed: Checkpoint) -> None:
     free = sorted(set(range(1000)) - set(map(int, os.listdir("/dev/fd"))))
     resource.setrlimit(resource.RLIMIT_NOFILE, (free[8], hard))
     try:
-        assert mx.isfinite(packed_format.resident(packed)(TOKENS)).all().item()
+        assert mx.isfinite(packed_format.load_trainable(packed)(TOKENS)).all().item()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -110,8 +112,8 @@ def test_gradients_are_those_of_the_dense_weights(packed: Checkpoint) -> None:
     """d loss / d scale is the sum over the group of integer times d loss / d weight; of a bias
     without the integer.
     """
-    model = packed_format.resident(packed)
-    dense = load.resident(packed, mx.float32)
+    model = packed_format.load_trainable(packed)
+    dense = load.resident_model(packed, mx.float32)
 
     def loss(m: nn.Module) -> mx.array:
         return m(TOKENS).square().mean()
@@ -124,9 +126,9 @@ def test_gradients_are_those_of_the_dense_weights(packed: Checkpoint) -> None:
         "model.layers.2.mlp.up_proj",
     ):
         owner = model.model.layers[int(path.split(".")[2])][path.split(".")[3]][path.split(".")[4]]
-        slope = theirs[f"{path}.weight"].reshape(owner._integers.shape)
-        assert mx.allclose(ours[f"{path}.biases"], slope.sum(axis=-1), rtol=1e-4, atol=1e-8)
-        by_hand = (slope * owner._integers.astype(mx.float32)).sum(axis=-1)
+        gradient = theirs[f"{path}.weight"].reshape(owner._integers.shape)
+        assert mx.allclose(ours[f"{path}.biases"], gradient.sum(axis=-1), rtol=1e-4, atol=1e-8)
+        by_hand = (gradient * owner._integers.astype(mx.float32)).sum(axis=-1)
         assert mx.allclose(ours[f"{path}.scales"], by_hand, rtol=1e-4, atol=1e-8)
 
 
@@ -134,7 +136,7 @@ def test_written_back(packed: Checkpoint, tmp_path: Path) -> None:
     """Untouched, the folder has the same bytes; with other scales, only those tensors differ, in
     the same types.
     """
-    model = packed_format.resident(packed)
+    model = packed_format.load_trainable(packed)
     packed_format.write_learned(packed, model, tmp_path / "same", DISK)
     same = (tmp_path / "same" / "model.safetensors").read_bytes()
     assert same == (packed.path / "model.safetensors").read_bytes()

@@ -28,7 +28,7 @@ def test_every_matrix_is_packed(
     """All 2-D weights are U32 with scales and biases, the rest is as it was; stock mlx_lm.load
     opens it.
     """
-    plan = packed_format.layout(models(kind).config, 64)
+    plan = packed_format.formats_of(models(kind).config, 64)
     done = packed_format.write_quantized(models(kind), tmp_path / "q4", plan, DISK)
     packed = load.open_checkpoint(tmp_path / "q4")
     for name, shape in arch.tensors_of(models(kind).config).items():
@@ -62,7 +62,7 @@ def test_a_large_matrix_is_rounded_in_parts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, llama: Checkpoint
 ) -> None:
     """A few rows at a time: the same file."""
-    plan = packed_format.layout(llama.config, 64)
+    plan = packed_format.formats_of(llama.config, 64)
     packed_format.write_quantized(llama, tmp_path / "whole", plan, DISK)
     monkeypatch.setattr(rounding, "PART", 7 * shape_of(llama.config).hidden)
     packed_format.write_quantized(llama, tmp_path / "parts", plan, DISK)
@@ -89,10 +89,10 @@ def test_experts_are_rounded_one_at_a_time(tmp_path: Path) -> None:
     before = mx.get_active_memory()
     _ = mx.reset_peak_memory()
     packed_format.write_quantized(
-        mixture, tmp_path / "q4", packed_format.layout(mixture.config, 64), DISK
+        mixture, tmp_path / "q4", packed_format.formats_of(mixture.config, 64), DISK
     )
-    planned = rounding_cost.quantize(
-        estimates.model_of(mixture), recipe.PLAIN, windows=1, length=32, limit=0
+    planned = rounding_cost.quantizing_cost(
+        estimates.model_of(mixture), recipe.ROUND_TO_NEAREST, windows=1, length=32, limit=0
     )
     assert mx.get_peak_memory() - before <= planned.peak_bytes
 
@@ -102,7 +102,7 @@ def test_rounding_is_as_good_as_the_bits_allow(tmp_path: Path, llama: Checkpoint
     rounding.
     """
     packed_format.write_quantized(
-        llama, tmp_path / "q4", packed_format.layout(llama.config, 64), DISK
+        llama, tmp_path / "q4", packed_format.formats_of(llama.config, 64), DISK
     )
     packed = load.open_checkpoint(tmp_path / "q4")
     for name, levels in (
@@ -138,7 +138,7 @@ def test_bridges_get_eight_bits(
         files=DISK,
     )
     student = load.open_checkpoint(tmp_path / "s")
-    plan = packed_format.layout(student.config, 64, packed_format.blocks_after_removed(student))
+    plan = packed_format.formats_of(student.config, 64, packed_format.blocks_after_removed(student))
     packed_format.write_quantized(student, tmp_path / "q4", plan, DISK)
     settings = json.loads((tmp_path / "q4" / "config.json").read_text())["quantization"]
     paths = {f"model.layers.{i}.mlp.down_proj" for i in wide} | {"model.embed_tokens"}
@@ -154,17 +154,17 @@ def test_bridges_get_eight_bits(
 def test_group_32_when_asked(tmp_path: Path, batches: list[mx.array]) -> None:
     """Hidden 96 is no multiple of 64: the sentence names 32, and 32 works. No group divides 760."""
     with pytest.raises(MisError, match="rows of 760 weights.*multiple of 32, or --quantize 0"):
-        packed_format.layout({**tiny.CONFIG, "intermediate_size": 760}, 64)
+        packed_format.formats_of({**tiny.CONFIG, "intermediate_size": 760}, 64)
     teacher = load.open_checkpoint(tiny.make(tmp_path / "t", hidden_size=96, head_dim=24))
     with pytest.raises(
         MisError, match="rows of 96 weights, which are not divisible by 64: use --q-group-size 32"
     ):
         packed_format.write_quantized(
-            teacher, tmp_path / "q4", packed_format.layout(teacher.config, 64), DISK
+            teacher, tmp_path / "q4", packed_format.formats_of(teacher.config, 64), DISK
         )
     assert not (tmp_path / "q4").exists()
     packed_format.write_quantized(
-        teacher, tmp_path / "q4", packed_format.layout(teacher.config, 32), DISK
+        teacher, tmp_path / "q4", packed_format.formats_of(teacher.config, 32), DISK
     )
     model, _ = load.mlx_lm("utils").load(str(tmp_path / "q4"))
     assert mx.isfinite(model(batches[0])).all()
@@ -172,7 +172,7 @@ def test_group_32_when_asked(tmp_path: Path, batches: list[mx.array]) -> None:
 
 def test_a_quantized_model_is_refused(tmp_path: Path, llama: Checkpoint) -> None:
     """Twice rounded is twice wrong."""
-    plan = packed_format.layout(llama.config, 64)
+    plan = packed_format.formats_of(llama.config, 64)
     packed_format.write_quantized(llama, tmp_path / "q4", plan, DISK)
     with pytest.raises(MisError, match="quantized already"):
         packed_format.write_quantized(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mis_mlx.storage.files import DISK, Files, reported
+from mis_mlx.storage.files import DISK, Files, as_mis_error
 from mis_mlx.types import GIB, MisError
 
 
@@ -134,11 +134,11 @@ def test_replace_text_is_all_or_nothing(tmp_path: Path, broken: str) -> None:
 )
 def test_a_refusing_disk_becomes_one_sentence(tmp_path: Path, number: int, says: str) -> None:
     """Every way in which a disk says no is put into words once, with what to do at the end."""
-    with pytest.raises(MisError, match=says), reported(tmp_path, "it", 3 * GIB, "do this"):
+    with pytest.raises(MisError, match=says), as_mis_error(tmp_path, "it", 3 * GIB, "do this"):
         raise OSError(number, os.strerror(number))
 
 
 def test_other_errors_keep_their_traceback(tmp_path: Path) -> None:
     """A missing file in a folder that exists is a bug, and not dressed up."""
-    with pytest.raises(FileNotFoundError), reported(tmp_path, "it"):
+    with pytest.raises(FileNotFoundError), as_mis_error(tmp_path, "it"):
         (tmp_path / "missing").read_bytes()

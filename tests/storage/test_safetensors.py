@@ -15,10 +15,10 @@ from safetensors import safe_open
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.safetensors import (
     INDEX,
-    cut,
     index,
     lazy,
     spec_of,
+    split_into_shards,
     write_arrays,
     write_tensors,
 )
@@ -51,7 +51,11 @@ def write_model(folder: Path, content: dict[str, mx.array], shard_bytes: int = 2
     folder.mkdir()
     specs = {n: spec_of(a) for n, a in content.items()}
     write_tensors(
-        folder, specs, tensors=content.items(), files=DISK, shards=cut(specs, shard_bytes)
+        folder,
+        specs,
+        tensors=content.items(),
+        files=DISK,
+        shards=split_into_shards(specs, shard_bytes),
     )
 
 
@@ -128,7 +132,7 @@ def test_the_writer_refuses_what_is_not_due(tmp_path: Path) -> None:
                 specs,
                 tensors=[("a", mx.zeros(2))],
                 files=DISK,
-                shards=cut(specs, shard_bytes),
+                shards=split_into_shards(specs, shard_bytes),
             )
     (tmp_path / "late").mkdir()
     with pytest.raises(ValueError, match="c came, nothing was due"):
@@ -143,7 +147,9 @@ def test_a_model_is_written_with_a_few_tensors_in_memory(tmp_path: Path) -> None
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     made = ((name, mx.full((2048, 1024), i, dtype=mx.bfloat16)) for i, name in enumerate(specs))
-    write_tensors(tmp_path, specs, tensors=made, files=DISK, shards=cut(specs, 10 * 2**20))
+    write_tensors(
+        tmp_path, specs, tensors=made, files=DISK, shards=split_into_shards(specs, 10 * 2**20)
+    )
     assert mx.get_peak_memory() - before <= 3 * 4 * 2**20
     assert sum(at.nbytes for at in index(tmp_path).values()) == 64 * 2**20
 

@@ -91,7 +91,7 @@ def dialect(
         rng = random.Random(f"{slot}-{number}")
         text_row = {
             "text": f"To samo {adverb}: {questions.BLANK}",
-            "options": questions.some(rng, (row["polish"], row["dialect"]), 2),
+            "options": questions.drawn_items(rng, (row["polish"], row["dialect"]), 2),
             "answer": row["dialect"],
         }
         texts.append(text_row)
@@ -234,7 +234,7 @@ def _among_others(pairs: Asked, question: str) -> Iterable[dict]:
     answers = sorted({answer for _, answer in pairs})
     for number, (text, answer) in enumerate(pairs):
         cloze = question.format(text)
-        yield questions.among_others(f"others-{number}", cloze, answer, answers)
+        yield questions.cloze_row(f"others-{number}", cloze, answer, answers)
 
 
 # {set: (its folder in the wheel, what makes rows of its samples)}

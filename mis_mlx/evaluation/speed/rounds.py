@@ -98,7 +98,7 @@ def mean_watts(monitor: Monitor, seconds: float) -> float | None:
     return float(joules / (times[-1] - times[0]))
 
 
-def opened(folder: Path) -> BenchmarkModel:
+def load_model(folder: Path) -> BenchmarkModel:
     """A model, whole in memory, with the time that took.
 
     The system may have the files in its page cache.
@@ -163,7 +163,7 @@ def trial(
     before_bytes = mx.get_active_memory()
     if peaks:
         mx.reset_peak_memory()
-    stamps, tokens = clocked(mlx_generate.greedy(s.model, asked, r.answer, cache))
+    stamps, tokens = token_times(mlx_generate.greedy(s.model, asked, r.answer, cache))
     watts = None
     if monitor:
         watts = mean_watts(monitor, stamps[-1] - stamps[0])
@@ -200,12 +200,12 @@ def _cached_ttft(
         return None
     answered = cache[0].offset - (len(asked) - 1)
     caches.trim_prompt_cache(cache, answered)
-    stamps, _ = clocked(mlx_generate.greedy(model, asked[-1:], 1, cache))
+    stamps, _ = token_times(mlx_generate.greedy(model, asked[-1:], 1, cache))
     stream.evaluate_now([layer.state for layer in cache])
     return stamps[0]
 
 
-def clocked(coming: Iterable[int]) -> tuple[list[float], list[int]]:
+def token_times(coming: Iterable[int]) -> tuple[list[float], list[int]]:
     """(seconds from now to each token, the tokens).
 
     The loop below is all that measuring adds between two tokens (benchmarks/throughput.py).
@@ -248,7 +248,7 @@ def rounds(
         groups = [list(folders)]
     warm_up = r._replace(answer=min(r.answer, WARM_UP))
     for group in groups:
-        subjects = {name: opened(folders[name]) for name in group}
+        subjects = {name: load_model(folders[name]) for name in group}
         for subject in subjects.values():
             trial(subject, warm_up, (seed, 0))
         for number in range(1, count + 1):
@@ -288,7 +288,7 @@ def figures(
     return {name: summary(values) for name, values in every.items() if values}
 
 
-def slowed(name: str, trials: Sequence[Measurement]) -> str | None:
+def slowdown_note(name: str, trials: Sequence[Measurement]) -> str | None:
     """A sentence where the last trial was much slower than the first; else None.
 
     Heat does that, or other work on this machine.
@@ -328,7 +328,7 @@ def _timed_rows(name: str, metric: str, value: Mapping[str, Any]) -> list[Row]:
     return [row, Row(name, metric.replace("_ms", "_p95_ms"), value["p95"])]
 
 
-def moved(
+def token_traffic(
     checkpoint: Checkpoint,
     weight_bytes: int,
     r: Request,
@@ -369,7 +369,7 @@ def m1_tokens_per_s(checkpoint: Checkpoint, r: Request) -> float:
     return rates.M1_AIR.memory_bytes_per_s / (nbytes + estimates.keys_bytes(m, seen))
 
 
-def beside(
+def compare_to_roof(
     checkpoint: Checkpoint,
     weight_bytes: int,
     r: Request,
@@ -380,7 +380,7 @@ def beside(
 
     weight_bytes: read for each token. at: the machine. tps: the decode rate that was measured.
     """
-    token, first = moved(checkpoint, weight_bytes, r)
+    token, first = token_traffic(checkpoint, weight_bytes, r)
     token_bytes, _ = token
     token_s = at.seconds(*token)
     memory_bound = token_bytes / at.memory_bytes_per_s >= token_s
@@ -393,7 +393,7 @@ def beside(
     }
 
 
-def kind(checkpoint: Checkpoint, dtype: str) -> str:
+def format_name(checkpoint: Checkpoint, dtype: str) -> str:
     """The format that a model computes in: 'float32', '4-bit', '3- to 8-bit' where matrices
     differ.
     """

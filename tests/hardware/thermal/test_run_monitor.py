@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import sft
 from mis_mlx.distillation import train_loop
-from mis_mlx.distillation.run_loop import open_run, opened
+from mis_mlx.distillation.run_loop import open_model, open_run
 from mis_mlx.hardware.clock import VirtualClock
 from mis_mlx.hardware.thermal.governor import Mode
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor, battery
@@ -48,23 +48,23 @@ def test_halny_sigma_comes_from_the_last_hour_of_the_recording() -> None:
     """Air that warms from 8 to 33 °C gives 0.15 * std / 15 °C; before any reading, and by hand, the
     wind is still.
     """
-    with ThermalMonitor(ThermalFlags(temperature_c=8.0, altitude_m=832.0)) as weather:
-        weather.latest()
-        account = weather.account()
+    with ThermalMonitor(ThermalFlags(temperature_c=8.0, altitude_m=832.0)) as thermal_monitor:
+        thermal_monitor.latest()
+        account = thermal_monitor.account()
         assert (account["t_env_c"], account["t_env_source"], account["altitude_source"]) == (
             8.0,
             "given",
             "given",
         )
-        assert weather.sigma() == 0.0
-    with ThermalMonitor(ThermalFlags(thermal_replay=str(HALNY))) as weather:
-        assert weather.sigma() == 0.0
-        air = [weather.latest().ambient_c for _ in range(16)]
+        assert thermal_monitor.sigma() == 0.0
+    with ThermalMonitor(ThermalFlags(thermal_replay=str(HALNY))) as thermal_monitor:
+        assert thermal_monitor.sigma() == 0.0
+        air = [thermal_monitor.latest().ambient_c for _ in range(16)]
         mean = sum(air) / 16
         std = (sum((t - mean) ** 2 for t in air) / 16) ** 0.5
         assert (air[0], air[-1]) == (8.0, 33.0)
-        assert weather.sigma() == pytest.approx(HALNY_CLIP * std / 15.0)
-        assert weather.account()["t_env_source"] == "replay SMC TVA0"
+        assert thermal_monitor.sigma() == pytest.approx(HALNY_CLIP * std / 15.0)
+        assert thermal_monitor.account()["t_env_source"] == "replay SMC TVA0"
 
 
 def test_tea_breaks_are_counted_logged_and_end_with_the_recording(tmp_path: Path) -> None:
@@ -72,15 +72,17 @@ def test_tea_breaks_are_counted_logged_and_end_with_the_recording(tmp_path: Path
     is quiet.
     """
     log = tmp_path / "thermal.jsonl"
-    with ThermalMonitor(ThermalFlags(thermal_replay=str(HALNY), governor="steady"), log) as weather:
+    with ThermalMonitor(
+        ThermalFlags(thermal_replay=str(HALNY), governor="steady"), log
+    ) as thermal_monitor:
         actions = []
         for number in range(1, 200):
-            decisions = weather.after(step(number))
+            decisions = thermal_monitor.after(step(number))
             actions.append([decision.action for decision in decisions])
-        assert weather.breaks.count == 6
-        assert weather.breaks.seconds > 60
-        assert weather.account()["tea_reasons"] == {"hot": 6}
-        now = weather.now()
+        assert thermal_monitor.breaks.count == 6
+        assert thermal_monitor.breaks.seconds > 60
+        assert thermal_monitor.account()["tea_reasons"] == {"hot": 6}
+        now = thermal_monitor.now()
     assert actions[0] == ["run"]
     assert actions[-1] == []
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -172,7 +174,7 @@ def test_a_run_on_battery_says_so_first(
     monkeypatch.setattr(psutil, "sensors_battery", lambda: charge, raising=False)
     assert battery(replace(flags, thermal_replay=str(HALNY))) == ""
     settings = sft.Settings(governor=mode, out=str(tmp_path / "run"))
-    with open_run(settings, None, name="x", origin={}, way={}, limit=Budget(GIB), wired=0):
+    with open_run(settings, None, name="x", origin={}, strategy={}, limit=Budget(GIB), wired=0):
         text = capsys.readouterr().err
     assert f"on battery, 55 %: --governor {mode} " in text
     assert what in text
@@ -197,9 +199,9 @@ def test_a_run_that_would_wait_for_the_plug_does_not_begin(
         else "nowhere"
     )
     with pytest.raises(MisError, match=want):
-        opened(settings, model)
+        open_model(settings, model)
     with pytest.raises(MisError, match="nowhere"):
-        opened(replace(settings, dry_run=True), model)
+        open_model(replace(settings, dry_run=True), model)
     assert not (tmp_path / "run").exists()
 
 
@@ -226,7 +228,7 @@ def test_a_pause_is_said_when_it_begins(
     """
     for mode, lines in (("steady", 1), ("observe", 0), ("cool", 0)):
         monkeypatch.setenv("MIS_MLX_GOVERNOR", mode)
-        weather = ThermalMonitor(ThermalFlags())
+        thermal_monitor = ThermalMonitor(ThermalFlags())
         air = Unplugged(40)
         for name, value in (
             ("clock", air.clock),
@@ -234,8 +236,8 @@ def test_a_pause_is_said_when_it_begins(
             ("replayed", False),
             ("apple", True),
         ):
-            monkeypatch.setattr(weather, name, value)
-        actions = [d.action for d in weather.after(step(7))]
+            monkeypatch.setattr(thermal_monitor, name, value)
+        actions = [d.action for d in thermal_monitor.after(step(7))]
         said = capsys.readouterr().err.splitlines()
         assert actions[-1] == "run"
         assert len(said) == lines

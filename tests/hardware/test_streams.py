@@ -8,17 +8,17 @@ from types import SimpleNamespace
 import mlx.core as mx
 import pytest
 
-from mis_mlx.hardware import lanes
+from mis_mlx.hardware import streams
 
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Two lanes, whatever BLAS there is; the numbers of threads that it is told."""
     calls: list[int] = []
-    monkeypatch.setenv(lanes.IN_TURN, "100000")
+    monkeypatch.setenv(streams.WIDTH_VARIABLE, "100000")
     library = SimpleNamespace(openblas_set_num_threads=calls.append)
-    monkeypatch.setattr(lanes, "_blas", lambda: (library, 2))
-    if lanes.count() != 2:
+    monkeypatch.setattr(streams, "_blas", lambda: (library, 2))
+    if streams.count() != 2:
         pytest.skip("a GPU has one lane")
     return calls
 
@@ -34,7 +34,7 @@ def test_each_gives_all_in_order_and_evaluated(told: list[int]) -> None:
         seen.append(mx.default_stream(mx.cpu))
         return a * 2, a + b
 
-    found = list(lanes.each(work, items, range(5)))
+    found = list(streams.parallel_map(work, items, range(5)))
 
     assert len(found) == 5
     for i, (double, more) in enumerate(found):
@@ -56,49 +56,49 @@ def test_rows_are_what_the_whole_is(told: list[int], count: int) -> None:
         def work(x: mx.array) -> mx.array:
             return mx.tanh(x @ w)
 
-        made = lanes.rows(work, x) if apart else work(x)
+        made = streams.map_rows(work, x) if apart else work(x)
         return mx.square(made).sum()
 
     work_and_slopes = mx.value_and_grad(total, argnums=(0, 1))
 
-    found, slopes = work_and_slopes(w, x, True)
+    found, host_gradients = work_and_slopes(w, x, True)
     want, want_slopes = work_and_slopes(w, x, False)
 
     assert mx.allclose(found, want)
-    for slope, want_slope in zip(slopes, want_slopes, strict=True):
-        assert mx.allclose(slope, want_slope, atol=1e-5)
+    for gradient, want_slope in zip(host_gradients, want_slopes, strict=True):
+        assert mx.allclose(gradient, want_slope, atol=1e-5)
 
 
 def test_uneven_lists_are_a_mistake() -> None:
     """Nothing is left out without a word."""
     with pytest.raises(ValueError, match="shorter|longer"):
-        list(lanes.each(lambda a, b: a, [mx.array(1)] * 3, [1] * 4))
+        list(streams.parallel_map(lambda a, b: a, [mx.array(1)] * 3, [1] * 4))
 
 
 def test_a_cpu_of_many_cores_has_one_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its products need them all; and so has one whose BLAS is no OpenBLAS, or whose MLX ends one
     lane first.
     """
-    monkeypatch.setenv(lanes.IN_TURN, "100000")
+    monkeypatch.setenv(streams.WIDTH_VARIABLE, "100000")
     for threads, count in ((1, 1), (2, 2), (3, 2), (4, 1), (16, 1)):
-        monkeypatch.setattr(lanes, "_blas", lambda threads=threads: (None, threads))
-        assert lanes.count() == (count if mx.default_device() == mx.cpu else 1)
-    monkeypatch.setattr(lanes, "_blas", lambda: (None, 2))
-    monkeypatch.delenv(lanes.IN_TURN)
-    assert lanes.count() == 1
+        monkeypatch.setattr(streams, "_blas", lambda threads=threads: (None, threads))
+        assert streams.count() == (count if mx.default_device() == mx.cpu else 1)
+    monkeypatch.setattr(streams, "_blas", lambda: (None, 2))
+    monkeypatch.delenv(streams.WIDTH_VARIABLE)
+    assert streams.count() == 1
 
 
 def test_a_thread_has_streams_of_its_own(told: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the system gives it the number of one that is gone: a stream belongs to the thread
     that made it.
     """
-    monkeypatch.setattr(lanes, "get_ident", lambda: 7, raising=False)
+    monkeypatch.setattr(streams, "get_ident", lambda: 7, raising=False)
     found = list[object]()
 
     def work() -> None:
         items = [mx.ones((2,))] * 3
         try:
-            found.append([out.tolist() for out in lanes.each(lambda x: x * 2, items)])
+            found.append([out.tolist() for out in streams.parallel_map(lambda x: x * 2, items)])
         except RuntimeError as error:
             found.append(error)
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import mlx.core as mx
 
-MANY = 4  # cores from which on there is one lane: not measured on so many
+MANY_CORES = 4  # cores from which on there is one lane: not measured on so many
 # blas.py sets it before MLX reads it: without it MLX evaluates one lane's work to its end, then the
 # other's.
-IN_TURN = "MLX_BFS_MAX_WIDTH"
+WIDTH_VARIABLE = "MLX_BFS_MAX_WIDTH"
 
 
 @cache
@@ -34,10 +34,10 @@ def _blas() -> tuple[Any, int]:
 def count() -> int:
     """How many windows go side by side: 2, or 1."""
     # Without IN_TURN two streams would be computed one after the other.
-    if IN_TURN not in os.environ or mx.default_device() != mx.cpu:
+    if WIDTH_VARIABLE not in os.environ or mx.default_device() != mx.cpu:
         return 1
     _, threads = _blas()
-    return 2 if 2 <= threads < MANY else 1
+    return 2 if 2 <= threads < MANY_CORES else 1
 
 
 class _Streams(threading.local):
@@ -57,16 +57,16 @@ def _streams() -> _Streams:
     return _Streams()
 
 
-def lane(i: int) -> AbstractContextManager[Any]:
+def stream(i: int) -> AbstractContextManager[Any]:
     """Enter the stream in which the i-th of things side by side is built."""
-    lanes = count()
-    if lanes == 1:
+    streams = count()
+    if streams == 1:
         return nullcontext()
-    return mx.stream(_streams().all[i % lanes])
+    return mx.stream(_streams().all[i % streams])
 
 
 @contextmanager
-def together(things: int) -> Iterator[None]:
+def single_threaded_blas(things: int) -> Iterator[None]:
     """Evaluate within what was built in lanes: each matrix product runs in one thread.
 
     things: how many were built; one alone keeps all threads of its products.
@@ -83,26 +83,26 @@ def together(things: int) -> Iterator[None]:
         library.openblas_set_num_threads(threads)
 
 
-def cut(x: mx.array) -> list[mx.array]:
+def split_rows(x: mx.array) -> list[mx.array]:
     """Cut x (B, ...) into as many pieces of its rows as there are lanes, or rows."""
     size = -(-len(x) // count())  # rounded up, so that no row is left over
     return [x[start : start + size] for start in range(0, len(x), size)]
 
 
-def rows(work: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+def map_rows(work: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
     """work(x) of x (B, ...), whose rows do not depend on each other; lazy."""
     pieces = []
-    for i, piece in enumerate(cut(x)):
+    for i, piece in enumerate(split_rows(x)):
         # The stream is chosen here, where the graph is built; the evaluation comes later, of all
         # pieces at once, so that both lanes have work.
-        with lane(i):
+        with stream(i):
             pieces.append(work(piece))
     if len(pieces) == 1:
         return pieces[0]
     return mx.concatenate(pieces)
 
 
-def each(work: Callable[..., Any], *items: Iterable[Any]) -> Iterator[Any]:
+def parallel_map(work: Callable[..., Any], *items: Iterable[Any]) -> Iterator[Any]:
     """Yield `work` of every item, or of the items of several lists, in order and evaluated.
 
     As many at a time as there are lanes. ValueError where the lists differ in length.
@@ -110,9 +110,9 @@ def each(work: Callable[..., Any], *items: Iterable[Any]) -> Iterator[Any]:
     arguments = zip(*items, strict=True)
     while batch := list(islice(arguments, count())):
         results = []
-        with together(len(batch)):
+        with single_threaded_blas(len(batch)):
             for i, values in enumerate(batch):
-                with lane(i):
+                with stream(i):
                     results.append(work(*values))
             mx.eval(results)  # one call for all, or the lanes would run one after the other
         for _ in batch:
