@@ -119,7 +119,7 @@ class Text:
 
 def of_windows(windows: Windows) -> Text:
     """Held-out windows as they are."""
-    return Text(list(windows.tokens), list(windows.learn), float(windows.text_bytes.sum()))
+    return Text(list(windows.tokens), list(windows.loss_mask), float(windows.text_bytes.sum()))
 
 
 def of_answers(teacher: Checkpoint, asked: Any, chosen: Sequence[int]) -> Text:
@@ -151,7 +151,7 @@ class Texts:
             self.judging[ANSWERS] = of_answers(teacher, asked, every[1 : 2 * windows : 2])
         count = windows
         for name, held_out in data.held_out.items():
-            picked = comparison.chosen(held_out, 2 * count)
+            picked = comparison.spread_windows(held_out, 2 * count)
             self.ranking[name] = of_windows(picked.pick(slice(0, None, 2)))
             self.judging[name] = of_windows(picked.pick(slice(1, None, 2)))
             count = max(2, windows // 3)
@@ -161,7 +161,7 @@ class Model:
     """A model in memory, block by block."""
 
     def __init__(self, teacher: Checkpoint):
-        self.module = load.resident(teacher, mx.float32)
+        self.module = load.resident_model(teacher, mx.float32)
         mx.eval(self.module.parameters())
         inner = self.module.model
         self.blocks: list[Any] = list(self.module.layers)
@@ -317,7 +317,7 @@ class Trial:
         """The excess of the student with these matrices after some steps: KL to the whole model."""
         self.restore()
         teacher = self.model
-        drawn = preparation.drawn(self.data.train, steps * BATCH, 1)
+        drawn = preparation.calibration_indices(self.data.train, steps * BATCH, 1)
         windows = [mx.array(self.data.train.tokens[part]) for part in np.split(drawn, steps)]
         targets = []
         for tokens in windows:
