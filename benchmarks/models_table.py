@@ -128,7 +128,7 @@ def hours_of_answers(made: phases.MemoryPlan) -> dict[str, float | None]:
     try:
         writing = teacher_answers.plan(
             model=made.job.shown or made.job.teacher,
-            how=teacher_answers.Writing(prompts.train(conversations.FEWEST)),
+            settings=teacher_answers.WritingSettings(prompts.train(conversations.FEWEST)),
             limit=Budget(made.budget_bytes),
         )
         before = writing.cost.seconds(made.rates) / 3600

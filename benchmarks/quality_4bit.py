@@ -109,7 +109,12 @@ class Bench:
         """`quantize`, then steps against the model itself or the folder `taught`."""
         rounded = out.parent / "rounded" if how.q_iters else out
         stage.quantize(
-            self.path, rounded, how=how, files=DISK, batches=self.batches, held=len(self.batches)
+            self.path,
+            rounded,
+            rounding=how,
+            files=DISK,
+            batches=self.batches,
+            held=len(self.batches),
         )
         if how.q_iters:
             checkpoint = load.open_checkpoint(rounded)

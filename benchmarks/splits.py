@@ -176,7 +176,14 @@ def main(s: Settings) -> None:
             how = vocabulary.VocabularyConfig("0.5x")
             rows = vocabulary.size(how.vocab, teacher.path, int(teacher.config["vocab_size"]))
             seen, data = vocabulary.of_run(
-                teacher, None, rows=rows, own=data, how=how, source=None, run=Path(temp), files=DISK
+                teacher,
+                None,
+                rows=rows,
+                own=data,
+                config=how,
+                source=None,
+                run=Path(temp),
+                files=DISK,
             )
             folded = Folded(teacher, seen.path)
             texts = {own: data.held_out[name] for own, name in minutes.OWN.items()}

@@ -48,7 +48,7 @@ def main(s: Settings) -> None:
             found = answers.ship(teacher, answers.prompts(ALL), limit)
             cli.say(f"{answers.SHIPPED}: {len(found.prompts)} prompts answered")
             return
-        how = teacher_answers.Writing(prompts.train(s.count))
+        how = teacher_answers.WritingSettings(prompts.train(s.count))
         written = teacher_answers.write(teacher, how, preparation.ANSWERS, limit)
     kept = drop_shared(preparation.ANSWERS, answers.SHIPPED)
     cli.say(

@@ -156,8 +156,8 @@ class Bench:
             "models": models,
         }
 
-    def measured(self, at: rates.Roof, idle_w: float | None) -> dict[str, dict[str, Any]]:
-        """{model: {metric: summary}} of everything timed, with the best that the machine `at`
+    def measured(self, roof: rates.Roof, idle_w: float | None) -> dict[str, dict[str, Any]]:
+        """{model: {metric: summary}} of everything timed, with the best that the machine `roof`
         allows: `*_best_*`, `reached`, `moved_mb`.
         """
         figures: dict[str, dict[str, Any]] = {}
@@ -168,7 +168,7 @@ class Bench:
                 self.models[name],
                 first.read_bytes,
                 self.r,
-                at=at,
+                roof=roof,
                 tps=values["decode_tps"]["median"],
             )
             figures[name] = {"load_s": first.load_s, **values, **best}

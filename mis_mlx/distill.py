@@ -260,10 +260,12 @@ def _text(s: Settings, teacher: Checkpoint) -> str | None:
     return str(out)
 
 
-def _source(s: Settings, teacher: Checkpoint, made: phases.MemoryPlan) -> preparation.Source:
+def _source(s: Settings, teacher: Checkpoint, memory_plan: phases.MemoryPlan) -> preparation.Source:
     """The text of a run. Its teacher perhaps writes first: --data teacher, and its answers."""
-    wanted = conversations.wanted_of(s, _text(s, teacher), made.job.iters)
-    return conversations.source(teacher, wanted, Budget(made.budget_bytes), dry_run=s.dry_run)
+    wanted = conversations.wanted_of(s, _text(s, teacher), memory_plan.job.iters)
+    return conversations.source(
+        teacher, wanted, Budget(memory_plan.budget_bytes), dry_run=s.dry_run
+    )
 
 
 def _given_sizes(s: Settings) -> list[str]:
@@ -369,10 +371,10 @@ def _sized(s: Settings, teacher: Checkpoint) -> Settings:
     flags = " ".join(given)
     _refuse_sizes(s, flags, teacher)
     cli.say(f"{flags}: a search chooses sizes and bits; the plan for the rest follows it")
-    found = _searched(replace(s, data=_text(s, teacher)), teacher)
+    searched = _searched(replace(s, data=_text(s, teacher)), teacher)
     if s.dry_run:
         return _likely(s, teacher)
-    return replace(s, **found["best"], expected_loss=max(0.0, found["expected_bits"]))
+    return replace(s, **searched["best"], expected_loss=max(0.0, searched["expected_bits"]))
 
 
 def _likely(s: Settings, teacher: Checkpoint) -> Settings:
@@ -407,24 +409,24 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.student is None:
         s = replace(s, **vocabulary.defaults(s.scenario, s.vocab, teacher.config, teacher.path))
     rows = vocabulary.rows_left(teacher, s, s.student)
-    made = run_plan.plan_run(s, teacher, rows, folder)
-    cli.say(text.aligned(plan.table(made)))
-    if not (s.dry_run or made.fits):
-        raise MisError(phases.remedy(made))
+    memory_plan = run_plan.plan_run(s, teacher, rows, folder)
+    cli.say(text.aligned(plan.table(memory_plan)))
+    if not (s.dry_run or memory_plan.fits):
+        raise MisError(phases.remedy(memory_plan))
     if s.dry_run:
-        if made.fits:
-            _source(s, teacher, made)  # says what the teacher would write
+        if memory_plan.fits:
+            _source(s, teacher, memory_plan)  # says what the teacher would write
         note = battery(s)  # a run says it when it begins
         if note:
             cli.say(note)
-        return plan.outcome(made, str(teacher.path))
-    source = _source(s, teacher, made)
+        return plan.outcome(memory_plan, str(teacher.path))
+    source = _source(s, teacher, memory_plan)
     if folder is None:
-        cli.say(progress.promise(sum(made.planned.values())))
-    with progress.run("distill", made.planned):
+        cli.say(progress.promise(sum(memory_plan.planned.values())))
+    with progress.run("distill", memory_plan.planned):
         # With --minutes the first steps say how many there are.
-        iters = made.job.iters if s.minutes is None else None
-        rate = made.recipe(s, teacher).learning_rate
+        iters = memory_plan.job.iters if s.minutes is None else None
+        rate = memory_plan.recipe(s, teacher).learning_rate
         decided = replace(s, iters=iters, learning_rate=rate)
         table, result = _begin(
             decided,
@@ -432,7 +434,7 @@ def run(settings: Settings) -> dict[str, Any]:
             folder,
             teacher,
             rows=rows,
-            made=made,
+            memory_plan=memory_plan,
         )
     if table:
         print(text.aligned(table))
@@ -447,24 +449,24 @@ def _begin(
     teacher: Checkpoint,
     *,
     rows: int,
-    made: phases.MemoryPlan,
+    memory_plan: phases.MemoryPlan,
 ) -> tuple[str, dict[str, Any]]:
     """Read the data, enter the run folder, go through all stages.
 
     rows: of the vocabulary that the student has.
     """
-    shares = machines.blocks_by_machine(made) if s.spread == "layers" else ()
+    shares = machines.blocks_by_machine(memory_plan) if s.spread == "layers" else ()
     data, origin = run_loop.prepare_text(s, teacher, source)
     with run_loop.open_run(
         s,
         folder,
         f"{teacher.path.name}-{s.scenario or 'student'}",
         origin,
-        strategy=made.strategy,
-        limit=Budget(made.budget_bytes),
-        wired=made.peak_bytes if made.mode != "sharded" else 0,
+        strategy=memory_plan.strategy,
+        limit=Budget(memory_plan.budget_bytes),
+        wired=memory_plan.peak_bytes if memory_plan.mode != "sharded" else 0,
     ) as place:
-        run_plan.log(s, place, made)
+        run_plan.log(s, place, memory_plan)
         reported = s.report_to if distributed.is_main() else None
         report = summary.reporter(reported, place.folder, asdict(s))
         seen, data = vocabulary.of_run(
@@ -472,17 +474,17 @@ def _begin(
             s.student,
             rows,
             data,
-            how=s,
+            config=s,
             source=source,
             run=place.folder,
             files=place.files,
         )
         c = pipeline.Run(
             **vars(place),
-            recipe=made.recipe(s, seen),
+            recipe=memory_plan.recipe(s, seen),
             teacher=seen,
             data=data.train,
-            plan=made,
+            plan=memory_plan,
             report=report,
             shares=shares,
         )

@@ -217,8 +217,8 @@ def _k_quantized(
     """
     programs.quantize(folder / STAGED, folder / file, K_QUANT.upper())
     DISK.remove_tree(folder / STAGED)
-    made = gguf.GGUFReader(folder / file).tensors
-    chosen = {tensor.name: tensor.tensor_type.name for tensor in made}
+    tensors = gguf.GGUFReader(folder / file).tensors
+    chosen = {tensor.name: tensor.tensor_type.name for tensor in tensors}
     return [part._replace(kind=chosen[part.name]) for part in parts]
 
 

@@ -72,7 +72,7 @@ def run(settings: Settings) -> dict[str, Any]:
             student=None,
             rows=rows,
             own=data,
-            how=s,
+            config=s,
             source=s.data,
             run=Path(scratch),
             files=files,

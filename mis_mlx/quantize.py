@@ -146,7 +146,7 @@ def _run(s: Settings, checkpoint: Checkpoint, other: Checkpoint) -> dict[str, An
         return stage.quantize(
             checkpoint.path,
             folder,
-            how=s,
+            rounding=s,
             files=files,
             batches=batches,
             held=held,

@@ -193,7 +193,7 @@ class Step:
     peak_bytes: int
     note: str = ""
     reading: Reading | None = None
-    more: Mapping[str, float] = field(default_factory=dict)
+    further: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -128,13 +128,15 @@ def test_the_roof_by_pencil(llama: Checkpoint) -> None:
     at = Roof(device="d", threads="", memory_bytes_per_s=1e9, flops_per_s=1e15, source="given")
     (nbytes, _), _ = rounds.token_traffic(llama, 1_000_000, r)
     assert nbytes == 1_000_000 + 10 * 3 * 2 * 32 * 4
-    found = rounds.compare_to_roof(llama, 1_000_000, r=r, at=at, tps=500.0)
+    found = rounds.compare_to_roof(llama, 1_000_000, r=r, roof=at, tps=500.0)
     assert found["bound"] == "memory bandwidth"
     assert found["decode_best_tps"] == pytest.approx(1e9 / nbytes)
     assert found["reached"] == pytest.approx(500 * nbytes / 1e9)
     # arithmetic is the limit: 2 operations a parameter of blocks and head
     slow = Roof(device="d", threads="", memory_bytes_per_s=1e15, flops_per_s=1e6, source="given")
-    assert rounds.compare_to_roof(llama, 1_000_000, r=r, at=slow, tps=1.0)["bound"] == "arithmetic"
+    assert (
+        rounds.compare_to_roof(llama, 1_000_000, r=r, roof=slow, tps=1.0)["bound"] == "arithmetic"
+    )
     params = sum(t.nbytes for t in llama.tensors.values()) // 4
     assert rounds.token_traffic(llama, 0, r)[0][1] == pytest.approx(2 * params, rel=0.02)
     # An M1 is computed: floats in float16, two bytes a parameter, and the keys of 10 tokens, over

@@ -245,7 +245,9 @@ def brief_talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(conversations, "FEWEST", 24)
     monkeypatch.setattr(conversations, "FEW", 2)
-    monkeypatch.setattr(teacher_answers, "Writing", partial(teacher_answers.Writing, max_tokens=12))
+    monkeypatch.setattr(
+        teacher_answers, "WritingSettings", partial(teacher_answers.WritingSettings, max_tokens=12)
+    )
     monkeypatch.setattr(answers, "ANSWER_TOKENS", 10)
     monkeypatch.setattr(answers, "GREEDY_TOKENS", 6)
 

@@ -252,7 +252,7 @@ def test_a_parent_that_is_missing_is_made(
     stage.quantize(
         llama.path,
         out,
-        how=QuantizationConfig(target_bpw=None),
+        rounding=QuantizationConfig(target_bpw=None),
         files=DISK,
         batches=batches,
         held=0,

@@ -90,7 +90,7 @@ def test_gptq_on_fewer_windows_in_memory_gives_the_same_bits(
     batches = [mx.random.randint(0, 512, (1, 32), key=mx.random.key(k)) for k in range(4)]
     for name, held in (("all", 4), ("one", 1)):
         stage.quantize(
-            llama.path, tmp_path / name, how=FOUR, files=DISK, batches=batches, held=held
+            llama.path, tmp_path / name, rounding=FOUR, files=DISK, batches=batches, held=held
         )
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("all", "one")]
     assert files[0] == files[1]
@@ -153,7 +153,7 @@ def test_gptq_stays_under_the_plan(tmp_path: Path, kind: tuple[int, str]) -> Non
     with memory.limited(Budget(before + planned.peak_bytes)):
         mx.set_cache_limit(0)
         stage.quantize(
-            checkpoint.path, tmp_path / "q4", how=FOUR, files=DISK, batches=batches, held=6
+            checkpoint.path, tmp_path / "q4", rounding=FOUR, files=DISK, batches=batches, held=6
         )
     peak = mx.get_peak_memory() - before + tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -279,7 +279,7 @@ def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
         planned,
         (
             lambda: stage.quantize(
-                checkpoint.path, tmp_path / "q4", how=how, files=DISK, batches=batches, held=6
+                checkpoint.path, tmp_path / "q4", rounding=how, files=DISK, batches=batches, held=6
             ),
             tune,
         ),

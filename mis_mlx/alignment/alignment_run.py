@@ -146,7 +146,9 @@ def training_cost(
     else:
         trained = m.params
         accumulates = s.grad_accumulation_steps > 1
-        peak = compression_size.training_bytes(m.config, rows, length, more=accumulates, gpu=m.gpu)
+        peak = compression_size.training_bytes(
+            m.config, rows, length, accumulates=accumulates, gpu=m.gpu
+        )
     checkpoints = s.iters // s.save_every + 2
     written = checkpoints * (SAVED_BYTES + 4) * trained
     written += policy.DTYPES[s.dtype].size * m.params

@@ -396,14 +396,14 @@ def train(
                 train_loop.train(model, batches.__getitem__, loss, optimizer, s, start=step)
             )
             seen = parts
-        facts = {**done.more, **facts}
+        facts = {**done.further, **facts}
         seconds = train_loop.CLOCK.monotonic() - began
         peak = max(peak, done.peak_bytes)
         cells = [f"{step + 1:>6}"]
         for name, form in TABLE:
             cells.append(f"{facts[name]:>13{form}}" if name in facts else " " * 13)
         cli.say("  ".join(cells))
-        yield replace(done, seconds=seconds, peak_bytes=peak, more=facts)
+        yield replace(done, seconds=seconds, peak_bytes=peak, further=facts)
 
 
 def measure(

@@ -46,11 +46,11 @@ def guarded(work: Callable[[], Any], otherwise: Callable[[str], Any]) -> Any:
 def check(name: str, work: Callable[[], kernels.Found], emit: Emit) -> None:
     """Run one check; one that raises has failed."""
     emit({"begun": name})
-    found = guarded(work, str)
-    if isinstance(found, str):
-        emit({"row": Row(name, passed=False, error=found)})
+    outcome = guarded(work, str)
+    if isinstance(outcome, str):
+        emit({"row": Row(name, passed=False, error=outcome)})
         return
-    number, bound = map(float, found)
+    number, bound = map(float, outcome)
     passed = number <= bound  # NaN never passes
     shown = number if math.isfinite(number) else None  # JSON has no word for NaN
     emit({"row": Row(name, passed, shown, bound)})
@@ -85,9 +85,9 @@ def of_training(folder: Path, emit: Emit) -> None:
     times = list[float]()  # stays empty where the step raises
 
     def work() -> kernels.Found:
-        found, seconds = training_step.measured(folder / "student")
+        measured, seconds = training_step.measured(folder / "student")
         times.append(seconds)
-        return found
+        return measured
 
     check("peak of a training step / plan", work, emit)
     for seconds in times:

@@ -52,17 +52,17 @@ def to_float64(array: Any) -> np.ndarray:
     return np.array(array, np.float64)
 
 
-def relative_error(found: Any, want: Any) -> float:
+def relative_error(got: Any, want: Any) -> float:
     """Return the largest error as a share of the largest expected value.
 
     Of several arrays it is the worst; a NaN anywhere makes it NaN."""
-    if isinstance(found, list | tuple):
+    if isinstance(got, list | tuple):
         errors = [
-            relative_error(actual, expected) for actual, expected in zip(found, want, strict=True)
+            relative_error(actual, expected) for actual, expected in zip(got, want, strict=True)
         ]
         return float(np.max(errors))  # spreads NaN, as max() does not
     expected = to_float64(want)
-    error = np.abs(to_float64(found) - expected).max()
+    error = np.abs(to_float64(got) - expected).max()
     return float(error / np.abs(expected).max())
 
 

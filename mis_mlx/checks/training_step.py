@@ -67,9 +67,9 @@ def planned_bytes() -> int:
     return student + size.head_work + size.widened_bytes + states
 
 
-def planned_seconds(at: rates.Rates) -> float:
+def planned_seconds(machine: rates.Rates) -> float:
     """Seconds of a step on a machine with these rates, by the planner's operations."""
-    size = estimates.model_of(CONFIG, gpu=at.gpu)
+    size = estimates.model_of(CONFIG, gpu=machine.gpu)
     tokens = WINDOWS * LENGTH
     passes = 3 * estimates.forward_flops(size, tokens, LENGTH)
     flops = passes + 2.0 * WINDOWS * LENGTH * size.head_params
@@ -81,7 +81,7 @@ def planned_seconds(at: rates.Rates) -> float:
         flops=flops,
         updated=size.params,
     )
-    return cost.seconds(at)
+    return cost.seconds(machine)
 
 
 def measured(folder: Path) -> tuple[Found, float]:

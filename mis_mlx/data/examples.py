@@ -76,8 +76,8 @@ def load(
     train, problems = _read(folder / "train.jsonl", shapes)
     valid: PlacedRows = []
     if (folder / "valid.jsonl").exists():
-        valid, more = _read(folder / "valid.jsonl", shapes)
-        problems += more
+        valid, valid_problems = _read(folder / "valid.jsonl", shapes)
+        problems += valid_problems
     rows.refuse(problems)
     if data is None and kinds:
         _check_kinds(train, kinds)

@@ -101,9 +101,9 @@ def load(data: str | None = None) -> Texts:
     return _from_hub(data)
 
 
-def _built_in(what: str, splits: Mapping[str, Sequence[Row]], more: str = "") -> Texts:
+def _built_in(what: str, splits: Mapping[str, Sequence[Row]], note: str = "") -> Texts:
     counts = ", ".join(f"{len(splits[name])} {name}" for name in SPLITS)
-    return Texts(**splits, notes=[f"built-in {what}, {counts} documents{more}"])
+    return Texts(**splits, notes=[f"built-in {what}, {counts} documents{note}"])
 
 
 def _manual() -> Mapping[str, Sequence[Row]]:

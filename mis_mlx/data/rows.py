@@ -51,9 +51,9 @@ class Reading(NamedTuple):
         """Sentences for people: the count, then the first problems as 'file line n: reason'."""
         notes = [f"{self.name}: {len(self.rows)} rows kept, {len(self.problems)} dropped"]
         notes += [f"{problem}; skipped" for problem in self.problems[:PROBLEMS_NOTED]]
-        more = len(self.problems) - PROBLEMS_NOTED
-        if more > 0:
-            notes.append(f"{self.name}: {more} more bad rows")
+        unlisted = len(self.problems) - PROBLEMS_NOTED
+        if unlisted > 0:
+            notes.append(f"{self.name}: {unlisted} more bad rows")
         return notes
 
 
@@ -101,9 +101,9 @@ def refuse(problems: Sequence[str]) -> None:
     """MisError that lists the problems, where there are any."""
     if problems:
         listed = "; ".join(problems[:PROBLEMS_LISTED])
-        more = len(problems) - PROBLEMS_LISTED
-        if more > 0:
-            listed += f"; and {more} more"
+        unlisted = len(problems) - PROBLEMS_LISTED
+        if unlisted > 0:
+            listed += f"; and {unlisted} more"
         raise MisError(f"{len(problems)} rows cannot be used: {listed}: fix or remove them")
 
 

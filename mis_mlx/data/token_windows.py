@@ -35,14 +35,14 @@ class Windows:
     kind: Any = None
     shares: tuple[float, ...] = ()
 
-    def pick(self, at: Any) -> "Windows":
+    def pick(self, indices: Any) -> "Windows":
         """Some of the windows: indices or a slice."""
         return replace(
             self,
-            tokens=self.tokens[at],
-            loss_mask=self.loss_mask[at],
-            text_bytes=None if self.text_bytes is None else self.text_bytes[at],
-            kind=None if self.kind is None else self.kind[at],
+            tokens=self.tokens[indices],
+            loss_mask=self.loss_mask[indices],
+            text_bytes=None if self.text_bytes is None else self.text_bytes[indices],
+            kind=None if self.kind is None else self.kind[indices],
         )
 
 
@@ -189,8 +189,8 @@ def conversation(row: Row, tokenizer: Any, mask_prompt: bool) -> Marked:
 
 def _shared(left: Sequence[int], right: Sequence[int]) -> int:
     """Length of the common beginning."""
-    for length, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
+    for length, (own, other) in enumerate(zip(left, right, strict=False)):
+        if own != other:
             return length
     return min(len(left), len(right))
 

@@ -46,8 +46,8 @@ class AnswerLoss:
         Their mean is that of all bytes. One streamed pass. The student has its own tokenizer,
         perhaps with fewer tokens.
         """
-        more = self._nats_of(student) - self.nats
-        return np.asarray(more / self.nbytes.mean())
+        excess_nats = self._nats_of(student) - self.nats
+        return np.asarray(excess_nats / self.nbytes.mean())
 
     def excess(self, student: Checkpoint) -> float:
         """Nats a byte of all answers together that a student needs more than the teacher."""

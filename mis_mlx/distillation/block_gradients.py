@@ -251,13 +251,13 @@ class BlockGradients:
         total = mx.array(0.0)
         grads = [mx.zeros_like(weight) for weight in trained.values()]
         for b in range(n):
-            at = (i - start) * n + b
-            windows = len(hidden[at])
-            above = last.cotangent(hidden[at]) if last else hidden[at + n]
+            index = (i - start) * n + b
+            windows = len(hidden[index])
+            above = last.cotangent(hidden[index]) if last else hidden[index + n]
             out, new_grads, below = self._vjp(
                 block,
                 trained,
-                hidden[at],
+                hidden[index],
                 above,
                 i=i,
                 b=b,
@@ -276,7 +276,7 @@ class BlockGradients:
                 of_owner = self._sharers.add(i, b, below)
             with streams.single_threaded_blas(windows):
                 mx.eval(total, grads, wanted, of_owner)
-            hidden[at : at + len(wanted)] = wanted
+            hidden[index : index + len(wanted)] = wanted
             # Not to be held beside the next micro-batch's.
             del above, out, new_grads, below, wanted, of_owner
         _set_weights(block, trained, trained.values())  # `_vjp` left tracers there

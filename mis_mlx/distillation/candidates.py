@@ -256,7 +256,7 @@ class Candidates:
             None,
             rows,
             self.data,
-            how=self.settings,
+            config=self.settings,
             source=self.source,
             run=place,
             files=run.files,

@@ -101,16 +101,16 @@ def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: boo
     None where too few answers were usable, which is said.
     """
     count = max(FEWEST, min(MOST, wanted.tokens // teacher_answers.TYPICAL_TOKENS))
-    how = teacher_answers.Writing(prompts.train(count), seed=wanted.seed)
+    writing = teacher_answers.WritingSettings(prompts.train(count), seed=wanted.seed)
     identity = run_folder.origin(teacher, "")["teacher"]
-    settings = {**how.settings, "template": teacher_answers.template_sha256(teacher)}
+    settings = {**writing.settings, "template": teacher_answers.template_sha256(teacher)}
     folder = WRITTEN / f"{teacher.path.name}-{identity[:8]}-{json_sha256(settings)[:8]}"
     file = folder / "answers.jsonl"
     if distributed.broadcast_json(file.exists):
         distributed.broadcast_folder(folder, DISK)
         cli.say(f"conversations: reusing the teacher's answers in {file}")
         return file
-    plan = teacher_answers.plan(estimates.model_of(teacher), how, limit)
+    plan = teacher_answers.plan(estimates.model_of(teacher), writing, limit)
     size = f"{gib(plan.peak_bytes)} of {gib(limit.limit_bytes)}, about {duration(plan.seconds)}"
     cli.say(
         f"conversations: the teacher answers {count} prompts first, {plan.at_once} at once: "
@@ -120,7 +120,7 @@ def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: boo
         return file
     if distributed.is_main():
         try:
-            kept = teacher_answers.write(teacher, how, file, limit)
+            kept = teacher_answers.write(teacher, writing, file, limit)
             cli.say(f"conversations: {kept} of {count} are kept")
         except MisError as error:
             cli.say(f"conversations are left out of the training text: {error}")
@@ -207,10 +207,10 @@ def dialogue(judgement: answers.Judgement) -> str:
 
 def figures(judgement: answers.Judgement) -> Mapping[str, float | int]:
     """For a run's JSON: {metric_model: value} of all prompts, and how many these are."""
-    found: dict[str, float | int] = {
+    values: dict[str, float | int] = {
         f"{row.metric}_{row.model}": round(row.value, 4) for row in judgement.rows
     }
-    return {"answers_prompts": len(judgement.answers.prompts), **found}
+    return {"answers_prompts": len(judgement.answers.prompts), **values}
 
 
 def judged_answers(

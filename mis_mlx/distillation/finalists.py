@@ -211,15 +211,15 @@ def timed_token(folder: Path, cached: int, prompt: int) -> limits.Timing:
     for _ in range(ROUNDS):  # in turn, so that a slow spell hits both
         of_total.append(quickest(total))
         of_half.append(quickest(half))
-    whole = min(of_total)
-    part = min(of_half)
-    block = whole / total
+    total_s = min(of_total)
+    half_s = min(of_half)
+    block = total_s / total
     # Else there is one block, or the machine is too busy to tell half of the blocks from all.
-    if part < whole and half < total:
-        block = min((whole - part) / (total - half), block)
+    if half_s < total_s and half < total:
+        block = min((total_s - half_s) / (total - half), block)
     return limits.Timing(
         block_s=block,
-        rest_s=max(0.0, whole - total * block),
+        rest_s=max(0.0, total_s - total * block),
         attention_s=min(block, _attention_seconds(model, cached, prompt)),
     )
 
@@ -346,20 +346,20 @@ def table(
 
 
 def advice(
-    found: Verdict,
+    verdict: Verdict,
     records: Sequence[Record],
     names: Sequence[str],
     lines: Sequence[str],
 ) -> str:
     """The recommendation. names, lines: of the finalists, for people; commands that make them."""
     best = dict[str, Any]()
-    if found.best is not None:
-        best = {**records[found.best], "name": names[found.best], "line": lines[found.best]}
+    if verdict.best is not None:
+        best = {**records[verdict.best], "name": names[verdict.best], "line": lines[verdict.best]}
     judged = judging_metric(records)
     values = {
-        "found": found,
+        "found": verdict,
         "best": best,
-        "second": None if found.second is None else names[found.second],
+        "second": None if verdict.second is None else names[verdict.second],
         "why": zip(names, map(instability, records), strict=True),
         "count": len(best.get(judged, ())),
         "unit": "answers" if judged == "answers_rounded" else "windows",

@@ -37,8 +37,8 @@ def counted(minutes: float, seconds: Sequence[float], least: int) -> Pace:
     usual = seconds[1:] or seconds
     pace = sum(usual) / len(usual)
     left = 60 * minutes - sum(seconds)
-    more = int(left / max(pace, 1e-9))
-    fits = len(seconds) + max(0, more)
+    further_steps = int(left / max(pace, 1e-9))
+    fits = len(seconds) + max(0, further_steps)
     return Pace(
         minutes=minutes,
         seconds=round(pace, 3),

@@ -269,8 +269,8 @@ class CheckpointedTraining:
         """Write a step into the run's log, show it, and report it."""
         run = self.run
         facts = asdict(step)
-        del facts["reading"], facts["more"]
-        record = {**run.thermal_monitor.now(), **facts, **step.more}
+        del facts["reading"], facts["further"]
+        record = {**run.thermal_monitor.now(), **facts, **step.further}
         run.files.append(run.folder / self.log, json.dumps(record))
         seen = replace(step, reading=run.thermal_monitor.last())
         show(step.number, text.step_text(seen, run.budget_bytes, self.planned_tps))

@@ -236,12 +236,12 @@ def expectation(
     }
 
 
-def expectation_sentence(found: Mapping[str, Any], lose: float | None) -> str:
+def expectation_sentence(losses: Mapping[str, Any], lose: float | None) -> str:
     """The allowed, expected and reached loss in a sentence, with a remark if they are far apart."""
-    expected = float(found["expected_loss"])
-    reached = float(found["reached_loss"])
+    expected = float(losses["expected_loss"])
+    reached = float(losses["reached_loss"])
     far = abs(reached - expected) > MISSED * max(abs(expected), LEAST_LOSS)
-    return html.document("expected.md", {**found, "lose": lose, "far": far})
+    return html.document("expected.md", {**losses, "lose": lose, "far": far})
 
 
 def next_steps(folder: Path) -> str:

@@ -37,7 +37,7 @@ USABLE = 0.1  # share of the answers, below which a teacher is none to learn ans
 
 
 @dataclass(frozen=True)
-class Writing:
+class WritingSettings:
     """How a teacher is asked. temperature: 0 takes the likeliest token each time."""
 
     prompts: Sequence[Prompt]
@@ -59,13 +59,15 @@ class Writing:
         }
 
 
-def plan(model: estimates.ModelSize, how: Writing, limit: Budget) -> writing.WritingPlan:
+def plan(
+    model: estimates.ModelSize, settings: WritingSettings, limit: Budget
+) -> writing.WritingPlan:
     """Memory and time of the writing. MisError where the teacher does not fit the budget."""
-    answered = sum(len(prompt.turns) for prompt in how.prompts)
+    answered = sum(len(prompt.turns) for prompt in settings.prompts)
     return writing.plan_writing(
         model,
         answered,
-        how.max_tokens,
+        settings.max_tokens,
         limit,
         prompt_tokens=TYPICAL_TOKENS,
         at_once=AT_ONCE,
@@ -95,21 +97,21 @@ def kept_text(answer: Answer) -> str:
     return text.strip()
 
 
-def write(teacher: Checkpoint, how: Writing, out: Path, limit: Budget) -> int:
+def write(teacher: Checkpoint, settings: WritingSettings, out: Path, limit: Budget) -> int:
     """Write the file `out`: a row {"messages": [...]} for each conversation; return their number.
 
     Until it is complete, batches are kept in a file next to it: a run that was stopped goes on with
     the batch that it was at. MisError where too few answers are usable.
     """
-    planned = plan(estimates.model_of(teacher), how, limit)
+    planned = plan(estimates.model_of(teacher), settings, limit)
     size = planned.at_once
-    total = len(how.prompts)
+    total = len(settings.prompts)
     part = out.with_name(f".{out.name}.part")
     header = {
         "teacher": run_folder.origin(teacher, "")["teacher"],
         "template": template_sha256(teacher),
         "at_once": size,
-        **how.settings,
+        **settings.settings,
     }
     DISK.make_folder(out.parent)
     done = _done_before(part, header)
@@ -120,9 +122,9 @@ def write(teacher: Checkpoint, how: Writing, out: Path, limit: Budget) -> int:
         for start in range(0, total, size):
             if start in done:
                 continue
-            batch = how.prompts[start : start + size]
-            samplers = [_sampler(how, start + number) for number in range(len(batch))]
-            talks = _conversations(writer, tokenizer, batch, how.max_tokens, samplers=samplers)
+            batch = settings.prompts[start : start + size]
+            samplers = [_sampler(settings, start + number) for number in range(len(batch))]
+            talks = _conversations(writer, tokenizer, batch, settings.max_tokens, samplers=samplers)
             record = {"start": start, "rows": talks}
             DISK.append(part, json.dumps(record, ensure_ascii=False))
             done[start] = talks
@@ -152,10 +154,10 @@ def _done_before(part: Path, header: Mapping[str, Any]) -> dict[int, list[Row]]:
     return {}
 
 
-def _sampler(how: Writing, number: int) -> mlx_generate.Sampler:
+def _sampler(settings: WritingSettings, number: int) -> mlx_generate.Sampler:
     """Draws the tokens of one prompt, with random numbers of its own."""
-    seed = how.seed * len(how.prompts) + number
-    return mlx_generate.sampler(how.temperature, seed, how.top_p)
+    seed = settings.seed * len(settings.prompts) + number
+    return mlx_generate.sampler(settings.temperature, seed, settings.top_p)
 
 
 def _conversations(

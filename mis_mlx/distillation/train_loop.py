@@ -83,7 +83,7 @@ def train(
             seconds=seconds,
             peak_bytes=mx.get_peak_memory(),
             note=note.strip(),
-            more=means,
+            further=means,
         )
 
 

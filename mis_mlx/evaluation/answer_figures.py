@@ -57,7 +57,7 @@ def verdict(answer: Answer) -> Verdict:
 
 def rows_of(
     name: str,
-    of: AnswerBits,
+    cost: AnswerBits,
     greedy: Sequence[Answer] | None = None,
     logprob: float | None = None,
     *,
@@ -68,12 +68,12 @@ def rows_of(
     answers: bits per byte. answers_excess: those above the teacher's, paired by prompt. loops,
     empty, endless: percent of the greedy answers. teacher_logprob: nats per token."""
     rows = []
-    prompts = len(of.nats)
-    if of.nbytes.sum() > 0:
-        bits = bits_per_byte(of.nats, of.nbytes)
+    prompts = len(cost.nats)
+    if cost.nbytes.sum() > 0:
+        bits = bits_per_byte(cost.nats, cost.nbytes)
         rows.append(Row(name, "answers", *bits, n=prompts))
         if teacher_bits is not None:
-            excess = bits_per_byte(of.nats - teacher_bits.nats, of.nbytes)
+            excess = bits_per_byte(cost.nats - teacher_bits.nats, cost.nbytes)
             rows.append(Row(name, "answers_excess", *excess, n=prompts))
     if greedy:
         prompts = len(greedy)

@@ -132,15 +132,15 @@ def _marks_of(task: Task, answers: Asked) -> np.ndarray:
     """(n,) the marks of all questions, from their records."""
     if task.kind == "instructions":
         return np.array(instructions.marks(*_followed_of(task, answers)))
-    found = []
+    records = []
     for n, question in enumerate(task.questions):
         if task.kind == "checked":
-            found.append(float(answers[n]["mark"]))
+            records.append(float(answers[n]["mark"]))
         else:
             rates = np.array(answers[n]["ll"]) / _lengths(task, n)
             # As in lm-eval: of options that are equally likely the first one counts as chosen.
-            found.append(float(np.argmax(rates) == question.right))
-    return np.array(found)
+            records.append(float(np.argmax(rates) == question.right))
+    return np.array(records)
 
 
 def levels(model_sha256: str, task: Task) -> instructions.Levels | None:
@@ -256,13 +256,13 @@ def harness_samples(folder: Path, name: str, count: int) -> dict[str, list[Sampl
     return results["samples"]
 
 
-def harness_marks(name: str, found: Sequence[Sample]) -> dict[str, Any]:
+def harness_marks(name: str, samples: Sequence[Sample]) -> dict[str, Any]:
     """A task of lm-eval, for JSON: its name, marks from 0 to 1, chance of all questions, metric.
 
     Where a task has several filters, the first one's records count. MisError where it has none of
     METRICS.
     """
-    same_filter = [sample for sample in found if sample.get("filter") == found[0].get("filter")]
+    same_filter = [sample for sample in samples if sample.get("filter") == samples[0].get("filter")]
     ordered = sorted(same_filter, key=lambda sample: sample["doc_id"])
     metric = next((metric for metric in METRICS if metric in ordered[0]), None)
     if metric is None:
@@ -312,7 +312,9 @@ def _harness_rows(
     if not path.is_file():
         by_task = harness_samples(checkpoint.path, name, count)
         DISK.make_folder(path.parent)
-        lines = [json.dumps(harness_marks(task, found)) + "\n" for task, found in by_task.items()]
+        lines = [
+            json.dumps(harness_marks(task, samples)) + "\n" for task, samples in by_task.items()
+        ]
         DISK.replace_text(path, "".join(lines))
     return run_folder.records(path)
 

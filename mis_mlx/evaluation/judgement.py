@@ -107,12 +107,12 @@ class Judgement:
     def rows(self) -> list[Row]:
         """The figures of all models, as in `rows_of`."""
         teacher_name = next(iter(self.models))
-        found = list[Row]()
+        rows = list[Row]()
         for name, said in self.models.items():
             # Nothing is "above the teacher" in the teacher's own row.
             teacher_bits = None if name == teacher_name else self.models[teacher_name].bits
-            found += rows_of(name, said.bits, said.greedy, said.logprob, teacher_bits=teacher_bits)
-        return found
+            rows += rows_of(name, said.bits, said.greedy, said.logprob, teacher_bits=teacher_bits)
+        return rows
 
     def part(self, chosen: Sequence[int]) -> "Judgement":
         """The same for some of the prompts, by number, for instance those in one language."""

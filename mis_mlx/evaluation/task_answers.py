@@ -48,7 +48,7 @@ class _Plan(NamedTuple):
 
     cost: estimates.StageCost
     at_once: int
-    whole: bool
+    in_memory: bool
     headroom_bytes: int
 
 
@@ -118,7 +118,7 @@ def _plan(
                 flops=flops,
                 touched_bytes=steps * one_token.touched_bytes,
             )
-            return _Plan(cost, at_once, whole=True, headroom_bytes=0)
+            return _Plan(cost, at_once, in_memory=True, headroom_bytes=0)
     estimates.require_fit(limit, one_token, other="")
     # Blocks that stay between tokens are in the peak; the room is what they may take.
     without_blocks = one_token.peak_bytes - one_token.pinned * m.block_work
@@ -129,7 +129,7 @@ def _plan(
         touched_bytes=written * one_token.touched_bytes,
     )
     headroom_bytes = estimates.headroom_bytes(limit.limit_bytes, without_blocks)
-    return _Plan(cost, AT_ONCE[-1], whole=False, headroom_bytes=headroom_bytes)
+    return _Plan(cost, AT_ONCE[-1], in_memory=False, headroom_bytes=headroom_bytes)
 
 
 def resident_bytes(
@@ -164,7 +164,7 @@ def _writer(
 ) -> Writer:
     """Open the model; the result writes up to `max_tokens` tokens after each prompt."""
     dtype = policy.compute_dtype(checkpoint)
-    if plan.whole:
+    if plan.in_memory:
         model = load_checked(load.resident_model(checkpoint, dtype), f"{checkpoint.path}: ")
         draw = mlx_generate.sampler(0.0, 0)
 

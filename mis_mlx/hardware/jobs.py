@@ -192,8 +192,8 @@ def _decoded(piece: bytes) -> tuple[str, bytes]:
 async def _lines(pipe: asyncio.StreamReader, told: Callable[[str], object]) -> None:
     unended = b""
     while piece := await pipe.read(CHUNK):
-        *whole, unended = (unended + piece).split(b"\n")
-        for line in whole:
+        *lines, unended = (unended + piece).split(b"\n")
+        for line in lines:
             told(line.decode(errors="replace"))
     if unended:
         told(unended.decode(errors="replace"))

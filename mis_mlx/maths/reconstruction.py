@@ -92,13 +92,13 @@ class NormalEquations:
         self,
         held_out: Sequence[HeldOut],
         ridges: Sequence[float] = RIDGES,
-        whole: bool = True,
+        with_held_out: bool = True,
     ) -> tuple[np.ndarray, float]:
         """(U (D, F), the share of the held-out error that remains), for the best of the ridges.
 
         The best ridge is the one that leaves least error, measured by `remaining_error`. With
-        `whole` U is then fitted to all tokens, the held-out ones included. Where no ridge improves
-        anything, U is 0 and the share 1.
+        `with_held_out` U is then fitted to all tokens, the held-out ones included. Where no ridge
+        improves anything, U is 0 and the share 1.
         """
         best = None
         least = 1.0
@@ -109,7 +109,7 @@ class NormalEquations:
                 least = share
         if best is None:
             return np.zeros_like(self.cross.T), 1.0
-        if whole:
+        if with_held_out:
             # The held-out tokens have chosen the ridge; now they help to fit.
             for rows in held_out:
                 # Not by `add`: one product dies before the next one is made.

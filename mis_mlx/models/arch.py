@@ -295,11 +295,11 @@ def is_quantized(tensors: Mapping[str, TensorAt]) -> bool:
     return any(name.endswith(".scales") for name in tensors)
 
 
-def count(flag: str, asked: str | None, of: int, what: str) -> int | None:
-    """The number that `flag` keeps of `of` things; None where the flag is not given.
+def count(flag: str, asked: str | None, total: int, what: str) -> int | None:
+    """The number that `flag` keeps of `total` things; None where the flag is not given.
 
     asked: a number, or a share such as 0.5x, which is rounded down. what: the things' name, for the
-    MisError where the number is not from 1 to `of`.
+    MisError where the number is not from 1 to `total`.
     """
     if asked is None:
         return None
@@ -308,10 +308,10 @@ def count(flag: str, asked: str | None, of: int, what: str) -> int | None:
     if match:
         wanted = float(match[1])
         if match[2]:
-            wanted *= of
-    if not 1 <= wanted <= of:
+            wanted *= total
+    if not 1 <= wanted <= total:
         raise MisError(
-            f"{flag} {asked} is not a number of {what} from 1 to {of:,}: give one, or a "
+            f"{flag} {asked} is not a number of {what} from 1 to {total:,}: give one, or a "
             f"share such as 0.5x"
         )
     return int(wanted)

@@ -35,7 +35,7 @@ def join(prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> Branches:
     """One prompt and B answers, of at least one token each, in one sequence."""
     longest = max(map(len, answers))
     shape = (len(answers), longest)
-    at = np.zeros(shape, np.int32)
+    logit_positions = np.zeros(shape, np.int32)
     targets = np.zeros(shape, np.int32)
     mask = np.zeros(shape, np.float32)
     start = len(prompt)
@@ -49,7 +49,7 @@ def join(prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> Branches:
         further = count - 1
         begin = len(tokens)
         end = begin + further
-        at[row, :count] = [start - 1, *range(begin, end)]
+        logit_positions[row, :count] = [start - 1, *range(begin, end)]
         targets[row, :count] = answer
         mask[row, :count] = 1.0
         tokens += answer[:-1]
@@ -59,7 +59,7 @@ def join(prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> Branches:
         tokens=mx.array([tokens]),
         branch=mx.array([branch]),
         positions=np.array(positions, np.int32),
-        logit_positions=mx.array(at),
+        logit_positions=mx.array(logit_positions),
         targets=mx.array(targets),
         mask=mx.array(mask),
     )

@@ -148,7 +148,7 @@ class Sides:
     owners: Sequence[int | None]
     per_layer: Channels | None = None
     # by block and batch, for later blocks
-    made: dict[tuple[int, int], KeysValues] = field(default_factory=dict)
+    keys_values: dict[tuple[int, int], KeysValues] = field(default_factory=dict)
 
     def inputs(self, i: int, b: int, hidden: mx.array) -> BlockInputs:
         """All inputs of block i for batch b."""
@@ -158,7 +158,7 @@ class Sides:
         shared = None
         owner = self.owners[i]
         if owner is not None:
-            shared = self.made[owner, b]
+            shared = self.keys_values[owner, b]
         return BlockInputs(hidden, per_layer, shared)
 
     def keep(self, i: int, b: int, outputs: BlockOutputs) -> mx.array:
@@ -167,7 +167,7 @@ class Sides:
         Its keys and values are kept if a later block uses them.
         """
         if outputs.shared is not None and i in self.owners:
-            self.made[i, b] = outputs.shared
+            self.keys_values[i, b] = outputs.shared
         return outputs.hidden
 
 
@@ -281,8 +281,8 @@ def of_model(model: nn.Module, tokens: mx.array, embedded: mx.array) -> Sides:
         return of_config(values)
     inner = model.model
     if family(values).versions:
-        made = inner.side_channels(tokens, embedded)
-        return of_config(values, lambda i, b: made[:, :, i])
+        side_channels = inner.side_channels(tokens, embedded)
+        return of_config(values, lambda i, b: side_channels[:, :, i])
     # mlx-lm names these two with an underscore; `tests/models/test_gemma4.py` notices when they go.
     rows = inner._get_per_layer_inputs(tokens)
     channels = inner._project_per_layer_inputs(embedded, rows)

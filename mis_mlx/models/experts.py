@@ -31,17 +31,17 @@ Activation = Callable[[mx.array, mx.array], mx.array]  # (up, gate), both (n, F)
 class Expert(nn.Module):
     """One gated MLP. Its matrices are called as on disk."""
 
-    def __init__(self, of: Family, hidden: int, ffn: int, activation: Activation):
+    def __init__(self, family: Family, hidden: int, ffn: int, activation: Activation):
         super().__init__()
-        self.names = of.matrices
+        self.names = family.matrices
         self._activation = activation
         # Called with the outputs. A stream evaluates them here, before it reuses the memory that
         # the weights lie in.
         self.on_output: Callable[[mx.array], None] = lambda _: None
-        gate, up, down = of.matrices
+        gate, up, down = family.matrices
         sizes = {gate: (hidden, ffn), up: (hidden, ffn), down: (ffn, hidden)}
         for name, (into, out) in sizes.items():
-            self[name] = nn.Linear(into, out, bias=of.expert_bias)
+            self[name] = nn.Linear(into, out, bias=family.expert_bias)
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """x (n, D) -> (the input of the last matrix (n, F), its output (n, D))."""
@@ -62,9 +62,9 @@ class Experts(list[Expert]):
     may be gone when the next one is asked for.
     """
 
-    def __init__(self, parts: Iterable[Expert] = (), each: ReadExperts | None = None):
+    def __init__(self, parts: Iterable[Expert] = (), read_experts: ReadExperts | None = None):
         super().__init__(parts)
-        self._read_experts: ReadExperts = each or self._resident
+        self._read_experts: ReadExperts = read_experts or self._resident
         # (n, E, D): what every expert gives for all tokens of every call
         self.expert_outputs: mx.array | None = None
         self.ready: list[mx.array] = []  # results of the next calls, in their order
@@ -241,7 +241,7 @@ def is_router(name: str) -> bool:
 
 
 def unstack(
-    stacked: re.Match[str], name: str, at: TensorAt, config: Config
+    stacked: re.Match[str], name: str, tensor_at: TensorAt, config: Config
 ) -> Iterator[tuple[str, TensorAt]]:
     """(own name, its part) of every expert in a tensor (E, out, in) that mlx_lm.convert stacked.
 
@@ -249,20 +249,20 @@ def unstack(
     """
     row = family(config)
     count = shape_of(config).experts
-    if at.shape[0] != count:
+    if tensor_at.shape[0] != count:
         raise MisError(
-            f"{at.file}: {name} has {at.shape[0]} experts, but config.json says {count}: download "
-            f"it again"
+            f"{tensor_at.file}: {name} has {tensor_at.shape[0]} experts, but config.json says "
+            f"{count}: download it again"
         )
     stem, kind, tensor = stacked.groups()
     matrix = row.matrices[GATED.index(kind)]
-    size = at.nbytes // count
+    size = tensor_at.nbytes // count
     for e in range(count):
         part = replace(
-            at,
-            shape=at.shape[1:],
-            offset=at.offset + e * size,
+            tensor_at,
+            shape=tensor_at.shape[1:],
+            offset=tensor_at.offset + e * size,
             nbytes=size,
-            stored=(name, at),
+            stored=(name, tensor_at),
         )
         yield f"{stem}experts.{e}.{matrix}.{tensor}", part

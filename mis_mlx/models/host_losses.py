@@ -151,17 +151,17 @@ def compared(
         in_part = (targets >= 0) & (targets < student.shape[1])
         rows = np.arange(len(student))
         columns = np.where(in_part, targets, 0)
-        found = []
+        figures = []
         for z in (teacher, student):
             right = z[rows, columns]
-            found.append(np.where(in_part, right, -np.inf))
+            figures.append(np.where(in_part, right, -np.inf))
         for z in (teacher, student):
             largest = z.max(axis=1)
             best = z.argmax(axis=1) + start
-            found += [largest, best]
+            figures += [largest, best]
         # last, because it overwrites the logits
         kl, teacher_lse, lse, _ = _divergence(student, teacher)
-        return np.stack([kl, teacher_lse, lse, *found], axis=1)
+        return np.stack([kl, teacher_lse, lse, *figures], axis=1)
 
     stream.evaluate_now(teacher, student)
     return by_rows(of_rows, view(teacher), view(student), targets - start)
@@ -180,17 +180,17 @@ def _compared_on_device(
     kl = weighted.sum(axis=-1) - teacher_lse + lse
     in_part = (targets >= 0) & (targets < student.shape[1])
     columns = mx.where(in_part, targets, 0)[:, None]
-    found = []
+    figures = []
     for z in (teacher, student):
         right = mx.take_along_axis(z, columns, axis=-1)
         right = right[:, 0]
-        found.append(mx.where(in_part, right, -mx.inf))
+        figures.append(mx.where(in_part, right, -mx.inf))
     for z in (teacher, student):
         largest = z.max(axis=-1)
         best = z.argmax(axis=-1) + start
         # float32 holds the number of a token exactly up to 2^24
-        found += [largest, best.astype(mx.float32)]
-    return mx.stack([kl, teacher_lse, lse, *found], axis=1)
+        figures += [largest, best.astype(mx.float32)]
+    return mx.stack([kl, teacher_lse, lse, *figures], axis=1)
 
 
 def over_parts(parts: Sequence[np.ndarray | mx.array]) -> np.ndarray:
@@ -203,8 +203,8 @@ def over_parts(parts: Sequence[np.ndarray | mx.array]) -> np.ndarray:
         # the axes of each of the nine: (part, n)
         stack = np.array([np.asarray(part) for part in parts], np.float64)
         figures = np.moveaxis(stack, 2, 0)
-        part_kl, teacher_lse, lse, *found = figures
-        teacher_right, right, teacher_max, teacher_best, largest, best = found
+        part_kl, teacher_lse, lse, *maxima = figures
+        teacher_right, right, teacher_max, teacher_best, largest, best = maxima
         teacher_total = np.logaddexp.reduce(teacher_lse)
         total = np.logaddexp.reduce(lse)
         # A part's KL is that of the probabilities in it; its share of the teacher's weighs it.

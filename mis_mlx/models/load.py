@@ -238,17 +238,17 @@ def block(
     args: Any,
     dtype: mx.Dtype,
     raw: Raw | None = None,
-    each: ReadExperts | None = None,
+    read_experts: ReadExperts | None = None,
 ) -> nn.Module:
     """mlx-lm's transformer block `i` with its weights, lazy.
 
-    raw: as in `weights`. each: where its experts come from, if they are not parts of it.
+    raw: as in `weights`. read_experts: where its experts come from, if they are not parts of it.
     """
     row = family(checkpoint.config)
     prefix = f"model.layers.{i}."
     new = new_block(row, args, i)
     if row.experts:  # first, for their matrices are quantized and loaded by their own names
-        modules.separate_experts(new, checkpoint.config, each)
+        modules.separate_experts(new, checkpoint.config, read_experts)
     # Then the layers that are packed on disk, so that the weights find a layer of their kind.
     _quantize(new, prefix, checkpoint)
     new.load_weights(weights(checkpoint, prefix, dtype, raw))

@@ -146,13 +146,13 @@ def published(
     else:
         kind = next(iter(specs.values()))[0]
         unused_specs = {name: (kind, shape) for name, shape in unused.items()}
-    whole = {**specs, **unused_specs}
+    all_specs = {**specs, **unused_specs}
     zeros = (
         (name, mx.zeros(shape, MLX_TYPES[kind])) for name, (kind, shape) in unused_specs.items()
     )
     named = itertools.chain(tensors, zeros)
     renamed = ((tensor_shapes.outer_name(name), tensor) for name, tensor in named)
-    outer_specs = {tensor_shapes.outer_name(name): spec for name, spec in whole.items()}
+    outer_specs = {tensor_shapes.outer_name(name): spec for name, spec in all_specs.items()}
     return _outer_config(config, outer, packing), outer_specs, renamed
 
 
@@ -172,19 +172,19 @@ def _outer_config(
 ) -> dict[str, Any]:
     """The config of a whole model whose text part has this one. packing: by our module paths."""
     text = {key: value for key, value in config.items() if not key.startswith("quantization")}
-    whole: dict[str, Any] = {
+    outer_config: dict[str, Any] = {
         "model_type": outer,
         "architectures": [families.WRAPPERS[outer]],
         "text_config": text,
     }
     for key in ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype"):
         if key in config:
-            whole[key] = config[key]
+            outer_config[key] = config[key]
     if packing:
         settings = {tensor_shapes.outer_name(key): value for key, value in packing.items()}
-        whole["quantization"] = settings
-        whole["quantization_config"] = settings
-    return whole
+        outer_config["quantization"] = settings
+        outer_config["quantization_config"] = settings
+    return outer_config
 
 
 def write_folder(

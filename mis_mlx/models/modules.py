@@ -54,19 +54,22 @@ class InputRecorder(nn.Module):
         return self._seen.pop(0)
 
 
-def separate_experts(block: nn.Module, config: Config, each: ReadExperts | None = None) -> None:
+def separate_experts(
+    block: nn.Module, config: Config, read_experts: ReadExperts | None = None
+) -> None:
     """Replace the stacked experts of one of mlx-lm's blocks by `Experts`.
 
-    each: as of `Experts`; default: the experts are modules of this block, of random weights.
+    read_experts: as of `Experts`; default: the experts are modules of this block, of random
+    weights.
     """
     shape = shape_of(config)
     row = family(config)
     part = block[row.mlp]
     activation = part.pop(row.switch).activation
     parts = []
-    if not each:
+    if not read_experts:
         parts = [Expert(row, shape.hidden, shape.ffn, activation) for _ in range(shape.experts)]
-    part.experts = Experts(parts, each)
+    part.experts = Experts(parts, read_experts)
     if row.switch != "experts":
         # mlx-lm's code reads this attribute. It stays outside the module's tree, which has the
         # experts once, under the name that their tensors have on disk.

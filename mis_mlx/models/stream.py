@@ -114,11 +114,16 @@ class Stream:
                     yield i, self._kept[i]
                     continue
                 _, slot, raw = next(coming)
-                each = None
+                read_experts = None
                 if self._experts:  # they are read when the block asks for them
-                    each = partial(self._read_experts, i)
+                    read_experts = partial(self._read_experts, i)
                 block = load.block(
-                    self.checkpoint, i, self.args, self.dtype, raw=self._own(raw), each=each
+                    self.checkpoint,
+                    i,
+                    self.args,
+                    self.dtype,
+                    raw=self._own(raw),
+                    read_experts=read_experts,
                 )
                 self._check_once(block, f"model.layers.{i}.", slot, self._blocks)
                 yield i, block
@@ -271,13 +276,13 @@ class Stream:
         A head is too large to be in memory twice.
         """
         bits = {2: mx.uint16, 4: mx.uint32}[self.dtype.size]  # numpy has no bfloat16
-        whole: Any = mx.zeros(tensor.shape, bits)
-        evaluate_now(whole)
-        into = np.asarray(memoryview(whole))
+        array: Any = mx.zeros(tensor.shape, bits)
+        evaluate_now(array)
+        into = np.asarray(memoryview(array))
         parts = -(-math.prod(tensor.shape) // HEAD_PART)
         for rows in np.array_split(np.arange(tensor.shape[0]), parts):
             into[rows] = np.asarray(self.reader.rows(tensor, rows).astype(self.dtype).view(bits))
-        return whole.view(self.dtype)
+        return array.view(self.dtype)
 
     def norm(self, hidden: Hidden) -> Hidden:
         """Every batch after the last RMSNorm, in place."""

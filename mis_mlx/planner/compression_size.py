@@ -255,7 +255,7 @@ def training_bytes(
     batch: int,
     length: int,
     host_streams: int = 0,
-    more: bool = False,
+    accumulates: bool = False,
     *,
     gpu: bool = False,
 ) -> int:
@@ -264,8 +264,8 @@ def training_bytes(
     Weights and moments, and the largest of: activations and the vocabulary's part of the loss; the
     backward pass; the update. host_streams: windows side by side where numpy computes the loss
     between the passes (live_teacher), each with gradients; 0: all in one graph, of which the least
-    that can be promised is the sum. more: several micro-batches, so that the gradients of earlier
-    ones wait meanwhile. gpu: with temporaries of the commands in flight.
+    that can be promised is the sum. accumulates: several micro-batches, so that the gradients of
+    earlier ones wait meanwhile. gpu: with temporaries of the commands in flight.
     """
     s = shape_of(config)
     params = arch.params(config)
@@ -280,7 +280,7 @@ def training_bytes(
         lane_gradients = min(batch, host_streams) * (gradients - head)
         backward = max(activations + head, lane_gradients + 3 * head)
     backward += block
-    if more:
+    if accumulates:
         forward += gradients
         backward += gradients
     if not host_streams:
@@ -324,21 +324,23 @@ def search_cost(
     # of two texts
     windows = -(-4 * s.rank_windows // 3)
     judging = -(-4 * s.eval_windows // 3)
-    one = comparison_cost([t, m], windows, length)
+    comparison = comparison_cost([t, m], windows, length)
     # the teacher's pass, which is done once
     teachers_flops = forward_flops(t, windows * length, length, head=False)
-    one = replace(
-        one,
-        peak_bytes=max(one.peak_bytes, tensor_bytes(t)),
-        flops=one.flops - teachers_flops,
+    comparison = replace(
+        comparison,
+        peak_bytes=max(comparison.peak_bytes, tensor_bytes(t)),
+        flops=comparison.flops - teachers_flops,
     )
     rank = [_times(cut, 1, name="calibrate", written=cut.written_bytes - m.nbytes)]
     if s.mixed:
         bits = sensitivity_cost(t, length, limit)
         rank.append(_times(bits, 1, name="sensitivity", own=own))
-    rank.append(_times(one, probes, name=f"{probes} axes alone", written=m.nbytes, own=own))
+    rank.append(_times(comparison, probes, name=f"{probes} axes alone", written=m.nbytes, own=own))
     rank.append(
-        _times(one, s.evaluations, name=f"rank {s.evaluations}", written=2 * m.nbytes, own=own)
+        _times(
+            comparison, s.evaluations, name=f"rank {s.evaluations}", written=2 * m.nbytes, own=own
+        )
     )
     if rows:
         rank.append(_times(vocabulary_cost(t, length), 1, name="choose tokens", own=own))

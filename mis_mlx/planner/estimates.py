@@ -94,24 +94,25 @@ class StageCost:
             host_flops=times * self.host_flops,
         )
 
-    def seconds(self, at: rates.Rates, hot: bool = False) -> float:
+    def seconds(self, machine: rates.Rates, hot: bool = False) -> float:
         """The time on a machine of these rates: of disk, arithmetic and memory the slowest.
 
         The three overlap. The optimizer's updates come on top of the arithmetic, which ends before
         one begins. So do, on a GPU, waits and what numpy computes meanwhile. hot: computing at the
         rates of a hot machine.
         """
-        disk = self.read_bytes / at.read_bytes_per_s + self.written_bytes / at.write_bytes_per_s
-        slowdown = at.hot if hot else 1.0
-        flops_per_s = at.training_flops_per_s if self.updated else at.forward_flops_per_s
-        if at.gpu:  # a CPU's training rate has the updates in it (rates.ELEMENTWISE)
+        disk = self.read_bytes / machine.read_bytes_per_s
+        disk += self.written_bytes / machine.write_bytes_per_s
+        slowdown = machine.hot if hot else 1.0
+        flops_per_s = machine.training_flops_per_s if self.updated else machine.forward_flops_per_s
+        if machine.gpu:  # a CPU's training rate has the updates in it (rates.ELEMENTWISE)
             work = self.flops / (flops_per_s * slowdown)
-            work += UPDATE_TRAFFIC * self.updated / at.memory_bytes_per_s
-            host = self.host_flops / (at.host_flops_per_s * slowdown)
-            work += self.waits * at.wait_s + host
+            work += UPDATE_TRAFFIC * self.updated / machine.memory_bytes_per_s
+            host = self.host_flops / (machine.host_flops_per_s * slowdown)
+            work += self.waits * machine.wait_s + host
         else:
             work = self.operations / (flops_per_s * slowdown)
-        return max(disk, work, self.touched_bytes / at.memory_bytes_per_s)
+        return max(disk, work, self.touched_bytes / machine.memory_bytes_per_s)
 
 
 def tensor_bytes(m: ModelSize) -> int:
@@ -452,7 +453,7 @@ def require_fit(
 
 
 def report_costs(
-    phases: Sequence[StageCost], limit_bytes: int, at: rates.Rates, own_bytes: int = 0
+    phases: Sequence[StageCost], limit_bytes: int, machine: rates.Rates, own_bytes: int = 0
 ) -> dict[str, Any]:
     """Say what each phase takes; returned is what a --dry-run says of them.
 
@@ -461,7 +462,7 @@ def report_costs(
     seconds = 0.0
     for p in phases:
         moved = f"{gib(p.read_bytes)} read, {gib(p.written_bytes)} written"
-        phase_seconds = p.seconds(at)
+        phase_seconds = p.seconds(machine)
         seconds += phase_seconds
         cli.say(
             f"{p.name}: {gib(p.peak_bytes)} of memory, {moved}, about {duration(phase_seconds)}"

@@ -12,13 +12,13 @@ from mis_mlx.planner import estimates, phases
 from mis_mlx.types import Budget, Checkpoint
 
 
-def blocks_by_machine(made: phases.MemoryPlan) -> tuple[int, ...]:
+def blocks_by_machine(plan: phases.MemoryPlan) -> tuple[int, ...]:
     """How many of the teacher's blocks each machine has; () where there is one machine."""
     if distributed.size() == 1:
         return ()
-    job = made.job
+    job = plan.job
     counts = _shared(
-        job.teacher, made.pinned, tokens=job.step, length=job.max_seq_length, rates=made.rates
+        job.teacher, plan.pinned, tokens=job.step, length=job.max_seq_length, rates=plan.rates
     )
     cli.say(f"teacher blocks by machine: {', '.join(map(str, counts))}")
     return tuple(counts)

@@ -169,7 +169,7 @@ class MemoryPlan:
         """Steps after rounding."""
         if all(p.name != "tune" for p in self.phases):
             return 0
-        return self.job.rounding.steps(whole=self.mode in TRAINED_WHOLE or self.job.uncut)
+        return self.job.rounding.steps(in_memory=self.mode in TRAINED_WHOLE or self.job.uncut)
 
     @property
     def fits(self) -> bool:
@@ -270,7 +270,7 @@ def plan_strategy(
     )
     steps = tuned
     if steps is None:
-        steps = job.rounding.steps(whole=mode in TRAINED_WHOLE or job.uncut)
+        steps = job.rounding.steps(in_memory=mode in TRAINED_WHOLE or job.uncut)
     if steps:
         tuning = tuning_cost(job, micro, trained_left, steps)
         optional = tuned is None and job.rounding.q_iters is None
@@ -363,7 +363,7 @@ def _smaller_jobs(job: DistillationSpec) -> Iterator[tuple[str, DistillationSpec
             flags += " without --target-bpw"
         blind = replace(job.rounding, q_method="round", target_bpw=None)
         yield flags, replace(job, rounding=blind)
-    if job.rounding.steps(whole=True):
+    if job.rounding.steps(in_memory=True):
         yield "--q-iters 0", replace(job, rounding=replace(job.rounding, q_iters=0))
     length = job.max_seq_length
     for halvings in range(1, 8):

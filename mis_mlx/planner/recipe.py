@@ -161,15 +161,15 @@ class QuantizationConfig:
     @property
     def looks(self) -> bool:
         """Whether rounding looks at text."""
-        how = self.affine
-        return how.q_method == "gptq" or how.target_bpw is not None
+        affine = self.affine
+        return affine.q_method == "gptq" or affine.target_bpw is not None
 
-    def steps(self, whole: bool) -> int:
-        """Steps after rounding. whole: the student is whole in memory."""
+    def steps(self, in_memory: bool) -> int:
+        """Steps after rounding. in_memory: the student is whole in memory."""
         asked = self.affine.q_iters
         if asked is not None:
             return asked
-        return TUNE_ITERS if whole else 0
+        return TUNE_ITERS if in_memory else 0
 
 
 TUNE_ITERS = 20

@@ -41,12 +41,12 @@ def solver_flops(inputs: int, factor: float, solve: float) -> float:
     return inputs**2 * (factor + solve)
 
 
-def packed_bytes(m: ModelSize, how: QuantizationConfig) -> int:
+def packed_bytes(m: ModelSize, rounding: QuantizationConfig) -> int:
     """Bytes of a model in the mean bits asked for.
 
     Where no bits are asked for, in 4 bits, with the embedding and the head in 8.
     """
-    config = how.affine
+    config = rounding.affine
     if config.target_bpw:
         return int(config.target_bpw * m.params / 8)
     bits = (4 + BIAS_BITS / config.q_group_size) * m.params + 4 * m.tables_params
@@ -55,7 +55,7 @@ def packed_bytes(m: ModelSize, how: QuantizationConfig) -> int:
 
 def quantizing_cost(
     m: ModelSize,
-    how: QuantizationConfig,
+    rounding: QuantizationConfig,
     windows: int,
     length: int,
     limit: int,
@@ -65,7 +65,7 @@ def quantizing_cost(
     With `target_bpw`, passes over `windows` come first and say what bits cost. With GPTQ, a pass
     over them goes along and makes up for errors.
     """
-    config = how.affine
+    config = rounding.affine
     # as stored, packed, and the part that is rounded at a time
     largest = max(m.shape.vocab, m.wide.ffn) * m.shape.hidden
     stored_item = math.ceil(m.nbytes / m.params)
@@ -230,5 +230,5 @@ def _sensing_bytes(m: ModelSize, windows: int, length: int, seen_bytes: int, bat
 
 def sensitivity_cost(teacher: ModelSize, length: int, limit: int) -> StageCost:
     """See on SENSED windows what every matrix of the teacher costs in fewer bits."""
-    how = QuantizationConfig(q_method="round")
-    return quantizing_cost(teacher, how, windows=SENSED, length=length, limit=limit)
+    rounding = QuantizationConfig(q_method="round")
+    return quantizing_cost(teacher, rounding, windows=SENSED, length=length, limit=limit)

@@ -38,7 +38,7 @@ def store_cost(job: DistillationSpec, limit: int) -> StageCost:
     """
     t = job.teacher
     length = job.max_seq_length
-    steps = max(job.iters, job.rounding.steps(whole=True))
+    steps = max(job.iters, job.rounding.steps(in_memory=True))
     windows = steps * job.batch_size * job.grad_accumulation_steps
     one_window = streamed_pass(
         "", t, tokens=length, micro_tokens=length, length=length, spool=False
@@ -68,7 +68,7 @@ def resident_cost(job: DistillationSpec, micro: int, limit: int) -> StageCost:
         micro,
         length,
         host_streams=job.host_streams,
-        more=job.step > micro * length,
+        accumulates=job.step > micro * length,
         gpu=m.gpu,
     )
     one_step = StageCost(

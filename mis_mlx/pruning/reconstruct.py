@@ -296,7 +296,7 @@ def fit_down_proj(
     block.mlp.down_proj = linear
     # The ridge is the one that does best on tokens held out, which then join the sums. Behind a
     # norm they do not: they still have to judge what the norm makes of it.
-    update, error = fit.best_update(judging, whole=post_norm is None)
+    update, error = fit.best_update(judging, with_held_out=post_norm is None)
     # in place, as the sum is: what the fit is made of is still there
     if post_norm:
         update *= post_norm.factors

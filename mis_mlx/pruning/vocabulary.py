@@ -213,7 +213,7 @@ def words(languages: tuple[str, ...]) -> dict[str, float]:
 
 
 def chosen(
-    teacher: Checkpoint, rows: int, train: token_windows.Windows, how: VocabularyConfig
+    teacher: Checkpoint, rows: int, train: token_windows.Windows, config: VocabularyConfig
 ) -> list[int]:
     """Which `rows` of the teacher's stay: those that must, then the most frequent.
 
@@ -232,13 +232,13 @@ def chosen(
     tokenizer = load.tokenizer(teacher.path)
     vocab = shape_of(teacher.config).vocab
     counts = draws.token_counts(train, vocab)
-    if how.vocab_text is not None:
-        more = np.zeros(vocab)
-        for ids in token_windows.tokenize(preparation.load(how.vocab_text).train, tokenizer):
-            more += np.bincount(ids, minlength=vocab)
-        counts = counts * train.tokens.size + more
+    if config.vocab_text is not None:
+        further = np.zeros(vocab)
+        for ids in token_windows.tokenize(preparation.load(config.vocab_text).train, tokenizer):
+            further += np.bincount(ids, minlength=vocab)
+        counts = counts * train.tokens.size + further
     listed = np.zeros(vocab)
-    for word, share in words(how.languages).items():
+    for word, share in words(config.languages).items():
         # A word inside a sentence has a space before it; a token may come up twice in it.
         np.add.at(listed, tokenizer.encode(f" {word}", add_special_tokens=False), share)
     # Each of the three counts by its shares of one.
@@ -329,12 +329,12 @@ def shared(teacher: Checkpoint, students: Sequence[Checkpoint]) -> Iterator[Chec
         yield seen
 
 
-def rows_left(teacher: Checkpoint, how: VocabularyConfig, student: str | None = None) -> int:
+def rows_left(teacher: Checkpoint, config: VocabularyConfig, student: str | None = None) -> int:
     """How many rows a student has that is to be made, or that is in the folder `student`."""
     total = shape_of(teacher.config).vocab
-    words(how.languages)  # refuses unknown ones, before any work
+    words(config.languages)  # refuses unknown ones, before any work
     if student is None:
-        return size(how.vocab, teacher.path, total)
+        return size(config.vocab, teacher.path, total)
     rows = rows_read_by(load.open_checkpoint(student), teacher)
     return len(rows) if rows else total
 
@@ -344,7 +344,7 @@ def of_run(
     student: str | None,
     rows: int,
     own: preparation.Data,
-    how: VocabularyConfig,
+    config: VocabularyConfig,
     source: preparation.Source | str | None,
     run: Path,
     files: Files,
@@ -359,7 +359,7 @@ def of_run(
     if distributed.is_main() and not out.exists():
         kept = rows_of(Path(student)) if student else None
         if not kept:
-            kept = chosen(teacher, rows, own.train, how)
+            kept = chosen(teacher, rows, own.train, config)
         write(teacher, kept, out, files)
     distributed.broadcast_folder(out, files)
     seen = open_trimmed(teacher, out)

@@ -92,14 +92,14 @@ def blocks_after_removed(checkpoint: Checkpoint) -> tuple[int, ...]:
     return (*jumps, len(keep.layers) - 1)
 
 
-def of_mixture(config: Mapping[str, Any], how: QuantizationConfig) -> dict[str, Any]:
-    """Settings that differ from `how` for a mixture of experts, {} for other models.
+def of_mixture(config: Mapping[str, Any], asked: QuantizationConfig) -> dict[str, Any]:
+    """Settings that differ from `asked` for a mixture of experts, {} for other models.
 
-    A mixture's weights are rounded; nothing is measured or learned. Says so if `how` asks for it.
+    A mixture's weights are rounded; nothing is measured or learned. Says so if `asked` asks for it.
     """
     if not families.family(config).experts:
         return {}
-    if how.q_method != "round" or how.target_bpw is not None or how.q_iters:
+    if asked.q_method != "round" or asked.target_bpw is not None or asked.q_iters:
         cli.say(
             "a mixture of experts is rounded to 4 bits: gptq, --target-bpw and --q-iters are for "
             "dense models"
@@ -259,7 +259,7 @@ def _plain(checkpoint: Checkpoint, name: str) -> mx.array:
 
 def _table_in_parts(
     checkpoint: Checkpoint,
-    how: Format,
+    kind: Format,
     path: str,
     *,
     fit: bool,
@@ -270,13 +270,13 @@ def _table_in_parts(
     """
     name = f"{path}.weight"
     shape = arch.tensors_of(checkpoint.config)[name]
-    specs = how.specs(path, *shape)
+    specs = kind.specs(path, *shape)
     scales: list[list[mx.array]] = []  # of each part, with its biases
 
     def integers() -> Iterator[mx.array]:
         for rows in load.dense_parts(checkpoint, name, "float32"):
             _refuse_not_numbers(checkpoint, name, rows)
-            packed, *others = _rounded_rows(rows, how, fit=fit)
+            packed, *others = _rounded_rows(rows, kind, fit=fit)
             stream.evaluate_now(packed, others)
             scales.append(others)
             yield packed
@@ -288,7 +288,7 @@ def _table_in_parts(
 
 def _nearest(
     checkpoint: Checkpoint,
-    how: Format,
+    kind: Format,
     name: str,
     *,
     fit: bool,
@@ -296,13 +296,13 @@ def _nearest(
     """A matrix, or those of all experts stacked, rounded to nearest values."""
     rounded = []
     for part in experts.one_by_one(name, checkpoint.config):
-        rounded.append(_by_parts(_finite(checkpoint, part), how, fit=fit))
+        rounded.append(_by_parts(_finite(checkpoint, part), kind, fit=fit))
     if len(rounded) == 1:
         return rounded[0]
     return tuple(mx.stack(list(arrays)) for arrays in zip(*rounded, strict=True))
 
 
-def _by_parts(weight: mx.array, how: Format, *, fit: bool = False) -> rounding.Packed:
+def _by_parts(weight: mx.array, kind: Format, *, fit: bool = False) -> rounding.Packed:
     """A matrix (out, in) rounded to nearest values, some rows at a time.
 
     An embedding can be most of a model, too large to be widened as a whole.
@@ -311,16 +311,16 @@ def _by_parts(weight: mx.array, how: Format, *, fit: bool = False) -> rounding.P
     step = max(1, rounding.PART // weight.shape[1])
     for start in range(0, len(weight), step):
         end = start + step
-        parts.append(_rounded_rows(weight[start:end], how, fit=fit))
+        parts.append(_rounded_rows(weight[start:end], kind, fit=fit))
         stream.evaluate_now(*parts[-1])
     return rounding.concatenated(parts)
 
 
-def _rounded_rows(rows: mx.array, how: Format, *, fit: bool) -> rounding.Packed:
+def _rounded_rows(rows: mx.array, kind: Format, *, fit: bool) -> rounding.Packed:
     """Rows (n, in) of a matrix rounded to nearest values, on fitted grids or on MLX's."""
-    if fit and how.mode == "affine":
-        return rounding.fitted(rows, how.group, how.bits)
-    return rounding.nearest(rows, how.group, how.bits, how.mode)
+    if fit and kind.mode == "affine":
+        return rounding.fitted(rows, kind.group, kind.bits)
+    return rounding.nearest(rows, kind.group, kind.bits, kind.mode)
 
 
 def formats(checkpoint: Checkpoint) -> dict[str, Format]:

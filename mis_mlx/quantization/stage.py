@@ -30,16 +30,16 @@ from mis_mlx.types import Checkpoint, MisError
 ENOUGH_BITS = 8  # rounding costs nothing there: such matrices get their nearest values
 
 
-def check(config: Mapping[str, Any], how: QuantizationConfig) -> None:
+def check(config: Mapping[str, Any], rounding: QuantizationConfig) -> None:
     """Refuse, before hours of work, a shape that groups do not divide or a target out of reach."""
-    packed_format.formats_of(config, how.q_group_size, mode=how.q_mode)
-    bit_allocation.check(how.affine.target_bpw, how.q_group_size)
+    packed_format.formats_of(config, rounding.q_group_size, mode=rounding.q_mode)
+    bit_allocation.check(rounding.affine.target_bpw, rounding.q_group_size)
 
 
 def quantize(
     folder: Path,
     out: Path,
-    how: QuantizationConfig,
+    rounding: QuantizationConfig,
     files: Files,
     batches: Batches = (),
     held: int = 0,
@@ -52,7 +52,7 @@ def quantize(
     of the tokens that the model draws.
     """
     checkpoint = load.open_checkpoint(folder)
-    how = how.affine
+    rounding = rounding.affine
     beside = out.absolute().parent
     files.make_folder(beside)
 
@@ -63,25 +63,25 @@ def quantize(
         return None
 
     wide: tuple[int, ...] = ()
-    if how.q_mode == "affine":
+    if rounding.q_mode == "affine":
         wide = packed_format.blocks_after_removed(checkpoint)
     plan: packed_format.Formats = packed_format.formats_of(
         checkpoint.config,
-        how.q_group_size,
+        rounding.q_group_size,
         wide,
-        how.q_mode,
+        rounding.q_mode,
     )
     extra = {}
-    if how.target_bpw is not None:
+    if rounding.target_bpw is not None:
         cli.say("sensitivity: what fewer bits cost in each matrix")
         # The pass back needs the hidden states at every block's input, so there is one per layer.
         layers = checkpoint.config["num_hidden_layers"]
         plan, report = bit_allocation.mixed(
-            checkpoint, batches, how, seed=seed, kept=hidden(layers)
+            checkpoint, batches, rounding, seed=seed, kept=hidden(layers)
         )
         extra[packed_format.SENSITIVITY] = json.dumps(report).encode()
     rounded = None
-    if how.q_method == "gptq":
+    if rounding.q_method == "gptq":
         rounded = rounded_blocks(checkpoint, batches, plan, hidden(1))
     return packed_format.write_quantized(
         checkpoint,

@@ -40,8 +40,8 @@ class Extent(NamedTuple):
     file: Path
     begin: int
     end: int
-    at: int
-    until: int
+    buffer_begin: int
+    buffer_end: int
 
 
 class Layout:
@@ -53,7 +53,7 @@ class Layout:
 
     def __init__(self, tensors: Mapping[str, TensorAt]):
         self.tensors = tensors
-        self.at = dict[str, int]()
+        self.offsets = dict[str, int]()
         self.nbytes = 0
         self.extents = list[Extent]()
         in_file_order = sorted(tensors.items(), key=lambda item: (item[1].file, item[1].offset))
@@ -68,14 +68,16 @@ class Layout:
             self.extents.pop()
             begin = last.begin
             end = max(end, last.end)
-            at = last.at
+            buffer_begin = last.buffer_begin
         else:
             begin = tensor.offset // PAGE * PAGE
-            at = self.nbytes
+            buffer_begin = self.nbytes
         pages = -(-(end - begin) // PAGE)
-        self.nbytes = at + pages * PAGE
-        self.at[name] = at + tensor.offset - begin
-        self.extents.append(Extent(tensor.file, begin, end, at=at, until=self.nbytes))
+        self.nbytes = buffer_begin + pages * PAGE
+        self.offsets[name] = buffer_begin + tensor.offset - begin
+        self.extents.append(
+            Extent(tensor.file, begin, end, buffer_begin=buffer_begin, buffer_end=self.nbytes)
+        )
 
 
 class Reader:
@@ -214,7 +216,7 @@ class Slot:
         """
         arrays = {}
         for name, tensor in where.tensors.items():
-            begin = self._first + where.at[name]
+            begin = self._first + where.offsets[name]
             raw = self._buffer[begin : begin + tensor.nbytes]
             attribute, size = DTYPES[tensor.dtype]
             # Metal and vector units want an element's address to be a multiple of its size: copy.
@@ -273,6 +275,6 @@ class Slots:
         slot = self.free.pop() if self.free else Slot(self.nbytes)
         wanted = []
         for extent in self._layouts[key].extents:
-            target = slot.view[extent.at : extent.until]
+            target = slot.view[extent.buffer_begin : extent.buffer_end]
             wanted.append((extent.file, extent.begin, extent.end, target))
         return _Filling(key, slot, self._reader.begin(wanted))

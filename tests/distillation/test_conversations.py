@@ -43,7 +43,9 @@ def little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(conversations, "FEWEST", 6)
     monkeypatch.setattr(conversations, "MOST", 9)
-    monkeypatch.setattr(teacher_answers, "Writing", partial(teacher_answers.Writing, max_tokens=12))
+    monkeypatch.setattr(
+        teacher_answers, "WritingSettings", partial(teacher_answers.WritingSettings, max_tokens=12)
+    )
 
 
 def wanted(data: str | None = None, share: float | None = None, tokens: int = 0) -> Wanted:

@@ -40,7 +40,7 @@ def three_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 ASKED = prompts.train(10)
-HOW = teacher_answers.Writing(ASKED, max_tokens=12)
+HOW = teacher_answers.WritingSettings(ASKED, max_tokens=12)
 TWO_TURNS = [
     Prompt("second turn", "en", (f"What is a {thing}?", "Why?"))
     for thing in ("cat", "dog", "fox", "cow")

@@ -182,7 +182,13 @@ class Bench:
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(
             target=_serve,
-            args=(self.job.name, *self.job.made, self.place, estimates.machine_rates(), theirs),
+            args=(
+                self.job.name,
+                *self.job.keys_values,
+                self.place,
+                estimates.machine_rates(),
+                theirs,
+            ),
         )
         process.start()
         theirs.close()

@@ -284,7 +284,7 @@ def test_the_ridge_is_the_one_for_both_kinds() -> None:
     chosen = list[float]()
     for held_out in ([wants_all], [wants_less], [wants_all, wants_less]):
         shares = [remaining_error(held_out, fit.update(ridge)) for ridge in ridges]
-        update, least = fit.best_update(held_out, ridges, whole=False)
+        update, least = fit.best_update(held_out, ridges, with_held_out=False)
         assert least == pytest.approx(min(shares), abs=1e-6)
         chosen.append(round(float(update[0, 0]), 3))
 

@@ -278,7 +278,7 @@ def test_training_by_pencil() -> None:
             kept + 2 * head + logits, back, 4 * params + 2 * 4 * 64 * 768
         )
         summed = compression_size.training_bytes(
-            tiny.CONFIG, 2, length=32, host_streams=side_by_side, more=True
+            tiny.CONFIG, 2, length=32, host_streams=side_by_side, accumulates=True
         )  # those of a micro-batch before
         assert summed == 16 * params + max(kept + 2 * head + logits, back)
 

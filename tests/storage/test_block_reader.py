@@ -50,7 +50,8 @@ def load(
     wanted = [(file, begin, end, view[at:until]) for file, begin, end, at, until in where.extents]
     source.begin(wanted)()
     return {
-        name: bytes(view[where.at[name] : where.at[name] + t.nbytes]) for name, t in tensors.items()
+        name: bytes(view[where.offsets[name] : where.offsets[name] + t.nbytes])
+        for name, t in tensors.items()
     }
 
 
@@ -95,7 +96,12 @@ def test_neighbours_are_read_at_once_and_far_ones_apart() -> None:
         (a, far // PAGE * PAGE, far + 5000, 17 * PAGE, 19 * PAGE),
         (b, 0, 8, 19 * PAGE, 20 * PAGE),
     ]
-    assert found.at == {"x": 4, "y": near - 4096, "z": 17 * PAGE + far % PAGE, "w": 19 * PAGE + 7}
+    assert found.offsets == {
+        "x": 4,
+        "y": near - 4096,
+        "z": 17 * PAGE + far % PAGE,
+        "w": 19 * PAGE + 7,
+    }
     assert found.nbytes == 20 * PAGE
     assert Layout({}).nbytes == 0
 

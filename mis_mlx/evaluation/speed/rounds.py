@@ -302,18 +302,18 @@ def slowdown_note(name: str, trials: Sequence[Measurement]) -> str | None:
 
 def rows(fixed: Facts, measured: Facts) -> list[Row]:
     """Mean ± standard deviation of everything timed, plain values of the rest."""
-    found = []
+    table = []
     for name, values in measured.items():
         facts = fixed[name]
-        found.append(Row(name, "params", facts["params"] / 1e6))
-        found.append(Row(name, "weights_mb", facts["weight_bytes"] / 1e6))
-        found.append(Row(name, "m1_best_tps", facts["m1_best_tps_computed"]))
+        table.append(Row(name, "params", facts["params"] / 1e6))
+        table.append(Row(name, "weights_mb", facts["weight_bytes"] / 1e6))
+        table.append(Row(name, "m1_best_tps", facts["m1_best_tps_computed"]))
         for metric, value in values.items():
             if isinstance(value, Mapping):
-                found += _timed_rows(name, metric, value)
+                table += _timed_rows(name, metric, value)
             elif metric != "bound":  # a word
-                found.append(Row(name, metric, value))
-    return found
+                table.append(Row(name, metric, value))
+    return table
 
 
 def _timed_rows(name: str, metric: str, value: Mapping[str, Any]) -> list[Row]:
@@ -373,21 +373,21 @@ def compare_to_roof(
     checkpoint: Checkpoint,
     weight_bytes: int,
     r: Request,
-    at: rates.Roof,
+    roof: rates.Roof,
     tps: float,
 ) -> dict[str, Any]:
     """MB that a token moves, the best times possible, the share reached, and what limits it.
 
-    weight_bytes: read for each token. at: the machine. tps: the decode rate that was measured.
+    weight_bytes: read for each token. roof: the machine. tps: the decode rate that was measured.
     """
     token, first = token_traffic(checkpoint, weight_bytes, r)
     token_bytes, _ = token
-    token_s = at.seconds(*token)
-    memory_bound = token_bytes / at.memory_bytes_per_s >= token_s
+    token_s = roof.seconds(*token)
+    memory_bound = token_bytes / roof.memory_bytes_per_s >= token_s
     return {
         "moved_mb": token_bytes / 1e6,
         "decode_best_tps": 1 / token_s,
-        "ttft_best_ms": 1000 * at.seconds(*first),
+        "ttft_best_ms": 1000 * roof.seconds(*first),
         "reached": tps * token_s,
         "bound": "memory bandwidth" if memory_bound else "arithmetic",
     }
