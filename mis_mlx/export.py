@@ -11,7 +11,7 @@ import mlx.core as mx
 import tyro
 
 from mis_mlx import cli
-from mis_mlx.gguf_export import model_card, tensors, vocab
+from mis_mlx.gguf_export import model_card, publication, tensors, vocab
 from mis_mlx.hardware import memory, programs
 from mis_mlx.models import (
     arch,
@@ -65,8 +65,8 @@ class Settings(cli.Budgeted):
     only for the default teacher
     """
     upload_repo: str | None = None
-    """hub repository to which --format hf is uploaded, such as NAME/MODEL; needs --license, and `hf
-    auth login` once
+    """hub repository for the export and, if MLX packed the model, for its folder, such as
+    NAME/MODEL; needs --license, and `hf auth login` once
     """
     dry_run: bool = False
     """show bytes and types, and stop"""
@@ -117,11 +117,6 @@ def _facts(
 
 def _check_upload(settings: Settings, checkpoint: Checkpoint) -> None:
     """MisError where --upload-repo cannot be obeyed, before any work."""
-    if settings.format != "hf":
-        raise MisError(
-            f"--upload-repo sends a Hugging Face folder, but --format is {settings.format}: add "
-            f"--format hf"
-        )
     if not resolve.REPO_ID.fullmatch(settings.upload_repo or ""):
         raise MisError(
             f"--upload-repo {settings.upload_repo!r} is not a hub repository: write NAME/MODEL"
@@ -146,7 +141,16 @@ def _readme(
     facts: list[str],
 ) -> bytes:
     """The model card. file: the GGUF's name; "" for a Hugging Face folder."""
-    return model_card.readme(checkpoint, base, file, facts, licence=settings.license or "").encode()
+    packed = publication.packed_files(checkpoint)
+    card = model_card.readme(
+        checkpoint,
+        base,
+        file,
+        facts,
+        licence=settings.license or "",
+        repository=settings.upload_repo or "" if packed else "",
+    )
+    return card.encode()
 
 
 def _gguf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
@@ -289,7 +293,9 @@ def run(settings: Settings) -> dict[str, Any]:
     with progress.run("export"), memory.limited(limit):
         result = export(settings, checkpoint, wanted)
     if settings.upload_repo and not settings.dry_run:
-        result["uploaded"] = hub.upload(Path(settings.out), settings.upload_repo)
+        parts = publication.parts(Path(settings.out), checkpoint, settings.format)
+        result["uploaded"] = hub.upload(parts, settings.upload_repo)
+        result["uploaded_files"] = sorted(parts)
         result["notes"].append(f"uploaded: {result['uploaded']}")
     cli.say(*result["notes"])
     dry = ", nothing written (dry run)" if settings.dry_run else ""

@@ -1,17 +1,17 @@
-"""Write the reference in docs/python-api.md, below its marker, from the docstrings of the
-functions.
+"""Write the reference in docs/python-api.md, below its marker, and a page for each function in
+docs/python-api/, from the docstrings.
 
     scripts/mis scripts/python_api.py             # after a flag or a docstring changed
-    scripts/mis scripts/python_api.py --check     # exit 1 where the page is not what the code says
+    scripts/mis scripts/python_api.py --check     # exit 1 where a page is not what the code says
 
-The text above the marker is left alone.
+The text above the marker is left alone. A page of docs/python-api/ that is no function's goes.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -21,7 +21,9 @@ from mis_mlx.__main__ import commands
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.types import Checkpoint, TensorAt
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "python-api.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+OVERVIEW = "python-api.md"
+FOLDER = "python-api"  # of the functions' pages
 MARKER = "<!-- reference -->\n"
 WIDTH = 120
 NAMES = {"INT": "int", "FLOAT": "float", "TEXT": "str", "FILE": "str"}
@@ -46,77 +48,104 @@ def kind(hint: Any) -> str:
     return NAMES.get(shown, "bool")
 
 
-def keywords(settings: type, known: dict[str, Any]) -> str:
-    """A row for each keyword of a function, in the order of --help; those that a function before
-    has with the same meaning, of `known`, by name alone.
-    """
+def keywords(settings: type) -> str:
+    """A table with a row for each keyword of a function, in the order of --help-all."""
     hints = get_type_hints(settings, include_extras=True)
     about = flag_help.docs(settings)
-    defaults = {f.name: (f.default_factory, f.default) for f in fields(settings)}
-    names = [name for _, group in flag_help.grouped(settings) for name in group] + sorted(
-        flag_help.quiet(settings)
-    )
+    defaults = {}
+    for field in fields(settings):
+        defaults[field.name] = default_of(field)
+    names = list[str]()
+    for _, group in flag_help.grouped(settings):
+        names += group
+    names += sorted(flag_help.quiet(settings))
     rows = []
-    same = []
     for name in names:
         if name == "config":  # a file of flags, which only a command reads
             continue
-        meant = str(hints[name]), *defaults[name], about.get(name)
-        if known.get(name) == meant:
-            same.append(f"`{name}`")
-            continue
-        known[name] = meant
-        default = defaults[name][1]
-        shown = (
-            "needed"
-            if default is defaults[name][0] is MISSING
-            else ""
-            if default is MISSING
-            else f"`{default!r}`"
-        )
-        rows.append(
-            [f"`{name}`", kind(hints[name]), shown, about.get(name, "").replace("|", "\\|")]
-        )
-    text = markdown_table(["keyword", "type", "default", "meaning"], rows, words=4)
-    return text + (f"\n\nAnd as above: {', '.join(same)}." if same else "")
+        meaning = about.get(name, "").replace("|", "\\|")
+        rows.append([f"`{name}`", kind(hints[name]), defaults[name], meaning])
+    return markdown_table(["keyword", "type", "default", "meaning"], rows, words=4)
 
 
-def described(name: str, thing: Any, title: str) -> str:
-    """A heading and a docstring, filled to the width of the page."""
-    return f"## {title}\n\n{' '.join((inspect.getdoc(thing) or '').split())}\n"
+def default_of(field: Field[Any]) -> str:
+    """What a keyword is when nobody gives it: Python's spelling, or that somebody has to."""
+    if field.default is not MISSING:
+        return f"`{field.default!r}`"
+    return "needed" if field.default_factory is MISSING else ""
+
+
+def sentences(thing: Any) -> str:
+    """A docstring on one line."""
+    return " ".join((inspect.getdoc(thing) or "").split())
 
 
 def reference() -> str:
-    """Everything below the marker."""
-    parts = [described("call", Function.__call__, "Calling a function")]
-    parts += [described("Result", Result, "`mis_mlx.Result`")]
-    parts += [f"`folder`: {' '.join((inspect.getdoc(Result.folder) or '').split())}\n"]
-    parts += [described("open", mis_mlx.open, "`mis_mlx.open(folder)`")]
-    parts += [
-        f"`{one.__name__}`: {' '.join((inspect.getdoc(one) or '').split())}\n"
-        for one in (Checkpoint, TensorAt)
-    ]
-    parts += [described("MisError", mis_mlx.MisError, "`mis_mlx.MisError`")]
+    """Everything below the marker of the overview."""
     listed = commands()
-    known = dict[str, Any]()
+    parts = ["## Functions\n"]
+    rows = []
     for name in mis_mlx.FUNCTIONS:
-        settings = getattr(mis_mlx, name).Settings
-        parts += [f"## `mis_mlx.{name}(...)`\n", f"{listed[name]} {inspect.getdoc(settings)}\n"]
-        parts += [keywords(settings, known) + "\n"]
+        rows.append([f"[`mis_mlx.{name}(...)`]({FOLDER}/{name}.md)", listed[name]])
+    parts += [markdown_table(["function", "what it does"], rows, words=2) + "\n"]
+    titles = {
+        "Calling a function": Function.__call__,
+        "`mis_mlx.Result`": Result,
+        "`mis_mlx.open(folder)`": mis_mlx.open,
+        "`mis_mlx.MisError`": mis_mlx.MisError,
+    }
+    members = {"folder": Result.folder}
+    for part in (Checkpoint, TensorAt):
+        members[part.__name__] = part
+    below = {Result: ["folder"], mis_mlx.open: ["Checkpoint", "TensorAt"]}
+    for title, thing in titles.items():
+        parts += [f"## {title}\n", f"{sentences(thing)}\n"]
+        parts += [f"`{name}`: {sentences(members[name])}\n" for name in below.get(thing, ())]
     return "\n".join(parts)
 
 
+def function_page(name: str) -> str:
+    """The page of one function."""
+    settings = getattr(mis_mlx, name).Settings
+    calling = f"[Calling a function](../{OVERVIEW}#calling-a-function)"
+    parts = [
+        f"# `mis_mlx.{name}(...)`\n",
+        f"{commands()[name]} {sentences(settings)}\n",
+        f"`scripts/mis {name}` does the same in a terminal. {calling} says what is returned and\n"
+        "raised.\n",
+        keywords(settings) + "\n",
+    ]
+    return "\n".join(parts)
+
+
+def pages() -> dict[str, str]:
+    """{path below docs/: what has to stand there}."""
+    head, _, _ = (DOCS / OVERVIEW).read_text(encoding="utf-8").partition(MARKER)
+    result = {OVERVIEW: f"{head}{MARKER}\n{reference()}"}
+    for name in mis_mlx.FUNCTIONS:
+        result[f"{FOLDER}/{name}.md"] = function_page(name)
+    return result
+
+
 def main(s: Settings) -> None:
-    """Write the page, or say that it is old."""
-    before = PAGE.read_text(encoding="utf-8")
-    head, _, old = before.partition(MARKER)
-    if (new := reference()) == old.strip("\n") + "\n":
-        return
-    if s.check:
-        sys.exit(
-            f"{PAGE.name} is not what the code says: scripts/mis scripts/python_api.py writes it"
-        )
-    PAGE.write_text(f"{head}{MARKER}\n{new}", encoding="utf-8")
+    """Write the pages, or say which are old."""
+    wanted = pages()
+    there = [OVERVIEW, *(f"{FOLDER}/{path.name}" for path in (DOCS / FOLDER).glob("*.md"))]
+    old = [name for name in there if name not in wanted]
+    for name, text in wanted.items():
+        path = DOCS / name
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            old.append(name)
+    if s.check and old:
+        names = ", ".join(sorted(old))
+        sys.exit(f"not what the code says: {names}: scripts/mis scripts/python_api.py writes them")
+    for name in old:
+        path = DOCS / name
+        if name in wanted:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(wanted[name], encoding="utf-8")
+        elif not s.check:
+            path.unlink()
 
 
 if __name__ == "__main__":

@@ -4,16 +4,12 @@ the same.
 
 from __future__ import annotations
 
-import base64
 import json
 import os
-import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -367,139 +363,3 @@ def test_a_llama_cpp_that_fails(
     ):
         exported(llama.path, place / "out", out_type="q4_k_m")
     assert not list(place.iterdir())
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's interface as an upload of small files needs, on this machine; `got` is
-    what was sent.
-    """
-
-    got: ClassVar[dict[str, bytes]] = {}
-    paths: ClassVar[list[str]] = []
-
-    def do_GET(self) -> None:
-        self._answer(
-            {"sha": "0" * 40, "id": "me/small", "modelId": "me/small", "siblings": [], "tags": []}
-        )
-
-    def do_POST(self) -> None:
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            body = b""
-            while size := int(self.rfile.readline(), 16):
-                body += self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-        else:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.paths.append(self.path)
-        if self.path.endswith("/preupload/main"):
-            files = json.loads(body)["files"]
-            plain = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
-            return self._answer({"files": [{"path": f["path"], **plain} for f in files]})
-        if "/commit/" in self.path:
-            for line in body.splitlines():
-                one = json.loads(line)
-                if one["key"] == "file":
-                    self.got[one["value"]["path"]] = base64.b64decode(one["value"]["content"])
-            return self._answer(
-                {"commitUrl": f"{self.path}/1", "commitOid": "1" * 40, "success": True}
-            )
-        return self._answer({"url": f"http://{self.headers['Host']}/me/small"})
-
-    def _answer(self, content: dict[str, Any]) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing."""
-
-
-@pytest.fixture
-def hub_here(own_home: dict[str, str]) -> Iterator[dict[str, str]]:
-    """The environment of a process that takes this machine for the hub."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield {
-        **own_home,
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_TOKEN": "hf_none",
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-    }
-    server.shutdown()
-    server.server_close()
-
-
-def test_upload_sends_the_folder_and_no_other(
-    llama: Checkpoint, tmp_path: Path, hub_here: dict[str, str]
-) -> None:
-    """Every file of the exported folder, to the byte, into a repository that is made for it."""
-    line = [
-        sys.executable,
-        "-m",
-        "mis_mlx.export",
-        "--format",
-        "hf",
-        "--model",
-        llama.path,
-        "--out",
-        tmp_path / "hf",
-    ]
-    line += ["--license", "apache-2.0", "--upload-repo", "me/small"]
-    done = subprocess.run([*map(str, line)], env=hub_here, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "/api/repos/create" in Hub.paths
-    assert "uploaded" in last_line(done)
-    assert Hub.got == {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()}
-    assert b"license: apache-2.0" in Hub.got["README.md"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"format": "gguf"}, "add --format hf"),
-        ({"upload_repo": "small"}, "write NAME/MODEL"),
-        ({"license": None}, "their licence is not known: name it with --license"),
-    ],
-)
-def test_upload_is_refused_before_any_work(
-    changes: dict[str, Any], said: str, llama: Checkpoint, tmp_path: Path
-) -> None:
-    """A GGUF, no repository, no licence: a sentence, and no folder."""
-    asked = {"format": "hf", "upload_repo": "me/small", "license": "mit", **changes}
-    with pytest.raises(MisError, match=said):
-        export.run(export.Settings(model=str(llama.path), out=str(tmp_path / "hf"), **asked))
-    assert not (tmp_path / "hf").exists()
-
-
-def test_an_upload_that_fails_leaves_the_folder_and_says_so(
-    llama: Checkpoint, tmp_path: Path, own_home: dict[str, str]
-) -> None:
-    """Nobody answers at that address."""
-    env = {
-        **own_home,
-        "HF_ENDPOINT": "http://127.0.0.1:9",
-        "HF_HUB_OFFLINE": "0",
-        "HF_TOKEN": "hf_none",
-    }
-    line = [
-        sys.executable,
-        "-m",
-        "mis_mlx.export",
-        "--format",
-        "hf",
-        "--model",
-        llama.path,
-        "--out",
-        tmp_path / "hf",
-    ]
-    line += ["--license", "mit", "--upload-repo", "me/small"]
-    done = subprocess.run([*map(str, line)], env=env, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "me/small was not uploaded" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert (tmp_path / "hf" / "model.safetensors").is_file()

@@ -60,9 +60,9 @@ def test_the_sentences_have_the_results_numbers() -> None:
     )
 
 
-@pytest.mark.parametrize("program", ["scripts/picture.py", "scripts/python_api.py"])
+@pytest.mark.parametrize("program", ["scripts/pictures.py", "scripts/python_api.py"])
 def test_what_scripts_write_is_what_they_would_write_now(program: str) -> None:
-    """The picture is of the stored result, the page on Python of the code."""
+    """The pictures are of the stored run, the pages on Python of the code."""
     done = subprocess.run(
         [sys.executable, ROOT / program, "--check"], cwd=ROOT, capture_output=True, text=True
     )

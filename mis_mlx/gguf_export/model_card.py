@@ -7,12 +7,14 @@ from typing import Any
 
 import yaml
 
+from mis_mlx.gguf_export import run_facts
 from mis_mlx.models import arch, config, model_writer, resolve
 from mis_mlx.reporting import html
 from mis_mlx.storage import hub, run_folder
 from mis_mlx.types import Checkpoint
 
 STAGES = ("model", "distilled", "pruned")  # the folders of a run
+DENSE_TYPES = ("F32", "F16", "BF16")  # how the name of a GGUF ends whose numbers are not packed
 # settings of a run that the card shows
 TOLD = (
     "scenario",
@@ -74,19 +76,24 @@ def readme(
     base: str | None,
     file: str,
     facts: Sequence[str],
+    *,
     licence: str = "",
+    repository: str = "",
 ) -> str:
-    """README.md: base, recipe, the run's table, use, licence.
+    """README.md: base, recipe, the run's answers and table, use, licence.
 
-    file: the GGUF's name; "" for a Hugging Face folder.
+    file: the GGUF's name; "" for a Hugging Face folder. repository: the hub's, where the packed
+    model goes there too; "" where nothing or only this folder is uploaded.
     """
+    run_values = _of_run(checkpoint.path)
     if not licence and base == resolve.DEFAULT:
         licence = "apache-2.0"
+    is_changed = run_values["keep"] is not None or _is_aligned(checkpoint.path)
     front = {
         "base_model": base,
+        "base_model_relation": _relation(checkpoint, file, is_changed=is_changed) if base else None,
         "license": licence,
-        "library_name": "gguf" if file else "transformers",
-        "tags": ["mis_mlx"],
+        **_library(file, with_mlx=bool(repository)),
         "pipeline_tag": "text-generation",
     }
     stated = {key: value for key, value in front.items() if value}
@@ -99,24 +106,69 @@ def readme(
         "size": f"{size}: {config.shape_of(checkpoint.config)}",
         "facts": facts,
         "data": json.loads(data.read_text("utf-8")) if data.is_file() else None,
-        **_of_run(checkpoint.path),
+        **run_values,
         "file": file,
+        "repository": repository,
     }
     return html.document("model_card.md", values) + "\n"
 
 
+def _library(file: str, *, with_mlx: bool) -> dict[str, Any]:
+    """The card's library and tags. file: the GGUF's name; "" for a Hugging Face folder."""
+    tags = ["mis_mlx"]
+    if file:
+        tags.insert(0, "gguf")
+    if with_mlx:
+        tags.insert(0, "mlx")
+    library = "transformers"
+    if file:
+        library = "mlx" if with_mlx else "gguf"
+    return {"library_name": library, "tags": tags}
+
+
+def _relation(checkpoint: Checkpoint, file: str, *, is_changed: bool) -> str | None:
+    """How the hub files the model under its base.
+
+    is_changed: pruned or trained. The hub has no word of its own for a pruned model, and files it
+    under finetunes. None: the weights were only converted.
+    """
+    if is_changed:
+        return "finetune"
+    dense = any(file.endswith(f"-{kind}.gguf") for kind in DENSE_TYPES)
+    is_rounded = bool(file) and not dense
+    return "quantized" if is_rounded or arch.is_quantized(checkpoint.tensors) else None
+
+
+def _is_aligned(folder: Path) -> bool:
+    """Whether a run of `sft`, `dpo` or `grpo` made the model."""
+    run = run_of(folder)
+    return run is not None and "model" in run_folder.stored_settings(run)
+
+
 def _of_run(folder: Path) -> dict[str, Any]:
-    """What the card says of pruning, settings and results of the run that the model is of."""
+    """What the card says of pruning, settings, answers and results of the run that the model is
+    of.
+    """
     run = run_of(folder)
     folders = [folder]
-    settings = None
-    table = ""
+    values: dict[str, Any] = {
+        "settings": None,
+        "table": "",
+        "talks": [],
+        "recipe": "",
+        "machine": "",
+    }
     if run:
         stored = run_folder.stored_settings(run)
-        settings = {key: stored[key] for key in TOLD if stored.get(key) not in (None, [])}
         folders += [run / stage for stage in STAGES]
         path = run / "table.md"
         if path.is_file():
-            table = path.read_text("utf-8").strip()
-    keep = next(filter(None, map(model_writer.read_keep, folders)), None)
-    return {"keep": keep, "settings": settings, "table": table}
+            values["table"] = path.read_text("utf-8").strip()
+        values |= {
+            "settings": {key: stored[key] for key in TOLD if stored.get(key) not in (None, [])},
+            "talks": run_facts.talks(run, folder.name),
+            "recipe": run_facts.recipe(run),
+            "machine": run_facts.machine(run),
+        }
+    values["keep"] = next(filter(None, map(model_writer.read_keep, folders)), None)
+    return values

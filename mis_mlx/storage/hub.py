@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,21 +106,38 @@ def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:160]
 
 
-def upload(folder: Path, repo_id: str) -> str:
-    """Send a folder's files to the hub; returns their address. MisError where the hub refuses."""
-    from huggingface_hub import HfApi
+def upload(parts: Mapping[str, Path], repo_id: str) -> str:
+    """Send files to the hub in one commit; returns its address. MisError where the hub refuses.
 
-    message = "Upload with mis_mlx"
+    parts: {path in the repository: file}.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    operations = []
+    for path, file in parts.items():
+        operations.append(CommitOperationAdd(path_in_repo=path, path_or_fileobj=file))
     try:
-        HfApi().create_repo(repo_id, exist_ok=True)
-        return str(
-            HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
+        api = HfApi()
+        api.create_repo(repo_id, exist_ok=True)
+        done = api.create_commit(
+            repo_id=repo_id, operations=operations, commit_message="Upload with mis_mlx"
         )
+        return str(done.commit_url)
     except Exception as error:  # as above
         why = f"{repo_id} was not uploaded ({type(error).__name__}: {_short(error)})"
         raise MisError(
-            f"{why}, but {folder} is complete: `hf auth login`, then `hf upload {repo_id} {folder}`"
+            f"{why}, but its files are complete: `hf auth login`, then {_by_hand(parts, repo_id)}"
         ) from None
+
+
+def _by_hand(parts: Mapping[str, Path], repo_id: str) -> str:
+    """The commands that send the folders of these files."""
+    commands = dict[str, None]()
+    for path, file in parts.items():
+        subfolder = Path(path).parent
+        inside = "" if subfolder == Path() else f" {subfolder}"
+        commands[f"`hf upload {repo_id} {file.parent}{inside}`"] = None
+    return " and ".join(commands)
 
 
 def adopt(snapshot: Path, folder: Path, origin: dict[str, Any]) -> None:

@@ -1,0 +1,283 @@
+"""Draw the pictures of README.md and docs/ anew, from stored results and from the code.
+
+    scripts/mis scripts/pictures.py             # after the default run was stored again
+    scripts/mis scripts/pictures.py --check     # exit 1 where a picture is older than its source
+
+Each picture holds twelve digits of the SHA-256 of what it shows. --check compares them, and only
+those that are old are drawn; delete a picture to have it drawn anyway. Nothing is measured here.
+report.png needs a browser, Chromium or Chrome, on PATH (scripts/install-chromium). The pictures of
+docs/studio.md are scripts/studio_pictures.py's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import html
+import io
+import json
+import os
+import pty
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from rich.console import Console
+from rich.text import Text
+
+from mis_mlx import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = ROOT / "docs" / "images"
+RESULTS = ROOT / "benchmarks" / "results"
+RUN = RESULTS / "linux-x86_64" / "distill-default"
+SHAPE = ROOT / "benchmarks" / "model_configs" / "llama-3.2-1b.json"
+MARK = "Source-SHA-256"
+MARKED = re.compile(rf"<!-- {MARK}: (\w+) -->")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+PAGE_SIZE = "860,1400"  # pixels of the report that are shown
+COLUMNS = 108  # of the terminal that is drawn
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
+COLORS = {"teacher": "#8a939e", "pruned": "#c7ccd1", "distilled": "#1f6fb2", "4-bit": "#2e7d4f"}
+LOSS = "loss on the teacher's answers to new prompts,\nbits per byte (less is better)"
+SPEED = "decode on a CPU, tokens/s\n(MLX has no fast 4-bit kernel there)"
+PANELS = {  # title: (key in the result, format of a number)
+    "file, MB": ("bytes_{}", "{:.0f}"),
+    LOSS: ("answers_{}", "{:.3f}"),
+    SPEED: ("decode_tps_{}", "{:.1f}"),
+}
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mis_mlx",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+}
+BADGE_HEIGHT = 20
+LETTER_WIDTH = 6.6  # pixels, of 11 px letters
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to do."""
+
+    check: bool = False
+    """write nothing; exit 1 when a picture is older than what it shows"""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """name: of the file. source: the text that it shows. draw: the picture's bytes of that text."""
+
+    name: str
+    source: Callable[[], str]
+    draw: Callable[[str], bytes]
+
+
+def overview(source: str) -> bytes:
+    """SVG: size, loss and speed of the four models, where they were measured.
+
+    source: the JSON of a default run.
+    """
+    result = json.loads(source)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.4, 2.3), layout="constrained")
+        panels = figure.subplots(1, len(PANELS))
+        for axis, (title, (key, form)) in zip(panels, PANELS.items(), strict=True):
+            for name, color in COLORS.items():
+                value = result.get(key.format(name))
+                if value is not None:
+                    axis.bar(name, value, color=color, width=0.7)
+                    axis.text(name, value, form.format(value), ha="center", va="bottom")
+            axis.set_title(title, fontsize=9)
+            axis.set_yticks([])
+            axis.tick_params(axis="x", length=0)
+            axis.margins(y=0.15)
+        svg = io.StringIO()
+        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    return svg.getvalue().encode()
+
+
+def facts() -> str:
+    """What the badges say, a line each: what, and its value. Of pyproject.toml and of the machines
+    that have results.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    mlx = next(part for part in project["dependencies"] if part.startswith("mlx-lm"))
+    machines = sorted(path.name for path in RESULTS.iterdir() if path.is_dir())
+    values = {
+        "licence": project["license"],
+        "python": project["requires-python"],
+        "mlx-lm": mlx.removeprefix("mlx-lm"),
+        "measured on": ", ".join(machines),
+    }
+    return "\n".join(f"{name}\t{value}" for name, value in values.items())
+
+
+def badges(source: str) -> bytes:
+    """SVG: a row of labels with their values."""
+    parts = []
+    left = 0.0
+    for line in source.splitlines():
+        color = "#555"
+        for words in line.split("\t"):
+            width = len(words) * LETTER_WIDTH + 12
+            middle = left + width / 2
+            box = (
+                f'<rect x="{left:.1f}" width="{width:.1f}" height="{BADGE_HEIGHT}" fill="{color}"/>'
+            )
+            parts += [box, f'<text x="{middle:.1f}" y="14">{html.escape(words)}</text>']
+            left += width
+            color = "#00796b"
+        left += 6
+    style = 'fill="#fff" font-family="Verdana,DejaVu Sans,sans-serif" font-size="11"'
+    size = f'width="{left:.0f}" height="{BADGE_HEIGHT}"'
+    body = "\n".join(parts)
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">\n'
+    return f'{svg}<g text-anchor="middle" {style}>\n{body}\n</g>\n</svg>\n'.encode()
+
+
+def screen(words: list[str], folder: Path) -> str:
+    """What Python with these arguments writes to a terminal, without the line for programs."""
+    terminal, inside = pty.openpty()
+    fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 50, COLUMNS, 0, 0))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *words]
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=inside, stderr=inside):
+        os.close(inside)
+        shown = bytearray()
+        while True:
+            try:
+                part = os.read(terminal, 65536)
+            except OSError:  # Linux says so when the other end is closed
+                break
+            if not part:
+                break
+            shown += part
+    os.close(terminal)
+    lines = ESCAPES.sub("", shown.decode()).replace("\r", "").splitlines()
+    return "\n".join(line.rstrip() for line in lines if not line.startswith("{")).strip("\n")
+
+
+def plan() -> str:
+    """The terminal after a plan of Llama 3.2 1B for an 8 GB M1, by published rates."""
+    with tempfile.TemporaryDirectory() as temp:
+        folder = Path(temp) / SHAPE.stem
+        folder.mkdir()
+        shutil.copyfile(SHAPE, folder / "config.json")
+        flags = ["--teacher", SHAPE.stem, "--machine", "m1-air", "--budget", "5GiB"]
+        return screen(["-m", "mis_mlx", "plan", *flags], Path(temp))
+
+
+def table() -> str:
+    """The terminal at the end of the default run, from its stored table down to the speeds."""
+    page = RUN.with_suffix(".md").read_text("utf-8").partition("\nEnglish, ")[0]
+    program = "import sys; from mis_mlx.reporting import text; print(text.aligned(sys.argv[1]))"
+    return screen(["-c", program, page], ROOT)
+
+
+def terminal(title: str) -> Callable[[str], bytes]:
+    """SVG of a terminal, with this title, that shows a text."""
+
+    def draw(lines: str) -> bytes:
+        console = Console(record=True, width=COLUMNS, file=io.StringIO())
+        console.print(Text(lines), soft_wrap=False)
+        svg = console.export_svg(title=title, unique_id="terminal")
+        return re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL).encode()  # of another host
+
+    return draw
+
+
+def report(source: str) -> bytes:
+    """PNG of the beginning of an HTML page."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        sys.exit(f"no browser on PATH ({', '.join(BROWSERS)}): scripts/install-chromium gets one")
+    with tempfile.TemporaryDirectory() as temp:
+        page = Path(temp) / "page.html"
+        page.write_text(source, encoding="utf-8")
+        shot = Path(temp) / "page.png"
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        size = [f"--window-size={PAGE_SIZE}", f"--screenshot={shot}"]
+        line = [browser, *flags, f"--user-data-dir={temp}", *size, page.as_uri()]
+        subprocess.run(line, check=True, capture_output=True)
+        return shot.read_bytes()
+
+
+def stored(suffix: str) -> Callable[[], str]:
+    """A file of the default run."""
+    return lambda: RUN.with_suffix(suffix).read_text(encoding="utf-8")
+
+
+PICTURES = (
+    Picture("overview.svg", stored(".json"), overview),
+    Picture("badges.svg", facts, badges),
+    Picture("plan.svg", plan, terminal("mis_mlx plan --machine m1-air")),
+    Picture("table.svg", table, terminal("mis_mlx distill: the end")),
+    Picture("report.png", stored(".html"), report),
+)
+
+
+def digits(source: str) -> str:
+    """What a picture of this text holds."""
+    return hashlib.sha256(source.encode()).hexdigest()[:12]
+
+
+def mark_of(path: Path) -> str | None:
+    """The digits that a picture holds; None without a picture or without digits."""
+    if not path.is_file():
+        return None
+    if path.suffix == ".png":
+        with Image.open(path) as image:
+            return image.info.get(MARK)
+    found = MARKED.search(path.read_text(encoding="utf-8"))
+    return found[1] if found else None
+
+
+def write(path: Path, picture: bytes, mark: str) -> None:
+    """Store a picture with its digits."""
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".png":
+        info = PngInfo()
+        info.add_text(MARK, mark)
+        with Image.open(io.BytesIO(picture)) as image:
+            image.convert("P", palette=Image.Palette.ADAPTIVE).save(
+                path, pnginfo=info, optimize=True
+            )
+        return
+    lines = [line.rstrip() for line in picture.decode().splitlines()]
+    path.write_text("\n".join([*lines, f"<!-- {MARK}: {mark} -->", ""]), encoding="utf-8")
+
+
+def main(s: Settings) -> None:
+    """Draw what is old, or say what is."""
+    old = []
+    for picture in PICTURES:
+        source = picture.source()
+        mark = digits(source)
+        path = IMAGES / picture.name
+        if mark_of(path) == mark:
+            continue
+        old.append(picture.name)
+        if not s.check:
+            write(path, picture.draw(source), mark)
+            cli.say(f"{path.relative_to(ROOT)}: drawn")
+    if s.check and old:
+        sys.exit(f"older than what they show: {', '.join(old)}: scripts/mis scripts/pictures.py")
+
+
+if __name__ == "__main__":
+    main(cli.parse(Settings))

@@ -1,0 +1,127 @@
+"""gguf_export/run_facts.py: what a card says of a run can be repeated and is nobody's secret."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from mis_mlx import cli, distill
+from mis_mlx.gguf_export import model_card, run_facts
+from mis_mlx.models import load
+from mis_mlx.types import Checkpoint
+from tests.conftest import ITERS, Done
+
+
+def run_with(folder: Path, flags: dict[str, Any], answers: list[dict[str, Any]]) -> Path:
+    """A run's folder with a first line of phases and some answers."""
+    folder.mkdir()
+    start = {"flags": flags, "rates": {"device": "CPU Some Chip"}}
+    (folder / "phases.jsonl").write_text(json.dumps(start) + "\n{torn")
+    (folder / "origin.json").write_text('{"mis_mlx": "0.1.0", "mlx": "0.32.4", "teacher": "ab"}')
+    (folder / "config.yaml").write_text("teacher: owner/big\n")
+    lines = [json.dumps(answer) + "\n" for answer in answers]
+    (folder / "answers.jsonl").write_text("".join(lines))
+    return folder
+
+
+def answer(number: int, model: str, language: str = "en") -> dict[str, Any]:
+    """A line of answers.jsonl."""
+    text = f"{model} says {number}\nand goes on "
+    prompt = f"Question {number}?"
+    return {"prompt": prompt, "language": language, "model": model, "text": text, "ended": True}
+
+
+def test_the_recipe_starts_the_same_run(tmp_path: Path) -> None:
+    """`distill -c` reads it; what a search chose is left to the search, and so is its forecast."""
+    flags = {"iters": 40, "lose": 0.05, "scenario": "none", "vocab": "36864", "expected_loss": 0.04}
+    flags |= {"target_bpw": 4.26, "languages": ["pl", "de"]}
+    run = run_with(tmp_path / "run", flags, [])
+    file = tmp_path / "run.yaml"
+    file.write_text(run_facts.recipe(run))
+    settings = cli.parse(distill.Settings, ["-c", str(file)])
+    defaults = asdict(distill.Settings())
+    changed = {name: value for name, value in asdict(settings).items() if value != defaults[name]}
+    assert changed.pop("config", None) in (None, str(file))
+    assert changed == {"iters": 40, "lose": 0.05, "languages": ("pl", "de")}
+    given = run_with(tmp_path / "given", {"scenario": "redyk", "vocab": "0.5x"}, [])
+    assert yaml.safe_load(run_facts.recipe(given)) == {"scenario": "redyk", "vocab": "0.5x"}
+
+
+def test_nothing_private_is_told(tmp_path: Path) -> None:
+    """No folder of this machine, no altitude; a hub id stays."""
+    (tmp_path / "texts").mkdir()
+    flags = {"data": str(tmp_path / "texts"), "teacher": "owner/big", "altitude_m": 832.0}
+    run = run_with(tmp_path / "run", flags, [])
+    assert yaml.safe_load(run_facts.recipe(run)) == {"data": "texts", "teacher": "owner/big"}
+    assert run_facts.machine(run) == "CPU Some Chip, mis_mlx 0.1.0, mlx 0.32.4"
+
+
+def test_three_english_prompts_with_both_answers(tmp_path: Path) -> None:
+    """Of seven, the first, third and fifth; of the stage's own model; none where it has none."""
+    answers = []
+    for number in range(7):
+        answers += [answer(number, model) for model in ("teacher", "distilled", "4-bit")]
+    answers += [answer(7, "4-bit", "pl")]
+    run = run_with(tmp_path / "run", {}, answers)
+    talks = run_facts.talks(run, "model")
+    assert [talk["prompt"] for talk in talks] == ["Question 0?", "Question 2?", "Question 4?"]
+    assert talks[1]["answers"] == {
+        "teacher": "teacher says 2\nand goes on",
+        "4-bit": "4-bit says 2\nand goes on",
+    }
+    assert list(run_facts.talks(run, "distilled")[0]["answers"]) == ["teacher", "distilled"]
+    assert run_facts.talks(run, "pruned") == []
+    alone = run_with(tmp_path / "alone", {}, [answer(0, "teacher")])
+    assert run_facts.talks(alone, "model") == []
+    assert run_facts.talks(tmp_path / "nothing", "model") == []
+
+
+def test_the_card_of_a_real_run(finished: tuple[Path, Done]) -> None:
+    """The hub's own parser reads it: relation and library; settings and machine are the run's."""
+    run, _ = finished
+    checkpoint = load.open_checkpoint(run / "model")
+    text = model_card.readme(checkpoint, "owner/big", "x-Q4_1.gguf", [], repository="me/small")
+    card = ModelCard(text)
+    assert card.data.to_dict() == {
+        "base_model": "owner/big",
+        "base_model_relation": "finetune",
+        "library_name": "mlx",
+        "tags": ["mlx", "gguf", "mis_mlx"],
+        "pipeline_tag": "text-generation",
+    }
+    shown = card.text.split("```yaml")[1].split("```")[0]
+    assert yaml.safe_load(shown)["iters"] == ITERS
+    assert str(run.parent) not in text
+    assert (run / "table.md").read_text().strip() in text
+
+
+@pytest.mark.parametrize(
+    ("file", "want"),
+    [("x-F16.gguf", None), ("x-BF16.gguf", None), ("x-Q4_1.gguf", "quantized"), ("", None)],
+)
+def test_relations_of_a_model_that_was_not_changed(
+    llama: Checkpoint, file: str, want: str | None
+) -> None:
+    """A conversion has none; a file of packed weights is quantized; nothing without a base."""
+    stated = ModelCard(model_card.readme(llama, "owner/big", file, [])).data.to_dict()
+    assert stated.get("base_model_relation") == want
+    unknown = ModelCard(model_card.readme(llama, None, file, [])).data.to_dict()
+    assert "base_model_relation" not in unknown
+
+
+def test_an_aligned_model_is_a_finetune(tmp_path: Path, llama: Checkpoint) -> None:
+    """Its run began at a model, as config.yaml says."""
+    run = tmp_path / "sft-001"
+    run.mkdir()
+    (run / "config.yaml").write_text("model: owner/big\n")
+    shutil.copytree(llama.path, run / "model")
+    checkpoint = load.open_checkpoint(run / "model")
+    text = model_card.readme(checkpoint, "owner/big", "", [])
+    assert ModelCard(text).data.to_dict()["base_model_relation"] == "finetune"
