@@ -6,7 +6,7 @@
     scripts/mis benchmarks/distill.py reconstruction-only --iters 1 --learning-rate 1e-12
 
 Writes benchmarks/results/<machine>/distill-<label>.json and .md: the run's result and table, with
-the machine and the versions; of `default` also its report, .html, which needs matplotlib. The run
+the machine and the versions; of `default` also its report, .html. The run
 folder goes to a temporary place and is deleted, unless --out names one.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 import laboratory
 
 from mis_mlx import cli, distill, report
-from mis_mlx.reporting import figures, run_reader
+from mis_mlx.reporting import run_reader
 
 PRIVATE = ("teacher", "student", "run")  # paths of the machine
 
@@ -28,8 +28,6 @@ PRIVATE = ("teacher", "student", "run")  # paths of the machine
 def main(label: str, flags: list[str]) -> None:
     """Run once, store what came out."""
     with tempfile.TemporaryDirectory() as temp:
-        if label == "default":
-            figures.need()  # now, not after all the work
         asked = cli.parse(distill.Settings, flags)
         folder = Path(asked.out or Path(temp) / f"distill-{label}")
         result = distill.run(replace(asked, out=str(folder)))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from mis_mlx import cli, plan
 from mis_mlx.hardware import memory, rates
-from mis_mlx.models import arch
+from mis_mlx.models import arch, scenarios
 from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.phases import MemoryPlan
 from mis_mlx.planner.recipe import spec_of
@@ -95,7 +95,7 @@ def table(plan: MemoryPlan, tokens: int) -> str:
 def main(s: Settings) -> None:
     """Print the table."""
     whole = arch.PUBLISHED["mis-137b"]
-    student = arch.student_config(whole, arch.target_shape(whole, arch.SCENARIOS["goral"]))
+    student = arch.student_config(whole, arch.target_shape(whole, scenarios.RATIOS["balanced"]))
     teacher, small = (estimates.model_of(config, gpu=True) for config in (whole, student))
     job = spec_of(teacher, small, plan.Settings(), plan.Settings())
     budget = memory.budget(None, rates.M1_AIR.room_bytes)

@@ -26,7 +26,7 @@ WRITTEN = ("student", "mlx_path", "out")  # what a command's JSON calls the fold
 
 
 class Result(dict[str, Any]):
-    """A command's result: the JSON of its last line. Sizes end in `_bytes`, times in `_s`."""
+    """A command's result: what --json prints. Sizes end in `_bytes`, times in `_s`."""
 
     @property
     def folder(self) -> Path | None:

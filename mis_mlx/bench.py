@@ -210,7 +210,7 @@ def run(settings: Settings) -> dict[str, Any]:
     fixed = bench.fixed()
     measured = bench.measured(roof, idle_w)
     rows = rounds.rows(fixed["models"], measured)
-    print(text.table(rows, list(measured), text.TABLES["bench"]))
+    print(text.aligned(text.table(rows, list(measured), text.TABLES["bench"])))
     for flag in hot:
         cli.say(
             f"other causes affected these times ({flag}): let the machine cool, close other "

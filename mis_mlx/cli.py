@@ -1,6 +1,7 @@
-"""A dataclass becomes flags and YAML; progress goes to stderr, the result to stdout as JSON.
+"""A dataclass becomes flags and YAML; progress goes to stderr, tables and answers to stdout.
 
-The JSON is the last line.
+With --json stdout has the result as JSON, and nothing else. Without it, a stdout that is no
+terminal still ends with the same JSON line: scripts of the last version read it there.
 """
 
 import difflib
@@ -12,7 +13,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -31,6 +32,7 @@ ACCEPT = "--accept-gemma-terms"
 DETAILS = "MIS_MLX_DETAILS"
 # Switches of every command, and the environment that each sets.
 SWITCHES = {ACCEPT: {"MIS_MLX_ACCEPT": "gemma"}, "-v": {DETAILS: "1"}, "--verbose": {DETAILS: "1"}}
+JSON = "--json"  # of every command: the result as JSON on stdout, all else on stderr
 # Set by mlx.launch and mpirun for each of several processes.
 RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
 # MLX's errors that are about the device begin with one of these.
@@ -109,7 +111,8 @@ def read_yaml(path: str, config_type: type) -> dict[str, Any]:
             raise MisError(f"{path}: {key!r} is not a setting of this command: {hint}")
         value = _converted(value, hints[name])
         if not _fits(value, hints[name]):
-            takes = flag_help.metavar(hints[name]) or "true or false"
+            annotated = get_type_hints(config_type, include_extras=True)
+            takes = flag_help.metavar(annotated[name]) or "true or false"
             raise MisError(
                 f"{path}: {key} is {value!r}, but the setting takes {takes}: fix that line"
             )
@@ -331,7 +334,7 @@ def end_quietly_on_closed_pipe() -> Iterator[None]:
 
 @end_quietly_on_closed_pipe()
 def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool = False) -> None:
-    """Parse, run, print the result as the last stdout line.
+    """Parse and run; with --json, or where stdout is no terminal, print the result as JSON.
 
     Exits: 0 done, 1 MisError, 2 usage, 3 check, 130 Ctrl-C. several: whether this command can be
     one process of several; of these only the first one speaks.
@@ -344,13 +347,16 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool =
     for word in SWITCHES.keys() & set(sys.argv[1:]):
         sys.argv.remove(word)
         os.environ.update(SWITCHES[word])  # for child processes too
+    json_alone = JSON in sys.argv[1:]
+    sys.argv[1:] = [word for word in sys.argv[1:] if word != JSON]
     try:
         settings = parse(config_type, prog=prog)
         preload()
         prepare()
         if rank() is not None and not several:
             raise MisError(f"{prog} runs on one machine only: start it without mlx.launch")
-        result = run(settings)
+        with redirect_stdout(sys.stderr) if json_alone else nullcontext():
+            result = run(settings)
     except (MisError, RuntimeError) as error:
         message = str(error)
         if not isinstance(error, MisError):
@@ -367,7 +373,7 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool =
             remedy = f"finished work is kept: continue with --out {stop} --resume"
         say(f"mis_mlx: stopped by hand; {remedy}")
         sys.exit(130)
-    if not rank():
+    if not rank() and (json_alone or not sys.stdout.isatty()):
         print(json.dumps(result, ensure_ascii=False, allow_nan=False))
     sys.exit(3 if result.get("check_failed") else 0)
 

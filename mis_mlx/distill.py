@@ -177,7 +177,7 @@ def _sizes(s: Settings, c: pipeline.Run, models: comparison.Models) -> list[Row]
 def _stages(
     s: Settings, c: pipeline.Run, data: preparation.Data, teacher: Checkpoint
 ) -> tuple[str, dict[str, Any]]:
-    """(the table, the result); ("", {}) on machines beside the first one.
+    """(what the screen shows, the result); ("", {}) on machines beside the first one.
 
     teacher: with its own vocabulary.
     """
@@ -213,21 +213,20 @@ def _stages(
     figures = conversations.figures(answered) if answered else {}
     result = summary.result(folder, models, sizes, quality)
     result = c.finish({**figures, **result, **expected, "mode": c.plan.mode})
-    if answered:
-        # On the screen: the sentence on loops, then the models' answers, then figures.
-        table = summary.result_page(
-            models,
-            sizes,
-            quality,
-            s.max_seq_length,
-            answered=answered,
-            dialogue=conversations.dialogue(answered),
-            expectation=sentence,
-        )
+    # The answer first: what was won, then what the models say, then the tables.
+    screen = summary.result_page(
+        models,
+        sizes,
+        quality,
+        s.max_seq_length,
+        answered=answered,
+        for_screen=True,
+        expectation=sentence,
+    )
     if not s.keep_steps:
         for name in pipeline.TEMPORARY:
             c.files.discard(folder / name)
-    return table, result
+    return screen, result
 
 
 def _text(s: Settings, teacher: Checkpoint) -> str | None:

@@ -235,7 +235,7 @@ def _answered(
     for language, rows in (by_language or {"all languages": judgement.rows}).items():
         table = text.table(rows, names, text.TABLES["answers"])
         tables.append({"language": language, "prompts": rows[0].n, "table": table})
-    values = {"answers": tables, "verdict": "", "dialogue": "", "expectation": ""}
+    values = {"answers": tables, "verdict": "", "lead": "", "dialogue": "", "expectation": ""}
     return _Answered(judgement, html.document("answers.md", values), result)
 
 
@@ -316,7 +316,6 @@ def _examine(
             counts[task_registry.ANSWERS] = len(prompts)
         return {"questions": counts, "lm_eval": list(wanted.harness), **plan}
     if s.out and distributed.is_main():
-        figures.need()
         DISK.make_folder(Path(s.out))
     answered = _answered(prompts, models, hashes, limit)
     outcomes = list(

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from docstring_parser import parse_from_object
 
-from mis_mlx.types import FILE_ONLY
+from mis_mlx.types import FILE_ONLY, Shown
 
 # Titles and the commands or flags under them, in this order; flags that no group names come last.
 GROUPS = json.loads((Path(__file__).parent / "help.json").read_text("utf-8"))
@@ -45,6 +45,9 @@ def metavar(hint: Any) -> str:
     inner = get_args(hint)
     if kind is Literal:
         return "{" + ",".join(map(str, inner)) + "}"
+    for part in inner:
+        if isinstance(part, Shown):
+            return metavar(Literal[part.words])
     if kind in (Annotated, Union, UnionType):
         return metavar(next(part for part in inner if part is not NoneType))
     if kind is tuple:
@@ -84,7 +87,7 @@ def text(kind: Any, prog: str, every: bool) -> str:
             flag = f"  --{switch}{name.replace('_', '-')} {metavar(hints[name])}"
             description = _described(about.get(name, ""), default)
             lines += _entry(flag.rstrip(), description, width)
-    lines += ["", "All commands: -v for detailed plans, --version, --accept-gemma-terms"]
+    lines += ["", "All commands: --json, -v for detailed plans, --version, --accept-gemma-terms"]
     if rare:
         return "\n".join([*lines, f"--help-all shows {len(rare)} more flags"])
     file_only = sorted(quiet(kind))

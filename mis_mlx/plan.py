@@ -13,7 +13,7 @@ from mis_mlx.evaluation import answers
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
-from mis_mlx.models import arch, load, resolve
+from mis_mlx.models import arch, load, resolve, scenarios
 from mis_mlx.models.config import MOST_EXPERTS, read_config, shape_of
 from mis_mlx.planner import (
     compression_size,
@@ -23,7 +23,7 @@ from mis_mlx.planner import (
     rounding_cost,
     training_cost,
 )
-from mis_mlx.pruning import select, shape_search, vocabulary
+from mis_mlx.pruning import shape_search, vocabulary
 from mis_mlx.quantization import packed_format
 from mis_mlx.reporting import html, text
 from mis_mlx.types import Checkpoint, duration, gib
@@ -118,8 +118,8 @@ class Settings(cli.Budgeted, recipe.QuantizationConfig, recipe.DistillationConfi
     """
     student: str | None = None
     """folder of a student that is already pruned; default: from --scenario"""
-    scenario: select.Scenario | None = None
-    """sizes as in `prune`; for mis-137b the default is goral, the paper's own student"""
+    scenario: scenarios.Scenario | None = None
+    """sizes as in `prune`; for mis-137b the default is balanced, the paper's own student"""
     machine: Literal["here", "m1-air"] = "here"
     """m1-air: plan for a fanless 8 GB laptop, from published figures"""
     measure: bool = False
@@ -132,6 +132,9 @@ class Settings(cli.Budgeted, recipe.QuantizationConfig, recipe.DistillationConfi
     """tokens to keep, as in `prune`"""
     quantize: Literal[4, 0] = 4
     """bits per weight of the result; 0: no quantization"""
+
+    def __post_init__(self) -> None:
+        scenarios.settle(self)
 
 
 def _open(name: str | None) -> tuple[Checkpoint | Mapping[str, Any], str]:
@@ -162,7 +165,7 @@ def _pair(
         config = opened
         folder = None
     if not s.student:
-        name = s.scenario or ("goral" if s.teacher == "mis-137b" else None)
+        name = s.scenario or ("balanced" if s.teacher == "mis-137b" else None)
         s = replace(s, **vocabulary.defaults(name, s.vocab, config, folder))
     rows = vocabulary.size(s.vocab, folder, shape_of(config).vocab)
     config = vocabulary.with_rows(config, rows)
@@ -175,7 +178,7 @@ def _pair(
     else:
         most = shape_of(config).experts or MOST_EXPERTS
         experts = arch.count("--experts", s.experts, most, "experts")
-        ratios = arch.SCENARIOS.get(s.scenario or "", {})
+        ratios = scenarios.RATIOS.get(s.scenario or "", {})
         student = arch.student_config(config, arch.target_shape(config, ratios, experts=experts))
     return [estimates.model_of(model, gpu) for model in (teacher, student)]
 

@@ -15,12 +15,15 @@ from typing import Annotated, Any
 import tyro
 
 from mis_mlx import cli
+from mis_mlx.distillation import run_verdict
 from mis_mlx.evaluation import answer_figures
-from mis_mlx.reporting import figures, html, run_reader
+from mis_mlx.models import scenarios
+from mis_mlx.reporting import baseline, figures, html, run_reader, smoothing
 from mis_mlx.reporting.run_reader import Point, Record, RunRecord, Series
 from mis_mlx.storage import files, run_folder
 from mis_mlx.types import GIB, Count, MisError, duration, gib
 
+FEW = 5  # steps: a course of fewer is not smoothed
 SHOWN = 6  # prompts whose answers are on the page
 LATER = "second turn"  # kind of prompts that say little without the turns before
 
@@ -46,12 +49,37 @@ def _since(story: RunRecord, series: Series, scale: float = 1.0) -> list[Point]:
     return [(wall_s - story.began_s, value * scale) for wall_s, value in series.points()]
 
 
+def verdict(story: RunRecord, key: str) -> str:
+    """What the student costs and loses, a warning first if it repeats itself.
+
+    Of a run that goes on: how far it is.
+    """
+    if not story.result:
+        return _summary(story)
+    talks, models = _told(story)
+    lose = story.config.get("lose")
+    packed = baseline.measured_beside(story.folder, story.origin)
+    sentences = run_verdict.sentences(story.result, lose, packed)
+    picture = run_verdict.picture(key, story.result, packed)
+    return html.part(
+        "verdict",
+        warning=_warning(talks, models),
+        sentences=sentences,
+        pictures=[picture],
+    )
+
+
 def summary(story: RunRecord, key: str) -> str:
-    """Two sentences: what was done and with what result; or how far the run is."""
+    """What was done, on what and how long, and with what result; '' while the run goes on."""
+    return _summary(story) if story.result else ""
+
+
+def _summary(story: RunRecord) -> str:
     teacher = story.result.get("teacher") or story.config.get("teacher") or "the default teacher"
     return html.part(
         "summary",
         s=story,
+        scenario=scenarios.plain(str(story.config.get("scenario"))),
         teacher=PurePath(str(teacher)).name,
         step=story.steps.series["number"].points()[-1:],
         loss=story.steps.series["loss"].points()[-1:],
@@ -71,7 +99,13 @@ class Talk:
 
 
 def answers(story: RunRecord, key: str) -> str:
-    """Answers of teacher and student side by side; a warning if the student repeats itself."""
+    """Answers of teacher and student side by side."""
+    talks, models = _told(story)
+    return html.part("answers", models=models, talks=_some(talks))
+
+
+def _told(story: RunRecord) -> tuple[list[Talk], list[str]]:
+    """(the prompts that teacher and student have answered, these two models)."""
     talks = _talks(story.answers)
     models: dict[str, None] = {}  # in their order
     for talk in talks:
@@ -80,9 +114,7 @@ def answers(story: RunRecord, key: str) -> str:
     names = list(models)
     pair = names[:1] + names[1:][-1:]
     # a torn line lacks one
-    talks = [talk for talk in talks if talk.answers.keys() >= {*pair}]
-    verdict = _verdict(talks, pair)
-    return html.part("answers", verdict=verdict, models=pair, talks=_some(talks))
+    return [talk for talk in talks if talk.answers.keys() >= {*pair}], pair
 
 
 def _talks(rows: Sequence[Record]) -> list[Talk]:
@@ -117,7 +149,7 @@ def _some(talks: Sequence[Talk]) -> list[Talk]:
     return chosen
 
 
-def _verdict(talks: Sequence[Talk], models: Sequence[str]) -> str:
+def _warning(talks: Sequence[Talk], models: Sequence[str]) -> str:
     """The sentence on a student that repeats itself more than its teacher, else ''."""
     if len(models) < 2:
         return ""
@@ -145,7 +177,11 @@ def course(story: RunRecord, key: str) -> str:
     loss = _since(story, series["loss"])
     if not loss:
         return ""
-    panels: dict[str, figures.Lines] = {"loss, nats per token": {"loss": loss}}
+    panels: dict[str, figures.Lines] = {"loss, nats per token": {"each step": loss}}
+    width = 0
+    if len(loss) >= FEW:
+        mean, width = smoothing.smoothed(loss)
+        panels["loss, nats per token"] = {"each step": loss, "smoothed": mean}
     warm = {
         "die": _since(story, air.series["die_c"]),
         "air": _since(story, air.series["ambient_c"]),
@@ -166,6 +202,7 @@ def course(story: RunRecord, key: str) -> str:
     budget = story.begun.get("budget_bytes") or story.result.get("budget_bytes")
     values = {
         "loss": loss,
+        "width": width,
         "count": series["loss"].count,
         "warm": warm,
         "breaks": breaks,
@@ -177,7 +214,9 @@ def course(story: RunRecord, key: str) -> str:
     }
     words = " ".join(html.document("course.md", values).split())
     caption = (f"{key}course", "Loss, temperature, tea breaks, speed, memory", words)
-    picture = figures.over_time(caption, panels, shaded=breaks)
+    picture = figures.over_time(
+        caption, panels, shaded=breaks, faint={"each step"} if width else ()
+    )
     return html.part("course", pictures=[picture])
 
 
@@ -291,7 +330,7 @@ def comparison(stories: Sequence[RunRecord], names: list[str]) -> str:
     for name, story in zip(names, stories, strict=True):
         series = story.steps.series["loss"]
         points = _since(story, series)
-        losses[name] = points
+        losses[name] = smoothing.smoothed(points)[0] if len(points) >= FEW else points
         if points:
             _, last = points[-1]
             ends.append(f"{name} ends at {last:.3f}")
@@ -344,7 +383,7 @@ def _cell(value: Any, first: Any) -> str:
 
 
 # in the page's order
-OF_RUN = (summary, answers, recovery, course, cost, pruning, samples, origins)
+OF_RUN = (verdict, answers, samples, summary, recovery, course, cost, pruning, origins)
 
 
 def render(stories: Sequence[RunRecord], every_s: int | None = None) -> str:
@@ -390,7 +429,6 @@ def _part(make: Callable[..., str], *values: Any) -> str:
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: read, draw, write; again and again when watching."""
-    figures.need()
     cli.check_ranges(settings)
     folders = [Path(name) for name in settings.run]
     if not folders:
@@ -416,6 +454,7 @@ def run(settings: Settings) -> dict[str, Any]:
         progress = ", ".join(f"{story.steps.lines} steps of {story.name}" for story in stories)
         cli.say(f"{out}: {progress}; Ctrl-C ends the watch")
         time.sleep(settings.every_s)
+    cli.say(f"{out}: open it in a browser")
     missing = []
     for story in stories:
         missing += [f"{story.name}: {text}" for text in story.missing]

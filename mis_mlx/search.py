@@ -35,7 +35,7 @@ from mis_mlx.pruning import limits as limiting
 from mis_mlx.pruning import shape_search, vocabulary
 from mis_mlx.pruning.limits import Limit, Timing
 from mis_mlx.pruning.shape_search import Choice
-from mis_mlx.reporting import figures, progress, text
+from mis_mlx.reporting import progress, text
 from mis_mlx.storage import run_folder
 from mis_mlx.types import FILE_ONLY, MOST, Budget, Checkpoint, Count, MisError, Whole, Within
 
@@ -388,8 +388,6 @@ def run(settings: Settings) -> dict[str, Any]:
     """
     s, folder = run_loop.resumed(settings, FREE, UNDER)
     s.check()
-    if s.frontier:
-        figures.need()
     teacher = run_loop.open_model(s, s.teacher, "teacher", UNDER)
     why = unknown(teacher.config)
     if why:
@@ -410,7 +408,8 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.dry_run:
         return {**result, **outcome}
     if folder is None:
-        cli.say(progress.promise(sum(seconds.values())))
+        planned_s = sum(seconds.values())
+        cli.say(progress.promise(planned_s))
     data, origin = run_loop.prepare_text(s, teacher, source)
     opening = run_loop.open_run(
         s,

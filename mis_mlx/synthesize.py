@@ -323,6 +323,7 @@ def run(settings: Settings) -> dict[str, Any]:
             DISK.write(folder / f"{name}.jsonl", lines.encode())
         DISK.write(folder / hub.PROVENANCE, json.dumps(source, indent=1).encode())
     DISK.remove_tree(part)
+    cli.say(f"{out}: {len(texts)} texts that the model wrote, {len(mixed_in)} others mixed in")
     return {"out": str(out), "written": len(texts), "mixed_in": len(mixed_in), **planned}
 
 

@@ -15,7 +15,7 @@ from mis_mlx.hardware.thermal.governor import Decision, Mode, governor_for
 from mis_mlx.hardware.thermal.thermal_monitor import Live, Monitor, examined
 from mis_mlx.reporting import html
 from mis_mlx.storage.files import need_place
-from mis_mlx.types import Celsius, Metres, Positive, Seconds
+from mis_mlx.types import Celsius, Metres, Positive, Seconds, duration
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ def record(settings: Record) -> dict[str, Any]:
             next_s = start_s + looks * settings.every_s
             clock.sleep(next_s - clock.monotonic())
     seconds = clock.monotonic() - start_s
+    cli.say(f"{settings.file}: {looks} readings in {duration(seconds)}")
     return {"file": str(settings.file), "looks": looks, "seconds": round(seconds, 1)}
 
 

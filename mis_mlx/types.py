@@ -49,6 +49,13 @@ class Within:
         return f"give a number from {low} to {high}"
 
 
+@dataclass(frozen=True)
+class Shown:
+    """In the annotation of a flag that takes old spellings, too: the words that --help shows."""
+
+    words: tuple[str, ...]
+
+
 def _readable(number: float) -> str:
     return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 

@@ -48,7 +48,7 @@ def parsed(folder: Path, yaml: str, *flags: str, kind: Any = Settings) -> Any:
 def test_flags_win_over_yaml_wins_over_defaults(tmp_path: Path) -> None:
     """Three layers, dashes as good as underscores, and names that mlx-lm users know."""
     made = parsed(tmp_path, "iters: 7\nbatch-size: 3\nscenario: baca\n", "--iters", "9")
-    assert (made.iters, made.batch_size, made.scenario, made.seed) == (9, 3, "baca", 0)
+    assert (made.iters, made.batch_size, made.scenario, made.seed) == (9, 3, "narrow", 0)
     assert cli.parse(Settings, []) == Settings()
     made = cli.parse(
         Settings, ["--learning-rate", "1e-3", "--max-seq-length", "64", "--dry-run", "--resume"]
@@ -94,7 +94,7 @@ def test_long_spellings_of_c(tmp_path: Path) -> None:
         ("iters: [\n", "is not YAML"),
         ("iters: 1\n\tseed: 2\n", "is not YAML"),
         ("iters: 1.5\n", "iters is 1.5, but the setting takes INT"),
-        ("scenario: gorral\n", "scenario is 'gorral', but the setting takes {redyk,"),
+        ("scenario: gorral\n", "scenario is 'gorral', but the setting takes {fewer-experts,"),
         ("quantize: 3\n", "quantize is 3, but the setting takes {4,0}"),
         ("resume: perhaps\n", "resume is 'perhaps', but the setting takes true or false"),
         ("learning_rate: [1, 2]\n", "learning_rate is [1, 2], but the setting takes FLOAT"),

@@ -287,8 +287,9 @@ def test_a_teacher_that_talks_has_a_student_that_is_asked(
     assert "training windows are 56% --data 1, 44% conversations" in out.err
     shown = [line for line in out.out.splitlines() if line]
     asked = [prompt.messages[-1]["content"] for prompt in answers.prompts(4)]
-    assert shown[0] == f"> {asked[0]}"
-    assert shown[1].startswith("teacher:")
+    assert shown[0].startswith("The student against its teacher: ")
+    assert shown[1] == f"> {asked[0]}"
+    assert shown[2].startswith("teacher:")
     table = shown.index("Answers in English to 2 prompts that no training knows, ± 95 %")
     assert [line for line in shown[:table] if line.startswith(">")] == [
         f"> {asked[0]}",

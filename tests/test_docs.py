@@ -43,7 +43,7 @@ README_LINES = 150
 README_BYTES = 9 * 1024
 SCRIPT = ("test", "lint", "help", "--help", "-h")  # what scripts/mis does itself
 # of every command: cli.main
-EVERYWHERE = {"--help", "--help-all", "--version", "--accept-gemma-terms"}
+EVERYWHERE = {"--help", "--help-all", "--json", "--version", "--accept-gemma-terms"}
 # Flags that a page may write by themselves, `--like-this`, and that are other programs'.
 OTHERS = {
     "--all",  # scripts/mis test

@@ -58,25 +58,34 @@ def test_time_left_by_pencil() -> None:
             assert display.line().startswith("distil 11/60  2.5 min left (run: 4.1 min)  0.3/s  ")
 
 
-def test_what_is_named() -> None:
-    """A loop inside of one that speaks is named once that one is still; one of the same name as its
-    phase is it.
+def test_a_line_has_at_most_one_count() -> None:
+    """The loop that is all of its phase is counted; no loop inside of one is, however long it
+    takes.
     """
     clock = Clock()
-    display = Display({"distil": 100.0}, clock)
-    with (
-        display.level("run"),
-        display.level("distil"),
-        display.level("distil", 60, whole=True) as show,
-    ):
-        show(1, "loss 2.5")
-        with display.level("block", 30) as inner:
-            inner(3)
-            assert display.line().startswith("distil 1/60  ")
-            assert display.line().endswith("  loss 2.5")
-            assert "block" not in display.line()
-            clock.now_s += progress.STILL_S
-            assert display.line().startswith("distil 1/60, block 3/30  ")
+    display = Display({"distil": 100.0, "measure": 10.0}, clock)
+    with display.level("run"):
+        with display.level("block", 30):
+            assert display.line().startswith("run  1.8 min left  0.0 s so far  ")
+        with display.level("distil"), display.level("distil", 60, whole=True) as show:
+            show(1, "loss 2.5")
+            with display.level("block", 30) as inner:
+                inner(3)
+                clock.now_s += 60
+                assert re.fullmatch(r"distil 1/60  .* left \(run: .*\).*  loss 2.5", display.line())
+        with display.level("measure"):
+            with display.level("block", 30) as inner:
+                inner(3)
+                assert display.line().startswith("measure  10.0 s left (run: ")
+            with display.level("answers", 4, whole=True) as inner:
+                inner(1)
+                clock.now_s += 2
+                assert display.line().startswith("measure: answers  8.0 s left ")
+            clock.now_s += 60
+            assert display.line().startswith("measure  longer than expected  62.0 s so far  ")
+    unplanned = Display({}, clock)
+    with unplanned.level("evaluate"), unplanned.level("model", 3), unplanned.level("block", 9):
+        assert unplanned.line().startswith("evaluate, model 0/3  0.0 s so far  ")
 
 
 def test_loops_that_end_in_another_order() -> None:

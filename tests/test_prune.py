@@ -256,12 +256,12 @@ def test_odd_teachers_give_whole_students(
         (
             {"intermediate_size": 64},
             {"scenario": "halny"},
-            "--scenario halny would cut nothing of 3 layers.*FFN 64",
+            "--scenario ffn-only would cut nothing of 3 layers.*FFN 64",
         ),
         (
             {"num_hidden_layers": 1},
             {"scenario": "juhas"},
-            "--scenario juhas would cut nothing of 1 layers",
+            "--scenario shallow would cut nothing of 1 layers",
         ),
         (
             {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64},

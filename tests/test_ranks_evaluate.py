@@ -30,7 +30,6 @@ def test_evaluate_says_what_one_machine_says(
     machine keeps answers and writes the page, the others say nothing; what is kept is not asked
     again.
     """
-    pytest.importorskip("matplotlib")
     student = tiny.make(tmp_path / "student", seed=3)
     tasks = tmp_path / "tasks"
     tasks.mkdir()

@@ -17,19 +17,17 @@ from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from mis_mlx import report
-from mis_mlx.reporting import figures, html, run_reader
+from mis_mlx.reporting import html, run_reader
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
 from tests import forks
 from tests.conftest import SMALL, Done, last_line, mostly_slow, sentence
 
-pytest.importorskip(
-    "matplotlib", reason="matplotlib is not installed: pip install 'matplotlib>=3.9'"
-)
 DATA = Path(__file__).parent / "data"
 OURS = {
     *(
@@ -77,6 +75,7 @@ OURS = {
         "text",
     ),
 }
+SVG = "{http://www.w3.org/2000/svg}"
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
@@ -195,6 +194,96 @@ def test_the_page_of_a_run(finished: tuple[Path, Done], copy: Path) -> None:
     cost = page[page.index("<h2>What it cost") : page.index("<h2>What was kept")]
     phase = run_reader.read(copy).phases[0]
     assert f"<td>prune</td><td>{report.duration(phase['seconds'])}</td><td>" in cost
+
+
+def test_the_page_needs_no_other_package(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its charts are drawn where matplotlib cannot be imported; letters are text, and each chart
+    has a title and a description for screen readers.
+    """
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    page, _ = written(copy)
+    charts = re.findall(r"<svg class=\"chart\".*?</svg>", page, re.DOTALL)
+    assert len(charts) == Tags(page).count("svg") == 2
+    for chart in charts:
+        root = ElementTree.fromstring(chart)
+        first, second, *_ = root
+        assert [first.tag, second.tag] == [f"{SVG}title", f"{SVG}desc"]
+        assert root.get("aria-labelledby") == f"{first.get('id')} {second.get('id')}"
+        assert first.text
+        assert second.text
+        assert not root.findall(f".//{SVG}style") + root.findall(f".//{SVG}script")
+        colours = re.findall(r"#[0-9a-f]{3,6}\b|rgb|fill=|stroke=", chart)
+        assert colours == []  # they come from the page, light or dark
+    loss = ElementTree.fromstring(charts[0])
+    texts = [element.text for element in loss.iter(f"{SVG}text")]
+    assert {"loss, nats per token", "each step", "smoothed"} <= set(texts)
+    assert any("since the run began" in str(text) for text in texts)
+
+
+def test_the_verdict_comes_first(copy: Path) -> None:
+    """Size, loss on answers and loops, from the result; the loss that was allowed and expected."""
+    put_answers(copy, rows_of_answers("Fine."))
+    result = json.loads((copy / run_folder.RESULT).read_text())
+    figures = {
+        "bytes_teacher": 100.04,
+        "bytes_4-bit": 25.06,
+        "answers_excess_4-bit": 0.1234,
+        "loops_4-bit": 8.3333,
+        "loops_teacher": 0.0,
+        "expected_loss": 0.1,
+        "reached_loss": 0.1234,
+        "loss_of": "answers",
+    }
+    (copy / run_folder.RESULT).write_text(json.dumps({**result, **figures}))
+
+    page, _ = written(copy)
+
+    text = " ".join(page[page.index("<h1>") : page.index("<h2>")].split())
+    assert "The 4-bit student has 25.1 MB, its teacher 100.0 MB." in text
+    assert (
+        "On the teacher&#39;s answers to 12 held-out prompts it loses 0.123 bits per byte." in text
+    )
+    assert "8 % of its own answers repeat themselves; of the teacher&#39;s, 0 %." in text
+    assert "The result is 0.123 bits per byte above the teacher" in text
+    heads = re.findall(r"<h2>(.*?)</h2>", page)
+    assert heads[:3] == ["Answers", "What they write", "How it was made"]
+    assert "For comparison" not in page  # nobody measured the teacher in 4 bits
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_baseline_is_what_a_search_measured(same: bool, copy: Path) -> None:
+    """Of the same teacher, byte for byte; of another one nothing is said."""
+    put_answers(copy, rows_of_answers("Fine."))
+    result = json.loads((copy / run_folder.RESULT).read_text())
+    result |= {"answers_excess_4-bit": 0.2, "bytes_4-bit": 20.0, "bytes_teacher": 100.0}
+    (copy / run_folder.RESULT).write_text(json.dumps(result))
+    search = copy.parent / "search" / "curve"
+    search.mkdir(parents=True)
+    origin = json.loads((copy / run_folder.ORIGIN).read_text())
+    if not same:
+        origin["teacher"] = origin["teacher"][::-1]
+    (search / run_folder.ORIGIN).write_text(json.dumps(origin))
+    points = [
+        {"name": "teacher, mlx_lm.convert in 6 bits", "nbytes": 4 * 10**7, "loss": 0.02},
+        {"name": "teacher, mlx_lm.convert in 4 bits", "nbytes": 3 * 10**7, "loss": 0.254},
+        {"name": "1 layers, FFN 256", "nbytes": 1, "loss": 0.3},
+        {"name": "teacher, mlx_lm.convert in 3 bits", "nbytes": "?", "loss": None},
+        7,
+    ]
+    frontier = {"teacher": "x", "loss_of": "the teacher's answers", "points": points}
+    (search / "frontier.json").write_text(json.dumps(frontier))
+
+    page, _ = written(copy)
+
+    said = "the teacher in MLX&#39;s own 4 bits has 30.0 MB and loses 0.254 bits per byte"
+    assert (said in page) == same
+    assert ("Against the teacher in MLX&#39;s own bits" in page) == same
+    assert "another version" not in page
+    if same:
+        chart = re.search(r'<svg class="chart"[^>]*baseline-title.*?</svg>', page, re.DOTALL)
+        assert chart
+        # the teacher, two of its roundings, this student; two signs of the legend
+        assert chart[0].count("transform=") == 6
 
 
 def test_what_a_run_writes_down_for_it(finished: tuple[Path, Done], llama: Checkpoint) -> None:
@@ -349,7 +438,7 @@ def test_answers_of_one_model(copy: Path) -> None:
 
     page, _ = written(copy)
 
-    section = page[page.index("<h2>Answers") : page.index("<h2>Recovery")]
+    section = page[page.index("<h2>Answers") : page.index("<h2>What they write")]
     assert "<b>teacher</b><p>(nothing)</p>" in section
     assert "4-bit" not in section
     assert re.findall(r"<h3>Prompt (\d+)\?</h3>", section) == ["0", "4", "6", "1", "5", "9"]
@@ -465,19 +554,12 @@ def test_damaged_files_leave_a_page_of_the_steps(text: str, copy: Path) -> None:
         assert any(f"{name} is damaged" in line for line in result["missing"])
 
 
-def test_what_is_no_run_is_a_sentence(
-    tmp_path: Path, command: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An empty folder, no runs at all, no time between looks; no matplotlib: what to install."""
+def test_what_is_no_run_is_a_sentence(tmp_path: Path, command: Callable[..., Done]) -> None:
+    """An empty folder, no runs at all, no time between looks."""
     assert "is not a run folder" in sentence(command("report", tmp_path))
     assert "There is no run under runs/" in sentence(command("report", cwd=tmp_path))
     with pytest.raises(MisError, match="--every-s is 0: give 1 or more"):
         report.run(report.Settings((str(tmp_path),), every_s=0))
-    monkeypatch.setattr(figures, "find_spec", lambda name: None)
-    with pytest.raises(
-        MisError, match="need matplotlib, which is not installed: .* -m pip install"
-    ):
-        report.run(report.Settings())
 
 
 def test_several_runs_side_by_side(copy: Path, warm: Path, tmp_path: Path) -> None:
@@ -494,7 +576,7 @@ def test_several_runs_side_by_side(copy: Path, warm: Path, tmp_path: Path) -> No
         f"<td>nll_student</td><td>{first:,.4g}</td><td>{second:,.4g} ({second - first:+,.4g})</td>"
         in page
     )
-    assert "<td>scenario</td><td>goral</td><td>none</td>" in page
+    assert "<td>scenario</td><td>balanced</td><td>none</td>" in page
     assert "<td>batch_size</td><td>2</td><td>2</td>" not in page
     ids = [a["id"] for _, a in Tags(page).tags if "id" in a]
     assert len(ids) == len(set(ids))

@@ -309,6 +309,7 @@ class AlignmentRun(run_loop.OpenRun):
             held_out[record["number"]] = record
         tokens = sum(step["tokens"] for step in steps)
         seconds = sum(step["seconds"] for step in steps)
+        cli.say(f"{out}: the weights of step {best.number}, the best on the held-out rows")
         return self.finish(
             {
                 "model": str(self.checkpoint.path),

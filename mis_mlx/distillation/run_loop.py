@@ -24,7 +24,7 @@ from mis_mlx.hardware.thermal.run_monitor import (
     check_power,
 )
 from mis_mlx.maths.optimizer import Diverged
-from mis_mlx.models import distributed, load, policy, resolve
+from mis_mlx.models import distributed, load, policy, resolve, scenarios
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress, text
 from mis_mlx.storage import checkpoint as protocol
@@ -47,9 +47,10 @@ def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tu
     def stored() -> tuple[dict[str, Any], str]:
         folder = run_folder.find(settings.out, under)
         defaults = asdict(type(settings)())
-        values = run_folder.merged(
-            asdict(settings), defaults, run_folder.stored_settings(folder), free
-        )
+        before = run_folder.stored_settings(folder)
+        if isinstance(before.get("scenario"), str):
+            before["scenario"] = scenarios.plain(before["scenario"])
+        values = run_folder.merged(asdict(settings), defaults, before, free)
         return values, str(folder)
 
     # The first machine alone has the folder.

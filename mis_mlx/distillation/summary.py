@@ -17,7 +17,7 @@ from mis_mlx.evaluation import answers, comparison
 from mis_mlx.models import arch, families, load, model_writer, policy
 from mis_mlx.models.config import read_config
 from mis_mlx.pruning import select
-from mis_mlx.reporting import figures, html, text
+from mis_mlx.reporting import html, text
 from mis_mlx.storage import run_folder
 from mis_mlx.types import MisError, Row, Step
 
@@ -163,12 +163,13 @@ def result_page(
     length: int,
     answered: answers.Judgement | None = None,
     *,
-    dialogue: str = "",
+    for_screen: bool = False,
     expectation: str = "",
 ) -> str:
     """Markdown: what the models answer, where they were asked; sizes and speeds; a table a text.
 
-    length: tokens of a held-out window. dialogue, expectation: stand before the first table.
+    length: tokens of a held-out window. expectation: stands before the first table. for_screen: the
+    sentence on what was won comes first, then some of the answers; in a file it is the last line.
     """
     names = list(models)
     texts = _texts(quality, LOSSES)
@@ -182,7 +183,13 @@ def result_page(
             table = text.table(rows, names, text.TABLES["answers"])
             asked.append({"language": language, "prompts": rows[0].n, "table": table})
         verdict = conversations.loop_warning(answered)
+    lead = ""
+    dialogue = ""
+    if for_screen:
+        lead = gain_sentence(models, sizes, quality)
+        dialogue = conversations.dialogue(answered) if answered else ""
     values = {
+        "lead": lead,
         "sizes": text.table(sizes, names, text.TABLES["sizes"]),
         "texts": texts,
         "length": length,
@@ -252,8 +259,6 @@ def next_steps(folder: Path) -> str:
         "python": _from_here(Path(sys.executable)),
         "run": shlex.quote(str(_from_here(folder.absolute()))),
         "exports": exports,
-        "draws": find_spec("matplotlib") is not None,
-        "package": figures.PACKAGE,
     }
     return html.document("next.md", values)
 

@@ -32,7 +32,7 @@ class Started(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a command said: its exit code, the JSON of its last line, its lines for people."""
+    """What a command said: its exit code, its result as JSON, its lines for people."""
 
     code: int
     result: dict[str, Any]
@@ -117,7 +117,7 @@ def stop(started: Started, at_once: bool = False) -> None:
 
 async def ask(command: str, flags: Sequence[str]) -> Answer:
     """A command's answer. Whoever stops waiting (CancelledError) ends it."""
-    return await stream(command, flags, lambda text: None)
+    return await stream(command, [*flags, "--json"], lambda text: None)
 
 
 async def stream(command: str, flags: Sequence[str], show: Callable[[str], object]) -> Answer:

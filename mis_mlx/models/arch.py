@@ -27,20 +27,6 @@ from mis_mlx.models.families import ALL, Config, Shapes, family
 from mis_mlx.models.tensor_shapes import end_tensors, layer_tensors, side_tensors, tensors_of
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 
-# A ratio per axis, kept / before. redyk and gazda: what was measured best at GÓRAL's size on
-# SmolLM2-135M, with half of its tokens (benchmarks/vocabulary.py) and with all of them (28 of 30
-# layers, half of the FFN, benchmarks/recovery.py). The others: table 1 of the paper, on its
-# 96-layer 8192/28672 teacher.
-SCENARIOS: dict[str, dict[str, float]] = {
-    "stado": {"experts": 3 / 4},
-    "redyk": {"layers": 29 / 30, "ffn": 2 / 3, "vocab": 1 / 2},
-    "gazda": {"layers": 28 / 30, "ffn": 1 / 2},
-    "goral": {"layers": 64 / 96, "ffn": 22528 / 28672},
-    "baca": {"hidden": 6144 / 8192},
-    "halny": {"ffn": 16384 / 28672},
-    "juhas": {"layers": 64 / 96},
-    "zbojnik": {"layers": 48 / 96, "ffn": 12288 / 28672},
-}
 # The paper's teacher; it leaves kv heads and vocabulary open: those of today's 70B models.
 PUBLISHED: dict[str, dict[str, Any]] = {  # configs without weights, for plans
     name: json.loads((Path(__file__).parent / f"{name}.json").read_text("utf-8"))

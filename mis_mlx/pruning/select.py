@@ -16,7 +16,16 @@ from mis_mlx.evaluation import comparison
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Key, Statistics
-from mis_mlx.models import arch, distributed, families, load, pipeline_parallel, policy, stream
+from mis_mlx.models import (
+    arch,
+    distributed,
+    families,
+    load,
+    pipeline_parallel,
+    policy,
+    scenarios,
+    stream,
+)
 from mis_mlx.models.config import MOST_EXPERTS, Shape, shape_of
 from mis_mlx.pruning import calibrate, slicing, vocabulary
 from mis_mlx.storage.files import Files
@@ -25,20 +34,20 @@ from mis_mlx.types import Checkpoint, Count, KeptUnits, MisError, Reading
 
 # in a report, for pictures: not for a line of JSON
 BULKY = ("block_importance", "differing", "profile")
-Scenario = Literal["redyk", "gazda", "goral", "baca", "halny", "juhas", "zbojnik", "stado", "none"]
 
 
 @dataclass(frozen=True)
 class PruningConfig(ThermalFlags, vocabulary.VocabularyConfig):
     """What to prune and how to judge: shared by `prune` and `distill`."""
 
-    scenario: Scenario | None = None
-    """what to cut: redyk (half of the vocabulary, a third of the FFN), gazda (half of the FFN, few
-    layers), or as in table 1 of the paper: goral (layers, FFN), baca (hidden), halny (FFN), juhas
-    (layers), zbojnik (layers, FFN). Default: in distill, sizes by --lose. Otherwise stado (three
-    quarters of the experts) for a mixture of experts; redyk if the vocabulary holds an eighth of
-    the parameters or more; none (only tokens go) if half of the vocabulary holds nearly a third;
-    else gazda
+    scenario: scenarios.Scenario | None = None
+    """what to cut: half-vocab (half of the vocabulary, a third of the FFN), half-ffn (half of the
+    FFN, few layers), or as in table 1 of the paper: balanced (layers, FFN), narrow (hidden),
+    ffn-only (FFN), shallow (layers), smallest (layers, FFN). Default: in distill, sizes by --lose.
+    Otherwise fewer-experts (three quarters of the experts) for a mixture of experts; half-vocab if
+    the vocabulary holds an eighth of the parameters or more; none (only tokens go) if half of the
+    vocabulary holds nearly a third; else half-ffn. The mountain names are accepted, too: redyk,
+    gazda, goral, baca, halny, juhas, zbojnik and stado, in this order
     """
     layers: Count | None = None
     """keep this many layers"""
@@ -72,6 +81,9 @@ class PruningConfig(ThermalFlags, vocabulary.VocabularyConfig):
     """
     temperature_unit: Literal["kelvin", "celsius"] = "kelvin"
     """unit of T_env in AAIS; celsius follows the paper exactly and needs more than 0"""
+
+    def __post_init__(self) -> None:
+        scenarios.settle(self)
 
 
 Ranking = Callable[[Key], np.ndarray]  # (layer, axis) -> scores (units,); the highest stay
@@ -202,7 +214,7 @@ def profile(
 
 def wanted_shape(config: Mapping[str, Any], cut: PruningConfig) -> Shape:
     """The shape that `cut` asks for at fixed target. MisError when no loader would accept it."""
-    ratios = arch.SCENARIOS.get(cut.scenario or "gazda", {})
+    ratios = scenarios.RATIOS.get(cut.scenario or "half-ffn", {})
     before = shape_of(config)
     exact = {axis: getattr(cut, axis) for axis in families.ALL}
     most = before.experts or MOST_EXPERTS

@@ -22,7 +22,7 @@ from mis_mlx.data import draws, preparation, token_windows
 from mis_mlx.evaluation import comparison
 from mis_mlx.gguf_export import vocab as gguf_vocabulary
 from mis_mlx.hardware import memory
-from mis_mlx.models import arch, distributed, load, stream
+from mis_mlx.models import arch, distributed, load, scenarios, stream
 from mis_mlx.models.config import read_config, shape_of
 from mis_mlx.models.families import family
 from mis_mlx.models.tokenizer_check import ROWS
@@ -96,23 +96,26 @@ def defaults(
 ) -> dict[str, Any]:
     """{"scenario", "vocab"} of a model of this config, where one or both may be left out.
 
-    none where --vocab takes nearly a third of all, or can; redyk where it is a cut, or can be one
-    that pays, else gazda. redyk has its own --vocab. model: the folder, if there is one.
+    none where --vocab takes nearly a third of all, or can; half-vocab where it is a cut, or can be
+    one that pays, else half-ffn. half-vocab has its own --vocab. model: the folder, if there is
+    one.
     """
     s = shape_of(config)
-    if s.experts and name is None:
-        name = "stado"
+    if name is not None:
+        name = scenarios.plain(name)
+    elif s.experts:
+        name = "fewer-experts"
     own = {
         scenario: f"{ratios['vocab']}x"
-        for scenario, ratios in arch.SCENARIOS.items()
+        for scenario, ratios in scenarios.RATIOS.items()
         if "vocab" in ratios
     }
     if name is None:
         share = s.vocab * arch.row_params(config) / arch.params(config)
         wanted = asked
         if not wanted and share >= PAYS:
-            wanted = own["redyk"]
-        name = "gazda"
+            wanted = own["half-vocab"]
+        name = "half-ffn"
         try:
             gone = share * (1 - size(wanted, model, s.vocab) / s.vocab)
         except MisError:  # of a tokenizer that cannot be trimmed
@@ -123,7 +126,7 @@ def defaults(
             if gone >= ALONE or (gone and family(config).per_layer):
                 name = "none"
             elif gone:
-                name = "redyk"
+                name = "half-vocab"
     return {"scenario": name, "vocab": asked or own.get(name)}
 
 

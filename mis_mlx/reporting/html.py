@@ -60,5 +60,5 @@ def markdown(text: str) -> str:
             head, _, *rows = map(cells_of, lines)
             blocks.append((head, rows, ""))
         else:
-            blocks.append(([], [], block))
+            blocks.append(([], [], block.replace("**", "")))
     return part("markdown", blocks=blocks)

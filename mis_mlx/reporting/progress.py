@@ -16,10 +16,10 @@ import mlx.core as mx
 
 from mis_mlx import cli
 from mis_mlx.hardware import macos
+from mis_mlx.reporting.time_left import Pace, ShownEstimate
 from mis_mlx.types import duration, gib
 
 EVERY_S = 10.0  # between two lines where there is no terminal
-STILL_S = 2.0  # a loop is named once the one around it has not moved for so long
 Show = Callable[..., None]  # (done, text="")
 
 
@@ -35,13 +35,29 @@ class Level:
     began_s: float
     whole: bool = False
     done: int = 0
-    first: int | None = None  # done before it began: the steps of a run that goes on
-    moved_s: float = 0.0
+    pace: Pace | None = None  # from the first turn on
     text: str = ""
 
-    def rate(self, now_s: float) -> float:
-        """Turns a second so far."""
-        return (self.done - (self.first or 0)) / max(now_s - self.began_s, 1e-9)
+    def move(self, done: int, text: str, now_s: float) -> None:
+        """So many turns are done now. A run that goes on begins with some of them."""
+        if self.pace is None:
+            self.pace = Pace(self.began_s, first=max(0, done - 1))
+        self.pace.note(done, now_s)
+        self.done = done
+        self.text = text
+
+    def left_s(self, now_s: float) -> float | None:
+        """Seconds to its end by its pace; None: unknown."""
+        return self.pace.left_s(self.total, now_s) if self.pace else None
+
+    def speed(self, now_s: float) -> str:
+        """'0.3/s'; before the first turn has ended, and where none is counted, the time so far."""
+        turn_s = self.pace.turn_s(now_s) if self.pace else None
+        if not turn_s:
+            return f"{duration(now_s - self.began_s)} so far"
+        if turn_s > 0.1:
+            return f"{1 / turn_s:.1f}/s"
+        return f"{1 / turn_s:.0f}/s"
 
     def count(self) -> str:
         """'block 3/30'; the label alone where it is not counted."""
@@ -69,6 +85,8 @@ class Display:
     clock: Callable[[], float] = time.monotonic
     levels: list[Level] = field(default_factory=list)
     took: dict[str, float] = field(default_factory=dict)
+    # seconds left, as shown, by phase or loop; "": of the run
+    shown: dict[str, ShownEstimate] = field(default_factory=dict)
     bar: Any = None
     # what the loop that is all of a phase said at its end; None outside of phases
     last: str | None = None
@@ -92,20 +110,19 @@ class Display:
     def left(self) -> tuple[float | None, float | None]:
         """Seconds that are left of (phase or loop, run); None: unknown.
 
-        By the rate of the loop. A phase of several loops: by the plan, if that says more.
+        By the pace of the loop. A phase of several loops: by the plan, if that says more.
         """
         now = self.clock()
         rest = None
-        loop = next((level for level in self.levels if level.total), None)
+        loop = self._outermost_loop()
         if loop:
-            rate = loop.rate(now)
-            if rate > 0:
-                rest = (loop.total - loop.done) / rate
-        planned = (level for level in self.levels if level.label in self.planned)
-        phase = next((level for level in planned if not level.total), None)
+            rest = loop.left_s(now)
+        phase = self._phase()
         if phase is None:
-            return rest, None
-        if rest is None or loop is None or not loop.whole:
+            # Before the first phase, or between two.
+            ahead = sum(seconds for name, seconds in self.planned.items() if name not in self.took)
+            return (None, self.ratio * ahead or None) if self.planned else (rest, None)
+        if rest is None or loop is None or loop.label != phase.label:
             by_plan = self.ratio * self.planned[phase.label] - (now - phase.began_s)
             rest = max(by_plan, rest or 0.0)
         later = self.later_s(phase.label)
@@ -113,51 +130,90 @@ class Display:
             return rest, rest + later
         return None, later or None  # it takes longer than planned
 
-    def _shown(self, now_s: float) -> list[Level]:
-        """The levels that a line names: without a planned run, and without loops that move fast."""
+    def _phase(self) -> Level | None:
+        """The planned phase that is under way, if there is one."""
+        planned = (level for level in self.levels if level.label in self.planned)
+        return next((level for level in planned if not level.total), None)
+
+    def _outermost_loop(self) -> Level | None:
+        return next((level for level in self.levels if level.total), None)
+
+    def _named(self) -> tuple[Level, str]:
+        """(the level whose speed a line tells, the line's first words): of one level or two.
+
+        A phase of several loops counts none of them; only where nothing is planned, so that no time
+        is known, the outermost one is counted.
+        """
+        phase = self._phase()
         levels = list(self.levels)
-        if len(levels) > 1 and self.planned:
-            del levels[0]
-        shown: list[Level] = []
-        for level in levels:
-            if shown and shown[-1].text and now_s - shown[-1].moved_s < STILL_S:
-                break
-            if shown and shown[-1].label == level.label and not shown[-1].total:
-                shown.pop()  # the phase, of which this is the loop
-            shown.append(level)
-        return shown
+        outer = phase or levels[0]
+        loop = next((level for level in levels[1:] if level.total), None)
+        if loop is None or (self.planned and phase is None):
+            return outer, outer.label
+        if loop.label == outer.label:  # all of the phase
+            return loop, loop.count()
+        if not self.planned:
+            return loop, f"{outer.label}, {loop.count()}"
+        if loop.whole:
+            return outer, f"{outer.label}: {loop.label}"
+        return outer, outer.label
+
+    def _time_left(self, label: str) -> str:
+        """'2.5 min left (run: 4.1 min)', as far as it is known; what moves fast says why."""
+        now = self.clock()
+        phase, run = self.left()
+        words = ""
+        trend = ""
+        if phase is not None:
+            shown = self.shown.setdefault(label, ShownEstimate())
+            words = f"{duration(shown.update(phase, now))} left"
+            trend = shown.trend
+        elif label in self.planned:
+            words = "longer than expected"
+        if run is not None:
+            of_run = self.shown.setdefault("", ShownEstimate())
+            left = duration(of_run.update(run, now))
+            between_phases = phase is None and label not in self.planned
+            words += f"{left} left" if between_phases else f" (run: {left})"
+            trend = trend or of_run.trend
+        if trend:
+            words += f", {trend}"
+        return words.strip()
 
     def line(self) -> str:
         """What is done and how long yet; then what the loop says, or its rate and memory."""
-        now = self.clock()
-        shown = self._shown(now)
-        own = next((level for level in shown if level.total), shown[-1])
-        head = ", ".join(level.count() for level in shown)
+        own, head = self._named()
         text = own.text
         if not text:
-            rate = shown[-1].rate(now)
-            turns = duration(now - shown[-1].began_s)
-            if rate:
-                digits = int(rate < 10)
-                turns = f"{rate:.{digits}f}/s"
-            text = f"{turns}  {gib(mx.get_active_memory())}"
+            text = f"{own.speed(self.clock())}  {gib(mx.get_active_memory())}"
         if own.total and own.done >= own.total:
             blank = " " if own.text else "  "
             return f"{head}{blank}{text}".rstrip()
-        phase, run = self.left()
-        if phase is not None:
-            head += f"  {duration(phase)} left"
-        if run is not None:
-            head += f" (run: {duration(run)})"
-        return f"{head}  {text}"
+        left = self._time_left(own.label)
+        return "  ".join(part for part in (head, left, text) if part)
+
+    def _share_done(self) -> tuple[float | None, float]:
+        """(total, done) for the bar: turns of the loop that is named, else seconds of the phase."""
+        own, _ = self._named()
+        if own.total:
+            return own.total, own.done
+        left_s, _ = self.left()
+        if left_s is None:
+            return None, 0.0
+        passed_s = self.clock() - own.began_s
+        return passed_s + left_s, passed_s
 
     def draw(self) -> None:
         """One line, or the bar anew."""
         if self.bar is None:
             return cli.say(self.line())
-        own = next((level for level in self.levels if level.total), Level("", 0, 0.0))
-        task = self.bar.task_ids[0]
-        self.bar.update(task, total=own.total or None, completed=own.done, text=self.line())
+        total, completed = self._share_done()
+        self.bar.update(
+            self.bar.task_ids[0],
+            total=total,
+            completed=completed,
+            text=self.line(),
+        )
 
     @contextmanager
     def level(self, label: str, total: int = 0, whole: bool = False) -> Iterator[Show]:
@@ -165,22 +221,21 @@ class Display:
         level = Level(label, total, self.clock(), whole)
 
         def update(done: int, text: str = "") -> None:
-            if level.first is None:
-                level.first = max(0, done - 1)
-            level.done = done
-            level.text = text
-            level.moved_s = self.clock()
+            level.move(done, text, self.clock())
             if self.bar is not None:
                 self.draw()
 
         self.levels.append(level)
         try:
             yield update
-            if whole and level.done >= total and self.last is not None:
-                self.last = self.line()
-            elif whole and level.done >= total and self.bar is None:
-                self.draw()
+            own, _ = self._named()
+            if own is level and whole and level.done >= total:
+                if self.last is not None:
+                    self.last = self.line()
+                elif self.bar is None:
+                    self.draw()
         finally:
+            self.shown.pop(label, None)
             if level in self.levels:  # loops that run side by side end in any order
                 del self.levels[self.levels.index(level) :]
 

@@ -98,7 +98,7 @@ def history_of(path: Path, names: Sequence[str]) -> History:
     pausing = False  # whether the last record is of a pause
     for record in run_folder.parsed(path, LINE_BYTES):
         history.lines += 1
-        wall_s = _number(record.get("wall_s")) if record else None
+        wall_s = finite(record.get("wall_s")) if record else None
         if not record or wall_s is None:
             history.torn += 1
             continue
@@ -126,7 +126,7 @@ def _values(record: Record, names: Sequence[str]) -> dict[str, float]:
     """The numbers of these names in a record, as far as it has them; and "tokens_per_s"."""
     values = {}
     for name in names:
-        value = _number(record.get(name))
+        value = finite(record.get(name))
         if value is not None:
             values[name] = value
     if values.get("seconds") and "tokens" in values:
@@ -134,7 +134,7 @@ def _values(record: Record, names: Sequence[str]) -> dict[str, float]:
     return values
 
 
-def _number(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
     """A finite number, or None for anything else that JSON can hold."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -165,6 +165,7 @@ class RunRecord(NamedTuple):
     steps: History
     air: History
     missing: Sequence[str]
+    folder: Path
 
     def took(self) -> dict[str, float]:
         """Seconds of each phase; one that was stopped and resumed has more than one record."""
@@ -184,7 +185,7 @@ def _held(read: Callable[..., Any], *where: Any) -> Any:
 def _without_answers(folder: Path, result: Record) -> list[str]:
     """A sentence where a run's result says that answers were judged, and their file has none."""
     path = folder / run_folder.ANSWERS
-    if not _number(result.get("answers_prompts")) or _answers(folder):
+    if not finite(result.get("answers_prompts")) or _answers(folder):
         return []
     state = "missing"
     if path.is_file():
@@ -241,7 +242,7 @@ def read(folder: Path) -> RunRecord:
         raise MisError(f"{folder} is not a run folder: give one, such as runs/NAME-001")
     starts_of_run = (record for record in phases if isinstance(record.get("planned"), list))
     begun: Record = next(starts_of_run, {})
-    starts = (_number(begun.get("wall_s")), steps.first_s, air.first_s)
+    starts = (finite(begun.get("wall_s")), steps.first_s, air.first_s)
     return RunRecord(
         name=folder.resolve().name,
         began_s=min((start for start in starts if start is not None), default=0.0),
@@ -257,4 +258,5 @@ def read(folder: Path) -> RunRecord:
         steps=steps,
         air=air,
         missing=missing,
+        folder=folder,
     )

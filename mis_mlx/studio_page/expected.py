@@ -9,7 +9,7 @@ import tempfile
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
@@ -18,8 +18,9 @@ from mis_mlx.distillation import candidates, known_losses, ranking
 from mis_mlx.evaluation.answer_likelihood import has_template
 from mis_mlx.models import families, load, resolve
 from mis_mlx.models.config import Shape, shape_of
+from mis_mlx.models.scenarios import PLAIN_NAMES
 from mis_mlx.planner.recipe import ITERS
-from mis_mlx.pruning import limits, select, shape_search
+from mis_mlx.pruning import limits, shape_search
 from mis_mlx.pruning.vocabulary import VocabularyConfig
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage import hub, run_folder
@@ -58,7 +59,7 @@ def curve(teacher: str | None) -> list[dict[str, Any]]:
 
 def scenarios() -> list[str]:
     """Names that --scenario takes."""
-    return list(get_args(select.Scenario))
+    return list(PLAIN_NAMES)
 
 
 def _known_curve(teacher: Checkpoint) -> list[dict[str, Any]]:

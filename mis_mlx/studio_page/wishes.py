@@ -32,7 +32,7 @@ class Wishes:
     decides: str = "loss"
     loss: float = 0.12
     megabytes: float = 70.0
-    scenario: str = "redyk"
+    scenario: str = "half-vocab"
     minutes: int = 0
     memory_mib: int = 0
     run: str = ""

@@ -114,14 +114,3 @@ def test_lines_to_paste_name_programs_and_folders_that_shells_take(
     assert lines[2][4] == "my run"
     assert lines[1][5] == "my run/model"
     assert all(Path(line[0]).samefile(sys.executable) for line in lines)
-
-
-def test_the_way_to_the_page_names_the_package_that_draws_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A fresh install has no matplotlib: the line before `report` installs it."""
-    for found, count in ((None, 4), (object(), 3)):
-        monkeypatch.setattr(summary, "find_spec", lambda name, found=found: found)
-        lines = summary.next_steps(tmp_path).splitlines()[1:]
-        assert len(lines) == count and " -m mis_mlx report " in lines[-1]
-        assert ("pip install 'matplotlib>=3.9,<4'" in lines[-2]) == (found is None)

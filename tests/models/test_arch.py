@@ -13,7 +13,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mis_mlx.models import arch, load
+from mis_mlx.models import arch, load, scenarios
 from mis_mlx.models.config import shape_of
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 from tests import tiny
@@ -81,7 +81,7 @@ def test_scenarios(scenario: str, paper: dict[str, int], small: dict[str, int]) 
 
     Nothing else moves. What is given exactly wins over its ratio.
     """
-    ratios = arch.SCENARIOS[scenario]
+    ratios = scenarios.RATIOS[scenarios.plain(scenario)]
     assert arch.target_shape(PAPER, ratios) == replace(shape_of(PAPER), **paper)
     assert arch.target_shape(SMOLLM2, ratios) == replace(shape_of(SMOLLM2), **small)
     exact = arch.target_shape(SMOLLM2, ratios, ffn=640, layers=None)

@@ -586,36 +586,36 @@ def test_what_is_cut_by_default(big: Checkpoint, tmp_path: Path) -> None:
     """
     small_share = {**big.config, "intermediate_size": 4096}
     large_share = {**big.config, "num_hidden_layers": 1}
-    redyk = {"scenario": "redyk", "vocab": "0.5x"}
-    gazda = {"scenario": "gazda", "vocab": None}
-    assert vocabulary.defaults(None, None, large_share, big.path) == redyk
-    assert vocabulary.defaults(None, None, large_share, None) == redyk
-    assert vocabulary.defaults(None, None, small_share, big.path) == gazda
+    half_vocab = {"scenario": "half-vocab", "vocab": "0.5x"}
+    half_ffn = {"scenario": "half-ffn", "vocab": None}
+    assert vocabulary.defaults(None, None, large_share, big.path) == half_vocab
+    assert vocabulary.defaults(None, None, large_share, None) == half_vocab
+    assert vocabulary.defaults(None, None, small_share, big.path) == half_ffn
     assert vocabulary.defaults(None, "512", small_share, big.path) == {
-        "scenario": "redyk",
+        "scenario": "half-vocab",
         "vocab": "512",
     }
     assert vocabulary.defaults(None, "1x", large_share, big.path) == {
-        "scenario": "gazda",
+        "scenario": "half-ffn",
         "vocab": "1x",
     }
-    assert vocabulary.defaults("redyk", None, small_share, big.path) == redyk
+    assert vocabulary.defaults("redyk", None, small_share, big.path) == half_vocab
     assert vocabulary.defaults("goral", None, large_share, big.path) == {
-        "scenario": "goral",
+        "scenario": "balanced",
         "vocab": None,
     }
     # without a tokenizer.json
-    assert vocabulary.defaults(None, None, large_share, tmp_path) == gazda
+    assert vocabulary.defaults(None, None, large_share, tmp_path) == half_ffn
     mostly_tokens = {**big.config, "num_hidden_layers": 1, "intermediate_size": 64}  # 0.79 of it
     assert vocabulary.defaults(None, None, mostly_tokens, big.path) == {
         "scenario": "none",
         "vocab": "0.5x",
     }
     assert vocabulary.defaults(None, "768", mostly_tokens, big.path) == {
-        "scenario": "redyk",
+        "scenario": "half-vocab",
         "vocab": "768",
     }
-    assert vocabulary.defaults("gazda", None, mostly_tokens, big.path) == gazda
+    assert vocabulary.defaults("gazda", None, mostly_tokens, big.path) == half_ffn
 
 
 def test_the_teacher_knows_words_that_did_not_come_up(big: Checkpoint, text_folder: Path) -> None:

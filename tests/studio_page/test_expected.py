@@ -48,6 +48,6 @@ def test_the_default_model_is_known() -> None:
 def test_scenarios_are_those_of_distill() -> None:
     """Each is taken."""
     names = expected.scenarios()
-    assert "goral" in names
+    assert "balanced" in names
     for name in names:
         assert cli.parse(distill.Settings, ["--scenario", name]).scenario == name

@@ -53,7 +53,7 @@ def test_no_field_takes_a_path(here: Path, field: str, path: str) -> None:
         chosen.model = wishes.HUB
     with pytest.raises(MisError) as error:
         wishes.base_flags(chosen, ())
-        wishes.size_flags(chosen, ["goral"])
+        wishes.size_flags(chosen, ["balanced"])
     assert "\n" not in str(error.value)
 
 
@@ -147,11 +147,11 @@ def test_flags_are_those_of_distill(here: Path, text_folder: Path) -> None:
     for decides, name, value in (
         ("loss", "lose", 0.05),
         ("bytes", "bytes", "70MB"),
-        ("scenario", "scenario", "goral"),
+        ("scenario", "scenario", "balanced"),
         ("settings", "iters", 3),
     ):
-        sized = replace(chosen, decides=decides, scenario="goral")
-        line = [*flags, *wishes.size_flags(sized, ["goral"])]
+        sized = replace(chosen, decides=decides, scenario="balanced")
+        line = [*flags, *wishes.size_flags(sized, ["balanced"])]
         settings = cli.parse(distill.Settings, line)
         assert getattr(settings, name) == value
         assert (settings.teacher, settings.minutes) == (str(model), 20)

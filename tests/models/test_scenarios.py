@@ -1,0 +1,97 @@
+"""A scenario has two names, and they mean the same wherever one is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import yaml
+
+from mis_mlx import cli, distill, flag_help, plan, prune
+from mis_mlx.distillation import run_loop
+from mis_mlx.models import scenarios
+from mis_mlx.storage import run_folder
+from mis_mlx.types import Checkpoint, MisError
+from tests.conftest import Done, last_line
+
+# What table 1 of the paper, or benchmarks/, has under each mountain name.
+KEPT = {
+    "stado": {"experts": 0.75},
+    "redyk": {"layers": 29 / 30, "ffn": 2 / 3, "vocab": 0.5},
+    "gazda": {"layers": 28 / 30, "ffn": 0.5},
+    "goral": {"layers": 2 / 3, "ffn": 11 / 14},
+    "baca": {"hidden": 0.75},
+    "halny": {"ffn": 4 / 7},
+    "juhas": {"layers": 2 / 3},
+    "zbojnik": {"layers": 0.5, "ffn": 3 / 7},
+}
+
+
+def test_every_scenario_has_both_names() -> None:
+    """What the annotation admits are all plain names and all mountain names, each once."""
+    literal, _ = get_args(scenarios.Scenario)
+    names = get_args(literal)
+    assert set(names) == {*KEPT, *scenarios.RATIOS, "none"}
+    assert len(names) == len(set(names))
+    for mountain_name, kept in KEPT.items():
+        assert scenarios.RATIOS[scenarios.plain(mountain_name)] == pytest.approx(kept)
+    for name in scenarios.PLAIN_NAMES:
+        assert scenarios.plain(name) == name
+    assert scenarios.plain("tatra") == "tatra"
+
+
+@pytest.mark.parametrize("settings", [distill.Settings, prune.Settings, plan.Settings])
+@pytest.mark.parametrize("mountain_name", KEPT)
+def test_flags_files_and_python_take_both(
+    settings: type, mountain_name: str, tmp_path: Path
+) -> None:
+    """All give equal settings."""
+    name = scenarios.plain(mountain_name)
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"scenario: {mountain_name}\n")
+    needed = ["--mlx-path", "out"] if settings is prune.Settings else []
+    by_flag = cli.parse(settings, ["--scenario", mountain_name, *needed])
+    by_file = cli.parse(settings, ["-c", str(file), *needed])
+    by_plain_name = cli.parse(settings, ["--scenario", name, *needed])
+    assert by_flag == by_plain_name
+    assert by_flag.scenario == by_file.scenario == name
+    assert settings(**{**asdict(by_flag), "scenario": mountain_name}) == by_flag
+
+
+def test_help_shows_the_plain_names() -> None:
+    """As the flag's values; the others stand in the text."""
+    shown = flag_help.text(distill.Settings, "distill", every=False)
+    (line,) = (line for line in shown.splitlines() if "--scenario" in line)
+    assert line.strip().startswith("--scenario {fewer-experts,half-vocab,half-ffn,balanced,narrow,")
+    assert "gazda" not in line
+    words = " ".join(shown.split())
+    assert "redyk, gazda, goral, baca, halny, juhas, zbojnik and stado" in words
+
+
+def test_a_run_of_the_old_spelling_goes_on(tmp_path: Path) -> None:
+    """Its settings are read, and either name may be given again; another scenario is refused."""
+    run = tmp_path / "run"
+    run.mkdir()
+    stored = {**asdict(distill.Settings(out=str(run))), "scenario": "gazda"}
+    (run / run_folder.CONFIG).write_text(yaml.safe_dump(stored | {"iters": 7}))
+    for given in (None, "gazda", "half-ffn"):
+        asked = distill.Settings(out=str(run), resume=True, scenario=given)
+        settings, folder = run_loop.resumed(asked, distill.FREE)
+        assert folder == run
+        assert (settings.scenario, settings.iters) == ("half-ffn", 7)
+    with pytest.raises(MisError, match="scenario"):
+        asked = distill.Settings(out=str(run), resume=True, scenario="redyk")
+        run_loop.resumed(asked, distill.FREE)
+
+
+def test_both_names_plan_the_same(command: Callable[..., Done], llama: Checkpoint) -> None:
+    """To the last number."""
+    results = []
+    for name in ("goral", "balanced"):
+        flags = ("--teacher", llama.path, "--scenario", name)
+        results.append(last_line(command("plan", *flags)))
+    assert results[0] == results[1]
+    assert results[0]["params_student"] < results[0]["params_teacher"]
