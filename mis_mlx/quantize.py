@@ -116,11 +116,11 @@ def run(settings: Settings) -> dict[str, Any]:
     checkpoint = run_loop.open_model(s, s.model, place=s.mlx_path, new="--mlx-path")
     s = replace(s, **packed_format.of_mixture(checkpoint.config, s))
     if s.looks and s.num_samples < 1:
-        flag = "--q-method gptq" if s.q_method == "gptq" else "--target-bpw"
+        flag = f"--q-method {s.q_method}" if s.compensates else "--target-bpw"
         raise MisError(f"{flag} needs text, but --num-samples is {s.num_samples}: give 1 or more")
     packed_format.check_dense(checkpoint)
     model_writer.need_tokenizer(checkpoint.path)
-    stage.check(checkpoint.config, s)
+    stage.check(checkpoint.config, s, s.num_samples)
     other = checkpoint
     if s.teacher:
         other = load.open_checkpoint(resolve.resolve_model(s.teacher).path)

@@ -67,7 +67,7 @@ Count = Annotated[int, Within(1, MOST)]
 Whole = Annotated[int, Within(0, MOST)]
 Tokens = Annotated[int, Within(2, 2**20)]  # in a window: one predicts the next
 Seed = Annotated[int, Within(0, 2**32 - 1)]
-Bits = Annotated[float, Within(3.0, 9.0)]  # of a weight, scales included
+Bits = Annotated[float, Within(2.2, 9.0)]  # of a weight, scales included
 Rate = Annotated[float, Within(0.0, 1.0, above=True)]
 Share = Annotated[float, Within(0.0, 1.0)]
 Positive = Annotated[float, Within(0.0, 1e7, above=True)]

@@ -1,5 +1,5 @@
-"""Write the tables of README.md, docs/results.md, docs/models.md and benchmarks/README.md from the
-files under benchmarks/results.
+"""Write the tables of README.md, docs/results.md, docs/models.md, docs/quantization.md and
+benchmarks/README.md from the files under benchmarks/results.
 
     scripts/mis scripts/render.py             # after a measurement
     scripts/mis scripts/render.py --check     # exit 1, with the lines, where a table is not what
@@ -26,7 +26,13 @@ from mis_mlx.reporting import text as words
 from mis_mlx.types import MisError, Row, duration, gib
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/results.md", "docs/models.md", "benchmarks/README.md")
+PAGES = (
+    "README.md",
+    "docs/results.md",
+    "docs/models.md",
+    "docs/quantization.md",
+    "benchmarks/README.md",
+)
 BLOCK = re.compile(
     r"^<!-- table: (\S+) -->\n(.*?)(?:^<!-- end -->|(?=^<!-- table: )|\Z)", re.MULTILINE | re.DOTALL
 )
@@ -310,6 +316,33 @@ def models_measured(*files: Found) -> str:
     return words.markdown_table(head, lines, words=2)
 
 
+def few_bits(found: Found) -> str:
+    """A line a row, by size: what it loses on answers and on each text, and its GGUF."""
+    rows = sorted(found["rows"].items(), key=lambda item: float(item[1]["nbytes"]))
+    texts = list(rows[0][1]["lost"])
+    head = ["", "bits per weight", "MB", *texts, "GGUF, MB", "of it the same numbers, %"]
+    lines = list[list[str]]()
+    for label, row in rows:
+        cells = [label, f"{row['bits_per_weight']:.2f}", f"{row['nbytes'] / 1e6:.1f}"]
+        cells += [with_interval(row["lost"][text]) for text in texts]
+        file = row["gguf"]
+        cells += [f"{file['nbytes'] / 1e6:.1f}", f"{100 * file['exact']:.0f}"]
+        lines.append(cells)
+    given = found["given"]
+    sizes = f"{given['prompts']} prompts, {given['eval']} windows of each text, "
+    sizes += f"{given['windows']} windows of calibration, one seed"
+    return "\n".join([words.markdown_table(head, lines), "", where(found, sizes)])
+
+
+def with_interval(value: list[float]) -> str:
+    """A number, with half the width of its 95 % interval where there is one."""
+    mean, *interval = value
+    if not interval:
+        return f"{mean:.3f}"
+    low, high = interval
+    return f"{mean:.3f} ± {(high - low) / 2:.3f}"
+
+
 def results_link(name: str) -> str:
     """A link from a page in docs/ to a results file of the machine that these runs are of."""
     return f"[{name}](../benchmarks/results/linux-x86_64/{name})"
@@ -322,6 +355,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "ttft-4bit": (ttft, ("ttft-4bit.json",)),
     "speed": (speed, ("throughput.json", "ttft.json")),
     "distill-default": (default_run, ("distill-default.md",)),
+    "few-bits": (few_bits, ("bits-SmolLM2-135M-Instruct.json",)),
     "models-half": (models_half, ("models.json",)),
     "models-default": (models_default, ("models.json",)),
     "models-measured": (
@@ -330,6 +364,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     ),
 }
 PROGRAMS = {
+    "bits-SmolLM2-135M-Instruct": "bits.py",
     "distill-default": "distill.py default",
     "ttft-4bit": "ttft.py --four-bit",
     "models": "models_table.py",

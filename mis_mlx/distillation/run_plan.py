@@ -56,7 +56,7 @@ def _job(s: Any, teacher: Checkpoint, rows: int) -> DistillationSpec:
         shape = select.wanted_shape(seen.config, s)
         config = arch.student_config(seen.config, shape, dtype=pipeline.DTYPE)
     if s.quantize:
-        stage.check(config, s)
+        stage.check(config, s, s.num_samples)
     prompts = 0
     if preparation.takes_conversations(load.tokenizer(teacher.path)):
         prompts = s.eval_prompts

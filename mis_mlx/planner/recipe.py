@@ -135,12 +135,16 @@ class QuantizationConfig:
     flags below have no effect
     """
     target_bpw: Bits | None = 4.5
-    """average bits per weight, including scales: each matrix gets 3 to 8 bits, by the measured loss
+    """average bits per weight, including scales: each matrix gets 2 to 8 bits, by the measured loss
     on text. None: 4 bits, and 8 for the embedding and for down_proj next to removed blocks
     """
-    q_method: Literal["round", "gptq"] = "gptq"
+    q_groups: Annotated[Literal["mixed", "one"], FILE_ONLY] = "mixed"
+    """mixed: with target_bpw, a matrix may have another group size than q_group_size (32, 64 or
+    128), where that costs less; one: all have q_group_size
+    """
+    q_method: Literal["round", "gptq", "blocks"] = "gptq"
     """round: each weight to its nearest value; gptq: so that outputs on calibration windows change
-    least
+    least; blocks: gptq, then each block's scales learn to give the unrounded block's output
     """
     q_iters: Whole | None = None
     """steps in which scales, biases and norms learn from the teacher, and integers stay; default:
@@ -162,7 +166,12 @@ class QuantizationConfig:
     def looks(self) -> bool:
         """Whether rounding looks at text."""
         affine = self.affine
-        return affine.q_method == "gptq" or affine.target_bpw is not None
+        return affine.compensates or affine.target_bpw is not None
+
+    @property
+    def compensates(self) -> bool:
+        """Whether weights make up for the errors of others, on fitted grids."""
+        return self.q_method != "round"
 
     def steps(self, in_memory: bool) -> int:
         """Steps after rounding. in_memory: the student is whole in memory."""

@@ -5,11 +5,12 @@ Arithmetic on sizes. Does not know how it is done (quantization).
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from mis_mlx.maths.reconstruction import precision
-from mis_mlx.maths.rounding import CANDIDATE_BITS, HELD_BYTES, PART, SLAB
+from mis_mlx.maths.rounding import CANDIDATE_BITS, GROUPS, HELD_BYTES, PART, SLAB
 from mis_mlx.models.config import Shape
 from mis_mlx.models.residency import batches_per_pass
 from mis_mlx.planner.estimates import (
@@ -28,6 +29,9 @@ from mis_mlx.planner.recipe import QuantizationConfig
 
 BIAS_BITS = 32  # scale and bias of a group
 SENSED = 8  # windows that say what bits cost
+# of quantization/block_tuning, which reads them from here
+TUNING_STEPS = 24
+TUNED_AT_ONCE = 2  # windows of a step
 
 
 def solver_flops(inputs: int, factor: float, solve: float) -> float:
@@ -80,8 +84,20 @@ def quantizing_cost(
         peak_bytes=peak,
         flops=0.0,
     )
-    if config.q_method == "gptq":
-        cost = _compensated(cost, m, tokens=windows * length, length=length, limit_bytes=limit)
+    if config.compensates:
+        tunes = config.q_method == "blocks"
+        beside = _tuning_bytes(m, config, length) if tunes else 0
+        tokens = windows * length
+        gptq_cost = partial(_compensated, cost, m, tokens=tokens, length=length, limit_bytes=limit)
+        cost = gptq_cost(beside_bytes=beside)
+        if tunes:
+            targets = tokens * m.hidden_bytes
+            in_memory = gptq_cost(beside_bytes=beside + targets)
+            # Targets are in memory where all hidden states are, else all of them are in a file.
+            if in_memory.held_tokens == tokens:
+                cost = in_memory
+                targets = 0
+            cost = _tuned(cost, m, windows=windows, length=length, target_bytes=targets)
     if config.target_bpw is not None:
         cost = _sensed(cost, m, windows=windows, length=length, limit=limit)
     return cost
@@ -94,10 +110,12 @@ def _compensated(
     tokens: int,
     length: int,
     limit_bytes: int,
+    beside_bytes: int,
 ) -> StageCost:
     """`plain`, rounding tensor by tensor, with a pass that makes up for the errors.
 
-    As in quantization/stage. In numpy: a block's gram matrices, five of the largest to factorize
+    beside_bytes: what tuning a block takes, at another time than the rest. As in
+    quantization/stage. In numpy: a block's gram matrices, five of the largest to factorize
     it, 8 bytes for each weight of the largest set of matrices with the same inputs, and 20 more for
     those rounded at a time. In float32 MLX factorizes it, with three.
     """
@@ -126,7 +144,7 @@ def _compensated(
         length=length,
         limit_bytes=limit_bytes,
         head=False,
-        beside_bytes=working,
+        beside_bytes=max(working, beside_bytes),
     )
     held = one_pass.held_tokens * m.hidden_bytes + m.slots_bytes
     block_flops = 2 * tokens * gram_flops + rounding_flops
@@ -139,6 +157,44 @@ def _compensated(
         flops=2 * one_pass.flops + s.layers * (block_flops - host_flops),
         waits=2 * one_pass.waits,
         host_flops=float(s.layers * host_flops),
+    )
+
+
+def _tuning_bytes(m: ModelSize, how: QuantizationConfig, length: int) -> int:
+    """What a block holds while its scales learn (quantization/block_tuning).
+
+    Integers in a byte; weights and their gradients in float32, and products with the integers; for
+    scales and biases values, gradients, and Adam's two means; the backward pass of a step. Of a
+    block with groups of 32, which have the most scales.
+    """
+    grids = 2 * m.block_params // min(GROUPS if how.q_groups == "mixed" else [how.q_group_size])
+    weights = (1 + 3 * 4) * m.block_params
+    return weights + 16 * grids + backward_bytes(m.config, TUNED_AT_ONCE, length)
+
+
+def _tuned(
+    rounded: StageCost,
+    m: ModelSize,
+    *,
+    windows: int,
+    length: int,
+    target_bytes: int,
+) -> StageCost:
+    """`rounded`, and every block's scales learn. target_bytes: of targets that lie in a file.
+
+    Operations: a forward pass for the targets, two over a quarter of the windows that judge, and
+    three for every window of a step.
+    """
+    layers = m.shape.layers
+    passes = windows + 2 * windows // 4 + 3 * TUNED_AT_ONCE * TUNING_STEPS
+    moved = layers * target_bytes
+    read = math.ceil(moved * TUNED_AT_ONCE * TUNING_STEPS / windows) + moved
+    return replace(
+        rounded,
+        read_bytes=rounded.read_bytes + read,
+        written_bytes=rounded.written_bytes + moved,
+        flops=rounded.flops + forward_flops(m, passes * length, length),
+        waits=rounded.waits + layers * (TUNING_STEPS + 2 * windows),
     )
 
 

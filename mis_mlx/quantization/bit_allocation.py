@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice, product
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,9 +37,13 @@ from mis_mlx.models import (
 from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.planner.recipe import QuantizationConfig
-from mis_mlx.quantization import packed_format
+from mis_mlx.quantization import format_costs, packed_format
 from mis_mlx.quantization.embedding_costs import PerLayerCosts, VocabularyCosts
 from mis_mlx.types import Checkpoint, MisError
+
+Width = TypeVar("Width", int, float)  # bits of a weight, with its share of the scales or without
+
+SLACK = 1e-9  # bits of a weight
 
 
 def mixed(
@@ -55,52 +59,60 @@ def mixed(
     T)]. seed: of the tokens that the model draws. kept: as in `backward_pass.input_gradients`.
     MisError as in `check`.
     """
+    check(checkpoint.config, how)
     group = how.q_group_size
-    check(how.target_bpw, group)
-    nats = costs(
-        checkpoint,
-        batches,
-        group,
-        rounding.CANDIDATE_BITS,
-        seed=seed,
-        kept=kept,
-        fit=how.q_method == "gptq",
-    )
-    # Small matrices of fixed bits have no choice, but their bits count towards the mean.
-    for path in packed_format.wide_projections(checkpoint.config):
-        nats[path] = {packed_format.WIDE_BITS: 0.0}
-    shapes = arch.tensors_of(checkpoint.config)
-    sizes = {path: math.prod(shapes[f"{path}.weight"]) for path in nats}
-    # Every format has the same overhead for scales and biases; the allocation counts integers only.
-    overhead = packed_format.Format(0, group).bits_per_weight
-    chosen = allocate(nats, sizes, (how.target_bpw or 0.0) - overhead)
+    nats = costs(checkpoint, batches, group, rounding.CANDIDATE_BITS, seed=seed, kept=kept)
+    of_formats = format_costs.of_formats(checkpoint, nats, how)
+    return chosen_layout(checkpoint.config, of_formats, how.target_bpw or 0.0)
+
+
+def chosen_layout(
+    config: Mapping[str, Any],
+    of_formats: Mapping[str, format_costs.FormatCosts],
+    target_bpw: float,
+) -> tuple[packed_format.Formats, dict[str, Any]]:
+    """`mixed`, where the cost of every matrix in every format is known, in nats per token."""
+    shapes = arch.tensors_of(config)
+    sizes = {path: math.prod(shapes[f"{path}.weight"]) for path in of_formats}
+    # No two formats of a matrix have the same bits per weight, so these stand for a format.
+    by_bits = {}
+    for path, cost in of_formats.items():
+        by_bits[path] = {kind.bits_per_weight: nats for kind, nats in cost.items()}
+    bits = allocate(by_bits, sizes, target_bpw)
+    chosen = {}
     digits = {}
-    for path, cost in nats.items():
-        digits[path] = {str(bits): round(value, 9) for bits, value in cost.items()}
+    predicted = 0.0
+    for path, cost in of_formats.items():
+        digits[path] = {f"{kind.bits}/{kind.group}": round(n, 9) for kind, n in cost.items()}
+        for kind, nats in cost.items():
+            if kind.bits_per_weight == bits[path]:
+                chosen[path] = kind
+                predicted += nats
     report = {
-        "target_bpw": how.target_bpw,
-        "nats": digits,
-        "bits": chosen,
-        "predicted_nats": sum(nats[path][bits] for path, bits in chosen.items()),
+        "target_bpw": target_bpw,
+        "nats": digits,  # "3/64": 3 bits in groups of 64
+        "bits": {path: kind.bits for path, kind in chosen.items()},
+        "groups": {path: kind.group for path, kind in chosen.items()},
+        "predicted_nats": predicted,
     }
-    return {path: packed_format.Format(bits, group) for path, bits in chosen.items()}, report
+    return chosen, report
 
 
 def allocate(
-    costs: Mapping[str, Mapping[int, float]],
+    costs: Mapping[str, Mapping[Width, float]],
     sizes: Mapping[str, int],
     mean_bits: float,
-) -> dict[str, int]:
+) -> dict[str, Width]:
     """{name: bits} of the least cost with at most `mean_bits` on average; {} when none has so few.
 
-    costs: {name: {bits: cost}}, the same bits for all; a name without a choice has one number of
-    bits. sizes: {name: weights}, by which the mean is weighted. Greedy along each name's lower
-    convex hull, which is optimal but for the last step (Lagrange): a step that does not fit any
-    more is passed over. That step can be most of the budget where the largest name is an embedding,
-    so the largest one is tried in all its bits.
+    costs: {name: {bits: cost}}; a name without a choice has one number of bits. sizes: {name:
+    weights}, by which the mean is weighted. Greedy along each name's lower convex hull, which is
+    optimal but for the last step (Lagrange): a step that does not fit any more is passed over. That
+    step can be most of the budget where the largest name is an embedding, so the largest one is
+    tried in all its bits.
     """
     largest = max(sizes, key=lambda name: sizes[name])
-    best: dict[str, int] = {}
+    best: dict[str, Width] = {}
     least = math.inf
     for bits, cost in costs[largest].items():
         fixed = {**costs, largest: {bits: cost}}
@@ -113,15 +125,16 @@ def allocate(
 
 
 def _greedy(
-    costs: Mapping[str, Mapping[int, float]],
+    costs: Mapping[str, Mapping[Width, float]],
     sizes: Mapping[str, int],
     mean_bits: float,
-) -> dict[str, int]:
+) -> dict[str, Width]:
     """`allocate`, without the trials of the largest name."""
     chosen = {name: min(cost) for name, cost in costs.items()}
     # bits that may still be given out
     room = sum((mean_bits - chosen[name]) * size for name, size in sizes.items())
-    if room < 0:
+    # The least mean, written as a decimal fraction, may differ in its last digit.
+    if room < -SLACK * sum(sizes.values()):
         return {}
     steps = []
     for name, cost in costs.items():
@@ -139,7 +152,7 @@ def _greedy(
     return chosen
 
 
-def _hull(cost: Mapping[int, float], size: int) -> list[tuple[float, int]]:
+def _hull(cost: Mapping[Width, float], size: int) -> list[tuple[float, Width]]:
     """[(cost saved per added bit of a weight, bits then)] from the fewest bits on, steepest first.
 
     These are the steps of the lower convex hull of `cost`, as far as it falls.
@@ -160,25 +173,19 @@ def _hull(cost: Mapping[int, float], size: int) -> list[tuple[float, int]]:
     return steps
 
 
-def check(target_bpw: float | None, group: int) -> None:
-    """MisError when the target lies outside the bits per weight that rounding.CANDIDATE_BITS can
-    make.
-    """
-    few = min(rounding.CANDIDATE_BITS)
-    many = max(rounding.CANDIDATE_BITS)
-    least = packed_format.Format(few, group).bits_per_weight
-    most = packed_format.Format(many, group).bits_per_weight
-    if target_bpw is None or least <= target_bpw <= most:
+def check(config: Mapping[str, Any], how: QuantizationConfig) -> None:
+    """MisError when the target lies outside the bits per weight that the formats can make."""
+    if how.target_bpw is None:
         return
-    if target_bpw > most:
-        limit = f"above {most:g}, which {many} bits in groups of {group} take"
-        remedy = f"give {most:g} or less"
-    else:
-        limit = f"below {least:g}, which {few} bits in groups of {group} take"
-        remedy = f"give {least:g} or more"
-        if group < 128:
-            remedy += ", or --q-group-size 128"
-    raise MisError(f"--target-bpw {target_bpw:g} is {limit}: {remedy}")
+    least, most = format_costs.limits(config, how)
+    if least <= how.target_bpw <= most:
+        return
+    if how.target_bpw > most:
+        limit = f"above {most:g}, which 8 bits in groups of {how.q_group_size} take"
+        raise MisError(f"--target-bpw {how.target_bpw:g} is {limit}: give {most:g} or less")
+    shown = math.ceil(least * 1000) / 1000
+    limit = f"below {shown:g}, the least that this model's matrices take in 2 bits"
+    raise MisError(f"--target-bpw {how.target_bpw:g} is {limit}: give {shown:g} or more")
 
 
 # One window in a block: the inputs of its matrices, {axis: (T, in)}, and for each matrix

@@ -70,7 +70,8 @@ class Format(NamedTuple):
 
 GROUPS = {"mxfp4": 32, "nvfp4": 16}  # the formats that have only one group size
 Formats = Mapping[str, Format]  # by module path
-Rounded = Iterator[Mapping[str, rounding.Packed]]  # block by block, {module path: its matrix}
+RoundedBlock = Mapping[str, rounding.Packed]  # a block's matrices, by module path
+Rounded = Iterator[RoundedBlock]
 
 
 def blocks_after_removed(checkpoint: Checkpoint) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from mis_mlx.maths import reconstruction, rounding
 from mis_mlx.models import arch, load, modules, stream
 from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.planner.recipe import QuantizationConfig
-from mis_mlx.quantization import bit_allocation, packed_format
+from mis_mlx.quantization import bit_allocation, block_tuning, packed_format
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint, MisError
@@ -30,10 +30,16 @@ from mis_mlx.types import Checkpoint, MisError
 ENOUGH_BITS = 8  # rounding costs nothing there: such matrices get their nearest values
 
 
-def check(config: Mapping[str, Any], rounding: QuantizationConfig) -> None:
-    """Refuse, before hours of work, a shape that groups do not divide or a target out of reach."""
+def check(config: Mapping[str, Any], rounding: QuantizationConfig, windows: int) -> None:
+    """Refuse, before hours of work, what cannot be rounded in this way.
+
+    A shape that groups do not divide, a target out of reach, blocks that cannot learn from so many
+    windows.
+    """
     packed_format.formats_of(config, rounding.q_group_size, mode=rounding.q_mode)
-    bit_allocation.check(rounding.affine.target_bpw, rounding.q_group_size)
+    bit_allocation.check(config, rounding.affine)
+    if rounding.affine.q_method == "blocks":
+        block_tuning.check(config, windows)
 
 
 def quantize(
@@ -81,8 +87,14 @@ def quantize(
         )
         extra[packed_format.SENSITIVITY] = json.dumps(report).encode()
     rounded = None
-    if rounding.q_method == "gptq":
-        rounded = rounded_blocks(checkpoint, batches, plan, hidden(1))
+    if rounding.compensates:
+        tuning = None
+        if rounding.q_method == "blocks":
+            targets: Hidden = list[mx.array]()
+            if held < len(batches):
+                targets = Spool(beside, 0, files)
+            tuning = block_tuning.BlockTuning(targets, seed)
+        rounded = rounded_blocks(checkpoint, batches, plan, hidden(1), tuning)
     return packed_format.write_quantized(
         checkpoint,
         out,
@@ -99,18 +111,24 @@ def rounded_blocks(
     batches: Batches,
     plan: packed_format.Formats,
     hidden: Hidden | None = None,
-) -> Iterator[dict[str, rounding.Packed]]:
+    tuning: block_tuning.BlockTuning | None = None,
+) -> Iterator[packed_format.RoundedBlock]:
     """Per block, in order, {module path: packed matrix}, calibrated on token ids [(B, T)].
 
-    plan: affine formats only. hidden: a place for the hidden states other than memory. MisError
-    when an input's products overflow.
+    plan: affine formats only. hidden: a place for the hidden states other than memory. tuning: what
+    tunes a block once it is rounded. MisError when an input's products overflow.
     """
     source = stream.Stream(checkpoint, direct=hidden is not None)
     hidden = source.embed(batches, hidden)
     for i, block in source.blocks():
         # hidden: (B, T, D) of every batch, the input of block i as the rounded blocks before it
         # make it, which is what the quantized model will have there.
-        yield _rounded_block(source, i, block, plan=plan, hidden=hidden)
+        if tuning is None:
+            yield _rounded_block(source, i, block, plan=plan, hidden=hidden)
+        else:
+            tuning.look(source, block, hidden)
+            rounded = _rounded_block(source, i, block, plan=plan, hidden=hidden)
+            yield tuning.tuned(source, block, hidden, rounded=rounded, plan=plan)
         if i + 1 < source.layers:
             # The block's weights are the rounded ones now. Nothing reads the last block's output.
             source.run_block(block, hidden)

@@ -1,0 +1,278 @@
+"""What few bits cost on answers and text: the choice of formats before and now, beside mlx_lm's.
+
+    scripts/mis benchmarks/bits.py --num-samples 32          # two minutes a row on a core
+    scripts/mis benchmarks/bits.py --model gemma-3-270m --targets 3 4.5
+    scripts/mis scripts/render.py                            # puts the rows into a table
+
+A row is the whole teacher, all its tokens and blocks, in so many bits per weight, scales included.
+"before": each matrix has 3 to 8 bits in groups of 64. "now": 2 bits and groups of 32 and 128 join
+the choice. Both are chosen by the same measured costs and rounded by GPTQ on fitted grids, without
+tuning. "blocks": scales then learn block by block (--q-method blocks). mlx_lm's rows are
+`mlx_lm.convert -q`.
+
+Every row is judged by its float32 weights: bits per byte above the teacher, of the teacher's own
+answers to held-out prompts and of the built-in held-out text. Writes
+benchmarks/results/<machine>/bits-<model>.json after every row; finished rows are not made again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from laboratory import resumed, start, write
+
+from mis_mlx import cli
+from mis_mlx.data import preparation
+from mis_mlx.evaluation import answers, comparison
+from mis_mlx.evaluation.answer_likelihood import has_template
+from mis_mlx.gguf_export import tensors
+from mis_mlx.hardware import memory
+from mis_mlx.maths import rounding
+from mis_mlx.models import arch, load, resolve
+from mis_mlx.planner.recipe import QuantizationConfig
+from mis_mlx.quantization import (
+    bit_allocation,
+    block_tuning,
+    format_costs,
+    packed_format,
+    stage,
+)
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import Checkpoint
+
+HOW = QuantizationConfig(q_iters=0)
+LENGTH = 256  # tokens of a window
+LEAST_BEFORE = 3
+PACKED = {"2 bits, groups of 32": (2, 32), "3 bits": (3, 64), "4 bits": (4, 64)}
+Made = dict[str, Any]  # what is known of a row before it is judged
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which rows."""
+
+    model: str | None = None
+    """folder, hub id or gemma-3-270m; default: SmolLM2-135M-Instruct"""
+    targets: tuple[float, ...] = (4.5, 3.5, 3.0, 2.5)
+    """bits per weight"""
+    only: tuple[str, ...] = ()
+    """rows; default: all"""
+    num_samples: int = 8
+    """windows of calibration"""
+    prompts: int = 24
+    """held-out prompts that the teacher has answered"""
+    eval_windows: int = 6
+    """held-out windows of every text"""
+    sensitivity: str | None = None
+    """sensitivity.json of a search: what fitted grids of 3 to 8 bits cost in each matrix; default:
+    it is measured
+    """
+
+
+class Bench:
+    """A teacher, its text, and its measured costs."""
+
+    def __init__(self, s: Settings):
+        self.s = s
+        self.teacher = load.open_checkpoint(resolve.resolve_model(s.model).path)
+        self.name = f"bits-{self.teacher.path.name}"
+        self.given = {"windows": s.num_samples, "prompts": s.prompts, "eval": s.eval_windows}
+        before = resumed(self.name, self.given, ["rows"])
+        self.rows: dict[str, Any] = before.get("rows", {})
+        data = preparation.prepare(None, load.tokenizer(self.teacher.path), LENGTH)
+        self.batches = preparation.calibration(data.train, s.num_samples, 0)
+        self.held_out = {}
+        self.teacher_nats = {}
+        for text, windows in data.held_out.items():
+            self.held_out[text] = comparison.spread_windows(windows, s.eval_windows)
+
+    def keep(self) -> None:
+        """Write what there is."""
+        command = "scripts/mis benchmarks/bits.py"
+        if self.s.model is not None:
+            command += f" --model {self.s.model}"
+        if self.s.sensitivity is not None:
+            command += f" --sensitivity {self.s.sensitivity}"
+        write(self.name, command, {"given": self.given, "rows": self.rows})
+
+    @cached_property
+    def costs(self) -> dict[str, format_costs.FormatCosts]:
+        """{module path: {format: nats per token}} of the teacher."""
+        began = time.monotonic()
+        nats: dict[str, dict[int, float]] = {}
+        if self.s.sensitivity is None:
+            nats = bit_allocation.costs(
+                self.teacher, self.batches, HOW.q_group_size, rounding.CANDIDATE_BITS
+            )
+        else:
+            stored_nats = json.loads(Path(self.s.sensitivity).read_text("utf-8"))
+            for path, costs in stored_nats.items():
+                nats[path] = {int(bits): cost for bits, cost in costs.items()}
+        fitted = self.s.sensitivity is not None
+        found = format_costs.of_formats(self.teacher, nats, HOW, fitted=fitted)
+        cli.say(f"costs of all formats: {time.monotonic() - began:.0f} s")
+        return found
+
+    def ours(
+        self,
+        target: float,
+        *,
+        before: bool = False,
+        tunes: bool = False,
+    ) -> Callable[[Path], Made]:
+        """The teacher in so many bits per weight, on fitted grids, by GPTQ.
+
+        tunes: then scales learn block by block.
+        """
+
+        def make(out: Path) -> Made:
+            costs = self.costs
+            if before:
+                costs = {path: older_formats(of_path) for path, of_path in costs.items()}
+            layout, report = bit_allocation.chosen_layout(self.teacher.config, costs, target)
+            began = time.monotonic()
+            tuning = block_tuning.BlockTuning(list[mx.array]()) if tunes else None
+            blocks = stage.rounded_blocks(self.teacher, self.batches, layout, tuning=tuning)
+            packed_format.write_quantized(self.teacher, out, layout, DISK, rounded=blocks, fit=True)
+            return {
+                "predicted_nats": round(report["predicted_nats"], 4),
+                "formats": shares(self.teacher, layout),
+                "rounding_s": round(time.monotonic() - began),
+            }
+
+        return make
+
+    def packed(self, bits: int, group: int) -> Callable[[Path], Made]:
+        """`mlx_lm.convert -q`."""
+
+        def make(out: Path) -> Made:
+            load.mlx_lm("convert").convert(
+                str(self.teacher.path),
+                str(out),
+                quantize=True,
+                q_group_size=group,
+                q_bits=bits,
+                dtype="float16",
+            )
+            return {}
+
+        return make
+
+    def judge(self, wide: Checkpoint) -> dict[str, list[float]]:
+        """{text: (bits per byte above the teacher, low, high)}; intervals are 95 %.
+
+        "answers" is the teacher's own; the other texts have no interval.
+        """
+        found = {}
+        if has_template(self.teacher):
+            models = {"teacher": self.teacher, "rounded": wide}
+            asked = answers.prompts(self.s.prompts)
+            judgement = answers.judged(models, asked, memory.budget(None), silent=["rounded"])
+            assert judgement is not None  # both have a template
+            for row in judgement.rows:
+                if (row.metric, row.model) == ("answers_excess", "rounded"):
+                    found["answers"] = digits(row.value, row.low, row.high)
+        for text, windows in self.held_out.items():
+            if text not in self.teacher_nats:
+                figures = comparison.compare({"teacher": self.teacher}, windows)
+                self.teacher_nats[text] = comparison.per_byte(figures["teacher", "nll"], windows)
+            figures = comparison.compare({"rounded": wide}, windows)
+            nats = comparison.per_byte(figures["rounded", "nll"], windows)
+            found[text] = digits((nats - self.teacher_nats[text]) / math.log(2))
+        return found
+
+    def add(self, label: str, make: Callable[[Path], Made]) -> None:
+        """Make a model's folder, judge it, and keep the numbers."""
+        if label in self.rows:
+            return
+        with tempfile.TemporaryDirectory() as temp:
+            out = Path(temp) / "packed"
+            made = make(out)
+            packed = load.open_checkpoint(out)
+            # MLX's kernels for few bits are ten times slower on a CPU than those of float32.
+            wide = Path(temp) / "wide"
+            load.mlx_lm("convert").convert(str(out), str(wide), dequantize=True, dtype="float32")
+            lost = self.judge(load.open_checkpoint(wide))
+            row = {
+                "nbytes": packed.nbytes,
+                "bits_per_weight": 8 * packed.nbytes / arch.params(packed.config),
+                "lost": lost,
+                "gguf": gguf(packed),
+                **made,
+            }
+        self.rows[label] = row
+        cli.say(f"{label}: {row}")
+        self.keep()
+
+
+def digits(*values: float) -> list[float]:
+    """Four digits of each."""
+    return [round(value, 4) for value in values]
+
+
+def older_formats(costs: format_costs.FormatCosts) -> format_costs.FormatCosts:
+    """Those of "before": 3 bits or more, in groups of 64."""
+    found = {}
+    for kind, nats in costs.items():
+        if kind.bits >= LEAST_BEFORE and kind.group == HOW.q_group_size:
+            found[kind] = nats
+    return found
+
+
+def shares(checkpoint: Checkpoint, layout: packed_format.Formats) -> dict[str, float]:
+    """{"bits/group": share of the weights} of a layout."""
+    shapes = arch.tensors_of(checkpoint.config)
+    weights = Counter[str]()
+    for path, kind in layout.items():
+        weights[f"{kind.bits}/{kind.group}"] += math.prod(shapes[f"{path}.weight"])
+    together = weights.total()
+    return {name: round(weights[name] / together, 3) for name in sorted(weights)}
+
+
+def gguf(packed: Checkpoint) -> dict[str, float]:
+    """Bytes of the GGUF that `export` makes, and the share of packed weights that it keeps."""
+    nbytes = 0
+    exact = 0
+    matrices = 0
+    for part in tensors.parts(packed, tensors.out_type(packed)):
+        nbytes += part.nbytes
+        if len(part.shape) > 1:
+            size = math.prod(part.shape)
+            matrices += size
+            exact += size * part.exact
+    return {"nbytes": nbytes, "exact": round(exact / matrices, 3)}
+
+
+def rows_of(bench: Bench) -> Iterator[tuple[str, Callable[[Path], Made]]]:
+    """(label, what makes it) of every row, in order."""
+    least_before = packed_format.Format(LEAST_BEFORE, HOW.q_group_size).bits_per_weight
+    for target in bench.s.targets:
+        yield f"now, {target:g}", bench.ours(target)
+        if target >= least_before:
+            yield f"before, {target:g}", bench.ours(target, before=True)
+    for target in bench.s.targets:
+        yield f"blocks, {target:g}", bench.ours(target, tunes=True)
+    for label, (bits, group) in PACKED.items():
+        yield f"mlx_lm.convert, {label}", bench.packed(bits, group)
+
+
+def main(s: Settings) -> None:
+    """Every row that is not there yet."""
+    bench = Bench(s)
+    for label, make in rows_of(bench):
+        if not s.only or label in s.only:
+            bench.add(label, make)
+
+
+if __name__ == "__main__":
+    start(Settings, main)
