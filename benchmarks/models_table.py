@@ -32,7 +32,7 @@ from mis_mlx import cli, distill, plan, search
 from mis_mlx.data import prompts
 from mis_mlx.distillation import conversations, teacher_answers
 from mis_mlx.hardware import rates
-from mis_mlx.models import arch
+from mis_mlx.models import arch, stored_form
 from mis_mlx.models.config import read_config
 from mis_mlx.models.families import family
 from mis_mlx.planner import phases, rounding_cost
@@ -63,6 +63,9 @@ ORDER = (
     "gemma-3-4b",
     "gemma-4-e2b",
     "gemma-4-e4b",
+    "lfm2-350m",
+    "lfm2-700m",
+    "lfm2-1.2b",
     "smollm3-3b",
     "bielik-1.5b-v3",
     "bielik-4.5b-v3",
@@ -101,7 +104,8 @@ def opened(name: str) -> Model:
     found = json.loads((CONFIGS / f"{name}.json").read_text("utf-8"))
     title = found.pop("title")
     source = found.pop("source")
-    return Model(name=name, title=title, source=source, config=found)
+    config = stored_form.own_config(found, CONFIGS)
+    return Model(name=name, title=title, source=source, config=config)
 
 
 def chosen_without_sizes(config: Mapping[str, Any], budget_bytes: int) -> str:

@@ -214,6 +214,8 @@ def unknown(config: Mapping[str, Any]) -> str:
     family = families.family(config)
     if family.per_layer:
         return f"a search does not know the size of a {family.name}'s tables"
+    if family.stateful == "linear_attention":
+        return f"a search does not know the bits that a {family.name}'s delta rule needs"
     return ""
 
 

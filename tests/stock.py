@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mis_mlx.models import load, tensor_shapes
+from mis_mlx.models import load, stored_form, tensor_shapes
 from mis_mlx.models.config import inside_names, read_config
 from mis_mlx.models.families import family
 
@@ -36,10 +36,12 @@ def opened(folder: Path) -> nn.Module:
 
 def ours(named: Mapping[str, mx.array], config: Mapping[str, Any]) -> dict[str, mx.array]:
     """Arrays by the names that tensors of such a config have here, without those nobody uses."""
+    row = family(config)
     unused = tensor_shapes.unused_tensors(config)
     found = {}
     for name, array in named.items():
-        (inside,) = inside_names(name.removeprefix("inner."))
+        renamed = stored_form.own_name(row, name.removeprefix("inner."))
+        (inside,) = inside_names(renamed)
         if inside not in unused:
             found[inside] = array
     return found

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 from mis_mlx import doctor
-from mis_mlx.checks import engine, full_size, groups, kernels, training_step
+from mis_mlx.checks import engine, full_size, groups, hybrid_kernels, kernels, training_step
 from mis_mlx.hardware import child_process, system_facts
 from mis_mlx.hardware.thermal.recording import Raw
 from mis_mlx.maths import importance, losses, rounding
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.maths.reconstruction import NormalEquations
-from mis_mlx.models import load, policy, stream, streamed_decode
+from mis_mlx.models import gated_delta, load, policy, stream, streamed_decode
 from tests import forks
 from tests.conftest import last_line, scratch_folder
 
@@ -118,6 +118,16 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "RMSNorm of 576 and 8,192, float32": (mx.fast, "rms_norm", wrong),
     "softmax of 24,576 and 49,152": (mx, "logsumexp", wrong),
     "sorting 49,152, errors": (mx, "argsort", lambda f: lambda *a, **k: f(*a, **k)[..., ::-1]),
+    "short convolution, gradients, float32": (
+        gated_delta,
+        "convolved",
+        lambda f: lambda rows, kernel, length: f(rows, kernel[:, ::-1], length),
+    ),
+    "gated delta rule, gradients, float32": (
+        gated_delta,
+        "unit_lower_inverse",
+        lambda f: lambda strict: f(0.9 * strict),
+    ),
     "repair, closed form": (
         NormalEquations,
         "update",
@@ -130,7 +140,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
 def test_kernel_checks_can_fail(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What passes with the right kernel does not with a wrong one."""
     owner, attribute, fault = FAULTS[name]
-    check = {**kernels.CHECKS, **full_size.CHECKS}[name]
+    check = {**kernels.CHECKS, **hybrid_kernels.CHECKS, **full_size.CHECKS}[name]
     found, bound = check()
     assert found <= bound
     monkeypatch.setattr(owner, attribute, fault(getattr(owner, attribute)))

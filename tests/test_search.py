@@ -774,10 +774,10 @@ def test_mixtures_are_for_other_commands(models: Callable[[str], Checkpoint]) ->
         search.run(search.Settings(teacher=str(models("qwen3_moe").path)))
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("kind", [*tiny.KINDS, "lfm2"])
 def test_every_kind_has_students_that_loaders_take(kind: str) -> None:
     """Every choice passes arch's gate; a qwen2 keeps heads and hidden."""
-    config = {**tiny.CONFIG, **tiny.KINDS[kind]}
+    config = {**tiny.CONFIG, **(tiny.KINDS | tiny.FAMILIES)[kind]}
     sizes_of = shape_search.axis_sizes(config, EVERY, ())
     found = list(
         shape_search.choices(config, sizes_of, [limits.bytes_limit(config, "200KB")], True)
@@ -786,7 +786,7 @@ def test_every_kind_has_students_that_loaders_take(kind: str) -> None:
     for shape, _ in found:
         sizes = {a: getattr(shape, a) for a in (*shape_search.CUTS[:-1], "kv_heads")}
         assert arch.target_shape(config, {}, **sizes) == shape
-    if kind == "qwen2":
+    if kind in ("qwen2", "lfm2"):
         assert {(x.shape.heads, x.shape.hidden) for x in found} == {(4, 64)}
 
 

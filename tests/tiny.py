@@ -151,6 +151,36 @@ FAMILIES["gemma3n_text"] = {  # the same kinds of blocks, with AltUp's versions 
     "rope_local_base_freq": 1e3,
     "rope_theta": 1e4,
 }
+FAMILIES["lfm2"] = {
+    "architectures": ["Lfm2ForCausalLM"],
+    "layer_types": [
+        "conv",
+        "conv",
+        "full_attention",
+        "conv",
+        "full_attention",
+        "conv",
+        "full_attention",
+    ],
+    "conv_L_cache": 3,
+}
+FAMILIES["qwen3_5_text"] = {
+    "architectures": ["Qwen3_5ForCausalLM"],
+    "full_attention_interval": 3,
+    "layer_types": ["full_attention" if i % 3 == 2 else "linear_attention" for i in range(7)],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "linear_conv_kernel_dim": 4,
+    "tie_word_embeddings": False,
+    "rope_theta": None,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.25,
+    },
+}
 MIXTURE: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "num_key_value_heads": 2,

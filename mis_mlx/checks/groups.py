@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mis_mlx import cli
-from mis_mlx.checks import engine, full_size, kernels, training_step
+from mis_mlx.checks import engine, full_size, hybrid_kernels, kernels, training_step
 from mis_mlx.hardware import memory, rates
 from mis_mlx.models import policy
 
@@ -58,7 +58,7 @@ def check(name: str, work: Callable[[], kernels.Found], emit: Emit) -> None:
 
 def of_kernels(folder: Path, emit: Emit) -> None:
     """Check small kernels and our arithmetic."""
-    for name, work in kernels.CHECKS.items():
+    for name, work in (kernels.CHECKS | hybrid_kernels.CHECKS).items():
         check(name, work, emit)
 
 

@@ -20,7 +20,7 @@ from mis_mlx.evaluation import comparison
 from mis_mlx.evaluation.speed import rounds
 from mis_mlx.maths.optimizer import Diverged
 from mis_mlx.maths.stats import interval
-from mis_mlx.models import arch, load, mlx_generate
+from mis_mlx.models import arch, block_state, load, mlx_generate
 from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.recipe import QuantizationConfig, spec_of
 from mis_mlx.pruning import limits, shape_search
@@ -230,7 +230,7 @@ def _attention_seconds(model: Any, cached: int, prompt: int) -> float:
     The queries are those of a prompt, in mlx-lm's parts, or of one token.
     """
     shape = model.shape
-    dtype = model.model.norm.weight.dtype
+    dtype = mlx_generate.activation_dtype(model)
     mask = "causal" if prompt else None
 
     def attention(queries: int, keys: int) -> float:
@@ -261,9 +261,10 @@ def _attention_seconds(model: Any, cached: int, prompt: int) -> float:
     everything = cached + prompt + 1
     windows = []
     for block in model.model.layers:
-        windows.append(load.window(model.args, block) or everything)
+        if block_state.attends(block):
+            windows.append(load.window(model.args, block) or everything)
     by_window = {window: seconds(window) for window in set(windows)}
-    return sum(by_window[window] for window in windows) / len(windows)
+    return sum(by_window[window] for window in windows) / len(model.model.layers)
 
 
 def instability(record: Record) -> str:

@@ -22,8 +22,8 @@ from mis_mlx.gguf_export import positions
 from mis_mlx.gguf_export.positions import Config
 from mis_mlx.gguf_export.words import FILE_TYPES, FREQS, OWN, REWRAPPED, YARN
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, experts, families, load, wheel_model
-from mis_mlx.models.config import normalised, shape_of
+from mis_mlx.models import arch, experts, families, load, stored_form, wheel_model
+from mis_mlx.models.config import attends, normalised, shape_of
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint, MisError
@@ -110,7 +110,7 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
         part = Part(
             name=name,
             source=source,
-            shape=size,
+            shape=size[:2] if stored_form.is_kernel(source) else size,
             kind=kind,
             heads=heads.get(module, 0),
             exact=exact,
@@ -138,6 +138,8 @@ def _kind(
     """(ggml's type of a tensor, whether MLX's packed numbers go into it unchanged)."""
     # A router decides which experts a token meets: it is never quantized.
     if len(size) == 1 or source.endswith(".bias") or experts.is_router(source):
+        return "F32", False
+    if stored_form.is_kernel(source):  # llama.cpp convolves in float32
         return "F32", False
     # All experts of a stacked matrix are packed alike, so the first one answers for them.
     name = experts.one_by_one(source, checkpoint.config)[0]
@@ -404,6 +406,11 @@ def describe(writer: Any, config: Config, name: str, wanted: str) -> None:
     for key in sorted(family.own & OWN.keys()):
         words[OWN[key]] = full.get(key) or 1.0
     words |= _of_mixture(full)
+    if family.stateful:
+        words["head_count_kv"] = [
+            shape.kv_heads if attends(full, i) else 0 for i in range(shape.layers)
+        ]
+        words["shortconv_l_cache"] = full["conv_L_cache"]
     words |= _of_positions(rope, scaling, full)
     if family.scaled_queries:
         words["attn_temperature_scale"] = scaling["llama_4_scaling_beta"]

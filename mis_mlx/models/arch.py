@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.models import experts, tensor_shapes
+from mis_mlx.models import experts, stored_form, tensor_shapes
 from mis_mlx.models.config import (
     Shape,
+    attends,
     ffn_size,
     head_size,
     inside_names,
@@ -24,6 +25,10 @@ from mis_mlx.models.config import (
     shape_of,
 )
 from mis_mlx.models.families import ALL, Config, Shapes, family
+from mis_mlx.models.readers import READERS as READERS
+from mis_mlx.models.readers import WRITERS as WRITERS
+from mis_mlx.models.readers import readers as readers
+from mis_mlx.models.readers import readers_of as readers_of
 from mis_mlx.models.tensor_shapes import end_tensors, layer_tensors, side_tensors, tensors_of
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 
@@ -42,26 +47,6 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # configs without weights, for plans
 PER_LAYER = tensor_shapes.PER_LAYER
 COEFFICIENTS = tensor_shapes.COEFFICIENTS
 FFN_MULTIPLE = 256  # Metal's fast 4-bit kernels and GGUF K-quants need it
-READERS = {  # axis: (part of a block, the matrices in it that read the axis)
-    "ffn": ("mlp", ("down_proj",)),
-    "heads": ("self_attn", ("o_proj",)),
-    "norm1": ("self_attn", ("q_proj", "k_proj", "v_proj", "qkv_proj")),
-    "norm2": ("mlp", ("gate_proj", "up_proj", "gate_up_proj")),
-}
-
-
-def readers(block: Mapping[str, Any]) -> dict[str, tuple[str, list[str]]]:
-    """{axis: (part of the block, its matrices that read the axis)}.
-
-    All matrices of an axis have the same input. A mixture of experts has the axes of attention
-    alone.
-    """
-    present = {}
-    for axis, (part, names) in READERS.items():
-        matrices = [name for name in names if name in block.get(part, ())]
-        if matrices:
-            present[axis] = (part, matrices)
-    return present
 
 
 def widest(config: Config) -> Shape:
@@ -91,11 +76,16 @@ def fixed_blocks(config: Config) -> set[int]:
     """The blocks that no cut in depth may take.
 
     They are the blocks whose keys and values later blocks use, and in a model with such blocks also
-    the last one: transformers makes it see all tokens whatever its kind is.
+    the last one: transformers makes it see all tokens whatever its kind is. In a hybrid they are
+    the first block of each kind.
     """
     owners = {owner for owner in key_owners(config) if owner is not None}
     if owners:
         owners.add(config["num_hidden_layers"] - 1)
+    if family(config).stateful and not family(config).period:
+        # mlx-lm makes its masks at the first block of each kind
+        kinds = config["layer_types"]
+        owners |= {kinds.index(kind) for kind in set(kinds)}
     return owners
 
 
@@ -134,7 +124,8 @@ def row_params(config: Config) -> int:
 def blocks_params(config: Config) -> int:
     """The number of parameters of all blocks."""
     layers = config["num_hidden_layers"]
-    if not family(config).sharing:  # blocks are alike
+    row = family(config)
+    if not row.sharing and not row.stateful:  # blocks are alike
         block = layer_tensors(config, stacked=True)
         return int(layers * _count(block.values()))
     total = 0
@@ -142,6 +133,19 @@ def blocks_params(config: Config) -> int:
         block = layer_tensors(config, stacked=True, block=i)
         total += _count(block.values())
     return total
+
+
+def block_counts(config: Config) -> dict[int, int]:
+    """{a block: how many there are like it}, where blocks differ by their kind alone."""
+    layers = config["num_hidden_layers"]
+    kind = family(config).stateful
+    if not kind:
+        return {tensor_shapes.largest_block(config): layers}
+    counts: dict[int, int] = {}
+    for is_stateful in {attends(config, i) for i in range(layers)}:
+        alike = [i for i in range(layers) if attends(config, i) == is_stateful]
+        counts[alike[0]] = len(alike)
+    return counts
 
 
 def active_ffn_size(config: Config) -> int:
@@ -185,7 +189,12 @@ def inside(tensors: Mapping[str, TensorAt], config: Config) -> dict[str, TensorA
     expected = tensors_of(config)
     unused = tensor_shapes.unused_tensors(config)
     joined_family = family(config).joined
-    for name, tensor in tensors.items():
+    row = family(config)
+    for stored_name, tensor in tensors.items():
+        name = stored_form.own_name(row, stored_name)
+        if name != stored_name or stored_form.is_kernel(name):
+            own[name] = stored_form.own_tensor(name, stored_name, tensor)
+            continue
         names = inside_names(name)
         if names[0] in unused:
             continue
@@ -400,6 +409,8 @@ def _check_sizes(config: Config, sizes: Mapping[str, int]) -> None:
             f"{fixed} blocks must stay (those that make keys and values for others, and the last "
             f"one)"
         )
+        if row.stateful:
+            why = f"{fixed} blocks must stay (the first of each kind)"
         raise MisError(f"{layers} layers of a {row.name} are too few: {why}: keep {fixed} or more")
     if row.period:
         period = normalised(config)[row.period]

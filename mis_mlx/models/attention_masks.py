@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.models import altup, block_inputs, load, streamed_decode
+from mis_mlx.models import altup, block_inputs, block_state, load, streamed_decode
 from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 
 
@@ -109,6 +109,8 @@ def run_masked_block(
     positions (T,): where each row stands; None: in their order. window: the number of tokens that
     the block looks back at most; None: all.
     """
+    if not block_state.attends(block):
+        return block_inputs.run(block, inputs, block_state.mask_of(block, sees))
     if window is not None:
         order = mx.arange(inputs.hidden.shape[1])
         if positions is not None:

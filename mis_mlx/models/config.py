@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_mlx import cli
-from mis_mlx.models import config_checks
+from mis_mlx.models import config_checks, stored_form
 from mis_mlx.models.config_checks import (
     positive_number,
     rotary_kind,
@@ -76,6 +76,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     where = folder / "config.json"
     config = _opened_as(_read_json(folder, where), where)
+    config = stored_form.own_config(config, where)
     _settle_width(config, where)
     check_config(config, where)
     if config.pop("auto_map", None):
@@ -342,6 +343,17 @@ def head_size(config: Config, i: int) -> int:
     if row.global_head_dim and config["layer_types"][i] == "full_attention":
         return int(config[row.global_head_dim])
     return shape_of(config).head_dim
+
+
+def attends(config: Config, i: int) -> bool:
+    """Whether block i has keys and values; else it carries a state of one size."""
+    kind = family(config).stateful
+    return not kind or config["layer_types"][i] != kind
+
+
+def attending(config: Config) -> int:
+    """The number of blocks that have keys and values."""
+    return sum(attends(config, i) for i in range(config["num_hidden_layers"]))
 
 
 def softcap(config: Config) -> float:

@@ -74,7 +74,7 @@ def check_positions(config: Config) -> None:
     kinds = tuple(ROPE_NEEDS)
     if row.own_positions:
         kinds = ("default", "longrope")
-    if row.versions:
+    if row.versions or row.stateful:
         kinds = ("default",)
     for key, rope in rotary_settings(config):
         kind = rotary_kind(rope)
@@ -104,18 +104,21 @@ def _rotated_channels(config: Config) -> int:
             stated.append(rope.get(SHARE))
     stated = [value for value in stated if value is not None]
     share: Any = 1
-    if row.own_positions and stated:
+    of_parts = row.own_positions or row.partial
+    if of_parts and stated:
         share = stated[0]
     positive_number(share, SHARE)
 
     head_dim = config["hidden_size"] // config["num_attention_heads"]
+    if row.partial:
+        head_dim = config.get("head_dim") or head_dim
     rotated = int(head_dim * min(share, 1))
     others = [value for value in stated if value != share]
     impossible = share > 1 or rotated < 2 or rotated % 2
-    if others or (row.own_positions and impossible):
+    if others or (of_parts and impossible):
         wrong = others[0] if others else share
         expected = "whole heads"
-        if row.own_positions:
+        if of_parts:
             expected = f"{share!r} of each head" if others else "an even part of each head"
         raise MisError(f"{SHARE} is {wrong!r}, but a {row.name} rotates {expected}")
     return rotated
@@ -185,7 +188,10 @@ def check_kinds(config: Config, complete: Config) -> None:
     """
     row = family(config)
     layers = config["num_hidden_layers"]
-    for key, allowed in ((row.kinds, {"0", "1"}), ("layer_types", ATTENTION)):
+    known = ATTENTION
+    if row.stateful:
+        known = {"full_attention", row.stateful}
+    for key, allowed in ((row.kinds, {"0", "1"}), ("layer_types", known)):
         kinds = config.get(key)
         if kinds is None:
             continue
@@ -193,10 +199,38 @@ def check_kinds(config: Config, complete: Config) -> None:
             raise MisError(
                 f"{key} must be a list of {layers}, each of {' or '.join(sorted(allowed))}"
             )
+    if row.stateful and set(config.get("layer_types") or known) != known:
+        raise MisError(
+            f"all blocks are {config['layer_types'][0]}, but mlx-lm's {row.name} needs some of "
+            f"each of {' and '.join(sorted(known))}"
+        )
     if row.period:
         whole_number(complete, row.period, 1000)
+    if row.period and row.stateful:
+        _check_delta(config)
     if "sliding_attention" in (config.get("layer_types") or ()):
         whole_number(config, "sliding_window", MOST_POSITIONS)
+
+
+def _check_delta(config: Config) -> None:
+    """Check the heads of a gated delta rule, and that blocks with attention come in periods."""
+    sizes = {}
+    for key in family(config).numbers:
+        sizes[key] = whole_number(config, key, 65_536)
+    keys = sizes["linear_num_key_heads"]
+    values = sizes["linear_num_value_heads"]
+    if values % keys:
+        raise MisError(
+            f"linear_num_value_heads is {values}, which {keys} key heads do not divide: this "
+            f"config is not usable"
+        )
+    interval = config["full_attention_interval"]
+    for i, kind in enumerate(config["layer_types"]):
+        if (kind == "full_attention") != ((i + 1) % interval == 0):
+            raise MisError(
+                f"layer_types says {kind} for block {i}, but mlx-lm counts attention in every "
+                f"{interval}th block: use another model"
+            )
 
 
 def check_sharing(config: Config) -> None:

@@ -40,6 +40,7 @@ class Family:
     float16: bool = True  # whether it holds the activations, as far as is known
     joined: bool = False  # q, k and v are rows of one matrix, gate and up of another
     own_positions: bool = False  # they rotate a part of each head, or are LongRoPE's
+    partial: bool = False  # plain positions rotate a part of each head
     scaled_queries: bool = False  # by their positions: blocks take the scale as an argument
     # the config's key with a kind for every block, beside layer_types: cut along with the blocks
     kinds: str = ""
@@ -87,6 +88,10 @@ class Family:
     sparsity: str = ""
     # the type of a model that contains this one; stock mlx_lm opens no other form
     written_as: str = ""
+    # the kind in layer_types of blocks that carry a state of one size, and no keys and values
+    stateful: str = ""
+    # (part of a tensor's name here, the same part of its name on disk)
+    renamed: tuple[tuple[str, str], ...] = ()
     axes: tuple[str, ...] = DENSE  # that can be cut
     why: str = "it has none"  # the other axes cannot be cut; the end of a sentence
 
@@ -271,6 +276,63 @@ ROWS = (
         why="its blocks pass several versions of the hidden states on, and norms stand behind "
         "attention and MLP",
     ),
+    # Two blocks of three have a short causal convolution in place of attention.
+    Family(
+        "lfm2",
+        "lfm2",
+        "lfm2",
+        block="qwen3",
+        qkv_bias=False,
+        other_biases=False,
+        head_norms="each",
+        tied=True,
+        rope_theta=1e6,
+        head_dim_follows=True,
+        stateful="conv",
+        renamed=(
+            (".mlp.gate_proj.", ".feed_forward.w1."),
+            (".mlp.up_proj.", ".feed_forward.w3."),
+            (".mlp.down_proj.", ".feed_forward.w2."),
+            (".self_attn.o_proj.", ".self_attn.out_proj."),
+            (".self_attn.q_norm.", ".self_attn.q_layernorm."),
+            (".self_attn.k_norm.", ".self_attn.k_layernorm."),
+            (".input_layernorm.", ".operator_norm."),
+            (".post_attention_layernorm.", ".ffn_norm."),
+            ("model.norm.", "model.embedding_norm."),
+        ),
+        numbers=("conv_L_cache",),
+        stated=("layer_types",),
+        only=(("conv_bias", False), ("rope_scaling", None), ("tie_word_embeddings", True)),
+    ),
+    # Three blocks of four have a gated delta rule in place of attention, whose output has a gate.
+    Family(
+        "qwen3_5_text",
+        "qwen3_5",
+        "",
+        qkv_bias=False,
+        other_biases=False,
+        head_norms="each",
+        rope_theta=1e5,
+        heads_fill_hidden=False,
+        partial=True,
+        period="full_attention_interval",
+        stateful="linear_attention",
+        written_as="qwen3_5",
+        renamed=(
+            ("model.", "language_model.model."),
+            ("lm_head.", "language_model.lm_head."),
+        ),
+        numbers=(
+            "linear_num_key_heads",
+            "linear_num_value_heads",
+            "linear_key_head_dim",
+            "linear_value_head_dim",
+            "linear_conv_kernel_dim",
+        ),
+        only=(("rope_scaling", None), ("attention_bias", False), ("num_experts", 0)),
+        axes=("layers", "ffn"),
+        why="the heads of a gated delta rule and of gated attention are not ranked yet",
+    ),
     Family(
         "qwen3_moe",
         "qwen3_moe",
@@ -379,9 +441,13 @@ OPENED_AS: dict[str, dict[str, Any]] = {
     },
     "gemma4": {"model_type": "gemma4_text", "architectures": ["Gemma4ForCausalLM"]},
     "gemma3n": {"model_type": "gemma3n_text", "architectures": ["Gemma3nForCausalLM"]},
+    "qwen3_5": {"model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"]},
 }
 # architectures of the types that `Family.written_as` names
-WRAPPERS = {"gemma3n": "Gemma3nForConditionalGeneration"}
+WRAPPERS = {
+    "gemma3n": "Gemma3nForConditionalGeneration",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
+}
 
 
 def family(config: Config) -> Family:

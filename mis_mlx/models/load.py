@@ -30,7 +30,7 @@ from mis_mlx.models.families import Config, family
 from mis_mlx.models.mlx_modules import mask as mask
 from mis_mlx.models.mlx_modules import mlx_lm as mlx_lm
 from mis_mlx.models.mlx_modules import model_args as model_args
-from mis_mlx.models.mlx_modules import new_block
+from mis_mlx.models.mlx_modules import new_block, new_model
 from mis_mlx.models.mlx_modules import window as window
 from mis_mlx.models.modules import SideProjection
 from mis_mlx.storage import safetensors
@@ -409,12 +409,7 @@ def resident_model(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
     """
     config = checkpoint.config
     row = family(config)
-    module = mlx_lm(f"models.{row.mlx}")
-    model: nn.Module
-    if row.versions:
-        model = altup.Model(module, model_args(config), config)
-    else:
-        model = module.Model(model_args(config))
+    model = new_model(config)
     inner = model.model
     tables = ["embed_tokens"]
     if row.per_layer:

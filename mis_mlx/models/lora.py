@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mis_mlx.models import arch, load, tensor_shapes
+from mis_mlx.models import arch, load, stored_form, tensor_shapes
 from mis_mlx.models.config import shape_of
 from mis_mlx.models.families import family
 from mis_mlx.storage import checkpoint as protocol
@@ -92,9 +92,11 @@ def write(
 ) -> None:
     """Commit the new folder `out`, which mlx_lm takes as --adapter-path. config: the model's."""
     settings: dict[str, Any] = dict(lora.settings)
-    if family(config).written_as:
+    row = family(config)
+    if row.written_as and not row.renamed:
         settings["keys"] = sorted({name.split(".", 3)[3].rpartition(".")[0] for name in adapters})
         adapters = {tensor_shapes.outer_name(name): array for name, array in adapters.items()}
+    adapters = {stored_form.stored_name(row, name): array for name, array in adapters.items()}
     adapter_config = {
         "fine_tune_type": "lora",
         "num_layers": lora.num_layers,

@@ -72,19 +72,23 @@ def filled_cache(model: nn.Module, cached: int) -> list[Any]:
     """
     cache = load.mlx_lm("models.cache").make_prompt_cache(model)
     if cached:
-        dtype = _dtype(model)
+        dtype = activation_dtype(model)
         # Blocks that use another block's keys come last, and have no cache.
         for i, layer in enumerate(cache):
+            if not config.attends(model._config, i):
+                continue  # a state of one size, which begins at zeros
             head_size = config.head_size(model._config, i)
             zeros = mx.zeros((1, model.shape.kv_heads, cached, head_size), dtype)
             layer.update_and_fetch(zeros, zeros)
     return cache
 
 
-def _dtype(model: nn.Module) -> mx.Dtype:
+def activation_dtype(model: nn.Module) -> mx.Dtype:
     """The type that an opened model computes in."""
     inner = model.model
-    return getattr(inner, "language_model", inner).norm.weight.dtype
+    inner = getattr(inner, "language_model", inner)
+    norm = inner.norm if "norm" in inner else inner.embedding_norm
+    return norm.weight.dtype
 
 
 def continuation(model: nn.Module, tokenizer: Any, prompt: str, count: int) -> str:
@@ -109,7 +113,7 @@ def greedy(
     for token, log_probs in step(mx.array(ids), model, max_tokens=count, prompt_cache=cache):
         if where and mx.isnan(log_probs).any().item():
             message = f"{where}: the model gives values that are not numbers"
-            raise NotNumbers(message, _dtype(model))
+            raise NotNumbers(message, activation_dtype(model))
         yield int(token)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mis_mlx.models import altup, modules
+from mis_mlx.models import altup, block_state, hybrid, modules
 from mis_mlx.models.config import normalised
 from mis_mlx.models.families import Config, Family, family
 
@@ -34,6 +34,8 @@ def mlx_lm(module: str) -> ModuleType:
 def model_args(config: Config) -> Any:
     """mlx-lm's ModelArgs of a config, or what it has in their place for the text part."""
     row = family(config)
+    if row.stateful:
+        return hybrid.model_args(mlx_lm(f"models.{row.block or row.mlx}"), config)
     module = mlx_lm(f"models.{row.mlx}")
     kind = module.TextConfig if row.written_as else module.ModelArgs
     return kind.from_dict(normalised(config))
@@ -44,6 +46,8 @@ def new_block(row: Family, args: Any, i: int) -> nn.Module:
     module = mlx_lm(f"models.{row.block or row.mlx}")
     if row.versions:
         return altup.block(module, args, i)
+    if row.stateful:
+        return hybrid.block(module, args, i)
     usual = ("TransformerBlock", "DecoderLayer")
     classes = [kind for name, kind in vars(module).items() if name.endswith(usual)]
     kind = classes[0]
@@ -64,14 +68,35 @@ def new_block(row: Family, args: Any, i: int) -> nn.Module:
     return new
 
 
+def new_model(config: Config) -> nn.Module:
+    """A whole model of random weights; its `model` gives the head's input."""
+    row = family(config)
+    args = model_args(config)
+    module = mlx_lm(f"models.{row.mlx}")
+    if row.versions:
+        return altup.Model(module, args, config)
+    if row.stateful:
+        blocks = mlx_lm(f"models.{row.block or row.mlx}")
+        return hybrid.Model(blocks, args, mlx_lm("models.cache"))
+    model: nn.Module = module.Model(args)
+    return model
+
+
 def window(args: Any, block: nn.Module) -> int | None:
     """The number of tokens that this block looks back at; None: all."""
+    if not block_state.attends(block):
+        return None
     if getattr(block, "use_sliding", False) or getattr(block.self_attn, "is_sliding", False):
         return args.sliding_window
     return None
 
 
 def mask(args: Any, block: nn.Module, hidden: mx.array) -> Any:
-    """The attention mask that mlx-lm itself would give this block for `hidden` (B, T, D)."""
+    """The mask that mlx-lm itself would give this block for `hidden` (B, T, D).
+
+    None for a block without attention, which begins at a state of zeros.
+    """
+    if not block_state.attends(block):
+        return None
     base = mlx_lm("models.base")
     return base.create_attention_mask(hidden, None, window_size=window(args, block))

@@ -21,6 +21,7 @@ from mis_mlx.models import (
     families,
     load,
     policy,
+    stored_form,
     tensor_shapes,
     tokenizer_check,
 )
@@ -129,6 +130,8 @@ def published(
     Keys and values of blocks that share another's come at the end, as zeros: mlx-lm wants them and
     uses none. Other families stay as they are. The arguments are those of `write_folder`.
     """
+    if families.family(config).renamed:
+        return stored_form.published(config, specs, tensors)
     outer = families.family(config).written_as
     if not outer:
         return dict(config), specs, tensors

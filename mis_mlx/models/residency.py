@@ -9,7 +9,16 @@ from collections import defaultdict
 
 import mlx.core as mx
 
-from mis_mlx.models import arch, block_inputs, config, experts, families, load, policy
+from mis_mlx.models import (
+    arch,
+    block_inputs,
+    config,
+    experts,
+    families,
+    load,
+    mixer_sizes,
+    policy,
+)
 from mis_mlx.models.families import Config
 from mis_mlx.types import Checkpoint, TensorAt
 
@@ -108,9 +117,8 @@ def pass_bytes(settings: Config, tokens: int, length: int) -> int:
     shape = arch.widest(settings)
     sparse = 2 if families.family(settings).sparsity else 0  # what a cut-off is computed with
     ffn = (3 + sparse) * arch.active_ffn_size(settings)
-    heads = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
-    scores = shape.heads * length
-    per_token = 8 * shape.hidden * config.versions(settings) + ffn + heads + scores
+    per_token = 8 * shape.hidden * config.versions(settings) + ffn
+    per_token += mixer_sizes.largest(settings, length)
     return 4 * tokens * per_token
 
 

@@ -20,8 +20,9 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.models import block_inputs, config, load
+from mis_mlx.models import block_inputs, block_state, config, load
 from mis_mlx.models.block_inputs import BlockInputs, KeysValues
+from mis_mlx.models.families import family
 from mis_mlx.models.stream import Stream, evaluate_now
 
 SIZE = 64  # rows of a pass with a draft (measured: benchmarks/speculative.py)
@@ -120,6 +121,9 @@ def positioned(block: nn.Module, positions: np.ndarray) -> Iterator[None]:
 
     The block may stay in memory, and others use it, so its own RoPE comes back at the end.
     """
+    if not block_state.attends(block):
+        yield  # its mask says which rows stand before each
+        return
     rope = block.self_attn.rope
     offsets = mx.array(positions)
 
@@ -151,8 +155,12 @@ class Context:
         self._positions = np.zeros(0, np.int32)  # of every column
         # Positions come from `positioned`, not from a cache's offset: siblings in a tree stand at
         # the same position, in different columns.
-        cache = load.mlx_lm("models.cache")
-        self._caches = [cache.ConcatenateKVCache() for _ in range(stream.layers)]
+        module = load.mlx_lm("models.cache")
+        settings = stream.checkpoint.config
+        kinds = [""] * stream.layers
+        if family(settings).stateful:
+            kinds = settings["layer_types"]
+        self._caches = [block_state.columns(module, kind) for kind in kinds]
 
     def read(self, text: Sequence[int], nodes: Sequence[Node] = ()) -> mx.array:
         """One pass over the new part of `text`, then over `nodes`.
@@ -214,7 +222,7 @@ class Context:
                 rows = slice(start, start + ROWS)
                 inputs = self._inputs(i, hidden, columns_before, rows)
                 columns = columns_before + start + inputs.hidden.shape[1]
-                part_mask = mx.array(mask[rows, :columns])
+                part_mask = self._mask(block, mask[rows, :columns], positions[rows])
                 cache = None if inputs.shared else self._caches[i]
                 with positioned(block, positions[rows]):
                     parts.append(block_inputs.run(block, inputs, part_mask, cache).hidden)
@@ -222,6 +230,21 @@ class Context:
                 _evaluate(parts[-1], cache)
             hidden = self.stream.finite(mx.concatenate(parts, axis=1))
         return hidden
+
+    def _mask(self, block: nn.Module, sees: np.ndarray, positions: np.ndarray) -> mx.array | None:
+        """What a block takes as its mask: sees (rows, columns), or which columns stand before.
+
+        None for a delta rule, which reads rows in their order.
+        """
+        visible = mx.array(sees)
+        if block_state.attends(block):
+            return visible
+        if "linear_attn" in block:
+            if self._columns:
+                block_state.refuse_branches(block)
+            return None
+        columns = mx.array(self._positions[: sees.shape[1]])
+        return block_state.before(visible, mx.array(positions), columns, block.conv.reach)
 
     def _inputs(self, i: int, hidden: mx.array, columns_before: int, rows: slice) -> BlockInputs:
         """What some rows of the pass bring into block i.
@@ -380,7 +403,7 @@ def _through_column(model: Stream, column: mx.array, caches: list[Any]) -> mx.ar
     for i, block in model.blocks():
         if i == len(caches):
             window = load.window(model.args, block)
-            caches.append(cache.RotatingKVCache(window) if window else cache.KVCache())
+            caches.append(block_state.cache(cache, block, window))
         inputs = model.sides.inputs(i, 0, hidden)
         own_cache = None if inputs.shared else caches[i]
         # Unnamed outputs: keys and values that no later block uses are freed at once.

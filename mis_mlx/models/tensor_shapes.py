@@ -1,9 +1,10 @@
 """The names and shapes of the tensors that a config promises: pure functions of the config."""
 
+import math
 import re
 
 from mis_mlx.models import experts
-from mis_mlx.models.config import ffn_size, head_size, key_owners, shape_of, versions
+from mis_mlx.models.config import attends, ffn_size, head_size, key_owners, shape_of, versions
 from mis_mlx.models.families import Config, Family, Shapes, family
 
 # what the names of small matrices end with, whose rows are too short to be packed
@@ -22,7 +23,13 @@ def layer_tensors(config: Config, stacked: bool = False, block: int | None = Non
     row = family(config)
     if block is None:
         block = largest_block(config)
-    tensors = _altup_tensors(config) | _attention_tensors(config, block)
+    tensors = _altup_tensors(config)
+    if attends(config, block):
+        tensors |= _attention_tensors(config, block)
+    elif row.stateful == "conv":
+        tensors |= _convolution_tensors(config)
+    else:
+        tensors |= _delta_tensors(config)
     if row.experts:
         return tensors | experts.tensors_of(config, stacked)
     ffn = ffn_size(config, block)
@@ -41,6 +48,46 @@ def layer_tensors(config: Config, stacked: bool = False, block: int | None = Non
     if row.block_scale:
         tensors["layer_scalar"] = (1,)
     return tensors
+
+
+def _convolution_tensors(config: Config) -> Shapes:
+    """The tensors of a short convolution, and of the norms around it.
+
+    The kernel is (D, width, 1): one for each channel.
+    """
+    hidden = shape_of(config).hidden
+    return {
+        "input_layernorm.weight": (hidden,),
+        "conv.in_proj.weight": (3 * hidden, hidden),
+        "conv.conv.weight": (hidden, config["conv_L_cache"], 1),
+        "conv.out_proj.weight": (hidden, hidden),
+        "post_attention_layernorm.weight": (hidden,),
+    }
+
+
+def _delta_tensors(config: Config) -> Shapes:
+    """The tensors of a gated delta rule, and of the norms around it.
+
+    Queries, keys and values go through one convolution; z is the gate of the output, a and b are
+    what each head forgets and learns of a token.
+    """
+    hidden = shape_of(config).hidden
+    heads = config["linear_num_value_heads"]
+    values = heads * config["linear_value_head_dim"]
+    joined = 2 * config["linear_num_key_heads"] * config["linear_key_head_dim"] + values
+    return {
+        "input_layernorm.weight": (hidden,),
+        "linear_attn.in_proj_qkv.weight": (joined, hidden),
+        "linear_attn.in_proj_z.weight": (values, hidden),
+        "linear_attn.in_proj_b.weight": (heads, hidden),
+        "linear_attn.in_proj_a.weight": (heads, hidden),
+        "linear_attn.conv1d.weight": (joined, config["linear_conv_kernel_dim"], 1),
+        "linear_attn.dt_bias": (heads,),
+        "linear_attn.A_log": (heads,),
+        "linear_attn.norm.weight": (config["linear_value_head_dim"],),
+        "linear_attn.out_proj.weight": (hidden, values),
+        "post_attention_layernorm.weight": (hidden,),
+    }
 
 
 def _altup_tensors(config: Config) -> Shapes:
@@ -80,7 +127,9 @@ def _attention_tensors(config: Config, block: int) -> Shapes:
     kv_size = s.kv_heads * head_size(config, block)
     biased = bool(config.get("attention_bias"))
     qkv_bias = biased if row.qkv_bias is None else row.qkv_bias
-    sizes = {"q_proj": q_size}
+    # with the delta rule, queries have as many rows again, for a gate of attention's output
+    gates = 2 if row.stateful == "linear_attention" else 1
+    sizes = {"q_proj": gates * q_size}
     if row.joined:
         sizes = {"qkv_proj": q_size + 2 * kv_size}
     elif has_keys:
@@ -117,8 +166,15 @@ def _head_norms(config: Config, row: Family, block: int) -> Shapes:
     return norms
 
 
+def _size(tensors: Shapes) -> int:
+    return sum(math.prod(shape) for shape in tensors.values())
+
+
 def largest_block(config: Config) -> int:
     """The number of a block that has as many parameters as any other."""
+    if family(config).stateful:
+        layers = range(config["num_hidden_layers"])
+        return max(layers, key=lambda i: _size(layer_tensors(config, block=i)))
     if not family(config).sharing:
         return 0
     layers = range(config["num_hidden_layers"])

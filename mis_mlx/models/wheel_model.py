@@ -22,7 +22,7 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.hardware.programs import download_wheel
-from mis_mlx.models import arch, families, model_writer
+from mis_mlx.models import arch, families, model_writer, stored_form
 from mis_mlx.storage import hub, safetensors
 from mis_mlx.storage.files import CHUNK, DISK, as_mis_error, file_sha256
 from mis_mlx.types import MisError
@@ -172,6 +172,7 @@ def gguf_names(config: Mapping[str, Any]) -> dict[str, str | None]:
         hugging_face = re.sub(
             r"switch_mlp\.(\w+)", lambda match: f"experts.{matrices[match[1]]}", name
         )
+        hugging_face = stored_form.stored_name(family, hugging_face)
         own = name_map.get_name(hugging_face, try_suffixes=suffixes)
         if own and not hugging_face.endswith(suffixes):
             own = f"{own}.weight"  # of attention sinks

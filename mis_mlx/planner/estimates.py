@@ -17,8 +17,8 @@ from mis_mlx import cli
 from mis_mlx.hardware import rates, streams
 from mis_mlx.hardware.memory import COMMANDS_AHEAD, process_bytes
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.models import arch, block_inputs, families, policy
-from mis_mlx.models.config import head_size, key_owners, shape_of, versions
+from mis_mlx.models import arch, block_inputs, families, mixer_sizes, policy
+from mis_mlx.models.config import attending, head_size, key_owners, shape_of, versions
 from mis_mlx.models.host_losses import CHUNK, GROUP
 from mis_mlx.models.residency import batches_per_pass, pass_bytes
 from mis_mlx.models.stream import GROUP_BYTES, HEAD_PART
@@ -142,7 +142,7 @@ def forward_flops(m: ModelSize, tokens: int, length: int, head: bool = True) -> 
     attention = s.heads * s.head_dim * length  # 2 products x 2 x length / 2 positions seen
     rows = m.config.get("vocab_size_per_layer_input", 0)
     projected = m.side_params - rows * arch.channels(m.config)
-    params = m.active_share * m.blocks_params + s.layers * attention + projected
+    params = m.active_share * m.blocks_params + attending(m.config) * attention + projected
     if head:
         params += m.head_params
     return 2.0 * tokens * params
@@ -213,10 +213,9 @@ def activation_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
         ffn_arrays = 10
     per_token = hidden_arrays * s.hidden * versions(config)
     per_token += ffn_arrays * arch.active_ffn_size(config)
-    per_token += 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length
-    # rows, their projection, that behind its norm, and the sum
-    side_channels = 4 * arch.channels(config)
-    return 4 * batch * length * (s.layers * per_token + side_channels)
+    numbers = s.layers * per_token + mixer_sizes.of_all(config, length)
+    # of channels: rows, their projection, that behind its norm, and the sum
+    return 4 * batch * length * (numbers + 4 * arch.channels(config))
 
 
 def backward_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
@@ -225,6 +224,7 @@ def backward_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
     Without the block's gradients. Measured; as much in a Gemma's block, though that keeps more.
     """
     kept = activation_bytes(config, batch, length)
+    kept += 4 * batch * length * mixer_sizes.above_mean(config, length)
     arrays = 8 if families.family(config).post_norms else 5
     return 11 * kept // (arrays * shape_of(config).layers)
 
@@ -247,7 +247,7 @@ def logit_bytes(vocab: int, tokens: int, host: bool = False, *, gpu: bool = Fals
 
 def keys_bytes(m: ModelSize, tokens: int) -> int:
     """Keys and values of `tokens` tokens, in all blocks."""
-    return 2 * m.shape.layers * tokens * m.shape.kv_heads * m.shape.head_dim * m.item
+    return 2 * attending(m.config) * tokens * m.shape.kv_heads * m.shape.head_dim * m.item
 
 
 def headroom_bytes(limit_bytes: int, taken_bytes: int, gpu: bool | None = None) -> int:

@@ -14,7 +14,7 @@ import mlx.core as mx
 from mis_mlx.hardware.memory import TRAINED_BYTES, TRAINED_WHOLE_BYTES, process_bytes
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.models import arch, load
-from mis_mlx.models.config import shape_of
+from mis_mlx.models.config import attends, shape_of
 from mis_mlx.planner import estimates, rounding_cost, writing
 from mis_mlx.planner.compression_size import pruning_cost, repair_by_block_cost, repair_cost
 from mis_mlx.planner.estimates import TENSOR_BYTES, StageCost
@@ -103,7 +103,10 @@ def usual_rate(teacher: Checkpoint) -> float:
     As large a part of the teacher's weights as 1e-4 is of SmolLM2-135M's; that suits Gemma, too. By
     the attention of the middle block, a matrix at a time.
     """
-    prefix = f"model.layers.{shape_of(teacher.config).layers // 2}.self_attn."
+    middle = shape_of(teacher.config).layers // 2
+    while not attends(teacher.config, middle):
+        middle = (middle + 1) % shape_of(teacher.config).layers
+    prefix = f"model.layers.{middle}.self_attn."
     squares = []
     for name, shape in arch.tensors_of(teacher.config).items():
         if name.startswith(prefix) and len(shape) > 1:

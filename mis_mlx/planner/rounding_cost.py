@@ -11,6 +11,7 @@ import numpy as np
 
 from mis_mlx.maths.reconstruction import precision
 from mis_mlx.maths.rounding import CANDIDATE_BITS, GROUPS, HELD_BYTES, PART, SLAB
+from mis_mlx.models import bit_floors
 from mis_mlx.models.config import Shape
 from mis_mlx.models.residency import batches_per_pass
 from mis_mlx.planner.estimates import (
@@ -54,6 +55,7 @@ def packed_bytes(m: ModelSize, rounding: QuantizationConfig) -> int:
     if config.target_bpw:
         return int(config.target_bpw * m.params / 8)
     bits = (4 + BIAS_BITS / config.q_group_size) * m.params + 4 * m.tables_params
+    bits += bit_floors.further_bits(m.config)
     return int(bits / 8)
 
 

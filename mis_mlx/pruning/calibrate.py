@@ -12,7 +12,7 @@ from mis_mlx.hardware import streams
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import ExpertSums, Statistics, Sums
 from mis_mlx.models import arch, distributed, modules, pipeline_parallel, policy, stream
-from mis_mlx.models.config import ffn_size, shape_of
+from mis_mlx.models.config import attends, ffn_size, shape_of
 from mis_mlx.types import Checkpoint, Reading
 
 Weight = Callable[[int], float]  # of a batch: its T_env, asked as the batch enters
@@ -148,7 +148,7 @@ def _mixed(
 def _merge(out: Statistics, experts: Mapping[int, ExpertSums], batches: int) -> None:
     """Sums of this machine's batches become those of all machines', and blocks' sums means."""
     fields = list[tuple[Any, str]]()  # the same on every machine, in the same order
-    for layers in (out.ffn, out.heads, out.hidden):
+    for layers in (out.ffn, out.heads, out.channels, out.hidden):
         for i in sorted(layers):
             fields += [(layers[i], name) for name in ("mean", "square", "env_weighted")]
     for i in sorted(experts):
@@ -174,7 +174,7 @@ def _air(out: Statistics, readings: Sequence[Reading | None], unit: str) -> None
     weights = [importance.weight_of(r, unit) for r in readings]
     out.measured = not distributed.any_rank(None in weights)
     if not out.measured:
-        layers = (out.ffn, out.heads, out.experts, out.hidden)
+        layers = (out.ffn, out.heads, out.channels, out.experts, out.hidden)
         for sums in chain.from_iterable(axis.values() for axis in layers):
             sums.env_weighted = sums.square.copy()
     known = [r for r in readings if r is not None]
@@ -260,7 +260,10 @@ def _nothing_yet(config: Mapping[str, Any]) -> tuple[Statistics, dict[int, Exper
         neurons = ffn_size(config, i) * max(1, s.experts)
         out.ffn[i] = _zero_sums(neurons)
         out.block[i] = 0.0
-        out.heads[i] = _zero_sums(s.heads)
+        if attends(config, i):
+            out.heads[i] = _zero_sums(s.heads)
+        else:
+            out.channels[i] = _zero_sums(s.hidden)
         if s.experts:
             routed, gated, warm = np.zeros((3, s.experts))
             experts[i] = ExpertSums(routed, gated, warm)
@@ -278,12 +281,13 @@ def _add(
     """Add a batch's samples of a layer, of so many tokens, to the sums of every axis."""
     sums = {
         "ffn": out.ffn[layer],
-        "heads": out.heads[layer],
+        "heads": out.heads.get(layer),
+        "channels": out.channels.get(layer),
         "norm1": out.hidden[-1],
         "norm2": out.hidden[-1],
     }
     for axis, axis_sums in sums.items():
-        if axis in seen:
+        if axis in seen and axis_sums is not None:
             # A head has the squares of all of its channels.
             units = len(seen[axis])
             squares = seen[axis + " squares"].reshape(units, -1).sum(axis=-1)

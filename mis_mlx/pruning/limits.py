@@ -79,15 +79,16 @@ def weights_of(config: Mapping[str, Any], shape: Shape) -> tuple[int, int]:
     student = arch.student_config(config, shape)
     matrices = 0
     others = 0
-    for size in arch.layer_tensors(student).values():
-        if len(size) > 1:
-            matrices += math.prod(size)
-        elif len(size) == 1:
-            others += math.prod(size)
+    for block, count in arch.block_counts(student).items():
+        for size in arch.layer_tensors(student, block=block).values():
+            if len(size) == 2:
+                matrices += count * math.prod(size)
+            else:
+                others += count * math.prod(size)
     tables = shape.vocab * shape.hidden
     if not shape.tied:
         tables *= 2
-    return shape.layers * matrices + tables, shape.layers * others + shape.hidden
+    return matrices + tables, others + shape.hidden
 
 
 def file_bytes(config: Mapping[str, Any], shape: Shape, bpw: float) -> float:
@@ -165,8 +166,7 @@ def time_limit(config: Mapping[str, Any], flag: str, text: str, timed: Timing) -
     heads = "heads" if flag == "--ttft" else "kv_heads"
 
     def weights(shape: Shape) -> int:
-        block = arch.layer_tensors(arch.student_config(config, shape))
-        return sum(map(math.prod, block.values()))
+        return arch.blocks_params(arch.student_config(config, shape)) // shape.layers
 
     def cost(shape: Shape, _: float) -> float:
         block_s = (timed.block_s - timed.attention_s) * weights(shape) / weights(before)

@@ -26,7 +26,7 @@ from mis_mlx.models import (
     scenarios,
     stream,
 )
-from mis_mlx.models.config import MOST_EXPERTS, Shape, shape_of
+from mis_mlx.models.config import MOST_EXPERTS, Shape, attends, shape_of
 from mis_mlx.pruning import calibrate, slicing, vocabulary
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
@@ -144,10 +144,16 @@ def select_units(
         differ[key] = len(set(kept[key]) - set(_pick(axis, plain, before, shape)))
 
     for i in layers:
-        for axis in ("experts", "ffn", "heads"):
+        attending = attends(config, i)
+        axes = ["experts", "ffn"]
+        if attending:
+            axes.append("heads")
+        for axis in axes:
             if getattr(shape, axis) < getattr(before, axis):
                 choose((i, axis))
-        if shape.kv_heads < before.kv_heads:
+        if not attending and shape.hidden < before.hidden:
+            choose((i, "channels"))
+        if attending and shape.kv_heads < before.kv_heads:
             group = before.heads // before.kv_heads
             kept[i, "kv_heads"] = tuple(sorted({head // group for head in kept[i, "heads"]}))
     if shape.hidden < before.hidden and cut.hidden_by == "importance":
@@ -193,6 +199,8 @@ def _pick(axis: str, scores: np.ndarray, before: Shape, shape: Shape) -> tuple[i
         return importance.top_in_groups(scores, experts, keep, experts)
     if axis == "heads":
         return importance.top_in_groups(scores, before.kv_heads, shape.heads, shape.kv_heads)
+    if axis == "channels":  # a short convolution is as wide as the stream
+        return importance.top(scores, keep=shape.hidden)
     return importance.top(scores, keep=getattr(shape, axis))
 
 

@@ -26,9 +26,11 @@ CUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ffn": (arch.READERS["norm2"][1], arch.READERS["ffn"][1]),
     "heads": (("q_proj",), arch.READERS["heads"][1]),
     "kv_heads": (("k_proj", "v_proj"), ()),
+    # of a short convolution: its kernel, and three joined matrices
+    "channels": (("in_proj", "conv"), arch.readers_of("channels")),
     "hidden": (
-        ("o_proj", "down_proj", "norm", "input_layernorm", "post_attention_layernorm"),
-        (*arch.READERS["norm1"][1], *arch.READERS["norm2"][1], "embed_tokens", "lm_head"),
+        (*arch.WRITERS, "norm", "input_layernorm", "post_attention_layernorm"),
+        (*arch.readers_of("norm1"), *arch.readers_of("norm2"), "embed_tokens", "lm_head"),
     ),
 }
 FINAL = f"{load.NORM}weight"
@@ -162,7 +164,7 @@ def rotated_teacher(teacher: Checkpoint, rotation: Rotation) -> Dense:
         norm = _norm_before(name)
         if kind == "weight" and (norm != FINAL or name == HEAD):  # reads the stream behind a norm
             return (dense(name) * dense(norm)) @ q
-        if module in ("o_proj", "down_proj"):  # writes into the stream
+        if module in arch.WRITERS:  # writes into the stream
             return q.T @ dense(name)
         if name == f"{load.EMBEDDING}weight":
             return dense(name) @ q
@@ -176,7 +178,7 @@ def _norm_before(name: str) -> str:
     block = name.rsplit(".", 3)[0]
     module = name.split(".")[-2]
     for axis, norm in NORMS.items():
-        if module in arch.READERS[axis][1]:
+        if module in arch.readers_of(axis):
             return f"{block}.{norm}.weight"
     return FINAL
 
@@ -199,7 +201,9 @@ def _cut(
         place = -1 if axis == "hidden" else layer
         kept = keep.kept.get((place, axis))
         unit = before.head_dim if axis.endswith("heads") else 1  # rows that go together
-        size = getattr(before, axis) * unit
+        # a short convolution is as wide as the stream
+        field = "hidden" if axis == "channels" else axis
+        size = getattr(before, field) * unit
         if kept is None or len(kept) * unit == size:
             continue
         indices = _numbers(kept, unit)

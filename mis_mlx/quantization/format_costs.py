@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, load
+from mis_mlx.models import arch, bit_floors, load
 from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.quantization.packed_format import WIDE_BITS, Format, formats_of, wide_projections
 from mis_mlx.types import Checkpoint
@@ -25,10 +25,15 @@ LEAST_BITS = 2
 MOST_BITS_OF_OTHER_GROUPS = 5
 
 
-def candidates(columns: int, how: QuantizationConfig) -> list[Format]:
-    """The formats that a matrix with rows of so many weights may have."""
+def candidates(columns: int, how: QuantizationConfig, floor_bits: int = 0) -> list[Format]:
+    """The formats that a matrix with rows of so many weights may have.
+
+    floor_bits: the fewest of this matrix (models/bit_floors).
+    """
     formats = []
     for bits in (LEAST_BITS, *rounding.CANDIDATE_BITS):
+        if bits < floor_bits:
+            continue
         for group in rounding.GROUPS:
             usual = group == how.q_group_size
             other = how.q_groups == "mixed" and bits <= MOST_BITS_OF_OTHER_GROUPS
@@ -41,6 +46,7 @@ def limits(config: Mapping[str, Any], how: QuantizationConfig) -> tuple[float, f
     """The fewest bits per weight that a model's matrices can have together, and the most."""
     shapes = arch.tensors_of(config, stacked=True)
     fixed = wide_projections(config)
+    floors = bit_floors.delta_floors(config)
     weights = 0
     least = 0.0
     for path in formats_of(config, how.q_group_size):
@@ -48,7 +54,7 @@ def limits(config: Mapping[str, Any], how: QuantizationConfig) -> tuple[float, f
         size = math.prod(shape)
         fewest = Format(WIDE_BITS, how.q_group_size).bits_per_weight
         if path not in fixed:
-            formats = candidates(shape[-1], how)
+            formats = candidates(shape[-1], how, floors.get(path, 0))
             fewest = min(kind.bits_per_weight for kind in formats)
         weights += size
         least += size * fewest
@@ -69,13 +75,14 @@ def of_formats(
     or of fitted grids, as a search keeps them.
     """
     shapes = arch.tensors_of(checkpoint.config)
+    floors = bit_floors.delta_floors(checkpoint.config)
     found: dict[str, FormatCosts] = {}
     for path, measured in nats.items():
         name = f"{path}.weight"
         # Of a large table only some first rows are read.
         rows = load.dense_sample(checkpoint, name, "float32", rounding.SAMPLED)
         step = max(1, rows.size // rounding.SAMPLED)
-        formats = candidates(shapes[name][1], how)
+        formats = candidates(shapes[name][1], how, floors.get(path, 0))
         found[path] = _derived(rows[::step], measured, formats, how=how, fitted=fitted)
     # They have no choice, but their bits count towards the mean.
     for path in wide_projections(checkpoint.config):

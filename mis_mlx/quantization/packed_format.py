@@ -18,7 +18,16 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, experts, families, load, model_writer, stream
+from mis_mlx.models import (
+    arch,
+    bit_floors,
+    experts,
+    families,
+    load,
+    model_writer,
+    stored_form,
+    stream,
+)
 from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import Files
@@ -122,18 +131,21 @@ def formats_of(
     eight_bit = {f"model.layers.{i}.mlp.down_proj" for i in wide}
     eight_bit |= {"model.embed_tokens", "lm_head"} | wide_projections(config)
     usual = Format(USUAL_BITS, GROUPS.get(mode, group_size), mode)
+    floors = bit_floors.delta_floors(config)
     shapes = {}
     plan = {}
     for name, shape in arch.tensors_of(config, stacked=True).items():
         if len(shape) < 2 or name.endswith(".bias") or experts.is_router(name):
             continue
-        if name.endswith(arch.COEFFICIENTS):
+        if name.endswith(arch.COEFFICIENTS) or stored_form.is_kernel(name):
             continue
         path = name.removesuffix(".weight")
         shapes[path] = shape
         plan[path] = usual
         if path in eight_bit:
             plan[path] = Format(WIDE_BITS, group_size)
+        elif path in floors:
+            plan[path] = Format(floors[path], group_size)
     for path, shape in shapes.items():
         group = max(plan[path].group, 32)  # MLX packs no shorter rows
         if shape[-1] % group:
@@ -154,9 +166,12 @@ def _group_remedy(shapes: Mapping[str, tuple[int, ...]]) -> str:
 def wide_projections(config: Mapping[str, Any]) -> set[str]:
     """Module paths of the small matrices that always have 8 bits.
 
-    Per-layer inputs come in through them; AltUp's ends and second ways have such ones, too.
+    Per-layer inputs come in through them; AltUp's ends and second ways have such ones, too. In a
+    gated delta rule they say what each head forgets and learns.
     """
     row = families.family(config)
+    if row.stateful == "linear_attention":
+        return bit_floors.delta_gates(config)
     if not row.per_layer:
         return set()
     paths = {"model.per_layer_model_projection"}

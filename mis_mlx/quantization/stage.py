@@ -159,7 +159,7 @@ def _rounded_block(
         # pop: a gram (in, in) goes when its matrices are done
         rounded |= _rounded_readers(linears, plan, grams.pop(axis, None))
     for path in sorted(packed_format.wide_projections(source.checkpoint.config)):
-        if arch.block_of(path) == i:
+        if arch.block_of(path) == i and path not in rounded:
             linear = dict(block.named_modules())[path.removeprefix(prefix)]
             weight = load.dense_weight(linear)
             rounded[path] = rounding.nearest(weight, plan[path].group, plan[path].bits)

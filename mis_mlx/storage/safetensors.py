@@ -153,6 +153,8 @@ def lazy(tensors: Mapping[str, TensorAt], names: Iterable[str]) -> dict[str, mx.
             stored_name, stored = tensor.stored or (name, tensor)
             if tensor.shape == stored.shape:
                 arrays[name] = content[stored_name]
+            elif tensor.nbytes == stored.nbytes:
+                arrays[name] = content[stored_name].reshape(tensor.shape)
             else:
                 arrays[name] = content[stored_name][_rows_of(tensor, stored)]
         del content  # an array, once evaluated, stays in memory as long as a dict that holds it

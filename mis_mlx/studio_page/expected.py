@@ -16,7 +16,7 @@ import numpy as np
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import candidates, known_losses, ranking
 from mis_mlx.evaluation.answer_likelihood import has_template
-from mis_mlx.models import families, load, resolve
+from mis_mlx.models import bit_floors, families, load, resolve
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.scenarios import PLAIN_NAMES
 from mis_mlx.planner.recipe import ITERS
@@ -66,6 +66,8 @@ def _known_curve(teacher: Checkpoint) -> list[dict[str, Any]]:
     family = families.family(teacher.config)
     before = shape_of(teacher.config)
     if family.experts or family.per_layer or not shape_search.group_of(before):
+        return []
+    if bit_floors.delta_floors(teacher.config):
         return []
     if not has_template(teacher):
         return []

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mis_mlx import doctor
-from mis_mlx.checks import engine, kernels
+from mis_mlx.checks import engine, hybrid_kernels, kernels
 from mis_mlx.hardware import memory
 from mis_mlx.models import policy, stream
 from mis_mlx.types import Budget
@@ -35,10 +35,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> engine.Models:
     return engine.make(tmp_path_factory.mktemp("models"))
 
 
-@pytest.mark.parametrize("name", kernels.CHECKS)
+@pytest.mark.parametrize("name", [*kernels.CHECKS, *hybrid_kernels.CHECKS])
 def test_kernels(name: str, device: str) -> None:
     """Each kernel is as near to its witness as its bound says."""
-    found, bound = kernels.CHECKS[name]()
+    found, bound = (kernels.CHECKS | hybrid_kernels.CHECKS)[name]()
     assert found <= bound
 
 

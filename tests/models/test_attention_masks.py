@@ -39,14 +39,15 @@ def check(model: nn.Module, tolerance: float = 1e-5) -> None:
         assert b.mask[row].tolist() == [float(t < len(answer)) for t in range(4)]
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma4_text", "gemma3n_text"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma4_text", "gemma3n_text", "lfm2"])
 def test_every_answer_is_as_if_alone(kind: str, models: Callable[[str], Checkpoint]) -> None:
     """In every architecture; the blocks' own rotary modules are back in their place afterwards."""
     model = load.resident_model(models(kind), mx.float32)
-    before = [block.self_attn.rope for block in model.model.layers]
+    attending = [block for block in model.model.layers if "self_attn" in block]
+    before = [block.self_attn.rope for block in attending]
     # their attention has no scale, so the tiny ones' roundings grow.
     check(model, 1e-4 if kind in ("gemma4_text", "gemma3n_text") else 1e-5)
-    for block, rope in zip(model.model.layers, before, strict=True):
+    for block, rope in zip(attending, before, strict=True):
         assert block.self_attn.rope is rope
 
 
@@ -59,9 +60,19 @@ def test_a_sliding_window_counts_positions_not_columns(tmp_path: Path) -> None:
     check(load.resident_model(load.open_checkpoint(folder), mx.float32))
 
 
-def test_the_gradient_is_that_of_answers_alone(llama: Checkpoint) -> None:
+@pytest.mark.parametrize(
+    ("kind", "layer", "part", "names"),
+    [
+        ("llama", 0, "self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")),
+        ("lfm2", 0, "conv", ("in_proj", "conv", "out_proj")),
+        ("lfm2", 2, "self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")),
+    ],
+)
+def test_the_gradient_is_that_of_answers_alone(
+    models: Callable[[str], Checkpoint], kind: str, layer: int, part: str, names: tuple[str, ...]
+) -> None:
     """Through the shared prompt too: sums of log-probabilities, differentiated both ways."""
-    model = load.resident_model(llama, mx.float32)
+    model = load.resident_model(models(kind), mx.float32)
     b = attention_masks.join(PROMPT, ANSWERS)
 
     def picked(hidden: mx.array, targets: mx.array) -> mx.array:
@@ -83,9 +94,9 @@ def test_the_gradient_is_that_of_answers_alone(llama: Checkpoint) -> None:
     _, found = nn.value_and_grad(model, together)(model)
     _, expected = nn.value_and_grad(model, one_by_one)(model)
 
-    ours = found["model"]["layers"][0]["self_attn"]
-    theirs = expected["model"]["layers"][0]["self_attn"]
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+    ours = found["model"]["layers"][layer][part]
+    theirs = expected["model"]["layers"][layer][part]
+    for name in names:
         wanted = theirs[name]["weight"]
         apart = mx.abs(ours[name]["weight"] - wanted).max()
         assert apart < 5e-5 * mx.abs(wanted).max(), name

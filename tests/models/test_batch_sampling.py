@@ -17,7 +17,7 @@ from mis_mlx.types import Checkpoint
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [40], [21, 22, 23]]
 
 
-@pytest.fixture(name="model", params=["llama", "qwen3"])
+@pytest.fixture(name="model", params=["llama", "qwen3", "lfm2"])
 def _model(request: pytest.FixtureRequest, models: Callable[[str], Checkpoint]) -> nn.Module:
     made = load.resident_model(models(request.param), mx.float32)
     mx.eval(made.parameters())

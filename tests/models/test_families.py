@@ -50,7 +50,7 @@ def one_by_one(named: Mapping[str, mx.array], config: Mapping[str, Any]) -> dict
     """Experts that mlx_lm has stacked, by their own names."""
     found = dict[str, mx.array]()
     of = family(config)
-    if of.versions:
+    if of.versions or of.renamed:
         return stock.ours(named, config)
     for name, array in named.items():
         if stacked := experts.STACKED.fullmatch(name):

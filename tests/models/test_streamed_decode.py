@@ -23,7 +23,7 @@ from tests import tiny
 from tests.conftest import mostly_slow
 
 COUNT = 24
-MORE = ("phi3", "ministral3", "gemma4_text", "gemma3n_text")
+MORE = ("phi3", "ministral3", "gemma4_text", "gemma3n_text", "lfm2")
 IDS = [5, 9, 300, 41, 7, 7, 120]
 
 

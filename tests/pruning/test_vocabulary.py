@@ -146,7 +146,17 @@ def test_a_size_that_cannot_be(big: Checkpoint, asked: str, why: str) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    ["llama", "untied", "packed", "granite", "phi3", "gemma3_text", "gemma4_text", "gemma3n_text"],
+    [
+        "llama",
+        "untied",
+        "packed",
+        "granite",
+        "phi3",
+        "gemma3_text",
+        "gemma4_text",
+        "gemma3n_text",
+        "lfm2",
+    ],
 )
 def test_logits_of_the_rows_that_stay_are_the_teachers(
     tmp_path: Path, text_folder: Path, kind: str

@@ -1,0 +1,439 @@
+"""LFM2: short convolutions beside attention, its folders, cuts and refusals. Parity with stock
+mlx_lm is in test_families.py, too; generation in test_streamed_decode.py, test_batch_sampling.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mis_mlx import distill, generate, plan, prune, quantize, search, sft
+from mis_mlx.evaluation import option_likelihood
+from mis_mlx.models import arch, block_state, hybrid, load, model_writer, stream
+from mis_mlx.models.config import attends, check_config, read_config, shape_of
+from mis_mlx.pruning import slicing
+from mis_mlx.quantization import packed_format
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import Checkpoint, MisError
+from tests import stock, tiny
+from tests.conftest import mostly_slow
+
+KIND = "lfm2"
+CONFIG = {**tiny.CONFIG, **tiny.FAMILIES[KIND]}
+TOKENS = mx.array([[5, 9, 300, 17, 44, 44, 8, 120, 3, 77, 201, 9]])
+CONVOLUTIONS = [0, 1, 3, 5]  # blocks of the tiny model
+
+
+@pytest.fixture(scope="module")
+def lfm(models: Callable[[str], Checkpoint]) -> Checkpoint:
+    return models(KIND)
+
+
+def streamed(model: Checkpoint, tokens: mx.array) -> mx.array:
+    """Logits (B, T, V) in float32, block by block."""
+    source = stream.Stream(model, mx.float32)
+    return load.logits(source.head(), source.forward([tokens])[0])
+
+
+def apart(a: mx.array, b: mx.array) -> float:
+    """The largest difference."""
+    return float(mx.abs(a.astype(mx.float32) - b.astype(mx.float32)).max())
+
+
+def published(name: str) -> dict[str, Any]:
+    """A config as it was published, from the benchmarks' folder."""
+    folder = Path(__file__).parents[2] / "benchmarks" / "model_configs"
+    config = json.loads((folder / f"{name}.json").read_text())
+    return {key: value for key, value in config.items() if key not in ("title", "source")}
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "ffn"),
+    [
+        ("lfm2-350m", 354_483_968, 4608),
+        ("lfm2-700m", 742_489_344, 6912),
+        ("lfm2-1.2b", 1_170_340_608, 8192),
+    ],
+)
+def test_the_published_shapes(name: str, params: int, ffn: int, tmp_path: Path) -> None:
+    """As many parameters as the model cards say, and as mlx-lm's own modules have."""
+    (tmp_path / "config.json").write_text(json.dumps(published(name)))
+    config = read_config(tmp_path)
+    assert arch.params(config) == params
+    assert shape_of(config).ffn == ffn
+    module = load.mlx_lm("models.lfm2")
+    theirs = module.Model(module.ModelArgs.from_dict(published(name)))  # lazy: nothing is drawn
+    assert params == sum(array.size for _, array in tree_flatten(theirs.parameters()))
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_the_convolution_by_hand() -> None:
+    """y_t = out(C_t * sum_k w_k (B x)_{t - 2 + k}) in float64."""
+    layer = hybrid.ShortConv(16, 3)
+    x = mx.random.normal((2, 7, 16), key=mx.random.key(1))
+    inner = np.array(x, np.float64) @ np.array(layer.in_proj.weight, np.float64).T
+    gate, gate_out, value = np.split(inner, 3, axis=-1)
+    padded = np.pad(gate * value, [(0, 0), (2, 0), (0, 0)])
+    kernel = np.array(layer.conv.weight[..., 0], np.float64)
+    mixed = sum(padded[:, k : k + 7] * kernel[:, k] for k in range(3))
+    want = (gate_out * mixed) @ np.array(layer.out_proj.weight, np.float64).T
+    assert np.allclose(np.array(layer(x)), want, atol=1e-5)
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_the_published_form_is_opened(lfm: Checkpoint, tmp_path: Path) -> None:
+    """Attention by numbers of blocks, a larger FFN that is adjusted, kernels as torch has them or
+    as mlx-lm has them: the same logits.
+    """
+    folder = tiny.make(tmp_path / "m", **tiny.FAMILIES[KIND])
+    config = json.loads((folder / "config.json").read_text())
+    assert config["full_attn_idxs"] == [2, 4, 6]
+    stored: Any = mx.load(str(folder / "model.safetensors"))
+    weights: dict[str, mx.array] = dict(stored)
+    mx.eval(weights)
+    kernel = "model.layers.0.conv.conv.weight"
+    assert weights[kernel].shape == (64, 1, 3)
+    want = streamed(lfm, TOKENS)
+    # of 1,149 neurons two thirds are 766, and the next multiple of 256 is 768
+    config |= {"block_auto_adjust_ff_dim": True, "block_ff_dim": 1149, "block_multiple_of": 256}
+    for key in ("layer_types", "intermediate_size"):
+        del config[key]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert mx.array_equal(streamed(load.open_checkpoint(folder), TOKENS), want)
+    assert apart(stock.opened(folder)(TOKENS), want) <= 1e-5
+    for name in list(weights):
+        if name.endswith("conv.conv.weight"):
+            weights[name] = mx.contiguous(weights[name].swapaxes(1, 2))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    again = load.open_checkpoint(folder)
+    assert mx.array_equal(streamed(again, TOKENS), want)
+    assert mx.array_equal(load.resident_model(again, mx.float32)(TOKENS), want)
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("steps", [[12], [5, 1, 1, 5], [1] * 12])
+def test_whole_with_a_state(lfm: Checkpoint, steps: Sequence[int]) -> None:
+    """A text in pieces is the text in one, and stock mlx_lm's with its own caches."""
+    model = load.resident_model(lfm, mx.float32)
+    theirs = load.mlx_lm("utils").load(str(lfm.path))[0]
+    caches = [model.make_cache(), theirs.make_cache()]
+    assert [type(c) for c in caches[0]] == [type(c) for c in caches[1]]
+    whole = model(TOKENS)
+    start = 0
+    for count in steps:
+        some = TOKENS[:, start : start + count]
+        ours = model(some, cache=caches[0])
+        assert apart(ours, theirs(some, cache=caches[1])) <= 1e-5
+        assert apart(ours, whole[:, start : start + count]) <= 1e-5
+        start += count
+
+
+def test_what_stands_before_a_row() -> None:
+    """A prompt of two tokens with two answers: each answer's rows look back into the prompt."""
+    branch = np.array([0, 0, 1, 1, 2])
+    square = np.tri(5, dtype=bool) & ((branch == 0) | (branch[:, None] == branch))
+    depth = square.sum(axis=1) - 1
+    found = block_state.before(mx.array(square), mx.array(depth), mx.array(depth), 2)
+    assert found.tolist() == [[-1, -1], [0, -1], [1, 0], [2, 1], [1, 0]]
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_options_share_their_question(lfm: Checkpoint) -> None:
+    """Log-likelihoods of options side by side are those of stock mlx_lm, one by one."""
+    ids = TOKENS[0].tolist()
+    questions = [(ids[:5], [ids[5:], [9, 300], [44]]), (ids[:1], [[17], [44, 44]])]
+    scores = option_likelihood.score(stream.Stream(lfm, mx.float32), questions)
+    model = stock.opened(lfm.path)
+    for (context, options), found in zip(questions, scores, strict=True):
+        for option, value in zip(options, found, strict=True):
+            z = nn.log_softmax(model(mx.array([[*context, *option]])), axis=-1)[0]
+            rows = range(len(context) - 1, len(context) + len(option) - 1)
+            want = sum(z[row, token].item() for row, token in zip(rows, option, strict=True))
+            assert value == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["round", "gptq"])
+@pytest.mark.parametrize("policy", ["cpu", "metal"])
+def test_four_bits_are_stock(
+    lfm: Checkpoint,
+    method: Any,
+    policy: str,
+    tmp_path: Path,
+    text_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Kernels stay as they are, all matrices are packed; whole, streamed, and kept packed."""
+    monkeypatch.setenv("MIS_MLX_POLICY", policy)
+    quantize.run(
+        quantize.Settings(
+            model=str(lfm.path),
+            mlx_path=str(tmp_path / "four"),
+            q_group_size=32,
+            q_method=method,
+            target_bpw=5.0 if method == "gptq" else None,
+            data=str(text_folder),
+            num_samples=2,
+            max_seq_length=24,
+        )
+    )
+    four = load.open_checkpoint(tmp_path / "four")
+    kernel = "model.layers.0.conv.conv.weight"
+    assert four.tensors[kernel].dtype == lfm.tensors[kernel].dtype == "F32"
+    matrices = {
+        n.removesuffix(".weight") for n, s in arch.tensors_of(CONFIG).items() if len(s) == 2
+    }
+    assert packed_format.formats(four).keys() == matrices
+    theirs = stock.opened(four.path)
+    theirs.set_dtype(mx.float32)
+    tolerance = 1e-5 if policy == "cpu" else 2e-2
+    assert apart(streamed(four, TOKENS), theirs(TOKENS)) <= tolerance
+    assert apart(load.resident_model(four, mx.float32)(TOKENS), theirs(TOKENS)) <= tolerance
+
+
+@pytest.mark.parametrize("how", ["importance", "pca"])
+def test_all_axes_are_cut_together(
+    lfm: Checkpoint, how: Any, tmp_path: Path, text_folder: Path
+) -> None:
+    """Channels of the stream and of convolutions, heads, neurons, blocks: stock mlx_lm opens it."""
+    prune.run(
+        prune.Settings(
+            model=str(lfm.path),
+            mlx_path=str(tmp_path / "cut"),
+            scenario="none",
+            layers=5,
+            ffn=512,
+            hidden=32,
+            heads=2,
+            hidden_by=how,
+            data=str(text_folder),
+            num_samples=2,
+            max_seq_length=24,
+            dtype="float32",
+        )
+    )
+    student = load.open_checkpoint(tmp_path / "cut")
+    keep = model_writer.read_keep(student.path)
+    assert keep
+    s = shape_of(student.config)
+    assert (s.layers, s.hidden, s.heads, s.kv_heads, s.ffn) == (5, 32, 2, 1, 512)
+    assert student.config["layer_types"] == [CONFIG["layer_types"][i] for i in keep.layers]
+    for i in keep.layers:
+        axis = "heads" if attends(CONFIG, i) else "channels"
+        assert len(keep.kept[i, axis]) == (2 if axis == "heads" else 32)
+    # a kept channel of a convolution is a row of each of three matrices, a kernel, a column
+    first = CONVOLUTIONS[0]
+    rows = list(keep.kept[first, "channels"])
+    name = f"model.layers.{first}.conv.conv.weight"
+    assert mx.array_equal(load.dense(student, name), load.dense(lfm, name)[mx.array(rows)])
+    theirs = stock.opened(student.path)(TOKENS)
+    assert apart(streamed(student, TOKENS), theirs) <= 1e-5
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_a_rotation_changes_nothing(lfm: Checkpoint, tmp_path: Path) -> None:
+    """With all directions kept, and the last norm's gain 1 (the head is tied), the logits stay."""
+    config = lfm.config
+    tensors = arch.tensors_of(config)
+    basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(64, 64)))
+    norms = [name for name in tensors if name.endswith("layernorm.weight")]
+    energy = dict.fromkeys([*norms, slicing.FINAL], 1.0)
+    plain = {name: load.dense(lfm, name) for name in tensors}
+    plain[slicing.FINAL] = mx.ones(64)
+
+    def written(folder: str, take: Callable[[str], mx.array]) -> Checkpoint:
+        out = tmp_path / folder
+        model_writer.write_model(
+            config, take, source=lfm.path, out=out, dtype="float32", files=DISK
+        )
+        return load.open_checkpoint(out)
+
+    before = written("plain", plain.__getitem__)
+    turn = slicing.rotated_teacher(before, slicing.Rotation(basis, energy))
+    after = written("turned", turn)
+    assert apart(streamed(after, TOKENS), streamed(before, TOKENS)) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "way",
+    mostly_slow(["resident", "blocks", "sharded", "lora", "none", "cached"], "blocks", "lora"),
+)
+def test_every_way_of_training(tmp_path: Path, text_folder: Path, way: str) -> None:
+    """Half of the tokens, fewer neurons and blocks: stock mlx_lm opens what comes out; training
+    brings it nearer to its teacher.
+    """
+    folder = tiny.make(tmp_path / "teacher", vocab_size=1024, **tiny.FAMILIES[KIND])
+    tiny.write_tokenizer(folder, 1024)
+    how: dict[str, Any] = {"targets": "cached"} if way == "cached" else {"train": way}
+    run = tmp_path / "run"
+    result = distill.run(
+        distill.Settings(
+            teacher=str(folder),
+            data=str(text_folder),
+            out=str(run),
+            iters=6,
+            num_samples=2,
+            max_seq_length=32,
+            eval_windows=2,
+            reconstruct_samples=4,
+            bench_tokens=2,
+            learning_rate=1e-4,
+            q_iters=2,
+            q_group_size=32,
+            vocab="0.5x",
+            layers=6,
+            ffn=512,
+            scenario="none",
+            target_bpw=6.0,
+            save_every=3,
+            warmup=1,
+            **how,
+        )
+    )
+    assert result["mode"] == ("resident" if way == "cached" else way)
+    for name in ("pruned", "distilled", "model"):
+        student = load.open_checkpoint(run / name)
+        s = shape_of(student.config)
+        assert (s.vocab, s.layers, s.ffn) == (512, 6, 512)
+        assert mx.isfinite(stock.opened(run / name)(TOKENS).astype(mx.float32)).all().item()
+    if way in ("resident", "blocks", "sharded"):
+        assert result["kl_student"] < result["kl_pruned"]
+
+
+def test_adapters_open_in_stock(lfm: Checkpoint, tmp_path: Path) -> None:
+    """mlx_lm takes what LoRA gives as --adapter-path."""
+    out = tmp_path / "run"
+    row = json.dumps({"prompt": "The for statement", "completion": " is used to iterate"})
+    (tmp_path / "data").mkdir()
+    for split in ("train", "valid"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text(f"{row}\n" * 4)
+    sft.run(
+        sft.Settings(
+            model=str(lfm.path),
+            data=str(tmp_path / "data"),
+            out=str(out),
+            iters=2,
+            batch_size=1,
+            max_seq_length=32,
+            fine_tune_type="lora",
+            num_layers=3,
+            learning_rate=1e-2,
+        )
+    )
+    stored: Any = mx.load(str(out / "adapters" / "adapters.safetensors"))
+    assert any(".feed_forward.w1." in name for name in dict(stored))
+    assert any(".conv.in_proj." in name for name in dict(stored))
+    theirs = load.mlx_lm("utils").load(str(lfm.path), adapter_path=str(out / "adapters"))[0]
+    theirs.set_dtype(mx.float32)
+    want = theirs(TOKENS)
+    fused = load.open_checkpoint(out / "model")
+    # the folder has bfloat16 numbers
+    assert apart(streamed(fused, TOKENS), want) < 0.1 * apart(want, streamed(lfm, TOKENS))
+
+
+def test_a_search_finds_one(lfm: Checkpoint, tmp_path: Path, text_folder: Path) -> None:
+    """The command, with a limit of size: what it recommends fits and opens in stock mlx_lm."""
+    result = search.run(
+        search.Settings(
+            teacher=str(lfm.path),
+            data=str(text_folder),
+            out=str(tmp_path / "run"),
+            params="0.6x",
+            max_seq_length=32,
+            num_samples=2,
+            reconstruct_samples=0,
+            rank_windows=2,
+            eval_windows=2,
+            iters=2,
+            evaluations=2,
+            finalists=1,
+            learning_rate=2e-4,
+        )
+    )
+    (found,) = result["finalists"]
+    assert found["params"] <= 0.6 * arch.params(lfm.config)
+    assert found["hidden"] == 64 and found["heads"] == 4
+
+
+def test_generate_writes_the_same_streamed_and_whole(
+    lfm: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command, with a budget for all of the model and for none of it."""
+    said = list[str]()
+    for budget in (None, "700MiB"):
+        generate.run(
+            generate.Settings(model=str(lfm.path), prompt="The for", max_tokens=8, budget=budget)
+        )
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert said[0].strip()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"conv_L_cache": 0}, "conv_L_cache is 0, but must be a number above 0"),
+        ({"conv_bias": True}, "conv_bias is True, but for a lfm2 only False"),
+        ({"layer_types": None}, "layer_types is missing"),
+        (
+            {"layer_types": ["conv"] * 7},
+            "all blocks are conv, but mlx-lm's lfm2 needs some of each",
+        ),
+        ({"layer_types": ["sliding_attention"] * 7}, "each of conv or full_attention"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "supported: default"),
+        ({"tie_word_embeddings": False}, "only True is supported"),
+        ({"model_type": "lfm2_moe", "num_experts": 32}, "nearest is lfm2, which does not know"),
+    ],
+)
+def test_what_of_a_config_is_refused(change: dict[str, Any], said: str) -> None:
+    """Values that nobody's LFM2 has, and that mlx-lm computes otherwise or not at all."""
+    with pytest.raises(MisError, match=said):
+        check_config({**CONFIG, **change}, Path("config.json"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"conv_dim": 128}, "conv_dim is 128, but hidden_size 64"),
+        ({"layer_types": ["conv"] * 6 + ["full_attention"]}, "layer_types has another order"),
+        ({"block_ff_dim": "x"}, "block_ff_dim is 'x'"),
+        ({"norm_eps": None}, "rms_norm_eps is None"),
+    ],
+)
+def test_what_of_a_file_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """Sizes that contradict each other."""
+    folder = tiny.make(tmp_path / "m", **tiny.FAMILIES[KIND])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(MisError, match=said):
+        read_config(folder)
+
+
+def test_both_kinds_stay(lfm: Checkpoint, tmp_path: Path, text_folder: Path) -> None:
+    """The first block of each kind; one block alone is refused before any work."""
+    asked = {"model": str(lfm.path), "scenario": "none", "data": str(text_folder)}
+    with pytest.raises(MisError, match="1 layers of a lfm2 are too few: 2 blocks must stay"):
+        prune.run(prune.Settings(mlx_path=str(tmp_path / "x"), layers=1, **asked))
+    prune.run(prune.Settings(mlx_path=str(tmp_path / "two"), layers=2, **asked))
+    student = load.open_checkpoint(tmp_path / "two")
+    assert student.config["layer_types"] == ["conv", "full_attention"]
+    assert mx.isfinite(stock.opened(student.path)(TOKENS).astype(mx.float32)).all().item()
+
+
+def test_the_plan_of_a_published_one(tmp_path: Path) -> None:
+    """From its shape alone: half of the tokens."""
+    (tmp_path / "config.json").write_text(json.dumps(published("lfm2-1.2b")))
+    asked = plan.Settings(
+        teacher=str(tmp_path), budget="5GiB", machine="m1-air", scenario="none", vocab="0.5x"
+    )
+    made = plan.run(asked)
+    assert made["params_teacher"] == 1_170_340_608
+    assert made["params_student"] == 1_170_340_608 - 2048 * 32_768
+    assert not made["check_failed"]

@@ -1,0 +1,389 @@
+"""Qwen 3.5, dense text: the gated delta rule in chunks, its folders, bits, state and refusals.
+
+Parity of a whole model with stock mlx_lm, and its gradients, are in test_families.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mis_mlx import distill, generate, plan, prune, quantize, search
+from mis_mlx.evaluation import option_likelihood
+from mis_mlx.models import (
+    arch,
+    attention_masks,
+    bit_floors,
+    gated_delta,
+    load,
+    stream,
+    streamed_decode,
+    text_writer,
+)
+from mis_mlx.models.config import attends, check_config, read_config, shape_of
+from mis_mlx.quantization import packed_format
+from mis_mlx.types import Checkpoint, MisError
+from tests import stock, tiny
+from tests.conftest import mostly_slow
+
+KIND = "qwen3_5_text"
+CONFIG = {**tiny.CONFIG, **tiny.FAMILIES[KIND]}
+TOKENS = mx.array([[5, 9, 300, 17, 44, 44, 8, 120, 3, 77, 201, 9]])
+Arrays = list[mx.array]
+
+
+@pytest.fixture(scope="module")
+def qwen(models: Callable[[str], Checkpoint]) -> Checkpoint:
+    return models(KIND)
+
+
+def streamed(model: Checkpoint, tokens: mx.array) -> mx.array:
+    """Logits (B, T, V) in float32, block by block."""
+    source = stream.Stream(model, mx.float32)
+    return load.logits(source.head(), source.forward([tokens])[0])
+
+
+def apart(a: mx.array, b: mx.array) -> float:
+    """The largest difference."""
+    return float(mx.abs(a.astype(mx.float32) - b.astype(mx.float32)).max())
+
+
+def share(ours: mx.array, theirs: mx.array) -> float:
+    """The largest difference as a share of the largest value."""
+    return apart(ours, theirs) / float(mx.abs(theirs).max())
+
+
+def inputs(length: int, alike: float = 0.0) -> Arrays:
+    """q, k, v, log g, beta of 4 heads. alike: what all keys have in common."""
+    keys = mx.random.split(mx.random.key(length), 5)
+    shape = (2, length, 4)
+    q = mx.random.normal((*shape, 32), key=keys[0])
+    k = mx.random.normal((*shape, 32), key=keys[1]) + alike
+    module = load.mlx_lm("models.gated_delta")
+    q, k = module.normalize_qk(q, k, inv_scale=32**-0.5, eps=1e-6)
+    v = mx.random.normal((*shape, 24), key=keys[2])
+    log_g = -0.1 * mx.abs(mx.random.normal(shape, key=keys[3]))
+    beta = mx.sigmoid(mx.random.normal(shape, key=keys[4]) + 1)
+    return [q, k, v, log_g, beta]
+
+
+def token_by_token(*arrays: mx.array) -> tuple[mx.array, mx.array]:
+    """mlx-lm's recurrent form."""
+    q, k, v, log_g, beta, *state = arrays
+    module = load.mlx_lm("models.gated_delta")
+    found: tuple[mx.array, mx.array] = module.gated_delta_ops(q, k, v, mx.exp(log_g), beta, *state)
+    return found
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("alike", [0.0, 3.0, 100.0])
+@pytest.mark.parametrize("length", [1, 5, 8, 64, 65, 130])
+def test_chunks_are_the_recurrent_form(length: int, alike: float) -> None:
+    """Lengths that chunks of 64 divide and do not; keys that are almost the same, too, whose powers
+    would not fit into a sum; from an empty state and from another.
+    """
+    arrays = inputs(length, alike)
+    state = mx.random.normal((2, 4, 24, 32), key=mx.random.key(1))
+    for more in ([], [state]):
+        ours = gated_delta.delta_rule(*arrays, *more)
+        theirs = token_by_token(*arrays, *more)
+        assert all(share(a, b) <= 1e-5 for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("alike", [0.0, 3.0])
+def test_the_gradient_of_512_tokens(alike: float) -> None:
+    """Against autodiff of the recurrent form, in all inputs and in the first state."""
+    state = mx.random.normal((2, 4, 24, 32), key=mx.random.key(1))
+    arrays = [*inputs(512, alike), state]
+    above = [
+        mx.random.normal((2, 512, 4, 24), key=mx.random.key(2)),
+        mx.random.normal((2, 4, 24, 32), key=mx.random.key(3)),
+    ]
+    _, ours = mx.vjp(lambda *a: list(gated_delta.delta_rule(*a)), arrays, above)
+    _, theirs = mx.vjp(lambda *a: list(token_by_token(*a)), arrays, above)
+    for a, b in zip(ours, theirs, strict=True):
+        assert mx.isfinite(a).all().item()
+        assert share(a, b) <= 1e-4
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_a_gradient_keeps_little() -> None:
+    """Less than a third of what the recurrent form keeps at 256 tokens."""
+    arrays = inputs(256)
+    mx.eval(arrays)
+    peaks = []
+    for form in (gated_delta.delta_rule, token_by_token):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        grads = mx.grad(lambda *a, form=form: form(*a)[0].sum(), argnums=[0, 1, 2, 3, 4])(*arrays)
+        mx.eval(grads)
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[0] < peaks[1] / 3
+
+
+def test_inverses_by_numpy() -> None:
+    """Of triangles of all sizes that a chunk can have; of ones everywhere the inverse is small."""
+    for size in (8, 16, 32, 64):
+        noise = np.random.default_rng(size).normal(size=(3, size, size))
+        for matrix in (0.3 * noise, np.ones((3, size, size))):
+            strict = np.tril(matrix, -1)
+            want = np.linalg.inv(np.eye(size) + strict)
+            found = np.array(gated_delta.unit_lower_inverse(mx.array(strict.astype(np.float32))))
+            assert np.abs(found - want).max() <= 1e-4 * np.abs(want).max()
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("steps", [[12], [5, 1, 1, 5], [1] * 12])
+def test_whole_with_a_state(qwen: Checkpoint, steps: Sequence[int]) -> None:
+    """A text in pieces is the text in one, and stock mlx_lm's with its own caches."""
+    model = load.resident_model(qwen, mx.float32)
+    theirs = load.mlx_lm("utils").load(str(qwen.path))[0]
+    caches = [model.make_cache(), theirs.language_model.make_cache()]
+    assert [type(c) for c in caches[0]] == [type(c) for c in caches[1]]
+    whole = model(TOKENS)
+    start = 0
+    for count in steps:
+        some = TOKENS[:, start : start + count]
+        ours = model(some, cache=caches[0])
+        assert apart(ours, theirs(some, cache=caches[1])) <= 1e-5
+        assert apart(ours, whole[:, start : start + count]) <= 1e-5
+        start += count
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_streamed_text_is_the_whole_models(
+    qwen: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy tokens of one text, a long prompt in parts, and of several texts side by side."""
+    monkeypatch.setattr(streamed_decode, "ROWS", 8)
+    model = load.resident_model(qwen, mx.float32)
+    prompt = TOKENS[0].tolist()
+    want = list[int]()
+    for _ in range(8):
+        want.append(int(mx.argmax(model(mx.array([[*prompt, *want]]))[0, -1])))
+    passes = streamed_decode.decode(stream.Stream(qwen, mx.float32), prompt, 8)
+    assert [token for some in passes for token in some] == want
+    prompts = [[5, 9, 300], [44, 8, 120, 3, 77], [7]]
+    whole, pieces = (text_writer.TextWriter(qwen, room) for room in (None, 0))
+    assert whole.write(prompts, 10, ()) == pieces.write(prompts, 10, ())
+
+
+@pytest.mark.parametrize("method", ["round", "gptq"])
+@pytest.mark.parametrize("policy", ["cpu", "metal"])
+def test_bits_are_stock(
+    qwen: Checkpoint,
+    method: Any,
+    policy: str,
+    tmp_path: Path,
+    text_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Matrices around a delta rule have 5 bits or more, its small ones 8; kernels are not rounded;
+    stock mlx_lm computes the same.
+    """
+    monkeypatch.setenv("MIS_MLX_POLICY", policy)
+    folder = tiny.make(tmp_path / "m", **{**tiny.FAMILIES[KIND], "linear_value_head_dim": 32})
+    quantize.run(
+        quantize.Settings(
+            model=str(folder),
+            mlx_path=str(tmp_path / "four"),
+            q_group_size=32,
+            q_method=method,
+            target_bpw=6.5 if method == "gptq" else None,
+            data=str(text_folder),
+            num_samples=2,
+            max_seq_length=24,
+        )
+    )
+    four = load.open_checkpoint(tmp_path / "four")
+    formats = packed_format.formats(four)
+    floors = bit_floors.delta_floors(four.config)
+    assert len(floors) == 3 * 5
+    assert all(formats[path].bits >= fewest for path, fewest in floors.items())
+    assert all(formats[path].bits == 8 for path in bit_floors.delta_gates(four.config))
+    matrices = [n for n, shape in arch.tensors_of(four.config).items() if len(shape) == 2]
+    assert formats.keys() == {name.removesuffix(".weight") for name in matrices}
+    if method == "round":
+        assert formats["model.layers.0.mlp.up_proj"].bits == 4
+        shapes = arch.tensors_of(four.config)
+        further = 0
+        for path in {*floors, *bit_floors.delta_gates(four.config)}:
+            further += (formats[path].bits - 4) * math.prod(shapes[f"{path}.weight"])
+        assert bit_floors.further_bits(four.config) == further > 0
+    theirs = stock.opened(four.path)
+    theirs.set_dtype(mx.float32)
+    tolerance = 1e-5 if policy == "cpu" else 2e-2
+    assert apart(streamed(four, TOKENS), theirs(TOKENS)) <= tolerance
+    assert apart(load.resident_model(four, mx.float32)(TOKENS), theirs(TOKENS)) <= tolerance
+
+
+def test_too_few_bits_are_a_sentence(qwen: Checkpoint, tmp_path: Path, text_folder: Path) -> None:
+    """The floors and 8 bits for the gates take more than 3.5 bits a weight."""
+    asked = quantize.Settings(
+        model=str(qwen.path),
+        mlx_path=str(tmp_path / "x"),
+        q_group_size=32,
+        target_bpw=4.0,
+        data=str(text_folder),
+        num_samples=1,
+        max_seq_length=16,
+    )
+    with pytest.raises(MisError, match="--target-bpw 4.0 is too few: some matrices of this model"):
+        quantize.run(asked)
+
+
+def test_depth_keeps_the_period(qwen: Checkpoint, tmp_path: Path, text_folder: Path) -> None:
+    """Every third block has attention in the student, too; what is written is a whole model."""
+    asked = {"model": str(qwen.path), "scenario": "none", "data": str(text_folder)}
+    prune.run(prune.Settings(mlx_path=str(tmp_path / "cut"), layers=4, dtype="float32", **asked))
+    student = load.open_checkpoint(tmp_path / "cut")
+    assert [attends(student.config, i) for i in range(4)] == [False, False, True, False]
+    written = json.loads((tmp_path / "cut" / "config.json").read_text())
+    assert (written["model_type"], written["text_config"]["num_hidden_layers"]) == ("qwen3_5", 4)
+    assert apart(streamed(student, TOKENS), stock.opened(student.path)(TOKENS)) <= 1e-5
+    with pytest.raises(MisError, match="2 layers of a qwen3_5_text are fewer than 3"):
+        prune.run(prune.Settings(mlx_path=str(tmp_path / "x"), layers=2, **asked))
+    with pytest.raises(MisError, match="heads of a qwen3_5_text cannot be cut: the heads of a gat"):
+        prune.run(prune.Settings(mlx_path=str(tmp_path / "x"), heads=2, **asked))
+
+
+@pytest.mark.parametrize(
+    "way",
+    mostly_slow(["resident", "blocks", "sharded", "lora", "none", "cached"], "resident", "blocks"),
+)
+def test_every_way_of_training(tmp_path: Path, text_folder: Path, way: str) -> None:
+    """Half of the tokens, fewer neurons and blocks: stock mlx_lm opens what comes out; training
+    brings it nearer to its teacher.
+    """
+    sizes = {**tiny.FAMILIES[KIND], "linear_value_head_dim": 32, "vocab_size": 1024}
+    folder = tiny.make(tmp_path / "teacher", **sizes)
+    tiny.write_tokenizer(folder, 1024)
+    how: dict[str, Any] = {"targets": "cached"} if way == "cached" else {"train": way}
+    run = tmp_path / "run"
+    result = distill.run(
+        distill.Settings(
+            teacher=str(folder),
+            data=str(text_folder),
+            out=str(run),
+            iters=6,
+            num_samples=2,
+            max_seq_length=32,
+            eval_windows=2,
+            reconstruct_samples=4,
+            bench_tokens=2,
+            learning_rate=1e-4,
+            q_iters=2,
+            q_group_size=32,
+            vocab="0.5x",
+            layers=6,
+            ffn=512,
+            scenario="none",
+            save_every=3,
+            warmup=1,
+            **how,
+        )
+    )
+    assert result["mode"] == ("resident" if way == "cached" else way)
+    for name in ("pruned", "distilled", "model"):
+        student = load.open_checkpoint(run / name)
+        s = shape_of(student.config)
+        assert (s.vocab, s.layers, s.ffn) == (512, 6, 512)
+        assert mx.isfinite(stock.opened(run / name)(TOKENS).astype(mx.float32)).all().item()
+    if way in ("resident", "blocks", "sharded"):
+        assert result["kl_student"] < result["kl_pruned"]
+
+
+def test_generate_writes_the_same_streamed_and_whole(
+    qwen: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command, with a budget for all of the model and for none of it."""
+    said = list[str]()
+    for budget in (None, "700MiB"):
+        generate.run(
+            generate.Settings(model=str(qwen.path), prompt="The for", max_tokens=8, budget=budget)
+        )
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert said[0].strip()
+
+
+def test_what_is_not_built_is_a_sentence(qwen: Checkpoint, text_folder: Path) -> None:
+    """Texts that share a sequence, drafts, searches."""
+    source = stream.Stream(qwen, mx.float32)
+    with pytest.raises(MisError, match="read one text after the other"):
+        option_likelihood.score(source, [([5, 9], [[3], [4]])])
+    model = load.resident_model(qwen, mx.float32)
+    joined = attention_masks.join([5, 6], [[7, 8], [9]])
+    with pytest.raises(MisError, match="read one text after the other"):
+        attention_masks.forward(model, joined.tokens, joined.branch, joined.positions)
+    with pytest.raises(MisError, match="read one text after the other"):
+        list(streamed_decode.decode(source, [5, 9], 8, draft=stream.Stream(qwen, mx.float32)))
+    with pytest.raises(MisError, match="does not know the bits that a qwen3_5_text's delta rule"):
+        search.run(search.Settings(teacher=str(qwen.path), data=str(text_folder), params="0.5x"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"linear_num_value_heads": 3}, "linear_num_value_heads is 3, which 2 key heads"),
+        ({"linear_conv_kernel_dim": None}, "linear_conv_kernel_dim is None"),
+        ({"full_attention_interval": 4}, "layer_types says full_attention for block 2"),
+        ({"num_experts": 8}, "num_experts is 8, but for a qwen3_5_text only 0"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.25, but"),
+        ({"model_type": "qwen3_5_moe"}, "model_type 'qwen3_5_moe' is not supported"),
+    ],
+)
+def test_what_of_a_config_is_refused(change: dict[str, Any], said: str) -> None:
+    """Values that nobody's Qwen 3.5 has, and that mlx-lm computes otherwise or not at all."""
+    with pytest.raises(MisError, match=said):
+        check_config({**CONFIG, **change}, Path("config.json"))
+
+
+def test_transformers_form_is_refused(tmp_path: Path) -> None:
+    """There norms multiply by 1 + weight, which the kernels' shape tells."""
+    folder = tiny.make(tmp_path / "m", **tiny.FAMILIES[KIND])
+    stored: Any = mx.load(str(folder / "model.safetensors"))
+    weights: dict[str, mx.array] = {}
+    for name, array in dict(stored).items():
+        if "conv1d" in name:
+            array = mx.contiguous(array.swapaxes(1, 2))
+        weights[name.replace("language_model.model.", "model.language_model.")] = array
+    mx.eval(weights)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    with pytest.raises(MisError, match="only MLX's form is read: run mlx_lm.convert"):
+        load.open_checkpoint(folder)
+
+
+def test_a_config_without_kinds(tmp_path: Path) -> None:
+    """mlx-lm's defaults: attention in every fourth block, a quarter of each head rotates."""
+    folder = tiny.make(tmp_path / "m", **tiny.FAMILIES[KIND])
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("layer_types", "full_attention_interval"):
+        del config["text_config"][key]
+    del config["text_config"]["rope_parameters"]["partial_rotary_factor"]
+    (folder / "config.json").write_text(json.dumps(config))
+    read = read_config(folder)
+    assert [i for i in range(7) if attends(read, i)] == [3]
+    assert read["rope_parameters"]["partial_rotary_factor"] == 0.25
+
+
+def test_a_plan_of_one(tmp_path: Path) -> None:
+    """From a shape alone: half of the tokens, and the bits of its delta rules."""
+    config = {**CONFIG, "hidden_size": 1024, "vocab_size": 248_320, "num_hidden_layers": 6}
+    sizes = {"layer_types": None, "head_dim": 256, "full_attention_interval": 3}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **sizes}))
+    asked = plan.Settings(
+        teacher=str(tmp_path), budget="5GiB", machine="m1-air", scenario="none", vocab="0.5x"
+    )
+    made = plan.run(asked)
+    assert not made["check_failed"]
+    assert made["params_teacher"] - made["params_student"] == 2 * 1024 * 124_160

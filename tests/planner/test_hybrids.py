@@ -1,0 +1,110 @@
+"""Memory of hybrids: what the plan says, and MLX's peak of the same work."""
+
+from __future__ import annotations
+
+import gc
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mis_mlx.data.token_windows import Windows
+from mis_mlx.distillation import live_teacher, sharded
+from mis_mlx.hardware import memory
+from mis_mlx.models import load, model_writer, stream
+from mis_mlx.planner import estimates, phases
+from mis_mlx.planner.recipe import DistillationConfig, TrainingConfig, spec_of
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import GIB, Budget
+from tests import tiny
+
+SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 1024, "vocab_size": 2048}
+KINDS = ["lfm2", "qwen3_5_text"]
+
+
+def larger(kind: str) -> dict[str, Any]:
+    """A model whose activations outweigh what every process holds."""
+    config = {**tiny.FAMILIES[kind], **SIZES, "head_dim": None}
+    if kind == "qwen3_5_text":  # heads as wide as half of the hidden size, as in the published ones
+        config |= {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
+    return config
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize(("windows", "length"), [(1, 64), (6, 128)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pass_stays_under_the_plan(tmp_path: Path, kind: str, windows: int, length: int) -> None:
+    """A streamed pass: MLX's peak, and not by more than three quarters."""
+    model = load.open_checkpoint(tiny.make(tmp_path / "m", **larger(kind)))
+    m = estimates.model_of(model, gpu=False, dtype=mx.float32)
+    batches = [
+        mx.random.randint(0, 2048, (1, length), key=mx.random.key(k)) for k in range(windows)
+    ]
+    mx.eval(batches)
+    mx.clear_cache()
+    cache = mx.set_cache_limit(0)
+    peaks = []
+    for _ in range(4):
+        gc.collect()  # what an earlier test left would be freed during the pass
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        stream.Stream(model, mx.float32).forward(batches)
+        peaks.append(mx.get_peak_memory() - before)
+    mx.set_cache_limit(cache)
+    peak = max(peaks)
+    planned = estimates.streamed_pass(
+        "pass",
+        m,
+        tokens=windows * length,
+        micro_tokens=length,
+        length=length,
+        limit_bytes=GIB,
+        head=False,
+    ).peak_bytes
+    assert planned - estimates.SMALL_BYTES < 1.75 * peak and peak < planned, (peak, planned)
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("way", ["blocks", "sharded"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_stays_under_the_plan(tmp_path: Path, kind: str, way: str) -> None:
+    """Two steps of the student block by block, all blocks in memory or two of them."""
+    folders = [tiny.make(tmp_path / str(seed), seed=seed, **larger(kind)) for seed in (0, 1)]
+    teacher, student = map(load.open_checkpoint, folders)
+    tokens = np.random.default_rng(0).integers(0, 2048, (12, 64)).astype(np.int32)
+    data = Windows(tokens, np.ones((12, 64), np.float32))
+    config = TrainingConfig(iters=2, batch_size=2, grad_accumulation_steps=2, max_seq_length=64)
+    large, small = (estimates.model_of(m, gpu=False, dtype=mx.float32) for m in (teacher, student))
+    asked = DistillationConfig(
+        iters=2, batch_size=2, grad_accumulation_steps=2, max_seq_length=64, train="blocks"
+    )
+    job = spec_of(large, small, asked)
+    shard = 7
+    plan = phases.blockwise_cost(job, 2, 0)
+    if way == "sharded":
+        shard = 2
+        plan = phases.sharded_cost(job, 2, shard)
+    planned = plan.peak_bytes
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    with memory.limited(Budget(before + planned)):
+        source = live_teacher.StreamedTeacher(teacher, 0)
+        parts = model_writer.by_block(student, tmp_path / "parts", DISK)
+        headroom_bytes = 4 * small.head_params if way == "blocks" else 0
+        made = sharded.Sharded(
+            parts,
+            shard,
+            steps_per_shard=1,
+            weight_decay=0.01,
+            files=DISK,
+            headroom_bytes=headroom_bytes,
+        )
+        made.begin()
+        batches = partial(live_teacher.step_micro_batches, source, data, config)
+        loss = partial(source.kl_sum, frozen_head=True)
+        steps = list(made.steps(batches, loss, config, host_gradients=source.host_gradients()))
+    peak = max(step.peak_bytes for step in steps) - before
+    assert planned / 1.9 < peak < planned, (peak, planned)
