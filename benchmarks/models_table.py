@@ -114,7 +114,8 @@ def chosen_without_sizes(config: Mapping[str, Any], budget_bytes: int) -> str:
     "search" where it looks for sizes; else flags. As distill's own rule, but without weights: a
     tokenizer is taken for one that can be trimmed."""
     nbytes = 2 * arch.params(config)
-    searched = not family(config).experts and not search.unknown(config)
+    row = family(config)
+    searched = not row.experts and not row.per_layer and not search.unknown(config)
     if searched and 2 * nbytes <= budget_bytes:
         return "search"
     flags = vocabulary.defaults(name=None, asked=None, config=config, model=None)

@@ -314,6 +314,11 @@ def _default_loss(s: Settings, teacher: Checkpoint) -> float | None:
     if why:
         cli.say(f"{kept}: {why}")
         return None
+    family = families.family(teacher.config)
+    if family.per_layer:
+        why = f"most of a {family.name} is tables with a row for each token"
+        cli.say(f"{kept}: {why}; --lose {DEFAULT_LOSS:g} searches anyway")
+        return None
     limit = memory.budget(s.budget_bytes).limit_bytes
     if distributed.size() > 1:
         why = "a search runs on one machine only"

@@ -197,6 +197,13 @@ def _speeds(
     if folder:
         stored = run_folder.stored_settings(folder, run_folder.PLAN)
         return {flag: Timing(**timing) for flag, timing in stored.items()}
+    family = families.family(teacher.config)
+    if family.per_layer:
+        flags = " and ".join(f"--{flag}" for flag in s.timed_at)
+        raise MisError(
+            f"{flags} cannot be estimated for a {family.name}, whose blocks are not alike: limit "
+            f"--bytes, --memory or --params"
+        )
     for flag in s.timed_at:
         limiting.speed(f"--{flag}", getattr(s, flag))  # refuses before the timing, not after
     need = phases.timed_bytes(estimates.model_of(teacher).params)
@@ -212,10 +219,15 @@ def _speeds(
 def unknown(config: Mapping[str, Any]) -> str:
     """Why a search refuses a dense model of this config; empty where it does not."""
     family = families.family(config)
-    if family.per_layer:
-        return f"a search does not know the size of a {family.name}'s tables"
     if family.stateful == "linear_attention":
         return f"a search does not know the bits that a {family.name}'s delta rule needs"
+    group = max(shape_search.GROUPS)
+    for key in (family.per_layer, family.laurel):
+        if key and config[key] % group:
+            return (
+                f"a search rounds in groups of {group} weights, which {key} ({config[key]}) does "
+                f"not divide by"
+            )
     return ""
 
 

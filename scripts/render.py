@@ -348,6 +348,59 @@ def results_link(name: str) -> str:
     return f"[{name}](../benchmarks/results/linux-x86_64/{name})"
 
 
+def gemma_models(found: Found) -> str:
+    """Two lines a model, one for each student: its bytes, and memory and hours by machine."""
+    machines = list(found["given"]["budgets"])
+    head = ["model", "bf16", "tokens", "result"]
+    for method in ("gptq", "round"):
+        head += [f"`{method}`, {machine}" for machine in machines]
+    lines = list[list[str]]()
+    for row in found["rows"].values():
+        for tokens, plans in row["students"].items():
+            first = next(iter(plans.values()))
+            cells = [row["title"], f"{row['bytes'] / 1e9:.2f} GB", tokens]
+            cells.append(f"{first['bytes'] / 1e9:.2f} GB")
+            cells += [memory_and_time(student) for student in plans.values()]
+            lines.append(cells)
+    return "\n".join([words.markdown_table(head, lines, words=3), "", computed(found)])
+
+
+def memory_and_time(student: Found) -> str:
+    """What a plan takes, in one cell."""
+    peak = gib(student["peak_bytes"])
+    if not student["fits"]:
+        return f"does not fit: {peak}"
+    return f"{peak}, {hours(student['hours'])}"
+
+
+def true_shape(found: Found, alone: Found) -> str:
+    """A line a command: what it made of a model of random weights, and what that took.
+
+    alone: runs of `quantize` on models that were made for it.
+    """
+    head = ["what ran", "parameters", "bytes", "planned", "measured", "MLX's part", "time"]
+    whole = found["rows"]["whole"]
+    lines = [["made in slices", *sizes_of(whole), "–", "–", "–", duration(whole["seconds"])]]
+    rows = dict(found["rows"])
+    rows.pop("whole")
+    for label, row in alone["rows"].items():
+        rows[f"{label} alone"] = row
+    for label, row in rows.items():
+        took = [gib(row[key]) for key in ("planned_bytes", "grown_bytes", "mlx_bytes")]
+        lines.append([label, *sizes_of(row), *took, duration(row["seconds"])])
+    given = found["given"]
+    source = (
+        f"`{found['command']}`, commit {found['git']}: random weights of {given['model']}'s shape "
+        f"in 4 bits, `--budget {given['budget']}`, on {found['chip']} beside other jobs."
+    )
+    return "\n".join([words.markdown_table(head, lines), "", source])
+
+
+def sizes_of(row: Found) -> list[str]:
+    """Parameters and bytes of a model on disk."""
+    return [f"{row['params'] / 1e9:.2f} B", f"{row['bytes'] / 1e9:.2f} GB"]
+
+
 # Table: what arranges it, the files it is made of.
 TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "throughput": (throughput, ("throughput.json",)),
@@ -358,6 +411,8 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "few-bits": (few_bits, ("bits-SmolLM2-135M-Instruct.json",)),
     "models-half": (models_half, ("models.json",)),
     "models-default": (models_default, ("models.json",)),
+    "gemma-models": (gemma_models, ("gemma_models.json",)),
+    "gemma-4-e2b": (true_shape, ("gemma-4-e2b.json", "gemma-4-e2b-quantize.json")),
     "models-measured": (
         models_measured,
         (*(f"{name}.json" for name, _ in RUNS), "planned.json"),
@@ -368,6 +423,7 @@ PROGRAMS = {
     "distill-default": "distill.py default",
     "ttft-4bit": "ttft.py --four-bit",
     "models": "models_table.py",
+    "gemma-4-e2b": "e2b.py",
 }
 
 

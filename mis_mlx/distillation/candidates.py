@@ -200,6 +200,9 @@ class Candidates:
         stored = json.loads(path.read_text("utf-8"))
         for name, costs in stored.items():  # JSON's keys are text
             stored[name] = {int(bits): cost for bits, cost in costs.items()}
+        # Small matrices of fixed bits have no choice, but their bits count towards the mean.
+        for name in packed_format.wide_projections(self.teacher.config):
+            stored[name] = {packed_format.WIDE_BITS: 0.0}
         return stored
 
     def _measured_sensitivity(self) -> Costs:
@@ -325,7 +328,7 @@ class Candidates:
         """
         ones = np.ones(len(self.ranking.tokens))
         tokens_a_byte = comparison.per_byte(ones, self.ranking)
-        fewest, most = shape_search.bpw_range(self._group)
+        fewest, most = shape_search.bpw_range(self._group, self.teacher.config, self._before)
         curve = Curve()
         for bpw in np.arange(fewest, most, 0.125):
             chosen = self._teacher_bits(float(bpw))

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from mis_mlx.gguf_export import gemma
 from mis_mlx.gguf_export.words import YARN
 from mis_mlx.models import families
 from mis_mlx.models.config import normalised, shape_of
@@ -24,6 +25,8 @@ def rope(config: Config) -> tuple[str, Config]:
     scaling = full.get("rope_scaling") or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     _check_layers(config, full, family)
+    if family.proportional:
+        return "proportional", full["rope_parameters"]["full_attention"]
     _check_scaling(kind, scaling, family)
     return kind, scaling
 
@@ -48,7 +51,9 @@ def _check_layers(config: Config, full: Config, family: families.Family) -> None
     # llama.cpp knows two patterns: a family's own period, and every other block where there are
     # attention sinks.
     alternate = [i % 2 == 0 for i in range(len(slides))]
-    if any(slides) and not family.period and not (family.sinks and slides == alternate):
+    # A family with per-layer inputs writes its own pattern into the file.
+    any_pattern = family.period or family.per_layer
+    if any(slides) and not any_pattern and not (family.sinks and slides == alternate):
         raise MisError(
             f"llama.cpp's {family.gguf} has no sliding windows, but some layers here do: use "
             f"--format hf"
@@ -84,10 +89,12 @@ def _check_scaling(kind: str, scaling: Config, family: families.Family) -> None:
 def frequency_factors(config: Config) -> np.ndarray:
     """(head_dim / 2,) float32: what llama.cpp divides each frequency by.
 
-    Only for Llama 3's long contexts and LongRoPE's. Llama 3: 1 for waves that turn often within
-    the original context, `factor` for those that turn rarely, a mixture between.
+    Only for Llama 3's long contexts, LongRoPE's and Gemma 4's. Llama 3: 1 for waves that turn often
+    within the original context, `factor` for those that turn rarely, a mixture between.
     """
     kind, scaling = rope(config)
+    if kind == "proportional":
+        return gemma.frequency_factors(scaling, config["global_head_dim"])
     if kind == "longrope":
         return np.array(scaling["long_factor"], np.float32)
     head_dim = shape_of(config).head_dim

@@ -18,11 +18,19 @@ import mlx.core as mx
 import numpy as np
 from gguf.gguf_writer import WriterState
 
-from mis_mlx.gguf_export import positions
+from mis_mlx.gguf_export import gemma, positions
 from mis_mlx.gguf_export.positions import Config
 from mis_mlx.gguf_export.words import FILE_TYPES, FREQS, OWN, REWRAPPED, YARN
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, experts, families, load, stored_form, wheel_model
+from mis_mlx.models import (
+    arch,
+    experts,
+    families,
+    load,
+    stored_form,
+    tensor_shapes,
+    wheel_model,
+)
 from mis_mlx.models.config import attends, normalised, shape_of
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import Files
@@ -89,14 +97,16 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
     where rows do not divide by a block, or nothing is packed in the mode that was asked for.
     """
     config = checkpoint.config
+    gemma.check(config)
     shape = shape_of(config)
     family = families.family(config)
-    names = wheel_model.gguf_names(config)
+    listed_shapes = gemma.tensors_of(config)
+    names = wheel_model.gguf_names(config, listed_shapes)
     heads = {}
     if family.interleaved:
         heads = {"q_proj": shape.heads, "k_proj": shape.kv_heads}
     listed = []
-    for source, size in arch.tensors_of(config, stacked=True).items():
+    for source, size in listed_shapes.items():
         kind, exact = _kind(checkpoint, source, wanted, size)
         block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
         columns = size[-1]
@@ -137,12 +147,13 @@ def _kind(
 ) -> tuple[str, bool]:
     """(ggml's type of a tensor, whether MLX's packed numbers go into it unchanged)."""
     # A router decides which experts a token meets: it is never quantized.
-    if len(size) == 1 or source.endswith(".bias") or experts.is_router(source):
+    small = len(size) == 1 or source.endswith((".bias", *arch.COEFFICIENTS))
+    if small or experts.is_router(source):
         return "F32", False
     if stored_form.is_kernel(source):  # llama.cpp convolves in float32
         return "F32", False
     # All experts of a stacked matrix are packed alike, so the first one answers for them.
-    name = experts.one_by_one(source, checkpoint.config)[0]
+    name = gemma.matrices(source, checkpoint.config)[0]
     if wanted == "q4_k_m":
         return _k_mixture(checkpoint.config, name, size[-1]), False
     if wanted in ("f32", "f16", "bf16", "q8_0"):
@@ -180,13 +191,13 @@ def _k_mixture(config: Config, name: str, columns: int) -> str:
     """
     shape = shape_of(config)
     block = arch.block_of(name)
-    wide = name == "lm_head.weight" or (shape.tied and name == load.EMBEDDING + "weight")
+    wide = name == "lm_head.weight" or (shape.tied and name.startswith(gemma.TABLES))
     if block is not None and name.endswith(("v_proj.weight", "down_proj.weight")):
         eighth = shape.layers // 8
         last_eighth = 7 * shape.layers // 8
         if block < eighth or block >= last_eighth or (block - eighth) % 3 == 2:
             wide = True
-    if columns % BLOCK:
+    if columns % BLOCK or gemma.stays_wide(name):
         return "F16"
     if columns % K_BLOCK:
         return "Q8_0" if wide else "Q5_0"
@@ -216,12 +227,17 @@ def rows(
         # llama.cpp's rotation pairs neighbouring rows, Hugging Face's the halves of a head. In
         # another order the model runs without an error and talks nonsense.
         order = wheel_model.row_order(shape[0], part.heads)
-    for source in experts.one_by_one(part.source, checkpoint.config):
+    if part.source in tensor_shapes.unused_shapes(checkpoint.config):
+        yield gemma.zeros(part.shape, part.kind)
+        return
+    for source in gemma.matrices(part.source, checkpoint.config):
         matrix = part._replace(source=source, shape=shape)
         stem = source.removesuffix(".weight")
         names = (source, f"{stem}.scales", f"{stem}.biases")
         stored = [name for name in names if name in checkpoint.tensors]
-        raw = safetensors.lazy(checkpoint.tensors, stored)
+        raw: Any = safetensors.lazy(checkpoint.tensors, stored)
+        if source.startswith(arch.PER_LAYER):
+            raw = {name: gemma.TableRows(checkpoint, name) for name in stored}
         # Rows do not depend on each other, so a slab of them at a time bounds the float32 copy.
         for start in range(0, shape[0], step):
             index: Any = slice(start, start + step)
@@ -248,6 +264,7 @@ def _converted(
 ) -> np.ndarray:
     """Rows of any kind, de-quantized to float32 and rounded to the part's type."""
     values = np.array(load.dense(checkpoint, part.source, slab).astype(mx.float32))
+    values = gemma.clipped(values, part.source, checkpoint.config)
     if "norm" in part.source:
         # llama.cpp multiplies by the weight alone; Gemma's norms multiply by 1 + weight.
         offset = families.family(checkpoint.config).gain_offset
@@ -412,6 +429,7 @@ def describe(writer: Any, config: Config, name: str, wanted: str) -> None:
         ]
         words["shortconv_l_cache"] = full["conv_L_cache"]
     words |= _of_positions(rope, scaling, full)
+    words |= gemma.words(full)
     if family.scaled_queries:
         words["attn_temperature_scale"] = scaling["llama_4_scaling_beta"]
     if family.period or family.sinks:

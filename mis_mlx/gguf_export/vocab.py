@@ -50,6 +50,8 @@ def add(writer: Any, folder: Path, size: int) -> list[str]:
     letter = _ids(folder, "a")  # also the library's own judgement of the file
     kind, pre, pieces, notes = _pieces(folder, spec)
     sentencepiece = kind == "llama"
+    # llama.cpp's gemma4 joins such pieces by their merges, not by scores.
+    merged = sentencepiece and writer.arch == "gemma4"
     pieces |= _added(spec, sentencepiece)
     last = max(pieces)
     if last >= size:
@@ -58,7 +60,7 @@ def add(writer: Any, folder: Path, size: int) -> list[str]:
             f"belong to different models"
         )
     rows = [pieces.get(i, (f"[PAD{i}]", NO_SCORE, UNUSED)) for i in range(size)]
-    writer.add_tokenizer_model(kind)
+    writer.add_tokenizer_model("gemma4" if merged else kind)
     writer.add_tokenizer_pre(pre)
     writer.add_token_list([text for text, _, _ in rows])
     writer.add_token_types([type_ for _, _, type_ in rows])
@@ -70,7 +72,7 @@ def add(writer: Any, folder: Path, size: int) -> list[str]:
             space = any(pieces[i][0].startswith(SPACE) for i in letter)
     if isinstance(space, bool):
         writer.add_add_space_prefix(space)
-    _add_special(writer, folder, size, letter, load_merges=not sentencepiece)
+    _add_special(writer, folder, size, letter, load_merges=merged or not sentencepiece)
     return notes
 
 

@@ -202,7 +202,7 @@ ROWS = (
     Family(
         "gemma4_text",
         "gemma4_text",
-        "",
+        "gemma4",
         qkv_bias=False,
         other_biases=False,
         head_norms="each",
@@ -243,7 +243,7 @@ ROWS = (
     Family(
         "gemma3n_text",
         "gemma3n",
-        "",
+        "gemma3n",
         qkv_bias=False,
         other_biases=False,
         head_norms="each",

@@ -199,6 +199,24 @@ def side_tensors(config: Config) -> Shapes:
     }
 
 
+def gates(config: Config) -> set[str]:
+    """Module paths of the small matrices that always have 8 bits; none in most families.
+
+    Per-layer inputs come in through them; AltUp's ends and second ways have such ones, too.
+    """
+    row = family(config)
+    if not row.per_layer:
+        return set()
+    paths = {"model.per_layer_model_projection"}
+    inside = ["per_layer_input_gate", "per_layer_projection"]
+    if row.laurel:
+        inside += ["laurel.linear_left", "laurel.linear_right"]
+    for i in range(config["num_hidden_layers"]):
+        paths.update(f"model.layers.{i}.{name}" for name in inside)
+    paths.update(name.removesuffix(".weight") for name in end_tensors(config))
+    return paths
+
+
 def end_tensors(config: Config) -> Shapes:
     """Names and shapes of the matrices between the embedding and all versions of the hidden states.
 

@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,10 +155,12 @@ def _dequantized(config: Mapping[str, Any], name: str, tensor: Any) -> np.ndarra
     return values
 
 
-def gguf_names(config: Mapping[str, Any]) -> dict[str, str | None]:
+def gguf_names(
+    config: Mapping[str, Any], listed: Iterable[str] | None = None
+) -> dict[str, str | None]:
     """{name of a tensor: llama.cpp's name of it, such as "blk.3.attn_q.weight", or None}.
 
-    Of all tensors that the config has, experts stacked.
+    listed: names of tensors; default: all tensors that the config has, experts stacked.
     """
     import gguf
 
@@ -168,7 +170,7 @@ def gguf_names(config: Mapping[str, Any]) -> dict[str, str | None]:
     name_map = gguf.get_tensor_name_map(numbers[family.gguf], config["num_hidden_layers"])
     suffixes = (".weight", ".bias")
     gguf_name = {}
-    for name in arch.tensors_of(config, stacked=True):
+    for name in listed or arch.tensors_of(config, stacked=True):
         hugging_face = re.sub(
             r"switch_mlp\.(\w+)", lambda match: f"experts.{matrices[match[1]]}", name
         )

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 from mis_mlx import cli
 from mis_mlx.models import arch
 from mis_mlx.models.config import Shape, shape_of
+from mis_mlx.models.families import family
 from mis_mlx.planner import estimates
+from mis_mlx.pruning import unequal_blocks
 from mis_mlx.types import MisError, gib
 
 TENSOR_BYTES = 120  # in a file's header
@@ -76,6 +78,8 @@ def count(n: float) -> str:
 
 def weights_of(config: Mapping[str, Any], shape: Shape) -> tuple[int, int]:
     """(weights of matrices, other numbers) of a student of this shape."""
+    if family(config).per_layer:
+        return unequal_blocks.weights_of(config, shape)
     student = arch.student_config(config, shape)
     matrices = 0
     others = 0
@@ -94,6 +98,9 @@ def weights_of(config: Mapping[str, Any], shape: Shape) -> tuple[int, int]:
 def file_bytes(config: Mapping[str, Any], shape: Shape, bpw: float) -> float:
     """Bytes of a student's file: matrices in `bpw` bits a weight, other numbers in 2 bytes."""
     weights, others = weights_of(config, shape)
+    if family(config).per_layer:
+        header = TENSOR_BYTES * unequal_blocks.count_of_tensors(config, shape)
+        return bpw / 8 * weights + 2 * others + header
     tensors = 0  # of a block
     for size in arch.layer_tensors(config).values():
         tensors += 3 if len(size) > 1 else 1  # with scales and biases

@@ -15,8 +15,9 @@ import numpy as np
 from mis_mlx.maths.rounding import CANDIDATE_BITS
 from mis_mlx.models import arch
 from mis_mlx.models.config import Shape, shape_of
+from mis_mlx.models.families import family
 from mis_mlx.planner.recipe import QuantizationConfig
-from mis_mlx.pruning import limits
+from mis_mlx.pruning import limits, unequal_blocks
 from mis_mlx.types import MisError
 
 CUTS = ("layers", "ffn", "heads", "hidden", "vocab")
@@ -101,10 +102,20 @@ def group_of(shape: Shape) -> int:
     return 0
 
 
-def bpw_range(group: int) -> tuple[float, float]:
-    """(fewest, most) bits of a weight in groups of so many, scale and bias included."""
+def bpw_range(group: int, config: Mapping[str, Any], shape: Shape) -> tuple[float, float]:
+    """(fewest, most) bits of a weight in groups of so many, scale and bias included.
+
+    On average: some families have small matrices that never have few bits.
+    """
     scales = 32 / group
-    return min(CANDIDATE_BITS) + scales, max(CANDIDATE_BITS) + scales
+    fewest = min(CANDIDATE_BITS) + scales
+    most = max(CANDIDATE_BITS) + scales
+    if family(config).per_layer:
+        share = unequal_blocks.fixed_share(config, shape)
+        fewest = (
+            math.ceil(100 * (fewest + share * (max(CANDIDATE_BITS) - min(CANDIDATE_BITS)))) / 100
+        )
+    return fewest, most
 
 
 def axis_sizes(
@@ -271,7 +282,7 @@ def smallest(
         group = group_of(shape)
         if not group:
             continue
-        fewest, most = bpw_range(group)
+        fewest, most = bpw_range(group, config, shape)
         bpw: float | None = USUAL_BPW
         if "bits" in losses.points:
             bpw = losses.fewest_bits(shape, lose, most)
@@ -304,7 +315,7 @@ def choices(
         group = group_of(shape)
         if not group:
             continue
-        fewest, most = bpw_range(group) if bits else (USUAL_BPW, USUAL_BPW)
+        fewest, most = bpw_range(group, config, shape) if bits else (USUAL_BPW, USUAL_BPW)
         costs = {limit: limit.cost(shape, fewest) for limit in within}
         for limit, cost in costs.items():
             least[limit] = min(cost, least[limit])

@@ -27,6 +27,7 @@ from mis_mlx.models import (
     model_writer,
     stored_form,
     stream,
+    tensor_shapes,
 )
 from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.storage import safetensors
@@ -169,19 +170,9 @@ def wide_projections(config: Mapping[str, Any]) -> set[str]:
     Per-layer inputs come in through them; AltUp's ends and second ways have such ones, too. In a
     gated delta rule they say what each head forgets and learns.
     """
-    row = families.family(config)
-    if row.stateful == "linear_attention":
+    if families.family(config).stateful == "linear_attention":
         return bit_floors.delta_gates(config)
-    if not row.per_layer:
-        return set()
-    paths = {"model.per_layer_model_projection"}
-    inside = ["per_layer_input_gate", "per_layer_projection"]
-    if row.laurel:
-        inside += ["laurel.linear_left", "laurel.linear_right"]
-    for i in range(config["num_hidden_layers"]):
-        paths.update(f"model.layers.{i}.{name}" for name in inside)
-    paths.update(name.removesuffix(".weight") for name in arch.end_tensors(config))
-    return paths
+    return tensor_shapes.gates(config)
 
 
 def write_quantized(

@@ -1,0 +1,210 @@
+"""Gemma 4 and Gemma 3n in a GGUF: tensors and facts by gguf-py, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from gguf import GGUFReader, dequantize
+
+from mis_mlx import export, quantize
+from mis_mlx.gguf_export import gemma
+from mis_mlx.models import load, tensor_shapes, wheel_model
+from mis_mlx.types import Checkpoint, MisError
+from tests import tiny
+from tests.gguf_export import gemma_graph
+
+KINDS = ["sliding_attention"] * 4 + ["full_attention"]
+# Sizes that llama.cpp's gemma3n has in its program, everything else small. Blocks 18 and 19 make
+# keys and values for the last three.
+GEMMA3N: dict[str, Any] = {
+    **tiny.FAMILIES["gemma3n_text"],
+    "num_hidden_layers": 23,
+    "layer_types": (KINDS * 5)[:23],
+    "num_kv_shared_layers": 3,
+    "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 13,
+    "final_logit_softcapping": 30.0,
+    "hidden_size_per_layer_input": 256,
+    "laurel_rank": 64,
+    "altup_num_inputs": 4,
+    "altup_active_idx": 0,
+}
+
+
+def opened(model: Path, out: Path, wanted: str = "f32") -> GGUFReader:
+    """gguf-py's view of an export."""
+    done = export.run(export.Settings(model=str(model), out=str(out), out_type=wanted))  # type: ignore[arg-type]
+    return GGUFReader(out / done["file"])
+
+
+def values(reader: GGUFReader) -> dict[str, np.ndarray]:
+    """{llama.cpp's name: float32 values (out, in)}."""
+    found = {}
+    for tensor in reader.tensors:
+        shape = [*reversed(tensor.shape.tolist())]
+        found[tensor.name] = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+    return found
+
+
+def facts(reader: GGUFReader, arch: str) -> dict[str, Any]:
+    """{key: value} of the architecture's own keys."""
+    keys = [key for key in reader.fields if key.startswith(f"{arch}.")]
+    return {key.removeprefix(f"{arch}."): reader.fields[key].contents() for key in keys}
+
+
+def stored(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    """A tensor of the model in float32."""
+    return np.array(load.dense(checkpoint, name))
+
+
+def test_gemma4(models: Callable[[str], Checkpoint], tmp_path: Path) -> None:
+    """Two head sizes, doubled MLPs, shared keys, per-layer inputs, and a number behind each
+    block."""
+    model = models("gemma4_text")
+    reader = opened(model.path, tmp_path / "out")
+    told = facts(reader, "gemma4")
+    assert told["feed_forward_length"] == [768] * 3 + [1536] * 4
+    assert told["attention.sliding_window_pattern"] == [True, True, False, True, False, True, False]
+    assert [told[f"attention.{side}_length"] for side in ("key", "value")] == [32, 32]
+    assert [told[f"attention.{side}_length_swa"] for side in ("key", "value")] == [16, 16]
+    assert [told["rope.dimension_count"], told["rope.dimension_count_swa"]] == [32, 16]
+    assert [told["rope.freq_base"], told["rope.freq_base_swa"]] == [1e6, 1e4]
+    assert told["attention.shared_kv_layers"] == 4
+    assert told["embedding_length_per_layer_input"] == 32
+    assert told["final_logit_softcapping"] == 3.0
+    weights = values(reader)
+    # A quarter of 16 pairs of channels rotates.
+    np.testing.assert_array_equal(weights["rope_freqs.weight"], np.float32([1.0] * 4 + [1e30] * 12))
+    pairs = {
+        "per_layer_token_embd.weight": "model.embed_tokens_per_layer.weight",
+        "per_layer_model_proj.weight": "model.per_layer_model_projection.weight",
+        "blk.3.inp_gate.weight": "model.layers.3.per_layer_input_gate.weight",
+        "blk.3.layer_output_scale.weight": "model.layers.3.layer_scalar",
+        "blk.3.attn_q_norm.weight": "model.layers.3.self_attn.q_norm.weight",
+        "blk.2.attn_v.weight": "model.layers.2.self_attn.v_proj.weight",
+    }
+    for theirs, ours in pairs.items():
+        np.testing.assert_array_equal(weights[theirs], stored(model, ours), err_msg=theirs)
+    assert "blk.3.attn_k.weight" not in weights
+
+
+def test_gemma3n(tmp_path: Path) -> None:
+    """AltUp's matrices in one stack, its coefficients within their bounds, zeros for keys that no
+    block reads, and a row for every token."""
+    sizes = {"vocab_size": 544, "vocab_size_per_layer_input": 500}
+    folder = tiny.make(tmp_path / "m", **{**GEMMA3N, **sizes})
+    model = load.open_checkpoint(folder)
+    reader = opened(folder, tmp_path / "out")
+    told = facts(reader, "gemma3n")
+    assert [told["altup.num_inputs"], told["altup.active_idx"]] == [4, 0]
+    assert told["attention.shared_kv_layers"] == 3
+    scales = told["activation_sparsity_scale"]
+    np.testing.assert_allclose(scales[:10], 1.6448536, rtol=1e-6)
+    assert set(scales[10:]) == {-np.inf}
+    weights = values(reader)
+    for theirs, stem in (
+        ("altup_proj", "altup_projections"),
+        ("altup_unembd_proj", "altup_unembed_projections"),
+    ):
+        want = [stored(model, f"model.{stem}.{n}.weight") for n in range(3)]
+        np.testing.assert_array_equal(weights[f"{theirs}.weight"], want)
+    coefs = stored(model, "model.layers.1.altup.prediction_coefs.weight")
+    assert np.abs(coefs).max() > 0.1
+    got = weights["blk.1.altup_predict_coef.weight"]
+    np.testing.assert_array_equal(got, np.clip(coefs, -0.1, 0.1))
+    table = stored(model, "model.embed_tokens_per_layer.weight")
+    want = np.concatenate([table, np.repeat(table[:1], 44, axis=0)])
+    np.testing.assert_array_equal(weights["per_layer_token_embd.weight"], want)
+    for name in ("attn_k.weight", "attn_v.weight", "attn_k_norm.weight"):
+        assert not weights[f"blk.20.{name}"].any()
+        assert weights[f"blk.20.{name}"].shape == weights[f"blk.19.{name}"].shape
+        assert weights[f"blk.19.{name}"].any()
+
+
+@pytest.mark.parametrize("kind", ["gemma4", "gemma3n"])
+def test_llama_cpps_graph_computes_the_model(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits in numpy's float64, from the file alone, as llama.cpp goes through it: windows, shared
+    keys, both head sizes, AltUp, tokens behind the end of the table."""
+    # llama.cpp divides the spread of n neurons by n - 1.
+    monkeypatch.setattr(mx, "std", partial(mx.std, ddof=1))
+    sizes = {"vocab_size": 544, "vocab_size_per_layer_input": 500}
+    config = {**GEMMA3N, **sizes} if kind == "gemma3n" else tiny.FAMILIES["gemma4_text"]
+    folder = tiny.make(tmp_path / "m", **config)
+    reader = opened(folder, tmp_path / "out")
+    ids = np.random.default_rng(0).integers(1, config.get("vocab_size", 512), 40).tolist()
+    model = load.resident_model(load.open_checkpoint(folder), mx.float32)
+    want = np.array(model(mx.array(ids)[None])[0])
+    graph = gemma_graph.gemma3n if kind == "gemma3n" else gemma_graph.gemma4
+    np.testing.assert_allclose(graph(reader, ids), want, atol=5e-4)
+    assert np.ptp(want) > 0.5
+
+
+@pytest.mark.parametrize("kind", ["gemma4", "gemma3n"])
+def test_packed_models(tmp_path: Path, kind: str) -> None:
+    """Four bits as MLX packed them, also of the table; eight bits are rounded once more, by half a
+    step of 127."""
+    config = GEMMA3N if kind == "gemma3n" else tiny.FAMILIES["gemma4_text"]
+    dense = tiny.make(tmp_path / "m", **config)
+    folder = tmp_path / "four"
+    quantize.run(
+        quantize.Settings(
+            model=str(dense),
+            mlx_path=str(folder),
+            target_bpw=None,
+            q_method="round",
+            q_group_size=32,
+        )
+    )
+    done = export.run(export.Settings(model=str(folder), out=str(tmp_path / "out")))
+    reader = GGUFReader(tmp_path / "out" / done["file"])
+    model = load.open_checkpoint(folder)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert kinds["per_layer_token_embd.weight"] == "Q4_1"
+    assert kinds["blk.1.inp_gate.weight"] == kinds["token_embd.weight"] == "Q8_0"
+    weights = values(reader)
+    names = wheel_model.gguf_names(model.config, gemma.tensors_of(model.config))
+    unused = tensor_shapes.unused_shapes(model.config)
+    for ours, theirs in names.items():
+        if ours in unused:
+            continue
+        assert theirs
+        want = np.stack([stored(model, name) for name in gemma.matrices(ours, model.config)])
+        off = np.abs(weights[theirs] - want.reshape(weights[theirs].shape)).max()
+        most = 0.6 / 127 * np.abs(want).max() if kinds[theirs] == "Q8_0" else 0.0
+        if not theirs.endswith("_coef.weight"):  # these are clipped
+            assert off <= most, theirs
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"laurel_rank": 32}, "laurel_rank is 32, but llama.cpp's gemma3n has 64"),
+        ({"num_kv_shared_layers": 4}, "19 of 23 blocks have keys of their own"),
+        ({"activation_sparsity_pattern": [0.95] * 23}, "silences 95% of the neurons of the first"),
+    ],
+)
+def test_what_llama_cpps_gemma3n_computes_otherwise(change: dict[str, Any], said: str) -> None:
+    """It has these numbers in its program, whatever the file says."""
+    gemma.check(GEMMA3N)
+    with pytest.raises(MisError, match=said):
+        gemma.check({**GEMMA3N, **change})
+
+
+def test_whose_keys_are_used() -> None:
+    """llama.cpp takes those of the last block but one where there is a window, else of the last."""
+    config = tiny.FAMILIES["gemma4_text"]
+    gemma.check(config)
+    kinds = ["full_attention", "sliding_attention", *config["layer_types"][2:]]
+    gemma.check({**config, "layer_types": kinds})
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", *kinds[3:]]
+    with pytest.raises(
+        MisError, match="block 3 uses the keys of block 2, but in llama.cpp's gemma4"
+    ):
+        gemma.check({**config, "layer_types": kinds})

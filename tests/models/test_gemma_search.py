@@ -1,0 +1,173 @@
+"""`search` on Gemma 4 and Gemma 3n, whose blocks are not alike: sizes are those of the files, and a
+search goes from end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mis_mlx import distill, search
+from mis_mlx.models import arch, load, tensor_shapes
+from mis_mlx.models.config import shape_of
+from mis_mlx.pruning import limits, shape_search, unequal_blocks
+from mis_mlx.quantization import packed_format
+from mis_mlx.storage import run_folder
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import MisError
+from tests import tiny
+
+KINDS = ("gemma4_text", "gemma3n_text")
+WIDE: dict[str, Any] = {"hidden_size_per_layer_input": 64, "laurel_rank": 64}
+BRIEF: dict[str, Any] = {
+    "max_seq_length": 32,
+    "num_samples": 4,
+    "reconstruct_samples": 0,
+    "rank_windows": 3,
+    "conversations": 0,
+}
+
+
+def made(folder: Path, kind: str) -> Path:
+    """A tiny model whose rows groups of 64 divide."""
+    config = {**tiny.FAMILIES[kind], **WIDE}
+    if kind == "gemma4_text":
+        config.pop("laurel_rank")
+    return tiny.make(folder, **config)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes_are_those_of_files(tmp_path: Path, kind: str) -> None:
+    """Parameters to the last one, bytes of the rounded model to a thousandth."""
+    model = load.open_checkpoint(made(tmp_path / "m", kind))
+    config = model.config
+    shape = shape_of(config)
+    weights, others = limits.weights_of(config, shape)
+    unused = unequal_blocks._zeros(config) if kind == "gemma3n_text" else 0
+    assert weights + others - unused == arch.params(config)
+    plan = packed_format.formats_of(config, 64)
+    packed_format.write_quantized(model, tmp_path / "q", plan, DISK)
+    rounded = load.open_checkpoint(tmp_path / "q")
+    bits = 0.0
+    for name, size in arch.tensors_of(config).items():
+        path = name.removesuffix(".weight")
+        if path in plan:
+            bits += plan[path].bits_per_weight * shape_product(size)
+    told = limits.file_bytes(config, shape, bits / weights)
+    file = next(iter(rounded.tensors.values())).file.name
+    nbytes = sum(path.stat().st_size for path in (tmp_path / "q").glob("*.safetensors"))
+    assert file == "model.safetensors"
+    # The header is estimated, 120 bytes a tensor.
+    headers = limits.TENSOR_BYTES * unequal_blocks.count_of_tensors(config, shape)
+    assert abs(told - nbytes) < 0.3 * headers
+
+
+def shape_product(size: tuple[int, ...]) -> int:
+    """The numbers in a tensor of this shape."""
+    total = 1
+    for length in size:
+        total *= length
+    return total
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_student_is_larger_than_thought(kind: str) -> None:
+    """Whichever blocks a cut in depth takes."""
+    config = {**tiny.CONFIG, **tiny.FAMILIES[kind], **WIDE}
+    fixed = arch.fixed_blocks(config)
+    shape = replace(shape_of(config), layers=6)
+    most = sum(limits.weights_of(config, shape))
+    sizes = set[int]()
+    for gone in set(range(7)) - fixed:
+        kept = [i for i in range(7) if i != gone]
+        sizes.add(arch.params(arch.student_config(config, shape, kept)))
+    assert len(sizes) > 1
+    assert max(sizes) <= most
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fewest_bits_count_small_matrices(kind: str) -> None:
+    """They have 8 bits always: fewer bits on average than that no student can have."""
+    config = {**tiny.CONFIG, **tiny.FAMILIES[kind], **WIDE}
+    shape = shape_of(config)
+    shapes = arch.tensors_of(config)
+    gates = tensor_shapes.gates(config)
+    wide = sum(shape_product(shapes[f"{path}.weight"]) for path in gates)
+    weights, _ = limits.weights_of(config, shape)
+    fewest, most = shape_search.bpw_range(64, config, shape)
+    assert 0 <= fewest - (3.5 + 5 * wide / weights) < 0.01
+    assert most == 8.5
+    assert shape_search.bpw_range(64, tiny.CONFIG, shape_of(tiny.CONFIG)) == (3.5, 8.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_search_by_bytes(tmp_path: Path, text_folder: Path, kind: str) -> None:
+    """Candidates and the finalist are within the bytes asked for, as they are on disk."""
+    model = made(tmp_path / "m", kind)
+    config = load.open_checkpoint(model).config
+    shape = shape_of(config)
+    most = int(limits.file_bytes(config, shape, 4.5))
+    found = search.run(
+        search.Settings(
+            teacher=str(model),
+            data=str(text_folder),
+            bytes=f"{most}B",
+            axes=("ffn", "bits"),
+            evaluations=2,
+            finalists=1,
+            eval_windows=6,
+            iters=2,
+            out=str(tmp_path / "run"),
+            **BRIEF,
+        )
+    )
+    assert len(found["finalists"]) == 1
+    for row in [*found["candidates"], *found["finalists"]]:
+        assert 0.8 * most < row["bytes"] <= most
+    axes = {line["axis"] for line in run_folder.records(tmp_path / "run" / "probes.jsonl")}
+    assert axes == {"ffn"}
+    assert found["best"]["scenario"] == "none"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_distill_by_loss(tmp_path: Path, text_folder: Path, kind: str) -> None:
+    """The student of `distill --lose` is the one that the search found, and stock sizes fit it."""
+    model = made(tmp_path / "m", kind)
+    done = distill.run(
+        distill.Settings(
+            teacher=str(model),
+            data=str(text_folder),
+            lose=0.5,
+            iters=2,
+            eval_windows=3,
+            eval_prompts=0,
+            bench_tokens=0,
+            q_iters=0,
+            out=str(tmp_path / "run"),
+            **{key: value for key, value in BRIEF.items() if key != "rank_windows"},
+        )
+    )
+    assert done["expected_loss"] <= 0.52
+    assert done["bytes_4-bit"] < done["bytes_teacher"] / 3
+
+
+def test_times_are_refused(tmp_path: Path, text_folder: Path) -> None:
+    """A block's time says nothing of another one's; the sentence says what can be limited."""
+    model = made(tmp_path / "m", "gemma4_text")
+    settings = search.Settings(teacher=str(model), data=str(text_folder), decode="1.5x")
+    with pytest.raises(MisError, match="--decode cannot be estimated for a gemma4_text"):
+        search.run(settings)
+
+
+def test_nothing_said_is_no_search(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], models: Callable[..., Any]
+) -> None:
+    """Without sizes only tokens go: tables are most of such a model."""
+    model = made(tmp_path / "m", "gemma4_text")
+    distill.run(distill.Settings(teacher=str(model), dry_run=True, conversations=0))
+    said = capsys.readouterr().err
+    assert "most of a gemma4_text is tables with a row for each token; --lose 0.1 searches" in said
