@@ -56,6 +56,7 @@ class Columns:
 
     @state.setter
     def state(self, arrays: list[mx.array]) -> None:
+        """Replace the arrays."""
         (self.inputs,) = arrays
 
     def empty(self) -> bool:

@@ -450,6 +450,11 @@ WRAPPERS = {
 }
 
 
+def known_family(config: Config) -> Family | None:
+    """The row of a config that was not checked yet; None where there is none."""
+    return FAMILIES.get(str(config.get("model_type")))
+
+
 def family(config: Config) -> Family:
     """The row of a config that was checked (`config.check_config`)."""
     return FAMILIES[config["model_type"]]

@@ -118,7 +118,8 @@ def delta_rule(
         state = mx.zeros((batch, heads, v.shape[-1], width), mx.float32)
     state = state.astype(mx.float32)
     if length == 1:
-        y, state = _step(*arrays, state)
+        given: Any = [*arrays, state]
+        y, state = _step(*given)
         return y.swapaxes(1, 2), state
     parts = []
     for start in range(0, length, CHUNK):
@@ -126,7 +127,7 @@ def delta_rule(
         size = BASE
         while size < count:
             size *= 2
-        pieces = [_padded(array[:, :, start : start + count], size) for array in arrays]
+        pieces: Any = [_padded(array[:, :, start : start + count], size) for array in arrays]
         y, state = _again(*pieces, state)
         parts.append(y[:, :, :count])
     return mx.concatenate(parts, axis=2).swapaxes(1, 2), state

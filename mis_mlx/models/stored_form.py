@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mis_mlx.models.config_checks import whole_number
-from mis_mlx.models.families import FAMILIES, WRAPPERS, Config, Family
+from mis_mlx.models.families import WRAPPERS, Config, Family, family, known_family
 from mis_mlx.storage.safetensors import InParts, Named, Spec, Specs, Tensor
 from mis_mlx.types import MisError, TensorAt
 
@@ -82,7 +82,7 @@ def own_config(config: dict[str, Any], where: Path) -> dict[str, Any]:
 
     MisError, with the file's name, where sizes are missing or contradict each other.
     """
-    row = FAMILIES.get(str(config.get("model_type")))
+    row = known_family(config)
     if row is None or not row.renamed:
         return config
     try:
@@ -176,7 +176,7 @@ def published(
 
     The arguments are those of `model_writer.write_folder`.
     """
-    row = FAMILIES[config["model_type"]]
+    row = family(config)
     stored_specs = dict[str, Spec]()
     for name, (kind, shape) in specs.items():
         stored_specs[stored_name(row, name)] = (kind, _stored_shape(name, shape))
@@ -211,7 +211,7 @@ def outer_config(config: Config) -> dict[str, Any]:
 
     The number of neurons is said as it is: it is not adjusted when the file is read.
     """
-    row = FAMILIES[config["model_type"]]
+    row = family(config)
     if row.written_as:
         return _whole_config(config, row)
     outer = {key: value for key, value in config.items() if key not in ("rms_norm_eps", "head_dim")}
