@@ -18,7 +18,7 @@ from mis_mlx import cli
 from mis_mlx.distillation import run_verdict
 from mis_mlx.evaluation import answer_figures
 from mis_mlx.models import scenarios
-from mis_mlx.reporting import baseline, figures, html, run_reader, smoothing
+from mis_mlx.reporting import axes, baseline, figures, html, run_reader, smoothing, timeline
 from mis_mlx.reporting.run_reader import Point, Record, RunRecord, Series
 from mis_mlx.storage import files, run_folder
 from mis_mlx.types import GIB, Count, MisError, duration, gib
@@ -177,7 +177,7 @@ def course(story: RunRecord, key: str) -> str:
     loss = _since(story, series["loss"])
     if not loss:
         return ""
-    panels: dict[str, figures.Lines] = {"loss, nats per token": {"each step": loss}}
+    panels: dict[str, axes.Lines] = {"loss, nats per token": {"each step": loss}}
     width = 0
     if len(loss) >= FEW:
         mean, width = smoothing.smoothed(loss)
@@ -214,7 +214,7 @@ def course(story: RunRecord, key: str) -> str:
     }
     words = " ".join(html.document("course.md", values).split())
     caption = (f"{key}course", "Loss, temperature, tea breaks, speed, memory", words)
-    picture = figures.over_time(
+    picture = timeline.over_time(
         caption, panels, shaded=breaks, faint={"each step"} if width else ()
     )
     return html.part("course", pictures=[picture])
@@ -338,7 +338,7 @@ def comparison(stories: Sequence[RunRecord], names: list[str]) -> str:
     if ends:
         text = f"Training loss of {len(losses)} runs: {'; '.join(ends)}."
         caption = ("all-loss", "Loss of all runs", text)
-        picture = figures.over_time(caption, {"loss, nats per token": losses})
+        picture = timeline.over_time(caption, {"loss, nats per token": losses})
     results = []
     for story in stories:
         results.append({k: v for k, v in story.result.items() if type(v) in (int, float)})

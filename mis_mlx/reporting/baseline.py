@@ -25,17 +25,26 @@ class Baseline(NamedTuple):
 def measured_beside(folder: Path, origin: Mapping[str, Any]) -> Baseline | None:
     """What the newest search beside a run measured of the same teacher, byte for byte."""
     searches = folder.absolute().parent.glob("search/*/frontier.json")
-    for path in sorted(searches, key=lambda path: path.stat().st_mtime, reverse=True):
+    newest_first = sorted(
+        searches,
+        key=lambda path: path.stat().st_mtime,
+        reverse=True,
+    )
+    for path in newest_first:
         search = path.parent
         teacher = _stored(search, run_folder.ORIGIN)
         frontier = _stored(search, path.name)
-        same = teacher.get("teacher") and teacher.get("teacher") == origin.get("teacher")
-        if not same or frontier.get("loss_of") != "the teacher's answers":
+        if origin.get("teacher") is None or teacher.get("teacher") != origin["teacher"]:
+            continue
+        if frontier.get("loss_of") != "the teacher's answers":
             continue
         points = _points(_mappings(frontier.get("points")))
         if points:
-            source = f"{search.parent.name}/{search.name}"
-            return Baseline(list(points.values()), points.get("4 bits"), source)
+            return Baseline(
+                points=list(points.values()),
+                four_bits=points.get("4 bits"),
+                source=f"{search.parent.name}/{search.name}",
+            )
     return None
 
 

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from mis_mlx.reporting import figures, smoothing, svg
+from mis_mlx.reporting import figures, smoothing, svg, timeline
 
 SVG = "{http://www.w3.org/2000/svg}"
 CAPTION = ("key", "Title", "What it shows")
@@ -70,7 +70,7 @@ def test_nothing_lies_outside_of_a_picture() -> None:
     rows = {name: [(0.5, 0.4, 0.6), None] for name in names}
     limits = {"chance": 0.0, "teacher": 1.0}
     pictures = (
-        figures.over_time(CAPTION, {"loss": lines, "GiB": lines}, shaded=[(10.0, 10.0)]),
+        timeline.over_time(CAPTION, {"loss": lines, "GiB": lines}, shaded=[(10.0, 10.0)]),
         figures.intervals(CAPTION, "recovered", rows, names=["a", "b"], limits=limits),
         figures.columns(CAPTION, ("block", "height"), {"kept": {0: 1.0, 9: 0.2}, "gone": {}}),
     )
