@@ -74,6 +74,7 @@ def readme(
     base: str | None,
     file: str,
     facts: Sequence[str],
+    *,
     licence: str = "",
 ) -> str:
     """README.md: base, recipe, the run's table, use, licence.

@@ -28,6 +28,7 @@ def input_gradients(
     batches: stream.Batches,
     visit: BlockVisitor,
     seed: int = 0,
+    *,
     kept: stream.Hidden | None = None,
     at_head: AtHead = lambda x, above: None,
     at_channels: AtChannels = lambda i, b, below: None,

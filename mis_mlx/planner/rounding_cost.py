@@ -56,6 +56,7 @@ def packed_bytes(m: ModelSize, rounding: QuantizationConfig) -> int:
 def quantizing_cost(
     m: ModelSize,
     rounding: QuantizationConfig,
+    *,
     windows: int,
     length: int,
     limit: int,
