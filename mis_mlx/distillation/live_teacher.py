@@ -180,7 +180,7 @@ class TextTargets:
 def next_tokens(tokens: mx.array) -> mx.array:
     """The token after each of tokens (B, T): (B * T,).
 
-    The last column has none: what stands there does not count, for `learn` is 0.
+    The last column has none: what stands there does not count, for `loss_mask` is 0.
     """
     return mx.roll(tokens, -1, 1).reshape(-1)
 

@@ -368,7 +368,7 @@ def _asking(
 class _Parts(NamedTuple):
     """Questions come in parts of up to `tokens` tokens; a part is one pass of the weights.
 
-    cost: of all parts. room: bytes for the head, and for blocks that stay between parts.
+    cost: of all parts. headroom_bytes: bytes for the head, and for blocks that stay between parts.
     """
 
     cost: estimates.StageCost

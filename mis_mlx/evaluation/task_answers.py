@@ -42,7 +42,7 @@ class Asking(NamedTuple):
 class _Plan(NamedTuple):
     """How a model writes.
 
-    at_once: answers written together. whole: the model is whole in memory; otherwise it is
+    at_once: answers written together. in_memory: the model is whole in memory; otherwise it is
     streamed, with `headroom_bytes` bytes for blocks that stay.
     """
 

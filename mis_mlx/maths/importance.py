@@ -80,8 +80,8 @@ def weight_of(reading: Reading | None, unit: str) -> float | None:
 class Sums:
     """Sums over calibration batches, for one layer's channels.
 
-    mean: of squared means over tokens of |a|. square: of means of a^2. warm: of the latter times
-    T_b^2.
+    mean: of squared means over tokens of |a|. square: of means of a^2. env_weighted: of the latter
+    times T_b^2.
     """
 
     mean: np.ndarray

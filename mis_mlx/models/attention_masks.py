@@ -19,8 +19,8 @@ class Branches(NamedTuple):
     """A prompt and its B answers in one sequence of S tokens.
 
     tokens (1, S): the prompt, then every answer without its last token. branch (1, S): 0 for the
-    prompt, else 1, 2, ... positions (S,): of each token in its own text. at (B, T): which of S
-    predicts a token; targets (B, T): that token; mask (B, T): 1 where there is one.
+    prompt, else 1, 2, ... positions (S,): of each token in its own text. logit_positions (B, T):
+    which of S predicts a token; targets (B, T): that token; mask (B, T): 1 where there is one.
     """
 
     tokens: mx.array

@@ -58,8 +58,8 @@ ReadExperts = Callable[[Sequence[int]], Iterator[tuple[int, Expert]]]
 class Experts(list[Expert]):
     """All experts of a block, called as SwitchGLU is: x (..., D), chosen (..., k) -> (..., k, D).
 
-    each(numbers): yields those experts in turn, where they are not parts of the block. An expert
-    may be gone when the next one is asked for.
+    read_experts(numbers): yields those experts in turn, where they are not parts of the block. An
+    expert may be gone when the next one is asked for.
     """
 
     def __init__(self, parts: Iterable[Expert] = (), read_experts: ReadExperts | None = None):

@@ -21,7 +21,8 @@ LOGIT_COPIES = 4  # logits in float32, log-probabilities, what a sampler makes o
 class WritingPlan:
     """How a model writes: `at_once` texts side by side.
 
-    room_bytes: memory for blocks that stay between passes of a streamed model; None: the model is
+    headroom_bytes: memory for blocks that stay between passes of a streamed model; None: the model
+    is
     whole in memory. direct: a streamed model is read past the page cache."""
 
     at_once: int

@@ -178,7 +178,7 @@ def remaining_after(iters: int | None, left: Mapping[str, float]) -> dict[str, f
 class Losses(NamedTuple):
     """Nats a byte that a teacher loses by one axis alone: (size, nats) of some sizes of each.
 
-    left: by axis, the share that learning leaves."""
+    remaining: by axis, the share that learning leaves."""
 
     before: Shape
     points: Mapping[str, Sequence[tuple[float, float]]]

@@ -47,7 +47,7 @@ class Extent(NamedTuple):
 class Layout:
     """Where a group of tensors goes in one buffer of `nbytes`.
 
-    Neighbours in a file are merged into a few `extents`, one read each. at: the offset of each
+    Neighbours in a file are merged into a few `extents`, one read each. offsets: the offset of each
     tensor in the buffer; it has the remainder by PAGE that the tensor's offset in the file has.
     """
 
