@@ -119,9 +119,9 @@ def test_further_sums_come_as_means_and_tokens_as_a_number() -> None:
     for number, (a, b) in enumerate(zip(whole, parts, strict=True)):
         _, y, loss_mask = rows(number)
         assert a.tokens == b.tokens == 12
-        assert set(a.more) == set(b.more) == {"target"}
-        assert a.more["target"] == pytest.approx(b.more["target"], rel=1e-6)
-        assert a.more["target"] == pytest.approx((y * loss_mask).sum().item() / 6, rel=1e-6)
+        assert set(a.further) == set(b.further) == {"target"}
+        assert a.further["target"] == pytest.approx(b.further["target"], rel=1e-6)
+        assert a.further["target"] == pytest.approx((y * loss_mask).sum().item() / 6, rel=1e-6)
 
 
 def test_a_step_by_pencil() -> None:
