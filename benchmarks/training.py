@@ -165,12 +165,7 @@ def begun(
 
 
 def ours(
-    way: str,
-    teacher: Path,
-    student: Path,
-    data: token_windows.Windows,
-    windows: int,
-    steps: int,
+    way: str, teacher: Path, student: Path, data: token_windows.Windows, windows: int, steps: int
 ) -> Timed:
     """A way of `--train`."""
     source = live_teacher.StreamedTeacher(

@@ -129,6 +129,7 @@ def _texts(
     models: Models,
     tokenizer: Any,
     limit: Budget,
+    *,
     length: int,
 ) -> Iterator[Text]:
     """Every held-out text, one after the other; the budget holds while the caller uses it.
@@ -298,6 +299,7 @@ def _examine(
     models: Models,
     seen: Checkpoint,
     hashes: Hashes,
+    *,
     limit: Budget,
 ) -> dict[str, Any]:
     """The tasks: judge the rows, plan, ask all models, print and write the recovery table."""
@@ -380,6 +382,7 @@ def _write(
     outcomes: list[Outcome],
     page: str,
     result: dict[str, Any],
+    *,
     answered: _Answered | None,
 ) -> None:
     """The files of --out."""

@@ -88,8 +88,8 @@ def _settled(
     checkpoint: Checkpoint,
     draft: Checkpoint | None,
     ids: Sequence[int],
-    ends: set[int],
     *,
+    ends: set[int],
     headroom_bytes: int | None,
     direct: bool,
 ) -> tuple[Iterator[list[int]], Callable[[], int]]:

@@ -50,6 +50,7 @@ def _planned(
     s: Settings,
     checkpoint: Checkpoint,
     other: Checkpoint,
+    *,
     count: int,
     limit: Budget,
 ) -> list[estimates.StageCost]:
@@ -88,6 +89,7 @@ def _planned(
 def _tuned(
     s: Settings,
     rounded: Path,
+    *,
     other: Checkpoint,
     data: Windows,
     pinned: int,

@@ -66,6 +66,7 @@ def _source(
     s: Settings,
     checkpoint: Checkpoint,
     beside: Checkpoint | None,
+    *,
     pinned: int,
     budget_bytes: int,
 ) -> live_teacher.TargetSource:

@@ -198,10 +198,7 @@ def test_version(way: str) -> None:
     imported.
     """
     done = subprocess.run(
-        [sys.executable, "-m", *way.split(), "--version"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-m", *way.split(), "--version"], cwd=ROOT, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, f"mis_mlx {__version__}\n", "")
 

@@ -133,6 +133,7 @@ def training_cost(
     checkpoint: Checkpoint,
     rows: int,
     length: int,
+    *,
     name: str = "align",
 ) -> estimates.StageCost:
     """The cost of training with `rows` sequences of `length` tokens in a micro-batch."""
@@ -383,6 +384,7 @@ def start_run(
     s: Alignment,
     folder: Path | None,
     checkpoint: Checkpoint,
+    *,
     micro: int,
     phases: Sequence[estimates.StageCost],
     card: Mapping[str, Any],

@@ -318,6 +318,7 @@ def _record(
     row: Row,
     texts: Sequence[str],
     score: rewards.Scores,
+    *,
     kept: bool,
 ) -> str:
     """A prompt's line in SAMPLES: its answers with all their rewards, as JSON."""

@@ -220,6 +220,7 @@ def encode(
     tokenizer: Any,
     length: int,
     answers: Sequence[str] = (),
+    *,
     mask_prompt: bool = True,
 ) -> tuple[list[list[Sequenced]], int]:
     """(token sequences of every row, how many of these were cut at `length`).

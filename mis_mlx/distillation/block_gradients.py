@@ -237,6 +237,7 @@ class BlockGradients:
         block: nn.Module,
         hidden: stream.Hidden,
         n: int,
+        *,
         last: _LastLoss | None = None,
     ) -> tuple[float, dict[str, mx.array]]:
         """n micro-batches back through block i, computed again: (sum of losses, gradients by name).

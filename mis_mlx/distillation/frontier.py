@@ -151,6 +151,7 @@ def write_page(
     teacher: str,
     on: str,
     points: Sequence[Point],
+    *,
     files: Files,
 ) -> str:
     """Write frontier.json, .svg and .html into a search's folder; return the table as Markdown.

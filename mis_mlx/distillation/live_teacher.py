@@ -91,7 +91,7 @@ class StreamedTeacher:
         """
         micro_batches = []
         # One pass for all batches, so that a streamed teacher is read once a step. Each batch goes
-        # in as many pieces as there are lanes, which compute side by side.
+        # in as many pieces as there are streams, which compute side by side.
         pieces = [streams.split_rows(tokens) for tokens, _ in batches]
         states = iter(self.hidden(list(chain.from_iterable(pieces))))
         for (tokens, loss_mask), parts in zip(batches, pieces, strict=True):

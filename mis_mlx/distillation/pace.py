@@ -51,6 +51,7 @@ def finish(
     recipe: DistillationConfig,
     steps_of: StepsOf,
     start: int,
+    *,
     save_every: int,
 ) -> None:
     """Run a training to its end: `recipe.iters` steps, or as many as fit into `recipe.minutes`.

@@ -262,6 +262,7 @@ def train_whole(
     student: nn.Module,
     source: live_teacher.TargetSource,
     begin: Callable[[], object],
+    *,
     tuned: bool = False,
 ) -> None:
     """All of `c.recipe`'s steps of a student in memory, from wherever they stand.

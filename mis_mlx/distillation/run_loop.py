@@ -62,7 +62,7 @@ def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tu
 
 
 def open_model(
-    s: Any, model: str | None, what: str = "model", place: str | Path = "runs", new: str = ""
+    s: Any, model: str | None, what: str = "model", place: str | Path = "runs", *, new: str = ""
 ) -> Checkpoint:
     """The model that a command begins with, opened once the flags are checked.
 
@@ -125,6 +125,7 @@ def open_run(
     folder: Path | None,
     name: str,
     origin: Mapping[str, str],
+    *,
     strategy: Mapping[str, Any],
     limit: Budget,
     wired: int,

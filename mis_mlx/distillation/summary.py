@@ -161,8 +161,8 @@ def result_page(
     sizes: list[Row],
     quality: Quality,
     length: int,
-    answered: answers.Judgement | None = None,
     *,
+    answered: answers.Judgement | None = None,
     for_screen: bool = False,
     expectation: str = "",
 ) -> str:

@@ -165,6 +165,7 @@ def _conversations(
     tokenizer: Any,
     batch: Sequence[Prompt],
     max_tokens: int,
+    *,
     samplers: Sequence[mlx_generate.Sampler],
 ) -> list[Row]:
     """The conversations of a batch.

@@ -291,6 +291,7 @@ def cloze_row(
     text: str,
     right: str,
     answers: Sequence[str],
+    *,
     others: int = 3,
 ) -> dict[str, Any]:
     """A row of a cloze: the right answer among `others` wrong ones.

@@ -56,6 +56,7 @@ def asking(
     checkpoint: Checkpoint,
     tokenizer: Any,
     task: Task,
+    *,
     left: Sequence[int],
     limit: Budget,
 ) -> Asking:

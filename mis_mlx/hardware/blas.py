@@ -182,7 +182,7 @@ def settled() -> tuple[Path | None, list[str]]:
     if THREADS not in os.environ:
         os.environ[THREADS], reason = threads()
         lines.append(f"{THREADS}={os.environ[THREADS]} ({reason})")
-    # so that MLX takes from two lanes in turn (streams.py)
+    # so that MLX takes from two streams in turn (streams.py)
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "100000")
     return library, lines
 

@@ -94,6 +94,7 @@ def _waited(
     question: bytes,
     seconds: float,
     most_bytes: int,
+    *,
     look: Callable[[], object] | None = None,
 ) -> bytes:
     """Return what the child writes.

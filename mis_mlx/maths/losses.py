@@ -158,6 +158,7 @@ def sum_by_chunks(
     student: mx.array,
     head: mx.array,
     targets: tuple[mx.array, ...],
+    *,
     loss_mask: mx.array,
     rows: int | None,
     frozen_head: bool,

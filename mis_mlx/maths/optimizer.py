@@ -44,7 +44,7 @@ StreamOf = Callable[
 
 
 def _lightest(loads: list[int], size: int) -> int:
-    """The lane with the least work so far; this item's size is added to its load."""
+    """The stream with the least work so far; this item's size is added to its load."""
     i = loads.index(min(loads))
     loads[i] += size
     return i
@@ -100,7 +100,7 @@ class _Fused(optim.AdamW):
     That is 40 bytes of memory traffic per parameter instead of 128. Rates are arrays, so a new one
     compiles nothing anew.
 
-    scale, lane: of this update, as in `GuardedAdamW.update`; these kernels scale the gradient.
+    scale, stream: of this update, as in `GuardedAdamW.update`; these kernels scale the gradient.
     relative: as in `GuardedAdamW`, for weights without 8-bit moments.
     """
 

@@ -65,11 +65,11 @@ def token_losses(
     new: mx.array,
     old: mx.array,
     advantage: mx.array,
+    *,
     epsilon: float,
     epsilon_high: float,
     reference: mx.array | None = None,
     beta: float = 0.0,
-    *,
     noise: float = 0.0,
 ) -> tuple[mx.array, mx.array]:
     """(losses (B, T), (B, T): 1 where clipping stops a token's gradient, else 0).

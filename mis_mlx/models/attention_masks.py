@@ -102,6 +102,7 @@ def run_masked_block(
     inputs: BlockInputs,
     sees: mx.array,
     positions: np.ndarray | None,
+    *,
     window: int | None = None,
 ) -> BlockOutputs:
     """One block on hidden states (B, T, D): row i looks at the rows of sees (T, T).

@@ -15,8 +15,8 @@ from mis_mlx.models import block_inputs, config, host_losses, load, policy, stre
 from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.types import Checkpoint
 
-# For as many batches as there are lanes, or as a GPU takes back in one pass: the block's inputs and
-# the cotangents of its outputs -> the cotangents of its inputs.
+# For as many batches as there are streams, or as a GPU takes back in one pass: the block's inputs
+# and the cotangents of its outputs -> the cotangents of its inputs.
 BlockBackward = Callable[[Sequence[BlockInputs], Sequence[BlockOutputs]], Sequence[BlockInputs]]
 BlockVisitor = Callable[[int, nn.Module], BlockBackward]
 AtHead = Callable[[mx.array, mx.array], None]
@@ -28,6 +28,7 @@ def input_gradients(
     batches: stream.Batches,
     visit: BlockVisitor,
     seed: int = 0,
+    *,
     kept: stream.Hidden | None = None,
     at_head: AtHead = lambda x, above: None,
     at_channels: AtChannels = lambda i, b, below: None,
@@ -93,7 +94,7 @@ def _grads_at_head(
 ) -> list[mx.array]:
     """d log p / d the last block's outputs [(B, T, D)]; hidden: its inputs [(B, T, D)].
 
-    Every batch draws with a key of its own, so the draws do not depend on the number of lanes.
+    Every batch draws with a key of its own, so the draws do not depend on the number of streams.
     """
     outputs = source.run_block(last_block, hidden)
     grads = []

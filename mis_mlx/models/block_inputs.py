@@ -112,7 +112,7 @@ def run(block: nn.Module, inputs: BlockInputs, mask: Any, cache: Any = None) -> 
 def by_windows(
     block: nn.Module, inputs: BlockInputs, mask: Callable[[mx.array], Any]
 ) -> BlockOutputs:
-    """One block on one batch, whose windows are computed side by side in lanes; lazy.
+    """One block on one batch, whose windows are computed side by side in streams; lazy.
 
     mask(hidden): the attention mask of some of the windows.
     """

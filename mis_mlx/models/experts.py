@@ -108,6 +108,7 @@ class Experts(list[Expert]):
         self,
         inputs: Sequence[mx.array],
         chosen: Sequence[mx.array],
+        *,
         visit: Visit | None = None,
         gates: Sequence[np.ndarray] = (),
         first: int = 0,

@@ -38,7 +38,7 @@ def softmax(z: np.ndarray) -> np.ndarray:
 
 
 def by_rows(work: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
-    """`work` on arrays (n, ...), a few rows at a time, in as many threads as there are lanes.
+    """`work` on arrays (n, ...), a few rows at a time, in as many threads as there are streams.
 
     Returns the results in the order of the rows: (n, ...).
     """
@@ -92,12 +92,12 @@ def kl_gradients(
 
     def kl(z: np.ndarray, target: np.ndarray, loss_mask: np.ndarray) -> np.ndarray:
         """KL (n,) of some rows (n, V); z becomes its gradient times `loss_mask`."""
-        gradient: np.ndarray | None = None
+        slope: np.ndarray | None = None
         if softcap:
             # z = c tanh(z / c), whose derivative is 1 - tanh^2
             z *= 1.0 / softcap
             np.tanh(z, out=z)
-            gradient = 1.0 - np.square(z)
+            slope = 1.0 - np.square(z)
             z *= softcap
         if temperature != 1.0:
             z *= 1.0 / temperature
@@ -106,8 +106,8 @@ def kl_gradients(
         # d KL / d z = (softmax(z) - p) / temperature; z is its softmax by now
         z -= p
         z *= (loss_mask / temperature)[:, None]
-        if gradient is not None:
-            z *= gradient
+        if slope is not None:
+            z *= slope
         return divergence
 
     loss = 0.0

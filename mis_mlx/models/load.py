@@ -256,7 +256,7 @@ def block(
     return new
 
 
-def expert(checkpoint: Checkpoint, i: int, e: int, dtype: mx.Dtype, raw: Raw) -> Expert:
+def expert(checkpoint: Checkpoint, i: int, e: int, dtype: mx.Dtype, *, raw: Raw) -> Expert:
     """Expert `e` of block `i` with its weights, lazy. raw: as in `weights`."""
     shape = shape_of(checkpoint.config)
     row = family(checkpoint.config)
@@ -285,7 +285,7 @@ def embedding_scale(config: Config, dtype: mx.Dtype) -> mx.array | None:
 
 
 def _filled(
-    layer: nn.Module, prefix: str, checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None
+    layer: nn.Module, prefix: str, checkpoint: Checkpoint, dtype: mx.Dtype, *, raw: Raw | None
 ) -> nn.Module:
     """A layer that stands alone, packed if its weights under `prefix` ("lm_head.") are; lazy."""
     stem, dot, name = prefix[:-1].rpartition(".")

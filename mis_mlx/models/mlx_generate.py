@@ -203,6 +203,7 @@ def _completed(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     count: int,
+    *,
     max_tokens: int,
     stop: Collection[int],
     samplers: Sequence[Sampler],

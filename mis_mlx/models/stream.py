@@ -374,7 +374,7 @@ class Stream:
     def back_at_once(self, batch: mx.array) -> int:
         """The number of batches like this one that go back through a block together.
 
-        They are as many as lanes on a CPU, half a stack on a GPU.
+        They are as many as streams on a CPU, half a stack on a GPU.
         """
         if policy.name() == "cpu":
             return streams.count()

@@ -255,8 +255,8 @@ def training_bytes(
     batch: int,
     length: int,
     host_streams: int = 0,
-    accumulates: bool = False,
     *,
+    accumulates: bool = False,
     gpu: bool = False,
 ) -> int:
     """Memory to train a student that is whole in memory, on micro-batches (`batch`, `length`).
@@ -308,7 +308,13 @@ def block_state_bytes(config: Mapping[str, Any], block: int | None = None) -> in
 
 
 def search_cost(
-    s: Any, job: DistillationSpec, planned: Sequence[StageCost], probes: int, rows: bool, limit: int
+    s: Any,
+    job: DistillationSpec,
+    planned: Sequence[StageCost],
+    probes: int,
+    *,
+    rows: bool,
+    limit: int,
 ) -> dict[str, list[StageCost]]:
     """What a search with these settings takes: {"rank": stages, "finalists": stages}.
 

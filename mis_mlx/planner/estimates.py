@@ -266,11 +266,11 @@ def resident_blocks(m: ModelSize, headroom_bytes: int) -> int:
 def streamed_pass(
     name: str,
     m: ModelSize,
+    *,
     tokens: int,
     micro_tokens: int,
     length: int,
     limit_bytes: int = 0,
-    *,
     head: bool = True,
     spool: bool = True,
     again: bool = False,

@@ -27,6 +27,7 @@ def blocks_by_machine(plan: phases.MemoryPlan) -> tuple[int, ...]:
 def open_stream(
     checkpoint: Checkpoint,
     limit: Budget,
+    *,
     headroom_bytes: int,
     tokens: int,
     length: int,

@@ -241,6 +241,7 @@ def plan_strategy(
     job: DistillationSpec,
     limit: int,
     rates: Rates,
+    *,
     mode: Mode,
     micro: int,
     shard: int,

@@ -252,6 +252,7 @@ def spec_of(
     student: ModelSize,
     asked: DistillationConfig,
     rounding: QuantizationConfig = ROUND_TO_NEAREST,
+    *,
     rotates: bool = True,
     shown: ModelSize | None = None,
     copied: bool = False,

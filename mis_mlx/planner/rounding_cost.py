@@ -62,6 +62,7 @@ def packed_bytes(m: ModelSize, rounding: QuantizationConfig) -> int:
 def quantizing_cost(
     m: ModelSize,
     rounding: QuantizationConfig,
+    *,
     windows: int,
     length: int,
     limit: int,
@@ -273,7 +274,7 @@ def _sensing_bytes(m: ModelSize, windows: int, length: int, seen_bytes: int, bat
     # Of logits three arrays were measured on a CPU, five under Metal's policy.
     head = m.head_work
     head += logit_bytes(2 * m.shape.vocab, length, host=True) * (2 + m.gpu) // 2
-    # In one lane 0.2 to 0.8 of it were measured, in two 0.4 to 1.2.
+    # In one stream 0.2 to 0.8 of it were measured, in two 0.4 to 1.2.
     backward = (1 + parallel_windows(m)) * backward_bytes(m.config, 1, length) // 2
     formats_bytes = 4
     if m.gpu:  # half a stack goes back in one pass

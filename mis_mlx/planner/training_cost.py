@@ -158,7 +158,7 @@ def backward_peak_bytes(job: DistillationSpec, micro: int, rank: int = 0) -> int
 def tuning_cost(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
     """The packed student whole in memory, its scales learning.
 
-    Integers; a float copy for each lane; one block's gradient.
+    Integers; a float copy for each stream; one block's gradient.
     """
     m = job.student
     length = job.max_seq_length
@@ -170,7 +170,7 @@ def tuning_cost(job: DistillationSpec, micro: int, limit: int, iters: int) -> St
     state = STATE_BYTES
     if job.step > micro * length:  # gradients of micro-batches add up
         state += GRADIENT_BYTES
-    copies = 2 * 4 * max(1, min(micro, job.host_streams))  # a window goes through one lane
+    copies = 2 * 4 * max(1, min(micro, job.host_streams))  # a window goes through one stream
     copied = (1 + copies) * m.blocks_params + 4 * m.block_params
     sides = m.side_params * (1 if m.gpu else 4)  # packed, or de-quantized
     one_step = StageCost(

@@ -109,6 +109,7 @@ def _mixed(
     source: stream.Stream,
     block: nn.Module,
     hidden: stream.Hidden,
+    *,
     experts: ExpertSums,
     neurons: Sums,
     weight: Weight,

@@ -48,6 +48,7 @@ def reconstruct(
     student: Checkpoint,
     keep: KeptUnits,
     batches: Batches,
+    *,
     direct: bool = False,
     spool: Callable[[], Hidden] | None = None,
     put: Callable[[str, mx.array], None] | None = None,
@@ -258,6 +259,7 @@ def fit_down_proj(
     block: nn.Module,
     hidden: Hidden,
     target: Hidden,
+    *,
     kinds: Sequence[int],
     columns: mx.array | None,
 ) -> tuple[mx.array, float]:

@@ -175,7 +175,7 @@ def select_units(
 
 
 def _shape_by_conditions(
-    statistics: Statistics, cut: PruningConfig, shape: Shape, layers: Sequence[int], used: str
+    statistics: Statistics, cut: PruningConfig, shape: Shape, *, layers: Sequence[int], used: str
 ) -> Shape:
     """The shape with the FFN size that eq. (1) gives in the measured air, of the kept layers."""
     if used != "aais" or statistics.altitude_m is None:

@@ -221,8 +221,8 @@ class Losses(NamedTuple):
         power = 2.0  # as far as the second order reaches
         if len(points) > 1:
             rise = math.log(nats[0] / nats[1])
-            gradient = rise / math.log(shares[0] / shares[1])
-            power = float(np.clip(gradient, 1.0, 4.0))
+            slope = rise / math.log(shares[0] / shares[1])
+            power = float(np.clip(slope, 1.0, 4.0))
         return nats[-1] * (removed / shares[-1]) ** power
 
     def raw(self, choice: Choice) -> float:

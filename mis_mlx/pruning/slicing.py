@@ -188,6 +188,7 @@ def _cut(
     layer: int,
     before: Shape,
     keep: KeptUnits,
+    *,
     weight: mx.array,
 ) -> mx.array:
     """The kept part of one teacher tensor.
@@ -276,6 +277,7 @@ def write_student(
     shape: Shape,
     keep: KeptUnits,
     out: Path,
+    *,
     dtype: str,
     files: Files,
     directions: Callable[[], Directions] | None = None,

@@ -9,7 +9,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,6 @@ MULTIPLE = 256  # rows: Metal's fast kernels and GGUF's K-quants need it
 # the beginnings of the names of tensors with a row for each token
 TENSORS = (load.EMBEDDING, arch.PER_LAYER, "lm_head.")
 FOLDER = "vocabulary"  # in a run, of the teacher's rows
-# the tokens that a teacher expects in windows: a search asks for each vocabulary
-EXPECTED_SHARES = dict[tuple[Path, str], np.ndarray]()
 SHORTEST_CHAT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}
 
 
@@ -189,6 +187,24 @@ def expected(teacher: Checkpoint, windows: token_windows.Windows) -> np.ndarray:
     return sums
 
 
+@dataclass(frozen=True)
+class _Expectation:
+    """What `expected` is asked: equal where the teacher's folder and the windows' text are."""
+
+    path: Path
+    fingerprint: str
+    teacher: Checkpoint = field(compare=False)
+    windows: token_windows.Windows = field(compare=False)
+
+
+@cache
+def _expected_once(asked: _Expectation) -> np.ndarray:
+    """`expected`, computed once a process: a search asks for each vocabulary."""
+    counts = expected(asked.teacher, asked.windows)
+    memory.give_back()  # before the lists of merges
+    return counts
+
+
 @cache
 def words(languages: tuple[str, ...]) -> dict[str, float]:
     """{word: how frequent} in the languages together; tens of thousands of each.
@@ -226,10 +242,8 @@ def chosen(
     """
     # What the teacher expects in a few windows: a streamed pass, kept for the next vocabulary.
     some = train.pick(draws.drawn_windows(train, VOCABULARY_WINDOWS, (0, 0, 1)))
-    key = (teacher.path, token_windows.fingerprint(some))
-    if key not in EXPECTED_SHARES:
-        EXPECTED_SHARES[key] = expected(teacher, some)
-        memory.give_back()  # before the lists of merges
+    expectation = _Expectation(teacher.path, token_windows.fingerprint(some), teacher, some)
+    expected_counts = _expected_once(expectation)
     # What the text has: counts (V,) of all its windows, and of more text by its length beside that
     # of the training text.
     tokenizer = load.tokenizer(teacher.path)
@@ -245,7 +259,7 @@ def chosen(
         # A word inside a sentence has a space before it; a token may come up twice in it.
         np.add.at(listed, tokenizer.encode(f" {word}", add_special_tokens=False), share)
     # Each of the three counts by its shares of one.
-    listed += counts / counts.sum() + EXPECTED_SHARES[key] / EXPECTED_SHARES[key].sum()
+    listed += counts / counts.sum() + expected_counts / expected_counts.sum()
     tokens = Vocabulary(teacher.path)
     kept = tokens.chosen(needed(tokens, teacher.path), listed, rows)
     used = np.count_nonzero(counts)

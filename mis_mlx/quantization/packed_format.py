@@ -180,9 +180,9 @@ def write_quantized(
     out: Path,
     plan: Formats,
     files: Files,
+    *,
     rounded: Rounded | None = None,
     extra: Mapping[str, bytes] | None = None,
-    *,
     fit: bool = False,
 ) -> dict[str, Any]:
     """Commit the new folder `out`, which stock mlx-lm reads.

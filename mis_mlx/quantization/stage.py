@@ -138,6 +138,7 @@ def _rounded_block(
     source: stream.Stream,
     i: int,
     block: nn.Module,
+    *,
     plan: packed_format.Formats,
     hidden: Hidden,
 ) -> dict[str, rounding.Packed]:
@@ -217,6 +218,7 @@ def _grams(
     block: nn.Module,
     hidden: Hidden,
     axes: Sequence[str],
+    *,
     where: str = "",
 ) -> dict[str, np.ndarray]:
     """{axis: sum of a a^T (in, in) over all tokens' inputs a to the matrices that read the axis}.

@@ -226,7 +226,7 @@ def as_mis_error(
         raise
 
 
-def _no_space(folder: Path, what: str, need: int, free: int | None, remedy: str) -> MisError:
+def _no_space(folder: Path, what: str, need: int, free: int | None, *, remedy: str) -> MisError:
     room = "an unknown amount is" if free is None else f"{gib(free)} are"
     return MisError(
         f"Not enough disk space in {folder}: {what} needs {gib(need)}, {room} free; {remedy}"

@@ -194,7 +194,12 @@ def require_unchanged(path: Path, tensors: Mapping[str, TensorAt], names: Iterab
 
 
 def write_tensors(
-    folder: Path, specs: Specs, tensors: Named, files: Files, shards: Sequence[Specs] | None = None
+    folder: Path,
+    specs: Specs,
+    tensors: Named,
+    files: Files,
+    *,
+    shards: Sequence[Specs] | None = None,
 ) -> None:
     """Write a model's tensors into `folder`, one in memory at a time.
 

@@ -115,7 +115,7 @@ def test_fisher_and_sensitivity(model: Checkpoint, plain: nn.Module) -> None:
     def forward(hidden: mx.array, weight: mx.array) -> mx.array:
         return _with(block, weight)(hidden, "causal")
 
-    _, (below, gradient) = mx.vjp(forward, [x, down.weight], [above])
+    _, (below, slope) = mx.vjp(forward, [x, down.weight], [above])
     block.mlp.down_proj = down
     args = load.model_args(model.config)
     mine = load.block(model, 1, args, mx.float32)
@@ -126,7 +126,7 @@ def test_fisher_and_sensitivity(model: Checkpoint, plain: nn.Module) -> None:
         args, mine, matrices=matrices, inputs=BlockInputs(x), above=BlockOutputs(above)
     )
     assert same(got, below)
-    assert same(seen[1][0].T @ seen[0]["ffn"], gradient, 1e-4)
+    assert same(seen[1][0].T @ seen[0]["ffn"], slope, 1e-4)
     ours = load.block(model, 1, args, mx.float32)
     gated = {}
     for axis, (part, name) in fisher.GATES.items():

@@ -113,10 +113,10 @@ def test_a_head_that_both_have_is_read_once(
         found += [of_step(head, [(batches[0], loss_mask, hidden)], 0, student)] if of_step else []
         found.append(mx.value_and_grad(kl)(student, head, loss_mask, hidden))
     half = len(found) // 2
-    for (loss, gradient), (other, others) in zip(found[:half], found[half:], strict=True):
+    for (loss, slope), (other, others) in zip(found[:half], found[half:], strict=True):
         assert float(loss) == pytest.approx(float(other), rel=near(0.0, 1e-3))
         assert float(loss) > 0
-        assert mx.allclose(gradient, others, rtol=near(0.0, 0.05), atol=near(0.0, 1e-3))
+        assert mx.allclose(slope, others, rtol=near(0.0, 0.05), atol=near(0.0, 1e-3))
 
 
 def test_streaming_does_not_change_the_student(

@@ -540,7 +540,7 @@ def test_numpy_computes_the_loss_of_the_graph(
         head: mx.array, given: Any, b: int, hidden: mx.array
     ) -> tuple[float, mx.array]:
         _, loss_mask, target = given[b]
-        value, gradient, none = host_losses.kl_gradients(
+        value, slope, none = host_losses.kl_gradients(
             hidden,
             head,
             teacher=target,
@@ -549,7 +549,7 @@ def test_numpy_computes_the_loss_of_the_graph(
             frozen_head=True,
         )
         assert none is None
-        return value, gradient
+        return value, slope
 
     ((a, n), *left), ((b, m), *right) = (
         list(student.gradients(batches, kl, s)) for s in (None, host_gradients)

@@ -146,7 +146,7 @@ def apply(names: dict[Path, int], change: Operation) -> None:
     if kind == "add":
         names[path] = extra
         return
-    for old in [p for p in names if p == path or path in p.logit_positions]:
+    for old in [p for p in names if p == path or path in p.parents]:
         file = names.pop(old)
         if kind == "rename":
             names[extra / old.relative_to(path)] = file

@@ -160,9 +160,7 @@ def test_a_sharded_run_goes_back_too(
     """
     ways = phases.candidate_strategies
     monkeypatch.setattr(
-        phases,
-        "candidate_strategies",
-        lambda job: (way for way in ways(job) if way[2] == 1),
+        phases, "candidate_strategies", lambda job: (way for way in ways(job) if way[2] == 1)
     )
     s, cut = (replace(settings(name), train="sharded") for name in ("whole", "cut"))
     bad |= {first, first + 1, first + 2}

@@ -455,8 +455,7 @@ ALIGN: dict[str, tuple[Any, str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(
-    ("module", "kind", "more"),
-    [slow_where(EMULATED, name, *way) for name, way in ALIGN.items()],
+    ("module", "kind", "more"), [slow_where(EMULATED, name, *way) for name, way in ALIGN.items()]
 )
 def test_alignment(
     module: Any,

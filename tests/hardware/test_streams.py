@@ -1,4 +1,4 @@
-"""Two lanes: the same results as one, products in one thread as long as both are computed."""
+"""Two streams: the same results as one, products in one thread as long as both are computed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mis_mlx.hardware import streams
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Two lanes, whatever BLAS there is; the numbers of threads that it is told."""
+    """Two streams, whatever BLAS there is; the numbers of threads that it is told."""
     calls: list[int] = []
     monkeypatch.setenv(streams.WIDTH_VARIABLE, "100000")
     library = SimpleNamespace(openblas_set_num_threads=calls.append)
@@ -24,7 +24,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_each_gives_all_in_order_and_evaluated(told: list[int]) -> None:
-    """Five items through two lanes, three turns; the last one alone, whose products keep all
+    """Five items through two streams, three turns; the last one alone, whose products keep all
     threads.
     """
     items = [mx.full((3,), float(i)) for i in range(5)]
@@ -48,7 +48,8 @@ def test_each_gives_all_in_order_and_evaluated(told: list[int]) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_rows_are_what_the_whole_is(told: list[int], count: int) -> None:
-    """However many rows there are, one lane's among them, with gradients that flow back to each."""
+    """However many rows there are, one stream's among them, with gradients that flow back to each.
+    """
     x = mx.random.normal((count, 4, 8), key=mx.random.key(1))
     w = mx.random.normal((8, 8), key=mx.random.key(2))
 
@@ -65,8 +66,8 @@ def test_rows_are_what_the_whole_is(told: list[int], count: int) -> None:
     want, want_slopes = work_and_slopes(w, x, False)
 
     assert mx.allclose(found, want)
-    for gradient, want_slope in zip(host_gradients, want_slopes, strict=True):
-        assert mx.allclose(gradient, want_slope, atol=1e-5)
+    for slope, want_slope in zip(host_gradients, want_slopes, strict=True):
+        assert mx.allclose(slope, want_slope, atol=1e-5)
 
 
 def test_uneven_lists_are_a_mistake() -> None:
@@ -77,7 +78,7 @@ def test_uneven_lists_are_a_mistake() -> None:
 
 def test_a_cpu_of_many_cores_has_one_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its products need them all; and so has one whose BLAS is no OpenBLAS, or whose MLX ends one
-    lane first.
+    stream first.
     """
     monkeypatch.setenv(streams.WIDTH_VARIABLE, "100000")
     for threads, count in ((1, 1), (2, 2), (3, 2), (4, 1), (16, 1)):

@@ -144,8 +144,8 @@ def test_the_ridge_is_the_one_that_leaves_least_held_out() -> None:
     tokens.
     """
     inputs, noise, weights = draw(4)
-    gradient = np.linspace(-0.5, 0.5, F * D).reshape(F, D)
-    missing = (inputs @ gradient + noise).astype(np.float32)  # something to be learned, and noise
+    slope = np.linspace(-0.5, 0.5, F * D).reshape(F, D)
+    missing = (inputs @ slope + noise).astype(np.float32)  # something to be learned, and noise
     wide_inputs, wide_missing = weighted(inputs, missing, weights)
     ridges = (1e-3, 0.1, 1.0, 1e3)
     seen = np.s_[:12]

@@ -219,9 +219,9 @@ def test_the_line_is_that_of_least_squares() -> None:
         importance=mx.array(importance.astype(np.float32)),
     )
     levels = np.array(rounding._levels(fit.groups, fit.scales, fit.biases, 4))[0]
-    gradient, start = np.polyfit(levels, group, deg=1, w=np.sqrt(importance))
+    slope, start = np.polyfit(levels, group, deg=1, w=np.sqrt(importance))
     scale, bias = fit.line()
-    assert scale.item() == pytest.approx(gradient, rel=1e-4)
+    assert scale.item() == pytest.approx(slope, rel=1e-4)
     assert bias.item() == pytest.approx(start, rel=1e-4)
     before = fit.errors.item()
     fit.offer(scale, bias)

@@ -32,7 +32,7 @@ def check(model: nn.Module, tolerance: float = 1e-5) -> None:
     hidden = attention_masks.forward(model, b.tokens, b.branch, b.positions)[0]
     assert len(hidden) == len(PROMPT) + 3 + 0 + 2
     for row, answer in enumerate(ANSWERS):
-        found = hidden[b.parents[row, : len(answer)]]
+        found = hidden[b.logit_positions[row, : len(answer)]]
         wanted = alone(model, answer)
         assert mx.allclose(found, wanted, rtol=10 * tolerance, atol=tolerance)
         assert b.targets[row, : len(answer)].tolist() == answer

@@ -134,7 +134,7 @@ DTYPE: dict[str, dict[str, Any]] = {"F32": {}, "BF16": {"torch_dtype": "bfloat16
 
 def test_a_pass_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
     """128 tokens, 64 at a time: two slots, the workspace of 64, all hidden states; blocks and head
-    read once. Two lanes have a workspace each.
+    read once. Two streams have a workspace each.
     """
     monkeypatch.setattr(streams, "count", lambda: 2)
     assert (
@@ -248,7 +248,7 @@ def test_a_budget_has_no_cache_in_it() -> None:
 def test_training_by_pencil() -> None:
     """12 bytes a parameter and gradients; beside them what is largest of activations and the
     vocabulary's part, the way back, the update. On the host there are no gradients yet where the
-    logits are, and then some in every lane.
+    logits are, and then some in every stream.
     """
     params = arch_params()
     head = 2 * 512 * 64 * 4 + 5 * 256 * 512 * 4

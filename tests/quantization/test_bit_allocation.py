@@ -93,14 +93,14 @@ def test_it_is_the_gradient_of_weights_along_the_errors(
             stored = [linear.weight for linear in linears]
             _, (below, *host_gradients) = mx.vjp(run, [x, *stored], [above])
             mx.eval(below, host_gradients)
-            for path, linear, weight, gradient in zip(
+            for path, linear, weight, slope in zip(
                 paths, linears, stored, host_gradients, strict=True
             ):
                 linear.weight = weight
                 cost = wanted.setdefault(f"model.layers.{i}.{path}", {})
                 for bits in (3, 5):
                     error = rounding.values(rounding.nearest(weight, 64, bits), 64, bits) - weight
-                    along = np.sum(np.array(gradient, np.float64) * np.array(error, np.float64))
+                    along = np.sum(np.array(slope, np.float64) * np.array(error, np.float64))
                     cost[bits] = cost.get(bits, 0.0) + along**2 / (2 * tokens)
             return BlockInputs(below)
 

@@ -373,6 +373,7 @@ def compare_to_roof(
     checkpoint: Checkpoint,
     weight_bytes: int,
     r: Request,
+    *,
     roof: rates.Roof,
     tps: float,
 ) -> dict[str, Any]:
