@@ -92,7 +92,7 @@ class Bench:
         data = preparation.prepare(None, load.tokenizer(self.teacher.path), LENGTH)
         self.batches = preparation.calibration(data.train, s.num_samples, 0)
         self.held_out = {}
-        self.teacher_nats = {}
+        self.teacher_nats: dict[str, float] = {}
         for text, windows in data.held_out.items():
             self.held_out[text] = comparison.spread_windows(windows, s.eval_windows)
 
@@ -181,6 +181,7 @@ class Bench:
             assert judgement is not None  # both have a template
             for row in judgement.rows:
                 if (row.metric, row.model) == ("answers_excess", "rounded"):
+                    assert row.low is not None and row.high is not None
                     found["answers"] = digits(row.value, row.low, row.high)
         for text, windows in self.held_out.items():
             if text not in self.teacher_nats:
