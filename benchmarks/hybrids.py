@@ -100,7 +100,7 @@ def token_by_token(*arrays: mx.array) -> mx.array:
     """mlx-lm's own form without a kernel."""
     q, k, v, log_g, beta = arrays
     module = load.mlx_lm("models.gated_delta")
-    out: mx.array = module.gated_delta_ops(q, k, v, mx.exp(log_g), beta)[0]
+    out: mx.array = module.gated_delta_ops(q, k, v, g=mx.exp(log_g), beta=beta)[0]
     return out
 
 

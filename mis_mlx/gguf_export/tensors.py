@@ -117,10 +117,12 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
         if name is None:
             raise MisError(f"llama.cpp's {family.gguf} has no place for {source}: use --format hf")
         module = source.split(".")[-2]
+        if stored_form.is_kernel(source):
+            size = size[:2]
         part = Part(
             name=name,
             source=source,
-            shape=size[:2] if stored_form.is_kernel(source) else size,
+            shape=size,
             kind=kind,
             heads=heads.get(module, 0),
             exact=exact,

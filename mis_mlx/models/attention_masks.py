@@ -93,8 +93,10 @@ def _branch_mask(branch: mx.array) -> mx.array:
     earlier = order[:, None] >= order[None]
     of_query = branch[:, :, None]
     of_key = branch[:, None, :]
-    same_text = (of_key == 0) | (of_query == of_key)
-    return (same_text & earlier)[:, None]
+    of_prompt = of_key == 0
+    same_text = of_prompt | (of_query == of_key)
+    sees = same_text & earlier
+    return sees[:, None]
 
 
 def run_masked_block(
@@ -111,7 +113,8 @@ def run_masked_block(
     the block looks back at most; None: all.
     """
     if not block_state.attends(block):
-        return block_inputs.run(block, inputs, block_state.mask_of(block, sees))
+        rows_before = block_state.mask_of(block, sees)
+        return block_inputs.run(block, inputs, rows_before)
     if window is not None:
         order = mx.arange(inputs.hidden.shape[1])
         if positions is not None:

@@ -26,7 +26,9 @@ def _inverse_of_small(strict: mx.array) -> mx.array:
     identity = mx.eye(BASE)
     second = strict @ strict
     fourth = second @ second
-    return (identity - strict) @ (identity + second) @ (identity + fourth)
+    product = identity - strict
+    product = product @ (identity + second)
+    return product @ (identity + fourth)
 
 
 def unit_lower_inverse(strict: mx.array) -> mx.array:
@@ -35,16 +37,25 @@ def unit_lower_inverse(strict: mx.array) -> mx.array:
     Pairs of neighbouring diagonal blocks become one: the part below is -L22^-1 L21 L11^-1.
     """
     count = strict.shape[-1] // BASE
-    squares = [_square(strict, i, i, BASE) for i in range(count)]
-    inverses = _inverse_of_small(mx.stack(squares, axis=-3))
+    squares = []
+    for i in range(count):
+        squares.append(_square(strict, i, i, BASE))
+    stacked = mx.stack(squares, axis=-3)
+    inverses = _inverse_of_small(stacked)
     size = BASE
     while size < strict.shape[-1]:
         pairs = strict.shape[-1] // (2 * size)
-        below = mx.stack([_square(strict, 2 * i + 1, 2 * i, size) for i in range(pairs)], axis=-3)
+        corners = []
+        for i in range(pairs):
+            row = 2 * i + 1
+            column = 2 * i
+            corners.append(_square(strict, row, column, size))
+        below = mx.stack(corners, axis=-3)
         first = inverses[..., 0::2, :, :]
         second = inverses[..., 1::2, :, :]
         corner = -(second @ below @ first)
-        upper = mx.concatenate([first, mx.zeros_like(first)], axis=-1)
+        zeros = mx.zeros_like(first)
+        upper = mx.concatenate([first, zeros], axis=-1)
         lower = mx.concatenate([corner, second], axis=-1)
         inverses = mx.concatenate([upper, lower], axis=-2)
         size *= 2
@@ -53,33 +64,55 @@ def unit_lower_inverse(strict: mx.array) -> mx.array:
 
 def _square(matrix: mx.array, row: int, column: int, size: int) -> mx.array:
     """The block of this size at (row, column) of blocks."""
-    rows = slice(row * size, (row + 1) * size)
-    columns = slice(column * size, (column + 1) * size)
+    top = row * size
+    left = column * size
+    rows = slice(top, top + size)
+    columns = slice(left, left + size)
     return matrix[..., rows, columns]
 
 
 def _chunk(
-    q: mx.array, k: mx.array, v: mx.array, log_g: mx.array, beta: mx.array, state: mx.array
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    log_g: mx.array,
+    beta: mx.array,
+    state: mx.array,
 ) -> tuple[mx.array, mx.array]:
     """(y (B, H, C, V), the state behind the chunk) of a chunk.
 
     q, k (B, H, C, K), v (B, H, C, V), log_g and beta (B, H, C), state (B, H, V, K); float32.
     """
     size = q.shape[2]
-    total = mx.cumsum(log_g, axis=-1)  # logarithm of what is left of the state at each token
-    lower = mx.tril(mx.ones((size, size), mx.bool_))
-    # what is left at token i of what token j put in; later ones are cut off before exp overflows
-    differences = total[..., :, None] - total[..., None, :]
-    left = mx.exp(mx.where(lower, differences, -mx.inf))
-    products = (k @ k.swapaxes(-1, -2)) * left * beta[..., None]
-    inverse = unit_lower_inverse(mx.tril(products, -1))
+    keys_across = k.swapaxes(-1, -2)
+    state_across = state.swapaxes(-1, -2)
+    # logarithm of what is left of the state at each token
+    total = mx.cumsum(log_g, axis=-1)
     decay = mx.exp(total)[..., None]
-    known = (decay * k) @ state.swapaxes(-1, -2)  # what the state already says
-    updates = inverse @ (beta[..., None] * (v - known))
-    y = (decay * q) @ state.swapaxes(-1, -2)
-    y = y + ((q @ k.swapaxes(-1, -2)) * left) @ updates
-    left_at_end = mx.exp(total[..., -1:] - total)[..., None]
-    after = decay[..., -1:, :] * state + updates.swapaxes(-1, -2) @ (left_at_end * k)
+    # what is left at token i of what token j put in; later ones are cut off before exp overflows
+    ones = mx.ones((size, size), mx.bool_)
+    lower = mx.tril(ones)
+    differences = total[..., :, None] - total[..., None, :]
+    visible = mx.where(lower, differences, -mx.inf)
+    left = mx.exp(visible)
+    # what each token learns, which depends on what the tokens before it have learned
+    products = k @ keys_across
+    weighted = products * left * beta[..., None]
+    strict = mx.tril(weighted, -1)
+    inverse = unit_lower_inverse(strict)
+    decayed_keys = decay * k
+    known = decayed_keys @ state_across
+    lacks = beta[..., None] * (v - known)
+    updates = inverse @ lacks
+    # outputs: of the state before the chunk, and of what its tokens have learned
+    decayed_queries = decay * q
+    from_state = decayed_queries @ state_across
+    scores = (q @ keys_across) * left
+    y = from_state + scores @ updates
+    rest = total[..., -1:] - total
+    left_at_end = mx.exp(rest)[..., None]
+    learned = updates.swapaxes(-1, -2) @ (left_at_end * k)
+    after = decay[..., -1:, :] * state + learned
     return y, after
 
 
@@ -89,14 +122,22 @@ _again = mx.checkpoint(
 
 
 def _step(
-    q: mx.array, k: mx.array, v: mx.array, log_g: mx.array, beta: mx.array, state: mx.array
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    log_g: mx.array,
+    beta: mx.array,
+    state: mx.array,
 ) -> tuple[mx.array, mx.array]:
     """`_chunk` of one token."""
-    decayed = mx.exp(log_g)[..., None] * state
+    kept = mx.exp(log_g)[..., None]
+    decayed = kept * state
     known = k @ decayed.swapaxes(-1, -2)
-    update = beta[..., None] * (v - known)
+    lacks = v - known
+    update = beta[..., None] * lacks
     after = decayed + update.swapaxes(-1, -2) @ k
-    return q @ after.swapaxes(-1, -2), after
+    y = q @ after.swapaxes(-1, -2)
+    return y, after
 
 
 def delta_rule(
@@ -113,9 +154,13 @@ def delta_rule(
     default: zeros. A token of beta 0 and log_g 0 leaves the state as it is.
     """
     batch, length, heads, width = q.shape
-    arrays = [array.astype(mx.float32).swapaxes(1, 2) for array in (q, k, v, log_g, beta)]
+    arrays = []
+    for array in (q, k, v, log_g, beta):
+        wide = array.astype(mx.float32)
+        arrays.append(wide.swapaxes(1, 2))
     if state is None:
-        state = mx.zeros((batch, heads, v.shape[-1], width), mx.float32)
+        sizes = (batch, heads, v.shape[-1], width)
+        state = mx.zeros(sizes, mx.float32)
     state = state.astype(mx.float32)
     if length == 1:
         given: Any = [*arrays, state]
@@ -127,10 +172,14 @@ def delta_rule(
         size = BASE
         while size < count:
             size *= 2
-        pieces: Any = [_padded(array[:, :, start : start + count], size) for array in arrays]
+        pieces: Any = []
+        for array in arrays:
+            piece = array[:, :, start : start + count]
+            pieces.append(_padded(piece, size))
         y, state = _again(*pieces, state)
         parts.append(y[:, :, :count])
-    return mx.concatenate(parts, axis=2).swapaxes(1, 2), state
+    joined = mx.concatenate(parts, axis=2)
+    return joined.swapaxes(1, 2), state
 
 
 def _padded(array: mx.array, size: int) -> mx.array:
@@ -151,7 +200,9 @@ def convolved(rows: mx.array, kernel: mx.array, length: int) -> mx.array:
     width = kernel.shape[1]
     total = rows[:, :length] * kernel[:, 0]
     for shift in range(1, width):
-        total = total + rows[:, shift : shift + length] * kernel[:, shift]
+        end = shift + length
+        shifted = rows[:, shift:end]
+        total = total + shifted * kernel[:, shift]
     return total
 
 
@@ -188,44 +239,46 @@ def _layer(module: ModuleType) -> Any:
             if earlier is None:
                 earlier = mx.zeros((batch, reach, self.conv_dim), joined.dtype)
             rows = mx.concatenate([earlier, joined], axis=1)
-            mixed = nn.silu(convolved(rows, self.conv1d.weight[..., 0], length))
-            q, k, v = mx.split(mixed, [self.key_dim, 2 * self.key_dim], axis=-1)
+            kernel = self.conv1d.weight[..., 0]
+            mixed = nn.silu(convolved(rows, kernel, length))
+            ends = [self.key_dim, 2 * self.key_dim]
+            q, k, v = mx.split(mixed, ends, axis=-1)
             by_head = (-1, self.head_k_dim)
-            q, k = rule(
-                mx.unflatten(q, -1, by_head),
-                mx.unflatten(k, -1, by_head),
-                inv_scale=self.head_k_dim**-0.5,
-                eps=1e-6,
-            )
+            q = mx.unflatten(q, -1, by_head)
+            k = mx.unflatten(k, -1, by_head)
+            v = mx.unflatten(v, -1, (-1, self.head_v_dim))
+            q, k = rule(q, k, inv_scale=self.head_k_dim**-0.5, eps=1e-6)
             repeats = self.num_v_heads // self.num_k_heads
             if repeats > 1:
                 q = mx.repeat(q, repeats, axis=2)
                 k = mx.repeat(k, repeats, axis=2)
             beta, log_g = self._gates(x, mask)
-            y, state = delta_rule(
-                q,
-                k,
-                mx.unflatten(v, -1, (-1, self.head_v_dim)),
-                log_g,
-                beta,
-                None if cache is None else cache[1],
-            )
+            before = None
+            if cache is not None:
+                before = cache[1]
+            y, state = delta_rule(q, k, v, log_g=log_g, beta=beta, state=before)
             if cache is not None:
                 remember(cache, rows, reach)
                 cache[1] = state
                 cache.advance(length)
-            z = mx.unflatten(self.in_proj_z(x), -1, (-1, self.head_v_dim))
+            z = self.in_proj_z(x)
+            z = mx.unflatten(z, -1, (-1, self.head_v_dim))
             out = self.norm(y.astype(x.dtype), z)
-            return self.out_proj(mx.flatten(out, 2))  # type: ignore[no-any-return]
+            flat = mx.flatten(out, 2)
+            return self.out_proj(flat)  # type: ignore[no-any-return]
 
         def _gates(self, x: mx.array, mask: Any) -> tuple[mx.array, mx.array]:
             """(what each head learns of a token, the logarithm of what it keeps): (B, T, H)."""
-            beta = mx.sigmoid(self.in_proj_b(x))
-            rate = mx.exp(self.A_log.astype(mx.float32))
-            log_g = -rate * nn.softplus(self.in_proj_a(x) + self.dt_bias)
+            learned = self.in_proj_b(x)
+            beta = mx.sigmoid(learned)
+            wide = self.A_log.astype(mx.float32)
+            rate = mx.exp(wide)
+            steps = self.in_proj_a(x) + self.dt_bias
+            log_g = -rate * nn.softplus(steps)
             if mask is not None:
-                beta = mx.where(mask[..., None], beta, 0)
-                log_g = mx.where(mask[..., None], log_g, 0)
+                present = mask[..., None]
+                beta = mx.where(present, beta, 0)
+                log_g = mx.where(present, log_g, 0)
             return beta, log_g
 
     return DeltaNet

@@ -68,7 +68,8 @@ class ShortConv(nn.Module):
         padding in front; None: rows follow each other. cache: None, mlx-lm's ArraysCache, or
         `block_state.Columns`, whose columns `mask` counts then.
         """
-        gate, gate_out, inner = mx.split(self.in_proj(x), 3, axis=-1)
+        joined = self.in_proj(x)
+        gate, gate_out, inner = mx.split(joined, 3, axis=-1)
         gated = gate * inner
         if mask is not None and mask.dtype == mx.bool_:
             gated = mx.where(mask[..., None], gated, 0)
@@ -101,13 +102,16 @@ class ShortConv(nn.Module):
         padded = mx.concatenate([columns, zeros], axis=1)
         last = columns.shape[1]
         numbers = mx.where(before < 0, last, before)
-        numbers = mx.broadcast_to(numbers, (batch, *numbers.shape[-2:]))
+        shape = (batch, *numbers.shape[-2:])
+        numbers = mx.broadcast_to(numbers, shape)
         total = mx.zeros_like(gated)
         for distance in range(self.reach, 0, -1):
             index = numbers[..., distance - 1, None]
             earlier = mx.take_along_axis(padded, index, axis=1)
-            total = total + earlier * kernel[:, self.reach - distance]
-        return total + gated * kernel[:, self.reach]
+            place = self.reach - distance
+            total = total + earlier * kernel[:, place]
+        own = gated * kernel[:, self.reach]
+        return total + own
 
 
 class ConvBlock(nn.Module):
@@ -124,9 +128,11 @@ class ConvBlock(nn.Module):
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         """(B, T, D) -> (B, T, D). mask, cache: as of `ShortConv`."""
-        mixed = self.conv(self.input_layernorm(x), mask, cache)
+        normed = self.input_layernorm(x)
+        mixed = self.conv(normed, mask, cache)
         h = x + mixed
-        return h + self.mlp(self.post_attention_layernorm(h))  # type: ignore[no-any-return]
+        normed = self.post_attention_layernorm(h)
+        return h + self.mlp(normed)  # type: ignore[no-any-return]
 
 
 def block(module: ModuleType, args: Any, i: int) -> nn.Module:
@@ -144,9 +150,11 @@ class _Inner(nn.Module):
 
     def __init__(self, module: ModuleType, args: Any):
         super().__init__()
-        self.embed_tokens = lookup.Embedding(args.vocab_size, args.hidden_size)
-        self.layers = [block(module, args, i) for i in range(args.num_hidden_layers)]
-        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        hidden = args.hidden_size
+        layers = range(args.num_hidden_layers)
+        self.embed_tokens = lookup.Embedding(args.vocab_size, hidden)
+        self.layers = [block(module, args, i) for i in layers]
+        self.norm = nn.RMSNorm(hidden, eps=args.rms_norm_eps)
         self._module = module
 
     def __call__(self, tokens: mx.array, cache: Sequence[Any] | None = None) -> mx.array:

@@ -11,7 +11,9 @@ from mis_mlx.models.families import Config, family
 def attention(config: Config, length: int) -> int:
     """Of attention in windows of this length: queries, keys, values, and scores."""
     s = widest(config)
-    numbers = 2 * (s.heads + s.kv_heads) * s.head_dim + s.heads * length
+    heads = s.heads + s.kv_heads
+    numbers = 2 * heads * s.head_dim
+    numbers += s.heads * length
     if family(config).stateful == "linear_attention":  # queries have a gate
         numbers += s.heads * s.head_dim
     return numbers
@@ -24,24 +26,32 @@ def other(config: Config) -> int:
         return 0
     if kind == "conv":
         return 6 * int(config["hidden_size"])
-    values = config["linear_num_value_heads"] * config["linear_value_head_dim"]
-    joined = 2 * config["linear_num_key_heads"] * config["linear_key_head_dim"] + values
+    value_heads = config["linear_num_value_heads"]
+    key_heads = config["linear_num_key_heads"]
+    values = value_heads * config["linear_value_head_dim"]
+    keys = key_heads * config["linear_key_head_dim"]
+    joined = 2 * keys + values
     return int(3 * joined + 4 * values)
 
 
 def largest(config: Config, length: int) -> int:
     """Of the block that holds most."""
-    return max(attention(config, length), other(config))
+    with_attention = attention(config, length)
+    without = other(config)
+    return max(with_attention, without)
 
 
 def of_all(config: Config, length: int) -> int:
     """Of all blocks together."""
     with_attention = configs.attending(config)
     without = int(config["num_hidden_layers"]) - with_attention
-    return with_attention * attention(config, length) + without * other(config)
+    total = with_attention * attention(config, length)
+    total += without * other(config)
+    return total
 
 
 def above_mean(config: Config, length: int) -> int:
     """What is missing to all blocks being as large as the largest."""
     layers = int(config["num_hidden_layers"])
-    return layers * largest(config, length) - of_all(config, length)
+    most = layers * largest(config, length)
+    return most - of_all(config, length)

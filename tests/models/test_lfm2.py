@@ -31,6 +31,48 @@ CONFIG = {**tiny.CONFIG, **tiny.FAMILIES[KIND]}
 TOKENS = mx.array([[5, 9, 300, 17, 44, 44, 8, 120, 3, 77, 201, 9]])
 CONVOLUTIONS = [0, 1, 3, 5]  # blocks of the tiny model
 
+# a short run of `distill`
+RUN: dict[str, Any] = {
+    "iters": 6,
+    "num_samples": 2,
+    "max_seq_length": 32,
+    "eval_windows": 2,
+    "reconstruct_samples": 4,
+    "bench_tokens": 2,
+    "learning_rate": 1e-4,
+    "q_iters": 2,
+    "q_group_size": 32,
+    "vocab": "0.5x",
+    "layers": 6,
+    "ffn": 512,
+    "scenario": "none",
+    "save_every": 3,
+    "warmup": 1,
+    "target_bpw": 6.0,
+}
+SEARCH: dict[str, Any] = {
+    "params": "0.6x",
+    "max_seq_length": 32,
+    "num_samples": 2,
+    "reconstruct_samples": 0,
+    "rank_windows": 2,
+    "eval_windows": 2,
+    "iters": 2,
+    "evaluations": 2,
+    "finalists": 1,
+    "learning_rate": 2e-4,
+}
+LORA: dict[str, Any] = {
+    "iters": 2,
+    "batch_size": 1,
+    "max_seq_length": 32,
+    "fine_tune_type": "lora",
+    "num_layers": 3,
+    "learning_rate": 1e-2,
+}
+SIZES: dict[str, Any] = {"scenario": "none", "layers": 5, "ffn": 512, "hidden": 32, "heads": 2}
+FEW: dict[str, Any] = {"num_samples": 2, "max_seq_length": 24}
+
 
 @pytest.fixture(scope="module")
 def lfm(models: Callable[[str], Checkpoint]) -> Checkpoint:
@@ -172,18 +214,18 @@ def test_four_bits_are_stock(
 ) -> None:
     """Kernels stay as they are, all matrices are packed; whole, streamed, and kept packed."""
     monkeypatch.setenv("MIS_MLX_POLICY", policy)
-    quantize.run(
-        quantize.Settings(
-            model=str(lfm.path),
-            mlx_path=str(tmp_path / "four"),
-            q_group_size=32,
-            q_method=method,
-            target_bpw=5.0 if method == "gptq" else None,
-            data=str(text_folder),
-            num_samples=2,
-            max_seq_length=24,
-        )
+    bpw = 5.0 if method == "gptq" else None
+    out = str(tmp_path / "four")
+    asked = quantize.Settings(
+        model=str(lfm.path),
+        mlx_path=out,
+        q_group_size=32,
+        q_method=method,
+        target_bpw=bpw,
+        data=str(text_folder),
+        **FEW,
     )
+    quantize.run(asked)
     four = load.open_checkpoint(tmp_path / "four")
     kernel = "model.layers.0.conv.conv.weight"
     assert four.tensors[kernel].dtype == lfm.tensors[kernel].dtype == "F32"
@@ -203,22 +245,17 @@ def test_all_axes_are_cut_together(
     lfm: Checkpoint, how: Any, tmp_path: Path, text_folder: Path
 ) -> None:
     """Channels of the stream and of convolutions, heads, neurons, blocks: stock mlx_lm opens it."""
-    prune.run(
-        prune.Settings(
-            model=str(lfm.path),
-            mlx_path=str(tmp_path / "cut"),
-            scenario="none",
-            layers=5,
-            ffn=512,
-            hidden=32,
-            heads=2,
-            hidden_by=how,
-            data=str(text_folder),
-            num_samples=2,
-            max_seq_length=24,
-            dtype="float32",
-        )
+    out = str(tmp_path / "cut")
+    asked = prune.Settings(
+        model=str(lfm.path),
+        mlx_path=out,
+        hidden_by=how,
+        data=str(text_folder),
+        dtype="float32",
+        **SIZES,
+        **FEW,
     )
+    prune.run(asked)
     student = load.open_checkpoint(tmp_path / "cut")
     keep = model_writer.read_keep(student.path)
     assert keep
@@ -278,22 +315,7 @@ def test_every_way_of_training(tmp_path: Path, text_folder: Path, way: str) -> N
             teacher=str(folder),
             data=str(text_folder),
             out=str(run),
-            iters=6,
-            num_samples=2,
-            max_seq_length=32,
-            eval_windows=2,
-            reconstruct_samples=4,
-            bench_tokens=2,
-            learning_rate=1e-4,
-            q_iters=2,
-            q_group_size=32,
-            vocab="0.5x",
-            layers=6,
-            ffn=512,
-            scenario="none",
-            target_bpw=6.0,
-            save_every=3,
-            warmup=1,
+            **RUN,
             **how,
         )
     )
@@ -319,12 +341,7 @@ def test_adapters_open_in_stock(lfm: Checkpoint, tmp_path: Path) -> None:
             model=str(lfm.path),
             data=str(tmp_path / "data"),
             out=str(out),
-            iters=2,
-            batch_size=1,
-            max_seq_length=32,
-            fine_tune_type="lora",
-            num_layers=3,
-            learning_rate=1e-2,
+            **LORA,
         )
     )
     stored: Any = mx.load(str(out / "adapters" / "adapters.safetensors"))
@@ -345,16 +362,7 @@ def test_a_search_finds_one(lfm: Checkpoint, tmp_path: Path, text_folder: Path) 
             teacher=str(lfm.path),
             data=str(text_folder),
             out=str(tmp_path / "run"),
-            params="0.6x",
-            max_seq_length=32,
-            num_samples=2,
-            reconstruct_samples=0,
-            rank_windows=2,
-            eval_windows=2,
-            iters=2,
-            evaluations=2,
-            finalists=1,
-            learning_rate=2e-4,
+            **SEARCH,
         )
     )
     (found,) = result["finalists"]

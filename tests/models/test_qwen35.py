@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,26 @@ KIND = "qwen3_5_text"
 CONFIG = {**tiny.CONFIG, **tiny.FAMILIES[KIND]}
 TOKENS = mx.array([[5, 9, 300, 17, 44, 44, 8, 120, 3, 77, 201, 9]])
 Arrays = list[mx.array]
+
+# a short run of `distill`
+RUN: dict[str, Any] = {
+    "iters": 6,
+    "num_samples": 2,
+    "max_seq_length": 32,
+    "eval_windows": 2,
+    "reconstruct_samples": 4,
+    "bench_tokens": 2,
+    "learning_rate": 1e-4,
+    "q_iters": 2,
+    "q_group_size": 32,
+    "vocab": "0.5x",
+    "layers": 6,
+    "ffn": 512,
+    "scenario": "none",
+    "save_every": 3,
+    "warmup": 1,
+}
+FEW: dict[str, Any] = {"num_samples": 2, "max_seq_length": 24}
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +97,11 @@ def inputs(length: int, alike: float = 0.0) -> Arrays:
 
 def token_by_token(*arrays: mx.array) -> tuple[mx.array, mx.array]:
     """mlx-lm's recurrent form."""
-    q, k, v, log_g, beta, *state = arrays
+    q, k, v, log_g, beta, *rest = arrays
     module = load.mlx_lm("models.gated_delta")
-    found: tuple[mx.array, mx.array] = module.gated_delta_ops(q, k, v, mx.exp(log_g), beta, *state)
+    state = rest[0] if rest else None
+    found: tuple[mx.array, mx.array]
+    found = module.gated_delta_ops(q, k, v, g=mx.exp(log_g), beta=beta, state=state)
     return found
 
 
@@ -169,9 +192,10 @@ def test_streamed_text_is_the_whole_models(
     prompt = TOKENS[0].tolist()
     want = list[int]()
     for _ in range(8):
-        want.append(int(mx.argmax(model(mx.array([[*prompt, *want]]))[0, -1])))
+        z = model(mx.array([[*prompt, *want]]))
+        want.append(int(mx.argmax(z[0, -1])))
     passes = streamed_decode.decode(stream.Stream(qwen, mx.float32), prompt, 8)
-    assert [token for some in passes for token in some] == want
+    assert list(chain.from_iterable(passes)) == want
     prompts = [[5, 9, 300], [44, 8, 120, 3, 77], [7]]
     whole, pieces = (text_writer.TextWriter(qwen, room) for room in (None, 0))
     assert whole.write(prompts, 10, ()) == pieces.write(prompts, 10, ())
@@ -192,18 +216,17 @@ def test_bits_are_stock(
     """
     monkeypatch.setenv("MIS_MLX_POLICY", policy)
     folder = tiny.make(tmp_path / "m", **{**tiny.FAMILIES[KIND], "linear_value_head_dim": 32})
-    quantize.run(
-        quantize.Settings(
-            model=str(folder),
-            mlx_path=str(tmp_path / "four"),
-            q_group_size=32,
-            q_method=method,
-            target_bpw=6.5 if method == "gptq" else None,
-            data=str(text_folder),
-            num_samples=2,
-            max_seq_length=24,
-        )
+    bpw = 6.5 if method == "gptq" else None
+    asked = quantize.Settings(
+        model=str(folder),
+        mlx_path=str(tmp_path / "four"),
+        q_group_size=32,
+        q_method=method,
+        target_bpw=bpw,
+        data=str(text_folder),
+        **FEW,
     )
+    quantize.run(asked)
     four = load.open_checkpoint(tmp_path / "four")
     formats = packed_format.formats(four)
     floors = bit_floors.delta_floors(four.config)
@@ -274,21 +297,7 @@ def test_every_way_of_training(tmp_path: Path, text_folder: Path, way: str) -> N
             teacher=str(folder),
             data=str(text_folder),
             out=str(run),
-            iters=6,
-            num_samples=2,
-            max_seq_length=32,
-            eval_windows=2,
-            reconstruct_samples=4,
-            bench_tokens=2,
-            learning_rate=1e-4,
-            q_iters=2,
-            q_group_size=32,
-            vocab="0.5x",
-            layers=6,
-            ffn=512,
-            scenario="none",
-            save_every=3,
-            warmup=1,
+            **RUN,
             **how,
         )
     )
