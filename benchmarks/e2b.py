@@ -306,7 +306,8 @@ def trimmed_and_rounded(s: Settings, rows: Rows) -> None:
         if f"{label}, quantize" in rows.rows:
             continue
         if f"{label}, prune" not in rows.rows or not trimmed.exists():
-            rows.keep(f"{label}, prune", in_process(s, "prune", teacher, trimmed, share))
+            made = in_process(s, "prune", source=teacher, out=trimmed, vocab=share)
+            rows.keep(f"{label}, prune", made)
         rows.keep(f"{label}, quantize", in_process(s, "quantize", trimmed, rounded))
         shutil.rmtree(trimmed)
         shutil.rmtree(rounded)

@@ -373,25 +373,20 @@ def memory_and_time(student: Found) -> str:
     return f"{peak}, {hours(student['hours'])}"
 
 
-def true_shape(found: Found, alone: Found) -> str:
-    """A line a command: what it made of a model of random weights, and what that took.
-
-    alone: runs of `quantize` on models that were made for it.
-    """
+def true_shape(found: Found) -> str:
+    """A line a command: what it made of a model of random weights, and what that took."""
     head = ["what ran", "parameters", "bytes", "planned", "measured", "MLX's part", "time"]
     whole = found["rows"]["whole"]
     lines = [["made in slices", *sizes_of(whole), "–", "–", "–", duration(whole["seconds"])]]
     rows = dict(found["rows"])
     rows.pop("whole")
-    for label, row in alone["rows"].items():
-        rows[f"{label} alone"] = row
     for label, row in rows.items():
         took = [gib(row[key]) for key in ("planned_bytes", "grown_bytes", "mlx_bytes")]
         lines.append([label, *sizes_of(row), *took, duration(row["seconds"])])
     given = found["given"]
     source = (
         f"`{found['command']}`, commit {found['git']}: random weights of {given['model']}'s shape "
-        f"in 4 bits, `--budget {given['budget']}`, on {found['chip']} beside other jobs."
+        f"in 4 bits, `--budget {given['budget']}`, on {found['chip']} next to other jobs."
     )
     return "\n".join([words.markdown_table(head, lines), "", source])
 
@@ -412,7 +407,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "models-half": (models_half, ("models.json",)),
     "models-default": (models_default, ("models.json",)),
     "gemma-models": (gemma_models, ("gemma_models.json",)),
-    "gemma-4-e2b": (true_shape, ("gemma-4-e2b.json", "gemma-4-e2b-quantize.json")),
+    "gemma-4-e2b": (true_shape, ("gemma-4-e2b.json",)),
     "models-measured": (
         models_measured,
         (*(f"{name}.json" for name, _ in RUNS), "planned.json"),

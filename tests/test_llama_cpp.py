@@ -124,6 +124,12 @@ def exported(model: Path, out: Path, wanted: str | None) -> Path:
     return out / done["file"]
 
 
+def made(folder: Path, kind: str) -> Path:
+    """The tiny model of a kind; where errors would grow a thousandfold, a calm one."""
+    tiny.make(folder, **KINDS[kind])
+    return tiny.calm(folder) if kind in ("gemma4_text", "gemma3n_text") else folder
+
+
 def theirs(model: Any, ids: list[int]) -> np.ndarray:
     """llama.cpp's logits (T, V)."""
     model.reset()
@@ -169,10 +175,12 @@ def test_it_computes_what_mlx_computes(
     monkeypatch.setattr(nn, "gelu_approx", looked_up)
     # llama.cpp's gemma3n divides a spread of n neurons by n - 1.
     monkeypatch.setattr(mx, "std", partial(mx.std, ddof=1))
-    model = tiny.make(tmp_path / "m", **KINDS[kind])
+    model = made(tmp_path / "m", kind)
     ids = np.random.default_rng(0).integers(1, 512, 200).tolist()
     want = ours(model, mx.float32)(ids)
     atol = 1e-3 if "gemma" in kind else 2e-5
+    if kind == "gemma3n_text":  # of 23 blocks
+        atol = 2e-3
     np.testing.assert_allclose(
         theirs(opened(exported(model, tmp_path / "out", "f32")), ids), want, atol=atol
     )
@@ -192,7 +200,7 @@ def test_halves_and_their_continuation(
     """The same text, and logits within what llama.cpp loses by rounding what goes into such a
     matrix to its type.
     """
-    folder = tiny.make(tmp_path / "m", **KINDS[kind])
+    folder = made(tmp_path / "m", kind)
     model = opened(exported(folder, tmp_path / "out", wanted))
     mine = ours(folder, dtype)
     assert np.abs(theirs(model, IDS) - mine(IDS)).max() < 0.02
@@ -230,7 +238,7 @@ def test_packed_families(tmp_path: Path, kind: str, opened: Callable[..., Any]) 
     """Four bits of every family, norms beside them; what is left are llama.cpp's 8-bit
     activations.
     """
-    model = tiny.make(tmp_path / "m", **KINDS[kind])
+    model = made(tmp_path / "m", kind)
     four = tmp_path / "four"
     quantize.run(
         quantize.Settings(
@@ -241,8 +249,9 @@ def test_packed_families(tmp_path: Path, kind: str, opened: Callable[..., Any]) 
             q_group_size=32,
         )
     )
+    least = 0.99 if kind == "gemma3n_text" else 0.999  # of 23 blocks
     found = theirs(opened(exported(four, tmp_path / "out", None)), IDS)
-    assert np.corrcoef(found.ravel(), ours(four, mx.float32)(IDS).ravel())[0, 1] > 0.999
+    assert np.corrcoef(found.ravel(), ours(four, mx.float32)(IDS).ravel())[0, 1] > least
 
 
 K_SHAPES: dict[str, dict[str, Any]] = {

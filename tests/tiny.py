@@ -18,6 +18,7 @@ from mis_mlx.models import arch, model_writer
 from mis_mlx.models.families import family
 from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.storage.files import DISK
+from mis_mlx.storage.safetensors import index as safetensors_index
 from mis_mlx.storage.safetensors import write_tensors
 from mis_mlx.types import Checkpoint
 
@@ -385,6 +386,23 @@ def loud(model: Checkpoint, folder: Path) -> Path:
     with (folder / norm.file.name).open("r+b") as file:
         file.seek(norm.offset)
         file.write(np.full(norm.shape, 1e33, np.float32).tobytes())
+    return folder
+
+
+def calm(folder: Path) -> Path:
+    """A float32 model of one file whose attention looks everywhere alike; changed in place.
+
+    With queries as they are drawn, a Gemma 4's or 3n's attention is a choice of one token, and a
+    difference of 1e-5 grows a thousandfold.
+    """
+    path = folder / "model.safetensors"
+    for name, tensor in safetensors_index(folder).items():
+        if name.endswith("q_norm.weight"):
+            with path.open("r+b") as file:
+                file.seek(tensor.offset)
+                values = np.frombuffer(file.read(tensor.nbytes), np.float32)
+                file.seek(tensor.offset)
+                file.write((0.1 * values).astype(np.float32).tobytes())
     return folder
 
 

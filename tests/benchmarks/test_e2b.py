@@ -56,7 +56,10 @@ def test_a_model_in_slices(
     values = load.dense(checkpoint, table)
     assert values.shape == (512, 7 * 64)
     step = made.e2b.STEP
-    assert abs(values.min().item() + 8 * step) < 1e-3 and abs(values.max().item() - 7 * step) < 1e-3
+    least = values.min().item()
+    most = values.max().item()
+    assert abs(least + 8 * step) < 1e-3
+    assert abs(most - 7 * step) < 1e-3
     assert len({tuple(row[:8]) for row in values.tolist()}) == 512  # no part comes twice
     logits = load.resident_model(checkpoint, mx.float32)(mx.array([[3, 500, 17]]))
     assert mx.isfinite(logits).all().item()
@@ -71,7 +74,9 @@ def test_a_trimmed_model_in_slices(made: SimpleNamespace, tmp_path: Path) -> Non
     for name, tensor in checkpoint.tensors.items():
         assert tensor.dtype == "BF16", name
     values = load.dense(checkpoint, "model.embed_tokens_per_layer.weight")
-    assert 2**-7 <= mx.abs(values).min().item() <= mx.abs(values).max().item() < 2**-5
+    sizes = mx.abs(values)
+    assert sizes.min().item() >= 2**-7
+    assert sizes.max().item() < 2**-5
     assert abs((values > 0).mean().item() - 0.5) < 0.05
 
 
@@ -88,26 +93,20 @@ def test_every_token_can_be_trimmed(made: SimpleNamespace, tmp_path: Path) -> No
         assert len(vocabulary.parts(row)) > 2
 
 
-TABLES = {
-    "gemma_models": ["gemma_models"],
-    "true_shape": ["gemma-4-e2b", "gemma-4-e2b-quantize"],
-}
+TABLES = {"gemma_models": "gemma_models", "true_shape": "gemma-4-e2b"}
 
 
 @pytest.mark.parametrize("table", sorted(TABLES))
 def test_the_page_has_the_stored_numbers(made: SimpleNamespace, table: str) -> None:
-    """A line for every row of the files."""
-    stored = []
-    for file in TABLES[table]:
-        stored.append(json.loads((STORED / f"{file}.json").read_text("utf-8")))
-    text = getattr(made.render, table)(*stored)
+    """A line for every row of the file."""
+    stored = json.loads((STORED / f"{TABLES[table]}.json").read_text("utf-8"))
+    text = getattr(made.render, table)(stored)
     assert text in (ROOT / "docs/models.md").read_text("utf-8")
 
 
-@pytest.mark.parametrize("file", TABLES["true_shape"])
-def test_the_budget_was_kept(file: str) -> None:
+def test_the_budget_was_kept() -> None:
     """Every command planned less than its budget, and took no more."""
-    stored = json.loads((STORED / f"{file}.json").read_text("utf-8"))
+    stored = json.loads((STORED / "gemma-4-e2b.json").read_text("utf-8"))
     budget = cli.parse_bytes(stored["given"]["budget"], "--budget")
     for label, row in stored["rows"].items():
         if label != "whole":

@@ -86,7 +86,9 @@ class Graph:
             keys = self.rotated(self.norm(keys, f"{name}attn_k_norm"), i)
             values = self.linear(x, f"{name}attn_v").reshape(tokens, self.kv_heads, -1)
             self.cached[i] = (keys, self.norm(values))
-        source = i if i < own else own - (2 if self.slides[i] else 1)
+        source = i
+        if i >= own:
+            source = own - 1 - int(self.slides[i])
         group = self.heads // self.kv_heads
         keys, values = (np.repeat(part, group, axis=1) for part in self.cached[source])
         scores = np.einsum("qhd,khd->hqk", queries, keys)  # f_attention_scale is 1

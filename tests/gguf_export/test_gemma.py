@@ -38,7 +38,8 @@ GEMMA3N: dict[str, Any] = {
 
 def opened(model: Path, out: Path, wanted: str = "f32") -> GGUFReader:
     """gguf-py's view of an export."""
-    done = export.run(export.Settings(model=str(model), out=str(out), out_type=wanted))  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"model": str(model), "out": str(out), "out_type": wanted}
+    done = export.run(export.Settings(**settings))
     return GGUFReader(out / done["file"])
 
 

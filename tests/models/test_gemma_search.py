@@ -27,9 +27,13 @@ BRIEF: dict[str, Any] = {
     "max_seq_length": 32,
     "num_samples": 4,
     "reconstruct_samples": 0,
-    "rank_windows": 3,
     "conversations": 0,
+    "iters": 2,
 }
+# of a search
+SMALL = {**BRIEF, "rank_windows": 3, "evaluations": 2, "finalists": 1, "eval_windows": 6}
+# of a distillation
+SHORT = {**BRIEF, "eval_windows": 3, "eval_prompts": 0, "bench_tokens": 0, "q_iters": 0}
 
 
 def made(folder: Path, kind: str) -> Path:
@@ -111,20 +115,9 @@ def test_a_search_by_bytes(tmp_path: Path, text_folder: Path, kind: str) -> None
     config = load.open_checkpoint(model).config
     shape = shape_of(config)
     most = int(limits.file_bytes(config, shape, 4.5))
-    found = search.run(
-        search.Settings(
-            teacher=str(model),
-            data=str(text_folder),
-            bytes=f"{most}B",
-            axes=("ffn", "bits"),
-            evaluations=2,
-            finalists=1,
-            eval_windows=6,
-            iters=2,
-            out=str(tmp_path / "run"),
-            **BRIEF,
-        )
-    )
+    asked = {"bytes": f"{most}B", "axes": ("ffn", "bits"), **SMALL}
+    folders = {"teacher": str(model), "data": str(text_folder), "out": str(tmp_path / "run")}
+    found = search.run(search.Settings(**folders, **asked))
     assert len(found["finalists"]) == 1
     for row in [*found["candidates"], *found["finalists"]]:
         assert 0.8 * most < row["bytes"] <= most
@@ -137,20 +130,14 @@ def test_a_search_by_bytes(tmp_path: Path, text_folder: Path, kind: str) -> None
 def test_distill_by_loss(tmp_path: Path, text_folder: Path, kind: str) -> None:
     """The student of `distill --lose` is the one that the search found, and stock sizes fit it."""
     model = made(tmp_path / "m", kind)
-    done = distill.run(
-        distill.Settings(
-            teacher=str(model),
-            data=str(text_folder),
-            lose=0.5,
-            iters=2,
-            eval_windows=3,
-            eval_prompts=0,
-            bench_tokens=0,
-            q_iters=0,
-            out=str(tmp_path / "run"),
-            **{key: value for key, value in BRIEF.items() if key != "rank_windows"},
-        )
+    settings = distill.Settings(
+        teacher=str(model),
+        data=str(text_folder),
+        lose=0.5,
+        out=str(tmp_path / "run"),
+        **SHORT,
     )
+    done = distill.run(settings)
     assert done["expected_loss"] <= 0.52
     assert done["bytes_4-bit"] < done["bytes_teacher"] / 3
 
