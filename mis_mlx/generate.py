@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mis_mlx import cli
+from mis_mlx.data import turns
 from mis_mlx.evaluation import comparison
 from mis_mlx.evaluation.speed import rounds
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate, policy, resolve, stream, streamed_decode
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
-from mis_mlx.types import Budget, Checkpoint, Count, Whole, gib
+from mis_mlx.types import Budget, Checkpoint, Count, MisError, Whole, gib
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Settings(cli.Budgeted, policy.Computing):
     """
     prompt: str = "What is a shepherd?"
     """what the model answers or continues"""
+    messages: str | None = None
+    """JSON list of {"role", "content"}: the turns of a chat before the prompt; - reads standard
+    input
+    """
     max_tokens: Count = 100
     """maximum tokens to generate"""
     num_draft_tokens: Whole = streamed_decode.SIZE - 1
@@ -39,6 +44,47 @@ class Settings(cli.Budgeted, policy.Computing):
     """use the prompt as it is"""
     dry_run: bool = False
     """show bytes and memory, and stop"""
+
+
+def _prompt_ids(settings: Settings, checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
+    """Token ids of the prompt, behind the turns of --messages.
+
+    MisError where they and the answer exceed the model's context: nothing is cut.
+    """
+    if settings.messages is None:
+        plain = settings.ignore_chat_template
+        ids = mlx_generate.encode(tokenizer, settings.prompt, plain=plain)
+    else:
+        ids = _conversation_ids(settings, checkpoint, tokenizer)
+    context = _context_tokens(checkpoint)
+    need = len(ids) + settings.max_tokens
+    if context and need > context:
+        what = "The prompt has" if settings.messages is None else "The conversation has"
+        why = (
+            f"{what} {len(ids)} tokens and the answer may have {settings.max_tokens}, "
+            f"but the context of {checkpoint.path.name} is {context} tokens"
+        )
+        raise MisError(f"{why}: shorten it, or lower --max-tokens")
+    return ids
+
+
+def _context_tokens(checkpoint: Checkpoint) -> int:
+    """The tokens that the model was made for, prompt and answer together; 0: it does not say."""
+    return int(checkpoint.config.get("max_position_embeddings") or 0)
+
+
+def _conversation_ids(settings: Settings, checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
+    """Token ids of all turns and the prompt through the chat template."""
+    before = turns.read(settings.messages or turns.STDIN)
+    if settings.ignore_chat_template or not tokenizer.has_chat_template:
+        why = f"--messages needs a chat template, and {checkpoint.path.name} is used without one"
+        raise MisError(f"{why}: leave --messages out, or take a model that has a template")
+    asked = [*before, {"role": "user", "content": settings.prompt}]
+    try:
+        return mlx_generate.chat_ids(tokenizer, asked)
+    except Exception as error:  # a template is a program of the model's: it can raise anything
+        why = f"the chat template of {checkpoint.path.name} refuses the conversation ({error})"
+        raise MisError(f"{why}: leave --messages out") from error
 
 
 def _whole_bytes(checkpoint: Checkpoint, request: rounds.Request, limit: Budget) -> int:
@@ -179,7 +225,7 @@ def run(settings: Settings) -> dict[str, Any]:
         draft = comparison.same_vocabulary(checkpoint, load.open_checkpoint(settings.draft_model))
         models.append(draft)
     tokenizer = load.tokenizer(checkpoint.path)
-    ids = mlx_generate.encode(tokenizer, settings.prompt, plain=settings.ignore_chat_template)
+    ids = _prompt_ids(settings, checkpoint, tokenizer)
     limit = memory.budget(settings.budget_bytes)
     estimates.settle_precision(limit, *models)
     plan = _streamed_plan(settings, checkpoint, draft, len(ids))
@@ -206,9 +252,14 @@ def run(settings: Settings) -> dict[str, Any]:
             "check_failed": need > limit.limit_bytes,
         }
     estimates.require_fit(limit, plan, other=", or fewer --max-tokens or --num-draft-tokens")
-    return _generate(
+    result = _generate(
         settings, checkpoint, draft, tokenizer, ids=ids, limit=limit, headroom_bytes=headroom_bytes
     )
+    return {
+        **result,
+        "prompt_tokens": len(ids),
+        "context_tokens": _context_tokens(checkpoint) or None,
+    }
 
 
 if __name__ == "__main__":

@@ -34,12 +34,14 @@ PHONE = {"width": 390, "height": 760}
 class Settings:
     """Of the folder in which it is started."""
 
-    prompt: str = "What is a shepherd?"
-    """what both models are asked"""
+    prompts: tuple[str, ...] = ("What is a shepherd?", "What does he do all day?")
+    """what both models are asked, one after the other"""
     tokens: Count = 48
     """of each answer"""
     out: str = str(IMAGES)
     """folder of the pictures"""
+    every: bool = False
+    """take every panel at both widths in both colours, to be looked at; docs show some of them"""
 
 
 @contextlib.contextmanager
@@ -70,37 +72,71 @@ def browser(address: str) -> Iterator[Any]:
         chromium.close()
 
 
-def take(page: Any, name: str, out: Path) -> None:
-    """One picture, of all that the panel has."""
-    page.wait_for_timeout(500)
-    page.screenshot(path=str(out / f"studio-{name}.png"), full_page=True)
+class Camera:
+    """Takes pictures of all that the panel has."""
+
+    def __init__(self, page: Any, settings: Settings) -> None:
+        self.page = page
+        self.every = settings.every
+        self.out = Path(settings.out)
+
+    def take(self, name: str) -> None:
+        """At a desk, in light colours; with `every` also on a phone, and in dark ones."""
+        self._one(name)
+        if not self.every:
+            return
+        for width, viewport in (("desk", DESK), ("phone", PHONE)):
+            for scheme in ("light", "dark"):
+                self.page.set_viewport_size(viewport)
+                self.page.emulate_media(color_scheme=scheme)
+                self._one(f"{name}-{width}-{scheme}")
+        self.at_desk()
+
+    def at_desk(self) -> None:
+        """As it was."""
+        self.page.set_viewport_size(DESK)
+        self.page.emulate_media(color_scheme="light")
+
+    def on_a_phone(self, name: str) -> None:
+        """One picture on a phone, in dark colours."""
+        self.page.set_viewport_size(PHONE)
+        self.page.emulate_media(color_scheme="dark")
+        self._one(name)
+        self.at_desk()
+
+    def _one(self, name: str) -> None:
+        self.page.wait_for_timeout(800)
+        self.page.screenshot(path=str(self.out / f"studio-{name}.png"), full_page=True)
+
+
+def talk(page: Any, settings: Settings) -> None:
+    """A turn for each prompt."""
+    figures = page.get_by_text(re.compile(r"\d+ tokens.*of memory"))
+    page.get_by_label("Tokens").fill(str(settings.tokens))
+    for number, prompt in enumerate(settings.prompts, start=1):
+        page.get_by_label("Ask both").first.fill(prompt)
+        page.get_by_role("button", name="Ask both").click()
+        figures.nth(2 * number - 1).wait_for()
 
 
 def main(s: Settings) -> None:
     """All of them."""
-    out = Path(s.out)
     with served() as address, browser(address) as page:
+        camera = Camera(page, s)
         page.get_by_text("Which model shall").wait_for()
-        take(page, "choose", out)
+        camera.take("choose")
         page.get_by_role("button", name="Decide").click()
         page.get_by_text("million parameters").wait_for()
-        take(page, "decide", out)
+        camera.take("decide")
         page.get_by_role("tab", name="Run").click()
         page.get_by_text(re.compile("planned")).first.wait_for()
-        take(page, "run", out)
+        camera.take("run")
         page.get_by_role("tab", name="Judge").click()
-        page.get_by_label("Ask both").first.fill(s.prompt)
-        page.get_by_label("Tokens").fill(str(s.tokens))
-        page.get_by_role("button", name="Ask both").click()
-        page.get_by_text(re.compile(r"\d+ tokens.*of memory")).nth(1).wait_for()
-        take(page, "judge", out)
-        page.set_viewport_size(PHONE)
-        page.emulate_media(color_scheme="dark")
-        take(page, "phone", out)
-        page.set_viewport_size(DESK)
-        page.emulate_media(color_scheme="light")
+        talk(page, s)
+        camera.take("judge")
+        camera.on_a_phone("phone")
         page.get_by_role("tab", name="Keep").click()
-        take(page, "keep", out)
+        camera.take("keep")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from mis_mlx.models import load, policy
 from mis_mlx.types import Checkpoint
@@ -51,3 +54,74 @@ def test_refusals_are_sentences(
     dry = command("generate", "--model", llama.path, "--dry-run", "--budget", "1MiB")
     assert dry.returncode == 3
     assert last_line(dry)["peak_bytes"] > 2**20
+
+
+TURNS = [
+    {"role": "user", "content": "What is if?"},
+    {"role": "assistant", "content": "A word."},
+]
+
+
+def test_turns_before_the_prompt(
+    tmp_path: Path, command: Callable[..., Done], brief_look: None
+) -> None:
+    """The model continues what its template makes of them, written out by hand here."""
+    talker = tiny.talking(tmp_path / "talker")
+    file = tmp_path / "turns.json"
+    file.write_text(json.dumps(TURNS))
+    common = ("--model", talker, "--max-tokens", 8)
+    prompt = ("--prompt", "And for?")
+    talk = (*prompt, "--messages", file)
+    answered = last_line(command("generate", *common, *talk))
+    end = "<|endoftext|>"
+    rendered = f"user\nWhat is if?{end}\nassistant\nA word.{end}\nuser\nAnd for?{end}\nassistant\n"
+    plain = ("--ignore-chat-template", "--prompt", rendered)
+    continued = last_line(command("generate", *common, *plain))
+    alone = last_line(command("generate", *common, *prompt))
+    assert answered["text"] == continued["text"]
+    assert answered["prompt_tokens"] == continued["prompt_tokens"] > alone["prompt_tokens"]
+    assert answered["context_tokens"] == 512
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read (No such file"),
+        (b"\xff", "is not JSON in UTF-8"),
+        (b"{}", "is not a list"),
+        (b'["hello"]', "'hello' is not a turn"),
+        (b'[{"role": "user", "content": 3}]', "is not a turn"),
+        (json.dumps(TURNS[:1]).encode(), "has the roles user: after an optional system turn"),
+        (json.dumps(TURNS[::-1]).encode(), "has the roles assistant, user"),
+    ],
+)
+def test_turns_that_are_none(
+    content: bytes | None,
+    said: str,
+    tmp_path: Path,
+    command: Callable[..., Done],
+    llama: Checkpoint,
+) -> None:
+    """Each is refused with a sentence that says the form."""
+    file = tmp_path / "turns.json"
+    if content is not None:
+        file.write_bytes(content)
+    flags = ("--model", llama.path, "--messages", file)
+    assert said in sentence(command("generate", *flags))
+
+
+def test_nothing_is_cut(tmp_path: Path, command: Callable[..., Done], llama: Checkpoint) -> None:
+    """A context of 512 tokens; a model without a template takes no turns."""
+    file = tmp_path / "turns.json"
+    file.write_text(json.dumps(TURNS))
+    talker = tiny.talking(tmp_path / "talker")
+    turns = ("--prompt", "if", "--messages", file)
+    common = ("generate", *turns, "--model", talker, "--max-tokens")
+    short = last_line(command(*common, 4))
+    room = 512 - short["prompt_tokens"]
+    refusal = sentence(command(*common, room + 1))
+    asked = f"{short['prompt_tokens']} tokens and the answer may have {room + 1}"
+    assert asked in refusal
+    assert "the context of talker is 512 tokens" in refusal
+    assert command(*common, room, "--dry-run").returncode == 0
+    assert "without one" in sentence(command("generate", *turns, "--model", llama.path))

@@ -20,6 +20,7 @@ import psutil
 
 from mis_mlx.hardware import child_process
 
+Show = Callable[[str], object]  # is given a piece of text
 NEAR_S = 2.0  # two readings of a process's start that lie so near are of the same process
 CHUNK = 4096  # bytes of a stream that are passed on together
 
@@ -120,11 +121,14 @@ async def ask(command: str, flags: Sequence[str]) -> Answer:
     return await stream(command, [*flags, "--json"], lambda text: None)
 
 
-async def stream(command: str, flags: Sequence[str], show: Callable[[str], object]) -> Answer:
-    """`show` what a command writes, as it comes, but not the JSON at its end; its answer."""
+async def stream(command: str, flags: Sequence[str], show: Show, stdin: str = "") -> Answer:
+    """`show` what a command writes, as it comes, but not the JSON at its end; its answer.
+
+    stdin: what the command reads from its standard input.
+    """
     lines: list[str] = []
     speech = _Speech(show)
-    code = await _run(command, flags, heard=speech.hear, told=lines.append)
+    code = await _run(command, flags, heard=speech.hear, told=lines.append, stdin=stdin.encode())
     return Answer(code, _last_json(speech.text), lines)
 
 
@@ -153,18 +157,22 @@ async def _run(
     flags: Sequence[str],
     heard: Callable[[str], object],
     told: Callable[[str], object],
+    stdin: bytes,
 ) -> int:
     """Run a command to its end: its exit code. heard: pieces of stdout; told: lines of stderr."""
     process = await asyncio.create_subprocess_exec(
         *_line(command, flags),
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=child_process.environment(),
         start_new_session=True,
     )
+    assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
+    process.stdin.write(stdin)
+    process.stdin.close()
     listening = asyncio.ensure_future(_lines(process.stderr, told))
     unfinished = b""  # half of a letter waits for its other half
     try:

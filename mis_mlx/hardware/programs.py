@@ -123,12 +123,24 @@ def quantize(source: Path, target: Path, kind: str) -> None:
         raise MisError(f"{why}: check the free space, or use another --out-type")
 
 
-def ollama() -> str:
-    """The path of Ollama's program. MisError where it is not installed."""
+def ollama(name: str) -> str:
+    """The path of Ollama's program. MisError where it is not installed, with the command for later.
+
+    name: of the model that it shall take.
+    """
     program = shutil.which("ollama")
     if program is None:
-        raise MisError("no Ollama: install it from ollama.com, or export a GGUF and use that")
+        later = f"`ollama create {ollama_name(name)} -f Modelfile`"
+        raise MisError(
+            f"no Ollama: install it from ollama.com; or export a GGUF, and run {later} in its "
+            "folder on a machine that has Ollama"
+        )
     return program
+
+
+def ollama_name(name: str) -> str:
+    """A run's name in the letters that Ollama takes."""
+    return re.sub(r"[^a-z0-9._-]", "-", name.lower())
 
 
 def give_to_ollama(folder: Path, name: str) -> str:
@@ -136,8 +148,8 @@ def give_to_ollama(folder: Path, name: str) -> str:
 
     MisError with Ollama's last words when it fails.
     """
-    listed = re.sub(r"[^a-z0-9._-]", "-", name.lower())
-    code, lines = _run([ollama(), "create", listed, "-f", "Modelfile"], folder)
+    listed = ollama_name(name)
+    code, lines = _run([ollama(name), "create", listed, "-f", "Modelfile"], folder)
     if code:
         last = ["without a word", *lines][-1][:200]
         raise MisError(f"ollama create {listed} failed (exit code {code}: {last}): is it running?")

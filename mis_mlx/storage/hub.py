@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.storage.checkpoint import commit_folder, lock, sweep
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import MisError
 
@@ -32,6 +31,9 @@ def cache_root() -> Path:
 @contextlib.contextmanager
 def locked(root: Path) -> Iterator[None]:
     """Hold the cache alone, after other processes. Half-made folders of earlier holders go."""
+    # Not at the top: it brings MLX, and the page in the browser asks this module for a folder only.
+    from mis_mlx.storage.checkpoint import lock, sweep
+
     remedy = "set MIS_MLX_CACHE to a folder that can be written"
     with lock(root, "the model cache", remedy, wait=True):
         sweep(root)
@@ -41,6 +43,8 @@ def locked(root: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def install(folder: Path, nbytes: int, origin: dict[str, Any]) -> Iterator[Path]:
     """`commit_folder`, with `origin` and the time in its source.json."""
+    from mis_mlx.storage.checkpoint import commit_folder  # as above
+
     with commit_folder(folder, DISK, nbytes) as temp:
         yield temp
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

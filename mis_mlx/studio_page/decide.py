@@ -7,7 +7,7 @@ from typing import Any
 
 from mis_mlx.hardware import jobs
 from mis_mlx.hardware.jobs import Answer
-from mis_mlx.studio_page import places, runs, wishes
+from mis_mlx.studio_page import places, run_panel, runs, wishes
 from mis_mlx.studio_page.studio_state import Alert, Studio
 from mis_mlx.studio_page.wishes import Wishes
 from mis_mlx.types import MisError, duration, gib
@@ -95,8 +95,11 @@ class _Decide:
         def words(value: float) -> str:
             return label.format(f"{value:g}") if value or not nothing else nothing
 
-        shown = ui.label(words(getattr(self.chosen, field))).classes("q-mt-sm")
-        slider = ui.slider(min=least, max=most, step=step, value=getattr(self.chosen, field))
+        value = getattr(self.chosen, field)
+        with ui.column().classes("w-full gap-0"):
+            shown = ui.label(words(value)).classes("q-mt-sm")
+            with ui.element("div").classes("w-full room"):
+                slider = ui.slider(min=least, max=most, step=step, value=value)
         slider.bind_value(self.chosen, field).on_value_change(self.follow)
         slider.props(f'aria-label="{label.partition(":")[0]}"')
         shown.bind_text_from(slider, "value", words)
@@ -240,7 +243,12 @@ def picture(curve: Sequence[Mapping[str, Any]], point: Mapping[str, Any] | None)
     """Size against loss, as ECharts takes it; the chosen student is marked."""
     line = [[each["nbytes"] / 1e6, each["loss"]] for each in curve]
     chosen = [[point["nbytes"] / 1e6, point["loss"]]] if point else []
-    axis = {"type": "value", "scale": True, "nameLocation": "middle"}
+    axis = {
+        **run_panel.AXIS,
+        "scale": True,
+        "nameLocation": "middle",
+        "nameTextStyle": run_panel.GREY,
+    }
     return {
         "animation": False,
         "grid": {"left": 60, "right": 20, "top": 20, "bottom": 50},

@@ -7,16 +7,21 @@ from typing import Any
 
 from mis_mlx.hardware import jobs
 from mis_mlx.studio_page import places, run_panel, runs, wishes
+from mis_mlx.studio_page.conversation import Asked, Conversation, figure_words
 from mis_mlx.studio_page.runs import FINISHED, Listed
 from mis_mlx.studio_page.studio_state import Alert, Studio
 from mis_mlx.studio_page.wishes import Wishes
-from mis_mlx.types import MisError, gib
+from mis_mlx.types import MisError
 
-SHORT = 60  # characters of a prompt on its button
+SHORT = 44  # characters of a prompt on its button
 PROMPTS = 6  # held-out ones to click
 PROMPT_CHARACTERS = 8000
 PROCESS_BYTES = 200 * 2**20  # of a process that generates, beside the weights
 MOST_TOKENS = 512
+FORGOTTEN = (
+    "This turn is not remembered, as not both have answered: change the prompt or Tokens, or begin "
+    "anew."
+)
 
 
 def build(studio: Studio, chosen: Wishes, tabs: Any) -> None:
@@ -31,7 +36,8 @@ class _Judge:
         self.studio = studio
         self.chosen = chosen
         self.task: asyncio.Task[None] | None = None
-        self.asked: list[str] = []
+        self.conversation = Conversation()
+        self.talked_with = ""  # the run whose models the conversation is with
         ui = studio.ui
         ui.label("Is it good?").classes("text-h6")
         self.run = ui.select([], label="Run").classes("w-full")
@@ -56,16 +62,19 @@ class _Judge:
             self.send = ui.button("Ask both", icon="send", on_click=self._ask)
             self.halt = ui.button("Stop", on_click=self._stop).props("flat")
             self.halt.disable()
+            self.anew = ui.button("Begin anew", icon="restart_alt", on_click=self._begin_anew)
+            self.anew.props("flat")
             tokens = ui.number("Tokens", min=1, max=MOST_TOKENS, precision=0)
             tokens.bind_value(self.chosen, "max_tokens").classes("w-24")
         ui.label(
             "Both answer the same prompt greedily, the teacher first, one after the other, so "
-            "that their speeds compare. Each prompt is a conversation of its own."
+            "that their speeds compare. Each remembers your prompts and its own answers, until you "
+            "begin anew."
         ).classes("text-caption")
         self.talk = ui.column().classes("w-full").props('role=log aria-label="Answers"')
 
     def _shown(self, tab: str) -> None:
-        if tab != "Judge":
+        if tab != "Judge" or self._busy():
             return
         names = []
         for run in runs.listed():
@@ -87,12 +96,15 @@ class _Judge:
             return
         run = runs.named(self.run.value)
         self.chosen.run = run.name
+        if run.name != self.talked_with:
+            self._begin_anew()
+            self.talked_with = run.name
         self._link(run)
         self.prompts.clear()
         with self.prompts:
             for prompt in held_out(run):
                 button = self.studio.ui.button(shortened(prompt))
-                button.props("outline dense no-caps size=sm")
+                button.props("outline no-caps padding='4px 10px'")
                 button.on_click(lambda text=prompt: self.prompt.set_value(text))
 
     def _link(self, run: Listed) -> None:
@@ -118,37 +130,64 @@ class _Judge:
         if self.task:
             self.task.cancel()
 
+    def _busy(self) -> bool:
+        return self.task is not None and not self.task.done()
+
+    def _begin_anew(self) -> None:
+        self.conversation.begin_anew()
+        self.talk.clear()
+        self.alert.clear()
+
     def _ask(self) -> None:
-        if self.task is None or self.task.done():
+        if not self._busy():
             self.task = asyncio.create_task(self._both())
 
     async def _both(self) -> None:
+        """Ask both models; what they answer becomes a turn that they remember."""
         self.alert.clear()
-        self.send.disable()
+        while_idle = (self.send, self.anew, self.run)
+        for element in while_idle:
+            element.disable()
         self.halt.enable()
         try:
             prompt = prompt_of(self.prompt.value)
             tokens = tokens_of(self.chosen.max_tokens)
-            run = runs.named(self.run.value)
-            teacher, student = pair(run, self.studio.more)
+            teacher, student = pair(runs.named(self.run.value), self.studio.more)
             both = {"teacher": teacher, "student": student}
             for name, model in both.items():
                 need = model.nbytes + PROCESS_BYTES
                 runs.check_fits(f"The {name}", need)
-            labels = {}
-            with self.talk:
-                self.studio.ui.chat_message(prompt, name="you", sent=True)
-                with self.studio.ui.element("div").classes("w-full row"):
-                    for name, model in both.items():
-                        labels[name] = self._place(name, model)
-            for name, model in both.items():
-                text, figures = labels[name]
-                await self._answer(model, prompt, tokens, text=text, figures=figures)
+            await self._turn(prompt, tokens, both)
         except MisError as error:
             self.alert.say(error)
         finally:
-            self.send.enable()
+            for element in while_idle:
+                element.enable()
             self.halt.disable()
+
+    async def _turn(self, prompt: str, tokens: int, both: dict[str, places.Place]) -> None:
+        """Show the prompt and each answer as it comes; remember them when all are there."""
+        labels = {}
+        with self.talk:
+            self.studio.ui.chat_message(prompt, name="you", sent=True).classes("self-end")
+            with self.studio.ui.element("div").classes("w-full row"):
+                for name, model in both.items():
+                    labels[name] = self._place(name, model)
+            forgotten = self.studio.ui.label().classes("text-caption")
+        answers = {}
+        try:
+            for name, model in both.items():
+                text, figures = labels[name]
+                asked = Asked(name, model, prompt=prompt, max_tokens=tokens)
+                answer = await self._answer(asked, text=text, figures=figures)
+                if answer is not None:
+                    answers[name] = answer
+        finally:
+            if len(answers) < len(both):
+                forgotten.set_text(FORGOTTEN)
+        if len(answers) == len(both):
+            self.conversation.add(prompt, answers)
+            self.prompt.set_value("")
 
     def _place(self, name: str, model: places.Place) -> tuple[Any, Any]:
         """(label of the answer, label of its figures)."""
@@ -159,9 +198,8 @@ class _Judge:
             figures = ui.label().classes("text-caption")
         return text, figures
 
-    async def _answer(
-        self, model: places.Place, prompt: str, tokens: int, text: Any, figures: Any
-    ) -> None:
+    async def _answer(self, asked: Asked, text: Any, figures: Any) -> str | None:
+        """An answer, shown as it comes; None where the model refuses, which is shown, too."""
         said = ""
         first_s = 0.0
 
@@ -171,12 +209,16 @@ class _Judge:
             said += piece
             text.set_text(said)
 
-        flags = ["--model", str(model.path), f"--prompt={prompt}", "--max-tokens", str(tokens)]
-        answer = await jobs.stream("generate", flags, show)
-        if answer.sentence:
-            raise MisError(answer.sentence)
-        text.set_text(str(answer.result.get("text", said)).strip() or "(nothing)")
+        try:
+            answer = await self.conversation.answer(asked, show)
+        except MisError as error:
+            text.set_text(str(error))
+            text.classes("text-negative").props("role=alert")
+            return None
+        answered = str(answer.result.get("text", said)).strip()
+        text.set_text(answered or "(nothing)")
         figures.set_text(figure_words(answer.result, time.monotonic() - first_s))
+        return answered
 
 
 def held_out(run: Listed) -> list[str]:
@@ -197,20 +239,10 @@ def shortened(prompt: str) -> str:
     return f"{prompt[: SHORT - 3]}…"
 
 
-def figure_words(result: dict[str, Any], seconds: float) -> str:
-    """Tokens, their speed behind the first one, memory."""
-    tokens = int(result.get("tokens", 0))
-    words = [f"{tokens} tokens"]
-    if tokens > 1 and seconds > 0:
-        words.append(f"{(tokens - 1) / seconds:.1f} tokens/s")
-    if "peak_bytes" in result:
-        words.append(f"{gib(result['peak_bytes'])} of memory")
-    return ", ".join(words)
-
-
 def prompt_of(value: object) -> str:
     """What is asked. MisError where that is nothing, or too much."""
-    text = str(value or "").replace("\0", "").strip()
+    whole = str(value or "").encode("utf-8", "replace").decode()  # without half a surrogate pair
+    text = whole.replace("\0", "").strip()
     if not text:
         raise MisError("There is no prompt: write one, or click one")
     if len(text) > PROMPT_CHARACTERS:

@@ -5,13 +5,14 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.hardware import jobs, programs
+from mis_mlx.hardware import child_process, jobs, programs
 from mis_mlx.studio_page import places, runs
 from mis_mlx.studio_page.studio_state import Alert, Studio
 from mis_mlx.studio_page.wishes import Wishes
 from mis_mlx.types import MisError
 
 EXPORTED = Path("exported")
+COPY_S = 3600.0  # of patience with a copy to a slow disk
 COPIED = 2**24  # bytes of a file that are copied at a time
 # key: label, flags of `export`
 FORMS = {
@@ -116,12 +117,12 @@ class _Keep:
 
     async def _lm_studio(self) -> str:
         run, model = self._model()
-        copied = await self.studio.nicegui.run.io_bound(to_lm_studio, model, run.name)
+        copied = await self.studio.nicegui.run.io_bound(copy_elsewhere, model, run.name)
         return f"Copied to {copied}: LM Studio lists it as mis_mlx/{run.name}"
 
     async def _ollama(self) -> str:
         run, model = self._model()
-        programs.ollama()  # its absence is said before the work
+        programs.ollama(run.name)  # its absence is said before the work
         out = await export(model, f"{run.name}-ollama", FORMS["gguf"][1])
         name = await self.studio.nicegui.run.io_bound(programs.give_to_ollama, out, run.name)
         return f"Ollama has it: ollama run {name}"
@@ -203,6 +204,21 @@ def free_folder(parent: Path, name: str) -> Path:
         folder = parent / f"{name}-{number}"
         number += 1
     return folder
+
+
+def copy_elsewhere(model: Path, name: str) -> str:
+    """`to_lm_studio` in a process of its own, so that MLX is not in this one; the copy's path."""
+    arguments = {"model": str(model), "name": name}
+    try:
+        copied = child_process.ask(__name__, "lm_studio_copy", arguments, seconds=COPY_S)
+    except child_process.NoAnswer as error:
+        raise MisError(str(error).removeprefix("MisError: ")) from None
+    return str(copied)
+
+
+def lm_studio_copy(model: str, name: str) -> str:
+    """`to_lm_studio`, of and as text."""
+    return str(to_lm_studio(Path(model), name))
 
 
 def to_lm_studio(model: Path, name: str) -> Path:

@@ -33,7 +33,13 @@ PRIMARY = "#2b7bb9"  # white on it and it on black have a contrast of 4.4 and mo
 STYLE = """
 .said { white-space: pre-wrap; overflow-wrap: anywhere; }
 .q-tab-panel { padding: 16px 0; }
-:focus-visible { outline: 3px solid #f2a900; outline-offset: 2px; }
+.listed .q-btn__content { flex-wrap: nowrap; text-align: left; overflow-wrap: anywhere; }
+.room { padding: 6px 10px 0; } /* for half of a slider's thumb */
+@media (max-width: 599px) { .q-tab { padding: 0 8px; } }
+/* Seen on white, on black and on the header: a dark ring with a light one around it. */
+:focus-visible { box-shadow: 0 0 0 2px #111, 0 0 0 5px #ffd34d !important; }
+.q-tab:focus-visible { box-shadow: inset 0 0 0 3px #ffd34d, inset 0 0 0 5px #111 !important; }
+.q-field :focus-visible { box-shadow: none !important; } /* its line becomes thick */
 """
 
 

@@ -18,6 +18,12 @@ LOSS = "loss, nats a token"
 MEMORY = "memory, GiB"
 HEAT = "°C"
 GREY = {"color": "#888888"}  # reads on light and dark
+AXIS = {
+    "type": "value",
+    "axisLabel": GREY,
+    "axisLine": {"lineStyle": GREY},
+    "splitLine": {"lineStyle": {"color": "#88888855"}},
+}
 ICONS = {RUNNING: "play_circle", FINISHED: "check_circle", STOPPED: "pause_circle"}
 
 
@@ -115,7 +121,7 @@ class _Run:
                 button = ui.button(words, icon=ICONS[run.state])
                 button.on_click(lambda name=run.name: self._choose(name))
                 button.props("flat no-caps align=left")
-                button.classes("w-full")
+                button.classes("w-full listed")
                 if run.name == self.chosen.run:
                     button.props("aria-current=true outline")
 
@@ -177,17 +183,21 @@ def story_of(run: Listed) -> RunRecord | None:
 
 
 def phase_words(story: RunRecord) -> str:
-    """A line a phase: what it took, of what was planned."""
+    """A table of phases: what each took, and what was planned."""
     took = story.took()
     planned = {}
     for phase in story.begun.get("planned", []):
         planned[phase["phase"]] = phase["seconds"]
-    lines = []
+    lines = [_row("phase", "took", "planned")]
     for name in dict.fromkeys([*planned, *took]):
         now = _time(took.get(name))
         plan = _time(planned.get(name))
-        lines.append(f"{name:<12} {now:>10} of {plan} planned")
+        lines.append(_row(name, now, plan))
     return "\n".join(lines)
+
+
+def _row(name: str, took: str, planned: str) -> str:
+    return f"{name:<11} {took:>9} {planned:>9}"
 
 
 def _time(seconds: float | None) -> str:
@@ -270,9 +280,9 @@ def picture(title: str, lines: Mapping[str, Sequence[Point]]) -> dict[str, Any]:
     return {
         "animation": False,
         "grid": {"left": 50, "right": 20, "top": 34, "bottom": 24},
-        "title": {"text": title, "textStyle": {**GREY, "fontSize": 12}},
+        "title": {"text": title, "left": 0, "top": 0, "textStyle": {**GREY, "fontSize": 12}},
         "legend": {"show": several, "right": 0, "top": 0, "textStyle": GREY},
-        "xAxis": {"type": "value", "axisLabel": {"formatter": "{value} min"}},
-        "yAxis": {"type": "value", "scale": True},
+        "xAxis": {**AXIS, "axisLabel": {**GREY, "formatter": "{value} min"}},
+        "yAxis": {**AXIS, "scale": True},
         "series": series,
     }

@@ -165,8 +165,18 @@ def start(model: str, flags: Sequence[str]) -> str:
         _refuse_second()
         name = _free_name(stem)
         job = Job(flags=tuple(flags))
-        _begin(name, job, [*flags, "--out", str(RUNS / name)])
+        try:
+            _begin(name, job, [*flags, "--out", str(RUNS / name)])
+        except MisError:
+            _forget(name)  # a full disk may have taken a part of it
+            raise
     return name
+
+
+def _forget(name: str) -> None:
+    """Remove a run's record and log."""
+    for path in (BOOKS / f"{name}.json", BOOKS / f"{name}.log"):
+        DISK.discard(path)
 
 
 def _free_name(stem: str) -> str:
@@ -233,8 +243,7 @@ def delete(name: object) -> int:
             away = BOOKS / f".trash-{run.name}-{os.getpid()}"
             DISK.rename(run.folder, away)
             DISK.remove_tree(away)
-        for path in (BOOKS / f"{run.name}.json", run.log):
-            DISK.discard(path)
+        _forget(run.name)
     return nbytes
 
 

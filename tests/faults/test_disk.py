@@ -6,9 +6,6 @@ A small file system in memory needs root; a limit on the size of files (RLIMIT_F
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +14,7 @@ import pytest
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.types import MisError
+from tests import disks
 from tests.conftest import files_up_to
 from tests.faults import jobs
 from tests.faults.conftest import Note
@@ -25,35 +23,11 @@ from tests.faults.verdicts import Bench
 Benches = Callable[[str], Bench]
 
 
-def mount(*words: object) -> None:
-    subprocess.run(["mount", *map(str, words)], check=True, capture_output=True)
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """`small_disk(kib)`: a folder on a disk of that size; called again, the disk is as large as it
-    says then.
-    """
-    place = tmp_path / "disk"
-
-    def sized(kib: int) -> Path:
-        options = f"size={kib}k"
-        if place.exists():
-            mount("-o", f"remount,{options}", place)
-        else:
-            place.mkdir()
-            mount("-t", "tmpfs", "-o", options, "tmpfs", place)
-        return place
-
-    if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("a small disk takes Linux and root")
-    try:
-        sized(100)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"this machine does not let root mount ({error})")
-    yield sized
-    mount("-o", "remount,rw", place)
-    subprocess.run(["umount", place], check=True)
+    """`small_disk(kib)`: a folder on a disk of that size, or from now on of that size."""
+    with disks.small_disk(tmp_path / "disk") as sized:
+        yield sized
 
 
 def refused(job: jobs.Job, place: Path) -> str:
@@ -131,7 +105,7 @@ def test_a_disk_that_is_read_only(
 ) -> None:
     """Said, in one line."""
     place = small_disk(64_000)
-    mount("-o", "remount,ro", place)
+    disks.mount("-o", "remount,ro", place)
     said = refused(all_jobs[name], place)
     assert "The disk is read-only" in said
     sentence = said.replace(str(place), "...")

@@ -87,6 +87,7 @@ def test_tokens_are_few_and_whole(value: Any) -> None:
 def test_prompts_are_text() -> None:
     """Not empty, not endless, without the byte that no command line takes."""
     assert judge.prompt_of(" What\0 is it? ") == "What is it?"
+    assert judge.prompt_of("half \ud83d") == "half ?"
     with pytest.raises(MisError, match="no prompt"):
         judge.prompt_of(" \n")
     with pytest.raises(MisError, match="8001 characters, 8000 are taken"):

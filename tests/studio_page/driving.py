@@ -1,0 +1,265 @@
+"""The page's process and Chromium, as tests drive them: by what a person sees and presses."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+
+from mis_mlx.studio_page import runs
+from tests import forks
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+EXTRA = importlib.util.find_spec("nicegui") is not None
+DRIVER = importlib.util.find_spec("playwright") is not None
+needs_extra = pytest.mark.skipif(
+    not EXTRA, reason="NiceGUI is not installed: pip install 'mis-mlx[studio]'"
+)
+needs_browser = pytest.mark.skipif(
+    not (EXTRA and DRIVER and CHROMIUM),
+    reason="needs NiceGUI, Chromium and playwright: pip install 'mis-mlx[studio]' playwright",
+)
+PATIENCE_S = 180
+MOST_BYTES = 150 * 10**6  # of the page's process
+QUICK = {
+    "max_seq_length": 32, "num_samples": 4, "reconstruct_samples": 4, "eval_windows": 3,
+    "scenario": "goral", "iters": 150, "save_every": 4, "learning_rate": 0.01, "q_iters": 2,
+    "q_group_size": 32, "bench_tokens": 3, "eval_prompts": 4, "conversations": 0,
+}  # fmt: skip
+
+
+class Answered(NamedTuple):
+    """Status, text, and the cookie that came with it."""
+
+    status: int
+    text: str
+    cookie: str
+
+
+class Served(NamedTuple):
+    """A page's process and its address."""
+
+    process: subprocess.Popen[str]
+    address: str
+    folder: Path
+
+    @property
+    def place(self) -> str:
+        """Host and port."""
+        return urlsplit(self.address).netloc
+
+    def get(self, path: str, **headers: str) -> Answered:
+        """An answer to a request with these headers, as any program can send it."""
+        connection = http.client.HTTPConnection(self.place, timeout=PATIENCE_S)
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        with contextlib.closing(connection):
+            connection.request("GET", path, headers=named)
+            with connection.getresponse() as answer:
+                cookie = (answer.getheader("set-cookie") or "").partition(";")[0]
+                return Answered(answer.status, answer.read().decode(), cookie)
+
+
+@contextlib.contextmanager
+def page_of(folder: Path, env: dict[str, str], *flags: str) -> Iterator[Served]:
+    """The page's process; a run that it started ends with the test."""
+    line = [sys.executable, "-m", "mis_mlx.studio", "--no-browser", *flags]
+    whole = {**env, "PYTHONPATH": str(forks.ROOT)}
+    whole.pop("PYTEST_CURRENT_TEST", None)  # NiceGUI would take it for a test of itself
+    with (
+        (folder / "studio.err").open("w") as err,
+        subprocess.Popen(
+            line, cwd=folder, env=whole, stdout=subprocess.PIPE, stderr=err, text=True
+        ) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().strip()
+            assert address, (folder / "studio.err").read_text()
+            yield Served(process, address, folder)
+        finally:
+            process.kill()
+            for path in (folder / runs.BOOKS).glob("*.json"):
+                with contextlib.suppress(psutil.Error):
+                    psutil.Process(json.loads(path.read_text())["pid"]).kill()
+
+
+class Tab:
+    """A page in Chromium, by what a person sees."""
+
+    def __init__(self, page: Any) -> None:
+        self.page = page
+        self.errors: list[str] = []
+        page.set_default_timeout(1000 * PATIENCE_S)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def press(self, name: str) -> None:
+        """A button."""
+        self.page.get_by_role("button", name=name, exact=True).click()
+
+    def sees(self, text: str) -> None:
+        """Until it does."""
+        self.page.get_by_text(text).first.wait_for()
+
+    def choose(self, label: str, option: str) -> None:
+        """An option of a list."""
+        self.page.bring_to_front()
+        self.page.get_by_label(label, exact=True).click()
+        options = self.page.get_by_role("option")
+        options.filter(has_text=option).first.click()
+        options.first.wait_for(state="hidden")
+
+    def go(self, tab: str) -> None:
+        """To one of the five panels."""
+        self.page.get_by_role("tab", name=tab).click()
+
+    def wide(self) -> bool:
+        """Whether the page has to be pushed sideways."""
+        return self.page.evaluate("document.documentElement.scrollWidth > innerWidth + 1")
+
+
+@contextlib.contextmanager
+def browser(**context: Any) -> Iterator[Any]:
+    """A context of Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        try:
+            yield chromium.new_context(**context)
+        finally:
+            chromium.close()
+
+
+def to_the_plan(tab: Tab) -> None:
+    """Choose and decide."""
+    tab.sees("Which model shall become smaller?")
+    tab.choose("Model", "more/tiny")
+    tab.choose("Text to learn from", "notes")
+    tab.choose("Settings file", "quick.yaml")
+    tab.press("Decide")
+    tab.press("as the settings file says")
+    tab.sees("million parameters")
+
+
+def state(folder: Path) -> str:
+    """Of the run, asked by a process in that folder."""
+    code = "from mis_mlx.studio_page import runs; print(runs.named('tiny-001').state)"
+    env = {**os.environ, "PYTHONPATH": str(forks.ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True)
+    return done.stdout.decode().strip()
+
+
+FOCUSED = """() => {
+  const one = document.activeElement;
+  return [one.getAttribute('aria-label'), one.innerText].join(' ');
+}"""
+
+
+def reach(tab: Tab, name: str) -> None:
+    """Press Tab until the focus is on it."""
+    for _ in range(60):
+        tab.page.keyboard.press("Tab")
+        if name.lower() in tab.page.evaluate(FOCUSED).lower():
+            assert tab.page.evaluate(OUTLINED), f"the focus on {name} is not seen"
+            return
+    raise AssertionError(f"{name} is not reached by Tab")
+
+
+def reach_panel(tab: Tab, name: str) -> None:
+    """Go to the tabs by Tab, to one of them by arrows, and open it."""
+    for _ in range(60):
+        tab.page.keyboard.press("Tab")
+        if tab.page.evaluate("document.activeElement.getAttribute('role')") == "tab":
+            break
+    for _ in range(5):
+        if name.lower() == tab.page.evaluate("document.activeElement.innerText").lower().strip():
+            tab.page.keyboard.press("Enter")
+            return
+        tab.page.keyboard.press("ArrowRight")
+    raise AssertionError(f"the tab {name} is not reached")
+
+
+def pick(tab: Tab, label: str, option: str) -> None:
+    """An option of a list."""
+    reach(tab, label)
+    tab.page.keyboard.press("Enter")
+    options = tab.page.get_by_role("option")
+    options.first.wait_for()
+    words = options.all_inner_texts()
+    wanted = next(number for number, text in enumerate(words) if option in text)
+    for _ in range(len(words)):
+        active = tab.page.locator("[role=option].q-manual-focusable--focused")
+        if active.count() and option in active.inner_text():
+            break
+        tab.page.keyboard.press("ArrowDown")
+    assert wanted < len(words)
+    tab.page.keyboard.press("Enter")
+    tab.sees(option)
+
+
+# Keeps what the page sends, so that it can be sent again with other values.
+RECORD = """() => {
+  window.sent = [];
+  const send = window.socket.emit.bind(window.socket);
+  window.socket.emit = (...words) => { window.sent.push(words); return send(...words); };
+}"""
+# Sends all of it once more, with one value in place of every text and number of an event.
+FORGE = """([value]) => {
+  const forged = (given) => {
+    if (Array.isArray(given)) return given.map(forged);
+    if (given && typeof given === 'object')
+      return Object.fromEntries(Object.entries(given).map(([k, v]) => [k, forged(v)]));
+    return ['string', 'number'].includes(typeof given) ? value : given;
+  };
+  const events = window.sent.filter((words) => words[0] === 'event');
+  for (const [name, message] of events) {
+    const args = (message.args || []).map((arg) => {
+      try { return JSON.stringify(forged(JSON.parse(arg))); } catch { return value; }
+    });
+    window.socket.emit(name, {...message, args});
+  }
+  window.sent = [];
+  window.sent.push(...events);
+  return events.length;
+}"""
+# Elements that take the focus, without a name that a screen reader could say. The track of a
+# slider has that of the slider around it.
+NAMELESS = """() => {
+  const byIds = (ids) => ids.split(/\\s+/).map((id) => document.getElementById(id)?.innerText);
+  const named = (one) => [
+    one.getAttribute('aria-label'), one.title, one.alt, one.innerText,
+    ...[...(one.labels || [])].map((label) => label.innerText),
+    ...byIds(one.getAttribute('aria-labelledby') || ''),
+    one.closest('[role=slider]')?.getAttribute('aria-label'),
+  ].some((name) => name && name.trim());
+  const kinds = 'input, textarea, select, button, a[href], [role=slider], [role=tab], '
+    + '[role=combobox], [role=img], [role=dialog], [tabindex="0"]';
+  const shown = (one) => one.checkVisibility() && one.type !== 'hidden';
+  return [...document.querySelectorAll(kinds)].filter((one) => shown(one) && !named(one))
+    .map((one) => one.outerHTML.slice(0, 200));
+}"""
+# What can be pressed and is smaller than 24 pixels, the least of WCAG 2.2 (2.5.8).
+SMALL = """() => [...document.querySelectorAll('button, a[href], [role=tab], [role=slider]')]
+  .filter((one) => one.checkVisibility()).map((one) => [one, one.getBoundingClientRect()])
+  .filter(([one, box]) => box.width && (box.width < 24 || box.height < 24))
+  .map(([one, box]) => `${box.width} x ${box.height}: ${one.outerHTML.slice(0, 200)}`)"""
+# Whether one sees what has the focus: by a ring, or as a field whose line is thick then.
+OUTLINED = """() => {
+  const one = document.activeElement;
+  const ring = /0px 0px 0px [3-9]px/.test(getComputedStyle(one).boxShadow);
+  return ring || Boolean(one.closest('.q-field--focused'));
+}"""

@@ -1,0 +1,85 @@
+"""A talk with two models: each continues the questions and its own answers."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from mis_mlx.models import load
+from mis_mlx.studio_page.conversation import Asked, Conversation, figure_words
+from mis_mlx.studio_page.places import Place
+from mis_mlx.types import MisError
+from tests import tiny
+
+PROMPTS = ("What is if?", "And for?", "Why?")
+TOKENS = 8
+
+
+def place(folder: Path, seed: int) -> Place:
+    """A tiny model that talks."""
+    return Place(f"key-{seed}", folder.name, tiny.talking(folder, seed=seed, ending=0.3), 1)
+
+
+@pytest.fixture
+def pair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_home: dict[str, str], cpu_policy: None
+) -> dict[str, Place]:
+    """Two models, of other weights."""
+    for name in ("HOME", "MIS_MLX_CACHE", "HF_HUB_OFFLINE", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, own_home[name])
+    return {
+        "teacher": place(tmp_path / "teacher", 0),
+        "student": place(tmp_path / "student", 1),
+    }
+
+
+def stock(model: Path, messages: list[dict[str, str]]) -> str:
+    """What mlx-lm itself answers, greedily."""
+    loaded, tokenizer = load.mlx_lm("utils").load(str(model))
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return load.mlx_lm("generate").generate(loaded, tokenizer, ids, max_tokens=TOKENS).strip()
+
+
+def test_both_hear_the_questions_and_themselves(pair: dict[str, Place]) -> None:
+    """Every turn is what stock mlx-lm answers to that model's own conversation."""
+    conversation = Conversation()
+    told: dict[str, list[dict[str, str]]] = {"teacher": [], "student": []}
+    for prompt in PROMPTS:
+        answers = {}
+        for name, model in pair.items():
+            shown: list[str] = []
+            asked = Asked(name, model, prompt=prompt, max_tokens=TOKENS)
+            answer = asyncio.run(conversation.answer(asked, shown.append))
+            answers[name] = str(answer.result["text"]).strip()
+            told[name].append({"role": "user", "content": prompt})
+            assert answers[name] == stock(model.path, told[name])
+            assert "".join(shown).strip() == answers[name]
+            told[name].append({"role": "assistant", "content": answers[name]})
+        conversation.add(prompt, answers)
+    assert conversation.messages("teacher") == told["teacher"]
+    assert conversation.messages("student") == told["student"]
+    assert told["teacher"] != told["student"]
+    conversation.begin_anew()
+    assert conversation.messages("teacher") == []
+
+
+def test_a_conversation_that_is_too_long_is_refused(pair: dict[str, Place]) -> None:
+    """With both numbers; what was said before is still there."""
+    conversation = Conversation()
+    long = "if " * 400
+    conversation.add(long, {"teacher": long, "student": "if"})
+    before = conversation.messages("teacher")
+    asked = Asked("teacher", pair["teacher"], prompt="Why?", max_tokens=TOKENS)
+    with pytest.raises(MisError, match=r"has \d+ tokens .* may have 8, but .* is 512 tokens"):
+        asyncio.run(conversation.answer(asked, lambda text: None))
+    assert conversation.messages("teacher") == before
+
+
+def test_figures() -> None:
+    """Speed is of the tokens behind the first; the context counts prompt and answer."""
+    result = {"tokens": 5, "peak_bytes": 2**30, "prompt_tokens": 1200, "context_tokens": 8192}
+    words = figure_words(result, seconds=2.0)
+    assert words == "5 tokens, 2.0 tokens/s, 1.00 GiB of memory, 1,205 of 8,192 tokens of context"
+    assert figure_words({"tokens": 1, "context_tokens": None}, seconds=0.0) == "1 tokens"

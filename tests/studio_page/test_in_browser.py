@@ -1,0 +1,239 @@
+"""In Chromium: from the first page to an exported model, on all widths, by keyboard."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+
+from tests.studio_page.driving import (
+    MOST_BYTES,
+    NAMELESS,
+    SMALL,
+    Tab,
+    browser,
+    needs_browser,
+    page_of,
+    pick,
+    reach,
+    reach_panel,
+    state,
+    to_the_plan,
+)
+
+
+@needs_browser
+@pytest.mark.slow
+def test_from_the_first_page_to_an_export(folder: Path, home: dict[str, str]) -> None:
+    """Chosen, planned, started, killed, resumed, judged, talked with, exported, deleted.
+
+    Two tabs start one run; the page is closed while it works, and finds it again. Nothing came
+    from another host, no script failed, and the page's process stays small.
+    """
+    with page_of(folder, home, "--models", "more") as served, browser() as context:
+        asked: list[str] = []
+        context.on("request", lambda request: asked.append(request.url))
+        tab = Tab(context.new_page())
+        tab.page.goto(served.address)
+        other = Tab(context.new_page())
+        other.page.goto(f"http://{served.place}/")
+        to_the_plan(tab)
+        to_the_plan(other)
+        tab.press("Start the run")
+        tab.sees("tiny-001: running")
+        other.press("Start the run")
+        other.sees("tiny-001 is running, and one run at a time fits")
+        tab.sees("loss 0.")
+        tab.page.close()
+        assert state(folder) == "running"
+        other.go("Run")
+        other.press("Stop at once")
+        other.sees("tiny-001: stopped")
+        other.press("Resume")
+        other.sees("tiny-001: running")
+        other.page.close()
+        tab = Tab(context.new_page())
+        tab.page.goto(f"http://{served.place}/")
+        tab.go("Run")
+        tab.sees("tiny-001: finished")
+        _judge(tab, context)
+        tab.go("Keep")
+        tab.press("Export")
+        tab.sees("Written: exported/tiny-001-gguf")
+        assert list((folder / "exported" / "tiny-001-gguf").glob("*.gguf"))
+        tab.press("Give to Ollama")
+        tab.sees("no Ollama: install it")
+        _delete(tab, folder)
+        assert not tab.errors
+        foreign = [url for url in asked if urlsplit(url).netloc != served.place]
+        assert not [url for url in foreign if not url.startswith(("data:", "blob:"))]
+        held = psutil.Process(served.process.pid).memory_info().rss
+        assert held < MOST_BYTES, f"{held / 1e6:.0f} MB"
+
+
+def _judge(tab: Tab, context: Any) -> None:
+    """The report opens in a tab of its own; both models answer."""
+    tab.press("Judge")
+    tab.press("Make the report")
+    with context.expect_page() as opened:
+        tab.page.get_by_role("link", name="Open the report").click()
+    report = opened.value
+    report.wait_for_load_state()
+    assert "tiny-001" in report.title()
+    report.close()
+    prompts = tab.page.get_by_role("group", name="Held-out prompts")
+    prompts.get_by_role("button").first.click()
+    assert tab.page.get_by_label("Ask both").first.input_value()
+    tab.page.get_by_label("Ask both").first.fill("<img src=x onerror=alert(1)> What?")
+    tab.page.get_by_label("Tokens").fill("8")
+    tab.press("Ask both")
+    first = context_used(tab, answers=2)
+    tab.sees("<img src=x onerror=alert(1)> What?")
+    _talk_on(tab, first)
+
+
+def context_used(tab: Tab, answers: int) -> list[int]:
+    """Tokens of context that each answer's figures tell, once there are so many answers."""
+    figures = tab.page.get_by_text(re.compile(r"of 512 tokens of context"))
+    figures.nth(answers - 1).wait_for()
+    texts = figures.all_inner_texts()
+    assert len(texts) == answers
+    return [int(re.findall(r"(\d+) of 512 tokens", text)[0]) for text in texts]
+
+
+def _talk_on(tab: Tab, first: list[int]) -> None:
+    """A second turn has the first one before it; one too long is refused, not cut; anew."""
+    ask = tab.page.get_by_label("Ask both").first
+    ask.fill("And?")
+    tab.press("Ask both")
+    both = context_used(tab, answers=4)
+    assert both[2] > first[0] + 8
+    assert both[3] > first[1] + 8
+    ask.fill("Too long?")
+    tab.page.get_by_label("Tokens").fill("512")
+    tab.press("Ask both")
+    refusal = re.compile(r"The conversation has \d+ tokens .* may have 512, but .* is 512 tokens")
+    tab.page.get_by_text(refusal).nth(1).wait_for()
+    tab.sees("This turn is not remembered")
+    assert ask.input_value() == "Too long?"
+    tab.page.get_by_label("Tokens").fill("8")
+    tab.press("Begin anew")
+    ask.fill("And?")
+    tab.press("Ask both")
+    again = context_used(tab, answers=2)
+    assert max(again) < both[2]
+
+
+def _delete(tab: Tab, folder: Path) -> None:
+    """Asked twice; a wrong name keeps everything."""
+    for name, kept in (("tiny", True), ("tiny-001", False)):
+        tab.press("Delete the run")
+        tab.press("Delete")
+        tab.page.get_by_label("Name of the run").fill(name)
+        tab.press("Delete for good")
+        tab.sees("Nothing was deleted." if kept else "tiny-001 is deleted")
+        assert (folder / "runs" / "tiny-001").exists() is kept
+
+
+SIGHTS = [(390, 844, "light"), (390, 844, "dark"), (1280, 900, "light"), (1280, 900, "dark")]
+
+
+@needs_browser
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "height", "scheme"), SIGHTS)
+def test_it_fits_a_phone_and_a_desk(
+    folder: Path, home: dict[str, str], width: int, height: int, scheme: str
+) -> None:
+    """No panel is wider than the window; its colours follow the system's."""
+    sight = {"viewport": {"width": width, "height": height}, "color_scheme": scheme}
+    with page_of(folder, home, "--models", "more") as served, browser(**sight) as context:
+        tab = Tab(context.new_page())
+        tab.page.goto(served.address)
+        to_the_plan(tab)
+        for name in ("Choose", "Decide", "Run", "Judge", "Keep"):
+            tab.go(name)
+            tab.page.wait_for_timeout(300)
+            assert not tab.wide(), name
+        colour = tab.page.evaluate("getComputedStyle(document.body).color")
+        numbers = [int(number) for number in re.findall(r"\d+", colour)[:3]]
+        assert (sum(numbers) > 384) is (scheme == "dark"), colour
+
+
+@needs_browser
+@pytest.mark.slow
+def test_by_keyboard_alone(kept: Path, home: dict[str, str]) -> None:
+    """Tab, arrows, Enter and Space: from the first page to a started run, to its stop, and to a
+    talk with the models of another run. What has the focus is always seen.
+    """
+    with page_of(kept, home, "--models", "more") as served, browser() as context:
+        tab = Tab(context.new_page())
+        tab.page.goto(served.address)
+        tab.sees("Which model shall become smaller?")
+        for label, option in (("Model", "more/tiny"), ("Text to learn from", "notes")):
+            pick(tab, label, option)
+        pick(tab, "Settings file", "quick.yaml")
+        reach(tab, "Decide")
+        tab.page.keyboard.press("Enter")
+        tab.sees("How small, how long")
+        reach(tab, "as the settings file says")
+        tab.page.keyboard.press("Enter")
+        tab.sees("million parameters")
+        reach(tab, "Start the run")
+        tab.page.keyboard.press("Space")
+        tab.sees("tiny-002: running")
+        reach(tab, "Stop at once")
+        tab.page.keyboard.press("Enter")
+        tab.sees("tiny-002: stopped")
+        reach_panel(tab, "Judge")
+        tab.sees("Is it good?")
+        reach(tab, "Ask both")
+        tab.page.keyboard.type("What?")
+        reach(tab, "Ask both")
+        tab.page.keyboard.press("Space")
+        context_used(tab, answers=2)
+        reach(tab, "Begin anew")
+        tab.page.keyboard.press("Enter")
+        tab.page.get_by_text(re.compile("tokens of context")).first.wait_for(state="detached")
+
+
+@needs_browser
+@pytest.mark.slow
+def test_everything_has_a_name_and_can_be_hit(kept: Path, home: dict[str, str]) -> None:
+    """What takes the focus can be named by a screen reader, on all panels and in the dialogs.
+
+    On a phone's width, where space is short, nothing is smaller than a finger can hit.
+    """
+    phone = {"viewport": {"width": 390, "height": 844}}
+    with page_of(kept, home, "--models", "more") as served, browser(**phone) as context:
+        tab = Tab(context.new_page())
+        tab.page.goto(served.address)
+        to_the_plan(tab)
+        for name in ("Choose", "Decide", "Run", "Judge", "Keep"):
+            tab.go(name)
+            tab.page.wait_for_timeout(2500)
+            assert tab.page.evaluate(NAMELESS) == [], name
+            assert tab.page.evaluate(SMALL) == [], name
+        tab.page.get_by_text("Upload to the Hugging Face hub").click()
+        for press in ("Delete the run", "Delete"):
+            tab.press(press)
+            tab.page.wait_for_timeout(500)
+            assert tab.page.evaluate(NAMELESS) == [], press
+
+
+@needs_browser
+@pytest.mark.slow
+def test_the_first_page_is_quick(folder: Path, home: dict[str, str]) -> None:
+    """How long it takes is told, not asserted: machines differ. What it loads is."""
+    began = time.monotonic()
+    with page_of(folder, home) as served:
+        _, _, token = served.address.partition("?")
+        cookie = served.get(f"/?{token}").cookie
+        page = served.get("/", Cookie=cookie).text
+        print(f"first page: {time.monotonic() - began:.2f} s, {len(page):,} characters")
+        assert len(page) < 200_000
+        assert psutil.Process(served.process.pid).memory_info().rss < MOST_BYTES
