@@ -239,6 +239,56 @@ def planned_cells(student: Found) -> list[str]:
     ]
 
 
+KNOWN_HEAD = [
+    "",
+    "MB",
+    "IFEval, % (95 %)",
+    "prompts, strict",
+    "instructions, strict",
+    "loose",
+    "BLiMP, %",
+    "`grammar-en`, %",
+    "answers",
+    "loops, %",
+]
+
+
+def known_numbers(found: Found) -> str:
+    """A line a model: IFEval, BLiMP, our grammar, and what our own judge of answers says."""
+    rows = found["rows"]
+    lines = [known_cells(name, row) for name, row in rows.items()]
+    teacher = rows["teacher"]
+    asked = []
+    for measure, label in (("ifeval", "prompts of IFEval"), ("blimp", "pairs of BLiMP")):
+        if measure in teacher:
+            asked.append(f"{teacher[measure]['questions']} {label}")
+    sizes = (
+        f"{', '.join(asked)}; answers to IFEval have at most {found['given']['max_tokens']} "
+        f"tokens; the teacher's card says {found['card']}"
+    )
+    return "\n".join([words.markdown_table(KNOWN_HEAD, lines), "", where(found, sizes)])
+
+
+def known_cells(name: str, row: Found) -> list[str]:
+    """A model's line; a dash where a figure is missing."""
+    ifeval = row.get("ifeval", {})
+    line = [name, f"{row['mb']:.1f}", with_interval(ifeval)]
+    for key in ("prompt_strict", "inst_strict", "mean_loose"):
+        line.append(f"{ifeval[key]:.1f}" if ifeval else "–")
+    line += [with_interval(row.get(measure, {})) for measure in ("blimp", "grammar-en")]
+    judgement = row.get("answers", {})
+    for key, digits in (("answers_excess", 3), ("loops", 1)):
+        line.append(f"{judgement[key]:.{digits}f}" if key in judgement else "–")
+    return line
+
+
+def with_interval(figure: Found) -> str:
+    """A mean with its 95 % interval; a dash where there is none."""
+    if not figure:
+        return "–"
+    return f"{figure['mean']:.1f} ({figure['low']:.1f}–{figure['high']:.1f})"
+
+
 def hours(value: float | None) -> str:
     """Hours as people read them; a dash where there are none."""
     return duration(3600 * value) if value is not None else "–"
@@ -404,6 +454,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "speed": (speed, ("throughput.json", "ttft.json")),
     "distill-default": (default_run, ("distill-default.md",)),
     "few-bits": (few_bits, ("bits-SmolLM2-135M-Instruct.json",)),
+    "known-numbers": (known_numbers, ("known_numbers.json",)),
     "models-half": (models_half, ("models.json",)),
     "models-default": (models_default, ("models.json",)),
     "gemma-models": (gemma_models, ("gemma_models.json",)),

@@ -111,36 +111,54 @@ def scores(
     `instructions.marks`. Several machines ask together, and all of them must call this. layers: the
     model's blocks are shared out among them, where options are chosen.
     """
-    path, answers, left = unanswered(model_sha256, task)
+    numbers = range(len(task.questions))
+    answers = asked(checkpoint, model_sha256, task, limit=limit, numbers=numbers, layers=layers)
+    if task.kind == "instructions":
+        return np.array(instructions.marks(*_followed_of(task, answers)))
+    return np.array([mark_of(task, number, answers[number]) for number in numbers])
+
+
+def asked(
+    checkpoint: Checkpoint,
+    model_sha256: str,
+    task: Task,
+    *,
+    limit: Budget,
+    numbers: Sequence[int],
+    layers: bool = False,
+) -> Asked:
+    """A task's records, of which those of `numbers` that are not kept are asked now.
+
+    Several machines ask together, and all of them must call this. layers: as in `scores`.
+    """
+    path, answers, missing = unanswered(model_sha256, task)
+    wanted = set(numbers)
+    left = [number for number in missing if number in wanted]
     if distributed.is_main():
         DISK.make_folder(path.parent)
     label = f"{checkpoint.path.name} {task.name}"
-    with progress.bar(label, len(task.questions)) as show, memory.limited(limit):
+    with progress.bar(label, len(wanted)) as show, memory.limited(limit):
         records: Iterator[Record] = iter(())
         if left:
             records = _asking(checkpoint, task, left, limit, layers=layers).records()
+        still_left = len(left)
         for row in records:
             answers[row["n"]] = row
             # At once, so that a run that is stopped loses little.
             if distributed.is_main():
                 DISK.append(path, json.dumps(row, ensure_ascii=False))
-            show(len(answers))
-    return _marks_of(task, answers)
+            still_left -= 1
+            show(len(wanted) - still_left)
+    return answers
 
 
-def _marks_of(task: Task, answers: Asked) -> np.ndarray:
-    """(n,) the marks of all questions, from their records."""
-    if task.kind == "instructions":
-        return np.array(instructions.marks(*_followed_of(task, answers)))
-    records = []
-    for n, question in enumerate(task.questions):
-        if task.kind == "checked":
-            records.append(float(answers[n]["mark"]))
-        else:
-            rates = np.array(answers[n]["ll"]) / _lengths(task, n)
-            # As in lm-eval: of options that are equally likely the first one counts as chosen.
-            records.append(float(np.argmax(rates) == question.right))
-    return np.array(records)
+def mark_of(task: Task, number: int, record: Record) -> float:
+    """The mark of one question, from its record. For instructions see `instructions.marks`."""
+    if task.kind == "checked":
+        return float(record["mark"])
+    rates = np.array(record["ll"]) / _lengths(task, number)
+    # As in lm-eval: of options that are equally likely the first one counts as chosen.
+    return float(np.argmax(rates) == task.questions[number].right)
 
 
 def levels(model_sha256: str, task: Task) -> instructions.Levels | None:

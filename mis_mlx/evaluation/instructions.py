@@ -174,6 +174,28 @@ def followed(
 
     Runs in the child process, as a reward (evaluation/rewards).
     """
+    return [strict for strict, _ in _both(prompts, completions, asked)]
+
+
+def followed_loosely(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    asked: Sequence[Sequence[tuple[str, Mapping[str, Any]]]],
+) -> list[int]:
+    """How many instructions each completion follows, loosely, as IFEval's authors define it.
+
+    An instruction counts where the text follows it without its first line, its last line, its
+    asterisks, or any of these together. Runs in the child process, too.
+    """
+    return [loose for _, loose in _both(prompts, completions, asked)]
+
+
+def _both(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    asked: Sequence[Sequence[tuple[str, Mapping[str, Any]]]],
+) -> list[tuple[int, int]]:
+    """(strictly, loosely): how many instructions each completion follows."""
     import langdetect
 
     # Without a seed the language of an odd text is drawn anew every time.
@@ -184,8 +206,10 @@ def followed(
     return counts
 
 
-def _followed(prompt: str, text: str, question: Sequence[tuple[str, Mapping[str, Any]]]) -> int:
-    """How many instructions one text follows. An empty text follows none."""
+def _followed(
+    prompt: str, text: str, question: Sequence[tuple[str, Mapping[str, Any]]]
+) -> tuple[int, int]:
+    """(strictly, loosely): how many instructions one text follows. An empty one follows none."""
     from if_verifiable.common import evaluate_instructions
     from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
 
@@ -196,4 +220,6 @@ def _followed(prompt: str, text: str, question: Sequence[tuple[str, Mapping[str,
         prompt=prompt,
         instruction_registry=INSTRUCTION_DICT,
     )
-    return sum(result.strict_pass for result in results)
+    strict = sum(result.strict_pass for result in results)
+    loose = sum(result.loose_pass for result in results)
+    return strict, loose

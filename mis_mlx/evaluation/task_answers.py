@@ -6,14 +6,22 @@ streamed from disk, and writes one answer after the other.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from mis_mlx import cli
 from mis_mlx.evaluation import instructions, rewards
 from mis_mlx.evaluation.questions import Task
 from mis_mlx.hardware import memory
-from mis_mlx.models import distributed, load, mlx_generate, policy, streamed_decode
+from mis_mlx.models import (
+    continuous_batch,
+    distributed,
+    load,
+    mlx_generate,
+    policy,
+    streamed_decode,
+)
+from mis_mlx.models.continuous_batch import Completion
 from mis_mlx.models.stream import Stream, load_checked
 from mis_mlx.planner import estimates
 from mis_mlx.types import Budget, Checkpoint
@@ -21,9 +29,12 @@ from mis_mlx.types import Budget, Checkpoint
 # Answers written together, as many as fit. In the same CPU time 48 have 1.3 times the tokens of 16,
 # and 96 have fewer than 48 (SmolLM2-135M, float32, one thread).
 AT_ONCE = (48, 32, 16, 4, 1)
+# Answers that are judged together, and then kept: a judge is a process of its own, which imports
+# for 2 s. A streamed model takes longer than that for one answer, so these are judged one by one.
+JUDGED_AT_ONCE = 32
 CACHE_STEP = 256  # tokens by which mlx-lm's caches grow
 Prompts = Sequence[list[int]]  # token ids
-Writer = Callable[[Prompts], list[list[int]]]  # prompts -> their continuations
+Writer = Callable[[Prompts], Iterator[Completion]]  # prompts -> completions, as these end
 Record = dict[str, Any]  # of one question, as it is kept
 # (task, numbers of questions, texts written) -> a verdict on each
 Judge = Callable[[Task, Sequence[int], Sequence[str]], list[float]]
@@ -70,25 +81,19 @@ def asking(
 
     def records() -> Iterator[Record]:
         ends = tokenizer.eos_token_ids
-        # Several machines write batches of one size, so that all make the same number of rounds:
-        # each round ends with a gathering, which a machine that had stopped would block for ever.
-        at_once = min(distributed.all_gather(plan.at_once))
-        write = _writer(
-            checkpoint,
-            limit,
-            plan._replace(at_once=at_once),
-            ends=ends,
-            max_tokens=task.max_tokens,
-        )
-        for first in range(0, len(left), at_once * distributed.size()):
-            start = first + at_once * distributed.rank()
-            batch = slice(start, start + at_once)
-            own = list[Record]()
-            if left[batch]:  # in the last round a machine may have nothing to write
-                texts = _texts(tokenizer, write(prompts[batch]), ends)
-                own = judged(task, left[batch], texts)
-            for rows in distributed.all_gather(own):
-                yield from rows
+        write = _writer(checkpoint, limit, plan, ends=ends, max_tokens=task.max_tokens)
+        own = slice(distributed.rank(), None, distributed.size())
+        texts = _texts(tokenizer, left[own], write(prompts[own]), ends)
+        judged_at_once = JUDGED_AT_ONCE if plan.in_memory else 1
+        written = _judged_parts(task, texts, judged_at_once)
+        # Every round ends with a gathering, which a machine that had stopped would block for ever.
+        # So all machines make rounds until the last one has nothing more.
+        while True:
+            parts = distributed.all_gather(next(written, None))
+            if not any(parts):
+                return
+            for part in parts:
+                yield from part or ()
 
     return Asking(plan.cost, records)
 
@@ -167,41 +172,52 @@ def _writer(
     dtype = policy.compute_dtype(checkpoint)
     if plan.in_memory:
         model = load_checked(load.resident_model(checkpoint, dtype), f"{checkpoint.path}: ")
-        draw = mlx_generate.sampler(0.0, 0)
 
-        def write_together(prompts: Prompts) -> list[list[int]]:
-            groups = mlx_generate.groups(
+        def write_together(prompts: Prompts) -> Iterator[Completion]:
+            return continuous_batch.completions(
                 model,
                 prompts,
-                count=1,
                 max_tokens=max_tokens,
                 stop=ends,
-                draw=draw,
                 at_once=plan.at_once,
             )
-            return [completions[0] for completions in groups]
 
         return write_together
     direct = checkpoint.nbytes > limit.limit_bytes
     stream = Stream(checkpoint, dtype, plan.headroom_bytes, direct=direct)
 
-    def write_in_turn(prompts: Prompts) -> list[list[int]]:
-        continuations = []
-        for prompt in prompts:
+    def write_in_turn(prompts: Prompts) -> Iterator[Completion]:
+        for number, prompt in enumerate(prompts):
             tokens = streamed_decode.decode(stream, prompt, max_tokens, ends)
-            continuations.append(list(chain.from_iterable(tokens)))
-        return continuations
+            yield Completion(number, list(chain.from_iterable(tokens)))
 
     return write_in_turn
 
 
-def _texts(tokenizer: Any, written: Prompts, ends: set[int]) -> list[str]:
-    """The texts of continuations, without their end tokens."""
-    texts = []
-    for ids in written:
-        own = [token for token in ids if token not in ends]
-        texts.append(tokenizer.decode(own))
-    return texts
+def _texts(
+    tokenizer: Any,
+    asked: Sequence[int],
+    completions: Iterator[Completion],
+    ends: set[int],
+) -> Iterator[tuple[int, str]]:
+    """(question's number, its answer without the end token), as the answers end.
+
+    asked: numbers of the questions, in the order of their prompts.
+    """
+    for completion in completions:
+        own = [token for token in completion.ids if token not in ends]
+        yield asked[completion.number], tokenizer.decode(own)
+
+
+def _judged_parts(
+    task: Task,
+    texts: Iterator[tuple[int, str]],
+    judged_at_once: int,
+) -> Iterator[list[Record]]:
+    """The records of answers, `judged_at_once` together, none of them empty."""
+    while part := list(islice(texts, judged_at_once)):
+        numbers = [number for number, _ in part]
+        yield judged(task, numbers, [text for _, text in part])
 
 
 def judged(
@@ -244,11 +260,15 @@ def count_followed(
     task: Task,
     numbers: Sequence[int],
     texts: Sequence[str],
+    *,
+    loosely: bool = False,
 ) -> list[float]:
     """How many of its instructions each answer follows.
 
-    An answer that breaks the checker follows none, and its question is named aloud.
+    loosely: as `instructions.followed_loosely`. An answer that breaks the checker follows none, and
+    its question is named aloud.
     """
+    function = instructions.followed_loosely if loosely else instructions.followed
     rows = []
     for number in numbers:
         question = task.questions[number]
@@ -256,7 +276,7 @@ def count_followed(
     checker = rewards.Function(
         name="if-verifiable",
         source=instructions.__name__,
-        function=instructions.followed.__name__,
+        function=function.__name__,
         seconds=instructions.SECONDS,
     )
     scored = rewards.score([checker], rows, _groups(texts))

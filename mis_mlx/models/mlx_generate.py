@@ -9,8 +9,8 @@ import mlx.nn as nn
 
 from mis_mlx import cli
 from mis_mlx.hardware import memory
-from mis_mlx.models import config, load, policy, tokenizer_check
-from mis_mlx.models.stream import NotNumbers, evaluate_now
+from mis_mlx.models import config, continuous_batch, load, policy, tokenizer_check
+from mis_mlx.models.stream import NotNumbers
 
 Sampler = Callable[[mx.array], mx.array]  # log-probabilities (B, V) -> tokens (B,)
 LIKELIEST = 1024  # tokens among which a nucleus is looked for first
@@ -212,10 +212,7 @@ def _completed(
     last_tokens = []
     caches = []
     for prompt in prompts:
-        cache = load.mlx_lm("models.cache").make_prompt_cache(model)
-        if len(prompt) > 1:
-            model(mx.array([*prompt[:-1]])[None], cache=cache)
-            evaluate_now([layer.state for layer in cache])
+        cache = continuous_batch.filled(model, prompt)
         last_tokens.extend([list(prompt[-1:])] * count)
         caches.extend([cache] * count)  # read only: mlx-lm merges them into a new one
     generator = load.mlx_lm("generate").BatchGenerator(

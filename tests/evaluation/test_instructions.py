@@ -40,6 +40,7 @@ SHORT = {
     "instruction_id_list": [WORDS],
     "kwargs": [{"relation": "at least", "num_words": 5, "num_bullets": None}],
 }
+NO_COMMAS = {"instruction_id_list": [NO_COMMA], "kwargs": [{}]}
 
 needs_package = pytest.mark.skipif(
     find_spec(instructions.PACKAGE) is None,
@@ -226,6 +227,24 @@ def test_what_is_followed_by_the_real_package() -> None:
     assert [row["text"] for row in found] == texts
 
 
+@needs_package
+def test_loosely_a_first_line_or_asterisks_may_be_in_the_way() -> None:
+    """A comma in the first or last line alone does not count, one in the middle does."""
+    task = questions.task("ifeval", [SHORT | NO_COMMAS] * 4, "")
+    texts = [
+        "Sure, here it is:\nSheep eat grass",
+        "Sheep eat grass\nGrass, grass",
+        "One\nTwo, three\nFour",
+        "Sheep eat grass",
+    ]
+
+    strict = task_answers.count_followed(task, range(4), texts)
+    loose = task_answers.count_followed(task, range(4), texts, loosely=True)
+
+    assert strict == [0, 0, 0, 1]
+    assert loose == [1, 1, 0, 1]
+
+
 def test_an_answer_that_breaks_the_checker_follows_nothing_and_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,8 +268,12 @@ def test_a_model_writes_and_is_marked(llama: Checkpoint, monkeypatch: pytest.Mon
     """
     task = questions.task("ifeval", [ROW, SHORT, ROW], "").chosen(3)
     task = questions.replace(task, max_tokens=4)
+    right = {0: 2.0, 1: 0.0, 2: 1.0}
+    # Answers are judged in the order in which they end.
     monkeypatch.setitem(
-        task_answers.JUDGES, "instructions", ("followed", lambda *_: [2.0, 0.0, 1.0])
+        task_answers.JUDGES,
+        "instructions",
+        ("followed", lambda _task, numbers, _texts: [right[number] for number in numbers]),
     )
     limit = memory.budget(None)
 

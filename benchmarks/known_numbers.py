@@ -1,0 +1,236 @@
+"""Numbers that others know, of the default teacher and its student: IFEval, BLiMP, our own grammar.
+
+    scripts/mis benchmarks/known_numbers.py --run runs/NAME --ifeval FILE --blimp FILE
+    scripts/mis benchmarks/known_numbers.py --run runs/NAME --ifeval FILE --ifeval-step 8
+    scripts/mis scripts/render.py     # puts the table into docs/results.md
+
+NAME is a finished default run of distill. The files are for measuring only and no part of this
+repository (docs/evaluation.md says where they come from). IFEval is strict and loose, at the level
+of prompts and of instructions; answers are greedy, of 512 tokens at most. Beside them stand
+`grammar-en`, and what the student's own judge says: bits per byte of the teacher's answers above
+the teacher, and how many answers repeat themselves. Packed weights are judged as float32.
+
+All 541 prompts take about half an hour of one core for one model, all 6,699 pairs about 10 minutes.
+A step of 8 asks every eighth. Answers are kept, so the same command goes on after a stop, and a
+smaller step asks only what is new. Writes benchmarks/results/<machine>/known_numbers.json after
+every figure.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from laboratory import packed, resumed, start, write
+
+from mis_mlx import cli
+from mis_mlx.evaluation import (
+    answering,
+    answers,
+    instructions,
+    questions,
+    task_answers,
+    task_registry,
+)
+from mis_mlx.evaluation.questions import Task
+from mis_mlx.hardware import memory
+from mis_mlx.maths import stats
+from mis_mlx.models import load, resolve
+from mis_mlx.planner import recipe
+from mis_mlx.types import Checkpoint, Count, MisError
+
+RESULT = "known_numbers"
+PACKED = "teacher, MLX's 4 bits"
+# Columns of the run; None: the teacher, whole or as mlx_lm.convert packs it.
+MODELS: dict[str, str | None] = {
+    "teacher": None,
+    "distilled": "distilled",
+    "4-bit": "model",
+    PACKED: None,
+}
+MEASURES = ("grammar-en", "blimp", "ifeval", "answers")
+CARD = 29.9  # IFEval of SmolLM2-135M-Instruct by its model card, percent
+GRAMMAR = "grammar-en"
+ALL_QUESTIONS = 100_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, on what."""
+
+    run: str | None = None
+    """folder of a finished run of distill; its students are measured"""
+    teacher: str | None = None
+    """default: SmolLM2-135M-Instruct"""
+    ifeval: str | None = None
+    """file of IFEval's prompts, .jsonl"""
+    blimp: str | None = None
+    """file of BLiMP's pairs, .jsonl"""
+    ifeval_step: Count = 1
+    """ask every n-th prompt"""
+    blimp_step: Count = 1
+    """ask every n-th pair"""
+    models: tuple[str, ...] = tuple(MODELS)
+    """which, of those in MODELS"""
+    measures: tuple[str, ...] = MEASURES
+    """which, of those in MEASURES"""
+
+
+def opened(name: str, s: Settings, place: Path) -> tuple[Checkpoint, float]:
+    """(a model, its weights in MB on disk). place: an empty folder for a packed teacher."""
+    source = resolve.resolve_model(s.teacher).path
+    part = MODELS[name]
+    if part is not None:
+        if s.run is None:
+            raise MisError(f"--run is not given, which holds the model {name!r}: name a run")
+        student = load.open_checkpoint(Path(s.run) / part)
+        return student, student.nbytes / 1e6
+    if name != PACKED:
+        teacher = load.open_checkpoint(source)
+        return teacher, teacher.nbytes / 1e6
+    rounded = load.open_checkpoint(packed(source, place / "packed"))
+    # The same numbers as float32 weights: MLX's 4-bit kernels are ten times slower on a CPU.
+    load.mlx_lm("convert").convert(
+        str(rounded.path), str(place / "wide"), dequantize=True, dtype="float32"
+    )
+    return load.open_checkpoint(place / "wide"), rounded.nbytes / 1e6
+
+
+def percent(marks: Sequence[float]) -> dict[str, float]:
+    """{"mean", "low", "high"} of marks, in percent, 95 % over questions."""
+    mean, low, high = stats.interval(100 * np.array(marks))
+    return {"mean": round(mean, 2), "low": round(low, 2), "high": round(high, 2)}
+
+
+def chosen(model: Checkpoint, task: Task, step: int) -> dict[str, Any]:
+    """How often a model finds the right option, of every `step`-th question."""
+    numbers = range(0, len(task.questions), step)
+    records = answering.asked(
+        model, answering.sha256(model), task, limit=memory.budget(None), numbers=numbers
+    )
+    marks = [answering.mark_of(task, number, records[number]) for number in numbers]
+    return {"questions": len(marks), **percent(marks)}
+
+
+def followed(model: Checkpoint, task: Task, step: int) -> dict[str, Any]:
+    """IFEval's accuracies in percent, of every `step`-th prompt.
+
+    "mean", with its interval, is the published number: that of both strict accuracies.
+    """
+    numbers = range(0, len(task.questions), step)
+    records = answering.asked(
+        model, answering.sha256(model), task, limit=memory.budget(None), numbers=numbers
+    )
+    part = replace(task, questions=tuple(task.questions[number] for number in numbers))
+    texts = [records[number]["text"] for number in numbers]
+    counts = [len(question.instructions) for question in part.questions]
+    strictly = [int(records[number]["followed"]) for number in numbers]
+    loosely = [
+        int(count)
+        for count in task_answers.count_followed(part, range(len(texts)), texts, loosely=True)
+    ]
+    strict = instructions.levels(strictly, counts)
+    loose = instructions.levels(loosely, counts)
+    return {
+        "questions": len(counts),
+        "instructions": sum(counts),
+        "prompt_strict": round(100 * strict.prompt_strict, 2),
+        "inst_strict": round(100 * strict.inst_strict, 2),
+        **percent(instructions.marks(strictly, counts)),
+        "prompt_loose": round(100 * loose.prompt_strict, 2),
+        "inst_loose": round(100 * loose.inst_strict, 2),
+        "mean_loose": round(100 * loose.mean, 2),
+    }
+
+
+def judged(model: Checkpoint, s: Settings) -> dict[str, Any]:
+    """The model's answers to our held-out prompts beside the teacher's; {} without a template."""
+    teacher = load.open_checkpoint(resolve.resolve_model(s.teacher).path)
+    models = {"teacher": teacher}
+    if model.path != teacher.path:
+        models["student"] = model
+    name = list(models)[-1]
+    prompts = answers.prompts(recipe.EVAL_PROMPTS)
+    judgement = answers.judged(
+        models, prompts, memory.budget(None), hashes={name: answering.sha256(model)}
+    )
+    if judgement is None:
+        return {}
+    figures: dict[str, Any] = {"questions": len(judgement.answers.prompts)}
+    for row in judgement.rows:
+        if row.model == name and row.metric in ("answers", "answers_excess", "loops"):
+            figures[row.metric] = round(row.value, 4)
+    return figures
+
+
+def measuring(s: Settings) -> dict[str, Callable[[Checkpoint], dict[str, Any]]]:
+    """{measure: what takes it of a model}, of those asked for. MisError where a file is missing."""
+    files = {"ifeval": s.ifeval, "blimp": s.blimp}
+    for name, file in files.items():
+        if name in s.measures and file is None:
+            raise MisError(f"--{name} is not given: name its file, or leave it out of --measures")
+    wanted = [str(files.get(name) or name) for name in s.measures if name != "answers"]
+    asked = task_registry.find(wanted, ALL_QUESTIONS).tasks if wanted else ()
+    by_name = {Path(file).stem: name for name, file in files.items() if file}
+    task_of = {by_name.get(task.name, task.name): task for task in asked}
+    steps = {"ifeval": s.ifeval_step, "blimp": s.blimp_step, GRAMMAR: 1}
+
+    def of_task(name: str) -> Callable[[Checkpoint], dict[str, Any]]:
+        measure = followed if task_of[name].kind == "instructions" else chosen
+        return lambda model: measure(model, task_of[name], steps[name])
+
+    measures: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {}
+    for name in s.measures:
+        measures[name] = of_task(name) if name in task_of else lambda model: judged(model, s)
+    return measures
+
+
+def check_names(s: Settings) -> None:
+    """MisError where a model or a measure is unknown."""
+    for flag, given, known in (
+        ("models", s.models, tuple(MODELS)),
+        ("measures", s.measures, MEASURES),
+    ):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise MisError(f"--{flag} names {unknown[0]!r}: known are {', '.join(known)}")
+
+
+def command(s: Settings) -> str:
+    """The command, without this machine's paths."""
+    words = "scripts/mis benchmarks/known_numbers.py --run runs/NAME --ifeval FILE --blimp FILE"
+    for flag, step in (("ifeval", s.ifeval_step), ("blimp", s.blimp_step)):
+        if step > 1:
+            words += f" --{flag}-step {step}"
+    return words
+
+
+def main(s: Settings) -> None:
+    """Every figure that is not there yet."""
+    check_names(s)
+    measures = measuring(s)
+    given = {
+        "max_tokens": questions.INSTRUCTION_TOKENS,
+        "ifeval_step": s.ifeval_step,
+        "blimp_step": s.blimp_step,
+    }
+    rows: dict[str, Any] = resumed(RESULT, given, ["rows"]).get("rows", {})
+    for name in s.models:
+        missing = [measure for measure in s.measures if measure not in rows.get(name, {})]
+        if not missing:
+            continue
+        with tempfile.TemporaryDirectory() as temp:
+            model, megabytes = opened(name, s, Path(temp))
+            for measure in missing:
+                row = rows.setdefault(name, {"mb": round(megabytes, 1)})
+                row[measure] = measures[measure](model)
+                cli.say(f"{name}, {measure}: {row[measure]}")
+                write(RESULT, command(s), {"given": given, "card": CARD, "rows": rows})
+
+
+if __name__ == "__main__":
+    start(Settings, main)

@@ -1,0 +1,87 @@
+"""Greedy texts side by side: a new one begins as soon as others have ended.
+
+A batch that waits for its longest text computes less and less with every token, although each
+token still fetches all weights. mlx-lm's generator can take new texts between two tokens, so here
+the batch stays nearly full.
+"""
+
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mis_mlx.hardware import memory
+from mis_mlx.models import load
+from mis_mlx.models.stream import evaluate_now
+
+# New texts begin when this share of the places is free. Each beginning copies the keys and values
+# of the whole batch, so single texts do not begin alone.
+FREE_SHARE = 0.25
+
+
+class Completion(NamedTuple):
+    """The token ids behind prompt `number`, with the stop token where the text ended with one."""
+
+    number: int
+    ids: list[int]
+
+
+def completions(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    stop: Collection[int],
+    at_once: int,
+) -> Iterator[Completion]:
+    """The greedy completion of every prompt, each as soon as it has ended.
+
+    A text ends with its stop token, or after `max_tokens`. The longest prompts begin first: texts
+    that share a batch then have similar lengths, and memory is at its peak early. at_once: texts
+    that are written side by side, at most.
+    """
+    longest_first = sorted(range(len(prompts)), key=lambda n: len(prompts[n]), reverse=True)
+    waiting = deque(longest_first)
+    prompt_of: dict[int, int] = {}  # number of the prompt, by the generator's own id
+    written: dict[int, list[int]] = {}  # tokens of the texts that have begun and not ended
+    generator = load.mlx_lm("generate").BatchGenerator(
+        model,
+        max_tokens=max_tokens,
+        stop_tokens=[[token] for token in sorted(stop)],
+        completion_batch_size=at_once,
+        prefill_batch_size=at_once,
+    )
+    memory.undo_foreign_wiring()
+    try:
+        while waiting or written:
+            free = at_once - len(written)
+            if waiting and free >= FREE_SHARE * at_once:
+                beginning = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+                ids = _begin(model, generator, [prompts[number] for number in beginning])
+                for generator_id, number in zip(ids, beginning, strict=True):
+                    prompt_of[generator_id] = number
+                    written[generator_id] = []
+            for response in generator.next_generated():
+                written[response.uid].append(response.token)
+                if response.finish_reason is not None:
+                    yield Completion(prompt_of[response.uid], written.pop(response.uid))
+    finally:
+        generator.close()
+
+
+def _begin(model: nn.Module, generator: Any, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Have the generator continue these prompts; its own ids of them."""
+    last_tokens = [list(prompt[-1:]) for prompt in prompts]
+    caches = [filled(model, prompt) for prompt in prompts]
+    return generator.insert(last_tokens, caches=caches)
+
+
+def filled(model: nn.Module, prompt: Sequence[int]) -> list[Any]:
+    """mlx-lm's cache of a prompt without its last token, which the generator reads itself."""
+    cache = load.mlx_lm("models.cache").make_prompt_cache(model)
+    if len(prompt) > 1:
+        model(mx.array([*prompt[:-1]])[None], cache=cache)
+        evaluate_now([layer.state for layer in cache])
+    return cache

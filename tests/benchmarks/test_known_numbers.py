@@ -1,0 +1,157 @@
+"""Known numbers: what is stored is what stock mlx_lm and a pencil say, and no path is stored."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mis_mlx.evaluation import instructions, questions
+from mis_mlx.models import mlx_generate
+from mis_mlx.types import Checkpoint, MisError
+from tests.test_docs import program
+
+ROOT = Path(__file__).parents[2]
+PAIRS = [
+    {"good": "if the loop is true the loop ends", "bad": "if the loop are true the loop ends"},
+    {"good": "the class has a name", "bad": "the class have a name"},
+    {"good": "a function returns the value", "bad": "a function return the value"},
+    {"good": "all names are in the list", "bad": "all names is in the list"},
+    {"good": "the list is not empty", "bad": "the list are not empty"},
+]
+PROMPTS = [
+    {
+        "prompt": f"Write {count} words about sheep, without commas.",
+        "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
+        "kwargs": [{}, {"relation": "at least", "num_words": 400}],
+    }
+    for count in (7, 8, 9)
+]
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The program, the renderer, files of questions, an empty cache and a folder for results."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(questions, "INSTRUCTION_TOKENS", 8)
+    for name, rows in (("ifeval", PROMPTS), ("blimp", PAIRS)):
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines), "utf-8")
+    known = program(ROOT / "benchmarks/known_numbers.py")
+    results = tmp_path / "benchmarks" / "results" / "here"
+    monkeypatch.setattr(sys.modules["laboratory"], "RESULTS", results)
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("ifeval", "blimp")}
+    return SimpleNamespace(
+        program=known,
+        render=program(ROOT / "scripts/render.py"),
+        files=files,
+        stored=results / "known_numbers.json",
+        root=tmp_path,
+    )
+
+
+def log_likelihood(folder: Path, sentence: str) -> float:
+    """Of a sentence behind the token that begins a text, by stock mlx_lm."""
+    model, tokenizer = mlx_generate.open_model(folder)
+    ids = [tokenizer.bos_token_id, *tokenizer.encode(sentence, add_special_tokens=False)]
+    logits = model(mx.array([ids]))[0].astype(mx.float32)
+    logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return sum(logps[place, token].item() for place, token in enumerate(ids[1:]))
+
+
+def test_pairs_are_marked_as_stock_mlx_lm_marks_them(
+    lab: SimpleNamespace, llama: Checkpoint
+) -> None:
+    """Every second pair; a second call finds the figure stored."""
+    settings = lab.program.Settings(
+        teacher=str(llama.path),
+        models=("teacher",),
+        measures=("blimp",),
+        blimp=lab.files["blimp"],
+        blimp_step=2,
+    )
+
+    lab.program.main(settings)
+
+    stored = json.loads(lab.stored.read_text("utf-8"))
+    right = []
+    for pair in PAIRS[::2]:
+        good = log_likelihood(llama.path, pair["good"])
+        right.append(good > log_likelihood(llama.path, pair["bad"]))
+    figure = stored["rows"]["teacher"]["blimp"]
+    assert figure["questions"] == 3
+    assert figure["mean"] == pytest.approx(100 * sum(right) / 3, abs=0.01)
+    assert stored["command"].endswith("--ifeval FILE --blimp FILE --blimp-step 2")
+    assert str(lab.root) not in lab.stored.read_text("utf-8")
+    before = lab.stored.stat().st_mtime_ns
+    lab.program.main(settings)
+    assert lab.stored.stat().st_mtime_ns == before
+
+
+@pytest.mark.skipif(
+    find_spec(instructions.PACKAGE) is None,
+    reason=f"if-verifiable is not here: {instructions.INSTALL}",
+)
+def test_instructions_are_counted_and_shown(lab: SimpleNamespace, llama: Checkpoint) -> None:
+    """Eight tokens are fewer than 400 words: at best the commas are right, so no prompt is."""
+    lab.program.main(
+        lab.program.Settings(
+            teacher=str(llama.path),
+            models=("teacher",),
+            measures=("ifeval",),
+            ifeval=lab.files["ifeval"],
+        )
+    )
+
+    stored = json.loads(lab.stored.read_text("utf-8"))
+    figure = stored["rows"]["teacher"]["ifeval"]
+    texts = kept_texts(lab.root / "cache")
+    without_commas = sum("," not in text for text in texts)
+    assert len(texts) == 3
+    assert figure["questions"] == 3
+    assert figure["instructions"] == 6
+    assert figure["prompt_strict"] == figure["prompt_loose"] == 0
+    assert figure["inst_strict"] == pytest.approx(100 * without_commas / 6, abs=0.01)
+    assert figure["mean"] == pytest.approx(50 * without_commas / 6, abs=0.01)
+    page = lab.render.table(lab.root, "here/known-numbers")
+    assert f"| teacher | {llama.nbytes / 1e6:.1f} | {figure['mean']:.1f} (" in page
+    assert "3 prompts of IFEval; answers to IFEval have at most 8 tokens" in page
+
+
+def kept_texts(cache: Path) -> list[str]:
+    """The answers in a cache."""
+    texts = []
+    for file in cache.rglob("*.jsonl"):
+        for line in file.read_text("utf-8").splitlines():
+            record: dict[str, Any] = json.loads(line)
+            texts.append(record["text"])
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"models": ("student",)}, "--models names 'student': known are teacher, distilled"),
+        ({"measures": ("mmlu",)}, "--measures names 'mmlu': known are grammar-en, blimp"),
+        ({"measures": ("blimp",)}, "--blimp is not given: name its file"),
+        (
+            {"measures": ("grammar-en",), "models": ("4-bit",)},
+            "--run is not given, which holds the model '4-bit'",
+        ),
+    ],
+)
+def test_what_is_missing_is_said_in_a_sentence(
+    lab: SimpleNamespace, settings: dict[str, Any], why: str
+) -> None:
+    """Before any model is asked."""
+    with pytest.raises(MisError, match=why):
+        lab.program.main(lab.program.Settings(**settings))
+
+    assert not lab.stored.exists()
