@@ -117,7 +117,7 @@ def test_blocks_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = MIB + 4 * (4 * 384 + 512) * 64
     ways = dict[int, int]()
     for count in (2, 1):
-        monkeypatch.setattr(estimates.lanes, "count", lambda n=count: n)
+        monkeypatch.setattr(estimates.streams, "count", lambda n=count: n)
         ways[count] = training_cost.backward_peak_bytes(JOB, 4) - kept
     assert ways[1] == estimates.backward_bytes(SMALL.config, 4, 32) + 2 * 4 * b
     assert ways[2] == ways[1] + 4 * b
