@@ -454,7 +454,9 @@ def test_a_busy_machine_does_not_make_blocks_free(
     monkeypatch.setattr(
         finalists.mlx_generate, "greedy", lambda model, *_: [clock[len(model.model.layers)]] * 5
     )
-    monkeypatch.setattr(finalists.rounds, "token_times", lambda coming: (list(accumulate(coming)), []))
+    monkeypatch.setattr(
+        finalists.rounds, "token_times", lambda coming: (list(accumulate(coming)), [])
+    )
     monkeypatch.setattr(finalists, "_attention_seconds", lambda *_: 0.22)
     assert finalists.timed_token(deep, 0, 0) == Timing(0.25, 0.0, 0.22)
     clock[2] = 0.6
