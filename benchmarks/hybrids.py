@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,8 @@ def rules(length: int, rounds: int) -> dict[str, Any]:
     row = {}
     for name, form in (("chunks", in_chunks), ("token by token", token_by_token)):
         row[name] = {
-            "forward": measured(lambda form=form: form(*arrays), rounds),
-            "gradient": measured(lambda form=form: gradient(form, arrays), rounds),
+            "forward": measured(partial(form, *arrays), rounds),
+            "gradient": measured(partial(gradient, form, arrays), rounds),
         }
     return row
 
@@ -135,7 +136,7 @@ def block_of(kind: str, length: int, rounds: int) -> dict[str, Any]:
     row = family(config)
     number = config["layer_types"].index(row.stateful)
     block = mlx_modules.new_block(row, mlx_modules.model_args(config), number)
-    x = mx.random.normal((1, length, COMMON["hidden_size"]), key=mx.random.key(1))
+    x = mx.random.normal((1, length, int(COMMON["hidden_size"])), key=mx.random.key(1))
     mx.eval(x, block.parameters())
     weights = block.trainable_parameters()
 

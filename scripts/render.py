@@ -374,7 +374,7 @@ def few_bits(found: Found) -> str:
     lines = list[list[str]]()
     for label, row in rows:
         cells = [label, f"{row['bits_per_weight']:.2f}", f"{row['nbytes'] / 1e6:.1f}"]
-        cells += [with_interval(row["lost"][text]) for text in texts]
+        cells += [with_margin(row["lost"][text]) for text in texts]
         file = row["gguf"]
         cells += [f"{file['nbytes'] / 1e6:.1f}", f"{100 * file['exact']:.0f}"]
         lines.append(cells)
@@ -384,7 +384,7 @@ def few_bits(found: Found) -> str:
     return "\n".join([words.markdown_table(head, lines), "", where(found, sizes)])
 
 
-def with_interval(value: list[float]) -> str:
+def with_margin(value: list[float]) -> str:
     """A number, with half the width of its 95 % interval where there is one."""
     mean, *interval = value
     if not interval:

@@ -176,7 +176,8 @@ def delta_rule(
         for array in arrays:
             piece = array[:, :, start : start + count]
             pieces.append(_padded(piece, size))
-        y, state = _again(*pieces, state)
+        pieces.append(state)
+        y, state = _again(*pieces)
         parts.append(y[:, :, :count])
     joined = mx.concatenate(parts, axis=2)
     return joined.swapaxes(1, 2), state

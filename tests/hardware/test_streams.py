@@ -48,7 +48,7 @@ def test_each_gives_all_in_order_and_evaluated(told: list[int]) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_rows_are_what_the_whole_is(told: list[int], count: int) -> None:
-    """However many rows there are, one stream's among them, with gradients that flow back to each."""
+    """However many rows there are, one stream's among them, with gradients back to each."""
     x = mx.random.normal((count, 4, 8), key=mx.random.key(1))
     w = mx.random.normal((8, 8), key=mx.random.key(2))
 
