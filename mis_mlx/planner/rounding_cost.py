@@ -193,13 +193,17 @@ def _tuned(
     passes = windows + 2 * windows // 4 + 3 * TUNED_AT_ONCE * TUNING_STEPS
     moved = layers * target_bytes
     read = math.ceil(moved * TUNED_AT_ONCE * TUNING_STEPS / windows) + moved
-    return replace(
-        rounded,
-        read_bytes=rounded.read_bytes + read,
-        written_bytes=rounded.written_bytes + moved,
-        flops=rounded.flops + forward_flops(m, passes * length, length),
-        waits=rounded.waits + layers * (TUNING_STEPS + 2 * windows),
+    more_flops = forward_flops(m, passes * length, length)
+    more_waits = layers * (TUNING_STEPS + 2 * windows)
+    tuning = StageCost(
+        name="",
+        read_bytes=read,
+        written_bytes=moved,
+        peak_bytes=0,
+        flops=more_flops,
+        waits=more_waits,
     )
+    return rounded.then(tuning)
 
 
 def _sides(s: Shape) -> list[tuple[int, int]]:

@@ -73,26 +73,38 @@ def chosen_layout(
 ) -> tuple[packed_format.Formats, dict[str, Any]]:
     """`mixed`, where the cost of every matrix in every format is known, in nats per token."""
     shapes = arch.tensors_of(config)
-    sizes = {path: math.prod(shapes[f"{path}.weight"]) for path in of_formats}
     # No two formats of a matrix have the same bits per weight, so these stand for a format.
-    by_bits = {}
-    for path, cost in of_formats.items():
-        by_bits[path] = {kind.bits_per_weight: nats for kind, nats in cost.items()}
-    bits = allocate(by_bits, sizes, target_bpw)
+    by_bits: dict[str, dict[float, float]] = {}
+    digits: dict[str, dict[str, float]] = {}
+    sizes = {}
+    for path, costs_of_path in of_formats.items():
+        shape = shapes[f"{path}.weight"]
+        sizes[path] = math.prod(shape)
+        by_bits[path] = {}
+        digits[path] = {}
+        for kind, nats in costs_of_path.items():
+            name = f"{kind.bits}/{kind.group}"
+            digits[path][name] = round(nats, 9)
+            width = kind.bits_per_weight
+            by_bits[path][width] = nats
+    widths = allocate(by_bits, sizes, target_bpw)
     chosen = {}
-    digits = {}
+    bits = {}
+    groups = {}
     predicted = 0.0
-    for path, cost in of_formats.items():
-        digits[path] = {f"{kind.bits}/{kind.group}": round(n, 9) for kind, n in cost.items()}
-        for kind, nats in cost.items():
-            if kind.bits_per_weight == bits[path]:
-                chosen[path] = kind
-                predicted += nats
+    for path, costs_of_path in of_formats.items():
+        for kind, nats in costs_of_path.items():
+            if kind.bits_per_weight != widths[path]:
+                continue
+            chosen[path] = kind
+            bits[path] = kind.bits
+            groups[path] = kind.group
+            predicted += nats
     report = {
         "target_bpw": target_bpw,
         "nats": digits,  # "3/64": 3 bits in groups of 64
-        "bits": {path: kind.bits for path, kind in chosen.items()},
-        "groups": {path: kind.group for path, kind in chosen.items()},
+        "bits": bits,
+        "groups": groups,
         "predicted_nats": predicted,
     }
     return chosen, report

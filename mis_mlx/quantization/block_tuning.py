@@ -101,7 +101,10 @@ class BlockTuning:
         learners = _learners(source, block, rounded, plan)
         before = self._error(source, block, hidden)
         self._learn(source, block, hidden, learners)
-        learned = {learner.path: _packed(rounded[learner.path], learner) for learner in learners}
+        learned = {}
+        for learner in learners:
+            path = learner.path
+            learned[path] = _packed(rounded[path], learner)
         after = self._error(source, block, hidden)
         better = after < before
         result = dict(rounded)
@@ -116,8 +119,10 @@ class BlockTuning:
                 linear.weight = values.astype(linear.weight.dtype)
                 stream.evaluate_now(linear.weight)
             block[part][name] = linear
-        share = after / before if before else 1.0
-        verdict = "kept" if better else "not kept"
+        share = after / max(before, TINY)
+        verdict = "not kept"
+        if better:
+            verdict = "kept"
         cli.say(
             f"block {source.block_index}: {share:.3f} of its error on held-out windows, {verdict}"
         )
@@ -148,7 +153,8 @@ class BlockTuning:
             errors = []
             for b in windows:
                 output = source.run(source.block_index, block, b, hidden[b])
-                errors.append(mx.square(_difference(output, self.targets[b])).sum())
+                difference = _difference(output, self.targets[b])
+                errors.append(mx.square(difference).sum())
             return mx.stack(errors).sum()
 
         gradient_of = nn.value_and_grad(block, loss)
@@ -197,12 +203,15 @@ class _Adam:
         for key in GRIDS:
             gradient = gradients[key]
             mean = slow * self._means[key] + (1 - slow) * gradient
-            square = slower * self._squares[key] + (1 - slower) * mx.square(gradient)
+            old_square = slower * self._squares[key]
+            square = old_square + (1 - slower) * mx.square(gradient)
             self._means[key] = mean
             self._squares[key] = square
             direction = mean / (1 - slow**self._count)
-            width = mx.sqrt(square / (1 - slower**self._count))
-            move = decay * self._rates[key] * direction / (width + TINY)
+            variance = square / (1 - slower**self._count)
+            width = mx.sqrt(variance) + TINY
+            rate = decay * self._rates[key]
+            move = rate * direction / width
             self._grid[key] = self._grid[key] - move
 
 
@@ -252,12 +261,14 @@ def _learners(
         grid = TrainableQuantizedLinear(rounded[path], plan[path], added)
         stream.evaluate_now(grid._integers, grid.scales, grid.biases)
         block[part][name] = grid
-        learners.append(_Learner(part, name, path, plan[path].bits, grid))
+        bits = plan[path].bits
+        learners.append(_Learner(part, name, path=path, bits=bits, grid=grid))
     return learners
 
 
 def _packed(rounded: rounding.Packed, learner: _Learner) -> rounding.Packed:
     """A matrix as stored, with the learner's scales and biases."""
-    scales, biases = (learner.grid[key].astype(mx.float16) for key in GRIDS)
+    scales = learner.grid.scales.astype(mx.float16)
+    biases = learner.grid.biases.astype(mx.float16)
     stream.evaluate_now(scales, biases)
     return rounded[0], scales, biases

@@ -94,7 +94,7 @@ def quantize(
             if held < len(batches):
                 targets = Spool(beside, 0, files)
             tuning = block_tuning.BlockTuning(targets, seed)
-        rounded = rounded_blocks(checkpoint, batches, plan, hidden(1), tuning)
+        rounded = rounded_blocks(checkpoint, batches, plan, hidden(1), tuning=tuning)
     return packed_format.write_quantized(
         checkpoint,
         out,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -70,7 +71,7 @@ def rounded(
 ) -> Blocks:
     """All blocks of a model in 3 bits."""
     plan = three_bits(checkpoint)
-    return list(stage.rounded_blocks(checkpoint, batches, plan, hidden, tuning))
+    return list(stage.rounded_blocks(checkpoint, batches, plan, hidden, tuning=tuning))
 
 
 def differing(blocks: Blocks, others: Blocks, part: int) -> list[str]:
@@ -95,7 +96,7 @@ def test_the_model_is_nearer_to_itself_than_by_gptq(narrow: Checkpoint, tmp_path
     sizes = set()
     for name in ("gptq", "blocks"):
         tuning = block_tuning.BlockTuning([]) if name == "blocks" else None
-        blocks = stage.rounded_blocks(narrow, windows[:32], plan, None, tuning)
+        blocks = stage.rounded_blocks(narrow, windows[:32], plan, tuning=tuning)
         out = tmp_path / name
         packed_format.write_quantized(narrow, out, plan, DISK, rounded=blocks, fit=True)
         made = load.open_checkpoint(out)
@@ -189,13 +190,14 @@ def test_a_step_is_adams(narrow: Checkpoint) -> None:
     weight = mx.random.normal((8, 64), key=mx.random.key(1))
     kind = packed_format.Format(4, 64)
     grid = packed_format.TrainableQuantizedLinear(rounding.fitted(weight, 64, 4), kind)
-    learner = block_tuning._Learner("mlp", "up_proj", "path", 4, grid)
+    learner = block_tuning._Learner("mlp", "up_proj", path="path", bits=4, grid=grid)
     first = {key: mx.array(grid[key]) for key in block_tuning.GRIDS}
     gradients = []
     for k in range(5):
-        gradients.append(
-            {n: mx.random.normal(a.shape, key=mx.random.key(k)) for n, a in first.items()}
-        )
+        gradient = {}
+        for key, start in first.items():
+            gradient[key] = mx.random.normal(start.shape, key=mx.random.key(k))
+        gradients.append(gradient)
     adam = block_tuning._Adam(learner)
     for gradient in gradients:
         adam.step(gradient, 1.0)
@@ -221,7 +223,8 @@ def test_other_kinds_open_in_stock_mlx_lm(
     checkpoint = models(kind)
     windows = windows_of(8, 24)
     plan = three_bits(checkpoint)
-    blocks = stage.rounded_blocks(checkpoint, windows, plan, None, block_tuning.BlockTuning([]))
+    tuning = block_tuning.BlockTuning([])
+    blocks = stage.rounded_blocks(checkpoint, windows, plan, tuning=tuning)
     packed_format.write_quantized(checkpoint, tmp_path / "q", plan, DISK, rounded=blocks, fit=True)
     made = load.open_checkpoint(tmp_path / "q")
     for name in made.tensors:
@@ -256,18 +259,17 @@ def test_what_cannot_learn_is_refused_before_work(
 def test_the_command(narrow: Checkpoint, text_folder: Path, tmp_path: Path) -> None:
     """`quantize --q-method blocks`: twice the same bits, other ones than by GPTQ, as many bytes."""
     weights = []
-    for name, method in (("a", "blocks"), ("b", "blocks"), ("c", "gptq")):
-        done = quantize.run(
-            quantize.Settings(
-                model=str(narrow.path),
-                mlx_path=str(tmp_path / name),
-                data=str(text_folder),
-                q_method=method,
-                target_bpw=3.5,
-                num_samples=16,
-                max_seq_length=32,
-            )
-        )
+    methods = {"a": "blocks", "b": "blocks", "c": "gptq"}
+    common = quantize.Settings(
+        model=str(narrow.path),
+        data=str(text_folder),
+        target_bpw=3.5,
+        num_samples=16,
+        max_seq_length=32,
+    )
+    for name, method in methods.items():
+        settings = replace(common, mlx_path=str(tmp_path / name), q_method=method)
+        done = quantize.run(settings)
         assert done["method"] == method
         weights.append((tmp_path / name / "model.safetensors").read_bytes())
     assert weights[0] == weights[1] != weights[2]

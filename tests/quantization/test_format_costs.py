@@ -196,17 +196,16 @@ def test_the_command_goes_down_to_2_bits(
     llama: Checkpoint, text_folder: Path, tmp_path: Path
 ) -> None:
     """`quantize --target-bpw 2.7`, with GPTQ on grids of 2 bits and two steps of scale tuning."""
-    done = quantize.run(
-        quantize.Settings(
-            model=str(llama.path),
-            mlx_path=str(tmp_path / "q"),
-            data=str(text_folder),
-            target_bpw=2.7,
-            q_iters=2,
-            num_samples=4,
-            max_seq_length=32,
-        )
+    settings = quantize.Settings(
+        model=str(llama.path),
+        mlx_path=str(tmp_path / "q"),
+        data=str(text_folder),
+        target_bpw=2.7,
+        q_iters=2,
+        num_samples=4,
+        max_seq_length=32,
     )
+    done = quantize.run(settings)
     made = load.open_checkpoint(tmp_path / "q")
     formats = packed_format.formats(made)
     assert 2 in {kind.bits for kind in formats.values()}
