@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import test_export
 from tests.studio_page.driving import Tab, browser, needs_browser, page_of
-from tests.test_export import Hub
+from tests.test_upload import Hub
 
 # Writes down what it is called with, and what lies where it is called.
 OLLAMA = """#!/bin/sh
@@ -26,7 +25,7 @@ def hub(folder: Path) -> Iterator[dict[str, str]]:
     """Variables of a process that takes this machine for the hub."""
     Hub.got.clear()
     Hub.paths.clear()
-    with ThreadingHTTPServer(("127.0.0.1", 0), test_export.Hub) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield {
             "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
