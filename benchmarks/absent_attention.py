@@ -205,6 +205,11 @@ class Model:
         return nats / math.log(2) / text.nbytes
 
 
+def squares(array: mx.array) -> float:
+    """The sum of the squares of an array."""
+    return float(mx.square(array).sum())
+
+
 def fitted(model: Model, number: int, hidden: Sequence[mx.array]) -> tuple[mx.array, float]:
     """(matrix (D, D), share of the attention's squared output that it misses on other windows).
 
@@ -225,12 +230,12 @@ def fitted(model: Model, number: int, hidden: Sequence[mx.array]) -> tuple[mx.ar
         gram, cross = equations.products(x, y, mx.ones(len(x)))
         equations.add(gram, cross)
     model.blocks[number].self_attn = attention
-    total = sum(float(mx.square(y).sum()) for _, y in judged)
+    total = sum(squares(y) for _, y in judged)
     best = mx.zeros((size, size))
     least = 1.0
     for ridge in (1e-3, 1e-2, *RIDGES):
         weight = mx.array(equations.update(ridge).astype(np.float32))
-        missed = sum(float(mx.square(y - x @ weight.T).sum()) for x, y in judged) / total
+        missed = sum(squares(y - x @ weight.T) for x, y in judged) / total
         if missed < least:
             best = weight
             least = missed
@@ -273,11 +278,12 @@ class Trial:
         """Every block: what its attention costs, left out and with the matrix in its place."""
         model = self.model
         calibration = [model.embed(tokens) for tokens in self.calibration]
-        streams = {
-            name: [model.embed(tokens) for tokens in text.batches()]
-            for name, text in self.texts.ranking.items()
-        }
-        whole = {name: model.bits(text, streams[name], 0) for name, text in self._ranking()}
+        ranking = self.texts.ranking
+        streams = {}
+        before = {}
+        for kind, text in ranking.items():
+            streams[kind] = [model.embed(tokens) for tokens in text.batches()]
+            before[kind] = model.bits(text, streams[kind], 0)
         rows = []
         for number, attention in enumerate(self.attentions):
             matrix, missed = fitted(model, number, calibration)
@@ -285,10 +291,11 @@ class Trial:
             replacements = {"left out": Absent(), "matrix": Matrix(matrix)}
             for name, replacement in replacements.items():
                 model.blocks[number].self_attn = replacement
-                row[name] = {
-                    kind: round(model.bits(text, streams[kind], number) - whole[kind], 4)
-                    for kind, text in self._ranking()
-                }
+                costs = {}
+                for kind, text in ranking.items():
+                    bits = model.bits(text, streams[kind], number)
+                    costs[kind] = round(bits - before[kind], 4)
+                row[name] = costs
             model.blocks[number].self_attn = attention
             cli.say(str(row))
             rows.append(row)
@@ -297,9 +304,6 @@ class Trial:
                     hidden[window] = model.run(number, states)
                 mx.eval(hidden)
         return rows
-
-    def _ranking(self) -> Any:
-        return self.texts.ranking.items()
 
     def replace(self, blocks: Sequence[int]) -> None:
         """Matrices in the place of some attentions, each fitted behind those before it."""
@@ -356,11 +360,14 @@ def table(found: Mapping[str, Any]) -> str:
     kinds = list(found["alone"][0]["matrix"])
     body = []
     for row in found["alone"]:
-        left_out = [f"{row['left out'][kind]:.3f}" for kind in kinds]
-        matrix = [f"{row['matrix'][kind]:.3f}" for kind in kinds]
-        body.append([f"block {row['block']}", f"{row['missed']:.2f}", *left_out, *matrix])
+        cells = [f"block {row['block']}", f"{row['missed']:.2f}"]
+        cells += [f"{row['left out'][kind]:.3f}" for kind in kinds]
+        cells += [f"{row['matrix'][kind]:.3f}" for kind in kinds]
+        body.append(cells)
     for name, excess in found.get("together", {}).items():
-        body.append([name, "", *[""] * len(kinds), *[f"{excess[kind]:.3f}" for kind in kinds]])
+        cells = [name] + [""] * (1 + len(kinds))
+        cells += [f"{excess[kind]:.3f}" for kind in kinds]
+        body.append(cells)
     header = ["", "missed", *[f"{kind}, left out" for kind in kinds]]
     return markdown_table([*header, *[f"{kind}, matrix" for kind in kinds]], body)
 

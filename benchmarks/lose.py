@@ -43,6 +43,13 @@ KEPT_RESULTS = (
     "answers_excess_distilled",
     "peak_bytes",
 )
+FIGURES = (
+    ("bytes_4-bit", 1),
+    ("expected_loss", 3),
+    ("reached_loss", 3),
+    ("loops_4-bit", 0),
+    ("loops_teacher", 0),
+)
 HEADER = ["", "MB", "expected", "reached", "loops, %", "teacher's, %", "minutes"]
 
 
@@ -98,24 +105,22 @@ def packed_row(teacher: str | None, bits: int) -> dict[str, Any]:
     return row
 
 
+def number(row: dict[str, Any], key: str, digits: int) -> str:
+    """A figure of a row; empty where it has none."""
+    return f"{row[key]:.{digits}f}" if key in row else ""
+
+
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown, in the order of the rows' names."""
     body = []
     for name in sorted(rows):
         row = rows[name]
-        expected = row.get("expected_loss")
+        cells = [name]
+        for key, digits in FIGURES:
+            cells.append(number(row, key, digits))
         minutes = sum(row.get("seconds", {}).values()) / 60
-        body.append(
-            [
-                name,
-                f"{row['bytes_4-bit']:.1f}",
-                "" if expected is None else f"{expected:.3f}",
-                f"{row['reached_loss']:.3f}" if "reached_loss" in row else "",
-                f"{row['loops_4-bit']:.0f}" if "loops_4-bit" in row else "",
-                f"{row['loops_teacher']:.0f}" if "loops_teacher" in row else "",
-                f"{minutes:.1f}" if minutes else "",
-            ]
-        )
+        cells.append(f"{minutes:.1f}" if minutes else "")
+        body.append(cells)
     return markdown_table(HEADER, body)
 
 
