@@ -154,7 +154,8 @@ def screen(words: list[str], folder: Path) -> str:
     """What Python with these arguments writes to a terminal, without the line for programs."""
     terminal, inside = pty.openpty()
     fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 50, COLUMNS, 0, 0))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # Where it is not set, a line on the threads would come before all else.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, *words]
     with subprocess.Popen(command, cwd=folder, env=environment, stdout=inside, stderr=inside):
         os.close(inside)

@@ -441,6 +441,18 @@ def true_shape(found: Found) -> str:
     return "\n".join([words.markdown_table(head, lines), "", source])
 
 
+def lose(found: Found) -> str:
+    """What was allowed, expected and reached."""
+    head = ["run", "MB", "expected", "reached", "loops, %", "teacher's, %"]
+    lines = []
+    for name, row in found["rows"].items():
+        numbers = [f"{row[key]:.3f}" for key in ("expected_loss", "reached_loss")]
+        loops = [f"{row[key]:.0f}" for key in ("loops_4-bit", "loops_teacher")]
+        lines.append([name, f"{row['bytes_4-bit']:.1f}", *numbers, *loops])
+    source = f"`{found['command']}`, on {found['chip']} next to other jobs, with one thread of BLAS."
+    return "\n".join([words.markdown_table(head, lines), "", source])
+
+
 def sizes_of(row: Found) -> list[str]:
     """Parameters and bytes of a model on disk."""
     return [f"{row['params'] / 1e9:.2f} B", f"{row['bytes'] / 1e9:.2f} GB"]
@@ -453,6 +465,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "ttft-4bit": (ttft, ("ttft-4bit.json",)),
     "speed": (speed, ("throughput.json", "ttft.json")),
     "distill-default": (default_run, ("distill-default.md",)),
+    "lose": (lose, ("lose.json",)),
     "few-bits": (few_bits, ("bits-SmolLM2-135M-Instruct.json",)),
     "known-numbers": (known_numbers, ("known_numbers.json",)),
     "models-half": (models_half, ("models.json",)),

@@ -38,7 +38,7 @@ class Level:
     pace: Pace | None = None  # from the first turn on
     text: str = ""
 
-    def move(self, done: int, text: str, now_s: float) -> None:
+    def advance(self, done: int, text: str, now_s: float) -> None:
         """So many turns are done now. A run that goes on begins with some of them."""
         if self.pace is None:
             self.pace = Pace(self.began_s, first=max(0, done - 1))
@@ -221,7 +221,7 @@ class Display:
         level = Level(label, total, self.clock(), whole)
 
         def update(done: int, text: str = "") -> None:
-            level.move(done, text, self.clock())
+            level.advance(done, text, self.clock())
             if self.bar is not None:
                 self.draw()
 

@@ -239,7 +239,7 @@ SPEAKERS = ("prune", "export", "distill", "sft", "generate", "bench")
 @pytest.fixture(scope="module")
 def made(all_jobs: dict[str, jobs.Job]) -> tuple[Path, Path]:
     """(model, text)"""
-    return all_jobs["prune"].keys_values
+    return all_jobs["prune"].made
 
 
 def run(command: str, folder: Path, good: Path, text: Path, out: Path) -> object:

@@ -110,7 +110,7 @@ def test_a_run_talks_to_nobody(
 
     And its user's token is in nothing that it says or leaves behind.
     """
-    model, text = all_jobs["distill"].keys_values
+    model, text = all_jobs["distill"].made
     flags = {
         "distill": [
             "--teacher",

@@ -38,7 +38,7 @@ def settings(all_jobs: dict[str, jobs.Job], tmp_path: Path) -> Callable[[str], d
     """`settings(name)`: of a run of twelve steps, saved at every fourth, with plain distillation
     and no 4-bit model.
     """
-    model, text = all_jobs["distill"].keys_values
+    model, text = all_jobs["distill"].made
     brief: dict[str, Any] = {
         "teacher": str(model),
         "data": str(text),
@@ -253,7 +253,7 @@ def test_a_tuning_run_goes_back_too(
     """`sft` with batches 4 to 6 of no number: back to its checkpoint at step 3, and the best model
     has numbers only.
     """
-    model, text = all_jobs["sft"].keys_values
+    model, text = all_jobs["sft"].made
     each = PackedDataset.micro_batches
     loss = PackedDataset.loss
 

@@ -184,7 +184,7 @@ class Bench:
             target=_serve,
             args=(
                 self.job.name,
-                *self.job.keys_values,
+                *self.job.made,
                 self.place,
                 estimates.machine_rates(),
                 theirs,
