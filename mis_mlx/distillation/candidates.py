@@ -230,11 +230,10 @@ class Candidates:
         )
         for costs in nats.values():
             if not all(map(math.isfinite, costs.values())):
-                why = (
+                raise MisError(
                     "the cost of bits cannot be measured, because this teacher's gradients are too "
-                    "large"
+                    "large: leave bits out of `search --axes`, or limit --params"
                 )
-                raise MisError(f"{why}: leave bits out of `search --axes`, or limit --params")
         return nats
 
     @cached_property
@@ -372,9 +371,7 @@ class Candidates:
         Every weight goes to its nearest value. bits: of each matrix, by its path. group: weights
         that share a scale.
         """
-        layout = {}
-        for path, width in bits.items():
-            layout[path] = packed_format.Format(width, group)
+        layout = {path: packed_format.Format(width, group) for path, width in bits.items()}
         with self._temporary("rounded") as place:
             out = Path(place) / "model"
             packed_format.write_quantized(model, out, layout, self.run.files, fit=True)

@@ -1,8 +1,10 @@
 """Rotary positions as llama.cpp knows them: their kind, settings, and factors of frequencies."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import gguf
 import numpy as np
 
 from mis_mlx.gguf_export import gemma
@@ -105,3 +107,22 @@ def frequency_factors(config: Config) -> np.ndarray:
     high = scaling["high_freq_factor"]
     smooth = np.clip((turns - low) / (high - low), 0, 1)  # 1: turns often
     return (1 / ((1 - smooth) / scaling["factor"] + smooth)).astype(np.float32)
+
+
+def words(rope: str, scaling: Config, full: Config) -> dict[str, Any]:
+    """How positions are stretched, by the `GGUFWriter`'s words; nothing where they are plain."""
+    told: dict[str, Any] = {}
+    if rope in ("linear", "yarn"):
+        told["rope_scaling_type"] = gguf.RopeScalingType(rope)
+        keys = {"factor"}
+        if rope == "yarn":
+            keys = YARN.keys() & scaling
+        for key in sorted(keys):
+            told[f"rope_scaling_{YARN[key]}"] = scaling[key]
+    if rope == "longrope":
+        original = full["original_max_position_embeddings"]
+        longer = max(1, full["max_position_embeddings"] / original)
+        told["rope_scaling_orig_ctx_len"] = original
+        factor = math.sqrt(1 + math.log(longer, original))
+        told["rope_scaling_attn_factors"] = factor
+    return told

@@ -20,7 +20,7 @@ from gguf.gguf_writer import WriterState
 
 from mis_mlx.gguf_export import gemma, positions
 from mis_mlx.gguf_export.positions import Config
-from mis_mlx.gguf_export.words import FILE_TYPES, FREQS, OWN, REWRAPPED, YARN
+from mis_mlx.gguf_export.words import FILE_TYPES, FREQS, OWN, REWRAPPED
 from mis_mlx.maths import rounding
 from mis_mlx.models import (
     arch,
@@ -430,7 +430,7 @@ def describe(writer: Any, config: Config, name: str, wanted: str) -> None:
             shape.kv_heads if attends(full, i) else 0 for i in range(shape.layers)
         ]
         words["shortconv_l_cache"] = full["conv_L_cache"]
-    words |= _of_positions(rope, scaling, full)
+    words |= positions.words(rope, scaling, full)
     words |= gemma.words(full)
     if family.scaled_queries:
         words["attn_temperature_scale"] = scaling["llama_4_scaling_beta"]
@@ -438,25 +438,6 @@ def describe(writer: Any, config: Config, name: str, wanted: str) -> None:
         words["sliding_window"] = load.model_args(config).sliding_window
     for word, value in words.items():
         getattr(writer, f"add_{word}")(value)
-
-
-def _of_positions(rope: str, scaling: Config, full: Config) -> dict[str, Any]:
-    """How positions are stretched, by the `GGUFWriter`'s words; nothing where they are plain."""
-    words: dict[str, Any] = {}
-    if rope in ("linear", "yarn"):
-        words["rope_scaling_type"] = gguf.RopeScalingType(rope)
-        keys = {"factor"}
-        if rope == "yarn":
-            keys = YARN.keys() & scaling
-        for key in sorted(keys):
-            words[f"rope_scaling_{YARN[key]}"] = scaling[key]
-    if rope == "longrope":
-        original = full["original_max_position_embeddings"]
-        longer = max(1, full["max_position_embeddings"] / original)
-        words["rope_scaling_orig_ctx_len"] = original
-        factor = math.sqrt(1 + math.log(longer, original))
-        words["rope_scaling_attn_factors"] = factor
-    return words
 
 
 def padded_bytes(parts: Iterable[Part]) -> int:

@@ -312,8 +312,10 @@ class Model(nn.Module):
     def __call__(self, tokens: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
         """Token ids (B, T) -> logits (B, T, V)."""
         hidden = self.model(tokens, cache)
-        z = self.model.embed_tokens.as_linear(hidden)
-        return losses.apply_softcap(z, self.args.final_logit_softcapping)
+        table = self.model.embed_tokens
+        z = table.as_linear(hidden)
+        cap = self.args.final_logit_softcapping
+        return losses.apply_softcap(z, cap)
 
     @property
     def layers(self) -> list[nn.Module]:

@@ -221,10 +221,25 @@ def remember(cache: Any, rows: mx.array, reach: int) -> None:
     cache[0] = mx.take_along_axis(rows, places[..., None], axis=1)
 
 
+def _for_value_heads(
+    layer: Any,
+    module: ModuleType,
+    q: mx.array,
+    k: mx.array,
+) -> tuple[mx.array, mx.array]:
+    """Normalised queries and keys (B, T, H, K), of those of fewer heads."""
+    scale = layer.head_k_dim**-0.5
+    q, k = module.normalize_qk(q, k, inv_scale=scale, eps=1e-6)
+    repeats = layer.num_v_heads // layer.num_k_heads
+    if repeats > 1:
+        q = mx.repeat(q, repeats, axis=2)
+        k = mx.repeat(k, repeats, axis=2)
+    return q, k
+
+
 @cache
 def _layer(module: ModuleType) -> Any:
     """mlx-lm's layer of this module, with the rule in chunks."""
-    rule = module.normalize_qk
 
     class DeltaNet(module.GatedDeltaNet):  # type: ignore[misc, name-defined]
         """mlx-lm's weights, and its function: (B, T, D) -> (B, T, D)."""
@@ -248,11 +263,7 @@ def _layer(module: ModuleType) -> Any:
             q = mx.unflatten(q, -1, by_head)
             k = mx.unflatten(k, -1, by_head)
             v = mx.unflatten(v, -1, (-1, self.head_v_dim))
-            q, k = rule(q, k, inv_scale=self.head_k_dim**-0.5, eps=1e-6)
-            repeats = self.num_v_heads // self.num_k_heads
-            if repeats > 1:
-                q = mx.repeat(q, repeats, axis=2)
-                k = mx.repeat(k, repeats, axis=2)
+            q, k = _for_value_heads(self, module, q=q, k=k)
             beta, log_g = self._gates(x, mask)
             before = None
             if cache is not None:

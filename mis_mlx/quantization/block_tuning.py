@@ -18,7 +18,7 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, block_inputs, stream
-from mis_mlx.models.families import Config
+from mis_mlx.models.families import Config, family
 from mis_mlx.models.stream import Hidden
 from mis_mlx.planner.rounding_cost import TUNED_AT_ONCE, TUNING_STEPS
 from mis_mlx.quantization.packed_format import (
@@ -50,9 +50,10 @@ class _Learner(NamedTuple):
 def check(config: Config, windows: int) -> None:
     """MisError where blocks of this model cannot learn, or where there are too few windows."""
     if not block_inputs.plain(config):
+        name = family(config).name
         raise MisError(
-            f"--q-method blocks does not know {config['model_type']}, whose blocks take more than "
-            f"hidden states: use --q-method gptq"
+            f"--q-method blocks does not know {name}, whose blocks take more than hidden states: "
+            f"use --q-method gptq"
         )
     if windows < LEAST_WINDOWS:
         raise MisError(

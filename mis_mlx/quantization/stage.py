@@ -90,10 +90,7 @@ def quantize(
     if rounding.compensates:
         tuning = None
         if rounding.q_method == "blocks":
-            targets: Hidden = list[mx.array]()
-            if held < len(batches):
-                targets = Spool(beside, 0, files)
-            tuning = block_tuning.BlockTuning(targets, seed)
+            tuning = _block_tuning(hidden(0), seed)
         rounded = rounded_blocks(checkpoint, batches, plan, hidden(1), tuning=tuning)
     return packed_format.write_quantized(
         checkpoint,
@@ -104,6 +101,13 @@ def quantize(
         extra=extra,
         fit=rounded is not None,
     )
+
+
+def _block_tuning(targets: Hidden | None, seed: int) -> block_tuning.BlockTuning:
+    """The tuning of blocks, whose targets lie in memory where no place is given for them."""
+    if targets is None:
+        targets = list[mx.array]()
+    return block_tuning.BlockTuning(targets, seed)
 
 
 def rounded_blocks(
