@@ -449,7 +449,9 @@ def lose(found: Found) -> str:
         numbers = [f"{row[key]:.3f}" for key in ("expected_loss", "reached_loss")]
         loops = [f"{row[key]:.0f}" for key in ("loops_4-bit", "loops_teacher")]
         lines.append([name, f"{row['bytes_4-bit']:.1f}", *numbers, *loops])
-    source = f"`{found['command']}`, on {found['chip']} next to other jobs, with one thread of BLAS."
+    source = (
+        f"`{found['command']}`, on {found['chip']} next to other jobs, with one thread of BLAS."
+    )
     return "\n".join([words.markdown_table(head, lines), "", source])
 
 

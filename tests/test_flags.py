@@ -262,10 +262,10 @@ def test_a_parent_that_is_missing_is_made(
 
 @pytest.mark.parametrize("group", [32, 64])
 def test_the_exact_ends_of_target_bpw(group: int, llama: Checkpoint) -> None:
-    """2 and 8 bits with a scale and a bias of 16 bits a group: these are taken, what lies beyond is
+    """3 and 8 bits with a scale and a bias of 16 bits a group: these are taken, what lies beyond is
     told them.
     """
-    least = 2 + 32 / group
+    least = 3 + 32 / group
     most = 8 + 32 / group
 
     def check(target: float) -> None:

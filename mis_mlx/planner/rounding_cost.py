@@ -166,14 +166,14 @@ def _compensated(
 def _tuning_bytes(m: ModelSize, how: QuantizationConfig, length: int) -> int:
     """What a block holds while its scales learn (quantization/block_tuning).
 
-    Integers in a byte, and eight arrays in float32: the integers, these times their scales,
+    Integers in a byte, and nine arrays in float32: the integers, these times their scales,
     weights, the gradient of those, and that times the integers; the block as it was; the block as
-    it was rounded first, which comes back where nothing is won; and one that is being replaced. For
-    scales and biases values, gradients, and Adam's two means. The backward pass of a step. Of a
+    it was rounded first, which comes back where nothing is won; and two that are being replaced.
+    For scales and biases values, gradients, and Adam's two means. The backward pass of a step. Of a
     block with groups of 32, which have the most scales.
     """
-    grids = 2 * m.block_params // min(GROUPS if how.q_groups == "mixed" else [how.q_group_size])
-    weights = (1 + 8 * 4) * m.block_params
+    grids = 2 * m.block_params // min(GROUPS if how.mixes_groups else [how.q_group_size])
+    weights = (1 + 9 * 4) * m.block_params
     return weights + 16 * grids + backward_bytes(m.config, TUNED_AT_ONCE, length)
 
 

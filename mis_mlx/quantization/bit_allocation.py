@@ -196,7 +196,8 @@ def check(config: Mapping[str, Any], how: QuantizationConfig) -> None:
         limit = f"above {most:g}, which 8 bits in groups of {how.q_group_size} take"
         raise MisError(f"--target-bpw {how.target_bpw:g} is {limit}: give {most:g} or less")
     shown = math.ceil(least * 1000) / 1000
-    limit = f"below {shown:g}, the least that this model's matrices take in 2 bits"
+    fewest = format_costs.LEAST_BITS if how.mixes_groups else min(rounding.CANDIDATE_BITS)
+    limit = f"below {shown:g}, the least that this model's matrices take in {fewest} bits"
     raise MisError(f"--target-bpw {how.target_bpw:g} is {limit}: give {shown:g} or more")
 
 

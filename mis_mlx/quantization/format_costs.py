@@ -31,12 +31,13 @@ def candidates(columns: int, how: QuantizationConfig, floor_bits: int = 0) -> li
     floor_bits: the fewest of this matrix (models/bit_floors).
     """
     formats = []
+    fewest = LEAST_BITS if how.mixes_groups else min(rounding.CANDIDATE_BITS)
     for bits in (LEAST_BITS, *rounding.CANDIDATE_BITS):
-        if bits < floor_bits:
+        if bits < max(floor_bits, fewest):
             continue
         for group in rounding.GROUPS:
             usual = group == how.q_group_size
-            other = how.q_groups == "mixed" and bits <= MOST_BITS_OF_OTHER_GROUPS
+            other = how.mixes_groups and bits <= MOST_BITS_OF_OTHER_GROUPS
             if usual or (other and columns % group == 0):
                 formats.append(Format(bits, group))
     return formats

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 
 ONE_GROUP = QuantizationConfig(q_groups="one")
+MIXED = QuantizationConfig(q_groups="mixed")
 UP = "model.layers.0.mlp.up_proj"  # (768, 64)
 DOWN = "model.layers.0.mlp.down_proj"  # (64, 768)
 
@@ -39,19 +41,27 @@ def error_of(weight: mx.array, packed: rounding.Packed, kind: Format) -> float:
 
 def test_candidates_are_what_rows_allow() -> None:
     """Groups of 128 only where they divide a row; 6 and 8 bits in one size; one size when asked."""
-    found = format_costs.candidates(768, QuantizationConfig())
+    found = format_costs.candidates(768, MIXED)
     assert len(found) == 4 * 3 + 2
     assert {kind.group for kind in found if kind.bits > 5} == {64}
-    narrow = format_costs.candidates(64, QuantizationConfig())
+    narrow = format_costs.candidates(64, MIXED)
     assert {kind.group for kind in narrow} == {32, 64}
     single = format_costs.candidates(768, ONE_GROUP)
-    assert single == [Format(bits, 64) for bits in (2, 3, 4, 5, 6, 8)]
+    assert single == [Format(bits, 64) for bits in (3, 4, 5, 6, 8)]
+
+
+def test_few_bits_need_other_groups() -> None:
+    """By themselves 2 bits and other groups are there for targets that 3 bits do not reach."""
+    for target, mixes in ((3.4, True), (3.5, False), (4.5, False), (None, False)):
+        assert QuantizationConfig(target_bpw=target).mixes_groups == mixes
+    assert QuantizationConfig(target_bpw=3.9, q_group_size=32).mixes_groups
+    assert not QuantizationConfig(target_bpw=3.0, q_groups="one").mixes_groups
 
 
 def test_no_two_formats_have_the_same_bits_per_weight() -> None:
     """`chosen_layout` tells a matrix's formats apart by them."""
     for group in rounding.GROUPS:
-        found = format_costs.candidates(768, QuantizationConfig(q_group_size=group))
+        found = format_costs.candidates(768, replace(MIXED, q_group_size=group))
         assert len({kind.bits_per_weight for kind in found}) == len(found)
 
 
@@ -95,9 +105,9 @@ def test_costs_of_the_usual_formats_are_those_of_fitted_grids(
     """`costs(fit=True)`, which searches use, says the same of 3 to 8 bits in groups of 64."""
     plain = bit_allocation.costs(llama, batches, 64, rounding.CANDIDATE_BITS)
     fitted = bit_allocation.costs(llama, batches, 64, rounding.CANDIDATE_BITS, fit=True)
-    derived = format_costs.of_formats(llama, plain, QuantizationConfig())
+    derived = format_costs.of_formats(llama, plain, MIXED)
     assert derived.keys() == fitted.keys()
-    from_fitted = format_costs.of_formats(llama, fitted, QuantizationConfig(), fitted=True)
+    from_fitted = format_costs.of_formats(llama, fitted, MIXED, fitted=True)
     assert from_fitted[UP][Format(2, 32)] == pytest.approx(derived[UP][Format(2, 32)], rel=1e-5)
     for path, costs in fitted.items():
         for bits, cost in costs.items():
@@ -171,8 +181,8 @@ def test_limits_are_those_of_the_model(llama: Checkpoint) -> None:
             sizes.append(math.prod(shape))
             bits.append(2.25 if shape[1] % 128 == 0 else 2.5)
     least = np.average(bits, weights=sizes)
-    assert format_costs.limits(llama.config, QuantizationConfig()) == pytest.approx((least, 8.5))
-    assert format_costs.limits(llama.config, ONE_GROUP) == (2.5, 8.5)
+    assert format_costs.limits(llama.config, MIXED) == pytest.approx((least, 8.5))
+    assert format_costs.limits(llama.config, ONE_GROUP) == (3.5, 8.5)
     shown = math.ceil(least * 1000) / 1000
     with pytest.raises(MisError, match=f"--target-bpw 2.3 is below {shown:g}, .* give {shown:g}"):
         bit_allocation.check(llama.config, QuantizationConfig(target_bpw=2.3))
@@ -186,7 +196,7 @@ def test_limits_are_those_of_the_model(llama: Checkpoint) -> None:
 
 def test_the_least_target_can_be_made(llama: Checkpoint, batches: list[mx.array]) -> None:
     """What the message says is the least is reached: every matrix in its fewest bits."""
-    least, _ = format_costs.limits(llama.config, QuantizationConfig())
+    least, _ = format_costs.limits(llama.config, MIXED)
     shown = math.ceil(least * 1000) / 1000
     plan, _ = bit_allocation.mixed(llama, batches[:1], QuantizationConfig(target_bpw=shown))
     assert {kind.bits for kind in plan.values()} == {2}
