@@ -50,7 +50,7 @@ from mis_mlx.quantization import (
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 
-HOW = QuantizationConfig(q_iters=0)
+HOW = QuantizationConfig(q_groups="mixed", q_iters=0)
 LENGTH = 256  # tokens of a window
 LEAST_BEFORE = 3
 PACKED = {"2 bits, groups of 32": (2, 32), "3 bits": (3, 64), "4 bits": (4, 64)}

@@ -60,6 +60,7 @@ def mixed(
     MisError as in `check`.
     """
     check(checkpoint.config, how)
+    how = format_costs.for_model(checkpoint.config, how)
     group = how.q_group_size
     nats = costs(checkpoint, batches, group, rounding.CANDIDATE_BITS, seed=seed, kept=kept)
     of_formats = format_costs.of_formats(checkpoint, nats, how)
@@ -187,18 +188,20 @@ def _hull(cost: Mapping[Width, float], size: int) -> list[tuple[float, Width]]:
 
 def check(config: Mapping[str, Any], how: QuantizationConfig) -> None:
     """MisError when the target lies outside the bits per weight that the formats can make."""
-    if how.target_bpw is None:
+    target = how.target_bpw
+    if target is None:
         return
-    least, most = format_costs.limits(config, how)
-    if least <= how.target_bpw <= most:
+    decided = format_costs.for_model(config, how)
+    least, most = format_costs.limits(config, decided)
+    if least <= target <= most:
         return
-    if how.target_bpw > most:
+    if target > most:
         limit = f"above {most:g}, which 8 bits in groups of {how.q_group_size} take"
-        raise MisError(f"--target-bpw {how.target_bpw:g} is {limit}: give {most:g} or less")
+        raise MisError(f"--target-bpw {target:g} is {limit}: give {most:g} or less")
     shown = math.ceil(least * 1000) / 1000
-    fewest = format_costs.LEAST_BITS if how.mixes_groups else min(rounding.CANDIDATE_BITS)
+    fewest = format_costs.LEAST_BITS if decided.mixes_groups else min(rounding.CANDIDATE_BITS)
     limit = f"below {shown:g}, the least that this model's matrices take in {fewest} bits"
-    raise MisError(f"--target-bpw {how.target_bpw:g} is {limit}: give {shown:g} or more")
+    raise MisError(f"--target-bpw {target:g} is {limit}: give {shown:g} or more")
 
 
 # One window in a block: the inputs of its matrices, {axis: (T, in)}, and for each matrix

@@ -9,6 +9,7 @@ pass takes no longer for them.
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -23,6 +24,18 @@ FormatCosts = Mapping[Format, float]  # nats per token of a matrix
 LEAST_BITS = 2
 # More bits have one group size: other ones would save next to nothing there.
 MOST_BITS_OF_OTHER_GROUPS = 5
+
+
+def for_model(config: Mapping[str, Any], how: QuantizationConfig) -> QuantizationConfig:
+    """`how`, where `q_groups` "auto" is decided: "mixed" where 3 bits do not reach the target.
+
+    Small matrices of fixed bits count, so a model may need more than 3 bits and their scales.
+    """
+    if how.q_groups != "auto" or how.target_bpw is None:
+        return how
+    one = replace(how, q_groups="one")
+    least, _ = limits(config, one)
+    return replace(how, q_groups="mixed") if how.target_bpw < least else one
 
 
 def candidates(columns: int, how: QuantizationConfig, floor_bits: int = 0) -> list[Format]:
