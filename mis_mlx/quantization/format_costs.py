@@ -102,9 +102,8 @@ def of_formats(
         name = f"{path}.weight"
         # Of a large table only some first rows are read.
         rows = load.dense_sample(checkpoint, name, "float32", rounding.SAMPLED)
-        step = max(1, rows.size // rounding.SAMPLED)
         formats = candidates(shapes[name][1], how, floors.get(path, 0))
-        found[path] = _derived(rows[::step], measured, formats, how=how, fitted=fitted)
+        found[path] = _derived(rows, measured, formats, how=how, fitted=fitted)
     # They have no choice, but their bits count towards the mean.
     for path in wide_projections(checkpoint.config):
         found[path] = {Format(WIDE_BITS, how.q_group_size): 0.0}
