@@ -174,8 +174,8 @@ def _hull(cost: Mapping[Width, float], size: int) -> list[tuple[float, Width]]:
     start = 0
     while start + 1 < len(bits):
         before = bits[start]
-        host_gradients = [(cost[before] - cost[b]) / (b - before) for b in bits[start + 1 :]]
-        end = start + 1 + host_gradients.index(max(host_gradients))
+        slopes = [(cost[before] - cost[b]) / (b - before) for b in bits[start + 1 :]]
+        end = start + 1 + slopes.index(max(slopes))
         saved = cost[before] - cost[bits[end]]
         if saved <= 0:
             break
