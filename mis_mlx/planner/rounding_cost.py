@@ -172,7 +172,7 @@ def _tuning_bytes(m: ModelSize, how: QuantizationConfig, length: int) -> int:
     For scales and biases values, gradients, and Adam's two means. The backward pass of a step. Of a
     block with groups of 32, which have the most scales, where groups may be mixed.
     """
-    group = how.q_group_size
+    group: int = how.q_group_size
     if how.target_bpw is not None and how.q_groups != "one":
         group = min(GROUPS)
     grids = 2 * m.block_params // group
