@@ -28,6 +28,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import laboratory
 import mlx.core as mx
 from laboratory import resumed, start, write
 
@@ -156,14 +157,7 @@ class Bench:
         """`mlx_lm.convert -q`."""
 
         def make(out: Path) -> Made:
-            load.mlx_lm("convert").convert(
-                str(self.teacher.path),
-                str(out),
-                quantize=True,
-                q_group_size=group,
-                q_bits=bits,
-                dtype="float16",
-            )
+            laboratory.packed(self.teacher.path, out, bits, group)
             return {}
 
         return make
@@ -200,9 +194,7 @@ class Bench:
             out = Path(temp) / "packed"
             made = make(out)
             packed = load.open_checkpoint(out)
-            # MLX's kernels for few bits are ten times slower on a CPU than those of float32.
-            wide = Path(temp) / "wide"
-            load.mlx_lm("convert").convert(str(out), str(wide), dequantize=True, dtype="float32")
+            wide = laboratory.unpacked(out, Path(temp) / "wide")
             lost = self.judge(load.open_checkpoint(wide))
             row = {
                 "nbytes": packed.nbytes,

@@ -79,11 +79,20 @@ def weights_sha256(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def packed(folder: Path, out: Path, bits: int = 4) -> Path:
-    """`out`: the model as `mlx_lm.convert -q` packs it, in groups of 64."""
+def packed(folder: Path, out: Path, bits: int = 4, group: int = 64) -> Path:
+    """`out`: the model as `mlx_lm.convert -q` packs it."""
     load.mlx_lm("convert").convert(
-        str(folder), str(out), quantize=True, q_group_size=64, q_bits=bits, dtype="float16"
+        str(folder), str(out), quantize=True, q_group_size=group, q_bits=bits, dtype="float16"
     )
+    return out
+
+
+def unpacked(folder: Path, out: Path) -> Path:
+    """`out`: a packed model's numbers as float32 weights.
+
+    MLX's kernels for few bits are ten times slower on a CPU.
+    """
+    load.mlx_lm("convert").convert(str(folder), str(out), dequantize=True, dtype="float32")
     return out
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laboratory import packed, resumed, start, stored, write
+from laboratory import packed, resumed, start, stored, unpacked, write
 
 from mis_mlx import cli, distill
 from mis_mlx.evaluation import answers
@@ -88,11 +88,7 @@ def packed_row(teacher: str | None, bits: int) -> dict[str, Any]:
         rounded = load.open_checkpoint(packed(whole.path, Path(temp) / "packed", bits))
         row: dict[str, Any] = {"bytes_4-bit": round(rounded.nbytes / 1e6, 3)}
         if has_template(whole):
-            # As float32 weights: MLX's 4-bit kernels are ten times slower on a CPU.
-            wide = Path(temp) / "wide"
-            load.mlx_lm("convert").convert(
-                str(rounded.path), str(wide), dequantize=True, dtype="float32"
-            )
+            wide = unpacked(rounded.path, Path(temp) / "wide")
             models = {"teacher": whole, "rounded": load.open_checkpoint(wide)}
             judgement = answers.judged(
                 models, answers.prompts(recipe.EVAL_PROMPTS), memory.budget(None)

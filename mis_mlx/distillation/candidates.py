@@ -364,17 +364,17 @@ class Candidates:
         return WORST if nats is None else max(float(nats), 1e-6)
 
     def rounded_excess_loss(
-        self, model: Checkpoint, bits: Mapping[str, int], group: int
+        self, model: Checkpoint, bits: Mapping[str, int], group: int, *, fit: bool = True
     ) -> tuple[float, int]:
         """(nats a byte that a model loses when it is rounded, bytes of its file then).
 
         Every weight goes to its nearest value. bits: of each matrix, by its path. group: weights
-        that share a scale.
+        that share a scale. fit: on fitted grids; else on MLX's own.
         """
         layout = {path: packed_format.Format(width, group) for path, width in bits.items()}
         with self._temporary("rounded") as place:
             out = Path(place) / "model"
-            packed_format.write_quantized(model, out, layout, self.run.files, fit=True)
+            packed_format.write_quantized(model, out, layout, self.run.files, fit=fit)
             rounded = load.open_checkpoint(out)
             rows = shape_of(model.config).vocab
             return self.excess_loss(rounded, rows), rounded.nbytes

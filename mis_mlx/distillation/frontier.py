@@ -97,7 +97,7 @@ def converted_teachers(c: candidates.Candidates) -> Iterable[Point]:
     teacher = c.run.teacher
     for bits in CONVERTED:
         uniform = dict.fromkeys(packed_format.formats_of(teacher.config, GROUP), bits)
-        lost, nbytes = c.rounded_excess_loss(teacher, uniform, GROUP)
+        lost, nbytes = c.rounded_excess_loss(teacher, uniform, GROUP, fit=False)
         yield Point(
             f"teacher, mlx_lm.convert in {bits} bits",
             nbytes,

@@ -174,13 +174,9 @@ class QuantizationConfig:
     def mixes_groups(self) -> bool:
         """Whether 2 bits and other group sizes join the choice of formats.
 
-        At 4.26 bits a weight they lost more on Polish text than they won on English answers, so
-        they are for what 3 bits cannot reach.
+        "auto" is decided for a model (quantization/format_costs.for_model); until then: no.
         """
-        if self.q_groups != "auto":
-            return self.q_groups == "mixed"
-        three_bits = 3 + 32 / self.q_group_size
-        return self.target_bpw is not None and self.target_bpw < three_bits
+        return self.q_groups == "mixed"
 
     @property
     def compensates(self) -> bool:

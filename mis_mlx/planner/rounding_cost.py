@@ -170,9 +170,12 @@ def _tuning_bytes(m: ModelSize, how: QuantizationConfig, length: int) -> int:
     weights, the gradient of those, and that times the integers; the block as it was; the block as
     it was rounded first, which comes back where nothing is won; and two that are being replaced.
     For scales and biases values, gradients, and Adam's two means. The backward pass of a step. Of a
-    block with groups of 32, which have the most scales.
+    block with groups of 32, which have the most scales, where groups may be mixed.
     """
-    grids = 2 * m.block_params // min(GROUPS if how.mixes_groups else [how.q_group_size])
+    group: int = how.q_group_size
+    if how.target_bpw is not None and how.q_groups != "one":
+        group = min(GROUPS)
+    grids = 2 * m.block_params // group
     weights = (1 + 9 * 4) * m.block_params
     return weights + 16 * grids + backward_bytes(m.config, TUNED_AT_ONCE, length)
 

@@ -59,8 +59,7 @@ def mixed(
     T)]. seed: of the tokens that the model draws. kept: as in `backward_pass.input_gradients`.
     MisError as in `check`.
     """
-    check(checkpoint.config, how)
-    how = format_costs.for_model(checkpoint.config, how)
+    how = check(checkpoint.config, how)
     group = how.q_group_size
     nats = costs(checkpoint, batches, group, rounding.CANDIDATE_BITS, seed=seed, kept=kept)
     of_formats = format_costs.of_formats(checkpoint, nats, how)
@@ -175,8 +174,8 @@ def _hull(cost: Mapping[Width, float], size: int) -> list[tuple[float, Width]]:
     start = 0
     while start + 1 < len(bits):
         before = bits[start]
-        host_gradients = [(cost[before] - cost[b]) / (b - before) for b in bits[start + 1 :]]
-        end = start + 1 + host_gradients.index(max(host_gradients))
+        slopes = [(cost[before] - cost[b]) / (b - before) for b in bits[start + 1 :]]
+        end = start + 1 + slopes.index(max(slopes))
         saved = cost[before] - cost[bits[end]]
         if saved <= 0:
             break
@@ -186,20 +185,23 @@ def _hull(cost: Mapping[Width, float], size: int) -> list[tuple[float, Width]]:
     return steps
 
 
-def check(config: Mapping[str, Any], how: QuantizationConfig) -> None:
-    """MisError when the target lies outside the bits per weight that the formats can make."""
+def check(config: Mapping[str, Any], how: QuantizationConfig) -> QuantizationConfig:
+    """`how` as `format_costs.for_model` decides it.
+
+    MisError when the target lies outside the bits per weight that the formats can make.
+    """
     target = how.target_bpw
     if target is None:
-        return
-    decided = format_costs.for_model(config, how)
-    least, most = format_costs.limits(config, decided)
+        return how
+    how = format_costs.for_model(config, how)
+    least, most = format_costs.limits(config, how)
     if least <= target <= most:
-        return
+        return how
     if target > most:
         limit = f"above {most:g}, which 8 bits in groups of {how.q_group_size} take"
         raise MisError(f"--target-bpw {target:g} is {limit}: give {most:g} or less")
     shown = math.ceil(least * 1000) / 1000
-    fewest = format_costs.LEAST_BITS if decided.mixes_groups else min(rounding.CANDIDATE_BITS)
+    fewest = format_costs.fewest_bits(how)
     limit = f"below {shown:g}, the least that this model's matrices take in {fewest} bits"
     raise MisError(f"--target-bpw {target:g} is {limit}: give {shown:g} or more")
 

@@ -50,12 +50,16 @@ def test_candidates_are_what_rows_allow() -> None:
     assert single == [Format(bits, 64) for bits in (3, 4, 5, 6, 8)]
 
 
-def test_few_bits_need_other_groups() -> None:
+def test_few_bits_need_other_groups(llama: Checkpoint) -> None:
     """By themselves 2 bits and other groups are there for targets that 3 bits do not reach."""
-    for target, mixes in ((3.4, True), (3.5, False), (4.5, False), (None, False)):
-        assert QuantizationConfig(target_bpw=target).mixes_groups == mixes
-    assert QuantizationConfig(target_bpw=3.9, q_group_size=32).mixes_groups
-    assert not QuantizationConfig(target_bpw=3.0, q_groups="one").mixes_groups
+
+    def mixes(how: QuantizationConfig) -> bool:
+        return format_costs.for_model(llama.config, how).mixes_groups
+
+    for target, wanted in ((3.4, True), (3.5, False), (4.5, False), (None, False)):
+        assert mixes(QuantizationConfig(target_bpw=target)) == wanted
+    assert mixes(QuantizationConfig(target_bpw=3.9, q_group_size=32))
+    assert not mixes(QuantizationConfig(target_bpw=3.0, q_groups="one"))
 
 
 def test_no_two_formats_have_the_same_bits_per_weight() -> None:
