@@ -166,15 +166,16 @@ def _head_norms(config: Config, row: Family, block: int) -> Shapes:
     return norms
 
 
-def _size(tensors: Shapes) -> int:
-    return sum(math.prod(shape) for shape in tensors.values())
+def weight_count(tensors: Shapes) -> int:
+    """The number of weights in tensors of these shapes."""
+    return sum(map(math.prod, tensors.values()))
 
 
 def largest_block(config: Config) -> int:
     """The number of a block that has as many parameters as any other."""
     if family(config).stateful:
         layers = range(config["num_hidden_layers"])
-        return max(layers, key=lambda i: _size(layer_tensors(config, block=i)))
+        return max(layers, key=lambda i: weight_count(layer_tensors(config, block=i)))
     if not family(config).sharing:
         return 0
     layers = range(config["num_hidden_layers"])
