@@ -55,7 +55,7 @@ def widest(config: Config) -> Shape:
     if not family(config).sharing:
         return shape
     ffn = ffn_size(config, tensor_shapes.largest_block(config))
-    head_dim = max(head_size(config, i) for i in range(shape.layers))
+    head_dim = max(head_size(config, i) for i in tensor_shapes.unlike_blocks(config))
     return replace(shape, ffn=ffn, head_dim=head_dim)
 
 
