@@ -54,8 +54,9 @@ def widest(config: Config) -> Shape:
     shape = shape_of(config)
     if not family(config).sharing:
         return shape
-    ffn = ffn_size(config, tensor_shapes.largest_block(config))
-    head_dim = max(head_size(config, i) for i in tensor_shapes.unlike_blocks(config))
+    unlike = tensor_shapes.unlike_blocks(config)
+    ffn = max(ffn_size(config, i) for i in unlike)
+    head_dim = max(head_size(config, i) for i in unlike)
     return replace(shape, ffn=ffn, head_dim=head_dim)
 
 
