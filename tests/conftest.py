@@ -34,6 +34,7 @@ Once = Callable[[str, Callable[[Path], object]], Path]
 os.environ["MIS_MLX_GOVERNOR"] = "observe"
 os.environ["MIS_MLX_DEVICE"] = "cpu"
 os.fsync = forks.not_synced
+pytest.register_assert_rewrite("tests.family_checks")  # so that failures say both values
 ITERS = 18
 EVERY = 4
 SMALL = (

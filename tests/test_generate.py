@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mis_mlx import generate
 from mis_mlx.models import load, policy
 from mis_mlx.types import Checkpoint
 from tests import tiny
@@ -125,3 +126,18 @@ def test_nothing_is_cut(tmp_path: Path, command: Callable[..., Done], llama: Che
     assert "the context of talker is 512 tokens" in refusal
     assert command(*common, room, "--dry-run").returncode == 0
     assert "without one" in sentence(command("generate", *turns, "--model", llama.path))
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "gemma3n_text", "lfm2", "qwen3_5_text"])
+def test_the_same_text_streamed_and_whole(
+    models: Callable[[str], Checkpoint], kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Families whose blocks differ, with a budget for all of the model and for none of it."""
+    model = str(models(kind).path)
+    said = list[str]()
+    for budget in (None, "700MiB"):
+        asked = generate.Settings(model=model, prompt="The for", max_tokens=8, budget=budget)
+        generate.run(asked)
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert said[0].strip()

@@ -16,11 +16,11 @@ import pytest
 from gguf import GGUFReader
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mis_mlx import export, quantize
+from mis_mlx import export
 from mis_mlx.data import preparation
 from mis_mlx.gguf_export import tensors, vocab
 from mis_mlx.models import load, resolve
-from tests import tiny
+from tests import family_checks, tiny
 from tests.conftest import Done, last_line
 from tests.gguf_export.test_gemma import GEMMA3N
 from tests.gguf_export.test_tensors import packed
@@ -239,16 +239,7 @@ def test_packed_families(tmp_path: Path, kind: str, opened: Callable[..., Any]) 
     activations.
     """
     model = made(tmp_path / "m", kind)
-    four = tmp_path / "four"
-    quantize.run(
-        quantize.Settings(
-            model=str(model),
-            mlx_path=str(four),
-            target_bpw=None,
-            q_method="round",
-            q_group_size=32,
-        )
-    )
+    four = family_checks.quantized(model, tmp_path / "four", target_bpw=None).path
     least = 0.99 if kind == "gemma3n_text" else 0.999  # of 23 blocks
     found = theirs(opened(exported(four, tmp_path / "out", None)), IDS)
     assert np.corrcoef(found.ravel(), ours(four, mx.float32)(IDS).ravel())[0, 1] > least

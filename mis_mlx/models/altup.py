@@ -161,8 +161,8 @@ class _Keys:
 
 
 @cache
-def _classes(module: ModuleType) -> tuple[Any, Any]:
-    """(the block, its AltUp), made of mlx-lm's own of this module."""
+def _block_class(module: ModuleType) -> Any:
+    """The block, made of mlx-lm's own of this module."""
 
     class AltUp(module.Gemma3nAltUp):  # type: ignore[misc, name-defined]
         """mlx-lm's, which clips its coefficients in place: they are put back after every call."""
@@ -212,7 +212,7 @@ def _classes(module: ModuleType) -> tuple[Any, Any]:
             flat = mx.flatten(behind, -2)
             return flat, keys.kept, offset
 
-    return Block, AltUp
+    return Block
 
 
 def block(module: ModuleType, args: Any, i: int) -> nn.Module:
@@ -221,9 +221,8 @@ def block(module: ModuleType, args: Any, i: int) -> nn.Module:
     Called with (x (B, T, A D), mask, cache), the channels of every token, and keys and values of
     another block if it shares them. Gives (hidden states, keys and values, offset).
     """
-    kind, _ = _classes(module)
     own = args.num_hidden_layers - args.num_kv_shared_layers
-    made: nn.Module = kind(args, i, i >= own)
+    made: nn.Module = _block_class(module)(args, i, i >= own)
     return made
 
 
@@ -264,19 +263,19 @@ class _Inner(SideProjection):
         """The head's input (B, T, D), of the last block's output (B, T, A D)."""
         return self.norm(left(stacked, self.altup_unembed_projections))
 
-    def _mask(self, i: int, embedded: mx.array, cache: Sequence[Any]) -> Any:
-        """The attention mask of block i, before any cache is filled."""
-        owner = self._owners[i]
-        if owner is None:
-            owner = i
-        of_keys = None
-        if cache:
-            of_keys = cache[owner]
-        window = None
-        if self.layers[i].self_attn.is_sliding:
-            window = self._args.sliding_window
-        create = self._module.create_attention_mask
-        return create(embedded, of_keys, window_size=window)
+    def _masks(self, embedded: mx.array, caches: Sequence[Any]) -> list[Any]:
+        """The attention mask of every block, one for each kind, before any cache is filled."""
+        of_kind: dict[bool, Any] = {}
+        masks = []
+        for i, layer in enumerate(self.layers):
+            sliding = layer.self_attn.is_sliding
+            if sliding not in of_kind:  # the first block of a kind has keys of its own
+                window = self._args.sliding_window if sliding else None
+                keys = caches[i] if caches else None
+                create = self._module.create_attention_mask
+                of_kind[sliding] = create(embedded, keys, window_size=window)
+            masks.append(of_kind[sliding])
+        return masks
 
     def __call__(  # type: ignore[override]
         self, tokens: mx.array, cache: Sequence[Any] | None = None
@@ -286,7 +285,7 @@ class _Inner(SideProjection):
         channels = self.side_channels(tokens, embedded)
         sides = block_inputs.Sides(self._owners, lambda i, b: channels[:, :, i])
         caches = list(cache or ())
-        masks = [self._mask(i, embedded, caches) for i in range(len(self.layers))]
+        masks = self._masks(embedded, caches)
         hidden = self.enter(embedded)
         for i, layer in enumerate(self.layers):
             inputs = sides.inputs(i, 0, hidden)

@@ -7,7 +7,7 @@ tensors of a file.
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,9 @@ def widest(config: Config) -> Shape:
     shape = shape_of(config)
     if not family(config).sharing:
         return shape
-    ffn = ffn_size(config, tensor_shapes.largest_block(config))
-    head_dim = max(head_size(config, i) for i in range(shape.layers))
+    unlike = tensor_shapes.unlike_blocks(config)
+    ffn = max(ffn_size(config, i) for i in unlike)
+    head_dim = max(head_size(config, i) for i in unlike)
     return replace(shape, ffn=ffn, head_dim=head_dim)
 
 
@@ -99,13 +100,8 @@ def params(config: Config) -> int:
     shape = shape_of(config)
     embedding = shape.vocab * shape.hidden
     head = 0 if shape.tied else embedding
-    sides = _count(side_tensors(config).values()) + _count(end_tensors(config).values())
+    sides = tensor_shapes.weight_count(side_tensors(config) | end_tensors(config))
     return blocks_params(config) + sides + embedding + head + shape.hidden
-
-
-def _count(shapes: Iterable[tuple[int, ...]]) -> int:
-    """The number of parameters of tensors of these shapes."""
-    return sum(map(math.prod, shapes))
 
 
 def channels(config: Config) -> int:
@@ -127,11 +123,11 @@ def blocks_params(config: Config) -> int:
     row = family(config)
     if not row.sharing and not row.stateful:  # blocks are alike
         block = layer_tensors(config, stacked=True)
-        return int(layers * _count(block.values()))
+        return int(layers * tensor_shapes.weight_count(block))
     total = 0
     for i in range(layers):
         block = layer_tensors(config, stacked=True, block=i)
-        total += _count(block.values())
+        total += tensor_shapes.weight_count(block)
     return total
 
 
@@ -142,8 +138,8 @@ def block_counts(config: Config) -> dict[int, int]:
     if not kind:
         return {tensor_shapes.largest_block(config): layers}
     counts: dict[int, int] = {}
-    for is_stateful in {attends(config, i) for i in range(layers)}:
-        alike = [i for i in range(layers) if attends(config, i) == is_stateful]
+    for has_keys in {attends(config, i) for i in range(layers)}:
+        alike = [i for i in range(layers) if attends(config, i) == has_keys]
         counts[alike[0]] = len(alike)
     return counts
 
@@ -170,7 +166,7 @@ def expert_shares(config: Config) -> tuple[float, float]:
     shape = shape_of(config)
     if not shape.experts:
         return 1.0, 1.0
-    block = _count(layer_tensors(config, stacked=True).values())
+    block = tensor_shapes.weight_count(layer_tensors(config, stacked=True))
     expert = 3 * shape.ffn * shape.hidden
     absent = shape.experts - 1
     unused = shape.experts - config.get("num_experts_per_tok", 1)
@@ -188,7 +184,6 @@ def inside(tensors: Mapping[str, TensorAt], config: Config) -> dict[str, TensorA
     own = dict[str, TensorAt]()
     expected = tensors_of(config)
     unused = tensor_shapes.unused_tensors(config)
-    joined_family = family(config).joined
     row = family(config)
     for stored_name, tensor in tensors.items():
         name = stored_form.own_name(row, stored_name)
@@ -206,7 +201,7 @@ def inside(tensors: Mapping[str, TensorAt], config: Config) -> dict[str, TensorA
         stack = experts.STACKED.fullmatch(name)
         if stack:
             own |= dict(experts.unstack(stack, name, tensor, config))
-        elif joined_family or names == [name]:
+        elif row.joined or names == [name]:
             own[name] = tensor
         elif len(names) == 1:
             own[names[0]] = replace(tensor, stored=(name, tensor))

@@ -112,16 +112,14 @@ def run_masked_block(
     positions (T,): where each row stands; None: in their order. window: the number of tokens that
     the block looks back at most; None: all.
     """
-    if not block_state.attends(block):
-        rows_before = block_state.mask_of(block, sees)
-        return block_inputs.run(block, inputs, rows_before)
+    mask = block_state.mask_of(block, sees)
     if window is not None:
         order = mx.arange(inputs.hidden.shape[1])
         if positions is not None:
             order = mx.array(positions)
         near = order[:, None] < order[None] + window
-        sees = sees & near
+        mask = mask & near
     if positions is None:
-        return block_inputs.run(block, inputs, sees)
+        return block_inputs.run(block, inputs, mask)
     with streamed_decode.positioned(block, positions):
-        return block_inputs.run(block, inputs, sees)
+        return block_inputs.run(block, inputs, mask)

@@ -7,6 +7,7 @@ the batch stays nearly full.
 
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -44,8 +45,26 @@ def completions(
     """
     longest_first = sorted(range(len(prompts)), key=lambda n: len(prompts[n]), reverse=True)
     waiting = deque(longest_first)
-    prompt_of: dict[int, int] = {}  # number of the prompt, by the generator's own id
-    written: dict[int, list[int]] = {}  # tokens of the texts that have begun and not ended
+    begun: dict[int, Completion] = {}  # texts that have not ended, by the generator's own id
+    with batch_generator(model, max_tokens, stop, at_once=at_once) as generator:
+        while waiting or begun:
+            free = at_once - len(begun)
+            if waiting and free >= FREE_SHARE * at_once:
+                beginning = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+                ids = _begin(model, generator, [prompts[number] for number in beginning])
+                for generator_id, number in zip(ids, beginning, strict=True):
+                    begun[generator_id] = Completion(number, [])
+            for response in generator.next_generated():
+                begun[response.uid].ids.append(response.token)
+                if response.finish_reason is not None:
+                    yield begun.pop(response.uid)
+
+
+@contextmanager
+def batch_generator(
+    model: nn.Module, max_tokens: int, stop: Collection[int], *, at_once: int
+) -> Iterator[Any]:
+    """mlx-lm's generator of up to `at_once` texts side by side, closed at the end."""
     generator = load.mlx_lm("generate").BatchGenerator(
         model,
         max_tokens=max_tokens,
@@ -55,18 +74,7 @@ def completions(
     )
     memory.undo_foreign_wiring()
     try:
-        while waiting or written:
-            free = at_once - len(written)
-            if waiting and free >= FREE_SHARE * at_once:
-                beginning = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-                ids = _begin(model, generator, [prompts[number] for number in beginning])
-                for generator_id, number in zip(ids, beginning, strict=True):
-                    prompt_of[generator_id] = number
-                    written[generator_id] = []
-            for response in generator.next_generated():
-                written[response.uid].append(response.token)
-                if response.finish_reason is not None:
-                    yield Completion(prompt_of[response.uid], written.pop(response.uid))
+        yield generator
     finally:
         generator.close()
 

@@ -116,9 +116,8 @@ def _chunk(
     return y, after
 
 
-_again = mx.checkpoint(
-    _chunk
-)  # keeps a chunk's inputs, and computes the rest again on the way back
+# keeps a chunk's inputs, and computes the rest again on the way back
+_again = mx.checkpoint(_chunk)
 
 
 def _step(
@@ -193,6 +192,18 @@ def _padded(array: mx.array, size: int) -> mx.array:
     return mx.pad(array, widths)
 
 
+def behind_earlier(rows: mx.array, cache: Any, reach: int) -> mx.array:
+    """(B, reach + T, D): rows (B, T, D) behind those that mlx-lm's cache has, or behind zeros.
+
+    cache: as in `remember`; None: the text begins with these rows.
+    """
+    earlier = None if cache is None else cache[0]
+    if earlier is None:
+        batch, _, channels = rows.shape
+        earlier = mx.zeros((batch, reach, channels), rows.dtype)
+    return mx.concatenate([earlier, rows], axis=1)
+
+
 def convolved(rows: mx.array, kernel: mx.array, length: int) -> mx.array:
     """A causal convolution of each channel: the last `length` of rows (B, n, D); kernel (D, w).
 
@@ -246,15 +257,12 @@ def _layer(module: ModuleType) -> Any:
 
         def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
             """mask: (B, T), false for padding; None: there is none. cache: an ArraysCache(2)."""
-            batch, length, _ = x.shape
+            length = x.shape[1]
             joined = self.in_proj_qkv(x)
             if mask is not None:
                 joined = mx.where(mask[..., None], joined, 0)
             reach = self.conv_kernel_size - 1
-            earlier = None if cache is None else cache[0]
-            if earlier is None:
-                earlier = mx.zeros((batch, reach, self.conv_dim), joined.dtype)
-            rows = mx.concatenate([earlier, joined], axis=1)
+            rows = behind_earlier(joined, cache, reach)
             kernel = self.conv1d.weight[..., 0]
             mixed = nn.silu(convolved(rows, kernel, length))
             ends = [self.key_dim, 2 * self.key_dim]

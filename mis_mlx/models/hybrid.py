@@ -83,14 +83,10 @@ class ShortConv(nn.Module):
 
     def after(self, gated: mx.array, cache: Any) -> mx.array:
         """The convolution of rows that follow each other, and what the cache holds."""
-        batch, length, channels = gated.shape
-        reach = self.reach
-        earlier = None if cache is None else cache[0]
-        if earlier is None:
-            earlier = mx.zeros((batch, reach, channels), gated.dtype)
-        rows = mx.concatenate([earlier, gated], axis=1)
+        length = gated.shape[1]
+        rows = gated_delta.behind_earlier(gated, cache, self.reach)
         if cache is not None:
-            gated_delta.remember(cache, rows, reach)
+            gated_delta.remember(cache, rows, self.reach)
             cache.advance(length)
         return gated_delta.convolved(rows, self.conv.weight[..., 0], length)
 

@@ -8,7 +8,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mis_mlx import cli
-from mis_mlx.hardware import memory
 from mis_mlx.models import config, continuous_batch, load, policy, tokenizer_check
 from mis_mlx.models.stream import NotNumbers
 
@@ -215,22 +214,13 @@ def _completed(
         cache = continuous_batch.filled(model, prompt)
         last_tokens.extend([list(prompt[-1:])] * count)
         caches.extend([cache] * count)  # read only: mlx-lm merges them into a new one
-    generator = load.mlx_lm("generate").BatchGenerator(
-        model,
-        max_tokens=max_tokens,
-        stop_tokens=[[token] for token in sorted(stop)],
-        completion_batch_size=len(caches),
-        prefill_batch_size=len(caches),
-    )
-    memory.undo_foreign_wiring()
-    try:
-        sampler_of_each = [sampler for sampler in samplers for _ in range(count)]
+    sampler_of_each = [sampler for sampler in samplers for _ in range(count)]
+    opened = continuous_batch.batch_generator(model, max_tokens, stop, at_once=len(caches))
+    with opened as generator:
         uids = generator.insert(last_tokens, caches=caches, samplers=sampler_of_each)
         del cache, caches  # the generator has copies, once it has begun
         tokens: dict[int, list[int]] = {uid: [] for uid in uids}
         while responses := generator.next_generated():
             for response in responses:
                 tokens[response.uid].append(response.token)
-    finally:
-        generator.close()
     return list(tokens.values())

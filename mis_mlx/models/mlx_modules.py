@@ -31,11 +31,16 @@ def mlx_lm(module: str) -> ModuleType:
         resource.setrlimit = setrlimit
 
 
+def _block_module(row: Family) -> ModuleType:
+    """The module of mlx-lm that has the family's blocks."""
+    return mlx_lm(f"models.{row.block or row.mlx}")
+
+
 def model_args(config: Config) -> Any:
     """mlx-lm's ModelArgs of a config, or what it has in their place for the text part."""
     row = family(config)
     if row.stateful:
-        return hybrid.model_args(mlx_lm(f"models.{row.block or row.mlx}"), config)
+        return hybrid.model_args(_block_module(row), config)
     module = mlx_lm(f"models.{row.mlx}")
     kind = module.TextConfig if row.written_as else module.ModelArgs
     return kind.from_dict(normalised(config))
@@ -43,7 +48,7 @@ def model_args(config: Config) -> Any:
 
 def new_block(row: Family, args: Any, i: int) -> nn.Module:
     """Block `i` as mlx-lm makes it, of random weights; called with (x, mask, cache)."""
-    module = mlx_lm(f"models.{row.block or row.mlx}")
+    module = _block_module(row)
     if row.versions:
         return altup.block(module, args, i)
     if row.stateful:
@@ -72,13 +77,11 @@ def new_model(config: Config) -> nn.Module:
     """A whole model of random weights; its `model` gives the head's input."""
     row = family(config)
     args = model_args(config)
-    module = mlx_lm(f"models.{row.mlx}")
     if row.versions:
-        return altup.Model(module, args, config)
+        return altup.Model(_block_module(row), args, config)
     if row.stateful:
-        blocks = mlx_lm(f"models.{row.block or row.mlx}")
-        return hybrid.Model(blocks, args, mlx_lm("models.cache"))
-    model: nn.Module = module.Model(args)
+        return hybrid.Model(_block_module(row), args, mlx_lm("models.cache"))
+    model: nn.Module = mlx_lm(f"models.{row.mlx}").Model(args)
     return model
 
 

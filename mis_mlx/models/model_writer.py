@@ -132,8 +132,7 @@ def published(
     """
     if families.family(config).renamed:
         return stored_form.published(config, specs, tensors)
-    outer = families.family(config).written_as
-    if not outer:
+    if not families.family(config).written_as:
         return dict(config), specs, tensors
     unused = tensor_shapes.unused_shapes(config)
     packing = dict[str, Any](config.get("quantization") or {})
@@ -156,7 +155,11 @@ def published(
     named = itertools.chain(tensors, zeros)
     renamed = ((tensor_shapes.outer_name(name), tensor) for name, tensor in named)
     outer_specs = {tensor_shapes.outer_name(name): spec for name, spec in all_specs.items()}
-    return _outer_config(config, outer, packing), outer_specs, renamed
+    part = {key: value for key, value in config.items() if not key.startswith("quantization")}
+    if packing:
+        part |= {"quantization": packing, "quantization_config": packing}
+    whole = stored_form.whole_config(part, tensor_shapes.outer_name)
+    return whole, outer_specs, renamed
 
 
 def _packed_zeros(path: str, shape: Sequence[int]) -> dict[str, Spec]:
@@ -168,26 +171,6 @@ def _packed_zeros(path: str, shape: Sequence[int]) -> dict[str, Spec]:
         f"{path}.scales": ("F16", groups),
         f"{path}.biases": ("F16", groups),
     }
-
-
-def _outer_config(
-    config: Mapping[str, Any], outer: str, packing: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The config of a whole model whose text part has this one. packing: by our module paths."""
-    text = {key: value for key, value in config.items() if not key.startswith("quantization")}
-    outer_config: dict[str, Any] = {
-        "model_type": outer,
-        "architectures": [families.WRAPPERS[outer]],
-        "text_config": text,
-    }
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype"):
-        if key in config:
-            outer_config[key] = config[key]
-    if packing:
-        settings = {tensor_shapes.outer_name(key): value for key, value in packing.items()}
-        outer_config["quantization"] = settings
-        outer_config["quantization_config"] = settings
-    return outer_config
 
 
 def write_folder(

@@ -4,8 +4,9 @@ Inside, every family has the same names (`mlp.gate_proj`, `rms_norm_eps`). Here 
 tensors are turned into that form when a folder is opened, and back when one is written.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -212,13 +213,11 @@ def outer_config(config: Config) -> dict[str, Any]:
     The number of neurons is said as it is: it is not adjusted when the file is read.
     """
     row = family(config)
+    rename = partial(stored_name, row)
     if row.written_as:
-        return _whole_config(config, row)
+        return whole_config(config, rename)
     outer = {key: value for key, value in config.items() if key not in ("rms_norm_eps", "head_dim")}
-    for key in ("quantization", "quantization_config"):
-        settings = config.get(key)
-        if isinstance(settings, Mapping):
-            outer[key] = {stored_name(row, name): value for name, value in settings.items()}
+    outer |= _renamed_packing(config, rename)
     kinds = config["layer_types"]
     hidden = config["hidden_size"]
     theta = config.get("rope_theta") or row.rope_theta
@@ -243,19 +242,29 @@ def outer_config(config: Config) -> dict[str, Any]:
     }
 
 
-def _whole_config(config: Config, row: Family) -> dict[str, Any]:
-    """The config of a whole model whose text part has this one."""
+def whole_config(config: Config, rename: Callable[[str], str]) -> dict[str, Any]:
+    """The config of a whole model whose text part has this one.
+
+    rename: gives the name that a module of ours has in the whole model.
+    """
+    outer = family(config).written_as
     text = {key: value for key, value in config.items() if not key.startswith("quantization")}
     whole: dict[str, Any] = {
-        "model_type": row.written_as,
-        "architectures": [WRAPPERS[row.written_as]],
+        "model_type": outer,
+        "architectures": [WRAPPERS[outer]],
         "text_config": text,
     }
     for key in ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype"):
         if key in config:
             whole[key] = config[key]
+    return whole | _renamed_packing(config, rename)
+
+
+def _renamed_packing(config: Config, rename: Callable[[str], str]) -> dict[str, Any]:
+    """What a config says of its packed matrices, by the names of their modules on disk."""
+    renamed = dict[str, Any]()
     for key in ("quantization", "quantization_config"):
         settings = config.get(key)
         if isinstance(settings, Mapping):
-            whole[key] = {stored_name(row, name): value for name, value in settings.items()}
-    return whole
+            renamed[key] = {rename(name): value for name, value in settings.items()}
+    return renamed

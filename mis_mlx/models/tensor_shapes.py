@@ -166,19 +166,32 @@ def _head_norms(config: Config, row: Family, block: int) -> Shapes:
     return norms
 
 
-def _size(tensors: Shapes) -> int:
-    return sum(math.prod(shape) for shape in tensors.values())
+def weight_count(tensors: Shapes) -> int:
+    """The number of weights in tensors of these shapes."""
+    return sum(map(math.prod, tensors.values()))
 
 
 def largest_block(config: Config) -> int:
     """The number of a block that has as many parameters as any other."""
+    unlike = unlike_blocks(config)
     if family(config).stateful:
-        layers = range(config["num_hidden_layers"])
-        return max(layers, key=lambda i: _size(layer_tensors(config, block=i)))
-    if not family(config).sharing:
-        return 0
-    layers = range(config["num_hidden_layers"])
-    return max(layers, key=lambda i: (ffn_size(config, i), head_size(config, i)))
+        return max(unlike, key=lambda i: weight_count(layer_tensors(config, block=i)))
+    return max(unlike, key=lambda i: (ffn_size(config, i), head_size(config, i)))
+
+
+def unlike_blocks(config: Config) -> list[int]:
+    """The first block of every size.
+
+    Blocks of a kind have one size, those with keys of their own and those that use another's.
+    """
+    row = family(config)
+    if not row.stateful and not row.sharing:
+        return [0]
+    first: dict[tuple[str, bool], int] = {}
+    for i, owner in enumerate(key_owners(config)):
+        kind = config["layer_types"][i]
+        first.setdefault((kind, owner is None), i)
+    return list(first.values())
 
 
 def side_tensors(config: Config) -> Shapes:

@@ -17,7 +17,7 @@ from mis_mlx import cli
 from mis_mlx.hardware import rates, streams
 from mis_mlx.hardware.memory import COMMANDS_AHEAD, process_bytes
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.models import arch, block_inputs, families, mixer_sizes, policy
+from mis_mlx.models import arch, block_inputs, families, mixer_sizes, policy, tensor_shapes
 from mis_mlx.models.config import attending, head_size, key_owners, shape_of, versions
 from mis_mlx.models.host_losses import CHUNK, GROUP
 from mis_mlx.models.residency import batches_per_pass, pass_bytes
@@ -156,9 +156,7 @@ def side_bytes(m: ModelSize, tokens: int) -> int:
     """
     owners = {owner for owner in key_owners(m.config) if owner is not None}
     shared = sum(2 * m.shape.kv_heads * head_size(m.config, i) for i in owners)
-    ends = 0
-    for shape in arch.end_tensors(m.config).values():
-        ends += math.prod(shape)
+    ends = tensor_shapes.weight_count(arch.end_tensors(m.config))
     numbers = m.side_numbers(tokens)
     return m.item * (numbers + tokens * shared + ends)
 

@@ -3,7 +3,6 @@
 Arithmetic on configs and on the sizes in files' headers: reads no weights.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import mlx.core as mx
 
 from mis_mlx.hardware.memory import COMMANDS_AHEAD, in_flight_bytes
 from mis_mlx.maths.losses import PART
-from mis_mlx.models import arch, families, load, policy
+from mis_mlx.models import arch, families, load, policy, tensor_shapes
 from mis_mlx.models.config import Shape, shape_of, versions
 from mis_mlx.types import Checkpoint
 
@@ -152,7 +151,7 @@ def model_of(
     shape = shape_of(config)
     if dtype is None:
         dtype = _dtype_of_m1(config, gpu)
-    block_params = sum(map(math.prod, arch.layer_tensors(config, True).values()))
+    block_params = tensor_shapes.weight_count(arch.layer_tensors(config, True))
     params = arch.params(config)
     if isinstance(source, Checkpoint):
         stored = _stored(source, shape.layers)
@@ -178,7 +177,7 @@ def model_of(
         gpu=gpu,
         memory_share=memory_share,
         active_share=active_share,
-        side_params=sum(map(math.prod, sides.values())),
+        side_params=tensor_shapes.weight_count(sides),
     )
 
 

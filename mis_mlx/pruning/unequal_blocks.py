@@ -9,6 +9,7 @@ import math
 from mis_mlx.models import arch, model_writer, tensor_shapes
 from mis_mlx.models.config import Shape
 from mis_mlx.models.families import Config, Shapes, family
+from mis_mlx.models.tensor_shapes import weight_count
 
 PARTS = 3  # tensors of a packed matrix: integers, scales, biases
 
@@ -19,7 +20,7 @@ def _largest_student(config: Config, shape: Shape) -> Config:
 
     def rank(block: int) -> tuple[bool, int]:
         tensors = arch.layer_tensors(config, block=block)
-        weights = _count(tensors)
+        weights = weight_count(tensors)
         stays = block in fixed
         return stays, weights
 
@@ -27,14 +28,6 @@ def _largest_student(config: Config, shape: Shape) -> Config:
     ranked = sorted(blocks, key=rank, reverse=True)
     largest = ranked[: shape.layers]
     return arch.student_config(config, shape, sorted(largest))
-
-
-def _count(tensors: Shapes) -> int:
-    """The numbers in tensors of these shapes."""
-    total = 0
-    for size in tensors.values():
-        total += math.prod(size)
-    return total
 
 
 def _packed(tensors: Shapes) -> Shapes:
@@ -56,8 +49,8 @@ def weights_of(config: Config, shape: Shape) -> tuple[int, int]:
     student = _largest_student(config, shape)
     tensors = arch.tensors_of(student)
     packed = _packed(tensors)
-    matrices = _count(packed)
-    others = _count(tensors) - matrices
+    matrices = weight_count(packed)
+    others = weight_count(tensors) - matrices
     others += _zeros(student)
     return matrices, others
 
@@ -72,8 +65,8 @@ def _written_zeros(config: Config) -> Shapes:
 def _zeros(config: Config) -> int:
     """The numbers of 2 bytes that take as many bytes as the zeros of unused keys and values."""
     tensors = _written_zeros(config)
-    matrices = _count(_packed(tensors))
-    vectors = _count(tensors) - matrices
+    matrices = weight_count(_packed(tensors))
+    vectors = weight_count(tensors) - matrices
     packing = model_writer.ZEROS
     scales = 32 / packing["group_size"]
     bits = packing["bits"] + scales
@@ -100,4 +93,4 @@ def fixed_share(config: Config, shape: Shape) -> float:
         name = f"{path}.weight"
         gates[name] = tensors[name]
     matrices = _packed(tensors)
-    return _count(gates) / _count(matrices)
+    return weight_count(gates) / weight_count(matrices)

@@ -170,9 +170,7 @@ def wide_projections(config: Mapping[str, Any]) -> set[str]:
     Per-layer inputs come in through them; AltUp's ends and second ways have such ones, too. In a
     gated delta rule they say what each head forgets and learns.
     """
-    if families.family(config).stateful == "linear_attention":
-        return bit_floors.delta_gates(config)
-    return tensor_shapes.gates(config)
+    return bit_floors.delta_gates(config) | tensor_shapes.gates(config)
 
 
 def write_quantized(

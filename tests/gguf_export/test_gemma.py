@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, dequantize
 
-from mis_mlx import export, quantize
+from mis_mlx import export
 from mis_mlx.gguf_export import gemma
 from mis_mlx.models import load, tensor_shapes, wheel_model
 from mis_mlx.types import Checkpoint, MisError
-from tests import tiny
+from tests import family_checks, tiny
 from tests.gguf_export import gemma_graph
 
 KINDS = ["sliding_attention"] * 4 + ["full_attention"]
@@ -158,19 +158,9 @@ def test_packed_models(tmp_path: Path, kind: str) -> None:
     step of 127."""
     config = GEMMA3N if kind == "gemma3n" else tiny.FAMILIES["gemma4_text"]
     dense = tiny.make(tmp_path / "m", **config)
-    folder = tmp_path / "four"
-    quantize.run(
-        quantize.Settings(
-            model=str(dense),
-            mlx_path=str(folder),
-            target_bpw=None,
-            q_method="round",
-            q_group_size=32,
-        )
-    )
-    done = export.run(export.Settings(model=str(folder), out=str(tmp_path / "out")))
+    model = family_checks.quantized(dense, tmp_path / "four", target_bpw=None)
+    done = export.run(export.Settings(model=str(model.path), out=str(tmp_path / "out")))
     reader = GGUFReader(tmp_path / "out" / done["file"])
-    model = load.open_checkpoint(folder)
     kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     assert kinds["per_layer_token_embd.weight"] == "Q4_1"
     assert kinds["blk.1.inp_gate.weight"] == kinds["token_embd.weight"] == "Q8_0"

@@ -26,6 +26,7 @@ from mis_mlx.models.families import ALL, FAMILIES, OPENED_AS, family
 from mis_mlx.types import Checkpoint, MisError
 from tests import stock, tiny
 from tests.conftest import mostly_slow
+from tests.family_checks import TOKENS, apart, streamed
 
 Models = Callable[[str], Checkpoint]
 # Polish models are llamas and mistrals of other ratios: one with biases in the short run.
@@ -38,12 +39,6 @@ def stock_of(folder: Path) -> nn.Module:
     if family(read_config(folder)).experts:
         model.set_dtype(mx.float32)  # MLX's CPU gathers products of no other type
     return model
-
-
-def streamed(checkpoint: Checkpoint, tokens: mx.array) -> mx.array:
-    """Logits (B, T, V), block by block."""
-    source = stream.Stream(checkpoint, mx.float32)
-    return load.logits(source.head(), source.forward([tokens])[0])
 
 
 def one_by_one(named: Mapping[str, mx.array], config: Mapping[str, Any]) -> dict[str, mx.array]:
@@ -641,3 +636,24 @@ def test_the_page_says_what_the_table_says() -> None:
     assert all(
         f"`{name}`" in page and into["model_type"] in FAMILIES for name, into in OPENED_AS.items()
     )
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("kind", ["gemma3n_text", "lfm2", "qwen3_5_text"])
+@pytest.mark.parametrize("steps", [[12], [5, 1, 1, 5], [1] * 12])
+def test_a_text_in_pieces_is_the_text_in_one(models: Models, kind: str, steps: list[int]) -> None:
+    """Past the window, as generation asks for it; and stock mlx_lm's with its own caches."""
+    checkpoint = models(kind)
+    model = load.resident_model(checkpoint, mx.float32)
+    theirs = load.mlx_lm("utils").load(str(checkpoint.path))[0]
+    their_cache = getattr(theirs, "language_model", theirs).make_cache()
+    cache = model.make_cache()
+    assert [type(c) for c in cache] == [type(c) for c in their_cache]
+    whole = model(TOKENS)
+    start = 0
+    for count in steps:
+        some = TOKENS[:, start : start + count]
+        ours = model(some, cache=cache)
+        assert apart(ours, theirs(some, cache=their_cache)) <= 1e-5
+        assert apart(ours, whole[:, start : start + count]) <= 1e-5
+        start += count

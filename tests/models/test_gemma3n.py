@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mis_mlx import plan, prune, quantize, sft
-from mis_mlx.models import altup, arch, backward_pass, load, model_writer, stream, tensor_shapes
-from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
+from mis_mlx import plan, prune
+from mis_mlx.models import altup, arch, backward_pass, load, model_writer, tensor_shapes
 from mis_mlx.models.config import check_config, key_owners, read_config
 from mis_mlx.planner import estimates
 from mis_mlx.planner.recipe import DistillationConfig, spec_of
@@ -25,27 +24,16 @@ from mis_mlx.pruning import calibrate, vocabulary
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import GIB, Checkpoint, MisError
-from tests import stock, tiny
+from tests import family_checks, stock, tiny
+from tests.family_checks import TOKENS, apart, streamed
 
 KIND = "gemma3n_text"
 CONFIG = {**tiny.CONFIG, **tiny.FAMILIES[KIND]}
-TOKENS = mx.array([[5, 9, 300, 17, 44, 44, 8, 120, 3, 77, 201, 9]])
 
 
 @pytest.fixture(scope="module")
 def gemma(models: Callable[[str], Checkpoint]) -> Checkpoint:
     return models(KIND)
-
-
-def streamed(model: Checkpoint, tokens: mx.array) -> mx.array:
-    """Logits (B, T, V) in float32, block by block."""
-    source = stream.Stream(model, mx.float32)
-    return load.logits(source.head(), source.forward([tokens])[0])
-
-
-def apart(a: mx.array, b: mx.array) -> float:
-    """The largest difference."""
-    return float(mx.abs(a.astype(mx.float32) - b.astype(mx.float32)).max())
 
 
 @pytest.mark.parametrize(("name", "total"), [("gemma-3n-e2b", 4_456_156_768), ("gemma-3n-e4b", 0)])
@@ -109,22 +97,6 @@ def test_weights_are_not_changed_by_a_pass(gemma: Checkpoint) -> None:
 
 
 @pytest.mark.usefixtures("cpu_policy")
-@pytest.mark.parametrize("steps", [[12], [5, 1, 1, 5], [1] * 12])
-def test_whole_with_a_cache(gemma: Checkpoint, steps: Sequence[int]) -> None:
-    """A text in pieces, past the window, as mlx_lm's generation asks for it."""
-    model = load.resident_model(gemma, mx.float32)
-    theirs = load.mlx_lm("utils").load(str(gemma.path))[0]
-    caches = [model.make_cache(), theirs.make_cache()]
-    assert [type(c) for c in caches[0]] == [type(c) for c in caches[1]]
-    start = 0
-    for count in steps:
-        some = TOKENS[:, start : start + count]
-        start += count
-        ours = model(some, cache=caches[0])
-        assert apart(ours, theirs(some, cache=caches[1])) <= 1e-5
-
-
-@pytest.mark.usefixtures("cpu_policy")
 @pytest.mark.parametrize("packed", [False, True])
 def test_tokens_behind_the_end_of_the_table(tmp_path: Path, packed: bool) -> None:
     """The published table of per-layer inputs has fewer rows than the embedding: token 0's count
@@ -133,15 +105,7 @@ def test_tokens_behind_the_end_of_the_table(tmp_path: Path, packed: bool) -> Non
     sizes = {**tiny.FAMILIES[KIND], "vocab_size_per_layer_input": 256}
     model = load.open_checkpoint(tiny.make(tmp_path / "m", **sizes))
     if packed:
-        quantize.run(
-            quantize.Settings(
-                model=str(model.path),
-                mlx_path=str(tmp_path / "four"),
-                q_group_size=32,
-                q_method="round",
-            )
-        )
-        model = load.open_checkpoint(tmp_path / "four")
+        model = family_checks.quantized(model.path, tmp_path / "four")
     # stock de-quantizes by scales of half precision, unless it is told
     theirs = stock.opened(model.path)
     theirs.set_dtype(mx.float32)
@@ -221,20 +185,7 @@ def test_what_comes_back_to_the_embedding(
     """The streamed pass back, through blocks and entrance, against autodiff of stock mlx_lm."""
     monkeypatch.setattr(mx.random, "categorical", lambda z, key: mx.argmax(z, axis=-1))
     channels = dict[int, mx.array]()
-    args = load.model_args(gemma.config)
-
-    def visit(i: int, block: nn.Module) -> backward_pass.BlockBackward:
-        def each(inputs: BlockInputs, above: BlockOutputs) -> BlockInputs:
-            def run(*arrays: mx.array) -> list[mx.array]:
-                given = inputs.like(arrays)
-                mask = load.mask(args, block, given.hidden)
-                return stream.block_inputs.run(block, given, mask).arrays(above)
-
-            _, below = mx.vjp(run, inputs.arrays, above.arrays(above))
-            mx.eval(below)
-            return inputs.like(below)
-
-        return lambda inputs, above: [each(*of) for of in zip(inputs, above, strict=True)]
+    visit = family_checks.block_gradients(gemma)
 
     (below,) = backward_pass.input_gradients(
         gemma, [TOKENS], visit, at_channels=lambda i, b, c: channels.update({i: c})
@@ -279,24 +230,7 @@ def test_adapters_open_in_stock(
 ) -> None:
     """LoRA leaves AltUp's coefficients alone; mlx_lm takes what comes out as --adapter-path."""
     monkeypatch.setenv("MIS_MLX_POLICY", policy)
-    out = tmp_path / "run"
-    row = json.dumps({"prompt": "The for statement", "completion": " is used to iterate"})
-    (tmp_path / "data").mkdir()
-    for split in ("train", "valid"):
-        (tmp_path / "data" / f"{split}.jsonl").write_text(f"{row}\n" * 4)
-    sft.run(
-        sft.Settings(
-            model=str(gemma.path),
-            data=str(tmp_path / "data"),
-            out=str(out),
-            iters=2,
-            batch_size=1,
-            max_seq_length=32,
-            fine_tune_type="lora",
-            num_layers=3,
-            learning_rate=1e-2,
-        )
-    )
+    out = family_checks.adapted(gemma, tmp_path)
     stored: Any = mx.load(str(out / "adapters" / "adapters.safetensors"))
     named = dict(stored)
     assert named and all(name.startswith("model.language_model.layers.") for name in named)

@@ -4,7 +4,6 @@ forwards, backwards, on disk. Parity is in test_families.py, what 3n alone has i
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,12 +18,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mis_mlx import distill, dpo, generate, plan, prune, quantize, search
-from mis_mlx.data.token_windows import Windows
+from mis_mlx import dpo, plan, prune, search
 from mis_mlx.distillation import live_teacher, sharded
 from mis_mlx.evaluation import option_likelihood
 from mis_mlx.evaluation.speed import rounds
-from mis_mlx.hardware import memory, streams
+from mis_mlx.hardware import streams
 from mis_mlx.maths import losses
 from mis_mlx.models import (
     arch,
@@ -37,23 +35,20 @@ from mis_mlx.models import (
     streamed_decode,
     text_writer,
 )
-from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
-from mis_mlx.models.config import check_config, key_owners, read_config, shape_of, softcap
+from mis_mlx.models.config import check_config, key_owners, read_config, softcap
 from mis_mlx.models.config import ffn_size as ffn_of
 from mis_mlx.models.policy import compute_dtype
-from mis_mlx.planner import estimates, phases
-from mis_mlx.planner.recipe import DistillationConfig, TrainingConfig, spec_of
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import GIB, Budget, Checkpoint, MisError
+from mis_mlx.types import GIB, Checkpoint, MisError
+from tests import family_checks, tiny
 from tests import stock as stock_models
-from tests import tiny
 from tests.conftest import mostly_slow, near
+from tests.family_checks import TOKENS
 
 KIND = "gemma4_text"
 BOTH = (KIND, "gemma3n_text")
-TOKENS = mx.array([[5, 9, 300, 17, 44, 44, 8, 120, 3, 77, 201, 9]])
 
 
 @pytest.fixture(scope="module", params=BOTH)
@@ -157,19 +152,8 @@ def test_four_bits_are_stock(
     monkeypatch.setenv("MIS_MLX_POLICY", policy)
     monkeypatch.setattr(load, "TABLE_PART", 50 * 7 * 32)
     bpw = 5.0 if method == "gptq" else None
-    quantize.run(
-        quantize.Settings(
-            model=str(gemma.path),
-            mlx_path=str(tmp_path / "four"),
-            q_group_size=32,
-            q_method=method,
-            target_bpw=bpw,
-            data=str(text_folder),
-            num_samples=2,
-            max_seq_length=24,
-        )
-    )
-    four = load.open_checkpoint(tmp_path / "four")
+    more = {"target_bpw": bpw, "data": str(text_folder), "num_samples": 2, "max_seq_length": 24}
+    four = family_checks.quantized(gemma.path, tmp_path / "four", method, **more)
     formats = packed_format.formats(four)
     assert {"model.embed_tokens_per_layer", "model.embed_tokens"} < formats.keys()
     assert all(formats[path].bits == 8 for path in packed_format.wide_projections(four.config))
@@ -310,21 +294,7 @@ def test_what_comes_back_to_the_first_block(
     monkeypatch.setattr(mx.random, "categorical", lambda z, key: mx.argmax(z, axis=-1))
     channels = dict[int, mx.array]()
 
-    def visit(i: int, block: nn.Module) -> backward_pass.BlockBackward:
-        def each(inputs: BlockInputs, above: BlockOutputs) -> BlockInputs:
-            def run(*arrays: mx.array) -> list[mx.array]:
-                given = inputs.like(arrays)
-                return stream.block_inputs.run(
-                    block, given, load.mask(args, block, given.hidden)
-                ).arrays(above)
-
-            _, below = mx.vjp(run, inputs.arrays, above.arrays(above))
-            mx.eval(below)
-            return inputs.like(below)
-
-        return lambda inputs, above: [each(*of) for of in zip(inputs, above, strict=True)]
-
-    args = load.model_args(gemma.config)
+    visit = family_checks.block_gradients(gemma)
     (below,) = backward_pass.input_gradients(
         gemma, [TOKENS], visit, at_channels=lambda i, b, c: channels.update({i: c})
     )
@@ -409,51 +379,12 @@ def test_depth_keeps_who_makes_keys(gemma: Checkpoint, tmp_path: Path, text_fold
         )
 
 
-@pytest.mark.parametrize(
-    "way", mostly_slow(["resident", "blocks", "sharded", "lora", "none", "cached"], "blocks")
-)
+@pytest.mark.parametrize("way", mostly_slow(family_checks.WAYS, "blocks"))
 @pytest.mark.parametrize("kind", BOTH)
 def test_every_way_of_training(tmp_path: Path, text_folder: Path, kind: str, way: str) -> None:
-    """Half of the tokens, fewer neurons and blocks: stock mlx_lm opens what comes out; training
-    brings it nearer to its teacher.
-    """
-    folder = tiny.make(tmp_path / "teacher", vocab_size=1024, **tiny.FAMILIES[kind])
-    tiny.write_tokenizer(folder, 1024)
-    how: dict[str, Any] = {"targets": "cached"} if way == "cached" else {"train": way}
-    run = tmp_path / "run"
-    result = distill.run(
-        distill.Settings(
-            teacher=str(folder),
-            data=str(text_folder),
-            out=str(run),
-            iters=6,
-            num_samples=2,
-            max_seq_length=32,
-            eval_windows=2,
-            reconstruct_samples=4,
-            bench_tokens=2,
-            learning_rate=1e-4,
-            q_iters=2,
-            q_group_size=32,
-            vocab="0.5x",
-            layers=6,
-            ffn=512,
-            scenario="none",
-            target_bpw=6.0,
-            save_every=3,
-            warmup=1,
-            **how,
-        )
-    )
-    assert result["mode"] == ("resident" if way == "cached" else way)
-    for name in ("pruned", "distilled", "model"):
-        student = load.open_checkpoint(run / name)
-        s = shape_of(student.config)
-        assert (s.vocab, s.layers, s.ffn) == (512, 6, 512)
-        theirs = stock(run / name)(TOKENS).astype(mx.float32)
-        assert mx.isfinite(theirs).all().item()
-    if way in ("resident", "blocks", "sharded"):
-        assert result["kl_student"] < result["kl_pruned"]
+    """Of a smaller student: see `check_training`."""
+    teacher = tiny.FAMILIES[kind]
+    family_checks.check_training(tmp_path, text_folder, way, teacher=teacher, target_bpw=6.0)
 
 
 @pytest.mark.parametrize(
@@ -515,20 +446,6 @@ def test_what_is_not_built_is_a_sentence(
         search.run(search.Settings(params="0.5x", **asked))
 
 
-def test_generate_writes_the_same_streamed_and_whole(
-    gemma: Checkpoint, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The command, with a budget for all of the model and for none of it."""
-    said = list[str]()
-    for budget in (None, "700MiB"):
-        generate.run(
-            generate.Settings(model=str(gemma.path), prompt="The for", max_tokens=8, budget=budget)
-        )
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1]
-    assert said[0].strip()
-
-
 def test_a_teacher_and_its_own_logits(gemma: Checkpoint) -> None:
     """A student with its teacher's head: the cap is on both sides of the loss."""
     teacher = live_teacher.StreamedTeacher(gemma, same_head=True)
@@ -538,96 +455,6 @@ def test_a_teacher_and_its_own_logits(gemma: Checkpoint) -> None:
     loss = teacher.kl_sum(hidden, table, mx.ones(5), hidden, frozen_head=True)
     assert abs(loss.item()) < near(1e-5, 1e-2)
     assert mx.abs(teacher._logits_by(table)(hidden)).max().item() <= 3.0
-
-
-SIZES: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 1024,
-    "hidden_size_per_layer_input": 128,
-    "vocab_size": 2048,
-}
-LARGER = {kind: {**tiny.FAMILIES[kind], **SIZES} for kind in BOTH}
-
-
-@pytest.mark.usefixtures("cpu_policy")
-@pytest.mark.parametrize(("windows", "length"), [(1, 64), (6, 128)])
-@pytest.mark.parametrize("kind", BOTH)
-def test_a_pass_stays_under_the_plan(tmp_path: Path, kind: str, windows: int, length: int) -> None:
-    """With the channels of every token and the keys and values that wait: MLX's peak, and not by
-    more than half.
-    """
-    model = load.open_checkpoint(tiny.make(tmp_path / "m", **LARGER[kind]))
-    m = estimates.model_of(model, gpu=False, dtype=mx.float32)
-    batches = [
-        mx.random.randint(0, 2048, (1, length), key=mx.random.key(k)) for k in range(windows)
-    ]
-    mx.eval(batches)
-    mx.clear_cache()
-    cache = mx.set_cache_limit(0)
-    peaks = []
-    for _ in range(4):
-        gc.collect()  # what an earlier test left would be freed during the pass
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        stream.Stream(model, mx.float32).forward(batches)
-        peaks.append(mx.get_peak_memory() - before)
-    mx.set_cache_limit(cache)
-    # How many temporaries are alive at once depends on how the threads are scheduled.
-    peak = max(peaks)
-    planned = estimates.streamed_pass(
-        "pass",
-        m,
-        tokens=windows * length,
-        micro_tokens=length,
-        length=length,
-        limit_bytes=GIB,
-        head=False,
-    ).peak_bytes
-    assert planned - estimates.SMALL_BYTES < 1.75 * peak and peak < planned, (peak, planned)
-
-
-@pytest.mark.usefixtures("cpu_policy")
-@pytest.mark.parametrize("way", ["blocks", "sharded"])
-@pytest.mark.parametrize("kind", BOTH)
-def test_training_stays_under_the_plan(tmp_path: Path, kind: str, way: str) -> None:
-    """Two steps of the student block by block, all blocks in memory or two of them: under the plan,
-    within 60 %.
-    """
-    teacher, student = (
-        load.open_checkpoint(tiny.make(tmp_path / str(seed), seed=seed, **LARGER[kind]))
-        for seed in (0, 1)
-    )
-    tokens = np.random.default_rng(0).integers(0, 2048, (12, 64)).astype(np.int32)
-    data = Windows(tokens, np.ones((12, 64), np.float32))
-    config = TrainingConfig(iters=2, batch_size=2, grad_accumulation_steps=2, max_seq_length=64)
-    large, small = (estimates.model_of(m, gpu=False, dtype=mx.float32) for m in (teacher, student))
-    asked = DistillationConfig(
-        iters=2, batch_size=2, grad_accumulation_steps=2, max_seq_length=64, train="blocks"
-    )
-    job = spec_of(large, small, asked)
-    shard = 7 if way == "blocks" else 2
-    planned = (
-        phases.blockwise_cost(job, 2, 0) if way == "blocks" else phases.sharded_cost(job, 2, shard)
-    ).peak_bytes
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    with memory.limited(Budget(before + planned)):
-        source = live_teacher.StreamedTeacher(teacher, 0)
-        parts = model_writer.by_block(student, tmp_path / "parts", DISK)
-        made = sharded.Sharded(
-            parts,
-            shard,
-            steps_per_shard=1,
-            weight_decay=0.01,
-            files=DISK,
-            headroom_bytes=4 * small.head_params if way == "blocks" else 0,
-        )
-        made.begin()
-        batches = partial(live_teacher.step_micro_batches, source, data, config)
-        loss = partial(source.kl_sum, frozen_head=True)
-        steps = list(made.steps(batches, loss, config, host_gradients=source.host_gradients()))
-    peak = max(step.peak_bytes for step in steps) - before
-    assert planned / 1.9 < peak < planned, (peak, planned)
 
 
 @pytest.mark.usefixtures("cpu_policy")

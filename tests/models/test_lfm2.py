@@ -5,7 +5,7 @@ mlx_lm is in test_families.py, too; generation in test_streamed_decode.py, test_
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mis_mlx import distill, generate, plan, prune, quantize, search, sft
+from mis_mlx import plan, prune, search
 from mis_mlx.evaluation import option_likelihood
 from mis_mlx.models import arch, block_state, hybrid, load, model_writer, stream
 from mis_mlx.models.config import attends, check_config, read_config, shape_of
@@ -23,33 +23,14 @@ from mis_mlx.pruning import slicing
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
-from tests import stock, tiny
+from tests import family_checks, stock, tiny
 from tests.conftest import mostly_slow
+from tests.family_checks import TOKENS, apart, streamed
 
 KIND = "lfm2"
 CONFIG = {**tiny.CONFIG, **tiny.FAMILIES[KIND]}
-TOKENS = mx.array([[5, 9, 300, 17, 44, 44, 8, 120, 3, 77, 201, 9]])
 CONVOLUTIONS = [0, 1, 3, 5]  # blocks of the tiny model
 
-# a short run of `distill`
-RUN: dict[str, Any] = {
-    "iters": 6,
-    "num_samples": 2,
-    "max_seq_length": 32,
-    "eval_windows": 2,
-    "reconstruct_samples": 4,
-    "bench_tokens": 2,
-    "learning_rate": 1e-4,
-    "q_iters": 2,
-    "q_group_size": 32,
-    "vocab": "0.5x",
-    "layers": 6,
-    "ffn": 512,
-    "scenario": "none",
-    "save_every": 3,
-    "warmup": 1,
-    "target_bpw": 6.0,
-}
 SEARCH: dict[str, Any] = {
     "params": "0.6x",
     "max_seq_length": 32,
@@ -62,14 +43,6 @@ SEARCH: dict[str, Any] = {
     "finalists": 1,
     "learning_rate": 2e-4,
 }
-LORA: dict[str, Any] = {
-    "iters": 2,
-    "batch_size": 1,
-    "max_seq_length": 32,
-    "fine_tune_type": "lora",
-    "num_layers": 3,
-    "learning_rate": 1e-2,
-}
 SIZES: dict[str, Any] = {"scenario": "none", "layers": 5, "ffn": 512, "hidden": 32, "heads": 2}
 FEW: dict[str, Any] = {"num_samples": 2, "max_seq_length": 24}
 
@@ -77,17 +50,6 @@ FEW: dict[str, Any] = {"num_samples": 2, "max_seq_length": 24}
 @pytest.fixture(scope="module")
 def lfm(models: Callable[[str], Checkpoint]) -> Checkpoint:
     return models(KIND)
-
-
-def streamed(model: Checkpoint, tokens: mx.array) -> mx.array:
-    """Logits (B, T, V) in float32, block by block."""
-    source = stream.Stream(model, mx.float32)
-    return load.logits(source.head(), source.forward([tokens])[0])
-
-
-def apart(a: mx.array, b: mx.array) -> float:
-    """The largest difference."""
-    return float(mx.abs(a.astype(mx.float32) - b.astype(mx.float32)).max())
 
 
 def published(name: str) -> dict[str, Any]:
@@ -160,24 +122,6 @@ def test_the_published_form_is_opened(lfm: Checkpoint, tmp_path: Path) -> None:
     assert mx.array_equal(load.resident_model(again, mx.float32)(TOKENS), want)
 
 
-@pytest.mark.usefixtures("cpu_policy")
-@pytest.mark.parametrize("steps", [[12], [5, 1, 1, 5], [1] * 12])
-def test_whole_with_a_state(lfm: Checkpoint, steps: Sequence[int]) -> None:
-    """A text in pieces is the text in one, and stock mlx_lm's with its own caches."""
-    model = load.resident_model(lfm, mx.float32)
-    theirs = load.mlx_lm("utils").load(str(lfm.path))[0]
-    caches = [model.make_cache(), theirs.make_cache()]
-    assert [type(c) for c in caches[0]] == [type(c) for c in caches[1]]
-    whole = model(TOKENS)
-    start = 0
-    for count in steps:
-        some = TOKENS[:, start : start + count]
-        ours = model(some, cache=caches[0])
-        assert apart(ours, theirs(some, cache=caches[1])) <= 1e-5
-        assert apart(ours, whole[:, start : start + count]) <= 1e-5
-        start += count
-
-
 def test_what_stands_before_a_row() -> None:
     """A prompt of two tokens with two answers: each answer's rows look back into the prompt."""
     branch = np.array([0, 0, 1, 1, 2])
@@ -215,18 +159,8 @@ def test_four_bits_are_stock(
     """Kernels stay as they are, all matrices are packed; whole, streamed, and kept packed."""
     monkeypatch.setenv("MIS_MLX_POLICY", policy)
     bpw = 5.0 if method == "gptq" else None
-    out = str(tmp_path / "four")
-    asked = quantize.Settings(
-        model=str(lfm.path),
-        mlx_path=out,
-        q_group_size=32,
-        q_method=method,
-        target_bpw=bpw,
-        data=str(text_folder),
-        **FEW,
-    )
-    quantize.run(asked)
-    four = load.open_checkpoint(tmp_path / "four")
+    more = {"target_bpw": bpw, "data": str(text_folder), **FEW}
+    four = family_checks.quantized(lfm.path, tmp_path / "four", method, **more)
     kernel = "model.layers.0.conv.conv.weight"
     assert four.tensors[kernel].dtype == lfm.tensors[kernel].dtype == "F32"
     matrices = {
@@ -298,52 +232,16 @@ def test_a_rotation_changes_nothing(lfm: Checkpoint, tmp_path: Path) -> None:
     assert apart(streamed(after, TOKENS), streamed(before, TOKENS)) <= 1e-4
 
 
-@pytest.mark.parametrize(
-    "way",
-    mostly_slow(["resident", "blocks", "sharded", "lora", "none", "cached"], "blocks", "lora"),
-)
+@pytest.mark.parametrize("way", mostly_slow(family_checks.WAYS, "blocks", "lora"))
 def test_every_way_of_training(tmp_path: Path, text_folder: Path, way: str) -> None:
-    """Half of the tokens, fewer neurons and blocks: stock mlx_lm opens what comes out; training
-    brings it nearer to its teacher.
-    """
-    folder = tiny.make(tmp_path / "teacher", vocab_size=1024, **tiny.FAMILIES[KIND])
-    tiny.write_tokenizer(folder, 1024)
-    how: dict[str, Any] = {"targets": "cached"} if way == "cached" else {"train": way}
-    run = tmp_path / "run"
-    result = distill.run(
-        distill.Settings(
-            teacher=str(folder),
-            data=str(text_folder),
-            out=str(run),
-            **RUN,
-            **how,
-        )
-    )
-    assert result["mode"] == ("resident" if way == "cached" else way)
-    for name in ("pruned", "distilled", "model"):
-        student = load.open_checkpoint(run / name)
-        s = shape_of(student.config)
-        assert (s.vocab, s.layers, s.ffn) == (512, 6, 512)
-        assert mx.isfinite(stock.opened(run / name)(TOKENS).astype(mx.float32)).all().item()
-    if way in ("resident", "blocks", "sharded"):
-        assert result["kl_student"] < result["kl_pruned"]
+    """Of a smaller student: see `check_training`."""
+    teacher = tiny.FAMILIES[KIND]
+    family_checks.check_training(tmp_path, text_folder, way, teacher=teacher, target_bpw=6.0)
 
 
 def test_adapters_open_in_stock(lfm: Checkpoint, tmp_path: Path) -> None:
     """mlx_lm takes what LoRA gives as --adapter-path."""
-    out = tmp_path / "run"
-    row = json.dumps({"prompt": "The for statement", "completion": " is used to iterate"})
-    (tmp_path / "data").mkdir()
-    for split in ("train", "valid"):
-        (tmp_path / "data" / f"{split}.jsonl").write_text(f"{row}\n" * 4)
-    sft.run(
-        sft.Settings(
-            model=str(lfm.path),
-            data=str(tmp_path / "data"),
-            out=str(out),
-            **LORA,
-        )
-    )
+    out = family_checks.adapted(lfm, tmp_path)
     stored: Any = mx.load(str(out / "adapters" / "adapters.safetensors"))
     assert any(".feed_forward.w1." in name for name in dict(stored))
     assert any(".conv.in_proj." in name for name in dict(stored))
@@ -368,20 +266,6 @@ def test_a_search_finds_one(lfm: Checkpoint, tmp_path: Path, text_folder: Path) 
     (found,) = result["finalists"]
     assert found["params"] <= 0.6 * arch.params(lfm.config)
     assert found["hidden"] == 64 and found["heads"] == 4
-
-
-def test_generate_writes_the_same_streamed_and_whole(
-    lfm: Checkpoint, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The command, with a budget for all of the model and for none of it."""
-    said = list[str]()
-    for budget in (None, "700MiB"):
-        generate.run(
-            generate.Settings(model=str(lfm.path), prompt="The for", max_tokens=8, budget=budget)
-        )
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1]
-    assert said[0].strip()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx import distill, generate, plan, prune, quantize, search
+from mis_mlx import plan, prune, quantize, search
 from mis_mlx.evaluation import option_likelihood
 from mis_mlx.models import (
     arch,
@@ -28,52 +28,23 @@ from mis_mlx.models import (
     streamed_decode,
     text_writer,
 )
-from mis_mlx.models.config import attends, check_config, read_config, shape_of
+from mis_mlx.models.config import attends, check_config, read_config
 from mis_mlx.quantization import packed_format
 from mis_mlx.types import Checkpoint, MisError
-from tests import stock, tiny
+from tests import family_checks, stock, tiny
 from tests.conftest import mostly_slow
+from tests.family_checks import TOKENS, apart, streamed
 
 KIND = "qwen3_5_text"
 CONFIG = {**tiny.CONFIG, **tiny.FAMILIES[KIND]}
-TOKENS = mx.array([[5, 9, 300, 17, 44, 44, 8, 120, 3, 77, 201, 9]])
 Arrays = list[mx.array]
 
-# a short run of `distill`
-RUN: dict[str, Any] = {
-    "iters": 6,
-    "num_samples": 2,
-    "max_seq_length": 32,
-    "eval_windows": 2,
-    "reconstruct_samples": 4,
-    "bench_tokens": 2,
-    "learning_rate": 1e-4,
-    "q_iters": 2,
-    "q_group_size": 32,
-    "vocab": "0.5x",
-    "layers": 6,
-    "ffn": 512,
-    "scenario": "none",
-    "save_every": 3,
-    "warmup": 1,
-}
 FEW: dict[str, Any] = {"num_samples": 2, "max_seq_length": 24}
 
 
 @pytest.fixture(scope="module")
 def qwen(models: Callable[[str], Checkpoint]) -> Checkpoint:
     return models(KIND)
-
-
-def streamed(model: Checkpoint, tokens: mx.array) -> mx.array:
-    """Logits (B, T, V) in float32, block by block."""
-    source = stream.Stream(model, mx.float32)
-    return load.logits(source.head(), source.forward([tokens])[0])
-
-
-def apart(a: mx.array, b: mx.array) -> float:
-    """The largest difference."""
-    return float(mx.abs(a.astype(mx.float32) - b.astype(mx.float32)).max())
 
 
 def share(ours: mx.array, theirs: mx.array) -> float:
@@ -165,24 +136,6 @@ def test_inverses_by_numpy() -> None:
 
 
 @pytest.mark.usefixtures("cpu_policy")
-@pytest.mark.parametrize("steps", [[12], [5, 1, 1, 5], [1] * 12])
-def test_whole_with_a_state(qwen: Checkpoint, steps: Sequence[int]) -> None:
-    """A text in pieces is the text in one, and stock mlx_lm's with its own caches."""
-    model = load.resident_model(qwen, mx.float32)
-    theirs = load.mlx_lm("utils").load(str(qwen.path))[0]
-    caches = [model.make_cache(), theirs.language_model.make_cache()]
-    assert [type(c) for c in caches[0]] == [type(c) for c in caches[1]]
-    whole = model(TOKENS)
-    start = 0
-    for count in steps:
-        some = TOKENS[:, start : start + count]
-        ours = model(some, cache=caches[0])
-        assert apart(ours, theirs(some, cache=caches[1])) <= 1e-5
-        assert apart(ours, whole[:, start : start + count]) <= 1e-5
-        start += count
-
-
-@pytest.mark.usefixtures("cpu_policy")
 def test_streamed_text_is_the_whole_models(
     qwen: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,17 +170,8 @@ def test_bits_are_stock(
     monkeypatch.setenv("MIS_MLX_POLICY", policy)
     folder = tiny.make(tmp_path / "m", **{**tiny.FAMILIES[KIND], "linear_value_head_dim": 32})
     bpw = 6.5 if method == "gptq" else None
-    asked = quantize.Settings(
-        model=str(folder),
-        mlx_path=str(tmp_path / "four"),
-        q_group_size=32,
-        q_method=method,
-        target_bpw=bpw,
-        data=str(text_folder),
-        **FEW,
-    )
-    quantize.run(asked)
-    four = load.open_checkpoint(tmp_path / "four")
+    more = {"target_bpw": bpw, "data": str(text_folder), **FEW}
+    four = family_checks.quantized(folder, tmp_path / "four", method, **more)
     formats = packed_format.formats(four)
     floors = bit_floors.delta_floors(four.config)
     assert len(floors) == 3 * 5
@@ -279,50 +223,11 @@ def test_depth_keeps_the_period(qwen: Checkpoint, tmp_path: Path, text_folder: P
         prune.run(prune.Settings(mlx_path=str(tmp_path / "x"), heads=2, **asked))
 
 
-@pytest.mark.parametrize(
-    "way",
-    mostly_slow(["resident", "blocks", "sharded", "lora", "none", "cached"], "resident", "blocks"),
-)
+@pytest.mark.parametrize("way", mostly_slow(family_checks.WAYS, "resident", "blocks"))
 def test_every_way_of_training(tmp_path: Path, text_folder: Path, way: str) -> None:
-    """Half of the tokens, fewer neurons and blocks: stock mlx_lm opens what comes out; training
-    brings it nearer to its teacher.
-    """
-    sizes = {**tiny.FAMILIES[KIND], "linear_value_head_dim": 32, "vocab_size": 1024}
-    folder = tiny.make(tmp_path / "teacher", **sizes)
-    tiny.write_tokenizer(folder, 1024)
-    how: dict[str, Any] = {"targets": "cached"} if way == "cached" else {"train": way}
-    run = tmp_path / "run"
-    result = distill.run(
-        distill.Settings(
-            teacher=str(folder),
-            data=str(text_folder),
-            out=str(run),
-            **RUN,
-            **how,
-        )
-    )
-    assert result["mode"] == ("resident" if way == "cached" else way)
-    for name in ("pruned", "distilled", "model"):
-        student = load.open_checkpoint(run / name)
-        s = shape_of(student.config)
-        assert (s.vocab, s.layers, s.ffn) == (512, 6, 512)
-        assert mx.isfinite(stock.opened(run / name)(TOKENS).astype(mx.float32)).all().item()
-    if way in ("resident", "blocks", "sharded"):
-        assert result["kl_student"] < result["kl_pruned"]
-
-
-def test_generate_writes_the_same_streamed_and_whole(
-    qwen: Checkpoint, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The command, with a budget for all of the model and for none of it."""
-    said = list[str]()
-    for budget in (None, "700MiB"):
-        generate.run(
-            generate.Settings(model=str(qwen.path), prompt="The for", max_tokens=8, budget=budget)
-        )
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1]
-    assert said[0].strip()
+    """Of a smaller student: see `check_training`."""
+    teacher = {**tiny.FAMILIES[KIND], "linear_value_head_dim": 32}
+    family_checks.check_training(tmp_path, text_folder, way, teacher=teacher)
 
 
 def test_what_is_not_built_is_a_sentence(qwen: Checkpoint, text_folder: Path) -> None:

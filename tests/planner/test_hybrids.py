@@ -1,4 +1,4 @@
-"""Memory of hybrids: what the plan says, and MLX's peak of the same work."""
+"""Memory of families whose blocks differ: what the plan says, and MLX's peak of the same work."""
 
 from __future__ import annotations
 
@@ -22,12 +22,16 @@ from mis_mlx.types import GIB, Budget
 from tests import tiny
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 1024, "vocab_size": 2048}
-KINDS = ["lfm2", "qwen3_5_text"]
+GEMMAS = ["gemma4_text", "gemma3n_text"]
+KINDS = ["lfm2", "qwen3_5_text", *GEMMAS]
 
 
 def larger(kind: str) -> dict[str, Any]:
     """A model whose activations outweigh what every process holds."""
-    config = {**tiny.FAMILIES[kind], **SIZES, "head_dim": None}
+    config = {**tiny.FAMILIES[kind], **SIZES}
+    if kind in GEMMAS:
+        return {**config, "hidden_size_per_layer_input": 128}
+    config["head_dim"] = None
     if kind == "qwen3_5_text":  # heads as wide as half of the hidden size, as in the published ones
         config |= {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
     return config
@@ -37,7 +41,9 @@ def larger(kind: str) -> dict[str, Any]:
 @pytest.mark.parametrize(("windows", "length"), [(1, 64), (6, 128)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pass_stays_under_the_plan(tmp_path: Path, kind: str, windows: int, length: int) -> None:
-    """A streamed pass: MLX's peak, and not by more than three quarters."""
+    """A streamed pass, with the channels of every token and the keys and values that wait: MLX's
+    peak, and not by more than three quarters.
+    """
     model = load.open_checkpoint(tiny.make(tmp_path / "m", **larger(kind)))
     m = estimates.model_of(model, gpu=False, dtype=mx.float32)
     batches = [
@@ -54,6 +60,7 @@ def test_a_pass_stays_under_the_plan(tmp_path: Path, kind: str, windows: int, le
         stream.Stream(model, mx.float32).forward(batches)
         peaks.append(mx.get_peak_memory() - before)
     mx.set_cache_limit(cache)
+    # How many temporaries are alive at once depends on how the threads are scheduled.
     peak = max(peaks)
     planned = estimates.streamed_pass(
         "pass",
