@@ -190,17 +190,6 @@ def write_folder(folder: Path, config: dict[str, Any], specs: safetensors.Specs)
     unfinished.rename(folder)
 
 
-def largest() -> int:
-    """The largest resident set of this process so far, in bytes; 0 where Linux does not say it."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return 0
-    for line in status.read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return 1024 * int(line.split()[1])
-    return 0
-
-
 def step(s: Settings) -> dict[str, Any]:
     """Run one command on `source` into `work`; what was planned and what it took."""
     planned = [0]
@@ -213,7 +202,7 @@ def step(s: Settings) -> dict[str, Any]:
 
     estimates.require_fit = fit
     laboratory.count_anew()
-    before = largest()
+    before = laboratory.largest()
     began = time.monotonic()
     common: dict[str, Any] = {"model": s.source, "mlx_path": s.work, "budget": s.budget}
     with redirect_stdout(sys.stderr):
@@ -233,7 +222,7 @@ def step(s: Settings) -> dict[str, Any]:
         "seconds": round(time.monotonic() - began, 1),
         "planned_bytes": max(planned),
         "mlx_bytes": mx.get_peak_memory(),
-        "grown_bytes": largest() - before,
+        "grown_bytes": laboratory.largest() - before,
         "before_bytes": before,
         "busy": laboratory.busy("at its end"),
     }

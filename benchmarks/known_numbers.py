@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +125,11 @@ def followed(model: Checkpoint, task: Task, step: int) -> dict[str, Any]:
     records = answering.asked(
         model, answering.sha256(model), task, limit=memory.budget(None), numbers=numbers
     )
-    part = replace(task, questions=tuple(task.questions[number] for number in numbers))
     texts = [records[number]["text"] for number in numbers]
-    counts = [len(question.instructions) for question in part.questions]
+    counts = [len(task.questions[number].instructions) for number in numbers]
     strictly = [int(records[number]["followed"]) for number in numbers]
     loosely = [
-        int(count)
-        for count in task_answers.count_followed(part, range(len(texts)), texts, loosely=True)
+        int(count) for count in task_answers.count_followed(task, numbers, texts, loosely=True)
     ]
     strict = instructions.levels(strictly, counts)
     loose = instructions.levels(loosely, counts)

@@ -77,14 +77,6 @@ class Settings:
     """its run folder"""
 
 
-def largest() -> int:
-    """The largest resident set of this process since it was last asked to count anew, in bytes."""
-    line = next(
-        x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")
-    )
-    return 1024 * int(line.split()[1])
-
-
 def when_tokens_are_chosen(begin: Callable[[], None]) -> None:
     """Have `begin` called before the choice of tokens, which the plan has in `prune`."""
     chosen = vocabulary.of_run
@@ -112,7 +104,7 @@ def stretch(name: str, teacher: str, out: Path) -> None:
             laboratory.count_anew()
         with plain(course, label):
             yield
-        taken[label] = largest() - course.peak.before_bytes
+        taken[label] = laboratory.largest() - course.peak.before_bytes
 
     Run.phase = phase  # type: ignore[method-assign,assignment]
     when_tokens_are_chosen(laboratory.count_anew)

@@ -30,7 +30,7 @@ import laboratory
 import psutil
 import quality_4bit
 import streaming
-from planned import HALF, largest
+from planned import HALF
 
 from mis_mlx import cli, quantize
 from mis_mlx.distillation import train_loop
@@ -80,7 +80,7 @@ def row(name: str, model: str) -> dict[str, Any]:
         laboratory.count_anew()
         make(out)
         seconds = train_loop.CLOCK.monotonic() - began
-        peak = largest() - held
+        peak = laboratory.largest() - held
         return {
             "seconds": round(seconds, 1),
             "peak_bytes": peak,

@@ -34,7 +34,7 @@ import laboratory
 import numpy as np
 import psutil
 import streaming
-from planned import HALF, largest, when_tokens_are_chosen
+from planned import HALF, when_tokens_are_chosen
 
 from mis_mlx import cli, distill
 from mis_mlx.distillation import train_loop
@@ -135,7 +135,7 @@ def cell(name: str, teacher: str, out: str) -> None:
         seconds = train_loop.CLOCK.monotonic() - began
         after = me.io_counters()
         moved = after.read_chars - before.read_chars, after.write_chars - before.write_chars
-        taken = seconds, largest() - course.peak.before_bytes, *moved
+        taken = seconds, laboratory.largest() - course.peak.before_bytes, *moved
         plan = next(p for p in course.plan.phases if p.name == label)
         planned = (
             plan.seconds(course.plan.rates),

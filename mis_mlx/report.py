@@ -21,11 +21,10 @@ from mis_mlx.models import scenarios
 from mis_mlx.reporting import axes, baseline, figures, html, run_reader, smoothing, timeline
 from mis_mlx.reporting.run_reader import Point, Record, RunRecord, Series
 from mis_mlx.storage import files, run_folder
-from mis_mlx.types import GIB, Count, MisError, duration, gib
+from mis_mlx.types import GIB, Count, MisError, duration, evenly, gib
 
 FEW = 5  # steps: a course of fewer is not smoothed
 SHOWN = 6  # prompts whose answers are on the page
-LATER = "second turn"  # kind of prompts that say little without the turns before
 
 
 @dataclass(frozen=True)
@@ -139,13 +138,12 @@ def _talks(rows: Sequence[Record]) -> list[Talk]:
 def _some(talks: Sequence[Talk]) -> list[Talk]:
     """About SHOWN of the prompts: as many of each language, spread evenly over its prompts."""
     languages = list(dict.fromkeys(talk.language for talk in talks))
-    first_turns = [talk for talk in talks if talk.kind != LATER]
+    first_turns = [talk for talk in talks if talk.kind != run_folder.LATER]
     chosen: list[Talk] = []
     for language in languages:
         of_language = [talk for talk in first_turns if talk.language == language]
         count = max(1, SHOWN // len(languages))
-        every = max(1, len(of_language) // count)
-        chosen += of_language[::every][:count]
+        chosen += evenly(of_language, count)
     return chosen
 
 

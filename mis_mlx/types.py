@@ -8,7 +8,7 @@ Units are in the names: `_bytes`, `_s` (seconds), `_c` (degrees Celsius), `_m` (
 level).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -90,6 +90,12 @@ def duration(seconds: float) -> str:
         if seconds < limit:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds / 3600:,.1f} h"
+
+
+def evenly(items: Sequence[T], count: int) -> Sequence[T]:
+    """`count` of the items at most, the first among them, evenly apart."""
+    step = max(1, len(items) // count)
+    return items[::step][:count]
 
 
 def grouped(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:

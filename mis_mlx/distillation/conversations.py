@@ -16,7 +16,7 @@ from mis_mlx.planner import estimates
 from mis_mlx.reporting import html
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, Files, json_sha256
-from mis_mlx.types import Budget, Checkpoint, MisError, Row, duration, gib
+from mis_mlx.types import Budget, Checkpoint, MisError, Row, duration, evenly, gib
 
 WRITTEN = Path("runs/answers")  # files of what teachers answered
 # Prompts that a teacher is asked.
@@ -192,9 +192,8 @@ def dialogue(judgement: answers.Judgement) -> str:
     greedy = judgement.greedy
     teacher, *_, student = greedy
     english = _in_language(judgement, "en")
-    every = max(1, len(english) // SHOWN)
     talks = list[dict[str, Any]]()
-    for number in english[::every][:SHOWN]:
+    for number in evenly(english, SHOWN):
         prompt = judgement.answers.prompts[number]
         talks.append(
             {

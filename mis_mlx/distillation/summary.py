@@ -183,10 +183,11 @@ def result_page(
             table = text.table(rows, names, text.TABLES["answers"])
             asked.append({"language": language, "prompts": rows[0].n, "table": table})
         verdict = conversations.loop_warning(answered)
+    won = gain_sentence(models, sizes, quality)
     lead = ""
     dialogue = ""
     if for_screen:
-        lead = gain_sentence(models, sizes, quality)
+        lead = won
         dialogue = conversations.dialogue(answered) if answered else ""
     values = {
         "lead": lead,
@@ -199,7 +200,7 @@ def result_page(
         "verdict": verdict,
         "across": comparison.ACROSS,
         "dequantized": not policy.keeps_packed() and "4-bit" in models,
-        "won": gain_sentence(models, sizes, quality),
+        "won": won,
     }
     return html.document("table.md", values)
 

@@ -2,13 +2,14 @@
 was measured, and what the teacher and the student answer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mis_mlx.storage import run_folder
+from mis_mlx.types import evenly
 
 TALKS = 3  # prompts whose answers the card shows
 TEACHER = "teacher"
@@ -67,14 +68,16 @@ def machine(run: Path) -> str:
 def talks(run: Path, stage: str) -> list[dict[str, Any]]:
     """Held-out English prompts with the answers of the teacher and of a stage's model.
 
-    [{"prompt", "answers": {model: text}}], the prompts evenly apart; [] where the run has no
-    answers of that model.
+    [{"prompt", "answers": {model: text}}], the prompts evenly apart; a second turn says little
+    without the first, so it is left out. [] where the run has no answers of that model.
     """
     asked = dict[str, dict[str, str]]()
     last_model = TEACHER
     for record in run_folder.records(run / run_folder.ANSWERS):
-        if record.get("language") == "en" and isinstance(record.get("text"), str):
-            last_model = str(record.get("model"))
+        if record.get("language") != "en" or not isinstance(record.get("text"), str):
+            continue
+        last_model = str(record.get("model"))
+        if record.get("kind") != run_folder.LATER:
             answers = asked.setdefault(str(record.get("prompt")), {})
             answers[last_model] = _text(record)
     student = last_model if stage == FINAL_STAGE else stage
@@ -83,13 +86,7 @@ def talks(run: Path, stage: str) -> list[dict[str, Any]]:
         if student != TEACHER and {TEACHER, student} <= answers.keys():
             both = {TEACHER: answers[TEACHER], student: answers[student]}
             conversations.append({"prompt": prompt, "answers": both})
-    return _evenly(conversations)
-
-
-def _evenly(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most TALKS of them, evenly apart."""
-    step = max(1, len(items) // TALKS)
-    return list(items[::step][:TALKS])
+    return list(evenly(conversations, TALKS))
 
 
 def _text(record: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """The fewest bits of matrices that are rounded more carefully than others: a gated delta rule's.
 
-An error there stays in the state for all later tokens. Published: a Qwen 3.5 in 4 bits lost a third
-of IFEval (40.3 for 57.8) where its linear attention was packed with the rest.
+An error there stays in the state for all later tokens. A Qwen 3.5 27B in ParoQuant's 4 bits, its
+linear attention with the rest, followed 40.3 % of IFEval's prompts where 57.8 % were followed
+before, as a user measured (z-lab/paroquant, issue 45).
 """
 
 import math

@@ -107,10 +107,10 @@ def legend_of(
     kinds: Sequence[str] = (),
 ) -> Legend:
     """The names above a panel that begins at `left`, by default with the signs of groups."""
-    ownkind_ofs = [kind_of(number, "fill") for number in range(len(names))]
+    by_number = [kind_of(number, "fill") for number in range(len(names))]
     return Legend(
         names,
-        kinds=kinds or ownkind_ofs,
+        kinds=kinds or by_number,
         shapes=list(islice(cycle(shapes), len(names))),
         left=left,
         right=RIGHT,

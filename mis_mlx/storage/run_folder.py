@@ -23,6 +23,7 @@ PLAN = "plan.json"  # how the run trains: decided once, when it begins
 NOT_STORED = ("out", "resume", "dry_run", "config")  # settings that say where and when, not what
 PHASES = "phases.jsonl"  # what each start planned, then what each phase took
 ANSWERS = "answers.jsonl"  # the models' answers to held-out prompts
+LATER = "second turn"  # kind of those prompts that say little without the turns before
 SAMPLES = "samples.jsonl"  # what each model writes after the same words
 # Source and licence of the data of an alignment, beside the run and its model.
 DATA = "data.json"

@@ -11,7 +11,7 @@ from mis_mlx.studio_page.conversation import Asked, Conversation, figure_words
 from mis_mlx.studio_page.runs import FINISHED, Listed
 from mis_mlx.studio_page.studio_state import Alert, Studio
 from mis_mlx.studio_page.wishes import Wishes
-from mis_mlx.types import MisError
+from mis_mlx.types import MisError, evenly
 
 SHORT = 44  # characters of a prompt on its button
 PROMPTS = 6  # held-out ones to click
@@ -217,7 +217,10 @@ class _Judge:
             return None
         answered = str(answer.result.get("text", said)).strip()
         text.set_text(answered or "(nothing)")
-        figures.set_text(figure_words(answer.result, time.monotonic() - first_s))
+        seconds = 0.0  # unknown where nothing was shown as it came, as of an answer in JSON
+        if first_s:
+            seconds = time.monotonic() - first_s
+        figures.set_text(figure_words(answer.result, seconds))
         return answered
 
 
@@ -227,9 +230,7 @@ def held_out(run: Listed) -> list[str]:
     prompts: dict[str, None] = {}  # in their order
     for row in story.answers if story else ():
         prompts[str(row.get("prompt", ""))] = None
-    every = max(1, len(prompts) // PROMPTS)
-    spread = list(prompts)[::every]
-    return spread[:PROMPTS]
+    return list(evenly(list(prompts), PROMPTS))
 
 
 def shortened(prompt: str) -> str:

@@ -83,6 +83,15 @@ def test_three_english_prompts_with_both_answers(tmp_path: Path) -> None:
     assert run_facts.talks(tmp_path / "nothing", "model") == []
 
 
+def test_second_turns_are_left_out(tmp_path: Path) -> None:
+    """Nobody sees the turns before them in the card."""
+    answers = []
+    for number, kind in enumerate(("second turn", "explain", "second turn")):
+        answers += [{**answer(number, model), "kind": kind} for model in ("teacher", "4-bit")]
+    talks = run_facts.talks(run_with(tmp_path / "run", {}, answers), "model")
+    assert [talk["prompt"] for talk in talks] == ["Question 1?"]
+
+
 def test_the_card_of_a_real_run(finished: tuple[Path, Done]) -> None:
     """The hub's own parser reads it: relation and library; settings and machine are the run's."""
     run, _ = finished

@@ -34,6 +34,7 @@ needs_browser = pytest.mark.skipif(
     reason="needs NiceGUI, Chromium and playwright: pip install 'mis-mlx[studio]' playwright",
 )
 PATIENCE_S = 180
+PANELS = ("Choose", "Decide", "Run", "Judge", "Keep")
 MOST_BYTES = 150 * 10**6  # of the page's process
 QUICK = {
     "max_seq_length": 32, "num_samples": 4, "reconstruct_samples": 4, "eval_windows": 3,
@@ -100,11 +101,12 @@ def page_of(folder: Path, env: dict[str, str], *flags: str) -> Iterator[Served]:
 class Tab:
     """A page in Chromium, by what a person sees."""
 
-    def __init__(self, page: Any) -> None:
-        self.page = page
+    def __init__(self, context: Any, address: str) -> None:
+        self.page = context.new_page()
         self.errors: list[str] = []
-        page.set_default_timeout(1000 * PATIENCE_S)
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.set_default_timeout(1000 * PATIENCE_S)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.goto(address)
 
     def press(self, name: str) -> None:
         """A button."""
@@ -125,6 +127,14 @@ class Tab:
     def go(self, tab: str) -> None:
         """To one of the five panels."""
         self.page.get_by_role("tab", name=tab).click()
+
+    def panels(self, wait_ms: int) -> Iterator[str]:
+        """To each of the five, once the plan is made; its name, when it has had this time."""
+        to_the_plan(self)
+        for name in PANELS:
+            self.go(name)
+            self.page.wait_for_timeout(wait_ms)
+            yield name
 
     def wide(self) -> bool:
         """Whether the page has to be pushed sideways."""
@@ -200,14 +210,14 @@ def pick(tab: Tab, label: str, option: str) -> None:
     options = tab.page.get_by_role("option")
     options.first.wait_for()
     words = options.all_inner_texts()
-    wanted = next(number for number, text in enumerate(words) if option in text)
+    assert any(option in text for text in words), words
     for _ in range(len(words)):
         active = tab.page.locator("[role=option].q-manual-focusable--focused")
         if active.count() and option in active.inner_text():
             break
         tab.page.keyboard.press("ArrowDown")
-    assert wanted < len(words)
     tab.page.keyboard.press("Enter")
+    options.first.wait_for(state="hidden")  # or the next list would have this one's options, too
     tab.sees(option)
 
 

@@ -75,16 +75,14 @@ def test_no_message_of_the_page_carries_a_path(kept: Path, home: dict[str, str])
     outside = tree(kept.parent, but=(kept, kept.parent / "home"))
     inside = tree(kept / "runs", but=(kept / "runs" / ".studio",))
     with page_of(kept, home, "--models", "more") as served, browser() as context:
-        tab = Tab(context.new_page())
-        tab.page.goto(served.address)
+        tab = Tab(context, served.address)
         to_the_plan(tab)
         tab.page.evaluate(RECORD)
         touch_every_field(tab)
         for path in PATHS:
             assert tab.page.evaluate(FORGE, [path]) > 10
         tab.page.wait_for_timeout(3000)
-        another = Tab(context.new_page())
-        another.page.goto(f"http://{served.place}/")
+        another = Tab(context, f"http://{served.place}/")
         another.sees("Which model shall become smaller?")
         another.go("Run")
         another.sees("tiny-001: finished")

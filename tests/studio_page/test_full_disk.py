@@ -45,8 +45,7 @@ def test_a_full_disk_is_said_and_waited_out(
     write_settings(folder / "quick.yaml", {**QUICK, "iters": 12, "bench_tokens": 0})
     (folder / "runs").symlink_to(small_disk(4))
     with page_of(folder, home, "--models", "more") as served, browser() as context:
-        tab = Tab(context.new_page())
-        tab.page.goto(served.address)
+        tab = Tab(context, served.address)
         to_the_plan(tab)
         tab.press("Start the run")
         tab.page.get_by_text(FULL).first.wait_for()

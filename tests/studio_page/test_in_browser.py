@@ -38,10 +38,8 @@ def test_from_the_first_page_to_an_export(folder: Path, home: dict[str, str]) ->
     with page_of(folder, home, "--models", "more") as served, browser() as context:
         asked: list[str] = []
         context.on("request", lambda request: asked.append(request.url))
-        tab = Tab(context.new_page())
-        tab.page.goto(served.address)
-        other = Tab(context.new_page())
-        other.page.goto(f"http://{served.place}/")
+        tab = Tab(context, served.address)
+        other = Tab(context, f"http://{served.place}/")
         to_the_plan(tab)
         to_the_plan(other)
         tab.press("Start the run")
@@ -57,8 +55,7 @@ def test_from_the_first_page_to_an_export(folder: Path, home: dict[str, str]) ->
         other.press("Resume")
         other.sees("tiny-001: running")
         other.page.close()
-        tab = Tab(context.new_page())
-        tab.page.goto(f"http://{served.place}/")
+        tab = Tab(context, f"http://{served.place}/")
         tab.go("Run")
         tab.sees("tiny-001: finished")
         _judge(tab, context)
@@ -152,12 +149,8 @@ def test_it_fits_a_phone_and_a_desk(
     """No panel is wider than the window; its colours follow the system's."""
     sight = {"viewport": {"width": width, "height": height}, "color_scheme": scheme}
     with page_of(folder, home, "--models", "more") as served, browser(**sight) as context:
-        tab = Tab(context.new_page())
-        tab.page.goto(served.address)
-        to_the_plan(tab)
-        for name in ("Choose", "Decide", "Run", "Judge", "Keep"):
-            tab.go(name)
-            tab.page.wait_for_timeout(300)
+        tab = Tab(context, served.address)
+        for name in tab.panels(wait_ms=300):
             assert not tab.wide(), name
         colour = tab.page.evaluate("getComputedStyle(document.body).color")
         numbers = [int(number) for number in re.findall(r"\d+", colour)[:3]]
@@ -171,8 +164,7 @@ def test_by_keyboard_alone(kept: Path, home: dict[str, str]) -> None:
     talk with the models of another run. What has the focus is always seen.
     """
     with page_of(kept, home, "--models", "more") as served, browser() as context:
-        tab = Tab(context.new_page())
-        tab.page.goto(served.address)
+        tab = Tab(context, served.address)
         tab.sees("Which model shall become smaller?")
         for label, option in (("Model", "more/tiny"), ("Text to learn from", "notes")):
             pick(tab, label, option)
@@ -210,12 +202,8 @@ def test_everything_has_a_name_and_can_be_hit(kept: Path, home: dict[str, str]) 
     """
     phone = {"viewport": {"width": 390, "height": 844}}
     with page_of(kept, home, "--models", "more") as served, browser(**phone) as context:
-        tab = Tab(context.new_page())
-        tab.page.goto(served.address)
-        to_the_plan(tab)
-        for name in ("Choose", "Decide", "Run", "Judge", "Keep"):
-            tab.go(name)
-            tab.page.wait_for_timeout(2500)
+        tab = Tab(context, served.address)
+        for name in tab.panels(wait_ms=2500):
             assert tab.page.evaluate(NAMELESS) == [], name
             assert tab.page.evaluate(SMALL) == [], name
         tab.page.get_by_text("Upload to the Hugging Face hub").click()

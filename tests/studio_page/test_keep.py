@@ -47,8 +47,7 @@ def test_given_to_other_programs(kept: Path, home: dict[str, str], hub: dict[str
     env = {**home, **hub, "PATH": f"{programs}:{os.environ['PATH']}"}
     run = kept / "runs" / "tiny-001"
     with page_of(kept, env, "--models", "more") as served, browser() as context:
-        tab = Tab(context.new_page())
-        tab.page.goto(served.address)
+        tab = Tab(context, served.address)
         tab.go("Keep")
         tab.press("Give to Ollama")
         tab.sees("no Ollama: install it")

@@ -77,16 +77,14 @@ def test_closed_killed_and_resumed_in_every_phase(folder: Path, home: dict[str, 
     """
     write_settings(folder / "quick.yaml", BRIEF)
     with page_of(folder, home, "--models", "more") as served, browser() as context:
-        tab = Tab(context.new_page())
-        tab.page.goto(served.address)
+        tab = Tab(context, served.address)
         to_the_plan(tab)
         tab.press("Start the run")
         tab.sees("tiny-001: running")
         tab.page.close()
         for phase in PHASES:
             hold_in(folder, phase)
-            tab = Tab(context.new_page())
-            tab.page.goto(f"http://{served.place}/")
+            tab = Tab(context, f"http://{served.place}/")
             tab.go("Run")
             tab.sees("tiny-001: running")
             tab.press("Stop at once")
@@ -96,8 +94,7 @@ def test_closed_killed_and_resumed_in_every_phase(folder: Path, home: dict[str, 
             assert not tab.errors
             tab.page.close()
         wait(lambda: state(folder) != "running", "the run does not end")
-        tab = Tab(context.new_page())
-        tab.page.goto(f"http://{served.place}/")
+        tab = Tab(context, f"http://{served.place}/")
         tab.go("Run")
         tab.sees("tiny-001: finished")
     undisturbed(folder, home)
@@ -157,8 +154,7 @@ def test_closed_killed_and_resumed_in_a_download(
     env["HF_HOME"] = str(folder / "hf")
     env["MIS_MLX_CACHE"] = str(folder / "cache")
     with page_of(folder, env) as served, browser() as context:
-        tab = Tab(context.new_page())
-        tab.page.goto(served.address)
+        tab = Tab(context, served.address)
         tab.choose("Model", "a model of the hub")
         tab.page.get_by_label("Model on the Hugging Face hub").fill("me/tiny")
         tab.choose("Text to learn from", "notes")
@@ -169,8 +165,7 @@ def test_closed_killed_and_resumed_in_a_download(
         tab.sees("tiny-001: running")
         wait(lambda: any("resolve" in path for path in SlowHub.asked), "nothing is downloaded")
         tab.page.close()
-        tab = Tab(context.new_page())
-        tab.page.goto(f"http://{served.place}/")
+        tab = Tab(context, f"http://{served.place}/")
         tab.go("Run")
         tab.sees("tiny-001: running")
         tab.press("Stop at once")
