@@ -40,7 +40,6 @@ from mis_mlx.gguf_export import tensors
 from mis_mlx.hardware import memory
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, load, resolve
-from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.quantization import (
     bit_allocation,
     block_tuning,
@@ -48,6 +47,7 @@ from mis_mlx.quantization import (
     packed_format,
     stage,
 )
+from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 

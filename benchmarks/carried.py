@@ -25,8 +25,8 @@ from laboratory import resumed, start, stored, write
 
 from mis_mlx import cli, distill
 from mis_mlx.data import preparation
-from mis_mlx.planner import recipe
 from mis_mlx.reporting.text import markdown_table
+from mis_mlx.settings import recipe
 
 ROWS: dict[str, dict[str, Any]] = {
     "default": {},

@@ -41,8 +41,9 @@ from mis_mlx.hardware import memory, rates
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, distributed, load, pipeline_parallel, policy, resolve, stream
 from mis_mlx.planner import estimates, phases
+from mis_mlx.planner.distillation_spec import DistillationSpec, spec_of
 from mis_mlx.planner.phases import MemoryPlan
-from mis_mlx.planner.recipe import RATE, DistillationConfig, DistillationSpec, spec_of
+from mis_mlx.settings.recipe import RATE, DistillationConfig
 
 # where struct tcp_info of Linux has the bytes that were sent and have arrived; those received
 # follow

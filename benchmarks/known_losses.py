@@ -3,7 +3,7 @@
     scripts/mis benchmarks/known_losses.py     # an hour on 2 cores, seconds where all is known
 
 Searches for the losses below measure what is not known yet. Then the logs kept on this machine
-replace those of mis_mlx/distillation/known, so that a search of the default teacher takes seconds.
+replace those of mis_mlx/size_search/known, so that a search of the default teacher takes seconds.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from laboratory import start
 
 from mis_mlx import cli, search
-from mis_mlx.distillation import known_losses
 from mis_mlx.models import load, resolve
+from mis_mlx.size_search import known_losses
 from mis_mlx.storage.files import DISK
 
 

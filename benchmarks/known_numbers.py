@@ -40,7 +40,7 @@ from mis_mlx.evaluation.questions import Task
 from mis_mlx.hardware import memory
 from mis_mlx.maths import stats
 from mis_mlx.models import load, resolve
-from mis_mlx.planner import recipe
+from mis_mlx.settings import recipe
 from mis_mlx.types import Checkpoint, Count, MisError
 
 RESULT = "known_numbers"

@@ -27,9 +27,9 @@ from mis_mlx.evaluation import answers
 from mis_mlx.evaluation.answer_likelihood import has_template
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, resolve
-from mis_mlx.planner import recipe
 from mis_mlx.reporting import run_reader
 from mis_mlx.reporting.text import markdown_table
+from mis_mlx.settings import recipe
 
 PACKED_BITS = 4, 3
 KEPT_RESULTS = (

@@ -28,9 +28,9 @@ import teacher_text
 from laboratory import bits_per_byte, resumed, start, stored, write
 
 from mis_mlx import cli, distill, evaluate
-from mis_mlx.planner import recipe
 from mis_mlx.reporting import run_reader
 from mis_mlx.reporting.text import markdown_table
+from mis_mlx.settings import recipe
 from mis_mlx.storage import run_folder
 
 OWN = {"manual": "English", "Miś": "Polish"}

@@ -36,8 +36,8 @@ from mis_mlx.models import arch, stored_form
 from mis_mlx.models.config import read_config
 from mis_mlx.models.families import family
 from mis_mlx.planner import phases, rounding_cost
-from mis_mlx.planner.recipe import EVAL_PROMPTS
 from mis_mlx.pruning import vocabulary
+from mis_mlx.settings.recipe import EVAL_PROMPTS
 from mis_mlx.types import Budget, MisError
 
 CONFIGS = Path(__file__).parent / "model_configs"

@@ -35,8 +35,8 @@ from mis_mlx.data import token_windows
 from mis_mlx.distillation import live_teacher
 from mis_mlx.maths import losses
 from mis_mlx.models import host_losses, mlx_generate
-from mis_mlx.planner import recipe
 from mis_mlx.reporting.text import markdown_table
+from mis_mlx.settings import recipe
 
 # share of tokens; of steps, the last ones; tokens of a window that are given
 UNSURE = 0.2

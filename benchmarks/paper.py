@@ -15,8 +15,8 @@ from mis_mlx import cli, plan
 from mis_mlx.hardware import memory, rates
 from mis_mlx.models import arch, scenarios
 from mis_mlx.planner import estimates, phases
+from mis_mlx.planner.distillation_spec import spec_of
 from mis_mlx.planner.phases import MemoryPlan
-from mis_mlx.planner.recipe import spec_of
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.types import duration, gib
 

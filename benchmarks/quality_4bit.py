@@ -35,10 +35,10 @@ from mis_mlx.distillation import live_teacher, pipeline
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import arch, load, model_writer, resolve
 from mis_mlx.models.wheel_model import gguf_names, row_order
-from mis_mlx.planner.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format, stage
 from mis_mlx.reporting.text import markdown_table
+from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 

@@ -34,9 +34,9 @@ from mis_mlx.maths.importance import Key, Statistics
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, load, model_writer, policy, stream
 from mis_mlx.models.config import shape_of
-from mis_mlx.planner.recipe import DistillationConfig
 from mis_mlx.pruning import calibrate, reconstruct, select, slicing
 from mis_mlx.reporting.text import markdown_table
+from mis_mlx.settings.recipe import DistillationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits
 

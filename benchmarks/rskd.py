@@ -28,8 +28,8 @@ from mis_mlx.distillation import live_teacher, pipeline
 from mis_mlx.evaluation import comparison
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load, model_writer, resolve, stream
-from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.pruning import reconstruct, select
+from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 

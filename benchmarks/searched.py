@@ -15,7 +15,7 @@ from dataclasses import replace
 import laboratory
 
 from mis_mlx import cli, search
-from mis_mlx.distillation import candidates
+from mis_mlx.size_search import candidates
 from mis_mlx.storage import run_folder
 
 PRIVATE = ("teacher", "run")  # paths of the machine

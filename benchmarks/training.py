@@ -43,8 +43,8 @@ from mis_mlx.distillation import live_teacher, sharded
 from mis_mlx.hardware.clock import Clock
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load, lora, model_writer, resolve, stream
-from mis_mlx.planner.recipe import ADAPTERS, RATE, DistillationConfig
 from mis_mlx.reporting.text import markdown_table
+from mis_mlx.settings.recipe import ADAPTERS, RATE, DistillationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, Step
 

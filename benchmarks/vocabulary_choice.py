@@ -36,9 +36,9 @@ from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import load, resolve
 from mis_mlx.models.trimmed_tokenizer import Vocabulary
-from mis_mlx.planner.recipe import VOCABULARY_WINDOWS
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting.text import markdown_table
+from mis_mlx.settings.workloads import VOCABULARY_WINDOWS
 from mis_mlx.types import Checkpoint
 
 # tokens that are judged at once, and that are read before them

@@ -8,12 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from mis_mlx import bench, cli, plan, search, synthesize
 from mis_mlx.data import preparation
 from mis_mlx.distillation import (
-    candidates,
     compression,
     conversations,
     measurement,
     pipeline,
-    run_loop,
     run_plan,
     summary,
 )
@@ -23,15 +21,17 @@ from mis_mlx.hardware.thermal.run_monitor import battery
 from mis_mlx.models import arch, distributed, families, load, mlx_generate, policy
 from mis_mlx.models.config import shape_of
 from mis_mlx.planner import machines, phases
-from mis_mlx.planner.recipe import (
+from mis_mlx.pruning import select, vocabulary
+from mis_mlx.quantization import packed_format
+from mis_mlx.reporting import progress, text
+from mis_mlx.runs import run_loop
+from mis_mlx.settings.recipe import (
     EVAL_PROMPTS,
     DistillationConfig,
     QuantizationConfig,
     steps_of,
 )
-from mis_mlx.pruning import select, shape_search, vocabulary
-from mis_mlx.quantization import packed_format
-from mis_mlx.reporting import progress, text
+from mis_mlx.size_search import candidates, shape_search
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, json_sha256
 from mis_mlx.types import MOST, Budget, Checkpoint, MisError, Row, Whole, Within, gib

@@ -17,15 +17,17 @@ from mis_mlx.models import arch, load, resolve, scenarios
 from mis_mlx.models.config import MOST_EXPERTS, read_config, shape_of
 from mis_mlx.planner import (
     compression_size,
+    distillation_spec,
     estimates,
     phases,
-    recipe,
     rounding_cost,
     training_cost,
 )
-from mis_mlx.pruning import shape_search, vocabulary
+from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format
 from mis_mlx.reporting import html, text
+from mis_mlx.settings import recipe, workloads
+from mis_mlx.size_search import shape_search
 from mis_mlx.types import Checkpoint, duration, gib
 
 LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
@@ -98,7 +100,7 @@ def disk_bytes(plan: phases.MemoryPlan) -> int:
     params = arch.params(m.config)
     files = 2 * m.nbytes + params * phases.in_parts(plan.job, plan.mode)
     if plan.mode == "resident":
-        files += 2 * training_cost.SAVED_BYTES * params
+        files += 2 * workloads.SAVED_BYTES * params
     elif plan.mode != "none":
         blocks = plan.shard_layers or m.shape.layers
         files += 2 * blocks * compression_size.block_state_bytes(m.config)
@@ -205,7 +207,7 @@ def planned(settings: Settings, rates: Rates) -> tuple[phases.MemoryPlan, str]:
     teacher_as_is = estimates.model_of(opened, rates.gpu)
     teacher, student = _pair(settings, opened, rates.gpu)
     prompts = _prompts(opened)
-    job = recipe.spec_of(
+    job = distillation_spec.spec_of(
         teacher,
         student,
         settings,

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from mis_mlx import cli
 from mis_mlx.data import preparation
-from mis_mlx.distillation import run_loop
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalMonitor
@@ -15,6 +14,7 @@ from mis_mlx.models import arch, load, policy
 from mis_mlx.planner import compression_size, estimates
 from mis_mlx.pruning import select, vocabulary
 from mis_mlx.reporting import html, progress
+from mis_mlx.runs import run_loop
 from mis_mlx.storage.files import Files
 from mis_mlx.types import Count, Seed, Tokens
 

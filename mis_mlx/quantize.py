@@ -10,14 +10,16 @@ import mlx.core as mx
 from mis_mlx import cli
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import live_teacher, pipeline, run_loop
+from mis_mlx.distillation import live_teacher, pipeline
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, model_writer, policy, resolve
 from mis_mlx.planner import estimates, phases, rounding_cost
-from mis_mlx.planner.recipe import DistillationConfig, DistillationSpec, QuantizationConfig
+from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format, stage
 from mis_mlx.reporting import progress
+from mis_mlx.runs import run_loop
+from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.storage.files import Files
 from mis_mlx.types import Budget, Checkpoint, Count, MisError, Seed, Tokens, Whole
 

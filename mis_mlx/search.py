@@ -13,29 +13,29 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.distillation import (
-    candidates,
-    conversations,
-    finalists,
-    frontier,
-    known_losses,
-    pipeline,
-    ranking,
-    run_loop,
-    search_plan,
-)
-from mis_mlx.distillation.ranking import flags_of
+from mis_mlx.distillation import conversations, pipeline
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.models import families, policy
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.planner import estimates, phases
-from mis_mlx.planner.recipe import ITERS, DistillationConfig
-from mis_mlx.pruning import limits as limiting
-from mis_mlx.pruning import shape_search, vocabulary
-from mis_mlx.pruning.limits import Limit, Timing
-from mis_mlx.pruning.shape_search import Choice
+from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import progress, text
+from mis_mlx.runs import run_loop
+from mis_mlx.settings.recipe import ITERS, DistillationConfig
+from mis_mlx.size_search import (
+    candidates,
+    finalists,
+    frontier,
+    known_losses,
+    ranking,
+    search_plan,
+    shape_search,
+)
+from mis_mlx.size_search import limits as limiting
+from mis_mlx.size_search.limits import Limit, Timing
+from mis_mlx.size_search.ranking import flags_of
+from mis_mlx.size_search.shape_search import Choice
 from mis_mlx.storage import run_folder
 from mis_mlx.types import FILE_ONLY, MOST, Budget, Checkpoint, Count, MisError, Whole, Within
 

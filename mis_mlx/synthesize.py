@@ -18,11 +18,11 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.data import preparation
 from mis_mlx.data.rows import Row
-from mis_mlx.distillation import run_loop
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate, policy, stream, streamed_decode
 from mis_mlx.planner import estimates, writing
 from mis_mlx.reporting import progress
+from mis_mlx.runs import run_loop
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, as_mis_error

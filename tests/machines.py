@@ -31,8 +31,8 @@ from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, train_loop
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, load, pipeline_parallel, policy, stream
-from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.pruning import calibrate
+from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, Reading
 from tests import forks

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from mis_mlx import __version__, cli, distill
-from mis_mlx.distillation import pipeline, run_loop
+from mis_mlx.distillation import pipeline
+from mis_mlx.runs import run_loop
 from mis_mlx.types import Checkpoint, Step
 from tests.conftest import SMALL
 

@@ -20,8 +20,8 @@ import pytest
 from mis_mlx import __main__, cli, flag_help, quantize, thermal
 from mis_mlx.hardware import rates
 from mis_mlx.models import policy
-from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.quantization import bit_allocation, stage
+from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError, Within
 

@@ -15,10 +15,10 @@ import pytest
 
 from mis_mlx import search
 from mis_mlx.data import preparation
-from mis_mlx.distillation import candidates, frontier
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import load
 from mis_mlx.quantization import packed_format
+from mis_mlx.size_search import candidates, frontier
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint

@@ -31,17 +31,21 @@ ORDER = (
     "hardware",
     "models",
     "reporting",
+    "settings",
     "planner",
+    "runs",
     "gguf_export",
     "evaluation",
     "pruning",
     "quantization",
     "distillation",
+    "size_search",
     "alignment",
     "checks",
     "studio_page",
 )
 COMMAND_FLOOR = len(ORDER)
+TRAINING = ("distillation", "size_search", "alignment", "checks")
 FILE_LINES = 500
 FUNCTION_LINES = 60
 
@@ -194,9 +198,7 @@ def evaluating(module: Module) -> list[str]:
     hardware/clock.py, hardware/streams.py and commands.
     """
     here = ("models.stream", "storage.block_reader", "hardware.clock", "hardware.streams")
-    trains = module.zone in ("distillation", "alignment", "checks") or module.name.startswith(
-        "evaluation.speed"
-    )
+    trains = module.zone in TRAINING or module.name.startswith("evaluation.speed")
     if module.is_command or trains or module.name in here:
         return []
     named = [name for name in imports(module) if name in ("mlx.core.eval", "mlx.core.async_eval")]

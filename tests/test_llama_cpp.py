@@ -20,6 +20,7 @@ from mis_mlx import export
 from mis_mlx.data import preparation
 from mis_mlx.gguf_export import tensors, vocab
 from mis_mlx.models import load, resolve
+from mis_mlx.models.pre_tokenizers import KNOWN
 from tests import family_checks, tiny
 from tests.conftest import Done, last_line
 from tests.gguf_export.test_gemma import GEMMA3N
@@ -343,9 +344,7 @@ def texts() -> list[str]:
 def split(name: str) -> Any:
     """Qwen's and Llama 3's way: one regular expression, then bytes without one."""
     pattern = next(
-        rule["steps"][0]["pattern"]["Regex"]
-        for rule in vocab.KNOWN["rules"]
-        if rule["name"] == name
+        rule["steps"][0]["pattern"]["Regex"] for rule in KNOWN["rules"] if rule["name"] == name
     )
     cut = pre_tokenizers.Split(Regex(pattern), "isolated")
     return pre_tokenizers.Sequence(

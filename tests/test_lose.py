@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 
 from mis_mlx import distill, search
-from mis_mlx.distillation import answer_loss, candidates, known_losses, ranking, summary
+from mis_mlx.distillation import answer_loss, summary
 from mis_mlx.evaluation import answers
 from mis_mlx.evaluation.answer_figures import AnswerBits
 from mis_mlx.evaluation.answer_likelihood import log_probabilities
 from mis_mlx.models import load
 from mis_mlx.models.config import shape_of
-from mis_mlx.pruning import limits, shape_search
-from mis_mlx.pruning.shape_search import Choice, Losses
+from mis_mlx.size_search import candidates, known_losses, limits, ranking, shape_search
+from mis_mlx.size_search.shape_search import Choice, Losses
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError, Row
 from tests import tiny

@@ -19,8 +19,9 @@ from mis_mlx.distillation import live_teacher, pipeline
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate
 from mis_mlx.planner import estimates, phases, rounding_cost
-from mis_mlx.planner.recipe import DistillationConfig, DistillationSpec, QuantizationConfig
+from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.quantization import packed_format, stage
+from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget, Checkpoint
 from tests import tiny

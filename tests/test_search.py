@@ -25,17 +25,17 @@ import pytest
 from mis_mlx import cli, distill, search
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import candidates, finalists
-from mis_mlx.distillation.candidates import Candidates
 from mis_mlx.evaluation import comparison
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, load
 from mis_mlx.models.config import shape_of
-from mis_mlx.pruning import calibrate, limits, select, shape_search, slicing
-from mis_mlx.pruning.limits import Timing
-from mis_mlx.pruning.shape_search import Choice, Losses
+from mis_mlx.pruning import calibrate, select, slicing
 from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.reporting import text
+from mis_mlx.size_search import candidates, finalists, limits, shape_search
+from mis_mlx.size_search.candidates import Candidates
+from mis_mlx.size_search.limits import Timing
+from mis_mlx.size_search.shape_search import Choice, Losses
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool

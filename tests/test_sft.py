@@ -29,7 +29,7 @@ from mis_mlx.gguf_export import model_card as model_card
 from mis_mlx.hardware import memory
 from mis_mlx.models import attention_masks, load, lora, mlx_generate
 from mis_mlx.planner import estimates
-from mis_mlx.planner.recipe import TrainingConfig
+from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny, trl_model

@@ -17,7 +17,7 @@ from mis_mlx import distill, synthesize
 from mis_mlx.data import preparation
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate, policy, stream, streamed_decode
-from mis_mlx.planner import estimates, recipe, writing
+from mis_mlx.planner import distillation_spec, estimates, writing
 from mis_mlx.storage import hub
 from mis_mlx.types import Budget, Checkpoint, MisError
 from tests import tiny
@@ -267,7 +267,7 @@ def test_a_resumed_run_asks_for_the_same_text(
         dry_run=True,
     )
     seen = estimates.model_of(teacher)
-    stored = replace(begun, iters=recipe.spec_of(seen, seen, begun).iters)
+    stored = replace(begun, iters=distillation_spec.spec_of(seen, seen, begun).iters)
     folder = distill._text(begun, teacher)
     assert folder == distill._text(stored, teacher)
     assert folder != distill._text(replace(begun, iters=4 * (stored.iters or 0)), teacher)

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mis_mlx.models import arch, model_writer
 from mis_mlx.models.families import family
-from mis_mlx.planner.recipe import TrainingConfig
+from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.safetensors import index as safetensors_index
 from mis_mlx.storage.safetensors import write_tensors

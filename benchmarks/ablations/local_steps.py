@@ -25,8 +25,8 @@ from mis_mlx.hardware import streams
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load, model_writer, policy, stream
 from mis_mlx.models.config import shape_of
-from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.pruning import reconstruct
+from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage.checkpoint import sweep
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool

@@ -18,15 +18,17 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.data import examples
-from mis_mlx.distillation import run_loop, train_loop
+from mis_mlx.distillation import train_loop
 from mis_mlx.gguf_export.model_card import name_of
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, distributed, load, lora, model_writer, policy, stream
-from mis_mlx.planner import compression_size, estimates, recipe
-from mis_mlx.planner.training_cost import SAVED_BYTES
+from mis_mlx.planner import compression_size, estimates
 from mis_mlx.reporting import progress
+from mis_mlx.runs import run_loop
+from mis_mlx.settings import recipe
+from mis_mlx.settings.workloads import SAVED_BYTES
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, Count, MisError, Positive, Step, Tokens, Within, gib

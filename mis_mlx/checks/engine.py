@@ -22,9 +22,10 @@ from mis_mlx.distillation.train_loop import train
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, load, lora, mlx_generate, policy, stream, streamed_decode
-from mis_mlx.planner import estimates, recipe
+from mis_mlx.planner import estimates
 from mis_mlx.pruning.calibrate import calibrate
 from mis_mlx.quantization import packed_format
+from mis_mlx.settings import recipe
 from mis_mlx.storage import files, safetensors
 from mis_mlx.types import Checkpoint
 

@@ -21,7 +21,8 @@ from mis_mlx.hardware import rates
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load, policy
-from mis_mlx.planner import compression_size, estimates, recipe
+from mis_mlx.planner import compression_size, estimates
+from mis_mlx.settings import recipe
 
 BASE = json.loads((Path(__file__).parent / "model.json").read_text("utf-8"))
 CONFIG: dict[str, Any] = {

@@ -26,9 +26,10 @@ from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, host_losses, load, pipeline_parallel, policy, stream
 from mis_mlx.models.config import shape_of, softcap
-from mis_mlx.planner.recipe import SAMPLES, TrainingConfig
+from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage import logit_store, run_folder
 from mis_mlx.storage.files import Files
+from mis_mlx.storage.logit_store import SAMPLES
 from mis_mlx.types import Checkpoint, MisError, Step
 
 # token ids (B, T) int32; learn (B, T) float32: 1 where the prediction there counts

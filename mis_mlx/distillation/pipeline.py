@@ -18,18 +18,19 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.distillation import live_teacher, pace, run_loop, sharded, train_loop
+from mis_mlx.distillation import live_teacher, sharded, train_loop
 from mis_mlx.hardware import memory
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, load, lora, model_writer, stream
 from mis_mlx.models.config import softcap
 from mis_mlx.planner.phases import MemoryPlan, in_parts
-from mis_mlx.planner.recipe import ADAPTERS, DistillationConfig, TrainingConfig
 from mis_mlx.planner.training_cost import steps_per_shard
 from mis_mlx.pruning import reconstruct, vocabulary
 from mis_mlx.quantization import packed_format
 from mis_mlx.reporting import progress, text
+from mis_mlx.runs import pace, run_loop
+from mis_mlx.settings.recipe import ADAPTERS, DistillationConfig, TrainingConfig
 from mis_mlx.storage import hidden_spool, run_folder
 from mis_mlx.types import Checkpoint, Step
 

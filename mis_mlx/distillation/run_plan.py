@@ -7,15 +7,16 @@ from typing import Any
 
 from mis_mlx.data import preparation
 from mis_mlx.distillation import pipeline
-from mis_mlx.distillation.run_loop import OpenRun
 from mis_mlx.evaluation import answers
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.models import arch, distributed, load, policy
 from mis_mlx.planner import estimates, phases
-from mis_mlx.planner.recipe import FIRST_STEPS, ROUND_TO_NEAREST, DistillationSpec, spec_of
+from mis_mlx.planner.distillation_spec import DistillationSpec, spec_of
 from mis_mlx.pruning import select, vocabulary
 from mis_mlx.quantization import stage
+from mis_mlx.runs.run_loop import OpenRun
+from mis_mlx.settings.recipe import FIRST_STEPS, ROUND_TO_NEAREST
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError, gib
 

@@ -31,7 +31,7 @@ from mis_mlx.distillation.block_gradients import (
 from mis_mlx.hardware import streams
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
 from mis_mlx.models import arch, distributed, load, model_writer, policy, stream
-from mis_mlx.planner.recipe import TrainingConfig
+from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage.checkpoint import sweep
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.safetensors import Tensor

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mis_mlx.hardware import clock, streams
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
 from mis_mlx.models import distributed
-from mis_mlx.planner.recipe import TrainingConfig
+from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.types import Step
 
 CLOCK = clock.Clock()

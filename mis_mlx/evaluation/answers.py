@@ -43,8 +43,8 @@ from mis_mlx.models import distributed, load, mlx_generate
 from mis_mlx.models.mlx_generate import Sampler
 from mis_mlx.models.text_writer import TextWriter
 from mis_mlx.planner import estimates, writing
-from mis_mlx.planner.writing import ANSWER_TOKENS, ANSWERS_AT_ONCE, GREEDY_TOKENS
 from mis_mlx.reporting import progress
+from mis_mlx.settings.workloads import ANSWER_TOKENS, ANSWERS_AT_ONCE, GREEDY_TOKENS
 from mis_mlx.storage import hub, run_folder
 from mis_mlx.storage.files import DISK, json_sha256
 from mis_mlx.types import Budget, Checkpoint, MisError

@@ -2,15 +2,13 @@
 
 Writes into a `gguf.GGUFWriter`, not to disk. Follows llama.cpp's conversion/base.py."""
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
-from mis_mlx.models.tokenizer_check import ROWS, read_json
+from mis_mlx.models.pre_tokenizers import known, token_ids
+from mis_mlx.models.tokenizer_check import read_json
 from mis_mlx.types import MisError
 
 # GGUF's token types
@@ -23,12 +21,6 @@ BYTE = 6
 ADDED_SCORE = -1000.0
 NO_SCORE = -10000.0
 Piece = tuple[str, float, int]  # text, score, type
-# the last two change no cut
-USUAL = ("use_regex", True), ("trim_offsets", True), ("trim_offsets", False)
-# llama.cpp's pre-tokenizers: the text "probe"; "names", those of our families, by the sha256 of its
-# ids. A vocabulary of one's own has another hash, but is cut by the same "rules": steps of
-# tokenizer.json but for USUAL, ignore_merges.
-KNOWN = read_json(Path(__file__).parent / "pre_tokenizers.json")
 LOOKS_SPECIAL = re.compile(r"<(\||｜).*\1>|<pad>|<mask>|<unused.*>", re.DOTALL)
 BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 SPACE = "▁"  # SentencePiece's
@@ -47,7 +39,7 @@ def add(writer: Any, folder: Path, size: int) -> list[str]:
             f"{folder} has no tokenizer.json: copy the tokenizer files of the model it was made "
             f"from"
         )
-    letter = _ids(folder, "a")  # also the library's own judgement of the file
+    letter = token_ids(folder, "a")  # also the library's own judgement of the file
     kind, pre, pieces, notes = _pieces(folder, spec)
     sentencepiece = kind == "llama"
     # llama.cpp's gemma4 joins such pieces by their merges, not by scores.
@@ -113,10 +105,7 @@ def _pieces(folder: Path, spec: dict[str, Any]) -> tuple[str, str, dict[int, Pie
         )
     if model.get("byte_fallback"):
         return "llama", "default", _sentencepiece_pieces(model), []
-    digest = hashlib.sha256(str(_ids(folder, KNOWN["probe"])).encode()).hexdigest()
-    pre = KNOWN["names"].get(digest) or _by_rules(spec)
-    # a trimmed vocabulary is cut by its parent's rules
-    pre = read_json(folder / ROWS).get("pre_tokenizer") or pre
+    pre, digest = known(folder, spec)
     notes = []
     if not pre:
         notes.append(
@@ -126,19 +115,6 @@ def _pieces(folder: Path, spec: dict[str, Any]) -> tuple[str, str, dict[int, Pie
         )
     pieces = {i: (text, 0.0, NORMAL) for text, i in model["vocab"].items()}
     return "gpt2", pre or "default", pieces, notes
-
-
-def _by_rules(spec: Mapping[str, Any]) -> str | None:
-    """The known pre-tokenizer that cuts by the same rules; None where there is none."""
-    first = spec.get("pre_tokenizer") or {}
-    steps = []
-    for step in first.get("pretokenizers") or [first]:
-        steps.append({key: value for key, value in step.items() if (key, value) not in USUAL})
-    rule = {"steps": steps, "ignore_merges": bool(spec["model"].get("ignore_merges"))}
-    for known in KNOWN["rules"]:
-        if known == known | rule:
-            return known["name"]
-    return None
 
 
 def _sentencepiece_pieces(model: Mapping[str, Any]) -> dict[int, Piece]:
@@ -152,24 +128,6 @@ def _sentencepiece_pieces(model: Mapping[str, Any]) -> dict[int, Piece]:
         type_ = BYTE if BYTE_PIECE.fullmatch(text) else NORMAL
         pieces[i] = (text, scores.get(text, 0.0), type_)
     return pieces
-
-
-def pre_tokenizer(folder: Path) -> str | None:
-    """llama.cpp's name for how a folder's byte-level tokenizer cuts text; None without one."""
-    spec = read_json(folder / "tokenizer.json")
-    if (spec.get("model") or {}).get("type") != "BPE":
-        return None
-    name = _pieces(folder, spec)[1]
-    return None if name == "default" else name
-
-
-def _ids(folder: Path, text: str) -> list[int]:
-    try:
-        return Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
-    except Exception as error:  # the library raises bare Exception
-        raise MisError(
-            f"{folder}/tokenizer.json does not open ({str(error)[:120]}): copy it again"
-        ) from None
 
 
 def _added(spec: dict[str, Any], sentencepiece: bool) -> dict[int, Piece]:

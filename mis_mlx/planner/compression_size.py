@@ -17,6 +17,7 @@ from mis_mlx.maths.reconstruction import HELD_OUT, RIDGES, precision
 from mis_mlx.models import arch
 from mis_mlx.models.config import shape_of
 from mis_mlx.models.stream import HEAD_PART
+from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.planner.estimates import (
     SMALL_BYTES,
     TENSOR_BYTES,
@@ -33,10 +34,9 @@ from mis_mlx.planner.estimates import (
     tensor_bytes,
 )
 from mis_mlx.planner.model_size import ModelSize
-from mis_mlx.planner.recipe import VOCABULARY_LOGITS, VOCABULARY_WINDOWS, DistillationSpec
 from mis_mlx.planner.rounding_cost import sensitivity_cost, solver_flops
+from mis_mlx.settings.workloads import ROUTER_BYTES, VOCABULARY_LOGITS, VOCABULARY_WINDOWS
 
-ROUTER_BYTES = 2**28  # of outputs of all experts of a block (pruning/reconstruct)
 # a clipped gradient; the rest of an update is written over what it is made of (measured)
 UPDATE_ARRAYS = 2
 # of a trained parameter: weight, gradient and two moments, float32

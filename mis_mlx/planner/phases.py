@@ -17,14 +17,8 @@ from mis_mlx.models import arch, load
 from mis_mlx.models.config import attends, shape_of
 from mis_mlx.planner import estimates, rounding_cost, writing
 from mis_mlx.planner.compression_size import pruning_cost, repair_by_block_cost, repair_cost
+from mis_mlx.planner.distillation_spec import DistillationSpec, Mode
 from mis_mlx.planner.estimates import TENSOR_BYTES, StageCost
-from mis_mlx.planner.recipe import (
-    RATE,
-    ROUND_TO_NEAREST,
-    DistillationConfig,
-    DistillationSpec,
-    Mode,
-)
 from mis_mlx.planner.training_cost import (
     blockwise_cost,
     resident_cost,
@@ -32,6 +26,7 @@ from mis_mlx.planner.training_cost import (
     store_cost,
     tuning_cost,
 )
+from mis_mlx.settings.recipe import RATE, ROUND_TO_NEAREST, DistillationConfig
 from mis_mlx.types import Budget, Checkpoint, MisError, gib
 
 TRAINED_WHOLE = "resident", "blocks", "lora"  # the student, in memory

@@ -26,13 +26,11 @@ from mis_mlx.planner.estimates import (
     workspace_bytes,
 )
 from mis_mlx.planner.model_size import ModelSize
-from mis_mlx.planner.recipe import QuantizationConfig
+from mis_mlx.settings.recipe import QuantizationConfig
+from mis_mlx.settings.workloads import TUNED_AT_ONCE, TUNING_STEPS
 
 BIAS_BITS = 32  # scale and bias of a group
 SENSED = 8  # windows that say what bits cost
-# of quantization/block_tuning, which reads them from here
-TUNING_STEPS = 24
-TUNED_AT_ONCE = 2  # windows of a step
 
 
 def solver_flops(inputs: int, factor: float, solve: float) -> float:

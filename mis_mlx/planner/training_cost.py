@@ -11,6 +11,7 @@ from dataclasses import replace
 from mis_mlx.models import arch
 from mis_mlx.planner import compression_size, rounding_cost
 from mis_mlx.planner.compression_size import GRADIENT_BYTES, STATE_BYTES, block_state_bytes
+from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.planner.estimates import (
     SMALL_BYTES,
     StageCost,
@@ -25,9 +26,9 @@ from mis_mlx.planner.estimates import (
     side_bytes,
     streamed_pass,
 )
-from mis_mlx.planner.recipe import ADAPTERS, DistillationSpec
+from mis_mlx.settings.recipe import ADAPTERS
+from mis_mlx.settings.workloads import SAVED_BYTES
 
-SAVED_BYTES = 12  # of a trained parameter in a checkpoint: weight and two moments
 PACKED_UPDATE_ARRAYS = 4  # opened moments, a new weight, and codes (measured)
 
 

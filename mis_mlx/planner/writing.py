@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 
 from mis_mlx.hardware import memory
 from mis_mlx.planner import estimates
+from mis_mlx.settings.workloads import ANSWER_TOKENS, ANSWERS_AT_ONCE, GREEDY_TOKENS
 from mis_mlx.types import Budget
 
 CACHE_STEP = 256  # tokens by which mlx-lm's caches grow
-ANSWER_TOKENS = 112  # most of a sampled answer, by which models are judged (evaluation/answers)
-GREEDY_TOKENS = 96  # most of a greedy one
 PROMPT_TOKENS = 56  # of a prompt there, in the mean: 38 to 111 by the default tokenizer
-ANSWERS_AT_ONCE = (72, 24, 8, 1)  # written together, as many as fit
 LOGIT_COPIES = 4  # logits in float32, log-probabilities, what a sampler makes of them
 
 

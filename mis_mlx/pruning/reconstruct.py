@@ -29,7 +29,7 @@ from mis_mlx.hardware import streams
 from mis_mlx.maths.reconstruction import HELD_OUT, HeldOut, NormalEquations
 from mis_mlx.models import experts, families, load, modules, stream
 from mis_mlx.models.stream import Batches, Hidden
-from mis_mlx.planner.compression_size import ROUTER_BYTES
+from mis_mlx.settings.workloads import ROUTER_BYTES
 from mis_mlx.types import Checkpoint, KeptUnits
 
 GAIN_DAMPING = 0.01  # of the mean channel, by which a gain is held back

@@ -20,14 +20,13 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.data import draws, preparation, token_windows
 from mis_mlx.evaluation import comparison
-from mis_mlx.gguf_export import vocab as gguf_vocabulary
 from mis_mlx.hardware import memory
-from mis_mlx.models import arch, distributed, load, scenarios, stream
+from mis_mlx.models import arch, distributed, load, pre_tokenizers, scenarios, stream
 from mis_mlx.models.config import read_config, shape_of
 from mis_mlx.models.families import family
 from mis_mlx.models.tokenizer_check import ROWS
 from mis_mlx.models.trimmed_tokenizer import Vocabulary, moved_ids
-from mis_mlx.planner.recipe import VOCABULARY_LOGITS, VOCABULARY_WINDOWS
+from mis_mlx.settings.workloads import VOCABULARY_LOGITS, VOCABULARY_WINDOWS
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import DISK, Files
@@ -283,7 +282,7 @@ def write(teacher: Checkpoint, rows: Sequence[int], out: Path, files: Files) -> 
     cut = first_rows(teacher, len(rows)).tensors
     tensors = {name: t for name, t in cut.items() if name.startswith(TENSORS)}
     config = with_rows(moved_ids(teacher.config, new), len(rows))
-    rows_file = {"rows": list(rows), "pre_tokenizer": gguf_vocabulary.pre_tokenizer(teacher.path)}
+    rows_file = {"rows": list(rows), "pre_tokenizer": pre_tokenizers.pre_tokenizer(teacher.path)}
     nbytes = sum(t.nbytes for t in tensors.values())
     with protocol.commit_folder(out, files, nbytes, "the vocabulary") as folder:
         specs = {name: (t.dtype, t.shape) for name, t in tensors.items()}

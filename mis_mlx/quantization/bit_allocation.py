@@ -36,9 +36,9 @@ from mis_mlx.models import (
 )
 from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.models.stream import Batches, Hidden
-from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.quantization import format_costs, packed_format
 from mis_mlx.quantization.embedding_costs import PerLayerCosts, VocabularyCosts
+from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.types import Checkpoint, MisError
 
 Width = TypeVar("Width", int, float)  # bits of a weight, with its share of the scales or without

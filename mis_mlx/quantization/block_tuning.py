@@ -20,12 +20,12 @@ from mis_mlx.maths import rounding
 from mis_mlx.models import arch, block_inputs, stream
 from mis_mlx.models.families import Config, family
 from mis_mlx.models.stream import Hidden
-from mis_mlx.planner.rounding_cost import TUNED_AT_ONCE, TUNING_STEPS
 from mis_mlx.quantization.packed_format import (
     Formats,
     RoundedBlock,
     TrainableQuantizedLinear,
 )
+from mis_mlx.settings.workloads import TUNED_AT_ONCE, TUNING_STEPS
 from mis_mlx.types import MisError
 
 HELD_OUT = 4  # every fourth window judges

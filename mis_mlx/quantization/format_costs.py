@@ -16,8 +16,8 @@ import mlx.core as mx
 
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, bit_floors, load
-from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.quantization.packed_format import WIDE_BITS, Format, formats_of, wide_projections
+from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.types import Checkpoint
 
 FormatCosts = Mapping[Format, float]  # nats per token of a matrix

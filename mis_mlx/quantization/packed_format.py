@@ -29,7 +29,7 @@ from mis_mlx.models import (
     stream,
     tensor_shapes,
 )
-from mis_mlx.planner.recipe import QuantizationConfig
+from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint, MisError

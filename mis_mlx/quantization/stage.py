@@ -21,8 +21,8 @@ from mis_mlx.hardware import streams
 from mis_mlx.maths import reconstruction, rounding
 from mis_mlx.models import arch, load, modules, stream
 from mis_mlx.models.stream import Batches, Hidden
-from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.quantization import bit_allocation, block_tuning, packed_format
+from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint, MisError

@@ -25,6 +25,7 @@ from mis_mlx.storage.safetensors import write_arrays
 from mis_mlx.types import MisError
 
 MANIFEST = "targets.json"
+SAMPLES = 50  # tokens of a position
 KEPT_PARTS = 4  # parts that a reader holds in memory
 
 Arrays = Mapping[str, np.ndarray]

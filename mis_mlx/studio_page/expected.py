@@ -14,15 +14,14 @@ from typing import Any
 import numpy as np
 
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import candidates, known_losses, ranking
 from mis_mlx.evaluation.answer_likelihood import has_template
 from mis_mlx.models import bit_floors, families, load, resolve
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.scenarios import PLAIN_NAMES
-from mis_mlx.planner.recipe import ITERS
-from mis_mlx.pruning import limits, shape_search
 from mis_mlx.pruning.vocabulary import VocabularyConfig
 from mis_mlx.quantization import packed_format
+from mis_mlx.settings.recipe import ITERS
+from mis_mlx.size_search import candidates, known_losses, limits, ranking, shape_search
 from mis_mlx.storage import hub, run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
@@ -74,7 +73,7 @@ def _known_curve(teacher: Checkpoint) -> list[dict[str, Any]]:
     about = known_losses.identity(teacher, "built-in", VocabularyConfig())
     sizes = shape_search.axis_sizes(teacher.config, AXES, candidates.vocabularies(teacher))
     wanted: list[tuple[str, float]] = [("bits", bits) for bits in candidates.BITS_PROBED]
-    wanted += candidates.probes_of(sizes, before.vocab)
+    wanted += shape_search.probes_of(sizes, before.vocab)
     if not known_losses.all_known(about, wanted):
         return []
     with tempfile.TemporaryDirectory(prefix="mis-mlx-") as place:

@@ -21,8 +21,8 @@ from mlx.utils import tree_flatten, tree_map
 from benchmarks.ablations import local_steps
 from mis_mlx.data.token_windows import order
 from mis_mlx.models import load, model_writer, stream
-from mis_mlx.planner.recipe import TrainingConfig
 from mis_mlx.pruning import reconstruct
+from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage.files import DISK, Files
 from mis_mlx.types import Checkpoint, KeptUnits, MisError, Step
 from tests import tiny

@@ -21,7 +21,7 @@ from mis_mlx.evaluation.answer_records import Answer, AnswerPair, Prompt
 from mis_mlx.evaluation.answers import Judgement, ModelAnswers, TeacherAnswers
 from mis_mlx.hardware import memory
 from mis_mlx.models import load
-from mis_mlx.planner import writing
+from mis_mlx.settings import workloads
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
@@ -190,8 +190,8 @@ def test_what_is_shipped_is_of_these_settings() -> None:
         "temperature": answers.TEMPERATURE,
         "top_p": answers.TOP_P,
         "seed": answers.SEED,
-        "answer_tokens": writing.ANSWER_TOKENS,
-        "greedy_tokens": writing.GREEDY_TOKENS,
+        "answer_tokens": workloads.ANSWER_TOKENS,
+        "greedy_tokens": workloads.GREEDY_TOKENS,
     }
     assert pairs.keys() == {prompt.sha256 for prompt in asked}
     firsts = {prompt.turns[0] for prompt in prompts.train()}

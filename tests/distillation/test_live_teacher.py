@@ -18,7 +18,7 @@ from mis_mlx.hardware import streams
 from mis_mlx.maths.losses import loss_noise_factor
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load, policy, stream
-from mis_mlx.planner.recipe import TrainingConfig
+from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.types import Checkpoint, Step
 from tests import tiny
 from tests.conftest import near

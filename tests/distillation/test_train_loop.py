@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx.distillation import train_loop
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.planner.recipe import TrainingConfig
+from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.types import Step
 from tests import tiny
 

@@ -16,6 +16,7 @@ from gguf import GGUFWriter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from mis_mlx.gguf_export import vocab
+from mis_mlx.models.pre_tokenizers import KNOWN
 from mis_mlx.types import MisError
 from tests import tiny
 
@@ -144,12 +145,12 @@ def test_pre_tokenizer_by_llama_cpps_hash(bpe: Path, monkeypatch: pytest.MonkeyP
     spec = json.loads((bpe / "tokenizer.json").read_text())
     edit(bpe / "tokenizer.json", pre_tokenizer={**spec["pre_tokenizer"], "add_prefix_space": True})
     f, notes = facts(bpe, 512)
-    ids = Tokenizer.from_file(str(bpe / "tokenizer.json")).encode(vocab.KNOWN["probe"]).ids
+    ids = Tokenizer.from_file(str(bpe / "tokenizer.json")).encode(KNOWN["probe"]).ids
     digest = hashlib.sha256(str(ids).encode()).hexdigest()
     assert f["pre"] == "default"
     assert len(notes) == 1
     assert digest[:12] in notes[0]
-    monkeypatch.setitem(vocab.KNOWN["names"], digest, "smollm")
+    monkeypatch.setitem(KNOWN["names"], digest, "smollm")
     f, notes = facts(bpe, 512)
     assert f["pre"] == "smollm"
     assert notes == []
@@ -159,8 +160,8 @@ def test_the_probe_is_llama_cpps_to_the_letter() -> None:
     """The sha256 of the text in ggml-org/llama.cpp's conversion/base.py; one other letter would
     know no tokenizer.
     """
-    assert hashlib.sha256(vocab.KNOWN["probe"].encode()).hexdigest() == PROBE_SHA256
-    assert all(re.fullmatch("[0-9a-f]{64}", key) for key in vocab.KNOWN["names"])
+    assert hashlib.sha256(KNOWN["probe"].encode()).hexdigest() == PROBE_SHA256
+    assert all(re.fullmatch("[0-9a-f]{64}", key) for key in KNOWN["names"])
 
 
 def test_merges_with_byte_fallback_become_scores(tmp_path: Path) -> None:

@@ -18,13 +18,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx import prune, quantize, sft
-from mis_mlx.distillation import run_loop
 from mis_mlx.hardware import rates
 from mis_mlx.maths import losses
 from mis_mlx.maths.losses import token_logps
 from mis_mlx.models import load, lora, model_writer, policy, stream
 from mis_mlx.planner import estimates
 from mis_mlx.quantization import packed_format
+from mis_mlx.runs import run_loop
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Budget, Checkpoint, MisError
 from tests import tiny

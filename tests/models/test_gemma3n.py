@@ -19,8 +19,9 @@ from mis_mlx import plan, prune
 from mis_mlx.models import altup, arch, backward_pass, load, model_writer, tensor_shapes
 from mis_mlx.models.config import check_config, key_owners, read_config
 from mis_mlx.planner import estimates
-from mis_mlx.planner.recipe import DistillationConfig, spec_of
+from mis_mlx.planner.distillation_spec import spec_of
 from mis_mlx.pruning import calibrate, vocabulary
+from mis_mlx.settings.recipe import DistillationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import GIB, Checkpoint, MisError

@@ -14,8 +14,8 @@ import pytest
 from mis_mlx import distill, search
 from mis_mlx.models import arch, load, tensor_shapes
 from mis_mlx.models.config import shape_of
-from mis_mlx.pruning import limits, shape_search, unequal_blocks
 from mis_mlx.quantization import packed_format
+from mis_mlx.size_search import limits, shape_search, unequal_blocks
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import MisError

@@ -16,7 +16,8 @@ from mis_mlx.distillation import live_teacher, sharded
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, model_writer, stream
 from mis_mlx.planner import estimates, phases
-from mis_mlx.planner.recipe import DistillationConfig, TrainingConfig, spec_of
+from mis_mlx.planner.distillation_spec import spec_of
+from mis_mlx.settings.recipe import DistillationConfig, TrainingConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget
 from tests import tiny

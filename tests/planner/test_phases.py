@@ -34,21 +34,18 @@ from mis_mlx.planner import (
     training_cost,
     writing,
 )
+from mis_mlx.planner.distillation_spec import MODES, DistillationSpec, Mode, spec_of
 from mis_mlx.planner.estimates import forward_flops, model_of
-from mis_mlx.planner.recipe import (
+from mis_mlx.pruning import select
+from mis_mlx.quantization import packed_format
+from mis_mlx.settings.recipe import (
     ADAPTERS,
-    MODES,
     RATE,
     TUNE_ITERS,
     DistillationConfig,
-    DistillationSpec,
-    Mode,
     QuantizationConfig,
     TrainingConfig,
-    spec_of,
 )
-from mis_mlx.pruning import select
-from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget, Checkpoint
 from tests import tiny

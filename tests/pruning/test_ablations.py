@@ -20,7 +20,7 @@ from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load
 from mis_mlx.planner import phases
 from mis_mlx.planner.estimates import model_of
-from mis_mlx.planner.recipe import DistillationConfig
+from mis_mlx.settings.recipe import DistillationConfig
 from mis_mlx.types import Checkpoint, MisError, Step
 from tests import tiny
 from tests.planner.test_phases import JOB

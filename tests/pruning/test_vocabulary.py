@@ -17,7 +17,6 @@ import pytest
 
 from mis_mlx import distill, prune, report
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.distillation import candidates, finalists
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import load, policy, stream
 from mis_mlx.models.config import shape_of
@@ -26,6 +25,7 @@ from mis_mlx.models.trimmed_tokenizer import Vocabulary
 from mis_mlx.planner import estimates
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format
+from mis_mlx.size_search import candidates, finalists
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError

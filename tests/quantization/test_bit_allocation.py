@@ -16,8 +16,8 @@ from mlx.utils import tree_flatten
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, backward_pass, load
 from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
-from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.quantization import bit_allocation, packed_format
+from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint

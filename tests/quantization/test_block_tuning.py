@@ -18,8 +18,8 @@ from mis_mlx.hardware import memory
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, load, stream
 from mis_mlx.planner import estimates, rounding_cost
-from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.quantization import block_tuning, packed_format, stage
+from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.storage.safetensors import write_tensors

@@ -14,9 +14,9 @@ from mis_mlx import quantize
 from mis_mlx.gguf_export import tensors
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, load
-from mis_mlx.planner.recipe import QuantizationConfig
 from mis_mlx.quantization import bit_allocation, format_costs, packed_format
 from mis_mlx.quantization.packed_format import Format
+from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 

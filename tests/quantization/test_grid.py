@@ -14,8 +14,8 @@ from mlx.utils import tree_flatten
 
 from mis_mlx.distillation import pipeline
 from mis_mlx.models import load
-from mis_mlx.planner.recipe import DistillationConfig
 from mis_mlx.quantization import packed_format
+from mis_mlx.settings.recipe import DistillationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 

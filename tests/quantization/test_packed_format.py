@@ -13,9 +13,10 @@ import pytest
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, load
 from mis_mlx.models.config import shape_of
-from mis_mlx.planner import estimates, recipe, rounding_cost
+from mis_mlx.planner import estimates, rounding_cost
 from mis_mlx.pruning import slicing
 from mis_mlx.quantization import packed_format
+from mis_mlx.settings import recipe
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits, MisError
 from tests import tiny

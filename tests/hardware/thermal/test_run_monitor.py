@@ -18,12 +18,12 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import sft
 from mis_mlx.distillation import train_loop
-from mis_mlx.distillation.run_loop import open_model, open_run
 from mis_mlx.hardware.clock import VirtualClock
 from mis_mlx.hardware.thermal.governor import Mode
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor, battery
 from mis_mlx.maths.losses import HALNY_CLIP
 from mis_mlx.maths.optimizer import GuardedAdamW
+from mis_mlx.runs.run_loop import open_model, open_run
 from mis_mlx.types import GIB, Budget, MisError, Reading, Step
 from tests import tiny
 from tests.hardware.plant import LidClock

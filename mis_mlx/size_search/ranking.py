@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from mis_mlx.distillation import candidates
 from mis_mlx.models.config import Shape
-from mis_mlx.pruning import shape_search
-from mis_mlx.pruning.limits import Limit, file_bytes
-from mis_mlx.pruning.shape_search import Choice, Losses, Sizes
 from mis_mlx.reporting import progress
+from mis_mlx.size_search import candidates, shape_search
+from mis_mlx.size_search.limits import Limit, file_bytes
+from mis_mlx.size_search.shape_search import Choice, Losses, Sizes
 from mis_mlx.types import MisError
 
 # Axes together are taken to cost between so many times and so many times the sum of each alone.

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from mis_mlx import distill
-from mis_mlx.distillation import pace, train_loop
+from mis_mlx.distillation import train_loop
+from mis_mlx.runs import pace
 from mis_mlx.hardware import clock
-from mis_mlx.planner.recipe import FIRST_STEPS
+from mis_mlx.settings.recipe import FIRST_STEPS
 from mis_mlx.storage import run_folder
 from mis_mlx.types import MisError
 from tests.conftest import Done, weights

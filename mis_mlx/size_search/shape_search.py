@@ -16,8 +16,8 @@ from mis_mlx.maths.rounding import CANDIDATE_BITS
 from mis_mlx.models import arch
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.families import family
-from mis_mlx.planner.recipe import QuantizationConfig
-from mis_mlx.pruning import limits, unequal_blocks
+from mis_mlx.settings.recipe import QuantizationConfig
+from mis_mlx.size_search import limits, unequal_blocks
 from mis_mlx.types import MisError
 
 CUTS = ("layers", "ffn", "heads", "hidden", "vocab")
@@ -177,6 +177,21 @@ def probed(sizes: Sequence[int]) -> list[int]:
         distances = [abs(size - share * most) for size in smaller]
         nearest.add(smaller[distances.index(min(distances))])
     return sorted(nearest)
+
+
+def probes_of(sizes: Sizes, all_rows: int) -> list[tuple[str, int]]:
+    """(axis, size) of every student that is measured to learn what one axis costs alone.
+
+    all_rows: of the teacher's vocabulary. Bits are measured apart.
+    """
+    probes = []
+    for axis in CUTS[:-1]:
+        for size in probed(sizes[axis]):
+            probes.append((axis, size))
+    for rows in sizes["vocab"]:
+        if rows != all_rows:
+            probes.append(("vocab", rows))
+    return probes
 
 
 def remaining_after(iters: int | None, left: Mapping[str, float]) -> dict[str, float]:

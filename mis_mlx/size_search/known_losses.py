@@ -11,8 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.distillation.candidates import CANDIDATES, PROBES
 from mis_mlx.quantization.packed_format import SENSITIVITY
+from mis_mlx.size_search.candidates import CANDIDATES, PROBES
 from mis_mlx.storage import hub, run_folder
 from mis_mlx.storage.files import DISK, Files, json_sha256
 from mis_mlx.types import Checkpoint

@@ -11,7 +11,7 @@ from mis_mlx.models import arch
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.families import family
 from mis_mlx.planner import estimates
-from mis_mlx.pruning import unequal_blocks
+from mis_mlx.size_search import unequal_blocks
 from mis_mlx.types import MisError, gib
 
 TENSOR_BYTES = 120  # in a file's header

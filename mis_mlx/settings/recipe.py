@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from mis_mlx import cli
 from mis_mlx.models.families import family
 from mis_mlx.models.lora import Lora
-from mis_mlx.planner import estimates
-from mis_mlx.planner.model_size import ModelSize
 from mis_mlx.types import (
     FILE_ONLY,
     Bits,
@@ -199,55 +197,7 @@ ITERS = 30
 RATE = 1e-4
 # costs nothing beside the student
 ROUND_TO_NEAREST = QuantizationConfig(target_bpw=None, q_method="round", q_iters=0)
-VOCABULARY_WINDOWS = 16  # in which the teacher says which tokens it expects, where not all stay
-VOCABULARY_LOGITS = 2**25  # of all its tokens that are held then, in float32
-SAMPLES = 50  # tokens of a position in the logit store
 ADAPTERS = Lora(-1, 8, 20.0)  # mlx-lm's own rank and scale, in all blocks
-
-Mode = Literal["resident", "blocks", "lora", "sharded", "none"]
-# the best first; adapters only for who asks
-MODES: tuple[Mode, ...] = "resident", "blocks", "sharded"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillationSpec(DistillationConfig):
-    """A distillation as asked for, of models of these sizes; what depends on them is decided."""
-
-    teacher: ModelSize
-    student: ModelSize  # as pruned, before training
-    iters: int
-    modes: tuple[Mode, ...] = MODES
-    # the student's is the teacher's to the bit, until one of them is trained
-    same_head: bool = False
-    rotation: bool = False  # the hidden size is cut along principal directions
-    rounding: QuantizationConfig = ROUND_TO_NEAREST  # of the trained student
-    # the teacher with its own vocabulary, where the student has another
-    shown: ModelSize | None = None
-    answers: int = 0  # held-out prompts that teacher and student answer at the end
-    answers_known: bool = False  # the teacher's are kept from before, or came with the package
-    # the student is the teacher: nothing to repair, nothing to learn before rounding
-    uncut: bool = False
-
-    @property
-    def step(self) -> int:
-        """Tokens of one optimizer step."""
-        return self.batch_size * self.grad_accumulation_steps * self.max_seq_length
-
-    @property
-    def host_streams(self) -> int:
-        """How many windows go side by side where numpy computes the losses; else 0.
-
-        As in models/host_losses.
-        """
-        if self.targets != "live" or self.teacher.gpu or self.cross_entropy:
-            return 0
-        return estimates.parallel_windows(self.student)
-
-    @property
-    def target_bytes(self) -> int:
-        """A position in the logit store, at the most: a size, and id and count of every sample."""
-        id_bytes = 2 if self.teacher.shape.vocab <= 2**16 else 4
-        return 1 + SAMPLES * (id_bytes + 1)
 
 
 def steps_of(asked: DistillationConfig, config: Mapping[str, Any]) -> int:
@@ -255,67 +205,3 @@ def steps_of(asked: DistillationConfig, config: Mapping[str, Any]) -> int:
     repaired = asked.reconstruct_samples and not family(config).versions
     usual = ITERS * (family(config).steps if repaired else 2)
     return asked.iters or usual
-
-
-def spec_of(
-    teacher: ModelSize,
-    student: ModelSize,
-    asked: DistillationConfig,
-    rounding: QuantizationConfig = ROUND_TO_NEAREST,
-    *,
-    rotates: bool = True,
-    shown: ModelSize | None = None,
-    copied: bool = False,
-    answers: int = 0,
-    answers_known: bool = False,
-) -> DistillationSpec:
-    """The distillation that a command's settings ask for.
-
-    rotates: a smaller hidden size is cut along directions. shown: the teacher with its own
-    vocabulary, where the student has another. copied: the student is cut out of this teacher.
-    answers: prompts that the models answer at the end; answers_known: the teacher's answers are
-    there already.
-    """
-    uncut = (
-        copied
-        and asked.train == "auto"
-        and not asked.cross_entropy
-        and student.shape == teacher.shape
-    )
-    settings = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
-    settings["iters"] = steps_of(asked, student.config)
-    # No fit knows what comes of several hidden states.
-    if uncut or family(student.config).versions:
-        settings["reconstruct_samples"] = 0
-    return DistillationSpec(
-        **settings,
-        teacher=teacher,
-        student=student,
-        modes=_modes(asked, student, uncut=uncut),
-        rotation=rotates and student.shape.hidden < teacher.shape.hidden,
-        rounding=rounding,
-        shown=shown,
-        same_head=copied and _head_type(teacher) == _head_type(student),
-        uncut=uncut,
-        answers=answers,
-        answers_known=answers_known,
-    )
-
-
-def _modes(asked: DistillationConfig, student: ModelSize, *, uncut: bool) -> tuple[Mode, ...]:
-    """The strategies to choose from, the best first."""
-    if uncut:
-        return ("none",)
-    if asked.train != "auto":
-        return (asked.train,)
-    row = family(student.config)
-    repaired = asked.reconstruct_samples and not row.versions
-    if repaired or row.experts:
-        return (*MODES, "none")
-    return MODES
-
-
-def _head_type(m: ModelSize) -> tuple[Any, ...]:
-    """A head's width and type: equal ones are taken for the same head."""
-    dtype = m.config.get("torch_dtype") or m.config.get("dtype")
-    return m.shape.hidden, m.packed, dtype

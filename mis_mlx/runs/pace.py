@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from mis_mlx import cli
-from mis_mlx.distillation.run_loop import CheckpointedTraining
 from mis_mlx.models import distributed
-from mis_mlx.planner.recipe import FIRST_STEPS, DistillationConfig
+from mis_mlx.runs.run_loop import CheckpointedTraining
+from mis_mlx.settings.recipe import FIRST_STEPS, DistillationConfig
 from mis_mlx.storage import run_folder
 from mis_mlx.types import MisError, Step
 

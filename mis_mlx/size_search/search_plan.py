@@ -5,14 +5,12 @@ from dataclasses import replace
 from typing import Any
 
 from mis_mlx import cli
-from mis_mlx.distillation import known_losses
-from mis_mlx.distillation.candidates import probes_of
 from mis_mlx.models import arch
 from mis_mlx.models.config import shape_of
 from mis_mlx.planner import compression_size, estimates, phases
-from mis_mlx.planner.recipe import spec_of
-from mis_mlx.pruning import limits, shape_search
-from mis_mlx.pruning.shape_search import Choice, Sizes
+from mis_mlx.planner.distillation_spec import spec_of
+from mis_mlx.size_search import known_losses, limits, shape_search
+from mis_mlx.size_search.shape_search import Choice, Sizes, probes_of
 from mis_mlx.types import Budget, Checkpoint, MisError
 
 

@@ -15,17 +15,18 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import candidates, pipeline
+from mis_mlx.distillation import pipeline
 from mis_mlx.evaluation import comparison
 from mis_mlx.evaluation.speed import rounds
 from mis_mlx.maths.optimizer import Diverged
 from mis_mlx.maths.stats import interval
 from mis_mlx.models import arch, block_state, load, mlx_generate
 from mis_mlx.planner import estimates, phases
-from mis_mlx.planner.recipe import QuantizationConfig, spec_of
-from mis_mlx.pruning import limits, shape_search
+from mis_mlx.planner.distillation_spec import spec_of
 from mis_mlx.quantization import stage
 from mis_mlx.reporting import html, text
+from mis_mlx.settings.recipe import QuantizationConfig
+from mis_mlx.size_search import candidates, limits, shape_search
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import files, run_folder
 from mis_mlx.types import Checkpoint, MisError, Row

@@ -22,7 +22,6 @@ from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import answer_loss, pipeline
-from mis_mlx.distillation.run_loop import OpenRun
 from mis_mlx.evaluation import comparison
 from mis_mlx.evaluation.answer_likelihood import has_template
 from mis_mlx.maths import rounding
@@ -30,9 +29,11 @@ from mis_mlx.maths.importance import Statistics
 from mis_mlx.models import arch, load, model_writer, stream
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.planner import compression_size, estimates, rounding_cost
-from mis_mlx.pruning import calibrate, select, shape_search, slicing, vocabulary
-from mis_mlx.pruning.shape_search import CUTS, Choice, Losses, Sizes, group_of
+from mis_mlx.pruning import calibrate, select, slicing, vocabulary
 from mis_mlx.quantization import bit_allocation, packed_format
+from mis_mlx.runs.run_loop import OpenRun
+from mis_mlx.size_search import shape_search
+from mis_mlx.size_search.shape_search import CUTS, Choice, Losses, Sizes, group_of
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint, MisError
@@ -88,21 +89,6 @@ def vocabularies(teacher: Checkpoint) -> list[int]:
         with suppress(MisError):
             rows.add(vocabulary.size(share, teacher.path, all_rows))
     return sorted(rows - {all_rows})
-
-
-def probes_of(sizes: Sizes, all_rows: int) -> list[tuple[str, int]]:
-    """(axis, size) of every student that is measured to learn what one axis costs alone.
-
-    all_rows: of the teacher's vocabulary. Bits are measured apart, at BITS_PROBED.
-    """
-    probes = []
-    for axis in CUTS[:-1]:
-        for size in shape_search.probed(sizes[axis]):
-            probes.append((axis, size))
-    for rows in sizes["vocab"]:
-        if rows != all_rows:
-            probes.append(("vocab", rows))
-    return probes
 
 
 class TrimmedTeacher(NamedTuple):
@@ -306,7 +292,7 @@ class Candidates:
 
     def losses(self, sizes: Sizes) -> Losses:
         """What every axis costs by itself: measured, or read from the log."""
-        probes = probes_of(sizes, self._before.vocab)
+        probes = shape_search.probes_of(sizes, self._before.vocab)
         points: dict[str, Curve] = {axis: [] for axis in CUTS}
         for axis, size in cli.show_progress("axis alone", probes, len(probes)):
             nats = self._probe(axis, size)

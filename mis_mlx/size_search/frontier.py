@@ -16,14 +16,13 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.data import token_windows
-from mis_mlx.distillation import candidates
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import load, resolve
 from mis_mlx.models.config import Shape
-from mis_mlx.pruning import limits, shape_search
-from mis_mlx.pruning.shape_search import Choice, Losses
 from mis_mlx.quantization import packed_format
 from mis_mlx.reporting import figures, html, text
+from mis_mlx.size_search import candidates, limits, shape_search
+from mis_mlx.size_search.shape_search import Choice, Losses
 from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint
 

@@ -1,0 +1,11 @@
+"""How much the engine takes at a time, and how often: the planner counts it, the engine does it."""
+
+VOCABULARY_WINDOWS = 16  # in which the teacher says which tokens it expects, where not all stay
+VOCABULARY_LOGITS = 2**25  # of all its tokens that are held then, in float32
+ROUTER_BYTES = 2**28  # of outputs of all experts of a block (pruning/reconstruct)
+SAVED_BYTES = 12  # of a trained parameter in a checkpoint: weight and two moments
+TUNING_STEPS = 24  # of a block's scales (quantization/block_tuning)
+TUNED_AT_ONCE = 2  # windows of such a step
+ANSWER_TOKENS = 112  # most of a sampled answer, by which models are judged (evaluation/answers)
+GREEDY_TOKENS = 96  # most of a greedy one
+ANSWERS_AT_ONCE = (72, 24, 8, 1)  # written together, as many as fit
